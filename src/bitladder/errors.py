@@ -1,0 +1,98 @@
+"""Every error a user can meet.
+
+    BitladderError                  exit 1   anything of ours
+      UsageError                    exit 2   the command line or an argument is wrong
+        UnknownLevel                exit 2   no level has this name
+        BadInput                    exit 2   a file, folder, text or workload cannot be used
+          BadFile                   exit 2   a model file is truncated, lies or is hostile
+          BadWeights                exit 2   a tensor holds NaN or infinity
+          UnknownArchitecture       exit 2   no rows for this model family
+          BadWorkload               exit 2   a workload file has a fault, with its line
+      NothingFits                   exit 3   no level fits the machine
+      BarNotMet                     exit 4   no level holds the quality bar
+      EngineError                   exit 5   the engine did not start, died or answered nonsense
+      OutputError                   exit 6   no space, no permission, cannot write
+      FetchError                    exit 7   a download failed or its hash differs
+
+A message has three parts: what was found (both numbers), what it usually means, what to do.
+"""
+
+from __future__ import annotations
+
+
+class BitladderError(Exception):
+    """An error with a message for the user.
+
+    ``found`` says what is wrong with the values that show it, ``means`` what that usually means, ``do`` what to do next.
+    """
+
+    exit_code = 1
+
+    def __init__(self, found: str, *, means: str = "", do: str = "") -> None:
+        super().__init__(found)
+        self.found = found
+        self.means = means
+        self.do = do
+
+    def __str__(self) -> str:
+        return "\n".join(part for part in (self.found, self.means, self.do) if part)
+
+
+class UsageError(BitladderError):
+    """The command line or an argument is wrong."""
+
+    exit_code = 2
+
+
+class UnknownLevel(UsageError):
+    """No level has this name."""
+
+
+class BadInput(UsageError):
+    """A file, folder, text or workload cannot be used."""
+
+
+class BadFile(BadInput):
+    """A model file is truncated, contradicts itself or is hostile."""
+
+
+class BadWeights(BadInput):
+    """A tensor holds NaN or infinity."""
+
+
+class UnknownArchitecture(BadInput):
+    """No rows describe this model family."""
+
+
+class BadWorkload(BadInput):
+    """A workload file has a fault."""
+
+
+class NothingFits(BitladderError):
+    """No level fits the machine."""
+
+    exit_code = 3
+
+
+class BarNotMet(BitladderError):
+    """No level holds the quality bar."""
+
+    exit_code = 4
+
+
+class EngineError(BitladderError):
+    """The engine did not start, died or answered nonsense."""
+
+    exit_code = 5
+
+
+class OutputError(BitladderError):
+    """No space, no permission, or another reason a result cannot be written."""
+
+    exit_code = 6
+
+
+class FetchError(BitladderError):
+    """A download failed, or what arrived has another hash than promised."""
+
+    exit_code = 7

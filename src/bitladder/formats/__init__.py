@@ -1,0 +1,1 @@
+"""Tables of what is on disk: block formats, recipes, roles, container keys. No I/O and no arrays here."""

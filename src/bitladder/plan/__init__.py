@@ -1,0 +1,1 @@
+"""Policy: functions from values to a choice with its reason."""

@@ -1,0 +1,36 @@
+"""How close a level's predictions stay to the reference's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Token-level comparison of a level with the reference on the same tokens.
+
+    ``kl`` is the divergence KL(reference || level) of the next-token distributions in nats, per scored token. ``ppl`` is
+    exp(mean negative log-likelihood) over scored tokens. ``top1`` is the share of tokens whose most likely next token is the
+    same. ``*_low`` and ``*_high`` are 95% intervals that resample documents (or, in a single text, windows).
+    """
+
+    level: str
+    tokens: int
+    units: int
+    """How many units were resampled for the intervals."""
+    unit: str
+    """``document`` or ``window``."""
+    kl_mean: float
+    kl_low: float
+    kl_high: float
+    kl_median: float
+    kl_p99: float
+    kl_max: float
+    ppl: float
+    ppl_reference: float
+    ppl_ratio: float
+    ppl_ratio_low: float
+    ppl_ratio_high: float
+    top1: float
+    top1_low: float
+    top1_high: float

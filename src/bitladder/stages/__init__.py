@@ -1,0 +1,1 @@
+"""The stages of a run, one module each; they do not import one another."""

@@ -1,0 +1,1 @@
+"""Pure statistics: values in, values out; a random Generator is passed in."""

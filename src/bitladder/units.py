@@ -1,0 +1,43 @@
+"""Bytes, and how people write them."""
+
+from __future__ import annotations
+
+import re
+
+from bitladder.errors import UsageError
+
+KiB = 1024
+MiB = 1024**2
+GiB = 1024**3
+
+_FACTORS = {
+    "": 1, "b": 1,
+    "k": 1000, "kb": 1000, "kib": KiB,
+    "m": 1000**2, "mb": 1000**2, "mib": MiB,
+    "g": 1000**3, "gb": 1000**3, "gib": GiB,
+    "t": 1000**4, "tb": 1000**4, "tib": 1024**4,
+}  # fmt: skip
+
+
+def human_bytes(count: float) -> str:
+    """Binary units with three significant digits: ``4.58 GiB``, ``98.5 MiB``, ``512 B``."""
+    value, unit = float(count), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if abs(value) < 1024:
+            break
+        value, unit = value / 1024, larger
+    if unit == "B":
+        return f"{value:.0f} B"
+    return f"{value:.{max(0, 3 - len(str(int(abs(value)))))}f} {unit}"
+
+
+def parse_bytes(text: str) -> int:
+    """``"4.2GiB"`` as a whole number of bytes; decimal (GB) and binary (GiB) units are told apart.
+
+    Raises:
+        UsageError: the text is no size.
+    """
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*", text)
+    if match is None or match[2].lower() not in _FACTORS:
+        raise UsageError(f"'{text}' is not a size.", do="Write a number and a unit, like 4.2GiB or 800MB.")
+    return int(float(match[1]) * _FACTORS[match[2].lower()])
