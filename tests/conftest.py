@@ -1,0 +1,19 @@
+"""Fixtures: the real demo model, a cache and a data folder that are nobody's."""
+
+from pathlib import Path
+
+import pytest
+
+from bitladder.files.sources import DEMO, resolve
+
+
+@pytest.fixture(autouse=True)
+def private_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evidence and settings of a test are its own; the model cache is shared, as it is for a user."""
+    monkeypatch.setenv("BITLADDER_DATA", str(tmp_path / "data"))
+
+
+@pytest.fixture(scope="session")
+def demo_gguf() -> Path:
+    """SmolLM2-135M-Instruct as a GGUF, fetched once into the user cache."""
+    return resolve(DEMO).path
