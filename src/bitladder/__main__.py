@@ -1,0 +1,5 @@
+"""``python -m bitladder``."""
+
+from bitladder.cli import main
+
+main()

@@ -1,0 +1,40 @@
+"""The verbs, in the order of the story: what is here, what fits, build, prove, decide, serve."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from bitladder import __version__
+from bitladder.cli import build, judge
+
+app = typer.Typer(
+    name="bitladder",
+    help="Find, build, prove and serve the right quantization of a language model.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    pass
+
+
+for module in (judge, build):
+    module.add_to(app)
+
+
+def main() -> None:
+    """Entry point of the ``bitladder`` command."""
+    app()

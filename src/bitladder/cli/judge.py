@@ -1,0 +1,95 @@
+"""Verbs about evidence: run (the whole story), measure, report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bitladder.cli.build import ALL_CORES, DEFAULT_CTX, Context, Levels, Threads, split_levels
+from bitladder.cli.terminal import JsonFlag, ModelArgument, print_json, progress_display, say, verb
+
+Texts = Annotated[
+    list[Path] | None, typer.Option("--text", help="Measure on this text instead of the shipped one; repeat it for several documents.")
+]
+
+
+@verb
+def run(
+    model: ModelArgument,
+    levels: Levels = None,
+    workload: Annotated[Path | None, typer.Option("--workload", help="Your inputs and criteria (YAML or JSONL).")] = None,
+    bar: Annotated[str | None, typer.Option("--bar", help="The quality a level must hold, like 'kl < 0.05'.")] = None,
+    ctx: Context = DEFAULT_CTX,
+    text: Texts = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for the files and the report.", show_default="<name>-ladder")] = None,
+    threads: Threads = ALL_CORES,
+    json_output: JsonFlag = False,
+) -> None:
+    """Walk a model down the ladder: plan, build, measure, test, decide, report."""
+    from bitladder.pipeline import RunSettings
+    from bitladder.pipeline import run as run_pipeline
+    from bitladder.report import print_run
+
+    settings = RunSettings(
+        model=model, levels=split_levels(levels), workload=workload, bar=bar, n_ctx=ctx, texts=tuple(text or ()), out=out, threads=threads
+    )
+    with progress_display(quiet=json_output) as progress:
+        result = run_pipeline(settings, progress, say=say)
+    if json_output:
+        print_json(result.record)
+    else:
+        print_run(result.record)
+        say(f"\nReport: {result.report}")
+
+
+@verb
+def measure(
+    model: ModelArgument,
+    levels: Levels = None,
+    file: Annotated[list[Path] | None, typer.Option("--file", help="An existing GGUF to measure beside the levels; repeatable.")] = None,
+    text: Texts = None,
+    imatrix: Annotated[Path | None, typer.Option("--imatrix", help="llama.cpp importance matrix for the levels made here.")] = None,
+    effort: Annotated[str, typer.Option("--effort", help="fast, good or best.")] = "good",
+    json_output: JsonFlag = False,
+) -> None:
+    """KL divergence, perplexity and top-1 agreement of levels and files against MODEL, in one streaming pass."""
+    from bitladder.pipeline import measure_model
+    from bitladder.report import fidelity_table
+
+    with progress_display(quiet=json_output) as progress:
+        wanted = split_levels(levels)
+        fidelities = measure_model(
+            model, wanted, files=tuple(file or ()), texts=tuple(text or ()), imatrix=imatrix, effort=effort, progress=progress
+        )
+    if json_output:
+        print_json({"levels": fidelities})
+    else:
+        fidelity_table(fidelities)
+
+
+@verb
+def report(
+    record: Annotated[Path, typer.Argument(metavar="RUN.json", help="The JSON that `run` left beside its report.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Where to write the HTML.", show_default="beside the JSON")] = None,
+    json_output: JsonFlag = False,
+) -> None:
+    """Show a finished run again, and write its HTML report."""
+    from bitladder.report import print_run, read_run, write_html
+
+    stored = read_run(record)
+    path = write_html(stored, out or record.with_suffix(".html"))
+    if json_output:
+        print_json(stored)
+    else:
+        print_run(stored)
+        say(f"\nReport: {path}")
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register this module's verbs."""
+    for function in (run, measure, report):
+        app.command()(function)
+
+

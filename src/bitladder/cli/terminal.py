@@ -1,0 +1,128 @@
+"""What every verb shares: the error card, the exit code, progress on stderr, and ``--json`` on stdout."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any, ParamSpec, TypeVar
+
+import typer
+
+from bitladder.errors import BitladderError
+from bitladder.progress import Progress
+from bitladder.records import to_json
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print the record as JSON instead of a table.")]
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A GGUF file, a checkpoint folder, hf:org/name[@revision], or smollm2-135m.")
+]
+
+INTERRUPTED = 130
+"""Exit code of a program that Ctrl-C ended (128 + SIGINT)."""
+
+
+def verb(function: Callable[P, R]) -> Callable[P, R]:
+    """Turn our errors into one clear message and an exit code; Ctrl-C into a word about what is kept."""
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except BitladderError as error:
+            show_error(error, as_json=bool(kwargs.get("json_output")))
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            print("\nStopped. What was finished is kept; the same command goes on from there.", file=sys.stderr)
+            raise typer.Exit(INTERRUPTED) from None
+        except BrokenPipeError:
+            sys.stderr.close()  # the reader of our output went away: nothing is wrong with us
+            raise typer.Exit(0) from None
+
+    return wrapped
+
+
+def show_error(error: BitladderError, *, as_json: bool) -> None:
+    """The three parts of an error on stderr; with ``--json`` also as a document on stdout."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console.print(Text("error: ", style="bold red") + Text(error.found))
+    for part in (error.means, error.do):
+        if part:
+            console.print(Text("       " + part))
+    if as_json:
+        parts = {"kind": type(error).__name__, "found": error.found, "means": error.means, "do": error.do}
+        print(json.dumps({"error": parts}))
+
+
+def print_json(record: Any) -> None:
+    """A record on stdout, as the JSON that other programs read."""
+    print(json.dumps(to_json(record), indent=2, ensure_ascii=False))
+
+
+def say(text: str) -> None:
+    """A line for the person, on stderr, so that stdout stays the result."""
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def progress_display(*, quiet: bool = False) -> Iterator[Progress]:
+    """A live bar on a terminal, a line every few seconds in a log, nothing when ``quiet``."""
+    if quiet:
+        yield lambda _what, _done, _total: None
+    elif sys.stderr.isatty():
+        with _live_bar() as progress:
+            yield progress
+    else:
+        yield _log_lines()
+
+
+@contextmanager
+def _live_bar() -> Iterator[Progress]:
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Bars(*columns, console=Console(stderr=True), transient=False) as bars:
+        tasks: dict[str, Any] = {}
+
+        def progress(what: str, done: float, total: float) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done, total=total)
+
+        yield progress
+
+
+SECONDS_BETWEEN_LINES = 5.0
+
+
+def _log_lines() -> Progress:
+    last: dict[str, float] = {}
+
+    def progress(what: str, done: float, total: float) -> None:
+        now = time.monotonic()
+        first = what not in last
+        finished = done >= total
+        if first or finished or now - last[what] >= SECONDS_BETWEEN_LINES:
+            if finished and last.get(what) == float("inf"):
+                return
+            last[what] = float("inf") if finished else now
+            say(f"{what}: {100 * done / total if total else 100:.0f}%")
+
+    return progress

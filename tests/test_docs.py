@@ -1,0 +1,81 @@
+"""The documents: links lead somewhere, commands exist with the options shown, Python examples run."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer.main
+
+from bitladder import __version__
+from bitladder.cli.app import app
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "examples").rglob("*.md"))]
+LINK = re.compile(r"\]\((?!https?:|mailto:|#)([^)#\s]+)")
+FENCE = re.compile(r"^```(\w+)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def shown_commands(page: Path) -> list[str]:
+    """Every ``bitladder ...`` line of the page's shell blocks, continuation lines joined."""
+    lines = []
+    for language, body in FENCE.findall(page.read_text()):
+        if language in {"console", "sh", "shell", "bash"}:
+            for line in body.replace("\\\n", " ").splitlines():
+                text = re.sub(r"^\s*(\$ )?(\w+=\S+ )*", "", line).split("#")[0].strip()
+                if text.startswith("bitladder "):
+                    lines.append(text)
+    return lines
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    missing = [target for target in LINK.findall(page.read_text()) if not (page.parent / target).exists()]
+    assert not missing
+
+
+def check_command(line: str) -> str | None:
+    """None when the verb and each of its options exist, else what is wrong."""
+    words = re.split(r"\s[|>&]", line)[0]
+    tokens = shlex.split(words)[1:]
+    command = typer.main.get_command(app)
+    while tokens and hasattr(command, "commands"):
+        if tokens[0].startswith("-"):
+            break
+        if tokens[0] not in command.commands:
+            return f"no verb '{tokens[0]}' in: {line}"
+        command = command.commands[tokens.pop(0)]
+    known = {opt for param in command.params for opt in (*param.opts, *param.secondary_opts)} | {"--help", "--version"}
+    unknown = [token for token in tokens if re.match(r"--?[a-zA-Z]", token) and token.split("=")[0] not in known]
+    return f"no option {unknown} in: {line}" if unknown else None
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_exist_with_the_options_shown(page):
+    wrong = [problem for line in shown_commands(page) if (problem := check_command(line))]
+    assert not wrong
+
+
+def test_the_command_check_can_fail():
+    assert check_command("bitladder nonsense")
+    assert check_command("bitladder plan x --no-such-option")
+    assert check_command("bitladder plan x --ctx 4096 --json") is None
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_examples_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for language, body in FENCE.findall(page.read_text()):
+        if language == "python":
+            exec(compile(body, str(page), "exec"), names)
+
+
+def test_every_page_of_docs_is_linked_from_the_readme_or_the_index():
+    linked = {target for page in (ROOT / "README.md", ROOT / "docs" / "architecture.md") for target in LINK.findall(page.read_text())}
+    names = {Path(target).name for target in linked}
+    assert {page.name for page in (ROOT / "docs").glob("*.md")} <= names
+
+
+def test_the_changelog_knows_this_version():
+    assert f"## {__version__}" in (ROOT / "CHANGELOG.md").read_text()
