@@ -1,1 +1,5 @@
-"""Pure numerics: arrays in, arrays out. No files, no models, no devices chosen elsewhere."""
+"""Block quantization kernels: arrays in, bytes out, and back."""
+
+from bitladder.kernels.api import QUANTIZABLE, Effort, dequantize, first_nonfinite, quantize
+
+__all__ = ["QUANTIZABLE", "Effort", "dequantize", "first_nonfinite", "quantize"]
