@@ -11,6 +11,10 @@
       NothingFits                   exit 3   no level fits the machine
       BarNotMet                     exit 4   no level holds the quality bar
       EngineError                   exit 5   the engine did not start, died or answered nonsense
+        EngineGone                  exit 5   its process ended, or nobody listens at its address
+        EngineTimeout               exit 5   no word from it in time
+        EngineReply                 exit 5   its reply is no completion: an error status, broken JSON, a stream cut short
+        WrongModel                  exit 5   it serves another model than the one asked for
       OutputError                   exit 6   no space, no permission, cannot write
       FetchError                    exit 7   a download failed or its hash differs
 
@@ -84,6 +88,22 @@ class EngineError(BitladderError):
     """The engine did not start, died or answered nonsense."""
 
     exit_code = 5
+
+
+class EngineGone(EngineError):
+    """The engine's process ended, or nobody listens at its address."""
+
+
+class EngineTimeout(EngineError):
+    """No word from the engine in time."""
+
+
+class EngineReply(EngineError):
+    """The engine's reply is no completion: an error status, broken JSON, a stream cut short."""
+
+
+class WrongModel(EngineError):
+    """The engine serves another model than the one asked for."""
 
 
 class OutputError(BitladderError):

@@ -1,0 +1,275 @@
+"""The OpenAI-compatible chat API over httpx: one request, streamed, with every way it can go wrong named.
+
+Answers are always streamed: a stalled engine is noticed after ``stall_s`` without a word instead of after the
+whole answer's worst case, the time to the first token is measured rather than guessed, and a stream that ends
+without saying why it ended is known to be cut short.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+from bitladder.engines.base import Completion, Message, Timings, TokenChoice
+from bitladder.errors import EngineGone, EngineReply, EngineTimeout
+
+_SHOWN = 300
+"""Characters of a foreign reply that an error message repeats."""
+
+
+@dataclass(frozen=True)
+class Timeouts:
+    """Seconds without progress before an engine is called stalled, by phase."""
+
+    connect_s: float = 10.0
+    send_s: float = 60.0
+    stall_s: float = 300.0
+    """Between two pieces of a reply; before the first it includes reading the whole prompt."""
+
+    def for_httpx(self) -> httpx.Timeout:
+        """The same for httpx; waiting for a free connection has no limit, since our own slots bound it."""
+        return httpx.Timeout(connect=self.connect_s, write=self.send_s, read=self.stall_s, pool=None)
+
+
+@dataclass(frozen=True)
+class ChatRequest:
+    """One chat. ``extra`` holds fields that only some engines know."""
+
+    model: str
+    messages: Sequence[Message]
+    max_tokens: int
+    temperature: float = 0.0
+    seed: int = 0
+    logprobs: int = 0
+    stop: Sequence[str] = ()
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def body(self) -> dict[str, Any]:
+        """As JSON for ``/chat/completions``."""
+        body: dict[str, Any] = {
+            "model": self.model,
+            "messages": [dict(message) for message in self.messages],
+            "max_tokens": self.max_tokens,
+            "temperature": self.temperature,
+            "seed": self.seed,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        if self.logprobs:
+            body |= {"logprobs": True, "top_logprobs": self.logprobs}
+        if self.stop:
+            body["stop"] = list(self.stop)
+        return body | dict(self.extra)
+
+
+class ReplyStatus(EngineReply):
+    """An HTTP error status, kept as a number so that callers can tell "later" from "never"."""
+
+    def __init__(
+        self, found: str, *, status: int, retry_after_s: float | None, means: str = "", do: str = ""
+    ) -> None:
+        super().__init__(found, means=means, do=do)
+        self.status = status
+        self.retry_after_s = retry_after_s
+
+
+_STATUS_MEANS = {
+    400: ("The engine refuses this request; a prompt longer than its context is the usual reason.", ""),
+    401: ("The key is missing or wrong.", "Set the key in the environment variable that the endpoint names."),
+    403: ("The key has no right to this model.", ""),
+    404: ("Nothing answers there, or the model has another name.", "Check the URL and the model."),
+    429: ("The endpoint limits how often it may be asked.", "Ask for less in parallel, or wait."),
+}  # fmt: skip
+
+
+def chat(client: httpx.Client, url: str, request: ChatRequest) -> Completion:
+    """Send one chat and read the streamed answer to its end.
+
+    Raises:
+        EngineGone: nobody listens, or the connection broke.
+        EngineTimeout: no word in time; the message names the phase.
+        EngineReply: an error status, something that is not JSON, or a stream that stops without a reason.
+    """
+    began = time.monotonic()
+    answer = _Answer(began)
+    with translated(url), client.stream("POST", url, json=request.body()) as response:
+        if response.status_code != httpx.codes.OK:
+            response.read()
+            raise status_error(url, response)
+        if response.headers.get("content-type", "").startswith("application/json"):
+            response.read()
+            answer.take(parse_json(url, response.text), whole=True)
+        else:
+            for event in _events(url, response.iter_lines()):
+                answer.take(event, whole=False)
+    return answer.finished(url, request.model)
+
+
+class translated:  # noqa: N801 - reads as a word where it is used
+    """``with translated(url):`` turns httpx' errors into ours."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def __enter__(self) -> None:
+        """Nothing to prepare."""
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Raise our error from httpx' one; let every other through."""
+        if isinstance(error, httpx.TimeoutException):
+            phase = type(error).__name__.removesuffix("Timeout").lower()
+            what = {
+                "connect": "connecting",
+                "read": "waiting for its reply",
+                "write": "sending the request",
+            }.get(phase, phase)
+            raise EngineTimeout(
+                f"The engine at {self.url} said nothing in time while {what}.",
+                means="It is overloaded, stalled, or needs longer for a prompt of this length.",
+                do="Allow more time, ask for less in parallel, or look at the engine's own log.",
+            ) from error
+        if isinstance(error, httpx.RemoteProtocolError):
+            raise EngineReply(
+                f"The engine at {self.url} broke off in the middle of its reply.",
+                means="It crashed, was restarted, or something between us and it closed the connection.",
+                do="Look at the engine's own log, then run again: what was answered is kept.",
+            ) from error
+        if isinstance(error, httpx.TransportError):
+            raise EngineGone(
+                f"The engine at {self.url} cannot be reached: {error or type(error).__name__}.",
+                means="It is not running, or the address is wrong.",
+                do="Start it, or correct the URL.",
+            ) from error
+        if isinstance(error, httpx.InvalidURL):
+            raise EngineGone(
+                f"'{self.url}' is no address: {error}.", do="Write it like http://host:port/v1."
+            ) from error
+
+
+def parse_json(url: str, text: str) -> Any:
+    """JSON, or an EngineReply that shows what came instead."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise EngineReply(
+            f"The engine at {url} answered with something that is not JSON: {shorten(text)}",
+            means="The address belongs to another kind of server, or a proxy answered in its place.",
+            do="Check the URL; an OpenAI-compatible API usually ends in /v1.",
+        ) from error
+
+
+def status_error(url: str, response: httpx.Response) -> ReplyStatus:
+    """The error for a reply whose status is not 200; the response must have been read."""
+    means, do = _STATUS_MEANS.get(response.status_code, ("", ""))
+    retry_after = response.headers.get("retry-after", "")
+    return ReplyStatus(
+        f"The engine at {url} answered with status {response.status_code}: {shorten(response.text)}",
+        status=response.status_code,
+        retry_after_s=float(retry_after) if retry_after.replace(".", "", 1).isdigit() else None,
+        means=means,
+        do=do,
+    )
+
+
+def shorten(text: str) -> str:
+    """One line of a foreign text, bounded."""
+    line = " ".join(text.split())
+    return line if len(line) <= _SHOWN else line[:_SHOWN] + "..."
+
+
+def _events(url: str, lines: Iterator[str]) -> Iterator[Any]:
+    """The JSON of each ``data:`` line of a server-sent event stream, up to ``[DONE]``."""
+    for line in lines:
+        if line.startswith("error:"):  # llama.cpp's way to report an error once the stream has begun
+            raise EngineReply(f"The engine at {url} gave up in the middle of its answer: {shorten(line[6:])}")
+        if not line.startswith("data:"):
+            continue
+        data = line[5:].strip()
+        if data == "[DONE]":
+            return
+        yield parse_json(url, data)
+
+
+class _Answer:
+    """Gathers the pieces of one answer."""
+
+    def __init__(self, began: float) -> None:
+        self.began = began
+        self.first_token_s = math.nan
+        self.text: list[str] = []
+        self.tokens: list[TokenChoice] = []
+        self.finish_reason = ""
+        self.model = ""
+        self.usage: dict[str, Any] = {}
+        self.timings: dict[str, Any] = {}
+        self.fault = ""
+
+    def take(self, event: Any, *, whole: bool) -> None:
+        """One event of the stream, or the ``whole`` reply of an engine that does not stream."""
+        if not isinstance(event, dict):
+            self.fault = f"an event that is no object: {shorten(str(event))}"
+            return
+        if "error" in event:
+            self.fault = f"an error: {shorten(json.dumps(event['error']))}"
+            return
+        self.model = event.get("model") or self.model
+        self.usage = event.get("usage") or self.usage
+        self.timings = event.get("timings") or self.timings
+        for choice in event.get("choices") or []:
+            piece = (choice.get("message" if whole else "delta") or {}).get("content")
+            if piece:
+                if math.isnan(self.first_token_s):
+                    self.first_token_s = time.monotonic() - self.began
+                self.text.append(piece)
+            for token in (choice.get("logprobs") or {}).get("content") or []:
+                self.tokens.append(_token(token))
+            self.finish_reason = choice.get("finish_reason") or self.finish_reason
+
+    def finished(self, url: str, wanted_model: str) -> Completion:
+        if self.fault:
+            raise EngineReply(f"The engine at {url} answered with {self.fault}")
+        if not self.finish_reason:
+            characters = sum(map(len, self.text))
+            raise EngineReply(
+                f"The answer of the engine at {url} stops after {characters} characters without saying why.",
+                means="The stream was cut short: the engine crashed, or a proxy has a limit of its own.",
+                do="Run again: what was answered before is kept.",
+            )
+        return Completion(
+            text="".join(self.text),
+            finish_reason=self.finish_reason,
+            prompt_tokens=int(self.usage.get("prompt_tokens", 0)),
+            completion_tokens=int(self.usage.get("completion_tokens", len(self.tokens))),
+            model=self.model or wanted_model,
+            first_token_s=self.first_token_s,
+            total_s=time.monotonic() - self.began,
+            tokens=tuple(self.tokens),
+            timings=_timings(self.timings) if self.timings else None,
+        )
+
+
+def _token(token: Mapping[str, Any]) -> TokenChoice:
+    top = tuple(
+        TokenChoice(other["token"], float(other["logprob"]), other.get("id"))
+        for other in token.get("top_logprobs") or []
+    )
+    return TokenChoice(token["token"], float(token["logprob"]), token.get("id"), top)
+
+
+def _timings(timings: Mapping[str, Any]) -> Timings:
+    """llama.cpp's clock. Its decode time begins after the first token, so n tokens are n - 1 steps."""
+    decoded = int(timings.get("predicted_n", 0))
+    steps, decode_s = decoded - 1, float(timings.get("predicted_ms", 0.0)) / 1000
+    prompt, prompt_s = int(timings.get("prompt_n", 0)), float(timings.get("prompt_ms", 0.0)) / 1000
+    return Timings(
+        prompt_tokens=prompt,
+        prefill_tokens_per_s=prompt / prompt_s if prompt and prompt_s > 0 else math.nan,
+        decode_tokens=decoded,
+        decode_tokens_per_s=steps / decode_s if steps > 0 and decode_s > 0 else math.nan,
+    )

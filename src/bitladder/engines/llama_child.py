@@ -1,0 +1,88 @@
+"""The child process: llama.cpp's server, and a watch on whoever started it.
+
+Run as ``python -m bitladder.engines.llama_child SETTINGS`` with the settings as JSON. When the model is
+loaded it prints one line of JSON with the address it listens on; everything else the engine says goes to
+stderr. It ends when its stdin closes or its parent changes, so that no server outlives the program that
+wanted it, however that program ended.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import select
+import signal
+import sys
+import threading
+from typing import Any
+
+import xllamacpp
+
+
+def _follow_parent(parent: int) -> None:
+    """Exit at once when stdin closes or the parent is gone; os._exit, since the engine's threads must not
+    delay it.
+    """
+    while True:
+        readable, _, _ = select.select([0], [], [], 1.0)
+        if (readable and not os.read(0, 4096)) or os.getppid() != parent:
+            os._exit(0)
+
+
+def _die_with_starting_thread(on: bool) -> None:
+    """Linux's parent-death signal, on only while loading, when llama.cpp holds the interpreter and the watch
+    cannot run.
+
+    Not longer, because the signal fires when the *thread* that started us ends, and gateways start engines
+    from worker threads; while we load, that thread waits for us.
+    """
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL if on else 0)
+
+
+def _params(settings: dict[str, Any]) -> Any:
+    params = xllamacpp.CommonParams()
+    params.model.path = settings["path"]
+    params.model_alias = [settings["alias"]]
+    params.hostnames = [settings["host"]]
+    params.port = settings["port"]
+    # llama.cpp divides its n_ctx among the slots; ours is what one request may use.
+    params.n_ctx = settings["n_ctx"] * settings["n_parallel"]
+    params.n_parallel = settings["n_parallel"]
+    params.n_batch = max(settings["n_batch"], settings["n_parallel"])
+    params.n_ubatch = settings["n_batch"]
+    params.n_gpu_layers = settings["n_gpu_layers"]
+    for pool in (params.cpuparams, params.cpuparams_batch):
+        pool.n_threads = settings["threads"]
+    types = {kind.name.removeprefix("GGML_TYPE_").lower(): kind for kind in xllamacpp.ggml_type}
+    params.cache_type_k = types[settings["cache_type_k"]]
+    params.cache_type_v = types[settings["cache_type_v"]]
+    # The plan has decided what fits; the engine must not quietly shrink the context to make it so.
+    params.fit_params = False
+    params.ui = False
+    params.endpoint_metrics = True
+    return params
+
+
+def main() -> None:
+    """Load, say where, and stay until the parent lets go."""
+    threading.Thread(target=_follow_parent, args=(os.getppid(),), daemon=True).start()
+    settings = json.loads(sys.argv[1])
+    _die_with_starting_thread(True)
+    try:
+        server = xllamacpp.Server(_params(settings))
+    except (RuntimeError, ValueError, MemoryError) as error:
+        print(f"llama.cpp could not start: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
+    _die_with_starting_thread(False)
+    print(
+        json.dumps({"address": server.listening_address, "engine": f"xllamacpp {xllamacpp.__version__}"}),
+        flush=True,
+    )
+    threading.Event().wait()
+
+
+if __name__ == "__main__":
+    main()
