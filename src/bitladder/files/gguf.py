@@ -1,0 +1,213 @@
+"""A model in a GGUF file, or in the parts of a split one: its header as a ``Model``, its tensors mapped into memory.
+
+Nothing is read before it is asked for. ``release`` gives mapped pages back, so that one pass over a large file does not count
+the whole of it as this process's memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitladder.describe.dims import dims_from_metadata
+from bitladder.describe.model import Model
+from bitladder.errors import BadFile, BitladderError
+from bitladder.files.folders import cache_folder
+from bitladder.files.gguf_header import Header, StoredTensor, read_file_header, row_bytes
+from bitladder.formats import gguf
+from bitladder.formats.tensors import TensorInfo
+
+_HASH_CHUNK = 8 << 20
+_TYPE_SUFFIX = re.compile(r"[-._](?:f32|f16|fp16|bf16|i?q\d\w*|tq\d_\d|mxfp4\w*)$", re.IGNORECASE)
+
+
+def base_name(path: Path) -> str:
+    """A model's name from its file's: without folder, part number, extension and level (``SmolLM2.Q4_1.gguf``: ``SmolLM2``)."""
+    split = gguf.parse_split_name(path.name)
+    stem = split.prefix if split else path.name.removesuffix(".gguf")
+    return _TYPE_SUFFIX.sub("", stem) or stem
+
+
+def _parts(path: Path) -> list[Header]:
+    """The headers of all parts of the model that ``path`` belongs to, in order."""
+    header = read_file_header(path)
+    count = header.metadata.get(gguf.KEY_SPLIT_COUNT, 0)
+    if not isinstance(count, int) or count <= 1:
+        return [header]
+    name = gguf.parse_split_name(path.name)
+    if name is None or name.count != count:
+        raise BadFile(
+            f"{path}: its header says it is part of {count} files, its name does not.",
+            means="A part of a split model was renamed, so the other parts cannot be found.",
+            do=f"Give the parts their names back: <name>-00001-of-{count:05d}.gguf and so on.",
+        )
+    headers = []
+    for number in range(1, count + 1):
+        part = path.with_name(str(gguf.SplitName(name.prefix, number, count)))
+        if not part.exists():
+            raise BadFile(
+                f"{part} is missing; the model has {count} parts.",
+                means="Not all parts were downloaded.",
+                do="Download the missing part.",
+            )
+        headers.append(header if part == path else read_file_header(part))
+        number_inside = headers[-1].metadata.get(gguf.KEY_SPLIT_NO)
+        if number_inside != number - 1:
+            raise BadFile(
+                f"{part}: its header says part {number_inside!r} (counting from 0), its name says {number - 1}.",
+                means="Parts were renamed or mixed up.",
+                do="Download the parts again.",
+            )
+    return headers
+
+
+def _merged(headers: list[Header]) -> dict[str, StoredTensor]:
+    """All parts' tensors by name, checked against the count that the first part promises."""
+    stored: dict[str, StoredTensor] = {}
+    for shard, header in enumerate(headers):
+        for tensor in header.tensors:
+            if tensor.info.name in stored:
+                raise BadFile(
+                    f"{header.path}: the tensor '{tensor.info.name}' is in two parts.",
+                    means="Parts were mixed up.",
+                    do="Download the parts again.",
+                )
+            stored[tensor.info.name] = StoredTensor(tensor.info, tensor.offset, shard)
+    promised = headers[0].metadata.get(gguf.KEY_SPLIT_TENSORS, len(stored))
+    if len(headers) > 1 and promised != len(stored):
+        raise BadFile(
+            f"{headers[0].path}: {promised} tensors are promised, the {len(headers)} parts hold {len(stored)}.",
+            means="Parts of different models were mixed.",
+            do="Download the parts again.",
+        )
+    return stored
+
+
+def _model(headers: list[Header], stored: dict[str, StoredTensor]) -> Model:
+    first = headers[0]
+    tensors = tuple(tensor.info for tensor in stored.values())
+    try:
+        dims = dims_from_metadata(first.metadata, tensors)
+    except BitladderError as error:
+        raise type(error)(f"{first.path}: {error.found}", means=error.means, do=error.do) from error
+    return Model(
+        base_name(first.path), dims, tensors, first.metadata, sum(header.data_start for header in headers)
+    )
+
+
+def read_header(path: Path) -> Model:
+    """Describe a model from its header alone: no tensor data is touched, so a file whose data is a hole will do.
+
+    Raises:
+        BadInput, BadFile, UnknownArchitecture: as ``GgufFile``.
+    """
+    headers = _parts(path)
+    return _model(headers, _merged(headers))
+
+
+class GgufFile:
+    """An open model. Use as a context manager, or call ``close``.
+
+    Raises:
+        BadInput: there is no such file, or it cannot be read.
+        BadFile: a file is truncated, contradicts itself or is hostile; parts do not belong together.
+        UnknownArchitecture: nobody knows this model family.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.headers = _parts(path)
+        self.path = self.headers[0].path
+        self._stored = _merged(self.headers)
+        self.model = _model(self.headers, self._stored)
+        self._maps: list[mmap.mmap] = []
+        for header in self.headers:
+            with header.path.open("rb") as file:
+                self._maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+    @classmethod
+    def open(cls, path: Path) -> GgufFile:
+        """Open a model for reading. Any part of a split model will do."""
+        return cls(path)
+
+    def __enter__(self) -> GgufFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the mappings; arrays still in use keep theirs until they go."""
+        self._maps = []
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """Every key of the (first) header with its decoded value."""
+        return self.headers[0].metadata
+
+    @property
+    def raw_metadata(self) -> dict[str, bytes]:
+        """Every key of the (first) header with the bytes of its value, type in front."""
+        return self.headers[0].raw
+
+    def info(self, name: str) -> TensorInfo:
+        """A tensor's shape and type. Raises KeyError for a name that is not there."""
+        return self._stored[name].info
+
+    def raw(self, name: str) -> NDArray[np.uint8]:
+        """A tensor's stored bytes, mapped: uint8[rows, row_bytes], leading dimensions flattened into rows."""
+        tensor = self._stored[name]
+        rows, width = row_bytes(tensor.info)
+        flat = np.frombuffer(self._maps[tensor.shard], np.uint8, rows * width, tensor.offset)
+        return flat.reshape(rows, width)
+
+    def read(self, name: str, rows: slice | None = None) -> NDArray[np.float32]:
+        """A tensor's weights as f32 in its own shape, or f32[rows, columns] of the flattened rows in ``rows``."""
+        from bitladder.kernels import dequantize  # noqa: PLC0415  (compiles code: only whoever reads weights pays for it)
+
+        info = self.info(name)
+        data = self.raw(name) if rows is None else self.raw(name)[rows]
+        values: NDArray[np.float32] = dequantize(data, info.qtype)
+        return values.reshape(info.shape) if rows is None else values
+
+    def release(self, name: str) -> None:
+        """Give back the mapped pages of a tensor. It can be read again; the system's cache keeps what it can."""
+        tensor = self._stored[name]
+        page = mmap.PAGESIZE
+        start = tensor.offset // page * page
+        length = tensor.offset + tensor.info.nbytes - start
+        if length:
+            self._maps[tensor.shard].madvise(mmap.MADV_DONTNEED, start, length)
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the file (of a split model: of its parts one after another), remembered by path, size and time of change."""
+        return _cached_sha256([header.path for header in self.headers])
+
+
+def _cached_sha256(paths: list[Path]) -> str:
+    stats = [path.stat() for path in paths]
+    identity = [
+        [str(path.resolve()), stat.st_size, stat.st_mtime_ns] for path, stat in zip(paths, stats, strict=True)
+    ]
+    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+    note = cache_folder("sha256") / key
+    if note.exists():
+        return note.read_text()
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while chunk := file.read(_HASH_CHUNK):
+                digest.update(chunk)
+    note.parent.mkdir(parents=True, exist_ok=True)
+    partial = note.with_suffix(f".{os.getpid()}")
+    partial.write_text(digest.hexdigest())
+    partial.replace(note)
+    return digest.hexdigest()
