@@ -1,0 +1,353 @@
+"""llama.cpp's recipes (its ``file_type``s): which qtype each tensor of a level gets.
+
+A recipe is a default qtype and, per role of a tensor, a list of rules; the first whose condition holds wins, and no rule
+means the default. Around the rules stand the cases that all recipes share: what is never quantized, the output and
+embedding tables, models of eight experts, 80-layer models, and what happens to rows that do not divide into blocks.
+
+Source: the behaviour of llama.cpp's llama-quantize (src/llama-quant.cpp, build 11434), checked tensor by tensor against
+what it does with eight model shapes at twelve levels (tests/fixtures/llama-recipes.json.gz).
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from bitladder.errors import UnknownLevel
+from bitladder.formats.blocks import QTYPES
+from bitladder.formats.tensors import TensorInfo
+
+
+class RecipeDims(Protocol):
+    """What recipes ask of a model."""
+
+    @property
+    def architecture(self) -> str: ...  # noqa: D102
+    @property
+    def n_layer(self) -> int: ...  # noqa: D102
+    @property
+    def n_gqa(self) -> int: ...  # noqa: D102
+    @property
+    def n_expert(self) -> int: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor stands: the ``index``-th of ``total`` of its role, in which model."""
+
+    index: int
+    total: int
+    dims: RecipeDims
+    has_importance: bool
+
+    @property
+    def is_falcon(self) -> bool:
+        return self.dims.architecture == "falcon"
+
+
+_Condition = Callable[[_Place], bool]
+_Rule = tuple[_Condition, str]
+
+
+def _always(place: _Place) -> bool:  # noqa: ARG001
+    return True
+
+
+def _sensitive(place: _Place) -> bool:
+    """The first and last eighth of the layers, and every third between."""
+    n = place.total
+    return place.index < n // 8 or place.index >= 7 * n // 8 or (place.index - n // 8) % 3 == 2
+
+
+def _first(share: int) -> _Condition:
+    """The first 1/``share`` of the layers."""
+    return lambda place: place.index < place.total // share
+
+
+def _before(count: int) -> _Condition:
+    """The first ``count`` tensors of the role."""
+    return lambda place: place.index < count
+
+
+def _grouped(place: _Place) -> bool:
+    """At least four query heads share a key/value head, so attn_v is small."""
+    return place.dims.n_gqa >= 4
+
+
+def _falcon(place: _Place) -> bool:
+    return place.is_falcon
+
+
+def _not_falcon(condition: _Condition = _always) -> _Condition:
+    return lambda place: not place.is_falcon and condition(place)
+
+
+def _falcon_and(condition: _Condition) -> _Condition:
+    return lambda place: place.is_falcon and condition(place)
+
+
+def _no_importance(condition: _Condition) -> _Condition:
+    return lambda place: not place.has_importance and condition(place)
+
+
+def _with_importance(condition: _Condition) -> _Condition:
+    return lambda place: place.has_importance and condition(place)
+
+
+def _dense(place: _Place) -> bool:
+    return not place.is_falcon and place.dims.n_expert != 8
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One ``file_type``: its number in files, the qtype in its name, and rules by role."""
+
+    level: str
+    file_type: int
+    qtype: str
+    rules: Mapping[str, tuple[_Rule, ...]] = field(default_factory=dict)
+    attn_output_of_8_experts: bool = False
+    """Whether attn_output gets Q5_K in a model of eight experts."""
+
+
+_RECIPES = (
+    Recipe("F32", 0, "F32"),
+    Recipe("BF16", 32, "BF16"),
+    Recipe("F16", 1, "F16"),
+    Recipe("Q8_0", 7, "Q8_0"),
+    Recipe("Q6_K", 18, "Q6_K"),
+    Recipe("Q5_1", 9, "Q5_1"),
+    Recipe("Q5_K_M", 17, "Q5_K", {"attn_v": ((_sensitive, "Q6_K"),), "ffn_down": ((_sensitive, "Q6_K"),)}),
+    Recipe("Q5_K_S", 16, "Q5_K"),
+    Recipe("Q5_0", 8, "Q5_0", {"ffn_down": ((_with_importance(_first(8)), "Q5_1"),)}),
+    Recipe("Q4_1", 3, "Q4_1"),
+    Recipe(
+        "Q4_K_M",
+        15,
+        "Q4_K",
+        {
+            "attn_v": ((_sensitive, "Q6_K"),),
+            "ffn_down": (
+                (_falcon_and(_first(16)), "Q6_K"),
+                (_falcon_and(_sensitive), "Q5_K"),
+                (_not_falcon(_sensitive), "Q6_K"),
+            ),
+        },
+        attn_output_of_8_experts=True,
+    ),
+    Recipe(
+        "Q4_K_S",
+        14,
+        "Q4_K",
+        {"attn_v": ((_before(4), "Q5_K"),), "ffn_down": ((_not_falcon(_first(8)), "Q5_K"),)},
+        attn_output_of_8_experts=True,
+    ),
+    Recipe("Q4_0", 2, "Q4_0", {"ffn_down": ((_with_importance(_first(8)), "Q4_1"),)}),
+    Recipe(
+        "IQ4_NL",
+        25,
+        "IQ4_NL",
+        {"attn_v": ((_grouped, "Q5_K"),), "ffn_down": ((_no_importance(_first(8)), "Q5_K"),)},
+        attn_output_of_8_experts=True,
+    ),
+    Recipe(
+        "IQ4_XS",
+        30,
+        "IQ4_XS",
+        {"attn_v": ((_grouped, "Q5_K"),), "ffn_down": ((_no_importance(_first(8)), "Q5_K"),)},
+        attn_output_of_8_experts=True,
+    ),
+    Recipe(
+        "Q3_K_L",
+        13,
+        "Q3_K",
+        {
+            "attn_v": ((_always, "Q5_K"),),
+            "ffn_down": ((_falcon, "Q4_K"), (_always, "Q5_K")),
+            "attn_output": ((_falcon, "Q4_K"), (_dense, "Q5_K")),
+        },
+    ),
+    Recipe(
+        "Q3_K_M",
+        12,
+        "Q3_K",
+        {
+            "attn_v": ((_before(2), "Q5_K"), (_always, "Q4_K")),
+            "ffn_down": ((_first(16), "Q5_K"), (_not_falcon(), "Q4_K"), (_sensitive, "Q4_K")),
+            "attn_output": ((_dense, "Q4_K"),),
+        },
+        attn_output_of_8_experts=True,
+    ),
+    Recipe("Q3_K_S", 11, "Q3_K", attn_output_of_8_experts=True),
+    Recipe(
+        "Q2_K",
+        10,
+        "Q2_K",
+        {
+            "attn_v": ((_grouped, "Q4_K"), (_always, "Q3_K")),
+            "ffn_down": ((_always, "Q3_K"),),
+            "attn_output": ((_dense, "Q3_K"),),
+        },
+        attn_output_of_8_experts=True,
+    ),
+)
+
+RECIPES: dict[str, Recipe] = {recipe.level: recipe for recipe in _RECIPES}
+LEVELS: tuple[str, ...] = (
+    "F16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K",
+)  # fmt: skip
+"""The ladder that is offered when nobody asks for particular levels, largest first. ``RECIPES`` has more."""
+FILE_TYPES: dict[str, int] = {recipe.level: recipe.file_type for recipe in _RECIPES}
+LEVEL_BY_FILE_TYPE: dict[int, str] = {recipe.file_type: recipe.level for recipe in _RECIPES}
+
+# Rows that do not divide into the wanted block get the next type with blocks of 32; rows that do not divide into those get F16.
+FALLBACKS = {
+    "Q2_K": "Q4_0",
+    "Q3_K": "Q4_0",
+    "Q4_K": "Q5_0",
+    "Q5_K": "Q5_1",
+    "Q6_K": "Q8_0",
+    "IQ4_XS": "IQ4_NL",
+}
+
+# The role of a tensor is decided by the first of these found in its name.
+_ROLES = (
+    ("attn_qkv.weight", "attn_v"),
+    ("attn_kv_b.weight", "attn_v"),
+    ("attn_v.weight", "attn_v"),
+    ("attn_k.weight", "attn_k"),
+    ("attn_output.weight", "attn_output"),
+    ("ffn_down", "ffn_down"),
+)
+_EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
+
+# Small or delicate matrices that stay in the source's type.
+_NEVER = (
+    "_norm.weight", "ffn_gate_inp.weight", "ffn_gate_tid2eid.weight", "altup", "laurel", "per_layer_model_proj",
+    "ssm_conv1d", "shortconv.conv.weight", "indexer.k_proj.weight", "indexer.q_proj.weight",
+    "time_mix_first.weight", "time_mix_w0.weight", "time_mix_w1.weight", "time_mix_w2.weight",
+    "time_mix_v0.weight", "time_mix_v1.weight", "time_mix_v2.weight",
+    "time_mix_a0.weight", "time_mix_a1.weight", "time_mix_a2.weight", "time_mix_g1.weight", "time_mix_g2.weight",
+    "time_mix_decay_w1.weight", "time_mix_decay_w2.weight", "time_mix_lerp_fused.weight",
+    "attn_rel_b.weight", ".position_embd", "sam.pos_embd", "sam.neck.", "sam.net_", ".rel_pos", ".patch_embd",
+    ".patch_merger", "a.rvq.codebook", "mm.a.code_embd",
+)  # fmt: skip
+_NEVER_WHOLE = ("position_embd.weight", "token_types.weight")
+
+# Families whose 80-layer models llama.cpp knows as "70B" when their heads are grouped.
+_SEVENTY = frozenset({"llama", "deci", "qwen2", "qwen2vl"})
+
+_BLOCK = re.compile(r"blk\.(\d+)\.")
+
+
+def level_name(text: str) -> str:
+    """The level that ``text`` names, in any case.
+
+    Raises:
+        UnknownLevel: no level has this name; the nearest is suggested.
+    """
+    name = text.strip().upper()
+    if name in RECIPES:
+        return name
+    near = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0.3)
+    raise UnknownLevel(
+        f"There is no level '{text}'.",
+        means=f"Did you mean {near[0]}?" if near else "",
+        do=f"Levels are {', '.join(RECIPES)}.",
+    )
+
+
+def is_quantizable(tensor: TensorInfo) -> bool:
+    """Whether recipes change a tensor's type at all: matrices and stacks of them, but no norms, routers and other small ones."""
+    if sum(1 for size in tensor.shape[:-1] if size != 1) == 0:
+        return False
+    name = tensor.name
+    return name.endswith("weight") and name not in _NEVER_WHOLE and not any(part in name for part in _NEVER)
+
+
+def fallback(qtype: str, columns: int) -> str:
+    """``qtype``, or what stands in for it when rows of ``columns`` weights do not divide into its blocks."""
+    if columns % QTYPES[qtype].block_size == 0:
+        return qtype
+    stand_in = FALLBACKS.get(qtype, "F16")
+    return stand_in if columns % QTYPES[stand_in].block_size == 0 else "F16"
+
+
+def _role(name: str) -> str:
+    return next((role for part, role in _ROLES if part in name), "")
+
+
+def _layer_order(tensor: TensorInfo) -> tuple[int, str]:
+    """llama.cpp counts tensors layer by layer, by name within a layer, whatever their order in the file."""
+    block = _BLOCK.match(tensor.name)
+    return (int(block[1]) if block else -1, tensor.name)
+
+
+def _table_type(recipe: Recipe, tensor: TensorInfo, dims: RecipeDims) -> str:
+    """The output matrix (or the embedding that doubles as one) gets Q6_K, or Q8_0 where that is asked or rows do not divide."""
+    if dims.architecture == "falcon" or tensor.shape[-1] % QTYPES[recipe.qtype].block_size:
+        return "Q8_0"
+    return recipe.qtype if recipe.qtype == "Q8_0" else "Q6_K"
+
+
+def _role_type(recipe: Recipe, role: str, place: _Place) -> str:
+    """What the rules say for a tensor of a role, before fallbacks."""
+    dims = place.dims
+    qtype = next((qtype for holds, qtype in recipe.rules.get(role, ()) if holds(place)), recipe.qtype)
+    seventy = dims.architecture in _SEVENTY and dims.n_layer == 80 and dims.n_gqa > 1
+    if role == "attn_v" and seventy and qtype in ("Q3_K", "Q4_K"):
+        qtype = "Q5_K"  # eight query heads share attn_v there: more bits cost almost nothing
+    if dims.n_expert == 8 and role in ("attn_v", "attn_k"):
+        return "Q8_0"  # tiny beside eight experts
+    if (
+        dims.n_expert == 8
+        and role == "attn_output"
+        and recipe.attn_output_of_8_experts
+        and not place.is_falcon
+    ):
+        return "Q5_K"
+    return qtype
+
+
+def assign(
+    level: str, tensors: Sequence[TensorInfo], dims: RecipeDims, *, has_importance: bool = False
+) -> dict[str, str]:
+    """The qtype of every tensor at a level, in the order given.
+
+    Tensors that recipes leave alone keep their own type. ``has_importance``: an importance matrix will be used, which a few
+    rules ask about.
+
+    Raises:
+        UnknownLevel: no level has this name.
+    """
+    recipe = RECIPES[level_name(level)]
+    names = {tensor.name for tensor in tensors}
+    tied = "output.weight" not in names
+    total_attn_v = sum(_role(name) == "attn_v" for name in names)
+    counted = {"attn_v": 0, "ffn_down": 0}
+    chosen: dict[str, str] = {}
+    for tensor in sorted(tensors, key=_layer_order):
+        if not is_quantizable(tensor):
+            chosen[tensor.name] = tensor.qtype
+            continue
+        if not QTYPES[recipe.qtype].is_quantized:
+            chosen[tensor.name] = recipe.qtype
+            continue
+        role = _role(tensor.name)
+        if tensor.name == "output.weight" or (tied and tensor.name in _EMBEDDINGS):
+            qtype = _table_type(recipe, tensor, dims)
+        elif tensor.name in _EMBEDDINGS:
+            qtype = recipe.qtype
+        else:
+            index = counted.get(role, 0)
+            if role == "ffn_down" and dims.n_expert > 1:
+                index = _layer_order(tensor)[0]  # several ffn_down tensors a layer: count layers instead
+            total = total_attn_v if role == "attn_v" else dims.n_layer
+            qtype = _role_type(recipe, role, _Place(index, total, dims, has_importance))
+        if role in counted:
+            counted[role] += 1
+        chosen[tensor.name] = fallback(qtype, tensor.shape[-1])
+    return {tensor.name: chosen[tensor.name] for tensor in tensors}
