@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from bitladder.units import human_bytes
+
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU and its memory, bytes."""
+    """A GPU and its memory, bytes. ``bandwidth`` and ``flops`` are 0 when nobody knows them."""
 
     name: str
     vram_total: int
     vram_free: int
+    bandwidth: float = 0.0
+    """Bytes per second its memory delivers."""
+    flops: float = 0.0
+    """Dense FP16 matrix throughput, operations per second."""
 
 
 @dataclass(frozen=True)
@@ -25,3 +31,17 @@ class Machine:
     ram_available: int
     disk_free: int
     gpus: tuple[Gpu, ...] = ()
+    unified: bool = False
+    """CPU and GPU share one memory: ``gpus`` then describes a view of the RAM, not more memory."""
+
+    @property
+    def vram_total(self) -> int:
+        """Memory of all GPUs, bytes; 0 when there is none or when it is the RAM itself."""
+        return 0 if self.unified else sum(gpu.vram_total for gpu in self.gpus)
+
+    @property
+    def summary(self) -> str:
+        """One line: what decides whether a model fits."""
+        parts = [f"{self.cores} cores", f"{human_bytes(self.ram_total)} RAM"]
+        parts += [f"{gpu.name} {human_bytes(gpu.vram_total)}" for gpu in self.gpus]
+        return ", ".join(parts)

@@ -1,0 +1,140 @@
+"""What this machine has: cores, memory, GPUs, disk. Respects the limits of a container; asks, never
+measures.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import psutil
+
+from bitladder.describe.machine import Gpu, Machine
+from bitladder.files.folders import cache_folder
+from bitladder.units import MiB
+
+_CGROUP = Path("/sys/fs/cgroup")
+_CPUINFO = Path("/proc/cpuinfo")
+_FEATURES = (
+    "sse3", "ssse3", "avx", "f16c", "fma", "avx2", "avx_vnni", "avx512f", "avx512bw", "avx512_vnni",
+    "avx512_bf16", "amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm", "sve",
+)  # fmt: skip
+"""Vector features that decide which of an engine's kernels run, in the kernel's (Linux) spelling."""
+
+
+def probe_machine(folder: Path | None = None) -> Machine:
+    """Describe this machine; ``disk_free`` is of the drive that holds ``folder`` (default: the user's
+    cache).
+    """
+    name, features = _cpu()
+    memory = psutil.virtual_memory()
+    limit, used = cgroup_memory()
+    total = min(memory.total, limit) if limit else memory.total
+    available = min(memory.available, max(0, limit - used)) if limit else memory.available
+    return Machine(
+        cpu=name,
+        cores=available_cores(),
+        features=features,
+        ram_total=total,
+        ram_available=available,
+        disk_free=disk_free(folder or cache_folder()),
+        gpus=probe_gpus(),
+        unified=platform.system() == "Darwin" and platform.machine() == "arm64",
+    )
+
+
+def available_cores(cgroup: Path = _CGROUP) -> int:
+    """Cores this process may use: its affinity mask, cut by the container's CPU quota; at least 1."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota, period = 0, 0
+    if text := _read(cgroup / "cpu.max"):  # version 2: "200000 100000" or "max 100000"
+        first, second = text.split()[:2]
+        quota, period = (0 if first == "max" else int(first)), int(second)
+    elif text := _read(cgroup / "cpu/cpu.cfs_quota_us"):  # version 1: -1 when there is none
+        quota, period = int(text), int(_read(cgroup / "cpu/cpu.cfs_period_us") or 0)
+    if quota > 0 and period > 0:
+        cores = min(cores, max(1, round(quota / period)))
+    return max(1, cores)
+
+
+def cgroup_memory(cgroup: Path = _CGROUP) -> tuple[int, int]:
+    """``(limit, used)`` in bytes of the container's memory, ``(0, 0)`` when it has no limit.
+
+    Page cache that the kernel gives back under pressure (``inactive_file``) does not count as used.
+    """
+    for limit_name, used_name, stat_name, key in (
+        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+        (
+            "memory/memory.limit_in_bytes",
+            "memory/memory.usage_in_bytes",
+            "memory/memory.stat",
+            "total_inactive_file",
+        ),
+    ):
+        text = _read(cgroup / limit_name)
+        if not text:
+            continue
+        if text == "max" or int(text) >= 1 << 60:
+            return 0, 0
+        stats = dict(line.split(maxsplit=1) for line in _read(cgroup / stat_name).splitlines() if " " in line)
+        used = int(_read(cgroup / used_name) or 0) - int(stats.get(key, 0))
+        return int(text), max(0, used)
+    return 0, 0
+
+
+def disk_free(folder: Path) -> int:
+    """Free bytes on the drive that holds ``folder``, which may not exist yet."""
+    at = folder.absolute()
+    while not at.exists() and at != at.parent:
+        at = at.parent
+    return shutil.disk_usage(at).free
+
+
+def probe_gpus() -> tuple[Gpu, ...]:
+    """NVIDIA GPUs as ``nvidia-smi`` reports them; empty when there is no such program or it finds no
+    driver.
+    """
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return ()
+    query = [program, "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ()
+    return parse_nvidia_smi(done.stdout) if done.returncode == 0 else ()
+
+
+def parse_nvidia_smi(text: str) -> tuple[Gpu, ...]:
+    """Rows of ``name, total MiB, free MiB``. Rows without numbers ("[N/A]": memory shared with the CPU) are
+    left out.
+    """
+    gpus = []
+    for row in csv.reader(io.StringIO(text), skipinitialspace=True):
+        if len(row) == 3 and row[1].strip().isdigit() and row[2].strip().isdigit():
+            gpus.append(Gpu(row[0].strip(), int(row[1]) * MiB, int(row[2]) * MiB))
+    return tuple(gpus)
+
+
+def _cpu() -> tuple[str, tuple[str, ...]]:
+    """The processor's name and those of its vector features that matter here."""
+    fields: dict[str, str] = {}
+    for line in _read(_CPUINFO).splitlines():
+        key, _, value = line.partition(":")
+        fields.setdefault(key.strip(), value.strip())
+    flags = set((fields.get("flags") or fields.get("Features") or "").split())
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    return name, tuple(feature for feature in _FEATURES if feature in flags)
+
+
+def _read(path: Path) -> str:
+    """A small kernel file's text, or nothing where this system has no such file."""
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""

@@ -1,0 +1,144 @@
+"""Where models come from: a file, a checkpoint folder, the hub, a local store, the demo. Whatever it is
+becomes a GGUF path.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bitladder.errors import BadInput
+from bitladder.files import convert, demo, hub
+from bitladder.progress import Progress, silent
+
+DEMOS = (demo.NAME,)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model as the stages use it."""
+
+    path: Path
+    """The GGUF file (the first one of a split model)."""
+    label: str
+    """How to call it: the file's name without ending, or org/name."""
+    warnings: tuple[str, ...] = ()
+    """What the user should see before believing any number."""
+    checkpoint: Path | None = None
+    """The checkpoint folder the GGUF was converted from; None when a GGUF was given."""
+    licence: str = ""
+    quantized: bool = field(default=False)
+    """The source itself is quantized: losses are relative to it, not to the original model."""
+
+
+def resolve(model: str, progress: Progress = silent) -> Source:
+    """Find or fetch a model and make it a GGUF file.
+
+    ``model`` is the path of a GGUF file or of a checkpoint folder (config.json and safetensors),
+    ``hf:org/name[@revision]``,
+    or ``smollm2-135m``, the small demo model.
+
+    Raises:
+        BadInput: nothing usable is there; the message says what was found.
+        FetchError: a download failed or arrived with another hash.
+        OutputError: the cache cannot be written.
+    """
+    if model == demo.NAME:
+        return Source(
+            demo.fetch_demo(progress), demo.NAME, (demo.WARNING,), licence=demo.LICENCE, quantized=True
+        )
+    if model.startswith("hf:"):
+        return _from_hub(model, progress)
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return _from_folder(path, path.resolve().name, "", progress)
+    if path.is_file():
+        return label_quantized(Source(path, path.stem))
+    raise BadInput(
+        f"There is no model '{model}'.",
+        means="It is neither a file, nor a folder, nor a known name.",
+        do=_advice(model, path),
+    )
+
+
+def _from_hub(model: str, progress: Progress) -> Source:
+    """Fetch a GGUF file, or a checkpoint to convert, into the hub's cache."""
+    name = hub.parse_name(model)
+    progress(f"asking the hub for {name.repo}", 0, 1)
+    repo = hub.list_repo(name)
+    checkpoint = (
+        not name.file
+        and any(file.name == "config.json" for file in repo.files)
+        and repo.ending(".safetensors")
+    )
+    ggufs = () if checkpoint else hub.choose_gguf(repo)
+    if ggufs:
+        first = hub.fetch(repo, ggufs, progress)[0]
+        return label_quantized(Source(first, first.stem, licence=repo.licence))
+    files = hub.fetch(repo, hub.checkpoint_files(repo), progress)
+    return _from_folder(files[0].parent, name.repo.split("/")[1], repo.licence, progress)
+
+
+def _from_folder(folder: Path, label: str, licence: str, progress: Progress) -> Source:
+    """A checkpoint folder, converted to GGUF; a folder with a single GGUF file is that file."""
+    ggufs = sorted(folder.glob("*.gguf"))
+    if not (folder / "config.json").exists() and len(hub.group_shards([path.name for path in ggufs])) == 1:
+        return label_quantized(Source(ggufs[0], ggufs[0].stem, licence=licence))
+    path = convert.convert_checkpoint(folder, label, progress)
+    return Source(path, label, _checkpoint_warnings(folder), checkpoint=folder, licence=licence)
+
+
+def _checkpoint_warnings(folder: Path) -> tuple[str, ...]:
+    """A checkpoint that is already quantized is dequantized on conversion; say so."""
+    config = json.loads((folder / "config.json").read_text())
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    if not method:
+        return ()
+    return (
+        f"This checkpoint is already quantized ({method}): every loss below is relative to it, not to the "
+        "original model.",
+    )
+
+
+def label_quantized(source: Source) -> Source:
+    """Mark a GGUF source whose weights are quantized. The header is read; the weights are not."""
+    from bitladder.files.gguf import read_header
+    from bitladder.formats.blocks import QTYPES
+
+    model = read_header(source.path)
+    stored: dict[str, int] = {}
+    for tensor in model.tensors:
+        if QTYPES[tensor.qtype].is_quantized:
+            stored[tensor.qtype] = stored.get(tensor.qtype, 0) + tensor.elements
+    if not stored:
+        return source
+    main = max(stored, key=lambda qtype: stored[qtype])
+    warning = (
+        f"The source is itself quantized ({main}, {model.bpw:.2f} bits per weight): every loss below is "
+        "relative to this "
+        "file, not to the original model."
+    )
+    return Source(
+        source.path,
+        source.label,
+        (*source.warnings, warning),
+        source.checkpoint,
+        source.licence,
+        quantized=True,
+    )
+
+
+def _advice(model: str, path: Path) -> str:
+    """What the user may have meant: a demo's name, a neighbouring file, the hub."""
+    parent = path.parent if path.parent.is_dir() else Path()
+    names = [str(entry) if path.parent != Path() else entry.name for entry in parent.iterdir()]
+    close = difflib.get_close_matches(model, [*DEMOS, *names], n=3, cutoff=0.6)
+    if close:
+        return "Did you mean " + " or ".join(close) + "?"
+    if model.count("/") == 1 and not model.startswith((".", "/", "~")):
+        return f"For a model on the Hugging Face hub write hf:{model}"
+    return (
+        f"Give a GGUF file, a folder with config.json and safetensors, hf:org/name, or {' or '.join(DEMOS)}."
+    )
