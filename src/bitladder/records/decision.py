@@ -9,13 +9,35 @@ from dataclasses import dataclass
 class Verdict:
     """What became of one level.
 
-    ``status``: ``quality tier``, ``speed tier``, ``both tiers``, ``meets the bar``, ``fails the bar``, ``cannot tell``,
-    ``does not fit`` or ``reference``.
+    ``status``: ``quality tier``, ``speed tier``, ``both tiers``, ``meets the bar``, ``fails the bar``,
+    ``cannot tell``, ``does not fit`` or ``reference``.
     """
 
     level: str
     status: str
     reason: str
+    loss: str = "not known"
+    """What is known of the loss: ``none`` (the reference itself), ``not told from zero``, ``measurable``,
+    ``known bad`` or ``not known``. A loss that cannot be seen and one known to be bad are different
+    things."""
+
+
+@dataclass(frozen=True)
+class TagVerdict:
+    """What one kind of work lost at one level, on the inputs that carry the tag.
+
+    ``status``: ``no loss seen``, ``loss seen`` (too few inputs to be sure) or ``loss known``.
+    """
+
+    level: str
+    tag: str
+    inputs: int
+    lost: int
+    gained: int
+    loss_low: float
+    loss_high: float
+    """95% interval of the loss in pass rate, as a share: 0.04 is four points."""
+    status: str
 
 
 @dataclass(frozen=True)
@@ -27,3 +49,14 @@ class Decision:
     speed: str | None
     verdicts: tuple[Verdict, ...]
     summary: str
+    outcome: str = "met"
+    """``met``: some level holds the bar; ``not met``: every level is known not to; ``cannot tell``: evidence
+    is missing."""
+    pair: str = ""
+    """How the tiers live on the machine: ``together``, ``swap``, ``one level`` or empty when there is no
+    choice."""
+    front: tuple[str, ...] = ()
+    """Levels that no other level beats in size, speed and loss at once, largest first."""
+    tags: tuple[TagVerdict, ...] = ()
+    next: tuple[str, ...] = ()
+    """What to measure next, where the evidence is not enough."""

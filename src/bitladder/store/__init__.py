@@ -1,1 +1,7 @@
-"""The evidence database."""
+"""The evidence store: every measurement with what it was measured on, in SQLite or PostgreSQL."""
+
+from __future__ import annotations
+
+from bitladder.store.evidence import KINDS, Evidence, Row
+
+__all__ = ["KINDS", "Evidence", "Row"]

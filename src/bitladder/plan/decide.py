@@ -1,0 +1,176 @@
+"""The choice of two levels from what was measured, and a reason for every other one. Pure: same evidence,
+same decision.
+
+The rule, in order:
+
+1. A level is a *candidate* when it fits the machine and meets every clause of the bar. A clause is met when
+   the whole 95% interval lies on its right side. The reference itself is never a candidate: it is what the
+   others are compared with.
+2. The *speed tier* is the fastest candidate by measured decode speed. Levels within five percent of the
+   fastest count as equally fast, and the smallest of them wins. Without speeds, decode is taken to be bound
+   by bytes: the smallest wins.
+3. The *quality tier* is the smallest candidate whose loss cannot be told from zero: the upper bound of its
+   mean KL is under 0.02 nats and the workload shows no more losses than gains. When no candidate is that
+   close, it is the candidate with the lowest KL. Never one with a higher KL than the speed tier's: then one
+   level serves both.
+4. The two stand in memory *together* when their sum fits the budget; otherwise the gateway *swaps* them. If
+   another near-lossless candidate fits beside the speed tier, it is taken instead of swapping.
+
+Every level is judged on its own interval; p values of the workload are adjusted for the number of levels
+(Holm).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from bitladder.plan.bar import DEFAULT_BAR, Bar, parse_bar
+from bitladder.plan.front import pareto
+from bitladder.plan.judge import MET, SAME_SPEED, UNKNOWN, Evidence, Judged, holm, judge, pairs_of
+from bitladder.plan.reasons import Tiers, summary, verdict
+from bitladder.records.decision import Decision, TagVerdict
+from bitladder.records.evaluation import Speed, WorkloadResult
+from bitladder.records.fidelity import Fidelity
+from bitladder.records.plan import Plan
+
+
+def decide(
+    plan: Plan,
+    fidelities: Sequence[Fidelity],
+    results: Sequence[WorkloadResult] = (),
+    *,
+    bar: Bar | str = DEFAULT_BAR,
+    reference: str | None = None,
+    speeds: Mapping[str, Speed] | None = None,
+    tags: Mapping[str, tuple[str, ...]] | None = None,
+) -> Decision:
+    """Choose a quality tier and a speed tier.
+
+    Args:
+        plan: the levels on this machine, with what fits.
+        fidelities: token-level losses, by level.
+        results: workload passes paired with the reference's, by level.
+        bar: what a level must hold.
+        reference: the level that the source itself is, if it stands in the plan.
+        speeds: measured speeds by level; otherwise those of ``results``.
+        tags: input of the workload to its tags.
+
+    Raises:
+        UsageError: the bar cannot be read.
+    """
+    parsed = parse_bar(bar) if isinstance(bar, str) else bar
+    evidence = _join(plan, fidelities, results, reference=reference, speeds=speeds or {}, tags=tags or {})
+    judged = [Judged(one, judge(parsed, one)) for one in evidence]
+    rivals = [one for one in judged if one.level != reference and one.evidence.plan.fits]
+    candidates = [one for one in rivals if one.outcome == MET]
+    speed = _speed_tier(candidates)
+    quality = _quality_tier(candidates, speed, plan.budget_bytes)
+    tiers = Tiers(quality, speed, _pair(quality, speed, plan.budget_bytes))
+    open_levels = any(one.outcome == UNKNOWN for one in rivals)
+    outcome = "met" if candidates else "cannot tell" if open_levels else "not met"
+    return Decision(
+        bar=parsed.text,
+        quality=quality.level if quality else None,
+        speed=speed.level if speed else None,
+        verdicts=tuple(verdict(one, tiers, reference) for one in judged),
+        summary=summary(tiers, parsed, plan, outcome, rivals),
+        outcome=outcome,
+        pair=tiers.pair,
+        front=pareto((one.level, one.evidence.plan.file_bytes, one.speed, one.kl) for one in judged),
+        tags=tuple(found for one in rivals for found in tag_verdicts(one.evidence)),
+        next=_next(rivals, quality),
+    )
+
+
+def _join(
+    plan: Plan,
+    fidelities: Sequence[Fidelity],
+    results: Sequence[WorkloadResult],
+    *,
+    reference: str | None,
+    speeds: Mapping[str, Speed],
+    tags: Mapping[str, tuple[str, ...]],
+) -> list[Evidence]:
+    """Bring the measurements together by level, in the plan's order."""
+    fidelity_of = {fidelity.level: fidelity for fidelity in fidelities}
+    result_of = {result.level: result for result in results}
+    decode = {result.level: result.decode_tokens_per_s for result in results}
+    decode |= {level: speed.decode_tokens_per_s for level, speed in speeds.items()}
+    adjusted = holm(
+        {r.level: r.p_value for r in results if r.level != reference and not math.isnan(r.p_value)}
+    )
+    return [
+        Evidence(
+            plan=level,
+            fidelity=fidelity_of.get(level.level),
+            result=result_of.get(level.level),
+            decode_tokens_per_s=decode.get(level.level, math.nan),
+            p_adjusted=adjusted.get(level.level, math.nan),
+            tags=tags,
+        )
+        for level in plan.levels
+    ]
+
+
+def _speed_tier(candidates: Sequence[Judged]) -> Judged | None:
+    """The fastest; the smallest among equally fast ones, or when speed is unknown."""
+    if not candidates:
+        return None
+    if any(math.isnan(one.speed) for one in candidates):
+        return min(candidates, key=lambda one: (one.total, one.kl))
+    fastest = max(one.speed for one in candidates)
+    return min(
+        (one for one in candidates if one.speed >= (1 - SAME_SPEED) * fastest),
+        key=lambda one: (one.total, one.kl),
+    )
+
+
+def _quality_tier(candidates: Sequence[Judged], speed: Judged | None, budget: int) -> Judged | None:
+    """The smallest near-lossless candidate, preferring those that live beside the speed tier; else the closest."""
+    if speed is None:
+        return None
+    near = sorted((one for one in candidates if one.near_lossless), key=lambda one: (one.total, one.kl))
+    if speed in near:
+        return speed
+    beside = [one for one in near if one.total + speed.total <= budget]
+    if near:
+        return (beside or near)[0]
+    # Without any KL the larger level is presumed to be the closer one.
+    return min(candidates, key=lambda one: (one.kl, one.total if math.isfinite(one.kl) else -one.total))
+
+
+def _pair(quality: Judged | None, speed: Judged | None, budget: int) -> str:
+    if quality is None or speed is None:
+        return ""
+    if quality is speed:
+        return "one level"
+    return "together" if quality.total + speed.total <= budget else "swap"
+
+
+def tag_verdicts(evidence: Evidence) -> list[TagVerdict]:
+    """Loss per tag of one level."""
+    if evidence.result is None:
+        return []
+    verdicts = []
+    for tag in sorted({tag for own in evidence.tags.values() for tag in own}):
+        pairs = pairs_of(evidence.result, evidence.tags, tag)
+        low, high = pairs.interval
+        status = "loss known" if low > 0 else "loss seen" if pairs.lost > pairs.gained else "no loss seen"
+        verdicts.append(
+            TagVerdict(evidence.plan.level, tag, pairs.inputs, pairs.lost, pairs.gained, low, high, status)
+        )
+    return verdicts
+
+
+def _next(rivals: Sequence[Judged], quality: Judged | None) -> tuple[str, ...]:
+    """What would settle the open levels: only those smaller than the choice matter once there is one."""
+    open_ones = [
+        one for one in rivals if one.outcome == UNKNOWN and (quality is None or one.total < quality.total)
+    ]
+    return tuple(
+        f"{one.level}: {judgement.need}"
+        for one in open_ones
+        for judgement in one.judgements
+        if judgement.need
+    )

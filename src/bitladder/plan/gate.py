@@ -1,0 +1,69 @@
+"""A bar as a check for continuous integration: an exit code, and JUnit XML that every CI system reads."""
+
+from __future__ import annotations
+
+from xml.etree import ElementTree
+
+from bitladder.records.decision import Decision
+
+EXIT_MET, EXIT_NOT_MET, EXIT_CANNOT_TELL = 0, 4, 5
+
+_PASSING = ("quality tier", "speed tier", "both tiers", "meets the bar", "reference")
+
+
+def gate_exit(decision: Decision) -> int:
+    """Exit code of the gate: every level asked for must hold the bar.
+
+    0 when all do, 4 when one is known not to (or does not fit), 5 when the evidence cannot tell. A known
+    failure outranks a doubt.
+    """
+    statuses = {verdict.status for verdict in decision.verdicts}
+    if statuses & {"fails the bar", "does not fit"}:
+        return EXIT_NOT_MET
+    if "cannot tell" in statuses or not statuses - {"reference"}:
+        return EXIT_CANNOT_TELL
+    return EXIT_MET
+
+
+def junit(decision: Decision, *, model: str) -> str:
+    """The verdicts as a JUnit document: one test case per level, a failure where the bar fails, an error
+    where none can tell."""
+    cases = []
+    for verdict in decision.verdicts:
+        case = ElementTree.Element(
+            "testcase",
+            classname=f"bitladder.{_clean(model)}",
+            name=f"{verdict.level} holds {decision.bar}",
+            time="0",
+        )
+        if verdict.status not in _PASSING:
+            kind = "error" if verdict.status == "cannot tell" else "failure"
+            outcome = ElementTree.SubElement(case, kind, message=_clean(verdict.reason), type=verdict.status)
+            outcome.text = _clean(f"{verdict.level}: {verdict.reason}")
+        else:
+            ElementTree.SubElement(case, "system-out").text = _clean(f"{verdict.status}: {verdict.reason}")
+        cases.append(case)
+    failures = sum(case.find("failure") is not None for case in cases)
+    errors = sum(case.find("error") is not None for case in cases)
+    counts: dict[str, str] = {
+        "tests": str(len(cases)),
+        "failures": str(failures),
+        "errors": str(errors),
+        "skipped": "0",
+        "time": "0",
+    }
+    suites = ElementTree.Element("testsuites", counts)
+    named = {"name": f"bitladder gate: {_clean(decision.bar)}"}
+    suite = ElementTree.SubElement(suites, "testsuite", named | counts)
+    suite.extend(cases)
+    ElementTree.indent(suites)
+    return ElementTree.tostring(suites, encoding="unicode", xml_declaration=True) + "\n"
+
+
+def _clean(text: str) -> str:
+    """Without the control characters that XML 1.0 cannot hold."""
+    return "".join(
+        character
+        for character in text
+        if character in "\t\n" or (ord(character) >= 32 and character not in "\ufffe\uffff")
+    )

@@ -1,0 +1,315 @@
+"""What the evidence says about one level and one clause of the bar: met, failed or unknown, and why."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from bitladder.plan.bar import UPPER, Bar, Clause
+from bitladder.records.evaluation import WorkloadResult
+from bitladder.records.fidelity import Fidelity
+from bitladder.records.plan import LevelPlan
+from bitladder.stats.noninferiority import inputs_needed, loss_interval
+from bitladder.units import human_bytes
+
+MET, FAILED, UNKNOWN = "met", "failed", "unknown"
+KNOWN_LOSS_P = 0.05
+"""Largest Holm-adjusted p at which a loss on the workload counts as known."""
+
+
+NEAR_LOSSLESS_KL = 0.02
+"""Nats. A level whose mean KL is known to be under this counts as one whose loss cannot be told from zero: by
+Pinsker's inequality the probability of any answer then shifts by at most 10 points on average."""
+SAME_SPEED = 0.05
+"""Speeds closer than this are one speed: run-to-run noise of a busy machine."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What was measured of one level; None where nothing was."""
+
+    plan: LevelPlan
+    fidelity: Fidelity | None = None
+    result: WorkloadResult | None = None
+    decode_tokens_per_s: float = math.nan
+    p_adjusted: float = math.nan
+    """McNemar's p of `result`, adjusted by Holm for the number of levels looked at."""
+    tags: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Input to its tags."""
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """One clause's outcome; ``need`` says what would settle an unknown one."""
+
+    outcome: str
+    reason: str
+    need: str = ""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A level with its evidence and what the bar says about it."""
+
+    evidence: Evidence
+    judgements: tuple[Judgement, ...]
+
+    @property
+    def level(self) -> str:
+        """Its name."""
+        return self.evidence.plan.level
+
+    @property
+    def outcome(self) -> str:
+        """``met``, ``failed`` or ``unknown``, all clauses together."""
+        return overall(self.judgements)
+
+    @property
+    def kl(self) -> float:
+        """Mean KL, nats; infinite where not measured, so that it never looks best."""
+        found = self.evidence.fidelity
+        return math.inf if found is None or math.isnan(found.kl_mean) else found.kl_mean
+
+    @property
+    def speed(self) -> float:
+        """Decoded tokens per second; NaN where not measured."""
+        return self.evidence.decode_tokens_per_s
+
+    @property
+    def total(self) -> int:
+        """Bytes in memory at the context."""
+        return self.evidence.plan.total_bytes
+
+    @property
+    def near_lossless(self) -> bool:
+        """KL known to be under `NEAR_LOSSLESS_KL`, and no more losses than gains on the workload."""
+        fidelity, result = self.evidence.fidelity, self.evidence.result
+        calm = result is None or len(result.lost) <= len(result.gained)
+        return fidelity is not None and fidelity.kl_high < NEAR_LOSSLESS_KL and calm
+
+    @property
+    def needs(self) -> str:
+        """What would settle the unknown clauses."""
+        return "; ".join(judgement.need for judgement in self.judgements if judgement.need)
+
+    def say(self, outcome: str) -> str:
+        """The reasons of the clauses with this outcome."""
+        return "; ".join(judgement.reason for judgement in self.judgements if judgement.outcome == outcome)
+
+
+def judge(bar: Bar, evidence: Evidence) -> tuple[Judgement, ...]:
+    """Every clause of the bar for one level."""
+    return tuple(_judge_clause(clause, evidence) for clause in bar.clauses)
+
+
+def overall(judgements: Sequence[Judgement]) -> str:
+    """``failed`` if any clause failed, else ``unknown`` if any is, else ``met``."""
+    outcomes = {judgement.outcome for judgement in judgements}
+    return FAILED if FAILED in outcomes else UNKNOWN if UNKNOWN in outcomes else MET
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Inputs of one level against the reference's: all of them, or those with a tag."""
+
+    inputs: int
+    lost: int
+    gained: int
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95% interval of the loss in pass rate."""
+        return loss_interval(self.lost, self.gained, self.inputs)
+
+
+def pairs_of(result: WorkloadResult, tags: Mapping[str, tuple[str, ...]], tag: str = "") -> Pairs:
+    """Counts over the whole workload, or over the inputs that carry ``tag``."""
+    if not tag:
+        return Pairs(result.inputs, len(result.lost), len(result.gained))
+    chosen = {name for name, own in tags.items() if tag in own}
+    return Pairs(len(chosen), len(chosen.intersection(result.lost)), len(chosen.intersection(result.gained)))
+
+
+def _judge_clause(clause: Clause, evidence: Evidence) -> Judgement:
+    """Dispatch on what the clause is about."""
+    on_passes = {
+        "no known loss": _no_known_loss,
+        "no loss": _no_loss,
+        "passes": _not_worse if clause.relative else _pass_rate,
+    }
+    if clause.metric in on_passes:
+        return on_passes[clause.metric](clause, evidence)
+    if clause.metric in ("memory", "size"):
+        have = evidence.plan.total_bytes if clause.metric == "memory" else evidence.plan.file_bytes
+        return _compare(clause, have, have, have, human_bytes)
+    if clause.metric == "speed":
+        speed = evidence.decode_tokens_per_s
+        return _compare(clause, speed, speed, speed, lambda value: f"{value:.1f} tokens/s")
+    return _fidelity(clause, evidence)
+
+
+def _fidelity(clause: Clause, evidence: Evidence) -> Judgement:
+    """A clause on KL, perplexity or top-1, from intervals over documents."""
+    found = evidence.fidelity
+    if found is None:
+        return Judgement(
+            UNKNOWN, f"{clause.metric} was not measured", f"measure {clause.metric}: bitladder measure"
+        )
+    value, low, high = {
+        "kl": (found.kl_mean, found.kl_low, found.kl_high),
+        "kl p99": (found.kl_p99, found.kl_p99, found.kl_p99),
+        "ppl ratio": (found.ppl_ratio, found.ppl_ratio_low, found.ppl_ratio_high),
+        "top1": (found.top1, found.top1_low, found.top1_high),
+    }[clause.metric]
+    show = _percent if clause.metric == "top1" else _short
+    judged = _compare(clause, value, low, high, show)
+    if judged.outcome != UNKNOWN or math.isnan(value):
+        return judged
+    return Judgement(UNKNOWN, judged.reason, _more_text(clause, value, low, high, found))
+
+
+def _more_text(clause: Clause, value: float, low: float, high: float, found: Fidelity) -> str:
+    """How much more text would move the interval off the limit: its width shrinks with the root of the
+    units."""
+    upper = clause.metric in UPPER
+    distance = abs(clause.value - value)
+    holding = value < clause.value if upper else value > clause.value
+    width = (high - value if upper else value - low) if holding else (value - low if upper else high - value)
+    if distance <= 0.02 * max(width, 1e-12):
+        return f"{clause.metric} lies at the limit itself: no amount of text will tell"
+    factor = (width / distance) ** 2
+    units = math.ceil(found.units * max(factor, 1.1))
+    return f"measure {clause.metric} on about {units - found.units} more {found.unit}s ({found.units} so far)"
+
+
+def _pass_rate(clause: Clause, evidence: Evidence) -> Judgement:
+    """A clause on the share of inputs passed, whatever the reference does."""
+    found = evidence.result
+    if found is None or clause.tag:
+        what = (
+            "a tag's pass rate has no limit of its own; use 'no loss' or the reference"
+            if clause.tag
+            else "no workload was run"
+        )
+        return Judgement(UNKNOWN, what, "run a workload")
+    judged = _compare(clause, found.passes / found.inputs, found.pass_low, found.pass_high, _percent)
+    need = f"add inputs to the workload ({found.inputs} so far)" if judged.outcome == UNKNOWN else ""
+    return Judgement(judged.outcome, judged.reason, need)
+
+
+def _not_worse(clause: Clause, evidence: Evidence) -> Judgement:
+    """Non-inferiority: the upper bound of the paired loss lies under the margin."""
+    if evidence.result is None:
+        return Judgement(UNKNOWN, "no workload was run", "run a workload")
+    pairs = pairs_of(evidence.result, evidence.tags, clause.tag)
+    if pairs.inputs == 0:
+        return Judgement(
+            UNKNOWN, f"no input carries the tag '{clause.tag}'", f"add inputs tagged '{clause.tag}'"
+        )
+    low, high = pairs.interval
+    loss, margin = (pairs.lost - pairs.gained) / pairs.inputs, clause.value
+    where = f"{clause.tag}: " if clause.tag else ""
+    seen = (
+        f"{where}{pairs.lost} lost and {pairs.gained} gained of {pairs.inputs}; "
+        f"loss {_points(loss)} ({100 * low:.1f} to {100 * high:.1f})"
+    )
+    if high < margin or (high == margin and clause.op == ">="):
+        return Judgement(MET, f"{seen}, within {_points(margin)}")
+    if low > margin:
+        return Judgement(FAILED, f"{seen}, more than {_points(margin)}")
+    changed = (pairs.lost + pairs.gained) / pairs.inputs
+    needed = inputs_needed(margin, loss, changed)
+    reason = f"{seen}, which cannot be told from {_points(margin)}"
+    if needed is None:
+        return Judgement(
+            UNKNOWN,
+            reason,
+            f"{where}the loss seen is not under {_points(margin)}: more inputs may only prove it",
+        )
+    return Judgement(
+        UNKNOWN, reason, f"{where}about {max(1, needed - pairs.inputs)} more inputs ({pairs.inputs} so far)"
+    )
+
+
+def _no_loss(clause: Clause, evidence: Evidence) -> Judgement:
+    """On these very inputs, nothing that the reference passed may be failed."""
+    if evidence.result is None:
+        return Judgement(UNKNOWN, "no workload was run", "run a workload")
+    pairs = pairs_of(evidence.result, evidence.tags, clause.tag)
+    where = f"{clause.tag}: " if clause.tag else ""
+    if pairs.inputs == 0:
+        return Judgement(
+            UNKNOWN, f"no input carries the tag '{clause.tag}'", f"add inputs tagged '{clause.tag}'"
+        )
+    low, high = pairs.interval
+    if pairs.lost == 0:
+        return Judgement(
+            MET, f"{where}nothing lost on {pairs.inputs} inputs (a loss under {_points(high)} would not show)"
+        )
+    seen = f"{where}{pairs.lost} lost and {pairs.gained} gained of {pairs.inputs}"
+    if low > 0 or pairs.gained == 0:
+        return Judgement(FAILED, seen)
+    return Judgement(
+        UNKNOWN, f"{seen}, which may be chance", f"{where}more inputs: losses and gains are mixed"
+    )
+
+
+def _no_known_loss(clause: Clause, evidence: Evidence) -> Judgement:
+    """A veto: only a loss that the workload proves counts."""
+    if evidence.result is None:
+        return Judgement(MET, "no workload was run")
+    pairs = pairs_of(evidence.result, evidence.tags, clause.tag)
+    if pairs.inputs == 0:
+        return Judgement(MET, f"no input carries the tag '{clause.tag}'")
+    seen = f"{pairs.lost} lost and {pairs.gained} gained of {pairs.inputs} inputs"
+    known = pairs.interval[0] > 0 if clause.tag else loss_is_known(evidence)
+    where = f"{clause.tag}: " if clause.tag else ""
+    if known:
+        return Judgement(FAILED, f"{where}{seen}, more than chance")
+    return Judgement(MET, f"{where}{seen}, no loss proven")
+
+
+def loss_is_known(evidence: Evidence) -> bool:
+    """The workload proves that this level passes fewer inputs than the reference."""
+    found = evidence.result
+    return found is not None and len(found.lost) > len(found.gained) and evidence.p_adjusted <= KNOWN_LOSS_P
+
+
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """Holm's step-down adjustment: looking at many levels must not make chance look like a loss."""
+    adjusted: dict[str, float] = {}
+    running = 0.0
+    for rank, (name, p) in enumerate(sorted(p_values.items(), key=lambda item: item[1])):
+        running = max(running, min(1.0, p * (len(p_values) - rank)))
+        adjusted[name] = running
+    return adjusted
+
+
+def _compare(
+    clause: Clause, value: float, low: float, high: float, show: Callable[[float], str]
+) -> Judgement:
+    """An interval against a limit."""
+    if math.isnan(value) or math.isnan(low) or math.isnan(high):
+        return Judgement(UNKNOWN, f"{clause.metric} is not estimable", f"measure {clause.metric}")
+    seen = f"{clause.metric} {show(value)}" + (f" ({show(low)} to {show(high)})" if low != high else "")
+    limit, inclusive, upper = clause.value, "=" in clause.op, clause.metric in UPPER
+    worst, best = (high, low) if upper else (-low, -high)
+    edge = limit if upper else -limit
+    if worst < edge or (inclusive and worst == edge):
+        return Judgement(MET, seen)
+    if best > edge or (not inclusive and best == edge):
+        return Judgement(FAILED, f"{seen}, limit {show(limit)}")
+    return Judgement(UNKNOWN, f"{seen} straddles {show(limit)}", f"measure {clause.metric} longer")
+
+
+def _short(value: float) -> str:
+    return f"{value:.3g}"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}%"
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:.1f} points"

@@ -1,0 +1,131 @@
+"""The words of a decision: status and reason of each level, and the whole in a sentence or two."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from bitladder.plan.bar import Bar
+from bitladder.plan.judge import (
+    FAILED,
+    MET,
+    NEAR_LOSSLESS_KL,
+    SAME_SPEED,
+    UNKNOWN,
+    Judged,
+    loss_is_known,
+)
+from bitladder.records.decision import Verdict
+from bitladder.records.plan import Plan
+from bitladder.units import human_bytes
+
+
+@dataclass(frozen=True)
+class Tiers:
+    """The two chosen levels and how they live in memory; both None when nothing qualifies."""
+
+    quality: Judged | None
+    speed: Judged | None
+    pair: str
+
+
+def verdict(one: Judged, tiers: Tiers, reference: str | None) -> Verdict:
+    """Status and reason of one level."""
+    status, reason = _status(one, tiers, reference)
+    return Verdict(one.level, status, reason, "none" if one.level == reference else _loss(one))
+
+
+def _status(one: Judged, tiers: Tiers, reference: str | None) -> tuple[str, str]:
+    if one.level == reference:
+        return "reference", "what the others are compared with"
+    if not one.evidence.plan.fits:
+        return "does not fit", one.evidence.plan.reason
+    if one.outcome == FAILED:
+        return "fails the bar", one.say(FAILED)
+    if one.outcome == UNKNOWN:
+        return "cannot tell", ": ".join(part for part in (one.say(UNKNOWN), one.needs) if part)
+    return _placed(one, tiers)
+
+
+def _placed(one: Judged, tiers: Tiers) -> tuple[str, str]:
+    """A level that meets the bar: in a tier, or passed over."""
+    quality, speed = tiers.quality, tiers.speed
+    assert quality is not None
+    assert speed is not None  # a level met the bar, so both tiers are chosen
+    fastest = "the smallest that meets the bar"
+    if not math.isnan(speed.speed):
+        fastest = "the fastest that meets the bar"
+    if one is quality and one is speed:
+        also = "its loss cannot be told from zero" if one.near_lossless else "none is closer to the reference"
+        return "both tiers", f"{fastest}, and {also}; {one.say(MET)}"
+    if one is quality:
+        how = "the closest to the reference that meets the bar"
+        if one.near_lossless:
+            how = "the smallest whose loss cannot be told from zero"
+        return "quality tier", f"{how}; {one.say(MET)}"
+    if one is speed:
+        return "speed tier", f"{fastest}; {one.say(MET)}"
+    return "meets the bar", _passed_over(one, quality, speed)
+
+
+def _passed_over(one: Judged, quality: Judged, speed: Judged) -> str:
+    """Why a level that meets the bar is in neither tier."""
+    if one.near_lossless and one.total >= quality.total:
+        more = human_bytes(one.total - quality.total)
+        return f"{more} larger than {quality.level}, whose loss cannot be told from zero either"
+    if one.near_lossless and quality.near_lossless:
+        return f"smaller than {quality.level}, but does not fit beside {speed.level} in memory"
+    slower = speed.speed / one.speed - 1 if one.speed > 0 else math.nan
+    size = one.total - speed.total
+    against = f"{human_bytes(abs(size))} {'larger' if size >= 0 else 'smaller'} than {speed.level}"
+    if slower > SAME_SPEED:
+        against += f" and {100 * slower:.0f}% slower"
+    elif not math.isnan(slower):
+        against += " and no faster"
+    return f"{against}; further from the reference than {quality.level}"
+
+
+def _loss(one: Judged) -> str:
+    """What is known of the loss."""
+    fidelity = one.evidence.fidelity
+    if fidelity is None and one.evidence.result is None:
+        return "not known"
+    if loss_is_known(one.evidence):
+        return "known bad"
+    if one.outcome == FAILED and fidelity is not None and fidelity.kl_low > NEAR_LOSSLESS_KL:
+        return "known bad"
+    return "not told from zero" if one.near_lossless else "measurable"
+
+
+def summary(tiers: Tiers, bar: Bar, plan: Plan, outcome: str, rivals: Sequence[Judged]) -> str:
+    """The decision in a sentence or two."""
+    quality, speed = tiers.quality, tiers.speed
+    if quality is None or speed is None:
+        return _nothing_chosen(bar, plan, outcome, rivals)
+    closeness = "its loss cannot be told from zero" if quality.near_lossless else f"KL {quality.kl:.3g}"
+    if quality is speed:
+        also = "" if quality.near_lossless else "; no other candidate is closer to the reference"
+        return f"Deploy {quality.level} alone: it holds the bar '{bar.text}' ({closeness}{also})."
+    ratio = speed.speed / quality.speed
+    faster = f", {ratio:.2f} times as fast" if ratio > 1 + SAME_SPEED else ""
+    saved = f"{100 * (1 - speed.total / quality.total):.0f}% less memory"
+    how = "They do not fit in memory together and are swapped."
+    if tiers.pair == "together":
+        how = "Both fit in memory together."
+    return (
+        f"Deploy {quality.level} for quality ({closeness}) and {speed.level} for speed "
+        f"(KL {speed.kl:.3g}, {saved}{faster}). {how}"
+    )
+
+
+def _nothing_chosen(bar: Bar, plan: Plan, outcome: str, rivals: Sequence[Judged]) -> str:
+    if not rivals:
+        room = human_bytes(plan.budget_bytes)
+        return f"No level besides the reference fits in {room} at a context of {plan.n_ctx} tokens."
+    if outcome == "not met":
+        best = min(rivals, key=lambda one: one.kl)
+        return (
+            f"No level that fits holds the bar '{bar.text}'. The closest is {best.level}: {best.say(FAILED)}."
+        )
+    return f"The evidence cannot tell whether a level holds the bar '{bar.text}'."

@@ -1,0 +1,273 @@
+"""Measurements, stored under everything that could change them.
+
+A row is addressed by its kind and the SHA-256 of its key, written as canonical JSON (sorted, no spaces): the
+same source hash, level, recipe, method, text and engine version always find the same row, and any difference
+is another row. ``put`` is one statement that inserts or replaces, so that two processes writing at once lose
+nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bitladder import __version__
+from bitladder.errors import BadInput, BitladderError, OutputError
+from bitladder.records import to_json
+from bitladder.store.connect import explain, make_engine, one_at_a_time, shown
+from bitladder.store.location import store_url
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection, Engine
+
+KINDS = ("fidelity", "answer", "speed", "file", "machine", "decision")
+EXPORT_FORMAT = "bitladder-evidence"
+
+_UPSERT = """
+    INSERT INTO evidence (kind, key_hash, key, value, created, bitladder, host)
+    VALUES (:kind, :key_hash, :key, :value, :created, :bitladder, :host)
+    ON CONFLICT (kind, key_hash) DO UPDATE SET value = excluded.value, created = excluded.created,
+        bitladder = excluded.bitladder, host = excluded.host
+"""
+_UPSERT_NEWER = _UPSERT + " WHERE excluded.created > evidence.created"
+_COLUMNS = "kind, key, value, created, bitladder, host"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement: what it is of (``key``), what was found (``value``), when, by which Bitladder, on what
+    host."""
+
+    kind: str
+    key: dict[str, Any]
+    value: Any
+    created: str
+    bitladder: str
+    host: dict[str, Any]
+
+
+def canonical(value: Any) -> str:
+    """JSON that is the same for the same data: keys sorted, no spaces, NaN refused."""
+    return json.dumps(
+        to_json(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    )
+
+
+def host_facts() -> dict[str, Any]:
+    """What a reader needs to repeat a number on a like machine; no names of people or hosts."""
+    return {
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+    }
+
+
+class Evidence:
+    """An open store. Use as a context manager, or call `close`."""
+
+    def __init__(self, engine: Engine, url: str) -> None:
+        self._engine = engine
+        self.url = url
+
+    @classmethod
+    def open(cls, url: str | None = None) -> Evidence:
+        """Open the store and bring its schema up to date.
+
+        Args:
+            url: a SQLAlchemy URL or the path of a SQLite file; ``BITLADDER_STORE`` or the user's data folder
+                by default.
+
+        Raises:
+            BadInput: the URL cannot be read, the file is no database of ours, or the server does not answer.
+            OutputError: the folder or the database cannot be written, or another process keeps it locked.
+        """
+        from bitladder.store.migrations import migrate
+
+        full = store_url(url)
+        engine = make_engine(full)
+        store = cls(engine, full)
+        try:
+            with store._transaction() as connection:
+                one_at_a_time(connection)
+                migrate(connection)
+        except ValueError as error:
+            engine.dispose()
+            raise BadInput(
+                f"The evidence store {shown(full)} has {error}.",
+                means="It was written by a later Bitladder.",
+                do="Upgrade Bitladder, or name another store with BITLADDER_STORE.",
+            ) from None
+        except BitladderError:
+            engine.dispose()
+            raise
+        return store
+
+    def __enter__(self) -> Evidence:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give back connections and files."""
+        self._engine.dispose()
+
+    def get(self, kind: str, key: Mapping[str, Any]) -> Any | None:
+        """The value under this very key, or None."""
+        from sqlalchemy import text
+
+        query = text("SELECT value FROM evidence WHERE kind = :kind AND key_hash = :key_hash")
+        with self._transaction(write=False) as connection:
+            found = connection.execute(
+                query, {"kind": _kind(kind), "key_hash": _hash(canonical(key))}
+            ).scalar()
+        return None if found is None else json.loads(found)
+
+    def put(self, kind: str, key: Mapping[str, Any], value: Any) -> None:
+        """Store a value under a key; a second time replaces it. Records are stored as their JSON; NaN as
+        null."""
+        now = datetime.now(UTC).isoformat(timespec="microseconds")
+        row = Row(_kind(kind), to_json(dict(key)), value, now, __version__, host_facts())
+        self._write([_parameters(row)], _UPSERT)
+
+    def find(self, kind: str, **partial: Any) -> list[Row]:
+        """Rows of a kind whose key holds these values, newest first."""
+        from sqlalchemy import text
+
+        query = text(f"SELECT {_COLUMNS} FROM evidence WHERE kind = :kind ORDER BY created DESC, id DESC")
+        wanted = to_json(partial)
+        with self._transaction(write=False) as connection:
+            rows = [_row(row) for row in connection.execute(query, {"kind": _kind(kind)})]
+        return [
+            row
+            for row in rows
+            if all(name in row.key and row.key[name] == value for name, value in wanted.items())
+        ]
+
+    def export(self, path: Path) -> int:
+        """Write everything as JSON lines, oldest first, whole or not at all; returns the number of rows.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
+        from sqlalchemy import text
+
+        part = path.with_name(path.name + ".part")
+        count = 0
+        try:
+            with self._transaction(write=False) as connection, part.open("w", encoding="utf-8") as out:
+                out.write(
+                    json.dumps({"format": EXPORT_FORMAT, "version": 1, "bitladder": __version__}) + "\n"
+                )
+                for row in connection.execute(text(f"SELECT {_COLUMNS} FROM evidence ORDER BY created, id")):
+                    out.write(json.dumps(to_json(_row(row)), sort_keys=True, ensure_ascii=False) + "\n")
+                    count += 1
+            part.replace(path)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            raise OutputError(
+                f"{path} cannot be written: {error.strerror}.", do="Name another file."
+            ) from error
+        return count
+
+    def import_(self, path: Path) -> int:
+        """Take in an export; of two rows under one key the newer stays. Returns the number of rows read.
+
+        Raises:
+            BadInput: the file is missing, or no export of ours (with the line at fault); nothing is taken in
+            then.
+        """
+        rows = list(_read_export(path))
+        self._write([_parameters(row) for row in rows], _UPSERT_NEWER)
+        return len(rows)
+
+    def _write(self, rows: list[dict[str, str]], statement: str) -> None:
+        from sqlalchemy import text
+
+        if rows:
+            with self._transaction() as connection:
+                connection.execute(text(statement), rows)
+
+    @contextmanager
+    def _transaction(self, *, write: bool = True) -> Iterator[Connection]:
+        """A transaction whose database errors are told in the user's terms."""
+        from sqlalchemy.exc import DatabaseError, InterfaceError, OperationalError
+
+        try:
+            with self._engine.connect() as connection, connection.begin():
+                if write and connection.dialect.name == "sqlite":
+                    # Take the write lock now: a reader that turns writer late cannot wait its turn, it fails.
+                    connection.exec_driver_sql("BEGIN IMMEDIATE")
+                elif connection.dialect.name == "sqlite":
+                    connection.exec_driver_sql("BEGIN")
+                yield connection
+        except (OperationalError, DatabaseError, InterfaceError) as error:
+            raise explain(error, self.url) from error
+
+
+def _kind(kind: str) -> str:
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}; got {kind!r} instead")
+    return kind
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _parameters(row: Row) -> dict[str, str]:
+    """A row as the statement's parameters."""
+    key = canonical(row.key)
+    return {
+        "kind": row.kind,
+        "key_hash": _hash(key),
+        "key": key,
+        "value": canonical(row.value),
+        "created": row.created,
+        "bitladder": row.bitladder,
+        "host": canonical(row.host),
+    }
+
+
+def _row(row: Any) -> Row:
+    kind, key, value, created, version, host = row
+    return Row(kind, json.loads(key), json.loads(value), created, version, json.loads(host))
+
+
+def _read_export(path: Path) -> Iterator[Row]:
+    """Rows of an export, checked line by line."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path} cannot be read as an export: {error}.") from error
+    for number, line in enumerate(lines, start=1):
+        try:
+            data = json.loads(line)
+            if number == 1:
+                if data["format"] != EXPORT_FORMAT:
+                    raise ValueError(f"format is {data['format']!r}")
+                continue
+            yield Row(
+                _kind(data["kind"]),
+                dict(data["key"]),
+                data["value"],
+                str(data["created"]),
+                str(data["bitladder"]),
+                dict(data["host"]),
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise BadInput(
+                f"Line {number} of {path} is not evidence: {error}.",
+                do="Use a file that `bitladder evidence export` wrote.",
+            ) from error
+    if not lines:
+        raise BadInput(f"{path} is empty.", do="Use a file that `bitladder evidence export` wrote.")
