@@ -1,0 +1,225 @@
+"""What a model keeps per token and per sequence while it runs: its KV cache, layer by layer, in llama.cpp's
+layout.
+
+A layer keeps one of
+
+    full       a key and a value row for every token of the context: n_head_kv * head_dim weights each.
+    Grouped and
+               multi-query attention differ in n_head_kv only.
+    window     the same for the last ``window`` tokens only (sliding-window layers; which ones is the
+    family's pattern)
+    latent     one row of kv_lora_rank + rope dimensions for every token, no value row (multi-head latent
+    attention)
+    state      a convolution and a recurrent state per sequence, 32-bit floats, whatever the context (Mamba,
+    RWKV,
+               gated delta nets, short convolutions)
+
+and a few hybrids keep a state and a KV row in the same layer.
+Source: llama.cpp's llama-kv-cache*.cpp, llama-memory-recurrent.cpp and llama-hparams.cpp (build 11549),
+checked against
+what its allocator reports (benchmarks/memory_prediction.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from bitladder.describe.model import Model, ModelDims
+from bitladder.formats.blocks import QTYPES
+
+_PATTERN = {
+    "gemma2": 2, "gemma3": 6, "gemma3n": 5, "cohere2": 4, "gpt-oss": 2, "llama4": 4, "exaone4": 4, "olmo2": 4,
+    "smallthinker": 4, "plamo3": 8,
+}  # fmt: skip
+"""Family -> every how many layers one attends to the whole context; the others see the window. Families that
+are not here
+and whose file has no pattern of its own attend to everything, also where config.json names a window (llama,
+qwen2)."""
+_WINDOW = {"llama4": 8192}
+"""Families whose window is not in the header (Llama 4 attends in chunks)."""
+_DENSE_FIRST = {"smallthinker"}
+"""Families where the whole-context layer is the first of its group, not the last."""
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """What one layer keeps. Widths in weights, states in weights per sequence."""
+
+    k_width: int = 0
+    v_width: int = 0
+    window: int = 0
+    """Tokens a window layer sees; 0 for the whole context."""
+    state: int = 0
+
+
+@dataclass(frozen=True)
+class CacheBytes:
+    """Bytes of a whole cache, in its parts."""
+
+    full: int
+    window: int
+    state: int
+
+    @property
+    def total(self) -> int:
+        """Everything."""
+        return self.full + self.window + self.state
+
+
+def layer_caches(model: Model) -> tuple[LayerCache, ...]:
+    """What each layer of a model keeps."""
+    dims, metadata = model.dims, model.metadata
+    keys = _Keys(metadata, dims.architecture)
+    heads = keys.per_layer("attention.head_count_kv", dims.n_layer, dims.n_head_kv)
+    rank = keys.number("attention.kv_lora_rank", 0)
+    if rank:
+        rope = keys.number("rope.dimension_count", 64)
+        row = LayerCache(k_width=rank + rope)
+        return tuple(row for _ in range(dims.n_layer))
+    windows = _windows(dims, keys)
+    state = _state(dims, keys)
+    recurrent = _recurrent(dims, keys, heads, state)
+    layers = []
+    for layer in range(dims.n_layer):
+        own_state = state if recurrent[layer] else 0
+        attends = heads[layer] > 0 and (not recurrent[layer] or dims.architecture in _PARALLEL)
+        k_head, v_head = _head_dims(dims, keys, bool(windows[layer]))
+        layers.append(
+            LayerCache(
+                k_width=heads[layer] * k_head if attends else 0,
+                v_width=heads[layer] * v_head if attends else 0,
+                window=windows[layer] if attends else 0,
+                state=own_state,
+            )
+        )
+    shared = keys.number("attention.shared_kv_layers", 0)
+    return tuple(layers[: dims.n_layer - shared]) + tuple(LayerCache() for _ in range(shared))
+
+
+def cache_bytes(
+    layers: tuple[LayerCache, ...],
+    n_ctx: int,
+    *,
+    n_seq: int = 1,
+    n_ubatch: int = 512,
+    type_k: str = "F16",
+    type_v: str = "F16",
+) -> CacheBytes:
+    """Bytes the engine allocates for ``n_ctx`` tokens of context shared by ``n_seq`` sequences.
+
+    The engine rounds the context up to 256 tokens, and gives a window layer room for every sequence's window
+    and one
+    micro-batch of ``n_ubatch`` tokens, never more than the context.
+    """
+    cells = padded_context(n_ctx)
+    full = window = state = 0
+    for layer in layers:
+        if layer.window:
+            own = min(cells, padded_context(layer.window * n_seq + n_ubatch))
+            window += own * _row(layer, type_k, type_v)
+        else:
+            full += cells * _row(layer, type_k, type_v)
+        state += layer.state * 4 * n_seq
+    return CacheBytes(full, window, state)
+
+
+def padded_context(n_ctx: int) -> int:
+    """Cells the engine really makes for a context: the next multiple of 256."""
+    return -(-n_ctx // 256) * 256
+
+
+def _row(layer: LayerCache, type_k: str, type_v: str) -> int:
+    """Bytes of one token in one layer. Rows that do not divide into a block count as whole blocks."""
+    total = 0
+    for width, qtype in ((layer.k_width, QTYPES[type_k]), (layer.v_width, QTYPES[type_v])):
+        total += -(-width // qtype.block_size) * qtype.type_size
+    return total
+
+
+class _Keys:
+    """Numbers of a header under one architecture's prefix; absent or odd ones become the default."""
+
+    def __init__(self, metadata: Mapping[str, Any], architecture: str) -> None:
+        self.metadata = metadata
+        self.prefix = architecture + "."
+
+    def raw(self, name: str) -> Any:
+        return self.metadata.get(self.prefix + name)
+
+    def number(self, name: str, default: int) -> int:
+        value = self.raw(name)
+        if isinstance(value, list):
+            value = max((item for item in value if isinstance(item, int)), default=default)
+        return value if isinstance(value, int) and not isinstance(value, bool) else default
+
+    def per_layer(self, name: str, n_layer: int, default: int) -> list[int]:
+        value = self.raw(name)
+        if isinstance(value, list) and len(value) >= n_layer:
+            return [int(item) for item in value[:n_layer]]
+        return [self.number(name, default)] * n_layer
+
+
+def _windows(dims: ModelDims, keys: _Keys) -> list[int]:
+    """Per layer the tokens it sees, 0 for all of them."""
+    window = dims.sliding_window or _WINDOW.get(dims.architecture, 0)
+    stated = keys.raw("attention.sliding_window_pattern")
+    if not window:
+        return [0] * dims.n_layer
+    if isinstance(stated, list) and len(stated) >= dims.n_layer:
+        return [window if item else 0 for item in stated[: dims.n_layer]]
+    every = stated if isinstance(stated, int) else _PATTERN.get(dims.architecture, 0)
+    if every < 2:
+        return [window if every == 0 and stated is not None else 0] * dims.n_layer
+    whole = 0 if dims.architecture in _DENSE_FIRST else every - 1
+    return [0 if layer % every == whole else window for layer in range(dims.n_layer)]
+
+
+def _head_dims(dims: ModelDims, keys: _Keys, windowed: bool) -> tuple[int, int]:
+    """Head dimensions of a layer; a few families use other ones in window layers."""
+    if not windowed:
+        return dims.head_dim_k, dims.head_dim_v
+    return (
+        keys.number("attention.key_length_swa", dims.head_dim_k),
+        keys.number("attention.value_length_swa", dims.head_dim_v),
+    )
+
+
+_PARALLEL = {"falcon-h1"}
+"""Families whose layers attend and keep a state at once."""
+_EVERY_FOURTH = {"qwen3next", "qwen35", "qwen35moe"}
+"""Families of gated delta nets where, unless the file says otherwise, every fourth layer attends."""
+
+
+def _state(dims: ModelDims, keys: _Keys) -> int:
+    """Weights of the convolution and recurrent state of one recurrent layer."""
+    conv, inner = keys.number("ssm.conv_kernel", 0), keys.number("ssm.inner_size", 0)
+    size, groups = keys.number("ssm.state_size", 0), keys.number("ssm.group_count", 0)
+    if inner:
+        return max(0, conv - 1) * (inner + 2 * groups * size) + size * inner
+    head = keys.number("wkv.head_size", 0)
+    if head:
+        shift = keys.number("token_shift_count", 2)
+        return shift * dims.n_embd + head * dims.n_embd
+    short = keys.number("shortconv.l_cache", 0)
+    return dims.n_embd * (short - 1) if short else 0
+
+
+def _recurrent(dims: ModelDims, keys: _Keys, heads: list[int], state: int) -> list[bool]:
+    """Which layers keep a state."""
+    if not state:
+        return [False] * dims.n_layer
+    if dims.architecture in _PARALLEL:
+        return [True] * dims.n_layer
+    if isinstance(keys.raw("attention.head_count_kv"), list):
+        ff = keys.raw("feed_forward_length")
+        feeds = [isinstance(ff, list) and layer < len(ff) and ff[layer] > 0 for layer in range(dims.n_layer)]
+        alone = dims.architecture.startswith(
+            "nemotron_h"
+        )  # there a layer is one of: state, attention, feed-forward
+        return [count == 0 and not (alone and feeds[layer]) for layer, count in enumerate(heads)]
+    if dims.architecture in _EVERY_FOURTH:
+        every = keys.number("full_attention_interval", 4)
+        return [(layer + 1) % every != 0 for layer in range(dims.n_layer)]
+    return [True] * dims.n_layer
