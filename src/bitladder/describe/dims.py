@@ -18,7 +18,7 @@ _LARGEST = 1 << 31
 
 def known_architectures() -> frozenset[str]:
     """Architecture names that llama.cpp's own package knows."""
-    from gguf.constants import MODEL_ARCH_NAMES  # noqa: PLC0415  (imported late: only whoever reads a model pays for it)
+    from gguf.constants import MODEL_ARCH_NAMES
 
     return frozenset(MODEL_ARCH_NAMES.values())
 

@@ -50,6 +50,12 @@ class Model:
     """Every key of the header, values as Python numbers, strings, bools and lists."""
     header_bytes: int = 0
     """Bytes before the tensor data."""
+    file_name: str = ""
+    """Name of the (first) file, without its folder."""
+    raw_metadata: dict[str, bytes] = field(default_factory=dict, repr=False)
+    """Every key of the header with its value's own bytes, the type in front: what another file copies."""
+    alignment: int = 32
+    """Tensor data starts at multiples of this many bytes."""
 
     @property
     def elements(self) -> int:

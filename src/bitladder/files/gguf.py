@@ -7,9 +7,7 @@ the whole of it as this process's memory.
 from __future__ import annotations
 
 import hashlib
-import json
 import mmap
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -20,12 +18,11 @@ from numpy.typing import NDArray
 from bitladder.describe.dims import dims_from_metadata
 from bitladder.describe.model import Model
 from bitladder.errors import BadFile, BitladderError
-from bitladder.files.folders import cache_folder
 from bitladder.files.gguf_header import Header, StoredTensor, read_file_header, row_bytes
+from bitladder.files.hashing import file_sha256
 from bitladder.formats import gguf
 from bitladder.formats.tensors import TensorInfo
 
-_HASH_CHUNK = 8 << 20
 _TYPE_SUFFIX = re.compile(r"[-._](?:f32|f16|fp16|bf16|i?q\d\w*|tq\d_\d|mxfp4\w*)$", re.IGNORECASE)
 
 
@@ -99,7 +96,14 @@ def _model(headers: list[Header], stored: dict[str, StoredTensor]) -> Model:
     except BitladderError as error:
         raise type(error)(f"{first.path}: {error.found}", means=error.means, do=error.do) from error
     return Model(
-        base_name(first.path), dims, tensors, first.metadata, sum(header.data_start for header in headers)
+        name=base_name(first.path),
+        dims=dims,
+        tensors=tensors,
+        metadata=first.metadata,
+        header_bytes=sum(header.data_start for header in headers),
+        file_name=first.path.name,
+        raw_metadata=first.raw,
+        alignment=first.alignment,
     )
 
 
@@ -152,11 +156,6 @@ class GgufFile:
         """Every key of the (first) header with its decoded value."""
         return self.headers[0].metadata
 
-    @property
-    def raw_metadata(self) -> dict[str, bytes]:
-        """Every key of the (first) header with the bytes of its value, type in front."""
-        return self.headers[0].raw
-
     def info(self, name: str) -> TensorInfo:
         """A tensor's shape and type. Raises KeyError for a name that is not there."""
         return self._stored[name].info
@@ -170,44 +169,33 @@ class GgufFile:
 
     def read(self, name: str, rows: slice | None = None) -> NDArray[np.float32]:
         """A tensor's weights as f32 in its own shape, or f32[rows, columns] of the flattened rows in ``rows``."""
-        from bitladder.kernels import dequantize  # noqa: PLC0415  (compiles code: only whoever reads weights pays for it)
+        from bitladder.kernels import dequantize
 
         info = self.info(name)
         data = self.raw(name) if rows is None else self.raw(name)[rows]
         values: NDArray[np.float32] = dequantize(data, info.qtype)
         return values.reshape(info.shape) if rows is None else values
 
-    def release(self, name: str) -> None:
-        """Give back the mapped pages of a tensor. It can be read again; the system's cache keeps what it can."""
+    def place(self, name: str) -> StoredTensor:
+        """Where a tensor lies: its part (from 0) and the offset of its first byte there."""
+        return self._stored[name]
+
+    def release(self, name: str, rows: slice = slice(None)) -> None:
+        """Give back the mapped pages of a tensor's rows. They can be read again; the system's cache keeps what it can."""
         tensor = self._stored[name]
-        page = mmap.PAGESIZE
-        start = tensor.offset // page * page
-        length = tensor.offset + tensor.info.nbytes - start
-        if length:
+        count, width = row_bytes(tensor.info)
+        first, last, _ = rows.indices(count)
+        start = (tensor.offset + first * width) // mmap.PAGESIZE * mmap.PAGESIZE
+        length = tensor.offset + last * width - start
+        if last > first:
             self._maps[tensor.shard].madvise(mmap.MADV_DONTNEED, start, length)
 
     @property
     def sha256(self) -> str:
-        """SHA-256 of the file (of a split model: of its parts one after another), remembered by path, size and time of change."""
-        return _cached_sha256([header.path for header in self.headers])
+        """SHA-256 of the file, remembered as long as it does not change; see ``joined_sha256`` for a split model."""
+        return joined_sha256([file_sha256(header.path) for header in self.headers])
 
 
-def _cached_sha256(paths: list[Path]) -> str:
-    stats = [path.stat() for path in paths]
-    identity = [
-        [str(path.resolve()), stat.st_size, stat.st_mtime_ns] for path, stat in zip(paths, stats, strict=True)
-    ]
-    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-    note = cache_folder("sha256") / key
-    if note.exists():
-        return note.read_text()
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            while chunk := file.read(_HASH_CHUNK):
-                digest.update(chunk)
-    note.parent.mkdir(parents=True, exist_ok=True)
-    partial = note.with_suffix(f".{os.getpid()}")
-    partial.write_text(digest.hexdigest())
-    partial.replace(note)
-    return digest.hexdigest()
+def joined_sha256(digests: list[str]) -> str:
+    """One hash for a model: its file's, or the SHA-256 of the parts' hashes (as text, in order)."""
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()

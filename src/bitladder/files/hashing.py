@@ -18,22 +18,41 @@ def file_sha256(path: Path, progress: Progress = silent) -> str:
     """SHA-256 of a file's bytes as hex; kept in the cache under its path, size and time of change
     (nanoseconds).
     """
-    path = path.resolve()
-    stat = path.stat()
-    state = {"path": str(path), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-    note = cache_folder("hashes", hashlib.sha256(str(path).encode()).hexdigest()[:32] + ".json")
-    known = _read(note)
-    if isinstance(digest := known.pop("sha256", None), str) and known == state:
-        return digest
+    known = recall(path)
+    if known is not None:
+        return known
+    size = path.stat().st_size
     hasher = hashlib.sha256()
     with path.open("rb") as file:
         done = 0
         while chunk := file.read(_CHUNK):
             hasher.update(chunk)
             done += len(chunk)
-            progress(f"hashing {path.name}", done, stat.st_size)
-    _write(note, {**state, "sha256": hasher.hexdigest()})
+            progress(f"hashing {path.name}", done, size)
+    remember(path, hasher.hexdigest())
     return hasher.hexdigest()
+
+
+def recall(path: Path) -> str | None:
+    """The hash kept for a file that has not changed since, or None."""
+    note, state = _note(path)
+    known = _read(note)
+    digest = known.pop("sha256", None)
+    return digest if isinstance(digest, str) and known == state else None
+
+
+def remember(path: Path, digest: str) -> None:
+    """Keep a hash that somebody computed while reading the file for another purpose."""
+    note, state = _note(path)
+    _write(note, {**state, "sha256": digest})
+
+
+def _note(path: Path) -> tuple[Path, dict[str, object]]:
+    """Where a file's hash is kept, and what must be unchanged for it to hold."""
+    path = path.resolve()
+    stat = path.stat()
+    note = cache_folder("hashes", hashlib.sha256(str(path).encode()).hexdigest()[:32] + ".json")
+    return note, {"path": str(path), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
 
 
 def _read(note: Path) -> dict[str, object]:

@@ -237,13 +237,13 @@ _NEVER = (
 )  # fmt: skip
 _NEVER_WHOLE = ("position_embd.weight", "token_types.weight")
 
-# Families whose 80-layer models llama.cpp knows as "70B" when their heads are grouped.
-_SEVENTY = frozenset({"llama", "deci", "qwen2", "qwen2vl"})
+# Family -> number of layers of the model that llama.cpp knows as "70B", if its heads are grouped.
+_SEVENTY = {"llama": 80, "deci": 80, "qwen2": 80, "qwen2vl": 80, "jais2": 68}
 
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 
 
-def level_name(text: str) -> str:
+def level_named(text: str) -> str:
     """The level that ``text`` names, in any case.
 
     Raises:
@@ -265,6 +265,8 @@ def is_quantizable(tensor: TensorInfo) -> bool:
     if sum(1 for size in tensor.shape[:-1] if size != 1) == 0:
         return False
     name = tensor.name
+    if tensor.qtype.startswith("I") and not QTYPES[tensor.qtype].is_quantized:
+        return False  # a table of integers
     return name.endswith("weight") and name not in _NEVER_WHOLE and not any(part in name for part in _NEVER)
 
 
@@ -297,7 +299,7 @@ def _role_type(recipe: Recipe, role: str, place: _Place) -> str:
     """What the rules say for a tensor of a role, before fallbacks."""
     dims = place.dims
     qtype = next((qtype for holds, qtype in recipe.rules.get(role, ()) if holds(place)), recipe.qtype)
-    seventy = dims.architecture in _SEVENTY and dims.n_layer == 80 and dims.n_gqa > 1
+    seventy = _SEVENTY.get(dims.architecture) == dims.n_layer and dims.n_gqa > 1
     if role == "attn_v" and seventy and qtype in ("Q3_K", "Q4_K"):
         qtype = "Q5_K"  # eight query heads share attn_v there: more bits cost almost nothing
     if dims.n_expert == 8 and role in ("attn_v", "attn_k"):
@@ -323,7 +325,7 @@ def assign(
     Raises:
         UnknownLevel: no level has this name.
     """
-    recipe = RECIPES[level_name(level)]
+    recipe = RECIPES[level_named(level)]
     names = {tensor.name for tensor in tensors}
     tied = "output.weight" not in names
     total_attn_v = sum(_role(name) == "attn_v" for name in names)

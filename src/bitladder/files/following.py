@@ -1,0 +1,81 @@
+"""SHA-256 of files that are being read anyway: a thread hashes just behind the reader, so the disk is asked once."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from bitladder.files.hashing import recall, remember
+
+_CHUNK = 4 << 20
+
+
+class FollowingHash:
+    """Hashes ``paths`` one after another, never past the point that ``advance`` has named.
+
+    Files whose hash is known from before are not read.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = list(paths)
+        self._digests: list[str | None] = [recall(path) for path in self._paths]
+        self._goal = (0, 0)
+        self._abandoned = False
+        self._changed = threading.Condition()
+        self._failure: OSError | None = None
+        self._thread = threading.Thread(target=self._work, daemon=True, name="source hash")
+        self._thread.start()
+
+    def advance(self, file: int, offset: int) -> None:
+        """The reader has come to byte ``offset`` of file number ``file``, and is done with the files before it."""
+        with self._changed:
+            self._goal = max(self._goal, (file, offset))
+            self._changed.notify()
+
+    def result(self) -> list[str]:
+        """The hash of every file, once the rest has been read. Raises OSError where reading failed."""
+        self.advance(len(self._paths), 0)
+        self._thread.join()
+        if self._failure is not None:
+            raise self._failure
+        return [digest for digest in self._digests if digest is not None]
+
+    def abandon(self) -> None:
+        """Stop: nobody wants the result."""
+        with self._changed:
+            self._abandoned = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _work(self) -> None:
+        try:
+            for number, path in enumerate(self._paths):
+                if self._digests[number] is None and not self._hash(number, path):
+                    return
+        except OSError as error:
+            self._failure = error
+
+    def _allowed(self, number: int, at: int) -> int:
+        """How many bytes of a file may be read next; waits until it is some. 0: abandoned."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._abandoned or self._goal > (number, at))
+            if self._abandoned:
+                return 0
+            file, offset = self._goal
+            return _CHUNK if file > number else min(_CHUNK, offset - at)
+
+    def _hash(self, number: int, path: Path) -> bool:
+        """Hash one file; False when abandoned on the way."""
+        digest, at = hashlib.sha256(), 0
+        with path.open("rb", buffering=0) as file:
+            while allowed := self._allowed(number, at):
+                data = file.read(allowed)
+                if not data:
+                    self._digests[number] = digest.hexdigest()
+                    remember(path, digest.hexdigest())
+                    return True
+                digest.update(data)
+                at += len(data)
+        return False

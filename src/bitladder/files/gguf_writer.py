@@ -1,0 +1,222 @@
+"""Write a GGUF file in pieces, in any order, so that it is either complete under its name or not there at all.
+
+    <name>.partial            the file in the making; every piece is written at its final place
+    <name>.partial.journal    line 1: what is being made; then a line per finished tensor: number, SHA-256 of its bytes
+
+A process that dies leaves both. Whoever makes the same file again opens them, checks every tensor the journal lists against
+its hash, and makes only the rest. At the end the file is flushed to the disk, renamed, and the journal removed.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bitladder.errors import OutputError
+from bitladder.formats import gguf
+from bitladder.formats.blocks import QTYPES
+from bitladder.formats.tensors import TensorInfo
+from bitladder.units import human_bytes
+
+Buffer = bytes | bytearray | memoryview
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def encoded(kind: int, value: str | float | bool) -> bytes:
+    """A value as a header stores it, its type in front."""
+    head = struct.pack("<I", kind)
+    if kind == gguf.STRING:
+        text = str(value).encode()
+        return head + struct.pack("<Q", len(text)) + text
+    return head + struct.pack("<" + gguf.SCALARS[kind], value)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A file's header and where its tensors go; offsets in bytes from the start of the file."""
+
+    header: bytes
+    offsets: tuple[int, ...]
+    tensors: tuple[TensorInfo, ...]
+    size: int
+
+
+def layout(metadata: Mapping[str, bytes], tensors: Sequence[TensorInfo], alignment: int) -> Layout:
+    """Lay out a file: ``metadata`` as encoded values by key, ``tensors`` in file order."""
+    parts = [gguf.MAGIC, struct.pack("<IQQ", gguf.VERSION_WRITTEN, len(tensors), len(metadata))]
+    for key, value in metadata.items():
+        name = key.encode()
+        parts += [struct.pack("<Q", len(name)), name, value]
+    at, offsets = 0, []
+    for tensor in tensors:
+        name = tensor.name.encode()
+        shape = tuple(reversed(tensor.shape))
+        parts += [struct.pack("<Q", len(name)), name, struct.pack(f"<I{len(shape)}Q", len(shape), *shape)]
+        parts += [struct.pack("<IQ", QTYPES[tensor.qtype].ggml_type, at)]
+        offsets.append(at)
+        at += gguf.padded(tensor.nbytes, alignment)
+    header = b"".join(parts)
+    start = gguf.padded(len(header), alignment)
+    header = header.ljust(start, b"\0")
+    return Layout(header, tuple(start + offset for offset in offsets), tuple(tensors), start + at)
+
+
+def cannot_write(path: Path, error: OSError, needed: int = 0) -> OutputError:
+    """The error for the user when the system refuses a write."""
+    if error.errno in _FULL:
+        reason = (
+            "the disk is full"
+            if error.errno == errno.ENOSPC
+            else "a limit on disk use or file size is reached"
+        )
+        return OutputError(
+            f"{path}: {reason}; {needed} bytes ({human_bytes(needed)}) are needed.",
+            means="What was begun has been removed.",
+            do="Free space, or choose another folder with --out.",
+        )
+    return OutputError(
+        f"{path} cannot be written: {error.strerror}.",
+        means="The folder is read-only, belongs to somebody else, or is no folder.",
+        do="Choose another folder with --out.",
+    )
+
+
+class GgufWriter:
+    """A file in the making. ``write`` may be called from several threads for different pieces.
+
+    ``fingerprint`` says what is being made: a journal with another one is of no use, and its file is begun afresh. The header
+    is written by ``finish``, so values of a known length may be filled in late.
+
+    Raises:
+        OutputError: the folder or file cannot be written.
+    """
+
+    def __init__(self, path: Path, plan: Layout, fingerprint: str) -> None:
+        self.path = path
+        self.plan = plan
+        self.partial = self.partial_of(path)
+        self.journal = path.with_name(path.name + ".partial.journal")
+        self._first_line = f"{fingerprint} {plan.size}"
+        self._claims = self._read_journal()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(self.partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            self._claim_alone()
+            if not self._claims:
+                os.ftruncate(self._file, 0)  # padding must be zeros, whatever stood there
+            os.ftruncate(self._file, plan.size)
+            self._log = self.journal.open("a" if self._claims else "w")
+            if not self._claims:
+                self._log.write(self._first_line + "\n")
+                self._log.flush()
+        except OSError as error:
+            raise cannot_write(path, error, plan.size) from error
+
+    @staticmethod
+    def partial_of(path: Path) -> Path:
+        """Where a file is while it is being made."""
+        return path.with_name(path.name + ".partial")
+
+    def _claim_alone(self) -> None:
+        """Two processes must not write one file: the second is told so."""
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._file)
+            raise OutputError(
+                f"{self.partial} is being written by another process.",
+                means="Bitladder already makes this very file.",
+                do="Wait for it to end, or choose another folder with --out.",
+            ) from None
+
+    def _read_journal(self) -> dict[int, str]:
+        """Tensors that an earlier run says it finished; a torn last line is no claim."""
+        if (
+            not (self.partial.exists() and self.journal.exists())
+            or self.partial.stat().st_size != self.plan.size
+        ):
+            return {}
+        lines = self.journal.read_text(errors="replace").splitlines()
+        if not lines or lines[0] != self._first_line:
+            return {}
+        claims = {}
+        for line in lines[1:]:
+            number, _, digest = line.partition(" ")
+            if number.isdecimal() and int(number) < len(self.plan.tensors) and len(digest) == 64:
+                claims[int(number)] = digest
+        return claims
+
+    def finished(self, number: int, digest_of: Callable[[Callable[[int, int], bytes]], str]) -> bool:
+        """Whether an earlier run left tensor ``number`` complete. ``digest_of(read)`` computes the hash to compare."""
+        if number not in self._claims:
+            return False
+        offset = self.plan.offsets[number]
+        return digest_of(lambda at, count: os.pread(self._file, count, offset + at)) == self._claims[number]
+
+    def write(self, number: int, at: int, data: Buffer) -> None:
+        """Write a piece of tensor ``number``, ``at`` bytes from its start."""
+        view = memoryview(data)
+        position = self.plan.offsets[number] + at
+        try:
+            while view:
+                written = os.pwrite(self._file, view, position)
+                view, position = view[written:], position + written
+        except OSError as error:
+            raise cannot_write(self.path, error, self.plan.size) from error
+
+    def done(self, number: int, digest: str) -> None:
+        """Note that tensor ``number`` is complete and has this hash."""
+        try:
+            self._log.write(f"{number} {digest}\n")
+            self._log.flush()
+        except OSError as error:
+            raise cannot_write(self.path, error, self.plan.size) from error
+
+    def flush(self) -> None:
+        """Ask the system to put what was written so far on the disk; returns when it has."""
+        try:
+            os.fdatasync(self._file)
+        except OSError as error:
+            raise cannot_write(self.path, error, self.plan.size) from error
+
+    def finish(self, header: bytes) -> None:
+        """Write the header, put everything on the disk and give the file its name."""
+        if len(header) != len(self.plan.header):
+            raise ValueError(f"the header has {len(header)} bytes, {len(self.plan.header)} were laid out")
+        try:
+            os.pwrite(self._file, header, 0)
+            os.fsync(self._file)
+            self.close()
+            self.partial.replace(self.path)
+            self.journal.unlink()
+            folder = os.open(self.path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+        except OSError as error:
+            raise cannot_write(self.path, error, self.plan.size) from error
+
+    def close(self) -> None:
+        """Let go, leaving what was made for a later run to go on from."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+            self._log.close()
+
+    def discard(self) -> None:
+        """Let go and remove everything."""
+        self.close()
+        self.partial.unlink(missing_ok=True)
+        self.journal.unlink(missing_ok=True)
+
+
+def piece_digest(digests: Sequence[bytes]) -> str:
+    """A tensor's hash from the hashes of its pieces, in order."""
+    return hashlib.sha256(b"".join(digests)).hexdigest()

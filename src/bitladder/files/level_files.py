@@ -1,0 +1,144 @@
+"""What the file (or the files) of a level will be, byte for byte except for the weights: header, provenance, parts, sizes.
+
+Every key of the source is carried over as it is, except those that would no longer be true: file type, quantization version and
+numbering of parts. Keys of our own say what the file was made from and how:
+
+    bitladder.source          name of the source file        bitladder.recipe    level
+    bitladder.source_sha256   hash of the source             bitladder.method    how block scales were chosen
+    bitladder.version         version of Bitladder
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bitladder import __version__
+from bitladder.describe.model import Model
+from bitladder.errors import UsageError
+from bitladder.files.gguf_writer import Layout, encoded, layout
+from bitladder.formats import gguf
+from bitladder.formats.recipes import FILE_TYPES, assign, level_named
+from bitladder.formats.tensors import TensorInfo
+
+_KEY_HASH = gguf.PROVENANCE + "source_sha256"
+_NO_HASH_YET = "0" * 64
+_SPLIT_KEYS = (gguf.KEY_SPLIT_NO, gguf.KEY_SPLIT_COUNT, gguf.KEY_SPLIT_TENSORS)
+
+
+@dataclass(frozen=True)
+class LevelPart:
+    """One file of a level; most levels have a single one. The header of ``plan`` lacks the source's hash."""
+
+    path: Path
+    entries: dict[str, bytes]
+    plan: Layout
+    alignment: int
+
+    def header(self, source_sha256: str) -> bytes:
+        """The header with the source's hash, as long as the one in ``plan``."""
+        entries = dict(self.entries)
+        if _KEY_HASH in entries:
+            entries[_KEY_HASH] = encoded(gguf.STRING, source_sha256)
+        return layout(entries, self.plan.tensors, self.alignment).header
+
+
+@dataclass(frozen=True)
+class LevelDraft:
+    """A level before it is written."""
+
+    level: str
+    parts: tuple[LevelPart, ...]
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of all parts."""
+        return sum(part.plan.size for part in self.parts)
+
+    @property
+    def tensors(self) -> tuple[TensorInfo, ...]:
+        """Every tensor with the type it will have."""
+        return tuple(tensor for part in self.parts for tensor in part.plan.tensors)
+
+
+def _provenance(model: Model, level: str, method: str) -> dict[str, bytes]:
+    texts = {
+        "source": model.file_name,
+        "source_sha256": _NO_HASH_YET,
+        "recipe": level,
+        "method": method,
+        "version": __version__,
+    }
+    return {gguf.PROVENANCE + key: encoded(gguf.STRING, text) for key, text in texts.items()}
+
+
+def _carried(model: Model, level: str) -> dict[str, bytes]:
+    """The source's keys in their order; the level's own values replace the source's where they stand."""
+    kept = {
+        key: value
+        for key, value in model.raw_metadata.items()
+        if key not in _SPLIT_KEYS and not key.startswith(gguf.PROVENANCE)
+    }
+    kept[gguf.KEY_FILE_TYPE] = encoded(gguf.UINT32, FILE_TYPES[level])
+    kept[gguf.KEY_QUANTIZATION_VERSION] = encoded(gguf.UINT32, gguf.QUANTIZATION_VERSION)
+    return kept
+
+
+def _grouped(tensors: Sequence[TensorInfo], split_max_bytes: int | None) -> list[list[TensorInfo]]:
+    """Tensors in file order, a new group whenever the next one would pass the limit (a tensor is never cut)."""
+    groups: list[list[TensorInfo]] = [[]]
+    filled = 0
+    for tensor in tensors:
+        if split_max_bytes is not None and groups[-1] and filled + tensor.nbytes > split_max_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(tensor)
+        filled += tensor.nbytes
+    return groups
+
+
+def _numbering(number: int, count: int, tensors: int) -> dict[str, bytes]:
+    return {
+        gguf.KEY_SPLIT_NO: encoded(gguf.UINT16, number),
+        gguf.KEY_SPLIT_COUNT: encoded(gguf.UINT16, count),
+        gguf.KEY_SPLIT_TENSORS: encoded(gguf.INT32, tensors),
+    }
+
+
+def draft_level(
+    model: Model,
+    level: str,
+    folder: Path = Path(),
+    *,
+    method: str = "search good",
+    has_importance: bool = False,
+    split_max_bytes: int | None = None,
+) -> LevelDraft:
+    """Lay out ``folder/<name>-<LEVEL>.gguf``, or its parts of at most ``split_max_bytes`` of weights each.
+
+    Raises:
+        UnknownLevel: no level has this name.
+        UsageError: the limit would make more parts than file names can count.
+    """
+    level = level_named(level)
+    qtypes = assign(level, model.tensors, model.dims, has_importance=has_importance)
+    tensors = [TensorInfo(tensor.name, tensor.shape, qtypes[tensor.name]) for tensor in model.tensors]
+    groups = _grouped(tensors, split_max_bytes)
+    if len(groups) > gguf.MAX_SPLITS:
+        raise UsageError(
+            f"{split_max_bytes} bytes a part make {len(groups)} parts.", do="Give a larger limit."
+        )
+    parts = []
+    for number, group in enumerate(groups):
+        entries: dict[str, bytes] = {}
+        if number == 0:
+            entries = {**_carried(model, level), **_provenance(model, level, method)}
+        name = f"{model.name}-{level}"
+        if len(groups) > 1:
+            entries |= _numbering(number, len(groups), len(tensors))
+            path = folder / str(gguf.SplitName(name, number + 1, len(groups)))
+        else:
+            path = folder / f"{name}.gguf"
+        parts.append(LevelPart(path, entries, layout(entries, group, model.alignment), model.alignment))
+    return LevelDraft(level, tuple(parts))

@@ -1,0 +1,354 @@
+"""Write a model at one or several levels in a single pass over its weights.
+
+Tensors are taken in the order in which they lie in the source and cut into pieces of whole rows. A piece is decoded once,
+checked for NaN and infinity once, and quantized once per qtype, however many levels want that qtype; each result is written
+straight to its place in every file that needs it. All threads work on pieces, so some are written while others are computed.
+A piece depends on nothing but its own rows and its place is known beforehand: the bytes do not depend on the number of
+threads, and memory does not depend on the model's size.
+
+The source's SHA-256, which every file records, comes from a thread that follows the reading.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitladder.errors import BadInput, BadWeights, BitladderError, OutputError, UsageError
+from bitladder.files.following import FollowingHash
+from bitladder.files.gguf import GgufFile, joined_sha256
+from bitladder.files.gguf_writer import GgufWriter, cannot_write, piece_digest
+from bitladder.files.level_files import LevelDraft, draft_level
+from bitladder.formats.blocks import QTYPES
+from bitladder.formats.tensors import TensorInfo
+from bitladder.kernels import Effort, dequantize, first_nonfinite, quantize
+from bitladder.progress import Progress, silent
+from bitladder.records.level_file import LevelFile
+from bitladder.units import human_bytes
+
+PIECE_WEIGHTS = 1 << 20
+"""Weights a thread works on at a time: 4 MiB as f32, near what a core's own caches hold."""
+
+_LARGEST_F16 = 65504.0
+
+F32Array = NDArray[np.float32]
+Importance = Mapping[str, F32Array]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Rows ``start`` to ``stop`` of one tensor, counted over all its matrices, all in matrix number ``matrix``."""
+
+    info: TensorInfo
+    matrix: int
+    start: int
+    stop: int
+
+
+@dataclass
+class _Work:
+    """A tensor to be made: which files want it in which qtype, and the hashes of its finished pieces."""
+
+    info: TensorInfo
+    targets: dict[str, list[tuple[GgufWriter, int]]] = field(default_factory=dict)
+    digests: dict[str, list[bytes]] = field(default_factory=dict)
+
+
+def pieces_of(info: TensorInfo) -> Iterator[_Piece]:
+    """Cut a tensor into pieces. The cuts depend on its shape alone: hashes in journals count on them."""
+    if not info.elements:
+        return
+    columns = info.shape[-1] if info.shape else 1
+    rows = info.shape[-2] if len(info.shape) > 1 else 1
+    step = max(1, PIECE_WEIGHTS // columns)
+    for matrix in range(info.elements // (rows * columns)):
+        for start in range(0, rows, step):
+            first = matrix * rows
+            yield _Piece(info, matrix, first + start, first + min(start + step, rows))
+
+
+def quantize_levels(
+    source: GgufFile,
+    levels: Sequence[str],
+    out_dir: Path,
+    *,
+    importance: Importance | None = None,
+    effort: Effort = "good",
+    threads: int = 1,
+    split_max_bytes: int | None = None,
+    progress: Progress = silent,
+) -> list[LevelFile]:
+    """Write ``out_dir/<name>-<LEVEL>.gguf`` for every level, in the order asked for.
+
+    Args:
+        source: the open model; tensors that are already quantized are decoded first, equal types are copied.
+        importance: per tensor f32[columns], or f32[matrices, columns] for stacked experts.
+        split_max_bytes: cut every level into parts of at most this many bytes of weights.
+
+    A file that is already there with the same header (source hash, recipe, method, version) is kept. What a killed run
+    left is checked and gone on from.
+
+    Raises:
+        UnknownLevel: no level has this name.
+        UsageError: a level would overwrite the source.
+        BadInput: an importance vector does not fit its tensor.
+        BadWeights: a tensor holds NaN or infinity, or a weight too large for F16.
+        OutputError: no space or no permission; what was begun is removed.
+    """
+    started = time.monotonic()
+    method = f"search {effort}" + (f", importance {_importance_digest(importance)}" if importance else "")
+    drafts = [
+        draft_level(
+            source.model,
+            level,
+            out_dir,
+            method=method,
+            has_importance=bool(importance),
+            split_max_bytes=split_max_bytes,
+        )
+        for level in dict.fromkeys(levels)
+    ]
+    _check_importance(source, importance or {})
+    _refuse_overwriting(source, drafts)
+    missing = [draft for draft in drafts if not _already_there(source, draft)]
+    if missing:
+        _check_space(missing, out_dir)
+        _write(
+            source, missing, importance=importance or {}, effort=effort, threads=threads, progress=progress
+        )
+    seconds = time.monotonic() - started
+    return [_record(draft, seconds, reused=draft not in missing) for draft in drafts]
+
+
+def _record(draft: LevelDraft, seconds: float, *, reused: bool) -> LevelFile:
+    elements = sum(tensor.elements for tensor in draft.tensors)
+    bpw = 8 * sum(tensor.nbytes for tensor in draft.tensors) / elements if elements else math.nan
+    return LevelFile(draft.level, draft.parts[0].path, draft.file_bytes, bpw, seconds, reused)
+
+
+def _importance_digest(importance: Importance) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(importance):
+        digest.update(name.encode() + b"\0" + np.ascontiguousarray(importance[name], np.float32).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _check_importance(source: GgufFile, importance: Importance) -> None:
+    for info in source.model.tensors:
+        vector = importance.get(info.name)
+        wanted = {(info.shape[-1],), (math.prod(info.shape[:-2]), info.shape[-1])} if info.shape else set()
+        if vector is not None and vector.shape not in wanted and info.name != "token_embd.weight":
+            raise BadInput(
+                f"The importance of {info.name} has shape {vector.shape}, the tensor has shape {info.shape}.",
+                means="The importance matrix was computed for another model.",
+                do="Compute one for this model, or leave it away.",
+            )
+
+
+def _refuse_overwriting(source: GgufFile, drafts: Sequence[LevelDraft]) -> None:
+    inputs = {header.path.resolve() for header in source.headers}
+    for draft in drafts:
+        for part in draft.parts:
+            if part.path.resolve() in inputs:
+                raise UsageError(
+                    f"{draft.level} would be written over its own source, {part.path}.",
+                    do="Choose another folder with --out.",
+                )
+
+
+def _already_there(source: GgufFile, draft: LevelDraft) -> bool:
+    """Whether every part exists with the header that would be written. Only complete files ever get their name."""
+    sizes = [part.path.stat().st_size if part.path.is_file() else -1 for part in draft.parts]
+    if sizes != [part.plan.size for part in draft.parts]:
+        return False
+    sha256 = source.sha256
+    for part in draft.parts:
+        with part.path.open("rb") as file:
+            if file.read(len(part.plan.header)) != part.header(sha256):
+                return False
+    return True
+
+
+def _check_space(drafts: Sequence[LevelDraft], folder: Path) -> None:
+    """Refuse before the first byte what cannot fit; blocks that an earlier run's partial files hold count as free."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+    needed = sum(draft.file_bytes for draft in drafts)
+    for draft in drafts:
+        for part in draft.parts:
+            partial = GgufWriter.partial_of(part.path)
+            if partial.is_file():
+                free += partial.stat().st_blocks * 512
+    if needed > free:
+        raise OutputError(
+            f"{folder}: {needed} bytes ({human_bytes(needed)}) are needed, {free} ({human_bytes(free)}) are free.",
+            means=f"The disk is too full for {', '.join(draft.level for draft in drafts)}. Nothing was written.",
+            do="Free space, ask for fewer or smaller levels, or choose another folder with --out.",
+        )
+
+
+def _write(
+    source: GgufFile,
+    drafts: Sequence[LevelDraft],
+    *,
+    importance: Importance,
+    effort: Effort,
+    threads: int,
+    progress: Progress,
+) -> None:
+    """Make all parts of all drafts; on an error of ours remove them, on anything else leave them to a later run."""
+    identity = [(str(h.path.resolve()), h.file_bytes, h.path.stat().st_mtime_ns) for h in source.headers]
+    following = FollowingHash([header.path for header in source.headers])
+    writers: list[tuple[GgufWriter, Callable[[str], bytes]]] = []
+    try:
+        for part in (part for draft in drafts for part in draft.parts):
+            fingerprint = hashlib.sha256(
+                part.plan.header + repr((identity, PIECE_WEIGHTS)).encode()
+            ).hexdigest()
+            writers.append((GgufWriter(part.path, part.plan, fingerprint), part.header))
+        _Pass(source, importance, effort, following, progress).run([writer for writer, _ in writers], threads)
+        sha256 = joined_sha256(following.result())
+        for writer, header in reversed(writers):  # a split model appears with its first part, last
+            writer.finish(header(sha256))
+    except BitladderError:
+        for writer, _ in writers:
+            writer.discard()
+        raise
+    finally:
+        following.abandon()
+        for writer, _ in writers:
+            writer.close()
+
+
+@dataclass
+class _Pass:
+    """One pass over the source."""
+
+    source: GgufFile
+    importance: Importance
+    effort: Effort
+    following: FollowingHash
+    progress: Progress
+
+    def run(self, writers: Sequence[GgufWriter], threads: int) -> None:
+        """Make every tensor that the writers lack."""
+        works = self._unfinished(writers)
+        total = sum(work.info.nbytes for work in works)
+        done = 0
+        pending: deque[tuple[_Work, bool, Future[dict[str, bytes]]]] = deque()
+
+        def collect() -> None:
+            work, is_last, future = pending.popleft()
+            for qtype, digest in future.result().items():
+                work.digests[qtype].append(digest)
+            if is_last:
+                for qtype, targets in work.targets.items():
+                    for writer, number in targets:
+                        writer.done(number, piece_digest(work.digests[qtype]))
+
+        with ThreadPoolExecutor(threads, thread_name_prefix="quantize") as pool:
+            try:
+                for work in works:
+                    place = self.source.place(work.info.name)
+                    self.following.advance(place.shard, place.offset + work.info.nbytes)
+                    pieces = list(pieces_of(work.info))
+                    for piece in pieces:
+                        if len(pending) >= 2 * threads:
+                            collect()
+                        pending.append((work, piece is pieces[-1], pool.submit(self._make, work, piece)))
+                    done += work.info.nbytes
+                    self.progress("quantizing", done, total)
+                while pending:
+                    collect()
+            except BaseException:
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+
+    def _unfinished(self, writers: Sequence[GgufWriter]) -> list[_Work]:
+        """What is to be made, in the order in which it lies in the source."""
+        works = {info.name: _Work(info) for info in self.source.model.tensors}
+        for writer in writers:
+            for number, tensor in enumerate(writer.plan.tensors):
+                if not _is_finished(writer, number):
+                    work = works[tensor.name]
+                    work.targets.setdefault(tensor.qtype, []).append((writer, number))
+                    work.digests[tensor.qtype] = []
+        wanted = [work for work in works.values() if work.targets]
+        places = {work.info.name: self.source.place(work.info.name) for work in wanted}
+        return sorted(wanted, key=lambda work: (places[work.info.name].shard, places[work.info.name].offset))
+
+    def _make(self, work: _Work, piece: _Piece) -> dict[str, bytes]:
+        """Make one piece in every wanted qtype and write it; returns the SHA-256 of its bytes per qtype."""
+        info = piece.info
+        rows = slice(piece.start, piece.stop)
+        raw = self.source.raw(info.name)[rows]
+        weights = None if _holds_integers(info) else dequantize(raw, info.qtype)
+        if weights is not None:
+            _check_finite(weights, piece, work.targets)
+        digests = {}
+        for qtype, targets in work.targets.items():
+            if qtype == info.qtype or weights is None:
+                data = raw
+            else:
+                data = quantize(weights, qtype, importance=self._importance_of(piece), effort=self.effort)
+            view = np.ascontiguousarray(data).reshape(-1).data
+            at = piece.start * QTYPES[qtype].row_bytes(info.shape[-1] if info.shape else 1)
+            for writer, number in targets:
+                writer.write(number, at, view)
+            digests[qtype] = hashlib.sha256(view).digest()
+        self.source.release(info.name, rows)
+        return digests
+
+    def _importance_of(self, piece: _Piece) -> F32Array | None:
+        vector = self.importance.get(piece.info.name)
+        if vector is None or vector.shape[-1] != piece.info.shape[-1]:
+            return None
+        return vector if vector.ndim == 1 else vector[piece.matrix]
+
+
+def _holds_integers(info: TensorInfo) -> bool:
+    return info.qtype.startswith("I") and not QTYPES[info.qtype].is_quantized
+
+
+def _is_finished(writer: GgufWriter, number: int) -> bool:
+    """Whether an earlier run left a tensor whole; empty tensors always are."""
+    tensor = writer.plan.tensors[number]
+    width = QTYPES[tensor.qtype].row_bytes(tensor.shape[-1] if tensor.shape else 1)
+
+    def digest(read: Callable[[int, int], bytes]) -> str:
+        parts = (read(piece.start * width, (piece.stop - piece.start) * width) for piece in pieces_of(tensor))
+        return piece_digest([hashlib.sha256(part).digest() for part in parts])
+
+    return tensor.elements == 0 or writer.finished(number, digest)
+
+
+def _check_finite(weights: F32Array, piece: _Piece, targets: Mapping[str, object]) -> None:
+    bad = first_nonfinite(weights)
+    if bad is not None:
+        row, column = bad
+        raise BadWeights(
+            f"{piece.info.name} holds {weights[row, column]} in row {piece.start + row}, column {column}.",
+            means="The model was damaged while training, converting or copying; no level of it can work.",
+            do="Get the original weights again.",
+        )
+    if "F16" in targets and piece.info.qtype != "F16":
+        largest = float(np.abs(weights).max())
+        if largest > _LARGEST_F16:
+            raise BadWeights(
+                f"{piece.info.name} holds a weight of {largest:.6g}; F16 ends at {_LARGEST_F16:.0f}.",
+                means="The model was made for a type with a wider range.",
+                do="Ask for BF16 or F32 instead of F16.",
+            )
