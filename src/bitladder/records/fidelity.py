@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -9,9 +10,10 @@ from dataclasses import dataclass
 class Fidelity:
     """Token-level comparison of a level with the reference on the same tokens.
 
-    ``kl`` is the divergence KL(reference || level) of the next-token distributions in nats, per scored token. ``ppl`` is
-    exp(mean negative log-likelihood) over scored tokens. ``top1`` is the share of tokens whose most likely next token is the
-    same. ``*_low`` and ``*_high`` are 95% intervals that resample documents (or, in a single text, windows).
+    ``kl`` is the divergence KL(reference || level) of the next-token distributions in nats, per scored token.
+    ``ppl`` is exp(mean negative log-likelihood) over scored tokens. ``top1`` is the share of tokens whose
+    most likely next token is the same. ``*_low`` and ``*_high`` are 95% intervals that resample documents
+    (or, in a single text, windows).
     """
 
     level: str
@@ -34,3 +36,7 @@ class Fidelity:
     top1: float
     top1_low: float
     top1_high: float
+    kl_median_low: float = math.nan
+    kl_median_high: float = math.nan
+    kl_p99_low: float = math.nan
+    kl_p99_high: float = math.nan

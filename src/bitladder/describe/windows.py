@@ -1,0 +1,75 @@
+"""Token windows: what a text becomes before a model reads it, for measuring and for calibration alike.
+ As llama.cpp's perplexity tool does: each document is cut into windows of ``n`` tokens that do not overlap;
+where the tokenizer adds a BOS token, the first token of every window is replaced by it; and a window scores
+the predictions of its second half only, so that each has at least half a window of context. Unlike there,
+documents are never joined, and a document's last, shorter window is kept when it has at least ``shortest``
+tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+WINDOW = 512
+SHORTEST = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Window:
+    """Token ids int64[n] of one window of one document."""
+
+    document: str
+    tokens: NDArray[np.int64]
+
+    @property
+    def first(self) -> int:
+        """The first position whose next token is scored."""
+        return len(self.tokens) // 2
+
+    @property
+    def scored(self) -> int:
+        """How many predictions count: those at ``first`` up to the last but one position."""
+        return len(self.tokens) - 1 - self.first
+
+
+def cut(
+    documents: Iterable[tuple[str, Sequence[int]]],
+    *,
+    n: int = WINDOW,
+    shortest: int = SHORTEST,
+    bos: int | None = None,
+) -> list[Window]:
+    """Cut tokenized documents (name, ids) into windows.
+
+    Args:
+        documents: ids as the engine's tokenizer gives them, its BOS included when it adds one.
+        n: tokens in a window.
+        shortest: a document's last window is kept from this many tokens on.
+        bos: the BOS token when the tokenizer adds one: replaces the first token of every window.
+    """
+    windows = []
+    for name, ids in documents:
+        tokens = np.asarray(ids, np.int64)
+        for start in range(0, len(tokens), n):
+            part = tokens[start : start + n].copy()
+            if len(part) < min(shortest, n):
+                break
+            if bos is not None:
+                part[0] = bos
+            windows.append(Window(name, part))
+    return windows
+
+
+def window_hashes(windows: Iterable[Window], *, n: int = 32) -> set[bytes]:
+    """Hashes of every run of ``n`` tokens that starts at a multiple of ``n // 2``: shared ones betray
+    overlapping texts."""
+    found = set()
+    for window in windows:
+        for start in range(0, len(window.tokens) - n + 1, max(1, n // 2)):
+            found.add(hashlib.blake2b(window.tokens[start : start + n].tobytes(), digest_size=16).digest())
+    return found

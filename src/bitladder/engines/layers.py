@@ -1,0 +1,297 @@
+"""A GGUF model run layer by layer through transformers' own decoder layers, one layer of weights in memory at
+a time.
+ The module structure lives on torch's meta device, where parameters have shapes and no memory. ``layer``
+builds one decoder layer, fills it with weights from any callable, and whoever holds it drops it before the
+next. Embedding rows are looked up one by one and the head is read in slices of the vocabulary
+(``engines/head.py``), so memory grows with the largest layer, not with the model. Arithmetic is float32 on
+the CPU or a GPU.
+ What a family needs beyond transformers' layer is in ``formats/roles.py``; what differs from its ``forward``
+is nothing: the tests compare logits with transformers' own full model for every family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from bitladder.describe.model import Model
+from bitladder.engines.rope import Rope, rope_from_header
+from bitladder.engines.transforms import apply
+from bitladder.errors import BadFile, UnknownArchitecture
+from bitladder.formats import roles
+from bitladder.formats.roles import FAMILIES, Family, family_of, layer_tensor
+
+F32 = NDArray[np.float32]
+Rows = slice | NDArray[np.int64] | None
+
+
+class Weights(Protocol):
+    """Where a tensor's weights come from: f32 in the tensor's numpy shape, or f32[rows, columns] of the rows
+    asked for."""
+
+    def __call__(self, name: str, rows: Rows = None) -> F32:
+        """Read a tensor or some rows of it."""
+
+
+@contextmanager
+def inference() -> Iterator[None]:
+    """No autograd; the arithmetic of every pass here."""
+    with torch.inference_mode():
+        yield
+
+
+def _keys(model: Model) -> dict[str, Any]:
+    prefix = model.dims.architecture + "."
+    return {
+        key.removeprefix(prefix): value for key, value in model.metadata.items() if key.startswith(prefix)
+    }
+
+
+def _family(model: Model) -> Family:
+    family = family_of(model.dims.architecture, model.dims.n_expert)
+    if family is None:
+        known = ", ".join(sorted({name.split("+")[0] for name in FAMILIES}))
+        raise UnknownArchitecture(
+            f"No layers are known for the architecture '{model.dims.architecture}'.",
+            means=f"Walking layer by layer works for: {known}. Planning, K-quants and workloads work for every GGUF.",
+            do="Leave out the measurement (--no-measure), or choose a model of these families.",
+        )
+    return family
+
+
+def _check_tensors(model: Model, family: Family) -> None:
+    """Refuse a file with a tensor that no row uses: its effect would silently be missing."""
+    known = {role for parameter in family.parameters for role in parameter.roles}
+    top = {roles.EMBEDDING, roles.OUTPUT, *roles.ROPE_TENSORS} | (
+        {roles.OUTPUT_NORM} if family.has_output_norm else set()
+    )
+    for tensor in model.tensors:
+        role = tensor.name.split(".", 2)[2] if tensor.name.startswith("blk.") else None
+        if role not in known and tensor.name not in top and role not in roles.ROPE_TENSORS:
+            raise UnknownArchitecture(
+                f"The tensor '{tensor.name}' has no place in the layers of '{family.architecture}'.",
+                means="The file is a variant of its family that these rows do not describe.",
+                do="Measure this model through the engine with a workload instead.",
+            )
+
+
+def _config(model: Model, family: Family, keys: dict[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    dims = model.dims
+    head_dim = dims.head_dim_k
+    fields: dict[str, Any] = {
+        "vocab_size": dims.n_vocab,
+        "hidden_size": dims.n_embd,
+        "intermediate_size": dims.n_ff,
+        "num_hidden_layers": dims.n_layer,
+        "num_attention_heads": dims.n_head,
+        "num_key_value_heads": dims.n_head_kv,
+        "head_dim": head_dim,
+        "max_position_embeddings": dims.n_ctx_train,
+        "pad_token_id": None,
+        **dict(family.constants),
+    }
+    for field, key in family.options:
+        if key in keys:
+            fields[field.removesuffix("?")] = keys[key]
+        elif not field.endswith("?"):
+            raise BadFile(
+                f"The key '{dims.architecture}.{key}' is missing.",
+                means="The header was written by an old or unfinished conversion.",
+                do="Convert the model again from its original checkpoint.",
+            )
+    names = {tensor.name for tensor in model.tensors}
+    if family.bias_field:
+        fields[family.bias_field] = layer_tensor(0, "attn_q.bias") in names
+    if family.sliding_pattern:
+        fields["query_pre_attn_scalar"] = (
+            dims.n_embd // dims.n_head if dims.n_layer == family.wide_query_layers else head_dim
+        )
+        fields["layer_types"] = [
+            "full_attention" if (layer + 1) % family.sliding_pattern == 0 else "sliding_attention"
+            for layer in range(dims.n_layer)
+        ]
+    config = AutoConfig.for_model(family.model_type, **fields)
+    # sdpa has no soft cap on attention scores; the loop over experts is the only path that needs no fused
+    # kernels.
+    config._attn_implementation = "eager" if fields.get("attn_logit_softcapping") else "sdpa"
+    config._experts_implementation = "eager"
+    return config
+
+
+class LayeredModel:
+    """A model's forward pass in pieces: ``embed``, then ``layer`` and ``run`` for each layer, then ``normed``
+    and the head.
+
+    Hidden states are f32[windows, n, n_embd]. ``n`` may be anything up to the trained context.
+
+    Raises:
+        UnknownArchitecture: no rows describe the family, or the file holds tensors that they do not place.
+        BadFile: a key that the family needs is missing.
+        BadInput: positions are scaled in a way that is not known here.
+    """
+
+    def __init__(self, model: Model, weights: Weights, *, device: str = "cpu") -> None:
+        from transformers import AutoModelForCausalLM
+
+        self.model, self.family, self.device = model, _family(model), torch.device(device)
+        _check_tensors(model, self.family)
+        self._keys = _keys(model)
+        self.config = _config(model, self.family, self._keys)
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                self.config, attn_implementation=self.config._attn_implementation
+            )
+        self._blocks = skeleton.model.layers
+        self._norm = skeleton.model.norm
+        names = {tensor.name for tensor in model.tensors}
+        self.n_layer: int = model.dims.n_layer
+        self.embedding = roles.EMBEDDING
+        self.output = roles.OUTPUT if roles.OUTPUT in names else roles.EMBEDDING
+        self.logit_softcap: float | None = getattr(self.config, "final_logit_softcapping", None)
+        self._names = names
+        self._stored = {name: weights(name) for name in roles.ROPE_TENSORS if name in names}
+        self._ropes: dict[tuple[int, bool], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._check_positions()
+
+    def _check_positions(self) -> None:
+        """Refuse position schemes that transformers' layer would do differently, before any work."""
+        self._rope(1, local=False)
+        dims, head_dim = self._rotated_dims, self.model.dims.head_dim_k
+        window = int(self._keys.get("attention.sliding_window", 0))
+        alternating = window and not self.family.sliding_pattern and self.family.architecture != "phi3"
+        if (dims != head_dim and not self.family.partial_rotary) or (
+            alternating and "rope.scaling.type" in self._keys
+        ):
+            raise UnknownArchitecture(
+                f"This '{self.family.architecture}' model rotates {dims} of {head_dim} dimensions of a head, "
+                f"with a sliding window of {window}.",
+                means="It is a variant of its family that these rows do not describe.",
+                do="Measure this model through the engine with a workload instead.",
+            )
+
+    @property
+    def _rotated_dims(self) -> int:
+        return int(self._keys.get("rope.dimension_count", self.model.dims.head_dim_k))
+
+    def layer_names(self, layer: int) -> list[str]:
+        """The GGUF tensors that a layer reads, in the order of the family's rows."""
+        return [
+            name
+            for parameter in self.family.parameters
+            for role in parameter.roles
+            if (name := layer_tensor(layer, role)) in self._names
+        ]
+
+    def embed(self, tokens: NDArray[np.int64], weights: Weights) -> torch.Tensor:
+        """Embeddings f32[windows, n, n_embd] of token ids int64[windows, n]; only the rows that occur are
+        read."""
+        used, where = np.unique(tokens, return_inverse=True)
+        table = weights(roles.EMBEDDING, used)
+        states = torch.from_numpy(table[where.reshape(tokens.shape)]).to(self.device)
+        return states * self.config.hidden_size**0.5 if self.family.scaled_embedding else states
+
+    def layer(self, layer: int, weights: Weights) -> nn.Module:
+        """A decoder layer filled with weights, ready for ``run``.
+
+        Raises:
+            BadFile: a tensor is missing or has another shape than the header's dimensions say.
+        """
+        block = _copy_structure(self._blocks[layer])
+        rows = {parameter.path: parameter for parameter in self.family.parameters}
+        for path, empty in list(block.named_parameters()):
+            parameter = rows[path]
+            parts = [weights(name) for name in self._parts(layer, parameter)]
+            heads = self.model.dims.n_head if "q_proj" in path else self.model.dims.n_head_kv
+            value = (
+                apply(parameter.transform, parts, heads)
+                if parts
+                else np.zeros(tuple(empty.shape), np.float32)
+            )
+            self._fill(block, path, value, parameter.roles)
+        return block.to(self.device)
+
+    def _parts(self, layer: int, parameter: roles.Parameter) -> list[str]:
+        names = [layer_tensor(layer, role) for role in parameter.roles]
+        missing = [name for name in names if name not in self._names]
+        if missing and not parameter.optional:
+            raise BadFile(
+                f"The tensor '{missing[0]}' is missing.",
+                means=f"The file is a variant of '{self.family.architecture}' that the rows do not describe, or incomplete.",
+                do="Convert the model again from its original checkpoint.",
+            )
+        return [] if missing else names
+
+    def _fill(self, module: nn.Module, path: str, value: F32, sources: tuple[str, ...]) -> None:
+        owner, _, leaf = path.rpartition(".")
+        target = module.get_submodule(owner)
+        expected = tuple(getattr(target, leaf).shape)
+        if value.shape != expected:
+            raise BadFile(
+                f"{' and '.join(sources)} give a parameter of shape {value.shape}, the header's dimensions need {expected}.",
+                means="The header does not belong to these tensors, or the family's rows do not describe this variant.",
+                do="Convert the model again from its original checkpoint.",
+            )
+        tensor = torch.from_numpy(np.ascontiguousarray(value))
+        setattr(target, leaf, nn.Parameter(tensor, requires_grad=False))
+
+    def run(self, block: nn.Module, layer: int, states: torch.Tensor) -> torch.Tensor:
+        """Push hidden states f32[windows, n, n_embd] through a filled layer."""
+        n = states.shape[1]
+        sliding = self._slides(layer)
+        positions = torch.arange(n, device=self.device)[None]
+        with inference():
+            out = block(
+                states,
+                attention_mask=self._mask(n, sliding),
+                position_ids=positions,
+                position_embeddings=self._rope(n, local=sliding and self.family.architecture == "gemma3"),
+            )
+        return out if isinstance(out, torch.Tensor) else out[0]
+
+    def norm(self, weights: Weights) -> nn.Module:
+        """The norm before the head, filled."""
+        module = _copy_structure(self._norm)
+        if self.family.has_output_norm:
+            value = apply(self.family.norm_transform, [weights(roles.OUTPUT_NORM)], 1)
+            self._fill(module, "weight", value, (roles.OUTPUT_NORM,))
+        return module.to(self.device)
+
+    def _slides(self, layer: int) -> bool:
+        pattern = self.family.sliding_pattern
+        return bool(pattern) and (layer + 1) % pattern != 0
+
+    def _mask(self, n: int, sliding: bool) -> torch.Tensor | None:
+        """None lets sdpa use its causal kernel; otherwise a mask to add, f32[1, 1, n, n]."""
+        window = self.config.sliding_window if sliding else n
+        if window >= n and self.config._attn_implementation == "sdpa":
+            return None
+        at = torch.arange(n, device=self.device)
+        distance = at[:, None] - at[None, :]
+        allowed = (distance >= 0) & (distance < window)
+        return torch.zeros(n, n, device=self.device).masked_fill(~allowed, float("-inf"))[None, None]
+
+    def _rope(self, n: int, *, local: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        if (n, local) not in self._ropes:
+            dims = self._rotated_dims
+            if local:  # Gemma 3's sliding layers: an own base, no scaling
+                base = float(self._keys.get("rope.freq_base_swa", 10000.0))
+                rope = Rope(base ** (-np.arange(0, dims, 2, dtype=np.float64) / dims))
+            else:
+                rope = rope_from_header(self._keys, dims, n, self._stored)
+            self._ropes[n, local] = rope.cos_sin(n, self.device)
+        return self._ropes[n, local]
+
+
+def _copy_structure(module: nn.Module) -> nn.Module:
+    """A copy whose parameters are still on the meta device."""
+    import copy
+
+    return copy.deepcopy(module)

@@ -1,0 +1,125 @@
+"""Hidden states of many windows, in memory or, past a budget, in an unnamed file.
+
+Windows are laid out in batches: windows of similar length side by side, shorter ones padded at their end.
+Under a causal mask what follows a token cannot reach it, so padding changes nothing before it and is never
+scored.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from bitladder.describe.windows import Window
+from bitladder.errors import OutputError
+from bitladder.units import human_bytes
+
+BATCH_TOKENS = 4096
+_PADDING_ALLOWED = 0.2
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Windows that go through a layer together: their places in the caller's list, lengths, and padded ids
+    int64[windows, n]."""
+
+    windows: tuple[int, ...]
+    lengths: tuple[int, ...]
+    tokens: NDArray[np.int64]
+    start: int
+    """Where the batch begins in a layout of all batches, in tokens."""
+
+    @property
+    def valid(self) -> NDArray[np.bool_]:
+        """bool[windows, n]: which positions hold a token and not padding."""
+        mask: NDArray[np.bool_] = np.arange(self.tokens.shape[1])[None] < np.asarray(self.lengths)[:, None]
+        return mask
+
+
+def batches_of(windows: Sequence[Window], *, batch_tokens: int = BATCH_TOKENS) -> list[Batch]:
+    """Group windows, longest first, into batches of at most ``batch_tokens`` tokens (or of one window)."""
+    order = sorted(range(len(windows)), key=lambda at: -len(windows[at].tokens))
+    groups: list[list[int]] = []
+    for at in order:
+        if groups:
+            longest = len(windows[groups[-1][0]].tokens)
+            room = (len(groups[-1]) + 1) * longest <= batch_tokens
+            if room and len(windows[at].tokens) >= (1 - _PADDING_ALLOWED) * longest:
+                groups[-1].append(at)
+                continue
+        groups.append([at])
+    batches, start = [], 0
+    for group in groups:
+        lengths = tuple(len(windows[at].tokens) for at in group)
+        tokens = np.zeros((len(group), lengths[0]), np.int64)
+        for row, at in enumerate(group):
+            tokens[row, : lengths[row]] = windows[at].tokens
+        batches.append(Batch(tuple(group), lengths, tokens, start))
+        start += tokens.size
+    return batches
+
+
+class States:
+    """Hidden states f32[tokens, width] of all batches of one model."""
+
+    def __init__(self, batches: Sequence[Batch], width: int, *, spill: Path | None) -> None:
+        """``spill`` is a folder for the file that holds the states, or None to hold them in memory.
+
+        Raises:
+            OutputError: the folder has no room for the file.
+        """
+        self.width = width
+        tokens = sum(batch.tokens.size for batch in batches)
+        if spill is None:
+            self._data = torch.empty(tokens, width)
+            return
+        try:
+            self._file = tempfile.TemporaryFile(dir=spill)  # noqa: SIM115  (lives as long as the states)
+            self._file.truncate(tokens * width * 4)
+            mapped = np.memmap(self._file, np.float32, "r+", shape=(tokens, width))
+        except OSError as error:
+            raise OutputError(
+                f"No room for {human_bytes(tokens * width * 4)} of hidden states in {spill}: {error.strerror}.",
+                means="Hidden states of all levels are kept on disk when they outgrow memory.",
+                do="Free some space, set TMPDIR to a larger disk, or measure fewer levels or less text at once.",
+            ) from error
+        self._data = torch.from_numpy(mapped)
+
+    def get(self, batch: Batch) -> torch.Tensor:
+        """f32[windows, n, width] of a batch: a view."""
+        size = batch.tokens.size
+        return self._data[batch.start : batch.start + size].view(*batch.tokens.shape, self.width)
+
+    def put(self, batch: Batch, states: torch.Tensor) -> None:
+        """Replace a batch's states."""
+        self.get(batch).copy_(states)
+
+
+class Shelf:
+    """Hands out ``States``, spilling the ones that come after ``budget_bytes`` are in use."""
+
+    def __init__(
+        self, batches: Sequence[Batch], width: int, *, budget_bytes: int, folder: Path | None = None
+    ) -> None:
+        self.batches, self.width = batches, width
+        self._each = sum(batch.tokens.size for batch in batches) * width * 4
+        self._left = budget_bytes
+        self._folder = folder or Path(tempfile.gettempdir())
+        self._free: list[States] = []
+
+    def take(self) -> States:
+        """States with undefined contents."""
+        if self._free:
+            return self._free.pop()
+        self._left -= self._each
+        return States(self.batches, self.width, spill=None if self._left >= 0 else self._folder)
+
+    def give_back(self, states: States) -> None:
+        """Let others use these states' room."""
+        self._free.append(states)

@@ -1,0 +1,155 @@
+"""Where a level's weights come from: the source itself, another file, or a recipe applied on the fly.
+ Each is called with a tensor's name and gives f32, and each tells the *identity* of a tensor's weights:
+levels whose tensors have had equal identities so far have had equal hidden states so far, and share them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Hashable, Mapping
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitladder.errors import BadFile, BadWeights
+from bitladder.files.gguf import GgufFile
+from bitladder.kernels import Effort, dequantize, first_nonfinite, quantize
+
+F32 = NDArray[np.float32]
+Rows = slice | NDArray[np.int64] | None
+
+
+class LevelWeights(Protocol):
+    """The weights of one level, and what tells them from another level's."""
+
+    def __call__(self, name: str, rows: Rows = None) -> F32:
+        """A tensor in its numpy shape, or f32[rows, columns] of some of its (flattened) rows."""
+
+    def identity(self, name: str) -> Hashable:
+        """Equal for tensors with equal weights."""
+
+    def forget(self, name: str) -> None:
+        """The tensor will not be read again in whole: what was kept of it can go."""
+
+
+def _read(file: GgufFile, name: str, rows: Rows, threads: int) -> F32:
+    info = file.info(name)
+    data = file.raw(name) if rows is None else file.raw(name)[rows]
+    values = dequantize(np.ascontiguousarray(data), info.qtype, threads=threads)
+    wrong = first_nonfinite(values)
+    if wrong is not None:
+        raise BadWeights(
+            f"{file.path}: the tensor '{name}' holds {values[wrong]} at row {wrong[0]}, column {wrong[1]}"
+            + (" of the rows read." if rows is not None else "."),
+            means="The model was damaged in training, conversion or transfer; every prediction would be NaN.",
+            do="Download or convert the model again.",
+        )
+    return values.reshape(info.shape) if rows is None else values
+
+
+class FileWeights:
+    """The weights of a GGUF file as they are stored: the reference, or a level that another tool wrote."""
+
+    def __init__(self, file: GgufFile, *, threads: int = 1) -> None:
+        self.file, self._threads = file, threads
+        self._digests: dict[str, bytes] = {}
+
+    def __call__(self, name: str, rows: Rows = None) -> F32:
+        """As ``LevelWeights``; raises BadWeights for NaN or infinity."""
+        return _read(self.file, name, rows, self._threads)
+
+    def identity(self, name: str) -> Hashable:
+        """Type and hash of the stored bytes, so that equal tensors in different files are known to be
+        equal."""
+        if name not in self._digests:
+            self._digests[name] = hashlib.blake2b(self.file.raw(name).data, digest_size=16).digest()
+        return self.file.info(name).qtype, self._digests[name]
+
+    def forget(self, name: str) -> None:
+        """Give the mapped pages back to the system."""
+        self.file.release(name)
+
+
+class Quantizer:
+    """Quantizes tensors of a source once per (tensor, qtype) and keeps the bytes while levels still need
+    them.
+
+    One per walk, shared by its levels. Bytes are kept instead of f32 because they are an eighth as large.
+    """
+
+    def __init__(
+        self,
+        source: FileWeights,
+        *,
+        importance: Mapping[str, F32] | None = None,
+        effort: Effort = "good",
+        threads: int = 1,
+    ) -> None:
+        """``importance``: f32[columns] per tensor, or f32[experts, columns] for stacked experts."""
+        self.source, self._importance = source, importance or {}
+        self._effort: Effort = effort
+        self._threads = threads
+        self._packed: dict[tuple[str, str], NDArray[np.uint8]] = {}
+
+    def read(self, name: str, qtype: str, rows: Rows = None) -> F32:
+        """Weights of a tensor (or of some rows) as they come out of quantizing and dequantizing."""
+        if rows is not None:
+            return dequantize(
+                self._pack(name, self.source(name, rows), qtype, rows), qtype, threads=self._threads
+            )
+        key = (name, qtype)
+        if key not in self._packed:
+            self._packed[key] = self._pack(name, self.source(name), qtype, None)
+        shape = self.source.file.info(name).shape
+        return dequantize(self._packed[key], qtype, threads=self._threads).reshape(shape)
+
+    def _pack(self, name: str, weights: F32, qtype: str, rows: Rows) -> NDArray[np.uint8]:
+        importance = self._importance.get(name)
+        flat = weights.reshape(-1, weights.shape[-1])
+        if importance is None or importance.ndim == 1:
+            return quantize(flat, qtype, importance=importance, effort=self._effort, threads=self._threads)
+        if rows is not None:
+            raise ValueError(
+                f"{name}: rows of stacked experts with an importance each cannot be quantized apart"
+            )
+        return np.concatenate(
+            [
+                quantize(expert, qtype, importance=own, effort=self._effort, threads=self._threads)
+                for expert, own in zip(weights, importance, strict=True)
+            ]
+        )
+
+    def forget(self, name: str) -> None:
+        """Drop the bytes of a tensor."""
+        for key in [key for key in self._packed if key[0] == name]:
+            del self._packed[key]
+        self.source.forget(name)
+
+
+class MadeWeights:
+    """A level made on the fly: each tensor of the source in the ``qtype`` that a recipe gives it."""
+
+    def __init__(self, quantizer: Quantizer, qtypes: Mapping[str, str]) -> None:
+        """``qtypes``: tensor name to qtype; a tensor that is missing, or keeps its type, is the source's
+        own."""
+        self._quantizer, self._source = quantizer, quantizer.source
+        stored = {tensor.name: tensor.qtype for tensor in self._source.file.model.tensors}
+        unknown = set(qtypes) - set(stored)
+        if unknown:
+            raise BadFile(f"The recipe names a tensor that the source lacks: '{min(unknown)}'.")
+        self._qtypes = {name: qtype for name, qtype in qtypes.items() if qtype not in (stored[name], "F32")}
+
+    def __call__(self, name: str, rows: Rows = None) -> F32:
+        """As ``LevelWeights``; raises BadWeights for NaN or infinity in the source."""
+        qtype = self._qtypes.get(name)
+        return self._source(name, rows) if qtype is None else self._quantizer.read(name, qtype, rows)
+
+    def identity(self, name: str) -> Hashable:
+        """The type and the quantizer, or the source's own identity."""
+        qtype = self._qtypes.get(name)
+        return self._source.identity(name) if qtype is None else (id(self._quantizer), name, qtype)
+
+    def forget(self, name: str) -> None:
+        """Drop what the quantizer keeps of a tensor."""
+        self._quantizer.forget(name)
