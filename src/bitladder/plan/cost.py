@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from bitladder.describe.model import Model
+from bitladder.files.level_files import draft_level
 from bitladder.formats.blocks import QTYPES
-from bitladder.formats.gguf import DEFAULT_ALIGNMENT, KEY_ALIGNMENT, padded
-from bitladder.formats.recipes import RECIPES, assign, is_quantizable
+from bitladder.formats.recipes import RECIPES, is_quantizable
 from bitladder.formats.tensors import TensorInfo
 
 
@@ -30,23 +30,25 @@ class LevelSize:
 
 
 def level_size(model: Model, level: str, *, has_importance: bool = False) -> LevelSize:
-    """The tensors and bytes of ``model`` at ``level``.
+    """The tensors and bytes of ``model`` at ``level``, laid out by the code that writes the file.
+
+    For a model whose header is not at hand (a row of the catalogue, a checkpoint not yet converted) the
+    header's bytes are
+    an estimate, the tensors' are exact.
 
     Raises:
         UnknownLevel: no such level.
     """
-    chosen = assign(level, model.tensors, model.dims, has_importance=has_importance)
-    tensors = tuple(replace(tensor, qtype=chosen[tensor.name]) for tensor in model.tensors)
-    alignment = model.metadata.get(KEY_ALIGNMENT, DEFAULT_ALIGNMENT)
-    label = RECIPES[level].qtype
-    quantizable = [tensor for tensor in tensors if is_quantizable(tensor)]
+    draft = draft_level(model, level, has_importance=has_importance)
+    label = RECIPES[draft.level].qtype
+    quantizable = [tensor for tensor in draft.tensors if is_quantizable(tensor)]
     weights = sum(tensor.elements for tensor in quantizable)
     on_label = sum(tensor.elements for tensor in quantizable if tensor.qtype == label)
     return LevelSize(
-        level=level,
-        tensors=tensors,
-        tensor_bytes=sum(tensor.nbytes for tensor in tensors),
-        file_bytes=model.header_bytes + sum(padded(tensor.nbytes, alignment) for tensor in tensors),
+        level=draft.level,
+        tensors=draft.tensors,
+        tensor_bytes=sum(tensor.nbytes for tensor in draft.tensors),
+        file_bytes=draft.file_bytes + (0 if model.raw_metadata else model.header_bytes),
         on_label_share=on_label / weights if weights else 1.0,
         fallbacks=sum(tensor.shape[-1] % QTYPES[label].block_size != 0 for tensor in quantizable),
     )
