@@ -1,5 +1,6 @@
 """Token windows: what a text becomes before a model reads it, for measuring and for calibration alike.
- As llama.cpp's perplexity tool does: each document is cut into windows of ``n`` tokens that do not overlap;
+
+As llama.cpp's perplexity tool does: each document is cut into windows of ``n`` tokens that do not overlap;
 where the tokenizer adds a BOS token, the first token of every window is replaced by it; and a window scores
 the predictions of its second half only, so that each has at least half a window of context. Unlike there,
 documents are never joined, and a document's last, shorter window is kept when it has at least ``shortest``

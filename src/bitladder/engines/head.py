@@ -6,7 +6,8 @@ A token's logits are needed only in sums over the vocabulary:
     log Z        = log sum_v exp(l_v)                             of each model KL(ref||q)   = sum_v p_v (l_v
     - m_v) - log Z_ref + log Z_q    with p = exp(l) / Z_ref, m the level's logits nll          = log Z -
     l_target top-1        = the v of the largest l_v
- so the vocabulary is taken a slice at a time and the sums are carried in float64, rescaled when a larger
+
+so the vocabulary is taken a slice at a time and the sums are carried in float64, rescaled when a larger
 maximum appears (as in online softmax, Milakov and Gimelshein 2018). Neither the head's weights nor the logits
 are ever whole in memory: a slice's weights are read once per distinct head and meet all tokens of all levels
 that have it.
@@ -29,17 +30,33 @@ _TOKENS = 512
 
 @dataclass(frozen=True)
 class TokenScores:
-    """Per scored token, float64: ``kl`` in nats, ``nll`` in nats; ``top1`` the most likely next token's
-    id."""
+    """Per scored token, float64: ``kl`` and ``nll`` in nats; ``top1`` the most likely next token's id."""
 
     kl: NDArray[np.float64]
     nll: NDArray[np.float64]
     top1: NDArray[np.int64]
 
+    def split(self, ends: NDArray[np.int64]) -> list[TokenScores]:
+        """Consecutive parts that end before ``ends``."""
+        starts = np.concatenate([[0], ends[:-1]])
+        return [
+            TokenScores(self.kl[a:b], self.nll[a:b], self.top1[a:b])
+            for a, b in zip(starts, ends, strict=True)
+        ]
+
+    @staticmethod
+    def joined(parts: Sequence[TokenScores]) -> TokenScores:
+        """Parts one after another."""
+        return TokenScores(
+            np.concatenate([part.kl for part in parts]),
+            np.concatenate([part.nll for part in parts]),
+            np.concatenate([part.top1 for part in parts]),
+        )
+
 
 @dataclass(frozen=True)
 class HeadInput:
-    """One model at the head: its normed hidden states f32[tokens, n_embd] and how to read rows of its output
+    """One model at the head: normed hidden states f32[tokens, n_embd], and how to read rows of its output
     matrix.
 
     Models with equal ``identity`` have the same output matrix.
@@ -53,12 +70,15 @@ class HeadInput:
 class _Sums:
     """What one model carries from slice to slice, per token."""
 
-    def __init__(self, tokens: int) -> None:
-        self.peak = torch.full((tokens,), -torch.inf)
-        self.total = torch.zeros(tokens, dtype=torch.float64)
-        self.cross = torch.zeros(tokens, dtype=torch.float64)  # sum of exp(ref - peak of ref) * (ref - own)
-        self.target = torch.zeros(tokens, dtype=torch.float64)
-        self.best = torch.zeros(tokens, dtype=torch.int64)
+    def __init__(self, tokens: int, device: torch.device) -> None:
+        def zeros(dtype: torch.dtype) -> torch.Tensor:
+            return torch.zeros(tokens, dtype=dtype, device=device)
+
+        self.peak = torch.full((tokens,), -torch.inf, device=device)
+        self.total = zeros(torch.float64)  # sum of exp(own - peak)
+        self.cross = zeros(torch.float64)  # sum of exp(ref - peak of ref) * (ref - own)
+        self.target = zeros(torch.float64)
+        self.best = zeros(torch.int64)
 
     def raise_peak(self, at: slice, logits: torch.Tensor, first: int) -> torch.Tensor:
         """Take a slice's maximum into account; returns the factor that earlier sums must be multiplied by."""
@@ -72,41 +92,68 @@ class _Sums:
         self.total[at] *= factor
         return factor
 
+    def take_target(self, at: slice, logits: torch.Tensor, local: torch.Tensor) -> None:
+        """Keep the logit of the token that came next where it lies in this slice (``local`` counts from its
+        start)."""
+        inside = (local >= 0) & (local < logits.shape[1])
+        picked = logits.gather(1, local.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
+        self.target[at] = torch.where(inside, picked.double(), self.target[at])
 
-def _logits(states: torch.Tensor, weight: torch.Tensor, softcap: float | None) -> torch.Tensor:
-    logits = states @ weight.T
-    return torch.tanh(logits / softcap) * softcap if softcap else logits
+    @property
+    def log_z(self) -> torch.Tensor:
+        """The logarithm of the partition sum."""
+        return self.peak.double() + self.total.log()
 
 
-def _take_target(sums: _Sums, at: slice, logits: torch.Tensor, targets: torch.Tensor, first: int) -> None:
-    local = targets[at] - first
-    inside = (local >= 0) & (local < logits.shape[1])
-    picked = logits.gather(1, local.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
-    sums.target[at] = torch.where(inside, picked.double(), sums.target[at])
+class _Comparison:
+    """All models on one set of tokens; ``models[0]`` is the reference."""
 
+    def __init__(
+        self, models: Sequence[HeadInput], targets: NDArray[np.int64], softcap: float | None
+    ) -> None:
+        device = models[0].states.device
+        self.models, self.softcap = models, softcap
+        self.targets = torch.from_numpy(targets).to(device)
+        self.sums = [_Sums(len(targets), device) for _ in models]
 
-def _one_block(
-    sums: Sequence[_Sums],
-    models: Sequence[HeadInput],
-    heads: dict[Hashable, torch.Tensor],
-    at: slice,
-    targets: torch.Tensor,
-    first: int,
-    softcap: float | None,
-) -> None:
-    """Some tokens against one slice of the vocabulary, for every model; the reference is ``models[0]``."""
-    reference = _logits(models[0].states[at], heads[models[0].identity], softcap)
-    factor = sums[0].raise_peak(at, reference, first)
-    _take_target(sums[0], at, reference, targets, first)
-    weight = torch.exp(reference - sums[0].peak[at, None])
-    sums[0].total[at] += weight.sum(dim=1, dtype=torch.float64)
-    for own, model in zip(sums[1:], models[1:], strict=True):
-        logits = _logits(model.states[at], heads[model.identity], softcap)
-        own.raise_peak(at, logits, first)
-        _take_target(own, at, logits, targets, first)
-        own.cross[at] *= factor
-        own.cross[at] += torch.linalg.vecdot(weight, reference - logits).double()
-        own.total[at] += logits.sub_(own.peak[at, None]).exp_().sum(dim=1, dtype=torch.float64)
+    def take_slice(self, rows: slice) -> None:
+        """Account for a slice of the vocabulary: all tokens of all models, a block of tokens at a time."""
+        heads: dict[Hashable, torch.Tensor] = {}
+        for model in self.models:
+            if model.identity not in heads:
+                heads[model.identity] = torch.from_numpy(model.rows(rows)).to(model.states.device)
+        for start in range(0, len(self.targets), _TOKENS):
+            self._take_block(heads, slice(start, start + _TOKENS), rows.start)
+
+    def _take_block(self, heads: dict[Hashable, torch.Tensor], at: slice, first: int) -> None:
+        local = self.targets[at] - first
+        sums, model = self.sums[0], self.models[0]
+        reference = self._logits(model.states[at], heads[model.identity])
+        factor = sums.raise_peak(at, reference, first)
+        sums.take_target(at, reference, local)
+        weight = torch.exp(reference - sums.peak[at, None])
+        sums.total[at] += weight.sum(dim=1, dtype=torch.float64)
+        for own, model in zip(self.sums[1:], self.models[1:], strict=True):
+            logits = self._logits(model.states[at], heads[model.identity])
+            own.raise_peak(at, logits, first)
+            own.take_target(at, logits, local)
+            own.cross[at] *= factor
+            own.cross[at] += torch.linalg.vecdot(weight, reference - logits).double()
+            own.total[at] += logits.sub_(own.peak[at, None]).exp_().sum(dim=1, dtype=torch.float64)
+
+    def _logits(self, states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        logits = states @ weight.T
+        return torch.tanh(logits / self.softcap) * self.softcap if self.softcap else logits
+
+    def scores(self, number: int) -> TokenScores:
+        """What came of one model."""
+        own, reference = self.sums[number], self.sums[0]
+        log_z = own.log_z
+        kl = torch.zeros_like(log_z)
+        if number:
+            # Rounding can leave a divergence of zero a hair below it.
+            kl = (own.cross / reference.total - reference.log_z + log_z).clamp_min(0)
+        return TokenScores(kl.cpu().numpy(), (log_z - own.target).cpu().numpy(), own.best.cpu().numpy())
 
 
 def compare(
@@ -126,26 +173,8 @@ def compare(
         softcap: the cap on final logits, if the family has one.
         slice_rows: rows of the output matrix in memory at once.
     """
-    goal = torch.from_numpy(targets).to(models[0].states.device)
-    sums = [_Sums(len(targets)) for _ in models]
+    comparison = _Comparison(models, targets, softcap)
     with torch.inference_mode():
         for first in range(0, n_vocab, slice_rows):
-            rows = slice(first, min(first + slice_rows, n_vocab))
-            heads: dict[Hashable, torch.Tensor] = {}
-            for model in models:
-                if model.identity not in heads:
-                    heads[model.identity] = torch.from_numpy(model.rows(rows)).to(model.states.device)
-            for start in range(0, len(targets), _TOKENS):
-                _one_block(sums, models, heads, slice(start, start + _TOKENS), goal, first, softcap)
-    return [_scores(own, sums[0]) for own in sums]
-
-
-def _scores(own: _Sums, reference: _Sums) -> TokenScores:
-    log_z = own.peak.double() + own.total.log()
-    reference_log_z = reference.peak.double() + reference.total.log()
-    if own is reference:
-        kl = torch.zeros_like(log_z)
-    else:
-        # Rounding can leave a divergence of zero a hair below it.
-        kl = (own.cross / reference.total - reference_log_z + log_z).clamp_min(0)
-    return TokenScores(kl.numpy(), (log_z - own.target).numpy(), own.best.numpy())
+            comparison.take_slice(slice(first, min(first + slice_rows, n_vocab)))
+    return [comparison.scores(number) for number in range(len(models))]

@@ -1,11 +1,13 @@
 """A GGUF model run layer by layer through transformers' own decoder layers, one layer of weights in memory at
 a time.
- The module structure lives on torch's meta device, where parameters have shapes and no memory. ``layer``
+
+The module structure lives on torch's meta device, where parameters have shapes and no memory. ``layer``
 builds one decoder layer, fills it with weights from any callable, and whoever holds it drops it before the
 next. Embedding rows are looked up one by one and the head is read in slices of the vocabulary
 (``engines/head.py``), so memory grows with the largest layer, not with the model. Arithmetic is float32 on
 the CPU or a GPU.
- What a family needs beyond transformers' layer is in ``formats/roles.py``; what differs from its ``forward``
+
+What a family needs beyond transformers' layer is in ``formats/roles.py``; what differs from its ``forward``
 is nothing: the tests compare logits with transformers' own full model for every family.
 """
 
@@ -59,7 +61,7 @@ def _family(model: Model) -> Family:
         known = ", ".join(sorted({name.split("+")[0] for name in FAMILIES}))
         raise UnknownArchitecture(
             f"No layers are known for the architecture '{model.dims.architecture}'.",
-            means=f"Walking layer by layer works for: {known}. Planning, K-quants and workloads work for every GGUF.",
+            means=f"Walking layer by layer works for: {known}. Plans, K-quants and workloads need no layers.",
             do="Leave out the measurement (--no-measure), or choose a model of these families.",
         )
     return family
@@ -224,7 +226,7 @@ class LayeredModel:
         if missing and not parameter.optional:
             raise BadFile(
                 f"The tensor '{missing[0]}' is missing.",
-                means=f"The file is a variant of '{self.family.architecture}' that the rows do not describe, or incomplete.",
+                means="The file is incomplete, or a variant of its family that the rows do not describe.",
                 do="Convert the model again from its original checkpoint.",
             )
         return [] if missing else names
@@ -235,8 +237,9 @@ class LayeredModel:
         expected = tuple(getattr(target, leaf).shape)
         if value.shape != expected:
             raise BadFile(
-                f"{' and '.join(sources)} give a parameter of shape {value.shape}, the header's dimensions need {expected}.",
-                means="The header does not belong to these tensors, or the family's rows do not describe this variant.",
+                f"{' and '.join(sources)} give a parameter of shape {value.shape}, "
+                f"the header's dimensions need {expected}.",
+                means="The file is a variant of its family that the rows do not describe, or damaged.",
                 do="Convert the model again from its original checkpoint.",
             )
         tensor = torch.from_numpy(np.ascontiguousarray(value))

@@ -92,6 +92,6 @@ def rope_from_header(
         return _yarn(plain, base, factor, n_trained, keys)
     raise BadInput(
         f"The model scales its rotary positions by '{kind}'.",
-        means="Bitladder knows linear, yarn and stored factors (Llama 3, Phi-3); with another its figures would be wrong.",
+        means="Known are linear, yarn and stored factors (Llama 3, Phi-3); others would give wrong figures.",
         do="Measure this model through the engine with a workload instead.",
     )

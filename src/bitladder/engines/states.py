@@ -7,6 +7,7 @@ scored.
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -81,13 +82,16 @@ class States:
             return
         try:
             self._file = tempfile.TemporaryFile(dir=spill)  # noqa: SIM115  (lives as long as the states)
-            self._file.truncate(tokens * width * 4)
+            os.posix_fallocate(
+                self._file.fileno(), 0, tokens * width * 4
+            )  # a full disk fails here, not later
             mapped = np.memmap(self._file, np.float32, "r+", shape=(tokens, width))
         except OSError as error:
             raise OutputError(
-                f"No room for {human_bytes(tokens * width * 4)} of hidden states in {spill}: {error.strerror}.",
+                f"No room for {human_bytes(tokens * width * 4)} of hidden states in {spill}: "
+                f"{error.strerror}.",
                 means="Hidden states of all levels are kept on disk when they outgrow memory.",
-                do="Free some space, set TMPDIR to a larger disk, or measure fewer levels or less text at once.",
+                do="Free some space, set TMPDIR to a larger disk, or measure fewer levels at once.",
             ) from error
         self._data = torch.from_numpy(mapped)
 

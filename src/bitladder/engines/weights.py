@@ -1,5 +1,6 @@
 """Where a level's weights come from: the source itself, another file, or a recipe applied on the fly.
- Each is called with a tensor's name and gives f32, and each tells the *identity* of a tensor's weights:
+
+Each is called with a tensor's name and gives f32, and each tells the *identity* of a tensor's weights:
 levels whose tensors have had equal identities so far have had equal hidden states so far, and share them.
 """
 

@@ -1,8 +1,10 @@
 """Model families as rows: how a GGUF file's tensors become the parameters of transformers' layers, and back.
- A row says which transformers model a GGUF architecture is, which numbers of the header its configuration
+
+A row says which transformers model a GGUF architecture is, which numbers of the header its configuration
 needs, which GGUF tensors make up each parameter of a decoder layer and how, and which linear layers see the
 same input. A new family is a row here and a case in ``tests/test_layers.py``.
- Tensors are named by *role*: ``attn_q.weight`` is ``blk.N.attn_q.weight`` of any layer N. Transforms are
+
+Tensors are named by *role*: ``attn_q.weight`` is ``blk.N.attn_q.weight`` of any layer N. Transforms are
 named here and done in ``engines/transforms.py``; they undo what llama.cpp's converter did:
 
     same        taken as it is unpermute   rows of a query or key projection go back from llama.cpp's
@@ -179,7 +181,8 @@ _ROWS = (
         options=(_RMS,), bias_field="attention_bias",
     ),
     Family(  # mixtral: llama.cpp calls it llama and sets expert_count
-        "llama+experts", "mixtral", (*_PRE_NORMS, *_attention("unpermute", bias=False), *_EXPERTS), _MOE_INPUTS,
+        "llama+experts", "mixtral",
+        (*_PRE_NORMS, *_attention("unpermute", bias=False), *_EXPERTS), _MOE_INPUTS,
         options=(_RMS, ("num_local_experts", "expert_count"), ("num_experts_per_tok", "expert_used_count")),
         constants=(("sliding_window", None),), moe=True,
     ),
@@ -205,7 +208,8 @@ _ROWS = (
     ),
     Family(
         "gemma2", "gemma2", (*_GEMMA_NORMS, *_attention(bias=False), *_MLP), _DENSE_INPUTS,
-        options=_GEMMA_OPTIONS, norm_transform="minus_one", scaled_embedding=True, wide_query_layers=46, sliding_pattern=2,
+        options=_GEMMA_OPTIONS, norm_transform="minus_one", scaled_embedding=True,
+        wide_query_layers=46, sliding_pattern=2,
     ),
     Family(
         "gemma3", "gemma3_text",
@@ -217,7 +221,8 @@ _ROWS = (
             *_MLP,
         ),
         _DENSE_INPUTS,
-        options=_GEMMA_OPTIONS, norm_transform="minus_one", scaled_embedding=True, wide_query_layers=62, sliding_pattern=6,
+        options=_GEMMA_OPTIONS, norm_transform="minus_one", scaled_embedding=True,
+        wide_query_layers=62, sliding_pattern=6,
     ),
     Family(  # queries, keys and values lie fused in the file as they do in transformers, gate and up too
         "phi3", "phi3",
@@ -238,7 +243,8 @@ _ROWS = (
         partial_rotary=True,
     ),
     Family(
-        "olmo", "olmo", (*_attention("unpermute", bias=False), *_MLP), (*_attention_inputs(None), *_mlp_inputs(None)),
+        "olmo", "olmo",
+        (*_attention("unpermute", bias=False), *_MLP), (*_attention_inputs(None), *_mlp_inputs(None)),
         options=(("clip_qkv?", "attention.clamp_kqv"),), has_output_norm=False,
     ),
     Family(

@@ -1,36 +1,32 @@
-"""Fidelity of a whole ladder in one pass over the model's layers.
- One layer of weights is in memory at a time. Each level has its own hidden states; levels whose tensors have
-been equal so far share theirs. At the end the next-token distributions of the reference and of every level
-meet (``engines/head.py``): KL divergence, nll and the most likely token of every scored position, without a
+"""Fidelity of a whole ladder in one pass over the model's layers (``engines/ladder.py``).
+
+KL divergence, perplexity and top-1 agreement of every level against its source, on the same tokens, without a
 logits file. ``docs/measure.md`` defines each figure.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from bitladder.describe.model import Model
 from bitladder.describe.text import Document
 from bitladder.describe.windows import SHORTEST, WINDOW, Window, cut
-from bitladder.engines.head import HeadInput, TokenScores, compare
-from bitladder.engines.layers import LayeredModel, inference
-from bitladder.engines.states import Batch, Shelf, States, batches_of
+from bitladder.engines.head import TokenScores
+from bitladder.engines.ladder import Ladder
+from bitladder.engines.layers import LayeredModel
 from bitladder.engines.weights import FileWeights, LevelWeights
 from bitladder.errors import BadInput
 from bitladder.files.gguf import GgufFile
-from bitladder.formats.roles import OUTPUT_NORM
 from bitladder.progress import Progress, silent
 from bitladder.records.fidelity import Fidelity
 from bitladder.stats.bootstrap import quantile_interval, ratio_interval
-from bitladder.units import GiB, MiB
+from bitladder.units import GiB
 
-_HEAD_BYTES = 512 * MiB
 _SEED = 20240229  # intervals are the same in every run on the same scores
 
 
@@ -40,15 +36,6 @@ class Candidate:
 
     level: str
     weights: LevelWeights
-
-
-@dataclass
-class _Group:
-    """Models (0 is the reference, then the candidates in order) that have shared all weights so far, and
-    their states."""
-
-    members: list[int]
-    states: States
 
 
 def text_windows(
@@ -77,7 +64,7 @@ def text_windows(
             f"The text is too short to measure on: {len(ids)} document(s), the longest of {longest} tokens; "
             f"at least {SHORTEST} tokens in one document are needed.",
             means="Each prediction needs context before it, and an average needs many predictions.",
-            do="Give a longer text (a few thousand words are a good start), or leave out --text to use the one that ships.",
+            do="Give a longer text, a few thousand words say, or leave out --text to use the one that ships.",
         )
     return windows
 
@@ -135,31 +122,16 @@ def token_scores(
     state_bytes: int = GiB,
     spill: Path | None = None,
 ) -> list[TokenScores]:
-    """The walk itself: scores of every scored token, windows in the caller's order, of the reference and then
-    of each candidate.
+    """Scores of every scored token, windows in the caller's order, of the reference and then of each
+    candidate.
 
     Arguments and errors as ``walk``.
     """
     _check_tokens(windows, source.model.dims.n_vocab)
     reference = FileWeights(source, threads=threads)
-    weights: list[LevelWeights] = [reference, *(candidate.weights for candidate in candidates)]
     model = LayeredModel(source.model, reference, device=device)
-    batches = batches_of(windows)
-    shelf = Shelf(batches, source.model.dims.n_embd, budget_bytes=state_bytes, folder=spill)
-    groups = _embedded(model, weights, batches, shelf)
-    total = model.n_layer + 2.0
-    for layer in range(model.n_layer):
-        progress(f"layer {layer + 1} of {model.n_layer}", layer, total)
-        groups = [
-            part for group in groups for part in _through_layer(model, weights, group, layer, batches, shelf)
-        ]
-        for name in model.layer_names(layer):
-            for own in weights:
-                own.forget(name)
-    progress("comparing predictions", model.n_layer, total)
-    found = _at_the_head(model, weights, groups, batches, windows)
-    progress("comparing predictions", total, total)
-    return found
+    weights: list[LevelWeights] = [reference, *(candidate.weights for candidate in candidates)]
+    return Ladder(model, weights, windows, state_bytes=state_bytes, spill=spill).run(progress)
 
 
 def _check_tokens(windows: Sequence[Window], n_vocab: int) -> None:
@@ -176,143 +148,6 @@ def _check_tokens(windows: Sequence[Window], n_vocab: int) -> None:
             means="The tokenizer does not belong to these weights.",
             do="Convert the model again, with its own tokenizer.",
         )
-
-
-def _split(members: Sequence[int], key: Callable[[int], Hashable]) -> list[list[int]]:
-    """Members with equal keys together, in order."""
-    parts: dict[Hashable, list[int]] = {}
-    for member in members:
-        parts.setdefault(key(member), []).append(member)
-    return list(parts.values())
-
-
-def _embedded(
-    model: LayeredModel, weights: Sequence[LevelWeights], batches: Sequence[Batch], shelf: Shelf
-) -> list[_Group]:
-    """Embeddings of every distinct table."""
-    groups = []
-    for members in _split(range(len(weights)), lambda one: weights[one].identity(model.embedding)):
-        states = shelf.take()
-        for batch in batches:
-            states.put(batch, model.embed(batch.tokens, weights[members[0]]))
-        groups.append(_Group(members, states))
-    return groups
-
-
-def _through_layer(
-    model: LayeredModel,
-    weights: Sequence[LevelWeights],
-    group: _Group,
-    layer: int,
-    batches: Sequence[Batch],
-    shelf: Shelf,
-) -> list[_Group]:
-    """Push a group through a layer; it falls apart into groups that still share everything."""
-    names = model.layer_names(layer)
-    parts = _split(group.members, lambda one: tuple(weights[one].identity(name) for name in names))
-    result = []
-    for number, members in enumerate(parts):
-        # The last part to go may overwrite the states that all parts start from.
-        states = group.states if number == len(parts) - 1 else shelf.take()
-        block = model.layer(layer, weights[members[0]])
-        for batch in batches:
-            out = model.run(block, layer, group.states.get(batch).to(model.device))
-            states.put(batch, out)
-        result.append(_Group(members, states))
-    return result
-
-
-def _at_the_head(
-    model: LayeredModel,
-    weights: Sequence[LevelWeights],
-    groups: Sequence[_Group],
-    batches: Sequence[Batch],
-    windows: Sequence[Window],
-) -> list[TokenScores]:
-    """Scores of every model. Models with the same states and the same head are scored once."""
-    distinct: list[tuple[int, States]] = []
-    place = [0] * len(weights)
-    for group in groups:
-        for members in _split(group.members, lambda one: _head_identity(model, weights[one])):
-            for member in members:
-                place[member] = len(distinct)
-            distinct.append((members[0], group.states))
-    # The reference is compared with all others, so it stands first.
-    order = sorted(range(len(distinct)), key=lambda at: at != place[0])
-    rank = {at: number for number, at in enumerate(order)}
-    per_token = len(distinct) * model.model.dims.n_embd * 4
-    found: list[dict[int, TokenScores]] = [{} for _ in distinct]
-    for chunk in _chunks(batches, windows, max(1, _HEAD_BYTES // per_token)):
-        inputs = [
-            _head_input(model, weights[distinct[at][0]], distinct[at][1], chunk, windows) for at in order
-        ]
-        targets = np.concatenate(
-            [windows[at].tokens[windows[at].first + 1 :] for batch in chunk for at in batch.windows]
-        )
-        scores = compare(inputs, targets, model.model.dims.n_vocab, softcap=model.logit_softcap)
-        for number, one in enumerate(scores):
-            found[number].update(_by_window(one, chunk, windows))
-    joined = [_joined([scores[at] for at in range(len(windows))]) for scores in found]
-    return [joined[rank[place[member]]] for member in range(len(weights))]
-
-
-def _head_identity(model: LayeredModel, weights: LevelWeights) -> Hashable:
-    norm = weights.identity(OUTPUT_NORM) if model.family.has_output_norm else None
-    return norm, weights.identity(model.output)
-
-
-def _chunks(batches: Sequence[Batch], windows: Sequence[Window], limit: int) -> list[list[Batch]]:
-    """Batches together as long as their scored tokens fit the limit."""
-    chunks: list[list[Batch]] = []
-    held = 0
-    for batch in batches:
-        scored = sum(windows[at].scored for at in batch.windows)
-        if chunks and held + scored <= limit:
-            chunks[-1].append(batch)
-            held += scored
-        else:
-            chunks.append([batch])
-            held = scored
-    return chunks
-
-
-def _head_input(
-    model: LayeredModel,
-    weights: LevelWeights,
-    states: States,
-    chunk: Sequence[Batch],
-    windows: Sequence[Window],
-) -> HeadInput:
-    """The normed states of scored positions, and the rows of the output matrix."""
-    norm = model.norm(weights)
-    kept = []
-    with inference():
-        for batch in chunk:
-            held = states.get(batch)
-            for row, at in enumerate(batch.windows):
-                kept.append(norm(held[row, windows[at].first : len(windows[at].tokens) - 1].to(model.device)))
-    return HeadInput(
-        torch.cat(kept), weights.identity(model.output), lambda rows: weights(model.output, rows)
-    )
-
-
-def _by_window(
-    scores: TokenScores, chunk: Sequence[Batch], windows: Sequence[Window]
-) -> dict[int, TokenScores]:
-    parts, start = {}, 0
-    for at in (at for batch in chunk for at in batch.windows):
-        here = slice(start, start + windows[at].scored)
-        parts[at] = TokenScores(scores.kl[here], scores.nll[here], scores.top1[here])
-        start = here.stop
-    return parts
-
-
-def _joined(parts: Sequence[TokenScores]) -> TokenScores:
-    return TokenScores(
-        np.concatenate([part.kl for part in parts]),
-        np.concatenate([part.nll for part in parts]),
-        np.concatenate([part.top1 for part in parts]),
-    )
 
 
 def _clusters(windows: Sequence[Window]) -> tuple[str, NDArray[np.int64]]:
@@ -348,6 +183,7 @@ def fidelity(level: str, own: TokenScores, reference: TokenScores, windows: Sequ
         kl_median=median.value, kl_median_low=median.low, kl_median_high=median.high,
         kl_p99=p99.value, kl_p99_low=p99.low, kl_p99_high=p99.high, kl_max=float(own.kl.max()),
         ppl=float(np.exp(own.nll.mean())), ppl_reference=float(np.exp(reference.nll.mean())),
-        ppl_ratio=float(np.exp(lost.value)), ppl_ratio_low=float(np.exp(lost.low)), ppl_ratio_high=float(np.exp(lost.high)),
+        ppl_ratio=float(np.exp(lost.value)),
+        ppl_ratio_low=float(np.exp(lost.low)), ppl_ratio_high=float(np.exp(lost.high)),
         top1=top1.value, top1_low=max(0.0, top1.low), top1_high=min(1.0, top1.high),
     )  # fmt: skip

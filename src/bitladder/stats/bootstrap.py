@@ -1,11 +1,13 @@
 """Intervals for figures that are sums over clusters: mean KL divergence per token, perplexity ratio, top-1
 agreement.
- Tokens of one document are not independent, so documents (clusters) are resampled, never tokens. A figure is
+
+Tokens of one document are not independent, so documents (clusters) are resampled, never tokens. A figure is
 a ratio of sums, r = sum(x) / sum(w) over clusters, for instance nats over tokens. Its standard error is the
 linearised one, with the small-sample factor n / (n - 1),
 
     se^2 = n / (n - 1) * sum((x_i - r w_i)^2) / (sum w)^2.
- ``ratio_interval`` is the studentised bootstrap (bootstrap-t; Davison and Hinkley 1997, section 5.2):
+
+``ratio_interval`` is the studentised bootstrap (bootstrap-t; Davison and Hinkley 1997, section 5.2):
 clusters are drawn with replacement, t* = (g(r*) - g(r)) / se(g(r*)) is computed for each draw, and its
 quantiles replace those of the normal distribution. ``g`` is the logarithm for positive figures such as KL,
 whose spread grows with their size, and the identity for differences. With few clusters draws exist whose
