@@ -1,0 +1,296 @@
+"""What an answer must satisfy: one row per kind of criterion, each a pure function from text to pass or fail
+with a reason.
+
+| kind | value | passes when |
+|---|---|---|
+| exact | text | the answer is this text, white space around it aside |
+| one_of | texts | the answer is one of these, aside from case, quotes around it and a final full stop |
+| contains_all, contains_any, contains_none | texts | it contains all, at least one, none of these as whole
+words, in any case | | regex | pattern | Python's re.search finds the pattern | | number | value, tolerance,
+which | the last (or first, or any) number in it is within the tolerance | | json_schema | schema | it is JSON
+(alone or in one code fence) that fits the schema | | set_recall | items, at_least | it names at least this
+share of the items; an item may have several wordings | | max_words | count | it has at most this many words |
+| similarity | to, metric, at_least | its chrF or ROUGE-L (0 to 1) with a text is at least this | |
+agrees_with_reference | metric, at_least | the same, with what the reference answered; ``same`` asks for the
+same text | | judge | rubric | a judge model says so (``engines.judge``) | | python | module:function | the
+user's own function says so; runs only when the user trusts the file |
+
+To add a kind, add a row to KINDS.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from bitladder.describe import criterion_values as values
+from bitladder.describe import similarity
+from bitladder.describe.workload import Criterion, Input
+
+
+class Outcome(NamedTuple):
+    """Did the answer pass, and why, in a phrase."""
+
+    passed: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class Context:
+    """What some criteria need besides the answer."""
+
+    reference: str | None = None
+    """The reference's answer to the same input; None while the reference itself is judged."""
+    judge: Callable[[Input, Any, str, str | None], Outcome] | None = None
+    """``judge(input, value, answer, reference)``."""
+    functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    """The user's own functions by ``module:function``."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """``parse`` checks and completes a value (ValueError: the rest of a sentence).
+
+    ``check`` judges from the answer alone; kinds that need more have ``ask`` instead.
+    """
+
+    parse: Callable[[Any], Any]
+    check: Callable[[Any, str], Outcome] | None = None
+    ask: Callable[[Any, str, Input, Context], Outcome] | None = None
+
+
+def judge(one: Input, text: str, context: Context | None = None) -> Outcome:
+    """Judge an answer by all criteria of its input: it passes when all pass; the first failure is the reason.
+    """
+    outcomes = [_outcome(criterion, text, one, context or Context()) for criterion in one.criteria]
+    failed = [outcome for outcome in outcomes if not outcome.passed]
+    return failed[0] if failed else Outcome(True, "; ".join(outcome.detail for outcome in outcomes))
+
+
+def _outcome(criterion: Criterion, text: str, one: Input, context: Context) -> Outcome:
+    kind = KINDS[criterion.kind]
+    if kind.check is not None:
+        return kind.check(criterion.value, text)
+    assert kind.ask is not None
+    return kind.ask(criterion.value, text, one, context)
+
+
+def found_items(criterion: Criterion, text: str) -> tuple[str, ...]:
+    """Which items of a ``set_recall`` an answer names, each by its first wording."""
+    return tuple(
+        wordings[0]
+        for wordings in criterion.value["items"]
+        if any(_has(text, wording) for wording in wordings)
+    )
+
+
+def normal(text: str) -> str:
+    """For comparing short answers: lower case, single spaces, no quotes or marks around, no final
+    punctuation.
+    """
+    return " ".join(text.split()).strip("\"'`*“”‘’ ").rstrip(".!,;").strip("\"'`*“”‘’ ").casefold()
+
+
+def numbers(text: str) -> list[float]:
+    """The numbers in a text, in order; ``1,250.5`` is one number, ``$`` and ``%`` are ignored."""
+    found = re.findall(
+        r"(?<![\w.])[-−+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?(?!\w|\.\d)", text
+    )
+    return [float(number.replace(",", "").replace("−", "-")) for number in found]
+
+
+def _has(text: str, words: str) -> bool:
+    """Whether the words stand in the text as whole words, in any case and with any white space between them.
+    """
+    pattern = r"\s+".join(re.escape(word) for word in words.split())
+    before = r"(?<!\w)" if words.strip()[:1].isalnum() else ""
+    after = r"(?!\w)" if words.strip()[-1:].isalnum() else ""
+    return re.search(before + pattern + after, text, re.IGNORECASE) is not None
+
+
+def _quote(text: str, width: int = 60) -> str:
+    line = " ".join(text.split())
+    return f"'{line}'" if len(line) <= width else f"'{line[:width]}...'"
+
+
+def _exact(value: str, text: str) -> Outcome:
+    same = text.strip() == value.strip()
+    return Outcome(same, "the very text" if same else f"expected {_quote(value)}")
+
+
+def _one_of(value: list[str], text: str) -> Outcome:
+    for allowed in value:
+        if normal(text) == normal(allowed):
+            return Outcome(True, f"is {_quote(allowed)}")
+    return Outcome(False, f"is none of {', '.join(map(_quote, value))}")
+
+
+def _contains_all(value: list[str], text: str) -> Outcome:
+    missing = [words for words in value if not _has(text, words)]
+    return Outcome(not missing, f"lacks {', '.join(map(_quote, missing))}" if missing else "contains all")
+
+
+def _contains_any(value: list[str], text: str) -> Outcome:
+    found = [words for words in value if _has(text, words)]
+    return Outcome(
+        bool(found),
+        f"contains {_quote(found[0])}" if found else f"contains none of {', '.join(map(_quote, value))}",
+    )
+
+
+def _contains_none(value: list[str], text: str) -> Outcome:
+    found = [words for words in value if _has(text, words)]
+    return Outcome(
+        not found, f"contains {', '.join(map(_quote, found))}" if found else "contains none of the unwanted"
+    )
+
+
+def _regex(value: str, text: str) -> Outcome:
+    match = re.search(value, text)
+    return Outcome(
+        match is not None, f"matches at {_quote(match[0])}" if match else f"no match for {_quote(value)}"
+    )
+
+
+def _number(value: dict[str, Any], text: str) -> Outcome:
+    found = numbers(text)
+    if not found:
+        return Outcome(False, f"no number; expected {value['value']:g}")
+    candidates = {"last": found[-1:], "first": found[:1], "any": found}[value["which"]]
+    allowed = max(value["tolerance"], value["relative"] * abs(value["value"]), 1e-9 * abs(value["value"]))
+    nearest = min(candidates, key=lambda number: abs(number - value["value"]))
+    return Outcome(abs(nearest - value["value"]) <= allowed, f"{nearest:g}, expected {value['value']:g}")
+
+
+def extract_json(text: str) -> Any:
+    """The JSON of an answer: the whole of it, or the content of its only code fence.
+
+    Raises:
+        ValueError: it is no JSON (json.JSONDecodeError says where).
+    """
+    fences = re.findall(r"```(?:json)?\s*\n(.*?)```", text, re.DOTALL | re.IGNORECASE)
+    return json.loads(fences[0] if len(fences) == 1 else text)
+
+
+def _json_schema(value: Any, text: str) -> Outcome:
+    from jsonschema import Draft202012Validator
+    from jsonschema.exceptions import best_match
+    from referencing import Registry
+    from referencing.exceptions import Unresolvable
+
+    try:
+        document = extract_json(text)
+    except (ValueError, RecursionError) as error:
+        return Outcome(False, f"no JSON: {error}")
+    # An empty registry: a schema must not make us fetch things from the network.
+    validator = Draft202012Validator(value, registry=Registry())
+    try:
+        wrong = best_match(validator.iter_errors(document))
+    except Unresolvable as error:
+        return Outcome(False, f"the schema refers to something outside itself: {error}")
+    return Outcome(
+        wrong is None, f"at {wrong.json_path}: {wrong.message}"[:200] if wrong else "fits the schema"
+    )
+
+
+def _set_recall(value: dict[str, Any], text: str) -> Outcome:
+    found = found_items(Criterion("set_recall", value), text)
+    missing = [wordings[0] for wordings in value["items"] if wordings[0] not in found]
+    detail = f"found {len(found)} of {len(value['items'])}"
+    if missing:
+        detail += f"; missing {', '.join(map(_quote, missing))}"
+    return Outcome(len(found) >= value["at_least"] * len(value["items"]) - 1e-9, detail)
+
+
+def _max_words(value: int, text: str) -> Outcome:
+    words = len(text.split())
+    return Outcome(words <= value, f"{words} words, at most {value} allowed")
+
+
+def _similarity(value: dict[str, Any], text: str) -> Outcome:
+    score = similarity.METRICS[value["metric"]](text, value["to"])
+    return Outcome(
+        score >= value["at_least"], f"{value['metric']} {score:.2f}, at least {value['at_least']:g} wanted"
+    )
+
+
+def _agrees(value: dict[str, Any], text: str, _one: Input, context: Context) -> Outcome:
+    if context.reference is None:
+        return Outcome(True, "is the reference")
+    if value["metric"] == "same":
+        same = text.strip() == context.reference.strip()
+        return Outcome(
+            same, "same as the reference" if same else f"the reference says {_quote(context.reference)}"
+        )
+    return _similarity({**value, "to": context.reference}, text)
+
+
+def _ask_judge(value: dict[str, Any], text: str, one: Input, context: Context) -> Outcome:
+    if context.judge is None:
+        raise ValueError("a judge is needed and none was given")
+    return context.judge(one, value, text, context.reference)
+
+
+def _ask_function(value: str, text: str, one: Input, context: Context) -> Outcome:
+    answer = context.functions[value](
+        text, {"id": one.id, "messages": one.messages, "reference": context.reference}
+    )
+    if isinstance(answer, tuple):
+        return Outcome(bool(answer[0]), str(answer[1]))
+    return Outcome(bool(answer), f"{value} says {'yes' if answer else 'no'}")
+
+
+KINDS: dict[str, Kind] = {
+    "exact": Kind(values.words, _exact),
+    "one_of": Kind(values.several_words, _one_of),
+    "contains_all": Kind(values.several_words, _contains_all),
+    "contains_any": Kind(values.several_words, _contains_any),
+    "contains_none": Kind(values.several_words, _contains_none),
+    "regex": Kind(values.pattern, _regex),
+    "number": Kind(values.number, _number),
+    "json_schema": Kind(values.json_schema, _json_schema),
+    "set_recall": Kind(values.set_recall, _set_recall),
+    "max_words": Kind(values.a_count, _max_words),
+    "similarity": Kind(values.similar, _similarity),
+    "agrees_with_reference": Kind(values.agreement, ask=_agrees),
+    "judge": Kind(values.judged, ask=_ask_judge),
+    "python": Kind(values.import_path, ask=_ask_function),
+}
+
+
+def doubts(one: Input) -> list[tuple[int, str]]:
+    """Criteria that can never fail or never pass, as ``(line, sentence)``."""
+    found: list[tuple[int, str]] = []
+    alone = [c for c in one.criteria if KINDS[c.kind].check is not None and c.kind != "similarity"]
+
+    def passes(text: str, criteria: list[Criterion]) -> bool:
+        return all(_outcome(criterion, text, one, Context()).passed for criterion in criteria)
+
+    for criterion in one.criteria:
+        others = [other for other in alone if other is not criterion]
+        if criterion.kind in ("exact", "one_of"):
+            allowed = [criterion.value] if criterion.kind == "exact" else criterion.value
+            if not any(passes(text, others) for text in allowed):
+                found.append(
+                    (criterion.line, f"can never pass: what {criterion.kind} allows fails another criterion")
+                )
+        elif criterion.kind == "contains_all":
+            unwanted = [other for other in others if other.kind == "contains_none"]
+            if not passes(" ".join(criterion.value), unwanted):
+                found.append(
+                    (criterion.line, "can never pass: contains_all wants what contains_none forbids")
+                )
+        elif criterion.kind == "json_schema" and criterion.value is False:
+            found.append((criterion.line, "can never pass: the schema accepts nothing"))
+        elif criterion.kind in ("similarity", "agrees_with_reference") and criterion.value["at_least"] == 0:
+            found.append((criterion.line, "can never fail: at_least is 0"))
+        elif criterion.kind == "regex" and re.search(criterion.value, "") is not None:
+            found.append((criterion.line, "can never fail: the pattern matches an empty answer"))
+    if len(alone) == len(one.criteria) and not found and passes("", alone):
+        found.append(
+            (one.criteria[0].line, "passes even an empty answer: add a criterion that asks for something")
+        )
+    return found

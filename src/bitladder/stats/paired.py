@@ -1,0 +1,59 @@
+"""Tests of a level against the reference on the same inputs.
+
+``mcnemar`` looks only at the inputs where the two differ: if neither were better, each of them would be a
+loss with probability one half, so the p-value is the exact two-sided binomial one (McNemar, Psychometrika 12
+(1947) 153-157, in its exact form). ``sign_flip`` is for differences of any size (several answers per input,
+weights, similarity): if neither were better, each difference would be as likely with the other sign (Fisher's
+permutation argument).
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy import stats
+
+EXACT_UP_TO = 12
+"""Differences that are not zero up to which ``sign_flip`` tries every combination of signs."""
+DRAWS = 9999
+
+
+def mcnemar(lost: int, gained: int) -> float:
+    """Two-sided p-value of McNemar's exact test; 1 when nothing differs.
+
+    Raises:
+        ValueError: a count is negative.
+    """
+    if min(lost, gained) < 0:
+        raise ValueError(f"lost and gained must be counts, got {lost} and {gained}")
+    if lost + gained == 0:
+        return 1.0
+    return float(stats.binomtest(lost, lost + gained, 0.5).pvalue)
+
+
+def sign_flip(differences: ArrayLike, rng: np.random.Generator) -> float:
+    """Two-sided p-value of the paired permutation test of mean difference 0; NaN without any difference to
+    look at.
+
+    With up to ``EXACT_UP_TO`` differences that are not zero the value is exact; beyond, ``DRAWS`` random sign
+    patterns are drawn and the observed one is counted among them, so that the test keeps its level.
+
+    Args:
+        differences: f64[inputs], level minus reference.
+        rng: draws the sign patterns.
+    """
+    d = np.asarray(differences, dtype=np.float64)
+    if d.size == 0:
+        return math.nan
+    d = d[d != 0]  # a zero is zero under either sign
+    if d.size == 0:
+        return 1.0
+    observed = abs(d.sum()) * (1 - 1e-12)  # sums in another order differ in their last bits
+    if d.size <= EXACT_UP_TO:
+        patterns = (np.arange(2**d.size)[:, None] >> np.arange(d.size)) & 1
+        return float(np.mean(np.abs((1 - 2.0 * patterns) @ d) >= observed))
+    signs = rng.integers(0, 2, size=(DRAWS, d.size), dtype=np.int8)
+    extreme = np.count_nonzero(np.abs((1 - 2.0 * signs) @ d) >= observed)
+    return float((extreme + 1) / (DRAWS + 1))

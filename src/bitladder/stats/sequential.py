@@ -1,0 +1,149 @@
+"""Looking at the evidence as often as one likes, without paying for it in false findings.
+
+The idea is a bet. Against the claim "the mean of values in [0, 1] is at most m" someone starts with a wealth
+of 1 and before each value stakes a fraction of it:
+
+    wealth_t = wealth_{t-1} * (1 + lambda (x_t - m)),   0 <= lambda < 1 / m.
+
+If the claim is true no bet is favourable, so the wealth is a supermartingale, and by Ville's inequality it
+ever reaches 1 / alpha with probability at most alpha, however often one looks and whenever one stops. So:
+stop when it does, and reject the claim. We hold a fixed portfolio of stakes lambda, spread evenly in
+logarithm, and add their wealths; the best stake need not be known. The claim "at least m" is bet against with
+1 - x. Source: Waudby-Smith and Ramdas, JRSS B 86 (2024) 1-27.
+
+Exact for bounded values (passes, pass shares, top-1 agreement). KL divergence has no bound;
+``asymptotic_sequence`` is the counterpart of the usual normal interval that may be looked at any time
+(Waudby-Smith, Arbour, Sinha, Kennedy and Ramdas, Annals of Statistics 52 (2024) 2613-2640, theorem 2.2):
+valid as samples grow, not at every small size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from enum import StrEnum
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import logsumexp
+
+from bitladder.stats.intervals import Bounds
+
+F64 = NDArray[np.float64]
+
+_STAKES = np.geomspace(0.005, 0.98, 24)
+"""As shares of the largest stake that cannot lose more than everything."""
+
+
+class Standing(StrEnum):
+    """What is known of a level against a bar."""
+
+    MEETS = "meets"
+    FAILS = "fails"
+    OPEN = "open"
+
+
+def log_wealth_above(values: ArrayLike, mean: float) -> F64:
+    """Logarithm of the wealth after each value of a bet against "the mean is at most ``mean``", f64[n].
+
+    Args:
+        values: f64[n], each in 0 to 1.
+        mean: the claimed mean.
+
+    Raises:
+        ValueError: values outside 0 to 1.
+    """
+    x = np.asarray(values, dtype=np.float64)
+    if x.size and (x.min() < 0 or x.max() > 1):
+        raise ValueError(f"values must lie between 0 and 1, got {x.min():g} to {x.max():g}")
+    if mean >= 1:
+        return np.zeros(x.size)  # every claim of 1 or more holds for values up to 1
+    if mean < 0:
+        return np.full(x.size, np.inf)
+    stakes = _STAKES / mean if mean > 0 else _STAKES * 1e6
+    growth = np.cumsum(np.log1p(stakes[:, None] * (x - mean)[None, :]), axis=1)
+    wealth: F64 = logsumexp(growth, axis=0) - math.log(len(stakes))
+    return wealth
+
+
+def standing(differences: ArrayLike, margin: float, alpha: float = 0.05) -> Standing:
+    """Whether a level's mean difference from the reference is known to be better or worse than ``-margin``.
+
+    Valid however often it is asked. Each of the two claims is rejected wrongly with probability at most
+    ``alpha``.
+
+    Args:
+        differences: f64[n] in the order they were measured, level minus reference, each in -1 to 1.
+        margin: the loss that the bar allows, as a share.
+        alpha: error rate.
+    """
+    x = (np.asarray(differences, dtype=np.float64) + 1) / 2
+    bar = (1 - margin) / 2
+    threshold = -math.log(alpha)
+    above, below = log_wealth_above(x, bar), log_wealth_above(1 - x, 1 - bar)
+    first_above = int(np.argmax(above >= threshold)) if np.any(above >= threshold) else x.size
+    first_below = int(np.argmax(below >= threshold)) if np.any(below >= threshold) else x.size
+    if first_above == first_below == x.size:
+        return Standing.OPEN
+    return Standing.MEETS if first_above <= first_below else Standing.FAILS
+
+
+def confidence_sequence(
+    values: ArrayLike, alpha: float = 0.05, *, low: float = 0.0, high: float = 1.0
+) -> Bounds:
+    """An interval of the mean of bounded values that may be looked at after every value; NaN for no values.
+
+    The claims "at most m" that are not rejected reach down to ``low``'s bound, those of "at least m" up to
+    the high one; each side has ``alpha / 2``. Bounds of earlier looks hold too, so the tightest are returned.
+
+    Args:
+        values: f64[n] between ``low`` and ``high``.
+        alpha: chance that the mean ever leaves the interval.
+        low: least possible value.
+        high: greatest possible value.
+    """
+    x = (np.asarray(values, dtype=np.float64) - low) / (high - low)
+    if x.size == 0:
+        return Bounds(math.nan, math.nan)
+    least = _reach(x, alpha / 2)
+    greatest = 1 - _reach(1 - x, alpha / 2)
+    return Bounds(low + least * (high - low), low + greatest * (high - low))
+
+
+def _reach(x: F64, alpha: float) -> float:
+    """The largest m for which "the mean is at most m" was rejected at some time; 0 if none was."""
+    below, above = 0.0, 1.0
+    for _ in range(30):
+        middle = (below + above) / 2
+        if np.max(log_wealth_above(x, middle)) >= -math.log(alpha):
+            below = middle
+        else:
+            above = middle
+    return below
+
+
+def asymptotic_sequence(values: ArrayLike, alpha: float = 0.05, *, tightest_at: int = 100) -> Bounds:
+    """An interval of the mean that may be looked at any time, for values without a bound; NaN for fewer than
+    2.
+
+    ``mean +- sd sqrt(2 (t r^2 + 1) / (t^2 r^2) log(sqrt(t r^2 + 1) / alpha))`` with r chosen to be tightest
+    at ``tightest_at`` values.
+    """
+    x = np.asarray(values, dtype=np.float64)
+    t = x.size
+    if t < 2:
+        return Bounds(math.nan, math.nan)
+    rho2 = (-2 * math.log(alpha) + math.log(-2 * math.log(alpha)) + 1) / tightest_at
+    width = math.sqrt(2 * (t * rho2 + 1) / (t * t * rho2) * math.log(math.sqrt(t * rho2 + 1) / alpha))
+    half = float(np.std(x)) * width
+    return Bounds(float(x.mean()) - half, float(x.mean()) + half)
+
+
+def still_open(standings: Sequence[Standing]) -> tuple[int, ...]:
+    """The levels worth measuring further when the smallest one that meets the bar is wanted.
+
+    Standings run from the largest level to the smallest. Once a level meets the bar, no larger one can be the
+    choice; a level whose standing is known needs no more inputs.
+    """
+    chosen = max((place for place, known in enumerate(standings) if known is Standing.MEETS), default=-1)
+    return tuple(place for place, known in enumerate(standings) if place > chosen and known is Standing.OPEN)
