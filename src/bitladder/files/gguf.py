@@ -117,6 +117,11 @@ def read_header(path: Path) -> Model:
     return _model(headers, _merged(headers))
 
 
+def part_paths(path: Path) -> list[Path]:
+    """Every file of the model that ``path`` belongs to, in order. Raises as ``read_header`` does."""
+    return [header.path for header in _parts(path)]
+
+
 class GgufFile:
     """An open model. Use as a context manager, or call ``close``.
 

@@ -92,7 +92,7 @@ def quantize_levels(
 
     Args:
         source: the open model; tensors that are already quantized are decoded first, equal types are copied.
-        importance: per tensor f32[columns], or f32[matrices, columns] for stacked experts.
+        importance: per tensor f32[columns], or f32[matrices, columns] (also flattened) for stacked experts.
         split_max_bytes: cut every level into parts of at most this many bytes of weights.
 
     A file that is already there with the same header (source hash, recipe, method, version) is kept. What a killed run
@@ -118,14 +118,12 @@ def quantize_levels(
         )
         for level in dict.fromkeys(levels)
     ]
-    _check_importance(source, importance or {})
+    fitted = _fitted(source, importance or {})
     _refuse_overwriting(source, drafts)
     missing = [draft for draft in drafts if not _already_there(source, draft)]
     if missing:
         _check_space(missing, out_dir)
-        _write(
-            source, missing, importance=importance or {}, effort=effort, threads=threads, progress=progress
-        )
+        _write(source, missing, importance=fitted, effort=effort, threads=threads, progress=progress)
     seconds = time.monotonic() - started
     return [_record(draft, seconds, reused=draft not in missing) for draft in drafts]
 
@@ -143,16 +141,23 @@ def _importance_digest(importance: Importance) -> str:
     return digest.hexdigest()[:16]
 
 
-def _check_importance(source: GgufFile, importance: Importance) -> None:
+def _fitted(source: GgufFile, importance: Importance) -> dict[str, F32Array]:
+    """Importance as f32[matrices, columns] per tensor; a single row serves every matrix of a stack."""
+    fitted = {}
     for info in source.model.tensors:
         vector = importance.get(info.name)
-        wanted = {(info.shape[-1],), (math.prod(info.shape[:-2]), info.shape[-1])} if info.shape else set()
-        if vector is not None and vector.shape not in wanted and info.name != "token_embd.weight":
+        if vector is None or len(info.shape) < 2:
+            continue
+        matrices, columns = math.prod(info.shape[:-2]), info.shape[-1]
+        if vector.size in (columns, matrices * columns):
+            fitted[info.name] = np.ascontiguousarray(vector, np.float32).reshape(-1, columns)
+        elif info.name != "token_embd.weight":  # read by row number, so published files hold nonsense for it
             raise BadInput(
-                f"The importance of {info.name} has shape {vector.shape}, the tensor has shape {info.shape}.",
+                f"The importance of {info.name} has {vector.size} values, the tensor has shape {info.shape}.",
                 means="The importance matrix was computed for another model.",
                 do="Compute one for this model, or leave it away.",
             )
+    return fitted
 
 
 def _refuse_overwriting(source: GgufFile, drafts: Sequence[LevelDraft]) -> None:
@@ -313,10 +318,8 @@ class _Pass:
         return digests
 
     def _importance_of(self, piece: _Piece) -> F32Array | None:
-        vector = self.importance.get(piece.info.name)
-        if vector is None or vector.shape[-1] != piece.info.shape[-1]:
-            return None
-        return vector if vector.ndim == 1 else vector[piece.matrix]
+        rows = self.importance.get(piece.info.name)
+        return None if rows is None else rows[piece.matrix if len(rows) > 1 else 0]
 
 
 def _holds_integers(info: TensorInfo) -> bool:

@@ -1,0 +1,43 @@
+"""What a GGUF file really holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from bitladder.formats.tensors import TensorInfo
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A file's own account of itself beside what is in it. Shares are of weights, 0 to 1."""
+
+    file: str
+    name: str
+    architecture: str
+    parts: int
+    file_bytes: int
+    tensor_bytes: int
+    header_bytes: int
+    weights: int
+    bpw: float
+    """Bits per weight over all tensors, scales included."""
+    type_share: dict[str, float]
+    """Per qtype its share of all weights, largest first."""
+    level_in_name: str | None
+    level_in_header: str | None
+    """The level that general.file_type names."""
+    on_label_share: float | None
+    """Share of quantizable weights stored in the qtype that the claimed level is named after; None without a claim."""
+    promoted: int | None
+    """Quantizable tensors that the claimed level's recipe stores in another type than its label, as it should."""
+    fallbacks: int | None
+    """Quantizable tensors whose rows do not divide into the label's blocks, so another type had to stand in."""
+    off_recipe: tuple[str, ...] | None
+    """Tensors whose type is not what llama.cpp's recipe of the claimed level gives them."""
+    truthful: bool | None
+    """Whether the name holds: name, header and recipe agree. None when nothing is claimed."""
+    verdict: str
+    tensors: tuple[TensorInfo, ...]
+    metadata: dict[str, Any]
+    """Every key; long lists as their length, long texts cut."""
