@@ -127,7 +127,7 @@ def _speed_tier(candidates: Sequence[Judged]) -> Judged | None:
 
 
 def _quality_tier(candidates: Sequence[Judged], speed: Judged | None, budget: int) -> Judged | None:
-    """The smallest near-lossless candidate, preferring those that live beside the speed tier; else the closest."""
+    """The smallest near-lossless candidate, beside the speed tier if one fits there; else the closest."""
     if speed is None:
         return None
     near = sorted((one for one in candidates if one.near_lossless), key=lambda one: (one.total, one.kl))

@@ -1,0 +1,116 @@
+"""One HTML file with the whole run: no scripts, no requests, everything from outside escaped."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from bitladder.errors import OutputError
+from bitladder.records.run import RunRecord
+from bitladder.report.answers import compared_answers
+from bitladder.report.chart import Axis, Point, find_cliff, loss_chart
+from bitladder.report.rows import LevelRow, level_rows
+from bitladder.units import GiB, MiB, human_bytes
+
+
+def write_html(record: RunRecord, path: Path) -> Path:
+    """Write the report, whole or not at all; returns the path.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(render_html(record), encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise OutputError(
+            f"The report {path} cannot be written: {error.strerror}.", do="Name another place with --out."
+        ) from error
+    return path
+
+
+def render_html(record: RunRecord) -> str:
+    """The report's text. The same record always gives the same text."""
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    folder = files("bitladder") / "data" / "report"
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    template = environment.from_string((folder / "report.html").read_text(encoding="utf-8"))
+    rows = level_rows(record)
+    return template.render(
+        run=record,
+        rows=rows,
+        tiers=[row for row in rows if row.tier],
+        # Both are made by us: the style sheet is shipped, and the charts escape every text they hold.
+        style=Markup((folder / "report.css").read_text(encoding="utf-8")),
+        charts=[{name: Markup(text) for name, text in chart.items()} for chart in _charts(record, rows)],
+        cliff=find_cliff(_points(rows, "size", GiB)),
+        tags=_tag_table(record),
+        compared=compared_answers(record),
+        human_bytes=human_bytes,
+        as_json=lambda value: json.dumps(value, ensure_ascii=False),
+    )
+
+
+def _points(rows: Sequence[LevelRow], across: str, unit: float) -> list[Point]:
+    """Levels with a measured loss; the reference has none and stays out."""
+    points = []
+    for row in rows:
+        if row.fidelity is None or row.verdict.status == "reference":
+            continue
+        x = (
+            row.bytes / unit
+            if across == "size"
+            else row.result.decode_tokens_per_s
+            if row.result
+            else math.nan
+        )
+        found = row.fidelity
+        points.append(Point(row.level, x, found.kl_mean, found.kl_low, found.kl_high, row.tier))
+    return points
+
+
+def _charts(record: RunRecord, rows: Sequence[LevelRow]) -> list[dict[str, str]]:
+    """Loss against size and against speed, each drawn for a wide and for a narrow page."""
+    limit = _kl_limit(record.decision.bar)
+    largest = max((row.bytes for row in rows), default=0)
+    unit, name = (GiB, "GiB") if largest >= 2 * GiB else (MiB, "MiB")
+    charts = []
+    for across, axis, scale in (
+        ("size", Axis("file size", name), unit),
+        ("speed", Axis("decode speed", "tokens/s"), 1),
+    ):
+        points = _points(rows, across, scale)
+        wide = loss_chart(points, axis, limit=limit, name=f"{across}-wide")
+        narrow = loss_chart(points, axis, limit=limit, width=380, height=400, name=f"{across}-narrow")
+        if wide:
+            charts.append({"wide": wide, "narrow": narrow})
+    return charts
+
+
+def _kl_limit(bar: str) -> float | None:
+    """The bar's limit on the mean KL, if it has one."""
+    from bitladder.plan.bar import parse_bar
+
+    return next((clause.value for clause in parse_bar(bar).clauses if clause.metric == "kl"), None)
+
+
+def _tag_table(record: RunRecord) -> dict[str, Any]:
+    """Levels across, tags down; empty when the workload has no tags."""
+    verdicts = record.decision.tags
+    levels = list(dict.fromkeys(verdict.level for verdict in verdicts))
+    tags = sorted({verdict.tag for verdict in verdicts})
+    cells = {(verdict.tag, verdict.level): verdict for verdict in verdicts}
+    rows = [(tag, [cells.get((tag, level)) for level in levels]) for tag in tags]
+    return {"levels": levels, "rows": rows}

@@ -1,0 +1,33 @@
+"""A finished run, read back from its JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from bitladder.errors import BadInput
+from bitladder.records.reading import from_json
+from bitladder.records.run import RunRecord
+
+
+def read_run(path: Path) -> RunRecord:
+    """The record that ``bitladder run --json`` printed or left beside its report.
+
+    Raises:
+        BadInput: no such file, or not a run.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        return from_json(RunRecord, data)
+    except FileNotFoundError:
+        raise BadInput(
+            f"No such file: {path}.", do="Name the .json that `bitladder run` left beside its report."
+        ) from None
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read: {error.strerror}.") from error
+    except (ValueError, UnicodeDecodeError) as error:
+        raise BadInput(
+            f"{path} is not a run: {error}.",
+            means="It is another kind of JSON, or was written by another version.",
+            do="Run `bitladder run` again; what was measured is reused.",
+        ) from error

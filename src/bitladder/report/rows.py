@@ -1,0 +1,164 @@
+"""Everything known of each level, joined, and how its numbers are written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from bitladder.records.decision import Verdict
+from bitladder.records.evaluation import WorkloadResult
+from bitladder.records.fidelity import Fidelity
+from bitladder.records.plan import LevelPlan
+from bitladder.records.run import FileFacts, RunRecord
+from bitladder.units import human_bytes
+
+UNKNOWN = "–"
+"""Shown where nothing was measured; never 0."""
+
+
+@dataclass(frozen=True)
+class LevelRow:
+    """One level: its place in the plan, and what was measured of it."""
+
+    plan: LevelPlan
+    verdict: Verdict
+    fidelity: Fidelity | None
+    result: WorkloadResult | None
+    file: FileFacts | None
+
+    @property
+    def level(self) -> str:
+        """Its name."""
+        return self.plan.level
+
+    @property
+    def bytes(self) -> int:
+        """Of the file as written, or as planned."""
+        return self.file.bytes if self.file else self.plan.file_bytes
+
+    @property
+    def tier(self) -> str:
+        """``quality``, ``speed``, ``both`` or empty."""
+        return {"quality tier": "quality", "speed tier": "speed", "both tiers": "both"}.get(
+            self.verdict.status, ""
+        )
+
+    @property
+    def size(self) -> str:
+        """File size."""
+        return human_bytes(self.bytes)
+
+    @property
+    def memory(self) -> str:
+        """Weights, cache and buffers at the context."""
+        return human_bytes(self.plan.total_bytes)
+
+    @property
+    def bpw(self) -> str:
+        """Bits per weight."""
+        return f"{self.file.bpw if self.file else self.plan.bpw:.2f}"
+
+    @property
+    def on_label(self) -> str:
+        """Share of weights really in the named type."""
+        return percent(self.plan.on_label_share, 0)
+
+    @property
+    def decode(self) -> str:
+        """Decoded tokens per second."""
+        return number(self.result.decode_tokens_per_s, 3) if self.result else UNKNOWN
+
+    @property
+    def kl(self) -> str:
+        """Mean KL divergence."""
+        return small(self.fidelity.kl_mean) if self.fidelity else UNKNOWN
+
+    @property
+    def kl_interval(self) -> str:
+        """Its 95% interval."""
+        return interval(self.fidelity.kl_low, self.fidelity.kl_high, small) if self.fidelity else ""
+
+    @property
+    def ppl_ratio(self) -> str:
+        """Perplexity over the reference's."""
+        return (
+            f"{self.fidelity.ppl_ratio:.3f}"
+            if self.fidelity and math.isfinite(self.fidelity.ppl_ratio)
+            else UNKNOWN
+        )
+
+    @property
+    def top1(self) -> str:
+        """Same most likely token."""
+        return percent(self.fidelity.top1, 1) if self.fidelity else UNKNOWN
+
+    @property
+    def passes(self) -> str:
+        """Passed of asked."""
+        return f"{self.result.passes}/{self.result.inputs}" if self.result else UNKNOWN
+
+    @property
+    def pass_interval(self) -> str:
+        """95% interval of the pass rate."""
+        return (
+            interval(self.result.pass_low, self.result.pass_high, lambda share: f"{100 * share:.0f}") + "%"
+            if self.result
+            else ""
+        )
+
+    @property
+    def flips(self) -> str:
+        """Inputs lost and gained against the reference."""
+        if self.result is None or self.verdict.status == "reference":
+            return ""
+        return f"−{len(self.result.lost)} +{len(self.result.gained)}"
+
+
+def level_rows(record: RunRecord) -> list[LevelRow]:
+    """Rows in the plan's order, largest level first."""
+    verdicts = {verdict.level: verdict for verdict in record.decision.verdicts}
+    fidelities = {fidelity.level: fidelity for fidelity in record.fidelities}
+    results = {result.level: result for result in record.results}
+    files = {file.level: file for file in record.files}
+    return [
+        LevelRow(
+            plan=plan,
+            verdict=verdicts.get(plan.level, Verdict(plan.level, "cannot tell", "not judged")),
+            fidelity=fidelities.get(plan.level),
+            result=results.get(plan.level),
+            file=files.get(plan.level),
+        )
+        for plan in record.plan.levels
+    ]
+
+
+def number(value: float, digits: int) -> str:
+    """With so many significant digits and no exponent; a dash when undefined."""
+    if not math.isfinite(value):
+        return UNKNOWN
+    if value == 0:
+        return "0"
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{decimals}f}"
+
+
+def small(value: float) -> str:
+    """Three significant digits down to 0.0001, then as a power of ten."""
+    if not math.isfinite(value):
+        return UNKNOWN
+    if value == 0 or abs(value) >= 1e-4:
+        return number(value, 3)
+    return f"{value:.0e}".replace("e-0", "e-")
+
+
+def percent(share: float, decimals: int) -> str:
+    """A share as a percentage."""
+    return f"{100 * share:.{decimals}f}%" if math.isfinite(share) else UNKNOWN
+
+
+def interval(low: float, high: float, show: Callable[[float], str]) -> str:
+    """Two bounds with a dash between; empty when there is none."""
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return ""
+    return f"{show(low)}–{show(high)}"
