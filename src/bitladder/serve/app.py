@@ -1,0 +1,216 @@
+"""The HTTP surface: routes, the page, health, metrics; and `serve`, which runs it until a signal ends it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import uvicorn
+import uvloop
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Mount, Route
+from starlette.staticfiles import StaticFiles
+from starlette.types import Scope
+
+from bitladder.errors import UsageError
+from bitladder.serve.deploy import Deployment, deployed
+from bitladder.serve.limits import Doorman, read_keys
+from bitladder.serve.metrics import JsonLines
+from bitladder.serve.protocol import CHAT, COMPLETIONS, EMBEDDINGS, error_body
+from bitladder.serve.router import AUTO
+from bitladder.serve.settings import LOOPBACK, ServeSettings
+from bitladder.serve.wire import CarefulProtocol
+
+log = logging.getLogger("bitladder.serve")
+
+PAGE = Path(__file__).parent / "page"
+_PAGE_HEADERS = {
+    "content-security-policy": (
+        "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; object-src 'none'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+}
+_ERROR_CODES = {404: "not_found", 405: "method_not_allowed"}
+_BACKLOG = 2048
+
+
+class _Views:
+    """What can be read: one method per GET path."""
+
+    def __init__(self, deployment: Deployment) -> None:
+        self._here = deployment
+
+    def routes(self) -> list[BaseRoute]:
+        """Path by path."""
+        views = {
+            "/v1/models": self.models,
+            "/health": self.health,
+            "/ready": self.ready,
+            "/metrics": self.metrics,
+            "/bitladder/api/live": self.live,
+            "/bitladder/api/run": self.run,
+        }
+        return [Route(path, view, methods=["GET"]) for path, view in views.items()]
+
+    async def models(self, _: HttpRequest) -> Response:
+        """What can be asked for, in OpenAI's shape, with what is behind each name."""
+        plain = {"object": "model", "created": 0, "owned_by": "bitladder"}
+        listed: list[dict[str, object]] = [{"id": AUTO, **plain}]
+        for tier in self._here.tiers:
+            about = {"tier": tier.name, "level": tier.spec.level, "file_sha256": tier.spec.sha256 or None}
+            names = (*tier.names[:-1], tier.spec.level)
+            listed += [{"id": name, **plain, "bitladder": about} for name in names]
+        return JSONResponse({"object": "list", "data": listed})
+
+    async def health(self, _: HttpRequest) -> Response:
+        """The process lives."""
+        return JSONResponse({"status": "ok"})
+
+    async def ready(self, _: HttpRequest) -> Response:
+        """Whether both tiers can answer."""
+        states = {tier.name: tier.state for tier in self._here.tiers}
+        if self._here.ready:
+            return JSONResponse({"status": "ready", "tiers": states})
+        return JSONResponse({"status": "waiting", "tiers": states}, 503, {"retry-after": "2"})
+
+    async def metrics(self, _: HttpRequest) -> Response:
+        """Prometheus text."""
+        text = self._here.metrics.text(self._here.tiers)
+        return Response(text, headers={"content-type": "text/plain; version=0.0.4; charset=utf-8"})
+
+    async def live(self, _: HttpRequest) -> Response:
+        """What each tier is doing now."""
+        here = self._here
+        told = here.metrics.live(here.tiers)
+        told |= {"name": here.settings.name, "ready": here.ready, "notes": here.notes}
+        told["shadow"] = here.shadow.live() if here.shadow else None
+        return JSONResponse(told, headers={"cache-control": "no-store"})
+
+    async def run(self, _: HttpRequest) -> Response:
+        """The run behind this deployment, as `bitladder run --json` printed it."""
+        path = self._here.settings.run_json
+        if path is None or not path.is_file():
+            raise HTTPException(404, "No run is attached to this gateway.")
+        return Response(await asyncio.to_thread(path.read_bytes), media_type="application/json")
+
+
+class _Page(StaticFiles):
+    """The page's files, with headers that keep foreign content out."""
+
+    async def get_response(self, path: str, scope: Scope) -> Response:
+        """A file, or 404."""
+        response = await super().get_response(path, scope)
+        response.headers.update(_PAGE_HEADERS)
+        return response
+
+
+def build_app(deployment: Deployment) -> Starlette:
+    """The application over a running deployment.
+
+    Raises:
+        BadInput: the key file cannot be used.
+    """
+    settings = deployment.settings
+    keys = read_keys(settings.api_key_file) if settings.api_key_file else ()
+    hosts = frozenset(host.lower() for host in (*LOOPBACK, settings.host, *settings.allowed_hosts))
+    origins = frozenset(settings.allowed_origins)
+    middleware = [Middleware(Doorman, hosts, origins, keys)]
+    if origins:
+        cors = Middleware(
+            CORSMiddleware, allow_origins=sorted(origins), allow_methods=["*"], allow_headers=["*"]
+        )
+        middleware.insert(0, cors)
+    routes: list[BaseRoute] = [Route(path, deployment.gateway) for path in (CHAT, COMPLETIONS, EMBEDDINGS)]
+    routes += _Views(deployment).routes()
+    if PAGE.is_dir():
+        routes.append(Mount("/", _Page(directory=PAGE, html=True)))
+    return Starlette(
+        routes=routes,
+        middleware=middleware,
+        exception_handlers={HTTPException: _http_error, Exception: _unexpected},
+    )
+
+
+async def _http_error(_: HttpRequest, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    body = error_body(error.detail, _ERROR_CODES.get(error.status_code, "error"), error.status_code)
+    return Response(body, error.status_code, headers=error.headers, media_type="application/json")
+
+
+async def _unexpected(_: HttpRequest, error: Exception) -> Response:
+    log.error("unexpected error", exc_info=error)
+    body = error_body("Something went wrong inside the gateway.", "internal", 500)
+    return Response(body, 500, media_type="application/json")
+
+
+def serve(settings: ServeSettings, on_ready: Callable[[str, Deployment], None] | None = None) -> None:
+    """Start the engines and serve until SIGINT or SIGTERM; running answers may then finish within
+    ``drain_s``.
+
+    ``on_ready`` is told the address once requests are accepted.
+
+    Raises:
+        UsageError: the address cannot be listened on.
+        EngineError: an engine does not start, or an endpoint serves another model.
+    """
+    log_to_stderr()
+    listener = _listen(settings.host, settings.port)
+    with listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_serve(settings, listener, on_ready))
+
+
+def log_to_stderr() -> None:
+    """JSON lines on stderr for everything the gateway says; uvicorn's own words only from warnings up."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines())
+    for name, level in (("bitladder.serve", logging.INFO), ("uvicorn.error", logging.WARNING)):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(level)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+    except OSError as error:
+        raise UsageError(
+            f"The gateway cannot listen on {host} port {port}: {error.strerror or error}.",
+            means="Another program uses the port, or the address is not this machine's.",
+            do="Choose another port with --port, or 0 for any free one.",
+        ) from None
+
+
+async def _serve(
+    settings: ServeSettings, listener: socket.socket, on_ready: Callable[[str, Deployment], None] | None
+) -> None:
+    async with deployed(settings) as deployment:
+        config = uvicorn.Config(
+            build_app(deployment),
+            http=CarefulProtocol,
+            ws="none",
+            lifespan="off",
+            access_log=False,
+            log_config=None,
+            server_header=False,
+            backlog=_BACKLOG,
+            timeout_keep_alive=75,
+            timeout_graceful_shutdown=max(1, round(settings.drain_s)),
+        )
+        for note in deployment.notes:
+            log.info("note", extra={"note": note})
+        if on_ready is not None:
+            host, port = listener.getsockname()[:2]
+            on_ready(f"http://{f'[{host}]' if ':' in host else host}:{port}", deployment)
+        await uvicorn.Server(config).serve(sockets=[listener])

@@ -1,0 +1,104 @@
+"""Sending an answer to the client: headers that name what served it, backpressure, and honest endings."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from starlette.types import Send
+
+from bitladder.serve.backends import UpstreamFailed
+from bitladder.serve.metrics import Record
+from bitladder.serve.protocol import header_text, stream_error
+from bitladder.serve.relay import Answer
+from bitladder.serve.settings import Timeouts
+from bitladder.serve.watch import PhaseTimeout, Watch
+
+Headers = tuple[tuple[bytes, bytes], ...]
+
+
+class Delivery:
+    """One answer on its way to one client. ``record`` is filled in as it goes."""
+
+    def __init__(self, send: Send, record: Record, began: float, timeouts: Timeouts) -> None:
+        self.record = record
+        self._send = send
+        self._began = began
+        self._timeouts = timeouts
+        self._started = False
+
+    async def deliver(self, answer: Answer, headers: Headers, watch: Watch) -> None:
+        """Send an answer.
+
+        Raises:
+            UpstreamFailed: it broke off before its first byte was sent; another may be tried.
+        """
+        self.record.status = answer.status
+        if answer.stream is not None:
+            await self._deliver_stream(answer, headers, watch)
+            return
+        watch.phase("the client", self._timeouts.client)
+        await self._start(answer, (*headers, (b"content-length", str(len(answer.head)).encode())))
+        self.record.tokens = answer.tokens
+        self.record.outcome = "complete" if answer.status < 400 else "refused"
+        await self._send({"type": "http.response.body", "body": answer.head})
+
+    async def _deliver_stream(self, answer: Answer, headers: Headers, watch: Watch) -> None:
+        assert answer.stream is not None
+        between, client = self._timeouts.between, self._timeouts.client
+        record, send = self.record, self._send
+        waiting_for_upstream = True
+        try:
+            async for events in answer.stream:
+                waiting_for_upstream = False
+                watch.phase("the client", client)
+                if not self._started:
+                    await self._start(answer, (*headers, (b"cache-control", b"no-store")))
+                # Returns at once unless the client is slow; while it waits, nothing is read upstream.
+                await send({"type": "http.response.body", "body": events, "more_body": True})
+                record.tokens += events.count(b"data:")
+                waiting_for_upstream = True
+                watch.phase("the next piece", between)
+        except UpstreamFailed as failure:
+            if not self._started:
+                raise
+            await self._cut(failure.phase, failure.found)
+            return
+        except asyncio.CancelledError:
+            cause = watch.cause()
+            if not isinstance(cause, PhaseTimeout):
+                raise cause or asyncio.CancelledError from None
+            if not waiting_for_upstream:
+                record.outcome = "client left"  # it takes nothing: returning now closes its connection
+                return
+            if not self._started:
+                raise UpstreamFailed("stalled", str(cause)) from None
+            await self._cut("stalled", f"The upstream stalled: {cause}.")
+            return
+        record.outcome = "complete"
+        await send({"type": "http.response.body", "body": b""})
+
+    async def _start(self, answer: Answer, headers: Headers) -> None:
+        record = self.record
+        record.first_s = time.monotonic() - self._began
+        self._started = True
+        about = (
+            (b"content-type", answer.content_type.encode("latin-1", "replace")),
+            (b"x-bitladder-reason", header_text(record.reason).encode()),
+            (b"x-request-id", record.id.encode()),
+        )
+        await self._send(
+            {
+                "type": "http.response.start",
+                "status": answer.status,
+                "headers": [*about, *answer.extra, *headers],
+            }
+        )
+
+    async def _cut(self, phase: str, found: str) -> None:
+        """Tell the client that its answer is not complete."""
+        self.record.outcome = "cut"
+        self.record.failures += (f"{self.record.tier}: {phase}",)
+        event = stream_error(f"{found} The answer above is not complete.", "upstream_failed")
+        await self._send({"type": "http.response.body", "body": event, "more_body": True})
+        await self._send({"type": "http.response.body", "body": b""})

@@ -1,0 +1,201 @@
+"""From settings to running tiers: which engines to start, which share the memory, which upstream is which."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
+
+import aiohttp
+
+from bitladder.errors import EngineError
+from bitladder.serve.backends import Complete, HttpBackend, client_session
+from bitladder.serve.gateway import Gateway
+from bitladder.serve.limits import Gate
+from bitladder.serve.metrics import Metrics
+from bitladder.serve.relay import same_model
+from bitladder.serve.router import QUALITY, SPEED
+from bitladder.serve.settings import ServeSettings, TierSpec
+from bitladder.serve.shadow import ShadowMode
+from bitladder.serve.supervisor import EngineProcess, Fingerprint, Supervisor, Turns
+from bitladder.serve.tiers import Tier
+from bitladder.serve.watch import Watchman
+from bitladder.units import human_bytes
+
+log = logging.getLogger("bitladder.serve")
+
+MakeEngine = Callable[[TierSpec, int], EngineProcess]
+"""``make(spec, threads)``: an engine for a file, not yet started."""
+
+
+def llama_engine(spec: TierSpec, threads: int) -> EngineProcess:
+    """llama.cpp in a child process."""
+    from bitladder.engines.llama_process import LlamaProcess, LlamaSettings
+
+    settings = LlamaSettings(
+        path=str(spec.path), n_ctx=spec.n_ctx, n_parallel=spec.slots, threads=threads, alias=spec.served_name
+    )
+    return LlamaProcess(settings)
+
+
+@dataclass
+class Deployment:
+    """A gateway with everything it stands on, running."""
+
+    settings: ServeSettings
+    tiers: tuple[Tier, ...]
+    metrics: Metrics
+    gateway: Gateway
+    shadow: ShadowMode | None
+    notes: tuple[str, ...]
+    """What the operator should know, a sentence each."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether every request that may be asked for has something to answer it."""
+        return all(tier.usable for tier in self.tiers if tier.name in (QUALITY, SPEED))
+
+
+def specs_by_role(settings: ServeSettings) -> list[tuple[tuple[str, ...], TierSpec]]:
+    """The levels to serve, each with the names that mean it."""
+    quality, speed = settings.quality, settings.speed
+    if speed is None or speed == quality:
+        roles: list[tuple[tuple[str, ...], TierSpec]] = [((QUALITY, SPEED, quality.level.lower()), quality)]
+    else:
+        roles = [((QUALITY, quality.level.lower()), quality), ((SPEED, speed.level.lower()), speed)]
+    return roles + [((spec.level.lower(),), spec) for spec in settings.extra]
+
+
+def must_take_turns(specs: list[TierSpec], budget_bytes: int) -> bool:
+    """Whether the files that we run do not fit in memory together."""
+    own = [spec for spec in specs if spec.path is not None]
+    return len(own) > 1 and budget_bytes > 0 and sum(spec.memory_bytes for spec in own) > budget_bytes
+
+
+@contextlib.asynccontextmanager
+async def deployed(
+    settings: ServeSettings,
+    *,
+    make_engine: MakeEngine = llama_engine,
+    upstreams: Mapping[str, Complete] | None = None,
+) -> AsyncIterator[Deployment]:
+    """Start everything, and stop it at the end.
+
+    ``upstreams`` replaces the upstream of a level by a function; a test hands in its own.
+
+    Raises:
+        EngineError: an engine does not start, or an endpoint serves another model.
+    """
+    async with contextlib.AsyncExitStack() as stack:
+        session = await stack.enter_async_context(client_session(settings.timeouts))
+        roles = specs_by_role(settings)
+        specs = [spec for _, spec in roles]
+        turns = Turns() if must_take_turns(specs, settings.memory_budget_bytes) else None
+        tiers = tuple(
+            _tier(
+                names,
+                spec,
+                settings=settings,
+                session=session,
+                make_engine=make_engine,
+                turns=turns,
+                upstream=(upstreams or {}).get(spec.level),
+            )
+            for names, spec in roles
+        )
+        metrics, watchman = Metrics(), Watchman()
+        shadow = _shadow(settings, tiers, metrics)
+        gateway = Gateway(settings, tiers, metrics, watchman, shadow.sample if shadow else None)
+        stack.push_async_callback(_stop, tiers)
+        notes = _notes(settings, specs, turns)
+        for tier in tiers:
+            if tier.engine is not None and turns is None:
+                await tier.engine.start()
+            elif tier.spec.url is not None and tier.spec.level not in (upstreams or {}):
+                notes += await _check_endpoint(session, tier.spec)
+        for work in (watchman.run, *([shadow.run] if shadow else [])):
+            task = asyncio.create_task(work())
+            stack.push_async_callback(_cancel, task)
+        yield Deployment(settings, tiers, metrics, gateway, shadow, notes)
+
+
+def _tier(
+    names: tuple[str, ...],
+    spec: TierSpec,
+    *,
+    settings: ServeSettings,
+    session: aiohttp.ClientSession,
+    make_engine: MakeEngine,
+    turns: Turns | None,
+    upstream: Complete | None,
+) -> Tier:
+    gate = Gate(spec.slots, settings.max_queue)
+    if upstream is not None:
+        return Tier(names, spec, upstream, gate)
+    if spec.path is None:
+        url = (spec.url or "").rstrip("/").removesuffix("/v1")
+        return Tier(names, spec, HttpBackend(session, lambda: url, spec.api_key).complete, gate)
+    engine = Supervisor(
+        names[0],
+        lambda: make_engine(spec, settings.threads),
+        session,
+        check_file=Fingerprint(spec.path).check,
+    )
+    return Tier(names, spec, HttpBackend(session, engine.address).complete, gate, engine, turns)
+
+
+def _shadow(settings: ServeSettings, tiers: tuple[Tier, ...], metrics: Metrics) -> ShadowMode | None:
+    by_name = {tier.name: tier for tier in tiers}
+    if settings.shadow.share == 0 or SPEED not in by_name:
+        return None
+    return ShadowMode(settings.shadow, by_name[QUALITY], by_name[SPEED], metrics, random.Random())
+
+
+def _notes(settings: ServeSettings, specs: list[TierSpec], turns: Turns | None) -> tuple[str, ...]:
+    notes = []
+    if turns is not None:
+        needed = human_bytes(sum(spec.memory_bytes for spec in specs if spec.path is not None))
+        notes.append(
+            f"The levels need {needed} together and {human_bytes(settings.memory_budget_bytes)} are allowed: "
+            "they take turns in memory, and each change costs a model load."
+        )
+    if settings.auto.because and (settings.auto.fixed or not settings.auto.tags):
+        target = settings.auto.fixed or QUALITY
+        notes.append(f"`auto` uses the {target} tier for everything: {settings.auto.because}.")
+    return tuple(notes)
+
+
+async def _check_endpoint(session: aiohttp.ClientSession, spec: TierSpec) -> tuple[str, ...]:
+    """Refuse an endpoint that lists its models without ours; say so when it cannot be asked."""
+    url = (spec.url or "").rstrip("/").removesuffix("/v1") + "/v1/models"
+    headers = {"authorization": f"Bearer {spec.api_key}"} if spec.api_key else {}
+    try:
+        async with session.get(url, headers=headers, timeout=aiohttp.ClientTimeout(total=5)) as response:
+            listed = await response.json(content_type=None) if response.status == 200 else None
+    except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+        return (f"{url} cannot be asked for its models yet: {str(error) or type(error).__name__}.",)
+    data = listed.get("data") if isinstance(listed, dict) else None
+    names = [str(item.get("id")) for item in data if isinstance(item, dict)] if isinstance(data, list) else []
+    if not names:
+        return (f"{url} lists no models; replies will be checked for the name '{spec.served_name}'.",)
+    if not any(same_model(spec.served_name, name) for name in names):
+        shown = ", ".join(names[:8])
+        raise EngineError(
+            f"{url} serves {shown}, and not '{spec.served_name}'.",
+            means="The level would be answered by another model.",
+            do="Give the name that the endpoint uses, or another endpoint.",
+        )
+    return ()
+
+
+async def _stop(tiers: tuple[Tier, ...]) -> None:
+    await asyncio.gather(*(tier.engine.stop() for tier in tiers if tier.engine is not None))
+
+
+async def _cancel(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task

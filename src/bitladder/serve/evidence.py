@@ -1,0 +1,212 @@
+"""From what a workload showed to what ``auto`` does, and whether it is worth doing.
+
+A route is a function from an input to "needs the quality tier". It is made on one half of the workload and
+judged on the other, many times over random halves; what it then recovers and costs is what a user may
+expect, since the inputs that come tomorrow took no part in making it either. Undefined is not zero: without
+a loss there is nothing to recover.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from bitladder.records.evaluation import Answer, LevelAnswers, Speed
+from bitladder.records.run import InputFacts
+from bitladder.serve.escalation import (
+    MAX_EXTRA_COST,
+    MIN_RECOVERED,
+    ScoredInput,
+    calibrate,
+    is_sure,
+)
+from bitladder.serve.router import QUALITY, SPEED, AutoRule, TagEvidence
+from bitladder.serve.similarity import Similarity
+
+_UNTAGGED = "untagged"
+
+
+@dataclass(frozen=True)
+class RoutedInput:
+    """One input of the workload as both tiers answered it; seconds as the engine's rates say."""
+
+    id: str
+    prompt: str
+    tags: tuple[str, ...]
+    speed_passed: bool
+    quality_passed: bool
+    speed_s: float
+    quality_s: float
+    score: float = math.nan
+    """The speed tier's lowest token log-probability, when it was recorded."""
+
+    @property
+    def lost(self) -> bool:
+        """The quality tier passed it and the speed tier did not."""
+        return self.quality_passed and not self.speed_passed
+
+    @property
+    def scored(self) -> ScoredInput:
+        """What escalation looks at."""
+        return ScoredInput(self.score, self.speed_passed, self.quality_passed, self.speed_s, self.quality_s)
+
+
+NeedsQuality = Callable[[RoutedInput], bool]
+MakeRoute = Callable[[Sequence[RoutedInput]], NeedsQuality]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What a way of routing does on inputs that took no part in making it, over ``splits`` random halves.
+
+    ``recovered``: share of the speed tier's net loss made good. ``extra_cost``: added seconds per second of
+    the speed tier.
+    """
+
+    recovered: float
+    extra_cost: float
+    splits: int
+
+    @property
+    def pays(self) -> bool:
+        """At least 80% of the loss recovered for at most 20% more than the speed tier's cost."""
+        return self.recovered >= MIN_RECOVERED and self.extra_cost <= MAX_EXTRA_COST
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What to do with ``auto``, the rule itself, and the numbers behind it."""
+
+    sentence: str
+    rule: AutoRule
+    by_tag: HeldOut | None = None
+    by_escalation: HeldOut | None = None
+    threshold: float = -math.inf
+    """For escalation, when the rule uses it."""
+
+
+def routed_inputs(
+    inputs: Sequence[InputFacts],
+    quality: LevelAnswers,
+    speed: LevelAnswers,
+    scores: dict[str, float] | None = None,
+) -> tuple[RoutedInput, ...]:
+    """Pair both tiers' answers to the same inputs; inputs that only one of them answered are left out."""
+    by_quality = {answer.input_id: answer for answer in quality.answers}
+    by_speed = {answer.input_id: answer for answer in speed.answers}
+    paired = []
+    for item in inputs:
+        if item.id in by_quality and item.id in by_speed:
+            best, fast = by_quality[item.id], by_speed[item.id]
+            found = (scores or {}).get(item.id, math.nan)
+            times = _seconds(fast, speed.speed), _seconds(best, quality.speed)
+            paired.append(
+                RoutedInput(item.id, item.prompt, item.tags, fast.passed, best.passed, *times, found)
+            )
+    return tuple(paired)
+
+
+def _seconds(answer: Answer, rate: Speed) -> float:
+    return (
+        answer.prompt_tokens / rate.prefill_tokens_per_s + answer.completion_tokens / rate.decode_tokens_per_s
+    )
+
+
+def by_tag(made_from: Sequence[RoutedInput]) -> NeedsQuality:
+    """Quality where any of the input's tags lost something, or is unknown."""
+    table = tag_table(made_from)
+    return lambda item: any(tag not in table or table[tag].lost > 0 for tag in item.tags or (_UNTAGGED,))
+
+
+def by_escalation(made_from: Sequence[RoutedInput]) -> NeedsQuality:
+    """Quality where the speed tier was not sure, by a threshold calibrated here."""
+    threshold = calibrate([item.scored for item in made_from]).threshold
+    return lambda item: not is_sure(item.score, threshold)
+
+
+def tag_table(inputs: Sequence[RoutedInput]) -> dict[str, TagEvidence]:
+    """What the speed tier lost, tag by tag."""
+    table: dict[str, TagEvidence] = {}
+    for item in inputs:
+        for tag in item.tags or (_UNTAGGED,):
+            seen = table.get(tag, TagEvidence(0, 0))
+            table[tag] = replace(seen, inputs=seen.inputs + 1, lost=seen.lost + item.lost)
+    return table
+
+
+def held_out(
+    inputs: Sequence[RoutedInput],
+    make: MakeRoute,
+    generator: np.random.Generator,
+    *,
+    twice: bool,
+    splits: int = 200,
+) -> HeldOut:
+    """Make a route on one half, judge it on the other, ``splits`` times; sums over all splits are compared.
+
+    ``twice``: an input sent to the quality tier has cost the speed tier's time as well (escalation).
+    """
+    loss = gain = 0
+    spent = added = 0.0
+    for _ in range(splits):
+        order = generator.permutation(len(inputs))
+        half = len(inputs) // 2
+        route = make([inputs[i] for i in order[:half]])
+        for item in (inputs[i] for i in order[half:]):
+            difference = item.quality_passed - item.speed_passed
+            loss += difference
+            spent += item.speed_s
+            if route(item):
+                gain += difference
+                added += item.quality_s - (0.0 if twice else item.speed_s)
+    recovered = gain / loss if loss > 0 else math.nan
+    return HeldOut(recovered, added / spent if spent > 0 else math.nan, splits)
+
+
+def advise(inputs: Sequence[RoutedInput], generator: np.random.Generator) -> Advice:
+    """Whether routing between these two tiers gains anything on this workload, and the rule that does it
+    best.
+    """
+    if not inputs:
+        return Advice("No evidence: `auto` uses the quality tier.", AutoRule())
+    lost = sum(item.lost for item in inputs)
+    net = sum(item.quality_passed - item.speed_passed for item in inputs)
+    speed_s, quality_s = sum(item.speed_s for item in inputs), sum(item.quality_s for item in inputs)
+    if net <= 0:
+        return _one_tier(SPEED, f"the speed tier lost nothing net on {len(inputs)} inputs")
+    if quality_s <= speed_s:
+        return _one_tier(QUALITY, f"the speed tier lost {lost} of {len(inputs)} inputs and saves no time")
+    tags = held_out(inputs, by_tag, generator, twice=False)
+    has_scores = not any(math.isnan(item.score) for item in inputs)
+    sure = held_out(inputs, by_escalation, generator, twice=True) if has_scores else None
+    threshold = calibrate([item.scored for item in inputs]).threshold if has_scores else -math.inf
+    escalate = sure is not None and sure.pays and not (tags.pays and tags.extra_cost <= sure.extra_cost)
+    rule = AutoRule(tags=tag_table(inputs), guess=_similarity(inputs).guess, escalate=escalate)
+    chosen = sure if escalate and sure is not None else tags
+    how = "the speed tier's probabilities" if escalate else "tags"
+    numbers = (
+        f"on held-out halves, routing by {how} recovers {chosen.recovered:.0%} of the loss "
+        f"for {chosen.extra_cost:+.0%} of the speed tier's cost"
+    )
+    if chosen.pays:
+        return Advice(f"Routing pays: {numbers}.", rule, tags, sure, threshold)
+    if chosen.extra_cost >= quality_s / speed_s - 1:
+        everything = _one_tier(QUALITY, f"{numbers}, no less than the quality tier for everything")
+        return replace(everything, by_tag=tags, by_escalation=sure)
+    goal = f"{MIN_RECOVERED:.0%} for {MAX_EXTRA_COST:+.0%}"
+    sentence = f"Routing cannot reach {goal} here: {numbers}. `auto` still errs on the side of quality."
+    return Advice(sentence, rule, tags, sure, threshold)
+
+
+def _one_tier(tier: str, because: str) -> Advice:
+    sentence = (
+        f"Routing gains nothing: {because}. Deploy the {tier} tier alone; `auto` uses it for everything."
+    )
+    return Advice(sentence, AutoRule(fixed=tier, because=because))
+
+
+def _similarity(inputs: Sequence[RoutedInput]) -> Similarity:
+    return Similarity([(item.id, tag, item.prompt) for item in inputs for tag in item.tags or (_UNTAGGED,)])

@@ -1,0 +1,230 @@
+"""The gateway: one request in, one answer out, with the reason.
+
+    read and check the body -> choose a tier -> wait for a slot -> ask the upstream -> check its answer ->
+    deliver
+
+Until the first byte is sent a failure means the next candidate; after it, an error event and the end. A
+request is never answered by two upstreams, and an answer that breaks off never looks complete.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import math
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.types import Receive, Scope, Send
+
+from bitladder.errors import EngineError
+from bitladder.serve.backends import UpstreamFailed, UpstreamRequest
+from bitladder.serve.delivery import Delivery
+from bitladder.serve.limits import read_body, send_refusal
+from bitladder.serve.metrics import Metrics, Record
+from bitladder.serve.protocol import CHAT, EMBEDDINGS, Refused, Request, parse_request
+from bitladder.serve.relay import Answer, judge, read_answer
+from bitladder.serve.router import QUALITY, SPEED, Choice, Features, choose
+from bitladder.serve.settings import ServeSettings
+from bitladder.serve.tiers import Tier
+from bitladder.serve.watch import ClientGone, PhaseTimeout, Watch, Watchman
+
+log = logging.getLogger("bitladder.serve")
+
+_LONGEST_TOKEN = 64  # bytes; the few longer ones in a vocabulary are runs of spaces
+_MAX_TAGS = 16
+_ROLES = {QUALITY, SPEED}
+
+Sampler = Callable[[Request], None]
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A tier to ask, and whether its answer is judged by its token probabilities."""
+
+    tier: Tier
+    judged: bool = False
+
+
+class _NextAttempt(Exception):  # noqa: N818 - control flow between two attempts
+    """This attempt gave no answer to keep; nothing has been sent."""
+
+
+class Gateway:
+    """Answers the three POST paths of the API, as an ASGI application."""
+
+    def __init__(
+        self,
+        settings: ServeSettings,
+        tiers: Sequence[Tier],
+        metrics: Metrics,
+        watchman: Watchman,
+        sample: Sampler | None = None,
+    ) -> None:
+        self._settings = settings
+        self._by_name: Mapping[str, Tier] = {name: tier for tier in tiers for name in tier.names}
+        self._levels = frozenset(tier.spec.level.lower() for tier in tiers)
+        self._metrics = metrics
+        self._watchman = watchman
+        self._sample = sample
+        self._run_id = secrets.token_hex(4)
+        self._numbers = itertools.count(1)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        began = time.monotonic()
+        key = scope.get("state", {}).get("key", "")
+        record = Record(f"{self._run_id}-{next(self._numbers)}", scope["path"], key=key)
+        delivery = Delivery(send, record, began, self._settings.timeouts)
+        try:
+            if scope["method"] != "POST":
+                raise Refused(405, f"{scope['path']} takes POST.", code="method_not_allowed")
+            body = await read_body(scope, receive, self._settings.max_body_bytes)
+            if body is None:
+                raise ClientGone
+            request = parse_request(scope["path"], body)
+            async with self._watchman.watch(receive) as watch:
+                await self._answer(scope, request, body, delivery, watch)
+        except Refused as refused:
+            record.status = refused.status
+            record.outcome = "refused" if refused.status < 500 else "error"
+            await send_refusal(send, refused)
+        except ClientGone:
+            record.outcome = "client left"
+        finally:
+            record.total_s = time.monotonic() - began
+            self._metrics.add(record)
+
+    async def _answer(
+        self, scope: Scope, request: Request, body: bytes, delivery: Delivery, watch: Watch
+    ) -> None:
+        record = delivery.record
+        record.asked_for, record.stream = request.model, request.stream
+        choice = self._choose(scope, request, record.key)
+        record.kind, record.reason = choice.kind, choice.reason
+        if self._settings.log_prompts:
+            log.info("prompt", extra={"id": record.id, "asked": request.asked})
+        attempts = self._attempts(choice, request)
+        for attempt in attempts:
+            _check_context(request, attempt.tier)
+            try:
+                alone = attempt is attempts[-1]
+                async with self._open(attempt, request, body, record, watch, alone=alone) as answer:
+                    record.tier, record.level = attempt.tier.name, attempt.tier.spec.level
+                    role = (
+                        choice.tier if choice.tier in _ROLES & set(attempt.tier.names) else attempt.tier.name
+                    )
+                    await delivery.deliver(
+                        answer, (*attempt.tier.headers, (b"x-bitladder-tier", role.encode())), watch
+                    )
+                break
+            except _NextAttempt as skipped:
+                record.reason += f"; {skipped}"
+        else:
+            failed = "; ".join(record.failures)
+            raise Refused(503, f"No tier could answer: {failed}.", code="upstream_failed", retry_after_s=2)
+        if self._sample and record.tier == SPEED and record.outcome == "complete" and request.path == CHAT:
+            self._sample(request)
+
+    def _choose(self, scope: Scope, request: Request, key: str) -> Choice:
+        header, tags = "", ""
+        for name, value in scope["headers"]:
+            if name == b"x-bitladder-tier":
+                header = value.decode("latin-1")
+            elif name == b"x-bitladder-tag":
+                tags = value.decode("latin-1")
+        split = tuple(tag.strip() for tag in tags.split(",")[:_MAX_TAGS] if tag.strip())
+        features = Features(request.model, header, split, key, request.path, lambda: request.asked)
+        choice = choose(features, self._levels, self._settings.rules, self._settings.auto)
+        if choice is None or choice.tier not in self._by_name:
+            names = ", ".join(sorted({"auto", *self._by_name}))
+            asked = (header or request.model)[:80]
+            raise Refused(
+                404, f"No model '{asked}' is served here. There is: {names}.", code="model_not_found"
+            )
+        return choice
+
+    def _attempts(self, choice: Choice, request: Request) -> tuple[Attempt, ...]:
+        """Whom to ask, in order."""
+        tier = self._by_name[choice.tier]
+        other = self._by_name.get(QUALITY if choice.tier == SPEED else SPEED, tier)
+        if request.path == EMBEDDINGS or other is tier or not choice.may_fall_back:
+            # Vectors of two levels must not meet in one index, so embeddings never change their tier.
+            return (Attempt(tier),)
+        if choice.escalate and self._settings.escalation is not None:
+            return Attempt(tier, judged=True), Attempt(other), Attempt(tier)
+        return Attempt(tier), Attempt(other)
+
+    @asynccontextmanager
+    async def _open(
+        self, attempt: Attempt, request: Request, body: bytes, record: Record, watch: Watch, *, alone: bool
+    ) -> AsyncIterator[Answer]:
+        """An answer of this attempt's tier, known to be one, with its slot held until it is delivered."""
+        tier = attempt.tier
+        try:
+            if not tier.usable and tier.engine is not None:
+                await tier.engine.wait_ready(self._settings.timeouts.restart if alone else 0.0)
+            async with tier.hold() as loaded:
+                if loaded:
+                    record.reason += f"; {tier.spec.level} was loaded for this"
+                watch.phase("the first byte", self._settings.timeouts.first_byte)
+                reply = await tier.complete(_upstream_request(attempt, request, body))
+                try:
+                    answer = await read_answer(reply, tier.spec.served_name)
+                    yield await self._judged(answer, request, record) if attempt.judged else answer
+                finally:
+                    reply.close()
+        except UpstreamFailed as failure:
+            raise self._failed(record, tier, failure.phase, failure.found) from None
+        except EngineError as error:
+            raise self._failed(record, tier, "down", error.found) from None
+        except asyncio.CancelledError:
+            cause = watch.cause()
+            if isinstance(cause, PhaseTimeout):
+                raise self._failed(record, tier, "stalled", str(cause)) from None
+            raise cause or asyncio.CancelledError from None
+
+    async def _judged(self, answer: Answer, request: Request, record: Record) -> Answer:
+        rule = self._settings.escalation
+        assert rule is not None
+        verdict = await judge(answer, rule, strip=not request.value("logprobs"))
+        if isinstance(verdict, Answer):
+            return verdict
+        record.escalated = True
+        lowest, needed = math.exp(verdict.lowest), math.exp(rule.threshold)
+        raise _NextAttempt(f"escalated: a token's probability was {lowest:.3f}, under {needed:.3f}")
+
+    @staticmethod
+    def _failed(record: Record, tier: Tier, phase: str, found: str) -> _NextAttempt:
+        record.failures += (f"{tier.name}: {phase}",)
+        log.warning(
+            "attempt failed", extra={"id": record.id, "tier": tier.name, "phase": phase, "found": found}
+        )
+        return _NextAttempt(f"{tier.name} failed ({phase})")
+
+
+def _check_context(request: Request, tier: Tier) -> None:
+    """Refuse what cannot fit whatever its tokens are; what remains the engine counts exactly, before
+    computing.
+    """
+    limit = tier.spec.n_ctx * _LONGEST_TOKEN
+    if limit and request.text_bytes > limit:
+        found = (
+            f"The text has {request.text_bytes} bytes; a context of {tier.spec.n_ctx} holds at most {limit}."
+        )
+        raise Refused(400, found, code="context_length_exceeded")
+
+
+def _upstream_request(attempt: Attempt, request: Request, body: bytes) -> UpstreamRequest:
+    values: dict[str, Any] = {}
+    spec = attempt.tier.spec
+    if spec.url is not None and request.model != spec.served_name:
+        values["model"] = spec.served_name
+    if attempt.judged and not request.value("logprobs"):
+        values["logprobs"] = True if request.path == CHAT else 1
+    return UpstreamRequest(request.path, request.with_values(values) if values else body, request.stream)

@@ -1,0 +1,264 @@
+"""Who may call, from where, how much at once: keys, hosts and origins, body size, the bounded queue."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import hmac
+import math
+import re
+import secrets
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from bitladder.errors import BadInput
+from bitladder.serve.protocol import Refused, header_text
+
+_LINE = re.compile(r"([\w.@-]{1,64}) sha256:([0-9a-f]{32}):([0-9a-f]{64})")
+BODY_S = 60.0
+_KEYED_PREFIXES = ("/v1/", "/bitladder/api/", "/metrics")
+
+
+@dataclass(frozen=True)
+class Key:
+    """A client's key at rest: its name, a salt and SHA-256 of salt and key, both as hexadecimal text.
+
+    A key holds 256 random bits, so there is nothing to guess and a slow hash would only slow every request.
+    """
+
+    name: str
+    salt: str
+    digest: str
+
+    def __str__(self) -> str:
+        return f"{self.name} sha256:{self.salt}:{self.digest}"
+
+
+def _digest(salt: str, secret: str) -> str:
+    return hashlib.sha256(bytes.fromhex(salt) + secret.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def new_key(name: str) -> tuple[str, Key]:
+    """A fresh key for a client: the secret to hand over once, and the line for the key file."""
+    secret, salt = "bl-" + secrets.token_urlsafe(32), secrets.token_hex(16)
+    key = Key(name, salt, _digest(salt, secret))
+    if not _LINE.fullmatch(str(key)):
+        raise BadInput(
+            f"'{name}' cannot name a key.", do="Use letters, digits and . _ @ -, at most 64 characters."
+        )
+    return secret, key
+
+
+def read_keys(path: Path) -> tuple[Key, ...]:
+    """Read a key file: one key a line, `#` starts a comment.
+
+    Raises:
+        BadInput: no such file, no key in it, or a line is something else (a key in plain text, say).
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"The key file '{path}' cannot be read: {error}.") from None
+    keys = []
+    for number, line in enumerate(lines, 1):
+        text = line.split("#", 1)[0].strip()
+        if text:
+            match = _LINE.fullmatch(text)
+            if match is None:
+                raise BadInput(
+                    f"Line {number} of the key file '{path}' is no hashed key.",
+                    means="Keys are kept as 'name sha256:salt:hash', never in plain text.",
+                    do="Make keys with `bitladder key NAME`; it prints the key once and the line to store.",
+                )
+            keys.append(Key(*match.groups()))
+    if not keys:
+        raise BadInput(f"The key file '{path}' holds no key.", do="Make one with `bitladder key NAME`.")
+    return tuple(keys)
+
+
+def key_name(secret: str, keys: tuple[Key, ...]) -> str | None:
+    """Whose key this is. Every key is compared, each in constant time, so timing tells neither key nor
+    place.
+    """
+    found = None
+    for key in keys:
+        if hmac.compare_digest(_digest(key.salt, secret), key.digest):
+            found = key.name
+    return found
+
+
+class Doorman:
+    """ASGI middleware: refuses wrong hosts (DNS rebinding), foreign web origins, and calls without a key.
+
+    The key's name is left in ``scope["state"]["key"]``.
+    """
+
+    def __init__(
+        self, app: ASGIApp, hosts: frozenset[str], origins: frozenset[str], keys: tuple[Key, ...]
+    ) -> None:
+        self._app = app
+        self._hosts = hosts
+        self._origins = origins
+        self._keys = keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let the request through or answer it with an error."""
+        if scope["type"] == "http":
+            try:
+                scope.setdefault("state", {})["key"] = self._check(scope)
+            except Refused as refused:
+                await send_refusal(send, refused)
+                return
+        await self._app(scope, receive, send)
+
+    def _check(self, scope: Scope) -> str:
+        host = origin = site = authorization = ""
+        for name, value in scope["headers"]:
+            if name == b"host":
+                host = value.decode("latin-1")
+            elif name == b"origin":
+                origin = value.decode("latin-1")
+            elif name == b"sec-fetch-site":
+                site = value.decode("latin-1")
+            elif name == b"authorization":
+                authorization = value.decode("latin-1")
+        if _host_name(host) not in self._hosts:
+            raise Refused(
+                421, f"This gateway does not answer for host '{header_text(host)}'.", code="wrong_host"
+            )
+        if origin and origin not in self._origins and urlsplit(origin).netloc != host:
+            raise Refused(
+                403, f"Calls from origin '{header_text(origin)}' are not allowed.", code="cross_origin"
+            )
+        keyed = scope["path"].startswith(_KEYED_PREFIXES)
+        if keyed and not origin and site == "cross-site":
+            raise Refused(403, "Calls from other web sites are not allowed.", code="cross_origin")
+        if not self._keys or not keyed:
+            return ""
+        scheme, _, secret = authorization.partition(" ")
+        name = key_name(secret.strip(), self._keys) if scheme.lower() == "bearer" else None
+        if name is None:
+            raise Refused(
+                401, "A valid API key is needed: 'Authorization: Bearer KEY'.", code="invalid_api_key"
+            )
+        return name
+
+
+def _host_name(host: str) -> str:
+    """The name in a Host header, without port and brackets, lower case."""
+    name = host.rpartition(":")[0] if re.search(r":\d+$", host) else host
+    return name.strip("[]").lower().rstrip(".")
+
+
+async def send_refusal(send: Send, refused: Refused) -> None:
+    """Answer with a refusal's JSON document; the connection is closed, since the body may not have been
+    read.
+    """
+    body = refused.body
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    headers += [(name.encode(), value.encode()) for name, value in refused.headers.items()]
+    if refused.status in (401, 403, 408, 413, 415, 421):
+        headers.append((b"connection", b"close"))
+    await send({"type": "http.response.start", "status": refused.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes | None:
+    """The request's body, or None when the client left before it was complete.
+
+    Raises:
+        Refused: 413, before reading it when the length is announced, else once it has grown past ``limit``
+        bytes.
+    """
+    for name, value in scope["headers"]:
+        if name == b"content-length" and value.isdigit() and int(value[:20]) > limit:
+            raise _too_large(limit)
+        if name == b"content-encoding" and value.lower() != b"identity":
+            raise Refused(415, "Compressed request bodies are not accepted.", code="unsupported_encoding")
+    try:
+        async with asyncio.timeout(BODY_S):
+            return await _collect(receive, limit)
+    except TimeoutError:
+        raise Refused(408, f"The body was not complete after {BODY_S:g} s.", code="body_too_slow") from None
+
+
+async def _collect(receive: Receive, limit: int) -> bytes | None:
+    parts, size = [], 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        part = message.get("body", b"")
+        size += len(part)
+        if size > limit:
+            raise _too_large(limit)
+        parts.append(part)
+        if not message.get("more_body", False):
+            return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _too_large(limit: int) -> Refused:
+    return Refused(413, f"The body is larger than the {limit} bytes allowed.", code="body_too_large")
+
+
+class Gate:
+    """How many requests an upstream gets at once, and how many may wait, first come first served."""
+
+    def __init__(self, slots: int, max_queue: int) -> None:
+        self.slots = slots
+        self.max_queue = max_queue
+        self.running = 0
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._usual_s = 1.0
+
+    @property
+    def queued(self) -> int:
+        """Requests that wait."""
+        return len(self._waiting)
+
+    async def enter(self) -> None:
+        """Wait for a slot.
+
+        Raises:
+            Refused: 429 with Retry-After, when the queue is full.
+        """
+        if self.running < self.slots and not self._waiting:
+            self.running += 1
+            return
+        if len(self._waiting) >= self.max_queue:
+            wait = math.ceil(self._usual_s * (len(self._waiting) + 1) / self.slots)
+            raise Refused(
+                429,
+                f"{self.running} requests are running and {len(self._waiting)} waiting; no more fit.",
+                code="queue_full",
+                retry_after_s=max(1, min(wait, 600)),
+            )
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(turn)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                self._hand_over()  # the slot came in the moment we gave up
+            else:
+                with contextlib.suppress(ValueError):  # another one's leaving may have skipped it already
+                    self._waiting.remove(turn)
+            raise
+
+    def leave(self, seconds: float) -> None:
+        """Give the slot back; ``seconds`` it was used for, which the next Retry-After goes by."""
+        self._usual_s += 0.1 * (seconds - self._usual_s)
+        self._hand_over()
+
+    def _hand_over(self) -> None:
+        while self._waiting:
+            turn = self._waiting.popleft()
+            if not turn.done():
+                turn.set_result(None)
+                return
+        self.running -= 1

@@ -1,0 +1,215 @@
+"""What happened, counted: one record per request goes to Prometheus, to the log and to the live view of the
+page.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import statistics
+import time
+from collections import Counter as Tally
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from bitladder.serve.tiers import Tier
+
+log = logging.getLogger("bitladder.serve")
+
+_FIRST_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+_RATE_BUCKETS = (1, 2, 5, 10, 20, 30, 50, 75, 100, 150, 200, 300, 500, 1000)
+RECENT = 100
+
+
+@dataclass
+class Record:
+    """One request, without its text. Times in seconds; ``at`` is Unix time."""
+
+    id: str
+    path: str = ""
+    asked_for: str = ""
+    """The model name in the request."""
+    at: float = field(default_factory=time.time)
+    tier: str = ""
+    level: str = ""
+    reason: str = ""
+    kind: str = ""
+    """Kind of the routing decision: header, model, level, rule, auto."""
+    key: str = ""
+    stream: bool = False
+    status: int = 0
+    outcome: str = "error"
+    """``complete``, ``refused``, ``client left``, ``cut`` (an error after the first byte) or ``error``."""
+    first_s: float | None = None
+    """To the first byte of the answer."""
+    total_s: float = 0.0
+    tokens: int = 0
+    """Of a document as the upstream counted them; of a stream its events."""
+    failures: tuple[str, ...] = ()
+    """Tiers that were tried before, with the phase they failed in."""
+    escalated: bool = False
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Rate after the first byte of a stream, or over the whole time of a document."""
+        spent = self.total_s - (self.first_s or 0.0) if self.stream else self.total_s
+        return self.tokens / spent if self.tokens > 1 and spent > 0 else None
+
+
+class Metrics:
+    """Counters of one gateway, in a registry of their own."""
+
+    def __init__(self) -> None:
+        registry = self._registry = CollectorRegistry()
+        self.requests = Counter(
+            "bitladder_requests", "Requests", ["tier", "level", "routed_by", "outcome"], registry=registry
+        )
+        self.first = Histogram(
+            "bitladder_first_byte_seconds",
+            "Time to the first byte of an answer",
+            ["tier"],
+            registry=registry,
+            buckets=_FIRST_BUCKETS,
+        )
+        self.rate = Histogram(
+            "bitladder_tokens_per_second",
+            "Decode rate of each answer",
+            ["tier"],
+            registry=registry,
+            buckets=_RATE_BUCKETS,
+        )
+        self.tokens = Counter(
+            "bitladder_tokens", "Answer tokens (events of streams)", ["tier"], registry=registry
+        )
+        self.failures = Counter(
+            "bitladder_upstream_failures",
+            "Failed attempts at an upstream",
+            ["tier", "phase"],
+            registry=registry,
+        )
+        self.escalations = Counter(
+            "bitladder_escalations", "Answers of the speed tier that were not sure enough", registry=registry
+        )
+        self.running = Gauge("bitladder_running", "Requests at the upstream", ["tier"], registry=registry)
+        self.queued = Gauge("bitladder_queued", "Requests that wait", ["tier"], registry=registry)
+        self.up = Gauge("bitladder_up", "1 when the tier can answer now", ["tier"], registry=registry)
+        self.restarts = Gauge(
+            "bitladder_engine_restarts", "Times the engine was started again", ["tier"], registry=registry
+        )
+        self.shadowed = Counter(
+            "bitladder_shadow_compared", "Answers compared in idle time", ["same"], registry=registry
+        )
+        self.alarm = Gauge(
+            "bitladder_shadow_alarm", "1 while the tiers agree less than the bar", registry=registry
+        )
+        self._recent: deque[Record] = deque(maxlen=RECENT)
+        self._kinds: Tally[str] = Tally()
+        self._by_tier: Tally[tuple[str, str]] = Tally()
+
+    def add(self, record: Record) -> None:
+        """Count one finished request, log it, and keep it for the live view."""
+        tier = record.tier or "none"
+        self.requests.labels(tier, record.level, record.kind, record.outcome).inc()
+        if record.first_s is not None:
+            self.first.labels(tier).observe(record.first_s)
+        if record.tokens:
+            self.tokens.labels(tier).inc(record.tokens)
+        if (rate := record.tokens_per_s) is not None:
+            self.rate.labels(tier).observe(rate)
+        for failure in record.failures:
+            self.failures.labels(*failure.split(": ", 1)).inc()
+        if record.escalated:
+            self.escalations.inc()
+        self._recent.append(record)
+        self._kinds[record.kind] += 1
+        self._by_tier[tier, record.outcome] += 1
+        level = logging.INFO if record.outcome in ("complete", "refused", "client left") else logging.WARNING
+        if log.isEnabledFor(level):
+            log.log(level, "request", extra={"record": record})
+
+    def text(self, tiers: Sequence[Tier]) -> bytes:
+        """The Prometheus text format."""
+        for tier in tiers:
+            self.running.labels(tier.name).set(tier.gate.running)
+            self.queued.labels(tier.name).set(tier.gate.queued)
+            self.up.labels(tier.name).set(tier.usable)
+            self.restarts.labels(tier.name).set(tier.engine.restarts if tier.engine else 0)
+        return generate_latest(self._registry)
+
+    def live(self, tiers: Sequence[Tier]) -> dict[str, Any]:
+        """What the page's live view shows; the shape is in docs/serve.md."""
+        total = sum(self._kinds.values())
+        return {
+            "tiers": [self._tier(tier) for tier in tiers],
+            "requests": total,
+            "routing": {kind: {"requests": n, "share": n / total} for kind, n in self._kinds.most_common()},
+            "recent": [self._line(record) for record in reversed(self._recent)],
+        }
+
+    def _tier(self, tier: Tier) -> dict[str, Any]:
+        mine = [
+            record for record in self._recent if record.tier == tier.name and record.outcome == "complete"
+        ]
+        firsts = [record.first_s for record in mine if record.first_s is not None]
+        rates = [rate for record in mine if (rate := record.tokens_per_s) is not None]
+        return {
+            "tier": tier.name,
+            "names": tier.names,
+            "level": tier.spec.level,
+            "file_sha256": tier.spec.sha256 or None,
+            "state": tier.state,
+            "resident": tier.turns is None,
+            "running": tier.gate.running,
+            "queued": tier.gate.queued,
+            "slots": tier.gate.slots,
+            "restarts": tier.engine.restarts if tier.engine else 0,
+            "last_error": tier.engine.last_error if tier.engine else "",
+            "outcomes": {outcome: n for (name, outcome), n in self._by_tier.items() if name == tier.name},
+            "first_byte_s": _middle(firsts),
+            "tokens_per_s": _middle(rates),
+        }
+
+    @staticmethod
+    def _line(record: Record) -> dict[str, Any]:
+        rate = record.tokens_per_s
+        return {**asdict(record), "tokens_per_s": None if rate is None else round(rate, 2)}
+
+
+def _middle(values: Sequence[float]) -> dict[str, float] | None:
+    """Median and 95th percentile; None when there is nothing to say."""
+    if not values:
+        return None
+    ordered = sorted(values)
+    return {
+        "p50": statistics.median(ordered),
+        "p95": ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))],
+    }
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line: time, severity, event, and the event's own fields."""
+
+    _PLAIN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line."""
+        told: dict[str, Any] = {
+            "at": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+            + f".{int(record.msecs):03d}Z",
+            "severity": record.levelname.lower(),
+            "event": record.getMessage(),
+        }
+        for name, value in vars(record).items():
+            if name == "record" and isinstance(value, Record):
+                fields = asdict(value)
+                del fields["at"]
+                told.update({key: item for key, item in fields.items() if item not in (None, "", ())})
+            elif name not in self._PLAIN:
+                told[name] = value
+        if record.exc_info:
+            told["exception"] = self.formatException(record.exc_info)
+        return json.dumps(told, default=str)

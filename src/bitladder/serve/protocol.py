@@ -1,0 +1,283 @@
+"""The shapes on the wire: what a request must be, which parts we read, and how a refusal looks.
+
+A request is forwarded as the bytes that came in. We read a few top-level members and leave every other one
+alone, known to us or not; when a member must differ (the name an upstream knows its model by) its bytes
+alone are replaced. Parsing and writing the whole body again would change numbers, key order and escapes
+that are none of our business.
+
+Replies are read no further than needed to know that they are replies: the first event of a stream, and its
+end.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from json.decoder import scanstring  # type: ignore[attr-defined]
+from typing import Any
+
+CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
+TASK_MEMBER = {CHAT: "messages", COMPLETIONS: "prompt", EMBEDDINGS: "input"}
+"""The member without which a request to each path asks for nothing."""
+
+MAX_NAME = 256
+_SPACE = re.compile(r"[ \t\n\r]*")
+_UNPRINTABLE = re.compile(r"[^\x20-\x7e]")
+
+
+class Refused(Exception):  # noqa: N818 - a decision, not a fault
+    """A request we answer ourselves, with an error in the shape that OpenAI clients understand."""
+
+    def __init__(self, status: int, message: str, *, code: str, retry_after_s: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.code = code
+        self.headers = {} if retry_after_s is None else {"retry-after": str(retry_after_s)}
+
+    @property
+    def body(self) -> bytes:
+        """The JSON document of the error."""
+        return error_body(self.message, self.code, self.status)
+
+
+_KINDS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+}
+
+
+def error_body(message: str, code: str, status: int) -> bytes:
+    """``{"error": {...}}`` as OpenAI's API writes it."""
+    kind = _KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return json.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}}).encode()
+
+
+@dataclass(frozen=True)
+class Member:
+    """One top-level member of a JSON object. ``start`` and ``end`` say where its value stands, in
+    characters.
+    """
+
+    value: Any
+    start: int
+    end: int
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_no_constant)
+
+
+def members(text: str) -> dict[str, Member]:
+    """Top-level members of a JSON object, with the place of each value.
+
+    Stricter than ``json.loads``: NaN, Infinity and repeated keys are refused, because an upstream with
+    another parser may read another request than the one that we checked.
+
+    Raises:
+        ValueError: the text is no such object.
+        RecursionError: it is nested too deeply.
+    """
+    found: dict[str, Member] = {}
+    at = _skip(text, 0)
+    if text[at : at + 1] != "{":
+        raise ValueError("the body is not a JSON object")
+    at = _skip(text, at + 1)
+    if text[at : at + 1] == "}":
+        _expect_end(text, at + 1)
+        return found
+    while True:
+        if text[at : at + 1] != '"':
+            raise ValueError(f"a key was expected at character {at}")
+        key, at = scanstring(text, at + 1, True)
+        at = _skip(text, at)
+        if text[at : at + 1] != ":":
+            raise ValueError(f"':' was expected at character {at}")
+        start = _skip(text, at + 1)
+        value, at = _DECODER.raw_decode(text, start)
+        if key in found:
+            raise ValueError(f"the key {key[:40]!r} comes twice")
+        found[key] = Member(value, start, at)
+        at = _skip(text, at)
+        mark = text[at : at + 1]
+        at = _skip(text, at + 1)
+        if mark == "}":
+            _expect_end(text, at)
+            return found
+        if mark != ",":
+            raise ValueError(f"',' or '}}' was expected at character {at - 1}")
+
+
+def _skip(text: str, at: int) -> int:
+    match = _SPACE.match(text, at)
+    return at if match is None else match.end()
+
+
+def _expect_end(text: str, at: int) -> None:
+    if _skip(text, at) != len(text):
+        raise ValueError(f"something follows the object at character {at}")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A checked request. ``text`` is the body exactly as it came."""
+
+    path: str
+    text: str
+    members: Mapping[str, Member]
+
+    @property
+    def model(self) -> str:
+        """The model asked for."""
+        return str(self.members["model"].value)
+
+    @property
+    def stream(self) -> bool:
+        """Whether the answer is wanted as server-sent events."""
+        return self.value("stream") is True
+
+    def value(self, name: str) -> Any:
+        """The value of a top-level member, None when it is not there."""
+        member = self.members.get(name)
+        return None if member is None else member.value
+
+    def with_values(self, values: Mapping[str, Any]) -> bytes:
+        """The body with these top-level members set and every other byte as it came."""
+        text, added = self.text, ""
+        spans = []
+        for name, value in values.items():
+            member = self.members.get(name)
+            if member is None:
+                added += f",{json.dumps(name)}:{json.dumps(value)}"
+            else:
+                spans.append((member.start, member.end, json.dumps(value)))
+        if added:
+            close = text.rindex("}")
+            spans.append((close, close, added if self.members else added[1:]))
+        for start, end, new in sorted(spans, reverse=True):
+            text = text[:start] + new + text[end:]
+        return text.encode()
+
+    @cached_property
+    def asked(self) -> str:
+        """What is asked, to tell one kind of work from another: the last user message, or the prompt."""
+        task = self.value(TASK_MEMBER[self.path])
+        if self.path != CHAT:
+            return _plain(task)
+        said = [_plain(message.get("content")) for message in task if message.get("role") == "user"]
+        return said[-1] if said else ""
+
+    @property
+    def text_bytes(self) -> int:
+        """UTF-8 bytes of everything said in the request; images and the like do not count."""
+        task = self.value(TASK_MEMBER[self.path])
+        if self.path == CHAT:
+            return sum(len(_plain(message.get("content")).encode("utf-8", "replace")) for message in task)
+        return len(_plain(task).encode("utf-8", "replace"))
+
+
+def _plain(content: Any) -> str:
+    """Text of a message's content, which is a string or a list of parts."""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list):
+        texts = (part.get("text") if isinstance(part, dict) else part for part in content)
+        return "\n".join(text for text in texts if isinstance(text, str))
+    return ""
+
+
+def parse_request(path: str, body: bytes) -> Request:
+    """Check what we rely on, and nothing else.
+
+    Raises:
+        Refused: 400 with the reason.
+    """
+    try:
+        text = body.decode()
+        found = members(text)
+    except UnicodeDecodeError as error:
+        raise _bad(f"The body is not UTF-8: byte {error.start} is {body[error.start]:#04x}.") from None
+    except RecursionError:
+        raise _bad("The body is nested too deeply.") from None
+    except ValueError as error:
+        raise _bad(f"The body is not a JSON request: {error}.") from None
+    request = Request(path, text, found)
+    _check(request)
+    return request
+
+
+def _check(request: Request) -> None:
+    model = request.value("model")
+    if not isinstance(model, str) or not 0 < len(model) <= MAX_NAME:
+        raise _bad(f"'model' must be a name of 1 to {MAX_NAME} characters.")
+    if not isinstance(request.value("stream"), bool | None):
+        raise _bad("'stream' must be true or false.")
+    wanted = TASK_MEMBER[request.path]
+    task = request.value(wanted)
+    if task is None:
+        raise _bad(f"'{wanted}' is missing.")
+    is_list = isinstance(task, list) and len(task) > 0
+    if request.path == CHAT and not (is_list and all(isinstance(item, dict) for item in task)):
+        raise _bad("'messages' must be a list of at least one message object.")
+    for name in ("max_tokens", "max_completion_tokens", "n"):
+        number = request.value(name)
+        if number is not None and (isinstance(number, bool) or not isinstance(number, int)):
+            raise _bad(f"'{name}' must be a whole number.")
+
+
+def _bad(message: str) -> Refused:
+    return Refused(400, message, code="bad_request")
+
+
+def header_text(value: str) -> str:
+    """A value safe in a header: one line of printable ASCII, at most 300 characters."""
+    return _UNPRINTABLE.sub("?", value)[:300]
+
+
+def first_event(data: bytes) -> dict[str, Any] | None:
+    """The first JSON event of a stream that starts with ``data``, or None while it is not complete yet.
+
+    Comments, ``event:`` lines and empty lines before it are skipped, as server-sent events are read.
+
+    Raises:
+        ValueError: this is no stream of JSON objects.
+    """
+    for raw in data.split(b"\n")[:-1]:
+        line = raw.rstrip(b"\r")
+        if not line or line.startswith((b":", b"event:", b"id:", b"retry:")):
+            continue
+        if not line.startswith(b"data:"):
+            raise ValueError("a line of the stream has no field name")
+        if line[5:].strip() == b"[DONE]":
+            return {}
+        event = json.loads(line[5:])
+        if not isinstance(event, dict):
+            raise ValueError("an event of the stream is not a JSON object")
+        return event
+    return None
+
+
+def has_error(event: Mapping[str, Any]) -> bool:
+    """Whether an upstream's document or event reports an error instead of an answer."""
+    return "error" in event and "choices" not in event
+
+
+def whole_events(data: bytes) -> int:
+    """How many bytes of ``data`` are whole events of a stream: where its last empty line ends."""
+    if data.endswith(b"\n\n"):
+        return len(data)
+    plain, carriage = data.rfind(b"\n\n"), data.rfind(b"\r\n\r\n")
+    return max(plain + 2 if plain >= 0 else 0, carriage + 4 if carriage >= 0 else 0)
+
+
+def stream_error(message: str, code: str) -> bytes:
+    """An event that OpenAI clients raise as an error; stands after a whole event."""
+    return b"data: " + error_body(message, code, 502) + b"\n\n"

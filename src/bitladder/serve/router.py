@@ -1,0 +1,155 @@
+"""Which tier answers, and why: policy only, a function from what a request looks like to a choice with its
+reason.
+
+The order: a tier named in a header, a tier or level named as the model, the operator's rules, and for
+``auto`` the evidence. Nothing here knows about sockets, queues or engines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+QUALITY, SPEED, AUTO = "quality", "speed", "auto"
+
+
+@dataclass(frozen=True)
+class Features:
+    """What the router may look at."""
+
+    model: str
+    tier_header: str = ""
+    """Value of ``x-bitladder-tier`` in the request."""
+    tags: tuple[str, ...] = ()
+    """Values of ``x-bitladder-tag``, separated by commas there."""
+    key: str = ""
+    """Name of the API key, never the key."""
+    path: str = ""
+    asked: Callable[[], str] = str
+    """Gives the last user message or the prompt; a function, because most requests need no look at it."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """An operator's rule: everything given must match; the first rule that matches decides."""
+
+    tier: str
+    tag: str = ""
+    key: str = ""
+    path: str = ""
+
+    def matches(self, features: Features) -> bool:
+        """Whether the rule speaks about this request."""
+        return (
+            (not self.tag or self.tag in features.tags)
+            and (not self.key or self.key == features.key)
+            and (not self.path or self.path == features.path)
+        )
+
+    def __str__(self) -> str:
+        return " and ".join(
+            f"{name} {value}" for name in ("tag", "key", "path") if (value := getattr(self, name))
+        )
+
+
+@dataclass(frozen=True)
+class TagEvidence:
+    """What the speed tier lost on a workload's inputs of one tag, compared pair by pair with the quality
+    tier.
+    """
+
+    inputs: int
+    lost: int
+
+
+@dataclass(frozen=True)
+class Guess:
+    """What kind of work a text looks like: its tag, and the input of the workload that it resembles most."""
+
+    tag: str
+    input_id: str
+    similarity: float
+
+
+@dataclass(frozen=True)
+class AutoRule:
+    """What the evidence says about ``auto``; ``serve.evidence.auto_rule`` derives it."""
+
+    tags: Mapping[str, TagEvidence] = field(default_factory=dict)
+    fixed: str = ""
+    """One tier for everything, when the evidence says that routing gains nothing."""
+    because: str = "no evidence is stored for these two tiers"
+    """The reason for ``fixed``, or for the quality tier when there is no evidence."""
+    guess: Callable[[str], Guess | None] | None = None
+    """Classifies work that came without a tag; None when it resembles nothing known."""
+    escalate: bool = False
+    """Where the speed tier lost: let it try first, and judge it by its token probabilities."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A tier (or a level's name, lower case) and the reason, a phrase."""
+
+    tier: str
+    reason: str
+    kind: str
+    """``header``, ``model``, ``level``, ``rule`` or ``auto``."""
+    escalate: bool = False
+
+    @property
+    def may_fall_back(self) -> bool:
+        """Whether another tier may answer instead: not when a level was asked for by its name."""
+        return self.kind != "level"
+
+
+def choose(
+    features: Features, levels: frozenset[str], rules: tuple[Rule, ...], auto: AutoRule
+) -> Choice | None:
+    """The tier for a request, or None when nothing of the name asked for is served.
+
+    ``levels`` are the served levels' names in lower case.
+    """
+    named = features.tier_header.strip().lower()
+    if named:
+        return _named(named, levels, "header", "asked for in the header")
+    model = features.model.lower()
+    if model != AUTO:
+        return _named(model, levels, "model", "asked for by name")
+    for rule in rules:
+        if rule.matches(features):
+            return Choice(rule.tier, f"rule: {rule}" if str(rule) else "rule: everything", "rule")
+    return _auto(features, auto)
+
+
+def _named(name: str, levels: frozenset[str], kind: str, reason: str) -> Choice | None:
+    if name in (QUALITY, SPEED):
+        return Choice(name, f"{name} {reason}", kind)
+    return Choice(name, f"level {reason}", "level") if name in levels else None
+
+
+def _auto(features: Features, auto: AutoRule) -> Choice:
+    if auto.fixed:
+        return Choice(auto.fixed, f"auto: {auto.because}", "auto", auto.escalate and auto.fixed == SPEED)
+    if not auto.tags:
+        return Choice(QUALITY, f"auto: {auto.because}", "auto")
+    known = [tag for tag in features.tags if tag in auto.tags]
+    if known:
+        # With several tags the most careful one decides.
+        return _by_tag(max(known, key=lambda tag: auto.tags[tag].lost), auto, "tag")
+    if features.tags:
+        return Choice(QUALITY, f"auto: no evidence for tag {features.tags[0]}", "auto")
+    guess = auto.guess(features.asked()) if auto.guess else None
+    if guess is None:
+        return Choice(QUALITY, "auto: unlike every input of the workload", "auto")
+    return _by_tag(guess.tag, auto, f"resembles {guess.input_id} ({guess.similarity:.2f}), tag")
+
+
+def _by_tag(tag: str, auto: AutoRule, how: str) -> Choice:
+    seen = auto.tags[tag]
+    if seen.lost == 0:
+        return Choice(SPEED, f"auto: {how} {tag}: speed lost 0 of {seen.inputs}", "auto")
+    if auto.escalate:
+        return Choice(
+            SPEED, f"auto: {how} {tag}: speed first, judged by its probabilities", "auto", escalate=True
+        )
+    return Choice(QUALITY, f"auto: {how} {tag}: speed lost {seen.lost} of {seen.inputs}", "auto")

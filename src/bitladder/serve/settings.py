@@ -1,0 +1,145 @@
+"""What the gateway is told: tiers, limits, rules. Plain values; everything else follows from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bitladder.errors import UsageError
+from bitladder.serve.router import AutoRule, Rule
+from bitladder.units import MiB
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+@dataclass(frozen=True)
+class TierSpec:
+    """One level, and what answers for it: a GGUF file that we run, or an endpoint that somebody else runs."""
+
+    level: str
+    """Its name on the ladder; also a model name that clients may ask for."""
+    path: Path | None = None
+    url: str | None = None
+    """Base URL of an OpenAI-compatible endpoint, without ``/v1``."""
+    model: str = ""
+    """What the endpoint calls the model; empty: the level's name. Replies must name it too."""
+    api_key: str = field(default="", repr=False)
+    """Sent to the endpoint as a bearer token."""
+    sha256: str = ""
+    """Hash of the file, named in every reply. Empty for an endpoint: nobody can vouch for it."""
+    slots: int = 1
+    """Requests at the upstream at once; more wait in the queue."""
+    n_ctx: int = 4096
+    """Tokens one request may use, prompt and answer together. 0: unknown (an endpoint)."""
+    memory_bytes: int = 0
+    """What the plan says it needs when loaded."""
+
+    def __post_init__(self) -> None:
+        if (self.path is None) == (self.url is None):
+            found = "neither a file nor" if self.path is None else "both a file and"
+            raise UsageError(
+                f"Level '{self.level}' has {found} a URL.",
+                do="Give exactly one of them.",
+            )
+        if self.slots < 1:
+            raise UsageError(
+                f"The slots of level '{self.level}' must be at least 1. Got {self.slots} instead."
+            )
+
+    @property
+    def served_name(self) -> str:
+        """The name the upstream answers to."""
+        return self.model or self.level
+
+
+@dataclass(frozen=True)
+class Timeouts:
+    """Seconds allowed to each phase of a request at an upstream."""
+
+    connect: float = 5.0
+    first_byte: float = 600.0
+    """From sending the request to the first bytes of the answer: the time to read a long prompt."""
+    between: float = 120.0
+    """Between two pieces of an answer."""
+    client: float = 60.0
+    """A client that takes nothing for so long is given up."""
+    restart: float = 10.0
+    """How long a request waits for an engine that is just starting again, when no other tier can answer."""
+
+
+@dataclass(frozen=True)
+class Escalation:
+    """Keep the speed tier's answer only when it was sure of it; see ``serve.escalation``."""
+
+    threshold: float
+    """Lowest natural log-probability of a token among the first ``window`` that still counts as sure."""
+    window: int | None = None
+    """Tokens looked at before the first byte is sent; None: the whole answer (buffered mode)."""
+
+
+@dataclass(frozen=True)
+class Shadow:
+    """Ask both tiers again in idle time, and compare."""
+
+    share: float = 0.0
+    """Of the requests that the speed tier answered: 0 none, 1 all."""
+    bar: float = 0.0
+    """Agreement that the evidence promises; an observed agreement surely below it raises the alarm."""
+    max_tokens: int = 128
+
+
+@dataclass(frozen=True)
+class ServeSettings:
+    """Everything `serve` needs to know."""
+
+    quality: TierSpec
+    speed: TierSpec | None = None
+    """None: one tier serves everything."""
+    extra: tuple[TierSpec, ...] = ()
+    """More levels, reachable by name only."""
+    host: str = "127.0.0.1"
+    port: int = 8077
+    """0: any free one."""
+    threads: int = 2
+    """Of each engine that we run."""
+    memory_budget_bytes: int = 0
+    """Both tiers stay loaded when their ``memory_bytes`` fit in it, otherwise they take turns. 0: no limit.
+    """
+    rules: tuple[Rule, ...] = ()
+    auto: AutoRule = field(default_factory=AutoRule)
+    escalation: Escalation | None = None
+    shadow: Shadow = field(default_factory=Shadow)
+    api_key_file: Path | None = None
+    open_to_all: bool = False
+    """Allow other hosts in without keys."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Names in the Host header to accept besides loopback and ``host``."""
+    allowed_origins: tuple[str, ...] = ()
+    """Web origins that may call from a browser, besides the gateway's own page."""
+    max_body_bytes: int = 32 * MiB
+    max_queue: int = 64
+    """Waiting requests per tier; one more is told to come back later."""
+    timeouts: Timeouts = field(default_factory=Timeouts)
+    drain_s: float = 30.0
+    """On SIGTERM: how long running answers may take to finish."""
+    run_json: Path | None = None
+    """The run that this deployment comes from, for the page."""
+    log_prompts: bool = False
+    name: str = "model"
+    """What the deployment is called."""
+
+    def __post_init__(self) -> None:
+        if self.host not in LOOPBACK and self.api_key_file is None and not self.open_to_all:
+            raise UsageError(
+                f"The gateway would listen on {self.host} without keys.",
+                means="Anyone who reaches this machine could use the models.",
+                do="Give an API key file, listen on 127.0.0.1, or say that it should be open to all.",
+            )
+        if not 0.0 <= self.shadow.share <= 1.0:
+            raise UsageError(f"The shadow share must be between 0 and 1. Got {self.shadow.share} instead.")
+        names = [
+            spec.level.lower() for spec in (self.quality, *self.extra, *([self.speed] if self.speed else []))
+        ]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice and not (self.speed == self.quality and not self.extra):
+            raise UsageError(f"The level '{twice[0]}' is served twice.", do="Give each level once.")

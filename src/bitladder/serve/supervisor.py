@@ -1,0 +1,235 @@
+"""Child engines: start them, notice when they die or hang, start them again, and let two take turns in one
+memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Protocol
+
+import aiohttp
+
+from bitladder.errors import BitladderError, EngineError
+from bitladder.serve.backends import UpstreamFailed
+
+log = logging.getLogger("bitladder.serve")
+
+_POLL_S = 0.1
+_FIRST_BACKOFF_S, _LAST_BACKOFF_S = 0.25, 15.0
+_STEADY_S = 60.0  # running for so long forgives earlier deaths
+
+
+class EngineProcess(Protocol):
+    """What a supervisor needs of a process; `engines.llama_process.LlamaProcess` is one."""
+
+    base_url: str
+
+    def start(self) -> None:
+        """Start and wait until it answers; blocks. Raises EngineError."""
+        ...
+
+    def poll(self) -> int | None:
+        """None while it runs, otherwise its exit code."""
+        ...
+
+    def stop(self, grace_s: float) -> None:
+        """End it, by force after ``grace_s``; blocks. Twice does no harm."""
+        ...
+
+    def last_log(self) -> str:
+        """The engine's last words."""
+        ...
+
+
+class Fingerprint:
+    """Size and time of a model file when it was hashed: a file swapped under a running gateway is not
+    served.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._seen = self._look()
+
+    def _look(self) -> tuple[int, int]:
+        stat = self._path.stat()
+        return stat.st_size, stat.st_mtime_ns
+
+    def check(self) -> None:
+        """Raise EngineError when the file is another one by now."""
+        try:
+            now = self._look()
+        except OSError as error:
+            raise EngineError(f"The model file '{self._path}' is gone: {error}.") from None
+        if now != self._seen:
+            raise EngineError(
+                f"The model file '{self._path}' had {self._seen[0]} bytes and has {now[0]}, or another time.",
+                means="It was replaced while the gateway ran; the hash in the replies would be wrong.",
+                do="Restart the gateway.",
+            )
+
+
+class Supervisor:
+    """Keeps one engine running. States: ``stopped``, ``starting``, ``ready``, ``waiting`` (to restart)."""
+
+    def __init__(
+        self,
+        name: str,
+        make: Callable[[], EngineProcess],
+        session: aiohttp.ClientSession,
+        *,
+        check_file: Callable[[], None] = lambda: None,
+        health_every_s: float = 2.0,
+        health_timeout_s: float = 5.0,
+        health_misses: int = 2,
+    ) -> None:
+        self.name = name
+        self.state = "stopped"
+        self.restarts = 0
+        self.last_error = ""
+        self._make = make
+        self._session = session
+        self._check_file = check_file
+        self._every = health_every_s
+        self._health_timeout = aiohttp.ClientTimeout(total=health_timeout_s)
+        self._misses = health_misses
+        self._process: EngineProcess | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._ready = asyncio.Event()
+
+    def address(self) -> str | None:
+        """Base URL while the engine is ready."""
+        return self._process.base_url if self.state == "ready" and self._process else None
+
+    async def start(self) -> None:
+        """Start it once, and from then on keep it running.
+
+        Raises:
+            BitladderError: this first start failed.
+        """
+        await self._launch()
+        self._task = asyncio.create_task(self._keep(), name=f"supervise {self.name}")
+
+    async def stop(self, grace_s: float = 5.0) -> None:
+        """End it, and keep it ended."""
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+            self._task = None
+        await self._end(grace_s)
+        self.state = "stopped"
+
+    async def wait_ready(self, seconds: float) -> None:
+        """Wait until it answers.
+
+        Raises:
+            UpstreamFailed: it does not within ``seconds``.
+        """
+        try:
+            async with asyncio.timeout(seconds):
+                await self._ready.wait()
+        except TimeoutError:
+            raise UpstreamFailed("down", f"The engine of {self.name} is {self.state}.") from None
+
+    async def _launch(self) -> None:
+        self._check_file()
+        self.state = "starting"
+        self._process = self._make()
+        began = time.monotonic()
+        await asyncio.to_thread(self._process.start)
+        self.state = "ready"
+        self._ready.set()
+        log.info("engine ready", extra={"tier": self.name, "seconds": round(time.monotonic() - began, 3)})
+
+    async def _end(self, grace_s: float) -> None:
+        self._ready.clear()
+        process, self._process = self._process, None
+        if process is not None:
+            await asyncio.to_thread(process.stop, grace_s)
+
+    async def _keep(self) -> None:
+        backoff = _FIRST_BACKOFF_S
+        while True:
+            began = time.monotonic()
+            if self.state == "ready":
+                self.last_error = await self._until_bad()
+                log.error("engine lost", extra={"tier": self.name, "error": self.last_error})
+            self.state = "waiting"
+            await self._end(grace_s=0.0)
+            if time.monotonic() - began > _STEADY_S:
+                backoff = _FIRST_BACKOFF_S
+            await asyncio.sleep(backoff)
+            backoff = min(backoff * 2, _LAST_BACKOFF_S)
+            self.restarts += 1
+            try:
+                await self._launch()
+            except BitladderError as error:
+                self.last_error = error.found
+                log.error("engine does not start", extra={"tier": self.name, "error": str(error)})
+
+    async def _until_bad(self) -> str:
+        """Wait until the process died or stopped answering, and say which."""
+        assert self._process is not None
+        missed, next_health = 0, time.monotonic() + self._every
+        while (code := self._process.poll()) is None:
+            await asyncio.sleep(_POLL_S)
+            if time.monotonic() >= next_health:
+                missed = 0 if await self._healthy(self._process.base_url) else missed + 1
+                if missed >= self._misses:
+                    return f"it did not answer /health {missed} times"
+                next_health = time.monotonic() + self._every
+        return f"it ended with code {code}: {self._process.last_log()}"
+
+    async def _healthy(self, base_url: str) -> bool:
+        try:
+            async with self._session.get(base_url + "/health", timeout=self._health_timeout) as response:
+                return response.status == 200
+        except (aiohttp.ClientError, TimeoutError, OSError):
+            return False
+
+
+class Turns:
+    """Two engines that do not fit together: one is loaded at a time, and changes when nobody uses it.
+
+    Requests are served in the order they came, so neither tier starves; each change costs a model load,
+    which replies and logs say.
+    """
+
+    def __init__(self) -> None:
+        self._order = asyncio.Lock()
+        self._loaded: Supervisor | None = None
+        self._users = 0
+        self._unused = asyncio.Event()
+        self._unused.set()
+        self.changes = 0
+
+    @contextlib.asynccontextmanager
+    async def use(self, engine: Supervisor) -> AsyncIterator[bool]:
+        """Hold ``engine`` loaded; gives whether it had to be loaded first."""
+        async with self._order:
+            changed = self._loaded is not engine
+            if changed:
+                await self._unused.wait()
+                await self._change(engine)
+            self._users += 1
+            self._unused.clear()
+        try:
+            yield changed
+        finally:
+            self._users -= 1
+            if self._users == 0:
+                self._unused.set()
+
+    async def _change(self, engine: Supervisor) -> None:
+        leaving, self._loaded = self._loaded, None
+        if leaving is not None:
+            log.info("tiers take turns", extra={"tier": engine.name, "instead_of": leaving.name})
+            await leaving.stop()
+            self.changes += 1
+        await engine.start()
+        self._loaded = engine

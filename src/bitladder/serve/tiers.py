@@ -1,0 +1,68 @@
+"""A tier while it serves: its spec, its upstream, its queue, and whether it can answer now."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from bitladder.serve.backends import Complete
+from bitladder.serve.limits import Gate
+from bitladder.serve.protocol import header_text
+from bitladder.serve.settings import TierSpec
+from bitladder.serve.supervisor import Supervisor, Turns
+
+
+@dataclass
+class Tier:
+    """One served level. ``names`` are the model names that mean it, its role or roles first."""
+
+    names: tuple[str, ...]
+    spec: TierSpec
+    complete: Complete
+    gate: Gate
+    engine: Supervisor | None = None
+    """None for an endpoint by URL."""
+    turns: Turns | None = None
+    """When it shares the memory with another tier."""
+
+    def __post_init__(self) -> None:
+        self.headers = (
+            (b"x-bitladder-level", header_text(self.spec.level).encode()),
+            (b"x-bitladder-file-sha256", header_text(self.spec.sha256 or "unknown").encode()),
+        )
+
+    @property
+    def name(self) -> str:
+        """Its role, or its level's name when it has none."""
+        return self.names[0]
+
+    @property
+    def state(self) -> str:
+        """``ready``, ``starting``, ``waiting``, ``stopped``, or ``endpoint`` when somebody else runs it."""
+        return "endpoint" if self.engine is None else self.engine.state
+
+    @property
+    def usable(self) -> bool:
+        """Whether a request sent now has an engine to go to (perhaps after waiting for its turn)."""
+        return self.engine is None or self.turns is not None or self.engine.state == "ready"
+
+    @contextlib.asynccontextmanager
+    async def hold(self) -> AsyncIterator[bool]:
+        """Hold a slot, and the engine loaded; gives whether it had to be loaded for this.
+
+        Raises:
+            Refused: the queue is full.
+            EngineError: the engine does not load.
+        """
+        await self.gate.enter()
+        began = time.monotonic()
+        try:
+            if self.turns is not None and self.engine is not None:
+                async with self.turns.use(self.engine) as changed:
+                    yield changed
+            else:
+                yield False
+        finally:
+            self.gate.leave(time.monotonic() - began)
