@@ -150,6 +150,13 @@ def _value(name: str, written: str, text: str) -> float:
     return number
 
 
+def spoken(metric: str) -> str:
+    """A metric's name as sentences write it."""
+    return {"kl": "KL", "kl p99": "KL p99", "ppl ratio": "perplexity ratio", "top1": "top-1"}.get(
+        metric, metric
+    )
+
+
 def _known() -> str:
     return "Known: " + ", ".join((*UPPER, *LOWER, "no loss", "no known loss")) + "."
 

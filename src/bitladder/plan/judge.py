@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from bitladder.plan.bar import UPPER, Bar, Clause
+from bitladder.plan.bar import UPPER, Bar, Clause, spoken
 from bitladder.records.evaluation import WorkloadResult
 from bitladder.records.fidelity import Fidelity
 from bitladder.records.plan import LevelPlan
@@ -154,7 +154,7 @@ def _fidelity(clause: Clause, evidence: Evidence) -> Judgement:
     found = evidence.fidelity
     if found is None:
         return Judgement(
-            UNKNOWN, f"{clause.metric} was not measured", f"measure {clause.metric}: bitladder measure"
+            UNKNOWN, f"{spoken(clause.metric)} was not measured", f"measure {spoken(clause.metric)}"
         )
     value, low, high = {
         "kl": (found.kl_mean, found.kl_low, found.kl_high),
@@ -177,10 +177,10 @@ def _more_text(clause: Clause, value: float, low: float, high: float, found: Fid
     holding = value < clause.value if upper else value > clause.value
     width = (high - value if upper else value - low) if holding else (value - low if upper else high - value)
     if distance <= 0.02 * max(width, 1e-12):
-        return f"{clause.metric} lies at the limit itself: no amount of text will tell"
+        return f"{spoken(clause.metric)} lies at the limit itself: no amount of text will tell"
     factor = (width / distance) ** 2
     units = math.ceil(found.units * max(factor, 1.1))
-    return f"measure {clause.metric} on about {units - found.units} more {found.unit}s ({found.units} so far)"
+    return f"measure {spoken(clause.metric)} on about {units - found.units} more {found.unit}s ({found.units} so far)"
 
 
 def _pass_rate(clause: Clause, evidence: Evidence) -> Judgement:
@@ -291,8 +291,12 @@ def _compare(
 ) -> Judgement:
     """An interval against a limit."""
     if math.isnan(value) or math.isnan(low) or math.isnan(high):
-        return Judgement(UNKNOWN, f"{clause.metric} is not estimable", f"measure {clause.metric}")
-    seen = f"{clause.metric} {show(value)}" + (f" ({show(low)} to {show(high)})" if low != high else "")
+        return Judgement(
+            UNKNOWN, f"{spoken(clause.metric)} is not estimable", f"measure {spoken(clause.metric)}"
+        )
+    seen = f"{spoken(clause.metric)} {show(value)}" + (
+        f" ({show(low)} to {show(high)})" if low != high else ""
+    )
     limit, inclusive, upper = clause.value, "=" in clause.op, clause.metric in UPPER
     worst, best = (high, low) if upper else (-low, -high)
     edge = limit if upper else -limit
@@ -300,7 +304,7 @@ def _compare(
         return Judgement(MET, seen)
     if best > edge or (not inclusive and best == edge):
         return Judgement(FAILED, f"{seen}, limit {show(limit)}")
-    return Judgement(UNKNOWN, f"{seen} straddles {show(limit)}", f"measure {clause.metric} longer")
+    return Judgement(UNKNOWN, f"{seen} straddles {show(limit)}", f"measure {spoken(clause.metric)} longer")
 
 
 def _short(value: float) -> str:

@@ -38,6 +38,8 @@ class Axis:
 
     title: str
     unit: str
+    ladder: bool = True
+    """Whether the levels follow one another along it: then a line joins them, and there may be a cliff."""
 
 
 @dataclass(frozen=True)
@@ -116,15 +118,16 @@ def loss_chart(
     if not known:
         return ""
     frame = _frame(known, limit, width, height)
-    cliff = find_cliff(known)
+    cliff = find_cliff(known) if axis.ladder else None
     parts = [
-        f'<svg class="chart" viewBox="0 0 {width:g} {height:g}" role="img" aria-labelledby="{name}-t {name}-d">',
+        f'<svg class="chart" viewBox="0 0 {width:g} {height:g}" role="img" '
+        f'aria-labelledby="{name}-t {name}-d">',
         f'<title id="{name}-t">Loss against {escape(axis.title)}</title>',
         f'<desc id="{name}-d">{escape(_described(known, axis, cliff))}</desc>',
         *_grid(frame, axis),
-        *_limit_line(frame, limit),
+        *_limit_line(frame, limit, at_right=axis.ladder),
         *_cliff_band(frame, known, cliff),
-        _curve(frame, known),
+        _curve(frame, known) if axis.ladder else "",
         *(_whisker(frame, p) for p in known),
         *(_dot(frame, p) for p in known),
         *_labels(frame, known),
@@ -170,14 +173,21 @@ def _text(kind: str, x: float, y: float, text: str, anchor: str) -> str:
     return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
-def _limit_line(frame: _Frame, limit: float | None) -> list[str]:
+def _limit_line(frame: _Frame, limit: float | None, *, at_right: bool) -> list[str]:
+    """The bar, named at the end where few levels are."""
     if not limit or not frame.y_range[0] <= limit <= frame.y_range[1]:
         return []
     y = frame.y(limit)
     right = frame.width - frame.right
     return [
         f'<line class="limit" x1="{frame.left:g}" x2="{right:g}" y1="{y:.1f}" y2="{y:.1f}"/>',
-        _text("limit-label", right, y - 6, f"bar: {limit:g}", "end"),
+        _text(
+            "limit-label",
+            right if at_right else frame.left,
+            y - 6,
+            f"bar: {limit:g}",
+            "end" if at_right else "start",
+        ),
     ]
 
 

@@ -59,6 +59,7 @@ def render_html(record: RunRecord) -> str:
         tags=_tag_table(record),
         compared=compared_answers(record),
         human_bytes=human_bytes,
+        sentence=lambda text: text[:1].upper() + text[1:],
         as_json=lambda value: json.dumps(value, ensure_ascii=False),
     )
 
@@ -86,14 +87,12 @@ def _charts(record: RunRecord, rows: Sequence[LevelRow]) -> list[dict[str, str]]
     limit = _kl_limit(record.decision.bar)
     largest = max((row.bytes for row in rows), default=0)
     unit, name = (GiB, "GiB") if largest >= 2 * GiB else (MiB, "MiB")
+    size, speed = Axis("file size", name), Axis("decode speed", "tokens/s", ladder=False)
     charts = []
-    for across, axis, scale in (
-        ("size", Axis("file size", name), unit),
-        ("speed", Axis("decode speed", "tokens/s"), 1),
-    ):
+    for across, axis, scale, width in (("size", size, unit, 600), ("speed", speed, 1, 420)):
         points = _points(rows, across, scale)
-        wide = loss_chart(points, axis, limit=limit, name=f"{across}-wide")
-        narrow = loss_chart(points, axis, limit=limit, width=380, height=400, name=f"{across}-narrow")
+        wide = loss_chart(points, axis, limit=limit, width=width, height=380, name=f"{across}-wide")
+        narrow = loss_chart(points, axis, limit=limit, width=360, height=380, name=f"{across}-narrow")
         if wide:
             charts.append({"wide": wide, "narrow": narrow})
     return charts
@@ -112,5 +111,8 @@ def _tag_table(record: RunRecord) -> dict[str, Any]:
     levels = list(dict.fromkeys(verdict.level for verdict in verdicts))
     tags = sorted({verdict.tag for verdict in verdicts})
     cells = {(verdict.tag, verdict.level): verdict for verdict in verdicts}
-    rows = [(tag, [cells.get((tag, level)) for level in levels]) for tag in tags]
+    rows = []
+    for tag in tags:
+        own = [cells.get((tag, level)) for level in levels]
+        rows.append((tag, max(cell.inputs for cell in own if cell), own))
     return {"levels": levels, "rows": rows}
