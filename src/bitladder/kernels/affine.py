@@ -1,0 +1,232 @@
+"""Affine groups: a scale, and for asymmetric ones a zero point, per group of neighbouring weights of a row.
+
+    value = (code - zero) * scale,     code in 0 .. 2^b - 1,     symmetric: zero = 2^(b-1)
+
+``round_to_nearest`` is the plain method: the scale follows from the largest weight. ``search`` looks for the
+scale and zero that cost least when every column has a weight of its own: for each of several starting scales
+it rounds, then takes the scale that fits those codes best, ``s = sum(h w c) / sum(h c c)`` with ``c = code -
+zero``; its error is in closed form, ``sum(h w w) - sum(h w c)^2 / sum(h c c)``, so each candidate takes one
+pass. A symmetric scale may turn out negative: codes reach one step further down than up, and the sign lets
+the larger side have that step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit, prange
+
+from bitladder.kernels.grid import F32, Grid, contiguous_groups
+
+_LANES = 32
+_SHRINKS = np.linspace(1.05, 0.55, 21).astype(np.float32)
+"""Candidate scales, as shares of the one that just holds the largest weight."""
+
+
+@dataclass(frozen=True)
+class Affine:
+    """Scales ``f32[rows, groups]``, zeros ``i16[rows, groups]``, for codes of ``bits`` bits in groups of
+    ``group_size``."""
+
+    scales: F32
+    zeros: npt.NDArray[np.int16]
+    bits: int
+    group_size: int
+    columns: int
+
+    def grid(self) -> Grid:
+        """The same as a Grid, for rounding with error feedback."""
+        offset = (-self.zeros * self.scales).astype(np.float32)
+        return Grid(
+            self.scales, offset, contiguous_groups(self.columns, self.group_size), 0, 2**self.bits - 1
+        )
+
+    def decode(self, codes: npt.NDArray[np.integer]) -> F32:
+        """Weights ``f32[rows, columns]`` of ``codes``, exactly as a reader of the file computes them."""
+        group = contiguous_groups(self.columns, self.group_size)
+        centred = codes.astype(np.int32) - self.zeros[:, group]
+        return np.asarray(centred.astype(np.float32) * self.scales[:, group], np.float32)
+
+
+def store_scale(scales: F32, dtype: str = "float16") -> F32:
+    """Scales as a file will hold them, back in f32: ``float16`` (never subnormal, so never zero),
+    ``bfloat16``, ``float32``."""
+    if dtype == "float16":
+        tiny = np.float32(np.finfo(np.float16).tiny)
+        held = np.clip(scales, -65504, 65504).astype(np.float16).astype(np.float32)
+        return np.where(np.abs(held) < tiny, np.copysign(tiny, scales), held).astype(np.float32)
+    if dtype == "bfloat16":
+        raw = np.ascontiguousarray(scales, np.float32).view(np.uint32)
+        rounded = (raw + np.uint32(0x7FFF) + ((raw >> np.uint32(16)) & np.uint32(1))) & np.uint32(0xFFFF0000)
+        return rounded.view(np.float32)
+    if dtype == "float32":
+        return scales
+    raise ValueError(f"scales are stored as float16, bfloat16 or float32, not {dtype}")
+
+
+def round_to_nearest(
+    weights: F32, bits: int, group_size: int, *, sym: bool = True
+) -> tuple[npt.NDArray[np.int16], Affine]:
+    """Plain rounding of ``weights f32[rows, columns]``, halves to even; scales stay f32.
+
+    Symmetric: ``scale = max|w| / (2^b - 1) * 2``, as llm-compressor does (its codes are reproduced bit for
+        bit).
+    Asymmetric: the range from min(w, 0) to max(w, 0) in ``2^b - 1`` steps.
+    """
+    rows, columns = weights.shape
+    grouped = weights.reshape(rows, -1, group_size or columns)
+    top = np.float32(2**bits - 1)
+    if sym:
+        scales = np.abs(grouped).max(axis=2) / (top / np.float32(2))
+        zeros = np.full(scales.shape, 2 ** (bits - 1), np.int16)
+    else:
+        low, high = np.minimum(grouped.min(axis=2), 0), np.maximum(grouped.max(axis=2), 0)
+        scales = (high - low) / top
+        zeros = np.clip(np.rint(-low / np.where(scales == 0, 1, scales)), 0, top).astype(np.int16)
+    scales = np.where(scales == 0, np.float32(1), scales).astype(np.float32)
+    steps = np.rint(grouped / scales[:, :, None]) + zeros[:, :, None]
+    codes = np.clip(steps, 0, top).astype(np.int16).reshape(rows, columns)
+    return codes, Affine(scales, zeros, bits, group_size, columns)
+
+
+def search(
+    weights: F32,
+    bits: int,
+    group_size: int,
+    *,
+    sym: bool = True,
+    importance: F32 | None = None,
+    least_zero: int = 0,
+    scale_dtype: str = "float16",
+) -> Affine:
+    """Scales and zeros of ``weights f32[rows, columns]`` that cost least under column weights ``importance
+    f32[columns]``.
+
+    Args:
+        weights: Finite; ``group_size`` divides the columns (0: the whole row is one group).
+        bits: 2 to 8.
+        group_size: Columns that share a scale.
+        sym: Zero in the middle of the codes, or free.
+        importance: Weight of each column, at least 0; None for equal ones.
+        least_zero: Smallest zero point allowed: 1 for GPTQ's first layout, which stores ``zero - 1``.
+        scale_dtype: What the file stores; scales come back rounded to it.
+    """
+    rows, columns = weights.shape
+    size = group_size or columns
+    groups = columns // size
+    column_weight = np.ones(columns, np.float32) if importance is None else importance.astype(np.float32)
+    # A group that no calibration token excites still has to be stored well: equal weights there.
+    dead = column_weight.reshape(groups, size).max(axis=1) <= 0
+    column_weight = np.where(np.repeat(dead, size), np.float32(1), column_weight)
+    scales = np.empty((groups, rows), np.float32)
+    zeros = np.empty((groups, rows), np.int16)
+    lanes = np.ascontiguousarray(weights.T, np.float32)
+    run = _search_symmetric if sym else _search_asymmetric
+    run(lanes, column_weight, size, 2**bits - 1, least_zero, _SHRINKS, scales, zeros)
+    stored = store_scale(np.ascontiguousarray(scales.T), scale_dtype)
+    return Affine(stored, np.ascontiguousarray(zeros.T), bits, group_size, columns)
+
+
+@njit(cache=True, parallel=True)
+def _search_symmetric(  # noqa: PLR0917
+    lanes: F32,
+    column_weight: F32,
+    size: int,
+    top: int,
+    least_zero: int,  # noqa: ARG001 - the two searches share a signature
+    shrinks: F32,
+    scales: F32,
+    zeros: npt.NDArray[np.int16],
+) -> None:
+    """``lanes f32[columns, rows]``: rows side by side, a tile of them through all candidates at once."""
+    groups, rows = scales.shape
+    tiles = (rows + _LANES - 1) // _LANES
+    zero = np.float32((top + 1) // 2)
+    high = np.float32(top) - zero
+    for job in prange(groups * tiles):
+        group, first = job // tiles, (job % tiles) * _LANES
+        last = min(first + _LANES, rows)
+        largest = np.zeros(_LANES, np.float32)
+        for k in range(group * size, (group + 1) * size):
+            for r in range(first, last):
+                largest[r - first] = max(largest[r - first], abs(lanes[k, r]))
+        best = np.full(_LANES, np.float32(-1))
+        for candidate in range(2 * len(shrinks)):
+            share = shrinks[candidate // 2] if candidate % 2 == 0 else -shrinks[candidate // 2]
+            up = np.zeros(_LANES, np.float32)
+            down = np.zeros(_LANES, np.float32)
+            inverse = np.zeros(_LANES, np.float32)
+            for lane in range(_LANES):
+                inverse[lane] = zero / (largest[lane] * share) if largest[lane] > 0 else np.float32(0)
+            for k in range(group * size, (group + 1) * size):
+                for r in range(first, last):
+                    lane = r - first
+                    step = min(max(np.rint(lanes[k, r] * inverse[lane]), -zero), high)
+                    heavy = column_weight[k] * step
+                    up[lane] += heavy * lanes[k, r]
+                    down[lane] += heavy * step
+            for r in range(first, last):
+                lane = r - first
+                if down[lane] > 0 and up[lane] * up[lane] / down[lane] > best[lane]:
+                    best[lane] = up[lane] * up[lane] / down[lane]
+                    scales[group, r] = up[lane] / down[lane]
+        for r in range(first, last):
+            zeros[group, r] = np.int16(zero)
+            if best[r - first] <= 0:
+                scales[group, r] = max(largest[r - first] / zero, np.float32(1e-4))
+
+
+@njit(cache=True, parallel=True)
+def _search_asymmetric(  # noqa: PLR0917
+    lanes: F32,
+    column_weight: F32,
+    size: int,
+    top: int,
+    least_zero: int,
+    shrinks: F32,
+    scales: F32,
+    zeros: npt.NDArray[np.int16],
+) -> None:
+    groups, rows = scales.shape
+    tiles = (rows + _LANES - 1) // _LANES
+    for job in prange(groups * tiles):
+        group, first = job // tiles, (job % tiles) * _LANES
+        last = min(first + _LANES, rows)
+        low = np.zeros(_LANES, np.float32)
+        high = np.zeros(_LANES, np.float32)
+        for k in range(group * size, (group + 1) * size):
+            for r in range(first, last):
+                low[r - first] = min(low[r - first], lanes[k, r])
+                high[r - first] = max(high[r - first], lanes[k, r])
+        best = np.full(_LANES, np.float32(-1))
+        for candidate in range(2 * len(shrinks)):
+            share = shrinks[candidate // 2]
+            up = np.zeros(_LANES, np.float32)
+            down = np.zeros(_LANES, np.float32)
+            inverse = np.zeros(_LANES, np.float32)
+            zero = np.zeros(_LANES, np.float32)
+            for lane in range(_LANES):
+                reach = (high[lane] - low[lane]) * share
+                inverse[lane] = top / reach if reach > 0 else np.float32(0)
+                at = -low[lane] * share * inverse[lane]
+                near = np.floor(at) if candidate % 2 == 0 else np.ceil(at)
+                zero[lane] = min(max(near, np.float32(least_zero)), np.float32(top))
+            for k in range(group * size, (group + 1) * size):
+                for r in range(first, last):
+                    lane = r - first
+                    step = min(max(np.rint(lanes[k, r] * inverse[lane]), -zero[lane]), top - zero[lane])
+                    heavy = column_weight[k] * step
+                    up[lane] += heavy * lanes[k, r]
+                    down[lane] += heavy * step
+            for r in range(first, last):
+                lane = r - first
+                if down[lane] > 0 and up[lane] > 0 and up[lane] * up[lane] / down[lane] > best[lane]:
+                    best[lane] = up[lane] * up[lane] / down[lane]
+                    scales[group, r] = up[lane] / down[lane]
+                    zeros[group, r] = np.int16(zero[lane])
+        for r in range(first, last):
+            if best[r - first] <= 0:
+                scales[group, r] = max((high[r - first] - low[r - first]) / top, np.float32(1e-4))
+                zeros[group, r] = np.int16(max(least_zero, top // 2))

@@ -1,0 +1,181 @@
+"""GPTQ: round column by column, and let the columns not yet rounded absorb each rounding error.
+
+The calibration inputs X give ``H = X^T X``; a row of weights w rounded to q costs ``(q-w)^T H (q-w)``. Take
+the columns in some order and factor ``H = V V^T`` with V upper triangular. Then the cost is a sum of squares,
+one per column:
+
+    cost = sum_k V_kk^2 (q_k - t_k)^2,      t_k = w_k - sum_{j<k} (V_jk / V_kk) (q_j - w_j)
+
+so each column in turn is rounded to the code nearest to its target t_k, which the errors before it have
+moved. This is GPTQ (Frantar et al. 2022, arXiv:2210.17323) written as Babai's nearest plane: the same codes
+as with the Cholesky factor of the inverse, but H is never inverted, and the errors before a block reach it as
+one matrix product.
+
+What it gives up: it is greedy, never returning to a column. Columns with much energy go first
+(``act_order``), while the groups that share scales stay where they are in storage, so any reader of plain
+groups can run the result.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit, prange
+
+from bitladder.kernels.grid import F32, Grid, nearest_step
+
+BLOCK = 64
+_TILE = 64
+_MAX_DAMP = 1.0
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A factored Hessian. ``order[k]`` is the column handled k-th; the other arrays follow that order.
+
+    ``coupling[j, k]`` is ``V_jk / V_kk`` for j < k, else 0; ``pivots[k]`` is ``V_kk^2``, what a squared error
+    of column k costs once the columns before it are fixed.
+    """
+
+    order: npt.NDArray[np.intp]
+    coupling: F32
+    pivots: npt.NDArray[np.float64]
+    damp: float
+    """Share of the mean diagonal that was added to the diagonal; above the asked for when factoring had to be
+    rescued."""
+    rescued: int
+    """How often the damping had to be raised before the factor existed."""
+    dead: int
+    """Columns whose inputs were always zero in the calibration set; they are rounded plainly."""
+
+    @property
+    def importance(self) -> F32:
+        """``pivots`` in storage order, normalised to mean 1: the weight of each column in a search for
+        scales."""
+        back = np.empty(len(self.order), np.float32)
+        back[self.order] = self.pivots / max(float(self.pivots.mean()), np.finfo(np.float64).tiny)
+        return back
+
+
+def prepare(hessian: npt.NDArray[np.floating], *, damp: float = 0.05, act_order: bool = True) -> Factor:
+    """Factor ``H = X^T X``, shape ``[columns, columns]``, in float64.
+
+    Args:
+        hessian: Symmetric; sum or mean over tokens, the scale does not matter.
+        damp: Share of the mean diagonal to add to the diagonal. Raised tenfold, and reported, until the
+            factor exists.
+        act_order: Handle columns in falling order of their diagonal entry rather than in storage order.
+
+    Raises:
+        ValueError: not square, not finite, or with a negative diagonal.
+    """
+    diagonal = np.diagonal(hessian).astype(np.float64)
+    if (
+        hessian.ndim != 2
+        or hessian.shape[0] != hessian.shape[1]
+        or not np.isfinite(hessian).all()
+        or diagonal.min() < 0
+    ):
+        raise ValueError("a Hessian must be square and finite with a diagonal of squares")
+    mean = float(diagonal.mean())
+    if mean == 0:
+        mean = 1.0
+    order = np.argsort(-diagonal, kind="stable") if act_order else np.arange(len(diagonal))
+    permuted = hessian[np.ix_(order, order)].astype(np.float64)
+    used, rescued = max(damp, 1e-10), 0
+    upper = _upper_factor(permuted, used * mean)
+    while upper is None:
+        used, rescued = used * 10, rescued + 1
+        if used > _MAX_DAMP * 10:
+            raise ValueError(
+                "the Hessian is not positive semidefinite, even damped by its mean diagonal tenfold"
+            )
+        upper = _upper_factor(permuted, used * mean)
+    pivots = np.diagonal(upper).copy()
+    coupling = np.triu(upper / pivots, 1).astype(np.float32)
+    return Factor(order, coupling, pivots**2, used, rescued, int((diagonal == 0).sum()))
+
+
+def _upper_factor(matrix: npt.NDArray[np.float64], ridge: float) -> npt.NDArray[np.float64] | None:
+    """V upper triangular with ``V V^T = matrix + ridge I``, or None where there is none: Cholesky from the
+    last column up."""
+    from scipy.linalg import LinAlgError, cholesky
+
+    flipped = matrix[::-1, ::-1].copy()
+    flipped[np.diag_indices_from(flipped)] += ridge
+    try:
+        lower = cholesky(flipped, lower=True, overwrite_a=True, check_finite=False)
+    except LinAlgError:
+        return None
+    return np.asarray(lower[::-1, ::-1])
+
+
+def apply(factor: Factor, weights: F32, grid: Grid) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.float64]]:
+    """Choose the codes of ``weights f32[rows, columns]`` on ``grid`` with error feedback.
+
+    Returns:
+        Codes ``i16[rows, columns]`` in storage order, and the cost of each row ``f64[rows]`` under the damped
+        Hessian.
+    """
+    rows, columns = weights.shape
+    ordered = np.ascontiguousarray(weights.T[factor.order], np.float32)
+    groups = np.ascontiguousarray(grid.group_of[factor.order])
+    scale, offset = np.ascontiguousarray(grid.scale.T), np.ascontiguousarray(grid.offset.T)
+    errors = np.zeros((columns, rows), np.float32)
+    codes = np.empty((columns, rows), np.int16)
+    cost = np.zeros(rows, np.float64)
+    for start in range(0, columns, BLOCK):
+        block = slice(start, min(start + BLOCK, columns))
+        targets = ordered[block].copy()
+        if start:
+            targets -= factor.coupling[:start, block].T @ errors[:start]
+        _round_block(
+            targets, ordered[block], factor.coupling[block, block].copy(), factor.pivots[block],
+            scale, offset, groups[block], grid.lowest, grid.highest, grid.table, codes[block], errors[block], cost,
+        )  # fmt: skip
+    stored = np.empty((rows, columns), np.int16)
+    stored[:, factor.order] = codes.T
+    return stored, cost
+
+
+@njit(cache=True, parallel=True)
+def _round_block(  # noqa: PLR0917
+    targets: F32,
+    weights: F32,
+    coupling: F32,
+    pivots: npt.NDArray[np.float64],
+    scale: F32,
+    offset: F32,
+    groups: npt.NDArray[np.int32],
+    lowest: int,
+    highest: int,
+    table: F32,
+    codes: npt.NDArray[np.int16],
+    errors: F32,
+    cost: npt.NDArray[np.float64],
+) -> None:
+    """One block of columns, ``[columns of the block, rows]``; rows lie side by side and go through in
+    tiles."""
+    width, rows = targets.shape
+    for tile in prange((rows + _TILE - 1) // _TILE):
+        first = tile * _TILE
+        last = min(first + _TILE, rows)
+        for k in range(width):
+            group = groups[k]
+            for r in range(first, last):
+                step = scale[group, r]
+                target = targets[k, r]
+                at = (target - offset[group, r]) / step if step != 0 else np.float32(0)
+                code = nearest_step(at, lowest, highest, table)
+                value = (
+                    step * (np.float32(code) if table.size == 0 else table[code - lowest]) + offset[group, r]
+                )
+                codes[k, r] = code
+                errors[k, r] = value - weights[k, r]
+                cost[r] += pivots[k] * (value - target) ** 2
+            for later in range(k + 1, width):
+                pull = coupling[k, later]
+                for r in range(first, last):
+                    targets[later, r] -= pull * errors[k, r]
