@@ -104,19 +104,28 @@ class GgufWriter:
         self.journal = path.with_name(path.name + ".partial.journal")
         self._first_line = f"{fingerprint} {plan.size}"
         self._claims = self._read_journal()
+        self._file = -1
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = os.open(self.partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             self._claim_alone()
-            if not self._claims:
-                os.ftruncate(self._file, 0)  # padding must be zeros, whatever stood there
-            os.ftruncate(self._file, plan.size)
-            self._log = self.journal.open("a" if self._claims else "w")
-            if not self._claims:
-                self._log.write(self._first_line + "\n")
-                self._log.flush()
+            self._begin()
         except OSError as error:
+            if self._file >= 0:
+                os.close(self._file)
+                self.partial.unlink(missing_ok=True)
+                self.journal.unlink(missing_ok=True)
             raise cannot_write(path, error, plan.size) from error
+
+    def _begin(self) -> None:
+        """Take up what an earlier run left, or begin afresh: then padding must be zeros, whatever stood there."""
+        if not self._claims:
+            os.ftruncate(self._file, 0)
+        os.ftruncate(self._file, self.plan.size)
+        self._log = self.journal.open("a" if self._claims else "w")
+        if not self._claims:
+            self._log.write(self._first_line + "\n")
+            self._log.flush()
 
     @staticmethod
     def partial_of(path: Path) -> Path:
@@ -127,13 +136,16 @@ class GgufWriter:
         """Two processes must not write one file: the second is told so."""
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_ours = self.partial.exists() and self.partial.stat().st_ino == os.fstat(self._file).st_ino
         except BlockingIOError:
+            is_ours = False
+        if not is_ours:  # in use, or just finished and renamed by its owner
             os.close(self._file)
             raise OutputError(
                 f"{self.partial} is being written by another process.",
                 means="Bitladder already makes this very file.",
                 do="Wait for it to end, or choose another folder with --out.",
-            ) from None
+            )
 
     def _read_journal(self) -> dict[int, str]:
         """Tensors that an earlier run says it finished; a torn last line is no claim."""
