@@ -99,30 +99,43 @@ def _live_bar() -> Iterator[Progress]:
         TimeRemainingColumn(),
     )
     with Bars(*columns, console=Console(stderr=True), transient=False) as bars:
-        tasks: dict[str, Any] = {}
+        steps = _Steps()
+        task: Any = None
 
         def progress(what: str, done: float, total: float) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total)
-            bars.update(tasks[what], completed=done, total=total)
+            nonlocal task
+            if steps.is_new(done, total) or task is None:
+                task = bars.add_task(what, total=total)
+            bars.update(task, description=what, completed=done, total=total)
 
         yield progress
+
+
+class _Steps:
+    """Tells the next piece of work from the next step of the same one: there the total stays and the count does not fall."""
+
+    def __init__(self) -> None:
+        self._done, self._total = 0.0, -1.0
+
+    def is_new(self, done: float, total: float) -> bool:
+        new = total != self._total or done < self._done or (self._done >= self._total and done < total)
+        self._done, self._total = done, total
+        return new
 
 
 SECONDS_BETWEEN_LINES = 5.0
 
 
 def _log_lines() -> Progress:
-    last: dict[str, float] = {}
+    steps = _Steps()
+    last = 0.0
 
     def progress(what: str, done: float, total: float) -> None:
+        nonlocal last
+        new = steps.is_new(done, total)
         now = time.monotonic()
-        first = what not in last
-        finished = done >= total
-        if first or finished or now - last[what] >= SECONDS_BETWEEN_LINES:
-            if finished and last.get(what) == float("inf"):
-                return
-            last[what] = float("inf") if finished else now
+        if new or now - last >= SECONDS_BETWEEN_LINES:
+            last = now
             say(f"{what}: {100 * done / total if total else 100:.0f}%")
 
     return progress

@@ -106,7 +106,7 @@ def quantize_levels(
         OutputError: no space or no permission; what was begun is removed.
     """
     started = time.monotonic()
-    method = f"search {effort}" + (f", importance {_importance_digest(importance)}" if importance else "")
+    method = method_name(effort, importance)
     drafts = [
         draft_level(
             source.model,
@@ -134,11 +134,14 @@ def _record(draft: LevelDraft, seconds: float, *, reused: bool) -> LevelFile:
     return LevelFile(draft.level, draft.parts[0].path, draft.file_bytes, bpw, seconds, reused)
 
 
-def _importance_digest(importance: Importance) -> str:
+def method_name(effort: Effort, importance: Importance | None) -> str:
+    """How block scales are chosen, in words that change whenever the bytes may: effort, and the importance matrix's hash."""
+    if not importance:
+        return f"search {effort}"
     digest = hashlib.sha256()
     for name in sorted(importance):
         digest.update(name.encode() + b"\0" + np.ascontiguousarray(importance[name], np.float32).tobytes())
-    return digest.hexdigest()[:16]
+    return f"search {effort}, importance {digest.hexdigest()[:16]}"
 
 
 def _fitted(source: GgufFile, importance: Importance) -> dict[str, F32Array]:

@@ -1,0 +1,70 @@
+"""Texts from disk: the ones that ship with the package, and the user's own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from importlib import resources
+from pathlib import Path
+
+from bitladder.describe.text import Document
+from bitladder.errors import BadInput
+
+
+def shipped_texts(folder: str = "texts") -> list[Document]:
+    """The documents of a folder in the package's data (``texts`` to measure on, ``calibration`` to calibrate on), by name."""
+    files = (resources.files("bitladder") / "data" / folder).iterdir()
+    return [
+        Document(file.name.removesuffix(".txt"), file.read_text(encoding="utf-8"))
+        for file in sorted(files, key=lambda one: one.name)
+        if file.name.endswith(".txt")
+    ]
+
+
+def read_texts(paths: Sequence[Path]) -> list[Document]:
+    """The user's documents: each file is one, a folder gives its ``.txt`` files, a ``.jsonl`` file one document a line.
+
+    Raises:
+        BadInput: a file is missing, no UTF-8 text, or JSON lines without a ``text`` each; or there is no text at all.
+    """
+    documents = [document for path in paths for document in _read(path)]
+    if not any(document.text.strip() for document in documents):
+        raise BadInput(f"There is no text in {', '.join(map(str, paths))}.", do="Give a file with some prose or code in it.")
+    return documents
+
+
+def _read(path: Path) -> Iterator[Document]:
+    if path.is_dir():
+        for file in sorted(path.glob("*.txt")):
+            yield Document(file.stem, _text(file))
+    elif path.suffix == ".jsonl":
+        for number, line in enumerate(_text(path).splitlines(), 1):
+            if line.strip():
+                yield Document(f"{path.stem}:{number}", _text_field(path, number, line))
+    else:
+        yield Document(path.stem, _text(path))
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise BadInput(
+            f"{path} is no UTF-8 text: byte {error.start} cannot be read.",
+            means="It is a binary file, or text in another encoding.",
+            do="Save it as UTF-8.",
+        ) from None
+    except OSError as error:
+        raise BadInput(f"The text {path} cannot be read: {error.strerror or error}.") from None
+
+
+def _text_field(path: Path, number: int, line: str) -> str:
+    try:
+        text = json.loads(line)["text"]
+    except (ValueError, KeyError, TypeError):
+        text = None
+    if not isinstance(text, str):
+        raise BadInput(
+            f'{path}, line {number} is no JSON object with a "text".', do='Write one document a line: {"text": "..."}.'
+        )
+    return text

@@ -1,0 +1,78 @@
+"""Which key each measurement is stored under, and the records as they come back.
+
+A level that Bitladder makes is named by what determines its bytes: source, recipe, method and version. Any other file is
+named by its own hash. Change one of these, the text, or the engine, and the measurement is made anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from bitladder import __version__
+from bitladder.records.evaluation import Answer, Speed
+from bitladder.records.fidelity import Fidelity
+from bitladder.records.reading import from_json
+from bitladder.store.evidence import Evidence
+
+WALK_PROTOCOL = "512-token windows, second half scored, float32"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What was measured. ``made`` is the method a level was made by; ``file`` the hash of a file made elsewhere."""
+
+    source: str
+    level: str
+    made: str = ""
+    file: str = ""
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """The part of a key that names the weights."""
+        if self.file:
+            return {"source": self.source, "file": self.file}
+        return {"source": self.source, "level": self.level, "method": self.made, "bitladder": __version__}
+
+
+class Recorded:
+    """The evidence store in terms of records."""
+
+    def __init__(self, store: Evidence) -> None:
+        self._store = store
+
+    @staticmethod
+    def _fidelity_key(subject: Subject, text: str) -> dict[str, Any]:
+        return {**subject.key, "text": text, "protocol": WALK_PROTOCOL}
+
+    def fidelity(self, subject: Subject, text: str) -> Fidelity | None:
+        """A stored fidelity, under the name the caller uses for the level."""
+        found = self._store.get("fidelity", self._fidelity_key(subject, text))
+        return None if found is None else replace(from_json(Fidelity, found), level=subject.level)
+
+    def keep_fidelity(self, subject: Subject, text: str, fidelity: Fidelity) -> None:
+        """Store a fidelity; ``text`` is the text's hash."""
+        self._store.put("fidelity", self._fidelity_key(subject, text), fidelity)
+
+    def answer(self, subject: Subject, question: str, engine: Mapping[str, Any]) -> Answer | None:
+        """A stored answer to a question (its hash) through an engine with these settings."""
+        found = self._store.get("answer", {**subject.key, "question": question, "engine": dict(engine)})
+        return None if found is None else from_json(Answer, found)
+
+    def keep_answer(self, subject: Subject, question: str, engine: Mapping[str, Any], answer: Answer) -> None:
+        """Store an answer."""
+        self._store.put("answer", {**subject.key, "question": question, "engine": dict(engine)}, answer)
+
+    def speed(self, subject: Subject, engine: Mapping[str, Any]) -> Speed | None:
+        """A stored speed, measured on this machine (the engine's settings name its processor)."""
+        found = self._store.get("speed", {**subject.key, "engine": dict(engine)})
+        return None if found is None else from_json(Speed, found)
+
+    def keep_speed(self, subject: Subject, engine: Mapping[str, Any], speed: Speed) -> None:
+        """Store a speed."""
+        self._store.put("speed", {**subject.key, "engine": dict(engine)}, speed)
+
+    def keep_decision(self, source: str, bar: str, decision: Any) -> None:
+        """Store the latest decision for a model and a bar; `serve` takes its tiers from it."""
+        self._store.put("decision", {"source": source, "bar": bar}, decision)
