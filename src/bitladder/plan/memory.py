@@ -1,17 +1,40 @@
-"""Memory of a running model beside its weights: compute buffers and what the engine itself takes."""
+"""Memory of a running model beside its weights and cache: what llama.cpp allocates to compute in, and keeps
+twice.
+
+The engine computes ``n_ubatch`` tokens at once in one arena, whose size is the largest sum of tensors alive
+at a time. Which
+moment that is depends on the family (T tokens, D = n_embd, F = n_ff, u experts in use of F_e each, q and kv
+the widths of
+all heads, H heads; in 32-bit floats):
+
+    feed-forward       T (3 F + 5 D)
+    experts            T (3 u F_e + 5 D), and u D more where their outputs do not fit into what gate and up
+    leave (2 F_e < D)
+    attention          T (3 q + 3 D + 2 kv)
+    latent attention   T (H (2 kv_rank + nope + 3 rope) + 5 D)
+    in addition        a mask of 16-bit floats: T times the cells a sequence sees, once per kind of cache
+
+Source: fitted to what llama.cpp's allocator reports (build 11549, flash attention on) for 60 shapes of 12
+families; it is
+exact to the report's rounding for all but small feed-forwards. benchmarks/memory_prediction.py measures it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bitladder.describe.cache import padded_context
+from bitladder.describe.cache import LayerCache, layer_caches, padded_context
 from bitladder.describe.model import Model
+from bitladder.formats.tensors import TensorInfo
 from bitladder.units import MiB
 
 N_UBATCH = 512
 """Tokens the engine computes at once, llama.cpp's default."""
 ENGINE_BYTES = 96 * MiB
 """What the engine's process takes besides model, cache and compute buffers: code, tokenizer, server."""
+REPACKED = frozenset({"Q4_0", "Q4_K", "IQ4_NL"})
+"""Types of which the engine makes a second copy for a CPU's vector units, interleaved by eight rows."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +51,69 @@ class Buffers:
 
 
 def compute_buffers(model: Model, n_ctx: int, *, n_seq: int = 1, n_ubatch: int = N_UBATCH) -> Buffers:
-    """An estimate of the engine's compute and output buffers with flash attention on, as is its default."""
-    dims = model.dims
+    """The engine's compute and output buffers for ``n_ctx`` tokens shared by ``n_seq`` sequences."""
+    cells = padded_context(max(1, n_ctx // n_seq))
     tokens = min(n_ubatch, padded_context(n_ctx))
-    width = max(3 * dims.n_embd + 3 * dims.n_ff, 4 * dims.n_embd)
-    mask = 2 * tokens * padded_context(n_ctx)
-    compute = 4 * tokens * width + mask
-    return Buffers(compute, 4 * n_seq * dims.n_vocab)
+    masks = _mask_cells(layer_caches(model), cells, n_ubatch)
+    return Buffers(4 * tokens * _widest_moment(model) + 2 * tokens * masks, 4 * n_seq * model.dims.n_vocab)
+
+
+def _mask_cells(layers: Sequence[LayerCache], cells: int, n_ubatch: int) -> int:
+    """Cells that the masks cover: one mask for layers that see everything, one for those with a window."""
+    windows = {layer.window for layer in layers if layer.window}
+    full = cells if any(layer.k_width and not layer.window for layer in layers) else 0
+    return full + sum(min(cells, padded_context(window + n_ubatch)) for window in windows)
+
+
+def _widest_moment(model: Model) -> int:
+    """Floats per token at the moment that needs most."""
+    dims = model.dims
+    key = f"{dims.architecture}."
+    number = {name: model.metadata.get(key + name) or 0 for name in _LATENT_KEYS}
+    wide = dims.n_embd
+    moments = [3 * dims.n_ff + 5 * wide]
+    if dims.n_expert:
+        own = model.metadata.get(key + "expert_feed_forward_length") or dims.n_ff
+        used = dims.n_expert_used
+        moments.append(3 * used * own + 5 * wide + (used * wide if 2 * own < wide else 0))
+        if not model.metadata.get(key + "leading_dense_block_count"):
+            moments.pop(0)
+    rank = number["attention.kv_lora_rank"]
+    if rank:
+        rope = number["rope.dimension_count"]
+        nope = number["attention.key_length_mla"] - rope
+        moments.append(dims.n_head * (2 * rank + nope + 3 * rope) + 5 * wide)
+    else:
+        q, kv = dims.n_head * dims.head_dim_k, dims.n_head_kv * dims.head_dim_k
+        moments.append(3 * q + 3 * wide + 2 * kv)
+    return max(moments)
+
+
+_LATENT_KEYS = ("attention.kv_lora_rank", "rope.dimension_count", "attention.key_length_mla")
+
+
+def repacked_bytes(tensors: Sequence[TensorInfo]) -> int:
+    """Bytes of the second copy that a CPU engine keeps of layers' matrices in some types.
+
+    The originals stay mapped from the file and may be dropped by the system, so this is no more memory in
+    the end, but
+    the engine reports both, and both are there while it loads.
+    """
+    return sum(tensor.nbytes for tensor in tensors if _is_repacked(tensor))
+
+
+def mapped_bytes(tensors: Sequence[TensorInfo]) -> int:
+    """Bytes from the first to the last tensor that a CPU engine uses straight from the file (tensors in file
+    order).
+    """
+    used = [number for number, tensor in enumerate(tensors) if not _is_repacked(tensor)]
+    return sum(tensor.nbytes for tensor in tensors[used[0] : used[-1] + 1]) if used else 0
+
+
+def _is_repacked(tensor: TensorInfo) -> bool:
+    return (
+        tensor.qtype in REPACKED
+        and len(tensor.shape) > 1
+        and tensor.shape[-2] % 8 == 0
+        and tensor.name != "token_embd.weight"
+    )
