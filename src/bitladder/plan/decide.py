@@ -27,12 +27,13 @@ from collections.abc import Mapping, Sequence
 
 from bitladder.plan.bar import DEFAULT_BAR, Bar, parse_bar
 from bitladder.plan.front import pareto
-from bitladder.plan.judge import MET, SAME_SPEED, UNKNOWN, Evidence, Judged, holm, judge, pairs_of
+from bitladder.plan.judge import MET, SAME_SPEED, UNKNOWN, Evidence, Judged, judge, pairs_of
 from bitladder.plan.reasons import Tiers, summary, verdict
 from bitladder.records.decision import Decision, TagVerdict
 from bitladder.records.evaluation import Speed, WorkloadResult
 from bitladder.records.fidelity import Fidelity
 from bitladder.records.plan import Plan
+from bitladder.stats.multiplicity import holm
 
 
 def decide(
@@ -97,9 +98,9 @@ def _join(
     result_of = {result.level: result for result in results}
     decode = {result.level: result.decode_tokens_per_s for result in results}
     decode |= {level: speed.decode_tokens_per_s for level, speed in speeds.items()}
-    adjusted = holm(
-        {r.level: r.p_value for r in results if r.level != reference and not math.isnan(r.p_value)}
-    )
+    rivals = [result for result in results if result.level != reference]
+    levels = [result.level for result in rivals]
+    adjusted = dict(zip(levels, holm([result.p_value for result in rivals]), strict=True))
     return [
         Evidence(
             plan=level,
@@ -168,9 +169,9 @@ def _next(rivals: Sequence[Judged], quality: Judged | None) -> tuple[str, ...]:
     open_ones = [
         one for one in rivals if one.outcome == UNKNOWN and (quality is None or one.total < quality.total)
     ]
-    return tuple(
-        f"{one.level}: {judgement.need}"
-        for one in open_ones
-        for judgement in one.judgements
-        if judgement.need
-    )
+    levels_of: dict[str, list[str]] = {}
+    for one in open_ones:
+        for judgement in one.judgements:
+            if judgement.need:
+                levels_of.setdefault(judgement.need, []).append(one.level)
+    return tuple(f"{', '.join(levels)}: {need}" for need, levels in levels_of.items())

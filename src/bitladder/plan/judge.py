@@ -180,7 +180,8 @@ def _more_text(clause: Clause, value: float, low: float, high: float, found: Fid
         return f"{spoken(clause.metric)} lies at the limit itself: no amount of text will tell"
     factor = (width / distance) ** 2
     units = math.ceil(found.units * max(factor, 1.1))
-    return f"measure {spoken(clause.metric)} on about {units - found.units} more {found.unit}s ({found.units} so far)"
+    more = f"{units - found.units} more {found.unit}s ({found.units} so far)"
+    return f"measure {spoken(clause.metric)} on about {more}"
 
 
 def _pass_rate(clause: Clause, evidence: Evidence) -> Judgement:
@@ -274,16 +275,6 @@ def loss_is_known(evidence: Evidence) -> bool:
     """The workload proves that this level passes fewer inputs than the reference."""
     found = evidence.result
     return found is not None and len(found.lost) > len(found.gained) and evidence.p_adjusted <= KNOWN_LOSS_P
-
-
-def holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """Holm's step-down adjustment: looking at many levels must not make chance look like a loss."""
-    adjusted: dict[str, float] = {}
-    running = 0.0
-    for rank, (name, p) in enumerate(sorted(p_values.items(), key=lambda item: item[1])):
-        running = max(running, min(1.0, p * (len(p_values) - rank)))
-        adjusted[name] = running
-    return adjusted
 
 
 def _compare(

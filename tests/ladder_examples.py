@@ -1,0 +1,120 @@
+"""Invented measurements of a ladder, for the decision, the report and the page."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from bitladder.plan.decide import decide
+from bitladder.records.evaluation import Answer, LevelAnswers, Speed, WorkloadResult
+from bitladder.records.fidelity import Fidelity
+from bitladder.records.plan import LevelPlan, Plan
+from bitladder.records.run import FileFacts, InputFacts, RunRecord, SourceFacts
+from bitladder.units import MiB
+
+SIZES = {"F16": 384, "Q8_0": 205, "Q6_K": 158, "Q5_K_M": 141, "Q4_K_M": 124, "Q3_K_M": 107, "Q2_K": 89}
+KL = {"Q8_0": 0.004, "Q6_K": 0.013, "Q5_K_M": 0.035, "Q4_K_M": 0.07, "Q3_K_M": 0.25, "Q2_K": 1.2}
+SPEEDS = {"F16": 60, "Q8_0": 98, "Q6_K": 104, "Q5_K_M": 116, "Q4_K_M": 131, "Q3_K_M": 127, "Q2_K": 139}
+
+
+def level_plan(level: str, *, fits: bool = True) -> LevelPlan:
+    size = SIZES[level] * MiB
+    reason = "fits" if fits else "needs more memory than there is"
+    return LevelPlan(
+        level, size, size, SIZES[level] / 24, 0.9, 0, 50 * MiB, 20 * MiB, size + 70 * MiB, fits, reason
+    )
+
+
+def plan(*, budget: int = 2048 * MiB, levels: tuple[str, ...] = tuple(SIZES)) -> Plan:
+    rows = tuple(level_plan(level, fits=(SIZES[level] + 70) * MiB <= budget) for level in levels)
+    return Plan("reference", "llama", "2 cores, 8 GiB", 2048, budget, rows)
+
+
+def fidelity(level: str, kl: float | None = None, *, width: float = 0.1) -> Fidelity:
+    kl = KL[level] if kl is None else kl
+    low, high = kl * (1 - width), kl * (1 + width)
+    top1 = max(0.0, 1 - 0.35 * math.sqrt(kl))
+    return Fidelity(
+        level, 9000, 30, "document", kl, low, high, kl / 2, kl * 9, kl * 50,
+        30 * (1 + kl), 30, 1 + kl, 1 + low, 1 + high, top1, top1 - 0.01, min(1, top1 + 0.01),
+    )  # fmt: skip
+
+
+def fidelities(**changed: float) -> list[Fidelity]:
+    return [fidelity(level, changed.get(level)) for level in KL]
+
+
+def result(
+    level: str, *, lost: int = 0, gained: int = 0, inputs: int = 25, p: float | None = None
+) -> WorkloadResult:
+    passes = inputs - 5 - lost + gained
+    p_value = p if p is not None else 1.0 if lost < 6 else 2 * 0.5**lost
+    lost_inputs = tuple(f"in{n}" for n in range(lost))
+    gained_inputs = tuple(f"in{inputs - 1 - n}" for n in range(gained))
+    same, decode = inputs - lost - gained, SPEEDS[level]
+    return WorkloadResult(
+        level, passes, inputs, 0.6, 0.9, lost_inputs, gained_inputs, same, p_value, decode, 6.0 * decode
+    )
+
+
+def results(**lost: int) -> list[WorkloadResult]:
+    return [result(level, lost=lost.get(level, 0)) for level in SIZES]
+
+
+def answers(level: str, texts: dict[str, str], *, failed: tuple[str, ...] = ()) -> LevelAnswers:
+    made = tuple(
+        Answer(
+            name, text, name not in failed, "not 8" if name in failed else "", "stop", 20, len(text.split())
+        )
+        for name, text in texts.items()
+    )
+    return LevelAnswers(level, made, Speed(200, SPEEDS[level], 1.0))
+
+
+REFERENCE_TEXTS = {"pens": "So they cost $8.", "capital": "Canberra.", "formal": "The file shall be sent."}
+SPEED_TEXTS = {"pens": "So they cost $12.", "capital": "Canberra.", "formal": "The file will be sent."}
+
+
+def run_record(bar: str = "kl < 0.1 and no known loss", **changed: object) -> RunRecord:
+    inputs = (
+        InputFacts("pens", "What do 12 pens cost?", "number 8", ("arithmetic",)),
+        InputFacts("capital", "Capital of Australia?", "one of Canberra", ("recall",)),
+        InputFacts("formal", "Say it formally.", "none of gonna", ("style",)),
+    )
+    base = plan()
+    measured = [
+        dataclasses.replace(
+            result(level, inputs=3),
+            passes=3 - (level == "Q4_K_M"),
+            lost=("pens",) if level == "Q4_K_M" else (),
+        )
+        for level in SIZES
+    ]
+    tags = {item.id: item.tags for item in inputs}
+    decision = decide(base, fidelities(), measured, bar=bar, reference="F16", tags=tags)
+    record = RunRecord(
+        bitladder="0.1.0",
+        created="2026-01-02T03:04:05+00:00",
+        source=SourceFacts(
+            "Reference 191M", "reference-f16.gguf", "ab" * 32, "F16", "llama", 191_000_000, 384 * MiB
+        ),
+        machine={"cpu": "a CPU", "cores": 2},
+        plan=base,
+        decision=decision,
+        files=tuple(
+            FileFacts(level, f"out/{level}.gguf", SIZES[level] * MiB, 4.5, "cd" * 32) for level in KL
+        ),
+        fidelities=tuple(fidelities()),
+        results=tuple(measured),
+        inputs=inputs,
+        answers=(
+            answers("F16", REFERENCE_TEXTS),
+            answers("Q6_K", REFERENCE_TEXTS),
+            answers("Q4_K_M", SPEED_TEXTS, failed=("pens",)),
+        ),
+        settings={"text": "shipped", "seed": 7},
+        versions={"numpy": "2.0"},
+        commands=("bitladder run reference-f16.gguf",),
+        timings={"walk": 12.5},
+    )
+    return dataclasses.replace(record, **changed)

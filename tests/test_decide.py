@@ -1,0 +1,291 @@
+"""The decision: bars in words, one table of cases, and the reasons."""
+
+import dataclasses
+import math
+import random
+
+import pytest
+from scipy.optimize import minimize_scalar
+
+from bitladder.errors import UsageError
+from bitladder.plan.bar import parse_bar
+from bitladder.plan.decide import decide
+from bitladder.plan.front import pareto
+from bitladder.stats.noninferiority import inputs_needed, loss_interval
+from ladder_examples import KL, MiB, fidelities, fidelity, plan, result, results
+
+
+def statuses(decision):
+    return {verdict.level: verdict.status for verdict in decision.verdicts}
+
+
+def reason(decision, level):
+    return next(verdict.reason for verdict in decision.verdicts if verdict.level == level)
+
+
+# ---- bars
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("kl < 0.05", ("kl", "<", 0.05, False, "")),
+        ("KL under 5e-2", ("kl", "<", 0.05, False, "")),
+        ("kl p99 <= 1", ("kl p99", "<=", 1, False, "")),
+        ("ppl ratio < 1.02", ("ppl ratio", "<", 1.02, False, "")),
+        ("ppl < +2%", ("ppl ratio", "<", 1.02, False, "")),
+        ("top1 > 95%", ("top1", ">", 0.95, False, "")),
+        ("top-1 ≥ 0.95", ("top1", ">=", 0.95, False, "")),
+        ("passes >= 80%", ("passes", ">=", 0.8, False, "")),
+        ("passes >= reference - 4 points", ("passes", ">=", 0.04, True, "")),
+        ("passes at least the reference", ("passes", ">=", 0, True, "")),
+        ("arithmetic: no loss", ("no loss", "", 0, False, "arithmetic")),
+        ("no known loss", ("no known loss", "", 0, False, "")),
+        ("speed >= 20 tok/s", ("speed", ">=", 20, False, "")),
+        ("memory < 6GiB", ("memory", "<", 6 * 1024**3, False, "")),
+    ],
+)
+def test_a_bar_is_read(text, expected):
+    (clause,) = parse_bar(text).clauses
+    metric, op, value, relative, tag = expected
+    assert (clause.metric, clause.op, clause.relative, clause.tag) == (metric, op, relative, tag)
+    assert clause.value == pytest.approx(value)
+
+
+def test_clauses_are_joined():
+    assert [c.metric for c in parse_bar("kl < 0.05 and no loss, top1 > 90%").clauses] == [
+        "kl",
+        "no loss",
+        "top1",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "The bar is empty"),
+        ("good", "cannot be read"),
+        ("kl > 0.05", "wrong way"),
+        ("top1 < 95%", "wrong way"),
+        ("klx < 1", "Did you mean 'kl'"),
+        ("kl < soon", "cannot be read"),
+        ("passes >= 120%", "more than 100%"),
+        ("math: kl < 0.1", "Only clauses on passes"),
+    ],
+)
+def test_a_bad_bar_says_what_is_wrong(text, said):
+    with pytest.raises(UsageError, match=said):
+        parse_bar(text)
+
+
+# ---- the choice
+
+
+CASES = [
+    # (bar, fidelities, lost inputs per level, budget MiB, quality, speed, outcome, pair)
+    ("kl < 0.1", {}, {}, 2048, "Q6_K", "Q4_K_M", "met", "together"),
+    ("kl < 0.05", {}, {}, 2048, "Q6_K", "Q5_K_M", "met", "together"),
+    ("kl < 0.02", {}, {}, 2048, "Q6_K", "Q6_K", "met", "one level"),
+    ("kl < 0.001", {}, {}, 2048, None, None, "not met", ""),
+    ("kl < 0.072", {"Q5_K_M": 0.071}, {}, 2048, "Q6_K", "Q6_K", "met", "one level"),  # two straddle the limit
+    ("kl < 0.1", {}, {}, 300, "Q6_K", "Q4_K_M", "met", "swap"),
+    ("kl < 0.1", {}, {}, 215, "Q5_K_M", "Q4_K_M", "met", "swap"),  # Q6_K does not fit: the closest that does
+    ("kl < 0.1", {}, {}, 100, None, None, "not met", ""),
+    ("kl < 0.1 and no known loss", {}, {"Q4_K_M": 8}, 2048, "Q6_K", "Q5_K_M", "met", "together"),
+    ("kl < 0.1 and no loss", {}, {"Q4_K_M": 1}, 2048, "Q6_K", "Q5_K_M", "met", "together"),
+    ("kl < 0.1", {"Q6_K": 0.03, "Q8_0": 0.025}, {}, 2048, "Q8_0", "Q4_K_M", "met", "together"),
+    (
+        "kl < 0.1",
+        {},
+        {"Q6_K": 1},
+        2048,
+        "Q8_0",
+        "Q4_K_M",
+        "met",
+        "together",
+    ),  # a loss on the workload: not near-lossless
+    ("passes >= reference - 4 points", {}, {}, 2048, None, None, "cannot tell", ""),
+    ("passes >= reference - 20 points", {}, {}, 2048, "Q6_K", "Q2_K", "met", "together"),
+    ("kl < 2 and speed >= 130", {}, {}, 2048, "Q4_K_M", "Q2_K", "met", "together"),
+    ("kl < 0.1 and memory < 200MiB", {}, {}, 2048, "Q4_K_M", "Q4_K_M", "met", "one level"),
+]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_choice(case):
+    bar, kl, lost, budget, *chosen = case
+    decision = decide(plan(budget=budget * MiB), fidelities(**kl), results(**lost), bar=bar, reference="F16")
+    assert [decision.quality, decision.speed, decision.outcome, decision.pair] == chosen
+    assert len(decision.verdicts) == 7
+    assert all(verdict.reason for verdict in decision.verdicts)
+
+
+def test_beside_the_speed_tier_is_preferred_to_swapping():
+    # Q8_0 (275 MiB) is near-lossless and so is Q6_K (228); with 430 MiB only Q6_K fits beside Q4_K_M (194).
+    decision = decide(plan(budget=430 * MiB), fidelities(), results(), bar="kl < 0.1", reference="F16")
+    assert (decision.quality, decision.pair) == ("Q6_K", "together")
+
+
+def test_without_speeds_the_smallest_is_the_speed_tier():
+    decision = decide(plan(), fidelities(), bar="kl < 0.3", reference="F16")
+    assert decision.speed == "Q3_K_M"
+    assert "smallest" in reason(decision, "Q3_K_M")
+
+
+def test_speeds_within_noise_count_as_equal():
+    measured = [dataclasses.replace(result(level), decode_tokens_per_s=100 - n) for n, level in enumerate(KL)]
+    decision = decide(plan(), fidelities(), measured, bar="kl < 0.1", reference="F16")
+    assert decision.speed == "Q4_K_M"
+
+
+def test_a_loss_not_seen_and_one_known_are_told_apart():
+    decision = decide(
+        plan(), fidelities(), results(Q2_K=9), bar="kl < 0.1 and no known loss", reference="F16"
+    )
+    losses = {verdict.level: verdict.loss for verdict in decision.verdicts}
+    assert losses["F16"] == "none"
+    assert losses["Q6_K"] == "not told from zero"
+    assert losses["Q4_K_M"] == "measurable"
+    assert losses["Q2_K"] == "known bad"
+
+
+def test_what_was_not_measured_cannot_be_told():
+    decision = decide(plan(), [], bar="kl < 0.1", reference="F16")
+    assert decision.outcome == "cannot tell"
+    assert set(statuses(decision).values()) == {"reference", "cannot tell"}
+    assert all(verdict.loss == "not known" for verdict in decision.verdicts[1:])
+
+
+def test_what_to_measure_next_says_how_much():
+    decision = decide(
+        plan(), fidelities(Q4_K_M=0.096), results(), bar="kl < 0.1", reference="F16"
+    )  # 0.0864 to 0.1056, so the half width must shrink from 0.0096 to 0.004: 5.76 times the documents
+    assert statuses(decision)["Q4_K_M"] == "cannot tell"
+    assert decision.next == ("Q4_K_M: measure KL on about 143 more documents (30 so far)",)
+
+
+def test_more_inputs_asked_for_are_enough():
+    """As many inputs as the reason asks for do settle it."""
+    decision = decide(plan(), [], [result("Q4_K_M")], bar="passes >= reference - 4 points", reference="F16")
+    assert "about 68 more inputs (25 so far)" in reason(decision, "Q4_K_M")
+    settled = decide(
+        plan(), [], [result("Q4_K_M", inputs=93)], bar="passes >= reference - 4 points", reference="F16"
+    )
+    assert statuses(settled)["Q4_K_M"] == "both tiers"
+
+
+def test_equal_needs_are_said_once():
+    decision = decide(plan(), [], results(), bar="passes >= reference - 4 points", reference="F16")
+    assert decision.next == ("Q8_0, Q6_K, Q5_K_M, Q4_K_M, Q3_K_M, Q2_K: about 68 more inputs (25 so far)",)
+
+
+def test_tags_are_judged_on_their_own_inputs():
+    tags = {f"in{n}": ("arithmetic",) if n < 8 else ("recall",) for n in range(25)}
+    measured = results(Q4_K_M=1, Q2_K=8)
+    decision = decide(plan(), fidelities(), measured, bar="arithmetic: no loss", reference="F16", tags=tags)
+    assert statuses(decision)["Q4_K_M"] == "fails the bar"
+    assert statuses(decision)["Q5_K_M"] != "fails the bar"
+    told = {(one.level, one.tag): one for one in decision.tags}
+    assert told["Q2_K", "arithmetic"].status == "loss known"
+    assert told["Q4_K_M", "arithmetic"].status == "loss seen"
+    assert told["Q2_K", "recall"].status == "no loss seen"
+    assert (told["Q2_K", "arithmetic"].inputs, told["Q2_K", "recall"].inputs) == (8, 17)
+
+
+def test_an_unknown_tag_is_a_question_not_a_pass():
+    decision = decide(plan(), fidelities(), results(), bar="poetry: no loss", reference="F16")
+    assert "no input carries the tag 'poetry'" in reason(decision, "Q4_K_M")
+    assert decision.outcome == "cannot tell"
+
+
+def test_the_reference_is_never_chosen():
+    everything = [*fidelities(), fidelity("Q8_0", 0.0)]
+    decision = decide(plan(levels=("F16",)), everything, results(), bar="kl < 0.1", reference="F16")
+    assert (decision.quality, decision.speed) == (None, None)
+    assert "No level besides the reference" in decision.summary
+
+
+def test_the_same_evidence_gives_the_same_decision_in_any_order():
+    shuffled_fidelities, shuffled_results = fidelities(), results(Q3_K_M=3)
+    first = decide(plan(), shuffled_fidelities, shuffled_results, reference="F16")
+    rng = random.Random(5)
+    for _ in range(5):
+        rng.shuffle(shuffled_fidelities)
+        rng.shuffle(shuffled_results)
+        assert decide(plan(), shuffled_fidelities, shuffled_results, reference="F16") == first
+
+
+def test_many_levels_do_not_turn_chance_into_a_known_loss():
+    measured = [dataclasses.replace(result(level, lost=6), p_value=0.03) for level in KL]
+    decision = decide(plan(), fidelities(), measured, bar="no known loss", reference="F16")
+    assert "fails the bar" not in statuses(decision).values()  # 0.03 * 6 levels
+    alone = decide(plan(), fidelities(), measured[:1], bar="no known loss", reference="F16")
+    assert statuses(alone)["Q8_0"] == "fails the bar"
+
+
+# ---- the numbers beneath
+
+
+def slow_score(lost, gained, inputs, delta):
+    """The statistic from its definition: the restricted likelihood maximized numerically."""
+
+    def loss_of(q):
+        lost_share, kept = q + delta, 1 - 2 * q - delta
+        parts = ((lost, lost_share), (gained, q), (inputs - lost - gained, kept))
+        return -sum(count * math.log(max(share, 1e-300)) for count, share in parts if count)
+
+    low, high = max(0.0, -delta), (1 - delta) / 2
+    q = minimize_scalar(loss_of, bounds=(low, high), method="bounded", options={"xatol": 1e-12}).x
+    return (lost - gained - inputs * delta) / math.sqrt(inputs * (2 * q + delta - delta**2))
+
+
+@pytest.mark.parametrize(
+    ("lost", "gained", "inputs"), [(12, 2, 44), (3, 1, 25), (1, 1, 25), (5, 0, 30), (40, 31, 200)]
+)
+def test_loss_interval_against_the_definition(lost, gained, inputs):
+    low, high = loss_interval(lost, gained, inputs)
+    assert slow_score(lost, gained, inputs, low) == pytest.approx(1.959964, abs=2e-3)
+    assert slow_score(lost, gained, inputs, high) == pytest.approx(-1.959964, abs=2e-3)
+
+
+def test_loss_interval_without_changes_is_not_a_point():
+    z2 = 1.959964**2
+    assert loss_interval(0, 0, 25) == pytest.approx((-z2 / (25 + z2), z2 / (25 + z2)), abs=1e-6)
+
+
+def test_loss_interval_of_nothing_is_undefined():
+    assert all(map(math.isnan, loss_interval(0, 0, 0)))
+    with pytest.raises(ValueError, match="must be counts among 3 inputs"):
+        loss_interval(2, 2, 3)
+
+
+def test_loss_interval_covers():
+    """Of 400 simulated workloads of 40 inputs, 95% intervals hold the true loss in 92 to 98 of a hundred."""
+    rng = random.Random(11)
+    p_lost, p_gained, inputs, hits = 0.15, 0.05, 40, 0
+    for _ in range(400):
+        draws = [rng.random() for _ in range(inputs)]
+        lost = sum(draw < p_lost for draw in draws)
+        gained = sum(p_lost <= draw < p_lost + p_gained for draw in draws)
+        low, high = loss_interval(lost, gained, inputs)
+        hits += low <= p_lost - p_gained <= high
+    assert 0.92 <= hits / 400 <= 0.98
+
+
+def test_inputs_needed():
+    assert inputs_needed(0.04, 0.05, 0.05) is None
+    needed = inputs_needed(0.1, 0.0, 0.1)
+    lost = gained = round(needed * 0.05)
+    assert loss_interval(lost, gained, needed)[1] == pytest.approx(0.1, abs=0.01)
+
+
+def test_pareto_front():
+    points = [
+        ("big", 10, 1, 0.1),
+        ("same", 10, 1, 0.2),
+        ("slow", 5, 2, 0.5),
+        ("fast", 6, 9, 0.5),
+        ("lost", 5, 2, math.inf),
+    ]
+    assert pareto(points) == ("big", "slow", "fast")
+    assert pareto([("a", 5, math.nan, 0.5), ("b", 4, 3, 0.5)]) == ("b",)
