@@ -34,7 +34,9 @@ class Dims:
 
 
 def shape_of(name: str, s: dict[str, int]) -> tuple[int, ...]:
-    """The shape of a tensor in a family of plain transformers: L layers, D wide, F feed-forward, H heads, KV of them, V tokens."""
+    """The shape of a tensor in a family of plain transformers: L layers, D wide, F feed-forward, H heads, KV
+    of them, V tokens.
+    """
     kv = s["D"] // s["H"] * s["KV"]
     matrices = {
         "token_embd": (s["V"], s["D"]),
@@ -179,8 +181,10 @@ def test_what_is_quantized_at_all(name, shape, qtype, quantizable):
 @pytest.mark.parametrize(
     ("qtype", "columns", "wanted"),
     [
-        ("Q4_K", 512, "Q4_K"), ("Q4_K", 96, "Q5_0"), ("Q5_K", 96, "Q5_1"), ("Q6_K", 96, "Q8_0"), ("Q3_K", 96, "Q4_0"),
-        ("Q2_K", 96, "Q4_0"), ("IQ4_XS", 96, "IQ4_NL"), ("Q4_K", 100, "F16"), ("Q8_0", 100, "F16"), ("F16", 7, "F16"),
+        ("Q4_K", 512, "Q4_K"), ("Q4_K", 96, "Q5_0"), ("Q5_K", 96, "Q5_1"), ("Q6_K", 96, "Q8_0"),
+        ("Q3_K", 96, "Q4_0"),
+        ("Q2_K", 96, "Q4_0"), ("IQ4_XS", 96, "IQ4_NL"), ("Q4_K", 100, "F16"), ("Q8_0", 100, "F16"),
+        ("F16", 7, "F16"),
     ],
 )  # fmt: skip
 def test_fallbacks(qtype, columns, wanted):

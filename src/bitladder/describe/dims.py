@@ -1,7 +1,8 @@
 """A model's dimensions from the keys of its GGUF header.
 
-Keys are ``<architecture>.<name>``, the same for every family, so a family needs no rows of its own here. Where a model states a
-number per layer (grouped heads that vary, say) the largest is taken: sizes derived from it are upper bounds.
+Keys are ``<architecture>.<name>``, the same for every family, so a family needs no rows of its own here.
+Where a model states a number per layer (grouped heads that vary, say) the largest is taken: sizes derived
+from it are upper bounds.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ class _Keys:
 
 
 def dims_from_metadata(metadata: Mapping[str, Any], tensors: Sequence[TensorInfo]) -> ModelDims:
-    """Dimensions of the model that a header describes; the vocabulary's size comes from the embedding, which cannot lie.
+    """Dimensions of the model that a header describes; the vocabulary's size comes from the embedding, which
+    cannot lie.
 
     Raises:
         BadFile: a key is missing, has the wrong type or an absurd value.

@@ -11,7 +11,9 @@ from bitladder.formats.tensors import TensorInfo
 
 @dataclass(frozen=True)
 class ModelDims:
-    """Dimensions in llama.cpp's words. ``n_expert`` is 0 for dense models; ``sliding_window`` 0 when there is none."""
+    """Dimensions in llama.cpp's words. ``n_expert`` is 0 for dense models; ``sliding_window`` 0 when there is
+    none.
+    """
 
     architecture: str
     n_layer: int

@@ -1,4 +1,6 @@
-"""SHA-256 of files that are being read anyway: a thread hashes just behind the reader, so the disk is asked once."""
+"""SHA-256 of files that are being read anyway: a thread hashes just behind the reader, so the disk is asked
+once.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ class FollowingHash:
         self._thread.start()
 
     def advance(self, file: int, offset: int) -> None:
-        """The reader has come to byte ``offset`` of file number ``file``, and is done with the files before it."""
+        """The reader has come to byte ``offset`` of file number ``file``, and is done with the files before
+        it.
+        """
         with self._changed:
             self._goal = max(self._goal, (file, offset))
             self._changed.notify()

@@ -1,7 +1,8 @@
-"""A model in a GGUF file, or in the parts of a split one: its header as a ``Model``, its tensors mapped into memory.
+"""A model in a GGUF file, or in the parts of a split one: its header as a ``Model``, its tensors mapped into
+memory.
 
-Nothing is read before it is asked for. ``release`` gives mapped pages back, so that one pass over a large file does not count
-the whole of it as this process's memory.
+Nothing is read before it is asked for. ``release`` gives mapped pages back, so that one pass over a large
+file does not count the whole of it as this process's memory.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ _TYPE_SUFFIX = re.compile(r"[-._](?:f32|f16|fp16|bf16|i?q\d\w*|tq\d_\d|mxfp4\w*)
 
 
 def base_name(path: Path) -> str:
-    """A model's name from its file's: without folder, part number, extension and level (``SmolLM2.Q4_1.gguf``: ``SmolLM2``)."""
+    """A model's name from its file's: without folder, part number, extension and level
+    (``SmolLM2.Q4_1.gguf``: ``SmolLM2``).
+    """
     split = gguf.parse_split_name(path.name)
     stem = split.prefix if split else path.name.removesuffix(".gguf")
     return _TYPE_SUFFIX.sub("", stem) or stem
@@ -59,7 +62,8 @@ def _parts(path: Path) -> list[Header]:
         number_inside = headers[-1].metadata.get(gguf.KEY_SPLIT_NO)
         if number_inside != number - 1:
             raise BadFile(
-                f"{part}: its header says part {number_inside!r} (counting from 0), its name says {number - 1}.",
+                f"{part}: its header says part {number_inside!r} (counting from 0), "
+                f"its name says {number - 1}.",
                 means="Parts were renamed or mixed up.",
                 do="Download the parts again.",
             )
@@ -81,7 +85,8 @@ def _merged(headers: list[Header]) -> dict[str, StoredTensor]:
     promised = headers[0].metadata.get(gguf.KEY_SPLIT_TENSORS, len(stored))
     if len(headers) > 1 and promised != len(stored):
         raise BadFile(
-            f"{headers[0].path}: {promised} tensors are promised, the {len(headers)} parts hold {len(stored)}.",
+            f"{headers[0].path}: {promised} tensors are promised, "
+            f"the {len(headers)} parts hold {len(stored)}.",
             means="Parts of different models were mixed.",
             do="Download the parts again.",
         )
@@ -108,7 +113,8 @@ def _model(headers: list[Header], stored: dict[str, StoredTensor]) -> Model:
 
 
 def read_header(path: Path) -> Model:
-    """Describe a model from its header alone: no tensor data is touched, so a file whose data is a hole will do.
+    """Describe a model from its header alone: no tensor data is touched, so a file whose data is a hole will
+    do.
 
     Raises:
         BadInput, BadFile, UnknownArchitecture: as ``GgufFile``.
@@ -173,7 +179,9 @@ class GgufFile:
         return flat.reshape(rows, width)
 
     def read(self, name: str, rows: slice | None = None) -> NDArray[np.float32]:
-        """A tensor's weights as f32 in its own shape, or f32[rows, columns] of the flattened rows in ``rows``."""
+        """A tensor's weights as f32 in its own shape, or f32[rows, columns] of the flattened rows in
+        ``rows``.
+        """
         from bitladder.kernels import dequantize
 
         info = self.info(name)
@@ -186,7 +194,9 @@ class GgufFile:
         return self._stored[name]
 
     def release(self, name: str, rows: slice = slice(None)) -> None:
-        """Give back the mapped pages of a tensor's rows. They can be read again; the system's cache keeps what it can."""
+        """Give back the mapped pages of a tensor's rows. They can be read again; the system's cache keeps
+        what it can.
+        """
         tensor = self._stored[name]
         count, width = row_bytes(tensor.info)
         first, last, _ = rows.indices(count)
@@ -197,7 +207,9 @@ class GgufFile:
 
     @property
     def sha256(self) -> str:
-        """SHA-256 of the file, remembered as long as it does not change; see ``joined_sha256`` for a split model."""
+        """SHA-256 of the file, remembered as long as it does not change; see ``joined_sha256`` for a split
+        model.
+        """
         return joined_sha256([file_sha256(header.path) for header in self.headers])
 
 

@@ -2,14 +2,16 @@
 
     magic "GGUF" | version u32 | tensor count u64 | key count u64
     per key:     key (u64 length, bytes) | value type u32 | value
-    per tensor:  name (u64 length, bytes) | dimensions u32 | sizes u64 each, columns first | ggml type u32 | offset u64
+    per tensor:  name (u64 length, bytes) | dimensions u32 | sizes u64 each, columns first
+                 | ggml type u32 | offset u64
     padding to the alignment, then tensor data; offsets count from there
 
-Every count is compared with the bytes that are left before anything is allocated for it, sizes are multiplied as Python
-integers (which do not wrap), and every tensor must lie inside the file without touching another. Only the header's own
-pages are read, so a file whose data is a hole costs nothing.
+Every count is compared with the bytes that are left before anything is allocated for it, sizes are multiplied
+as Python integers (which do not wrap), and every tensor must lie inside the file without touching another.
+Only the header's own pages are read, so a file whose data is a hole costs nothing.
 
-The bytes of each key are kept beside its decoded value: what is carried over to another file is copied, not rewritten.
+The bytes of each key are kept beside its decoded value: what is carried over to another file is copied, not
+rewritten.
 """
 
 from __future__ import annotations
@@ -49,7 +51,8 @@ class Header:
     version: int
     alignment: int
     metadata: dict[str, Any] = field(repr=False)
-    """Values as Python numbers, strings, bools and lists; text that is no UTF-8 has its bad bytes replaced."""
+    """Values as Python numbers, strings, bools and lists; text that is no UTF-8 has its bad bytes replaced.
+    """
     raw: dict[str, bytes] = field(repr=False)
     """Per key the value's own bytes, its type in front."""
     tensors: tuple[StoredTensor, ...]
@@ -90,7 +93,8 @@ class _Cursor:
         number = self.u64(what)
         if number * smallest > self.size - self.at:
             raise self.fault(
-                f"{what} is {number}, which needs at least {number * smallest} bytes; {self.size - self.at} are left."
+                f"{what} is {number}, which needs at least {number * smallest} bytes; "
+                f"{self.size - self.at} are left."
             )
         return number
 
@@ -179,7 +183,8 @@ def _tensor(cursor: _Cursor, number: int) -> tuple[TensorInfo, int]:
         )
     if sizes and sizes[0] % qtype.block_size:
         raise cursor.fault(
-            f"tensor '{name}' has rows of {sizes[0]} weights; {qtype.name} needs multiples of {qtype.block_size}."
+            f"tensor '{name}' has rows of {sizes[0]} weights; "
+            f"{qtype.name} needs multiples of {qtype.block_size}."
         )
     return info, offset
 
@@ -213,13 +218,14 @@ def _placed(
     for tensor in sorted(stored, key=lambda tensor: (tensor.offset, tensor.info.nbytes)):
         if tensor.offset < end:
             raise cursor.fault(
-                f"tensor '{tensor.info.name}' starts at byte {tensor.offset}, inside {owner}, which ends at {end}."
+                f"tensor '{tensor.info.name}' starts at byte {tensor.offset}, "
+                f"inside {owner}, which ends at {end}."
             )
         end, owner = tensor.offset + tensor.info.nbytes, f"tensor '{tensor.info.name}'"
     if end > cursor.size:
         raise cursor.fault(
-            f"the file has {cursor.size} bytes, its header describes {end}: {end - cursor.size} bytes are missing "
-            f"({owner} is the last).",
+            f"the file has {cursor.size} bytes, its header describes {end}: "
+            f"{end - cursor.size} bytes are missing ({owner} is the last).",
             means="The download or copy stopped early.",
         )
     return tuple(stored)
@@ -231,7 +237,7 @@ def _preamble(cursor: _Cursor) -> int:
     if magic != gguf.MAGIC:
         raise cursor.fault(
             f"it starts with {magic!r}, not with {gguf.MAGIC!r}.",
-            means="It is no GGUF file (perhaps a web page or a pointer file saved in its place), or is damaged.",
+            means="It is no GGUF file (perhaps a web page or a pointer file in its place), or is damaged.",
             do="Give a .gguf file, a checkpoint folder or hf:org/name.",
         )
     version = cursor.u32("the version")

@@ -1,10 +1,12 @@
-"""Write a GGUF file in pieces, in any order, so that it is either complete under its name or not there at all.
+"""Write a GGUF file in pieces, in any order, so that it is either complete under its name or not there at
+all.
 
     <name>.partial            the file in the making; every piece is written at its final place
-    <name>.partial.journal    line 1: what is being made; then a line per finished tensor: number, SHA-256 of its bytes
+    <name>.partial.journal    line 1: what is being made; then a line per finished tensor: number, SHA-256
 
-A process that dies leaves both. Whoever makes the same file again opens them, checks every tensor the journal lists against
-its hash, and makes only the rest. At the end the file is flushed to the disk, renamed, and the journal removed.
+A process that dies leaves both. Whoever makes the same file again opens them, checks every tensor the journal
+lists against its hash, and makes only the rest. At the end the file is flushed to the disk, renamed, and the
+journal removed.
 """
 
 from __future__ import annotations
@@ -90,8 +92,8 @@ def cannot_write(path: Path, error: OSError, needed: int = 0) -> OutputError:
 class GgufWriter:
     """A file in the making. ``write`` may be called from several threads for different pieces.
 
-    ``fingerprint`` says what is being made: a journal with another one is of no use, and its file is begun afresh. The header
-    is written by ``finish``, so values of a known length may be filled in late.
+    ``fingerprint`` says what is being made: a journal with another one is of no use, and its file is begun
+    afresh. The header is written by ``finish``, so values of a known length may be filled in late.
 
     Raises:
         OutputError: the folder or file cannot be written.
@@ -118,7 +120,9 @@ class GgufWriter:
             raise cannot_write(path, error, plan.size) from error
 
     def _begin(self) -> None:
-        """Take up what an earlier run left, or begin afresh: then padding must be zeros, whatever stood there."""
+        """Take up what an earlier run left, or begin afresh: then padding must be zeros, whatever stood
+        there.
+        """
         if not self._claims:
             os.ftruncate(self._file, 0)
         os.ftruncate(self._file, self.plan.size)
@@ -165,7 +169,9 @@ class GgufWriter:
         return claims
 
     def finished(self, number: int, digest_of: Callable[[Callable[[int, int], bytes]], str]) -> bool:
-        """Whether an earlier run left tensor ``number`` complete. ``digest_of(read)`` computes the hash to compare."""
+        """Whether an earlier run left tensor ``number`` complete. ``digest_of(read)`` computes the hash to
+        compare.
+        """
         if number not in self._claims:
             return False
         offset = self.plan.offsets[number]

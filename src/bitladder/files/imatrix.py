@@ -1,10 +1,12 @@
 """llama.cpp's importance matrix files: per tensor the mean of each input channel's squared activation.
 
-Two kinds are met. Files since mid-2025 are GGUF: for each tensor ``<name>.in_sum2`` f32[matrices, columns] holds sums of squares and
-``<name>.counts`` f32[matrices, 1] how many activations were summed; stacked experts have one matrix each. Before that (``.dat``):
+Two kinds are met. Files since mid-2025 are GGUF: for each tensor ``<name>.in_sum2`` f32[matrices, columns]
+holds sums of squares and ``<name>.counts`` f32[matrices, 1] how many activations were summed; stacked experts
+have one matrix each. Before that (``.dat``):
 
-    entries i32 | per entry: name (i32 length, bytes), calls i32, values i32, f32[values]: mean squares x calls
-    | chunks i32 | dataset (i32 length, bytes)        (these two may be missing)
+    entries i32
+    per entry: name (i32 length, bytes) | calls i32 | values i32 | f32[values]: mean squares x calls
+    chunks i32 | dataset (i32 length, bytes)          (these two may be missing)
 
 Both are written too, so that llama-quantize can use ours.
 """
@@ -38,9 +40,9 @@ _DO = "Get it again, or compute one for this model."
 class ImportanceMatrix:
     """Mean squared activations per tensor and how they were gathered.
 
-    ``mean_squares`` f32[matrices, columns]; an old file knows no matrices: there it is f32[1, matrices x columns].
-    ``counts`` f32[matrices]: activations behind each row; 0 where calibration never came by (its means are 1, which is
-    neutral).
+    ``mean_squares`` f32[matrices, columns]; an old file knows no matrices: there it is f32[1, matrices x
+    columns]. ``counts`` f32[matrices]: activations behind each row; 0 where calibration never came by (its
+    means are 1, which is neutral).
     """
 
     mean_squares: dict[str, F32Array]
@@ -139,7 +141,8 @@ class _Bytes:
     def take(self, count: int, what: str) -> bytes:
         if not 0 <= count <= self.left:
             raise BadFile(
-                f"{self.path}: {what} needs {count} bytes at offset {self.at}, the file has {self.left} left.",
+                f"{self.path}: {what} needs {count} bytes at offset {self.at}, "
+                f"the file has {self.left} left.",
                 means=_MEANS,
                 do=_DO,
             )

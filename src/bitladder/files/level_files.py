@@ -1,7 +1,8 @@
-"""What the file (or the files) of a level will be, byte for byte except for the weights: header, provenance, parts, sizes.
+"""What the file (or the files) of a level will be, byte for byte except for the weights: header, provenance,
+parts, sizes.
 
-Every key of the source is carried over as it is, except those that would no longer be true: file type, quantization version and
-numbering of parts. Keys of our own say what the file was made from and how:
+Every key of the source is carried over as it is, except those that would no longer be true: file type,
+quantization version and numbering of parts. Keys of our own say what the file was made from and how:
 
     bitladder.source          name of the source file        bitladder.recipe    level
     bitladder.source_sha256   hash of the source             bitladder.method    how block scales were chosen
@@ -86,7 +87,7 @@ def _carried(model: Model, level: str) -> dict[str, bytes]:
 
 
 def _grouped(tensors: Sequence[TensorInfo], split_max_bytes: int | None) -> list[list[TensorInfo]]:
-    """Tensors in file order, a new group whenever the next one would pass the limit (a tensor is never cut)."""
+    """Tensors in file order, a new group whenever the next one would pass the limit. None is cut."""
     groups: list[list[TensorInfo]] = [[]]
     filled = 0
     for tensor in tensors:

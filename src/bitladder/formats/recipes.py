@@ -1,11 +1,12 @@
 """llama.cpp's recipes (its ``file_type``s): which qtype each tensor of a level gets.
 
-A recipe is a default qtype and, per role of a tensor, a list of rules; the first whose condition holds wins, and no rule
-means the default. Around the rules stand the cases that all recipes share: what is never quantized, the output and
-embedding tables, models of eight experts, 80-layer models, and what happens to rows that do not divide into blocks.
+A recipe is a default qtype and, per role of a tensor, a list of rules; the first whose condition holds wins,
+and no rule means the default. Around the rules stand the cases that all recipes share: what is never
+quantized, the output and embedding tables, models of eight experts, 80-layer models, and what happens to rows
+that do not divide into blocks.
 
-Source: the behaviour of llama.cpp's llama-quantize (src/llama-quant.cpp, build 11434), checked tensor by tensor against
-what it does with eight model shapes at twelve levels (tests/fixtures/llama-recipes.json.gz).
+Source: the behaviour of llama.cpp's llama-quantize (src/llama-quant.cpp, build 11434), checked tensor by
+tensor against what it does with eight model shapes at twelve levels (tests/fixtures/llama-recipes.json.gz).
 """
 
 from __future__ import annotations
@@ -203,7 +204,8 @@ LEVELS: tuple[str, ...] = (
 FILE_TYPES: dict[str, int] = {recipe.level: recipe.file_type for recipe in _RECIPES}
 LEVEL_BY_FILE_TYPE: dict[int, str] = {recipe.file_type: recipe.level for recipe in _RECIPES}
 
-# Rows that do not divide into the wanted block get the next type with blocks of 32; rows that do not divide into those get F16.
+# Rows that do not divide into the wanted block get the next type with blocks of 32; rows that do not divide
+# into those get F16.
 FALLBACKS = {
     "Q2_K": "Q4_0",
     "Q3_K": "Q4_0",
@@ -226,14 +228,15 @@ _EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
 
 # Small or delicate matrices that stay in the source's type.
 _NEVER = (
-    "_norm.weight", "ffn_gate_inp.weight", "ffn_gate_tid2eid.weight", "altup", "laurel", "per_layer_model_proj",
-    "ssm_conv1d", "shortconv.conv.weight", "indexer.k_proj.weight", "indexer.q_proj.weight",
-    "time_mix_first.weight", "time_mix_w0.weight", "time_mix_w1.weight", "time_mix_w2.weight",
-    "time_mix_v0.weight", "time_mix_v1.weight", "time_mix_v2.weight",
-    "time_mix_a0.weight", "time_mix_a1.weight", "time_mix_a2.weight", "time_mix_g1.weight", "time_mix_g2.weight",
-    "time_mix_decay_w1.weight", "time_mix_decay_w2.weight", "time_mix_lerp_fused.weight",
-    "attn_rel_b.weight", ".position_embd", "sam.pos_embd", "sam.neck.", "sam.net_", ".rel_pos", ".patch_embd",
-    ".patch_merger", "a.rvq.codebook", "mm.a.code_embd",
+    "_norm.weight", "ffn_gate_inp.weight", "ffn_gate_tid2eid.weight", "altup", "laurel",
+    "per_layer_model_proj", "ssm_conv1d", "shortconv.conv.weight", "indexer.k_proj.weight",
+    "indexer.q_proj.weight", "time_mix_first.weight", "time_mix_w0.weight", "time_mix_w1.weight",
+    "time_mix_w2.weight", "time_mix_v0.weight", "time_mix_v1.weight", "time_mix_v2.weight",
+    "time_mix_a0.weight", "time_mix_a1.weight", "time_mix_a2.weight", "time_mix_g1.weight",
+    "time_mix_g2.weight", "time_mix_decay_w1.weight", "time_mix_decay_w2.weight",
+    "time_mix_lerp_fused.weight", "attn_rel_b.weight", ".position_embd", "sam.pos_embd",
+    "sam.neck.", "sam.net_", ".rel_pos", ".patch_embd", ".patch_merger", "a.rvq.codebook",
+    "mm.a.code_embd",
 )  # fmt: skip
 _NEVER_WHOLE = ("position_embd.weight", "token_types.weight")
 
@@ -261,7 +264,9 @@ def level_named(text: str) -> str:
 
 
 def is_quantizable(tensor: TensorInfo) -> bool:
-    """Whether recipes change a tensor's type at all: matrices and stacks of them, but no norms, routers and other small ones."""
+    """Whether recipes change a tensor's type at all: matrices and stacks of them, but no norms, routers and
+    other small ones.
+    """
     if sum(1 for size in tensor.shape[:-1] if size != 1) == 0:
         return False
     name = tensor.name
@@ -289,7 +294,9 @@ def _layer_order(tensor: TensorInfo) -> tuple[int, str]:
 
 
 def _table_type(recipe: Recipe, tensor: TensorInfo, dims: RecipeDims) -> str:
-    """The output matrix (or the embedding that doubles as one) gets Q6_K, or Q8_0 where that is asked or rows do not divide."""
+    """The output matrix (or the embedding that doubles as one) gets Q6_K, or Q8_0 where that is asked or rows
+    do not divide.
+    """
     if dims.architecture == "falcon" or tensor.shape[-1] % QTYPES[recipe.qtype].block_size:
         return "Q8_0"
     return recipe.qtype if recipe.qtype == "Q8_0" else "Q6_K"
@@ -319,8 +326,8 @@ def assign(
 ) -> dict[str, str]:
     """The qtype of every tensor at a level, in the order given.
 
-    Tensors that recipes leave alone keep their own type. ``has_importance``: an importance matrix will be used, which a few
-    rules ask about.
+    Tensors that recipes leave alone keep their own type. ``has_importance``: an importance matrix will be
+    used, which a few rules ask about.
 
     Raises:
         UnknownLevel: no level has this name.

@@ -28,11 +28,16 @@ class Inspection:
     level_in_header: str | None
     """The level that general.file_type names."""
     on_label_share: float | None
-    """Share of quantizable weights stored in the qtype that the claimed level is named after; None without a claim."""
+    """Share of quantizable weights stored in the qtype that the claimed level is named after; None without a
+    claim.
+    """
     promoted: int | None
-    """Quantizable tensors that the claimed level's recipe stores in another type than its label, as it should."""
+    """Quantizable tensors that the claimed level's recipe stores in another type than its label, as it
+    should.
+    """
     fallbacks: int | None
-    """Quantizable tensors whose rows do not divide into the label's blocks, so another type had to stand in."""
+    """Quantizable tensors whose rows do not divide into the label's blocks, so another type had to stand in.
+    """
     off_recipe: tuple[str, ...] | None
     """Tensors whose type is not what llama.cpp's recipe of the claimed level gives them."""
     truthful: bool | None

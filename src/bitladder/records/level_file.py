@@ -8,7 +8,9 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class LevelFile:
-    """A level's GGUF file; of a split one the first part. ``bytes`` counts all parts, ``bpw`` tensor data only."""
+    """A level's GGUF file; of a split one the first part. ``bytes`` counts all parts, ``bpw`` tensor data
+    only.
+    """
 
     level: str
     path: Path

@@ -1,8 +1,8 @@
 """Say what a GGUF file really holds, and whether its name tells the truth.
 
-A level's name promises a qtype, but a recipe gives some tensors more bits on purpose, and rows that do not divide into blocks get
-another type whatever was asked: a ``Q2_K`` file of a narrow model may hold no Q2_K at all. What is in the file is compared with the
-recipe of the level it claims, tensor by tensor.
+A level's name promises a qtype, but a recipe gives some tensors more bits on purpose, and rows that do not
+divide into blocks get another type whatever was asked: a ``Q2_K`` file of a narrow model may hold no Q2_K at
+all. What is in the file is compared with the recipe of the level it claims, tensor by tensor.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """Write a model at one or several levels in a single pass over its weights.
 
-Tensors are taken in the order in which they lie in the source and cut into pieces of whole rows. A piece is decoded once,
-checked for NaN and infinity once, and quantized once per qtype, however many levels want that qtype; each result is written
-straight to its place in every file that needs it. All threads work on pieces, so some are written while others are computed.
-A piece depends on nothing but its own rows and its place is known beforehand: the bytes do not depend on the number of
-threads, and memory does not depend on the model's size.
+Tensors are taken in the order in which they lie in the source and cut into pieces of whole rows. A piece is
+decoded once, checked for NaN and infinity once, and quantized once per qtype, however many levels want that
+qtype; each result is written straight to its place in every file that needs it. All threads work on pieces,
+so some are written while others are computed. A piece depends on nothing but its own rows and its place is
+known beforehand: the bytes do not depend on the number of threads, and memory does not depend on the model's
+size.
 
 The source's SHA-256, which every file records, comes from a thread that follows the reading.
 """
@@ -47,7 +48,9 @@ Importance = Mapping[str, F32Array]
 
 @dataclass(frozen=True)
 class _Piece:
-    """Rows ``start`` to ``stop`` of one tensor, counted over all its matrices, all in matrix number ``matrix``."""
+    """Rows ``start`` to ``stop`` of one tensor, counted over all its matrices, all in matrix number
+    ``matrix``.
+    """
 
     info: TensorInfo
     matrix: int
@@ -95,8 +98,8 @@ def quantize_levels(
         importance: per tensor f32[columns], or f32[matrices, columns] (also flattened) for stacked experts.
         split_max_bytes: cut every level into parts of at most this many bytes of weights.
 
-    A file that is already there with the same header (source hash, recipe, method, version) is kept. What a killed run
-    left is checked and gone on from.
+    A file that is already there with the same header (source hash, recipe, method, version) is kept. What a
+    killed run left is checked and gone on from.
 
     Raises:
         UnknownLevel: no level has this name.
@@ -135,7 +138,9 @@ def _record(draft: LevelDraft, seconds: float, *, reused: bool) -> LevelFile:
 
 
 def method_name(effort: Effort, importance: Importance | None) -> str:
-    """How block scales are chosen, in words that change whenever the bytes may: effort, and the importance matrix's hash."""
+    """How block scales are chosen, in words that change whenever the bytes may: effort, and the importance
+    matrix's hash.
+    """
     if not importance:
         return f"search {effort}"
     digest = hashlib.sha256()
@@ -175,7 +180,9 @@ def _refuse_overwriting(source: GgufFile, drafts: Sequence[LevelDraft]) -> None:
 
 
 def _already_there(source: GgufFile, draft: LevelDraft) -> bool:
-    """Whether every part exists with the header that would be written. Only complete files ever get their name."""
+    """Whether every part exists with the header that would be written. Only complete files ever get their
+    name.
+    """
     sizes = [part.path.stat().st_size if part.path.is_file() else -1 for part in draft.parts]
     if sizes != [part.plan.size for part in draft.parts]:
         return False
@@ -188,7 +195,9 @@ def _already_there(source: GgufFile, draft: LevelDraft) -> bool:
 
 
 def _check_space(drafts: Sequence[LevelDraft], folder: Path) -> None:
-    """Refuse before the first byte what cannot fit; blocks that an earlier run's partial files hold count as free."""
+    """Refuse before the first byte what cannot fit; blocks that an earlier run's partial files hold count as
+    free.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free
@@ -201,9 +210,11 @@ def _check_space(drafts: Sequence[LevelDraft], folder: Path) -> None:
             if partial.is_file():
                 free += partial.stat().st_blocks * 512
     if needed > free:
+        levels = ", ".join(draft.level for draft in drafts)
         raise OutputError(
-            f"{folder}: {needed} bytes ({human_bytes(needed)}) are needed, {free} ({human_bytes(free)}) are free.",
-            means=f"The disk is too full for {', '.join(draft.level for draft in drafts)}. Nothing was written.",
+            f"{folder}: {needed} bytes ({human_bytes(needed)}) are needed, "
+            f"{free} ({human_bytes(free)}) are free.",
+            means=f"The disk is too full for {levels}. Nothing was written.",
             do="Free space, ask for fewer or smaller levels, or choose another folder with --out.",
         )
 
@@ -217,7 +228,9 @@ def _write(
     threads: int,
     progress: Progress,
 ) -> None:
-    """Make all parts of all drafts; on an error of ours remove them, on anything else leave them to a later run."""
+    """Make all parts of all drafts; on an error of ours remove them, on anything else leave them to a later
+    run.
+    """
     identity = [(str(h.path.resolve()), h.file_bytes, h.path.stat().st_mtime_ns) for h in source.headers]
     following = FollowingHash([header.path for header in source.headers])
     writers: list[tuple[GgufWriter, Callable[[str], bytes]]] = []
