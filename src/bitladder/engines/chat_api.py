@@ -1,8 +1,8 @@
 """The OpenAI-compatible chat API over httpx: one request, streamed, with every way it can go wrong named.
 
-Answers are always streamed: a stalled engine is noticed after ``stall_s`` without a word instead of after the
-whole answer's worst case, the time to the first token is measured rather than guessed, and a stream that ends
-without saying why it ended is known to be cut short.
+Foreign engines are asked to stream: a stalled engine is noticed after ``stall_s`` without a word instead of
+after the whole answer's worst case, the time to the first token is measured rather than guessed, and a stream
+that ends without saying why it ended is known to be cut short.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ class ChatRequest:
     seed: int = 0
     logprobs: int = 0
     stop: Sequence[str] = ()
+    stream: bool = True
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def body(self) -> dict[str, Any]:
@@ -58,9 +59,10 @@ class ChatRequest:
             "max_tokens": self.max_tokens,
             "temperature": self.temperature,
             "seed": self.seed,
-            "stream": True,
-            "stream_options": {"include_usage": True},
+            "stream": self.stream,
         }
+        if self.stream:
+            body["stream_options"] = {"include_usage": True}
         if self.logprobs:
             body |= {"logprobs": True, "top_logprobs": self.logprobs}
         if self.stop:
@@ -89,7 +91,7 @@ _STATUS_MEANS = {
 
 
 def chat(client: httpx.Client, url: str, request: ChatRequest) -> Completion:
-    """Send one chat and read the streamed answer to its end.
+    """Send one chat and read the answer to its end.
 
     Raises:
         EngineGone: nobody listens, or the connection broke.

@@ -51,7 +51,7 @@ class LlamaServer:
         self.process = LlamaProcess(settings)
         self.name = settings.model_name
         self.parallel = n_parallel
-        self._timeouts = timeouts or Timeouts()
+        self._timeouts = timeouts or Timeouts(stall_s=1800.0)
         self._start_timeout_s = start_timeout_s
         self._client: httpx.Client | None = None
 
@@ -129,13 +129,16 @@ class LlamaServer:
     ) -> Completion:
         """Answer a chat through the model's own template (``engines.base.Engine.chat``).
 
-        The prompt cache is off: keys and values computed in batches of another shape differ in their last
-        bits, and an answer must not depend on what was asked before.
+        Not streamed: the process's death is noticed anyway, and only a whole reply carries the probability of
+        the token that ended the answer. The prompt cache is off: keys and values computed in batches of
+        another shape differ in their last bits, and an answer must not depend on what was asked before.
         """
         extra: dict[str, Any] = {"cache_prompt": False}
         if temperature == 0:
             extra["top_k"] = 1
-        request = ChatRequest(self.name, messages, max_tokens, temperature, seed, logprobs, stop, extra)
+        request = ChatRequest(
+            self.name, messages, max_tokens, temperature, seed, logprobs, stop, False, extra
+        )
         try:
             return chat(self._http(), f"{self.base_url}/v1/chat/completions", request)
         except EngineError as error:

@@ -131,7 +131,8 @@ class LlamaProcess:
         return "\n".join(list(self._log)[-lines:])
 
     def death(self, wait_s: float = 0.0) -> EngineGone | None:
-        """An error that tells how it ended, or None when it still runs after waiting ``wait_s`` for the end."""
+        """An error that tells how it ended, or None when it still runs after waiting ``wait_s`` for the end.
+        """
         if self._process is None:
             return EngineGone("The engine is not running.", do="Start it first.")
         try:

@@ -7,6 +7,7 @@ scored.
 
 from __future__ import annotations
 
+import mmap
 import os
 import tempfile
 from collections.abc import Sequence
@@ -81,11 +82,10 @@ class States:
             self._data = torch.empty(tokens, width)
             return
         try:
-            self._file = tempfile.TemporaryFile(dir=spill)  # noqa: SIM115  (lives as long as the states)
-            os.posix_fallocate(
-                self._file.fileno(), 0, tokens * width * 4
-            )  # a full disk fails here, not later
-            mapped = np.memmap(self._file, np.float32, "r+", shape=(tokens, width))
+            with tempfile.TemporaryFile(dir=spill) as file:
+                # Room is taken now, so that a full disk is an error here and not a crash on a later write.
+                os.posix_fallocate(file.fileno(), 0, tokens * width * 4)
+                mapped = mmap.mmap(file.fileno(), tokens * width * 4)
         except OSError as error:
             raise OutputError(
                 f"No room for {human_bytes(tokens * width * 4)} of hidden states in {spill}: "
@@ -93,7 +93,7 @@ class States:
                 means="Hidden states of all levels are kept on disk when they outgrow memory.",
                 do="Free some space, set TMPDIR to a larger disk, or measure fewer levels at once.",
             ) from error
-        self._data = torch.from_numpy(mapped)
+        self._data = torch.frombuffer(mapped, dtype=torch.float32).view(tokens, width)
 
     def get(self, batch: Batch) -> torch.Tensor:
         """f32[windows, n, width] of a batch: a view."""

@@ -2,7 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+
+class Alternative(NamedTuple):
+    """A token that an engine held likely at some place, with its log-probability (natural)."""
+
+    token_id: int
+    logprob: float
+
+
+@dataclass(frozen=True)
+class AnswerToken:
+    """One token of an answer, as the engine chose it. The token that ended the answer is among them."""
+
+    token_id: int
+    logprob: float
+    text: str
+    top: tuple[Alternative, ...]
+    """The most likely tokens there, this one among them, most likely first."""
 
 
 @dataclass(frozen=True)
@@ -17,11 +37,18 @@ class Answer:
     finish_reason: str
     prompt_tokens: int
     completion_tokens: int
+    sample: int = 0
+    """Which of several answers to the same input; also the seed."""
+    question: str = ""
+    """SHA-256 of what was asked (``describe.workload.question_hash``): what an answer can be found again by.
+    """
+    tokens: tuple[AnswerToken, ...] = ()
+    """Empty where the engine does not tell token ids and probabilities."""
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Measured through the engine; medians over the workload's requests, tokens per second."""
+    """Measured through the engine with one request at a time; medians of repeats, tokens per second."""
 
     prefill_tokens_per_s: float
     decode_tokens_per_s: float
@@ -38,21 +65,65 @@ class LevelAnswers:
 
 
 @dataclass(frozen=True)
+class TagResult:
+    """One kind of work at one level, compared with the reference pair by pair."""
+
+    tag: str
+    inputs: int
+    passes: int
+    pass_low: float
+    pass_high: float
+    lost: int
+    gained: int
+    p_value: float
+    """McNemar's exact test, corrected for the number of tags (Holm)."""
+
+
+@dataclass(frozen=True)
 class WorkloadResult:
-    """Passes of a level, compared pair by pair with the reference's on the same inputs."""
+    """Passes of a level, compared pair by pair with the reference's on the same inputs.
+
+    An input asked several times passes when at least half of its answers do; ``pass_rate`` counts every
+    answer.
+    """
 
     level: str
     passes: int
     inputs: int
     pass_low: float
     pass_high: float
-    """95% Wilson interval of the pass rate."""
+    """95% Wilson interval of the pass rate; with weights or several answers, at the effective number of
+    inputs.
+    """
     lost: tuple[str, ...]
     """Inputs the reference passed and this level did not."""
     gained: tuple[str, ...]
     same_answers: int
     """Inputs with the very same text as the reference's."""
     p_value: float
-    """McNemar's exact test on lost against gained."""
+    """McNemar's exact test on lost against gained; with several answers per input or unequal weights, the
+    paired permutation test of the weighted pass shares.
+    """
     decode_tokens_per_s: float
     prefill_tokens_per_s: float
+    pass_rate: float = float("nan")
+    """Share of passes, each input with its weight."""
+    smallest_visible_loss: float = float("nan")
+    """A true loss smaller than this (as a share) goes unseen by a workload of this size more than one time in
+    five.
+    """
+    tags: tuple[TagResult, ...] = ()
+
+
+def answer_from_json(plain: Mapping[str, Any]) -> Answer:
+    """The Answer that ``to_json`` made this of."""
+    tokens = tuple(
+        AnswerToken(
+            token["token_id"],
+            token["logprob"],
+            token["text"],
+            tuple(Alternative(other[0], other[1]) for other in token["top"]),
+        )
+        for token in plain.get("tokens", ())
+    )
+    return Answer(**{**plain, "tokens": tokens})

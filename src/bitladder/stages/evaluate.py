@@ -1,0 +1,290 @@
+"""Run a workload through an engine, judge the answers, and compare a level with the reference pair by pair.
+
+The engine's slots are kept full (``engine.parallel`` requests in flight, longest first). Each answer is
+handed to ``on_answer`` as it comes, so that a run that dies keeps what it has; answers that are known already
+are not asked for again, but they are always judged anew, since a criterion may have changed.
+
+Speed is measured apart, with one request at a time: with several in flight the engine computes them together,
+and neither of them runs at the speed that one user would see.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+
+import numpy as np
+
+from bitladder.describe.criteria import Context, judge
+from bitladder.describe.workload import Input, Workload, question_hash
+from bitladder.engines.base import Completion, Engine
+from bitladder.engines.llama import LlamaServer
+from bitladder.errors import EngineReply
+from bitladder.progress import Progress, silent
+from bitladder.records.evaluation import (
+    Alternative,
+    Answer,
+    AnswerToken,
+    LevelAnswers,
+    Speed,
+    TagResult,
+    WorkloadResult,
+)
+from bitladder.stats.intervals import weighted_wilson, wilson
+from bitladder.stats.multiplicity import holm
+from bitladder.stats.paired import mcnemar, sign_flip
+from bitladder.stats.power import smallest_visible_loss
+
+TOP = 5
+"""Likely tokens kept at each place of an answer, for ``stages.divergence``."""
+PREFILL_TOKENS, DECODE_TOKENS, REPEATS = 256, 64, 3
+
+
+def answer_workload(
+    engine: Engine,
+    workload: Workload,
+    *,
+    known: Mapping[str, Answer] | None = None,
+    on_answer: Callable[[Answer], None] = lambda _: None,
+    logprobs: int = TOP,
+    progress: Progress = silent,
+) -> tuple[Answer, ...]:
+    """Ask every input, in as many samples as the workload wants; answers in the workload's order, not judged
+    yet.
+
+    Args:
+        engine: answers; up to ``engine.parallel`` requests are in flight.
+        workload: what to ask.
+        known: answers by ``question`` hash that need not be asked for again.
+        on_answer: called with each new answer as it comes, from this thread.
+        logprobs: likely tokens to keep at each place; 0 for engines that do not tell.
+        progress: hears how many answers there are.
+
+    Raises:
+        EngineError: the engine failed; every answer it gave before was handed to ``on_answer``.
+    """
+    known = known or {}
+    wanted = [(one, sample) for one in workload.inputs for sample in range(workload.samples)]
+    questions = {(one.id, sample): question_hash(one, workload.temperature, sample) for one, sample in wanted}
+    answers = {key: known[question] for key, question in questions.items() if question in known}
+    missing = [(one, sample) for one, sample in wanted if (one.id, sample) not in answers]
+    # Longest first, so that no slot is left with a long answer when the others have run dry.
+    missing.sort(key=lambda item: -item[0].max_tokens)
+    progress("answers", len(answers), len(wanted))
+
+    def ask(one: Input, sample: int) -> Answer:
+        completion = engine.chat(
+            one.messages,
+            max_tokens=one.max_tokens,
+            temperature=workload.temperature,
+            seed=sample,
+            logprobs=logprobs,
+        )
+        return _answer(one, sample, questions[one.id, sample], completion)
+
+    pool = ThreadPoolExecutor(max_workers=max(1, engine.parallel), thread_name_prefix="workload")
+    try:
+        futures: list[Future[Answer]] = [pool.submit(ask, one, sample) for one, sample in missing]
+        for future in as_completed(futures):
+            answer = future.result()
+            on_answer(answer)
+            answers[answer.input_id, answer.sample] = answer
+            progress("answers", len(answers), len(wanted))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    return tuple(dataclasses.replace(answers[key], input_id=key[0], sample=key[1]) for key in questions)
+
+
+def judge_answers(
+    workload: Workload,
+    answers: Iterable[Answer],
+    *,
+    reference: Iterable[Answer] | None = None,
+    context: Context | None = None,
+) -> tuple[Answer, ...]:
+    """The answers with ``passed`` and ``detail`` filled in.
+
+    Args:
+        workload: the criteria.
+        answers: of one level.
+        reference: the reference's answers to the same inputs; None while the reference itself is judged.
+        context: the judge and the user's functions, where criteria need them.
+    """
+    inputs = {one.id: one for one in workload.inputs}
+    said = {(answer.input_id, answer.sample): answer.text for answer in reference or ()}
+    judged = []
+    for answer in answers:
+        about = dataclasses.replace(
+            context or Context(), reference=said.get((answer.input_id, answer.sample))
+        )
+        outcome = judge(inputs[answer.input_id], answer.text, about)
+        judged.append(dataclasses.replace(answer, passed=outcome.passed, detail=outcome.detail))
+    return tuple(judged)
+
+
+def measure_speed(engine: Engine) -> Speed:
+    """Prefill and decode speed with one request at a time: medians over repeats after one that warms up.
+
+    llama.cpp reports its own clock for a prompt of 256 tokens computed anew and 64 tokens decoded after it.
+    Of other engines only the stream is seen: prefill then includes the network and the queue, and is a lower
+    bound.
+    """
+    load_seconds = math.nan
+    if isinstance(engine, LlamaServer):
+        load_seconds = engine.process.load_seconds
+        rates = [_llama_rates(engine, repeat) for repeat in range(REPEATS + 1)]
+    else:
+        rates = [_stream_rates(engine, repeat) for repeat in range(REPEATS + 1)]
+    prefill, decode = zip(*rates[1:], strict=True)
+    return Speed(statistics.median(prefill), statistics.median(decode), load_seconds)
+
+
+def level_answers(level: str, answers: Sequence[Answer], speed: Speed) -> LevelAnswers:
+    """Everything one level said."""
+    return LevelAnswers(level, tuple(answers), speed)
+
+
+def compare(reference: LevelAnswers, level: LevelAnswers, workload: Workload) -> WorkloadResult:
+    """A level beside the reference, pair by pair, over all inputs and tag by tag.
+
+    Inputs that either has not answered (a run cut short) are left out, never counted as failed.
+    """
+    pairs = _pairs(reference, level, workload)
+    shares = np.array([pair.level for pair in pairs])
+    before = np.array([pair.reference for pair in pairs])
+    weights = np.array([pair.one.weight for pair in pairs])
+    rate = weighted_wilson(shares, weights)
+    lost = tuple(pair.one.id for pair in pairs if pair.lost)
+    gained = tuple(pair.one.id for pair in pairs if pair.gained)
+    if workload.samples == 1 and len(set(weights)) <= 1:
+        p_value = mcnemar(len(lost), len(gained)) if pairs else math.nan
+    else:
+        p_value = sign_flip(weights * (shares - before), np.random.default_rng(0))
+    return WorkloadResult(
+        level=level.level,
+        passes=sum(pair.level >= 0.5 for pair in pairs),
+        inputs=len(pairs),
+        pass_low=rate.low,
+        pass_high=rate.high,
+        lost=lost,
+        gained=gained,
+        same_answers=sum(pair.same for pair in pairs),
+        p_value=p_value,
+        decode_tokens_per_s=level.speed.decode_tokens_per_s,
+        prefill_tokens_per_s=level.speed.prefill_tokens_per_s,
+        pass_rate=rate.value,
+        smallest_visible_loss=smallest_visible_loss(len(pairs)) if pairs else math.nan,
+        tags=_tag_results(pairs, workload.tags),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pair:
+    """Pass shares of one input at both, and whether every answer is the same text."""
+
+    one: Input
+    reference: float
+    level: float
+    same: bool
+
+    @property
+    def lost(self) -> bool:
+        return self.reference >= 0.5 > self.level
+
+    @property
+    def gained(self) -> bool:
+        return self.level >= 0.5 > self.reference
+
+
+def _pairs(reference: LevelAnswers, level: LevelAnswers, workload: Workload) -> list[_Pair]:
+    theirs, ours = _by_input(reference), _by_input(level)
+    return [
+        _Pair(
+            one,
+            statistics.fmean(answer.passed for answer in theirs[one.id]),
+            statistics.fmean(answer.passed for answer in ours[one.id]),
+            [answer.text for answer in theirs[one.id]] == [answer.text for answer in ours[one.id]],
+        )
+        for one in workload.inputs
+        if one.id in theirs and one.id in ours
+    ]
+
+
+def _by_input(answers: LevelAnswers) -> dict[str, list[Answer]]:
+    grouped: dict[str, list[Answer]] = {}
+    for answer in sorted(answers.answers, key=lambda answer: answer.sample):
+        grouped.setdefault(answer.input_id, []).append(answer)
+    return grouped
+
+
+def _tag_results(pairs: Sequence[_Pair], tags: Sequence[str]) -> tuple[TagResult, ...]:
+    groups = {tag: [pair for pair in pairs if tag in pair.one.tags] for tag in tags}
+    counts = {
+        tag: (sum(p.lost for p in group), sum(p.gained for p in group)) for tag, group in groups.items()
+    }
+    adjusted = holm([mcnemar(*counts[tag]) if groups[tag] else math.nan for tag in tags])
+    results = []
+    for tag, p_value in zip(tags, adjusted, strict=True):
+        passes = sum(pair.level >= 0.5 for pair in groups[tag])
+        low, high = wilson(passes, len(groups[tag]))
+        results.append(TagResult(tag, len(groups[tag]), passes, low, high, *counts[tag], p_value))
+    return tuple(results)
+
+
+def _answer(one: Input, sample: int, question: str, completion: Completion) -> Answer:
+    tokens = []
+    for token in completion.tokens:
+        top = [
+            Alternative(other.token_id, other.logprob) for other in token.top if other.token_id is not None
+        ]
+        if token.token_id is not None:
+            tokens.append(AnswerToken(token.token_id, token.logprob, token.text, tuple(top)))
+    return Answer(
+        input_id=one.id,
+        text=completion.text,
+        passed=False,
+        detail="not judged yet",
+        finish_reason=completion.finish_reason,
+        prompt_tokens=completion.prompt_tokens,
+        completion_tokens=completion.completion_tokens,
+        sample=sample,
+        question=question,
+        tokens=tuple(tokens),
+    )
+
+
+_PROSE = (
+    "The harbour was quiet in the early morning. A few boats lay at the pier, and an old man mended a net while the "
+    "light came slowly over the water. He had done this every day for thirty years, and he knew each knot by its "
+    "feel. Behind him the town woke up: a shutter opened, a dog barked, the baker carried bread to the inn. "
+)
+
+
+def _llama_rates(engine: LlamaServer, repeat: int) -> tuple[float, float]:
+    """Prefill and decode rates of one request; ``repeat`` makes each prompt another one, so that no cache can
+    serve it.
+    """
+    room = engine.settings.n_ctx - DECODE_TOKENS - 8
+    tokens = engine.tokenize(f"{repeat + 1}. " + _PROSE * 4, add_special=True)[
+        : max(8, min(PREFILL_TOKENS, room))
+    ]
+    timings = engine.time_tokens(tokens, max_tokens=min(DECODE_TOKENS, max(2, room)))
+    if timings["prompt_ms"] <= 0 or timings["predicted_ms"] <= 0 or timings["predicted_n"] < 2:
+        raise EngineReply(f"The engine's timings make no sense: {dict(timings)}.")
+    # The first decoded token comes out of the prefill, so n tokens are n - 1 steps.
+    return 1e3 * timings["prompt_n"] / timings["prompt_ms"], 1e3 * (timings["predicted_n"] - 1) / timings[
+        "predicted_ms"
+    ]
+
+
+def _stream_rates(engine: Engine, repeat: int) -> tuple[float, float]:
+    prompt = f"{repeat + 1}. {_PROSE * 3}\n\nGo on with this story in two hundred words."
+    done = engine.chat([{"role": "user", "content": prompt}], max_tokens=DECODE_TOKENS)
+    decode_s = done.total_s - done.first_token_s
+    if math.isnan(decode_s) or decode_s <= 0 or done.first_token_s <= 0:
+        return math.nan, math.nan
+    steps = done.completion_tokens - 1
+    return done.prompt_tokens / done.first_token_s or math.nan, steps / decode_s if steps > 0 else math.nan
