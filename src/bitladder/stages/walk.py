@@ -6,7 +6,7 @@ logits file. ``docs/measure.md`` defines each figure.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +19,11 @@ from bitladder.describe.windows import SHORTEST, WINDOW, Window, cut
 from bitladder.engines.head import TokenScores
 from bitladder.engines.ladder import Ladder
 from bitladder.engines.layers import LayeredModel
-from bitladder.engines.weights import FileWeights, LevelWeights
+from bitladder.engines.weights import FileWeights, LevelWeights, MadeWeights, Quantizer
 from bitladder.errors import BadInput
 from bitladder.files.gguf import GgufFile
+from bitladder.formats.recipes import assign
+from bitladder.kernels import Effort
 from bitladder.progress import Progress, silent
 from bitladder.records.fidelity import Fidelity
 from bitladder.stats.bootstrap import quantile_interval, ratio_interval
@@ -36,6 +38,60 @@ class Candidate:
 
     level: str
     weights: LevelWeights
+
+
+def made_candidates(
+    source: GgufFile,
+    levels: Sequence[str],
+    *,
+    importance: Mapping[str, NDArray[np.float32]] | None = None,
+    effort: Effort = "good",
+    threads: int = 1,
+) -> list[Candidate]:
+    """Levels made on the fly by llama.cpp's recipes; what several of them quantize alike is quantized once.
+
+    Args:
+        source: the model they are made from.
+        levels: recipe names.
+        importance: f32[columns] per tensor, or f32[experts, columns] for stacked experts; None for none.
+        effort: how long to search for scales.
+        threads: for quantizing and dequantizing.
+
+    Raises:
+        UnknownLevel: no recipe has that name.
+    """
+    quantizer = Quantizer(
+        FileWeights(source, threads=threads), importance=importance, effort=effort, threads=threads
+    )
+    model = source.model
+    return [
+        Candidate(
+            level,
+            MadeWeights(quantizer, assign(level, model.tensors, model.dims, has_importance=bool(importance))),
+        )
+        for level in levels
+    ]
+
+
+def file_candidate(source: GgufFile, file: GgufFile, *, level: str = "", threads: int = 1) -> Candidate:
+    """An existing file as a level of the source, whoever wrote it. ``level``: its name here (default: the
+    file's).
+
+    Raises:
+        BadInput: the file holds another model.
+    """
+    shapes = {tensor.name: tensor.shape for tensor in source.model.tensors}
+    others = {tensor.name: tensor.shape for tensor in file.model.tensors}
+    different = [name for name in sorted(shapes | others) if shapes.get(name) != others.get(name)]
+    if different:
+        name = different[0]
+        raise BadInput(
+            f"{file.path} is not a level of {source.path}: {len(different)} tensors differ in shape, "
+            f"the first is '{name}' ({shapes.get(name, 'absent')} there, {others.get(name, 'absent')} here).",
+            means="The two files hold different models, or one of them has its output matrix apart.",
+            do="Compare a file with the model that it was made from.",
+        )
+    return Candidate(level or file.path.stem, FileWeights(file, threads=threads))
 
 
 def text_windows(
@@ -185,5 +241,5 @@ def fidelity(level: str, own: TokenScores, reference: TokenScores, windows: Sequ
         ppl=float(np.exp(own.nll.mean())), ppl_reference=float(np.exp(reference.nll.mean())),
         ppl_ratio=float(np.exp(lost.value)),
         ppl_ratio_low=float(np.exp(lost.low)), ppl_ratio_high=float(np.exp(lost.high)),
-        top1=top1.value, top1_low=max(0.0, top1.low), top1_high=min(1.0, top1.high),
+        top1=top1.value, top1_low=float(np.maximum(0, top1.low)), top1_high=float(np.minimum(1, top1.high)),
     )  # fmt: skip

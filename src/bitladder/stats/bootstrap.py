@@ -1,18 +1,23 @@
-"""Intervals for figures that are sums over clusters: mean KL divergence per token, perplexity ratio, top-1
-agreement.
+"""Intervals for sums over clusters: mean KL divergence per token, perplexity ratio, top-1 agreement.
 
-Tokens of one document are not independent, so documents (clusters) are resampled, never tokens. A figure is
-a ratio of sums, r = sum(x) / sum(w) over clusters, for instance nats over tokens. Its standard error is the
-linearised one, with the small-sample factor n / (n - 1),
+Tokens of one document are not independent, so documents (clusters) are resampled, never tokens. A figure is a
+ratio of sums, r = sum(x) / sum(w) over clusters, for instance nats over tokens. Its standard error is the
+jackknife's,
 
-    se^2 = n / (n - 1) * sum((x_i - r w_i)^2) / (sum w)^2.
+    se^2 = (n - 1) / n * sum(((x_i - r w_i) / (W - w_i))^2),    W = sum(w),
 
-``ratio_interval`` is the studentised bootstrap (bootstrap-t; Davison and Hinkley 1997, section 5.2):
-clusters are drawn with replacement, t* = (g(r*) - g(r)) / se(g(r*)) is computed for each draw, and its
-quantiles replace those of the normal distribution. ``g`` is the logarithm for positive figures such as KL,
-whose spread grows with their size, and the identity for differences. With few clusters draws exist whose
-spread is near zero and whose t* is wild, so the quantiles are bounded by a multiple of Student's t with n - 1
-degrees of freedom; ``benchmarks/interval_coverage.py`` shows the coverage that this gives.
+which unlike the linearised one allows for clusters of very different weight.
+
+``ratio_interval`` is the studentised bootstrap (bootstrap-t; Davison and Hinkley 1997, section 5.2): clusters
+are drawn with replacement, t* = (g(r*) - g(r)) / se(g(r*)) is computed for each draw, and its quantiles
+replace those of the normal distribution. ``g`` is the logarithm for positive figures such as KL, whose spread
+grows with their size, and the identity for differences. With few clusters t* is itself badly known: draws
+exist that miss the cluster which matters, and draws with hardly any spread. So each quantile is held between
+one and three times Student's, with n - 1 degrees of freedom. The interval is never narrower than Student's,
+and with two clusters it is Student's.
+
+``benchmarks/interval_coverage.py`` measures what this gives and what simpler intervals give: the percentile
+bootstrap's 95% intervals cover 85% with eight documents.
 
 One cluster has no spread to learn from: the interval is then NaN, "not estimable", never zero.
 """
@@ -29,7 +34,8 @@ F64 = NDArray[np.float64]
 
 DRAWS = 2000
 """Enough for quantiles whose own noise is small beside the interval's width."""
-_T_BOUND = 3.0
+_WIDEST = 3.0
+_CHUNK = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -42,17 +48,35 @@ class Interval:
 
 
 def _ratio_and_error(counts: F64, x: F64, w: F64) -> tuple[F64, F64]:
-    """r and its linearised standard error for each row of cluster counts f64[draws, n]."""
+    """r and its jackknife standard error for each row of cluster counts f64[draws, n]; a cluster drawn twice
+    is two."""
     n = counts.shape[1]
-    weight = counts @ w
-    ratio = (counts @ x) / weight
-    squares = counts @ (x * x) - 2 * ratio * (counts @ (x * w)) + ratio**2 * (counts @ (w * w))
-    return ratio, np.sqrt(np.maximum(squares, 0) * n / (n - 1)) / weight
+    weight = (counts @ w)[:, None]
+    ratio = (counts @ x)[:, None] / weight
+    # A draw of one cluster alone leaves nothing when that is left out; it is dropped by the caller.
+    left = np.where(weight > w, weight - w, np.inf)
+    change = (x - ratio * w) / left
+    return ratio[:, 0], np.sqrt((counts * change**2).sum(axis=1) * (n - 1) / n)
 
 
 def resampled_counts(rng: np.random.Generator, clusters: int, draws: int) -> F64:
     """How often each cluster is drawn, f64[draws, clusters]."""
     return rng.multinomial(clusters, np.full(clusters, 1 / clusters), size=draws).astype(np.float64)
+
+
+def _studentised(x: F64, w: F64, rng: np.random.Generator, draws: int, *, log: bool) -> F64:
+    """t* of the draws that hold at least two different clusters."""
+    value = x.sum() / w.sum()
+    parts = []
+    step = max(1, _CHUNK // len(x))
+    for start in range(0, draws, step):
+        counts = resampled_counts(rng, len(x), min(step, draws - start))
+        counts = counts[(counts > 0).sum(axis=1) > 1]
+        ratio, error = _ratio_and_error(counts, x, w)
+        usable = (error > 0) & ((ratio > 0) if log else np.isfinite(ratio))
+        ratio, error = ratio[usable], error[usable]
+        parts.append(np.log(ratio / value) * ratio / error if log else (ratio - value) / error)
+    return np.concatenate(parts)
 
 
 def ratio_interval(
@@ -70,7 +94,7 @@ def ratio_interval(
         x: f64[clusters], what is summed in each cluster.
         w: f64[clusters], its weight there (tokens), positive.
         rng: the randomness; the same generator state gives the same interval.
-        scale: ``log`` for figures that cannot be negative; falls back to ``plain`` when the figure is zero.
+        scale: ``log`` for figures that cannot be negative; a figure of zero is treated as ``plain``.
         level: coverage.
         draws: bootstrap samples.
 
@@ -81,29 +105,27 @@ def ratio_interval(
 
     if not len(x) or len(x) != len(w) or not (w > 0).all():
         raise ValueError(
-            f"clusters must have one positive weight each. Got {len(x)} sums, weights {w!r} instead."
+            f"clusters must have one positive weight each. Got {len(x)} sums and weights {w!r} instead."
         )
-    n = len(x)
     value = float(x.sum() / w.sum())
-    if n < 2:
+    if len(x) < 2:
         return Interval(value, np.nan, np.nan)
     log = scale == "log" and value > 0
-    _, error = _ratio_and_error(np.ones((1, n)), x, w)
+    _, error = _ratio_and_error(np.ones((1, len(x))), x, w)
     own_error = float(error[0]) / (value if log else 1.0)
     if own_error == 0:
         return Interval(value, value, value)
-    ratio, errors = _ratio_and_error(resampled_counts(rng, n, draws), x, w)
-    usable = (errors > 0) & ((ratio > 0) if log else np.isfinite(ratio))
-    ratio, errors = ratio[usable], errors[usable]
-    t = (np.log(ratio / value) * ratio / errors) if log else (ratio - value) / errors
     tail = (1 - level) / 2
-    bound = _T_BOUND * float(student.ppf(1 - tail, n - 1))
-    low_t, high_t = np.clip(np.quantile(t, [1 - tail, tail]), -bound, bound)
+    normal = float(student.ppf(1 - tail, len(x) - 1))
+    t = _studentised(x, w, rng, draws, log=log)
+    high_t, low_t = np.quantile(t, [1 - tail, tail]) if len(t) else (normal, -normal)
+    high_t = float(np.clip(high_t, normal, _WIDEST * normal))
+    low_t = float(np.clip(low_t, -_WIDEST * normal, -normal))
     if log:
         return Interval(
-            value, value * float(np.exp(-low_t * own_error)), value * float(np.exp(-high_t * own_error))
+            value, value * float(np.exp(-high_t * own_error)), value * float(np.exp(-low_t * own_error))
         )
-    return Interval(value, value - float(low_t) * own_error, value - float(high_t) * own_error)
+    return Interval(value, value - high_t * own_error, value - low_t * own_error)
 
 
 def quantile_interval(
@@ -116,6 +138,9 @@ def quantile_interval(
     draws: int = 1000,
 ) -> Interval:
     """A quantile over all values with a percentile bootstrap interval that resamples clusters.
+
+    Percentile intervals are too narrow with few clusters, and for extreme quantiles: read them as a rough
+    range.
 
     Args:
         values: f64[values], one per token.

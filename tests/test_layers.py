@@ -1,0 +1,128 @@
+"""The layered forward pass gives the logits of transformers' own full model, family by family."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import tiny_models
+from bitladder.engines.layers import LayeredModel, inference
+from bitladder.engines.weights import FileWeights
+from bitladder.errors import BadFile, BadInput, UnknownArchitecture
+from bitladder.files.gguf import GgufFile
+from bitladder.formats.roles import EMBEDDING, FAMILIES, layer_tensor
+from tiny_models import CASES, N_VOCAB, Case
+
+# float32 sums in another order; logits here are of the order of ten.
+TOLERANCE = 1e-4
+
+
+def layered_logits(path: Path, tokens: np.ndarray) -> torch.Tensor:
+    with GgufFile.open(path) as file, inference():
+        weights = FileWeights(file)
+        model = LayeredModel(file.model, weights)
+        states = model.embed(tokens, weights)
+        for layer in range(model.n_layer):
+            states = model.run(model.layer(layer, weights), layer, states)
+        logits = model.norm(weights)(states) @ torch.from_numpy(weights(model.output)).T
+        cap = model.logit_softcap
+        return torch.tanh(logits / cap) * cap if cap else logits
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_equal_those_of_the_whole_model(name: str, tmp_path: Path):
+    case = CASES[name]
+    whole = tiny_models.make(case)
+    tokens = np.random.default_rng(1).integers(0, N_VOCAB, (2, 24))
+    with torch.no_grad():
+        expected = whole(torch.from_numpy(tokens)).logits
+    found = layered_logits(tiny_models.write(case, whole, tmp_path / "tiny.gguf"), tokens)
+    assert expected.std() > 0.3, "a model that says the same everywhere tests nothing"
+    torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_every_family_has_a_case():
+    covered = {
+        case.architecture + ("+experts" if case.model_type == "mixtral" else "") for case in CASES.values()
+    }
+    assert covered == set(FAMILIES)
+
+
+def test_only_embedding_rows_that_occur_are_read(tmp_path: Path):
+    path = tiny_models.write(CASES["llama"], tiny_models.make(CASES["llama"]), tmp_path / "tiny.gguf")
+    asked = []
+    with GgufFile.open(path) as file:
+        weights = FileWeights(file)
+
+        def spy(name, rows=None):
+            asked.append((name, rows))
+            return weights(name, rows)
+
+        states = LayeredModel(file.model, spy).embed(np.array([[3, 5, 3]]), spy)
+        table = weights(EMBEDDING)
+    assert [(name, rows.tolist()) for name, rows in asked] == [(EMBEDDING, [3, 5])]
+    np.testing.assert_array_equal(states[0].numpy(), table[[3, 5, 3]])
+
+
+def broken(tmp_path: Path, case: Case, **keys: object) -> GgufFile:
+    changed = Case(case.model_type, case.architecture, case.fields, {**case.keys, **keys}, case.permuted)
+    return GgufFile.open(tiny_models.write(changed, tiny_models.make(case), tmp_path / "tiny.gguf"))
+
+
+def test_unknown_family_names_the_known_ones(tmp_path: Path):
+    case = CASES["llama"]
+    model = tiny_models.make(case)
+    path = tiny_models.write(case, model, tmp_path / "tiny.gguf")
+    path.write_bytes(path.read_bytes().replace(b"llama", b"exaon").replace(b"exaon", b"bloom"))
+    with (
+        GgufFile.open(path) as file,
+        pytest.raises(UnknownArchitecture, match=r"'bloom'.*\n.*gemma2.*qwen3moe"),
+    ):
+        LayeredModel(file.model, FileWeights(file))
+
+
+def test_unknown_position_scaling_is_refused(tmp_path: Path):
+    with (
+        broken(tmp_path, CASES["llama"], **{"rope.scaling.type": "dynamic"}) as file,
+        pytest.raises(BadInput, match=r"'dynamic'"),
+    ):
+        LayeredModel(file.model, FileWeights(file))
+
+
+def test_partly_rotated_heads_are_refused_where_the_layer_cannot(tmp_path: Path):
+    with (
+        broken(tmp_path, CASES["llama"], **{"rope.dimension_count": 8}) as file,
+        pytest.raises(UnknownArchitecture, match=r"rotates 8 of 16"),
+    ):
+        LayeredModel(file.model, FileWeights(file))
+
+
+def test_tensor_without_a_place_is_refused(tmp_path: Path):
+    case = Case(
+        "llama",
+        "llama",
+        {"tie_word_embeddings": True},
+        permuted=True,
+        tensors=lambda _: {"blk.1.attn_sinks.weight": np.ones(4)},
+    )
+    path = tiny_models.write(case, tiny_models.make(case), tmp_path / "tiny.gguf")
+    with GgufFile.open(path) as file, pytest.raises(UnknownArchitecture, match=r"'blk.1.attn_sinks.weight'"):
+        LayeredModel(file.model, FileWeights(file))
+
+
+def test_shape_that_contradicts_the_header_is_named(tmp_path: Path):
+    with broken(tmp_path, CASES["llama"], feed_forward_length=112) as file:
+        model = LayeredModel(file.model, FileWeights(file))
+        with pytest.raises(BadFile, match=r"ffn_\w+.weight give a parameter of shape \(.*96.*\n?.*112"):
+            model.layer(0, FileWeights(file))
+
+
+def test_missing_tensor_is_named(tmp_path: Path):
+    path = tiny_models.write(CASES["llama"], tiny_models.make(CASES["llama"]), tmp_path / "tiny.gguf")
+    with GgufFile.open(path) as file:
+        weights = FileWeights(file)
+        model = LayeredModel(file.model, weights)
+        model._names.discard(layer_tensor(1, "ffn_up.weight"))
+        with pytest.raises(BadFile, match=r"'blk\.1\.ffn_up\.weight' is missing"):
+            model.layer(1, weights)
