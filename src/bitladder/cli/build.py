@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from bitladder.cli.terminal import JsonFlag, ModelArgument, print_json, progress_display, say, verb
+from bitladder.errors import UsageError
 from bitladder.units import human_bytes
 
+if TYPE_CHECKING:
+    from bitladder.kernels import Effort
+
 Context = Annotated[int, typer.Option("--ctx", min=64, help="Context length in tokens.")]
-Levels = Annotated[str | None, typer.Option("--levels", metavar="L1,L2", help="Only these levels; all of the ladder by default.")]
+Levels = Annotated[
+    str | None,
+    typer.Option("--levels", metavar="L1,L2", help="Only these levels; all of the ladder by default."),
+]
 Threads = Annotated[int, typer.Option("--threads", min=1, help="Worker threads.", show_default="all cores")]
 DEFAULT_CTX = 4096
 ALL_CORES = os.cpu_count() or 1
@@ -27,8 +34,17 @@ def split_levels(text: str | None) -> tuple[str, ...] | None:
     return tuple(dict.fromkeys(level_named(part.strip()) for part in text.split(",") if part.strip()))
 
 
+def effort_named(text: str) -> Effort:
+    """An effort by its name; raises UsageError."""
+    if text not in ("fast", "good", "best"):
+        raise UsageError(f"The --effort must be fast, good or best. Got '{text}' instead.")
+    return cast("Effort", text)
+
+
 @verb
-def plan(model: ModelArgument, ctx: Context = DEFAULT_CTX, levels: Levels = None, json_output: JsonFlag = False) -> None:
+def plan(
+    model: ModelArgument, ctx: Context = DEFAULT_CTX, levels: Levels = None, json_output: JsonFlag = False
+) -> None:
     """Which levels fit this machine at a context, with the reason for each. Reads headers only."""
     from bitladder.pipeline import plan_model
     from bitladder.report import plan_table
@@ -46,8 +62,13 @@ def quantize(
     model: ModelArgument,
     to: Annotated[str, typer.Option("--to", metavar="L1,L2", help="The levels to write.")],
     out: Annotated[Path, typer.Option("--out", help="Folder to write into.")] = Path(),
-    imatrix: Annotated[Path | None, typer.Option("--imatrix", exists=False, help="llama.cpp importance matrix to weigh errors by.")] = None,
-    effort: Annotated[str, typer.Option("--effort", help="fast, good or best: how hard to search for scales.")] = "good",
+    imatrix: Annotated[
+        Path | None,
+        typer.Option("--imatrix", exists=False, help="llama.cpp importance matrix to weigh errors by."),
+    ] = None,
+    effort: Annotated[
+        str, typer.Option("--effort", help="fast, good or best: how hard to search for scales.")
+    ] = "good",
     threads: Threads = ALL_CORES,
     json_output: JsonFlag = False,
 ) -> None:
@@ -56,7 +77,13 @@ def quantize(
 
     with progress_display(quiet=json_output) as progress:
         files = quantize_model(
-            model, split_levels(to) or (), out, imatrix=imatrix, effort=effort, threads=threads, progress=progress
+            model,
+            split_levels(to) or (),
+            out,
+            imatrix=imatrix,
+            effort=effort_named(effort),
+            threads=threads,
+            progress=progress,
         )
     if json_output:
         print_json({"files": files})

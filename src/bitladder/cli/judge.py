@@ -7,11 +7,13 @@ from typing import Annotated
 
 import typer
 
-from bitladder.cli.build import ALL_CORES, DEFAULT_CTX, Context, Levels, Threads, split_levels
+from bitladder.cli.build import ALL_CORES, DEFAULT_CTX, Context, Levels, Threads, effort_named, split_levels
 from bitladder.cli.terminal import JsonFlag, ModelArgument, print_json, progress_display, say, verb
+from bitladder.errors import BarNotMet
 
 Texts = Annotated[
-    list[Path] | None, typer.Option("--text", help="Measure on this text instead of the shipped one; repeat it for several documents.")
+    list[Path] | None,
+    typer.Option("--text", help="Measure on this text instead of the shipped one; repeat it for several documents."),
 ]
 
 
@@ -19,11 +21,16 @@ Texts = Annotated[
 def run(
     model: ModelArgument,
     levels: Levels = None,
-    workload: Annotated[Path | None, typer.Option("--workload", help="Your inputs and criteria (YAML or JSONL).")] = None,
+    workload: Annotated[
+        Path | None, typer.Option("--workload", help="Your inputs and criteria (YAML or JSONL).")
+    ] = None,
     bar: Annotated[str | None, typer.Option("--bar", help="The quality a level must hold, like 'kl < 0.05'.")] = None,
     ctx: Context = DEFAULT_CTX,
     text: Texts = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder for the files and the report.", show_default="<name>-ladder")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder for the files and the report.", show_default="<name>-ladder"),
+    ] = None,
     threads: Threads = ALL_CORES,
     json_output: JsonFlag = False,
 ) -> None:
@@ -33,7 +40,14 @@ def run(
     from bitladder.report import print_run
 
     settings = RunSettings(
-        model=model, levels=split_levels(levels), workload=workload, bar=bar, n_ctx=ctx, texts=tuple(text or ()), out=out, threads=threads
+        model=model,
+        levels=split_levels(levels),
+        workload=workload,
+        bar=bar,
+        n_ctx=ctx,
+        texts=tuple(text or ()),
+        out=out,
+        threads=threads,
     )
     with progress_display(quiet=json_output) as progress:
         result = run_pipeline(settings, progress, say=say)
@@ -42,15 +56,22 @@ def run(
     else:
         print_run(result.record)
         say(f"\nReport: {result.report}")
+    if result.record.decision.outcome != "met":
+        raise typer.Exit(BarNotMet.exit_code)
 
 
 @verb
 def measure(
     model: ModelArgument,
     levels: Levels = None,
-    file: Annotated[list[Path] | None, typer.Option("--file", help="An existing GGUF to measure beside the levels; repeatable.")] = None,
+    file: Annotated[
+        list[Path] | None,
+        typer.Option("--file", help="An existing GGUF to measure beside the levels; repeatable."),
+    ] = None,
     text: Texts = None,
-    imatrix: Annotated[Path | None, typer.Option("--imatrix", help="llama.cpp importance matrix for the levels made here.")] = None,
+    imatrix: Annotated[
+        Path | None, typer.Option("--imatrix", help="llama.cpp importance matrix for the levels made here.")
+    ] = None,
     effort: Annotated[str, typer.Option("--effort", help="fast, good or best.")] = "good",
     json_output: JsonFlag = False,
 ) -> None:
@@ -61,7 +82,13 @@ def measure(
     with progress_display(quiet=json_output) as progress:
         wanted = split_levels(levels)
         fidelities = measure_model(
-            model, wanted, files=tuple(file or ()), texts=tuple(text or ()), imatrix=imatrix, effort=effort, progress=progress
+            model,
+            wanted,
+            files=tuple(file or ()),
+            texts=tuple(text or ()),
+            imatrix=imatrix,
+            effort=effort_named(effort),
+            progress=progress,
         )
     if json_output:
         print_json({"levels": fidelities})
@@ -72,7 +99,9 @@ def measure(
 @verb
 def report(
     record: Annotated[Path, typer.Argument(metavar="RUN.json", help="The JSON that `run` left beside its report.")],
-    out: Annotated[Path | None, typer.Option("--out", help="Where to write the HTML.", show_default="beside the JSON")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Where to write the HTML.", show_default="beside the JSON")
+    ] = None,
     json_output: JsonFlag = False,
 ) -> None:
     """Show a finished run again, and write its HTML report."""
@@ -91,5 +120,3 @@ def add_to(app: typer.Typer) -> None:
     """Register this module's verbs."""
     for function in (run, measure, report):
         app.command()(function)
-
-

@@ -21,7 +21,8 @@ R = TypeVar("R")
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the record as JSON instead of a table.")]
 ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A GGUF file, a checkpoint folder, hf:org/name[@revision], or smollm2-135m.")
+    str,
+    typer.Argument(metavar="MODEL", help="A GGUF file, a checkpoint folder, hf:org/name[@revision], or smollm2-135m."),
 ]
 
 INTERRUPTED = 130
@@ -112,7 +113,7 @@ def _live_bar() -> Iterator[Progress]:
 
 
 class _Steps:
-    """Tells the next piece of work from the next step of the same one: there the total stays and the count does not fall."""
+    """Tells the next piece of work from the next step of one: there the total stays and the count does not fall."""
 
     def __init__(self) -> None:
         self._done, self._total = 0.0, -1.0

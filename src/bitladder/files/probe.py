@@ -121,6 +121,11 @@ def parse_nvidia_smi(text: str) -> tuple[Gpu, ...]:
     return tuple(gpus)
 
 
+def cpu_name() -> str:
+    """The processor's name, as it calls itself."""
+    return _cpu()[0]
+
+
 def _cpu() -> tuple[str, tuple[str, ...]]:
     """The processor's name and those of its vector features that matter here."""
     fields: dict[str, str] = {}

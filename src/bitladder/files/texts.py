@@ -12,7 +12,7 @@ from bitladder.errors import BadInput
 
 
 def shipped_texts(folder: str = "texts") -> list[Document]:
-    """The documents of a folder in the package's data (``texts`` to measure on, ``calibration`` to calibrate on), by name."""
+    """Documents that ship with the package, by name: ``texts`` to measure on, ``calibration`` to calibrate on."""
     files = (resources.files("bitladder") / "data" / folder).iterdir()
     return [
         Document(file.name.removesuffix(".txt"), file.read_text(encoding="utf-8"))
@@ -29,7 +29,10 @@ def read_texts(paths: Sequence[Path]) -> list[Document]:
     """
     documents = [document for path in paths for document in _read(path)]
     if not any(document.text.strip() for document in documents):
-        raise BadInput(f"There is no text in {', '.join(map(str, paths))}.", do="Give a file with some prose or code in it.")
+        raise BadInput(
+            f"There is no text in {', '.join(map(str, paths))}.",
+            do="Give a file with some prose or code in it.",
+        )
     return documents
 
 
@@ -65,6 +68,7 @@ def _text_field(path: Path, number: int, line: str) -> str:
         text = None
     if not isinstance(text, str):
         raise BadInput(
-            f'{path}, line {number} is no JSON object with a "text".', do='Write one document a line: {"text": "..."}.'
+            f'{path}, line {number} is no JSON object with a "text".',
+            do='Write one document a line: {"text": "..."}.',
         )
     return text

@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 from bitladder.report.html import render_html, write_html
-from bitladder.report.reading import read_run
+from bitladder.report.inspection import inspection_table
+from bitladder.report.reading import read_run, write_run
 from bitladder.report.terminal import fidelity_table, plan_table, print_run
 
-__all__ = ["fidelity_table", "plan_table", "print_run", "read_run", "render_html", "write_html"]
+__all__ = [
+    "fidelity_table",
+    "inspection_table",
+    "plan_table",
+    "print_run",
+    "read_run",
+    "render_html",
+    "write_html",
+    "write_run",
+]

@@ -47,9 +47,7 @@ def compared_answers(record: RunRecord) -> list[Compared]:
     answers = {one.level: {answer.input_id: answer for answer in one.answers} for one in record.answers}
     compared = []
     for item in record.inputs:
-        present = [
-            (level, role, answers[level][item.id]) for level, role in shown if item.id in answers[level]
-        ]
+        present = [(level, role, answers[level][item.id]) for level, role in shown if item.id in answers[level]]
         if present:
             compared.append(Compared(item, _told(present)))
     order = {"flipped": 0, "differs": 1, "same": 2}
@@ -65,9 +63,7 @@ def _shown_levels(record: RunRecord) -> list[tuple[str, str]]:
     if quality is not None and quality == speed:
         shown.append((quality, "both"))
     else:
-        shown += [
-            (level, role) for level, role in ((quality, "quality"), (speed, "speed")) if level is not None
-        ]
+        shown += [(level, role) for level, role in ((quality, "quality"), (speed, "speed")) if level is not None]
     if len(shown) == 1:
         shown += [(level, "") for level in answered if level != record.source.level][:2]
     return [(level, role) for level, role in shown if level in answered]

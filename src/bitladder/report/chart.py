@@ -120,8 +120,7 @@ def loss_chart(
     frame = _frame(known, limit, width, height)
     cliff = find_cliff(known) if axis.ladder else None
     parts = [
-        f'<svg class="chart" viewBox="0 0 {width:g} {height:g}" role="img" '
-        f'aria-labelledby="{name}-t {name}-d">',
+        f'<svg class="chart" viewBox="0 0 {width:g} {height:g}" role="img" aria-labelledby="{name}-t {name}-d">',
         f'<title id="{name}-t">Loss against {escape(axis.title)}</title>',
         f'<desc id="{name}-d">{escape(_described(known, axis, cliff))}</desc>',
         *_grid(frame, axis),
@@ -141,9 +140,7 @@ def _frame(points: Sequence[Point], limit: float | None, width: float, height: f
     xs = [p.x for p in points]
     span = (max(xs) - min(xs)) or max(abs(xs[0]), 1.0)
     losses = [max(FLOOR, value) for p in points for value in (p.low, p.loss, p.high) if math.isfinite(value)]
-    if (
-        limit and min(losses) / 30 <= limit <= max(losses) * 30
-    ):  # a bar far off would squeeze the levels together
+    if limit and min(losses) / 30 <= limit <= max(losses) * 30:  # a bar far off would squeeze the levels together
         losses.append(limit)
     low, high = min(losses) / 1.6, max(losses) * 1.6
     if high / low < 30:
@@ -257,9 +254,7 @@ def _free_place(
             at = (x + side * 11, y + 4 + rise)
             left = at[0] if side > 0 else at[0] - wide
             box = (left, at[1] - 11, left + wide, at[1] + 3)
-            outside = (
-                max(0.0, frame.left - box[0]) + max(0.0, box[2] - frame.width) + max(0.0, frame.top - box[1])
-            )
+            outside = max(0.0, frame.left - box[0]) + max(0.0, box[2] - frame.width) + max(0.0, frame.top - box[1])
             cost = sum(_overlap(box, other) for other in taken) + 50 * outside + abs(rise) * 0.5
             if best is None or cost < best[0]:
                 best = (cost, box, "start" if side > 0 else "end", at)
@@ -291,12 +286,8 @@ def _linear_ticks(low: float, high: float, *, count: int) -> list[float]:
 
 def _described(points: Sequence[Point], axis: Axis, cliff: Cliff | None) -> str:
     """The drawing in words, for those who hear it."""
-    listed = "; ".join(
-        f"{p.label} {p.x:.4g} {axis.unit}, KL {p.loss:.3g}" for p in sorted(points, key=lambda p: -p.x)
-    )
+    listed = "; ".join(f"{p.label} {p.x:.4g} {axis.unit}, KL {p.loss:.3g}" for p in sorted(points, key=lambda p: -p.x))
     fall = (
-        f" The steepest step is from {cliff.upper} to {cliff.lower}: {cliff.times:.1f} times the loss."
-        if cliff
-        else ""
+        f" The steepest step is from {cliff.upper} to {cliff.lower}: {cliff.times:.1f} times the loss." if cliff else ""
     )
     return f"{listed}.{fall}"

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from bitladder.errors import OutputError
+from bitladder.files.atomic import write_whole
 from bitladder.records.run import RunRecord
 from bitladder.report.answers import compared_answers
 from bitladder.report.chart import Axis, Point, find_cliff, loss_chart
@@ -24,17 +23,7 @@ def write_html(record: RunRecord, path: Path) -> Path:
     Raises:
         OutputError: the file cannot be written.
     """
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(render_html(record), encoding="utf-8")
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise OutputError(
-            f"The report {path} cannot be written: {error.strerror}.", do="Name another place with --out."
-        ) from error
-    return path
+    return write_whole(path, render_html(record))
 
 
 def render_html(record: RunRecord) -> str:
@@ -43,9 +32,7 @@ def render_html(record: RunRecord) -> str:
     from markupsafe import Markup
 
     folder = files("bitladder") / "data" / "report"
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string((folder / "report.html").read_text(encoding="utf-8"))
     rows = level_rows(record)
     return template.render(
@@ -70,13 +57,7 @@ def _points(rows: Sequence[LevelRow], across: str, unit: float) -> list[Point]:
     for row in rows:
         if row.fidelity is None or row.verdict.status == "reference":
             continue
-        x = (
-            row.bytes / unit
-            if across == "size"
-            else row.result.decode_tokens_per_s
-            if row.result
-            else math.nan
-        )
+        x = row.bytes / unit if across == "size" else row.result.decode_tokens_per_s if row.result else math.nan
         found = row.fidelity
         points.append(Point(row.level, x, found.kl_mean, found.kl_low, found.kl_high, row.tier))
     return points

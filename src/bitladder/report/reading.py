@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 from bitladder.errors import BadInput
+from bitladder.files.atomic import write_whole
+from bitladder.records import to_json
 from bitladder.records.reading import from_json
 from bitladder.records.run import RunRecord
 
@@ -31,3 +33,8 @@ def read_run(path: Path) -> RunRecord:
             means="It is another kind of JSON, or was written by another version.",
             do="Run `bitladder run` again; what was measured is reused.",
         ) from error
+
+
+def write_run(record: RunRecord, path: Path) -> Path:
+    """Write a run's JSON, whole or not at all; returns the path. Raises OutputError."""
+    return write_whole(path, json.dumps(to_json(record), ensure_ascii=False, indent=1) + "\n")

@@ -40,9 +40,7 @@ class LevelRow:
     @property
     def tier(self) -> str:
         """``quality``, ``speed``, ``both`` or empty."""
-        return {"quality tier": "quality", "speed tier": "speed", "both tiers": "both"}.get(
-            self.verdict.status, ""
-        )
+        return {"quality tier": "quality", "speed tier": "speed", "both tiers": "both"}.get(self.verdict.status, "")
 
     @property
     def size(self) -> str:
@@ -82,11 +80,7 @@ class LevelRow:
     @property
     def ppl_ratio(self) -> str:
         """Perplexity over the reference's."""
-        return (
-            f"{self.fidelity.ppl_ratio:.3f}"
-            if self.fidelity and math.isfinite(self.fidelity.ppl_ratio)
-            else UNKNOWN
-        )
+        return f"{self.fidelity.ppl_ratio:.3f}" if self.fidelity and math.isfinite(self.fidelity.ppl_ratio) else UNKNOWN
 
     @property
     def top1(self) -> str:

@@ -69,9 +69,7 @@ def print_run(record: RunRecord, console: Console | None = None) -> None:
     source = record.source
     note = ", itself quantized: losses are relative to it" if source.quantized else ""
     out.print(Text(f"{source.name}  {source.level} source{note}", style="bold"))
-    out.print(
-        Text(f"{record.plan.machine}, context {record.plan.n_ctx}, bar: {record.decision.bar}", style="dim")
-    )
+    out.print(Text(f"{record.plan.machine}, context {record.plan.n_ctx}, bar: {record.decision.bar}", style="dim"))
     for warning in record.warnings:
         out.print(Text(f"! {warning}", style="yellow"))
     table, left_out = _level_table(rows, out.width)
@@ -79,9 +77,7 @@ def print_run(record: RunRecord, console: Console | None = None) -> None:
     if left_out:
         out.print(Text(f"Left out for width: {', '.join(left_out)}.", style="dim"))
     for row in rows:
-        line = Text.assemble(
-            (f"{row.level:<8}", "bold"), (row.verdict.status, STYLES.get(row.verdict.status, ""))
-        )
+        line = Text.assemble((f"{row.level:<8}", "bold"), (row.verdict.status, STYLES.get(row.verdict.status, "")))
         out.print(line.append(f": {row.verdict.reason}"))
     out.print()
     out.print(Text(record.decision.summary, style="bold"))
@@ -100,10 +96,7 @@ def _level_table(rows: Sequence[LevelRow], width: int) -> tuple[Table, list[str]
     for row in rows:
         style = STYLES.get(row.verdict.status, "")
         table.add_row(
-            *(
-                Text(column.read(row), style=style if column.title in ("level", "verdict") else "")
-                for column in chosen
-            )
+            *(Text(column.read(row), style=style if column.title in ("level", "verdict") else "") for column in chosen)
         )
     return table, left_out
 

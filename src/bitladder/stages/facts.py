@@ -1,0 +1,151 @@
+"""What a run writes down beside its results, so that anybody can repeat it: facts about source, files, settings, versions."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bitladder.describe.model import Model
+from bitladder.describe.text import Document, text_hash
+from bitladder.describe.workload import Workload
+from bitladder.formats.recipes import FILE_TYPES
+from bitladder.records.decision import Decision
+from bitladder.records.evaluation import LevelAnswers
+from bitladder.records.level_file import LevelFile
+from bitladder.records.run import FileFacts, InputFacts, SourceFacts
+from bitladder.store.recorded import WALK_PROTOCOL
+
+if TYPE_CHECKING:
+    from bitladder.files.gguf import GgufFile
+    from bitladder.files.sources import Source
+
+MATTERING_PACKAGES = ("xllamacpp", "torch", "transformers", "numba", "numpy")
+"""Packages whose version can change a number."""
+MOST_SLOTS = 4
+CONTEXT_STEP = 256
+CHARACTERS_PER_TOKEN = 2
+"""A low guess, so that the room derived from it is enough for any prompt."""
+
+
+def level_of(model: Model) -> str:
+    """The level that a source file is: by its declared type, else by the type that most of its weights have."""
+    declared = model.metadata.get("general.file_type")
+    for level, number in FILE_TYPES.items():
+        if number == declared:
+            return level
+    by_type: dict[str, int] = {}
+    for tensor in model.tensors:
+        by_type[tensor.qtype] = by_type.get(tensor.qtype, 0) + tensor.elements
+    return max(by_type, key=lambda qtype: by_type[qtype])
+
+
+def source_facts(opened: GgufFile, source: Source, location: str) -> SourceFacts:
+    """The model that everything is compared with."""
+    model = opened.model
+    return SourceFacts(
+        name=model.name or source.label,
+        location=location,
+        sha256=opened.sha256,
+        level=level_of(model),
+        architecture=model.dims.architecture,
+        parameters=model.elements,
+        bytes=model.header_bytes + model.tensor_bytes,
+        quantized=source.quantized,
+    )
+
+
+def file_facts(file: LevelFile) -> FileFacts:
+    """One written file."""
+    return FileFacts(file.level, str(file.path), file.bytes, file.bpw, seconds=0.0 if file.reused else file.seconds)
+
+
+def input_facts(workload: Workload) -> tuple[InputFacts, ...]:
+    """The inputs, in the words a reader of the report needs."""
+    return tuple(
+        InputFacts(
+            one.id,
+            prompt="\n\n".join(message["content"] for message in one.messages),
+            criterion="; ".join(f"{criterion.kind}: {_spoken(criterion.value)}" for criterion in one.criteria),
+            tags=one.tags,
+        )
+        for one in workload.inputs
+    )
+
+
+def _spoken(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_spoken(inner)}" for name, inner in value.items())
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return " | ".join(_spoken(inner) for inner in value)
+    return str(value)
+
+
+def shown_answers(answers: Sequence[LevelAnswers], decision: Decision) -> tuple[LevelAnswers, ...]:
+    """All answers; token probabilities only of the reference (the first) and the chosen tiers, which routing is derived from."""
+    detailed = {answers[0].level, decision.quality, decision.speed}
+    return tuple(one if one.level in detailed else _without_tokens(one) for one in answers)
+
+
+def _without_tokens(level: LevelAnswers) -> LevelAnswers:
+    return dataclasses.replace(level, answers=tuple(dataclasses.replace(answer, tokens=()) for answer in level.answers))
+
+
+def slots(workload: Workload, n_ctx: int) -> tuple[int, int]:
+    """Context of one request, and requests at once, so that together they take no more context than was planned for."""
+    longest = max(
+        sum(len(message["content"]) for message in one.messages) // CHARACTERS_PER_TOKEN + one.max_tokens + CONTEXT_STEP
+        for one in workload.inputs
+    )
+    room = min(n_ctx, -(-longest // CONTEXT_STEP) * CONTEXT_STEP)
+    return room, max(1, min(MOST_SLOTS, n_ctx // room))
+
+
+def engine_facts(*, n_ctx: int, n_parallel: int, threads: int) -> dict[str, Any]:
+    """The engine and its settings: part of the key of every answer and speed. The processor decides speed and, by its kernels, ties."""
+    from bitladder.files.probe import cpu_name
+
+    return {
+        "engine": "xllamacpp",
+        "version": metadata.version("xllamacpp"),
+        "n_ctx": n_ctx,
+        "n_parallel": n_parallel,
+        "threads": threads,
+        "cpu": cpu_name(),
+    }
+
+
+def settings_facts(settings: Any, texts: Sequence[Document], workload: Workload) -> dict[str, Any]:
+    """Whatever changes a number: texts and workload by hash, protocol, threads, effort."""
+    room, parallel = slots(workload, settings.n_ctx)
+    return {
+        "text": {"documents": [text.name for text in texts], "sha256": text_hash(texts)},
+        "protocol": WALK_PROTOCOL,
+        "workload": {"name": workload.name, "inputs": len(workload.inputs), "sha256": workload.hash},
+        "engine": engine_facts(n_ctx=room, n_parallel=parallel, threads=settings.threads),
+        "temperature": workload.temperature,
+        "effort": settings.effort,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that can change a number."""
+    return {name: metadata.version(name) for name in MATTERING_PACKAGES}
+
+
+def commands(settings: Any, out: Path) -> tuple[str, ...]:
+    """What to type to get the same numbers."""
+    words = ["bitladder", "run", settings.model]
+    if settings.levels:
+        words += ["--levels", ",".join(settings.levels)]
+    if settings.workload:
+        words += ["--workload", str(settings.workload)]
+    if settings.bar:
+        words += ["--bar", settings.bar]
+    for text in settings.texts:
+        words += ["--text", str(text)]
+    words += ["--ctx", str(settings.n_ctx), "--threads", str(settings.threads), "--out", str(out)]
+    return (shlex.join(words), shlex.join(["bitladder", "report", str(out / "run.json")]))
