@@ -27,9 +27,7 @@ def postgres():
     found = binaries()
     if found is None:
         pytest.skip("PostgreSQL is not installed (Debian: apt-get install postgresql)")
-    pytest.importorskip(
-        "psycopg", reason="the PostgreSQL driver is not installed (pip install 'bitladder[postgres]')"
-    )
+    pytest.importorskip("psycopg", reason="the PostgreSQL driver is not installed (pip install 'bitladder[postgres]')")
     with running(found) as url:
         yield url
 
@@ -167,7 +165,8 @@ def oldest_store(url):
         assert migrate(connection, upto=1) == 1
         connection.exec_driver_sql(
             "INSERT INTO evidence (kind, key_hash, key, value, created) VALUES ('speed', "
-            "'44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a', '{}', '{\"decode\": 3}', '2025-01-01')"
+            "'44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a', '{}', "
+            "'{\"decode\": 3}', '2025-01-01')"
         )
     engine.dispose()
 
@@ -246,11 +245,14 @@ def test_a_database_that_stays_locked(tmp_path, monkeypatch):
         holder.close()
 
 
-def test_a_read_only_database(tmp_path):
+def test_a_read_only_database_can_be_read_and_says_so_on_writing(tmp_path):
     path = tmp_path / "evidence.sqlite"
-    Evidence.open(str(path)).close()
-    with pytest.raises(OutputError, match="cannot be written"):
-        Evidence.open(f"sqlite:///file:{path}?mode=ro&uri=true")
+    with Evidence.open(str(path)) as store:
+        store.put("speed", {}, {"decode": 1})
+    with Evidence.open(f"sqlite:///file:{path}?mode=ro&uri=true") as store:
+        assert store.get("speed", {}) == {"decode": 1}
+        with pytest.raises(OutputError, match="cannot be written"):
+            store.put("speed", {}, {"decode": 2})
 
 
 def test_a_folder_that_is_a_file(tmp_path):

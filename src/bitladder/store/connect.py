@@ -54,7 +54,7 @@ def make_engine(url: str) -> Engine:
 
 def _make_folder(database: str | None) -> None:
     """The folder of a SQLite file."""
-    if not database or database == ":memory:":
+    if not database or database.startswith((":memory:", "file:")):
         return
     folder = Path(database).parent
     try:
