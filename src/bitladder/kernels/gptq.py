@@ -133,7 +133,8 @@ def apply(factor: Factor, weights: F32, grid: Grid) -> tuple[npt.NDArray[np.int1
             targets -= factor.coupling[:start, block].T @ errors[:start]
         _round_block(
             targets, ordered[block], factor.coupling[block, block].copy(), factor.pivots[block],
-            scale, offset, groups[block], grid.lowest, grid.highest, grid.table, codes[block], errors[block], cost,
+            scale, offset, groups[block], grid.lowest, grid.highest, grid.table,
+            codes[block], errors[block], cost,
         )  # fmt: skip
     stored = np.empty((rows, columns), np.int16)
     stored[:, factor.order] = codes.T

@@ -1,0 +1,234 @@
+"""What the linear layers of a decoder layer read, gathered while hidden states pass through it.
+
+Quantizing a layer one shared input after another, each with the inputs that the already quantized part gives
+("true sequential"), would take a forward pass per input. Here a pass goes only as far as the input it is
+after, and starts from what is kept of the last one: the attention's result before its output projection, the
+MLP's before its down projection. The whole layer then costs one forward pass, plus the output projection
+twice.
+
+    q, k, v  <- norm                                      stop: nothing but the norm has run
+    o        <- attention with quantized q, k, v          kept: its input
+    gate, up <- quantized o on what was kept, norm        stop
+    down     <- quantized gate and up                     kept: its input
+    output   <- quantized down on what was kept
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from bitladder.engines.layers import LayeredModel, inference
+from bitladder.engines.states import Batch, States
+from bitladder.errors import BadWeights
+from bitladder.formats.roles import SharedInput
+
+F32 = NDArray[np.float32]
+
+_STRIP = 512
+_ATTENTION, _OUTPUT = "self_attn", "self_attn.o_proj"
+_MLP, _DOWN = "mlp", "mlp.down_proj"
+
+
+@dataclass(frozen=True)
+class InputStatistics:
+    """What one input (of one expert) looked like over the calibration set."""
+
+    gram: F32
+    """``X^T X`` f32[columns, columns], a sum over tokens; its diagonal is llama.cpp's importance matrix."""
+    largest: F32
+    """Largest magnitude of each channel, f32[columns]."""
+    tokens: int
+
+
+class _Sums:
+    """Running sums of one input. Only the blocks on and above the diagonal are computed."""
+
+    def __init__(self, columns: int, device: torch.device) -> None:
+        self.gram = torch.zeros(columns, columns, device=device)
+        self.largest = torch.zeros(columns, device=device)
+        self.tokens = 0
+
+    def add(self, x: torch.Tensor) -> None:
+        """Take in f32[tokens, columns]."""
+        if not len(x):
+            return
+        for start in range(0, x.shape[1], _STRIP):
+            strip = x[:, start : start + _STRIP]
+            self.gram[start : start + _STRIP, start:].addmm_(strip.T, x[:, start:])
+        torch.maximum(self.largest, x.abs().amax(dim=0), out=self.largest)
+        self.tokens += len(x)
+
+    def result(self) -> InputStatistics:
+        upper = torch.triu(self.gram)
+        whole = upper + torch.triu(upper, 1).T
+        return InputStatistics(whole.cpu().numpy(), self.largest.cpu().numpy(), self.tokens)
+
+
+class _Reached(Exception):  # noqa: N818 - no error
+    """The input that a pass was after has been seen; the rest of the layer need not run."""
+
+
+class LayerPass:
+    """One decoder layer of one level. ``states`` are what enters it; ``finish`` replaces them by what leaves
+    it."""
+
+    def __init__(
+        self,
+        model: LayeredModel,
+        layer: int,
+        block: nn.Module,
+        states: States,
+        batches: Sequence[Batch],
+        *,
+        spill: Path | None = None,
+    ) -> None:
+        """``spill``: a folder for what is kept between passes, or None to keep it in memory."""
+        self.model, self.layer, self.block = model, layer, block
+        self._states, self._batches, self._spill = states, batches, spill
+        self._kept: dict[str, States] = {}
+
+    def gather(self, shared: SharedInput) -> list[InputStatistics]:
+        """Statistics of one shared input (one per expert for stacked experts); the pass ends where it is
+        seen.
+
+        Raises:
+            BadWeights: the inputs are not finite.
+        """
+        sums: list[_Sums] = []
+        for batch in self._batches:
+            with inference(), self._resumed(batch), self._watched(shared, batch, sums, stop=True):
+                try:
+                    self.model.run(self.block, self.layer, self._entering(batch))
+                except _Reached:
+                    continue
+        return [self._checked(shared, one) for one in sums]
+
+    def gather_all(self, inputs: Sequence[SharedInput]) -> list[list[InputStatistics]]:
+        """Statistics of all inputs in one forward pass with the weights as they are, which also finishes the
+        layer.
+
+        Raises:
+            BadWeights: an input is not finite.
+        """
+        sums: list[list[_Sums]] = [[] for _ in inputs]
+        for batch in self._batches:
+            with inference(), ExitStack() as watching:
+                for shared, own in zip(inputs, sums, strict=True):
+                    watching.enter_context(self._watched(shared, batch, own, stop=False))
+                self._states.put(batch, self.model.run(self.block, self.layer, self._entering(batch)))
+        return [[self._checked(shared, one) for one in own] for shared, own in zip(inputs, sums, strict=True)]
+
+    def finish(self) -> None:
+        """Replace the states by what leaves the layer with its present weights."""
+        for batch in self._batches:
+            with inference(), self._resumed(batch):
+                self._states.put(batch, self.model.run(self.block, self.layer, self._entering(batch)))
+
+    def _entering(self, batch: Batch) -> torch.Tensor:
+        return self._states.get(batch).to(self.model.device)
+
+    def _checked(self, shared: SharedInput, sums: _Sums) -> InputStatistics:
+        result = sums.result()
+        if not (np.isfinite(result.gram).all() and np.isfinite(result.largest).all()):
+            raise BadWeights(
+                f"The inputs of {shared.module} in layer {self.layer} are not finite.",
+                means="Weights of this or an earlier layer overflow on the calibration text; the model is damaged.",
+                do="Check the source's own answers first; a checkpoint in another precision may be sound.",
+            )
+        return result
+
+    @contextmanager
+    def _watched(self, shared: SharedInput, batch: Batch, sums: list[_Sums], *, stop: bool) -> Iterator[None]:
+        valid = torch.from_numpy(batch.valid).to(self.model.device)
+        take = {"linear": _take_linear, "experts_in": _take_experts, "experts_down": _take_experts_down}[shared.kind]
+
+        def seen(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+            x = arguments[0]
+            if shared.module in (_OUTPUT, _DOWN) and stop:
+                self._keep(shared.module, batch, x)
+            take(module, arguments, valid.reshape(-1), sums)
+            if stop:
+                raise _Reached
+
+        handle = self.block.get_submodule(shared.module).register_forward_pre_hook(seen)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _keep(self, module: str, batch: Batch, x: torch.Tensor) -> None:
+        if module not in self._kept:
+            self._kept[module] = States(self._batches, x.shape[-1], spill=self._spill)
+        self._kept[module].put(batch, x)
+
+    @contextmanager
+    def _resumed(self, batch: Batch) -> Iterator[None]:
+        """Modules whose last linear layer's input was kept begin there."""
+        begun: list[nn.Module] = []
+        for path, whole in ((_OUTPUT, _ATTENTION), (_DOWN, _MLP)):
+            if path in self._kept:
+                owner = self.block.get_submodule(whole)
+                kept = self._kept[path].get(batch).to(self.model.device)
+                owner.forward = _from_kept(self.block.get_submodule(path), kept, pair=whole == _ATTENTION)
+                begun.append(owner)
+        try:
+            yield
+        finally:
+            for owner in begun:
+                del owner.forward
+
+
+def _from_kept(last: nn.Module, kept: torch.Tensor, *, pair: bool) -> Callable[..., Any]:
+    """A forward that only applies the last linear layer; attention modules return a pair."""
+
+    def forward(*_: Any, **__: Any) -> Any:
+        out = last(kept)
+        return (out, None) if pair else out
+
+    return forward
+
+
+def _take_linear(
+    module: nn.Module,  # noqa: ARG001 - the three share a signature
+    arguments: tuple[Any, ...],
+    valid: torch.Tensor,
+    sums: list[_Sums],
+) -> None:
+    x = arguments[0].reshape(-1, arguments[0].shape[-1])
+    if not sums:
+        sums.append(_Sums(x.shape[1], x.device))
+    sums[0].add(x if bool(valid.all()) else x[valid])
+
+
+def _routed(arguments: tuple[Any, ...], valid: torch.Tensor, expert: int) -> torch.Tensor:
+    """The tokens that an expert got, f32[tokens, columns]."""
+    states, chosen = arguments[0], arguments[1]
+    mask = (chosen == expert).any(dim=-1) & valid
+    return torch.as_tensor(states[mask])
+
+
+def _take_experts(module: Any, arguments: tuple[Any, ...], valid: torch.Tensor, sums: list[_Sums]) -> None:
+    if not sums:
+        sums.extend(_Sums(arguments[0].shape[-1], arguments[0].device) for _ in range(module.num_experts))
+    for expert, own in enumerate(sums):
+        own.add(_routed(arguments, valid, expert))
+
+
+def _take_experts_down(module: Any, arguments: tuple[Any, ...], valid: torch.Tensor, sums: list[_Sums]) -> None:
+    if not sums:
+        width = module.down_proj.shape[-1]
+        sums.extend(_Sums(width, arguments[0].device) for _ in range(module.num_experts))
+    for expert, own in enumerate(sums):
+        x = _routed(arguments, valid, expert)
+        if len(x):
+            gate, up = nn.functional.linear(x, module.gate_up_proj[expert]).chunk(2, dim=-1)
+            own.add(module.act_fn(gate) * up)

@@ -1,0 +1,103 @@
+"""What a checkpoint folder needs beside its weights: configuration, tokenizer, chat template.
+
+From a checkpoint folder they are copied byte for byte. From a GGUF file transformers makes them.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bitladder.errors import BadInput
+from bitladder.files.checkpoint import read_json
+
+_COPIED = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
+    "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Companions:
+    """``config`` without any quantization, and the other files by name."""
+
+    config: dict[str, Any]
+    files: dict[str, bytes]
+
+
+def companions_of_folder(folder: Path) -> Companions:
+    """The companions of a checkpoint, as they are.
+
+    Raises:
+        BadInput: no config.json, or no tokenizer.
+        BadFile: config.json is no JSON object.
+    """
+    config = read_json(folder / "config.json")
+    config.pop("quantization_config", None)
+    files = {
+        path.name: path.read_bytes() for pattern in _COPIED for path in sorted(folder.glob(pattern)) if path.is_file()
+    }
+    if not any(name.startswith("tokenizer") or name.endswith((".model", ".tiktoken")) for name in files):
+        raise BadInput(
+            f"{folder} has no tokenizer.",
+            means="Only part of the checkpoint was copied; a model without its tokenizer cannot be served.",
+            do="Copy tokenizer.json and tokenizer_config.json (or tokenizer.model) into it.",
+        )
+    return Companions(config, files)
+
+
+def companions_of_gguf(path: Path, *, tied: bool) -> Companions:
+    """Configuration and tokenizer that transformers makes of a GGUF file's header. ``tied``: no output matrix
+    of its own.
+
+    Raises:
+        BadInput: transformers cannot read this architecture or tokenizer from GGUF.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name).to_dict()
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            with tempfile.TemporaryDirectory() as folder:
+                tokenizer.save_pretrained(folder)
+                files = {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}
+    except (ValueError, KeyError, NotImplementedError, OSError) as error:
+        raise BadInput(
+            f"transformers cannot make a checkpoint of {path.name}: {error}",
+            means="It reads fewer architectures and tokenizers from GGUF than llama.cpp does.",
+            do="Give the model's original checkpoint folder or hf:org/name; GGUF levels work from this file as it is.",
+        ) from error
+    config.pop("quantization_config", None)
+    config["architectures"] = config.get("architectures") or [_causal_class(config["model_type"])]
+    config["tie_word_embeddings"] = tied
+    return Companions(json.loads(json.dumps(config, default=str)), files)
+
+
+def _causal_class(model_type: str) -> str:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    found = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
+    return found if isinstance(found, str) else found[0]
+
+
+def tokenizer_differences(first: Path, second: Path, prompts: Sequence[str]) -> list[str]:
+    """Prompts on which two folders' tokenizers, or their chat templates, disagree."""
+    from transformers import AutoTokenizer
+
+    one, two = AutoTokenizer.from_pretrained(first), AutoTokenizer.from_pretrained(second)
+    wrong = []
+    for prompt in prompts:
+        same = one(prompt)["input_ids"] == two(prompt)["input_ids"]
+        if same and one.chat_template:
+            chat = [{"role": "user", "content": prompt}]
+            same = one.apply_chat_template(chat, tokenize=False) == two.apply_chat_template(chat, tokenize=False)
+        if not same:
+            wrong.append(prompt)
+    return wrong

@@ -1,0 +1,77 @@
+"""How Hugging Face checkpoints name a decoder layer's tensors on disk, where that differs from transformers'
+modules.
+
+Dense families: ``model.layers.N.`` and the module's path. Mixtures: transformers fuses experts into stacks
+(``mlp.experts.gate_up_proj`` [experts, 2 x width, inputs]); checkpoints hold them one by one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bitladder.formats.roles import Family, Parameter, SharedInput
+
+LAYERS = "model.layers."
+EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+
+# path in the module -> (what replaces it on disk, one name per equal part of the rows)
+_QWEN_EXPERTS = {
+    "mlp.experts.gate_up_proj": ("mlp.experts.{}.gate_proj", "mlp.experts.{}.up_proj"),
+    "mlp.experts.down_proj": ("mlp.experts.{}.down_proj",),
+}
+_EXPERTS = {
+    "mixtral": {
+        "mlp.experts.gate_up_proj": ("block_sparse_moe.experts.{}.w1", "block_sparse_moe.experts.{}.w3"),
+        "mlp.experts.down_proj": ("block_sparse_moe.experts.{}.w2",),
+    },
+    "qwen2_moe": _QWEN_EXPERTS,
+    "qwen3_moe": _QWEN_EXPERTS,
+}
+_RENAMED = {"mixtral": {"mlp.gate.weight": "block_sparse_moe.gate.weight"}}
+_ROUTERS = ("mlp.gate.weight", "mlp.shared_expert_gate.weight")
+
+
+@dataclass(frozen=True)
+class DiskLinear:
+    """One linear layer as a checkpoint names it, without ``.weight``: part ``part`` of ``parts`` equal runs
+    of rows."""
+
+    name: str
+    part: int = 0
+    parts: int = 1
+
+
+def disk_name(family: Family, path: str) -> str:
+    """A parameter's name on disk, after the layer's prefix; for parameters that are not stacked experts."""
+    return _RENAMED.get(family.model_type, {}).get(path, path)
+
+
+def disk_linears(family: Family, path: str, expert: int | None) -> tuple[DiskLinear, ...]:
+    """The linear layers that a parameter (of one expert) is on disk."""
+    if expert is None:
+        return (DiskLinear(disk_name(family, path).removesuffix(".weight")),)
+    names = _EXPERTS[family.model_type][path]
+    return tuple(DiskLinear(name.format(expert), part, len(names)) for part, name in enumerate(names))
+
+
+def quantized_parameters(family: Family, shared: SharedInput) -> tuple[Parameter, ...]:
+    """The weight matrices that read a shared input and are quantized: all but routers, whose few weights
+    decide much."""
+    return tuple(
+        parameter
+        for parameter in family.parameters
+        if parameter.path not in _ROUTERS and set(parameter.roles) & set(shared.roles)
+    )
+
+
+def absorbing_parameters(family: Family, shared: SharedInput) -> tuple[Parameter, ...]:
+    """The parameters (weight, and bias where a linear layer has one) that can take up a scale on a shared
+    input.
+
+    None for stacked experts: a scale of each expert's own would have to go into rows that other experts
+    share.
+    """
+    if shared.absorbs is None or shared.kind != "linear":
+        return ()
+    stem = shared.absorbs.removesuffix(".weight")
+    return tuple(p for p in family.parameters if p.roles in ((f"{stem}.weight",), (f"{stem}.bias",)))

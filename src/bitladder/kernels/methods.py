@@ -1,0 +1,94 @@
+"""One weight matrix of a checkpoint level: the search for scales and the choice of codes that its method
+stands for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from bitladder.formats.checkpoint import CheckpointLevel
+from bitladder.kernels import affine, awq, gptq
+from bitladder.kernels.grid import F32
+
+_FEW_CANDIDATES = np.array([1.0, 0.92, 0.84, 0.75], np.float32)
+"""Enough shrinks to rank AWQ's scales by; the final search takes all."""
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Codes ``i16[rows, columns]``, their scales and zeros, and what they cost on the calibration set."""
+
+    codes: npt.NDArray[np.int16]
+    parameters: affine.Affine
+    loss: float
+    """Squared error of the outputs as a share of the outputs' energy; NaN without calibration inputs."""
+
+    @property
+    def decoded(self) -> F32:
+        """The weights ``f32[rows, columns]`` as a reader of the file computes them."""
+        return self.parameters.decode(self.codes)
+
+
+def feedback(
+    level: CheckpointLevel, factor: gptq.Factor, gram: F32, weights: F32, *, scale_dtype: str = "float16"
+) -> Quantized:
+    """GPTQ: scales by what an error of each column really costs, codes with error feedback."""
+    parameters = _search(level, weights, factor.importance, scale_dtype)
+    codes, _ = gptq.apply(factor, weights, parameters.grid())
+    return Quantized(codes, parameters, relative_error(parameters.decode(codes) - weights, weights, gram))
+
+
+def rounded(level: CheckpointLevel, gram: F32 | None, weights: F32, *, scale_dtype: str = "float16") -> Quantized:
+    """Nearest codes on scales searched under the inputs' energies (all equal where ``gram`` is None)."""
+    importance = None if gram is None else _energies(gram)
+    parameters = _search(level, weights, importance, scale_dtype)
+    codes = parameters.grid().nearest(weights)
+    loss = float("nan") if gram is None else relative_error(parameters.decode(codes) - weights, weights, gram)
+    return Quantized(codes, parameters, loss)
+
+
+def awq_scales(
+    level: CheckpointLevel, gram: F32, weights: Sequence[F32], *, tied: npt.NDArray[np.intp] | None = None
+) -> awq.Scales:
+    """AWQ's scales for one shared input, with rounding as ``level`` will do it."""
+
+    def round_trip(scaled: F32, importance: F32) -> F32:
+        found = affine.search(
+            scaled,
+            level.bits,
+            level.group_size,
+            sym=level.sym,
+            importance=importance,
+            shrinks=_FEW_CANDIDATES,
+        )
+        return found.decode(found.grid().nearest(scaled))
+
+    return awq.prepare(gram, weights, round_trip, group_size=level.group_size, tied=tied)
+
+
+def relative_error(difference: F32, weights: F32, gram: F32) -> float:
+    """``tr(D G D^T) / tr(W G W^T)``: how much of the outputs' energy on the calibration set is error."""
+    whole = float(np.einsum("rk,rk->", weights @ gram, weights, dtype=np.float64))
+    wrong = float(np.einsum("rk,rk->", difference @ gram, difference, dtype=np.float64))
+    return wrong / whole if whole > 0 else float("nan")
+
+
+def _energies(gram: F32) -> F32:
+    diagonal = np.diagonal(gram).astype(np.float64)
+    return np.asarray(diagonal / max(float(diagonal.mean()), np.finfo(np.float64).tiny), np.float32)
+
+
+def _search(level: CheckpointLevel, weights: F32, importance: F32 | None, scale_dtype: str) -> affine.Affine:
+    return affine.search(
+        weights,
+        level.bits,
+        level.group_size,
+        sym=level.sym,
+        importance=importance,
+        least_zero=1 if level.layout == "gptq" else 0,
+        scale_dtype=scale_dtype if level.layout in ("pack-quantized", "int-quantized") else "float16",
+        signed=level.activations == "float",
+    )
