@@ -39,7 +39,8 @@ class Timeouts:
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """One chat. ``extra`` holds fields that only some engines know."""
+    """One chat. ``extra`` holds fields that only some engines know, ``without`` fields that this one refuses.
+    """
 
     model: str
     messages: Sequence[Message]
@@ -50,13 +51,15 @@ class ChatRequest:
     stop: Sequence[str] = ()
     stream: bool = True
     extra: Mapping[str, Any] = field(default_factory=dict)
+    max_tokens_field: str = "max_tokens"
+    without: Sequence[str] = ()
 
     def body(self) -> dict[str, Any]:
         """As JSON for ``/chat/completions``."""
         body: dict[str, Any] = {
             "model": self.model,
             "messages": [dict(message) for message in self.messages],
-            "max_tokens": self.max_tokens,
+            self.max_tokens_field: self.max_tokens,
             "temperature": self.temperature,
             "seed": self.seed,
             "stream": self.stream,
@@ -67,7 +70,9 @@ class ChatRequest:
             body |= {"logprobs": True, "top_logprobs": self.logprobs}
         if self.stop:
             body["stop"] = list(self.stop)
-        return body | dict(self.extra)
+        body |= self.extra
+        refused = {*self.without} | ({"model"} if not self.model else set())
+        return {name: value for name, value in body.items() if name not in refused}
 
 
 class ReplyStatus(EngineReply):

@@ -117,9 +117,7 @@ def judge_answers(
     said = {(answer.input_id, answer.sample): answer.text for answer in reference or ()}
     judged = []
     for answer in answers:
-        about = dataclasses.replace(
-            context or Context(), reference=said.get((answer.input_id, answer.sample))
-        )
+        about = dataclasses.replace(context or Context(), reference=said.get((answer.input_id, answer.sample)))
         outcome = judge(inputs[answer.input_id], answer.text, about)
         judged.append(dataclasses.replace(answer, passed=outcome.passed, detail=outcome.detail))
     return tuple(judged)
@@ -222,9 +220,7 @@ def _by_input(answers: LevelAnswers) -> dict[str, list[Answer]]:
 
 def _tag_results(pairs: Sequence[_Pair], tags: Sequence[str]) -> tuple[TagResult, ...]:
     groups = {tag: [pair for pair in pairs if tag in pair.one.tags] for tag in tags}
-    counts = {
-        tag: (sum(p.lost for p in group), sum(p.gained for p in group)) for tag, group in groups.items()
-    }
+    counts = {tag: (sum(p.lost for p in group), sum(p.gained for p in group)) for tag, group in groups.items()}
     adjusted = holm([mcnemar(*counts[tag]) if groups[tag] else math.nan for tag in tags])
     results = []
     for tag, p_value in zip(tags, adjusted, strict=True):
@@ -237,9 +233,7 @@ def _tag_results(pairs: Sequence[_Pair], tags: Sequence[str]) -> tuple[TagResult
 def _answer(one: Input, sample: int, question: str, completion: Completion) -> Answer:
     tokens = []
     for token in completion.tokens:
-        top = [
-            Alternative(other.token_id, other.logprob) for other in token.top if other.token_id is not None
-        ]
+        top = [Alternative(other.token_id, other.logprob) for other in token.top if other.token_id is not None]
         if token.token_id is not None:
             tokens.append(AnswerToken(token.token_id, token.logprob, token.text, tuple(top)))
     return Answer(
@@ -257,9 +251,9 @@ def _answer(one: Input, sample: int, question: str, completion: Completion) -> A
 
 
 _PROSE = (
-    "The harbour was quiet in the early morning. A few boats lay at the pier, and an old man mended a net while the "
-    "light came slowly over the water. He had done this every day for thirty years, and he knew each knot by its "
-    "feel. Behind him the town woke up: a shutter opened, a dog barked, the baker carried bread to the inn. "
+    "The harbour was quiet in the early morning. A few boats lay at the pier, and an old man mended a net "
+    "while the light came slowly over the water. He had done this every day for thirty years, and he knew each "
+    "knot by its feel. Behind him the town woke up: a shutter opened, a dog barked, the baker carried bread. "
 )
 
 
@@ -268,9 +262,7 @@ def _llama_rates(engine: LlamaServer, repeat: int) -> tuple[float, float]:
     serve it.
     """
     room = engine.settings.n_ctx - DECODE_TOKENS - 8
-    tokens = engine.tokenize(f"{repeat + 1}. " + _PROSE * 4, add_special=True)[
-        : max(8, min(PREFILL_TOKENS, room))
-    ]
+    tokens = engine.tokenize(f"{repeat + 1}. " + _PROSE * 4, add_special=True)[: max(8, min(PREFILL_TOKENS, room))]
     timings = engine.time_tokens(tokens, max_tokens=min(DECODE_TOKENS, max(2, room)))
     if timings["prompt_ms"] <= 0 or timings["predicted_ms"] <= 0 or timings["predicted_n"] < 2:
         raise EngineReply(f"The engine's timings make no sense: {dict(timings)}.")

@@ -1,0 +1,291 @@
+"""Any OpenAI-compatible endpoint by URL: vLLM, TGI, Ollama, LM Studio, llama-server, a cloud API.
+
+OpenAI, Anthropic and Google speak this protocol too (``https://api.openai.com/v1``,
+``https://api.anthropic.com/v1``, ``https://generativelanguage.googleapis.com/v1beta/openai``), so that no
+client of their own is needed. The key is read from the environment when the endpoint is opened; it is in no
+record, no message and no log.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+from urllib.parse import urlsplit
+
+import httpx
+
+from bitladder.describe.workload import Workload
+from bitladder.engines.base import Completion, Message
+from bitladder.engines.chat_api import (
+    ChatRequest,
+    ReplyStatus,
+    Timeouts,
+    chat,
+    parse_json,
+    status_error,
+    translated,
+)
+from bitladder.errors import EngineError, EngineGone, EngineReply, EngineTimeout, UsageError, WrongModel
+
+_TRY_AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
+_LONGEST_WAIT_S = 60.0
+
+
+@dataclass(frozen=True)
+class EndpointSettings:
+    """An endpoint as the user describes it; part of the evidence of everything measured with it, so it holds
+    no key.
+    """
+
+    base_url: str
+    """Usually ends in ``/v1``."""
+    model: str = ""
+    """As the endpoint names it; empty where it serves only one."""
+    key_env: str = ""
+    """Environment variable that holds the key; empty for endpoints that want none."""
+    parallel: int = 4
+    """Requests in flight at once."""
+    retries: int = 4
+    """Further tries after a refusal that may pass (too many requests, overload, a broken connection)."""
+    requests_per_minute: float = 0.0
+    """At most this many; 0 for no limit of ours."""
+    logprobs: bool = False
+    """Whether it reports probabilities."""
+    max_tokens_field: str = "max_tokens"
+    """Newer models of some clouds want ``max_completion_tokens``."""
+    without: tuple[str, ...] = ()
+    """Fields it refuses, such as ``seed`` or ``temperature``."""
+    price_in: float | None = None
+    """Of a million prompt tokens, in the user's currency; None when unknown."""
+    price_out: float | None = None
+    """Of a million answer tokens."""
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.base_url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise UsageError(f"'{self.base_url}' is no address of an engine.", do="Write it like http://host:port/v1.")
+        if parts.username or parts.password or parts.query:
+            raise UsageError(
+                "The address of an engine must hold neither a user, a password nor a query.",
+                means="Addresses are printed and stored; keys must not be.",
+                do="Put the key into an environment variable and name the variable.",
+            )
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a workload will cost at most, before anything is spent. ``money`` is None when the prices are
+    unknown.
+    """
+
+    requests: int
+    prompt_tokens: int
+    """Estimated at four characters a token."""
+    answer_tokens: int
+    """If every answer is as long as it may be."""
+    money: float | None
+
+
+class Endpoint:
+    """One model at one endpoint; an ``engines.base.Engine`` and a context manager."""
+
+    def __init__(
+        self,
+        settings: EndpointSettings,
+        *,
+        timeouts: Timeouts | None = None,
+        transport: httpx.BaseTransport | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        key = os.environ.get(settings.key_env, "") if settings.key_env else ""
+        if settings.key_env and not key:
+            raise UsageError(
+                f"The environment variable {settings.key_env} is empty.",
+                do=f"Put the key of {settings.base_url} into it.",
+            )
+        self.settings = settings
+        self.name = settings.model or urlsplit(settings.base_url).netloc
+        self.parallel = settings.parallel
+        self._key = key
+        self._sleep = sleep
+        self._gate = _Gate(settings.requests_per_minute, sleep)
+        self._served = ""
+        self._lock = threading.Lock()
+        self._client = httpx.Client(
+            headers={"authorization": f"Bearer {key}"} if key else {},
+            timeout=(timeouts or Timeouts()).for_httpx(),
+            transport=transport,
+        )
+
+    def __repr__(self) -> str:
+        return f"Endpoint({self.settings})"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
+    def probe(self) -> tuple[str, ...]:
+        """The models it says it serves; empty where it keeps no list.
+
+        Raises:
+            WrongModel: it keeps a list and the wanted model is not on it.
+            EngineError: it cannot be asked.
+        """
+        url = f"{self.settings.base_url.rstrip('/')}/models"
+        try:
+            with translated(url):
+                response = self._client.get(url)
+            if response.status_code in (404, 405):
+                return ()
+            if response.status_code != httpx.codes.OK:
+                raise status_error(url, response)
+            reply = parse_json(url, response.text)
+        except EngineError as error:
+            raise self._without_key(error) from None
+        listed = reply.get("data") if isinstance(reply, dict) else None
+        if not isinstance(listed, list):
+            raise EngineReply(f"The engine at {url} lists its models in a way we cannot read.")
+        models = tuple(str(one.get("id", "")) for one in listed if isinstance(one, dict))
+        wanted = self.settings.model
+        if wanted and models and not any(same_model(wanted, model) for model in models):
+            shown = ", ".join(models[:8]) + (", ..." if len(models) > 8 else "")
+            raise WrongModel(f"{self.settings.base_url} does not serve '{wanted}'.", do=f"It serves: {shown}.")
+        return models
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        max_tokens: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+        logprobs: int = 0,
+        stop: Sequence[str] = (),
+    ) -> Completion:
+        """Answer a chat (``engines.base.Engine.chat``), trying again where that may help.
+
+        Raises:
+            WrongModel: the reply names another model than the one asked for, or than the one that answered
+                before.
+            EngineError: no answer after all tries.
+        """
+        wanted = logprobs if self.settings.logprobs else 0
+        request = ChatRequest(
+            self.settings.model,
+            messages,
+            max_tokens,
+            temperature,
+            seed,
+            wanted,
+            stop,
+            max_tokens_field=self.settings.max_tokens_field,
+            without=self.settings.without,
+        )
+        url = f"{self.settings.base_url.rstrip('/')}/chat/completions"
+        for attempt in range(self.settings.retries + 1):
+            self._gate.wait()
+            try:
+                completion = chat(self._client, url, request)
+            except (EngineReply, EngineTimeout, EngineGone) as error:
+                wait_s = _wait_before(error, attempt)
+                if wait_s is None or attempt == self.settings.retries:
+                    raise self._without_key(error) from None
+                self._sleep(wait_s)
+            else:
+                self._same_as_before(completion.model)
+                return completion
+        raise AssertionError("the last try returns or raises")
+
+    def _same_as_before(self, served: str) -> None:
+        wanted = self.settings.model
+        with self._lock:
+            self._served = first = self._served or served
+        if wanted and served and not same_model(wanted, served):
+            raise WrongModel(
+                f"{self.settings.base_url} was asked for '{wanted}' and answered as '{served}'.",
+                means="It routes to another model, so its answers say nothing about the one you want.",
+                do="Name the model as the endpoint does, or ask an endpoint that serves it.",
+            )
+        if served != first:
+            raise WrongModel(
+                f"{self.settings.base_url} answered as '{first}' first and as '{served}' now.",
+                means="The model was exchanged while it was measured.",
+                do="Measure again: what was measured belongs to two models.",
+            )
+
+    def _without_key(self, error: EngineError) -> EngineError:
+        """The same error with the key, should the endpoint have repeated it, blotted out."""
+        if self._key:
+            for part in ("found", "means", "do"):
+                setattr(error, part, getattr(error, part).replace(self._key, "[key]"))
+            error.args = (error.found,)
+        return error
+
+
+def same_model(wanted: str, served: str) -> bool:
+    """Whether a served name is the wanted model: equal, a dated version (``name-2026-01-31``) or a tag
+    (``name:latest``).
+
+    Vendors' prefixes (``org/name``) and a file's ``.gguf`` do not count.
+    """
+    short = [name.lower().rsplit("/", 1)[-1].removesuffix(".gguf") for name in (wanted, served)]
+    if short[0] == short[1]:
+        return True
+    if not short[1].startswith(short[0]):
+        return False
+    rest = short[1][len(short[0]) :]
+    return rest == ":latest" or (rest[0] == "-" and rest[1:].replace("-", "").isdigit())
+
+
+def expected_cost(settings: EndpointSettings, workload: Workload) -> Cost:
+    """The most that a workload can cost at an endpoint; shown before anything is spent."""
+    asked = sum(len(message["content"]) for one in workload.inputs for message in one.messages) * workload.samples
+    prompt_tokens = -(-asked // 4)
+    answer_tokens = sum(one.max_tokens for one in workload.inputs) * workload.samples
+    money = None
+    if settings.price_in is not None and settings.price_out is not None:
+        money = (prompt_tokens * settings.price_in + answer_tokens * settings.price_out) / 1e6
+    return Cost(len(workload.inputs) * workload.samples, prompt_tokens, answer_tokens, money)
+
+
+def _wait_before(error: EngineError, attempt: int) -> float | None:
+    """Seconds to wait before trying again, doubling each time; None when trying again cannot help."""
+    if isinstance(error, ReplyStatus):
+        if error.status not in _TRY_AGAIN:
+            return None
+        if error.retry_after_s is not None:
+            return min(error.retry_after_s, _LONGEST_WAIT_S)
+    return float(min(2**attempt, _LONGEST_WAIT_S))
+
+
+class _Gate:
+    """Lets at most so many through per minute, evenly spaced."""
+
+    def __init__(self, per_minute: float, sleep: Callable[[float], None]) -> None:
+        self._gap_s = 60.0 / per_minute if per_minute > 0 else 0.0
+        self._next = 0.0
+        self._lock = threading.Lock()
+        self._sleep = sleep
+
+    def wait(self) -> None:
+        if not self._gap_s:
+            return
+        with self._lock:
+            now = time.monotonic()
+            mine = max(now, self._next)
+            self._next = mine + self._gap_s
+        if mine > now:
+            self._sleep(mine - now)
