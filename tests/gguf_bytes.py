@@ -31,9 +31,7 @@ def string(name: str, value: str) -> bytes:
 
 
 def strings(name: str, values: Sequence[str]) -> bytes:
-    return key(
-        name, ARRAY, struct.pack("<IQ", STRING, len(values)) + b"".join(text(value) for value in values)
-    )
+    return key(name, ARRAY, struct.pack("<IQ", STRING, len(values)) + b"".join(text(value) for value in values))
 
 
 def tensor(name: str | bytes, sizes: Sequence[int], qtype: int, offset: int) -> bytes:

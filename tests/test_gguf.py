@@ -58,9 +58,7 @@ def test_a_small_file_byte_by_byte(tmp_path):
     read = read_file_header(tmp_path / "x.gguf")
     assert read.metadata == {"a": 7}
     assert read.raw == {"a": bytes.fromhex("04000000 07000000")}
-    assert [(t.info.name, t.info.shape, t.info.qtype, t.offset) for t in read.tensors] == [
-        ("w", (3, 2), "F32", 96)
-    ]
+    assert [(t.info.name, t.info.shape, t.info.qtype, t.offset) for t in read.tensors] == [("w", (3, 2), "F32", 96)]
     assert (read.version, read.alignment, read.data_start, read.file_bytes) == (3, 32, 96, 120)
 
 
@@ -108,8 +106,7 @@ def test_the_gguf_package_agrees(demo_gguf):
 
     theirs, ours = GGUFReader(demo_gguf), read_file_header(demo_gguf)
     assert [
-        (t.name, tuple(map(int, t.shape[::-1])), t.tensor_type.name, int(t.data_offset))
-        for t in theirs.tensors
+        (t.name, tuple(map(int, t.shape[::-1])), t.tensor_type.name, int(t.data_offset)) for t in theirs.tensors
     ] == [(t.info.name, t.info.shape, t.info.qtype, t.offset) for t in ours.tensors]
     fields = {name: field for name, field in theirs.fields.items() if not name.startswith("GGUF.")}
     assert {name: field.contents() for name, field in fields.items()} == ours.metadata
@@ -375,6 +372,4 @@ def test_dimensions_that_are_missing_or_absurd(tmp_path):
 def test_numbers_per_layer_give_the_largest(tmp_path):
     per_layer = key("llama.attention.head_count_kv", ARRAY, struct.pack("<IQ2i", 5, 2, 1, 4))
     assert described(tmp_path, [*LLAMA_KEYS[:6], per_layer, LLAMA_KEYS[7]]).n_head_kv == 4
-    assert (
-        described(tmp_path, [*LLAMA_KEYS[:6], LLAMA_KEYS[7]]).n_head_kv == 4
-    )  # as many as heads when not said
+    assert described(tmp_path, [*LLAMA_KEYS[:6], LLAMA_KEYS[7]]).n_head_kv == 4  # as many as heads when not said

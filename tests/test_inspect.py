@@ -38,9 +38,7 @@ def test_a_truthful_file(tmp_path):
         assert seen.type_share == pytest.approx({qtype: count / total for qtype, count in by_type.items()})
         assert seen.bpw == pytest.approx(8 * sum(info.nbytes for info in file.model.tensors) / total)
     assert list(seen.type_share.values()) == sorted(seen.type_share.values(), reverse=True)
-    matrices = total - sum(
-        array.size for array in tiny_weights(width=256, hidden=512).values() if array.ndim == 1
-    )
+    matrices = total - sum(array.size for array in tiny_weights(width=256, hidden=512).values() if array.ndim == 1)
     assert seen.on_label_share == pytest.approx(by_type["Q4_K"] / matrices)
     assert seen.file_bytes == path.stat().st_size == seen.header_bytes + seen.tensor_bytes
 

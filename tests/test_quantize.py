@@ -144,9 +144,7 @@ def test_stacked_experts_have_importance_of_their_own(tmp_path, small_pieces):
     importance = rng.uniform(0.01, 10, (3, 64)).astype(np.float32)
     with GgufFile.open(source) as opened:
         made = [
-            quantize_levels(opened, ["Q4_0"], tmp_path / folder, importance={name: vectors}, threads=2)[
-                0
-            ].path
+            quantize_levels(opened, ["Q4_0"], tmp_path / folder, importance={name: vectors}, threads=2)[0].path
             for folder, vectors in [
                 ("stack", importance),
                 ("flat", importance.reshape(-1)),
@@ -164,15 +162,11 @@ def test_stacked_experts_have_importance_of_their_own(tmp_path, small_pieces):
 
 def test_importance_that_does_not_fit(tmp_path, tiny):
     with GgufFile.open(tiny) as source:
-        with pytest.raises(
-            BadInput, match=r"blk\.0\.attn_q\.weight has 5 values, the tensor has shape \(64, 64\)"
-        ):
+        with pytest.raises(BadInput, match=r"blk\.0\.attn_q\.weight has 5 values, the tensor has shape \(64, 64\)"):
             quantize_levels(
                 source, ["Q4_0"], tmp_path / "o", importance={"blk.0.attn_q.weight": np.ones(5, np.float32)}
             )
-        quantize_levels(
-            source, ["Q4_0"], tmp_path / "o", importance={"token_embd.weight": np.ones(5, np.float32)}
-        )
+        quantize_levels(source, ["Q4_0"], tmp_path / "o", importance={"token_embd.weight": np.ones(5, np.float32)})
 
 
 def test_empty_and_one_row_tensors(tmp_path):
@@ -197,9 +191,7 @@ def test_split_out_and_in_again(tmp_path, tiny):
         (whole,) = quantize_levels(source, ["Q8_0"], tmp_path / "whole")
         (split,) = quantize_levels(source, ["Q8_0"], tmp_path / "split", split_max_bytes=20_000)
     names = files_in(tmp_path / "split")
-    assert names == [
-        f"tiny-Q8_0-{number:05d}-of-{len(names):05d}.gguf" for number in range(1, len(names) + 1)
-    ]
+    assert names == [f"tiny-Q8_0-{number:05d}-of-{len(names):05d}.gguf" for number in range(1, len(names) + 1)]
     assert len(names) > 2 and split.path.name == names[0]
     assert split.bytes == sum(path.stat().st_size for path in (tmp_path / "split").iterdir())
     with GgufFile.open(split.path) as parts, GgufFile.open(whole.path) as one:
@@ -422,7 +414,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     rows = np.tile(np.linspace(-1, 1, 1024, dtype=np.float16), (48 << 10, 1))
     source = write_model(tmp_path / "big-F16.gguf", {"blk.0.ffn_up.weight": rows})
     code = """
-        import resource, sys
+        import sys
         from pathlib import Path
         from bitladder.files.gguf import GgufFile
         from bitladder.stages.quantize import quantize_levels
@@ -430,9 +422,12 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
         from bitladder.kernels import quantize, dequantize
         quantize(np.ones((8, 1024), np.float32), "Q8_0")
         dequantize(np.ones((8, 2048), np.uint8), "F16")
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        def peak():  # not ru_maxrss, which a process inherits from whoever started it
+            text = Path("/proc/self/status").read_text()
+            return int(next(line for line in text.splitlines() if line.startswith("VmHWM")).split()[1])
+        before = peak()
         quantize_levels(GgufFile.open(Path(sys.argv[1])), ["Q8_0"], Path(sys.argv[2]), threads=2)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+        print(peak() - before)
     """
     child = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code), str(source), str(tmp_path / "out")],

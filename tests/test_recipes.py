@@ -85,9 +85,7 @@ def test_all_96_pairs_are_recorded():
 
 
 def layers(*parts: str, count: int = 32, shape: tuple[int, ...] = (512, 512)) -> list[TensorInfo]:
-    return [
-        TensorInfo(f"blk.{layer}.{part}.weight", shape, "F16") for layer in range(count) for part in parts
-    ]
+    return [TensorInfo(f"blk.{layer}.{part}.weight", shape, "F16") for layer in range(count) for part in parts]
 
 
 def types(level: str, tensors: list[TensorInfo], dims: Dims, **more: bool) -> set[str]:
@@ -200,9 +198,7 @@ def test_ladder_and_numbers():
     assert LEVELS[0] == "F16" and LEVELS[-1] == "Q2_K"
     bits = [QTYPES[RECIPES[level].qtype].bpw for level in LEVELS]
     assert bits == sorted(bits, reverse=True)
-    assert (
-        FILE_TYPES["Q4_K_M"] == 15 and FILE_TYPES["Q2_K"] == 10
-    )  # llama.h: LLAMA_FTYPE_MOSTLY_Q4_K_M, _Q2_K
+    assert FILE_TYPES["Q4_K_M"] == 15 and FILE_TYPES["Q2_K"] == 10  # llama.h: LLAMA_FTYPE_MOSTLY_Q4_K_M, _Q2_K
     assert len(LEVEL_BY_FILE_TYPE) == len(RECIPES)
 
 

@@ -56,9 +56,7 @@ class _Keys:
         if isinstance(value, list) and value:
             value = value[0] if first else max(value, key=lambda one: one if isinstance(one, int) else -1)
         if isinstance(value, bool) or not isinstance(value, int) or not smallest <= value < _LARGEST:
-            found = (
-                "is missing" if key not in self.metadata else f"is {value!r}, not a number from {smallest} up"
-            )
+            found = "is missing" if key not in self.metadata else f"is {value!r}, not a number from {smallest} up"
             raise BadFile(
                 f"The key '{key}' {found}.",
                 means="The header was written by an unfinished conversion, or is damaged.",

@@ -62,8 +62,7 @@ def _parts(path: Path) -> list[Header]:
         number_inside = headers[-1].metadata.get(gguf.KEY_SPLIT_NO)
         if number_inside != number - 1:
             raise BadFile(
-                f"{part}: its header says part {number_inside!r} (counting from 0), "
-                f"its name says {number - 1}.",
+                f"{part}: its header says part {number_inside!r} (counting from 0), its name says {number - 1}.",
                 means="Parts were renamed or mixed up.",
                 do="Download the parts again.",
             )
@@ -85,8 +84,7 @@ def _merged(headers: list[Header]) -> dict[str, StoredTensor]:
     promised = headers[0].metadata.get(gguf.KEY_SPLIT_TENSORS, len(stored))
     if len(headers) > 1 and promised != len(stored):
         raise BadFile(
-            f"{headers[0].path}: {promised} tensors are promised, "
-            f"the {len(headers)} parts hold {len(stored)}.",
+            f"{headers[0].path}: {promised} tensors are promised, the {len(headers)} parts hold {len(stored)}.",
             means="Parts of different models were mixed.",
             do="Download the parts again.",
         )

@@ -76,9 +76,7 @@ class _Cursor:
         """Step over ``count`` bytes; returns where they start."""
         start, end = self.at, self.at + count
         if end > self.size:
-            raise self.fault(
-                f"{what} needs {count} bytes at offset {start}, the file has {self.size - start} left."
-            )
+            raise self.fault(f"{what} needs {count} bytes at offset {start}, the file has {self.size - start} left.")
         self.at = end
         return start
 
@@ -93,8 +91,7 @@ class _Cursor:
         number = self.u64(what)
         if number * smallest > self.size - self.at:
             raise self.fault(
-                f"{what} is {number}, which needs at least {number * smallest} bytes; "
-                f"{self.size - self.at} are left."
+                f"{what} is {number}, which needs at least {number * smallest} bytes; {self.size - self.at} are left."
             )
         return number
 
@@ -119,9 +116,7 @@ def _strings(cursor: _Cursor, count: int, key: str) -> list[str]:
             raise cursor.fault(f"the text of key '{key}' runs past the end of the file.")
         at = start + unpack(buffer, at)[0]
         if at > size:
-            raise cursor.fault(
-                f"a text of key '{key}' has {at - start} bytes, the file has {size - start} left."
-            )
+            raise cursor.fault(f"a text of key '{key}' has {at - start} bytes, the file has {size - start} left.")
         values.append(buffer[start:at].decode(errors="replace"))
     cursor.at = at
     return values
@@ -178,13 +173,10 @@ def _tensor(cursor: _Cursor, number: int) -> tuple[TensorInfo, int]:
         )
     info = TensorInfo(name, tuple(reversed(sizes)), qtype.name)
     if info.elements >= 1 << 63:
-        raise cursor.fault(
-            f"tensor '{name}' claims {info.elements} weights; sizes {sizes} do not fit 63 bits."
-        )
+        raise cursor.fault(f"tensor '{name}' claims {info.elements} weights; sizes {sizes} do not fit 63 bits.")
     if sizes and sizes[0] % qtype.block_size:
         raise cursor.fault(
-            f"tensor '{name}' has rows of {sizes[0]} weights; "
-            f"{qtype.name} needs multiples of {qtype.block_size}."
+            f"tensor '{name}' has rows of {sizes[0]} weights; {qtype.name} needs multiples of {qtype.block_size}."
         )
     return info, offset
 
@@ -193,9 +185,7 @@ def _alignment(cursor: _Cursor, metadata: dict[str, Any], raw: dict[str, bytes])
     value = metadata.get(gguf.KEY_ALIGNMENT, gguf.DEFAULT_ALIGNMENT)
     typed = gguf.KEY_ALIGNMENT not in raw or raw[gguf.KEY_ALIGNMENT][:4] == _U32.pack(gguf.UINT32)
     if not typed or not 0 < value <= gguf.MAX_ALIGNMENT or value & (value - 1):
-        raise cursor.fault(
-            f"{gguf.KEY_ALIGNMENT} is {value!r}; it must be a power of two up to {gguf.MAX_ALIGNMENT}."
-        )
+        raise cursor.fault(f"{gguf.KEY_ALIGNMENT} is {value!r}; it must be a power of two up to {gguf.MAX_ALIGNMENT}.")
     return int(value)
 
 
@@ -218,8 +208,7 @@ def _placed(
     for tensor in sorted(stored, key=lambda tensor: (tensor.offset, tensor.info.nbytes)):
         if tensor.offset < end:
             raise cursor.fault(
-                f"tensor '{tensor.info.name}' starts at byte {tensor.offset}, "
-                f"inside {owner}, which ends at {end}."
+                f"tensor '{tensor.info.name}' starts at byte {tensor.offset}, inside {owner}, which ends at {end}."
             )
         end, owner = tensor.offset + tensor.info.nbytes, f"tensor '{tensor.info.name}'"
     if end > cursor.size:
@@ -272,9 +261,7 @@ def read_file_header(path: Path) -> Header:
                 )
             buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
-        raise BadInput(
-            f"{path} cannot be read: {error.strerror}.", do="Check the path and its permissions."
-        ) from error
+        raise BadInput(f"{path} cannot be read: {error.strerror}.", do="Check the path and its permissions.") from error
     with buffer:
         cursor = _Cursor(buffer, path)
         version = _preamble(cursor)

@@ -72,11 +72,7 @@ def layout(metadata: Mapping[str, bytes], tensors: Sequence[TensorInfo], alignme
 def cannot_write(path: Path, error: OSError, needed: int = 0) -> OutputError:
     """The error for the user when the system refuses a write."""
     if error.errno in _FULL:
-        reason = (
-            "the disk is full"
-            if error.errno == errno.ENOSPC
-            else "a limit on disk use or file size is reached"
-        )
+        reason = "the disk is full" if error.errno == errno.ENOSPC else "a limit on disk use or file size is reached"
         return OutputError(
             f"{path}: {reason}; {needed} bytes ({human_bytes(needed)}) are needed.",
             means="What was begun has been removed.",
@@ -153,10 +149,7 @@ class GgufWriter:
 
     def _read_journal(self) -> dict[int, str]:
         """Tensors that an earlier run says it finished; a torn last line is no claim."""
-        if (
-            not (self.partial.exists() and self.journal.exists())
-            or self.partial.stat().st_size != self.plan.size
-        ):
+        if not (self.partial.exists() and self.journal.exists()) or self.partial.stat().st_size != self.plan.size:
             return {}
         lines = self.journal.read_text(errors="replace").splitlines()
         if not lines or lines[0] != self._first_line:

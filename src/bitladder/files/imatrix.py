@@ -68,9 +68,7 @@ def read_imatrix(path: Path) -> ImportanceMatrix:
             is_gguf = file.read(4) == gguf.MAGIC
         matrix = _from_gguf(read_file_header(path)) if is_gguf else _from_dat(path, path.read_bytes())
     except OSError as error:
-        raise BadInput(
-            f"{path} cannot be read: {error.strerror}.", do="Check the path and its permissions."
-        ) from error
+        raise BadInput(f"{path} cannot be read: {error.strerror}.", do="Check the path and its permissions.") from error
     for name, means in matrix.mean_squares.items():
         if not np.isfinite(means).all() or (means < 0).any():
             raise BadFile(
@@ -141,8 +139,7 @@ class _Bytes:
     def take(self, count: int, what: str) -> bytes:
         if not 0 <= count <= self.left:
             raise BadFile(
-                f"{self.path}: {what} needs {count} bytes at offset {self.at}, "
-                f"the file has {self.left} left.",
+                f"{self.path}: {what} needs {count} bytes at offset {self.at}, the file has {self.left} left.",
                 means=_MEANS,
                 do=_DO,
             )
@@ -165,9 +162,7 @@ def _from_dat(path: Path, data: bytes) -> ImportanceMatrix:
     means: dict[str, F32Array] = {}
     counts: dict[str, F32Array] = {}
     for number in range(entries):
-        name = source.take(source.i32(f"the length of name {number}"), f"name {number}").decode(
-            errors="replace"
-        )
+        name = source.take(source.i32(f"the length of name {number}"), f"name {number}").decode(errors="replace")
         if not name or name in means:
             raise BadFile(
                 f"{path}: the name of entry {number}, '{name}', is empty or appears twice.",

@@ -127,9 +127,7 @@ def draft_level(
     tensors = [TensorInfo(tensor.name, tensor.shape, qtypes[tensor.name]) for tensor in model.tensors]
     groups = _grouped(tensors, split_max_bytes)
     if len(groups) > gguf.MAX_SPLITS:
-        raise UsageError(
-            f"{split_max_bytes} bytes a part make {len(groups)} parts.", do="Give a larger limit."
-        )
+        raise UsageError(f"{split_max_bytes} bytes a part make {len(groups)} parts.", do="Give a larger limit.")
     parts = []
     for number, group in enumerate(groups):
         entries: dict[str, bytes] = {}

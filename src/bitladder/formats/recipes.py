@@ -311,12 +311,7 @@ def _role_type(recipe: Recipe, role: str, place: _Place) -> str:
         qtype = "Q5_K"  # eight query heads share attn_v there: more bits cost almost nothing
     if dims.n_expert == 8 and role in ("attn_v", "attn_k"):
         return "Q8_0"  # tiny beside eight experts
-    if (
-        dims.n_expert == 8
-        and role == "attn_output"
-        and recipe.attn_output_of_8_experts
-        and not place.is_falcon
-    ):
+    if dims.n_expert == 8 and role == "attn_output" and recipe.attn_output_of_8_experts and not place.is_falcon:
         return "Q5_K"
     return qtype
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import PurePath
 from typing import Any
 
 
@@ -15,6 +16,8 @@ def to_json(record: Any) -> Any:
         return {str(key): to_json(value) for key, value in record.items()}
     if isinstance(record, list | tuple | set | frozenset):
         return [to_json(value) for value in record]
+    if isinstance(record, PurePath):
+        return str(record)
     if isinstance(record, float) and not math.isfinite(record):
         return None
     return record

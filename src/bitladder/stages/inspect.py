@@ -98,15 +98,12 @@ def _off_recipe(model: Model, level: str) -> list[str]:
     plain = assign(level, model.tensors, model.dims)
     weighted = assign(level, model.tensors, model.dims, has_importance=True)
     misses = [
-        [tensor.name for tensor in model.tensors if tensor.qtype != wanted[tensor.name]]
-        for wanted in (plain, weighted)
+        [tensor.name for tensor in model.tensors if tensor.qtype != wanted[tensor.name]] for wanted in (plain, weighted)
     ]
     return min(misses, key=len)
 
 
-def _verdict(
-    in_name: str | None, in_header: str | None, off_recipe: list[str] | None, share: float | None
-) -> str:
+def _verdict(in_name: str | None, in_header: str | None, off_recipe: list[str] | None, share: float | None) -> str:
     claimed = in_name or in_header
     if claimed is None or off_recipe is None:
         return "Neither name nor header claims a level."
@@ -117,9 +114,7 @@ def _verdict(
         return f"Not llama.cpp's recipe for {claimed}: {len(off_recipe)} tensors have another type ({first})."
     if share is not None and share < 0.5:
         label = RECIPES[claimed].qtype
-        return (
-            f"It follows the recipe for {claimed}, yet only {share:.0%} of its quantized weights are {label}."
-        )
+        return f"It follows the recipe for {claimed}, yet only {share:.0%} of its quantized weights are {label}."
     return f"It is what it says: {claimed}."
 
 

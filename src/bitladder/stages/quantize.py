@@ -212,8 +212,7 @@ def _check_space(drafts: Sequence[LevelDraft], folder: Path) -> None:
     if needed > free:
         levels = ", ".join(draft.level for draft in drafts)
         raise OutputError(
-            f"{folder}: {needed} bytes ({human_bytes(needed)}) are needed, "
-            f"{free} ({human_bytes(free)}) are free.",
+            f"{folder}: {needed} bytes ({human_bytes(needed)}) are needed, {free} ({human_bytes(free)}) are free.",
             means=f"The disk is too full for {levels}. Nothing was written.",
             do="Free space, ask for fewer or smaller levels, or choose another folder with --out.",
         )
@@ -236,9 +235,7 @@ def _write(
     writers: list[tuple[GgufWriter, Callable[[str], bytes]]] = []
     try:
         for part in (part for draft in drafts for part in draft.parts):
-            fingerprint = hashlib.sha256(
-                part.plan.header + repr((identity, PIECE_WEIGHTS)).encode()
-            ).hexdigest()
+            fingerprint = hashlib.sha256(part.plan.header + repr((identity, PIECE_WEIGHTS)).encode()).hexdigest()
             writers.append((GgufWriter(part.path, part.plan, fingerprint), part.header))
         _Pass(source, importance, effort, following, progress).run([writer for writer, _ in writers], threads)
         sha256 = joined_sha256(following.result())
