@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -24,7 +25,8 @@ def write_whole(path: Path, content: str | bytes) -> Path:
             os.fsync(file.fileno())
         part.replace(path)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where nothing could be written, nothing can be removed either
+            part.unlink()
         raise OutputError(
             f"{path} cannot be written: {error.strerror or error}.", do="Name another place with --out."
         ) from error

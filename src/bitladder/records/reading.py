@@ -22,22 +22,39 @@ def from_json(kind: type[T], data: Any) -> T:
 
 def _build(kind: Any, data: Any, where: str) -> Any:
     """Follow the type."""
+    origin = typing.get_origin(kind)
     if dataclasses.is_dataclass(kind):
         return _build_record(kind, data, where)
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
-        return (
-            None
-            if data is None
-            else _build(next(one for one in arguments if one is not type(None)), data, where)
-        )
-    if origin in (tuple, list):
-        _expect(data, list, where)
-        items = [_build(arguments[0], value, f"{where}[{number}]") for number, value in enumerate(data)]
-        return tuple(items) if origin is tuple else items
+        inner = next(one for one in typing.get_args(kind) if one is not type(None))
+        return None if data is None else _build(inner, data, where)
+    if origin in (tuple, list, dict):
+        return _build_container(kind, data, where)
+    return _build_tuple(kind, data, where) if hasattr(kind, "_fields") else _build_plain(kind, data, where)
+
+
+def _build_container(kind: Any, data: Any, where: str) -> Any:
+    """A tuple or list of one type, or a dictionary by name."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is dict:
         _expect(data, dict, where)
         return {name: _build(arguments[1], value, f"{where}.{name}") for name, value in data.items()}
+    _expect(data, list, where)
+    return origin(_build(arguments[0], value, f"{where}[{number}]") for number, value in enumerate(data))
+
+
+def _build_tuple(kind: Any, data: Any, where: str) -> Any:
+    """A named tuple from an array."""
+    _expect(data, list, where)
+    hints = typing.get_type_hints(kind)
+    if len(data) != len(kind._fields):
+        raise ValueError(f"{where} must hold {len(kind._fields)} values; got {len(data)} instead")
+    named = zip(kind._fields, data, strict=True)
+    return kind(*(_build(hints[name], value, f"{where}.{name}") for name, value in named))
+
+
+def _build_plain(kind: Any, data: Any, where: str) -> Any:
+    """A number, text or truth value."""
     if kind is float:
         if data is None:
             return math.nan

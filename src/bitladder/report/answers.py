@@ -44,7 +44,8 @@ class Compared:
 def compared_answers(record: RunRecord) -> list[Compared]:
     """Inputs with flips first, then those that differ, then the same; in the workload's order within each."""
     shown = _shown_levels(record)
-    answers = {one.level: {answer.input_id: answer for answer in one.answers} for one in record.answers}
+    # The first of several answers to an input is the one shown.
+    answers = {one.level: {answer.input_id: answer for answer in reversed(one.answers)} for one in record.answers}
     compared = []
     for item in record.inputs:
         present = [(level, role, answers[level][item.id]) for level, role in shown if item.id in answers[level]]

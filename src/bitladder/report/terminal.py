@@ -106,9 +106,9 @@ def _columns_that_fit(rows: Sequence[LevelRow], width: int) -> tuple[list[Column
     chosen = list(COLUMNS)
 
     def wide(column: Column) -> int:
-        return 2 + max([len(column.title), *(len(column.read(row)) for row in rows)])
+        return 3 + max([len(column.title), *(len(column.read(row)) for row in rows)])
 
-    while sum(map(wide, chosen)) > width and any(column.rank for column in chosen):
+    while sum(map(wide, chosen)) + 1 > width and any(column.rank for column in chosen):
         chosen.remove(max(chosen, key=lambda column: column.rank))
     return chosen, [_spoken(column) for column in COLUMNS if column not in chosen]
 

@@ -1,0 +1,361 @@
+"""The report: one HTML file that stands alone, the chart's geometry, the terminal's tables, and word differences."""
+
+import dataclasses
+import io
+import json
+import math
+import re
+from html.parser import HTMLParser
+
+import pytest
+from rich.console import Console
+
+from bitladder.errors import BadInput, OutputError
+from bitladder.records import to_json
+from bitladder.records.evaluation import Alternative, Answer, AnswerToken
+from bitladder.records.reading import from_json
+from bitladder.records.run import InputFacts
+from bitladder.report import fidelity_table, plan_table, print_run, read_run, render_html, write_html
+from bitladder.report.answers import compared_answers
+from bitladder.report.chart import Axis, Point, find_cliff, loss_chart
+from bitladder.report.rows import UNKNOWN, level_rows, number, small
+from bitladder.report.words import word_diff
+from ladder_examples import SPEED_TEXTS, answers, fidelities, run_record
+
+VOID = {"meta", "link", "br", "img"}
+
+
+class Page(HTMLParser):
+    """Checks nesting, and collects what a browser would load and what a screen reader would miss."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.loads, self.ids, self.tags = [], [], [], []
+        self.feed(text)
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.tags.append((tag, attrs))
+        self.loads += [
+            attrs[name] for name in ("src", "href") if name in attrs and not attrs[name].startswith(("#", "data:"))
+        ]
+        self.ids += [attrs["id"]] if "id" in attrs else []
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def find(self, tag):
+        return [attrs for name, attrs in self.tags if name == tag]
+
+
+@pytest.fixture
+def record():
+    return run_record()
+
+
+def shown(show, *values, width):
+    out = io.StringIO()
+    show(*values, Console(file=out, width=width, highlight=False))
+    return out.getvalue()
+
+
+# ---- the HTML file
+
+
+def test_the_file_is_whole_and_loads_nothing(record):
+    text = render_html(record)
+    page = Page(text)
+    assert page.loads == []
+    assert not page.find("script")
+    assert not re.search(r"url\(|@import|https?://", text)
+    assert len(page.ids) == len(set(page.ids))
+    assert page.find("html") == [{"lang": "en"}]
+    assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in page.find("meta")
+    assert all("scope" in attrs for attrs in page.find("th"))
+    assert all(attrs.get("role") == "img" and "aria-labelledby" in attrs for attrs in page.find("svg"))
+
+
+def test_it_says_everything_the_table_needs(record):
+    text = render_html(record)
+    for expected in (
+        "Deploy Q6_K for quality", "158 MiB", "228 MiB", "131", "0.0130", "0.0117–0.0143", "1.013", "2/3", "quality tier",
+        "bitladder run ref", "ab" * 32, "cd" * 32, "numpy 2.0", "walk 12.5 s", "arithmetic",
+    ):  # fmt: skip
+        assert expected in text, expected
+
+
+def test_the_same_record_gives_the_same_file(record):
+    assert render_html(record) == render_html(run_record())
+
+
+def test_markup_in_prompts_answers_and_names_is_shown_as_text(record):
+    evil = "<script>alert('x')</script><img src=//evil.example/x onerror=y>"
+    hostile = dataclasses.replace(
+        record,
+        source=dataclasses.replace(record.source, name=evil),
+        inputs=(InputFacts(evil, evil, evil, (evil,)),),
+        answers=(
+            answers("F16", {evil: "plain"}),
+            answers("Q6_K", {evil: evil}),
+            answers("Q4_K_M", {evil: "</p>" + evil}),
+        ),
+        warnings=(evil,),
+        settings={evil: evil},
+        decision=dataclasses.replace(record.decision, summary=evil, next=(evil,)),
+    )
+    text = render_html(hostile)
+    page = Page(text)
+    assert not page.find("script")
+    assert not page.find("img")
+    assert text.count("&lt;script&gt;") >= 9
+
+
+def test_differences_are_marked_for_the_chosen_tiers(record):
+    text = render_html(record)
+    assert re.search(r"cost \$<del>8</del><ins>12</ins>\.", text)
+    assert re.search(r"file <del>shall</del><ins>will</ins> be", text)
+    assert (
+        text.index('<span class="id">pens')
+        < text.index('<span class="id">formal')
+        < text.index('<span class="id">capital')
+    )
+
+
+@pytest.mark.parametrize("bar", ["kl < 0.0001", "passes >= reference - 4 points"])
+def test_no_choice_is_said_not_drawn(bar):
+    text = render_html(run_record(bar))
+    Page(text)
+    assert 'class="tier ' not in text
+    assert ("No level that fits holds" in text) or ("cannot tell" in text)
+
+
+def test_a_run_with_nothing_measured_still_renders(record):
+    bare = dataclasses.replace(
+        record, fidelities=(), results=(), inputs=(), answers=(), files=(), timings={}, commands=()
+    )
+    text = render_html(bare)
+    Page(text)
+    assert "<svg" not in text
+    assert UNKNOWN in text
+
+
+def test_a_quantized_source_is_said_loudly(record):
+    quantized = dataclasses.replace(record, source=dataclasses.replace(record.source, quantized=True, level="Q4_1"))
+    assert "The source is itself quantized" in render_html(quantized)
+    assert "itself quantized" in shown(print_run, quantized, width=140)
+
+
+def test_writing_is_whole_or_not_at_all(record, tmp_path):
+    path = write_html(record, tmp_path / "new" / "report.html")
+    assert path.read_text(encoding="utf-8") == render_html(record)
+    assert [one.name for one in path.parent.iterdir()] == ["report.html"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot be written"):
+        write_html(record, tmp_path / "file" / "report.html")
+
+
+# ---- records and back
+
+
+def test_a_run_survives_its_json(record, tmp_path):
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(to_json(record)))
+    again = read_run(path)
+    assert to_json(again) == to_json(record)
+    assert again.plan == record.plan
+    assert again.decision == record.decision
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"bitladder": 3}', "\x00"])
+def test_what_is_no_run_is_refused(tmp_path, text):
+    path = tmp_path / "run.json"
+    path.write_text(text)
+    with pytest.raises(BadInput, match="is not a run"):
+        read_run(path)
+
+
+def test_an_answer_survives_its_json_with_its_tokens():
+    token = AnswerToken(7, -0.25, " 12", (Alternative(7, -0.25), Alternative(9, -1.5)))
+    answer = Answer("pens", " 12", True, "", "stop", 3, 1, tokens=(token,))
+    assert from_json(Answer, json.loads(json.dumps(to_json(answer)))) == answer
+    with pytest.raises(ValueError, match=r"tokens\[0\]\.top\[0\] must hold 2 values; got 1"):
+        from_json(Answer, to_json(answer) | {"tokens": [to_json(token) | {"top": [[1]]}]})
+
+
+def test_a_missing_run(tmp_path):
+    with pytest.raises(BadInput, match="No such file"):
+        read_run(tmp_path / "none.json")
+
+
+def test_a_broken_field_is_named(record, tmp_path):
+    data = to_json(record)
+    data["plan"]["levels"][2]["file_bytes"] = "many"
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(data))
+    with pytest.raises(BadInput, match=r"RunRecord\.plan\.levels\[2\]\.file_bytes must be int; got str"):
+        read_run(path)
+
+
+# ---- the chart
+
+
+POINTS = [
+    Point("Q8_0", 200, 0.004, 0.0037, 0.0043),
+    Point("Q6_K", 160, 0.013, 0.012, 0.014, "quality"),
+    Point("Q4_K_M", 124, 0.07, 0.065, 0.075, "speed"),
+    Point("Q4_K_S", 120, 0.08, 0.075, 0.086),
+    Point("Q3_K_M", 107, 0.25, 0.23, 0.27),
+    Point("Q2_K", 100, 2.5, 2.2, 2.8),
+]
+SIZE = Axis("file size", "MiB")
+
+
+def numbers(pattern, text):
+    return [tuple(map(float, found)) for found in re.findall(pattern, text)]
+
+
+def test_dots_stand_where_their_numbers_say():
+    svg = loss_chart(POINTS, SIZE, limit=0.1)
+    curve = numbers(r"([\d.]+),([\d.]+)", re.search(r'class="curve" points="([^"]+)"', svg)[1])
+    assert [x for x, _ in curve] == sorted(x for x, _ in curve)
+    by_level = dict(zip([p.label for p in sorted(POINTS, key=lambda p: p.x)], curve, strict=True))
+    # linear across: 40 MiB are as wide between 160 and 200 as they are anywhere
+    per_mib = (by_level["Q8_0"][0] - by_level["Q6_K"][0]) / 40
+    assert by_level["Q6_K"][0] - by_level["Q4_K_M"][0] == pytest.approx(36 * per_mib, abs=0.2)
+    # logarithmic down: equal factors are equal heights
+    per_e_fold = (by_level["Q8_0"][1] - by_level["Q6_K"][1]) / math.log(0.013 / 0.004)
+    assert by_level["Q3_K_M"][1] - by_level["Q2_K"][1] == pytest.approx(math.log(10) * per_e_fold, abs=0.3)
+    limit = float(re.search(r'class="limit"[^>]* y1="([\d.]+)"', svg)[1])
+    assert by_level["Q4_K_S"][1] - limit == pytest.approx(math.log(0.1 / 0.08) * per_e_fold, abs=0.3)
+
+
+def test_whiskers_span_the_interval():
+    svg = loss_chart([*POINTS[:5], Point("wide", 100, 1.0, 0.1, 10.0)], SIZE)
+    x, low, high = numbers(r'whisker[^"]*" d="M([\d.]+) ([\d.]+)V([\d.]+)', svg)[0]
+    dot = numbers(r'class="dot" cx="([\d.]+)" cy="([\d.]+)"', svg)[0]
+    assert dot[0] == x
+    assert (low + high) / 2 == pytest.approx(dot[1], abs=0.2)
+
+
+def test_labels_do_not_overlap_and_stay_inside():
+    crowd = [Point(f"Q{n}_K_M", 100 + n * 3, 0.05 * 1.1**-n, 0.04, 0.06) for n in range(8)]
+    for width in (360, 420, 600):
+        boxes = []
+        svg = loss_chart(crowd, SIZE, width=width, height=380)
+        for x, y, anchor, text in re.findall(
+            r'class="label[^"]*" x="([\d.]+)" y="([\d.]+)" text-anchor="(\w+)">([^<]+)', svg
+        ):
+            wide = len(text) * 6.7
+            left = float(x) - (wide if anchor == "end" else 0)
+            boxes.append((left, float(y) - 11, left + wide, float(y) + 3))
+        assert len(boxes) == 8
+        assert all(box[0] >= 0 and box[2] <= width for box in boxes)
+        overlapping = [
+            (a, b)
+            for n, a in enumerate(boxes)
+            for b in boxes[n + 1 :]
+            if min(a[2], b[2]) - max(a[0], b[0]) > 2 and min(a[3], b[3]) - max(a[1], b[1]) > 2
+        ]
+        assert not overlapping
+
+
+def test_the_cliff_is_the_steepest_step_that_matters():
+    cliff = find_cliff(POINTS)
+    assert (cliff.upper, cliff.lower) == ("Q3_K_M", "Q2_K")
+    assert cliff.times == pytest.approx(10)
+    assert find_cliff(POINTS[:2]) is None
+    gentle = [Point(str(n), 200 - 10 * n, 0.03 * 1.3**n, 0, 1) for n in range(6)]
+    assert find_cliff(gentle) is None
+
+
+def test_the_chart_is_described_in_words():
+    svg = loss_chart(POINTS, SIZE)
+    said = re.search(r"<desc[^>]*>([^<]+)", svg)[1]
+    assert "Q2_K 100 MiB, KL 2.5" in said
+    assert "from Q3_K_M to Q2_K: 10.0 times the loss" in said
+
+
+def test_odd_points_do_not_break_the_chart():
+    assert loss_chart([], SIZE) == ""
+    assert loss_chart([Point("a", 1, math.nan, 0, 0)], SIZE) == ""
+    one = loss_chart([Point("a<b>", 1, 0.0, 0.0, 0.0)], SIZE, limit=1e-9)
+    assert "a&lt;b&gt;" in one
+    assert "nan" not in one
+    assert 'class="limit"' not in one
+
+
+# ---- words
+
+
+def test_word_differences():
+    told = [(s.kind, s.text) for s in word_diff("The fee shall be $100.", "The fee will be $120 now.")]
+    assert told == [
+        ("same", "The fee "), ("removed", "shall"), ("added", "will"), ("same", " be $"),
+        ("removed", "100"), ("added", "120 now"), ("same", "."),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("one", "other"), [("", ""), ("", "new"), ("old", ""), ("a " * 3000, "a " * 2999 + "b c")])
+def test_both_texts_can_be_read_back_from_the_differences(one, other):
+    segments = word_diff(one, other)
+    assert "".join(s.text for s in segments if s.kind != "removed") == other
+    assert "".join(s.text for s in segments if s.kind != "added") == one
+
+
+def test_answers_with_another_outcome_come_first(record):
+    assert [(one.input.id, one.kind) for one in compared_answers(record)] == [
+        ("pens", "flipped"), ("formal", "differs"), ("capital", "same"),
+    ]  # fmt: skip
+
+
+def test_an_input_without_every_answer_is_still_shown(record):
+    partial = dataclasses.replace(record, answers=(record.answers[0], answers("Q4_K_M", {"pens": SPEED_TEXTS["pens"]})))
+    assert [len(one.told) for one in compared_answers(partial)] == [2, 1, 1]
+
+
+# ---- the terminal
+
+
+def test_the_terminal_tells_the_whole_run(record):
+    text = shown(print_run, record, width=160)
+    for row in level_rows(record):
+        assert row.level in text
+        assert row.verdict.status in text
+    for expected in ("0.0117–0.0143", "2/3", "speed tier", "Deploy Q6_K for quality"):
+        assert expected in text
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 140])
+def test_the_table_never_wraps_and_names_what_it_leaves_out(record, width):
+    lines = shown(print_run, record, width=width).splitlines()
+    table = [line for line in lines if re.match(r"^ (level|Q\d|F16)", line)]
+    assert len(table) == 8
+    assert all(len(line.rstrip()) <= width for line in table)
+    assert all("tier" in line or "bar" in line or "reference" in line for line in table[1:])
+    assert any("Left out for width" in line for line in lines) == (width < 130)
+
+
+def test_plan_and_fidelity_tables(record):
+    planned = shown(plan_table, record.plan, width=140)
+    assert "Q4_K_M" in planned
+    assert "KV cache" in planned
+    measured = shown(fidelity_table, fidelities(), width=160)
+    assert "0.0630–0.0770" in measured
+    assert "resample 30 documents" in measured
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (0.00412, "0.00412"), (0.00001, "1e-5"), (12.345, "12.3"), (1234.5, "1,234"), (math.nan, "–")],
+)
+def test_numbers(value, text):
+    assert small(value) == text
+    assert value == 0.00001 or number(value, 3) == text
