@@ -162,9 +162,8 @@ def main() -> None:
     print(f"kernels alone           {kernels:7.1f} s   (one piece in {SAMPLE}, scaled)")
     print(f"the pass                {done['seconds']:7.1f} s   {done['seconds'] / bound:.2f}x the slower of the two")
     print(f"written                 {done['bytes'] / 1e9:7.2f} GB")
-    print(
-        f"peak memory             {done['peak'] / 1e6:7.0f} MB, {(done['peak'] - done['before']) / 1e6:.0f} MB above the interpreter"
-    )
+    above = (done["peak"] - done["before"]) / 1e6
+    print(f"peak memory             {done['peak'] / 1e6:7.0f} MB, {above:.0f} MB above the interpreter with kernels")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ Both are written too, so that llama-quantize can use ours.
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,8 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitladder.errors import BadFile, BadInput
+from bitladder.files.atomic import write_whole
 from bitladder.files.gguf_header import Header, read_file_header
-from bitladder.files.gguf_writer import cannot_write, encoded, layout
+from bitladder.files.gguf_writer import encoded, layout
 from bitladder.formats import gguf
 from bitladder.formats.tensors import TensorInfo
 
@@ -190,17 +190,7 @@ def write_imatrix(path: Path, matrix: ImportanceMatrix, kind: Literal["gguf", "d
         OutputError: the file cannot be written.
     """
     data = _gguf_bytes(matrix) if kind == "gguf" else _dat_bytes(matrix)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise cannot_write(path, error, len(data)) from error
+    write_whole(path, data)
 
 
 def _gguf_bytes(matrix: ImportanceMatrix) -> bytes:

@@ -1,4 +1,4 @@
-"""The frozen records that stages exchange. Each is plain data: ``to_json`` turns any of them into what ``--json`` prints."""
+"""The frozen records that stages exchange: plain data. ``to_json`` turns any of them into what ``--json`` prints."""
 
 from __future__ import annotations
 
