@@ -1,0 +1,154 @@
+"""Sequential evidence: the error rate holds however often one looks, and easy cases stop early."""
+
+import math
+
+import numpy as np
+import pytest
+
+from bitladder.describe.workload import Input
+from bitladder.stages.ladder import measure_ladder
+from bitladder.stats.sequential import (
+    Standing,
+    asymptotic_sequence,
+    confidence_sequence,
+    log_wealth_above,
+    standing,
+    still_open,
+)
+
+STAKES = np.geomspace(0.005, 0.98, 24)
+
+
+def test_wealth_is_the_bets_played_one_by_one():
+    values, mean = [1.0, 0.0, 1.0, 0.5, 1.0], 0.4
+    purses = np.full(24, 1 / 24)
+    for value, log_wealth in zip(values, log_wealth_above(values, mean), strict=True):
+        purses *= 1 + STAKES / mean * (value - mean)
+        assert log_wealth == pytest.approx(math.log(purses.sum()))
+
+
+def test_no_bet_is_favourable_when_the_claim_holds():
+    """The expected wealth after n values with mean exactly at the claim is 1: here over all 2^8 outcomes of a
+    coin.
+    """
+    outcomes = (np.arange(256)[:, None] >> np.arange(8)) & 1
+    wealth = [np.exp(log_wealth_above(outcome.astype(float), 0.5)[-1]) for outcome in outcomes]
+    assert np.mean(wealth) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("shares", [[0.09, 0.86, 0.05], [0.04, 0.96, 0.0]])
+def test_false_calls_stay_rare_at_the_bar_itself(shares):
+    """A true loss of exactly the margin, looked at after every one of 800 inputs: either call is wrong at
+    most 5% of the time.
+    """
+    rng = np.random.default_rng(7)
+    calls = [standing(rng.choice([-1.0, 0.0, 1.0], p=shares, size=800), 0.04, 0.05) for _ in range(300)]
+    assert calls.count(Standing.MEETS) / 300 <= 0.05 + 0.025
+    assert calls.count(Standing.FAILS) / 300 <= 0.05 + 0.025
+
+
+def test_clear_cases_are_called_and_early():
+    assert standing([0.0] * 200, 0.04) is Standing.MEETS
+    assert standing([-1.0, 0.0] * 10, 0.04) is Standing.FAILS
+    assert standing([0.0] * 10, 0.04) is Standing.OPEN
+    assert standing([], 0.04) is Standing.OPEN
+
+
+def test_a_call_does_not_depend_on_what_comes_after():
+    early = [0.0] * 200
+    assert standing(early, 0.04) is Standing.MEETS
+    assert standing(early + [-1.0] * 100, 0.04) is Standing.MEETS
+
+
+def test_values_outside_their_bounds_are_refused():
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        log_wealth_above([0.5, 1.5], 0.5)
+
+
+def test_confidence_sequence_covers_at_every_look():
+    rng = np.random.default_rng(11)
+    missed = 0
+    for _ in range(60):
+        values = rng.beta(2, 5, size=300)
+        missed += any(
+            not low <= 2 / 7 <= high for low, high in (confidence_sequence(values[:n], 0.1) for n in (10, 50, 150, 300))
+        )
+    assert missed / 60 <= 0.1 + 0.08
+
+
+def test_confidence_sequence_directions():
+    values = np.random.default_rng(1).uniform(size=400)
+    wide, narrow = confidence_sequence(values[:50]), confidence_sequence(values)
+    assert narrow.high - narrow.low < wide.high - wide.low
+    shifted = confidence_sequence(values * 2 - 1, low=-1, high=1)
+    assert shifted == pytest.approx((2 * narrow.low - 1, 2 * narrow.high - 1))
+    assert all(map(math.isnan, confidence_sequence([])))
+
+
+def test_asymptotic_sequence_covers_values_without_bounds():
+    rng = np.random.default_rng(13)
+    missed = 0
+    for _ in range(200):
+        values = rng.gamma(2.0, 1.0, size=600)
+        missed += any(
+            not low <= 2.0 <= high for low, high in (asymptotic_sequence(values[:n]) for n in range(60, 601, 60))
+        )
+    assert missed / 200 <= 0.05 + 0.03
+    assert all(map(math.isnan, asymptotic_sequence([1.0])))
+
+
+def test_asymptotic_sequence_is_wider_than_a_single_look():
+    values = np.random.default_rng(2).normal(size=100)
+    low, high = asymptotic_sequence(values)
+    assert high - low > 2 * 1.96 * values.std() / 10
+
+
+def test_larger_levels_close_once_a_smaller_one_meets_the_bar():
+    o, m, f = Standing.OPEN, Standing.MEETS, Standing.FAILS
+    assert still_open([o, o, m, o, f, o]) == (3, 5)
+    assert still_open([m, f]) == ()
+    assert still_open([o, o]) == (0, 1)
+
+
+INPUTS = [Input(f"i{n}", ({"role": "user", "content": "?"},), ()) for n in range(400)]
+
+
+def ladder(losses, seed=0):
+    rng = np.random.default_rng(seed)
+    truth = {level: rng.choice([-1.0, 0.0], p=[loss, 1 - loss], size=400) for level, loss in losses.items()}
+    return lambda level, inputs: [float(truth[level][int(one.id[1:])]) for one in inputs]
+
+
+def test_the_ladder_stops_where_the_decision_is_clear():
+    losses = {"Q8_0": 0.0, "Q6_K": 0.0, "Q4_K_M": 0.0, "Q3_K_M": 0.3, "Q2_K": 0.6}
+    outcome = measure_ladder(list(losses), INPUTS, ladder(losses), margin=0.04)
+    assert outcome.chosen == "Q4_K_M"
+    assert outcome.decided
+    assert outcome.standings[3:] == (Standing.FAILS, Standing.FAILS)
+    assert sum(outcome.inputs_used) < 5 * 400 / 2
+    assert outcome.inputs_used[4] < outcome.inputs_used[3] < outcome.inputs_used[2]
+
+
+def test_the_ladder_says_when_inputs_ran_out():
+    losses = {"Q8_0": 0.0, "Q4_K_M": 0.0}
+    outcome = measure_ladder(list(losses), INPUTS[:20], ladder(losses), margin=0.04)
+    assert (outcome.chosen, outcome.decided, outcome.inputs_used) == (None, False, (20, 20))
+
+
+def test_the_same_seed_asks_in_the_same_order():
+    asked = []
+    for _ in range(2):
+        order = []
+        measure_ladder(
+            ["a"],
+            INPUTS[:24],
+            lambda _, inputs, order=order: [order.append(one.id) or 0.0 for one in inputs],
+            margin=0.04,
+        )
+        asked.append(order)
+    assert asked[0] == asked[1] != sorted(asked[0])
+
+
+def test_a_margin_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="margin"):
+        measure_ladder(["a"], INPUTS, ladder({"a": 0.0}), margin=0.0)
