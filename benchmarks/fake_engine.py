@@ -1,0 +1,133 @@
+"""An OpenAI-compatible engine that computes nothing: numbered tokens on a clock, as cheaply as Python can.
+
+Run as ``python benchmarks/fake_engine.py --port P [--first-ms F] [--interval-ms I]``. `max_tokens` of a request says how
+many tokens to send. Every token's text is its number, so that a lost, repeated or reordered one shows. One timer ticks
+for all streams. It serves the gateway's benchmarks and speaks just enough HTTP for that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+from typing import cast
+
+import uvloop
+
+HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: %s\r\n"
+TOKEN = (
+    b'data: {"id":"x","object":"chat.completion.chunk","created":1,"model":"%s","choices":'
+    b'[{"index":0,"delta":{"content":"%d "},"finish_reason":null}]}\n\n'
+)
+
+
+class Engine:
+    """All streams, and the clock they run on."""
+
+    def __init__(self, model: str, first_s: float, interval_s: float) -> None:
+        self.model = model.encode()
+        self.first_s = first_s
+        self.interval_s = interval_s
+        self.streams: set[Connection] = set()
+
+    async def tick(self) -> None:
+        loop = asyncio.get_running_loop()
+        due = loop.time()
+        while True:
+            due += self.interval_s
+            await asyncio.sleep(due - loop.time())
+            for connection in tuple(self.streams):
+                connection.next_token()
+
+
+class Connection(asyncio.Protocol):
+    """One client's connection, kept alive between requests."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.received = b""
+        self.sent = 0
+        self.wanted = 0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.engine.streams.discard(self)
+
+    def data_received(self, data: bytes) -> None:
+        self.received += data
+        head, found, rest = self.received.partition(b"\r\n\r\n")
+        if not found:
+            return
+        lines = head.lower().split(b"\r\n")
+        length = next((int(line[15:]) for line in lines if line.startswith(b"content-length:")), 0)
+        if len(rest) < length:
+            return
+        body, self.received = rest[:length], rest[length:]
+        if head.startswith(b"GET"):
+            model = self.engine.model.decode()
+            self.document({"status": "ok", "object": "list", "data": [{"id": model, "object": "model"}]})
+            return
+        request = json.loads(body)
+        self.wanted, self.sent = int(request.get("max_tokens") or 16), 0
+        answer = self.start_stream if request.get("stream") else self.whole
+        asyncio.get_running_loop().call_later(self.engine.first_s, answer)
+
+    def document(self, content: object) -> None:
+        body = json.dumps(content).encode()
+        if not self.transport.is_closing():
+            self.transport.write(
+                HEAD % b"application/json" + b"content-length: %d\r\n\r\n" % len(body) + body
+            )
+
+    def whole(self) -> None:
+        text = "".join(f"{number} " for number in range(self.wanted))
+        message = {"role": "assistant", "content": text}
+        self.document(
+            {
+                "id": "x",
+                "object": "chat.completion",
+                "created": 1,
+                "model": self.engine.model.decode(),
+                "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
+                "usage": {
+                    "prompt_tokens": 1,
+                    "completion_tokens": self.wanted,
+                    "total_tokens": self.wanted + 1,
+                },
+            }
+        )
+
+    def start_stream(self) -> None:
+        if not self.transport.is_closing():
+            self.transport.write(HEAD % b"text/event-stream" + b"transfer-encoding: chunked\r\n\r\n")
+            self.engine.streams.add(self)
+            self.next_token()
+
+    def next_token(self) -> None:
+        if self.sent < self.wanted:
+            event = TOKEN % (self.engine.model, self.sent)
+            self.sent += 1
+            self.transport.write(b"%x\r\n%b\r\n" % (len(event), event))
+        else:
+            self.engine.streams.discard(self)
+            self.transport.write(b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n")
+
+
+async def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--model", default="fake")
+    parser.add_argument("--first-ms", type=float, default=0.0)
+    parser.add_argument("--interval-ms", type=float, default=50.0)
+    options = parser.parse_args()
+    engine = Engine(options.model, options.first_ms / 1000, options.interval_ms / 1000)
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(lambda: Connection(engine), "127.0.0.1", options.port, backlog=2048)
+    print(json.dumps({"address": f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"}), flush=True)
+    await engine.tick()
+
+
+if __name__ == "__main__":
+    uvloop.run(main())

@@ -1,0 +1,400 @@
+"""The gateway over fakes: what passes through, what is refused, what happens when an upstream fails."""
+
+import asyncio
+import json
+import logging
+
+import httpx
+import pytest
+from upstreams import (
+    CHAT,
+    DONE,
+    QUALITY,
+    SPEED,
+    FakeReply,
+    Upstream,
+    chat,
+    document,
+    event,
+    events_of,
+    fails,
+    gateway,
+    replies,
+    says,
+)
+
+from bitladder.serve.app import build_app
+from bitladder.serve.backends import UpstreamFailed
+from bitladder.serve.deploy import deployed
+from bitladder.serve.router import AutoRule, TagEvidence
+from bitladder.serve.settings import Escalation, ServeSettings, Timeouts
+
+GOOD, FAST = says("the good answer", "Q8_0"), says("the fast answer", "Q4_K_M")
+QUICK = Timeouts(first_byte=0.3, between=0.3, client=0.3, restart=0.1)
+
+
+def ask(quality, speed, body, headers=None, path=CHAT, **settings) -> httpx.Response:
+    async def run() -> httpx.Response:
+        async with gateway(quality, speed, **settings) as (client, _):
+            content = body if isinstance(body, bytes) else json.dumps(body).encode()
+            return await client.post(path, content=content, headers=headers)
+
+    return asyncio.run(run())
+
+
+def text_of(body: bytes) -> str:
+    return " ".join(item["choices"][0]["delta"]["content"] for item in events_of(body) if "choices" in item)
+
+
+def test_reply_names_what_served_it():
+    reply = ask(GOOD, FAST, chat("speed"))
+    assert reply.status_code == 200
+    assert reply.content == document("the fast answer", "Q4_K_M")
+    assert reply.headers["x-bitladder-tier"] == "speed"
+    assert reply.headers["x-bitladder-level"] == "Q4_K_M"
+    assert reply.headers["x-bitladder-file-sha256"] == "b" * 64
+    assert reply.headers["x-bitladder-reason"] == "speed asked for by name"
+
+
+def test_level_by_name_names_its_tier_too():
+    reply = ask(GOOD, FAST, chat("q8_0"))
+    assert reply.headers["x-bitladder-tier"] == "quality"
+    assert reply.headers["x-bitladder-reason"] == "level asked for by name"
+
+
+def test_stream_passes_byte_by_byte():
+    odd = b'data: {"model": "Q8_0",  "choices":[{"delta":{"content":"\\u00e9"}, "x": 1e2}]}\r\n\r\n'
+    pieces = [b": ping\n\n", odd[:20], odd[20:], event("b", "Q8_0"), DONE]
+    reply = ask(replies(*pieces), FAST, chat("quality", stream=True))
+    assert reply.content == b"".join(pieces)
+    assert reply.headers["content-type"] == "text/event-stream"
+
+
+def test_request_passes_byte_by_byte_but_for_the_models_name():
+    quality = says("x", "Q8_0")
+    body = b'{ "tools": [1e2, "\\u00e9"], "model" : "quality", "messages":[{"content":"model"}] , "z":1.0}'
+    ask(quality, FAST, body)
+    assert quality.asked[0].body == body.replace(b'"quality"', b'"Q8_0"')
+
+
+def test_rules_of_the_evidence_decide_for_auto():
+    auto = AutoRule(tags={"easy": TagEvidence(5, 0), "hard": TagEvidence(5, 3)})
+    easy = ask(GOOD, FAST, chat("auto"), {"x-bitladder-tag": "easy"}, auto=auto)
+    hard = ask(GOOD, FAST, chat("auto"), {"x-bitladder-tag": "hard"}, auto=auto)
+    assert easy.headers["x-bitladder-level"] == "Q4_K_M"
+    assert hard.headers["x-bitladder-level"] == "Q8_0"
+    assert hard.headers["x-bitladder-reason"] == "auto: tag hard: speed lost 3 of 5"
+
+
+WRONG = says("impostor", "another-model")
+TRUNCATED = replies(b'{"model": "Q8_0", "choi', kind="application/json")
+BROKEN = replies(event("a", "Q8_0")[:30], UpstreamFailed("broken", "It broke off."))
+BAD_UPSTREAMS = {
+    "unreachable": (fails(), "connect"),
+    "another model": (WRONG, "wrong model"),
+    "server error": (replies(b"{}", status=500, kind="application/json"), "status"),
+    "redirect": (replies(b"", status=302), "status"),
+    "page instead of JSON": (replies(b"<html>sorry</html>", kind="text/html"), "garbage"),
+    "list instead of object": (replies(b"[]", kind="application/json"), "garbage"),
+    "truncated document": (TRUNCATED, "garbage"),
+    "deep nesting": (replies(b"[" * 100_000, kind="application/json"), "garbage"),
+    "error under status 200": (replies(b'{"error": {}}', kind="application/json"), "status"),
+    "no stream": (replies(b"garbage\n\n"), "garbage"),
+    "binary stream": (replies(b"data: \xff\xfe\n\n"), "garbage"),
+    "stream that starts with an error": (replies(b'data: {"error": {"message": "x"}}\n\n'), "status"),
+    "stream that ends at once": (replies(), "broken"),
+    "stream that breaks before its first event": (BROKEN, "broken"),
+    "silence": (replies(5.0, event("a", "Q8_0"), DONE), "stalled"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_UPSTREAMS)
+def test_before_the_first_byte_the_other_tier_answers(name):
+    upstream, phase = BAD_UPSTREAMS[name]
+    reply = ask(upstream, FAST, chat("quality", stream=True), timeouts=QUICK)
+    assert reply.status_code == 200
+    assert text_of(reply.content) == "the fast answer"
+    assert reply.headers["x-bitladder-tier"] == "speed"
+    assert f"quality failed ({phase})" in reply.headers["x-bitladder-reason"]
+    assert all(given.closed for given in upstream.replies)
+
+
+@pytest.mark.parametrize("name", BAD_UPSTREAMS)
+def test_a_level_is_not_replaced_but_its_failure_told(name):
+    upstream, phase = BAD_UPSTREAMS[name]
+    reply = ask(upstream, FAST, chat("Q8_0", stream=True), timeouts=QUICK)
+    assert reply.status_code == 503
+    assert reply.json()["error"]["message"] == f"No tier could answer: quality: {phase}."
+    assert reply.headers["retry-after"] == "2"
+
+
+CUTS = {
+    "broken": [event("a", "Q8_0"), UpstreamFailed("broken", "It broke off.")],
+    "half an event": [event("a", "Q8_0"), event("b", "Q8_0")[:25], UpstreamFailed("broken", "It broke off.")],
+    "silent end": [event("a", "Q8_0")],
+    "stall": [event("a", "Q8_0"), 5.0, event("b", "Q8_0"), DONE],
+}
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_after_the_first_byte_an_error_event_says_that_the_answer_is_not_complete(name):
+    reply = ask(replies(*CUTS[name]), FAST, chat("quality", stream=True), timeouts=QUICK)
+    first, last = events_of(reply.content)
+    assert first["choices"][0]["delta"]["content"] == "a"
+    assert "not complete" in last["error"]["message"]
+    assert b"[DONE]" not in reply.content
+    assert FAST.asked == [] or reply.headers["x-bitladder-tier"] == "quality"
+
+
+def test_the_clients_own_errors_are_passed_on_and_not_retried():
+    speed = says("never", "Q4_K_M")
+    body = b'{"error":{"code":400,"message":"too long","type":"exceed_context_size_error"}}'
+    reply = ask(replies(body, status=400, kind="application/json"), speed, chat("quality"))
+    assert (reply.status_code, reply.content, speed.asked) == (400, body, [])
+
+
+def test_embeddings_never_change_their_tier():
+    speed = says("never", "Q4_K_M")
+    reply = ask(fails(), speed, {"model": "quality", "input": "x"}, path="/v1/embeddings")
+    assert (reply.status_code, speed.asked) == (503, [])
+
+
+UNKNOWN = [b"", b"[]", b'"x"', b"{", b'{"model":"auto"}', b'{"messages":[{}]}', b"\xff\xfe", b"[" * 100_000]
+MALFORMED = [
+    *UNKNOWN,
+    b'{"model":"auto","messages":[{}]} trailing',
+    b'{"model":"auto","model":"speed","messages":[{}]}',
+    b'{"model":"auto","messages":[{"content":NaN}]}',
+    b'{"model":"auto","messages":"hello"}',
+    b'{"model":"auto","messages":[]}',
+    b'{"model":"auto","messages":["hello"]}',
+    b'{"model":"auto","messages":[{}],"stream":"yes"}',
+    b'{"model":"auto","messages":[{}],"stream":1}',
+    b'{"model":"auto","messages":[{}],"max_tokens":"many"}',
+    b'{"model":["auto"],"messages":[{}]}',
+    b'{"model":"' + b"a" * 300 + b'","messages":[{}]}',
+    b'{"model":"auto","messages":[{}],"n":' + b"9" * 5000 + b"}",
+    b'{"model":"auto","messages":' + b'[{"a":' * 50_000,
+]
+
+
+@pytest.mark.parametrize("body", MALFORMED, ids=lambda body: repr(body[:50]))
+def test_malformed_bodies_are_refused_with_a_reason(body):
+    quality, speed = says("x", "Q8_0"), says("x", "Q4_K_M")
+    reply = ask(quality, speed, body)
+    assert reply.status_code == 400
+    assert reply.json()["error"]["type"] == "invalid_request_error"
+    assert quality.asked == speed.asked == []
+
+
+def test_odd_requests_are_let_through():
+    quality = says("x", "Q8_0")
+    body = chat(
+        "quality", "<script>alert(1)</script> {{ 7*7 }} {% for x in y %}", stream=None, unknown={"a": [None]}
+    )
+    assert ask(quality, FAST, body).status_code == 200
+    assert json.loads(quality.asked[0].body) == {**body, "model": "Q8_0"}
+
+
+def test_what_cannot_fit_is_refused_before_the_engine_sees_it():
+    quality = says("x", "Q8_0")
+    reply = ask(quality, FAST, chat("quality", "x" * (QUALITY.n_ctx * 64 + 1)))
+    assert (reply.status_code, reply.json()["error"]["code"]) == (400, "context_length_exceeded")
+    assert quality.asked == []
+
+
+def test_a_header_in_a_tag_stays_one_line():
+    auto = AutoRule(tags={"a": TagEvidence(1, 0)})
+    headers = {b"x-bitladder-tag": "evil\tx-injected: 1 é".encode()}
+    reply = ask(GOOD, FAST, chat("auto"), headers, auto=auto)
+    assert reply.headers["x-bitladder-reason"] == "auto: no evidence for tag evil?x-injected: 1 ??"
+    assert "x-injected" not in reply.headers
+
+
+def test_a_full_queue_is_told_to_come_back():
+    async def run() -> list[httpx.Response]:
+        slow = replies(0.5, document("late", "Q8_0"), kind="application/json")
+        spec = {"quality": QUALITY.__class__("Q8_0", url="http://x.invalid", slots=1)}
+        async with gateway(slow, FAST, max_queue=1, **spec) as (client, _):
+            return await asyncio.gather(*(client.post(CHAT, json=chat("quality")) for _ in range(4)))
+
+    given = asyncio.run(run())
+    assert sorted(reply.status_code for reply in given) == [200, 200, 429, 429]
+    refused = next(reply for reply in given if reply.status_code == 429)
+    assert int(refused.headers["retry-after"]) >= 1
+    assert refused.json()["error"]["type"] == "rate_limit_error"
+
+
+def test_a_client_that_leaves_cancels_the_work_and_frees_its_slot():
+    quality = replies(event("a", "Q8_0"), 30.0, DONE)
+
+    async def run() -> None:
+        async with deployed(
+            ServeSettings(quality=QUALITY, speed=SPEED),
+            upstreams={"Q8_0": quality.complete, "Q4_K_M": FAST.complete},
+        ) as deployment:
+            sent: list[dict] = []
+            left = asyncio.Event()
+            body = [{"type": "http.request", "body": json.dumps(chat("quality", stream=True)).encode()}]
+
+            async def receive() -> dict:
+                if body:
+                    return body.pop()
+                await left.wait()
+                return {"type": "http.disconnect"}
+
+            async def send(message: dict) -> None:
+                sent.append(message)
+                if message["type"] == "http.response.body":
+                    left.set()
+
+            scope = {
+                "type": "http",
+                "method": "POST",
+                "path": CHAT,
+                "headers": [(b"host", b"localhost")],
+                "query_string": b"",
+            }
+            async with asyncio.timeout(5):
+                await build_app(deployment)(scope, receive, send)
+            assert quality.replies[0].closed
+            assert deployment.tiers[0].gate.running == 0
+            live = deployment.metrics.live(deployment.tiers)
+            assert live["recent"][0]["outcome"] == "client left"
+
+    asyncio.run(run())
+
+
+def test_a_client_that_reads_nothing_is_given_up_and_its_upstream_waits_meanwhile():
+    pulled = []
+
+    async def endless():
+        while True:
+            pulled.append(1)
+            yield event("a", "Q8_0")
+
+    class Endless(FakeReply):
+        def chunks(self):
+            return endless()
+
+    quality = Upstream(lambda _: Endless(200, {"content-type": "text/event-stream"}, []))
+
+    async def run() -> None:
+        settings = ServeSettings(quality=QUALITY, speed=SPEED, timeouts=QUICK)
+        upstreams = {"Q8_0": quality.complete, "Q4_K_M": FAST.complete}
+        async with deployed(settings, upstreams=upstreams) as deployment:
+            body = [{"type": "http.request", "body": json.dumps(chat("quality", stream=True)).encode()}]
+
+            async def receive() -> dict:
+                if body:
+                    return body.pop()
+                await asyncio.sleep(60)
+                raise AssertionError
+
+            async def send(message: dict) -> None:
+                if message["type"] == "http.response.body":
+                    await asyncio.sleep(60)  # as uvicorn waits while the socket is full
+
+            scope = {
+                "type": "http",
+                "method": "POST",
+                "path": CHAT,
+                "headers": [(b"host", b"localhost")],
+                "query_string": b"",
+            }
+            async with asyncio.timeout(5):
+                await build_app(deployment)(scope, receive, send)
+            assert len(pulled) == 1
+            assert quality.replies[0].closed
+            assert deployment.metrics.live(deployment.tiers)["recent"][0]["outcome"] == "client left"
+
+    asyncio.run(run())
+
+
+SURE, UNSURE = (-0.1, -0.2, -0.05), (-0.1, -3.0, -0.05)
+HARD = AutoRule(tags={"hard": TagEvidence(5, 3)}, escalate=True)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("window", [None, 2])
+@pytest.mark.parametrize(("logprobs", "level"), [(SURE, "Q4_K_M"), (UNSURE, "Q8_0")])
+def test_escalation_by_the_speed_tiers_own_probabilities(stream, window, logprobs, level):
+    speed = says("the fast answer", "Q4_K_M", logprobs)
+    rule = Escalation(threshold=-1.0, window=window)
+    reply = ask(
+        GOOD, speed, chat("auto", stream=stream), {"x-bitladder-tag": "hard"}, auto=HARD, escalation=rule
+    )
+    assert reply.headers["x-bitladder-level"] == level
+    assert json.loads(speed.asked[0].body)["logprobs"] is True
+    assert b"logprob" not in reply.content
+    words = text_of(reply.content) if stream else reply.json()["choices"][0]["message"]["content"]
+    assert words == ("the fast answer" if level == "Q4_K_M" else "the good answer")
+    if stream:
+        assert reply.content.endswith(DONE)
+    if level == "Q8_0":
+        assert (
+            "escalated: a token's probability was 0.050, under 0.368" in reply.headers["x-bitladder-reason"]
+        )
+
+
+def test_a_window_looks_no_further():
+    speed = says("a b c", "Q4_K_M", (-0.1, -0.1, -9.0))
+    rule = Escalation(threshold=-1.0, window=2)
+    headers = {"x-bitladder-tag": "hard"}
+    reply = ask(GOOD, speed, chat("auto", stream=True), headers, auto=HARD, escalation=rule)
+    assert text_of(reply.content) == "a b c"
+
+
+def test_log_probabilities_that_were_asked_for_stay():
+    speed = says("a b", "Q4_K_M", (-0.1, -0.1))
+    rule = Escalation(threshold=-1.0)
+    body = chat("auto", logprobs=True)
+    reply = ask(GOOD, speed, body, {"x-bitladder-tag": "hard"}, auto=HARD, escalation=rule)
+    assert reply.content == document("a b", "Q4_K_M", (-0.1, -0.1))
+
+
+def test_when_quality_is_down_an_unsure_answer_is_better_than_none():
+    speed = says("the fast answer", "Q4_K_M", UNSURE)
+    rule = Escalation(threshold=-1.0)
+    reply = ask(fails(), speed, chat("auto"), {"x-bitladder-tag": "hard"}, auto=HARD, escalation=rule)
+    assert reply.json()["choices"][0]["message"]["content"] == "the fast answer"
+    assert "quality failed (connect)" in reply.headers["x-bitladder-reason"]
+
+
+def test_metrics_and_live_tell_what_happened():
+    async def run() -> tuple[str, dict]:
+        async with gateway(fails(), FAST) as (client, _):
+            await client.post(CHAT, json=chat("quality"))
+            await client.post(CHAT, json=chat("speed", stream=True))
+            await client.post(CHAT, json=chat("nobody"))
+            return (await client.get("/metrics")).text, (await client.get("/bitladder/api/live")).json()
+
+    metrics, live = asyncio.run(run())
+    assert (
+        'bitladder_requests_total{level="Q4_K_M",outcome="complete",routed_by="model",tier="speed"} 2.0'
+        in metrics
+    )
+    assert 'bitladder_upstream_failures_total{phase="connect",tier="quality"} 1.0' in metrics
+    assert [line["outcome"] for line in live["recent"]] == ["refused", "complete", "complete"]
+    assert live["tiers"][1]["outcomes"] == {"complete": 2}
+    assert live["shadow"] is None
+
+
+def test_logs_hold_no_prompt_unless_asked(caplog):
+    caplog.set_level(logging.INFO, "bitladder.serve")
+    ask(GOOD, FAST, chat("speed", "a secret"))
+    assert "a secret" not in "".join(str(vars(line)) for line in caplog.records)
+    ask(GOOD, FAST, chat("speed", "a secret"), log_prompts=True)
+    assert "a secret" in "".join(str(vars(line)) for line in caplog.records)
+
+
+def test_models_health_and_unknown_paths():
+    async def run() -> list[httpx.Response]:
+        async with gateway(GOOD, FAST) as (client, _):
+            paths = ("/v1/models", "/health", "/ready", "/v1/nothing", "/bitladder/api/run", CHAT)
+            return [await client.get(path) for path in paths]
+
+    models, health, ready, nothing, run_reply, get_chat = asyncio.run(run())
+    assert [item["id"] for item in models.json()["data"]] == ["auto", "quality", "Q8_0", "speed", "Q4_K_M"]
+    assert (health.status_code, ready.status_code) == (200, 200)
+    assert (nothing.status_code, run_reply.status_code, get_chat.status_code) == (404, 404, 405)

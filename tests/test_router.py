@@ -1,0 +1,82 @@
+"""The router's choices as a table of cases."""
+
+import pytest
+
+from bitladder.serve.router import AutoRule, Choice, Features, Guess, Rule, TagEvidence, choose
+
+LEVELS = frozenset({"q8_0", "q4_k_m"})
+TAGS = {"extraction": TagEvidence(4, 0), "logic": TagEvidence(3, 2), "style": TagEvidence(5, 1)}
+AUTO = AutoRule(tags=TAGS)
+GUESSING = AutoRule(
+    tags=TAGS, guess=lambda text: Guess("extraction", "invoice", 0.61) if "invoice" in text else None
+)
+JUDGED = AutoRule(tags=TAGS, escalate=True)
+FIXED = AutoRule(tags=TAGS, fixed="speed", because="speed lost nothing on 25 inputs")
+RULES = (
+    Rule("speed", tag="bulk"),
+    Rule("quality", key="legal"),
+    Rule("quality", tag="bulk", path="/v1/completions"),
+)
+
+CASES = [
+    # explicit choices
+    (Features("quality"), AUTO, "quality", "model", "quality asked for by name"),
+    (Features("SPEED"), AUTO, "speed", "model", "speed asked for by name"),
+    (Features("Q4_K_M"), AUTO, "q4_k_m", "level", "level asked for by name"),
+    (Features("auto", tier_header="speed"), AUTO, "speed", "header", "speed asked for in the header"),
+    (Features("quality", tier_header=" Speed "), AUTO, "speed", "header", "speed asked for in the header"),
+    (Features("auto", tier_header="q8_0"), AUTO, "q8_0", "level", "level asked for in the header"),
+    # an explicit choice beats the rules, the rules beat the evidence, the first rule that matches decides
+    (Features("quality", tags=("bulk",)), AUTO, "quality", "model", "quality asked for by name"),
+    (Features("auto", tags=("bulk",)), AUTO, "speed", "rule", "rule: tag bulk"),
+    (Features("auto", tags=("bulk",), path="/v1/completions"), AUTO, "speed", "rule", "rule: tag bulk"),
+    (Features("auto", key="legal", tags=("extraction",)), AUTO, "quality", "rule", "rule: key legal"),
+    # evidence by tag; of several tags the most careful one
+    (Features("auto", tags=("extraction",)), AUTO, "speed", "auto", "auto: tag extraction: speed lost 0 of 4"),
+    (Features("auto", tags=("logic",)), AUTO, "quality", "auto", "auto: tag logic: speed lost 2 of 3"),
+    (Features("auto", tags=("extraction", "style")), AUTO, "quality", "auto", "auto: tag style: speed lost 1 of 5"),
+    (Features("auto", tags=("poetry",)), AUTO, "quality", "auto", "auto: no evidence for tag poetry"),
+    # without a tag: what it resembles
+    (Features("auto"), AUTO, "quality", "auto", "auto: unlike every input of the workload"),
+    (Features("auto", asked=lambda: "an invoice"), GUESSING, "speed", "auto",
+     "auto: resembles invoice (0.61), tag extraction: speed lost 0 of 4"),
+    (Features("auto", asked=lambda: "a poem"), GUESSING, "quality", "auto", "auto: unlike every input of the workload"),
+    # no evidence, or evidence that routing gains nothing
+    (Features("auto"), AutoRule(), "quality", "auto", "auto: no evidence is stored for these two tiers"),
+    (Features("auto", tags=("logic",)), FIXED, "speed", "auto", "auto: speed lost nothing on 25 inputs"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("features", "auto", "tier", "kind", "reason"), CASES)
+def test_choice(features, auto, tier, kind, reason):
+    assert choose(features, LEVELS, RULES, auto) == Choice(tier, reason, kind)
+
+
+def test_where_speed_lost_it_may_try_and_be_judged():
+    judged = choose(Features("auto", tags=("logic",)), LEVELS, (), JUDGED)
+    assert judged == Choice(
+        "speed", "auto: tag logic: speed first, judged by its probabilities", "auto", True
+    )
+    safe = choose(Features("auto", tags=("extraction",)), LEVELS, (), JUDGED)
+    assert safe is not None and not safe.escalate
+
+
+@pytest.mark.parametrize(
+    "features", [Features("gpt-4"), Features("auto", tier_header="fast"), Features("q5_k_m")]
+)
+def test_what_is_not_served_is_no_choice(features):
+    assert choose(features, LEVELS, (), AUTO) is None
+
+
+def test_a_level_asked_for_by_name_is_never_replaced():
+    level = choose(Features("q8_0"), LEVELS, (), AUTO)
+    tier = choose(Features("quality"), LEVELS, (), AUTO)
+    assert level is not None and not level.may_fall_back
+    assert tier is not None and tier.may_fall_back
+
+
+def test_the_text_is_not_looked_at_when_a_name_decides():
+    def never() -> str:
+        raise AssertionError
+
+    assert choose(Features("speed", asked=never), LEVELS, (), GUESSING)
