@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from bitladder.kernels import affine, gptq
+from bitladder.kernels import gptq, groups
 from bitladder.kernels.grid import Grid, contiguous_groups
 from reference.textbook_gptq import textbook_gptq
 
@@ -26,15 +26,13 @@ def test_equals_the_textbook_form_with_the_inverse(columns, act_order):
     rng = np.random.default_rng(columns)
     x = inputs_with(columns, 4 * columns, columns)
     weights = rng.normal(size=(9, columns)).astype(np.float32)
-    parameters = affine.search(weights, 3, 0)
+    parameters = groups.search(weights, 3, 0)
     factor = gptq.prepare(x.T @ x, damp=0.01, act_order=act_order)
     codes, cost = gptq.apply(factor, weights, parameters.grid())
     expected = textbook_gptq(
         weights, x.astype(np.float64).T @ x, parameters.scales, parameters.zeros, 3, 0.01, act_order
     )
-    assert (
-        codes != expected
-    ).mean() < 0.002  # a target on the very edge between two codes may fall either way
+    assert (codes != expected).mean() < 0.002  # a target on the very edge between two codes may fall either way
     damped = x.astype(np.float64).T @ x
     damped[np.diag_indices(columns)] += 0.01 * np.diagonal(damped).mean()
     np.testing.assert_allclose(cost, quadratic(parameters.decode(codes) - weights, damped), rtol=2e-3)
@@ -45,13 +43,10 @@ def test_near_the_best_of_all_codes_on_tiny_problems():
     rng = np.random.default_rng(5)
     ours, plain, best = 0.0, 0.0, 0.0
     for _ in range(30):
-        x = (
-            inputs_with(5, 40, int(rng.integers(1 << 30)), rank=3)
-            + rng.normal(size=(40, 5)).astype(np.float32) * 0.1
-        )
+        x = inputs_with(5, 40, int(rng.integers(1 << 30)), rank=3) + rng.normal(size=(40, 5)).astype(np.float32) * 0.1
         hessian = (x.T @ x).astype(np.float64)
         weights = rng.normal(size=(1, 5)).astype(np.float32)
-        parameters = affine.search(weights, 2, 0, sym=False)
+        parameters = groups.search(weights, 2, 0, sym=False)
         grid = parameters.grid()
         every = np.array(list(itertools.product(range(4), repeat=5)), np.int16)
         values = np.concatenate([grid.values(code[None]) for code in every])
@@ -66,8 +61,8 @@ def test_near_the_best_of_all_codes_on_tiny_problems():
 def test_weights_on_the_grid_keep_their_codes():
     rng = np.random.default_rng(0)
     truth = rng.integers(0, 16, (7, 128)).astype(np.int16)
-    parameters = affine.Affine(
-        affine.store_scale(rng.uniform(0.01, 0.1, (7, 2)).astype(np.float32)),
+    parameters = groups.Affine(
+        groups.store_scale(rng.uniform(0.01, 0.1, (7, 2)).astype(np.float32)),
         np.full((7, 2), 8, np.int16),
         4,
         64,
@@ -97,9 +92,9 @@ def test_never_worse_than_plain_rounding_on_the_calibration_set(bits, sym, group
     weights = np.random.default_rng(bits).normal(size=(40, 192)).astype(np.float32)
     hessian = x.T @ x
     factor = gptq.prepare(hessian)
-    parameters = affine.search(weights, bits, group_size, sym=sym, importance=factor.importance)
+    parameters = groups.search(weights, bits, group_size, sym=sym, importance=factor.importance)
     codes, _ = gptq.apply(factor, weights, parameters.grid())
-    plain_codes, plain = affine.round_to_nearest(weights, bits, group_size, sym=sym)
+    plain_codes, plain = groups.round_to_nearest(weights, bits, group_size, sym=sym)
     ours = quadratic(parameters.decode(codes) - weights, hessian)
     rounded = quadratic(plain.decode(plain_codes) - weights, hessian)
     assert ours.sum() < 0.5 * rounded.sum()
@@ -121,7 +116,7 @@ def test_columns_without_input_are_rounded_plainly():
     x = inputs_with(64, 200, 4)
     x[:, 10:20] = 0
     weights = np.random.default_rng(2).normal(size=(8, 64)).astype(np.float32)
-    parameters = affine.search(weights, 4, 32)
+    parameters = groups.search(weights, 4, 32)
     factor = gptq.prepare(x.T @ x)
     codes, _ = gptq.apply(factor, weights, parameters.grid())
     assert factor.dead == 10
@@ -130,7 +125,7 @@ def test_columns_without_input_are_rounded_plainly():
 
 def test_a_layer_that_no_token_reached_is_rounded_plainly():
     weights = np.random.default_rng(2).normal(size=(8, 64)).astype(np.float32)
-    parameters = affine.search(weights, 4, 32)
+    parameters = groups.search(weights, 4, 32)
     factor = gptq.prepare(np.zeros((64, 64)))
     assert factor.dead == 64
     assert (gptq.apply(factor, weights, parameters.grid())[0] == parameters.grid().nearest(weights)).all()
@@ -144,9 +139,7 @@ def test_what_is_no_hessian_is_refused(broken):
 
 def test_uneven_steps_take_the_nearest_entry():
     steps = np.array([-3, -1, 0.5, 4], np.float32)
-    grid = Grid(
-        np.full((1, 1), 2, np.float32), np.full((1, 1), 1, np.float32), contiguous_groups(4, 0), 0, 3, steps
-    )
+    grid = Grid(np.full((1, 1), 2, np.float32), np.full((1, 1), 1, np.float32), contiguous_groups(4, 0), 0, 3, steps)
     weights = np.array([[-4.0, -0.4, 1.6, 30.0]], np.float32)
     assert grid.nearest(weights).tolist() == [[0, 1, 2, 3]]
     codes, _ = gptq.apply(gptq.prepare(np.eye(4)), weights, grid)

@@ -66,11 +66,11 @@ def cut(
     return windows
 
 
-def window_hashes(windows: Iterable[Window], *, n: int = 32) -> set[bytes]:
+def window_hashes(windows: Iterable[Window], *, n: int = 32, step: int | None = None) -> set[bytes]:
     """Hashes of every run of ``n`` tokens that starts at a multiple of ``n // 2``: shared ones betray
     overlapping texts."""
     found = set()
     for window in windows:
-        for start in range(0, len(window.tokens) - n + 1, max(1, n // 2)):
+        for start in range(0, len(window.tokens) - n + 1, step or max(1, n // 2)):
             found.add(hashlib.blake2b(window.tokens[start : start + n].tobytes(), digest_size=16).digest())
     return found

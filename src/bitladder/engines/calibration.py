@@ -149,13 +149,15 @@ class LayerPass:
     @contextmanager
     def _watched(self, shared: SharedInput, batch: Batch, sums: list[_Sums], *, stop: bool) -> Iterator[None]:
         valid = torch.from_numpy(batch.valid).to(self.model.device)
-        take = {"linear": _take_linear, "experts_in": _take_experts, "experts_down": _take_experts_down}[shared.kind]
 
         def seen(module: nn.Module, arguments: tuple[Any, ...]) -> None:
             x = arguments[0]
             if shared.module in (_OUTPUT, _DOWN) and stop:
                 self._keep(shared.module, batch, x)
-            take(module, arguments, valid.reshape(-1), sums)
+            for number, found in enumerate(vectors(shared.kind, module, arguments, valid.reshape(-1))):
+                if number == len(sums):
+                    sums.append(_Sums(found.shape[1], found.device))
+                sums[number].add(found)
             if stop:
                 raise _Reached
 
@@ -197,38 +199,25 @@ def _from_kept(last: nn.Module, kept: torch.Tensor, *, pair: bool) -> Callable[.
     return forward
 
 
-def _take_linear(
-    module: nn.Module,  # noqa: ARG001 - the three share a signature
-    arguments: tuple[Any, ...],
-    valid: torch.Tensor,
-    sums: list[_Sums],
-) -> None:
-    x = arguments[0].reshape(-1, arguments[0].shape[-1])
-    if not sums:
-        sums.append(_Sums(x.shape[1], x.device))
-    sums[0].add(x if bool(valid.all()) else x[valid])
+def vectors(kind: str, module: Any, arguments: tuple[Any, ...], valid: torch.Tensor) -> Iterator[torch.Tensor]:
+    """What the linear layers of a shared input read in one call of its module.
 
+    Args:
+        kind: as ``formats.roles.SharedInput``.
+        module: the module that is called, with ``arguments``.
+        valid: bool[tokens], which positions hold a token and not padding.
 
-def _routed(arguments: tuple[Any, ...], valid: torch.Tensor, expert: int) -> torch.Tensor:
-    """The tokens that an expert got, f32[tokens, columns]."""
+    Returns:
+        f32[tokens, columns]; of fused experts one after another, each with the tokens that were routed to it.
+    """
+    if kind == "linear":
+        x = arguments[0].reshape(-1, arguments[0].shape[-1])
+        yield x if bool(valid.all()) else x[valid]
+        return
     states, chosen = arguments[0], arguments[1]
-    mask = (chosen == expert).any(dim=-1) & valid
-    return torch.as_tensor(states[mask])
-
-
-def _take_experts(module: Any, arguments: tuple[Any, ...], valid: torch.Tensor, sums: list[_Sums]) -> None:
-    if not sums:
-        sums.extend(_Sums(arguments[0].shape[-1], arguments[0].device) for _ in range(module.num_experts))
-    for expert, own in enumerate(sums):
-        own.add(_routed(arguments, valid, expert))
-
-
-def _take_experts_down(module: Any, arguments: tuple[Any, ...], valid: torch.Tensor, sums: list[_Sums]) -> None:
-    if not sums:
-        width = module.down_proj.shape[-1]
-        sums.extend(_Sums(width, arguments[0].device) for _ in range(module.num_experts))
-    for expert, own in enumerate(sums):
-        x = _routed(arguments, valid, expert)
-        if len(x):
+    for expert in range(module.num_experts):
+        x = states[(chosen == expert).any(dim=-1) & valid]
+        if kind == "experts_down":
             gate, up = nn.functional.linear(x, module.gate_up_proj[expert]).chunk(2, dim=-1)
-            own.add(module.act_fn(gate) * up)
+            x = module.act_fn(gate) * up
+        yield x

@@ -88,8 +88,7 @@ class States:
                 mapped = mmap.mmap(file.fileno(), tokens * width * 4)
         except OSError as error:
             raise OutputError(
-                f"No room for {human_bytes(tokens * width * 4)} of hidden states in {spill}: "
-                f"{error.strerror}.",
+                f"No room for {human_bytes(tokens * width * 4)} of hidden states in {spill}: {error.strerror}.",
                 means="Hidden states of all levels are kept on disk when they outgrow memory.",
                 do="Free some space, set TMPDIR to a larger disk, or measure fewer levels at once.",
             ) from error
@@ -100,6 +99,11 @@ class States:
         size = batch.tokens.size
         return self._data[batch.start : batch.start + size].view(*batch.tokens.shape, self.width)
 
+    @property
+    def everything(self) -> torch.Tensor:
+        """The states of all batches, f32[tokens, width]: a view."""
+        return self._data
+
     def put(self, batch: Batch, states: torch.Tensor) -> None:
         """Replace a batch's states."""
         self.get(batch).copy_(states)
@@ -108,9 +112,7 @@ class States:
 class Shelf:
     """Hands out ``States``, spilling the ones that come after ``budget_bytes`` are in use."""
 
-    def __init__(
-        self, batches: Sequence[Batch], width: int, *, budget_bytes: int, folder: Path | None = None
-    ) -> None:
+    def __init__(self, batches: Sequence[Batch], width: int, *, budget_bytes: int, folder: Path | None = None) -> None:
         self.batches, self.width = batches, width
         self._each = sum(batch.tokens.size for batch in batches) * width * 4
         self._left = budget_bytes

@@ -25,7 +25,7 @@ from bitladder.formats.checkpoint import CheckpointLevel
 from bitladder.formats.disk_names import absorbing_parameters, disk_linears, disk_name, quantized_parameters
 from bitladder.formats.roles import Parameter, SharedInput
 from bitladder.kernels import awq, gptq
-from bitladder.kernels.encode import Arrays, encode
+from bitladder.kernels.encode import Arrays, digest, encode
 from bitladder.kernels.methods import Quantized, awq_scales, feedback, rounded
 from bitladder.records.calibration import LinearLoss
 
@@ -44,6 +44,8 @@ class LayerOutput:
     linears: dict[str, Arrays] = field(default_factory=dict)
     floats: dict[str, F32] = field(default_factory=dict)
     losses: list[LinearLoss] = field(default_factory=list)
+    digests: dict[str, str] = field(default_factory=dict)
+    """Hash of each linear layer's decoded weights, to compare with what is read back from the file."""
 
 
 class SequentialStream:
@@ -245,7 +247,7 @@ def _restore(block: nn.Module, original: dict[str, torch.Tensor]) -> None:
             block.get_parameter(name).copy_(value)
 
 
-def _emit(  # noqa: PLR0917
+def _emit(
     model: LayeredModel,
     output: LayerOutput,
     level: CheckpointLevel,
@@ -258,11 +260,13 @@ def _emit(  # noqa: PLR0917
 ) -> None:
     """Put a quantized parameter into the output as the linear layers that it is on disk."""
     linears = disk_linears(model.family, parameter.path, expert)
+    decoded = found.decoded
     for linear in linears:
         count = len(found.codes) // linear.parts
         rows = slice(linear.part * count, (linear.part + 1) * count)
         own = found.parameters.rows(rows)
         output.linears[linear.name] = encode(level, found.codes[rows], own)
+        output.digests[linear.name] = digest(decoded[rows])
         output.losses.append(LinearLoss(linear.name, found.loss, tokens, damp, note))
 
 

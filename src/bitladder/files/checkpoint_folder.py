@@ -65,6 +65,13 @@ class CheckpointFolder:
         """Layers that need not be done again, in order."""
         return [FinishedLayer(int(e["layer"]), dict(e["record"])) for e in self._journal().get("layers", [])]
 
+    def truncate(self, layers: int) -> None:
+        """Forget all but the first ``layers`` layers."""
+        with _writing(self.partial):
+            journal = self._journal()
+            journal["layers"] = journal["layers"][:layers]
+            self._write_journal(journal)
+
     def states_file(self, layer: int) -> Path:
         """Where the hidden states that leave ``layer`` are kept."""
         return self.partial / f"{layer:05d}.{_STATES}"
@@ -190,7 +197,7 @@ def _writing(folder: Path) -> Iterator[None]:
         raise OutputError(
             f"{folder.parent} cannot be written: {error}. {human_bytes(free)} are free there.",
             means="The disk is full, or the folder belongs to someone else.",
-            do="Free some space or choose another --out; finished layers are kept, and the same call goes on from them.",
+            do="Free some space or choose another --out; finished layers are kept, the same call goes on from them.",
         ) from error
 
 

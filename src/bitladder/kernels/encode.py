@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from bitladder.formats.checkpoint import LAYOUTS, WHOLE_ROW, CheckpointLevel, Layout
-from bitladder.kernels.affine import Affine
 from bitladder.kernels.grid import F32, contiguous_groups
+from bitladder.kernels.groups import Affine
 from bitladder.kernels.packing import pack, unpack
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -81,9 +82,14 @@ def decode(level: CheckpointLevel, arrays: Mapping[str, npt.NDArray[Any]], shape
     return np.asarray((codes - zeros[:, group]).astype(np.float32) * scales[:, group])
 
 
-def _codes(
-    layout: Layout, words: npt.NDArray[np.int32], bits: int, shape: tuple[int, int]
-) -> npt.NDArray[np.uint16]:
+def digest(weights: F32) -> str:
+    """A hash of decoded weights, shape included."""
+    found = hashlib.blake2b(repr(weights.shape).encode(), digest_size=16)
+    found.update(np.ascontiguousarray(weights, np.float32).tobytes())
+    return found.hexdigest()
+
+
+def _codes(layout: Layout, words: npt.NDArray[np.int32], bits: int, shape: tuple[int, int]) -> npt.NDArray[np.uint16]:
     if layout.name == "awq":
         return unpack(words, bits, shape[0], layout.order).T
     return unpack(np.ascontiguousarray(words.T), bits, shape[1])

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bitladder.formats.checkpoint import CheckpointLevel
-from bitladder.kernels import affine, awq, gptq
+from bitladder.kernels import awq, gptq, groups
 from bitladder.kernels.grid import F32
 
 _FEW_CANDIDATES = np.array([1.0, 0.92, 0.84, 0.75], np.float32)
@@ -22,7 +22,7 @@ class Quantized:
     """Codes ``i16[rows, columns]``, their scales and zeros, and what they cost on the calibration set."""
 
     codes: npt.NDArray[np.int16]
-    parameters: affine.Affine
+    parameters: groups.Affine
     loss: float
     """Squared error of the outputs as a share of the outputs' energy; NaN without calibration inputs."""
 
@@ -56,7 +56,7 @@ def awq_scales(
     """AWQ's scales for one shared input, with rounding as ``level`` will do it."""
 
     def round_trip(scaled: F32, importance: F32) -> F32:
-        found = affine.search(
+        found = groups.search(
             scaled,
             level.bits,
             level.group_size,
@@ -81,8 +81,8 @@ def _energies(gram: F32) -> F32:
     return np.asarray(diagonal / max(float(diagonal.mean()), np.finfo(np.float64).tiny), np.float32)
 
 
-def _search(level: CheckpointLevel, weights: F32, importance: F32 | None, scale_dtype: str) -> affine.Affine:
-    return affine.search(
+def _search(level: CheckpointLevel, weights: F32, importance: F32 | None, scale_dtype: str) -> groups.Affine:
+    return groups.search(
         weights,
         level.bits,
         level.group_size,

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from bitladder.kernels import affine
+from bitladder.kernels import groups
 
 
 def weights_of(rows: int, columns: int, seed: int = 0) -> np.ndarray:
@@ -13,14 +13,14 @@ def weights_of(rows: int, columns: int, seed: int = 0) -> np.ndarray:
 def test_plain_rounding_by_hand():
     """scale = max|w| / 7.5 in f32, halves to even, codes -8..7 stored with 8 added."""
     row = np.array([[7.5, -7.5, 0.5, 1.5, -0.5, 2.4]], np.float32)
-    codes, parameters = affine.round_to_nearest(row, 4, 6)
+    codes, parameters = groups.round_to_nearest(row, 4, 6)
     assert parameters.scales.tolist() == [[1.0]]
     assert (codes - 8).tolist() == [[7, -8, 0, 2, 0, 2]]
 
 
 def test_plain_asymmetric_rounding_reaches_both_ends():
     row = np.array([[-1.0, 2.0, 0.0, 0.6]], np.float32)
-    codes, parameters = affine.round_to_nearest(row, 4, 4, sym=False)
+    codes, parameters = groups.round_to_nearest(row, 4, 4, sym=False)
     assert parameters.zeros.tolist() == [[5]]
     np.testing.assert_allclose(parameters.decode(codes), [[-1.0, 2.0, 0.0, 0.6]], atol=0.11)
     assert parameters.decode(codes)[0, 2] == 0
@@ -32,8 +32,8 @@ def test_plain_asymmetric_rounding_reaches_both_ends():
 def test_search_costs_less_than_plain_rounding(bits, sym, group_size):
     weights = weights_of(70, 192, bits)
     importance = np.random.default_rng(1).uniform(0.01, 10, 192).astype(np.float32)
-    codes, plain = affine.round_to_nearest(weights, bits, group_size, sym=sym)
-    found = affine.search(weights, bits, group_size, sym=sym, importance=importance, scale_dtype="float32")
+    codes, plain = groups.round_to_nearest(weights, bits, group_size, sym=sym)
+    found = groups.search(weights, bits, group_size, sym=sym, importance=importance, scale_dtype="float32")
     best = found.decode(found.grid().nearest(weights))
 
     def cost(decoded: np.ndarray) -> np.ndarray:
@@ -48,24 +48,24 @@ def test_weights_on_a_grid_are_found_again(sym):
     truth = rng.integers(0, 16, (40, 128))
     truth[:, ::64], truth[:, 1::64] = 0, 15  # both ends occur, so the range shows the scale
     zeros = np.full((40, 2), 8) if sym else rng.integers(1, 15, (40, 2))
-    scales = affine.store_scale(rng.uniform(0.01, 0.3, (40, 2)).astype(np.float32))
-    original = affine.Affine(scales, zeros.astype(np.int16), 4, 64, 128).decode(truth)
-    found = affine.search(original, 4, 64, sym=sym)
+    scales = groups.store_scale(rng.uniform(0.01, 0.3, (40, 2)).astype(np.float32))
+    original = groups.Affine(scales, zeros.astype(np.int16), 4, 64, 128).decode(truth)
+    found = groups.search(original, 4, 64, sym=sym)
     np.testing.assert_allclose(found.decode(found.grid().nearest(original)), original, rtol=1e-3, atol=1e-6)
 
 
 def test_the_larger_side_gets_the_extra_step():
     """+8 needs the code that symmetric grids have only below zero: the scale turns negative."""
     row = np.array([[8.0, 7.0, 3.0, -7.0]], np.float32)
-    found = affine.search(row, 4, 4)
+    found = groups.search(row, 4, 4)
     assert found.scales[0, 0] == -1
     assert found.decode(found.grid().nearest(row)).tolist() == row.tolist()
 
 
 def test_zeros_keep_off_zero_for_the_first_gptq_layout():
     weights = np.abs(weights_of(50, 64))  # all positive: the natural zero point is 0
-    assert affine.search(weights, 4, 32, sym=False).zeros.min() == 0
-    assert affine.search(weights, 4, 32, sym=False, least_zero=1).zeros.min() == 1
+    assert groups.search(weights, 4, 32, sym=False).zeros.min() == 0
+    assert groups.search(weights, 4, 32, sym=False, least_zero=1).zeros.min() == 1
 
 
 @pytest.mark.parametrize("sym", [True, False])
@@ -74,7 +74,7 @@ def test_constant_zero_and_silent_groups(sym):
     weights[1, :32] = 0.25
     importance = np.ones(96, np.float32)
     importance[64:] = 0
-    found = affine.search(weights, 4, 32, sym=sym, importance=importance)
+    found = groups.search(weights, 4, 32, sym=sym, importance=importance)
     assert np.isfinite(found.scales).all()
     np.testing.assert_allclose(found.decode(found.grid().nearest(weights)), weights, atol=1e-3)
 
@@ -82,10 +82,8 @@ def test_constant_zero_and_silent_groups(sym):
 def test_stored_scales_round_like_the_dtype():
     torch = pytest.importorskip("torch")
     scales = np.random.default_rng(0).normal(size=1000).astype(np.float32)
-    assert (
-        affine.store_scale(scales, "bfloat16") == torch.from_numpy(scales).bfloat16().float().numpy()
-    ).all()
-    assert (affine.store_scale(scales, "float16") == scales.astype(np.float16)).all()
-    assert affine.store_scale(np.array([1e-30, -1e-30], np.float32)).tolist() == [2.0**-14, -(2.0**-14)]
+    assert (groups.store_scale(scales, "bfloat16") == torch.from_numpy(scales).bfloat16().float().numpy()).all()
+    assert (groups.store_scale(scales, "float16") == scales.astype(np.float16)).all()
+    assert groups.store_scale(np.array([1e-30, -1e-30], np.float32)).tolist() == [2.0**-14, -(2.0**-14)]
     with pytest.raises(ValueError, match="float8"):
-        affine.store_scale(scales, "float8")
+        groups.store_scale(scales, "float8")

@@ -1,0 +1,193 @@
+"""All layers of all checkpoint levels: which streams there are, where each stands, what goes to disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from bitladder.describe.windows import Window
+from bitladder.engines.layers import LayeredModel
+from bitladder.engines.states import Batch, Shelf, States, batches_of
+from bitladder.engines.streams import LayerOutput, ReferenceStream, SequentialStream
+from bitladder.engines.weights import FileWeights
+from bitladder.files.checkpoint_folder import CheckpointFolder
+from bitladder.formats import disk_names, roles
+from bitladder.formats.checkpoint import CheckpointLevel
+from bitladder.progress import Progress
+from bitladder.units import GiB
+
+_ROWS_AT_ONCE = 16384
+_SCALE_DTYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32", torch.float16: "float16"}
+_Stream = SequentialStream | ReferenceStream
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to calibrate. ``state_bytes``: hidden states beyond this go to disk."""
+
+    damp: float = 0.05
+    act_order: bool = True
+    reference_tokens: int = 16384
+    """Tokens that AWQ and INT8 look at; their few parameters per layer hardly change with more."""
+    state_bytes: int = GiB
+    device: str = "cpu"
+    threads: int = 1
+
+
+class CheckpointWalk:
+    """One pass over the layers for all levels. A layer's weights are read from the source once per stream and
+    dropped."""
+
+    def __init__(
+        self,
+        model: LayeredModel,
+        weights: FileWeights,
+        folders: Mapping[CheckpointLevel, CheckpointFolder],
+        dtype: torch.dtype,
+        settings: Settings,
+    ) -> None:
+        """``dtype``: of everything that stays float."""
+        self.model, self.weights, self.folders = model, weights, folders
+        self.dtype, self.settings = dtype, settings
+
+    def run(self, windows: Sequence[Window], progress: Progress) -> None:
+        """Do the layers that are not done yet.
+
+        Raises:
+            BadWeights: weights or activations are not finite.
+            OutputError: no room for states or finished layers.
+        """
+        streams = self._streams(windows)
+        total = float(self.model.n_layer)
+        for layer in range(min((done for _, done in streams), default=0), self.model.n_layer):
+            for stream, done in streams:
+                names = ", ".join(level.name for level in stream.levels)
+                progress(f"layer {layer + 1} of {self.model.n_layer}: {names}", layer, total)
+                if done <= layer:
+                    self._one(stream, layer)
+            for tensor in self.model.layer_names(layer):
+                self.weights.forget(tensor)
+        progress("all layers quantized", total, total)
+
+    def top(self) -> dict[str, torch.Tensor]:
+        """What lies outside the layers: embedding, last norm, head where it has weights of its own."""
+        tensors = {disk_names.EMBEDDING: self._cast_rows(roles.EMBEDDING)}
+        norm = dict(self.model.norm(self.weights).named_parameters())
+        if "weight" in norm:
+            tensors[disk_names.NORM] = norm["weight"].detach().cpu().to(self.dtype)
+        if self.model.output != self.model.embedding:
+            tensors[disk_names.HEAD] = self._cast_rows(roles.OUTPUT)
+        return tensors
+
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """``(outputs, inputs)`` of every matrix of the first layer that will be quantized, by its place in
+        the layer."""
+        block = self.model.layer(0, self.weights)
+        found = {}
+        for shared in self.model.family.inputs:
+            for parameter in disk_names.quantized_parameters(self.model.family, shared):
+                rows, columns = block.get_parameter(parameter.path).shape[-2:]
+                found[parameter.path.removesuffix(".weight")] = (int(rows), int(columns))
+        return found
+
+    def _cast_rows(self, name: str) -> torch.Tensor:
+        """A large matrix in the float type of the checkpoint, never whole in f32."""
+        shape = self.weights.file.info(name).shape
+        whole = torch.empty(shape, dtype=self.dtype)
+        for start in range(0, shape[0], _ROWS_AT_ONCE):
+            rows = slice(start, min(start + _ROWS_AT_ONCE, shape[0]))
+            whole[rows] = cast(self.weights(name, rows), self.dtype)
+        return whole
+
+    def _one(self, stream: _Stream, layer: int) -> None:
+        outputs = stream.layer(layer)
+        states = None if stream.states is None else stream.states.everything.numpy()
+        # The first level keeps the states, and is written last: it never is ahead of the others.
+        for number, level in reversed(list(enumerate(stream.levels))):
+            output = outputs[level.name]
+            record = {"losses": [asdict(loss) for loss in output.losses], "digests": output.digests}
+            tensors = self._tensors(layer, output)
+            self.folders[level].put_layer(layer, tensors, record, states if number == 0 else None)
+
+    def _tensors(self, layer: int, output: LayerOutput) -> dict[str, torch.Tensor]:
+        prefix = f"{disk_names.LAYERS}{layer}."
+        tensors = {f"{prefix}{name}": cast(value, self.dtype) for name, value in output.floats.items()}
+        for linear, arrays in output.linears.items():
+            for suffix, array in arrays.items():
+                value = torch.from_numpy(np.ascontiguousarray(array))
+                own = value.to(self.dtype) if suffix == "weight_scale" else value
+                tensors[f"{prefix}{linear}.{suffix}"] = own
+        return tensors
+
+    def _streams(self, windows: Sequence[Window]) -> list[tuple[_Stream, int]]:
+        """Each stream with the number of layers that it has behind it."""
+        made: list[tuple[_Stream, int]] = []
+        scale_dtype = _SCALE_DTYPES[self.dtype]
+        plain = [level for level in self.folders if level.method != "GPTQ"]
+        if plain:
+            needs_text = any(level.method == "AWQ" or level.smooth for level in plain)
+            batches = batches_of(_first(windows, self.settings.reference_tokens)) if needs_text else []
+            states, done = self._resumed(plain, batches)
+            reference = ReferenceStream(self.model, self.weights, plain, states, batches, scale_dtype=scale_dtype)
+            made.append((reference, done))
+        for level in (level for level in self.folders if level.method == "GPTQ"):
+            batches = batches_of(windows)
+            states, done = self._resumed([level], batches)
+            if states is None:
+                raise ValueError("GPTQ needs calibration windows")
+            own = SequentialStream(
+                self.model, self.weights, level, states, batches,
+                damp=self.settings.damp, act_order=self.settings.act_order, scale_dtype=scale_dtype,
+                spill=self._spill(batches),
+            )  # fmt: skip
+            made.append((own, done))
+        return made
+
+    def _resumed(self, levels: Sequence[CheckpointLevel], batches: Sequence[Batch]) -> tuple[States | None, int]:
+        """States to start from (an earlier run's, or the embeddings) and how many layers are behind them."""
+        done = min(len(self.folders[level].finished()) for level in levels)
+        kept = self.folders[levels[0]].states_file(done - 1)
+        if batches and not kept.is_file():
+            done = 0
+        for level in levels:
+            self.folders[level].truncate(done)
+        if not batches:
+            return None, done
+        states = Shelf(
+            batches,
+            self.model.model.dims.n_embd,
+            budget_bytes=self.settings.state_bytes,
+            folder=self.folders[levels[0]].partial,
+        ).take()
+        if done:
+            states.everything.copy_(torch.from_numpy(np.load(kept, mmap_mode="c")))
+            return states, done
+        for batch in batches:
+            states.put(batch, self.model.embed(batch.tokens, self.weights))
+        return states, 0
+
+    def _spill(self, batches: Sequence[Batch]) -> Path | None:
+        """Where a layer keeps the inputs of its output and down projections: on disk when they outgrow the
+        budget."""
+        dims = self.model.model.dims
+        tokens = sum(batch.tokens.size for batch in batches)
+        widths = dims.n_head * dims.head_dim_v + dims.n_ff
+        large = tokens * widths * 4 > self.settings.state_bytes
+        return next(iter(self.folders.values())).partial if large else None
+
+
+def cast(value: NDArray[np.float32], dtype: torch.dtype) -> torch.Tensor:
+    """f32 weights in a checkpoint's float type."""
+    return torch.from_numpy(np.ascontiguousarray(value)).to(dtype)
+
+
+def _first(windows: Sequence[Window], tokens: int) -> list[Window]:
+    """Windows evenly spread over the text that hold about ``tokens`` tokens."""
+    total = sum(len(window.tokens) for window in windows)
+    stride = max(1, round(total / tokens))
+    return list(windows[::stride])

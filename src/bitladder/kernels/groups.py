@@ -1,0 +1,354 @@
+"""Scale and minimum: stores x as d * code - m, with the weighted squared error as small as the search finds it.
+
+For fixed codes l the best d and c = -m solve a 2 x 2 system, and the error they leave follows from five sums:
+
+    S = sum w, Sx = sum w x, Sl = sum w l, Sll = sum w l l, Sxl = sum w x l
+    error(d, c) = sum w x x - 2 d Sxl - 2 c Sx + d d Sll + 2 d c Sl + c c S
+
+so one pass over the weights judges a guess, and no second pass computes its error. The search:
+
+1. each sub-block: guesses from a grid (``Search.starts``), the best one improved by alternating between codes and (d, c);
+2. the block: float16 d and dmin such that the largest fits; whole-number scales and minima chosen by the error above
+   (a parabola: three tries each); d and dmin solved again for all sub-blocks together; repeated with new codes.
+
+The idea of trying scales near max/levels and solving for the scale comes from ggml's quantizers; closed-form errors,
+the two-way grid and the joint choice are what they skip.
+"""
+
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from bitladder.kernels.lanes import (
+    kernel,
+    load,
+    load_transposed,
+    maximum,
+    minimum,
+    nearest,
+    reciprocal,
+    splat,
+    store,
+    store_transposed,
+    to_f16,
+    where,
+)
+from bitladder.kernels.pack import pack_affine
+
+# rows of the state: one value per lane for each of up to 16 sub-blocks
+S, SX, SL, SLL, SXL, D, C, WHOLE_D, WHOLE_M, PLAIN_D, PLAIN_M, ROWS = range(12)
+
+
+@kernel
+def sums_for(x: Any, w: Any, at: Any, size: Any, d: Any, c: Any, top: Any) -> Any:
+    """Sl, Sll, Sxl of the codes nearest to (x - c) / d."""
+    inverse = reciprocal(d)
+    return sums_at(x, w, at, size, inverse, splat(0.0) - c * inverse, top)
+
+
+@kernel
+def sums_at(x: Any, w: Any, at: Any, size: Any, inverse: Any, shift: Any, top: Any) -> Any:
+    """Sl, Sll, Sxl of the codes nearest to x * inverse + shift."""
+    zero = splat(0.0)
+    sl, sll, sxl = zero, zero, zero
+    for i in range(at, at + 16 * size, 16):
+        value = load(x, i)
+        code = nearest(minimum(maximum(value * inverse + shift, zero), top))
+        weighted = load(w, i) * code
+        sl = sl + weighted
+        sll = sll + weighted * code
+        sxl = sxl + weighted * value
+    return sl, sll, sxl
+
+
+@kernel
+def solve(s: Any, sx: Any, sl: Any, sll: Any, sxl: Any, free: Any) -> Any:
+    """Best d and c for fixed codes, and the error they save; c at most 0 unless ``free``."""
+    zero = splat(0.0)
+    det = s * sll - sl * sl
+    r = reciprocal(det)
+    d, c = (s * sxl - sx * sl) * r, (sll * sx - sl * sxl) * r
+    if not free:
+        negative = c < zero
+        d = where(negative, d, sxl * reciprocal(sll))
+        c = where(negative, c, zero)
+    gain = d * sxl + c * sx
+    return d, c, where((det > zero) & (d > zero), gain, splat(-1.0))
+
+
+@kernel
+def search_part(
+    x: Any, w: Any, state: Any, j: Any, n: Any, size: Any, top: Any, starts: Any, rounds: Any, free: Any
+) -> Any:
+    """Fill the sub-block's sums, d and c; ``j`` is its place in a row of the state, ``n`` the length of a row."""
+    zero = splat(0.0)
+    at = j * size
+    low, high = load(x, at), load(x, at)
+    s, sx = zero, zero
+    for i in range(at, at + 16 * size, 16):
+        value, weight = load(x, i), load(w, i)
+        low, high = minimum(low, value), maximum(high, value)
+        s = s + weight
+        sx = sx + weight * value
+    if not free:
+        low, high = minimum(low, zero), maximum(high, zero)
+    span = high - low
+    over_span = reciprocal(span)
+    d, c, gain = span / top, low, splat(-2.0)
+    sl, sll, sxl = zero, zero, zero
+    for k in range(starts.shape[0] + rounds):
+        if k < starts.shape[0]:
+            inverse = (top + splat(starts[k, 0])) * over_span
+            shift = splat(starts[k, 1]) - low * inverse
+        else:
+            inverse = reciprocal(d)
+            shift = zero - c * inverse
+        l1, l2, l3 = sums_at(x, w, at, size, inverse, shift, top)
+        d1, c1, gain1 = solve(s, sx, l1, l2, l3, free)
+        better = gain1 > gain
+        gain = where(better, gain1, gain)
+        d, c = where(better, d1, d), where(better, c1, c)
+        sl, sll, sxl = where(better, l1, sl), where(better, l2, sll), where(better, l3, sxl)
+    store(state, S * n + j, s)
+    store(state, SX * n + j, sx)
+    store_sums(state, j, n, sl, sll, sxl)
+    store(state, D * n + j, d)
+    store(state, C * n + j, c)
+    store(state, PLAIN_D * n + j, span / top)
+    store(state, PLAIN_M * n + j, zero - low)
+
+
+@kernel
+def store_sums(state: Any, j: Any, n: Any, sl: Any, sll: Any, sxl: Any) -> Any:
+    """Keep the sums of a sub-block's codes."""
+    store(state, SL * n + j, sl)
+    store(state, SLL * n + j, sll)
+    store(state, SXL * n + j, sxl)
+
+
+@kernel
+def error_of(state: Any, j: Any, n: Any, d: Any, c: Any, sl: Any, sll: Any, sxl: Any) -> Any:
+    """The weighted squared error less sum w x x."""
+    two = splat(2.0)
+    s, sx = load(state, S * n + j), load(state, SX * n + j)
+    return d * (d * sll + two * (c * sl - sxl)) + c * (c * s - two * sx)
+
+
+@kernel
+def choose_whole(state: Any, j: Any, n: Any, d: Any, dmin: Any, top: Any) -> Any:
+    """The whole-number scale and minimum with the least error for the sub-block's present codes."""
+    zero = splat(0.0)
+    sl, sll, sxl = load(state, SL * n + j), load(state, SLL * n + j), load(state, SXL * n + j)
+    sx, over_s = load(state, SX * n + j), reciprocal(load(state, S * n + j))
+    over_dmin = reciprocal(dmin)
+    middle = nearest(minimum(load(state, D * n + j) * reciprocal(d), top))
+    best_s, best_m, best = middle, zero, splat(3e38)
+    for k in range(3):
+        s = minimum(maximum(middle + splat(k - 1.0), zero), top)
+        m = nearest(minimum(maximum((s * d * sl - sx) * over_s * over_dmin, zero), top))
+        error = error_of(state, j, n, s * d, zero - m * dmin, sl, sll, sxl)
+        better = error < best
+        best = where(better, error, best)
+        best_s, best_m = where(better, s, best_s), where(better, m, best_m)
+    store(state, WHOLE_D * n + j, best_s)
+    store(state, WHOLE_M * n + j, best_m)
+
+
+@kernel
+def solve_block(state: Any, n: Any, d: Any, dmin: Any, free: Any) -> Any:
+    """Best float16 d and dmin of the block for the present codes and whole numbers."""
+    zero = splat(0.0)
+    a11, a12, a22, b1, b2 = zero, zero, zero, zero, zero
+    for j in range(0, n, 16):
+        s, m = load(state, WHOLE_D * n + j), load(state, WHOLE_M * n + j)
+        a11 = a11 + s * s * load(state, SLL * n + j)
+        a12 = a12 - s * m * load(state, SL * n + j)
+        a22 = a22 + m * m * load(state, S * n + j)
+        b1 = b1 + s * load(state, SXL * n + j)
+        b2 = b2 - m * load(state, SX * n + j)
+    det = a11 * a22 - a12 * a12
+    sound = det > splat(1e-6) * a11 * a22
+    r = reciprocal(det)
+    new_d = where(sound, (a22 * b1 - a12 * b2) * r, b1 * reciprocal(a11))
+    new_m = where(sound, (a11 * b2 - a12 * b1) * r, dmin if free else zero)
+    new_d = where(new_d > zero, new_d, d)
+    if not free:
+        new_m = where(new_m > zero, new_m, zero)
+    return to_f16(new_d), to_f16(new_m)
+
+
+@kernel
+def new_codes(
+    x: Any, w: Any, state: Any, j: Any, n: Any, size: Any, d: Any, dmin: Any, top: Any, whole: Any, reach: Any
+) -> Any:
+    """Codes for the stored scales, or for whole-number scales up to ``reach`` away when those leave less error."""
+    zero, limit = splat(0.0), splat(whole)
+    s0, m0 = load(state, WHOLE_D * n + j), load(state, WHOLE_M * n + j)
+    best_s, best_m, best = s0, m0, splat(3e38)
+    sl, sll, sxl = zero, zero, zero
+    for a in range(-reach, reach + 1):
+        for b in range(-reach, reach + 1):
+            s, m = s0 + splat(a), m0 + splat(b)
+            if reach > 0:
+                s, m = minimum(maximum(s, zero), limit), minimum(maximum(m, zero), limit)
+            step, c = s * d, zero - m * dmin
+            l1, l2, l3 = sums_for(x, w, j * size, size, step, c, top)
+            error = error_of(state, j, n, step, c, l1, l2, l3)
+            better = error < best
+            best = where(better, error, best)
+            best_s, best_m = where(better, s, best_s), where(better, m, best_m)
+            sl, sll, sxl = where(better, l1, sl), where(better, l2, sll), where(better, l3, sxl)
+    store_sums(state, j, n, sl, sll, sxl)
+    store(state, WHOLE_D * n + j, best_s)
+    store(state, WHOLE_M * n + j, best_m)
+    store(state, D * n + j, best_s * d)
+
+
+@kernel
+def true_error(x: Any, w: Any, state: Any, n: Any, size: Any, d: Any, dmin: Any, top: Any) -> Any:
+    """The block's weighted squared error, summed from the differences themselves."""
+    zero = splat(0.0)
+    error = zero
+    for j in range(0, n, 16):
+        step, c = load(state, WHOLE_D * n + j) * d, zero - load(state, WHOLE_M * n + j) * dmin
+        inverse = reciprocal(step)
+        for i in range(j * size, (j + 16) * size, 16):
+            value = load(x, i) - c
+            code = nearest(minimum(maximum(value * inverse, zero), top))
+            rest = value - step * code
+            error = error + load(w, i) * rest * rest
+    return error
+
+
+@kernel
+def keep_plain(x: Any, w: Any, state: Any, n: Any, size: Any, d: Any, dmin: Any, top: Any, whole: Any) -> Any:
+    """Where the plain encoding (scales from the range alone) has less error, take it."""
+    zero, limit, one = splat(0.0), splat(whole), splat(1.0)
+    error = true_error(x, w, state, n, size, d, dmin, top)
+    plain_d, plain_m = load(state, PLAIN_D * n), load(state, PLAIN_M * n)
+    for j in range(16, n, 16):
+        plain_d = maximum(plain_d, load(state, PLAIN_D * n + j))
+        plain_m = maximum(plain_m, load(state, PLAIN_M * n + j))
+    if whole > 0:
+        plain_d, plain_m = plain_d / limit, plain_m / limit
+    plain_d, plain_m = to_f16(plain_d), to_f16(plain_m)
+    for j in range(0, n, 16):
+        s, m = load(state, WHOLE_D * n + j), load(state, WHOLE_M * n + j)
+        plain_s, plain_n = one, one
+        if whole > 0:
+            plain_s = nearest(minimum(load(state, PLAIN_D * n + j) * reciprocal(plain_d), limit))
+            plain_n = nearest(minimum(load(state, PLAIN_M * n + j) * reciprocal(plain_m), limit))
+        store(state, WHOLE_D * n + j, plain_s)
+        store(state, WHOLE_M * n + j, plain_n)
+        store(state, PLAIN_D * n + j, s)
+        store(state, PLAIN_M * n + j, m)
+    plain = true_error(x, w, state, n, size, plain_d, plain_m, top) < error
+    for j in range(0, n, 16):
+        for new, old in ((WHOLE_D, PLAIN_D), (WHOLE_M, PLAIN_M)):
+            store(state, new * n + j, where(plain, load(state, new * n + j), load(state, old * n + j)))
+    return where(plain, plain_d, d), where(plain, plain_m, dmin)
+
+
+@kernel
+def search_block(
+    x: Any,
+    w: Any,
+    state: Any,
+    n: Any,
+    size: Any,
+    top: Any,
+    whole: Any,
+    starts: Any,
+    rounds: Any,
+    passes: Any,
+    reach: Any,
+    guard: Any,
+) -> Any:
+    """Leave the whole-number scales in the state and return d and dmin."""
+    free = whole == 0
+    for j in range(0, n, 16):
+        search_part(x, w, state, j, n, size, top, starts, rounds, free)
+    d, dmin = load(state, D * n), splat(0.0) - load(state, C * n)
+    for j in range(16, n, 16):
+        d, dmin = maximum(d, load(state, D * n + j)), maximum(dmin, splat(0.0) - load(state, C * n + j))
+    if free:
+        store(state, WHOLE_D * n, splat(1.0))
+        store(state, WHOLE_M * n, splat(1.0))
+    else:
+        d, dmin = d / splat(whole), dmin / splat(whole)
+    d, dmin = to_f16(d), to_f16(dmin)
+    for k in range(passes + 1):
+        if k > 0:
+            for j in range(0, n, 16):
+                new_codes(x, w, state, j, n, size, d, dmin, top, whole, reach)
+        if not free:
+            for j in range(0, n, 16):
+                choose_whole(state, j, n, d, dmin, splat(whole))
+        d, dmin = solve_block(state, n, d, dmin, free)
+    if not free:
+        for j in range(0, n, 16):
+            choose_whole(state, j, n, d, dmin, splat(whole))
+    if guard:
+        d, dmin = keep_plain(x, w, state, n, size, d, dmin, top, whole)
+    return d, dmin
+
+
+@kernel
+def write_codes(x: Any, state: Any, n: Any, size: Any, d: Any, dmin: Any, top: Any, codes: Any) -> Any:
+    """The codes nearest to (x + m) / d for the stored scales."""
+    zero = splat(0.0)
+    for j in range(0, n, 16):
+        inverse = reciprocal(load(state, WHOLE_D * n + j) * d)
+        m = load(state, WHOLE_M * n + j) * dmin
+        for i in range(j * size, (j + 16) * size, 16):
+            store(codes, i, nearest(minimum(maximum((load(x, i) + m) * inverse, zero), top)))
+
+
+@kernel
+def quantize_affine(
+    x: Any,
+    columns: Any,
+    importance: Any,
+    layout: Any,
+    parts: Any,
+    size: Any,
+    top: Any,
+    whole: Any,
+    type_size: Any,
+    starts: Any,
+    rounds: Any,
+    passes: Any,
+    reach: Any,
+    guard: Any,
+    out: Any,
+) -> Any:
+    """Blocks of f32 x, one after another, to their bytes in ``out``.
+
+    ``importance`` is f32[columns], or empty for equal weights; ``columns`` the length of a row of x.
+    """
+    length, n = parts * size, parts * 16
+    blocks = x.size // length
+    values, weights, codes = (np.empty(16 * length, np.float32) for _ in range(3))
+    state = np.empty(ROWS * n, np.float32)
+    tile = np.empty(16 * type_size, np.uint8)
+    source, column, target = np.empty(16, np.int64), np.empty(16, np.int64), np.empty(16, np.int64)
+    weights[:] = 1
+    for first in range(0, blocks, 16):
+        for lane in range(16):
+            block = min(first + lane, blocks - 1)
+            source[lane], target[lane] = block * length, block * type_size
+            column[lane] = block * length % columns
+        for i in range(0, length, 16):
+            load_transposed(x, source, i, values, 16 * i)
+            if importance.size:
+                load_transposed(importance, column, i, weights, 16 * i)
+        high = splat(top)
+        d, dmin = search_block(values, weights, state, n, size, high, whole, starts, rounds, passes, reach, guard)
+        write_codes(values, state, n, size, d, dmin, high, codes)
+        pack_affine(layout, codes, state[WHOLE_D * n :], state[WHOLE_M * n :], d, dmin, tile)
+        for i in range(0, type_size, 16):
+            at = min(i, type_size - 16)
+            store_transposed(tile, 16 * at, out, target, at)
