@@ -1,354 +1,240 @@
-"""Scale and minimum: stores x as d * code - m, with the weighted squared error as small as the search finds it.
+"""Affine groups: a scale, and for asymmetric ones a zero point, per group of neighbouring weights of a row.
 
-For fixed codes l the best d and c = -m solve a 2 x 2 system, and the error they leave follows from five sums:
+    value = (code - zero) * scale,     code in 0 .. 2^b - 1,     symmetric: zero = 2^(b-1)
 
-    S = sum w, Sx = sum w x, Sl = sum w l, Sll = sum w l l, Sxl = sum w x l
-    error(d, c) = sum w x x - 2 d Sxl - 2 c Sx + d d Sll + 2 d c Sl + c c S
-
-so one pass over the weights judges a guess, and no second pass computes its error. The search:
-
-1. each sub-block: guesses from a grid (``Search.starts``), the best one improved by alternating between codes and (d, c);
-2. the block: float16 d and dmin such that the largest fits; whole-number scales and minima chosen by the error above
-   (a parabola: three tries each); d and dmin solved again for all sub-blocks together; repeated with new codes.
-
-The idea of trying scales near max/levels and solving for the scale comes from ggml's quantizers; closed-form errors,
-the two-way grid and the joint choice are what they skip.
+``round_to_nearest`` is the plain method: the scale follows from the largest weight. ``search`` looks for the
+scale and zero that cost least when every column has a weight of its own: for each of several starting scales
+it rounds, then takes the scale that fits those codes best, ``s = sum(h w c) / sum(h c c)`` with ``c = code -
+zero``; its error is in closed form, ``sum(h w w) - sum(h w c)^2 / sum(h c c)``, so each candidate takes one
+pass. A symmetric scale may turn out negative: codes reach one step further down than up, and the sign lets
+the larger side have that step.
 """
-
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
+from numba import njit, prange
 
-from bitladder.kernels.lanes import (
-    kernel,
-    load,
-    load_transposed,
-    maximum,
-    minimum,
-    nearest,
-    reciprocal,
-    splat,
-    store,
-    store_transposed,
-    to_f16,
-    where,
-)
-from bitladder.kernels.pack import pack_affine
+from bitladder.kernels.grid import F32, Grid, contiguous_groups
 
-# rows of the state: one value per lane for each of up to 16 sub-blocks
-S, SX, SL, SLL, SXL, D, C, WHOLE_D, WHOLE_M, PLAIN_D, PLAIN_M, ROWS = range(12)
+_LANES = 32
+_SHRINKS = np.linspace(1.05, 0.55, 21).astype(np.float32)
+"""Candidate scales, as shares of the one that just holds the largest weight."""
 
 
-@kernel
-def sums_for(x: Any, w: Any, at: Any, size: Any, d: Any, c: Any, top: Any) -> Any:
-    """Sl, Sll, Sxl of the codes nearest to (x - c) / d."""
-    inverse = reciprocal(d)
-    return sums_at(x, w, at, size, inverse, splat(0.0) - c * inverse, top)
+@dataclass(frozen=True)
+class Affine:
+    """Scales ``f32[rows, groups]``, zeros ``i16[rows, groups]``, for codes of ``bits`` bits in groups of
+    ``group_size``."""
+
+    scales: F32
+    zeros: npt.NDArray[np.int16]
+    bits: int
+    group_size: int
+    columns: int
+
+    def grid(self) -> Grid:
+        """The same as a Grid, for rounding with error feedback."""
+        offset = (-self.zeros * self.scales).astype(np.float32)
+        return Grid(self.scales, offset, contiguous_groups(self.columns, self.group_size), 0, 2**self.bits - 1)
+
+    def rows(self, rows: slice) -> Affine:
+        """The parameters of some rows."""
+        return replace(self, scales=self.scales[rows], zeros=self.zeros[rows])
+
+    def decode(self, codes: npt.NDArray[np.integer]) -> F32:
+        """Weights ``f32[rows, columns]`` of ``codes``, exactly as a reader of the file computes them."""
+        group = contiguous_groups(self.columns, self.group_size)
+        centred = codes.astype(np.int32) - self.zeros[:, group]
+        return np.asarray(centred.astype(np.float32) * self.scales[:, group], np.float32)
 
 
-@kernel
-def sums_at(x: Any, w: Any, at: Any, size: Any, inverse: Any, shift: Any, top: Any) -> Any:
-    """Sl, Sll, Sxl of the codes nearest to x * inverse + shift."""
-    zero = splat(0.0)
-    sl, sll, sxl = zero, zero, zero
-    for i in range(at, at + 16 * size, 16):
-        value = load(x, i)
-        code = nearest(minimum(maximum(value * inverse + shift, zero), top))
-        weighted = load(w, i) * code
-        sl = sl + weighted
-        sll = sll + weighted * code
-        sxl = sxl + weighted * value
-    return sl, sll, sxl
+def store_scale(scales: F32, dtype: str = "float16") -> F32:
+    """Scales as a file will hold them, back in f32: ``float16`` (never subnormal, so never zero),
+    ``bfloat16``, ``float32``."""
+    if dtype == "float16":
+        tiny = np.float32(np.finfo(np.float16).tiny)
+        held = np.clip(scales, -65504, 65504).astype(np.float16).astype(np.float32)
+        return np.where(np.abs(held) < tiny, np.copysign(tiny, scales), held).astype(np.float32)
+    if dtype == "bfloat16":
+        raw = np.ascontiguousarray(scales, np.float32).view(np.uint32)
+        rounded = (raw + np.uint32(0x7FFF) + ((raw >> np.uint32(16)) & np.uint32(1))) & np.uint32(0xFFFF0000)
+        return rounded.view(np.float32)
+    if dtype == "float32":
+        return scales
+    raise ValueError(f"scales are stored as float16, bfloat16 or float32, not {dtype}")
 
 
-@kernel
-def solve(s: Any, sx: Any, sl: Any, sll: Any, sxl: Any, free: Any) -> Any:
-    """Best d and c for fixed codes, and the error they save; c at most 0 unless ``free``."""
-    zero = splat(0.0)
-    det = s * sll - sl * sl
-    r = reciprocal(det)
-    d, c = (s * sxl - sx * sl) * r, (sll * sx - sl * sxl) * r
-    if not free:
-        negative = c < zero
-        d = where(negative, d, sxl * reciprocal(sll))
-        c = where(negative, c, zero)
-    gain = d * sxl + c * sx
-    return d, c, where((det > zero) & (d > zero), gain, splat(-1.0))
+def round_to_nearest(
+    weights: F32, bits: int, group_size: int, *, sym: bool = True
+) -> tuple[npt.NDArray[np.int16], Affine]:
+    """Plain rounding of ``weights f32[rows, columns]``, halves to even; scales stay f32.
 
-
-@kernel
-def search_part(
-    x: Any, w: Any, state: Any, j: Any, n: Any, size: Any, top: Any, starts: Any, rounds: Any, free: Any
-) -> Any:
-    """Fill the sub-block's sums, d and c; ``j`` is its place in a row of the state, ``n`` the length of a row."""
-    zero = splat(0.0)
-    at = j * size
-    low, high = load(x, at), load(x, at)
-    s, sx = zero, zero
-    for i in range(at, at + 16 * size, 16):
-        value, weight = load(x, i), load(w, i)
-        low, high = minimum(low, value), maximum(high, value)
-        s = s + weight
-        sx = sx + weight * value
-    if not free:
-        low, high = minimum(low, zero), maximum(high, zero)
-    span = high - low
-    over_span = reciprocal(span)
-    d, c, gain = span / top, low, splat(-2.0)
-    sl, sll, sxl = zero, zero, zero
-    for k in range(starts.shape[0] + rounds):
-        if k < starts.shape[0]:
-            inverse = (top + splat(starts[k, 0])) * over_span
-            shift = splat(starts[k, 1]) - low * inverse
-        else:
-            inverse = reciprocal(d)
-            shift = zero - c * inverse
-        l1, l2, l3 = sums_at(x, w, at, size, inverse, shift, top)
-        d1, c1, gain1 = solve(s, sx, l1, l2, l3, free)
-        better = gain1 > gain
-        gain = where(better, gain1, gain)
-        d, c = where(better, d1, d), where(better, c1, c)
-        sl, sll, sxl = where(better, l1, sl), where(better, l2, sll), where(better, l3, sxl)
-    store(state, S * n + j, s)
-    store(state, SX * n + j, sx)
-    store_sums(state, j, n, sl, sll, sxl)
-    store(state, D * n + j, d)
-    store(state, C * n + j, c)
-    store(state, PLAIN_D * n + j, span / top)
-    store(state, PLAIN_M * n + j, zero - low)
-
-
-@kernel
-def store_sums(state: Any, j: Any, n: Any, sl: Any, sll: Any, sxl: Any) -> Any:
-    """Keep the sums of a sub-block's codes."""
-    store(state, SL * n + j, sl)
-    store(state, SLL * n + j, sll)
-    store(state, SXL * n + j, sxl)
-
-
-@kernel
-def error_of(state: Any, j: Any, n: Any, d: Any, c: Any, sl: Any, sll: Any, sxl: Any) -> Any:
-    """The weighted squared error less sum w x x."""
-    two = splat(2.0)
-    s, sx = load(state, S * n + j), load(state, SX * n + j)
-    return d * (d * sll + two * (c * sl - sxl)) + c * (c * s - two * sx)
-
-
-@kernel
-def choose_whole(state: Any, j: Any, n: Any, d: Any, dmin: Any, top: Any) -> Any:
-    """The whole-number scale and minimum with the least error for the sub-block's present codes."""
-    zero = splat(0.0)
-    sl, sll, sxl = load(state, SL * n + j), load(state, SLL * n + j), load(state, SXL * n + j)
-    sx, over_s = load(state, SX * n + j), reciprocal(load(state, S * n + j))
-    over_dmin = reciprocal(dmin)
-    middle = nearest(minimum(load(state, D * n + j) * reciprocal(d), top))
-    best_s, best_m, best = middle, zero, splat(3e38)
-    for k in range(3):
-        s = minimum(maximum(middle + splat(k - 1.0), zero), top)
-        m = nearest(minimum(maximum((s * d * sl - sx) * over_s * over_dmin, zero), top))
-        error = error_of(state, j, n, s * d, zero - m * dmin, sl, sll, sxl)
-        better = error < best
-        best = where(better, error, best)
-        best_s, best_m = where(better, s, best_s), where(better, m, best_m)
-    store(state, WHOLE_D * n + j, best_s)
-    store(state, WHOLE_M * n + j, best_m)
-
-
-@kernel
-def solve_block(state: Any, n: Any, d: Any, dmin: Any, free: Any) -> Any:
-    """Best float16 d and dmin of the block for the present codes and whole numbers."""
-    zero = splat(0.0)
-    a11, a12, a22, b1, b2 = zero, zero, zero, zero, zero
-    for j in range(0, n, 16):
-        s, m = load(state, WHOLE_D * n + j), load(state, WHOLE_M * n + j)
-        a11 = a11 + s * s * load(state, SLL * n + j)
-        a12 = a12 - s * m * load(state, SL * n + j)
-        a22 = a22 + m * m * load(state, S * n + j)
-        b1 = b1 + s * load(state, SXL * n + j)
-        b2 = b2 - m * load(state, SX * n + j)
-    det = a11 * a22 - a12 * a12
-    sound = det > splat(1e-6) * a11 * a22
-    r = reciprocal(det)
-    new_d = where(sound, (a22 * b1 - a12 * b2) * r, b1 * reciprocal(a11))
-    new_m = where(sound, (a11 * b2 - a12 * b1) * r, dmin if free else zero)
-    new_d = where(new_d > zero, new_d, d)
-    if not free:
-        new_m = where(new_m > zero, new_m, zero)
-    return to_f16(new_d), to_f16(new_m)
-
-
-@kernel
-def new_codes(
-    x: Any, w: Any, state: Any, j: Any, n: Any, size: Any, d: Any, dmin: Any, top: Any, whole: Any, reach: Any
-) -> Any:
-    """Codes for the stored scales, or for whole-number scales up to ``reach`` away when those leave less error."""
-    zero, limit = splat(0.0), splat(whole)
-    s0, m0 = load(state, WHOLE_D * n + j), load(state, WHOLE_M * n + j)
-    best_s, best_m, best = s0, m0, splat(3e38)
-    sl, sll, sxl = zero, zero, zero
-    for a in range(-reach, reach + 1):
-        for b in range(-reach, reach + 1):
-            s, m = s0 + splat(a), m0 + splat(b)
-            if reach > 0:
-                s, m = minimum(maximum(s, zero), limit), minimum(maximum(m, zero), limit)
-            step, c = s * d, zero - m * dmin
-            l1, l2, l3 = sums_for(x, w, j * size, size, step, c, top)
-            error = error_of(state, j, n, step, c, l1, l2, l3)
-            better = error < best
-            best = where(better, error, best)
-            best_s, best_m = where(better, s, best_s), where(better, m, best_m)
-            sl, sll, sxl = where(better, l1, sl), where(better, l2, sll), where(better, l3, sxl)
-    store_sums(state, j, n, sl, sll, sxl)
-    store(state, WHOLE_D * n + j, best_s)
-    store(state, WHOLE_M * n + j, best_m)
-    store(state, D * n + j, best_s * d)
-
-
-@kernel
-def true_error(x: Any, w: Any, state: Any, n: Any, size: Any, d: Any, dmin: Any, top: Any) -> Any:
-    """The block's weighted squared error, summed from the differences themselves."""
-    zero = splat(0.0)
-    error = zero
-    for j in range(0, n, 16):
-        step, c = load(state, WHOLE_D * n + j) * d, zero - load(state, WHOLE_M * n + j) * dmin
-        inverse = reciprocal(step)
-        for i in range(j * size, (j + 16) * size, 16):
-            value = load(x, i) - c
-            code = nearest(minimum(maximum(value * inverse, zero), top))
-            rest = value - step * code
-            error = error + load(w, i) * rest * rest
-    return error
-
-
-@kernel
-def keep_plain(x: Any, w: Any, state: Any, n: Any, size: Any, d: Any, dmin: Any, top: Any, whole: Any) -> Any:
-    """Where the plain encoding (scales from the range alone) has less error, take it."""
-    zero, limit, one = splat(0.0), splat(whole), splat(1.0)
-    error = true_error(x, w, state, n, size, d, dmin, top)
-    plain_d, plain_m = load(state, PLAIN_D * n), load(state, PLAIN_M * n)
-    for j in range(16, n, 16):
-        plain_d = maximum(plain_d, load(state, PLAIN_D * n + j))
-        plain_m = maximum(plain_m, load(state, PLAIN_M * n + j))
-    if whole > 0:
-        plain_d, plain_m = plain_d / limit, plain_m / limit
-    plain_d, plain_m = to_f16(plain_d), to_f16(plain_m)
-    for j in range(0, n, 16):
-        s, m = load(state, WHOLE_D * n + j), load(state, WHOLE_M * n + j)
-        plain_s, plain_n = one, one
-        if whole > 0:
-            plain_s = nearest(minimum(load(state, PLAIN_D * n + j) * reciprocal(plain_d), limit))
-            plain_n = nearest(minimum(load(state, PLAIN_M * n + j) * reciprocal(plain_m), limit))
-        store(state, WHOLE_D * n + j, plain_s)
-        store(state, WHOLE_M * n + j, plain_n)
-        store(state, PLAIN_D * n + j, s)
-        store(state, PLAIN_M * n + j, m)
-    plain = true_error(x, w, state, n, size, plain_d, plain_m, top) < error
-    for j in range(0, n, 16):
-        for new, old in ((WHOLE_D, PLAIN_D), (WHOLE_M, PLAIN_M)):
-            store(state, new * n + j, where(plain, load(state, new * n + j), load(state, old * n + j)))
-    return where(plain, plain_d, d), where(plain, plain_m, dmin)
-
-
-@kernel
-def search_block(
-    x: Any,
-    w: Any,
-    state: Any,
-    n: Any,
-    size: Any,
-    top: Any,
-    whole: Any,
-    starts: Any,
-    rounds: Any,
-    passes: Any,
-    reach: Any,
-    guard: Any,
-) -> Any:
-    """Leave the whole-number scales in the state and return d and dmin."""
-    free = whole == 0
-    for j in range(0, n, 16):
-        search_part(x, w, state, j, n, size, top, starts, rounds, free)
-    d, dmin = load(state, D * n), splat(0.0) - load(state, C * n)
-    for j in range(16, n, 16):
-        d, dmin = maximum(d, load(state, D * n + j)), maximum(dmin, splat(0.0) - load(state, C * n + j))
-    if free:
-        store(state, WHOLE_D * n, splat(1.0))
-        store(state, WHOLE_M * n, splat(1.0))
-    else:
-        d, dmin = d / splat(whole), dmin / splat(whole)
-    d, dmin = to_f16(d), to_f16(dmin)
-    for k in range(passes + 1):
-        if k > 0:
-            for j in range(0, n, 16):
-                new_codes(x, w, state, j, n, size, d, dmin, top, whole, reach)
-        if not free:
-            for j in range(0, n, 16):
-                choose_whole(state, j, n, d, dmin, splat(whole))
-        d, dmin = solve_block(state, n, d, dmin, free)
-    if not free:
-        for j in range(0, n, 16):
-            choose_whole(state, j, n, d, dmin, splat(whole))
-    if guard:
-        d, dmin = keep_plain(x, w, state, n, size, d, dmin, top, whole)
-    return d, dmin
-
-
-@kernel
-def write_codes(x: Any, state: Any, n: Any, size: Any, d: Any, dmin: Any, top: Any, codes: Any) -> Any:
-    """The codes nearest to (x + m) / d for the stored scales."""
-    zero = splat(0.0)
-    for j in range(0, n, 16):
-        inverse = reciprocal(load(state, WHOLE_D * n + j) * d)
-        m = load(state, WHOLE_M * n + j) * dmin
-        for i in range(j * size, (j + 16) * size, 16):
-            store(codes, i, nearest(minimum(maximum((load(x, i) + m) * inverse, zero), top)))
-
-
-@kernel
-def quantize_affine(
-    x: Any,
-    columns: Any,
-    importance: Any,
-    layout: Any,
-    parts: Any,
-    size: Any,
-    top: Any,
-    whole: Any,
-    type_size: Any,
-    starts: Any,
-    rounds: Any,
-    passes: Any,
-    reach: Any,
-    guard: Any,
-    out: Any,
-) -> Any:
-    """Blocks of f32 x, one after another, to their bytes in ``out``.
-
-    ``importance`` is f32[columns], or empty for equal weights; ``columns`` the length of a row of x.
+    Symmetric: ``scale = max|w| / (2^b - 1) * 2``, as llm-compressor does (its codes are reproduced bit for
+        bit).
+    Asymmetric: the range from min(w, 0) to max(w, 0) in ``2^b - 1`` steps.
     """
-    length, n = parts * size, parts * 16
-    blocks = x.size // length
-    values, weights, codes = (np.empty(16 * length, np.float32) for _ in range(3))
-    state = np.empty(ROWS * n, np.float32)
-    tile = np.empty(16 * type_size, np.uint8)
-    source, column, target = np.empty(16, np.int64), np.empty(16, np.int64), np.empty(16, np.int64)
-    weights[:] = 1
-    for first in range(0, blocks, 16):
-        for lane in range(16):
-            block = min(first + lane, blocks - 1)
-            source[lane], target[lane] = block * length, block * type_size
-            column[lane] = block * length % columns
-        for i in range(0, length, 16):
-            load_transposed(x, source, i, values, 16 * i)
-            if importance.size:
-                load_transposed(importance, column, i, weights, 16 * i)
-        high = splat(top)
-        d, dmin = search_block(values, weights, state, n, size, high, whole, starts, rounds, passes, reach, guard)
-        write_codes(values, state, n, size, d, dmin, high, codes)
-        pack_affine(layout, codes, state[WHOLE_D * n :], state[WHOLE_M * n :], d, dmin, tile)
-        for i in range(0, type_size, 16):
-            at = min(i, type_size - 16)
-            store_transposed(tile, 16 * at, out, target, at)
+    rows, columns = weights.shape
+    grouped = weights.reshape(rows, -1, group_size or columns)
+    top = np.float32(2**bits - 1)
+    if sym:
+        scales = np.abs(grouped).max(axis=2) / (top / np.float32(2))
+        zeros = np.full(scales.shape, 2 ** (bits - 1), np.int16)
+    else:
+        low, high = np.minimum(grouped.min(axis=2), 0), np.maximum(grouped.max(axis=2), 0)
+        scales = (high - low) / top
+        zeros = np.clip(np.rint(-low / np.where(scales == 0, 1, scales)), 0, top).astype(np.int16)
+    scales = np.where(scales == 0, np.float32(1), scales).astype(np.float32)
+    steps = np.rint(grouped / scales[:, :, None]) + zeros[:, :, None]
+    codes = np.clip(steps, 0, top).astype(np.int16).reshape(rows, columns)
+    return codes, Affine(scales, zeros, bits, group_size, columns)
+
+
+def search(
+    weights: F32,
+    bits: int,
+    group_size: int,
+    *,
+    sym: bool = True,
+    importance: F32 | None = None,
+    least_zero: int = 0,
+    scale_dtype: str = "float16",
+    shrinks: F32 = _SHRINKS,
+    signed: bool = True,
+) -> Affine:
+    """Scales and zeros of ``weights f32[rows, columns]`` that cost least under column weights ``importance
+    f32[columns]``.
+
+    Args:
+        weights: Finite; ``group_size`` divides the columns (0: the whole row is one group).
+        bits: 2 to 8.
+        group_size: Columns that share a scale.
+        sym: Zero in the middle of the codes, or free.
+        importance: Weight of each column, at least 0; None for equal ones.
+        least_zero: Smallest zero point allowed: 1 for GPTQ's first layout, which stores ``zero - 1``.
+        scale_dtype: What the file stores; scales come back rounded to it.
+        shrinks: Candidate scales, as shares of the one that just holds the largest weight.
+        signed: Symmetric scales may be negative.
+    """
+    rows, columns = weights.shape
+    size = group_size or columns
+    groups = columns // size
+    column_weight = np.ones(columns, np.float32) if importance is None else importance.astype(np.float32)
+    # A group that no calibration token excites still has to be stored well: equal weights there.
+    dead = column_weight.reshape(groups, size).max(axis=1) <= 0
+    column_weight = np.where(np.repeat(dead, size), np.float32(1), column_weight)
+    scales = np.empty((groups, rows), np.float32)
+    zeros = np.empty((groups, rows), np.int16)
+    lanes = np.ascontiguousarray(weights.T, np.float32)
+    candidates = np.asarray(shrinks, np.float32)
+    if sym:
+        both = np.concatenate([candidates, -candidates]) if signed else candidates
+        _search_symmetric(lanes, column_weight, size, 2**bits - 1, both, scales, zeros)
+    else:
+        _search_asymmetric(lanes, column_weight, size, 2**bits - 1, least_zero, candidates, scales, zeros)
+    stored = store_scale(np.ascontiguousarray(scales.T), scale_dtype)
+    return Affine(stored, np.ascontiguousarray(zeros.T), bits, group_size, columns)
+
+
+@njit(cache=True, parallel=True)
+def _search_symmetric(  # noqa: PLR0917
+    lanes: F32,
+    column_weight: F32,
+    size: int,
+    top: int,
+    shrinks: F32,
+    scales: F32,
+    zeros: npt.NDArray[np.int16],
+) -> None:
+    """``lanes f32[columns, rows]``: rows side by side, a tile of them through all candidates at once."""
+    groups, rows = scales.shape
+    tiles = (rows + _LANES - 1) // _LANES
+    zero = np.float32((top + 1) // 2)
+    high = np.float32(top) - zero
+    for job in prange(groups * tiles):
+        group, first = job // tiles, (job % tiles) * _LANES
+        last = min(first + _LANES, rows)
+        largest = np.zeros(_LANES, np.float32)
+        for k in range(group * size, (group + 1) * size):
+            for r in range(first, last):
+                largest[r - first] = max(largest[r - first], abs(lanes[k, r]))
+        best = np.full(_LANES, np.float32(-1))
+        for share in shrinks:
+            up = np.zeros(_LANES, np.float32)
+            down = np.zeros(_LANES, np.float32)
+            inverse = np.zeros(_LANES, np.float32)
+            for lane in range(_LANES):
+                inverse[lane] = zero / (largest[lane] * share) if largest[lane] > 0 else np.float32(0)
+            for k in range(group * size, (group + 1) * size):
+                for r in range(first, last):
+                    lane = r - first
+                    step = min(max(np.rint(lanes[k, r] * inverse[lane]), -zero), high)
+                    heavy = column_weight[k] * step
+                    up[lane] += heavy * lanes[k, r]
+                    down[lane] += heavy * step
+            for r in range(first, last):
+                lane = r - first
+                if down[lane] > 0 and up[lane] * up[lane] / down[lane] > best[lane]:
+                    best[lane] = up[lane] * up[lane] / down[lane]
+                    scales[group, r] = up[lane] / down[lane]
+        for r in range(first, last):
+            zeros[group, r] = np.int16(zero)
+            if best[r - first] <= 0:
+                scales[group, r] = max(largest[r - first] / zero, np.float32(1e-4))
+
+
+@njit(cache=True, parallel=True)
+def _search_asymmetric(  # noqa: PLR0917
+    lanes: F32,
+    column_weight: F32,
+    size: int,
+    top: int,
+    least_zero: int,
+    shrinks: F32,
+    scales: F32,
+    zeros: npt.NDArray[np.int16],
+) -> None:
+    groups, rows = scales.shape
+    tiles = (rows + _LANES - 1) // _LANES
+    for job in prange(groups * tiles):
+        group, first = job // tiles, (job % tiles) * _LANES
+        last = min(first + _LANES, rows)
+        low = np.zeros(_LANES, np.float32)
+        high = np.zeros(_LANES, np.float32)
+        for k in range(group * size, (group + 1) * size):
+            for r in range(first, last):
+                low[r - first] = min(low[r - first], lanes[k, r])
+                high[r - first] = max(high[r - first], lanes[k, r])
+        best = np.full(_LANES, np.float32(-1))
+        for candidate in range(2 * len(shrinks)):
+            share = shrinks[candidate // 2]
+            up = np.zeros(_LANES, np.float32)
+            down = np.zeros(_LANES, np.float32)
+            inverse = np.zeros(_LANES, np.float32)
+            zero = np.zeros(_LANES, np.float32)
+            for lane in range(_LANES):
+                reach = (high[lane] - low[lane]) * share
+                inverse[lane] = top / reach if reach > 0 else np.float32(0)
+                at = -low[lane] * share * inverse[lane]
+                near = np.floor(at) if candidate % 2 == 0 else np.ceil(at)
+                zero[lane] = min(max(near, np.float32(least_zero)), np.float32(top))
+            for k in range(group * size, (group + 1) * size):
+                for r in range(first, last):
+                    lane = r - first
+                    step = min(max(np.rint(lanes[k, r] * inverse[lane]), -zero[lane]), top - zero[lane])
+                    heavy = column_weight[k] * step
+                    up[lane] += heavy * lanes[k, r]
+                    down[lane] += heavy * step
+            for r in range(first, last):
+                lane = r - first
+                if down[lane] > 0 and up[lane] > 0 and up[lane] * up[lane] / down[lane] > best[lane]:
+                    best[lane] = up[lane] * up[lane] / down[lane]
+                    scales[group, r] = up[lane] / down[lane]
+                    zeros[group, r] = np.int16(zero[lane])
+        for r in range(first, last):
+            if best[r - first] <= 0:
+                scales[group, r] = max((high[r - first] - low[r - first]) / top, np.float32(1e-4))
+                zeros[group, r] = np.int16(max(least_zero, top // 2))
