@@ -113,6 +113,7 @@ def quantize_model(
     imatrix: Path | None,
     effort: Effort,
     threads: int,
+    split_max_bytes: int | None = None,
     progress: Progress,
 ) -> list[LevelFile]:
     """Write a model at some levels, every tensor read once for all of them."""
@@ -124,7 +125,14 @@ def quantize_model(
     importance = read_imatrix(imatrix).vectors() if imatrix else None
     with GgufFile.open(resolve(model, progress).path) as source:
         return quantize_levels(
-            source, levels, out, importance=importance, effort=effort, threads=threads, progress=progress
+            source,
+            levels,
+            out,
+            importance=importance,
+            effort=effort,
+            threads=threads,
+            split_max_bytes=split_max_bytes,
+            progress=progress,
         )
 
 

@@ -10,7 +10,7 @@ import typer
 
 from bitladder.cli.terminal import JsonFlag, ModelArgument, print_json, progress_display, say, verb
 from bitladder.errors import UsageError
-from bitladder.units import human_bytes
+from bitladder.units import human_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from bitladder.kernels import Effort
@@ -70,6 +70,10 @@ def quantize(
         str, typer.Option("--effort", help="fast, good or best: how hard to search for scales.")
     ] = "good",
     threads: Threads = ALL_CORES,
+    split_max_size: Annotated[
+        str | None,
+        typer.Option("--split-max-size", metavar="SIZE", help="Cut each level into parts of at most SIZE, like 4GB."),
+    ] = None,
     json_output: JsonFlag = False,
 ) -> None:
     """Write a model at one or several levels; every tensor is read once for all of them."""
@@ -83,13 +87,15 @@ def quantize(
             imatrix=imatrix,
             effort=effort_named(effort),
             threads=threads,
+            split_max_bytes=parse_bytes(split_max_size) if split_max_size else None,
             progress=progress,
         )
     if json_output:
         print_json({"files": files})
     else:
         for file in files:
-            say(f"{file.path}  {human_bytes(file.bytes)}, {file.bpw:.2f} bits per weight, {file.seconds:.1f} s")
+            took = "was already there" if file.reused else f"{file.seconds:.1f} s"
+            say(f"{file.path}  {human_bytes(file.bytes)}, {file.bpw:.2f} bits per weight, {took}")
 
 
 @verb
