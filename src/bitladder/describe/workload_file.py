@@ -85,7 +85,8 @@ class _Document:
         try:
             return reader(plain)
         except ValueError as error:
-            self.fault(f"{path[-1]} {error}.", *path)
+            what = path[-1] if isinstance(path[-1], str) else f"entry {path[-1] + 1} of {path[-2]}"
+            self.fault(f"{what} {error}.", *path)
 
 
 def parse_workload(

@@ -1,0 +1,277 @@
+"""Endpoints that misbehave, and a judge: fakes are functions from request to reply."""
+
+import json
+import logging
+
+import httpx
+import pytest
+
+from bitladder.describe.workload import Criterion, Input, Workload
+from bitladder.engines.base import Completion
+from bitladder.engines.endpoint import Endpoint, EndpointSettings, expected_cost, same_model
+from bitladder.engines.judge import Judge, judge_error
+from bitladder.errors import EngineGone, EngineReply, EngineTimeout, UsageError, WrongModel
+
+KEY = "sk-a-very-secret-key"
+HELLO = [{"role": "user", "content": "Hello"}]
+
+
+def event(**fields):
+    return "data: " + json.dumps({"model": "m", **fields}) + "\n\n"
+
+
+def said(text, reason=None):
+    return event(choices=[{"delta": {"content": text}, "finish_reason": reason}])
+
+
+GOOD = said("Good ") + said("day", "stop") + event(choices=[], usage={"prompt_tokens": 9, "completion_tokens": 2})
+GOOD += "data: [DONE]\n\n"
+
+
+def stream(text, **fields):
+    return httpx.Response(200, text=text, headers={"content-type": "text/event-stream"}, **fields)
+
+
+def endpoint(*replies, settings=None, waits=None, **options):
+    """An endpoint whose replies come in this order, the last one for ever; errors are raised."""
+    asked = []
+
+    def handle(request):
+        asked.append(request)
+        reply = replies[min(len(asked), len(replies)) - 1]
+        if isinstance(reply, Exception):
+            raise reply
+        return reply
+
+    settings = settings or EndpointSettings("http://fake/v1", model="m", **options)
+    waits = waits if waits is not None else []
+    made = Endpoint(settings, transport=httpx.MockTransport(handle), sleep=waits.append)
+    made.asked = asked
+    return made
+
+
+def test_a_streamed_answer():
+    engine = endpoint(stream(GOOD))
+    done = engine.chat(HELLO, max_tokens=5, seed=3)
+    assert (done.text, done.finish_reason, done.prompt_tokens, done.completion_tokens) == ("Good day", "stop", 9, 2)
+    assert 0 < done.first_token_s <= done.total_s
+    body = json.loads(engine.asked[0].content)
+    assert (body["model"], body["max_tokens"], body["temperature"], body["seed"], body["stream"]) == (
+        "m",
+        5,
+        0.0,
+        3,
+        True,
+    )
+
+
+def test_an_engine_that_does_not_stream():
+    whole = {"model": "m", "choices": [{"message": {"content": "Good day"}, "finish_reason": "length"}]}
+    whole["choices"][0]["logprobs"] = {"content": [{"token": "Good", "logprob": -0.1, "top_logprobs": []}]}
+    done = endpoint(httpx.Response(200, json=whole)).chat(HELLO, max_tokens=5)
+    assert (done.text, done.finish_reason) == ("Good day", "length")
+    assert (done.tokens[0].text, done.tokens[0].logprob) == ("Good", -0.1)
+
+
+def test_the_dialect_of_an_endpoint():
+    engine = endpoint(stream(GOOD), max_tokens_field="max_completion_tokens", without=("seed", "temperature"))
+    engine.chat(HELLO, max_tokens=5, logprobs=3)
+    body = json.loads(engine.asked[0].content)
+    assert body["max_completion_tokens"] == 5
+    assert not {"max_tokens", "seed", "temperature", "logprobs"} & set(body)
+
+
+FAULTS = {
+    "cut short": (stream(said("Good ")), EngineReply, "stops after 5 characters without saying why"),
+    "no json in the stream": (stream("data: {oops\n\n"), EngineReply, "something that is not JSON: {oops"),
+    "a web page": (
+        httpx.Response(200, text="<html>", headers={"content-type": "application/json"}),
+        EngineReply,
+        "not JSON: <html>",
+    ),
+    "an error in the stream": (stream(said("a") + event(error={"message": "lost"})), EngineReply, "lost"),
+    "llama.cpp's error line": (stream(said("a") + "error: out of memory\n\n"), EngineReply, "gave up.*out of memory"),
+    "not an object": (stream("data: [1]\n\n"), EngineReply, "an event that is no object"),
+    "bad request": (httpx.Response(400, text="too long"), EngineReply, "status 400: too long"),
+    "wrong key": (httpx.Response(401, text="no"), EngineReply, "key is missing or wrong"),
+    "nobody there": (httpx.ConnectError("refused"), EngineGone, "cannot be reached: refused"),
+    "broken off": (httpx.RemoteProtocolError("peer closed"), EngineReply, "broke off in the middle"),
+    "slow to connect": (httpx.ConnectTimeout("t"), EngineTimeout, "nothing in time while connecting"),
+    "stalled": (httpx.ReadTimeout("t"), EngineTimeout, "nothing in time while waiting for its reply"),
+    "slow to take": (httpx.WriteTimeout("t"), EngineTimeout, "nothing in time while sending"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_every_misbehaviour_has_its_error(name):
+    reply, error, message = FAULTS[name]
+    with pytest.raises(error) as caught:
+        endpoint(reply, retries=0).chat(HELLO, max_tokens=5)
+    assert caught.match(message)
+
+
+def test_trying_again_waits_as_told_then_longer():
+    waits = []
+    busy = httpx.Response(429, headers={"retry-after": "7"}, text="slow down")
+    engine = endpoint(busy, httpx.Response(503), stream(said("cut")), stream(GOOD), waits=waits)
+    assert engine.chat(HELLO, max_tokens=5).text == "Good day"
+    assert waits == [7.0, 2.0, 4.0]
+
+
+def test_what_cannot_help_is_not_tried_again():
+    engine = endpoint(httpx.Response(401, text="no"))
+    with pytest.raises(EngineReply):
+        engine.chat(HELLO, max_tokens=5)
+    assert len(engine.asked) == 1
+
+
+def test_tries_end():
+    engine = endpoint(httpx.Response(500, text="oops"), retries=2)
+    with pytest.raises(EngineReply, match="status 500"):
+        engine.chat(HELLO, max_tokens=5)
+    assert len(engine.asked) == 3
+
+
+def test_another_model_answers():
+    with pytest.raises(WrongModel, match="was asked for 'm' and answered as 'tiny'"):
+        endpoint(stream(GOOD.replace('"m"', '"tiny"'))).chat(HELLO, max_tokens=5)
+
+
+def test_the_model_is_exchanged_on_the_way():
+    dated = [stream(GOOD.replace('"m"', f'"m-{date}"')) for date in ("2026-01-01", "2026-02-02")]
+    engine = endpoint(*dated)
+    engine.chat(HELLO, max_tokens=5)
+    with pytest.raises(WrongModel, match="as 'm-2026-01-01' first and as 'm-2026-02-02' now"):
+        engine.chat(HELLO, max_tokens=5)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "served", "same"),
+    [
+        ("gpt-x", "gpt-x-2026-01-31", True),
+        ("gpt-x", "gpt-x-mini", False),
+        ("llama3", "llama3:latest", True),
+        ("llama3", "llama3:8b", False),
+        ("org/Model", "model.gguf", True),
+        ("a", "b", False),
+    ],
+)
+def test_names_of_one_model(wanted, served, same):
+    assert same_model(wanted, served) is same
+
+
+def test_probing():
+    listed = httpx.Response(200, json={"data": [{"id": "m"}, {"id": "n"}]})
+    assert endpoint(listed).probe() == ("m", "n")
+    assert endpoint(httpx.Response(404)).probe() == ()
+    with pytest.raises(WrongModel, match="does not serve 'm'"):
+        endpoint(httpx.Response(200, json={"data": [{"id": "n"}]})).probe()
+    with pytest.raises(EngineReply, match="lists its models in a way"):
+        endpoint(httpx.Response(200, json=["m"])).probe()
+
+
+def test_the_key_is_sent_and_shown_nowhere(monkeypatch, caplog):
+    caplog.set_level(logging.DEBUG)
+    monkeypatch.setenv("FAKE_KEY", KEY)
+    repeats = httpx.Response(401, text=f"Incorrect API key provided: {KEY}")
+    engine = endpoint(repeats, key_env="FAKE_KEY")
+    with pytest.raises(EngineReply) as caught:
+        engine.chat(HELLO, max_tokens=5)
+    assert engine.asked[0].headers["authorization"] == f"Bearer {KEY}"
+    assert "[key]" in str(caught.value)
+    for shown in (str(caught.value), repr(caught.value), repr(engine), repr(engine.settings), caplog.text):
+        assert KEY not in shown
+
+
+def test_settings_that_cannot_be(monkeypatch):
+    monkeypatch.delenv("FAKE_KEY", raising=False)
+    with pytest.raises(UsageError, match="FAKE_KEY is empty"):
+        endpoint(stream(GOOD), key_env="FAKE_KEY")
+    with pytest.raises(UsageError, match="no address"):
+        EndpointSettings("fake/v1")
+    with pytest.raises(UsageError, match="neither a user, a password nor a query"):
+        EndpointSettings(f"http://user:{KEY}@fake/v1")
+
+
+def test_requests_are_spread_over_the_minute():
+    waits = []
+    engine = endpoint(stream(GOOD), requests_per_minute=6, waits=waits)
+    for _ in range(3):
+        engine.chat(HELLO, max_tokens=5)
+    assert [round(wait) for wait in waits] == [10, 20]
+
+
+def test_cost_before_spending():
+    one = Input("i", ({"role": "user", "content": "x" * 400},), (), max_tokens=50)
+    workload = Workload("w", (one, one), samples=3)
+    cost = expected_cost(EndpointSettings("http://fake", price_in=2.0, price_out=10.0), workload)
+    assert (cost.requests, cost.prompt_tokens, cost.answer_tokens) == (6, 600, 300)
+    assert cost.money == pytest.approx(0.0042)
+    assert expected_cost(EndpointSettings("http://fake"), workload).money is None
+
+
+class FakeJudge:
+    """A judge model that is a function of the prompt."""
+
+    name, parallel = "judge", 1
+
+    def __init__(self, answer):
+        self.answer = answer
+
+    def chat(self, messages, *, max_tokens, **options):
+        return Completion(self.answer(messages[0]["content"]), "stop", 1, 1, "judge", 0.1, 0.1)
+
+    def close(self):
+        pass
+
+
+QUESTION = Input("i", ({"role": "user", "content": "Greet me."},), ())
+RUBRIC = {"rubric": "It is kind.", "against": "none", "examples": []}
+PAIR = {**RUBRIC, "against": "reference"}
+
+
+def test_a_judge_is_asked_in_both_orders():
+    prompts = []
+    assert Judge(FakeJudge(lambda prompt: prompts.append(prompt) or "PASS"))(QUESTION, RUBRIC, "Dear!", None).passed
+    assert prompts[0].index("Dear!") < prompts[0].index("It is kind.")
+    assert prompts[1].index("Dear!") > prompts[1].index("It is kind.")
+
+
+@pytest.mark.parametrize(
+    ("answer", "detail"),
+    [
+        (lambda prompt: "PASS" if "PASS or FAIL" in prompt else "FAIL", "undecided: the judge changes its mind"),
+        (lambda prompt: "Well, it depends.", "undecided: the judge said neither"),
+        (lambda prompt: "PASS or FAIL? FAIL", "undecided: the judge said neither"),
+        (lambda prompt: "FAIL.", "the judge says FAIL"),
+    ],
+)
+def test_only_a_verdict_that_survives_the_order_counts(answer, detail):
+    outcome = Judge(FakeJudge(answer))(QUESTION, RUBRIC, "Dear!", None)
+    assert not outcome.passed
+    assert outcome.detail.startswith(detail)
+
+
+def test_against_the_reference():
+    judge = Judge(FakeJudge(lambda prompt: "A" if "A:\n<<<\nworse" not in prompt else "B"))
+    assert not judge(QUESTION, PAIR, "worse", "better").passed
+    first_wins = Judge(FakeJudge(lambda prompt: "A"))
+    assert first_wins(QUESTION, PAIR, "worse", "better").passed
+    assert first_wins(QUESTION, PAIR, "is the reference itself", None).passed
+    assert Judge(FakeJudge(lambda prompt: "?"))(QUESTION, PAIR, "a", "b").detail.startswith("undecided")
+
+
+def test_the_judges_own_error():
+    examples = [
+        {"answer": "kind", "passes": True},
+        {"answer": "rude", "passes": False},
+        {"answer": "so", "passes": True},
+    ]
+    criterion = Criterion("judge", {**RUBRIC, "examples": examples})
+    workload = Workload("w", (Input("i", QUESTION.messages, (criterion,)),))
+    strict = Judge(FakeJudge(lambda prompt: "PASS" if "\nkind\n" in prompt else "FAIL"))
+    error = judge_error(strict, workload)
+    assert (error.examples, error.wrong, error.undecided) == (3, 1, 0)
+    assert error.rate == pytest.approx((0.0084, 0.9057), abs=1e-3)
+    silent = judge_error(Judge(FakeJudge(lambda prompt: "hm")), workload)
+    assert (silent.wrong, silent.undecided) == (3, 3)

@@ -1,0 +1,301 @@
+"""Workload files: what they may say, and each fault with its line."""
+
+import json
+import textwrap
+
+import pytest
+
+from bitladder.describe.workload import question_hash
+from bitladder.describe.workload_file import parse_workload
+from bitladder.errors import BadInput, BadWorkload, OutputError, UsageError
+from bitladder.files.workloads import from_csv, from_promptfoo, load_workload, new_workload, trusted_functions
+
+
+def parse(text, files=None, **options):
+    def read_file(name):
+        if name not in (files or {}):
+            raise OSError("no such file")
+        return files[name]
+
+    return parse_workload(textwrap.dedent(text), source="w.yaml", read_file=read_file, **options)
+
+
+def test_prompt_variables_files_and_defaults():
+    workload = parse(
+        """\
+        name: contracts
+        system: You are {{who}}.
+        max_tokens: 7
+        inputs:
+          - id: rent
+            prompt: "How much? {{ clause }}"
+            variables: {who: careful}
+            files: {clause: a.txt}
+            tags: [extraction]
+            weight: 2
+            expect:
+              number: 1250
+              max_words: 20
+        """,
+        {"a.txt": "1,250 euros"},
+    )
+    one = workload.inputs[0]
+    assert one.messages == (
+        {"role": "system", "content": "You are careful."},
+        {"role": "user", "content": "How much? 1,250 euros"},
+    )
+    assert (one.weight, one.max_tokens, one.tags, one.line) == (2.0, 7, ("extraction",), 5)
+    assert [(criterion.kind, criterion.line) for criterion in one.criteria] == [("number", 12), ("max_words", 13)]
+    assert workload.name == "contracts"
+    assert workload.kinds == {"number", "max_words"}
+
+
+def test_messages_and_generated_ids():
+    workload = parse(
+        """\
+        inputs:
+          - messages: [{role: system, content: Be brief.}, {role: user, content: Hello}]
+            expect: {contains_any: [hi, hello]}
+        """
+    )
+    assert workload.inputs[0].id == "input-1"
+    assert workload.name == "w"
+
+
+def test_json_lines():
+    text = '{"prompt": "2 + 2?", "expect": {"number": 4}}\n\n{"prompt": "3?", "expect": {"number": 3}}\n'
+    workload = parse(text, json_lines=True)
+    assert [(one.id, one.line) for one in workload.inputs] == [("input-1", 1), ("input-2", 3)]
+
+
+INPUT = "inputs:\n  - prompt: p\n    expect: {exact: a}\n"
+
+
+def expecting(criterion):
+    return f"inputs:\n  - prompt: p\n    expect:\n      {criterion}\n"
+
+
+def asking(fields):
+    return f"inputs:\n  - {fields}\n    expect: {{exact: a}}\n"
+
+
+FAULTS = {
+    "no inputs": ("name: x\n", "line 1: a workload needs a list 'inputs' with at least one input"),
+    "empty file": ("", "line 1: a workload needs a list 'inputs'"),
+    "broken yaml": ("inputs:\n  - prompt: 'a\n", "line 3: this is no YAML: found unexpected end of stream"),
+    "colon in a text": ("inputs:\n  - prompt: a: b\n", "line 2: this is no YAML: mapping values are not allowed here"),
+    "unknown top field": (INPUT + "inptus: 3\n", "line 4: there is no field 'inptus' here.\nDid you mean 'inputs'?"),
+    "unknown input field": (
+        "inputs:\n  - prompt: p\n    expct: {exact: a}\n",
+        "line 3: there is no field 'expct' here.\nDid you mean 'expect'?",
+    ),
+    "unknown criterion": (
+        expecting("contain_all: [a]"),
+        "line 4: there is no field 'contain_all' here.\nDid you mean 'contains_all'?",
+    ),
+    "field twice": ("inputs:\n  - prompt: p\n    prompt: q\n", "line 3: the field 'prompt' stands here twice"),
+    "no criterion": ("inputs:\n  - prompt: p\n", "line 2: an input needs 'expect' with at least one criterion"),
+    "prompt and messages": (
+        asking("prompt: p\n    messages: []"),
+        "line 2: an input needs either 'prompt' or 'messages'",
+    ),
+    "input is a text": ("inputs:\n  - hello\n", "line 2: an input needs fields like prompt and expect, got 'hello'"),
+    "bad role": (
+        asking("messages:\n      - {role: boss, content: c}"),
+        "line 3: entry 1 of messages field 'role' needs one of system, user, assistant, got 'boss'",
+    ),
+    "assistant last": (
+        asking("messages:\n      - {role: user, content: c}\n      - {role: assistant, content: c}"),
+        "line 4: the last message must be the user's",
+    ),
+    "no value for a variable": (
+        asking("prompt: 'a {{b}}'\n    variables: {c: d}"),
+        "line 2: the variable 'b' has no value.\nVariables of this input: c.",
+    ),
+    "missing file": (
+        asking("prompt: '{{b}}'\n    files:\n      b: gone.txt"),
+        "line 4: the file 'gone.txt' cannot be read: no such file",
+    ),
+    "yes without quotes": (
+        expecting("one_of: yes"),
+        "line 4: one_of needs a text, got True; put it in quotes if it is meant as a text",
+    ),
+    "bad regex": (
+        expecting("regex: '('"),
+        "line 4: regex needs a regular expression; '(' is none: missing ), unterminated subpattern",
+    ),
+    "bad number": (expecting("number: {value: x}"), "line 4: number field 'value' needs a number, got 'x'"),
+    "negative tolerance": (
+        expecting("number: {value: 1, tolerance: -1}"),
+        "line 4: number field 'tolerance' needs a number of 0 or more, got -1",
+    ),
+    "bad schema": (
+        expecting("json_schema: {type: objekt}"),
+        "line 4: json_schema needs a JSON schema; this one is wrong at $.type",
+    ),
+    "unknown field of a criterion": (
+        expecting("set_recall: {items: [a], atleast: 1}"),
+        "line 4: set_recall has no field 'atleast'; it has items, at_least",
+    ),
+    "share above one": (
+        expecting("set_recall: {items: [a], at_least: 2}"),
+        "line 4: set_recall field 'at_least' needs a share between 0 and 1, got 2",
+    ),
+    "python path": (
+        "inputs:\n  - prompt: p\n    expect: {python: os.system}\n",
+        "line 3: python needs an import path like my_checks:is_polite, got 'os.system'",
+    ),
+    "weight of nothing": (asking("prompt: p\n    weight: 0"), "line 3: weight needs a number above 0"),
+    "tokens": (asking("prompt: p\n    max_tokens: 1.5"), "line 3: max_tokens needs a whole number from 1, got 1.5"),
+    "id twice": (
+        INPUT.replace("prompt: p", "prompt: p\n    id: x") + "  - prompt: q\n    id: x\n    expect: {exact: a}\n",
+        "line 6: two inputs have the id 'x'; the other is in line 2",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_every_fault_names_its_line(name):
+    text, message = FAULTS[name]
+    with pytest.raises(BadWorkload) as caught:
+        parse(text)
+    assert str(caught.value).startswith("w.yaml, " + message)
+
+
+def test_a_broken_json_line_is_named():
+    with pytest.raises(BadWorkload, match=r"w\.yaml, line 2: this line is no JSON"):
+        parse('{"prompt": "a", "expect": {"exact": "b"}}\n{"prompt": \n', json_lines=True)
+
+
+def test_aliases_cannot_blow_up():
+    bomb = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n"
+    for n in range(1, 12):
+        bomb += f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n"
+    with pytest.raises(BadWorkload, match="too large"):
+        parse(bomb)
+
+
+WARNINGS = {
+    "regex: ''": "line 4: input 'input-1' can never fail: the pattern matches an empty answer",
+    "regex: 'a*'": "can never fail: the pattern matches an empty answer",
+    "json_schema: false": "can never pass: the schema accepts nothing",
+    "contains_none: [x]": "passes even an empty answer",
+    "max_words: 5": "passes even an empty answer",
+    "set_recall: {items: [a], at_least: 0}": "passes even an empty answer",
+    "exact: 'one two three'\n      max_words: 2": "can never pass: what exact allows fails another criterion",
+    "contains_all: [new york]\n      contains_none: [york]": "can never pass: contains_all wants what contains_none",
+    "agrees_with_reference: {metric: chrf, at_least: 0}": "can never fail: at_least is 0",
+}
+
+
+@pytest.mark.parametrize("expect", WARNINGS)
+def test_criteria_that_judge_nothing_are_doubted(expect):
+    (warning,) = parse(f"inputs:\n  - prompt: p\n    expect:\n      {expect}\n").warnings
+    assert WARNINGS[expect] in warning
+
+
+def test_sound_criteria_are_not_doubted():
+    assert (
+        parse("inputs:\n  - prompt: p\n    expect: {contains_all: [a], contains_none: [b], max_words: 5}\n").warnings
+        == ()
+    )
+
+
+def test_hash_knows_meaning_from_looks():
+    plain, spaced = parse(INPUT), parse("# a remark\nname: other\n\n" + INPUT)
+    assert plain.hash == spaced.hash
+    assert plain.hash != parse(INPUT.replace("exact: a", "exact: b")).hash
+    one, other = plain.inputs[0], parse(INPUT.replace("exact: a", "exact: b")).inputs[0]
+    assert question_hash(one, 0.0, 0) == question_hash(other, 0.0, 0)
+    assert question_hash(one, 0.0, 0) != question_hash(one, 0.0, 1)
+
+
+def test_the_starter_workload_is_sound():
+    workload = load_workload()
+    assert len(workload.inputs) == 25
+    assert workload.warnings == ()
+    assert len(workload.tags) >= 8
+    assert all(one.tags and one.max_tokens <= 64 for one in workload.inputs)
+
+
+def test_a_new_workload_is_sound_and_never_overwrites(tmp_path):
+    path = tmp_path / "mine.yaml"
+    new_workload(path)
+    assert load_workload(path).warnings == ()
+    with pytest.raises(OutputError, match="exists already"):
+        new_workload(path)
+
+
+def test_files_outside_the_folder_are_not_read(tmp_path):
+    (tmp_path / "secret.txt").write_text("key")
+    folder = tmp_path / "w"
+    folder.mkdir()
+    path = folder / "w.yaml"
+    path.write_text("inputs:\n  - prompt: '{{s}}'\n    files: {s: ../secret.txt}\n    expect: {exact: a}\n")
+    with pytest.raises(BadWorkload, match=r"line 3: the file '../secret.txt' cannot be read: it lies outside"):
+        load_workload(path)
+
+
+def test_files_that_are_none(tmp_path):
+    with pytest.raises(BadInput, match="cannot be read: No such file"):
+        load_workload(tmp_path / "gone.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(BadInput, match="no UTF-8 text: byte 0 is 0xff"):
+        load_workload(tmp_path / "binary.yaml")
+
+
+def test_own_functions_run_only_when_trusted(tmp_path):
+    (tmp_path / "my_checks_of_this_test.py").write_text("def short(text, info):\n    return len(text) < 5, 'counted'\n")
+    path = tmp_path / "w.yaml"
+    path.write_text("inputs:\n  - prompt: p\n    expect: {python: 'my_checks_of_this_test:short'}\n")
+    workload = load_workload(path)
+    with (
+        pytest.raises(UsageError, match="runs Python code of its own"),
+        trusted_functions(workload, tmp_path, trust=False),
+    ):
+        pass
+    with trusted_functions(workload, tmp_path, trust=True) as functions:
+        assert functions["my_checks_of_this_test:short"]("abc", {}) == (True, "counted")
+    path.write_text(path.read_text().replace("short", "long"))
+    missing = pytest.raises(BadWorkload, match="line 3: 'my_checks_of_this_test:long' cannot be imported")
+    with missing, trusted_functions(load_workload(path), tmp_path, trust=True):
+        pass
+
+
+def test_csv_import(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text('id,prompt,expected,number,tags\ncap,"Capital of France?",Paris|paris,,facts;geo\nsum,2 + 2?,,4,\n')
+    (tmp_path / "w.yaml").write_text(from_csv(path))
+    first, second = load_workload(tmp_path / "w.yaml").inputs
+    assert (first.criteria[0].value, first.tags) == (["Paris", "paris"], ("facts", "geo"))
+    assert second.criteria[0].value["value"] == 4.0
+    path.write_text("prompt,answer\na,b\n")
+    with pytest.raises(BadWorkload, match="line 1: the column 'answer' means nothing here"):
+        from_csv(path)
+    path.write_text("prompt,number\na,many\n")
+    with pytest.raises(BadWorkload, match="line 2: number needs a number, got 'many'"):
+        from_csv(path)
+
+
+def test_promptfoo_import(tmp_path):
+    path = tmp_path / "promptfooconfig.yaml"
+    config = {
+        "prompts": ["Translate to French: {{text}}"],
+        "tests": [
+            {
+                "vars": {"text": "cat"},
+                "assert": [{"type": "icontains", "value": "chat"}, {"type": "not-contains", "value": "cat"}],
+            },
+            {"description": "json", "vars": {"text": "x"}, "assert": [{"type": "is-json"}]},
+        ],
+    }
+    path.write_text(json.dumps(config))
+    (tmp_path / "w.yaml").write_text(from_promptfoo(path))
+    first, second = load_workload(tmp_path / "w.yaml").inputs
+    assert first.messages[0]["content"] == "Translate to French: cat"
+    assert {c.kind: c.value for c in first.criteria} == {"contains_all": ["chat"], "contains_none": ["cat"]}
+    assert (second.id, second.criteria[0].kind) == ("json", "json_schema")
+    config["tests"][0]["assert"].append({"type": "latency", "threshold": 5})
+    path.write_text(json.dumps(config))
+    with pytest.raises(BadWorkload, match=r"test 1 has an assertion that has no counterpart here: .*latency"):
+        from_promptfoo(path)
