@@ -1,8 +1,9 @@
 """An OpenAI-compatible engine that computes nothing: numbered tokens on a clock, as cheaply as Python can.
 
-Run as ``python benchmarks/fake_engine.py --port P [--first-ms F] [--interval-ms I]``. `max_tokens` of a request says how
-many tokens to send. Every token's text is its number, so that a lost, repeated or reordered one shows. One timer ticks
-for all streams. It serves the gateway's benchmarks and speaks just enough HTTP for that.
+Run as ``python benchmarks/fake_engine.py --port P [--first-ms F] [--interval-ms I]``. `max_tokens` of a
+request says how many tokens to send. Every token's text is its number, so that a lost, repeated or
+reordered one shows. One timer ticks for all streams. It serves the gateway's benchmarks and speaks just
+enough HTTP for that.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class Engine:
         self.streams: set[Connection] = set()
 
     async def tick(self) -> None:
+        """One token for every stream, each interval."""
         loop = asyncio.get_running_loop()
         due = loop.time()
         while True:
@@ -50,12 +52,15 @@ class Connection(asyncio.Protocol):
         self.wanted = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """A client came."""
         self.transport = cast(asyncio.Transport, transport)
 
-    def connection_lost(self, exc: Exception | None) -> None:
+    def connection_lost(self, _: Exception | None) -> None:
+        """It left."""
         self.engine.streams.discard(self)
 
     def data_received(self, data: bytes) -> None:
+        """What came from the other side."""
         self.received += data
         head, found, rest = self.received.partition(b"\r\n\r\n")
         if not found:
@@ -75,13 +80,13 @@ class Connection(asyncio.Protocol):
         asyncio.get_running_loop().call_later(self.engine.first_s, answer)
 
     def document(self, content: object) -> None:
+        """A JSON document as a whole reply."""
         body = json.dumps(content).encode()
         if not self.transport.is_closing():
-            self.transport.write(
-                HEAD % b"application/json" + b"content-length: %d\r\n\r\n" % len(body) + body
-            )
+            self.transport.write(HEAD % b"application/json" + b"content-length: %d\r\n\r\n" % len(body) + body)
 
     def whole(self) -> None:
+        """All tokens at once."""
         text = "".join(f"{number} " for number in range(self.wanted))
         message = {"role": "assistant", "content": text}
         self.document(
@@ -100,12 +105,14 @@ class Connection(asyncio.Protocol):
         )
 
     def start_stream(self) -> None:
+        """The head and the first token."""
         if not self.transport.is_closing():
             self.transport.write(HEAD % b"text/event-stream" + b"transfer-encoding: chunked\r\n\r\n")
             self.engine.streams.add(self)
             self.next_token()
 
     def next_token(self) -> None:
+        """One more token, or the end."""
         if self.sent < self.wanted:
             event = TOKEN % (self.engine.model, self.sent)
             self.sent += 1

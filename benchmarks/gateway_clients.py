@@ -1,7 +1,8 @@
 """Claim: as the gateway's client, aiohttp costs several times less processor time than httpx.
 
-One process asks the fake engine directly, one request after the other, with each library; its own processor time per
-request and per token of a stream is reported, which other load on the machine hardly changes. JSON is the last line.
+One process asks the fake engine directly, one request after the other, with each library; its own processor
+time per request and per token of a stream is reported, which other load on the machine hardly changes. JSON
+is the last line.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
-"""Claim: the gateway adds under 1 ms (median) and 5 ms (99th percentile) to the first byte, at most a tenth of LiteLLM's proxy.
+"""Claim: the gateway adds under 1 ms (median) and 5 ms (99th percentile) to the first byte, at most a tenth
+of LiteLLM's proxy.
 
-The same client asks the same fake engine directly, through the gateway, and through LiteLLM's proxy if the environment
-variable BITLADDER_LITELLM names its command; in turns, several rounds, in one run. Added latency is the difference of
-the two medians (or 99th percentiles) over all rounds. Prints a table, and JSON as the last line.
+The same client asks the same fake engine directly, through the gateway, and through LiteLLM's proxy if the
+environment variable BITLADDER_LITELLM names its command; in turns, several rounds, in one run. Added
+latency is the difference of the two medians (or 99th percentiles) over all rounds. Prints a table, and JSON
+as the last line.
 """
 
 from __future__ import annotations
@@ -56,9 +58,7 @@ async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=300, help="per round with one client")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument(
-        "--first-ms", type=float, default=100.0, help="engine's time to first token at 64 clients"
-    )
+    parser.add_argument("--first-ms", type=float, default=100.0, help="engine's time to first token at 64 clients")
     options = parser.parse_args()
     rows = []
     for clients, first_ms in ((1, 0.0), (64, options.first_ms)):
@@ -77,8 +77,7 @@ async def main() -> None:
                 found = {side: milliseconds(values) for side, values in times.items()}
                 for side in sides:
                     added = {
-                        f"added_{name}": round(found[side][name] - found["direct"][name], 3)
-                        for name in found[side]
+                        f"added_{name}": round(found[side][name] - found["direct"][name], 3) for name in found[side]
                     }
                     row = {"side": side, "clients": clients, "stream": stream, "n": len(times[side])}
                     rows.append({**row, **found[side], **(added if side != "direct" else {})})

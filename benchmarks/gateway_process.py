@@ -1,4 +1,6 @@
-"""The gateway before engines by URL, for benchmarks: ``python gateway_process.py SLOTS QUALITY_URL [SPEED_URL]``."""
+"""The gateway before engines by URL, for benchmarks: ``python gateway_process.py SLOTS QUALITY_URL
+[SPEED_URL]``.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +26,7 @@ def main() -> None:
     )
 
     def ready(address: str, _: object) -> None:
-        logging.getLogger("bitladder.serve").setLevel(
-            logging.ERROR if "--quiet" in sys.argv else logging.INFO
-        )
+        logging.getLogger("bitladder.serve").setLevel(logging.ERROR if "--quiet" in sys.argv else logging.INFO)
         print(json.dumps({"address": address}), flush=True)
 
     serve(settings, ready)

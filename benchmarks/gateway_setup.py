@@ -1,4 +1,6 @@
-"""Start what the gateway's benchmarks compare: the fake engine, our gateway, LiteLLM's proxy when there is one."""
+"""Start what the gateway's benchmarks compare: the fake engine, our gateway, LiteLLM's proxy when there is
+one.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +18,12 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 LITELLM = os.environ.get("BITLADDER_LITELLM", "")
-"""The `litellm` command of an environment of its own (`pip install 'litellm[proxy]'`); empty: leave it out."""
+"""The `litellm` command of an environment of its own (`pip install 'litellm[proxy]'`); empty: leave it out.
+"""
 
 
 @contextlib.contextmanager
-def running(command: Sequence[str], wait_s: float = 60.0) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+def running(command: Sequence[str]) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """A child process that prints a line of JSON with its address; ended at the end."""
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
@@ -50,9 +53,7 @@ def fake_engine(
     return running([sys.executable, script, "--model", model, *options])
 
 
-def our_gateway(
-    *urls: str, slots: int = 4096
-) -> contextlib.AbstractContextManager[tuple[str, subprocess.Popen[str]]]:
+def our_gateway(*urls: str, slots: int = 4096) -> contextlib.AbstractContextManager[tuple[str, subprocess.Popen[str]]]:
     """`bitladder.serve` before one engine, or two: quality, speed."""
     return running([sys.executable, str(HERE / "gateway_process.py"), str(slots), *urls])
 

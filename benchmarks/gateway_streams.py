@@ -1,9 +1,10 @@
-"""Claim: one gateway process relays 1,000 streams of 20 tokens per second each, none stalled over 250 ms, none lost.
+"""Claim: one gateway process relays 1,000 streams of 20 tokens per second each, none stalled over 250 ms,
+none lost.
 
-The fake engine numbers its tokens and sends them on a clock; the client, on raw sockets, checks every number and times
-every gap between two pieces of one stream. What the engine and the client do to themselves on a busy machine shows in
-the same run without the gateway. Memory per stream is the gateway's growth from idle to all streams open. Prints a table,
-and JSON as the last line.
+The fake engine numbers its tokens and sends them on a clock; the client, on raw sockets, checks every
+number and times every gap between two pieces of one stream. What the engine and the client do to themselves
+on a busy machine shows in the same run without the gateway. Memory per stream is the gateway's growth from
+idle to all streams open. Prints a table, and JSON as the last line.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class Stream(asyncio.Protocol):
     rest: bytes = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """A client came."""
         self.transport = cast(asyncio.Transport, transport)
         message = {"role": "user", "content": "hello"}
         body = json.dumps({"model": "quality", "messages": [message], "max_tokens": self.tokens, "stream": True})
@@ -46,6 +48,7 @@ class Stream(asyncio.Protocol):
         self.transport.write((head + body).encode())
 
     def data_received(self, data: bytes) -> None:
+        """What came from the other side."""
         now = time.monotonic()
         if self.last:
             self.gaps.append(now - self.last)
@@ -59,10 +62,12 @@ class Stream(asyncio.Protocol):
         if b"[DONE]" in whole:
             self.finish()
 
-    def connection_lost(self, exc: Exception | None) -> None:
+    def connection_lost(self, _: Exception | None) -> None:
+        """It left."""
         self.finish()
 
     def finish(self) -> None:
+        """Count what is missing, and close."""
         if not self.ended.done():
             self.wrong += self.expected != self.tokens
             self.ended.set_result(None)

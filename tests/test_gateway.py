@@ -6,6 +6,12 @@ import logging
 
 import httpx
 import pytest
+
+from bitladder.serve.app import build_app
+from bitladder.serve.backends import UpstreamFailed
+from bitladder.serve.deploy import deployed
+from bitladder.serve.router import AutoRule, TagEvidence
+from bitladder.serve.settings import Escalation, ServeSettings, Timeouts
 from upstreams import (
     CHAT,
     DONE,
@@ -22,12 +28,6 @@ from upstreams import (
     replies,
     says,
 )
-
-from bitladder.serve.app import build_app
-from bitladder.serve.backends import UpstreamFailed
-from bitladder.serve.deploy import deployed
-from bitladder.serve.router import AutoRule, TagEvidence
-from bitladder.serve.settings import Escalation, ServeSettings, Timeouts
 
 GOOD, FAST = says("the good answer", "Q8_0"), says("the fast answer", "Q4_K_M")
 QUICK = Timeouts(first_byte=0.3, between=0.3, client=0.3, restart=0.1)
@@ -189,9 +189,7 @@ def test_malformed_bodies_are_refused_with_a_reason(body):
 
 def test_odd_requests_are_let_through():
     quality = says("x", "Q8_0")
-    body = chat(
-        "quality", "<script>alert(1)</script> {{ 7*7 }} {% for x in y %}", stream=None, unknown={"a": [None]}
-    )
+    body = chat("quality", "<script>alert(1)</script> {{ 7*7 }} {% for x in y %}", stream=None, unknown={"a": [None]})
     assert ask(quality, FAST, body).status_code == 200
     assert json.loads(quality.asked[0].body) == {**body, "model": "Q8_0"}
 
@@ -321,9 +319,7 @@ HARD = AutoRule(tags={"hard": TagEvidence(5, 3)}, escalate=True)
 def test_escalation_by_the_speed_tiers_own_probabilities(stream, window, logprobs, level):
     speed = says("the fast answer", "Q4_K_M", logprobs)
     rule = Escalation(threshold=-1.0, window=window)
-    reply = ask(
-        GOOD, speed, chat("auto", stream=stream), {"x-bitladder-tag": "hard"}, auto=HARD, escalation=rule
-    )
+    reply = ask(GOOD, speed, chat("auto", stream=stream), {"x-bitladder-tag": "hard"}, auto=HARD, escalation=rule)
     assert reply.headers["x-bitladder-level"] == level
     assert json.loads(speed.asked[0].body)["logprobs"] is True
     assert b"logprob" not in reply.content
@@ -332,9 +328,7 @@ def test_escalation_by_the_speed_tiers_own_probabilities(stream, window, logprob
     if stream:
         assert reply.content.endswith(DONE)
     if level == "Q8_0":
-        assert (
-            "escalated: a token's probability was 0.050, under 0.368" in reply.headers["x-bitladder-reason"]
-        )
+        assert "escalated: a token's probability was 0.050, under 0.368" in reply.headers["x-bitladder-reason"]
 
 
 def test_a_window_looks_no_further():
@@ -370,10 +364,7 @@ def test_metrics_and_live_tell_what_happened():
             return (await client.get("/metrics")).text, (await client.get("/bitladder/api/live")).json()
 
     metrics, live = asyncio.run(run())
-    assert (
-        'bitladder_requests_total{level="Q4_K_M",outcome="complete",routed_by="model",tier="speed"} 2.0'
-        in metrics
-    )
+    assert 'bitladder_requests_total{level="Q4_K_M",outcome="complete",routed_by="model",tier="speed"} 2.0' in metrics
     assert 'bitladder_upstream_failures_total{phase="connect",tier="quality"} 1.0' in metrics
     assert [line["outcome"] for line in live["recent"]] == ["refused", "complete", "complete"]
     assert live["tiers"][1]["outcomes"] == {"complete": 2}

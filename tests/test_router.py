@@ -7,9 +7,7 @@ from bitladder.serve.router import AutoRule, Choice, Features, Guess, Rule, TagE
 LEVELS = frozenset({"q8_0", "q4_k_m"})
 TAGS = {"extraction": TagEvidence(4, 0), "logic": TagEvidence(3, 2), "style": TagEvidence(5, 1)}
 AUTO = AutoRule(tags=TAGS)
-GUESSING = AutoRule(
-    tags=TAGS, guess=lambda text: Guess("extraction", "invoice", 0.61) if "invoice" in text else None
-)
+GUESSING = AutoRule(tags=TAGS, guess=lambda text: Guess("extraction", "invoice", 0.61) if "invoice" in text else None)
 JUDGED = AutoRule(tags=TAGS, escalate=True)
 FIXED = AutoRule(tags=TAGS, fixed="speed", because="speed lost nothing on 25 inputs")
 RULES = (
@@ -54,16 +52,12 @@ def test_choice(features, auto, tier, kind, reason):
 
 def test_where_speed_lost_it_may_try_and_be_judged():
     judged = choose(Features("auto", tags=("logic",)), LEVELS, (), JUDGED)
-    assert judged == Choice(
-        "speed", "auto: tag logic: speed first, judged by its probabilities", "auto", True
-    )
+    assert judged == Choice("speed", "auto: tag logic: speed first, judged by its probabilities", "auto", True)
     safe = choose(Features("auto", tags=("extraction",)), LEVELS, (), JUDGED)
     assert safe is not None and not safe.escalate
 
 
-@pytest.mark.parametrize(
-    "features", [Features("gpt-4"), Features("auto", tier_header="fast"), Features("q5_k_m")]
-)
+@pytest.mark.parametrize("features", [Features("gpt-4"), Features("auto", tier_header="fast"), Features("q5_k_m")])
 def test_what_is_not_served_is_no_choice(features):
     assert choose(features, LEVELS, (), AUTO) is None
 

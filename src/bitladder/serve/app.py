@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import socket
 import sys
@@ -127,9 +128,7 @@ def build_app(deployment: Deployment) -> Starlette:
     origins = frozenset(settings.allowed_origins)
     middleware = [Middleware(Doorman, hosts, origins, keys)]
     if origins:
-        cors = Middleware(
-            CORSMiddleware, allow_origins=sorted(origins), allow_methods=["*"], allow_headers=["*"]
-        )
+        cors = Middleware(CORSMiddleware, allow_origins=sorted(origins), allow_methods=["*"], allow_headers=["*"])
         middleware.insert(0, cors)
     routes: list[BaseRoute] = [Route(path, deployment.gateway) for path in (CHAT, COMPLETIONS, EMBEDDINGS)]
     routes += _Views(deployment).routes()
@@ -213,4 +212,6 @@ async def _serve(
         if on_ready is not None:
             host, port = listener.getsockname()[:2]
             on_ready(f"http://{f'[{host}]' if ':' in host else host}:{port}", deployment)
+        gc.collect()
+        gc.freeze()  # what is loaded by now stays; looking through it again and again would stall streams
         await uvicorn.Server(config).serve(sockets=[listener])

@@ -111,9 +111,7 @@ def client_session(timeouts: Timeouts) -> aiohttp.ClientSession:
 class HttpBackend:
     """An OpenAI-compatible endpoint. ``address`` gives its base URL, or None while nothing listens there."""
 
-    def __init__(
-        self, session: aiohttp.ClientSession, address: Callable[[], str | None], api_key: str = ""
-    ) -> None:
+    def __init__(self, session: aiohttp.ClientSession, address: Callable[[], str | None], api_key: str = "") -> None:
         self._session = session
         self._address = address
         self._headers = {"content-type": "application/json", "accept-encoding": "identity"}
@@ -140,25 +138,17 @@ class HttpBackend:
         headers = {**self._headers, **request.headers} if request.headers else self._headers
         for attempt in (1, 2):
             try:
-                response = await self._session.post(
-                    url, data=request.body, headers=headers, allow_redirects=False
-                )
+                response = await self._session.post(url, data=request.body, headers=headers, allow_redirects=False)
                 return HttpReply(response)
             except aiohttp.ServerDisconnectedError as error:
                 if attempt == 2:
-                    raise UpstreamFailed(
-                        "broken", f"The upstream closed the connection: {_words(error)}."
-                    ) from None
+                    raise UpstreamFailed("broken", f"The upstream closed the connection: {_words(error)}.") from None
             except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
                 raise UpstreamFailed("connect", f"The upstream cannot be reached: {_words(error)}.") from None
             except aiohttp.ClientResponseError as error:
-                raise UpstreamFailed(
-                    "garbage", f"The upstream does not speak HTTP: {error.message}."
-                ) from None
+                raise UpstreamFailed("garbage", f"The upstream does not speak HTTP: {error.message}.") from None
             except (aiohttp.ClientError, OSError) as error:
-                raise UpstreamFailed(
-                    "broken", f"The upstream broke the connection: {_words(error)}."
-                ) from None
+                raise UpstreamFailed("broken", f"The upstream broke the connection: {_words(error)}.") from None
         raise AssertionError("unreachable")
 
 

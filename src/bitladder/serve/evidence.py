@@ -103,16 +103,12 @@ def routed_inputs(
             best, fast = by_quality[item.id], by_speed[item.id]
             found = (scores or {}).get(item.id, math.nan)
             times = _seconds(fast, speed.speed), _seconds(best, quality.speed)
-            paired.append(
-                RoutedInput(item.id, item.prompt, item.tags, fast.passed, best.passed, *times, found)
-            )
+            paired.append(RoutedInput(item.id, item.prompt, item.tags, fast.passed, best.passed, *times, found))
     return tuple(paired)
 
 
 def _seconds(answer: Answer, rate: Speed) -> float:
-    return (
-        answer.prompt_tokens / rate.prefill_tokens_per_s + answer.completion_tokens / rate.decode_tokens_per_s
-    )
+    return answer.prompt_tokens / rate.prefill_tokens_per_s + answer.completion_tokens / rate.decode_tokens_per_s
 
 
 def by_tag(made_from: Sequence[RoutedInput]) -> NeedsQuality:
@@ -202,9 +198,7 @@ def advise(inputs: Sequence[RoutedInput], generator: np.random.Generator) -> Adv
 
 
 def _one_tier(tier: str, because: str) -> Advice:
-    sentence = (
-        f"Routing gains nothing: {because}. Deploy the {tier} tier alone; `auto` uses it for everything."
-    )
+    sentence = f"Routing gains nothing: {because}. Deploy the {tier} tier alone; `auto` uses it for everything."
     return Advice(sentence, AutoRule(fixed=tier, because=because))
 
 

@@ -100,9 +100,7 @@ class Gateway:
             record.total_s = time.monotonic() - began
             self._metrics.add(record)
 
-    async def _answer(
-        self, scope: Scope, request: Request, body: bytes, delivery: Delivery, watch: Watch
-    ) -> None:
+    async def _answer(self, scope: Scope, request: Request, body: bytes, delivery: Delivery, watch: Watch) -> None:
         record = delivery.record
         record.asked_for, record.stream = request.model, request.stream
         choice = self._choose(scope, request, record.key)
@@ -116,12 +114,8 @@ class Gateway:
                 alone = attempt is attempts[-1]
                 async with self._open(attempt, request, body, record, watch, alone=alone) as answer:
                     record.tier, record.level = attempt.tier.name, attempt.tier.spec.level
-                    role = (
-                        choice.tier if choice.tier in _ROLES & set(attempt.tier.names) else attempt.tier.name
-                    )
-                    await delivery.deliver(
-                        answer, (*attempt.tier.headers, (b"x-bitladder-tier", role.encode())), watch
-                    )
+                    role = choice.tier if choice.tier in _ROLES & set(attempt.tier.names) else attempt.tier.name
+                    await delivery.deliver(answer, (*attempt.tier.headers, (b"x-bitladder-tier", role.encode())), watch)
                 break
             except _NextAttempt as skipped:
                 record.reason += f"; {skipped}"
@@ -144,9 +138,7 @@ class Gateway:
         if choice is None or choice.tier not in self._by_name:
             names = ", ".join(sorted({"auto", *self._by_name}))
             asked = (header or request.model)[:80]
-            raise Refused(
-                404, f"No model '{asked}' is served here. There is: {names}.", code="model_not_found"
-            )
+            raise Refused(404, f"No model '{asked}' is served here. There is: {names}.", code="model_not_found")
         return choice
 
     def _attempts(self, choice: Choice, request: Request) -> tuple[Attempt, ...]:
@@ -202,9 +194,7 @@ class Gateway:
     @staticmethod
     def _failed(record: Record, tier: Tier, phase: str, found: str) -> _NextAttempt:
         record.failures += (f"{tier.name}: {phase}",)
-        log.warning(
-            "attempt failed", extra={"id": record.id, "tier": tier.name, "phase": phase, "found": found}
-        )
+        log.warning("attempt failed", extra={"id": record.id, "tier": tier.name, "phase": phase, "found": found})
         return _NextAttempt(f"{tier.name} failed ({phase})")
 
 
@@ -214,9 +204,7 @@ def _check_context(request: Request, tier: Tier) -> None:
     """
     limit = tier.spec.n_ctx * _LONGEST_TOKEN
     if limit and request.text_bytes > limit:
-        found = (
-            f"The text has {request.text_bytes} bytes; a context of {tier.spec.n_ctx} holds at most {limit}."
-        )
+        found = f"The text has {request.text_bytes} bytes; a context of {tier.spec.n_ctx} holds at most {limit}."
         raise Refused(400, found, code="context_length_exceeded")
 
 

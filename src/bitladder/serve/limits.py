@@ -48,9 +48,7 @@ def new_key(name: str) -> tuple[str, Key]:
     secret, salt = "bl-" + secrets.token_urlsafe(32), secrets.token_hex(16)
     key = Key(name, salt, _digest(salt, secret))
     if not _LINE.fullmatch(str(key)):
-        raise BadInput(
-            f"'{name}' cannot name a key.", do="Use letters, digits and . _ @ -, at most 64 characters."
-        )
+        raise BadInput(f"'{name}' cannot name a key.", do="Use letters, digits and . _ @ -, at most 64 characters.")
     return secret, key
 
 
@@ -98,9 +96,7 @@ class Doorman:
     The key's name is left in ``scope["state"]["key"]``.
     """
 
-    def __init__(
-        self, app: ASGIApp, hosts: frozenset[str], origins: frozenset[str], keys: tuple[Key, ...]
-    ) -> None:
+    def __init__(self, app: ASGIApp, hosts: frozenset[str], origins: frozenset[str], keys: tuple[Key, ...]) -> None:
         self._app = app
         self._hosts = hosts
         self._origins = origins
@@ -128,13 +124,9 @@ class Doorman:
             elif name == b"authorization":
                 authorization = value.decode("latin-1")
         if _host_name(host) not in self._hosts:
-            raise Refused(
-                421, f"This gateway does not answer for host '{header_text(host)}'.", code="wrong_host"
-            )
+            raise Refused(421, f"This gateway does not answer for host '{header_text(host)}'.", code="wrong_host")
         if origin and origin not in self._origins and urlsplit(origin).netloc != host:
-            raise Refused(
-                403, f"Calls from origin '{header_text(origin)}' are not allowed.", code="cross_origin"
-            )
+            raise Refused(403, f"Calls from origin '{header_text(origin)}' are not allowed.", code="cross_origin")
         keyed = scope["path"].startswith(_KEYED_PREFIXES)
         if keyed and not origin and site == "cross-site":
             raise Refused(403, "Calls from other web sites are not allowed.", code="cross_origin")
@@ -143,9 +135,7 @@ class Doorman:
         scheme, _, secret = authorization.partition(" ")
         name = key_name(secret.strip(), self._keys) if scheme.lower() == "bearer" else None
         if name is None:
-            raise Refused(
-                401, "A valid API key is needed: 'Authorization: Bearer KEY'.", code="invalid_api_key"
-            )
+            raise Refused(401, "A valid API key is needed: 'Authorization: Bearer KEY'.", code="invalid_api_key")
         return name
 
 

@@ -4,6 +4,7 @@ page.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import statistics
@@ -11,7 +12,7 @@ import time
 from collections import Counter as Tally
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -23,6 +24,7 @@ log = logging.getLogger("bitladder.serve")
 _FIRST_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _RATE_BUCKETS = (1, 2, 5, 10, 20, 30, 50, 75, 100, 150, 200, 300, 500, 1000)
 RECENT = 100
+_EMPTY = (None, "", ())
 
 
 @dataclass
@@ -82,9 +84,7 @@ class Metrics:
             registry=registry,
             buckets=_RATE_BUCKETS,
         )
-        self.tokens = Counter(
-            "bitladder_tokens", "Answer tokens (events of streams)", ["tier"], registry=registry
-        )
+        self.tokens = Counter("bitladder_tokens", "Answer tokens (events of streams)", ["tier"], registry=registry)
         self.failures = Counter(
             "bitladder_upstream_failures",
             "Failed attempts at an upstream",
@@ -103,9 +103,7 @@ class Metrics:
         self.shadowed = Counter(
             "bitladder_shadow_compared", "Answers compared in idle time", ["same"], registry=registry
         )
-        self.alarm = Gauge(
-            "bitladder_shadow_alarm", "1 while the tiers agree less than the bar", registry=registry
-        )
+        self.alarm = Gauge("bitladder_shadow_alarm", "1 while the tiers agree less than the bar", registry=registry)
         self._recent: deque[Record] = deque(maxlen=RECENT)
         self._kinds: Tally[str] = Tally()
         self._by_tier: Tally[tuple[str, str]] = Tally()
@@ -151,9 +149,7 @@ class Metrics:
         }
 
     def _tier(self, tier: Tier) -> dict[str, Any]:
-        mine = [
-            record for record in self._recent if record.tier == tier.name and record.outcome == "complete"
-        ]
+        mine = [record for record in self._recent if record.tier == tier.name and record.outcome == "complete"]
         firsts = [record.first_s for record in mine if record.first_s is not None]
         rates = [rate for record in mine if (rate := record.tokens_per_s) is not None]
         return {
@@ -176,7 +172,7 @@ class Metrics:
     @staticmethod
     def _line(record: Record) -> dict[str, Any]:
         rate = record.tokens_per_s
-        return {**asdict(record), "tokens_per_s": None if rate is None else round(rate, 2)}
+        return {**vars(record), "tokens_per_s": None if rate is None else round(rate, 2)}
 
 
 def _middle(values: Sequence[float]) -> dict[str, float] | None:
@@ -190,6 +186,11 @@ def _middle(values: Sequence[float]) -> dict[str, float] | None:
     }
 
 
+@functools.lru_cache(maxsize=1)
+def _second(at: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(at))
+
+
 class JsonLines(logging.Formatter):
     """One JSON object a line: time, severity, event, and the event's own fields."""
 
@@ -198,16 +199,13 @@ class JsonLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """The line."""
         told: dict[str, Any] = {
-            "at": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-            + f".{int(record.msecs):03d}Z",
+            "at": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
             "severity": record.levelname.lower(),
             "event": record.getMessage(),
         }
         for name, value in vars(record).items():
             if name == "record" and isinstance(value, Record):
-                fields = asdict(value)
-                del fields["at"]
-                told.update({key: item for key, item in fields.items() if item not in (None, "", ())})
+                told.update({key: item for key, item in vars(value).items() if key != "at" and item not in _EMPTY})
             elif name not in self._PLAIN:
                 told[name] = value
         if record.exc_info:

@@ -107,9 +107,7 @@ async def _read_document(reply: Reply, content_type: str, expected: str) -> Answ
     except (ValueError, RecursionError):
         document = None
     if not isinstance(document, dict):
-        raise UpstreamFailed(
-            "garbage", f"The upstream answered {len(body)} bytes that are not a JSON object."
-        )
+        raise UpstreamFailed("garbage", f"The upstream answered {len(body)} bytes that are not a JSON object.")
     if reply.status < 300:
         if has_error(document):
             raise UpstreamFailed("status", "The upstream answered with an error under status 200.")

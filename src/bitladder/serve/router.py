@@ -47,9 +47,7 @@ class Rule:
         )
 
     def __str__(self) -> str:
-        return " and ".join(
-            f"{name} {value}" for name in ("tag", "key", "path") if (value := getattr(self, name))
-        )
+        return " and ".join(f"{name} {value}" for name in ("tag", "key", "path") if (value := getattr(self, name)))
 
 
 @dataclass(frozen=True)
@@ -102,9 +100,7 @@ class Choice:
         return self.kind != "level"
 
 
-def choose(
-    features: Features, levels: frozenset[str], rules: tuple[Rule, ...], auto: AutoRule
-) -> Choice | None:
+def choose(features: Features, levels: frozenset[str], rules: tuple[Rule, ...], auto: AutoRule) -> Choice | None:
     """The tier for a request, or None when nothing of the name asked for is served.
 
     ``levels`` are the served levels' names in lower case.
@@ -149,7 +145,5 @@ def _by_tag(tag: str, auto: AutoRule, how: str) -> Choice:
     if seen.lost == 0:
         return Choice(SPEED, f"auto: {how} {tag}: speed lost 0 of {seen.inputs}", "auto")
     if auto.escalate:
-        return Choice(
-            SPEED, f"auto: {how} {tag}: speed first, judged by its probabilities", "auto", escalate=True
-        )
+        return Choice(SPEED, f"auto: {how} {tag}: speed first, judged by its probabilities", "auto", escalate=True)
     return Choice(QUALITY, f"auto: {how} {tag}: speed lost {seen.lost} of {seen.inputs}", "auto")

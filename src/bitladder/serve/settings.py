@@ -42,9 +42,7 @@ class TierSpec:
                 do="Give exactly one of them.",
             )
         if self.slots < 1:
-            raise UsageError(
-                f"The slots of level '{self.level}' must be at least 1. Got {self.slots} instead."
-            )
+            raise UsageError(f"The slots of level '{self.level}' must be at least 1. Got {self.slots} instead.")
 
     @property
     def served_name(self) -> str:
@@ -137,9 +135,7 @@ class ServeSettings:
             )
         if not 0.0 <= self.shadow.share <= 1.0:
             raise UsageError(f"The shadow share must be between 0 and 1. Got {self.shadow.share} instead.")
-        names = [
-            spec.level.lower() for spec in (self.quality, *self.extra, *([self.speed] if self.speed else []))
-        ]
+        names = [spec.level.lower() for spec in (self.quality, *self.extra, *([self.speed] if self.speed else []))]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice and not (self.speed == self.quality and not self.extra):
             raise UsageError(f"The level '{twice[0]}' is served twice.", do="Give each level once.")

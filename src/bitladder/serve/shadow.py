@@ -39,9 +39,7 @@ _IDLE_EVERY_S = 0.25
 class ShadowMode:
     """Samples requests, compares both tiers in idle time, and knows whether they still agree."""
 
-    def __init__(
-        self, settings: Shadow, quality: Tier, speed: Tier, metrics: Metrics, chance: random.Random
-    ) -> None:
+    def __init__(self, settings: Shadow, quality: Tier, speed: Tier, metrics: Metrics, chance: random.Random) -> None:
         self._settings = settings
         self._quality = quality
         self._speed = speed
@@ -111,9 +109,7 @@ class ShadowMode:
         if tier.spec.url is not None:
             wanted["model"] = tier.spec.served_name
         async with asyncio.timeout(120), tier.hold():
-            reply = await tier.complete(
-                UpstreamRequest(request.path, request.with_values(wanted), stream=False)
-            )
+            reply = await tier.complete(UpstreamRequest(request.path, request.with_values(wanted), stream=False))
             try:
                 answer = await read_answer(reply, tier.spec.served_name)
             finally:

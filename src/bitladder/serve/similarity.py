@@ -64,9 +64,7 @@ class Similarity:
         """
         among = self._vectors @ self._vectors.T
         different = np.array([[a != b for b in self._ids] for a in self._ids])
-        nearest = [
-            float(row[other].max()) for row, other in zip(among, different, strict=True) if other.any()
-        ]
+        nearest = [float(row[other].max()) for row, other in zip(among, different, strict=True) if other.any()]
         return float(np.quantile(nearest, 0.1)) if nearest else 2.0
 
     def guess(self, text: str) -> Guess | None:

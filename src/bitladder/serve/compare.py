@@ -1,0 +1,137 @@
+"""One prompt through two levels: where the answers part, with both probabilities, and how fast each was.
+
+Greedy answers of two levels of one model are equal up to the first token where they choose differently;
+from there on they are two texts. So the one telling place is that token. Had either level given the other's
+token nearly the same probability as its own, it was a tie that any rounding could break; otherwise the
+levels really disagree there.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from bitladder.engines.base import Completion, Engine, Message, TokenChoice
+
+TIE_RATIO = 0.8
+"""A choice is a tie when the other level's token had at least this share of the chosen one's probability."""
+TOP = 10
+_WORDS = re.compile(r"\s+|\w+|[^\w\s]")
+
+
+@dataclass(frozen=True)
+class Side:
+    """One level's answer. Rates in tokens per second, NaN where the engine does not tell."""
+
+    level: str
+    text: str
+    finish_reason: str
+    tokens: int
+    first_token_s: float
+    decode_tokens_per_s: float
+
+
+@dataclass(frozen=True)
+class Parting:
+    """The first token where the answers differ. Probabilities 0 to 1; NaN: not among the ``TOP`` that were
+    told.
+
+    ``a_of_a`` is what level A gave its own token there, ``a_of_b`` what it gave B's, and so on.
+    """
+
+    index: int
+    token_a: str
+    token_b: str
+    a_of_a: float
+    a_of_b: float
+    b_of_a: float
+    b_of_b: float
+
+    @property
+    def is_tie(self) -> bool:
+        """Whether one of the two levels was as good as undecided."""
+        return self.a_of_b >= TIE_RATIO * self.a_of_a or self.b_of_a >= TIE_RATIO * self.b_of_b
+
+
+@dataclass(frozen=True)
+class Span:
+    """A run of text: ``both`` answers hold it, or only ``a`` or ``b``."""
+
+    where: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two answers to one prompt."""
+
+    prompt: str
+    a: Side
+    b: Side
+    parting: Parting | None
+    """None: token by token the same, or no probabilities were told."""
+    spans: tuple[Span, ...]
+
+    @property
+    def same(self) -> bool:
+        """Whether both texts are equal."""
+        return self.a.text == self.b.text
+
+
+def compare(a: Engine, b: Engine, prompt: str, *, max_tokens: int = 256, system: str = "") -> Comparison:
+    """Ask both levels, one after the other so that neither slows the other down, greedily.
+
+    Raises:
+        EngineError: an engine failed.
+    """
+    messages: list[Message] = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": prompt})
+    first, second = (engine.chat(messages, max_tokens=max_tokens, logprobs=TOP) for engine in (a, b))
+    return compared(prompt, (a.name, first), (b.name, second))
+
+
+def compared(prompt: str, a: tuple[str, Completion], b: tuple[str, Completion]) -> Comparison:
+    """Put two answers side by side."""
+    spans = differences(a[1].text, b[1].text)
+    return Comparison(prompt, _side(*a), _side(*b), parting(a[1].tokens, b[1].tokens), spans)
+
+
+def _side(level: str, answer: Completion) -> Side:
+    rate = answer.timings.decode_tokens_per_s if answer.timings else math.nan
+    return Side(level, answer.text, answer.finish_reason, answer.completion_tokens, answer.first_token_s, rate)
+
+
+def parting(a: Sequence[TokenChoice], b: Sequence[TokenChoice]) -> Parting | None:
+    """Where two greedy answers first chose differently; None when one is the beginning of the other."""
+    for index, (of_a, of_b) in enumerate(zip(a, b, strict=False)):
+        if of_a.text != of_b.text:
+            chances = _chance(of_a, of_a.text), _chance(of_a, of_b.text), _chance(of_b, of_a.text)
+            return Parting(index, of_a.text, of_b.text, *chances, _chance(of_b, of_b.text))
+    return None
+
+
+def _chance(choice: TokenChoice, text: str) -> float:
+    """The probability that a level gave to a token at this place; NaN when it was not told."""
+    found = next((token for token in (choice, *choice.top) if token.text == text), None)
+    return math.nan if found is None else math.exp(found.logprob)
+
+
+def differences(a: str, b: str) -> tuple[Span, ...]:
+    """Both texts as runs of words that are in both, or in one only. Joining the runs of one side gives its
+    text.
+    """
+    words_a, words_b = _WORDS.findall(a), _WORDS.findall(b)
+    spans: list[Span] = []
+    matcher = difflib.SequenceMatcher(None, words_a, words_b, autojunk=False)
+    for what, a_from, a_to, b_from, b_to in matcher.get_opcodes():
+        if what == "equal":
+            spans.append(Span("both", "".join(words_a[a_from:a_to])))
+            continue
+        if a_to > a_from:
+            spans.append(Span("a", "".join(words_a[a_from:a_to])))
+        if b_to > b_from:
+            spans.append(Span("b", "".join(words_b[b_from:b_to])))
+    return tuple(spans)

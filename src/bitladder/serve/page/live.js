@@ -1,0 +1,109 @@
+// What each tier is doing now. Asks only while it is seen.
+
+import { getJson } from "./api.js";
+import { h } from "./dom.js";
+import { ago, DASH, fixed, percent, seconds } from "./format.js";
+
+const EVERY_MS = 2000;
+
+export async function showLive(panel) {
+  const body = h("div");
+  panel.replaceChildren(h("h2", { class: "visually-hidden" }, "Live"), body);
+  body.replaceChildren(...view(await getJson("/bitladder/api/live")));
+  setInterval(async () => {
+    if (panel.hidden || document.hidden) return;
+    try {
+      body.replaceChildren(...view(await getJson("/bitladder/api/live", { quiet: true })));
+    } catch (error) {
+      body.replaceChildren(h("p", { class: "note bad" }, `The gateway does not answer: ${error.message}`));
+    }
+  }, EVERY_MS);
+}
+
+function view(live) {
+  return [
+    ...(live.shadow?.alarm ? [h("p", { class: "note bad", role: "alert" }, alarm(live.shadow))] : []),
+    ...(live.notes ?? []).map((note) => h("p", { class: "note" }, note)),
+    h("div", { class: "tiers" }, ...live.tiers.map(tierCard)),
+    h("section", { "aria-labelledby": "routing-title" }, h("h2", { id: "routing-title" }, "How requests are routed"), ...routing(live)),
+    ...(live.shadow ? [shadowView(live.shadow)] : []),
+    h("section", { "aria-labelledby": "recent-title" }, h("h2", { id: "recent-title" }, "Latest requests"), recent(live.recent)),
+  ];
+}
+
+const alarm = (shadow) =>
+  `The tiers agree on ${percent(shadow.agreement, 0)} of shadowed answers, under the ${percent(shadow.bar, 0)} that the evidence promised. The work has drifted from the workload.`;
+
+function tierCard(tier) {
+  const facts = [
+    ["State", tier.state],
+    ["Running", `${tier.running} of ${tier.slots}`],
+    ["Waiting", tier.queued],
+    ["First byte", seconds(tier.first_byte_s?.p50)],
+    ["95th percentile", seconds(tier.first_byte_s?.p95)],
+    ["Tokens/s", fixed(tier.tokens_per_s?.p50, 1)],
+    ["Answered", tier.outcomes?.complete ?? 0],
+    ["Restarts", tier.restarts],
+  ];
+  return h(
+    "article",
+    { class: `tier ${tier.tier}` },
+    h("h3", {}, h("span", { class: "mark", "aria-hidden": "true" }), `${tier.tier} tier`),
+    h("p", { class: "level" }, tier.level),
+    h("dl", {}, ...facts.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, String(value))))),
+    h("p", { class: "soft small" }, tier.resident ? "Stays in memory." : "Takes turns in memory."),
+    tier.last_error && h("p", { class: "bad small" }, tier.last_error),
+    tier.file_sha256 && h("p", { class: "soft small hash" }, `SHA-256 ${tier.file_sha256}`),
+  );
+}
+
+function routing(live) {
+  const kinds = Object.entries(live.routing ?? {});
+  if (!kinds.length) return [h("p", { class: "soft" }, "No requests yet.")];
+  return [
+    h(
+      "table",
+      { class: "shares" },
+      h("thead", {}, h("tr", {}, ...["Routed by", "Requests", "Share"].map((name) => h("th", { scope: "col" }, name)))),
+      h(
+        "tbody",
+        {},
+        ...kinds.map(([kind, { requests, share }]) =>
+          h(
+            "tr",
+            {},
+            h("th", { scope: "row" }, kind || "refused before routing"),
+            h("td", {}, requests.toLocaleString("en")),
+            h("td", {}, h("span", { class: "share", style: `--share: ${share}` }, percent(share, 0))),
+          ),
+        ),
+      ),
+    ),
+  ];
+}
+
+function shadowView(shadow) {
+  const between = shadow.low === null ? "" : ` (${percent(shadow.low, 0)} to ${percent(shadow.high, 0)})`;
+  const agreement = shadow.agreement === null ? "Nothing compared yet." : `${percent(shadow.agreement, 0)} the very same answer${between}.`;
+  const about = `${percent(shadow.share, 0)} of the speed tier's requests are asked again in idle time; ${shadow.compared} compared, ${shadow.waiting} waiting. The alarm is at ${percent(shadow.bar, 0)}.`;
+  return h("section", { "aria-labelledby": "shadow-title" }, h("h2", { id: "shadow-title" }, "Shadow agreement"), h("p", {}, agreement), h("p", { class: "soft small" }, about));
+}
+
+function recent(list) {
+  if (!list?.length) return h("p", { class: "soft" }, "No requests yet.");
+  const columns = ["When", "Served by", "Why", "First byte", "Tokens/s", "Outcome"];
+  const rows = list.slice(0, 30).map((line) =>
+    h(
+      "tr",
+      { class: line.outcome === "complete" ? null : "odd" },
+      h("td", {}, ago(line.at)),
+      h("th", { scope: "row" }, line.tier ? `${line.tier} (${line.level})` : DASH),
+      h("td", { class: "why" }, line.reason || DASH, line.escalated && h("span", { class: "soft small" }, " escalated")),
+      h("td", {}, seconds(line.first_s)),
+      h("td", {}, fixed(line.tokens_per_s, 1)),
+      h("td", {}, line.outcome),
+    ),
+  );
+  const head = h("thead", {}, h("tr", {}, ...columns.map((name) => h("th", { scope: "col" }, name))));
+  return h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Latest requests" }, h("table", { class: "recent" }, head, h("tbody", {}, ...rows)));
+}

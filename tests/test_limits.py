@@ -1,0 +1,190 @@
+"""Keys, hosts, origins, body size, and the bounded queue."""
+
+import asyncio
+
+import httpx
+import pytest
+
+from bitladder.errors import BadInput, UsageError
+from bitladder.serve.limits import Gate, Refused, key_name, new_key, read_body, read_keys
+from bitladder.serve.settings import ServeSettings, TierSpec
+from upstreams import CHAT, chat, gateway, says
+
+
+def get(path="/v1/models", *, headers=None, method="GET", content=b"", **settings) -> httpx.Response:
+    async def run() -> httpx.Response:
+        async with gateway(says("x", "Q8_0"), says("x", "Q4_K_M"), **settings) as (client, _):
+            return await client.request(method, path, headers=headers, content=content)
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1:8077", "[::1]:8077", "LOCALHOST.", "models.lan"])
+def test_own_hosts_are_answered(host):
+    assert get(headers={"host": host}, allowed_hosts=("models.lan",)).status_code == 200
+
+
+@pytest.mark.parametrize("host", ["evil.example", "localhost.evil.example", "", "127.0.0.1.evil.example:80"])
+def test_other_hosts_are_refused(host):
+    reply = get(headers={"host": host})
+    assert (reply.status_code, reply.json()["error"]["code"]) == (421, "wrong_host")
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"origin": "http://localhost"}, 200),
+        ({"origin": "http://tool.example"}, 200),
+        ({"origin": "http://evil.example"}, 403),
+        ({"origin": "null"}, 403),
+        ({"origin": "http://localhost:9999"}, 403),
+        ({"sec-fetch-site": "cross-site"}, 403),
+        ({"sec-fetch-site": "same-origin"}, 200),
+    ],
+)
+def test_calls_from_other_web_sites_are_refused(headers, status):
+    reply = get(headers={"host": "localhost", **headers}, allowed_origins=("http://tool.example",))
+    assert reply.status_code == status
+    if status == 403:
+        assert "access-control-allow-origin" not in reply.headers
+
+
+def test_keys_are_asked_for_and_named(tmp_path):
+    secret, key = new_key("alice")
+    file = tmp_path / "keys"
+    file.write_text(f"# team\n{new_key('bob')[1]}\n\n{key}  # laptop\n")
+    good = {"authorization": f"Bearer {secret}"}
+    assert get(headers=good, api_key_file=file).status_code == 200
+    for wrong in ({}, {"authorization": "Bearer x"}, {"authorization": f"Basic {secret}"}, {"authorization": secret}):
+        reply = get(headers=wrong, api_key_file=file)
+        assert (reply.status_code, reply.json()["error"]["code"]) == (401, "invalid_api_key")
+    assert [get(path, api_key_file=file).status_code for path in ("/health", "/ready", "/metrics")] == [200, 200, 401]
+    assert secret not in file.read_text()
+
+
+def test_key_name_finds_whose_key_it_is():
+    pairs = [new_key(name) for name in ("alice", "bob")]
+    keys = tuple(key for _, key in pairs)
+    assert [key_name(secret, keys) for secret, _ in pairs] == ["alice", "bob"]
+    assert key_name("\udcff\x00", keys) is None
+
+
+def test_a_key_file_with_a_plain_key_is_refused(tmp_path):
+    file = tmp_path / "keys"
+    file.write_text("alice sk-not-hashed\n")
+    with pytest.raises(BadInput) as error:
+        read_keys(file)
+    assert error.value.found == f"Line 1 of the key file '{file}' is no hashed key."
+    assert "sk-not-hashed" not in str(error.value)
+    file.write_text("# nobody\n")
+    with pytest.raises(BadInput, match="holds no key"):
+        read_keys(file)
+    with pytest.raises(BadInput, match="cannot be read"):
+        read_keys(tmp_path / "none")
+    with pytest.raises(BadInput, match="cannot name a key"):
+        new_key("a b")
+
+
+def test_listening_to_the_world_needs_keys_or_a_word():
+    tier = TierSpec("Q8_0", url="http://x.invalid")
+    with pytest.raises(UsageError, match=r"0\.0\.0\.0 without keys"):
+        ServeSettings(tier, host="0.0.0.0")
+    assert ServeSettings(tier, host="0.0.0.0", open_to_all=True)
+
+
+@pytest.mark.parametrize("announced", [True, False])
+def test_a_body_that_is_too_large_is_refused(announced):
+    async def run() -> httpx.Response:
+        async def pieces():
+            for _ in range(20):
+                yield b"x" * 100
+
+        async with gateway(says("x", "Q8_0"), says("x", "Q4_K_M"), max_body_bytes=1000) as (client, _):
+            return await client.post(CHAT, content=b"x" * 2000 if announced else pieces())
+
+    reply = asyncio.run(run())
+    assert (reply.status_code, reply.json()["error"]["code"]) == (413, "body_too_large")
+    assert reply.headers["connection"] == "close"
+
+
+def test_an_announced_length_is_refused_before_the_body_is_read():
+    async def receive():
+        raise AssertionError("nothing should be read")
+
+    scope = {"headers": [(b"content-length", b"9" * 30)]}
+    with pytest.raises(Refused):
+        asyncio.run(read_body(scope, receive, 1000))
+
+
+def test_compressed_bodies_are_refused():
+    assert get(CHAT, method="POST", headers={"content-encoding": "gzip"}, content=b"x").status_code == 415
+
+
+def test_the_queue_is_first_come_first_served_and_bounded():
+    async def run() -> list[str]:
+        gate, order = Gate(slots=1, max_queue=2), []
+
+        async def visit(name: str) -> None:
+            await gate.enter()
+            order.append(name)
+            await asyncio.sleep(0.01)
+            gate.leave(0.01)
+
+        await gate.enter()
+        waiting = [asyncio.create_task(visit(name)) for name in "ab"]
+        await asyncio.sleep(0)
+        with pytest.raises(Refused) as refused:
+            await gate.enter()
+        assert refused.value.status == 429 and int(refused.value.headers["retry-after"]) >= 1
+        gate.leave(0.01)
+        await asyncio.gather(*waiting)
+        assert (gate.running, gate.queued) == (0, 0)
+        return order
+
+    assert asyncio.run(run()) == ["a", "b"]
+
+
+def test_who_gives_up_waiting_leaves_no_trace():
+    async def run() -> None:
+        gate = Gate(slots=1, max_queue=5)
+        await gate.enter()
+        tasks = [asyncio.create_task(gate.enter()) for _ in range(3)]
+        await asyncio.sleep(0)
+        tasks[0].cancel()
+        gate.leave(0.1)  # hands over to the second, although the first has not noticed yet
+        await asyncio.gather(*tasks[:2], return_exceptions=True)
+        assert tasks[0].cancelled() and tasks[1].done()
+        tasks[2].cancel()
+        await asyncio.gather(tasks[2], return_exceptions=True)
+        gate.leave(0.1)
+        assert (gate.running, gate.queued) == (0, 0)
+
+    asyncio.run(run())
+
+
+def test_a_slot_handed_to_one_who_just_gave_up_goes_on():
+    async def run() -> None:
+        gate = Gate(slots=1, max_queue=5)
+        await gate.enter()
+        first, second = (asyncio.create_task(gate.enter()) for _ in range(2))
+        await asyncio.sleep(0)
+        gate.leave(0.1)
+        first.cancel()  # its turn has come, and it does not know
+        await asyncio.gather(first, second, return_exceptions=True)
+        assert first.cancelled() and second.done() and not second.cancelled()
+        assert gate.running == 1
+
+    asyncio.run(run())
+
+
+def test_prompts_with_markup_and_templates_reach_the_engine_as_they_are():
+    quality = says("<b>not markup</b>", "Q8_0")
+    text = "{{ config }} <script>alert(1)</script> ${7*7} %0d%0aset-cookie: a=b"
+
+    async def run() -> httpx.Response:
+        async with gateway(quality, says("x", "Q4_K_M")) as (client, _):
+            return await client.post(CHAT, json=chat("quality", text))
+
+    reply = asyncio.run(run())
+    assert text.encode() in quality.asked[0].body
+    assert reply.headers["content-type"] == "application/json"

@@ -1,0 +1,171 @@
+"""Engines that die, hang, do not start, change under us, or take turns. The engines here are fakes in this process."""
+
+import asyncio
+import contextlib
+import time
+
+import pytest
+from aiohttp import web
+
+from bitladder.errors import EngineError
+from bitladder.serve.backends import UpstreamFailed, client_session
+from bitladder.serve.settings import Timeouts
+from bitladder.serve.supervisor import Fingerprint, Supervisor, Turns
+
+
+class FakeProcess:
+    """Says it runs until told otherwise."""
+
+    def __init__(self, base_url: str = "http://127.0.0.1:9", *, fail: bool = False) -> None:
+        self.base_url = base_url
+        self.fail = fail
+        self.code: int | None = None
+        self.stopped = 0
+
+    def start(self) -> None:
+        if self.fail:
+            raise EngineError("It does not start.")
+
+    def poll(self) -> int | None:
+        return self.code
+
+    def stop(self, grace_s: float) -> None:
+        self.stopped += 1
+
+    def last_log(self) -> str:
+        return "last words"
+
+
+@contextlib.asynccontextmanager
+async def supervised(made: list[FakeProcess], **options):
+    """A supervisor that takes its processes from a list, in order."""
+    waiting = list(made)
+    async with client_session(Timeouts()) as session:
+        supervisor = Supervisor("speed", lambda: waiting.pop(0), session, health_every_s=60, **options)
+        try:
+            yield supervisor
+        finally:
+            await supervisor.stop()
+
+
+def test_a_dead_engine_is_started_again():
+    first, second = FakeProcess(), FakeProcess("http://127.0.0.1:10")
+
+    async def run() -> None:
+        async with supervised([first, second]) as supervisor:
+            await supervisor.start()
+            assert supervisor.address() == first.base_url
+            first.code = -9
+            began = time.monotonic()
+            while supervisor.address() != second.base_url:
+                await asyncio.sleep(0.01)
+                assert time.monotonic() - began < 5
+            assert (supervisor.restarts, first.stopped) == (1, 1)
+            assert supervisor.last_error == "it ended with code -9: last words"
+        assert second.stopped == 1
+        assert supervisor.state == "stopped"
+
+    asyncio.run(run())
+
+
+def test_while_it_is_down_requests_are_told_so():
+    async def run() -> None:
+        first = FakeProcess()
+        async with supervised([first, FakeProcess(fail=True), FakeProcess(fail=True), FakeProcess()]) as supervisor:
+            await supervisor.start()
+            first.code = 1
+            await asyncio.sleep(0.2)
+            assert supervisor.address() is None
+            with pytest.raises(UpstreamFailed, match="engine of speed is"):
+                await supervisor.wait_ready(0.0)
+            await supervisor.wait_ready(5.0)  # after two failed starts
+            assert supervisor.restarts == 3
+
+    asyncio.run(run())
+
+
+def test_a_first_start_that_fails_is_the_users_to_know():
+    async def run() -> None:
+        async with supervised([FakeProcess(fail=True)]) as supervisor:
+            with pytest.raises(EngineError, match="does not start"):
+                await supervisor.start()
+
+    asyncio.run(run())
+
+
+def test_a_hung_engine_is_replaced():
+    async def hang(_: web.Request) -> web.Response:
+        await asyncio.sleep(30)
+        return web.Response()
+
+    async def run() -> None:
+        app = web.Application()
+        app.router.add_get("/health", hang)
+        runner = web.AppRunner(app, shutdown_timeout=0.1)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        port = runner.addresses[0][1]
+        made = [FakeProcess(f"http://127.0.0.1:{port}"), FakeProcess()]
+        waiting = list(made)
+        async with client_session(Timeouts()) as session:
+            supervisor = Supervisor(
+                "speed", lambda: waiting.pop(0), session, health_every_s=0.05, health_timeout_s=0.1, health_misses=2
+            )
+            await supervisor.start()
+            async with asyncio.timeout(5):
+                while supervisor.restarts == 0:
+                    await asyncio.sleep(0.02)
+            assert made[0].stopped == 1
+            assert supervisor.last_error == "it did not answer /health 2 times"
+            await supervisor.stop()
+        await runner.cleanup()
+
+    asyncio.run(run())
+
+
+def test_a_file_that_changed_is_not_served(tmp_path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"GGUF")
+    print_of = Fingerprint(path)
+    print_of.check()
+    path.write_bytes(b"GGUF2")
+    with pytest.raises(EngineError, match="had 4 bytes and has 5"):
+        print_of.check()
+    path.unlink()
+    with pytest.raises(EngineError, match="is gone"):
+        print_of.check()
+
+
+def test_two_engines_take_turns_and_none_is_stopped_in_use():
+    async def run() -> None:
+        made: dict[str, list[FakeProcess]] = {"quality": [], "speed": []}
+        async with client_session(Timeouts()) as session:
+
+            def supervisor(name: str) -> Supervisor:
+                def make() -> FakeProcess:
+                    made[name].append(FakeProcess())
+                    return made[name][-1]
+
+                return Supervisor(name, make, session, health_every_s=60)
+
+            quality, speed, turns = supervisor("quality"), supervisor("speed"), Turns()
+            log: list[str] = []
+
+            async def work(engine: Supervisor, seconds: float) -> None:
+                async with turns.use(engine) as changed:
+                    assert engine.state == "ready"
+                    assert {quality.state, speed.state} == {"ready", "stopped"}
+                    log.append(f"{engine.name}{'*' if changed else ''}")
+                    await asyncio.sleep(seconds)
+                    assert engine.state == "ready"
+
+            waits = ((quality, 0.03), (quality, 0.06), (speed, 0.02), (quality, 0.0), (quality, 0.0))
+            await asyncio.gather(*(work(engine, seconds) for engine, seconds in waits))
+            assert log == ["quality*", "quality", "speed*", "quality*", "quality"]
+            assert turns.changes == 2
+            for engine in (quality, speed):
+                await engine.stop()
+            assert all(process.stopped == 1 for processes in made.values() for process in processes)
+
+    asyncio.run(run())
