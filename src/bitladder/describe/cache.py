@@ -107,22 +107,33 @@ def cache_bytes(
     type_k: str = "F16",
     type_v: str = "F16",
 ) -> CacheBytes:
-    """Bytes the engine allocates for ``n_ctx`` tokens of context shared by ``n_seq`` sequences.
+    """Bytes the engine allocates for ``n_seq`` sequences of ``n_ctx`` tokens each.
 
-    The engine rounds the context up to 256 tokens, and gives a window layer room for every sequence's window
-    and one
-    micro-batch of ``n_ubatch`` tokens, never more than the context.
+    The engine rounds the context up to 256 tokens, and gives a window layer room for the window and one
+    micro-batch of
+    ``n_ubatch`` tokens, never more than the context.
     """
     cells = padded_context(n_ctx)
     full = window = state = 0
     for layer in layers:
         if layer.window:
-            own = min(cells, padded_context(layer.window * n_seq + n_ubatch))
+            own = min(cells, padded_context(layer.window + n_ubatch))
             window += own * _row(layer, type_k, type_v)
         else:
             full += cells * _row(layer, type_k, type_v)
-        state += layer.state * 4 * n_seq
-    return CacheBytes(full, window, state)
+        state += layer.state * 4
+    return CacheBytes(full * n_seq, window * n_seq, state * n_seq)
+
+
+def cache_bytes_read(
+    layers: tuple[LayerCache, ...], n_past: float, *, type_k: str = "F16", type_v: str = "F16"
+) -> float:
+    """Bytes of cache that decoding one token reads after ``n_past`` tokens; states are read and written."""
+    total = 0.0
+    for layer in layers:
+        seen = min(n_past, layer.window) if layer.window else n_past
+        total += seen * _row(layer, type_k, type_v) + 2 * 4 * layer.state
+    return total
 
 
 def padded_context(n_ctx: int) -> int:

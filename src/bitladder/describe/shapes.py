@@ -26,6 +26,7 @@ FAMILIES: dict[str, frozenset[str]] = {
     "gemma3": frozenset({"gated", "post_norms", "head_norms"}),
     "phi3": frozenset({"fused"}),
     "olmo2": frozenset({"gated", "only_post_norms", "row_norms"}),
+    "granite": frozenset({"gated"}),
     "command-r": frozenset({"gated", "one_norm"}),
     "deepseek2": frozenset({"gated", "latent"}),
     "gpt-oss": frozenset({"gated", "all_bias", "sinks"}),
@@ -80,8 +81,9 @@ class Shape:
         return self.head_dim or self.n_embd // self.n_head
 
 
-def model_of(shape: Shape) -> Model:
-    """A 16-bit model of this shape, as if read from its GGUF header.
+def model_of(shape: Shape, *, tensors: bool = True) -> Model:
+    """A 16-bit model of this shape, as if read from its GGUF header; without ``tensors`` only its dimensions
+    and keys.
 
     Raises:
         UnknownArchitecture: no family of that name has rows here.
@@ -104,7 +106,8 @@ def model_of(shape: Shape) -> Model:
         sliding_window=shape.sliding_window,
     )
     header = 40 * shape.n_vocab + 100 * 12 * shape.n_layer  # tokens, types, merges; tensor names: about right
-    return Model(shape.name, dims, tensors_of(shape), metadata_of(shape), header_bytes=header)
+    listed = tensors_of(shape) if tensors else ()
+    return Model(shape.name, dims, listed, metadata_of(shape), header_bytes=header)
 
 
 def metadata_of(shape: Shape) -> dict[str, Any]:

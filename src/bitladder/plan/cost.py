@@ -1,7 +1,10 @@
-"""What a level costs in bytes, from the recipe tables: the same bytes the writer writes."""
+"""What a level costs in bytes, from the recipe tables: the same bytes the writer writes, split by what they
+are for.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from bitladder.describe.model import Model
@@ -9,6 +12,44 @@ from bitladder.files.level_files import draft_level
 from bitladder.formats.blocks import QTYPES
 from bitladder.formats.recipes import RECIPES, is_quantizable
 from bitladder.formats.tensors import TensorInfo
+
+PARTS = ("embedding", "output", "layers", "experts")
+"""embedding: one row per token is read, always in RAM. output: the logits' matrix (and what stands outside
+layers).
+layers: everything in layers but experts. experts: of which a token uses a few."""
+
+
+@dataclass(frozen=True)
+class LevelBytes:
+    """Bytes of a level's weights: part -> qtype -> bytes. A tied model has no ``output``; its embedding
+    serves as one.
+    """
+
+    level: str
+    parts: Mapping[str, Mapping[str, int]]
+
+    def of(self, part: str) -> int:
+        """Bytes of one part."""
+        return sum(self.parts.get(part, {}).values())
+
+    @property
+    def total(self) -> int:
+        """Bytes of all tensors."""
+        return sum(self.of(part) for part in PARTS)
+
+    @property
+    def tied(self) -> bool:
+        """The embedding is the output matrix too."""
+        return not any(QTYPES[qtype].bpw < 32 for qtype in self.parts.get("output", {}))
+
+    @property
+    def head(self) -> Mapping[str, int]:
+        """qtype -> bytes of what turns states into logits."""
+        output = dict(self.parts.get("output", {}))
+        if self.tied:
+            for qtype, size in self.parts.get("embedding", {}).items():
+                output[qtype] = output.get(qtype, 0) + size
+        return output
 
 
 @dataclass(frozen=True)
@@ -27,6 +68,28 @@ class LevelSize:
     def bpw(self) -> float:
         """Bits per weight, scales included."""
         return 8 * self.tensor_bytes / sum(tensor.elements for tensor in self.tensors)
+
+    @property
+    def by_part(self) -> LevelBytes:
+        """The same bytes by what they are for."""
+        return LevelBytes(self.level, parts_of(self.tensors))
+
+
+def parts_of(tensors: Sequence[TensorInfo]) -> dict[str, dict[str, int]]:
+    """Bytes of tensors by part and qtype."""
+    parts: dict[str, dict[str, int]] = {}
+    for tensor in tensors:
+        held = parts.setdefault(_part(tensor.name), {})
+        held[tensor.qtype] = held.get(tensor.qtype, 0) + tensor.nbytes
+    return parts
+
+
+def _part(name: str) -> str:
+    if name.startswith(("token_embd.", "per_layer_token_embd.")):
+        return "embedding"
+    if "_exps." in name:
+        return "experts"
+    return "layers" if name.startswith("blk.") else "output"
 
 
 def level_size(model: Model, level: str, *, has_importance: bool = False) -> LevelSize:

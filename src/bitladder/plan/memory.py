@@ -51,9 +51,9 @@ class Buffers:
 
 
 def compute_buffers(model: Model, n_ctx: int, *, n_seq: int = 1, n_ubatch: int = N_UBATCH) -> Buffers:
-    """The engine's compute and output buffers for ``n_ctx`` tokens shared by ``n_seq`` sequences."""
-    cells = padded_context(max(1, n_ctx // n_seq))
-    tokens = min(n_ubatch, padded_context(n_ctx))
+    """The engine's compute and output buffers for ``n_seq`` sequences of ``n_ctx`` tokens each."""
+    cells = padded_context(n_ctx)
+    tokens = min(n_ubatch, cells * n_seq)
     masks = _mask_cells(layer_caches(model), cells, n_ubatch)
     return Buffers(4 * tokens * _widest_moment(model) + 2 * tokens * masks, 4 * n_seq * model.dims.n_vocab)
 

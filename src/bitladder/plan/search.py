@@ -1,0 +1,188 @@
+"""Backward from the hardware: which models at which levels fit a machine at a speed one can live with, the
+largest first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from bitladder.describe.machine import Machine
+from bitladder.describe.model import Model
+from bitladder.describe.rates import PoolRates
+from bitladder.plan.cost import LevelBytes
+from bitladder.plan.placement import Placement, Wish, place
+from bitladder.plan.speed import Share, Speed, predict
+from bitladder.units import human_bytes
+
+N_PROMPT = 512
+"""Prompt length for the time to first token when nobody says otherwise."""
+
+
+@dataclass(frozen=True)
+class MachineRates:
+    """How fast each pool is."""
+
+    cpu: PoolRates
+    gpu: PoolRates | None = None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model with the sizes of its levels, largest first."""
+
+    name: str
+    licence: str
+    model: Model
+    levels: tuple[LevelBytes, ...]
+    params: float
+    """Billions of weights."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One model at one level on the machine."""
+
+    name: str
+    licence: str
+    params: float
+    level: str
+    placement: Placement
+    speed: Speed
+    gives: str = ""
+    """What would have to give for more: for the next larger level of this model."""
+
+
+def shares_of(model: Model, level: LevelBytes, placement: Placement, rates: MachineRates) -> tuple[Share, ...]:
+    """Which pool does what for every token under a placement."""
+    dims = model.dims
+    active = dims.n_expert_used / dims.n_expert if dims.n_expert else 1.0
+    layers, experts = level.parts.get("layers", {}), level.parts.get("experts", {})
+    if placement.kind in ("cpu", "none") or rates.gpu is None:
+        return (Share(rates.cpu, _sum((1, level.head), (1, layers), (active, experts)), dims.n_layer, 1.0),)
+    inside = min(placement.n_gpu_layers, dims.n_layer) / dims.n_layer
+    outside_experts = active * placement.n_cpu_experts / dims.n_layer
+    whole = placement.n_gpu_layers > dims.n_layer
+    gpu = _sum((1.0 * whole, level.head), (inside, layers), (inside * active - outside_experts, experts))
+    cpu = _sum(
+        (1.0 * (not whole), level.head), (1 - inside, layers), ((1 - inside) * active + outside_experts, experts)
+    )
+    on_cpu = dims.n_layer * (1 - inside) + placement.n_cpu_experts
+    shares = [Share(rates.gpu, gpu, dims.n_layer * inside, inside)]
+    if on_cpu or not whole:
+        shares.append(Share(rates.cpu, cpu, on_cpu, 1 - inside))
+    return tuple(shares)
+
+
+def _sum(*terms: tuple[float, Mapping[str, int]]) -> dict[str, float]:
+    total: dict[str, float] = {}
+    for factor, sizes in terms:
+        for qtype, size in sizes.items():
+            if factor > 0:
+                total[qtype] = total.get(qtype, 0.0) + factor * size
+    return total
+
+
+def option(
+    candidate: Candidate,
+    level: LevelBytes,
+    machine: Machine,
+    rates: MachineRates,
+    wish: Wish,
+    *,
+    n_prompt: int = N_PROMPT,
+) -> Option:
+    """Placement and speed of one level."""
+    placement = place(candidate.model, level, machine, wish)
+    shares = shares_of(candidate.model, level, placement, rates)
+    speed = predict(shares, candidate.model, n_prompt=n_prompt, n_past=wish.n_ctx / 2)
+    return Option(candidate.name, candidate.licence, candidate.params, level.level, placement, speed)
+
+
+def best_options(
+    candidates: Sequence[Candidate],
+    machine: Machine,
+    rates: MachineRates,
+    wish: Wish,
+    *,
+    least_decode: float = 0.0,
+    least_bits: float = 0.0,
+) -> list[Option]:
+    """Per model the largest level that fits and decodes at ``least_decode`` tokens/s or more; the largest
+    model first.
+
+    A model whose own context is shorter than the wish is planned at its own. Models of which no level
+    qualifies are
+    left out; ``what_would_give`` says why.
+    """
+    found = []
+    for candidate in candidates:
+        own = fitting_wish(candidate, wish)
+        for level in candidate.levels:
+            if 8 * level.total / (candidate.params * 1e9) < least_bits:
+                break
+            row = option(candidate, level, machine, rates, own)
+            if row.placement.kind != "none" and row.speed.decode.value >= least_decode:
+                found.append(row)
+                break
+    return sorted(found, key=lambda row: (-row.params, row.name))
+
+
+def fitting_wish(candidate: Candidate, wish: Wish) -> Wish:
+    """The wish with a context no longer than the model's."""
+    trained = candidate.model.dims.n_ctx_train
+    return replace(wish, n_ctx=min(wish.n_ctx, trained)) if trained else wish
+
+
+def what_would_give(
+    candidate: Candidate,
+    level: LevelBytes,
+    machine: Machine,
+    rates: MachineRates,
+    wish: Wish,
+    *,
+    least_decode: float = 0.0,
+) -> str:
+    """The least sacrifice that makes a level fit: KV precision, then context, then the level itself; or what
+    is lacking.
+    """
+    wish = fitting_wish(candidate, wish)
+
+    def works(trial: Wish, size: LevelBytes) -> bool:
+        row = option(candidate, size, machine, rates, trial)
+        return row.placement.kind != "none" and row.speed.decode.value >= least_decode
+
+    if works(wish, level):
+        return "nothing: it fits"
+    for qtype in ("Q8_0", "Q4_0"):
+        if works(replace(wish, type_k=qtype, type_v=qtype), level):
+            return f"a KV cache in {qtype}"
+    eight = replace(wish, type_k="Q8_0", type_v="Q8_0")
+    for trial, also in ((wish, ""), (eight, " and a KV cache in Q8_0")):
+        n_ctx = trial.n_ctx // 2
+        while n_ctx >= 1024:
+            if works(replace(trial, n_ctx=n_ctx), level):
+                return f"a context of {n_ctx} tokens{also}"
+            n_ctx //= 2
+    for smaller in candidate.levels:
+        if smaller.total < level.total and works(wish, smaller):
+            return f"the level: {smaller.level} fits"
+    row = option(candidate, level, machine, rates, wish)
+    if row.placement.kind == "none":
+        return f"{human_bytes(row.placement.missing_bytes)} more memory"
+    return f"speed: {row.speed.decode.value:.1f} tokens/s where {least_decode:.1f} are wanted"
+
+
+def largest_context(candidate: Candidate, level: LevelBytes, machine: Machine, wish: Wish) -> int:
+    """The longest context (a multiple of 256) at which a level fits in the way it fits at 256 tokens; 0 if
+    it never does.
+    """
+    first = place(candidate.model, level, machine, replace(wish, n_ctx=256))
+    if first.kind == "none":
+        return 0
+    low, high = 1, max(1, (candidate.model.dims.n_ctx_train or 1 << 20) // 256)
+    while low < high:
+        middle = (low + high + 1) // 2
+        trial = place(candidate.model, level, machine, replace(wish, n_ctx=256 * middle))
+        low, high = (middle, high) if trial.kind == first.kind else (low, middle - 1)
+    return 256 * low
