@@ -1,4 +1,4 @@
-"""What a run writes down beside its results, so that anybody can repeat it: facts about source, files, settings, versions."""
+"""What a run writes down beside its results, so that anybody can repeat it."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def _spoken(value: Any) -> str:
 
 
 def shown_answers(answers: Sequence[LevelAnswers], decision: Decision) -> tuple[LevelAnswers, ...]:
-    """All answers; token probabilities only of the reference (the first) and the chosen tiers, which routing is derived from."""
+    """All answers; token probabilities only of the reference (the first) and the chosen tiers, for routing."""
     detailed = {answers[0].level, decision.quality, decision.speed}
     return tuple(one if one.level in detailed else _without_tokens(one) for one in answers)
 
@@ -105,7 +105,10 @@ def slots(workload: Workload, n_ctx: int) -> tuple[int, int]:
 
 
 def engine_facts(*, n_ctx: int, n_parallel: int, threads: int) -> dict[str, Any]:
-    """The engine and its settings: part of the key of every answer and speed. The processor decides speed and, by its kernels, ties."""
+    """The engine and its settings, part of the key of every answer and speed.
+
+    The processor is among them: it decides speed and, by the order of its sums, near ties.
+    """
     from bitladder.files.probe import cpu_name
 
     return {

@@ -1,7 +1,7 @@
 """Which key each measurement is stored under, and the records as they come back.
 
-A level that Bitladder makes is named by what determines its bytes: source, recipe, method and version. Any other file is
-named by its own hash. Change one of these, the text, or the engine, and the measurement is made anew.
+A level that Bitladder makes is named by what determines its bytes: source, recipe, method and version. Any other
+file is named by its own hash. Change one of these, the text, or the engine, and the measurement is made anew.
 """
 
 from __future__ import annotations
