@@ -295,6 +295,17 @@ def test_two_writers_of_one_file(tmp_path, tiny):
         writer.discard()
 
 
+def test_a_source_that_changes_under_our_hands(tmp_path, tiny, monkeypatch):
+    def meddling(weights, qtype, **more):
+        os.utime(tiny, ns=(1, 1))
+        return quantize(weights, qtype, **more)
+
+    monkeypatch.setattr(stage, "quantize", meddling)
+    with GgufFile.open(tiny) as source, pytest.raises(BadInput, match="changed while it was read"):
+        quantize_levels(source, ["Q8_0"], tmp_path / "out")
+    assert files_in(tmp_path / "out") == []
+
+
 # ---------------------------------------------------------------- going on after an end
 
 CHILD = """

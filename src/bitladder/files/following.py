@@ -9,6 +9,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+from bitladder.errors import BadInput
 from bitladder.files.hashing import recall, remember
 
 _CHUNK = 4 << 20
@@ -39,11 +40,17 @@ class FollowingHash:
             self._changed.notify()
 
     def result(self) -> list[str]:
-        """The hash of every file, once the rest has been read. Raises OSError where reading failed."""
+        """The hash of every file, once the rest has been read.
+
+        Raises:
+            BadInput: a file cannot be read.
+        """
         self.advance(len(self._paths), 0)
         self._thread.join()
         if self._failure is not None:
-            raise self._failure
+            raise BadInput(
+                f"The source cannot be read: {self._failure}.", do="Check the disk it lies on."
+            ) from self._failure
         return [digest for digest in self._digests if digest is not None]
 
     def abandon(self) -> None:

@@ -203,9 +203,9 @@ class GgufWriter:
         try:
             os.pwrite(self._file, header, 0)
             os.fsync(self._file)
-            self.close()
-            self.partial.replace(self.path)
+            self.partial.replace(self.path)  # still locked: nobody may take the file up under its old name
             self.journal.unlink()
+            self.close()
             folder = os.open(self.path.parent, os.O_RDONLY)
             try:
                 os.fsync(folder)

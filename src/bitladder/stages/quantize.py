@@ -218,6 +218,12 @@ def _check_space(drafts: Sequence[LevelDraft], folder: Path) -> None:
         )
 
 
+def _identity(source: GgufFile) -> list[tuple[str, int, int]]:
+    """What tells one state of the source's files from another without reading them."""
+    paths = [header.path.resolve() for header in source.headers]
+    return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+
+
 def _write(
     source: GgufFile,
     drafts: Sequence[LevelDraft],
@@ -230,7 +236,7 @@ def _write(
     """Make all parts of all drafts; on an error of ours remove them, on anything else leave them to a later
     run.
     """
-    identity = [(str(h.path.resolve()), h.file_bytes, h.path.stat().st_mtime_ns) for h in source.headers]
+    identity = _identity(source)
     following = FollowingHash([header.path for header in source.headers])
     writers: list[tuple[GgufWriter, Callable[[str], bytes]]] = []
     try:
@@ -239,6 +245,12 @@ def _write(
             writers.append((GgufWriter(part.path, part.plan, fingerprint), part.header))
         _Pass(source, importance, effort, following, progress).run([writer for writer, _ in writers], threads)
         sha256 = joined_sha256(following.result())
+        if _identity(source) != identity:
+            raise BadInput(
+                f"{source.path} changed while it was read.",
+                means="Another program writes to it.",
+                do="Wait until it is complete and try again.",
+            )
         for writer, header in reversed(writers):  # a split model appears with its first part, last
             writer.finish(header(sha256))
     except BitladderError:

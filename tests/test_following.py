@@ -1,0 +1,62 @@
+"""The hash that follows a reader: right, never ahead of it, and gone when nobody wants it."""
+
+import hashlib
+import time
+
+import pytest
+
+from bitladder.errors import BadInput
+from bitladder.files import following
+from bitladder.files.following import FollowingHash
+from bitladder.files.hashing import recall
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    monkeypatch.setenv("BITLADDER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(following, "_CHUNK", 64)
+    paths = [tmp_path / name for name in "abc"]
+    for number, path in enumerate(paths):
+        path.write_bytes(bytes(range(number, number + 200)))
+    return paths
+
+
+def digests(paths):
+    return [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
+
+
+def test_hashes_are_right_however_one_advances(files):
+    follower = FollowingHash(files)
+    for goal in [(0, 10), (0, 150), (0, 20), (1, 1), (2, 199)]:
+        follower.advance(*goal)
+    assert follower.result() == digests(files)
+    assert [recall(path) for path in files] == digests(files)
+
+
+def test_what_is_known_is_not_read_again(files, monkeypatch):
+    wanted = FollowingHash(files).result()
+    monkeypatch.setattr(FollowingHash, "_hash", lambda *_: pytest.fail("a known file is hashed"))
+    assert FollowingHash(files).result() == wanted
+
+
+def test_it_stays_behind_the_reader(files):
+    follower = FollowingHash(files)
+    follower.advance(0, 100)
+    time.sleep(0.05)
+    assert follower._allowed(0, 90) == 10
+    assert recall(files[0]) is None
+    follower.advance(1, 1)
+    deadline = time.monotonic() + 10
+    while recall(files[0]) is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    assert recall(files[1]) is None
+    follower.abandon()
+    assert recall(files[1]) is None
+
+
+def test_a_file_that_cannot_be_read(files):
+    follower = FollowingHash(files)
+    files[1].unlink()
+    with pytest.raises(BadInput, match="The source cannot be read"):
+        follower.result()
