@@ -10,13 +10,15 @@
           BadWorkload               exit 2   a workload file has a fault, with its line
       NothingFits                   exit 3   no level fits the machine
       BarNotMet                     exit 4   no level holds the quality bar
-      EngineError                   exit 5   the engine did not start, died or answered nonsense
-        EngineGone                  exit 5   its process ended, or nobody listens at its address
-        EngineTimeout               exit 5   no word from it in time
-        EngineReply                 exit 5   its reply is no completion: an error status, broken JSON, a stream cut short
-        WrongModel                  exit 5   it serves another model than the one asked for
+      EngineError                   exit 8   the engine did not start, died or answered nonsense
+        EngineGone                  exit 8   its process ended, or nobody listens at its address
+        EngineTimeout               exit 8   no word from it in time
+        EngineReply                 exit 8   its reply is no completion: an error status, broken JSON, a stream cut short
+        WrongModel                  exit 8   it serves another model than the one asked for
       OutputError                   exit 6   no space, no permission, cannot write
       FetchError                    exit 7   a download failed or its hash differs
+
+5 is the gate's: the evidence cannot tell.
 
 A message has three parts: what was found (both numbers), what it usually means, what to do.
 """
@@ -87,7 +89,7 @@ class BarNotMet(BitladderError):
 class EngineError(BitladderError):
     """The engine did not start, died or answered nonsense."""
 
-    exit_code = 5
+    exit_code = 8
 
 
 class EngineGone(EngineError):
