@@ -19,29 +19,20 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
-from starlette.staticfiles import StaticFiles
-from starlette.types import Scope
 
 from bitladder.errors import UsageError
 from bitladder.serve.deploy import Deployment, deployed
 from bitladder.serve.limits import Doorman, read_keys
 from bitladder.serve.metrics import JsonLines
+from bitladder.serve.page_app import PageFiles
 from bitladder.serve.protocol import CHAT, COMPLETIONS, EMBEDDINGS, error_body
 from bitladder.serve.router import AUTO
 from bitladder.serve.settings import LOOPBACK, ServeSettings
+from bitladder.serve.whatif import answer_what_if
 from bitladder.serve.wire import CarefulProtocol
 
 log = logging.getLogger("bitladder.serve")
 
-PAGE = Path(__file__).parent / "page"
-_PAGE_HEADERS = {
-    "content-security-policy": (
-        "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; object-src 'none'; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    ),
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
-}
 _ERROR_CODES = {404: "not_found", 405: "method_not_allowed"}
 _BACKLOG = 2048
 
@@ -61,6 +52,7 @@ class _Views:
             "/metrics": self.metrics,
             "/bitladder/api/live": self.live,
             "/bitladder/api/run": self.run,
+            "/bitladder/api/what-if": self.what_if,
         }
         return [Route(path, view, methods=["GET"]) for path, view in views.items()]
 
@@ -100,20 +92,17 @@ class _Views:
 
     async def run(self, _: HttpRequest) -> Response:
         """The run behind this deployment, as `bitladder run --json` printed it."""
+        return Response(await asyncio.to_thread(self._run_json().read_bytes), media_type="application/json")
+
+    async def what_if(self, request: HttpRequest) -> Response:
+        """The run's decision with another memory, context or bar."""
+        return JSONResponse(await answer_what_if(self._run_json(), request.query_params))
+
+    def _run_json(self) -> Path:
         path = self._here.settings.run_json
         if path is None or not path.is_file():
             raise HTTPException(404, "No run is attached to this gateway.")
-        return Response(await asyncio.to_thread(path.read_bytes), media_type="application/json")
-
-
-class _Page(StaticFiles):
-    """The page's files, with headers that keep foreign content out."""
-
-    async def get_response(self, path: str, scope: Scope) -> Response:
-        """A file, or 404."""
-        response = await super().get_response(path, scope)
-        response.headers.update(_PAGE_HEADERS)
-        return response
+        return path
 
 
 def build_app(deployment: Deployment) -> Starlette:
@@ -132,8 +121,7 @@ def build_app(deployment: Deployment) -> Starlette:
         middleware.insert(0, cors)
     routes: list[BaseRoute] = [Route(path, deployment.gateway) for path in (CHAT, COMPLETIONS, EMBEDDINGS)]
     routes += _Views(deployment).routes()
-    if PAGE.is_dir():
-        routes.append(Mount("/", _Page(directory=PAGE, html=True)))
+    routes.append(Mount("/", PageFiles()))
     return Starlette(
         routes=routes,
         middleware=middleware,

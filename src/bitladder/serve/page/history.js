@@ -2,6 +2,7 @@
 
 import { h } from "./dom.js";
 import { ago } from "./format.js";
+import { readRecord } from "./share.js";
 
 const PLACE = "bitladder-comparisons";
 const MOST = 50;
@@ -10,7 +11,7 @@ const MOST = 50;
 export function kept() {
   try {
     const list = JSON.parse(localStorage.getItem(PLACE) ?? "[]");
-    return Array.isArray(list) ? list : [];
+    return list.map(readRecord);
   } catch {
     return [];
   }

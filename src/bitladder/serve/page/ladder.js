@@ -1,0 +1,170 @@
+// The ladder: what each level costs, which pair was chosen, and what another machine or bar would change.
+
+import { getJson } from "./api.js";
+import { lossChart } from "./chart.js";
+import { announce, h } from "./dom.js";
+import { showEvidence } from "./evidence.js";
+import { bytes, DASH, fixed, percent, range, small } from "./format.js";
+import { whatIfForm } from "./whatif.js";
+
+const TIERS = { "quality tier": "quality", "speed tier": "speed", "both tiers": "both" };
+const LOSSES = { "not told from zero": "loss not told from zero", measurable: "measurable loss", "known bad": "known bad" };
+
+export async function showLadder(panel) {
+  const run = await getJson("/bitladder/api/run");
+  if (!run) {
+    panel.replaceChildren(h("p", { class: "note" }, "No run is attached to this gateway. ", h("code", {}, "bitladder run MODEL"), " makes one."));
+    return;
+  }
+  const decision = h("div", { class: "decision" });
+  const chart = h("div");
+  const table = h("div");
+  const show = (view) => {
+    decision.replaceChildren(...decisionView(view));
+    chart.replaceChildren(chartView(run, view));
+    table.replaceChildren(levelTable(run, view));
+  };
+  const given = { plan: run.plan, decision: run.decision };
+  const form = whatIfForm(run, (view, changed) => {
+    show(view ?? given);
+    if (changed) announce((view ?? given).decision.summary);
+  });
+  show(given);
+  panel.replaceChildren(
+    h("header", { class: "page-head" }, h("h1", {}, run.source.name), h("p", { class: "soft" }, facts(run))),
+    ...(run.source.quantized ? [h("p", { class: "note warn" }, "The source is itself quantized: every loss is relative to that file.")] : []),
+    ...run.warnings.map((warning) => h("p", { class: "note warn" }, warning)),
+    decision,
+    form,
+    h("section", { "aria-labelledby": "cost-title" }, h("h2", { id: "cost-title" }, "What each step down costs"), chart),
+    h("section", { "aria-labelledby": "levels-title" }, h("h2", { id: "levels-title" }, "Every level"), h("p", { class: "soft" }, "Each number opens the evidence behind it."), table),
+    ...tagView(run),
+  );
+}
+
+const facts = (run) => [run.source.architecture, `${run.source.level} source`, run.plan.machine, run.created.slice(0, 10)].join(" · ");
+
+function decisionView({ plan, decision }) {
+  const said = { met: "", "not met": "No level holds the bar.", "cannot tell": "The evidence cannot tell." }[decision.outcome];
+  return [
+    h("p", { class: "kicker" }, "The decision"),
+    h("p", { class: "summary" }, decision.summary),
+    h("p", { class: "soft" }, "Bar: ", h("code", {}, decision.bar), ` · context ${plan.n_ctx.toLocaleString("en")} · ${bytes(plan.budget_bytes)} of memory`),
+    said && decision.next.length && h("div", { class: "note" }, h("p", {}, "What would tell more:"), h("ul", {}, ...decision.next.map((step) => h("li", {}, step)))),
+  ];
+}
+
+/** Everything known of a level. */
+function levelFacts(run, { plan, decision }, level) {
+  const named = (list) => list.find((one) => one.level === level) ?? null;
+  return {
+    level,
+    plan: named(plan.levels),
+    file: named(run.files),
+    fidelity: named(run.fidelities),
+    result: named(run.results),
+    verdict: named(decision.verdicts) ?? { status: "cannot tell", reason: "not judged", loss: "not known" },
+  };
+}
+
+function chartView(run, view) {
+  const holder = h("div", { class: "card chart-card" });
+  const rows = view.plan.levels.map(({ level }) => levelFacts(run, view, level)).filter((row) => row.fidelity && row.verdict.status !== "reference");
+  const largest = Math.max(...rows.map((row) => row.plan.file_bytes), 0);
+  const [unit, name] = largest >= 2 * 2 ** 30 ? [2 ** 30, "GiB"] : [2 ** 20, "MiB"];
+  const axes = {
+    size: { title: `file size, ${name}`, of: (row) => (row.file?.bytes ?? row.plan.file_bytes) / unit, ladder: true },
+    speed: { title: "decode speed, tokens/s", of: (row) => row.result?.decode_tokens_per_s ?? NaN, ladder: false },
+  };
+  const limit = Number(/\bkl\s*<=?\s*([\d.e-]+)/i.exec(view.decision.bar)?.[1] ?? NaN);
+  let across = "size";
+  const plot = h("div");
+  const draw = () => {
+    const { title, of, ladder } = axes[across];
+    const points = rows.map((row) => ({
+      label: row.level,
+      x: of(row),
+      loss: row.fidelity.kl_mean,
+      low: row.fidelity.kl_low,
+      high: row.fidelity.kl_high,
+      mark: TIERS[row.verdict.status] ?? "",
+    }));
+    const width = Math.min(760, Math.max(340, holder.clientWidth - 32 || 760));
+    plot.replaceChildren(lossChart(points, { title, width, limit: Number.isFinite(limit) ? limit : null, ladder }) ?? h("p", { class: "soft" }, "Not measured."));
+  };
+  const choice = (value, label) =>
+    h("label", { class: "check" }, h("input", { type: "radio", name: "across", value, checked: value === across, onchange: () => ((across = value), draw()) }), label);
+  holder.append(h("div", { class: "row", role: "radiogroup", "aria-label": "Loss against" }, choice("size", "against size"), choice("speed", "against speed")), plot);
+  new ResizeObserver(draw).observe(holder);
+  return holder;
+}
+
+function levelTable(run, view) {
+  const columns = ["Level", "File", "Memory", "Tokens/s", "KL", "PPL ratio", "Top-1", "Passes", "Verdict"];
+  const rows = view.plan.levels.map(({ level }) => levelRow(run, levelFacts(run, view, level)));
+  return h(
+    "div",
+    { class: "scroll", tabindex: 0, role: "region", "aria-label": "Every level" },
+    h("table", { class: "levels" }, h("thead", {}, h("tr", {}, ...columns.map((name) => h("th", { scope: "col" }, name)))), ...rows),
+  );
+}
+
+function levelRow(run, row) {
+  const { plan, fidelity, result, verdict } = row;
+  const number = (kind, value, interval = "") =>
+    h(
+      "td",
+      {},
+      value === DASH ? DASH : h("button", { type: "button", class: "number", onclick: () => showEvidence(run, row, kind) }, value, interval && h("small", {}, interval)),
+    );
+  const cells = [
+    number("file", bytes(row.file?.bytes ?? plan.file_bytes)),
+    number("memory", bytes(plan.total_bytes)),
+    number("speed", small(result?.decode_tokens_per_s)),
+    number("kl", small(fidelity?.kl_mean), range(fidelity?.kl_low, fidelity?.kl_high, small)),
+    number("ppl", fixed(fidelity?.ppl_ratio, 3)),
+    number("top1", percent(fidelity?.top1)),
+    number("passes", result ? `${result.passes}/${result.inputs}` : DASH, result && `${range(result.pass_low, result.pass_high, (share) => percent(share, 0))}`),
+    h("td", { class: "verdict" }, h("strong", {}, verdict.status), h("small", {}, LOSSES[verdict.loss] ?? "")),
+  ];
+  const kind = `${TIERS[verdict.status] ?? ""} ${verdict.status.replaceAll(" ", "-")}`.trim();
+  return h(
+    "tbody",
+    { class: kind },
+    h("tr", {}, h("th", { scope: "rowgroup" }, row.level), ...cells),
+    h("tr", { class: "why" }, h("td", { colspan: 9 }, verdict.reason[0].toUpperCase() + verdict.reason.slice(1))),
+  );
+}
+
+function tagView(run) {
+  const cells = run.decision.tags ?? [];
+  if (!cells.length) return [];
+  const levels = [...new Set(cells.map(({ level }) => level))];
+  const tags = [...new Set(cells.map(({ tag }) => tag))];
+  const cell = (tag, level) => {
+    const found = cells.find((one) => one.tag === tag && one.level === level);
+    if (!found) return h("td", {}, DASH);
+    const said = `${found.status}: ${found.lost} lost, ${found.gained} gained of ${found.inputs}`;
+    const shown = [found.lost > 0 && h("b", {}, `−${found.lost}`), found.gained > 0 && h("i", {}, ` +${found.gained}`)].filter(Boolean);
+    return h("td", { class: found.status.replaceAll(" ", "-"), title: said }, ...(shown.length ? shown : [h("span", { class: "soft" }, "=")]));
+  };
+  const inputs = (tag) => Math.max(...cells.filter((one) => one.tag === tag).map((one) => one.inputs));
+  return [
+    h(
+      "section",
+      { "aria-labelledby": "tags-title" },
+      h("h2", { id: "tags-title" }, "Which work survives"),
+      h("p", { class: "soft" }, "Inputs lost and gained against the source. A shaded loss is known: chance does not explain it."),
+      h(
+        "div",
+        { class: "scroll", tabindex: 0, role: "region", "aria-label": "Which work survives" },
+        h(
+          "table",
+          { class: "tags" },
+          h("thead", {}, h("tr", {}, ...["Work", ...levels].map((name) => h("th", { scope: "col" }, name)))),
+          h("tbody", {}, ...tags.map((tag) => h("tr", {}, h("th", { scope: "row" }, tag, h("small", {}, ` ${inputs(tag)}`)), ...levels.map((level) => cell(tag, level))))),
+        ),
+      ),
+    ),
+  ];
+}

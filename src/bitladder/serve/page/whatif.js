@@ -1,0 +1,83 @@
+// What if the machine, the context or the bar were another? The gateway decides again with the program's own policy.
+
+import { getJson } from "./api.js";
+import { h } from "./dom.js";
+import { bytes } from "./format.js";
+
+const STEPS = 100;
+const CONTEXTS = [512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072];
+const WAIT_MS = 150;
+
+/** A form that calls `changed(view, true)` with `{plan, decision}`, or `changed(null, true)` for the run itself. */
+export function whatIfForm(run, changed) {
+  const totals = run.plan.levels.map((level) => level.total_bytes);
+  const [least, most] = [Math.min(...totals) * 0.6, Math.max(...totals, run.plan.budget_bytes) * 2.2];
+  const toBytes = (step) => Math.round(least * (most / least) ** (step / STEPS));
+  const toStep = (size) => Math.round((STEPS * Math.log(size / least)) / Math.log(most / least));
+  const contexts = [...new Set([...CONTEXTS, run.plan.n_ctx])].sort((a, b) => a - b);
+  const memory = h("input", { type: "range", id: "if-memory", min: 0, max: STEPS });
+  const context = h("input", { type: "range", id: "if-context", min: 0, max: contexts.length - 1 });
+  const bar = h("input", { type: "text", id: "if-bar", spellcheck: "false", autocomplete: "off" });
+  const memorySaid = h("output", { for: "if-memory" });
+  const contextSaid = h("output", { for: "if-context" });
+  const complaint = h("p", { class: "bad small", role: "alert" });
+  let touched = { memory: false };
+  let timer = 0;
+  let asked = 0;
+
+  const label = () => {
+    const size = touched.memory ? toBytes(Number(memory.value)) : run.plan.budget_bytes;
+    memorySaid.textContent = bytes(size);
+    memory.setAttribute("aria-valuetext", bytes(size));
+    contextSaid.textContent = `${contexts[context.value].toLocaleString("en")} tokens`;
+    context.setAttribute("aria-valuetext", contextSaid.textContent);
+    return size;
+  };
+  const reset = () => {
+    touched = { memory: false };
+    memory.value = toStep(run.plan.budget_bytes);
+    context.value = contexts.indexOf(run.plan.n_ctx);
+    bar.value = run.decision.bar;
+    complaint.textContent = "";
+    label();
+  };
+  const ask = async () => {
+    const mine = ++asked;
+    const query = new URLSearchParams({ memory: label(), ctx: contexts[context.value], bar: bar.value });
+    try {
+      const view = await getJson(`/bitladder/api/what-if?${query}`);
+      if (mine !== asked) return; // a later question is under way
+      complaint.textContent = "";
+      changed(view, true);
+    } catch (error) {
+      if (mine === asked) complaint.textContent = error.message;
+    }
+  };
+  const later = () => {
+    label();
+    clearTimeout(timer);
+    timer = setTimeout(ask, WAIT_MS);
+  };
+  memory.addEventListener("input", () => {
+    touched.memory = true;
+    later();
+  });
+  context.addEventListener("input", later);
+  bar.addEventListener("input", later);
+  const again = () => {
+    clearTimeout(timer);
+    asked += 1;
+    reset();
+    changed(null, true);
+  };
+  reset();
+  return h(
+    "form",
+    { class: "card whatif", "aria-label": "What if", onsubmit: (event) => (event.preventDefault(), ask()) },
+    h("h2", {}, "What if"),
+    h("div", { class: "dial" }, h("label", { for: "if-memory" }, "Memory"), memory, memorySaid),
+    h("div", { class: "dial" }, h("label", { for: "if-context" }, "Context"), context, contextSaid),
+    h("div", { class: "dial" }, h("label", { for: "if-bar" }, "Bar"), bar, h("button", { type: "button", class: "quiet", onclick: again }, "As measured")),
+    complaint,
+  );
+}

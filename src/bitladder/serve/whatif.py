@@ -1,0 +1,48 @@
+"""``/bitladder/api/what-if``: the decision again, with another memory, context or bar, by the program's own policy."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from starlette.exceptions import HTTPException
+
+from bitladder.errors import BadInput, UsageError
+from bitladder.plan.whatif import what_if
+from bitladder.records import to_json
+from bitladder.report.reading import read_run
+
+_MOST = {"memory": 1 << 50, "ctx": 1 << 27}
+_LONGEST_BAR = 500
+
+
+async def answer_what_if(run_json: Path, query: Mapping[str, str]) -> dict[str, Any]:
+    """Plan and decision for ``memory`` (bytes), ``ctx`` (tokens) and ``bar``, each as in the run when left out.
+
+    Raises:
+        HTTPException: 400 for a value that cannot be used, 404 when the run cannot be read.
+    """
+    bar = query.get("bar")
+    if bar is not None and len(bar) > _LONGEST_BAR:
+        raise HTTPException(400, f"A bar has at most {_LONGEST_BAR} characters; got {len(bar)} instead.")
+    memory, context = _whole(query, "memory"), _whole(query, "ctx")
+    try:
+        run = await asyncio.to_thread(read_run, run_json)
+        plan, decision = what_if(run, budget_bytes=memory, n_ctx=context, bar=bar)
+    except BadInput as error:
+        raise HTTPException(404, str(error)) from None
+    except UsageError as error:
+        raise HTTPException(400, str(error)) from None
+    return {"plan": to_json(plan), "decision": to_json(decision)}
+
+
+def _whole(query: Mapping[str, str], name: str) -> int | None:
+    """A positive whole number, or None where there is none."""
+    text = query.get(name)
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdigit() and 0 < len(text) < 20 and 0 < int(text) <= _MOST[name]):
+        raise HTTPException(400, f"'{name}' must be a whole number from 1 to {_MOST[name]}.")
+    return int(text)
