@@ -7,14 +7,13 @@ For fixed codes l the best d and c = -m solve a 2 x 2 system, and the error they
 
 so one pass over the weights judges a guess, and no second pass computes its error. The search:
 
-1. each sub-block: guesses from a grid (``Search.starts``), the best one improved by alternating between codes and (d, c);
+1. each sub-block: guesses from a grid (``Search.starts``), the best improved by alternating between codes and (d, c);
 2. the block: float16 d and dmin such that the largest fits; whole-number scales and minima chosen by the error above
    (a parabola: three tries each); d and dmin solved again for all sub-blocks together; repeated with new codes.
 
 The idea of trying scales near max/levels and solving for the scale comes from ggml's quantizers; closed-form errors,
 the two-way grid and the joint choice are what they skip.
 """
-# ruff: noqa: PLR0917 numba finds arguments by position
 
 from __future__ import annotations
 
@@ -80,7 +79,9 @@ def solve(s: Any, sx: Any, sl: Any, sll: Any, sxl: Any, free: Any) -> Any:
 
 
 @kernel
-def search_part(x: Any, w: Any, state: Any, j: Any, n: Any, size: Any, top: Any, starts: Any, rounds: Any, free: Any) -> Any:
+def search_part(
+    x: Any, w: Any, state: Any, j: Any, n: Any, size: Any, top: Any, starts: Any, rounds: Any, free: Any
+) -> Any:
     """Fill the sub-block's sums, d and c; ``j`` is its place in a row of the state, ``n`` the length of a row."""
     zero = splat(0.0)
     at = j * size
@@ -97,7 +98,8 @@ def search_part(x: Any, w: Any, state: Any, j: Any, n: Any, size: Any, top: Any,
     over_span = reciprocal(span)
     d, c, gain = span / top, low, splat(-2.0)
     sl, sll, sxl = zero, zero, zero
-    for k in range(starts.shape[0] + rounds):
+    guesses = starts.shape[0] + rounds if starts.shape[0] > 1 else 0
+    for k in range(guesses):
         if k < starts.shape[0]:
             inverse = (top + splat(starts[k, 0])) * over_span
             shift = splat(starts[k, 1]) - low * inverse
@@ -137,7 +139,7 @@ def error_of(state: Any, j: Any, n: Any, d: Any, c: Any, sl: Any, sll: Any, sxl:
 
 @kernel
 def choose_whole(state: Any, j: Any, n: Any, d: Any, dmin: Any, top: Any) -> Any:
-    """The whole-number scale and minimum with the least error for the sub-block's present codes."""
+    """The whole-number scale and minimum with the least error for the sub-block's present codes; that error."""
     zero = splat(0.0)
     sl, sll, sxl = load(state, SL * n + j), load(state, SLL * n + j), load(state, SXL * n + j)
     sx, over_s = load(state, SX * n + j), reciprocal(load(state, S * n + j))
@@ -153,6 +155,25 @@ def choose_whole(state: Any, j: Any, n: Any, d: Any, dmin: Any, top: Any) -> Any
         best_s, best_m = where(better, s, best_s), where(better, m, best_m)
     store(state, WHOLE_D * n + j, best_s)
     store(state, WHOLE_M * n + j, best_m)
+    return best
+
+
+@kernel
+def choose_d(state: Any, n: Any, d: Any, dmin: Any, top: Any, trials: Any) -> Any:
+    """The float16 d and dmin, out of some near the given ones, whose multiples fit the sub-blocks best."""
+    best_d, best_m, best = to_f16(d), to_f16(dmin), splat(3e38)
+    for k in range(2 * trials):
+        if k < trials:
+            trial_d, trial_m = to_f16(d * splat(0.97 + 0.3 * k / trials)), best_m
+        else:
+            trial_d, trial_m = best_d, to_f16(dmin * splat(0.97 + 0.3 * (k - trials) / trials))
+        error = splat(0.0)
+        for j in range(0, n, 16):
+            error = error + choose_whole(state, j, n, trial_d, trial_m, top)
+        better = error < best
+        best = where(better, error, best)
+        best_d, best_m = where(better, trial_d, best_d), where(better, trial_m, best_m)
+    return best_d, best_m
 
 
 @kernel
@@ -179,7 +200,9 @@ def solve_block(state: Any, n: Any, d: Any, dmin: Any, free: Any) -> Any:
 
 
 @kernel
-def new_codes(x: Any, w: Any, state: Any, j: Any, n: Any, size: Any, d: Any, dmin: Any, top: Any, whole: Any, reach: Any) -> Any:
+def new_codes(
+    x: Any, w: Any, state: Any, j: Any, n: Any, size: Any, d: Any, dmin: Any, top: Any, whole: Any, reach: Any
+) -> Any:
     """Codes for the stored scales, or for whole-number scales up to ``reach`` away when those leave less error."""
     zero, limit = splat(0.0), splat(whole)
     s0, m0 = load(state, WHOLE_D * n + j), load(state, WHOLE_M * n + j)
@@ -222,7 +245,7 @@ def true_error(x: Any, w: Any, state: Any, n: Any, size: Any, d: Any, dmin: Any,
 @kernel
 def keep_plain(x: Any, w: Any, state: Any, n: Any, size: Any, d: Any, dmin: Any, top: Any, whole: Any) -> Any:
     """Where the plain encoding (scales from the range alone) has less error, take it."""
-    zero, limit, one = splat(0.0), splat(whole), splat(1.0)
+    limit, one = splat(whole), splat(1.0)
     error = true_error(x, w, state, n, size, d, dmin, top)
     plain_d, plain_m = load(state, PLAIN_D * n), load(state, PLAIN_M * n)
     for j in range(16, n, 16):
@@ -243,18 +266,32 @@ def keep_plain(x: Any, w: Any, state: Any, n: Any, size: Any, d: Any, dmin: Any,
         store(state, PLAIN_M * n + j, m)
     plain = true_error(x, w, state, n, size, plain_d, plain_m, top) < error
     for j in range(0, n, 16):
-        for new, old in ((WHOLE_D, PLAIN_D), (WHOLE_M, PLAIN_M)):
-            store(state, new * n + j, where(plain, load(state, new * n + j), load(state, old * n + j)))
+        s, m = load(state, WHOLE_D * n + j), load(state, WHOLE_M * n + j)
+        store(state, WHOLE_D * n + j, where(plain, s, load(state, PLAIN_D * n + j)))
+        store(state, WHOLE_M * n + j, where(plain, m, load(state, PLAIN_M * n + j)))
     return where(plain, plain_d, d), where(plain, plain_m, dmin)
 
 
 @kernel
 def search_block(
-    x: Any, w: Any, state: Any, n: Any, size: Any, top: Any, whole: Any, starts: Any, rounds: Any, passes: Any, reach: Any,
+    x: Any,
+    w: Any,
+    state: Any,
+    n: Any,
+    size: Any,
+    top: Any,
+    whole: Any,
+    starts: Any,
+    rounds: Any,
+    trials: Any,
+    passes: Any,
+    reach: Any,
     guard: Any,
 ) -> Any:
     """Leave the whole-number scales in the state and return d and dmin."""
     free = whole == 0
+    if free:
+        reach = 0
     for j in range(0, n, 16):
         search_part(x, w, state, j, n, size, top, starts, rounds, free)
     d, dmin = load(state, D * n), splat(0.0) - load(state, C * n)
@@ -263,9 +300,9 @@ def search_block(
     if free:
         store(state, WHOLE_D * n, splat(1.0))
         store(state, WHOLE_M * n, splat(1.0))
+        d, dmin = to_f16(d), to_f16(dmin)
     else:
-        d, dmin = d / splat(whole), dmin / splat(whole)
-    d, dmin = to_f16(d), to_f16(dmin)
+        d, dmin = choose_d(state, n, d / splat(whole), dmin / splat(whole), splat(whole), trials)
     for k in range(passes + 1):
         if k > 0:
             for j in range(0, n, 16):
@@ -273,7 +310,8 @@ def search_block(
         if not free:
             for j in range(0, n, 16):
                 choose_whole(state, j, n, d, dmin, splat(whole))
-        d, dmin = solve_block(state, n, d, dmin, free)
+        if passes > 0:
+            d, dmin = solve_block(state, n, d, dmin, free)
     if not free:
         for j in range(0, n, 16):
             choose_whole(state, j, n, d, dmin, splat(whole))
@@ -295,8 +333,22 @@ def write_codes(x: Any, state: Any, n: Any, size: Any, d: Any, dmin: Any, top: A
 
 @kernel
 def quantize_affine(
-    x: Any, columns: Any, importance: Any, layout: Any, parts: Any, size: Any, top: Any, whole: Any, type_size: Any,
-    starts: Any, rounds: Any, passes: Any, reach: Any, guard: Any, out: Any,
+    x: Any,
+    columns: Any,
+    importance: Any,
+    layout: Any,
+    parts: Any,
+    size: Any,
+    top: Any,
+    whole: Any,
+    type_size: Any,
+    starts: Any,
+    rounds: Any,
+    trials: Any,
+    passes: Any,
+    reach: Any,
+    guard: Any,
+    out: Any,
 ) -> Any:
     """Blocks of f32 x, one after another, to their bytes in ``out``.
 
@@ -304,11 +356,11 @@ def quantize_affine(
     """
     length, n = parts * size, parts * 16
     blocks = x.size // length
-    values, weights, codes = (np.empty(16 * length, np.float32) for _ in range(3))
+    values, codes = np.empty(16 * length, np.float32), np.empty(16 * length, np.float32)
+    weights = np.ones(16 * length, np.float32)
     state = np.empty(ROWS * n, np.float32)
     tile = np.empty(16 * type_size, np.uint8)
     source, column, target = np.empty(16, np.int64), np.empty(16, np.int64), np.empty(16, np.int64)
-    weights[:] = 1
     for first in range(0, blocks, 16):
         for lane in range(16):
             block = min(first + lane, blocks - 1)
@@ -320,7 +372,7 @@ def quantize_affine(
                 load_transposed(importance, column, i, weights, 16 * i)
         high = splat(top)
         d, dmin = search_block(
-            values, weights, state, n, size, high, whole, starts, rounds, passes, reach, guard
+            values, weights, state, n, size, high, whole, starts, rounds, trials, passes, reach, guard
         )
         write_codes(values, state, n, size, d, dmin, high, codes)
         pack_affine(layout, codes, state[WHOLE_D * n :], state[WHOLE_M * n :], d, dmin, tile)

@@ -1,0 +1,139 @@
+"""One row per format: what the two searches need to know about it, and how long they look at each effort.
+
+Formats without a minimum store ``d * code``, searched by ``scale.py``; formats with one ``d * code - m``, searched
+by ``affine.py``. In a super-block of 256, ``d`` and ``m`` of each sub-block are small whole numbers times a float16 of
+the super-block; in a block of 32 they are float16 themselves, which the searches see as whole numbers fixed to one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Effort = Literal["fast", "good", "best"]
+EFFORTS: tuple[Effort, ...] = ("fast", "good", "best")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A format as the searches see it.
+
+    ``size`` weights share a scale, ``parts`` such sub-blocks make a block. Codes run from ``low`` to ``high``, or, with
+    ``table`` set, to the sixteen values of IQ4. The whole-number scales run from ``scale_low`` to ``scale_high``;
+    both 0 when the sub-block's scale is the float16 itself. ``pack`` numbers the layout in ``pack.py``.
+    """
+
+    name: str
+    pack: int
+    parts: int
+    size: int
+    low: int
+    high: int
+    scale_low: int = 0
+    scale_high: int = 0
+    table: bool = False
+
+
+@dataclass(frozen=True)
+class Search:
+    """How long to look.
+
+    Attributes:
+        starts: f32[n, 2], the first guesses per sub-block. With a minimum: (how many codes more than the format has
+            are laid over the sub-block's range, shift of the codes). Without: (the value its largest weight gets, 0).
+            A single one is the plain encoding, from the range of the weights alone, and nothing is searched.
+        rounds: improvements of the best guess of each sub-block: codes from scales, then scales from codes.
+        trials: values of the block's float16 scale that are tried on the sub-blocks' best scales.
+        passes: improvements of the whole block, with the scales as they will be stored.
+        reach: in each pass, also try whole-number scales up to this far away.
+        guard: keep the plain encoding of a block where it is better.
+    """
+
+    starts: NDArray[np.float32]
+    rounds: int
+    trials: int
+    passes: int
+    reach: int = 0
+    guard: bool = True
+
+
+AFFINE = {
+    row.name: row
+    for row in (
+        Row("Q4_1", 0, 1, 32, 0, 15),
+        Row("Q5_1", 1, 1, 32, 0, 31),
+        Row("Q2_K", 2, 16, 16, 0, 3, 0, 15),
+        Row("Q4_K", 3, 8, 32, 0, 15, 0, 63),
+        Row("Q5_K", 4, 8, 32, 0, 31, 0, 63),
+    )
+}
+
+SCALE = {
+    row.name: row
+    for row in (
+        Row("Q8_0", 5, 1, 32, -127, 127),
+        Row("Q4_0", 6, 1, 32, -8, 7),
+        Row("Q5_0", 7, 1, 32, -16, 15),
+        Row("Q3_K", 8, 16, 16, -4, 3, -32, 31),
+        Row("Q6_K", 9, 16, 16, -32, 31, -128, 127),
+        Row("IQ4_NL", 10, 1, 32, -127, 113, table=True),
+        Row("IQ4_XS", 11, 8, 32, -127, 113, -32, 31, table=True),
+    )
+}
+
+
+def _steps(start: float, stop: float, count: int) -> list[float]:
+    return [float(value) for value in np.linspace(start, stop, count)]
+
+
+def _grid(first: list[float], second: list[float]) -> NDArray[np.float32]:
+    """All pairs, as f32[n, 2]."""
+    return np.array([(a, b) for b in second for a in first], dtype=np.float32)
+
+
+# found on four tensors of a 768-wide Llama by trading error against time (docs/kernels.md); the middle of a range is
+# not critical, its ends are: fewer codes than the format has pay for weights near zero, more cut off an outlier
+_AFFINE_SEARCH: dict[Effort, Search] = {
+    "fast": Search(_grid(_steps(-1, 1, 8), [0.0]), rounds=1, trials=4, passes=1, guard=False),
+    "good": Search(_grid(_steps(-1, 2, 8), _steps(-0.45, 0.45, 4)), rounds=2, trials=8, passes=2),
+    "best": Search(_grid(_steps(-1.2, 2, 12), _steps(-0.5, 0.5, 5)), rounds=2, trials=32, passes=2, reach=1),
+}
+
+
+_PLAIN_AFFINE = Search(_grid([0.0], [0.0]), rounds=0, trials=0, passes=0, guard=False)
+
+
+def affine_search(row: Row, effort: Effort, *, weighted: bool) -> Search:
+    """How long to look for scales and minima of a format; ``weighted`` when there is an importance."""
+    if effort == "fast" and not row.scale_high and not weighted:
+        return _PLAIN_AFFINE
+    return _AFFINE_SEARCH[effort]
+
+
+def scale_search(row: Row, effort: Effort, *, weighted: bool) -> Search:
+    """How long to look for scales of a format; ``weighted`` when there is an importance.
+
+    Starts are given as the value that the sub-block's largest weight gets, near the lowest and the highest code. Q3_K
+    has the fewest codes: with an importance its best scale is often far from both ends, and the search is wide.
+    """
+    low, high, unit = float(row.low), float(row.high), (row.high - row.low) / 15
+
+    def ends(below: float, above: float, count: int, at_high: int) -> NDArray[np.float32]:
+        first = _steps(low - below * unit, low + above * unit, count)
+        return _grid(first + _steps(high - above * unit, high + below * unit, at_high), [0.0])
+
+    wide = row.name == "Q3_K" and weighted
+    plain = row.name == "Q8_0" or (row.name in ("Q4_0", "Q5_0") and not weighted)
+    if effort == "best" or (effort == "good" and wide):
+        return Search(ends(1.0, 2.0, 20, 20), rounds=4, trials=64, passes=5, reach=3)
+    if row.name == "Q8_0" or (effort == "fast" and plain):
+        return Search(ends(0.0, 0.0, 1, 0), rounds=0, trials=0, passes=0, guard=False)
+    if effort == "good" and (row.name != "Q3_K"):
+        return Search(ends(0.5, 2.0, 16, 12), rounds=1, trials=32, passes=1, reach=2)
+    if effort == "good":
+        return Search(ends(0.5, 1.5, 7, 0), rounds=1, trials=16, passes=1)
+    count, at_high = (8, 6) if wide else (6, 0)
+    return Search(ends(0.5, 1.2, count, at_high), rounds=1, trials=16, passes=1, guard=False)
