@@ -112,7 +112,7 @@ def test_escalation_is_used_where_tags_do_not_tell():
     advice = advise(inputs, np.random.default_rng(0))
     assert advice.rule.escalate
     assert "the speed tier's probabilities recovers" in advice.sentence
-    assert -4.0 < advice.threshold < -1.0
+    assert -4.2 < advice.threshold < -1.0  # the lowest that recovers four fifths
 
 
 @pytest.mark.parametrize(

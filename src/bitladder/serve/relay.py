@@ -22,6 +22,7 @@ from bitladder.units import MiB
 MAX_DOCUMENT = 64 * MiB
 _MAX_EVENT = 4 * MiB
 _DATED = re.compile(r"-\d{4}-?\d{2}-?\d{2}|:latest")
+_NOT_SUPPORTED = 501  # llama.cpp's word for what it was not started for; another tier cannot do it either
 DONE = b"data: [DONE]\n\n"
 
 
@@ -68,13 +69,13 @@ def check_model(document: dict[str, Any], expected: str) -> None:
 async def read_answer(reply: Reply, expected: str) -> Answer:
     """Read as much of a reply as is needed to know that it is one.
 
-    Errors in the 400s belong to the client and are passed on.
+    Errors in the 400s belong to the client and are passed on, and so does 501.
 
     Raises:
         UpstreamFailed: a server error, garbage, another model, or the reply broke off before it was known.
     """
     content_type = reply.headers.get("content-type", "application/json")
-    if reply.status >= 500 or reply.status < 200 or 300 <= reply.status < 400:
+    if not (200 <= reply.status < 300 or 400 <= reply.status < 500 or reply.status == _NOT_SUPPORTED):
         raise UpstreamFailed("status", f"The upstream answered with status {reply.status}.")
     if reply.status >= 400 or not content_type.startswith("text/event-stream"):
         return await _read_document(reply, content_type, expected)
