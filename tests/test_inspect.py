@@ -60,6 +60,13 @@ def test_a_renamed_file_is_found_out(tmp_path):
     assert len(seen.off_recipe) == 7 * 2  # the embedding, used as output too, is Q8_0 in both
 
 
+def test_a_header_that_contradicts_name_and_content(tmp_path):
+    keys = [*LLAMA_KEYS, u32("general.file_type", 7)]
+    seen = inspect_file(write_model(tmp_path / "tiny-F16.gguf", tiny_weights(), keys=keys))
+    assert (seen.off_recipe, seen.truthful) == ((), False)
+    assert seen.verdict == "The name says F16, the header says Q8_0."
+
+
 def test_a_mix_of_ones_own_is_told_from_the_recipe(tmp_path):
     path = write_model(tmp_path / "tiny-Q4_K_M.gguf", tiny_weights(), keys=LLAMA_KEYS)
     seen = inspect_file(path)

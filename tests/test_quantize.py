@@ -381,6 +381,16 @@ def test_a_partial_file_of_another_source_is_of_no_use(tmp_path, tiny, small_pie
     assert made[0].path.read_bytes() == fresh[0].path.read_bytes()
 
 
+def test_rubbish_under_the_partial_name_does_not_shine_through(tmp_path, tiny):
+    """Padding between tensors is never written, so what stood there must be gone."""
+    with GgufFile.open(tiny) as source:
+        (fresh,) = quantize_levels(source, ["Q4_0"], tmp_path / "fresh")
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "tiny-Q4_0.gguf.partial").write_bytes(b"\xff" * fresh.bytes)
+        (made,) = quantize_levels(source, ["Q4_0"], tmp_path / "out")
+    assert made.path.read_bytes() == fresh.path.read_bytes()
+
+
 def test_a_complete_file_is_kept_and_another_replaced(tmp_path, tiny):
     with GgufFile.open(tiny) as source:
         (first,) = quantize_levels(source, ["Q8_0"], tmp_path / "out")
