@@ -14,8 +14,10 @@ ROWS = [
     {"files"},
     {"plan", "engines", "store"},
     {"stages", "report"},
+    {"steps"},
     {"pipeline", "serve"},
-    {"cli", "__main__"},
+    {"cli"},
+    {"__main__"},
 ]
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names}
 
@@ -26,7 +28,11 @@ def imports_of(path: Path) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "bitladder":
             parts = node.module.split(".")
-            found |= {parts[1]} if len(parts) > 1 else {alias.name if alias.name in ROW_OF else "__init__" for alias in node.names}
+            found |= (
+                {parts[1]}
+                if len(parts) > 1
+                else {alias.name if alias.name in ROW_OF else "__init__" for alias in node.names}
+            )
         elif isinstance(node, ast.Import):
             found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("bitladder.")}
     return found

@@ -7,10 +7,9 @@ last thing it stored.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +21,8 @@ from bitladder.records import to_json
 from bitladder.records.fidelity import Fidelity
 from bitladder.records.plan import Plan
 from bitladder.records.run import RunRecord
+from bitladder.steps.journal import Journal, Say
+from bitladder.steps.measured import answers, documents, fidelities
 from bitladder.units import human_bytes
 
 if TYPE_CHECKING:
@@ -30,12 +31,10 @@ if TYPE_CHECKING:
     from bitladder.describe.workload import Workload
     from bitladder.files.gguf import GgufFile
     from bitladder.kernels import Effort
-    from bitladder.records.evaluation import Answer, LevelAnswers, Speed
+    from bitladder.records.evaluation import LevelAnswers
     from bitladder.records.level_file import LevelFile
     from bitladder.stages.walk import Candidate
     from bitladder.store.recorded import Recorded, Subject
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -53,135 +52,12 @@ class RunSettings:
     effort: Effort = "good"
 
 
-@dataclass
-class _Journal:
-    """What a run has to tell beside its results."""
-
-    say: Say
-    timings: dict[str, float] = field(default_factory=dict)
-    reused: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-
-    @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        """Add the seconds of a stage."""
-        start = time.monotonic()
-        try:
-            yield
-        finally:
-            self.timings[stage] = self.timings.get(stage, 0.0) + time.monotonic() - start
-
-    def warn(self, *warnings: str) -> None:
-        """Say it now, and again in the report."""
-        for warning in warnings:
-            self.warnings.append(warning)
-            self.say(f"! {warning}")
-
-    def reuse(self, what: str, levels: Sequence[str]) -> None:
-        """Say what is not done again."""
-        if levels:
-            line = f"{what} of {', '.join(levels)}"
-            self.reused.append(line)
-            self.say(f"Reused: {line}.")
-
-
 @dataclass(frozen=True)
 class RunResult:
     """The record of a run and where its report lies."""
 
     record: RunRecord
     report: Path
-
-
-def plan_model(model: str, *, n_ctx: int = 4096, levels: Sequence[str] | None = None, progress: Progress) -> Plan:
-    """Which levels of a model fit this machine. A local GGUF's header is all that is read."""
-    from bitladder.files.gguf import read_header
-    from bitladder.files.probe import probe_machine
-    from bitladder.files.sources import resolve
-    from bitladder.formats.recipes import LEVELS
-    from bitladder.stages.plan import make_plan
-
-    source = resolve(model, progress)
-    return make_plan(read_header(source.path), probe_machine(), n_ctx=n_ctx, levels=levels or LEVELS)
-
-
-def quantize_model(
-    model: str,
-    levels: Sequence[str],
-    out: Path,
-    *,
-    imatrix: Path | None,
-    effort: Effort,
-    threads: int,
-    split_max_bytes: int | None = None,
-    progress: Progress,
-) -> list[LevelFile]:
-    """Write a model at some levels, every tensor read once for all of them."""
-    from bitladder.files.gguf import GgufFile
-    from bitladder.files.imatrix import read_imatrix
-    from bitladder.files.sources import resolve
-    from bitladder.stages.quantize import quantize_levels
-
-    importance = read_imatrix(imatrix).vectors() if imatrix else None
-    with GgufFile.open(resolve(model, progress).path) as source:
-        return quantize_levels(
-            source,
-            levels,
-            out,
-            importance=importance,
-            effort=effort,
-            threads=threads,
-            split_max_bytes=split_max_bytes,
-            progress=progress,
-        )
-
-
-def measure_model(
-    model: str,
-    levels: Sequence[str] | None,
-    *,
-    files: Sequence[Path] = (),
-    texts: Sequence[Path] = (),
-    imatrix: Path | None = None,
-    effort: Effort = "good",
-    threads: int = 2,
-    progress: Progress,
-) -> list[Fidelity]:
-    """Fidelity of levels made on the fly, and of files that exist, against the model. Only evidence is written."""
-    from bitladder.files.gguf import GgufFile
-    from bitladder.files.imatrix import read_imatrix
-    from bitladder.files.sources import resolve
-    from bitladder.formats.recipes import LEVELS
-    from bitladder.stages.quantize import method_name
-    from bitladder.stages.walk import file_candidate, made_candidates
-    from bitladder.store.evidence import Evidence
-    from bitladder.store.recorded import Recorded, Subject
-
-    made = LEVELS if levels is None and not files else levels or ()
-    importance = read_imatrix(imatrix).vectors() if imatrix else None
-    with ExitStack() as stack:
-        source = stack.enter_context(GgufFile.open(resolve(model, progress).path))
-        others = [stack.enter_context(GgufFile.open(path)) for path in files]
-        subjects = [Subject(source.sha256, level, made=method_name(effort, importance)) for level in made]
-        subjects += [Subject(source.sha256, other.path.stem, file=other.sha256) for other in others]
-
-        def candidates(missing: Sequence[Subject]) -> list[Candidate]:
-            levels = [subject.level for subject in missing if not subject.file]
-            files = {subject.file for subject in missing}
-            return [
-                *made_candidates(source, levels, importance=importance, effort=effort, threads=threads),
-                *(file_candidate(source, other) for other in others if other.sha256 in files),
-            ]
-
-        return _fidelities(
-            source,
-            subjects,
-            candidates,
-            documents(texts),
-            Recorded(stack.enter_context(Evidence.open())),
-            _Journal(lambda _: None),
-            progress,
-        )
 
 
 def run(settings: RunSettings, progress: Progress, *, say: Say = lambda _: None) -> RunResult:
@@ -206,7 +82,7 @@ def run(settings: RunSettings, progress: Progress, *, say: Say = lambda _: None)
     bar = parse_bar(settings.bar or DEFAULT_BAR)
     workload = load_workload(settings.workload or STARTER)
     texts = documents(settings.texts)
-    journal = _Journal(say)
+    journal = Journal(say)
 
     with ExitStack() as stack:
         with journal.timed("fetch"):
@@ -234,7 +110,7 @@ def run(settings: RunSettings, progress: Progress, *, say: Say = lambda _: None)
             reference=facts.level_of(source.model),
             tags={one.id: one.tags for one in workload.inputs},
         )
-        recorded.keep_decision(source.sha256, bar.text, decision)
+        recorded.keep_decision(source.sha256, bar.text, decision, out / "run.json")
         record = RunRecord(
             bitladder=__version__,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -277,7 +153,7 @@ def _fitting(source: GgufFile, machine: Machine, settings: RunSettings) -> Plan:
 
 
 def _built(
-    source: GgufFile, plan: Plan, out: Path, settings: RunSettings, journal: _Journal, progress: Progress
+    source: GgufFile, plan: Plan, out: Path, settings: RunSettings, journal: Journal, progress: Progress
 ) -> dict[Subject, LevelFile]:
     """A file for each level that fits; the source itself is the file of its own level."""
     from bitladder.stages.facts import level_of
@@ -297,7 +173,7 @@ def _measured(
     built: Mapping[Subject, LevelFile],
     texts: Sequence[Document],
     recorded: Recorded,
-    journal: _Journal,
+    journal: Journal,
     progress: Progress,
 ) -> list[Fidelity]:
     """Fidelity of the files that were written; none, and a warning, for a family that the walk does not know."""
@@ -313,50 +189,12 @@ def _measured(
             ]
 
         try:
-            return _fidelities(source, list(built), candidates, texts, recorded, journal, progress)
+            return fidelities(source, list(built), candidates, texts, recorded, journal, progress)
         except UnknownArchitecture as error:
             journal.warn(
                 f"No fidelity was measured: {error.found} {error.means} The decision rests on the workload alone."
             )
             return []
-
-
-def documents(texts: Sequence[Path]) -> list[Document]:
-    """The user's texts, or the ones that ship."""
-    from bitladder.files.texts import read_texts, shipped_texts
-
-    return read_texts(texts) if texts else shipped_texts()
-
-
-def _fidelities(
-    source: GgufFile,
-    subjects: Sequence[Subject],
-    candidates: Callable[[Sequence[Subject]], Sequence[Candidate]],
-    texts: Sequence[Document],
-    recorded: Recorded,
-    journal: _Journal,
-    progress: Progress,
-) -> list[Fidelity]:
-    """Stored fidelities, and one walk for those that are missing."""
-    from bitladder.describe.text import text_hash
-    from bitladder.engines.llama import LlamaServer
-    from bitladder.stages.walk import text_windows, walk
-
-    digest = text_hash(texts)
-    stored = {subject: recorded.fidelity(subject, digest) for subject in subjects}
-    found = {subject: fidelity for subject, fidelity in stored.items() if fidelity is not None}
-    missing = [subject for subject in subjects if subject not in found]
-    journal.reuse("fidelity", [subject.level for subject in found])
-    if missing:
-        # The engine's own tokenizer, so that tokens are those that users get; it maps the file and computes nothing.
-        with LlamaServer(source.path, n_ctx=64, threads=1) as engine:
-            windows = text_windows(texts, lambda text: engine.tokenize(text, add_special=True), source.model)
-        for subject, fidelity in zip(
-            missing, walk(source, candidates(missing), windows, progress=progress), strict=True
-        ):
-            recorded.keep_fidelity(subject, digest, fidelity)
-            found[subject] = fidelity
-    return [found[subject] for subject in subjects]
 
 
 def _asked(
@@ -365,7 +203,7 @@ def _asked(
     workload: Workload,
     recorded: Recorded,
     settings: RunSettings,
-    journal: _Journal,
+    journal: Journal,
     progress: Progress,
 ) -> list[LevelAnswers]:
     """The workload through the real engine: the source first, then every level."""
@@ -379,46 +217,12 @@ def _asked(
     reused = []
     for number, (subject, path) in enumerate(paths.items()):
         progress(f"workload: {subject.level}", number, len(paths))
-        answers, speed, stored = _answers(subject, path, workload, recorded, settings)
-        said = judge_answers(workload, answers, reference=asked[0].answers if asked else None)
+        replies, speed, stored = answers(
+            subject, path, workload, recorded, n_ctx=settings.n_ctx, threads=settings.threads
+        )
+        said = judge_answers(workload, replies, reference=asked[0].answers if asked else None)
         asked.append(level_answers(subject.level, said, speed))
         reused += [subject.level] if stored else []
     progress("workload", len(paths), len(paths))
     journal.reuse("answers and speed", reused)
     return asked
-
-
-def _answers(
-    subject: Subject, path: Path, workload: Workload, recorded: Recorded, settings: RunSettings
-) -> tuple[tuple[Answer, ...], Speed, bool]:
-    """Answers and speed of one level, and whether all of it was stored. Every new answer is stored as it comes."""
-    from bitladder.describe.workload import question_hash
-    from bitladder.engines.llama import LlamaServer
-    from bitladder.stages.evaluate import answer_workload, measure_speed
-    from bitladder.stages.facts import engine_facts, slots
-
-    room, parallel = slots(workload, settings.n_ctx)
-    engine = engine_facts(n_ctx=room, n_parallel=parallel, threads=settings.threads)
-    questions = [
-        question_hash(one, workload.temperature, sample)
-        for one in workload.inputs
-        for sample in range(workload.samples)
-    ]
-    known = {
-        question: answer for question in questions if (answer := recorded.answer(subject, question, engine)) is not None
-    }
-    speed = recorded.speed(subject, engine)
-    stored = speed is not None and len(known) == len(set(questions))
-    if stored and speed is not None:
-        return tuple(known[question] for question in questions), speed, True
-    with LlamaServer(path, n_ctx=room, n_parallel=parallel, threads=settings.threads) as server:
-        answers = answer_workload(
-            server,
-            workload,
-            known=known,
-            on_answer=lambda answer: recorded.keep_answer(subject, answer.question, engine, answer),
-        )
-        if speed is None:
-            speed = measure_speed(server)
-            recorded.keep_speed(subject, engine, speed)
-    return answers, speed, False

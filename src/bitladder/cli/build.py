@@ -46,8 +46,8 @@ def plan(
     model: ModelArgument, ctx: Context = DEFAULT_CTX, levels: Levels = None, json_output: JsonFlag = False
 ) -> None:
     """Which levels fit this machine at a context, with the reason for each. Reads headers only."""
-    from bitladder.pipeline import plan_model
     from bitladder.report import plan_table
+    from bitladder.steps.models import plan_model
 
     with progress_display(quiet=json_output) as progress:
         made = plan_model(model, n_ctx=ctx, levels=split_levels(levels), progress=progress)
@@ -77,7 +77,7 @@ def quantize(
     json_output: JsonFlag = False,
 ) -> None:
     """Write a model at one or several levels; every tensor is read once for all of them."""
-    from bitladder.pipeline import quantize_model
+    from bitladder.steps.models import quantize_model
 
     with progress_display(quiet=json_output) as progress:
         files = quantize_model(

@@ -76,8 +76,8 @@ def measure(
     json_output: JsonFlag = False,
 ) -> None:
     """KL divergence, perplexity and top-1 agreement of levels and files against MODEL, in one streaming pass."""
-    from bitladder.pipeline import measure_model
     from bitladder.report import fidelity_table
+    from bitladder.steps.measured import measure_model
 
     with progress_display(quiet=json_output) as progress:
         wanted = split_levels(levels)

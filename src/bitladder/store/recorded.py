@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from bitladder import __version__
+from bitladder.records import to_json
+from bitladder.records.decision import Decision
 from bitladder.records.evaluation import Answer, Speed
 from bitladder.records.fidelity import Fidelity
 from bitladder.records.reading import from_json
@@ -73,6 +76,12 @@ class Recorded:
         """Store a speed."""
         self._store.put("speed", {**subject.key, "engine": dict(engine)}, speed)
 
-    def keep_decision(self, source: str, bar: str, decision: Any) -> None:
-        """Store the latest decision for a model and a bar; `serve` takes its tiers from it."""
-        self._store.put("decision", {"source": source, "bar": bar}, decision)
+    def keep_decision(self, source: str, bar: str, decision: Decision, run: Path) -> None:
+        """Store the latest decision for a model and a bar, and where the run's record lies."""
+        value = {"decision": to_json(decision), "run": str(run.resolve())}
+        self._store.put("decision", {"source": source, "bar": bar}, value)
+
+    def latest_run(self, source: str) -> Path | None:
+        """The record (run.json) of the newest decision for a model, under any bar."""
+        rows = self._store.find("decision", source=source)
+        return Path(rows[0].value["run"]) if rows else None

@@ -1,0 +1,199 @@
+"""Verbs that put levels to work: serve two tiers, compare two levels."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from bitladder.cli.build import ALL_CORES, DEFAULT_CTX, Context, Threads
+from bitladder.cli.terminal import JsonFlag, ModelArgument, print_json, progress_display, say, verb
+from bitladder.errors import BadInput
+
+if TYPE_CHECKING:
+    from bitladder.engines.base import Engine
+    from bitladder.progress import Progress
+    from bitladder.records.run import RunRecord
+    from bitladder.serve.compare import Comparison
+    from bitladder.serve.deploy import Deployment
+    from bitladder.serve.settings import ServeSettings, TierSpec
+
+
+@verb
+def serve(
+    model: ModelArgument,
+    quality: Annotated[str | None, typer.Option("--quality", help="A level, a GGUF file, or a URL.")] = None,
+    speed: Annotated[str | None, typer.Option("--speed", help="A level, a GGUF file, or a URL.")] = None,
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port; 0 takes any free one.")] = 8077,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
+    api_key_file: Annotated[Path | None, typer.Option("--api-key-file", help="Keys that clients need.")] = None,
+    ctx: Context = DEFAULT_CTX,
+    threads: Threads = ALL_CORES,
+    shadow: Annotated[
+        float, typer.Option("--shadow", min=0.0, max=1.0, help="Share of speed-tier requests to check.")
+    ] = 0.0,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for levels that must be built.")] = None,
+) -> None:
+    """Serve a quality tier and a speed tier behind one OpenAI-compatible endpoint.
+
+    Without --quality and --speed the tiers of the latest `bitladder run` of this model are taken.
+    """
+    from dataclasses import replace
+
+    from bitladder.serve.app import serve as serve_settings
+    from bitladder.serve.settings import Shadow
+
+    with progress_display() as progress:
+        settings = _settings(model, quality, speed, ctx, threads, out, progress)
+    settings = replace(settings, host=host, port=port, api_key_file=api_key_file, shadow=Shadow(share=shadow))
+    serve_settings(settings, on_ready=_ready)
+
+
+def _ready(address: str, deployment: Deployment) -> None:
+    say(f"Serving {deployment.settings.name} at {address}/v1 (models: quality, speed, auto), page at {address}/")
+    for note in deployment.notes:
+        say(note)
+
+
+def _settings(
+    model: str, quality: str | None, speed: str | None, ctx: int, threads: int, out: Path | None, progress: Progress
+) -> ServeSettings:
+    """Tiers from the arguments, or from the latest run of the model with what its evidence says about routing."""
+    from bitladder.files.probe import probe_machine
+    from bitladder.plan.placement import usable_ram, usable_vram
+    from bitladder.serve.settings import ServeSettings
+    from bitladder.steps.models import latest_run
+
+    record, run_json = latest_run(model, progress)
+    if quality is None and speed is None:
+        if record is None or run_json is None or record.decision.quality is None:
+            raise BadInput(
+                f"There is no stored decision for {model} that names tiers.",
+                means="`bitladder run` was not run on it here, or no level met its bar.",
+                do="Run `bitladder run` first, or name the tiers with --quality and --speed.",
+            )
+        quality, speed = record.decision.quality, record.decision.speed
+    first, second = quality or speed or "", speed if quality else None
+    top = _spec(model, first, ctx, threads, out, progress)
+    other = None if second in (None, first) else _spec(model, second or "", ctx, threads, out, progress)
+    machine = probe_machine()
+    settings = ServeSettings(
+        quality=top,
+        speed=other,
+        threads=threads,
+        memory_budget_bytes=usable_ram(machine) + usable_vram(machine),
+        run_json=run_json,
+        name=record.source.name if record else Path(model).stem,
+    )
+    return _routed(settings, record)
+
+
+def _routed(settings: ServeSettings, record: RunRecord | None) -> ServeSettings:
+    """What `auto` does, derived from the run's evidence about these two tiers."""
+    from dataclasses import replace
+
+    import numpy as np
+
+    from bitladder.serve.evidence import advise, routed_inputs
+    from bitladder.serve.settings import Escalation
+
+    if record is None or settings.speed is None:
+        return settings
+    answers = {one.level: one for one in record.answers}
+    pair = (answers.get(settings.quality.level), answers.get(settings.speed.level))
+    if pair[0] is None or pair[1] is None:
+        return settings
+    scores = {
+        answer.input_id: min(token.logprob for token in answer.tokens) for answer in pair[1].answers if answer.tokens
+    }
+    advice = advise(routed_inputs(record.inputs, pair[0], pair[1], scores), np.random.default_rng(0))
+    say(advice.sentence)
+    escalation = Escalation(advice.threshold) if advice.rule.escalate and math.isfinite(advice.threshold) else None
+    return replace(settings, auto=advice.rule, escalation=escalation)
+
+
+def _spec(model: str, what: str, ctx: int, threads: int, out: Path | None, progress: Progress) -> TierSpec:
+    """A level (built when it is missing), a file or a URL as a tier."""
+    from bitladder.serve.settings import TierSpec
+    from bitladder.steps.models import tier_file
+
+    if what.startswith(("http://", "https://")):
+        return TierSpec(level=what.split("//", 1)[1].rstrip("/"), url=what.rstrip("/").removesuffix("/v1"), n_ctx=0)
+    file = tier_file(model, what, n_ctx=ctx, threads=threads, out=out, progress=progress)
+    return TierSpec(level=file.level, path=file.path, sha256=file.sha256, n_ctx=ctx, memory_bytes=file.memory_bytes)
+
+
+@verb
+def compare(
+    a: Annotated[str, typer.Argument(metavar="A", help="A GGUF file, or the URL of an endpoint.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="A GGUF file, or the URL of an endpoint.")],
+    prompt: Annotated[str, typer.Argument(help="What to ask both.")],
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Longest answer.")] = 256,
+    threads: Threads = ALL_CORES,
+    json_output: JsonFlag = False,
+) -> None:
+    """Ask two levels the same and mark where their answers part."""
+    from contextlib import closing
+
+    from bitladder.serve.compare import compare as compare_engines
+
+    with closing(_engine(a, threads)) as first, closing(_engine(b, threads)) as second:
+        found = compare_engines(first, second, prompt, max_tokens=max_tokens)
+    if json_output:
+        print_json(found)
+    else:
+        _show(found)
+
+
+def _engine(what: str, threads: int) -> Engine:
+    from bitladder.engines.endpoint import Endpoint, EndpointSettings
+    from bitladder.engines.llama import LlamaServer
+
+    if what.startswith(("http://", "https://")):
+        return Endpoint(EndpointSettings(what, logprobs=True))
+    path = Path(what)
+    if not path.is_file():
+        raise BadInput(f"There is no file '{what}'.", do="Give two GGUF files, or URLs of OpenAI-compatible endpoints.")
+    return LlamaServer(path, threads=threads).start()
+
+
+def _show(found: Comparison) -> None:
+    """Both answers with what only one of them says marked, then where they part."""
+    from rich.columns import Columns
+    from rich.console import Console
+    from rich.panel import Panel
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    panels = []
+    for side, own, style in ((found.a, "a", "bold red"), (found.b, "b", "bold green")):
+        text = Text()
+        for span in found.spans:
+            if span.where in ("both", own):
+                text.append(span.text, style=style if span.where == own else "")
+        rate = f"{side.decode_tokens_per_s:.1f} tok/s" if math.isfinite(side.decode_tokens_per_s) else "rate not told"
+        title = f"{side.level}  {rate}, first token after {side.first_token_s:.2f} s"
+        panels.append(Panel(text, title=title, width=max(40, console.width // 2 - 1)))
+    console.print(Columns(panels))
+    if found.same:
+        console.print("The same answer.")
+    elif found.parting:
+        at = found.parting
+        kind = "a tie that rounding breaks" if at.is_tie else "a real disagreement"
+        console.print(
+            f"They part at token {at.index + 1}, {kind}: {found.a.level} chose {at.token_a!r} "
+            f"(p {_p(at.a_of_a)}, gave {at.token_b!r} {_p(at.a_of_b)}); {found.b.level} chose {at.token_b!r} "
+            f"(p {_p(at.b_of_b)}, gave {at.token_a!r} {_p(at.b_of_a)})."
+        )
+
+
+def _p(chance: float) -> str:
+    return f"{chance:.2f}" if math.isfinite(chance) else "not among the likeliest"
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register this module's verbs."""
+    for function in (serve, compare):
+        app.command()(function)

@@ -1,0 +1,143 @@
+"""Steps that measure: what the evidence store has already is taken from there, the rest is measured and stored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bitladder.progress import Progress
+from bitladder.records.fidelity import Fidelity
+from bitladder.steps.journal import Journal
+
+if TYPE_CHECKING:
+    from bitladder.describe.text import Document
+    from bitladder.describe.workload import Workload
+    from bitladder.files.gguf import GgufFile
+    from bitladder.kernels import Effort
+    from bitladder.records.evaluation import Answer, Speed
+    from bitladder.stages.walk import Candidate
+    from bitladder.store.recorded import Recorded, Subject
+
+
+def measure_model(
+    model: str,
+    levels: Sequence[str] | None,
+    *,
+    files: Sequence[Path] = (),
+    texts: Sequence[Path] = (),
+    imatrix: Path | None = None,
+    effort: Effort = "good",
+    threads: int = 2,
+    progress: Progress,
+) -> list[Fidelity]:
+    """Fidelity of levels made on the fly, and of files that exist, against the model. Only evidence is written."""
+    from bitladder.files.gguf import GgufFile
+    from bitladder.files.imatrix import read_imatrix
+    from bitladder.files.sources import resolve
+    from bitladder.formats.recipes import LEVELS
+    from bitladder.stages.quantize import method_name
+    from bitladder.stages.walk import file_candidate, made_candidates
+    from bitladder.store.evidence import Evidence
+    from bitladder.store.recorded import Recorded, Subject
+
+    made = LEVELS if levels is None and not files else levels or ()
+    importance = read_imatrix(imatrix).vectors() if imatrix else None
+    with ExitStack() as stack:
+        source = stack.enter_context(GgufFile.open(resolve(model, progress).path))
+        others = [stack.enter_context(GgufFile.open(path)) for path in files]
+        subjects = [Subject(source.sha256, level, made=method_name(effort, importance)) for level in made]
+        subjects += [Subject(source.sha256, other.path.stem, file=other.sha256) for other in others]
+
+        def candidates(missing: Sequence[Subject]) -> list[Candidate]:
+            levels = [subject.level for subject in missing if not subject.file]
+            files = {subject.file for subject in missing}
+            return [
+                *made_candidates(source, levels, importance=importance, effort=effort, threads=threads),
+                *(file_candidate(source, other) for other in others if other.sha256 in files),
+            ]
+
+        return fidelities(
+            source,
+            subjects,
+            candidates,
+            documents(texts),
+            Recorded(stack.enter_context(Evidence.open())),
+            Journal(),
+            progress,
+        )
+
+
+def documents(texts: Sequence[Path]) -> list[Document]:
+    """The user's texts, or the ones that ship."""
+    from bitladder.files.texts import read_texts, shipped_texts
+
+    return read_texts(texts) if texts else shipped_texts()
+
+
+def fidelities(
+    source: GgufFile,
+    subjects: Sequence[Subject],
+    candidates: Callable[[Sequence[Subject]], Sequence[Candidate]],
+    texts: Sequence[Document],
+    recorded: Recorded,
+    journal: Journal,
+    progress: Progress,
+) -> list[Fidelity]:
+    """Stored fidelities, and one walk for those that are missing."""
+    from bitladder.describe.text import text_hash
+    from bitladder.engines.llama import LlamaServer
+    from bitladder.stages.walk import text_windows, walk
+
+    digest = text_hash(texts)
+    stored = {subject: recorded.fidelity(subject, digest) for subject in subjects}
+    found = {subject: fidelity for subject, fidelity in stored.items() if fidelity is not None}
+    missing = [subject for subject in subjects if subject not in found]
+    journal.reuse("fidelity", [subject.level for subject in found])
+    if missing:
+        # The engine's own tokenizer, so that tokens are those that users get; it maps the file and computes nothing.
+        with LlamaServer(source.path, n_ctx=64, threads=1) as engine:
+            windows = text_windows(texts, lambda text: engine.tokenize(text, add_special=True), source.model)
+        for subject, fidelity in zip(
+            missing, walk(source, candidates(missing), windows, progress=progress), strict=True
+        ):
+            recorded.keep_fidelity(subject, digest, fidelity)
+            found[subject] = fidelity
+    return [found[subject] for subject in subjects]
+
+
+def answers(
+    subject: Subject, path: Path, workload: Workload, recorded: Recorded, *, n_ctx: int, threads: int
+) -> tuple[tuple[Answer, ...], Speed, bool]:
+    """Answers and speed of one level, and whether all of it was stored. Every new answer is stored as it comes."""
+    from bitladder.describe.workload import question_hash
+    from bitladder.engines.llama import LlamaServer
+    from bitladder.stages.evaluate import answer_workload, measure_speed
+    from bitladder.stages.facts import engine_facts, slots
+
+    room, parallel = slots(workload, n_ctx)
+    engine = engine_facts(n_ctx=room, n_parallel=parallel, threads=threads)
+    questions = [
+        question_hash(one, workload.temperature, sample)
+        for one in workload.inputs
+        for sample in range(workload.samples)
+    ]
+    known = {
+        question: answer for question in questions if (answer := recorded.answer(subject, question, engine)) is not None
+    }
+    speed = recorded.speed(subject, engine)
+    stored = speed is not None and len(known) == len(set(questions))
+    if stored and speed is not None:
+        return tuple(known[question] for question in questions), speed, True
+    with LlamaServer(path, n_ctx=room, n_parallel=parallel, threads=threads) as server:
+        found = answer_workload(
+            server,
+            workload,
+            known=known,
+            on_answer=lambda answer: recorded.keep_answer(subject, answer.question, engine, answer),
+        )
+        if speed is None:
+            speed = measure_speed(server)
+            recorded.keep_speed(subject, engine, speed)
+    return found, speed, False

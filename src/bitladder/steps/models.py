@@ -1,0 +1,114 @@
+"""Steps about files: plan a model's ladder, write levels, find what a deployment needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bitladder.progress import Progress
+from bitladder.records.plan import Plan
+
+if TYPE_CHECKING:
+    from bitladder.kernels import Effort
+    from bitladder.records.level_file import LevelFile
+    from bitladder.records.run import RunRecord
+
+
+def plan_model(model: str, *, n_ctx: int = 4096, levels: Sequence[str] | None = None, progress: Progress) -> Plan:
+    """Which levels of a model fit this machine. A local GGUF's header is all that is read."""
+    from bitladder.files.gguf import read_header
+    from bitladder.files.probe import probe_machine
+    from bitladder.files.sources import resolve
+    from bitladder.formats.recipes import LEVELS
+    from bitladder.stages.plan import make_plan
+
+    source = resolve(model, progress)
+    return make_plan(read_header(source.path), probe_machine(), n_ctx=n_ctx, levels=levels or LEVELS)
+
+
+def quantize_model(
+    model: str,
+    levels: Sequence[str],
+    out: Path,
+    *,
+    imatrix: Path | None,
+    effort: Effort,
+    threads: int,
+    split_max_bytes: int | None = None,
+    progress: Progress,
+) -> list[LevelFile]:
+    """Write a model at some levels, every tensor read once for all of them."""
+    from bitladder.files.gguf import GgufFile
+    from bitladder.files.imatrix import read_imatrix
+    from bitladder.files.sources import resolve
+    from bitladder.stages.quantize import quantize_levels
+
+    importance = read_imatrix(imatrix).vectors() if imatrix else None
+    with GgufFile.open(resolve(model, progress).path) as source:
+        return quantize_levels(
+            source,
+            levels,
+            out,
+            importance=importance,
+            effort=effort,
+            threads=threads,
+            split_max_bytes=split_max_bytes,
+            progress=progress,
+        )
+
+
+@dataclass(frozen=True)
+class TierFile:
+    """A level ready to be served. ``memory_bytes`` is what it takes with its context."""
+
+    level: str
+    path: Path
+    sha256: str
+    memory_bytes: int
+
+
+def tier_file(
+    model: str, what: str, *, n_ctx: int, threads: int, out: Path | None = None, progress: Progress
+) -> TierFile:
+    """``what`` as a file to serve: a GGUF file, or a level of the model, which is built when it is missing.
+
+    Raises:
+        UnknownLevel: neither a file nor a level.
+    """
+    from bitladder.files.gguf import GgufFile
+    from bitladder.files.probe import probe_machine
+    from bitladder.files.sources import resolve
+    from bitladder.formats.recipes import level_named
+    from bitladder.stages.facts import level_of
+    from bitladder.stages.plan import make_plan
+    from bitladder.stages.quantize import quantize_levels
+
+    path, level = Path(what), what
+    if path.is_file():
+        level = path.stem
+    else:
+        source = resolve(model, progress)
+        with GgufFile.open(source.path) as opened:
+            own = level_of(opened.model)
+            level = own if what.upper() == own else level_named(what)
+            folder = out or Path(f"{source.label}-ladder")
+            built = () if level == own else quantize_levels(opened, [level], folder, threads=threads, progress=progress)
+            path = built[0].path if built else source.path
+    with GgufFile.open(path) as opened:
+        plan = make_plan(opened.model, probe_machine(), n_ctx=n_ctx, levels=[level_of(opened.model)])
+        return TierFile(level, path, opened.sha256, plan.levels[0].total_bytes)
+
+
+def latest_run(model: str, progress: Progress) -> tuple[RunRecord | None, Path | None]:
+    """The newest run of a model on this machine, and where its record lies; None when there is none."""
+    from bitladder.files.gguf import GgufFile
+    from bitladder.files.sources import resolve
+    from bitladder.report import read_run
+    from bitladder.store.evidence import Evidence
+    from bitladder.store.recorded import Recorded
+
+    with GgufFile.open(resolve(model, progress).path) as source, Evidence.open() as store:
+        path = Recorded(store).latest_run(source.sha256)
+    return (read_run(path), path) if path and path.exists() else (None, None)
