@@ -381,9 +381,10 @@ def test_a_partial_file_of_another_source_is_of_no_use(tmp_path, tiny, small_pie
     assert made[0].path.read_bytes() == fresh[0].path.read_bytes()
 
 
-def test_rubbish_under_the_partial_name_does_not_shine_through(tmp_path, tiny):
+def test_rubbish_under_the_partial_name_does_not_shine_through(tmp_path):
     """Padding between tensors is never written, so what stood there must be gone."""
-    with GgufFile.open(tiny) as source:
+    weights = {f"blk.{layer}.attn_q.weight": np.ones((3, 32), np.float16) for layer in range(2)}  # 54 bytes, then 10
+    with GgufFile.open(write_model(tmp_path / "tiny-F16.gguf", weights)) as source:
         (fresh,) = quantize_levels(source, ["Q4_0"], tmp_path / "fresh")
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "tiny-Q4_0.gguf.partial").write_bytes(b"\xff" * fresh.bytes)
