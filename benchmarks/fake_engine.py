@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import random
 from typing import cast
 
 import uvloop
@@ -25,8 +26,10 @@ TOKEN = (
 class Engine:
     """All streams, and the clock they run on."""
 
-    def __init__(self, model: str, first_s: float, interval_s: float) -> None:
+    def __init__(self, model: str, first_s: float, interval_s: float, mischief: float) -> None:
         self.model = model.encode()
+        self.mischief = mischief
+        self.chance = random.Random(1)
         self.first_s = first_s
         self.interval_s = interval_s
         self.streams: set[Connection] = set()
@@ -77,6 +80,8 @@ class Connection(asyncio.Protocol):
         request = json.loads(body)
         self.wanted, self.sent = int(request.get("max_tokens") or 16), 0
         answer = self.start_stream if request.get("stream") else self.whole
+        if self.engine.chance.random() < self.engine.mischief:
+            answer = self.engine.chance.choice((self.garbage, self.wrong_model, self.break_off, self.late, self.cut))
         asyncio.get_running_loop().call_later(self.engine.first_s, answer)
 
     def document(self, content: object) -> None:
@@ -111,6 +116,33 @@ class Connection(asyncio.Protocol):
             self.engine.streams.add(self)
             self.next_token()
 
+    def garbage(self) -> None:
+        """Bytes that are no HTTP, or no JSON."""
+        noise = self.engine.chance.choice(
+            (b"\x00\x01garbage\r\n\r\n", HEAD % b"text/html" + b"content-length: 3\r\n\r\n<p>")
+        )
+        self.transport.write(noise)
+        self.transport.close()
+
+    def wrong_model(self) -> None:
+        """A good answer of another model."""
+        self.document({"model": "impostor", "choices": [{"index": 0, "message": {"content": "x"}}]})
+
+    def break_off(self) -> None:
+        """Nothing at all."""
+        self.transport.abort()
+
+    def late(self) -> None:
+        """A document a second after it was due."""
+        asyncio.get_running_loop().call_later(1.0, self.whole)
+
+    def cut(self) -> None:
+        """A stream that ends after one token and a half as if nothing were missing."""
+        event = TOKEN % (self.engine.model, 0)
+        body = event + event[:30]
+        head = HEAD % b"text/event-stream" + b"content-length: %d\r\n\r\n" % len(body)
+        self.transport.write(head + body)
+
     def next_token(self) -> None:
         """One more token, or the end."""
         if self.sent < self.wanted:
@@ -128,8 +160,9 @@ async def main() -> None:
     parser.add_argument("--model", default="fake")
     parser.add_argument("--first-ms", type=float, default=0.0)
     parser.add_argument("--interval-ms", type=float, default=50.0)
+    parser.add_argument("--mischief", type=float, default=0.0, help="share of requests answered badly")
     options = parser.parse_args()
-    engine = Engine(options.model, options.first_ms / 1000, options.interval_ms / 1000)
+    engine = Engine(options.model, options.first_ms / 1000, options.interval_ms / 1000, options.mischief)
     loop = asyncio.get_running_loop()
     server = await loop.create_server(lambda: Connection(engine), "127.0.0.1", options.port, backlog=2048)
     print(json.dumps({"address": f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"}), flush=True)

@@ -45,11 +45,12 @@ def running(command: Sequence[str]) -> Iterator[tuple[str, subprocess.Popen[str]
 
 
 def fake_engine(
-    model: str = "fake", *, first_ms: float = 0.0, interval_ms: float = 50.0, port: int = 0
+    model: str = "fake", *, first_ms: float = 0.0, interval_ms: float = 50.0, port: int = 0, mischief: float = 0.0
 ) -> contextlib.AbstractContextManager[tuple[str, subprocess.Popen[str]]]:
     """The engine that computes nothing."""
     script = str(HERE / "fake_engine.py")
     options = ["--first-ms", str(first_ms), "--interval-ms", str(interval_ms), "--port", str(port)]
+    options += ["--mischief", str(mischief)]
     return running([sys.executable, script, "--model", model, *options])
 
 

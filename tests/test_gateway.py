@@ -86,43 +86,56 @@ def test_rules_of_the_evidence_decide_for_auto():
     assert hard.headers["x-bitladder-reason"] == "auto: tag hard: speed lost 3 of 5"
 
 
-WRONG = says("impostor", "another-model")
-TRUNCATED = replies(b'{"model": "Q8_0", "choi', kind="application/json")
-BROKEN = replies(event("a", "Q8_0")[:30], UpstreamFailed("broken", "It broke off."))
-BAD_UPSTREAMS = {
+JSON = "application/json"
+BAD_DOCUMENTS = {
     "unreachable": (fails(), "connect"),
-    "another model": (WRONG, "wrong model"),
-    "server error": (replies(b"{}", status=500, kind="application/json"), "status"),
+    "another model": (says("impostor", "another-model"), "wrong model"),
+    "server error": (replies(b"{}", status=500, kind=JSON), "status"),
     "redirect": (replies(b"", status=302), "status"),
     "page instead of JSON": (replies(b"<html>sorry</html>", kind="text/html"), "garbage"),
-    "list instead of object": (replies(b"[]", kind="application/json"), "garbage"),
-    "truncated document": (TRUNCATED, "garbage"),
-    "deep nesting": (replies(b"[" * 100_000, kind="application/json"), "garbage"),
-    "error under status 200": (replies(b'{"error": {}}', kind="application/json"), "status"),
+    "list instead of object": (replies(b"[]", kind=JSON), "garbage"),
+    "truncated": (replies(b'{"model": "Q8_0", "choi', kind=JSON), "garbage"),
+    "broken off": (replies(b'{"model"', UpstreamFailed("broken", "It broke off."), kind=JSON), "broken"),
+    "deep nesting": (replies(b"[" * 100_000, kind=JSON), "garbage"),
+    "error under status 200": (replies(b'{"error": {}}', kind=JSON), "status"),
+    "stream that was not asked for": (replies(event("a", "Q8_0"), DONE), "garbage"),
+    "silence": (replies(5.0, document("a", "Q8_0"), kind=JSON), "stalled"),
+}
+BAD_STREAMS = {
+    "unreachable": (fails(), "connect"),
+    "another model": (says("impostor", "another-model"), "wrong model"),
+    "document instead": (replies(document("a", "Q8_0"), kind=JSON), "garbage"),
     "no stream": (replies(b"garbage\n\n"), "garbage"),
-    "binary stream": (replies(b"data: \xff\xfe\n\n"), "garbage"),
-    "stream that starts with an error": (replies(b'data: {"error": {"message": "x"}}\n\n'), "status"),
-    "stream that ends at once": (replies(), "broken"),
-    "stream that breaks before its first event": (BROKEN, "broken"),
+    "binary": (replies(b"data: \xff\xfe\n\n"), "garbage"),
+    "error at its start": (replies(b'data: {"error": {"message": "x"}}\n\n'), "status"),
+    "end at once": (replies(), "broken"),
+    "end before its first event": (
+        replies(event("a", "Q8_0")[:30], UpstreamFailed("broken", "It broke off.")),
+        "broken",
+    ),
     "silence": (replies(5.0, event("a", "Q8_0"), DONE), "stalled"),
 }
+BAD = [
+    (name, *case, stream)
+    for stream, cases in ((False, BAD_DOCUMENTS), (True, BAD_STREAMS))
+    for name, case in cases.items()
+]
 
 
-@pytest.mark.parametrize("name", BAD_UPSTREAMS)
-def test_before_the_first_byte_the_other_tier_answers(name):
-    upstream, phase = BAD_UPSTREAMS[name]
-    reply = ask(upstream, FAST, chat("quality", stream=True), timeouts=QUICK)
+@pytest.mark.parametrize(("name", "upstream", "phase", "stream"), BAD)
+def test_before_the_first_byte_the_other_tier_answers(name, upstream, phase, stream):
+    reply = ask(upstream, FAST, chat("quality", stream=stream), timeouts=QUICK)
     assert reply.status_code == 200
-    assert text_of(reply.content) == "the fast answer"
+    words = text_of(reply.content) if stream else reply.json()["choices"][0]["message"]["content"]
+    assert words == "the fast answer"
     assert reply.headers["x-bitladder-tier"] == "speed"
     assert f"quality failed ({phase})" in reply.headers["x-bitladder-reason"]
     assert all(given.closed for given in upstream.replies)
 
 
-@pytest.mark.parametrize("name", BAD_UPSTREAMS)
-def test_a_level_is_not_replaced_but_its_failure_told(name):
-    upstream, phase = BAD_UPSTREAMS[name]
-    reply = ask(upstream, FAST, chat("Q8_0", stream=True), timeouts=QUICK)
+@pytest.mark.parametrize(("name", "upstream", "phase", "stream"), BAD)
+def test_a_level_is_not_replaced_but_its_failure_told(name, upstream, phase, stream):
+    reply = ask(upstream, FAST, chat("Q8_0", stream=stream), timeouts=QUICK)
     assert reply.status_code == 503
     assert reply.json()["error"]["message"] == f"No tier could answer: quality: {phase}."
     assert reply.headers["retry-after"] == "2"

@@ -167,7 +167,7 @@ class Gateway:
                 watch.phase("the first byte", self._settings.timeouts.first_byte)
                 reply = await tier.complete(_upstream_request(attempt, request, body))
                 try:
-                    answer = await read_answer(reply, tier.spec.served_name)
+                    answer = await read_answer(reply, tier.spec.served_name, stream=request.stream)
                     yield await self._judged(answer, request, record) if attempt.judged else answer
                 finally:
                     reply.close()

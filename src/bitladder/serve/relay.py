@@ -66,18 +66,23 @@ def check_model(document: dict[str, Any], expected: str) -> None:
         raise UpstreamFailed("wrong model", found)
 
 
-async def read_answer(reply: Reply, expected: str) -> Answer:
+async def read_answer(reply: Reply, expected: str, *, stream: bool) -> Answer:
     """Read as much of a reply as is needed to know that it is one.
 
     Errors in the 400s belong to the client and are passed on, and so does 501.
 
     Raises:
-        UpstreamFailed: a server error, garbage, another model, or the reply broke off before it was known.
+        UpstreamFailed: a server error, garbage, a stream for a document or the reverse, another model, or the
+            reply broke off before it was known.
     """
     content_type = reply.headers.get("content-type", "application/json")
     if not (200 <= reply.status < 300 or 400 <= reply.status < 500 or reply.status == _NOT_SUPPORTED):
         raise UpstreamFailed("status", f"The upstream answered with status {reply.status}.")
-    if reply.status >= 400 or not content_type.startswith("text/event-stream"):
+    is_stream = content_type.startswith("text/event-stream")
+    if reply.status < 300 and is_stream is not stream:
+        # A client that waits for the one kind takes the other for an empty answer.
+        raise UpstreamFailed("garbage", f"The upstream answered with {content_type[:60]}, which was not asked for.")
+    if not is_stream or reply.status >= 400:
         return await _read_document(reply, content_type, expected)
     pieces = reply.chunks()
     head = b""

@@ -111,7 +111,7 @@ class ShadowMode:
         async with asyncio.timeout(120), tier.hold():
             reply = await tier.complete(UpstreamRequest(request.path, request.with_values(wanted), stream=False))
             try:
-                answer = await read_answer(reply, tier.spec.served_name)
+                answer = await read_answer(reply, tier.spec.served_name, stream=False)
             finally:
                 reply.close()
         if answer.status >= 300:
