@@ -4,19 +4,15 @@ are for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from bitladder.describe.model import Model
 from bitladder.files.level_files import draft_level
 from bitladder.formats.blocks import QTYPES
+from bitladder.formats.parts import PARTS, parts_of
 from bitladder.formats.recipes import RECIPES, is_quantizable
 from bitladder.formats.tensors import TensorInfo
-
-PARTS = ("embedding", "output", "layers", "experts")
-"""embedding: one row per token is read, always in RAM. output: the logits' matrix (and what stands outside
-layers).
-layers: everything in layers but experts. experts: of which a token uses a few."""
 
 
 @dataclass(frozen=True)
@@ -73,23 +69,6 @@ class LevelSize:
     def by_part(self) -> LevelBytes:
         """The same bytes by what they are for."""
         return LevelBytes(self.level, parts_of(self.tensors))
-
-
-def parts_of(tensors: Sequence[TensorInfo]) -> dict[str, dict[str, int]]:
-    """Bytes of tensors by part and qtype."""
-    parts: dict[str, dict[str, int]] = {}
-    for tensor in tensors:
-        held = parts.setdefault(_part(tensor.name), {})
-        held[tensor.qtype] = held.get(tensor.qtype, 0) + tensor.nbytes
-    return parts
-
-
-def _part(name: str) -> str:
-    if name.startswith(("token_embd.", "per_layer_token_embd.")):
-        return "embedding"
-    if "_exps." in name:
-        return "experts"
-    return "layers" if name.startswith("blk.") else "output"
 
 
 def level_size(model: Model, level: str, *, has_importance: bool = False) -> LevelSize:

@@ -12,7 +12,8 @@ from bitladder.describe.model import Model
 from bitladder.describe.rates import PoolRates
 from bitladder.plan.cost import LevelBytes
 from bitladder.plan.placement import Placement, Wish, place
-from bitladder.plan.speed import Share, Speed, predict
+from bitladder.plan.speed import Share, predict
+from bitladder.records.plan import Speed
 from bitladder.units import human_bytes
 
 N_PROMPT = 512
@@ -49,8 +50,6 @@ class Option:
     level: str
     placement: Placement
     speed: Speed
-    gives: str = ""
-    """What would have to give for more: for the next larger level of this model."""
 
 
 def shares_of(model: Model, level: LevelBytes, placement: Placement, rates: MachineRates) -> tuple[Share, ...]:
@@ -58,19 +57,24 @@ def shares_of(model: Model, level: LevelBytes, placement: Placement, rates: Mach
     dims = model.dims
     active = dims.n_expert_used / dims.n_expert if dims.n_expert else 1.0
     layers, experts = level.parts.get("layers", {}), level.parts.get("experts", {})
+
+    def share(pool: PoolRates, part: float, head: bool, expert_part: float, starts: float) -> Share:
+        """``part`` of the layers and ``expert_part`` of the experts in a pool that starts work ``starts`` times a
+        token.
+        """
+        used = _sum((head, level.head), (part, layers), (expert_part * active, experts))
+        held = _sum((head, level.head), (part, layers), (expert_part, experts))
+        return Share(pool, used, held, starts, part)
+
     if placement.kind in ("cpu", "none") or rates.gpu is None:
-        return (Share(rates.cpu, _sum((1, level.head), (1, layers), (active, experts)), dims.n_layer, 1.0),)
+        return (share(rates.cpu, 1.0, True, 1.0, dims.n_layer),)
     inside = min(placement.n_gpu_layers, dims.n_layer) / dims.n_layer
-    outside_experts = active * placement.n_cpu_experts / dims.n_layer
+    outside = placement.n_cpu_experts / dims.n_layer
     whole = placement.n_gpu_layers > dims.n_layer
-    gpu = _sum((1.0 * whole, level.head), (inside, layers), (inside * active - outside_experts, experts))
-    cpu = _sum(
-        (1.0 * (not whole), level.head), (1 - inside, layers), ((1 - inside) * active + outside_experts, experts)
-    )
     on_cpu = dims.n_layer * (1 - inside) + placement.n_cpu_experts
-    shares = [Share(rates.gpu, gpu, dims.n_layer * inside, inside)]
+    shares = [share(rates.gpu, inside, whole, inside - outside, dims.n_layer * inside)]
     if on_cpu or not whole:
-        shares.append(Share(rates.cpu, cpu, on_cpu, 1 - inside))
+        shares.append(share(rates.cpu, 1 - inside, not whole, 1 - inside + outside, on_cpu))
     return tuple(shares)
 
 

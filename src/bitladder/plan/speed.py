@@ -8,7 +8,8 @@ range.
               seconds = sum over pools and qtypes of bytes / stream rate + layers * layer_s + token_s
     prefill   a prompt of T tokens takes 2 T operations per weight used and 2 T^2 per attention width, at the
     matrix rate of
-              each weight's qtype, but never less than reading the weights once per micro-batch.
+              each weight's qtype, but never less than reading the weights once per micro-batch (of a mixture: all
+              experts). Weights in RAM beside a GPU are lent to it over PCIe for that.
 
 A figure is *measured* when the user's own runs of this model on this machine anchor it, *derived* when it
 follows from the
@@ -26,7 +27,12 @@ from bitladder.describe.cache import cache_bytes_read, layer_caches
 from bitladder.describe.model import Model
 from bitladder.describe.rates import PoolRates
 from bitladder.formats.blocks import QTYPES
+from bitladder.records.plan import Figure, Speed
 
+HOST_TO_DEVICE = 1.2e10
+"""Bytes per second over PCIe that llama.cpp gets when it lends the GPU weights that lie in RAM, to compute a prompt."""
+LEND_FROM = 32
+"""Tokens from which it does."""
 RANGES = {"measured": 1.10, "derived": 1.25, "assumed": 1.60}
 """Label -> factor of the range around a prediction, both ways."""
 N_UBATCH = 512
@@ -39,6 +45,8 @@ class Share:
     rates: PoolRates
     weight_bytes: Mapping[str, float]
     """qtype -> bytes of the weights that one token uses."""
+    held_bytes: Mapping[str, float]
+    """qtype -> bytes of all weights here: a batch of tokens uses every expert."""
     layers: float
     cache_share: float
     """Part of the KV cache that lies here, 0 to 1."""
@@ -47,26 +55,6 @@ class Share:
     def weights(self) -> dict[str, float]:
         """qtype -> weights multiplied per token."""
         return {qtype: 8 * size / QTYPES[qtype].bpw for qtype, size in self.weight_bytes.items()}
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A predicted number with its range, where it comes from, and what limits it."""
-
-    value: float
-    low: float
-    high: float
-    label: str
-    binds: str
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Tokens per second; time to first token in seconds."""
-
-    decode: Figure
-    prefill: Figure
-    first_token: Figure
 
 
 def decode_seconds(
@@ -89,13 +77,16 @@ def prefill_seconds(shares: Sequence[Share], model: Model, n_prompt: int) -> flo
     width = 2 * dims.n_head * (dims.head_dim_k + dims.head_dim_v)
     attending = sum(1 for layer in layer_caches(model) if layer.k_width)
     seconds = max(share.rates.prompt_s for share in shares)
-    for share in shares:
-        rates = share.rates
+    lender = next((share.rates for share in shares if len(shares) > 1 and n_prompt >= LEND_FROM), None)
+    for number, share in enumerate(shares):
+        rates = lender or share.rates
+        lent = lender is not None and number > 0
         for qtype, weights in share.weights.items():
             arithmetic = 2 * weights * n_prompt / rates.matmul_of(qtype)
-            reading = batches * share.weight_bytes[qtype] / rates.stream_of(qtype)
-            seconds += max(arithmetic, reading)
-        seconds += share.cache_share * attending * width * attended / rates.attention
+            held = share.held_bytes.get(qtype, 0.0)
+            reading = batches * held / (HOST_TO_DEVICE if lent else rates.stream_of(qtype))
+            seconds += arithmetic + reading if lent else max(arithmetic, reading)
+        seconds += share.cache_share * attending * width * attended / share.rates.attention
         seconds += batches * share.layers * rates.layer_s
     return seconds
 

@@ -6,6 +6,30 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class Figure:
+    """A predicted number with its range, where it comes from, and what limits it.
+
+    ``label``: ``measured`` (anchored by the user's own runs), ``derived`` (from this machine's measured rates) or
+    ``assumed`` (from data sheets).
+    """
+
+    value: float
+    low: float
+    high: float
+    label: str
+    binds: str
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens per second; time to first token in seconds."""
+
+    decode: Figure
+    prefill: Figure
+    first_token: Figure
+
+
+@dataclass(frozen=True)
 class LevelPlan:
     """One level of the ladder on one machine at one context. All sizes in bytes."""
 
@@ -22,6 +46,14 @@ class LevelPlan:
     total_bytes: int
     fits: bool
     reason: str
+    placement: str = "cpu"
+    """``gpu``, ``experts in RAM``, ``split``, ``cpu`` or ``none``."""
+    n_gpu_layers: int = 0
+    n_cpu_experts: int = 0
+    vram_bytes: int = 0
+    ram_bytes: int = 0
+    speed: Speed | None = None
+    """None where no rates are known or nothing fits."""
 
 
 @dataclass(frozen=True)

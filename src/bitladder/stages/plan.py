@@ -10,6 +10,8 @@ from bitladder.errors import UsageError
 from bitladder.formats.recipes import LEVELS, level_named
 from bitladder.plan.cost import level_size
 from bitladder.plan.placement import Wish, describe_placement, place, usable_ram, usable_vram
+from bitladder.plan.search import N_PROMPT, MachineRates, shares_of
+from bitladder.plan.speed import predict
 from bitladder.records.plan import LevelPlan, Plan
 
 
@@ -22,6 +24,9 @@ def make_plan(
     n_seq: int = 1,
     type_k: str = "F16",
     type_v: str = "F16",
+    rates: MachineRates | None = None,
+    n_prompt: int = N_PROMPT,
+    anchor: float = 0.0,
 ) -> Plan:
     """The ladder of ``model`` on ``machine``, largest level first.
 
@@ -38,6 +43,10 @@ def make_plan(
     rows = []
     for size in sorted((level_size(model, level_named(level)) for level in levels), key=lambda size: -size.file_bytes):
         placement = place(model, size.by_part, machine, wish)
+        speed = None
+        if rates and placement.kind != "none":
+            shares = shares_of(model, size.by_part, placement, rates)
+            speed = predict(shares, model, n_prompt=n_prompt, n_past=n_ctx / 2, anchor=anchor)
         rows.append(
             LevelPlan(
                 level=size.level,
@@ -51,6 +60,12 @@ def make_plan(
                 total_bytes=placement.total_bytes,
                 fits=placement.kind != "none",
                 reason=describe_placement(placement, machine),
+                placement=placement.kind,
+                n_gpu_layers=placement.n_gpu_layers,
+                n_cpu_experts=placement.n_cpu_experts,
+                vram_bytes=placement.vram_bytes,
+                ram_bytes=placement.ram_bytes,
+                speed=speed,
             )
         )
     return Plan(

@@ -1,0 +1,182 @@
+"""The catalogue of widely used open models: rows shipped with the package and rows users add, with the sizes
+of their levels.
+
+Users add rows in ``models.yaml`` in the user's data folder (``BITLADDER_DATA``), in the same form; a row
+with a known hub
+name replaces the shipped one. Sizes of shipped rows are shipped too (``sizes.json``, a test compares them
+with the recipes),
+since planning the whole catalogue must not take seconds; sizes of added rows are computed when they are read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bitladder.describe.model import Model
+from bitladder.describe.shapes import FAMILIES, Shape, model_of
+from bitladder.errors import BadInput
+from bitladder.files.folders import data_folder
+from bitladder.formats.parts import parts_of
+from bitladder.formats.recipes import LEVELS, assign
+from bitladder.formats.tensors import TensorInfo
+
+Parts = dict[str, dict[str, int]]
+"""Part of a model -> qtype -> bytes, as ``formats.parts`` defines parts."""
+
+
+@dataclass(frozen=True)
+class CatalogueModel:
+    """One row."""
+
+    hub: str
+    licence: str
+    params: float
+    """Billions of weights, as published."""
+    shape: Shape
+    source: str
+
+    @property
+    def name(self) -> str:
+        """The hub name without its owner."""
+        return self.hub.split("/")[-1]
+
+    @property
+    def model(self) -> Model:
+        """Dimensions and header keys, without tensors."""
+        return model_of(self.shape, tensors=False)
+
+
+def load_catalogue() -> tuple[CatalogueModel, ...]:
+    """Every row, the shipped ones first.
+
+    Raises:
+        BadInput: a row that a user added is faulty; the message names it.
+    """
+    rows = {row.hub: row for row in _shipped()}
+    added = data_folder("models.yaml")
+    if added.is_file():
+        rows |= {row.hub: row for row in _parse(added.read_text(encoding="utf-8"), added)}
+    return tuple(rows.values())
+
+
+@cache
+def _shipped() -> tuple[CatalogueModel, ...]:
+    return _parse(_data("models.yaml"), Path("models.yaml"))
+
+
+def _data(name: str) -> str:
+    return resources.files("bitladder").joinpath(f"data/catalogue/{name}").read_text(encoding="utf-8")
+
+
+def _parse(text: str, where: Path) -> tuple[CatalogueModel, ...]:
+    try:
+        table = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except yaml.YAMLError as error:
+        raise BadInput(f"{where} is no YAML: {error}", do="Correct it, or move it away.") from error
+    rows = table.get("models") if isinstance(table, dict) else None
+    if not isinstance(rows, list):
+        raise BadInput(
+            f"{where} has no list 'models'.", do="Write rows like those `bitladder catalog --example` prints."
+        )
+    return tuple(_row(row, number, where) for number, row in enumerate(rows, start=1))
+
+
+_OPTIONAL = {field.name for field in dataclasses.fields(Shape) if field.default is not dataclasses.MISSING}
+_NEEDED = {field.name for field in dataclasses.fields(Shape)} - _OPTIONAL - {"name"}
+
+
+def _row(row: Any, number: int, where: Path) -> CatalogueModel:
+    """A checked row."""
+    at = f"{where}, model {number}"
+    if not isinstance(row, dict) or not isinstance(row.get("hub"), str):
+        raise BadInput(f"{at} has no hub name.", do="Give hub: org/name.")
+    at += f" ({row['hub']})"
+    own = {"hub", "licence", "params", "source"}
+    missing = sorted((_NEEDED | {"params"}) - row.keys())
+    unknown = sorted(row.keys() - _NEEDED - _OPTIONAL - own)
+    if missing or unknown:
+        wrong = f"lacks {', '.join(missing)}" if missing else f"has unknown {', '.join(unknown)}"
+        raise BadInput(
+            f"{at} {wrong}.",
+            do=f"A row has {', '.join(sorted(_NEEDED | own))}, and may have {', '.join(sorted(_OPTIONAL))}.",
+        )
+    if row["architecture"] not in FAMILIES:
+        raise BadInput(f"{at}: architecture '{row['architecture']}' is not one of {', '.join(FAMILIES)}.")
+    numbers = {key: value for key, value in row.items() if key in _NEEDED - {"architecture"}}
+    wrong_numbers = [
+        key for key, value in numbers.items() if isinstance(value, bool) or not isinstance(value, int) or value < 1
+    ]
+    if wrong_numbers:
+        raise BadInput(f"{at}: {', '.join(wrong_numbers)} must be positive whole numbers.")
+    shape = Shape(name=row["hub"].split("/")[-1], **{key: value for key, value in row.items() if key not in own})
+    return CatalogueModel(
+        row["hub"], str(row.get("licence", "")), float(row["params"]), shape, str(row.get("source", ""))
+    )
+
+
+def find_models(text: str) -> tuple[CatalogueModel, ...]:
+    """Rows whose hub name, family or licence contains every word of ``text``; all rows for an empty one."""
+    words = text.lower().split()
+    return tuple(
+        row
+        for row in load_catalogue()
+        if all(word in f"{row.hub} {row.shape.architecture} {row.licence}".lower() for word in words)
+    )
+
+
+def model_named(name: str) -> CatalogueModel:
+    """The one row a name means: hub name, or the part after the owner, in any case.
+
+    Raises:
+        BadInput: there is none; the nearest names are in the message.
+    """
+    rows = load_catalogue()
+    wanted = name.lower().removeprefix("hf:")
+    for row in rows:
+        if wanted in (row.hub.lower(), row.name.lower()):
+            return row
+    names = {row.name.lower(): row.name for row in rows} | {row.hub.lower(): row.hub for row in rows}
+    close = difflib.get_close_matches(wanted, names, n=3, cutoff=0.4)
+    raise BadInput(
+        f"The catalogue has no model '{name}'.",
+        means="Nearest: " + ", ".join(names[key] for key in close) if close else "",
+        do="`bitladder catalog` lists what it has; a GGUF file, folder or hf: name needs no row.",
+    )
+
+
+def level_parts(row: CatalogueModel) -> dict[str, Parts]:
+    """Level -> part -> qtype -> bytes, largest level first."""
+    key = shape_key(row.shape)
+    stored = _sizes().get(key)
+    return stored if stored is not None else compute_parts(row.shape)
+
+
+@cache
+def _sizes() -> dict[str, dict[str, Parts]]:
+    loaded: dict[str, dict[str, Parts]] = json.loads(_data("sizes.json"))
+    return loaded
+
+
+def shape_key(shape: Shape) -> str:
+    """What sizes depend on: every field but the name and the context."""
+    values = dataclasses.asdict(shape)
+    return " ".join(f"{value}" for key, value in values.items() if key not in ("name", "n_ctx"))
+
+
+def compute_parts(shape: Shape) -> dict[str, Parts]:
+    """Sizes from the recipes, without the shipped table."""
+    model = model_of(shape)
+    found = {}
+    for level in LEVELS:
+        chosen = assign(level, model.tensors, model.dims)
+        found[level] = parts_of([TensorInfo(t.name, t.shape, chosen[t.name]) for t in model.tensors])
+    return dict(sorted(found.items(), key=lambda item: -sum(sum(part.values()) for part in item[1].values())))

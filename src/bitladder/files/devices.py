@@ -1,0 +1,154 @@
+"""Machines that are not here: a table of known GPUs and memories, and machines described in words.
+
+RTX 4090 + 64 GiB        2x RTX 3090 + 128 GiB DDR4-3200 dual        Apple M4 Max 128 GiB        32 GiB
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any
+
+import yaml
+
+from bitladder.describe.machine import Gpu, Machine
+from bitladder.describe.rates import PoolRates, from_data_sheet
+from bitladder.errors import UsageError
+from bitladder.units import GiB, parse_bytes
+
+DEFAULT_MEMORY = "DDR5-4800 dual"
+"""What a described machine's RAM is taken for when nobody says: a common desktop's."""
+_CPU_FLOPS = 4e11
+"""Arithmetic assumed of a described machine's CPU: eight cores with 256-bit vectors."""
+_SYSTEM = 2 * GiB
+"""What the system of a described machine is taken to use of its RAM."""
+
+
+@dataclass(frozen=True)
+class DescribedMachine:
+    """A machine in words, with the rates its data sheets promise."""
+
+    machine: Machine
+    cpu: PoolRates
+    gpu: PoolRates | None
+    assumed: tuple[str, ...]
+    """What had to be assumed, for people to see."""
+
+
+@cache
+def known_gpus() -> dict[str, dict[str, Any]]:
+    """Name -> memory (GiB), bandwidth (GB/s), fp16 (TFLOP/s), source."""
+    return {row["name"]: row for row in _table("gpus")["gpus"]}
+
+
+@cache
+def known_memories() -> dict[str, dict[str, Any]]:
+    """Name -> bandwidth (GB/s), source; machines with unified memory have a ``gpu_share`` too."""
+    table = _table("memory")
+    return {row["name"]: row for row in [*table["kinds"], *table["unified"]]}
+
+
+def _table(name: str) -> dict[str, Any]:
+    text = resources.files("bitladder").joinpath(f"data/devices/{name}.yaml").read_text(encoding="utf-8")
+    loaded: dict[str, Any] = yaml.safe_load(text)
+    return loaded
+
+
+def parse_machine(text: str) -> DescribedMachine:
+    """A machine from words: GPUs (``2x RTX 3090``) and RAM (``64 GiB``, with its kind if known), joined by
+    ``+``.
+
+    Raises:
+        UsageError: a part names nothing known (the nearest names are given), or there is no RAM.
+    """
+    gpus: list[Gpu] = []
+    ram, memory, assumed = 0, "", []
+    for part in (piece.strip() for piece in text.split("+")):
+        size = re.search(r"([\d.]+)\s*([GT]i?B)\b", part, re.IGNORECASE)
+        rest = (part[: size.start()] + part[size.end() :]).strip() if size else part
+        count_match = re.match(r"(\d+)\s*[x×]\s*(.+)", rest)
+        count, name = (int(count_match[1]), count_match[2].strip()) if count_match else (1, rest)
+        gpu = _find(part.split("x", 1)[-1].strip() if count_match else part, known_gpus()) or _find(name, known_gpus())
+        if gpu and not 1 <= count <= 64:
+            raise UsageError(f"'{text}' has {count} GPUs.", do="Give 1 to 64.")
+        if gpu:
+            gpus += [_gpu(gpu)] * count
+        elif size:
+            ram += parse_bytes(size[1] + size[2])
+            memory = _memory(name) if name and name.lower() not in ("ram", "of ram") else memory
+        else:
+            raise _unknown(part)
+    if ram <= 0:
+        raise UsageError(f"'{text}' has no RAM.", do="Add its size, like '+ 64 GiB'.")
+    if not memory:
+        memory = DEFAULT_MEMORY
+        assumed.append(f"memory is {memory}")
+    row = known_memories()[memory]
+    assumed.append("rates from data sheets")
+    bandwidth = row["bandwidth"] * 1e9
+    unified = "gpu_share" in row
+    machine = Machine(
+        cpu=memory if unified else "a described machine",
+        cores=8,
+        features=(),
+        ram_total=ram,
+        ram_available=max(0, min(ram - _SYSTEM, int(ram * row.get("gpu_share", 1.0)))),
+        disk_free=1 << 40,
+        gpus=tuple(gpus),
+        unified=unified,
+    )
+    slowest = min(gpus, key=lambda gpu: gpu.bandwidth) if gpus else None
+    return DescribedMachine(
+        machine,
+        from_data_sheet(bandwidth, _CPU_FLOPS * (8 if unified else 1), gpu=unified),
+        from_data_sheet(slowest.bandwidth, slowest.flops, gpu=True) if slowest else None,
+        tuple(assumed),
+    )
+
+
+def gpu_figures(name: str) -> dict[str, Any] | None:
+    """The table's row for a GPU as its driver names it (``NVIDIA GeForce RTX 4090``), or None."""
+    return _find(re.sub(r"^(NVIDIA|AMD|GeForce|Radeon|Tesla|\s)+", "", name), known_gpus())
+
+
+def _find(name: str, table: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
+    """The row whose name says the same, whatever the case, spaces and maker's prefix; the most particular
+    one first.
+    """
+    wanted = _plain(name)
+    for known in sorted(table, key=len, reverse=True):
+        if wanted in (_plain(known), _plain("NVIDIA " + known), _plain("AMD " + known)):
+            return table[known]
+    starts = [row for known, row in table.items() if wanted and _plain(known).startswith(wanted)]
+    return min(starts, key=lambda row: row["memory"]) if starts and len(wanted) >= 4 and "memory" in starts[0] else None
+
+
+def _plain(name: str) -> str:
+    text = re.sub(r"[\s_-]|gib|gb", "", name.lower())
+    return re.sub(r"^(nvidia|geforce|radeon|tesla)+", "", text)
+
+
+def _gpu(row: dict[str, Any]) -> Gpu:
+    size = int(row["memory"] * GiB)
+    return Gpu(row["name"], size, size, row["bandwidth"] * 1e9, row["fp16"] * 1e12)
+
+
+def _memory(name: str) -> str:
+    row = _find(name, known_memories())
+    if row is None:
+        raise _unknown(name)
+    return str(row["name"])
+
+
+def _unknown(part: str) -> UsageError:
+    names = [*known_gpus(), *known_memories()]
+    plain = {_plain(name): name for name in names}
+    close = difflib.get_close_matches(_plain(part), plain, n=3, cutoff=0.4)
+    return UsageError(
+        f"'{part}' is no known GPU, memory or size.",
+        means="Nearest known: " + ", ".join(plain[name] for name in close) if close else "",
+        do="Write for example 'RTX 4090 + 64 GiB', or give the figures with --ram, --vram and --bandwidth.",
+    )

@@ -1,0 +1,83 @@
+"""The exact command, or the file, that starts a planned level in each engine."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import PurePath
+
+from bitladder.errors import UsageError
+from bitladder.plan.placement import Placement, Wish
+
+CHECKPOINT_ENGINES = ("vllm", "tgi")
+FILE_ENGINES = ("llama-server", "ollama", "lmstudio")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How to start it: a command, and for some engines a file to write first."""
+
+    engine: str
+    command: str
+    file_name: str = ""
+    file_text: str = ""
+
+
+def launch(
+    engine: str, path: str, placement: Placement, wish: Wish, *, threads: int, name: str = "", gpus: int = 0
+) -> Launch:
+    """The command for ``path`` (a GGUF file, or a checkpoint folder for vLLM and TGI) placed as planned.
+
+    Raises:
+        UsageError: an unknown engine, or one that cannot run this kind of model.
+    """
+    is_gguf = path.endswith(".gguf")
+    name = name or PurePath(path).name.removesuffix(".gguf")
+    if engine not in (*FILE_ENGINES, *CHECKPOINT_ENGINES):
+        raise UsageError(
+            f"'{engine}' is no known engine.", do=f"Choose {', '.join((*FILE_ENGINES, *CHECKPOINT_ENGINES))}."
+        )
+    if is_gguf != (engine in FILE_ENGINES):
+        kind, other = ("a GGUF file", FILE_ENGINES) if is_gguf else ("a checkpoint folder", CHECKPOINT_ENGINES)
+        raise UsageError(f"{engine} does not serve {kind}.", do=f"Choose {' or '.join(other)}.")
+    if engine == "llama-server":
+        return Launch(engine, _llama_server(path, placement, wish, threads))
+    if engine == "ollama":
+        text = f"FROM {path}\nPARAMETER num_ctx {wish.n_ctx}\nPARAMETER num_gpu {placement.n_gpu_layers}\n"
+        text += f"PARAMETER num_thread {threads}\n"
+        own = shlex.quote(name.lower())
+        return Launch(engine, f"ollama create {own} -f Modelfile && ollama run {own}", "Modelfile", text)
+    if engine == "lmstudio":
+        offload = "max" if placement.kind == "gpu" else "off" if not placement.n_gpu_layers else _ratio(placement)
+        command = f"lms import {shlex.quote(path)} && lms load {shlex.quote(name)}"
+        command += f" --context-length {wish.n_ctx} --gpu {offload}"
+        return Launch(engine, command)
+    length = wish.n_ctx
+    if engine == "vllm":
+        command = f"vllm serve {shlex.quote(path)} --served-model-name {shlex.quote(name)} --max-model-len {length}"
+        command += f" --max-num-seqs {max(1, wish.n_seq)}"
+        return Launch(engine, command + (f" --tensor-parallel-size {gpus}" if gpus > 1 else ""))
+    command = (
+        f"docker run --gpus all -p 8080:80 -v {shlex.quote(path)}:/model "
+        "ghcr.io/huggingface/text-generation-inference:latest "
+        f"--model-id /model --max-total-tokens {length} --max-input-tokens {max(1, length - 512)}"
+    )
+    return Launch(engine, command + (f" --num-shard {gpus}" if gpus > 1 else ""))
+
+
+def _llama_server(path: str, placement: Placement, wish: Wish, threads: int) -> str:
+    words = ["llama-server", "-m", path, "-c", str(wish.n_ctx * wish.n_seq), "-np", str(wish.n_seq), "-t", str(threads)]
+    words += ["-ngl", str(placement.n_gpu_layers)]
+    if placement.n_cpu_experts:
+        words += ["--n-cpu-moe", str(placement.n_cpu_experts)]
+    for flag, qtype in (("-ctk", wish.type_k), ("-ctv", wish.type_v)):
+        if qtype != "F16":
+            words += [flag, qtype.lower()]
+    if wish.type_v != "F16":
+        words += ["-fa", "on"]  # a quantized value cache needs flash attention
+    return shlex.join([*words, "--jinja"])
+
+
+def _ratio(placement: Placement) -> str:
+    """LM Studio wants the part of the model on the GPU."""
+    return f"{placement.vram_bytes / max(1, placement.total_bytes):.2f}"
