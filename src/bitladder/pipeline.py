@@ -21,6 +21,7 @@ from bitladder.records import to_json
 from bitladder.records.fidelity import Fidelity
 from bitladder.records.plan import Plan
 from bitladder.records.run import RunRecord
+from bitladder.steps.calibrated import AUTO, importance_of
 from bitladder.steps.journal import Journal, Say
 from bitladder.steps.measured import answers, documents, fidelities
 from bitladder.units import human_bytes
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from bitladder.records.evaluation import LevelAnswers
     from bitladder.records.level_file import LevelFile
     from bitladder.stages.walk import Candidate
+    from bitladder.steps.calibrated import Importance
     from bitladder.store.recorded import Recorded, Subject
 
 
@@ -50,6 +52,8 @@ class RunSettings:
     out: Path | None = None
     threads: int = 2
     effort: Effort = "good"
+    imatrix: str = AUTO
+    """A file, ``auto`` (made from the calibration text that ships) or ``none``."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +98,10 @@ def run(settings: RunSettings, progress: Progress, *, say: Say = lambda _: None)
         recorded = Recorded(stack.enter_context(Evidence.open()))
 
         plan = _fitting(source, machine, settings)
+        with journal.timed("calibrate"):
+            importance = _importance(source, texts, settings, journal, progress)
         with journal.timed("quantize"):
-            built = _built(source, plan, out, settings, journal, progress)
+            built = _built(source, plan, importance, out, settings, journal, progress)
         with journal.timed("walk"):
             fidelities = _measured(source, built, texts, recorded, journal, progress)
         with journal.timed("workload"):
@@ -152,8 +158,25 @@ def _fitting(source: GgufFile, machine: Machine, settings: RunSettings) -> Plan:
     return plan
 
 
+def _importance(
+    source: GgufFile, texts: Sequence[Document], settings: RunSettings, journal: Journal, progress: Progress
+) -> Importance | None:
+    """What the layers' inputs look like, for the search of scales; none, with a warning, for an unknown family."""
+    try:
+        return importance_of(source, settings.imatrix, measured_on=texts, threads=settings.threads, progress=progress)
+    except UnknownArchitecture as error:
+        journal.warn(f"Levels are made without an importance matrix: {error.found}")
+        return None
+
+
 def _built(
-    source: GgufFile, plan: Plan, out: Path, settings: RunSettings, journal: Journal, progress: Progress
+    source: GgufFile,
+    plan: Plan,
+    importance: Importance | None,
+    out: Path,
+    settings: RunSettings,
+    journal: Journal,
+    progress: Progress,
 ) -> dict[Subject, LevelFile]:
     """A file for each level that fits; the source itself is the file of its own level."""
     from bitladder.stages.facts import level_of
@@ -162,9 +185,17 @@ def _built(
 
     own = level_of(source.model)
     levels = [level.level for level in plan.levels if level.fits and level.level != own]
-    files = quantize_levels(source, levels, out, effort=settings.effort, threads=settings.threads, progress=progress)
+    files = quantize_levels(
+        source,
+        levels,
+        out,
+        importance=importance,
+        effort=settings.effort,
+        threads=settings.threads,
+        progress=progress,
+    )
     journal.reuse("files", [file.level for file in files if file.reused])
-    method = method_name(settings.effort, None)
+    method = method_name(settings.effort, importance)
     return {Subject(source.sha256, file.level, made=method): file for file in files}
 
 

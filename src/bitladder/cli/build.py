@@ -21,6 +21,13 @@ Levels = Annotated[
     typer.Option("--levels", metavar="L1,L2", help="Only these levels; all of the ladder by default."),
 ]
 Threads = Annotated[int, typer.Option("--threads", min=1, help="Worker threads.", show_default="all cores")]
+Importance = Annotated[
+    str,
+    typer.Option("--imatrix", metavar="FILE|auto|none", help="Importance matrix: a file, or made here."),
+]
+CalibrationTexts = Annotated[
+    list[Path] | None, typer.Option("--text", help="Calibrate on this text instead of the shipped one; repeatable.")
+]
 DEFAULT_CTX = 4096
 ALL_CORES = os.cpu_count() or 1
 
@@ -62,10 +69,8 @@ def quantize(
     model: ModelArgument,
     to: Annotated[str, typer.Option("--to", metavar="L1,L2", help="The levels to write.")],
     out: Annotated[Path, typer.Option("--out", help="Folder to write into.")] = Path(),
-    imatrix: Annotated[
-        Path | None,
-        typer.Option("--imatrix", exists=False, help="llama.cpp importance matrix to weigh errors by."),
-    ] = None,
+    imatrix: Importance = "none",
+    text: CalibrationTexts = None,
     effort: Annotated[
         str, typer.Option("--effort", help="fast, good or best: how hard to search for scales.")
     ] = "good",
@@ -76,26 +81,66 @@ def quantize(
     ] = None,
     json_output: JsonFlag = False,
 ) -> None:
-    """Write a model at one or several levels; every tensor is read once for all of them."""
+    """Write a model at one or several levels, every tensor read once for all of them.
+
+    GGUF levels (Q4_K_M) become files; GPTQ-4bit-g64, AWQ-4bit-g64, INT8-W8A8 become checkpoint folders.
+    """
+    from bitladder.formats.checkpoint import is_checkpoint_level
+    from bitladder.steps.calibrated import make_checkpoints
     from bitladder.steps.models import quantize_model
 
+    asked = [part.strip() for part in to.split(",") if part.strip()]
+    folders = [part for part in asked if is_checkpoint_level(part)]
+    files = split_levels(",".join(part for part in asked if part not in folders)) or ()
+    if not asked:
+        raise UsageError("--to names no level.", do="Name one or several, like --to Q8_0,Q4_K_M.")
+    texts = tuple(text or ())
     with progress_display(quiet=json_output) as progress:
-        files = quantize_model(
-            model,
-            split_levels(to) or (),
-            out,
-            imatrix=imatrix,
-            effort=effort_named(effort),
-            threads=threads,
-            split_max_bytes=parse_bytes(split_max_size) if split_max_size else None,
-            progress=progress,
+        written = (
+            []
+            if not files
+            else quantize_model(
+                model,
+                files,
+                out,
+                imatrix=imatrix,
+                calibration=texts,
+                effort=effort_named(effort),
+                threads=threads,
+                split_max_bytes=parse_bytes(split_max_size) if split_max_size else None,
+                progress=progress,
+            )
         )
+        reports = make_checkpoints(model, folders, out, texts, threads=threads, progress=progress) if folders else []
     if json_output:
-        print_json({"files": files})
+        print_json({"files": [*written, *reports]})
+        return
+    for file in written:
+        took = "was already there" if file.reused else f"{file.seconds:.1f} s"
+        say(f"{file.path}  {human_bytes(file.bytes)}, {file.bpw:.2f} bits per weight, {took}")
+    for report in reports:
+        say(f"{report.path}  {human_bytes(report.bytes)}, {report.bpw:.2f} bits per weight, {report.seconds:.1f} s")
+        for note in report.notes:
+            say(f"  {note}")
+
+
+@verb
+def imatrix(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Option("--out", help="File to write.")],
+    text: CalibrationTexts = None,
+    threads: Threads = ALL_CORES,
+    json_output: JsonFlag = False,
+) -> None:
+    """Write llama.cpp's importance matrix of a model, which llama-quantize reads too."""
+    from bitladder.steps.calibrated import make_imatrix
+
+    with progress_display(quiet=json_output) as progress:
+        path = make_imatrix(model, tuple(text or ()), out, threads=threads, progress=progress)
+    if json_output:
+        print_json({"path": str(path), "bytes": path.stat().st_size})
     else:
-        for file in files:
-            took = "was already there" if file.reused else f"{file.seconds:.1f} s"
-            say(f"{file.path}  {human_bytes(file.bytes)}, {file.bpw:.2f} bits per weight, {took}")
+        say(f"{path}  {human_bytes(path.stat().st_size)}")
 
 
 @verb
@@ -117,5 +162,5 @@ def inspect(
 
 def add_to(app: typer.Typer) -> None:
     """Register this module's verbs."""
-    for function in (plan, quantize, inspect):
+    for function in (plan, quantize, inspect, imatrix):
         app.command()(function)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bitladder.cli.build import ALL_CORES, DEFAULT_CTX, Context, Levels, Threads, effort_named, split_levels
+from bitladder.cli.build import ALL_CORES, DEFAULT_CTX, Context, Importance, Levels, Threads, effort_named, split_levels
 from bitladder.cli.terminal import JsonFlag, ModelArgument, print_json, progress_display, say, verb
 from bitladder.errors import BarNotMet
 
@@ -31,6 +31,7 @@ def run(
         Path | None,
         typer.Option("--out", help="Folder for the files and the report.", show_default="<name>-ladder"),
     ] = None,
+    imatrix: Importance = "auto",
     threads: Threads = ALL_CORES,
     json_output: JsonFlag = False,
 ) -> None:
@@ -48,6 +49,7 @@ def run(
         texts=tuple(text or ()),
         out=out,
         threads=threads,
+        imatrix=imatrix,
     )
     with progress_display(quiet=json_output) as progress:
         result = run_pipeline(settings, progress, say=say)
@@ -69,9 +71,7 @@ def measure(
         typer.Option("--file", help="An existing GGUF to measure beside the levels; repeatable."),
     ] = None,
     text: Texts = None,
-    imatrix: Annotated[
-        Path | None, typer.Option("--imatrix", help="llama.cpp importance matrix for the levels made here.")
-    ] = None,
+    imatrix: Importance = "none",
     effort: Annotated[str, typer.Option("--effort", help="fast, good or best.")] = "good",
     json_output: JsonFlag = False,
 ) -> None:

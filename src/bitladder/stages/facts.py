@@ -131,6 +131,7 @@ def settings_facts(settings: Any, texts: Sequence[Document], workload: Workload)
         "engine": engine_facts(n_ctx=room, n_parallel=parallel, threads=settings.threads),
         "temperature": workload.temperature,
         "effort": settings.effort,
+        "importance": settings.imatrix,
     }
 
 
@@ -150,5 +151,14 @@ def commands(settings: Any, out: Path) -> tuple[str, ...]:
         words += ["--bar", settings.bar]
     for text in settings.texts:
         words += ["--text", str(text)]
-    words += ["--ctx", str(settings.n_ctx), "--threads", str(settings.threads), "--out", str(out)]
+    words += [
+        "--imatrix",
+        settings.imatrix,
+        "--ctx",
+        str(settings.n_ctx),
+        "--threads",
+        str(settings.threads),
+        "--out",
+        str(out),
+    ]
     return (shlex.join(words), shlex.join(["bitladder", "report", str(out / "run.json")]))

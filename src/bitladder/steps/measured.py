@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from bitladder.progress import Progress
 from bitladder.records.fidelity import Fidelity
+from bitladder.steps.calibrated import NONE, importance_of, token_windows
 from bitladder.steps.journal import Journal
 
 if TYPE_CHECKING:
@@ -27,14 +28,13 @@ def measure_model(
     *,
     files: Sequence[Path] = (),
     texts: Sequence[Path] = (),
-    imatrix: Path | None = None,
+    imatrix: str = NONE,
     effort: Effort = "good",
     threads: int = 2,
     progress: Progress,
 ) -> list[Fidelity]:
     """Fidelity of levels made on the fly, and of files that exist, against the model. Only evidence is written."""
     from bitladder.files.gguf import GgufFile
-    from bitladder.files.imatrix import read_imatrix
     from bitladder.files.sources import resolve
     from bitladder.formats.recipes import LEVELS
     from bitladder.stages.quantize import method_name
@@ -43,9 +43,10 @@ def measure_model(
     from bitladder.store.recorded import Recorded, Subject
 
     made = LEVELS if levels is None and not files else levels or ()
-    importance = read_imatrix(imatrix).vectors() if imatrix else None
+    measured_on = documents(texts)
     with ExitStack() as stack:
         source = stack.enter_context(GgufFile.open(resolve(model, progress).path))
+        importance = importance_of(source, imatrix, measured_on=measured_on, threads=threads, progress=progress)
         others = [stack.enter_context(GgufFile.open(path)) for path in files]
         subjects = [Subject(source.sha256, level, made=method_name(effort, importance)) for level in made]
         subjects += [Subject(source.sha256, other.path.stem, file=other.sha256) for other in others]
@@ -62,7 +63,7 @@ def measure_model(
             source,
             subjects,
             candidates,
-            documents(texts),
+            measured_on,
             Recorded(stack.enter_context(Evidence.open())),
             Journal(),
             progress,
@@ -87,8 +88,7 @@ def fidelities(
 ) -> list[Fidelity]:
     """Stored fidelities, and one walk for those that are missing."""
     from bitladder.describe.text import text_hash
-    from bitladder.engines.llama import LlamaServer
-    from bitladder.stages.walk import text_windows, walk
+    from bitladder.stages.walk import walk
 
     digest = text_hash(texts)
     stored = {subject: recorded.fidelity(subject, digest) for subject in subjects}
@@ -96,9 +96,7 @@ def fidelities(
     missing = [subject for subject in subjects if subject not in found]
     journal.reuse("fidelity", [subject.level for subject in found])
     if missing:
-        # The engine's own tokenizer, so that tokens are those that users get; it maps the file and computes nothing.
-        with LlamaServer(source.path, n_ctx=64, threads=1) as engine:
-            windows = text_windows(texts, lambda text: engine.tokenize(text, add_special=True), source.model)
+        windows = token_windows(source, texts)
         for subject, fidelity in zip(
             missing, walk(source, candidates(missing), windows, progress=progress), strict=True
         ):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from bitladder.progress import Progress
 from bitladder.records.plan import Plan
+from bitladder.steps.calibrated import NONE, importance_of
 
 if TYPE_CHECKING:
     from bitladder.kernels import Effort
@@ -33,7 +34,8 @@ def quantize_model(
     levels: Sequence[str],
     out: Path,
     *,
-    imatrix: Path | None,
+    imatrix: str = NONE,
+    calibration: Sequence[Path] = (),
     effort: Effort,
     threads: int,
     split_max_bytes: int | None = None,
@@ -41,12 +43,11 @@ def quantize_model(
 ) -> list[LevelFile]:
     """Write a model at some levels, every tensor read once for all of them."""
     from bitladder.files.gguf import GgufFile
-    from bitladder.files.imatrix import read_imatrix
     from bitladder.files.sources import resolve
     from bitladder.stages.quantize import quantize_levels
 
-    importance = read_imatrix(imatrix).vectors() if imatrix else None
     with GgufFile.open(resolve(model, progress).path) as source:
+        importance = importance_of(source, imatrix, texts=calibration, threads=threads, progress=progress)
         return quantize_levels(
             source,
             levels,

@@ -1,0 +1,139 @@
+"""Steps that calibrate: importance matrices, which are kept, and checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitladder.errors import BadInput
+from bitladder.progress import Progress
+
+if TYPE_CHECKING:
+    from bitladder.describe.text import Document
+    from bitladder.describe.windows import Window
+    from bitladder.files.gguf import GgufFile
+    from bitladder.records.calibration import CheckpointReport
+
+AUTO = "auto"
+"""Make an importance matrix from the calibration text."""
+NONE = "none"
+OVERLAP_TOKENS = 32
+
+Importance = Mapping[str, NDArray[np.float32]]
+
+
+def token_windows(source: GgufFile, texts: Sequence[Document]) -> list[Window]:
+    """Windows by the engine's own tokenizer, so that tokens are those that users get; nothing is computed there."""
+    from bitladder.engines.llama import LlamaServer
+    from bitladder.stages.walk import text_windows
+
+    with LlamaServer(source.path, n_ctx=64, threads=1) as engine:
+        return text_windows(texts, lambda text: engine.tokenize(text, add_special=True), source.model)
+
+
+def calibration_texts(texts: Sequence[Path]) -> list[Document]:
+    """The user's calibration texts, or the ones that ship: several domains, languages and code."""
+    from bitladder.files.texts import read_texts, shipped_texts
+
+    return read_texts(texts) if texts else shipped_texts("calibration")
+
+
+def importance_of(
+    source: GgufFile,
+    choice: str,
+    *,
+    texts: Sequence[Path] = (),
+    measured_on: Sequence[Document] = (),
+    threads: int = 1,
+    progress: Progress,
+) -> Importance | None:
+    """The importance matrix that a user asked for: a file's, one made from the calibration text, or none.
+
+    A matrix that was made before from the same model and text is read from the cache.
+
+    Args:
+        choice: a file's path, ``auto`` or ``none``.
+        texts: the user's calibration texts.
+        measured_on: texts that levels will be measured on; calibrating on them would flatter every level.
+
+    Raises:
+        BadInput: the calibration text shares passages with the measuring text, or is too short.
+        BadFile: the file cannot be used.
+    """
+    from bitladder.describe.text import text_hash
+    from bitladder.files.folders import cache_folder
+    from bitladder.files.imatrix import read_imatrix, write_imatrix
+    from bitladder.stages.imatrix import importance_matrix
+
+    if choice == NONE:
+        return None
+    if choice != AUTO:
+        return read_imatrix(Path(choice)).vectors()
+    documents = calibration_texts(texts)
+    kept = cache_folder("importance", f"{source.sha256[:16]}-{text_hash(documents)[:16]}.gguf")
+    if not kept.exists() or measured_on:
+        windows = token_windows(source, documents)
+        _refuse_overlap(windows, token_windows(source, measured_on) if measured_on else ())
+    if not kept.exists():
+        found = importance_matrix(source, windows, dataset="calibration text", threads=threads, progress=progress)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_imatrix(kept, found)
+    return read_imatrix(kept).vectors()
+
+
+def _refuse_overlap(calibration: Sequence[Window], measuring: Sequence[Window]) -> None:
+    from bitladder.describe.windows import window_hashes
+
+    asked = window_hashes(measuring, n=OVERLAP_TOKENS)
+    shared = asked & window_hashes(calibration, n=OVERLAP_TOKENS, step=1) if asked else set()
+    if shared:
+        raise BadInput(
+            f"{len(shared) / len(asked):.1%} of the measuring text also occurs in the calibration text "
+            f"({OVERLAP_TOKENS} tokens in a row).",
+            means="A level calibrated on what it is measured on looks better than it is.",
+            do="Measure on another text, or leave out the importance matrix.",
+        )
+
+
+def make_imatrix(model: str, texts: Sequence[Path], out: Path, *, threads: int, progress: Progress) -> Path:
+    """Write llama.cpp's importance matrix of a model for a text (or for the one that ships); returns the path."""
+    from bitladder.files.gguf import GgufFile
+    from bitladder.files.imatrix import write_imatrix
+    from bitladder.files.sources import resolve
+    from bitladder.stages.imatrix import importance_matrix
+
+    documents = calibration_texts(texts)
+    with GgufFile.open(resolve(model, progress).path) as source:
+        windows = token_windows(source, documents)
+        dataset = ", ".join(str(text) for text in texts) or "bitladder calibration text"
+        write_imatrix(out, importance_matrix(source, windows, dataset=dataset, threads=threads, progress=progress))
+    return out
+
+
+def make_checkpoints(
+    model: str, levels: Sequence[str], out: Path, texts: Sequence[Path], *, threads: int, progress: Progress
+) -> list[CheckpointReport]:
+    """Write GPTQ, AWQ and INT8 checkpoints of a model from one calibrating walk."""
+    from bitladder.engines.checkpoint_walk import Settings
+    from bitladder.files.gguf import GgufFile
+    from bitladder.files.sources import resolve
+    from bitladder.files.texts import shipped_texts
+    from bitladder.stages.calibrate import quantize_checkpoints
+
+    found = resolve(model, progress)
+    with GgufFile.open(found.path) as source:
+        return quantize_checkpoints(
+            source,
+            levels,
+            out,
+            token_windows(source, calibration_texts(texts)),
+            name=found.label,
+            checkpoint=found.checkpoint,
+            settings=Settings(threads=threads),
+            measuring=token_windows(source, shipped_texts()),
+            progress=progress,
+        )
