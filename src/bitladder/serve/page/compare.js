@@ -40,12 +40,16 @@ export async function showCompare(panel) {
   form.element.querySelector(".actions").append(h("label", { for: "open-file", class: "button quiet" }, "Open a saved one"), opener);
   panel.replaceChildren(h("h2", { class: "visually-hidden" }, "Compare"), form.element, results, past);
   refresh();
-  try {
-    const shared = await readLink(location.hash);
-    if (shared) replay(shared);
-  } catch (error) {
-    results.replaceChildren(h("p", { class: "note bad", role: "alert" }, `The link holds no comparison: ${error.message}`));
-  }
+  const follow = async () => {
+    try {
+      const shared = await readLink(location.hash);
+      if (shared) replay(shared);
+    } catch (error) {
+      results.replaceChildren(h("p", { class: "note bad", role: "alert" }, `The link holds no comparison: ${error.message}`));
+    }
+  };
+  addEventListener("hashchange", follow);
+  await follow();
 }
 
 /** Levels behind this gateway: `{level, tier}`, each once. */

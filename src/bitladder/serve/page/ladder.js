@@ -102,37 +102,39 @@ function chartView(run, view) {
 function levelTable(run, view) {
   const columns = ["Level", "File", "Memory", "Tokens/s", "KL", "PPL ratio", "Top-1", "Passes", "Verdict"];
   const rows = view.plan.levels.map(({ level }) => levelRow(run, levelFacts(run, view, level)));
+  const heads = columns.map((name) => h("th", { role: "columnheader", scope: "col" }, name));
+  // The roles are those of the elements; a narrow page lays the table out as cards, which would drop them.
   return h(
     "div",
     { class: "scroll", tabindex: 0, role: "region", "aria-label": "Every level" },
-    h("table", { class: "levels" }, h("thead", {}, h("tr", {}, ...columns.map((name) => h("th", { scope: "col" }, name)))), ...rows),
+    h("table", { class: "levels", role: "table" }, h("thead", { role: "rowgroup" }, h("tr", { role: "row" }, ...heads)), ...rows),
   );
 }
 
 function levelRow(run, row) {
   const { plan, fidelity, result, verdict } = row;
-  const number = (kind, value, interval = "") =>
+  const number = (kind, label, value, interval = "") =>
     h(
       "td",
-      {},
+      { role: "cell", "data-label": label },
       value === DASH ? DASH : h("button", { type: "button", class: "number", onclick: () => showEvidence(run, row, kind) }, value, interval && h("small", {}, interval)),
     );
   const cells = [
-    number("file", bytes(row.file?.bytes ?? plan.file_bytes)),
-    number("memory", bytes(plan.total_bytes)),
-    number("speed", small(result?.decode_tokens_per_s)),
-    number("kl", small(fidelity?.kl_mean), range(fidelity?.kl_low, fidelity?.kl_high, small)),
-    number("ppl", fixed(fidelity?.ppl_ratio, 3)),
-    number("top1", percent(fidelity?.top1)),
-    number("passes", result ? `${result.passes}/${result.inputs}` : DASH, result && `${range(result.pass_low, result.pass_high, (share) => percent(share, 0))}`),
-    h("td", { class: "verdict" }, h("strong", {}, verdict.status), h("small", {}, LOSSES[verdict.loss] ?? "")),
+    number("file", "File", bytes(row.file?.bytes ?? plan.file_bytes)),
+    number("memory", "Memory", bytes(plan.total_bytes)),
+    number("speed", "Tokens/s", small(result?.decode_tokens_per_s)),
+    number("kl", "KL", small(fidelity?.kl_mean), range(fidelity?.kl_low, fidelity?.kl_high, small)),
+    number("ppl", "PPL ratio", fixed(fidelity?.ppl_ratio, 3)),
+    number("top1", "Top-1", percent(fidelity?.top1)),
+    number("passes", "Passes", result ? `${result.passes}/${result.inputs}` : DASH, result && `${range(result.pass_low, result.pass_high, (share) => percent(share, 0))}`),
+    h("td", { role: "cell", class: "verdict" }, h("strong", {}, verdict.status), h("small", {}, LOSSES[verdict.loss] ?? "")),
   ];
   const kind = `${TIERS[verdict.status] ?? ""} ${verdict.status.replaceAll(" ", "-")}`.trim();
   return h(
     "tbody",
-    { class: kind },
-    h("tr", {}, h("th", { scope: "rowgroup" }, row.level), ...cells),
-    h("tr", { class: "why" }, h("td", { colspan: 9 }, verdict.reason[0].toUpperCase() + verdict.reason.slice(1))),
+    { role: "rowgroup", class: kind },
+    h("tr", { role: "row" }, h("th", { role: "rowheader", scope: "rowgroup" }, row.level), ...cells),
+    h("tr", { role: "row", class: "why" }, h("td", { role: "cell", colspan: 9 }, verdict.reason[0].toUpperCase() + verdict.reason.slice(1))),
   );
 }
 

@@ -1,0 +1,465 @@
+"""The page in a real browser: headless Chromium, driven by Playwright, against the real paths."""
+
+import itertools
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from starlette.testclient import TestClient
+
+from bitladder.errors import BadInput
+from bitladder.plan.whatif import what_if
+from bitladder.records import to_json
+from bitladder.serve.page_app import PAGE, build_page
+from bitladder.units import MiB
+from ladder_examples import run_record
+from page_gateway import EVIL, Fake, gateway_app, serving
+
+SWITCHES = (
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+)  # fmt: skip
+PENS = "What do 12 pens cost?"
+SHEETS = (PAGE / "style.css", PAGE.parents[1] / "data" / "report" / "report.css")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+    chromium = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.skip("Chromium is not installed (Debian: apt-get install chromium)")
+    with sync_api.sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=chromium, args=list(SWITCHES))
+        yield running
+        running.close()
+
+
+@pytest.fixture
+def run_json(tmp_path):
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(to_json(run_record())))
+    return path
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    path = tmp_path_factory.mktemp("run") / "run.json"
+    path.write_text(json.dumps(to_json(run_record())))
+    fake = Fake()
+    with serving(gateway_app(path, fake)) as url:
+        yield fake, url
+
+
+@pytest.fixture
+def gateway(served):
+    """The same server for all, as new for each."""
+    fake, url = served
+    fake.__init__()
+    fake.url = url
+    return fake
+
+
+@pytest.fixture
+def page(browser, gateway):
+    """A fresh profile on the gateway's page; nothing may go wrong in the console or leave the machine."""
+    context = browser.new_context(viewport={"width": 1200, "height": 900})
+    context.set_default_timeout(8000)
+    opened = context.new_page()
+    wrong = []
+    opened.on("pageerror", lambda error: wrong.append(str(error)))
+    opened.on(
+        "console", lambda said: wrong.append(said.text) if said.type == "error" and "40" not in said.text else None
+    )
+    opened.on(
+        "request",
+        lambda asked: None if asked.url.startswith((gateway.url, "blob:", "data:")) else wrong.append(asked.url),
+    )
+    opened.goto(gateway.url)
+    yield opened
+    context.close()
+    assert not wrong
+
+
+def compare(page, prompt):
+    page.fill("#prompt", prompt)
+    page.click("button[type=submit]")
+    page.wait_for_selector(".parted .card")
+
+
+def open_ladder(page):
+    page.click("#tab-ladder")
+    page.wait_for_selector("table.levels")
+
+
+def texts(page, selector):
+    return [text.strip() for text in page.locator(selector).all_inner_texts()]
+
+
+# ---- compare
+
+
+def test_two_levels_side_by_side(page, gateway):
+    compare(page, PENS)
+    assert texts(page, ".answer h3") == ["Q6_K", "Q4_K_M"]
+    assert texts(page, ".answer ins") == ["12"]
+    assert texts(page, ".answer del") == ["8"]
+    assert re.search(r"tokens/s · first token \d+ ms · 6 tokens", texts(page, ".numbers")[0])
+    assert {body["model"] for body in gateway.asked} == {"Q6_K", "Q4_K_M"}
+    assert all(body["stream"] and body["logprobs"] and body["temperature"] == 0 for body in gateway.asked)
+
+
+def test_where_they_part_and_whether_it_is_real(page):
+    compare(page, PENS)
+    card = page.locator(".parted .card")
+    assert "They part at token 5. A real difference" in card.inner_text()
+    assert texts(page, ".chances tbody td") == ["80.0%", "5.0%", "6.0%", "70.0%"]
+    compare(page, "Say it formally.")
+    page.wait_for_selector(".tie-break")
+    assert "A tie-break" in card.inner_text()
+    compare(page, "Same?")
+    page.wait_for_selector("text=The same answer, word for word.")
+
+
+def test_what_models_and_people_write_is_shown_as_text(page):
+    compare(page, "evil")
+    assert EVIL in texts(page, ".answer .text")[0]
+    assert page.locator(".answer img, .answer script").count() == 0
+    assert "owned" not in page.title()
+
+
+def test_a_blind_vote_hides_the_levels_until_it_is_cast(page):
+    page.check("#blind")
+    compare(page, PENS)
+    shown = page.locator(".results").inner_text()
+    assert "Answer A" in shown
+    assert "Q6_K" not in shown
+    assert "tokens/s" not in shown
+    page.click(".vote button:has-text('Answer B')")
+    page.wait_for_selector(".results .note")
+    assert sorted(texts(page, ".answer h3")) == ["Q4_K_M", "Q6_K"]
+    preferred = texts(page, ".answer h3")[1]
+    assert f"You preferred {preferred}." in page.locator(".results .note").inner_text()
+    assert f"{preferred} 1" in page.locator(".results .note").inner_text()
+
+
+def test_history_outlives_a_reload_and_can_be_forgotten(page):
+    compare(page, PENS)
+    page.reload()
+    page.click(".past .link")
+    assert texts(page, ".answer ins") == ["12"]
+    assert page.input_value("#prompt") == PENS
+    page.click("text=Forget all")
+    page.wait_for_selector("text=None yet.")
+
+
+def test_a_link_carries_a_comparison(page, gateway):
+    compare(page, PENS)
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.click("text=Copy a link")
+    page.wait_for_selector("text=Copied.")
+    link = page.evaluate("navigator.clipboard.readText()")
+    assert link.startswith(f"{gateway.url}#compare=")
+    page.evaluate("localStorage.clear()")
+    asked = len(gateway.asked)
+    page.goto("about:blank")
+    page.goto(link)
+    page.wait_for_selector(".parted .card")
+    assert texts(page, ".answer ins") == ["12"]
+    assert len(gateway.asked) == asked
+
+
+@pytest.mark.parametrize("fragment", ["AAAA", "%%%", "eyJ2ZXJzaW9uIjoyfQ"])
+def test_a_broken_link_is_told(page, gateway, fragment):
+    page.goto(f"{gateway.url}#compare={fragment}")
+    page.wait_for_selector("text=The link holds no comparison")
+
+
+def test_a_file_carries_a_comparison(page, tmp_path):
+    compare(page, PENS)
+    with page.expect_download() as download:
+        page.click("text=Save as a file")
+    path = tmp_path / "comparison.json"
+    download.value.save_as(path)
+    page.reload()
+    page.set_input_files("#open-file", path)
+    page.wait_for_selector(".answer ins")
+    path.write_text('{"version": 1}')
+    page.set_input_files("#open-file", path)
+    page.wait_for_selector("text=This file is no comparison")
+
+
+def test_errors_and_broken_streams_are_told(page, gateway):
+    compare(page, "unknown prompt")
+    assert texts(page, ".answer .bad") == ["The context is too small for this."] * 2
+    gateway.cut = True
+    compare(page, PENS)
+    page.wait_for_selector("text=broke off before its end")
+
+
+def test_stopping(page, gateway):
+    gateway.delay = 0.05
+    page.fill("#prompt", "long")
+    page.click("button[type=submit]")
+    page.wait_for_selector(".answer .text:has-text('word word word')")
+    page.click("text=Stop")
+    page.wait_for_selector("text=Stopped.")
+    assert page.locator("button[type=submit]").inner_text() == "Compare"
+
+
+def test_fewer_than_two_levels_is_a_complaint(page):
+    page.uncheck("[name=level][value=Q6_K]")
+    page.fill("#prompt", PENS)
+    page.click("button[type=submit]")
+    page.wait_for_selector("text=Choose at least two levels.")
+
+
+def test_a_key_is_asked_for_once(browser, gateway):
+    gateway.key = "bl-secret"
+    context = browser.new_context()
+    opened = context.new_page()
+    opened.goto(gateway.url)
+    opened.fill("#key-dialog input", "bl-secret")
+    opened.click("#key-dialog .primary")
+    compare(opened, PENS)
+    assert "bl-secret" not in opened.evaluate("JSON.stringify(localStorage)")
+    context.close()
+
+
+# ---- ladder
+
+
+def test_the_ladder_shows_the_run(page):
+    open_ladder(page)
+    assert texts(page, "table.levels tbody th") == ["F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K"]
+    assert "Deploy Q6_K for quality" in page.inner_text(".summary")
+    assert page.locator(".chart .dot").count() == 6
+    assert page.locator(".chart .dot.quality, .chart .dot.speed").count() == 2
+    assert "the cliff" in page.locator(".chart").text_content()
+    page.check("input[value=speed]")
+    assert page.locator(".chart .curve").count() == 0
+    assert texts(page, "table.tags tbody th")[0].startswith("arithmetic")
+
+
+def test_every_number_opens_its_evidence(page):
+    open_ladder(page)
+    numbers = page.locator("table.levels tbody.speed .number")
+    assert numbers.count() == 7
+    expected = ["Path", "KV cache", "Prefill", "30 documents", "Perplexity", "95% interval", "McNemar"]
+    for n, words in enumerate(expected):
+        numbers.nth(n).click()
+        shown = page.inner_text("#evidence")
+        assert words in shown
+        assert "bitladder run reference-f16.gguf" in shown
+        assert "ab" * 32 in shown
+        page.keyboard.press("Escape")
+        assert page.locator("#evidence[open]").count() == 0
+    numbers.nth(6).click()
+    assert texts(page, "#evidence ins") == ["12"], "the answer behind the lost input"
+
+
+def test_what_if_decides_again(page):
+    open_ladder(page)
+    page.fill("#if-bar", "kl < 0.02")
+    page.wait_for_selector("text=Deploy Q6_K alone")
+    page.fill("#if-bar", "kl >")
+    page.wait_for_selector("text=cannot be read")
+    assert "Deploy Q6_K alone" in page.inner_text(".summary"), "the last good answer stays"
+    page.click("text=As measured")
+    page.wait_for_selector("text=Deploy Q6_K for quality")
+    page.focus("#if-memory")
+    page.keyboard.press("Home")
+    page.wait_for_selector("text=No level besides the reference fits")
+    assert "does not fit" in texts(page, "table.levels .verdict strong")
+    page.click("text=As measured")
+    page.focus("#if-context")
+    page.keyboard.press("End")
+    page.wait_for_selector("text=131,072")
+    page.wait_for_selector("text=does not fit")
+
+
+def test_without_a_gateway_there_is_the_ladder_alone(browser, run_json):
+    with serving(build_page(run_json)) as url:
+        context = browser.new_context()
+        opened = context.new_page()
+        opened.goto(url)
+        opened.wait_for_selector("table.levels")
+        assert opened.locator("[role=tab]:visible").all_inner_texts() == ["Ladder"]
+        context.close()
+
+
+# ---- live
+
+
+def test_live_tells_what_each_tier_does(page):
+    page.click("#tab-live")
+    page.wait_for_selector(".recent")
+    assert texts(page, ".tier .level") == ["Q6_K", "Q4_K_M"]
+    assert "44.5" in page.inner_text(".tier.speed")
+    assert "75%" in page.inner_text(".shares")
+    assert "92% the very same answer (80% to 97%)" in page.inner_text("#live")
+    assert "tag 'recall' lost nothing" in page.inner_text(".recent")
+    assert page.locator("[role=alert]:visible").count() == 0
+
+
+def test_an_alarm_is_seen(page, gateway):
+    gateway.alarm = True
+    page.click("#tab-live")
+    page.wait_for_selector("#live [role=alert]")
+    assert "drifted from the workload" in page.inner_text("#live [role=alert]")
+
+
+# ---- for everyone
+
+
+def test_everything_by_keyboard(page):
+    page.focus("#tab-compare")
+    page.keyboard.press("ArrowRight")
+    assert page.evaluate("document.activeElement.id") == "tab-ladder"
+    page.wait_for_selector("table.levels")
+    page.keyboard.press("End")
+    assert page.evaluate("document.activeElement.id") == "tab-live"
+    page.keyboard.press("ArrowRight")
+    assert page.evaluate("document.activeElement.id") == "tab-compare"
+    page.keyboard.press("Tab")
+    page.focus("#prompt")
+    page.keyboard.type(PENS)
+    page.keyboard.press("Control+Enter")
+    page.wait_for_selector(".parted .card")
+    open_ladder(page)
+    number = page.locator("table.levels .number").first
+    number.focus()
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#evidence[open]")
+    page.keyboard.press("Escape")
+    assert page.evaluate("document.activeElement.className") == "number"
+
+
+UNNAMED = """() => [...document.querySelectorAll('button, input, textarea, [role=region], svg[role=img], dialog[open]')]
+    .filter((one) => one.checkVisibility())
+    .filter((one) => !(one.getAttribute('aria-label') || one.getAttribute('aria-labelledby')
+        || [...(one.labels ?? [])].some((label) => label.textContent.trim()) || one.textContent.trim()))
+    .map((one) => one.outerHTML.slice(0, 120))"""
+
+
+def test_everything_has_a_name(page):
+    compare(page, PENS)
+    for tab in ("compare", "ladder", "live"):
+        page.click(f"#tab-{tab}")
+        page.wait_for_selector(f"#{tab} *")
+        page.wait_for_load_state("networkidle")
+        assert page.evaluate(UNNAMED) == []
+        levels = page.evaluate("[...document.querySelectorAll('main h1, main h2, main h3')].map((h) => +h.tagName[1])")
+        assert all(after - before <= 1 for before, after in itertools.pairwise(levels))
+        assert page.evaluate(f"document.getElementById('{tab}').getAttribute('aria-labelledby')") == f"tab-{tab}"
+
+
+@pytest.mark.parametrize(("scheme", "width"), [("light", 320), ("dark", 390), ("light", 1200)])
+def test_nothing_runs_off_the_page(browser, gateway, scheme, width):
+    context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    opened = context.new_page()
+    opened.goto(gateway.url)
+    compare(opened, PENS)
+    for tab in ("compare", "ladder", "live"):
+        opened.click(f"#tab-{tab}")
+        opened.wait_for_load_state("networkidle")
+        assert opened.evaluate("document.documentElement.scrollWidth") <= width
+    dark = opened.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(20, 22, 26)"
+    assert dark == (scheme == "dark")
+    context.close()
+
+
+def luminance(colour):
+    channels = [int(colour[n : n + 2], 16) / 255 for n in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one, other):
+    light, dark = sorted((luminance(one), luminance(other)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+@pytest.mark.parametrize("sheet", SHEETS, ids=lambda path: path.name)
+@pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
+def test_text_stands_out_from_what_is_behind_it(sheet, scheme):
+    """WCAG AA: 4.5 to 1 for text, in both schemes."""
+    block = re.findall(r":root \{([^}]*)\}", Path(sheet).read_text())[scheme]
+    colour = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", block))
+    tones = ("quality", "speed", "both", "bad")
+    pairs = [(text, behind) for text in ("ink", "soft", *tones, "doubt", "good") for behind in ("paper", "card")]
+    pairs += [(text, f"{tone}-bg") for tone in tones for text in (tone, "ink", "soft")]
+    pairs += [("ins-ink", "ins"), ("del-ink", "del"), ("ink", "faint"), ("soft", "faint")]
+    weak = [(text, behind) for text, behind in pairs if contrast(colour[text], colour[behind]) < 4.5]
+    assert not weak
+
+
+def test_words_are_matched_like_in_the_report(page):
+    pairs = [["", ""], ["a b c", "a x c"], ["a " * 2500, "b " * 2500], ["one two", "one two three"], ["x", ""]]
+    script = """async (pairs) => {
+        const { wordDiff } = await import('/diff.js');
+        return pairs.map(([one, other]) => wordDiff(one, other));
+    }"""
+    for (one, other), segments in zip(pairs, page.evaluate(script, pairs), strict=True):
+        assert "".join(s["text"] for s in segments if s["kind"] != "removed") == other
+        assert "".join(s["text"] for s in segments if s["kind"] != "added") == one
+    told = page.evaluate(script, [["The fee shall be $100.", "The fee will be $120 now."]])[0]
+    assert [s["kind"] for s in told] == ["same", "removed", "added", "same", "removed", "added", "same"]
+
+
+# ---- what stands behind it
+
+
+def test_what_if_moves_memory_and_context():
+    run = run_record()
+    plan, decision = what_if(run, n_ctx=4096)
+    before, after = run.plan.levels[2], plan.levels[2]
+    assert after.kv_bytes == 2 * before.kv_bytes
+    assert after.total_bytes - before.total_bytes == before.kv_bytes
+    assert decision.quality == run.decision.quality
+    plan, decision = what_if(run, budget_bytes=200 * MiB)
+    assert [level.level for level in plan.levels if level.fits] == ["Q4_K_M", "Q3_K_M", "Q2_K"]
+    assert (decision.quality, decision.speed, decision.pair) == ("Q4_K_M", "Q4_K_M", "one level")
+    assert what_if(run) == (run.plan, run.decision)
+
+
+@pytest.mark.parametrize(
+    ("query", "status"),
+    [
+        ("", 200), ("bar=kl+%3C+0.02&ctx=4096&memory=1000000000", 200), ("bar=nonsense", 400),
+        ("memory=-1", 400), ("memory=0", 400), ("memory=" + "9" * 400, 400), ("ctx=1e3", 400),
+        ("ctx=%D9%A3", 400), ("bar=" + "x" * 501, 400),
+    ],
+)  # fmt: skip
+def test_what_if_over_http(run_json, query, status):
+    client = TestClient(build_page(run_json), base_url="http://127.0.0.1")
+    reply = client.get(f"/bitladder/api/what-if?{query}")
+    assert reply.status_code == status
+    assert ("decision" in reply.json()) == (status == 200)
+
+
+def test_the_page_answers_only_to_this_machine(run_json):
+    client = TestClient(build_page(run_json), base_url="http://evil.example")
+    assert client.get("/bitladder/api/run").status_code == 400
+
+
+def test_the_page_is_not_served_over_something_that_is_no_run(tmp_path):
+    path = tmp_path / "run.json"
+    path.write_text("{}")
+    with pytest.raises(BadInput, match="is not a run"):
+        build_page(path)
+
+
+def test_the_files_keep_foreign_content_out(run_json):
+    client = TestClient(build_page(run_json), base_url="http://127.0.0.1")
+    for path in ("/", "/main.js", "/style.css"):
+        headers = client.get(path).headers
+        assert headers["content-security-policy"].startswith("default-src 'self'")
+        assert headers["x-content-type-options"] == "nosniff"
+    for file in PAGE.iterdir():
+        assert not re.search(r"https?://(?!www\.w3\.org)", file.read_text()), file.name
+        assert "innerHTML" not in file.read_text(), file.name
+    assert client.get("/../app.py").status_code == 404
