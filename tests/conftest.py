@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from bitladder.files.sources import DEMO, resolve
+from bitladder.files import demo
+from bitladder.files.sources import resolve
 
 
 @pytest.fixture(autouse=True)
@@ -16,4 +17,4 @@ def private_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def demo_gguf() -> Path:
     """SmolLM2-135M-Instruct as a GGUF, fetched once into the user cache."""
-    return resolve(DEMO).path
+    return resolve(demo.NAME).path
