@@ -114,7 +114,7 @@ def test_a_file_that_is_no_model(tmp_path):
     with pytest.raises(EngineGone) as caught:
         LlamaServer(path).start()
     assert caught.match("The engine for 'bad' ended with exit code 1")
-    assert "this GGUF file is version 99" in caught.value.means
+    assert "failed to read header" in caught.value.means
 
 
 def test_a_truncated_model(tmp_path, demo_gguf):

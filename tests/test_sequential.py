@@ -8,20 +8,18 @@ import pytest
 from bitladder.describe.workload import Input
 from bitladder.stages.ladder import measure_ladder
 from bitladder.stats.sequential import (
+    STAKES,
     Standing,
     asymptotic_sequence,
     confidence_sequence,
     log_wealth_above,
     standing,
-    still_open,
 )
-
-STAKES = np.geomspace(0.005, 0.98, 24)
 
 
 def test_wealth_is_the_bets_played_one_by_one():
     values, mean = [1.0, 0.0, 1.0, 0.5, 1.0], 0.4
-    purses = np.full(24, 1 / 24)
+    purses = np.full(len(STAKES), 1 / len(STAKES))
     for value, log_wealth in zip(values, log_wealth_above(values, mean), strict=True):
         purses *= 1 + STAKES / mean * (value - mean)
         assert log_wealth == pytest.approx(math.log(purses.sum()))
@@ -58,6 +56,13 @@ def test_a_call_does_not_depend_on_what_comes_after():
     early = [0.0] * 200
     assert standing(early, 0.04) is Standing.MEETS
     assert standing(early + [-1.0] * 100, 0.04) is Standing.MEETS
+
+
+def test_set_aside_before_known_bad():
+    losing = [-1.0, 0.0, 0.0, 0.0] * 8
+    assert standing(losing, 0.04) is Standing.OPEN
+    assert standing(losing, 0.04, beta=0.2) is Standing.UNLIKELY
+    assert standing(losing * 8, 0.04, beta=0.2) is Standing.FAILS
 
 
 def test_values_outside_their_bounds_are_refused():
@@ -103,13 +108,6 @@ def test_asymptotic_sequence_is_wider_than_a_single_look():
     assert high - low > 2 * 1.96 * values.std() / 10
 
 
-def test_larger_levels_close_once_a_smaller_one_meets_the_bar():
-    o, m, f = Standing.OPEN, Standing.MEETS, Standing.FAILS
-    assert still_open([o, o, m, o, f, o]) == (3, 5)
-    assert still_open([m, f]) == ()
-    assert still_open([o, o]) == (0, 1)
-
-
 INPUTS = [Input(f"i{n}", ({"role": "user", "content": "?"},), ()) for n in range(400)]
 
 
@@ -119,20 +117,44 @@ def ladder(losses, seed=0):
     return lambda level, inputs: [float(truth[level][int(one.id[1:])]) for one in inputs]
 
 
-def test_the_ladder_stops_where_the_decision_is_clear():
+def test_the_ladder_is_halved_and_stops_where_the_decision_is_clear():
     losses = {"Q8_0": 0.0, "Q6_K": 0.0, "Q4_K_M": 0.0, "Q3_K_M": 0.3, "Q2_K": 0.6}
     outcome = measure_ladder(list(losses), INPUTS, ladder(losses), margin=0.04)
     assert outcome.chosen == "Q4_K_M"
     assert outcome.decided
-    assert outcome.standings[3:] == (Standing.FAILS, Standing.FAILS)
-    assert sum(outcome.inputs_used) < 5 * 400 / 2
-    assert outcome.inputs_used[4] < outcome.inputs_used[3] < outcome.inputs_used[2]
+    assert outcome.standings == (Standing.OPEN, Standing.OPEN, Standing.MEETS, Standing.UNLIKELY, Standing.OPEN)
+    assert [used > 0 for used in outcome.inputs_used] == [False, False, True, True, False]
+    assert outcome.inputs_used[3] < outcome.inputs_used[2] < 400 / 2
+
+
+@pytest.mark.parametrize(("boundary", "chosen"), [(0, None), (1, "L0"), (4, "L3"), (7, "L6")])
+def test_every_place_of_the_boundary_is_found(boundary, chosen):
+    losses = {f"L{n}": 0.0 if n < boundary else 0.5 for n in range(7)}
+    outcome = measure_ladder(list(losses), INPUTS, ladder(losses), margin=0.04)
+    assert (outcome.chosen, outcome.decided) == (chosen, True)
+    assert sum(used > 0 for used in outcome.inputs_used) <= 3
+
+
+def test_wrong_calls_stay_rare_on_a_whole_ladder():
+    """Seven levels that all lose exactly the margin plus a hair: any of them called good is an error."""
+    rng, wrong = np.random.default_rng(3), 0
+    for seed in range(100):
+        table = rng.choice([-1.0, 1.0, 0.0], p=[0.09, 0.045, 0.865], size=(7, 400))
+        outcome = measure_ladder(
+            [str(n) for n in range(7)],
+            INPUTS,
+            lambda level, wanted, table=table: [float(table[int(level), int(one.id[1:])]) for one in wanted],
+            margin=0.045 - 1e-9,
+            seed=seed,
+        )
+        wrong += outcome.chosen is not None
+    assert wrong / 100 <= 0.05 + 0.04
 
 
 def test_the_ladder_says_when_inputs_ran_out():
     losses = {"Q8_0": 0.0, "Q4_K_M": 0.0}
     outcome = measure_ladder(list(losses), INPUTS[:20], ladder(losses), margin=0.04)
-    assert (outcome.chosen, outcome.decided, outcome.inputs_used) == (None, False, (20, 20))
+    assert (outcome.chosen, outcome.decided, outcome.inputs_used) == (None, False, (20, 0))
 
 
 def test_the_same_seed_asks_in_the_same_order():

@@ -113,7 +113,7 @@ class LlamaProcess:
             self.base_url, self.engine = hello["address"], hello["engine"]
             self._wait_for_health(began + timeout_s)
         except BaseException:
-            self.stop()
+            self.stop(grace_s=0.0)  # while loading it cannot hear that its stdin closed
             raise
         self.load_seconds = time.monotonic() - began
 

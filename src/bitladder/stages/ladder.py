@@ -1,21 +1,30 @@
 """Measure a ladder only as far as its decision needs.
 
-Inputs are asked in a random order that the seed fixes, a batch at a time, of the levels whose place is still
-open. A level closes when it is known to meet the bar or to fail it; once a level meets it, larger ones close
-too, since the smallest that meets the bar is wanted. Evidence is anytime-valid (``stats.sequential``) and the
-error rate is shared among the levels, so the chance that *any* level is called wrongly stays under ``alpha``
-although we look after every batch.
+The smallest level that meets the bar is wanted. Levels are tried by halving: the one in the middle of those
+whose place is open is asked inputs, in a random order that the seed fixes, until it is known to meet the bar
+or unlikely to; then the search goes on among the smaller or the larger ones. So most levels are never
+measured, and each engine is started once.
+
+Two error rates are stated. ``alpha``: the chosen level does not meet the bar. ``beta``: a level that meets it
+is set aside. Evidence is anytime-valid (``stats.sequential``), so looking after every batch costs nothing.
+``alpha`` is shared among the levels on the way: the first wrong call of a search can only happen on the way
+that right calls would have taken, which the truth fixes in advance and which has at most ``ceil(log2(levels +
+1))`` levels; so that many shares suffice, whatever the dependence between levels that answer the same inputs.
+``beta`` holds for each level.
+
+What it gives up: a small level that happens to be better than a larger one that was set aside is not found.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from bitladder.describe.workload import Input
-from bitladder.stats.sequential import Standing, standing, still_open
+from bitladder.stats.sequential import Standing, standing
 
 
 @dataclass(frozen=True)
@@ -24,12 +33,15 @@ class LadderOutcome:
 
     levels: tuple[str, ...]
     standings: tuple[Standing, ...]
+    """``open`` for levels that were not asked, or whose inputs ran out."""
     inputs_used: tuple[int, ...]
     """Inputs asked of each level."""
     chosen: str | None
-    """The smallest level known to meet the bar."""
+    """The smallest level found to meet the bar."""
     decided: bool
-    """False when the inputs ran out before the choice was sure; ``chosen`` is then the best known so far."""
+    """False when inputs ran out at a smaller level than the chosen one: more of them might still show it to
+    do.
+    """
 
 
 Ask = Callable[[str, Sequence[Input]], Sequence[float]]
@@ -43,6 +55,7 @@ def measure_ladder(
     *,
     margin: float,
     alpha: float = 0.05,
+    beta: float = 0.1,
     batch: int = 8,
     seed: int = 0,
 ) -> LadderOutcome:
@@ -51,10 +64,11 @@ def measure_ladder(
     Args:
         levels: from the largest to the smallest.
         inputs: all there are; a part of them may do.
-        ask: measures one level on some inputs.
+        ask: measures one level on some inputs; calls for one level follow each other.
         margin: loss that the bar allows, as a share; above 0, since no number of inputs can prove a loss of
             nothing.
-        alpha: chance that any level is called wrongly.
+        alpha: chance that the chosen level does not meet the bar.
+        beta: chance that a level which meets it is set aside.
         batch: inputs between two looks.
         seed: of the order of the inputs.
 
@@ -64,21 +78,35 @@ def measure_ladder(
     if not 0 < margin < 1:
         raise ValueError(f"the margin must lie between 0 and 1, got {margin}")
     order = np.random.default_rng(seed).permutation(len(inputs))
-    seen: dict[str, list[float]] = {level: [] for level in levels}
-    standings = [Standing.OPEN] * len(levels)
-    for start in range(0, len(inputs), batch):
-        wanted = [inputs[place] for place in order[start : start + batch]]
-        places = still_open(standings)
-        if not places:
-            break
-        for place in places:
-            seen[levels[place]] += ask(levels[place], wanted)
-            standings[place] = standing(seen[levels[place]], margin, alpha / len(levels))
-    meets = [level for level, known in zip(levels, standings, strict=True) if known is Standing.MEETS]
+    shuffled = [inputs[place] for place in order]
+    share = alpha / max(1, math.ceil(math.log2(len(levels) + 1)))
+    standings, used = [Standing.OPEN] * len(levels), [0] * len(levels)
+    meets, fails = -1, len(levels)
+    while fails - meets > 1:
+        place = (meets + fails) // 2
+        standings[place], used[place] = _measure(levels[place], shuffled, ask, margin, (share, beta), batch)
+        if standings[place] is Standing.MEETS:
+            meets = place
+        else:
+            fails = place
+    ran_out = [place for place in range(meets + 1, len(levels)) if used[place] and standings[place] is Standing.OPEN]
     return LadderOutcome(
         levels=tuple(levels),
         standings=tuple(standings),
-        inputs_used=tuple(len(seen[level]) for level in levels),
-        chosen=meets[-1] if meets else None,
-        decided=not still_open(standings),
+        inputs_used=tuple(used),
+        chosen=levels[meets] if meets >= 0 else None,
+        decided=not ran_out,
     )
+
+
+def _measure(
+    level: str, inputs: Sequence[Input], ask: Ask, margin: float, rates: tuple[float, float], batch: int
+) -> tuple[Standing, int]:
+    """Ask one level until its standing is known; with the inputs it took."""
+    seen: list[float] = []
+    for start in range(0, len(inputs), batch):
+        seen += ask(level, inputs[start : start + batch])
+        known = standing(seen, margin, rates[0], beta=rates[1])
+        if known is not Standing.OPEN:
+            return known, len(seen)
+    return Standing.OPEN, len(seen)

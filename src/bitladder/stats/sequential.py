@@ -20,7 +20,6 @@ valid as samples grow, not at every small size.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from enum import StrEnum
 
 import numpy as np
@@ -31,8 +30,11 @@ from bitladder.stats.intervals import Bounds
 
 F64 = NDArray[np.float64]
 
-_STAKES = np.geomspace(0.005, 0.98, 24)
-"""As shares of the largest stake that cannot lose more than everything."""
+STAKES = np.array([0.05, 0.2, 0.4, 0.8])
+"""As shares of the largest stake that cannot lose more than everything. Few, because each further one costs
+its share of the starting wealth; the large ones win where levels differ on few inputs, the small ones where
+on many.
+"""
 
 
 class Standing(StrEnum):
@@ -40,6 +42,8 @@ class Standing(StrEnum):
 
     MEETS = "meets"
     FAILS = "fails"
+    UNLIKELY = "unlikely"
+    """Not known to fail, but to go on would hardly ever show that it meets."""
     OPEN = "open"
 
 
@@ -60,37 +64,45 @@ def log_wealth_above(values: ArrayLike, mean: float) -> F64:
         return np.zeros(x.size)  # every claim of 1 or more holds for values up to 1
     if mean < 0:
         return np.full(x.size, np.inf)
-    stakes = _STAKES / mean if mean > 0 else _STAKES * 1e6
+    stakes = STAKES / mean if mean > 0 else STAKES * 1e6
     growth = np.cumsum(np.log1p(stakes[:, None] * (x - mean)[None, :]), axis=1)
     wealth: F64 = logsumexp(growth, axis=0) - math.log(len(stakes))
     return wealth
 
 
-def standing(differences: ArrayLike, margin: float, alpha: float = 0.05) -> Standing:
+def standing(differences: ArrayLike, margin: float, alpha: float = 0.05, *, beta: float | None = None) -> Standing:
     """Whether a level's mean difference from the reference is known to be better or worse than ``-margin``.
 
-    Valid however often it is asked. Each of the two claims is rejected wrongly with probability at most
-    ``alpha``.
+    Valid however often it is asked, and what was known once stays known. A level that fails is called
+    ``meets`` with probability at most ``alpha``, and one that meets is called ``fails`` with at most
+    ``alpha``, ``unlikely`` with at most ``beta``.
 
     Args:
         differences: f64[n] in the order they were measured, level minus reference, each in -1 to 1.
         margin: the loss that the bar allows, as a share.
-        alpha: error rate.
+        alpha: error rate of ``meets`` and ``fails``.
+        beta: error rate of ``unlikely``; None never says it.
     """
     x = (np.asarray(differences, dtype=np.float64) + 1) / 2
     bar = (1 - margin) / 2
-    threshold = -math.log(alpha)
     above, below = log_wealth_above(x, bar), log_wealth_above(1 - x, 1 - bar)
-    first_above = int(np.argmax(above >= threshold)) if np.any(above >= threshold) else x.size
-    first_below = int(np.argmax(below >= threshold)) if np.any(below >= threshold) else x.size
-    if first_above == first_below == x.size:
+    meets, fails = _first(above, alpha), _first(below, alpha)
+    doubted = _first(below, beta) if beta is not None else x.size
+    first = min(meets, fails, doubted)
+    if first == x.size:
         return Standing.OPEN
-    return Standing.MEETS if first_above <= first_below else Standing.FAILS
+    if first == meets:
+        return Standing.MEETS
+    return Standing.FAILS if fails < x.size else Standing.UNLIKELY
 
 
-def confidence_sequence(
-    values: ArrayLike, alpha: float = 0.05, *, low: float = 0.0, high: float = 1.0
-) -> Bounds:
+def _first(log_wealth: F64, alpha: float) -> int:
+    """The first place where the wealth reaches 1 / alpha; the length when it never does."""
+    reached = log_wealth >= -math.log(alpha)
+    return int(np.argmax(reached)) if reached.any() else log_wealth.size
+
+
+def confidence_sequence(values: ArrayLike, alpha: float = 0.05, *, low: float = 0.0, high: float = 1.0) -> Bounds:
     """An interval of the mean of bounded values that may be looked at after every value; NaN for no values.
 
     The claims "at most m" that are not rejected reach down to ``low``'s bound, those of "at least m" up to
@@ -137,13 +149,3 @@ def asymptotic_sequence(values: ArrayLike, alpha: float = 0.05, *, tightest_at: 
     width = math.sqrt(2 * (t * rho2 + 1) / (t * t * rho2) * math.log(math.sqrt(t * rho2 + 1) / alpha))
     half = float(np.std(x)) * width
     return Bounds(float(x.mean()) - half, float(x.mean()) + half)
-
-
-def still_open(standings: Sequence[Standing]) -> tuple[int, ...]:
-    """The levels worth measuring further when the smallest one that meets the bar is wanted.
-
-    Standings run from the largest level to the smallest. Once a level meets the bar, no larger one can be the
-    choice; a level whose standing is known needs no more inputs.
-    """
-    chosen = max((place for place, known in enumerate(standings) if known is Standing.MEETS), default=-1)
-    return tuple(place for place, known in enumerate(standings) if place > chosen and known is Standing.OPEN)
