@@ -159,7 +159,7 @@ def _decoder(qtype: str) -> Callable[[U8Array, F32Array], None]:
     if (decode := DECODERS.get(qtype)) is not None:
         return lambda data, out: decode(data, out, HALF)
     if qtype == "F16":
-        return lambda data, out: np.copyto(out, data.view(np.float16))
+        return lambda data, out: floats.decode_f16(data.view(np.uint16), out)
     if qtype == "BF16":
         return lambda data, out: floats.decode_bf16(data.view(np.uint16), out)
     if qtype == "F32":

@@ -31,6 +31,25 @@ def decode_bf16(data: Any, out: Any) -> None:
 
 
 @kernel
+def decode_f16(data: Any, out: Any) -> None:
+    """``data`` uint16[n] to ``out`` f32[n], in steps that the compiler turns into vectors; numpy goes one by one.
+
+    Exponent and fraction move up 13 bits and the exponent's bias grows by 112, or to all ones for NaN and infinity;
+    what has no exponent counts in steps of 2^-24.
+    """
+    bits = out.view(np.uint32)
+    for i in range(bits.size):
+        h = np.uint32(data[i])
+        magnitude = (h & np.uint32(0x7FFF)) << np.uint32(13)
+        exponent = magnitude & np.uint32(0x0F800000)
+        bias = np.uint32(0x70000000) if exponent == np.uint32(0x0F800000) else np.uint32(0x38000000)
+        bits[i] = magnitude + bias
+        tiny = np.float32(np.int32(h & np.uint32(0x3FF))) * np.float32(2.0**-24)
+        out[i] = tiny if exponent == np.uint32(0) else out[i]
+        bits[i] |= (h & np.uint32(0x8000)) << np.uint32(16)
+
+
+@kernel
 def any_nonfinite(x: Any) -> bool:
     """Whether f32 ``x`` holds NaN or infinity: all exponent bits set."""
     bits = x.view(np.uint32)
