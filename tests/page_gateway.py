@@ -105,7 +105,8 @@ def live_example(*, alarm: bool) -> dict:
         return {
             "tier": name, "names": [name, level], "level": level, "file_sha256": "ab" * 32, "state": "ready",
             "resident": True, "running": 1, "queued": 0, "slots": 4, "restarts": 0, "last_error": "",
-            "outcomes": {"complete": 42}, "first_byte_s": {"p50": 0.12, "p95": 0.4}, "tokens_per_s": {"p50": rate, "p95": rate},
+            "outcomes": {"complete": 42}, "first_byte_s": {"p50": 0.12, "p95": 0.4},
+            "tokens_per_s": {"p50": rate, "p95": rate},
         }  # fmt: skip
 
     def line(name: str, level: str, reason: str, outcome: str = "complete") -> dict:

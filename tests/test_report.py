@@ -18,8 +18,10 @@ from bitladder.records.run import InputFacts
 from bitladder.report import fidelity_table, plan_table, print_run, read_run, render_html, write_html
 from bitladder.report.answers import compared_answers
 from bitladder.report.chart import Axis, Point, find_cliff, loss_chart
+from bitladder.report.facts import facts
 from bitladder.report.rows import UNKNOWN, level_rows, number, small
 from bitladder.report.words import word_diff
+from bitladder.units import GiB
 from ladder_examples import SPEED_TEXTS, answers, fidelities, run_record
 
 VOID = {"meta", "link", "br", "img"}
@@ -86,7 +88,8 @@ def test_the_file_is_whole_and_loads_nothing(record):
 def test_it_says_everything_the_table_needs(record):
     text = render_html(record)
     for expected in (
-        "Deploy Q6_K for quality", "158 MiB", "228 MiB", "131", "0.0130", "0.0117–0.0143", "1.013", "2/3", "quality tier",
+        "Deploy Q6_K for quality", "158 MiB", "228 MiB", "131", "0.0130", "0.0117–0.0143", "1.013", "2/3",
+        "quality tier",
         "bitladder run ref", "ab" * 32, "cd" * 32, "numpy 2.0", "walk 12.5 s", "arithmetic",
     ):  # fmt: skip
         assert expected in text, expected
@@ -151,6 +154,8 @@ def test_a_quantized_source_is_said_loudly(record):
     quantized = dataclasses.replace(record, source=dataclasses.replace(record.source, quantized=True, level="Q4_1"))
     assert "The source is itself quantized" in render_html(quantized)
     assert "itself quantized" in shown(print_run, quantized, width=140)
+    said = dataclasses.replace(quantized, warnings=("The source is itself quantized (Q4_1).",))
+    assert render_html(said).count("itself quantized") == 1
 
 
 def test_writing_is_whole_or_not_at_all(record, tmp_path):
@@ -160,6 +165,13 @@ def test_writing_is_whole_or_not_at_all(record, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot be written"):
         write_html(record, tmp_path / "file" / "report.html")
+
+
+def test_settings_are_told_in_words():
+    told = facts(
+        {"ram_total": 8 * GiB, "engine": {"n_ctx": 512, "cpu": None}, "features": ["avx2", "fma"], "unified": False}
+    )
+    assert told == [("ram total", "8.00 GiB"), ("engine", "n ctx 512"), ("features", "avx2; fma")]
 
 
 # ---- records and back

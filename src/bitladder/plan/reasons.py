@@ -80,7 +80,7 @@ def _passed_over(one: Judged, quality: Judged, speed: Judged) -> str:
     size = one.total - speed.total
     against = f"{human_bytes(abs(size))} {'larger' if size >= 0 else 'smaller'} than {speed.level}"
     if slower > SAME_SPEED:
-        against += f" and {100 * slower:.0f}% slower"
+        against += f" and slower ({one.speed:.3g} against {speed.speed:.3g} tokens/s)"
     elif not math.isnan(slower):
         against += " and no faster"
     return f"{against}; further from the reference than {quality.level}"
@@ -125,7 +125,5 @@ def _nothing_chosen(bar: Bar, plan: Plan, outcome: str, rivals: Sequence[Judged]
         return f"No level besides the reference fits in {room} at a context of {plan.n_ctx} tokens."
     if outcome == "not met":
         best = min(rivals, key=lambda one: one.kl)
-        return (
-            f"No level that fits holds the bar '{bar.text}'. The closest is {best.level}: {best.say(FAILED)}."
-        )
+        return f"No level that fits holds the bar '{bar.text}'. The closest is {best.level}: {best.say(FAILED)}."
     return f"The evidence cannot tell whether a level holds the bar '{bar.text}'."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from importlib.resources import files
@@ -13,6 +12,7 @@ from bitladder.files.atomic import write_whole
 from bitladder.records.run import RunRecord
 from bitladder.report.answers import compared_answers
 from bitladder.report.chart import Axis, Point, find_cliff, loss_chart
+from bitladder.report.facts import facts, warnings
 from bitladder.report.rows import LevelRow, level_rows
 from bitladder.units import GiB, MiB, human_bytes
 
@@ -47,7 +47,8 @@ def render_html(record: RunRecord) -> str:
         compared=compared_answers(record),
         human_bytes=human_bytes,
         sentence=lambda text: text[:1].upper() + text[1:],
-        as_json=lambda value: json.dumps(value, ensure_ascii=False),
+        facts=facts,
+        warnings=warnings(record),
     )
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from bitladder.records.fidelity import Fidelity
 from bitladder.records.plan import Plan
 from bitladder.records.run import RunRecord
+from bitladder.report.facts import warnings
 from bitladder.report.rows import LevelRow, interval, level_rows, number, percent, small
 from bitladder.units import human_bytes
 
@@ -28,7 +29,7 @@ STYLES = {
     "does not fit": "dim",
     "reference": "dim",
 }
-LOG_WIDTH = 140
+LOG_WIDTH = 150
 """Columns to write when the output is no terminal."""
 
 
@@ -67,10 +68,9 @@ def print_run(record: RunRecord, console: Console | None = None) -> None:
     out = console or _console()
     rows = level_rows(record)
     source = record.source
-    note = ", itself quantized: losses are relative to it" if source.quantized else ""
-    out.print(Text(f"{source.name}  {source.level} source{note}", style="bold"))
+    out.print(Text(f"{source.name}  {source.level} source", style="bold"))
     out.print(Text(f"{record.plan.machine}, context {record.plan.n_ctx}, bar: {record.decision.bar}", style="dim"))
-    for warning in record.warnings:
+    for warning in warnings(record):
         out.print(Text(f"! {warning}", style="yellow"))
     table, left_out = _level_table(rows, out.width)
     out.print(table)

@@ -20,7 +20,7 @@ const KINDS = {
 export function showEvidence(run, row, kind) {
   const { title, means, rows } = KINDS[kind];
   const dialog = document.getElementById("evidence");
-  const repeat = Object.entries(run.settings).map(([name, value]) => [name, typeof value === "string" ? value : JSON.stringify(value)]);
+  const repeat = Object.entries(run.settings).map(([name, value]) => [name.replaceAll("_", " "), said(value)]);
   dialog.replaceChildren(
     h("form", { method: "dialog", class: "close" }, h("button", { "aria-label": "Close" }, "×")),
     h("h2", { id: "evidence-title" }, `${title} of ${row.level}`),
@@ -36,6 +36,14 @@ export function showEvidence(run, row, kind) {
 }
 
 const list = (rows) => h("dl", {}, ...rows.filter(([, value]) => value !== undefined && value !== "" && value !== null).map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, String(value ?? DASH)))));
+
+/** A setting in words; nested ones in one line. */
+function said(value) {
+  if (Array.isArray(value)) return value.map(said).filter(Boolean).join("; ");
+  if (value === null || typeof value !== "object") return value === null || value === false ? "" : String(value);
+  const inner = Object.entries(value).map(([name, one]) => [name.replaceAll("_", " "), said(one)]);
+  return inner.filter(([, text]) => text).map((pair) => pair.join(" ")).join(", ");
+}
 
 /** The answers behind lost and gained inputs, where the run kept them. */
 function flips(run, { level, result }) {

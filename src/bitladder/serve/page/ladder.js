@@ -32,14 +32,19 @@ export async function showLadder(panel) {
   show(given);
   panel.replaceChildren(
     h("header", { class: "page-head" }, h("h1", {}, run.source.name), h("p", { class: "soft" }, facts(run))),
-    ...(run.source.quantized ? [h("p", { class: "note warn" }, "The source is itself quantized: every loss is relative to that file.")] : []),
-    ...run.warnings.map((warning) => h("p", { class: "note warn" }, warning)),
+    ...warnings(run).map((warning) => h("p", { class: "note warn" }, warning)),
     decision,
     form,
     h("section", { "aria-labelledby": "cost-title" }, h("h2", { id: "cost-title" }, "What each step down costs"), chart),
     h("section", { "aria-labelledby": "levels-title" }, h("h2", { id: "levels-title" }, "Every level"), h("p", { class: "soft" }, "Each number opens the evidence behind it."), table),
     ...tagView(run),
   );
+}
+
+/** That the source is itself quantized is always among them when it is. */
+function warnings({ source, warnings: given }) {
+  const own = "The source is itself quantized: every loss is relative to that file, not to the original model.";
+  return source.quantized && !given.some((one) => one.includes("itself quantized")) ? [own, ...given] : given;
 }
 
 const facts = (run) => [run.source.architecture, `${run.source.level} source`, run.plan.machine, run.created.slice(0, 10)].join(" · ");
