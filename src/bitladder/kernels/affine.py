@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from bitladder.kernels.lanes import (
+    helper,
     kernel,
     load,
     load_transposed,
@@ -41,14 +42,14 @@ from bitladder.kernels.pack import pack_affine
 S, SX, SL, SLL, SXL, D, C, WHOLE_D, WHOLE_M, PLAIN_D, PLAIN_M, ROWS = range(12)
 
 
-@kernel
+@helper
 def sums_for(x: Any, w: Any, at: Any, size: Any, d: Any, c: Any, top: Any) -> Any:
     """Sl, Sll, Sxl of the codes nearest to (x - c) / d."""
     inverse = reciprocal(d)
     return sums_at(x, w, at, size, inverse, splat(0.0) - c * inverse, top)
 
 
-@kernel
+@helper
 def sums_at(x: Any, w: Any, at: Any, size: Any, inverse: Any, shift: Any, top: Any) -> Any:
     """Sl, Sll, Sxl of the codes nearest to x * inverse + shift."""
     zero = splat(0.0)
@@ -63,7 +64,7 @@ def sums_at(x: Any, w: Any, at: Any, size: Any, inverse: Any, shift: Any, top: A
     return sl, sll, sxl
 
 
-@kernel
+@helper
 def solve(s: Any, sx: Any, sl: Any, sll: Any, sxl: Any, free: Any) -> Any:
     """Best d and c for fixed codes, and the error they save; c at most 0 unless ``free``."""
     zero = splat(0.0)
@@ -78,7 +79,7 @@ def solve(s: Any, sx: Any, sl: Any, sll: Any, sxl: Any, free: Any) -> Any:
     return d, c, where((det > zero) & (d > zero), gain, splat(-1.0))
 
 
-@kernel
+@helper
 def search_part(
     x: Any, w: Any, state: Any, j: Any, n: Any, size: Any, top: Any, starts: Any, rounds: Any, free: Any
 ) -> Any:
@@ -121,7 +122,7 @@ def search_part(
     store(state, PLAIN_M * n + j, zero - low)
 
 
-@kernel
+@helper
 def store_sums(state: Any, j: Any, n: Any, sl: Any, sll: Any, sxl: Any) -> Any:
     """Keep the sums of a sub-block's codes."""
     store(state, SL * n + j, sl)
@@ -129,7 +130,7 @@ def store_sums(state: Any, j: Any, n: Any, sl: Any, sll: Any, sxl: Any) -> Any:
     store(state, SXL * n + j, sxl)
 
 
-@kernel
+@helper
 def error_of(state: Any, j: Any, n: Any, d: Any, c: Any, sl: Any, sll: Any, sxl: Any) -> Any:
     """The weighted squared error less sum w x x."""
     two = splat(2.0)
@@ -137,7 +138,7 @@ def error_of(state: Any, j: Any, n: Any, d: Any, c: Any, sl: Any, sll: Any, sxl:
     return d * (d * sll + two * (c * sl - sxl)) + c * (c * s - two * sx)
 
 
-@kernel
+@helper
 def choose_whole(state: Any, j: Any, n: Any, d: Any, dmin: Any, top: Any) -> Any:
     """The whole-number scale and minimum with the least error for the sub-block's present codes; that error."""
     zero = splat(0.0)
@@ -158,7 +159,7 @@ def choose_whole(state: Any, j: Any, n: Any, d: Any, dmin: Any, top: Any) -> Any
     return best
 
 
-@kernel
+@helper
 def choose_d(state: Any, n: Any, d: Any, dmin: Any, top: Any, trials: Any) -> Any:
     """The float16 d and dmin, out of some near the given ones, whose multiples fit the sub-blocks best."""
     best_d, best_m, best = to_f16(d), to_f16(dmin), splat(3e38)
@@ -176,7 +177,7 @@ def choose_d(state: Any, n: Any, d: Any, dmin: Any, top: Any, trials: Any) -> An
     return best_d, best_m
 
 
-@kernel
+@helper
 def solve_block(state: Any, n: Any, d: Any, dmin: Any, free: Any) -> Any:
     """Best float16 d and dmin of the block for the present codes and whole numbers."""
     zero = splat(0.0)
@@ -199,7 +200,7 @@ def solve_block(state: Any, n: Any, d: Any, dmin: Any, free: Any) -> Any:
     return to_f16(new_d), to_f16(new_m)
 
 
-@kernel
+@helper
 def new_codes(
     x: Any, w: Any, state: Any, j: Any, n: Any, size: Any, d: Any, dmin: Any, top: Any, whole: Any, reach: Any
 ) -> Any:
@@ -226,7 +227,7 @@ def new_codes(
     store(state, D * n + j, best_s * d)
 
 
-@kernel
+@helper
 def true_error(x: Any, w: Any, state: Any, n: Any, size: Any, d: Any, dmin: Any, top: Any) -> Any:
     """The block's weighted squared error, summed from the differences themselves."""
     zero = splat(0.0)
@@ -242,7 +243,7 @@ def true_error(x: Any, w: Any, state: Any, n: Any, size: Any, d: Any, dmin: Any,
     return error
 
 
-@kernel
+@helper
 def keep_plain(x: Any, w: Any, state: Any, n: Any, size: Any, d: Any, dmin: Any, top: Any, whole: Any) -> Any:
     """Where the plain encoding (scales from the range alone) has less error, take it."""
     limit, one = splat(whole), splat(1.0)
@@ -272,7 +273,7 @@ def keep_plain(x: Any, w: Any, state: Any, n: Any, size: Any, d: Any, dmin: Any,
     return where(plain, plain_d, d), where(plain, plain_m, dmin)
 
 
-@kernel
+@helper
 def search_block(
     x: Any,
     w: Any,
@@ -320,7 +321,7 @@ def search_block(
     return d, dmin
 
 
-@kernel
+@helper
 def write_codes(x: Any, state: Any, n: Any, size: Any, d: Any, dmin: Any, top: Any, codes: Any) -> Any:
     """The codes nearest to (x + m) / d for the stored scales."""
     zero = splat(0.0)

@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from bitladder.kernels.lanes import kernel
+from bitladder.kernels.lanes import helper, kernel
 from bitladder.kernels.scale import IQ4_VALUES
 
 HALF = np.arange(65536, dtype=np.uint16).view(np.float16).astype(np.float32)
 
 
-@kernel
+@helper
 def f16_at(data: Any, at: Any, half: Any) -> Any:
     """The float16 at a byte."""
     return half[np.uint16(data[at]) | (np.uint16(data[at + 1]) << np.uint16(8))]
@@ -57,7 +57,7 @@ def decode_q4_1(data: Any, out: Any, half: Any) -> None:
             out[32 * b + 16 + j] = d * np.float32(byte >> 4) + m
 
 
-@kernel
+@helper
 def fifth_bit(data: Any, at: Any, j: Any) -> Any:
     """Bit j of the 32 from a byte on, as 16 or 0."""
     return ((np.int32(data[at + (j >> 3)]) >> (j & 7)) & 1) << 4
@@ -125,7 +125,7 @@ def decode_q3_k(data: Any, out: Any, half: Any) -> None:
                 out[256 * b + 16 * part + j] = step * np.float32(code - (missing << 2))
 
 
-@kernel
+@helper
 def decode_q45_k(data: Any, out: Any, half: Any, fifth: Any) -> None:
     """Q4_K: d, dmin, scales 12, qs 128. Q5_K: d, dmin, scales 12, qh 32, qs 128."""
     type_size, codes = (176, 48) if fifth else (144, 16)

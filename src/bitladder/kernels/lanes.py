@@ -13,8 +13,11 @@ count elements and are not checked.
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import operator
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numba as nb
@@ -342,10 +345,33 @@ def store_transposed(typingctx: Any, tile: Any, index: Any, target: Any, starts:
     return types.void(tile, types.intp, target, starts, types.intp), codegen
 
 
-kernel: Any = nb.njit(cache=True, nogil=True, error_model="numpy")
+_OPTIONS = {"nogil": True, "error_model": "numpy"}
+
+helper: Any = nb.njit(**_OPTIONS, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+"""Compiles a function that only kernels call."""
 
 
-@kernel
+def kernel(function: Callable[..., Any]) -> Any:
+    """Compile a function that Python calls, on its first call, and keep the machine code on disk.
+
+    numba takes a stored function for current as long as the file it stands in is unchanged, whatever it calls. A
+    kernel is made of helpers of several files, so here its stamp is a digest of all of them.
+    """
+    compiled = nb.njit(**_OPTIONS, cache=True)(function)
+    compiled._cache._cache_file._source_stamp = _stamp()
+    return compiled
+
+
+@functools.cache
+def _stamp() -> str:
+    """A digest of all source files of the kernels."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+@helper
 def reciprocal(x: Any) -> Any:
     """1 / x, and 0 where x is too near zero for a finite answer."""
     usable = magnitude(x) > splat(1e-37)

@@ -9,22 +9,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from bitladder.kernels.lanes import kernel, load, nearest, splat, store_f16, store_u8
+from bitladder.kernels.lanes import helper, load, nearest, splat, store_f16, store_u8
 
 
-@kernel
+@helper
 def div(x: Any, step: Any) -> Any:
     """x // step of whole numbers, for a step of 4, 16 or another power of two."""
     return nearest((x - splat(0.5 * (step - 1))) * splat(1.0 / step))
 
 
-@kernel
+@helper
 def mod(x: Any, step: Any) -> Any:
     """x % step of whole numbers."""
     return x - splat(step) * div(x, step)
 
 
-@kernel
+@helper
 def nibbles(codes: Any, first: Any, gap: Any, count: Any, tile: Any, at: Any) -> Any:
     """Low four bits of two weights per byte, ``gap`` weights apart: BBBBAAAA."""
     for j in range(count):
@@ -33,7 +33,7 @@ def nibbles(codes: Any, first: Any, gap: Any, count: Any, tile: Any, at: Any) ->
         store_u8(tile, 16 * (at + j), low + splat(16.0) * high)
 
 
-@kernel
+@helper
 def crumbs(codes: Any, step: Any, tile: Any, at: Any) -> Any:
     """Two bits of four weights per byte, 32 weights apart: DDCCBBAA; the bits are (code // step) % 4."""
     for half in range(2):
@@ -45,7 +45,7 @@ def crumbs(codes: Any, step: Any, tile: Any, at: Any) -> Any:
             store_u8(tile, 16 * (at + 32 * half + j), byte)
 
 
-@kernel
+@helper
 def planes(codes: Any, step: Any, tile: Any, at: Any) -> Any:
     """The bit ``code // step`` of eight weights per byte, 32 weights apart: HGFEDCBA."""
     for j in range(32):
@@ -55,7 +55,7 @@ def planes(codes: Any, step: Any, tile: Any, at: Any) -> Any:
         store_u8(tile, 16 * (at + j), byte)
 
 
-@kernel
+@helper
 def fifth_bits(codes: Any, tile: Any, at: Any) -> Any:
     """The bit ``code // 16`` of the 32 weights of a block in a row, lowest first: 4 bytes HGFEDCBA."""
     for j in range(4):
@@ -65,7 +65,7 @@ def fifth_bits(codes: Any, tile: Any, at: Any) -> Any:
         store_u8(tile, 16 * (at + j), byte)
 
 
-@kernel
+@helper
 def scales_and_minima(s: Any, m: Any, tile: Any, at: Any) -> Any:
     """Eight scales S and minima M of six bits in twelve bytes; j = 0..3, S' and M' are those of j + 4.
 
@@ -81,7 +81,7 @@ def scales_and_minima(s: Any, m: Any, tile: Any, at: Any) -> Any:
         store_u8(tile, 16 * (at + 8 + j), mod(s2, 16) + splat(16.0) * mod(m2, 16))
 
 
-@kernel
+@helper
 def pack_q2(codes: Any, s: Any, m: Any, d: Any, dmin: Any, tile: Any) -> Any:
     """Q2_K: scales 16 (MMMMSSSS), qs 64, d, dmin."""
     for j in range(16):
@@ -91,7 +91,7 @@ def pack_q2(codes: Any, s: Any, m: Any, d: Any, dmin: Any, tile: Any) -> Any:
     store_f16(tile, 16 * 82, dmin)
 
 
-@kernel
+@helper
 def pack_q45(codes: Any, s: Any, m: Any, d: Any, dmin: Any, fifth: Any, tile: Any) -> Any:
     """Q4_K: d, dmin, scales 12, qs 128. Q5_K: d, dmin, scales 12, qh 32, qs 128."""
     store_f16(tile, 0, d)
@@ -105,7 +105,7 @@ def pack_q45(codes: Any, s: Any, m: Any, d: Any, dmin: Any, fifth: Any, tile: An
         nibbles(codes, 64 * k, 32, 32, tile, at + 32 * k)
 
 
-@kernel
+@helper
 def pack_q3(codes: Any, s: Any, d: Any, tile: Any) -> Any:
     """Q3_K: hmask 32, qs 64, scales 12, d. Scales are stored plus 32; those of j = 0..7 and of i = 0..3:
 
@@ -126,7 +126,7 @@ def pack_q3(codes: Any, s: Any, d: Any, tile: Any) -> Any:
     store_f16(tile, 16 * 108, d)
 
 
-@kernel
+@helper
 def pack_q6(codes: Any, s: Any, d: Any, tile: Any) -> Any:
     """Q6_K: ql 128, qh 64, scales 16 (signed bytes), d."""
     nibbles(codes, 0, 64, 64, tile, 0)
@@ -137,7 +137,7 @@ def pack_q6(codes: Any, s: Any, d: Any, tile: Any) -> Any:
     store_f16(tile, 16 * 208, d)
 
 
-@kernel
+@helper
 def pack_iq4_xs(codes: Any, s: Any, d: Any, tile: Any) -> Any:
     """IQ4_XS: d, scales_h 2, scales_l 4, qs 128. Scales are stored plus 32: low four bits in scales_l, two a byte,
     high two bits in scales_h, four a byte."""
@@ -155,7 +155,7 @@ def pack_iq4_xs(codes: Any, s: Any, d: Any, tile: Any) -> Any:
         nibbles(codes, 32 * k, 16, 16, tile, 8 + 16 * k)
 
 
-@kernel
+@helper
 def pack_small(codes: Any, d: Any, m: Any, with_m: Any, fifth: Any, tile: Any) -> Any:
     """Q4_0, IQ4_NL: d, qs 16. Q4_1: d, m, qs 16. Q5_0: d, qh 4, qs 16. Q5_1: d, m, qh 4, qs 16."""
     store_f16(tile, 0, d)
@@ -169,7 +169,7 @@ def pack_small(codes: Any, d: Any, m: Any, with_m: Any, fifth: Any, tile: Any) -
     nibbles(codes, 0, 16, 16, tile, at)
 
 
-@kernel
+@helper
 def pack_q8(codes: Any, d: Any, tile: Any) -> Any:
     """Q8_0: d, qs 32 (signed bytes). Codes come from 0 up, 127 above the stored ones."""
     store_f16(tile, 0, d)
@@ -177,7 +177,7 @@ def pack_q8(codes: Any, d: Any, tile: Any) -> Any:
         store_u8(tile, 16 * (2 + j), load(codes, 16 * j) - splat(127.0))
 
 
-@kernel
+@helper
 def pack_affine(layout: Any, codes: Any, s: Any, m: Any, d: Any, dmin: Any, tile: Any) -> Any:
     """Bytes of the formats with a minimum; ``layout`` is ``Row.pack``. ``dmin`` is what is subtracted."""
     if layout <= 1:
@@ -188,7 +188,7 @@ def pack_affine(layout: Any, codes: Any, s: Any, m: Any, d: Any, dmin: Any, tile
         pack_q45(codes, s, m, d, dmin, layout == 4, tile)
 
 
-@kernel
+@helper
 def pack_scale(layout: Any, codes: Any, s: Any, d: Any, tile: Any) -> Any:
     """Bytes of the formats without a minimum; ``layout`` is ``Row.pack``."""
     if layout == 5:

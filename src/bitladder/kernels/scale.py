@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from bitladder.kernels.lanes import (
+    helper,
     kernel,
     load,
     load_transposed,
@@ -42,7 +43,7 @@ _STEPS = IQ4_VALUES[1:] - IQ4_VALUES[:-1]
 _LOWEST = float(IQ4_VALUES[0])
 
 
-@kernel
+@helper
 def table_value(x: Any) -> Any:
     """The value of IQ4 nearest to x."""
     zero = splat(0.0)
@@ -52,7 +53,7 @@ def table_value(x: Any) -> Any:
     return value
 
 
-@kernel
+@helper
 def table_index(x: Any) -> Any:
     """The number, from 0 up, of the value of IQ4 nearest to x."""
     zero, one = splat(0.0), splat(1.0)
@@ -62,7 +63,7 @@ def table_index(x: Any) -> Any:
     return index
 
 
-@kernel
+@helper
 def nearest_code(x: Any, low: Any, high: Any, table: Any) -> Any:
     """The nearest value a code can stand for, before scaling."""
     if table:
@@ -70,7 +71,7 @@ def nearest_code(x: Any, low: Any, high: Any, table: Any) -> Any:
     return nearest(minimum(maximum(x, low), high))
 
 
-@kernel
+@helper
 def sums(x: Any, w: Any, at: Any, size: Any, inverse: Any, low: Any, high: Any, table: Any) -> Any:
     """Sll and Sxl of the codes nearest to x * inverse."""
     sll, sxl = splat(0.0), splat(0.0)
@@ -83,7 +84,7 @@ def sums(x: Any, w: Any, at: Any, size: Any, inverse: Any, low: Any, high: Any, 
     return sll, sxl
 
 
-@kernel
+@helper
 def search_part(
     x: Any, w: Any, state: Any, j: Any, n: Any, size: Any, low: Any, high: Any, table: Any, starts: Any, rounds: Any
 ) -> Any:
@@ -111,7 +112,7 @@ def search_part(
     store(state, D * n + j, d)
 
 
-@kernel
+@helper
 def largest_scale(state: Any, row: Any, n: Any) -> Any:
     """The sub-blocks' scale of largest magnitude, with its sign."""
     d = load(state, row * n)
@@ -121,7 +122,7 @@ def largest_scale(state: Any, row: Any, n: Any) -> Any:
     return d
 
 
-@kernel
+@helper
 def choose_whole(state: Any, row: Any, n: Any, d: Any, whole_low: Any, whole_high: Any) -> Any:
     """Whole-number scales nearest to the best ones, which are in ``row`` (the error is a parabola around each)."""
     inverse = reciprocal(d)
@@ -130,7 +131,7 @@ def choose_whole(state: Any, row: Any, n: Any, d: Any, whole_low: Any, whole_hig
         store(state, WHOLE * n + j, nearest(s))
 
 
-@kernel
+@helper
 def choose_d(state: Any, n: Any, d: Any, whole_low: Any, whole_high: Any, trials: Any) -> Any:
     """The float16 d, out of ``trials`` near the given one, whose multiples fit the sub-blocks' scales best."""
     two = splat(2.0)
@@ -148,7 +149,7 @@ def choose_d(state: Any, n: Any, d: Any, whole_low: Any, whole_high: Any, trials
     return best_d
 
 
-@kernel
+@helper
 def solve_block(state: Any, n: Any, d: Any) -> Any:
     """Best float16 d of the block for the present codes and whole numbers."""
     a, b = splat(0.0), splat(0.0)
@@ -160,7 +161,7 @@ def solve_block(state: Any, n: Any, d: Any) -> Any:
     return to_f16(where(magnitude(best) > splat(0.0), best, d))
 
 
-@kernel
+@helper
 def new_codes(
     x: Any,
     w: Any,
@@ -196,7 +197,7 @@ def new_codes(
         store(state, D * n + j, sxl * reciprocal(sll))
 
 
-@kernel
+@helper
 def true_error(x: Any, w: Any, state: Any, n: Any, size: Any, d: Any, low: Any, high: Any, table: Any) -> Any:
     """The block's weighted squared error, summed from the differences themselves."""
     error = splat(0.0)
@@ -211,7 +212,7 @@ def true_error(x: Any, w: Any, state: Any, n: Any, size: Any, d: Any, low: Any, 
     return error
 
 
-@kernel
+@helper
 def keep_plain(
     x: Any,
     w: Any,
@@ -242,7 +243,7 @@ def keep_plain(
     return where(plain, plain_d, d)
 
 
-@kernel
+@helper
 def search_block(
     x: Any,
     w: Any,
@@ -286,7 +287,7 @@ def search_block(
     return d
 
 
-@kernel
+@helper
 def write_codes(x: Any, state: Any, n: Any, size: Any, d: Any, low: Any, high: Any, table: Any, codes: Any) -> Any:
     """The codes nearest to x / d for the stored scales, counted from 0 up."""
     for j in range(0, n, 16):
