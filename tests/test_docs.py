@@ -1,5 +1,6 @@
 """The documents: links lead somewhere, commands exist with the options shown, Python examples run."""
 
+import itertools
 import re
 import shlex
 from pathlib import Path
@@ -11,7 +12,12 @@ from bitladder import __version__
 from bitladder.cli.app import app
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "examples").rglob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CHANGELOG.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "examples").rglob("*.md")),
+]
 LINK = re.compile(r"\]\((?!https?:|mailto:|#)([^)#\s]+)")
 FENCE = re.compile(r"^```(\w+)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
@@ -36,8 +42,7 @@ def test_links_lead_somewhere(page):
 
 def check_command(line: str) -> str | None:
     """None when the verb and each of its options exist, else what is wrong."""
-    words = re.split(r"\s[|>&]", line)[0]
-    tokens = shlex.split(words)[1:]
+    tokens = list(itertools.takewhile(lambda token: not token.startswith(("|", ">", "&")), shlex.split(line)))[1:]
     command = typer.main.get_command(app)
     while tokens and hasattr(command, "commands"):
         if tokens[0].startswith("-"):
@@ -45,7 +50,10 @@ def check_command(line: str) -> str | None:
         if tokens[0] not in command.commands:
             return f"no verb '{tokens[0]}' in: {line}"
         command = command.commands[tokens.pop(0)]
-    known = {opt for param in command.params for opt in (*param.opts, *param.secondary_opts)} | {"--help", "--version"}
+    known = {opt for param in command.params for opt in (*param.opts, *param.secondary_opts)} | {
+        "--help",
+        "--version",
+    }
     unknown = [token for token in tokens if re.match(r"--?[a-zA-Z]", token) and token.split("=")[0] not in known]
     return f"no option {unknown} in: {line}" if unknown else None
 
@@ -72,7 +80,11 @@ def test_python_examples_run(page, tmp_path, monkeypatch):
 
 
 def test_every_page_of_docs_is_linked_from_the_readme_or_the_index():
-    linked = {target for page in (ROOT / "README.md", ROOT / "docs" / "architecture.md") for target in LINK.findall(page.read_text())}
+    linked = {
+        target
+        for page in (ROOT / "README.md", ROOT / "docs" / "architecture.md")
+        for target in LINK.findall(page.read_text())
+    }
     names = {Path(target).name for target in linked}
     assert {page.name for page in (ROOT / "docs").glob("*.md")} <= names
 
