@@ -22,6 +22,7 @@ what its allocator reports (benchmarks/memory_prediction.py).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -45,13 +46,14 @@ _DENSE_FIRST = {"smallthinker"}
 
 @dataclass(frozen=True)
 class LayerCache:
-    """What one layer keeps. Widths in weights, states in weights per sequence."""
+    """What ``count`` like layers keep each. Widths in weights, states in weights per sequence."""
 
     k_width: int = 0
     v_width: int = 0
     window: int = 0
     """Tokens a window layer sees; 0 for the whole context."""
     state: int = 0
+    count: int = 1
 
 
 @dataclass(frozen=True)
@@ -69,33 +71,33 @@ class CacheBytes:
 
 
 def layer_caches(model: Model) -> tuple[LayerCache, ...]:
-    """What each layer of a model keeps."""
+    """What the layers of a model keep, like layers together."""
     dims, metadata = model.dims, model.metadata
     keys = _Keys(metadata, dims.architecture)
-    heads = keys.per_layer("attention.head_count_kv", dims.n_layer, dims.n_head_kv)
     rank = keys.number("attention.kv_lora_rank", 0)
     if rank:
         rope = keys.number("rope.dimension_count", 64)
-        row = LayerCache(k_width=rank + rope)
-        return tuple(row for _ in range(dims.n_layer))
+        return (LayerCache(k_width=rank + rope, count=dims.n_layer),)
+    heads = keys.per_layer("attention.head_count_kv", dims.n_layer, dims.n_head_kv)
     windows = _windows(dims, keys)
     state = _state(dims, keys)
     recurrent = _recurrent(dims, keys, heads, state)
+    caching = dims.n_layer - keys.number("attention.shared_kv_layers", 0)  # the last ones use another layer's cache
+    kinds = Counter(zip(heads[:caching], windows[:caching], recurrent[:caching], strict=True))
     layers = []
-    for layer in range(dims.n_layer):
-        own_state = state if recurrent[layer] else 0
-        attends = heads[layer] > 0 and (not recurrent[layer] or dims.architecture in _PARALLEL)
-        k_head, v_head = _head_dims(dims, keys, bool(windows[layer]))
+    for (head_count, window, keeps_state), count in kinds.items():
+        attends = head_count > 0 and (not keeps_state or dims.architecture in _PARALLEL)
+        k_head, v_head = _head_dims(dims, keys, bool(window))
         layers.append(
             LayerCache(
-                k_width=heads[layer] * k_head if attends else 0,
-                v_width=heads[layer] * v_head if attends else 0,
-                window=windows[layer] if attends else 0,
-                state=own_state,
+                k_width=head_count * k_head if attends else 0,
+                v_width=head_count * v_head if attends else 0,
+                window=window if attends else 0,
+                state=state if keeps_state else 0,
+                count=count,
             )
         )
-    shared = keys.number("attention.shared_kv_layers", 0)
-    return tuple(layers[: dims.n_layer - shared]) + tuple(LayerCache() for _ in range(shared))
+    return tuple(layers)
 
 
 def cache_bytes(
@@ -118,10 +120,10 @@ def cache_bytes(
     for layer in layers:
         if layer.window:
             own = min(cells, padded_context(layer.window + n_ubatch))
-            window += own * _row(layer, type_k, type_v)
+            window += layer.count * own * _row(layer, type_k, type_v)
         else:
-            full += cells * _row(layer, type_k, type_v)
-        state += layer.state * 4
+            full += layer.count * cells * _row(layer, type_k, type_v)
+        state += layer.count * layer.state * 4
     return CacheBytes(full * n_seq, window * n_seq, state * n_seq)
 
 
@@ -132,7 +134,7 @@ def cache_bytes_read(
     total = 0.0
     for layer in layers:
         seen = min(n_past, layer.window) if layer.window else n_past
-        total += seen * _row(layer, type_k, type_v) + 2 * 4 * layer.state
+        total += layer.count * (seen * _row(layer, type_k, type_v) + 2 * 4 * layer.state)
     return total
 
 
@@ -226,9 +228,7 @@ def _recurrent(dims: ModelDims, keys: _Keys, heads: list[int], state: int) -> li
     if isinstance(keys.raw("attention.head_count_kv"), list):
         ff = keys.raw("feed_forward_length")
         feeds = [isinstance(ff, list) and layer < len(ff) and ff[layer] > 0 for layer in range(dims.n_layer)]
-        alone = dims.architecture.startswith(
-            "nemotron_h"
-        )  # there a layer is one of: state, attention, feed-forward
+        alone = dims.architecture.startswith("nemotron_h")  # there a layer is one of: state, attention, feed-forward
         return [count == 0 and not (alone and feeds[layer]) for layer, count in enumerate(heads)]
     if dims.architecture in _EVERY_FOURTH:
         every = keys.number("full_attention_interval", 4)

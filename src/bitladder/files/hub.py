@@ -67,8 +67,7 @@ def parse_name(model: str) -> HubName:
     if match is None:
         raise UsageError(
             f"'{model}' is not the name of a model on the hub.",
-            do="Write hf:org/name, hf:org/name@revision, or hf:org/name:Q4_K_M for a repository of GGUF "
-            "files.",
+            do="Write hf:org/name, hf:org/name@revision, or hf:org/name:Q4_K_M for a repository of GGUF files.",
         )
     return HubName(match[1], match[2] or "main", match[3] or "")
 
@@ -88,9 +87,7 @@ def list_repo(name: HubName) -> HubRepo:
     from huggingface_hub import HfApi
 
     with hub_errors(name):
-        info = HfApi(endpoint=endpoint()).model_info(
-            name.repo, revision=name.revision, files_metadata=True, timeout=30
-        )
+        info = HfApi(endpoint=endpoint()).model_info(name.repo, revision=name.revision, files_metadata=True, timeout=30)
     card: Any = info.card_data
     licence = str(card.get("license") or "") if card is not None else ""
     files = tuple(HubFile(file.rfilename, int(file.size or 0)) for file in info.siblings or ())
@@ -112,13 +109,13 @@ def choose_gguf(repo: HubRepo) -> tuple[HubFile, ...]:
         return ()
     if wish:
         exact = [stem for stem, files in models.items() if wish in (stem, *(file.name for file in files))]
-        found = exact or [stem for stem in models if _level_of(stem) == wish.upper().removesuffix(".GGUF")]
+        found = exact or [stem for stem in models if level_of(stem) == wish.upper().removesuffix(".GGUF")]
     else:
         found = list(models) if len(models) == 1 else []
         for level in ("F32", "BF16", "F16"):
-            found = found or [stem for stem in models if _level_of(stem) == level]
+            found = found or [stem for stem in models if level_of(stem) == level]
     if len(found) != 1:
-        listed = ", ".join(sorted(_level_of(stem) or stem for stem in models)) or "no GGUF file"
+        listed = ", ".join(sorted(level_of(stem) or stem for stem in models)) or "no GGUF file"
         raise BadInput(
             f"{repo.name.repo} has {len(found) or 'no'} GGUF files that match "
             f"'{wish or 'a 16-bit source'}'; it offers {listed}.",
@@ -230,9 +227,7 @@ def hub_errors(name: HubName) -> Iterator[None]:
             do="Check the name; for a private model log in with `hf auth login` or set HF_TOKEN.",
         ) from error
     except (errors.EntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        raise FetchError(
-            f"{name.repo}: {_first_line(error)}", do="Check HF_HUB_OFFLINE and the connection."
-        ) from error
+        raise FetchError(f"{name.repo}: {_first_line(error)}", do="Check HF_HUB_OFFLINE and the connection.") from error
     except (network_error, OSError) as error:
         raise FetchError(
             f"The hub at {endpoint()} did not deliver {name.repo}: {_first_line(error)}",
@@ -246,7 +241,7 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _level_of(stem: str) -> str:
+def level_of(stem: str) -> str:
     """The level a file's name claims (``Q4_K_M``, ``IQ3_XXS``, ``BF16``), or nothing."""
     found = re.findall(
         r"(?<![A-Za-z0-9])((?:IQ|TQ|Q)\d+(?:_[A-Z0-9]+)*|BF16|F16|F32|MXFP4(?:_MOE)?)(?![A-Za-z0-9])",

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bitladder.errors import BadInput
-from bitladder.files import convert, demo, hub
+from bitladder.files import convert, demo, hub, local_stores
 from bitladder.progress import Progress, silent
 
 DEMOS = (demo.NAME,)
@@ -46,21 +46,20 @@ def resolve(model: str, progress: Progress = silent) -> Source:
         OutputError: the cache cannot be written.
     """
     if model == demo.NAME:
-        return Source(
-            demo.fetch_demo(progress), demo.NAME, (demo.WARNING,), licence=demo.LICENCE, quantized=True
-        )
+        return Source(demo.fetch_demo(progress), demo.NAME, (demo.WARNING,), licence=demo.LICENCE, quantized=True)
     if model.startswith("hf:"):
         return _from_hub(model, progress)
+    if model.startswith("ollama:"):
+        return label_quantized(Source(local_stores.find_ollama(model), model.removeprefix("ollama:").replace(":", "-")))
+    if model.startswith("lmstudio:"):
+        found = local_stores.find_lmstudio(model)
+        return label_quantized(Source(found, found.stem))
     path = Path(model).expanduser()
     if path.is_dir():
         return _from_folder(path, path.resolve().name, "", progress)
     if path.is_file():
         return label_quantized(Source(path, path.stem))
-    raise BadInput(
-        f"There is no model '{model}'.",
-        means="It is neither a file, nor a folder, nor a known name.",
-        do=_advice(model, path),
-    )
+    raise no_such_model(model, path)
 
 
 def _from_hub(model: str, progress: Progress) -> Source:
@@ -69,9 +68,7 @@ def _from_hub(model: str, progress: Progress) -> Source:
     progress(f"asking the hub for {name.repo}", 0, 1)
     repo = hub.list_repo(name)
     checkpoint = (
-        not name.file
-        and any(file.name == "config.json" for file in repo.files)
-        and repo.ending(".safetensors")
+        not name.file and any(file.name == "config.json" for file in repo.files) and repo.ending(".safetensors")
     )
     ggufs = () if checkpoint else hub.choose_gguf(repo)
     if ggufs:
@@ -83,11 +80,19 @@ def _from_hub(model: str, progress: Progress) -> Source:
 
 def _from_folder(folder: Path, label: str, licence: str, progress: Progress) -> Source:
     """A checkpoint folder, converted to GGUF; a folder with a single GGUF file is that file."""
-    ggufs = sorted(folder.glob("*.gguf"))
-    if not (folder / "config.json").exists() and len(hub.group_shards([path.name for path in ggufs])) == 1:
-        return label_quantized(Source(ggufs[0], ggufs[0].stem, licence=licence))
+    single = gguf_in_folder(folder)
+    if single is not None:
+        return label_quantized(Source(single, single.stem, licence=licence))
     path = convert.convert_checkpoint(folder, label, progress)
     return Source(path, label, _checkpoint_warnings(folder), checkpoint=folder, licence=licence)
+
+
+def gguf_in_folder(folder: Path) -> Path | None:
+    """The GGUF file (or first part) of a folder that is no checkpoint and holds a single model."""
+    groups = hub.group_shards([path.name for path in folder.glob("*.gguf")])
+    if (folder / "config.json").exists() or len(groups) != 1:
+        return None
+    return folder / next(iter(groups.values()))[0]
 
 
 def _checkpoint_warnings(folder: Path) -> tuple[str, ...]:
@@ -130,6 +135,12 @@ def label_quantized(source: Source) -> Source:
     )
 
 
+def no_such_model(model: str, path: Path, means: str = "") -> BadInput:
+    """The error for a name that is nothing, with what may have been meant."""
+    means = means or "It is neither a file, nor a folder, nor a known name."
+    return BadInput(f"There is no model '{model}'.", means=means, do=_advice(model, path))
+
+
 def _advice(model: str, path: Path) -> str:
     """What the user may have meant: a demo's name, a neighbouring file, the hub."""
     parent = path.parent if path.parent.is_dir() else Path()
@@ -139,6 +150,4 @@ def _advice(model: str, path: Path) -> str:
         return "Did you mean " + " or ".join(close) + "?"
     if model.count("/") == 1 and not model.startswith((".", "/", "~")):
         return f"For a model on the Hugging Face hub write hf:{model}"
-    return (
-        f"Give a GGUF file, a folder with config.json and safetensors, hf:org/name, or {' or '.join(DEMOS)}."
-    )
+    return f"Give a GGUF file, a folder with config.json and safetensors, hf:org/name, or {' or '.join(DEMOS)}."

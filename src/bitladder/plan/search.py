@@ -125,8 +125,10 @@ def best_options(
         for level in candidate.levels:
             if 8 * level.total / (candidate.params * 1e9) < least_bits:
                 break
+            if place(candidate.model, level, machine, own).kind == "none":
+                continue
             row = option(candidate, level, machine, rates, own)
-            if row.placement.kind != "none" and row.speed.decode.value >= least_decode:
+            if row.speed.decode.value >= least_decode:
                 found.append(row)
                 break
     return sorted(found, key=lambda row: (-row.params, row.name))

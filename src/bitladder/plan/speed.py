@@ -75,7 +75,7 @@ def prefill_seconds(shares: Sequence[Share], model: Model, n_prompt: int) -> flo
     batches = math.ceil(n_prompt / N_UBATCH)
     attended = n_prompt * (n_prompt + 1) / 2
     width = 2 * dims.n_head * (dims.head_dim_k + dims.head_dim_v)
-    attending = sum(1 for layer in layer_caches(model) if layer.k_width)
+    attending = sum(layer.count for layer in layer_caches(model) if layer.k_width)
     seconds = max(share.rates.prompt_s for share in shares)
     lender = next((share.rates for share in shares if len(shares) > 1 and n_prompt >= LEND_FROM), None)
     for number, share in enumerate(shares):

@@ -1,0 +1,115 @@
+"""Describe a model wherever it is without downloading or converting it: what planning needs, nothing more."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from bitladder.describe.hf_config import shape_of
+from bitladder.describe.model import Model
+from bitladder.describe.shapes import model_of
+from bitladder.errors import BadInput
+from bitladder.files import catalogue, demo, hub, local_stores, remote
+from bitladder.files.checkpoint import StoredTensor, read_checkpoint
+from bitladder.files.gguf import read_header
+from bitladder.files.sources import gguf_in_folder, no_such_model
+from bitladder.progress import Progress, silent
+
+
+@dataclass(frozen=True)
+class Described:
+    """A model for planning."""
+
+    model: Model
+    label: str
+    licence: str = ""
+    exact: bool = True
+    """File sizes are exact to the byte; else the header's bytes are an estimate, the tensors' exact."""
+    offers: tuple[remote.Offer, ...] = ()
+    """Levels that its repository has ready."""
+    notes: tuple[str, ...] = ()
+
+
+def describe(model: str, progress: Progress = silent) -> Described:
+    """Read headers only.
+
+    ``model``: a GGUF file, a checkpoint folder, ``hf:org/name[@revision][:level]``, ``ollama:name[:tag]``,
+    ``lmstudio:publisher/repo[:level]``, the demo's name, or a name of the catalogue.
+
+    Raises:
+        BadInput, BadFile, UnknownArchitecture: nothing usable is there.
+        FetchError: the network went away.
+    """
+    if model == demo.NAME:
+        return Described(read_header(demo.fetch_demo(progress)), model, demo.LICENCE, notes=(demo.WARNING,))
+    if model.startswith("hf:"):
+        return _on_hub(hub.parse_name(model), progress)
+    if model.startswith("ollama:"):
+        return Described(
+            replace(read_header(local_stores.find_ollama(model)), name=model.removeprefix("ollama:")), model
+        )
+    if model.startswith("lmstudio:"):
+        return Described(read_header(local_stores.find_lmstudio(model)), model)
+    path = Path(model).expanduser()
+    if path.exists():
+        return _on_disk(path)
+    try:
+        row = catalogue.model_named(model)
+    except BadInput as unknown:
+        raise no_such_model(model, path, unknown.means) from unknown
+    return Described(model_of(row.shape), row.hub, row.licence, exact=False)
+
+
+def _on_disk(path: Path) -> Described:
+    """A GGUF file, a folder that holds one, or a checkpoint folder."""
+    single = gguf_in_folder(path) if path.is_dir() else path
+    if single is not None:
+        return Described(read_header(single), single.stem)
+    checkpoint = read_checkpoint(path)
+    label = path.resolve().name
+    return _of_shape(model_of(shape_of(label, checkpoint.config)), label, "", checkpoint.tensors)
+
+
+def _on_hub(name: hub.HubName, progress: Progress) -> Described:
+    progress(f"asking the hub for {name.repo}", 0, 1)
+    repo = hub.list_repo(name)
+    ready = remote.offers(repo)
+    has_checkpoint = any(file.name == "config.json" for file in repo.files) and repo.ending(".safetensors")
+    with remote.RemoteFiles(repo) as files:
+        if name.file or not has_checkpoint:
+            ggufs = hub.choose_gguf(repo) if name.file or len(ready) == 1 else _least_lossy(repo)
+            if ggufs:
+                return Described(remote.remote_gguf(files, ggufs, progress), name.repo, repo.licence, True, ready)
+            hub.checkpoint_files(repo)  # says what is missing
+        shape = shape_of(name.repo.split("/")[1], remote.remote_config(files))
+        tensors = remote.remote_safetensors(files, progress)
+    return _of_shape(model_of(shape), name.repo, repo.licence, tensors, ready)
+
+
+def _least_lossy(repo: hub.HubRepo) -> tuple[hub.HubFile, ...]:
+    """The largest GGUF of a repository of levels: all have the same shapes."""
+    models = hub.gguf_models(repo)
+    return max(models.values(), key=lambda files: sum(file.size for file in files), default=())
+
+
+def _of_shape(
+    model: Model, label: str, licence: str, stored: Sequence[StoredTensor], ready: tuple[remote.Offer, ...] = ()
+) -> Described:
+    """Say so when the checkpoint holds more or less than the shape implies (a vision tower, an unknown variant)."""
+    there = sum(_elements(tensor) for tensor in stored)
+    notes = []
+    if abs(there - model.elements) > 0.01 * model.elements:
+        notes.append(
+            f"The checkpoint holds {there / 1e9:.2f} billion weights, its config.json implies "
+            f"{model.elements / 1e9:.2f}: "
+            "parts beside the language model, or packed weights, are not in the plan."
+        )
+    return Described(model, label, licence, False, ready, tuple(notes))
+
+
+def _elements(tensor: StoredTensor) -> int:
+    count = 1
+    for size in tensor.shape:
+        count *= size
+    return count
