@@ -4,7 +4,16 @@ import { wordDiff } from "./diff.js";
 import { h } from "./dom.js";
 import { fixed, seconds } from "./format.js";
 
-const PAINT_EVERY_MS = 80; // readable, and far cheaper than painting every token
+const PAINT_EVERY_MS = 120; // readable, and far cheaper than painting every token
+const unpainted = new Set();
+let timer = 0;
+
+/** All columns that wait, in one frame. */
+function paint() {
+  timer = 0;
+  for (const column of unpainted) column.paint();
+  unpainted.clear();
+}
 
 /** A column. `name` is what is shown before a blind vote, `level` after. */
 export class Column {
@@ -15,27 +24,28 @@ export class Column {
     this.text = h("p", { class: "text", lang: "" });
     this.numbers = h("p", { class: "numbers soft small" });
     this.element = h("article", { class: "answer" }, h("header", {}, this.title, this.role), this.text, this.numbers);
+    this.live = document.createTextNode("");
     this.waiting = "";
-    this.timer = 0;
   }
 
   /** More text; painted a few times a second. */
   add(text) {
     this.answer.text += text;
     this.waiting += text;
-    if (this.timer) return;
-    this.timer = setTimeout(() => {
-      this.timer = 0;
-      this.text.append(this.waiting);
-      this.text.normalize();
-      this.waiting = "";
-    }, PAINT_EVERY_MS);
+    unpainted.add(this);
+    timer ||= setTimeout(paint, PAINT_EVERY_MS);
+  }
+
+  /** Show what has come since the last time. */
+  paint() {
+    if (this.live.parentNode !== this.text) this.text.replaceChildren(this.live);
+    this.live.appendData(this.waiting);
+    this.waiting = "";
   }
 
   /** The whole answer, differences from `base` marked. */
   show(base) {
-    clearTimeout(this.timer);
-    this.waiting = "";
+    unpainted.delete(this);
     const marks = { same: (text) => text, added: (text) => h("ins", {}, text), removed: (text) => h("del", {}, text) };
     const { answer } = this;
     const segments = base ? wordDiff(base.text, answer.text) : [{ kind: "same", text: answer.text }];
