@@ -19,6 +19,7 @@ from bitladder.serve.escalation import (
 from bitladder.serve.evidence import (
     RoutedInput,
     advise,
+    agreement_bar,
     by_escalation,
     by_tag,
     held_out,
@@ -147,6 +148,15 @@ def test_answers_of_two_levels_become_routed_inputs():
     assert [(one.id, one.lost) for one in found] == [("a", False), ("b", True)]
     assert (found[0].speed_s, found[0].quality_s) == pytest.approx((0.6, 1.1))
     assert found[0].score == -1.5 and math.isnan(found[1].score)
+
+
+def test_shadow_mode_expects_what_the_workload_showed():
+    def answers(level: str, texts: str) -> LevelAnswers:
+        given = [Answer(str(i), text, True, "", "stop", 1, 1) for i, text in enumerate(texts)]
+        return LevelAnswers(level, tuple(given), Speed(1.0, 1.0, 1.0))
+
+    assert agreement_bar(answers("a", "abcdefghij"), answers("b", "abcdefghXX")) == pytest.approx(0.490, abs=0.001)
+    assert agreement_bar(answers("a", ""), answers("b", "")) == 0.0
 
 
 INPUTS = [

@@ -25,6 +25,7 @@ from bitladder.serve.escalation import (
 )
 from bitladder.serve.router import QUALITY, SPEED, AutoRule, TagEvidence
 from bitladder.serve.similarity import Similarity
+from bitladder.stats.intervals import wilson
 
 _UNTAGGED = "untagged"
 
@@ -105,6 +106,17 @@ def routed_inputs(
             times = _seconds(fast, speed.speed), _seconds(best, quality.speed)
             paired.append(RoutedInput(item.id, item.prompt, item.tags, fast.passed, best.passed, *times, found))
     return tuple(paired)
+
+
+def agreement_bar(quality: LevelAnswers, speed: LevelAnswers) -> float:
+    """The agreement that shadow mode should expect: the lower end (95%, Wilson) of the share of equal texts.
+
+    0.0, which never raises an alarm, when the two levels answered no input in common.
+    """
+    texts = {answer.input_id: answer.text for answer in quality.answers}
+    pairs = [(texts[answer.input_id], answer.text) for answer in speed.answers if answer.input_id in texts]
+    low = wilson(sum(a == b for a, b in pairs), len(pairs)).low
+    return 0.0 if math.isnan(low) else low
 
 
 def _seconds(answer: Answer, rate: Speed) -> float:
