@@ -10,10 +10,10 @@ import pytest
 from bitladder.describe.criteria import KINDS, Context, Outcome
 from bitladder.describe.workload import Criterion, Input, Workload, question_hash
 from bitladder.engines.base import Completion, TokenChoice
-from bitladder.errors import EngineGone
+from bitladder.errors import EngineGone, UsageError
 from bitladder.records import to_json
 from bitladder.records.evaluation import Speed, answer_from_json
-from bitladder.stages.evaluate import answer_workload, compare, judge_answers, level_answers, measure_speed
+from bitladder.stages.evaluate import answer_workload, check_help, compare, judge_answers, level_answers, measure_speed
 
 SPEED = Speed(100.0, 10.0, 1.0)
 
@@ -172,6 +172,11 @@ def test_a_judge_and_functions_reach_the_criteria():
     answers = answer_workload(FakeEngine(lambda prompt, seed: "x"), asking)
     context = Context(judge=lambda *_: Outcome(True, "said the judge"))
     assert judge_answers(asking, answers, context=context)[0].detail == "said the judge"
+    with pytest.raises(UsageError, match="asks a judge model, and none was named"):
+        judge_answers(asking, answers)
+    own = Workload("w", (Input("a", WORKLOAD.inputs[0].messages, (Criterion("python", "m:f"),)),))
+    with pytest.raises(UsageError, match="runs Python code of its own: m:f"):
+        check_help(own)
 
 
 def test_answers_survive_their_json():

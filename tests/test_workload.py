@@ -8,7 +8,14 @@ import pytest
 from bitladder.describe.workload import question_hash
 from bitladder.describe.workload_file import parse_workload
 from bitladder.errors import BadInput, BadWorkload, OutputError, UsageError
-from bitladder.files.workloads import from_csv, from_promptfoo, load_workload, new_workload, trusted_functions
+from bitladder.files.workloads import (
+    from_csv,
+    from_promptfoo,
+    load_reference,
+    load_workload,
+    new_workload,
+    trusted_functions,
+)
 
 
 def parse(text, files=None, **options):
@@ -299,3 +306,21 @@ def test_promptfoo_import(tmp_path):
     path.write_text(json.dumps(config))
     with pytest.raises(BadWorkload, match=r"test 1 has an assertion that has no counterpart here: .*latency"):
         from_promptfoo(path)
+
+
+def test_stored_answers_as_a_reference(tmp_path):
+    workload = parse(
+        "inputs:\n  - {id: a, prompt: p, expect: {exact: x}}\n  - {id: b, prompt: p, expect: {exact: x}}\n"
+    )
+    path = tmp_path / "answers.jsonl"
+    path.write_text('{"id": "b", "text": "x"}\n\n')
+    assert [(answer.input_id, answer.text) for answer in load_reference(path, workload)] == [("b", "x")]
+    for line, message in {
+        "{": "line 2: this line is no JSON",
+        '["b"]': "line 2: an answer needs the texts",
+        '{"id": "c", "text": "x"}': "line 2: the workload has no input 'c'",
+        '{"id": "b", "text": "y"}': "line 2: a second answer to 'b'",
+    }.items():
+        path.write_text('{"id": "b", "text": "x"}\n' + line)
+        with pytest.raises(BadWorkload, match=message):
+            load_reference(path, workload)

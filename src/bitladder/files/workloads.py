@@ -6,6 +6,7 @@ import csv
 import importlib
 import importlib.resources
 import io
+import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ import yaml
 from bitladder.describe.workload import Workload
 from bitladder.describe.workload_file import parse_workload
 from bitladder.errors import BadInput, BadWorkload, OutputError, UsageError
+from bitladder.records.evaluation import Answer
 
 STARTER = "starter"
 _MAX_BYTES = 16 * 1024**2
@@ -30,9 +32,7 @@ def load_workload(path: str | Path = STARTER) -> Workload:
         BadWorkload: it has a fault; the message names the line.
     """
     if str(path) == STARTER and not Path(path).exists():
-        return parse_workload(
-            _data("workload-starter.yaml"), source="workload-starter.yaml", read_file=_no_files
-        )
+        return parse_workload(_data("workload-starter.yaml"), source="workload-starter.yaml", read_file=_no_files)
     path = Path(path)
     return parse_workload(
         _read(path),
@@ -52,17 +52,13 @@ def new_workload(path: Path) -> None:
         with path.open("x", encoding="utf-8") as file:
             file.write(_data("workload-template.yaml"))
     except FileExistsError as error:
-        raise OutputError(
-            f"'{path}' exists already.", do="Choose another name, or remove it first."
-        ) from error
+        raise OutputError(f"'{path}' exists already.", do="Choose another name, or remove it first.") from error
     except OSError as error:
         raise OutputError(f"'{path}' cannot be written: {error.strerror}.") from error
 
 
 @contextmanager
-def trusted_functions(
-    workload: Workload, folder: Path, *, trust: bool
-) -> Iterator[dict[str, Callable[..., Any]]]:
+def trusted_functions(workload: Workload, folder: Path, *, trust: bool) -> Iterator[dict[str, Callable[..., Any]]]:
     """The user's own functions that a workload names, by ``module:function``; modules beside the workload are
     found.
 
@@ -88,12 +84,37 @@ def trusted_functions(
             try:
                 functions[name] = getattr(importlib.import_module(module), attribute)
             except (ImportError, AttributeError) as error:
-                raise BadWorkload(
-                    f"{workload.name}, line {line}: '{name}' cannot be imported: {error}."
-                ) from error
+                raise BadWorkload(f"{workload.name}, line {line}: '{name}' cannot be imported: {error}.") from error
         yield functions
     finally:
         sys.path.remove(str(folder))
+
+
+def load_reference(path: Path, workload: Workload) -> tuple[Answer, ...]:
+    """Stored answers as a reference: a ``.jsonl`` file of ``{"id": ..., "text": ...}``, one line per input.
+
+    Inputs without a line are left out of every comparison.
+
+    Raises:
+        BadWorkload: a line cannot be used; the message names it.
+    """
+    known = {one.id for one in workload.inputs}
+    answers: dict[str, Answer] = {}
+    for number, line in enumerate(_read(path).splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            plain = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise BadWorkload(f"{path}, line {number}: this line is no JSON: {error}.") from error
+        if not isinstance(plain, dict) or not all(isinstance(plain.get(key), str) for key in ("id", "text")):
+            raise BadWorkload(f"{path}, line {number}: an answer needs the texts 'id' and 'text'.")
+        if plain["id"] not in known:
+            raise BadWorkload(f"{path}, line {number}: the workload has no input '{plain['id']}'.")
+        if plain["id"] in answers:
+            raise BadWorkload(f"{path}, line {number}: a second answer to '{plain['id']}'.")
+        answers[plain["id"]] = Answer(plain["id"], plain["text"], False, "not judged yet", "stop", 0, 0)
+    return tuple(answers.values())
 
 
 def from_csv(path: Path) -> str:
@@ -111,15 +132,11 @@ def from_csv(path: Path) -> str:
     columns = rows.fieldnames or []
     known = {"prompt", "id", "tags", "weight", "expected", "number", *_CSV_TEXTS, *_CSV_LISTS}
     if "prompt" not in columns:
-        raise BadWorkload(
-            f"{path}, line 1: there is no column 'prompt'; the columns are {', '.join(columns)}."
-        )
+        raise BadWorkload(f"{path}, line 1: there is no column 'prompt'; the columns are {', '.join(columns)}.")
     for column in columns:
         if column not in known:
             allowed = ", ".join(sorted(known))
-            raise BadWorkload(
-                f"{path}, line 1: the column '{column}' means nothing here.", do=f"Columns: {allowed}."
-            )
+            raise BadWorkload(f"{path}, line 1: the column '{column}' means nothing here.", do=f"Columns: {allowed}.")
     inputs = [_csv_input(path, rows.line_num, {k: v for k, v in row.items() if v}) for row in rows]
     return _as_yaml(path, inputs)
 
@@ -141,9 +158,7 @@ def _csv_input(path: Path, line: int, row: dict[str, str]) -> dict[str, Any]:
             try:
                 section[name] = float(row[name])
             except ValueError as error:
-                raise BadWorkload(
-                    f"{path}, line {line}: {name} needs a number, got '{row[name]}'."
-                ) from error
+                raise BadWorkload(f"{path}, line {line}: {name} needs a number, got '{row[name]}'.") from error
     return one | {"expect": expect}
 
 
@@ -182,9 +197,7 @@ def from_promptfoo(path: Path) -> str:
                 {
                     "id": identity if len(prompts) == 1 else f"{identity} / prompt {place}",
                     "prompt": text,
-                    "variables": {
-                        k: str(v) for k, v in ({**default.get("vars", {}), **test.get("vars", {})}).items()
-                    },
+                    "variables": {k: str(v) for k, v in ({**default.get("vars", {}), **test.get("vars", {})}).items()},
                     "expect": expect,
                 }
             )
@@ -212,18 +225,12 @@ def _promptfoo_assertion(path: Path, number: int, assertion: Any, expect: dict[s
         expect.setdefault(kind, []).extend(map(str, value if isinstance(value, list) else [value]))
         return
     if kind in expect:
-        raise BadWorkload(
-            f"{path}: test {number} has two assertions that both become '{kind}'; an input can have one."
-        )
-    expect[kind] = (
-        (value or True) if kind == "json_schema" else value if isinstance(value, dict) else str(value)
-    )
+        raise BadWorkload(f"{path}: test {number} has two assertions that both become '{kind}'; an input can have one.")
+    expect[kind] = (value or True) if kind == "json_schema" else value if isinstance(value, dict) else str(value)
 
 
 def _as_yaml(path: Path, inputs: list[dict[str, Any]]) -> str:
-    text = yaml.safe_dump(
-        {"name": path.stem, "inputs": inputs}, sort_keys=False, allow_unicode=True, width=100
-    )
+    text = yaml.safe_dump({"name": path.stem, "inputs": inputs}, sort_keys=False, allow_unicode=True, width=100)
     parse_workload(text, source=f"{path} (imported)", read_file=_beside(path))
     return f"# Imported from {path.name}.\n{text}"
 
@@ -236,9 +243,7 @@ def _read(path: Path) -> str:
     except OSError as error:
         raise BadInput(f"'{path}' cannot be read: {error.strerror}.", do="Check the path.") from error
     except UnicodeDecodeError as error:
-        raise BadInput(
-            f"'{path}' is no UTF-8 text: byte {error.start} is {error.object[error.start]:#x}."
-        ) from error
+        raise BadInput(f"'{path}' is no UTF-8 text: byte {error.start} is {error.object[error.start]:#x}.") from error
 
 
 def _beside(path: Path) -> Callable[[str], str]:

@@ -19,10 +19,11 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 import numpy as np
 
 from bitladder.describe.criteria import Context, judge
+from bitladder.describe.similarity import METRICS
 from bitladder.describe.workload import Input, Workload, question_hash
 from bitladder.engines.base import Completion, Engine
 from bitladder.engines.llama import LlamaServer
-from bitladder.errors import EngineReply
+from bitladder.errors import EngineReply, UsageError
 from bitladder.progress import Progress, silent
 from bitladder.records.evaluation import (
     Alternative,
@@ -98,6 +99,30 @@ def answer_workload(
     return tuple(dataclasses.replace(answers[key], input_id=key[0], sample=key[1]) for key in questions)
 
 
+def check_help(workload: Workload, context: Context | None = None) -> None:
+    """Refuse a workload whose criteria need something that is not there, before any time is spent on it.
+
+    Raises:
+        UsageError: a judge, a function or a library is missing.
+    """
+    context = context or Context()
+    if "judge" in workload.kinds and context.judge is None:
+        raise UsageError(
+            "The workload asks a judge model, and none was named.",
+            do="Name an OpenAI-compatible endpoint for it, or use other criteria.",
+        )
+    for one in workload.inputs:
+        for criterion in one.criteria:
+            if criterion.kind == "python" and criterion.value not in context.functions:
+                raise UsageError(
+                    f"The workload runs Python code of its own: {criterion.value}.",
+                    means="It runs only for those who trust the workload.",
+                )
+            metric = criterion.value.get("metric") if isinstance(criterion.value, dict) else None
+            if metric in METRICS:
+                METRICS[metric]("a", "a")
+
+
 def judge_answers(
     workload: Workload,
     answers: Iterable[Answer],
@@ -112,7 +137,12 @@ def judge_answers(
         answers: of one level.
         reference: the reference's answers to the same inputs; None while the reference itself is judged.
         context: the judge and the user's functions, where criteria need them.
+
+    Raises:
+        UsageError: they need something that is not there.
+        EngineError: the judge cannot be asked.
     """
+    check_help(workload, context)
     inputs = {one.id: one for one in workload.inputs}
     said = {(answer.input_id, answer.sample): answer.text for answer in reference or ()}
     judged = []

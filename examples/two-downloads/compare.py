@@ -1,0 +1,97 @@
+"""Two files of the same model side by side: the same inputs through both, and what is different.
+
+    python examples/two-downloads/compare.py REFERENCE.gguf OTHER.gguf [--workload FILE] [--threads 2]
+
+The first file is the reference; usually the larger one. Works with files from any tool.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from bitladder.engines.llama import LlamaServer
+from bitladder.files.workloads import STARTER, load_workload
+from bitladder.records.evaluation import LevelAnswers
+from bitladder.stages.divergence import diverge
+from bitladder.stages.evaluate import answer_workload, compare, judge_answers, level_answers, measure_speed
+from bitladder.stages.wording import degeneration, wording_changes
+from bitladder.units import human_bytes
+
+
+def main() -> None:
+    """Ask both files and print what is different."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("reference", type=Path)
+    parser.add_argument("other", type=Path)
+    parser.add_argument("--workload", default=STARTER)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--parallel", type=int, default=4)
+    parser.add_argument("--price-per-hour", type=float, default=1.0, help="of the machine; for the cost of decoding")
+    options = parser.parse_args()
+    workload = load_workload(options.workload)
+
+    engine = {"n_ctx": 2048, "n_parallel": options.parallel, "threads": options.threads}
+    with LlamaServer(options.reference, **engine) as server:
+        answers = judge_answers(workload, answer_workload(server, workload))
+        reference = level_answers(options.reference.stem, answers, measure_speed(server))
+    with LlamaServer(options.other, **engine) as server:
+        answers = judge_answers(workload, answer_workload(server, workload), reference=reference.answers)
+        other = level_answers(options.other.stem, answers, measure_speed(server))
+        said = {answer.input_id: answer for answer in reference.answers}
+        partings = [diverge(server, one, said[one.id]) for one in workload.inputs]
+
+    for level, path in ((reference, options.reference), (other, options.other)):
+        describe(level, path, options.price_per_hour)
+    result = compare(reference, other, workload)
+    print(
+        f"\nPasses {sum(answer.passed for answer in reference.answers)} -> {result.passes} of {result.inputs} "
+        f"(95% interval {result.pass_low:.0%} to {result.pass_high:.0%}); lost {len(result.lost)}, "
+        f"gained {len(result.gained)}, p = {result.p_value:.2f}. "
+        f"A true loss under {result.smallest_visible_loss:.0%} would usually go unseen."
+    )
+    for tag in result.tags:
+        if tag.lost or tag.gained:
+            print(f"  {tag.tag}: {tag.passes} of {tag.inputs} pass, lost {tag.lost}, gained {tag.gained}")
+
+    kinds = {kind: sum(parting.kind == kind for parting in partings) for kind in ("identical", "tie-break", "diverged")}
+    print(
+        f"\nAnswers: {', '.join(f'{count} {kind}' for kind, count in kinds.items())}. First partings that are no tie:"
+    )
+    for parting in [parting for parting in partings if parting.kind == "diverged"][:5]:
+        place = next(departure for departure in parting.departures if not departure.tie)
+        print(
+            f"  {parting.input_id}, token {place.position}: {place.reference_token!r} -> {place.level_token!r} "
+            f"(log-probability of its own word: {place.reference_logprob:.2f} there, {place.level_logprob:.2f} here)"
+        )
+
+    changes = wording_changes(workload, reference.answers, other.answers)
+    print(f"\nWords: {changes.changed_answers} of {changes.answers} answers differ. Substitutions seen most:")
+    for change in changes.substitutions[:8]:
+        print(f"  {change.count} x  {change.before or '(nothing)'!s} -> {change.after or '(nothing)'!s}")
+    print(f"  numbers changed in: {', '.join(changes.changed_numbers) or 'none'}")
+    print(f"  JSON broken in: {', '.join(changes.broken_format) or 'none'}")
+    if changes.reference_items:
+        kept = changes.reference_items - len(changes.missing_items)
+        print(f"  found {kept} of {changes.reference_items} items that the reference found; missing:")
+        for name, item in changes.missing_items:
+            print(f"    {name}: {item}")
+    for level in (reference, other):
+        worn = degeneration(level.answers)
+        print(
+            f"  {level.level}: {worn.repeated_share:.1%} of words repeated, {len(worn.looping)} answers end in a loop"
+        )
+
+
+def describe(level: LevelAnswers, path: Path, price_per_hour: float) -> None:
+    """Size, speed and what a million decoded tokens cost with one request at a time."""
+    rate = level.speed.decode_tokens_per_s
+    cost = price_per_hour * 1e6 / rate / 3600
+    print(
+        f"{level.level}: {human_bytes(path.stat().st_size)}, decode {rate:.1f} tokens/s, "
+        f"prefill {level.speed.prefill_tokens_per_s:.0f} tokens/s, {cost:.2f} per million decoded tokens"
+    )
+
+
+if __name__ == "__main__":
+    main()
