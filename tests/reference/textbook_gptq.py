@@ -7,9 +7,7 @@ Independent of bitladder.kernels.gptq, which never inverts: the two must choose 
 import numpy as np
 
 
-def textbook_gptq(  # noqa: PLR0917
-    weights, hessian, scales, zeros, bits, damp, act_order
-):
+def textbook_gptq(weights, hessian, scales, zeros, bits, damp, act_order):
     """Codes int[rows, columns] for one group per row."""
     weights = weights.astype(np.float64).copy()
     hessian = hessian.astype(np.float64).copy()

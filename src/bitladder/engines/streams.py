@@ -182,7 +182,8 @@ class ReferenceStream:
     ) -> F32 | None:
         """Find this input's scales, multiply them into its columns and divide them out of what comes
         before."""
-        absorbers = absorbing_parameters(self.model.family, shared)
+        present = {name for name, _ in block.named_parameters()}
+        absorbers = [p for p in absorbing_parameters(self.model.family, shared) if p.path in present]
         if not absorbers or not (level.method == "AWQ" or (level.smooth and "norm" in absorbers[0].path)):
             return None
         if getattr(self.model.config, "clip_qkv", None) and "v_proj" in absorbers[0].path:
@@ -274,7 +275,7 @@ def _floats(model: LayeredModel, block: nn.Module) -> dict[str, F32]:
     """Every parameter of the layer that is not quantized, f32, by disk name."""
     quantized = {p.path for shared in model.family.inputs for p in quantized_parameters(model.family, shared)}
     return {
-        disk_name(model.family, path): value.detach().cpu().numpy()
+        disk_name(model.family, path): value.detach().cpu().numpy().copy()
         for path, value in block.named_parameters()
         if path not in quantized
     }

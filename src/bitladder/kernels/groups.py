@@ -140,7 +140,7 @@ def search(
 
 
 @njit(cache=True, parallel=True)
-def _search_symmetric(  # noqa: PLR0917
+def _search_symmetric(
     lanes: F32,
     column_weight: F32,
     size: int,
@@ -187,7 +187,7 @@ def _search_symmetric(  # noqa: PLR0917
 
 
 @njit(cache=True, parallel=True)
-def _search_asymmetric(  # noqa: PLR0917
+def _search_asymmetric(
     lanes: F32,
     column_weight: F32,
     size: int,

@@ -1,0 +1,243 @@
+"""Checkpoint levels of tiny models of every family: names, folding, propagation, resumption, refusals."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numba
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+import tiny_models
+from bitladder.describe.windows import Window
+from bitladder.engines import checkpoint_walk
+from bitladder.engines.checkpoint_walk import Settings
+from bitladder.errors import BadInput, BadWeights, OutputError, UsageError
+from bitladder.files.checkpoint_check import decoded_linears
+from bitladder.files.gguf import GgufFile
+from bitladder.formats.checkpoint import parse_level
+from bitladder.stages.calibrate import quantize_checkpoints
+from reference.slow_checkpoint import read_folder
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny matrices: threads would only wait for one another."""
+    before = torch.get_num_threads(), numba.get_num_threads()
+    torch.set_num_threads(1)
+    numba.set_num_threads(1)
+    yield
+    torch.set_num_threads(before[0])
+    numba.set_num_threads(before[1])
+
+
+def windows_of(seed: int, count: int = 40, n: int = 64) -> list[Window]:
+    rng = np.random.default_rng(seed)
+    return [Window(f"text {at // 4}", rng.integers(0, tiny_models.N_VOCAB, n)) for at in range(count)]
+
+
+def tiny(name: str, folder: Path, **sizes: int) -> tuple[torch.nn.Module, Path, Path]:
+    """A tiny model, its checkpoint folder and its GGUF."""
+    case = tiny_models.CASES[name]
+    model = tiny_models.make(case, **sizes)
+    checkpoint = folder / "source"
+    model.save_pretrained(checkpoint)
+    (checkpoint / "tokenizer.json").write_text("{}")
+    return model, checkpoint, tiny_models.write(case, model, folder / "source.gguf")
+
+
+def run(gguf: Path, levels: list[str], out: Path, checkpoint: Path | None, **options) -> list:
+    with GgufFile.open(gguf) as source:
+        return quantize_checkpoints(source, levels, out, windows_of(1), name="tiny", checkpoint=checkpoint, **options)
+
+
+def loaded(folder: Path, weights: dict[str, np.ndarray], scratch: Path) -> torch.nn.Module:
+    """A plain transformers model of decoded weights."""
+    scratch.mkdir(parents=True)
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (scratch / "config.json").write_text(json.dumps(config))
+    tensors = {name: torch.from_numpy(np.array(value)) for name, value in weights.items()}
+    save_file(tensors, scratch / "model.safetensors", metadata={"format": "pt"})
+    model, info = AutoModelForCausalLM.from_pretrained(
+        scratch,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        experts_implementation="eager",
+        output_loading_info=True,
+    )
+    assert not info["unexpected_keys"]
+    assert set(info["missing_keys"]) <= {"lm_head.weight"}
+    return model.eval()
+
+
+def decoded(folder: Path, name: str) -> dict[str, np.ndarray]:
+    from safetensors import safe_open
+
+    level = parse_level(name)
+    weights = {f"{linear}.weight": value for linear, value in decoded_linears(folder, level)}
+    quantized = {linear.removesuffix(".weight") for linear in weights}
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        for key in file.keys():  # noqa: SIM118
+            if key.endswith(".bias") or key.rpartition(".")[0] not in quantized:
+                weights[key] = file.get_tensor(key).float().numpy()
+    return weights
+
+
+def difference(model: torch.nn.Module, other: torch.nn.Module) -> float:
+    """Error of the logits as a share of their energy, on text that calibration did not see."""
+    tokens = torch.from_numpy(np.stack([window.tokens for window in windows_of(2, count=4)]))
+    with torch.no_grad():
+        reference, found = model(tokens).logits, other(tokens).logits
+    reference = reference - reference.mean(-1, keepdim=True)
+    return float((found - found.mean(-1, keepdim=True) - reference).square().sum() / reference.square().sum())
+
+
+@pytest.mark.parametrize("name", sorted(tiny_models.CASES))
+def test_every_family_keeps_its_predictions_at_eight_bits(name, tmp_path):
+    model, checkpoint, gguf = tiny(name, tmp_path)
+    levels = ["GPTQ-8bit-row", "INT8-W8A8-smooth"]
+    run(gguf, levels, tmp_path / "out", checkpoint)
+    for level in levels:
+        folder = tmp_path / "out" / f"tiny-{level}"
+        found = loaded(folder, decoded(folder, level), tmp_path / "plain" / level)
+        assert difference(model, found) < 2e-2, level
+
+
+def test_an_independent_reader_and_error_feedback(tmp_path):
+    """Four bits: the slow reader's weights, in transformers, stay closer than plainly rounded ones."""
+    model, checkpoint, gguf = tiny("llama", tmp_path)
+    levels = ["GPTQ-4bit-g32", "AWQ-4bit-g32", "GPTQ-4bit-g32-ct", "INT8-W8A16"]
+    reports = run(gguf, levels, tmp_path / "out", checkpoint)
+    apart = {}
+    for level, report in zip(levels, reports, strict=True):
+        folder = tmp_path / "out" / f"tiny-{level}"
+        apart[level] = difference(model, loaded(folder, read_folder(folder), tmp_path / "plain" / level))
+        assert report.path == str(folder)
+        assert len(report.linears) == 3 * 7
+        assert all(0 <= loss.loss < 0.05 for loss in report.linears)
+        assert (folder / "tokenizer.json").read_text() == "{}"
+    config = json.loads((tmp_path / "out/tiny-GPTQ-4bit-g32/quantize_config.json").read_text())
+    assert config["bits"] == 4
+    with torch.no_grad():
+        for module in model.model.layers.modules():
+            if isinstance(module, torch.nn.Linear):
+                grouped = module.weight.reshape(len(module.weight), -1, 32)
+                scale = grouped.abs().amax(-1, keepdim=True) / 7.5
+                module.weight.copy_(((grouped / scale).round().clamp(-8, 7) * scale).reshape(module.weight.shape))
+    plain = difference(tiny_models.make(tiny_models.CASES["llama"]), model)
+    assert apart["GPTQ-4bit-g32"] == pytest.approx(apart["GPTQ-4bit-g32-ct"], rel=0.05)
+    assert apart["GPTQ-4bit-g32"] < 0.8 * plain
+    assert apart["AWQ-4bit-g32"] < plain
+    assert apart["INT8-W8A16"] < 0.02 * plain
+
+
+@pytest.mark.parametrize("levels", [["GPTQ-4bit-g32", "AWQ-4bit-g32", "INT8-W8A8"]])
+def test_a_killed_run_goes_on_and_writes_the_same_bytes(levels, tmp_path, monkeypatch):
+    _, checkpoint, gguf = tiny("qwen2", tmp_path)
+    run(gguf, levels, tmp_path / "whole", checkpoint)
+    original = checkpoint_walk.CheckpointWalk._one
+    done = []
+
+    def until_killed(self, stream, layer):
+        done.append((type(stream).__name__, layer))
+        if len(done) == 4:  # in the second layer, after one stream and before the other
+            raise KeyboardInterrupt
+        original(self, stream, layer)
+
+    monkeypatch.setattr(checkpoint_walk.CheckpointWalk, "_one", until_killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(gguf, levels, tmp_path / "killed", checkpoint)
+    assert not list((tmp_path / "killed").glob("tiny-*"))
+    done.clear()
+    monkeypatch.setattr(
+        checkpoint_walk.CheckpointWalk,
+        "_one",
+        lambda self, s, n: (done.append((type(s).__name__, n)), original(self, s, n)),
+    )
+    run(gguf, levels, tmp_path / "killed", checkpoint)
+    assert sorted(done) == [("ReferenceStream", 2), ("SequentialStream", 1), ("SequentialStream", 2)]
+    for level in levels:
+        files = [folder / f"tiny-{level}" / "model.safetensors" for folder in (tmp_path / "whole", tmp_path / "killed")]
+        assert files[0].read_bytes() == files[1].read_bytes()
+    assert not list((tmp_path / "killed").glob(".*partial"))
+    done.clear()
+    run(gguf, levels, tmp_path / "killed", checkpoint)
+    assert not done
+
+
+def test_a_changed_file_is_not_passed_off_as_proved(tmp_path):
+    _, checkpoint, gguf = tiny("llama", tmp_path)
+    run(gguf, ["GPTQ-4bit-g32"], tmp_path, checkpoint)
+    shard = tmp_path / "tiny-GPTQ-4bit-g32" / "model.safetensors"
+    raw = bytearray(shard.read_bytes())
+    raw[-1] ^= 64
+    shard.write_bytes(raw)
+    with pytest.raises(OutputError, match="does not decode to what was computed"):
+        run(gguf, ["GPTQ-4bit-g32"], tmp_path, checkpoint)
+
+
+def test_foreign_folders_are_left_alone(tmp_path):
+    _, checkpoint, gguf = tiny("llama", tmp_path)
+    (tmp_path / "tiny-INT8-W8A16").mkdir()
+    with pytest.raises(OutputError, match="was not written by Bitladder"):
+        run(gguf, ["INT8-W8A16"], tmp_path, checkpoint)
+
+
+def test_experts_without_tokens_are_named(tmp_path):
+    _, checkpoint, gguf = tiny("mixtral", tmp_path)
+    with GgufFile.open(gguf) as source:
+        windows = [
+            Window("one", np.full(64, 7)) for _ in range(20)
+        ]  # the same token over and over: two experts of four
+        report = quantize_checkpoints(source, ["GPTQ-4bit-g32"], tmp_path, windows, name="tiny", checkpoint=checkpoint)[
+            0
+        ]
+    noted = [loss for loss in report.linears if "rounded plainly" in loss.note]
+    assert noted
+    assert all(".experts." in loss.name and loss.tokens < 64 for loss in noted)
+    assert any("done differently" in note for note in report.notes)
+
+
+def test_refusals_come_before_the_work(tmp_path):
+    _, checkpoint, gguf = tiny("llama", tmp_path)
+    with pytest.raises(UsageError, match="groups of 64 do not divide"):
+        run(gguf, ["GPTQ-4bit-g64"], tmp_path, checkpoint)
+    with pytest.raises(BadInput, match="also occurs in the calibration text"):
+        run(gguf, ["GPTQ-4bit-g32"], tmp_path, checkpoint, measuring=[Window("x", windows_of(1)[3].tokens[5:50])])
+    with GgufFile.open(gguf) as source:
+        for windows, says in (
+            ([], "0 tokens in 0 windows"),
+            ([Window("x", np.array([5]))] * 30, "30 tokens in 30 windows"),
+            ([Window("x", np.full(2000, 96))], "holds token 96; the model has 96 tokens"),
+        ):
+            with pytest.raises(BadInput, match=says):
+                quantize_checkpoints(source, ["GPTQ-4bit-g32"], tmp_path, windows, name="tiny", checkpoint=checkpoint)
+        (checkpoint / "tokenizer.json").unlink()
+        with pytest.raises(BadInput, match="has no tokenizer"):
+            quantize_checkpoints(source, ["INT8-W8A16"], tmp_path, [], name="tiny", checkpoint=checkpoint)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("tiny-")]
+
+
+def test_activations_that_overflow_name_the_layer(tmp_path):
+    case = tiny_models.CASES["llama"]
+    model = tiny_models.make(case)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.mul_(1e30)
+    checkpoint = tmp_path / "source"
+    model.save_pretrained(checkpoint)
+    (checkpoint / "tokenizer.json").write_text("{}")
+    with pytest.raises(BadWeights, match=r"in layer [12] are not finite"):
+        run(tiny_models.write(case, model, tmp_path / "s.gguf"), ["GPTQ-4bit-g32"], tmp_path, checkpoint)
+
+
+def test_states_on_disk_change_nothing(tmp_path):
+    _, checkpoint, gguf = tiny("llama", tmp_path)
+    run(gguf, ["GPTQ-4bit-g32"], tmp_path / "memory", checkpoint)
+    run(gguf, ["GPTQ-4bit-g32"], tmp_path / "disk", checkpoint, settings=Settings(state_bytes=0))
+    files = [tmp_path / place / "tiny-GPTQ-4bit-g32" / "model.safetensors" for place in ("memory", "disk")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    shutil.rmtree(tmp_path / "disk")
