@@ -10,11 +10,12 @@ import tiny_models
 from bitladder.describe.text import Document
 from bitladder.describe.windows import Window, cut, window_hashes
 from bitladder.engines.head import HeadInput, TokenScores, compare
+from bitladder.engines.resume import walk_key
 from bitladder.engines.states import batches_of
 from bitladder.engines.weights import FileWeights, MadeWeights, Quantizer
 from bitladder.errors import BadInput, BadWeights, OutputError, UnknownLevel
 from bitladder.files.gguf import GgufFile
-from bitladder.formats.roles import layer_tensor
+from bitladder.formats.roles import EMBEDDING, layer_tensor
 from bitladder.kernels import dequantize, quantize
 from bitladder.stages.walk import (
     Candidate,
@@ -73,10 +74,7 @@ def test_slices_of_the_vocabulary_and_blocks_of_tokens_change_nothing():
     states = [torch.from_numpy(rng.standard_normal((700, 16), np.float32)) for _ in range(2)]
     heads = [rng.standard_normal((101, 16), np.float32) for _ in range(2)]
     targets = rng.integers(0, 101, 700)
-    inputs = [
-        HeadInput(states[at], at, lambda rows, at=at: np.ascontiguousarray(heads[at][rows]))
-        for at in range(2)
-    ]
+    inputs = [HeadInput(states[at], at, lambda rows, at=at: np.ascontiguousarray(heads[at][rows])) for at in range(2)]
     once, sliced = (compare(inputs, targets, 101, softcap=4.0, slice_rows=rows)[1] for rows in (101, 7))
     np.testing.assert_allclose(sliced.kl, once.kl, rtol=1e-5)
     np.testing.assert_allclose(sliced.nll, once.nll, rtol=1e-5)
@@ -102,9 +100,7 @@ def test_made_levels_use_the_kernels_bytes(pair, monkeypatch):
             weights = super().__call__(name, rows)
             if name not in qtypes:
                 return weights
-            return dequantize(quantize(weights.reshape(-1, weights.shape[-1]), "Q8_0"), "Q8_0").reshape(
-                weights.shape
-            )
+            return dequantize(quantize(weights.reshape(-1, weights.shape[-1]), "Q8_0"), "Q8_0").reshape(weights.shape)
 
         def identity(self, name):
             return "restored", name
@@ -260,6 +256,62 @@ def test_one_window_has_no_interval():
     scores = scores_by_hand([0.1, 0.2], [1.0, 2.0], [1, 2])
     found = fidelity("x", scores, scores, windows)
     assert found.unit == "window"
-    assert np.isnan(
-        [found.kl_low, found.kl_high, found.kl_p99_low, found.top1_low, found.ppl_ratio_high]
-    ).all()
+    assert np.isnan([found.kl_low, found.kl_high, found.kl_p99_low, found.top1_low, found.ppl_ratio_high]).all()
+
+
+class Killed(Exception):
+    """Stands for a kill."""
+
+
+def test_a_killed_walk_goes_on_at_the_layer_it_kept(pair, tmp_path: Path, monkeypatch):
+    _, source, other = pair
+    windows, keep = windows_of(64, 40), tmp_path / "kept"
+    candidates = [file_candidate(source, other), *late_and_early(source)]
+    expected = token_scores(source, candidates, windows)
+    monkeypatch.setattr("bitladder.engines.resume.SECONDS_BETWEEN", 0.0)
+
+    def die_at_the_last_layer(what, done, total):
+        if done == 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        token_scores(source, candidates, windows, progress=die_at_the_last_layer, keep=keep)
+    assert {file.suffix for file in keep.iterdir()} == {".json", ".f32"}
+    told = []
+    found = token_scores(source, candidates, windows, keep=keep, progress=lambda *step: told.append(step[0]))
+    assert told[0] == "walk: layer 3 of 3"
+    for one, same in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one.kl, same.kl)
+        np.testing.assert_array_equal(one.nll, same.nll)
+    assert not list(keep.iterdir())
+
+
+def late_and_early(source: GgufFile) -> list[Candidate]:
+    quantizer = Quantizer(FileWeights(source))
+    return [
+        Candidate(str(layer), MadeWeights(quantizer, {layer_tensor(layer, "ffn_up.weight"): "Q8_0"}))
+        for layer in (0, 2)
+    ]
+
+
+def test_states_of_another_walk_are_not_taken(pair, tmp_path: Path):
+    """Another text, or another level, has another key."""
+    _, source, other = pair
+    one, two = windows_of(64, seed=1), windows_of(64, seed=2)
+    weights = [FileWeights(source), FileWeights(other)]
+    names = [tensor.name for tensor in source.model.tensors]
+    keys = {
+        walk_key(models, names, [window.tokens.tobytes() for window in windows])
+        for models in (weights, weights[:1], weights[::-1])
+        for windows in (one, two, one + two)
+    }
+    assert len(keys) == 9
+
+
+def test_two_quantizers_with_equal_settings_share_their_work(pair):
+    _, source, _ = pair
+    made = [
+        MadeWeights(Quantizer(FileWeights(source), effort=effort), {EMBEDDING: "Q8_0"})
+        for effort in ("good", "good", "fast")
+    ]
+    assert made[0].identity(EMBEDDING) == made[1].identity(EMBEDDING) != made[2].identity(EMBEDDING)

@@ -16,6 +16,7 @@ import torch
 from bitladder.describe.windows import Window
 from bitladder.engines.head import HeadInput, TokenScores, compare
 from bitladder.engines.layers import LayeredModel, inference
+from bitladder.engines.resume import Checkpoint, walk_key
 from bitladder.engines.states import Batch, Shelf, States, batches_of
 from bitladder.engines.weights import LevelWeights
 from bitladder.formats.roles import OUTPUT_NORM
@@ -53,11 +54,14 @@ class Ladder:
         *,
         state_bytes: int,
         spill: Path | None = None,
+        keep: Path | None = None,
     ) -> None:
-        """``state_bytes``: hidden states beyond this go to a file in ``spill``."""
+        """``state_bytes``: hidden states beyond this go to a file in ``spill``. ``keep``: a folder in which a
+        killed pass leaves its states, and finds them."""
         self.model, self.weights, self.windows = model, weights, windows
         self.batches = batches_of(windows)
         self._shelf = Shelf(self.batches, model.model.dims.n_embd, budget_bytes=state_bytes, folder=spill)
+        self._kept = Checkpoint(keep, self._key()) if keep else None
 
     def run(self, progress: Progress) -> list[TokenScores]:
         """Scores of every scored token of every model, windows in the caller's order.
@@ -68,17 +72,39 @@ class Ladder:
         """
         n_layer = self.model.n_layer
         total = n_layer + 2.0  # the head costs about two layers
-        groups = self._embedded()
-        for layer in range(n_layer):
+        first, groups = self._resumed() or (0, self._embedded())
+        for layer in range(first, n_layer):
             progress(f"walk: layer {layer + 1} of {n_layer}", layer, total)
             groups = [part for group in groups for part in self._through(group, layer)]
             for name in self.model.layer_names(layer):
                 for own in self.weights:
                     own.forget(name)
+            if self._kept:
+                self._kept.save(layer, [(group.members, group.states) for group in groups])
         progress("walk: comparing predictions", n_layer, total)
         scores = self._at_the_head(groups)
+        if self._kept:
+            self._kept.done()
         progress("walk: comparing predictions", total, total)
         return scores
+
+    def _key(self) -> str:
+        tensors = [tensor.name for tensor in self.model.model.tensors]
+        return walk_key(self.weights, tensors, [window.tokens.tobytes() for window in self.windows])
+
+    def _resumed(self) -> tuple[int, list[_Group]] | None:
+        """Where a killed pass over the same models and windows was: the layer to go on with, and its
+        groups."""
+        found = self._kept.load() if self._kept else None
+        if self._kept is None or found is None:
+            return None
+        layer, members, files = found
+        groups = []
+        for own, file in zip(members, files, strict=True):
+            states = self._shelf.take()
+            self._kept.restore(file, states)
+            groups.append(_Group(own, states))
+        return layer, groups
 
     def _embedded(self) -> list[_Group]:
         groups = []
@@ -115,21 +141,15 @@ class Ladder:
             for group in groups
             for members in _split(group.members, lambda one: self._head_identity(self.weights[one]))
         ]
-        distinct.sort(
-            key=lambda pair: pair[0][0]
-        )  # the reference is member 0: all others are compared with it
+        distinct.sort(key=lambda pair: pair[0][0])  # the reference is member 0: all others are compared with it
         found: list[dict[int, TokenScores]] = [{} for _ in distinct]
         limit = max(1, _HEAD_BYTES // (len(distinct) * self.model.model.dims.n_embd * 4))
         for chunk in self._chunks(limit):
             order = [at for batch in chunk for at in batch.windows]
-            inputs = [
-                self._head_input(self.weights[members[0]], states, chunk) for members, states in distinct
-            ]
+            inputs = [self._head_input(self.weights[members[0]], states, chunk) for members, states in distinct]
             targets = np.concatenate([self.windows[at].tokens[self.windows[at].first + 1 :] for at in order])
             n_vocab = self.model.model.dims.n_vocab
-            for number, scores in enumerate(
-                compare(inputs, targets, n_vocab, softcap=self.model.logit_softcap)
-            ):
+            for number, scores in enumerate(compare(inputs, targets, n_vocab, softcap=self.model.logit_softcap)):
                 ends = np.cumsum([self.windows[at].scored for at in order])
                 found[number].update(zip(order, scores.split(ends), strict=True))
         scored = [TokenScores.joined([one[at] for at in range(len(self.windows))]) for one in found]

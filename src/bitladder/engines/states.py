@@ -79,7 +79,7 @@ class States:
         self.width = width
         tokens = sum(batch.tokens.size for batch in batches)
         if spill is None:
-            self._data = torch.empty(tokens, width)
+            self.data = torch.empty(tokens, width)
             return
         try:
             with tempfile.TemporaryFile(dir=spill) as file:
@@ -92,17 +92,17 @@ class States:
                 means="Hidden states of all levels are kept on disk when they outgrow memory.",
                 do="Free some space, set TMPDIR to a larger disk, or measure fewer levels at once.",
             ) from error
-        self._data = torch.frombuffer(mapped, dtype=torch.float32).view(tokens, width)
+        self.data = torch.frombuffer(mapped, dtype=torch.float32).view(tokens, width)
 
     def get(self, batch: Batch) -> torch.Tensor:
         """f32[windows, n, width] of a batch: a view."""
         size = batch.tokens.size
-        return self._data[batch.start : batch.start + size].view(*batch.tokens.shape, self.width)
+        return self.data[batch.start : batch.start + size].view(*batch.tokens.shape, self.width)
 
     @property
     def everything(self) -> torch.Tensor:
         """The states of all batches, f32[tokens, width]: a view."""
-        return self._data
+        return self.data
 
     def put(self, batch: Batch, states: torch.Tensor) -> None:
         """Replace a batch's states."""

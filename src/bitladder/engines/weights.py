@@ -92,13 +92,19 @@ class Quantizer:
         self._effort: Effort = effort
         self._threads = threads
         self._packed: dict[tuple[str, str], NDArray[np.uint8]] = {}
+        self._settings = {
+            name: hashlib.blake2b(values.tobytes(), digest_size=16).digest()
+            for name, values in self._importance.items()
+        }
+
+    def identity(self, name: str, qtype: str) -> Hashable:
+        """Equal when the quantized bytes are: same weights, type, effort and importance."""
+        return self.source.identity(name), qtype, self._effort, self._settings.get(name)
 
     def read(self, name: str, qtype: str, rows: Rows = None) -> F32:
         """Weights of a tensor (or of some rows) as they come out of quantizing and dequantizing."""
         if rows is not None:
-            return dequantize(
-                self._pack(name, self.source(name, rows), qtype, rows), qtype, threads=self._threads
-            )
+            return dequantize(self._pack(name, self.source(name, rows), qtype, rows), qtype, threads=self._threads)
         key = (name, qtype)
         if key not in self._packed:
             self._packed[key] = self._pack(name, self.source(name), qtype, None)
@@ -111,9 +117,7 @@ class Quantizer:
         if importance is None or importance.ndim == 1:
             return quantize(flat, qtype, importance=importance, effort=self._effort, threads=self._threads)
         if rows is not None:
-            raise ValueError(
-                f"{name}: rows of stacked experts with an importance each cannot be quantized apart"
-            )
+            raise ValueError(f"{name}: rows of stacked experts with an importance each cannot be quantized apart")
         return np.concatenate(
             [
                 quantize(expert, qtype, importance=own, effort=self._effort, threads=self._threads)
@@ -147,9 +151,9 @@ class MadeWeights:
         return self._source(name, rows) if qtype is None else self._quantizer.read(name, qtype, rows)
 
     def identity(self, name: str) -> Hashable:
-        """The type and the quantizer, or the source's own identity."""
+        """What the bytes depend on, or the source's own identity."""
         qtype = self._qtypes.get(name)
-        return self._source.identity(name) if qtype is None else (id(self._quantizer), name, qtype)
+        return self._source.identity(name) if qtype is None else self._quantizer.identity(name, qtype)
 
     def forget(self, name: str) -> None:
         """Drop what the quantizer keeps of a tensor."""

@@ -60,9 +60,7 @@ def made_candidates(
     Raises:
         UnknownLevel: no recipe has that name.
     """
-    quantizer = Quantizer(
-        FileWeights(source, threads=threads), importance=importance, effort=effort, threads=threads
-    )
+    quantizer = Quantizer(FileWeights(source, threads=threads), importance=importance, effort=effort, threads=threads)
     model = source.model
     return [
         Candidate(
@@ -135,6 +133,7 @@ def walk(
     threads: int = 1,
     state_bytes: int = GiB,
     spill: Path | None = None,
+    keep: Path | None = None,
 ) -> list[Fidelity]:
     """Compare levels with their source on the same tokens, in one pass.
 
@@ -148,6 +147,8 @@ def walk(
         state_bytes: hidden states beyond this go to a file in ``spill`` (the system's folder for temporary
             files by default).
         spill: see ``state_bytes``.
+        keep: a folder in which a killed walk leaves its hidden states; a walk of the same levels over the
+            same text goes on from there, and removes them at its end.
 
     Returns:
         One record per candidate, in order.
@@ -158,8 +159,8 @@ def walk(
         OutputError: no room for hidden states.
     """
     scores = token_scores(
-        source, candidates, windows,
-        progress=progress, device=device, threads=threads, state_bytes=state_bytes, spill=spill,
+        source, candidates, windows, progress=progress, device=device, threads=threads,
+        state_bytes=state_bytes, spill=spill, keep=keep,
     )  # fmt: skip
     return [
         fidelity(candidate.level, own, scores[0], windows)
@@ -177,6 +178,7 @@ def token_scores(
     threads: int = 1,
     state_bytes: int = GiB,
     spill: Path | None = None,
+    keep: Path | None = None,
 ) -> list[TokenScores]:
     """Scores of every scored token, windows in the caller's order, of the reference and then of each
     candidate.
@@ -187,7 +189,7 @@ def token_scores(
     reference = FileWeights(source, threads=threads)
     model = LayeredModel(source.model, reference, device=device)
     weights: list[LevelWeights] = [reference, *(candidate.weights for candidate in candidates)]
-    return Ladder(model, weights, windows, state_bytes=state_bytes, spill=spill).run(progress)
+    return Ladder(model, weights, windows, state_bytes=state_bytes, spill=spill, keep=keep).run(progress)
 
 
 def _check_tokens(windows: Sequence[Window], n_vocab: int) -> None:
