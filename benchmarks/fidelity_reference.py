@@ -70,6 +70,7 @@ def main() -> int:
     parser.add_argument("--calibrate", type=Path)
     parser.add_argument("--effort", default="good")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--keep", type=Path, help="folder in which a killed run leaves its states and finds them")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     absent = [path for path in (options.model, options.text, options.calibrate) if path and not path.exists()]
@@ -92,7 +93,7 @@ def main() -> int:
         candidates = made_candidates(
             source, levels, importance=importance, effort=options.effort, threads=options.threads
         )
-        found = walk(source, candidates, windows, threads=options.threads)
+        found = walk(source, candidates, windows, threads=options.threads, keep=options.keep)
         seconds, peak = time.perf_counter() - started, peak_bytes()
     tokens = found[0].tokens
     print(f"{len(windows)} windows, {tokens} scored tokens, reference perplexity {found[0].ppl_reference:.2f}")
