@@ -16,15 +16,16 @@ Texts = Annotated[
     typer.Option("--text", help="Measure on this text instead of the shipped one; repeat it for several documents."),
 ]
 
+WorkloadFile = Annotated[Path | None, typer.Option("--workload", help="Your inputs and criteria (YAML or JSON lines).")]
+Bar = Annotated[str | None, typer.Option("--bar", help="The quality a level must hold, like 'kl < 0.05'.")]
+
 
 @verb
 def run(
     model: ModelArgument,
     levels: Levels = None,
-    workload: Annotated[
-        Path | None, typer.Option("--workload", help="Your inputs and criteria (YAML or JSONL).")
-    ] = None,
-    bar: Annotated[str | None, typer.Option("--bar", help="The quality a level must hold, like 'kl < 0.05'.")] = None,
+    workload: WorkloadFile = None,
+    bar: Bar = None,
     ctx: Context = DEFAULT_CTX,
     text: Texts = None,
     out: Annotated[

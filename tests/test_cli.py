@@ -1,0 +1,234 @@
+"""The command line as other programs use it: JSON fields, exit codes, one clear message for bad input."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from bitladder import __version__
+from bitladder.cli.app import app
+
+PROSE = (
+    "The lamp stood in the window all winter, and each evening somebody lit it. Nobody could say who had begun "
+    "the custom, only that boats coming home late looked for it, and that children were sent to bed when it burned. "
+)
+WORKLOAD = """
+name: small
+inputs:
+  - id: capital
+    prompt: What is the capital of France? Answer with one sentence.
+    tags: [facts]
+    max_tokens: 12
+    expect: {contains_all: Paris}
+  - id: count
+    prompt: Count from one to five.
+    tags: [counting]
+    max_tokens: 12
+    expect: {regex: "."}
+"""
+
+
+def bitladder(*arguments: str | Path):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(PROSE * 6)
+    return path
+
+
+@pytest.fixture
+def workload(tmp_path: Path) -> Path:
+    path = tmp_path / "workload.yaml"
+    path.write_text(WORKLOAD)
+    return path
+
+
+def test_version():
+    assert bitladder("--version").stdout.strip() == __version__
+
+
+def test_help_is_quick():
+    """No heavy package is imported for --help (a time would fail on a busy machine, an import does not)."""
+    code = "import sys, bitladder.cli.app; print(','.join(sorted(sys.modules)))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split(",")
+    assert not {"torch", "transformers", "numba", "scipy", "sqlalchemy", "numpy", "xllamacpp"} & set(loaded)
+
+
+def test_plan_imports_no_torch(demo_gguf):
+    code = (
+        "import sys; from bitladder.cli.app import app\n"
+        f"try: app(['plan', {str(demo_gguf)!r}, '--json'])\n"
+        "except SystemExit: pass\n"
+        "print([name for name in ('torch', 'transformers', 'numba') if name in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip().endswith("[]")
+
+
+def test_plan(demo_gguf):
+    done = bitladder("plan", demo_gguf, "--json")
+    levels = json.loads(done.stdout)["levels"]
+    assert done.exit_code == 0
+    assert {"level", "tensor_bytes", "file_bytes", "bpw", "fits", "reason"} <= set(levels[0])
+    assert [one["file_bytes"] for one in levels] == sorted((one["file_bytes"] for one in levels), reverse=True)
+    assert "Q4_K_M" in bitladder("plan", demo_gguf).stdout
+
+
+def test_plan_reads_the_header_only(demo_gguf, tmp_path):
+    """A copy whose tensor data is a hole."""
+    from bitladder.files.gguf import read_header
+
+    hole = tmp_path / "hole.gguf"
+    with hole.open("wb") as file:
+        file.write(demo_gguf.read_bytes()[: read_header(demo_gguf).header_bytes])
+        file.truncate(demo_gguf.stat().st_size)
+    assert json.loads(bitladder("plan", hole, "--json").stdout)["levels"]
+
+
+def test_planned_bytes_are_written_bytes(demo_gguf, tmp_path):
+    planned = {one["level"]: one for one in json.loads(bitladder("plan", demo_gguf, "--json").stdout)["levels"]}
+    done = bitladder("quantize", demo_gguf, "--to", "q8_0,Q2_K", "--out", tmp_path, "--effort", "fast", "--json")
+    files = json.loads(done.stdout)["files"]
+    assert [file["level"] for file in files] == ["Q8_0", "Q2_K"]
+    for file in files:
+        assert {"level", "path", "bytes", "bpw", "seconds"} <= set(file)
+        assert file["bytes"] == planned[file["level"]]["file_bytes"] == Path(file["path"]).stat().st_size
+    inspected = json.loads(bitladder("inspect", files[1]["path"], "--json").stdout)
+    assert {"architecture", "bpw", "type_share", "tensors"} <= set(inspected)
+    assert inspected["bpw"] == pytest.approx(files[1]["bpw"])
+    assert sum(inspected["type_share"].values()) == pytest.approx(1)
+    assert inspected["tensors"][0].keys() >= {"name", "shape", "qtype"}
+    assert Path(files[1]["path"]).name.endswith("-Q2_K.gguf")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["plan", "nowhere.gguf"], 2, "no model 'nowhere.gguf'"),
+        (["plan", "MODEL", "--levels", "Q4_KM"], 2, "Did you mean Q4_K_M?"),
+        (["plan", "MODEL", "--ctx", "999999999"], 2, "999999999"),
+        (["quantize", "MODEL", "--to", "Q9"], 2, "Q9"),
+        (["quantize", "MODEL", "--to", ","], 2, "names no level"),
+        (["quantize", "MODEL", "--to", "Q8_0", "--effort", "heroic"], 2, "'heroic'"),
+        (["quantize", "MODEL", "--to", "Q8_0", "--imatrix", "nowhere.dat"], 2, "nowhere.dat"),
+        (["measure", "MODEL", "--levels", "Q8_0", "--text", "nowhere.txt"], 2, "nowhere.txt"),
+        (["measure", "MODEL", "--file", "nowhere.gguf"], 2, "nowhere.gguf"),
+        (["run", "MODEL", "--bar", "goodness > 3"], 2, "goodness"),
+        (["run", "MODEL", "--workload", "nowhere.yaml"], 2, "nowhere.yaml"),
+        (["report", "nowhere.json"], 2, "nowhere.json"),
+        (["inspect", "nowhere.gguf"], 2, "nowhere.gguf"),
+    ],
+)
+def test_bad_input_is_one_message(arguments, code, says, demo_gguf, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = bitladder(*[str(demo_gguf) if word == "MODEL" else word for word in arguments])
+    assert done.exit_code == code
+    assert says in re.sub(r"\s+", " ", done.stderr)
+    assert done.stderr.startswith("error: ")
+    assert not list(tmp_path.rglob("*.gguf"))
+
+
+def test_errors_are_json_too(tmp_path):
+    done = bitladder("plan", tmp_path / "nowhere.gguf", "--json")
+    error = json.loads(done.stdout)["error"]
+    assert error["kind"] == "BadInput"
+    assert error["do"]
+
+
+def test_a_text_too_short_to_measure(demo_gguf, tmp_path):
+    short = tmp_path / "short.txt"
+    short.write_text("Hardly anything.")
+    done = bitladder("measure", demo_gguf, "--levels", "Q8_0", "--text", short)
+    assert done.exit_code == 2
+    assert "too short" in done.stderr
+
+
+@pytest.mark.model
+def test_measure_levels_and_files_side_by_side(demo_gguf, text, tmp_path):
+    bitladder("quantize", demo_gguf, "--to", "Q4_K_S", "--out", tmp_path, "--effort", "fast")
+    other = next(tmp_path.glob("*Q4_K_S.gguf"))
+    done = bitladder(
+        "measure", demo_gguf, "--levels", "Q8_0,Q4_K_S", "--file", other, "--text", text, "--effort", "fast", "--json"
+    )
+    high, made, file = json.loads(done.stdout)["levels"]
+    wanted = {"level", "kl_mean", "kl_low", "kl_high", "kl_p99", "ppl", "ppl_ratio", "top1", "tokens"}
+    assert wanted <= set(high)
+    assert [high["level"], made["level"], file["level"]] == ["Q8_0", "Q4_K_S", other.stem]
+    assert 0 < high["kl_mean"] < made["kl_mean"]
+    assert file["kl_mean"] == pytest.approx(made["kl_mean"], rel=1e-5)
+
+
+@pytest.mark.model
+def test_a_run_decides_reports_and_is_reused(demo_gguf, text, workload, tmp_path):
+    arguments = [
+        "run", demo_gguf, "--levels", "Q8_0,Q2_K", "--text", text, "--workload", workload,
+        "--bar", "kl < 0.05", "--imatrix", "none", "--out", tmp_path / "out",
+    ]  # fmt: skip
+    done = bitladder(*arguments, "--json")
+    record = json.loads(done.stdout)
+    assert done.exit_code == 0
+    assert record["decision"]["quality"] == record["decision"]["speed"] == "Q8_0"
+    assert {one["level"]: one["status"] for one in record["decision"]["verdicts"]}["Q2_K"] == "fails the bar"
+    assert record["source"]["quantized"] is True
+    assert any("quantized" in warning for warning in record["warnings"])
+    assert record["reused"] == []
+    html = (tmp_path / "out" / "report.html").read_text()
+    assert "Q2_K" in html
+    assert "http" not in re.sub(r"http://www.w3.org/\S+", "", html)
+
+    again = bitladder(*arguments)
+    assert "Reused: fidelity of Q8_0, Q2_K." in again.stderr
+    assert "Reused: answers and speed of" in again.stderr
+    shown = bitladder("report", tmp_path / "out" / "run.json", "--out", tmp_path / "copy.html")
+    assert shown.exit_code == 0
+    assert (tmp_path / "copy.html").exists()
+
+
+@pytest.mark.model
+def test_a_bar_that_no_level_meets_is_exit_4_and_still_reports(demo_gguf, text, workload, tmp_path):
+    done = bitladder(
+        "run", demo_gguf, "--levels", "Q2_K", "--text", text, "--workload", workload,
+        "--bar", "kl < 0.000001", "--imatrix", "none", "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert done.exit_code == 4
+    assert (tmp_path / "out" / "report.html").exists()
+
+
+def test_nothing_fits_is_exit_3(demo_gguf, tmp_path, monkeypatch):
+    from bitladder.describe.machine import Machine
+
+    tiny = Machine("toy", 1, (), 2**26, 2**26, 2**40)
+    monkeypatch.setattr("bitladder.files.probe.probe_machine", lambda _folder=None: tiny)
+    done = bitladder("run", demo_gguf, "--out", tmp_path / "out")
+    assert done.exit_code == 3
+    assert "--ctx" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.model
+def test_ctrl_c_leaves_nothing_half_written_and_the_next_run_goes_on(demo_gguf, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "bitladder", "quantize", demo_gguf, "--to", "Q6_K", "--out", out, "--threads", "1"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ)
+    deadline = time.monotonic() + 60
+    while not list(out.glob("*.partial")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    if process.returncode != 0:  # it may have been quick enough to finish
+        assert process.returncode == 130
+        assert "Stopped" in said
+        assert not list(out.glob("*.gguf"))
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+    assert len(list(out.glob("*-Q6_K.gguf"))) == 1
+    assert not list(out.glob("*.partial*"))
