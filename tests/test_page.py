@@ -398,7 +398,16 @@ def test_text_stands_out_from_what_is_behind_it(sheet, scheme):
 
 
 def test_words_are_matched_like_in_the_report(page):
-    pairs = [["", ""], ["a b c", "a x c"], ["a " * 2500, "b " * 2500], ["one two", "one two three"], ["x", ""]]
+    pairs = [
+        ["", ""],
+        ["a b c", "a x c"],
+        ["a " * 2500, "b " * 2500],
+        ["one two", "one two three"],
+        ["x", ""],
+        ["a b ", "x y "],
+        ["x y", "x A B y"],
+        ["p  q r", "p q  s"],
+    ]
     script = """async (pairs) => {
         const { wordDiff } = await import('/diff.js');
         return pairs.map(([one, other]) => wordDiff(one, other));
@@ -406,6 +415,8 @@ def test_words_are_matched_like_in_the_report(page):
     for (one, other), segments in zip(pairs, page.evaluate(script, pairs), strict=True):
         assert "".join(s["text"] for s in segments if s["kind"] != "removed") == other
         assert "".join(s["text"] for s in segments if s["kind"] != "added") == one
+    told = page.evaluate(script, [["called Rayleigh Blood, so", "called atmospheric light, so"]])[0]
+    assert [s["text"] for s in told] == ["called ", "Rayleigh Blood", "atmospheric light", ", so"]
     told = page.evaluate(script, [["The fee shall be $100.", "The fee will be $120 now."]])[0]
     assert [s["kind"] for s in told] == ["same", "removed", "added", "same", "removed", "added", "same"]
 

@@ -315,7 +315,25 @@ def test_word_differences():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("one", "other"), [("", ""), ("", "new"), ("old", ""), ("a " * 3000, "a " * 2999 + "b c")])
+def test_a_common_space_does_not_split_a_change():
+    told = [(s.kind, s.text) for s in word_diff("called Rayleigh Blood, so", "called atmospheric light, so")]
+    assert told == [
+        ("same", "called "), ("removed", "Rayleigh Blood"), ("added", "atmospheric light"), ("same", ", so"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("", ""),
+        ("a b ", "x y "),
+        ("x y", "x A B y"),
+        ("p  q r", "p q  s"),
+        ("", "new"),
+        ("old", ""),
+        ("a " * 3000, "a " * 2999 + "b c"),
+    ],
+)
 def test_both_texts_can_be_read_back_from_the_differences(one, other):
     segments = word_diff(one, other)
     assert "".join(s.text for s in segments if s.kind != "removed") == other

@@ -53,26 +53,36 @@ function aligned(left, right) {
   return steps;
 }
 
-/** Neighbours of one kind as one segment; between two common words, what was removed stands before what was added. */
+/**
+ * Neighbours of one kind as one segment; what was removed stands before what was added in its place. Common whitespace
+ * between two changes is part of them: "a b" to "x y" is one change, not two around a common space.
+ */
 function merged(steps) {
   const segments = [];
-  let open = { removed: "", added: "" };
-  const flush = () => {
-    for (const kind of ["removed", "added"]) if (open[kind]) segments.push({ kind, text: open[kind] });
-    open = { removed: "", added: "" };
+  let change = { removed: "", added: "" };
+  let space = "";
+  const close = (text) => {
+    for (const kind of ["removed", "added"]) if (change[kind]) segments.push({ kind, text: change[kind] });
+    change = { removed: "", added: "" };
+    const last = segments.at(-1);
+    if (text && last?.kind === "same") last.text += text;
+    else if (text) segments.push({ kind: "same", text });
   };
   for (const [kind, words] of steps) {
     const text = words.join("");
     if (!text) continue;
-    if (kind !== "same") open[kind] += text;
-    else {
-      flush();
-      const last = segments.at(-1);
-      if (last?.kind === "same") last.text += text;
-      else segments.push({ kind, text });
+    if (kind !== "same") {
+      change = { removed: change.removed + space, added: change.added + space };
+      change[kind] += text;
+      space = "";
+    } else if (!text.trim() && (change.removed || change.added)) {
+      space += text;
+    } else {
+      close(space + text);
+      space = "";
     }
   }
-  flush();
+  close(space);
   return segments;
 }
 
