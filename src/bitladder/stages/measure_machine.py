@@ -40,7 +40,7 @@ from bitladder.units import MiB
 QTYPES_MEASURED = ("F16", "Q8_0", "Q6_K", "Q5_K", "Q5_0", "Q4_K", "Q4_0", "Q3_K", "Q2_K")
 """The types that the ladder's levels and their fallbacks are made of."""
 _WIDE = Shape("wide", "llama", 2, 2048, 8192, 16, 4, N_VOCAB, 8192, tied=True)
-_THIN = Shape("thin", "llama", 4, 128, 128, 2, 2, N_VOCAB, 8192, tied=True)
+_THIN = Shape("thin", "llama", 4, 64, 64, 1, 1, N_VOCAB, 8192, tied=True)
 _HEADS = Shape("heads", "llama", 8, 1024, 64, 8, 8, N_VOCAB, 8192, tied=True)
 _PROMPT, _DECODED, _REPEATS = 128, 12, 2
 _TOKEN = 40
