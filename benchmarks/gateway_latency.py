@@ -3,8 +3,9 @@ of LiteLLM's proxy.
 
 The same client asks the same fake engine directly, through the gateway, and through LiteLLM's proxy if the
 environment variable BITLADDER_LITELLM names its command; in turns, several rounds, in one run. Added
-latency is the difference of the two medians (or 99th percentiles) over all rounds. Prints a table, and JSON
-as the last line.
+latency is the difference of the two medians (or 99th percentiles) over all rounds. Clients think as long as
+the engine takes, on average, at random: in lockstep they would measure how long a burst of 64 takes. Prints
+a table, and JSON as the last line.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import random
 import time
 
 import aiohttp
@@ -34,15 +36,17 @@ async def ask(session: aiohttp.ClientSession, url: str, *, stream: bool) -> floa
     return first
 
 
-async def measure(url: str, clients: int, requests: int, *, stream: bool) -> list[float]:
-    """Every client asks one after the other; all first-byte times."""
+async def measure(url: str, clients: int, requests: int, think_s: float, *, stream: bool) -> list[float]:
+    """Every client asks one after the other, thinking between; all first-byte times."""
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector) as session:
 
         async def client(number: int) -> list[float]:
-            await asyncio.sleep(number * 0.001)
-            await ask(session, url, stream=stream)
-            return [await ask(session, url, stream=stream) for _ in range(requests)]
+            chance, times = random.Random(number), []
+            for _ in range(requests + 1):
+                await asyncio.sleep(2 * think_s * chance.random())
+                times.append(await ask(session, url, stream=stream))
+            return times[1:]  # the first one opened the connection
 
         return [value for times in await asyncio.gather(*map(client, range(clients))) for value in times]
 
@@ -73,7 +77,7 @@ async def main() -> None:
                 each = max(2, options.requests // clients) if clients > 1 else options.requests
                 for _ in range(options.rounds):
                     for side, url in sides.items():
-                        times[side] += await measure(url, clients, each, stream=stream)
+                        times[side] += await measure(url, clients, each, first_ms / 1000, stream=stream)
                 found = {side: milliseconds(values) for side, values in times.items()}
                 for side in sides:
                     added = {

@@ -159,6 +159,8 @@ def serve(settings: ServeSettings, on_ready: Callable[[str, Deployment], None] |
 
 def log_to_stderr() -> None:
     """JSON lines on stderr for everything the gateway says; uvicorn's own words only from warnings up."""
+    # As the logging module's documentation advises: what no line shows need not be found out for each.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
     for name, level in (("bitladder.serve", logging.INFO), ("uvicorn.error", logging.WARNING)):

@@ -49,7 +49,7 @@ class Reply(Protocol):
 
     @property
     def headers(self) -> Mapping[str, str]:
-        """Header fields; names in lower case."""
+        """Header fields; ``get`` takes names in lower case."""
         ...
 
     def chunks(self) -> AsyncIterator[bytes]:
@@ -74,7 +74,7 @@ class HttpReply:
     def __init__(self, response: aiohttp.ClientResponse) -> None:
         self._response = response
         self.status = response.status
-        self.headers: Mapping[str, str] = {name.lower(): value for name, value in response.headers.items()}
+        self.headers: Mapping[str, str] = response.headers
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """The body as it arrives: whatever one read of the socket brought."""

@@ -104,6 +104,11 @@ class Metrics:
             "bitladder_shadow_compared", "Answers compared in idle time", ["same"], registry=registry
         )
         self.alarm = Gauge("bitladder_shadow_alarm", "1 while the tiers agree less than the bar", registry=registry)
+        # Looking a child up by its labels costs more than counting.
+        self._of_request = functools.cache(self.requests.labels)
+        self._of_tier = functools.cache(
+            lambda tier: (self.first.labels(tier), self.tokens.labels(tier), self.rate.labels(tier))
+        )
         self._recent: deque[Record] = deque(maxlen=RECENT)
         self._kinds: Tally[str] = Tally()
         self._by_tier: Tally[tuple[str, str]] = Tally()
@@ -111,13 +116,14 @@ class Metrics:
     def add(self, record: Record) -> None:
         """Count one finished request, log it, and keep it for the live view."""
         tier = record.tier or "none"
-        self.requests.labels(tier, record.level, record.kind, record.outcome).inc()
+        first, tokens, rates = self._of_tier(tier)
+        self._of_request(tier, record.level, record.kind, record.outcome).inc()
         if record.first_s is not None:
-            self.first.labels(tier).observe(record.first_s)
+            first.observe(record.first_s)
         if record.tokens:
-            self.tokens.labels(tier).inc(record.tokens)
+            tokens.inc(record.tokens)
         if (rate := record.tokens_per_s) is not None:
-            self.rate.labels(tier).observe(rate)
+            rates.observe(rate)
         for failure in record.failures:
             self.failures.labels(*failure.split(": ", 1)).inc()
         if record.escalated:
