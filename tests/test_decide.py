@@ -120,10 +120,18 @@ def test_the_choice(case):
     assert all(verdict.reason for verdict in decision.verdicts)
 
 
-def test_beside_the_speed_tier_is_preferred_to_swapping():
-    # Q8_0 (275 MiB) is near-lossless and so is Q6_K (228); with 430 MiB only Q6_K fits beside Q4_K_M (194).
-    decision = decide(plan(budget=430 * MiB), fidelities(), results(), bar="kl < 0.1", reference="F16")
-    assert (decision.quality, decision.pair) == ("Q6_K", "together")
+@pytest.mark.parametrize(("bar", "status"), [("kl < 0.07", "fails the bar"), ("kl <= 0.07", "both tiers")])
+def test_a_level_exactly_at_the_limit(bar, status):
+    exact = fidelity("Q4_K_M", 0.07, width=0.0)
+    decision = decide(plan(levels=("F16", "Q4_K_M")), [exact], bar=bar, reference="F16")
+    assert statuses(decision)["Q4_K_M"] == status
+
+
+def test_a_near_lossless_speed_tier_serves_both():
+    # Q5_K_M is near-lossless here and fastest; Q6_K is so too, but buys nothing.
+    decision = decide(plan(), fidelities(Q5_K_M=0.012), results(), bar="kl < 0.05", reference="F16")
+    assert (decision.quality, decision.speed) == ("Q5_K_M", "Q5_K_M")
+    assert "whose loss cannot be told from zero either" in reason(decision, "Q6_K")
 
 
 def test_without_speeds_the_smallest_is_the_speed_tier():
@@ -139,9 +147,7 @@ def test_speeds_within_noise_count_as_equal():
 
 
 def test_a_loss_not_seen_and_one_known_are_told_apart():
-    decision = decide(
-        plan(), fidelities(), results(Q2_K=9), bar="kl < 0.1 and no known loss", reference="F16"
-    )
+    decision = decide(plan(), fidelities(), results(Q2_K=9), bar="kl < 0.1 and no known loss", reference="F16")
     losses = {verdict.level: verdict.loss for verdict in decision.verdicts}
     assert losses["F16"] == "none"
     assert losses["Q6_K"] == "not told from zero"
@@ -168,9 +174,7 @@ def test_more_inputs_asked_for_are_enough():
     """As many inputs as the reason asks for do settle it."""
     decision = decide(plan(), [], [result("Q4_K_M")], bar="passes >= reference - 4 points", reference="F16")
     assert "about 68 more inputs (25 so far)" in reason(decision, "Q4_K_M")
-    settled = decide(
-        plan(), [], [result("Q4_K_M", inputs=93)], bar="passes >= reference - 4 points", reference="F16"
-    )
+    settled = decide(plan(), [], [result("Q4_K_M", inputs=93)], bar="passes >= reference - 4 points", reference="F16")
     assert statuses(settled)["Q4_K_M"] == "both tiers"
 
 
@@ -239,9 +243,7 @@ def slow_score(lost, gained, inputs, delta):
     return (lost - gained - inputs * delta) / math.sqrt(inputs * (2 * q + delta - delta**2))
 
 
-@pytest.mark.parametrize(
-    ("lost", "gained", "inputs"), [(12, 2, 44), (3, 1, 25), (1, 1, 25), (5, 0, 30), (40, 31, 200)]
-)
+@pytest.mark.parametrize(("lost", "gained", "inputs"), [(12, 2, 44), (3, 1, 25), (1, 1, 25), (5, 0, 30), (40, 31, 200)])
 def test_loss_interval_against_the_definition(lost, gained, inputs):
     low, high = loss_interval(lost, gained, inputs)
     assert slow_score(lost, gained, inputs, low) == pytest.approx(1.959964, abs=2e-3)

@@ -5,6 +5,7 @@ import math
 import sqlite3
 import subprocess
 import sys
+import threading
 
 import pytest
 import sqlalchemy
@@ -153,6 +154,20 @@ def test_two_processes_writing_at_once_lose_nothing(url):
         for who in ("a", "b", "both"):
             assert {row.key["n"] for row in store.find("speed", who=who)} == set(range(150))
         assert len(store.find("speed")) == 450
+
+
+def test_first_runs_on_a_server_take_turns(postgres):
+    """While one program makes the tables, another that opens the store waits."""
+    server = sqlalchemy.create_engine(store_url(postgres))
+    opened = threading.Thread(target=lambda: Evidence.open(postgres).close())
+    with server.begin() as connection:
+        connect.one_at_a_time(connection)
+        opened.start()
+        opened.join(timeout=0.5)
+        assert opened.is_alive()
+    opened.join(timeout=10)
+    assert not opened.is_alive()
+    server.dispose()
 
 
 # ---- the schema's history

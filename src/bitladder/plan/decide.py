@@ -13,8 +13,7 @@ The rule, in order:
    mean KL is under 0.02 nats and the workload shows no more losses than gains. When no candidate is that
    close, it is the candidate with the lowest KL. Never one with a higher KL than the speed tier's: then one
    level serves both.
-4. The two stand in memory *together* when their sum fits the budget; otherwise the gateway *swaps* them. If
-   another near-lossless candidate fits beside the speed tier, it is taken instead of swapping.
+4. The two stand in memory *together* when their sum fits the budget; otherwise the gateway *swaps* them.
 
 Every level is judged on its own interval; p values of the workload are adjusted for the number of levels
 (Holm).
@@ -66,7 +65,7 @@ def decide(
     rivals = [one for one in judged if one.level != reference and one.evidence.plan.fits]
     candidates = [one for one in rivals if one.outcome == MET]
     speed = _speed_tier(candidates)
-    quality = _quality_tier(candidates, speed, plan.budget_bytes)
+    quality = _quality_tier(candidates, speed)
     tiers = Tiers(quality, speed, _pair(quality, speed, plan.budget_bytes))
     open_levels = any(one.outcome == UNKNOWN for one in rivals)
     outcome = "met" if candidates else "cannot tell" if open_levels else "not met"
@@ -127,16 +126,13 @@ def _speed_tier(candidates: Sequence[Judged]) -> Judged | None:
     )
 
 
-def _quality_tier(candidates: Sequence[Judged], speed: Judged | None, budget: int) -> Judged | None:
-    """The smallest near-lossless candidate, beside the speed tier if one fits there; else the closest."""
-    if speed is None:
-        return None
-    near = sorted((one for one in candidates if one.near_lossless), key=lambda one: (one.total, one.kl))
-    if speed in near:
+def _quality_tier(candidates: Sequence[Judged], speed: Judged | None) -> Judged | None:
+    """The smallest near-lossless candidate, the speed tier if it is one itself; else the closest."""
+    near = [one for one in candidates if one.near_lossless]
+    if speed is None or speed in near:
         return speed
-    beside = [one for one in near if one.total + speed.total <= budget]
     if near:
-        return (beside or near)[0]
+        return min(near, key=lambda one: (one.total, one.kl))
     # Without any KL the larger level is presumed to be the closer one.
     return min(candidates, key=lambda one: (one.kl, one.total if math.isfinite(one.kl) else -one.total))
 
@@ -158,17 +154,13 @@ def tag_verdicts(evidence: Evidence) -> list[TagVerdict]:
         pairs = pairs_of(evidence.result, evidence.tags, tag)
         low, high = pairs.interval
         status = "loss known" if low > 0 else "loss seen" if pairs.lost > pairs.gained else "no loss seen"
-        verdicts.append(
-            TagVerdict(evidence.plan.level, tag, pairs.inputs, pairs.lost, pairs.gained, low, high, status)
-        )
+        verdicts.append(TagVerdict(evidence.plan.level, tag, pairs.inputs, pairs.lost, pairs.gained, low, high, status))
     return verdicts
 
 
 def _next(rivals: Sequence[Judged], quality: Judged | None) -> tuple[str, ...]:
     """What would settle the open levels: only those smaller than the choice matter once there is one."""
-    open_ones = [
-        one for one in rivals if one.outcome == UNKNOWN and (quality is None or one.total < quality.total)
-    ]
+    open_ones = [one for one in rivals if one.outcome == UNKNOWN and (quality is None or one.total < quality.total)]
     levels_of: dict[str, list[str]] = {}
     for one in open_ones:
         for judgement in one.judgements:

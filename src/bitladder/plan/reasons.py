@@ -74,8 +74,6 @@ def _passed_over(one: Judged, quality: Judged, speed: Judged) -> str:
     if one.near_lossless and one.total >= quality.total:
         more = human_bytes(one.total - quality.total)
         return f"{more} larger than {quality.level}, whose loss cannot be told from zero either"
-    if one.near_lossless and quality.near_lossless:
-        return f"smaller than {quality.level}, but does not fit beside {speed.level} in memory"
     slower = speed.speed / one.speed - 1 if one.speed > 0 else math.nan
     size = one.total - speed.total
     against = f"{human_bytes(abs(size))} {'larger' if size >= 0 else 'smaller'} than {speed.level}"
