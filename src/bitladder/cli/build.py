@@ -1,4 +1,4 @@
-"""Verbs about files: plan, quantize, inspect."""
+"""Verbs about files: quantize, inspect, imatrix."""
 
 from __future__ import annotations
 
@@ -46,22 +46,6 @@ def effort_named(text: str) -> Effort:
     if text not in ("fast", "good", "best"):
         raise UsageError(f"The --effort must be fast, good or best. Got '{text}' instead.")
     return cast("Effort", text)
-
-
-@verb
-def plan(
-    model: ModelArgument, ctx: Context = DEFAULT_CTX, levels: Levels = None, json_output: JsonFlag = False
-) -> None:
-    """Which levels fit this machine at a context, with the reason for each. Reads headers only."""
-    from bitladder.report import plan_table
-    from bitladder.steps.models import plan_model
-
-    with progress_display(quiet=json_output) as progress:
-        made = plan_model(model, n_ctx=ctx, levels=split_levels(levels), progress=progress)
-    if json_output:
-        print_json(made)
-    else:
-        plan_table(made)
 
 
 @verb
@@ -162,5 +146,5 @@ def inspect(
 
 def add_to(app: typer.Typer) -> None:
     """Register this module's verbs."""
-    for function in (plan, quantize, inspect, imatrix):
+    for function in (quantize, inspect, imatrix):
         app.command()(function)

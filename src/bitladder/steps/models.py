@@ -1,4 +1,4 @@
-"""Steps about files: plan a model's ladder, write levels, find what a deployment needs."""
+"""Steps about files: write levels, find what a deployment needs."""
 
 from __future__ import annotations
 
@@ -8,25 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bitladder.progress import Progress
-from bitladder.records.plan import Plan
 from bitladder.steps.calibrated import NONE, importance_of
 
 if TYPE_CHECKING:
     from bitladder.kernels import Effort
     from bitladder.records.level_file import LevelFile
     from bitladder.records.run import RunRecord
-
-
-def plan_model(model: str, *, n_ctx: int = 4096, levels: Sequence[str] | None = None, progress: Progress) -> Plan:
-    """Which levels of a model fit this machine. A local GGUF's header is all that is read."""
-    from bitladder.files.gguf import read_header
-    from bitladder.files.probe import probe_machine
-    from bitladder.files.sources import resolve
-    from bitladder.formats.recipes import LEVELS
-    from bitladder.stages.plan import make_plan
-
-    source = resolve(model, progress)
-    return make_plan(read_header(source.path), probe_machine(), n_ctx=n_ctx, levels=levels or LEVELS)
 
 
 def quantize_model(

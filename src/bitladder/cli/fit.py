@@ -1,0 +1,188 @@
+"""Verbs that start from the hardware: machine, plan, catalog."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from bitladder.cli.build import DEFAULT_CTX, Context, Levels, split_levels
+from bitladder.cli.terminal import JsonFlag, print_json, progress_display, say, verb
+from bitladder.errors import UsageError
+from bitladder.records import to_json
+from bitladder.units import human_bytes
+
+if TYPE_CHECKING:
+    from bitladder.plan.inverse import HardwareNeed
+    from bitladder.steps.planned import ModelPlan, Request, SearchResult
+
+Hardware = Annotated[
+    str | None, typer.Option("--as", metavar="MACHINE", help="Another machine in words, like 'RTX 4090 + 64 GiB'.")
+]
+
+
+@verb
+def plan(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]", help="A file, a folder, hf:, ollama:, lmstudio: or a catalogue name; none searches."
+        ),
+    ] = None,
+    ctx: Context = DEFAULT_CTX,
+    levels: Levels = None,
+    slots: Annotated[int, typer.Option("--slots", min=1, help="Requests at once, each with its own context.")] = 1,
+    kv: Annotated[str, typer.Option("--kv", help="Precision of the KV cache: f16, q8_0 or q4_0.")] = "f16",
+    hardware: Hardware = None,
+    min_speed: Annotated[float, typer.Option("--min-speed", min=0, help="Least decoded tokens per second.")] = 0.0,
+    pair: Annotated[
+        str | None, typer.Option("--pair", metavar="QUALITY,SPEED", help="Place two levels together.")
+    ] = None,
+    launch: Annotated[
+        str | None, typer.Option("--launch", help="Command for llama-server, ollama, lmstudio, vllm or tgi.")
+    ] = None,
+    needs: Annotated[bool, typer.Option("--needs", help="What hardware each level needs, and what it saves.")] = False,
+    json_output: JsonFlag = False,
+) -> None:
+    """Which levels fit, where they would lie and how fast they would be. Reads headers only.
+
+    Without MODEL: the largest models of the catalogue that run on the machine.
+    """
+    from bitladder.steps.planned import Request, plan_model, search
+    from bitladder.steps.planned import needs as hardware_needs
+
+    request = Request(ctx, slots, kv, hardware)
+    if model is None:
+        _show_search(search(request, least_decode=min_speed), json_output)
+    elif needs:
+        _show_needs(hardware_needs(model, request), json_output)
+    else:
+        with progress_display(quiet=json_output) as progress:
+            made = plan_model(
+                model,
+                request,
+                levels=split_levels(levels),
+                pair=split_levels(pair) or (),
+                engine=launch,
+                least_decode=min_speed,
+                progress=progress,
+            )
+        _show_plan(made, request, json_output)
+
+
+def _show_plan(made: ModelPlan, request: Request, json_output: bool) -> None:
+    from bitladder.report import plan_table
+
+    if json_output:
+        rest = {name: value for name, value in to_json(made).items() if name != "plan"}
+        print_json({**to_json(made.plan), **rest, "request": request})
+        return
+    plan_table(made.plan)
+    for note in made.notes:
+        say(f"! {note}")
+    if made.offers:
+        from bitladder.files.remote import offer_line
+
+        print("Ready in the repository: " + "; ".join(offer_line(offer) for offer in made.offers))
+    if made.pair:
+        print(f"Pair: {made.pair.reason}.")
+    if made.launch:
+        print(made.launch.command)
+        if made.launch.file_text:
+            print(f"\n{made.launch.file_name}:\n{made.launch.file_text}")
+
+
+def _show_search(result: SearchResult, json_output: bool) -> None:
+    if json_output:
+        print_json(result)
+        return
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    table = Table(
+        box=box.SIMPLE_HEAD, pad_edge=False, title=f"Largest first, on {result.machine}", title_justify="left"
+    )
+    for title in ("model", "level", "in memory", "where", "-ngl", "tokens/s", "range", "known by", "licence"):
+        table.add_column(title, justify="right" if title in ("in memory", "-ngl", "tokens/s") else "left")
+    for row in result.options:
+        decode = row.speed.decode
+        table.add_row(
+            row.name,
+            row.level,
+            human_bytes(row.placement.total_bytes),
+            row.placement.kind,
+            str(row.placement.n_gpu_layers),
+            f"{decode.value:.3g}",
+            f"{decode.low:.3g}-{decode.high:.3g}",
+            decode.label,
+            row.licence,
+        )
+    console.print(table)
+    for beyond in result.beyond:
+        console.print(f"For {beyond.name} at {beyond.level}: {beyond.gives}")
+
+
+def _show_needs(rows: list[HardwareNeed], json_output: bool) -> None:
+    if json_output:
+        print_json({"levels": rows})
+        return
+    for row in rows:
+        gpus = ", ".join(f"{need.count} x {need.name}" for need in row.gpus[:3])
+        print(f"{row.level:<8} {human_bytes(row.total_bytes):>9}  RAM of {row.ram_gib} GiB, or {gpus}")
+
+
+@verb
+def machine(
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure what decides speed (under 20 s) and keep it.")
+    ] = False,
+    json_output: JsonFlag = False,
+) -> None:
+    """What is here: memory, cores, GPUs, disk, and what was measured."""
+    from bitladder.steps.planned import describe_machine
+
+    with progress_display(quiet=json_output) as progress:
+        here, measured = describe_machine(measure=measure, progress=progress)
+    if json_output:
+        print_json({"machine": here, "measured": measured})
+        return
+    print(f"{here.cpu}: {here.cores} cores, {' '.join(here.features) or 'no vector features known'}")
+    print(f"RAM  {human_bytes(here.ram_total)}, {human_bytes(here.ram_available)} available now")
+    for gpu in here.gpus:
+        print(f"GPU  {gpu.name}, {human_bytes(gpu.vram_total)}, {human_bytes(gpu.vram_free)} free")
+    print(f"Disk {human_bytes(here.disk_free)} free")
+    if measured is None:
+        print("Nothing measured yet: `bitladder machine --measure`.")
+        return
+    print(f"Measured {measured.when[:10]} with {measured.engine}:")
+    print(f"  RAM read       {measured.ram_read / 1e9:.1f} GB/s")
+    for qtype, rate in measured.rates.stream.items():
+        print(f"  decode {qtype:<7} {rate / 1e9:.1f} GB/s of weights")
+    print(f"  matrix product {measured.f32_matmul / 1e9:.0f} GFLOP/s (f32)")
+    print(f"  disk read      {measured.disk_read / 1e9:.2f} GB/s")
+
+
+@verb
+def catalog(
+    text: Annotated[str, typer.Argument(metavar="[TEXT]", help="Part of a name, or nothing for all.")] = "",
+    json_output: JsonFlag = False,
+) -> None:
+    """Open models that `plan` knows by name, with the source of their figures."""
+    from bitladder.steps.planned import catalogue
+
+    rows = catalogue(text)
+    if not rows:
+        raise UsageError(f"No model of the catalogue matches '{text}'.", do="`bitladder catalog` lists all.")
+    if json_output:
+        print_json({"models": rows})
+        return
+    for row in rows:
+        print(f"{row.hub:<52} {row.params:>8.4g} B  {row.licence}")
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register this module's verbs."""
+    for function in (plan, machine, catalog):
+        app.command()(function)

@@ -1,0 +1,216 @@
+"""Steps that plan: from headers and figures alone, for this machine or one in words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from bitladder.errors import UsageError
+from bitladder.progress import Progress
+from bitladder.records.plan import Plan
+
+if TYPE_CHECKING:
+    from bitladder.describe.machine import Machine
+    from bitladder.describe.rates import MeasuredMachine
+    from bitladder.files.catalogue import CatalogueModel
+    from bitladder.plan.inverse import HardwareNeed
+    from bitladder.plan.launch import Launch
+    from bitladder.plan.pair import PairPlan
+    from bitladder.plan.placement import Wish
+    from bitladder.plan.search import MachineRates, Option
+    from bitladder.stages.search import GivesWay
+
+KV_TYPES = ("f16", "q8_0", "q4_0")
+
+
+@dataclass(frozen=True)
+class Request:
+    """How a model is to be run: context of one request, requests at once, type of the KV cache, and where."""
+
+    n_ctx: int = 4096
+    slots: int = 1
+    kv: str = "f16"
+    machine: str | None = None
+    """A machine in words (``RTX 4090 + 64 GiB``); None for this one."""
+
+    @property
+    def wish(self) -> Wish:
+        """As planning takes it. Raises UsageError for an unknown type of cache."""
+        from bitladder.plan.placement import Wish
+
+        if self.kv.lower() not in KV_TYPES:
+            raise UsageError(f"The --kv must be one of {', '.join(KV_TYPES)}. Got '{self.kv}' instead.")
+        return Wish(self.n_ctx, self.slots, self.kv.upper(), self.kv.upper())
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """A plan with what else is known: exactness, ready-made levels, the pair, the launch command."""
+
+    plan: Plan
+    exact: bool
+    notes: tuple[str, ...]
+    offers: tuple[Any, ...]
+    pair: PairPlan | None = None
+    launch: Launch | None = None
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What of the catalogue runs on a machine, and what would have to give for more."""
+
+    machine: str
+    options: tuple[Option, ...]
+    beyond: tuple[GivesWay, ...]
+
+
+def the_machine(words: str | None) -> tuple[Machine, MachineRates]:
+    """This machine with its measured rates, or one in words with its data sheet's."""
+    from bitladder.files.devices import parse_machine
+    from bitladder.files.probe import probe_machine
+    from bitladder.plan.search import MachineRates
+    from bitladder.stages.measure_machine import load_measured
+    from bitladder.stages.search import machine_rates
+
+    if words is not None:
+        described = parse_machine(words)
+        return described.machine, MachineRates(described.cpu, described.gpu)
+    machine = probe_machine()
+    return machine, machine_rates(machine, load_measured(machine))
+
+
+def plan_model(
+    model: str,
+    request: Request,
+    *,
+    levels: Sequence[str] | None = None,
+    pair: Sequence[str] = (),
+    engine: str | None = None,
+    least_decode: float = 0.0,
+    progress: Progress,
+) -> ModelPlan:
+    """The ladder of a model, from headers alone.
+
+    Args:
+        model: whatever `describe` takes: a file, a folder, ``hf:``, ``ollama:``, ``lmstudio:``, a catalogue name.
+        request: how it is to be run, and where.
+        levels: only these; the whole ladder by default.
+        pair: a quality and a speed level to place together.
+        engine: the engine whose launch command is wanted, for the largest level that fits.
+        least_decode: tokens per second under which a level counts as not fitting.
+
+    Raises:
+        UsageError, BadInput: as the parts say.
+    """
+    from bitladder.files.describe_source import describe
+    from bitladder.formats.recipes import LEVELS
+    from bitladder.stages.plan import make_plan
+
+    wish = request.wish
+    machine, rates = the_machine(request.machine)
+    found = describe(model, progress)
+    made = make_plan(
+        found.model,
+        machine,
+        n_ctx=wish.n_ctx,
+        levels=levels or LEVELS,
+        n_seq=wish.n_seq,
+        type_k=wish.type_k,
+        type_v=wish.type_v,
+        rates=rates,
+    )
+    made = _fast_enough(made, least_decode)
+    return ModelPlan(
+        made,
+        found.exact,
+        found.notes,
+        found.offers,
+        _pair(found.model, pair, machine, wish) if pair else None,
+        _launch(found.model, model, made, engine, machine, wish) if engine else None,
+    )
+
+
+def _fast_enough(plan: Plan, least_decode: float) -> Plan:
+    """Levels under the least acceptable speed do not fit, and say so."""
+    from dataclasses import replace
+
+    if least_decode <= 0:
+        return plan
+    levels = [
+        replace(
+            level,
+            fits=False,
+            reason=f"{level.speed.decode.value:.3g} tokens/s expected, {least_decode:g} asked for; {level.reason}",
+        )
+        if level.fits and level.speed and level.speed.decode.value < least_decode
+        else level
+        for level in plan.levels
+    ]
+    return replace(plan, levels=tuple(levels))
+
+
+def _pair(model: Any, levels: Sequence[str], machine: Machine, wish: Wish) -> PairPlan:
+    from bitladder.formats.recipes import level_named
+    from bitladder.plan.cost import level_size
+    from bitladder.plan.pair import plan_pair
+
+    if len(levels) != 2:
+        raise UsageError(f"A pair is two levels. Got {len(levels)}.", do="Write --pair Q8_0,Q4_K_M.")
+    quality, speed = (level_size(model, level_named(level)).by_part for level in levels)
+    return plan_pair(model, quality, speed, machine, wish)
+
+
+def _launch(model: Any, source: str, plan: Plan, engine: str, machine: Machine, wish: Wish) -> Launch:
+    from pathlib import Path
+
+    from bitladder.errors import NothingFits
+    from bitladder.plan.cost import level_size
+    from bitladder.plan.launch import launch
+    from bitladder.plan.placement import place
+
+    level = next((level for level in plan.levels if level.fits), None)
+    if level is None:
+        raise NothingFits("No level fits, so there is nothing to launch.", do="Look at the reasons without --launch.")
+    name = Path(source).stem if Path(source).exists() else (model.name or "model")
+    placement = place(model, level_size(model, level.level).by_part, machine, wish)
+    path = f"{name}-{level.level}.gguf"
+    return launch(engine, path, placement, wish, threads=machine.cores, name=name, gpus=len(machine.gpus))
+
+
+def search(request: Request, *, text: str = "", least_decode: float = 0.0) -> SearchResult:
+    """What of the catalogue runs: per model the largest level that fits and is fast enough, largest model first."""
+    from bitladder.stages.search import just_out_of_reach, search_catalogue
+
+    wish = request.wish
+    machine, rates = the_machine(request.machine)
+    options = search_catalogue(machine, rates, wish, text=text, least_decode=least_decode)
+    beyond = just_out_of_reach(machine, rates, wish, options, text=text, least_decode=least_decode)
+    return SearchResult(machine.summary, tuple(options), tuple(beyond))
+
+
+def needs(model: str, request: Request) -> list[HardwareNeed]:
+    """What hardware each level of a catalogue model needs, and what it saves against 16 bits."""
+    from bitladder.stages.search import hardware_for
+
+    return hardware_for(model, request.wish)
+
+
+def catalogue(text: str) -> tuple[CatalogueModel, ...]:
+    """Rows of the catalogue that match a text."""
+    from bitladder.files.catalogue import find_models
+
+    return find_models(text)
+
+
+def describe_machine(*, measure: bool, progress: Progress) -> tuple[Machine, MeasuredMachine | None]:
+    """This machine, and what was measured on it; measured anew on request, and kept."""
+    from bitladder.files.probe import probe_machine
+    from bitladder.stages.measure_machine import load_measured, measure_machine, save_measured
+
+    machine = probe_machine()
+    if not measure:
+        return machine, load_measured(machine)
+    measured = measure_machine(machine, progress=progress)
+    save_measured(measured)
+    return machine, measured
