@@ -162,6 +162,18 @@ def test_what_was_not_measured_cannot_be_told():
     assert all(verdict.loss == "not known" for verdict in decision.verdicts[1:])
 
 
+def test_without_any_kl_the_default_bar_asks_more_of_the_workload():
+    decision = decide(plan(), [], results(Q4_K_M=1, Q3_K_M=2, Q2_K=9), reference="F16")
+    assert (decision.bar, decision.quality, decision.speed) == ("no loss", "Q8_0", "Q5_K_M")
+    assert decide(plan(), fidelities(), reference="F16").bar == "kl < 0.1 and no known loss"
+
+
+def test_a_weighted_pass_rate_is_what_the_bar_sees():
+    weighted = dataclasses.replace(result("Q4_K_M"), pass_rate=0.95, pass_low=0.91, pass_high=0.99)
+    decision = decide(plan(), [], [weighted], bar="passes >= 90%", reference="F16")
+    assert "passes 95.0%" in reason(decision, "Q4_K_M")
+
+
 def test_what_to_measure_next_says_how_much():
     decision = decide(
         plan(), fidelities(Q4_K_M=0.096), results(), bar="kl < 0.1", reference="F16"

@@ -32,6 +32,9 @@ DEFAULT_BAR = "kl < 0.1 and no known loss"
 """A mean KL of 0.1 nats keeps the average shift of any answer's probability under 22 points (Pinsker's
 inequality); the workload has a veto. Small models need a wider bar, large ones hold a tighter one."""
 
+DEFAULT_BAR_WITHOUT_KL = "no loss"
+"""Where no KL could be measured the workload must carry the decision alone, and a veto is not enough."""
+
 UPPER = ("kl", "kl p99", "ppl ratio", "memory", "size")
 LOWER = ("top1", "passes", "speed")
 _NAMES = {
@@ -52,9 +55,7 @@ _CLAUSE = re.compile(
     r"(?P<op><=|>=|=<|=>|[<>≤≥]|\b(?:under|below|over|above|at most|at least)\b)\s*"
     r"(?P<value>.+)"
 )
-_RELATIVE = re.compile(
-    r"(?:the )?reference(?:'s)?(?:\s*[-−–]\s*(?P<points>[0-9.]+)\s*(?P<unit>points?|%|pp|))?"
-)
+_RELATIVE = re.compile(r"(?:the )?reference(?:'s)?(?:\s*[-−–]\s*(?P<points>[0-9.]+)\s*(?P<unit>points?|%|pp|))?")
 _NUMBER = re.compile(
     r"(?P<sign>\+?)(?P<number>[0-9]*\.?[0-9]+(?:e-?[0-9]+)?)\s*(?P<unit>%|points?|nats?|x|tok/s|tokens/s|t/s|)"
 )
@@ -121,9 +122,7 @@ def _clause(text: str) -> Clause:
             do=f"Write '{name} {right} {match['value']}'.",
         )
     if tag and name != "passes":
-        raise UsageError(
-            f"The bar '{text}' limits '{name}' to a tag.", do="Only clauses on passes can name a tag."
-        )
+        raise UsageError(f"The bar '{text}' limits '{name}' to a tag.", do="Only clauses on passes can name a tag.")
     relative = _RELATIVE.fullmatch(match["value"])
     if relative is not None and name == "passes":
         return Clause(text, name, op, float(relative["points"] or 0) / 100, relative=True, tag=tag)
@@ -152,9 +151,7 @@ def _value(name: str, written: str, text: str) -> float:
 
 def spoken(metric: str) -> str:
     """A metric's name as sentences write it."""
-    return {"kl": "KL", "kl p99": "KL p99", "ppl ratio": "perplexity ratio", "top1": "top-1"}.get(
-        metric, metric
-    )
+    return {"kl": "KL", "kl p99": "KL p99", "ppl ratio": "perplexity ratio", "top1": "top-1"}.get(metric, metric)
 
 
 def _known() -> str:

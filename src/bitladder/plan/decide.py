@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from bitladder.plan.bar import DEFAULT_BAR, Bar, parse_bar
+from bitladder.plan.bar import DEFAULT_BAR, DEFAULT_BAR_WITHOUT_KL, Bar, parse_bar
 from bitladder.plan.front import pareto
 from bitladder.plan.judge import MET, SAME_SPEED, UNKNOWN, Evidence, Judged, judge, pairs_of
 from bitladder.plan.reasons import Tiers, summary, verdict
@@ -40,7 +40,7 @@ def decide(
     fidelities: Sequence[Fidelity],
     results: Sequence[WorkloadResult] = (),
     *,
-    bar: Bar | str = DEFAULT_BAR,
+    bar: Bar | str | None = None,
     reference: str | None = None,
     speeds: Mapping[str, Speed] | None = None,
     tags: Mapping[str, tuple[str, ...]] | None = None,
@@ -51,7 +51,8 @@ def decide(
         plan: the levels on this machine, with what fits.
         fidelities: token-level losses, by level.
         results: workload passes paired with the reference's, by level.
-        bar: what a level must hold.
+        bar: what a level must hold; `bar.DEFAULT_BAR` by default, or `bar.DEFAULT_BAR_WITHOUT_KL` when no KL was
+            measured at all.
         reference: the level that the source itself is, if it stands in the plan.
         speeds: measured speeds by level; otherwise those of ``results``.
         tags: input of the workload to its tags.
@@ -59,6 +60,8 @@ def decide(
     Raises:
         UsageError: the bar cannot be read.
     """
+    if bar is None:
+        bar = DEFAULT_BAR if fidelities else DEFAULT_BAR_WITHOUT_KL
     parsed = parse_bar(bar) if isinstance(bar, str) else bar
     evidence = _join(plan, fidelities, results, reference=reference, speeds=speeds or {}, tags=tags or {})
     judged = [Judged(one, judge(parsed, one)) for one in evidence]

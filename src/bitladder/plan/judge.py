@@ -153,9 +153,7 @@ def _fidelity(clause: Clause, evidence: Evidence) -> Judgement:
     """A clause on KL, perplexity or top-1, from intervals over documents."""
     found = evidence.fidelity
     if found is None:
-        return Judgement(
-            UNKNOWN, f"{spoken(clause.metric)} was not measured", f"measure {spoken(clause.metric)}"
-        )
+        return Judgement(UNKNOWN, f"{spoken(clause.metric)} was not measured", f"measure {spoken(clause.metric)}")
     value, low, high = {
         "kl": (found.kl_mean, found.kl_low, found.kl_high),
         "kl p99": (found.kl_p99, found.kl_p99, found.kl_p99),
@@ -194,7 +192,8 @@ def _pass_rate(clause: Clause, evidence: Evidence) -> Judgement:
             else "no workload was run"
         )
         return Judgement(UNKNOWN, what, "run a workload")
-    judged = _compare(clause, found.passes / found.inputs, found.pass_low, found.pass_high, _percent)
+    share = found.passes / found.inputs if math.isnan(found.pass_rate) else found.pass_rate
+    judged = _compare(clause, share, found.pass_low, found.pass_high, _percent)
     need = f"add inputs to the workload ({found.inputs} so far)" if judged.outcome == UNKNOWN else ""
     return Judgement(judged.outcome, judged.reason, need)
 
@@ -205,9 +204,7 @@ def _not_worse(clause: Clause, evidence: Evidence) -> Judgement:
         return Judgement(UNKNOWN, "no workload was run", "run a workload")
     pairs = pairs_of(evidence.result, evidence.tags, clause.tag)
     if pairs.inputs == 0:
-        return Judgement(
-            UNKNOWN, f"no input carries the tag '{clause.tag}'", f"add inputs tagged '{clause.tag}'"
-        )
+        return Judgement(UNKNOWN, f"no input carries the tag '{clause.tag}'", f"add inputs tagged '{clause.tag}'")
     low, high = pairs.interval
     loss, margin = (pairs.lost - pairs.gained) / pairs.inputs, clause.value
     where = f"{clause.tag}: " if clause.tag else ""
@@ -240,9 +237,7 @@ def _no_loss(clause: Clause, evidence: Evidence) -> Judgement:
     pairs = pairs_of(evidence.result, evidence.tags, clause.tag)
     where = f"{clause.tag}: " if clause.tag else ""
     if pairs.inputs == 0:
-        return Judgement(
-            UNKNOWN, f"no input carries the tag '{clause.tag}'", f"add inputs tagged '{clause.tag}'"
-        )
+        return Judgement(UNKNOWN, f"no input carries the tag '{clause.tag}'", f"add inputs tagged '{clause.tag}'")
     low, high = pairs.interval
     if pairs.lost == 0:
         return Judgement(
@@ -251,9 +246,7 @@ def _no_loss(clause: Clause, evidence: Evidence) -> Judgement:
     seen = f"{where}{pairs.lost} lost and {pairs.gained} gained of {pairs.inputs}"
     if low > 0 or pairs.gained == 0:
         return Judgement(FAILED, seen)
-    return Judgement(
-        UNKNOWN, f"{seen}, which may be chance", f"{where}more inputs: losses and gains are mixed"
-    )
+    return Judgement(UNKNOWN, f"{seen}, which may be chance", f"{where}more inputs: losses and gains are mixed")
 
 
 def _no_known_loss(clause: Clause, evidence: Evidence) -> Judgement:
@@ -277,17 +270,11 @@ def loss_is_known(evidence: Evidence) -> bool:
     return found is not None and len(found.lost) > len(found.gained) and evidence.p_adjusted <= KNOWN_LOSS_P
 
 
-def _compare(
-    clause: Clause, value: float, low: float, high: float, show: Callable[[float], str]
-) -> Judgement:
+def _compare(clause: Clause, value: float, low: float, high: float, show: Callable[[float], str]) -> Judgement:
     """An interval against a limit."""
     if math.isnan(value) or math.isnan(low) or math.isnan(high):
-        return Judgement(
-            UNKNOWN, f"{spoken(clause.metric)} is not estimable", f"measure {spoken(clause.metric)}"
-        )
-    seen = f"{spoken(clause.metric)} {show(value)}" + (
-        f" ({show(low)} to {show(high)})" if low != high else ""
-    )
+        return Judgement(UNKNOWN, f"{spoken(clause.metric)} is not estimable", f"measure {spoken(clause.metric)}")
+    seen = f"{spoken(clause.metric)} {show(value)}" + (f" ({show(low)} to {show(high)})" if low != high else "")
     limit, inclusive, upper = clause.value, "=" in clause.op, clause.metric in UPPER
     worst, best = (high, low) if upper else (-low, -high)
     edge = limit if upper else -limit
