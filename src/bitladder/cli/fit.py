@@ -101,23 +101,19 @@ def _show_search(result: SearchResult, json_output: bool) -> None:
     from rich.table import Table
 
     console = Console(highlight=False)
-    table = Table(
-        box=box.SIMPLE_HEAD, pad_edge=False, title=f"Largest first, on {result.machine}", title_justify="left"
-    )
-    for title in ("model", "level", "in memory", "where", "-ngl", "tokens/s", "range", "known by", "licence"):
-        table.add_column(title, justify="right" if title in ("in memory", "-ngl", "tokens/s") else "left")
+    console.print(f"{result.machine}: per model the largest level that fits, largest models first")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for title in ("model", "level", "in memory", "where", "tokens/s"):
+        table.add_column(title, justify="right" if title == "in memory" else "left", no_wrap=True)
     for row in result.options:
         decode = row.speed.decode
+        where = f"split, -ngl {row.placement.n_gpu_layers}" if row.placement.kind == "split" else row.placement.kind
         table.add_row(
-            row.name,
+            row.name.split("/")[-1],
             row.level,
             human_bytes(row.placement.total_bytes),
-            row.placement.kind,
-            str(row.placement.n_gpu_layers),
-            f"{decode.value:.3g}",
-            f"{decode.low:.3g}-{decode.high:.3g}",
-            decode.label,
-            row.licence,
+            where,
+            f"{decode.low:.3g} to {decode.high:.3g}, {decode.label}",
         )
     console.print(table)
     for beyond in result.beyond:

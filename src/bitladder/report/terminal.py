@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from bitladder.records.fidelity import Fidelity
-from bitladder.records.plan import Plan
+from bitladder.records.plan import Plan, Speed
 from bitladder.records.run import RunRecord
 from bitladder.report.facts import warnings
 from bitladder.report.rows import LevelRow, interval, level_rows, number, percent, small
@@ -126,10 +126,19 @@ def plan_table(plan: Plan, console: Console | None = None) -> None:
     out.print(Text(f"{plan.model}  {plan.architecture}", style="bold"))
     out.print(Text(f"{plan.machine}, {room} for the model at a context of {plan.n_ctx} tokens", style="dim"))
     table = _plain_table()
-    for title in ("level", "file", "bpw", "on label", "KV cache", "in memory", "fits", "why"):
-        table.add_column(
-            title, justify="left" if title in ("level", "fits", "why") else "right", no_wrap=title != "why"
-        )
+    rates = any(level.speed for level in plan.levels)
+    for title in (
+        "level",
+        "file",
+        "bpw",
+        "on label",
+        "KV cache",
+        "in memory",
+        *(["tokens/s"] if rates else []),
+        "fits",
+    ):
+        table.add_column(title, justify="left" if title in ("level", "fits") else "right", no_wrap=True)
+    table.add_column("why")
     for level in plan.levels:
         table.add_row(
             level.level,
@@ -138,10 +147,16 @@ def plan_table(plan: Plan, console: Console | None = None) -> None:
             percent(level.on_label_share, 0),
             human_bytes(level.kv_bytes),
             human_bytes(level.total_bytes),
+            *([_expected(level.speed)] if rates else []),
             Text("yes", style="green") if level.fits else Text("no", style="red"),
             level.reason,
         )
     out.print(table)
+
+
+def _expected(speed: Speed | None) -> str:
+    """Decode speed that the plan expects, with its range."""
+    return "" if speed is None else f"{speed.decode.low:.3g}-{speed.decode.high:.3g}"
 
 
 def fidelity_table(fidelities: Sequence[Fidelity], console: Console | None = None) -> None:
