@@ -75,7 +75,7 @@ def run(settings: RunSettings, progress: Progress, *, say: Say = lambda _: None)
     from bitladder.files.probe import probe_machine
     from bitladder.files.sources import resolve
     from bitladder.files.workloads import STARTER, load_workload
-    from bitladder.plan.bar import DEFAULT_BAR, parse_bar
+    from bitladder.plan.bar import parse_bar
     from bitladder.plan.decide import decide
     from bitladder.report import write_html, write_run
     from bitladder.stages import facts
@@ -83,7 +83,7 @@ def run(settings: RunSettings, progress: Progress, *, say: Say = lambda _: None)
     from bitladder.store.evidence import Evidence
     from bitladder.store.recorded import Recorded
 
-    bar = parse_bar(settings.bar or DEFAULT_BAR)
+    bar = parse_bar(settings.bar) if settings.bar else None  # a bad bar is told before any work is done
     workload = load_workload(settings.workload or STARTER)
     texts = documents(settings.texts)
     journal = Journal(say)
@@ -116,7 +116,7 @@ def run(settings: RunSettings, progress: Progress, *, say: Say = lambda _: None)
             reference=facts.level_of(source.model),
             tags={one.id: one.tags for one in workload.inputs},
         )
-        recorded.keep_decision(source.sha256, bar.text, decision, out / "run.json")
+        recorded.keep_decision(source.sha256, decision.bar, decision, out / "run.json")
         record = RunRecord(
             bitladder=__version__,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
