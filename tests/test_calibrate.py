@@ -226,11 +226,23 @@ def test_activations_that_overflow_name_the_layer(tmp_path):
     case = tiny_models.CASES["llama"]
     model = tiny_models.make(case)
     with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight.mul_(1e30)
+        model.model.layers[1].post_attention_layernorm.weight.mul_(1e25)
     checkpoint = tmp_path / "source"
     model.save_pretrained(checkpoint)
     (checkpoint / "tokenizer.json").write_text("{}")
-    with pytest.raises(BadWeights, match=r"in layer [12] are not finite"):
+    with pytest.raises(BadWeights, match=r"mlp.gate_proj in layer 1 are not finite"):
+        run(tiny_models.write(case, model, tmp_path / "s.gguf"), ["GPTQ-4bit-g32"], tmp_path, checkpoint)
+
+
+def test_weights_too_large_for_the_format_are_named(tmp_path):
+    case = tiny_models.CASES["llama"]
+    model = tiny_models.make(case)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.mul_(1e10)
+    checkpoint = tmp_path / "source"
+    model.save_pretrained(checkpoint)
+    (checkpoint / "tokenizer.json").write_text("{}")
+    with pytest.raises(BadWeights, match=r"layer 1, mlp.up_proj.weight: a scale of .* does not fit float16"):
         run(tiny_models.write(case, model, tmp_path / "s.gguf"), ["GPTQ-4bit-g32"], tmp_path, checkpoint)
 
 

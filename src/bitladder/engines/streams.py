@@ -8,6 +8,7 @@ levels from the source's own activations, gathered once for all of them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -21,6 +22,7 @@ from bitladder.engines.calibration import InputStatistics, LayerPass
 from bitladder.engines.layers import LayeredModel
 from bitladder.engines.states import Batch, States
 from bitladder.engines.weights import LevelWeights
+from bitladder.errors import BadWeights
 from bitladder.formats.checkpoint import CheckpointLevel
 from bitladder.formats.disk_names import absorbing_parameters, disk_linears, disk_name, quantized_parameters
 from bitladder.formats.roles import Parameter, SharedInput
@@ -85,13 +87,14 @@ class SequentialStream:
             if not parameters:
                 continue
             for expert, statistics in _experts(through.gather(shared)):
-                self._quantize(block, parameters, expert, statistics, output)
+                self._quantize(layer, block, parameters, expert, statistics, output)
         through.finish()
         output.floats = _floats(self.model, block)
         return {self.levels[0].name: output}
 
     def _quantize(
         self,
+        layer: int,
         block: nn.Module,
         parameters: Sequence[Parameter],
         expert: int | None,
@@ -99,16 +102,31 @@ class SequentialStream:
         output: LayerOutput,
     ) -> None:
         level = self.levels[0]
-        factor = gptq.prepare(statistics.gram, damp=self._damp, act_order=self._act_order)
+        with _naming(layer, parameters[0]):
+            factor = gptq.prepare(statistics.gram, damp=self._damp, act_order=self._act_order)
         for parameter in parameters:
             weights = _matrix(block, parameter, expert)
             if note := _too_few(expert, statistics):
                 found = rounded(level, None, weights, scale_dtype=self._scale_dtype)
             else:
-                found = feedback(level, factor, statistics.gram, weights, scale_dtype=self._scale_dtype)
+                with _naming(layer, parameter):
+                    found = feedback(level, factor, statistics.gram, weights, scale_dtype=self._scale_dtype)
                 note = f"Hessian not positive definite: damping raised to {factor.damp:g}" if factor.rescued else ""
             _set_matrix(block, parameter, expert, found.decoded)
             _emit(self.model, output, level, parameter, expert, found, statistics.tokens, note, factor.damp)
+
+
+@contextmanager
+def _naming(layer: int, parameter: Parameter) -> Iterator[None]:
+    """What a kernel cannot take, in the user's terms."""
+    try:
+        yield
+    except ValueError as error:
+        raise BadWeights(
+            f"layer {layer}, {parameter.path}: {error}.",
+            means="The weights or the activations of this layer overflow; the model is damaged or was scaled oddly.",
+            do="Check the source's own answers first; GGUF levels may still work.",
+        ) from error
 
 
 class ReferenceStream:
@@ -144,11 +162,12 @@ class ReferenceStream:
         outputs = {}
         for level in self.levels:
             _restore(block, original)
-            outputs[level.name] = self._build(level, block, inputs, gathered)
+            outputs[level.name] = self._build(layer, level, block, inputs, gathered)
         return outputs
 
     def _build(
         self,
+        layer: int,
         level: CheckpointLevel,
         block: nn.Module,
         inputs: Sequence[SharedInput],
@@ -168,7 +187,8 @@ class ReferenceStream:
                     gram = gram / np.outer(scale, scale)
                 for parameter in parameters:
                     weights = _matrix(block, parameter, expert)
-                    found = rounded(level, gram, weights, scale_dtype=self._scale_dtype)
+                    with _naming(layer, parameter):
+                        found = rounded(level, gram, weights, scale_dtype=self._scale_dtype)
                     tokens = own.tokens if own is not None else 0
                     _emit(self.model, output, level, parameter, expert, found, tokens, note, 0.0)
         output.floats = _floats(self.model, block)

@@ -4,7 +4,6 @@ computed."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -40,31 +39,64 @@ def verify_folder(folder: Path, level: CheckpointLevel, expected: Mapping[str, s
         )
 
 
+class CheckpointReader:
+    """A checkpoint folder's tensors, decoded one at a time."""
+
+    def __init__(self, folder: Path, level: CheckpointLevel) -> None:
+        """Raises BadInput where there are no safetensors."""
+        from safetensors import safe_open
+
+        self.folder, self.level, self._layout = folder, level, LAYOUTS[level.layout]
+        self._where = {}
+        for shard in list_shards(folder):
+            with safe_open(shard, "pt") as file:
+                self._where |= dict.fromkeys(file.keys(), shard)
+
+    def linears(self) -> list[str]:
+        """Names of the quantized linear layers."""
+        split = [name.rpartition(".") for name in sorted(self._where)]
+        return [
+            prefix
+            for prefix, _, suffix in split
+            if suffix == self._layout.codes and f"{prefix}.{self._layout.scales}" in self._where
+        ]
+
+    def weights(self, name: str) -> npt.NDArray[np.float32]:
+        """A tensor by its float name (``....weight``), decoded where it is quantized.
+
+        Raises:
+            BadFile: it is missing, or its arrays contradict each other.
+        """
+        prefix = name.removesuffix(".weight")
+        if f"{prefix}.{self._layout.scales}" not in self._where:
+            return np.asarray(self._read(name), np.float32)
+        keys = {suffix: f"{prefix}.{suffix}" for suffix in self._layout.suffixes}
+        arrays = {suffix: self._read(key) for suffix, key in keys.items() if key in self._where}
+        try:
+            return decode(self.level, arrays, _shape(self.level, arrays))
+        except (ValueError, KeyError) as error:
+            raise BadFile(
+                f"{self.folder}: {prefix} contradicts itself: {error}", do="Write the level again."
+            ) from error
+
+    def _read(self, key: str) -> npt.NDArray[Any]:
+        from safetensors import safe_open
+
+        if key not in self._where:
+            raise BadFile(f"{self.folder} has no tensor '{key}'.", do="Write the level again.")
+        with safe_open(self._where[key], "pt") as file:
+            return _array(file.get_tensor(key))
+
+
 def decoded_linears(folder: Path, level: CheckpointLevel) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
     """Every quantized linear layer by name with its weights f32[outputs, inputs], one at a time.
 
     Raises:
         BadFile: an array of a layer is missing or has another shape than the others need.
     """
-    from safetensors import safe_open
-
-    layout = LAYOUTS[level.layout]
-    with ExitStack() as opened:
-        files = [opened.enter_context(safe_open(shard, "pt")) for shard in list_shards(folder)]
-        where = {name: file for file in files for name in file.keys()}  # noqa: SIM118 - no mapping
-        for key in sorted(where):
-            prefix, _, suffix = key.rpartition(".")
-            if suffix != layout.codes or f"{prefix}.{layout.scales}" not in where:
-                continue
-            arrays = {
-                own: _array(where[f"{prefix}.{own}"].get_tensor(f"{prefix}.{own}"))
-                for own in layout.suffixes
-                if f"{prefix}.{own}" in where
-            }
-            try:
-                yield prefix, decode(level, arrays, _shape(level, arrays))
-            except (ValueError, KeyError) as error:
-                raise BadFile(f"{folder}: {prefix} contradicts itself: {error}", do="Write the level again.") from error
+    reader = CheckpointReader(folder, level)
+    for name in reader.linears():
+        yield name, reader.weights(f"{name}.weight")
 
 
 def _array(tensor: Any) -> npt.NDArray[Any]:

@@ -53,11 +53,17 @@ class Affine:
 
 
 def store_scale(scales: F32, dtype: str = "float16") -> F32:
-    """Scales as a file will hold them, back in f32: ``float16`` (never subnormal, so never zero),
-    ``bfloat16``, ``float32``."""
+    """Scales as a file will hold them, back in f32: ``float16`` (never subnormal, so never zero), ``bfloat16``
+    or ``float32``.
+
+    Raises:
+        ValueError: a scale is too large for float16, or no such dtype.
+    """
     if dtype == "float16":
-        tiny = np.float32(np.finfo(np.float16).tiny)
-        held = np.clip(scales, -65504, 65504).astype(np.float16).astype(np.float32)
+        tiny, most = np.float32(np.finfo(np.float16).tiny), float(np.finfo(np.float16).max)
+        if (largest := float(np.abs(scales).max(initial=0))) > most:
+            raise ValueError(f"a scale of {largest:g} does not fit float16")
+        held = scales.astype(np.float16).astype(np.float32)
         return np.where(np.abs(held) < tiny, np.copysign(tiny, scales), held).astype(np.float32)
     if dtype == "bfloat16":
         raw = np.ascontiguousarray(scales, np.float32).view(np.uint32)

@@ -1,0 +1,82 @@
+"""A written GPTQ, AWQ or INT8 checkpoint as a level that the walk can measure: decoded tensors under their
+GGUF names."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitladder.describe.model import Model
+from bitladder.engines.transforms import permute
+from bitladder.engines.weights import FileWeights, Rows
+from bitladder.errors import BadFile
+from bitladder.files.checkpoint_check import CheckpointReader
+from bitladder.formats import disk_names, roles
+from bitladder.formats.checkpoint import CheckpointLevel
+from bitladder.formats.roles import Family, Parameter, family_of
+
+F32 = NDArray[np.float32]
+
+
+class CheckpointWeights:
+    """``LevelWeights`` of a checkpoint folder made from ``source``.
+
+    What the folder does not hold differently (embedding, head) is the source's own.
+    """
+
+    def __init__(self, source: FileWeights, folder: Path, level: CheckpointLevel) -> None:
+        """Raises BadFile or BadInput where the folder is no sound checkpoint of the source's family."""
+        model: Model = source.file.model
+        family = family_of(model.dims.architecture, model.dims.n_expert)
+        if family is None:
+            raise BadFile(f"No rows describe the architecture '{model.dims.architecture}'.")
+        self._source, self._model, self._family = source, model, family
+        self._reader = CheckpointReader(folder, level)
+        self._folder = folder
+
+    def __call__(self, name: str, rows: Rows = None) -> F32:
+        """As ``LevelWeights``; a decoder layer's tensors are the folder's, all others the source's."""
+        if not name.startswith("blk."):
+            return self._source(name, rows)
+        _, layer, role = name.split(".", 2)
+        parameter, part = _parameter_of(self._family, role)
+        whole = self._decoded(int(layer), parameter, part, len(parameter.roles))
+        value = self._as_stored(parameter, whole).reshape(self._source.file.info(name).shape)
+        return value if rows is None else value.reshape(-1, value.shape[-1])[rows]
+
+    def identity(self, name: str) -> Hashable:
+        """The folder's for layers, the source's for the rest."""
+        return (str(self._folder), name) if name.startswith("blk.") else self._source.identity(name)
+
+    def forget(self, name: str) -> None:
+        """Nothing is kept here."""
+        self._source.forget(name)
+
+    def _decoded(self, layer: int, parameter: Parameter, part: int, parts: int) -> F32:
+        """A parameter (or the share of one role in it) as transformers' module holds it."""
+        prefix = f"{disk_names.LAYERS}{layer}."
+        if parameter.path.startswith("mlp.experts."):
+            stacked: list[Any] = []
+            for expert in range(self._model.dims.n_expert):
+                linears = disk_names.disk_linears(self._family, parameter.path, expert)
+                stacked.append(self._reader.weights(prefix + linears[part if parts > 1 else 0].name + ".weight"))
+            return np.stack(stacked)
+        return self._reader.weights(prefix + disk_names.disk_name(self._family, parameter.path))
+
+    def _as_stored(self, parameter: Parameter, value: F32) -> F32:
+        """What llama.cpp's converter does, done again."""
+        if parameter.transform == "unpermute":
+            heads = self._model.dims.n_head if "q_proj" in parameter.path else self._model.dims.n_head_kv
+            return permute(value, heads)
+        return value + np.float32(1) if parameter.transform == "minus_one" else value
+
+
+def _parameter_of(family: Family, role: str) -> tuple[Parameter, int]:
+    for parameter in family.parameters:
+        if role in parameter.roles:
+            return parameter, parameter.roles.index(role)
+    raise BadFile(f"No row of '{family.architecture}' has a place for {roles.layer_tensor(0, role)}.")

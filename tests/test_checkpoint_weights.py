@@ -1,0 +1,39 @@
+"""A written checkpoint as the walk sees it equals the same in transformers, for families of every transform."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bitladder.engines.checkpoint_weights import CheckpointWeights
+from bitladder.engines.layers import LayeredModel
+from bitladder.engines.weights import FileWeights
+from bitladder.files.gguf import GgufFile
+from bitladder.formats.checkpoint import parse_level
+from test_calibrate import decoded, loaded, one_thread, run, tiny, windows_of
+
+__all__ = ["one_thread"]
+
+
+def walked_logits(gguf: Path, folder: Path, level: str, tokens: np.ndarray) -> torch.Tensor:
+    with GgufFile.open(gguf) as source:
+        weights = CheckpointWeights(FileWeights(source), folder, parse_level(level))
+        model = LayeredModel(source.model, weights)
+        states = model.embed(tokens, weights)
+        for layer in range(model.n_layer):
+            states = model.run(model.layer(layer, weights), layer, states)
+        with torch.no_grad():
+            return model.norm(FileWeights(source))(states) @ torch.from_numpy(weights(model.output)).T
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3", "mixtral", "qwen2moe", "phi3"])
+def test_the_walk_sees_what_transformers_sees(name, tmp_path):
+    _, checkpoint, gguf = tiny(name, tmp_path)
+    level = "INT8-W8A8-smooth"
+    run(gguf, [level], tmp_path, checkpoint)
+    folder = tmp_path / f"tiny-{level}"
+    tokens = np.stack([window.tokens for window in windows_of(3, count=2)])
+    with torch.no_grad():
+        expected = loaded(folder, decoded(folder, level), tmp_path / "plain")(torch.from_numpy(tokens)).logits
+    torch.testing.assert_close(walked_logits(gguf, folder, level, tokens), expected, rtol=1e-3, atol=1e-3)
