@@ -28,7 +28,7 @@ from bitladder.store.location import store_url
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine
 
-KINDS = ("fidelity", "answer", "speed", "file", "machine", "decision")
+KINDS = ("fidelity", "answer", "speed", "file", "machine", "decision", "benchmark")
 EXPORT_FORMAT = "bitladder-evidence"
 
 _UPSERT = """
