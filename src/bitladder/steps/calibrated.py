@@ -67,7 +67,6 @@ def importance_of(
     from bitladder.describe.text import text_hash
     from bitladder.files.folders import cache_folder
     from bitladder.files.imatrix import read_imatrix, write_imatrix
-    from bitladder.stages.imatrix import importance_matrix
 
     if choice == NONE:
         return None
@@ -79,6 +78,8 @@ def importance_of(
         windows = token_windows(source, documents)
         _refuse_overlap(windows, token_windows(source, measured_on) if measured_on else ())
     if not kept.exists():
+        from bitladder.stages.imatrix import importance_matrix  # brings torch: a second to import, for this case alone
+
         found = importance_matrix(source, windows, dataset="calibration text", threads=threads, progress=progress)
         kept.parent.mkdir(parents=True, exist_ok=True)
         write_imatrix(kept, found)
