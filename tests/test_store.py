@@ -94,6 +94,17 @@ def test_find_by_parts_of_the_key_newest_first(url):
         assert row.host["python"]
 
 
+def test_many_rows_are_found_in_order_and_counted(url, monkeypatch):
+    monkeypatch.setattr("bitladder.store.evidence._AT_ONCE", 3)
+    with Evidence.open(url) as store:
+        for n in range(10):
+            store.put("answer", {"n": n, "even": n % 2 == 0}, n)
+        assert [row.value for row in store.find("answer")] == list(reversed(range(10)))
+        assert [row.value for row in store.find("answer", even=True)] == [8, 6, 4, 2, 0]
+        assert store.count()["answer"] == 10
+        assert store.count()["speed"] == 0
+
+
 def test_an_unknown_kind_is_our_mistake(url):
     with Evidence.open(url) as store, pytest.raises(ValueError, match="kind must be one of"):
         store.put("gossip", {}, {})

@@ -112,10 +112,10 @@ def workload_import(
 def evidence_show(json_output: JsonFlag = False) -> None:
     """Where measurements are stored, and how many there are."""
     from bitladder.store.connect import shown
-    from bitladder.store.evidence import KINDS, Evidence
+    from bitladder.store.evidence import Evidence
 
     with Evidence.open() as store:
-        counts = {kind: len(store.find(kind)) for kind in KINDS}
+        counts = store.count()
         if json_output:
             print_json({"store": shown(store.url), "counts": counts})
         else:

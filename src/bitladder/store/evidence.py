@@ -38,6 +38,8 @@ _UPSERT = """
         bitladder = excluded.bitladder, host = excluded.host
 """
 _UPSERT_NEWER = _UPSERT + " WHERE excluded.created > evidence.created"
+_AT_ONCE = 500
+"""Rows asked for by number in one statement; databases limit how many values one may hold."""
 _COLUMNS = "kind, key, value, created, bitladder, host"
 
 
@@ -56,9 +58,7 @@ class Row:
 
 def canonical(value: Any) -> str:
     """JSON that is the same for the same data: keys sorted, no spaces, NaN refused."""
-    return json.dumps(
-        to_json(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
-    )
+    return json.dumps(to_json(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
 def host_facts() -> dict[str, Any]:
@@ -127,9 +127,7 @@ class Evidence:
 
         query = text("SELECT value FROM evidence WHERE kind = :kind AND key_hash = :key_hash")
         with self._transaction(write=False) as connection:
-            found = connection.execute(
-                query, {"kind": _kind(kind), "key_hash": _hash(canonical(key))}
-            ).scalar()
+            found = connection.execute(query, {"kind": _kind(kind), "key_hash": _hash(canonical(key))}).scalar()
         return None if found is None else json.loads(found)
 
     def put(self, kind: str, key: Mapping[str, Any], value: Any) -> None:
@@ -141,17 +139,30 @@ class Evidence:
 
     def find(self, kind: str, **partial: Any) -> list[Row]:
         """Rows of a kind whose key holds these values, newest first."""
+        from sqlalchemy import bindparam, text
+
+        keys = text("SELECT id, key FROM evidence WHERE kind = :kind ORDER BY created DESC, id DESC")
+        rows = text(f"SELECT id, {_COLUMNS} FROM evidence WHERE id IN :ids").bindparams(
+            bindparam("ids", expanding=True)
+        )
+        wanted = to_json(partial).items()
+        with self._transaction(write=False) as connection:
+            # Keys are small and values may be large: only those of matching keys are read.
+            found = [(row.id, json.loads(row.key)) for row in connection.execute(keys, {"kind": _kind(kind)})]
+            ids = [number for number, key in found if all(name in key and key[name] == one for name, one in wanted)]
+            by_id: dict[int, Row] = {}
+            for start in range(0, len(ids), _AT_ONCE):
+                for number, *row in connection.execute(rows, {"ids": ids[start : start + _AT_ONCE]}):
+                    by_id[number] = _row(row)
+        return [by_id[number] for number in ids]
+
+    def count(self) -> dict[str, int]:
+        """How many rows there are of each kind."""
         from sqlalchemy import text
 
-        query = text(f"SELECT {_COLUMNS} FROM evidence WHERE kind = :kind ORDER BY created DESC, id DESC")
-        wanted = to_json(partial)
         with self._transaction(write=False) as connection:
-            rows = [_row(row) for row in connection.execute(query, {"kind": _kind(kind)})]
-        return [
-            row
-            for row in rows
-            if all(name in row.key and row.key[name] == value for name, value in wanted.items())
-        ]
+            found = dict(connection.execute(text("SELECT kind, COUNT(*) FROM evidence GROUP BY kind")).tuples().all())
+        return {kind: found.get(kind, 0) for kind in KINDS}
 
     def export(self, path: Path) -> int:
         """Write everything as JSON lines, oldest first, whole or not at all; returns the number of rows.
@@ -165,18 +176,14 @@ class Evidence:
         count = 0
         try:
             with self._transaction(write=False) as connection, part.open("w", encoding="utf-8") as out:
-                out.write(
-                    json.dumps({"format": EXPORT_FORMAT, "version": 1, "bitladder": __version__}) + "\n"
-                )
+                out.write(json.dumps({"format": EXPORT_FORMAT, "version": 1, "bitladder": __version__}) + "\n")
                 for row in connection.execute(text(f"SELECT {_COLUMNS} FROM evidence ORDER BY created, id")):
                     out.write(json.dumps(to_json(_row(row)), sort_keys=True, ensure_ascii=False) + "\n")
                     count += 1
             part.replace(path)
         except OSError as error:
             part.unlink(missing_ok=True)
-            raise OutputError(
-                f"{path} cannot be written: {error.strerror}.", do="Name another file."
-            ) from error
+            raise OutputError(f"{path} cannot be written: {error.strerror}.", do="Name another file.") from error
         return count
 
     def import_(self, path: Path) -> int:
