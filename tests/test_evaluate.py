@@ -1,5 +1,6 @@
 """A workload through an engine: slots, resuming, judging, comparing. The engine is a function."""
 
+import contextlib
 import json
 import math
 import threading
@@ -14,6 +15,7 @@ from bitladder.errors import EngineGone, UsageError
 from bitladder.records import to_json
 from bitladder.records.evaluation import Speed, answer_from_json
 from bitladder.stages.evaluate import answer_workload, check_help, compare, judge_answers, level_answers, measure_speed
+from bitladder.steps.smallest import smallest_level
 
 SPEED = Speed(100.0, 10.0, 1.0)
 
@@ -149,6 +151,8 @@ def test_several_answers_to_each_input():
     assert (result.passes, result.inputs, len(result.lost)) == (0, 3, 3)
     assert result.pass_rate == pytest.approx(0.25)
     assert result.p_value == pytest.approx(0.25)  # three equal differences: 2 of 8 sign patterns are as extreme
+    half = compare(reference, through(lambda prompt, seed: prompt.upper() if seed < 2 else "no", sampled), sampled)
+    assert (half.passes, half.lost, half.pass_rate) == (3, (), pytest.approx(0.5))  # half of the answers is enough
 
 
 def test_agreement_is_judged_against_the_reference():
@@ -193,3 +197,30 @@ def test_speed_of_an_engine_that_only_streams():
     assert speed.decode_tokens_per_s == pytest.approx(2 / 0.2)
     assert math.isnan(speed.load_seconds)
     assert len({prompt for prompt, _ in engine.asked}) == len(engine.asked)  # no cache can serve a prompt
+
+
+def test_the_smallest_level_starts_each_engine_once_and_asks_only_a_part():
+    many = Workload("w", tuple(one(f"i{n}", f"I{n}") for n in range(300)))
+    reference = through(lambda prompt, seed: prompt.upper(), many).answers
+    started, running, heard = [], [], []
+
+    @contextlib.contextmanager
+    def open_engine(level):
+        started.append(level)
+        running.append(level)
+        assert len(running) == 1  # one engine at a time
+        yield FakeEngine(lambda prompt, seed: prompt.upper() if level != "Q2_K" else "damaged")
+        running.remove(level)
+
+    outcome = smallest_level(
+        ["Q8_0", "Q4_K_M", "Q2_K"],
+        many,
+        reference,
+        open_engine,
+        margin=0.05,
+        on_answer=lambda level, answer: heard.append(level),
+    )
+    assert outcome.chosen == "Q4_K_M"
+    assert started == ["Q4_K_M", "Q2_K"]
+    assert running == []
+    assert len(heard) == sum(outcome.inputs_used) < 2 * 300 * 0.6

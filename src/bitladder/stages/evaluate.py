@@ -175,6 +175,11 @@ def level_answers(level: str, answers: Sequence[Answer], speed: Speed) -> LevelA
     return LevelAnswers(level, tuple(answers), speed)
 
 
+def pass_shares(answers: Iterable[Answer]) -> dict[str, float]:
+    """For each input that was answered, the share of its answers that passed."""
+    return {name: statistics.fmean(answer.passed for answer in said) for name, said in _by_input(answers).items()}
+
+
 def compare(reference: LevelAnswers, level: LevelAnswers, workload: Workload) -> WorkloadResult:
     """A level beside the reference, pair by pair, over all inputs and tag by tag.
 
@@ -228,12 +233,13 @@ class _Pair:
 
 
 def _pairs(reference: LevelAnswers, level: LevelAnswers, workload: Workload) -> list[_Pair]:
-    theirs, ours = _by_input(reference), _by_input(level)
+    theirs, ours = _by_input(reference.answers), _by_input(level.answers)
+    before, after = pass_shares(reference.answers), pass_shares(level.answers)
     return [
         _Pair(
             one,
-            statistics.fmean(answer.passed for answer in theirs[one.id]),
-            statistics.fmean(answer.passed for answer in ours[one.id]),
+            before[one.id],
+            after[one.id],
             [answer.text for answer in theirs[one.id]] == [answer.text for answer in ours[one.id]],
         )
         for one in workload.inputs
@@ -241,9 +247,9 @@ def _pairs(reference: LevelAnswers, level: LevelAnswers, workload: Workload) -> 
     ]
 
 
-def _by_input(answers: LevelAnswers) -> dict[str, list[Answer]]:
+def _by_input(answers: Iterable[Answer]) -> dict[str, list[Answer]]:
     grouped: dict[str, list[Answer]] = {}
-    for answer in sorted(answers.answers, key=lambda answer: answer.sample):
+    for answer in sorted(answers, key=lambda answer: answer.sample):
         grouped.setdefault(answer.input_id, []).append(answer)
     return grouped
 
