@@ -256,10 +256,8 @@ class TestLaunch:
         assert "--gpu max" in launch("lmstudio", "/m/a.gguf", placed("gpu", 33), Wish(), threads=8).command
         assert "--gpu 0.10" in launch("lmstudio", "/m/a.gguf", placed("split", 3), Wish(), threads=8).command
         vllm = launch("vllm", "/m/a-AWQ", placed("gpu"), Wish(2048, 8), threads=8, gpus=2).command
-        assert (
-            vllm
-            == "vllm serve /m/a-AWQ --served-model-name a-AWQ --max-model-len 2048 --max-num-seqs 8 --tensor-parallel-size 2"
-        )
+        words = "--served-model-name a-AWQ --max-model-len 2048 --max-num-seqs 8 --tensor-parallel-size 2"
+        assert vllm == f"vllm serve /m/a-AWQ {words}"
         assert "--max-total-tokens 2048" in launch("tgi", "/m/a", placed("gpu"), Wish(2048), threads=8).command
 
     @pytest.mark.parametrize(
