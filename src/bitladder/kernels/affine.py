@@ -69,14 +69,20 @@ def solve(s: Any, sx: Any, sl: Any, sll: Any, sxl: Any, free: Any) -> Any:
     """Best d and c for fixed codes, and the error they save; c at most 0 unless ``free``."""
     zero = splat(0.0)
     det = s * sll - sl * sl
+    sound = det > splat(1e-6) * s * sll
     r = reciprocal(det)
     d, c = (s * sxl - sx * sl) * r, (sll * sx - sl * sxl) * r
     if not free:
-        negative = c < zero
-        d = where(negative, d, sxl * reciprocal(sll))
-        c = where(negative, c, zero)
+        sound = sound & (c < zero)
+    # one of the two alone, when codes are all alike or c may not be what it would
+    only_d, only_c = sxl * reciprocal(sll), sx * reciprocal(s)
+    if not free:
+        only_c = minimum(only_c, zero)
+    d_alone = only_d * sxl > only_c * sx
+    d = where(sound, d, where(d_alone, only_d, zero))
+    c = where(sound, c, where(d_alone, zero, only_c))
     gain = d * sxl + c * sx
-    return d, c, where((det > zero) & (d > zero), gain, splat(-1.0))
+    return d, c, where(d >= zero, gain, splat(-1.0))
 
 
 @helper
@@ -97,7 +103,7 @@ def search_part(
         low, high = minimum(low, zero), maximum(high, zero)
     span = high - low
     over_span = reciprocal(span)
-    d, c, gain = span / top, low, splat(-2.0)
+    d, c, gain = span / top, low, splat(-1.0)
     sl, sll, sxl = zero, zero, zero
     guesses = starts.shape[0] + rounds if starts.shape[0] > 1 else 0
     for k in range(guesses):
@@ -160,12 +166,20 @@ def choose_whole(state: Any, j: Any, n: Any, d: Any, dmin: Any, top: Any) -> Any
 
 
 @helper
+def choose_all(state: Any, n: Any, d: Any, dmin: Any, whole: Any) -> Any:
+    """``choose_whole`` for every sub-block, where there are whole numbers to choose."""
+    if whole > 0:
+        for j in range(0, n, 16):
+            choose_whole(state, j, n, d, dmin, splat(whole))
+
+
+@helper
 def choose_d(state: Any, n: Any, d: Any, dmin: Any, top: Any, trials: Any) -> Any:
     """The float16 d and dmin, out of some near the given ones, whose multiples fit the sub-blocks best."""
     best_d, best_m, best = to_f16(d), to_f16(dmin), splat(3e38)
     for k in range(2 * trials):
         if k < trials:
-            trial_d, trial_m = to_f16(d * splat(0.97 + 0.3 * k / trials)), best_m
+            trial_d, trial_m = to_f16(d * splat(0.97 + 0.3 * k / trials if k > 0 else 1.0)), best_m
         else:
             trial_d, trial_m = best_d, to_f16(dmin * splat(0.97 + 0.3 * (k - trials) / trials))
         error = splat(0.0)
@@ -192,8 +206,9 @@ def solve_block(state: Any, n: Any, d: Any, dmin: Any, free: Any) -> Any:
     det = a11 * a22 - a12 * a12
     sound = det > splat(1e-6) * a11 * a22
     r = reciprocal(det)
-    new_d = where(sound, (a22 * b1 - a12 * b2) * r, b1 * reciprocal(a11))
-    new_m = where(sound, (a11 * b2 - a12 * b1) * r, dmin if free else zero)
+    alone_d, alone_m = where(a22 > zero, d, b1 * reciprocal(a11)), where(a11 > zero, dmin, b2 * reciprocal(a22))
+    new_d = where(sound, (a22 * b1 - a12 * b2) * r, alone_d)
+    new_m = where(sound, (a11 * b2 - a12 * b1) * r, alone_m)
     new_d = where(new_d > zero, new_d, d)
     if not free:
         new_m = where(new_m > zero, new_m, zero)
@@ -308,14 +323,10 @@ def search_block(
         if k > 0:
             for j in range(0, n, 16):
                 new_codes(x, w, state, j, n, size, d, dmin, top, whole, reach)
-        if not free:
-            for j in range(0, n, 16):
-                choose_whole(state, j, n, d, dmin, splat(whole))
+        choose_all(state, n, d, dmin, whole)
         if passes > 0:
             d, dmin = solve_block(state, n, d, dmin, free)
-    if not free:
-        for j in range(0, n, 16):
-            choose_whole(state, j, n, d, dmin, splat(whole))
+    choose_all(state, n, d, dmin, whole)
     if guard:
         d, dmin = keep_plain(x, w, state, n, size, d, dmin, top, whole)
     return d, dmin

@@ -38,7 +38,8 @@ def quantize(
     Args:
         weights: f32[rows, columns], finite; columns a multiple of the format's ``block_size``.
         qtype: a name out of ``QUANTIZABLE``.
-        importance: f32[columns], not negative: the weight of each column's squared error, as an importance matrix holds it.
+        importance: f32[columns], not negative: the weight of each column's squared error, as in an importance matrix.
+            Without one every weight's squared error counts the same.
         effort: how long to search for scales; never changes the format.
         threads: rows are split over this many threads. The bytes do not depend on it.
 
@@ -46,7 +47,7 @@ def quantize(
         uint8[rows, row_bytes].
 
     Raises:
-        ValueError: an unknown or not quantizable ``qtype``, a wrong shape, or an unknown effort.
+        ValueError: an unknown or not quantizable ``qtype``, a wrong shape, an unknown effort, a negative importance.
     """
     row = _row_of(qtype)
     if qtype not in QUANTIZABLE:

@@ -116,8 +116,8 @@ def affine_search(row: Row, effort: Effort, *, weighted: bool) -> Search:
 def scale_search(row: Row, effort: Effort, *, weighted: bool) -> Search:
     """How long to look for scales of a format; ``weighted`` when there is an importance.
 
-    Starts are given as the value that the sub-block's largest weight gets, near the lowest and the highest code. Q3_K
-    has the fewest codes: with an importance its best scale is often far from both ends, and the search is wide.
+    Starts are given as the value that the sub-block's largest weight gets, near the lowest and the highest code; with
+    few codes and an importance also far beyond, because cutting off a large weight that matters little can pay.
     """
     low, high, unit = float(row.low), float(row.high), (row.high - row.low) / 15
 
@@ -125,15 +125,15 @@ def scale_search(row: Row, effort: Effort, *, weighted: bool) -> Search:
         first = _steps(low - below * unit, low + above * unit, count)
         return _grid(first + _steps(high - above * unit, high + below * unit, at_high), [0.0])
 
-    wide = row.name == "Q3_K" and weighted
-    plain = row.name == "Q8_0" or (row.name in ("Q4_0", "Q5_0") and not weighted)
-    if effort == "best" or (effort == "good" and wide):
-        return Search(ends(1.0, 2.0, 20, 20), rounds=4, trials=64, passes=5, reach=3)
-    if row.name == "Q8_0" or (effort == "fast" and plain):
+    cuts = weighted and (row.table or row.high - row.low <= 15)
+    if effort == "best":
+        return Search(ends(5.0 if cuts else 1.0, 2.0, 20, 20), rounds=4, trials=64, passes=5, reach=3)
+    if row.name == "Q8_0" or (effort == "fast" and not weighted and row.name in ("Q4_0", "Q5_0")):
         return Search(ends(0.0, 0.0, 1, 0), rounds=0, trials=0, passes=0, guard=False)
-    if effort == "good" and (row.name != "Q3_K"):
-        return Search(ends(0.5, 2.0, 16, 12), rounds=1, trials=32, passes=1, reach=2)
-    if effort == "good":
+    if effort == "good" and row.name == "Q3_K" and not weighted:
         return Search(ends(0.5, 1.5, 7, 0), rounds=1, trials=16, passes=1)
-    count, at_high = (8, 6) if wide else (6, 0)
-    return Search(ends(0.5, 1.2, count, at_high), rounds=1, trials=16, passes=1, guard=False)
+    if effort == "good":
+        return Search(ends(4.0 if cuts else 0.5, 2.0, 16, 12), rounds=1, trials=32, passes=1, reach=2)
+    if cuts:
+        return Search(ends(3.0, 1.0, 7, 4), rounds=1, trials=16, passes=1, guard=False)
+    return Search(ends(0.5, 1.2, 6, 0), rounds=1, trials=16, passes=1, guard=False)

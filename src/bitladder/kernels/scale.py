@@ -95,7 +95,7 @@ def search_part(
         value = load(x, i)
         largest = where(magnitude(value) > magnitude(largest), value, largest)
     over_largest = reciprocal(largest)
-    d, gain = largest / splat(starts[0, 0]), splat(-1.0)
+    d, gain = largest / low, splat(-1.0)
     store(state, PLAIN * n + j, d)
     sll, sxl = splat(0.0), splat(0.0)
     guesses = starts.shape[0] + rounds if starts.shape[0] > 1 else 0
@@ -137,7 +137,7 @@ def choose_d(state: Any, n: Any, d: Any, whole_low: Any, whole_high: Any, trials
     two = splat(2.0)
     best_d, best = to_f16(d), splat(3e38)
     for k in range(trials):
-        trial = to_f16(d * splat(0.97 + 0.4 * k / trials))
+        trial = to_f16(d * splat(0.97 + 0.4 * k / trials if k > 0 else 1.0))
         inverse = reciprocal(trial)
         error = splat(0.0)
         for j in range(0, n, 16):
