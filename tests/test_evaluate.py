@@ -15,6 +15,7 @@ from bitladder.errors import EngineGone, UsageError
 from bitladder.records import to_json
 from bitladder.records.evaluation import Speed, answer_from_json
 from bitladder.stages.evaluate import answer_workload, check_help, compare, judge_answers, level_answers, measure_speed
+from bitladder.steps.help import criteria_help
 from bitladder.steps.smallest import smallest_level
 
 SPEED = Speed(100.0, 10.0, 1.0)
@@ -224,3 +225,14 @@ def test_the_smallest_level_starts_each_engine_once_and_asks_only_a_part():
     assert started == ["Q4_K_M", "Q2_K"]
     assert running == []
     assert len(heard) == sum(outcome.inputs_used) < 2 * 300 * 0.6
+
+
+def test_what_criteria_need_is_opened_and_checked_first(tmp_path):
+    (tmp_path / "my_helper_of_this_test.py").write_text("def f(text, info):\n    return text == info['id']\n")
+    own = Workload("w", (Input("a", WORKLOAD.inputs[0].messages, (Criterion("python", "my_helper_of_this_test:f"),)),))
+    with criteria_help(own, tmp_path, trust_python=True) as context:
+        answers = answer_workload(FakeEngine(lambda prompt, seed: "a"), own)
+        assert judge_answers(own, answers, context=context)[0].passed
+    judged = Workload("w", (Input("a", WORKLOAD.inputs[0].messages, (Criterion("judge", {"rubric": "r"}),)),))
+    with pytest.raises(UsageError, match="asks a judge model"), criteria_help(judged, tmp_path):
+        pass

@@ -1,0 +1,48 @@
+"""What some criteria of a workload need: a judge model, the user's own functions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bitladder.describe.criteria import Context
+    from bitladder.describe.workload import Workload
+    from bitladder.engines.endpoint import EndpointSettings
+
+
+@contextmanager
+def criteria_help(
+    workload: Workload, folder: Path, *, judge: EndpointSettings | None = None, trust_python: bool = False
+) -> Iterator[Context]:
+    """A context for ``judge_answers`` with all that the workload needs, checked before anything is run.
+
+    Args:
+        workload: its criteria say what is needed; nothing else is opened.
+        folder: where the workload's own modules lie.
+        judge: the judge model's endpoint.
+        trust_python: whether the workload's own functions may run.
+
+    Raises:
+        UsageError: something that is needed was not given.
+        BadWorkload: a function cannot be imported.
+        WrongModel: the judge's endpoint does not serve the judge.
+    """
+    from bitladder.describe.criteria import Context
+    from bitladder.engines.endpoint import Endpoint
+    from bitladder.engines.judge import Judge
+    from bitladder.files.workloads import trusted_functions
+    from bitladder.stages.evaluate import check_help
+
+    with ExitStack() as stack:
+        functions = stack.enter_context(trusted_functions(workload, folder, trust=trust_python))
+        asked = None
+        if judge is not None and "judge" in workload.kinds:
+            endpoint = stack.enter_context(Endpoint(judge))
+            endpoint.probe()
+            asked = Judge(endpoint)
+        context = Context(judge=asked, functions=functions)
+        check_help(workload, context)
+        yield context
