@@ -161,7 +161,8 @@ class Evidence:
         from sqlalchemy import text
 
         with self._transaction(write=False) as connection:
-            found = dict(connection.execute(text("SELECT kind, COUNT(*) FROM evidence GROUP BY kind")).tuples().all())
+            rows = connection.execute(text("SELECT kind, COUNT(*) AS number FROM evidence GROUP BY kind"))
+            found = {str(row.kind): int(row.number) for row in rows}
         return {kind: found.get(kind, 0) for kind in KINDS}
 
     def export(self, path: Path) -> int:
