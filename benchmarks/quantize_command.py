@@ -26,7 +26,9 @@ THEIRS = """
 import ctypes, json, resource, sys, time
 import llama_cpp
 source, out, file_type, threads = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-llama_cpp.llama_log_set(llama_cpp.llama_log_callback(lambda *_: None), None)
+silent = llama_cpp.llama_log_callback(lambda *_: None)  # kept: C holds no reference
+llama_cpp.llama_log_set(silent, None)
+llama_cpp.llama_backend_init()
 params = llama_cpp.llama_model_quantize_default_params()
 params.ftype, params.nthread = file_type, threads
 before = resource.getrusage(resource.RUSAGE_SELF)
