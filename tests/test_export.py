@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from bitladder.cli.app import app
 from bitladder.errors import OutputError, UsageError
 from bitladder.serve.export import (
     docker_compose,
@@ -118,3 +120,20 @@ def test_line_breaks_do_not_get_out_of_their_line():
         ollama_modelfile(hostile)
     with pytest.raises(UsageError, match="line break"):
         systemd_unit(ServeSettings(hostile), Path("/bin/bitladder"))
+
+
+def test_from_the_command_line(demo_gguf, tmp_path):
+    tiers = ["--quality", str(demo_gguf)]
+    swap = CliRunner().invoke(app, ["export", str(demo_gguf), "--to", "llama-swap", *tiers])
+    assert swap.exit_code == 0, swap.output
+    assert str(demo_gguf) in swap.stdout
+    ollama = CliRunner().invoke(app, ["export", str(demo_gguf), "--to", "ollama", "--folder", str(tmp_path), *tiers])
+    assert ollama.exit_code == 0, ollama.output
+    (modelfile,) = tmp_path.glob("Modelfile-*")
+    assert f"FROM {demo_gguf}" in modelfile.read_text()
+
+
+def test_a_key_from_the_command_line(tmp_path):
+    made = CliRunner().invoke(app, ["key", "alice", "--file", str(tmp_path / "keys")])
+    assert made.exit_code == 0
+    assert made.stdout.startswith("bl-") and made.stdout.strip() not in (tmp_path / "keys").read_text()

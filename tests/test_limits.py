@@ -6,7 +6,7 @@ import httpx
 import pytest
 
 from bitladder.errors import BadInput, UsageError
-from bitladder.serve.limits import Gate, Refused, key_name, new_key, read_body, read_keys
+from bitladder.serve.limits import Gate, Refused, add_key, key_name, new_key, read_body, read_keys
 from bitladder.serve.settings import ServeSettings, TierSpec
 from upstreams import CHAT, chat, gateway, says
 
@@ -83,6 +83,15 @@ def test_a_key_file_with_a_plain_key_is_refused(tmp_path):
         read_keys(tmp_path / "none")
     with pytest.raises(BadInput, match="cannot name a key"):
         new_key("a b")
+
+
+def test_a_key_is_added_for_each_client_once(tmp_path):
+    file = tmp_path / "keys"
+    secrets = [add_key(file, name) for name in ("alice", "bob")]
+    assert [key_name(secret, read_keys(file)) for secret in secrets] == ["alice", "bob"]
+    assert not any(secret in file.read_text() for secret in secrets)
+    with pytest.raises(BadInput, match="'bob' has a key"):
+        add_key(file, "bob")
 
 
 def test_listening_to_the_world_needs_keys_or_a_word():

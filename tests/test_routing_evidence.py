@@ -39,6 +39,7 @@ def test_score_is_the_least_sure_token_of_the_window():
     assert score([-0.1, -2.0, -0.5], window=1) == -0.1
     assert math.isnan(score([]))
     assert not is_sure(math.nan, -math.inf)
+    assert is_sure(-1.0, -1.0) and not is_sure(-1.01, -1.0)
 
 
 def test_calibration_separates_what_can_be_separated():

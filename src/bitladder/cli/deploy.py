@@ -34,6 +34,12 @@ def serve(
     shadow: Annotated[
         float, typer.Option("--shadow", min=0.0, max=1.0, help="Share of speed-tier requests to check.")
     ] = 0.0,
+    allow_host: Annotated[
+        list[str] | None, typer.Option("--allow-host", help="A name that clients call this machine by; repeatable.")
+    ] = None,
+    open_to_all: Annotated[
+        bool, typer.Option("--open-to-all", help="Listen on other addresses than loopback without keys.")
+    ] = False,
     out: Annotated[Path | None, typer.Option("--out", help="Folder for levels that must be built.")] = None,
 ) -> None:
     """Serve a quality tier and a speed tier behind one OpenAI-compatible endpoint.
@@ -43,11 +49,18 @@ def serve(
     from dataclasses import replace
 
     from bitladder.serve.app import serve as serve_settings
-    from bitladder.serve.settings import Shadow
 
     with progress_display() as progress:
-        settings = _settings(model, quality, speed, ctx, threads, out, progress)
-    settings = replace(settings, host=host, port=port, api_key_file=api_key_file, shadow=Shadow(share=shadow))
+        settings = tiers_of(model, quality, speed, ctx, threads, out, progress)
+    settings = replace(
+        settings,
+        host=host,
+        port=port,
+        api_key_file=api_key_file,
+        shadow=replace(settings.shadow, share=shadow),
+        allowed_hosts=tuple(allow_host or ()),
+        open_to_all=open_to_all,
+    )
     serve_settings(settings, on_ready=_ready)
 
 
@@ -57,7 +70,7 @@ def _ready(address: str, deployment: Deployment) -> None:
         say(note)
 
 
-def _settings(
+def tiers_of(
     model: str, quality: str | None, speed: str | None, ctx: int, threads: int, out: Path | None, progress: Progress
 ) -> ServeSettings:
     """Tiers from the arguments, or from the latest run of the model with what its evidence says about routing."""
@@ -96,8 +109,8 @@ def _routed(settings: ServeSettings, record: RunRecord | None) -> ServeSettings:
 
     import numpy as np
 
-    from bitladder.serve.evidence import advise, routed_inputs
-    from bitladder.serve.settings import Escalation
+    from bitladder.serve.evidence import advise, agreement_bar, routed_inputs
+    from bitladder.serve.settings import Escalation, Shadow
 
     if record is None or settings.speed is None:
         return settings
@@ -111,7 +124,8 @@ def _routed(settings: ServeSettings, record: RunRecord | None) -> ServeSettings:
     advice = advise(routed_inputs(record.inputs, pair[0], pair[1], scores), np.random.default_rng(0))
     say(advice.sentence)
     escalation = Escalation(advice.threshold) if advice.rule.escalate and math.isfinite(advice.threshold) else None
-    return replace(settings, auto=advice.rule, escalation=escalation)
+    expected = Shadow(bar=agreement_bar(pair[0], pair[1]))
+    return replace(settings, auto=advice.rule, escalation=escalation, shadow=expected)
 
 
 def _spec(model: str, what: str, ctx: int, threads: int, out: Path | None, progress: Progress) -> TierSpec:

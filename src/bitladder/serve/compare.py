@@ -1,9 +1,9 @@
 """One prompt through two levels: where the answers part, with both probabilities, and how fast each was.
 
 Greedy answers of two levels of one model are equal up to the first token where they choose differently;
-from there on they are two texts. So the one telling place is that token. Had either level given the other's
-token nearly the same probability as its own, it was a tie that any rounding could break; otherwise the
-levels really disagree there.
+from there on they are two texts. So the one telling place is that token. Where both levels held both tokens
+within odds of two to one it was a tie, which any rounding can break; otherwise at least one was sure, and they
+really disagree.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bitladder.engines.base import Completion, Engine, Message, TokenChoice
+from bitladder.stages.divergence import TIE_NATS
 
-TIE_RATIO = 0.8
-"""A choice is a tie when the other level's token had at least this share of the chosen one's probability."""
+TIE_RATIO = math.exp(-TIE_NATS)
+"""A tie: each level gave the other's token at least this share of its own one's probability."""
 TOP = 10
 _WORDS = re.compile(r"\s+|\w+|[^\w\s]")
 
@@ -52,8 +53,8 @@ class Parting:
 
     @property
     def is_tie(self) -> bool:
-        """Whether one of the two levels was as good as undecided."""
-        return self.a_of_b >= TIE_RATIO * self.a_of_a or self.b_of_a >= TIE_RATIO * self.b_of_b
+        """Whether both levels were as good as undecided."""
+        return self.a_of_b >= TIE_RATIO * self.a_of_a and self.b_of_a >= TIE_RATIO * self.b_of_b
 
 
 @dataclass(frozen=True)

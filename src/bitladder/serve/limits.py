@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from bitladder.errors import BadInput
+from bitladder.files.atomic import write_whole
 from bitladder.serve.protocol import Refused, header_text
 
 _LINE = re.compile(r"([\w.@-]{1,64}) sha256:([0-9a-f]{32}):([0-9a-f]{64})")
@@ -71,12 +72,28 @@ def read_keys(path: Path) -> tuple[Key, ...]:
                 raise BadInput(
                     f"Line {number} of the key file '{path}' is no hashed key.",
                     means="Keys are kept as 'name sha256:salt:hash', never in plain text.",
-                    do="Make keys with `bitladder key NAME`; it prints the key once and the line to store.",
+                    do="Make keys with `bitladder key NAME --file FILE`; it prints the key once and keeps the hash.",
                 )
             keys.append(Key(*match.groups()))
     if not keys:
-        raise BadInput(f"The key file '{path}' holds no key.", do="Make one with `bitladder key NAME`.")
+        raise BadInput(f"The key file '{path}' holds no key.", do="Make one with `bitladder key NAME --file FILE`.")
     return tuple(keys)
+
+
+def add_key(path: Path, name: str) -> str:
+    """Make a key for a client, add its hash to the key file (made when it is not there), and give the secret.
+
+    Raises:
+        BadInput: the name cannot be one or has a key already, or the file is no key file.
+        OutputError: the file cannot be written.
+    """
+    known = read_keys(path) if path.exists() else ()
+    if any(key.name == name for key in known):
+        raise BadInput(f"'{name}' has a key in '{path}' already.", do="Remove its line to replace it.")
+    secret, key = new_key(name)
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    write_whole(path, f"{text}{'' if text.endswith(chr(10)) or not text else chr(10)}{key}\n")
+    return secret
 
 
 def key_name(secret: str, keys: tuple[Key, ...]) -> str | None:
