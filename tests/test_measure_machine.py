@@ -69,6 +69,16 @@ def test_a_hollow_model_runs_in_the_engine(tmp_path):
     assert timings["prompt_ms"] > 0
 
 
+def test_a_devices_rates_have_the_right_size():
+    import torch
+
+    from bitladder.engines.gpu_rates import measure_device
+
+    found = measure_device(torch.device("cpu"), size=1 << 22, edge=128)
+    assert set(found) == {"read", "f16_matmul", "from_host"}
+    assert all(1e6 < rate < 1e15 for rate in found.values())
+
+
 def test_hollow_files_take_no_space(tmp_path):
     size = write_hollow(tmp_path / "h.gguf", stage._WIDE, "F16")
     assert size == 2 * stage._weights(stage._WIDE)

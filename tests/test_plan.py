@@ -254,6 +254,15 @@ class TestSpeed:
         assert anchor_factor([], []) == 0
         assert anchor_factor([0], [5]) == 0
 
+    def test_a_run_on_one_level_corrects_the_others(self):
+        model, rates = model_of(LLAMA_8B), MachineRates(RATES)
+        plain = make_plan(model, machine(), levels=["Q8_0", "Q4_K_M"], n_ctx=512, rates=rates)
+        slow = {"Q8_0": 0.5 * plain.levels[0].speed.decode.value}
+        known = make_plan(model, machine(), levels=["Q8_0", "Q4_K_M"], n_ctx=512, rates=rates, runs=slow)
+        for before, after in zip(plain.levels, known.levels, strict=True):
+            assert after.speed.decode.value == pytest.approx(0.5 * before.speed.decode.value, rel=1e-6)
+            assert after.speed.decode.label == "measured"
+
     def test_a_split_model_is_slower_than_one_on_the_gpu(self):
         model = model_of(LLAMA_70B)
         rates = MachineRates(RATES, from_data_sheet(1e12, 1e14, gpu=True))
@@ -290,6 +299,24 @@ class TestPair:
         model, quality = size_of(LLAMA_8B, "F16")
         plan = plan_pair(model, quality, size_of(LLAMA_8B, "Q4_K_M")[1], machine(12), Wish(4096))
         assert "F16 does not even fit alone" in plan.reason
+
+
+def test_earlier_runs_on_this_machine_are_found(tmp_path, monkeypatch):
+    from bitladder.files.hashing import file_sha256
+    from bitladder.stages.anchors import stored_runs
+    from bitladder.store.evidence import Evidence
+
+    monkeypatch.setenv("BITLADDER_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "m.gguf"
+    path.write_bytes(b"weights")
+    here = machine()
+    assert stored_runs(str(path), here) == {}
+    key = {"source": file_sha256(path), "level": "Q8_0", "engine": {"cpu": here.cpu, "threads": here.cores}}
+    with Evidence.open() as evidence:
+        evidence.put("speed", key, {"decode_tokens_per_s": 12.0})
+        evidence.put("speed", {**key, "engine": {"cpu": "other", "threads": 8}}, {"decode_tokens_per_s": 99.0})
+    assert stored_runs(str(path), here) == {"Q8_0": 12.0}
+    assert stored_runs("hf:org/name", here) == {}
 
 
 def test_margins_are_kept():

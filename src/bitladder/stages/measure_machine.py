@@ -77,6 +77,7 @@ def measure_machine(machine: Machine, *, threads: int = 0, progress: Progress = 
             ram_read=_ram_read(threads),
             f32_matmul=_f32_matmul(),
             disk_read=_disk_read(Path(work)),
+            gpus=_gpus(machine),
         )
     progress("measured", steps, steps)
     return replace(found, seconds=time.monotonic() - began)
@@ -106,6 +107,15 @@ class _Timer:
         path.unlink()
         self.done += 1
         return nbytes, best
+
+
+def _gpus(machine: Machine) -> tuple[Mapping[str, float], ...]:
+    """GPU rates; torch, slow to import, only where there is a GPU to measure."""
+    if not machine.gpus:
+        return ()
+    from bitladder.engines.gpu_rates import measure_gpus
+
+    return measure_gpus()
 
 
 def _timing(timings: Mapping[str, float]) -> _Timing:

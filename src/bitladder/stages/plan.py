@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from bitladder.describe.machine import Machine
 from bitladder.describe.model import Model
@@ -11,7 +11,7 @@ from bitladder.formats.recipes import LEVELS, level_named
 from bitladder.plan.cost import level_size
 from bitladder.plan.placement import Wish, describe_placement, place, usable_ram, usable_vram
 from bitladder.plan.search import N_PROMPT, MachineRates, shares_of
-from bitladder.plan.speed import predict
+from bitladder.plan.speed import anchor_factor, predict
 from bitladder.records.plan import LevelPlan, Plan
 
 
@@ -26,7 +26,7 @@ def make_plan(
     type_v: str = "F16",
     rates: MachineRates | None = None,
     n_prompt: int = N_PROMPT,
-    anchor: float = 0.0,
+    runs: Mapping[str, float] | None = None,
 ) -> Plan:
     """The ladder of ``model`` on ``machine``, largest level first.
 
@@ -40,6 +40,7 @@ def make_plan(
     check_context(model, n_ctx)
     check_machine(machine)
     wish = Wish(n_ctx, n_seq, type_k, type_v)
+    anchor = run_anchor(model, machine, wish, rates, runs or {})
     rows = []
     for size in sorted((level_size(model, level_named(level)) for level in levels), key=lambda size: -size.file_bytes):
         placement = place(model, size.by_part, machine, wish)
@@ -76,6 +77,24 @@ def make_plan(
         budget_bytes=usable_ram(machine) + usable_vram(machine),
         levels=tuple(rows),
     )
+
+
+RUN_PAST = 256
+"""Tokens before the middle of a measured decode: a workload's prompts and answers are short."""
+
+
+def run_anchor(
+    model: Model, machine: Machine, wish: Wish, rates: MachineRates | None, runs: Mapping[str, float]
+) -> float:
+    """How much faster the user's runs of any levels were than predicted; 0 without runs."""
+    if rates is None or not runs:
+        return 0.0
+    predicted = []
+    for level in runs:
+        size = level_size(model, level).by_part
+        shares = shares_of(model, size, place(model, size, machine, wish), rates)
+        predicted.append(predict(shares, model, n_prompt=RUN_PAST, n_past=RUN_PAST).decode.value)
+    return anchor_factor(predicted, list(runs.values()))
 
 
 def check_context(model: Model, n_ctx: int) -> None:

@@ -22,6 +22,10 @@ _ASSUMED_PER_CORE, _ASSUMED_RAM = 8e9, 40e9
 """Bytes per second from RAM when nothing was measured: what a core can ask for, what a desktop's memory gives."""
 _ASSUMED_FLOPS = 4e10
 """Operations per second and core when nothing was measured."""
+READ_SHARE, MATMUL_SHARE = 0.9, 0.7
+"""Shares of a data sheet's peaks that plain reading and a large product reach: what turns measured figures into
+peaks.
+"""
 _ASSUMED_GPU = (4e11, 4e13)
 """Bytes and operations per second of a GPU that the table does not know."""
 
@@ -46,8 +50,12 @@ def machine_rates(machine: Machine, measured: MeasuredMachine | None = None) -> 
     if not machine.gpus or machine.unified:
         return MachineRates(cpu)
     figures = []
-    for gpu in machine.gpus:
+    found = measured.gpus if measured is not None else ()
+    for number, gpu in enumerate(machine.gpus):
         row = gpu_figures(gpu.name) or {}
+        if number < len(found):
+            figures.append((found[number]["read"] / READ_SHARE, found[number]["f16_matmul"] / MATMUL_SHARE))
+            continue
         bandwidth = gpu.bandwidth or row.get("bandwidth", 0) * 1e9 or _ASSUMED_GPU[0]
         flops = gpu.flops or row.get("fp16", 0) * 1e12 or _ASSUMED_GPU[1]
         figures.append((bandwidth, flops))

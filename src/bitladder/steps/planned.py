@@ -104,12 +104,14 @@ def plan_model(
         UsageError, BadInput: as the parts say.
     """
     from bitladder.files.describe_source import describe
-    from bitladder.formats.recipes import LEVELS
+    from bitladder.formats.recipes import LEVELS, RECIPES
+    from bitladder.stages.anchors import stored_runs
     from bitladder.stages.plan import make_plan
 
     wish = request.wish
     machine, rates = the_machine(request.machine)
     found = describe(model, progress)
+    runs = stored_runs(model, machine) if request.machine is None else {}
     made = make_plan(
         found.model,
         machine,
@@ -119,6 +121,7 @@ def plan_model(
         type_k=wish.type_k,
         type_v=wish.type_v,
         rates=rates,
+        runs={level: speed for level, speed in runs.items() if level in RECIPES},
     )
     made = _fast_enough(made, least_decode)
     return ModelPlan(
