@@ -7,7 +7,8 @@ so some are written while others are computed. A piece depends on nothing but it
 known beforehand: the bytes do not depend on the number of threads, and memory does not depend on the model's
 size.
 
-The source's SHA-256, which every file records, comes from a thread that follows the reading.
+The source's SHA-256, which every file records, comes from a thread that reads a little ahead, so the disk is
+asked once.
 """
 
 from __future__ import annotations
@@ -41,6 +42,10 @@ PIECE_WEIGHTS = 1 << 20
 """Weights a thread works on at a time: 4 MiB as f32, near what a core's own caches hold."""
 
 _LARGEST_F16 = 65504.0
+_HASH_AHEAD = 256 << 20
+"""Bytes that hashing may run ahead of quantizing: it warms the cache, and has work while kernels are being
+loaded.
+"""
 
 F32Array = NDArray[np.float32]
 Importance = Mapping[str, F32Array]
@@ -293,7 +298,7 @@ class _Pass:
             try:
                 for work in works:
                     place = self.source.place(work.info.name)
-                    self.following.advance(place.shard, place.offset + work.info.nbytes)
+                    self.following.advance(place.shard, place.offset + work.info.nbytes + _HASH_AHEAD)
                     pieces = list(pieces_of(work.info))
                     for piece in pieces:
                         if len(pending) >= 2 * threads:
