@@ -18,6 +18,7 @@ from bitladder.engines.llama import LlamaServer
 from bitladder.engines.llama_process import LlamaProcess, LlamaSettings
 from bitladder.errors import BadInput, EngineError, EngineGone, EngineReply, EngineTimeout
 from bitladder.files.workloads import load_workload
+from bitladder.stages import evaluate
 from bitladder.stages.divergence import diverge
 from bitladder.stages.evaluate import answer_workload, judge_answers, measure_speed
 
@@ -61,7 +62,9 @@ def test_sampling_follows_its_seed(server):
     assert said[0] == said[1] != said[2]
 
 
-def test_speed_is_measured_with_one_request(server):
+def test_speed_is_measured_with_one_request(server, monkeypatch):
+    monkeypatch.setattr(evaluate, "PREFILL_TOKENS", 64)
+    monkeypatch.setattr(evaluate, "DECODE_TOKENS", 8)
     speed = measure_speed(server)
     assert 0 < speed.decode_tokens_per_s < speed.prefill_tokens_per_s
     assert speed.load_seconds > 0
