@@ -261,6 +261,15 @@ def test_every_number_opens_its_evidence(page):
     assert texts(page, "#evidence ins") == ["12"], "the answer behind the lost input"
 
 
+def test_a_kind_of_work_opens_its_evidence(page):
+    open_ladder(page)
+    page.click("table.tags button[aria-label^='arithmetic at Q4_K_M']")
+    shown = page.inner_text("#evidence")
+    assert "loss seen" in shown
+    assert "1: pens" in shown
+    assert texts(page, "#evidence ins") == ["12"]
+
+
 def test_what_if_decides_again(page):
     open_ladder(page)
     page.fill("#if-bar", "kl < 0.02")

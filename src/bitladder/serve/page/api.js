@@ -45,8 +45,8 @@ export async function getJson(path, { quiet = false } = {}) {
 }
 
 /**
- * Stream a chat answer. `onToken({token, logprob, top})` is called for each token, `onText(text)` for each piece of text.
- * Resolves to `{tier, level, reason, finish, first, seconds, tokens}` (times in seconds; `tokens` counted as they come).
+ * Stream a chat answer. `onToken({token, logprob, top})` is called for each token, `onText(text)` for each piece of
+ * text. Resolves to `{tier, level, reason, finish, first, seconds, tokens}` (times in seconds).
  */
 export async function streamChat(body, { onText, onToken, signal }) {
   const began = performance.now();

@@ -9,8 +9,8 @@ const CHARACTER = 6.7;
 const MATTERS = 0.02; // nats; growing from nothing to next to nothing is no cliff
 
 /**
- * An SVG of `points` ({label, x, loss, low, high, mark}); `ladder` when levels follow one another along the axis, so that
- * a line joins them and there may be a cliff. Null when nothing was measured.
+ * An SVG of `points` ({label, x, loss, low, high, mark}); `ladder` when levels follow one another along the axis, so
+ * that a line joins them and there may be a cliff. Null when nothing was measured.
  */
 export function lossChart(points, { title, width, limit = null, ladder = true }) {
   const known = points.filter((p) => Number.isFinite(p.loss) && Number.isFinite(p.x)).sort((a, b) => a.x - b.x);
@@ -29,12 +29,18 @@ export function lossChart(points, { title, width, limit = null, ladder = true })
       s("line", { class: "grid", x1: FRAME.left, x2: right, y1: scale.y(value), y2: scale.y(value) }),
       text("tick", FRAME.left - 8, scale.y(value) + 4, String(value), "end"),
     ]),
-    ...linearTicks(...scale.span, Math.max(3, Math.floor(width / 110))).map((value) => text("tick", scale.x(value), bottom + 18, value.toLocaleString("en"), "middle")),
+    ...linearTicks(...scale.span, Math.max(3, Math.floor(width / 110))).map((value) =>
+      text("tick", scale.x(value), bottom + 18, value.toLocaleString("en"), "middle"),
+    ),
     s("line", { class: "axis", x1: FRAME.left, x2: right, y1: bottom, y2: bottom }),
     text("title", (FRAME.left + right) / 2, height - 6, title, "middle"),
-    ...(scale.limit ? [s("line", { class: "limit", x1: FRAME.left, x2: right, y1: scale.y(limit), y2: scale.y(limit) }), limitLabel()] : []),
+    ...(scale.limit
+      ? [s("line", { class: "limit", x1: FRAME.left, x2: right, y1: scale.y(limit), y2: scale.y(limit) }), limitLabel()]
+      : []),
     ...(cliff ? cliffBand(cliff) : []),
-    ladder && known.length > 1 && s("polyline", { class: "curve", points: known.map((p) => `${scale.x(p.x)},${scale.y(p.loss)}`).join(" ") }),
+    ladder &&
+      known.length > 1 &&
+      s("polyline", { class: "curve", points: known.map((p) => `${scale.x(p.x)},${scale.y(p.loss)}`).join(" ") }),
     ...known.map((p) => whisker(p, scale)),
     ...known.map((p) => dot(p, scale)),
     ...labels(known, scale, width),
@@ -58,7 +64,10 @@ function scales(points, limit, width, height) {
   const xs = points.map((p) => p.x);
   const room = Math.max(...xs) - Math.min(...xs) || Math.abs(xs[0]) || 1;
   const span = [Math.min(...xs) - 0.07 * room, Math.max(...xs) + 0.12 * room];
-  const losses = points.flatMap((p) => [p.low, p.loss, p.high]).filter(Number.isFinite).map((loss) => Math.max(FLOOR, loss));
+  const losses = points
+    .flatMap((p) => [p.low, p.loss, p.high])
+    .filter(Number.isFinite)
+    .map((loss) => Math.max(FLOOR, loss));
   const near = limit !== null && limit >= Math.min(...losses) / 30 && limit <= Math.max(...losses) * 30;
   if (near) losses.push(limit);
   let [low, high] = [Math.min(...losses) / 1.6, Math.max(...losses) * 1.6];
@@ -98,7 +107,8 @@ function whisker(p, scale) {
 function dot(p, scale) {
   const [x, y] = [scale.x(p.x), scale.y(p.loss)];
   const tip = s("title", {}, `${p.label}: KL ${small(p.loss)} (${small(p.low)} to ${small(p.high)})`);
-  if (p.mark === "quality" || p.mark === "both") return s("rect", { class: `dot ${p.mark}`, x: x - 6, y: y - 6, width: 12, height: 12, rx: 2 }, tip);
+  if (p.mark === "quality" || p.mark === "both")
+    return s("rect", { class: `dot ${p.mark}`, x: x - 6, y: y - 6, width: 12, height: 12, rx: 2 }, tip);
   if (p.mark === "speed") return s("path", { class: "dot speed", d: `M${x} ${y - 8}l8 8l-8 8l-8 -8z` }, tip);
   return s("circle", { class: "dot", cx: x, cy: y, r: 4.5 }, tip);
 }
@@ -111,7 +121,9 @@ function labels(points, scale, width) {
     .map((p) => {
       const said = p.mark ? `${p.label} · ${p.mark === "both" ? "both tiers" : p.mark}` : p.label;
       const wide = said.length * CHARACTER;
-      const places = [0, -14, 14, -26, 26, -38, 38].flatMap((rise) => [1, -1].map((side) => place(p, wide, rise, side)));
+      const places = [0, -14, 14, -26, 26, -38, 38].flatMap((rise) =>
+        [1, -1].map((side) => place(p, wide, rise, side)),
+      );
       const best = places.reduce((one, other) => (other.cost < one.cost ? other : one));
       taken.push(best.box);
       return s("text", { class: `label ${p.mark}`, x: best.x, y: best.y, "text-anchor": best.anchor }, said);
@@ -138,7 +150,9 @@ function logTicks(low, high) {
   const decades = [];
   for (let n = Math.floor(Math.log10(low)); n <= Math.ceil(Math.log10(high)); n += 1) decades.push(n);
   const steps = decades.length <= 5 ? [1, 3] : [1];
-  return decades.flatMap((n) => steps.map((step) => Number(`${step}e${n}`))).filter((tick) => tick >= low && tick <= high);
+  return decades
+    .flatMap((n) => steps.map((step) => Number(`${step}e${n}`)))
+    .filter((tick) => tick >= low && tick <= high);
 }
 
 function linearTicks(low, high, count) {
@@ -151,7 +165,12 @@ function linearTicks(low, high, count) {
 }
 
 function described(points, title, cliff) {
-  const listed = [...points].reverse().map((p) => `${p.label} at ${small(p.x)}: KL ${small(p.loss)}`).join("; ");
-  const fall = cliff ? ` The steepest step is from ${cliff.above.label} to ${cliff.below.label}, ${cliff.times.toFixed(1)} times the loss.` : "";
-  return `Loss against ${title}. ${listed}.${fall}`;
+  const listed = [...points]
+    .reverse()
+    .map((p) => `${p.label} at ${small(p.x)}: KL ${small(p.loss)}`)
+    .join("; ");
+  const fall =
+    cliff &&
+    ` The steepest step is from ${cliff.above.label} to ${cliff.below.label}, ${cliff.times.toFixed(1)} times the loss.`;
+  return `Loss against ${title}. ${listed}.${fall ?? ""}`;
 }

@@ -50,7 +50,8 @@ export class Column {
     const { answer } = this;
     const segments = base ? wordDiff(base.text, answer.text) : [{ kind: "same", text: answer.text }];
     this.text.replaceChildren(...segments.map(({ kind, text }) => marks[kind](text)));
-    if (answer.error) this.text.append(h("span", { class: "bad", role: "alert" }, `${answer.text ? " " : ""}${answer.error}`));
+    if (answer.error)
+      this.text.append(h("span", { class: "bad", role: "alert" }, `${answer.text ? " " : ""}${answer.error}`));
     else if (!answer.text) this.text.append(h("span", { class: "soft" }, "(no text)"));
   }
 

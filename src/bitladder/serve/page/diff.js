@@ -21,7 +21,10 @@ export function wordDiff(reference, other) {
   return merged([["same", after.slice(0, start)], ...middle, ["same", after.slice(after.length - end)]]);
 }
 
-const replaced = (left, right) => [["removed", left], ["added", right]];
+const replaced = (left, right) => [
+  ["removed", left],
+  ["added", right],
+];
 
 /** Longest common subsequence. */
 function aligned(left, right) {

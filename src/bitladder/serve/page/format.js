@@ -13,7 +13,9 @@ export function bytes(count) {
     count /= 1024;
     place += 1;
   }
-  return place === 0 ? `${count} B` : `${count.toFixed(Math.max(0, 3 - String(Math.trunc(Math.abs(count))).length))} ${units[place]}`;
+  return place === 0
+    ? `${count} B`
+    : `${count.toFixed(Math.max(0, 3 - String(Math.trunc(Math.abs(count))).length))} ${units[place]}`;
 }
 
 /** Three significant digits; tiny values as a power of ten. */
@@ -28,7 +30,8 @@ export function small(value) {
 export const percent = (share, decimals = 1) => (known(share) ? `${(100 * share).toFixed(decimals)}%` : DASH);
 export const fixed = (value, decimals) => (known(value) ? value.toFixed(decimals) : DASH);
 export const range = (low, high, show) => (known(low) && known(high) ? `${show(low)}–${show(high)}` : "");
-export const seconds = (value) => (known(value) ? (value < 1 ? `${Math.round(1000 * value)} ms` : `${value.toFixed(2)} s`) : DASH);
+export const seconds = (value) =>
+  known(value) ? (value < 1 ? `${Math.round(1000 * value)} ms` : `${value.toFixed(2)} s`) : DASH;
 
 /** "3 seconds ago" from Unix seconds. */
 export function ago(at, now = Date.now() / 1000) {

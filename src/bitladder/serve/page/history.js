@@ -33,7 +33,11 @@ export function keep(record) {
   store([record, ...kept().filter((other) => other.at !== record.at)]);
 }
 
-const pairName = (record) => record.answers.map((answer) => answer.level).sort().join(" / ");
+const pairName = (record) =>
+  record.answers
+    .map((answer) => answer.level)
+    .sort()
+    .join(" / ");
 
 /** How all blind votes on the same levels went. */
 export function tally(record) {
@@ -56,9 +60,21 @@ export function historyView({ show, changed }) {
     h(
       "li",
       {},
-      h("button", { type: "button", class: "link", onclick: () => show(record) }, record.prompt.slice(0, 90) || "(empty prompt)"),
-      h("span", { class: "soft small" }, ` ${record.blind && !record.vote ? "not voted" : pairName(record)} · ${ago(record.at)}`),
+      h(
+        "button",
+        { type: "button", class: "link", onclick: () => show(record) },
+        record.prompt.slice(0, 90) || "(empty prompt)",
+      ),
+      h(
+        "span",
+        { class: "soft small" },
+        ` ${record.blind && !record.vote ? "not voted" : pairName(record)} · ${ago(record.at)}`,
+      ),
     ),
   );
-  return [title, h("ul", { class: "plain" }, ...items), h("p", {}, h("button", { type: "button", class: "quiet", onclick: forget }, "Forget all"))];
+  return [
+    title,
+    h("ul", { class: "plain" }, ...items),
+    h("p", {}, h("button", { type: "button", class: "quiet", onclick: forget }, "Forget all")),
+  ];
 }

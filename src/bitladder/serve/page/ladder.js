@@ -3,17 +3,29 @@
 import { getJson } from "./api.js";
 import { lossChart } from "./chart.js";
 import { announce, h } from "./dom.js";
-import { showEvidence } from "./evidence.js";
+import { showEvidence, showTagEvidence } from "./evidence.js";
 import { bytes, DASH, fixed, percent, range, small } from "./format.js";
 import { whatIfForm } from "./whatif.js";
 
 const TIERS = { "quality tier": "quality", "speed tier": "speed", "both tiers": "both" };
-const LOSSES = { "not told from zero": "loss not told from zero", measurable: "measurable loss", "known bad": "known bad" };
+const LOSSES = {
+  "not told from zero": "loss not told from zero",
+  measurable: "measurable loss",
+  "known bad": "known bad",
+};
 
 export async function showLadder(panel) {
   const run = await getJson("/bitladder/api/run");
   if (!run) {
-    panel.replaceChildren(h("p", { class: "note" }, "No run is attached to this gateway. ", h("code", {}, "bitladder run MODEL"), " makes one."));
+    panel.replaceChildren(
+      h(
+        "p",
+        { class: "note" },
+        "No run is attached to this gateway. ",
+        h("code", {}, "bitladder run MODEL"),
+        " makes one.",
+      ),
+    );
     return;
   }
   const decision = h("div", { class: "decision" });
@@ -35,8 +47,19 @@ export async function showLadder(panel) {
     ...warnings(run).map((warning) => h("p", { class: "note warn" }, warning)),
     decision,
     form,
-    h("section", { "aria-labelledby": "cost-title" }, h("h2", { id: "cost-title" }, "What each step down costs"), chart),
-    h("section", { "aria-labelledby": "levels-title" }, h("h2", { id: "levels-title" }, "Every level"), h("p", { class: "soft" }, "Each number opens the evidence behind it."), table),
+    h(
+      "section",
+      { "aria-labelledby": "cost-title" },
+      h("h2", { id: "cost-title" }, "What each step down costs"),
+      chart,
+    ),
+    h(
+      "section",
+      { "aria-labelledby": "levels-title" },
+      h("h2", { id: "levels-title" }, "Every level"),
+      h("p", { class: "soft" }, "Each number opens the evidence behind it."),
+      table,
+    ),
     ...tagView(run),
   );
 }
@@ -47,15 +70,31 @@ function warnings({ source, warnings: given }) {
   return source.quantized && !given.some((one) => one.includes("itself quantized")) ? [own, ...given] : given;
 }
 
-const facts = (run) => [run.source.architecture, `${run.source.level} source`, run.plan.machine, run.created.slice(0, 10)].join(" · ");
+const facts = (run) =>
+  [run.source.architecture, `${run.source.level} source`, run.plan.machine, run.created.slice(0, 10)].join(" · ");
 
 function decisionView({ plan, decision }) {
-  const said = { met: "", "not met": "No level holds the bar.", "cannot tell": "The evidence cannot tell." }[decision.outcome];
+  const said = { met: "", "not met": "No level holds the bar.", "cannot tell": "The evidence cannot tell." }[
+    decision.outcome
+  ];
   return [
     h("p", { class: "kicker" }, "The decision"),
     h("p", { class: "summary" }, decision.summary),
-    h("p", { class: "soft" }, "Bar: ", h("code", {}, decision.bar), ` · context ${plan.n_ctx.toLocaleString("en")} · ${bytes(plan.budget_bytes)} of memory`),
-    said && decision.next.length && h("div", { class: "note" }, h("p", {}, "What would tell more:"), h("ul", {}, ...decision.next.map((step) => h("li", {}, step)))),
+    h(
+      "p",
+      { class: "soft" },
+      "Bar: ",
+      h("code", {}, decision.bar),
+      ` · context ${plan.n_ctx.toLocaleString("en")} · ${bytes(plan.budget_bytes)} of memory`,
+    ),
+    said &&
+      decision.next.length &&
+      h(
+        "div",
+        { class: "note" },
+        h("p", {}, "What would tell more:"),
+        h("ul", {}, ...decision.next.map((step) => h("li", {}, step))),
+      ),
   ];
 }
 
@@ -74,7 +113,9 @@ function levelFacts(run, { plan, decision }, level) {
 
 function chartView(run, view) {
   const holder = h("div", { class: "card chart-card" });
-  const rows = view.plan.levels.map(({ level }) => levelFacts(run, view, level)).filter((row) => row.fidelity && row.verdict.status !== "reference");
+  const rows = view.plan.levels
+    .map(({ level }) => levelFacts(run, view, level))
+    .filter((row) => row.fidelity && row.verdict.status !== "reference");
   const largest = Math.max(...rows.map((row) => row.plan.file_bytes), 0);
   const [unit, name] = largest >= 2 * 2 ** 30 ? [2 ** 30, "GiB"] : [2 ** 20, "MiB"];
   const axes = {
@@ -95,11 +136,33 @@ function chartView(run, view) {
       mark: TIERS[row.verdict.status] ?? "",
     }));
     const width = Math.min(760, Math.max(340, holder.clientWidth - 32 || 760));
-    plot.replaceChildren(lossChart(points, { title, width, limit: Number.isFinite(limit) ? limit : null, ladder }) ?? h("p", { class: "soft" }, "Not measured."));
+    plot.replaceChildren(
+      lossChart(points, { title, width, limit: Number.isFinite(limit) ? limit : null, ladder }) ??
+        h("p", { class: "soft" }, "Not measured."),
+    );
   };
   const choice = (value, label) =>
-    h("label", { class: "check" }, h("input", { type: "radio", name: "across", value, checked: value === across, onchange: () => ((across = value), draw()) }), label);
-  holder.append(h("div", { class: "row", role: "radiogroup", "aria-label": "Loss against" }, choice("size", "against size"), choice("speed", "against speed")), plot);
+    h(
+      "label",
+      { class: "check" },
+      h("input", {
+        type: "radio",
+        name: "across",
+        value,
+        checked: value === across,
+        onchange: () => ((across = value), draw()),
+      }),
+      label,
+    );
+  holder.append(
+    h(
+      "div",
+      { class: "row", role: "radiogroup", "aria-label": "Loss against" },
+      choice("size", "against size"),
+      choice("speed", "against speed"),
+    ),
+    plot,
+  );
   new ResizeObserver(draw).observe(holder);
   return holder;
 }
@@ -112,7 +175,12 @@ function levelTable(run, view) {
   return h(
     "div",
     { class: "scroll", tabindex: 0, role: "region", "aria-label": "Every level" },
-    h("table", { class: "levels", role: "table" }, h("thead", { role: "rowgroup" }, h("tr", { role: "row" }, ...heads)), ...rows),
+    h(
+      "table",
+      { class: "levels", role: "table" },
+      h("thead", { role: "rowgroup" }, h("tr", { role: "row" }, ...heads)),
+      ...rows,
+    ),
   );
 }
 
@@ -122,7 +190,14 @@ function levelRow(run, row) {
     h(
       "td",
       { role: "cell", "data-label": label },
-      value === DASH ? DASH : h("button", { type: "button", class: "number", onclick: () => showEvidence(run, row, kind) }, value, interval && h("small", {}, interval)),
+      value === DASH
+        ? DASH
+        : h(
+            "button",
+            { type: "button", class: "number", onclick: () => showEvidence(run, row, kind) },
+            value,
+            interval && h("small", {}, interval),
+          ),
     );
   const cells = [
     number("file", "File", bytes(row.file?.bytes ?? plan.file_bytes)),
@@ -131,15 +206,29 @@ function levelRow(run, row) {
     number("kl", "KL", small(fidelity?.kl_mean), range(fidelity?.kl_low, fidelity?.kl_high, small)),
     number("ppl", "PPL ratio", fixed(fidelity?.ppl_ratio, 3)),
     number("top1", "Top-1", percent(fidelity?.top1)),
-    number("passes", "Passes", result ? `${result.passes}/${result.inputs}` : DASH, result && `${range(result.pass_low, result.pass_high, (share) => percent(share, 0))}`),
-    h("td", { role: "cell", class: "verdict" }, h("strong", {}, verdict.status), h("small", {}, LOSSES[verdict.loss] ?? "")),
+    number(
+      "passes",
+      "Passes",
+      result ? `${result.passes}/${result.inputs}` : DASH,
+      result && `${range(result.pass_low, result.pass_high, (share) => percent(share, 0))}`,
+    ),
+    h(
+      "td",
+      { role: "cell", class: "verdict" },
+      h("strong", {}, verdict.status),
+      h("small", {}, LOSSES[verdict.loss] ?? ""),
+    ),
   ];
   const kind = `${TIERS[verdict.status] ?? ""} ${verdict.status.replaceAll(" ", "-")}`.trim();
   return h(
     "tbody",
     { role: "rowgroup", class: kind },
     h("tr", { role: "row" }, h("th", { role: "rowheader", scope: "rowgroup" }, row.level), ...cells),
-    h("tr", { role: "row", class: "why" }, h("td", { role: "cell", colspan: 9 }, verdict.reason[0].toUpperCase() + verdict.reason.slice(1))),
+    h(
+      "tr",
+      { role: "row", class: "why" },
+      h("td", { role: "cell", colspan: 9 }, verdict.reason[0].toUpperCase() + verdict.reason.slice(1)),
+    ),
   );
 }
 
@@ -152,8 +241,17 @@ function tagView(run) {
     const found = cells.find((one) => one.tag === tag && one.level === level);
     if (!found) return h("td", {}, DASH);
     const said = `${found.status}: ${found.lost} lost, ${found.gained} gained of ${found.inputs}`;
-    const shown = [found.lost > 0 && h("b", {}, `−${found.lost}`), found.gained > 0 && h("i", {}, ` +${found.gained}`)].filter(Boolean);
-    return h("td", { class: found.status.replaceAll(" ", "-"), title: said }, ...(shown.length ? shown : [h("span", { class: "soft" }, "=")]));
+    const shown = [
+      found.lost > 0 && h("b", {}, `−${found.lost}`),
+      found.gained > 0 && h("i", {}, ` +${found.gained}`),
+    ].filter(Boolean);
+    const open = () => showTagEvidence(run, found);
+    const button = h(
+      "button",
+      { type: "button", class: "number", "aria-label": `${tag} at ${level}, ${said}`, onclick: open },
+      ...(shown.length ? shown : ["="]),
+    );
+    return h("td", { class: found.status.replaceAll(" ", "-") }, button);
   };
   const inputs = (tag) => Math.max(...cells.filter((one) => one.tag === tag).map((one) => one.inputs));
   return [
@@ -161,7 +259,11 @@ function tagView(run) {
       "section",
       { "aria-labelledby": "tags-title" },
       h("h2", { id: "tags-title" }, "Which work survives"),
-      h("p", { class: "soft" }, "Inputs lost and gained against the source. A shaded loss is known: chance does not explain it."),
+      h(
+        "p",
+        { class: "soft" },
+        "Inputs lost and gained against the source. A shaded loss is known: chance does not explain it.",
+      ),
       h(
         "div",
         { class: "scroll", tabindex: 0, role: "region", "aria-label": "Which work survives" },
@@ -169,7 +271,18 @@ function tagView(run) {
           "table",
           { class: "tags" },
           h("thead", {}, h("tr", {}, ...["Work", ...levels].map((name) => h("th", { scope: "col" }, name)))),
-          h("tbody", {}, ...tags.map((tag) => h("tr", {}, h("th", { scope: "row" }, tag, h("small", {}, ` ${inputs(tag)}`)), ...levels.map((level) => cell(tag, level))))),
+          h(
+            "tbody",
+            {},
+            ...tags.map((tag) =>
+              h(
+                "tr",
+                {},
+                h("th", { scope: "row" }, tag, h("small", {}, ` ${inputs(tag)}`)),
+                ...levels.map((level) => cell(tag, level)),
+              ),
+            ),
+          ),
         ),
       ),
     ),

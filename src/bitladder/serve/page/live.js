@@ -25,14 +25,25 @@ function view(live) {
     ...(live.shadow?.alarm ? [h("p", { class: "note bad", role: "alert" }, alarm(live.shadow))] : []),
     ...(live.notes ?? []).map((note) => h("p", { class: "note" }, note)),
     h("div", { class: "tiers" }, ...live.tiers.map(tierCard)),
-    h("section", { "aria-labelledby": "routing-title" }, h("h2", { id: "routing-title" }, "How requests are routed"), ...routing(live)),
+    h(
+      "section",
+      { "aria-labelledby": "routing-title" },
+      h("h2", { id: "routing-title" }, "How requests are routed"),
+      ...routing(live),
+    ),
     ...(live.shadow ? [shadowView(live.shadow)] : []),
-    h("section", { "aria-labelledby": "recent-title" }, h("h2", { id: "recent-title" }, "Latest requests"), recent(live.recent)),
+    h(
+      "section",
+      { "aria-labelledby": "recent-title" },
+      h("h2", { id: "recent-title" }, "Latest requests"),
+      recent(live.recent),
+    ),
   ];
 }
 
 const alarm = (shadow) =>
-  `The tiers agree on ${percent(shadow.agreement, 0)} of shadowed answers, under the ${percent(shadow.bar, 0)} that the evidence promised. The work has drifted from the workload.`;
+  `The tiers agree on ${percent(shadow.agreement, 0)} of shadowed answers, under the ` +
+  `${percent(shadow.bar, 0)} that the evidence promised. The work has drifted from the workload.`;
 
 function tierCard(tier) {
   const facts = [
@@ -84,26 +95,48 @@ function routing(live) {
 
 function shadowView(shadow) {
   const between = shadow.low === null ? "" : ` (${percent(shadow.low, 0)} to ${percent(shadow.high, 0)})`;
-  const agreement = shadow.agreement === null ? "Nothing compared yet." : `${percent(shadow.agreement, 0)} the very same answer${between}.`;
-  const about = `${percent(shadow.share, 0)} of the speed tier's requests are asked again in idle time; ${shadow.compared} compared, ${shadow.waiting} waiting. The alarm is at ${percent(shadow.bar, 0)}.`;
-  return h("section", { "aria-labelledby": "shadow-title" }, h("h2", { id: "shadow-title" }, "Shadow agreement"), h("p", {}, agreement), h("p", { class: "soft small" }, about));
+  const agreement =
+    shadow.agreement === null
+      ? "Nothing compared yet."
+      : `${percent(shadow.agreement, 0)} the very same answer${between}.`;
+  const about =
+    `${percent(shadow.share, 0)} of the speed tier's requests are asked again in idle time; ` +
+    `${shadow.compared} compared, ${shadow.waiting} waiting. The alarm is at ${percent(shadow.bar, 0)}.`;
+  return h(
+    "section",
+    { "aria-labelledby": "shadow-title" },
+    h("h2", { id: "shadow-title" }, "Shadow agreement"),
+    h("p", {}, agreement),
+    h("p", { class: "soft small" }, about),
+  );
 }
 
 function recent(list) {
   if (!list?.length) return h("p", { class: "soft" }, "No requests yet.");
   const columns = ["When", "Served by", "Why", "First byte", "Tokens/s", "Outcome"];
-  const rows = list.slice(0, 30).map((line) =>
-    h(
-      "tr",
-      { class: line.outcome === "complete" ? null : "odd" },
-      h("td", {}, ago(line.at)),
-      h("th", { scope: "row" }, line.tier ? `${line.tier} (${line.level})` : DASH),
-      h("td", { class: "why" }, line.reason || DASH, line.escalated && h("span", { class: "soft small" }, " escalated")),
-      h("td", {}, seconds(line.first_s)),
-      h("td", {}, fixed(line.tokens_per_s, 1)),
-      h("td", {}, line.outcome),
-    ),
-  );
+  const rows = list
+    .slice(0, 30)
+    .map((line) =>
+      h(
+        "tr",
+        { class: line.outcome === "complete" ? null : "odd" },
+        h("td", {}, ago(line.at)),
+        h("th", { scope: "row" }, line.tier ? `${line.tier} (${line.level})` : DASH),
+        h(
+          "td",
+          { class: "why" },
+          line.reason || DASH,
+          line.escalated && h("span", { class: "soft small" }, " escalated"),
+        ),
+        h("td", {}, seconds(line.first_s)),
+        h("td", {}, fixed(line.tokens_per_s, 1)),
+        h("td", {}, line.outcome),
+      ),
+    );
   const head = h("thead", {}, h("tr", {}, ...columns.map((name) => h("th", { scope: "col" }, name))));
-  return h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Latest requests" }, h("table", { class: "recent" }, head, h("tbody", {}, ...rows)));
+  return h(
+    "div",
+    { class: "scroll", tabindex: 0, role: "region", "aria-label": "Latest requests" },
+    h("table", { class: "recent" }, head, h("tbody", {}, ...rows)),
+  );
 }

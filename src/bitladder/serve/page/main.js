@@ -39,7 +39,12 @@ for (const [place, name] of TABS.entries()) {
   tab.addEventListener("click", () => choose(name));
   tab.addEventListener("keydown", (event) => {
     const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
-    const to = event.key === "Home" ? 0 : event.key === "End" ? TABS.length - 1 : step && (place + step + TABS.length) % TABS.length;
+    const to =
+      event.key === "Home"
+        ? 0
+        : event.key === "End"
+          ? TABS.length - 1
+          : step && (place + step + TABS.length) % TABS.length;
     if (to === undefined) return;
     event.preventDefault();
     choose(TABS[to], { focus: true });

@@ -3,7 +3,8 @@
 import { h } from "./dom.js";
 import { DASH, percent } from "./format.js";
 
-const shown = (token) => (token === null ? "(end)" : JSON.stringify(token).slice(1, -1).replace(/^ /, "␣") || "(empty)");
+const shown = (token) =>
+  token === null ? "(end)" : JSON.stringify(token).slice(1, -1).replace(/^ /, "␣") || "(empty)";
 
 const SAID = {
   "tie-break": "A tie-break: both levels held both tokens nearly equally likely, so rounding alone can turn it.",
@@ -14,17 +15,25 @@ const SAID = {
 /** A card for one pair of answers. */
 export function partingView(oneName, otherName, one, other) {
   const title = h("h3", {}, `${oneName} and ${otherName}`);
-  if (one.error || other.error) return h("article", { class: "card" }, title, h("p", {}, "One of them did not finish."));
+  if (one.error || other.error)
+    return h("article", { class: "card" }, title, h("p", {}, "One of them did not finish."));
   if (!other.parting) {
     const same = one.text === other.text;
-    const said = same ? "The same answer, word for word." : "The engine told no token probabilities, so the place is not known.";
+    const said = same
+      ? "The same answer, word for word."
+      : "The engine told no token probabilities, so the place is not known.";
     return h("article", { class: "card" }, title, h("p", {}, said));
   }
   const { at, tokens, chances, kind } = other.parting;
   const rows = [oneName, otherName].map((name, n) => {
     const [own, others] = chances?.[n] ?? [null, null];
     const pair = n === 0 ? [own, others] : [others, own];
-    return h("tr", {}, h("th", { scope: "row" }, name), ...pair.map((chance) => h("td", {}, chance === null ? DASH : percent(chance))));
+    return h(
+      "tr",
+      {},
+      h("th", { scope: "row" }, name),
+      ...pair.map((chance) => h("td", {}, chance === null ? DASH : percent(chance))),
+    );
   });
   return h(
     "article",
@@ -36,7 +45,11 @@ export function partingView(oneName, otherName, one, other) {
         "table",
         { class: "chances" },
         h("caption", { class: "visually-hidden" }, "Probability that each level gave to each token"),
-        h("thead", {}, h("tr", {}, h("td", {}), ...tokens.map((token) => h("th", { scope: "col" }, h("code", {}, shown(token)))))),
+        h(
+          "thead",
+          {},
+          h("tr", {}, h("td", {}), ...tokens.map((token) => h("th", { scope: "col" }, h("code", {}, shown(token))))),
+        ),
         h("tbody", {}, ...rows),
       ),
   );

@@ -77,7 +77,13 @@ export function whatIfForm(run, changed) {
     h("h2", {}, "What if"),
     h("div", { class: "dial" }, h("label", { for: "if-memory" }, "Memory"), memory, memorySaid),
     h("div", { class: "dial" }, h("label", { for: "if-context" }, "Context"), context, contextSaid),
-    h("div", { class: "dial" }, h("label", { for: "if-bar" }, "Bar"), bar, h("button", { type: "button", class: "quiet", onclick: again }, "As measured")),
+    h(
+      "div",
+      { class: "dial" },
+      h("label", { for: "if-bar" }, "Bar"),
+      bar,
+      h("button", { type: "button", class: "quiet", onclick: again }, "As measured"),
+    ),
     complaint,
   );
 }
