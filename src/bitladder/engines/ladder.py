@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from bitladder.describe.windows import Window
 from bitladder.engines.head import HeadInput, TokenScores, compare
@@ -113,6 +114,7 @@ class Ladder:
             states = self._shelf.take()
             for batch in self.batches:
                 states.put(batch, self.model.embed(batch.tokens, self.weights[members[0]]))
+            self.weights[members[0]].forget(self.model.embedding)
             groups.append(_Group(members, states))
         return groups
 
@@ -127,6 +129,7 @@ class Ladder:
             block = self.model.layer(layer, self.weights[members[0]])
             for batch in self.batches:
                 states.put(batch, self.model.run(block, layer, group.states.get(batch).to(self.model.device)))
+            del block  # before the next is built: one layer of weights at a time
             result.append(_Group(members, states))
         return result
 
@@ -181,4 +184,10 @@ class Ladder:
                     window = self.windows[at]
                     kept.append(norm(held[row, window.first : len(window.tokens) - 1].to(self.model.device)))
         output = self.model.output
-        return HeadInput(torch.cat(kept), weights.identity(output), lambda rows: weights(output, rows))
+
+        def rows(wanted: slice) -> NDArray[np.float32]:
+            slice_of_output = weights(output, wanted)
+            weights.forget(output)
+            return slice_of_output
+
+        return HeadInput(torch.cat(kept), weights.identity(output), rows)

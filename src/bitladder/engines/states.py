@@ -22,7 +22,8 @@ from bitladder.describe.windows import Window
 from bitladder.errors import OutputError
 from bitladder.units import human_bytes
 
-BATCH_TOKENS = 4096
+BATCH_TOKENS = 2048
+"""Enough for matrix products at full speed, little enough that activations stay small beside a layer."""
 _PADDING_ALLOWED = 0.2
 
 

@@ -65,6 +65,7 @@ class FileWeights:
         equal."""
         if name not in self._digests:
             self._digests[name] = hashlib.blake2b(self.file.raw(name).data, digest_size=16).digest()
+            self.file.release(name)
         return self.file.info(name).qtype, self._digests[name]
 
     def forget(self, name: str) -> None:
