@@ -34,7 +34,7 @@ export async function showLadder(panel) {
   const show = (view) => {
     decision.replaceChildren(...decisionView(view));
     chart.replaceChildren(chartView(run, view));
-    table.replaceChildren(levelTable(run, view));
+    table.replaceChildren(levelTable(run, view), ...frontView(view.decision.front));
   };
   const given = { plan: run.plan, decision: run.decision };
   const form = whatIfForm(run, (view, changed) => {
@@ -183,6 +183,11 @@ function levelTable(run, view) {
     ),
   );
 }
+
+const frontView = (front) =>
+  front.length
+    ? [h("p", { class: "soft small" }, `No other level beats these in size, speed and loss at once: ${front.join(", ")}.`)]
+    : [];
 
 function levelRow(run, row) {
   const { plan, fidelity, result, verdict } = row;
