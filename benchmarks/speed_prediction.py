@@ -6,6 +6,10 @@ repeats, levels in turn so that a busy moment hits all alike), and compares. Eac
 machine's
 rates alone, and anchored by the runs of the *other* levels, never its own.
 
+With ``--clock processor`` both sides count the engine's processor time instead of the wall's, with one thread: that is
+what a
+machine that is busy with other work can still say about the model of speed.
+
     python benchmarks/speed_prediction.py [--model smollm2-135m] [--levels F16,Q8_0,Q4_K_M] [--threads 2]
 """
 
@@ -15,8 +19,11 @@ import argparse
 import os
 import statistics
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from bitladder.engines.llama import LlamaServer
 from bitladder.files.gguf import GgufFile, read_header
@@ -31,7 +38,7 @@ from bitladder.plan.speed import anchor_factor, predict
 from bitladder.stages.measure_machine import measure_machine
 from bitladder.stages.quantize import quantize_levels
 
-PROMPTS = (64, 512, 2048)
+PROMPTS = [64, 512, 2048]
 DECODED = 32
 TOKEN = 1000
 
@@ -46,14 +53,37 @@ class Run:
     prefill: dict[int, float]
 
 
-def measure(runs: list[Run], threads: int, repeats: int) -> None:
+class ProcessorClock(LlamaServer):
+    """The engine, timed by the processor time of its process."""
+
+    def time_tokens(self, tokens: Sequence[int], *, max_tokens: int) -> Mapping[str, float]:
+        """As the engine's own timings, from two runs."""
+        prompt = self._spent(tokens, 1)
+        decoded = self._spent(tokens, max_tokens) - prompt
+        return {
+            "prompt_ms": 1e3 * prompt,
+            "prompt_n": len(tokens),
+            "predicted_ms": max(1e-3, 1e3 * decoded),
+            "predicted_n": max_tokens,
+        }
+
+    def _spent(self, tokens: Sequence[int], max_tokens: int) -> float:
+        process = psutil.Process(self.process.pid)
+        before = process.cpu_times()
+        super().time_tokens(tokens, max_tokens=max_tokens)
+        after = process.cpu_times()
+        return after.user + after.system - before.user - before.system
+
+
+def measure(runs: list[Run], threads: int, repeats: int, engine: type[LlamaServer]) -> None:
     for _ in range(repeats):
         for run in runs:
-            with LlamaServer(run.path, n_ctx=4096, threads=threads, n_gpu_layers=0) as server:
+            with engine(run.path, n_ctx=4096, threads=threads, n_gpu_layers=0) as server:
                 for prompt in PROMPTS:
                     timings = server.time_tokens([TOKEN + n % 500 for n in range(prompt)], max_tokens=DECODED)
                     decode = 1e3 * (timings["predicted_n"] - 1) / timings["predicted_ms"]
                     prefill = 1e3 * timings["prompt_n"] / timings["prompt_ms"]
+                    print(f"{run.level} after {prompt}: {decode:.1f} {prefill:.1f}", flush=True)
                     run.decode[prompt] = max(run.decode.get(prompt, 0), decode)
                     run.prefill[prompt] = max(run.prefill.get(prompt, 0), prefill)
 
@@ -64,15 +94,19 @@ def main() -> int:
     parser.add_argument("--levels", default=",".join(LEVELS))
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--prompts", default=",".join(map(str, PROMPTS)))
+    parser.add_argument("--clock", choices=("wall", "processor"), default="wall")
     options = parser.parse_args()
+    engine = ProcessorClock if options.clock == "processor" else LlamaServer
+    PROMPTS[:] = [int(text) for text in options.prompts.split(",")]
     machine = probe_machine()
-    threads = options.threads or machine.cores
-    measured = measure_machine(machine, threads=threads)
-    print(f"machine measured in {measured.seconds:.1f} s, {threads} threads, load {os.getloadavg()[0]:.1f}")
+    threads = 1 if options.clock == "processor" else options.threads or machine.cores
+    measured = measure_machine(machine, threads=threads, engine=engine)
+    print(f"machine measured in {measured.seconds:.1f} s, {threads} threads, load {os.getloadavg()[0]:.1f}", flush=True)
     with tempfile.TemporaryDirectory() as work, GgufFile.open(resolve(options.model).path) as source:
         files = quantize_levels(source, options.levels.split(","), Path(work), effort="fast", threads=threads)
         runs = [Run(file.level, file.path, {}, {}) for file in files]
-        measure(runs, threads, options.repeats)
+        measure(runs, threads, options.repeats, engine)
         rows = [(run, *predicted(run, measured.rates, machine)) for run in runs]
     report(rows)
     return 0

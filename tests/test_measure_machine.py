@@ -43,9 +43,8 @@ class FakeServer:
         return {"prompt_ms": 1e3 * prompt, "predicted_ms": 1e3 * token * (max_tokens - 1), "predicted_n": max_tokens}
 
 
-def test_rates_are_recovered_from_timings(monkeypatch):
-    monkeypatch.setattr(stage, "LlamaServer", FakeServer)
-    found = stage.measure_machine(MACHINE)
+def test_rates_are_recovered_from_timings():
+    found = stage.measure_machine(MACHINE, engine=FakeServer)
     rates = found.rates
     assert rates.source == "measured"
     assert rates.layer_s == pytest.approx(TRUE["layer"], rel=0.3)

@@ -54,8 +54,10 @@ class _Timing:
     token: float
 
 
-def measure_machine(machine: Machine, *, threads: int = 0, progress: Progress = silent) -> MeasuredMachine:
-    """Measure; ``threads`` 0 means every core.
+def measure_machine(
+    machine: Machine, *, threads: int = 0, engine: type[LlamaServer] = LlamaServer, progress: Progress = silent
+) -> MeasuredMachine:
+    """Measure; ``threads`` 0 means every core. ``engine`` is what runs the stand-in models.
 
     Raises:
         EngineError: the engine did not run.
@@ -65,7 +67,7 @@ def measure_machine(machine: Machine, *, threads: int = 0, progress: Progress = 
     threads = threads or machine.cores
     steps = len(QTYPES_MEASURED) + 4
     with tempfile.TemporaryDirectory(prefix="bitladder-measure-") as work:
-        timer = _Timer(Path(work), threads, steps, progress)
+        timer = _Timer(Path(work), threads, steps, engine, progress)
         rates = _rates(timer)
         progress("measuring RAM, arithmetic and disk", steps - 1, steps)
         found = MeasuredMachine(
@@ -86,8 +88,9 @@ def measure_machine(machine: Machine, *, threads: int = 0, progress: Progress = 
 class _Timer:
     """Runs hollow models in the engine and times them."""
 
-    def __init__(self, folder: Path, threads: int, steps: int, progress: Progress) -> None:
-        self.folder, self.threads, self.steps, self.progress = folder, threads, steps, progress
+    def __init__(self, folder: Path, threads: int, steps: int, server: type[LlamaServer], progress: Progress) -> None:
+        self.folder, self.threads, self.steps = folder, threads, steps
+        self.server, self.progress = server, progress
         self.done = 0
         self.engine = ""
 
@@ -97,7 +100,7 @@ class _Timer:
         path = self.folder / "hollow.gguf"
         nbytes = write_hollow(path, shape, qtype)
         best: dict[int, _Timing] = {}
-        with LlamaServer(path, n_ctx=2048, threads=self.threads, n_gpu_layers=0) as server:
+        with self.server(path, n_ctx=2048, threads=self.threads, n_gpu_layers=0) as server:
             for _ in range(_REPEATS):
                 for prompt in prompts:
                     took = _timing(server.time_tokens([_TOKEN] * prompt, max_tokens=_DECODED))
