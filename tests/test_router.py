@@ -2,7 +2,8 @@
 
 import pytest
 
-from bitladder.serve.router import AutoRule, Choice, Features, Guess, Rule, TagEvidence, choose
+from bitladder.errors import UsageError
+from bitladder.serve.router import AutoRule, Choice, Features, Guess, Rule, TagEvidence, choose, parse_rule
 
 LEVELS = frozenset({"q8_0", "q4_k_m"})
 TAGS = {"extraction": TagEvidence(4, 0), "logic": TagEvidence(3, 2), "style": TagEvidence(5, 1)}
@@ -74,3 +75,14 @@ def test_the_text_is_not_looked_at_when_a_name_decides():
         raise AssertionError
 
     assert choose(Features("speed", asked=never), LEVELS, (), GUESSING)
+
+
+def test_rules_from_the_command_line():
+    assert parse_rule("speed:tag=bulk") == Rule("speed", tag="bulk")
+    assert parse_rule("quality:key=legal, path=/v1/completions") == Rule("quality", key="legal", path="/v1/completions")
+
+
+@pytest.mark.parametrize("text", ["", "speed", "speed:", "fast:tag=a", "speed:tag", "speed:tag=", "speed:model=x"])
+def test_what_is_no_rule_is_said_so(text):
+    with pytest.raises(UsageError, match=f"'{text}' is not a rule"):
+        parse_rule(text)

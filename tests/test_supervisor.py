@@ -4,13 +4,17 @@ import asyncio
 import contextlib
 import time
 
+import httpx
 import pytest
 from aiohttp import web
 
 from bitladder.errors import EngineError
+from bitladder.serve.app import build_app
 from bitladder.serve.backends import UpstreamFailed, client_session
-from bitladder.serve.settings import Timeouts
+from bitladder.serve.deploy import deployed
+from bitladder.serve.settings import ServeSettings, TierSpec, Timeouts
 from bitladder.serve.supervisor import Fingerprint, Supervisor, Turns
+from upstreams import CHAT, chat
 
 
 class FakeProcess:
@@ -169,3 +173,54 @@ def test_two_engines_take_turns_and_none_is_stopped_in_use():
             assert all(process.stopped == 1 for processes in made.values() for process in processes)
 
     asyncio.run(run())
+
+
+def test_a_gateway_whose_tiers_do_not_fit_together_loads_the_one_that_is_asked_for_and_says_so(tmp_path):
+    """The engines are two addresses of a small server; each answers as its own model."""
+
+    async def answer(request: web.Request) -> web.Response:
+        model = request.match_info["model"]
+        assert loaded == [model], "only one may be loaded"
+        return web.json_response({"model": model, "choices": [{"index": 0, "message": {"content": model}}]})
+
+    loaded: list[str] = []
+
+    class Loaded(FakeProcess):
+        def __init__(self, model: str, base_url: str) -> None:
+            super().__init__(f"{base_url}/{model}")
+            self.model = model
+
+        def start(self) -> None:
+            loaded.append(self.model)
+
+        def stop(self, grace_s: float) -> None:
+            loaded.remove(self.model)
+
+    async def run() -> list[httpx.Response]:
+        app = web.Application()
+        app.router.add_post("/{model}/v1/chat/completions", answer)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        base_url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        specs = []
+        for level, size in (("Q8_0", 800), ("Q4_K_M", 400)):
+            path = tmp_path / f"{level}.gguf"
+            path.write_bytes(b"GGUF")
+            specs.append(TierSpec(level, path=path, memory_bytes=size))
+        settings = ServeSettings(*specs, memory_budget_bytes=1000)
+        async with deployed(settings, make_engine=lambda spec, _: Loaded(spec.level, base_url)) as deployment:
+            assert "take turns in memory" in deployment.notes[0]
+            assert deployment.ready and loaded == []
+            transport = httpx.ASGITransport(build_app(deployment))
+            async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+                asked = ("quality", "quality", "speed", "Q8_0")
+                given = [await client.post(CHAT, json=chat(model)) for model in asked]
+        assert loaded == []
+        await runner.cleanup()
+        return given
+
+    replies = asyncio.run(run())
+    assert [reply.json()["model"] for reply in replies] == ["Q8_0", "Q8_0", "Q4_K_M", "Q8_0"]
+    told = ["was loaded for this" in reply.headers["x-bitladder-reason"] for reply in replies]
+    assert told == [True, False, True, True]

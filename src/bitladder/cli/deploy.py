@@ -34,6 +34,10 @@ def serve(
     shadow: Annotated[
         float, typer.Option("--shadow", min=0.0, max=1.0, help="Share of speed-tier requests to check.")
     ] = 0.0,
+    rule: Annotated[
+        list[str] | None,
+        typer.Option("--rule", help="TIER:tag=T,key=K,path=P for `auto`; repeatable, first match wins."),
+    ] = None,
     allow_host: Annotated[
         list[str] | None, typer.Option("--allow-host", help="A name that clients call this machine by; repeatable.")
     ] = None,
@@ -49,6 +53,7 @@ def serve(
     from dataclasses import replace
 
     from bitladder.serve.app import serve as serve_settings
+    from bitladder.serve.router import parse_rule
 
     with progress_display() as progress:
         settings = tiers_of(model, quality, speed, ctx, threads, out, progress)
@@ -58,6 +63,7 @@ def serve(
         port=port,
         api_key_file=api_key_file,
         shadow=replace(settings.shadow, share=shadow),
+        rules=tuple(parse_rule(text) for text in rule or ()),
         allowed_hosts=tuple(allow_host or ()),
         open_to_all=open_to_all,
     )

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from bitladder.errors import UsageError
+
 QUALITY, SPEED, AUTO = "quality", "speed", "auto"
 
 
@@ -48,6 +50,21 @@ class Rule:
 
     def __str__(self) -> str:
         return " and ".join(f"{name} {value}" for name in ("tag", "key", "path") if (value := getattr(self, name)))
+
+
+def parse_rule(text: str) -> Rule:
+    """A rule as written on the command line: ``speed:tag=bulk`` or ``quality:key=legal,path=/v1/completions``.
+
+    Raises:
+        UsageError: the text is no rule.
+    """
+    tier, _, conditions = text.partition(":")
+    told = dict(part.strip().partition("=")[::2] for part in conditions.split(",") if part.strip())
+    if tier not in (QUALITY, SPEED) or not told or not all(told.values()) or not set(told) <= {"tag", "key", "path"}:
+        raise UsageError(
+            f"'{text}' is not a rule.", do="Write one like speed:tag=bulk or quality:key=legal,path=/v1/completions."
+        )
+    return Rule(tier, **told)
 
 
 @dataclass(frozen=True)
