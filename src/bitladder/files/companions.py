@@ -63,7 +63,7 @@ def companions_of_gguf(path: Path, *, tied: bool) -> Companions:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name).to_dict()
+            config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name).to_diff_dict()
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
             with tempfile.TemporaryDirectory() as folder:
                 tokenizer.save_pretrained(folder)
@@ -74,7 +74,8 @@ def companions_of_gguf(path: Path, *, tied: bool) -> Companions:
             means="It reads fewer architectures and tokenizers from GGUF than llama.cpp does.",
             do="Give the model's original checkpoint folder or hf:org/name; GGUF levels work from this file as it is.",
         ) from error
-    config.pop("quantization_config", None)
+    # Keys of transformers' own book-keeping, and with them the path that the file lay at, are nobody's business.
+    config = {key: value for key, value in config.items() if not key.startswith("_") and key != "quantization_config"}
     config["architectures"] = config.get("architectures") or [_causal_class(config["model_type"])]
     config["tie_word_embeddings"] = tied
     return Companions(json.loads(json.dumps(config, default=str)), files)
