@@ -157,5 +157,6 @@ def test_degeneration():
     assert sick.looping == ("sick",)
     assert sick.distinct_1 == pytest.approx((12 / 40 + 1) / 2)
     assert sick.repeated_share == pytest.approx(28 / 40 / 2)
+    assert degeneration([answer(fresh + " once more once more")]).looping == ()  # said twice is no loop yet
     assert degeneration([answer("too short")]).answers == 0
     assert math.isnan(degeneration([answer("too short")]).distinct_2)

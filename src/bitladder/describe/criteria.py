@@ -1,19 +1,19 @@
-"""What an answer must satisfy: one row per kind of criterion, each a pure function from text to pass or fail
-with a reason.
+"""What an answer must satisfy: one row per kind of criterion, each a pure function from a text to an outcome.
 
-| kind | value | passes when |
-|---|---|---|
-| exact | text | the answer is this text, white space around it aside |
-| one_of | texts | the answer is one of these, aside from case, quotes around it and a final full stop |
-| contains_all, contains_any, contains_none | texts | it contains all, at least one, none of these as whole
-words, in any case | | regex | pattern | Python's re.search finds the pattern | | number | value, tolerance,
-which | the last (or first, or any) number in it is within the tolerance | | json_schema | schema | it is JSON
-(alone or in one code fence) that fits the schema | | set_recall | items, at_least | it names at least this
-share of the items; an item may have several wordings | | max_words | count | it has at most this many words |
-| similarity | to, metric, at_least | its chrF or ROUGE-L (0 to 1) with a text is at least this | |
-agrees_with_reference | metric, at_least | the same, with what the reference answered; ``same`` asks for the
-same text | | judge | rubric | a judge model says so (``engines.judge``) | | python | module:function | the
-user's own function says so; runs only when the user trusts the file |
+    exact                  a text                  is this text, white space around it aside
+    one_of                 texts                   is one of these, aside from case, quotes and a final full stop
+    contains_all           texts                   has all of these as whole words, in any case
+    contains_any           texts                   has at least one
+    contains_none          texts                   has none
+    regex                  pattern                 is matched somewhere by Python's re.search
+    number                 value, tolerance, which has as its last (first, any) number one within the tolerance
+    json_schema            schema                  is JSON, alone or in one code fence, that fits
+    set_recall             items, at_least         names at least this share; an item may have several wordings
+    max_words              count                   has at most so many words
+    similarity             to, metric, at_least    has at least this chrF or ROUGE-L (0 to 1) with a text
+    agrees_with_reference  metric, at_least        the same with the reference's answer; ``same``: the same text
+    judge                  rubric                  is found good by a judge model (``engines.judge``)
+    python                 module:function         pleases the user's own function, if the user trusts the file
 
 To add a kind, add a row to KINDS.
 """
@@ -63,8 +63,7 @@ class Kind:
 
 
 def judge(one: Input, text: str, context: Context | None = None) -> Outcome:
-    """Judge an answer by all criteria of its input: it passes when all pass; the first failure is the reason.
-    """
+    """Judge an answer by all criteria of its input: it passes when all pass; the first failure is the reason."""
     outcomes = [_outcome(criterion, text, one, context or Context()) for criterion in one.criteria]
     failed = [outcome for outcome in outcomes if not outcome.passed]
     return failed[0] if failed else Outcome(True, "; ".join(outcome.detail for outcome in outcomes))
@@ -81,30 +80,23 @@ def _outcome(criterion: Criterion, text: str, one: Input, context: Context) -> O
 def found_items(criterion: Criterion, text: str) -> tuple[str, ...]:
     """Which items of a ``set_recall`` an answer names, each by its first wording."""
     return tuple(
-        wordings[0]
-        for wordings in criterion.value["items"]
-        if any(_has(text, wording) for wording in wordings)
+        wordings[0] for wordings in criterion.value["items"] if any(_has(text, wording) for wording in wordings)
     )
 
 
 def normal(text: str) -> str:
-    """For comparing short answers: lower case, single spaces, no quotes or marks around, no final
-    punctuation.
-    """
+    """For comparing short answers: lower case, single spaces, no quotes or marks around, no final punctuation."""
     return " ".join(text.split()).strip("\"'`*“”‘’ ").rstrip(".!,;").strip("\"'`*“”‘’ ").casefold()
 
 
 def numbers(text: str) -> list[float]:
     """The numbers in a text, in order; ``1,250.5`` is one number, ``$`` and ``%`` are ignored."""
-    found = re.findall(
-        r"(?<![\w.])[-−+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?(?!\w|\.\d)", text
-    )
+    found = re.findall(r"(?<![\w.])[-−+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?(?!\w|\.\d)", text)
     return [float(number.replace(",", "").replace("−", "-")) for number in found]
 
 
 def _has(text: str, words: str) -> bool:
-    """Whether the words stand in the text as whole words, in any case and with any white space between them.
-    """
+    """Whether the words stand in the text as whole words, in any case and with any white space between them."""
     pattern = r"\s+".join(re.escape(word) for word in words.split())
     before = r"(?<!\w)" if words.strip()[:1].isalnum() else ""
     after = r"(?!\w)" if words.strip()[-1:].isalnum() else ""
@@ -143,16 +135,12 @@ def _contains_any(value: list[str], text: str) -> Outcome:
 
 def _contains_none(value: list[str], text: str) -> Outcome:
     found = [words for words in value if _has(text, words)]
-    return Outcome(
-        not found, f"contains {', '.join(map(_quote, found))}" if found else "contains none of the unwanted"
-    )
+    return Outcome(not found, f"contains {', '.join(map(_quote, found))}" if found else "contains none of the unwanted")
 
 
 def _regex(value: str, text: str) -> Outcome:
     match = re.search(value, text)
-    return Outcome(
-        match is not None, f"matches at {_quote(match[0])}" if match else f"no match for {_quote(value)}"
-    )
+    return Outcome(match is not None, f"matches at {_quote(match[0])}" if match else f"no match for {_quote(value)}")
 
 
 def _number(value: dict[str, Any], text: str) -> Outcome:
@@ -191,9 +179,7 @@ def _json_schema(value: Any, text: str) -> Outcome:
         wrong = best_match(validator.iter_errors(document))
     except Unresolvable as error:
         return Outcome(False, f"the schema refers to something outside itself: {error}")
-    return Outcome(
-        wrong is None, f"at {wrong.json_path}: {wrong.message}"[:200] if wrong else "fits the schema"
-    )
+    return Outcome(wrong is None, f"at {wrong.json_path}: {wrong.message}"[:200] if wrong else "fits the schema")
 
 
 def _set_recall(value: dict[str, Any], text: str) -> Outcome:
@@ -212,9 +198,7 @@ def _max_words(value: int, text: str) -> Outcome:
 
 def _similarity(value: dict[str, Any], text: str) -> Outcome:
     score = similarity.METRICS[value["metric"]](text, value["to"])
-    return Outcome(
-        score >= value["at_least"], f"{value['metric']} {score:.2f}, at least {value['at_least']:g} wanted"
-    )
+    return Outcome(score >= value["at_least"], f"{value['metric']} {score:.2f}, at least {value['at_least']:g} wanted")
 
 
 def _agrees(value: dict[str, Any], text: str, _one: Input, context: Context) -> Outcome:
@@ -222,9 +206,7 @@ def _agrees(value: dict[str, Any], text: str, _one: Input, context: Context) -> 
         return Outcome(True, "is the reference")
     if value["metric"] == "same":
         same = text.strip() == context.reference.strip()
-        return Outcome(
-            same, "same as the reference" if same else f"the reference says {_quote(context.reference)}"
-        )
+        return Outcome(same, "same as the reference" if same else f"the reference says {_quote(context.reference)}")
     return _similarity({**value, "to": context.reference}, text)
 
 
@@ -235,9 +217,7 @@ def _ask_judge(value: dict[str, Any], text: str, one: Input, context: Context) -
 
 
 def _ask_function(value: str, text: str, one: Input, context: Context) -> Outcome:
-    answer = context.functions[value](
-        text, {"id": one.id, "messages": one.messages, "reference": context.reference}
-    )
+    answer = context.functions[value](text, {"id": one.id, "messages": one.messages, "reference": context.reference})
     if isinstance(answer, tuple):
         return Outcome(bool(answer[0]), str(answer[1]))
     return Outcome(bool(answer), f"{value} says {'yes' if answer else 'no'}")
@@ -274,15 +254,11 @@ def doubts(one: Input) -> list[tuple[int, str]]:
         if criterion.kind in ("exact", "one_of"):
             allowed = [criterion.value] if criterion.kind == "exact" else criterion.value
             if not any(passes(text, others) for text in allowed):
-                found.append(
-                    (criterion.line, f"can never pass: what {criterion.kind} allows fails another criterion")
-                )
+                found.append((criterion.line, f"can never pass: what {criterion.kind} allows fails another criterion"))
         elif criterion.kind == "contains_all":
             unwanted = [other for other in others if other.kind == "contains_none"]
             if not passes(" ".join(criterion.value), unwanted):
-                found.append(
-                    (criterion.line, "can never pass: contains_all wants what contains_none forbids")
-                )
+                found.append((criterion.line, "can never pass: contains_all wants what contains_none forbids"))
         elif criterion.kind == "json_schema" and criterion.value is False:
             found.append((criterion.line, "can never pass: the schema accepts nothing"))
         elif criterion.kind in ("similarity", "agrees_with_reference") and criterion.value["at_least"] == 0:
@@ -290,7 +266,5 @@ def doubts(one: Input) -> list[tuple[int, str]]:
         elif criterion.kind == "regex" and re.search(criterion.value, "") is not None:
             found.append((criterion.line, "can never fail: the pattern matches an empty answer"))
     if len(alone) == len(one.criteria) and not found and passes("", alone):
-        found.append(
-            (one.criteria[0].line, "passes even an empty answer: add a criterion that asks for something")
-        )
+        found.append((one.criteria[0].line, "passes even an empty answer: add a criterion that asks for something"))
     return found

@@ -1,6 +1,4 @@
-"""Reading the values of criteria: each function checks and completes one, or raises ValueError with the rest
-of a sentence.
-"""
+"""Reading the values of criteria: each function completes one, or raises ValueError with the rest of a sentence."""
 
 from __future__ import annotations
 
@@ -15,9 +13,7 @@ Reader = Callable[[Any], Any]
 
 
 def a_string(value: Any) -> str:
-    """Any text. Numbers and truth values are refused: YAML reads ``no`` and ``1.0`` as such, and few people
-    know.
-    """
+    """Any text. Numbers and truth values are refused: YAML reads ``no`` and ``1.0`` as such, and few people know."""
     if not isinstance(value, str):
         raise ValueError(f"needs a text, got {value!r}; put it in quotes if it is meant as a text")
     return value
@@ -38,9 +34,7 @@ def several_words(value: Any) -> list[str]:
     return [words(item) for item in items]
 
 
-def fields(
-    value: Any, required: Mapping[str, Reader], optional: Mapping[str, tuple[Any, Reader]]
-) -> dict[str, Any]:
+def fields(value: Any, required: Mapping[str, Reader], optional: Mapping[str, tuple[Any, Reader]]) -> dict[str, Any]:
     """A mapping with these fields and no others; optional ones are ``(default, reader)``."""
     if not isinstance(value, dict):
         raise ValueError(f"needs the field{'s' * (len(required) > 1)} {', '.join(required)}, got {value!r}")
@@ -138,9 +132,7 @@ def json_schema(value: Any) -> Any:
     try:
         Draft202012Validator.check_schema(value)
     except SchemaError as error:
-        raise ValueError(
-            f"needs a JSON schema; this one is wrong at {error.json_path}: {error.message}"
-        ) from error
+        raise ValueError(f"needs a JSON schema; this one is wrong at {error.json_path}: {error.message}") from error
     return value
 
 

@@ -1,5 +1,4 @@
-"""Similarity of two texts between 0 and 1, by the libraries that define the numbers; both are an optional
-extra.
+"""Similarity of two texts between 0 and 1, by the libraries that define the numbers; both are an optional extra.
 
 chrF (Popovic 2015): F-score with beta 2 of character n-grams of length 1 to 6, sacrebleu's default;
 sacrebleu's own figure is 100 times ours. ROUGE-L (Lin 2004): F-score of the longest common subsequence of

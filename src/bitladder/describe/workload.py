@@ -1,6 +1,4 @@
-"""A workload: the user's own inputs, each with what a good answer must satisfy. Values only;
-``describe.workload_file`` reads them.
-"""
+"""A workload: the user's own inputs, each with what a good answer must satisfy. ``workload_file`` reads them."""
 
 from __future__ import annotations
 
@@ -24,9 +22,7 @@ class Criterion:
 
 @dataclass(frozen=True)
 class Input:
-    """One input: a chat with every variable filled in, and its criteria, all of which a good answer
-    satisfies.
-    """
+    """One input: a chat with every variable filled in, and its criteria, all of which a good answer satisfies."""
 
     id: str
     messages: tuple[Mapping[str, str], ...]

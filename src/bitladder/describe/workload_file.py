@@ -80,8 +80,7 @@ class _Document:
                 self.fault(f"there is no field '{name}' here.", *path, name, do=do)
 
     def read(self, reader: Callable[[Any], Any], plain: Any, *path: str | int) -> Any:
-        """A value through a reader of ``describe.criterion_values``; its complaint gets file, line and field.
-        """
+        """A value through a reader of ``describe.criterion_values``; its complaint gets file, line and field."""
         try:
             return reader(plain)
         except ValueError as error:
@@ -89,9 +88,7 @@ class _Document:
             self.fault(f"{what} {error}.", *path)
 
 
-def parse_workload(
-    text: str, *, source: str, read_file: Callable[[str], str], json_lines: bool = False
-) -> Workload:
+def parse_workload(text: str, *, source: str, read_file: Callable[[str], str], json_lines: bool = False) -> Workload:
     """Read a workload.
 
     Args:
@@ -123,9 +120,7 @@ def parse_workload(
                 "id",
             )
         seen[one.id] = one.line
-    warnings = [
-        f"{source}, line {line}: input '{one.id}' {doubt}." for one in inputs for line, doubt in doubts(one)
-    ]
+    warnings = [f"{source}, line {line}: input '{one.id}' {doubt}." for one in inputs for line, doubt in doubts(one)]
     return Workload(
         name=document.read(values.words, top.get("name", PurePath(source).stem), "name"),
         inputs=inputs,
@@ -143,17 +138,13 @@ def _input(document: _Document, top: Mapping[str, Any], index: int, read_file: C
     document.known(plain, _INPUT, *path)
     weight = document.read(values.a_tolerance, plain.get("weight", 1.0), *path, "weight")
     if weight == 0:
-        document.fault(
-            "weight needs a number above 0, got 0.", *path, "weight", do="Remove the input instead."
-        )
+        document.fault("weight needs a number above 0, got 0.", *path, "weight", do="Remove the input instead.")
     max_tokens = plain.get("max_tokens", top.get("max_tokens", 256))
     return Input(
         id=document.read(values.words, plain.get("id", f"input-{index + 1}"), *path, "id"),
         messages=_messages(document, top, plain, path, read_file),
         criteria=_criteria(document, plain, path),
-        tags=tuple(document.read(values.several_words, plain["tags"], *path, "tags"))
-        if plain.get("tags")
-        else (),
+        tags=tuple(document.read(values.several_words, plain["tags"], *path, "tags")) if plain.get("tags") else (),
         weight=weight,
         max_tokens=document.read(values.a_count, max_tokens, *path, "max_tokens"),
         line=document.line(*path),
@@ -218,9 +209,7 @@ def _messages(
         fields = document.read(
             lambda value: values.fields(value, {"role": role, "content": values.words}, {}), message, *here
         )
-        messages.append(
-            {"role": fields["role"], "content": fill(fields["content"], "messages", place, "content")}
-        )
+        messages.append({"role": fields["role"], "content": fill(fields["content"], "messages", place, "content")})
     if messages[-1]["role"] != "user":
         document.fault("the last message must be the user's.", *path, "messages", len(messages) - 1)
     return tuple(messages)
@@ -248,9 +237,7 @@ def _fill(document: _Document, text: str, variables: Mapping[str, str], *path: s
     def value(match: re.Match[str]) -> str:
         if match[1] not in variables:
             have = ", ".join(variables) or "none"
-            document.fault(
-                f"the variable '{match[1]}' has no value.", *path, do=f"Variables of this input: {have}."
-            )
+            document.fault(f"the variable '{match[1]}' has no value.", *path, do=f"Variables of this input: {have}.")
         return variables[match[1]]
 
     return re.sub(r"\{\{\s*([\w.-]+)\s*\}\}", value, text)

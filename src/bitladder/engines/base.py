@@ -30,9 +30,7 @@ class TokenChoice:
 
 @dataclass(frozen=True)
 class Timings:
-    """The engine's own clock for one request. Rates are tokens per second, NaN where there was nothing to
-    time.
-    """
+    """The engine's own clock for one request. Rates are tokens per second, NaN where there was nothing to time."""
 
     prompt_tokens: int
     """Prompt tokens really computed; tokens taken from a cache are not among them."""
@@ -79,8 +77,7 @@ class Engine(Protocol):
         logprobs: int = 0,
         stop: Sequence[str] = (),
     ) -> Completion:
-        """Answer a chat. Temperature 0 is greedy; ``logprobs`` asks for that many most likely tokens at each
-        place.
+        """Answer a chat. Temperature 0 is greedy; ``logprobs`` asks for that many most likely tokens at each place.
 
         Raises:
             EngineError: the engine died, stalled, or answered something that is not a completion.

@@ -39,8 +39,7 @@ class Timeouts:
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """One chat. ``extra`` holds fields that only some engines know, ``without`` fields that this one refuses.
-    """
+    """One chat. ``extra`` holds fields that only some engines know, ``without`` fields that this one refuses."""
 
     model: str
     messages: Sequence[Message]
@@ -78,9 +77,7 @@ class ChatRequest:
 class ReplyStatus(EngineReply):
     """An HTTP error status, kept as a number so that callers can tell "later" from "never"."""
 
-    def __init__(
-        self, found: str, *, status: int, retry_after_s: float | None, means: str = "", do: str = ""
-    ) -> None:
+    def __init__(self, found: str, *, status: int, retry_after_s: float | None, means: str = "", do: str = "") -> None:
         super().__init__(found, means=means, do=do)
         self.status = status
         self.retry_after_s = retry_after_s

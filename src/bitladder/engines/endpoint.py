@@ -38,9 +38,7 @@ _LONGEST_WAIT_S = 60.0
 
 @dataclass(frozen=True)
 class EndpointSettings:
-    """An endpoint as the user describes it; part of the evidence of everything measured with it, so it holds
-    no key.
-    """
+    """An endpoint as the user describes it; part of the evidence of everything measured with it, so it holds no key."""
 
     base_url: str
     """Usually ends in ``/v1``."""
@@ -79,9 +77,7 @@ class EndpointSettings:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a workload will cost at most, before anything is spent. ``money`` is None when the prices are
-    unknown.
-    """
+    """What a workload will cost at most, before anything is spent. ``money`` is None when the prices are unknown."""
 
     requests: int
     prompt_tokens: int
@@ -236,8 +232,7 @@ class Endpoint:
 
 
 def same_model(wanted: str, served: str) -> bool:
-    """Whether a served name is the wanted model: equal, a dated version (``name-2026-01-31``) or a tag
-    (``name:latest``).
+    """Whether a served name is the wanted one: equal, a dated version (``name-2026-01-31``), or ``name:latest``.
 
     Vendors' prefixes (``org/name``) and a file's ``.gguf`` do not count.
     """

@@ -1,5 +1,4 @@
-"""A judge model with a rubric, asked twice in opposite orders, and its own error measured against labelled
-examples.
+"""A judge model with a rubric, asked twice in opposite orders, and its own error measured against labelled examples.
 
 Judge models favour what they read first, or last. So each question is asked in both orders, and only a
 verdict that survives the change of order counts:

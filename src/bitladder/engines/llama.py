@@ -94,9 +94,7 @@ class LlamaServer:
         self.close()
 
     def tokenize(self, text: str, add_special: bool = False) -> list[int]:
-        """Token ids; ``add_special`` adds the model's BOS and EOS where it wants them. Text like
-        ``<|im_end|>`` is a special token.
-        """
+        """Token ids. ``add_special`` adds BOS and EOS where the model wants them; ``<|im_end|>`` is a special token."""
         tokens: list[int] = self._post("/tokenize", {"content": text, "add_special": add_special})["tokens"]
         return tokens
 
@@ -107,9 +105,7 @@ class LlamaServer:
 
     def render(self, messages: Sequence[Message]) -> str:
         """The prompt that the model's own chat template makes of a chat."""
-        prompt: str = self._post("/apply-template", {"messages": [dict(message) for message in messages]})[
-            "prompt"
-        ]
+        prompt: str = self._post("/apply-template", {"messages": [dict(message) for message in messages]})["prompt"]
         return prompt
 
     def props(self) -> dict[str, Any]:
@@ -136,9 +132,7 @@ class LlamaServer:
         extra: dict[str, Any] = {"cache_prompt": False}
         if temperature == 0:
             extra["top_k"] = 1
-        request = ChatRequest(
-            self.name, messages, max_tokens, temperature, seed, logprobs, stop, False, extra
-        )
+        request = ChatRequest(self.name, messages, max_tokens, temperature, seed, logprobs, stop, False, extra)
         try:
             return chat(self._http(), f"{self.base_url}/v1/chat/completions", request)
         except EngineError as error:
@@ -147,8 +141,7 @@ class LlamaServer:
     def continue_tokens(
         self, tokens: Sequence[int], *, max_tokens: int, top: int = 2, cache: bool = True
     ) -> list[TokenChoice]:
-        """Greedy continuation of a prompt given as token ids, with the ``top`` most likely tokens at each
-        place.
+        """Greedy continuation of a prompt given as token ids, with the ``top`` most likely tokens at each place.
 
         Raises:
             EngineError: the engine died, stalled or answered nonsense.
@@ -176,9 +169,7 @@ class LlamaServer:
         ]
 
     def time_tokens(self, tokens: Sequence[int], *, max_tokens: int) -> Mapping[str, float]:
-        """The engine's own ``timings`` for computing a prompt anew and decoding exactly ``max_tokens`` after
-        it.
-        """
+        """The engine's own ``timings`` for computing a prompt anew and decoding exactly ``max_tokens`` after it."""
         body = {
             "prompt": list(tokens),
             "n_predict": max_tokens,
@@ -202,18 +193,14 @@ class LlamaServer:
                 raise status_error(url, response)
             reply = parse_json(url, response.text)
             if not isinstance(reply, dict):
-                raise EngineReply(
-                    f"The engine at {url} answered with a {type(reply).__name__} instead of an object."
-                )
+                raise EngineReply(f"The engine at {url} answered with a {type(reply).__name__} instead of an object.")
         except EngineError as error:
             raise self._explained(error) from error
         return reply
 
     def _http(self) -> httpx.Client:
         if self._client is None:
-            raise self.process.death() or EngineError(
-                "The engine is closed.", do="Use it inside its `with` block."
-            )
+            raise self.process.death() or EngineError("The engine is closed.", do="Use it inside its `with` block.")
         return self._client
 
     def _explained(self, error: EngineError) -> EngineError:

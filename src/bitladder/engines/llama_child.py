@@ -21,9 +21,7 @@ import xllamacpp
 
 
 def _follow_parent(parent: int) -> None:
-    """Exit at once when stdin closes or the parent is gone; os._exit, since the engine's threads must not
-    delay it.
-    """
+    """Exit at once when stdin closes or the parent is gone; os._exit, since the engine's threads must not delay it."""
     while True:
         readable, _, _ = select.select([0], [], [], 1.0)
         if (readable and not os.read(0, 4096)) or os.getppid() != parent:
@@ -31,8 +29,7 @@ def _follow_parent(parent: int) -> None:
 
 
 def _die_with_starting_thread(on: bool) -> None:
-    """Linux's parent-death signal, on only while loading, when llama.cpp holds the interpreter and the watch
-    cannot run.
+    """Linux's parent-death signal, on while loading, when llama.cpp holds the interpreter and the watch cannot run.
 
     Not longer, because the signal fires when the *thread* that started us ends, and gateways start engines
     from worker threads; while we load, that thread waits for us.

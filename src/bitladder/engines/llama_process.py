@@ -1,5 +1,4 @@
-"""llama.cpp's server as a process: start it, know where it listens, notice its death, keep its last words,
-stop it.
+"""llama.cpp's server as a process: start it, know where it listens, notice its death, keep its last words, stop it.
 
 Nothing here speaks the chat API; ``engines.llama`` does for measuring, and the gateway does for serving.
 """
@@ -53,9 +52,7 @@ class LlamaSettings:
     def __post_init__(self) -> None:
         for name, least in (("n_ctx", 16), ("n_parallel", 1), ("threads", 1), ("n_batch", 1)):
             if getattr(self, name) < least:
-                raise BadInput(
-                    f"The {name} of an engine must be at least {least}. Got {getattr(self, name)} instead."
-                )
+                raise BadInput(f"The {name} of an engine must be at least {least}. Got {getattr(self, name)} instead.")
         for name in ("cache_type_k", "cache_type_v"):
             if getattr(self, name) not in CACHE_TYPES:
                 allowed = ", ".join(CACHE_TYPES)
@@ -70,9 +67,7 @@ class LlamaSettings:
 
 
 class LlamaProcess:
-    """One llama.cpp server in a process of its own. It dies with us, and its crash is an EngineError and not
-    our end.
-    """
+    """One llama.cpp server in a process of its own. It dies with us; its crash is an EngineError and not our end."""
 
     def __init__(self, settings: LlamaSettings) -> None:
         self.settings = settings
@@ -131,8 +126,7 @@ class LlamaProcess:
         return "\n".join(list(self._log)[-lines:])
 
     def death(self, wait_s: float = 0.0) -> EngineGone | None:
-        """An error that tells how it ended, or None when it still runs after waiting ``wait_s`` for the end.
-        """
+        """An error that tells how it ended, or None when it still runs after waiting ``wait_s`` for the end."""
         if self._process is None:
             return EngineGone("The engine is not running.", do="Start it first.")
         try:
@@ -173,9 +167,7 @@ class LlamaProcess:
             self._log.append(line.rstrip()[:_LOG_WIDTH])
 
     def _first_line(self, stream: IO[str], deadline: float) -> dict[str, str]:
-        """The child's line of JSON with its address; reading happens in a thread because a pipe has no
-        timeout.
-        """
+        """The child's line of JSON with its address; reading happens in a thread because a pipe has no timeout."""
         lines: queue.Queue[str] = queue.Queue()
         threading.Thread(target=lambda: lines.put(stream.readline()), daemon=True).start()
         try:

@@ -59,8 +59,7 @@ def new_workload(path: Path) -> None:
 
 @contextmanager
 def trusted_functions(workload: Workload, folder: Path, *, trust: bool) -> Iterator[dict[str, Callable[..., Any]]]:
-    """The user's own functions that a workload names, by ``module:function``; modules beside the workload are
-    found.
+    """The user's own functions that a workload names, by ``module:function``; modules beside the workload are found.
 
     Importing a module runs it. A workload file may come from someone else, so nothing is imported unless the
     user said that they trust it.

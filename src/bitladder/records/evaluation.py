@@ -40,8 +40,7 @@ class Answer:
     sample: int = 0
     """Which of several answers to the same input; also the seed."""
     question: str = ""
-    """SHA-256 of what was asked (``describe.workload.question_hash``): what an answer can be found again by.
-    """
+    """SHA-256 of what was asked (``describe.workload.question_hash``): what an answer can be found again by."""
     tokens: tuple[AnswerToken, ...] = ()
     """Empty where the engine does not tell token ids and probabilities."""
 
@@ -92,9 +91,7 @@ class WorkloadResult:
     inputs: int
     pass_low: float
     pass_high: float
-    """95% Wilson interval of the pass rate; with weights or several answers, at the effective number of
-    inputs.
-    """
+    """95% Wilson interval of the pass rate; with weights or several answers, at the effective number of inputs."""
     lost: tuple[str, ...]
     """Inputs the reference passed and this level did not."""
     gained: tuple[str, ...]
@@ -109,9 +106,7 @@ class WorkloadResult:
     pass_rate: float = float("nan")
     """Share of passes, each input with its weight."""
     smallest_visible_loss: float = float("nan")
-    """A true loss smaller than this (as a share) goes unseen by a workload of this size more than one time in
-    five.
-    """
+    """A true loss smaller than this (as a share) goes unseen by a workload of this size more than one time in five."""
     tags: tuple[TagResult, ...] = ()
 
 

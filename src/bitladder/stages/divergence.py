@@ -74,9 +74,7 @@ def first_difference(said: Sequence[int], choices: Sequence[TokenChoice]) -> int
 
 
 def departure(position: int, reference: AnswerToken, level: Sequence[TokenChoice]) -> Departure:
-    """One place with both tokens and what both models gave them; ``level`` is empty when the engine gave no
-    token.
-    """
+    """One place with both tokens and what both models gave them; ``level`` is empty when the engine gave no token."""
     ours = level[0] if level else TokenChoice("", math.nan)
     theirs = {other.token_id: other.logprob for other in reference.top} | {reference.token_id: reference.logprob}
     mine = {other.token_id: other.logprob for other in ours.top} | {ours.token_id: ours.logprob}

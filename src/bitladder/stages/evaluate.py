@@ -53,8 +53,7 @@ def answer_workload(
     logprobs: int = TOP,
     progress: Progress = silent,
 ) -> tuple[Answer, ...]:
-    """Ask every input, in as many samples as the workload wants; answers in the workload's order, not judged
-    yet.
+    """Ask every input, in as many samples as the workload wants; answers in the workload's order, not judged yet.
 
     Args:
         engine: answers; up to ``engine.parallel`` requests are in flight.
@@ -294,9 +293,7 @@ _PROSE = (
 
 
 def _llama_rates(engine: LlamaServer, repeat: int) -> tuple[float, float]:
-    """Prefill and decode rates of one request; ``repeat`` makes each prompt another one, so that no cache can
-    serve it.
-    """
+    """Prefill and decode rates of one request; ``repeat`` makes each prompt a new one, which no cache can serve."""
     room = engine.settings.n_ctx - DECODE_TOKENS - 8
     tokens = engine.tokenize(f"{repeat + 1}. " + _PROSE * 4, add_special=True)[: max(8, min(PREFILL_TOKENS, room))]
     timings = engine.time_tokens(tokens, max_tokens=min(DECODE_TOKENS, max(2, room)))

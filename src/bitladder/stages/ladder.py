@@ -39,9 +39,7 @@ class LadderOutcome:
     chosen: str | None
     """The smallest level found to meet the bar."""
     decided: bool
-    """False when inputs ran out at a smaller level than the chosen one: more of them might still show it to
-    do.
-    """
+    """False when inputs ran out at a smaller level than the chosen one: more of them might still show it to do."""
 
 
 Ask = Callable[[str, Sequence[Input]], Sequence[float]]

@@ -1,5 +1,4 @@
-"""What changed in the words: substitutions, numbers, missing items, broken format, and degeneration of long
-answers.
+"""What changed in the words: substitutions, numbers, missing items, broken format, and degeneration of long answers.
 
 Words are compared as sequences (difflib's longest matching blocks), so that "shall pay" beside "will pay" is
 one substitution of "shall" by "will". Everything here is a function of texts.
@@ -100,9 +99,7 @@ def _distinct(said: Sequence[str], n: int) -> float:
 
 
 def _repeated_words(said: Sequence[str]) -> int:
-    """Words that belong to a span which repeats the span right before it; from left to right, shortest span
-    first.
-    """
+    """Words that belong to a span which repeats the span right before it; from left to right, shortest span first."""
     repeated, place = 0, 1
     while place < len(said):
         longest = min(_LONGEST_LOOP, place, len(said) - place)
@@ -132,9 +129,7 @@ def _is_json(text: str) -> bool:
 
 
 def _items(one: Input, before: str, after: str) -> tuple[int, list[str]]:
-    """How many items of the input's set_recall criteria the reference named, and which of these the level
-    lacks.
-    """
+    """How many items of the input's set_recall criteria the reference named, and which of these the level lacks."""
     named: list[str] = []
     kept: set[str] = set()
     for criterion in one.criteria:

@@ -1,5 +1,4 @@
-"""Many levels, one error rate: Holm's step-down correction (Scandinavian Journal of Statistics 6 (1979)
-65-70).
+"""Many levels, one error rate: Holm's step-down correction (Scandinavian Journal of Statistics 6 (1979) 65-70).
 
 It keeps the chance of any false finding among all levels under the stated rate, whatever their dependence,
 and is never weaker than Bonferroni's.
@@ -20,9 +19,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     for p in p_values:
         if not (math.isnan(p) or 0 <= p <= 1):
             raise ValueError(f"a p-value lies between 0 and 1, got {p}")
-    order = sorted(
-        (index for index, p in enumerate(p_values) if not math.isnan(p)), key=lambda index: p_values[index]
-    )
+    order = sorted((index for index, p in enumerate(p_values) if not math.isnan(p)), key=lambda index: p_values[index])
     adjusted = [math.nan] * len(p_values)
     largest = 0.0
     for rank, index in enumerate(order):

@@ -34,8 +34,7 @@ def mcnemar(lost: int, gained: int) -> float:
 
 
 def sign_flip(differences: ArrayLike, rng: np.random.Generator) -> float:
-    """Two-sided p-value of the paired permutation test of mean difference 0; NaN without any difference to
-    look at.
+    """Two-sided p-value of the paired permutation test of mean difference 0; NaN without any difference to look at.
 
     With up to ``EXACT_UP_TO`` differences that are not zero the value is exact; beyond, ``DRAWS`` random sign
     patterns are drawn and the observed one is counted among them, so that the test keeps its level.

@@ -16,8 +16,7 @@ from scipy import stats
 
 
 def detection_power(inputs: int, lost: float, gained: float = 0.0, *, alpha: float = 0.05) -> float:
-    """Chance that a loss of ``lost - gained`` is found (p-value at most ``alpha``, in the direction of a
-    loss).
+    """Chance that a loss of ``lost - gained`` is found (p-value at most ``alpha``, in the direction of a loss).
 
     Raises:
         ValueError: shares that are negative or sum to more than 1.
@@ -34,11 +33,8 @@ def detection_power(inputs: int, lost: float, gained: float = 0.0, *, alpha: flo
     return float(stats.binom.pmf(changed, inputs, lost + gained) @ reject)
 
 
-def smallest_visible_loss(
-    inputs: int, gained: float = 0.0, *, alpha: float = 0.05, power: float = 0.8
-) -> float:
-    """The smallest loss (as a share) that is found with chance ``power``; NaN where even losing all is not
-    enough.
+def smallest_visible_loss(inputs: int, gained: float = 0.0, *, alpha: float = 0.05, power: float = 0.8) -> float:
+    """The smallest loss (as a share) that is found with chance ``power``; NaN where even losing all is not enough.
 
     ``gained`` is the share of inputs that change for the better at the same time: noise in the answers, which
     hides losses.

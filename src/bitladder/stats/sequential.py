@@ -135,8 +135,7 @@ def _reach(x: F64, alpha: float) -> float:
 
 
 def asymptotic_sequence(values: ArrayLike, alpha: float = 0.05, *, tightest_at: int = 100) -> Bounds:
-    """An interval of the mean that may be looked at any time, for values without a bound; NaN for fewer than
-    2.
+    """An interval of the mean that may be looked at any time, for values without a bound; NaN for fewer than 2.
 
     ``mean +- sd sqrt(2 (t r^2 + 1) / (t^2 r^2) log(sqrt(t r^2 + 1) / alpha))`` with r chosen to be tightest
     at ``tightest_at`` values.
