@@ -90,9 +90,16 @@ def compare(page, prompt):
     page.wait_for_selector(".parted .card")
 
 
+SHOWN = {"compare": "#compare form", "ladder": "table.levels", "live": ".recent"}
+
+
+def open_tab(page, name):
+    page.click(f"#tab-{name}")
+    page.wait_for_selector(SHOWN[name])
+
+
 def open_ladder(page):
-    page.click("#tab-ladder")
-    page.wait_for_selector("table.levels")
+    open_tab(page, "ladder")
 
 
 def texts(page, selector):
@@ -357,9 +364,7 @@ UNNAMED = """() => [...document.querySelectorAll('button, input, textarea, [role
 def test_everything_has_a_name(page):
     compare(page, PENS)
     for tab in ("compare", "ladder", "live"):
-        page.click(f"#tab-{tab}")
-        page.wait_for_selector(f"#{tab} *")
-        page.wait_for_load_state("networkidle")
+        open_tab(page, tab)
         assert page.evaluate(UNNAMED) == []
         levels = page.evaluate("[...document.querySelectorAll('main h1, main h2, main h3')].map((h) => +h.tagName[1])")
         assert all(after - before <= 1 for before, after in itertools.pairwise(levels))
@@ -373,8 +378,7 @@ def test_nothing_runs_off_the_page(browser, gateway, scheme, width):
     opened.goto(gateway.url)
     compare(opened, PENS)
     for tab in ("compare", "ladder", "live"):
-        opened.click(f"#tab-{tab}")
-        opened.wait_for_load_state("networkidle")
+        open_tab(opened, tab)
         assert opened.evaluate("document.documentElement.scrollWidth") <= width
     dark = opened.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(20, 22, 26)"
     assert dark == (scheme == "dark")

@@ -89,7 +89,7 @@ def test_it_says_everything_the_table_needs(record):
     text = render_html(record)
     for expected in (
         "Deploy Q6_K for quality", "158 MiB", "228 MiB", "131", "0.0130", "0.0117–0.0143", "1.013", "2/3",
-        "quality tier", "in size, speed and loss at once: Q8_0, Q6_K, Q5_K_M, Q4_K_M, Q2_K",
+        "quality tier", "in size, speed and loss at once: Q8_0, Q6_K, Q5_K_M, Q4_K_M, Q3_K_M, Q2_K",
         "bitladder run ref", "ab" * 32, "cd" * 32, "numpy 2.0", "walk 12.5 s", "arithmetic",
     ):  # fmt: skip
         assert expected in text, expected
