@@ -84,7 +84,10 @@ def make_model(path: Path, size: int) -> None:
         "context_length": 4096,
     }
     numbers |= {"attention.head_count": HEADS, "attention.head_count_kv": HEADS // 4}
+    numbers |= {"vocab_size": VOCABULARY, "rope.dimension_count": WIDTH // HEADS}
     metadata = {"general.architecture": encoded(gguf.STRING, "llama")}
+    metadata["tokenizer.ggml.model"] = encoded(gguf.STRING, "no_vocab")
+    metadata["llama.attention.layer_norm_rms_epsilon"] = encoded(gguf.FLOAT32, 1e-5)
     metadata |= {f"llama.{key}": encoded(gguf.UINT32, value) for key, value in numbers.items()}
     tensors = tensors_of(n_layer)
     plan = layout(metadata, tensors, gguf.DEFAULT_ALIGNMENT)

@@ -1,6 +1,7 @@
 """Claim: writing Q4_K_M takes a fifth of the time of llama.cpp's own quantizer, on the same file and threads.
 
     scripts/bench quantize_command SOURCE.gguf --llama PYTHON [--level Q4_K_M] [--threads 2] [--rounds 5]
+    scripts/bench quantize_command --gigabytes 2.7 --llama PYTHON        (a synthetic F16 model of that size)
 
 PYTHON is the interpreter of an environment with ``llama-cpp-python`` (``pip install llama-cpp-python``
 compiles llama.cpp for this machine; ours does not need it). Both sides take turns on a warm page cache. Ours
@@ -19,6 +20,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+from big_file import make_model
 
 from bitladder.formats.recipes import FILE_TYPES, level_named
 
@@ -84,7 +87,8 @@ def spread(values: list[float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path)
+    parser.add_argument("source", type=Path, nargs="?")
+    parser.add_argument("--gigabytes", type=float, default=1, help="Size of the model that is made when none is given.")
     parser.add_argument("--llama", required=True, metavar="PYTHON")
     parser.add_argument("--level", type=level_named, default="Q4_K_M")
     parser.add_argument("--threads", type=int, default=2)
@@ -94,6 +98,9 @@ def main() -> None:
     rows: dict[str, list[dict[str, float]]] = {"llama.cpp": [], "bitladder fast": [], "bitladder good": []}
     with tempfile.TemporaryDirectory(dir=options.out) as folder:
         out = Path(folder)
+        if options.source is None:
+            options.source = out / "synthetic-F16.gguf"
+            make_model(options.source, int(options.gigabytes * 1e9))
         options.source.read_bytes()  # warm the page cache
         ours(options.source, out, options.level, options.threads, "fast")  # compile once
         ours(options.source, out, options.level, options.threads, "good")
