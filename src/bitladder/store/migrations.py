@@ -70,7 +70,5 @@ def migrate(connection: Connection, *, upto: int | None = None) -> int:
     for step in range(number, target):
         MIGRATIONS[step](connection)
         connection.execute(text("DELETE FROM bitladder_schema"))
-        connection.execute(
-            text("INSERT INTO bitladder_schema (number) VALUES (:number)"), {"number": step + 1}
-        )
+        connection.execute(text("INSERT INTO bitladder_schema (number) VALUES (:number)"), {"number": step + 1})
     return max(number, target)
