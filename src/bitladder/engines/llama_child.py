@@ -58,6 +58,8 @@ def _params(settings: dict[str, Any]) -> Any:
     params.cache_type_v = types[settings["cache_type_v"]]
     # The plan has decided what fits; the engine must not quietly shrink the context to make it so.
     params.fit_params = False
+    params.cache_ram_mib = settings["prompt_cache_mib"]
+    params.cache_idle_slots = settings["prompt_cache_mib"] > 0
     params.ui = False
     params.endpoint_metrics = True
     return params

@@ -43,6 +43,8 @@ class LlamaSettings:
     """Tokens of a prompt computed in one go."""
     cache_type_k: str = "f16"
     cache_type_v: str = "f16"
+    prompt_cache_mib: int = 0
+    """Memory for prompts that left their slot. llama.cpp's own default is 8 GiB, which no plan has counted."""
     alias: str = ""
     """The name it answers to; empty: the file's name without ``.gguf``."""
     host: str = "127.0.0.1"

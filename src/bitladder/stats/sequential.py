@@ -7,8 +7,8 @@ of 1 and before each value stakes a fraction of it:
 
 If the claim is true no bet is favourable, so the wealth is a supermartingale, and by Ville's inequality it
 ever reaches 1 / alpha with probability at most alpha, however often one looks and whenever one stops. So:
-stop when it does, and reject the claim. We hold a fixed portfolio of stakes lambda, spread evenly in
-logarithm, and add their wealths; the best stake need not be known. The claim "at least m" is bet against with
+stop when it does, and reject the claim. We hold a fixed portfolio of four stakes
+lambda and add their wealths; the best stake need not be known. The claim "at least m" is bet against with
 1 - x. Source: Waudby-Smith and Ramdas, JRSS B 86 (2024) 1-27.
 
 Exact for bounded values (passes, pass shares, top-1 agreement). KL divergence has no bound;
