@@ -1,0 +1,80 @@
+"""Tensors that follow from dimensions alone, against what llama-quantize reports and what config.json files say."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bitladder.describe.hf_config import FAMILY, shape_of
+from bitladder.describe.shapes import FAMILIES, Shape, model_of
+from bitladder.errors import BadFile, UnknownArchitecture
+from bitladder.plan.cost import level_size
+from bitladder.units import MiB
+
+RECORDED = json.loads((Path(__file__).parent / "fixtures" / "llama-recipes.json").read_text())["models"]
+SHAPED = [(name, level) for name, model in RECORDED.items() if model.get("shape") for level in model["levels"]]
+HALF_A_STEP = 0.01
+"""llama-quantize prints MiB with two decimals."""
+
+
+@pytest.mark.parametrize(("name", "level"), SHAPED)
+def test_sizes_from_dimensions_are_llama_quantizes(name, level):
+    row = RECORDED[name]
+    s = row["shape"]
+    tied = "output.weight" not in row["levels"][level]["types"]
+    shape = Shape(name, s.get("arch", "llama"), s["L"], s["D"], s["F"], s["H"], s["KV"], s["V"], 4096, tied=tied)
+    planned = level_size(model_of(shape), level).tensor_bytes
+    assert planned / MiB == pytest.approx(row["levels"][level]["mib"], abs=HALF_A_STEP)
+
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 16, "hidden_size": 2048, "intermediate_size": 8192,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072,
+    "head_dim": 64, "tie_word_embeddings": True, "rope_scaling": {"rope_type": "llama3", "factor": 32.0},
+}  # fmt: skip
+
+
+def test_a_config_becomes_a_shape():
+    assert shape_of("l", LLAMA) == Shape(
+        "l", "llama", 16, 2048, 8192, 32, 8, 128256, 131072, head_dim=64, tied=True, rope_factors=32
+    )
+
+
+def test_the_language_part_of_a_model_that_sees():
+    text = {key: value for key, value in LLAMA.items() if key not in ("architectures", "rope_scaling")}
+    seeing = {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": {**text, "sliding_window": 1024}}
+    shape = shape_of("g", seeing)
+    assert (shape.architecture, shape.sliding_window, shape.n_layer) == ("gemma3", 1024, 16)
+
+
+def test_windows_that_llama_cpp_ignores_are_ignored():
+    assert shape_of("m", {**LLAMA, "architectures": ["MistralForCausalLM"], "sliding_window": 4096}).sliding_window == 0
+
+
+def test_experts_and_latent_attention():
+    config = {
+        **LLAMA, "architectures": ["DeepseekV3ForCausalLM"], "n_routed_experts": 256, "num_experts_per_tok": 8,
+        "moe_intermediate_size": 2048, "n_shared_experts": 1, "first_k_dense_replace": 3, "kv_lora_rank": 512,
+        "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+        "topk_method": "noaux_tc",
+    }  # fmt: skip
+    shape = shape_of("d", config)
+    assert (shape.n_expert, shape.n_ff_shared, shape.n_dense_layers, shape.kv_rank) == (256, 2048, 3, 512)
+    assert shape.expert_bias
+    assert set(FAMILY.values()) <= set(FAMILIES)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        ({"architectures": ["FooForCausalLM"]}, UnknownArchitecture, "FooForCausalLM"),
+        ({"architectures": None}, UnknownArchitecture, "a none"),
+        ({"hidden_size": None}, BadFile, "no hidden_size"),
+        ({"num_hidden_layers": "16"}, BadFile, "num_hidden_layers is '16'"),
+        ({"vocab_size": -1}, BadFile, "vocab_size is -1"),
+        ({"vocab_size": True}, BadFile, "vocab_size is True"),
+    ],
+)
+def test_configs_that_cannot_be_used(change, error, match):
+    with pytest.raises(error, match=match):
+        shape_of("x", {**LLAMA, **change})
