@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -24,7 +25,7 @@ from bitladder.describe.windows import Window, window_hashes
 from bitladder.engines.checkpoint_walk import CheckpointWalk, Settings
 from bitladder.engines.layers import LayeredModel
 from bitladder.engines.weights import FileWeights
-from bitladder.errors import BadInput
+from bitladder.errors import BadInput, OutputError
 from bitladder.files.checkpoint import read_checkpoint
 from bitladder.files.checkpoint_check import verify_folder
 from bitladder.files.checkpoint_folder import CheckpointFolder
@@ -39,8 +40,10 @@ from bitladder.formats.checkpoint import (
     quantization_config,
     serving_notes,
 )
+from bitladder.plan.calibration import predict
 from bitladder.progress import Progress, silent
-from bitladder.records.calibration import CalibrationText, CheckpointReport, LinearLoss
+from bitladder.records.calibration import CalibrationText, CheckpointReport, LinearLoss, Preflight
+from bitladder.units import human_bytes
 
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 _LEAST_TOKENS = 1024
@@ -99,6 +102,7 @@ def quantize_checkpoints(
     for level in wanted:
         check_shapes(level, walk.shapes())
     if missing:
+        _require_space(walk, list(missing), windows, settings, out_dir)
         companions = _companions(source, model, checkpoint)
         walk.run(windows, progress)
         for level, folder in missing.items():
@@ -113,6 +117,54 @@ def quantize_checkpoints(
             files = {**companions.files, **_method_files(level, config)}
             folder.finish(walk.top(), config, files, manifest)
     return [_proved(level, folder, progress) for level, folder in folders.items()]
+
+
+def preflight(
+    walk: CheckpointWalk, levels: Sequence[CheckpointLevel], windows: Sequence[Window], settings: Settings
+) -> Preflight:
+    """Time, memory and disk for building ``levels``; a product of matrices is timed to know the machine."""
+    file = walk.weights.file
+    top = sum(tensor.elements for tensor in file.model.tensors if not tensor.name.startswith("blk."))
+    return predict(
+        levels,
+        walk.shapes(),
+        n_layer=walk.model.n_layer,
+        n_embd=file.model.dims.n_embd,
+        other_weights=top,
+        tokens=sum(len(window.tokens) for window in windows),
+        reference_tokens=settings.reference_tokens,
+        flops_per_s=_product_rate(settings.device),
+        state_bytes=settings.state_bytes,
+    )
+
+
+def _product_rate(device: str) -> float:
+    """Floating-point operations per second in a product of f32 matrices."""
+    n = 512
+    matrix = torch.ones(n, n, device=device)
+    torch.mm(matrix, matrix)
+    started = time.perf_counter()
+    for _ in range(4):
+        float(torch.mm(matrix, matrix)[0, 0])
+    return 4 * 2 * n**3 / (time.perf_counter() - started)
+
+
+def _require_space(
+    walk: CheckpointWalk,
+    levels: Sequence[CheckpointLevel],
+    windows: Sequence[Window],
+    settings: Settings,
+    out_dir: Path,
+) -> None:
+    """Refuse before the work, not after an hour of it."""
+    need = preflight(walk, levels, windows, settings).disk_bytes
+    free = shutil.disk_usage(out_dir).free
+    if free < need:
+        raise OutputError(
+            f"{', '.join(level.name for level in levels)} need {human_bytes(need)} in {out_dir} while they are made; "
+            f"{human_bytes(free)} are free.",
+            do="Free some space, choose another --out, or make fewer levels at once.",
+        )
 
 
 def _check_text(
