@@ -40,7 +40,7 @@ def test_gguf_levels_are_not_checkpoints(name):
         ("GPTQ-5bit-g64", "GPTQ has 2, 3, 4 and 8 bits"),
         ("GPTQ-4bit-g48", "groups of 32, 64 and 128 and whole rows"),
         ("GPTQ-4bit", "Levels look like"),
-        ("AWQ-3bit-g64", "Ask for AWQ-Q3_K"),
+        ("AWQ-3bit-g64", "Ask for GPTQ-3bit-g64"),
         ("AWQ-8bit-g64", "Ask for AWQ-4bit-g64"),
         ("AWQ-4bit-row", "groups of 32, 64 and 128."),
         ("GPTQ-4bit-g64-fast", "an option 'fast'"),

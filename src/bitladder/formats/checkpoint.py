@@ -149,8 +149,8 @@ def _check_level(name: str, method: str, bits: int, group_size: int, options: li
             f"'{name}' asks for AWQ at {bits} bits.",
             means="Every AWQ kernel of vLLM, transformers and GPTQModel takes 4 bits only; "
             "such a file could not be run.",
-            do=f"Ask for AWQ-Q{bits}_K: the same scales folded into a GGUF file that any llama.cpp runs."
-            if bits in (2, 3, 5, 6)
+            do=f"Ask for GPTQ-{bits}bit-g64, or for {'Q2_K' if bits == 2 else 'Q3_K_M'} with an importance matrix, which any llama.cpp runs."
+            if bits in (2, 3)
             else "Ask for AWQ-4bit-g64.",
         )
     if bits not in (2, 3, 4, 8):
@@ -186,8 +186,7 @@ def check_shapes(level: CheckpointLevel, shapes: Mapping[str, tuple[int, int]]) 
         if level.group_size and inputs % level.group_size:
             offers = ", ".join(f"g{size}" for size in fitting) or "none of g32, g64, g128"
             raise UsageError(
-                f"{level.name}: {name} has rows of {inputs} weights, "
-                f"which groups of {level.group_size} do not divide.",
+                f"{level.name}: {name} has rows of {inputs} weights, which groups of {level.group_size} do not divide.",
                 means="Every weight must lie in a full group, or engines read the scales of the wrong one.",
                 do=f"Sizes that divide every row of this model: {offers}"
                 + ("; GPTQ also takes whole rows (row)." if level.method == "GPTQ" else "."),
@@ -195,8 +194,7 @@ def check_shapes(level: CheckpointLevel, shapes: Mapping[str, tuple[int, int]]) 
         words = 32 if level.bits == 3 else 32 // level.bits
         if level.layout != "int-quantized" and (outputs % words or inputs % words):
             raise UsageError(
-                f"{level.name}: {name} is {outputs} x {inputs}, "
-                f"and {words} codes of {level.bits} bits fill its words.",
+                f"{level.name}: {name} is {outputs} x {inputs}, and {words} codes of {level.bits} bits fill its words.",
                 means="The layout packs whole words along both axes.",
                 do="Choose another number of bits, or a GGUF level.",
             )
@@ -212,15 +210,12 @@ def serving_notes(level: CheckpointLevel) -> tuple[str, ...]:
         if level.bits in (2, 3):
             notes.append(f"vLLM has no kernel for {level.bits}-bit GPTQ; GPTQModel's Torch kernel runs it.")
         if not level.sym:
-            notes.append(
-                "vLLM refuses asymmetric GPTQ on every platform; transformers with GPTQModel runs it."
-            )
+            notes.append("vLLM refuses asymmetric GPTQ on every platform; transformers with GPTQModel runs it.")
         if level.layout == "gptq_v2":
             notes.append("GPTQ's second layout is read by GPTQModel; others expect the first.")
     if level.layout == "pack-quantized" and level.bits != 4:
         notes.append(
-            f"vLLM on CPUs has no {level.bits}-bit weight-only kernel; "
-            "transformers with compressed-tensors decodes it."
+            f"vLLM on CPUs has no {level.bits}-bit weight-only kernel; transformers with compressed-tensors decodes it."
         )
     return tuple(notes)
 
