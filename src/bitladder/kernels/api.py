@@ -32,6 +32,7 @@ def quantize(
     importance: F32Array | None = None,
     effort: Effort = "good",
     threads: int = 1,
+    device: str = "cpu",
 ) -> U8Array:
     """Store weights in a block format.
 
@@ -42,6 +43,8 @@ def quantize(
             Without one every weight's squared error counts the same.
         effort: how long to search for scales; never changes the format.
         threads: rows are split over this many threads. The bytes do not depend on it.
+        device: "cpu" for the compiled kernels; another device of torch for their twins there (block formats only).
+            The bytes do not depend on it either.
 
     Returns:
         uint8[rows, row_bytes].
@@ -58,7 +61,12 @@ def quantize(
         raise ValueError(f"weights must have 2 dimensions (rows, columns). Got shape {weights.shape} instead.")
     rows, columns = weights.shape
     out = np.empty((rows, row.row_bytes(columns)), dtype=np.uint8)
-    encode = _encoder(row, columns, _checked_importance(importance, columns), effort)
+    importance = _checked_importance(importance, columns)
+    if device != "cpu" and row.is_quantized:
+        from bitladder.kernels import gpu  # torch is heavy, and most runs never need it here
+
+        return gpu.quantize_array(weights, qtype, importance, effort, device)
+    encode = _encoder(row, columns, importance, effort)
 
     def part(start: int, stop: int) -> None:
         chunk = np.require(weights[start:stop], np.float32, ["C", "W"])
@@ -125,8 +133,8 @@ def _encoder(
 
         def encode(x: F32Array, out: U8Array) -> None:
             quantize_affine(
-                x, columns, weights, affine.pack, affine.parts, affine.size, affine.high, affine.scale_high, row.type_size,
-                look.starts, look.rounds, look.trials, look.passes, look.reach, look.guard, out,
+                x, columns, weights, affine.pack, affine.parts, affine.size, affine.high, affine.scale_high,
+                row.type_size, look.starts, look.rounds, look.trials, look.passes, look.reach, look.guard, out,
             )  # fmt: skip
 
     elif (scale := SCALE.get(row.name)) is not None:
@@ -167,16 +175,15 @@ def _decoder(qtype: str) -> Callable[[U8Array, F32Array], None]:
         return lambda data, out: np.copyto(out, data.view(np.float32))
     import gguf  # only formats that are read, never written, need it
 
-    kind = gguf.GGMLQuantizationType.__members__.get(qtype)
     type_size = QTYPES[qtype].type_size
 
     def decode_with_gguf(data: U8Array, out: F32Array) -> None:
         try:
+            kind = gguf.GGMLQuantizationType[qtype]
             out[:] = gguf.quants.dequantize(data.reshape(-1, type_size), kind).reshape(-1)
-        except NotImplementedError as error:
-            raise ValueError(
-                f"{qtype} cannot be decoded: neither Bitladder nor gguf {version('gguf')} knows how"
-            ) from error
+        except (KeyError, NotImplementedError) as error:
+            reader = f"gguf {version('gguf')}"
+            raise ValueError(f"{qtype} cannot be decoded: neither Bitladder nor {reader} knows how") from error
 
     return decode_with_gguf
 
@@ -196,10 +203,11 @@ def _checked_importance(importance: F32Array | None, columns: int) -> F32Array |
         raise ValueError(
             f"importance must be finite and not negative. Got {importance[bad[0]]} at column {bad[0]} instead."
         )
-    largest = importance.max(initial=0)
+    largest = importance.max(initial=np.float32(0))
     if largest == 0:
         return None
-    return np.maximum(importance / largest, np.float32(1e-9))
+    ratios: F32Array = importance / largest
+    return np.maximum(ratios, np.float32(1e-9))
 
 
 def _over_rows(part: Callable[[int, int], None], rows: int, columns: int, threads: int) -> None:
