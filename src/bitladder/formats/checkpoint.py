@@ -149,7 +149,8 @@ def _check_level(name: str, method: str, bits: int, group_size: int, options: li
             f"'{name}' asks for AWQ at {bits} bits.",
             means="Every AWQ kernel of vLLM, transformers and GPTQModel takes 4 bits only; "
             "such a file could not be run.",
-            do=f"Ask for GPTQ-{bits}bit-g64, or for {'Q2_K' if bits == 2 else 'Q3_K_M'} with an importance matrix, which any llama.cpp runs."
+            do=f"Ask for GPTQ-{bits}bit-g64, or for {'Q2_K' if bits == 2 else 'Q3_K_M'} with an importance matrix, "
+            "which any llama.cpp runs."
             if bits in (2, 3)
             else "Ask for AWQ-4bit-g64.",
         )
