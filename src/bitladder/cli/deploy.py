@@ -21,11 +21,14 @@ if TYPE_CHECKING:
     from bitladder.serve.settings import ServeSettings, TierSpec
 
 
+_ENDPOINT_SLOTS = 64  # requests at once to an endpoint, which has a queue of its own
+
+
 @verb
 def serve(
     model: ModelArgument,
-    quality: Annotated[str | None, typer.Option("--quality", help="A level, a GGUF file, or a URL.")] = None,
-    speed: Annotated[str | None, typer.Option("--speed", help="A level, a GGUF file, or a URL.")] = None,
+    quality: Annotated[str | None, typer.Option("--quality", help="A level, a GGUF file, or URL[#MODEL].")] = None,
+    speed: Annotated[str | None, typer.Option("--speed", help="A level, a GGUF file, or URL[#MODEL].")] = None,
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port; 0 takes any free one.")] = 8077,
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
     api_key_file: Annotated[Path | None, typer.Option("--api-key-file", help="Keys that clients need.")] = None,
@@ -140,7 +143,11 @@ def _spec(model: str, what: str, ctx: int, threads: int, out: Path | None, progr
     from bitladder.steps.models import tier_file
 
     if what.startswith(("http://", "https://")):
-        return TierSpec(level=what.split("//", 1)[1].rstrip("/"), url=what.rstrip("/").removesuffix("/v1"), n_ctx=0)
+        url, _, name = what.partition("#")
+        level = name or url.split("//", 1)[1].rstrip("/").removesuffix("/v1")
+        return TierSpec(
+            level=level, url=url.rstrip("/").removesuffix("/v1"), model=name, slots=_ENDPOINT_SLOTS, n_ctx=0
+        )
     file = tier_file(model, what, n_ctx=ctx, threads=threads, out=out, progress=progress)
     return TierSpec(level=file.level, path=file.path, sha256=file.sha256, n_ctx=ctx, memory_bytes=file.memory_bytes)
 

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import random
 from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import aiohttp
 
@@ -91,7 +91,13 @@ async def deployed(
     """
     async with contextlib.AsyncExitStack() as stack:
         session = await stack.enter_async_context(client_session(settings.timeouts))
-        roles = specs_by_role(settings)
+        roles: list[tuple[tuple[str, ...], TierSpec]] = []
+        notes: list[str] = []
+        for names, spec in specs_by_role(settings):
+            if spec.url is not None and spec.level not in (upstreams or {}):
+                spec, said = await _known_endpoint(session, spec)  # noqa: PLW2901 - the same level, its model known
+                notes += said
+            roles.append((names, spec))
         specs = [spec for _, spec in roles]
         turns = Turns() if must_take_turns(specs, settings.memory_budget_bytes) else None
         tiers = tuple(
@@ -110,16 +116,14 @@ async def deployed(
         shadow = _shadow(settings, tiers, metrics)
         gateway = Gateway(settings, tiers, metrics, watchman, shadow.sample if shadow else None)
         stack.push_async_callback(_stop, tiers)
-        notes = _notes(settings, specs, turns)
+        notes += _notes(settings, specs, turns)
         for tier in tiers:
             if tier.engine is not None and turns is None:
                 await tier.engine.start()
-            elif tier.spec.url is not None and tier.spec.level not in (upstreams or {}):
-                notes += await _check_endpoint(session, tier.spec)
         for work in (watchman.run, *([shadow.run] if shadow else [])):
             task = asyncio.create_task(work())
             stack.push_async_callback(_cancel, task)
-        yield Deployment(settings, tiers, metrics, gateway, shadow, notes)
+        yield Deployment(settings, tiers, metrics, gateway, shadow, tuple(notes))
 
 
 def _tier(
@@ -154,7 +158,7 @@ def _shadow(settings: ServeSettings, tiers: tuple[Tier, ...], metrics: Metrics) 
     return ShadowMode(settings.shadow, by_name[QUALITY], by_name[SPEED], metrics, random.Random())
 
 
-def _notes(settings: ServeSettings, specs: list[TierSpec], turns: Turns | None) -> tuple[str, ...]:
+def _notes(settings: ServeSettings, specs: list[TierSpec], turns: Turns | None) -> list[str]:
     notes = []
     if turns is not None:
         needed = human_bytes(sum(spec.memory_bytes for spec in specs if spec.path is not None))
@@ -165,30 +169,36 @@ def _notes(settings: ServeSettings, specs: list[TierSpec], turns: Turns | None) 
     if settings.auto.because and (settings.auto.fixed or not settings.auto.tags):
         target = settings.auto.fixed or QUALITY
         notes.append(f"`auto` uses the {target} tier for everything: {settings.auto.because}.")
-    return tuple(notes)
+    return notes
 
 
-async def _check_endpoint(session: aiohttp.ClientSession, spec: TierSpec) -> tuple[str, ...]:
-    """Refuse an endpoint that lists its models without ours; say so when it cannot be asked."""
+async def _known_endpoint(session: aiohttp.ClientSession, spec: TierSpec) -> tuple[TierSpec, list[str]]:
+    """The endpoint's spec with the name of its model, checked against what it lists; and what remains to be said.
+
+    Raises:
+        EngineError: it lists its models without ours, or several when none was named.
+    """
     url = (spec.url or "").rstrip("/").removesuffix("/v1") + "/v1/models"
     headers = {"authorization": f"Bearer {spec.api_key}"} if spec.api_key else {}
     try:
         async with session.get(url, headers=headers, timeout=aiohttp.ClientTimeout(total=5)) as response:
             listed = await response.json(content_type=None) if response.status == 200 else None
     except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
-        return (f"{url} cannot be asked for its models yet: {str(error) or type(error).__name__}.",)
+        return spec, [f"{url} cannot be asked for its models yet: {str(error) or type(error).__name__}."]
     data = listed.get("data") if isinstance(listed, dict) else None
     names = [str(item.get("id")) for item in data if isinstance(item, dict)] if isinstance(data, list) else []
     if not names:
-        return (f"{url} lists no models; replies will be checked for the name '{spec.served_name}'.",)
-    if not any(same_model(spec.served_name, name) for name in names):
-        shown = ", ".join(names[:8])
-        raise EngineError(
-            f"{url} serves {shown}, and not '{spec.served_name}'.",
-            means="The level would be answered by another model.",
-            do="Give the name that the endpoint uses, or another endpoint.",
-        )
-    return ()
+        return spec, [f"{url} lists no models; replies will be checked for the name '{spec.served_name}'."]
+    if any(same_model(spec.served_name, name) for name in names):
+        return spec, []
+    if not spec.model and len(names) == 1:
+        return replace(spec, model=names[0]), []
+    shown = ", ".join(names[:8])
+    raise EngineError(
+        f"{url} serves {shown}, and not '{spec.served_name}'.",
+        means="The level would be answered by another model." if spec.model else "Which one is meant was not said.",
+        do="Give the name that the endpoint uses, as in http://host:8000#name.",
+    )
 
 
 async def _stop(tiers: tuple[Tier, ...]) -> None:

@@ -22,7 +22,7 @@ class TierSpec:
     url: str | None = None
     """Base URL of an OpenAI-compatible endpoint, without ``/v1``."""
     model: str = ""
-    """What the endpoint calls the model; empty: the level's name. Replies must name it too."""
+    """What the endpoint calls the model; empty: its only model, or the level's name. Replies must name it too."""
     api_key: str = field(default="", repr=False)
     """Sent to the endpoint as a bearer token."""
     sha256: str = ""
