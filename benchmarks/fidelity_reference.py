@@ -71,6 +71,7 @@ def main() -> int:
     parser.add_argument("--effort", default="good")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--keep", type=Path, help="folder in which a killed run leaves its states and finds them")
+    parser.add_argument("--exact", action="store_true", help="leave activations unrounded, unlike llama.cpp")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     absent = [path for path in (options.model, options.text, options.calibrate) if path and not path.exists()]
@@ -93,7 +94,14 @@ def main() -> int:
         candidates = made_candidates(
             source, levels, importance=importance, effort=options.effort, threads=options.threads
         )
-        found = walk(source, candidates, windows, threads=options.threads, keep=options.keep)
+        found = walk(
+            source,
+            candidates,
+            windows,
+            threads=options.threads,
+            keep=options.keep,
+            engine_rounding=not options.exact,
+        )
         seconds, peak = time.perf_counter() - started, peak_bytes()
     tokens = found[0].tokens
     print(f"{len(windows)} windows, {tokens} scored tokens, reference perplexity {found[0].ppl_reference:.2f}")

@@ -18,6 +18,7 @@ from bitladder.describe.windows import Window
 from bitladder.engines.head import HeadInput, TokenScores, compare
 from bitladder.engines.layers import LayeredModel, inference
 from bitladder.engines.resume import Checkpoint, walk_key
+from bitladder.engines.rounding import round_inputs, rounded_input
 from bitladder.engines.states import Batch, Shelf, States, batches_of
 from bitladder.engines.weights import LevelWeights
 from bitladder.formats.roles import OUTPUT_NORM
@@ -56,9 +57,11 @@ class Ladder:
         state_bytes: int,
         spill: Path | None = None,
         keep: Path | None = None,
+        engine_rounding: bool = False,
     ) -> None:
         """``state_bytes``: hidden states beyond this go to a file in ``spill``. ``keep``: a folder in which a
-        killed pass leaves its states, and finds them."""
+        killed pass leaves its states, and finds them. ``engine_rounding``: round inputs as llama.cpp does."""
+        self._rounding = engine_rounding
         self.model, self.weights, self.windows = model, weights, windows
         self.batches = batches_of(windows)
         self._shelf = Shelf(self.batches, model.model.dims.n_embd, budget_bytes=state_bytes, folder=spill)
@@ -91,7 +94,8 @@ class Ladder:
 
     def _key(self) -> str:
         tensors = [tensor.name for tensor in self.model.model.tensors]
-        return walk_key(self.weights, tensors, [window.tokens.tobytes() for window in self.windows])
+        windows = [window.tokens.tobytes() for window in self.windows]
+        return walk_key(self.weights, tensors, [*windows, b"rounded" if self._rounding else b"exact"])
 
     def _resumed(self) -> tuple[int, list[_Group]] | None:
         """Where a killed pass over the same models and windows was: the layer to go on with, and its
@@ -127,6 +131,8 @@ class Ladder:
             # The last part to go may overwrite the states that all parts start from.
             states = group.states if number == len(parts) - 1 else self._shelf.take()
             block = self.model.layer(layer, self.weights[members[0]])
+            if self._rounding:
+                round_inputs(block, self.model.family, layer, self.weights[members[0]].qtype)
             for batch in self.batches:
                 states.put(batch, self.model.run(block, layer, group.states.get(batch).to(self.model.device)))
             del block  # before the next is built: one layer of weights at a time
@@ -190,4 +196,7 @@ class Ladder:
             weights.forget(output)
             return slice_of_output
 
-        return HeadInput(torch.cat(kept), weights.identity(output), rows)
+        states_at_head = torch.cat(kept)
+        if self._rounding:
+            states_at_head = rounded_input(states_at_head, weights.qtype(output))
+        return HeadInput(states_at_head, weights.identity(output), rows)

@@ -28,7 +28,10 @@ class LevelWeights(Protocol):
         """A tensor in its numpy shape, or f32[rows, columns] of some of its (flattened) rows."""
 
     def identity(self, name: str) -> Hashable:
-        """Equal for tensors with equal weights."""
+        """Equal for tensors with equal weights of equal type."""
+
+    def qtype(self, name: str) -> str:
+        """The type in which the tensor is stored at this level."""
 
     def forget(self, name: str) -> None:
         """The tensor will not be read again in whole: what was kept of it can go."""
@@ -67,6 +70,10 @@ class FileWeights:
             self._digests[name] = hashlib.blake2b(self.file.raw(name).data, digest_size=16).digest()
             self.file.release(name)
         return self.file.info(name).qtype, self._digests[name]
+
+    def qtype(self, name: str) -> str:
+        """As the file's header says."""
+        return self.file.info(name).qtype
 
     def forget(self, name: str) -> None:
         """Give the mapped pages back to the system."""
@@ -155,6 +162,10 @@ class MadeWeights:
         """What the bytes depend on, or the source's own identity."""
         qtype = self._qtypes.get(name)
         return self._source.identity(name) if qtype is None else self._quantizer.identity(name, qtype)
+
+    def qtype(self, name: str) -> str:
+        """What the recipe says, or the source's own."""
+        return self._qtypes.get(name) or self._source.qtype(name)
 
     def forget(self, name: str) -> None:
         """Drop what the quantizer keeps of a tensor."""

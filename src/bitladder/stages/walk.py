@@ -134,6 +134,7 @@ def walk(
     state_bytes: int = GiB,
     spill: Path | None = None,
     keep: Path | None = None,
+    engine_rounding: bool = False,
 ) -> list[Fidelity]:
     """Compare levels with their source on the same tokens, in one pass.
 
@@ -149,6 +150,8 @@ def walk(
         spill: see ``state_bytes``.
         keep: a folder in which a killed walk leaves its hidden states; a walk of the same levels over the
             same text goes on from there, and removes them at its end.
+        engine_rounding: round every matrix's inputs as llama.cpp does on the CPU (``engines/rounding.py``),
+            so that figures are the engine's; otherwise they are what the weights alone cost.
 
     Returns:
         One record per candidate, in order.
@@ -160,7 +163,7 @@ def walk(
     """
     scores = token_scores(
         source, candidates, windows, progress=progress, device=device, threads=threads,
-        state_bytes=state_bytes, spill=spill, keep=keep,
+        state_bytes=state_bytes, spill=spill, keep=keep, engine_rounding=engine_rounding,
     )  # fmt: skip
     return [
         fidelity(candidate.level, own, scores[0], windows)
@@ -179,6 +182,7 @@ def token_scores(
     state_bytes: int = GiB,
     spill: Path | None = None,
     keep: Path | None = None,
+    engine_rounding: bool = False,
 ) -> list[TokenScores]:
     """Scores of every scored token, windows in the caller's order, of the reference and then of each
     candidate.
@@ -189,7 +193,10 @@ def token_scores(
     reference = FileWeights(source, threads=threads)
     model = LayeredModel(source.model, reference, device=device)
     weights: list[LevelWeights] = [reference, *(candidate.weights for candidate in candidates)]
-    return Ladder(model, weights, windows, state_bytes=state_bytes, spill=spill, keep=keep).run(progress)
+    ladder = Ladder(
+        model, weights, windows, state_bytes=state_bytes, spill=spill, keep=keep, engine_rounding=engine_rounding
+    )
+    return ladder.run(progress)
 
 
 def _check_tokens(windows: Sequence[Window], n_vocab: int) -> None:
