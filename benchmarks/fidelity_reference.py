@@ -1,16 +1,15 @@
 """Claim: levels made here lose no more than llama-quantize's own, under 2.5 GB, the whole ladder in one pass.
 
-    scripts/bench fidelity_reference --model reference-f16.gguf --text wikitext2-test.txt [--levels
-    Q4_K_M,...]
-                                     [--calibrate wikitext2-valid.txt] [--effort good] [--threads 2] [--json
-                                     FILE]
+    scripts/bench fidelity_reference --model reference-f16.gguf --text wikitext2-test.txt
+        [--levels Q4_K_M,...] [--calibrate wikitext2-valid.txt] [--effort good] [--exact]
+        [--threads 2] [--keep DIR] [--json FILE]
 
 Walks the reference model (made by make_reference.py of the reference material) over the first 30,000 bytes of
 WikiText-2's test part, in windows of 512 tokens whose second halves are scored, and prints mean KL, top-1
 agreement and perplexity beside what llama.cpp b11434 gives for files of its own llama-quantize on the same
 tokens. With ``--calibrate`` an importance matrix is gathered from the first 120,000 bytes of that text, as
-llama-imatrix was there. Peak memory is this process's. Model and texts are not shipped; without them there is
-nothing to run.
+llama-imatrix was there. Activations are rounded as llama.cpp rounds them, unless ``--exact``. Peak memory is
+this process's. Model and texts are not shipped; without them there is nothing to run.
 """
 
 import argparse
