@@ -22,14 +22,17 @@ from bitladder.records.fidelity import Fidelity
 from bitladder.records.plan import Plan
 from bitladder.records.run import RunRecord
 from bitladder.steps.calibrated import AUTO, importance_of
+from bitladder.steps.help import criteria_help
 from bitladder.steps.journal import Journal, Say
 from bitladder.steps.measured import answers, documents, fidelities
 from bitladder.units import human_bytes
 
 if TYPE_CHECKING:
+    from bitladder.describe.criteria import Context
     from bitladder.describe.machine import Machine
     from bitladder.describe.text import Document
     from bitladder.describe.workload import Workload
+    from bitladder.engines.endpoint import EndpointSettings
     from bitladder.files.gguf import GgufFile
     from bitladder.kernels import Effort
     from bitladder.records.evaluation import LevelAnswers
@@ -54,6 +57,10 @@ class RunSettings:
     effort: Effort = "good"
     imatrix: str = AUTO
     """A file, ``auto`` (made from the calibration text that ships) or ``none``."""
+    judge: EndpointSettings | None = None
+    """The judge model, for workloads that ask one."""
+    trust_python: bool = False
+    """Whether functions that the workload names may run."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,10 @@ def run(settings: RunSettings, progress: Progress, *, say: Say = lambda _: None)
     journal = Journal(say)
 
     with ExitStack() as stack:
+        helpers = criteria_help(
+            workload, (settings.workload or Path()).parent, judge=settings.judge, trust_python=settings.trust_python
+        )
+        context = stack.enter_context(helpers)
         with journal.timed("fetch"):
             found = resolve(settings.model, progress)
             source = stack.enter_context(GgufFile.open(found.path))
@@ -105,7 +116,7 @@ def run(settings: RunSettings, progress: Progress, *, say: Say = lambda _: None)
         with journal.timed("walk"):
             fidelities = _measured(source, built, texts, recorded, journal, progress)
         with journal.timed("workload"):
-            reference, *levels = _asked(source, built, workload, recorded, settings, journal, progress)
+            reference, *levels = _asked(source, built, workload, recorded, settings, journal, progress, context)
         results = [compare(reference, level, workload) for level in levels]
 
         decision = decide(
@@ -236,6 +247,7 @@ def _asked(
     settings: RunSettings,
     journal: Journal,
     progress: Progress,
+    context: Context,
 ) -> list[LevelAnswers]:
     """The workload through the real engine: the source first, then every level."""
     from bitladder.stages.evaluate import judge_answers, level_answers
@@ -251,7 +263,7 @@ def _asked(
         replies, speed, stored = answers(
             subject, path, workload, recorded, n_ctx=settings.n_ctx, threads=settings.threads
         )
-        said = judge_answers(workload, replies, reference=asked[0].answers if asked else None)
+        said = judge_answers(workload, replies, reference=asked[0].answers if asked else None, context=context)
         asked.append(level_answers(subject.level, said, speed))
         reused += [subject.level] if stored else []
     progress("workload", len(paths), len(paths))

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from bitladder.cli.build import ALL_CORES, DEFAULT_CTX, Context, Importance, Threads, split_levels
-from bitladder.cli.judge import Bar, Texts, WorkloadFile
+from bitladder.cli.judge import Bar, JudgeKey, JudgeModel, JudgeUrl, Texts, TrustPython, WorkloadFile, judge_named
 from bitladder.cli.terminal import JsonFlag, ModelArgument, print_json, progress_display, say, verb
 
 workload_app = typer.Typer(name="workload", help="Your inputs and criteria: start, check or import a file.")
@@ -27,6 +27,10 @@ def gate(
     imatrix: Importance = "auto",
     junit: Annotated[Path | None, typer.Option("--junit", help="Write the verdicts as JUnit XML.")] = None,
     threads: Threads = ALL_CORES,
+    judge: JudgeUrl = None,
+    judge_model: JudgeModel = "",
+    judge_key_env: JudgeKey = "",
+    trust_python: TrustPython = False,
     json_output: JsonFlag = False,
 ) -> None:
     """Exit 0 when every level holds the bar, 4 when one does not, 5 when the evidence cannot tell."""
@@ -46,6 +50,8 @@ def gate(
         out=out,
         threads=threads,
         imatrix=imatrix,
+        judge=judge_named(judge, judge_model, judge_key_env),
+        trust_python=trust_python,
     )
     with progress_display(quiet=json_output) as progress:
         record = run_pipeline(settings, progress, say=say).record

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from bitladder.cli.build import ALL_CORES, DEFAULT_CTX, Context, Importance, Levels, Threads, effort_named, split_levels
 from bitladder.cli.terminal import JsonFlag, ModelArgument, print_json, progress_display, say, verb
 from bitladder.errors import BarNotMet
+
+if TYPE_CHECKING:
+    from bitladder.engines.endpoint import EndpointSettings
 
 Texts = Annotated[
     list[Path] | None,
@@ -18,6 +21,22 @@ Texts = Annotated[
 
 WorkloadFile = Annotated[Path | None, typer.Option("--workload", help="Your inputs and criteria (YAML or JSON lines).")]
 Bar = Annotated[str | None, typer.Option("--bar", help="The quality a level must hold, like 'kl < 0.05'.")]
+
+JudgeUrl = Annotated[
+    str | None, typer.Option("--judge", metavar="URL", help="OpenAI-compatible endpoint of a judge model.")
+]
+JudgeModel = Annotated[str, typer.Option("--judge-model", help="The judge, as its endpoint names it.")]
+JudgeKey = Annotated[str, typer.Option("--judge-key-env", help="Environment variable with the endpoint's key.")]
+TrustPython = Annotated[
+    bool, typer.Option("--trust-python", help="Let functions that the workload names run. They can do anything.")
+]
+
+
+def judge_named(url: str | None, model: str, key_env: str) -> EndpointSettings | None:
+    """The judge's endpoint; None when no judge was asked for."""
+    from bitladder.engines.endpoint import EndpointSettings
+
+    return EndpointSettings(url, model=model, key_env=key_env) if url else None
 
 
 @verb
@@ -34,6 +53,10 @@ def run(
     ] = None,
     imatrix: Importance = "auto",
     threads: Threads = ALL_CORES,
+    judge: JudgeUrl = None,
+    judge_model: JudgeModel = "",
+    judge_key_env: JudgeKey = "",
+    trust_python: TrustPython = False,
     json_output: JsonFlag = False,
 ) -> None:
     """Walk a model down the ladder: plan, build, measure, test, decide, report."""
@@ -51,6 +74,8 @@ def run(
         out=out,
         threads=threads,
         imatrix=imatrix,
+        judge=judge_named(judge, judge_model, judge_key_env),
+        trust_python=trust_python,
     )
     with progress_display(quiet=json_output) as progress:
         result = run_pipeline(settings, progress, say=say)
