@@ -71,6 +71,7 @@ def test_the_model_of_an_endpoint_is_found_and_asked_for_by_its_name(models, nam
     assert asked[0]["model"] == sent
     assert asked[0]["authorization"] == "Bearer sk-upstream"
     assert reply.headers["x-bitladder-file-sha256"] == "unknown"
+    assert reply.headers["x-bitladder-reason"] == "auto: one level serves everything"
     assert any("lists no models" in note for note in notes) is (not models)
 
 

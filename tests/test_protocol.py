@@ -33,7 +33,7 @@ def test_members_are_what_json_reads_and_where_it_reads_them(document, indent, a
     assert all(json.loads(text[member.start : member.end]) == member.value for member in found.values())
 
 
-@given(st.dictionaries(st.text(), VALUES, max_size=4), st.sampled_from([None, 1]))
+@given(st.dictionaries(st.text().map("x{}".format), VALUES, max_size=4), st.sampled_from([None, 1]))
 def test_setting_values_changes_nothing_else(extra, indent):
     document = {**extra, "model": "auto", "messages": [{"role": "user", "content": "x"}], "stream": False}
     body = json.dumps(document, indent=indent).encode()

@@ -4,6 +4,7 @@ import asyncio
 import json
 import math
 import random
+from collections import deque
 
 from bitladder.serve.protocol import parse_request
 from bitladder.serve.settings import Shadow
@@ -53,16 +54,17 @@ def test_the_alarm_rings_when_even_the_upper_end_is_under_the_bar_and_stops_agai
     async def run() -> None:
         async with gateway(says("a", "Q8_0"), says("b", "Q4_K_M"), shadow=Shadow(1.0, bar=0.8)) as (client, deployment):
             shadow = deployment.shadow
+            shadow._same = deque(maxlen=50)  # the last comparisons, fewer than usual to be quicker
             assert math.isnan(shadow.agreement)
             for same in [True] * 12 + [False] * 3:
-                shadow.count(same)
+                await shadow.count(same)
             assert not shadow.alarm  # 12 of 15: as promised
-            for _ in range(40):
-                shadow.count(False)
+            for _ in range(30):
+                await shadow.count(False)
             assert shadow.alarm and shadow.high < 0.8
             assert "bitladder_shadow_alarm 1.0" in (await client.get("/metrics")).text
-            for _ in range(200):
-                shadow.count(True)
+            for _ in range(50):
+                await shadow.count(True)
             assert not shadow.alarm
 
     asyncio.run(run())

@@ -197,8 +197,6 @@ async def _serve(
             timeout_keep_alive=75,
             timeout_graceful_shutdown=max(1, round(settings.drain_s)),
         )
-        for note in deployment.notes:
-            log.info("note", extra={"note": note})
         if on_ready is not None:
             host, port = listener.getsockname()[:2]
             on_ready(f"http://{f'[{host}]' if ':' in host else host}:{port}", deployment)

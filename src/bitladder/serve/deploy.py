@@ -166,7 +166,7 @@ def _notes(settings: ServeSettings, specs: list[TierSpec], turns: Turns | None) 
             f"The levels need {needed} together and {human_bytes(settings.memory_budget_bytes)} are allowed: "
             "they take turns in memory, and each change costs a model load."
         )
-    if settings.auto.because and (settings.auto.fixed or not settings.auto.tags):
+    if settings.speed not in (None, settings.quality) and (settings.auto.fixed or not settings.auto.tags):
         target = settings.auto.fixed or QUALITY
         notes.append(f"`auto` uses the {target} tier for everything: {settings.auto.because}.")
     return notes

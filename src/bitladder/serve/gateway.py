@@ -29,7 +29,7 @@ from bitladder.serve.limits import read_body, send_refusal
 from bitladder.serve.metrics import Metrics, Record
 from bitladder.serve.protocol import CHAT, EMBEDDINGS, Refused, Request, parse_request
 from bitladder.serve.relay import Answer, judge, read_answer
-from bitladder.serve.router import QUALITY, SPEED, Choice, Features, choose
+from bitladder.serve.router import QUALITY, SPEED, AutoRule, Choice, Features, choose
 from bitladder.serve.settings import ServeSettings
 from bitladder.serve.tiers import Tier
 from bitladder.serve.watch import ClientGone, PhaseTimeout, Watch, Watchman
@@ -69,6 +69,8 @@ class Gateway:
         self._settings = settings
         self._by_name: Mapping[str, Tier] = {name: tier for tier in tiers for name in tier.names}
         self._levels = frozenset(tier.spec.level.lower() for tier in tiers)
+        alone = QUALITY in self._by_name and self._by_name[QUALITY] is self._by_name.get(SPEED)
+        self._auto = AutoRule(fixed=QUALITY, because="one level serves everything") if alone else settings.auto
         self._metrics = metrics
         self._watchman = watchman
         self._sample = sample
@@ -134,7 +136,7 @@ class Gateway:
                 tags = value.decode("latin-1")
         split = tuple(tag.strip() for tag in tags.split(",")[:_MAX_TAGS] if tag.strip())
         features = Features(request.model, header, split, key, request.path, lambda: request.asked)
-        choice = choose(features, self._levels, self._settings.rules, self._settings.auto)
+        choice = choose(features, self._levels, self._settings.rules, self._auto)
         if choice is None or choice.tier not in self._by_name:
             names = ", ".join(sorted({"auto", *self._by_name}))
             asked = (header or request.model)[:80]

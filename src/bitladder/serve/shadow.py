@@ -75,14 +75,15 @@ class ShadowMode:
             self._failed += 1
             log.warning("shadow request failed", extra={"found": str(error)})
             return
-        self.count(answers[0] == answers[1])
+        await self.count(answers[0] == answers[1])
 
-    def count(self, same: bool) -> None:
+    async def count(self, same: bool) -> None:
         """Add one comparison, and look at the agreement again."""
         self._same.append(float(same))
         self._compared += 1
         self._metrics.shadowed.labels(str(same).lower()).inc()
-        self.low, self.high = confidence_sequence(list(self._same))
+        # Milliseconds of arithmetic, which must not hold up streams.
+        self.low, self.high = await asyncio.to_thread(confidence_sequence, list(self._same))
         alarm = self.high < self._settings.bar
         if alarm != self.alarm:
             told = {"agreement": self.agreement, "high": self.high, "bar": self._settings.bar}
