@@ -208,11 +208,12 @@ def solve_block(state: Any, n: Any, d: Any, dmin: Any, free: Any) -> Any:
     r = reciprocal(det)
     alone_d, alone_m = where(a22 > zero, d, b1 * reciprocal(a11)), where(a11 > zero, dmin, b2 * reciprocal(a22))
     new_d = where(sound, (a22 * b1 - a12 * b2) * r, alone_d)
-    new_m = where(sound, (a11 * b2 - a12 * b1) * r, alone_m)
-    new_d = where(new_d > zero, new_d, d)
+    new_d = to_f16(where(new_d > zero, new_d, d))
+    # dmin for the d that is stored: a weight of overwhelming importance stays exact but for one rounding
+    new_m = where(sound, (b2 - a12 * new_d) * reciprocal(a22), alone_m)
     if not free:
         new_m = where(new_m > zero, new_m, zero)
-    return to_f16(new_d), to_f16(new_m)
+    return new_d, to_f16(new_m)
 
 
 @helper

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from bitladder.formats.blocks import QTYPES
-from bitladder.kernels import affine, decode, lanes, scale
+from bitladder.kernels import affine, decode, lanes, pack, scale
 from bitladder.kernels.rows import AFFINE, SCALE, Effort, Row, Search, affine_search, scale_search
 
 CHUNK_WEIGHTS = 1 << 24
@@ -170,14 +170,14 @@ def _affine(row: Row, look: Search, x: Tile, w: Tile, tile: Tile) -> None:
     device = x[0].device
     top = torch.tensor(float(row.high), device=device)
     state, codes = _empty(affine.ROWS * row.parts, x[0]), _empty(len(x.rows), x[0])
-    steps = affine.search_block, affine.write_codes, affine.pack_affine
-    search, write, pack = (_retargeted(step, device) for step in steps)
+    steps = affine.search_block, affine.write_codes, pack.pack_affine
+    search, write, to_bytes = (_retargeted(step, device) for step in steps)
     d, dmin = search(
         x, w, state, n, row.size, top, row.scale_high,
         look.starts, look.rounds, look.trials, look.passes, look.reach, look.guard,
     )  # fmt: skip
     write(x, state, n, row.size, d, dmin, top, codes)
-    pack(row.pack, codes, state[affine.WHOLE_D * n :], state[affine.WHOLE_M * n :], d, dmin, tile)
+    to_bytes(row.pack, codes, state[affine.WHOLE_D * n :], state[affine.WHOLE_M * n :], d, dmin, tile)
 
 
 def _scale(row: Row, look: Search, x: Tile, w: Tile, tile: Tile) -> None:
@@ -186,14 +186,14 @@ def _scale(row: Row, look: Search, x: Tile, w: Tile, tile: Tile) -> None:
     device = x[0].device
     low, high = (torch.tensor(float(code), device=device) for code in (row.low, row.high))
     state, codes = _empty(scale.ROWS * row.parts, x[0]), _empty(len(x.rows), x[0])
-    steps = scale.search_block, scale.write_codes, scale.pack_scale
-    search, write, pack = (_retargeted(step, device) for step in steps)
+    steps = scale.search_block, scale.write_codes, pack.pack_scale
+    search, write, to_bytes = (_retargeted(step, device) for step in steps)
     d = search(
         x, w, state, n, row.size, low, high, row.table, row.scale_low, row.scale_high,
         look.starts, look.rounds, look.trials, look.passes, look.reach, look.guard,
     )  # fmt: skip
     write(x, state, n, row.size, d, low, high, row.table, codes)
-    pack(row.pack, codes, state[scale.WHOLE * n :], d, tile)
+    to_bytes(row.pack, codes, state[scale.WHOLE * n :], d, tile)
 
 
 def dequantize(data: torch.Tensor, qtype: str) -> torch.Tensor:

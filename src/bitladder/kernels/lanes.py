@@ -9,6 +9,7 @@ Types: ``Lanes`` is <16 x float>, ``Mask`` is <16 x i1>. In numba functions: ``+
 ``Lanes``, ``&`` between two ``Mask``, and the functions below. Arrays are one-dimensional and contiguous; indices
 count elements and are not checked.
 """
+# mypy: disable-error-code="no-untyped-call,import-untyped,misc"
 # ruff: noqa: ARG001 the first argument of an intrinsic is the typing context
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ LANES = 16
 
 # what these decorators make is called from compiled code with fewer arguments than Python sees
 intrinsic: Any = _intrinsic
+_njit: Any = nb.njit
 cgutils: Any = _cgutils
 
 _F32 = ir.FloatType()
@@ -42,14 +44,14 @@ _VI = ir.VectorType(_I32, LANES)
 _VB = ir.VectorType(ir.IntType(1), LANES)
 
 
-class LanesType(types.Type):  # type: ignore[misc]
+class LanesType(types.Type):
     """<16 x float>."""
 
     def __init__(self) -> None:
         super().__init__(name="Lanes")
 
 
-class MaskType(types.Type):  # type: ignore[misc]
+class MaskType(types.Type):
     """<16 x i1>."""
 
     def __init__(self) -> None:
@@ -61,13 +63,13 @@ mask_type = MaskType()
 
 
 @register_model(LanesType)
-class _LanesModel(models.PrimitiveModel):  # type: ignore[misc]
+class _LanesModel(models.PrimitiveModel):
     def __init__(self, manager: Any, fe_type: Any) -> None:
         super().__init__(manager, fe_type, _VF)
 
 
 @register_model(MaskType)
-class _MaskModel(models.PrimitiveModel):  # type: ignore[misc]
+class _MaskModel(models.PrimitiveModel):
     def __init__(self, manager: Any, fe_type: Any) -> None:
         super().__init__(manager, fe_type, _VB)
 
@@ -78,7 +80,7 @@ class _MaskModel(models.PrimitiveModel):  # type: ignore[misc]
 def _define(op: Callable[..., Any], operand: Any, result: Any, emit: Callable[[Any, Any, Any], Any]) -> None:
     """Teach numba ``op(operand, operand) -> result``."""
 
-    class Template(ConcreteTemplate):  # type: ignore[misc]
+    class Template(ConcreteTemplate):
         cases = [signature(result, operand, operand)]  # noqa: RUF012 numba reads a class attribute
 
     infer_global(op)(Template)
@@ -347,7 +349,7 @@ def store_transposed(typingctx: Any, tile: Any, index: Any, target: Any, starts:
 
 _OPTIONS = {"nogil": True, "error_model": "numpy"}
 
-helper: Any = nb.njit(**_OPTIONS, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+helper: Any = _njit(**_OPTIONS, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 """Compiles a function that only kernels call."""
 
 
@@ -357,7 +359,7 @@ def kernel(function: Callable[..., Any]) -> Any:
     numba takes a stored function for current as long as the file it stands in is unchanged, whatever it calls. A
     kernel is made of helpers of several files, so here its stamp is a digest of all of them.
     """
-    compiled = nb.njit(**_OPTIONS, cache=True)(function)
+    compiled = _njit(**_OPTIONS, cache=True)(function)
     compiled._cache._cache_file._source_stamp = _stamp()
     return compiled
 
