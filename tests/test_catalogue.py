@@ -8,7 +8,7 @@ from bitladder.files.folders import data_folder
 from bitladder.plan.advice import ENGINES, Situation, advise, slow_paths
 from bitladder.plan.inverse import GpuKind, gpus_needed
 from bitladder.plan.launch import launch
-from bitladder.plan.placement import VRAM_MARGIN, Placement, Wish
+from bitladder.plan.placement import VRAM_MARGIN, Placement, Wish, place
 from bitladder.plan.preflight import JobNeed, quantize_need, require, walk_need
 from bitladder.plan.search import MachineRates, largest_context, what_would_give
 from bitladder.stages.search import (
@@ -175,9 +175,11 @@ class TestSearch:
         machine, _ = described("16 GiB")
         row = candidate_of(catalogue.model_named("Llama-3.1-8B-Instruct"))
         level = next(level for level in row.levels if level.level == "Q4_K_M")
-        longest = largest_context(row, level, machine, Wish())
+        longest = largest_context(row.model, level, machine, Wish())
         assert 8192 < longest < 131072
-        assert longest % 256 == 0
+        assert place(row.model, level, machine, Wish(longest)).kind == "cpu"
+        assert place(row.model, level, machine, Wish(longest + 256)).kind == "none"
+        assert largest_context(row.model, row.levels[0], machine, Wish()) == 0
 
     def test_a_ladder_has_every_level(self):
         machine, rates = described("16 GiB")

@@ -142,6 +142,15 @@ def test_what_is_placed_is_all_there_is():
         assert 0 < beside < 2 * placement.compute_bytes + 150 * MiB, placement
 
 
+def test_experts_in_ram_are_counted_there():
+    model, size = size_of(MIXTRAL, "Q4_K_M")
+    whole = size.total + place(model, size, machine(64), Wish(4096)).kv_bytes
+    placement = place(model, size, machine(64, 12), Wish(4096))
+    assert placement.ram_bytes > size.of("experts") * placement.n_cpu_experts / 32
+    beside = placement.total_bytes - whole
+    assert 0 < beside < 2 * placement.compute_bytes + 150 * MiB
+
+
 def test_unified_memory_is_counted_once():
     mac = Machine("M", 8, (), 16 * GiB, 12 * GiB, 1 << 40, (Gpu("M", 12 * GiB, 12 * GiB),), unified=True)
     model, size = size_of(LLAMA_8B, "Q8_0")

@@ -27,6 +27,43 @@ def test_sizes_from_dimensions_are_llama_quantizes(name, level):
     assert planned / MiB == pytest.approx(row["levels"][level]["mib"], abs=HALF_A_STEP)
 
 
+PLAIN = "attn_norm attn_q attn_k attn_v attn_output ffn_norm ffn_gate ffn_up ffn_down"
+LATENT = {"kv_rank": 8, "q_rank": 8, "qk_nope": 4, "qk_rope": 4, "v_head": 4}
+EXPERTS = {"n_expert": 4, "n_expert_used": 2, "n_ff_expert": 32}
+# What a layer of each family has, as llama.cpp loads it (it refuses a file with more or fewer).
+LAYERS = {
+    "llama": PLAIN,
+    "granite": PLAIN,
+    "gemma": PLAIN,
+    "qwen2": PLAIN,
+    "qwen3": PLAIN + " attn_q_norm attn_k_norm",
+    "gemma2": PLAIN + " post_attention_norm post_ffw_norm",
+    "gemma3": PLAIN + " attn_q_norm attn_k_norm post_attention_norm post_ffw_norm",
+    "olmo2": "attn_q attn_k attn_v attn_output attn_q_norm attn_k_norm post_attention_norm post_ffw_norm "
+    "ffn_gate ffn_up ffn_down",
+    "command-r": "attn_norm attn_q attn_k attn_v attn_output ffn_gate ffn_up ffn_down",
+    "phi3": "attn_norm attn_qkv attn_output ffn_norm ffn_up ffn_down",
+    "qwen3moe": "attn_norm attn_q attn_k attn_v attn_output attn_q_norm attn_k_norm ffn_norm ffn_gate_inp "
+    "ffn_gate_exps ffn_up_exps ffn_down_exps",
+    "deepseek2": "attn_norm attn_q_a attn_q_a_norm attn_q_b attn_kv_a_mqa attn_kv_a_norm attn_k_b attn_v_b attn_output "
+    "ffn_norm ffn_gate_inp ffn_gate_exps ffn_up_exps ffn_down_exps",
+    "gpt-oss": "attn_norm attn_q attn_k attn_v attn_output attn_sinks post_attention_norm ffn_gate_inp ffn_gate_exps "
+    "ffn_up_exps ffn_down_exps",
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tensors_of_a_layer(family):
+    mixture = EXPERTS if "exps" in LAYERS[family] else {}
+    shape = Shape("x", family, 1, 64, 128, 4, 2, 100, 512, **mixture, **(LATENT if family == "deepseek2" else {}))
+    names = [t.name for t in model_of(shape).tensors if t.name.startswith("blk.0.")]
+    weights = {name.removeprefix("blk.0.").removesuffix(".weight") for name in names if name.endswith(".weight")}
+    assert weights == set(LAYERS[family].split())
+    biases = {"qwen2": 3, "gpt-oss": 8}
+    assert sum(name.endswith(".bias") for name in names) == biases.get(family, 0)
+    assert len(names) == len(set(names))
+
+
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 16, "hidden_size": 2048, "intermediate_size": 8192,
     "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072,

@@ -86,6 +86,10 @@ def _show_plan(made: ModelPlan, request: Request, json_output: bool) -> None:
         print("Ready in the repository: " + "; ".join(offer_line(offer) for offer in made.offers))
     if made.pair:
         print(f"Pair: {made.pair.reason}.")
+    if made.advice:
+        print(f"Format: {made.advice.format} for {', '.join(made.advice.engines)}: {made.advice.reason}.")
+    for warning in made.slow:
+        say(f"! {warning}.")
     if made.launch:
         print(made.launch.command)
         if made.launch.file_text:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from bitladder.errors import BadFile, BadInput
-from bitladder.units import human_bytes
 
 DTYPE_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
@@ -127,9 +126,7 @@ def list_shards(folder: Path) -> tuple[Path, ...]:
                 do="Fetch the missing files.",
             )
         return tuple(folder / name for name in names)
-    found = tuple(
-        sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("adapter_"))
-    )
+    found = tuple(sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("adapter_")))
     if found:
         return found
     pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
@@ -213,10 +210,3 @@ def _broken(where: str | os.PathLike[str], found: str) -> BadFile:
         means="The file was cut short on its way or is not what its name says.",
         do="Fetch it again and compare its size.",
     )
-
-
-def checkpoint_summary(checkpoint: Checkpoint) -> str:
-    """One line for people: architecture, tensors, bytes."""
-    names = checkpoint.config.get("architectures") or ["unknown architecture"]
-    size = human_bytes(checkpoint.nbytes)
-    return f"{names[0]}, {len(checkpoint.tensors)} tensors, {size} in {len(checkpoint.shards)} files"

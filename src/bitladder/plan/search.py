@@ -179,16 +179,25 @@ def what_would_give(
     return f"speed: {row.speed.decode.value:.1f} tokens/s where {least_decode:.1f} are wanted"
 
 
-def largest_context(candidate: Candidate, level: LevelBytes, machine: Machine, wish: Wish) -> int:
-    """The longest context (a multiple of 256) at which a level fits in the way it fits at 256 tokens; 0 if
-    it never does.
+def largest_context(model: Model, level: LevelBytes, machine: Machine, wish: Wish) -> int:
+    """The longest context (a multiple of 256) at which a level is placed as it is at the wished one; 0 if it does not
+    fit.
     """
-    first = place(candidate.model, level, machine, replace(wish, n_ctx=256))
-    if first.kind == "none":
+    kind = place(model, level, machine, wish).kind
+    if kind == "none":
         return 0
-    low, high = 1, max(1, (candidate.model.dims.n_ctx_train or 1 << 20) // 256)
+    low, high = 0, max(1, (model.dims.n_ctx_train or 1 << 20) // 256)
     while low < high:
         middle = (low + high + 1) // 2
-        trial = place(candidate.model, level, machine, replace(wish, n_ctx=256 * middle))
-        low, high = (middle, high) if trial.kind == first.kind else (low, middle - 1)
+        trial = place(model, level, machine, replace(wish, n_ctx=256 * middle))
+        low, high = (middle, high) if trial.kind in _AS_GOOD[kind] else (low, middle - 1)
     return 256 * low
+
+
+_AS_GOOD = {
+    "gpu": {"gpu"},
+    "experts in RAM": {"gpu", "experts in RAM"},
+    "split": {"gpu", "experts in RAM", "split"},
+    "cpu": {"gpu", "experts in RAM", "split", "cpu"},
+}
+"""Placement -> those that are as fast or faster."""

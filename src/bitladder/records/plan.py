@@ -54,6 +54,8 @@ class LevelPlan:
     ram_bytes: int = 0
     speed: Speed | None = None
     """None where no rates are known or nothing fits."""
+    longest_ctx: int = 0
+    """Tokens of context up to which it is placed no worse than this."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from bitladder.errors import UsageError
 from bitladder.formats.recipes import LEVELS, level_named
 from bitladder.plan.cost import level_size
 from bitladder.plan.placement import Wish, describe_placement, place, usable_ram, usable_vram
-from bitladder.plan.search import N_PROMPT, MachineRates, shares_of
+from bitladder.plan.search import N_PROMPT, MachineRates, largest_context, shares_of
 from bitladder.plan.speed import anchor_factor, predict
 from bitladder.records.plan import LevelPlan, Plan
 
@@ -67,6 +67,7 @@ def make_plan(
                 vram_bytes=placement.vram_bytes,
                 ram_bytes=placement.ram_bytes,
                 speed=speed,
+                longest_ctx=largest_context(model, size.by_part, machine, wish),
             )
         )
     return Plan(

@@ -11,7 +11,9 @@ from bitladder.progress import Progress
 from bitladder.steps.calibrated import NONE, importance_of
 
 if TYPE_CHECKING:
+    from bitladder.files.gguf import GgufFile
     from bitladder.kernels import Effort
+    from bitladder.plan.preflight import JobNeed
     from bitladder.records.level_file import LevelFile
     from bitladder.records.run import RunRecord
 
@@ -34,6 +36,7 @@ def quantize_model(
     from bitladder.stages.quantize import quantize_levels
 
     with GgufFile.open(resolve(model, progress).path) as source:
+        require_room(source, levels, threads=threads)
         importance = importance_of(source, imatrix, texts=calibration, threads=threads, progress=progress)
         return quantize_levels(
             source,
@@ -45,6 +48,29 @@ def quantize_model(
             split_max_bytes=split_max_bytes,
             progress=progress,
         )
+
+
+def require_room(source: GgufFile, levels: Sequence[str], *, threads: int) -> JobNeed:
+    """What writing the levels will take; raises NothingFits where memory is too small. (Space is checked by the
+    writer.)
+    """
+    from bitladder.files.probe import probe_machine
+    from bitladder.formats.blocks import QTYPES
+    from bitladder.plan.cost import level_size
+    from bitladder.plan.preflight import quantize_need, require
+
+    machine = probe_machine()
+    work: dict[tuple[str, str], int] = {}
+    for level in levels:
+        for tensor in level_size(source.model, level).tensors:
+            if QTYPES[tensor.qtype].is_quantized:
+                work[tensor.name, tensor.qtype] = tensor.elements  # shared by all levels that want it
+    weights: dict[str, int] = {}
+    for (_, qtype), count in work.items():
+        weights[qtype] = weights.get(qtype, 0) + count
+    need = quantize_need(weights, (), machine, threads=threads)
+    require(need, machine)
+    return need
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from bitladder.describe.machine import Machine
     from bitladder.describe.rates import MeasuredMachine
     from bitladder.files.catalogue import CatalogueModel
+    from bitladder.plan.advice import Advice
     from bitladder.plan.inverse import HardwareNeed
     from bitladder.plan.launch import Launch
     from bitladder.plan.pair import PairPlan
@@ -54,6 +55,10 @@ class ModelPlan:
     offers: tuple[Any, ...]
     pair: PairPlan | None = None
     launch: Launch | None = None
+    advice: Advice | None = None
+    """Which format suits this machine and use."""
+    slow: tuple[str, ...] = ()
+    """Warnings where the launched level would run, but slowly."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +136,7 @@ def plan_model(
         found.offers,
         _pair(found.model, pair, machine, wish) if pair else None,
         _launch(found.model, model, made, engine, machine, wish) if engine else None,
+        *_advice(found.model, made, engine, machine, wish),
     )
 
 
@@ -162,6 +168,22 @@ def _pair(model: Any, levels: Sequence[str], machine: Machine, wish: Wish) -> Pa
         raise UsageError(f"A pair is two levels. Got {len(levels)}.", do="Write --pair Q8_0,Q4_K_M.")
     quality, speed = (level_size(model, level_named(level)).by_part for level in levels)
     return plan_pair(model, quality, speed, machine, wish)
+
+
+def _advice(
+    model: Any, plan: Plan, engine: str | None, machine: Machine, wish: Wish
+) -> tuple[Advice | None, tuple[str, ...]]:
+    """The format for the largest level that fits, and what would be slow about it; nothing where nothing fits."""
+    from bitladder.plan.advice import Situation, advise, slow_paths
+    from bitladder.plan.cost import level_size
+    from bitladder.plan.placement import place
+
+    level = next((level for level in plan.levels if level.fits), None)
+    if level is None:
+        return None, ()
+    placement = place(model, level_size(model, level.level).by_part, machine, wish)
+    advice = advise(Situation(machine, placement, engine or "", wish.n_seq))
+    return advice, tuple(slow_paths(level.level, engine or "", machine))
 
 
 def _launch(model: Any, source: str, plan: Plan, engine: str, machine: Machine, wish: Wish) -> Launch:
