@@ -22,6 +22,13 @@ _COPIED = (
 )  # fmt: skip
 
 
+_GPT2_SPLIT = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+_PRE_TOKENIZERS: dict[str, dict[str, Any]] = {
+    "smollm": {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, _GPT2_SPLIT]},
+}
+"""How text is split before byte pairs are merged, by ``tokenizer.ggml.pre``: where transformers loses it in a GGUF."""
+
+
 @dataclass(frozen=True)
 class Companions:
     """``config`` without any quantization, and the other files by name."""
@@ -51,9 +58,13 @@ def companions_of_folder(folder: Path) -> Companions:
     return Companions(config, files)
 
 
-def companions_of_gguf(path: Path, *, tied: bool) -> Companions:
-    """Configuration and tokenizer that transformers makes of a GGUF file's header. ``tied``: no output matrix
-    of its own.
+def companions_of_gguf(path: Path, *, pre: str, tied: bool) -> Companions:
+    """Configuration and tokenizer that transformers makes of a GGUF file's header.
+
+    Args:
+        path: The file.
+        pre: Its ``tokenizer.ggml.pre``.
+        tied: The model has no output matrix of its own.
 
     Raises:
         BadInput: transformers cannot read this architecture or tokenizer from GGUF.
@@ -74,7 +85,12 @@ def companions_of_gguf(path: Path, *, tied: bool) -> Companions:
             means="It reads fewer architectures and tokenizers from GGUF than llama.cpp does.",
             do="Give the model's original checkpoint folder or hf:org/name; GGUF levels work from this file as it is.",
         ) from error
-    # Keys of transformers' own book-keeping, and with them the path that the file lay at, are nobody's business.
+    if pre in _PRE_TOKENIZERS and "tokenizer.json" in files:
+        tokenizer_json = json.loads(files["tokenizer.json"])
+        tokenizer_json["pre_tokenizer"] = _PRE_TOKENIZERS[pre]
+        files["tokenizer.json"] = json.dumps(tokenizer_json, ensure_ascii=False).encode()
+    # Keys of transformers' own book-keeping, and with them the path that the file lay at, are nobody's
+    # business.
     config = {key: value for key, value in config.items() if not key.startswith("_") and key != "quantization_config"}
     config["architectures"] = config.get("architectures") or [_causal_class(config["model_type"])]
     config["tie_word_embeddings"] = tied

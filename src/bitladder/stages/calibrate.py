@@ -106,7 +106,7 @@ def quantize_checkpoints(
         companions = _companions(source, model, checkpoint)
         walk.run(windows, progress)
         for level, folder in missing.items():
-            report = _report(level, folder, text, time.monotonic() - started)
+            report = _report(level, folder, text, time.monotonic() - started, from_gguf=checkpoint is None)
             digests = {
                 f"{disk_names.LAYERS}{entry.layer}.{linear}": digest
                 for entry in folder.finished()
@@ -233,7 +233,8 @@ def _fingerprint(
 def _companions(source: GgufFile, model: LayeredModel, checkpoint: Path | None) -> Companions:
     if checkpoint is not None:
         return companions_of_folder(checkpoint)
-    return companions_of_gguf(source.path, tied=model.output == model.embedding)
+    pre = str(source.metadata.get("tokenizer.ggml.pre", ""))
+    return companions_of_gguf(source.path, pre=pre, tied=model.output == model.embedding)
 
 
 def _config(companions: Companions, level: CheckpointLevel, model: LayeredModel, dtype: torch.dtype) -> dict[str, Any]:
@@ -256,7 +257,7 @@ def _method_files(level: CheckpointLevel, config: dict[str, Any]) -> dict[str, b
 
 
 def _report(
-    level: CheckpointLevel, folder: CheckpointFolder, text: CalibrationText | None, seconds: float
+    level: CheckpointLevel, folder: CheckpointFolder, text: CalibrationText | None, seconds: float, *, from_gguf: bool
 ) -> CheckpointReport:
     """What was made, before it is put in place."""
     losses = tuple(
@@ -265,6 +266,8 @@ def _report(
         for loss in entry.record["losses"]
     )
     notes = list(serving_notes(level))
+    if from_gguf:
+        notes.append("Tokenizer and configuration were made from the GGUF's header; compare them with the original's.")
     if special := [loss for loss in losses if loss.note]:
         notes.append(
             f"{len(special)} of {len(losses)} linear layers were done differently: "

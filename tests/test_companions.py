@@ -1,0 +1,57 @@
+"""Tokenizer and configuration beside a checkpoint: copied from a folder, made from a GGUF."""
+
+import json
+
+import pytest
+
+from bitladder.errors import BadInput
+from bitladder.files.companions import companions_of_folder, companions_of_gguf, tokenizer_differences
+
+TEXTS = [
+    "In 1984 there were 12345 people.",
+    "x  =  3.14159; // ok\n\n\tfoo_bar()",
+    "Größe: 42 °C, naïve café, 你好",
+    "<|im_start|>user\nHi<|im_end|>",
+]
+
+
+def test_a_folders_files_are_copied_without_its_weights(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "quantization_config": {"bits": 4}}))
+    with pytest.raises(BadInput, match="has no tokenizer"):
+        companions_of_folder(tmp_path)
+    for name in (
+        "tokenizer.json",
+        "chat_template.jinja",
+        "generation_config.json",
+        "model.safetensors",
+        "modeling_x.py",
+    ):
+        (tmp_path / name).write_text(name)
+    found = companions_of_folder(tmp_path)
+    assert found.config == {"model_type": "llama"}
+    assert found.files == {
+        name: name.encode() for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json")
+    }
+
+
+@pytest.mark.model
+def test_a_made_tokenizer_splits_as_the_engine_does(demo_gguf, tmp_path):
+    from tokenizers import Tokenizer
+
+    from bitladder.engines.llama import LlamaServer
+
+    found = companions_of_gguf(demo_gguf, pre="smollm", tied=True)
+    tokenizer = Tokenizer.from_str(found.files["tokenizer.json"].decode())
+    with LlamaServer(demo_gguf, n_ctx=64, threads=1) as engine:
+        for text in TEXTS:
+            assert tokenizer.encode(text).ids == list(engine.tokenize(text, add_special=True))
+    assert found.config["architectures"] == ["LlamaForCausalLM"]
+    assert not [key for key in found.config if key.startswith("_")]
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        for name, content in found.files.items():
+            (tmp_path / folder / name).write_bytes(content)
+        (tmp_path / folder / "config.json").write_text(json.dumps(found.config))
+    assert tokenizer_differences(tmp_path / "one", tmp_path / "two", TEXTS) == []
+    (tmp_path / "two" / "chat_template.jinja").write_text("{{ messages[0]['content'] }}!")
+    assert tokenizer_differences(tmp_path / "one", tmp_path / "two", TEXTS) == TEXTS
