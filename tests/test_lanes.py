@@ -84,3 +84,9 @@ def test_stored_machine_code_is_stamped_with_all_kernel_sources() -> None:
     assert stamp == lanes._stamp()
     assert len(stamp) == 64
     assert {"lanes.py", "pack.py", "affine.py"} <= {p.name for p in Path(lanes.__file__).parent.glob("*.py")}
+
+
+def test_a_kernel_without_a_place_to_store_it_still_compiles() -> None:
+    made: dict = {}
+    exec("def double(x):\n    return x + x", made)  # a function of no file, which numba cannot store
+    assert kernel(made["double"])(21) == 42

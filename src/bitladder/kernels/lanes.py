@@ -359,7 +359,10 @@ def kernel(function: Callable[..., Any]) -> Any:
     numba takes a stored function for current as long as the file it stands in is unchanged, whatever it calls. A
     kernel is made of helpers of several files, so here its stamp is a digest of all of them.
     """
-    compiled = _njit(**_OPTIONS, cache=True)(function)
+    try:
+        compiled = _njit(**_OPTIONS, cache=True)(function)
+    except RuntimeError:  # numba finds no folder it may write to, neither beside the source nor of the user
+        return _njit(**_OPTIONS)(function)
     compiled._cache._cache_file._source_stamp = _stamp()
     return compiled
 
