@@ -3,9 +3,9 @@
     scripts/bench kernel_error [MODEL.gguf] [--imatrix FILE] [--rows 256]
 
 Both sides quantize the same rows of every matrix of an unquantized GGUF, or, without one, bell-shaped, heavy-tailed
-and tiny samples. Three errors, as shares of ggml's: squared error weighted by importance (with one), plain squared error
-(without), and without one also the error as ggml weighs it (its own code protects large weights then: |x| in Q2_K,
-rms + |x| in Q4_K and Q5_K, x * x in the others). Prints the total over all tensors and the worst tensor; a JSON line
+and tiny samples. Three errors, as shares of ggml's: squared error weighted by importance (with one), plain squared
+error (without), and without one also the error as ggml weighs it (its own code protects large weights then:
+|x| in Q2_K, rms + |x| in Q4_K and Q5_K, x * x in the others). Prints the total over all tensors and the worst tensor; a JSON line
 last. Importance comes from a llama.cpp imatrix file; without one it is drawn heavy-tailed, one for each width.
 """
 
@@ -97,7 +97,8 @@ def main() -> None:
                 worst, name = max((a / b, name) for a, b, name in list_of)
                 least = min(a / b for a, b, _ in list_of)
                 print(
-                    f"{qtype:7}{measure:15}{effort:5} {total:.4f} of ggml's; tensors {least:.4f} to {worst:.4f} ({name})",
+                    f"{qtype:7}{measure:15}{effort:5} {total:.4f} of ggml's; "
+                    f"tensors {least:.4f} to {worst:.4f} ({name})",
                     flush=True,
                 )
                 found.append({"qtype": qtype, "measure": measure, "effort": effort, "total": round(total, 4),

@@ -20,9 +20,7 @@ SPEEDS = {"F16": 60, "Q8_0": 98, "Q6_K": 104, "Q5_K_M": 116, "Q4_K_M": 131, "Q3_
 def level_plan(level: str, *, fits: bool = True) -> LevelPlan:
     size = SIZES[level] * MiB
     reason = "fits" if fits else "needs more memory than there is"
-    return LevelPlan(
-        level, size, size, SIZES[level] / 24, 0.9, 0, 50 * MiB, 20 * MiB, size + 70 * MiB, fits, reason
-    )
+    return LevelPlan(level, size, size, SIZES[level] / 24, 0.9, 0, 50 * MiB, 20 * MiB, size + 70 * MiB, fits, reason)
 
 
 def plan(*, budget: int = 2048 * MiB, levels: tuple[str, ...] = tuple(SIZES)) -> Plan:
@@ -44,9 +42,7 @@ def fidelities(**changed: float) -> list[Fidelity]:
     return [fidelity(level, changed.get(level)) for level in KL]
 
 
-def result(
-    level: str, *, lost: int = 0, gained: int = 0, inputs: int = 25, p: float | None = None
-) -> WorkloadResult:
+def result(level: str, *, lost: int = 0, gained: int = 0, inputs: int = 25, p: float | None = None) -> WorkloadResult:
     passes = inputs - 5 - lost + gained
     p_value = p if p is not None else 1.0 if lost < 6 else 2 * 0.5**lost
     lost_inputs = tuple(f"in{n}" for n in range(lost))
@@ -63,9 +59,7 @@ def results(**lost: int) -> list[WorkloadResult]:
 
 def answers(level: str, texts: dict[str, str], *, failed: tuple[str, ...] = ()) -> LevelAnswers:
     made = tuple(
-        Answer(
-            name, text, name not in failed, "not 8" if name in failed else "", "stop", 20, len(text.split())
-        )
+        Answer(name, text, name not in failed, "not 8" if name in failed else "", "stop", 20, len(text.split()))
         for name, text in texts.items()
     )
     return LevelAnswers(level, made, Speed(200, SPEEDS[level], 1.0))
@@ -95,15 +89,11 @@ def run_record(bar: str = "kl < 0.1 and no known loss", **changed: object) -> Ru
     record = RunRecord(
         bitladder="0.1.0",
         created="2026-01-02T03:04:05+00:00",
-        source=SourceFacts(
-            "Reference 191M", "reference-f16.gguf", "ab" * 32, "F16", "llama", 191_000_000, 384 * MiB
-        ),
+        source=SourceFacts("Reference 191M", "reference-f16.gguf", "ab" * 32, "F16", "llama", 191_000_000, 384 * MiB),
         machine={"cpu": "a CPU", "cores": 2},
         plan=base,
         decision=decision,
-        files=tuple(
-            FileFacts(level, f"out/{level}.gguf", SIZES[level] * MiB, 4.5, "cd" * 32) for level in KL
-        ),
+        files=tuple(FileFacts(level, f"out/{level}.gguf", SIZES[level] * MiB, 4.5, "cd" * 32) for level in KL),
         fidelities=tuple(fidelities()),
         results=tuple(measured),
         inputs=inputs,

@@ -17,14 +17,10 @@ SETTINGS = {"listen_addresses": "", "fsync": "off", "full_page_writes": "off", "
 
 def binaries() -> Path | None:
     """The folder with initdb and postgres, the newest version first; None when there is none."""
-    debian = sorted(
-        Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: float(path.parent.name), reverse=True
-    )
+    debian = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: float(path.parent.name), reverse=True)
     on_path = shutil.which("initdb")
     places = [*debian, *([Path(on_path).parent] if on_path else [])]
-    return next(
-        (place for place in places if (place / "initdb").exists() and (place / "postgres").exists()), None
-    )
+    return next((place for place in places if (place / "initdb").exists() and (place / "postgres").exists()), None)
 
 
 def unprivileged() -> str | None:

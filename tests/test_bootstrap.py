@@ -105,8 +105,6 @@ def test_intervals_cover_what_they_say(n: int):
     """400 simulated texts; benchmarks/interval_coverage.py has more shapes and more of them."""
     truth = np.exp(-3 + 0.5**2 / 2 + 1.5**2 / 2)
     generator = rng(n)
-    intervals = [
-        ratio_interval(*documents(generator, n), generator, scale="log", draws=500) for _ in range(400)
-    ]
+    intervals = [ratio_interval(*documents(generator, n), generator, scale="log", draws=500) for _ in range(400)]
     covered = np.mean([one.low <= truth <= one.high for one in intervals])
     assert 0.92 <= covered <= 0.98

@@ -43,9 +43,7 @@ def test_logits_equal_those_of_the_whole_model(name: str, tmp_path: Path):
 
 
 def test_every_family_has_a_case():
-    covered = {
-        case.architecture + ("+experts" if case.model_type == "mixtral" else "") for case in CASES.values()
-    }
+    covered = {case.architecture + ("+experts" if case.model_type == "mixtral" else "") for case in CASES.values()}
     assert covered == set(FAMILIES)
 
 

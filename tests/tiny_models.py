@@ -170,25 +170,19 @@ def make(case: Case, seed: int = 0, **sizes: int) -> Any:
     """A transformers model with random weights everywhere, norms and biases too, float32."""
     config = AutoConfig.for_model(case.model_type, **{**SIZES, **case.fields, **sizes})
     # sdpa knows no soft cap; the plain loop over experts is the definition the others are measured by.
-    model = AutoModelForCausalLM.from_config(
-        config, attn_implementation="eager", experts_implementation="eager"
-    )
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", experts_implementation="eager")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(
-                0.3 * noise + (1.0 if name.endswith("norm.weight") and not case.norm_plus_one else 0.0)
-            )
+            parameter.copy_(0.3 * noise + (1.0 if name.endswith("norm.weight") and not case.norm_plus_one else 0.0))
     return model.float().eval()
 
 
 def _permute(weight: np.ndarray, heads: int) -> np.ndarray:
     """LlamaModel.permute of the converter."""
     return (
-        weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
-        .swapaxes(1, 2)
-        .reshape(weight.shape)
+        weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
     )
 
 

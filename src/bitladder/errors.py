@@ -13,7 +13,7 @@
       EngineError                   exit 8   the engine did not start, died or answered nonsense
         EngineGone                  exit 8   its process ended, or nobody listens at its address
         EngineTimeout               exit 8   no word from it in time
-        EngineReply                 exit 8   its reply is no completion: an error status, broken JSON, a stream cut short
+        EngineReply                 exit 8   no completion came: an error status, broken JSON, a stream cut short
         WrongModel                  exit 8   it serves another model than the one asked for
       OutputError                   exit 6   no space, no permission, cannot write
       FetchError                    exit 7   a download failed or its hash differs
@@ -29,7 +29,7 @@ from __future__ import annotations
 class BitladderError(Exception):
     """An error with a message for the user.
 
-    ``found`` says what is wrong with the values that show it, ``means`` what that usually means, ``do`` what to do next.
+    ``found`` says what is wrong, with the values that show it; ``means`` what that usually means; ``do`` what to do.
     """
 
     exit_code = 1

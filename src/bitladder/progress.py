@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 Progress = Callable[[str, float, float], None]
-"""``progress(what, done, total)``: ``what`` is a short phrase in the user's words, ``done`` of ``total`` in any unit."""
+"""``progress(what, done, total)``: ``what`` is a short phrase in the user's words, ``done`` of ``total`` any unit."""
 
 
-def silent(what: str, done: float, total: float) -> None:  # noqa: ARG001
+def silent(what: str, done: float, total: float) -> None:
     """Say nothing."""

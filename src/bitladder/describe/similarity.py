@@ -19,7 +19,7 @@ def chrf(text: str, other: str) -> float:
         UsageError: sacrebleu is not installed.
     """
     try:
-        from sacrebleu.metrics import CHRF
+        from sacrebleu.metrics.chrf import CHRF
     except ImportError as error:
         raise _missing("chrF", "sacrebleu") from error
     return float(CHRF().sentence_score(text, [other]).score) / 100

@@ -73,7 +73,7 @@ class _Sums:
         return InputStatistics(whole.cpu().numpy(), self.largest.cpu().numpy(), self.tokens)
 
 
-class _Reached(Exception):  # noqa: N818 - no error
+class _Reached(Exception):
     """The input that a pass was after has been seen; the rest of the layer need not run."""
 
 

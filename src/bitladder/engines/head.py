@@ -39,10 +39,7 @@ class TokenScores:
     def split(self, ends: NDArray[np.int64]) -> list[TokenScores]:
         """Consecutive parts that end before ``ends``."""
         starts = np.concatenate([[0], ends[:-1]])
-        return [
-            TokenScores(self.kl[a:b], self.nll[a:b], self.top1[a:b])
-            for a, b in zip(starts, ends, strict=True)
-        ]
+        return [TokenScores(self.kl[a:b], self.nll[a:b], self.top1[a:b]) for a, b in zip(starts, ends, strict=True)]
 
     @staticmethod
     def joined(parts: Sequence[TokenScores]) -> TokenScores:
@@ -108,9 +105,7 @@ class _Sums:
 class _Comparison:
     """All models on one set of tokens; ``models[0]`` is the reference."""
 
-    def __init__(
-        self, models: Sequence[HeadInput], targets: NDArray[np.int64], softcap: float | None
-    ) -> None:
+    def __init__(self, models: Sequence[HeadInput], targets: NDArray[np.int64], softcap: float | None) -> None:
         device = models[0].states.device
         self.models, self.softcap = models, softcap
         self.targets = torch.from_numpy(targets).to(device)

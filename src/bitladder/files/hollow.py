@@ -34,9 +34,7 @@ def write_hollow(path: Path, shape: Shape, qtype: str) -> int:
     with path.open("wb") as file:
         file.write(plan.header)
         file.truncate(plan.size)
-    return sum(
-        t.nbytes for t in tensors if t.qtype == qtype and t.name.startswith("blk.") and len(t.shape) > 1
-    )
+    return sum(t.nbytes for t in tensors if t.qtype == qtype and t.name.startswith("blk.") and len(t.shape) > 1)
 
 
 def _encoded(value: str | int | float) -> bytes:

@@ -51,7 +51,9 @@ class QType:
         """
         blocks, rest = divmod(columns, self.block_size)
         if rest:
-            raise ValueError(f"a row of {columns} weights is not a multiple of {self.name}'s block of {self.block_size}")
+            raise ValueError(
+                f"a row of {columns} weights is not a multiple of {self.name}'s block of {self.block_size}"
+            )
         return blocks * self.type_size
 
     def nbytes(self, shape: tuple[int, ...]) -> int:

@@ -89,11 +89,7 @@ class Family:
 
 def _linear(path: str, role: str, transform: str = "same", *, bias: bool = False) -> tuple[Parameter, ...]:
     weight = Parameter(f"{path}.weight", (f"{role}.weight",), transform)
-    return (
-        (weight, Parameter(f"{path}.bias", (f"{role}.bias",), transform, optional=True))
-        if bias
-        else (weight,)
-    )
+    return (weight, Parameter(f"{path}.bias", (f"{role}.bias",), transform, optional=True)) if bias else (weight,)
 
 
 def _attention(transform: str = "same", *, bias: bool = True) -> tuple[Parameter, ...]:

@@ -12,8 +12,8 @@ from bitladder.formats.blocks import QTYPES
 class TensorInfo:
     """Name, shape and type of a stored tensor.
 
-    ``shape`` is in numpy order: ``(rows, columns)`` for a matrix, ``(experts, rows, columns)`` for stacked experts; a row's
-    weights lie side by side. (GGUF headers write the same numbers reversed.)
+    ``shape`` is in numpy order: ``(rows, columns)`` for a matrix, ``(experts, rows, columns)`` for stacked experts;
+    a row's weights lie side by side. (GGUF headers write the same numbers reversed.)
     """
 
     name: str

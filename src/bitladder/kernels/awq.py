@@ -78,9 +78,7 @@ def prepare(
     if not np.isfinite(gram).all():
         raise ValueError("the Gram matrix of the inputs is not finite")
     rows = np.concatenate([part[::_SHARE_OF_ROWS] for part in weights])
-    matrix = np.ascontiguousarray(gram, np.float32) / np.float32(
-        max(diagonal.mean(), np.finfo(np.float32).tiny)
-    )
+    matrix = np.ascontiguousarray(gram, np.float32) / np.float32(max(diagonal.mean(), np.finfo(np.float32).tiny))
     energy = _loss(rows, matrix)
     ones = np.ones(len(diagonal), np.float32)
     if energy == 0:
@@ -89,9 +87,7 @@ def prepare(
 
     def measure(factors: F32) -> float:
         importance = np.diagonal(matrix) / factors**2
-        return (
-            _loss(round_trip(rows * factors, importance.astype(np.float32)) / factors - rows, matrix) / energy
-        )
+        return _loss(round_trip(rows * factors, importance.astype(np.float32)) / factors - rows, matrix) / energy
 
     plain = measure(ones)
     best = Scales(ones, 0.0, False, plain, plain)
@@ -136,7 +132,7 @@ def smooth_factors(
     return _normalised(raw, tied)
 
 
-def _better(  # noqa: PLR0917
+def _better(
     best: Scales,
     measure: Callable[[F32], float],
     inputs: npt.NDArray[np.float64],

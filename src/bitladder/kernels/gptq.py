@@ -89,9 +89,7 @@ def prepare(hessian: npt.NDArray[np.floating], *, damp: float = 0.05, act_order:
     while upper is None:
         used, rescued = used * 10, rescued + 1
         if used > _MAX_DAMP * 10:
-            raise ValueError(
-                "the Hessian is not positive semidefinite, even damped by its mean diagonal tenfold"
-            )
+            raise ValueError("the Hessian is not positive semidefinite, even damped by its mean diagonal tenfold")
         upper = _upper_factor(permuted, used * mean)
     pivots = np.diagonal(upper).copy()
     coupling = np.triu(upper / pivots, 1).astype(np.float32)
@@ -142,7 +140,7 @@ def apply(factor: Factor, weights: F32, grid: Grid) -> tuple[npt.NDArray[np.int1
 
 
 @njit(cache=True, parallel=True)
-def _round_block(  # noqa: PLR0917
+def _round_block(
     targets: F32,
     weights: F32,
     coupling: F32,
@@ -170,9 +168,7 @@ def _round_block(  # noqa: PLR0917
                 target = targets[k, r]
                 at = (target - offset[group, r]) / step if step != 0 else np.float32(0)
                 code = nearest_step(at, lowest, highest, table)
-                value = (
-                    step * (np.float32(code) if table.size == 0 else table[code - lowest]) + offset[group, r]
-                )
+                value = step * (np.float32(code) if table.size == 0 else table[code - lowest]) + offset[group, r]
                 codes[k, r] = code
                 errors[k, r] = value - weights[k, r]
                 cost[r] += pivots[k] * (value - target) ** 2

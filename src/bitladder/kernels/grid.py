@@ -44,9 +44,7 @@ class Grid:
     def nearest(self, weights: F32) -> npt.NDArray[np.int16]:
         """The nearest code of every weight: plain rounding, halves to even."""
         codes = np.empty(weights.shape, np.int16)
-        _nearest(
-            weights, self.scale, self.offset, self.group_of, self.lowest, self.highest, self.table, codes
-        )
+        _nearest(weights, self.scale, self.offset, self.group_of, self.lowest, self.highest, self.table, codes)
         return codes
 
     @property
@@ -75,7 +73,7 @@ def nearest_step(at: Any, lowest: int, highest: int, table: F32) -> int:
 
 
 @njit(cache=True, parallel=True)
-def _nearest(  # noqa: PLR0917
+def _nearest(
     weights: F32,
     scale: F32,
     offset: F32,

@@ -25,9 +25,7 @@ def words_for(count: int, bits: int) -> int:
     return -(-count * bits // 32)
 
 
-def pack(
-    codes: npt.NDArray[np.integer], bits: int, order: tuple[int, ...] | None = None
-) -> npt.NDArray[np.int32]:
+def pack(codes: npt.NDArray[np.integer], bits: int, order: tuple[int, ...] | None = None) -> npt.NDArray[np.int32]:
     """Codes ``[..., n]`` as words ``int32[..., ceil(n*bits/32)]``, packed along the last axis.
 
     Args:
@@ -40,9 +38,7 @@ def pack(
         ValueError: a code does not fit ``bits``, or ``n`` is not a multiple of the order's length.
     """
     if codes.size and (int(codes.min()) < 0 or int(codes.max()) >> bits):
-        raise ValueError(
-            f"codes run from {codes.min()} to {codes.max()}, and {bits} bits hold 0 to {(1 << bits) - 1}"
-        )
+        raise ValueError(f"codes run from {codes.min()} to {codes.max()}, and {bits} bits hold 0 to {(1 << bits) - 1}")
     count = codes.shape[-1]
     if order is not None:
         codes = _reorder(codes, order)
@@ -70,8 +66,7 @@ def unpack(
     """
     if words.shape[-1] != words_for(count, bits):
         raise ValueError(
-            f"{words.shape[-1]} words cannot hold {count} codes of {bits} bits: "
-            f"that takes {words_for(count, bits)}"
+            f"{words.shape[-1]} words cannot hold {count} codes of {bits} bits: that takes {words_for(count, bits)}"
         )
     periods = -(-count // _PERIOD)
     stream = np.zeros((*words.shape[:-1], periods * bits), np.uint32)

@@ -51,7 +51,7 @@ def predict(
     needs_text = scaled or any(level.smooth for level in levels)
     seen = min(tokens, reference_tokens) if needs_text else 0
     feedback = sum(rows * columns * columns for rows, columns in shapes.values())
-    work = sequential * (tokens * (2 * layer_weights + statistics) + feedback)
+    work: float = sequential * (tokens * (2 * layer_weights + statistics) + feedback)
     work += seen * (2 * layer_weights + statistics) + scaled * _TRIALS * 2 * feedback
 
     widest = max(columns for _, columns in shapes.values())

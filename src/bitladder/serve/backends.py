@@ -17,7 +17,7 @@ from bitladder.errors import EngineError
 from bitladder.serve.settings import Timeouts
 
 
-class UpstreamFailed(EngineError):  # noqa: N818 - reads as what it says
+class UpstreamFailed(EngineError):
     """An upstream gave no usable answer.
 
     ``phase`` says when: ``down``, ``connect``, ``first byte``, ``stalled``, ``broken``, ``status``,

@@ -51,7 +51,7 @@ class Attempt:
     judged: bool = False
 
 
-class _NextAttempt(Exception):  # noqa: N818 - control flow between two attempts
+class _NextAttempt(Exception):
     """This attempt gave no answer to keep; nothing has been sent."""
 
 

@@ -28,7 +28,7 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 _UNPRINTABLE = re.compile(r"[^\x20-\x7e]")
 
 
-class Refused(Exception):  # noqa: N818 - a decision, not a fault
+class Refused(Exception):
     """A request we answer ourselves, with an error in the shape that OpenAI clients understand."""
 
     def __init__(self, status: int, message: str, *, code: str, retry_after_s: int | None = None) -> None:

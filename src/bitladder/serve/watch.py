@@ -16,11 +16,11 @@ from starlette.types import Receive
 FOREVER = float("inf")
 
 
-class ClientGone(Exception):  # noqa: N818 - an event, not a fault
+class ClientGone(Exception):
     """The client closed its connection."""
 
 
-class PhaseTimeout(Exception):  # noqa: N818 - as asyncio's own
+class PhaseTimeout(Exception):
     """A phase of the request took longer than allowed; the message names it."""
 
 
