@@ -4,9 +4,9 @@
 
 Both sides quantize the same rows of every matrix of an unquantized GGUF, or, without one, bell-shaped, heavy-tailed
 and tiny samples. Three errors, as shares of ggml's: squared error weighted by importance (with one), plain squared
-error (without), and without one also the error as ggml weighs it (its own code protects large weights then:
-|x| in Q2_K, rms + |x| in Q4_K and Q5_K, x * x in the others). Prints the total over all tensors and the worst tensor; a JSON line
-last. Importance comes from a llama.cpp imatrix file; without one it is drawn heavy-tailed, one for each width.
+error (without), and without one also the error as ggml weighs it (its own code protects large weights then: |x| in
+Q2_K, rms + |x| in Q4_K and Q5_K, x * x in the others). Prints the total over all tensors and the worst tensor; a JSON
+line last. Importance comes from a llama.cpp imatrix file; without one it is drawn heavy-tailed, one for each width.
 """
 
 from __future__ import annotations

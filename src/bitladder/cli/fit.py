@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from bitladder.plan.inverse import HardwareNeed
     from bitladder.steps.planned import ModelPlan, Request, SearchResult
 
+USABLE_SPEED = 5.0
+"""Tokens per second, about the pace of reading: what a search asks for when the user names no least speed."""
 Hardware = Annotated[
     str | None, typer.Option("--as", metavar="MACHINE", help="Another machine in words, like 'RTX 4090 + 64 GiB'.")
 ]
@@ -53,7 +55,7 @@ def plan(
 
     request = Request(ctx, slots, kv, hardware)
     if model is None:
-        _show_search(search(request, least_decode=min_speed), json_output)
+        _show_search(search(request, least_decode=min_speed or USABLE_SPEED), json_output)
     elif needs:
         _show_needs(hardware_needs(model, request), json_output)
     else:
