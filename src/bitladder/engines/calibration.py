@@ -104,8 +104,9 @@ class LayerPass:
             BadWeights: the inputs are not finite.
         """
         sums: list[_Sums] = []
+        whole = frozenset(self._kept)  # what this very pass begins to keep is there for the batches before, not after
         for batch in self._batches:
-            with inference(), self._resumed(batch), self._watched(shared, batch, sums, stop=True):
+            with inference(), self._resumed(batch, whole), self._watched(shared, batch, sums, stop=True):
                 try:
                     self.model.run(self.block, self.layer, self._entering(batch))
                 except _Reached:
@@ -130,7 +131,7 @@ class LayerPass:
     def finish(self) -> None:
         """Replace the states by what leaves the layer with its present weights."""
         for batch in self._batches:
-            with inference(), self._resumed(batch):
+            with inference(), self._resumed(batch, frozenset(self._kept)):
                 self._states.put(batch, self.model.run(self.block, self.layer, self._entering(batch)))
 
     def _entering(self, batch: Batch) -> torch.Tensor:
@@ -173,14 +174,14 @@ class LayerPass:
         self._kept[module].put(batch, x)
 
     @contextmanager
-    def _resumed(self, batch: Batch) -> Iterator[None]:
-        """Modules whose last linear layer's input was kept begin there."""
+    def _resumed(self, batch: Batch, kept: frozenset[str]) -> Iterator[None]:
+        """Modules whose last linear layer's input was kept for every batch begin there."""
         begun: list[nn.Module] = []
         for path, whole in ((_OUTPUT, _ATTENTION), (_DOWN, _MLP)):
-            if path in self._kept:
+            if path in kept:
                 owner = self.block.get_submodule(whole)
-                kept = self._kept[path].get(batch).to(self.model.device)
-                owner.forward = _from_kept(self.block.get_submodule(path), kept, pair=whole == _ATTENTION)
+                entering = self._kept[path].get(batch).to(self.model.device)
+                owner.forward = _from_kept(self.block.get_submodule(path), entering, pair=whole == _ATTENTION)
                 begun.append(owner)
         try:
             yield
