@@ -303,3 +303,11 @@ def test_pareto_front():
     ]
     assert pareto(points) == ("big", "slow", "fast")
     assert pareto([("a", 5, math.nan, 0.5), ("b", 4, 3, 0.5)]) == ("b",)
+
+
+def test_an_interval_that_cannot_be_estimated_asks_for_more_text():
+    """A single document gives a mean and no interval: undefined, so nothing is decided on it."""
+    one = dataclasses.replace(fidelity("Q4_K_M", 0.07), units=1, kl_low=math.nan, kl_high=math.nan)
+    decision = decide(plan(levels=("Q4_K_M",)), [one], bar="kl < 0.1")
+    assert [verdict.status for verdict in decision.verdicts] == ["cannot tell"]
+    assert any("more text" in step for step in decision.next)

@@ -114,7 +114,7 @@ def run(settings: RunSettings, progress: Progress, *, say: Say = lambda _: None)
         with journal.timed("quantize"):
             built = _built(source, plan, importance, out, settings, journal, progress)
         with journal.timed("walk"):
-            fidelities = _measured(source, built, texts, recorded, journal, progress)
+            fidelities = _measured(source, built, texts, recorded, settings, journal, progress)
         with journal.timed("workload"):
             reference, *levels = _asked(source, built, workload, recorded, settings, journal, progress, context)
         results = [compare(reference, level, workload) for level in levels]
@@ -215,6 +215,7 @@ def _measured(
     built: Mapping[Subject, LevelFile],
     texts: Sequence[Document],
     recorded: Recorded,
+    settings: RunSettings,
     journal: Journal,
     progress: Progress,
 ) -> list[Fidelity]:
@@ -231,7 +232,9 @@ def _measured(
             ]
 
         try:
-            return fidelities(source, list(built), candidates, texts, recorded, journal, progress)
+            return fidelities(
+                source, list(built), candidates, texts, recorded, journal, threads=settings.threads, progress=progress
+            )
         except UnknownArchitecture as error:
             journal.warn(
                 f"No fidelity was measured: {error.found} {error.means} The decision rests on the workload alone."

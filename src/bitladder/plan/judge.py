@@ -170,6 +170,8 @@ def _fidelity(clause: Clause, evidence: Evidence) -> Judgement:
 def _more_text(clause: Clause, value: float, low: float, high: float, found: Fidelity) -> str:
     """How much more text would move the interval off the limit: its width shrinks with the root of the
     units."""
+    if math.isnan(low) or math.isnan(high):
+        return f"measure {spoken(clause.metric)} on more text: {found.units} {found.unit}(s) give no interval"
     upper = clause.metric in UPPER
     distance = abs(clause.value - value)
     holding = value < clause.value if upper else value > clause.value

@@ -66,7 +66,8 @@ def measure_model(
             measured_on,
             Recorded(stack.enter_context(Evidence.open())),
             Journal(),
-            progress,
+            threads=threads,
+            progress=progress,
         )
 
 
@@ -84,10 +85,13 @@ def fidelities(
     texts: Sequence[Document],
     recorded: Recorded,
     journal: Journal,
+    *,
+    threads: int,
     progress: Progress,
 ) -> list[Fidelity]:
     """Stored fidelities, and one walk for those that are missing."""
     from bitladder.describe.text import text_hash
+    from bitladder.files.folders import cache_folder
     from bitladder.stages.walk import walk
 
     digest = text_hash(texts)
@@ -97,9 +101,9 @@ def fidelities(
     journal.reuse("fidelity", [subject.level for subject in found])
     if missing:
         windows = token_windows(source, texts)
-        for subject, fidelity in zip(
-            missing, walk(source, candidates(missing), windows, progress=progress), strict=True
-        ):
+        kept = cache_folder("walks")  # a killed walk goes on from the states it left there
+        measured = walk(source, candidates(missing), windows, progress=progress, threads=threads, keep=kept)
+        for subject, fidelity in zip(missing, measured, strict=True):
             recorded.keep_fidelity(subject, digest, fidelity)
             found[subject] = fidelity
     return [found[subject] for subject in subjects]

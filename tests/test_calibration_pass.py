@@ -1,0 +1,55 @@
+"""One layer, many passes: statistics do not depend on how windows are batched or where a pass stops."""
+
+import numpy as np
+import pytest
+import torch
+
+import tiny_models
+from bitladder.describe.windows import Window
+from bitladder.engines.calibration import LayerPass
+from bitladder.engines.layers import LayeredModel
+from bitladder.engines.states import States, batches_of
+from bitladder.engines.weights import FileWeights
+from bitladder.files.gguf import GgufFile
+
+
+@pytest.fixture
+def layer(tmp_path):
+    """A function that opens layer 0 of a tiny Llama over windows in batches of some tokens."""
+    case = tiny_models.CASES["llama"]
+    path = tiny_models.write(case, tiny_models.make(case), tmp_path / "tiny.gguf")
+    rng = np.random.default_rng(0)
+    windows = [Window("text", rng.integers(0, tiny_models.N_VOCAB, n)) for n in (48, 48, 40, 24)]
+
+    with GgufFile.open(path) as file:
+        weights = FileWeights(file)
+        model = LayeredModel(file.model, weights)
+
+        def opened(batch_tokens: int) -> LayerPass:
+            batches = batches_of(windows, batch_tokens=batch_tokens)
+            states = States(batches, file.model.dims.n_embd, spill=None)
+            for batch in batches:
+                states.put(batch, model.embed(batch.tokens, weights))
+            return LayerPass(model, 0, model.layer(0, weights), states, batches)
+
+        yield model, opened
+
+
+def test_passes_that_stop_see_what_one_whole_pass_sees(layer):
+    model, opened = layer
+    inputs = [shared for shared in model.family.inputs if shared.kind == "linear"]
+    whole = opened(64).gather_all(inputs)
+    stopping = opened(64)
+    torch.full((1 << 16,), float("nan"))  # memory that a pass must not mistake for activations
+    for shared, [expected] in zip(inputs, whole, strict=True):
+        [found] = stopping.gather(shared)
+        assert found.tokens == expected.tokens == 160
+        np.testing.assert_allclose(found.gram, expected.gram, rtol=1e-4, atol=1e-4)
+
+
+def test_batches_change_nothing(layer):
+    model, opened = layer
+    few, many = opened(1 << 20), opened(48)
+    for shared in model.family.inputs:
+        for one, other in zip(few.gather(shared), many.gather(shared), strict=True):
+            np.testing.assert_allclose(one.gram, other.gram, rtol=1e-4, atol=1e-4)
