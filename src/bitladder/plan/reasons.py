@@ -81,6 +81,12 @@ def _passed_over(one: Judged, quality: Judged, speed: Judged) -> str:
         against += f" and slower ({one.speed:.3g} against {speed.speed:.3g} tokens/s)"
     elif not math.isnan(slower):
         against += " and no faster"
+    result = one.evidence.result
+    if one.kl < quality.kl and result is not None and len(result.lost) > len(result.gained):
+        # Closer by its predictions, yet its answers say otherwise: that is why it is not the quality tier.
+        return f"{against}; its answers lost {len(result.lost)} inputs and gained {len(result.gained)}"
+    if one.kl < quality.kl:
+        return f"{against}; closer to the reference than {quality.level} needs to be"
     return f"{against}; further from the reference than {quality.level}"
 
 
