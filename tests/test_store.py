@@ -11,11 +11,12 @@ import pytest
 import sqlalchemy
 
 from bitladder.errors import BadInput, OutputError
+from bitladder.files.folders import data_folder
 from bitladder.records.fidelity import Fidelity
 from bitladder.records.reading import from_json
 from bitladder.store import Evidence, connect
 from bitladder.store.evidence import canonical
-from bitladder.store.location import data_folder, store_url
+from bitladder.store.location import store_url
 from bitladder.store.migrations import MIGRATIONS, migrate
 from ladder_examples import fidelity
 from postgres_server import binaries, running

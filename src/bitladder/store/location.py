@@ -5,15 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-
-def data_folder() -> Path:
-    """``BITLADDER_DATA``, or the place where this system keeps a user's data."""
-    named = os.environ.get("BITLADDER_DATA")
-    if named:
-        return Path(named).expanduser()
-    from platformdirs import user_data_path
-
-    return user_data_path("bitladder", appauthor=False)
+from bitladder.files.folders import data_folder
 
 
 def store_url(url: str | None = None) -> str:
