@@ -99,6 +99,7 @@ def measure(
     text: Texts = None,
     imatrix: Importance = "none",
     effort: Annotated[str, typer.Option("--effort", help="fast, good or best.")] = "good",
+    threads: Threads = ALL_CORES,
     json_output: JsonFlag = False,
 ) -> None:
     """KL divergence, perplexity and top-1 agreement of levels and files against MODEL, in one streaming pass."""
@@ -114,6 +115,7 @@ def measure(
             texts=tuple(text or ()),
             imatrix=imatrix,
             effort=effort_named(effort),
+            threads=threads,
             progress=progress,
         )
     if json_output:
