@@ -19,7 +19,7 @@ from bitladder.files.gguf_writer import GgufWriter
 from bitladder.formats.recipes import assign
 from bitladder.kernels import dequantize, quantize
 from bitladder.stages import quantize as stage
-from bitladder.stages.quantize import quantize_levels
+from bitladder.stages.quantize import method_name, quantize_levels
 from gguf_bytes import LLAMA_KEYS, strings, tiny_weights, write_model
 
 TOKENS = strings("tokenizer.ggml.tokens", [f"token {number} ü" for number in range(96)])
@@ -80,7 +80,7 @@ def test_metadata_is_carried_over_unchanged_and_provenance_added(tmp_path, tiny)
         "bitladder.source": "tiny-F16.gguf",
         "bitladder.source_sha256": sha256,
         "bitladder.recipe": "Q5_K_S",
-        "bitladder.method": "search fast",
+        "bitladder.method": "search fast, importance 0000000000000000",
         "bitladder.version": bitladder.__version__,
     }
     assert set(model.raw_metadata) - set(carried) == {
@@ -401,7 +401,7 @@ def test_a_complete_file_is_kept_and_another_replaced(tmp_path, tiny):
         assert first.path.stat().st_mtime_ns == changed
         (third,) = quantize_levels(source, ["Q8_0"], tmp_path / "out", effort="best")
         assert not third.reused
-        assert GgufFile.open(third.path).metadata["bitladder.method"] == "search best"
+        assert GgufFile.open(third.path).metadata["bitladder.method"].startswith("search best,")
 
 
 def test_a_limit_on_file_size_is_told(tmp_path, tiny):
@@ -458,3 +458,10 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
         check=True,
     )
     assert int(child.stdout) < 80 << 10  # KiB
+
+
+def test_a_header_is_as_long_with_an_importance_matrix_as_without():
+    """Plans are made before anybody knows whether there will be one, and promise bytes."""
+    vectors = {"blk.0.attn_q.weight": np.ones(256, np.float32)}
+    assert method_name("good", vectors) != method_name("good", None)
+    assert len(method_name("best", vectors)) == len(method_name("fast", None))

@@ -23,6 +23,8 @@ from bitladder.formats import gguf
 from bitladder.formats.recipes import FILE_TYPES, assign, level_named
 from bitladder.formats.tensors import TensorInfo
 
+NO_IMPORTANCE = "0" * 16
+"""In place of an importance matrix's hash where there is none: headers then have one length, and plans are exact."""
 _KEY_HASH = gguf.PROVENANCE + "source_sha256"
 _NO_HASH_YET = "0" * 64
 _SPLIT_KEYS = (gguf.KEY_SPLIT_NO, gguf.KEY_SPLIT_COUNT, gguf.KEY_SPLIT_TENSORS)
@@ -112,7 +114,7 @@ def draft_level(
     level: str,
     folder: Path = Path(),
     *,
-    method: str = "search good",
+    method: str = f"search good, importance {NO_IMPORTANCE}",
     has_importance: bool = False,
     split_max_bytes: int | None = None,
 ) -> LevelDraft:

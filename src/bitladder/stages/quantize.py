@@ -30,7 +30,7 @@ from bitladder.errors import BadInput, BadWeights, BitladderError, OutputError, 
 from bitladder.files.following import FollowingHash
 from bitladder.files.gguf import GgufFile, joined_sha256
 from bitladder.files.gguf_writer import GgufWriter, cannot_write, piece_digest
-from bitladder.files.level_files import LevelDraft, draft_level
+from bitladder.files.level_files import NO_IMPORTANCE, LevelDraft, draft_level
 from bitladder.formats.blocks import QTYPES
 from bitladder.formats.tensors import TensorInfo
 from bitladder.kernels import Effort, dequantize, first_nonfinite, quantize
@@ -147,7 +147,7 @@ def method_name(effort: Effort, importance: Importance | None) -> str:
     matrix's hash.
     """
     if not importance:
-        return f"search {effort}"
+        return f"search {effort}, importance {NO_IMPORTANCE}"
     digest = hashlib.sha256()
     for name in sorted(importance):
         digest.update(name.encode() + b"\0" + np.ascontiguousarray(importance[name], np.float32).tobytes())
