@@ -5,6 +5,7 @@ import pytest
 from bitladder.describe.machine import Machine
 from bitladder.describe.rates import MeasuredMachine, PoolRates
 from bitladder.errors import BadFile
+from bitladder.files import measured
 from bitladder.files.gguf import read_header
 from bitladder.files.hollow import N_VOCAB, write_hollow
 from bitladder.stages import measure_machine as stage
@@ -87,11 +88,11 @@ def test_hollow_files_take_no_space(tmp_path):
 
 def test_a_measurement_is_kept_per_machine():
     rates = PoolRates({"F16": 1.0}, {"F16": 2.0}, 3.0, 4.0, 5.0, 6.0, 7.0, "measured")
-    found = MeasuredMachine(stage.machine_key(MACHINE), "e", "2026-01-31T00:00:00+00:00", 9.0, rates, 1.0, 2.0, 3.0)
-    assert stage.load_measured(MACHINE) is None
-    path = stage.save_measured(found)
-    assert stage.load_measured(MACHINE) == found
-    assert stage.load_measured(Machine("cpu", 4, (), 8 * GiB, 6 * GiB, GiB)) is None
+    found = MeasuredMachine(measured.machine_key(MACHINE), "e", "2026-01-31T00:00:00+00:00", 9.0, rates, 1.0, 2.0, 3.0)
+    assert measured.load_measured(MACHINE) is None
+    path = measured.save_measured(found)
+    assert measured.load_measured(MACHINE) == found
+    assert measured.load_measured(Machine("cpu", 4, (), 8 * GiB, 6 * GiB, GiB)) is None
     path.write_text(json.dumps({"rates": {}}))
     with pytest.raises(BadFile, match="no stored measurement"):
-        stage.load_measured(MACHINE)
+        measured.load_measured(MACHINE)

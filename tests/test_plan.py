@@ -76,6 +76,21 @@ def test_planning_loads_no_heavy_package(demo_gguf):
     assert done.stdout.strip() == "[]", done.stderr
 
 
+def test_searching_the_catalogue_loads_neither_an_engine_nor_arrays():
+    code = (
+        "import sys, contextlib, io\nfrom bitladder.cli.app import app\n"
+        "with contextlib.redirect_stdout(io.StringIO()) as out:\n"
+        "    app(['plan', '--as', 'RTX 4090 + 64 GiB', '--json'], standalone_mode=False)\n"
+        "assert 'Llama' in out.getvalue()\n"
+        "heavy = ('torch', 'numba', 'scipy', 'numpy', 'httpx', 'transformers', 'xllamacpp', 'sqlalchemy')\n"
+        "print([name for name in heavy if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ), check=False
+    )
+    assert done.stdout.strip() == "[]", done.stderr
+
+
 @pytest.mark.parametrize(
     ("shape", "levels", "low", "high"),
     [

@@ -53,7 +53,7 @@ def known_memories() -> dict[str, dict[str, Any]]:
 
 def _table(name: str) -> dict[str, Any]:
     text = resources.files("bitladder").joinpath(f"data/devices/{name}.yaml").read_text(encoding="utf-8")
-    loaded: dict[str, Any] = yaml.safe_load(text)
+    loaded: dict[str, Any] = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     return loaded
 
 

@@ -16,20 +16,20 @@ from bitladder.files.gguf_writer import encoded, layout
 from bitladder.formats import gguf
 
 N_VOCAB = 512
-"""Tokens of the stand-in tokenizer: one per byte, the rest unused."""
+"""Tokens of the smallest stand-in tokenizer: one per byte, the rest unused."""
 
 
 def write_hollow(path: Path, shape: Shape, qtype: str) -> int:
     """Write a model of this shape with all matrices of its layers in ``qtype``; returns the bytes of those
     matrices.
 
-    ``shape.n_vocab`` must be ``N_VOCAB``.
+    ``shape.n_vocab`` must be at least ``N_VOCAB``.
     """
     tensors = []
     for tensor in tensors_of(shape):
         in_layer = tensor.name.startswith("blk.") and len(tensor.shape) > 1
         tensors.append(replace(tensor, qtype=qtype) if in_layer else tensor)
-    entries = {key: _encoded(value) for key, value in metadata_of(shape).items()} | _tokenizer()
+    entries = {key: _encoded(value) for key, value in metadata_of(shape).items()} | _tokenizer(shape.n_vocab)
     plan = layout(entries, tensors, gguf.DEFAULT_ALIGNMENT)
     with path.open("wb") as file:
         file.write(plan.header)
@@ -43,10 +43,10 @@ def _encoded(value: str | int | float) -> bytes:
     return encoded(gguf.FLOAT32, value) if isinstance(value, float) else encoded(gguf.UINT32, value)
 
 
-def _tokenizer() -> dict[str, bytes]:
+def _tokenizer(n_vocab: int) -> dict[str, bytes]:
     """A byte-level tokenizer without merges."""
-    tokens = ["<end>", *_byte_letters(), *(f"<{number}>" for number in range(N_VOCAB - 257))]
-    kinds = [3] + [1] * (N_VOCAB - 1)
+    tokens = ["<end>", *_byte_letters(), *(f"<{number}>" for number in range(n_vocab - 257))]
+    kinds = [3] + [1] * (n_vocab - 1)
     return {
         "tokenizer.ggml.model": encoded(gguf.STRING, "gpt2"),
         "tokenizer.ggml.pre": encoded(gguf.STRING, "gpt-2"),

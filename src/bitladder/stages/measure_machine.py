@@ -13,8 +13,6 @@ RAM with all cores, a 32-bit matrix product, reading the drive.
 from __future__ import annotations
 
 import datetime
-import hashlib
-import json
 import os
 import tempfile
 import threading
@@ -30,11 +28,9 @@ from bitladder.describe.machine import Machine
 from bitladder.describe.rates import MeasuredMachine, PoolRates
 from bitladder.describe.shapes import Shape
 from bitladder.engines.llama import LlamaServer
-from bitladder.errors import BadFile, OutputError
-from bitladder.files.folders import data_folder
 from bitladder.files.hollow import N_VOCAB, write_hollow
+from bitladder.files.measured import machine_key
 from bitladder.progress import Progress, silent
-from bitladder.records import to_json
 from bitladder.units import MiB
 
 QTYPES_MEASURED = ("F16", "Q8_0", "Q6_K", "Q5_K", "Q5_0", "Q4_K", "Q4_0", "Q3_K", "Q2_K")
@@ -210,48 +206,3 @@ def _best(work: Callable[[], Any], repeats: int) -> float:
         work()
         times.append(time.perf_counter() - began)
     return max(min(times), 1e-9)
-
-
-def machine_key(machine: Machine) -> str:
-    """A name for this machine in stored files: from processor, cores and memory, not from its host name."""
-    parts = (machine.cpu, machine.cores, round(machine.ram_total / (1 << 30)), [gpu.name for gpu in machine.gpus])
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-
-
-def save_measured(found: MeasuredMachine) -> Path:
-    """Keep a measurement in the user's data folder.
-
-    Raises:
-        OutputError: the folder cannot be written.
-    """
-    path = data_folder("machines", f"{found.machine}.json")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps(to_json(found), indent=1))
-        partial.replace(path)
-    except OSError as error:
-        raise OutputError(
-            f"The measurement cannot be kept in {path.parent}: {error.strerror or error}",
-            do="Choose another folder with BITLADDER_DATA.",
-        ) from error
-    return path
-
-
-def load_measured(machine: Machine) -> MeasuredMachine | None:
-    """What was measured on this machine before, or None.
-
-    Raises:
-        BadFile: the stored file is damaged.
-    """
-    path = data_folder("machines", f"{machine_key(machine)}.json")
-    if not path.is_file():
-        return None
-    try:
-        value = json.loads(path.read_text())
-        rates = PoolRates(**value.pop("rates"))
-        return MeasuredMachine(**{**value, "gpus": tuple(value.get("gpus", ())), "rates": rates})
-    except (ValueError, TypeError, KeyError) as error:
-        raise BadFile(
-            f"{path} is no stored measurement: {error}", do="Delete it and run `bitladder machine --measure` again."
-        ) from error

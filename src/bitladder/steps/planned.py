@@ -73,9 +73,9 @@ class SearchResult:
 def the_machine(words: str | None) -> tuple[Machine, MachineRates]:
     """This machine with its measured rates, or one in words with its data sheet's."""
     from bitladder.files.devices import parse_machine
+    from bitladder.files.measured import load_measured
     from bitladder.files.probe import probe_machine
     from bitladder.plan.search import MachineRates
-    from bitladder.stages.measure_machine import load_measured
     from bitladder.stages.search import machine_rates
 
     if words is not None:
@@ -230,12 +230,14 @@ def catalogue(text: str) -> tuple[CatalogueModel, ...]:
 
 def describe_machine(*, measure: bool, progress: Progress) -> tuple[Machine, MeasuredMachine | None]:
     """This machine, and what was measured on it; measured anew on request, and kept."""
+    from bitladder.files.measured import load_measured, save_measured
     from bitladder.files.probe import probe_machine
-    from bitladder.stages.measure_machine import load_measured, measure_machine, save_measured
 
     machine = probe_machine()
     if not measure:
         return machine, load_measured(machine)
+    from bitladder.stages.measure_machine import measure_machine
+
     measured = measure_machine(machine, progress=progress)
     save_measured(measured)
     return machine, measured
