@@ -17,6 +17,15 @@ from typing import cast
 import uvloop
 
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: %s\r\n"
+SPOILED = (
+    b"data: {\xff\xfe\n\n",
+    b"\x00\x01noise\n\n",
+    b'data: ["not an object"]\n\n',
+    b"data: " + b"[" * 20_000 + b"\n\n",
+    b'data: {"error":{"message":"out of memory","code":500}}\n\n',
+    b'data: {"model":"impostor","choices":[{"index":0,"delta":{"content":"7 "}}]}\n\n',
+)
+"""What may come in the middle of a stream of ours, which goes on after it as if nothing had happened."""
 TOKEN = (
     b'data: {"id":"x","object":"chat.completion.chunk","created":1,"model":"%s","choices":'
     b'[{"index":0,"delta":{"content":"%d "},"finish_reason":null}]}\n\n'
@@ -53,6 +62,7 @@ class Connection(asyncio.Protocol):
         self.received = b""
         self.sent = 0
         self.wanted = 0
+        self.spoiled_at = -1
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """A client came."""
@@ -78,10 +88,11 @@ class Connection(asyncio.Protocol):
             self.document({"status": "ok", "object": "list", "data": [{"id": model, "object": "model"}]})
             return
         request = json.loads(body)
-        self.wanted, self.sent = int(request.get("max_tokens") or 16), 0
+        self.wanted, self.sent, self.spoiled_at = int(request.get("max_tokens") or 16), 0, -1
         answer = self.start_stream if request.get("stream") else self.whole
         if self.engine.chance.random() < self.engine.mischief:
-            answer = self.engine.chance.choice((self.garbage, self.wrong_model, self.break_off, self.late, self.cut))
+            tricks = [self.garbage, self.wrong_model, self.break_off, self.late, self.cut]
+            answer = self.engine.chance.choice([*tricks, self.spoil] if request.get("stream") else tricks)
         asyncio.get_running_loop().call_later(self.engine.first_s, answer)
 
     def document(self, content: object) -> None:
@@ -143,8 +154,17 @@ class Connection(asyncio.Protocol):
         head = HEAD % b"text/event-stream" + b"content-length: %d\r\n\r\n" % len(body)
         self.transport.write(head + body)
 
+    def spoil(self) -> None:
+        """A stream with garbage somewhere in its middle."""
+        self.spoiled_at = self.engine.chance.randrange(1, self.wanted)
+        self.start_stream()
+
     def next_token(self) -> None:
         """One more token, or the end."""
+        if self.sent == self.spoiled_at:
+            self.spoiled_at = -1
+            noise = self.engine.chance.choice(SPOILED)
+            self.transport.write(b"%x\r\n%b\r\n" % (len(noise), noise))
         if self.sent < self.wanted:
             event = TOKEN % (self.engine.model, self.sent)
             self.sent += 1

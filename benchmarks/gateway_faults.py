@@ -3,10 +3,10 @@ comes back in 5 s.
 
 Two fake engines stand behind the gateway, quality and speed. While clients send 10,000 requests (half of
 them streams), the engines take turns at being killed with SIGKILL and started again, stopped with SIGSTOP
-and continued, and at answering garbage, cutting streams and being slow (a share of all requests, drawn with
-a fixed seed inside the engine). Every token is numbered: an answer counts as complete only when every
-number came once, in order, from one engine. Prints what became of the requests, and JSON as the last line;
-ends with 1 when a request was cut silently or answered twice.
+and continued, and at answering garbage (at the start or in the middle of a stream), cutting streams and being
+slow (a share of all requests, drawn with a fixed seed inside the engine). Every token is numbered: an answer
+counts as complete only when every number came once, in order, from one engine. Prints what became of the
+requests, and JSON as the last line; ends with 1 when a request was cut silently or answered twice.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Tormented:
 
     def start(self) -> None:
         """Start it, with its own share of misbehaviour."""
-        options = {"first_ms": 5.0, "interval_ms": 5.0, "port": self.port, "mischief": 0.03}
+        options = {"first_ms": 5.0, "interval_ms": 5.0, "port": self.port, "mischief": 0.05}
         _, self.process = self._stack.enter_context(gateway_setup.fake_engine(self.model, **options))
 
     async def die(self) -> None:

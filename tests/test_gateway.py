@@ -98,6 +98,8 @@ BAD_DOCUMENTS = {
     "broken off": (replies(b'{"model"', UpstreamFailed("broken", "It broke off."), kind=JSON), "broken"),
     "deep nesting": (replies(b"[" * 100_000, kind=JSON), "garbage"),
     "error under status 200": (replies(b'{"error": {}}', kind=JSON), "status"),
+    "object that is no answer": (replies(b'{"hello": "world"}', kind=JSON), "garbage"),
+    "choices that are none": (replies(b'{"choices": ["a"]}', kind=JSON), "garbage"),
     "stream that was not asked for": (replies(event("a", "Q8_0"), DONE), "garbage"),
     "silence": (replies(5.0, document("a", "Q8_0"), kind=JSON), "stalled"),
 }
@@ -146,17 +148,31 @@ CUTS = {
     "half an event": [event("a", "Q8_0"), event("b", "Q8_0")[:25], UpstreamFailed("broken", "It broke off.")],
     "silent end": [event("a", "Q8_0")],
     "stall": [event("a", "Q8_0"), 5.0, event("b", "Q8_0"), DONE],
+    "garbage": [event("a", "Q8_0"), b"data: {\xff\n\n", event("b", "Q8_0"), DONE],
+    "garbage in one piece": [event("a", "Q8_0") + b"\x00\x01noise\n\n" + event("b", "Q8_0") + DONE],
+    "not an object": [event("a", "Q8_0"), b"data: [1]\n\n", DONE],
+    "choices that are none": [event("a", "Q8_0"), b'data: {"choices": ["b"]}\n\n', DONE],
+    "deep nesting": [event("a", "Q8_0"), b"data: " + b"[" * 100_000 + b"\n\n", DONE],
+    "another model": [event("a", "Q8_0"), event("b", "Q2_K"), DONE],
+    "an error of its own": [event("a", "Q8_0"), b'data: {"error": {"message": "out of memory"}}\n\n', DONE],
+    "an end that is only said": [event("a", "Q8_0"), event("[DONE]", "Q8_0")],
 }
 
 
 @pytest.mark.parametrize("name", CUTS)
 def test_after_the_first_byte_an_error_event_says_that_the_answer_is_not_complete(name):
     reply = ask(replies(*CUTS[name]), FAST, chat("quality", stream=True), timeouts=QUICK)
-    first, last = events_of(reply.content)
+    first, *_, last = events_of(reply.content)
     assert first["choices"][0]["delta"]["content"] == "a"
     assert "not complete" in last["error"]["message"]
-    assert b"[DONE]" not in reply.content
+    assert DONE not in reply.content and b'"b"' not in reply.content
+    assert ("out of memory" in last["error"]["message"]) is (name == "an error of its own")
     assert FAST.asked == [] or reply.headers["x-bitladder-tier"] == "quality"
+
+
+def test_nothing_follows_the_end():
+    reply = ask(replies(event("a", "Q8_0"), DONE + b"noise\n\n", b"more"), FAST, chat("quality", stream=True))
+    assert reply.content == event("a", "Q8_0") + DONE
 
 
 def test_the_clients_own_errors_are_passed_on_and_not_retried():
@@ -350,6 +366,18 @@ def test_a_window_looks_no_further():
     headers = {"x-bitladder-tag": "hard"}
     reply = ask(GOOD, speed, chat("auto", stream=True), headers, auto=HARD, escalation=rule)
     assert text_of(reply.content) == "a b c"
+
+
+@pytest.mark.parametrize("odd", [["x"], {"content": [{"token": "x"}]}, {"token_logprobs": [[]]}, {"content": 1}])
+@pytest.mark.parametrize("stream", [False, True])
+def test_odd_log_probabilities_are_garbage_and_the_other_tier_answers(odd, stream):
+    answer = {"model": "Q4_K_M", "choices": [{"index": 0, "message": {"content": "x"}, "delta": {}, "logprobs": odd}]}
+    text = json.dumps(answer).encode()
+    speed = replies(b"data: " + text + b"\n\n", DONE) if stream else replies(text, kind=JSON)
+    body, headers = chat("auto", stream=stream), {"x-bitladder-tag": "hard"}
+    reply = ask(GOOD, speed, body, headers, auto=HARD, escalation=Escalation(threshold=-1.0))
+    assert reply.headers["x-bitladder-level"] == "Q8_0"
+    assert "speed failed (garbage)" in reply.headers["x-bitladder-reason"]
 
 
 def test_log_probabilities_that_were_asked_for_stay():

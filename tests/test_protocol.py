@@ -6,17 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitladder.serve.protocol import (
-    CHAT,
-    COMPLETIONS,
-    Refused,
-    first_event,
-    header_text,
-    members,
-    parse_request,
-    stream_error,
-    whole_events,
-)
+from bitladder.serve.events import BadEvent, first_event, has_error, read_events, stream_error, whole_events
+from bitladder.serve.protocol import CHAT, COMPLETIONS, Refused, header_text, members, parse_request
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -94,6 +85,28 @@ def test_first_event(data, event):
 def test_what_is_no_stream_of_events(data):
     with pytest.raises(ValueError):
         first_event(data)
+
+
+def test_events_are_read_with_the_place_where_each_begins():
+    data = b': ping\n\nid: 1\ndata: {"a": 1}\n\ndata:{"b": 2}\r\n\r\ndata: [DONE]\n\ndata: {"half'
+    assert list(read_events(data)) == [(8, {"a": 1}), (30, {"b": 2}), (47, None)]
+    with pytest.raises(BadEvent) as bad:
+        list(read_events(data[:47] + b"event: x\nnoise\n"))
+    assert bad.value.begins == 47
+
+
+@pytest.mark.parametrize(
+    ("document", "expected"),
+    [
+        ({"error": {"message": "x"}}, True),
+        ({"error": {}}, True),
+        ({"error": {"code": 502}, "choices": [{}]}, True),
+        ({"error": None, "choices": [{}]}, False),
+        ({"choices": []}, False),
+    ],
+)
+def test_what_counts_as_an_error(document, expected):
+    assert has_error(document) is expected
 
 
 @given(

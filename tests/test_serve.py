@@ -31,7 +31,7 @@ from bitladder.serve.app import serve
 from bitladder.serve.settings import ServeSettings, TierSpec, Timeouts
 told = json.loads(sys.argv[1])
 specs = {role: TierSpec(**{**spec, "path": spec.get("path") and Path(spec["path"])}) for role, spec in told.items()}
-settings = ServeSettings(**specs, port=0, threads=1, drain_s=10, timeouts=Timeouts(restart=20))
+settings = ServeSettings(**specs, port=0, threads=1, drain_s=float(sys.argv[2]), timeouts=Timeouts(restart=20))
 serve(settings, lambda address, _: print(json.dumps(address), flush=True))
 """
 PROMPT = [{"role": "user", "content": "Name three colours."}]
@@ -51,11 +51,10 @@ class Served:
 
 
 @contextlib.contextmanager
-def served(log: Path, **specs: dict) -> Iterator[Served]:
+def served(log: Path, drain_s: float = 10, **specs: dict) -> Iterator[Served]:
+    command = [sys.executable, "-c", PROGRAM, json.dumps(specs), str(drain_s)]
     with log.open("w") as errors:
-        process = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, json.dumps(specs)], stdout=subprocess.PIPE, stderr=errors, text=True
-        )
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
         assert process.stdout is not None
         try:
             line = process.stdout.readline()
@@ -256,37 +255,45 @@ def test_no_request_makes_the_gateway_stumble(gateway, method, path, headers, bo
         assert reply.json()["error"]["message"]
 
 
-def test_on_sigterm_running_answers_finish_and_nothing_new_is_accepted(tmp_path):
+@pytest.mark.parametrize("drain_s", [10, 1])
+def test_on_sigterm_nothing_new_is_accepted_and_running_answers_finish_or_are_told_to_be_cut(tmp_path, drain_s):
     async def answer(request: web.Request) -> web.StreamResponse:
         reply = web.StreamResponse(headers={"content-type": "text/event-stream"})
         await reply.prepare(request)
-        for number in range(12):
+        for number in range(12 if drain_s > 1 else 1000):
             event = {"model": "slow", "choices": [{"index": 0, "delta": {"content": f"{number} "}}]}
             await reply.write(b"data: " + json.dumps(event).encode() + b"\n\n")
             await asyncio.sleep(0.1)
         await reply.write(b"data: [DONE]\n\n")
         return reply
 
+    async def read(client: openai.AsyncOpenAI, process: subprocess.Popen) -> str:
+        text = ""
+        async for chunk in await client.chat.completions.create(model="quality", messages=PROMPT, stream=True):
+            if not text:
+                process.send_signal(signal.SIGTERM)
+            text += chunk.choices[0].delta.content
+        return text
+
     async def run() -> None:
         app = web.Application()
         app.router.add_post("/v1/chat/completions", answer)
-        runner = web.AppRunner(app)
+        runner = web.AppRunner(app, shutdown_timeout=0.1)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         url = f"http://127.0.0.1:{runner.addresses[0][1]}"
         started = contextlib.ExitStack()
         running = await asyncio.to_thread(
-            lambda: started.enter_context(served(tmp_path / "log", quality={"level": "slow", "url": url}))
+            lambda: started.enter_context(served(tmp_path / "log", drain_s, quality={"level": "slow", "url": url}))
         )
         client = openai.AsyncOpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0)
-        stream = await client.chat.completions.create(model="quality", messages=PROMPT, stream=True)
-        text = ""
-        async for chunk in stream:
-            if not text:
-                running.process.send_signal(signal.SIGTERM)
-            text += chunk.choices[0].delta.content
-        assert text == "".join(f"{number} " for number in range(12))
-        await asyncio.to_thread(running.process.wait, 20)
+        if drain_s > 1:
+            assert await read(client, running.process) == "".join(f"{number} " for number in range(12))
+        else:
+            with pytest.raises(openai.APIError, match=r"The gateway was stopped\. The answer above is not complete"):
+                await read(client, running.process)
+        code = await asyncio.to_thread(running.process.wait, 20)
+        assert (code == 0) is (drain_s > 1)  # a clean end is no death
         with pytest.raises(openai.APIConnectionError):
             await client.models.list()
         await client.close()

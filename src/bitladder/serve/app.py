@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
+import signal
 import socket
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import uvicorn
@@ -20,7 +23,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 
-from bitladder.errors import UsageError
+from bitladder.errors import EngineError, UsageError
 from bitladder.serve.deploy import Deployment, deployed
 from bitladder.serve.limits import Doorman, read_keys
 from bitladder.serve.metrics import JsonLines
@@ -149,7 +152,7 @@ def serve(settings: ServeSettings, on_ready: Callable[[str, Deployment], None] |
 
     Raises:
         UsageError: the address cannot be listened on.
-        EngineError: an engine does not start, or an endpoint serves another model.
+        EngineError: an engine does not start, an endpoint serves another model, or answers had to be cut at the end.
     """
     log_to_stderr()
     listener = _listen(settings.host, settings.port)
@@ -202,4 +205,37 @@ async def _serve(
             on_ready(f"http://{f'[{host}]' if ':' in host else host}:{port}", deployment)
         gc.collect()
         gc.freeze()  # what is loaded by now stays; looking through it again and again would stall streams
-        await uvicorn.Server(config).serve(sockets=[listener])
+        server = _Server(config)
+        await server.serve(sockets=[listener])
+    if server.cut:
+        raise EngineError(
+            f"The gateway was stopped before {server.cut} answers were complete.",
+            means=f"They took longer than the {settings.drain_s:g} s that running answers may take to finish.",
+        )
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, for which being asked to stop is a good end: uvicorn raises the signal again when all is done,
+    so that a process whose answers are all complete would look killed.
+    """
+
+    cut = 0
+    """Requests that were not finished in time."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Stop in order on the first signal, at once on a second Ctrl-C."""
+        loop = asyncio.get_running_loop()
+        signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+        for number in signals:
+            loop.add_signal_handler(number, self.handle_exit, number, None)
+        try:
+            yield
+        finally:
+            for number in signals:
+                loop.remove_signal_handler(number)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Accept nothing new, wait for what runs, and count what must be cut."""
+        await super().shutdown(sockets)
+        self.cut = len(self.server_state.tasks)

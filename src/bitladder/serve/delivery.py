@@ -8,8 +8,9 @@ import time
 from starlette.types import Send
 
 from bitladder.serve.backends import UpstreamFailed
+from bitladder.serve.events import stream_error
 from bitladder.serve.metrics import Record
-from bitladder.serve.protocol import header_text, stream_error
+from bitladder.serve.protocol import header_text
 from bitladder.serve.relay import Answer
 from bitladder.serve.settings import Timeouts
 from bitladder.serve.watch import PhaseTimeout, Watch
@@ -67,6 +68,8 @@ class Delivery:
         except asyncio.CancelledError:
             cause = watch.cause()
             if not isinstance(cause, PhaseTimeout):
+                if cause is None and self._started:  # the gateway's own end
+                    await self._cut("stopped", "The gateway was stopped.")
                 raise cause or asyncio.CancelledError from None
             if not waiting_for_upstream:
                 record.outcome = "client left"  # it takes nothing: returning now closes its connection

@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,12 +101,18 @@ def calibrate(inputs: Sequence[ScoredInput], recover: float = MIN_RECOVERED) -> 
 def logprobs_of(document: dict[str, Any]) -> list[float]:
     """Log-probabilities in a reply or an event of the chat or completions API, in order; empty where there
     are none.
+
+    Raises:
+        ValueError: they are not in OpenAI's shape.
     """
     found: list[float] = []
-    for choice in document.get("choices") or ():
-        logprobs = choice.get("logprobs") or {}
-        found += [token["logprob"] for token in logprobs.get("content") or ()]
-        found += [value for value in logprobs.get("token_logprobs") or () if value is not None]
+    try:
+        for choice in document.get("choices") or ():
+            logprobs = choice.get("logprobs") or {}
+            found += [float(token["logprob"]) for token in logprobs.get("content") or ()]
+            found += [float(value) for value in logprobs.get("token_logprobs") or () if value is not None]
+    except (AttributeError, KeyError, TypeError):
+        raise ValueError("log-probabilities of another shape than OpenAI's") from None
     return found
 
 
@@ -115,18 +121,3 @@ def without_logprobs(document: dict[str, Any]) -> bytes:
     for choice in document.get("choices") or ():
         choice.pop("logprobs", None)
     return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
-
-
-def documents(events: bytes) -> Iterable[dict[str, Any]]:
-    """The JSON documents of whole events of a stream.
-
-    Raises:
-        ValueError: an event is not a JSON object.
-    """
-    for raw in events.split(b"\n"):
-        line = raw.strip()
-        if line.startswith(b"data:") and line[5:].strip() != b"[DONE]":
-            document = json.loads(line[5:])
-            if not isinstance(document, dict):
-                raise ValueError("an event of the stream is not a JSON object")
-            yield document

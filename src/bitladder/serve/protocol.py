@@ -5,8 +5,7 @@ alone, known to us or not; when a member must differ (the name an upstream knows
 alone are replaced. Parsing and writing the whole body again would change numbers, key order and escapes
 that are none of our business.
 
-Replies are read no further than needed to know that they are replies: the first event of a stream, and its
-end.
+What comes back is checked in ``events`` and ``relay``.
 """
 
 from __future__ import annotations
@@ -240,44 +239,3 @@ def _bad(message: str) -> Refused:
 def header_text(value: str) -> str:
     """A value safe in a header: one line of printable ASCII, at most 300 characters."""
     return _UNPRINTABLE.sub("?", value)[:300]
-
-
-def first_event(data: bytes) -> dict[str, Any] | None:
-    """The first JSON event of a stream that starts with ``data``, or None while it is not complete yet.
-
-    Comments, ``event:`` lines and empty lines before it are skipped, as server-sent events are read.
-
-    Raises:
-        ValueError: this is no stream of JSON objects.
-    """
-    for raw in data.split(b"\n")[:-1]:
-        line = raw.rstrip(b"\r")
-        if not line or line.startswith((b":", b"event:", b"id:", b"retry:")):
-            continue
-        if not line.startswith(b"data:"):
-            raise ValueError("a line of the stream has no field name")
-        if line[5:].strip() == b"[DONE]":
-            return {}
-        event = json.loads(line[5:])
-        if not isinstance(event, dict):
-            raise ValueError("an event of the stream is not a JSON object")
-        return event
-    return None
-
-
-def has_error(event: Mapping[str, Any]) -> bool:
-    """Whether an upstream's document or event reports an error instead of an answer."""
-    return "error" in event and "choices" not in event
-
-
-def whole_events(data: bytes) -> int:
-    """How many bytes of ``data`` are whole events of a stream: where its last empty line ends."""
-    if data.endswith(b"\n\n"):
-        return len(data)
-    plain, carriage = data.rfind(b"\n\n"), data.rfind(b"\r\n\r\n")
-    return max(plain + 2 if plain >= 0 else 0, carriage + 4 if carriage >= 0 else 0)
-
-
-def stream_error(message: str, code: str) -> bytes:
-    """An event that OpenAI clients raise as an error; stands after a whole event."""
-    return b"data: " + error_body(message, code, 502) + b"\n\n"

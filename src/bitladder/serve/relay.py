@@ -2,7 +2,7 @@
 not.
 
 A document is read whole before any of it is sent. A stream is read up to its first event, then passed on as
-it arrives, cut only between events, so that an error can be told as an event of its own.
+it arrives, every event checked, cut only between events, so that an error can be told as an event of its own.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from bitladder.serve.backends import Reply, UpstreamFailed
-from bitladder.serve.escalation import documents, is_sure, logprobs_of, score, without_logprobs
-from bitladder.serve.protocol import first_event, has_error, whole_events
+from bitladder.serve.escalation import is_sure, logprobs_of, score, without_logprobs
+from bitladder.serve.events import DONE, BadEvent, first_event, has_error, read_events, whole_events
 from bitladder.serve.settings import Escalation
 from bitladder.units import MiB
 
@@ -23,7 +23,6 @@ MAX_DOCUMENT = 64 * MiB
 _MAX_EVENT = 4 * MiB
 _DATED = re.compile(r"-\d{4}-?\d{2}-?\d{2}|:latest")
 _NOT_SUPPORTED = 501  # llama.cpp's word for what it was not started for; another tier cannot do it either
-DONE = b"data: [DONE]\n\n"
 
 
 @dataclass
@@ -54,12 +53,16 @@ def same_model(expected: str, told: str) -> bool:
     return told == expected or (told.startswith(expected) and bool(_DATED.fullmatch(told[len(expected) :])))
 
 
-def check_model(document: dict[str, Any], expected: str) -> None:
-    """Refuse an answer of another model. A reply that names none is let through: there is nothing to compare.
+def check_answer(document: dict[str, Any], expected: str) -> None:
+    """Refuse what is no answer, or one of another model. A reply that names none is let through: there is nothing
+    to compare.
 
     Raises:
-        UpstreamFailed: phase ``wrong model``.
+        UpstreamFailed: phase ``garbage`` or ``wrong model``.
     """
+    choices = document.get("choices", [])
+    if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
+        raise UpstreamFailed("garbage", "The upstream's choices are not a list of objects.")
     told = document.get("model")
     if isinstance(told, str) and told and not same_model(expected, told):
         found = f"The upstream answered as '{told[:80]}' instead of '{expected}'."
@@ -92,8 +95,8 @@ async def read_answer(reply: Reply, expected: str, *, stream: bool) -> Answer:
         if event is not None:
             if has_error(event):
                 raise UpstreamFailed("status", "The upstream began its stream with an error.")
-            check_model(event, expected)
-            return Answer(reply.status, content_type, b"", _whole_events(head, pieces))
+            check_answer(event, expected)
+            return Answer(reply.status, content_type, b"", _checked(_whole_events(head, pieces), expected))
         if len(head) > _MAX_EVENT:
             raise UpstreamFailed("garbage", f"The stream's first {len(head)} bytes hold no event.")
     raise UpstreamFailed("broken", f"The stream ended after {len(head)} bytes without an event.")
@@ -102,7 +105,7 @@ async def read_answer(reply: Reply, expected: str, *, stream: bool) -> Answer:
 def _first_event(head: bytes) -> dict[str, Any] | None:
     try:
         return first_event(head)
-    except (ValueError, RecursionError) as error:
+    except BadEvent as error:
         raise UpstreamFailed("garbage", f"The upstream's stream is not one: {error}.") from None
 
 
@@ -117,7 +120,9 @@ async def _read_document(reply: Reply, content_type: str, expected: str) -> Answ
     if reply.status < 300:
         if has_error(document):
             raise UpstreamFailed("status", "The upstream answered with an error under status 200.")
-        check_model(document, expected)
+        if not any(isinstance(document.get(name), list) for name in ("choices", "data")):
+            raise UpstreamFailed("garbage", "The upstream's document holds neither choices nor embeddings.")
+        check_answer(document, expected)
     usage = document.get("usage")
     tokens = usage.get("completion_tokens", 0) if isinstance(usage, dict) else 0
     counted = tokens if isinstance(tokens, int) and tokens > 0 else 0
@@ -136,27 +141,71 @@ async def _bounded(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
 
 
 async def _whole_events(head: bytes, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """The stream in whole events; raises UpstreamFailed when it ends without ``[DONE]``."""
-    held, last = head, b""
+    """The stream in whole events."""
+    held = head
     cut = whole_events(held)
     if cut:
-        last, held = held[:cut], held[cut:]
-        yield last
+        yield held[:cut]
+        held = held[cut:]
     async for piece in pieces:
         data = held + piece if held else piece
         cut = whole_events(data)
         if cut == len(data):
-            last, held = data, b""
+            held = b""
             yield data
         elif cut:
-            last, held = data[:cut], data[cut:]
-            yield last
+            held = data[cut:]
+            yield data[:cut]
         else:
             held = data
             if len(held) > _MAX_EVENT:
                 raise UpstreamFailed("garbage", f"{len(held)} bytes of the stream hold no whole event.")
-    if b"[DONE]" not in last[-32:]:
+
+
+async def _checked(stream: AsyncIterator[bytes], expected: str) -> AsyncIterator[bytes]:
+    """Whole events up to and with ``[DONE]``, after each was read.
+
+    Raises:
+        UpstreamFailed: an event is garbage, an error or another model's, after what came before it was given; or
+            the stream ended without ``[DONE]``.
+    """
+    done = False
+    async for events in stream:
+        if done:
+            continue  # to the end of the reply, so that its connection can be used again
+        good, done, failure = _good_part(events, expected)
+        if done:
+            yield events[:good] + DONE
+        elif good:
+            yield events if good == len(events) else events[:good]
+        if failure is not None:
+            raise failure
+    if not done:
         raise UpstreamFailed("broken", "The upstream's stream ended before it was done.")
+
+
+def _good_part(events: bytes, expected: str) -> tuple[int, bool, UpstreamFailed | None]:
+    """Bytes of ``events`` before ``[DONE]`` or the first bad event, whether it was ``[DONE]``, and what is bad."""
+    begins = 0
+    try:
+        for begins, document in read_events(events):
+            if document is None:
+                return begins, True, None
+            if has_error(document):
+                return begins, False, UpstreamFailed("status", f"The upstream reported an error{_words(document)}.")
+            check_answer(document, expected)
+    except BadEvent as error:
+        return error.begins, False, UpstreamFailed("garbage", f"The upstream sent garbage: {error}.")
+    except UpstreamFailed as failure:
+        return begins, False, failure
+    return len(events), False, None
+
+
+def _words(document: dict[str, Any]) -> str:
+    """What the upstream says about its error, if anything."""
+    error = document["error"]
+    said = error.get("message") if isinstance(error, dict) else error
+    return f": {said[:200].rstrip('.')}" if isinstance(said, str) and said else ""
 
 
 async def judge(answer: Answer, escalation: Escalation, *, strip: bool) -> Answer | Unsure:
@@ -166,13 +215,13 @@ async def judge(answer: Answer, escalation: Escalation, *, strip: bool) -> Answe
     calls on some engines) are unsure.
 
     Raises:
-        UpstreamFailed: the stream broke off, or is no stream of JSON.
+        UpstreamFailed: the stream broke off, or an event of it is bad.
     """
     if answer.status >= 300:
         return answer
     if answer.stream is None:
         document = json.loads(answer.head)
-        lowest = score(logprobs_of(document), escalation.window)
+        lowest = score(_logprobs(document), escalation.window)
         if not is_sure(lowest, escalation.threshold):
             return Unsure(lowest)
         head = without_logprobs(document) if strip else answer.head
@@ -181,7 +230,7 @@ async def judge(answer: Answer, escalation: Escalation, *, strip: bool) -> Answe
     seen: list[float] = []
     async for events in answer.stream:
         held.append(_stripped(events) if strip else events)
-        seen += [value for document in _documents(events) for value in logprobs_of(document)]
+        seen += [value for _, document in read_events(events) if document for value in _logprobs(document)]
         lowest = score(seen, escalation.window)
         if seen and not is_sure(lowest, escalation.threshold):
             return Unsure(lowest)
@@ -198,14 +247,15 @@ async def _resume(held: list[bytes], rest: AsyncIterator[bytes], *, strip: bool)
         yield _stripped(events) if strip else events
 
 
-def _documents(events: bytes) -> list[dict[str, Any]]:
+def _logprobs(document: dict[str, Any]) -> list[float]:
     try:
-        return list(documents(events))
-    except (ValueError, RecursionError) as error:
-        raise UpstreamFailed("garbage", f"The upstream's stream is not one: {error}.") from None
+        return logprobs_of(document)
+    except ValueError as error:
+        raise UpstreamFailed("garbage", f"The upstream sent {error}.") from None
 
 
 def _stripped(events: bytes) -> bytes:
     """Events without their log-probabilities."""
-    out = b"".join(b"data: " + without_logprobs(document) + b"\n\n" for document in _documents(events))
-    return out + DONE if b"[DONE]" in events[-32:] else out
+    documents = (document for _, document in read_events(events) if document is not None)
+    out = b"".join(b"data: " + without_logprobs(document) + b"\n\n" for document in documents)
+    return out + DONE if events.endswith(DONE) else out
