@@ -22,6 +22,7 @@ class FakeProcess:
 
     def __init__(self, base_url: str = "http://127.0.0.1:9", *, fail: bool = False) -> None:
         self.base_url = base_url
+        self.engine = "fake 1"
         self.fail = fail
         self.code: int | None = None
         self.stopped = 0

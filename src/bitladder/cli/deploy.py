@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from bitladder.serve.settings import ServeSettings, TierSpec
 
 
+AUTO_ENGINE = "auto"
 _ENDPOINT_SLOTS = 64  # requests at once to an endpoint, which has a queue of its own
 
 
@@ -47,6 +48,13 @@ def serve(
     open_to_all: Annotated[
         bool, typer.Option("--open-to-all", help="Listen on other addresses than loopback without keys.")
     ] = False,
+    slots: Annotated[
+        int | None,
+        typer.Option("--slots", min=1, max=256, help="Requests each tier computes at once.", show_default="what fits"),
+    ] = None,
+    engine: Annotated[
+        str, typer.Option("--engine", help="built-in, a llama-server's path, or auto: one on the PATH if it will do.")
+    ] = AUTO_ENGINE,
     out: Annotated[Path | None, typer.Option("--out", help="Folder for levels that must be built.")] = None,
 ) -> None:
     """Serve a quality tier and a speed tier behind one OpenAI-compatible endpoint.
@@ -55,11 +63,15 @@ def serve(
     """
     from dataclasses import replace
 
+    from bitladder.engines.llama_program import chosen_program
     from bitladder.serve.app import serve as serve_settings
     from bitladder.serve.router import parse_rule
 
+    program, why = chosen_program(engine)
+    if why:
+        say(why)
     with progress_display() as progress:
-        settings = tiers_of(model, quality, speed, ctx, threads, out, progress)
+        settings = tiers_of(model, quality, speed, ctx, threads, out, progress, slots=slots)
     settings = replace(
         settings,
         host=host,
@@ -69,6 +81,7 @@ def serve(
         rules=tuple(parse_rule(text) for text in rule or ()),
         allowed_hosts=tuple(allow_host or ()),
         open_to_all=open_to_all,
+        program=program,
     )
     serve_settings(settings, on_ready=_ready)
 
@@ -80,9 +93,20 @@ def _ready(address: str, deployment: Deployment) -> None:
 
 
 def tiers_of(
-    model: str, quality: str | None, speed: str | None, ctx: int, threads: int, out: Path | None, progress: Progress
+    model: str,
+    quality: str | None,
+    speed: str | None,
+    ctx: int,
+    threads: int,
+    out: Path | None,
+    progress: Progress,
+    *,
+    slots: int | None = None,
 ) -> ServeSettings:
-    """Tiers from the arguments, or from the latest run of the model with what its evidence says about routing."""
+    """Tiers from the arguments, or from the latest run of the model with what its evidence says about routing.
+
+    ``slots``: requests that each tier computes at once; None for as many as fit.
+    """
     from bitladder.files.probe import probe_machine
     from bitladder.plan.placement import usable_ram, usable_vram
     from bitladder.serve.settings import ServeSettings
@@ -101,15 +125,34 @@ def tiers_of(
     top = _spec(model, first, ctx, threads, out, progress)
     other = None if second in (None, first) else _spec(model, second or "", ctx, threads, out, progress)
     machine = probe_machine()
+    budget = usable_ram(machine) + usable_vram(machine)
+    tiers = _with_slots([spec for spec in (top, other) if spec is not None], budget, slots)
     settings = ServeSettings(
-        quality=top,
-        speed=other,
+        quality=tiers[0],
+        speed=tiers[1] if other is not None else None,
         threads=threads,
-        memory_budget_bytes=usable_ram(machine) + usable_vram(machine),
+        memory_budget_bytes=budget,
         run_json=run_json,
         name=record.source.name if record else Path(model).stem,
     )
     return _routed(settings, record)
+
+
+def _with_slots(specs: list[TierSpec], budget: int, slots: int | None) -> list[TierSpec]:
+    """Tiers that know how many requests they compute at once, and the memory it takes. Endpoints stay as they are."""
+    from dataclasses import replace
+
+    from bitladder.steps.serving import MOST_SLOTS, memory_by_slots, slots_that_fit
+
+    asked = range(1, MOST_SLOTS + 1) if slots is None else (slots,)
+    needs = {spec.path: memory_by_slots(spec.path, spec.n_ctx, asked) for spec in specs if spec.path is not None}
+    fitting = dict(zip(needs, slots_that_fit(tuple(needs.values()), budget), strict=True))
+    return [
+        spec
+        if spec.path is None
+        else replace(spec, slots=slots or fitting[spec.path], memory_bytes=needs[spec.path][fitting[spec.path] - 1])
+        for spec in specs
+    ]
 
 
 def _routed(settings: ServeSettings, record: RunRecord | None) -> ServeSettings:

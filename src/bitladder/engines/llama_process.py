@@ -10,6 +10,7 @@ import dataclasses
 import json
 import queue
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -20,6 +21,7 @@ from typing import IO
 
 import httpx
 
+from bitladder.engines.llama_program import LlamaProgram
 from bitladder.errors import BadInput, EngineError, EngineGone, EngineTimeout
 
 CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
@@ -69,10 +71,14 @@ class LlamaSettings:
 
 
 class LlamaProcess:
-    """One llama.cpp server in a process of its own. It dies with us; its crash is an EngineError and not our end."""
+    """One llama.cpp server in a process of its own. It dies with us; its crash is an EngineError and not our end.
 
-    def __init__(self, settings: LlamaSettings) -> None:
+    ``program``: an installed ``llama-server`` to run instead of the built-in engine.
+    """
+
+    def __init__(self, settings: LlamaSettings, program: LlamaProgram | None = None) -> None:
         self.settings = settings
+        self._program = program
         self.base_url = ""
         """``http://host:port`` once started."""
         self.engine = ""
@@ -93,9 +99,15 @@ class LlamaProcess:
         if not Path(self.settings.path).is_file():
             raise BadInput(f"There is no file '{self.settings.path}'.", do="Give the path of a GGUF file.")
         began = time.monotonic()
-        arguments = json.dumps({**dataclasses.asdict(self.settings), "alias": self.settings.model_name})
+        port = self.settings.port
+        if self._program is None:
+            arguments = json.dumps({**dataclasses.asdict(self.settings), "alias": self.settings.model_name})
+            command = ["bitladder.engines.llama_child", arguments]
+        else:
+            port = port or _free_port(self.settings.host)
+            command = ["bitladder.engines.llama_keeper", *self._program.command(self.settings, port)]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "bitladder.engines.llama_child", arguments],
+            [sys.executable, "-m", *command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -106,8 +118,11 @@ class LlamaProcess:
         self._log_thread = threading.Thread(target=self._keep_log, args=(self._process.stderr,), daemon=True)
         self._log_thread.start()
         try:
-            hello = self._first_line(self._process.stdout, began + timeout_s)
-            self.base_url, self.engine = hello["address"], hello["engine"]
+            if self._program is None:
+                hello = self._first_line(self._process.stdout, began + timeout_s)
+                self.base_url, self.engine = hello["address"], hello["engine"]
+            else:
+                self.base_url, self.engine = f"http://{self.settings.host}:{port}", self._program.name
             self._wait_for_health(began + timeout_s)
         except BaseException:
             self.stop(grace_s=0.0)  # while loading it cannot hear that its stdin closed
@@ -200,3 +215,12 @@ class LlamaProcess:
             means="Its last words:\n" + self.last_log(),
             do="Allow it longer, or look whether the disk or the memory is the bottleneck.",
         )
+
+
+def _free_port(host: str) -> int:
+    """A port nobody listens on. Not every build takes 0 and tells what it got; should another program be faster to
+    this one, the server ends at once, and is started again with the next.
+    """
+    with socket.socket() as found:
+        found.bind((host, 0))
+        return int(found.getsockname()[1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import random
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -11,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import aiohttp
 
+from bitladder.engines.llama_program import LlamaProgram
 from bitladder.errors import EngineError
 from bitladder.serve.backends import Complete, HttpBackend, client_session
 from bitladder.serve.gateway import Gateway
@@ -31,14 +33,14 @@ MakeEngine = Callable[[TierSpec, int], EngineProcess]
 """``make(spec, threads)``: an engine for a file, not yet started."""
 
 
-def llama_engine(spec: TierSpec, threads: int) -> EngineProcess:
-    """llama.cpp in a child process."""
+def llama_engine(spec: TierSpec, threads: int, program: LlamaProgram | None = None) -> EngineProcess:
+    """llama.cpp in a child process: the built-in engine, or an installed ``llama-server``."""
     from bitladder.engines.llama_process import LlamaProcess, LlamaSettings
 
     settings = LlamaSettings(
         path=str(spec.path), n_ctx=spec.n_ctx, n_parallel=spec.slots, threads=threads, alias=spec.served_name
     )
-    return LlamaProcess(settings)
+    return LlamaProcess(settings, program)
 
 
 @dataclass
@@ -79,12 +81,13 @@ def must_take_turns(specs: list[TierSpec], budget_bytes: int) -> bool:
 async def deployed(
     settings: ServeSettings,
     *,
-    make_engine: MakeEngine = llama_engine,
+    make_engine: MakeEngine | None = None,
     upstreams: Mapping[str, Complete] | None = None,
 ) -> AsyncIterator[Deployment]:
     """Start everything, and stop it at the end.
 
-    ``upstreams`` replaces the upstream of a level by a function; a test hands in its own.
+    ``make_engine`` and ``upstreams`` replace the engines, and the upstream of a level by a function; a test hands in
+    its own.
 
     Raises:
         EngineError: an engine does not start, or an endpoint serves another model.
@@ -106,7 +109,7 @@ async def deployed(
                 spec,
                 settings=settings,
                 session=session,
-                make_engine=make_engine,
+                make_engine=make_engine or functools.partial(llama_engine, program=settings.program),
                 turns=turns,
                 upstream=(upstreams or {}).get(spec.level),
             )

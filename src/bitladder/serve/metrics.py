@@ -96,6 +96,7 @@ class Metrics:
         )
         self.running = Gauge("bitladder_running", "Requests at the upstream", ["tier"], registry=registry)
         self.queued = Gauge("bitladder_queued", "Requests that wait", ["tier"], registry=registry)
+        self.slots = Gauge("bitladder_slots", "Requests the upstream computes at once", ["tier"], registry=registry)
         self.up = Gauge("bitladder_up", "1 when the tier can answer now", ["tier"], registry=registry)
         self.restarts = Gauge(
             "bitladder_engine_restarts", "Times the engine was started again", ["tier"], registry=registry
@@ -140,6 +141,7 @@ class Metrics:
         for tier in tiers:
             self.running.labels(tier.name).set(tier.gate.running)
             self.queued.labels(tier.name).set(tier.gate.queued)
+            self.slots.labels(tier.name).set(tier.gate.slots)
             self.up.labels(tier.name).set(tier.usable)
             self.restarts.labels(tier.name).set(tier.engine.restarts if tier.engine else 0)
         return generate_latest(self._registry)
@@ -169,6 +171,7 @@ class Metrics:
             "queued": tier.gate.queued,
             "slots": tier.gate.slots,
             "restarts": tier.engine.restarts if tier.engine else 0,
+            "engine": tier.engine.engine if tier.engine else "",
             "last_error": tier.engine.last_error if tier.engine else "",
             "outcomes": {outcome: n for (name, outcome), n in self._by_tier.items() if name == tier.name},
             "first_byte_s": _middle(firsts),

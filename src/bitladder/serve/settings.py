@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from bitladder.engines.llama_program import LlamaProgram
 from bitladder.errors import UsageError
 from bitladder.serve.router import AutoRule, Rule
 from bitladder.units import MiB
@@ -120,6 +121,8 @@ class ServeSettings:
     timeouts: Timeouts = field(default_factory=Timeouts)
     drain_s: float = 30.0
     """On SIGTERM: how long running answers may take to finish."""
+    program: LlamaProgram | None = None
+    """An installed ``llama-server`` that runs the files; None for the built-in engine."""
     run_json: Path | None = None
     """The run that this deployment comes from, for the page."""
     log_prompts: bool = False

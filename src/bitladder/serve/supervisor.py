@@ -28,6 +28,8 @@ class EngineProcess(Protocol):
     """What a supervisor needs of a process; `engines.llama_process.LlamaProcess` is one."""
 
     base_url: str
+    engine: str
+    """Engine and version, once started."""
 
     def start(self) -> None:
         """Start and wait until it answers; blocks. Raises EngineError."""
@@ -91,6 +93,8 @@ class Supervisor:
         self.state = "stopped"
         self.restarts = 0
         self.last_error = ""
+        self.engine = ""
+        """Engine and version, once it ran."""
         self._make = make
         self._session = session
         self._check_file = check_file
@@ -142,9 +146,12 @@ class Supervisor:
         self._process = self._make()
         began = time.monotonic()
         await asyncio.to_thread(self._process.start)
-        self.state = "ready"
+        self.state, self.engine = "ready", self._process.engine
         self._ready.set()
-        log.info("engine ready", extra={"tier": self.name, "seconds": round(time.monotonic() - began, 3)})
+        log.info(
+            "engine ready",
+            extra={"tier": self.name, "engine": self.engine, "seconds": round(time.monotonic() - began, 3)},
+        )
 
     async def _end(self, grace_s: float) -> None:
         self._ready.clear()

@@ -63,6 +63,7 @@ function tierCard(tier) {
     h("p", { class: "level" }, tier.level),
     h("dl", {}, ...facts.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, String(value))))),
     h("p", { class: "soft small" }, tier.resident ? "Stays in memory." : "Takes turns in memory."),
+    tier.engine && h("p", { class: "soft small" }, `Engine: ${tier.engine}`),
     tier.last_error && h("p", { class: "bad small" }, tier.last_error),
     tier.file_sha256 && h("p", { class: "soft small hash" }, `SHA-256 ${tier.file_sha256}`),
   );

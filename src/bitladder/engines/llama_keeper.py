@@ -1,0 +1,53 @@
+"""The process between us and an installed ``llama-server``, which does not notice when we are gone.
+
+Run as ``python -m bitladder.engines.llama_keeper COMMAND...``. It ends the server when its stdin closes or
+its parent changes, and ends the way the server ended, so that whoever started it sees how. When it is itself
+killed, Linux's parent-death signal ends the server; elsewhere the server would stay.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+
+
+def _die_with_parent() -> None:
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+def _follow_parent(parent: int, server: subprocess.Popen[bytes]) -> None:
+    while True:
+        readable, _, _ = select.select([0], [], [], 1.0)
+        if (readable and not os.read(0, 4096)) or os.getppid() != parent:
+            server.kill()
+            os._exit(0)
+
+
+def main() -> None:
+    """Start the server, and stay as long as it does."""
+    parent = os.getppid()
+    # The main thread starts it and lives as long as we do, which is what the parent-death signal goes by.
+    server = subprocess.Popen(
+        sys.argv[1:],
+        stdin=subprocess.DEVNULL,
+        stdout=sys.stderr,
+        preexec_fn=_die_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509 - there is one thread yet
+    )
+    threading.Thread(target=_follow_parent, args=(parent, server), daemon=True).start()
+    code = server.wait()
+    if code < 0:
+        with contextlib.suppress(OSError):  # SIGKILL has no handler to restore
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""An installed ``llama-server``: find it, see whether it will do, and say how to start it.
+
+It is asked for its version and its flags rather than believed to be of one build: distributions, package
+managers and people's own builds differ, and flags come and go.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from bitladder.errors import BadInput
+
+if TYPE_CHECKING:
+    from bitladder.engines.llama_process import LlamaSettings
+
+NAME = "llama-server"
+LEAST_BUILD = 4600
+"""January 2025: from then on both chat and text completions tell log-probabilities as OpenAI's do."""
+_VERSION = re.compile(r"^version: (?:(\d+) \(|\S+ \(build (\d+))", re.MULTILINE)
+_FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
+_NEEDED = frozenset({"--model", "--alias", "--port", "--ctx-size", "--parallel", "--threads", "--cache-type-k"})
+_ASK_S = 30.0  # a build for GPUs looks for them first
+
+
+@dataclass(frozen=True)
+class LlamaProgram:
+    """A ``llama-server`` that was asked what it is."""
+
+    path: str
+    build: int
+    """llama.cpp's build number; 0 when whoever built it left it out."""
+    flags: frozenset[str]
+    """What its ``--help`` names."""
+
+    @property
+    def name(self) -> str:
+        """Engine and version, as evidence and the live view name them."""
+        return f"{NAME} {self.build or 'of an unknown build'}"
+
+    def command(self, settings: LlamaSettings, port: int) -> list[str]:
+        """What starts it with these settings; the same that the built-in engine gets."""
+        pairs = {
+            "--model": settings.path,
+            "--alias": settings.model_name,
+            "--host": settings.host,
+            "--port": port,
+            # llama.cpp divides its context among the slots; ours is what one request may use.
+            "--ctx-size": settings.n_ctx * settings.n_parallel,
+            "--parallel": settings.n_parallel,
+            "--batch-size": max(settings.n_batch, settings.n_parallel),
+            "--ubatch-size": settings.n_batch,
+            "--threads": settings.threads,
+            "--threads-batch": settings.threads,
+            "--cache-type-k": settings.cache_type_k,
+            "--cache-type-v": settings.cache_type_v,
+        }
+        if settings.n_gpu_layers >= 0:
+            pairs["--n-gpu-layers"] = settings.n_gpu_layers
+        # Newer builds shrink the context to fit and keep 8 GiB of old prompts, unless told not to.
+        pairs |= self._known({"--fit": "off", "--cache-ram": settings.prompt_cache_mib})
+        switches = ["--metrics", "--no-kv-unified", "--no-webui"]
+        if settings.prompt_cache_mib == 0:
+            switches.append("--no-cache-idle-slots")
+        words = [str(word) for pair in pairs.items() for word in pair]
+        return [self.path, *words, *(switch for switch in switches if switch in self.flags)]
+
+    def _known(self, pairs: dict[str, object]) -> dict[str, object]:
+        return {flag: value for flag, value in pairs.items() if flag in self.flags}
+
+
+def find_program(where: str = NAME) -> LlamaProgram:
+    """The program at a path, or of this name on the search path.
+
+    Raises:
+        BadInput: there is none, it is no llama-server, or it is too old.
+    """
+    path = shutil.which(where)
+    if path is None:
+        raise BadInput(
+            f"There is no program '{where}'.",
+            do="Install llama.cpp's server, give its path with --engine, or use --engine built-in.",
+        )
+    version, flags = _VERSION.search(_said(path, "--version")), frozenset(_FLAG.findall(_said(path, "--help")))
+    lacking = sorted(_NEEDED - flags)
+    if version is None or lacking:
+        found = f"has no flag {lacking[0]}" if version else "does not tell a version as llama.cpp does"
+        raise BadInput(f"'{path}' is no llama-server: it {found}.")
+    build = int(version[1] or version[2])
+    if 0 < build < LEAST_BUILD:
+        raise BadInput(
+            f"'{path}' is build {build} of llama.cpp; at least {LEAST_BUILD} is needed.",
+            means="Older ones do not tell the log-probabilities of tokens that escalation and comparing rest on.",
+            do="Update it, or use --engine built-in.",
+        )
+    return LlamaProgram(path, build, flags)
+
+
+def chosen_program(engine: str) -> tuple[LlamaProgram | None, str]:
+    """The engine that ``--engine`` names, None for the built-in one, and what is to be said about it.
+
+    ``built-in``; ``auto``, which takes a ``llama-server`` from the search path if it will do; else a program.
+
+    Raises:
+        BadInput: the program named cannot be used.
+    """
+    if engine == "built-in" or (engine == "auto" and shutil.which(NAME) is None):
+        return None, ""
+    try:
+        program = find_program(NAME if engine == "auto" else engine)
+    except BadInput as error:
+        if engine != "auto":
+            raise
+        return None, f"The built-in engine serves: {error.found}"
+    said = f"The engine is {program.path} ({program.name}); `--engine built-in` serves with the one that was measured."
+    return program, said
+
+
+def _said(path: str, flag: str) -> str:
+    """What it prints when asked, on either stream."""
+    try:
+        done = subprocess.run([path, flag], stdin=subprocess.DEVNULL, capture_output=True, timeout=_ASK_S, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BadInput(f"'{path}' cannot be run: {error}.") from None
+    return (done.stdout + b"\n" + done.stderr).decode(errors="replace")
