@@ -71,6 +71,7 @@ def quantize(
     """
     from bitladder.formats.checkpoint import is_checkpoint_level
     from bitladder.steps.calibrated import make_checkpoints
+    from bitladder.steps.journal import Journal
     from bitladder.steps.models import quantize_model
 
     asked = [part.strip() for part in to.split(",") if part.strip()]
@@ -79,6 +80,7 @@ def quantize(
     if not asked:
         raise UsageError("--to names no level.", do="Name one or several, like --to Q8_0,Q4_K_M.")
     texts = tuple(text or ())
+    journal = Journal() if json_output else Journal(say)
     with progress_display(quiet=json_output) as progress:
         written = (
             []
@@ -92,12 +94,13 @@ def quantize(
                 effort=effort_named(effort),
                 threads=threads,
                 split_max_bytes=parse_bytes(split_max_size) if split_max_size else None,
+                journal=journal,
                 progress=progress,
             )
         )
         reports = make_checkpoints(model, folders, out, texts, threads=threads, progress=progress) if folders else []
     if json_output:
-        print_json({"files": [*written, *reports]})
+        print_json({"files": [*written, *reports], "jobs": journal.jobs})
         return
     for file in written:
         took = "was already there" if file.reused else f"{file.seconds:.1f} s"
@@ -118,11 +121,13 @@ def imatrix(
 ) -> None:
     """Write llama.cpp's importance matrix of a model, which llama-quantize reads too."""
     from bitladder.steps.calibrated import make_imatrix
+    from bitladder.steps.journal import Journal
 
+    journal = Journal() if json_output else Journal(say)
     with progress_display(quiet=json_output) as progress:
-        path = make_imatrix(model, tuple(text or ()), out, threads=threads, progress=progress)
+        path = make_imatrix(model, tuple(text or ()), out, threads=threads, journal=journal, progress=progress)
     if json_output:
-        print_json({"path": str(path), "bytes": path.stat().st_size})
+        print_json({"path": str(path), "bytes": path.stat().st_size, "jobs": journal.jobs})
     else:
         say(f"{path}  {human_bytes(path.stat().st_size)}")
 

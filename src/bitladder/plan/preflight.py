@@ -1,16 +1,16 @@
 """What a job will take before it starts: memory, disk and time, with a refusal that says what is missing.
 
-The prediction is kept with the job's result, so that it can be compared with what happened.
+Formulas only; `files/job_log.py` keeps what jobs took and corrects the next prediction by it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bitladder.describe.machine import Machine
 from bitladder.errors import NothingFits
-from bitladder.units import MiB, human_bytes
+from bitladder.units import GiB, MiB, human_bytes
 
 QUANTIZE_RATE = {"Q8_0": 2e8, "F16": 3e8, "BF16": 3e8, "F32": 3e8}
 """Weights per second per core, where nothing was measured; every other type ``SEARCHED_RATE``."""
@@ -19,6 +19,8 @@ PIECES_BYTES = 24 * MiB
 """Memory of a thread that quantizes: a piece as 32-bit floats, its search, its result."""
 BASE_BYTES = 250 * MiB
 """The process itself."""
+STATE_BYTES = GiB
+"""Hidden states that a walk keeps in memory."""
 
 
 @dataclass(frozen=True)
@@ -31,28 +33,25 @@ class JobNeed:
     disk_bytes: int
     seconds: float
     label: str
-    """``measured`` when this machine's own earlier jobs gave the rate, else ``assumed``."""
+    """``measured`` when the rate was measured on this machine, else ``assumed``."""
+    kind: str = ""
+    """Jobs of a kind are corrected by one another."""
+
+    def named(self, what: str, kind: str = "") -> JobNeed:
+        """The same in words that name the levels or the text, and of another kind where one is given."""
+        return replace(self, what=what, kind=kind or self.kind)
 
 
 def quantize_need(
-    weights: Mapping[str, int],
-    file_bytes: Sequence[int],
-    machine: Machine,
-    *,
-    threads: int,
-    measured: Mapping[str, float] | None = None,
+    weights: Mapping[str, int], file_bytes: Sequence[int], machine: Machine, *, threads: int, effort: str = "good"
 ) -> JobNeed:
-    """Building levels in one pass. ``weights``: qtype -> weights to convert, over all levels, each (tensor,
-    qtype) once.
-
-    ``measured``: qtype -> weights per second per core, from earlier jobs here.
+    """Building levels in one pass. ``weights``: qtype -> weights to convert, over all levels, each (tensor, qtype)
+    once. The harder the search for scales (``effort``), the longer: a kind of job each.
     """
-    rates = {**QUANTIZE_RATE, **(measured or {})}
     cores = max(1, min(threads, machine.cores))
-    seconds = sum(count / (rates.get(qtype, SEARCHED_RATE) * cores) for qtype, count in weights.items())
-    label = "measured" if measured and set(weights) <= set(measured) else "assumed"
+    seconds = sum(count / (QUANTIZE_RATE.get(qtype, SEARCHED_RATE) * cores) for qtype, count in weights.items())
     ram = BASE_BYTES + cores * PIECES_BYTES
-    return JobNeed("quantize", ram, 0, sum(file_bytes), seconds, label)
+    return JobNeed("quantize", ram, 0, sum(file_bytes), seconds, "assumed", f"quantize {effort}")
 
 
 def walk_need(
@@ -64,12 +63,13 @@ def walk_need(
 
     ``operations`` are of one pass of the reference over the text (2 * weights * tokens); every level passes
     once more.
-    ``flops``: measured operations per second, all cores.
+    ``flops``: measured operations per second, all cores. Hidden states beyond ``STATE_BYTES`` go to disk.
     """
     states = 4 * tokens * n_embd * (levels + 1)
-    ram = 600 * MiB + 2 * layer_bytes + max(states, 0) + head_bytes
+    ram = 600 * MiB + 2 * layer_bytes + min(states, STATE_BYTES) + head_bytes
     rate = flops or 2.5e10 * machine.cores
-    return JobNeed("walk", ram, 0, 0, operations * (levels + 1) / rate, "measured" if flops else "assumed")
+    label = "measured" if flops else "assumed"
+    return JobNeed("walk", ram, 0, max(0, states - STATE_BYTES), operations * (levels + 1) / rate, label, "walk")
 
 
 def require(need: JobNeed, machine: Machine) -> None:

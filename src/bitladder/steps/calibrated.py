@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 from bitladder.errors import BadInput
 from bitladder.progress import Progress
+from bitladder.steps.jobs import job, walking_need
+from bitladder.steps.journal import Journal
 
 if TYPE_CHECKING:
     from bitladder.describe.text import Document
@@ -49,6 +51,7 @@ def importance_of(
     texts: Sequence[Path] = (),
     measured_on: Sequence[Document] = (),
     threads: int = 1,
+    journal: Journal | None = None,
     progress: Progress,
 ) -> Importance | None:
     """The importance matrix that a user asked for: a file's, one made from the calibration text, or none.
@@ -59,8 +62,10 @@ def importance_of(
         choice: a file's path, ``auto`` or ``none``.
         texts: the user's calibration texts.
         measured_on: texts that levels will be measured on; calibrating on them would flatter every level.
+        journal: told what making one will take, and what it took.
 
     Raises:
+        NothingFits: too little memory to make one.
         BadInput: the calibration text shares passages with the measuring text, or is too short.
         BadFile: the file cannot be used.
     """
@@ -80,7 +85,8 @@ def importance_of(
     if not kept.exists():
         from bitladder.stages.imatrix import importance_matrix  # brings torch: a second to import, for this case alone
 
-        found = importance_matrix(source, windows, dataset="calibration text", threads=threads, progress=progress)
+        with job(walking_need(source, windows, (), kind="importance"), journal or Journal()):
+            found = importance_matrix(source, windows, dataset="calibration text", threads=threads, progress=progress)
         kept.parent.mkdir(parents=True, exist_ok=True)
         write_imatrix(kept, found)
     return read_imatrix(kept).vectors()
@@ -100,8 +106,16 @@ def _refuse_overlap(calibration: Sequence[Window], measuring: Sequence[Window]) 
         )
 
 
-def make_imatrix(model: str, texts: Sequence[Path], out: Path, *, threads: int, progress: Progress) -> Path:
-    """Write llama.cpp's importance matrix of a model for a text (or for the one that ships); returns the path."""
+def make_imatrix(
+    model: str, texts: Sequence[Path], out: Path, *, threads: int, journal: Journal | None = None, progress: Progress
+) -> Path:
+    """Write llama.cpp's importance matrix of a model for a text (or for the one that ships); returns the path.
+
+    ``journal`` is told what it will take, and what it took.
+
+    Raises:
+        NothingFits: too little memory.
+    """
     from bitladder.files.gguf import GgufFile
     from bitladder.files.imatrix import write_imatrix
     from bitladder.files.sources import resolve
@@ -111,7 +125,9 @@ def make_imatrix(model: str, texts: Sequence[Path], out: Path, *, threads: int, 
     with GgufFile.open(resolve(model, progress).path) as source:
         windows = token_windows(source, documents)
         dataset = ", ".join(str(text) for text in texts) or "bitladder calibration text"
-        write_imatrix(out, importance_matrix(source, windows, dataset=dataset, threads=threads, progress=progress))
+        with job(walking_need(source, windows, (), kind="importance"), journal or Journal()):
+            found = importance_matrix(source, windows, dataset=dataset, threads=threads, progress=progress)
+        write_imatrix(out, found)
     return out
 
 

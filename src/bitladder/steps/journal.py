@@ -7,17 +7,20 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from bitladder.records.job import JobOutcome
+
 Say = Callable[[str], None]
 
 
 @dataclass
 class Journal:
-    """Seconds per stage, what was reused, and what the user should know."""
+    """Seconds per stage, jobs beside their predictions, what was reused, and what the user should know."""
 
     say: Say = lambda _: None
     timings: dict[str, float] = field(default_factory=dict)
     reused: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    jobs: list[JobOutcome] = field(default_factory=list)
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from bitladder.progress import Progress
 from bitladder.steps.calibrated import NONE, importance_of
+from bitladder.steps.jobs import building_need, job
+from bitladder.steps.journal import Journal
 
 if TYPE_CHECKING:
-    from bitladder.files.gguf import GgufFile
     from bitladder.kernels import Effort
-    from bitladder.plan.preflight import JobNeed
     from bitladder.records.level_file import LevelFile
     from bitladder.records.run import RunRecord
 
@@ -28,49 +28,40 @@ def quantize_model(
     effort: Effort,
     threads: int,
     split_max_bytes: int | None = None,
+    journal: Journal | None = None,
     progress: Progress,
 ) -> list[LevelFile]:
-    """Write a model at some levels, every tensor read once for all of them."""
+    """Write a model at some levels, every tensor read once for all of them.
+
+    ``journal`` is told before what it will take, and after what it took.
+
+    Raises:
+        NothingFits: too little memory or disk, before anything is written.
+    """
     from bitladder.files.gguf import GgufFile
+    from bitladder.files.probe import probe_machine
     from bitladder.files.sources import resolve
+    from bitladder.plan.preflight import require
     from bitladder.stages.quantize import quantize_levels
 
     with GgufFile.open(resolve(model, progress).path) as source:
-        require_room(source, levels, threads=threads)
-        importance = importance_of(source, imatrix, texts=calibration, threads=threads, progress=progress)
-        return quantize_levels(
-            source,
-            levels,
-            out,
-            importance=importance,
-            effort=effort,
-            threads=threads,
-            split_max_bytes=split_max_bytes,
-            progress=progress,
+        journal = journal or Journal()
+        need = building_need(source, levels, out, effort=effort, threads=threads)
+        require(need, probe_machine(out))  # before an importance matrix takes its minutes
+        importance = importance_of(
+            source, imatrix, texts=calibration, threads=threads, journal=journal, progress=progress
         )
-
-
-def require_room(source: GgufFile, levels: Sequence[str], *, threads: int) -> JobNeed:
-    """What writing the levels will take; raises NothingFits where memory is too small. (Space is checked by the
-    writer.)
-    """
-    from bitladder.files.probe import probe_machine
-    from bitladder.formats.blocks import QTYPES
-    from bitladder.plan.cost import level_size
-    from bitladder.plan.preflight import quantize_need, require
-
-    machine = probe_machine()
-    work: dict[tuple[str, str], int] = {}
-    for level in levels:
-        for tensor in level_size(source.model, level).tensors:
-            if QTYPES[tensor.qtype].is_quantized:
-                work[tensor.name, tensor.qtype] = tensor.elements  # shared by all levels that want it
-    weights: dict[str, int] = {}
-    for (_, qtype), count in work.items():
-        weights[qtype] = weights.get(qtype, 0) + count
-    need = quantize_need(weights, (), machine, threads=threads)
-    require(need, machine)
-    return need
+        with job(need, journal, out):
+            return quantize_levels(
+                source,
+                levels,
+                out,
+                importance=importance,
+                effort=effort,
+                threads=threads,
+                split_max_bytes=split_max_bytes,
+                progress=progress,
+            )
 
 
 @dataclass(frozen=True)

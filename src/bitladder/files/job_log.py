@@ -1,0 +1,85 @@
+"""Finished jobs of this machine beside their predictions, kept in the data folder to correct the next prediction."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bitladder.describe.machine import Machine
+from bitladder.errors import OutputError
+from bitladder.files.folders import data_folder
+from bitladder.files.measured import machine_key
+from bitladder.records import to_json
+from bitladder.records.job import JobOutcome
+
+_KEPT = 200
+_COUNTED = 9
+"""The latest jobs of a kind that a correction is made from."""
+_SHORTEST_S = 0.5
+"""Shorter jobs are all start-up and say nothing about a rate."""
+_LEAST_RANGE = 1.15
+
+
+@dataclass(frozen=True)
+class Correction:
+    """How earlier jobs of a kind compare with the formula."""
+
+    factor: float
+    """Multiply predicted seconds by it; 1 without earlier jobs."""
+    spread: float
+    """Factor either way that covers nine in ten of a few such jobs; 0 without earlier jobs."""
+    jobs: int
+
+
+def log_path(machine: Machine) -> Path:
+    """Where this machine's jobs are kept."""
+    return data_folder("machines", f"{machine_key(machine)}.jobs.json")
+
+
+def read_jobs(machine: Machine) -> list[JobOutcome]:
+    """Oldest first; a damaged log counts as empty, since predictions must not stop work."""
+    try:
+        rows = json.loads(log_path(machine).read_text(encoding="utf-8"))
+        return [JobOutcome(**row) for row in rows]
+    except (OSError, ValueError, TypeError):
+        return []
+
+
+def correction(jobs: Sequence[JobOutcome], kind: str) -> Correction:
+    """The median ratio of taken to computed seconds of the latest jobs of a kind, and how far single jobs stray.
+
+    Two standard deviations of the logarithms, from the median absolute deviation (times 1.48 for a bell curve).
+    """
+    latest = [job for job in jobs if job.kind == kind and job.took_s >= _SHORTEST_S and job.by_formula_s > 0]
+    logs = [math.log(job.took_s / job.by_formula_s) for job in latest[-_COUNTED:]]
+    if not logs:
+        return Correction(1.0, 0.0, 0)
+    middle = statistics.median(logs)
+    away = statistics.median(abs(log - middle) for log in logs)
+    spread = max(_LEAST_RANGE, math.exp(2 * 1.48 * away)) if len(logs) > 2 else 1.5
+    return Correction(math.exp(middle), spread, len(logs))
+
+
+def keep_job(machine: Machine, job: JobOutcome) -> None:
+    """Add a finished job.
+
+    Raises:
+        OutputError: the data folder cannot be written.
+    """
+    path = log_path(machine)
+    rows = [*read_jobs(machine), job][-_KEPT:]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}")
+        partial.write_text(json.dumps([to_json(row) for row in rows]), encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise OutputError(
+            f"The log of jobs cannot be kept in {path.parent}: {error.strerror or error}",
+            do="Choose another folder with BITLADDER_DATA.",
+        ) from error

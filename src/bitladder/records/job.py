@@ -1,0 +1,29 @@
+"""What a job was expected to take and what it took."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class JobOutcome:
+    """A finished job beside its prediction."""
+
+    kind: str
+    """``quantize``, ``walk`` or ``importance``: jobs that one correction holds for."""
+    what: str
+    """In words: the levels, the text."""
+    when: str
+    """When it ended, UTC, ISO 8601."""
+    by_formula_s: float
+    """Seconds by the formula alone, before earlier jobs corrected it."""
+    predicted_s: float
+    low_s: float
+    high_s: float
+    """Seconds that were predicted, and the range around them."""
+    label: str
+    """``measured`` when earlier jobs here corrected the prediction, else ``assumed``."""
+    took_s: float
+    ram_bytes: int
+    """Peak memory that was predicted, bytes."""
+    disk_bytes: int

@@ -1,0 +1,141 @@
+"""Before a job what it will take, with a refusal where it cannot end well; after it what it took."""
+
+from __future__ import annotations
+
+import glob
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bitladder.errors import OutputError
+from bitladder.steps.journal import Journal
+from bitladder.units import human_bytes
+
+if TYPE_CHECKING:
+    from bitladder.describe.windows import Window
+    from bitladder.files.gguf import GgufFile
+    from bitladder.plan.preflight import JobNeed
+
+_ASSUMED_RANGE = 2.5
+"""Factor either way before any job of a kind has run here: about what the first ones strayed by."""
+_WORTH_SAYING_S = 3.0
+
+
+@contextmanager
+def job(need: JobNeed, journal: Journal, folder: Path | None = None) -> Iterator[None]:
+    """Refuse, or say what it will take; afterwards compare, and keep the comparison for the next prediction.
+
+    Args:
+        need: the prediction by formula.
+        journal: told both, and keeps the outcome for the run's record.
+        folder: where the job writes; decides which drive's free space counts.
+
+    Raises:
+        NothingFits: too little memory or disk; the message says how much is missing.
+    """
+    from bitladder.files.job_log import correction, keep_job, read_jobs
+    from bitladder.files.probe import probe_machine
+    from bitladder.plan.preflight import require
+    from bitladder.records.job import JobOutcome
+
+    machine = probe_machine(folder)
+    require(need, machine)
+    if need.seconds <= 0:  # everything is there already
+        yield
+        return
+    known = correction(read_jobs(machine), need.kind)
+    expected, spread = need.seconds * known.factor, known.spread or _ASSUMED_RANGE
+    if expected >= _WORTH_SAYING_S:
+        journal.say(f"{need.what}: {_seconds(expected / spread)} to {_seconds(expected * spread)}, {_room(need)}.")
+    began = time.monotonic()
+    yield
+    took = time.monotonic() - began
+    outcome = JobOutcome(
+        kind=need.kind,
+        what=need.what,
+        when=datetime.now(UTC).isoformat(timespec="seconds"),
+        by_formula_s=need.seconds,
+        predicted_s=expected,
+        low_s=expected / spread,
+        high_s=expected * spread,
+        label="measured" if known.jobs else "assumed",
+        took_s=took,
+        ram_bytes=need.ram_bytes,
+        disk_bytes=need.disk_bytes,
+    )
+    journal.jobs.append(outcome)
+    if max(expected, took) >= _WORTH_SAYING_S:
+        journal.say(f"{need.what}: predicted {_seconds(expected)}, took {_seconds(took)}.")
+    try:
+        keep_job(machine, outcome)
+    except OutputError as error:  # the work itself is done and safe
+        journal.warn(error.found)
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def _room(need: JobNeed) -> str:
+    disk = f", {human_bytes(need.disk_bytes)} of disk" if need.disk_bytes else ""
+    return f"up to {human_bytes(need.ram_bytes)} of memory{disk}"
+
+
+def building_need(source: GgufFile, levels: Sequence[str], out: Path, *, effort: str, threads: int) -> JobNeed:
+    """What writing those of the levels will take that are not there yet."""
+    from bitladder.files.probe import probe_machine
+    from bitladder.formats.blocks import QTYPES
+    from bitladder.plan.cost import level_size
+    from bitladder.plan.preflight import quantize_need
+
+    missing = [level for level in dict.fromkeys(levels) if not _is_there(out, f"{source.model.name}-{level}")]
+    sizes = [level_size(source.model, level) for level in missing]
+    work = {
+        (tensor.name, tensor.qtype): tensor.elements  # once, however many levels want it
+        for size in sizes
+        for tensor in size.tensors
+        if QTYPES[tensor.qtype].is_quantized
+    }
+    weights: dict[str, int] = {}
+    for (_, qtype), count in work.items():
+        weights[qtype] = weights.get(qtype, 0) + count
+    need = quantize_need(
+        weights, [size.file_bytes for size in sizes], probe_machine(out), threads=threads, effort=effort
+    )
+    return need.named(f"quantize {', '.join(missing) or 'nothing'}")
+
+
+def _is_there(out: Path, name: str) -> bool:
+    """Whole, or in parts."""
+    return (out / f"{name}.gguf").exists() or any(out.glob(f"{glob.escape(name)}-00001-of-*.gguf"))
+
+
+def walking_need(source: GgufFile, windows: Sequence[Window], levels: Sequence[str], *, kind: str = "walk") -> JobNeed:
+    """What one pass over the layers will take: of the source and ``levels`` beside it."""
+    from bitladder.files.measured import load_measured
+    from bitladder.files.probe import probe_machine
+    from bitladder.formats.parts import parts_of
+    from bitladder.plan.preflight import walk_need
+
+    machine = probe_machine()
+    measured = load_measured(machine)
+    layers: dict[str, int] = {}
+    for tensor in source.model.tensors:
+        if tensor.name.startswith("blk."):
+            layer = tensor.name.split(".", 2)[1]
+            layers[layer] = layers.get(layer, 0) + tensor.elements
+    dims = source.model.dims
+    tokens = sum(len(window.tokens) for window in windows)
+    head = dims.n_vocab * dims.n_embd if levels else 0
+    experts = sum(t.elements for t in source.model.tensors if "experts" in parts_of([t]))
+    active = dims.n_expert_used / dims.n_expert if dims.n_expert else 1.0
+    used = sum(layers.values()) - (1 - active) * experts + head
+    need = walk_need(
+        4 * max(layers.values(), default=0), 4 * head, tokens, dims.n_embd, len(levels), 2 * used * tokens, machine,
+        flops=measured.f32_matmul if measured else 0.0,
+    )  # fmt: skip
+    names = f"measure {', '.join(levels)}" if levels else "gather an importance matrix"
+    return need.named(f"{names} on {tokens} tokens", kind)
