@@ -1,5 +1,6 @@
 """The page in a real browser: headless Chromium, driven by Playwright, against the real paths."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -10,11 +11,14 @@ from pathlib import Path
 import pytest
 from starlette.testclient import TestClient
 
-from bitladder.errors import BadInput
+from bitladder.describe.machine import Machine
+from bitladder.describe.shapes import Shape, model_of
+from bitladder.errors import BadInput, UsageError
 from bitladder.plan.whatif import what_if
 from bitladder.records import to_json
 from bitladder.serve.page_app import PAGE, build_page
-from bitladder.units import MiB
+from bitladder.stages.plan import make_plan
+from bitladder.units import GiB, MiB
 from ladder_examples import run_record
 from page_gateway import EVIL, Fake, gateway_app, serving
 
@@ -448,6 +452,29 @@ def test_what_if_moves_memory_and_context():
     assert [level.level for level in plan.levels if level.fits] == ["Q4_K_M", "Q3_K_M", "Q2_K"]
     assert (decision.quality, decision.speed, decision.pair) == ("Q4_K_M", "Q4_K_M", "one level")
     assert what_if(run) == (run.plan, run.decision)
+
+
+@pytest.mark.parametrize("n_ctx", [512, 600, 1024, 4096, 5000, 8192])
+def test_another_context_takes_what_the_plan_says_windows_included(n_ctx):
+    model = model_of(Shape("g", "gemma3", 6, 1024, 4096, 16, 4, 4096, 8192, tied=True, sliding_window=512))
+    here = Machine("a CPU", 4, (), 8 * GiB, 7 * GiB, 1 << 40)
+    levels = ("Q6_K", "Q4_K_M")
+    given = make_plan(model, here, n_ctx=2048, levels=levels)
+    moved, _ = what_if(dataclasses.replace(run_record(), plan=given, fidelities=(), results=()), n_ctx=n_ctx)
+    for found, planned in zip(moved.levels, make_plan(model, here, n_ctx=n_ctx, levels=levels).levels, strict=True):
+        assert found.kv_bytes == pytest.approx(planned.kv_bytes, rel=0.01)  # between listed ones: a straight line
+        if n_ctx in {one.n_ctx for one in given.contexts}:
+            assert (found.kv_bytes, found.compute_bytes) == (planned.kv_bytes, planned.compute_bytes)
+            assert found.total_bytes == planned.total_bytes
+    assert moved.levels[0].kv_bytes < given.levels[0].kv_bytes * n_ctx / 2048 or n_ctx < 2048
+
+
+def test_a_context_beyond_the_trained_one_is_refused():
+    given = make_plan(
+        model_of(Shape("s", "llama", 2, 64, 128, 2, 2, 256, 512)), Machine("x", 1, (), GiB, GiB, 1 << 40), n_ctx=256
+    )
+    with pytest.raises(UsageError, match="trained for"):
+        what_if(dataclasses.replace(run_record(), plan=given), n_ctx=given.contexts[-1].n_ctx + 1)
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from bitladder.describe.cache import padded_context
+from bitladder.errors import UsageError
 from bitladder.plan.decide import decide
 from bitladder.records.decision import Decision
-from bitladder.records.plan import LevelPlan, Plan
+from bitladder.records.plan import ELSEWHERE, ContextBytes, LevelPlan, Plan
 from bitladder.records.run import RunRecord
 from bitladder.units import human_bytes
 
@@ -17,17 +19,18 @@ def what_if(
 ) -> tuple[Plan, Decision]:
     """Plan and decision of a run, with some of its givens changed.
 
-    The KV cache is taken to grow in proportion to the context, which overstates it for models whose attention
-    slides; weights and compute buffers stay. Losses and speeds are those that were measured.
+    The cache and the buffers of another context are the plan's own; weights stay. Losses and speeds are those
+    that were measured.
 
     Raises:
-        UsageError: the bar cannot be read.
+        UsageError: the bar cannot be read, or the context is longer than the model was trained for.
     """
-    context = run.plan.n_ctx if n_ctx is None else n_ctx
-    budget = run.plan.budget_bytes if budget_bytes is None else budget_bytes
     plan = run.plan
+    context = plan.n_ctx if n_ctx is None else n_ctx
+    budget = plan.budget_bytes if budget_bytes is None else budget_bytes
     if (context, budget) != (plan.n_ctx, plan.budget_bytes):
-        levels = tuple(_moved(level, context / plan.n_ctx, budget) for level in plan.levels)
+        there = None if context == plan.n_ctx else _context_bytes(plan, context)
+        levels = tuple(_moved(level, there, budget) for level in plan.levels)
         plan = replace(plan, n_ctx=context, budget_bytes=budget, levels=levels)
     decision = decide(
         plan,
@@ -40,10 +43,42 @@ def what_if(
     return plan, decision
 
 
-def _moved(level: LevelPlan, stretch: float, budget: int) -> LevelPlan:
-    """A level at another context under another budget."""
-    kv = round(level.kv_bytes * stretch)
-    total = level.total_bytes - level.kv_bytes + kv
-    fits = total <= budget
+def _context_bytes(plan: Plan, n_ctx: int) -> ContextBytes:
+    """What a context takes: as the plan lists it, or on the line between its two neighbours there.
+
+    Caches and buffers grow in straight lines, in steps of 256 tokens, but for windows that fill up. Records from
+    before contexts were listed get a cache in proportion to the context, which overstates it for windows.
+    """
+    known = plan.contexts
+    if not known:
+        first = plan.levels[0]
+        return ContextBytes(n_ctx, round(first.kv_bytes * n_ctx / plan.n_ctx), first.compute_bytes)
+    if n_ctx > known[-1].n_ctx:
+        raise UsageError(
+            f"A context of {n_ctx} tokens is asked for; {plan.model} was trained for {known[-1].n_ctx}.",
+            do=f"Choose {known[-1].n_ctx} or less.",
+        )
+    at = next(number for number, one in enumerate(known) if one.n_ctx >= n_ctx)
+    above, below = known[at], known[max(0, at - 1)]
+    if at == 0 or above.n_ctx == n_ctx:
+        return above  # under the shortest that is listed: a bound
+    share = (min(padded_context(n_ctx), above.n_ctx) - below.n_ctx) / (above.n_ctx - below.n_ctx)
+
+    def between(low: int, high: int) -> int:
+        return round(low + share * (high - low))
+
+    return ContextBytes(
+        n_ctx,
+        between(below.kv_bytes, above.kv_bytes),
+        between(below.compute_bytes, above.compute_bytes),
+    )
+
+
+def _moved(level: LevelPlan, there: ContextBytes | None, budget: int) -> LevelPlan:
+    """A level at another context (None: the same) under another budget."""
+    if level.placement == ELSEWHERE:
+        return level
+    kv, compute = (there.kv_bytes, there.compute_bytes) if there else (level.kv_bytes, level.compute_bytes)
+    total = level.total_bytes - level.kv_bytes - level.compute_bytes + kv + compute
     reason = f"{human_bytes(total)} of {human_bytes(budget)}"
-    return replace(level, kv_bytes=kv, total_bytes=total, fits=fits, reason=reason)
+    return replace(level, kv_bytes=kv, compute_bytes=compute, total_bytes=total, fits=total <= budget, reason=reason)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+
+ELSEWHERE = "elsewhere"
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,8 @@ class LevelPlan:
     fits: bool
     reason: str
     placement: str = "cpu"
-    """``gpu``, ``experts in RAM``, ``split``, ``cpu`` or ``none``."""
+    """``gpu``, ``experts in RAM``, ``split``, ``cpu`` or ``none``; ``elsewhere`` behind an address, where no
+    size is known."""
     n_gpu_layers: int = 0
     n_cpu_experts: int = 0
     vram_bytes: int = 0
@@ -56,6 +60,20 @@ class LevelPlan:
     """None where no rates are known or nothing fits."""
     longest_ctx: int = 0
     """Tokens of context up to which it is placed no worse than this."""
+
+
+def runs_elsewhere(name: str) -> LevelPlan:
+    """A model behind an address: it stands in the table, and no size or memory of it is known."""
+    return LevelPlan(name, 0, 0, math.nan, math.nan, 0, 0, 0, 0, True, "runs elsewhere", placement=ELSEWHERE)
+
+
+@dataclass(frozen=True)
+class ContextBytes:
+    """What a context takes beside the weights, the same for every level."""
+
+    n_ctx: int
+    kv_bytes: int
+    compute_bytes: int
 
 
 @dataclass(frozen=True)
@@ -68,3 +86,5 @@ class Plan:
     n_ctx: int
     budget_bytes: int
     levels: tuple[LevelPlan, ...]
+    contexts: tuple[ContextBytes, ...] = ()
+    """What other contexts up to the trained one would take, shortest first; empty in older records."""

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from bitladder.describe.cache import cache_bytes, layer_caches
 from bitladder.describe.machine import Machine
 from bitladder.describe.model import Model
 from bitladder.errors import UsageError
 from bitladder.formats.recipes import LEVELS, level_named
 from bitladder.plan.cost import level_size
+from bitladder.plan.memory import compute_buffers
 from bitladder.plan.placement import Wish, describe_placement, place, usable_ram, usable_vram
 from bitladder.plan.search import N_PROMPT, MachineRates, largest_context, shares_of
 from bitladder.plan.speed import anchor_factor, predict
-from bitladder.records.plan import LevelPlan, Plan
+from bitladder.records.plan import ContextBytes, LevelPlan, Plan
 
 
 def make_plan(
@@ -77,6 +79,22 @@ def make_plan(
         n_ctx=n_ctx,
         budget_bytes=usable_ram(machine) + usable_vram(machine),
         levels=tuple(rows),
+        contexts=_contexts(model, wish),
+    )
+
+
+def _contexts(model: Model, wish: Wish) -> tuple[ContextBytes, ...]:
+    """What doubling contexts take, from 512 tokens to the trained length, and the one that was asked for."""
+    trained = max(model.dims.n_ctx_train, wish.n_ctx)
+    doubling = {512 << step for step in range(trained.bit_length()) if 512 << step <= trained}
+    layers = layer_caches(model)
+    return tuple(
+        ContextBytes(
+            n_ctx,
+            cache_bytes(layers, n_ctx, n_seq=wish.n_seq, type_k=wish.type_k, type_v=wish.type_v).total,
+            compute_buffers(model, n_ctx, n_seq=wish.n_seq).total,
+        )
+        for n_ctx in sorted(doubling | {trained, wish.n_ctx})
     )
 
 

@@ -5,7 +5,7 @@ import { h } from "./dom.js";
 import { bytes } from "./format.js";
 
 const STEPS = 100;
-const CONTEXTS = [512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072];
+const CONTEXTS = [512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072]; // for records that list none
 const WAIT_MS = 150;
 
 /** A form that calls `changed(view, true)` with `{plan, decision}`, or `changed(null, true)` for the run itself. */
@@ -14,7 +14,8 @@ export function whatIfForm(run, changed) {
   const [least, most] = [Math.min(...totals) * 0.6, Math.max(...totals, run.plan.budget_bytes) * 2.2];
   const toBytes = (step) => Math.round(least * (most / least) ** (step / STEPS));
   const toStep = (size) => Math.round((STEPS * Math.log(size / least)) / Math.log(most / least));
-  const contexts = [...new Set([...CONTEXTS, run.plan.n_ctx])].sort((a, b) => a - b);
+  const listed = run.plan.contexts?.length ? run.plan.contexts.map(({ n_ctx }) => n_ctx) : CONTEXTS;
+  const contexts = [...new Set([...listed, run.plan.n_ctx])].sort((a, b) => a - b);
   const memory = h("input", { type: "range", id: "if-memory", min: 0, max: STEPS });
   const context = h("input", { type: "range", id: "if-context", min: 0, max: contexts.length - 1 });
   const bar = h("input", { type: "text", id: "if-bar", spellcheck: "false", autocomplete: "off" });
