@@ -83,7 +83,7 @@ def progress_display(*, quiet: bool = False) -> Iterator[Progress]:
         with _live_bar() as progress:
             yield progress
     else:
-        yield _log_lines()
+        yield log_lines()
 
 
 @contextmanager
@@ -100,7 +100,7 @@ def _live_bar() -> Iterator[Progress]:
         TimeRemainingColumn(),
     )
     with Bars(*columns, console=Console(stderr=True), transient=False) as bars:
-        steps = _Steps()
+        steps = Steps()
         task: Any = None
 
         def progress(what: str, done: float, total: float) -> None:
@@ -112,13 +112,14 @@ def _live_bar() -> Iterator[Progress]:
         yield progress
 
 
-class _Steps:
+class Steps:
     """Tells the next piece of work from the next step of one: there the total stays and the count does not fall."""
 
     def __init__(self) -> None:
         self._done, self._total = 0.0, -1.0
 
     def is_new(self, done: float, total: float) -> bool:
+        """Whether this is said by another piece of work than the last."""
         new = total != self._total or done < self._done or (self._done >= self._total and done < total)
         self._done, self._total = done, total
         return new
@@ -127,8 +128,9 @@ class _Steps:
 SECONDS_BETWEEN_LINES = 5.0
 
 
-def _log_lines() -> Progress:
-    steps = _Steps()
+def log_lines() -> Progress:
+    """Where the work is as a line on stderr: when a piece of work begins, and every few seconds."""
+    steps = Steps()
     last = 0.0
 
     def progress(what: str, done: float, total: float) -> None:
