@@ -17,7 +17,7 @@ from bitladder.errors import BadInput, EngineGone
 
 HELP = (
     "--model FNAME --alias S --host H --port P --ctx-size N --parallel N --batch-size N --ubatch-size N --threads N "
-    "--threads-batch N --cache-type-k T --cache-type-v T --metrics -fit, --fit [on|off] --cache-ram N"
+    "--threads-batch N --jinja --cache-type-k T --cache-type-v T --metrics -fit, --fit [on|off] --cache-ram N"
 )
 SCRIPT = """#!{python}
 import http.server, json, sys
@@ -57,7 +57,12 @@ def settings(tmp_path: Path) -> LlamaSettings:
 
 @pytest.mark.parametrize(
     ("version", "build"),
-    [(NEW, 11434), ("version: 4601 (667d7284)", 4601), ("log\nversion: 0 (unknown)", 0)],
+    [
+        (NEW, 11434),
+        ("version: 4601 (667d7284)", 4601),
+        ("log\nversion: 0 (unknown)", 0),
+        ("version: 0.1.0-dev (build 1, commit 7e4c0a9)", 0),
+    ],
 )
 def test_its_build_is_read_in_every_form(tmp_path, version, build):
     found = find_program(str(program_at(tmp_path, version)))
@@ -71,6 +76,7 @@ def test_its_build_is_read_in_every_form(tmp_path, version, build):
         (f"version: {LEAST_BUILD - 1} (abc)", HELP, f"is build {LEAST_BUILD - 1} of llama.cpp; at least {LEAST_BUILD}"),
         ("nginx/1.25", HELP, "does not tell a version"),
         (NEW, HELP.replace("--parallel", ""), "has no flag --parallel"),
+        ("version: 1 (abc)", HELP.replace("--jinja", ""), "has no flag --jinja"),
     ],
 )
 def test_what_will_not_do_is_refused_or_passed_over(tmp_path, monkeypatch, version, told, complaint):

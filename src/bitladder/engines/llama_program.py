@@ -20,9 +20,14 @@ if TYPE_CHECKING:
 NAME = "llama-server"
 LEAST_BUILD = 4600
 """January 2025: from then on both chat and text completions tell log-probabilities as OpenAI's do."""
+_SHALLOW = 1000
+"""A build number is a count of commits, and 1 or so when it was built from a shallow copy: it then tells nothing. The
+real ones under a thousand had no program of this name.
+"""
 _VERSION = re.compile(r"^version: (?:(\d+) \(|\S+ \(build (\d+))", re.MULTILINE)
 _FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
-_NEEDED = frozenset({"--model", "--alias", "--port", "--ctx-size", "--parallel", "--threads", "--cache-type-k"})
+_NEEDED = ("--model", "--alias", "--port", "--ctx-size", "--parallel", "--threads", "--cache-type-k", "--jinja")
+"""The last came days before ``LEAST_BUILD``."""
 _ASK_S = 30.0  # a build for GPUs looks for them first
 
 
@@ -32,7 +37,7 @@ class LlamaProgram:
 
     path: str
     build: int
-    """llama.cpp's build number; 0 when whoever built it left it out."""
+    """llama.cpp's build number; 0 when it does not tell one."""
     flags: frozenset[str]
     """What its ``--help`` names."""
 
@@ -85,12 +90,14 @@ def find_program(where: str = NAME) -> LlamaProgram:
             do="Install llama.cpp's server, give its path with --engine, or use --engine built-in.",
         )
     version, flags = _VERSION.search(_said(path, "--version")), frozenset(_FLAG.findall(_said(path, "--help")))
-    lacking = sorted(_NEEDED - flags)
+    lacking = [flag for flag in _NEEDED if flag not in flags]
     if version is None or lacking:
         found = f"has no flag {lacking[0]}" if version else "does not tell a version as llama.cpp does"
-        raise BadInput(f"'{path}' is no llama-server: it {found}.")
+        raise BadInput(f"'{path}' is no llama-server that will do: it {found}.", do="Install a newer one.")
     build = int(version[1] or version[2])
-    if 0 < build < LEAST_BUILD:
+    if build < _SHALLOW:
+        build = 0
+    elif build < LEAST_BUILD:
         raise BadInput(
             f"'{path}' is build {build} of llama.cpp; at least {LEAST_BUILD} is needed.",
             means="Older ones do not tell the log-probabilities of tokens that escalation and comparing rest on.",
