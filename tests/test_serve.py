@@ -147,6 +147,16 @@ def test_openai_client_for_node(gateway, tmp_path):
     assert whole and whole == streamed
 
 
+def test_engines_answer_the_gateway_alone(gateway):
+    for engine in psutil.Process(gateway.process.pid).children():
+        ports = {at.laddr.port for at in engine.net_connections("tcp") if at.status == psutil.CONN_LISTEN}
+        for port in ports:
+            url = f"http://127.0.0.1:{port}/v1/chat/completions"
+            reply = httpx.post(url, json={"messages": PROMPT, "max_tokens": 1}, trust_env=False)
+            assert reply.status_code == 401
+        assert ports
+
+
 def test_a_client_that_leaves_frees_the_engine(gateway):
     stream = gateway.client.chat.completions.create(model="speed", messages=PROMPT, max_tokens=400, stream=True)
     next(iter(stream))

@@ -62,6 +62,8 @@ def _params(settings: dict[str, Any]) -> Any:
     params.cache_idle_slots = settings["prompt_cache_mib"] > 0
     params.ui = False
     params.endpoint_metrics = True
+    if key := os.environ.get("LLAMA_API_KEY"):
+        params.api_keys = [key]
     return params
 
 

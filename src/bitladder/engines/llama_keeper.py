@@ -36,6 +36,7 @@ def main() -> None:
     # The main thread starts it and lives as long as we do, which is what the parent-death signal goes by.
     server = subprocess.Popen(
         sys.argv[1:],
+        env={name: value for name, value in os.environ.items() if value or name != "LLAMA_API_KEY"},
         stdin=subprocess.DEVNULL,
         stdout=sys.stderr,
         preexec_fn=_die_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509 - there is one thread yet

@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
+import os
 import queue
 import signal
 import socket
@@ -25,6 +26,8 @@ from bitladder.engines.llama_program import LlamaProgram
 from bitladder.errors import BadInput, EngineError, EngineGone, EngineTimeout
 
 CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+KEY_VARIABLE = "LLAMA_API_KEY"
+"""Where llama.cpp's server looks for its key; empty: none."""
 _LOG_LINES = 200
 _LOG_WIDTH = 500
 
@@ -73,12 +76,14 @@ class LlamaSettings:
 class LlamaProcess:
     """One llama.cpp server in a process of its own. It dies with us; its crash is an EngineError and not our end.
 
-    ``program``: an installed ``llama-server`` to run instead of the built-in engine.
+    ``program``: an installed ``llama-server`` to run instead of the built-in engine. ``api_key``: what requests must
+    carry; the engine answers any web page in a browser on this machine otherwise.
     """
 
-    def __init__(self, settings: LlamaSettings, program: LlamaProgram | None = None) -> None:
+    def __init__(self, settings: LlamaSettings, program: LlamaProgram | None = None, api_key: str = "") -> None:
         self.settings = settings
         self._program = program
+        self._api_key = api_key
         self.base_url = ""
         """``http://host:port`` once started."""
         self.engine = ""
@@ -108,6 +113,7 @@ class LlamaProcess:
             command = ["bitladder.engines.llama_keeper", *self._program.command(self.settings, port)]
         self._process = subprocess.Popen(
             [sys.executable, "-m", *command],
+            env={**os.environ, KEY_VARIABLE: self._api_key},  # not on the command line, where others can read it
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

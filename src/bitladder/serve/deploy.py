@@ -7,6 +7,7 @@ import contextlib
 import functools
 import logging
 import random
+import secrets
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -40,7 +41,7 @@ def llama_engine(spec: TierSpec, threads: int, program: LlamaProgram | None = No
     settings = LlamaSettings(
         path=str(spec.path), n_ctx=spec.n_ctx, n_parallel=spec.slots, threads=threads, alias=spec.served_name
     )
-    return LlamaProcess(settings, program)
+    return LlamaProcess(settings, program, api_key=spec.api_key)
 
 
 @dataclass
@@ -145,13 +146,16 @@ def _tier(
     if spec.path is None:
         url = (spec.url or "").rstrip("/").removesuffix("/v1")
         return Tier(names, spec, HttpBackend(session, lambda: url, spec.api_key).complete, gate)
+    # Only the gateway may ask its engines: they listen on a port too, and check neither host nor origin.
+    check_file = Fingerprint(spec.path).check
+    spec = replace(spec, api_key=secrets.token_urlsafe(24))
     engine = Supervisor(
         names[0],
         lambda: make_engine(spec, settings.threads),
         session,
-        check_file=Fingerprint(spec.path).check,
+        check_file=check_file,
     )
-    return Tier(names, spec, HttpBackend(session, engine.address).complete, gate, engine, turns)
+    return Tier(names, spec, HttpBackend(session, engine.address, spec.api_key).complete, gate, engine, turns)
 
 
 def _shadow(settings: ServeSettings, tiers: tuple[Tier, ...], metrics: Metrics) -> ShadowMode | None:

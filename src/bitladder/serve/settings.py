@@ -25,7 +25,7 @@ class TierSpec:
     model: str = ""
     """What the endpoint calls the model; empty: its only model, or the level's name. Replies must name it too."""
     api_key: str = field(default="", repr=False)
-    """Sent to the endpoint as a bearer token."""
+    """Sent to the endpoint as a bearer token. Engines of our own get a fresh one."""
     sha256: str = ""
     """Hash of the file, named in every reply. Empty for an endpoint: nobody can vouch for it."""
     slots: int = 1
