@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -251,16 +252,48 @@ class TestSpeed:
         step = decode_seconds(share, windowed, 8000) - decode_seconds(share, windowed, 4000)
         assert step == pytest.approx(4000 * 1 * 2 * 256 * 2 / RATES.kv_stream)
 
+    def test_heads_that_share_a_cache_still_work_each(self):
+        model = model_of(LLAMA_8B)  # 32 heads on 8
+        share = Share(replace(RATES, heads_stream=RATES.kv_stream), {"F16": 1e9}, {"F16": 1e9}, 32, 1.0)
+        step = decode_seconds((share,), model, 2000) - decode_seconds((share,), model, 1000)
+        assert step == pytest.approx(1000 * 32 * 2 * 4096 * 2 / RATES.kv_stream)
+
+    def test_rows_cost_beyond_their_bytes(self):
+        model = model_of(LLAMA_8B)
+        layer_rows = 4096 + 2 * 1024 + 4096 + 2 * 14336 + 4096
+        layer_weights = 4096 * (2 * 4096 + 2 * 1024 + 3 * 14336)
+        used, head = {"F16": 2.0 * (32 * layer_weights + 128256 * 4096)}, {"F16": 2.0 * 128256 * 4096}
+        plain, slow = (
+            decode_seconds((Share(rates, used, used, 32, 1.0, head),), model, 0)
+            for rates in (RATES, replace(RATES, row_s={"F16": 1e-8}))
+        )
+        assert slow - plain == pytest.approx(1e-8 * (32 * layer_rows + 128256))
+
+    def test_of_a_prompt_only_the_last_token_meets_the_output_matrix(self):
+        model = model_of(LLAMA_8B)
+        used, head = {"F16": 1.6e10}, {"F16": 1e9}
+        with_head = prefill_seconds((Share(RATES, used, used, 32, 1.0, head),), model, 512)
+        without = prefill_seconds((Share(RATES, {"F16": 1.5e10}, {"F16": 1.5e10}, 32, 1.0),), model, 512)
+        assert with_head - without == pytest.approx(1e9 / RATES.stream_of("F16"))
+
+    def test_noise_widens_a_range_downward_only(self):
+        model = model_of(LLAMA_8B)
+        share = Share(RATES, {"F16": 1e10}, {"F16": 1e10}, 32, 1.0)
+        calm = predict((share,), model, n_prompt=100, n_past=0)
+        noisy = predict((replace(share, rates=replace(RATES, noise=1.5)),), model, n_prompt=100, n_past=0)
+        assert noisy.decode.high == calm.decode.high
+        assert noisy.decode.low == pytest.approx(calm.decode.low / 1.5)
+        assert noisy.first_token.low == pytest.approx(calm.first_token.low)
+        assert noisy.first_token.high == pytest.approx(1.5 * calm.first_token.high)
+
     def test_long_prompts_bind_on_arithmetic_short_ones_on_reading(self):
         model = model_of(LLAMA_8B)
         share = (Share(RATES, {"F16": 1.6e10}, {"F16": 1.6e10}, 32, 1.0),)
         assert prefill_seconds(share, model, 1) >= 1.6e10 / RATES.stream_of("F16")
-        assert prefill_seconds(share, model, 512) >= 2 * 8e9 * 512 / RATES.matmul_of("F16")
+        assert prefill_seconds(share, model, 512) >= 0.97 * 2 * 8e9 * 512 / RATES.matmul_of("F16")
 
     def test_ranges_narrow_with_what_is_known(self):
         model = model_of(LLAMA_8B)
-        from dataclasses import replace
-
         share = Share(RATES, {"F16": 1e10}, {"F16": 1e10}, 32, 1.0)
         here = replace(share, rates=replace(RATES, source="measured"))
         guesses = [

@@ -138,6 +138,14 @@ def cache_bytes_read(
     return total
 
 
+def heads_bytes_read(layers: tuple[LayerCache, ...], dims: ModelDims, n_past: float) -> float:
+    """The same if every query head read its keys and values for itself, 16 bits each: what a CPU's work follows."""
+    seen = sum(
+        layer.count * (min(n_past, layer.window) if layer.window else n_past) for layer in layers if layer.k_width
+    )
+    return 2.0 * seen * dims.n_head * (dims.head_dim_k + dims.head_dim_v)
+
+
 def padded_context(n_ctx: int) -> int:
     """Cells the engine really makes for a context: the next multiple of 256."""
     return -(-n_ctx // 256) * 256

@@ -19,13 +19,13 @@ class PoolRates:
     """
 
     stream: Mapping[str, float]
-    """qtype -> bytes of weights per second while decoding, all cores. Decoding reads every weight once per
-    token.
+    """qtype -> bytes of weights per second while decoding, all cores, in matrices with long rows. Decoding
+    reads every weight once per token.
     """
     matmul: Mapping[str, float]
-    """qtype -> multiply-adds times two per second while a prompt is computed."""
+    """qtype -> multiply-adds times two per second while a prompt is computed, in matrices with long rows."""
     kv_stream: float
-    """Bytes of 16-bit KV cache per second while decoding."""
+    """Bytes of KV cache per second while decoding."""
     attention: float
     """Operations per second of attention while a prompt is computed."""
     layer_s: float
@@ -35,6 +35,23 @@ class PoolRates:
     prompt_s: float
     """Seconds a prompt costs beyond its arithmetic."""
     source: str
+    row_s: Mapping[str, float] = field(default_factory=dict)
+    """qtype -> seconds that a row of a matrix costs beyond its bytes, decoding: rows of small models are short."""
+    prompt_row_s: Mapping[str, float] = field(default_factory=dict)
+    """The same per row and token of a prompt."""
+    heads_stream: float = 0.0
+    """Bytes of 16-bit KV cache per second if each query head's reading counts: on a CPU heads that share keys and
+    values do the work of heads that do not. 0 where only bytes count."""
+    noise: float = 1.0
+    """Factor by which repeats of the same measurement differed: nine in ten were within it of the fastest."""
+
+    def row_of(self, qtype: str) -> float:
+        """Seconds of a row beyond its bytes, decoding; of a type that was not measured, the nearest in size."""
+        return _nearest(self.row_s, qtype) if self.row_s else 0.0
+
+    def prompt_row_of(self, qtype: str) -> float:
+        """Seconds of a row and token of a prompt beyond the arithmetic."""
+        return _nearest(self.prompt_row_s, qtype) if self.prompt_row_s else 0.0
 
     def stream_of(self, qtype: str) -> float:
         """Bytes per second for a qtype; of one that was not measured, that of the nearest in size."""

@@ -64,7 +64,7 @@ def shares_of(model: Model, level: LevelBytes, placement: Placement, rates: Mach
         """
         used = _sum((head, level.head), (part, layers), (expert_part * active, experts))
         held = _sum((head, level.head), (part, layers), (expert_part, experts))
-        return Share(pool, used, held, starts, part)
+        return Share(pool, used, held, starts, part, level.head if head else {})
 
     if placement.kind in ("cpu", "none") or rates.gpu is None:
         return (share(rates.cpu, 1.0, True, 1.0, dims.n_layer),)

@@ -1,18 +1,17 @@
 """Measure what decides speed on this machine, through the engine that will run the models, in under twenty
 seconds.
 
-Small models without weights (files/hollow.py) are timed in the real engine: one per qtype, large enough that
-its weights do not
-fit in a cache, gives the rate at which weights of that type stream and multiply; two thin ones of different
-depth give what a
-layer costs beyond its bytes; one with wide heads gives the KV cache's rate. Beside them plain numbers of the
-machine: reading
-RAM with all cores, a 32-bit matrix product, reading the drive.
+Small models without weights (files/hollow.py) are timed in the real engine. Two per qtype, with long and with
+short rows, give the rate at which weights of that type stream and multiply, and what a row costs beyond them;
+two thin ones of different depth give what a layer costs beyond its bytes; one of little but heads gives the rate
+of attention, over the cache and within a prompt. Beside them plain numbers of the machine: reading RAM with all
+cores, a 32-bit matrix product, reading the drive.
 """
 
 from __future__ import annotations
 
 import datetime
+import math
 import os
 import tempfile
 import threading
@@ -30,15 +29,18 @@ from bitladder.describe.shapes import Shape
 from bitladder.engines.llama import LlamaServer
 from bitladder.files.hollow import N_VOCAB, write_hollow
 from bitladder.files.measured import machine_key
+from bitladder.formats.blocks import QTYPES
 from bitladder.progress import Progress, silent
 from bitladder.units import MiB
 
-QTYPES_MEASURED = ("F16", "Q8_0", "Q6_K", "Q5_K", "Q5_0", "Q4_K", "Q4_0", "Q3_K", "Q2_K")
+QTYPES_MEASURED = ("F16", "Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_0", "Q3_K", "Q2_K")
 """The types that the ladder's levels and their fallbacks are made of."""
-_WIDE = Shape("wide", "llama", 2, 2048, 8192, 16, 4, N_VOCAB, 8192, tied=True)
+_WIDE = Shape("long rows", "llama", 2, 2048, 8192, 16, 4, N_VOCAB, 8192, tied=True)
+_NARROW = Shape("short rows", "llama", 16, 512, 1536, 8, 2, N_VOCAB, 8192, tied=True)
 _THIN = Shape("thin", "llama", 4, 64, 64, 1, 1, N_VOCAB, 8192, tied=True)
 _HEADS = Shape("heads", "llama", 8, 1024, 64, 8, 8, N_VOCAB, 8192, tied=True)
-_PROMPT, _DECODED, _REPEATS = 128, 12, 2
+_PROMPT, _SHORT, _FAR = 128, 8, 512
+_DECODED, _REPEATS = 12, 2
 _TOKEN = 40
 
 
@@ -61,7 +63,7 @@ def measure_machine(
     """
     began = time.monotonic()
     threads = threads or machine.cores
-    steps = len(QTYPES_MEASURED) + 4
+    steps = 2 * len(QTYPES_MEASURED) + 4
     with tempfile.TemporaryDirectory(prefix="bitladder-measure-") as work:
         timer = _Timer(Path(work), threads, steps, engine, progress)
         rates = _rates(timer)
@@ -89,23 +91,28 @@ class _Timer:
         self.server, self.progress = server, progress
         self.done = 0
         self.engine = ""
+        self.strayed: list[float] = []
+        """Every repeat's time over the fastest of its kind."""
 
-    def run(self, shape: Shape, qtype: str, prompts: Sequence[int]) -> tuple[int, dict[int, _Timing]]:
-        """Bytes of the layers' matrices, and per prompt length the best of some repeats."""
+    def run(self, shape: Shape, qtype: str, prompts: Sequence[int]) -> dict[int, _Timing]:
+        """Per prompt length the best of some repeats."""
         self.progress(f"measuring {shape.name} {qtype}", self.done, self.steps)
         path = self.folder / "hollow.gguf"
-        nbytes = write_hollow(path, shape, qtype)
-        best: dict[int, _Timing] = {}
-        with self.server(path, n_ctx=2048, threads=self.threads, n_gpu_layers=0) as server:
+        write_hollow(path, shape, qtype)
+        taken: dict[int, list[_Timing]] = {prompt: [] for prompt in prompts}
+        with self.server(path, n_ctx=1024, threads=self.threads, n_gpu_layers=0) as server:
             for _ in range(_REPEATS):
                 for prompt in prompts:
-                    took = _timing(server.time_tokens([_TOKEN] * prompt, max_tokens=_DECODED))
-                    known = best.get(prompt, took)
-                    best[prompt] = _Timing(min(took.prompt, known.prompt), min(took.token, known.token))
+                    taken[prompt].append(_timing(server.time_tokens([_TOKEN] * prompt, max_tokens=_DECODED)))
             self.engine = server.process.engine
         path.unlink()
         self.done += 1
-        return nbytes, best
+        best = {
+            prompt: _Timing(min(one.prompt for one in each), min(one.token for one in each))
+            for prompt, each in taken.items()
+        }
+        self.strayed += [one.token / best[prompt].token for prompt, each in taken.items() for one in each]
+        return best
 
 
 def _gpus(machine: Machine) -> tuple[Mapping[str, float], ...]:
@@ -124,39 +131,130 @@ def _timing(timings: Mapping[str, float]) -> _Timing:
 
 def _rates(timer: _Timer) -> PoolRates:
     """All rates, from differences between runs so that fixed costs cancel."""
-    deep = replace(_THIN, n_layer=36)
-    _, shallow = timer.run(_THIN, "F16", [8])
-    _, long = timer.run(deep, "F16", [8])
-    layer_s = max(1e-7, (long[8].token - shallow[8].token) / (deep.n_layer - _THIN.n_layer))
-    token_s = max(1e-6, shallow[8].token - _THIN.n_layer * layer_s)
-    prompt_s = max(1e-6, shallow[8].prompt - _THIN.n_layer * layer_s)
-    stream, matmul = {}, {}
-    for qtype in QTYPES_MEASURED:
-        nbytes, timing = timer.run(_WIDE, qtype, [_PROMPT])
-        fixed = _WIDE.n_layer * layer_s
-        stream[qtype] = nbytes / max(1e-6, timing[_PROMPT].token - token_s - fixed)
-        operations = 2 * _weights(_WIDE) * _PROMPT
-        matmul[qtype] = operations / max(1e-6, timing[_PROMPT].prompt - prompt_s - fixed)
-    kv_stream, attention = _attention_rates(timer, matmul["F16"], prompt_s)
-    return PoolRates(stream, matmul, kv_stream, attention, layer_s, token_s, prompt_s, source="measured")
+    thin = [(shape, timer.run(shape, "F16", [_SHORT])[_SHORT]) for shape in (_THIN, replace(_THIN, n_layer=36))]
+    heads = timer.run(_HEADS, "F16", [_SHORT, _FAR])
+    kv_stream = _heads_bytes(_HEADS, _FAR - _SHORT) / max(1e-6, heads[_FAR].token - heads[_SHORT].token)
+    timings = {
+        qtype: [(shape, timer.run(shape, qtype, [_SHORT, _PROMPT])) for shape in (_WIDE, _NARROW)]
+        for qtype in QTYPES_MEASURED
+    }
+    byte_s = row_s = 0.0
+    for _ in range(3):  # the thin models have small matrices too, whose cost is known once the others' is
+        fixed = _fixed_costs(thin, kv_stream, byte_s, row_s)
+        byte_s, row_s = _two_costs(*(_decoding(fixed, "F16", *one) for one in timings["F16"]))
+    decoding = {qtype: _two_costs(*(_decoding(fixed, qtype, *one) for one in each)) for qtype, each in timings.items()}
+    attention = _attention_rate(fixed, heads, timings["F16"], decoding["F16"][0])
+    prompting = {
+        qtype: _two_costs(*(_prompting(fixed, attention, decoding[qtype][0], qtype, *one) for one in each))
+        for qtype, each in timings.items()
+    }
+    return PoolRates(
+        stream={qtype: 1 / byte_s for qtype, (byte_s, _) in decoding.items()},
+        matmul={qtype: 1 / operation_s for qtype, (operation_s, _) in prompting.items()},
+        kv_stream=kv_stream,
+        attention=attention,
+        layer_s=fixed.layer_s,
+        token_s=fixed.token_s,
+        prompt_s=fixed.prompt_s,
+        source="measured",
+        row_s={qtype: row_s for qtype, (_, row_s) in decoding.items()},
+        prompt_row_s={qtype: row_s for qtype, (_, row_s) in prompting.items()},
+        heads_stream=kv_stream,
+        noise=sorted(timer.strayed)[int(0.9 * len(timer.strayed))],
+    )
 
 
-def _attention_rates(timer: _Timer, matmul: float, prompt_s: float) -> tuple[float, float]:
-    """The KV cache's rate from decoding after a short and a long prompt; attention's from the long prompt."""
-    short, far = 8, 1024
-    _, timing = timer.run(_HEADS, "F16", [short, far])
-    width = _HEADS.n_head_kv * _HEADS.head
-    cached = _HEADS.n_layer * 2 * width * 2 * (far - short)
-    kv_stream = cached / max(1e-6, timing[far].token - timing[short].token)
-    arithmetic = 2 * _weights(_HEADS) * far / matmul
-    operations = _HEADS.n_layer * 2 * _HEADS.n_head * 2 * _HEADS.head * far * far / 2
-    left = timing[far].prompt - arithmetic - prompt_s
-    return kv_stream, operations / max(left, 0.1 * timing[far].prompt)
+@dataclass(frozen=True)
+class _Fixed:
+    """Seconds of a layer, a token and a prompt beyond their weights; bytes of cache per second."""
+
+    layer_s: float
+    token_s: float
+    prompt_s: float
+    kv_stream: float
 
 
-def _weights(shape: Shape) -> int:
-    kv = shape.n_head_kv * shape.head
-    return shape.n_layer * shape.n_embd * (2 * shape.n_head * shape.head + 2 * kv + 3 * shape.n_ff)
+def _fixed_costs(thin: Sequence[tuple[Shape, _Timing]], kv_stream: float, byte_s: float, row_s: float) -> _Fixed:
+    """From two models of different depth; ``byte_s`` and ``row_s`` are what their small matrices cost in F16."""
+    (shape, shallow), (deep, long) = thin
+    weights, rows = _matrices(shape)
+    own = weights * 2 * byte_s + rows * row_s + _heads_bytes(shape, _SHORT + _DECODED / 2) / shape.n_layer / kv_stream
+    whole = (long.token - shallow.token) / (deep.n_layer - shape.n_layer)
+    prompt = max(1e-6, shallow.prompt - shape.n_layer * whole)
+    return _Fixed(max(1e-7, whole - own), max(1e-6, shallow.token - shape.n_layer * whole), prompt, kv_stream)
+
+
+_Cost = tuple[float, float, float]
+"""Seconds, units of work (bytes or operations), rows."""
+
+
+def _two_costs(wide: _Cost, narrow: _Cost) -> tuple[float, float]:
+    """Seconds per unit and per row that explain both; where rows would cost less than nothing, they cost nothing and
+    the unit takes what both took together.
+    """
+    (t, work, rows), (t2, work2, rows2) = wide, narrow
+    row_s = (t2 * work - t * work2) / (rows2 * work - rows * work2)
+    unit_s = (t - rows * row_s) / work
+    if row_s < 0 or unit_s <= 0:
+        return max(1e-15, (t + t2) / (work + work2)), 0.0
+    return unit_s, row_s
+
+
+def _decoding(fixed: _Fixed, qtype: str, shape: Shape, timing: Mapping[int, _Timing]) -> _Cost:
+    """A decoded token's seconds beyond what is fixed, its bytes and rows."""
+    past = _heads_bytes(shape, _SHORT + _DECODED / 2) / fixed.kv_stream
+    seconds = timing[_SHORT].token - fixed.token_s - shape.n_layer * fixed.layer_s - past
+    weights, rows = _matrices(shape)
+    return max(1e-6, seconds), shape.n_layer * weights * QTYPES[qtype].bpw / 8, shape.n_layer * rows
+
+
+def _prompting(
+    fixed: _Fixed, attention: float, byte_s: float, qtype: str, shape: Shape, timing: Mapping[int, _Timing]
+) -> _Cost:
+    """A prompt's seconds beyond what is fixed, its operations, and its rows times tokens.
+
+    The engine computes the last layer's feed-forward part for the last token alone.
+    """
+    (weights, rows), (last, last_rows) = _matrices(shape), _feeding(shape)
+    operations = shape.n_layer * 2 * shape.n_head * 2 * shape.head * _PROMPT**2 / 2
+    seconds = timing[_PROMPT].prompt - fixed.prompt_s - shape.n_layer * fixed.layer_s - operations / attention
+    seconds -= last * QTYPES[qtype].bpw / 8 * byte_s
+    computed, met = shape.n_layer * weights - last, shape.n_layer * rows - last_rows
+    return max(1e-6, seconds), 2 * computed * _PROMPT, met * _PROMPT
+
+
+def _attention_rate(
+    fixed: _Fixed, heads: Mapping[int, _Timing], timings: Sequence[tuple[Shape, Mapping[int, _Timing]]], byte_s: float
+) -> float:
+    """Operations per second of attention within a prompt: what a long prompt takes beyond its matrices. What those
+    take follows from other prompts, of which in turn a part is attention.
+    """
+    attention = math.inf
+    (weights, rows), (last, last_rows) = _matrices(_HEADS), _feeding(_HEADS)
+    operations = _HEADS.n_layer * 2 * _HEADS.n_head * 2 * _HEADS.head * _FAR**2 / 2
+    whole = heads[_FAR].prompt - fixed.prompt_s - _HEADS.n_layer * fixed.layer_s
+    for _ in range(3):
+        operation_s, row_s = _two_costs(*(_prompting(fixed, attention, byte_s, "F16", *one) for one in timings))
+        own = 2 * (_HEADS.n_layer * weights - last) * operation_s + (_HEADS.n_layer * rows - last_rows) * row_s
+        attention = operations / max(whole - _FAR * own, 0.1 * heads[_FAR].prompt)
+    return attention
+
+
+def _heads_bytes(shape: Shape, tokens: float) -> float:
+    """16-bit keys and values that the heads of all layers read for one token."""
+    return shape.n_layer * 2 * shape.n_head * shape.head * 2 * tokens
+
+
+def _matrices(shape: Shape) -> tuple[int, int]:
+    """Weights and rows of a layer's matrices."""
+    inner, kv = shape.n_head * shape.head, shape.n_head_kv * shape.head
+    weights, rows = _feeding(shape)
+    return weights + shape.n_embd * (2 * inner + 2 * kv), rows + inner + 2 * kv + shape.n_embd
+
+
+def _feeding(shape: Shape) -> tuple[int, int]:
+    """Weights and rows of a layer's feed-forward part."""
+    return 3 * shape.n_embd * shape.n_ff, 2 * shape.n_ff + shape.n_embd
 
 
 def _ram_read(threads: int) -> float:
