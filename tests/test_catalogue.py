@@ -1,5 +1,8 @@
+import re
+
 import pytest
 
+from bitladder.describe.rates import from_data_sheet
 from bitladder.describe.shapes import Shape, model_of
 from bitladder.errors import BadInput, NothingFits, UsageError
 from bitladder.files import catalogue
@@ -122,12 +125,26 @@ class TestDevices:
             ("RTX 4090", "has no RAM"),
             ("100x RTX 4090 + 1 GiB", "100 GPUs"),
             ("", "no known"),
+            ("-5 GiB", "no known"),
+            ("64 GiB 1.2.3 GB/s", "no number"),
+            ("9999999 TiB", "of RAM"),
+            ("GPU 24 GiB + 64 GiB 80 GB/s", "no known"),
         ],
     )
     def test_machines_nobody_knows(self, text, match):
         with pytest.raises(UsageError) as error:
             parse_machine(text)
-        assert match in str(error.value)
+        assert re.search(match, str(error.value))
+        assert "--vram" not in str(error.value)
+
+    def test_figures_by_hand(self):
+        found = parse_machine("2x GPU 24 GiB 936 GB/s 71 TFLOP/s + 64 GiB 80 GB/s")
+        assert [gpu.vram_total for gpu in found.machine.gpus] == [24 * GiB] * 2
+        assert found.machine.gpus[0].flops == 71e12
+        assert found.gpu == from_data_sheet(936e9, 71e12, gpu=True)
+        assert found.cpu.kv_stream == from_data_sheet(80e9, 1.0, gpu=False).kv_stream
+        assert "memory is" not in " ".join(found.assumed)
+        assert parse_machine("GPU 8 GiB 300 GB/s + 16 GiB").machine.gpus[0].flops == pytest.approx(2.1e13)
 
     def test_a_drivers_name_finds_its_row(self):
         assert gpu_figures("NVIDIA GeForce RTX 4090")["bandwidth"] == 1008

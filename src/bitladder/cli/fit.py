@@ -107,6 +107,11 @@ def _show_search(result: SearchResult, json_output: bool) -> None:
     from rich.table import Table
 
     console = Console(highlight=False)
+    if not result.options:
+        console.print(f"{result.machine}: no model of the catalogue fits and is fast enough.")
+        for beyond in result.beyond:
+            console.print(f"For {beyond.name} at {beyond.level}: {beyond.gives}")
+        return
     console.print(f"{result.machine}: per model the largest level that fits, largest models first")
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for title in ("model", "level", "in memory", "where", "tokens/s"):

@@ -1,6 +1,7 @@
 """Machines that are not here: a table of known GPUs and memories, and machines described in words.
 
 RTX 4090 + 64 GiB        2x RTX 3090 + 128 GiB DDR4-3200 dual        Apple M4 Max 128 GiB        32 GiB
+GPU 24 GiB 936 GB/s 71 TFLOP/s + 64 GiB 80 GB/s        (a GPU or memory that no table knows: its figures by hand)
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ import yaml
 from bitladder.describe.machine import Gpu, Machine
 from bitladder.describe.rates import PoolRates, from_data_sheet
 from bitladder.errors import UsageError
-from bitladder.units import GiB, parse_bytes
+from bitladder.units import GiB, human_bytes, parse_bytes
 
 DEFAULT_MEMORY = "DDR5-4800 dual"
 """What a described machine's RAM is taken for when nobody says: a common desktop's."""
 _CPU_FLOPS = 4e11
 """Arithmetic assumed of a described machine's CPU: eight cores with 256-bit vectors."""
+_FLOPS_PER_BYTE = 70
+"""Operations per byte of bandwidth of a GPU whose arithmetic nobody gave: the low end of the table."""
+MOST_RAM = 1 << 50
 _SYSTEM = 2 * GiB
 """What the system of a described machine is taken to use of its RAM."""
 
@@ -66,29 +70,35 @@ def parse_machine(text: str) -> DescribedMachine:
     """
     gpus: list[Gpu] = []
     ram, memory, assumed = 0, "", []
+    by_hand = 0.0
     for part in (piece.strip() for piece in text.split("+")):
-        size = re.search(r"([\d.]+)\s*([GT]i?B)\b", part, re.IGNORECASE)
-        rest = (part[: size.start()] + part[size.end() :]).strip() if size else part
+        rest, size, bandwidth, flops = _figures(part)
         count_match = re.match(r"(\d+)\s*[x×]\s*(.+)", rest)
         count, name = (int(count_match[1]), count_match[2].strip()) if count_match else (1, rest)
         gpu = _find(part.split("x", 1)[-1].strip() if count_match else part, known_gpus()) or _find(name, known_gpus())
+        if gpu is None and name.upper() == "GPU" and size and bandwidth:
+            flops = flops or _FLOPS_PER_BYTE * bandwidth
+            gpu = {"name": "GPU", "memory": size / GiB, "bandwidth": bandwidth / 1e9, "fp16": flops / 1e12}
         if gpu and not 1 <= count <= 64:
             raise UsageError(f"'{text}' has {count} GPUs.", do="Give 1 to 64.")
         if gpu:
             gpus += [_gpu(gpu)] * count
         elif size:
-            ram += parse_bytes(size[1] + size[2])
+            ram += size
+            by_hand = bandwidth or by_hand
             memory = _memory(name) if name and name.lower() not in ("ram", "of ram") else memory
         else:
             raise _unknown(part)
     if ram <= 0:
         raise UsageError(f"'{text}' has no RAM.", do="Add its size, like '+ 64 GiB'.")
+    if ram > MOST_RAM:
+        raise UsageError(f"'{text}' has {human_bytes(ram)} of RAM.", do=f"Give {human_bytes(MOST_RAM)} or less.")
     if not memory:
         memory = DEFAULT_MEMORY
-        assumed.append(f"memory is {memory}")
+        assumed += [] if by_hand else [f"memory is {memory}"]
     row = known_memories()[memory]
     assumed.append("rates from data sheets")
-    bandwidth = row["bandwidth"] * 1e9
+    bandwidth = by_hand or row["bandwidth"] * 1e9
     unified = "gpu_share" in row
     machine = Machine(
         cpu=memory if unified else "a described machine",
@@ -107,6 +117,25 @@ def parse_machine(text: str) -> DescribedMachine:
         from_data_sheet(slowest.bandwidth, slowest.flops, gpu=True) if slowest else None,
         tuple(assumed),
     )
+
+
+def _figures(part: str) -> tuple[str, int, float, float]:
+    """What is left of a part when its figures are taken out; bytes, bytes per second, operations per second."""
+    found = []
+    for pattern in (r"(?<![\w.-])([\d.]+)\s*([GT])B/s\b", r"(?<![\w.-])([\d.]+)\s*([GT])FLOP(?:/?s)\b"):
+        match = re.search(pattern, part, re.IGNORECASE)
+        found.append(_number(match[1]) * {"G": 1e9, "T": 1e12}[match[2].upper()] if match else 0.0)
+        part = (part[: match.start()] + part[match.end() :]).strip() if match else part
+    size = re.search(r"(?<![\w.-])([\d.]+)\s*([GT]i?B)\b", part, re.IGNORECASE)
+    rest = (part[: size.start()] + part[size.end() :]).strip() if size else part
+    return rest, parse_bytes(size[1] + size[2]) if size else 0, found[0], found[1]
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise UsageError(f"'{text}' is no number.", do="Write figures like 24 GiB or 936 GB/s.") from error
 
 
 def gpu_figures(name: str) -> dict[str, Any] | None:
@@ -150,5 +179,5 @@ def _unknown(part: str) -> UsageError:
     return UsageError(
         f"'{part}' is no known GPU, memory or size.",
         means="Nearest known: " + ", ".join(plain[name] for name in close) if close else "",
-        do="Write for example 'RTX 4090 + 64 GiB', or give the figures with --ram, --vram and --bandwidth.",
+        do="Write for example 'RTX 4090 + 64 GiB', or figures by hand: 'GPU 24 GiB 936 GB/s + 64 GiB 80 GB/s'.",
     )

@@ -152,5 +152,5 @@ def check_machine(machine: Machine) -> None:
     if faults:
         raise UsageError(
             "There is no such machine: " + ", ".join(faults) + ".",
-            do="Check the figures given with --as, --ram or --vram.",
+            do="Check the figures given with --as.",
         )
