@@ -18,8 +18,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
 from bitladder.errors import UsageError
-from bitladder.report.reading import read_run
-from bitladder.serve.whatif import answer_what_if
+from bitladder.serve.whatif import answer_what_if, stored_run
 
 PAGE = Path(__file__).parent / "page"
 PAGE_HEADERS = {
@@ -51,7 +50,7 @@ def build_page(run_json: Path) -> Starlette:
     Raises:
         BadInput: the file is no run.
     """
-    read_run(run_json)
+    stored_run(run_json)
 
     async def run(_: Request) -> Response:
         return Response(await asyncio.to_thread(run_json.read_bytes), media_type="application/json")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from starlette.exceptions import HTTPException
 from bitladder.errors import BadInput, UsageError
 from bitladder.plan.whatif import what_if
 from bitladder.records import to_json
+from bitladder.records.run import RunRecord
 from bitladder.report.reading import read_run
 
 _MOST = {"memory": 1 << 50, "ctx": 1 << 27}
@@ -29,13 +31,27 @@ async def answer_what_if(run_json: Path, query: Mapping[str, str]) -> dict[str, 
         raise HTTPException(400, f"A bar has at most {_LONGEST_BAR} characters; got {len(bar)} instead.")
     memory, context = _whole(query, "memory"), _whole(query, "ctx")
     try:
-        run = await asyncio.to_thread(read_run, run_json)
+        run = await asyncio.to_thread(stored_run, run_json)
         plan, decision = what_if(run, budget_bytes=memory, n_ctx=context, bar=bar)
     except BadInput as error:
         raise HTTPException(404, str(error)) from None
     except UsageError as error:
         raise HTTPException(400, str(error)) from None
     return {"plan": to_json(plan), "decision": to_json(decision)}
+
+
+def stored_run(run_json: Path) -> RunRecord:
+    """The run as it now lies there. A slider asks many times a second, and reading takes longer than deciding."""
+    try:
+        seen = run_json.stat()
+    except OSError:
+        return read_run(run_json)
+    return _read(run_json, seen.st_mtime_ns, seen.st_size)
+
+
+@functools.lru_cache(maxsize=1)
+def _read(run_json: Path, _changed: int, _size: int) -> RunRecord:
+    return read_run(run_json)
 
 
 def _whole(query: Mapping[str, str], name: str) -> int | None:

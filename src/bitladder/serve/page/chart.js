@@ -6,6 +6,8 @@ import { small } from "./format.js";
 const FRAME = { left: 50, right: 18, top: 22, bottom: 44 };
 const FLOOR = 1e-5; // nats; on a log scale zero is infinitely far down
 const CHARACTER = 6.7;
+const TICK_ROOM = 48;
+const TOO_CLOSE = 60; // square pixels of overlap
 const MATTERS = 0.02; // nats; growing from nothing to next to nothing is no cliff
 
 /**
@@ -16,7 +18,7 @@ export function lossChart(points, { title, width, limit = null, ladder = true })
   const known = points.filter((p) => Number.isFinite(p.loss) && Number.isFinite(p.x)).sort((a, b) => a.x - b.x);
   if (!known.length) return null;
   const height = 380;
-  const scale = scales(known, limit, width, height);
+  const scale = scales(known, { limit, width, height, ladder });
   const cliff = ladder ? findCliff(known) : null;
   const right = width - FRAME.right;
   const bottom = height - FRAME.bottom;
@@ -27,9 +29,9 @@ export function lossChart(points, { title, width, limit = null, ladder = true })
     text("title", 2, 11, "mean KL, nats per token (log scale)"),
     ...logTicks(...scale.range).flatMap((value) => [
       s("line", { class: "grid", x1: FRAME.left, x2: right, y1: scale.y(value), y2: scale.y(value) }),
-      text("tick", FRAME.left - 8, scale.y(value) + 4, String(value), "end"),
+      text("tick", FRAME.left - 8, scale.y(value) + 4, shortly(value), "end"),
     ]),
-    ...linearTicks(...scale.span, Math.max(3, Math.floor(width / 110))).map((value) =>
+    ...apart(linearTicks(...scale.span, Math.max(4, Math.floor(width / 90))), scale.x).map((value) =>
       text("tick", scale.x(value), bottom + 18, value.toLocaleString("en"), "middle"),
     ),
     s("line", { class: "axis", x1: FRAME.left, x2: right, y1: bottom, y2: bottom }),
@@ -43,7 +45,7 @@ export function lossChart(points, { title, width, limit = null, ladder = true })
       s("polyline", { class: "curve", points: known.map((p) => `${scale.x(p.x)},${scale.y(p.loss)}`).join(" ") }),
     ...known.map((p) => whisker(p, scale)),
     ...known.map((p) => dot(p, scale)),
-    ...labels(known, scale, width),
+    ...labels(known, scale, width, scale.limit ? [[FRAME.left, scale.y(limit) - 2, right, scale.y(limit) + 2]] : []),
   );
 
   function limitLabel() {
@@ -60,10 +62,15 @@ export function lossChart(points, { title, width, limit = null, ladder = true })
   }
 }
 
-function scales(points, limit, width, height) {
+/** Sizes on a log scale, since levels differ by factors: most crowd at the small end, and the source may be far off. */
+function scales(points, { limit, width, height, ladder }) {
   const xs = points.map((p) => p.x);
-  const room = Math.max(...xs) - Math.min(...xs) || Math.abs(xs[0]) || 1;
-  const span = [Math.min(...xs) - 0.07 * room, Math.max(...xs) + 0.12 * room];
+  const [least, most] = [Math.min(...xs), Math.max(...xs)];
+  const room = most - least || Math.abs(least) || 1;
+  const log = ladder && least > 0;
+  const factor = (most / least) ** 0.1 || 1.1;
+  const span = log ? [least / factor, most * factor * 1.02] : [least - 0.07 * room, most + 0.12 * room];
+  const along = log ? Math.log : (value) => value;
   const losses = points
     .flatMap((p) => [p.low, p.loss, p.high])
     .filter(Number.isFinite)
@@ -78,7 +85,7 @@ function scales(points, limit, width, height) {
     span,
     range: [low, high],
     limit: near,
-    x: (value) => FRAME.left + ((value - span[0]) / (span[1] - span[0])) * wide,
+    x: (value) => FRAME.left + ((along(value) - along(span[0])) / (along(span[1]) - along(span[0]))) * wide,
     y: (value) => height - FRAME.bottom - (Math.log(Math.max(value, low) / low) / Math.log(high / low)) * tall,
   };
 }
@@ -113,18 +120,29 @@ function dot(p, scale) {
   return s("circle", { class: "dot", cx: x, cy: y, r: 4.5 }, tip);
 }
 
-/** Names beside the dots: each takes the place that overlaps least, the chosen levels first. */
-function labels(points, scale, width) {
-  const taken = points.map((p) => [scale.x(p.x) - 6, scale.y(p.loss) - 6, scale.x(p.x) + 6, scale.y(p.loss) + 6]);
+/**
+ * Names beside the dots: each takes the place that overlaps dots, intervals and `lines` least, chosen levels first. A
+ * name that finds no free place is left out; the table below has it, and so has the dot's own title.
+ */
+function labels(points, scale, width, lines) {
+  const marks = points.flatMap((p) => {
+    const [x, y] = [scale.x(p.x), scale.y(p.loss)];
+    const dot = [x - 6, y - 6, x + 6, y + 6];
+    return Number.isFinite(p.low) && Number.isFinite(p.high)
+      ? [dot, [x - 4, scale.y(p.high), x + 4, scale.y(p.low)]]
+      : [dot];
+  });
+  const taken = [...lines, ...marks];
   return [...points]
     .sort((a, b) => Boolean(b.mark) - Boolean(a.mark))
     .map((p) => {
       const said = p.mark ? `${p.label} · ${p.mark === "both" ? "both tiers" : p.mark}` : p.label;
       const wide = said.length * CHARACTER;
-      const places = [0, -14, 14, -26, 26, -38, 38].flatMap((rise) =>
+      const places = [0, -14, 14, -26, 26].flatMap((rise) =>
         [1, -1].map((side) => place(p, wide, rise, side)),
       );
       const best = places.reduce((one, other) => (other.cost < one.cost ? other : one));
+      if (!p.mark && best.cost > TOO_CLOSE) return null;
       taken.push(best.box);
       return s("text", { class: `label ${p.mark}`, x: best.x, y: best.y, "text-anchor": best.anchor }, said);
     });
@@ -155,6 +173,9 @@ function logTicks(low, high) {
     .filter((tick) => tick >= low && tick <= high);
 }
 
+/** 0.01, but 1e-5: what fits left of the axis. */
+const shortly = (value) => (value < 1e-3 ? value.toExponential() : String(value));
+
 function linearTicks(low, high, count) {
   const raw = (high - low) / count;
   const unit = 10 ** Math.floor(Math.log10(raw));
@@ -162,6 +183,12 @@ function linearTicks(low, high, count) {
   const ticks = [];
   for (let n = Math.ceil(low / step); n * step <= high; n += 1) ticks.push(Number((n * step).toPrecision(8)));
   return ticks;
+}
+
+/** Ticks that leave room for their numbers. */
+function apart(ticks, x) {
+  let last = -Infinity;
+  return ticks.filter((tick) => x(tick) - last >= TICK_ROOM && ((last = x(tick)), true));
 }
 
 function described(points, title, cliff) {

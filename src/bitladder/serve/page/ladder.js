@@ -135,7 +135,7 @@ function chartView(run, view) {
       high: row.fidelity.kl_high,
       mark: TIERS[row.verdict.status] ?? "",
     }));
-    const width = Math.min(760, Math.max(340, holder.clientWidth - 32 || 760));
+    const width = Math.min(1090, Math.max(340, holder.clientWidth - 32 || 760));
     plot.replaceChildren(
       lossChart(points, { title, width, limit: Number.isFinite(limit) ? limit : null, ladder }) ??
         h("p", { class: "soft" }, "Not measured."),
