@@ -187,6 +187,9 @@ def catalog(
         return
     for row in rows:
         print(f"{row.hub:<52} {row.params:>8.4g} B  {row.licence}")
+    for source in dict.fromkeys(row.source for row in rows):
+        count = sum(row.source == source for row in rows)
+        print(f"{count} {'row' if count == 1 else 'rows'} from {source or 'a source that is not named'}")
 
 
 def add_to(app: typer.Typer) -> None:

@@ -43,6 +43,7 @@ class CatalogueModel:
     """Billions of weights, as published."""
     shape: Shape
     source: str
+    """Where the shape was read, in words."""
 
     @property
     def name(self) -> str:
@@ -87,15 +88,17 @@ def _parse(text: str, where: Path) -> tuple[CatalogueModel, ...]:
         raise BadInput(
             f"{where} has no list 'models'.", do="Write rows like those `bitladder catalog --example` prints."
         )
-    return tuple(_row(row, number, where) for number, row in enumerate(rows, start=1))
+    sources = table.get("sources")
+    known = sources if isinstance(sources, dict) else {}
+    return tuple(_row(row, number, where, known) for number, row in enumerate(rows, start=1))
 
 
 _OPTIONAL = {field.name for field in dataclasses.fields(Shape) if field.default is not dataclasses.MISSING}
 _NEEDED = {field.name for field in dataclasses.fields(Shape)} - _OPTIONAL - {"name"}
 
 
-def _row(row: Any, number: int, where: Path) -> CatalogueModel:
-    """A checked row."""
+def _row(row: Any, number: int, where: Path, sources: dict[str, str]) -> CatalogueModel:
+    """A checked row; ``sources`` spells out the short names of sources."""
     at = f"{where}, model {number}"
     if not isinstance(row, dict) or not isinstance(row.get("hub"), str):
         raise BadInput(f"{at} has no hub name.", do="Give hub: org/name.")
@@ -118,8 +121,9 @@ def _row(row: Any, number: int, where: Path) -> CatalogueModel:
     if wrong_numbers:
         raise BadInput(f"{at}: {', '.join(wrong_numbers)} must be positive whole numbers.")
     shape = Shape(name=row["hub"].split("/")[-1], **{key: value for key, value in row.items() if key not in own})
+    source = str(row.get("source", ""))
     return CatalogueModel(
-        row["hub"], str(row.get("licence", "")), float(row["params"]), shape, str(row.get("source", ""))
+        row["hub"], str(row.get("licence", "")), float(row["params"]), shape, str(sources.get(source, source))
     )
 
 
