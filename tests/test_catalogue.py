@@ -39,7 +39,7 @@ class TestRows:
         assert all(row.licence and row.shape.n_ctx for row in rows)
         assert all(
             "config" in row.source and len(row.source.split()) > 5 for row in rows
-        )  # in words, not its short name
+        )
 
     @pytest.mark.parametrize("row", catalogue.load_catalogue(), ids=lambda row: row.name)
     def test_a_shape_has_the_published_number_of_weights(self, row):
