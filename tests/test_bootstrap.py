@@ -108,3 +108,15 @@ def test_intervals_cover_what_they_say(n: int):
     intervals = [ratio_interval(*documents(generator, n), generator, scale="log", draws=500) for _ in range(400)]
     covered = np.mean([one.low <= truth <= one.high for one in intervals])
     assert 0.92 <= covered <= 0.98
+
+
+def test_the_worst_cluster_once_more_moves_the_end_towards_damage():
+    x, w = np.array([1.0, 2.0, 3.0, 12.0]), np.array([10.0, 10.0, 10.0, 10.0])
+    plain = ratio_interval(x, w, rng())
+    more, less = (ratio_interval(x, w, rng(), worse=worse) for worse in ("more", "less"))
+    # Sums 18 and 40 become 18 + 12 and 40 + 10, or 18 + 1 and 40 + 10.
+    assert (more.low, more.high - plain.high) == (plain.low, pytest.approx(30 / 50 - 18 / 40))
+    assert (less.high, less.low - plain.low) == (plain.high, pytest.approx(19 / 50 - 18 / 40))
+    logs, log_more = (ratio_interval(x, w, rng(), scale="log", worse=worse) for worse in ("", "more"))
+    assert log_more.high / logs.high == pytest.approx((30 / 50) / (18 / 40))
+    assert log_more.low == logs.low

@@ -311,3 +311,33 @@ def test_an_interval_that_cannot_be_estimated_asks_for_more_text():
     decision = decide(plan(levels=("Q4_K_M",)), [one], bar="kl < 0.1")
     assert [verdict.status for verdict in decision.verdicts] == ["cannot tell"]
     assert any("more text" in step for step in decision.next)
+
+
+def test_several_levels_give_chance_several_tries():
+    """Just under the limit alone is met; among levels that are not, the same evidence is open."""
+
+    def status(*others):
+        near = fidelity("Q4_K_M", 0.1 / 1.5, width=0.48)  # its interval ends at 0.0987
+        return decide(plan(), [near, *others], bar="kl < 0.1", reference="F16")
+
+    assert statuses(status())["Q4_K_M"] == "both tiers"
+    crowd = status(fidelity("Q3_K_M", 0.5), fidelity("Q2_K", 0.9))
+    assert statuses(crowd)["Q4_K_M"] == "cannot tell"
+    assert "among 3 levels" in reason(crowd, "Q4_K_M")
+    # Holm: levels that are clearly under the limit cost the others nothing.
+    clear = status(fidelity("Q8_0", 0.001), fidelity("Q6_K", 0.002))
+    assert statuses(clear)["Q4_K_M"] == "speed tier"
+
+
+def test_models_elsewhere_are_judged_and_not_chosen():
+    here = result("Q4_K_M", inputs=120)
+    results = [here, dataclasses.replace(here, level="m@host")]
+    decision = decide(plan(), [], results, bar="passes >= reference - 4 points", reference="F16", elsewhere=["m@host"])
+    assert statuses(decision)["m@host"] == "meets the bar"
+    assert "runs elsewhere" in reason(decision, "m@host")
+    assert decision.quality == decision.speed == "Q4_K_M"
+    assert "m@host" not in decision.front
+    small = decide(plan(), [], results, bar="memory < 6GiB", reference="F16", elsewhere=["m@host"])
+    assert statuses(small)["m@host"] == "cannot tell"  # nothing is known of it, which is not nothing
+    kl = decide(plan(), [], results, bar="kl < 1", reference="F16", elsewhere=["m@host"])
+    assert "through an address" in reason(kl, "m@host")

@@ -8,7 +8,7 @@ import pytest
 
 from bitladder.describe.workload import Criterion, Input, Workload
 from bitladder.engines.base import Completion
-from bitladder.engines.endpoint import Endpoint, EndpointSettings, expected_cost, same_model
+from bitladder.engines.endpoint import Endpoint, EndpointSettings, endpoint_at, same_model
 from bitladder.engines.judge import Judge, judge_error
 from bitladder.errors import EngineGone, EngineReply, EngineTimeout, UsageError, WrongModel
 
@@ -201,13 +201,51 @@ def test_requests_are_spread_over_the_minute():
     assert [round(wait) for wait in waits] == [10, 20]
 
 
-def test_cost_before_spending():
-    one = Input("i", ({"role": "user", "content": "x" * 400},), (), max_tokens=50)
-    workload = Workload("w", (one, one), samples=3)
-    cost = expected_cost(EndpointSettings("http://fake", price_in=2.0, price_out=10.0), workload)
-    assert (cost.requests, cost.prompt_tokens, cost.answer_tokens) == (6, 600, 300)
-    assert cost.money == pytest.approx(0.0042)
-    assert expected_cost(EndpointSettings("http://fake"), workload).money is None
+def test_an_address_names_model_and_key():
+    cloud = endpoint_at("https://api.anthropic.com/v1#claude-x")
+    assert (cloud.base_url, cloud.model, cloud.key_env) == (
+        "https://api.anthropic.com/v1",
+        "claude-x",
+        "ANTHROPIC_API_KEY",
+    )
+    here = endpoint_at("http://127.0.0.1:8000/v1/#org/name%20x")
+    assert (here.base_url, here.model, here.key_env) == ("http://127.0.0.1:8000/v1", "org/name x", "")
+    assert (here.label, here.address) == ("name x@127.0.0.1:8000", "http://127.0.0.1:8000/v1#org/name x")
+    assert endpoint_at("https://api.openai.com/v1#m", key_env="MINE").key_env == "MINE"
+    with pytest.raises(UsageError, match="no address"):
+        endpoint_at("Q4_K_M")
+
+
+def refusal(name):
+    return httpx.Response(400, json={"error": {"message": f"Unsupported parameter: '{name}'"}})
+
+
+def test_a_field_that_is_refused_is_left_out_and_said_if_it_matters():
+    engine = endpoint(refusal("seed"), refusal("temperature"), stream(GOOD))
+    assert engine.chat(HELLO, max_tokens=5).text == "Good day"
+    first, second, last = (json.loads(one.content) for one in engine.asked)
+    assert {"seed", "temperature"} <= set(first)
+    assert "seed" not in second
+    assert not {"seed", "temperature"} & set(last)
+    assert "sampled, not greedy" in engine.notes[0]
+    engine.chat(HELLO, max_tokens=5)
+    assert len(engine.asked) == 4  # remembered
+    with pytest.raises(EngineReply, match="Unsupported parameter: 'messages'"):
+        endpoint(refusal("messages")).chat(HELLO, max_tokens=5)
+
+
+def test_the_newer_name_of_the_limit():
+    said = {"error": {"message": "'max_tokens' is not supported; use 'max_completion_tokens' instead."}}
+    engine = endpoint(httpx.Response(400, json=said), stream(GOOD))
+    engine.chat(HELLO, max_tokens=5)
+    assert json.loads(engine.asked[1].content)["max_completion_tokens"] == 5
+
+
+def test_silence_is_waited_for_twice_only():
+    engine = endpoint(httpx.ReadTimeout("slow"))
+    with pytest.raises(EngineTimeout):
+        engine.chat(HELLO, max_tokens=5)
+    assert len(engine.asked) == 2
 
 
 class FakeJudge:

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from bitladder.stats.multiplicity import holm
+from bitladder.stats.multiplicity import beyond, holm
+from bitladder.stats.noninferiority import loss_interval, p_not_worse
 from bitladder.stats.paired import mcnemar, sign_flip
 from bitladder.stats.power import detection_power, smallest_visible_loss
 
@@ -89,3 +90,17 @@ def test_smallest_visible_loss():
     assert smallest_visible_loss(100) < loss < smallest_visible_loss(12)
     assert smallest_visible_loss(25, gained=0.1) > loss
     assert math.isnan(smallest_visible_loss(4))
+
+
+def test_p_values_that_an_interval_tells():
+    assert beyond(1.0, 1.0, 11) == pytest.approx(0.025)  # the limit is the interval's end
+    assert beyond(2.0, 1.959964) == pytest.approx(stats.norm.sf(2.0), rel=1e-6)
+    assert beyond(0.0, 1.0, 5) == 0.5
+    assert beyond(-1.0, 1.0, 11) == pytest.approx(0.975)
+    assert (beyond(0.1, 0.0), beyond(-0.1, 0.0)) == (0.0, 1.0)
+
+
+def test_not_worse_says_what_its_interval_says():
+    high = loss_interval(3, 1, 60)[1]
+    assert p_not_worse(3, 1, 60, high) == pytest.approx(0.025, abs=1e-6)
+    assert p_not_worse(3, 1, 60, high + 0.02) < 0.025 < p_not_worse(3, 1, 60, high - 0.02)

@@ -63,3 +63,12 @@ def test_nvidia_smi_rows():
 
 def test_free_space_of_a_folder_that_is_not_there_yet(tmp_path):
     assert probe.disk_free(tmp_path / "a" / "b") == probe.disk_free(tmp_path)
+
+
+def test_what_others_take_of_the_processor(monkeypatch):
+    """Eight seconds pass on all cores, six of them busy, two of those ours."""
+    seconds = iter([(100.0, 50.0, 5.0), (108.0, 56.0, 7.0)])
+    monkeypatch.setattr("bitladder.files.probe._processor_seconds", lambda: next(seconds))
+    with probe.OtherLoad() as others:
+        pass
+    assert others.share == 0.5

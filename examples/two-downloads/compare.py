@@ -41,8 +41,11 @@ def main() -> None:
         said = {answer.input_id: answer for answer in reference.answers}
         partings = [diverge(server, one, said[one.id]) for one in workload.inputs]
 
-    for level, path in ((reference, options.reference), (other, options.other)):
+    costs = [
         describe(level, path, options.price_per_hour)
+        for level, path in ((reference, options.reference), (other, options.other))
+    ]
+    print(f"Decoding with {other.level} costs {costs[1] / costs[0]:.0%} of what it costs with {reference.level}.")
     result = compare(reference, other, workload)
     print(
         f"\nPasses {sum(answer.passed for answer in reference.answers)} -> {result.passes} of {result.inputs} "
@@ -83,14 +86,16 @@ def main() -> None:
         )
 
 
-def describe(level: LevelAnswers, path: Path, price_per_hour: float) -> None:
-    """Size, speed and what a million decoded tokens cost with one request at a time."""
+def describe(level: LevelAnswers, path: Path, price_per_hour: float) -> float:
+    """Size, speed and what a million decoded tokens cost with one request at a time; returns that cost."""
     rate = level.speed.decode_tokens_per_s
     cost = price_per_hour * 1e6 / rate / 3600
     print(
         f"{level.level}: {human_bytes(path.stat().st_size)}, decode {rate:.1f} tokens/s, "
         f"prefill {level.speed.prefill_tokens_per_s:.0f} tokens/s, {cost:.2f} per million decoded tokens"
+        f" (other programs took {level.speed.others_share:.0%} of the processor meanwhile)"
     )
+    return cost
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,24 +21,26 @@ from bitladder.records import to_json
 from bitladder.records.fidelity import Fidelity
 from bitladder.records.plan import Plan
 from bitladder.records.run import RunRecord
+from bitladder.steps.asked import Asker, LevelToAsk
 from bitladder.steps.calibrated import AUTO, importance_of
 from bitladder.steps.help import criteria_help
+from bitladder.steps.jobs import building_need, job
 from bitladder.steps.journal import Journal, Say
-from bitladder.steps.measured import answers, documents, fidelities
+from bitladder.steps.measured import documents, fidelities, of_itself
+from bitladder.steps.remote import agree_to_spend
 from bitladder.units import human_bytes
 
 if TYPE_CHECKING:
-    from bitladder.describe.criteria import Context
     from bitladder.describe.machine import Machine
     from bitladder.describe.text import Document
-    from bitladder.describe.workload import Workload
     from bitladder.engines.endpoint import EndpointSettings
     from bitladder.files.gguf import GgufFile
     from bitladder.kernels import Effort
-    from bitladder.records.evaluation import LevelAnswers
     from bitladder.records.level_file import LevelFile
     from bitladder.stages.walk import Candidate
+    from bitladder.steps.asked import Contender
     from bitladder.steps.calibrated import Importance
+    from bitladder.steps.remote import Confirm
     from bitladder.store.recorded import Recorded, Subject
 
 
@@ -48,6 +50,10 @@ class RunSettings:
 
     model: str
     levels: tuple[str, ...] | None = None
+    reference: str | Path | EndpointSettings | None = None
+    """A level, a file of stored answers, or a model behind an address; None for the source itself."""
+    also: tuple[EndpointSettings, ...] = ()
+    """Models behind addresses that are tested beside the levels."""
     workload: Path | None = None
     bar: str | None = None
     n_ctx: int = 4096
@@ -71,10 +77,19 @@ class RunResult:
     report: Path
 
 
-def run(settings: RunSettings, progress: Progress, *, say: Say = lambda _: None) -> RunResult:
+def run(
+    settings: RunSettings,
+    progress: Progress,
+    *,
+    say: Say = lambda _: None,
+    confirm: Confirm = lambda _: False,
+) -> RunResult:
     """Walk a model down the ladder and decide.
 
+    ``confirm`` is shown what endpoints will cost before any is asked, if they cost anything.
+
     Raises:
+        UsageError: nobody agreed to the cost.
         NothingFits: no level fits this machine at the context.
         BitladderError: anything else a user can meet; what was finished is stored and is not done again.
     """
@@ -82,8 +97,10 @@ def run(settings: RunSettings, progress: Progress, *, say: Say = lambda _: None)
     from bitladder.files.probe import probe_machine
     from bitladder.files.sources import resolve
     from bitladder.files.workloads import STARTER, load_workload
+    from bitladder.formats.recipes import LEVELS
     from bitladder.plan.bar import parse_bar
     from bitladder.plan.decide import decide
+    from bitladder.plan.preflight import require
     from bitladder.report import write_html, write_run
     from bitladder.stages import facts
     from bitladder.stages.evaluate import compare
@@ -96,8 +113,16 @@ def run(settings: RunSettings, progress: Progress, *, say: Say = lambda _: None)
     journal = Journal(say)
 
     with ExitStack() as stack:
+        recorded = Recorded(stack.enter_context(Evidence.open()))
+        judged = 1 + len(LEVELS if settings.levels is None else settings.levels) + len(settings.also)
+        agree_to_spend(_endpoints(settings), workload, recorded, confirm, judge=settings.judge, judged=judged)
         helpers = criteria_help(
-            workload, (settings.workload or Path()).parent, judge=settings.judge, trust_python=settings.trust_python
+            workload,
+            (settings.workload or Path()).parent,
+            judge=settings.judge,
+            trust_python=settings.trust_python,
+            recorded=recorded,
+            journal=journal,
         )
         context = stack.enter_context(helpers)
         with journal.timed("fetch"):
@@ -106,25 +131,28 @@ def run(settings: RunSettings, progress: Progress, *, say: Say = lambda _: None)
         journal.warn(*found.warnings, *workload.warnings)
         out = settings.out or Path(f"{found.label}-ladder")
         machine = probe_machine(out)
-        recorded = Recorded(stack.enter_context(Evidence.open()))
 
         plan = _fitting(source, machine, settings)
+        wanted = _levels_to_build(source, plan, settings)
+        require(building_need(source, wanted, out, effort=settings.effort, threads=settings.threads), machine)
         with journal.timed("calibrate"):
             importance = _importance(source, texts, settings, journal, progress)
         with journal.timed("quantize"):
             built = _built(source, plan, importance, out, settings, journal, progress)
         with journal.timed("walk"):
             fidelities = _measured(source, built, texts, recorded, settings, journal, progress)
+        asker = Asker(workload, context, recorded, journal, settings.n_ctx, settings.threads, progress)
         with journal.timed("workload"):
-            reference, *levels = _asked(source, built, workload, recorded, settings, journal, progress, context)
+            reference, *levels = asker.ask_all(_contenders(source, plan, built, settings))
         results = [compare(reference, level, workload) for level in levels]
 
         decision = decide(
             plan,
-            fidelities,
+            [*_known_of_source(source, plan, fidelities, settings), *fidelities],
             results,
             bar=bar,
-            reference=facts.level_of(source.model),
+            reference=reference.level,
+            elsewhere=[one.label for one in settings.also if any(level.level == one.label for level in levels)],
             tags={one.id: one.tags for one in workload.inputs},
         )
         recorded.keep_decision(source.sha256, decision.bar, decision, out / "run.json")
@@ -132,6 +160,7 @@ def run(settings: RunSettings, progress: Progress, *, say: Say = lambda _: None)
             bitladder=__version__,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             source=facts.source_facts(source, found, settings.model),
+            reference=reference.level,
             machine=to_json(machine),
             plan=plan,
             decision=decision,
@@ -144,6 +173,7 @@ def run(settings: RunSettings, progress: Progress, *, say: Say = lambda _: None)
             versions=facts.versions(),
             commands=facts.commands(settings, out),
             timings=journal.timings,
+            jobs=tuple(journal.jobs),
             reused=tuple(journal.reused),
             warnings=tuple(journal.warnings),
         )
@@ -151,13 +181,33 @@ def run(settings: RunSettings, progress: Progress, *, say: Say = lambda _: None)
     return RunResult(record, write_html(record, out / "report.html"))
 
 
+def _endpoints(settings: RunSettings) -> list[EndpointSettings]:
+    """Every model behind an address that is asked the workload."""
+    reference = settings.reference
+    return [*settings.also] if reference is None or isinstance(reference, str | Path) else [reference, *settings.also]
+
+
+def _reference_level(source: GgufFile, settings: RunSettings) -> str | None:
+    """The level that the others are compared with; None when it is no level of this model."""
+    from bitladder.stages.facts import level_of
+
+    reference = settings.reference
+    return level_of(source.model) if reference is None else reference if isinstance(reference, str) else None
+
+
 def _fitting(source: GgufFile, machine: Machine, settings: RunSettings) -> Plan:
-    """The plan, when at least one level fits."""
+    """The plan, when at least one level fits. With a level as the reference, larger ones are left out."""
     from bitladder.formats.recipes import LEVELS
     from bitladder.stages.plan import make_plan
 
-    plan = make_plan(source.model, machine, n_ctx=settings.n_ctx, levels=settings.levels or LEVELS)
-    if not any(level.fits for level in plan.levels):
+    levels = list(LEVELS if settings.levels is None else settings.levels)
+    if isinstance(settings.reference, str):
+        levels = list(dict.fromkeys([*levels, settings.reference]))
+    plan = make_plan(source.model, machine, n_ctx=settings.n_ctx, levels=levels)
+    if isinstance(settings.reference, str):
+        most = next(level.file_bytes for level in plan.levels if level.level == settings.reference)
+        plan = replace(plan, levels=tuple(level for level in plan.levels if level.file_bytes <= most))
+    if plan.levels and not any(level.fits for level in plan.levels):
         smallest = plan.levels[-1]
         raise NothingFits(
             f"No level of {plan.model} fits this machine at a context of {plan.n_ctx} tokens: "
@@ -174,10 +224,22 @@ def _importance(
 ) -> Importance | None:
     """What the layers' inputs look like, for the search of scales; none, with a warning, for an unknown family."""
     try:
-        return importance_of(source, settings.imatrix, measured_on=texts, threads=settings.threads, progress=progress)
+        return importance_of(
+            source, settings.imatrix, measured_on=texts, threads=settings.threads, journal=journal, progress=progress
+        )
     except UnknownArchitecture as error:
         journal.warn(f"Levels are made without an importance matrix: {error.found}")
         return None
+
+
+def _levels_to_build(source: GgufFile, plan: Plan, settings: RunSettings) -> list[str]:
+    """Every level that fits, and the reference; the source itself is the file of its own level."""
+    from bitladder.stages.facts import level_of
+
+    own = level_of(source.model)
+    return [
+        level.level for level in plan.levels if level.level != own and (level.fits or level.level == settings.reference)
+    ]
 
 
 def _built(
@@ -189,22 +251,22 @@ def _built(
     journal: Journal,
     progress: Progress,
 ) -> dict[Subject, LevelFile]:
-    """A file for each level that fits; the source itself is the file of its own level."""
-    from bitladder.stages.facts import level_of
+    """A file for each level that fits."""
     from bitladder.stages.quantize import method_name, quantize_levels
     from bitladder.store.recorded import Subject
 
-    own = level_of(source.model)
-    levels = [level.level for level in plan.levels if level.fits and level.level != own]
-    files = quantize_levels(
-        source,
-        levels,
-        out,
-        importance=importance,
-        effort=settings.effort,
-        threads=settings.threads,
-        progress=progress,
-    )
+    levels = _levels_to_build(source, plan, settings)
+    need = building_need(source, levels, out, effort=settings.effort, threads=settings.threads)
+    with job(need, journal, out):
+        files = quantize_levels(
+            source,
+            levels,
+            out,
+            importance=importance,
+            effort=settings.effort,
+            threads=settings.threads,
+            progress=progress,
+        )
     journal.reuse("files", [file.level for file in files if file.reused])
     method = method_name(settings.effort, importance)
     return {Subject(source.sha256, file.level, made=method): file for file in files}
@@ -223,6 +285,8 @@ def _measured(
     from bitladder.files.gguf import GgufFile
     from bitladder.stages.walk import file_candidate
 
+    reference = next((subject for subject in built if subject.level == settings.reference), None)
+    subjects = [subject for subject in built if subject != reference]
     with ExitStack() as stack:
 
         def candidates(missing: Sequence[Subject]) -> list[Candidate]:
@@ -233,7 +297,15 @@ def _measured(
 
         try:
             return fidelities(
-                source, list(built), candidates, texts, recorded, journal, threads=settings.threads, progress=progress
+                source,
+                subjects,
+                candidates,
+                texts,
+                recorded,
+                journal,
+                reference=reference,
+                threads=settings.threads,
+                progress=progress,
             )
         except UnknownArchitecture as error:
             journal.warn(
@@ -242,33 +314,31 @@ def _measured(
             return []
 
 
-def _asked(
-    source: GgufFile,
-    built: Mapping[Subject, LevelFile],
-    workload: Workload,
-    recorded: Recorded,
-    settings: RunSettings,
-    journal: Journal,
-    progress: Progress,
-    context: Context,
-) -> list[LevelAnswers]:
-    """The workload through the real engine: the source first, then every level."""
-    from bitladder.stages.evaluate import judge_answers, level_answers
+def _contenders(
+    source: GgufFile, plan: Plan, built: Mapping[Subject, LevelFile], settings: RunSettings
+) -> list[Contender]:
+    """Who answers the workload: the reference first, the levels, then models behind addresses."""
     from bitladder.stages.facts import level_of
     from bitladder.store.recorded import Subject
 
-    reference = Subject(source.sha256, level_of(source.model), file=source.sha256)
-    paths = {reference: source.path, **{subject: file.path for subject, file in built.items()}}
-    asked: list[LevelAnswers] = []
-    reused = []
-    for number, (subject, path) in enumerate(paths.items()):
-        progress(f"workload: {subject.level}", number, len(paths))
-        replies, speed, stored = answers(
-            subject, path, workload, recorded, n_ctx=settings.n_ctx, threads=settings.threads
-        )
-        said = judge_answers(workload, replies, reference=asked[0].answers if asked else None, context=context)
-        asked.append(level_answers(subject.level, said, speed))
-        reused += [subject.level] if stored else []
-    progress("workload", len(paths), len(paths))
-    journal.reuse("answers and speed", reused)
-    return asked
+    own = LevelToAsk(Subject(source.sha256, level_of(source.model), file=source.sha256), source.path)
+    levels = [LevelToAsk(subject, file.path) for subject, file in built.items()]
+    named = _reference_level(source, settings)
+    if named is None:  # the source is a level like the others
+        fits = any(level.fits and level.level == own.subject.level for level in plan.levels)
+        assert settings.reference is not None
+        assert not isinstance(settings.reference, str)
+        return [settings.reference, *([own] if fits else []), *levels, *settings.also]
+    reference = next((level for level in levels if level.subject.level == named), own)
+    return [reference, *(level for level in levels if level is not reference), *settings.also]
+
+
+def _known_of_source(
+    source: GgufFile, plan: Plan, fidelities: Sequence[Fidelity], settings: RunSettings
+) -> list[Fidelity]:
+    """That the source is as close to itself as can be, where it is a level like the others."""
+    from bitladder.stages.facts import level_of
+
+    own = level_of(source.model)
+    rival = _reference_level(source, settings) is None and any(level.level == own for level in plan.levels)
+    return [of_itself(fidelities[0], own)] if rival and fidelities else []

@@ -2,59 +2,38 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from bitladder.cli.build import ALL_CORES, DEFAULT_CTX, Context, Importance, Threads, split_levels
-from bitladder.cli.judge import Bar, JudgeKey, JudgeModel, JudgeUrl, Texts, TrustPython, WorkloadFile, judge_named
-from bitladder.cli.terminal import JsonFlag, ModelArgument, print_json, progress_display, say, verb
+from bitladder.cli.options import RunOptions, confirm_with, with_run_options
+from bitladder.cli.terminal import JsonFlag, print_json, progress_display, say, verb
+from bitladder.errors import UsageError
 
 workload_app = typer.Typer(name="workload", help="Your inputs and criteria: start, check or import a file.")
 evidence_app = typer.Typer(name="evidence", help="Stored measurements: count, export, import.")
 
 
 @verb
+@with_run_options
 def gate(
-    model: ModelArgument,
-    levels: Annotated[str, typer.Option("--levels", metavar="L1,L2", help="Every one of these must hold the bar.")],
-    bar: Bar = None,
-    workload: WorkloadFile = None,
-    ctx: Context = DEFAULT_CTX,
-    text: Texts = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder for the files and the report.")] = None,
-    imatrix: Importance = "auto",
+    options: RunOptions,
     junit: Annotated[Path | None, typer.Option("--junit", help="Write the verdicts as JUnit XML.")] = None,
-    threads: Threads = ALL_CORES,
-    judge: JudgeUrl = None,
-    judge_model: JudgeModel = "",
-    judge_key_env: JudgeKey = "",
-    trust_python: TrustPython = False,
     json_output: JsonFlag = False,
 ) -> None:
-    """Exit 0 when every level holds the bar, 4 when one does not, 5 when the evidence cannot tell."""
+    """Exit 0 when every level named holds the bar, 4 when one does not, 5 when the evidence cannot tell."""
     from bitladder.files.atomic import write_whole
-    from bitladder.pipeline import RunSettings
     from bitladder.pipeline import run as run_pipeline
     from bitladder.plan.gate import gate_exit
     from bitladder.plan.gate import junit as junit_of
 
-    settings = RunSettings(
-        model=model,
-        levels=split_levels(levels),
-        workload=workload,
-        bar=bar,
-        n_ctx=ctx,
-        texts=tuple(text or ()),
-        out=out,
-        threads=threads,
-        imatrix=imatrix,
-        judge=judge_named(judge, judge_model, judge_key_env),
-        trust_python=trust_python,
-    )
+    if not options.levels and not options.also:
+        raise UsageError("The gate needs to know what must hold the bar.", do="Name levels with --levels Q6_K,Q4_K_M.")
+    settings = dataclasses.replace(options, levels=options.levels or "").settings()
     with progress_display(quiet=json_output) as progress:
-        record = run_pipeline(settings, progress, say=say).record
+        record = run_pipeline(settings, progress, say=say, confirm=confirm_with(yes=options.yes)).record
     if junit:
         write_whole(junit, junit_of(record.decision, model=record.source.name))
     if json_output:

@@ -21,6 +21,8 @@ from bitladder.errors import EngineGone, EngineReply, EngineTimeout
 
 _SHOWN = 300
 """Characters of a foreign reply that an error message repeats."""
+_LONGEST_TOKEN = 256
+"""Characters; vocabularies hold runs of spaces and dashes, none of them this long."""
 
 
 @dataclass(frozen=True)
@@ -98,21 +100,30 @@ def chat(client: httpx.Client, url: str, request: ChatRequest) -> Completion:
     Raises:
         EngineGone: nobody listens, or the connection broke.
         EngineTimeout: no word in time; the message names the phase.
-        EngineReply: an error status, something that is not JSON, or a stream that stops without a reason.
+        EngineReply: an error status, something that is no completion, a stream that stops without a reason or
+            does not stop.
     """
     began = time.monotonic()
     answer = _Answer(began)
-    with translated(url), client.stream("POST", url, json=request.body()) as response:
-        if response.status_code != httpx.codes.OK:
-            response.read()
-            raise status_error(url, response)
-        if response.headers.get("content-type", "").startswith("application/json"):
-            response.read()
-            answer.take(parse_json(url, response.text), whole=True)
-        else:
-            for event in _events(url, response.iter_lines()):
-                answer.take(event, whole=False)
-    return answer.finished(url, request.model)
+    try:
+        with translated(url), client.stream("POST", url, json=request.body()) as response:
+            if response.status_code != httpx.codes.OK:
+                response.read()
+                raise status_error(url, response)
+            if response.headers.get("content-type", "").startswith("application/json"):
+                response.read()
+                answer.take(parse_json(url, response.text), whole=True)
+            else:
+                for event in _events(url, response.iter_lines()):
+                    answer.take(event, whole=False)
+                    answer.check_length(url, request.max_tokens)
+        return answer.finished(url, request.model)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise EngineReply(
+            f"The engine at {url} answered with JSON that is no completion ({type(error).__name__}: {error}).",
+            means="It speaks another protocol, or another version of this one.",
+            do="Check the URL; an OpenAI-compatible API usually ends in /v1.",
+        ) from error
 
 
 class translated:  # noqa: N801 - reads as a word where it is used
@@ -207,6 +218,7 @@ class _Answer:
         self.began = began
         self.first_token_s = math.nan
         self.text: list[str] = []
+        self.characters = 0
         self.tokens: list[TokenChoice] = []
         self.finish_reason = ""
         self.model = ""
@@ -231,9 +243,18 @@ class _Answer:
                 if math.isnan(self.first_token_s):
                     self.first_token_s = time.monotonic() - self.began
                 self.text.append(piece)
+                self.characters += len(piece)
             for token in (choice.get("logprobs") or {}).get("content") or []:
                 self.tokens.append(_token(token))
             self.finish_reason = choice.get("finish_reason") or self.finish_reason
+
+    def check_length(self, url: str, max_tokens: int) -> None:
+        """Refuse a stream that goes on and on: no token is as long as that."""
+        if self.characters > _LONGEST_TOKEN * (max_tokens + 1):
+            raise EngineReply(
+                f"The engine at {url} was asked for {max_tokens} tokens and has sent {self.characters} characters.",
+                means="It ignores the limit, or its stream does not end.",
+            )
 
     def finished(self, url: str, wanted_model: str) -> Completion:
         if self.fault:

@@ -2,24 +2,25 @@
 
 OpenAI, Anthropic and Google speak this protocol too (``https://api.openai.com/v1``,
 ``https://api.anthropic.com/v1``, ``https://generativelanguage.googleapis.com/v1beta/openai``), so that no
-client of their own is needed. The key is read from the environment when the endpoint is opened; it is in no
-record, no message and no log.
+client of their own is needed. Their dialects differ in fields that one of them refuses: a refusal that names
+such a field is heeded, and the request sent again without it. The key is read from the environment when the
+endpoint is opened; it is in no record, no message and no log.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import httpx
 
-from bitladder.describe.workload import Workload
 from bitladder.engines.base import Completion, Message
 from bitladder.engines.chat_api import (
     ChatRequest,
@@ -34,6 +35,22 @@ from bitladder.errors import EngineError, EngineGone, EngineReply, EngineTimeout
 
 _TRY_AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 _LONGEST_WAIT_S = 60.0
+_MOST_STALLS = 2
+"""Tries that may end in silence: each costs the whole patience of ``Timeouts``."""
+_NOT_ESSENTIAL = ("seed", "stream_options", "temperature")
+"""Fields that some endpoints refuse and an answer can do without."""
+
+CLOUD_KEYS = {
+    "api.openai.com": "OPENAI_API_KEY",
+    "api.anthropic.com": "ANTHROPIC_API_KEY",
+    "generativelanguage.googleapis.com": "GEMINI_API_KEY",
+    "api.mistral.ai": "MISTRAL_API_KEY",
+    "api.deepseek.com": "DEEPSEEK_API_KEY",
+    "openrouter.ai": "OPENROUTER_API_KEY",
+    "api.groq.com": "GROQ_API_KEY",
+    "api.together.xyz": "TOGETHER_API_KEY",
+}
+"""The environment variables that these services' own pages name for their keys, by host."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +75,6 @@ class EndpointSettings:
     """Newer models of some clouds want ``max_completion_tokens``."""
     without: tuple[str, ...] = ()
     """Fields it refuses, such as ``seed`` or ``temperature``."""
-    price_in: float | None = None
-    """Of a million prompt tokens, in the user's currency; None when unknown."""
-    price_out: float | None = None
-    """Of a million answer tokens."""
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.base_url)
@@ -74,17 +87,31 @@ class EndpointSettings:
                 do="Put the key into an environment variable and name the variable.",
             )
 
+    @property
+    def host(self) -> str:
+        """Host and port."""
+        return urlsplit(self.base_url).netloc
 
-@dataclass(frozen=True)
-class Cost:
-    """What a workload will cost at most, before anything is spent. ``money`` is None when the prices are unknown."""
+    @property
+    def address(self) -> str:
+        """As ``endpoint_at`` reads it."""
+        return f"{self.base_url}#{self.model}" if self.model else self.base_url
 
-    requests: int
-    prompt_tokens: int
-    """Estimated at four characters a token."""
-    answer_tokens: int
-    """If every answer is as long as it may be."""
-    money: float | None
+    @property
+    def label(self) -> str:
+        """What tables call it: the same model may stand behind several addresses."""
+        return f"{self.model.rsplit('/', 1)[-1]}@{self.host}" if self.model else self.host
+
+
+def endpoint_at(address: str, *, key_env: str = "", requests_per_minute: float = 0.0) -> EndpointSettings:
+    """An endpoint from ``URL#model``, as the command line takes it; the key's variable is known for some clouds.
+
+    Raises:
+        UsageError: not an address.
+    """
+    url, _, model = address.strip().partition("#")
+    key = key_env or CLOUD_KEYS.get(urlsplit(url).hostname or "", "")
+    return EndpointSettings(url.rstrip("/"), model=unquote(model), key_env=key, requests_per_minute=requests_per_minute)
 
 
 class Endpoint:
@@ -105,12 +132,14 @@ class Endpoint:
                 do=f"Put the key of {settings.base_url} into it.",
             )
         self.settings = settings
-        self.name = settings.model or urlsplit(settings.base_url).netloc
+        self.name = settings.model or settings.host
         self.parallel = settings.parallel
         self._key = key
         self._sleep = sleep
         self._gate = _Gate(settings.requests_per_minute, sleep)
         self._served = ""
+        self._without = settings.without
+        self._max_tokens_field = settings.max_tokens_field
         self._lock = threading.Lock()
         self._client = httpx.Client(
             headers={"authorization": f"Bearer {key}"} if key else {},
@@ -178,32 +207,58 @@ class Endpoint:
                 before.
             EngineError: no answer after all tries.
         """
-        wanted = logprobs if self.settings.logprobs else 0
-        request = ChatRequest(
-            self.settings.model,
-            messages,
-            max_tokens,
-            temperature,
-            seed,
-            wanted,
-            stop,
-            max_tokens_field=self.settings.max_tokens_field,
-            without=self.settings.without,
-        )
         url = f"{self.settings.base_url.rstrip('/')}/chat/completions"
-        for attempt in range(self.settings.retries + 1):
+        wanted = logprobs if self.settings.logprobs else 0
+        tried = stalled = 0
+        while True:
+            request = ChatRequest(
+                self.settings.model,
+                messages,
+                max_tokens,
+                temperature,
+                seed,
+                wanted,
+                stop,
+                max_tokens_field=self._max_tokens_field,
+                without=self._without,
+            )
             self._gate.wait()
             try:
                 completion = chat(self._client, url, request)
             except (EngineReply, EngineTimeout, EngineGone) as error:
-                wait_s = _wait_before(error, attempt)
-                if wait_s is None or attempt == self.settings.retries:
+                if self._adapted(request, error):
+                    continue
+                stalled += isinstance(error, EngineTimeout)
+                wait_s = _wait_before(error, tried)
+                if wait_s is None or tried == self.settings.retries or stalled == _MOST_STALLS:
                     raise self._without_key(error) from None
+                tried += 1
                 self._sleep(wait_s)
             else:
                 self._same_as_before(completion.model)
                 return completion
-        raise AssertionError("the last try returns or raises")
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What about its dialect bears on the answers."""
+        if "temperature" in self._without:
+            return (f"{self.settings.label} refuses a temperature: its answers are sampled, not greedy.",)
+        return ()
+
+    def _adapted(self, request: ChatRequest, error: EngineError) -> bool:
+        """Whether the endpoint refused a field by its name, and later requests do without it."""
+        if not isinstance(error, ReplyStatus) or error.status not in (400, 422):
+            return False
+        said = error.found.lower()
+        if "max_completion_tokens" in said and request.max_tokens_field == "max_tokens":
+            self._max_tokens_field = "max_completion_tokens"
+            return True
+        for name in _NOT_ESSENTIAL:
+            if name not in request.without and re.search(rf"\b{name}\b", said):
+                with self._lock:
+                    self._without = tuple(dict.fromkeys((*self._without, name)))
+                return True
+        return False
 
     def _same_as_before(self, served: str) -> None:
         wanted = self.settings.model
@@ -243,17 +298,6 @@ def same_model(wanted: str, served: str) -> bool:
         return False
     rest = short[1][len(short[0]) :]
     return rest == ":latest" or (rest[0] == "-" and rest[1:].replace("-", "").isdigit())
-
-
-def expected_cost(settings: EndpointSettings, workload: Workload) -> Cost:
-    """The most that a workload can cost at an endpoint; shown before anything is spent."""
-    asked = sum(len(message["content"]) for one in workload.inputs for message in one.messages) * workload.samples
-    prompt_tokens = -(-asked // 4)
-    answer_tokens = sum(one.max_tokens for one in workload.inputs) * workload.samples
-    money = None
-    if settings.price_in is not None and settings.price_out is not None:
-        money = (prompt_tokens * settings.price_in + answer_tokens * settings.price_out) / 1e6
-    return Cost(len(workload.inputs) * workload.samples, prompt_tokens, answer_tokens, money)
 
 
 def _wait_before(error: EngineError, attempt: int) -> float | None:

@@ -4,13 +4,16 @@ measures.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
+import math
 import os
 import platform
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Self
 
 import psutil
 
@@ -46,6 +49,40 @@ def probe_machine(folder: Path | None = None) -> Machine:
         gpus=probe_gpus(),
         unified=platform.system() == "Darwin" and platform.machine() == "arm64",
     )
+
+
+class OtherLoad:
+    """``with OtherLoad() as others: ...``: what other programs took of the processor meanwhile.
+
+    Ours are this process and its children, an engine among them. ``share`` is of all cores, 0 to 1; NaN
+    where the system does not tell.
+    """
+
+    share: float = math.nan
+
+    def __enter__(self) -> Self:
+        self._total, self._busy, self._own = _processor_seconds()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        total, busy, own = _processor_seconds()
+        if total > self._total:
+            others = (busy - self._busy) - (own - self._own)
+            self.share = min(1.0, max(0.0, others / (total - self._total)))
+
+
+def _processor_seconds() -> tuple[float, float, float]:
+    """Seconds of all cores since the start: in all, not idle, and of this process with its children."""
+    times = psutil.cpu_times()._asdict()
+    times = {name: value for name, value in times.items() if not name.startswith("guest")}  # part of user already
+    idle = times["idle"] + times.get("iowait", 0.0)
+    own = 0.0
+    me = psutil.Process()
+    for process in (me, *me.children(recursive=True)):
+        with contextlib.suppress(psutil.Error):
+            spent = process.cpu_times()
+            own += spent.user + spent.system
+    return sum(times.values()), sum(times.values()) - idle, own
 
 
 def available_cores(cgroup: Path = _CGROUP) -> int:

@@ -4,8 +4,9 @@ same decision.
 The rule, in order:
 
 1. A level is a *candidate* when it fits the machine and meets every clause of the bar. A clause is met when
-   the whole 95% interval lies on its right side. The reference itself is never a candidate: it is what the
-   others are compared with.
+   the whole 95% interval lies on its right side, and still so when all levels are corrected for. The reference
+   itself is never a candidate: it is what the others are compared with. Nor is a model behind an address: it is
+   judged like the levels, but its size is unknown and its machine another.
 2. The *speed tier* is the fastest candidate by measured decode speed. Levels within five percent of the
    fastest count as equally fast, and the smallest of them wins. Without speeds, decode is taken to be bound
    by bytes: the smallest wins.
@@ -15,24 +16,29 @@ The rule, in order:
    level serves both.
 4. The two stand in memory *together* when their sum fits the budget; otherwise the gateway *swaps* them.
 
-Every level is judged on its own interval; p values of the workload are adjusted for the number of levels
-(Holm).
+Several levels give chance several tries. So the chance that any level is said to meet the bar which does not
+is held at 5% for the whole ladder (``_corrected``), and the chance that any is said to have lost on the
+workload too (Holm's method for both).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from bitladder.plan.bar import DEFAULT_BAR, DEFAULT_BAR_WITHOUT_KL, Bar, parse_bar
 from bitladder.plan.front import pareto
-from bitladder.plan.judge import MET, SAME_SPEED, UNKNOWN, Evidence, Judged, judge, pairs_of
+from bitladder.plan.judge import MET, SAME_SPEED, UNKNOWN, Evidence, Judged, Judgement, judge, pairs_of
 from bitladder.plan.reasons import Tiers, summary, verdict
 from bitladder.records.decision import Decision, TagVerdict
 from bitladder.records.evaluation import Speed, WorkloadResult
 from bitladder.records.fidelity import Fidelity
-from bitladder.records.plan import Plan
+from bitladder.records.plan import ELSEWHERE, LevelPlan, Plan, runs_elsewhere
 from bitladder.stats.multiplicity import holm
+
+FALSE_MEETS = 0.05
+"""Chance that any level at all is said to meet the bar which in truth does not."""
 
 
 def decide(
@@ -42,6 +48,7 @@ def decide(
     *,
     bar: Bar | str | None = None,
     reference: str | None = None,
+    elsewhere: Sequence[str] = (),
     speeds: Mapping[str, Speed] | None = None,
     tags: Mapping[str, tuple[str, ...]] | None = None,
 ) -> Decision:
@@ -53,7 +60,8 @@ def decide(
         results: workload passes paired with the reference's, by level.
         bar: what a level must hold; `bar.DEFAULT_BAR` by default, or `bar.DEFAULT_BAR_WITHOUT_KL` when no KL was
             measured at all.
-        reference: the level that the source itself is, if it stands in the plan.
+        reference: what the others are compared with, if it stands in the plan.
+        elsewhere: models behind addresses that are judged beside the levels.
         speeds: measured speeds by level; otherwise those of ``results``.
         tags: input of the workload to its tags.
 
@@ -63,31 +71,64 @@ def decide(
     if bar is None:
         bar = DEFAULT_BAR if fidelities else DEFAULT_BAR_WITHOUT_KL
     parsed = parse_bar(bar) if isinstance(bar, str) else bar
-    evidence = _join(plan, fidelities, results, reference=reference, speeds=speeds or {}, tags=tags or {})
-    judged = [Judged(one, judge(parsed, one)) for one in evidence]
-    rivals = [one for one in judged if one.level != reference and one.evidence.plan.fits]
+    levels = (*plan.levels, *(runs_elsewhere(name) for name in elsewhere))
+    evidence = _join(levels, fidelities, results, reference=reference, speeds=speeds or {}, tags=tags or {})
+    judged = _corrected([Judged(one, judge(parsed, one)) for one in evidence], reference)
+    everyone = [one for one in judged if one.level != reference and one.evidence.plan.fits]
+    rivals = [one for one in everyone if one.evidence.plan.placement != ELSEWHERE]
     candidates = [one for one in rivals if one.outcome == MET]
     speed = _speed_tier(candidates)
     quality = _quality_tier(candidates, speed)
     tiers = Tiers(quality, speed, _pair(quality, speed, plan.budget_bytes))
-    open_levels = any(one.outcome == UNKNOWN for one in rivals)
-    outcome = "met" if candidates else "cannot tell" if open_levels else "not met"
+    outcomes = {one.outcome for one in rivals or everyone}
+    outcome = "met" if MET in outcomes else "cannot tell" if UNKNOWN in outcomes else "not met"
     return Decision(
         bar=parsed.text,
         quality=quality.level if quality else None,
         speed=speed.level if speed else None,
         verdicts=tuple(verdict(one, tiers, reference) for one in judged),
-        summary=summary(tiers, parsed, plan, outcome, rivals),
+        summary=summary(tiers, parsed, plan, outcome, everyone),
         outcome=outcome,
         pair=tiers.pair,
-        front=pareto((one.level, one.evidence.plan.file_bytes, one.speed, one.kl) for one in judged),
-        tags=tuple(found for one in rivals for found in tag_verdicts(one.evidence)),
+        front=pareto(
+            (one.level, one.evidence.plan.file_bytes, one.speed, one.kl)
+            for one in judged
+            if one.evidence.plan.placement != ELSEWHERE
+        ),
+        tags=tuple(found for one in everyone for found in tag_verdicts(one.evidence)),
         next=_next(rivals, quality),
     )
 
 
+def _corrected(judged: Sequence[Judged], reference: str | None) -> list[Judged]:
+    """Levels that meet the bar only because there are so many of them are open.
+
+    A level meets the bar when all its clauses do, so its p value is the largest of theirs (an intersection-union
+    test, which needs no correction for the number of clauses). Across levels Holm's method keeps the chance of
+    any false "meets" under ``FALSE_MEETS``. The level that is nearest to the limit pays nothing for those that
+    are clearly under it, and a little for each that is not.
+    """
+    rivals = [one for one in judged if one.level != reference and one.evidence.plan.fits and one.evidence.measured]
+    p_values = [max(each.p_value for each in one.judgements) if one.outcome == MET else 1.0 for one in rivals]
+    adjusted = dict(zip((one.level for one in rivals), holm(p_values), strict=True))
+
+    def doubt(one: Judged) -> Judged:
+        if one.outcome != MET or adjusted.get(one.level, 0.0) <= FALSE_MEETS:
+            return one
+        worst = max(one.judgements, key=lambda each: each.p_value)
+        said = Judgement(
+            UNKNOWN,
+            f"{worst.reason}, alone; among {len(rivals)} levels one comes this close by chance too often "
+            f"(corrected p = {adjusted[one.level]:.2g})",
+            f"more of what was measured, or name fewer levels ({len(rivals)} so far)",
+        )
+        return replace(one, judgements=tuple(said if each is worst else each for each in one.judgements))
+
+    return [doubt(one) for one in judged]
+
+
 def _join(
-    plan: Plan,
+    levels: Sequence[LevelPlan],
     fidelities: Sequence[Fidelity],
     results: Sequence[WorkloadResult],
     *,
@@ -101,8 +142,8 @@ def _join(
     decode = {result.level: result.decode_tokens_per_s for result in results}
     decode |= {level: speed.decode_tokens_per_s for level, speed in speeds.items()}
     rivals = [result for result in results if result.level != reference]
-    levels = [result.level for result in rivals]
-    adjusted = dict(zip(levels, holm([result.p_value for result in rivals]), strict=True))
+    names = [result.level for result in rivals]
+    adjusted = dict(zip(names, holm([result.p_value for result in rivals]), strict=True))
     return [
         Evidence(
             plan=level,
@@ -112,7 +153,7 @@ def _join(
             p_adjusted=adjusted.get(level.level, math.nan),
             tags=tags,
         )
-        for level in plan.levels
+        for level in levels
     ]
 
 

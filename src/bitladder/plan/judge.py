@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from bitladder.plan.bar import UPPER, Bar, Clause, spoken
 from bitladder.records.evaluation import WorkloadResult
 from bitladder.records.fidelity import Fidelity
-from bitladder.records.plan import LevelPlan
-from bitladder.stats.noninferiority import inputs_needed, loss_interval
+from bitladder.records.plan import ELSEWHERE, LevelPlan
+from bitladder.stats.multiplicity import beyond
+from bitladder.stats.noninferiority import inputs_needed, loss_interval, p_not_worse
 from bitladder.units import human_bytes
 
 MET, FAILED, UNKNOWN = "met", "failed", "unknown"
@@ -38,6 +39,11 @@ class Evidence:
     tags: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Input to its tags."""
 
+    @property
+    def measured(self) -> bool:
+        """Anything was."""
+        return self.fidelity is not None or self.result is not None
+
 
 @dataclass(frozen=True)
 class Judgement:
@@ -46,6 +52,9 @@ class Judgement:
     outcome: str
     reason: str
     need: str = ""
+    p_value: float = 0.0
+    """Of a clause that is met: chance of evidence this good if in truth it were not. 0 for facts about this file
+    or these inputs, which no other text or input can turn."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +149,8 @@ def _judge_clause(clause: Clause, evidence: Evidence) -> Judgement:
     }
     if clause.metric in on_passes:
         return on_passes[clause.metric](clause, evidence)
+    if evidence.plan.placement == ELSEWHERE and clause.metric in ("memory", "size"):
+        return Judgement(UNKNOWN, f"its {clause.metric} is not known, since it runs elsewhere")
     if clause.metric in ("memory", "size"):
         have = evidence.plan.total_bytes if clause.metric == "memory" else evidence.plan.file_bytes
         return _compare(clause, have, have, have, human_bytes)
@@ -152,6 +163,8 @@ def _judge_clause(clause: Clause, evidence: Evidence) -> Judgement:
 def _fidelity(clause: Clause, evidence: Evidence) -> Judgement:
     """A clause on KL, perplexity or top-1, from intervals over documents."""
     found = evidence.fidelity
+    if found is None and evidence.plan.placement == ELSEWHERE:
+        return Judgement(UNKNOWN, f"{spoken(clause.metric)} cannot be measured through an address")
     if found is None:
         return Judgement(UNKNOWN, f"{spoken(clause.metric)} was not measured", f"measure {spoken(clause.metric)}")
     value, low, high = {
@@ -162,9 +175,25 @@ def _fidelity(clause: Clause, evidence: Evidence) -> Judgement:
     }[clause.metric]
     show = _percent if clause.metric == "top1" else _short
     judged = _compare(clause, value, low, high, show)
+    if judged.outcome == MET:
+        return replace(judged, p_value=_chance(clause, value, low, high, found.units))
     if judged.outcome != UNKNOWN or math.isnan(value):
         return judged
     return Judgement(UNKNOWN, judged.reason, _more_text(clause, value, low, high, found))
+
+
+def _chance(clause: Clause, value: float, low: float, high: float, units: int) -> float:
+    """One-sided p value of a met clause, read off its interval with Student's distribution over the units.
+
+    KL and the perplexity ratio have intervals that are even on a logarithmic scale.
+    """
+    if low == high:
+        return 0.0
+    if clause.metric == "top1":
+        return beyond(value - clause.value, value - low, units - 1)
+    if value <= 0:
+        return 0.0
+    return beyond(math.log(clause.value / value), math.log(high / value), units - 1)
 
 
 def _more_text(clause: Clause, value: float, low: float, high: float, found: Fidelity) -> str:
@@ -197,7 +226,9 @@ def _pass_rate(clause: Clause, evidence: Evidence) -> Judgement:
     share = found.passes / found.inputs if math.isnan(found.pass_rate) else found.pass_rate
     judged = _compare(clause, share, found.pass_low, found.pass_high, _percent)
     need = f"add inputs to the workload ({found.inputs} so far)" if judged.outcome == UNKNOWN else ""
-    return Judgement(judged.outcome, judged.reason, need)
+    # Wilson's bound lies z errors from the limit's own error: the nearest normal statement is through its width.
+    chance = beyond(share - clause.value, share - found.pass_low) if judged.outcome == MET else 0.0
+    return Judgement(judged.outcome, judged.reason, need, chance)
 
 
 def _not_worse(clause: Clause, evidence: Evidence) -> Judgement:
@@ -215,7 +246,8 @@ def _not_worse(clause: Clause, evidence: Evidence) -> Judgement:
         f"loss {_points(loss)} ({100 * low:.1f} to {100 * high:.1f})"
     )
     if high < margin or (high == margin and clause.op == ">="):
-        return Judgement(MET, f"{seen}, within {_points(margin)}")
+        chance = p_not_worse(pairs.lost, pairs.gained, pairs.inputs, margin)
+        return Judgement(MET, f"{seen}, within {_points(margin)}", p_value=chance)
     if low > margin:
         return Judgement(FAILED, f"{seen}, more than {_points(margin)}")
     changed = (pairs.lost + pairs.gained) / pairs.inputs

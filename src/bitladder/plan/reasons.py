@@ -17,7 +17,7 @@ from bitladder.plan.judge import (
     loss_is_known,
 )
 from bitladder.records.decision import Verdict
-from bitladder.records.plan import Plan
+from bitladder.records.plan import ELSEWHERE, Plan
 from bitladder.units import human_bytes
 
 
@@ -45,6 +45,8 @@ def _status(one: Judged, tiers: Tiers, reference: str | None) -> tuple[str, str]
         return "fails the bar", one.say(FAILED)
     if one.outcome == UNKNOWN:
         return "cannot tell", ": ".join(part for part in (one.say(UNKNOWN), one.needs) if part)
+    if one.evidence.plan.placement == ELSEWHERE:
+        return "meets the bar", f"{one.say(MET)}; it runs elsewhere, so it is compared and not chosen"
     return _placed(one, tiers)
 
 
@@ -124,6 +126,11 @@ def summary(tiers: Tiers, bar: Bar, plan: Plan, outcome: str, rivals: Sequence[J
 
 
 def _nothing_chosen(bar: Bar, plan: Plan, outcome: str, rivals: Sequence[Judged]) -> str:
+    here = [one for one in rivals if one.evidence.plan.placement != ELSEWHERE]
+    if rivals and not here:
+        holding = ", ".join(one.level for one in rivals if one.outcome == MET)
+        return f"No level was tested here. Of the models elsewhere, {holding or 'none'} holds the bar '{bar.text}'."
+    rivals = here
     if not rivals:
         room = human_bytes(plan.budget_bytes)
         return f"No level besides the reference fits in {room} at a context of {plan.n_ctx} tokens."

@@ -52,6 +52,8 @@ class Speed:
     prefill_tokens_per_s: float
     decode_tokens_per_s: float
     load_seconds: float
+    others_share: float = float("nan")
+    """Share of this machine's processor time that other programs took meanwhile; NaN where it says nothing."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 from bitladder.records.decision import Decision
 from bitladder.records.evaluation import LevelAnswers, WorkloadResult
 from bitladder.records.fidelity import Fidelity
+from bitladder.records.job import JobOutcome
 from bitladder.records.plan import Plan
 
 
@@ -79,6 +80,16 @@ class RunRecord:
     """What to type to get the same numbers."""
     timings: dict[str, float] = field(default_factory=dict)
     """Stage to seconds."""
+    jobs: tuple[JobOutcome, ...] = ()
+    """What was built or measured, with what it was predicted to take."""
     reused: tuple[str, ...] = ()
     """What came from stored evidence instead of being measured again."""
     warnings: tuple[str, ...] = ()
+    reference: str = ""
+    """What the answers are compared with: the source's level, a higher level, or a model elsewhere; empty in
+    records from before there was a choice."""
+
+    @property
+    def compared_with(self) -> str:
+        """The reference of the answers, whatever the record's age."""
+        return self.reference or self.source.level

@@ -60,13 +60,13 @@ def _shown_levels(record: RunRecord) -> list[tuple[str, str]]:
     answered."""
     answered = [one.level for one in record.answers]
     quality, speed = record.decision.quality, record.decision.speed
-    shown = [(record.source.level, "reference")]
+    shown = [(record.compared_with, "reference")]
     if quality is not None and quality == speed:
         shown.append((quality, "both"))
     else:
         shown += [(level, role) for level, role in ((quality, "quality"), (speed, "speed")) if level is not None]
     if len(shown) == 1:
-        shown += [(level, "") for level in answered if level != record.source.level][:2]
+        shown += [(level, "") for level in answered if level != record.compared_with][:2]
     return [(level, role) for level, role in shown if level in answered]
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from bitladder.records.decision import Verdict
 from bitladder.records.evaluation import WorkloadResult
 from bitladder.records.fidelity import Fidelity
-from bitladder.records.plan import LevelPlan
+from bitladder.records.plan import ELSEWHERE, LevelPlan, runs_elsewhere
 from bitladder.records.run import FileFacts, RunRecord
 from bitladder.units import human_bytes
 
@@ -45,17 +45,22 @@ class LevelRow:
     @property
     def size(self) -> str:
         """File size."""
-        return human_bytes(self.bytes)
+        return UNKNOWN if self.elsewhere else human_bytes(self.bytes)
 
     @property
     def memory(self) -> str:
         """Weights, cache and buffers at the context."""
-        return human_bytes(self.plan.total_bytes)
+        return UNKNOWN if self.elsewhere else human_bytes(self.plan.total_bytes)
 
     @property
     def bpw(self) -> str:
         """Bits per weight."""
-        return f"{self.file.bpw if self.file else self.plan.bpw:.2f}"
+        return UNKNOWN if self.elsewhere else f"{self.file.bpw if self.file else self.plan.bpw:.2f}"
+
+    @property
+    def elsewhere(self) -> bool:
+        """A model behind an address."""
+        return self.plan.placement == ELSEWHERE
 
     @property
     def on_label(self) -> str:
@@ -110,11 +115,13 @@ class LevelRow:
 
 
 def level_rows(record: RunRecord) -> list[LevelRow]:
-    """Rows in the plan's order, largest level first."""
+    """Rows in the plan's order, largest level first; then models behind addresses."""
     verdicts = {verdict.level: verdict for verdict in record.decision.verdicts}
     fidelities = {fidelity.level: fidelity for fidelity in record.fidelities}
     results = {result.level: result for result in record.results}
     files = {file.level: file for file in record.files}
+    here = [plan.level for plan in record.plan.levels]
+    elsewhere = [runs_elsewhere(name) for name in verdicts if name not in here]
     return [
         LevelRow(
             plan=plan,
@@ -123,7 +130,7 @@ def level_rows(record: RunRecord) -> list[LevelRow]:
             result=results.get(plan.level),
             file=files.get(plan.level),
         )
-        for plan in record.plan.levels
+        for plan in (*record.plan.levels, *elsewhere)
     ]
 
 

@@ -23,7 +23,8 @@ from bitladder.describe.similarity import METRICS
 from bitladder.describe.workload import Input, Workload, question_hash
 from bitladder.engines.base import Completion, Engine
 from bitladder.engines.llama import LlamaServer
-from bitladder.errors import EngineReply, UsageError
+from bitladder.errors import EngineError, EngineReply, UsageError, WrongModel
+from bitladder.files.probe import OtherLoad
 from bitladder.progress import Progress, silent
 from bitladder.records.evaluation import (
     Alternative,
@@ -41,6 +42,8 @@ from bitladder.stats.power import smallest_visible_loss
 
 TOP = 5
 """Likely tokens kept at each place of an answer, for ``stages.divergence``."""
+MOST_FAILURES = 3
+"""Inputs that an engine may fail before it is let go: one that is down fails them all, after long waits."""
 PREFILL_TOKENS, DECODE_TOKENS, REPEATS = 256, 64, 3
 
 
@@ -50,6 +53,7 @@ def answer_workload(
     *,
     known: Mapping[str, Answer] | None = None,
     on_answer: Callable[[Answer], None] = lambda _: None,
+    on_failure: Callable[[EngineError], None] | None = None,
     logprobs: int = TOP,
     progress: Progress = silent,
 ) -> tuple[Answer, ...]:
@@ -60,10 +64,13 @@ def answer_workload(
         workload: what to ask.
         known: answers by ``question`` hash that need not be asked for again.
         on_answer: called with each new answer as it comes, from this thread.
+        on_failure: called with the error of an input that gets no answer, which is left out then; after
+            ``MOST_FAILURES`` of them no further input is asked. None: the first failure is the end.
         logprobs: likely tokens to keep at each place; 0 for engines that do not tell.
         progress: hears how many answers there are.
 
     Raises:
+        WrongModel: the engine answers as another model than before.
         EngineError: the engine failed; every answer it gave before was handed to ``on_answer``.
     """
     known = known or {}
@@ -86,16 +93,37 @@ def answer_workload(
         return _answer(one, sample, questions[one.id, sample], completion)
 
     pool = ThreadPoolExecutor(max_workers=max(1, engine.parallel), thread_name_prefix="workload")
+    failures = 0
     try:
         futures: list[Future[Answer]] = [pool.submit(ask, one, sample) for one, sample in missing]
         for future in as_completed(futures):
-            answer = future.result()
+            try:
+                answer = future.result()
+            except EngineError as error:
+                if on_failure is None or isinstance(error, WrongModel):
+                    raise
+                failures += 1
+                on_failure(error)
+                if failures == MOST_FAILURES:
+                    break
+                continue
             on_answer(answer)
             answers[answer.input_id, answer.sample] = answer
             progress("answers", len(answers), len(wanted))
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-    return tuple(dataclasses.replace(answers[key], input_id=key[0], sample=key[1]) for key in questions)
+    return in_order(workload, {questions[key]: answer for key, answer in answers.items()})
+
+
+def in_order(workload: Workload, answers: Mapping[str, Answer]) -> tuple[Answer, ...]:
+    """Answers by ``question`` hash as answers to the workload's inputs, in its order; what has none is left out."""
+    found = []
+    for one in workload.inputs:
+        for sample in range(workload.samples):
+            answer = answers.get(question_hash(one, workload.temperature, sample))
+            if answer is not None:
+                found.append(dataclasses.replace(answer, input_id=one.id, sample=sample))
+    return tuple(found)
 
 
 def check_help(workload: Workload, context: Context | None = None) -> None:
@@ -160,13 +188,15 @@ def measure_speed(engine: Engine) -> Speed:
     bound.
     """
     load_seconds = math.nan
-    if isinstance(engine, LlamaServer):
-        load_seconds = engine.process.load_seconds
-        rates = [_llama_rates(engine, repeat) for repeat in range(REPEATS + 1)]
-    else:
-        rates = [_stream_rates(engine, repeat) for repeat in range(REPEATS + 1)]
+    with OtherLoad() as others:
+        if isinstance(engine, LlamaServer):
+            load_seconds = engine.process.load_seconds
+            rates = [_llama_rates(engine, repeat) for repeat in range(REPEATS + 1)]
+        else:
+            rates = [_stream_rates(engine, repeat) for repeat in range(REPEATS + 1)]
     prefill, decode = zip(*rates[1:], strict=True)
-    return Speed(statistics.median(prefill), statistics.median(decode), load_seconds)
+    here = others.share if isinstance(engine, LlamaServer) else math.nan
+    return Speed(statistics.median(prefill), statistics.median(decode), load_seconds, here)
 
 
 def level_answers(level: str, answers: Sequence[Answer], speed: Speed) -> LevelAnswers:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from bitladder.describe.model import Model
 from bitladder.describe.text import Document, text_hash
 from bitladder.describe.workload import Workload
+from bitladder.engines.endpoint import EndpointSettings
 from bitladder.formats.recipes import FILE_TYPES
 from bitladder.records.decision import Decision
 from bitladder.records.evaluation import LevelAnswers
@@ -132,12 +133,19 @@ def settings_facts(settings: Any, texts: Sequence[Document], workload: Workload)
         "temperature": workload.temperature,
         "effort": settings.effort,
         "importance": settings.imatrix,
+        **({"endpoints": addresses} if (addresses := [one.address for one in _endpoints(settings)]) else {}),
     }
 
 
 def versions() -> dict[str, str]:
     """Versions of the packages that can change a number."""
     return {name: metadata.version(name) for name in MATTERING_PACKAGES}
+
+
+def _endpoints(settings: Any) -> list[EndpointSettings]:
+    """Every endpoint of a run, the judge's among them."""
+    found = [settings.reference, *settings.also, settings.judge]
+    return [one for one in found if isinstance(one, EndpointSettings)]
 
 
 def commands(settings: Any, out: Path) -> tuple[str, ...]:
@@ -147,6 +155,17 @@ def commands(settings: Any, out: Path) -> tuple[str, ...]:
         words += ["--levels", ",".join(settings.levels)]
     if settings.workload:
         words += ["--workload", str(settings.workload)]
+    if settings.reference is not None:
+        reference = settings.reference
+        words += ["--reference", str(getattr(reference, "address", reference))]
+    for endpoint in settings.also:
+        words += ["--also", endpoint.address]
+    if settings.judge:
+        words += ["--judge", settings.judge.address]
+    for name in sorted({f"{one.host}={one.key_env}" for one in _endpoints(settings) if one.key_env}):
+        words += ["--key-env", name]
+    if settings.trust_python:
+        words += ["--trust-python"]
     if settings.bar:
         words += ["--bar", settings.bar]
     for text in settings.texts:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -123,35 +124,39 @@ def text_windows(
     return windows
 
 
+class WalkOptions(TypedDict, total=False):
+    """How a walk is run; what is left out has the default named here."""
+
+    reference: Candidate
+    """Whose predictions the others are compared with; the source itself by default."""
+    progress: Progress
+    """Told after each layer."""
+    device: str
+    """Where arithmetic happens, as torch names it; ``cpu``."""
+    threads: int
+    """For dequantizing the source; torch's own threads are torch's setting. 1."""
+    state_bytes: int
+    """Hidden states beyond this go to a file in ``spill``; 1 GiB."""
+    spill: Path | None
+    """The system's folder for temporary files by default."""
+    keep: Path | None
+    """A folder in which a killed walk leaves its hidden states; a walk of the same levels over the same text
+    goes on from there, and removes them at its end. None keeps nothing."""
+    engine_rounding: bool
+    """Round every matrix's inputs as llama.cpp does on the CPU (``engines/rounding.py``), so that figures are
+    the engine's; by default they are what the weights alone cost."""
+
+
 def walk(
-    source: GgufFile,
-    candidates: Sequence[Candidate],
-    windows: Sequence[Window],
-    *,
-    progress: Progress = silent,
-    device: str = "cpu",
-    threads: int = 1,
-    state_bytes: int = GiB,
-    spill: Path | None = None,
-    keep: Path | None = None,
-    engine_rounding: bool = False,
+    source: GgufFile, candidates: Sequence[Candidate], windows: Sequence[Window], **options: Unpack[WalkOptions]
 ) -> list[Fidelity]:
-    """Compare levels with their source on the same tokens, in one pass.
+    """Compare levels with their reference on the same tokens, in one pass.
 
     Args:
-        source: the reference model.
+        source: the model whose levels they are.
         candidates: the levels, each with its weights.
         windows: token windows of the text (``text_windows``).
-        progress: told after each layer.
-        device: where arithmetic happens, as torch names it.
-        threads: for dequantizing the source; torch's own threads are torch's setting.
-        state_bytes: hidden states beyond this go to a file in ``spill`` (the system's folder for temporary
-            files by default).
-        spill: see ``state_bytes``.
-        keep: a folder in which a killed walk leaves its hidden states; a walk of the same levels over the
-            same text goes on from there, and removes them at its end.
-        engine_rounding: round every matrix's inputs as llama.cpp does on the CPU (``engines/rounding.py``),
-            so that figures are the engine's; otherwise they are what the weights alone cost.
+        options: ``WalkOptions``.
 
     Returns:
         One record per candidate, in order.
@@ -161,10 +166,7 @@ def walk(
         BadFile, BadWeights, UnknownArchitecture: the model cannot be walked.
         OutputError: no room for hidden states.
     """
-    scores = token_scores(
-        source, candidates, windows, progress=progress, device=device, threads=threads,
-        state_bytes=state_bytes, spill=spill, keep=keep, engine_rounding=engine_rounding,
-    )  # fmt: skip
+    scores = token_scores(source, candidates, windows, **options)
     return [
         fidelity(candidate.level, own, scores[0], windows)
         for candidate, own in zip(candidates, scores[1:], strict=True)
@@ -172,17 +174,7 @@ def walk(
 
 
 def token_scores(
-    source: GgufFile,
-    candidates: Sequence[Candidate],
-    windows: Sequence[Window],
-    *,
-    progress: Progress = silent,
-    device: str = "cpu",
-    threads: int = 1,
-    state_bytes: int = GiB,
-    spill: Path | None = None,
-    keep: Path | None = None,
-    engine_rounding: bool = False,
+    source: GgufFile, candidates: Sequence[Candidate], windows: Sequence[Window], **options: Unpack[WalkOptions]
 ) -> list[TokenScores]:
     """Scores of every scored token, windows in the caller's order, of the reference and then of each
     candidate.
@@ -190,13 +182,18 @@ def token_scores(
     Arguments and errors as ``walk``.
     """
     _check_tokens(windows, source.model.dims.n_vocab)
-    reference = FileWeights(source, threads=threads)
-    model = LayeredModel(source.model, reference, device=device)
-    weights: list[LevelWeights] = [reference, *(candidate.weights for candidate in candidates)]
+    own = FileWeights(source, threads=options.get("threads", 1))
+    reference = options["reference"].weights if "reference" in options else own
     ladder = Ladder(
-        model, weights, windows, state_bytes=state_bytes, spill=spill, keep=keep, engine_rounding=engine_rounding
+        LayeredModel(source.model, own, device=options.get("device", "cpu")),
+        [reference, *(candidate.weights for candidate in candidates)],
+        windows,
+        state_bytes=options.get("state_bytes", GiB),
+        spill=options.get("spill"),
+        keep=options.get("keep"),
+        engine_rounding=options.get("engine_rounding", False),
     )
-    return ladder.run(progress)
+    return ladder.run(options.get("progress", silent))
 
 
 def _check_tokens(windows: Sequence[Window], n_vocab: int) -> None:
@@ -236,10 +233,10 @@ def fidelity(level: str, own: TokenScores, reference: TokenScores, windows: Sequ
         return np.bincount(cluster, weights=values, minlength=units).astype(np.float64)
 
     tokens = sums(np.ones(len(cluster)))
-    kl = ratio_interval(sums(own.kl), tokens, rng, scale="log")
-    lost = ratio_interval(sums(own.nll - reference.nll), tokens, rng)
+    kl = ratio_interval(sums(own.kl), tokens, rng, scale="log", worse="more")
+    lost = ratio_interval(sums(own.nll - reference.nll), tokens, rng, worse="more")
     same = (own.top1 == reference.top1).astype(np.float64)
-    top1 = ratio_interval(sums(same), tokens, rng)
+    top1 = ratio_interval(sums(same), tokens, rng, worse="less")
     median = quantile_interval(own.kl, cluster, 0.5, rng)
     p99 = quantile_interval(own.kl, cluster, 0.99, rng)
     return Fidelity(

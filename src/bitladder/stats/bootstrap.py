@@ -16,6 +16,11 @@ exist that miss the cluster which matters, and draws with hardly any spread. So 
 one and three times Student's, with n - 1 degrees of freedom. The interval is never narrower than Student's,
 and with two clusters it is Student's.
 
+No resampling can draw a cluster that the sample does not hold, and the next one may be worse than most: where
+one document in seven is three times worse than the rest, eight documents hold none in three samples of ten. So
+the end of the interval towards damage (``worse``) is moved by what the worst cluster, met once more, would do
+to the figure: (worst - r) w / (W + w) at the mean weight w. It shrinks with 1/n, faster than the interval.
+
 ``benchmarks/interval_coverage.py`` measures what this gives and what simpler intervals give: the percentile
 bootstrap's 95% intervals cover about 86% with eight documents.
 
@@ -85,6 +90,7 @@ def ratio_interval(
     rng: np.random.Generator,
     *,
     scale: Literal["plain", "log"] = "plain",
+    worse: Literal["more", "less", ""] = "",
     level: float = 0.95,
     draws: int = DRAWS,
 ) -> Interval:
@@ -95,6 +101,7 @@ def ratio_interval(
         w: f64[clusters], its weight there (tokens), positive.
         rng: the randomness; the same generator state gives the same interval.
         scale: ``log`` for figures that cannot be negative; a figure of zero is treated as ``plain``.
+        worse: which direction is damage; that end allows for the worst cluster once more. Empty: neither.
         level: coverage.
         draws: bootstrap samples.
 
@@ -119,9 +126,21 @@ def ratio_interval(
     high_t, low_t = np.quantile(t, [1 - tail, tail]) if len(t) else (normal, -normal)
     high_t = float(np.clip(high_t, normal, _WIDEST * normal))
     low_t = float(np.clip(low_t, -_WIDEST * normal, -normal))
+    down, up = high_t * own_error, -low_t * own_error
+    if worse:
+        again = _worst_once_more(x, w, more=worse == "more")
+        change = float(np.log(again / value)) if log and again > 0 else again - value
+        down, up = (down, up + change) if worse == "more" else (down - change, up)
     if log:
-        return Interval(value, value * float(np.exp(-high_t * own_error)), value * float(np.exp(-low_t * own_error)))
-    return Interval(value, value - high_t * own_error, value - low_t * own_error)
+        return Interval(value, value * float(np.exp(-down)), value * float(np.exp(up)))
+    return Interval(value, value - down, value + up)
+
+
+def _worst_once_more(x: F64, w: F64, *, more: bool) -> float:
+    """The figure, had the worst cluster been met once more at the mean weight."""
+    rates, weight = x / w, w.mean()
+    worst = rates.max() if more else rates.min()
+    return float((x.sum() + worst * weight) / (w.sum() + weight))
 
 
 def quantile_interval(

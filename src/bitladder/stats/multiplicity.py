@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from scipy import stats
+
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """Adjusted p-values in the given order; NaN (not estimable) stays NaN and does not count as a test.
@@ -26,3 +28,20 @@ def holm(p_values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(order) - rank) * p_values[index]))
         adjusted[index] = largest
     return adjusted
+
+
+def beyond(distance: float, half_width: float, freedom: float = math.inf) -> float:
+    """One-sided p value of a limit that lies ``distance`` from the estimate, from a 95% interval's half width.
+
+    The interval's end lies Student's 97.5% quantile of errors away; so its width, however it was found, says
+    what an error is. 0.025 when the limit is the interval's end.
+
+    Args:
+        distance: of the limit from the estimate, positive on the side where the claim holds.
+        half_width: of the interval, towards the limit; 0 for a value without error.
+        freedom: degrees of freedom of the interval's quantile.
+    """
+    if half_width <= 0:
+        return 0.0 if distance > 0 else 1.0
+    quantile = float(stats.t.ppf(0.975, freedom))
+    return float(stats.t.sf(distance / half_width * quantile, freedom))

@@ -42,6 +42,11 @@ def loss_interval(lost: int, gained: int, inputs: int, *, confidence: float = 0.
     return low, high
 
 
+def p_not_worse(lost: int, gained: int, inputs: int, margin: float) -> float:
+    """One-sided p value of the claim that the loss is ``margin`` or more; small when it is known to be less."""
+    return NormalDist().cdf(_score(lost, gained, inputs, margin))
+
+
 def inputs_needed(margin: float, loss: float, changed: float, *, confidence: float = 0.95) -> int | None:
     """Inputs at which the upper bound of the loss would be under ``margin``, if shares stay as they are.
 

@@ -78,16 +78,20 @@ def importance_of(
     if choice != AUTO:
         return read_imatrix(Path(choice)).vectors()
     documents = calibration_texts(texts)
-    kept = cache_folder("importance", f"{source.sha256[:16]}-{text_hash(documents)[:16]}.gguf")
-    if not kept.exists() or measured_on:
+    name = f"{source.sha256[:16]}-{text_hash(documents)[:16]}"
+    kept = cache_folder("importance", f"{name}.gguf")
+    apart = cache_folder("importance", f"{name}-{text_hash(measured_on)[:16]}.apart")
+    checked = apart.exists() or not measured_on
+    if not kept.exists() or not checked:  # both need the engine's tokenizer
         windows = token_windows(source, documents)
         _refuse_overlap(windows, token_windows(source, measured_on) if measured_on else ())
+        apart.parent.mkdir(parents=True, exist_ok=True)
+        apart.touch()  # these two texts have been found to share nothing
     if not kept.exists():
         from bitladder.stages.imatrix import importance_matrix  # brings torch: a second to import, for this case alone
 
         with job(walking_need(source, windows, (), kind="importance"), journal or Journal()):
             found = importance_matrix(source, windows, dataset="calibration text", threads=threads, progress=progress)
-        kept.parent.mkdir(parents=True, exist_ok=True)
         write_imatrix(kept, found)
     return read_imatrix(kept).vectors()
 

@@ -7,15 +7,26 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bitladder.steps.journal import Journal
+from bitladder.steps.remote import StoredEngine, recognised
+
 if TYPE_CHECKING:
     from bitladder.describe.criteria import Context
     from bitladder.describe.workload import Workload
     from bitladder.engines.endpoint import EndpointSettings
+    from bitladder.engines.judge import Judge
+    from bitladder.store.recorded import Recorded
 
 
 @contextmanager
 def criteria_help(
-    workload: Workload, folder: Path, *, judge: EndpointSettings | None = None, trust_python: bool = False
+    workload: Workload,
+    folder: Path,
+    *,
+    judge: EndpointSettings | None = None,
+    trust_python: bool = False,
+    recorded: Recorded | None = None,
+    journal: Journal | None = None,
 ) -> Iterator[Context]:
     """A context for ``judge_answers`` with all that the workload needs, checked before anything is run.
 
@@ -24,6 +35,8 @@ def criteria_help(
         folder: where the workload's own modules lie.
         judge: the judge model's endpoint.
         trust_python: whether the workload's own functions may run.
+        recorded: where the judge's replies are kept, so that none is paid for twice; None keeps none.
+        journal: hears how good the judge is on labelled examples.
 
     Raises:
         UsageError: something that is needed was not given.
@@ -42,7 +55,25 @@ def criteria_help(
         if judge is not None and "judge" in workload.kinds:
             endpoint = stack.enter_context(Endpoint(judge))
             endpoint.probe()
-            asked = Judge(endpoint)
+            journal = journal or Journal()
+            if recorded is None:
+                asked = Judge(endpoint)
+            else:
+                remote, _ = recognised(endpoint, judge, recorded, journal)
+                asked = Judge(StoredEngine(endpoint, remote, recorded))
+            _tell_error(asked, workload, journal)
         context = Context(judge=asked, functions=functions)
         check_help(workload, context)
         yield context
+
+
+def _tell_error(judge: Judge, workload: Workload, journal: Journal) -> None:
+    """How often the judge is wrong on examples that a person labelled."""
+    from bitladder.engines.judge import judge_error
+
+    found = judge_error(judge, workload)
+    if found.examples:
+        journal.warn(
+            f"The judge was wrong or undecided on {found.wrong} of {found.examples} labelled examples "
+            f"(error rate {found.rate.low:.0%} to {found.rate.high:.0%})."
+        )

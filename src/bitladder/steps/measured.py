@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bitladder.progress import Progress
 from bitladder.records.fidelity import Fidelity
 from bitladder.steps.calibrated import NONE, importance_of, token_windows
+from bitladder.steps.jobs import job, walking_need
 from bitladder.steps.journal import Journal
 
 if TYPE_CHECKING:
@@ -26,17 +28,23 @@ def measure_model(
     model: str,
     levels: Sequence[str] | None,
     *,
+    reference: str | None = None,
     files: Sequence[Path] = (),
     texts: Sequence[Path] = (),
     imatrix: str = NONE,
     effort: Effort = "good",
     threads: int = 2,
+    journal: Journal | None = None,
     progress: Progress,
 ) -> list[Fidelity]:
-    """Fidelity of levels made on the fly, and of files that exist, against the model. Only evidence is written."""
+    """Fidelity of levels made on the fly, and of files that exist, against the model or one of its levels.
+
+    Only evidence is written.
+    """
     from bitladder.files.gguf import GgufFile
     from bitladder.files.sources import resolve
     from bitladder.formats.recipes import LEVELS
+    from bitladder.stages.facts import level_of
     from bitladder.stages.quantize import method_name
     from bitladder.stages.walk import file_candidate, made_candidates
     from bitladder.store.evidence import Evidence
@@ -44,12 +52,19 @@ def measure_model(
 
     made = LEVELS if levels is None and not files else levels or ()
     measured_on = documents(texts)
+    journal = journal or Journal()
     with ExitStack() as stack:
         source = stack.enter_context(GgufFile.open(resolve(model, progress).path))
-        importance = importance_of(source, imatrix, measured_on=measured_on, threads=threads, progress=progress)
+        importance = importance_of(
+            source, imatrix, measured_on=measured_on, threads=threads, journal=journal, progress=progress
+        )
         others = [stack.enter_context(GgufFile.open(path)) for path in files]
-        subjects = [Subject(source.sha256, level, made=method_name(effort, importance)) for level in made]
+        method = method_name(effort, importance)
+        subjects = [Subject(source.sha256, level, made=method) for level in made if level != reference]
         subjects += [Subject(source.sha256, other.path.stem, file=other.sha256) for other in others]
+        higher = None
+        if reference is not None and reference != level_of(source.model):
+            higher = Subject(source.sha256, reference, made=method)
 
         def candidates(missing: Sequence[Subject]) -> list[Candidate]:
             levels = [subject.level for subject in missing if not subject.file]
@@ -65,7 +80,8 @@ def measure_model(
             candidates,
             measured_on,
             Recorded(stack.enter_context(Evidence.open())),
-            Journal(),
+            journal,
+            reference=higher,
             threads=threads,
             progress=progress,
         )
@@ -86,27 +102,40 @@ def fidelities(
     recorded: Recorded,
     journal: Journal,
     *,
+    reference: Subject | None = None,
     threads: int,
     progress: Progress,
 ) -> list[Fidelity]:
-    """Stored fidelities, and one walk for those that are missing."""
+    """Stored fidelities, and one walk for those that are missing; against a level of ``candidates``, or the source."""
     from bitladder.describe.text import text_hash
     from bitladder.files.folders import cache_folder
-    from bitladder.stages.walk import walk
+    from bitladder.stages.walk import WalkOptions, walk
 
     digest = text_hash(texts)
-    stored = {subject: recorded.fidelity(subject, digest) for subject in subjects}
+    stored = {subject: recorded.fidelity(subject, digest, reference) for subject in subjects}
     found = {subject: fidelity for subject, fidelity in stored.items() if fidelity is not None}
     missing = [subject for subject in subjects if subject not in found]
     journal.reuse("fidelity", [subject.level for subject in found])
     if missing:
         windows = token_windows(source, texts)
-        kept = cache_folder("walks")  # a killed walk goes on from the states it left there
-        measured = walk(source, candidates(missing), windows, progress=progress, threads=threads, keep=kept)
+        options = WalkOptions(progress=progress, threads=threads)
+        options["keep"] = cache_folder("walks")  # a killed walk goes on from the states it left there
+        walked = list(candidates([*([reference] if reference else []), *missing]))
+        if reference is not None:  # made together with the others, so that what they hold alike is made once
+            options["reference"] = walked.pop(0)
+        with job(walking_need(source, windows, [candidate.level for candidate in walked]), journal):
+            measured = walk(source, walked, windows, **options)
         for subject, fidelity in zip(missing, measured, strict=True):
-            recorded.keep_fidelity(subject, digest, fidelity)
+            recorded.keep_fidelity(subject, digest, fidelity, reference)
             found[subject] = fidelity
     return [found[subject] for subject in subjects]
+
+
+def of_itself(measured: Fidelity, level: str) -> Fidelity:
+    """What is true of the reference beside itself, on the tokens that another level was measured on."""
+    zero = dict.fromkeys((name for name in vars(measured) if name.startswith("kl_")), 0.0)
+    one = dict.fromkeys((name for name in vars(measured) if name.startswith(("ppl_ratio", "top1"))), 1.0)
+    return replace(measured, level=level, ppl=measured.ppl_reference, **zero, **one)  # type: ignore[arg-type]
 
 
 def answers(

@@ -28,7 +28,7 @@ from bitladder.store.location import store_url
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine
 
-KINDS = ("fidelity", "answer", "speed", "file", "machine", "decision", "benchmark")
+KINDS = ("fidelity", "answer", "speed", "file", "machine", "decision", "benchmark", "endpoint")
 EXPORT_FORMAT = "bitladder-evidence"
 
 _UPSERT = """

@@ -14,12 +14,13 @@ from typing import Any
 from bitladder import __version__
 from bitladder.records import to_json
 from bitladder.records.decision import Decision
+from bitladder.records.endpoint import Fingerprint
 from bitladder.records.evaluation import Answer, Speed
 from bitladder.records.fidelity import Fidelity
 from bitladder.records.reading import from_json
 from bitladder.store.evidence import Evidence
 
-WALK_PROTOCOL = "512-token windows, second half scored, float32"
+WALK_PROTOCOL = "512-token windows, second half scored, float32, intervals allow for the worst once more"
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,24 @@ class Subject:
         return {"source": self.source, "level": self.level, "method": self.made, "bitladder": __version__}
 
 
+@dataclass(frozen=True)
+class Remote:
+    """A model behind an address, and the fingerprint it is known by (``engines.fingerprint``)."""
+
+    base_url: str
+    model: str
+    fingerprint: str = ""
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """The part of a key that names the model."""
+        return {"endpoint": self.base_url, "model": self.model, "fingerprint": self.fingerprint}
+
+    def known_as(self, fingerprint: Fingerprint) -> Remote:
+        """The same with this fingerprint; one that does not repeat itself has none that could be told again."""
+        return replace(self, fingerprint=fingerprint.digest if fingerprint.repeats else "")
+
+
 class Recorded:
     """The evidence store in terms of records."""
 
@@ -46,33 +65,47 @@ class Recorded:
         self._store = store
 
     @staticmethod
-    def _fidelity_key(subject: Subject, text: str) -> dict[str, Any]:
-        return {**subject.key, "text": text, "protocol": WALK_PROTOCOL}
+    def _fidelity_key(subject: Subject, text: str, reference: Subject | None) -> dict[str, Any]:
+        against = {} if reference is None else {"reference": reference.key}
+        return {**subject.key, **against, "text": text, "protocol": WALK_PROTOCOL}
 
-    def fidelity(self, subject: Subject, text: str) -> Fidelity | None:
-        """A stored fidelity, under the name the caller uses for the level."""
-        found = self._store.get("fidelity", self._fidelity_key(subject, text))
+    def fidelity(self, subject: Subject, text: str, reference: Subject | None = None) -> Fidelity | None:
+        """A stored fidelity, under the name the caller uses for the level; against the source by default."""
+        found = self._store.get("fidelity", self._fidelity_key(subject, text, reference))
         return None if found is None else replace(from_json(Fidelity, found), level=subject.level)
 
-    def keep_fidelity(self, subject: Subject, text: str, fidelity: Fidelity) -> None:
+    def keep_fidelity(self, subject: Subject, text: str, fidelity: Fidelity, reference: Subject | None = None) -> None:
         """Store a fidelity; ``text`` is the text's hash."""
-        self._store.put("fidelity", self._fidelity_key(subject, text), fidelity)
+        self._store.put("fidelity", self._fidelity_key(subject, text, reference), fidelity)
 
-    def answer(self, subject: Subject, question: str, engine: Mapping[str, Any]) -> Answer | None:
+    def answer(self, subject: Subject | Remote, question: str, engine: Mapping[str, Any]) -> Answer | None:
         """A stored answer to a question (its hash) through an engine with these settings."""
         found = self._store.get("answer", {**subject.key, "question": question, "engine": dict(engine)})
         return None if found is None else from_json(Answer, found)
 
-    def keep_answer(self, subject: Subject, question: str, engine: Mapping[str, Any], answer: Answer) -> None:
+    def keep_answer(self, subject: Subject | Remote, question: str, engine: Mapping[str, Any], answer: Answer) -> None:
         """Store an answer."""
         self._store.put("answer", {**subject.key, "question": question, "engine": dict(engine)}, answer)
 
-    def speed(self, subject: Subject, engine: Mapping[str, Any]) -> Speed | None:
+    def forget_answer(self, subject: Subject | Remote, question: str, engine: Mapping[str, Any]) -> None:
+        """Take an answer back: it turned out to be another model's."""
+        self._store.put("answer", {**subject.key, "question": question, "engine": dict(engine)}, None)
+
+    def fingerprint(self, remote: Remote) -> Fingerprint | None:
+        """By which the model behind an address was last known."""
+        found = self._store.get("endpoint", {"endpoint": remote.base_url, "model": remote.model})
+        return None if found is None else from_json(Fingerprint, found)
+
+    def keep_fingerprint(self, remote: Remote, fingerprint: Fingerprint) -> None:
+        """Store by what the model behind an address is known from now on."""
+        self._store.put("endpoint", {"endpoint": remote.base_url, "model": remote.model}, fingerprint)
+
+    def speed(self, subject: Subject | Remote, engine: Mapping[str, Any]) -> Speed | None:
         """A stored speed, measured on this machine (the engine's settings name its processor)."""
         found = self._store.get("speed", {**subject.key, "engine": dict(engine)})
         return None if found is None else from_json(Speed, found)
 
-    def keep_speed(self, subject: Subject, engine: Mapping[str, Any], speed: Speed) -> None:
+    def keep_speed(self, subject: Subject | Remote, engine: Mapping[str, Any], speed: Speed) -> None:
         """Store a speed."""
         self._store.put("speed", {**subject.key, "engine": dict(engine)}, speed)
 

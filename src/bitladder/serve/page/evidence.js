@@ -100,7 +100,7 @@ export function showTagEvidence(run, { tag, level, inputs, lost, gained, loss_lo
   const of = (ids) => ids.filter((id) => tagged.has(id));
   const points = (share) => `${fixed(100 * share, 0)} points`;
   const means =
-    "Inputs with this tag that the source passed and this level did not (lost), and the other way round (gained).";
+    "Inputs with this tag that the reference passed and this level did not (lost), and the other way round (gained).";
   open(run, `${tag} at ${level}`, means, [
     list([
       ["Verdict", status],
@@ -167,7 +167,7 @@ function flips(run, level, ids) {
     run.answers.find((one) => one.level === of)?.answers.find((one) => one.input_id === id) ?? null;
   const mark = { same: (text) => text, added: (text) => h("ins", {}, text), removed: (text) => h("del", {}, text) };
   return ids.flatMap((id) => {
-    const [reference, own] = [answer(run.source.level, id), answer(level, id)];
+    const [reference, own] = [answer(run.reference || run.source.level, id), answer(level, id)];
     const input = run.inputs.find((one) => one.id === id);
     if (!reference || !own) return [];
     const marked = wordDiff(reference.text, own.text).map(({ kind, text }) => mark[kind](text));

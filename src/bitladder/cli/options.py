@@ -1,0 +1,191 @@
+"""The options of a run, spelled once for the verbs that make one."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import sys
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bitladder.cli.build import ALL_CORES, DEFAULT_CTX, Context, Importance, Levels, Threads, split_levels
+from bitladder.cli.terminal import ModelArgument, say
+from bitladder.errors import UsageError
+
+if TYPE_CHECKING:
+    from bitladder.engines.endpoint import EndpointSettings
+    from bitladder.pipeline import RunSettings
+
+Texts = Annotated[
+    list[Path] | None,
+    typer.Option("--text", help="Measure on this text instead of the shipped one; repeat it for several documents."),
+]
+WorkloadFile = Annotated[Path | None, typer.Option("--workload", help="Your inputs and criteria (YAML or JSON lines).")]
+Yes = Annotated[bool, typer.Option("--yes", help="Agree beforehand to what endpoints cost.")]
+KeyNames = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--key-env",
+        metavar="[HOST=]VARIABLE",
+        help="Environment variable with the key of an endpoint; those of well-known clouds are known.",
+    ),
+]
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What ``run`` and ``gate`` are asked."""
+
+    model: ModelArgument
+    levels: Levels = None
+    bar: Annotated[str | None, typer.Option("--bar", help="The quality a level must hold, like 'kl < 0.05'.")] = None
+    workload: WorkloadFile = None
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            "--reference",
+            metavar="LEVEL|FILE.jsonl|URL#MODEL",
+            help="What answers are compared with, instead of the source: a level, stored answers, or an endpoint.",
+        ),
+    ] = None
+    also: Annotated[
+        list[str] | None,
+        typer.Option("--also", metavar="URL#MODEL", help="Test an OpenAI-compatible endpoint, too; repeatable."),
+    ] = None
+    key_env: KeyNames = None
+    rpm: Annotated[
+        float, typer.Option("--rpm", min=0, help="Requests per minute to each endpoint; 0 for no limit.")
+    ] = 0.0
+    yes: Yes = False
+    ctx: Context = DEFAULT_CTX
+    text: Texts = None
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder for the files and the report.", show_default="<name>-ladder"),
+    ] = None
+    imatrix: Importance = "auto"
+    threads: Threads = ALL_CORES
+    judge: Annotated[
+        str | None,
+        typer.Option("--judge", metavar="URL[#MODEL]", help="OpenAI-compatible endpoint of a judge model."),
+    ] = None
+    judge_model: Annotated[str, typer.Option("--judge-model", help="The judge, as its endpoint names it.")] = ""
+    judge_key_env: Annotated[
+        str, typer.Option("--judge-key-env", help="Environment variable with the judge's key.")
+    ] = ""
+    trust_python: Annotated[
+        bool, typer.Option("--trust-python", help="Let functions that the workload names run. They can do anything.")
+    ] = False
+
+    def settings(self) -> RunSettings:
+        """For the pipeline.
+
+        Raises:
+            UsageError: a level, an address or a reference that cannot be.
+        """
+        from bitladder.pipeline import RunSettings
+
+        return RunSettings(
+            model=self.model,
+            levels=split_levels(self.levels),
+            reference=reference_named(self.reference, self.key_env, self.rpm),
+            also=tuple(endpoint_named(address, self.key_env, self.rpm) for address in self.also or ()),
+            workload=self.workload,
+            bar=self.bar,
+            n_ctx=self.ctx,
+            texts=tuple(self.text or ()),
+            out=self.out,
+            threads=self.threads,
+            imatrix=self.imatrix,
+            judge=self._judge(),
+            trust_python=self.trust_python,
+        )
+
+    def _judge(self) -> EndpointSettings | None:
+        if not self.judge:
+            return None
+        address = f"{self.judge}#{self.judge_model}" if self.judge_model else self.judge
+        key_names = [self.judge_key_env] if self.judge_key_env else self.key_env
+        return endpoint_named(address, key_names, self.rpm)
+
+
+def endpoint_named(address: str, key_names: list[str] | None, rpm: float) -> EndpointSettings:
+    """``URL#model`` with the key that belongs to its host."""
+    from bitladder.engines.endpoint import endpoint_at
+
+    settings = endpoint_at(address, requests_per_minute=rpm)
+    for named in key_names or ():
+        host, _, variable = named.rpartition("=")
+        if not host or host in (settings.host, settings.host.rsplit(":", 1)[0]):
+            settings = dataclasses.replace(settings, key_env=variable)
+    return settings
+
+
+def reference_named(
+    text: str | None, key_names: list[str] | None = None, rpm: float = 0.0
+) -> str | Path | EndpointSettings | None:
+    """A level, a file of stored answers, or an endpoint."""
+    from bitladder.formats.recipes import level_named
+
+    if text is None:
+        return None
+    if "://" in text:
+        return endpoint_named(text, key_names, rpm)
+    if Path(text).suffix in (".jsonl", ".ndjson"):
+        return Path(text)
+    return level_named(text)
+
+
+def confirm_with(*, yes: bool) -> Callable[[str], bool]:
+    """Shows what will be spent; asks a person when there is one."""
+
+    def confirm(spending: str) -> bool:
+        say("This run asks models that may cost money:")
+        for line in spending.splitlines():
+            say(f"  {line}")
+        return yes or (sys.stdin.isatty() and typer.confirm("Go on?", err=True))
+
+    return confirm
+
+
+def with_run_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Give a verb the fields of ``RunOptions`` as its options; it is called with them as one object."""
+    hints = typing.get_type_hints(RunOptions, include_extras=True)
+    shared = [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.POSITIONAL_OR_KEYWORD,
+            default=inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default,
+            annotation=hints[field.name],
+        )
+        for field in dataclasses.fields(RunOptions)
+    ]
+    own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
+
+    @functools.wraps(function)
+    def wrapped(**given: Any) -> None:
+        options = RunOptions(**{one.name: given.pop(one.name) for one in shared})
+        function(options, **given)
+
+    signature = inspect.Signature([*shared, *own])
+    wrapped.__signature__ = signature  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {one.name: one.annotation for one in (*shared, *own)}
+    del wrapped.__wrapped__
+    return wrapped
+
+
+def refuse_elsewhere(reference: str | Path | EndpointSettings | None) -> str | None:
+    """A level as the reference of token figures; raises UsageError for anything else."""
+    if reference is None or isinstance(reference, str):
+        return reference
+    raise UsageError(
+        "Only the source or one of its levels can be the reference of token figures.",
+        means="KL divergence needs the whole distribution at every token, which no address and no file tells.",
+        do="Compare answers with it instead: bitladder run MODEL --workload FILE --reference ...",
+    )

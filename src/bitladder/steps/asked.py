@@ -1,0 +1,122 @@
+"""The workload through everything that is compared: files in llama.cpp, endpoints, answers kept in a file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from bitladder.engines.endpoint import EndpointSettings
+from bitladder.progress import Progress
+from bitladder.steps.journal import Journal
+from bitladder.steps.measured import answers
+from bitladder.steps.remote import endpoint_answers
+
+if TYPE_CHECKING:
+    from bitladder.describe.criteria import Context
+    from bitladder.describe.workload import Workload
+    from bitladder.records.evaluation import Answer, LevelAnswers, Speed
+    from bitladder.store.recorded import Recorded, Subject
+
+BUSY = 0.15
+"""Share of the processor that other programs may take before a speed says more about them than about a level."""
+
+
+class LevelToAsk(NamedTuple):
+    """A level in a file."""
+
+    subject: Subject
+    path: Path
+
+
+Contender = LevelToAsk | EndpointSettings | Path
+"""What answers a workload; a path holds stored answers."""
+
+
+def name_of(contender: Contender) -> str:
+    """What tables call it."""
+    if isinstance(contender, LevelToAsk):
+        return contender.subject.level
+    return contender.label if isinstance(contender, EndpointSettings) else contender.name
+
+
+@dataclass(frozen=True)
+class Asker:
+    """A workload with all that is needed to ask and judge it."""
+
+    workload: Workload
+    context: Context
+    recorded: Recorded
+    journal: Journal
+    n_ctx: int
+    threads: int
+    progress: Progress
+
+    def ask_all(self, contenders: Sequence[Contender]) -> list[LevelAnswers]:
+        """Everyone's answers, judged; the first is the reference of the others.
+
+        An endpoint under test that answers nothing is left out, with a warning; the reference must answer.
+
+        Raises:
+            EngineError: an engine here, the reference or the judge failed. What was answered is kept.
+            UsageError, BadWorkload: stored answers cannot be used.
+        """
+        from bitladder.errors import EngineError
+        from bitladder.stages.evaluate import judge_answers, level_answers
+
+        asked: list[LevelAnswers] = []
+        reused = []
+        for number, contender in enumerate(contenders):
+            name = name_of(contender)
+            self.progress(f"workload: {name}", number, len(contenders))
+            try:
+                replies, speed, stored = self._ask(contender, timed=number > 0)
+            except EngineError as error:
+                if number == 0 or not isinstance(contender, EndpointSettings):
+                    raise
+                self.journal.warn(f"{name} is left out: {error.found}")
+                continue
+            reference = asked[0].answers if asked else None
+            said = judge_answers(self.workload, replies, reference=reference, context=self.context)
+            asked.append(level_answers(name, said, speed))
+            reused += [name] if stored and not isinstance(contender, Path) else []
+        self.progress("workload", len(contenders), len(contenders))
+        self.journal.reuse("answers and speed", reused)
+        self._tell_doubts(asked)
+        return asked
+
+    def _ask(self, contender: Contender, *, timed: bool) -> tuple[tuple[Answer, ...], Speed, bool]:
+        from bitladder.files.workloads import load_reference
+        from bitladder.records.evaluation import Speed
+
+        if isinstance(contender, EndpointSettings):
+            return endpoint_answers(contender, self.workload, self.recorded, self.journal, timed=timed)
+        if isinstance(contender, Path):
+            return load_reference(contender, self.workload), Speed(math.nan, math.nan, math.nan), True
+        subject, path = contender
+        return answers(subject, path, self.workload, self.recorded, n_ctx=self.n_ctx, threads=self.threads)
+
+    def _tell_doubts(self, asked: Sequence[LevelAnswers]) -> None:
+        """What makes answers or speeds worth less than they look."""
+        wanted = len(self.workload.inputs) * self.workload.samples
+        if len(asked[0].answers) < wanted:
+            self.journal.warn(
+                f"The reference {asked[0].level} has {len(asked[0].answers)} of {wanted} answers: every level is "
+                "compared on those alone."
+            )
+        for level in asked:
+            undecided = sum("undecided" in answer.detail for answer in level.answers)
+            if undecided:
+                self.journal.warn(
+                    f"The judge gave no verdict on {undecided} of {len(level.answers)} answers of {level.level}; "
+                    "they count as failed."
+                )
+        busy = [level for level in asked if level.speed.others_share > BUSY]
+        if busy:
+            shares = ", ".join(f"{level.level} {level.speed.others_share:.0%}" for level in busy)
+            self.journal.warn(
+                f"Other programs used the processor while speeds were measured ({shares}): these speeds are lower "
+                "than on a quiet machine, and not to be compared with one another."
+            )

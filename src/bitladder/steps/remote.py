@@ -1,0 +1,295 @@
+"""Steps with endpoints: consent before money is spent, answers kept, and a model known again by what it says."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from bitladder.errors import EngineError, UsageError, WrongModel
+from bitladder.progress import Progress, silent
+from bitladder.steps.journal import Journal
+from bitladder.store.recorded import Remote
+
+if TYPE_CHECKING:
+    from bitladder.describe.workload import Input, Workload
+    from bitladder.engines.base import Completion, Message
+    from bitladder.engines.endpoint import Endpoint, EndpointSettings
+    from bitladder.plan.spending import Spending
+    from bitladder.records.endpoint import Fingerprint
+    from bitladder.records.evaluation import Answer, Speed
+    from bitladder.store.recorded import Recorded
+
+Confirm = Callable[[str], bool]
+"""Shows a person what will be spent and says whether they agree."""
+REMOTE_ENGINE = {"engine": "endpoint"}
+"""Settings under which answers of endpoints are stored: all else is theirs, and not ours to know."""
+
+
+def remote_of(settings: EndpointSettings, recorded: Recorded) -> Remote:
+    """The endpoint as evidence names it, with the fingerprint that it was last known by."""
+    remote = Remote(settings.base_url, settings.model)
+    known = recorded.fingerprint(remote)
+    return remote if known is None else remote.known_as(known)
+
+
+def missing_inputs(remote: Remote, workload: Workload, recorded: Recorded) -> list[Input]:
+    """Inputs whose answer is not stored, once for each sample."""
+    from bitladder.describe.workload import question_hash
+
+    return [
+        one
+        for one in workload.inputs
+        for sample in range(workload.samples)
+        if recorded.answer(remote, question_hash(one, workload.temperature, sample), REMOTE_ENGINE) is None
+    ]
+
+
+def agree_to_spend(
+    endpoints: Sequence[EndpointSettings],
+    workload: Workload,
+    recorded: Recorded,
+    confirm: Confirm,
+    *,
+    judge: EndpointSettings | None = None,
+    judged: int = 0,
+) -> None:
+    """Ask before money is spent: about endpoints that want a key or have a price, as far as anything is missing.
+
+    Args:
+        endpoints: reference and others; each is asked the whole workload once.
+        workload: what they are asked.
+        recorded: what is known already costs nothing.
+        confirm: shows the sentence.
+        judge: the judge model.
+        judged: levels whose answers it reads.
+
+    Raises:
+        UsageError: the person did not agree; nothing was asked.
+    """
+    planned = [
+        _spending(one, missing)
+        for one in endpoints
+        if (missing := missing_inputs(remote_of(one, recorded), workload, recorded))
+    ]
+    if judge is not None and "judge" in workload.kinds:
+        read = [one for one in workload.inputs if any(criterion.kind == "judge" for criterion in one.criteria)]
+        planned.append(_spending(judge, [*read] * (2 * judged * workload.samples), answer_tokens=16))
+    paid = [one for one in planned if one is not None]
+    if not paid:
+        return
+    if not confirm("\n".join(one.sentence for one in paid)):
+        raise UsageError(
+            "Nothing was asked, since nobody agreed to the cost: " + "; ".join(one.sentence for one in paid) + ".",
+            do=f"Agree when asked, or say --yes. Prices are rows of {_price_file()}.",
+        )
+
+
+def _price_file() -> str:
+    from bitladder.files.prices import price_file
+
+    return str(price_file())
+
+
+def _spending(
+    settings: EndpointSettings, asked: Sequence[Input], *, answer_tokens: int | None = None
+) -> Spending | None:
+    """What it costs; None for an endpoint that wants no key and has no price."""
+    import dataclasses
+
+    from bitladder.engines.fingerprint import REQUESTS
+    from bitladder.files.prices import price_of
+    from bitladder.plan.spending import expected_spending
+
+    price = price_of(settings.model)
+    if not settings.key_env and price is None:
+        return None
+    if answer_tokens is not None:
+        asked = [dataclasses.replace(one, max_tokens=answer_tokens) for one in asked]
+    return expected_spending(
+        settings.label,
+        asked,
+        prices=None if price is None else (price.prompt, price.answer),
+        extra_requests=0 if answer_tokens is not None else REQUESTS,
+    )
+
+
+def endpoint_answers(
+    settings: EndpointSettings,
+    workload: Workload,
+    recorded: Recorded,
+    journal: Journal,
+    *,
+    timed: bool,
+    progress: Progress = silent,
+    connect: Callable[[EndpointSettings], Endpoint] | None = None,
+) -> tuple[tuple[Answer, ...], Speed, bool]:
+    """Answers and speed of an endpoint, and whether all of it was stored.
+
+    Every new answer is stored as it comes. Inputs that fail are left out and told, as long as others are
+    answered.
+
+    Args:
+        settings: where, and which model.
+        workload: what to ask.
+        recorded: what is known already.
+        journal: hears what went wrong.
+        timed: whether its speed is wanted, too.
+        progress: hears how many answers there are.
+        connect: opens the endpoint; for tests.
+
+    Raises:
+        WrongModel: it serves another model, or the model was exchanged on the way; what it said since is
+            forgotten.
+        EngineError: it answered nothing at all.
+    """
+    from bitladder.describe.workload import question_hash
+    from bitladder.engines.endpoint import Endpoint
+    from bitladder.engines.fingerprint import still_the_same
+    from bitladder.records.evaluation import Speed
+    from bitladder.stages.evaluate import answer_workload, in_order
+
+    unknown_speed = Speed(math.nan, math.nan, math.nan)
+    remote = remote_of(settings, recorded)
+    speed = recorded.speed(remote, REMOTE_ENGINE) if timed else unknown_speed
+    new: list[Answer] = []
+
+    def keep(answer: Answer) -> None:
+        recorded.keep_answer(remote, answer.question, REMOTE_ENGINE, answer)
+        new.append(answer)
+
+    def known() -> dict[str, Answer]:
+        questions = (
+            question_hash(one, workload.temperature, sample)
+            for one in workload.inputs
+            for sample in range(workload.samples)
+        )
+        found = ((question, recorded.answer(remote, question, REMOTE_ENGINE)) for question in questions)
+        return {question: answer for question, answer in found if answer is not None}
+
+    if speed is not None and not missing_inputs(remote, workload, recorded):
+        return in_order(workload, known()), speed, True
+    with (connect or Endpoint)(settings) as engine:
+        engine.probe()
+        remote, fingerprint = recognised(engine, settings, recorded, journal)
+        failures: list[EngineError] = []
+        answers = answer_workload(
+            engine,
+            workload,
+            known=known(),
+            on_answer=keep,
+            on_failure=failures.append,
+            logprobs=0,
+            progress=progress,
+        )
+        if not answers:
+            raise failures[0]
+        if failures:
+            wanted = len(workload.inputs) * workload.samples
+            journal.warn(
+                f"{settings.label} answered {len(answers)} of {wanted} inputs; the rest is left out. "
+                f"The first failure: {failures[0].found} The same command asks again for what is missing."
+            )
+        if new and not failures and not still_the_same(engine, fingerprint):
+            for answer in new:
+                recorded.forget_answer(remote, answer.question, REMOTE_ENGINE)
+            raise WrongModel(
+                f"{settings.label} no longer answers as it did when this run began.",
+                means="Its model was exchanged on the way, under the same name.",
+                do="Measure again: what it said in this run is forgotten.",
+            )
+        journal.warn(*engine.notes)
+        if timed and speed is None:
+            speed = _speed(engine, settings, journal)
+            recorded.keep_speed(remote, REMOTE_ENGINE, speed)
+    return answers, speed or unknown_speed, False
+
+
+def recognised(
+    engine: Endpoint, settings: EndpointSettings, recorded: Recorded, journal: Journal
+) -> tuple[Remote, Fingerprint]:
+    """The endpoint under the fingerprint that it has today, and what of it must be told.
+
+    Raises:
+        EngineError: it cannot be asked.
+    """
+    from bitladder.engines.fingerprint import still_the_same, take_fingerprint
+
+    remote = Remote(settings.base_url, settings.model)
+    known = recorded.fingerprint(remote)
+    if known is not None and still_the_same(engine, known):
+        return remote.known_as(known), known
+    found = take_fingerprint(engine)
+    if known is not None:
+        journal.warn(
+            f"{settings.label} answers differently than when it was last asked: it is another model under the same "
+            "name, or another version. Its stored answers are not used."
+        )
+    if not found.repeats:
+        journal.warn(
+            f"{settings.label} does not repeat itself at temperature 0, so a changed model behind its name would "
+            "go unseen."
+        )
+    recorded.keep_fingerprint(remote, found)
+    return remote.known_as(found), found
+
+
+def _speed(engine: Endpoint, settings: EndpointSettings, journal: Journal) -> Speed:
+    """As seen from here; unknown, with a warning, where it cannot be measured."""
+    from bitladder.records.evaluation import Speed
+    from bitladder.stages.evaluate import measure_speed
+
+    try:
+        return measure_speed(engine)
+    except EngineError as error:
+        journal.warn(f"The speed of {settings.label} could not be measured: {error.found}")
+        return Speed(math.nan, math.nan, math.nan)
+
+
+@dataclass
+class StoredEngine:
+    """An endpoint whose answers are kept, so that the same question is paid for once; for the judge."""
+
+    engine: Endpoint
+    remote: Remote
+    recorded: Recorded
+    name: str = field(init=False)
+    parallel: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.name, self.parallel = self.engine.name, self.engine.parallel
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        max_tokens: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+        logprobs: int = 0,
+        stop: Sequence[str] = (),
+    ) -> Completion:
+        """``engines.base.Engine.chat``; a stored answer has no times and no probabilities."""
+        from bitladder.describe.workload import Input, question_hash
+        from bitladder.engines.base import Completion
+        from bitladder.records.evaluation import Answer
+
+        question = question_hash(Input("", tuple(messages), (), max_tokens=max_tokens), temperature, seed)
+        known = self.recorded.answer(self.remote, question, REMOTE_ENGINE)
+        if known is not None:
+            tokens = known.prompt_tokens, known.completion_tokens
+            return Completion(known.text, known.finish_reason, *tokens, self.name, math.nan, math.nan)
+        done = self.engine.chat(
+            messages, max_tokens=max_tokens, temperature=temperature, seed=seed, logprobs=logprobs, stop=stop
+        )
+        answer = Answer(
+            "", done.text, False, "a judge's reply", done.finish_reason,
+            done.prompt_tokens, done.completion_tokens, question=question,
+        )  # fmt: skip
+        self.recorded.keep_answer(self.remote, question, REMOTE_ENGINE, answer)
+        return done
+
+    def close(self) -> None:
+        """Close the connections."""
+        self.engine.close()
