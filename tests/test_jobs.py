@@ -11,7 +11,7 @@ from bitladder.errors import NothingFits
 from bitladder.files.gguf import GgufFile
 from bitladder.files.job_log import correction, keep_job, log_path, read_jobs
 from bitladder.files.probe import probe_machine
-from bitladder.plan.preflight import STATE_BYTES, JobNeed, quantize_need, walk_need
+from bitladder.plan.preflight import STATE_BYTES, WALK_START_S, JobNeed, quantize_need, walk_need
 from bitladder.progress import silent
 from bitladder.records.job import JobOutcome
 from bitladder.steps import jobs
@@ -30,26 +30,32 @@ def finished(took, formula=10.0, kind="quantize good"):
 
 class TestCorrection:
     def test_none_without_jobs(self):
-        assert correction([], "walk") == correction([finished(20.0)], "walk")
-        assert correction([], "walk").factor == 1.0
+        assert correction([], "walk", 10.0) == correction([finished(20.0)], "walk", 10.0)
+        assert correction([], "walk", 10.0).factor == 1.0
 
     def test_median_ratio_of_the_kind(self):
         log = [finished(20.0), finished(30.0), finished(900.0), finished(1.0, kind="walk")]
-        assert correction(log, "quantize good").factor == pytest.approx(3.0)
-        assert correction(log, "walk").jobs == 1
+        assert correction(log, "quantize good", 10.0).factor == pytest.approx(3.0)
+        assert correction(log, "walk", 10.0).jobs == 1
 
     def test_range_follows_the_spread(self):
-        steady = correction([finished(took) for took in (20.0, 20.1, 19.9, 20.0)], "quantize good")
-        loose = correction([finished(took) for took in (10.0, 20.0, 40.0, 20.0, 12.0)], "quantize good")
+        steady = correction([finished(took) for took in (20.0, 20.1, 19.9, 20.0)], "quantize good", 10.0)
+        loose = correction([finished(took) for took in (10.0, 20.0, 40.0, 20.0, 12.0)], "quantize good", 10.0)
         assert steady.spread == pytest.approx(1.15)
         assert loose.spread > 2
 
     def test_old_jobs_are_outvoted(self):
         log = [finished(100.0) for _ in range(50)] + [finished(20.0) for _ in range(9)]
-        assert correction(log, "quantize good").factor == pytest.approx(2.0)
+        assert correction(log, "quantize good", 10.0).factor == pytest.approx(2.0)
+
+    def test_jobs_of_a_like_size_count_first(self):
+        log = [finished(50.0, formula=5.0), finished(1200.0, formula=1000.0)]
+        assert correction(log, "quantize good", 10.0).factor == pytest.approx(10)
+        assert correction(log, "quantize good", 2000.0).factor == pytest.approx(1.2)
+        assert correction(log[:1], "quantize good", 2000.0).factor == pytest.approx(10)
 
     def test_start_up_alone_says_nothing_about_a_rate(self):
-        assert correction([finished(0.1)], "quantize good").jobs == 0
+        assert correction([finished(0.1)], "quantize good", 10.0).jobs == 0
 
 
 class TestLog:
@@ -128,8 +134,8 @@ class TestNeeds:
             used = sum(t.elements for t in source.model.tensors if t.name.startswith("blk."))
             head = source.model.dims.n_vocab * source.model.dims.n_embd
         rate = 2.5e10 * probe_machine().cores
-        assert alone.seconds == pytest.approx(2 * used * 300 / rate)
-        assert three.seconds == pytest.approx(4 * 2 * (used + head) * 300 / rate)
+        assert alone.seconds == pytest.approx(WALK_START_S + 2 * used * 300 / rate)
+        assert three.seconds == pytest.approx(WALK_START_S + 4 * 2 * (used + head) * 300 / rate)
         assert three.what == "measure A, B, C on 300 tokens"
 
 

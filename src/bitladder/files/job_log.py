@@ -22,6 +22,8 @@ _COUNTED = 9
 """The latest jobs of a kind that a correction is made from."""
 _SHORTEST_S = 0.5
 """Shorter jobs are all start-up and say nothing about a rate."""
+_ALIKE = 8.0
+"""Jobs whose computed seconds differ by no more than this factor are of a like size."""
 _LEAST_RANGE = 1.15
 
 
@@ -50,13 +52,15 @@ def read_jobs(machine: Machine) -> list[JobOutcome]:
         return []
 
 
-def correction(jobs: Sequence[JobOutcome], kind: str) -> Correction:
+def correction(jobs: Sequence[JobOutcome], kind: str, seconds: float) -> Correction:
     """The median ratio of taken to computed seconds of the latest jobs of a kind, and how far single jobs stray.
 
-    Two standard deviations of the logarithms, from the median absolute deviation (times 1.48 for a bell curve).
+    Jobs of a like size count where there are any: what a short job takes is mostly its start. The range is two
+    standard deviations of the logarithms, from the median absolute deviation (times 1.48 for a bell curve).
     """
     latest = [job for job in jobs if job.kind == kind and job.took_s >= _SHORTEST_S and job.by_formula_s > 0]
-    logs = [math.log(job.took_s / job.by_formula_s) for job in latest[-_COUNTED:]]
+    alike = [job for job in latest if 1 / _ALIKE <= job.by_formula_s / seconds <= _ALIKE]
+    logs = [math.log(job.took_s / job.by_formula_s) for job in (alike or latest)[-_COUNTED:]]
     if not logs:
         return Correction(1.0, 0.0, 0)
     middle = statistics.median(logs)

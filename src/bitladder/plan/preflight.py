@@ -17,6 +17,8 @@ QUANTIZE_RATE = {"Q8_0": 2e8, "F16": 3e8, "BF16": 3e8, "F32": 3e8}
 SEARCHED_RATE = 4e7
 PIECES_BYTES = 24 * MiB
 """Memory of a thread that quantizes: a piece as 32-bit floats, its search, its result."""
+QUANTIZE_START_S, WALK_START_S = 2.0, 5.0
+"""Loading libraries and compiled kernels, whatever the model's size."""
 BASE_BYTES = 250 * MiB
 """The process itself."""
 STATE_BYTES = GiB
@@ -50,6 +52,7 @@ def quantize_need(
     """
     cores = max(1, min(threads, machine.cores))
     seconds = sum(count / (QUANTIZE_RATE.get(qtype, SEARCHED_RATE) * cores) for qtype, count in weights.items())
+    seconds += QUANTIZE_START_S if file_bytes else 0.0
     ram = BASE_BYTES + cores * PIECES_BYTES
     return JobNeed("quantize", ram, 0, sum(file_bytes), seconds, "assumed", f"quantize {effort}")
 
@@ -69,7 +72,8 @@ def walk_need(
     ram = 600 * MiB + 2 * layer_bytes + min(states, STATE_BYTES) + head_bytes
     rate = flops or 2.5e10 * machine.cores
     label = "measured" if flops else "assumed"
-    return JobNeed("walk", ram, 0, max(0, states - STATE_BYTES), operations * (levels + 1) / rate, label, "walk")
+    seconds = WALK_START_S + operations * (levels + 1) / rate
+    return JobNeed("walk", ram, 0, max(0, states - STATE_BYTES), seconds, label, "walk")
 
 
 def require(need: JobNeed, machine: Machine) -> None:

@@ -46,7 +46,7 @@ def job(need: JobNeed, journal: Journal, folder: Path | None = None) -> Iterator
     if need.seconds <= 0:  # everything is there already
         yield
         return
-    known = correction(read_jobs(machine), need.kind)
+    known = correction(read_jobs(machine), need.kind, need.seconds)
     expected, spread = need.seconds * known.factor, known.spread or _ASSUMED_RANGE
     if expected >= _WORTH_SAYING_S:
         journal.say(f"{need.what}: {_seconds(expected / spread)} to {_seconds(expected * spread)}, {_room(need)}.")
