@@ -108,9 +108,9 @@ def _show_search(result: SearchResult, json_output: bool) -> None:
 
     console = Console(highlight=False)
     if not result.options:
-        console.print(f"{result.machine}: no model of the catalogue fits and is fast enough.")
+        print(f"{result.machine}: no model of the catalogue fits and is fast enough.")
         for beyond in result.beyond:
-            console.print(f"For {beyond.name} at {beyond.level}: {beyond.gives}")
+            print(f"For {beyond.name} at {beyond.level}: {beyond.gives}")
         return
     console.print(f"{result.machine}: per model the largest level that fits, largest models first")
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -128,7 +128,7 @@ def _show_search(result: SearchResult, json_output: bool) -> None:
         )
     console.print(table)
     for beyond in result.beyond:
-        console.print(f"For {beyond.name} at {beyond.level}: {beyond.gives}")
+        print(f"For {beyond.name} at {beyond.level}: {beyond.gives}")
 
 
 def _show_needs(rows: list[HardwareNeed], json_output: bool) -> None:

@@ -176,7 +176,7 @@ def what_would_give(
     row = option(candidate, level, machine, rates, wish)
     if row.placement.kind == "none":
         return f"{human_bytes(row.placement.missing_bytes)} more memory"
-    return f"speed: {row.speed.decode.value:.1f} tokens/s where {least_decode:.1f} are wanted"
+    return f"speed: {row.speed.decode.value:.1f} tokens/s where {least_decode:g} are wanted"
 
 
 def largest_context(model: Model, level: LevelBytes, machine: Machine, wish: Wish) -> int:
