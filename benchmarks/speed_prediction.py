@@ -6,7 +6,7 @@ best of its rounds, as each rate of the machine is the best of its repeats: what
 Predictions are the geometric mean of those from both measurements. Each file is predicted twice: from the machine's
 rates alone, and anchored by the runs of the *other* files of its model, never its own.
 
-    python benchmarks/speed_prediction.py [FILE.gguf ...] [--prompts 64,512] [--seconds 170]
+    python benchmarks/speed_prediction.py [FILE.gguf ...] [--prompts 64,512] [--long 2048] [--seconds 170]
 
 Without files it writes all levels of the demo model first. Wants a quiet machine: the engine's threads wait for one
 another, so beside other programs they slow down far more than their share.
@@ -44,7 +44,8 @@ from bitladder.records.plan import Figure, Speed
 from bitladder.stages.measure_machine import measure_machine
 from bitladder.stages.quantize import quantize_levels
 
-DECODED = 24
+DECODED = 20
+LONG_EVERY = 5
 TOKEN = 1000
 
 
@@ -59,14 +60,19 @@ class Run:
 
 def run_file(run: Run, prompts: Sequence[int], threads: int) -> None:
     with LlamaServer(run.path, n_ctx=max(prompts) + 2 * DECODED, threads=threads, n_gpu_layers=0) as server:
+        server.time_tokens([TOKEN] * 8, max_tokens=2)  # touches every page once, as a server that has answered before
         for prompt in prompts:
             timings = server.time_tokens([TOKEN + n % 500 for n in range(prompt)], max_tokens=DECODED)
             run.prompt_s[prompt].append(timings["prompt_ms"] / 1e3)
             run.token_s[prompt].append(timings["predicted_ms"] / 1e3 / (timings["predicted_n"] - 1))
 
 
-def run_all(runs: Sequence[Run], prompts: Sequence[int], threads: int, until: float) -> None:
-    """Whole rounds of all files, at least one, as many as there is time for."""
+def run_all(runs: Sequence[Run], prompts: Sequence[int], threads: int, until: float, long: int) -> None:
+    """Whole rounds of all files, at least one, as many as there is time for; before them every fifth file with a long
+    prompt.
+    """
+    for run in runs[::LONG_EVERY] if long else ():
+        run_file(run, [long], threads)
     order = random.Random(0)
     took = 0.0
     while not took or time.monotonic() + took < until:
@@ -149,6 +155,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", type=Path)
     parser.add_argument("--prompts", default="64,512")
+    parser.add_argument("--long", type=int, default=0, help="a longer prompt, for every fifth file")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=170.0)
     parser.add_argument("--out", type=Path, help="keep timings and rates as JSON")
@@ -169,7 +176,7 @@ def main() -> int:
         print(
             f"machine measured in {before.seconds:.1f} s, {threads} threads, load {os.getloadavg()[0]:.1f}", flush=True
         )
-        run_all(runs, prompts, threads, until - before.seconds)
+        run_all(runs, prompts, threads, until - before.seconds, options.long)
         both = [before.rates, measure_machine(machine, threads=threads).rates]
         strayed = [new / old for new, old in zip(both[1].stream.values(), both[0].stream.values(), strict=True)]
         print(f"measured again: rates {min(strayed):.2f} to {max(strayed):.2f} of the first, noise {both[0].noise:.2f}")
