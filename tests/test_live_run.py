@@ -26,6 +26,7 @@ def drawn(live: LiveRun) -> list[str]:
 
 def test_the_table_fills_in():
     live = LiveRun(Console(file=io.StringIO(), force_terminal=True))
+    live._draw = lambda: None
     assert drawn(live) == []
     for news in STORY[:5]:
         tell(live, news)
@@ -39,6 +40,7 @@ def test_the_table_fills_in():
 
 def test_what_is_being_done_stands_under_the_table():
     live = LiveRun(Console(file=io.StringIO(), force_terminal=True))
+    live._draw = lambda: None
     tell(live, STORY[0])
     live("quantizing", 1, 4)
     assert "quantizing" in drawn(live)[-1] and " 25%" in drawn(live)[-1]
@@ -50,6 +52,7 @@ def test_what_is_being_done_stands_under_the_table():
 def test_on_a_terminal_it_is_drawn_and_what_is_said_meanwhile_stays_readable(capsys):
     console = Console(file=io.StringIO(), force_terminal=True, width=80)
     with LiveRun(console).shown() as live:
+        assert console.file.getvalue() == ""  # a question may stand here
         tell(live, STORY[2])
         console.print("! a warning")
     shown = console.file.getvalue()

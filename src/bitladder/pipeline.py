@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from bitladder import __version__
 from bitladder.errors import NothingFits, UnknownArchitecture
-from bitladder.progress import Progress
+from bitladder.progress import LevelNews, Progress, tell
 from bitladder.records import to_json
 from bitladder.records.fidelity import Fidelity
 from bitladder.records.plan import Plan
@@ -133,6 +133,8 @@ def run(
         machine = probe_machine(out)
 
         plan = _fitting(source, machine, settings)
+        for level in plan.levels:
+            tell(progress, LevelNews(level.level, "fits" if level.fits else "does not fit"))
         wanted = _levels_to_build(source, plan, settings)
         require(building_need(source, wanted, out, effort=settings.effort, threads=settings.threads), machine)
         with journal.timed("calibrate"):
@@ -257,6 +259,8 @@ def _built(
 
     levels = _levels_to_build(source, plan, settings)
     need = building_need(source, levels, out, effort=settings.effort, threads=settings.threads)
+    for level in levels:
+        tell(progress, LevelNews(level, "being written"))
     with job(need, journal, out):
         files = quantize_levels(
             source,
@@ -267,6 +271,8 @@ def _built(
             threads=settings.threads,
             progress=progress,
         )
+    for file in files:
+        tell(progress, LevelNews(file.level, "written", file_bytes=file.bytes))
     journal.reuse("files", [file.level for file in files if file.reused])
     method = method_name(settings.effort, importance)
     return {Subject(source.sha256, file.level, made=method): file for file in files}

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from bitladder.cli.build import ALL_CORES, Importance, Levels, Threads, effort_named, split_levels
+from bitladder.cli.live import run_display
 from bitladder.cli.options import RunOptions, Texts, confirm_with, reference_named, refuse_elsewhere, with_run_options
 from bitladder.cli.terminal import JsonFlag, ModelArgument, print_json, progress_display, say, verb
 from bitladder.errors import BarNotMet
@@ -20,7 +21,7 @@ def run(options: RunOptions, json_output: JsonFlag = False) -> None:
     from bitladder.pipeline import run as run_pipeline
     from bitladder.report import print_run
 
-    with progress_display(quiet=json_output) as progress:
+    with run_display(quiet=json_output) as progress:
         result = run_pipeline(options.settings(), progress, say=say, confirm=confirm_with(yes=options.yes))
     if json_output:
         print_json(result.record)

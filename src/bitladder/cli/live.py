@@ -15,6 +15,7 @@ from bitladder.units import human_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console, Group
+    from rich.live import Live
     from rich.table import Table
 
 _TIMES_A_SECOND = 4
@@ -96,22 +97,22 @@ class LiveRun:
             console=console,
         )
         self._task: Any = None
+        self._live: Live | None = None
 
     @contextmanager
     def shown(self) -> Iterator[LiveRun]:
-        """Drawn while the block runs; what is printed meanwhile appears above."""
-        from rich.live import Live
-
-        with Live(
-            console=self._console,
-            get_renderable=self.drawn,
-            refresh_per_second=_TIMES_A_SECOND,
-            vertical_overflow="visible",
-        ):
+        """Drawn while the block runs, from the first word on, so that a question before the work stands alone; what is
+        printed meanwhile appears above.
+        """
+        try:
             yield self
+        finally:
+            if self._live is not None:
+                self._live.stop()
 
     def __call__(self, what: str, done: float, total: float) -> None:
         """Where the work is."""
+        self._draw()
         if self._steps.is_new(done, total) or self._task is None:
             if self._task is not None:
                 self._bar.remove_task(self._task)
@@ -120,7 +121,20 @@ class LiveRun:
 
     def heard(self, news: LevelNews) -> None:
         """Something about a level."""
+        self._draw()
         self._levels.add(news)
+
+    def _draw(self) -> None:
+        from rich.live import Live
+
+        if self._live is None:
+            self._live = Live(
+                console=self._console,
+                get_renderable=self.drawn,
+                refresh_per_second=_TIMES_A_SECOND,
+                vertical_overflow="visible",
+            )
+            self._live.start()
 
     def drawn(self) -> Group:
         """All of it, as it stands."""

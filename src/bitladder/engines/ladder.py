@@ -25,6 +25,7 @@ from bitladder.formats.roles import OUTPUT_NORM
 from bitladder.progress import Progress
 from bitladder.units import MiB
 
+SoFar = Callable[[int, float], None]
 _HEAD_BYTES = 512 * MiB
 """Normed states at the head at once, all models together."""
 
@@ -67,8 +68,10 @@ class Ladder:
         self._shelf = Shelf(self.batches, model.model.dims.n_embd, budget_bytes=state_bytes, folder=spill)
         self._kept = Checkpoint(keep, self._key()) if keep else None
 
-    def run(self, progress: Progress) -> list[TokenScores]:
+    def run(self, progress: Progress, so_far: SoFar = lambda _member, _mean: None) -> list[TokenScores]:
         """Scores of every scored token of every model, windows in the caller's order.
+
+        ``so_far(member, mean)`` is told each model's mean KL over the text that has been compared.
 
         Raises:
             BadFile, BadWeights: a tensor is missing, misshapen or not finite.
@@ -86,7 +89,7 @@ class Ladder:
             if self._kept:
                 self._kept.save(layer, [(group.members, group.states) for group in groups])
         progress("walk: comparing predictions", n_layer, total)
-        scores = self._at_the_head(groups)
+        scores = self._at_the_head(groups, so_far)
         if self._kept:
             self._kept.done()
         progress("walk: comparing predictions", total, total)
@@ -143,7 +146,7 @@ class Ladder:
         norm = weights.identity(OUTPUT_NORM) if self.model.family.has_output_norm else None
         return norm, weights.identity(self.model.output)
 
-    def _at_the_head(self, groups: Sequence[_Group]) -> list[TokenScores]:
+    def _at_the_head(self, groups: Sequence[_Group], so_far: SoFar) -> list[TokenScores]:
         """Scores of every model; models with the same states and the same head are scored once."""
         distinct = [
             (members, group.states)
@@ -161,6 +164,9 @@ class Ladder:
             for number, scores in enumerate(compare(inputs, targets, n_vocab, softcap=self.model.logit_softcap)):
                 ends = np.cumsum([self.windows[at].scored for at in order])
                 found[number].update(zip(order, scores.split(ends), strict=True))
+                mean = float(np.concatenate([one.kl for one in found[number].values()]).mean())
+                for member in distinct[number][0]:
+                    so_far(member, mean)
         scored = [TokenScores.joined([one[at] for at in range(len(self.windows))]) for one in found]
         place = {member: number for number, (members, _) in enumerate(distinct) for member in members}
         return [scored[place[member]] for member in range(len(self.weights))]

@@ -25,7 +25,7 @@ from bitladder.errors import BadInput
 from bitladder.files.gguf import GgufFile
 from bitladder.formats.recipes import assign
 from bitladder.kernels import Effort
-from bitladder.progress import Progress, silent
+from bitladder.progress import LevelNews, Progress, silent, tell
 from bitladder.records.fidelity import Fidelity
 from bitladder.stats.bootstrap import quantile_interval, ratio_interval
 from bitladder.units import GiB
@@ -193,7 +193,13 @@ def token_scores(
         keep=options.get("keep"),
         engine_rounding=options.get("engine_rounding", False),
     )
-    return ladder.run(options.get("progress", silent))
+    progress = options.get("progress", silent)
+
+    def so_far(member: int, mean: float) -> None:
+        if member:
+            tell(progress, LevelNews(candidates[member - 1].level, kl_mean=mean))
+
+    return ladder.run(progress, so_far)
 
 
 def _check_tokens(windows: Sequence[Window], n_vocab: int) -> None:

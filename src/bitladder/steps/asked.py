@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from bitladder.engines.endpoint import EndpointSettings
-from bitladder.progress import Progress
+from bitladder.progress import LevelNews, Progress, tell
 from bitladder.steps.journal import Journal
 from bitladder.steps.measured import answers
 from bitladder.steps.remote import endpoint_answers
@@ -71,6 +71,7 @@ class Asker:
         for number, contender in enumerate(contenders):
             name = name_of(contender)
             self.progress(f"workload: {name}", number, len(contenders))
+            tell(self.progress, LevelNews(name, "answering"))
             try:
                 replies, speed, stored = self._ask(contender, timed=number > 0)
             except EngineError as error:
@@ -81,6 +82,9 @@ class Asker:
             reference = asked[0].answers if asked else None
             said = judge_answers(self.workload, replies, reference=reference, context=self.context)
             asked.append(level_answers(name, said, speed))
+            passes = sum(answer.passed for answer in said)
+            rate = speed.decode_tokens_per_s
+            tell(self.progress, LevelNews(name, "answered", passes=passes, inputs=len(said), tokens_per_s=rate))
             reused += [name] if stored and not isinstance(contender, Path) else []
         self.progress("workload", len(contenders), len(contenders))
         self.journal.reuse("answers and speed", reused)
@@ -96,7 +100,15 @@ class Asker:
         if isinstance(contender, Path):
             return load_reference(contender, self.workload), Speed(math.nan, math.nan, math.nan), True
         subject, path = contender
-        return answers(subject, path, self.workload, self.recorded, n_ctx=self.n_ctx, threads=self.threads)
+        return answers(
+            subject,
+            path,
+            self.workload,
+            self.recorded,
+            n_ctx=self.n_ctx,
+            threads=self.threads,
+            progress=self.progress,
+        )
 
     def _tell_doubts(self, asked: Sequence[LevelAnswers]) -> None:
         """What makes answers or speeds worth less than they look."""

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bitladder.progress import Progress
+from bitladder.progress import LevelNews, Progress, silent, tell
 from bitladder.records.fidelity import Fidelity
 from bitladder.steps.calibrated import NONE, importance_of, token_windows
 from bitladder.steps.jobs import job, walking_need
@@ -116,6 +116,8 @@ def fidelities(
     found = {subject: fidelity for subject, fidelity in stored.items() if fidelity is not None}
     missing = [subject for subject in subjects if subject not in found]
     journal.reuse("fidelity", [subject.level for subject in found])
+    for subject in missing:
+        tell(progress, LevelNews(subject.level, "measuring"))
     if missing:
         windows = token_windows(source, texts)
         options = WalkOptions(progress=progress, threads=threads)
@@ -128,6 +130,8 @@ def fidelities(
         for subject, fidelity in zip(missing, measured, strict=True):
             recorded.keep_fidelity(subject, digest, fidelity, reference)
             found[subject] = fidelity
+    for subject in subjects:
+        tell(progress, LevelNews(subject.level, "measured", kl_mean=found[subject].kl_mean))
     return [found[subject] for subject in subjects]
 
 
@@ -139,7 +143,14 @@ def of_itself(measured: Fidelity, level: str) -> Fidelity:
 
 
 def answers(
-    subject: Subject, path: Path, workload: Workload, recorded: Recorded, *, n_ctx: int, threads: int
+    subject: Subject,
+    path: Path,
+    workload: Workload,
+    recorded: Recorded,
+    *,
+    n_ctx: int,
+    threads: int,
+    progress: Progress = silent,
 ) -> tuple[tuple[Answer, ...], Speed, bool]:
     """Answers and speed of one level, and whether all of it was stored. Every new answer is stored as it comes."""
     from bitladder.describe.workload import question_hash
@@ -161,13 +172,14 @@ def answers(
     stored = speed is not None and len(known) == len(set(questions))
     if stored and speed is not None:
         return tuple(known[question] for question in questions), speed, True
+
+    def keep(answer: Answer) -> None:
+        recorded.keep_answer(subject, answer.question, engine, answer)
+        known[answer.question] = answer
+        tell(progress, LevelNews(subject.level, answered=len(known), inputs=len(questions)))
+
     with LlamaServer(path, n_ctx=room, n_parallel=parallel, threads=threads) as server:
-        found = answer_workload(
-            server,
-            workload,
-            known=known,
-            on_answer=lambda answer: recorded.keep_answer(subject, answer.question, engine, answer),
-        )
+        found = answer_workload(server, workload, known=dict(known), on_answer=keep)
         if speed is None:
             speed = measure_speed(server)
             recorded.keep_speed(subject, engine, speed)
