@@ -167,6 +167,7 @@ def machine(
     print(f"  RAM read       {measured.ram_read / 1e9:.1f} GB/s")
     for qtype, rate in measured.rates.stream.items():
         print(f"  decode {qtype:<7} {rate / 1e9:.1f} GB/s of weights")
+    print(f"  repeats        within x{measured.rates.noise:.2f} of the fastest")
     print(f"  matrix product {measured.f32_matmul / 1e9:.0f} GFLOP/s (f32)")
     print(f"  disk read      {measured.disk_read / 1e9:.2f} GB/s")
 
