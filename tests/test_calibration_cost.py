@@ -3,7 +3,8 @@
 import pytest
 
 from bitladder.formats.checkpoint import parse_level
-from bitladder.plan.calibration import predict
+from bitladder.formats.vectors import ImportanceVectors, is_folded_level, parse_folded
+from bitladder.plan.calibration import REACHED, START_SECONDS, Work, predict
 
 SHAPES = {
     "self_attn.q_proj": (576, 576), "self_attn.k_proj": (192, 576), "self_attn.v_proj": (192, 576),
@@ -13,28 +14,48 @@ SHAPES = {
 
 
 def predicted(*names: str, tokens: int = 32768, state_bytes: int = 1 << 30, rate: float = 1e11):
-    return predict(
-        [parse_level(name) for name in names],
-        SHAPES,
-        n_layer=30, n_embd=576, other_weights=49152 * 576, tokens=tokens, reference_tokens=16384,
-        flops_per_s=rate, state_bytes=state_bytes,
-    )  # fmt: skip
+    work = Work(SHAPES, n_layer=30, n_embd=576, other_weights=49152 * 576, tokens=tokens, reference_tokens=16384)
+    return predict([level(name) for name in names], work, flops_per_s=rate, state_bytes=state_bytes)
+
+
+def level(name: str):
+    if name == "importance":
+        return ImportanceVectors()
+    return parse_folded(name) if is_folded_level(name) else parse_level(name)
+
+
+def seconds(*names: str, rate: float = 1e11) -> float:
+    """Without what any walk takes to start."""
+    return predicted(*names, rate=rate).seconds - START_SECONDS
 
 
 def test_gptq_work_is_forward_plus_statistics_plus_feedback():
     weights = 3_538_944
     statistics = 3 * 576 * 1088 + 1536 * 2048
     feedback = 576 * 576 * (576 + 192 + 192 + 576 + 1536 + 1536) + 576 * 1536 * 1536
-    expected = 30 * (32768 * (2 * weights + statistics) + feedback) / 1e11
-    assert predicted("GPTQ-4bit-g64").seconds == pytest.approx(expected)
+    expected = 30 * (32768 * (2 * weights + statistics) + feedback) / (1e11 * REACHED)
+    assert seconds("GPTQ-4bit-g64") == pytest.approx(expected)
 
 
 def test_levels_add_up_as_the_walk_shares():
-    one = predicted("GPTQ-4bit-g64").seconds
-    assert predicted("GPTQ-4bit-g64", "GPTQ-3bit-g64").seconds == pytest.approx(2 * one)
+    one = seconds("GPTQ-4bit-g64")
+    assert seconds("GPTQ-4bit-g64", "GPTQ-3bit-g64") == pytest.approx(2 * one)
     assert predicted("INT8-W8A16").seconds == 0
-    few = predicted("AWQ-4bit-g64", "AWQ-4bit-g32").seconds
-    assert predicted("AWQ-4bit-g64").seconds < few < 2 * predicted("AWQ-4bit-g64").seconds
+    few = seconds("AWQ-4bit-g64", "AWQ-4bit-g32")
+    assert seconds("AWQ-4bit-g64") < few < 2 * seconds("AWQ-4bit-g64")
+
+
+def test_an_importance_matrix_rides_along():
+    """Alone it costs the bare pass over 16,384 tokens; beside AWQ nothing."""
+    assert seconds("importance") == pytest.approx(30 * 16384 * 2 * 3_538_944 / (1e11 * REACHED))
+    assert seconds("importance", "AWQ-4bit-g64") == seconds("AWQ-4bit-g64")
+    assert predicted("importance").disk_bytes < 100e6
+
+
+def test_packing_k_quants_is_paid_by_searching_not_by_products():
+    """Three passes' worth of trials and two whole ones over 106 million weights, at 40 million a second."""
+    fast = seconds("AWQ-Q3_K_M", rate=1e18)
+    assert fast == pytest.approx(5 * 30 * 3_538_944 / 4e7, rel=1e-3)
 
 
 def test_states_beyond_the_budget_move_from_memory_to_disk():

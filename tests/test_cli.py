@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from bitladder import __version__
 from bitladder.cli.app import app
+from test_remote import serving
 
 PROSE = (
     "The lamp stood in the window all winter, and each evening somebody lit it. Nobody could say who had begun "
@@ -33,6 +34,10 @@ inputs:
     max_tokens: 12
     expect: {regex: "."}
 """
+
+
+QUICK = ("--effort", "fast", "--imatrix", "none")
+"""What a test of something else than quality asks for."""
 
 
 def bitladder(*arguments: str | Path):
@@ -98,7 +103,7 @@ def test_plan_reads_the_header_only(demo_gguf, tmp_path):
 
 def test_planned_bytes_are_written_bytes(demo_gguf, tmp_path):
     planned = {one["level"]: one for one in json.loads(bitladder("plan", demo_gguf, "--json").stdout)["levels"]}
-    done = bitladder("quantize", demo_gguf, "--to", "q8_0,Q2_K", "--out", tmp_path, "--effort", "fast", "--json")
+    done = bitladder("quantize", demo_gguf, "--to", "q8_0,Q2_K", "--out", tmp_path, *QUICK, "--json")
     files = json.loads(done.stdout)["files"]
     assert [file["level"] for file in files] == ["Q8_0", "Q2_K"]
     for file in files:
@@ -122,6 +127,8 @@ def test_planned_bytes_are_written_bytes(demo_gguf, tmp_path):
         (["quantize", "MODEL", "--to", ","], 2, "names no level"),
         (["quantize", "MODEL", "--to", "Q8_0", "--effort", "heroic"], 2, "'heroic'"),
         (["quantize", "MODEL", "--to", "Q8_0", "--imatrix", "nowhere.dat"], 2, "nowhere.dat"),
+        (["quantize", "MODEL", "--to", "AWQ-Q3_KM"], 2, "Did you mean AWQ-Q3_K_M?"),
+        (["quantize", "MODEL", "--to", "AWQ-Q2_K", "--imatrix", "none"], 2, "ask for Q2_K"),
         (["measure", "MODEL", "--levels", "Q8_0", "--text", "nowhere.txt"], 2, "nowhere.txt"),
         (["measure", "MODEL", "--file", "nowhere.gguf"], 2, "nowhere.gguf"),
         (["run", "MODEL", "--bar", "goodness > 3"], 2, "goodness"),
@@ -156,7 +163,7 @@ def test_a_text_too_short_to_measure(demo_gguf, tmp_path):
 
 @pytest.mark.model
 def test_measure_levels_and_files_side_by_side(demo_gguf, text, tmp_path):
-    bitladder("quantize", demo_gguf, "--to", "Q4_K_S", "--out", tmp_path, "--effort", "fast")
+    bitladder("quantize", demo_gguf, "--to", "Q4_K_S", "--out", tmp_path, *QUICK)
     other = next(tmp_path.glob("*Q4_K_S.gguf"))
     done = bitladder(
         "measure", demo_gguf, "--levels", "Q8_0,Q4_K_S", "--file", other, "--text", text, "--effort", "fast", "--json"
@@ -205,6 +212,48 @@ def test_a_bar_that_no_level_meets_is_exit_4_and_still_reports(demo_gguf, text, 
     assert (tmp_path / "out" / "report.html").exists()
 
 
+@pytest.mark.model
+def test_a_level_as_reference_and_a_model_elsewhere_in_one_table(demo_gguf, text, workload, tmp_path):
+    with serving(lambda prompt: "Paris." if "France" in prompt else prompt) as cloud:
+        done = bitladder(
+            "run", demo_gguf, "--levels", "Q4_K_S", "--reference", "Q8_0", "--also", f"{cloud.url}#m",
+            "--text", text, "--workload", workload, "--bar", "passes >= reference - 90 points",
+            "--imatrix", "none", "--out", tmp_path / "out", "--json",
+        )  # fmt: skip
+    record = json.loads(done.stdout)
+    statuses = {one["level"]: one["status"] for one in record["decision"]["verdicts"]}
+    name = f"m@{cloud.url.removeprefix('http://').removesuffix('/v1')}"
+    assert set(statuses) == {"Q8_0", "Q4_K_S", name}
+    assert (statuses["Q8_0"], record["reference"]) == ("reference", "Q8_0")
+    assert [one["level"] for one in record["answers"]] == ["Q8_0", "Q4_K_S", name]
+    assert [one["level"] for one in record["fidelities"]] == ["Q4_K_S"]
+    assert f"--also {cloud.url}#m" in record["commands"][0].replace("'", "")
+    assert name in (tmp_path / "out" / "report.html").read_text()
+
+    against_source = bitladder("measure", demo_gguf, "--levels", "Q4_K_S", "--text", text, "--json")
+    higher = bitladder("measure", demo_gguf, "--levels", "Q4_K_S", "--reference", "Q8_0", "--text", text, "--json")
+    (one,), (other,) = (json.loads(found.stdout)["levels"] for found in (against_source, higher))
+    assert one["ppl"] == other["ppl"]
+    assert one["ppl_reference"] != other["ppl_reference"]
+    assert other["kl_mean"] == pytest.approx(record["fidelities"][0]["kl_mean"])  # made anew, and from the file
+
+
+def test_references_and_endpoints_that_cannot_be(demo_gguf, tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_KEY", "sk-secret")
+    for arguments, said in (
+        (("run", "--reference", "Q4_K_N"), "Q4_K_M"),
+        (("run", "--also", "ftp://x#m"), "no address"),
+        (("run", "--also", "https://u:p@x/v1#m"), "neither a user"),
+        (("run", "--reference", "https://x.invalid/v1#m", "--key-env", "NOT_SET"), "--yes"),
+        (("run", "--reference", "https://x.invalid/v1#m", "--key-env", "NOT_SET", "--yes"), "NOT_SET is empty"),
+        (("measure", "--reference", "https://x.invalid/v1#m"), "Only the source or one of its levels"),
+        (("gate",), "--levels"),
+    ):
+        done = bitladder(arguments[0], demo_gguf, *arguments[1:])
+        assert (done.exit_code, said in done.stderr) == (2, True), done.stderr
+        assert "sk-secret" not in done.stderr
+
+
 def test_nothing_fits_is_exit_3(demo_gguf, tmp_path, monkeypatch):
     from bitladder.describe.machine import Machine
 
@@ -220,6 +269,7 @@ def test_nothing_fits_is_exit_3(demo_gguf, tmp_path, monkeypatch):
 def test_ctrl_c_leaves_nothing_half_written_and_the_next_run_goes_on(demo_gguf, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "bitladder", "quantize", demo_gguf, "--to", "Q6_K", "--out", out, "--threads", "1"]
+    command += ["--imatrix", "none"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ)
     deadline = time.monotonic() + 60
     while not list(out.glob("*.partial")) and process.poll() is None and time.monotonic() < deadline:

@@ -6,6 +6,7 @@ import pytest
 
 from bitladder.errors import BadInput
 from bitladder.files.companions import companions_of_folder, companions_of_gguf, tokenizer_differences
+from bitladder.files.gguf import GgufFile
 
 TEXTS = [
     "In 1984 there were 12345 people.",
@@ -43,8 +44,10 @@ def test_a_made_tokenizer_splits_as_the_engine_does(demo_gguf, tmp_path):
     found = companions_of_gguf(demo_gguf, pre="smollm", tied=True)
     tokenizer = Tokenizer.from_str(found.files["tokenizer.json"].decode())
     with LlamaServer(demo_gguf, n_ctx=64, threads=1) as engine:
-        for text in TEXTS:
-            assert tokenizer.encode(text).ids == list(engine.tokenize(text, add_special=True))
+        ids = {text: list(engine.tokenize(text, add_special=True)) for text in TEXTS}
+    with GgufFile.open(demo_gguf) as source:
+        template = source.metadata["tokenizer.chat_template"]
+    assert {text: tokenizer.encode(text).ids for text in TEXTS} == ids
     assert found.config["architectures"] == ["LlamaForCausalLM"]
     assert not [key for key in found.config if key.startswith("_")]
     for folder in ("one", "two"):
@@ -52,6 +55,15 @@ def test_a_made_tokenizer_splits_as_the_engine_does(demo_gguf, tmp_path):
         for name, content in found.files.items():
             (tmp_path / folder / name).write_bytes(content)
         (tmp_path / folder / "config.json").write_text(json.dumps(found.config))
-    assert tokenizer_differences(tmp_path / "one", tmp_path / "two", TEXTS) == []
-    (tmp_path / "two" / "chat_template.jinja").write_text("{{ messages[0]['content'] }}!")
-    assert tokenizer_differences(tmp_path / "one", tmp_path / "two", TEXTS) == TEXTS
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert tokenizer_differences(one, ids, template=template) == []
+    assert tokenizer_differences(two, ids, checkpoint=one) == []
+    (two / "chat_template.jinja").write_text("{{ messages[0]['content'] }}!")
+    assert len(tokenizer_differences(two, ids, checkpoint=one)) == len(TEXTS)
+    assert tokenizer_differences(two, ids, template=template) == ["its chat template is another"]
+    ids["In 1984"] = [1, 2, 3]
+    [wrong] = tokenizer_differences(one, ids)
+    assert wrong.startswith("token 0 of 'In 1984'")
+    (two / "tokenizer.json").write_text("{}")
+    assert tokenizer_differences(two, ids, checkpoint=one) == ["it cannot be loaded"]
+    assert tokenizer_differences(two, {}) == []

@@ -15,9 +15,9 @@ from bitladder.plan.preflight import STATE_BYTES, WALK_START_S, JobNeed, quantiz
 from bitladder.progress import silent
 from bitladder.records.job import JobOutcome
 from bitladder.steps import jobs
+from bitladder.steps.building import build_levels, sort_levels
 from bitladder.steps.calibrated import make_imatrix
 from bitladder.steps.journal import Journal
-from bitladder.steps.models import quantize_model
 from bitladder.units import GiB, MiB
 
 MACHINE = Machine("cpu", 2, (), 8 * GiB, 6 * GiB, GiB)
@@ -142,9 +142,10 @@ class TestNeeds:
 def test_building_says_what_it_took_and_repeats_nothing(demo_gguf, tmp_path):
     journal = Journal()
     for _ in range(2):
-        quantize_model(
-            str(demo_gguf), ["Q8_0", "Q4_0"], tmp_path, effort="fast", threads=1, journal=journal, progress=silent
-        )
+        build_levels(
+            str(demo_gguf), sort_levels(["Q8_0", "Q4_0"]), tmp_path, imatrix="none", effort="fast", threads=1,
+            journal=journal, progress=silent,
+        )  # fmt: skip
     (only,) = journal.jobs
     assert only.what == "quantize Q8_0, Q4_0"
     assert only.disk_bytes == pytest.approx(sum(path.stat().st_size for path in tmp_path.glob("*.gguf")), rel=0.01)
@@ -154,7 +155,7 @@ def test_building_says_what_it_took_and_repeats_nothing(demo_gguf, tmp_path):
 def test_nothing_is_built_without_room(demo_gguf, tmp_path, monkeypatch):
     monkeypatch.setattr("bitladder.files.probe.disk_free", lambda folder: 1000)
     with pytest.raises(NothingFits, match="quantize Q8_0 needs"):
-        quantize_model(str(demo_gguf), ["Q8_0"], tmp_path, effort="fast", threads=1, progress=silent)
+        build_levels(str(demo_gguf), sort_levels(["Q8_0"]), tmp_path, effort="fast", threads=1, progress=silent)
     assert not list(tmp_path.glob("*.gguf"))
 
 

@@ -53,7 +53,7 @@ def quantize(
     model: ModelArgument,
     to: Annotated[str, typer.Option("--to", metavar="L1,L2", help="The levels to write.")],
     out: Annotated[Path, typer.Option("--out", help="Folder to write into.")] = Path(),
-    imatrix: Importance = "none",
+    imatrix: Importance = "auto",
     text: CalibrationTexts = None,
     effort: Annotated[
         str, typer.Option("--effort", help="fast, good or best: how hard to search for scales.")
@@ -67,45 +67,40 @@ def quantize(
 ) -> None:
     """Write a model at one or several levels, every tensor read once for all of them.
 
-    GGUF levels (Q4_K_M) become files; GPTQ-4bit-g64, AWQ-4bit-g64, INT8-W8A8 become checkpoint folders.
+    GGUF levels (Q4_K_M, AWQ-Q3_K_M) become files; GPTQ-4bit-g64, AWQ-4bit-g64, INT8-W8A8 become checkpoint folders.
     """
-    from bitladder.formats.checkpoint import is_checkpoint_level
-    from bitladder.steps.calibrated import make_checkpoints
+    from bitladder.report.calibration import calibration_lines
+    from bitladder.steps.building import build_levels, sort_levels
     from bitladder.steps.journal import Journal
-    from bitladder.steps.models import quantize_model
 
-    asked = [part.strip() for part in to.split(",") if part.strip()]
-    folders = [part for part in asked if is_checkpoint_level(part)]
-    files = split_levels(",".join(part for part in asked if part not in folders)) or ()
-    if not asked:
+    asked = sort_levels([part.strip() for part in to.split(",") if part.strip()])
+    if not (asked.files or asked.folded or asked.checkpoints):
         raise UsageError("--to names no level.", do="Name one or several, like --to Q8_0,Q4_K_M.")
-    texts = tuple(text or ())
     journal = Journal() if json_output else Journal(say)
     with progress_display(quiet=json_output) as progress:
-        written = (
-            []
-            if not files
-            else quantize_model(
-                model,
-                files,
-                out,
-                imatrix=imatrix,
-                calibration=texts,
-                effort=effort_named(effort),
-                threads=threads,
-                split_max_bytes=parse_bytes(split_max_size) if split_max_size else None,
-                journal=journal,
-                progress=progress,
-            )
+        built = build_levels(
+            model,
+            asked,
+            out,
+            imatrix=imatrix,
+            texts=tuple(text or ()),
+            effort=effort_named(effort),
+            threads=threads,
+            split_max_bytes=parse_bytes(split_max_size) if split_max_size else None,
+            journal=journal,
+            progress=progress,
         )
-        reports = make_checkpoints(model, folders, out, texts, threads=threads, progress=progress) if folders else []
     if json_output:
-        print_json({"files": [*written, *reports], "jobs": journal.jobs})
+        print_json(
+            {"files": [*built.files, *built.checkpoints], "calibration": built.calibration, "jobs": journal.jobs}
+        )
         return
-    for file in written:
+    for line in calibration_lines(built.calibration) if built.calibration else ():
+        say(line)
+    for file in built.files:
         took = "was already there" if file.reused else f"{file.seconds:.1f} s"
         say(f"{file.path}  {human_bytes(file.bytes)}, {file.bpw:.2f} bits per weight, {took}")
-    for report in reports:
+    for report in built.checkpoints:
         say(f"{report.path}  {human_bytes(report.bytes)}, {report.bpw:.2f} bits per weight, {report.seconds:.1f} s")
         for note in report.notes:
             say(f"  {note}")

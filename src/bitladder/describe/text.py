@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -13,6 +14,74 @@ class Document:
 
     name: str
     text: str
+    kind: str = ""
+    """What the file's name says of it: its extension, say; not part of what is hashed."""
+
+
+_LANGUAGES = frozenset(
+    [
+        "ar",
+        "cs",
+        "da",
+        "de",
+        "el",
+        "en",
+        "es",
+        "fi",
+        "fr",
+        "he",
+        "hi",
+        "hu",
+        "id",
+        "it",
+        "ja",
+        "ko",
+        "nl",
+        "no",
+        "pl",
+        "pt",
+        "ro",
+        "ru",
+        "sv",
+        "th",
+        "tr",
+        "uk",
+        "vi",
+        "zh",
+        "code",
+        "data",
+    ]
+)
+_LEAST_SHARE = 0.02
+"""A script with a smaller share of the letters is a name or a quotation."""
+
+
+def languages_of(document: Document) -> tuple[str, ...]:
+    """Languages as the name lists them in front (``de-...``, ``pt-nl-sv-pl``), else the scripts of the letters."""
+    named = _named_languages(document)
+    if named:
+        return named
+    counts: dict[str, int] = {}
+    letters = [one for one in document.text[:20_000] if one.isalpha()]
+    for letter in letters:
+        script = unicodedata.name(letter, "other").split()[0].capitalize()
+        counts[script] = counts.get(script, 0) + 1
+    return tuple(sorted(name for name, count in counts.items() if count >= _LEAST_SHARE * len(letters)))
+
+
+def subject_of(document: Document) -> str:
+    """What a document is about, in the words of its name; of a file with a telling extension, that."""
+    rest = document.name.split("-")[len(_named_languages(document)) :]
+    return document.kind or " ".join(rest)
+
+
+def _named_languages(document: Document) -> tuple[str, ...]:
+    found = []
+    for part in document.name.split("-"):
+        if part not in _LANGUAGES:
+            break
+        found.append(part)
+    return tuple(found)
 
 
 def text_hash(documents: Iterable[Document]) -> str:

@@ -2,13 +2,13 @@
 
 Quantizing a layer one shared input after another, each with the inputs that the already quantized part gives
 ("true sequential"), would take a forward pass per input. Here a pass goes only as far as the input it is
-after, and starts from what is kept of the last one: the attention's result before its output projection, the
-MLP's before its down projection. The whole layer then costs one forward pass, plus the output projection
-twice.
+after, and starts from what is kept of the last one: the attention's result before its output projection (and
+once that is quantized, after it), the MLP's before its down projection. The whole layer then costs one forward
+pass.
 
     q, k, v  <- norm                                      stop: nothing but the norm has run
     o        <- attention with quantized q, k, v          kept: its input
-    gate, up <- quantized o on what was kept, norm        stop
+    gate, up <- quantized o on what was kept, norm        stop, kept: what o gave, in its input's place
     down     <- quantized gate and up                     kept: its input
     output   <- quantized down on what was kept
 """
@@ -32,8 +32,10 @@ from bitladder.errors import BadWeights
 from bitladder.formats.roles import SharedInput
 
 F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
 
-_STRIP = 512
+_STRIP = 128
+"""Narrow enough that little below the diagonal is computed, wide enough for products at full speed."""
 _ATTENTION, _OUTPUT = "self_attn", "self_attn.o_proj"
 _MLP, _DOWN = "mlp", "mlp.down_proj"
 
@@ -43,34 +45,45 @@ class InputStatistics:
     """What one input (of one expert) looked like over the calibration set."""
 
     gram: F32
-    """``X^T X`` f32[columns, columns], a sum over tokens; its diagonal is llama.cpp's importance matrix."""
+    """``X^T X`` f32[columns, columns], a sum over tokens; f32[0, 0] where only squares were asked for."""
     largest: F32
     """Largest magnitude of each channel, f32[columns]."""
+    squares: F64
+    """Sum of squares of each channel, f64[columns]: llama.cpp's importance matrix."""
     tokens: int
 
 
-class _Sums:
-    """Running sums of one input. Only the blocks on and above the diagonal are computed."""
+class Sums:
+    """Running sums of one input. Only the blocks of the Gram matrix on and above the diagonal are computed."""
 
-    def __init__(self, columns: int, device: torch.device) -> None:
-        self.gram = torch.zeros(columns, columns, device=device)
+    def __init__(self, columns: int, device: torch.device, *, gram: bool) -> None:
+        self.gram = torch.zeros(columns, columns, device=device) if gram else torch.zeros(0, 0)
         self.largest = torch.zeros(columns, device=device)
+        self.squares = torch.zeros(columns, dtype=torch.float64, device=device)
         self.tokens = 0
 
     def add(self, x: torch.Tensor) -> None:
         """Take in f32[tokens, columns]."""
         if not len(x):
             return
-        for start in range(0, x.shape[1], _STRIP):
+        for start in range(0, len(self.gram), _STRIP):
             strip = x[:, start : start + _STRIP]
             self.gram[start : start + _STRIP, start:].addmm_(strip.T, x[:, start:])
         torch.maximum(self.largest, x.abs().amax(dim=0), out=self.largest)
+        self.squares += torch.linalg.vecdot(x, x, dim=0)
         self.tokens += len(x)
 
     def result(self) -> InputStatistics:
-        upper = torch.triu(self.gram)
-        whole = upper + torch.triu(upper, 1).T
-        return InputStatistics(whole.cpu().numpy(), self.largest.cpu().numpy(), self.tokens)
+        """The sums so far, the Gram matrix whole."""
+        with inference():
+            for start in range(0, len(self.gram), _STRIP):  # in place: the matrix may be as large as the layer
+                strip = slice(start, start + _STRIP)
+                corner = torch.triu(self.gram[strip, strip])
+                self.gram[strip, strip] = corner + torch.triu(corner, 1).T
+                self.gram[start + _STRIP :, strip] = self.gram[strip, start + _STRIP :].T
+        return InputStatistics(
+            self.gram.cpu().numpy(), self.largest.cpu().numpy(), self.squares.cpu().numpy(), self.tokens
+        )
 
 
 class _Reached(Exception):
@@ -95,15 +108,18 @@ class LayerPass:
         self.model, self.layer, self.block = model, layer, block
         self._states, self._batches, self._spill = states, batches, spill
         self._kept: dict[str, States] = {}
+        self._passed: set[tuple[str, int]] = set()
+        """Where a kept input, of a module and of the batch that begins there, has been replaced by the output."""
 
     def gather(self, shared: SharedInput) -> list[InputStatistics]:
         """Statistics of one shared input (one per expert for stacked experts); the pass ends where it is
-        seen.
+        seen. Inputs are gathered in the order they are computed; what reads them must not change after the next
+        one was gathered.
 
         Raises:
             BadWeights: the inputs are not finite.
         """
-        sums: list[_Sums] = []
+        sums: list[Sums] = []
         whole = frozenset(self._kept)  # what this very pass begins to keep is there for the batches before, not after
         for batch in self._batches:
             with inference(), self._resumed(batch, whole), self._watched(shared, batch, sums, stop=True):
@@ -113,18 +129,18 @@ class LayerPass:
                     continue
         return [self._checked(shared, one) for one in sums]
 
-    def gather_all(self, inputs: Sequence[SharedInput]) -> list[list[InputStatistics]]:
+    def gather_all(self, inputs: Sequence[SharedInput], *, gram: bool = True) -> list[list[InputStatistics]]:
         """Statistics of all inputs in one forward pass with the weights as they are, which also finishes the
-        layer.
+        layer. Without ``gram`` only squares are summed, which costs little beside the pass.
 
         Raises:
             BadWeights: an input is not finite.
         """
-        sums: list[list[_Sums]] = [[] for _ in inputs]
+        sums: list[list[Sums]] = [[] for _ in inputs]
         for batch in self._batches:
             with inference(), ExitStack() as watching:
                 for shared, own in zip(inputs, sums, strict=True):
-                    watching.enter_context(self._watched(shared, batch, own, stop=False))
+                    watching.enter_context(self._watched(shared, batch, own, stop=False, gram=gram))
                 self._states.put(batch, self.model.run(self.block, self.layer, self._entering(batch)))
         return [[self._checked(shared, one) for one in own] for shared, own in zip(inputs, sums, strict=True)]
 
@@ -137,9 +153,9 @@ class LayerPass:
     def _entering(self, batch: Batch) -> torch.Tensor:
         return self._states.get(batch).to(self.model.device)
 
-    def _checked(self, shared: SharedInput, sums: _Sums) -> InputStatistics:
+    def _checked(self, shared: SharedInput, sums: Sums) -> InputStatistics:
         result = sums.result()
-        if not (np.isfinite(result.gram).all() and np.isfinite(result.largest).all()):
+        if not all(np.isfinite(found).all() for found in (result.gram, result.largest, result.squares)):
             raise BadWeights(
                 f"The inputs of {shared.module} in layer {self.layer} are not finite.",
                 means="Weights of this or an earlier layer overflow on the calibration text; the model is damaged.",
@@ -148,7 +164,9 @@ class LayerPass:
         return result
 
     @contextmanager
-    def _watched(self, shared: SharedInput, batch: Batch, sums: list[_Sums], *, stop: bool) -> Iterator[None]:
+    def _watched(
+        self, shared: SharedInput, batch: Batch, sums: list[Sums], *, stop: bool, gram: bool = True
+    ) -> Iterator[None]:
         valid = torch.from_numpy(batch.valid).to(self.model.device)
 
         def seen(module: nn.Module, arguments: tuple[Any, ...]) -> None:
@@ -157,7 +175,7 @@ class LayerPass:
                 self._keep(shared.module, batch, x)
             for number, found in enumerate(vectors(shared.kind, module, arguments, valid.reshape(-1))):
                 if number == len(sums):
-                    sums.append(_Sums(found.shape[1], found.device))
+                    sums.append(Sums(found.shape[1], found.device, gram=gram))
                 sums[number].add(found)
             if stop:
                 raise _Reached
@@ -180,8 +198,7 @@ class LayerPass:
         for path, whole in ((_OUTPUT, _ATTENTION), (_DOWN, _MLP)):
             if path in kept:
                 owner = self.block.get_submodule(whole)
-                entering = self._kept[path].get(batch).to(self.model.device)
-                owner.forward = _from_kept(self.block.get_submodule(path), entering, pair=whole == _ATTENTION)
+                owner.forward = self._from_kept(path, batch, pair=whole == _ATTENTION)
                 begun.append(owner)
         try:
             yield
@@ -189,15 +206,19 @@ class LayerPass:
             for owner in begun:
                 del owner.forward
 
+    def _from_kept(self, path: str, batch: Batch, *, pair: bool) -> Callable[..., Any]:
+        """A forward that only applies the last linear layer, once; attention modules return a pair."""
 
-def _from_kept(last: nn.Module, kept: torch.Tensor, *, pair: bool) -> Callable[..., Any]:
-    """A forward that only applies the last linear layer; attention modules return a pair."""
+        def forward(*_: Any, **__: Any) -> Any:
+            out = self._kept[path].get(batch).to(self.model.device)
+            if (path, batch.start) not in self._passed:
+                entered, out = out, self.block.get_submodule(path)(out)
+                if out.shape == entered.shape:
+                    self._kept[path].put(batch, out)
+                    self._passed.add((path, batch.start))
+            return (out, None) if pair else out
 
-    def forward(*_: Any, **__: Any) -> Any:
-        out = last(kept)
-        return (out, None) if pair else out
-
-    return forward
+        return forward
 
 
 def vectors(kind: str, module: Any, arguments: tuple[Any, ...], valid: torch.Tensor) -> Iterator[torch.Tensor]:

@@ -1,10 +1,13 @@
-"""All layers of all checkpoint levels: which streams there are, where each stands, what goes to disk."""
+"""All layers of all that is made from a calibration text: which streams there are, where each stands, what goes
+to disk."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,9 +18,9 @@ from bitladder.engines.layers import LayeredModel
 from bitladder.engines.states import Batch, Shelf, States, batches_of
 from bitladder.engines.streams import LayerOutput, ReferenceStream, SequentialStream
 from bitladder.engines.weights import FileWeights
-from bitladder.files.checkpoint_folder import CheckpointFolder
+from bitladder.files.layer_store import LayerStore
 from bitladder.formats import disk_names, roles
-from bitladder.formats.checkpoint import CheckpointLevel
+from bitladder.formats.vectors import Product
 from bitladder.progress import Progress
 from bitladder.units import GiB
 
@@ -33,7 +36,7 @@ class Settings:
     damp: float = 0.05
     act_order: bool = True
     reference_tokens: int = 16384
-    """Tokens that AWQ and INT8 look at; their few parameters per layer hardly change with more."""
+    """Tokens that AWQ, INT8 and importance matrices look at; their few parameters per layer hardly change with more."""
     state_bytes: int = GiB
     device: str = "cpu"
     threads: int = 1
@@ -47,12 +50,12 @@ class CheckpointWalk:
         self,
         model: LayeredModel,
         weights: FileWeights,
-        folders: Mapping[CheckpointLevel, CheckpointFolder],
+        stores: Mapping[Product, LayerStore],
         dtype: torch.dtype,
         settings: Settings,
     ) -> None:
-        """``dtype``: of everything that stays float."""
-        self.model, self.weights, self.folders = model, weights, folders
+        """``stores``: where each thing asked for is kept. ``dtype``: of everything that stays float."""
+        self.model, self.weights, self.stores = model, weights, stores
         self.dtype, self.settings = dtype, settings
 
     def run(self, windows: Sequence[Window], progress: Progress) -> None:
@@ -64,12 +67,13 @@ class CheckpointWalk:
         """
         streams = self._streams(windows)
         total = float(self.model.n_layer)
+        losses: dict[str, str] = {}
         for layer in range(min((done for _, done in streams), default=0), self.model.n_layer):
             for stream, done in streams:
-                names = ", ".join(level.name for level in stream.levels)
+                names = ", ".join(level.name + losses.get(level.name, "") for level in stream.levels)
                 progress(f"layer {layer + 1} of {self.model.n_layer}: {names}", layer, total)
                 if done <= layer:
-                    self._one(stream, layer)
+                    losses |= self._one(stream, layer)
             for tensor in self.model.layer_names(layer):
                 self.weights.forget(tensor)
         progress("all layers quantized", total, total)
@@ -104,15 +108,19 @@ class CheckpointWalk:
             whole[rows] = cast(self.weights(name, rows), self.dtype)
         return whole
 
-    def _one(self, stream: _Stream, layer: int) -> None:
+    def _one(self, stream: _Stream, layer: int) -> dict[str, str]:
+        """Do one layer of a stream; returns a word about each level's losses."""
+        started = monotonic()
         outputs = stream.layer(layer)
+        seconds = monotonic() - started
         states = None if stream.states is None else stream.states.everything.numpy()
         # The first level keeps the states, and is written last: it never is ahead of the others.
         for number, level in reversed(list(enumerate(stream.levels))):
             output = outputs[level.name]
-            record = {"losses": [asdict(loss) for loss in output.losses], "digests": output.digests}
-            tensors = self._tensors(layer, output)
-            self.folders[level].put_layer(layer, tensors, record, states if number == 0 else None)
+            kept = states if number == 0 else None
+            notes = _notes(layer, output)
+            self.stores[level].put_layer(layer, self._tensors(layer, output), notes, kept, seconds=seconds)
+        return {name: _worst(output) for name, output in outputs.items()}
 
     def _tensors(self, layer: int, output: LayerOutput) -> dict[str, torch.Tensor]:
         prefix = f"{disk_names.LAYERS}{layer}."
@@ -122,20 +130,23 @@ class CheckpointWalk:
                 value = torch.from_numpy(np.ascontiguousarray(array))
                 own = value.to(self.dtype) if suffix == "weight_scale" else value
                 tensors[f"{prefix}{linear}.{suffix}"] = own
-        return tensors
+        return tensors | {name: torch.from_numpy(vector.copy()) for name, vector in output.vectors.items()}
 
     def _streams(self, windows: Sequence[Window]) -> list[tuple[_Stream, int]]:
         """Each stream with the number of layers that it has behind it."""
         made: list[tuple[_Stream, int]] = []
         scale_dtype = _SCALE_DTYPES[self.dtype]
-        plain = [level for level in self.folders if level.method != "GPTQ"]
+        plain = [level for level in self.stores if level.method != "GPTQ"]
         if plain:
-            needs_text = any(level.method == "AWQ" or level.smooth for level in plain)
-            batches = batches_of(_first(windows, self.settings.reference_tokens)) if needs_text else []
+            needs_text = any(level.method != "INT8" or level.smooth for level in plain)
+            batches = batches_of(_share(windows, self.settings.reference_tokens)) if needs_text else []
             states, done = self._resumed(plain, batches)
-            reference = ReferenceStream(self.model, self.weights, plain, states, batches, scale_dtype=scale_dtype)
+            reference = ReferenceStream(
+                self.model, self.weights, plain, states, batches,
+                scale_dtype=scale_dtype, threads=self.settings.threads,
+            )  # fmt: skip
             made.append((reference, done))
-        for level in (level for level in self.folders if level.method == "GPTQ"):
+        for level in (level for level in self.stores if level.method == "GPTQ"):
             batches = batches_of(windows)
             states, done = self._resumed([level], batches)
             if states is None:
@@ -148,21 +159,22 @@ class CheckpointWalk:
             made.append((own, done))
         return made
 
-    def _resumed(self, levels: Sequence[CheckpointLevel], batches: Sequence[Batch]) -> tuple[States | None, int]:
+    def _resumed(self, levels: Sequence[Product], batches: Sequence[Batch]) -> tuple[States | None, int]:
         """States to start from (an earlier run's, or the embeddings) and how many layers are behind them."""
-        done = min(len(self.folders[level].finished()) for level in levels)
-        kept = self.folders[levels[0]].states_file(done - 1)
-        if batches and not kept.is_file():
+        done = min(len(self.stores[level].finished()) for level in levels)
+        kept = self.stores[levels[0]].states_file(done - 1)
+        rows = sum(batch.tokens.size for batch in batches)
+        if batches and not (kept.is_file() and np.load(kept, mmap_mode="r").shape[0] == rows):
             done = 0
         for level in levels:
-            self.folders[level].truncate(done)
+            self.stores[level].truncate(done)
         if not batches:
             return None, done
         states = Shelf(
             batches,
             self.model.model.dims.n_embd,
             budget_bytes=self.settings.state_bytes,
-            folder=self.folders[levels[0]].partial,
+            folder=self.stores[levels[0]].partial,
         ).take()
         if done:
             states.everything.copy_(torch.from_numpy(np.load(kept, mmap_mode="c")))
@@ -178,7 +190,7 @@ class CheckpointWalk:
         tokens = sum(batch.tokens.size for batch in batches)
         widths = dims.n_head * dims.head_dim_v + dims.n_ff
         large = tokens * widths * 4 > self.settings.state_bytes
-        return next(iter(self.folders.values())).partial if large else None
+        return next(iter(self.stores.values())).partial if large else None
 
 
 def cast(value: NDArray[np.float32], dtype: torch.dtype) -> torch.Tensor:
@@ -186,7 +198,31 @@ def cast(value: NDArray[np.float32], dtype: torch.dtype) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(value)).to(dtype)
 
 
-def _first(windows: Sequence[Window], tokens: int) -> list[Window]:
+def _notes(layer: int, output: LayerOutput) -> list[dict[str, Any]]:
+    """The log's lines of a layer's tensors."""
+    return [
+        {
+            "tensor": loss.name if loss.name.startswith("blk.") else f"{disk_names.LAYERS}{layer}.{loss.name}",
+            "loss": None if loss.loss != loss.loss else loss.loss,  # JSON has no NaN
+            "tokens": loss.tokens,
+            "damp": loss.damp,
+            "note": loss.note,
+            "digest": output.digests.get(loss.name, ""),
+        }
+        for loss in output.losses
+    ]
+
+
+def _worst(output: LayerOutput) -> str:
+    """The largest loss of a layer, in a few words; empty where there is none."""
+    known = [loss for loss in output.losses if loss.loss == loss.loss]
+    if not known:
+        return ""
+    worst = max(known, key=lambda loss: loss.loss)
+    return f" (error up to {worst.loss:.2%}, {worst.name.removesuffix('.weight').rpartition('.')[2]})"
+
+
+def _share(windows: Sequence[Window], tokens: int) -> list[Window]:
     """Windows evenly spread over the text that hold about ``tokens`` tokens."""
     total = sum(len(window.tokens) for window in windows)
     stride = max(1, round(total / tokens))

@@ -2,7 +2,7 @@
 
 A ``SequentialStream`` builds one GPTQ level; its states pass through the layers as quantized so far, so each
 layer sees, and corrects for, what happened before it. A ``ReferenceStream`` builds any number of AWQ and INT8
-levels from the source's own activations, gathered once for all of them.
+levels, and gathers the vectors that GGUF levels are made with, from the source's own activations.
 """
 
 from __future__ import annotations
@@ -18,14 +18,17 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from bitladder.engines import folding
 from bitladder.engines.calibration import InputStatistics, LayerPass
+from bitladder.engines.folding import matrix, set_matrix
 from bitladder.engines.layers import LayeredModel
 from bitladder.engines.states import Batch, States
 from bitladder.engines.weights import LevelWeights
 from bitladder.errors import BadWeights
 from bitladder.formats.checkpoint import CheckpointLevel
-from bitladder.formats.disk_names import absorbing_parameters, disk_linears, disk_name, quantized_parameters
-from bitladder.formats.roles import Parameter, SharedInput
+from bitladder.formats.disk_names import disk_linears, disk_name, quantized_parameters
+from bitladder.formats.roles import Parameter, SharedInput, layer_tensor
+from bitladder.formats.vectors import COUNT, SQUARES, FoldedLevel, ImportanceVectors, Product
 from bitladder.kernels import awq, gptq
 from bitladder.kernels.encode import Arrays, digest, encode
 from bitladder.kernels.methods import Quantized, awq_scales, feedback, rounded
@@ -48,6 +51,8 @@ class LayerOutput:
     losses: list[LinearLoss] = field(default_factory=list)
     digests: dict[str, str] = field(default_factory=dict)
     """Hash of each linear layer's decoded weights, to compare with what is read back from the file."""
+    vectors: dict[str, NDArray[np.floating]] = field(default_factory=dict)
+    """What is gathered for GGUF levels, by tensor and kind: ``blk.0.attn_q.weight.columns``."""
 
 
 class SequentialStream:
@@ -80,14 +85,18 @@ class SequentialStream:
             BadWeights: activations are not finite.
         """
         block = self.model.layer(layer, self._weights)
+        for tensor in self.model.layer_names(layer):  # the file's own pages need not stay beside the weights
+            self._weights.forget(tensor)
         through = LayerPass(self.model, layer, block, self.states, self._batches, spill=self._spill)
         output = LayerOutput()
         for shared in self.model.family.inputs:
             parameters = quantized_parameters(self.model.family, shared)
             if not parameters:
                 continue
-            for expert, statistics in _experts(through.gather(shared)):
-                self._quantize(layer, block, parameters, expert, statistics, output)
+            gathered = through.gather(shared)
+            alone = len(gathered) == 1
+            for expert in range(len(gathered)):
+                self._quantize(layer, block, parameters, None if alone else expert, gathered, output)
         through.finish()
         output.floats = _floats(self.model, block)
         return {self.levels[0].name: output}
@@ -98,53 +107,64 @@ class SequentialStream:
         block: nn.Module,
         parameters: Sequence[Parameter],
         expert: int | None,
-        statistics: InputStatistics,
+        gathered: list[InputStatistics],
         output: LayerOutput,
     ) -> None:
-        level = self.levels[0]
-        with _naming(layer, parameters[0]):
+        """Quantize what reads the first of ``gathered``, which is taken out: its Gram matrix may be as large as the
+        layer, and is not needed beside its factor."""
+        level, statistics = self.levels[0], gathered.pop(0)
+        tokens, too_few = statistics.tokens, _too_few(expert, statistics)
+        with _naming(layer, parameters[0].path):
             factor = gptq.prepare(statistics.gram, damp=self._damp, act_order=self._act_order)
+        del statistics
         for parameter in parameters:
-            weights = _matrix(block, parameter, expert)
-            if note := _too_few(expert, statistics):
+            weights = matrix(block, parameter, expert)
+            if note := too_few:
                 found = rounded(level, None, weights, scale_dtype=self._scale_dtype)
             else:
-                with _naming(layer, parameter):
-                    found = feedback(level, factor, statistics.gram, weights, scale_dtype=self._scale_dtype)
+                with _naming(layer, parameter.path):
+                    found = feedback(level, factor, weights, scale_dtype=self._scale_dtype)
                 note = f"Hessian not positive definite: damping raised to {factor.damp:g}" if factor.rescued else ""
-            _set_matrix(block, parameter, expert, found.decoded)
-            _emit(self.model, output, level, parameter, expert, found, statistics.tokens, note, factor.damp)
+            set_matrix(block, parameter, expert, found.decoded)
+            _emit(self.model, output, level, parameter, expert, found, tokens, note, factor.damp)
 
 
 @contextmanager
-def _naming(layer: int, parameter: Parameter) -> Iterator[None]:
+def _naming(layer: int, place: str) -> Iterator[None]:
     """What a kernel cannot take, in the user's terms."""
     try:
         yield
     except ValueError as error:
         raise BadWeights(
-            f"layer {layer}, {parameter.path}: {error}.",
+            f"layer {layer}, {place}: {error}.",
             means="The weights or the activations of this layer overflow; the model is damaged or was scaled oddly.",
             do="Check the source's own answers first; GGUF levels may still work.",
         ) from error
 
 
 class ReferenceStream:
-    """AWQ and INT8 levels, all from one pass of the source's own states."""
+    """AWQ and INT8 levels, folds and importance vectors, all from one pass of the source's own states."""
 
     def __init__(
         self,
         model: LayeredModel,
         weights: LevelWeights,
-        levels: Sequence[CheckpointLevel],
+        levels: Sequence[Product],
         states: States | None,
         batches: Sequence[Batch],
         *,
         scale_dtype: str = "float16",
+        threads: int = 1,
     ) -> None:
-        """``states`` hold the embeddings, or are None where no level needs activations."""
+        """``states`` hold the embeddings, or are None where no level needs activations. ``threads``: for
+        packing K-quants."""
         self.model, self.levels, self.states = model, tuple(levels), states
         self._weights, self._batches, self._scale_dtype = weights, batches, scale_dtype
+        self._gram = any(level.method == "AWQ" or level.smooth for level in levels)
+        self._threads = threads
+        self._qtypes = {
+            level: folding.recipe_types(level, model.model) for level in levels if isinstance(level, FoldedLevel)
+        }
 
     def layer(self, layer: int) -> dict[str, LayerOutput]:
         """Gather a layer's statistics once and build every level's version of it.
@@ -153,17 +173,58 @@ class ReferenceStream:
             BadWeights: activations are not finite.
         """
         block = self.model.layer(layer, self._weights)
-        inputs = [s for s in self.model.family.inputs if quantized_parameters(self.model.family, s)]
+        modules = {name for name, _ in block.named_modules()}
+        inputs = [shared for shared in self.model.family.inputs if shared.module in modules]
+        if not any(isinstance(level, ImportanceVectors) for level in self.levels):  # which routers have, too
+            inputs = [shared for shared in inputs if quantized_parameters(self.model.family, shared)]
         gathered: list[list[InputStatistics] | None] = [None] * len(inputs)
         if self.states is not None:
             through = LayerPass(self.model, layer, block, self.states, self._batches)
-            gathered = [*through.gather_all(inputs)]
+            gathered = [*through.gather_all(inputs, gram=self._gram)]
         original = {name: value.detach().clone() for name, value in block.named_parameters()}
         outputs = {}
         for level in self.levels:
             _restore(block, original)
-            outputs[level.name] = self._build(layer, level, block, inputs, gathered)
+            if isinstance(level, ImportanceVectors):
+                outputs[level.name] = self._importance(layer, inputs, gathered)
+            elif isinstance(level, FoldedLevel):
+                outputs[level.name] = self._folds(layer, level, block, inputs, gathered)
+            else:
+                outputs[level.name] = self._build(layer, level, block, inputs, gathered)
         return outputs
+
+    def _importance(
+        self, layer: int, inputs: Sequence[SharedInput], gathered: Sequence[list[InputStatistics] | None]
+    ) -> LayerOutput:
+        """Sums of squares and counts, under the names of the tensors that read each input."""
+        output = LayerOutput()
+        held = set(self.model.layer_names(layer))
+        for shared, statistics in zip(inputs, gathered, strict=True):
+            for name in (layer_tensor(layer, role) for role in shared.roles):
+                if name in held and statistics:
+                    output.vectors[f"{name}.{SQUARES}"] = np.stack([one.squares for one in statistics])
+                    output.vectors[f"{name}.{COUNT}"] = np.array([one.tokens for one in statistics], np.float64)
+        return output
+
+    def _folds(
+        self,
+        layer: int,
+        level: FoldedLevel,
+        block: nn.Module,
+        inputs: Sequence[SharedInput],
+        gathered: Sequence[list[InputStatistics] | None],
+    ) -> LayerOutput:
+        output = LayerOutput()
+        seen = [(shared, found[0]) for shared, found in zip(inputs, gathered, strict=True) if found]
+        folder = folding.KQuantFolder(self.model, layer, block, self._qtypes[level], self._threads)
+        for shared, statistics in reversed(seen):  # what is folded into a matrix's rows comes before its columns
+            with _naming(layer, shared.module):
+                losses = folder.fold(shared, statistics.gram)
+            output.losses[:0] = [LinearLoss(name, loss, statistics.tokens) for name, loss in losses.items()]
+        output.vectors = {
+            f"{name}.{kind}": vector for name, fold in folder.folds.items() for kind, vector in fold.vectors().items()
+        }
+        return output
 
     def _build(
         self,
@@ -174,21 +235,22 @@ class ReferenceStream:
         gathered: Sequence[list[InputStatistics] | None],
     ) -> LayerOutput:
         output = LayerOutput()
+        weighed = level.method != "INT8" or level.smooth  # else made without text, whatever is made beside it
         factors = [
-            self._fold(level, block, shared, statistics[0]) if statistics else None
+            self._fold(level, block, shared, statistics[0]) if statistics and weighed else None
             for shared, statistics in zip(inputs, gathered, strict=True)
         ]
         for shared, statistics, scale in zip(inputs, gathered, factors, strict=True):
             parameters = quantized_parameters(self.model.family, shared)
             for expert, own in _experts(statistics or [None] * self._matrices(shared)):
-                note = _too_few(expert, own) if own is not None else ""
-                gram = None if own is None or note else own.gram
+                note = _too_few(expert, own) if own is not None and weighed else ""
+                gram = own.gram if own is not None and self._gram and not note else None
                 if gram is not None and scale is not None:
                     gram = gram / np.outer(scale, scale)
                 for parameter in parameters:
-                    weights = _matrix(block, parameter, expert)
-                    with _naming(layer, parameter):
-                        found = rounded(level, gram, weights, scale_dtype=self._scale_dtype)
+                    weights = matrix(block, parameter, expert)
+                    with _naming(layer, parameter.path):
+                        found = rounded(level, gram, weights, weighed=weighed, scale_dtype=self._scale_dtype)
                     tokens = own.tokens if own is not None else 0
                     _emit(self.model, output, level, parameter, expert, found, tokens, note, 0.0)
         output.floats = _floats(self.model, block)
@@ -202,29 +264,15 @@ class ReferenceStream:
     ) -> F32 | None:
         """Find this input's scales, multiply them into its columns and divide them out of what comes
         before."""
-        present = {name for name, _ in block.named_parameters()}
-        absorbers = [p for p in absorbing_parameters(self.model.family, shared) if p.path in present]
-        if not absorbers or not (level.method == "AWQ" or (level.smooth and "norm" in absorbers[0].path)):
+        place = folding.place_of(self.model, block, shared)
+        if place is None or not (level.method == "AWQ" or place.is_norm):
             return None
-        if getattr(self.model.config, "clip_qkv", None) and "v_proj" in absorbers[0].path:
-            return None  # a clamp between the two would act on other values
-        parameters = quantized_parameters(self.model.family, shared)
-        weights = [_matrix(block, parameter, None) for parameter in parameters]
-        tied = _value_channels(self.model) if "v_proj" in absorbers[0].path else None
+        weights = [matrix(block, parameter) for parameter in place.parameters]
         if level.method == "AWQ":
-            factors = awq_scales(level, statistics.gram, weights, tied=tied).factors
+            factors = awq_scales(level, statistics.gram, weights, tied=place.tied).factors
         else:
-            factors = awq.smooth_factors(statistics.largest, weights, tied=tied)
-        for parameter, weight in zip(parameters, weights, strict=True):
-            _set_matrix(block, parameter, None, weight * factors)
-        own = factors
-        if tied is not None:
-            own = np.empty(int(tied.max()) + 1, np.float32)
-            own[tied] = factors
-        for parameter in absorbers:
-            value = block.get_parameter(parameter.path).detach().cpu().numpy()
-            one = np.float32(1 if parameter.transform == "minus_one" else 0)
-            _set_matrix(block, parameter, None, awq.absorb(own, value + one) - one)
+            factors = awq.smooth_factors(statistics.largest, weights, tied=place.tied)
+        folding.fold(block, place, factors)
         return factors
 
 
@@ -240,26 +288,6 @@ def _too_few(expert: int | None, statistics: InputStatistics) -> str:
     if expert is None or statistics.tokens >= FEW_TOKENS:
         return ""
     return f"only {statistics.tokens} calibration tokens reached this expert: rounded plainly"
-
-
-def _value_channels(model: LayeredModel) -> NDArray[np.intp]:
-    """Which value row each input channel of the output projection comes from: query heads share value
-    heads."""
-    dims = model.model.dims
-    channel = np.arange(dims.n_head * dims.head_dim_v)
-    head, within = np.divmod(channel, dims.head_dim_v)
-    return np.asarray(head // dims.n_gqa * dims.head_dim_v + within, np.intp)
-
-
-def _matrix(block: nn.Module, parameter: Parameter, expert: int | None) -> F32:
-    value = block.get_parameter(parameter.path).detach()
-    return np.asarray((value if expert is None else value[expert]).cpu().numpy(), np.float32)
-
-
-def _set_matrix(block: nn.Module, parameter: Parameter, expert: int | None, value: F32) -> None:
-    target = block.get_parameter(parameter.path)
-    with torch.no_grad():
-        (target if expert is None else target[expert]).copy_(torch.from_numpy(np.ascontiguousarray(value)))
 
 
 def _restore(block: nn.Module, original: dict[str, torch.Tensor]) -> None:

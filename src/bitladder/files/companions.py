@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,17 +104,48 @@ def _causal_class(model_type: str) -> str:
     return found if isinstance(found, str) else found[0]
 
 
-def tokenizer_differences(first: Path, second: Path, prompts: Sequence[str]) -> list[str]:
-    """Prompts on which two folders' tokenizers, or their chat templates, disagree."""
+def tokenizer_differences(
+    folder: Path, prompts: Mapping[str, Sequence[int]], *, checkpoint: Path | None = None, template: str | None = None
+) -> list[str]:
+    """How a written folder reads text differently from its source, a phrase for each difference.
+
+    Args:
+        folder: The written checkpoint.
+        prompts: Texts, and their ids by the source's own tokenizer; without any nothing is compared.
+        checkpoint: The source's folder: its tokenizer and template then count, not the ids.
+        template: Without ``checkpoint``: the source's chat template.
+    """
+    if not prompts:
+        return []
+    made = _tokenizer(folder)
+    original = _tokenizer(checkpoint) if checkpoint is not None else None
+    if made is None:  # transformers may not know the source's tokenizer either: the files are equal at least
+        return [] if original is None and checkpoint is not None else ["it cannot be loaded"]
+    wrong = []
+    for prompt, ids in prompts.items():
+        expected = list(ids) if original is None else original(prompt)["input_ids"]
+        found = made(prompt)["input_ids"]
+        if found != expected:
+            at = next((n for n, pair in enumerate(zip(found, expected, strict=False)) if pair[0] != pair[1]), -1)
+            wrong.append(f"token {at} of {_start(prompt)!r} ({len(found)} tokens, {len(expected)} expected)")
+        elif original is not None and original.chat_template:
+            chat = [{"role": "user", "content": prompt}]
+            if made.apply_chat_template(chat, tokenize=False) != original.apply_chat_template(chat, tokenize=False):
+                wrong.append(f"the chat template turns {_start(prompt)!r} into other text")
+    if original is None and template and made.chat_template != template:
+        wrong.append("its chat template is another")
+    return wrong
+
+
+def _tokenizer(folder: Path) -> Any:
+    """The folder's tokenizer in transformers; None where that cannot read it."""
     from transformers import AutoTokenizer
 
-    one, two = AutoTokenizer.from_pretrained(first), AutoTokenizer.from_pretrained(second)
-    wrong = []
-    for prompt in prompts:
-        same = one(prompt)["input_ids"] == two(prompt)["input_ids"]
-        if same and one.chat_template:
-            chat = [{"role": "user", "content": prompt}]
-            same = one.apply_chat_template(chat, tokenize=False) == two.apply_chat_template(chat, tokenize=False)
-        if not same:
-            wrong.append(prompt)
-    return wrong
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception:  # whatever a tokenizer's own code raises
+        return None
+
+
+def _start(text: str) -> str:
+    return text if len(text) <= 40 else text[:37] + "..."

@@ -11,7 +11,7 @@ quantization version and numbering of parts. Keys of our own say what the file w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +53,8 @@ class LevelDraft:
 
     level: str
     parts: tuple[LevelPart, ...]
+    label: str
+    """What users call it: the level, or that and what was done to the weights before."""
 
     @property
     def file_bytes(self) -> int:
@@ -63,6 +65,20 @@ class LevelDraft:
     def tensors(self) -> tuple[TensorInfo, ...]:
         """Every tensor with the type it will have."""
         return tuple(tensor for part in self.parts for tensor in part.plan.tensors)
+
+    def is_written(self, source_sha256: Callable[[], str]) -> bool:
+        """Whether every part exists with the header that would be written. Only complete files ever get their
+        name.
+        """
+        sizes = [part.path.stat().st_size if part.path.is_file() else -1 for part in self.parts]
+        if sizes != [part.plan.size for part in self.parts]:
+            return False
+        sha256 = source_sha256()
+        for part in self.parts:
+            with part.path.open("rb") as file:
+                if file.read(len(part.plan.header)) != part.header(sha256):
+                    return False
+        return True
 
 
 def _provenance(model: Model, level: str, method: str) -> dict[str, bytes]:
@@ -114,18 +130,24 @@ def draft_level(
     level: str,
     folder: Path = Path(),
     *,
+    label: str = "",
     method: str = f"search good, importance {NO_IMPORTANCE}",
     has_importance: bool = False,
     split_max_bytes: int | None = None,
+    qtypes: Mapping[str, str] | None = None,
+    notes: Mapping[str, str] | None = None,
 ) -> LevelDraft:
     """Lay out ``folder/<name>-<LEVEL>.gguf``, or its parts of at most ``split_max_bytes`` of weights each.
+    ``label`` takes the level's place in the name where more was done than the level says. ``qtypes`` are a recipe of
+    our own, ``level`` then the named one that is nearest to it; ``notes`` go into the header beside the provenance.
 
     Raises:
         UnknownLevel: no level has this name.
         UsageError: the limit would make more parts than file names can count.
     """
     level = level_named(level)
-    qtypes = assign(level, model.tensors, model.dims, has_importance=has_importance)
+    if qtypes is None:
+        qtypes = assign(level, model.tensors, model.dims, has_importance=has_importance)
     tensors = [TensorInfo(tensor.name, tensor.shape, qtypes[tensor.name]) for tensor in model.tensors]
     groups = _grouped(tensors, split_max_bytes)
     if len(groups) > gguf.MAX_SPLITS:
@@ -134,12 +156,13 @@ def draft_level(
     for number, group in enumerate(groups):
         entries: dict[str, bytes] = {}
         if number == 0:
-            entries = {**_carried(model, level), **_provenance(model, level, method)}
-        name = f"{model.name}-{level}"
+            entries = {**_carried(model, level), **_provenance(model, label or level, method)}
+            entries |= {gguf.PROVENANCE + key: encoded(gguf.STRING, text) for key, text in (notes or {}).items()}
+        name = f"{model.name}-{label or level}"
         if len(groups) > 1:
             entries |= _numbering(number, len(groups), len(tensors))
             path = folder / str(gguf.SplitName(name, number + 1, len(groups)))
         else:
             path = folder / f"{name}.gguf"
         parts.append(LevelPart(path, entries, layout(entries, group, model.alignment), model.alignment))
-    return LevelDraft(level, tuple(parts))
+    return LevelDraft(level, tuple(parts), label or level)

@@ -45,7 +45,8 @@ def _read(path: Path) -> Iterator[Document]:
             if line.strip():
                 yield Document(f"{path.stem}:{number}", _text_field(path, number, line))
     else:
-        yield Document(path.stem, _text(path))
+        kind = path.suffix.removeprefix(".")
+        yield Document(path.stem, _text(path), kind if kind not in ("txt", "md") else "")
 
 
 def _text(path: Path) -> str:

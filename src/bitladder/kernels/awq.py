@@ -30,7 +30,7 @@ from bitladder.kernels.grid import F32
 
 RoundTrip = Callable[[F32, F32], F32]
 """``round_trip(weights f32[rows, columns], importance f32[columns]) -> f32`` of the same shape: quantize and
-decode."""
+decode. Rows are stored independently of one another."""
 
 _COARSE = (0.0, 0.2, 0.4, 0.6, 0.8)
 _SHARE_OF_ROWS = 4
@@ -53,10 +53,37 @@ class Scales:
     """The same without scales."""
 
 
+@dataclass(frozen=True)
+class Fold:
+    """What folding does to one tensor: columns are multiplied, rows divided, f32 factors, None for none.
+
+    A vector (a norm's weight, a bias) has rows only: one channel each.
+    """
+
+    columns: F32 | None = None
+    rows: F32 | None = None
+
+    def apply(self, weights: F32, rows: slice = slice(None)) -> F32:
+        """``weights f32[rows, columns]`` of a matrix's ``rows``, or a whole vector ``f32[channels]``, folded."""
+        if weights.ndim == 1:
+            return weights if self.rows is None else np.asarray(weights / self.rows, np.float32)
+        scaled = weights if self.columns is None else weights * self.columns
+        return np.asarray(scaled if self.rows is None else scaled / self.rows[rows, None], np.float32)
+
+    def vectors(self) -> dict[str, F32]:
+        """The factors that there are, by name: ``columns``, ``rows``."""
+        both = {"columns": self.columns, "rows": self.rows}
+        return {kind: factors for kind, factors in both.items() if factors is not None}
+
+    def importance(self, energies: F32) -> F32:
+        """Mean squares ``f32[..., columns]`` of the tensor's inputs, after the fold has divided those inputs."""
+        return energies if self.columns is None else np.asarray(energies / self.columns**2, np.float32)
+
+
 def prepare(
     gram: npt.NDArray[np.floating],
     weights: Sequence[F32],
-    round_trip: RoundTrip,
+    round_trips: Sequence[RoundTrip],
     *,
     group_size: int = 0,
     tied: npt.NDArray[np.intp] | None = None,
@@ -66,7 +93,7 @@ def prepare(
     Args:
         gram: ``X^T X`` (any multiple), ``[columns, columns]``.
         weights: ``f32[rows, columns]`` of every linear layer that reads this input.
-        round_trip: How the weights will be stored.
+        round_trips: How each of ``weights`` will be stored.
         group_size: Weights sizes are taken relative to the largest of their group; 0: of the row.
         tied: ``[columns]`` class of each column; columns of a class get one scale, as the layer before
             demands it (key and value heads that several query heads share).
@@ -77,7 +104,8 @@ def prepare(
     diagonal = np.diagonal(gram).astype(np.float64)
     if not np.isfinite(gram).all():
         raise ValueError("the Gram matrix of the inputs is not finite")
-    rows = np.concatenate([part[::_SHARE_OF_ROWS] for part in weights])
+    sampled = [part[::_SHARE_OF_ROWS] for part in weights]
+    rows = np.concatenate(sampled)
     matrix = np.ascontiguousarray(gram, np.float32) / np.float32(max(diagonal.mean(), np.finfo(np.float32).tiny))
     energy = _loss(rows, matrix)
     ones = np.ones(len(diagonal), np.float32)
@@ -86,8 +114,9 @@ def prepare(
     inputs, sizes = _channel_sizes(diagonal, rows, group_size)
 
     def measure(factors: F32) -> float:
-        importance = np.diagonal(matrix) / factors**2
-        return _loss(round_trip(rows * factors, importance.astype(np.float32)) / factors - rows, matrix) / energy
+        importance = (np.diagonal(matrix) / factors**2).astype(np.float32)
+        kept = [store(part * factors, importance) for store, part in zip(round_trips, sampled, strict=True)]
+        return _loss(np.concatenate(kept) / factors - rows, matrix) / energy
 
     plain = measure(ones)
     best = Scales(ones, 0.0, False, plain, plain)

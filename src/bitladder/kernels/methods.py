@@ -32,18 +32,22 @@ class Quantized:
         return self.parameters.decode(self.codes)
 
 
-def feedback(
-    level: CheckpointLevel, factor: gptq.Factor, gram: F32, weights: F32, *, scale_dtype: str = "float16"
-) -> Quantized:
+def feedback(level: CheckpointLevel, factor: gptq.Factor, weights: F32, *, scale_dtype: str = "float16") -> Quantized:
     """GPTQ: scales by what an error of each column really costs, codes with error feedback."""
     parameters = _search(level, weights, factor.importance, scale_dtype)
-    codes, _ = gptq.apply(factor, weights, parameters.grid())
-    return Quantized(codes, parameters, relative_error(parameters.decode(codes) - weights, weights, gram))
+    codes, cost = gptq.apply(factor, weights, parameters.grid())
+    # Costs are under the damped Hessian; the damping's own share is no error of the outputs.
+    wrong = cost.sum() - factor.ridge * _square_sum(parameters.decode(codes) - weights)
+    whole = gptq.cost_of(factor, weights).sum() - factor.ridge * _square_sum(weights)
+    return Quantized(codes, parameters, max(0.0, float(wrong / whole)) if whole > 0 else float("nan"))
 
 
-def rounded(level: CheckpointLevel, gram: F32 | None, weights: F32, *, scale_dtype: str = "float16") -> Quantized:
-    """Nearest codes on scales searched under the inputs' energies (all equal where ``gram`` is None)."""
-    importance = None if gram is None else _energies(gram)
+def rounded(
+    level: CheckpointLevel, gram: F32 | None, weights: F32, *, weighed: bool = True, scale_dtype: str = "float16"
+) -> Quantized:
+    """Nearest codes on scales searched under the inputs' energies (all equal where ``gram`` is None or they are not
+    to be ``weighed``: the loss is known then, and the codes do not depend on the text)."""
+    importance = None if gram is None or not weighed else _energies(gram)
     parameters = _search(level, weights, importance, scale_dtype)
     codes = parameters.grid().nearest(weights)
     loss = float("nan") if gram is None else relative_error(parameters.decode(codes) - weights, weights, gram)
@@ -66,7 +70,7 @@ def awq_scales(
         )
         return found.decode(found.grid().nearest(scaled))
 
-    return awq.prepare(gram, weights, round_trip, group_size=level.group_size, tied=tied)
+    return awq.prepare(gram, weights, [round_trip] * len(weights), group_size=level.group_size, tied=tied)
 
 
 def relative_error(difference: F32, weights: F32, gram: F32) -> float:
@@ -74,6 +78,10 @@ def relative_error(difference: F32, weights: F32, gram: F32) -> float:
     whole = float(np.einsum("rk,rk->", weights @ gram, weights, dtype=np.float64))
     wrong = float(np.einsum("rk,rk->", difference @ gram, difference, dtype=np.float64))
     return wrong / whole if whole > 0 else float("nan")
+
+
+def _square_sum(values: F32) -> float:
+    return float(np.einsum("rk,rk->", values, values, dtype=np.float64))
 
 
 def _energies(gram: F32) -> F32:

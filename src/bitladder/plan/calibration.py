@@ -2,71 +2,91 @@
 
 For T tokens and a layer of P weights whose matrices read inputs of widths K, the products are 2 T P for the
 forward pass and T K (K + 512) for the statistics, whose upper half is all that is computed. GPTQ levels each
-take a pass of their own; AWQ and INT8 levels share one over few tokens, and AWQ adds about twelve trial
-quantizations of a quarter of the rows.
+take a pass of their own; AWQ, INT8, folded levels and importance matrices share one over few tokens. AWQ adds about
+twelve trial quantizations of a quarter of the rows, and a folded level two of all of them. An importance matrix
+alone needs no statistics beyond the pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from bitladder.formats.checkpoint import CheckpointLevel
+from bitladder.formats.vectors import FoldedLevel, ImportanceVectors, Product
+from bitladder.plan.preflight import SEARCHED_RATE
 from bitladder.records.calibration import Preflight
 
 _TRIALS = 12 / 4
+_K_QUANT_PASSES = _TRIALS + 2
+REACHED = 0.6
+"""Share of the machine's rate in large products that a walk reaches: attention, norms and searches do none."""
+START_SECONDS = 8.0
+"""Loading libraries, making a tokenizer, compiled kernels."""
 _FIXED_BYTES = 600 * 1024**2
 """Python with torch and transformers."""
 _BATCH_TOKENS = 4096
 
 
-def predict(
-    levels: Sequence[CheckpointLevel],
-    shapes: Mapping[str, tuple[int, int]],
-    *,
-    n_layer: int,
-    n_embd: int,
-    other_weights: int,
-    tokens: int,
-    reference_tokens: int,
-    flops_per_s: float,
-    state_bytes: int,
-) -> Preflight:
-    """Seconds, peak RAM and disk for building ``levels``.
+@dataclass(frozen=True)
+class Work:
+    """A model and a text, in numbers."""
+
+    shapes: Mapping[str, tuple[int, int]]
+    """``(outputs, inputs)`` of a layer's matrices."""
+    n_layer: int
+    n_embd: int
+    other_weights: int
+    """Weights outside the layers, which stay 16 bits wide."""
+    tokens: int
+    """Calibration tokens that GPTQ sees."""
+    reference_tokens: int
+    """Tokens that everything else sees at most."""
+    cores: int = 1
+
+
+def predict(levels: Sequence[Product], work: Work, *, flops_per_s: float, state_bytes: int) -> Preflight:
+    """Seconds, peak RAM and disk for making ``levels``.
 
     Args:
         levels: What is asked for.
-        shapes: ``(outputs, inputs)`` of a layer's matrices.
-        n_layer: Layers.
-        n_embd: Width of the hidden states.
-        other_weights: Weights outside the layers, which stay 16 bits wide.
-        tokens: Calibration tokens that GPTQ sees.
-        reference_tokens: Tokens that AWQ and INT8 see.
+        work: The model and the text.
         flops_per_s: What this machine does in products of f32 matrices.
         state_bytes: Hidden states beyond this go to disk.
     """
+    shapes, n_embd, tokens = work.shapes, work.n_embd, work.tokens
     layer_weights = sum(rows * columns for rows, columns in shapes.values())
     statistics = sum(columns * (columns + 512) for _, columns in _inputs(shapes))
-    sequential = sum(level.method == "GPTQ" for level in levels)
-    scaled = sum(level.method == "AWQ" for level in levels)
-    needs_text = scaled or any(level.smooth for level in levels)
-    seen = min(tokens, reference_tokens) if needs_text else 0
     feedback = sum(rows * columns * columns for rows, columns in shapes.values())
-    work: float = sequential * (tokens * (2 * layer_weights + statistics) + feedback)
-    work += seen * (2 * layer_weights + statistics) + scaled * _TRIALS * 2 * feedback
+    sequential = sum(level.method == "GPTQ" for level in levels)
+    folded = sum(isinstance(level, FoldedLevel) for level in levels)
+    scaled = sum(level.method == "AWQ" for level in levels)
+    needs_gram = scaled or any(level.smooth for level in levels)
+    needs_pass = needs_gram or any(isinstance(level, ImportanceVectors) for level in levels)
+    seen = min(tokens, work.reference_tokens) if needs_pass else 0
+    flops: float = sequential * (tokens * (2 * layer_weights + statistics) + feedback)
+    flops += seen * (2 * layer_weights + (statistics if needs_gram else 0)) + scaled * _TRIALS * 2 * feedback
+    searched = folded * _K_QUANT_PASSES * layer_weights / (SEARCHED_RATE * work.cores)
+    seconds = work.n_layer * (flops / (REACHED * flops_per_s) + searched)
 
     widest = max(columns for _, columns in shapes.values())
     states = tokens * n_embd * 4 if sequential else seen * n_embd * 4
     kept = tokens * (n_embd + widest) * 4 if sequential else 0
     in_memory = min(states, state_bytes) + (kept if kept <= state_bytes else 0)
-    grams = sum(columns * columns * 4 for _, columns in _inputs(shapes)) if seen else widest * widest * 4
+    grams = sum(columns * columns * 4 for _, columns in _inputs(shapes)) if needs_gram else widest * widest * 4
     ram = _FIXED_BYTES + 2 * layer_weights * 4 + grams + 3 * widest * widest * 8 + in_memory
     ram += _BATCH_TOKENS * 4 * (n_embd + widest) * 4
 
-    folders = sum(n_layer * layer_weights * level.bpw / 8 + other_weights * 2 for level in levels)
-    # Layers and finished shards exist side by side for a moment, states are kept twice so that a kill costs
+    folders = [
+        work.n_layer * layer_weights * level.bpw / 8 + work.other_weights * 2
+        for level in levels
+        if isinstance(level, CheckpointLevel)
+    ]
+    # A level's layers and finished shards exist side by side for a moment, states are kept twice so that a kill costs
     # one layer only.
-    disk = 2 * folders + 2 * states * max(1, sequential) + (kept if kept > state_bytes else 0)
-    return Preflight(seconds=n_layer * work / flops_per_s, ram_bytes=int(ram), disk_bytes=int(disk))
+    disk = sum(folders) + max(folders, default=0) + 2 * states * max(1, sequential)
+    disk += kept if kept > state_bytes else 0
+    return Preflight(START_SECONDS + seconds if seconds else 0.0, int(ram), int(disk))
 
 
 def _inputs(shapes: Mapping[str, tuple[int, int]]) -> list[tuple[int, int]]:

@@ -20,6 +20,18 @@ class LinearLoss:
 
 
 @dataclass(frozen=True)
+class TextSource:
+    """One document of a calibration text."""
+
+    name: str
+    tokens: int
+    languages: tuple[str, ...] = ()
+    """Codes of languages that its name says (``de``, ``code``), else the scripts that it is written in (``Latin``)."""
+    subject: str = ""
+    """What kind of text it is, by its name or its file's."""
+
+
+@dataclass(frozen=True)
 class CalibrationText:
     """The text behind the statistics."""
 
@@ -32,6 +44,38 @@ class CalibrationText:
     hash: str
     overlap: float
     """Share of the measuring text's token runs that occur here too; must be 0 unless it was forced."""
+    sources: tuple[TextSource, ...] = ()
+
+    @property
+    def languages(self) -> dict[str, int]:
+        """Tokens per language, most first; a document of several languages counts in equal parts."""
+        counts: dict[str, float] = {}
+        for source in self.sources:
+            for language in source.languages:
+                counts[language] = counts.get(language, 0) + source.tokens / len(source.languages)
+        return {name: round(counts[name]) for name in sorted(counts, key=lambda one: -counts[one])}
+
+
+@dataclass(frozen=True)
+class LayerCoverage:
+    """How much of the text reached a layer."""
+
+    layer: int
+    tokens: int
+    """Tokens behind its plain linear layers; 0 where no text was needed."""
+    experts: tuple[int, ...] = ()
+    """Tokens that reached each expert of a mixture."""
+    rounded_plainly: tuple[int, ...] = ()
+    """Experts that too few tokens reached."""
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What a calibration takes, predicted before it starts or found after it. Bytes and seconds."""
+
+    seconds: float
+    ram_bytes: int
+    disk_bytes: int
 
 
 @dataclass(frozen=True)
@@ -49,12 +93,30 @@ class CheckpointReport:
     notes: tuple[str, ...]
     """What a user should know: engines that refuse the level, experts with too few tokens, rescued
     Hessians."""
+    coverage: tuple[LayerCoverage, ...] = ()
+    predicted: Preflight | None = None
+    """For the whole walk, all its levels together."""
+    measured: Preflight | None = None
 
 
 @dataclass(frozen=True)
-class Preflight:
-    """What a calibration will take, predicted before it starts. Bytes and seconds."""
+class FoldedScales:
+    """What AWQ found for a K-quant level, before it is written."""
 
-    seconds: float
-    ram_bytes: int
-    disk_bytes: int
+    level: str
+    linears: tuple[LinearLoss, ...]
+    """Of the tensors whose inputs something before them can scale."""
+    scaled: int
+    """Tensors whose scales paid; the others are stored as they were."""
+
+
+@dataclass(frozen=True)
+class CalibrationReport:
+    """What a call calibrated, whatever was made of it."""
+
+    text: CalibrationText | None
+    coverage: tuple[LayerCoverage, ...]
+    predicted: Preflight | None
+    """None where everything was there already."""
+    measured: Preflight | None
+    folded: tuple[FoldedScales, ...] = ()

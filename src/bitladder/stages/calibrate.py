@@ -1,54 +1,88 @@
-"""GPTQ, AWQ and INT8 checkpoints of a model: the text is checked, one walk builds all levels, each folder is
-proved.
+"""Everything that is made from a calibration text, from one walk: GPTQ, AWQ and INT8 checkpoints, the scales of
+AWQ's K-quants, importance matrices.
 
-Statistics are gathered as states pass through the layers (``engines/streams.py``) and finished layers go to
-disk at once; a killed run goes on at the last layer that was finished. Before a folder is reported it is
-opened again, decoded and compared with what the walk computed.
+The text is checked, what it will take is said, statistics are gathered as states pass through the layers
+(``engines/streams.py``) and finished layers go to disk at once; a killed run goes on at the last layer that was
+finished. Before a folder is reported it is opened again, decoded and compared with what the walk computed.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import re
-import shutil
+import resource
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from bitladder import __version__
-from bitladder.describe.windows import Window, window_hashes
+from bitladder.describe.text import Document, text_hash
+from bitladder.describe.windows import Window
+from bitladder.engines.checkpoint_result import finish_folder, losses_of, proved
 from bitladder.engines.checkpoint_walk import CheckpointWalk, Settings
 from bitladder.engines.layers import LayeredModel
 from bitladder.engines.weights import FileWeights
-from bitladder.errors import BadInput, OutputError
 from bitladder.files.checkpoint import read_checkpoint
-from bitladder.files.checkpoint_check import verify_folder
 from bitladder.files.checkpoint_folder import CheckpointFolder
 from bitladder.files.companions import Companions, companions_of_folder, companions_of_gguf
 from bitladder.files.gguf import GgufFile
-from bitladder.formats import disk_names
-from bitladder.formats.checkpoint import (
-    LAYOUTS,
-    CheckpointLevel,
-    check_shapes,
-    parse_level,
-    quantization_config,
-    serving_notes,
-)
-from bitladder.plan.calibration import predict
+from bitladder.files.imatrix import ImportanceMatrix
+from bitladder.files.layer_store import LayerStore
+from bitladder.files.probe import probe_machine
+from bitladder.files.vector_file import VectorFile, folds_of, importance_of_vectors
+from bitladder.formats.checkpoint import CheckpointLevel, check_shapes, parse_level
+from bitladder.formats.vectors import FoldedLevel, Product
+from bitladder.kernels.awq import Fold
+from bitladder.plan.calibration import Work, predict
+from bitladder.plan.calibration_text import check_text, hash_of
+from bitladder.plan.preflight import JobNeed, require
 from bitladder.progress import Progress, silent
-from bitladder.records.calibration import CalibrationText, CheckpointReport, LinearLoss, Preflight
-from bitladder.units import human_bytes
+from bitladder.records.calibration import (
+    CalibrationReport,
+    CalibrationText,
+    CheckpointReport,
+    FoldedScales,
+    LayerCoverage,
+    LinearLoss,
+    Preflight,
+)
+from bitladder.records.coverage import coverage, coverage_of_counts
 
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
-_LEAST_TOKENS = 1024
-_WORDS = 32
-"""Tokens in a run that, found in both texts, betrays an overlap."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The text that a walk reads, and what must hold for it."""
+
+    windows: Sequence[Window]
+    """May be empty where only INT8 without smoothing is asked for."""
+    documents: Sequence[Document] = ()
+    """What ``windows`` were cut from, to say what it is."""
+    measuring: Sequence[Window] = ()
+    """What levels will be measured on, to prove that calibration never saw it."""
+    allow_overlap: bool = False
+    """Go on although calibration and measuring text overlap."""
+    prompts: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    """Texts and their ids by the source's tokenizer, which a written folder's must give too."""
+
+    @property
+    def hash(self) -> str:
+        """What tells this text from others."""
+        return text_hash(self.documents) if self.documents else hash_of(self.windows)
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What came of a walk."""
+
+    report: CalibrationReport
+    checkpoints: list[CheckpointReport] = field(default_factory=list)
+    folds: dict[str, dict[str, Fold]] = field(default_factory=dict)
+    """Folds by level and tensor."""
+    importance: ImportanceMatrix | None = None
 
 
 def quantize_checkpoints(
@@ -64,78 +98,197 @@ def quantize_checkpoints(
     allow_overlap: bool = False,
     progress: Progress = silent,
 ) -> list[CheckpointReport]:
-    """Write ``out_dir/<name>-<LEVEL>/`` for every level, in the order asked for. A folder that is already
-    there, made of the same source, text and settings, is checked and kept.
-
-    Args:
-        source: The model; a checkpoint's GGUF twin, or a GGUF file of its own.
-        levels: Names that ``formats.checkpoint.parse_level`` knows.
-        out_dir: Made if it is not there.
-        windows: The calibration text; may be empty where only INT8 without smoothing is asked for.
-        name: The model's name in the folders' names.
-        checkpoint: The original checkpoint folder, whose configuration and tokenizer are copied.
-        settings: Damping, order, memory, device.
-        measuring: The windows that levels will be measured on, to prove that calibration never saw them.
-        allow_overlap: Go on although calibration and measuring text overlap.
-        progress: Told after each layer.
+    """``Calibration`` for checkpoint levels alone, by their names, after a check that there is room.
 
     Raises:
-        UnknownLevel, UsageError: a level does not exist or does not fit the model's shapes.
-        BadInput: too little or overlapping text, token ids that the model does not have, a missing tokenizer.
-        BadWeights, BadFile, UnknownArchitecture: the model cannot be walked.
-        OutputError: no room, a folder that is not ours, or a written file that does not decode to what was
-            computed.
+        UnknownLevel: a level does not exist.
+        NothingFits: too little memory or disk.
+        And as ``Calibration``.
     """
-    started = time.monotonic()
-    settings = settings or Settings()
-    wanted = list(dict.fromkeys(parse_level(level) for level in levels))
-    text = _check_text(source, wanted, windows, measuring, allow_overlap=allow_overlap)
-    weights = FileWeights(source, threads=settings.threads)
-    model = LayeredModel(source.model, weights, device=settings.device)
-    dtype = _DTYPES.get(read_checkpoint(checkpoint).main_dtype if checkpoint else "F16", torch.float16)
-    folders = {
-        level: CheckpointFolder(out_dir / f"{name}-{level.name}", _fingerprint(source, level, windows, settings, dtype))
-        for level in wanted
-    }
-    missing = {level: folder for level, folder in folders.items() if not folder.is_complete()}
-    walk = CheckpointWalk(model, weights, missing, dtype, settings)
-    for level in wanted:
-        check_shapes(level, walk.shapes())
-    if missing:
-        _require_space(walk, list(missing), windows, settings, out_dir)
-        companions = _companions(source, model, checkpoint)
-        walk.run(windows, progress)
-        for level, folder in missing.items():
-            report = _report(level, folder, text, time.monotonic() - started, from_gguf=checkpoint is None)
-            digests = {
-                f"{disk_names.LAYERS}{entry.layer}.{linear}": digest
-                for entry in folder.finished()
-                for linear, digest in entry.record["digests"].items()
-            }
-            config = _config(companions, level, model, dtype)
-            manifest = {"version": __version__, "report": asdict(report), "digests": digests}
-            files = {**companions.files, **_method_files(level, config)}
-            folder.finish(walk.top(), config, files, manifest)
-    return [_proved(level, folder, progress) for level, folder in folders.items()]
+    reading = Reading(windows, measuring=measuring, allow_overlap=allow_overlap)
+    job = Calibration(
+        source, [parse_level(level) for level in levels], reading, out_dir=out_dir, name=name, checkpoint=checkpoint,
+        settings=settings,
+    )  # fmt: skip
+    if job.need is not None:
+        require(job.need, probe_machine(out_dir))
+    return job.run(progress).checkpoints
 
 
-def preflight(
-    walk: CheckpointWalk, levels: Sequence[CheckpointLevel], windows: Sequence[Window], settings: Settings
-) -> Preflight:
-    """Time, memory and disk for building ``levels``; a product of matrices is timed to know the machine."""
-    file = walk.weights.file
-    top = sum(tensor.elements for tensor in file.model.tensors if not tensor.name.startswith("blk."))
-    return predict(
-        levels,
-        walk.shapes(),
-        n_layer=walk.model.n_layer,
-        n_embd=file.model.dims.n_embd,
-        other_weights=top,
-        tokens=sum(len(window.tokens) for window in windows),
-        reference_tokens=settings.reference_tokens,
-        flops_per_s=_product_rate(settings.device),
-        state_bytes=settings.state_bytes,
+class Calibration:
+    """A walk that is planned but not begun: ``need`` says what it will take, ``run`` does it.
+
+    It writes ``out_dir/<name>-<LEVEL>/`` for every checkpoint level and gathers vectors for everything else. What is
+    already there, made of the same source, text and settings, is checked and kept.
+    """
+
+    def __init__(
+        self,
+        source: GgufFile,
+        wanted: Sequence[Product],
+        reading: Reading,
+        *,
+        out_dir: Path,
+        name: str,
+        checkpoint: Path | None = None,
+        settings: Settings | None = None,
+    ) -> None:
+        """Check everything that can be checked before the work.
+
+        Args:
+            source: The model; a checkpoint's GGUF twin, or a GGUF file of its own.
+            wanted: Checkpoint levels, folded levels, importance vectors.
+            reading: The calibration text.
+            out_dir: Made if it is not there.
+            name: The model's name in the folders' names.
+            checkpoint: The original checkpoint folder, whose configuration and tokenizer are copied.
+            settings: Damping, order, memory, device.
+
+        Raises:
+            UsageError: a level does not fit the model's shapes.
+            BadInput: too little or overlapping text, token ids that the model does not have, a missing tokenizer.
+            BadFile, UnknownArchitecture: the model cannot be walked.
+            OutputError: a folder that is not ours.
+        """
+        self.source, self.reading, self._checkpoint = source, reading, checkpoint
+        self._settings = settings or Settings()
+        levels = list(dict.fromkeys(wanted))
+        self._text = _checked_text(source, levels, reading)
+        weights = FileWeights(source, threads=self._settings.threads)
+        model = LayeredModel(source.model, weights, device=self._settings.device)
+        dtype = _DTYPES.get(read_checkpoint(checkpoint).main_dtype if checkpoint else "F16", torch.float16)
+        self._stores: dict[Product, LayerStore] = {}
+        for level in levels:
+            if isinstance(level, CheckpointLevel):
+                fingerprint = _fingerprint(source, level, reading.windows, self._settings, dtype)
+                self._stores[level] = CheckpointFolder(out_dir / f"{name}-{level.name}", fingerprint)
+            else:
+                self._stores[level] = vector_file(source, level, reading.hash, self._settings)
+        self._missing = {level: store for level, store in self._stores.items() if not store.is_complete()}
+        self._walk = CheckpointWalk(model, weights, self._missing, dtype, self._settings)
+        self._shapes = self._walk.shapes()
+        for level in levels:
+            if isinstance(level, CheckpointLevel):
+                check_shapes(level, self._shapes)
+        self._companions: Companions | None = None
+        if any(isinstance(level, CheckpointLevel) for level in self._missing):
+            self._companions = _companions(source, model, checkpoint)
+        self._predicted = self._predict() if self._missing else None
+
+    @property
+    def need(self) -> JobNeed | None:
+        """What the walk will take; None where everything is there already."""
+        if self._predicted is None:
+            return None
+        names = ", ".join(level.name for level in self._missing)
+        seen = self._predicted
+        what = f"calibrate {names} on {self._tokens} tokens"
+        return JobNeed(what, seen.ram_bytes, 0, seen.disk_bytes, seen.seconds, "measured", "calibrate")
+
+    def run(self, progress: Progress = silent) -> Calibrated:
+        """Do what is not done yet, and read everything back.
+
+        Raises:
+            BadWeights: weights or activations are not finite.
+            OutputError: no room, or a written file that does not decode to what was computed.
+        """
+        measured = None
+        if self._predicted is not None:
+            started = time.monotonic()
+            self._walk.run(self.reading.windows, progress)
+            measured = self._finished(self._predicted, started)
+        return self._collected(measured, progress)
+
+    @property
+    def _tokens(self) -> int:
+        return sum(len(window.tokens) for window in self.reading.windows)
+
+    def _predict(self) -> Preflight:
+        """Time, memory and disk; a product of matrices is timed to know the machine."""
+        model = self.source.model
+        work = Work(
+            self._shapes,
+            n_layer=model.dims.n_layer,
+            n_embd=model.dims.n_embd,
+            other_weights=sum(one.elements for one in model.tensors if not one.name.startswith("blk.")),
+            tokens=self._tokens,
+            reference_tokens=self._settings.reference_tokens,
+            cores=self._settings.threads,
+        )
+        rate = _product_rate(self._settings.device)
+        return predict(list(self._missing), work, flops_per_s=rate, state_bytes=self._settings.state_bytes)
+
+    def _finished(self, predicted: Preflight, started: float) -> Preflight:
+        """Put the walk's results in place; returns what it took."""
+        partial = sum(_size(store.partial) for store in self._missing.values())
+        largest = 0
+        for level, store in self._missing.items():
+            if isinstance(store, VectorFile):
+                store.finish({"linears": [asdict(loss) for loss in losses_of(store)]})
+            elif isinstance(store, CheckpointFolder) and isinstance(level, CheckpointLevel) and self._companions:
+                finish_folder(
+                    store, level, self._walk, self._companions,
+                    text=self._text if _needs_text(level) else None,
+                    predicted=predicted,
+                    measured=Preflight(time.monotonic() - started, _peak_bytes(), partial),
+                    from_gguf=self._checkpoint is None,
+                )  # fmt: skip
+                largest = max(largest, _size(store.target))
+        return Preflight(time.monotonic() - started, _peak_bytes(), partial + largest)
+
+    def _collected(self, measured: Preflight | None, progress: Progress) -> Calibrated:
+        """Everything that was asked for, read back from where it lies."""
+        checkpoints, folded = [], []
+        folds: dict[str, dict[str, Fold]] = {}
+        importance = None
+        reached: tuple[LayerCoverage, ...] = ()
+        template = self.source.metadata.get("tokenizer.chat_template")
+        prompts = self.reading.prompts
+        for level, store in self._stores.items():
+            if isinstance(store, CheckpointFolder) and isinstance(level, CheckpointLevel):
+                progress(f"{level.name}: reading back what was written", 0, 1)
+                report = proved(store, level, checkpoint=self._checkpoint, template=template, prompts=prompts)
+                checkpoints.append(report)
+                progress(f"{level.name}: reading back what was written", 1, 1)
+                reached = reached or (report.coverage if _needs_text(level) else ())
+            elif isinstance(store, VectorFile) and isinstance(level, FoldedLevel):
+                folds[level.name] = folds_of(store.vectors())
+                folded.append(_scales(level, store, folds[level.name]))
+                reached = reached or coverage(folded[-1].linears)
+            elif isinstance(store, VectorFile):
+                importance = importance_of_vectors(store.vectors(), dataset="calibration text")
+                reached = coverage_of_counts(importance.counts)
+        whole = CalibrationReport(self._text, reached, self._predicted, measured, tuple(folded))
+        return Calibrated(whole, checkpoints, folds, importance)
+
+
+def vector_file(source: GgufFile, level: Product, texts: str, settings: Settings | None = None) -> VectorFile:
+    """Where the vectors of a level and a text (by its hash) are kept."""
+    tokens = (settings or Settings()).reference_tokens
+    return VectorFile(level.name, source.sha256, texts, str(tokens))
+
+
+def _needs_text(level: Product) -> bool:
+    return level.method != "INT8" or level.smooth
+
+
+def _checked_text(source: GgufFile, levels: Sequence[Product], reading: Reading) -> CalibrationText | None:
+    """The text's description; None where no level needs any."""
+    if not any(_needs_text(level) for level in levels):
+        return None
+    return check_text(
+        reading.windows,
+        n_vocab=source.model.dims.n_vocab,
+        documents=reading.documents,
+        measuring=reading.measuring,
+        allow_overlap=reading.allow_overlap,
     )
+
+
+def _scales(level: FoldedLevel, store: VectorFile, folds: Mapping[str, Fold]) -> FoldedScales:
+    """What is reported of a folded level's scales."""
+    linears = tuple(LinearLoss(**loss) for loss in store.manifest()["linears"])
+    return FoldedScales(level.name, linears, sum(fold.columns is not None for fold in folds.values()))
 
 
 def _product_rate(device: str) -> float:
@@ -149,75 +302,14 @@ def _product_rate(device: str) -> float:
     return 4 * 2 * n**3 / (time.perf_counter() - started)
 
 
-def _require_space(
-    walk: CheckpointWalk,
-    levels: Sequence[CheckpointLevel],
-    windows: Sequence[Window],
-    settings: Settings,
-    out_dir: Path,
-) -> None:
-    """Refuse before the work, not after an hour of it."""
-    need = preflight(walk, levels, windows, settings).disk_bytes
-    free = shutil.disk_usage(out_dir).free
-    if free < need:
-        raise OutputError(
-            f"{', '.join(level.name for level in levels)} need {human_bytes(need)} in {out_dir} while they are made; "
-            f"{human_bytes(free)} are free.",
-            do="Free some space, choose another --out, or make fewer levels at once.",
-        )
+def _peak_bytes() -> int:
+    """The most memory that this process has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _check_text(
-    source: GgufFile,
-    levels: Sequence[CheckpointLevel],
-    windows: Sequence[Window],
-    measuring: Sequence[Window],
-    *,
-    allow_overlap: bool,
-) -> CalibrationText | None:
-    """Refuse text that calibration cannot or must not use; None where no level needs any."""
-    if not any(level.method != "INT8" or level.smooth for level in levels):
-        return None
-    lengths = [len(window.tokens) for window in windows]
-    if sum(lengths) < _LEAST_TOKENS:
-        raise BadInput(
-            f"The calibration text has {sum(lengths)} tokens in {len(lengths)} windows; "
-            f"at least {_LEAST_TOKENS} are needed.",
-            means="Statistics of so few inputs fit the text and not the model's work.",
-            do="Give a longer text, 30,000 tokens of several kinds say, or leave it out to use the one that ships.",
-        )
-    largest = max(int(window.tokens.max()) for window in windows)
-    if largest >= source.model.dims.n_vocab:
-        raise BadInput(
-            f"The calibration text holds token {largest}; the model has {source.model.dims.n_vocab} tokens.",
-            means="The tokenizer does not belong to these weights.",
-            do="Check that tokenizer files and weights come from the same model.",
-        )
-    seen = window_hashes(windows, n=_WORDS, step=1) if measuring else set()
-    asked = window_hashes(measuring, n=_WORDS)
-    overlap = len(asked & seen) / len(asked) if asked else 0.0
-    if overlap and not allow_overlap:
-        raise BadInput(
-            f"{overlap:.1%} of the measuring text also occurs in the calibration text ({_WORDS} tokens in a row).",
-            means="A level calibrated on what it is measured on looks better than it is.",
-            do="Use different texts, or force it if you know what the figures then mean.",
-        )
-    return CalibrationText(
-        documents=len({window.document for window in windows}),
-        windows=len(windows),
-        tokens=sum(lengths),
-        shortest=min(lengths),
-        longest=max(lengths),
-        hash=_text_hash(windows),
-        overlap=overlap,
-    )
-
-
-def _text_hash(windows: Sequence[Window]) -> str:
-    digest = hashlib.sha256()
-    for window in windows:
-        digest.update(len(window.tokens).to_bytes(4, "little") + window.tokens.tobytes())
-    return digest.hexdigest()
+def _size(path: Path) -> int:
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def _fingerprint(
@@ -225,8 +317,8 @@ def _fingerprint(
 ) -> str:
     """Everything that a level's bytes depend on."""
     parts = [__version__, source.sha256, level.name, str(dtype)]
-    if level.method != "INT8" or level.smooth:
-        parts += [_text_hash(windows), str(settings.reference_tokens), str(settings.damp), str(settings.act_order)]
+    if _needs_text(level):
+        parts += [hash_of(windows), str(settings.reference_tokens), str(settings.damp), str(settings.act_order)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
@@ -235,59 +327,3 @@ def _companions(source: GgufFile, model: LayeredModel, checkpoint: Path | None) 
         return companions_of_folder(checkpoint)
     pre = str(source.metadata.get("tokenizer.ggml.pre", ""))
     return companions_of_gguf(source.path, pre=pre, tied=model.output == model.embedding)
-
-
-def _config(companions: Companions, level: CheckpointLevel, model: LayeredModel, dtype: torch.dtype) -> dict[str, Any]:
-    """The model's configuration with what engines need to know of its quantization."""
-    routers: tuple[str, ...] = (
-        ("mlp.gate", "mlp.shared_expert_gate", "block_sparse_moe.gate") if model.family.moe else ()
-    )
-    if LAYOUTS[level.layout].quant_method == "compressed-tensors":  # names are patterns there, elsewhere parts of names
-        routers = tuple(f"re:.*{re.escape(name)}$" for name in routers)
-    quantization = quantization_config(level, ignored=("lm_head", *routers))
-    key = "torch_dtype" if "torch_dtype" in companions.config else "dtype"
-    return {**companions.config, key: str(dtype).removeprefix("torch."), "quantization_config": quantization}
-
-
-def _method_files(level: CheckpointLevel, config: dict[str, Any]) -> dict[str, bytes]:
-    """GPTQ readers also look for the quantization in a file of its own."""
-    if level.layout not in ("gptq", "gptq_v2"):
-        return {}
-    return {"quantize_config.json": (json.dumps(config["quantization_config"], indent=2) + "\n").encode()}
-
-
-def _report(
-    level: CheckpointLevel, folder: CheckpointFolder, text: CalibrationText | None, seconds: float, *, from_gguf: bool
-) -> CheckpointReport:
-    """What was made, before it is put in place."""
-    losses = tuple(
-        LinearLoss(**{**loss, "name": f"{disk_names.LAYERS}{entry.layer}.{loss['name']}"})
-        for entry in folder.finished()
-        for loss in entry.record["losses"]
-    )
-    notes = list(serving_notes(level))
-    if from_gguf:
-        notes.append("Tokenizer and configuration were made from the GGUF's header; compare them with the original's.")
-    if special := [loss for loss in losses if loss.note]:
-        notes.append(
-            f"{len(special)} of {len(losses)} linear layers were done differently: "
-            f"{special[0].name}, {special[0].note}."
-        )
-    own = text if level.method != "INT8" or level.smooth else None
-    return CheckpointReport(level.name, str(folder.target), 0, level.bpw, seconds, own, losses, tuple(notes))
-
-
-def _proved(level: CheckpointLevel, folder: CheckpointFolder, progress: Progress) -> CheckpointReport:
-    """The report of a finished folder, after reading the folder back."""
-    progress(f"{level.name}: reading back what was written", 0, 1)
-    manifest = folder.manifest()
-    verify_folder(folder.target, level, manifest["digests"])
-    stored = dict(manifest["report"])
-    size = sum(path.stat().st_size for path in folder.target.iterdir())
-    text = CalibrationText(**stored["text"]) if stored["text"] else None
-    linears = tuple(LinearLoss(**loss) for loss in stored["linears"])
-    notes = tuple(stored["notes"])
-    progress(f"{level.name}: reading back what was written", 1, 1)
-    return CheckpointReport(
-        **{**stored, "bytes": size, "path": str(folder.target), "text": text, "linears": linears, "notes": notes}
-    )

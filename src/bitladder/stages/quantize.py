@@ -32,8 +32,10 @@ from bitladder.files.gguf import GgufFile, joined_sha256
 from bitladder.files.gguf_writer import GgufWriter, cannot_write, piece_digest
 from bitladder.files.level_files import NO_IMPORTANCE, LevelDraft, draft_level
 from bitladder.formats.blocks import QTYPES
+from bitladder.formats.recipes import level_named
 from bitladder.formats.tensors import TensorInfo
 from bitladder.kernels import Effort, dequantize, first_nonfinite, quantize
+from bitladder.kernels.awq import Fold
 from bitladder.progress import Progress, silent
 from bitladder.records.level_file import LevelFile
 from bitladder.units import human_bytes
@@ -91,6 +93,7 @@ def quantize_levels(
     out_dir: Path,
     *,
     importance: Importance | None = None,
+    folds: Mapping[str, Fold] | None = None,
     effort: Effort = "good",
     threads: int = 1,
     split_max_bytes: int | None = None,
@@ -101,6 +104,8 @@ def quantize_levels(
     Args:
         source: the open model; tensors that are already quantized are decoded first, equal types are copied.
         importance: per tensor f32[columns], or f32[matrices, columns] (also flattened) for stacked experts.
+        folds: per tensor the scales that AWQ multiplies into it or divides out of it; the levels are then called
+            ``AWQ-<LEVEL>``.
         split_max_bytes: cut every level into parts of at most this many bytes of weights.
 
     A file that is already there with the same header (source hash, recipe, method, version) is kept. What a
@@ -114,12 +119,13 @@ def quantize_levels(
         OutputError: no space or no permission; what was begun is removed.
     """
     started = time.monotonic()
-    method = method_name(effort, importance)
+    method = method_name(effort, importance, folds)
     drafts = [
         draft_level(
             source.model,
             level,
             out_dir,
+            label=f"AWQ-{level_named(level)}" if folds else "",
             method=method,
             has_importance=bool(importance),
             split_max_bytes=split_max_bytes,
@@ -127,11 +133,13 @@ def quantize_levels(
         for level in dict.fromkeys(levels)
     ]
     fitted = _fitted(source, importance or {})
+    if folds:
+        fitted = {name: folds[name].importance(rows) if name in folds else rows for name, rows in fitted.items()}
     _refuse_overwriting(source, drafts)
-    missing = [draft for draft in drafts if not _already_there(source, draft)]
+    missing = [draft for draft in drafts if not draft.is_written(lambda: source.sha256)]
     if missing:
         _check_space(missing, out_dir)
-        _write(source, missing, importance=fitted, effort=effort, threads=threads, progress=progress)
+        _write(source, missing, importance=fitted, folds=folds or {}, effort=effort, threads=threads, progress=progress)
     seconds = time.monotonic() - started
     return [_record(draft, seconds, reused=draft not in missing) for draft in drafts]
 
@@ -139,19 +147,23 @@ def quantize_levels(
 def _record(draft: LevelDraft, seconds: float, *, reused: bool) -> LevelFile:
     elements = sum(tensor.elements for tensor in draft.tensors)
     bpw = 8 * sum(tensor.nbytes for tensor in draft.tensors) / elements if elements else math.nan
-    return LevelFile(draft.level, draft.parts[0].path, draft.file_bytes, bpw, seconds, reused)
+    return LevelFile(draft.label, draft.parts[0].path, draft.file_bytes, bpw, seconds, reused)
 
 
-def method_name(effort: Effort, importance: Importance | None) -> str:
-    """How block scales are chosen, in words that change whenever the bytes may: effort, and the importance
-    matrix's hash.
+def method_name(effort: Effort, importance: Importance | None, folds: Mapping[str, Fold] | None = None) -> str:
+    """How block scales are chosen, in words that change whenever the bytes may: effort, the importance matrix's
+    hash, and that of the scales that were folded in.
     """
-    if not importance:
-        return f"search {effort}, importance {NO_IMPORTANCE}"
+    scales = {f"{name}.{kind}": one for name, fold in (folds or {}).items() for kind, one in fold.vectors().items()}
+    folded = f", AWQ {_hash_of(scales)}" if scales else ""
+    return f"search {effort}, importance {_hash_of(importance) if importance else NO_IMPORTANCE}{folded}"
+
+
+def _hash_of(vectors: Importance) -> str:
     digest = hashlib.sha256()
-    for name in sorted(importance):
-        digest.update(name.encode() + b"\0" + np.ascontiguousarray(importance[name], np.float32).tobytes())
-    return f"search {effort}, importance {digest.hexdigest()[:16]}"
+    for name in sorted(vectors):
+        digest.update(name.encode() + b"\0" + np.ascontiguousarray(vectors[name], np.float32).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _fitted(source: GgufFile, importance: Importance) -> dict[str, F32Array]:
@@ -182,21 +194,6 @@ def _refuse_overwriting(source: GgufFile, drafts: Sequence[LevelDraft]) -> None:
                     f"{draft.level} would be written over its own source, {part.path}.",
                     do="Choose another folder with --out.",
                 )
-
-
-def _already_there(source: GgufFile, draft: LevelDraft) -> bool:
-    """Whether every part exists with the header that would be written. Only complete files ever get their
-    name.
-    """
-    sizes = [part.path.stat().st_size if part.path.is_file() else -1 for part in draft.parts]
-    if sizes != [part.plan.size for part in draft.parts]:
-        return False
-    sha256 = source.sha256
-    for part in draft.parts:
-        with part.path.open("rb") as file:
-            if file.read(len(part.plan.header)) != part.header(sha256):
-                return False
-    return True
 
 
 def _check_space(drafts: Sequence[LevelDraft], folder: Path) -> None:
@@ -234,6 +231,7 @@ def _write(
     drafts: Sequence[LevelDraft],
     *,
     importance: Importance,
+    folds: Mapping[str, Fold],
     effort: Effort,
     threads: int,
     progress: Progress,
@@ -248,7 +246,7 @@ def _write(
         for part in (part for draft in drafts for part in draft.parts):
             fingerprint = hashlib.sha256(part.plan.header + repr((identity, PIECE_WEIGHTS)).encode()).hexdigest()
             writers.append((GgufWriter(part.path, part.plan, fingerprint), part.header))
-        _Pass(source, importance, effort, following, progress).run([writer for writer, _ in writers], threads)
+        _Pass(source, importance, folds, effort, following, progress).run([writer for writer, _ in writers], threads)
         sha256 = joined_sha256(following.result())
         if _identity(source) != identity:
             raise BadInput(
@@ -274,6 +272,7 @@ class _Pass:
 
     source: GgufFile
     importance: Importance
+    folds: Mapping[str, Fold]
     effort: Effort
     following: FollowingHash
     progress: Progress
@@ -332,10 +331,11 @@ class _Pass:
         raw = self.source.raw(info.name)[rows]
         weights = None if _holds_integers(info) else dequantize(raw, info.qtype)
         if weights is not None:
+            weights = self._folded(weights, info, rows)
             _check_finite(weights, piece, work.targets)
         digests = {}
         for qtype, targets in work.targets.items():
-            if qtype == info.qtype or weights is None:
+            if weights is None or (qtype == info.qtype and info.name not in self.folds):
                 data = raw
             else:
                 data = quantize(weights, qtype, importance=self._importance_of(piece), effort=self.effort)
@@ -346,6 +346,13 @@ class _Pass:
             digests[qtype] = hashlib.sha256(view).digest()
         self.source.release(info.name, rows)
         return digests
+
+    def _folded(self, weights: F32Array, info: TensorInfo, rows: slice) -> F32Array:
+        """Rows of a tensor with the scales of its fold; a vector is a single row of them."""
+        fold = self.folds.get(info.name)
+        if fold is None:
+            return weights
+        return fold.apply(weights, rows) if len(info.shape) > 1 else fold.apply(weights[0])[None]
 
     def _importance_of(self, piece: _Piece) -> F32Array | None:
         rows = self.importance.get(piece.info.name)

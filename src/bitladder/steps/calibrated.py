@@ -1,4 +1,4 @@
-"""Steps that calibrate: importance matrices, which are kept, and checkpoints."""
+"""Steps that calibrate: texts and their tokens, importance matrices, which are kept."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from bitladder.describe.text import Document
     from bitladder.describe.windows import Window
     from bitladder.files.gguf import GgufFile
-    from bitladder.records.calibration import CheckpointReport
 
 AUTO = "auto"
 """Make an importance matrix from the calibration text."""
@@ -133,28 +132,3 @@ def make_imatrix(
             found = importance_matrix(source, windows, dataset=dataset, threads=threads, progress=progress)
         write_imatrix(out, found)
     return out
-
-
-def make_checkpoints(
-    model: str, levels: Sequence[str], out: Path, texts: Sequence[Path], *, threads: int, progress: Progress
-) -> list[CheckpointReport]:
-    """Write GPTQ, AWQ and INT8 checkpoints of a model from one calibrating walk."""
-    from bitladder.engines.checkpoint_walk import Settings
-    from bitladder.files.gguf import GgufFile
-    from bitladder.files.sources import resolve
-    from bitladder.files.texts import shipped_texts
-    from bitladder.stages.calibrate import quantize_checkpoints
-
-    found = resolve(model, progress)
-    with GgufFile.open(found.path) as source:
-        return quantize_checkpoints(
-            source,
-            levels,
-            out,
-            token_windows(source, calibration_texts(texts)),
-            name=found.label,
-            checkpoint=found.checkpoint,
-            settings=Settings(threads=threads),
-            measuring=token_windows(source, shipped_texts()),
-            progress=progress,
-        )

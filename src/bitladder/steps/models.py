@@ -1,67 +1,15 @@
-"""Steps about files: write levels, find what a deployment needs."""
+"""Steps about files: find what a deployment needs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bitladder.progress import Progress
-from bitladder.steps.calibrated import NONE, importance_of
-from bitladder.steps.jobs import building_need, job
-from bitladder.steps.journal import Journal
 
 if TYPE_CHECKING:
-    from bitladder.kernels import Effort
-    from bitladder.records.level_file import LevelFile
     from bitladder.records.run import RunRecord
-
-
-def quantize_model(
-    model: str,
-    levels: Sequence[str],
-    out: Path,
-    *,
-    imatrix: str = NONE,
-    calibration: Sequence[Path] = (),
-    effort: Effort,
-    threads: int,
-    split_max_bytes: int | None = None,
-    journal: Journal | None = None,
-    progress: Progress,
-) -> list[LevelFile]:
-    """Write a model at some levels, every tensor read once for all of them.
-
-    ``journal`` is told before what it will take, and after what it took.
-
-    Raises:
-        NothingFits: too little memory or disk, before anything is written.
-    """
-    from bitladder.files.gguf import GgufFile
-    from bitladder.files.probe import probe_machine
-    from bitladder.files.sources import resolve
-    from bitladder.plan.preflight import require
-    from bitladder.stages.quantize import quantize_levels
-
-    with GgufFile.open(resolve(model, progress).path) as source:
-        journal = journal or Journal()
-        need = building_need(source, levels, out, effort=effort, threads=threads)
-        require(need, probe_machine(out))  # before an importance matrix takes its minutes
-        importance = importance_of(
-            source, imatrix, texts=calibration, threads=threads, journal=journal, progress=progress
-        )
-        with job(need, journal, out):
-            return quantize_levels(
-                source,
-                levels,
-                out,
-                importance=importance,
-                effort=effort,
-                threads=threads,
-                split_max_bytes=split_max_bytes,
-                progress=progress,
-            )
 
 
 @dataclass(frozen=True)

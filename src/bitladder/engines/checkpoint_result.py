@@ -1,0 +1,162 @@
+"""A checkpoint folder from a finished walk: what goes beside the weights, the report, and the proof that the folder
+holds what was computed and reads text as the source does."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from bitladder import __version__
+from bitladder.engines.checkpoint_walk import CheckpointWalk
+from bitladder.engines.layers import LayeredModel
+from bitladder.errors import OutputError
+from bitladder.files.checkpoint_check import verify_folder
+from bitladder.files.checkpoint_folder import CheckpointFolder
+from bitladder.files.companions import Companions, tokenizer_differences
+from bitladder.files.layer_store import LayerStore
+from bitladder.formats.checkpoint import LAYOUTS, CheckpointLevel, quantization_config, serving_notes
+from bitladder.records.calibration import (
+    CalibrationText,
+    CheckpointReport,
+    LayerCoverage,
+    LinearLoss,
+    Preflight,
+    TextSource,
+)
+from bitladder.records.coverage import coverage
+
+
+def losses_of(store: LayerStore) -> tuple[LinearLoss, ...]:
+    """The losses that a store's log has, layer by layer."""
+    return tuple(
+        LinearLoss(
+            note["tensor"],
+            float("nan") if note["loss"] is None else note["loss"],
+            note["tokens"],
+            note["damp"],
+            note["note"],
+        )
+        for entry in store.finished()
+        for note in entry.tensors
+    )
+
+
+def finish_folder(
+    folder: CheckpointFolder,
+    level: CheckpointLevel,
+    walk: CheckpointWalk,
+    companions: Companions,
+    *,
+    text: CalibrationText | None,
+    predicted: Preflight,
+    measured: Preflight,
+    from_gguf: bool,
+) -> None:
+    """Put the folder in place, with its configuration, companions, log and report.
+
+    Raises:
+        OutputError: no room.
+    """
+    linears = losses_of(folder)
+    notes = list(serving_notes(level))
+    if from_gguf:
+        notes.append("Tokenizer and configuration were made from the GGUF's header; compare them with the original's.")
+    if special := [loss for loss in linears if loss.note]:
+        notes.append(
+            f"{len(special)} of {len(linears)} linear layers were done differently: "
+            f"{special[0].name}, {special[0].note}."
+        )
+    report = CheckpointReport(
+        level.name, str(folder.target), 0, level.bpw, measured.seconds, text, linears, tuple(notes),
+        coverage(linears), predicted, measured,
+    )  # fmt: skip
+    config = _config(companions, level, walk)
+    digests = {note["tensor"]: note["digest"] for entry in folder.finished() for note in entry.tensors}
+    manifest = {"version": __version__, "report": asdict(report), "digests": digests}
+    folder.finish(walk.top(), config, {**companions.files, **_method_files(level, config)}, manifest)
+
+
+def _config(companions: Companions, level: CheckpointLevel, walk: CheckpointWalk) -> dict[str, Any]:
+    """The model's configuration with what engines need to know of its quantization."""
+    model: LayeredModel = walk.model
+    routers: tuple[str, ...] = (
+        ("mlp.gate", "mlp.shared_expert_gate", "block_sparse_moe.gate") if model.family.moe else ()
+    )
+    if LAYOUTS[level.layout].quant_method == "compressed-tensors":  # names are patterns there, elsewhere parts of names
+        routers = tuple(f"re:.*{re.escape(name)}$" for name in routers)
+    quantization = quantization_config(level, ignored=("lm_head", *routers))
+    key = "torch_dtype" if "torch_dtype" in companions.config else "dtype"
+    return {**companions.config, key: str(walk.dtype).removeprefix("torch."), "quantization_config": quantization}
+
+
+def _method_files(level: CheckpointLevel, config: dict[str, Any]) -> dict[str, bytes]:
+    """GPTQ readers also look for the quantization in a file of its own."""
+    if level.layout not in ("gptq", "gptq_v2"):
+        return {}
+    return {"quantize_config.json": (json.dumps(config["quantization_config"], indent=2) + "\n").encode()}
+
+
+def proved(
+    folder: CheckpointFolder,
+    level: CheckpointLevel,
+    *,
+    checkpoint: Path | None,
+    template: str | None,
+    prompts: Mapping[str, Sequence[int]],
+) -> CheckpointReport:
+    """The report of a finished folder, after reading the folder back.
+
+    Args:
+        folder: It.
+        level: What it holds.
+        checkpoint: The source's folder, whose tokenizer the written one is compared with on ``prompts``.
+        template: Without ``checkpoint``: the chat template that the source's header has.
+        prompts: Texts, and their ids by the source's own tokenizer.
+
+    Raises:
+        OutputError: weights, tokenizer or chat template are not what they should be.
+    """
+    manifest = folder.manifest()
+    verify_folder(folder.target, level, manifest["digests"])
+    stored = dict(manifest["report"])
+    notes = list(stored["notes"])
+    wrong = tokenizer_differences(folder.target, prompts, checkpoint=checkpoint, template=template)
+    if wrong and checkpoint is not None:
+        raise OutputError(
+            f"{folder.target} reads text differently from {checkpoint}: {wrong[0]}.",
+            means="Tokenizer files were changed while they were copied, or only some of them are there.",
+            do="Delete the folder and run again; check the source's own tokenizer files.",
+        )
+    if wrong:
+        notes.append(
+            f"The tokenizer that was made from the GGUF's header is not llama.cpp's ({len(wrong)} differences): "
+            f"{wrong[0]}. Put the original's tokenizer files into the folder before serving it."
+        )
+    size = sum(path.stat().st_size for path in folder.target.iterdir())
+    return CheckpointReport(
+        **{
+            **stored,
+            "bytes": size,
+            "path": str(folder.target),
+            "text": _text(stored["text"]),
+            "linears": tuple(LinearLoss(**loss) for loss in stored["linears"]),
+            "notes": tuple(notes),
+            "coverage": tuple(
+                LayerCoverage(one["layer"], one["tokens"], tuple(one["experts"]), tuple(one["rounded_plainly"]))
+                for one in stored["coverage"]
+            ),
+            "predicted": Preflight(**stored["predicted"]),
+            "measured": Preflight(**stored["measured"]),
+        }
+    )
+
+
+def _text(stored: dict[str, Any] | None) -> CalibrationText | None:
+    if stored is None:
+        return None
+    sources = (TextSource(**{**one, "languages": tuple(one["languages"])}) for one in stored["sources"])
+    return CalibrationText(**{**stored, "sources": tuple(sources)})

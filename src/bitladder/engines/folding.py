@@ -1,0 +1,169 @@
+"""Scales folded into a decoder layer: which norm or linear layer takes up their inverse, and what AWQ finds when
+the result is packed as K-quants.
+
+    columns of the matrices that read an input  x s         the norm, or the rows of the matrix, before it  / s
+
+For K-quants the round trip through the very types of llama.cpp's recipe, under the importance that folding leaves
+(mean squares / s^2), is what candidates are compared by. Scales that do not lower the error of the outputs with
+all rows and the final search are dropped, so an input is never left worse than without them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import from_numpy as tensor_of
+from torch import nn, no_grad
+
+from bitladder.describe.model import Model
+from bitladder.engines.layers import LayeredModel
+from bitladder.formats.blocks import QTYPES
+from bitladder.formats.disk_names import absorbing_parameters, quantized_parameters
+from bitladder.formats.recipes import assign
+from bitladder.formats.roles import Parameter, SharedInput, layer_tensor
+from bitladder.formats.vectors import FoldedLevel
+from bitladder.kernels import Effort, awq, dequantize, quantize
+from bitladder.kernels.awq import Fold
+from bitladder.kernels.methods import relative_error
+
+F32 = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a scale on a shared input can go: the matrices that read it, and what comes before."""
+
+    parameters: tuple[Parameter, ...]
+    absorbers: tuple[Parameter, ...]
+    tied: NDArray[np.intp] | None
+    """Which row of the layer before each channel comes from, where several come from one: query heads share
+    value heads."""
+
+    @property
+    def is_norm(self) -> bool:
+        """Whether a norm takes up the inverse."""
+        return "norm" in self.absorbers[0].path
+
+    def divisors(self, factors: F32) -> F32:
+        """The inverse's place: one factor per row of the layer before, f32[rows]."""
+        if self.tied is None:
+            return factors
+        own = np.empty(int(self.tied.max()) + 1, np.float32)
+        own[self.tied] = factors
+        return own
+
+
+def place_of(model: LayeredModel, block: nn.Module, shared: SharedInput) -> Place | None:
+    """Where scales of a shared input can be folded, or None where nothing before it can take them up."""
+    present = {name for name, _ in block.named_parameters()}
+    absorbers = tuple(p for p in absorbing_parameters(model.family, shared) if p.path in present)
+    if not absorbers:
+        return None
+    from_values = "v_proj" in absorbers[0].path
+    if from_values and getattr(model.config, "clip_qkv", None):
+        return None  # a clamp between the two would act on other values
+    tied = _value_channels(model) if from_values else None
+    return Place(quantized_parameters(model.family, shared), absorbers, tied)
+
+
+def fold(block: nn.Module, place: Place, factors: F32) -> None:
+    """Multiply the columns that read an input by ``factors`` f32[columns], and divide what comes before."""
+    for parameter in place.parameters:
+        set_matrix(block, parameter, None, matrix(block, parameter) * factors)
+    own = place.divisors(factors)
+    for parameter in place.absorbers:
+        value = block.get_parameter(parameter.path).detach().cpu().numpy()
+        one = np.float32(1 if parameter.transform == "minus_one" else 0)
+        set_matrix(block, parameter, None, awq.absorb(own, value + one) - one)
+
+
+def recipe_types(level: FoldedLevel, model: Model) -> dict[str, str]:
+    """The qtype of every tensor, as llama.cpp's recipe gives it where there is an importance matrix."""
+    return assign(level.recipe, model.tensors, model.dims, has_importance=True)
+
+
+class KQuantFolder:
+    """Finds and folds the scales of one layer, input by input; ``folds`` has them by tensor name.
+
+    Rows must be folded before columns: ask for the inputs in the reverse of their order in the layer.
+    """
+
+    def __init__(
+        self, model: LayeredModel, layer: int, block: nn.Module, qtypes: Mapping[str, str], threads: int
+    ) -> None:
+        """``qtypes``: of every tensor of the level, by name. ``block`` is changed as inputs are folded."""
+        self._model, self._layer, self._block, self._qtypes = model, layer, block, qtypes
+        self._threads = threads
+        self.folds: dict[str, Fold] = {}
+
+    def fold(self, shared: SharedInput, gram: F32) -> dict[str, float]:
+        """Fold one input where that pays; returns the error of each tensor's outputs as a share of their energy.
+
+        Raises:
+            ValueError: the Gram matrix is not finite.
+        """
+        place = place_of(self._model, self._block, shared)
+        if place is None:
+            return {}
+        names = [layer_tensor(self._layer, parameter.roles[0]) for parameter in place.parameters]
+        weights = [matrix(self._block, parameter) for parameter in place.parameters]
+        qtypes = [self._qtypes[name] for name in names]
+        group = max(QTYPES[qtype].block_size for qtype in qtypes)
+        trips = [self._round_trip(qtype, "fast") for qtype in qtypes]
+        factors = awq.prepare(gram, weights, trips, group_size=group, tied=place.tied).factors
+        plain = self._losses(weights, qtypes, gram, np.ones_like(factors))
+        folded = self._losses(weights, qtypes, gram, factors)
+        if _energy(folded, weights, gram) >= _energy(plain, weights, gram):
+            return dict(zip(names, plain, strict=True))
+        fold(self._block, place, factors)
+        for name in names:
+            self.folds[name] = Fold(factors, self.folds[name].rows if name in self.folds else None)
+        for parameter in place.absorbers:
+            self.folds[layer_tensor(self._layer, parameter.roles[0])] = Fold(None, place.divisors(factors))
+        return dict(zip(names, folded, strict=True))
+
+    def _losses(self, weights: Sequence[F32], qtypes: Sequence[str], gram: F32, factors: F32) -> list[float]:
+        importance = np.asarray(np.diagonal(gram) / factors**2, np.float32)
+        found = []
+        for weight, qtype in zip(weights, qtypes, strict=True):
+            stored = self._round_trip(qtype, "good")(weight * factors, importance)
+            found.append(relative_error(stored / factors - weight, weight, gram))
+        return found
+
+    def _round_trip(self, qtype: str, effort: Effort) -> awq.RoundTrip:
+        def stored(weights: F32, importance: F32) -> F32:
+            packed = quantize(weights, qtype, importance=importance, effort=effort, threads=self._threads)
+            return dequantize(packed, qtype, threads=self._threads)
+
+        return stored
+
+
+def _energy(losses: Sequence[float], weights: Sequence[F32], gram: F32) -> float:
+    """The error of all outputs of an input together, from each matrix's share of its own energy."""
+    energies = [float(np.einsum("rk,rk->", weight @ gram, weight, dtype=np.float64)) for weight in weights]
+    return float(np.nansum(np.multiply(losses, energies)))
+
+
+def _value_channels(model: LayeredModel) -> NDArray[np.intp]:
+    """Which value row each input channel of the output projection comes from: query heads share value
+    heads."""
+    dims = model.model.dims
+    channel = np.arange(dims.n_head * dims.head_dim_v)
+    head, within = np.divmod(channel, dims.head_dim_v)
+    return np.asarray(head // dims.n_gqa * dims.head_dim_v + within, np.intp)
+
+
+def matrix(block: nn.Module, parameter: Parameter, expert: int | None = None) -> F32:
+    """A parameter of a layer (of one expert, where experts are stacked) as f32."""
+    value = block.get_parameter(parameter.path).detach()
+    return np.asarray((value if expert is None else value[expert]).cpu().numpy(), np.float32)
+
+
+def set_matrix(block: nn.Module, parameter: Parameter, expert: int | None, value: F32) -> None:
+    """Replace a parameter of a layer (of one expert)."""
+    target = block.get_parameter(parameter.path)
+    with no_grad():
+        (target if expert is None else target[expert]).copy_(tensor_of(np.ascontiguousarray(value)))

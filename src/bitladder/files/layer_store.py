@@ -1,0 +1,174 @@
+"""What a walk over the layers makes, kept layer by layer: after each one a kill costs nothing that was finished.
+
+``.NAME.partial/`` beside the target holds one safetensors file per layer, the hidden states that leave the last
+one, and a log: a line of JSON for what is being made, one for every finished tensor with its loss, one for every
+finished layer. The log is the journal: whoever makes the same thing again reads from it which layers are done.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bitladder.errors import OutputError
+from bitladder.units import human_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+_STATES = "states.npy"
+_LOG = "log.jsonl"
+
+
+@dataclass(frozen=True)
+class FinishedLayer:
+    """What the log remembers of a layer: its number, and what its maker noted of each tensor."""
+
+    layer: int
+    tensors: tuple[dict[str, Any], ...]
+    seconds: float = 0.0
+
+
+class LayerStore(ABC):
+    """Layers of one result. ``fingerprint`` says what the result depends on: another one's partial work is not
+    continued."""
+
+    def __init__(self, target: Path, fingerprint: str) -> None:
+        """Raises OutputError where the folder cannot be written."""
+        self.target, self.fingerprint = target, fingerprint
+        self.partial = target.parent / f".{target.name}.partial"
+        with writing(self.partial):
+            if self._logged()[:1] != [self._first_line()]:
+                shutil.rmtree(self.partial, ignore_errors=True)
+                self.partial.mkdir(parents=True)
+                self._append([self._first_line()])
+
+    @abstractmethod
+    def is_complete(self) -> bool:
+        """Whether the target already holds exactly this."""
+
+    def finished(self) -> list[FinishedLayer]:
+        """Layers that need not be done again, in order."""
+        found, tensors = [], []
+        for line in self._logged()[1:]:
+            if "tensor" in line:
+                tensors.append(line)
+            else:
+                found.append(FinishedLayer(int(line["layer"]), tuple(tensors), float(line["seconds"])))
+                tensors = []
+        return found
+
+    def truncate(self, layers: int) -> None:
+        """Forget all but the first ``layers`` layers, and lines of a layer that was not finished."""
+        with writing(self.partial):
+            kept = self.finished()[:layers]
+            fresh = self.partial / f"new.{_LOG}"
+            fresh.write_text(_lines([self._first_line(), *(line for one in kept for line in _of_layer(one))]))
+            fresh.replace(self.partial / _LOG)
+
+    def states_file(self, layer: int) -> Path:
+        """Where the hidden states that leave ``layer`` are kept."""
+        return self.partial / f"{layer:05d}.{_STATES}"
+
+    def layer_file(self, layer: int) -> Path:
+        """Where the tensors of ``layer`` are kept."""
+        return self.partial / f"{layer:05d}.safetensors"
+
+    @property
+    def log(self) -> str:
+        """The log as it stands."""
+        return (self.partial / _LOG).read_text(encoding="utf-8")
+
+    def put_layer(
+        self,
+        layer: int,
+        tensors: Mapping[str, torch.Tensor],
+        notes: Sequence[Mapping[str, Any]],
+        states: Any = None,
+        *,
+        seconds: float = 0.0,
+    ) -> None:
+        """Keep a layer's tensors (and the states that leave it); after this a kill does not undo the layer.
+
+        ``notes``: what to log, one mapping with a ``tensor`` per finished tensor.
+
+        Raises:
+            OutputError: no room.
+        """
+        import numpy as np
+
+        with writing(self.partial):
+            save(self.layer_file(layer), tensors)
+            if states is not None:
+                fresh = self.partial / f"new.{_STATES}"
+                np.save(fresh, states)
+                fresh.replace(self.states_file(layer))
+            self._append(_of_layer(FinishedLayer(layer, tuple(dict(note) for note in notes), seconds)))
+            self.states_file(layer - 1).unlink(missing_ok=True)
+
+    def discard(self) -> None:
+        """Remove the partial work."""
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+    def _first_line(self) -> dict[str, Any]:
+        return {"making": self.target.name, "fingerprint": self.fingerprint}
+
+    def _logged(self) -> list[dict[str, Any]]:
+        """The log's lines; what a kill cut short is left out."""
+        try:
+            text = (self.partial / _LOG).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return []
+        lines = []
+        for line in text.splitlines():
+            try:
+                lines.append(json.loads(line))
+            except ValueError:
+                break
+        return lines
+
+    def _append(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        with (self.partial / _LOG).open("a", encoding="utf-8") as file:
+            file.write(_lines(lines))
+
+
+def _of_layer(one: FinishedLayer) -> list[dict[str, Any]]:
+    """A finished layer's lines: its tensors, and last the word that it is whole."""
+    last = {"layer": one.layer, "finished": True, "seconds": round(one.seconds, 3)}
+    return [*({"layer": one.layer, **tensor} for tensor in one.tensors), last]
+
+
+def _lines(values: Sequence[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
+
+
+def save(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file, whole under its name or not at all."""
+    from safetensors.torch import save_file
+
+    fresh = path.with_name("new.safetensors")
+    save_file(dict(tensors), fresh, metadata={"format": "pt", **(metadata or {})})
+    fresh.replace(path)
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Whatever keeps files from being written, in the user's terms."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        parent = next(path for path in (folder, *folder.parents) if path.exists())
+        free = shutil.disk_usage(parent).free
+        raise OutputError(
+            f"{folder.parent} cannot be written: {error}. {human_bytes(free)} are free there.",
+            means="The disk is full, or the folder belongs to someone else.",
+            do="Free some space or choose another --out; finished layers are kept, the same call goes on from them.",
+        ) from error

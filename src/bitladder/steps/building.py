@@ -1,0 +1,244 @@
+"""Everything that one `quantize` call asks for: GGUF levels, folded levels, checkpoints, from one walk and one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bitladder.errors import UnknownArchitecture, UsageError
+from bitladder.progress import Progress
+from bitladder.steps.calibrated import AUTO, NONE, calibration_texts, importance_of, token_windows
+from bitladder.steps.jobs import building_need, job
+from bitladder.steps.journal import Journal
+
+if TYPE_CHECKING:
+    from bitladder.describe.text import Document
+    from bitladder.files.gguf import GgufFile
+    from bitladder.files.imatrix import ImportanceMatrix
+    from bitladder.files.sources import Source
+    from bitladder.formats.checkpoint import CheckpointLevel
+    from bitladder.formats.vectors import FoldedLevel, Product
+    from bitladder.kernels import Effort
+    from bitladder.kernels.awq import Fold
+    from bitladder.records.calibration import CalibrationReport, CheckpointReport
+    from bitladder.records.level_file import LevelFile
+    from bitladder.stages.calibrate import Calibrated
+    from bitladder.steps.calibrated import Importance
+
+_UNWEIGHED = frozenset({"F32", "F16", "BF16", "Q8_0"})
+"""Types with nothing to search for: an importance matrix changes none of their bytes."""
+_PROMPT_CHARACTERS = 600
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Levels by what they become, in the order asked for."""
+
+    files: tuple[str, ...]
+    folded: tuple[FoldedLevel, ...]
+    checkpoints: tuple[CheckpointLevel, ...]
+
+    @property
+    def weighed(self) -> bool:
+        """Whether an importance matrix changes anything."""
+        from bitladder.formats.recipes import RECIPES
+
+        return bool(self.folded) or any(RECIPES[level].qtype not in _UNWEIGHED for level in self.files)
+
+
+@dataclass(frozen=True)
+class Built:
+    """What was written, and what it was calibrated on."""
+
+    files: list[LevelFile] = field(default_factory=list)
+    checkpoints: list[CheckpointReport] = field(default_factory=list)
+    calibration: CalibrationReport | None = None
+
+
+def sort_levels(names: Sequence[str]) -> Asked:
+    """Levels by their names.
+
+    Raises:
+        UnknownLevel: no level has this name.
+    """
+    from bitladder.formats.checkpoint import is_checkpoint_level, parse_level
+    from bitladder.formats.recipes import level_named
+    from bitladder.formats.vectors import is_folded_level, parse_folded
+
+    files, folded, checkpoints = [], [], []
+    for name in names:
+        if is_checkpoint_level(name):
+            checkpoints.append(parse_level(name))
+        elif is_folded_level(name):
+            folded.append(parse_folded(name))
+        else:
+            files.append(level_named(name))
+    return Asked(tuple(dict.fromkeys(files)), tuple(dict.fromkeys(folded)), tuple(dict.fromkeys(checkpoints)))
+
+
+def build_levels(
+    model: str,
+    asked: Asked,
+    out: Path,
+    *,
+    imatrix: str = AUTO,
+    texts: Sequence[Path] = (),
+    effort: Effort = "good",
+    threads: int,
+    split_max_bytes: int | None = None,
+    journal: Journal | None = None,
+    progress: Progress,
+) -> Built:
+    """Write a model at some levels.
+
+    Args:
+        model: A file, folder or name that ``files.sources`` finds.
+        asked: The levels.
+        out: The folder to write into.
+        imatrix: A file, ``auto`` (made here, where a level's bytes depend on it) or ``none``.
+        texts: The user's calibration texts.
+        effort: How long to search for scales.
+        threads: Of everything.
+        split_max_bytes: Cut GGUF levels into parts.
+        journal: Told before what work will take, and after what it took.
+        progress: Told where it is.
+
+    Raises:
+        UsageError: folding was asked for together with no importance matrix.
+        NothingFits: too little memory or disk, before anything is written.
+        BadInput, BadWeights, OutputError: as the stages say.
+    """
+    from bitladder.files.gguf import GgufFile
+    from bitladder.files.imatrix import read_imatrix
+    from bitladder.files.probe import probe_machine
+    from bitladder.files.sources import resolve
+    from bitladder.plan.preflight import require
+    from bitladder.stages.quantize import quantize_levels
+
+    if asked.folded and imatrix == NONE:
+        raise UsageError(
+            f"{asked.folded[0].name} was asked for with --imatrix none.",
+            means="Its scales come from the same activations, and are made for packing with an importance matrix.",
+            do=f"Leave out --imatrix none, or ask for {asked.folded[0].recipe}.",
+        )
+    if imatrix not in (AUTO, NONE):
+        read_imatrix(Path(imatrix))  # a file that cannot be used is told before any work
+    journal = journal or Journal()
+    found = resolve(model, progress)
+    with GgufFile.open(found.path) as source:
+        every = [*asked.files, *(level.recipe for level in asked.folded)]
+        need = building_need(source, every, out, effort=effort, threads=threads)
+        require(need, probe_machine(out))  # before a walk takes its minutes
+        calibrated = _walked(source, found, asked, out, imatrix, texts, threads, journal, progress)
+        importance = _importance(source, asked, imatrix, texts, calibrated, threads, journal, progress)
+        written: list[LevelFile] = []
+        with job(need, journal, out) if every else nullcontext():
+            for folds, levels in _passes(asked, calibrated):
+                written += quantize_levels(
+                    source, levels, out, importance=importance, folds=folds, effort=effort, threads=threads,
+                    split_max_bytes=split_max_bytes, progress=progress,
+                )  # fmt: skip
+    if calibrated is None:
+        return Built(written)
+    return Built(written, calibrated.checkpoints, calibrated.report)
+
+
+def _passes(asked: Asked, calibrated: Calibrated | None) -> list[tuple[Mapping[str, Fold] | None, list[str]]]:
+    """Passes over the weights: one for all plain levels, one for each folded level, whose weights are its own."""
+    passes: list[tuple[Mapping[str, Fold] | None, list[str]]] = [(None, list(asked.files))] if asked.files else []
+    if calibrated is not None:
+        passes += [(calibrated.folds[level.name], [level.recipe]) for level in asked.folded]
+    return passes
+
+
+def _walked(
+    source: GgufFile,
+    found: Source,
+    asked: Asked,
+    out: Path,
+    imatrix: str,
+    texts: Sequence[Path],
+    threads: int,
+    journal: Journal,
+    progress: Progress,
+) -> Calibrated | None:
+    """What comes of one walk over the calibration text; None where no level asks for more than an importance matrix."""
+    if not asked.folded and not asked.checkpoints:
+        return None
+    from bitladder.engines.checkpoint_walk import Settings
+    from bitladder.files.texts import shipped_texts
+    from bitladder.formats.vectors import ImportanceVectors
+    from bitladder.stages.calibrate import Calibration, Reading
+
+    documents = calibration_texts(texts)
+    wanted: list[Product] = [*asked.checkpoints, *asked.folded]
+    if imatrix == AUTO and asked.weighed and not importance_file(source, documents).exists():
+        wanted.append(ImportanceVectors())
+    reading = Reading(
+        token_windows(source, documents),
+        documents,
+        measuring=token_windows(source, shipped_texts()),
+        prompts=_prompts(source, documents) if asked.checkpoints else {},
+    )
+    settings = Settings(threads=threads)
+    work = Calibration(
+        source, wanted, reading, out_dir=out, name=found.label, checkpoint=found.checkpoint, settings=settings
+    )
+    with job(work.need, journal, out) if work.need is not None else nullcontext():
+        calibrated = work.run(progress)
+    if calibrated.importance is not None:
+        _keep(source, documents, calibrated.importance)
+    return calibrated
+
+
+def _importance(
+    source: GgufFile,
+    asked: Asked,
+    imatrix: str,
+    texts: Sequence[Path],
+    calibrated: Calibrated | None,
+    threads: int,
+    journal: Journal,
+    progress: Progress,
+) -> Importance | None:
+    """The importance matrix that levels are weighed by; none, with a word, for a family that cannot be walked."""
+    if imatrix == AUTO and not asked.weighed:
+        return None
+    if calibrated is not None and calibrated.importance is not None:
+        return calibrated.importance.vectors()
+    try:
+        return importance_of(source, imatrix, texts=texts, threads=threads, journal=journal, progress=progress)
+    except UnknownArchitecture as error:
+        journal.warn(f"Levels are made without an importance matrix: {error.found}")
+        return None
+
+
+def importance_file(source: GgufFile, documents: Sequence[Document]) -> Path:
+    """Where the importance matrix of a model and a text is kept."""
+    from bitladder.describe.text import text_hash
+    from bitladder.files.folders import cache_folder
+
+    return cache_folder("importance", f"{source.sha256[:16]}-{text_hash(documents)[:16]}.gguf")
+
+
+def _keep(source: GgufFile, documents: Sequence[Document], matrix: ImportanceMatrix) -> None:
+    from bitladder.files.imatrix import write_imatrix
+
+    path = importance_file(source, documents)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_imatrix(path, matrix)
+
+
+def _prompts(source: GgufFile, documents: Sequence[Document]) -> dict[str, list[int]]:
+    """Texts that a written tokenizer must read as the source's engine does: the starter workload's, and the beginning
+    of every calibration text."""
+    from bitladder.engines.llama import LlamaServer
+    from bitladder.files.workloads import STARTER, load_workload
+
+    asked = [str(message["content"]) for one in load_workload(STARTER).inputs for message in one.messages]
+    prompts = [*asked, *(document.text[:_PROMPT_CHARACTERS] for document in documents)]
+    with LlamaServer(source.path, n_ctx=64, threads=1) as engine:
+        return {prompt: list(engine.tokenize(prompt, add_special=True)) for prompt in dict.fromkeys(prompts)}
