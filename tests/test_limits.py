@@ -30,6 +30,12 @@ def test_other_hosts_are_refused(host):
     assert (reply.status_code, reply.json()["error"]["code"]) == (421, "wrong_host")
 
 
+@pytest.mark.parametrize("second", ["localhost", "evil.example"])
+def test_two_hosts_are_refused_whichever_they_are(second):
+    reply = get(headers=[("host", "localhost"), ("host", second)])
+    assert (reply.status_code, reply.json()["error"]["code"]) == (400, "wrong_host")
+
+
 @pytest.mark.parametrize(
     ("headers", "status"),
     [

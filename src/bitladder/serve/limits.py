@@ -133,6 +133,8 @@ class Doorman:
         host = origin = site = authorization = ""
         for name, value in scope["headers"]:
             if name == b"host":
+                if host:
+                    raise Refused(400, "A request names one host, and this one names two.", code="wrong_host")
                 host = value.decode("latin-1")
             elif name == b"origin":
                 origin = value.decode("latin-1")
