@@ -12,11 +12,12 @@ from bitladder.describe.criteria import KINDS, Context, Outcome
 from bitladder.describe.workload import Criterion, Input, Workload, question_hash
 from bitladder.engines.base import Completion, TokenChoice
 from bitladder.errors import EngineGone, UsageError
+from bitladder.plan.gate import search_exit
 from bitladder.records import to_json
 from bitladder.records.evaluation import Speed, answer_from_json
 from bitladder.stages.evaluate import answer_workload, check_help, compare, judge_answers, level_answers, measure_speed
 from bitladder.steps.help import criteria_help
-from bitladder.steps.smallest import smallest_level
+from bitladder.steps.smallest import margin_of, smallest_level
 
 SPEED = Speed(100.0, 10.0, 1.0)
 
@@ -236,3 +237,30 @@ def test_what_criteria_need_is_opened_and_checked_first(tmp_path):
     judged = Workload("w", (Input("a", WORKLOAD.inputs[0].messages, (Criterion("judge", {"rubric": "r"}),)),))
     with pytest.raises(UsageError, match="asks a judge model"), criteria_help(judged, tmp_path):
         pass
+
+
+def test_a_search_takes_one_bar_on_passes_only():
+    assert margin_of("passes >= reference - 4 points") == pytest.approx(0.04)
+    for bar in (
+        "kl < 0.1",
+        "no loss",
+        "passes >= 80%",
+        "passes >= reference",
+        "passes >= reference - 4 points and kl < 1",
+    ):
+        with pytest.raises(UsageError, match="bar on passes alone"):
+            margin_of(bar)
+    assert [search_exit("Q4_K_M", decided=True), search_exit(None, decided=True)] == [0, 4]
+    assert [search_exit("Q4_K_M", decided=False), search_exit(None, decided=False)] == [5, 5]
+
+
+def test_a_search_does_not_ask_again_what_is_stored():
+    many = Workload("w", tuple(one(f"i{n}", f"I{n}") for n in range(40)))
+    reference = through(lambda prompt, seed: prompt.upper(), many).answers
+    stored = {answer.question: answer for answer in reference}
+    engine = FakeEngine(lambda prompt, seed: "never asked")
+    outcome = smallest_level(
+        ["Q8_0"], many, reference, lambda _: contextlib.nullcontext(engine), margin=0.3, known=lambda _: stored
+    )
+    assert outcome.chosen == "Q8_0"
+    assert engine.asked == []

@@ -232,10 +232,13 @@ def test_nothing_is_spent_without_consent(recorded, tmp_path, monkeypatch):
             agree_to_spend([paid], WORKLOAD, recorded, refuse)
         assert cloud.asked == []
         assert "price table" in shown[0]
-        agree_to_spend([settings(cloud, model="free")], WORKLOAD, recorded, refuse)  # no key, no price: nothing to ask
+        free = settings(cloud, model="")
+        agree_to_spend([free], WORKLOAD, recorded, refuse)  # no key, no price: nothing to ask
         endpoint_answers(paid, WORKLOAD, recorded, Journal(), timed=False)
         agree_to_spend([paid], WORKLOAD, recorded, refuse)  # all is stored
         assert len(shown) == 1
+        with pytest.raises(WrongModel, match="does not serve 'other'"):
+            agree_to_spend([settings(cloud, model="other")], WORKLOAD, recorded, refuse)
         rubric = {"rubric": "kind", "against": "none", "examples": []}
         judged = Workload("w", (one("apple", Criterion("judge", rubric)),))
         with pytest.raises(UsageError, match="up to 6 requests"):

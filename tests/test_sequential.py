@@ -10,7 +10,6 @@ from bitladder.stages.ladder import measure_ladder
 from bitladder.stats.sequential import (
     STAKES,
     Standing,
-    asymptotic_sequence,
     confidence_sequence,
     log_wealth_above,
     standing,
@@ -88,24 +87,6 @@ def test_confidence_sequence_directions():
     shifted = confidence_sequence(values * 2 - 1, low=-1, high=1)
     assert shifted == pytest.approx((2 * narrow.low - 1, 2 * narrow.high - 1))
     assert all(map(math.isnan, confidence_sequence([])))
-
-
-def test_asymptotic_sequence_covers_values_without_bounds():
-    rng = np.random.default_rng(13)
-    missed = 0
-    for _ in range(200):
-        values = rng.gamma(2.0, 1.0, size=600)
-        missed += any(
-            not low <= 2.0 <= high for low, high in (asymptotic_sequence(values[:n]) for n in range(60, 601, 60))
-        )
-    assert missed / 200 <= 0.05 + 0.03
-    assert all(map(math.isnan, asymptotic_sequence([1.0])))
-
-
-def test_asymptotic_sequence_is_wider_than_a_single_look():
-    values = np.random.default_rng(2).normal(size=100)
-    low, high = asymptotic_sequence(values)
-    assert high - low > 2 * 1.96 * values.std() / 10
 
 
 INPUTS = [Input(f"i{n}", ({"role": "user", "content": "?"},), ()) for n in range(400)]

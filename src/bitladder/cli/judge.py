@@ -1,4 +1,4 @@
-"""Verbs about evidence: run (the whole story), measure, report."""
+"""Verbs about evidence: run (the whole story), smallest, measure, report."""
 
 from __future__ import annotations
 
@@ -7,9 +7,18 @@ from typing import Annotated
 
 import typer
 
-from bitladder.cli.build import ALL_CORES, Importance, Levels, Threads, effort_named, split_levels
+from bitladder.cli.build import ALL_CORES, DEFAULT_CTX, Context, Importance, Levels, Threads, effort_named, split_levels
 from bitladder.cli.live import run_display
-from bitladder.cli.options import RunOptions, Texts, confirm_with, reference_named, refuse_elsewhere, with_run_options
+from bitladder.cli.options import (
+    RunOptions,
+    Texts,
+    TrustPython,
+    WorkloadFile,
+    confirm_with,
+    reference_named,
+    refuse_elsewhere,
+    with_run_options,
+)
 from bitladder.cli.terminal import JsonFlag, ModelArgument, print_json, progress_display, say, verb
 from bitladder.errors import BarNotMet
 
@@ -30,6 +39,41 @@ def run(options: RunOptions, json_output: JsonFlag = False) -> None:
         say(f"\nReport: {result.report}")
     if result.record.decision.outcome != "met":
         raise typer.Exit(BarNotMet.exit_code)
+
+
+@verb
+def smallest(
+    model: ModelArgument,
+    bar: Annotated[
+        str, typer.Option("--bar", help="The loss of passes it may have.")
+    ] = "passes >= reference - 5 points",
+    levels: Levels = None,
+    workload: WorkloadFile = None,
+    ctx: Context = DEFAULT_CTX,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder for the levels built.", show_default="<name>-ladder")
+    ] = None,
+    imatrix: Importance = "auto",
+    threads: Threads = ALL_CORES,
+    trust_python: TrustPython = False,
+    json_output: JsonFlag = False,
+) -> None:
+    """The smallest level that holds a bar on passes: builds and asks only as much as that takes.
+
+    Exit 0 when it is found, 4 when no level holds the bar, 5 when the workload has too few inputs to tell.
+    """
+    from bitladder.plan.gate import search_exit
+    from bitladder.report import search_table
+    from bitladder.steps.smallest import Search, find_smallest
+
+    search = Search(model, bar, workload, split_levels(levels), ctx, out, threads, imatrix, trust_python)
+    with progress_display(quiet=json_output) as progress:
+        outcome = find_smallest(search, progress, say=say)
+    if json_output:
+        print_json(outcome)
+    else:
+        search_table(outcome, bar)
+    raise typer.Exit(search_exit(outcome.chosen, decided=outcome.decided))
 
 
 @verb
@@ -97,5 +141,5 @@ def report(
 
 def add_to(app: typer.Typer) -> None:
     """Register this module's verbs."""
-    for function in (run, measure, report):
+    for function in (run, smallest, measure, report):
         app.command()(function)

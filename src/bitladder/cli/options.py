@@ -28,6 +28,9 @@ Texts = Annotated[
 ]
 WorkloadFile = Annotated[Path | None, typer.Option("--workload", help="Your inputs and criteria (YAML or JSON lines).")]
 Yes = Annotated[bool, typer.Option("--yes", help="Agree beforehand to what endpoints cost.")]
+TrustPython = Annotated[
+    bool, typer.Option("--trust-python", help="Let functions that the workload names run. They can do anything.")
+]
 KeyNames = Annotated[
     list[str] | None,
     typer.Option(
@@ -79,9 +82,7 @@ class RunOptions:
     judge_key_env: Annotated[
         str, typer.Option("--judge-key-env", help="Environment variable with the judge's key.")
     ] = ""
-    trust_python: Annotated[
-        bool, typer.Option("--trust-python", help="Let functions that the workload names run. They can do anything.")
-    ] = False
+    trust_python: TrustPython = False
 
     def settings(self) -> RunSettings:
         """For the pipeline.

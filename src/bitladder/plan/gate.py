@@ -25,6 +25,13 @@ def gate_exit(decision: Decision) -> int:
     return EXIT_MET
 
 
+def search_exit(chosen: str | None, *, decided: bool) -> int:
+    """Exit code of a search for the smallest level: 0 found, 4 none holds the bar, 5 inputs ran out first."""
+    if not decided:
+        return EXIT_CANNOT_TELL
+    return EXIT_MET if chosen else EXIT_NOT_MET
+
+
 def junit(decision: Decision, *, model: str) -> str:
     """The verdicts as a JUnit document: one test case per level, a failure where the bar fails, an error
     where none can tell."""

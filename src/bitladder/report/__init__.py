@@ -5,7 +5,7 @@ from __future__ import annotations
 from bitladder.report.html import render_html, write_html
 from bitladder.report.inspection import inspection_table
 from bitladder.report.reading import read_run, write_run
-from bitladder.report.terminal import fidelity_table, plan_table, print_run
+from bitladder.report.terminal import fidelity_table, plan_table, print_run, search_table
 
 __all__ = [
     "fidelity_table",
@@ -14,6 +14,7 @@ __all__ = [
     "print_run",
     "read_run",
     "render_html",
+    "search_table",
     "write_html",
     "write_run",
 ]

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from bitladder.records.search import LadderOutcome
+
 STYLES = {
     "quality tier": "bold blue",
     "speed tier": "bold yellow",
@@ -76,8 +78,9 @@ def print_run(record: RunRecord, console: Console | None = None) -> None:
     out.print(table)
     if left_out:
         out.print(Text(f"Left out for width: {', '.join(left_out)}.", style="dim"))
+    wide = max((len(row.level) for row in rows), default=0) + 2
     for row in rows:
-        line = Text.assemble((f"{row.level:<8}", "bold"), (row.verdict.status, STYLES.get(row.verdict.status, "")))
+        line = Text.assemble((f"{row.level:<{wide}}", "bold"), (row.verdict.status, STYLES.get(row.verdict.status, "")))
         out.print(line.append(f": {row.verdict.reason}"))
     out.print()
     out.print(Text(record.decision.summary, style="bold"))
@@ -195,6 +198,30 @@ def fidelity_table(fidelities: Sequence[Fidelity], console: Console | None = Non
     if fidelities:
         one = fidelities[0]
         out.print(f"Intervals resample {one.units} {one.unit}s, not tokens.", style="dim")
+
+
+def search_table(outcome: LadderOutcome, bar: str, console: Console | None = None) -> None:
+    """What a search for the smallest level found, and how little it asked."""
+    from rich.text import Text
+
+    out = console or _console()
+    table = _plain_table()
+    for title in ("level", "inputs asked", "standing"):
+        table.add_column(title, justify="right" if title == "inputs asked" else "left")
+    for level, used, standing in zip(outcome.levels, outcome.inputs_used, outcome.standings, strict=True):
+        said = {"open": "ran out of inputs" if used else "not asked", "unlikely": "unlikely to meet the bar"}
+        table.add_row(level, str(used or "\u2013"), said.get(standing, f"{standing} the bar"))
+    out.print(table)
+    asked = f"{sum(outcome.inputs_used)} inputs asked of {sum(map(bool, outcome.inputs_used))} levels"
+    if outcome.chosen and outcome.decided:
+        found = f"{outcome.chosen} is the smallest level known to hold '{bar}' ({asked})."
+    elif outcome.chosen:
+        found = f"{outcome.chosen} holds '{bar}'; a smaller one might, with more inputs ({asked})."
+    elif outcome.decided:
+        found = f"No level holds '{bar}' ({asked})."
+    else:
+        found = f"The workload has too few inputs to tell whether a level holds '{bar}' ({asked})."
+    out.print(Text(found, style="bold"))
 
 
 def _plain_table() -> Table:

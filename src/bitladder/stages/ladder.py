@@ -19,28 +19,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from bitladder.describe.workload import Input
+from bitladder.records.search import LadderOutcome
 from bitladder.stats.sequential import Standing, standing
-
-
-@dataclass(frozen=True)
-class LadderOutcome:
-    """What is known when the measuring stopped, levels from the largest to the smallest."""
-
-    levels: tuple[str, ...]
-    standings: tuple[Standing, ...]
-    """``open`` for levels that were not asked, or whose inputs ran out."""
-    inputs_used: tuple[int, ...]
-    """Inputs asked of each level."""
-    chosen: str | None
-    """The smallest level found to meet the bar."""
-    decided: bool
-    """False when inputs ran out at a smaller level than the chosen one: more of them might still show it to do."""
-
 
 Ask = Callable[[str, Sequence[Input]], Sequence[float]]
 """``ask(level, inputs)``: for each input the level's pass share minus the reference's, -1 to 1."""

@@ -11,10 +11,8 @@ stop when it does, and reject the claim. We hold a fixed portfolio of four stake
 lambda and add their wealths; the best stake need not be known. The claim "at least m" is bet against with
 1 - x. Source: Waudby-Smith and Ramdas, JRSS B 86 (2024) 1-27.
 
-Exact for bounded values (passes, pass shares, top-1 agreement). KL divergence has no bound;
-``asymptotic_sequence`` is the counterpart of the usual normal interval that may be looked at any time
-(Waudby-Smith, Arbour, Sinha, Kennedy and Ramdas, Annals of Statistics 52 (2024) 2613-2640, theorem 2.2):
-valid as samples grow, not at every small size.
+Exact for bounded values (passes, pass shares, top-1 agreement). KL divergence has no bound, and is measured on
+the whole text in one pass, so there is nothing to stop.
 """
 
 from __future__ import annotations
@@ -132,19 +130,3 @@ def _reach(x: F64, alpha: float) -> float:
         else:
             above = middle
     return below
-
-
-def asymptotic_sequence(values: ArrayLike, alpha: float = 0.05, *, tightest_at: int = 100) -> Bounds:
-    """An interval of the mean that may be looked at any time, for values without a bound; NaN for fewer than 2.
-
-    ``mean +- sd sqrt(2 (t r^2 + 1) / (t^2 r^2) log(sqrt(t r^2 + 1) / alpha))`` with r chosen to be tightest
-    at ``tightest_at`` values.
-    """
-    x = np.asarray(values, dtype=np.float64)
-    t = x.size
-    if t < 2:
-        return Bounds(math.nan, math.nan)
-    rho2 = (-2 * math.log(alpha) + math.log(-2 * math.log(alpha)) + 1) / tightest_at
-    width = math.sqrt(2 * (t * rho2 + 1) / (t * t * rho2) * math.log(math.sqrt(t * rho2 + 1) / alpha))
-    half = float(np.std(x)) * width
-    return Bounds(float(x.mean()) - half, float(x.mean()) + half)

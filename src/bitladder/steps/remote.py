@@ -57,6 +57,8 @@ def agree_to_spend(
 ) -> None:
     """Ask before money is spent: about endpoints that want a key or have a price, as far as anything is missing.
 
+    Then see that they are there and serve their models, which costs nothing, before any other work is done.
+
     Args:
         endpoints: reference and others; each is asked the whole workload once.
         workload: what they are asked.
@@ -66,24 +68,26 @@ def agree_to_spend(
         judged: levels whose answers it reads.
 
     Raises:
-        UsageError: the person did not agree; nothing was asked.
+        UsageError: the person did not agree, or a key is missing; nothing was asked.
+        WrongModel, EngineError: an endpoint does not serve its model, or cannot be reached.
     """
-    planned = [
-        _spending(one, missing)
-        for one in endpoints
-        if (missing := missing_inputs(remote_of(one, recorded), workload, recorded))
-    ]
+    from bitladder.engines.endpoint import Endpoint
+
+    missing = {one: missing_inputs(remote_of(one, recorded), workload, recorded) for one in endpoints}
+    planned = [_spending(one, asked) for one, asked in missing.items() if asked]
     if judge is not None and "judge" in workload.kinds:
         read = [one for one in workload.inputs if any(criterion.kind == "judge" for criterion in one.criteria)]
         planned.append(_spending(judge, [*read] * (2 * judged * workload.samples), answer_tokens=16))
     paid = [one for one in planned if one is not None]
-    if not paid:
-        return
-    if not confirm("\n".join(one.sentence for one in paid)):
+    if paid and not confirm("\n".join(one.sentence for one in paid)):
         raise UsageError(
             "Nothing was asked, since nobody agreed to the cost: " + "; ".join(one.sentence for one in paid) + ".",
             do=f"Agree when asked, or say --yes. Prices are rows of {_price_file()}.",
         )
+    for one, asked in missing.items():
+        if asked:
+            with Endpoint(one) as engine:
+                engine.probe()
 
 
 def _price_file() -> str:

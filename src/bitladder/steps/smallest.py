@@ -3,19 +3,154 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from bitladder.errors import NothingFits, UnknownArchitecture, UsageError
+from bitladder.progress import Progress
+from bitladder.steps.calibrated import AUTO, importance_of
+from bitladder.steps.help import criteria_help
+from bitladder.steps.journal import Journal, Say
+from bitladder.steps.measured import answers
 
 if TYPE_CHECKING:
     from bitladder.describe.criteria import Context
     from bitladder.describe.workload import Input, Workload
     from bitladder.engines.base import Engine
+    from bitladder.files.gguf import GgufFile
     from bitladder.records.evaluation import Answer
-    from bitladder.stages.ladder import LadderOutcome
+    from bitladder.records.search import LadderOutcome
 
 Open = Callable[[str], "AbstractContextManager[Engine]"]
 """Starts the engine of a level."""
+Known = Callable[[str], "Mapping[str, Answer]"]
+"""Answers of a level, by question hash, that need not be asked for again."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """What ``find_smallest`` is asked."""
+
+    model: str
+    bar: str
+    workload: Path | None = None
+    levels: tuple[str, ...] | None = None
+    n_ctx: int = 4096
+    out: Path | None = None
+    threads: int = 2
+    imatrix: str = AUTO
+    trust_python: bool = False
+
+
+def find_smallest(search: Search, progress: Progress, *, say: Say = lambda _: None) -> LadderOutcome:
+    """The smallest level of a model that holds a bar on passes, with few levels built and few inputs asked.
+
+    Levels are built when they are asked, and every answer is kept, so that a full run goes on from there.
+
+    Raises:
+        UsageError: the bar is not one clause on passes that allows a loss.
+        NothingFits: no level fits this machine.
+        BitladderError: anything else a user can meet.
+    """
+    from bitladder.engines.llama import LlamaServer
+    from bitladder.files.gguf import GgufFile
+    from bitladder.files.sources import resolve
+    from bitladder.files.workloads import STARTER, load_workload
+    from bitladder.stages.evaluate import judge_answers
+    from bitladder.stages.facts import engine_facts, level_of, slots
+    from bitladder.stages.quantize import method_name, quantize_levels
+    from bitladder.store.evidence import Evidence
+    from bitladder.store.recorded import Recorded, Subject
+
+    margin = margin_of(search.bar)
+    workload = load_workload(search.workload or STARTER)
+    journal = Journal(say)
+    with ExitStack() as stack:
+        folder = (search.workload or Path()).parent
+        context = stack.enter_context(criteria_help(workload, folder, trust_python=search.trust_python))
+        found = resolve(search.model, progress)
+        source = stack.enter_context(GgufFile.open(found.path))
+        recorded = Recorded(stack.enter_context(Evidence.open()))
+        journal.warn(*found.warnings, *workload.warnings)
+        levels = _levels(source, search)
+        try:
+            importance = importance_of(source, search.imatrix, threads=search.threads, progress=progress)
+        except UnknownArchitecture as error:
+            journal.warn(f"Levels are made without an importance matrix: {error.found}")
+            importance = None
+        method = method_name("good", importance)
+        room, parallel = slots(workload, search.n_ctx)
+        engine = engine_facts(n_ctx=room, n_parallel=parallel, threads=search.threads)
+
+        own = Subject(source.sha256, level_of(source.model), file=source.sha256)
+        progress(f"workload: {own.level}", 0, 1)
+        replies, _, _ = answers(own, source.path, workload, recorded, n_ctx=search.n_ctx, threads=search.threads)
+        reference = judge_answers(workload, replies, context=context)
+
+        def subject(level: str) -> Subject:
+            return Subject(source.sha256, level, made=method)
+
+        @contextmanager
+        def open_engine(level: str) -> Iterator[Engine]:
+            out = search.out or Path(f"{found.label}-ladder")
+            (file,) = quantize_levels(
+                source, [level], out, importance=importance, threads=search.threads, progress=progress
+            )
+            progress(f"workload: {level}", 0, 1)
+            with LlamaServer(file.path, n_ctx=room, n_parallel=parallel, threads=search.threads) as server:
+                yield server
+
+        def known(level: str) -> dict[str, Answer]:
+            stored = {one.question: recorded.answer(subject(level), one.question, engine) for one in replies}
+            return {question: answer for question, answer in stored.items() if answer is not None}
+
+        return smallest_level(
+            levels,
+            workload,
+            reference,
+            open_engine,
+            margin=margin,
+            context=context,
+            known=known,
+            on_answer=lambda level, answer: recorded.keep_answer(subject(level), answer.question, engine, answer),
+        )
+
+
+def margin_of(bar: str) -> float:
+    """The loss that a bar on passes allows, as a share.
+
+    Raises:
+        UsageError: it says something else, or allows none: no number of inputs can prove a loss of nothing.
+    """
+    from bitladder.plan.bar import parse_bar
+
+    clauses = parse_bar(bar).clauses
+    if len(clauses) != 1 or not clauses[0].relative or clauses[0].tag or clauses[0].value <= 0:
+        raise UsageError(
+            f"The search stops at a bar on passes alone, and '{bar}' is another.",
+            means="It asks inputs until a loss of so many points is ruled out.",
+            do='Write --bar "passes >= reference - 4 points"; for other bars use `bitladder run`.',
+        )
+    return clauses[0].value
+
+
+def _levels(source: GgufFile, search: Search) -> list[str]:
+    """Those that fit, largest first, without the source's own."""
+    from bitladder.files.probe import probe_machine
+    from bitladder.formats.recipes import LEVELS
+    from bitladder.stages.facts import level_of
+    from bitladder.stages.plan import make_plan
+
+    plan = make_plan(source.model, probe_machine(), n_ctx=search.n_ctx, levels=search.levels or LEVELS)
+    fitting = [level.level for level in plan.levels if level.fits and level.level != level_of(source.model)]
+    if not fitting:
+        raise NothingFits(
+            f"No level of {plan.model} besides the source fits this machine at a context of {plan.n_ctx} tokens.",
+            do="Ask for a shorter context with --ctx, or choose a smaller model.",
+        )
+    return fitting
 
 
 def smallest_level(
@@ -28,6 +163,7 @@ def smallest_level(
     alpha: float = 0.05,
     beta: float = 0.1,
     context: Context | None = None,
+    known: Known = lambda _: {},
     on_answer: Callable[[str, Answer], None] = lambda _level, _answer: None,
 ) -> LadderOutcome:
     """Search a ladder by halving; each level's engine is started at most once.
@@ -41,7 +177,8 @@ def smallest_level(
         alpha: chance that the level found does not meet the bar.
         beta: chance that a level which meets it is set aside.
         context: judge and functions, where criteria need them.
-        on_answer: hears every answer with its level.
+        known: a level's answers that are stored.
+        on_answer: hears every new answer with its level.
 
     Raises:
         UsageError: the workload needs something that is not there.
@@ -64,7 +201,12 @@ def smallest_level(
                 current.clear()
                 current[level] = running.enter_context(open_engine(level))
             part = dataclasses.replace(workload, inputs=tuple(wanted))
-            said = answer_workload(current[level], part, on_answer=lambda answer: on_answer(level, answer))
+            said = answer_workload(
+                current[level],
+                part,
+                known=known(level),
+                on_answer=lambda answer: on_answer(level, answer),
+            )
             shares = pass_shares(judge_answers(part, said, reference=expected, context=context))
             return [shares[one.id] - before[one.id] for one in wanted]
 
