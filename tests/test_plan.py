@@ -17,7 +17,7 @@ from bitladder.plan.cost import LevelBytes, level_size
 from bitladder.plan.pair import plan_pair
 from bitladder.plan.placement import RAM_MARGIN, VRAM_MARGIN, Wish, place
 from bitladder.plan.search import MachineRates
-from bitladder.plan.speed import Share, anchor_factor, decode_seconds, predict, prefill_seconds
+from bitladder.plan.speed import Share, anchor_factor, computed_share, decode_seconds, predict, prefill_seconds
 from bitladder.records import to_json
 from bitladder.stages.plan import make_plan
 from bitladder.stages.quantize import quantize_levels
@@ -275,6 +275,10 @@ class TestSpeed:
         with_head = prefill_seconds((Share(RATES, used, used, 32, 1.0, head),), model, 512)
         without = prefill_seconds((Share(RATES, {"F16": 1.5e10}, {"F16": 1.5e10}, 32, 1.0),), model, 512)
         assert with_head - without == pytest.approx(1e9 / RATES.stream_of("F16"))
+
+    def test_the_last_layers_feeding_is_computed_once(self):
+        attention, feeding = 4096 * (2 * 4096 + 2 * 1024), 3 * 4096 * 14336
+        assert computed_share(model_of(LLAMA_8B).dims) == pytest.approx(1 - feeding / (attention + feeding) / 32)
 
     def test_noise_widens_a_range_downward_only(self):
         model = model_of(LLAMA_8B)
