@@ -78,6 +78,8 @@ class States:
             OutputError: the folder has no room for the file.
         """
         self.width = width
+        self._mapped: mmap.mmap | None = None
+        self._resident = (0, 0)
         tokens = sum(batch.tokens.size for batch in batches)
         if spill is None:
             self.data = torch.empty(tokens, width)
@@ -86,19 +88,31 @@ class States:
             with tempfile.TemporaryFile(dir=spill) as file:
                 # Room is taken now, so that a full disk is an error here and not a crash on a later write.
                 os.posix_fallocate(file.fileno(), 0, tokens * width * 4)
-                mapped = mmap.mmap(file.fileno(), tokens * width * 4)
+                self._mapped = mmap.mmap(file.fileno(), tokens * width * 4)
         except OSError as error:
             raise OutputError(
                 f"No room for {human_bytes(tokens * width * 4)} of hidden states in {spill}: {error.strerror}.",
                 means="Hidden states of all levels are kept on disk when they outgrow memory.",
                 do="Free some space, set TMPDIR to a larger disk, or measure fewer levels at once.",
             ) from error
-        self.data = torch.frombuffer(mapped, dtype=torch.float32).view(tokens, width)
+        self.data = torch.frombuffer(self._mapped, dtype=torch.float32).view(tokens, width)
 
     def get(self, batch: Batch) -> torch.Tensor:
         """f32[windows, n, width] of a batch: a view."""
         size = batch.tokens.size
+        if self._mapped is not None:
+            self._page_out(batch.start * self.width * 4, size * self.width * 4)
         return self.data[batch.start : batch.start + size].view(*batch.tokens.shape, self.width)
+
+    def _page_out(self, start: int, size: int) -> None:
+        """Of a spilled file only the batch in use stays mapped in; the rest is the system's to keep or to write."""
+        if self._mapped is None or self._resident == (start, size):
+            return
+        first, length = self._resident
+        aligned = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE
+        if length > aligned - first:
+            self._mapped.madvise(mmap.MADV_DONTNEED, aligned, length - (aligned - first))
+        self._resident = (start, size)
 
     @property
     def everything(self) -> torch.Tensor:

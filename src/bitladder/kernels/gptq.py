@@ -24,10 +24,12 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit, prange
 
+from bitladder.kernels.cholesky import upper_factor
 from bitladder.kernels.grid import F32, Grid, nearest_step
 
 BLOCK = 64
 _TILE = 64
+_ROWS_AT_ONCE, _COLUMNS_AT_ONCE = 1024, 256
 _MAX_DAMP = 1.0
 
 
@@ -42,6 +44,8 @@ class Factor:
     order: npt.NDArray[np.intp]
     coupling: F32
     pivots: npt.NDArray[np.float64]
+    ridge: float
+    """What was added to the diagonal."""
     damp: float
     """Share of the mean diagonal that was added to the diagonal; above the asked for when factoring had to be
     rescued."""
@@ -60,7 +64,7 @@ class Factor:
 
 
 def prepare(hessian: npt.NDArray[np.floating], *, damp: float = 0.05, act_order: bool = True) -> Factor:
-    """Factor ``H = X^T X``, shape ``[columns, columns]``, in float64.
+    """Factor ``H = X^T X``, shape ``[columns, columns]``, in float64 (``cholesky.py``). ``hessian`` can go then.
 
     Args:
         hessian: Symmetric; sum or mean over tokens, the scale does not matter.
@@ -83,31 +87,13 @@ def prepare(hessian: npt.NDArray[np.floating], *, damp: float = 0.05, act_order:
     if mean == 0:
         mean = 1.0
     order = np.argsort(-diagonal, kind="stable") if act_order else np.arange(len(diagonal))
-    permuted = hessian[np.ix_(order, order)].astype(np.float64)
     used, rescued = max(damp, 1e-10), 0
-    upper = _upper_factor(permuted, used * mean)
-    while upper is None:
+    while (found := upper_factor(hessian, order, used * mean)) is None:
         used, rescued = used * 10, rescued + 1
         if used > _MAX_DAMP * 10:
             raise ValueError("the Hessian is not positive semidefinite, even damped by its mean diagonal tenfold")
-        upper = _upper_factor(permuted, used * mean)
-    pivots = np.diagonal(upper).copy()
-    coupling = np.triu(upper / pivots, 1).astype(np.float32)
-    return Factor(order, coupling, pivots**2, used, rescued, int((diagonal == 0).sum()))
-
-
-def _upper_factor(matrix: npt.NDArray[np.float64], ridge: float) -> npt.NDArray[np.float64] | None:
-    """V upper triangular with ``V V^T = matrix + ridge I``, or None where there is none: Cholesky from the
-    last column up."""
-    from scipy.linalg import LinAlgError, cholesky
-
-    flipped = matrix[::-1, ::-1].copy()
-    flipped[np.diag_indices_from(flipped)] += ridge
-    try:
-        lower = cholesky(flipped, lower=True, overwrite_a=True, check_finite=False)
-    except LinAlgError:
-        return None
-    return np.asarray(lower[::-1, ::-1])
+    coupling, pivots = found
+    return Factor(order, coupling, pivots**2, used * mean, used, rescued, int((diagonal == 0).sum()))
 
 
 def apply(factor: Factor, weights: F32, grid: Grid) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.float64]]:
@@ -137,6 +123,21 @@ def apply(factor: Factor, weights: F32, grid: Grid) -> tuple[npt.NDArray[np.int1
     stored = np.empty((rows, columns), np.int16)
     stored[:, factor.order] = codes.T
     return stored, cost
+
+
+def cost_of(factor: Factor, errors: F32) -> npt.NDArray[np.float64]:
+    """The cost f64[rows] of any errors f32[rows, columns] under the damped Hessian, as ``apply`` counts it."""
+    cost = np.zeros(len(errors))
+    columns = len(factor.order)
+    for first in range(0, len(errors), _ROWS_AT_ONCE):
+        rows = slice(first, first + _ROWS_AT_ONCE)
+        ordered = np.ascontiguousarray(errors[rows][:, factor.order], np.float32)
+        for start in range(0, columns, _COLUMNS_AT_ONCE):
+            stop = min(start + _COLUMNS_AT_ONCE, columns)
+            block = slice(start, stop)
+            moved = ordered[:, block] + ordered[:, :stop] @ factor.coupling[:stop, block]
+            cost[rows] += np.square(moved, dtype=np.float64) @ factor.pivots[block]
+    return cost
 
 
 @njit(cache=True, parallel=True)

@@ -21,6 +21,7 @@ from numba import njit, prange
 from bitladder.kernels.grid import F32, Grid, contiguous_groups
 
 _LANES = 32
+_ROWS_AT_ONCE = 512
 _SHRINKS = np.linspace(1.05, 0.55, 21).astype(np.float32)
 """Candidate scales, as shares of the one that just holds the largest weight."""
 
@@ -48,8 +49,12 @@ class Affine:
     def decode(self, codes: npt.NDArray[np.integer]) -> F32:
         """Weights ``f32[rows, columns]`` of ``codes``, exactly as a reader of the file computes them."""
         group = contiguous_groups(self.columns, self.group_size)
-        centred = codes.astype(np.int32) - self.zeros[:, group]
-        return np.asarray(centred.astype(np.float32) * self.scales[:, group], np.float32)
+        decoded = np.empty(codes.shape, np.float32)
+        for start in range(0, len(codes), _ROWS_AT_ONCE):  # little memory beside the result
+            rows = slice(start, start + _ROWS_AT_ONCE)
+            centred = codes[rows].astype(np.int32) - self.zeros[rows][:, group]
+            np.multiply(centred.astype(np.float32), self.scales[rows][:, group], out=decoded[rows])
+        return decoded
 
 
 def store_scale(scales: F32, dtype: str = "float16") -> F32:
