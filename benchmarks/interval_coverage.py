@@ -1,5 +1,5 @@
-"""Claim: 95% intervals of token figures cover the truth in 93 to 97 of 100 texts, also with four to sixteen
-documents.
+"""Claim: 95% intervals of token figures cover the truth in 93 to 98 of 100 texts, from four to thirty documents,
+heavy tails among them.
 
     scripts/bench interval_coverage [--texts 2000]
 
@@ -94,13 +94,13 @@ def main() -> int:
         for even in (True, False):
             for documents in DOCUMENTS:
                 ours, percentile, tokens = coverage(shape, documents, texts, even=even)
-                outside += not 0.925 <= ours <= 0.975
+                outside += not 0.925 <= ours <= 0.985
                 print(
                     f"{shape:15} {'even' if even else 'uneven':8} {documents:9} "
                     f"{100 * ours:6.1f}% {100 * percentile:10.1f}% {100 * tokens:6.1f}%",
                     flush=True,
                 )
-    print(f"{outside} rows outside 93 to 97 after rounding")
+    print(f"{outside} rows outside 93 to 98 after rounding")
     return int(outside > 0)
 
 

@@ -5,8 +5,12 @@ import struct
 import numpy as np
 import pytest
 
+from bitladder.describe.text import Document, text_hash
+from bitladder.describe.windows import Window
 from bitladder.errors import BadFile, BadInput
+from bitladder.files.gguf import GgufFile
 from bitladder.files.imatrix import ImportanceMatrix, read_imatrix, write_imatrix
+from bitladder.steps import calibrated
 from gguf_bytes import F16, F32, header, key, padded, string, strings, tensor, u32
 
 NAME, STACK = "blk.0.attn_q.weight", "blk.0.ffn_up_exps.weight"
@@ -154,3 +158,24 @@ def test_odd_metadata_is_no_obstacle(tmp_path):
 def test_no_such_file(tmp_path):
     with pytest.raises(BadInput, match="No such file"):
         read_imatrix(tmp_path / "none.dat")
+
+
+def test_texts_found_apart_are_not_tokenized_again(demo_gguf, tmp_path, matrix, monkeypatch):
+    """A run that reuses everything starts no engine, not even to compare two texts that it has compared before."""
+    monkeypatch.setenv("BITLADDER_CACHE", str(tmp_path))
+    tokenized = []
+
+    def windows(_source, texts):
+        tokenized.append(texts[0].name)
+        start = 0 if texts[0].name == "mine" else 1000
+        return [Window(texts[0].name, np.arange(start, start + 100))]
+
+    monkeypatch.setattr(calibrated, "token_windows", windows)
+    mine = [Document("mine", "text")]
+    with GgufFile.open(demo_gguf) as source:
+        texts = text_hash(calibrated.calibration_texts(()))[:16]
+        (tmp_path / "importance").mkdir()
+        write_imatrix(tmp_path / "importance" / f"{source.sha256[:16]}-{texts}.gguf", matrix)
+        for _ in range(2):
+            calibrated.importance_of(source, "auto", measured_on=mine, progress=lambda *_: None)
+    assert len(tokenized) == 2  # each text once

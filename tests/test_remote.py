@@ -200,6 +200,15 @@ def test_a_partial_reference_is_kept_and_marked(recorded, tmp_path):
     assert "has 1 of 4 answers" in journal.warnings[-1]
 
 
+def test_inputs_that_nobody_passes_are_told(recorded):
+    hard = Workload("w", (*WORKLOAD.inputs, one("elder", Criterion("contains_all", ["younger"]))))
+    with serving(upper) as cloud, serving(upper) as other:
+        journal = Journal()
+        asker = Asker(hard, Context(), recorded, journal, 512, 1, lambda *_: None)
+        asker.ask_all([settings(cloud), settings(other)])
+    assert "1 of 5 inputs are passed by nobody, the reference among them (elder)" in journal.warnings[-1]
+
+
 def test_the_key_is_sent_and_kept_nowhere(recorded, monkeypatch):
     monkeypatch.setenv("MY_KEY", KEY)
     with serving(upper) as cloud:

@@ -125,6 +125,13 @@ class Asker:
                     f"The judge gave no verdict on {undecided} of {len(level.answers)} answers of {level.level}; "
                     "they count as failed."
                 )
+        impossible = self._passed_by_nobody(asked)
+        if impossible:
+            shown = ", ".join(impossible[:5]) + (", ..." if len(impossible) > 5 else "")
+            self.journal.warn(
+                f"{len(impossible)} of {len(self.workload.inputs)} inputs are passed by nobody, the reference among "
+                f"them ({shown}): they can show no loss. Their criteria may be wrong, or the work too hard."
+            )
         busy = [level for level in asked if level.speed.others_share > BUSY]
         if busy:
             shares = ", ".join(f"{level.level} {level.speed.others_share:.0%}" for level in busy)
@@ -132,3 +139,11 @@ class Asker:
                 f"Other programs used the processor while speeds were measured ({shares}): these speeds are lower "
                 "than on a quiet machine, and not to be compared with one another."
             )
+
+    def _passed_by_nobody(self, asked: Sequence[LevelAnswers]) -> list[str]:
+        """Inputs that were answered, and by no one well; with one level alone nothing can be said."""
+        if len(asked) < 2:
+            return []
+        answered = {answer.input_id for answer in asked[0].answers}
+        passed = {answer.input_id for level in asked for answer in level.answers if answer.passed}
+        return [one.id for one in self.workload.inputs if one.id in answered - passed]
