@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from bitladder import __version__
-from bitladder.cli import build, deploy, evidence, fit, hand_over, judge
+from bitladder.cli import build, deploy, evidence, fit, hand_over, judge, recipe
 
 app = typer.Typer(
     name="bitladder",
@@ -33,7 +33,7 @@ def _root(
     pass
 
 
-for module in (judge, fit, build, deploy, hand_over, evidence):
+for module in (judge, fit, build, recipe, deploy, hand_over, evidence):
     module.add_to(app)
 
 

@@ -74,3 +74,11 @@ def window_hashes(windows: Iterable[Window], *, n: int = 32, step: int | None = 
         for start in range(0, len(window.tokens) - n + 1, step or max(1, n // 2)):
             found.add(hashlib.blake2b(window.tokens[start : start + n].tobytes(), digest_size=16).digest())
     return found
+
+
+def tokens_hash(windows: Iterable[Window]) -> str:
+    """SHA-256 over the tokens of windows, in order: the same text cut in the same way."""
+    digest = hashlib.sha256()
+    for window in windows:
+        digest.update(len(window.tokens).to_bytes(4, "little") + window.tokens.tobytes())
+    return digest.hexdigest()

@@ -239,16 +239,19 @@ class LayeredModel:
 
     def run(self, block: nn.Module, layer: int, states: torch.Tensor) -> torch.Tensor:
         """Push hidden states f32[windows, n, n_embd] through a filled layer."""
+        with inference():
+            return self.forward(block, layer, states)
+
+    def forward(self, block: nn.Module, layer: int, states: torch.Tensor) -> torch.Tensor:
+        """As ``run``, leaving to the caller whether autograd watches."""
         n = states.shape[1]
         sliding = self._slides(layer)
-        positions = torch.arange(n, device=self.device)[None]
-        with inference():
-            out = block(
-                states,
-                attention_mask=self._mask(n, sliding),
-                position_ids=positions,
-                position_embeddings=self._rope(n, local=sliding and self.family.architecture == "gemma3"),
-            )
+        out = block(
+            states,
+            attention_mask=self._mask(n, sliding),
+            position_ids=torch.arange(n, device=self.device)[None],
+            position_embeddings=self._rope(n, local=sliding and self.family.architecture == "gemma3"),
+        )
         return out if isinstance(out, torch.Tensor) else out[0]
 
     def norm(self, weights: Weights) -> nn.Module:
@@ -281,7 +284,8 @@ class LayeredModel:
                 rope = Rope(base ** (-np.arange(0, dims, 2, dtype=np.float64) / dims))
             else:
                 rope = rope_from_header(self._keys, dims, n, self._stored)
-            self._ropes[n, local] = rope.cos_sin(n, self.device)
+            with torch.inference_mode(False):  # kept, and met by passes that autograd watches
+                self._ropes[n, local] = rope.cos_sin(n, self.device)
         return self._ropes[n, local]
 
 

@@ -263,6 +263,17 @@ def level_named(text: str) -> str:
     )
 
 
+def nearest_level(qtypes: Mapping[str, str], tensors: Sequence[TensorInfo]) -> str:
+    """The named recipe whose main type stores most of the weights of ``qtypes``: what a file's type says then."""
+    weights: dict[str, int] = {}
+    for tensor in tensors:
+        if is_quantizable(tensor):
+            qtype = qtypes.get(tensor.name, tensor.qtype)
+            weights[qtype] = weights.get(qtype, 0) + tensor.elements
+    named = {recipe.qtype: recipe.level for recipe in reversed(_RECIPES)}
+    return named[max((qtype for qtype in weights if qtype in named), key=lambda qtype: weights[qtype], default="F16")]
+
+
 def is_quantizable(tensor: TensorInfo) -> bool:
     """Whether recipes change a tensor's type at all: matrices and stacks of them, but no norms, routers and
     other small ones.

@@ -1,0 +1,104 @@
+"""The verb about recipes: which type each tensor gets under a budget, and the file made by it with error feedback."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bitladder.cli.build import ALL_CORES, DEFAULT_CTX, CalibrationTexts, Threads
+from bitladder.cli.terminal import JsonFlag, ModelArgument, print_json, progress_display, say, verb
+from bitladder.errors import UsageError
+from bitladder.units import parse_bytes
+
+
+@verb
+def recipe(
+    model: ModelArgument,
+    budget: Annotated[
+        str | None,
+        typer.Option("--budget", metavar="SIZE", help="Largest file, as 4GiB.", rich_help_panel="Limits"),
+    ] = None,
+    bpw: Annotated[
+        float | None, typer.Option("--bpw", help="Bits per weight over all tensors.", rich_help_panel="Limits")
+    ] = None,
+    kl: Annotated[
+        float | None, typer.Option("--kl", help="The smallest file that loses no more.", rich_help_panel="Limits")
+    ] = None,
+    fits: Annotated[
+        bool, typer.Option("--fits", help="The largest that this machine holds.", rich_help_panel="Limits")
+    ] = False,
+    level: Annotated[
+        str | None,
+        typer.Option("--level", metavar="LEVEL", help="llama.cpp's own types, like Q4_K_M.", rich_help_panel="Limits"),
+    ] = None,
+    least_decode: Annotated[
+        float | None,
+        typer.Option("--tps", help="Also decode at least this many tokens a second.", rich_help_panel="Limits"),
+    ] = None,
+    gpu_layers: Annotated[
+        int, typer.Option("--ngl", min=0, help="Layers on the GPU, with --vram.", rich_help_panel="Limits")
+    ] = 0,
+    vram: Annotated[
+        str | None, typer.Option("--vram", metavar="SIZE", help="What those may take.", rich_help_panel="Limits")
+    ] = None,
+    ctx: Annotated[int, typer.Option("--ctx", min=64, help="Context that --fits leaves room for.")] = DEFAULT_CTX,
+    out: Annotated[Path | None, typer.Option("--out", help="Write the file into this folder.")] = None,
+    apply: Annotated[
+        str | None, typer.Option("--apply", metavar="MODEL", help="Make this model by the recipe of the file MODEL.")
+    ] = None,
+    text: CalibrationTexts = None,
+    threads: Threads = ALL_CORES,
+    json_output: JsonFlag = False,
+) -> None:
+    """Choose a type for every tensor under a budget; with --out write the file, with error feedback.
+
+    Without a limit: print the recipe of an existing file, or with --apply make another model by it.
+    """
+    from bitladder.plan.recipe import Wish
+    from bitladder.report.recipe import recipe_lines
+    from bitladder.steps.journal import Journal
+    from bitladder.steps.recipes import Asked, RecipeResult, make_recipe, read_recipe, reapply
+
+    limits = [name for name, value in (("--budget", budget), ("--bpw", bpw), ("--kl", kl), ("--level", level)) if value]
+    limits += ["--fits"] if fits else []
+    if len(limits) > 1:
+        raise UsageError(f"{' and '.join(limits)} were given together.", do="Give one of them.")
+    if (vram is None) != (gpu_layers == 0):
+        raise UsageError("--vram and --ngl belong together.", do="Give both: how many layers, and what they may take.")
+    texts = tuple(text or ())
+    journal = Journal() if json_output else Journal(say)
+    with progress_display(quiet=json_output) as progress:
+        if apply is not None:
+            if limits or out is None:
+                raise UsageError("--apply takes a finished file's recipe as it is.", do="Give --out, and no limit.")
+            result = reapply(Path(model), apply, out, texts=texts, threads=threads, journal=journal, progress=progress)
+        elif not limits:
+            result = RecipeResult(read_recipe(Path(model)), float("nan"))
+        else:
+            wish = Wish(
+                bytes=parse_bytes(budget) if budget else None, bpw=bpw, kl=kl, least_decode=least_decode,
+                gpu_layers=gpu_layers, vram_bytes=parse_bytes(vram) if vram else None,
+            )  # fmt: skip
+            asked = Asked(wish, level=level, fits_ctx=ctx if fits else None, out=out)
+            result = make_recipe(model, asked, texts=texts, threads=threads, journal=journal, progress=progress)
+    if json_output:
+        print_json({**vars(result), "jobs": journal.jobs})
+        return
+    for line in recipe_lines(result.recipe, result.table_error):
+        print(line)
+    if result.fitted is not None:
+        took = "was already there" if result.fitted.file.reused else f"{result.fitted.file.seconds:.0f} s"
+        say(f"{result.fitted.file.path}  {took}, fitted to {result.fitted.tokens} tokens")
+    if result.held_out is not None:
+        held = result.held_out
+        say(
+            f"On {held.tokens} tokens that nothing was fitted to: mean KL {held.kl_mean:.4f} "
+            f"[{held.kl_low:.4f}, {held.kl_high:.4f}], same first choice {held.top1:.1%}."
+        )
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register this module's verb."""
+    app.command()(recipe)

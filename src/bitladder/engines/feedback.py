@@ -1,0 +1,207 @@
+"""GGUF levels with error feedback, layer by layer: each layer is fitted to the inputs that the level so far gives.
+
+Like ``streams.SequentialStream``, but tensors keep llama.cpp's names, row order and blocks, so what comes out is an
+ordinary GGUF file. The order within a layer is that of its shared inputs; every Hessian is gathered after the linear
+layers before it have been quantized.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from bitladder.engines.calibration import InputStatistics, LayerPass
+from bitladder.engines.layers import LayeredModel
+from bitladder.engines.states import Batch, States
+from bitladder.engines.streams import FEW_TOKENS
+from bitladder.engines.transforms import apply
+from bitladder.engines.weights import LevelWeights
+from bitladder.errors import BadWeights
+from bitladder.formats.roles import Parameter, SharedInput, layer_tensor
+from bitladder.kernels import Effort, dequantize, gptq, quantize
+from bitladder.kernels.feedback import quantize_with_feedback, takes_feedback
+
+F32 = NDArray[np.float32]
+U8 = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class FittedTensor:
+    """A quantized tensor of a layer, uint8[rows, row_bytes] over all its matrices.
+
+    ``loss`` is the squared error of its outputs as a share of their energy on the calibration text, ``plain_loss`` that
+    of nearest codes on the same scales; NaN without statistics. ``note`` says what was done differently, and why.
+    """
+
+    name: str
+    qtype: str
+    data: U8
+    loss: float
+    plain_loss: float
+    tokens: int
+    damp: float
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class FeedbackSettings:
+    """How codes are fitted."""
+
+    damp: float = 0.01
+    """Share of the Hessian's mean diagonal that is added to it, for channels that were hardly ever active."""
+    effort: Effort = "good"
+    threads: int = 1
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """One matrix: its blocks, their cost with and without feedback, the outputs' energy, what was unusual."""
+
+    data: U8
+    cost: float = 0.0
+    plain_cost: float = 0.0
+    energy: float = 0.0
+    damp: float = 0.0
+    note: str = ""
+
+
+def factor_of(name: str, seen: InputStatistics, settings: FeedbackSettings) -> gptq.Factor:
+    """The factor of a Hessian, shrunk towards its diagonal by as much as it was learnt from few tokens.
+
+    Correlations of n channels over T tokens are noise of the order sqrt(n / T), and feedback that follows noise fits
+    the calibration text. Each diagonal entry grows by the share n / T, as if n tokens of unrelated channels had been
+    seen too; fixed shares from 0.05 to 0.5, and damping alone, did no better (docs/log.md).
+
+    Raises:
+        BadWeights: it is not finite, or not positive semidefinite whatever the damping.
+    """
+    shrunk = seen.gram.copy()
+    shrunk[np.diag_indices_from(shrunk)] *= 1 + len(shrunk) / max(1, seen.tokens)
+    try:
+        return gptq.prepare(shrunk, damp=settings.damp)
+    except ValueError as error:
+        raise BadWeights(
+            f"{name}: {error}.",
+            means="The weights or the activations of this layer overflow; the model is damaged or scaled oddly.",
+            do="Check the source's own answers first; levels without feedback may still work.",
+        ) from error
+
+
+def fit_matrix(
+    qtype: str, weights: F32, seen: InputStatistics, factor: gptq.Factor, settings: FeedbackSettings
+) -> Fitted:
+    """Blocks for f32[rows, columns] that meet inputs with the statistics ``seen``."""
+    energies = seen.squares.astype(np.float32)
+    blocks = quantize_with_feedback(
+        weights, qtype, factor, importance=energies, effort=settings.effort, threads=settings.threads
+    )
+    energy = float(np.vdot(weights @ seen.gram, weights))
+    note = f"Hessian not positive definite: damping raised to {factor.damp:g}" if factor.rescued else ""
+    return Fitted(blocks.data, blocks.cost, blocks.plain_cost, energy, factor.damp, note)
+
+
+class FeedbackStream:
+    """One level; ``states`` hold what enters its next layer."""
+
+    def __init__(
+        self,
+        model: LayeredModel,
+        weights: LevelWeights,
+        qtypes: Mapping[str, str],
+        states: States,
+        batches: Sequence[Batch],
+        settings: FeedbackSettings,
+        *,
+        spill: Path | None = None,
+    ) -> None:
+        """``qtypes``: what each tensor is stored as; those that keep the source's type are not touched."""
+        self.model, self._weights, self._qtypes = model, weights, qtypes
+        self.states, self._batches, self._settings, self._spill = states, batches, settings, spill
+        self._last: tuple[InputStatistics | None, Any] = (None, None)
+
+    def layer(self, layer: int) -> list[FittedTensor]:
+        """Quantize a layer and push the states through the result.
+
+        Raises:
+            BadWeights: weights or activations are not finite.
+        """
+        block = self.model.layer(layer, self._weights)
+        through = LayerPass(self.model, layer, block, self.states, self._batches, spill=self._spill)
+        made: list[FittedTensor] = []
+        for shared in self.model.family.inputs:
+            names = [name for name in self._names(layer, shared.roles) if self._changes(name)]
+            if not names:
+                continue
+            gathered = through.gather(shared)
+            found = {name: self._fit(name, gathered) for name in names}
+            made += found.values()
+            for parameter in self._readers(shared):
+                self._fill(block, layer, parameter, found)
+        through.finish()
+        return made
+
+    def _names(self, layer: int, roles: Sequence[str]) -> list[str]:
+        held = set(self.model.layer_names(layer))
+        return [name for role in roles if (name := layer_tensor(layer, role)) in held]
+
+    def _changes(self, name: str) -> bool:
+        return self._qtypes.get(name, self._weights.qtype(name)) != self._weights.qtype(name)
+
+    def _readers(self, shared: SharedInput) -> Iterator[Parameter]:
+        return (p for p in self.model.family.parameters if set(p.roles) & set(shared.roles))
+
+    def _fit(self, name: str, gathered: Sequence[InputStatistics]) -> FittedTensor:
+        """One tensor: a matrix, or a stack of experts with statistics each."""
+        whole = self._weights(name)
+        matrices = whole.reshape(-1, *whole.shape[-2:])
+        statistics = list(gathered) if len(gathered) == len(matrices) else list(gathered) * len(matrices)
+        fitted = [
+            self._fit_matrix(name, self._qtypes[name], own, seen)
+            for own, seen in zip(matrices, statistics, strict=True)
+        ]
+        whole_energy = sum(one.energy for one in fitted)
+        share = 1 / whole_energy if whole_energy > 0 else float("nan")
+        notes = [one.note for one in fitted if one.note]
+        note = f"{len(notes)} of {len(fitted)} matrices: {notes[0]}" if notes and len(fitted) > 1 else "".join(notes)
+        return FittedTensor(
+            name,
+            self._qtypes[name],
+            np.concatenate([one.data for one in fitted]),
+            share * sum(one.cost for one in fitted),
+            share * sum(one.plain_cost for one in fitted),
+            min(seen.tokens for seen in statistics),
+            max(one.damp for one in fitted),
+            note,
+        )
+
+    def _fit_matrix(self, name: str, qtype: str, weights: F32, seen: InputStatistics) -> Fitted:
+        if seen.tokens < FEW_TOKENS or not takes_feedback(qtype):
+            data = quantize(weights, qtype, effort=self._settings.effort, threads=self._settings.threads)
+            note = f"only {seen.tokens} calibration tokens: rounded plainly" if takes_feedback(qtype) else ""
+            return Fitted(data, note=note)
+        if self._last[0] is not seen:  # tensors that share an input share its factor
+            self._last = (seen, factor_of(name, seen, self._settings))
+        return fit_matrix(qtype, weights, seen, self._last[1], self._settings)
+
+    def _fill(self, block: nn.Module, layer: int, parameter: Parameter, found: Mapping[str, FittedTensor]) -> None:
+        """Put the decoded weights where the layer's next inputs come from."""
+        parts = []
+        for name in self._names(layer, parameter.roles):
+            own = found.get(name)
+            value = self._weights(name) if own is None else self._decoded(own)
+            parts.append(value)
+        heads = self.model.model.dims.n_head if "q_proj" in parameter.path else self.model.model.dims.n_head_kv
+        value = np.ascontiguousarray(apply(parameter.transform, parts, heads))
+        with torch.no_grad():
+            block.get_parameter(parameter.path).copy_(torch.from_numpy(value))
+
+    def _decoded(self, tensor: FittedTensor) -> F32:
+        shape = next(t.shape for t in self.model.model.tensors if t.name == tensor.name)
+        return dequantize(tensor.data, tensor.qtype, threads=self._settings.threads).reshape(shape)

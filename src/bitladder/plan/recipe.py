@@ -1,0 +1,235 @@
+"""From predicted losses and a wish to a recipe: what a budget, a loss or a speed means for the choice of types."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from bitladder.describe.model import Model
+from bitladder.describe.rates import PoolRates
+from bitladder.errors import NothingFits, UsageError
+from bitladder.formats.blocks import QTYPES
+from bitladder.formats.roles import EMBEDDING, OUTPUT
+from bitladder.formats.tensors import TensorInfo
+from bitladder.plan.allocate import Allocation, Choice, Group, fewest, least_loss
+from bitladder.records.recipe import Recipe, SensitivityTable
+from bitladder.units import human_bytes
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a recipe must keep to. Exactly one of ``bytes`` (of the file), ``bpw`` and ``kl`` is set; with ``kl`` the
+    file is as small as that allows, else the loss. ``least_decode``: tokens per second, by ``rates``.
+    ``vram_bytes``: what the last ``gpu_layers`` layers, and the output matrix, may take there."""
+
+    bytes: int | None = None
+    bpw: float | None = None
+    kl: float | None = None
+    least_decode: float | None = None
+    rates: PoolRates | None = None
+    gpu_layers: int = 0
+    vram_bytes: int | None = None
+    feedback: bool = True
+
+    def words(self) -> tuple[str, ...]:
+        """The limits as a person would state them."""
+        said = [
+            f"at most {human_bytes(self.bytes)}" if self.bytes is not None else "",
+            f"at most {self.bpw:g} bits per weight" if self.bpw is not None else "",
+            f"mean KL of at most {self.kl:g}" if self.kl is not None else "",
+            f"at least {self.least_decode:g} tokens/s" if self.least_decode else "",
+            f"{self.gpu_layers} layers in {human_bytes(self.vram_bytes)} of VRAM" if self.vram_bytes else "",
+        ]
+        return tuple(one for one in said if one)
+
+
+def choose(table: SensitivityTable, model: Model, wish: Wish, *, header_bytes: int = 0) -> Recipe:
+    """The best recipe that a wish allows.
+
+    Args:
+        table: predicted losses of this model.
+        model: its tensors; those without losses keep their types.
+        wish: the limits.
+        header_bytes: what the file holds beside tensors, counted against ``wish.bytes``.
+
+    Raises:
+        NothingFits: a limit cannot be met; the message has the least that can.
+        UsageError: the wish names none of a budget, bits per weight and a loss, or a budget above the source.
+    """
+    tensors = {tensor.name: tensor for tensor in model.tensors}
+    groups = [_group(tensors[name], table, model, wish) for name in table.losses]
+    kept = sum(tensor.nbytes for tensor in model.tensors if tensor.name not in table.losses)
+    limits: dict[str, float] = {}
+    if wish.least_decode and wish.rates:
+        fixed = wish.rates.token_s + model.dims.n_layer * wish.rates.layer_s
+        limits["seconds"] = 1 / wish.least_decode - fixed
+        if limits["seconds"] <= 0:
+            raise NothingFits(
+                f"{wish.least_decode:g} tokens/s leave {1000 / wish.least_decode:.3g} ms a token; "
+                f"{1000 * fixed:.3g} ms pass before any weight is read.",
+                means="No choice of types is that fast on this machine.",
+                do=f"Ask for at most {0.9 / fixed:.0f} tokens/s.",
+            )
+    if wish.vram_bytes is not None:
+        limits["vram"] = wish.vram_bytes
+    if wish.kl is not None:
+        found = fewest("bytes", groups, limits, loss=_needed(table, wish.kl))
+    else:
+        budget = _budget(model, wish, header_bytes)
+        limits["bytes"] = budget - kept
+        found = _within(groups, limits, kept + header_bytes)
+    return _recipe(table, model, wish, found)
+
+
+def _needed(table: SensitivityTable, kl: float) -> float:
+    if not kl > 0:
+        raise UsageError(f"A KL divergence of {kl:g} is asked for; it must be above 0.", do="Try --kl 0.05.")
+    return table.needed(kl)
+
+
+def _budget(model: Model, wish: Wish, header_bytes: int) -> int:
+    """Bytes for all tensors."""
+    if wish.bytes is None and wish.bpw is None:
+        raise UsageError("A recipe needs a limit.", do="Give one of --budget, --bpw, --kl or --fits.")
+    source = sum(tensor.nbytes for tensor in model.tensors)
+    weights = sum(tensor.elements for tensor in model.tensors)
+    budget = wish.bytes - header_bytes if wish.bytes is not None else int((wish.bpw or 0.0) * weights / 8)
+    if budget > source:
+        asked = human_bytes(wish.bytes) if wish.bytes is not None else f"{wish.bpw:g} bits per weight"
+        raise UsageError(
+            f"The budget is {asked}, the source itself has {human_bytes(source)}, {8 * source / weights:.2f} bits.",
+            means="Nothing can be gained: the source loses nothing.",
+            do="Use the source, or give a smaller budget.",
+        )
+    return budget
+
+
+def _within(groups: Sequence[Group], limits: Mapping[str, float], beside: int) -> Allocation:
+    least = sum(min(choice.costs["bytes"] for choice in group.choices) for group in groups)
+    if least > limits["bytes"]:
+        raise NothingFits(
+            f"The budget leaves {human_bytes(max(0, int(limits['bytes'])))} for the matrices; in their smallest types "
+            f"they take {human_bytes(int(least))}.",
+            means="No recipe is that small.",
+            do=f"Give at least {human_bytes(int(least) + beside)} for the whole file, or take a smaller model.",
+        )
+    return least_loss(groups, limits)
+
+
+def _group(tensor: TensorInfo, table: SensitivityTable, model: Model, wish: Wish) -> Group:
+    losses = [(one.qtype, one.fed if wish.feedback else one.plain) for one in table.losses[tensor.name]]
+    smaller = [(qtype, loss) for qtype, loss in losses if QTYPES[qtype].nbytes(tensor.shape) < tensor.nbytes]
+    offered = [*smaller, (tensor.qtype, 0.0)]
+    return Group(tensor.name, tuple(Choice(q, loss, _costs(tensor, q, model, wish)) for q, loss in offered))
+
+
+def _costs(tensor: TensorInfo, qtype: str, model: Model, wish: Wish) -> dict[str, float]:
+    size = QTYPES[qtype].nbytes(tensor.shape)
+    costs = {"bytes": float(size)}
+    if wish.rates is not None:
+        costs["seconds"] = _token_seconds(tensor, qtype, model, wish.rates)
+    if wish.vram_bytes is not None:
+        costs["vram"] = float(size) if _on_gpu(tensor.name, model, wish.gpu_layers) else 0.0
+    return costs
+
+
+def _token_seconds(tensor: TensorInfo, qtype: str, model: Model, rates: PoolRates) -> float:
+    """What reading a tensor costs each token: nothing for a table that is only looked up, of experts the active."""
+    names = {one.name for one in model.tensors}
+    if tensor.name == EMBEDDING and OUTPUT in names:
+        return 0.0
+    dims = model.dims
+    stacked = len(tensor.shape) > 2 and dims.n_expert
+    active = dims.n_expert_used / dims.n_expert if stacked else 1.0
+    rows = math.prod(tensor.shape[:-1])
+    return active * (QTYPES[qtype].nbytes(tensor.shape) / rates.stream_of(qtype) + rows * rates.row_of(qtype))
+
+
+def _on_gpu(name: str, model: Model, gpu_layers: int) -> bool:
+    """llama.cpp puts the last layers on the GPU, and the output matrix once a layer is there."""
+    if name.startswith("blk."):
+        return int(name.split(".", 2)[1]) >= model.dims.n_layer - gpu_layers
+    return gpu_layers > 0 and name == OUTPUT
+
+
+def _recipe(table: SensitivityTable, model: Model, wish: Wish, found: Allocation) -> Recipe:
+    qtypes = {tensor.name: found.qtypes.get(tensor.name, tensor.qtype) for tensor in model.tensors}
+    size, bpw = recipe_bytes(model, qtypes)
+    return Recipe(
+        label=f"bpw{bpw:.2f}",
+        architecture=model.dims.architecture,
+        qtypes=qtypes,
+        bytes=size,
+        bpw=bpw,
+        expected_kl=table.expected(found.loss),
+        limits=wish.words(),
+        feedback=wish.feedback,
+    )
+
+
+def recipe_bytes(model: Model, qtypes: Mapping[str, str]) -> tuple[int, float]:
+    """Bytes of all tensors in these types, and bits per weight."""
+    size = sum(QTYPES[qtypes.get(tensor.name, tensor.qtype)].nbytes(tensor.shape) for tensor in model.tensors)
+    return size, 8 * size / max(1, sum(tensor.elements for tensor in model.tensors))
+
+
+def predicted(table: SensitivityTable, qtypes: Mapping[str, str], *, feedback: bool) -> float:
+    """The sum of predicted losses of any recipe; a tensor in a type that was not tried counts as lossless."""
+    total = 0.0
+    for name, losses in table.losses.items():
+        for one in losses:
+            if one.qtype == qtypes.get(name):
+                total += one.fed if feedback else one.plain
+    return total
+
+
+def fitted(table: SensitivityTable, checked: Sequence[tuple[float, float]]) -> SensitivityTable:
+    """The table with its predictions scaled to measured recipes: (sum of plain losses, measured mean KL) of each.
+
+    A straight line in logarithms: second-order sums grow faster than the divergence itself, which saturates.
+    """
+    pairs = np.array([(s, kl) for s, kl in checked if s > 0 and kl > 0])
+    if len(pairs) == 0:
+        return table
+    x, y = np.log(pairs[:, 0]), np.log(pairs[:, 1])
+    if len(pairs) == 1:
+        power, scale = 1.0, float(np.exp(y[0] - x[0]))
+        error = float("nan")
+    else:
+        power = min(max(float(np.polyfit(x, y, 1)[0]), 0.3), 1.5)
+        scale = float(np.exp(np.mean(y - power * x)))
+        rest = y - power * x - math.log(scale)
+        error = float(np.exp(np.sqrt(np.mean(rest**2))) - 1)
+    return replace(
+        table, checked=tuple((float(s), float(kl)) for s, kl in pairs), scale=scale, power=power, error=error
+    )
+
+
+def reapplied(recipe: Recipe, model: Model) -> Recipe:
+    """A recipe for another checkpoint of the same family: the same type for the same tensor.
+
+    Raises:
+        UsageError: the models' tensors differ, or a row does not divide into its type's blocks.
+    """
+    tensors = {tensor.name: tensor for tensor in model.tensors}
+    missing = sorted(set(recipe.qtypes) ^ set(tensors))
+    if model.dims.architecture != recipe.architecture or missing:
+        found = f"the first tensor that only one of them has is '{missing[0]}'" if missing else "its layers are others"
+        raise UsageError(
+            f"The recipe is for a '{recipe.architecture}' of {len(recipe.qtypes)} tensors, "
+            f"this model is a '{model.dims.architecture}' of {len(tensors)}; {found}.",
+            means="Types are given tensor by tensor; they carry over between checkpoints of one size only.",
+            do="Make a recipe for this model: bitladder recipe MODEL --bpw ...",
+        )
+    for name, qtype in recipe.qtypes.items():
+        if tensors[name].shape and tensors[name].shape[-1] % QTYPES[qtype].block_size:
+            raise UsageError(
+                f"'{name}' has rows of {tensors[name].shape[-1]} weights; {qtype} stores blocks of "
+                f"{QTYPES[qtype].block_size}.",
+                do="Make a recipe for this model: bitladder recipe MODEL --bpw ...",
+            )
+    size, bpw = recipe_bytes(model, recipe.qtypes)
+    return Recipe(recipe.label, recipe.architecture, recipe.qtypes, size, bpw, None, recipe.limits, recipe.feedback)

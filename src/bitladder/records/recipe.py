@@ -1,0 +1,78 @@
+"""Recipes: which type each tensor gets, what it is predicted to cost, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from bitladder.records.calibration import LinearLoss
+from bitladder.records.level_file import LevelFile
+
+
+@dataclass(frozen=True)
+class TensorLoss:
+    """What storing one tensor in a type is predicted to add to the mean KL divergence, in nats per token.
+
+    ``plain``: nearest codes under the importance-weighted search. ``fed``: codes chosen with error feedback.
+    """
+
+    qtype: str
+    bytes: int
+    plain: float
+    fed: float
+
+
+@dataclass(frozen=True)
+class SensitivityTable:
+    """Predicted losses of every (tensor, type), and how predictions of whole recipes compare with measurements.
+
+    A recipe's predicted sum ``s`` stands for a measured mean KL of ``scale * s ** power``, fitted to ``checked`` (pairs
+    of predicted sum and measured KL of whole recipes on text that the sensitivities never saw). ``error`` is the
+    typical relative error of that fit.
+    """
+
+    source_sha256: str
+    text_hash: str
+    tokens: int
+    losses: Mapping[str, tuple[TensorLoss, ...]]
+    checked: tuple[tuple[float, float], ...] = ()
+    scale: float = 1.0
+    power: float = 1.0
+    error: float = float("nan")
+
+    def expected(self, predicted: float) -> float:
+        """The KL divergence to expect of a recipe whose tensors' losses sum to ``predicted``."""
+        return float(self.scale * predicted**self.power) if predicted > 0 else 0.0
+
+    def needed(self, kl: float) -> float:
+        """The sum of losses that is expected to give this KL divergence."""
+        return float((kl / self.scale) ** (1 / self.power)) if kl > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A type for every tensor of a model.
+
+    ``label`` names it by what it is (``bpw3.50``); ``limits`` are what it had to keep to, in words. ``expected_kl`` is
+    None where nothing was predicted, as for a recipe read off another tool's file.
+    """
+
+    label: str
+    architecture: str
+    qtypes: Mapping[str, str]
+    bytes: int
+    bpw: float
+    expected_kl: float | None
+    limits: tuple[str, ...] = ()
+    feedback: bool = False
+
+
+@dataclass(frozen=True)
+class FittedLevel:
+    """A file written with error feedback: its recipe, and what each tensor lost on the calibration text."""
+
+    file: LevelFile
+    recipe: Recipe
+    losses: tuple[LinearLoss, ...]
+    tokens: int
+    """Calibration tokens that the codes were fitted to."""

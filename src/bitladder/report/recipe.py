@@ -1,0 +1,37 @@
+"""A recipe in lines: its size and expected loss, and the types of each role, layers together."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+
+from bitladder.records.recipe import Recipe
+from bitladder.units import human_bytes
+
+_LAYER = re.compile(r"blk\.\d+\.(?P<role>.+?)(\.weight)?$")
+
+
+def recipe_lines(recipe: Recipe, error: float = math.nan) -> Iterator[str]:
+    """What a person reads of a recipe. ``error``: typical relative error of the expected loss."""
+    expected = ""
+    if recipe.expected_kl is not None:
+        sure = f" (predictions are off by {error:.0%} typically)" if math.isfinite(error) else ""
+        expected = f", mean KL expected {recipe.expected_kl:.3g}{sure}"
+    yield f"{recipe.label}: {human_bytes(recipe.bytes)}, {recipe.bpw:.2f} bits per weight{expected}"
+    if recipe.limits:
+        yield f"  limits: {'; '.join(recipe.limits)}"
+    for role, types in _by_role(recipe).items():
+        yield f"  {role:16} " + ", ".join(f"{count} x {qtype}" if count > 1 else qtype for qtype, count in types)
+
+
+def _by_role(recipe: Recipe) -> dict[str, list[tuple[str, int]]]:
+    """Role -> (type, how many tensors), most first; tensors of 32-bit floats are not worth a line."""
+    counts: dict[str, Counter[str]] = {}
+    for name, qtype in recipe.qtypes.items():
+        if qtype == "F32":
+            continue
+        found = _LAYER.match(name)
+        counts.setdefault(found["role"] if found else name.removesuffix(".weight"), Counter())[qtype] += 1
+    return {role: own.most_common() for role, own in counts.items()}

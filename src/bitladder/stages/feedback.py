@@ -1,0 +1,240 @@
+"""Write a GGUF level whose codes are chosen with error feedback, fitted layer by layer to a calibration text.
+
+The types come from a recipe, llama.cpp's or one of our own; the bytes are ordinary blocks. Layers go to their places in
+the file as they are finished, and a killed run goes on at the layer whose states it kept. The output matrix is fitted
+to what the last norm gives; embeddings that are looked up only are rounded to nearest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from bitladder.describe.windows import Window, tokens_hash
+from bitladder.engines.calibration import InputStatistics, Sums
+from bitladder.engines.feedback import FeedbackSettings, FeedbackStream, factor_of, fit_matrix
+from bitladder.engines.layers import LayeredModel, inference
+from bitladder.engines.resume import Checkpoint
+from bitladder.engines.states import Batch, Shelf, States, batches_of
+from bitladder.engines.weights import FileWeights
+from bitladder.errors import BadInput, BitladderError
+from bitladder.files.gguf import GgufFile
+from bitladder.files.gguf_writer import GgufWriter
+from bitladder.files.level_files import LevelDraft, draft_level
+from bitladder.formats.recipes import nearest_level
+from bitladder.kernels import quantize
+from bitladder.kernels.feedback import takes_feedback
+from bitladder.progress import Progress, silent
+from bitladder.records.calibration import LinearLoss
+from bitladder.records.level_file import LevelFile
+from bitladder.records.recipe import FittedLevel, Recipe
+from bitladder.units import GiB
+
+_LEAST_TOKENS = 1024
+_PIECE_WEIGHTS = 1 << 22
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What the parts of one run share."""
+
+    source: GgufFile
+    weights: FileWeights
+    model: LayeredModel
+    recipe: Recipe
+    settings: FeedbackSettings
+    batches: Sequence[Batch]
+    progress: Progress
+
+
+def write_with_feedback(
+    source: GgufFile,
+    recipe: Recipe,
+    out_dir: Path,
+    windows: Sequence[Window],
+    *,
+    settings: FeedbackSettings | None = None,
+    device: str = "cpu",
+    state_bytes: int = GiB,
+    progress: Progress = silent,
+) -> FittedLevel:
+    """Write ``out_dir/<name>-<label>.gguf`` by a recipe, with error feedback.
+
+    Args:
+        source: the open model.
+        recipe: a type for every tensor; those it does not name keep the source's.
+        out_dir: made if it is not there.
+        windows: the calibration text.
+        settings: damping, effort and threads.
+        device: where arithmetic happens, as torch names it.
+        state_bytes: hidden states beyond this go to a file in ``out_dir``.
+        progress: told after each layer.
+
+    A file that is already there with the same header (source, recipe, text, settings, version) is kept.
+
+    Raises:
+        BadInput: too little text.
+        BadFile, BadWeights, UnknownArchitecture: the model cannot be walked.
+        OutputError: no space or no permission; what was begun is removed.
+    """
+    started = time.monotonic()
+    settings = settings or FeedbackSettings()
+    tokens = sum(len(window.tokens) for window in windows)
+    if tokens < _LEAST_TOKENS:
+        raise BadInput(
+            f"The calibration text has {tokens} tokens; error feedback needs at least {_LEAST_TOKENS}.",
+            means="Codes fitted to so few inputs fit the text and not the model's work.",
+            do="Give a longer text, 30,000 tokens of several kinds say, or leave it out to use the one that ships.",
+        )
+    draft = draft_level(
+        source.model,
+        nearest_level(recipe.qtypes, source.model.tensors),
+        out_dir,
+        label=recipe.label,
+        method=method_name(windows, settings),
+        qtypes=recipe.qtypes,
+        notes={} if recipe.expected_kl is None else {"expected_kl": f"{recipe.expected_kl:.3g}"},
+    )
+    losses: list[LinearLoss] = []
+    reused = draft.is_written(lambda: source.sha256)
+    if not reused:
+        weights = FileWeights(source, threads=settings.threads)
+        model = LayeredModel(source.model, weights, device=device)
+        job = _Job(source, weights, model, recipe, settings, batches_of(windows), progress)
+        losses = _write(job, draft, state_bytes)
+    seconds = time.monotonic() - started
+    file = LevelFile(recipe.label, draft.parts[0].path, draft.file_bytes, recipe.bpw, seconds, reused)
+    return FittedLevel(file, recipe, tuple(losses), tokens)
+
+
+def method_name(windows: Sequence[Window], settings: FeedbackSettings) -> str:
+    """How codes are chosen, in words that change whenever the bytes may."""
+    return f"feedback {settings.effort}, damp {settings.damp:g}, text {tokens_hash(windows)[:16]}"
+
+
+def _write(job: _Job, draft: LevelDraft, state_bytes: int) -> list[LinearLoss]:
+    """Make the file; on an error of ours remove it, on anything else leave it to a later run."""
+    part = draft.parts[0]
+    fingerprint = hashlib.sha256(part.header(job.source.sha256)).hexdigest()
+    out = _Out(GgufWriter(part.path, part.plan, fingerprint))
+    kept = Checkpoint(part.path.with_name(part.path.name + ".partial.states"), fingerprint)
+    shelf = Shelf(job.batches, job.source.model.dims.n_embd, budget_bytes=state_bytes, folder=part.path.parent)
+    spill = part.path.parent if _inner_bytes(job) > state_bytes else None
+    n_layer = job.model.n_layer
+    losses: list[LinearLoss] = []
+    try:
+        states, first = _entering(job, shelf.take(), kept, out)
+        stream = FeedbackStream(
+            job.model, job.weights, job.recipe.qtypes, states, job.batches, job.settings, spill=spill
+        )
+        for layer in range(first, n_layer):
+            job.progress(f"fitting layer {layer + 1} of {n_layer}", layer, n_layer + 1.0)
+            for tensor in stream.layer(layer):
+                out.put(tensor.name, [tensor.data])
+                losses.append(LinearLoss(tensor.name, tensor.loss, tensor.tokens, tensor.damp, tensor.note))
+            for name in job.model.layer_names(layer):
+                job.weights.forget(name)
+            kept.save(layer, [((0,), states)])
+        job.progress("fitting the output matrix", n_layer, n_layer + 1.0)
+        for name in out.unfinished():
+            out.put(name, _other(job, name, states))
+        out.writer.finish(part.header(job.source.sha256))
+        kept.done()
+    except BitladderError:
+        out.writer.discard()
+        kept.done()
+        raise
+    finally:
+        out.writer.close()
+    job.progress("fitted", n_layer + 1.0, n_layer + 1.0)
+    return losses
+
+
+class _Out:
+    """Tensors on their way into the file, each by its name."""
+
+    def __init__(self, writer: GgufWriter) -> None:
+        self.writer = writer
+        self._numbers = {tensor.name: number for number, tensor in enumerate(writer.plan.tensors)}
+        self._done: set[str] = set()
+
+    def put(self, name: str, pieces: Iterable[NDArray[np.uint8]]) -> None:
+        """Write a tensor, given as consecutive rows."""
+        number, at, digest = self._numbers[name], 0, hashlib.sha256()
+        for piece in pieces:
+            data = np.ascontiguousarray(piece).reshape(-1).data
+            self.writer.write(number, at, data)
+            digest.update(data)
+            at += len(data)
+        self.writer.done(number, digest.hexdigest())
+        self._done.add(name)
+
+    def has(self, name: str) -> bool:
+        """Whether a tensor is in the file, by this run or an earlier one."""
+        number = self._numbers[name]
+        size = self.writer.plan.tensors[number].nbytes
+        return name in self._done or self.writer.finished(
+            number, lambda read: hashlib.sha256(read(0, size)).hexdigest()
+        )
+
+    def unfinished(self) -> list[str]:
+        """What is still to be made."""
+        return [name for name in self._numbers if not self.has(name)]
+
+
+def _inner_bytes(job: _Job) -> int:
+    """Bytes that a layer keeps between its passes: the inputs of its output and down projections."""
+    dims = job.source.model.dims
+    tokens = sum(batch.tokens.size for batch in job.batches)
+    return tokens * (dims.n_head * dims.head_dim_v + dims.n_ff) * 4
+
+
+def _entering(job: _Job, states: States, kept: Checkpoint, out: _Out) -> tuple[States, int]:
+    """The states to begin with, an earlier run's or the embeddings, and the first layer to do."""
+    found = kept.load()
+    if found is not None:
+        layer, _, (file,) = found
+        made = [name for number in range(layer) for name in job.model.layer_names(number)]
+        fitted = [name for name in made if job.recipe.qtypes.get(name, "") not in ("", job.source.info(name).qtype)]
+        if all(out.has(name) for name in fitted):
+            kept.restore(file, states)
+            return states, layer
+    for batch in job.batches:
+        states.put(batch, job.model.embed(batch.tokens, job.weights))
+    return states, 0
+
+
+def _other(job: _Job, name: str, states: States) -> Iterator[NDArray[np.uint8]]:
+    """A tensor outside the layers' linear ones, a few rows at a time: kept, or the output matrix, or rounded."""
+    info = job.source.info(name)
+    qtype = job.recipe.qtypes.get(name, info.qtype)
+    raw = job.source.raw(name)
+    step = max(1, _PIECE_WEIGHTS // max(1, info.shape[-1] if info.shape else 1))
+    seen = _at_the_head(job, states) if name == job.model.output and takes_feedback(qtype) else None
+    factor = factor_of(name, seen, job.settings) if seen else None
+    for start in range(0, len(raw), step):
+        rows = slice(start, min(start + step, len(raw)))
+        if qtype == info.qtype:
+            yield raw[rows]
+        elif seen and factor:
+            yield fit_matrix(qtype, job.weights(name, rows), seen, factor, job.settings).data
+        else:
+            yield quantize(job.weights(name, rows), qtype, effort=job.settings.effort, threads=job.settings.threads)
+
+
+def _at_the_head(job: _Job, states: States) -> InputStatistics:
+    """Statistics of what the output matrix reads."""
+    norm = job.model.norm(job.weights)
+    sums = Sums(job.source.model.dims.n_embd, job.model.device, gram=True)
+    with inference():
+        for batch in job.batches:
+            valid = torch.from_numpy(batch.valid).to(job.model.device)
+            sums.add(norm(states.get(batch).to(job.model.device))[valid])
+    return sums.result()

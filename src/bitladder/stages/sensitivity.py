@@ -1,0 +1,172 @@
+"""The table that recipes are chosen from: for every tensor and type, the predicted rise in output KL."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitladder.describe.windows import Window, tokens_hash
+from bitladder.engines.feedback import FeedbackSettings, factor_of
+from bitladder.engines.layers import LayeredModel
+from bitladder.engines.sensitivity import EmbeddingSensitivity, Sensitivity, SensitivityPass
+from bitladder.engines.states import Shelf, batches_of
+from bitladder.engines.weights import FileWeights
+from bitladder.errors import BadInput
+from bitladder.files.gguf import GgufFile
+from bitladder.formats.blocks import QTYPES
+from bitladder.formats.recipes import is_quantizable
+from bitladder.formats.roles import EMBEDDING
+from bitladder.formats.tensors import TensorInfo
+from bitladder.kernels import dequantize, quantize
+from bitladder.progress import Progress, silent
+from bitladder.records.recipe import SensitivityTable, TensorLoss
+from bitladder.units import GiB
+
+F32 = NDArray[np.float32]
+
+TYPES = ("Q2_K", "Q3_K", "IQ4_XS", "IQ4_NL", "Q4_0", "Q4_K", "Q4_1", "Q5_K", "Q5_0", "Q5_1", "Q6_K", "Q8_0")
+"""What recipes choose from, where rows divide into the type's blocks. In K-quants' place, for rows that do not divide
+into 256, stand the types with blocks of 32."""
+_ROWS, _MATRICES = 512, 8
+"""Rows of a matrix, and matrices of a stack, that stand for all: their mean error is known to a percent."""
+_FEW_TOKENS = 1024
+
+
+def types_for(info: TensorInfo) -> tuple[str, ...]:
+    """The types a tensor may get: K-quants where its rows divide into 256, else blocks of 32."""
+    columns = info.shape[-1]
+    wide = columns % 256 == 0
+    return tuple(
+        name
+        for name in TYPES
+        if columns % QTYPES[name].block_size == 0 and (not wide or QTYPES[name].block_size == 256 or name == "Q8_0")
+    )
+
+
+def sensitivity_table(
+    source: GgufFile,
+    windows: Sequence[Window],
+    *,
+    threads: int = 1,
+    device: str = "cpu",
+    state_bytes: int = GiB,
+    spill: Path | None = None,
+    progress: Progress = silent,
+) -> SensitivityTable:
+    """Predict what every (tensor, type) costs, not yet compared with measurements.
+
+    Args:
+        source: the model.
+        windows: calibration text; a few thousand tokens do, since a row's weight is a mean over all of them.
+        threads: for quantizing.
+        device: where arithmetic happens, as torch names it.
+        state_bytes: hidden states beyond this go to a file in ``spill``.
+        spill: a folder; the system's for temporary files by default.
+        progress: told after each layer.
+
+    Raises:
+        BadInput: too little text.
+        BadFile, BadWeights, UnknownArchitecture: the model cannot be walked.
+        OutputError: no room for hidden states.
+    """
+    tokens = sum(len(window.tokens) for window in windows)
+    if tokens < _FEW_TOKENS:
+        raise BadInput(
+            f"The calibration text has {tokens} tokens; at least {_FEW_TOKENS} are needed to weigh tensors.",
+            means="Sensitivities of so few tokens describe the text and not the model.",
+            do="Give a longer text, or leave it out to use the one that ships.",
+        )
+    weights = FileWeights(source, threads=threads)
+    model = LayeredModel(source.model, weights, device=device)
+    batches = batches_of(windows)
+    shelf = Shelf(batches, source.model.dims.n_embd, budget_bytes=state_bytes, folder=spill)
+    tensors = {info.name: info for info in source.model.tensors if is_quantizable(info)}
+    found: dict[str, dict[str, TensorLoss]] = {}
+
+    def take(sensitivity: Sensitivity | EmbeddingSensitivity) -> None:
+        name = EMBEDDING if isinstance(sensitivity, EmbeddingSensitivity) else sensitivity.name
+        if name not in tensors:
+            return
+        info = tensors[name]
+        losses = (
+            _of_embedding(info, weights, sensitivity, threads)
+            if isinstance(sensitivity, EmbeddingSensitivity)
+            else _of_matrix(info, weights, sensitivity, threads)
+        )
+        found[name] = _added(found[name], losses) if name in found else losses  # tied: read both ways
+        weights.forget(name)
+
+    SensitivityPass(model, weights, batches, shelf).run(take, progress)
+    return SensitivityTable(
+        source.sha256, tokens_hash(windows), tokens, {name: tuple(own.values()) for name, own in found.items()}
+    )
+
+
+def _of_matrix(info: TensorInfo, weights: FileWeights, seen: Sensitivity, threads: int) -> dict[str, TensorLoss]:
+    """Losses of a matrix or a stack of them, from the rows that weigh most and a sample of the others."""
+    rows = info.shape[-2]
+    matrices = int(np.prod(info.shape[:-2], dtype=int))
+    sample = np.unique(np.linspace(0, matrices - 1, min(matrices, _MATRICES)).astype(int))
+    totals = {qtype: np.zeros(2) for qtype in types_for(info)}
+    for matrix in sample:
+        inputs = seen.inputs[matrix if len(seen.inputs) > 1 else 0]
+        if not inputs.tokens:
+            continue
+        energy = seen.rows[matrix if len(seen.rows) > 1 else 0]
+        chosen, share = _sampled(energy)
+        own = weights(info.name, chosen + matrix * rows)
+        factor = factor_of(info.name, inputs, FeedbackSettings())
+        fed = factor.pivots[np.argsort(factor.order)] / inputs.tokens
+        energies = inputs.squares.astype(np.float32)
+        plain = inputs.squares / inputs.tokens
+        for qtype, total in totals.items():
+            error = _error(own, qtype, energies, threads)
+            total += [share @ (error @ plain), share @ (error @ fed)]
+    scale = matrices / len(sample) / 2 / seen.predictions
+    return {
+        qtype: TensorLoss(qtype, QTYPES[qtype].nbytes(info.shape), float(total[0] * scale), float(total[1] * scale))
+        for qtype, total in totals.items()
+    }
+
+
+def _sampled(energy: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Rows to try, half of them the heaviest, and the weight with which each counts so that all rows are covered."""
+    if len(energy) <= _ROWS:
+        return np.arange(len(energy)), energy
+    order = np.argsort(-energy, kind="stable")
+    heavy, rest = order[: _ROWS // 2], order[_ROWS // 2 :]
+    spread = rest[np.linspace(0, len(rest) - 1, _ROWS // 2).astype(int)]
+    stretch = energy[rest].sum() / max(float(energy[spread].sum()), np.finfo(np.float64).tiny)
+    chosen = np.concatenate([heavy, spread])
+    share = np.concatenate([energy[heavy], energy[spread] * stretch])
+    back = np.argsort(chosen)
+    return chosen[back], share[back]
+
+
+def _of_embedding(
+    info: TensorInfo, weights: FileWeights, seen: EmbeddingSensitivity, threads: int
+) -> dict[str, TensorLoss]:
+    """Losses of the rows that were looked up, each by its own gradients."""
+    own = weights(info.name, seen.tokens)
+    importance = seen.weights.sum(axis=0).astype(np.float32)
+    losses = {}
+    for qtype in types_for(info):
+        loss = float(np.einsum("ij,ij->", seen.weights, _error(own, qtype, importance, threads))) / 2 / seen.predictions
+        losses[qtype] = TensorLoss(qtype, QTYPES[qtype].nbytes(info.shape), loss, loss)
+    return losses
+
+
+def _error(weights: F32, qtype: str, importance: F32, threads: int) -> NDArray[np.float64]:
+    """Squared errors of a quick plain encoding."""
+    data = quantize(weights, qtype, importance=importance, effort="fast", threads=threads)
+    return np.asarray((dequantize(data, qtype, threads=threads) - weights).astype(np.float64) ** 2)
+
+
+def _added(first: Mapping[str, TensorLoss], second: Mapping[str, TensorLoss]) -> dict[str, TensorLoss]:
+    return {
+        qtype: TensorLoss(qtype, one.bytes, one.plain + second[qtype].plain, one.fed + second[qtype].fed)
+        for qtype, one in first.items()
+    }

@@ -1,0 +1,309 @@
+"""Steps of `bitladder recipe`: weigh the tensors once, choose types for a budget, write the file, prove it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bitladder.errors import NothingFits, UsageError
+from bitladder.progress import Progress
+from bitladder.records.recipe import FittedLevel, Recipe, SensitivityTable, TensorLoss
+from bitladder.steps.calibrated import AUTO, calibration_texts, importance_of, token_windows
+from bitladder.steps.jobs import job, walking_need
+from bitladder.steps.journal import Journal
+
+if TYPE_CHECKING:
+    from bitladder.describe.rates import PoolRates
+    from bitladder.describe.windows import Window
+    from bitladder.files.gguf import GgufFile
+    from bitladder.plan.recipe import Wish
+    from bitladder.records.fidelity import Fidelity
+
+_WEIGHING_WINDOWS = 8
+"""Windows that sensitivities are taken from: row weights are means over all tokens, so a few thousand tokens do."""
+_HELD_OUT_WINDOWS = 8
+"""Windows that nothing is fitted to: predictions and the finished file are compared with the source on them."""
+_CHECKING_WINDOWS = 4
+_CHECKED_BPW = (2.8, 3.4, 4.2, 5.5)
+
+
+@dataclass(frozen=True)
+class RecipeResult:
+    """What came of one call: the recipe, the file if one was written, and its KL divergence on held-out text."""
+
+    recipe: Recipe
+    table_error: float
+    """Typical relative error of predicted against measured KL, over whole recipes."""
+    fitted: FittedLevel | None = None
+    held_out: Fidelity | None = None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the user wants: a wish, or a level by name, and what to do with it."""
+
+    wish: Wish
+    level: str | None = None
+    fits_ctx: int | None = None
+    """Choose the budget so that the model fits this machine with this context."""
+    out: Path | None = None
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """The calibration text, cut in three parts that share no window."""
+
+    weighing: list[Window]
+    fitting: list[Window]
+    held_out: list[Window]
+
+
+def make_recipe(
+    model: str,
+    asked: Asked,
+    *,
+    texts: Sequence[Path] = (),
+    threads: int,
+    journal: Journal | None = None,
+    progress: Progress,
+) -> RecipeResult:
+    """Choose a type for every tensor, and with ``asked.out`` write the file and measure it on held-out text.
+
+    Raises:
+        NothingFits: a limit cannot be met, or there is too little memory or disk.
+        UsageError: no limit was given, or one above the source.
+        BadInput, BadWeights, UnknownArchitecture: the model cannot be weighed on this text.
+    """
+    from bitladder.files.gguf import GgufFile
+    from bitladder.files.sources import resolve
+
+    journal = journal or Journal()
+    with GgufFile.open(resolve(model, progress).path) as source:
+        parts = _parts(token_windows(source, calibration_texts(texts)))
+        if asked.level is None:
+            table = _weighed(source, parts, texts, threads, journal, progress)
+            recipe = _chosen(source, table, asked)
+        else:
+            table, recipe = None, named_recipe(source, asked.level, feedback=asked.wish.feedback)
+        error = table.error if table else float("nan")
+        if asked.out is None:
+            return RecipeResult(recipe, error)
+        fitted = write_recipe(source, recipe, parts.fitting, asked.out, threads, journal, progress)
+        return RecipeResult(
+            recipe, error, fitted, measured_on(source, fitted.file.path, parts.held_out, threads, journal, progress)
+        )
+
+
+def reapply(
+    file: Path, model: str, out: Path, *, texts: Sequence[Path], threads: int, journal: Journal, progress: Progress
+) -> RecipeResult:
+    """Write another checkpoint by the recipe of an existing file.
+
+    Raises:
+        UsageError: the two models differ in shape.
+    """
+    from bitladder.files.gguf import GgufFile
+    from bitladder.files.sources import resolve
+    from bitladder.plan.recipe import reapplied
+
+    recipe = read_recipe(file)
+    with GgufFile.open(resolve(model, progress).path) as source:
+        own = reapplied(recipe, source.model)
+        parts = _parts(token_windows(source, calibration_texts(texts)))
+        fitted = write_recipe(source, own, parts.fitting, out, threads, journal, progress)
+        held = measured_on(source, fitted.file.path, parts.held_out, threads, journal, progress)
+    return RecipeResult(own, float("nan"), fitted, held)
+
+
+def read_recipe(file: Path) -> Recipe:
+    """The recipe of any GGUF file, whoever wrote it: the types of its tensors, and what our own header says of them."""
+    from bitladder.files.gguf import GgufFile
+    from bitladder.formats.gguf import PROVENANCE
+    from bitladder.plan.recipe import recipe_bytes
+
+    with GgufFile.open(file) as opened:
+        model = opened.model
+        qtypes = {tensor.name: tensor.qtype for tensor in model.tensors}
+        size, bpw = recipe_bytes(model, qtypes)
+        expected = model.metadata.get(PROVENANCE + "expected_kl")
+        label = str(model.metadata.get(PROVENANCE + "recipe") or f"bpw{bpw:.2f}")
+        fed = str(model.metadata.get(PROVENANCE + "method", "")).startswith("feedback")
+    return Recipe(
+        label, model.dims.architecture, qtypes, size, bpw, float(str(expected)) if expected else None, (), fed
+    )
+
+
+def named_recipe(source: GgufFile, level: str, *, feedback: bool) -> Recipe:
+    """llama.cpp's own mix of types, to be made with error feedback."""
+    from bitladder.formats.recipes import assign, level_named
+    from bitladder.plan.recipe import recipe_bytes
+
+    level = level_named(level)
+    qtypes = assign(level, source.model.tensors, source.model.dims, has_importance=True)
+    size, bpw = recipe_bytes(source.model, qtypes)
+    label = f"GPTQ-{level}" if feedback else level
+    return Recipe(label, source.model.dims.architecture, qtypes, size, bpw, None, (f"types of {level}",), feedback)
+
+
+def write_recipe(
+    source: GgufFile,
+    recipe: Recipe,
+    windows: Sequence[Window],
+    out: Path,
+    threads: int,
+    journal: Journal,
+    progress: Progress,
+) -> FittedLevel:
+    """Write a recipe's file, with error feedback.
+
+    Raises:
+        NothingFits: too little memory or disk.
+    """
+    from bitladder.engines.feedback import FeedbackSettings
+    from bitladder.stages.feedback import write_with_feedback
+
+    need = replace(
+        walking_need(source, windows, (recipe.label,), kind="fit"),
+        what=f"fit {recipe.label} to {sum(len(window.tokens) for window in windows)} tokens",
+        disk_bytes=recipe.bytes,
+    )
+    there = (out / f"{source.model.name}-{recipe.label}.gguf").exists()
+    with nullcontext() if there else job(need, journal, out):
+        return write_with_feedback(
+            source, recipe, out, windows, settings=FeedbackSettings(threads=threads), progress=progress
+        )
+
+
+def measured_on(
+    source: GgufFile, file: Path, windows: Sequence[Window], threads: int, journal: Journal, progress: Progress
+) -> Fidelity:
+    """A file's fidelity on some windows; the answer of a finished measurement is kept with the file's hash."""
+    from bitladder.files.gguf import GgufFile
+    from bitladder.stages.walk import file_candidate, walk
+
+    with GgufFile.open(file) as opened, job(walking_need(source, windows, (file.stem,)), journal):
+        return walk(
+            source, [file_candidate(source, opened, threads=threads)], windows, progress=progress, threads=threads
+        )[0]
+
+
+def _parts(windows: Sequence[Window]) -> _Texts:
+    """Every n-th window is held out; sensitivities are taken from windows spread over the rest."""
+    stride = max(2, len(windows) // _HELD_OUT_WINDOWS)
+    held = list(windows[stride - 1 :: stride])[:_HELD_OUT_WINDOWS]
+    rest = [window for window in windows if not any(window is one for one in held)] or list(windows)
+    spread = np.unique(np.linspace(0, len(rest) - 1, min(len(rest), _WEIGHING_WINDOWS)).astype(int))
+    return _Texts([rest[at] for at in spread], rest, held or rest[-1:])
+
+
+def _chosen(source: GgufFile, table: SensitivityTable, asked: Asked) -> Recipe:
+    from bitladder.files.level_files import draft_level
+    from bitladder.plan.recipe import choose
+
+    wish = asked.wish
+    if asked.fits_ctx is not None:
+        wish = replace(wish, bytes=room_for_weights(source, asked.fits_ctx))
+    if wish.least_decode:
+        wish = replace(wish, rates=_rates())
+    header = len(draft_level(source.model, "Q4_K_M").parts[0].plan.header) + 4096  # and padding between tensors
+    return choose(table, source.model, wish, header_bytes=header)
+
+
+def room_for_weights(source: GgufFile, n_ctx: int) -> int:
+    """Bytes that this machine has for the file when the context, the engine's buffers and the engine are counted."""
+    from bitladder.files.probe import probe_machine
+    from bitladder.stages.plan import make_plan
+
+    machine = probe_machine()
+    level = make_plan(source.model, machine, n_ctx=n_ctx, levels=["Q4_K_M"]).levels[0]
+    beside = level.total_bytes - level.file_bytes
+    room = max([machine.ram_available, *(gpu.vram_free for gpu in machine.gpus)]) - beside
+    return min(int(0.95 * room), sum(tensor.nbytes for tensor in source.model.tensors))
+
+
+def _rates() -> PoolRates:
+    from bitladder.files.measured import load_measured
+    from bitladder.files.probe import probe_machine
+
+    measured = load_measured(probe_machine())
+    if measured is None:
+        raise UsageError(
+            "A least speed was asked for, and this machine has not been measured.",
+            means="Which types decode fast differs between machines.",
+            do="Run bitladder machine --measure first; it takes about ten seconds.",
+        )
+    return measured.rates
+
+
+def _weighed(
+    source: GgufFile,
+    parts: _Texts,
+    texts: Sequence[Path],
+    threads: int,
+    journal: Journal,
+    progress: Progress,
+) -> SensitivityTable:
+    """The table of predicted losses, checked against measured recipes; kept between runs."""
+    from bitladder.describe.text import text_hash
+    from bitladder.files.atomic import write_whole
+    from bitladder.files.folders import cache_folder
+    from bitladder.records import to_json
+    from bitladder.stages.sensitivity import sensitivity_table
+
+    kept = cache_folder("sensitivity", f"{source.sha256[:16]}-{text_hash(calibration_texts(texts))[:16]}.json")
+    if kept.exists():
+        journal.reuse("sensitivity", [source.model.name])
+        return _read_table(kept)
+    need = walking_need(source, parts.weighing, ("",) * 3, kind="weigh")
+    with job(need.named(f"weigh {source.model.name}'s tensors"), journal):
+        table = sensitivity_table(source, parts.weighing, threads=threads, progress=progress)
+    table = _checked(source, table, parts, texts, threads, journal, progress)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(kept, json.dumps(to_json(table)))
+    return table
+
+
+def _read_table(path: Path) -> SensitivityTable:
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    losses = {name: tuple(TensorLoss(**one) for one in own) for name, own in stored.pop("losses").items()}
+    checked = tuple((pair[0], pair[1]) for pair in stored.pop("checked"))
+    error = stored.pop("error")
+    return SensitivityTable(
+        **stored, losses=losses, checked=checked, error=float("nan") if error is None else float(error)
+    )
+
+
+def _checked(
+    source: GgufFile,
+    table: SensitivityTable,
+    parts: _Texts,
+    texts: Sequence[Path],
+    threads: int,
+    journal: Journal,
+    progress: Progress,
+) -> SensitivityTable:
+    """Measure a few whole recipes, made on the fly, and scale the predictions to them."""
+    from bitladder.engines.weights import FileWeights, MadeWeights, Quantizer
+    from bitladder.plan.recipe import Wish, choose, fitted, predicted
+    from bitladder.stages.walk import Candidate, walk
+
+    importance = importance_of(source, AUTO, texts=texts, threads=threads, journal=journal, progress=progress)
+    quantizer = Quantizer(FileWeights(source, threads=threads), importance=importance, effort="fast", threads=threads)
+    recipes = []
+    for bpw in _CHECKED_BPW:
+        try:
+            recipes.append(choose(table, source.model, Wish(bpw=bpw, feedback=False)))
+        except (NothingFits, UsageError):
+            continue
+    candidates = [Candidate(recipe.label, MadeWeights(quantizer, recipe.qtypes)) for recipe in recipes]
+    windows = parts.held_out[:_CHECKING_WINDOWS]
+    with job(walking_need(source, windows, [recipe.label for recipe in recipes]), journal):
+        found = walk(source, candidates, windows, progress=progress, threads=threads)
+    sums = [predicted(table, recipe.qtypes, feedback=False) for recipe in recipes]
+    return fitted(table, [(s, one.kl_mean) for s, one in zip(sums, found, strict=True)])

@@ -1,0 +1,152 @@
+"""Error feedback inside blocks: known answers, costs by plain algebra, files that any reader of GGUF reads, kills."""
+
+import math
+from dataclasses import replace
+
+import gguf
+import numpy as np
+import pytest
+
+import tiny_models
+from bitladder.describe.windows import Window
+from bitladder.engines import resume
+from bitladder.engines.feedback import FeedbackSettings
+from bitladder.errors import BadInput
+from bitladder.files.gguf import GgufFile
+from bitladder.formats.recipes import is_quantizable
+from bitladder.kernels import dequantize, gptq, quantize
+from bitladder.kernels.codes import CODE_BITS, grid_of, with_codes
+from bitladder.kernels.feedback import quantize_with_feedback
+from bitladder.records.recipe import Recipe
+from bitladder.stages.feedback import write_with_feedback
+
+
+def _inputs(columns, tokens=2000):
+    rng = np.random.default_rng(0)
+    mixed = rng.standard_normal((tokens, 8)) @ rng.standard_normal((8, columns))
+    return (mixed + 0.3 * rng.standard_normal((tokens, columns))).astype(np.float32)
+
+
+@pytest.mark.parametrize("qtype", CODE_BITS)
+def test_feedback_loses_less_of_the_outputs_than_rounding(qtype):
+    x = _inputs(512)
+    weights = np.random.default_rng(1).standard_normal((24, 512)).astype(np.float32)
+    energies = (x * x).sum(0)
+    fed = quantize_with_feedback(weights, qtype, gptq.prepare(x.T @ x, damp=0.01), importance=energies)
+    plain = quantize(weights, qtype, importance=energies)
+
+    def lost(data):
+        return np.square(x @ (dequantize(data, qtype) - weights).T).sum(0)
+
+    assert lost(fed.data).sum() < 0.6 * lost(plain).sum()
+    assert fed.cost <= fed.plain_cost
+
+
+@pytest.mark.parametrize("qtype", ["Q2_K", "Q6_K", "IQ4_XS", "Q5_1"])
+def test_unrelated_inputs_leave_nothing_to_feed_back(qtype):
+    weights = np.random.default_rng(1).standard_normal((5, 256)).astype(np.float32)
+    energies = np.linspace(1, 3, 256).astype(np.float32)
+    fed = quantize_with_feedback(weights, qtype, gptq.prepare(np.diag(energies)), importance=energies)
+    plain = quantize(weights, qtype, importance=energies)
+    nearest = with_codes(plain, qtype, grid_of(plain, qtype).nearest(weights))
+    np.testing.assert_array_equal(dequantize(fed.data, qtype), dequantize(nearest, qtype))
+
+
+def test_the_stated_cost_is_that_of_the_decoded_weights():
+    x = _inputs(256)
+    weights = np.random.default_rng(2).standard_normal((6, 256)).astype(np.float32)
+    hessian = x.T @ x
+    factor = gptq.prepare(hessian, damp=0.01)
+    fed = quantize_with_feedback(weights, "Q3_K", factor, importance=np.diagonal(hessian))
+    wrong = (dequantize(fed.data, "Q3_K") - weights).astype(np.float64)
+    damped = hessian + factor.damp * np.diagonal(hessian).mean() * np.eye(256)
+    assert fed.cost == pytest.approx(np.trace(wrong @ damped @ wrong.T), rel=1e-3)
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    case = tiny_models.CASES["llama"]
+    path = tiny_models.write(case, tiny_models.make(case), tmp_path / "tiny.gguf")
+    rng = np.random.default_rng(0)
+    windows = [Window(f"text {n}", rng.integers(0, tiny_models.N_VOCAB, 100)) for n in range(12)]
+    with GgufFile.open(path) as source:
+        yield source, windows
+
+
+def _recipe(source, qtype):
+    qtypes = {info.name: qtype if is_quantizable(info) else info.qtype for info in source.model.tensors}
+    return Recipe("test", "llama", qtypes, 0, math.nan, 0.25)
+
+
+def test_a_file_by_a_recipe_is_an_ordinary_gguf(tiny, tmp_path):
+    source, windows = tiny
+    recipe = _recipe(source, "IQ4_NL")
+    fitted = write_with_feedback(source, recipe, tmp_path / "out", windows)
+    reader = gguf.GGUFReader(fitted.file.path)
+    assert {tensor.name: tensor.tensor_type.name for tensor in reader.tensors} == recipe.qtypes
+    with GgufFile.open(fitted.file.path) as file:
+        assert file.metadata["bitladder.recipe"] == "test"
+        assert file.metadata["bitladder.expected_kl"] == "0.25"
+    assert all(loss.loss < 0.1 for loss in fitted.losses)
+    assert write_with_feedback(source, recipe, tmp_path / "out", windows).file.reused
+
+
+def test_what_a_tensor_keeps_is_copied(tiny, tmp_path):
+    source, windows = tiny
+    recipe = _recipe(source, "Q4_0")
+    kept = replace(recipe, qtypes={**recipe.qtypes, "blk.1.ffn_up.weight": source.info("blk.1.ffn_up.weight").qtype})
+    fitted = write_with_feedback(source, kept, tmp_path / "out", windows)
+    with GgufFile.open(fitted.file.path) as file:
+        for name in ("blk.1.ffn_up.weight", "blk.0.attn_norm.weight", "output_norm.weight"):
+            np.testing.assert_array_equal(file.raw(name), source.raw(name))
+
+
+class _Killed(BaseException):
+    pass
+
+
+def test_a_killed_run_goes_on_at_its_layer(tiny, tmp_path, monkeypatch):
+    source, windows = tiny
+    recipe = _recipe(source, "Q4_0")
+    whole = write_with_feedback(source, recipe, tmp_path / "whole", windows).file.path
+    monkeypatch.setattr(resume, "SECONDS_BETWEEN", 0.0)
+    steps = []
+
+    def killed_in_the_third_layer(what, done, _):
+        if done == 2:
+            raise _Killed
+
+    with pytest.raises(_Killed):
+        write_with_feedback(source, recipe, tmp_path / "cut", windows, progress=killed_in_the_third_layer)
+    resumed = write_with_feedback(
+        source, recipe, tmp_path / "cut", windows, progress=lambda what, done, total: steps.append(done)
+    ).file.path
+    assert steps[0] == 2
+    assert resumed.read_bytes() == whole.read_bytes()
+    assert [path.name for path in resumed.parent.iterdir() if path.is_file()] == [resumed.name]
+
+
+def test_too_little_text_is_refused(tiny, tmp_path):
+    source, windows = tiny
+    with pytest.raises(BadInput, match="200 tokens"):
+        write_with_feedback(source, _recipe(source, "Q4_0"), tmp_path, windows[:2])
+
+
+@pytest.mark.parametrize("name", ["mixtral", "phi3", "gemma2", "qwen2moe"])
+def test_other_families(name, tmp_path):
+    case = next((case for key, case in tiny_models.CASES.items() if key.startswith(name)), None)
+    if case is None:
+        pytest.skip(f"no tiny {name}")
+    path = tiny_models.write(case, tiny_models.make(case), tmp_path / "tiny.gguf")
+    rng = np.random.default_rng(0)
+    windows = [Window(f"text {n}", rng.integers(0, tiny_models.N_VOCAB, 100)) for n in range(12)]
+    with GgufFile.open(path) as source:
+        qtypes = {
+            info.name: "Q8_0" if is_quantizable(info) and info.shape[-1] % 32 == 0 else info.qtype
+            for info in source.model.tensors
+        }
+        fitted = write_with_feedback(
+            source, Recipe("q8", "", qtypes, 0, 0.0, None), tmp_path, windows, settings=FeedbackSettings(effort="fast")
+        )
+    assert len(fitted.losses) > 10
+    assert all(loss.loss < 1e-3 or loss.note for loss in fitted.losses)

@@ -1,0 +1,124 @@
+"""Predicted against real: small errors in one tensor raise the divergence by what its sensitivity says."""
+
+import numpy as np
+import pytest
+
+import tiny_models
+from bitladder.describe.windows import Window
+from bitladder.engines.layers import LayeredModel
+from bitladder.engines.sensitivity import EmbeddingSensitivity, SensitivityPass
+from bitladder.engines.states import Shelf, batches_of
+from bitladder.engines.weights import FileWeights
+from bitladder.errors import BadInput
+from bitladder.files.gguf import GgufFile
+from bitladder.formats.recipes import is_quantizable
+from bitladder.plan.recipe import predicted
+from bitladder.progress import silent
+from bitladder.stages.sensitivity import sensitivity_table, types_for
+from bitladder.stages.walk import Candidate, walk
+
+
+def _opened(name, tmp_path):
+    case = tiny_models.CASES[name]
+    path = tiny_models.write(case, tiny_models.make(case), tmp_path / "tiny.gguf")
+    rng = np.random.default_rng(0)
+    return GgufFile.open(path), [Window(f"t{n}", rng.integers(0, tiny_models.N_VOCAB, 100)) for n in range(24)]
+
+
+class _Disturbed:
+    """The source with noise in one tensor."""
+
+    def __init__(self, source, name, noise):
+        self.source, self.name, self.noise = FileWeights(source), name, noise
+
+    def __call__(self, name, rows=None):
+        values = self.source(name, rows)
+        return values if name != self.name else values + (self.noise if rows is None else self.noise[rows])
+
+    def identity(self, name):
+        return (name, id(self)) if name == self.name else self.source.identity(name)
+
+    def qtype(self, name):
+        return self.source.qtype(name)
+
+    def forget(self, name):
+        self.source.forget(name)
+
+
+def _predicted(sensitivity, noise):
+    """Half the sum over rows of G_r D_r H D_r / tokens / predictions, written out."""
+    if isinstance(sensitivity, EmbeddingSensitivity):
+        squares = noise[sensitivity.tokens].astype(np.float64) ** 2
+        return float((sensitivity.weights * squares).sum()) / 2 / sensitivity.predictions
+    [seen] = sensitivity.inputs
+    along = np.einsum("rk,kl,rl->r", noise, seen.gram, noise, dtype=np.float64)
+    return float(sensitivity.rows[0] @ along) / seen.tokens / 2 / sensitivity.predictions
+
+
+def test_small_errors_cost_what_is_predicted(tmp_path):
+    source, windows = _opened("llama with biases", tmp_path)
+    with source:
+        found = {}
+        batches = batches_of(windows)
+        shelf = Shelf(batches, source.model.dims.n_embd, budget_bytes=1 << 30)
+        model = LayeredModel(source.model, FileWeights(source))
+
+        def take(one):
+            found["token_embd.weight" if isinstance(one, EmbeddingSensitivity) else one.name] = one
+
+        SensitivityPass(model, FileWeights(source), batches, shelf).run(take, silent)
+        matrices = [info for info in source.model.tensors if is_quantizable(info)]
+        assert set(found) == {info.name for info in matrices}
+        rng = np.random.default_rng(1)
+        noises = {}
+        for info in matrices:
+            size = 0.05 * FileWeights(source)(info.name).std()
+            noises[info.name] = (rng.standard_normal(info.shape) * size).astype(np.float32)
+        candidates = [Candidate(name, _Disturbed(source, name, noise)) for name, noise in noises.items()]
+        measured = {one.level: one.kl_mean for one in walk(source, candidates, windows)}
+    ratios = {name: _predicted(found[name], noise) / measured[name] for name, noise in noises.items()}
+    assert all(0.4 < ratio < 2.5 for ratio in ratios.values()), ratios
+    assert 0.8 < np.exp(np.mean(np.log(list(ratios.values())))) < 1.25
+
+
+def test_rows_are_those_of_the_file(tmp_path):
+    """llama.cpp stores the rows of queries and keys in another order than the layer that gradients go through."""
+    source, windows = _opened("llama", tmp_path)
+    name = "blk.1.attn_q.weight"
+    with source:
+        batches = batches_of(windows)
+        shelf = Shelf(batches, source.model.dims.n_embd, budget_bytes=1 << 30)
+        weights = FileWeights(source)
+        model = LayeredModel(source.model, weights)
+        rows = {}
+        SensitivityPass(model, weights, batches, shelf).run(
+            lambda one: rows.update({getattr(one, "name", ""): getattr(one, "rows", None)}), silent
+        )
+        heaviest = int(np.argmax(rows[name][0]))
+        lightest = int(np.argmin(rows[name][0]))
+        candidates = []
+        for row in (heaviest, lightest):
+            noise = np.zeros(source.info(name).shape, np.float32)
+            noise[row] = 0.02
+            candidates.append(Candidate(str(row), _Disturbed(source, name, noise)))
+        heavy, light = walk(source, candidates, windows)
+    assert heavy.kl_mean > 1.5 * light.kl_mean
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral", "qwen2moe", "gemma2", "phi3"])
+def test_a_table_of_every_family(name, tmp_path):
+    source, windows = _opened(name, tmp_path)
+    with source:
+        table = sensitivity_table(source, windows)
+        for info in source.model.tensors:
+            if is_quantizable(info) and types_for(info):
+                losses = {one.qtype: one.plain for one in table.losses[info.name]}
+                assert losses["Q8_0"] < losses["Q5_0"] < losses["Q4_0"], info.name
+        coarse = dict.fromkeys(table.losses, "Q4_0")
+        assert predicted(table, coarse, feedback=True) < predicted(table, coarse, feedback=False)
+
+
+def test_too_little_text_is_refused(tmp_path):
+    source, windows = _opened("llama", tmp_path)
+    with source, pytest.raises(BadInput, match="300 tokens"):
+        sensitivity_table(source, windows[:3])
