@@ -1,5 +1,6 @@
 """An installed llama-server: found, asked, started, ended. A script stands in where none is installed."""
 
+import asyncio
 import os
 import shutil
 import signal
@@ -14,13 +15,17 @@ import pytest
 from bitladder.engines.llama_process import LlamaProcess, LlamaSettings
 from bitladder.engines.llama_program import LEAST_BUILD, LlamaProgram, chosen_program, find_program
 from bitladder.errors import BadInput, EngineGone
+from bitladder.serve.app import build_app
+from bitladder.serve.deploy import deployed
+from bitladder.serve.settings import ServeSettings, TierSpec
+from upstreams import CHAT, chat
 
 HELP = (
     "--model FNAME --alias S --host H --port P --ctx-size N --parallel N --batch-size N --ubatch-size N --threads N "
     "--threads-batch N --jinja --cache-type-k T --cache-type-v T --metrics -fit, --fit [on|off] --cache-ram N"
 )
 SCRIPT = """#!{python}
-import http.server, json, sys
+import http.server, json, os, sys
 if "--version" in sys.argv:
     print({version!r}, file=sys.stderr)
 elif "--help" in sys.argv:
@@ -30,8 +35,17 @@ elif {dies!r}:
 else:
     class Answer(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            body = json.dumps(sys.argv[1:]).encode()
-            self.send_response(200)
+            self.answer(200, sys.argv[1:])
+        def do_POST(self):
+            self.rfile.read(int(self.headers["content-length"]))
+            known = self.headers["authorization"] == "Bearer " + os.environ["LLAMA_API_KEY"]
+            model = sys.argv[sys.argv.index("--alias") + 1]
+            message = {{"role": "assistant", "content": "from the program"}}
+            self.answer(200 if known else 401, {{"model": model, "choices": [{{"index": 0, "message": message}}]}})
+        def answer(self, status, told):
+            body = json.dumps(told).encode()
+            self.send_response(status)
+            self.send_header("content-type", "application/json")
             self.send_header("content-length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
@@ -123,6 +137,23 @@ def test_it_runs_is_asked_and_ends(tmp_path, settings):
     assert psutil.wait_procs([server], timeout=10)[1] == []
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{process.base_url}/health", trust_env=False)
+
+
+def test_the_gateway_serves_with_it(tmp_path, settings):
+    tier = TierSpec("Q8_0", path=Path(settings.path), sha256="a" * 64)
+    chosen = ServeSettings(tier, program=find_program(str(program_at(tmp_path))), threads=1)
+
+    async def run() -> None:
+        async with deployed(chosen) as deployment:
+            transport = httpx.ASGITransport(build_app(deployment))
+            async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+                reply = await client.post(CHAT, json=chat("quality"))
+                assert reply.json()["choices"][0]["message"]["content"] == "from the program"
+                live = (await client.get("/bitladder/api/live")).json()["tiers"][0]
+                assert (live["engine"], live["slots"]) == ("llama-server 11434", 1)
+                assert b'bitladder_slots{tier="quality"} 1.0' in (await client.get("/metrics")).content
+
+    asyncio.run(run())
 
 
 def test_how_it_ended_is_told(tmp_path, settings):
