@@ -1,52 +1,129 @@
 """Claim: GPTQ, AWQ and INT8 checkpoints from one walk lose no more than peers' on the same tokens, in less
 time and memory.
 
-    scripts/bench checkpoint_levels --model MODEL.gguf --calibrate wikitext2-valid.txt --text
-    wikitext2-test.txt --out DIR
-                                    [--levels GPTQ-4bit-g64,AWQ-4bit-g64] [--calibration-windows 64]
-                                    [--windows 20] [--peer NAME=LEVEL=FOLDER ...] [--threads 2]
+    scripts/bench checkpoint_levels --model MODEL.gguf --calibrate wikitext2-valid.txt --prepare DIR
+    scripts/bench checkpoint_levels --model MODEL.gguf --calibrate wikitext2-valid.txt --text wikitext2-test.txt
+        --out DIR [--levels GPTQ-4bit-g64,AWQ-4bit-g64] [--calibration-windows 64] [--documents 40]
+        [--peer NAME=LEVEL=FOLDER ...] [--against LEVEL=NAME ...] [--threads 1]
 
-Builds the levels, then walks source, levels and peers' folders over the same windows of 512 tokens (second
-halves scored) and prints seconds, CPU seconds and peak memory of the build, then mean KL with its interval
-and perplexity of each. A peer's folder is any checkpoint of the same weights in a layout of
-formats/checkpoint.py without activation order in its groups; ``benchmarks/gptqmodel_peer.py`` makes one.
-Model and texts are not shipped.
+``--prepare`` writes what peers need: the weights as a float checkpoint and the calibration windows, 512 tokens
+each; ``benchmarks/checkpoint_peer.py`` makes peers' folders of them. Without it: builds the levels from the same
+windows, then walks source, levels and peers' folders over the first window of each of the text's articles (second
+halves scored). Prints seconds, CPU seconds and peak memory of the build, then mean KL and perplexity of each with
+intervals over articles, and for each ``--against`` the ratio of perplexities and the difference of KL to the peer,
+paired by article. A peer's folder is any checkpoint of the same weights in a layout of formats/checkpoint.py without
+activation order in its groups. Model and texts are not shipped.
 """
 
 import argparse
+import re
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from bitladder.describe.text import Document
-from bitladder.describe.windows import WINDOW
+from bitladder.describe.windows import WINDOW, Window
 from bitladder.engines.checkpoint_walk import Settings
 from bitladder.engines.checkpoint_weights import CheckpointWeights
+from bitladder.engines.head import TokenScores
 from bitladder.engines.llama import LlamaServer
 from bitladder.engines.weights import FileWeights
 from bitladder.files.gguf import GgufFile
 from bitladder.formats.checkpoint import parse_level
 from bitladder.stages.calibrate import quantize_checkpoints
-from bitladder.stages.walk import Candidate, text_windows, walk
+from bitladder.stages.walk import Candidate, fidelity, text_windows, token_scores
+from bitladder.stats.bootstrap import ratio_interval
+
+_ARTICLE = re.compile(r"(?m)^ = [^=\n]+ = $")
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("--model", "--calibrate", "--text", "--out"):
-        parser.add_argument(name, type=Path, required=True)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--calibrate", type=Path, required=True)
+    for name in ("--prepare", "--text", "--out"):
+        parser.add_argument(name, type=Path)
     parser.add_argument("--levels", default="GPTQ-4bit-g64,GPTQ-3bit-g64,AWQ-4bit-g64,INT8-W8A8,INT8-W8A16")
     parser.add_argument("--calibration-windows", type=int, default=64)
-    parser.add_argument("--windows", type=int, default=20)
+    parser.add_argument("--documents", type=int, default=40)
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=LEVEL=FOLDER")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--against", action="append", default=[], metavar="LEVEL=NAME")
+    parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
 
 
 def say(what: str, done: float, total: float) -> None:
-    print(f"\r{what} ({done:.0f}/{total:.0f})".ljust(90), end="", file=sys.stderr, flush=True)
+    print(f"\r{what} ({done:.0f}/{total:.0f})".ljust(110), end="", file=sys.stderr, flush=True)
+
+
+class Texts:
+    """Windows of files, as the engine tokenizes them."""
+
+    def __init__(self, source: GgufFile, server: LlamaServer) -> None:
+        self._source, self._server = source, server
+
+    def _cut(self, documents: Sequence[Document]) -> list[Window]:
+        cut = text_windows(documents, lambda part: self._server.tokenize(part, add_special=True), self._source.model)
+        return [window for window in cut if len(window.tokens) == WINDOW]
+
+    def beginning(self, path: Path, count: int) -> list[Window]:
+        """The first whole windows of a file."""
+        text = path.read_text(encoding="utf-8")[: 8 * WINDOW * count]
+        return self._cut([Document(path.stem, text)])[:count]
+
+    def articles(self, path: Path, count: int) -> list[Window]:
+        """The first window of each of the first articles that fill one."""
+        text = path.read_text(encoding="utf-8")
+        starts = [found.start() for found in _ARTICLE.finditer(text)]
+        parts = [text[at : at + 8 * WINDOW] for at in starts]
+        firsts: dict[str, Window] = {}
+        for window in self._cut([Document(f"article {n}", part) for n, part in enumerate(parts)]):
+            firsts.setdefault(window.document, window)
+        return list(firsts.values())[:count]
+
+
+def prepare(gguf: Path, windows: Sequence[Window], folder: Path) -> None:
+    """What peers read: the GGUF's weights as a float checkpoint, and the calibration tokens."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float16)
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(folder / "float")
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder / "float")
+    np.save(folder / "tokens.npy", np.stack([window.tokens for window in windows]))
+
+
+def build(source: GgufFile, options: argparse.Namespace, calibration: Sequence[Window], measuring: Sequence[Window]):
+    """Our levels' folders, after saying what they took."""
+    levels = options.levels.split(",")
+    started, cpu = time.monotonic(), time.process_time()
+    reports = quantize_checkpoints(
+        source, levels, options.out, calibration,
+        name=options.model.stem, settings=Settings(threads=options.threads), measuring=measuring, progress=say,
+    )  # fmt: skip
+    seconds, cpu = time.monotonic() - started, time.process_time() - cpu
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    print(f"\n{options.levels}, {len(calibration)} windows, {options.threads} threads:", end=" ")
+    print(f"{seconds:.0f} s, {cpu:.0f} CPU s, peak {peak:.2f} GB", flush=True)
+    return [(report.level, report.level, Path(report.path)) for report in reports]
+
+
+def compare(own: TokenScores, peer: TokenScores, windows: Sequence[Window]) -> str:
+    """KL of ours less the peer's, and ratio of perplexities, each with its interval over articles."""
+    cluster = np.concatenate([np.full(window.scored, at) for at, window in enumerate(windows)])
+    sums = lambda values: np.bincount(cluster, weights=values)  # noqa: E731 - two uses, one line
+    rng = np.random.default_rng(0)
+    kl = ratio_interval(sums(own.kl - peer.kl), sums(np.ones(len(cluster))), rng)
+    ppl = ratio_interval(sums(own.nll - peer.nll), sums(np.ones(len(cluster))), rng)
+    low, value, high = np.exp([ppl.low, ppl.value, ppl.high])
+    return f"KL {kl.value:+.4f} [{kl.low:+.4f}, {kl.high:+.4f}], perplexity x {value:.4f} [{low:.4f}, {high:.4f}]"
 
 
 def main() -> None:
@@ -54,46 +131,29 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     source = GgufFile.open(options.model)
     with LlamaServer(options.model, n_ctx=WINDOW, threads=options.threads) as server:
-
-        def windows_of(path: Path, count: int) -> list:
-            text = path.read_text(encoding="utf-8")[: 8 * WINDOW * count]
-            made = text_windows(
-                [Document(path.stem, text)], lambda part: server.tokenize(part, add_special=True), source.model
-            )
-            return made[:count]
-
-        calibration = windows_of(options.calibrate, options.calibration_windows)
-        measuring = windows_of(options.text, options.windows)
-    levels = options.levels.split(",")
-    started, cpu = time.monotonic(), time.process_time()
-    reports = quantize_checkpoints(
-        source,
-        levels,
-        options.out,
-        calibration,
-        name=options.model.stem,
-        settings=Settings(threads=options.threads),
-        measuring=measuring,
-        progress=say,
-    )
-    seconds, cpu = time.monotonic() - started, time.process_time() - cpu
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    print(f"\n{len(levels)} levels, {len(calibration)} windows: {seconds:.0f} s, {cpu:.0f} CPU s, peak {peak:.2f} GB")
-
-    folders = [(report.level, report.level, Path(report.path)) for report in reports]
-    for peer in options.peer:
-        name, level, folder = peer.split("=", 2)
-        folders.append((name, level, Path(folder)))
+        texts = Texts(source, server)
+        calibration = texts.beginning(options.calibrate, options.calibration_windows)
+        measuring = texts.articles(options.text, options.documents) if options.text else []
+    if options.prepare:
+        prepare(options.model, calibration, options.prepare)
+        return
+    folders = build(source, options, calibration, measuring)
+    folders += [(name, level, Path(path)) for name, level, path in (peer.split("=", 2) for peer in options.peer)]
     reference = FileWeights(source, threads=options.threads)
     candidates = [
-        Candidate(name, CheckpointWeights(reference, folder, parse_level(level))) for name, level, folder in folders
+        Candidate(name, CheckpointWeights(reference, path, parse_level(level))) for name, level, path in folders
     ]
+    scores = token_scores(source, candidates, measuring, progress=say, threads=options.threads)
+    by_name = dict(zip([candidate.level for candidate in candidates], scores[1:], strict=True))
     print(f"\n{'level':24} {'mean KL':>8} {'95% interval':>18} {'perplexity':>10} {'(source)':>9} {'top-1':>6}")
-    for found in walk(source, candidates, measuring, progress=say, threads=options.threads):
+    for name, own in by_name.items():
+        found = fidelity(name, own, scores[0], measuring)
         print(
             f"{found.level:24} {found.kl_mean:8.4f} {found.kl_low:8.4f}..{found.kl_high:8.4f} {found.ppl:10.2f} "
             f"{found.ppl_reference:9.2f} {found.top1:6.1%}"
         )
+    for ours, peer in (pair.split("=", 1) for pair in options.against):
+        print(f"{ours} against {peer}: {compare(by_name[ours], by_name[peer], measuring)}")
 
 
 if __name__ == "__main__":

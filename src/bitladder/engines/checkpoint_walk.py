@@ -37,7 +37,7 @@ class Settings:
     act_order: bool = True
     reference_tokens: int = 16384
     """Tokens that AWQ, INT8 and importance matrices look at; their few parameters per layer hardly change with more."""
-    state_bytes: int = GiB
+    state_bytes: int = GiB // 4
     device: str = "cpu"
     threads: int = 1
 

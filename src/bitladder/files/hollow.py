@@ -45,7 +45,7 @@ def _encoded(value: str | int | float) -> bytes:
 
 def _tokenizer(n_vocab: int) -> dict[str, bytes]:
     """A byte-level tokenizer without merges."""
-    tokens = ["<end>", *_byte_letters(), *(f"<{number}>" for number in range(n_vocab - 257))]
+    tokens = ["<end>", *_byte_letters(), "ab", *(f"<{number}>" for number in range(n_vocab - 258))]
     kinds = [3] + [1] * (n_vocab - 1)
     return {
         "tokenizer.ggml.model": encoded(gguf.STRING, "gpt2"),

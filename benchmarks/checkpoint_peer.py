@@ -1,0 +1,87 @@
+"""The peers of checkpoint_levels: GPTQModel's GPTQ, llm-compressor's GPTQ and AWQ, on the same weights and tokens.
+
+    .venv/bin/python benchmarks/checkpoint_levels.py --model MODEL.gguf --calibrate valid.txt --prepare DIR
+    PEER/bin/python benchmarks/checkpoint_peer.py gptqmodel DIR OUT [--bits 4] [--group 64] [--windows 64]
+    PEER/bin/python benchmarks/checkpoint_peer.py llmcompressor-gptq|llmcompressor-awq DIR OUT [...]
+
+``--prepare`` leaves the model as a float checkpoint and the calibration tokens, whole windows of 512. Each peer
+lives in an environment of its own:
+
+    python -m venv gptqmodel && . gptqmodel/bin/activate
+    pip install torch==2.13.0 threadpoolctl protobuf pillow pypcre tokenicer logbar jinja2 ninja datasets dill \\
+        torchao defuser device-smi requests accelerate transformers==5.23.0 'setuptools>=84.2.1'
+    pip install --no-deps --no-build-isolation gptqmodel==7.7.0
+
+    python -m venv llmcompressor && . llmcompressor/bin/activate
+    pip install 'torch<=2.14' 'transformers<=5.17' llmcompressor==0.14.0.1
+
+Settings are each tool's own defaults except bits, group size and windows: GPTQModel damps by 0.05 and orders
+columns within groups, llm-compressor damps by 0.01 and leaves them in order; its AWQ has zero points and searches
+over 20 exponents. Prints seconds, CPU seconds and peak memory of the quantization with saving.
+"""
+
+import argparse
+import os
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # its loader asks for two however many cores there are
+
+import numpy as np
+import torch
+
+
+def gptqmodel(source: Path, out: Path, tokens: Any, bits: int, group: int) -> None:
+    from gptqmodel import GPTQModel, QuantizeConfig
+
+    model = GPTQModel.load(str(source), QuantizeConfig(bits=bits, group_size=group))
+    samples = [{"input_ids": window.tolist(), "attention_mask": [1] * len(window)} for window in tokens]
+    model.quantize(samples, batch_size=1)
+    model.save(str(out))
+
+
+def llmcompressor(source: Path, out: Path, tokens: Any, bits: int, group: int, *, awq: bool) -> None:
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from datasets import Dataset
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.awq import AWQModifier
+    from llmcompressor.modifiers.quantization import GPTQModifier
+    from transformers import AutoModelForCausalLM
+
+    torch.Tensor.pin_memory = lambda self, *_: self  # a CPU build of torch has nothing to pin memory for
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    weights = QuantizationArgs(num_bits=bits, type="int", symmetric=not awq, strategy="group", group_size=group)
+    scheme = {"group": QuantizationScheme(targets=["Linear"], weights=weights)}
+    made = (AWQModifier if awq else GPTQModifier)(config_groups=scheme, ignore=["lm_head"])
+    data = Dataset.from_dict({"input_ids": tokens.tolist(), "attention_mask": np.ones_like(tokens).tolist()})
+    recipe = made if isinstance(made, list) else [made]  # AWQ comes as a search and a rounding
+    oneshot(model=model, dataset=data, recipe=recipe, max_seq_length=tokens.shape[1], num_calibration_samples=len(data))
+    model.to(torch.float16).save_pretrained(out, save_compressed=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("method", choices=("gptqmodel", "llmcompressor-gptq", "llmcompressor-awq"))
+    parser.add_argument("prepared", type=Path)
+    parser.add_argument("out", type=Path)
+    for name, default in (("--bits", 4), ("--group", 64), ("--windows", 64), ("--threads", 1)):
+        parser.add_argument(name, type=int, default=default)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    tokens = np.load(options.prepared / "tokens.npy")[: options.windows]
+    source = options.prepared / "float"
+    started, cpu = time.monotonic(), time.process_time()
+    if options.method == "gptqmodel":
+        gptqmodel(source, options.out, tokens, options.bits, options.group)
+    else:
+        awq = options.method == "llmcompressor-awq"
+        llmcompressor(source, options.out, tokens, options.bits, options.group, awq=awq)
+    seconds, cpu = time.monotonic() - started, time.process_time() - cpu
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    print(f"\n{options.method}, {len(tokens)} windows: {seconds:.0f} s, {cpu:.0f} CPU s, peak {peak:.2f} GB")
+
+
+if __name__ == "__main__":
+    main()
