@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from bitladder.kernels import lanes
-from bitladder.kernels.affine import quantize_affine
+from bitladder.kernels.compiled import Compiled
 from bitladder.kernels.lanes import kernel
 
 SPECIAL = np.array(
@@ -18,7 +16,7 @@ SPECIAL = np.array(
 
 
 @kernel
-def apply_each(x, y, out, bytes_out):
+def each_operation(x, y, out, bytes_out):
     a, b = lanes.load(x, 0), lanes.load(y, 0)
     lanes.store(out, 0, a + b)
     lanes.store(out, 16, a - b)
@@ -32,6 +30,9 @@ def apply_each(x, y, out, bytes_out):
     lanes.store(out, 128, half)
     lanes.store_f16(bytes_out, 0, half)
     lanes.store_u8(bytes_out, 32, lanes.nearest(lanes.minimum(lanes.maximum(b, lanes.splat(-9.0)), lanes.splat(200.0))))
+
+
+apply_each = Compiled(__name__, "each_operation")
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -61,9 +62,12 @@ def test_to_f16_equals_numpy_on_every_exponent() -> None:
 
 
 @kernel
-def turn(x, starts, tile, byte_tile, out, targets):
+def both_turns(x, starts, tile, byte_tile, out, targets):
     lanes.load_transposed(x, starts, 1, tile, 16)
     lanes.store_transposed(byte_tile, 16, out, targets, 1)
+
+
+turn = Compiled(__name__, "both_turns")
 
 
 def test_transposing_moves_every_element_to_its_lane() -> None:
@@ -78,15 +82,22 @@ def test_transposing_moves_every_element_to_its_lane() -> None:
         np.testing.assert_array_equal(out[start + 1 : start + 17], byte_tile[16:].reshape(16, 16)[:, lane])
 
 
-def test_stored_machine_code_is_stamped_with_all_kernel_sources() -> None:
-    """numba looks at one file's date only; a kernel must be compiled anew when a helper's file changes."""
-    stamp = quantize_affine._cache._cache_file._source_stamp
-    assert stamp == lanes._stamp()
-    assert len(stamp) == 64
-    assert {"lanes.py", "pack.py", "affine.py"} <= {p.name for p in Path(lanes.__file__).parent.glob("*.py")}
+@kernel
+def reduced_rows(x, starts, out, bits):
+    lowest, highest = lanes.lowest_of_rows(x, starts), lanes.highest_of_rows(x, starts)
+    lanes.store(out, 0, lowest)
+    lanes.store(out, 16, highest)
+    lanes.store_bits(bits, 1, highest > lanes.splat(2.0))
 
 
-def test_a_kernel_without_a_place_to_store_it_still_compiles() -> None:
-    made: dict = {}
-    exec("def double(x):\n    return x + x", made)  # a function of no file, which numba cannot store
-    assert kernel(made["double"])(21) == 42
+reduce_rows = Compiled(__name__, "reduced_rows")
+
+
+def test_extremes_of_rows_and_bits_of_a_mask() -> None:
+    x = np.random.default_rng(2).standard_normal(16 * 40).astype(np.float32)
+    starts = np.random.default_rng(3).permutation(16) * 40 + np.arange(16) % 8
+    out, bits = np.zeros(32, np.float32), np.zeros(4, np.uint8)
+    reduce_rows(x, starts, out, bits)
+    rows = np.stack([x[start : start + 32] for start in starts])
+    np.testing.assert_array_equal(out, np.concatenate([rows.min(1), rows.max(1)]))
+    np.testing.assert_array_equal(bits, [0, *np.packbits(rows.max(1) > 2, bitorder="little"), 0])

@@ -19,8 +19,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from bitladder.kernels.lanes import (
     helper,
     kernel,
@@ -361,19 +359,23 @@ def quantize_affine(
     passes: Any,
     reach: Any,
     guard: Any,
+    scratch: Any,
+    tile: Any,
+    places: Any,
     out: Any,
 ) -> Any:
     """Blocks of f32 x, one after another, to their bytes in ``out``.
 
-    ``importance`` is f32[columns], or empty for equal weights; ``columns`` the length of a row of x.
+    ``importance`` is f32[columns], or empty for equal weights; ``columns`` the length of a row of x. To work in:
+    ``scratch`` f32[``Row.scratch``], ``tile`` u8[16 type_size], ``places`` i64[48].
     """
     length, n = parts * size, parts * 16
     blocks = x.size // length
-    values, codes = np.empty(16 * length, np.float32), np.empty(16 * length, np.float32)
-    weights = np.ones(16 * length, np.float32)
-    state = np.empty(ROWS * n, np.float32)
-    tile = np.empty(16 * type_size, np.uint8)
-    source, column, target = np.empty(16, np.int64), np.empty(16, np.int64), np.empty(16, np.int64)
+    values, codes, weights = scratch, scratch[16 * length :], scratch[32 * length :]
+    state = scratch[48 * length :]
+    source, column, target = places, places[16:], places[32:]
+    for i in range(0, 16 * length, 16):
+        store(weights, i, splat(1.0))
     for first in range(0, blocks, 16):
         for lane in range(16):
             block = min(first + lane, blocks - 1)

@@ -4,23 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bitladder.formats.blocks import QTYPES, QType
-from bitladder.kernels import floats
-from bitladder.kernels.affine import quantize_affine
-from bitladder.kernels.decode import DECODERS, HALF
-from bitladder.kernels.rows import AFFINE, EFFORTS, SCALE, Effort, affine_search, scale_search
-from bitladder.kernels.scale import quantize_scale
+from bitladder.kernels.compiled import Compiled
+from bitladder.kernels.rows import AFFINE, EFFORTS, SCALE, Effort, Row, Search, affine_search, scale_search
 
 CHUNK_WEIGHTS = 1 << 17
 """Weights handed to a kernel at once: half a megabyte of float32."""
 
 F32Array = NDArray[np.float32]
 U8Array = NDArray[np.uint8]
+
+Encode = Callable[[F32Array, U8Array], Any]
+
+_QUANTIZE_AFFINE = Compiled("bitladder.kernels.affine", "quantize_affine")
+_QUANTIZE_SCALE = Compiled("bitladder.kernels.scale", "quantize_scale")
+_QUANTIZE_PLAIN = Compiled("bitladder.kernels.plain", "quantize_plain")
+_DECODE = {name: Compiled("bitladder.kernels.decode", f"decode_{name.lower()}") for name in (*AFFINE, *SCALE)}
+_ENCODE_BF16, _DECODE_F16, _DECODE_BF16, _ANY_NONFINITE = (
+    Compiled("bitladder.kernels.floats", name) for name in ("encode_bf16", "decode_f16", "decode_bf16", "any_nonfinite")
+)
+_HALF = np.arange(65536, dtype=np.uint16).view(np.float16).astype(np.float32)
+"""Every float16."""
 
 QUANTIZABLE: frozenset[str] = frozenset({"F32", "F16", "BF16", *AFFINE, *SCALE})
 
@@ -110,7 +119,7 @@ def dequantize(data: U8Array, qtype: str, *, threads: int = 1) -> F32Array:
 
 def first_nonfinite(weights: F32Array) -> tuple[int, int] | None:
     """Row and column of the first NaN or infinity, or None when all are finite."""
-    if not floats.any_nonfinite(np.require(weights, np.float32, ["C", "W"]).reshape(-1)):
+    if not _ANY_NONFINITE(np.require(weights, np.float32, ["C", "W"]).reshape(-1).view(np.uint32)):
         return None
     row, column = np.argwhere(~np.isfinite(weights))[0]
     return int(row), int(column)
@@ -123,54 +132,57 @@ def _row_of(qtype: str) -> QType:
     return row
 
 
-def _encoder(
-    row: QType, columns: int, importance: F32Array | None, effort: Effort
-) -> Callable[[F32Array, U8Array], None]:
+def _encoder(row: QType, columns: int, importance: F32Array | None, effort: Effort) -> Encode:
     """A function that encodes whole rows, given flat, into flat bytes."""
+    form = AFFINE.get(row.name) or SCALE.get(row.name)
+    if form is not None:
+        search = affine_search if row.name in AFFINE else scale_search
+        return _block_encoder(form, search(form, effort, weighted=importance is not None), columns, importance)
+    if row.name == "F16":
+        return _encode_f16
+    if row.name == "BF16":
+        return lambda x, out: _ENCODE_BF16(x.view(np.uint32), out.view(np.uint16))
+    return lambda x, out: np.copyto(out, x.view(np.uint8))
+
+
+def _block_encoder(form: Row, look: Search, columns: int, importance: F32Array | None) -> Encode:
+    """A function that encodes blocks; each thread that calls it works in arrays of its own."""
     weights = np.empty(0, np.float32) if importance is None else importance
-    if (affine := AFFINE.get(row.name)) is not None:
-        look = affine_search(affine, effort, weighted=importance is not None)
+    type_size = QTYPES[form.name].type_size
+    search = look.starts, look.rounds, look.trials, look.passes, look.reach, look.guard
 
-        def encode(x: F32Array, out: U8Array) -> None:
-            quantize_affine(
-                x, columns, weights, affine.pack, affine.parts, affine.size, affine.high, affine.scale_high,
-                row.type_size, look.starts, look.rounds, look.trials, look.passes, look.reach, look.guard, out,
-            )  # fmt: skip
+    def room() -> tuple[F32Array, U8Array, NDArray[np.int64]]:
+        return np.empty(form.scratch, np.float32), np.empty(16 * type_size, np.uint8), np.empty(48, np.int64)
 
-    elif (scale := SCALE.get(row.name)) is not None:
-        look = scale_search(scale, effort, weighted=importance is not None)
+    def encode_plain(x: F32Array, out: U8Array) -> None:
+        _QUANTIZE_PLAIN(x, form.pack, form.low, form.high, type_size, *room(), out)
 
-        def encode(x: F32Array, out: U8Array) -> None:
-            quantize_scale(
-                x, columns, weights, scale.pack, scale.parts, scale.size, scale.low, scale.high, scale.table,
-                scale.scale_low, scale.scale_high, row.type_size,
-                look.starts, look.rounds, look.trials, look.passes, look.reach, look.guard, out,
-            )  # fmt: skip
+    def encode_affine(x: F32Array, out: U8Array) -> None:
+        shape = form.pack, form.parts, form.size, form.high, form.scale_high, type_size
+        _QUANTIZE_AFFINE(x, columns, weights, *shape, *search, *room(), out)
 
-    elif row.name == "F16":
-        return floats.encode_f16
+    def encode_scale(x: F32Array, out: U8Array) -> None:
+        shape = form.pack, form.parts, form.size, form.low, form.high, form.table
+        _QUANTIZE_SCALE(x, columns, weights, *shape, form.scale_low, form.scale_high, type_size, *search, *room(), out)
 
-    elif row.name == "BF16":
-
-        def encode(x: F32Array, out: U8Array) -> None:
-            floats.encode_bf16(x, out.view(np.uint16))
-
-    else:
-
-        def encode(x: F32Array, out: U8Array) -> None:
-            out[:] = x.view(np.uint8)
-
-    return encode
+    if look.plain:
+        return encode_plain
+    return encode_affine if form.name in AFFINE else encode_scale
 
 
-def _decoder(qtype: str) -> Callable[[U8Array, F32Array], None]:
+def _encode_f16(x: F32Array, out: U8Array) -> None:
+    """Nearest float16, ties to even; beyond +-65504, that."""
+    np.copyto(out.view(np.float16), np.clip(x, -65504, 65504), casting="same_kind")
+
+
+def _decoder(qtype: str) -> Callable[[U8Array, F32Array], Any]:
     """A function that decodes flat bytes into flat weights."""
-    if (decode := DECODERS.get(qtype)) is not None:
-        return lambda data, out: decode(data, out, HALF)
+    if (decode := _DECODE.get(qtype)) is not None:
+        return lambda data, out: decode(data, out, _HALF)
     if qtype == "F16":
-        return lambda data, out: floats.decode_f16(data.view(np.uint16), out)
+        return lambda data, out: _DECODE_F16(data.view(np.uint16), out, out.view(np.uint32))
     if qtype == "BF16":
-        return lambda data, out: floats.decode_bf16(data.view(np.uint16), out)
+        return lambda data, out: _DECODE_BF16(data.view(np.uint16), out.view(np.uint32))
     if qtype == "F32":
         return lambda data, out: np.copyto(out, data.view(np.float32))
     import gguf  # only formats that are read, never written, need it
@@ -182,6 +194,8 @@ def _decoder(qtype: str) -> Callable[[U8Array, F32Array], None]:
             kind = gguf.GGMLQuantizationType[qtype]
             out[:] = gguf.quants.dequantize(data.reshape(-1, type_size), kind).reshape(-1)
         except (KeyError, NotImplementedError) as error:
+            from importlib.metadata import version
+
             reader = f"gguf {version('gguf')}"
             raise ValueError(f"{qtype} cannot be decoded: neither Bitladder nor {reader} knows how") from error
 

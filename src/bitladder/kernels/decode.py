@@ -1,7 +1,7 @@
 """Bytes back to weights, one short loop per layout, with the operations of the ``gguf`` package in its order.
 
 Multiplying and adding round after each step as there, so results are equal bit for bit. The layouts are drawn in
-``pack.py``. ``half`` turns 16 bits into float32; ``data`` holds blocks one after another, ``out`` their weights.
+``pack.py``. ``half`` holds every float16 as float32; ``data`` holds blocks one after another, ``out`` their weights.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ import numpy as np
 
 from bitladder.kernels.lanes import helper, kernel
 from bitladder.kernels.scale import IQ4_VALUES
-
-HALF = np.arange(65536, dtype=np.uint16).view(np.float16).astype(np.float32)
 
 
 @helper

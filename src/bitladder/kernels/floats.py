@@ -1,4 +1,4 @@
-"""Plain floats: F32, F16 and BF16, and the search for weights that are none."""
+"""Plain floats, F16 and BF16, and the search for weights that are none."""
 
 from __future__ import annotations
 
@@ -9,35 +9,28 @@ import numpy as np
 from bitladder.kernels.lanes import kernel
 
 
-def encode_f16(x: Any, out: Any) -> None:
-    """Nearest float16, ties to even; beyond +-65504, that. ``x`` f32[n], ``out`` uint8[2 n]."""
-    np.copyto(out.view(np.float16), np.clip(x, -65504, 65504), casting="same_kind")
-
-
 @kernel
-def encode_bf16(x: Any, out: Any) -> None:
-    """Nearest bfloat16, ties to even: the upper half of the float32. ``x`` f32[n], ``out`` uint16[n]."""
-    bits = x.view(np.uint32)
+def encode_bf16(bits: Any, out: Any) -> None:
+    """Nearest bfloat16, ties to even: the upper half of the float32. ``bits`` f32[n] as uint32, ``out`` uint16[n]."""
     for i in range(bits.size):
         out[i] = (bits[i] + np.uint32(0x7FFF) + ((bits[i] >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
 
 
 @kernel
-def decode_bf16(data: Any, out: Any) -> None:
-    """``data`` uint16[n] to ``out`` f32[n]."""
-    bits = out.view(np.uint32)
+def decode_bf16(data: Any, bits: Any) -> None:
+    """``data`` uint16[n] to ``bits``, f32[n] as uint32."""
     for i in range(bits.size):
         bits[i] = np.uint32(data[i]) << np.uint32(16)
 
 
 @kernel
-def decode_f16(data: Any, out: Any) -> None:
+def decode_f16(data: Any, out: Any, bits: Any) -> None:
     """``data`` uint16[n] to ``out`` f32[n], in steps that the compiler turns into vectors; numpy goes one by one.
+    ``bits`` is ``out`` as uint32.
 
     Exponent and fraction move up 13 bits and the exponent's bias grows by 112, or to all ones for NaN and infinity;
     what has no exponent counts in steps of 2^-24.
     """
-    bits = out.view(np.uint32)
     for i in range(bits.size):
         h = np.uint32(data[i])
         magnitude = (h & np.uint32(0x7FFF)) << np.uint32(13)
@@ -50,10 +43,9 @@ def decode_f16(data: Any, out: Any) -> None:
 
 
 @kernel
-def any_nonfinite(x: Any) -> bool:
-    """Whether f32 ``x`` holds NaN or infinity: all exponent bits set."""
-    bits = x.view(np.uint32)
+def any_nonfinite(bits: Any) -> Any:
+    """1 if ``bits``, f32 as uint32, hold NaN or infinity: all exponent bits set; else 0."""
     found = np.uint32(0)
     for i in range(bits.size):
         found |= np.uint32((bits[i] & np.uint32(0x7F800000)) == np.uint32(0x7F800000))
-    return bool(found)
+    return np.int64(found)

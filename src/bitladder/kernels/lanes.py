@@ -14,11 +14,8 @@ count elements and are not checked.
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import operator
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numba as nb
@@ -34,7 +31,6 @@ LANES = 16
 
 # what these decorators make is called from compiled code with fewer arguments than Python sees
 intrinsic: Any = _intrinsic
-_njit: Any = nb.njit
 cgutils: Any = _cgutils
 
 _F32 = ir.FloatType()
@@ -155,6 +151,16 @@ def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
                 turned[i + bit] = builder.shuffle_vector(rows[i], rows[i + bit], high)
         rows = turned
     return rows
+
+
+def _of_rows(builder: Any, rows: list[Any], choose: Callable[[Any, Any, Any], Any], bit: int = 1) -> Any:
+    """What ``choose`` leaves of each row, a lane each: rows are joined in pairs, depth first to save registers."""
+    if len(rows) == 1:
+        return rows[0]
+    low = ir.Constant(_VI, [i if not i & bit else i - bit + LANES for i in range(LANES)])
+    high = ir.Constant(_VI, [i + bit if not i & bit else i + LANES for i in range(LANES)])
+    even, odd = (_of_rows(builder, rows[half::2], choose, 2 * bit) for half in (0, 1))
+    return choose(builder, builder.shuffle_vector(even, odd, low), builder.shuffle_vector(even, odd, high))
 
 
 # --- functions for numba code ----------------------------------------------------------------------------
@@ -328,6 +334,48 @@ def load_transposed(typingctx: Any, source: Any, starts: Any, offset: Any, tile:
     return types.void(source, starts, types.intp, tile, types.intp), codegen
 
 
+def _extreme_of_rows(choose: Callable[[Any, Any, Any], Any], source: Any, starts: Any) -> Any:
+    """An intrinsic that reduces the 32 weights from each of sixteen starts on to one lane each."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        rows = []
+        for start in _starts(context, builder, sig.args[1], args[1]):
+            ends = [builder.add(start, ir.IntType(64)(i)) for i in (0, LANES)]
+            pointers = [_pointer(context, builder, sig.args[0], args[0], at, _F32) for at in ends]
+            rows.append(choose(builder, *(builder.load(pointer, align=4) for pointer in pointers)))
+        return _of_rows(builder, rows, choose)
+
+    return lanes_type(source, starts), codegen
+
+
+@intrinsic
+def lowest_of_rows(typingctx: Any, source: Any, starts: Any) -> Any:
+    """In each lane the smallest of ``source[starts[lane] : starts[lane] + 32]``."""
+    return _extreme_of_rows(_select_less, source, starts)
+
+
+@intrinsic
+def highest_of_rows(typingctx: Any, source: Any, starts: Any) -> Any:
+    """In each lane the largest of ``source[starts[lane] : starts[lane] + 32]``."""
+    return _extreme_of_rows(_select_greater, source, starts)
+
+
+@intrinsic
+def store_bits(typingctx: Any, array: Any, index: Any, mask: Any) -> Any:
+    """A mask as two bytes of ``array``, lane 0 in the lowest bit."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        bits = builder.bitcast(args[2], ir.IntType(LANES))
+        for i in range(2):
+            byte = builder.trunc(builder.lshr(bits, ir.IntType(LANES)(8 * i)), ir.IntType(8))
+            at = builder.add(args[1], ir.IntType(64)(i))
+            data = context.make_array(sig.args[0])(context, builder, args[0]).data
+            builder.store(byte, builder.gep(data, [at]))
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, mask_type), codegen
+
+
 @intrinsic
 def store_transposed(typingctx: Any, tile: Any, index: Any, target: Any, starts: Any, offset: Any) -> Any:
     """Sixteen bytes of sixteen blocks: ``target[starts[lane] + offset + i] = tile[index + 16 * i + lane]``."""
@@ -347,33 +395,11 @@ def store_transposed(typingctx: Any, tile: Any, index: Any, target: Any, starts:
     return types.void(tile, types.intp, target, starts, types.intp), codegen
 
 
-_OPTIONS = {"nogil": True, "error_model": "numpy"}
-
-helper: Any = _njit(**_OPTIONS, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+helper: Any = nb.njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 """Compiles a function that only kernels call."""
 
-
-def kernel(function: Callable[..., Any]) -> Any:
-    """Compile a function that Python calls, on its first call, and keep the machine code on disk.
-
-    numba takes a stored function for current as long as the file it stands in is unchanged, whatever it calls. A
-    kernel is made of helpers of several files, so here its stamp is a digest of all of them.
-    """
-    try:
-        compiled = _njit(**_OPTIONS, cache=True)(function)
-    except RuntimeError:  # numba finds no folder it may write to, neither beside the source nor of the user
-        return _njit(**_OPTIONS)(function)
-    compiled._cache._cache_file._source_stamp = _stamp()
-    return compiled
-
-
-@functools.cache
-def _stamp() -> str:
-    """A digest of all source files of the kernels."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+kernel: Any = helper
+"""Compiles a function that ``compiled.py`` calls. It allocates and raises nothing: its caller brings all arrays."""
 
 
 @helper

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 Effort = Literal["fast", "good", "best"]
 EFFORTS: tuple[Effort, ...] = ("fast", "good", "best")
+STATE_ROWS = 12
+"""Room for the values that a search keeps per sub-block."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,11 @@ class Row:
     scale_low: int = 0
     scale_high: int = 0
     table: bool = False
+
+    @property
+    def scratch(self) -> int:
+        """How many float32 a search of sixteen blocks works in: weights, importance, codes, and a state per part."""
+        return 16 * self.parts * (3 * self.size + STATE_ROWS)
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,11 @@ class Search:
     passes: int
     reach: int = 0
     guard: bool = True
+
+    @property
+    def plain(self) -> bool:
+        """Whether there is nothing to search."""
+        return len(self.starts) == 1
 
 
 AFFINE = {
