@@ -8,6 +8,7 @@ to what the last norm gives; embeddings that are looked up only are rounded to n
 from __future__ import annotations
 
 import hashlib
+import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -124,7 +125,8 @@ def _write(job: _Job, draft: LevelDraft, state_bytes: int) -> list[LinearLoss]:
     part = draft.parts[0]
     fingerprint = hashlib.sha256(part.header(job.source.sha256)).hexdigest()
     out = _Out(GgufWriter(part.path, part.plan, fingerprint))
-    kept = Checkpoint(part.path.with_name(part.path.name + ".partial.states"), fingerprint)
+    folder = part.path.with_name(part.path.name + ".partial.states")
+    kept = Checkpoint(folder, fingerprint)
     shelf = Shelf(job.batches, job.source.model.dims.n_embd, budget_bytes=state_bytes, folder=part.path.parent)
     spill = part.path.parent if _inner_bytes(job) > state_bytes else None
     n_layer = job.model.n_layer
@@ -146,10 +148,10 @@ def _write(job: _Job, draft: LevelDraft, state_bytes: int) -> list[LinearLoss]:
         for name in out.unfinished():
             out.put(name, _other(job, name, states))
         out.writer.finish(part.header(job.source.sha256))
-        kept.done()
+        shutil.rmtree(folder, ignore_errors=True)
     except BitladderError:
         out.writer.discard()
-        kept.done()
+        shutil.rmtree(folder, ignore_errors=True)
         raise
     finally:
         out.writer.close()

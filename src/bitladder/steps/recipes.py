@@ -9,8 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from bitladder.errors import NothingFits, UsageError
 from bitladder.progress import Progress
 from bitladder.records.recipe import FittedLevel, Recipe, SensitivityTable, TensorLoss
@@ -25,11 +23,12 @@ if TYPE_CHECKING:
     from bitladder.plan.recipe import Wish
     from bitladder.records.fidelity import Fidelity
 
-_WEIGHING_WINDOWS = 8
-"""Windows that sensitivities are taken from: row weights are means over all tokens, so a few thousand tokens do."""
-_HELD_OUT_WINDOWS = 8
-"""Windows that nothing is fitted to: predictions and the finished file are compared with the source on them."""
-_CHECKING_WINDOWS = 4
+_WEIGHING_TOKENS = 4096
+"""Tokens that sensitivities are taken from: row weights are means over all of them, so a few thousand do."""
+_HELD_OUT_TOKENS = 4096
+"""Tokens that nothing is fitted to: predictions and the finished file are compared with the source on them."""
+_LARGEST_HELD_OUT = 4
+"""At most every fourth window is held out."""
 _CHECKED_BPW = (2.8, 3.4, 4.2, 5.5)
 
 
@@ -194,12 +193,13 @@ def measured_on(
 
 
 def _parts(windows: Sequence[Window]) -> _Texts:
-    """Every n-th window is held out; sensitivities are taken from windows spread over the rest."""
-    stride = max(2, len(windows) // _HELD_OUT_WINDOWS)
-    held = list(windows[stride - 1 :: stride])[:_HELD_OUT_WINDOWS]
-    rest = [window for window in windows if not any(window is one for one in held)] or list(windows)
-    spread = np.unique(np.linspace(0, len(rest) - 1, min(len(rest), _WEIGHING_WINDOWS)).astype(int))
-    return _Texts([rest[at] for at in spread], rest, held or rest[-1:])
+    """Windows spread over the text are held out; sensitivities are taken from others, spread over the rest."""
+    total = sum(len(window.tokens) for window in windows)
+    stride = max(_LARGEST_HELD_OUT, round(total / _HELD_OUT_TOKENS))
+    held = list(windows[stride - 1 :: stride])
+    rest = [window for at, window in enumerate(windows) if (at + 1) % stride]
+    step = max(1, round(sum(len(window.tokens) for window in rest) / _WEIGHING_TOKENS))
+    return _Texts(rest[::step], rest, held)
 
 
 def _chosen(source: GgufFile, table: SensitivityTable, asked: Asked) -> Recipe:
@@ -302,7 +302,7 @@ def _checked(
         except (NothingFits, UsageError):
             continue
     candidates = [Candidate(recipe.label, MadeWeights(quantizer, recipe.qtypes)) for recipe in recipes]
-    windows = parts.held_out[:_CHECKING_WINDOWS]
+    windows = parts.held_out
     with job(walking_need(source, windows, [recipe.label for recipe in recipes]), journal):
         found = walk(source, candidates, windows, progress=progress, threads=threads)
     sums = [predicted(table, recipe.qtypes, feedback=False) for recipe in recipes]

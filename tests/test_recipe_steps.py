@@ -1,0 +1,166 @@
+"""Recipes for budgets: chosen, written, read back, applied to another checkpoint, and refused with numbers."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import tiny_models
+from bitladder.cli.app import app
+from bitladder.describe.rates import PoolRates
+from bitladder.describe.windows import Window
+from bitladder.errors import NothingFits, UsageError
+from bitladder.files.gguf import GgufFile
+from bitladder.formats.blocks import QTYPES
+from bitladder.formats.recipes import is_quantizable
+from bitladder.plan.recipe import Wish, choose, fitted, predicted, reapplied, recipe_bytes
+from bitladder.records.recipe import SensitivityTable, TensorLoss
+from bitladder.stages.sensitivity import types_for
+from bitladder.steps import calibrated, recipes
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    case = tiny_models.CASES["llama with biases"]
+    return tiny_models.write(case, tiny_models.make(case), tmp_path / "tiny.gguf")
+
+
+def _table(source):
+    rng = np.random.default_rng(0)
+
+    def losses(info, weight):
+        errors = {qtype: weight * 4.0 ** -QTYPES[qtype].bpw for qtype in types_for(info)}
+        return tuple(TensorLoss(q, QTYPES[q].nbytes(info.shape), loss, loss / 2) for q, loss in errors.items())
+
+    matrices = [info for info in source.model.tensors if is_quantizable(info)]
+    return SensitivityTable("", "", 1000, {info.name: losses(info, rng.lognormal(0, 1)) for info in matrices})
+
+
+def test_a_budget_is_kept_and_used(tiny):
+    with GgufFile.open(tiny) as source:
+        table = _table(source)
+        for bpw in (4.8, 5.5, 7.0):
+            recipe = choose(table, source.model, Wish(bpw=bpw))
+            assert bpw - 0.3 < recipe.bpw <= bpw
+            assert recipe_bytes(source.model, recipe.qtypes) == (recipe.bytes, recipe.bpw)
+            assert recipe.label == f"bpw{recipe.bpw:.2f}"
+            even = dict.fromkeys(table.losses, "Q4_0")
+            if recipe.bpw > recipe_bytes(source.model, even)[1]:
+                assert recipe.expected_kl < predicted(table, even, feedback=True)
+
+
+def test_the_smallest_file_for_a_loss(tiny):
+    with GgufFile.open(tiny) as source:
+        table = _table(source)
+        middle = choose(table, source.model, Wish(bpw=6.0))
+        again = choose(table, source.model, Wish(kl=middle.expected_kl * 1.001))
+        assert again.bytes <= middle.bytes
+        assert again.expected_kl <= middle.expected_kl * 1.002
+
+
+def test_speed_is_a_limit_like_bytes(tiny):
+    """A type that is slow here is avoided where there is time for others only."""
+    streams = {**dict.fromkeys(("Q5_0", "Q4_0", "IQ4_NL", "Q4_1", "Q8_0", "F32"), 1e9), "Q5_1": 1e6}
+    slow = PoolRates(
+        stream=streams, matmul={"F32": 1e9}, kv_stream=1e9, attention=1e9,
+        layer_s=0, token_s=0, prompt_s=0, source="measured",
+    )  # fmt: skip
+    with GgufFile.open(tiny) as source:
+        table = _table(source)
+        free = choose(table, source.model, Wish(bpw=6.3))
+        bound = choose(table, source.model, Wish(bpw=6.3, least_decode=4000, rates=slow))
+        assert "Q5_1" in free.qtypes.values()
+        assert "Q5_1" not in [q for name, q in bound.qtypes.items() if name != "token_embd.weight"]
+        with pytest.raises(NothingFits):
+            choose(table, source.model, Wish(bpw=6.3, least_decode=1e9, rates=slow))
+
+
+def test_two_pools_each_keep_their_limit(tiny):
+    with GgufFile.open(tiny) as source:
+        table = _table(source)
+        last = sum(info.elements for info in source.model.tensors if info.name.startswith("blk.2."))
+        out = source.info("output.weight").elements
+        vram = int((last + out) * 5 / 8)
+        recipe = choose(table, source.model, Wish(bpw=7, gpu_layers=1, vram_bytes=vram))
+        held = [name for name in table.losses if name.startswith("blk.2.") or name == "output.weight"]
+        assert sum(QTYPES[recipe.qtypes[name]].nbytes(source.info(name).shape) for name in held) <= vram
+
+
+def test_what_cannot_be_is_refused_with_the_least_that_can(tiny):
+    with GgufFile.open(tiny) as source:
+        table = _table(source)
+        with pytest.raises(NothingFits, match="smallest types"):
+            choose(table, source.model, Wish(bytes=1000))
+        with pytest.raises(UsageError, match="source itself"):
+            choose(table, source.model, Wish(bpw=40))
+        with pytest.raises(UsageError, match="limit"):
+            choose(table, source.model, Wish())
+        with pytest.raises(UsageError, match="above 0"):
+            choose(table, source.model, Wish(kl=0.0))
+
+
+def test_predictions_are_scaled_to_measured_recipes(tiny):
+    with GgufFile.open(tiny) as source:
+        sums = np.array([0.01, 0.1, 0.5, 2.0])
+        table = fitted(_table(source), list(zip(sums, 0.6 * sums**0.8, strict=True)))
+    assert table.scale == pytest.approx(0.6)
+    assert table.power == pytest.approx(0.8)
+    assert table.error == pytest.approx(0, abs=1e-6)
+    assert table.expected(table.needed(0.05)) == pytest.approx(0.05)
+
+
+@pytest.fixture
+def words(monkeypatch):
+    """Tiny models have no tokenizer: their text is random ids."""
+    rng = np.random.default_rng(0)
+    windows = [Window(f"t{n}", rng.integers(0, tiny_models.N_VOCAB, 100)) for n in range(36)]
+    monkeypatch.setattr(recipes, "token_windows", lambda source, texts: windows)
+    monkeypatch.setattr(calibrated, "token_windows", lambda source, texts: windows)
+
+
+@pytest.mark.usefixtures("words")
+def test_the_verb_from_a_budget_to_a_file_and_on_to_another_checkpoint(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("BITLADDER_CACHE", str(tmp_path / "cache"))
+    run = CliRunner().invoke
+    made = run(app, ["recipe", str(tiny), "--bpw", "5.5", "--out", str(tmp_path / "out"), "--json"])
+    assert made.exit_code == 0, made.output
+    record = json.loads(made.stdout)
+    path = record["fitted"]["file"]["path"]
+    assert record["recipe"]["bpw"] <= 5.5
+    assert 0.3 < record["held_out"]["kl_mean"] / record["recipe"]["expected_kl"] < 3
+    shown = run(app, ["recipe", path])
+    assert shown.exit_code == 0
+    assert f"bpw{record['recipe']['bpw']:.2f}" in shown.stdout
+    assert "ffn_down" in shown.stdout
+
+    case = tiny_models.CASES["llama with biases"]
+    other = tiny_models.write(case, tiny_models.make(case), tmp_path / "other.gguf")
+    again = run(app, ["recipe", path, "--apply", str(other), "--out", str(tmp_path / "again"), "--json"])
+    assert again.exit_code == 0, again.output
+    copied = json.loads(again.stdout)["fitted"]["file"]["path"]
+    with GgufFile.open(Path(path)) as one, GgufFile.open(Path(copied)) as two:
+        assert {t.name: t.qtype for t in one.model.tensors} == {t.name: t.qtype for t in two.model.tensors}
+
+
+def test_a_recipe_for_another_shape_is_refused(tiny, tmp_path):
+    case = tiny_models.CASES["qwen2"]
+    other = tiny_models.write(case, tiny_models.make(case), tmp_path / "other.gguf")
+    recipe = recipes.read_recipe(tiny)
+    with GgufFile.open(other) as source, pytest.raises(UsageError, match="qwen2"):
+        reapplied(recipe, source.model)
+
+
+@pytest.mark.parametrize(
+    ("options", "words_of_it"),
+    [
+        (["--bpw", "4", "--budget", "1MB"], "together"),
+        (["--vram", "1GB", "--bpw", "4"], "belong together"),
+        (["--apply", "x", "--bpw", "4"], "finished file"),
+    ],
+)
+def test_options_that_contradict_each_other(options, words_of_it, tiny):
+    result = CliRunner().invoke(app, ["recipe", str(tiny), *options])
+    assert result.exit_code == 2
+    assert words_of_it in result.stderr
