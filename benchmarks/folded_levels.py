@@ -6,8 +6,7 @@
 Gathers the importance matrix and the scales of every level in one walk over the calibration text (the one that ships,
 or 32 windows of another), writes each level plainly and folded, both weighed by that importance matrix, and walks
 source and files over the same windows of 512 tokens (second halves scored). Prints mean KL of both with intervals
-that resample windows, the ratio with the interval of the paired difference, and perplexity. Model and text are not
-shipped.
+that resample windows, perplexity and top-1 agreement. Model and text are not shipped.
 """
 
 import argparse

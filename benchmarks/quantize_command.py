@@ -72,7 +72,7 @@ def ours(source: Path, out: Path, level: str, threads: int, effort: str) -> dict
         "--out",
         str(out / "ours"),
     ]
-    command += ["--threads", str(threads), "--effort", effort, "--json"]
+    command += ["--threads", str(threads), "--effort", effort, "--imatrix", "none", "--json"]
     before, started = os.times(), time.perf_counter()
     subprocess.run(command, check=True, capture_output=True, env={**os.environ, "BITLADDER_CACHE": str(cache)})
     wall, after = time.perf_counter() - started, os.times()

@@ -165,9 +165,7 @@ def test_a_text_too_short_to_measure(demo_gguf, tmp_path):
 def test_measure_levels_and_files_side_by_side(demo_gguf, text, tmp_path):
     bitladder("quantize", demo_gguf, "--to", "Q4_K_S", "--out", tmp_path, *QUICK)
     other = next(tmp_path.glob("*Q4_K_S.gguf"))
-    done = bitladder(
-        "measure", demo_gguf, "--levels", "Q8_0,Q4_K_S", "--file", other, "--text", text, "--effort", "fast", "--json"
-    )
+    done = bitladder("measure", demo_gguf, "--levels", "Q8_0,Q4_K_S", "--file", other, "--text", text, *QUICK, "--json")
     high, made, file = json.loads(done.stdout)["levels"]
     wanted = {"level", "kl_mean", "kl_low", "kl_high", "kl_p99", "ppl", "ppl_ratio", "top1", "tokens"}
     assert wanted <= set(high)
@@ -230,8 +228,12 @@ def test_a_level_as_reference_and_a_model_elsewhere_in_one_table(demo_gguf, text
     assert f"--also {cloud.url}#m" in record["commands"][0].replace("'", "")
     assert name in (tmp_path / "out" / "report.html").read_text()
 
-    against_source = bitladder("measure", demo_gguf, "--levels", "Q4_K_S", "--text", text, "--json")
-    higher = bitladder("measure", demo_gguf, "--levels", "Q4_K_S", "--reference", "Q8_0", "--text", text, "--json")
+    against_source = bitladder(
+        "measure", demo_gguf, "--levels", "Q4_K_S", "--text", text, "--imatrix", "none", "--json"
+    )
+    higher = bitladder(
+        "measure", demo_gguf, "--levels", "Q4_K_S", "--reference", "Q8_0", "--text", text, "--imatrix", "none", "--json"
+    )
     (one,), (other,) = (json.loads(found.stdout)["levels"] for found in (against_source, higher))
     assert one["ppl"] == other["ppl"]
     assert one["ppl_reference"] != other["ppl_reference"]

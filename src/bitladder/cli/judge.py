@@ -88,7 +88,7 @@ def measure(
         str | None, typer.Option("--reference", metavar="LEVEL", help="Compare with this level, not with the source.")
     ] = None,
     text: Texts = None,
-    imatrix: Importance = "none",
+    imatrix: Importance = "auto",
     effort: Annotated[str, typer.Option("--effort", help="fast, good or best.")] = "good",
     threads: Threads = ALL_CORES,
     json_output: JsonFlag = False,

@@ -218,6 +218,11 @@ def serving_notes(level: CheckpointLevel) -> tuple[str, ...]:
         notes.append(
             f"vLLM on CPUs has no {level.bits}-bit weight-only kernel; transformers with compressed-tensors decodes it."
         )
+    if level.layout == "pack-quantized" and not level.sym:
+        notes.append(
+            "transformers with compressed-tensors 0.20 expects zero points unpacked and refuses to load them; "
+            "CompressedTensorsConfig(dequantize=True) or version 0.17 reads them, and so does vLLM."
+        )
     return tuple(notes)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from bitladder.errors import UnknownArchitecture, UsageError
 from bitladder.progress import Progress
-from bitladder.steps.calibrated import AUTO, NONE, calibration_texts, importance_of, token_windows
+from bitladder.steps.calibrated import AUTO, NONE, calibration_texts, importance_of, token_windows, weighed
 from bitladder.steps.jobs import building_need, job
 from bitladder.steps.journal import Journal
 
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from bitladder.stages.calibrate import Calibrated
     from bitladder.steps.calibrated import Importance
 
-_UNWEIGHED = frozenset({"F32", "F16", "BF16", "Q8_0"})
-"""Types with nothing to search for: an importance matrix changes none of their bytes."""
 _PROMPT_CHARACTERS = 600
 
 
@@ -44,9 +42,7 @@ class Asked:
     @property
     def weighed(self) -> bool:
         """Whether an importance matrix changes anything."""
-        from bitladder.formats.recipes import RECIPES
-
-        return bool(self.folded) or any(RECIPES[level].qtype not in _UNWEIGHED for level in self.files)
+        return bool(self.folded) or weighed(self.files)
 
 
 @dataclass(frozen=True)

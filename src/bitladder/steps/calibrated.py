@@ -24,7 +24,17 @@ AUTO = "auto"
 NONE = "none"
 OVERLAP_TOKENS = 32
 
+_UNWEIGHED = frozenset({"F32", "F16", "BF16", "Q8_0"})
+"""Types with nothing to search for: an importance matrix changes none of their bytes."""
+
 Importance = Mapping[str, NDArray[np.float32]]
+
+
+def weighed(levels: Sequence[str]) -> bool:
+    """Whether an importance matrix changes a byte of any of these levels."""
+    from bitladder.formats.recipes import RECIPES
+
+    return any(RECIPES[level].qtype not in _UNWEIGHED for level in levels)
 
 
 def token_windows(source: GgufFile, texts: Sequence[Document]) -> list[Window]:

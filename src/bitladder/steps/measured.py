@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from bitladder.progress import LevelNews, Progress, silent, tell
 from bitladder.records.fidelity import Fidelity
-from bitladder.steps.calibrated import NONE, importance_of, token_windows
+from bitladder.steps.calibrated import AUTO, NONE, importance_of, token_windows, weighed
 from bitladder.steps.jobs import job, walking_need
 from bitladder.steps.journal import Journal
 
@@ -55,9 +55,11 @@ def measure_model(
     journal = journal or Journal()
     with ExitStack() as stack:
         source = stack.enter_context(GgufFile.open(resolve(model, progress).path))
-        importance = importance_of(
-            source, imatrix, measured_on=measured_on, threads=threads, journal=journal, progress=progress
-        )
+        importance = None
+        if imatrix != AUTO or weighed(made):
+            importance = importance_of(
+                source, imatrix, measured_on=measured_on, threads=threads, journal=journal, progress=progress
+            )
         others = [stack.enter_context(GgufFile.open(path)) for path in files]
         method = method_name(effort, importance)
         subjects = [Subject(source.sha256, level, made=method) for level in made if level != reference]
