@@ -68,17 +68,13 @@ def run_file(run: Run, prompts: Sequence[int], threads: int) -> None:
 
 
 def run_all(runs: Sequence[Run], prompts: Sequence[int], threads: int, until: float, long: int) -> None:
-    """Whole rounds of all files, at least one, as many as there is time for; before them every fifth file with a long
-    prompt.
-    """
-    for run in runs[::LONG_EVERY] if long else ():
-        run_file(run, [long], threads)
+    """Whole rounds of all files, at least one, as many as there is time for; every fifth has a long prompt too."""
     order = random.Random(0)
     took = 0.0
     while not took or time.monotonic() + took < until:
         began = time.monotonic()
         for run in order.sample(runs, len(runs)):
-            run_file(run, prompts, threads)
+            run_file(run, [*prompts, long] if long and runs.index(run) % LONG_EVERY == 0 else prompts, threads)
         took = time.monotonic() - began
         print(f"a round of {len(runs)} files took {took:.0f} s", flush=True)
 
