@@ -1,6 +1,7 @@
 """Recipes for budgets: chosen, written, read back, applied to another checkpoint, and refused with numbers."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -164,3 +165,19 @@ def test_options_that_contradict_each_other(options, words_of_it, tiny):
     result = CliRunner().invoke(app, ["recipe", str(tiny), *options])
     assert result.exit_code == 2
     assert words_of_it in result.stderr
+
+
+@pytest.mark.usefixtures("words")
+def test_a_loss_asked_for_is_held_by_the_file(tiny, tmp_path, monkeypatch):
+    """Where predictions are too hopeful, the file that loses too much is replaced by a larger one."""
+    monkeypatch.setenv("BITLADDER_CACHE", str(tmp_path / "cache"))
+    weighed = recipes._weighed
+    monkeypatch.setattr(recipes, "_weighed", lambda *a, **k: replace(weighed(*a, **k), scale=0.02))
+    result = recipes.make_recipe(
+        str(tiny),
+        recipes.Asked(Wish(kl=0.02), out=tmp_path / "out"),
+        threads=1,
+        progress=lambda *_: None,
+    )
+    assert result.held_out.kl_mean <= 0.02
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [result.fitted.file.path.name]

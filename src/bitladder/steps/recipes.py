@@ -29,6 +29,8 @@ _HELD_OUT_TOKENS = 4096
 """Tokens that nothing is fitted to: predictions and the finished file are compared with the source on them."""
 _LARGEST_HELD_OUT = 4
 """At most every fourth window is held out."""
+_TRIES = 2
+"""Files made again for --kl when one loses more than was predicted."""
 _CHECKED_BPW = (2.8, 3.4, 4.2, 5.5)
 
 
@@ -85,18 +87,51 @@ def make_recipe(
     journal = journal or Journal()
     with GgufFile.open(resolve(model, progress).path) as source:
         parts = _parts(token_windows(source, calibration_texts(texts)))
-        if asked.level is None:
-            table = _weighed(source, parts, texts, threads, journal, progress)
-            recipe = _chosen(source, table, asked)
-        else:
-            table, recipe = None, named_recipe(source, asked.level, feedback=asked.wish.feedback)
-        error = table.error if table else float("nan")
+        if asked.level is not None:
+            recipe = named_recipe(source, asked.level, feedback=asked.wish.feedback)
+            if asked.out is None:
+                return RecipeResult(recipe, float("nan"))
+            return _written(source, recipe, parts, asked.out, threads, journal, progress)
+        table = _weighed(source, parts, texts, threads, journal, progress)
+        recipe = _chosen(source, table, asked)
         if asked.out is None:
-            return RecipeResult(recipe, error)
-        fitted = write_recipe(source, recipe, parts.fitting, asked.out, threads, journal, progress)
-        return RecipeResult(
-            recipe, error, fitted, measured_on(source, fitted.file.path, parts.held_out, threads, journal, progress)
-        )
+            return RecipeResult(recipe, table.error)
+        result = _written(source, recipe, parts, asked.out, threads, journal, progress, error=table.error)
+        for _ in range(_TRIES):
+            if asked.wish.kl is None or result.held_out is None or result.held_out.kl_mean <= asked.wish.kl:
+                break
+            table = _corrected(table, result, asked.wish.kl, journal)
+            recipe = _chosen(source, table, asked)
+            result = _written(source, recipe, parts, asked.out, threads, journal, progress, error=table.error)
+        return result
+
+
+def _corrected(table: SensitivityTable, result: RecipeResult, kl: float, journal: Journal) -> SensitivityTable:
+    """Predictions raised to what a file really lost that was to lose less; the file goes."""
+    held, fitted, expected = result.held_out, result.fitted, result.recipe.expected_kl
+    if held is None or fitted is None or not expected:
+        return table
+    journal.say(f"{fitted.file.path.name} loses {held.kl_mean:.4f}, above {kl:g}: a larger one is made in its place.")
+    if not fitted.file.reused:
+        fitted.file.path.unlink()
+    return replace(table, scale=table.scale * held.kl_mean / expected)
+
+
+def _written(
+    source: GgufFile,
+    recipe: Recipe,
+    parts: _Texts,
+    out: Path,
+    threads: int,
+    journal: Journal,
+    progress: Progress,
+    *,
+    error: float = float("nan"),
+) -> RecipeResult:
+    """The recipe's file, and its loss on text that nothing was fitted to."""
+    fitted = write_recipe(source, recipe, parts.fitting, out, threads, journal, progress)
+    held = measured_on(source, fitted.file.path, parts.held_out, threads, journal, progress)
+    return RecipeResult(recipe, error, fitted, held)
 
 
 def reapply(
@@ -115,9 +150,7 @@ def reapply(
     with GgufFile.open(resolve(model, progress).path) as source:
         own = reapplied(recipe, source.model)
         parts = _parts(token_windows(source, calibration_texts(texts)))
-        fitted = write_recipe(source, own, parts.fitting, out, threads, journal, progress)
-        held = measured_on(source, fitted.file.path, parts.held_out, threads, journal, progress)
-    return RecipeResult(own, float("nan"), fitted, held)
+        return _written(source, own, parts, out, threads, journal, progress)
 
 
 def read_recipe(file: Path) -> Recipe:
