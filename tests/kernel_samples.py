@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
+
+from bitladder.kernels import quantize
 
 ROWS, COLUMNS = 48, 512
 KINDS = ("even", "heavy", "tiny")
@@ -29,3 +33,12 @@ def squared_error(weights: np.ndarray, restored: np.ndarray, importance: np.ndar
     """Sum of squared differences, each times its column's importance."""
     w = 1.0 if importance is None else importance.astype(np.float64)
     return float((w * (weights.astype(np.float64) - restored) ** 2).sum())
+
+
+def bytes_digest(qtype: str, effort: str) -> str:
+    """A digest of the bytes of every sample, without an importance and with one."""
+    digest = hashlib.sha256()
+    for kind in KINDS:
+        for importance in (None, sample_importance()):
+            digest.update(quantize(sample(kind), qtype, importance=importance, effort=effort).tobytes())
+    return digest.hexdigest()[:16]

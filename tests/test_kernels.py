@@ -17,12 +17,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from bitladder.formats.blocks import QTYPES
-from bitladder.kernels import QUANTIZABLE, dequantize, first_nonfinite, quantize
+from bitladder.kernels import QUANTIZABLE, REVISION, dequantize, first_nonfinite, quantize
 from bitladder.kernels.rows import AFFINE, EFFORTS, SCALE
-from kernel_samples import KINDS, sample, sample_importance, squared_error
+from kernel_samples import KINDS, bytes_digest, sample, sample_importance, squared_error
 
 BLOCK_FORMATS = sorted({*AFFINE, *SCALE})
 DECODABLE = sorted(set(QTYPES) - {"F64", "I8", "I16", "I32", "I64", "Q8_1", "Q8_K", "Q1_0"})
+BYTES = json.loads((Path(__file__).parent / "fixtures" / "kernel_bytes.json").read_text())
 GGML = json.loads((Path(__file__).parent / "fixtures" / "ggml_errors.json").read_text())["errors"]
 
 
@@ -201,6 +202,19 @@ def test_many_chunks_on_many_threads_change_no_byte(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("bitladder.kernels.api.CHUNK_WEIGHTS", 1024)
     np.testing.assert_array_equal(quantize(x, "Q4_K", threads=4), whole)
     np.testing.assert_array_equal(dequantize(whole, "Q4_K", threads=4), back)
+
+
+@pytest.mark.parametrize("case", sorted(BYTES["digests"]))
+def test_bytes_of_this_revision(case: str) -> None:
+    """A level is kept while its method has the same name, which names the revision: bytes may not change alone."""
+    assert bytes_digest(*case.split()) == BYTES["digests"][case], (
+        "the bytes changed: raise REVISION in kernels/rows.py, then python benchmarks/kernel_golden.py --bytes"
+    )
+
+
+def test_every_format_and_effort_has_its_bytes_on_record() -> None:
+    assert BYTES["revision"] == REVISION
+    assert set(BYTES["digests"]) == {f"{qtype} {effort}" for qtype in BLOCK_FORMATS for effort in EFFORTS}
 
 
 def digest_of_all_formats() -> str:

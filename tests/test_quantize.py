@@ -2,6 +2,7 @@
 
 import errno
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -14,10 +15,11 @@ import pytest
 
 import bitladder
 from bitladder.errors import BadInput, BadWeights, OutputError, UnknownLevel, UsageError
+from bitladder.files import level_files
 from bitladder.files.gguf import GgufFile
 from bitladder.files.gguf_writer import GgufWriter
 from bitladder.formats.recipes import assign
-from bitladder.kernels import dequantize, quantize
+from bitladder.kernels import REVISION, dequantize, quantize
 from bitladder.stages import quantize as stage
 from bitladder.stages.quantize import method_name, quantize_levels
 from gguf_bytes import LLAMA_KEYS, strings, tiny_weights, write_model
@@ -80,7 +82,7 @@ def test_metadata_is_carried_over_unchanged_and_provenance_added(tmp_path, tiny)
         "bitladder.source": "tiny-F16.gguf",
         "bitladder.source_sha256": sha256,
         "bitladder.recipe": "Q5_K_S",
-        "bitladder.method": "search fast, importance 0000000000000000",
+        "bitladder.method": f"search fast, kernels {REVISION}, importance 0000000000000000",
         "bitladder.version": bitladder.__version__,
     }
     assert set(model.raw_metadata) - set(carried) == {
@@ -201,6 +203,32 @@ def test_split_out_and_in_again(tmp_path, tiny):
     model = GgufFile.open(joined.path).model
     assert not [key for key in model.metadata if key.startswith("split.")]
     assert joined.path.name == "tiny-Q8_0.gguf"
+
+
+@pytest.fixture
+def few_files():
+    """This process may have only a few more files open than it has, until it asks for more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = len(list(Path("/proc/self/fd").iterdir())) + 40
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_more_parts_than_files_a_process_starts_with(tmp_path, few_files):
+    source = write_model(
+        tmp_path / "many-F16.gguf", {f"blk.{n}.w.weight": np.ones((1, 32), np.float16) for n in range(90)}
+    )
+    with GgufFile.open(source) as opened:
+        quantize_levels(opened, ["Q8_0"], tmp_path / "out", split_max_bytes=1)
+    assert len(files_in(tmp_path / "out")) == 90
+
+
+def test_more_parts_than_the_system_allows_is_told(tmp_path, tiny, monkeypatch):
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (100, 260))
+    with GgufFile.open(tiny) as source, pytest.raises(OutputError, match="this system lets a process have 260"):
+        quantize_levels(source, ["Q8_0"], tmp_path / "out", split_max_bytes=1)
+    assert files_in(tmp_path / "out") == []
 
 
 # ---------------------------------------------------------------- refusals
@@ -464,4 +492,12 @@ def test_a_header_is_as_long_with_an_importance_matrix_as_without():
     """Plans are made before anybody knows whether there will be one, and promise bytes."""
     vectors = {"blk.0.attn_q.weight": np.ones(256, np.float32)}
     assert method_name("good", vectors) != method_name("good", None)
-    assert len(method_name("best", vectors)) == len(method_name("fast", None))
+    assert len(method_name("best", vectors)) == len(method_name("fast", None)) == len(level_files._PLANNED)
+
+
+def test_a_file_of_another_revision_of_the_kernels_is_made_again(tmp_path, tiny, monkeypatch):
+    with GgufFile.open(tiny) as source:
+        assert not quantize_levels(source, ["Q4_0"], tmp_path / "out")[0].reused
+        assert quantize_levels(source, ["Q4_0"], tmp_path / "out")[0].reused
+        monkeypatch.setattr(stage, "REVISION", "9999")
+        assert not quantize_levels(source, ["Q4_0"], tmp_path / "out")[0].reused

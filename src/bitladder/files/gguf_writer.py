@@ -15,6 +15,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import resource
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from bitladder.formats.tensors import TensorInfo
 from bitladder.units import human_bytes
 
 Buffer = bytes | bytearray | memoryview
+_OTHER_FILES = 256
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -85,6 +87,24 @@ def cannot_write(path: Path, error: OSError, needed: int = 0) -> OutputError:
     )
 
 
+def allow_files(count: int) -> None:
+    """Let this process have ``count`` files in the making, beside its others; systems start a process with 1,024.
+
+    Raises:
+        OutputError: the system's own limit is lower.
+    """
+    needed = count + _OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and needed > hard:
+        raise OutputError(
+            f"{count} files are to be written at once; this system lets a process have {hard}.",
+            means="Every part of a split model is a file. Nothing was written.",
+            do="Give a larger --split-max-size, write fewer levels at once, or raise the limit (ulimit -n).",
+        )
+    if soft != resource.RLIM_INFINITY and needed > soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
 class GgufWriter:
     """A file in the making. ``write`` may be called from several threads for different pieces.
 
@@ -122,10 +142,8 @@ class GgufWriter:
         if not self._claims:
             os.ftruncate(self._file, 0)
         os.ftruncate(self._file, self.plan.size)
-        self._log = self.journal.open("a" if self._claims else "w")
         if not self._claims:
-            self._log.write(self._first_line + "\n")
-            self._log.flush()
+            self.journal.write_text(self._first_line + "\n")
 
     @staticmethod
     def partial_of(path: Path) -> Path:
@@ -184,8 +202,8 @@ class GgufWriter:
     def done(self, number: int, digest: str) -> None:
         """Note that tensor ``number`` is complete and has this hash."""
         try:
-            self._log.write(f"{number} {digest}\n")
-            self._log.flush()
+            with self.journal.open("a") as log:  # not kept open: a split model has thousands of parts
+                log.write(f"{number} {digest}\n")
         except OSError as error:
             raise cannot_write(self.path, error, self.plan.size) from error
 
@@ -219,7 +237,6 @@ class GgufWriter:
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
-            self._log.close()
 
     def discard(self) -> None:
         """Let go and remove everything."""

@@ -25,6 +25,8 @@ from bitladder.formats.tensors import TensorInfo
 
 NO_IMPORTANCE = "0" * 16
 """In place of an importance matrix's hash where there is none: headers then have one length, and plans are exact."""
+_PLANNED = f"search good, kernels 0000, importance {NO_IMPORTANCE}"
+"""As long as every method's name: a plan does not load the kernels to ask for their revision."""
 _KEY_HASH = gguf.PROVENANCE + "source_sha256"
 _NO_HASH_YET = "0" * 64
 _SPLIT_KEYS = (gguf.KEY_SPLIT_NO, gguf.KEY_SPLIT_COUNT, gguf.KEY_SPLIT_TENSORS)
@@ -131,7 +133,7 @@ def draft_level(
     folder: Path = Path(),
     *,
     label: str = "",
-    method: str = f"search good, importance {NO_IMPORTANCE}",
+    method: str = _PLANNED,
     has_importance: bool = False,
     split_max_bytes: int | None = None,
     qtypes: Mapping[str, str] | None = None,

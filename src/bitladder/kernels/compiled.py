@@ -15,7 +15,7 @@ for success; the arguments are a pointer to the result, a pointer to a pointer t
 else laid flat. A contiguous array is (owner, parent, elements, bytes per element, address, shape, strides).
 """
 
-# mypy: disable-error-code="no-untyped-call"
+# mypy: disable-error-code="no-untyped-call,import-untyped"
 
 from __future__ import annotations
 

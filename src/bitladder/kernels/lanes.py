@@ -21,7 +21,6 @@ from typing import Any
 import numba as nb
 import numpy as np
 from llvmlite import ir
-from numba.core import cgutils as _cgutils
 from numba.core import types
 from numba.core.typing.templates import ConcreteTemplate, infer_global, signature
 from numba.extending import intrinsic as _intrinsic
@@ -31,7 +30,6 @@ LANES = 16
 
 # what these decorators make is called from compiled code with fewer arguments than Python sees
 intrinsic: Any = _intrinsic
-cgutils: Any = _cgutils
 
 _F32 = ir.FloatType()
 _I32 = ir.IntType(32)
@@ -245,17 +243,6 @@ def magnitude(typingctx: Any, x: Any) -> Any:
 
 
 @intrinsic
-def square_root(typingctx: Any, x: Any) -> Any:
-    """Correctly rounded square root."""
-
-    def emit(builder: Any, value: Any) -> Any:
-        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(_VF, [_VF]), f"llvm.sqrt.v{LANES}f32")
-        return builder.call(function, [value])
-
-    return _function(emit, lanes_type, lanes_type)
-
-
-@intrinsic
 def nearest(typingctx: Any, x: Any) -> Any:
     """The nearest whole number, ties to even, for |x| < 2^22.
 
@@ -395,7 +382,9 @@ def store_transposed(typingctx: Any, tile: Any, index: Any, target: Any, starts:
     return types.void(tile, types.intp, target, starts, types.intp), codegen
 
 
-helper: Any = nb.njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
+_njit: Any = nb.njit
+
+helper: Any = _njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 """Compiles a function that only kernels call."""
 
 kernel: Any = helper

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 Effort = Literal["fast", "good", "best"]
 EFFORTS: tuple[Effort, ...] = ("fast", "good", "best")
+REVISION = "0002"
+"""Raised whenever the kernels' bytes change: files name it, and one made by another revision is made again."""
 STATE_ROWS = 12
 """Room for the values that a search keeps per sub-block."""
 

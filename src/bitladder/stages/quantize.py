@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,16 +30,18 @@ from numpy.typing import NDArray
 from bitladder.errors import BadInput, BadWeights, BitladderError, OutputError, UsageError
 from bitladder.files.following import FollowingHash
 from bitladder.files.gguf import GgufFile, joined_sha256
-from bitladder.files.gguf_writer import GgufWriter, cannot_write, piece_digest
+from bitladder.files.gguf_writer import GgufWriter, allow_files, cannot_write, piece_digest
 from bitladder.files.level_files import NO_IMPORTANCE, LevelDraft, draft_level
 from bitladder.formats.blocks import QTYPES
 from bitladder.formats.recipes import level_named
 from bitladder.formats.tensors import TensorInfo
-from bitladder.kernels import Effort, dequantize, first_nonfinite, quantize
-from bitladder.kernels.awq import Fold
+from bitladder.kernels import REVISION, Effort, dequantize, first_nonfinite, quantize
 from bitladder.progress import Progress, silent
 from bitladder.records.level_file import LevelFile
 from bitladder.units import human_bytes
+
+if TYPE_CHECKING:
+    from bitladder.kernels.awq import Fold  # importing it sets up numba, which takes as long as a small model
 
 PIECE_WEIGHTS = 1 << 20
 """Weights a thread works on at a time: 4 MiB as f32, near what a core's own caches hold."""
@@ -151,12 +154,13 @@ def _record(draft: LevelDraft, seconds: float, *, reused: bool) -> LevelFile:
 
 
 def method_name(effort: Effort, importance: Importance | None, folds: Mapping[str, Fold] | None = None) -> str:
-    """How block scales are chosen, in words that change whenever the bytes may: effort, the importance matrix's
-    hash, and that of the scales that were folded in.
+    """How block scales are chosen, in words that change whenever the bytes may: effort, the kernels' revision, the
+    importance matrix's hash, and that of the scales that were folded in.
     """
     scales = {f"{name}.{kind}": one for name, fold in (folds or {}).items() for kind, one in fold.vectors().items()}
     folded = f", AWQ {_hash_of(scales)}" if scales else ""
-    return f"search {effort}, importance {_hash_of(importance) if importance else NO_IMPORTANCE}{folded}"
+    weighed = _hash_of(importance) if importance else NO_IMPORTANCE
+    return f"search {effort}, kernels {REVISION}, importance {weighed}{folded}"
 
 
 def _hash_of(vectors: Importance) -> str:
@@ -243,6 +247,7 @@ def _write(
     following = FollowingHash([header.path for header in source.headers])
     writers: list[tuple[GgufWriter, Callable[[str], bytes]]] = []
     try:
+        allow_files(sum(len(draft.parts) for draft in drafts))
         for part in (part for draft in drafts for part in draft.parts):
             fingerprint = hashlib.sha256(part.plan.header + repr((identity, PIECE_WEIGHTS)).encode()).hexdigest()
             writers.append((GgufWriter(part.path, part.plan, fingerprint), part.header))
