@@ -143,7 +143,7 @@ def _show_needs(rows: list[HardwareNeed], json_output: bool) -> None:
 @verb
 def machine(
     measure: Annotated[
-        bool, typer.Option("--measure", help="Measure what decides speed (under 20 s) and keep it.")
+        bool, typer.Option("--measure", help="Measure what decides speed (about 20 s) and keep it.")
     ] = False,
     json_output: JsonFlag = False,
 ) -> None:
