@@ -93,6 +93,7 @@ FAULTS = {
     "llama.cpp's error line": (stream(said("a") + "error: out of memory\n\n"), EngineReply, "gave up.*out of memory"),
     "not an object": (stream("data: [1]\n\n"), EngineReply, "an event that is no object"),
     "bad request": (httpx.Response(400, text="too long"), EngineReply, "status 400: too long"),
+    "without end": (stream(said("x" * 999) * 9), EngineReply, "asked for 5 tokens and has sent 1998 characters"),
     "wrong key": (httpx.Response(401, text="no"), EngineReply, "key is missing or wrong"),
     "nobody there": (httpx.ConnectError("refused"), EngineGone, "cannot be reached: refused"),
     "broken off": (httpx.RemoteProtocolError("peer closed"), EngineReply, "broke off in the middle"),
@@ -164,6 +165,9 @@ def test_probing():
     listed = httpx.Response(200, json={"data": [{"id": "m"}, {"id": "n"}]})
     assert endpoint(listed).probe() == ("m", "n")
     assert endpoint(httpx.Response(404)).probe() == ()
+    assert endpoint(httpx.Response(401), stream(GOOD)).probe() == ()  # the list is closed to a key that may chat
+    with pytest.raises(EngineReply, match="key is missing or wrong"):
+        endpoint(httpx.Response(401)).probe()
     with pytest.raises(WrongModel, match="does not serve 'm'"):
         endpoint(httpx.Response(200, json={"data": [{"id": "n"}]})).probe()
     with pytest.raises(EngineReply, match="lists its models in a way"):

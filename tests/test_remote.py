@@ -71,6 +71,7 @@ def serving(say, model="m"):
                 self.reply(200, json.dumps({"model": cloud.model, "choices": [choice], "usage": usage}).encode())
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.handle_error = lambda *_: None  # clients that hang up are part of the tests
     cloud.url = f"http://127.0.0.1:{server.server_port}/v1"
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     try:
@@ -186,6 +187,14 @@ def test_an_endpoint_that_answers_nothing_useful_is_an_error_as_reference_and_le
         (reference,) = asker.ask_all([settings(good), settings(cloud)])
         assert len(reference.answers) == 4
         assert any("is left out" in warning for warning in journal.warnings)
+
+
+def test_an_endpoint_that_is_down_is_let_go_after_a_few_inputs(recorded):
+    many = Workload("w", tuple(one(f"i{n}") for n in range(40)))
+    with serving(lambda prompt: 500 if prompt.startswith("i") else prompt) as cloud:
+        with pytest.raises(EngineError):
+            endpoint_answers(settings(cloud, parallel=1), many, recorded, Journal(), timed=False)
+        assert sum(prompt.startswith("i") for prompt in cloud.asked) < 10
 
 
 def test_a_partial_reference_is_kept_and_marked(recorded, tmp_path):

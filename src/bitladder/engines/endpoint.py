@@ -175,6 +175,10 @@ class Endpoint:
                 response = self._client.get(url)
             if response.status_code in (404, 405):
                 return ()
+            if response.status_code in (401, 403):
+                # A key may be good for chats alone, and some clouds list models under other headers: so ask.
+                self.chat([{"role": "user", "content": "Hello"}], max_tokens=16)
+                return ()
             if response.status_code != httpx.codes.OK:
                 raise status_error(url, response)
             reply = parse_json(url, response.text)
