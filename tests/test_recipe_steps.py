@@ -181,3 +181,24 @@ def test_a_loss_asked_for_is_held_by_the_file(tiny, tmp_path, monkeypatch):
     )
     assert result.held_out.kl_mean <= 0.02
     assert [path.name for path in (tmp_path / "out").iterdir()] == [result.fitted.file.path.name]
+
+
+@pytest.mark.usefixtures("words")
+def test_fitted_levels_are_levels_like_others(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("BITLADDER_CACHE", str(tmp_path / "cache"))
+    made = CliRunner().invoke(
+        app, ["quantize", str(tiny), "--to", "GPTQ-Q4_0,Q8_0", "--out", str(tmp_path / "out"), "--json"]
+    )
+    assert made.exit_code == 0, made.output
+    files = {file["level"]: Path(file["path"]) for file in json.loads(made.stdout)["files"]}
+    assert set(files) == {"GPTQ-Q4_0", "Q8_0"}
+    with GgufFile.open(files["GPTQ-Q4_0"]) as file:
+        assert file.info("blk.0.ffn_up.weight").qtype == "Q4_0"
+        assert str(file.metadata["bitladder.method"]).startswith("feedback")
+
+
+@pytest.mark.parametrize("name", ["GPTQ-Q9_K", "bpw0.5", "bpw99"])
+def test_names_of_fitted_levels_that_are_none(name, tiny):
+    result = CliRunner().invoke(app, ["quantize", str(tiny), "--to", name])
+    assert result.exit_code == 2
+    assert "no level" in result.stderr

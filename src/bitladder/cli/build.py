@@ -67,14 +67,15 @@ def quantize(
 ) -> None:
     """Write a model at one or several levels, every tensor read once for all of them.
 
-    GGUF levels (Q4_K_M, AWQ-Q3_K_M) become files; GPTQ-4bit-g64, AWQ-4bit-g64, INT8-W8A8 become checkpoint folders.
+    GGUF levels (Q4_K_M, AWQ-Q3_K_M; with error feedback GPTQ-Q4_K_M, or the best types for bpw4.25) become files;
+    GPTQ-4bit-g64, AWQ-4bit-g64, INT8-W8A8 become checkpoint folders.
     """
     from bitladder.report.calibration import calibration_lines
     from bitladder.steps.building import build_levels, sort_levels
     from bitladder.steps.journal import Journal
 
     asked = sort_levels([part.strip() for part in to.split(",") if part.strip()])
-    if not (asked.files or asked.folded or asked.checkpoints):
+    if not asked:
         raise UsageError("--to names no level.", do="Name one or several, like --to Q8_0,Q4_K_M.")
     journal = Journal() if json_output else Journal(say)
     with progress_display(quiet=json_output) as progress:

@@ -113,7 +113,7 @@ _OPTIONS = {"GPTQ": {"asym", "ct", "v2"}, "AWQ": {"sym", "ct"}}
 
 def is_checkpoint_level(name: str) -> bool:
     """Whether a level's name asks for a checkpoint folder rather than a GGUF file."""
-    return re.match(r"(GPTQ|INT8|AWQ-[0-9]+bit)\b", name, re.IGNORECASE) is not None
+    return re.match(r"(GPTQ(?!-[A-Z]+[0-9])|INT8|AWQ-[0-9]+bit)\b", name, re.IGNORECASE) is not None
 
 
 def parse_level(name: str) -> CheckpointLevel:

@@ -38,6 +38,11 @@ class Asked:
     files: tuple[str, ...]
     folded: tuple[FoldedLevel, ...]
     checkpoints: tuple[CheckpointLevel, ...]
+    fitted: tuple[str, ...] = ()
+    """``GPTQ-<recipe>`` and ``bpw<bits>``: files whose codes are chosen with error feedback."""
+
+    def __bool__(self) -> bool:
+        return bool(self.files or self.folded or self.checkpoints or self.fitted)
 
     @property
     def weighed(self) -> bool:
@@ -61,18 +66,26 @@ def sort_levels(names: Sequence[str]) -> Asked:
         UnknownLevel: no level has this name.
     """
     from bitladder.formats.checkpoint import is_checkpoint_level, parse_level
-    from bitladder.formats.recipes import level_named
+    from bitladder.formats.recipes import is_fitted_level, level_named, parse_fitted
     from bitladder.formats.vectors import is_folded_level, parse_folded
 
-    files, folded, checkpoints = [], [], []
+    files, folded, checkpoints, fitted = [], [], [], []
     for name in names:
         if is_checkpoint_level(name):
             checkpoints.append(parse_level(name))
         elif is_folded_level(name):
             folded.append(parse_folded(name))
+        elif is_fitted_level(name):
+            parse_fitted(name)
+            fitted.append(name)
         else:
             files.append(level_named(name))
-    return Asked(tuple(dict.fromkeys(files)), tuple(dict.fromkeys(folded)), tuple(dict.fromkeys(checkpoints)))
+    return Asked(
+        tuple(dict.fromkeys(files)),
+        tuple(dict.fromkeys(folded)),
+        tuple(dict.fromkeys(checkpoints)),
+        tuple(dict.fromkeys(fitted)),
+    )
 
 
 def build_levels(
@@ -113,6 +126,7 @@ def build_levels(
     from bitladder.files.sources import resolve
     from bitladder.plan.preflight import require
     from bitladder.stages.quantize import quantize_levels
+    from bitladder.steps.recipes import fitted_level
 
     if asked.folded and imatrix == NONE:
         raise UsageError(
@@ -137,6 +151,10 @@ def build_levels(
                     source, levels, out, importance=importance, folds=folds, effort=effort, threads=threads,
                     split_max_bytes=split_max_bytes, progress=progress,
                 )  # fmt: skip
+    written += [
+        fitted_level(model, name, out, texts=texts, threads=threads, journal=journal, progress=progress)
+        for name in asked.fitted
+    ]
     if calibrated is None:
         return Built(written)
     return Built(written, calibrated.checkpoints, calibrated.report)

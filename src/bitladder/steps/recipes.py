@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from bitladder.files.gguf import GgufFile
     from bitladder.plan.recipe import Wish
     from bitladder.records.fidelity import Fidelity
+    from bitladder.records.level_file import LevelFile
 
 _WEIGHING_TOKENS = 4096
 """Tokens that sensitivities are taken from: row weights are means over all of them, so a few thousand do."""
@@ -132,6 +133,35 @@ def _written(
     fitted = write_recipe(source, recipe, parts.fitting, out, threads, journal, progress)
     held = measured_on(source, fitted.file.path, parts.held_out, threads, journal, progress)
     return RecipeResult(recipe, error, fitted, held)
+
+
+def fitted_level(
+    model: str,
+    name: str,
+    out: Path,
+    *,
+    texts: Sequence[Path] = (),
+    threads: int,
+    journal: Journal | None = None,
+    progress: Progress,
+) -> LevelFile:
+    """Write ``GPTQ-Q4_K_M`` or ``bpw4.25``; what it loses on held-out text is told to ``journal``.
+
+    Raises:
+        UnknownLevel: there is no such recipe. Others as ``make_recipe``.
+    """
+    from bitladder.formats.recipes import parse_fitted
+    from bitladder.plan.recipe import Wish
+
+    level, bpw = parse_fitted(name)
+    journal = journal or Journal()
+    asked = Asked(Wish(bpw=bpw), level=level, out=out)
+    result = make_recipe(model, asked, texts=texts, threads=threads, journal=journal, progress=progress)
+    if result.fitted is None or result.held_out is None:
+        raise ValueError("a recipe with a folder was not written")
+    held = result.held_out
+    journal.say(f"{name}: mean KL {held.kl_mean:.4f} [{held.kl_low:.4f}, {held.kl_high:.4f}] on held-out text.")
+    return result.fitted.file
 
 
 def reapply(
