@@ -26,7 +26,7 @@ from bitladder.serve.evidence import (
     routed_inputs,
     tag_table,
 )
-from bitladder.serve.router import TagEvidence
+from bitladder.serve.router import Features, TagEvidence, choose
 from bitladder.serve.similarity import Similarity
 
 
@@ -200,3 +200,28 @@ def test_a_guess_is_quick():
     similar = Similarity([(str(i), "t", f"Question {i} about topic {i % 7}, in two sentences.") for i in range(30)])
     text = "What would you say about topic 3? " * 100
     assert min(timeit.repeat(lambda: similar.guess(text), number=1, repeat=5)) < 0.02
+
+
+def kind(tag: str, inputs: int, lost: int, gained: int) -> list[RoutedInput]:
+    outcomes = [(False, True)] * lost + [(True, False)] * gained + [(True, True)] * (inputs - lost - gained)
+    return [
+        RoutedInput(f"{tag}-{number}", tag, (tag,), speed, quality, 1.0, 1.4)
+        for number, (speed, quality) in enumerate(outcomes)
+    ]
+
+
+def test_in_a_large_workload_every_kind_loses_something_and_only_the_costly_ones_go_to_quality():
+    inputs = [*kind("bad", 40, 20, 0), *kind("noisy", 40, 3, 3), *kind("slightly", 40, 2, 0), *kind("fine", 40, 0, 1)]
+    assert tag_table(inputs) == {
+        "bad": TagEvidence(40, 20),
+        "noisy": TagEvidence(40, 3, 3, spared=True),  # as much gained as lost
+        "slightly": TagEvidence(40, 2, spared=True),  # the loss is nearly all in "bad"
+        "fine": TagEvidence(40, 0, 1),
+    }
+    assert [tag for tag, seen in tag_table(inputs).items() if seen.needs_quality] == ["bad"]
+    advice = advise(inputs, np.random.default_rng(0))
+    assert advice.sentence.startswith("Routing pays")
+    assert advice.by_tag is not None and advice.by_tag.extra_cost < 0.2  # for everything: 0.4
+    choice = choose(Features("auto", tags=("noisy",)), frozenset(), (), advice.rule)
+    assert choice is not None
+    assert (choice.tier, choice.reason) == ("speed", "auto: tag noisy: speed lost 3 and gained 3 of 40")

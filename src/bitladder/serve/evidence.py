@@ -28,6 +28,10 @@ from bitladder.serve.similarity import Similarity
 from bitladder.stats.intervals import wilson
 
 _UNTAGGED = "untagged"
+_COVERED = 0.9
+"""Share of the net loss that the tags sent to the quality tier hold; what pays must recover ``MIN_RECOVERED`` of it on
+inputs that took no part in choosing them.
+"""
 
 
 @dataclass(frozen=True)
@@ -124,9 +128,9 @@ def _seconds(answer: Answer, rate: Speed) -> float:
 
 
 def by_tag(made_from: Sequence[RoutedInput]) -> NeedsQuality:
-    """Quality where any of the input's tags lost something, or is unknown."""
+    """Quality where any of the input's tags needs it, or is unknown."""
     table = tag_table(made_from)
-    return lambda item: any(tag not in table or table[tag].lost > 0 for tag in item.tags or (_UNTAGGED,))
+    return lambda item: any(tag not in table or table[tag].needs_quality for tag in item.tags or (_UNTAGGED,))
 
 
 def by_escalation(made_from: Sequence[RoutedInput]) -> NeedsQuality:
@@ -136,13 +140,29 @@ def by_escalation(made_from: Sequence[RoutedInput]) -> NeedsQuality:
 
 
 def tag_table(inputs: Sequence[RoutedInput]) -> dict[str, TagEvidence]:
-    """What the speed tier lost, tag by tag."""
+    """What the speed tier lost, tag by tag, and which tags it serves all the same.
+
+    With many inputs nearly every tag loses one somewhere, and "lost nothing" would send everything to the quality
+    tier. So a tag is spared when it gained as much as it lost, and when the tags that lose most per second saved
+    hold ``_COVERED`` of all net losses without it.
+    """
     table: dict[str, TagEvidence] = {}
+    saved: dict[str, float] = {}
     for item in inputs:
         for tag in item.tags or (_UNTAGGED,):
             seen = table.get(tag, TagEvidence(0, 0))
-            table[tag] = replace(seen, inputs=seen.inputs + 1, lost=seen.lost + item.lost)
-    return table
+            gained = item.speed_passed and not item.quality_passed
+            table[tag] = replace(seen, inputs=seen.inputs + 1, lost=seen.lost + item.lost, gained=seen.gained + gained)
+            saved[tag] = saved.get(tag, 0.0) + max(0.0, item.quality_s - item.speed_s)
+    net = {tag: seen.lost - seen.gained for tag, seen in table.items()}
+    losing = sorted((tag for tag in table if net[tag] > 0), key=lambda tag: saved[tag] / net[tag])
+    goal, covered, needed = _COVERED * sum(net[tag] for tag in losing), 0, set()
+    for tag in losing:
+        if covered >= goal:
+            break
+        needed.add(tag)
+        covered += net[tag]
+    return {tag: replace(seen, spared=seen.lost > 0 and tag not in needed) for tag, seen in table.items()}
 
 
 def held_out(

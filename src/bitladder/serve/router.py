@@ -75,6 +75,19 @@ class TagEvidence:
 
     inputs: int
     lost: int
+    gained: int = 0
+    spared: bool = False
+    """Whether the speed tier serves this work although it lost something: it gained as much, or other tags hold nearly
+    all of the loss (``serve.evidence.tag_table``).
+    """
+
+    @property
+    def needs_quality(self) -> bool:
+        """Whether this work goes to the quality tier."""
+        return self.lost > 0 and not self.spared
+
+    def __str__(self) -> str:
+        return f"speed lost {self.lost}{f' and gained {self.gained}' if self.gained else ''} of {self.inputs}"
 
 
 @dataclass(frozen=True)
@@ -148,7 +161,8 @@ def _auto(features: Features, auto: AutoRule) -> Choice:
     known = [tag for tag in features.tags if tag in auto.tags]
     if known:
         # With several tags the most careful one decides.
-        return _by_tag(max(known, key=lambda tag: auto.tags[tag].lost), auto, "tag")
+        careful = max(known, key=lambda tag: (auto.tags[tag].needs_quality, auto.tags[tag].lost))
+        return _by_tag(careful, auto, "tag")
     if features.tags:
         return Choice(QUALITY, f"auto: no evidence for tag {features.tags[0]}", "auto")
     guess = auto.guess(features.asked()) if auto.guess else None
@@ -159,8 +173,8 @@ def _auto(features: Features, auto: AutoRule) -> Choice:
 
 def _by_tag(tag: str, auto: AutoRule, how: str) -> Choice:
     seen = auto.tags[tag]
-    if seen.lost == 0:
-        return Choice(SPEED, f"auto: {how} {tag}: speed lost 0 of {seen.inputs}", "auto")
+    if not seen.needs_quality:
+        return Choice(SPEED, f"auto: {how} {tag}: {seen}", "auto")
     if auto.escalate:
         return Choice(SPEED, f"auto: {how} {tag}: speed first, judged by its probabilities", "auto", escalate=True)
-    return Choice(QUALITY, f"auto: {how} {tag}: speed lost {seen.lost} of {seen.inputs}", "auto")
+    return Choice(QUALITY, f"auto: {how} {tag}: {seen}", "auto")
