@@ -116,8 +116,8 @@ def text_windows(
     if not windows:
         longest = max((len(tokens) for _, tokens in ids), default=0)
         raise BadInput(
-            f"The text is too short to measure on: {len(ids)} document(s), the longest of {longest} tokens; "
-            f"at least {SHORTEST} tokens in one document are needed.",
+            f"The text is too short to measure or calibrate on: {len(ids)} document(s), "
+            f"the longest of {longest} tokens; at least {SHORTEST} tokens in one document are needed.",
             means="Each prediction needs context before it, and an average needs many predictions.",
             do="Give a longer text, a few thousand words say, or leave out --text to use the one that ships.",
         )
