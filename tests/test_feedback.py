@@ -14,7 +14,7 @@ from bitladder.engines.feedback import FeedbackSettings
 from bitladder.errors import BadInput
 from bitladder.files.gguf import GgufFile
 from bitladder.formats.recipes import is_quantizable
-from bitladder.kernels import dequantize, gptq, quantize
+from bitladder.kernels import dequantize, gptq, gptq_gpu, quantize
 from bitladder.kernels.codes import CODE_BITS, grid_of, with_codes
 from bitladder.kernels.feedback import quantize_with_feedback
 from bitladder.records.recipe import Recipe
@@ -50,6 +50,18 @@ def test_unrelated_inputs_leave_nothing_to_feed_back(qtype):
     plain = quantize(weights, qtype, importance=energies)
     nearest = with_codes(plain, qtype, grid_of(plain, qtype).nearest(weights))
     np.testing.assert_array_equal(dequantize(fed.data, qtype), dequantize(nearest, qtype))
+
+
+@pytest.mark.parametrize("qtype", ["Q2_K", "Q3_K", "Q6_K", "IQ4_XS", "Q8_0"])
+def test_the_twin_for_other_devices_chooses_the_same_codes(qtype):
+    x = _inputs(256)
+    weights = np.random.default_rng(3).standard_normal((9, 256)).astype(np.float32)
+    factor = gptq.prepare(x.T @ x, damp=0.01)
+    grid = grid_of(quantize(weights, qtype), qtype)
+    codes, cost = gptq.apply(factor, weights, grid)
+    others, other_cost = gptq_gpu.apply(factor, weights, grid, "cpu")
+    assert np.mean(codes != others) < 1e-3  # ties within rounding, and what follows them
+    np.testing.assert_allclose(other_cost, cost, rtol=1e-3)
 
 
 def test_the_stated_cost_is_that_of_the_decoded_weights():

@@ -58,6 +58,8 @@ class FeedbackSettings:
     """Share of the Hessian's mean diagonal that is added to it, for channels that were hardly ever active."""
     effort: Effort = "good"
     threads: int = 1
+    device: str = "cpu"
+    """Where codes are chosen, as torch names it; the same as the model's."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,13 @@ def fit_matrix(
     """Blocks for f32[rows, columns] that meet inputs with the statistics ``seen``."""
     energies = seen.squares.astype(np.float32)
     blocks = quantize_with_feedback(
-        weights, qtype, factor, importance=energies, effort=settings.effort, threads=settings.threads
+        weights,
+        qtype,
+        factor,
+        importance=energies,
+        effort=settings.effort,
+        threads=settings.threads,
+        device=settings.device,
     )
     energy = float(np.vdot(weights @ seen.gram, weights))
     note = f"Hessian not positive definite: damping raised to {factor.damp:g}" if factor.rescued else ""

@@ -2,8 +2,8 @@
 
 The importance-weighted search (``kernels.quantize``) finds scales and minima; they stay. The codes are then chosen
 column by column, each rounding error moved into the columns still to come (``gptq.py``). Columns go in falling order
-of energy while blocks stay where they are in storage, so any llama.cpp reads the result. At effort ``best`` the scales
-are searched once more for the weights that feedback was really rounding, its targets.
+of energy while blocks stay where they are in storage, so any llama.cpp reads the result. Scales are not refined
+against the Hessian afterwards: that they were found for nearest codes is what this gives up.
 """
 
 from __future__ import annotations
@@ -39,7 +39,14 @@ def takes_feedback(qtype: str) -> bool:
 
 
 def quantize_with_feedback(
-    weights: F32, qtype: str, factor: gptq.Factor, *, importance: F32, effort: Effort = "good", threads: int = 1
+    weights: F32,
+    qtype: str,
+    factor: gptq.Factor,
+    *,
+    importance: F32,
+    effort: Effort = "good",
+    threads: int = 1,
+    device: str = "cpu",
 ) -> Blocks:
     """Store weights in a block format, rounding errors fed back into the columns not yet rounded.
 
@@ -51,12 +58,18 @@ def quantize_with_feedback(
             cost once others correct them, did worse: docs/log.md.)
         effort: how long to search for scales.
         threads: for the search.
+        device: "cpu", or another device of torch on which codes are chosen.
 
     The error is never above that of plain rounding on the same scales: rows that feedback did not help are kept plain.
     """
     data = quantize(weights, qtype, importance=importance, effort=effort, threads=threads)
     grid = grid_of(data, qtype)
-    codes, cost = gptq.apply(factor, weights, grid)
+    if device == "cpu":
+        codes, cost = gptq.apply(factor, weights, grid)
+    else:
+        from bitladder.kernels import gptq_gpu  # torch is heavy, and most runs never need it here
+
+        codes, cost = gptq_gpu.apply(factor, weights, grid, device)
     plain = gptq.cost_of(factor, dequantize(data, qtype, threads=threads) - weights)
     worse = cost > plain
     fed = with_codes(data, qtype, codes)

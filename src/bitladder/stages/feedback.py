@@ -62,7 +62,6 @@ def write_with_feedback(
     windows: Sequence[Window],
     *,
     settings: FeedbackSettings | None = None,
-    device: str = "cpu",
     state_bytes: int = GiB,
     progress: Progress = silent,
 ) -> FittedLevel:
@@ -73,8 +72,7 @@ def write_with_feedback(
         recipe: a type for every tensor; those it does not name keep the source's.
         out_dir: made if it is not there.
         windows: the calibration text.
-        settings: damping, effort and threads.
-        device: where arithmetic happens, as torch names it.
+        settings: damping, effort, threads, and where arithmetic happens.
         state_bytes: hidden states beyond this go to a file in ``out_dir``.
         progress: told after each layer.
 
@@ -107,7 +105,7 @@ def write_with_feedback(
     reused = draft.is_written(lambda: source.sha256)
     if not reused:
         weights = FileWeights(source, threads=settings.threads)
-        model = LayeredModel(source.model, weights, device=device)
+        model = LayeredModel(source.model, weights, device=settings.device)
         job = _Job(source, weights, model, recipe, settings, batches_of(windows), progress)
         losses = _write(job, draft, state_bytes)
     seconds = time.monotonic() - started
