@@ -30,7 +30,7 @@ from bitladder.files.gguf import GgufFile
 from bitladder.files.gguf_writer import GgufWriter
 from bitladder.files.level_files import LevelDraft, draft_level
 from bitladder.formats.recipes import nearest_level
-from bitladder.kernels import quantize
+from bitladder.kernels import REVISION, quantize
 from bitladder.kernels.feedback import takes_feedback
 from bitladder.progress import Progress, silent
 from bitladder.records.calibration import LinearLoss
@@ -115,7 +115,7 @@ def write_with_feedback(
 
 def method_name(windows: Sequence[Window], settings: FeedbackSettings) -> str:
     """How codes are chosen, in words that change whenever the bytes may."""
-    return f"feedback {settings.effort}, damp {settings.damp:g}, text {tokens_hash(windows)[:16]}"
+    return f"feedback {settings.effort}, kernels {REVISION}, damp {settings.damp:g}, text {tokens_hash(windows)[:16]}"
 
 
 def _write(job: _Job, draft: LevelDraft, state_bytes: int) -> list[LinearLoss]:
