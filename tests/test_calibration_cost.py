@@ -5,6 +5,7 @@ import pytest
 from bitladder.formats.checkpoint import parse_level
 from bitladder.formats.vectors import ImportanceVectors, is_folded_level, parse_folded
 from bitladder.plan.calibration import REACHED, START_SECONDS, Work, predict
+from bitladder.units import GiB
 
 SHAPES = {
     "self_attn.q_proj": (576, 576), "self_attn.k_proj": (192, 576), "self_attn.v_proj": (192, 576),
@@ -31,7 +32,7 @@ def seconds(*names: str, rate: float = 1e11) -> float:
 
 def test_gptq_work_is_forward_plus_statistics_plus_feedback():
     weights = 3_538_944
-    statistics = 3 * 576 * 1088 + 1536 * 2048
+    statistics = 3 * 576 * (576 + 128) + 1536 * (1536 + 128)
     feedback = 576 * 576 * (576 + 192 + 192 + 576 + 1536 + 1536) + 576 * 1536 * 1536
     expected = 30 * (32768 * (2 * weights + statistics) + feedback) / (1e11 * REACHED)
     assert seconds("GPTQ-4bit-g64") == pytest.approx(expected)
@@ -63,3 +64,12 @@ def test_states_beyond_the_budget_move_from_memory_to_disk():
     assert outside.ram_bytes < inside.ram_bytes - 200e6
     assert outside.disk_bytes > inside.disk_bytes + 200e6
     assert inside.ram_bytes < 1.5e9
+
+
+def test_an_8b_shaped_layer_fits_4_gb():
+    """Llama 3 8B, 64 windows: the layer 0.87 GB, Gram matrix and factor of 14,336 inputs 0.82 GB each."""
+    attention = {"q_proj": (4096, 4096), "k_proj": (1024, 4096), "v_proj": (1024, 4096), "o_proj": (4096, 4096)}
+    mlp = {"gate_proj": (14336, 4096), "up_proj": (14336, 4096), "down_proj": (4096, 14336)}
+    work = Work(attention | mlp, n_layer=32, n_embd=4096, other_weights=0, tokens=32768, reference_tokens=16384)
+    need = predict([parse_level("GPTQ-4bit-g64")], work, flops_per_s=1e11, state_bytes=GiB // 4).ram_bytes
+    assert 3.0e9 < need < 4.0e9

@@ -1,7 +1,7 @@
 """What a calibration will take, before it starts: arithmetic, memory of one layer, disk.
 
 For T tokens and a layer of P weights whose matrices read inputs of widths K, the products are 2 T P for the
-forward pass and T K (K + 512) for the statistics, whose upper half is all that is computed. GPTQ levels each
+forward pass and T K (K + 128) for the statistics, whose upper half is all that is computed. GPTQ levels each
 take a pass of their own; AWQ, INT8, folded levels and importance matrices share one over few tokens. AWQ adds about
 twelve trial quantizations of a quarter of the rows, and a folded level two of all of them. An importance matrix
 alone needs no statistics beyond the pass.
@@ -56,7 +56,7 @@ def predict(levels: Sequence[Product], work: Work, *, flops_per_s: float, state_
     """
     shapes, n_embd, tokens = work.shapes, work.n_embd, work.tokens
     layer_weights = sum(rows * columns for rows, columns in shapes.values())
-    statistics = sum(columns * (columns + 512) for _, columns in _inputs(shapes))
+    statistics = sum(columns * (columns + 128) for _, columns in _inputs(shapes))
     feedback = sum(rows * columns * columns for rows, columns in shapes.values())
     sequential = sum(level.method == "GPTQ" for level in levels)
     folded = sum(isinstance(level, FoldedLevel) for level in levels)
@@ -73,9 +73,16 @@ def predict(levels: Sequence[Product], work: Work, *, flops_per_s: float, state_
     states = tokens * n_embd * 4 if sequential else seen * n_embd * 4
     kept = tokens * (n_embd + widest) * 4 if sequential else 0
     in_memory = min(states, state_bytes) + (kept if kept <= state_bytes else 0)
-    grams = sum(columns * columns * 4 for _, columns in _inputs(shapes)) if needs_gram else widest * widest * 4
-    ram = _FIXED_BYTES + 2 * layer_weights * 4 + grams + 3 * widest * widest * 8 + in_memory
-    ram += _BATCH_TOKENS * 4 * (n_embd + widest) * 4
+    layer, square = layer_weights * 4, widest * widest * 4
+    passing = _BATCH_TOKENS * 4 * (n_embd + widest) * 4
+    grams = sum(columns * columns * 4 for _, columns in _inputs(shapes)) if needs_gram else 0
+    # Each level starts from a copy of the layer.
+    side_by_side = 2 * layer + grams + (3 * square if needs_gram else 0) + passing
+    # GPTQ: the Gram matrix while tokens pass, beside its packed factor, then the coupling beside copies of one matrix.
+    copies = 4 * 4 * max(rows * columns for rows, columns in shapes.values())
+    one_by_one = layer + square + max(passing, square, copies)
+    ram = _FIXED_BYTES + in_memory
+    ram += max(side_by_side if sequential < len(levels) else 0, one_by_one if sequential else 0)
 
     folders = [
         work.n_layer * layer_weights * level.bpw / 8 + work.other_weights * 2
