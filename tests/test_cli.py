@@ -216,7 +216,7 @@ def test_a_level_as_reference_and_a_model_elsewhere_in_one_table(demo_gguf, text
         done = bitladder(
             "run", demo_gguf, "--levels", "Q4_K_S", "--reference", "Q8_0", "--also", f"{cloud.url}#m",
             "--text", text, "--workload", workload, "--bar", "passes >= reference - 90 points",
-            "--imatrix", "none", "--out", tmp_path / "out", "--json",
+            "--imatrix", "none", "--threads", "1", "--out", tmp_path / "out", "--json",
         )  # fmt: skip
     record = json.loads(done.stdout)
     statuses = {one["level"]: one["status"] for one in record["decision"]["verdicts"]}
