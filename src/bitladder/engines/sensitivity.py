@@ -31,7 +31,7 @@ from bitladder.engines.calibration import InputStatistics, Sums, vectors
 from bitladder.engines.layers import LayeredModel, Weights
 from bitladder.engines.states import Batch, Shelf
 from bitladder.engines.transforms import permute
-from bitladder.formats.roles import EMBEDDING, Parameter, SharedInput, layer_tensor
+from bitladder.formats.roles import Parameter, SharedInput, layer_tensor
 from bitladder.progress import Progress
 
 F32 = NDArray[np.float32]
@@ -195,7 +195,7 @@ class SensitivityPass:
         if leaf != "weight":  # fused experts: only what all of them wrote together has a gradient of its own
             rows = block.get_parameter(parameter.path).shape[-2] // len(parameter.roles)
             each = whole if len(whole) == rows else np.full(rows, whole.mean())
-            yield from ((role, np.tile(each / 1.0, (matrices, 1))) for role in parameter.roles)
+            yield from ((role, np.tile(each, (matrices, 1))) for role in parameter.roles)
             return
         if parameter.transform == "unpermute":
             heads = self.model.model.dims.n_head if "q_proj" in module else self.model.model.dims.n_head_kv
@@ -214,11 +214,6 @@ class SensitivityPass:
         weights = np.zeros((len(tokens), squares.shape[1]))
         np.add.at(weights, where, squares * scale)
         return EmbeddingSensitivity(tokens, weights, self.predictions)
-
-
-def is_embedding(name: str) -> bool:
-    """Whether a tensor is read by row number."""
-    return name == EMBEDDING
 
 
 def _predicting(batch: Batch) -> torch.Tensor:
