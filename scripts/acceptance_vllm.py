@@ -40,10 +40,9 @@ def expect(folder: Path, levels: list[str]) -> int:
     path = fetch_demo()
     with GgufFile.open(path) as source:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        windows = text_windows(shipped_texts("calibration"), lambda text: tokenizer(text)["input_ids"], source.model)[
-            :16
-        ]
-        reports = quantize_checkpoints(source, levels, folder, windows, name="demo")
+        texts = shipped_texts("calibration")
+        windows = text_windows(texts, lambda text: tokenizer(text)["input_ids"], source.model)
+        reports = quantize_checkpoints(source, levels, folder, windows[:16], name="demo")
     for report in reports:
         made = Path(report.path)
         reader = CheckpointReader(made, parse_level(report.level))
