@@ -77,8 +77,10 @@ def first_windows(server: LlamaServer, source: GgufFile, documents: Sequence[Doc
     return list({window.document: window for window in reversed(windows)}.values())
 
 
-def fitting_windows(server: LlamaServer, source: GgufFile, path: Path, tokens: int) -> list[Window]:
-    document = Document("calibration", path.read_text(encoding="utf-8")[: 12 * tokens])
+def fitting_windows(server: LlamaServer, source: GgufFile, path: Path, tokens: int, part: int = 0) -> list[Window]:
+    """Windows from the ``part``-th stretch of a text; no two parts share any."""
+    start = 12 * tokens * part
+    document = Document("calibration", path.read_text(encoding="utf-8")[start : start + 12 * tokens])
     windows = text_windows([document], lambda text: server.tokenize(text, add_special=True), source.model)
     return windows[: tokens // WINDOW]
 
@@ -152,6 +154,8 @@ def main() -> int:
     parser.add_argument("--other", type=Path)
     parser.add_argument("--levels", default=LEVELS)
     parser.add_argument("--fit-tokens", type=int, default=12288)
+    parser.add_argument("--part", type=int, default=0, help="which stretch of the calibration text to fit to")
+    parser.add_argument("--in-domain-only", action="store_true")
     parser.add_argument("--documents", type=int, default=16)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--ablate", action="store_true")
@@ -167,11 +171,13 @@ def main() -> int:
     with GgufFile.open(options.model) as source:
         other = read_texts([options.other]) if options.other else shipped_texts()
         with LlamaServer(options.model, n_ctx=WINDOW, threads=1) as server:
-            fitting = fitting_windows(server, source, options.calibrate, options.fit_tokens)
+            fitting = fitting_windows(server, source, options.calibrate, options.fit_tokens, options.part)
             texts = {
                 "in domain": first_windows(server, source, articles(options.text, options.documents)),
                 "other domain": first_windows(server, source, other),
             }
+        if options.in_domain_only:
+            del texts["other domain"]
         all_of = candidates(source, fitting, options, opened)
         rows = [row for name, own in texts.items() for row in compare(source, all_of, own, name, options.threads)]
     for file in opened:
