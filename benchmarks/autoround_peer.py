@@ -1,0 +1,131 @@
+"""Claim: at the bytes of AutoRound's GGUF files, our recipes lose less on held-out text.
+
+    scripts/bench autoround_peer --model reference-f16.gguf --calibrate wikitext2-valid.txt --text wikitext2-test.txt
+        --theirs FILE.gguf ... [--ours FILE.gguf|- ...] [--fit-tokens 12288] [--documents 8] [--threads 2]
+        [--keep DIR] [--json FILE]
+
+Their files are made beforehand, in an environment of their own, from the same model and the same calibration tokens
+(autoround_export.py). For each, ours is a recipe of at most as many bytes of tensors with error feedback; ``--ours``
+names files made before by such a recipe instead, one for each of theirs, ``-`` where one is to be made. Files are read
+as llama.cpp reads them, so an output matrix that AutoRound stores apart from the embedding counts by its bytes and in
+what it does. KL against the 16-bit source on the first window of each of several articles of the test text; ratios of
+mean KL with paired intervals over documents.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from quality_per_byte import articles, first_windows, fitting_windows, per_document
+
+from bitladder.describe.windows import WINDOW, Window
+from bitladder.engines.feedback import FeedbackSettings
+from bitladder.engines.llama import LlamaServer
+from bitladder.files.gguf import GgufFile
+from bitladder.plan.recipe import Wish, choose
+from bitladder.records.recipe import SensitivityTable
+from bitladder.stages.feedback import write_with_feedback
+from bitladder.stages.sensitivity import sensitivity_table
+from bitladder.stages.walk import Candidate, file_candidate, token_scores
+from bitladder.stats.bootstrap import ratio_interval
+
+
+def tensor_bytes(file: GgufFile) -> int:
+    return sum(tensor.nbytes for tensor in file.model.tensors)
+
+
+class Ours:
+    """Recipes of ours for given bytes; the sensitivities are found once, when first needed."""
+
+    def __init__(self, source: GgufFile, windows: Sequence[Window], keep: Path, threads: int) -> None:
+        self._source, self._windows, self._keep, self._threads = source, windows, keep, threads
+        self._table: SensitivityTable | None = None
+
+    def of_size(self, size: int, name: str) -> Path:
+        """A file of at most so many bytes of tensors."""
+        started = time.perf_counter()
+        if self._table is None:
+            some = self._windows[:: max(1, len(self._windows) // 8)]
+            self._table = sensitivity_table(self._source, some, threads=self._threads)
+        recipe = choose(self._table, self._source.model, Wish(bytes=size))
+        settings = FeedbackSettings(threads=self._threads)
+        made = write_with_feedback(self._source, recipe, self._keep / name, self._windows, settings=settings)
+        took = f"{time.perf_counter() - started:.0f} s" + (", was there" if made.file.reused else "")
+        print(f"for {name}: {recipe.label}, {recipe.bytes:,} of {size:,} bytes, {took}", flush=True)
+        return made.file.path
+
+
+def pairs(options: argparse.Namespace, ours: Ours) -> Iterator[tuple[GgufFile, GgufFile]]:
+    """Each of their files with ours, which is no larger."""
+    for path, given in zip(options.theirs, options.ours or ["-"] * len(options.theirs), strict=True):
+        theirs = GgufFile.open(path)
+        own = GgufFile.open(ours.of_size(tensor_bytes(theirs), path.stem) if given == "-" else Path(given))
+        if tensor_bytes(own) > tensor_bytes(theirs):
+            raise SystemExit(f"{own.path} is larger than {path}: {tensor_bytes(own):,}, {tensor_bytes(theirs):,} bytes")
+        yield theirs, own
+
+
+def compare(
+    source: GgufFile, found: Sequence[tuple[GgufFile, GgufFile]], windows: Sequence[Window], threads: int
+) -> list[dict[str, Any]]:
+    files = [file for pair in found for file in pair]
+    candidates: list[Candidate] = [file_candidate(source, file, threads=threads) for file in files]
+    scores = token_scores(source, candidates, windows, threads=threads)[1:]
+    kl = [per_document(one.kl, windows) for one in scores]
+    tokens = sum(window.scored for window in windows)
+    print(f"\n{len(windows)} documents, {tokens} scored tokens")
+    print(f"{'file':44} {'tensor bytes':>13} {'mean KL':>9} {'of AutoRound':>13} {'95% interval':>17}")
+    rows = []
+    for at, (theirs, own) in enumerate(found):
+        ratio = ratio_interval(kl[2 * at + 1], kl[2 * at], np.random.default_rng(0), scale="log")
+        for file, loss, said in ((theirs, kl[2 * at], ""), (own, kl[2 * at + 1], f"{ratio.value:.3f}")):
+            interval = f"[{ratio.low:.3f}, {ratio.high:.3f}]" if said else ""
+            name = file.path.stem[:44]
+            print(f"{name:44} {tensor_bytes(file):13,} {loss.sum() / tokens:9.4f} {said:>13} {interval:>17}")
+        rows.append({"theirs": theirs.path.name, "their_bytes": tensor_bytes(theirs), "our_bytes": tensor_bytes(own),
+                     "their_kl": float(kl[2 * at].sum() / tokens), "kl": float(kl[2 * at + 1].sum() / tokens),
+                     "ratio": ratio.value, "low": ratio.low, "high": ratio.high})  # fmt: skip
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name in ("--model", "--calibrate", "--text"):
+        parser.add_argument(name, type=Path, required=True)
+    parser.add_argument("--theirs", type=Path, nargs="+", required=True)
+    parser.add_argument("--ours", nargs="+", help="a file, or '-' to make it, for each of theirs")
+    parser.add_argument("--fit-tokens", type=int, default=12288)
+    parser.add_argument("--documents", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--keep", type=Path, default=Path("autoround-peer"), help="folder for the files made")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    given = [Path(name) for name in options.ours or [] if name != "-"]
+    absent = [path for path in (options.model, options.calibrate, options.text, *options.theirs, *given)
+              if not path.exists()]  # fmt: skip
+    if absent:
+        print(f"{absent[0]} is absent; nothing was measured (AutoRound's files are made by autoround_export.py)")
+        return 1
+    torch.set_num_threads(options.threads)
+    with GgufFile.open(options.model) as source:
+        with LlamaServer(options.model, n_ctx=WINDOW, threads=1) as server:
+            fitting = fitting_windows(server, source, options.calibrate, options.fit_tokens)
+            measuring = first_windows(server, source, articles(options.text, options.documents))
+        found = list(pairs(options, Ours(source, fitting, options.keep, options.threads)))
+        rows = compare(source, found, measuring, options.threads)
+    for pair in found:
+        for file in pair:
+            file.close()
+    if options.json:
+        options.json.write_text(json.dumps({"benchmark": "autoround_peer", "rows": rows}, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
