@@ -1,11 +1,13 @@
 """Types for a budget: as good as trying everything, and clear about what cannot be."""
 
+import ctypes
 from itertools import product
 
 import numpy as np
 import pytest
 
 from bitladder.errors import NothingFits
+from bitladder.plan import allocate
 from bitladder.plan.allocate import Choice, Group, fewest, least_loss
 
 
@@ -64,3 +66,13 @@ def test_what_cannot_be_is_said_with_numbers():
         least_loss(groups, {"bytes": least - 1})
     with pytest.raises(NothingFits, match="most precise"):
         fewest("bytes", groups, {}, loss=1e-12)
+
+
+def test_what_the_solver_prints_reaches_nobody(capfd):
+    """HiGHS prints lines of debugging through the C library, to where --json goes."""
+    library = ctypes.CDLL(None)
+    with allocate._nothing_printed():
+        library.puts(b"HighsMipSolverData::transformNewIntegerFeasibleSolution")
+    library.puts(b"kept")
+    library.fflush(None)
+    assert capfd.readouterr().out == "kept\n"

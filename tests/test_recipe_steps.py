@@ -15,10 +15,9 @@ from bitladder.describe.windows import Window
 from bitladder.errors import NothingFits, UsageError
 from bitladder.files.gguf import GgufFile
 from bitladder.formats.blocks import QTYPES
-from bitladder.formats.recipes import is_quantizable
+from bitladder.formats.recipes import is_quantizable, types_for
 from bitladder.plan.recipe import Wish, choose, fitted, predicted, reapplied, recipe_bytes
 from bitladder.records.recipe import SensitivityTable, TensorLoss
-from bitladder.stages.sensitivity import types_for
 from bitladder.steps import calibrated, recipes
 
 
@@ -202,3 +201,20 @@ def test_names_of_fitted_levels_that_are_none(name, tiny):
     result = CliRunner().invoke(app, ["quantize", str(tiny), "--to", name])
     assert result.exit_code == 2
     assert "no level" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "words_of_it"),
+    [
+        (["--bpw", "40"], 2, "source itself"),
+        (["--bpw", "2"], 3, "smallest types"),
+        (["--budget", "1KB"], 3, "at least"),
+        (["--kl", "-1"], 2, "above 0"),
+        (["--level", "Q9_K"], 2, "no level"),
+    ],
+)
+def test_limits_that_cannot_be_are_refused_before_any_work(options, code, words_of_it, tiny):
+    """Tiny models have no tokenizer: whoever asked the engine for one first would fail with another word."""
+    result = CliRunner().invoke(app, ["recipe", str(tiny), *options])
+    assert result.exit_code == code
+    assert words_of_it in result.stderr

@@ -11,10 +11,10 @@ from bitladder.engines.states import Shelf, batches_of
 from bitladder.engines.weights import FileWeights
 from bitladder.errors import BadInput
 from bitladder.files.gguf import GgufFile
-from bitladder.formats.recipes import is_quantizable
+from bitladder.formats.recipes import is_quantizable, types_for
 from bitladder.plan.recipe import predicted
 from bitladder.progress import silent
-from bitladder.stages.sensitivity import sensitivity_table, types_for
+from bitladder.stages.sensitivity import sensitivity_table
 from bitladder.stages.walk import Candidate, walk
 
 

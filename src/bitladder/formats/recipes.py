@@ -305,6 +305,21 @@ def is_quantizable(tensor: TensorInfo) -> bool:
     return name.endswith("weight") and name not in _NEVER_WHOLE and not any(part in name for part in _NEVER)
 
 
+CHOICES = ("Q2_K", "Q3_K", "IQ4_XS", "IQ4_NL", "Q4_0", "Q4_K", "Q4_1", "Q5_K", "Q5_0", "Q5_1", "Q6_K", "Q8_0")
+"""What recipes of our own choose from."""
+
+
+def types_for(info: TensorInfo) -> tuple[str, ...]:
+    """The types a tensor may get: K-quants where its rows divide into 256, else those with blocks of 32."""
+    columns = info.shape[-1]
+    wide = columns % 256 == 0
+    return tuple(
+        name
+        for name in CHOICES
+        if columns % QTYPES[name].block_size == 0 and (not wide or QTYPES[name].block_size == 256 or name == "Q8_0")
+    )
+
+
 def fallback(qtype: str, columns: int) -> str:
     """``qtype``, or what stands in for it when rows of ``columns`` weights do not divide into its blocks."""
     if columns % QTYPES[qtype].block_size == 0:

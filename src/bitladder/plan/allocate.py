@@ -7,7 +7,11 @@ and no better than another of the same group, are left out first.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import ctypes
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -97,6 +101,21 @@ def _undominated(group: Group, measures: Sequence[str]) -> list[Choice]:
     return kept
 
 
+@contextmanager
+def _nothing_printed() -> Iterator[None]:
+    """HiGHS prints lines of its own debugging to the C library's stdout, whatever it is told; --json goes there too."""
+    sys.stdout.flush()
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+        ctypes.CDLL(None).fflush(None)
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
+
+
 def _solve(groups: Sequence[Group], objective: str, limits: Mapping[str, float]) -> Allocation:
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import csr_array
@@ -112,13 +131,14 @@ def _solve(groups: Sequence[Group], objective: str, limits: Mapping[str, float])
         row = np.array([[_value(choice, measure) for choice in flat]])
         scale = max(abs(limit), np.finfo(float).tiny)  # limits of 1e9 bytes and 1e-2 loss alike, as solvers want
         constraints.append(LinearConstraint(row / scale, -np.inf, limit / scale))
-    found = milp(
-        goal / max(goal.max(initial=0), np.finfo(float).tiny),
-        constraints=constraints,
-        integrality=np.ones(len(flat), np.int64),
-        bounds=Bounds(0, 1),
-        options={"mip_rel_gap": _GAP, "time_limit": _SECONDS},
-    )
+    with _nothing_printed():
+        found = milp(
+            goal / max(goal.max(initial=0), np.finfo(float).tiny),
+            constraints=constraints,
+            integrality=np.ones(len(flat), np.int64),
+            bounds=Bounds(0, 1),
+            options={"mip_rel_gap": _GAP, "time_limit": _SECONDS},
+        )
     if found.x is None:
         raise NothingFits(
             "No choice of types meets all limits together: " + ", ".join(f"{k} {v:,.4g}" for k, v in limits.items()),

@@ -12,6 +12,7 @@ from bitladder.describe.model import Model
 from bitladder.describe.rates import PoolRates
 from bitladder.errors import NothingFits, UsageError
 from bitladder.formats.blocks import QTYPES
+from bitladder.formats.recipes import is_quantizable, types_for
 from bitladder.formats.roles import EMBEDDING, OUTPUT
 from bitladder.formats.tensors import TensorInfo
 from bitladder.plan.allocate import Allocation, Choice, Group, fewest, least_loss
@@ -59,6 +60,7 @@ def choose(table: SensitivityTable, model: Model, wish: Wish, *, header_bytes: i
         NothingFits: a limit cannot be met; the message has the least that can.
         UsageError: the wish names none of a budget, bits per weight and a loss, or a budget above the source.
     """
+    check(model, wish, header_bytes=header_bytes)
     tensors = {tensor.name: tensor for tensor in model.tensors}
     groups = [_group(tensors[name], table, model, wish) for name in table.losses]
     kept = sum(tensor.nbytes for tensor in model.tensors if tensor.name not in table.losses)
@@ -78,15 +80,40 @@ def choose(table: SensitivityTable, model: Model, wish: Wish, *, header_bytes: i
     if wish.kl is not None:
         found = fewest("bytes", groups, limits, loss=_needed(table, wish.kl))
     else:
-        budget = _budget(model, wish, header_bytes)
-        limits["bytes"] = budget - kept
-        found = _within(groups, limits, kept + header_bytes)
+        limits["bytes"] = _budget(model, wish, header_bytes) - kept
+        found = least_loss(groups, limits)
     return _recipe(table, model, wish, found)
 
 
-def _needed(table: SensitivityTable, kl: float) -> float:
+def check(model: Model, wish: Wish, *, header_bytes: int = 0) -> None:
+    """Refuse what no table of losses is needed to refuse; arguments and errors as ``choose``."""
+    if wish.kl is not None:
+        _check_loss(wish.kl)
+        return
+    budget = _budget(model, wish, header_bytes)
+    least = sum(min(_sizes(tensor)) for tensor in model.tensors)
+    if least > budget:
+        raise NothingFits(
+            f"The budget leaves {human_bytes(max(0, budget))} for the tensors; in their smallest types they take "
+            f"{human_bytes(least)}.",
+            means="No recipe is that small.",
+            do=f"Give at least {human_bytes(least + header_bytes)} for the whole file, or take a smaller model.",
+        )
+
+
+def _sizes(tensor: TensorInfo) -> list[int]:
+    """Bytes of a tensor in each type that it may get, its own included."""
+    offered = types_for(tensor) if is_quantizable(tensor) else ()
+    return [tensor.nbytes, *(QTYPES[qtype].nbytes(tensor.shape) for qtype in offered)]
+
+
+def _check_loss(kl: float) -> None:
     if not kl > 0:
         raise UsageError(f"A KL divergence of {kl:g} is asked for; it must be above 0.", do="Try --kl 0.05.")
+
+
+def _needed(table: SensitivityTable, kl: float) -> float:
+    _check_loss(kl)
     return table.needed(kl)
 
 
@@ -105,18 +132,6 @@ def _budget(model: Model, wish: Wish, header_bytes: int) -> int:
             do="Use the source, or give a smaller budget.",
         )
     return budget
-
-
-def _within(groups: Sequence[Group], limits: Mapping[str, float], beside: int) -> Allocation:
-    least = sum(min(choice.costs["bytes"] for choice in group.choices) for group in groups)
-    if least > limits["bytes"]:
-        raise NothingFits(
-            f"The budget leaves {human_bytes(max(0, int(limits['bytes'])))} for the matrices; in their smallest types "
-            f"they take {human_bytes(int(least))}.",
-            means="No recipe is that small.",
-            do=f"Give at least {human_bytes(int(least) + beside)} for the whole file, or take a smaller model.",
-        )
-    return least_loss(groups, limits)
 
 
 def _group(tensor: TensorInfo, table: SensitivityTable, model: Model, wish: Wish) -> Group:

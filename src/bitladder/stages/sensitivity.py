@@ -17,7 +17,7 @@ from bitladder.engines.weights import FileWeights
 from bitladder.errors import BadInput
 from bitladder.files.gguf import GgufFile
 from bitladder.formats.blocks import QTYPES
-from bitladder.formats.recipes import is_quantizable
+from bitladder.formats.recipes import is_quantizable, types_for
 from bitladder.formats.roles import EMBEDDING
 from bitladder.formats.tensors import TensorInfo
 from bitladder.kernels import dequantize, quantize
@@ -27,23 +27,9 @@ from bitladder.units import GiB
 
 F32 = NDArray[np.float32]
 
-TYPES = ("Q2_K", "Q3_K", "IQ4_XS", "IQ4_NL", "Q4_0", "Q4_K", "Q4_1", "Q5_K", "Q5_0", "Q5_1", "Q6_K", "Q8_0")
-"""What recipes choose from, where rows divide into the type's blocks. In K-quants' place, for rows that do not divide
-into 256, stand the types with blocks of 32."""
 _ROWS, _MATRICES = 512, 8
 """Rows of a matrix, and matrices of a stack, that stand for all: their mean error is known to a percent."""
 _FEW_TOKENS = 1024
-
-
-def types_for(info: TensorInfo) -> tuple[str, ...]:
-    """The types a tensor may get: K-quants where its rows divide into 256, else blocks of 32."""
-    columns = info.shape[-1]
-    wide = columns % 256 == 0
-    return tuple(
-        name
-        for name in TYPES
-        if columns % QTYPES[name].block_size == 0 and (not wide or QTYPES[name].block_size == 256 or name == "Q8_0")
-    )
 
 
 def sensitivity_table(

@@ -84,9 +84,14 @@ def make_recipe(
     """
     from bitladder.files.gguf import GgufFile
     from bitladder.files.sources import resolve
+    from bitladder.formats.recipes import level_named
 
     journal = journal or Journal()
     with GgufFile.open(resolve(model, progress).path) as source:
+        if asked.level is None:
+            asked = replace(asked, wish=_bounded(source, asked))
+        else:
+            level_named(asked.level)  # a name that is none is told before any work
         parts = _parts(token_windows(source, calibration_texts(texts)))
         if asked.level is not None:
             recipe = named_recipe(source, asked.level, feedback=asked.wish.feedback)
@@ -265,17 +270,30 @@ def _parts(windows: Sequence[Window]) -> _Texts:
     return _Texts(rest[::step], rest, held)
 
 
-def _chosen(source: GgufFile, table: SensitivityTable, asked: Asked) -> Recipe:
-    from bitladder.files.level_files import draft_level
-    from bitladder.plan.recipe import choose
+def _bounded(source: GgufFile, asked: Asked) -> Wish:
+    """The wish with what it needs of this machine, refused here if no table of losses is needed to refuse it."""
+    from bitladder.plan.recipe import check
 
     wish = asked.wish
     if asked.fits_ctx is not None:
         wish = replace(wish, bytes=room_for_weights(source, asked.fits_ctx))
     if wish.least_decode:
         wish = replace(wish, rates=_rates())
-    header = len(draft_level(source.model, "Q4_K_M").parts[0].plan.header) + 4096  # and padding between tensors
-    return choose(table, source.model, wish, header_bytes=header)
+    check(source.model, wish, header_bytes=_header_bytes(source))
+    return wish
+
+
+def _chosen(source: GgufFile, table: SensitivityTable, asked: Asked) -> Recipe:
+    from bitladder.plan.recipe import choose
+
+    return choose(table, source.model, asked.wish, header_bytes=_header_bytes(source))
+
+
+def _header_bytes(source: GgufFile) -> int:
+    """What a level's file holds beside tensors: its header, and padding between them."""
+    from bitladder.files.level_files import draft_level
+
+    return len(draft_level(source.model, "Q4_K_M").parts[0].plan.header) + 4096
 
 
 def room_for_weights(source: GgufFile, n_ctx: int) -> int:
