@@ -8,7 +8,8 @@ Their files are made beforehand, in an environment of their own, from the same m
 (autoround_export.py). For each, ours is a recipe of at most as many bytes of tensors with error feedback; ``--ours``
 names files made before by such a recipe instead, one for each of theirs, ``-`` where one is to be made. Files are read
 as llama.cpp reads them, so an output matrix that AutoRound stores apart from the embedding counts by its bytes and in
-what it does. KL against the 16-bit source on the first window of each of several articles of the test text; ratios of
+what it does. Weights that their file holds as NaN are taken from the 16-bit source, which flatters theirs, and counted.
+KL against the 16-bit source on the first window of each of several articles of the test text; ratios of
 mean KL with paired intervals over documents.
 """
 
@@ -22,12 +23,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from quality_per_byte import articles, first_windows, fitting_windows, per_document
 
 from bitladder.describe.windows import WINDOW, Window
 from bitladder.engines.feedback import FeedbackSettings
 from bitladder.engines.llama import LlamaServer
+from bitladder.engines.weights import FileWeights
 from bitladder.files.gguf import GgufFile
+from bitladder.kernels import dequantize
 from bitladder.plan.recipe import Wish, choose
 from bitladder.records.recipe import SensitivityTable
 from bitladder.stages.feedback import write_with_feedback
@@ -38,6 +42,27 @@ from bitladder.stats.bootstrap import ratio_interval
 
 def tensor_bytes(file: GgufFile) -> int:
     return sum(tensor.nbytes for tensor in file.model.tensors)
+
+
+class Mended(FileWeights):
+    """A file's weights, with the source's own where they are NaN or infinite."""
+
+    def __init__(self, file: GgufFile, source: GgufFile, *, threads: int) -> None:
+        super().__init__(file, threads=threads)
+        self._exact, self._cores = FileWeights(source, threads=threads), threads
+        self.mended: dict[str, int] = {}
+
+    def __call__(self, name: str, rows: slice | NDArray[np.int64] | None = None) -> NDArray[np.float32]:
+        """As ``FileWeights``, mended."""
+        info = self.file.info(name)
+        data = np.ascontiguousarray(self.file.raw(name) if rows is None else self.file.raw(name)[rows])
+        values = dequantize(data, info.qtype, threads=self._cores)
+        values = values.reshape(info.shape) if rows is None else values
+        wrong = ~np.isfinite(values)
+        if wrong.any():
+            values[wrong] = self._exact(name, rows)[wrong]
+            self.mended[name] = int(wrong.sum())
+        return values
 
 
 class Ours:
@@ -75,10 +100,15 @@ def compare(
     source: GgufFile, found: Sequence[tuple[GgufFile, GgufFile]], windows: Sequence[Window], threads: int
 ) -> list[dict[str, Any]]:
     files = [file for pair in found for file in pair]
-    candidates: list[Candidate] = [file_candidate(source, file, threads=threads) for file in files]
+    candidates = [file_candidate(source, file, threads=threads) for file in files]
+    mended = [Mended(theirs, source, threads=threads) for theirs, _ in found]
+    candidates[::2] = [Candidate(weights.file.path.stem, weights) for weights in mended]
     scores = token_scores(source, candidates, windows, threads=threads)[1:]
     kl = [per_document(one.kl, windows) for one in scores]
     tokens = sum(window.scored for window in windows)
+    for weights in mended:
+        count, tensors = sum(weights.mended.values()), len(weights.mended)
+        print(f"{weights.file.path.name}: {count:,} weights of {tensors} tensors are NaN, taken from the source")
     print(f"\n{len(windows)} documents, {tokens} scored tokens")
     print(f"{'file':44} {'tensor bytes':>13} {'mean KL':>9} {'of AutoRound':>13} {'95% interval':>17}")
     rows = []
