@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 
 from bitladder.describe.text import Document, languages_of, subject_of
-from bitladder.describe.windows import Window, window_hashes
+from bitladder.describe.windows import Window, tokens_hash, window_hashes
 from bitladder.errors import BadInput
 from bitladder.records.calibration import CalibrationText, TextSource
 
@@ -56,7 +55,7 @@ def check_text(
         tokens=sum(lengths),
         shortest=min(lengths),
         longest=max(lengths),
-        hash=hash_of(windows),
+        hash=tokens_hash(windows),
         overlap=check_overlap(windows, measuring, allow=allow_overlap),
         sources=_sources(windows, {document.name: document for document in documents}),
     )
@@ -79,14 +78,6 @@ def check_overlap(calibration: Sequence[Window], measuring: Sequence[Window], *,
             do="Use different texts: measure on another, calibrate on another, or leave out the importance matrix.",
         )
     return overlap
-
-
-def hash_of(windows: Sequence[Window]) -> str:
-    """SHA-256 over the tokens, window by window."""
-    digest = hashlib.sha256()
-    for window in windows:
-        digest.update(len(window.tokens).to_bytes(4, "little") + window.tokens.tobytes())
-    return digest.hexdigest()
 
 
 def _sources(windows: Sequence[Window], documents: Mapping[str, Document]) -> tuple[TextSource, ...]:

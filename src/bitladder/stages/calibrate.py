@@ -19,7 +19,7 @@ import torch
 
 from bitladder import __version__
 from bitladder.describe.text import Document, text_hash
-from bitladder.describe.windows import Window
+from bitladder.describe.windows import Window, tokens_hash
 from bitladder.engines.checkpoint_result import finish_folder, losses_of, proved
 from bitladder.engines.checkpoint_walk import CheckpointWalk, Settings
 from bitladder.engines.layers import LayeredModel
@@ -36,7 +36,7 @@ from bitladder.formats.checkpoint import CheckpointLevel, check_shapes, parse_le
 from bitladder.formats.vectors import FoldedLevel, Product
 from bitladder.kernels.awq import Fold
 from bitladder.plan.calibration import Work, predict
-from bitladder.plan.calibration_text import check_text, hash_of
+from bitladder.plan.calibration_text import check_text
 from bitladder.plan.preflight import JobNeed, require
 from bitladder.progress import Progress, silent
 from bitladder.records.calibration import (
@@ -71,7 +71,7 @@ class Reading:
     @property
     def hash(self) -> str:
         """What tells this text from others."""
-        return text_hash(self.documents) if self.documents else hash_of(self.windows)
+        return text_hash(self.documents) if self.documents else tokens_hash(self.windows)
 
 
 @dataclass(frozen=True)
@@ -318,7 +318,7 @@ def _fingerprint(
     """Everything that a level's bytes depend on."""
     parts = [__version__, source.sha256, level.name, str(dtype)]
     if _needs_text(level):
-        parts += [hash_of(windows), str(settings.reference_tokens), str(settings.damp), str(settings.act_order)]
+        parts += [tokens_hash(windows), str(settings.reference_tokens), str(settings.damp), str(settings.act_order)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
