@@ -12,7 +12,8 @@ import tiny_models
 from bitladder.cli.app import app
 from bitladder.describe.rates import PoolRates
 from bitladder.describe.windows import Window
-from bitladder.errors import NothingFits, UsageError
+from bitladder.errors import BadInput, NothingFits, UsageError
+from bitladder.files import probe
 from bitladder.files.gguf import GgufFile
 from bitladder.formats.blocks import QTYPES
 from bitladder.formats.recipes import is_quantizable, types_for
@@ -218,3 +219,41 @@ def test_limits_that_cannot_be_are_refused_before_any_work(options, code, words_
     result = CliRunner().invoke(app, ["recipe", str(tiny), *options])
     assert result.exit_code == code
     assert words_of_it in result.stderr
+
+
+def test_speed_and_vram_that_cannot_be_are_told_in_their_units(tiny):
+    rates = PoolRates(
+        stream={"F32": 1e6}, matmul={"F32": 1e9}, kv_stream=1e9, attention=1e9,
+        layer_s=0, token_s=0, prompt_s=0, source="measured",
+    )  # fmt: skip
+    with GgufFile.open(tiny) as source:
+        table = _table(source)
+        with pytest.raises(NothingFits, match="ms a token"):
+            choose(table, source.model, Wish(bpw=6, least_decode=1000, rates=rates))
+        with pytest.raises(NothingFits, match="100 B"):
+            choose(table, source.model, Wish(bpw=6, gpu_layers=1, vram_bytes=100))
+
+
+def test_a_text_of_which_no_window_can_be_held_out_is_refused():
+    with pytest.raises(BadInput, match="3 windows"):
+        recipes._parts([Window("t", np.zeros(512, np.int64))] * 3)
+
+
+def test_the_budget_of_a_small_machine_is_what_the_context_leaves(demo_gguf, monkeypatch):
+    machine = probe.probe_machine()
+    with GgufFile.open(demo_gguf) as source:
+        rooms = []
+        for ram in (1 << 30, 2 << 30):
+            small = replace(machine, ram_total=ram, ram_available=ram, gpus=())
+            monkeypatch.setattr(probe, "probe_machine", lambda *_, small=small: small)
+            rooms.append(recipes.room_for_weights(source, 2048))
+        assert 0 < rooms[0] < 1 << 30
+        assert rooms[1] > rooms[0]
+        assert recipes.room_for_weights(source, 8192) < rooms[1]
+
+
+@pytest.mark.parametrize("option", [["--imatrix", "none"], ["--split-max-size", "1MB"]])
+def test_options_that_fitted_levels_do_not_take(option, tiny):
+    result = CliRunner().invoke(app, ["quantize", str(tiny), "--to", "GPTQ-Q4_0", *option])
+    assert result.exit_code == 2
+    assert option[0] in result.stderr

@@ -36,15 +36,14 @@ U8 = NDArray[np.uint8]
 class FittedTensor:
     """A quantized tensor of a layer, uint8[rows, row_bytes] over all its matrices.
 
-    ``loss`` is the squared error of its outputs as a share of their energy on the calibration text, ``plain_loss`` that
-    of nearest codes on the same scales; NaN without statistics. ``note`` says what was done differently, and why.
+    ``loss`` is the squared error of its outputs as a share of their energy on the calibration text, NaN without
+    statistics. ``note`` says what was done differently, and why.
     """
 
     name: str
     qtype: str
     data: U8
     loss: float
-    plain_loss: float
     tokens: int
     damp: float
     note: str = ""
@@ -64,11 +63,10 @@ class FeedbackSettings:
 
 @dataclass(frozen=True)
 class Fitted:
-    """One matrix: its blocks, their cost with and without feedback, the outputs' energy, what was unusual."""
+    """One matrix: its blocks, their cost, the outputs' energy, what was unusual."""
 
     data: U8
     cost: float = 0.0
-    plain_cost: float = 0.0
     energy: float = 0.0
     damp: float = 0.0
     note: str = ""
@@ -112,7 +110,7 @@ def fit_matrix(
     )
     energy = float(np.vdot(weights @ seen.gram, weights))
     note = f"Hessian not positive definite: damping raised to {factor.damp:g}" if factor.rescued else ""
-    return Fitted(blocks.data, blocks.cost, blocks.plain_cost, energy, factor.damp, note)
+    return Fitted(blocks.data, blocks.cost, energy, factor.damp, note)
 
 
 class FeedbackStream:
@@ -183,7 +181,6 @@ class FeedbackStream:
             self._qtypes[name],
             np.concatenate([one.data for one in fitted]),
             share * sum(one.cost for one in fitted),
-            share * sum(one.plain_cost for one in fitted),
             min(seen.tokens for seen in statistics),
             max(one.damp for one in fitted),
             note,

@@ -59,7 +59,7 @@ def least_loss(groups: Sequence[Group], limits: Mapping[str, float]) -> Allocati
         least = sum(min(choice.costs.get(cost, 0.0) for choice in group.choices) for group in groups)
         if least > limit:
             raise NothingFits(
-                f"{cost}: {limit:,.0f} are allowed, the smallest types take {least:,.0f}.",
+                f"{cost}: {limit:,.6g} are allowed, the cheapest types take {least:,.6g}.",
                 means="No recipe of these types is that small.",
                 do="Allow more, or take a smaller model.",
             )

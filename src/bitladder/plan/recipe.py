@@ -77,21 +77,37 @@ def choose(table: SensitivityTable, model: Model, wish: Wish, *, header_bytes: i
             )
     if wish.vram_bytes is not None:
         limits["vram"] = wish.vram_bytes
+    _check_limits(groups, limits)
     if wish.kl is not None:
-        found = fewest("bytes", groups, limits, loss=_needed(table, wish.kl))
+        found = fewest("bytes", groups, limits, loss=table.needed(wish.kl))
     else:
         limits["bytes"] = _budget(model, wish, header_bytes) - kept
         found = least_loss(groups, limits)
     return _recipe(table, model, wish, found)
 
 
+def _check_limits(groups: Sequence[Group], limits: Mapping[str, float]) -> None:
+    """Refuse, in its own units, a limit that the cheapest types already pass."""
+    for name, limit in limits.items():
+        least = sum(min(choice.costs[name] for choice in group.choices) for group in groups)
+        if least > limit:
+            said = {"seconds": (f"{1000 * limit:.3g} ms a token", f"{1000 * least:.3g} ms")}
+            allowed, needed = said.get(name, (human_bytes(int(limit)), human_bytes(int(least))))
+            raise NothingFits(
+                f"The limit leaves {allowed} for the matrices; in the types that take least they need {needed}.",
+                means="No choice of types keeps it." if name == "vram" else "No choice of types is that fast here.",
+                do="Put fewer layers on the GPU, or allow more." if name == "vram" else "Ask for fewer tokens/s.",
+            )
+
+
 def check(model: Model, wish: Wish, *, header_bytes: int = 0) -> None:
     """Refuse what no table of losses is needed to refuse; arguments and errors as ``choose``."""
     if wish.kl is not None:
-        _check_loss(wish.kl)
+        if not wish.kl > 0:
+            raise UsageError(f"A KL divergence of {wish.kl:g} is asked for; it must be above 0.", do="Try --kl 0.05.")
         return
     budget = _budget(model, wish, header_bytes)
-    least = sum(min(_sizes(tensor)) for tensor in model.tensors)
+    least, _ = bounds(model)
     if least > budget:
         raise NothingFits(
             f"The budget leaves {human_bytes(max(0, budget))} for the tensors; in their smallest types they take "
@@ -101,20 +117,15 @@ def check(model: Model, wish: Wish, *, header_bytes: int = 0) -> None:
         )
 
 
+def bounds(model: Model) -> tuple[int, int]:
+    """Bytes of all tensors in their smallest types, and as the source has them."""
+    return sum(min(_sizes(tensor)) for tensor in model.tensors), sum(tensor.nbytes for tensor in model.tensors)
+
+
 def _sizes(tensor: TensorInfo) -> list[int]:
     """Bytes of a tensor in each type that it may get, its own included."""
     offered = types_for(tensor) if is_quantizable(tensor) else ()
     return [tensor.nbytes, *(QTYPES[qtype].nbytes(tensor.shape) for qtype in offered)]
-
-
-def _check_loss(kl: float) -> None:
-    if not kl > 0:
-        raise UsageError(f"A KL divergence of {kl:g} is asked for; it must be above 0.", do="Try --kl 0.05.")
-
-
-def _needed(table: SensitivityTable, kl: float) -> float:
-    _check_loss(kl)
-    return table.needed(kl)
 
 
 def _budget(model: Model, wish: Wish, header_bytes: int) -> int:
@@ -153,8 +164,7 @@ def _costs(tensor: TensorInfo, qtype: str, model: Model, wish: Wish) -> dict[str
 
 def _token_seconds(tensor: TensorInfo, qtype: str, model: Model, rates: PoolRates) -> float:
     """What reading a tensor costs each token: nothing for a table that is only looked up, of experts the active."""
-    names = {one.name for one in model.tensors}
-    if tensor.name == EMBEDDING and OUTPUT in names:
+    if tensor.name == EMBEDDING and not _is_tied(model):
         return 0.0
     dims = model.dims
     stacked = len(tensor.shape) > 2 and dims.n_expert
@@ -167,7 +177,12 @@ def _on_gpu(name: str, model: Model, gpu_layers: int) -> bool:
     """llama.cpp puts the last layers on the GPU, and the output matrix once a layer is there."""
     if name.startswith("blk."):
         return int(name.split(".", 2)[1]) >= model.dims.n_layer - gpu_layers
-    return gpu_layers > 0 and name == OUTPUT
+    return gpu_layers > 0 and name == (EMBEDDING if _is_tied(model) else OUTPUT)
+
+
+def _is_tied(model: Model) -> bool:
+    """Whether the embedding doubles as output matrix."""
+    return all(tensor.name != OUTPUT for tensor in model.tensors)
 
 
 def _recipe(table: SensitivityTable, model: Model, wish: Wish, found: Allocation) -> Recipe:

@@ -69,7 +69,8 @@ class Recipe:
 
 @dataclass(frozen=True)
 class FittedLevel:
-    """A file written with error feedback: its recipe, and what each tensor lost on the calibration text."""
+    """A file written with error feedback: its recipe, and what each tensor that this run fitted lost on the
+    calibration text (none of a file that was there, of a resumed one those after the kill)."""
 
     file: LevelFile
     recipe: Recipe

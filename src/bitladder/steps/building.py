@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING
 
 from bitladder.errors import UnknownArchitecture, UsageError
 from bitladder.progress import Progress
-from bitladder.steps.calibrated import AUTO, NONE, calibration_texts, importance_of, token_windows, weighed
+from bitladder.steps.calibrated import (
+    AUTO,
+    NONE,
+    calibration_texts,
+    importance_file,
+    importance_of,
+    token_windows,
+    weighed,
+)
 from bitladder.steps.jobs import building_need, job
 from bitladder.steps.journal import Journal
 
@@ -136,6 +144,13 @@ def build_levels(
         )
     if imatrix not in (AUTO, NONE):
         read_imatrix(Path(imatrix))  # a file that cannot be used is told before any work
+    if asked.fitted and (imatrix != AUTO or split_max_bytes is not None):
+        option = "--split-max-size" if imatrix == AUTO else f"--imatrix {imatrix}"
+        raise UsageError(
+            f"{asked.fitted[0]} was asked for with {option}.",
+            means="Fitted levels take their statistics from the calibration text, and are written as one file.",
+            do=f"Leave out {option}, or ask for the others in a call of their own.",
+        )
     journal = journal or Journal()
     found = resolve(model, progress)
     with GgufFile.open(found.path) as source:
@@ -152,7 +167,7 @@ def build_levels(
                     split_max_bytes=split_max_bytes, progress=progress,
                 )  # fmt: skip
     written += [
-        fitted_level(model, name, out, texts=texts, threads=threads, journal=journal, progress=progress)
+        fitted_level(model, name, out, texts=texts, effort=effort, threads=threads, journal=journal, progress=progress)
         for name in asked.fitted
     ]
     if calibrated is None:
@@ -228,14 +243,6 @@ def _importance(
     except UnknownArchitecture as error:
         journal.warn(f"Levels are made without an importance matrix: {error.found}")
         return None
-
-
-def importance_file(source: GgufFile, documents: Sequence[Document]) -> Path:
-    """Where the importance matrix of a model and a text is kept."""
-    from bitladder.describe.text import text_hash
-    from bitladder.files.folders import cache_folder
-
-    return cache_folder("importance", f"{source.sha256[:16]}-{text_hash(documents)[:16]}.gguf")
 
 
 def _keep(source: GgufFile, documents: Sequence[Document], matrix: ImportanceMatrix) -> None:

@@ -53,6 +53,14 @@ def calibration_texts(texts: Sequence[Path]) -> list[Document]:
     return read_texts(texts) if texts else shipped_texts("calibration")
 
 
+def importance_file(source: GgufFile, documents: Sequence[Document]) -> Path:
+    """Where the importance matrix of a model and a text is kept."""
+    from bitladder.describe.text import text_hash
+    from bitladder.files.folders import cache_folder
+
+    return cache_folder("importance", f"{source.sha256[:16]}-{text_hash(documents)[:16]}.gguf")
+
+
 def importance_of(
     source: GgufFile,
     choice: str,
@@ -79,7 +87,6 @@ def importance_of(
         BadFile: the file cannot be used.
     """
     from bitladder.describe.text import text_hash
-    from bitladder.files.folders import cache_folder
     from bitladder.files.imatrix import read_imatrix, write_imatrix
 
     if choice == NONE:
@@ -87,9 +94,8 @@ def importance_of(
     if choice != AUTO:
         return read_imatrix(Path(choice)).vectors()
     documents = calibration_texts(texts)
-    name = f"{source.sha256[:16]}-{text_hash(documents)[:16]}"
-    kept = cache_folder("importance", f"{name}.gguf")
-    apart = cache_folder("importance", f"{name}-{text_hash(measured_on)[:16]}.apart")
+    kept = importance_file(source, documents)
+    apart = kept.with_name(f"{kept.stem}-{text_hash(measured_on)[:16]}.apart")
     checked = apart.exists() or not measured_on
     if not kept.exists() or not checked:  # both need the engine's tokenizer
         windows = token_windows(source, documents)

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bitladder.errors import NothingFits, UsageError
+from bitladder import __version__
+from bitladder.errors import BadInput, UsageError
 from bitladder.progress import Progress
 from bitladder.records.recipe import FittedLevel, Recipe, SensitivityTable, TensorLoss
 from bitladder.steps.calibrated import AUTO, calibration_texts, importance_of, token_windows
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from bitladder.describe.rates import PoolRates
     from bitladder.describe.windows import Window
     from bitladder.files.gguf import GgufFile
+    from bitladder.kernels import Effort
     from bitladder.plan.recipe import Wish
     from bitladder.records.fidelity import Fidelity
     from bitladder.records.level_file import LevelFile
@@ -32,7 +34,8 @@ _LARGEST_HELD_OUT = 4
 """At most every fourth window is held out."""
 _TRIES = 2
 """Files made again for --kl when one loses more than was predicted."""
-_CHECKED_BPW = (2.8, 3.4, 4.2, 5.5)
+_CHECKED = (1.06, 5.5, 4)
+"""Recipes that predictions are scaled to: from so much above the smallest possible, to so many bits, how many."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +58,13 @@ class Asked:
     fits_ctx: int | None = None
     """Choose the budget so that the model fits this machine with this context."""
     out: Path | None = None
+    effort: Effort = "good"
+    """How long to search for scales."""
 
 
 @dataclass(frozen=True)
 class _Texts:
-    """The calibration text, cut in three parts that share no window."""
+    """The calibration text: ``held_out`` shares no window with the others, ``weighing`` is a part of ``fitting``."""
 
     weighing: list[Window]
     fitting: list[Window]
@@ -94,33 +99,48 @@ def make_recipe(
             level_named(asked.level)  # a name that is none is told before any work
         parts = _parts(token_windows(source, calibration_texts(texts)))
         if asked.level is not None:
-            recipe = named_recipe(source, asked.level, feedback=asked.wish.feedback)
+            recipe = named_recipe(source, asked.level)
             if asked.out is None:
                 return RecipeResult(recipe, float("nan"))
-            return _written(source, recipe, parts, asked.out, threads, journal, progress)
+            return _written(source, recipe, parts, asked.out, asked.effort, threads, journal, progress)
         table = _weighed(source, parts, texts, threads, journal, progress)
         recipe = _chosen(source, table, asked)
         if asked.out is None:
             return RecipeResult(recipe, table.error)
-        result = _written(source, recipe, parts, asked.out, threads, journal, progress, error=table.error)
+        result = _written(source, recipe, parts, asked.out, asked.effort, threads, journal, progress, error=table.error)
         for _ in range(_TRIES):
-            if asked.wish.kl is None or result.held_out is None or result.held_out.kl_mean <= asked.wish.kl:
-                break
-            table = _corrected(table, result, asked.wish.kl, journal)
+            if not _loses_too_much(result, asked.wish.kl):
+                return result
+            table = _corrected(table, result, journal)
             recipe = _chosen(source, table, asked)
-            result = _written(source, recipe, parts, asked.out, threads, journal, progress, error=table.error)
+            before = result
+            result = _written(
+                source, recipe, parts, asked.out, asked.effort, threads, journal, progress, error=table.error
+            )
+            _replace_file(before, result)
+        if _loses_too_much(result, asked.wish.kl):
+            journal.warn(f"After {_TRIES + 1} files the loss is still above {asked.wish.kl:g}: ask for a smaller --kl.")
         return result
 
 
-def _corrected(table: SensitivityTable, result: RecipeResult, kl: float, journal: Journal) -> SensitivityTable:
-    """Predictions raised to what a file really lost that was to lose less; the file goes."""
-    held, fitted, expected = result.held_out, result.fitted, result.recipe.expected_kl
-    if held is None or fitted is None or not expected:
+def _loses_too_much(result: RecipeResult, kl: float | None) -> bool:
+    return kl is not None and result.held_out is not None and result.held_out.kl_mean > kl
+
+
+def _corrected(table: SensitivityTable, result: RecipeResult, journal: Journal) -> SensitivityTable:
+    """Predictions raised by as much as a file lost more than was expected of it."""
+    if result.held_out is None or not result.recipe.expected_kl:
         return table
-    journal.say(f"{fitted.file.path.name} loses {held.kl_mean:.4f}, above {kl:g}: a larger one is made in its place.")
-    if not fitted.file.reused:
-        fitted.file.path.unlink()
-    return replace(table, scale=table.scale * held.kl_mean / expected)
+    lost, expected = result.held_out.kl_mean, result.recipe.expected_kl
+    journal.say(f"{result.recipe.label} loses {lost:.4f} where {expected:.4f} was expected: a larger one is made.")
+    return replace(table, scale=table.scale * lost / expected)
+
+
+def _replace_file(before: RecipeResult, after: RecipeResult) -> None:
+    """Remove the file that lost too much, once another stands in its place, unless an earlier call had made it."""
+    old, new = before.fitted, after.fitted
+    if old and new and old.file.path != new.file.path and not old.file.reused:
+        old.file.path.unlink()
 
 
 def _written(
@@ -128,6 +148,7 @@ def _written(
     recipe: Recipe,
     parts: _Texts,
     out: Path,
+    effort: Effort,
     threads: int,
     journal: Journal,
     progress: Progress,
@@ -135,7 +156,7 @@ def _written(
     error: float = float("nan"),
 ) -> RecipeResult:
     """The recipe's file, and its loss on text that nothing was fitted to."""
-    fitted = write_recipe(source, recipe, parts.fitting, out, threads, journal, progress)
+    fitted = write_recipe(source, recipe, parts.fitting, out, effort, threads, journal, progress)
     held = measured_on(source, fitted.file.path, parts.held_out, threads, journal, progress)
     return RecipeResult(recipe, error, fitted, held)
 
@@ -146,6 +167,7 @@ def fitted_level(
     out: Path,
     *,
     texts: Sequence[Path] = (),
+    effort: Effort = "good",
     threads: int,
     journal: Journal | None = None,
     progress: Progress,
@@ -160,7 +182,7 @@ def fitted_level(
 
     level, bpw = parse_fitted(name)
     journal = journal or Journal()
-    asked = Asked(Wish(bpw=bpw), level=level, out=out)
+    asked = Asked(Wish(bpw=bpw), level=level, out=out, effort=effort)
     result = make_recipe(model, asked, texts=texts, threads=threads, journal=journal, progress=progress)
     if result.fitted is None or result.held_out is None:
         raise ValueError("a recipe with a folder was not written")
@@ -185,7 +207,7 @@ def reapply(
     with GgufFile.open(resolve(model, progress).path) as source:
         own = reapplied(recipe, source.model)
         parts = _parts(token_windows(source, calibration_texts(texts)))
-        return _written(source, own, parts, out, threads, journal, progress)
+        return _written(source, own, parts, out, "good", threads, journal, progress)
 
 
 def read_recipe(file: Path) -> Recipe:
@@ -206,7 +228,7 @@ def read_recipe(file: Path) -> Recipe:
     )
 
 
-def named_recipe(source: GgufFile, level: str, *, feedback: bool) -> Recipe:
+def named_recipe(source: GgufFile, level: str) -> Recipe:
     """llama.cpp's own mix of types, to be made with error feedback."""
     from bitladder.formats.recipes import assign, level_named
     from bitladder.plan.recipe import recipe_bytes
@@ -214,8 +236,9 @@ def named_recipe(source: GgufFile, level: str, *, feedback: bool) -> Recipe:
     level = level_named(level)
     qtypes = assign(level, source.model.tensors, source.model.dims, has_importance=True)
     size, bpw = recipe_bytes(source.model, qtypes)
-    label = f"GPTQ-{level}" if feedback else level
-    return Recipe(label, source.model.dims.architecture, qtypes, size, bpw, None, (f"types of {level}",), feedback)
+    return Recipe(
+        f"GPTQ-{level}", source.model.dims.architecture, qtypes, size, bpw, None, (f"types of {level}",), feedback=True
+    )
 
 
 def write_recipe(
@@ -223,6 +246,7 @@ def write_recipe(
     recipe: Recipe,
     windows: Sequence[Window],
     out: Path,
+    effort: Effort,
     threads: int,
     journal: Journal,
     progress: Progress,
@@ -243,14 +267,14 @@ def write_recipe(
     there = (out / f"{source.model.name}-{recipe.label}.gguf").exists()
     with nullcontext() if there else job(need, journal, out):
         return write_with_feedback(
-            source, recipe, out, windows, settings=FeedbackSettings(threads=threads), progress=progress
+            source, recipe, out, windows, settings=FeedbackSettings(effort=effort, threads=threads), progress=progress
         )
 
 
 def measured_on(
     source: GgufFile, file: Path, windows: Sequence[Window], threads: int, journal: Journal, progress: Progress
 ) -> Fidelity:
-    """A file's fidelity on some windows; the answer of a finished measurement is kept with the file's hash."""
+    """A file's fidelity on some windows."""
     from bitladder.files.gguf import GgufFile
     from bitladder.stages.walk import file_candidate, walk
 
@@ -261,7 +285,17 @@ def measured_on(
 
 
 def _parts(windows: Sequence[Window]) -> _Texts:
-    """Windows spread over the text are held out; sensitivities are taken from others, spread over the rest."""
+    """Windows spread over the text are held out; sensitivities are taken from others, spread over the rest.
+
+    Raises:
+        BadInput: there are too few windows to hold one out.
+    """
+    if len(windows) < _LARGEST_HELD_OUT:
+        raise BadInput(
+            f"The calibration text makes {len(windows)} windows of tokens; at least {_LARGEST_HELD_OUT} are needed.",
+            means="One in four is held out, to measure the file on text that nothing was fitted to.",
+            do="Give a longer text, or leave it out to use the one that ships.",
+        )
     total = sum(len(window.tokens) for window in windows)
     stride = max(_LARGEST_HELD_OUT, round(total / _HELD_OUT_TOKENS))
     held = list(windows[stride - 1 :: stride])
@@ -299,13 +333,13 @@ def _header_bytes(source: GgufFile) -> int:
 def room_for_weights(source: GgufFile, n_ctx: int) -> int:
     """Bytes that this machine has for the file when the context, the engine's buffers and the engine are counted."""
     from bitladder.files.probe import probe_machine
+    from bitladder.plan.placement import usable_ram, usable_vram
     from bitladder.stages.plan import make_plan
 
     machine = probe_machine()
     level = make_plan(source.model, machine, n_ctx=n_ctx, levels=["Q4_K_M"]).levels[0]
     beside = level.total_bytes - level.file_bytes
-    room = max([machine.ram_available, *(gpu.vram_free for gpu in machine.gpus)]) - beside
-    return min(int(0.95 * room), sum(tensor.nbytes for tensor in source.model.tensors))
+    return max(usable_ram(machine), usable_vram(machine)) - beside
 
 
 def _rates() -> PoolRates:
@@ -317,7 +351,7 @@ def _rates() -> PoolRates:
         raise UsageError(
             "A least speed was asked for, and this machine has not been measured.",
             means="Which types decode fast differs between machines.",
-            do="Run bitladder machine --measure first; it takes about ten seconds.",
+            do="Run bitladder machine --measure first; it takes about twenty seconds.",
         )
     return measured.rates
 
@@ -334,10 +368,12 @@ def _weighed(
     from bitladder.describe.text import text_hash
     from bitladder.files.atomic import write_whole
     from bitladder.files.folders import cache_folder
+    from bitladder.kernels import REVISION
     from bitladder.records import to_json
     from bitladder.stages.sensitivity import sensitivity_table
 
-    kept = cache_folder("sensitivity", f"{source.sha256[:16]}-{text_hash(calibration_texts(texts))[:16]}.json")
+    text = text_hash(calibration_texts(texts))[:16]
+    kept = cache_folder("sensitivity", f"{source.sha256[:16]}-{text}-{__version__}-{REVISION}.json")
     if kept.exists():
         journal.reuse("sensitivity", [source.model.name])
         return _read_table(kept)
@@ -370,18 +406,19 @@ def _checked(
     progress: Progress,
 ) -> SensitivityTable:
     """Measure a few whole recipes, made on the fly, and scale the predictions to them."""
+    import numpy as np
+
     from bitladder.engines.weights import FileWeights, MadeWeights, Quantizer
-    from bitladder.plan.recipe import Wish, choose, fitted, predicted
+    from bitladder.plan.recipe import Wish, bounds, choose, fitted, predicted
     from bitladder.stages.walk import Candidate, walk
 
     importance = importance_of(source, AUTO, texts=texts, threads=threads, journal=journal, progress=progress)
     quantizer = Quantizer(FileWeights(source, threads=threads), importance=importance, effort="fast", threads=threads)
-    recipes = []
-    for bpw in _CHECKED_BPW:
-        try:
-            recipes.append(choose(table, source.model, Wish(bpw=bpw, feedback=False)))
-        except (NothingFits, UsageError):
-            continue
+    least, most = (8 * size / sum(t.elements for t in source.model.tensors) for size in bounds(source.model))
+    sizes = np.geomspace(_CHECKED[0] * least, min(_CHECKED[1], most), _CHECKED[2])
+    recipes = [
+        choose(table, source.model, Wish(bpw=float(bpw), feedback=False)) for bpw in sizes if least <= bpw <= most
+    ]
     candidates = [Candidate(recipe.label, MadeWeights(quantizer, recipe.qtypes)) for recipe in recipes]
     windows = parts.held_out
     with job(walking_need(source, windows, [recipe.label for recipe in recipes]), journal):
