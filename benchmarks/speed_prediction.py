@@ -3,6 +3,7 @@
 Both sides in one run: the machine is measured before and after, and between the two every file runs in the engine, in
 an order that changes each round, so that a busy or slow moment of the machine hits all alike. A file's speed is the
 best of its rounds, as each rate of the machine is the best of its repeats: whatever else runs only slows down.
+How far the best of its even rounds is from the best of its odd ones is printed beside the errors.
 Predictions are the geometric mean of those from both measurements. Each file is predicted twice: from the machine's
 rates alone, and anchored by the runs of the *other* files of its model, never its own.
 
@@ -118,14 +119,15 @@ def rows_of(what: str, runs: Sequence[Run], both: Sequence[PoolRates], machine: 
                 math.exp(statistics.fmean(math.log(getattr(guess, name)) for guess in guesses))
                 for name in ("value", "low", "high")
             )
-            best = min(rounds) if what == "first_token" else max(rounds)
-            rows.append(Row(run.path.stem, prompt, best, tuple(rounds), value, low, high))
+            best = min if what == "first_token" else max
+            rows.append(Row(run.path.stem, prompt, best(rounds), tuple(rounds), value, low, high))
     return rows
 
 
 def report(what: str, rows: Sequence[Row]) -> None:
     print(f"\n{what}: file, prompt, measured, predicted, error, error when anchored by the model's other files")
     plain, anchored, covered = [], [], []
+    best = min if what == "first_token" else max
     for row in rows:
         others = [other for other in rows if other.group == row.group and other.name != row.name]
         factor = anchor_factor([other.value for other in others], [other.measured for other in others]) or 1.0
@@ -141,6 +143,13 @@ def report(what: str, rows: Sequence[Row]) -> None:
         print(f"{row.name[-28:]:28} {row.prompt:5} {figures} {error:+7.1%} {better:+7.1%}")
     for name, errors in (("from rates", plain), ("anchored", anchored)):
         print(f"{what} {name}: median error {statistics.median(errors):.1%}, worst {max(errors):.1%}")
+    halves = [(best(row.rounds[::2]), best(row.rounds[1::2])) for row in rows if len(row.rounds) > 1]
+    if halves:
+        apart = [abs(first / second - 1) for first, second in halves]
+        print(
+            f"{what} from the file's own other rounds: median error {statistics.median(apart):.1%}, "
+            f"worst {max(apart):.1%}"
+        )  # what no prediction can beat by much
     strayed = [max(row.rounds) / min(row.rounds) for row in rows if len(row.rounds) > 1]
     between = f"; rounds of a file differed by x{statistics.median(strayed):.2f} (median)" if strayed else ""
     width = statistics.median(row.high / row.low for row in rows)

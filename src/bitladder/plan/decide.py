@@ -10,10 +10,10 @@ The rule, in order:
 2. The *speed tier* is the fastest candidate by measured decode speed. Levels within five percent of the
    fastest count as equally fast, and the smallest of them wins. Without speeds, decode is taken to be bound
    by bytes: the smallest wins.
-3. The *quality tier* is the smallest candidate whose loss cannot be told from zero: the upper bound of its
-   mean KL is under 0.02 nats and the workload shows no more losses than gains. When no candidate is that
-   close, it is the candidate with the lowest KL. Never one with a higher KL than the speed tier's: then one
-   level serves both.
+3. The *quality tier* comes from the candidates whose loss cannot be told from zero: the upper bound of their
+   mean KL is under 0.02 nats and the workload proves no loss. Of these it is the one with the fewest net losses
+   on the workload, the smallest among equals. When no candidate is that close, it is the candidate with the
+   lowest KL. Never one with a higher KL than the speed tier's: then one level serves both.
 4. The two stand in memory *together* when their sum fits the budget; otherwise the gateway *swaps* them.
 
 Several levels give chance several tries. So the chance that any level is said to meet the bar which does not
@@ -171,12 +171,14 @@ def _speed_tier(candidates: Sequence[Judged]) -> Judged | None:
 
 
 def _quality_tier(candidates: Sequence[Judged], speed: Judged | None) -> Judged | None:
-    """The smallest near-lossless candidate, the speed tier if it is one itself; else the closest."""
+    """The near-lossless candidate that lost least, the speed tier if it is among these; else the closest."""
     near = [one for one in candidates if one.near_lossless]
-    if speed is None or speed in near:
+    fewest = min((one.net_losses for one in near), default=0)
+    least = [one for one in near if one.net_losses == fewest]
+    if speed is None or speed in least:
         return speed
-    if near:
-        return min(near, key=lambda one: (one.total, one.kl))
+    if least:
+        return min(least, key=lambda one: (one.total, one.kl))
     # Without any KL the larger level is presumed to be the closer one.
     return min(candidates, key=lambda one: (one.kl, one.total if math.isfinite(one.kl) else -one.total))
 

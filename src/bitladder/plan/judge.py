@@ -92,10 +92,15 @@ class Judged:
 
     @property
     def near_lossless(self) -> bool:
-        """KL known to be under `NEAR_LOSSLESS_KL`, and no more losses than gains on the workload."""
-        fidelity, result = self.evidence.fidelity, self.evidence.result
-        calm = result is None or len(result.lost) <= len(result.gained)
-        return fidelity is not None and fidelity.kl_high < NEAR_LOSSLESS_KL and calm
+        """KL known to be under `NEAR_LOSSLESS_KL`, and no loss proven by the workload."""
+        fidelity = self.evidence.fidelity
+        return fidelity is not None and fidelity.kl_high < NEAR_LOSSLESS_KL and not loss_is_known(self.evidence)
+
+    @property
+    def net_losses(self) -> int:
+        """Inputs of the workload lost beyond those gained; 0 where it gained as many, or nothing was run."""
+        result = self.evidence.result
+        return 0 if result is None else max(0, len(result.lost) - len(result.gained))
 
     @property
     def needs(self) -> str:

@@ -73,7 +73,7 @@ def _placed(one: Judged, tiers: Tiers) -> tuple[str, str]:
 
 def _passed_over(one: Judged, quality: Judged, speed: Judged) -> str:
     """Why a level that meets the bar is in neither tier."""
-    if one.near_lossless and one.total >= quality.total:
+    if one.near_lossless and quality.near_lossless and one.total >= quality.total:
         more = human_bytes(one.total - quality.total)
         return f"{more} larger than {quality.level}, whose loss cannot be told from zero either"
     slower = speed.speed / one.speed - 1 if one.speed > 0 else math.nan
@@ -84,8 +84,8 @@ def _passed_over(one: Judged, quality: Judged, speed: Judged) -> str:
     elif not math.isnan(slower):
         against += " and no faster"
     result = one.evidence.result
-    if one.kl < quality.kl and result is not None and len(result.lost) > len(result.gained):
-        # Closer by its predictions, yet its answers say otherwise: that is why it is not the quality tier.
+    if result is not None and one.net_losses > quality.net_losses and (one.near_lossless or one.kl < quality.kl):
+        # Close enough by its predictions, yet its answers say otherwise: that is why it is not the quality tier.
         return f"{against}; its answers lost {len(result.lost)} inputs and gained {len(result.gained)}"
     if one.kl < quality.kl:
         return f"{against}; closer to the reference than {quality.level} needs to be"
