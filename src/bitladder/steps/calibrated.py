@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from bitladder.errors import BadInput
 from bitladder.progress import Progress
 from bitladder.steps.jobs import job, walking_need
 from bitladder.steps.journal import Journal
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 AUTO = "auto"
 """Make an importance matrix from the calibration text."""
 NONE = "none"
-OVERLAP_TOKENS = 32
 
 _UNWEIGHED = frozenset({"F32", "F16", "BF16", "Q8_0"})
 """Types with nothing to search for: an importance matrix changes none of their bytes."""
@@ -88,6 +86,7 @@ def importance_of(
     """
     from bitladder.describe.text import text_hash
     from bitladder.files.imatrix import read_imatrix, write_imatrix
+    from bitladder.plan.calibration_text import check_overlap
 
     if choice == NONE:
         return None
@@ -99,7 +98,7 @@ def importance_of(
     checked = apart.exists() or not measured_on
     if not kept.exists() or not checked:  # both need the engine's tokenizer
         windows = token_windows(source, documents)
-        _refuse_overlap(windows, token_windows(source, measured_on) if measured_on else ())
+        check_overlap(windows, token_windows(source, measured_on) if measured_on else ())
         apart.parent.mkdir(parents=True, exist_ok=True)
         apart.touch()  # these two texts have been found to share nothing
     if not kept.exists():
@@ -109,20 +108,6 @@ def importance_of(
             found = importance_matrix(source, windows, dataset="calibration text", threads=threads, progress=progress)
         write_imatrix(kept, found)
     return read_imatrix(kept).vectors()
-
-
-def _refuse_overlap(calibration: Sequence[Window], measuring: Sequence[Window]) -> None:
-    from bitladder.describe.windows import window_hashes
-
-    asked = window_hashes(measuring, n=OVERLAP_TOKENS)
-    shared = asked & window_hashes(calibration, n=OVERLAP_TOKENS, step=1) if asked else set()
-    if shared:
-        raise BadInput(
-            f"{len(shared) / len(asked):.1%} of the measuring text also occurs in the calibration text "
-            f"({OVERLAP_TOKENS} tokens in a row).",
-            means="A level calibrated on what it is measured on looks better than it is.",
-            do="Measure on another text, or leave out the importance matrix.",
-        )
 
 
 def make_imatrix(
