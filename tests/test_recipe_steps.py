@@ -9,17 +9,26 @@ import pytest
 from typer.testing import CliRunner
 
 import tiny_models
+from bitladder import pipeline
 from bitladder.cli.app import app
+from bitladder.cli.build import split_levels
 from bitladder.describe.rates import PoolRates
 from bitladder.describe.windows import Window
-from bitladder.errors import BadInput, NothingFits, UsageError
+from bitladder.errors import BadInput, NothingFits, UnknownLevel, UsageError
 from bitladder.files import probe
 from bitladder.files.gguf import GgufFile
 from bitladder.formats.blocks import QTYPES
 from bitladder.formats.recipes import is_quantizable, types_for
+from bitladder.plan.cost import level_size
 from bitladder.plan.recipe import Wish, choose, fitted, predicted, reapplied, recipe_bytes
-from bitladder.records.recipe import SensitivityTable, TensorLoss
-from bitladder.steps import calibrated, recipes
+from bitladder.records.calibration import LinearLoss
+from bitladder.records.level_file import LevelFile
+from bitladder.records.recipe import FittedLevel, Recipe, SensitivityTable, TensorLoss
+from bitladder.report.recipe import note_lines
+from bitladder.stages.feedback import write_with_feedback
+from bitladder.stages.plan import make_plan
+from bitladder.steps import calibrated, recipes, weighing
+from bitladder.steps.journal import Journal
 
 
 @pytest.fixture
@@ -171,16 +180,48 @@ def test_options_that_contradict_each_other(options, words_of_it, tiny):
 def test_a_loss_asked_for_is_held_by_the_file(tiny, tmp_path, monkeypatch):
     """Where predictions are too hopeful, the file that loses too much is replaced by a larger one."""
     monkeypatch.setenv("BITLADDER_CACHE", str(tmp_path / "cache"))
-    weighed = recipes._weighed
-    monkeypatch.setattr(recipes, "_weighed", lambda *a, **k: replace(weighed(*a, **k), scale=0.02))
-    result = recipes.make_recipe(
-        str(tiny),
-        recipes.Asked(Wish(kl=0.02), out=tmp_path / "out"),
-        threads=1,
-        progress=lambda *_: None,
-    )
+    weighed = recipes.weighed_tensors
+
+    def hopeful(*arguments):
+        table, kept = weighed(*arguments)
+        return replace(table, scale=0.02), kept
+
+    monkeypatch.setattr(recipes, "weighed_tensors", hopeful)
+    result = _smallest_for(0.02, tiny, tmp_path / "out")
     assert result.held_out.kl_mean <= 0.02
     assert [path.name for path in (tmp_path / "out").iterdir()] == [result.fitted.file.path.name]
+
+
+def _smallest_for(kl, tiny, out):
+    asked = recipes.Asked(Wish(kl=kl), out=out)
+    return recipes.make_recipe(str(tiny), asked, threads=1, progress=lambda *_: None)
+
+
+@pytest.mark.usefixtures("words")
+def test_a_file_that_loses_far_less_than_asked_is_made_smaller(tiny, tmp_path, monkeypatch):
+    """Where predictions are too gloomy, what the first file really lost makes the next one smaller; the same call again
+    knows that, and finds the last file."""
+    monkeypatch.setenv("BITLADDER_CACHE", str(tmp_path / "cache"))
+    checked = weighing._checked
+    monkeypatch.setattr(weighing, "_checked", lambda *a: replace(checked(*a), scale=20.0))
+    first = recipes.make_recipe(str(tiny), recipes.Asked(Wish(kl=0.3)), threads=1, progress=lambda *_: None)
+    result = _smallest_for(0.3, tiny, tmp_path / "out")
+    assert result.held_out.kl_mean <= 0.3
+    assert result.recipe.bytes < first.recipe.bytes
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [result.fitted.file.path.name]
+    again = _smallest_for(0.3, tiny, tmp_path / "out")
+    assert again.fitted.file.reused
+    assert again.fitted.file.path == result.fitted.file.path
+
+
+@pytest.mark.usefixtures("words")
+def test_what_was_expected_of_a_file_does_not_make_it_again(tiny, tmp_path):
+    with GgufFile.open(tiny) as source:
+        recipe = replace(choose(_table(source), source.model, Wish(bpw=6)), expected_kl=0.1)
+        windows = [Window("t", np.arange(600) % tiny_models.N_VOCAB)] * 2
+        made = write_with_feedback(source, recipe, tmp_path, windows)
+        assert not made.file.reused
+        assert write_with_feedback(source, replace(recipe, expected_kl=0.2), tmp_path, windows).file.reused
 
 
 @pytest.mark.usefixtures("words")
@@ -195,6 +236,67 @@ def test_fitted_levels_are_levels_like_others(tiny, tmp_path, monkeypatch):
     with GgufFile.open(files["GPTQ-Q4_0"]) as file:
         assert file.info("blk.0.ffn_up.weight").qtype == "Q4_0"
         assert str(file.metadata["bitladder.method"]).startswith("feedback")
+    with GgufFile.open(tiny) as source:
+        assert level_size(source.model, "GPTQ-Q4_0").file_bytes == files["GPTQ-Q4_0"].stat().st_size
+
+
+@pytest.mark.usefixtures("words")
+def test_a_run_builds_fitted_levels_among_the_others(tiny, tmp_path, monkeypatch):
+    """In the order of the plan, under the names asked for, each known by how it was made."""
+    monkeypatch.setenv("BITLADDER_CACHE", str(tmp_path / "cache"))
+    levels = ("Q5_1", "GPTQ-Q4_0", "Q8_0")
+    settings = pipeline.RunSettings(str(tiny), levels=levels, n_ctx=64, threads=1)
+    journal = Journal()
+    with GgufFile.open(tiny) as source:
+        plan = make_plan(source.model, probe.probe_machine(), n_ctx=64, levels=levels)
+        arguments = (source, plan, None, tmp_path / "out", settings, journal, lambda *_: None)
+        built = pipeline._built(*arguments)
+        assert [subject.level for subject in built] == ["Q8_0", "Q5_1", "GPTQ-Q4_0"]
+        made = next(subject.made for subject in built if subject.level == "GPTQ-Q4_0")
+        assert made.startswith("feedback good")
+        assert "types" in made
+        assert set(pipeline._built(*arguments)) == set(built)
+        assert any("GPTQ-Q4_0" in line for line in journal.reused)
+
+
+def test_a_run_refuses_what_fitted_levels_would_not_heed(tiny):
+    result = CliRunner().invoke(app, ["run", str(tiny), "--levels", "gptq-q4_0,Q8_0", "--imatrix", "none"])
+    assert result.exit_code == 2
+    assert "GPTQ-Q4_0 was asked for with --imatrix none" in result.stderr
+
+
+def test_names_of_fitted_levels_have_one_spelling():
+    assert split_levels("gptq-q4_k_m,BPW4.5,bpw4.125,q8_0,bpw4.50", fitted=True) == (
+        "GPTQ-Q4_K_M", "bpw4.50", "bpw4.125", "Q8_0",
+    )  # fmt: skip
+    with pytest.raises(UnknownLevel):
+        split_levels("bpw4.5")
+
+
+@pytest.mark.parametrize("bpw", [4.8, 5.1, 7.3])
+def test_a_level_of_bits_per_weight_is_planned_before_anything_is_weighed(bpw, tiny):
+    with GgufFile.open(tiny) as source:
+        size = level_size(source.model, f"bpw{bpw}")
+        assert size.level == f"bpw{bpw:.2f}"
+        assert size.bpw <= bpw
+        assert bpw - size.bpw < 0.4
+        matrices = [tensor for tensor in size.tensors if is_quantizable(tensor)]
+        held = sorted({QTYPES[tensor.qtype].bpw for tensor in matrices})
+        assert held[-1] <= max(2 * held[0], 8.5), "about as many bits for all"
+        with pytest.raises(NothingFits, match="smallest types"):
+            level_size(source.model, "bpw2")
+
+
+def test_notes_of_a_fitted_file_are_told_once_each():
+    note = "only {} calibration tokens: rounded plainly"
+    losses = [LinearLoss(f"blk.{n}.ffn_up_exps.weight", 0.1, n, note=note.format(n)) for n in (3, 9)]
+    losses += [LinearLoss("blk.0.attn_q.weight", 0.1, 900), LinearLoss("x.weight", 0.1, 900, 0.1, "damping raised")]
+    level = LevelFile("bpw4.00", Path("x.gguf"), 1, 4.0, 1.0, False)
+    recipe = Recipe("bpw4.00", "llama", {}, 1, 4.0, None)
+    assert list(note_lines(FittedLevel(level, recipe, tuple(losses), 900))) == [
+        "bpw4.00, blk.3.ffn_up_exps.weight: only 3 calibration tokens: rounded plainly (and 1 other tensors alike).",
+        "bpw4.00, x.weight: damping raised.",
+    ]
 
 
 @pytest.mark.parametrize("name", ["GPTQ-Q9_K", "bpw0.5", "bpw99"])
@@ -236,7 +338,7 @@ def test_speed_and_vram_that_cannot_be_are_told_in_their_units(tiny):
 
 def test_a_text_of_which_no_window_can_be_held_out_is_refused():
     with pytest.raises(BadInput, match="3 windows"):
-        recipes._parts([Window("t", np.zeros(512, np.int64))] * 3)
+        weighing.parts_of_text([Window("t", np.zeros(512, np.int64))] * 3)
 
 
 def test_the_budget_of_a_small_machine_is_what_the_context_leaves(demo_gguf, monkeypatch):

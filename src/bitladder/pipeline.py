@@ -7,8 +7,9 @@ last thing it stored.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from bitladder.engines.endpoint import EndpointSettings
     from bitladder.files.gguf import GgufFile
     from bitladder.kernels import Effort
+    from bitladder.plan.bar import Bar
     from bitladder.records.level_file import LevelFile
     from bitladder.stages.walk import Candidate
     from bitladder.steps.asked import Contender
@@ -98,7 +100,6 @@ def run(
     from bitladder.files.sources import resolve
     from bitladder.files.workloads import STARTER, load_workload
     from bitladder.formats.recipes import LEVELS
-    from bitladder.plan.bar import parse_bar
     from bitladder.plan.decide import decide
     from bitladder.plan.preflight import require
     from bitladder.report import write_html, write_run
@@ -107,7 +108,7 @@ def run(
     from bitladder.store.evidence import Evidence
     from bitladder.store.recorded import Recorded
 
-    bar = parse_bar(settings.bar) if settings.bar else None  # a bad bar is told before any work is done
+    bar = _told_early(settings)
     workload = load_workload(settings.workload or STARTER)
     texts = documents(settings.texts)
     journal = Journal(say)
@@ -183,6 +184,16 @@ def run(
     return RunResult(record, write_html(record, out / "report.html"))
 
 
+def _told_early(settings: RunSettings) -> Bar | None:
+    """The bar; a bad one, and options that a level would not heed, are told before any work is done."""
+    from bitladder.formats.fitted import is_fitted_level
+    from bitladder.plan.bar import parse_bar
+    from bitladder.steps.building import refuse_unheard
+
+    refuse_unheard([level for level in settings.levels or () if is_fitted_level(level)], settings.imatrix)
+    return parse_bar(settings.bar) if settings.bar else None
+
+
 def _endpoints(settings: RunSettings) -> list[EndpointSettings]:
     """Every model behind an address that is asked the workload."""
     reference = settings.reference
@@ -254,14 +265,16 @@ def _built(
     progress: Progress,
 ) -> dict[Subject, LevelFile]:
     """A file for each level that fits."""
+    from bitladder.formats.fitted import is_fitted_level
     from bitladder.stages.quantize import method_name, quantize_levels
     from bitladder.store.recorded import Subject
 
-    levels = _levels_to_build(source, plan, settings)
+    wanted = _levels_to_build(source, plan, settings)
+    levels = [level for level in wanted if not is_fitted_level(level)]
     need = building_need(source, levels, out, effort=settings.effort, threads=settings.threads)
     for level in levels:
         tell(progress, LevelNews(level, "being written"))
-    with job(need, journal, out):
+    with job(need, journal, out) if levels else nullcontext():
         files = quantize_levels(
             source,
             levels,
@@ -275,7 +288,30 @@ def _built(
         tell(progress, LevelNews(file.level, "written", file_bytes=file.bytes))
     journal.reuse("files", [file.level for file in files if file.reused])
     method = method_name(settings.effort, importance)
-    return {Subject(source.sha256, file.level, made=method): file for file in files}
+    built = {Subject(source.sha256, file.level, made=method): file for file in files}
+    for level in wanted:
+        if level not in levels:
+            subject, file = _fitted(source, level, out, settings, journal, progress)
+            built[subject] = file
+    return {subject: built[subject] for subject in sorted(built, key=lambda subject: wanted.index(subject.level))}
+
+
+def _fitted(
+    source: GgufFile, level: str, out: Path, settings: RunSettings, journal: Journal, progress: Progress
+) -> tuple[Subject, LevelFile]:
+    """The file of a level whose codes are chosen with error feedback, under the name it was asked for by."""
+    from bitladder.steps.recipes import fitted_level
+    from bitladder.store.recorded import Subject
+
+    tell(progress, LevelNews(level, "being written"))
+    made = fitted_level(
+        source, level, out, effort=settings.effort, threads=settings.threads, journal=journal, progress=progress
+    )
+    file = replace(made.file, level=level)
+    tell(progress, LevelNews(level, "written", file_bytes=file.bytes))
+    journal.reuse("files", [level] if file.reused else [])
+    types = hashlib.sha256(repr(sorted(made.recipe.qtypes.items())).encode()).hexdigest()[:16]
+    return Subject(source.sha256, level, made=f"{made.method}, types {types}"), file
 
 
 def _measured(

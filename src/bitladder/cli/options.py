@@ -94,7 +94,7 @@ class RunOptions:
 
         return RunSettings(
             model=self.model,
-            levels=split_levels(self.levels),
+            levels=split_levels(self.levels, fitted=True),
             reference=reference_named(self.reference, self.key_env, self.rpm),
             also=tuple(endpoint_named(address, self.key_env, self.rpm) for address in self.also or ()),
             workload=self.workload,

@@ -243,8 +243,6 @@ _NEVER_WHOLE = ("position_embd.weight", "token_types.weight")
 # Family -> number of layers of the model that llama.cpp knows as "70B", if its heads are grouped.
 _SEVENTY = {"llama": 80, "deci": 80, "qwen2": 80, "qwen2vl": 80, "jais2": 68}
 
-_FITTED = re.compile(r"GPTQ-(?P<level>I?Q[0-9]\w*)$|bpw(?P<bpw>[0-9]+(\.[0-9]+)?)$", re.IGNORECASE)
-
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 
 
@@ -263,23 +261,6 @@ def level_named(text: str) -> str:
         means=f"Did you mean {near[0]}?" if near else "",
         do=f"Levels are {', '.join(RECIPES)}.",
     )
-
-
-def is_fitted_level(name: str) -> bool:
-    """Whether a level's name asks for codes fitted with error feedback: ``GPTQ-Q4_K_M``, or a recipe ``bpw3.5``."""
-    return bool(_FITTED.match(name.strip()))
-
-
-def parse_fitted(name: str) -> tuple[str | None, float | None]:
-    """The named recipe, or the bits per weight, that a fitted level's name asks for.
-
-    Raises:
-        UnknownLevel: there is no such recipe, or no such number of bits.
-    """
-    found = _FITTED.match(name.strip())
-    if found is None or not (found["level"] or 1 < float(found["bpw"]) < 17):
-        raise UnknownLevel(f"There is no level '{name}'.", do="Fitted levels are named like GPTQ-Q4_K_M and bpw4.25.")
-    return (level_named(found["level"]), None) if found["level"] else (None, float(found["bpw"]))
 
 
 def nearest_level(qtypes: Mapping[str, str], tensors: Sequence[TensorInfo]) -> str:

@@ -4,15 +4,24 @@ are for.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from bitladder.describe.model import Model
-from bitladder.files.level_files import draft_level
+from bitladder.files.level_files import PLANNED_FIT, LevelDraft, draft_level
 from bitladder.formats.blocks import QTYPES
-from bitladder.formats.parts import PARTS, parts_of
-from bitladder.formats.recipes import RECIPES, is_quantizable
-from bitladder.formats.tensors import TensorInfo
+from bitladder.formats.checkpoint import (
+    GROUP_SIZES,
+    CheckpointLevel,
+    check_shapes,
+    is_checkpoint_level,
+    parse_level,
+    stored_bytes,
+)
+from bitladder.formats.fitted import fitted_name, is_fitted_level, parse_fitted
+from bitladder.formats.parts import PARTS, part_of, parts_of
+from bitladder.formats.recipes import RECIPES, assign, is_quantizable, nearest_level
 
 
 @dataclass(frozen=True)
@@ -53,22 +62,23 @@ class LevelSize:
     """Bytes of one level of one model."""
 
     level: str
-    tensors: tuple[TensorInfo, ...]
-    """The model's tensors with the types this level gives them."""
-    tensor_bytes: int
+    by_part: LevelBytes
+    """Bytes of its tensors by what they are for."""
+    elements: int
+    """Weights."""
     file_bytes: int
     on_label_share: float
     fallbacks: int
 
     @property
-    def bpw(self) -> float:
-        """Bits per weight, scales included."""
-        return 8 * self.tensor_bytes / sum(tensor.elements for tensor in self.tensors)
+    def tensor_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return self.by_part.total
 
     @property
-    def by_part(self) -> LevelBytes:
-        """The same bytes by what they are for."""
-        return LevelBytes(self.level, parts_of(self.tensors))
+    def bpw(self) -> float:
+        """Bits per weight, scales included."""
+        return 8 * self.tensor_bytes / self.elements
 
 
 def level_size(model: Model, level: str, *, has_importance: bool = False) -> LevelSize:
@@ -78,19 +88,83 @@ def level_size(model: Model, level: str, *, has_importance: bool = False) -> Lev
     header's bytes are
     an estimate, the tensors' are exact.
 
+    Levels fitted with error feedback have llama.cpp's types, those made for an importance matrix, or, for bits per
+    weight, types that are about as large as the ones that will be chosen once tensors have been weighed.
+
+    A level of a checkpoint (``AWQ-4bit-g64``) has exact tensors, as `quantize` writes them.
+
     Raises:
         UnknownLevel: no such level.
+        NothingFits, UsageError: no types make so few, or so many, bits per weight; groups that divide no row.
     """
-    draft = draft_level(model, level, has_importance=has_importance)
+    if is_checkpoint_level(level):
+        return _checkpoint_size(model, parse_level(level))
+    draft = (
+        _fitted(model, level) if is_fitted_level(level) else draft_level(model, level, has_importance=has_importance)
+    )
     label = RECIPES[draft.level].qtype
     quantizable = [tensor for tensor in draft.tensors if is_quantizable(tensor)]
     weights = sum(tensor.elements for tensor in quantizable)
     on_label = sum(tensor.elements for tensor in quantizable if tensor.qtype == label)
     return LevelSize(
-        level=draft.level,
-        tensors=draft.tensors,
-        tensor_bytes=sum(tensor.nbytes for tensor in draft.tensors),
+        level=draft.label,
+        by_part=LevelBytes(draft.label, parts_of(draft.tensors)),
+        elements=sum(tensor.elements for tensor in draft.tensors),
         file_bytes=draft.file_bytes + (0 if model.raw_metadata else model.header_bytes),
         on_label_share=on_label / weights if weights else 1.0,
         fallbacks=sum(tensor.shape[-1] % QTYPES[label].block_size != 0 for tensor in quantizable),
     )
+
+
+_STAND_INS = {8: "Q8_0", 4: "Q4_0", 3: "Q3_K", 2: "Q2_K"}
+"""Bits of a checkpoint's codes -> the block format that speed formulas take them for."""
+
+
+def _checkpoint_size(model: Model, level: CheckpointLevel) -> LevelSize:
+    """Packed matrices of the layers; all else, embedding and output included, in 16 bits."""
+    packed = {
+        tensor.name: tensor
+        for tensor in model.tensors
+        if tensor.name.startswith("blk.") and is_quantizable(tensor) and tensor.name.endswith("weight")
+    }
+    check_shapes(level, {name: (tensor.shape[-2], tensor.shape[-1]) for name, tensor in packed.items()})
+    parts: dict[str, dict[str, int]] = {}
+    for tensor in model.tensors:
+        size, qtype = 2 * tensor.elements, "F16"
+        if tensor.name in packed:
+            *experts, outputs, inputs = tensor.shape
+            size, qtype = math.prod(experts) * stored_bytes(level, outputs, inputs), _STAND_INS[level.bits]
+        held = parts.setdefault(part_of(tensor.name), {})
+        held[qtype] = held.get(qtype, 0) + size
+    sizes = LevelBytes(level.name, parts)
+    matrices = sum(tensor.elements for tensor in model.tensors if is_quantizable(tensor))
+    return LevelSize(
+        level=level.name,
+        by_part=sizes,
+        elements=sum(tensor.elements for tensor in model.tensors),
+        file_bytes=sizes.total + model.header_bytes,
+        on_label_share=sum(tensor.elements for tensor in packed.values()) / matrices if matrices else 1.0,
+        fallbacks=0,
+    )
+
+
+def checkpoint_levels(model: Model) -> tuple[str, ...]:
+    """The checkpoint levels to look at when none is named: 16 bits, and what engines on GPUs run fast, in the widest
+    groups that divide every row.
+    """
+    rows = {tensor.shape[-1] for tensor in model.tensors if tensor.name.startswith("blk.") and is_quantizable(tensor)}
+    groups = next((size for size in sorted(GROUP_SIZES, reverse=True) if all(row % size == 0 for row in rows)), None)
+    four_bits = () if groups is None else (f"GPTQ-4bit-g{groups}", f"AWQ-4bit-g{groups}")
+    return ("F16", "INT8-W8A8", *four_bits)
+
+
+def _fitted(model: Model, name: str) -> LevelDraft:
+    from bitladder.plan.recipe import evenly  # it needs arrays, and few plans need it
+
+    level, bpw = parse_fitted(name)
+    if level is not None:
+        qtypes = assign(level, model.tensors, model.dims, has_importance=True)
+    else:
+        qtypes = evenly(model, bpw or 0.0)
+    base = level or nearest_level(qtypes, model.tensors)
+    return draft_level(model, base, label=fitted_name(name), method=PLANNED_FIT, qtypes=qtypes)

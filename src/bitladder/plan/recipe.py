@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,11 +25,13 @@ from bitladder.units import human_bytes
 class Wish:
     """What a recipe must keep to. Exactly one of ``bytes`` (of the file), ``bpw`` and ``kl`` is set; with ``kl`` the
     file is as small as that allows, else the loss. ``least_decode``: tokens per second, by ``rates``.
+    ``aim``: the share of ``kl`` to choose for, where the file must hold it and predictions are off by some percent.
     ``vram_bytes``: what the last ``gpu_layers`` layers, and the output matrix, may take there."""
 
     bytes: int | None = None
     bpw: float | None = None
     kl: float | None = None
+    aim: float = 1.0
     least_decode: float | None = None
     rates: PoolRates | None = None
     gpu_layers: int = 0
@@ -79,11 +82,24 @@ def choose(table: SensitivityTable, model: Model, wish: Wish, *, header_bytes: i
         limits["vram"] = wish.vram_bytes
     _check_limits(groups, limits)
     if wish.kl is not None:
-        found = fewest("bytes", groups, limits, loss=table.needed(wish.kl))
+        found = fewest("bytes", groups, limits, loss=_allowed(groups, table, wish.kl, wish))
     else:
         limits["bytes"] = _budget(model, wish, header_bytes) - kept
         found = least_loss(groups, limits)
     return _recipe(table, model, wish, found)
+
+
+def _allowed(groups: Sequence[Group], table: SensitivityTable, kl: float, wish: Wish) -> float:
+    """The sum of losses to stay under for a KL divergence."""
+    sums = sum(min(choice.loss for choice in group.choices) for group in groups)
+    least = table.expected(sums, feedback=wish.feedback)
+    if least > kl:
+        raise NothingFits(
+            f"A mean KL of {kl:g} is asked for; the most precise types are predicted to lose {least:.3g}.",
+            means="No recipe of these types comes that close to the source.",
+            do="Ask for a larger loss, or take the source itself.",
+        )
+    return max(table.needed(wish.aim * kl, feedback=wish.feedback), sums)
 
 
 def _check_limits(groups: Sequence[Group], limits: Mapping[str, float]) -> None:
@@ -117,15 +133,44 @@ def check(model: Model, wish: Wish, *, header_bytes: int = 0) -> None:
         )
 
 
+def evenly(model: Model, bpw: float) -> dict[str, str]:
+    """Types for all tensors that take at most so many bits per weight, before anything is known of the tensors: every
+    bit is taken to halve a weight's error, whosever it is.
+
+    Raises:
+        NothingFits, UsageError: the bits are too few or too many.
+    """
+    check(model, Wish(bpw=bpw))
+    left = _budget(model, Wish(bpw=bpw), 0)
+    qtypes = {tensor.name: tensor.qtype for tensor in model.tensors}
+    steps = []
+    for number, tensor in enumerate(model.tensors):
+        ladder = sorted(_sizes(tensor).items(), key=lambda one: one[1])
+        qtypes[tensor.name] = ladder[0][0]
+        left -= ladder[0][1]
+        for (_, below), (qtype, size) in itertools.pairwise(ladder):
+            steps.append((8 * below / tensor.elements, number, qtype, size - below))
+    full: set[int] = set()
+    for _, number, qtype, more in sorted(steps):  # the least precise grow first
+        if more > left:
+            full.add(number)
+        if number not in full:
+            qtypes[model.tensors[number].name] = qtype
+            left -= more
+    return qtypes
+
+
 def bounds(model: Model) -> tuple[int, int]:
     """Bytes of all tensors in their smallest types, and as the source has them."""
-    return sum(min(_sizes(tensor)) for tensor in model.tensors), sum(tensor.nbytes for tensor in model.tensors)
+    least = sum(min(_sizes(tensor).values()) for tensor in model.tensors)
+    return least, sum(tensor.nbytes for tensor in model.tensors)
 
 
-def _sizes(tensor: TensorInfo) -> list[int]:
-    """Bytes of a tensor in each type that it may get, its own included."""
+def _sizes(tensor: TensorInfo) -> dict[str, int]:
+    """Bytes of a tensor in each type that it may get and that is smaller than its own, and in its own."""
     offered = types_for(tensor) if is_quantizable(tensor) else ()
-    return [tensor.nbytes, *(QTYPES[qtype].nbytes(tensor.shape) for qtype in offered)]
+    sizes = {qtype: QTYPES[qtype].nbytes(tensor.shape) for qtype in offered}
+    return {**{qtype: size for qtype, size in sizes.items() if size < tensor.nbytes}, tensor.qtype: tensor.nbytes}
 
 
 def _budget(model: Model, wish: Wish, header_bytes: int) -> int:
@@ -194,7 +239,7 @@ def _recipe(table: SensitivityTable, model: Model, wish: Wish, found: Allocation
         qtypes=qtypes,
         bytes=size,
         bpw=bpw,
-        expected_kl=table.expected(found.loss),
+        expected_kl=table.expected(found.loss, feedback=wish.feedback),
         limits=wish.words(),
         feedback=wish.feedback,
     )

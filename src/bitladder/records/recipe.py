@@ -28,7 +28,8 @@ class SensitivityTable:
 
     A recipe's predicted sum ``s`` stands for a measured mean KL of ``scale * s ** power``, fitted to ``checked`` (pairs
     of predicted sum and measured KL of whole recipes on text that the sensitivities never saw). ``error`` is the
-    typical relative error of that fit.
+    typical relative error of that fit. ``fed`` is the share of that which files with error feedback were measured to
+    lose: 1 until one has missed what was asked of it.
     """
 
     source_sha256: str
@@ -39,14 +40,17 @@ class SensitivityTable:
     scale: float = 1.0
     power: float = 1.0
     error: float = float("nan")
+    fed: float = 1.0
 
-    def expected(self, predicted: float) -> float:
+    def expected(self, predicted: float, *, feedback: bool = False) -> float:
         """The KL divergence to expect of a recipe whose tensors' losses sum to ``predicted``."""
-        return float(self.scale * predicted**self.power) if predicted > 0 else 0.0
+        share = self.fed if feedback else 1.0
+        return float(share * self.scale * predicted**self.power) if predicted > 0 else 0.0
 
-    def needed(self, kl: float) -> float:
+    def needed(self, kl: float, *, feedback: bool = False) -> float:
         """The sum of losses that is expected to give this KL divergence."""
-        return float((kl / self.scale) ** (1 / self.power)) if kl > 0 else 0.0
+        share = self.fed if feedback else 1.0
+        return float((kl / share / self.scale) ** (1 / self.power)) if kl > 0 else 0.0
 
 
 @dataclass(frozen=True)
@@ -77,3 +81,5 @@ class FittedLevel:
     losses: tuple[LinearLoss, ...]
     tokens: int
     """Calibration tokens that the codes were fitted to."""
+    method: str = ""
+    """How they were chosen, in words that change whenever the bytes may."""

@@ -7,9 +7,10 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
-from bitladder.records.recipe import Recipe
+from bitladder.records.recipe import FittedLevel, Recipe
 from bitladder.units import human_bytes
 
+_NUMBERS = re.compile(r"\d[\d.e+-]*")
 _LAYER = re.compile(r"blk\.\d+\.(?P<role>.+?)(\.weight)?$")
 
 
@@ -24,6 +25,17 @@ def recipe_lines(recipe: Recipe, error: float = math.nan) -> Iterator[str]:
         yield f"  limits: {'; '.join(recipe.limits)}"
     for role, types in _by_role(recipe).items():
         yield f"  {role:16} " + ", ".join(f"{count} x {qtype}" if count > 1 else qtype for qtype, count in types)
+
+
+def note_lines(fitted: FittedLevel) -> Iterator[str]:
+    """What was done differently than for other tensors, and why: a line for each kind, with its first tensor."""
+    notes: dict[str, list[str]] = {}
+    for one in fitted.losses:
+        if one.note:
+            notes.setdefault(_NUMBERS.sub("#", one.note), []).append(f"{one.name}: {one.note}")
+    for own in notes.values():
+        others = f" (and {len(own) - 1} other tensors alike)" if len(own) > 1 else ""
+        yield f"{fitted.recipe.label}, {own[0]}{others}."
 
 
 def _by_role(recipe: Recipe) -> dict[str, list[tuple[str, int]]]:

@@ -29,6 +29,7 @@ from bitladder.errors import BadInput, BitladderError
 from bitladder.files.gguf import GgufFile
 from bitladder.files.gguf_writer import GgufWriter
 from bitladder.files.level_files import LevelDraft, draft_level
+from bitladder.formats.gguf import PROVENANCE
 from bitladder.formats.recipes import nearest_level
 from bitladder.kernels import REVISION, quantize
 from bitladder.kernels.feedback import takes_feedback
@@ -76,7 +77,8 @@ def write_with_feedback(
         state_bytes: hidden states beyond this go to a file in ``out_dir``.
         progress: told after each layer.
 
-    A file that is already there with the same header (source, recipe, text, settings, version) is kept.
+    A file that is already there with the same header (source, recipe, text, settings, version; what was expected of it
+    apart) is kept.
 
     Raises:
         BadInput: too little text.
@@ -92,15 +94,11 @@ def write_with_feedback(
             means="Codes fitted to so few inputs fit the text and not the model's work.",
             do="Give a longer text, 30,000 tokens of several kinds say, or leave it out to use the one that ships.",
         )
-    draft = draft_level(
-        source.model,
-        nearest_level(recipe.qtypes, source.model.tensors),
-        out_dir,
-        label=recipe.label,
-        method=method_name(windows, settings),
-        qtypes=recipe.qtypes,
-        notes={} if recipe.expected_kl is None else {"expected_kl": f"{recipe.expected_kl:.3g}"},
-    )
+    method = method_name(windows, settings)
+    expected = "" if recipe.expected_kl is None else f"{recipe.expected_kl:.3g}"
+    draft = _drafted(source, recipe, out_dir, method, _expected_in(out_dir, source, recipe) or expected)
+    if not draft.is_written(lambda: source.sha256):
+        draft = _drafted(source, recipe, out_dir, method, expected)
     losses: list[LinearLoss] = []
     reused = draft.is_written(lambda: source.sha256)
     if not reused:
@@ -110,7 +108,32 @@ def write_with_feedback(
         losses = _write(job, draft, state_bytes)
     seconds = time.monotonic() - started
     file = LevelFile(recipe.label, draft.parts[0].path, draft.file_bytes, recipe.bpw, seconds, reused)
-    return FittedLevel(file, recipe, tuple(losses), tokens)
+    return FittedLevel(file, recipe, tuple(losses), tokens, method)
+
+
+def _drafted(source: GgufFile, recipe: Recipe, out_dir: Path, method: str, expected: str) -> LevelDraft:
+    return draft_level(
+        source.model,
+        nearest_level(recipe.qtypes, source.model.tensors),
+        out_dir,
+        label=recipe.label,
+        method=method,
+        qtypes=recipe.qtypes,
+        notes={"expected_kl": expected} if expected else {},
+    )
+
+
+def _expected_in(out_dir: Path, source: GgufFile, recipe: Recipe) -> str:
+    """What a file of this recipe says that was expected of it. Expectations improve as files are measured; a file that
+    is the same in all else is not made again for that."""
+    path = out_dir / f"{source.model.name}-{recipe.label}.gguf"
+    if not path.is_file():
+        return ""
+    try:
+        with GgufFile.open(path) as there:
+            return str(there.model.metadata.get(PROVENANCE + "expected_kl", ""))
+    except BitladderError:  # whatever it is, it is not ours, and is_written will say so
+        return ""
 
 
 def method_name(windows: Sequence[Window], settings: FeedbackSettings) -> str:

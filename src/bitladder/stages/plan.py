@@ -8,7 +8,7 @@ from bitladder.describe.cache import cache_bytes, layer_caches
 from bitladder.describe.machine import Machine
 from bitladder.describe.model import Model
 from bitladder.errors import UsageError
-from bitladder.formats.recipes import LEVELS, level_named
+from bitladder.formats.recipes import LEVELS
 from bitladder.plan.cost import level_size
 from bitladder.plan.memory import compute_buffers
 from bitladder.plan.placement import Wish, describe_placement, place, usable_ram, usable_vram
@@ -44,7 +44,7 @@ def make_plan(
     wish = Wish(n_ctx, n_seq, type_k, type_v)
     anchor = run_anchor(model, machine, wish, rates, runs or {})
     rows = []
-    for size in sorted((level_size(model, level_named(level)) for level in levels), key=lambda size: -size.file_bytes):
+    for size in sorted((level_size(model, level) for level in levels), key=lambda size: -size.file_bytes):
         placement = place(model, size.by_part, machine, wish)
         speed = None
         if rates and placement.kind != "none":

@@ -74,7 +74,8 @@ def sort_levels(names: Sequence[str]) -> Asked:
         UnknownLevel: no level has this name.
     """
     from bitladder.formats.checkpoint import is_checkpoint_level, parse_level
-    from bitladder.formats.recipes import is_fitted_level, level_named, parse_fitted
+    from bitladder.formats.fitted import fitted_name, is_fitted_level
+    from bitladder.formats.recipes import level_named
     from bitladder.formats.vectors import is_folded_level, parse_folded
 
     files, folded, checkpoints, fitted = [], [], [], []
@@ -84,8 +85,7 @@ def sort_levels(names: Sequence[str]) -> Asked:
         elif is_folded_level(name):
             folded.append(parse_folded(name))
         elif is_fitted_level(name):
-            parse_fitted(name)
-            fitted.append(name)
+            fitted.append(fitted_name(name))
         else:
             files.append(level_named(name))
     return Asked(
@@ -144,13 +144,7 @@ def build_levels(
         )
     if imatrix not in (AUTO, NONE):
         read_imatrix(Path(imatrix))  # a file that cannot be used is told before any work
-    if asked.fitted and (imatrix != AUTO or split_max_bytes is not None):
-        option = "--split-max-size" if imatrix == AUTO else f"--imatrix {imatrix}"
-        raise UsageError(
-            f"{asked.fitted[0]} was asked for with {option}.",
-            means="Fitted levels take their statistics from the calibration text, and are written as one file.",
-            do=f"Leave out {option}, or ask for the others in a call of their own.",
-        )
+    refuse_unheard(asked.fitted, imatrix, split_max_bytes)
     journal = journal or Journal()
     found = resolve(model, progress)
     with GgufFile.open(found.path) as source:
@@ -166,13 +160,26 @@ def build_levels(
                     source, levels, out, importance=importance, folds=folds, effort=effort, threads=threads,
                     split_max_bytes=split_max_bytes, progress=progress,
                 )  # fmt: skip
-    written += [
-        fitted_level(model, name, out, texts=texts, effort=effort, threads=threads, journal=journal, progress=progress)
-        for name in asked.fitted
-    ]
+        for name in asked.fitted:
+            fitted = fitted_level(
+                source, name, out, texts=texts, effort=effort, threads=threads, journal=journal, progress=progress
+            )
+            written.append(fitted.file)
     if calibrated is None:
         return Built(written)
     return Built(written, calibrated.checkpoints, calibrated.report)
+
+
+def refuse_unheard(fitted: Sequence[str], imatrix: str, split_max_bytes: int | None = None) -> None:
+    """Refuse options that fitted levels would not heed; raises UsageError."""
+    if not fitted or (imatrix == AUTO and split_max_bytes is None):
+        return
+    option = "--split-max-size" if imatrix == AUTO else f"--imatrix {imatrix}"
+    raise UsageError(
+        f"{fitted[0]} was asked for with {option}.",
+        means="Fitted levels take their statistics from the calibration text, and are written as one file.",
+        do=f"Leave out {option}, or ask for the others in a call of their own.",
+    )
 
 
 def _passes(asked: Asked, calibrated: Calibrated | None) -> list[tuple[Mapping[str, Fold] | None, list[str]]]:

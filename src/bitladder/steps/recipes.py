@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bitladder import __version__
-from bitladder.errors import BadInput, UsageError
+from bitladder.errors import UsageError
 from bitladder.progress import Progress
-from bitladder.records.recipe import FittedLevel, Recipe, SensitivityTable, TensorLoss
-from bitladder.steps.calibrated import AUTO, calibration_texts, importance_of, token_windows
+from bitladder.records.recipe import FittedLevel, Recipe, SensitivityTable
+from bitladder.report.recipe import note_lines
+from bitladder.steps.calibrated import calibration_texts, token_windows
 from bitladder.steps.jobs import job, walking_need
 from bitladder.steps.journal import Journal
+from bitladder.steps.weighing import RecipeTexts, keep_table, parts_of_text, weighed_tensors
 
 if TYPE_CHECKING:
     from bitladder.describe.rates import PoolRates
@@ -24,18 +24,13 @@ if TYPE_CHECKING:
     from bitladder.kernels import Effort
     from bitladder.plan.recipe import Wish
     from bitladder.records.fidelity import Fidelity
-    from bitladder.records.level_file import LevelFile
 
-_WEIGHING_TOKENS = 4096
-"""Tokens that sensitivities are taken from: row weights are means over all of them, so a few thousand do."""
-_HELD_OUT_TOKENS = 4096
-"""Tokens that nothing is fitted to: predictions and the finished file are compared with the source on them."""
-_LARGEST_HELD_OUT = 4
-"""At most every fourth window is held out."""
 _TRIES = 2
-"""Files made again for --kl when one loses more than was predicted."""
-_CHECKED = (1.06, 5.5, 4)
-"""Recipes that predictions are scaled to: from so much above the smallest possible, to so many bits, how many."""
+"""Files made again for --kl when one loses more than was asked for, or much less."""
+_AIM = 0.92
+"""Share of the loss asked for that recipes are chosen for: predictions are off by some percent either way."""
+_NEAR = 0.8
+"""Share of the loss asked for from which a file is not made smaller any more."""
 
 
 @dataclass(frozen=True)
@@ -62,15 +57,6 @@ class Asked:
     """How long to search for scales."""
 
 
-@dataclass(frozen=True)
-class _Texts:
-    """The calibration text: ``held_out`` shares no window with the others, ``weighing`` is a part of ``fitting``."""
-
-    weighing: list[Window]
-    fitting: list[Window]
-    held_out: list[Window]
-
-
 def make_recipe(
     model: str,
     asked: Asked,
@@ -89,64 +75,103 @@ def make_recipe(
     """
     from bitladder.files.gguf import GgufFile
     from bitladder.files.sources import resolve
+
+    with GgufFile.open(resolve(model, progress).path) as source:
+        return recipe_of(source, asked, texts=texts, threads=threads, journal=journal or Journal(), progress=progress)
+
+
+def recipe_of(
+    source: GgufFile, asked: Asked, *, texts: Sequence[Path] = (), threads: int, journal: Journal, progress: Progress
+) -> RecipeResult:
+    """As ``make_recipe``, of a model that is open already."""
     from bitladder.formats.recipes import level_named
 
-    journal = journal or Journal()
-    with GgufFile.open(resolve(model, progress).path) as source:
-        if asked.level is None:
-            asked = replace(asked, wish=_bounded(source, asked))
-        else:
-            level_named(asked.level)  # a name that is none is told before any work
-        parts = _parts(token_windows(source, calibration_texts(texts)))
-        if asked.level is not None:
-            recipe = named_recipe(source, asked.level)
-            if asked.out is None:
-                return RecipeResult(recipe, float("nan"))
-            return _written(source, recipe, parts, asked.out, asked.effort, threads, journal, progress)
-        table = _weighed(source, parts, texts, threads, journal, progress)
-        recipe = _chosen(source, table, asked)
+    if asked.level is None:
+        asked = replace(asked, wish=_bounded(source, asked))
+    else:
+        level_named(asked.level)  # a name that is none is told before any work
+    parts = parts_of_text(token_windows(source, calibration_texts(texts)))
+    if asked.level is not None:
+        recipe = named_recipe(source, asked.level)
         if asked.out is None:
-            return RecipeResult(recipe, table.error)
-        result = _written(source, recipe, parts, asked.out, asked.effort, threads, journal, progress, error=table.error)
-        for _ in range(_TRIES):
-            if not _loses_too_much(result, asked.wish.kl):
-                return result
-            table = _corrected(table, result, journal)
-            recipe = _chosen(source, table, asked)
-            before = result
-            result = _written(
-                source, recipe, parts, asked.out, asked.effort, threads, journal, progress, error=table.error
-            )
-            _replace_file(before, result)
-        if _loses_too_much(result, asked.wish.kl):
-            journal.warn(f"After {_TRIES + 1} files the loss is still above {asked.wish.kl:g}: ask for a smaller --kl.")
+            return RecipeResult(recipe, float("nan"))
+        return _written(source, recipe, parts, asked.out, asked.effort, threads, journal, progress)
+    table, kept = weighed_tensors(source, parts, texts, threads, journal, progress)
+    recipe = _chosen(source, table, asked)
+    if asked.out is None:
+        return RecipeResult(recipe, table.error)
+    out = asked.out
+
+    def write(table: SensitivityTable, recipe: Recipe) -> RecipeResult:
+        return _written(source, recipe, parts, out, asked.effort, threads, journal, progress, error=table.error)
+
+    result = write(table, recipe)
+    if asked.wish.kl is None:
         return result
+    return _held(asked.wish.kl, result, table, kept, lambda table: write(table, _chosen(source, table, asked)), journal)
 
 
-def _loses_too_much(result: RecipeResult, kl: float | None) -> bool:
-    return kl is not None and result.held_out is not None and result.held_out.kl_mean > kl
+def _held(
+    kl: float,
+    result: RecipeResult,
+    table: SensitivityTable,
+    kept: Path,
+    make: Callable[[SensitivityTable], RecipeResult],
+    journal: Journal,
+) -> RecipeResult:
+    """The smallest file found that loses at most ``kl``, ``result`` being the first; what was learnt of predictions is
+    kept with the table, so that the same call again finds the same file at once."""
+    best = last = result
+    for _ in range(_TRIES):
+        if _NEAR * kl <= _lost(best) <= kl:
+            break
+        table = _corrected(table, last, journal)
+        keep_table(kept, table)
+        before, last = last, make(table)
+        if last.recipe.qtypes == before.recipe.qtypes:
+            break
+        winner = last if _path(last) == _path(best) else min(best, last, key=lambda one: _rank(one, kl))
+        _remove(best if winner is last else last, winner)
+        best = winner
+    if _lost(best) > kl:
+        journal.warn(f"The loss is still above {kl:g}: ask for a smaller --kl.")
+    return best
+
+
+def _rank(result: RecipeResult, kl: float) -> tuple[bool, float]:
+    """Files that hold a loss before others, the smallest first; of others that which loses least."""
+    holds = _lost(result) <= kl
+    return (not holds, result.recipe.bytes if holds else _lost(result))
+
+
+def _path(result: RecipeResult) -> Path | None:
+    return result.fitted.file.path if result.fitted else None
+
+
+def _lost(result: RecipeResult) -> float:
+    """Mean KL on held-out text; none measured counts as endless."""
+    return float("inf") if result.held_out is None else result.held_out.kl_mean
 
 
 def _corrected(table: SensitivityTable, result: RecipeResult, journal: Journal) -> SensitivityTable:
-    """Predictions raised by as much as a file lost more than was expected of it."""
+    """Predictions for fitted files, scaled by what one lost of what was expected of it."""
     if result.held_out is None or not result.recipe.expected_kl:
         return table
     lost, expected = result.held_out.kl_mean, result.recipe.expected_kl
-    journal.say(f"{result.recipe.label} loses {lost:.4f} where {expected:.4f} was expected: a larger one is made.")
-    return replace(table, scale=table.scale * lost / expected)
+    journal.say(f"{result.recipe.label} loses {lost:.4f} where {expected:.4f} was expected: another is made.")
+    return replace(table, fed=table.fed * lost / expected)
 
 
-def _replace_file(before: RecipeResult, after: RecipeResult) -> None:
-    """Remove the file that lost too much, once another stands in its place, unless an earlier call had made it."""
-    old, new = before.fitted, after.fitted
-    if old and new and old.file.path != new.file.path and not old.file.reused:
-        old.file.path.unlink()
+def _remove(old: RecipeResult, new: RecipeResult) -> None:
+    """Remove a file that another stands in for, unless an earlier call had made it."""
+    if old.fitted and old.fitted.file.path != _path(new) and not old.fitted.file.reused:
+        old.fitted.file.path.unlink()
 
 
 def _written(
     source: GgufFile,
     recipe: Recipe,
-    parts: _Texts,
+    parts: RecipeTexts,
     out: Path,
     effort: Effort,
     threads: int,
@@ -157,38 +182,38 @@ def _written(
 ) -> RecipeResult:
     """The recipe's file, and its loss on text that nothing was fitted to."""
     fitted = write_recipe(source, recipe, parts.fitting, out, effort, threads, journal, progress)
+    journal.warn(*note_lines(fitted))
     held = measured_on(source, fitted.file.path, parts.held_out, threads, journal, progress)
     return RecipeResult(recipe, error, fitted, held)
 
 
 def fitted_level(
-    model: str,
+    source: GgufFile,
     name: str,
     out: Path,
     *,
     texts: Sequence[Path] = (),
     effort: Effort = "good",
     threads: int,
-    journal: Journal | None = None,
+    journal: Journal,
     progress: Progress,
-) -> LevelFile:
+) -> FittedLevel:
     """Write ``GPTQ-Q4_K_M`` or ``bpw4.25``; what it loses on held-out text is told to ``journal``.
 
     Raises:
         UnknownLevel: there is no such recipe. Others as ``make_recipe``.
     """
-    from bitladder.formats.recipes import parse_fitted
+    from bitladder.formats.fitted import parse_fitted
     from bitladder.plan.recipe import Wish
 
     level, bpw = parse_fitted(name)
-    journal = journal or Journal()
     asked = Asked(Wish(bpw=bpw), level=level, out=out, effort=effort)
-    result = make_recipe(model, asked, texts=texts, threads=threads, journal=journal, progress=progress)
+    result = recipe_of(source, asked, texts=texts, threads=threads, journal=journal, progress=progress)
     if result.fitted is None or result.held_out is None:
         raise ValueError("a recipe with a folder was not written")
     held = result.held_out
     journal.say(f"{name}: mean KL {held.kl_mean:.4f} [{held.kl_low:.4f}, {held.kl_high:.4f}] on held-out text.")
-    return result.fitted.file
+    return result.fitted
 
 
 def reapply(
@@ -206,7 +231,7 @@ def reapply(
     recipe = read_recipe(file)
     with GgufFile.open(resolve(model, progress).path) as source:
         own = reapplied(recipe, source.model)
-        parts = _parts(token_windows(source, calibration_texts(texts)))
+        parts = parts_of_text(token_windows(source, calibration_texts(texts)))
         return _written(source, own, parts, out, "good", threads, journal, progress)
 
 
@@ -284,26 +309,6 @@ def measured_on(
         )[0]
 
 
-def _parts(windows: Sequence[Window]) -> _Texts:
-    """Windows spread over the text are held out; sensitivities are taken from others, spread over the rest.
-
-    Raises:
-        BadInput: there are too few windows to hold one out.
-    """
-    if len(windows) < _LARGEST_HELD_OUT:
-        raise BadInput(
-            f"The calibration text makes {len(windows)} windows of tokens; at least {_LARGEST_HELD_OUT} are needed.",
-            means="One in four is held out, to measure the file on text that nothing was fitted to.",
-            do="Give a longer text, or leave it out to use the one that ships.",
-        )
-    total = sum(len(window.tokens) for window in windows)
-    stride = max(_LARGEST_HELD_OUT, round(total / _HELD_OUT_TOKENS))
-    held = list(windows[stride - 1 :: stride])
-    rest = [window for at, window in enumerate(windows) if (at + 1) % stride]
-    step = max(1, round(sum(len(window.tokens) for window in rest) / _WEIGHING_TOKENS))
-    return _Texts(rest[::step], rest, held)
-
-
 def _bounded(source: GgufFile, asked: Asked) -> Wish:
     """The wish with what it needs of this machine, refused here if no table of losses is needed to refuse it."""
     from bitladder.plan.recipe import check
@@ -320,7 +325,7 @@ def _bounded(source: GgufFile, asked: Asked) -> Wish:
 def _chosen(source: GgufFile, table: SensitivityTable, asked: Asked) -> Recipe:
     from bitladder.plan.recipe import choose
 
-    return choose(table, source.model, asked.wish, header_bytes=_header_bytes(source))
+    return choose(table, source.model, replace(asked.wish, aim=_AIM), header_bytes=_header_bytes(source))
 
 
 def _header_bytes(source: GgufFile) -> int:
@@ -354,74 +359,3 @@ def _rates() -> PoolRates:
             do="Run bitladder machine --measure first; it takes about twenty seconds.",
         )
     return measured.rates
-
-
-def _weighed(
-    source: GgufFile,
-    parts: _Texts,
-    texts: Sequence[Path],
-    threads: int,
-    journal: Journal,
-    progress: Progress,
-) -> SensitivityTable:
-    """The table of predicted losses, checked against measured recipes; kept between runs."""
-    from bitladder.describe.text import text_hash
-    from bitladder.files.atomic import write_whole
-    from bitladder.files.folders import cache_folder
-    from bitladder.kernels import REVISION
-    from bitladder.records import to_json
-    from bitladder.stages.sensitivity import sensitivity_table
-
-    text = text_hash(calibration_texts(texts))[:16]
-    kept = cache_folder("sensitivity", f"{source.sha256[:16]}-{text}-{__version__}-{REVISION}.json")
-    if kept.exists():
-        journal.reuse("sensitivity", [source.model.name])
-        return _read_table(kept)
-    need = walking_need(source, parts.weighing, ("",) * 3, kind="weigh")
-    with job(need.named(f"weigh {source.model.name}'s tensors"), journal):
-        table = sensitivity_table(source, parts.weighing, threads=threads, progress=progress)
-    table = _checked(source, table, parts, texts, threads, journal, progress)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(kept, json.dumps(to_json(table)))
-    return table
-
-
-def _read_table(path: Path) -> SensitivityTable:
-    stored = json.loads(path.read_text(encoding="utf-8"))
-    losses = {name: tuple(TensorLoss(**one) for one in own) for name, own in stored.pop("losses").items()}
-    checked = tuple((pair[0], pair[1]) for pair in stored.pop("checked"))
-    error = stored.pop("error")
-    return SensitivityTable(
-        **stored, losses=losses, checked=checked, error=float("nan") if error is None else float(error)
-    )
-
-
-def _checked(
-    source: GgufFile,
-    table: SensitivityTable,
-    parts: _Texts,
-    texts: Sequence[Path],
-    threads: int,
-    journal: Journal,
-    progress: Progress,
-) -> SensitivityTable:
-    """Measure a few whole recipes, made on the fly, and scale the predictions to them."""
-    import numpy as np
-
-    from bitladder.engines.weights import FileWeights, MadeWeights, Quantizer
-    from bitladder.plan.recipe import Wish, bounds, choose, fitted, predicted
-    from bitladder.stages.walk import Candidate, walk
-
-    importance = importance_of(source, AUTO, texts=texts, threads=threads, journal=journal, progress=progress)
-    quantizer = Quantizer(FileWeights(source, threads=threads), importance=importance, effort="fast", threads=threads)
-    least, most = (8 * size / sum(t.elements for t in source.model.tensors) for size in bounds(source.model))
-    sizes = np.geomspace(_CHECKED[0] * least, min(_CHECKED[1], most), _CHECKED[2])
-    recipes = [
-        choose(table, source.model, Wish(bpw=float(bpw), feedback=False)) for bpw in sizes if least <= bpw <= most
-    ]
-    candidates = [Candidate(recipe.label, MadeWeights(quantizer, recipe.qtypes)) for recipe in recipes]
-    windows = parts.held_out
-    with job(walking_need(source, windows, [recipe.label for recipe in recipes]), journal):
-        found = walk(source, candidates, windows, progress=progress, threads=threads)
-    sums = [predicted(table, recipe.qtypes, feedback=False) for recipe in recipes]
-    return fitted(table, [(s, one.kl_mean) for s, one in zip(sums, found, strict=True)])

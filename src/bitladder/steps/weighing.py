@@ -1,0 +1,136 @@
+"""Weigh a model's tensors once, for all recipes of it: predicted losses, checked against a few measured recipes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bitladder import __version__
+from bitladder.errors import BadInput
+from bitladder.progress import Progress
+from bitladder.records.recipe import SensitivityTable, TensorLoss
+from bitladder.steps.calibrated import AUTO, calibration_texts, importance_of
+from bitladder.steps.jobs import job, walking_need
+from bitladder.steps.journal import Journal
+
+if TYPE_CHECKING:
+    from bitladder.describe.windows import Window
+    from bitladder.files.gguf import GgufFile
+
+_WEIGHING_TOKENS = 4096
+"""Tokens that sensitivities are taken from: row weights are means over all of them, so a few thousand do."""
+_HELD_OUT_TOKENS = 4096
+"""Tokens that nothing is fitted to: predictions and the finished file are compared with the source on them."""
+_LARGEST_HELD_OUT = 4
+"""At most every fourth window is held out."""
+_CHECKED = (1.06, 5.5, 4)
+"""Recipes that predictions are scaled to: from so much above the smallest possible, to so many bits, how many."""
+
+
+@dataclass(frozen=True)
+class RecipeTexts:
+    """The calibration text: ``held_out`` shares no window with the others, ``weighing`` is a part of ``fitting``."""
+
+    weighing: list[Window]
+    fitting: list[Window]
+    held_out: list[Window]
+
+
+def parts_of_text(windows: Sequence[Window]) -> RecipeTexts:
+    """Windows spread over the text are held out; sensitivities are taken from others, spread over the rest.
+
+    Raises:
+        BadInput: there are too few windows to hold one out.
+    """
+    if len(windows) < _LARGEST_HELD_OUT:
+        raise BadInput(
+            f"The calibration text makes {len(windows)} windows of tokens; at least {_LARGEST_HELD_OUT} are needed.",
+            means="One in four is held out, to measure the file on text that nothing was fitted to.",
+            do="Give a longer text, or leave it out to use the one that ships.",
+        )
+    total = sum(len(window.tokens) for window in windows)
+    stride = max(_LARGEST_HELD_OUT, round(total / _HELD_OUT_TOKENS))
+    held = list(windows[stride - 1 :: stride])
+    rest = [window for at, window in enumerate(windows) if (at + 1) % stride]
+    step = max(1, round(sum(len(window.tokens) for window in rest) / _WEIGHING_TOKENS))
+    return RecipeTexts(rest[::step], rest, held)
+
+
+def weighed_tensors(
+    source: GgufFile,
+    parts: RecipeTexts,
+    texts: Sequence[Path],
+    threads: int,
+    journal: Journal,
+    progress: Progress,
+) -> tuple[SensitivityTable, Path]:
+    """The table of predicted losses, checked against measured recipes, and where it is kept between runs."""
+    from bitladder.describe.text import text_hash
+    from bitladder.files.folders import cache_folder
+    from bitladder.kernels import REVISION
+    from bitladder.stages.sensitivity import sensitivity_table
+
+    text = text_hash(calibration_texts(texts))[:16]
+    kept = cache_folder("sensitivity", f"{source.sha256[:16]}-{text}-{__version__}-{REVISION}.json")
+    if kept.exists():
+        journal.reuse("sensitivity", [source.model.name])
+        return _read_table(kept), kept
+    need = walking_need(source, parts.weighing, ("",) * 3, kind="weigh")
+    with job(need.named(f"weigh {source.model.name}'s tensors"), journal):
+        table = sensitivity_table(source, parts.weighing, threads=threads, progress=progress)
+    table = _checked(source, table, parts, texts, threads, journal, progress)
+    keep_table(kept, table)
+    return table, kept
+
+
+def keep_table(kept: Path, table: SensitivityTable) -> None:
+    """Keep a table for later calls."""
+    from bitladder.files.atomic import write_whole
+    from bitladder.records import to_json
+
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(kept, json.dumps(to_json(table)))
+
+
+def _read_table(path: Path) -> SensitivityTable:
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    losses = {name: tuple(TensorLoss(**one) for one in own) for name, own in stored.pop("losses").items()}
+    checked = tuple((pair[0], pair[1]) for pair in stored.pop("checked"))
+    error = stored.pop("error")
+    return SensitivityTable(
+        **stored, losses=losses, checked=checked, error=float("nan") if error is None else float(error)
+    )
+
+
+def _checked(
+    source: GgufFile,
+    table: SensitivityTable,
+    parts: RecipeTexts,
+    texts: Sequence[Path],
+    threads: int,
+    journal: Journal,
+    progress: Progress,
+) -> SensitivityTable:
+    """Measure a few whole recipes, made on the fly, and scale the predictions to them."""
+    import numpy as np
+
+    from bitladder.engines.weights import FileWeights, MadeWeights, Quantizer
+    from bitladder.plan.recipe import Wish, bounds, choose, fitted, predicted
+    from bitladder.stages.walk import Candidate, walk
+
+    importance = importance_of(source, AUTO, texts=texts, threads=threads, journal=journal, progress=progress)
+    quantizer = Quantizer(FileWeights(source, threads=threads), importance=importance, effort="fast", threads=threads)
+    least, most = (8 * size / sum(t.elements for t in source.model.tensors) for size in bounds(source.model))
+    sizes = np.geomspace(_CHECKED[0] * least, min(_CHECKED[1], most), _CHECKED[2])
+    recipes = [
+        choose(table, source.model, Wish(bpw=float(bpw), feedback=False)) for bpw in sizes if least <= bpw <= most
+    ]
+    candidates = [Candidate(recipe.label, MadeWeights(quantizer, recipe.qtypes)) for recipe in recipes]
+    windows = parts.held_out
+    with job(walking_need(source, windows, [recipe.label for recipe in recipes]), journal):
+        found = walk(source, candidates, windows, progress=progress, threads=threads)
+    sums = [predicted(table, recipe.qtypes, feedback=False) for recipe in recipes]
+    return fitted(table, [(s, one.kl_mean) for s, one in zip(sums, found, strict=True)])
