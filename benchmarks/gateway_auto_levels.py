@@ -34,7 +34,7 @@ from bitladder.stages.facts import input_facts
 PARALLEL = 2
 
 
-def asked(path: Path, workload: Workload, folder: Path) -> LevelAnswers:
+def asked(path: Path, workload: Workload, folder: Path, threads: int) -> LevelAnswers:
     """A level's answers, those that are missing asked for."""
     kept = folder / f"{path.stem}.jsonl"
     known: dict[str, Answer] = {}
@@ -43,7 +43,7 @@ def asked(path: Path, workload: Workload, folder: Path) -> LevelAnswers:
             answer = from_json(Answer, json.loads(line))
             known[answer.question] = answer
     rates = folder / f"{path.stem}-speed.json"
-    with LlamaServer(path, n_ctx=1024, n_parallel=PARALLEL, threads=2) as server, kept.open("a") as log:
+    with LlamaServer(path, n_ctx=1024, n_parallel=PARALLEL, threads=threads) as server, kept.open("a") as log:
 
         def keep(answer: Answer) -> None:
             log.write(json.dumps(to_json(answer)) + "\n")
@@ -94,10 +94,13 @@ def main() -> None:
     parser.add_argument("speed", type=Path)
     parser.add_argument("--answers", type=Path, required=True)
     parser.add_argument("--each", type=int, default=EACH, help="inputs of each kind of work")
+    parser.add_argument("--threads", type=int, default=2, help="of the engine; 1 on a busy machine")
     options = parser.parse_args()
     options.answers.mkdir(parents=True, exist_ok=True)
     workload = load_workload(write_workload(options.answers / "workload.jsonl", options.each))
-    quality, speed = (asked(path, workload, options.answers) for path in (options.quality, options.speed))
+    quality, speed = (
+        asked(path, workload, options.answers, options.threads) for path in (options.quality, options.speed)
+    )
     scores = {one.input_id: min(token.logprob for token in one.tokens) for one in speed.answers if one.tokens}
     inputs = routed_inputs(input_facts(workload), quality, speed, scores)
     kinds = {tag: [item for item in inputs if tag in item.tags] for tag in workload.tags}

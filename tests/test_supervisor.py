@@ -10,9 +10,10 @@ from aiohttp import web
 
 from bitladder.errors import EngineError
 from bitladder.serve.app import build_app
-from bitladder.serve.backends import UpstreamFailed, client_session
+from bitladder.serve.backends import UpstreamFailed
+from bitladder.serve.connections import ConnectionPool
 from bitladder.serve.deploy import deployed
-from bitladder.serve.settings import ServeSettings, TierSpec, Timeouts
+from bitladder.serve.settings import ServeSettings, TierSpec
 from bitladder.serve.supervisor import Fingerprint, Supervisor, Turns
 from upstreams import CHAT, chat
 
@@ -45,8 +46,8 @@ class FakeProcess:
 async def supervised(made: list[FakeProcess], **options):
     """A supervisor that takes its processes from a list, in order."""
     waiting = list(made)
-    async with client_session(Timeouts()) as session:
-        supervisor = Supervisor("speed", lambda: waiting.pop(0), session, health_every_s=60, **options)
+    async with ConnectionPool(5.0) as pool:
+        supervisor = Supervisor("speed", lambda: waiting.pop(0), pool, health_every_s=60, **options)
         try:
             yield supervisor
         finally:
@@ -113,9 +114,9 @@ def test_a_hung_engine_is_replaced():
         port = runner.addresses[0][1]
         made = [FakeProcess(f"http://127.0.0.1:{port}"), FakeProcess()]
         waiting = list(made)
-        async with client_session(Timeouts()) as session:
+        async with ConnectionPool(5.0) as pool:
             supervisor = Supervisor(
-                "speed", lambda: waiting.pop(0), session, health_every_s=0.05, health_timeout_s=0.1, health_misses=2
+                "speed", lambda: waiting.pop(0), pool, health_every_s=0.05, health_timeout_s=0.1, health_misses=2
             )
             await supervisor.start()
             async with asyncio.timeout(5):
@@ -145,14 +146,14 @@ def test_a_file_that_changed_is_not_served(tmp_path):
 def test_two_engines_take_turns_and_none_is_stopped_in_use():
     async def run() -> None:
         made: dict[str, list[FakeProcess]] = {"quality": [], "speed": []}
-        async with client_session(Timeouts()) as session:
+        async with ConnectionPool(5.0) as pool:
 
             def supervisor(name: str) -> Supervisor:
                 def make() -> FakeProcess:
                     made[name].append(FakeProcess())
                     return made[name][-1]
 
-                return Supervisor(name, make, session, health_every_s=60)
+                return Supervisor(name, make, pool, health_every_s=60)
 
             quality, speed, turns = supervisor("quality"), supervisor("speed"), Turns()
             log: list[str] = []

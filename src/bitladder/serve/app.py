@@ -22,13 +22,14 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from bitladder.errors import EngineError, UsageError
 from bitladder.serve.deploy import Deployment, deployed
 from bitladder.serve.limits import Doorman, read_keys
 from bitladder.serve.metrics import JsonLines
 from bitladder.serve.page_app import PageFiles
-from bitladder.serve.protocol import CHAT, COMPLETIONS, EMBEDDINGS, error_body
+from bitladder.serve.protocol import TASK_MEMBER, error_body
 from bitladder.serve.router import AUTO
 from bitladder.serve.settings import LOOPBACK, ServeSettings
 from bitladder.serve.whatif import answer_what_if
@@ -38,6 +39,7 @@ log = logging.getLogger("bitladder.serve")
 
 _ERROR_CODES = {404: "not_found", 405: "method_not_allowed"}
 _BACKLOG = 2048
+_GC_ALLOCATIONS = 20_000  # between two looks for cycles; requests leave few
 
 
 class _Views:
@@ -118,18 +120,31 @@ def build_app(deployment: Deployment) -> Starlette:
     keys = read_keys(settings.api_key_file) if settings.api_key_file else ()
     hosts = frozenset(host.lower() for host in (*LOOPBACK, settings.host, *settings.allowed_hosts))
     origins = frozenset(settings.allowed_origins)
-    middleware = [Middleware(Doorman, hosts, origins, keys)]
+    middleware = [Middleware(Doorman, hosts, origins, keys), Middleware(_Straight, deployment.gateway)]
     if origins:
         cors = Middleware(CORSMiddleware, allow_origins=sorted(origins), allow_methods=["*"], allow_headers=["*"])
         middleware.insert(0, cors)
-    routes: list[BaseRoute] = [Route(path, deployment.gateway) for path in (CHAT, COMPLETIONS, EMBEDDINGS)]
-    routes += _Views(deployment).routes()
-    routes.append(Mount("/", PageFiles()))
+    routes: list[BaseRoute] = [*_Views(deployment).routes(), Mount("/", PageFiles())]
     return Starlette(
         routes=routes,
         middleware=middleware,
         exception_handlers={HTTPException: _http_error, Exception: _unexpected},
     )
+
+
+class _Straight:
+    """ASGI middleware: the API's requests go straight to the gateway, which answers every error itself. The way through
+    Starlette's router costs as much as all that the gateway does with a request.
+    """
+
+    def __init__(self, app: ASGIApp, gateway: ASGIApp) -> None:
+        self._app = app
+        self._gateway = gateway
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on."""
+        straight = scope["type"] == "http" and scope["path"] in TASK_MEMBER
+        await (self._gateway if straight else self._app)(scope, receive, send)
 
 
 async def _http_error(_: HttpRequest, error: Exception) -> Response:
@@ -196,6 +211,7 @@ async def _serve(
             access_log=False,
             log_config=None,
             server_header=False,
+            proxy_headers=False,
             backlog=_BACKLOG,
             timeout_keep_alive=75,
             timeout_graceful_shutdown=max(1, round(settings.drain_s)),
@@ -205,6 +221,7 @@ async def _serve(
             on_ready(f"http://{f'[{host}]' if ':' in host else host}:{port}", deployment)
         gc.collect()
         gc.freeze()  # what is loaded by now stays; looking through it again and again would stall streams
+        gc.set_threshold(_GC_ALLOCATIONS)
         server = _Server(config)
         await server.serve(sockets=[listener])
     if server.cut:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import json
 import logging
 import random
 import secrets
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, replace
 
-import aiohttp
-
 from bitladder.engines.llama_program import LlamaProgram
 from bitladder.errors import EngineError
-from bitladder.serve.backends import Complete, HttpBackend, client_session
+from bitladder.serve.backends import Complete, UpstreamFailed
+from bitladder.serve.connections import ConnectionPool, HttpBackend
 from bitladder.serve.gateway import Gateway
 from bitladder.serve.limits import Gate
 from bitladder.serve.metrics import Metrics
@@ -94,12 +94,12 @@ async def deployed(
         EngineError: an engine does not start, or an endpoint serves another model.
     """
     async with contextlib.AsyncExitStack() as stack:
-        session = await stack.enter_async_context(client_session(settings.timeouts))
+        pool = await stack.enter_async_context(ConnectionPool(settings.timeouts.connect))
         roles: list[tuple[tuple[str, ...], TierSpec]] = []
         notes: list[str] = []
         for names, spec in specs_by_role(settings):
             if spec.url is not None and spec.level not in (upstreams or {}):
-                spec, said = await _known_endpoint(session, spec)  # noqa: PLW2901 - the same level, its model known
+                spec, said = await _known_endpoint(pool, spec)  # noqa: PLW2901 - the same level, its model known
                 notes += said
             roles.append((names, spec))
         specs = [spec for _, spec in roles]
@@ -109,7 +109,7 @@ async def deployed(
                 names,
                 spec,
                 settings=settings,
-                session=session,
+                pool=pool,
                 make_engine=make_engine or functools.partial(llama_engine, program=settings.program),
                 turns=turns,
                 upstream=(upstreams or {}).get(spec.level),
@@ -135,7 +135,7 @@ def _tier(
     spec: TierSpec,
     *,
     settings: ServeSettings,
-    session: aiohttp.ClientSession,
+    pool: ConnectionPool,
     make_engine: MakeEngine,
     turns: Turns | None,
     upstream: Complete | None,
@@ -145,17 +145,17 @@ def _tier(
         return Tier(names, spec, upstream, gate)
     if spec.path is None:
         url = (spec.url or "").rstrip("/").removesuffix("/v1")
-        return Tier(names, spec, HttpBackend(session, lambda: url, spec.api_key).complete, gate)
+        return Tier(names, spec, HttpBackend(pool, lambda: url, spec.api_key).complete, gate)
     # Only the gateway may ask its engines: they listen on a port too, and check neither host nor origin.
     check_file = Fingerprint(spec.path).check
     spec = replace(spec, api_key=secrets.token_urlsafe(24))
     engine = Supervisor(
         names[0],
         lambda: make_engine(spec, settings.threads),
-        session,
+        pool,
         check_file=check_file,
     )
-    return Tier(names, spec, HttpBackend(session, engine.address, spec.api_key).complete, gate, engine, turns)
+    return Tier(names, spec, HttpBackend(pool, engine.address, spec.api_key).complete, gate, engine, turns)
 
 
 def _shadow(settings: ServeSettings, tiers: tuple[Tier, ...], metrics: Metrics) -> ShadowMode | None:
@@ -179,19 +179,20 @@ def _notes(settings: ServeSettings, specs: list[TierSpec], turns: Turns | None) 
     return notes
 
 
-async def _known_endpoint(session: aiohttp.ClientSession, spec: TierSpec) -> tuple[TierSpec, list[str]]:
+async def _known_endpoint(pool: ConnectionPool, spec: TierSpec) -> tuple[TierSpec, list[str]]:
     """The endpoint's spec with the name of its model, checked against what it lists; and what remains to be said.
 
     Raises:
         EngineError: it lists its models without ours, or several when none was named.
     """
-    url = (spec.url or "").rstrip("/").removesuffix("/v1") + "/v1/models"
+    base_url, path = (spec.url or "").rstrip("/").removesuffix("/v1"), "/v1/models"
+    url = base_url + path
     headers = {"authorization": f"Bearer {spec.api_key}"} if spec.api_key else {}
     try:
-        async with session.get(url, headers=headers, timeout=aiohttp.ClientTimeout(total=5)) as response:
-            listed = await response.json(content_type=None) if response.status == 200 else None
-    except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
-        return spec, [f"{url} cannot be asked for its models yet: {str(error) or type(error).__name__}."]
+        status, body = await pool.get(base_url, path, 5.0, headers)
+        listed = json.loads(body) if status == 200 else None
+    except (UpstreamFailed, TimeoutError, ValueError, RecursionError) as error:
+        return spec, [f"{url} cannot be asked for its models yet: {str(error).rstrip('.') or type(error).__name__}."]
     data = listed.get("data") if isinstance(listed, dict) else None
     names = [str(item.get("id")) for item in data if isinstance(item, dict)] if isinstance(data, list) else []
     if not names:

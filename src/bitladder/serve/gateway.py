@@ -15,8 +15,7 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +23,8 @@ from starlette.types import Receive, Scope, Send
 
 from bitladder.errors import EngineError
 from bitladder.serve.backends import UpstreamFailed, UpstreamRequest
-from bitladder.serve.delivery import Delivery
-from bitladder.serve.limits import read_body, send_refusal
+from bitladder.serve.delivery import Delivery, Headers
+from bitladder.serve.limits import BODY_S, read_body, send_refusal
 from bitladder.serve.metrics import Metrics, Record
 from bitladder.serve.protocol import CHAT, EMBEDDINGS, Refused, Request, parse_request
 from bitladder.serve.relay import Answer, judge, read_answer
@@ -85,12 +84,11 @@ class Gateway:
         delivery = Delivery(send, record, began, self._settings.timeouts)
         try:
             if scope["method"] != "POST":
-                raise Refused(405, f"{scope['path']} takes POST.", code="method_not_allowed")
-            body = await read_body(scope, receive, self._settings.max_body_bytes)
-            if body is None:
-                raise ClientGone
-            request = parse_request(scope["path"], body)
-            async with self._watchman.watch(receive) as watch:
+                raise Refused(405, f"{scope['path']} takes POST.", code="method_not_allowed", headers={"allow": "POST"})
+            with self._watchman.watch() as watch:
+                body = await self._body(scope, receive, watch)
+                request = parse_request(scope["path"], body)
+                watch.listen(scope, receive)
                 await self._answer(scope, request, body, delivery, watch)
         except Refused as refused:
             record.status = refused.status
@@ -98,9 +96,27 @@ class Gateway:
             await send_refusal(send, refused)
         except ClientGone:
             record.outcome = "client left"
+        except Exception:
+            log.exception("unexpected error", extra={"id": record.id})
+            if record.first_s is not None:
+                raise  # an answer has begun; closing its connection is the only way to say that it is not whole
+            record.status = 500
+            await send_refusal(send, Refused(500, "Something went wrong inside the gateway.", code="internal"))
         finally:
             record.total_s = time.monotonic() - began
             self._metrics.add(record)
+
+    async def _body(self, scope: Scope, receive: Receive, watch: Watch) -> bytes:
+        watch.phase("the body", BODY_S)
+        try:
+            body = await read_body(scope, receive, self._settings.max_body_bytes)
+        except asyncio.CancelledError:
+            if (cause := watch.cause()) is None:
+                raise
+            raise Refused(408, f"The body was not complete after {BODY_S:g} s.", code="body_too_slow") from cause
+        if body is None:
+            raise ClientGone
+        return body
 
     async def _answer(self, scope: Scope, request: Request, body: bytes, delivery: Delivery, watch: Watch) -> None:
         record = delivery.record
@@ -112,12 +128,10 @@ class Gateway:
         attempts = self._attempts(choice, request)
         for attempt in attempts:
             _check_context(request, attempt.tier)
+            role = choice.tier if choice.tier in _ROLES & set(attempt.tier.names) else attempt.tier.name
+            headers = (*attempt.tier.headers, (b"x-bitladder-tier", role.encode()))
             try:
-                alone = attempt is attempts[-1]
-                async with self._open(attempt, request, body, record, watch, alone=alone) as answer:
-                    record.tier, record.level = attempt.tier.name, attempt.tier.spec.level
-                    role = choice.tier if choice.tier in _ROLES & set(attempt.tier.names) else attempt.tier.name
-                    await delivery.deliver(answer, (*attempt.tier.headers, (b"x-bitladder-tier", role.encode())), watch)
+                await self._attempt(attempt, request, body, delivery, headers, watch, alone=attempt is attempts[-1])
                 break
             except _NextAttempt as skipped:
                 record.reason += f"; {skipped}"
@@ -154,12 +168,23 @@ class Gateway:
             return Attempt(tier, judged=True), Attempt(other), Attempt(tier)
         return Attempt(tier), Attempt(other)
 
-    @asynccontextmanager
-    async def _open(
-        self, attempt: Attempt, request: Request, body: bytes, record: Record, watch: Watch, *, alone: bool
-    ) -> AsyncIterator[Answer]:
-        """An answer of this attempt's tier, known to be one, with its slot held until it is delivered."""
-        tier = attempt.tier
+    async def _attempt(
+        self,
+        attempt: Attempt,
+        request: Request,
+        body: bytes,
+        delivery: Delivery,
+        headers: Headers,
+        watch: Watch,
+        *,
+        alone: bool,
+    ) -> None:
+        """Have this attempt's tier answer, its slot held until the answer is delivered.
+
+        Raises:
+            _NextAttempt: it gave no answer to keep, and nothing was sent.
+        """
+        tier, record = attempt.tier, delivery.record
         try:
             if not tier.usable and tier.engine is not None:
                 await tier.engine.wait_ready(self._settings.timeouts.restart if alone else 0.0)
@@ -170,7 +195,10 @@ class Gateway:
                 reply = await tier.complete(_upstream_request(attempt, request, body))
                 try:
                     answer = await read_answer(reply, tier.spec.served_name, stream=request.stream)
-                    yield await self._judged(answer, request, record) if attempt.judged else answer
+                    if attempt.judged:
+                        answer = await self._judged(answer, request, record)
+                    record.tier, record.level = tier.name, tier.spec.level
+                    await delivery.deliver(answer, headers, watch)
                 finally:
                     reply.close()
         except UpstreamFailed as failure:

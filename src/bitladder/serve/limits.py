@@ -20,8 +20,10 @@ from bitladder.errors import BadInput
 from bitladder.files.atomic import write_whole
 from bitladder.serve.protocol import Refused, header_text
 
+_PORT = re.compile(r":\d+$")
 _LINE = re.compile(r"([\w.@-]{1,64}) sha256:([0-9a-f]{32}):([0-9a-f]{64})")
 BODY_S = 60.0
+"""Seconds for the whole body of a request; the caller of `read_body` keeps the time."""
 _KEYED_PREFIXES = ("/v1/", "/bitladder/api/", "/metrics")
 
 
@@ -160,7 +162,7 @@ class Doorman:
 
 def _host_name(host: str) -> str:
     """The name in a Host header, without port and brackets, lower case."""
-    name = host.rpartition(":")[0] if re.search(r":\d+$", host) else host
+    name = host.rpartition(":")[0] if _PORT.search(host) else host
     return name.strip("[]").lower().rstrip(".")
 
 
@@ -189,14 +191,6 @@ async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes | None:
             raise _too_large(limit)
         if name == b"content-encoding" and value.lower() != b"identity":
             raise Refused(415, "Compressed request bodies are not accepted.", code="unsupported_encoding")
-    try:
-        async with asyncio.timeout(BODY_S):
-            return await _collect(receive, limit)
-    except TimeoutError:
-        raise Refused(408, f"The body was not complete after {BODY_S:g} s.", code="body_too_slow") from None
-
-
-async def _collect(receive: Receive, limit: int) -> bytes | None:
     parts, size = [], 0
     while True:
         message = await receive()

@@ -25,6 +25,7 @@ _FIRST_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
 _RATE_BUCKETS = (1, 2, 5, 10, 20, 30, 50, 75, 100, 150, 200, 300, 500, 1000)
 RECENT = 100
 _EMPTY = (None, "", ())
+_to_json = json.JSONEncoder(default=str).encode
 
 
 @dataclass
@@ -133,8 +134,8 @@ class Metrics:
         self._kinds[record.kind] += 1
         self._by_tier[tier, record.outcome] += 1
         level = logging.INFO if record.outcome in ("complete", "refused", "client left") else logging.WARNING
-        if log.isEnabledFor(level):
-            log.log(level, "request", extra={"record": record})
+        if log.isEnabledFor(level):  # `log.log` would look for the line of code that logs, which no line shows
+            log.handle(log.makeRecord(log.name, level, "", 0, "request", (), None, extra={"record": record}))
 
     def text(self, tiers: Sequence[Tier]) -> bytes:
         """The Prometheus text format."""
@@ -208,15 +209,15 @@ class JsonLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """The line."""
         told: dict[str, Any] = {
-            "at": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
+            "at": f"{_second(int(record.created))}.{int(record.msecs):03d}Z",
             "severity": record.levelname.lower(),
             "event": record.getMessage(),
         }
-        for name, value in vars(record).items():
-            if name == "record" and isinstance(value, Record):
-                told.update({key: item for key, item in vars(value).items() if key != "at" and item not in _EMPTY})
-            elif name not in self._PLAIN:
-                told[name] = value
+        about = getattr(record, "record", None)
+        if isinstance(about, Record):
+            told.update({key: item for key, item in vars(about).items() if key != "at" and item not in _EMPTY})
+        else:
+            told.update({name: value for name, value in vars(record).items() if name not in self._PLAIN})
         if record.exc_info:
             told["exception"] = self.formatException(record.exc_info)
-        return json.dumps(told, default=str)
+        return _to_json(told)

@@ -24,18 +24,28 @@ TASK_MEMBER = {CHAT: "messages", COMPLETIONS: "prompt", EMBEDDINGS: "input"}
 
 MAX_NAME = 256
 _SPACE = re.compile(r"[ \t\n\r]*")
+_PLAIN_KEY = re.compile(r'"([^"\\\x00-\x1f]*)"[ \t\n\r]*:[ \t\n\r]*')
+_AFTER_VALUE = re.compile(r"[ \t\n\r]*([,}])[ \t\n\r]*")
 _UNPRINTABLE = re.compile(r"[^\x20-\x7e]")
 
 
 class Refused(Exception):
     """A request we answer ourselves, with an error in the shape that OpenAI clients understand."""
 
-    def __init__(self, status: int, message: str, *, code: str, retry_after_s: int | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str,
+        retry_after_s: int | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.message = message
         self.code = code
-        self.headers = {} if retry_after_s is None else {"retry-after": str(retry_after_s)}
+        self.headers = {**(headers or {}), **({} if retry_after_s is None else {"retry-after": str(retry_after_s)})}
 
     @property
     def body(self) -> bytes:
@@ -94,25 +104,32 @@ def members(text: str) -> dict[str, Member]:
         _expect_end(text, at + 1)
         return found
     while True:
-        if text[at : at + 1] != '"':
-            raise ValueError(f"a key was expected at character {at}")
-        key, at = scanstring(text, at + 1, True)
-        at = _skip(text, at)
-        if text[at : at + 1] != ":":
-            raise ValueError(f"':' was expected at character {at}")
-        start = _skip(text, at + 1)
-        value, at = _DECODER.raw_decode(text, start)
+        key, start = _key(text, at)
+        value, end = _DECODER.raw_decode(text, start)
         if key in found:
             raise ValueError(f"the key {key[:40]!r} comes twice")
-        found[key] = Member(value, start, at)
-        at = _skip(text, at)
-        mark = text[at : at + 1]
-        at = _skip(text, at + 1)
-        if mark == "}":
+        found[key] = Member(value, start, end)
+        mark = _AFTER_VALUE.match(text, end)
+        if mark is None:
+            raise ValueError(f"',' or '}}' was expected at character {_skip(text, end)}")
+        at = mark.end()
+        if mark[1] == "}":
             _expect_end(text, at)
             return found
-        if mark != ",":
-            raise ValueError(f"',' or '}}' was expected at character {at - 1}")
+
+
+def _key(text: str, at: int) -> tuple[str, int]:
+    """The key at ``at``, and where its value begins."""
+    plain = _PLAIN_KEY.match(text, at)
+    if plain is not None:
+        return plain[1], plain.end()
+    if text[at : at + 1] != '"':
+        raise ValueError(f"a key was expected at character {at}")
+    key, at = scanstring(text, at + 1, True)
+    at = _skip(text, at)
+    if text[at : at + 1] != ":":
+        raise ValueError(f"':' was expected at character {at}")
+    return key, _skip(text, at + 1)
 
 
 def _skip(text: str, at: int) -> int:

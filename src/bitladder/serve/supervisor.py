@@ -12,10 +12,9 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Protocol
 
-import aiohttp
-
 from bitladder.errors import BitladderError, EngineError
 from bitladder.serve.backends import UpstreamFailed
+from bitladder.serve.connections import ConnectionPool
 
 log = logging.getLogger("bitladder.serve")
 
@@ -82,7 +81,7 @@ class Supervisor:
         self,
         name: str,
         make: Callable[[], EngineProcess],
-        session: aiohttp.ClientSession,
+        pool: ConnectionPool,
         *,
         check_file: Callable[[], None] = lambda: None,
         health_every_s: float = 2.0,
@@ -96,10 +95,10 @@ class Supervisor:
         self.engine = ""
         """Engine and version, once it ran."""
         self._make = make
-        self._session = session
+        self._pool = pool
         self._check_file = check_file
         self._every = health_every_s
-        self._health_timeout = aiohttp.ClientTimeout(total=health_timeout_s)
+        self._health_timeout_s = health_timeout_s
         self._misses = health_misses
         self._process: EngineProcess | None = None
         self._task: asyncio.Task[None] | None = None
@@ -194,10 +193,10 @@ class Supervisor:
 
     async def _healthy(self, base_url: str) -> bool:
         try:
-            async with self._session.get(base_url + "/health", timeout=self._health_timeout) as response:
-                return response.status == 200
-        except (aiohttp.ClientError, TimeoutError, OSError):
+            status, _ = await self._pool.get(base_url, "/health", self._health_timeout_s)
+        except (UpstreamFailed, TimeoutError):
             return False
+        return status == 200
 
 
 class Turns:

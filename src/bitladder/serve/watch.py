@@ -7,11 +7,13 @@ and one task for the whole gateway looks at all watches a few times a second.
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import functools
 import time
-from collections.abc import AsyncIterator
+from collections.abc import Callable
 
-from starlette.types import Receive
+from starlette.types import Receive, Scope
+
+from bitladder.serve.wire import WHEN_GONE
 
 FOREVER = float("inf")
 
@@ -25,14 +27,50 @@ class PhaseTimeout(Exception):
 
 
 class Watch:
-    """What one request is doing since when. Set by `phase`, looked at by `Watchman`."""
+    """What one request is doing since when. Set by `phase`, looked at by `Watchman`. Stands in a ``with`` block around
+    the request's work.
 
-    __slots__ = ("_allowed", "_cause", "_phase", "_since", "_task")
+    Raises:
+        ClientGone: the client left while the block ran.
+        PhaseTimeout: a phase was over its time, and the block did not ask for the cause itself.
+    """
 
-    def __init__(self, task: asyncio.Task[object]) -> None:
+    __slots__ = ("_allowed", "_cause", "_phase", "_since", "_stop_listening", "_task", "_watches")
+
+    def __init__(self, task: asyncio.Task[object], watches: set[Watch]) -> None:
         self._task = task
+        self._watches = watches
         self._cause: Exception | None = None
+        self._stop_listening: Callable[[], object] | None = None
         self._phase, self._allowed, self._since = "", FOREVER, 0.0
+
+    def __enter__(self) -> Watch:
+        self._watches.add(self)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._watches.discard(self)
+        if self._stop_listening is not None:
+            self._stop_listening()
+        if kind is asyncio.CancelledError and (cause := self.cause()) is not None:
+            raise cause from None
+
+    def listen(self, scope: Scope, receive: Receive) -> None:
+        """From now on notice when the client leaves. ``receive`` is the request's, its body already read."""
+        when_gone = scope.get("extensions", {}).get(WHEN_GONE)
+        if when_gone is not None:
+            when_gone(self._gone)
+            self._stop_listening = functools.partial(when_gone, None)
+        else:  # a task for each request costs more, and any ASGI server can do it
+            self._stop_listening = asyncio.create_task(self._until_gone(receive)).cancel
+
+    async def _until_gone(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self._gone()
+
+    def _gone(self) -> None:
+        self.cancel(ClientGone())
 
     def phase(self, name: str, allowed_s: float) -> None:
         """A new phase begins now."""
@@ -73,32 +111,8 @@ class Watchman:
             for watch in tuple(self._watches):
                 watch.look(now)
 
-    @contextlib.asynccontextmanager
-    async def watch(self, receive: Receive) -> AsyncIterator[Watch]:
-        """Watch the current task until the block ends. ``receive`` is the request's, its body already read.
-
-        Raises:
-            ClientGone: the client left while the block ran.
-            PhaseTimeout: a phase was over its time, and the block did not ask for the cause itself.
-        """
+    def watch(self) -> Watch:
+        """A watch of the current task."""
         task = asyncio.current_task()
         assert task is not None
-        watch = Watch(task)
-        self._watches.add(watch)
-        listener = asyncio.create_task(self._listen(receive, watch))
-        try:
-            yield watch
-        except asyncio.CancelledError:
-            cause = watch.cause()
-            if cause is None:
-                raise
-            raise cause from None
-        finally:
-            self._watches.discard(watch)
-            listener.cancel()
-
-    @staticmethod
-    async def _listen(receive: Receive, watch: Watch) -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        watch.cancel(ClientGone())
+        return Watch(task, self._watches)
