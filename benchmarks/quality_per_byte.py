@@ -142,7 +142,7 @@ def compare(
         interval = "" if side == "llama.cpp" else f"[{ratio.low:.3f}, {ratio.high:.3f}]"
         print(f"{level:8} {side:10} {mean:9.4f} {ratio.value:13.3f} {interval:>17}", flush=True)
         rows.append({"text": name, "level": level, "side": side, "kl": mean, "ratio": ratio.value,
-                     "low": ratio.low, "high": ratio.high})  # fmt: skip
+                     "low": ratio.low, "high": ratio.high, "per_document": own.tolist()})  # fmt: skip
     return rows
 
 
