@@ -16,8 +16,7 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from starlette.types import Receive, Scope, Send
 
@@ -42,8 +41,7 @@ _ROLES = {QUALITY, SPEED}
 Sampler = Callable[[Request], None]
 
 
-@dataclass(frozen=True)
-class Attempt:
+class Attempt(NamedTuple):
     """A tier to ask, and whether its answer is judged by its token probabilities."""
 
     tier: Tier

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from json.decoder import scanstring  # type: ignore[attr-defined]
-from typing import Any
+from typing import Any, NamedTuple
 
 CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 TASK_MEMBER = {CHAT: "messages", COMPLETIONS: "prompt", EMBEDDINGS: "input"}
@@ -67,8 +67,7 @@ def error_body(message: str, code: str, status: int) -> bytes:
     return json.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}}).encode()
 
 
-@dataclass(frozen=True)
-class Member:
+class Member(NamedTuple):
     """One top-level member of a JSON object. ``start`` and ``end`` say where its value stands, in
     characters.
     """
