@@ -8,6 +8,7 @@ import numba
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
@@ -19,6 +20,7 @@ from bitladder.errors import BadInput, BadWeights, OutputError, UsageError
 from bitladder.files.checkpoint_check import decoded_linears
 from bitladder.files.gguf import GgufFile
 from bitladder.formats.checkpoint import parse_level
+from bitladder.plan.cost import level_size
 from bitladder.stages.calibrate import quantize_checkpoints
 from reference.slow_checkpoint import read_folder
 
@@ -120,6 +122,11 @@ def test_an_independent_reader_and_error_feedback(tmp_path):
         assert len(report.linears) == 3 * 7
         assert all(0 <= loss.loss < 0.05 for loss in report.linears)
         assert (folder / "tokenizer.json").read_text() == "{}"
+        with GgufFile.open(gguf) as source, safe_open(folder / "model.safetensors", "np") as file:
+            arrays = [file.get_tensor(name) for name in file.keys()]  # noqa: SIM118 - safetensors has no iterator
+            # this source has 32 bits, so what stays as it was has them too
+            written = sum(2 * one.size if one.dtype.kind == "f" else one.nbytes for one in arrays)
+            assert level_size(source.model, level).tensor_bytes == written
     config = json.loads((tmp_path / "out/tiny-GPTQ-4bit-g32/quantize_config.json").read_text())
     assert config["bits"] == 4
     with torch.no_grad():

@@ -278,7 +278,11 @@ class TestLaunch:
         vllm = launch("vllm", "/m/a-AWQ", placed("gpu"), Wish(2048, 8), threads=8, gpus=2).command
         words = "--served-model-name a-AWQ --max-model-len 2048 --max-num-seqs 8 --tensor-parallel-size 2"
         assert vllm == f"vllm serve /m/a-AWQ {words}"
-        assert "--max-total-tokens 2048" in launch("tgi", "/m/a", placed("gpu"), Wish(2048), threads=8).command
+        tgi = launch("tgi", "/m/a", placed("gpu"), Wish(2048), threads=8).command
+        assert "-v /m/a:/model" in tgi
+        assert "--max-total-tokens 2048" in tgi
+        assert '-v "$PWD"/a:/model' in launch("tgi", "a", placed("gpu"), Wish(), threads=8).command
+        assert "--model-id o/m " in launch("tgi", "o/m", placed("gpu"), Wish(), threads=8, on_hub=True).command
 
     @pytest.mark.parametrize(
         ("engine", "path", "match"),

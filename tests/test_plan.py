@@ -13,7 +13,7 @@ from bitladder.errors import UnknownLevel, UsageError
 from bitladder.files.gguf import GgufFile, read_header
 from bitladder.files.level_files import draft_level
 from bitladder.formats.recipes import LEVELS
-from bitladder.plan.cost import LevelBytes, level_size
+from bitladder.plan.cost import LevelBytes, checkpoint_levels, level_size
 from bitladder.plan.pair import plan_pair
 from bitladder.plan.placement import RAM_MARGIN, VRAM_MARGIN, Wish, place
 from bitladder.plan.search import MachineRates
@@ -47,6 +47,23 @@ def test_the_ladder_of_a_file_is_what_the_writer_writes(demo_gguf, tmp_path):
     assert written[0].path.stat().st_size == planned["Q8_0"].file_bytes
     sizes = [row.file_bytes for row in planned.values()]
     assert sizes == sorted(sizes, reverse=True)
+
+
+def test_engines_of_checkpoints_get_a_ladder_of_checkpoints():
+    """Sizes by hand: a code of 4 bits, 16 bits of scale and 4 of zero point for 128 weights, the rest in 16 bits."""
+    model = model_of(LLAMA_8B)
+    assert checkpoint_levels(model) == ("F16", "INT8-W8A8", "GPTQ-4bit-g128", "AWQ-4bit-g128")
+    small = replace(LLAMA_8B, n_embd=576, n_ff=1536, n_head=9, n_head_kv=3)
+    assert checkpoint_levels(model_of(small))[-1] == "AWQ-4bit-g64"
+    packed = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
+    rest = 2 * 128256 * 4096 + 65 * 4096 + 64
+    found = make_plan(model, machine(64, 8), levels=checkpoint_levels(model), whole=True)
+    rows = {row.level: row for row in found.levels}
+    assert rows["AWQ-4bit-g128"].tensor_bytes == packed * (4 + 20 / 128) / 8 + 2 * rest
+    assert [level for level, row in rows.items() if row.fits] == ["GPTQ-4bit-g128", "AWQ-4bit-g128"]
+    assert "do not split" in rows["INT8-W8A8"].reason  # llama.cpp would split it: there is RAM enough
+    whole = make_plan(model, machine(64), levels=["AWQ-4bit-g128"]).levels[0]
+    assert (whole.fits, whole.placement) == (True, "cpu")
 
 
 def test_a_header_with_a_hole_for_weights_is_enough(demo_gguf, tmp_path):

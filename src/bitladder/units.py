@@ -31,6 +31,11 @@ def human_bytes(count: float) -> str:
     return f"{value:.{max(0, 3 - len(str(int(abs(value)))))}f} {unit}"
 
 
+def human_rate(value: float) -> str:
+    """Tokens per second to three digits, never as a power of ten: ``0.546``, ``35.3``, ``1620``."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def parse_bytes(text: str) -> int:
     """``"4.2GiB"`` as a whole number of bytes; decimal (GB) and binary (GiB) units are told apart.
 

@@ -10,7 +10,7 @@ from bitladder.cli.build import DEFAULT_CTX, Context, Levels, split_levels
 from bitladder.cli.terminal import JsonFlag, print_json, progress_display, say, verb
 from bitladder.errors import UsageError
 from bitladder.records import to_json
-from bitladder.units import human_bytes
+from bitladder.units import human_bytes, human_rate
 
 if TYPE_CHECKING:
     from bitladder.plan.inverse import HardwareNeed
@@ -63,7 +63,7 @@ def plan(
             made = plan_model(
                 model,
                 request,
-                levels=split_levels(levels, fitted=True),
+                levels=split_levels(levels, fitted=True, checkpoints=True),
                 pair=split_levels(pair) or (),
                 engine=launch,
                 least_decode=min_speed,
@@ -124,7 +124,7 @@ def _show_search(result: SearchResult, json_output: bool) -> None:
             row.level,
             human_bytes(row.placement.total_bytes),
             where,
-            f"{decode.low:.3g} to {decode.high:.3g}, {decode.label}",
+            f"{human_rate(decode.low)} to {human_rate(decode.high)}, {decode.label}",
         )
     console.print(table)
     for beyond in result.beyond:

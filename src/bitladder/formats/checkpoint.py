@@ -172,6 +172,26 @@ def _check_level(name: str, method: str, bits: int, group_size: int, options: li
         raise UnknownLevel(f"'{name}' asks for two layouts at once.", do="Keep one of -ct and -v2.")
 
 
+def stored_bytes(level: CheckpointLevel, outputs: int, inputs: int) -> int:
+    """Bytes of one quantized Linear in the file, without its bias; scales in 16 bits."""
+    layout = LAYOUTS[level.layout]
+    groups = -(-inputs // level.group_size) if level.group_size else 1
+    if layout.name == "int-quantized":
+        return outputs * inputs + 2 * outputs
+    packed, other = (outputs, inputs) if layout.name == "awq" else (inputs, outputs)
+    size = 4 * _words(packed, level.bits) * other + 2 * groups * outputs
+    if not level.sym or layout.name != "pack-quantized":
+        size += 4 * _words(outputs, level.bits) * groups
+    if layout.group_index:
+        size += 4 * inputs
+    return size + (16 if layout.shape else 0)
+
+
+def _words(count: int, bits: int) -> int:
+    """int32 words that hold ``count`` codes."""
+    return -(-count * bits // 32)
+
+
 def check_shapes(level: CheckpointLevel, shapes: Mapping[str, tuple[int, int]]) -> None:
     """Refuse a level whose groups or words do not divide the model's Linears.
 

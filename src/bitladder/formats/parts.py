@@ -16,12 +16,13 @@ def parts_of(tensors: Sequence[TensorInfo]) -> dict[str, dict[str, int]]:
     """Bytes of tensors by part and qtype."""
     parts: dict[str, dict[str, int]] = {}
     for tensor in tensors:
-        held = parts.setdefault(_part(tensor.name), {})
+        held = parts.setdefault(part_of(tensor.name), {})
         held[tensor.qtype] = held.get(tensor.qtype, 0) + tensor.nbytes
     return parts
 
 
-def _part(name: str) -> str:
+def part_of(name: str) -> str:
+    """One of ``PARTS``."""
     if name.startswith(("token_embd.", "per_layer_token_embd.")):
         return "embedding"
     if "_exps." in name:

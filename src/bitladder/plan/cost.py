@@ -22,6 +22,7 @@ from bitladder.formats.checkpoint import (
 from bitladder.formats.fitted import fitted_name, is_fitted_level, parse_fitted
 from bitladder.formats.parts import PARTS, part_of, parts_of
 from bitladder.formats.recipes import RECIPES, assign, is_quantizable, nearest_level
+from bitladder.formats.tensors import TensorInfo
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ class LevelSize:
     file_bytes: int
     on_label_share: float
     fallbacks: int
+    tensors: tuple[TensorInfo, ...] = ()
+    """The model's tensors with the types that a GGUF level gives them; none of a checkpoint."""
 
     @property
     def tensor_bytes(self) -> int:
@@ -113,6 +116,7 @@ def level_size(model: Model, level: str, *, has_importance: bool = False) -> Lev
         file_bytes=draft.file_bytes + (0 if model.raw_metadata else model.header_bytes),
         on_label_share=on_label / weights if weights else 1.0,
         fallbacks=sum(tensor.shape[-1] % QTYPES[label].block_size != 0 for tensor in quantizable),
+        tensors=draft.tensors,
     )
 
 
@@ -130,7 +134,7 @@ def _checkpoint_size(model: Model, level: CheckpointLevel) -> LevelSize:
     check_shapes(level, {name: (tensor.shape[-2], tensor.shape[-1]) for name, tensor in packed.items()})
     parts: dict[str, dict[str, int]] = {}
     for tensor in model.tensors:
-        size, qtype = 2 * tensor.elements, "F16"
+        size, qtype = 2 * tensor.elements, "F16" if len(tensor.shape) > 1 else "F32"  # vectors are no output matrix
         if tensor.name in packed:
             *experts, outputs, inputs = tensor.shape
             size, qtype = math.prod(experts) * stored_bytes(level, outputs, inputs), _STAND_INS[level.bits]
@@ -149,13 +153,14 @@ def _checkpoint_size(model: Model, level: CheckpointLevel) -> LevelSize:
 
 
 def checkpoint_levels(model: Model) -> tuple[str, ...]:
-    """The checkpoint levels to look at when none is named: 16 bits, and what engines on GPUs run fast, in the widest
-    groups that divide every row.
+    """The checkpoint levels to look at when none is named: what engines on GPUs run fast, in the widest groups that
+    divide every row, and 16 bits where the source is a checkpoint itself.
     """
     rows = {tensor.shape[-1] for tensor in model.tensors if tensor.name.startswith("blk.") and is_quantizable(tensor)}
     groups = next((size for size in sorted(GROUP_SIZES, reverse=True) if all(row % size == 0 for row in rows)), None)
     four_bits = () if groups is None else (f"GPTQ-4bit-g{groups}", f"AWQ-4bit-g{groups}")
-    return ("F16", "INT8-W8A8", *four_bits)
+    whole = () if model.raw_metadata else ("F16",)
+    return (*whole, "INT8-W8A8", *four_bits)
 
 
 def _fitted(model: Model, name: str) -> LevelDraft:

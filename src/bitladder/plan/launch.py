@@ -24,9 +24,19 @@ class Launch:
 
 
 def launch(
-    engine: str, path: str, placement: Placement, wish: Wish, *, threads: int, name: str = "", gpus: int = 0
+    engine: str,
+    path: str,
+    placement: Placement,
+    wish: Wish,
+    *,
+    threads: int,
+    name: str = "",
+    gpus: int = 0,
+    on_hub: bool = False,
 ) -> Launch:
-    """The command for ``path`` (a GGUF file, or a checkpoint folder for vLLM and TGI) placed as planned.
+    """The command for ``path`` placed as planned.
+
+    ``path`` is a GGUF file, or for vLLM and TGI a checkpoint folder, or a repository's name when it is ``on_hub``.
 
     Raises:
         UsageError: an unknown engine, or one that cannot run this kind of model.
@@ -57,10 +67,12 @@ def launch(
         command = f"vllm serve {shlex.quote(path)} --served-model-name {shlex.quote(name)} --max-model-len {length}"
         command += f" --max-num-seqs {max(1, wish.n_seq)}"
         return Launch(engine, command + (f" --tensor-parallel-size {gpus}" if gpus > 1 else ""))
+    # docker takes a path that is not absolute for the name of a volume
+    folder = shlex.quote(path) if path.startswith("/") else f'"$PWD"/{shlex.quote(path)}'
+    volume, model = ("", shlex.quote(path)) if on_hub else (f"-v {folder}:/model ", "/model")
     command = (
-        f"docker run --gpus all -p 8080:80 -v {shlex.quote(path)}:/model "
-        "ghcr.io/huggingface/text-generation-inference:latest "
-        f"--model-id /model --max-total-tokens {length} --max-input-tokens {max(1, length - 512)}"
+        f"docker run --gpus all -p 8080:80 {volume}ghcr.io/huggingface/text-generation-inference:latest "
+        f"--model-id {model} --max-total-tokens {length} --max-input-tokens {max(1, length - 512)}"
     )
     return Launch(engine, command + (f" --num-shard {gpus}" if gpus > 1 else ""))
 

@@ -9,7 +9,7 @@ goes to the GPU last (with ``-ngl`` beyond the number of layers); experts can be
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bitladder.describe.cache import cache_bytes, layer_caches
 from bitladder.describe.machine import Machine
@@ -56,6 +56,8 @@ class Placement:
     compute_bytes: int
     weight_bytes: int
     missing_bytes: int = 0
+    whole: bool = False
+    """It had to be all on the GPUs."""
     """What is lacking when ``kind`` is ``none``."""
 
     @property
@@ -140,6 +142,14 @@ class _Need:
         return Placement(kind, gpu_layers, cpu_experts, vram, ram, self.kv, self.compute, self.level.total)
 
 
+def whole_only(placement: Placement, machine: Machine) -> Placement:
+    """For engines that do not split a model between GPU and RAM: what is not wholly on the GPUs does not fit."""
+    if not usable_vram(machine) or placement.kind == "gpu":
+        return placement
+    missing = max(1, placement.total_bytes - usable_vram(machine))
+    return replace(placement, kind="none", n_gpu_layers=0, n_cpu_experts=0, missing_bytes=missing, whole=True)
+
+
 def _least(limit: int, holds: Callable[[int], bool]) -> int | None:
     """The smallest count up to ``limit`` for which a condition holds that stays true once it is."""
     if not holds(limit):
@@ -163,9 +173,15 @@ def describe_placement(placement: Placement, machine: Machine) -> str:
         )
     if placement.kind == "split":
         return f"needs {need}: {placement.n_gpu_layers} layers on the GPU, the rest in RAM"
-    limit = usable_ram(machine)
     if placement.kind == "cpu":
-        return f"needs {need} of {human_bytes(limit)} usable RAM"
+        return f"needs {need} of {human_bytes(usable_ram(machine))} usable RAM"
+    return _lacking(placement, machine, need)
+
+
+def _lacking(placement: Placement, machine: Machine, need: str) -> str:
+    if placement.whole:
+        there = human_bytes(usable_vram(machine))
+        return f"needs {need} on the GPU, where {there} are usable; engines of checkpoints do not split a model"
     short = f"needs {need}, {human_bytes(placement.missing_bytes)} more than can be used"
     if placement.missing_bytes <= machine.ram_total - machine.ram_available:
         return short + "; it would fit if other programs gave their memory back"

@@ -13,7 +13,7 @@ from bitladder.records.plan import Plan, Speed
 from bitladder.records.run import RunRecord
 from bitladder.report.facts import warnings
 from bitladder.report.rows import LevelRow, interval, level_rows, number, percent, small
-from bitladder.units import human_bytes
+from bitladder.units import human_bytes, human_rate
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -159,7 +159,7 @@ def plan_table(plan: Plan, console: Console | None = None) -> None:
 
 def _expected(speed: Speed | None) -> str:
     """Decode speed that the plan expects, with its range."""
-    return "" if speed is None else f"{speed.decode.low:.3g}-{speed.decode.high:.3g}"
+    return "" if speed is None else f"{human_rate(speed.decode.low)}-{human_rate(speed.decode.high)}"
 
 
 def fidelity_table(fidelities: Sequence[Fidelity], console: Console | None = None) -> None:

@@ -8,10 +8,11 @@ from bitladder.describe.cache import cache_bytes, layer_caches
 from bitladder.describe.machine import Machine
 from bitladder.describe.model import Model
 from bitladder.errors import UsageError
+from bitladder.formats.checkpoint import is_checkpoint_level
 from bitladder.formats.recipes import LEVELS
 from bitladder.plan.cost import level_size
 from bitladder.plan.memory import compute_buffers
-from bitladder.plan.placement import Wish, describe_placement, place, usable_ram, usable_vram
+from bitladder.plan.placement import Wish, describe_placement, place, usable_ram, usable_vram, whole_only
 from bitladder.plan.search import N_PROMPT, MachineRates, largest_context, shares_of
 from bitladder.plan.speed import anchor_factor, predict
 from bitladder.records.plan import ContextBytes, LevelPlan, Plan
@@ -29,11 +30,13 @@ def make_plan(
     rates: MachineRates | None = None,
     n_prompt: int = N_PROMPT,
     runs: Mapping[str, float] | None = None,
+    whole: bool = False,
 ) -> Plan:
     """The ladder of ``model`` on ``machine``, largest level first.
 
     ``n_seq`` parallel sequences have ``n_ctx`` tokens of context each; the KV cache holds ``type_k`` and
-    ``type_v``.
+    ``type_v``. Checkpoint levels, and all when the engine does not split models (``whole``), fit on the GPUs or not
+    at all.
 
     Raises:
         UsageError: a context beyond what the model was trained for, or none; a machine that cannot be.
@@ -46,10 +49,14 @@ def make_plan(
     rows = []
     for size in sorted((level_size(model, level) for level in levels), key=lambda size: -size.file_bytes):
         placement = place(model, size.by_part, machine, wish)
+        own = not (whole or is_checkpoint_level(size.level))
+        if not own:
+            placement = whole_only(placement, machine)
         speed = None
-        if rates and placement.kind != "none":
+        # A CPU's rates and the user's runs are llama.cpp's; a GPU's rates are its memory's, whatever the engine.
+        if rates and placement.kind != "none" and (own or placement.kind == "gpu"):
             shares = shares_of(model, size.by_part, placement, rates)
-            speed = predict(shares, model, n_prompt=n_prompt, n_past=n_ctx / 2, anchor=anchor)
+            speed = predict(shares, model, n_prompt=n_prompt, n_past=n_ctx / 2, anchor=anchor if own else 0.0)
         rows.append(
             LevelPlan(
                 level=size.level,

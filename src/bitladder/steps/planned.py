@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from bitladder.describe.machine import Machine
     from bitladder.describe.rates import MeasuredMachine
     from bitladder.files.catalogue import CatalogueModel
+    from bitladder.files.describe_source import Described
     from bitladder.plan.advice import Advice
     from bitladder.plan.inverse import HardwareNeed
     from bitladder.plan.launch import Launch
@@ -100,7 +101,7 @@ def plan_model(
     Args:
         model: whatever `describe` takes: a file, a folder, ``hf:``, ``ollama:``, ``lmstudio:``, a catalogue name.
         request: how it is to be run, and where.
-        levels: only these; the whole ladder by default.
+        levels: only these; by default the whole ladder, of GGUF files or of checkpoints as the engine needs.
         pair: a quality and a speed level to place together.
         engine: the engine whose launch command is wanted, for the largest level that fits.
         least_decode: tokens per second under which a level counts as not fitting.
@@ -110,6 +111,8 @@ def plan_model(
     """
     from bitladder.files.describe_source import describe
     from bitladder.formats.recipes import LEVELS, RECIPES
+    from bitladder.plan.cost import checkpoint_levels
+    from bitladder.plan.launch import CHECKPOINT_ENGINES
     from bitladder.stages.anchors import stored_runs
     from bitladder.stages.plan import make_plan
 
@@ -117,11 +120,14 @@ def plan_model(
     machine, rates = the_machine(request.machine)
     found = describe(model, progress)
     runs = stored_runs(model, machine) if request.machine is None else {}
+    whole = engine in CHECKPOINT_ENGINES
+    usual = checkpoint_levels(found.model) if whole else LEVELS
     made = make_plan(
         found.model,
         machine,
         n_ctx=wish.n_ctx,
-        levels=levels or LEVELS,
+        levels=levels or usual,
+        whole=whole,
         n_seq=wish.n_seq,
         type_k=wish.type_k,
         type_v=wish.type_v,
@@ -135,7 +141,7 @@ def plan_model(
         found.notes,
         found.offers,
         _pair(found.model, pair, machine, wish) if pair else None,
-        _launch(found.model, model, made, engine, machine, wish) if engine else None,
+        _launch(found, model, made, engine, machine, wish) if engine else None,
         *_advice(found.model, made, engine, machine, wish),
     )
 
@@ -186,21 +192,29 @@ def _advice(
     return advice, tuple(slow_paths(level.level, engine or "", machine))
 
 
-def _launch(model: Any, source: str, plan: Plan, engine: str, machine: Machine, wish: Wish) -> Launch:
+def _launch(found: Described, source: str, plan: Plan, engine: str, machine: Machine, wish: Wish) -> Launch:
     from pathlib import Path
 
     from bitladder.errors import NothingFits
+    from bitladder.formats.checkpoint import is_checkpoint_level
     from bitladder.plan.cost import level_size
-    from bitladder.plan.launch import launch
+    from bitladder.plan.launch import CHECKPOINT_ENGINES, launch
     from bitladder.plan.placement import place
 
     level = next((level for level in plan.levels if level.fits), None)
     if level is None:
         raise NothingFits("No level fits, so there is nothing to launch.", do="Look at the reasons without --launch.")
+    model = found.model
     name = Path(source).stem if Path(source).exists() else (model.name or "model")
     placement = place(model, level_size(model, level.level).by_part, machine, wish)
-    path = f"{name}-{level.level}.gguf"
-    return launch(engine, path, placement, wish, threads=machine.cores, name=name, gpus=len(machine.gpus))
+    path = f"{name}-{level.level}" + ("" if is_checkpoint_level(level.level) else ".gguf")
+    as_it_is = engine in CHECKPOINT_ENGINES and level.level == "F16" and not model.raw_metadata
+    on_hub = as_it_is and not Path(source).exists()
+    if as_it_is:
+        path = found.label if on_hub else source
+    return launch(
+        engine, path, placement, wish, threads=machine.cores, name=name, gpus=len(machine.gpus), on_hub=on_hub
+    )
 
 
 def search(request: Request, *, text: str = "", least_decode: float = 0.0) -> SearchResult:
