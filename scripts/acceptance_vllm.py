@@ -4,7 +4,8 @@
 ``files/checkpoint_check.py`` (which the tests hold against an independent one), puts the weights into transformers'
 model in f32 and keeps, for every prompt, the most likely next tokens with their log-probabilities and the greedy
 answer. ``serve`` runs in vLLM's environment, where Bitladder is not installed: it loads the folder, asks the same
-token ids and compares. vLLM computes in bfloat16, and W8A8 rounds its inputs as well, so a log-probability may differ
+token ids and compares. With ``--refused`` it expects vLLM not to load the folder, and that the level's notes say
+so. vLLM computes in bfloat16, and W8A8 rounds its inputs as well, so a log-probability may differ
 by ``TOLERANCE`` on average; a wrong zero point or nibble order gives differences of many nats.
 """
 
@@ -33,7 +34,7 @@ def expect(folder: Path, levels: list[str]) -> int:
     from bitladder.files.demo import fetch_demo
     from bitladder.files.gguf import GgufFile
     from bitladder.files.texts import shipped_texts
-    from bitladder.formats.checkpoint import parse_level
+    from bitladder.formats.checkpoint import parse_level, serving_notes
     from bitladder.stages.calibrate import quantize_checkpoints
     from bitladder.stages.walk import text_windows
 
@@ -62,7 +63,8 @@ def expect(folder: Path, levels: list[str]) -> int:
                 answer = model.generate(torch.tensor([ids]), max_new_tokens=ANSWER, do_sample=False)[0, len(ids) :]
             top = dict(zip(scores.indices.tolist(), scores.values.tolist(), strict=True))
             asked.append({"ids": ids, "top": top, "answer": answer.tolist()})
-        (folder / f"{report.level}.json").write_text(json.dumps({"path": str(made), "asked": asked}))
+        kept = {"path": str(made), "asked": asked, "notes": serving_notes(parse_level(report.level))}
+        (folder / f"{report.level}.json").write_text(json.dumps(kept))
     return 0
 
 
@@ -90,16 +92,33 @@ def serve(folder: Path, level: str) -> int:
     return int(mean > TOLERANCE)
 
 
+def refused(folder: Path, level: str) -> int:
+    """Whether vLLM refuses the level, as its notes say; 0 if both."""
+    from vllm import LLM
+
+    expected = json.loads((folder / f"{level}.json").read_text())
+    try:
+        LLM(model=expected["path"], dtype="bfloat16", enforce_eager=True, max_model_len=640)
+    except (ValueError, RuntimeError, NotImplementedError, KeyError) as error:
+        warned = any("vLLM" in note for note in expected["notes"])
+        reason = str(error).strip().splitlines()[-1]
+        print(f"{level}: refused ({reason[:200]}); its notes {'say so' if warned else 'DO NOT SAY SO'}")
+        return int(not warned)
+    print(f"{level}: loads, although its notes say: {' '.join(expected['notes']) or 'nothing'}")
+    return 1
+
+
 def main() -> int:
     """The command line; the status is that of the comparison."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("side", choices=("expect", "serve"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--levels", required=True)
+    parser.add_argument("--refused", action="store_true")
     options = parser.parse_args()
     if options.side == "expect":
         return expect(options.folder, options.levels.split(","))
-    return serve(options.folder, options.levels)
+    return (refused if options.refused else serve)(options.folder, options.levels)
 
 
 if __name__ == "__main__":

@@ -27,8 +27,10 @@ from numpy.typing import NDArray
 from torch import nn
 
 from bitladder.engines.layers import LayeredModel, inference
+from bitladder.engines.products import half_products
 from bitladder.engines.states import Batch, States
 from bitladder.errors import BadWeights
+from bitladder.formats.disk_names import absorbing_parameters
 from bitladder.formats.roles import SharedInput
 
 F32 = NDArray[np.float32]
@@ -36,6 +38,9 @@ F64 = NDArray[np.float64]
 
 _STRIP = 128
 """Narrow enough that little below the diagonal is computed, wide enough for products at full speed."""
+_LOUD = 64
+"""Channels whose products are made in f32 beside bfloat16: they hold most of the energy, and a bfloat16 product is
+rounded in proportion to itself, which must stay below the quietest directions' damping."""
 _ATTENTION, _OUTPUT = "self_attn", "self_attn.o_proj"
 _MLP, _DOWN = "mlp", "mlp.down_proj"
 
@@ -47,7 +52,7 @@ class InputStatistics:
     gram: F32
     """``X^T X`` f32[columns, columns], a sum over tokens; f32[0, 0] where only squares were asked for."""
     largest: F32
-    """Largest magnitude of each channel, f32[columns]."""
+    """Largest magnitude of each channel, f32[columns]; f32[0] from passes that stop."""
     squares: F64
     """Sum of squares of each channel, f64[columns]: llama.cpp's importance matrix."""
     tokens: int
@@ -56,22 +61,40 @@ class InputStatistics:
 class Sums:
     """Running sums of one input. Only the blocks of the Gram matrix on and above the diagonal are computed."""
 
-    def __init__(self, columns: int, device: torch.device, *, gram: bool) -> None:
+    def __init__(
+        self, columns: int, device: torch.device, *, gram: bool, largest: bool = True, half: bool = False
+    ) -> None:
+        """``gram``, ``largest``: what is asked for besides squares. ``half``: multiply in bfloat16."""
         self.gram = torch.zeros(columns, columns, device=device) if gram else torch.zeros(0, 0)
-        self.largest = torch.zeros(columns, device=device)
+        self.largest = torch.zeros(columns if largest else 0, device=device)
         self.squares = torch.zeros(columns, dtype=torch.float64, device=device)
         self.tokens = 0
+        self._half = half and columns > 4 * _LOUD
 
     def add(self, x: torch.Tensor) -> None:
         """Take in f32[tokens, columns]."""
         if not len(x):
             return
-        for start in range(0, len(self.gram), _STRIP):
-            strip = x[:, start : start + _STRIP]
-            self.gram[start : start + _STRIP, start:].addmm_(strip.T, x[:, start:])
-        torch.maximum(self.largest, x.abs().amax(dim=0), out=self.largest)
-        self.squares += torch.linalg.vecdot(x, x, dim=0)
+        squares = torch.linalg.vecdot(x, x, dim=0)
+        if self._half and len(self.gram):
+            self._add_half(x, squares.topk(_LOUD).indices)
+        else:
+            for start in range(0, len(self.gram), _STRIP):
+                strip = x[:, start : start + _STRIP]
+                self.gram[start : start + _STRIP, start:].addmm_(strip.T, x[:, start:])
+        if len(self.largest):
+            torch.maximum(self.largest, x.abs().amax(dim=0), out=self.largest)
+        self.squares += squares
         self.tokens += len(x)
+
+    def _add_half(self, x: torch.Tensor, loud: torch.Tensor) -> None:
+        """Products in bfloat16, but those of the ``loud`` channels. What lands below the diagonal is never read."""
+        half = x.bfloat16().index_fill_(1, loud, 0)
+        for start in range(0, len(self.gram), _STRIP):
+            self.gram[start : start + _STRIP, start:] += half[:, start : start + _STRIP].T @ half[:, start:]
+        products = x[:, loud].T @ x
+        self.gram.index_add_(0, loud, products)
+        self.gram.index_add_(1, loud, products.index_fill_(1, loud, 0).T)
 
     def result(self) -> InputStatistics:
         """The sums so far, the Gram matrix whole."""
@@ -103,10 +126,20 @@ class LayerPass:
         batches: Sequence[Batch],
         *,
         spill: Path | None = None,
+        half: bool = False,
     ) -> None:
-        """``spill``: a folder for what is kept between passes, or None to keep it in memory."""
+        """``spill``: a folder for what is kept between passes, or None to keep it in memory. ``half``: multiply in
+        bfloat16."""
         self.model, self.layer, self.block = model, layer, block
         self._states, self._batches, self._spill = states, batches, spill
+        self._half, self._arithmetic = half, half_products if half else inference
+        self._norms = {
+            shared.module.partition(".")[0]: block.get_submodule(parameter.path.removesuffix(".weight"))
+            for shared in model.family.inputs
+            for parameter in absorbing_parameters(model.family, shared)
+            if parameter.path.count(".") == 1 and parameter.path.endswith("norm.weight")
+        }
+        """The norm that only the attention, or only the MLP, reads."""
         self._kept: dict[str, States] = {}
         self._passed: set[tuple[str, int]] = set()
         """Where a kept input, of a module and of the batch that begins there, has been replaced by the output."""
@@ -122,7 +155,7 @@ class LayerPass:
         sums: list[Sums] = []
         whole = frozenset(self._kept)  # what this very pass begins to keep is there for the batches before, not after
         for batch in self._batches:
-            with inference(), self._resumed(batch, whole), self._watched(shared, batch, sums, stop=True):
+            with self._arithmetic(), self._resumed(batch, whole), self._watched(shared, batch, sums, stop=True):
                 try:
                     self.model.run(self.block, self.layer, self._entering(batch))
                 except _Reached:
@@ -138,7 +171,7 @@ class LayerPass:
         """
         sums: list[list[Sums]] = [[] for _ in inputs]
         for batch in self._batches:
-            with inference(), ExitStack() as watching:
+            with self._arithmetic(), ExitStack() as watching:
                 for shared, own in zip(inputs, sums, strict=True):
                     watching.enter_context(self._watched(shared, batch, own, stop=False, gram=gram))
                 self._states.put(batch, self.model.run(self.block, self.layer, self._entering(batch)))
@@ -147,7 +180,7 @@ class LayerPass:
     def finish(self) -> None:
         """Replace the states by what leaves the layer with its present weights."""
         for batch in self._batches:
-            with inference(), self._resumed(batch, frozenset(self._kept)):
+            with self._arithmetic(), self._resumed(batch, frozenset(self._kept)):
                 self._states.put(batch, self.model.run(self.block, self.layer, self._entering(batch)))
 
     def _entering(self, batch: Batch) -> torch.Tensor:
@@ -175,7 +208,7 @@ class LayerPass:
                 self._keep(shared.module, batch, x)
             for number, found in enumerate(vectors(shared.kind, module, arguments, valid.reshape(-1))):
                 if number == len(sums):
-                    sums.append(Sums(found.shape[1], found.device, gram=gram))
+                    sums.append(Sums(found.shape[1], found.device, gram=gram, largest=not stop, half=self._half))
                 sums[number].add(found)
             if stop:
                 raise _Reached
@@ -200,6 +233,9 @@ class LayerPass:
                 owner = self.block.get_submodule(whole)
                 owner.forward = self._from_kept(path, batch, pair=whole == _ATTENTION)
                 begun.append(owner)
+                if norm := self._norms.get(whole):  # what it would give is not read
+                    norm.forward = _unchanged
+                    begun.append(norm)
         try:
             yield
         finally:
@@ -219,6 +255,10 @@ class LayerPass:
             return (out, None) if pair else out
 
         return forward
+
+
+def _unchanged(x: torch.Tensor) -> torch.Tensor:
+    return x
 
 
 def vectors(kind: str, module: Any, arguments: tuple[Any, ...], valid: torch.Tensor) -> Iterator[torch.Tensor]:

@@ -70,12 +70,14 @@ class SequentialStream:
         act_order: bool = True,
         scale_dtype: str = "float16",
         spill: Path | None = None,
+        half: bool = False,
     ) -> None:
         """``states`` hold the embeddings. ``spill``: a folder for what a layer keeps meanwhile; None:
-        memory."""
+        memory. ``half``: as ``LayerPass``."""
         self.model, self.levels, self.states = model, (level,), states
         self._weights, self._batches = weights, batches
         self._damp, self._act_order, self._scale_dtype, self._spill = damp, act_order, scale_dtype, spill
+        self._half = half
 
     def layer(self, layer: int) -> dict[str, LayerOutput]:
         """Quantize a layer, input by input in the order they are computed, and push the states through the
@@ -87,7 +89,7 @@ class SequentialStream:
         block = self.model.layer(layer, self._weights)
         for tensor in self.model.layer_names(layer):  # the file's own pages need not stay beside the weights
             self._weights.forget(tensor)
-        through = LayerPass(self.model, layer, block, self.states, self._batches, spill=self._spill)
+        through = LayerPass(self.model, layer, block, self.states, self._batches, spill=self._spill, half=self._half)
         output = LayerOutput()
         for shared in self.model.family.inputs:
             parameters = quantized_parameters(self.model.family, shared)

@@ -1,0 +1,78 @@
+"""Products in bfloat16: near enough to f32 for what GPTQ reads off a pass, and nowhere else."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from bitladder.engines.calibration import Sums
+from bitladder.engines.checkpoint_walk import Settings
+from bitladder.engines.products import half_products, half_products_pay
+from bitladder.kernels import gptq
+
+CPU = torch.device("cpu")
+
+
+def activations(tokens: int, columns: int) -> torch.Tensor:
+    """A few channels a hundred times as strong as the rest, and neighbours alike, as behind a norm."""
+    noise = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(0))
+    x = noise + 2 * noise.roll(1, dims=1)
+    x[:, ::97] *= 100
+    return x
+
+
+def sums_of(x: torch.Tensor, *, half: bool) -> Sums:
+    sums = Sums(x.shape[1], CPU, gram=True, half=half)
+    for part in x.split(300):
+        sums.add(part)
+    return sums
+
+
+def test_linear_layers_take_and_give_f32():
+    rng = torch.Generator().manual_seed(1)
+    x, weight, bias = (torch.randn(size, generator=rng) for size in ((3, 8, 512), (256, 512), (256,)))
+    exact = functional.linear(x, weight, bias)
+    with half_products():
+        found = functional.linear(x, weight, bias)
+        rounded = functional.linear(x, weight)
+    assert found.dtype == torch.float32
+    assert not torch.equal(found, exact)
+    torch.testing.assert_close(found, exact, rtol=0, atol=0.02 * float(exact.std()))
+    torch.testing.assert_close(found - rounded, bias.expand_as(found), rtol=0, atol=1e-4)
+    assert torch.equal(functional.linear(x, weight, bias), exact)
+
+
+def test_small_matrices_stay_exact():
+    x, router = torch.ones(4, 100) / 3, torch.ones(8, 100) / 7
+    with half_products():
+        assert torch.equal(functional.linear(x, router), x @ router.T)
+
+
+def test_gram_matrix_is_rounded_by_less_than_the_damping():
+    x = activations(1200, 384)
+    exact = (x.T.double() @ x.double()).numpy()
+    found = sums_of(x, half=True).result()
+    error = np.linalg.norm(found.gram - exact, 2)
+    assert 0 < error < 0.05 * np.diagonal(exact).mean()
+    np.testing.assert_array_equal(found.gram, found.gram.T)
+    np.testing.assert_allclose(found.squares, np.diagonal(exact), rtol=1e-5)
+    assert found.tokens == 1200
+    assert gptq.prepare(found.gram, damp=0.01).rescued == 0
+
+
+def test_narrow_inputs_are_summed_in_f32():
+    x = activations(600, 256)
+    np.testing.assert_array_equal(sums_of(x, half=True).result().gram, sums_of(x, half=False).result().gram)
+
+
+@pytest.mark.parametrize("features", [{}, {"avx512_bf16": False}, {"avx512_bf16": True}, {"amx_bf16": True}])
+def test_only_processors_with_the_instructions(monkeypatch, features):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features, raising=False)
+    half_products_pay.cache_clear()
+    try:
+        assert half_products_pay() is any(features.values())
+        assert Settings().half_products is any(features.values())
+        assert not Settings(device="cuda").half_products
+        assert Settings(half=True).half_products
+    finally:
+        half_products_pay.cache_clear()
