@@ -306,9 +306,23 @@ def test_first_nonfinite_names_the_place() -> None:
         assert first_nonfinite(y) == (7, 301)
 
 
+@pytest.mark.parametrize("qtype", sorted(QUANTIZABLE))
+def test_results_go_where_the_caller_says(qtype: str) -> None:
+    x = sample("even")
+    data = quantize(x, qtype)
+    room, weights = np.full_like(data, 0xA5), np.full_like(x, np.nan)
+    assert quantize(x, qtype, out=room) is room
+    assert dequantize(room, qtype, out=weights) is weights
+    np.testing.assert_array_equal(room, data)
+    np.testing.assert_array_equal(weights, dequantize(data, qtype))
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda x: quantize(x, "Q4_K", out=np.empty((4, 288), np.int8)), r"out must be uint8\[\d+, 288\], contiguous"),
+        (lambda x: quantize(x, "Q4_K", out=np.empty((288, len(x)), np.uint8).T), "contiguous"),
+        (lambda x: dequantize(quantize(x, "Q8_0"), "Q8_0", out=x[:, :32]), "contiguous"),
         (lambda x: quantize(x, "Q9_Z"), "unknown qtype 'Q9_Z'"),
         (lambda x: quantize(x, "IQ2_XS"), "IQ2_XS can be read but not written"),
         (lambda x: quantize(x[:, :100], "Q4_K"), "a row of 100 weights is not a multiple of Q4_K's block of 256"),

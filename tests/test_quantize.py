@@ -1,8 +1,10 @@
 """Writing levels: the right bytes in the right place, whole or not at all, whatever interrupts."""
 
 import errno
+import hashlib
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +22,7 @@ from bitladder.files.gguf import GgufFile
 from bitladder.files.gguf_writer import GgufWriter
 from bitladder.formats.recipes import assign
 from bitladder.kernels import REVISION, dequantize, quantize
+from bitladder.progress import silent
 from bitladder.stages import quantize as stage
 from bitladder.stages.quantize import method_name, quantize_levels
 from gguf_bytes import LLAMA_KEYS, strings, tiny_weights, write_model
@@ -267,9 +270,7 @@ def test_weights_too_large_for_f16(tmp_path):
 
 
 def test_no_space_is_refused_before_the_first_byte(tmp_path, tiny, monkeypatch):
-    monkeypatch.setattr(
-        stage.shutil, "disk_usage", lambda _: os.terminal_size((0, 0)) and type("D", (), {"free": 1000})
-    )
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: os.terminal_size((0, 0)) and type("D", (), {"free": 1000}))
     with (
         GgufFile.open(tiny) as source,
         pytest.raises(OutputError, match=r"\d+ bytes .* are needed, 1000 .* are free"),
@@ -332,6 +333,64 @@ def test_a_source_that_changes_under_our_hands(tmp_path, tiny, monkeypatch):
     with GgufFile.open(tiny) as source, pytest.raises(BadInput, match="changed while it was read"):
         quantize_levels(source, ["Q8_0"], tmp_path / "out")
     assert files_in(tmp_path / "out") == []
+
+
+def test_the_hash_goes_ahead_of_the_reader(tmp_path, tiny):
+    """Begun before anything else; whoever asks for it afterwards gets the same, and a change is told to all."""
+    with GgufFile.open(tiny) as source:
+        following = source.hash_ahead()
+        assert following is source.hash_ahead()
+        assert source.sha256 == hashlib.sha256(tiny.read_bytes()).hexdigest()
+        os.utime(tiny, ns=(1, 1))
+        with pytest.raises(BadInput, match="changed while it was read"):
+            quantize_levels(source, ["Q8_0"], tmp_path / "out")
+
+
+def test_the_command_loads_no_more_than_it_needs(tmp_path, tiny):
+    """A small model takes no longer than these imports would."""
+    with GgufFile.open(tiny) as source:
+        quantize_levels(source, ["Q8_0"], tmp_path / "compiled")  # numba is needed once
+    code = (
+        "import sys; from bitladder.cli.app import app\n"
+        f"try: app(['quantize', {str(tiny)!r}, '--to', 'Q8_0', '--out', {str(tmp_path / 'out')!r}, '--json'])\n"
+        "except SystemExit: pass\n"
+        "print(','.join(sorted({name.split('.')[0] for name in sys.modules})), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (tmp_path / "out" / "tiny-Q8_0.gguf").exists()
+    unused = {
+        "torch",
+        "transformers",
+        "numba",
+        "scipy",
+        "gguf",
+        "yaml",
+        "rich",
+        "pydantic",
+        "jinja2",
+        "aiohttp",
+        "httpx",
+    }
+    assert not unused & set(done.stderr.strip().split(","))
+
+
+def test_another_device_writes_the_same_bytes(tmp_path, tiny, small_pieces):
+    with GgufFile.open(tiny) as source:
+        first, second = (
+            quantize_levels(source, ["Q4_K_M"], tmp_path / folder, effort="fast", device=device)[0].path.read_bytes()
+            for folder, device in (("compiled", "cpu"), ("torch", "cpu:0"))
+        )
+    assert first == second
+
+
+def test_a_device_that_is_not_there_is_told_before_any_work(tmp_path, tiny):
+    from bitladder.steps.building import build_levels, sort_levels
+
+    with pytest.raises(UsageError, match="torch has no device 'cuda:99' here"):
+        build_levels(str(tiny), sort_levels(["Q8_0"]), tmp_path / "out", threads=1, device="cuda:99", progress=silent)
+    with pytest.raises(UsageError, match=r"bpw5\.00 was asked for with --device cpu:0"):
+        build_levels(str(tiny), sort_levels(["bpw5"]), tmp_path / "out", threads=1, device="cpu:0", progress=silent)
+    assert not (tmp_path / "out").exists()
 
 
 # ---------------------------------------------------------------- going on after an end

@@ -72,6 +72,9 @@ def quantize(
         str, typer.Option("--effort", help="fast, good or best: how hard to search for scales.")
     ] = "good",
     threads: Threads = ALL_CORES,
+    device: Annotated[
+        str, typer.Option("--device", help="Where scales of GGUF levels are searched for: cpu, or cuda.")
+    ] = "cpu",
     split_max_size: Annotated[
         str | None,
         typer.Option("--split-max-size", metavar="SIZE", help="Cut each level into parts of at most SIZE, like 4GB."),
@@ -83,7 +86,6 @@ def quantize(
     GGUF levels (Q4_K_M, AWQ-Q3_K_M; with error feedback GPTQ-Q4_K_M, or the best types for bpw4.25) become files;
     GPTQ-4bit-g64, AWQ-4bit-g64, INT8-W8A8 become checkpoint folders.
     """
-    from bitladder.report.calibration import calibration_lines
     from bitladder.steps.building import build_levels, sort_levels
     from bitladder.steps.journal import Journal
 
@@ -100,6 +102,7 @@ def quantize(
             texts=tuple(text or ()),
             effort=effort_named(effort),
             threads=threads,
+            device=device,
             split_max_bytes=parse_bytes(split_max_size) if split_max_size else None,
             journal=journal,
             progress=progress,
@@ -109,8 +112,11 @@ def quantize(
             {"files": [*built.files, *built.checkpoints], "calibration": built.calibration, "jobs": journal.jobs}
         )
         return
-    for line in calibration_lines(built.calibration) if built.calibration else ():
-        say(line)
+    if built.calibration:
+        from bitladder.report.calibration import calibration_lines
+
+        for line in calibration_lines(built.calibration):
+            say(line)
     for file in built.files:
         took = "was already there" if file.reused else f"{file.seconds:.1f} s"
         say(f"{file.path}  {human_bytes(file.bytes)}, {file.bpw:.2f} bits per weight, {took}")

@@ -18,31 +18,21 @@ def recipe(
     model: ModelArgument,
     budget: Annotated[
         str | None,
-        typer.Option("--budget", metavar="SIZE", help="Largest file, as 4GiB.", rich_help_panel="Limits"),
+        typer.Option("--budget", metavar="SIZE", help="Largest file, as 4GiB."),
     ] = None,
-    bpw: Annotated[
-        float | None, typer.Option("--bpw", help="Bits per weight over all tensors.", rich_help_panel="Limits")
-    ] = None,
-    kl: Annotated[
-        float | None, typer.Option("--kl", help="The smallest file that loses no more.", rich_help_panel="Limits")
-    ] = None,
-    fits: Annotated[
-        bool, typer.Option("--fits", help="The largest that this machine holds.", rich_help_panel="Limits")
-    ] = False,
+    bpw: Annotated[float | None, typer.Option("--bpw", help="Bits per weight over all tensors.")] = None,
+    kl: Annotated[float | None, typer.Option("--kl", help="The smallest file that loses no more.")] = None,
+    fits: Annotated[bool, typer.Option("--fits", help="The largest that this machine holds.")] = False,
     level: Annotated[
         str | None,
-        typer.Option("--level", metavar="LEVEL", help="llama.cpp's own types, like Q4_K_M.", rich_help_panel="Limits"),
+        typer.Option("--level", metavar="LEVEL", help="llama.cpp's own types, like Q4_K_M."),
     ] = None,
     least_decode: Annotated[
         float | None,
-        typer.Option("--tps", help="Also decode at least this many tokens a second.", rich_help_panel="Limits"),
+        typer.Option("--tps", help="Also decode at least this many tokens a second."),
     ] = None,
-    gpu_layers: Annotated[
-        int, typer.Option("--ngl", min=0, help="Layers on the GPU, with --vram.", rich_help_panel="Limits")
-    ] = 0,
-    vram: Annotated[
-        str | None, typer.Option("--vram", metavar="SIZE", help="What those may take.", rich_help_panel="Limits")
-    ] = None,
+    gpu_layers: Annotated[int, typer.Option("--ngl", min=0, help="Layers on the GPU, with --vram.")] = 0,
+    vram: Annotated[str | None, typer.Option("--vram", metavar="SIZE", help="What those may take.")] = None,
     ctx: Annotated[int, typer.Option("--ctx", min=64, help="Context that --fits leaves room for.")] = DEFAULT_CTX,
     out: Annotated[Path | None, typer.Option("--out", help="Write the file into this folder.")] = None,
     apply: Annotated[

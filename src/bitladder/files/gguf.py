@@ -11,18 +11,20 @@ import hashlib
 import mmap
 import re
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from bitladder.describe.dims import dims_from_metadata
 from bitladder.describe.model import Model
 from bitladder.errors import BadFile, BitladderError
+from bitladder.files.following import AHEAD, FollowingHash
 from bitladder.files.gguf_header import Header, StoredTensor, read_file_header, row_bytes
 from bitladder.files.hashing import file_sha256
 from bitladder.formats import gguf
 from bitladder.formats.tensors import TensorInfo
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 _TYPE_SUFFIX = re.compile(r"[-._](?:f32|f16|fp16|bf16|i?q\d\w*|tq\d_\d|mxfp4\w*)$", re.IGNORECASE)
 
@@ -140,6 +142,7 @@ class GgufFile:
         self.path = self.headers[0].path
         self._stored = _merged(self.headers)
         self.model = _model(self.headers, self._stored)
+        self._hash: FollowingHash | None = None
         self._maps: list[mmap.mmap] = []
         for header in self.headers:
             with header.path.open("rb") as file:
@@ -159,6 +162,8 @@ class GgufFile:
     def close(self) -> None:
         """Let go of the mappings; arrays still in use keep theirs until they go."""
         self._maps = []
+        if self._hash is not None:
+            self._hash.abandon()
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -171,6 +176,8 @@ class GgufFile:
 
     def raw(self, name: str) -> NDArray[np.uint8]:
         """A tensor's stored bytes, mapped: uint8[rows, row_bytes], leading dimensions flattened into rows."""
+        import numpy as np  # loaded by the first who needs it: hashing need not wait for it
+
         tensor = self._stored[name]
         rows, width = row_bytes(tensor.info)
         flat = np.frombuffer(self._maps[tensor.shard], np.uint8, rows * width, tensor.offset)
@@ -203,11 +210,20 @@ class GgufFile:
         if last > first:
             self._maps[tensor.shard].madvise(mmap.MADV_DONTNEED, start, length)
 
+    def hash_ahead(self) -> FollowingHash:
+        """Begin to hash the files, a little ahead of who reads them; the same hash at every call."""
+        if self._hash is None:
+            self._hash = FollowingHash([header.path for header in self.headers])
+            self._hash.advance(0, AHEAD)
+        return self._hash
+
     @property
     def sha256(self) -> str:
         """SHA-256 of the file, remembered as long as it does not change; see ``joined_sha256`` for a split
         model.
         """
+        if self._hash is not None:
+            return joined_sha256(self._hash.result())
         return joined_sha256([file_sha256(header.path) for header in self.headers])
 
 

@@ -16,6 +16,7 @@ rewritten.
 
 from __future__ import annotations
 
+import functools
 import mmap
 import struct
 from dataclasses import dataclass, field
@@ -109,7 +110,7 @@ class _Cursor:
 def _strings(cursor: _Cursor, count: int, key: str) -> list[str]:
     """``count`` strings one after another: the tight loop of big vocabularies."""
     buffer, size, at, unpack = cursor.buffer, cursor.size, cursor.at, _U64.unpack_from
-    values = []
+    texts = []
     for _ in range(count):
         start = at + 8
         if start > size:
@@ -117,9 +118,9 @@ def _strings(cursor: _Cursor, count: int, key: str) -> list[str]:
         at = start + unpack(buffer, at)[0]
         if at > size:
             raise cursor.fault(f"a text of key '{key}' has {at - start} bytes, the file has {size - start} left.")
-        values.append(buffer[start:at].decode(errors="replace"))
+        texts.append(buffer[start:at])
     cursor.at = at
-    return values
+    return [text.decode("utf-8", "replace") for text in texts]
 
 
 def _value(cursor: _Cursor, kind: int, key: str) -> Any:
@@ -252,16 +253,19 @@ def read_file_header(path: Path) -> Header:
         BadFile: the file is truncated, contradicts itself or is hostile.
     """
     try:
-        with path.open("rb") as file:
-            if path.stat().st_size < 24:
-                raise BadFile(
-                    f"{path}: it has {path.stat().st_size} bytes; a GGUF header alone has 24.",
-                    means=_DAMAGED,
-                    do=_AGAIN,
-                )
-            buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        stat = path.stat()
+        return _header_of(path, stat.st_ino, stat.st_size, stat.st_mtime_ns)
     except OSError as error:
         raise BadInput(f"{path} cannot be read: {error.strerror}.", do="Check the path and its permissions.") from error
+
+
+@functools.lru_cache(maxsize=4)
+def _header_of(path: Path, _inode: int, size: int, _mtime_ns: int) -> Header:
+    """Headers are kept: a command asks for its source's several times, and big vocabularies take a while."""
+    if size < 24:
+        raise BadFile(f"{path}: it has {size} bytes; a GGUF header alone has 24.", means=_DAMAGED, do=_AGAIN)
+    with path.open("rb") as file:
+        buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     with buffer:
         cursor = _Cursor(buffer, path)
         version = _preamble(cursor)

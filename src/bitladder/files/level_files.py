@@ -11,17 +11,19 @@ quantization version and numbering of parts. Keys of our own say what the file w
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from bitladder import __version__
 from bitladder.describe.model import Model
-from bitladder.errors import UsageError
-from bitladder.files.gguf_writer import Layout, encoded, layout
+from bitladder.errors import OutputError, UsageError
+from bitladder.files.gguf_writer import GgufWriter, Layout, cannot_write, encoded, layout
 from bitladder.formats import gguf
 from bitladder.formats.recipes import FILE_TYPES, assign, level_named
 from bitladder.formats.tensors import TensorInfo
+from bitladder.units import human_bytes
 
 NO_IMPORTANCE = "0" * 16
 """In place of an importance matrix's hash where there is none: headers then have one length, and plans are exact."""
@@ -170,3 +172,41 @@ def draft_level(
             path = folder / f"{name}.gguf"
         parts.append(LevelPart(path, entries, layout(entries, group, model.alignment), model.alignment))
     return LevelDraft(level, tuple(parts), label or level)
+
+
+def refuse_overwriting(sources: Sequence[Path], drafts: Sequence[LevelDraft]) -> None:
+    """Raises UsageError where a level would take the place of a file that it is made from."""
+    inputs = {path.resolve() for path in sources}
+    for draft in drafts:
+        for part in draft.parts:
+            if part.path.resolve() in inputs:
+                raise UsageError(
+                    f"{draft.level} would be written over its own source, {part.path}.",
+                    do="Choose another folder with --out.",
+                )
+
+
+def check_space(drafts: Sequence[LevelDraft], folder: Path) -> None:
+    """Refuse before the first byte what cannot fit; blocks that an earlier run's partial files hold count as free.
+
+    Raises:
+        OutputError: too little space, or the folder cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+    needed = sum(draft.file_bytes for draft in drafts)
+    for draft in drafts:
+        for part in draft.parts:
+            partial = GgufWriter.partial_of(part.path)
+            if partial.is_file():
+                free += partial.stat().st_blocks * 512
+    if needed > free:
+        levels = ", ".join(draft.level for draft in drafts)
+        raise OutputError(
+            f"{folder}: {needed} bytes ({human_bytes(needed)}) are needed, {free} ({human_bytes(free)}) are free.",
+            means=f"The disk is too full for {levels}. Nothing was written.",
+            do="Free space, ask for fewer or smaller levels, or choose another folder with --out.",
+        )

@@ -24,9 +24,9 @@ def decode_bf16(data: Any, bits: Any) -> None:
 
 
 @kernel
-def decode_f16(data: Any, out: Any, bits: Any) -> None:
-    """``data`` uint16[n] to ``out`` f32[n], in steps that the compiler turns into vectors; numpy goes one by one.
-    ``bits`` is ``out`` as uint32.
+def decode_f16(data: Any, bits: Any) -> None:
+    """``data`` uint16[n] to ``bits``, f32[n] as uint32, in steps that the compiler turns into vectors; numpy has none
+    for it.
 
     Exponent and fraction move up 13 bits and the exponent's bias grows by 112, or to all ones for NaN and infinity;
     what has no exponent counts in steps of 2^-24.
@@ -36,10 +36,9 @@ def decode_f16(data: Any, out: Any, bits: Any) -> None:
         magnitude = (h & np.uint32(0x7FFF)) << np.uint32(13)
         exponent = magnitude & np.uint32(0x0F800000)
         bias = np.uint32(0x70000000) if exponent == np.uint32(0x0F800000) else np.uint32(0x38000000)
-        bits[i] = magnitude + bias
-        tiny = np.float32(np.int32(h & np.uint32(0x3FF))) * np.float32(2.0**-24)
-        out[i] = tiny if exponent == np.uint32(0) else out[i]
-        bits[i] |= (h & np.uint32(0x8000)) << np.uint32(16)
+        tiny = np.float32(np.float32(np.int32(h & np.uint32(0x3FF))) * np.float32(2.0**-24)).view(np.uint32)
+        size = tiny if exponent == np.uint32(0) else magnitude + bias
+        bits[i] = size | ((h & np.uint32(0x8000)) << np.uint32(16))  # one store: with two nothing becomes vectors
 
 
 @kernel

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bitladder.errors import UsageError
 from bitladder.formats.blocks import QTYPES
 from bitladder.kernels import affine, decode, lanes, pack, scale
 from bitladder.kernels.rows import AFFINE, SCALE, Effort, Row, Search, affine_search, scale_search
@@ -149,12 +150,28 @@ def quantize(
     return out.reshape(rows, -1)
 
 
+def check_device(name: str) -> None:
+    """Raises UsageError where torch has no such device here."""
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(
+            f"torch has no device '{name}' here: {str(error).splitlines()[0]}",
+            means="This machine lacks it, or torch was installed without it.",
+            do="Leave out --device: the bytes do not depend on it.",
+        ) from error
+
+
 def quantize_array(
-    weights: NDArray[np.float32], qtype: str, importance: NDArray[np.float32] | None, effort: Effort, device: str
+    weights: NDArray[np.float32],
+    qtype: str,
+    importance: NDArray[np.float32] | None,
+    effort: Effort,
+    device: str,
+    out: NDArray[np.uint8],
 ) -> NDArray[np.uint8]:
     """``quantize`` for arrays in main memory: to the device, and the bytes back. Arguments have been checked."""
     rows, columns = weights.shape
-    out = np.empty((rows, QTYPES[qtype].row_bytes(columns)), dtype=np.uint8)
     counted = None if importance is None else torch.from_numpy(importance).to(device)
     step = max(1, CHUNK_WEIGHTS // max(1, columns))
     for start in range(0, rows if columns else 0, step):

@@ -15,30 +15,29 @@ from __future__ import annotations
 
 import hashlib
 import math
-import shutil
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bitladder.errors import BadInput, BadWeights, BitladderError, OutputError, UsageError
-from bitladder.files.following import FollowingHash
+from bitladder.errors import BadInput, BadWeights, BitladderError
+from bitladder.files.following import AHEAD, FollowingHash
 from bitladder.files.gguf import GgufFile, joined_sha256
-from bitladder.files.gguf_writer import GgufWriter, allow_files, cannot_write, piece_digest
-from bitladder.files.level_files import NO_IMPORTANCE, LevelDraft, draft_level
+from bitladder.files.gguf_writer import GgufWriter, allow_files, piece_digest
+from bitladder.files.level_files import NO_IMPORTANCE, LevelDraft, check_space, draft_level, refuse_overwriting
 from bitladder.formats.blocks import QTYPES
 from bitladder.formats.recipes import level_named
 from bitladder.formats.tensors import TensorInfo
 from bitladder.kernels import REVISION, Effort, dequantize, first_nonfinite, quantize
 from bitladder.progress import Progress, silent
 from bitladder.records.level_file import LevelFile
-from bitladder.units import human_bytes
 
 if TYPE_CHECKING:
     from bitladder.kernels.awq import Fold  # importing it sets up numba, which takes as long as a small model
@@ -47,13 +46,9 @@ PIECE_WEIGHTS = 1 << 20
 """Weights a thread works on at a time: 4 MiB as f32, near what a core's own caches hold."""
 
 _LARGEST_F16 = 65504.0
-_HASH_AHEAD = 256 << 20
-"""Bytes that hashing may run ahead of quantizing: it warms the cache, and has work while kernels are being
-loaded.
-"""
-
 F32Array = NDArray[np.float32]
 Importance = Mapping[str, F32Array]
+Scalar = TypeVar("Scalar", bound=np.generic)
 
 
 @dataclass(frozen=True)
@@ -99,6 +94,7 @@ def quantize_levels(
     folds: Mapping[str, Fold] | None = None,
     effort: Effort = "good",
     threads: int = 1,
+    device: str = "cpu",
     split_max_bytes: int | None = None,
     progress: Progress = silent,
 ) -> list[LevelFile]:
@@ -109,6 +105,7 @@ def quantize_levels(
         importance: per tensor f32[columns], or f32[matrices, columns] (also flattened) for stacked experts.
         folds: per tensor the scales that AWQ multiplies into it or divides out of it; the levels are then called
             ``AWQ-<LEVEL>``.
+        device: where scales are searched for, as ``kernels.quantize`` takes it. The bytes do not depend on it.
         split_max_bytes: cut every level into parts of at most this many bytes of weights.
 
     A file that is already there with the same header (source hash, recipe, method, version) is kept. What a
@@ -138,11 +135,12 @@ def quantize_levels(
     fitted = _fitted(source, importance or {})
     if folds:
         fitted = {name: folds[name].importance(rows) if name in folds else rows for name, rows in fitted.items()}
-    _refuse_overwriting(source, drafts)
+    refuse_overwriting([header.path for header in source.headers], drafts)
     missing = [draft for draft in drafts if not draft.is_written(lambda: source.sha256)]
     if missing:
-        _check_space(missing, out_dir)
-        _write(source, missing, importance=fitted, folds=folds or {}, effort=effort, threads=threads, progress=progress)
+        check_space(missing, out_dir)
+        search = _Search(fitted, folds or {}, effort, device)
+        _write(source, missing, search, threads=threads, progress=progress)
     seconds = time.monotonic() - started
     return [_record(draft, seconds, reused=draft not in missing) for draft in drafts]
 
@@ -189,76 +187,28 @@ def _fitted(source: GgufFile, importance: Importance) -> dict[str, F32Array]:
     return fitted
 
 
-def _refuse_overwriting(source: GgufFile, drafts: Sequence[LevelDraft]) -> None:
-    inputs = {header.path.resolve() for header in source.headers}
-    for draft in drafts:
-        for part in draft.parts:
-            if part.path.resolve() in inputs:
-                raise UsageError(
-                    f"{draft.level} would be written over its own source, {part.path}.",
-                    do="Choose another folder with --out.",
-                )
-
-
-def _check_space(drafts: Sequence[LevelDraft], folder: Path) -> None:
-    """Refuse before the first byte what cannot fit; blocks that an earlier run's partial files hold count as
-    free.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder).free
-    except OSError as error:
-        raise cannot_write(folder, error) from error
-    needed = sum(draft.file_bytes for draft in drafts)
-    for draft in drafts:
-        for part in draft.parts:
-            partial = GgufWriter.partial_of(part.path)
-            if partial.is_file():
-                free += partial.stat().st_blocks * 512
-    if needed > free:
-        levels = ", ".join(draft.level for draft in drafts)
-        raise OutputError(
-            f"{folder}: {needed} bytes ({human_bytes(needed)}) are needed, {free} ({human_bytes(free)}) are free.",
-            means=f"The disk is too full for {levels}. Nothing was written.",
-            do="Free space, ask for fewer or smaller levels, or choose another folder with --out.",
-        )
-
-
-def _identity(source: GgufFile) -> list[tuple[str, int, int]]:
-    """What tells one state of the source's files from another without reading them."""
-    paths = [header.path.resolve() for header in source.headers]
-    return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-
-
 def _write(
     source: GgufFile,
     drafts: Sequence[LevelDraft],
+    search: _Search,
     *,
-    importance: Importance,
-    folds: Mapping[str, Fold],
-    effort: Effort,
     threads: int,
     progress: Progress,
 ) -> None:
     """Make all parts of all drafts; on an error of ours remove them, on anything else leave them to a later
     run.
     """
-    identity = _identity(source)
-    following = FollowingHash([header.path for header in source.headers])
+    following = source.hash_ahead()
     writers: list[tuple[GgufWriter, Callable[[str], bytes]]] = []
     try:
         allow_files(sum(len(draft.parts) for draft in drafts))
         for part in (part for draft in drafts for part in draft.parts):
-            fingerprint = hashlib.sha256(part.plan.header + repr((identity, PIECE_WEIGHTS)).encode()).hexdigest()
+            fingerprint = hashlib.sha256(
+                part.plan.header + repr((following.states, PIECE_WEIGHTS)).encode()
+            ).hexdigest()
             writers.append((GgufWriter(part.path, part.plan, fingerprint), part.header))
-        _Pass(source, importance, folds, effort, following, progress).run([writer for writer, _ in writers], threads)
+        _Pass(source, search, following, progress).run([writer for writer, _ in writers], threads)
         sha256 = joined_sha256(following.result())
-        if _identity(source) != identity:
-            raise BadInput(
-                f"{source.path} changed while it was read.",
-                means="Another program writes to it.",
-                do="Wait until it is complete and try again.",
-            )
         for writer, header in reversed(writers):  # a split model appears with its first part, last
             writer.finish(header(sha256))
     except BitladderError:
@@ -266,9 +216,46 @@ def _write(
             writer.discard()
         raise
     finally:
-        following.abandon()
         for writer, _ in writers:
             writer.close()
+
+
+@dataclass(frozen=True)
+class _Search:
+    """How weights become blocks."""
+
+    importance: Importance
+    folds: Mapping[str, Fold]
+    effort: Effort
+    device: str
+
+    def quantize(self, weights: F32Array, qtype: str, piece: _Piece, out: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """A piece's blocks, written to ``out``."""
+        rows = self.importance.get(piece.info.name)
+        importance = None if rows is None else rows[piece.matrix if len(rows) > 1 else 0]
+        return quantize(weights, qtype, importance=importance, effort=self.effort, device=self.device, out=out)
+
+    def folded(self, weights: F32Array, info: TensorInfo, rows: slice) -> F32Array:
+        """Rows of a tensor with the scales of its fold; a vector is a single row of them."""
+        fold = self.folds.get(info.name)
+        if fold is None:
+            return weights
+        return fold.apply(weights, rows) if len(info.shape) > 1 else fold.apply(weights[0])[None]
+
+
+class _Rooms(threading.local):
+    """A thread's arrays to work in, one per type of number, kept from piece to piece: fresh pages cost time."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[type[np.generic], NDArray[Any]] = {}
+
+    def take(self, shape: tuple[int, int], kind: type[Scalar]) -> NDArray[Scalar]:
+        """An array of this shape; what it held before is lost."""
+        size = math.prod(shape)
+        room = self._arrays.get(kind)
+        if room is None or room.size < size:
+            room = self._arrays[kind] = np.empty(size, kind)
+        return room[:size].reshape(shape)
 
 
 @dataclass
@@ -276,11 +263,10 @@ class _Pass:
     """One pass over the source."""
 
     source: GgufFile
-    importance: Importance
-    folds: Mapping[str, Fold]
-    effort: Effort
+    search: _Search
     following: FollowingHash
     progress: Progress
+    rooms: _Rooms = field(default_factory=_Rooms)
 
     def run(self, writers: Sequence[GgufWriter], threads: int) -> None:
         """Make every tensor that the writers lack."""
@@ -302,7 +288,7 @@ class _Pass:
             try:
                 for work in works:
                     place = self.source.place(work.info.name)
-                    self.following.advance(place.shard, place.offset + work.info.nbytes + _HASH_AHEAD)
+                    self.following.advance(place.shard, place.offset + work.info.nbytes + AHEAD)
                     pieces = list(pieces_of(work.info))
                     for piece in pieces:
                         if len(pending) >= 2 * threads:
@@ -334,34 +320,27 @@ class _Pass:
         info = piece.info
         rows = slice(piece.start, piece.stop)
         raw = self.source.raw(info.name)[rows]
-        weights = None if _holds_integers(info) else dequantize(raw, info.qtype)
+        columns = info.shape[-1] if info.shape else 1
+        weights = None
+        if not _holds_integers(info):
+            weights = dequantize(raw, info.qtype, out=self.rooms.take((len(raw), columns), np.float32))
         if weights is not None:
-            weights = self._folded(weights, info, rows)
+            weights = self.search.folded(weights, info, rows)
             _check_finite(weights, piece, work.targets)
         digests = {}
         for qtype, targets in work.targets.items():
-            if weights is None or (qtype == info.qtype and info.name not in self.folds):
+            if weights is None or (qtype == info.qtype and info.name not in self.search.folds):
                 data = raw
             else:
-                data = quantize(weights, qtype, importance=self._importance_of(piece), effort=self.effort)
+                room = self.rooms.take((len(raw), QTYPES[qtype].row_bytes(columns)), np.uint8)
+                data = self.search.quantize(weights, qtype, piece, room)
             view = np.ascontiguousarray(data).reshape(-1).data
-            at = piece.start * QTYPES[qtype].row_bytes(info.shape[-1] if info.shape else 1)
+            at = piece.start * QTYPES[qtype].row_bytes(columns)
             for writer, number in targets:
                 writer.write(number, at, view)
             digests[qtype] = hashlib.sha256(view).digest()
         self.source.release(info.name, rows)
         return digests
-
-    def _folded(self, weights: F32Array, info: TensorInfo, rows: slice) -> F32Array:
-        """Rows of a tensor with the scales of its fold; a vector is a single row of them."""
-        fold = self.folds.get(info.name)
-        if fold is None:
-            return weights
-        return fold.apply(weights, rows) if len(info.shape) > 1 else fold.apply(weights[0])[None]
-
-    def _importance_of(self, piece: _Piece) -> F32Array | None:
-        rows = self.importance.get(piece.info.name)
-        return None if rows is None else rows[piece.matrix if len(rows) > 1 else 0]
 
 
 def _holds_integers(info: TensorInfo) -> bool:

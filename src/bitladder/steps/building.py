@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from bitladder.stages.calibrate import Calibrated
     from bitladder.steps.calibrated import Importance
 
+CPU = "cpu"
 _PROMPT_CHARACTERS = 600
 
 
@@ -105,6 +106,7 @@ def build_levels(
     texts: Sequence[Path] = (),
     effort: Effort = "good",
     threads: int,
+    device: str = CPU,
     split_max_bytes: int | None = None,
     journal: Journal | None = None,
     progress: Progress,
@@ -119,6 +121,7 @@ def build_levels(
         texts: The user's calibration texts.
         effort: How long to search for scales.
         threads: Of everything.
+        device: Where the scales of GGUF levels are searched for: cpu, or as torch names it.
         split_max_bytes: Cut GGUF levels into parts.
         journal: Told before what work will take, and after what it took.
         progress: Told where it is.
@@ -129,12 +132,7 @@ def build_levels(
         BadInput, BadWeights, OutputError: as the stages say.
     """
     from bitladder.files.gguf import GgufFile
-    from bitladder.files.imatrix import read_imatrix
-    from bitladder.files.probe import probe_machine
     from bitladder.files.sources import resolve
-    from bitladder.plan.preflight import require
-    from bitladder.stages.quantize import quantize_levels
-    from bitladder.steps.recipes import fitted_level
 
     if asked.folded and imatrix == NONE:
         raise UsageError(
@@ -143,11 +141,22 @@ def build_levels(
             do=f"Leave out --imatrix none, or ask for {asked.folded[0].recipe}.",
         )
     if imatrix not in (AUTO, NONE):
+        from bitladder.files.imatrix import read_imatrix
+
         read_imatrix(Path(imatrix))  # a file that cannot be used is told before any work
-    refuse_unheard(asked.fitted, imatrix, split_max_bytes)
+    refuse_unheard(asked.fitted, imatrix, split_max_bytes, device)
+    if device != CPU:
+        from bitladder.kernels.gpu import check_device
+
+        check_device(device)
     journal = journal or Journal()
     found = resolve(model, progress)
     with GgufFile.open(found.path) as source:
+        source.hash_ahead()  # while the rest is imported, which takes as long as hashing a small model
+        from bitladder.files.probe import probe_machine
+        from bitladder.plan.preflight import require
+        from bitladder.stages.quantize import quantize_levels
+
         every = [*asked.files, *(level.recipe for level in asked.folded)]
         need = building_need(source, every, out, effort=effort, threads=threads)
         require(need, probe_machine(out))  # before a walk takes its minutes
@@ -158,8 +167,10 @@ def build_levels(
             for folds, levels in _passes(asked, calibrated):
                 written += quantize_levels(
                     source, levels, out, importance=importance, folds=folds, effort=effort, threads=threads,
-                    split_max_bytes=split_max_bytes, progress=progress,
+                    device=device, split_max_bytes=split_max_bytes, progress=progress,
                 )  # fmt: skip
+        if asked.fitted:
+            from bitladder.steps.recipes import fitted_level
         for name in asked.fitted:
             fitted = fitted_level(
                 source, name, out, texts=texts, effort=effort, threads=threads, journal=journal, progress=progress
@@ -170,14 +181,16 @@ def build_levels(
     return Built(written, calibrated.checkpoints, calibrated.report)
 
 
-def refuse_unheard(fitted: Sequence[str], imatrix: str, split_max_bytes: int | None = None) -> None:
+def refuse_unheard(fitted: Sequence[str], imatrix: str, split_max_bytes: int | None = None, device: str = CPU) -> None:
     """Refuse options that fitted levels would not heed; raises UsageError."""
-    if not fitted or (imatrix == AUTO and split_max_bytes is None):
+    given = {f"--imatrix {imatrix}": imatrix != AUTO, "--split-max-size": split_max_bytes is not None}
+    given[f"--device {device}"] = device != CPU
+    option = next((option for option, is_given in given.items() if is_given), None)
+    if not fitted or option is None:
         return
-    option = "--split-max-size" if imatrix == AUTO else f"--imatrix {imatrix}"
     raise UsageError(
         f"{fitted[0]} was asked for with {option}.",
-        means="Fitted levels take their statistics from the calibration text, and are written as one file.",
+        means="Fitted levels take their statistics from the calibration text, and are made on the CPU as one file.",
         do=f"Leave out {option}, or ask for the others in a call of their own.",
     )
 

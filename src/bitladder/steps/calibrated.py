@@ -6,17 +6,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-
 from bitladder.progress import Progress
 from bitladder.steps.jobs import job, walking_need
 from bitladder.steps.journal import Journal
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from bitladder.describe.text import Document
     from bitladder.describe.windows import Window
     from bitladder.files.gguf import GgufFile
+
+    Importance = Mapping[str, NDArray[np.float32]]
 
 AUTO = "auto"
 """Make an importance matrix from the calibration text."""
@@ -24,8 +26,6 @@ NONE = "none"
 
 _UNWEIGHED = frozenset({"F32", "F16", "BF16", "Q8_0"})
 """Types with nothing to search for: an importance matrix changes none of their bytes."""
-
-Importance = Mapping[str, NDArray[np.float32]]
 
 
 def weighed(levels: Sequence[str]) -> bool:
