@@ -56,7 +56,7 @@ def asked(path: Path, workload: Workload, folder: Path, threads: int) -> LevelAn
     return level_answers(path.stem, judge_answers(workload, replies), speed)
 
 
-def outcome(inputs: Sequence[RoutedInput], advice: Advice, *, tagged: bool) -> dict[str, float | str]:
+def outcome(inputs: Sequence[RoutedInput], advice: Advice, *, tagged: bool) -> dict[str, float | None]:
     """What the gateway would do with these inputs under a rule made from others."""
     loss = gain = kept = 0
     spent = added = 0.0
@@ -75,8 +75,9 @@ def outcome(inputs: Sequence[RoutedInput], advice: Advice, *, tagged: bool) -> d
             added += item.quality_s
         else:
             kept += 1
-    recovered = gain / loss if loss > 0 else math.nan
-    return {"net_loss": loss, "recovered": round(recovered, 3), "extra_cost": round(added / spent, 3), "on_speed": kept}
+    recovered = round(gain / loss, 3) if loss > 0 else None
+    cost = round(added / spent, 3)
+    return {"net_loss": loss, "gained": gain, "recovered": recovered, "extra_cost": cost, "on_speed": kept}
 
 
 def _says(text: str) -> Callable[[], str]:
@@ -117,10 +118,15 @@ def main() -> None:
     whole = advise(inputs, np.random.default_rng(0))
     print(f"200 random halves of all {len(inputs)}: {whole.sentence}")
     everything = sum(item.quality_s for item in inputs) / sum(item.speed_s for item in inputs) - 1
-    told = {"levels": [quality.level, speed.level], "quality_for_all_extra_cost": round(everything, 3)}
+    told: dict[str, object] = {
+        "levels": [quality.level, speed.level],
+        "quality_for_all_extra_cost": round(everything, 3),
+    }
     for how, found in (("tags", whole.by_tag), ("escalation", whole.by_escalation)):
         if found is not None:
-            told[how] = {"recovered": round(found.recovered, 3), "extra_cost": round(found.extra_cost, 3)}
+            recovered = None if math.isnan(found.recovered) else round(found.recovered, 3)
+            gained = {"gained": round(found.gained, 4), "gained_low": round(found.gained_low, 4)}
+            told[how] = {"recovered": recovered, **gained, "extra_cost": round(found.extra_cost, 3)}
     print(json.dumps({"setting": gateway_setup.setting(), **told, "rows": rows}))
 
 

@@ -225,3 +225,20 @@ def test_in_a_large_workload_every_kind_loses_something_and_only_the_costly_ones
     choice = choose(Features("auto", tags=("noisy",)), frozenset(), (), advice.rule)
     assert choice is not None
     assert (choice.tier, choice.reason) == ("speed", "auto: tag noisy: speed lost 3 and gained 3 of 40")
+
+
+def test_what_was_gained_in_one_kind_of_work_does_not_make_good_what_was_lost_in_another():
+    inputs = [*kind("recall", 40, 12, 1), *kind("sorting", 40, 0, 15), *kind("fine", 60, 0, 0)]
+    advice = advise(inputs, np.random.default_rng(0))
+    assert advice.sentence.startswith("Routing pays: the speed tier lost nothing net on 140 inputs, but")
+    assert [tag for tag, seen in advice.rule.tags.items() if seen.needs_quality] == ["recall"]
+    assert advice.by_tag is not None
+    assert advice.by_tag.gained == pytest.approx(11 / 140, abs=0.005)  # what recall lost net
+    assert advice.by_tag.extra_cost == pytest.approx(0.4 * 40 / 140, abs=0.02)
+
+
+def test_chance_losses_without_a_net_loss_are_no_reason_to_route():
+    inputs = [*kind("a", 40, 2, 1), *kind("b", 40, 1, 2), *kind("c", 40, 1, 1), *kind("d", 40, 0, 1)]
+    advice = advise(inputs, np.random.default_rng(0))
+    assert advice.rule.fixed == "speed"
+    assert advice.sentence.startswith("Routing gains nothing: the speed tier lost nothing net on 160 inputs, and on")
