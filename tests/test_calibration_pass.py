@@ -7,10 +7,13 @@ import torch
 import tiny_models
 from bitladder.describe.windows import Window
 from bitladder.engines.calibration import LayerPass
+from bitladder.engines.checkpoint_walk import said
 from bitladder.engines.layers import LayeredModel
 from bitladder.engines.states import States, batches_of
+from bitladder.engines.streams import LayerOutput
 from bitladder.engines.weights import FileWeights
 from bitladder.files.gguf import GgufFile
+from bitladder.records.calibration import LinearLoss
 
 
 @pytest.fixture
@@ -53,3 +56,11 @@ def test_batches_change_nothing(layer):
     for shared in model.family.inputs:
         for one, other in zip(few.gather(shared), many.gather(shared), strict=True):
             np.testing.assert_allclose(one.gram, other.gram, rtol=1e-4, atol=1e-4)
+
+
+def test_progress_says_each_loss_where_they_fit():
+    few = LayerOutput(losses=[LinearLoss("self_attn.q_proj", 0.0012, 9), LinearLoss("mlp.down_proj", 0.02, 9)])
+    assert said(few) == " (error: q 0.12%, down 2.00%)"
+    experts = LayerOutput(losses=[LinearLoss(f"mlp.experts.{n}.up_proj", n / 1000, 9) for n in range(9)])
+    assert said(experts) == " (error up to 0.80%, up)"
+    assert said(LayerOutput(losses=[LinearLoss("mlp.up_proj", float("nan"), 0)])) == ""

@@ -28,6 +28,8 @@ from bitladder.units import GiB
 _ROWS_AT_ONCE = 16384
 _BATCH_TOKENS = 1024
 """Activations stay in the caches' reach between products: 5% less time than with twice as many."""
+_TOLD = 8
+"""Losses that fit a line of progress; experts of a mixture do not, and are in the log."""
 _SCALE_DTYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32", torch.float16: "float16"}
 _Stream = SequentialStream | ReferenceStream
 
@@ -119,7 +121,7 @@ class CheckpointWalk:
         return whole
 
     def _one(self, stream: _Stream, layer: int) -> dict[str, str]:
-        """Do one layer of a stream; returns a word about each level's losses."""
+        """Do one layer of a stream; returns each level's losses in words."""
         started = monotonic()
         outputs = stream.layer(layer)
         seconds = monotonic() - started
@@ -130,7 +132,7 @@ class CheckpointWalk:
             kept = states if number == 0 else None
             notes = _notes(layer, output)
             self.stores[level].put_layer(layer, self._tensors(layer, output), notes, kept, seconds=seconds)
-        return {name: _worst(output) for name, output in outputs.items()}
+        return {name: said(output) for name, output in outputs.items()}
 
     def _tensors(self, layer: int, output: LayerOutput) -> dict[str, torch.Tensor]:
         prefix = f"{disk_names.LAYERS}{layer}."
@@ -223,13 +225,21 @@ def _notes(layer: int, output: LayerOutput) -> list[dict[str, Any]]:
     ]
 
 
-def _worst(output: LayerOutput) -> str:
-    """The largest loss of a layer, in a few words; empty where there is none."""
-    known = [loss for loss in output.losses if loss.loss == loss.loss]
+def said(output: LayerOutput) -> str:
+    """The losses of a layer's tensors in a few words: each where there are few, else the largest."""
+    known = [(loss.loss, _short(loss.name)) for loss in output.losses if loss.loss == loss.loss]
     if not known:
         return ""
-    worst = max(known, key=lambda loss: loss.loss)
-    return f" (error up to {worst.loss:.2%}, {worst.name.removesuffix('.weight').rpartition('.')[2]})"
+    if len(output.losses) > _TOLD:
+        worst, name = max(known)
+        return f" (error up to {worst:.2%}, {name})"
+    told = ", ".join(f"{name} {loss:.2%}" for loss, name in known)
+    return f" (error: {told})"
+
+
+def _short(name: str) -> str:
+    """``self_attn.q_proj`` as ``q``, ``blk.0.attn_q.weight`` as ``attn_q``."""
+    return name.removesuffix(".weight").rpartition(".")[2].removesuffix("_proj")
 
 
 def _share(windows: Sequence[Window], tokens: int) -> list[Window]:

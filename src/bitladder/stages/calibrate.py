@@ -215,8 +215,15 @@ class Calibration:
             reference_tokens=self._settings.reference_tokens,
             cores=self._settings.threads,
         )
-        rate = _product_rate(self._settings.device)
-        return predict(list(self._missing), work, flops_per_s=rate, state_bytes=self._settings.state_bytes)
+        settings = self._settings
+        own = torch.bfloat16 if settings.half_products else torch.float32
+        return predict(
+            list(self._missing),
+            work,
+            flops_per_s=_product_rate(settings.device, torch.float32),
+            sequential_flops_per_s=_product_rate(settings.device, own),
+            state_bytes=settings.state_bytes,
+        )
 
     def _finished(self, predicted: Preflight, started: float) -> Preflight:
         """Put the walk's results in place; returns what it took."""
@@ -291,10 +298,10 @@ def _scales(level: FoldedLevel, store: VectorFile, folds: Mapping[str, Fold]) ->
     return FoldedScales(level.name, linears, sum(fold.columns is not None for fold in folds.values()))
 
 
-def _product_rate(device: str) -> float:
-    """Floating-point operations per second in a product of f32 matrices."""
+def _product_rate(device: str, dtype: torch.dtype) -> float:
+    """Floating-point operations per second in a product of matrices."""
     n = 512
-    matrix = torch.ones(n, n, device=device)
+    matrix = torch.ones(n, n, device=device, dtype=dtype)
     torch.mm(matrix, matrix)
     started = time.perf_counter()
     for _ in range(4):
