@@ -14,9 +14,11 @@ from bitladder.engines.feedback import FeedbackSettings
 from bitladder.errors import BadInput
 from bitladder.files.gguf import GgufFile
 from bitladder.formats.recipes import is_quantizable
-from bitladder.kernels import dequantize, gptq, gptq_gpu, quantize
+from bitladder.kernels import dequantize, feedback, gptq, gptq_gpu, quantize
 from bitladder.kernels.codes import CODE_BITS, grid_of, with_codes
-from bitladder.kernels.feedback import quantize_with_feedback
+from bitladder.kernels.feedback import chunk_of, quantize_with_feedback
+from bitladder.kernels.refine import refine
+from bitladder.kernels.scales import units_of
 from bitladder.records.recipe import Recipe
 from bitladder.stages.feedback import write_with_feedback
 
@@ -32,7 +34,8 @@ def test_feedback_loses_less_of_the_outputs_than_rounding(qtype):
     x = _inputs(512)
     weights = np.random.default_rng(1).standard_normal((24, 512)).astype(np.float32)
     energies = (x * x).sum(0)
-    fed = quantize_with_feedback(weights, qtype, gptq.prepare(x.T @ x, damp=0.01), importance=energies)
+    factor = gptq.prepare(x.T @ x, damp=0.01, together=chunk_of(512))
+    fed = quantize_with_feedback(weights, qtype, factor, hessian=x.T @ x, importance=energies)
     plain = quantize(weights, qtype, importance=energies)
 
     def lost(data):
@@ -46,8 +49,10 @@ def test_feedback_loses_less_of_the_outputs_than_rounding(qtype):
 def test_unrelated_inputs_leave_nothing_to_feed_back(qtype):
     weights = np.random.default_rng(1).standard_normal((5, 256)).astype(np.float32)
     energies = np.linspace(1, 3, 256).astype(np.float32)
-    fed = quantize_with_feedback(weights, qtype, gptq.prepare(np.diag(energies)), importance=energies)
-    plain = quantize(weights, qtype, importance=energies)
+    hessian = np.diag(energies)
+    factor = gptq.prepare(hessian)
+    fed = quantize_with_feedback(weights, qtype, factor, hessian=hessian, importance=energies, effort="fast")
+    plain = quantize(weights, qtype, importance=energies, effort="fast")
     nearest = with_codes(plain, qtype, grid_of(plain, qtype).nearest(weights))
     np.testing.assert_array_equal(dequantize(fed.data, qtype), dequantize(nearest, qtype))
 
@@ -69,10 +74,81 @@ def test_the_stated_cost_is_that_of_the_decoded_weights():
     weights = np.random.default_rng(2).standard_normal((6, 256)).astype(np.float32)
     hessian = x.T @ x
     factor = gptq.prepare(hessian, damp=0.01)
-    fed = quantize_with_feedback(weights, "Q3_K", factor, importance=np.diagonal(hessian))
+    fed = quantize_with_feedback(weights, "Q3_K", factor, hessian=hessian, importance=np.diagonal(hessian))
     wrong = (dequantize(fed.data, "Q3_K") - weights).astype(np.float64)
     damped = hessian + factor.damp * np.diagonal(hessian).mean() * np.eye(256)
     assert fed.cost == pytest.approx(np.trace(wrong @ damped @ wrong.T), rel=1e-3)
+
+
+@pytest.mark.parametrize("qtype", ["Q3_K", "Q5_1"])
+def test_scales_are_searched_for_weights_that_make_up_for_what_went_before(qtype, monkeypatch):
+    """By plain algebra: the errors e of the first chunk are best made up for by moving the second by -H22^-1 H21 e."""
+    x, weights = _inputs(512), np.random.default_rng(5).standard_normal((6, 512)).astype(np.float32)
+    hessian = x.T @ x + 50 * np.eye(512, dtype=np.float32)
+    asked = []
+
+    def recording(own, *arguments, **options):
+        asked.append(own.copy())
+        return quantize(own, *arguments, **options)
+
+    monkeypatch.setattr(feedback, "quantize", recording)
+    factor = gptq.prepare(hessian, damp=0, together=256)
+    fed = quantize_with_feedback(
+        weights, qtype, factor, hessian=hessian, importance=np.diagonal(hessian), effort="fast"
+    )
+    _, first, second = asked  # the very first is the plain rounding it is compared with
+    one, two = (slice(start, start + 256) for start in ((0, 256) if factor.order[0] < 256 else (256, 0)))
+    np.testing.assert_array_equal(first, weights[:, one])
+    errors = (dequantize(fed.data, qtype) - weights)[:, one].astype(np.float64)
+    moved = weights[:, two] - np.linalg.solve(hessian[two, two], hessian[two, one] @ errors.T).T
+    np.testing.assert_allclose(second, moved, atol=2e-3)
+
+
+def _cost(errors, hessian):
+    return np.einsum("ri,ij,rj->r", errors, hessian, errors, dtype=np.float64)
+
+
+@pytest.mark.parametrize("qtype", CODE_BITS)
+def test_no_sweep_makes_any_row_worse(qtype):
+    x, weights = _inputs(512), np.random.default_rng(1).standard_t(4, (9, 512)).astype(np.float32)
+    hessian = x.T @ x
+    data = quantize(weights, qtype, importance=np.diagonal(hessian))
+    damped = hessian + 3.0 * np.eye(512)
+    costs = [_cost(dequantize(data, qtype) - weights, damped)]
+    for _ in range(3):
+        data = refine(data, qtype, weights, hessian, ridge=3.0, chunk=256, sweeps=1)
+        costs.append(_cost(dequantize(data, qtype) - weights, damped))
+        assert (costs[-1] <= costs[-2] * (1 + 1e-4)).all()
+    assert costs[1].sum() < 0.8 * costs[0].sum()
+
+
+@pytest.mark.parametrize("qtype", ["Q2_K", "Q3_K", "Q4_K", "Q6_K", "IQ4_XS", "Q4_0", "Q5_1", "IQ4_NL"])
+def test_in_the_end_no_single_change_helps(qtype):
+    """Every neighbour tried out: each code one up and down, each scale and minimum one step up and down."""
+    x, weights = _inputs(256), np.random.default_rng(2).standard_normal((1, 256)).astype(np.float32)
+    hessian = (x.T @ x).astype(np.float32)
+    data = quantize(weights, qtype, importance=np.diagonal(hessian), effort="fast")
+    data = refine(data, qtype, weights, hessian, ridge=0.0, chunk=256, sweeps=60)
+    grid, units = grid_of(data, qtype), units_of(data, qtype)
+    codes = grid.nearest(dequantize(data, qtype))
+    tried = [codes]
+    for step in (-1, 1):
+        for k in range(256):
+            if grid.lowest <= codes[0, k] + step <= grid.highest:
+                tried.append(codes.copy())
+                tried[-1][0, k] += step
+    best = _cost(grid.values(codes) - weights, hessian)[0]
+    others = np.concatenate([grid.values(one) for one in tried]) - weights
+    assert _cost(others, hessian).min() >= best * (1 - 1e-3)
+    for name, unit in (("scale", units.scale), ("offset", units.offset)):
+        for group in range(grid.scale.shape[1]):
+            for step in (-1, 1):
+                values = getattr(grid, name).copy()
+                values[0, group] += step * (unit[0, group] if unit[0, group] else values[0, group] * 2.0**-9)
+                other = replace(grid, **{name: values})
+                if units.most and name == "offset" and values[0, group] > 0 and unit[0, group]:
+                    continue  # minima are taken away, never added
+                assert _cost(other.values(codes) - weights, hessian)[0] >= best * (1 - 1e-3)
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from bitladder.engines.weights import LevelWeights
 from bitladder.errors import BadWeights
 from bitladder.formats.roles import Parameter, SharedInput, layer_tensor
 from bitladder.kernels import Effort, dequantize, gptq, quantize
-from bitladder.kernels.feedback import quantize_with_feedback, takes_feedback
+from bitladder.kernels.feedback import chunk_of, quantize_with_feedback, takes_feedback
 
 F32 = NDArray[np.float32]
 U8 = NDArray[np.uint8]
@@ -72,8 +72,8 @@ class Fitted:
     note: str = ""
 
 
-def factor_of(name: str, seen: InputStatistics, settings: FeedbackSettings) -> gptq.Factor:
-    """The factor of a Hessian, shrunk towards its diagonal by as much as it was learnt from few tokens.
+def factor_of(name: str, seen: InputStatistics, settings: FeedbackSettings) -> tuple[F32, gptq.Factor]:
+    """The Hessian and its factor, shrunk towards its diagonal by as much as it was learnt from few tokens.
 
     Correlations of n channels over T tokens are noise of the order sqrt(n / T), and feedback that follows noise fits
     the calibration text. Each diagonal entry grows by the share n / T, as if n tokens of unrelated channels had been
@@ -85,7 +85,7 @@ def factor_of(name: str, seen: InputStatistics, settings: FeedbackSettings) -> g
     shrunk = seen.gram.copy()
     shrunk[np.diag_indices_from(shrunk)] *= 1 + len(shrunk) / max(1, seen.tokens)
     try:
-        return gptq.prepare(shrunk, damp=settings.damp)
+        return shrunk, gptq.prepare(shrunk, damp=settings.damp, together=chunk_of(len(shrunk)))
     except ValueError as error:
         raise BadWeights(
             f"{name}: {error}.",
@@ -95,14 +95,16 @@ def factor_of(name: str, seen: InputStatistics, settings: FeedbackSettings) -> g
 
 
 def fit_matrix(
-    qtype: str, weights: F32, seen: InputStatistics, factor: gptq.Factor, settings: FeedbackSettings
+    qtype: str, weights: F32, seen: InputStatistics, factored: tuple[F32, gptq.Factor], settings: FeedbackSettings
 ) -> Fitted:
     """Blocks for f32[rows, columns] that meet inputs with the statistics ``seen``."""
+    hessian, factor = factored
     energies = seen.squares.astype(np.float32)
     blocks = quantize_with_feedback(
         weights,
         qtype,
         factor,
+        hessian=hessian,
         importance=energies,
         effort=settings.effort,
         threads=settings.threads,

@@ -29,7 +29,7 @@ NO_IMPORTANCE = "0" * 16
 """In place of an importance matrix's hash where there is none: headers then have one length, and plans are exact."""
 _PLANNED = f"search good, kernels 0000, importance {NO_IMPORTANCE}"
 """As long as every method's name: a plan does not load the kernels to ask for their revision."""
-PLANNED_FIT = f"feedback good, kernels 0000, damp 0.01, text {NO_IMPORTANCE}"
+PLANNED_FIT = f"feedback good, kernels 0000-0, damp 0.01, text {NO_IMPORTANCE}"
 """The same for levels fitted with error feedback."""
 _KEY_HASH = gguf.PROVENANCE + "source_sha256"
 _NO_HASH_YET = "0" * 64

@@ -1,34 +1,46 @@
 """Block formats with error feedback: ordinary llama.cpp blocks whose codes were chosen by GPTQ.
 
-The importance-weighted search (``kernels.quantize``) finds scales and minima; they stay. The codes are then chosen
-column by column, each rounding error moved into the columns still to come (``gptq.py``). Columns go in falling order
-of energy while blocks stay where they are in storage, so any llama.cpp reads the result. Scales are not refined
-against the Hessian afterwards: that they were found for nearest codes is what this gives up.
+Columns are handled in chunks of blocks, the chunk with the most energetic inputs first. When a chunk is reached, the
+importance-weighted search (``kernels.quantize``) finds scales and minima for what its weights have become by then,
+moved to make up for the errors before it. Its codes are chosen column by column, the most energetic first, each
+rounding error moved into the columns still to come (``gptq.py``). Blocks stay where they are in storage, so any
+llama.cpp reads the result. At last codes and scales are improved in turns under the whole Hessian (``refine.py``).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
-from numpy.typing import NDArray
+import numpy.typing as npt
 
+from bitladder.formats.blocks import QTYPES
 from bitladder.kernels import gptq
 from bitladder.kernels.api import dequantize, quantize
 from bitladder.kernels.codes import CODE_BITS, grid_of, with_codes
 from bitladder.kernels.grid import F32
+from bitladder.kernels.refine import refine
 from bitladder.kernels.rows import Effort
+
+U8 = npt.NDArray[np.uint8]
+
+REVISION = "2"
+"""Raised whenever the bytes of fitted files change for another reason than the kernels' own revision."""
+_CHUNKS = (256, 128, 64, 32)
+_SWEEPS: dict[Effort, int] = {"fast": 0, "good": 2, "best": 8}
+"""How often codes and scales are improved in turns: half of what they can gain comes from two (docs/log.md)."""
 
 
 @dataclass(frozen=True)
 class Blocks:
     """Quantized rows uint8[rows, row_bytes], and what they cost on the calibration set.
 
-    ``cost`` is ``tr(D H D^T)`` with D the error of the weights and H the damped Hessian; ``plain_cost`` that of the
-    same scales with every weight rounded to its nearest code.
+    ``cost`` is ``tr(D H D^T)`` with D the error of the weights and H the damped Hessian; ``plain_cost`` that of
+    rounding to nearest with scales searched once.
     """
 
-    data: NDArray[np.uint8]
+    data: U8
     cost: float
     plain_cost: float
 
@@ -38,11 +50,17 @@ def takes_feedback(qtype: str) -> bool:
     return qtype in CODE_BITS
 
 
+def chunk_of(columns: int) -> int:
+    """Columns that are handled together: 256 where rows divide into that, else whole blocks of 32."""
+    return next((chunk for chunk in _CHUNKS if columns % chunk == 0), 1)
+
+
 def quantize_with_feedback(
     weights: F32,
     qtype: str,
     factor: gptq.Factor,
     *,
+    hessian: F32,
     importance: F32,
     effort: Effort = "good",
     threads: int = 1,
@@ -53,25 +71,59 @@ def quantize_with_feedback(
     Args:
         weights: f32[rows, columns], finite; columns a multiple of the format's ``block_size``.
         qtype: a format that ``takes_feedback``.
-        factor: of the Hessian [columns, columns] of the inputs that the weights meet (``gptq.prepare``).
+        factor: of the Hessian of the inputs that the weights meet, with columns kept together by ``chunk_of``
+            (``gptq.prepare``).
+        hessian: f32[columns, columns], what was factored, undamped.
         importance: f32[columns], by which scales are searched: the inputs' energies. (The factor's pivots, what errors
             cost once others correct them, did worse: docs/log.md.)
-        effort: how long to search for scales.
+        effort: how long to search for scales, and how often to improve codes and scales in turns.
         threads: for the search.
         device: "cpu", or another device of torch on which codes are chosen.
 
-    The error is never above that of plain rounding on the same scales: rows that feedback did not help are kept plain.
+    The error is never above that of plain rounding: rows that feedback did not help are rounded plainly.
     """
-    data = quantize(weights, qtype, importance=importance, effort=effort, threads=threads)
-    grid = grid_of(data, qtype)
+    plain = quantize(weights, qtype, importance=importance, effort=effort, threads=threads)
+    fed = _fed(weights, qtype, factor, importance, effort, threads, device)
+    if _SWEEPS[effort]:
+        chunk = chunk_of(weights.shape[1])
+        fed = refine(fed, qtype, weights, hessian, ridge=factor.ridge, chunk=chunk, sweeps=_SWEEPS[effort])
+    cost, plain_cost = (
+        gptq.cost_of(factor, dequantize(data, qtype, threads=threads) - weights) for data in (fed, plain)
+    )
+    worse = cost > plain_cost
+    fed[worse] = plain[worse]
+    return Blocks(fed, float(np.minimum(cost, plain_cost).sum()), float(plain_cost.sum()))
+
+
+def _fed(
+    weights: F32, qtype: str, factor: gptq.Factor, importance: F32, effort: Effort, threads: int, device: str
+) -> U8:
+    """Blocks chunk by chunk, scales searched for weights that make up for the errors before them."""
+    from scipy.linalg import solve_triangular
+
     if device == "cpu":
-        codes, cost = gptq.apply(factor, weights, grid)
+        choose = gptq.apply
     else:
         from bitladder.kernels import gptq_gpu  # torch is heavy, and most runs never need it here
 
-        codes, cost = gptq_gpu.apply(factor, weights, grid, device)
-    plain = gptq.cost_of(factor, dequantize(data, qtype, threads=threads) - weights)
-    worse = cost > plain
-    fed = with_codes(data, qtype, codes)
-    fed[worse] = data[worse]
-    return Blocks(fed, float(np.minimum(cost, plain).sum()), float(plain.sum()))
+        choose = partial(gptq_gpu.apply, device=device)
+    rows, columns = weights.shape
+    chunk, kind = chunk_of(columns), QTYPES[qtype]
+    errors = np.zeros((columns, rows), np.float32)
+    out = np.empty((rows, kind.row_bytes(columns)), np.uint8)
+    for start in range(0, columns, chunk):
+        own = slice(start, start + chunk)
+        part, first = factor.part(start, start + chunk), int(factor.order[own].min())
+        stored = slice(first, first + chunk)
+        targets = np.ascontiguousarray(weights[:, stored])
+        if start:
+            pulled = factor.coupling[:start, own].T @ errors[:start]
+            within = part.coupling.T + np.eye(chunk, dtype=np.float32)
+            targets[:, part.order] -= solve_triangular(within, pulled, lower=True, unit_diagonal=True).T
+        data = quantize(targets, qtype, importance=importance[stored], effort=effort, threads=threads)
+        grid = grid_of(data, qtype)
+        codes, _ = choose(part, targets, grid)
+        at = slice(kind.row_bytes(first), kind.row_bytes(first + chunk))
+        out[:, at] = with_codes(data, qtype, codes)
+        errors[own] = (grid.values(codes) - weights[:, stored])[:, part.order].T
+    return out

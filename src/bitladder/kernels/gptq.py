@@ -18,7 +18,7 @@ groups can run the result.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -54,6 +54,12 @@ class Factor:
     dead: int
     """Columns whose inputs were always zero in the calibration set; they are rounded plainly."""
 
+    def part(self, start: int, stop: int) -> Factor:
+        """The same for the ``start``-th to ``stop``-th column handled, which must be a run in storage order."""
+        own = slice(start, stop)
+        order = self.order[own] - self.order[own].min()
+        return replace(self, order=order, coupling=self.coupling[own, own], pivots=self.pivots[own])
+
     @property
     def importance(self) -> F32:
         """``pivots`` in storage order, normalised to mean 1: the weight of each column in a search for
@@ -63,7 +69,9 @@ class Factor:
         return back
 
 
-def prepare(hessian: npt.NDArray[np.floating], *, damp: float = 0.05, act_order: bool = True) -> Factor:
+def prepare(
+    hessian: npt.NDArray[np.floating], *, damp: float = 0.05, act_order: bool = True, together: int = 1
+) -> Factor:
     """Factor ``H = X^T X``, shape ``[columns, columns]``, in float64 (``cholesky.py``). ``hessian`` can go then.
 
     Args:
@@ -71,6 +79,7 @@ def prepare(hessian: npt.NDArray[np.floating], *, damp: float = 0.05, act_order:
         damp: Share of the mean diagonal to add to the diagonal. Raised tenfold, and reported, until the
             factor exists.
         act_order: Handle columns in falling order of their diagonal entry rather than in storage order.
+        together: Runs of so many columns stay together, in falling order of their sums, each in its own order inside.
 
     Raises:
         ValueError: not square, not finite, or with a negative diagonal.
@@ -86,7 +95,7 @@ def prepare(hessian: npt.NDArray[np.floating], *, damp: float = 0.05, act_order:
     mean = float(diagonal.mean())
     if mean == 0:
         mean = 1.0
-    order = np.argsort(-diagonal, kind="stable") if act_order else np.arange(len(diagonal))
+    order = _order(diagonal, together) if act_order else np.arange(len(diagonal))
     used, rescued = max(damp, 1e-10), 0
     while (found := upper_factor(hessian, order, used * mean)) is None:
         used, rescued = used * 10, rescued + 1
@@ -94,6 +103,14 @@ def prepare(hessian: npt.NDArray[np.floating], *, damp: float = 0.05, act_order:
             raise ValueError("the Hessian is not positive semidefinite, even damped by its mean diagonal tenfold")
     coupling, pivots = found
     return Factor(order, coupling, pivots**2, used * mean, used, rescued, int((diagonal == 0).sum()))
+
+
+def _order(diagonal: npt.NDArray[np.float64], together: int) -> npt.NDArray[np.intp]:
+    """Columns by falling energy, or runs of them by falling energy and columns so within each."""
+    runs = diagonal.reshape(-1, together).sum(axis=1)
+    rank = np.empty(len(runs), np.intp)
+    rank[np.argsort(-runs, kind="stable")] = np.arange(len(runs))
+    return np.lexsort((-diagonal, np.repeat(rank, together) if together > 1 else np.zeros(len(diagonal))))
 
 
 def apply(factor: Factor, weights: F32, grid: Grid) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.float64]]:

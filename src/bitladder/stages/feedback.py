@@ -32,6 +32,7 @@ from bitladder.files.level_files import LevelDraft, draft_level
 from bitladder.formats.gguf import PROVENANCE
 from bitladder.formats.recipes import nearest_level
 from bitladder.kernels import REVISION, quantize
+from bitladder.kernels.feedback import REVISION as FEEDBACK_REVISION
 from bitladder.kernels.feedback import takes_feedback
 from bitladder.progress import Progress, silent
 from bitladder.records.calibration import LinearLoss
@@ -138,7 +139,8 @@ def _expected_in(out_dir: Path, source: GgufFile, recipe: Recipe) -> str:
 
 def method_name(windows: Sequence[Window], settings: FeedbackSettings) -> str:
     """How codes are chosen, in words that change whenever the bytes may."""
-    return f"feedback {settings.effort}, kernels {REVISION}, damp {settings.damp:g}, text {tokens_hash(windows)[:16]}"
+    revision = f"{REVISION}-{FEEDBACK_REVISION}"
+    return f"feedback {settings.effort}, kernels {revision}, damp {settings.damp:g}, text {tokens_hash(windows)[:16]}"
 
 
 def _write(job: _Job, draft: LevelDraft, state_bytes: int) -> list[LinearLoss]:
@@ -241,13 +243,13 @@ def _other(job: _Job, name: str, states: States) -> Iterator[NDArray[np.uint8]]:
     raw = job.source.raw(name)
     step = max(1, _PIECE_WEIGHTS // max(1, info.shape[-1] if info.shape else 1))
     seen = _at_the_head(job, states) if name == job.model.output and takes_feedback(qtype) else None
-    factor = factor_of(name, seen, job.settings) if seen else None
+    factored = factor_of(name, seen, job.settings) if seen else None
     for start in range(0, len(raw), step):
         rows = slice(start, min(start + step, len(raw)))
         if qtype == info.qtype:
             yield raw[rows]
-        elif seen and factor:
-            yield fit_matrix(qtype, job.weights(name, rows), seen, factor, job.settings).data
+        elif seen and factored:
+            yield fit_matrix(qtype, job.weights(name, rows), seen, factored, job.settings).data
         else:
             yield quantize(job.weights(name, rows), qtype, effort=job.settings.effort, threads=job.settings.threads)
 

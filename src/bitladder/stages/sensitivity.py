@@ -104,7 +104,7 @@ def _of_matrix(info: TensorInfo, weights: FileWeights, seen: Sensitivity, thread
         energy = seen.rows[matrix if len(seen.rows) > 1 else 0]
         chosen, share = _sampled(energy)
         own = weights(info.name, chosen + matrix * rows)
-        factor = factor_of(info.name, inputs, FeedbackSettings())
+        _, factor = factor_of(info.name, inputs, FeedbackSettings())
         fed = factor.pivots[np.argsort(factor.order)] / inputs.tokens
         energies = inputs.squares.astype(np.float32)
         plain = inputs.squares / inputs.tokens

@@ -71,10 +71,11 @@ def weighed_tensors(
     from bitladder.describe.text import text_hash
     from bitladder.files.folders import cache_folder
     from bitladder.kernels import REVISION
+    from bitladder.kernels.feedback import REVISION as FEEDBACK_REVISION
     from bitladder.stages.sensitivity import sensitivity_table
 
     text = text_hash(calibration_texts(texts))[:16]
-    kept = cache_folder("sensitivity", f"{source.sha256[:16]}-{text}-{__version__}-{REVISION}.json")
+    kept = cache_folder("sensitivity", f"{source.sha256[:16]}-{text}-{__version__}-{REVISION}-{FEEDBACK_REVISION}.json")
     if kept.exists():
         journal.reuse("sensitivity", [source.model.name])
         return _read_table(kept), kept
