@@ -285,6 +285,17 @@ def test_what_if_decides_again(page):
     open_ladder(page)
     page.fill("#if-bar", "kl < 0.02")
     page.wait_for_selector("text=Deploy Q6_K alone")
+    page.focus("#if-limit")
+    page.keyboard.press("Home")
+    page.wait_for_selector("text=No level that fits holds the bar")
+    assert page.input_value("#if-bar") == "kl < 0.0001"
+    assert page.get_attribute("#if-limit", "aria-valuetext") == "0.0001 nats per token"
+    page.keyboard.press("End")
+    page.wait_for_function("document.querySelector('#if-bar').value === 'kl < 2'")
+    page.fill("#if-bar", "no known loss")
+    page.wait_for_selector("#if-limit:disabled")
+    page.fill("#if-bar", "kl < 0.02")
+    page.wait_for_selector("text=Deploy Q6_K alone")
     page.fill("#if-bar", "kl >")
     page.wait_for_selector("text=cannot be read")
     assert "Deploy Q6_K alone" in page.inner_text(".summary"), "the last good answer stays"

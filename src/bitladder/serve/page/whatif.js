@@ -7,6 +7,8 @@ import { bytes } from "./format.js";
 const STEPS = 100;
 const CONTEXTS = [512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072]; // for records that list none
 const WAIT_MS = 150;
+const KL = /\bkl\s*<=?\s*([\d.]+(?:e-?\d+)?)/i; // the limit in a bar that has one
+const [FINEST, COARSEST] = [0.0001, 2];
 
 /** A form that calls `changed(view, true)` with `{plan, decision}`, or `changed(null, true)` for the run itself. */
 export function whatIfForm(run, changed) {
@@ -18,9 +20,13 @@ export function whatIfForm(run, changed) {
   const contexts = [...new Set([...listed, run.plan.n_ctx])].sort((a, b) => a - b);
   const memory = h("input", { type: "range", id: "if-memory", min: 0, max: STEPS });
   const context = h("input", { type: "range", id: "if-context", min: 0, max: contexts.length - 1 });
+  const toLimit = (step) => Number((FINEST * (COARSEST / FINEST) ** (step / STEPS)).toPrecision(2));
+  const ofLimit = (kl) => Math.round((STEPS * Math.log(kl / FINEST)) / Math.log(COARSEST / FINEST));
+  const limit = h("input", { type: "range", id: "if-limit", min: 0, max: STEPS });
   const bar = h("input", { type: "text", id: "if-bar", spellcheck: "false", autocomplete: "off" });
   const memorySaid = h("output", { for: "if-memory" });
   const contextSaid = h("output", { for: "if-context" });
+  const limitSaid = h("output", { for: "if-limit" });
   const complaint = h("p", { class: "bad small", role: "alert" });
   let touched = { memory: false };
   let timer = 0;
@@ -32,13 +38,22 @@ export function whatIfForm(run, changed) {
     memory.setAttribute("aria-valuetext", bytes(size));
     contextSaid.textContent = `${contexts[context.value].toLocaleString("en")} tokens`;
     context.setAttribute("aria-valuetext", contextSaid.textContent);
+    const kl = KL.exec(bar.value);
+    limit.disabled = !kl;
+    limitSaid.textContent = kl ? `${kl[1]} nats per token` : "not in the bar";
+    limit.setAttribute("aria-valuetext", limitSaid.textContent);
     return size;
+  };
+  const followBar = () => {
+    const kl = KL.exec(bar.value);
+    if (kl) limit.value = ofLimit(Number(kl[1]) || FINEST);
   };
   const reset = () => {
     touched = { memory: false };
     memory.value = toStep(run.plan.budget_bytes);
     context.value = contexts.indexOf(run.plan.n_ctx);
     bar.value = run.decision.bar;
+    followBar();
     complaint.textContent = "";
     label();
   };
@@ -64,7 +79,14 @@ export function whatIfForm(run, changed) {
     later();
   });
   context.addEventListener("input", later);
-  bar.addEventListener("input", later);
+  limit.addEventListener("input", () => {
+    bar.value = bar.value.replace(KL, `kl < ${toLimit(Number(limit.value))}`);
+    later();
+  });
+  bar.addEventListener("input", () => {
+    followBar();
+    later();
+  });
   const again = () => {
     clearTimeout(timer);
     asked += 1;
@@ -78,6 +100,7 @@ export function whatIfForm(run, changed) {
     h("h2", {}, "What if"),
     h("div", { class: "dial" }, h("label", { for: "if-memory" }, "Memory"), memory, memorySaid),
     h("div", { class: "dial" }, h("label", { for: "if-context" }, "Context"), context, contextSaid),
+    h("div", { class: "dial" }, h("label", { for: "if-limit" }, "KL limit"), limit, limitSaid),
     h(
       "div",
       { class: "dial" },
