@@ -1,3 +1,5 @@
+import psutil
+
 from bitladder.describe.machine import Gpu
 from bitladder.files import probe
 from bitladder.units import GiB, MiB
@@ -51,6 +53,14 @@ def test_a_limit_bounds_what_is_available(tmp_path, monkeypatch):
     monkeypatch.setattr(probe, "cgroup_memory", lambda: (600 * MiB, 200 * MiB))
     machine = probe.probe_machine()
     assert (machine.ram_total, machine.ram_available) == (600 * MiB, 400 * MiB)
+
+
+def test_memory_is_what_linux_or_psutil_say(tmp_path, monkeypatch):
+    write(tmp_path, {"meminfo": "MemTotal:  4096 kB\nMemFree: 1 kB\nMemAvailable:   3072 kB"})
+    monkeypatch.setattr(probe, "_MEMINFO", tmp_path / "meminfo")
+    assert probe._memory() == (4 * MiB, 3 * MiB)
+    monkeypatch.setattr(probe, "_MEMINFO", tmp_path / "nowhere")
+    assert probe._memory()[0] == psutil.virtual_memory().total
 
 
 def test_nvidia_smi_rows():

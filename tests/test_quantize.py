@@ -17,7 +17,7 @@ import pytest
 
 import bitladder
 from bitladder.errors import BadInput, BadWeights, OutputError, UnknownLevel, UsageError
-from bitladder.files import level_files
+from bitladder.files import gguf_writer, level_files
 from bitladder.files.gguf import GgufFile
 from bitladder.files.gguf_writer import GgufWriter
 from bitladder.formats.recipes import assign
@@ -294,6 +294,25 @@ def test_a_write_that_fails_midway_leaves_nothing(tmp_path, tiny, monkeypatch, n
         quantize_levels(source, ["Q8_0", "Q4_0"], tmp_path / "out", threads=2)
     if number != errno.EIO:
         assert "bytes" in error.value.found and "are needed" in error.value.found
+    assert files_in(tmp_path / "out") == []
+
+
+def test_files_go_to_the_disk_while_they_grow(tmp_path, tiny, monkeypatch):
+    """So that the end is quick; and a disk that refuses later is told as one that refuses at once."""
+    monkeypatch.setattr(gguf_writer, "_FLUSH_FROM", 1)
+    flushed = []
+    monkeypatch.setattr(os, "fdatasync", flushed.append)
+    with GgufFile.open(tiny) as source:
+        quantize_levels(source, ["Q8_0"], tmp_path / "out")
+    assert flushed
+    shutil.rmtree(tmp_path / "out")
+
+    def failing(_file):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fdatasync", failing)
+    with GgufFile.open(tiny) as source, pytest.raises(OutputError, match="the disk is full; "):
+        quantize_levels(source, ["Q8_0"], tmp_path / "out")
     assert files_in(tmp_path / "out") == []
 
 

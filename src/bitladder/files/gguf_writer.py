@@ -17,9 +17,12 @@ import hashlib
 import os
 import resource
 import struct
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from bitladder.errors import OutputError
 from bitladder.formats import gguf
@@ -29,6 +32,8 @@ from bitladder.units import human_bytes
 
 Buffer = bytes | bytearray | memoryview
 _OTHER_FILES = 256
+_FLUSH_FROM = 32 << 20
+"""Bytes of a file that wait for the disk: what is left for the end takes a few milliseconds."""
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -243,6 +248,34 @@ class GgufWriter:
         self.close()
         self.partial.unlink(missing_ok=True)
         self.journal.unlink(missing_ok=True)
+
+
+class Flusher:
+    """Puts files on the disk while they grow, by a thread of its own, so that their end need not wait for all of it.
+
+    Use as a context manager around the writing.
+    """
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="flush")
+        self._running: Future[None] | None = None
+        self._waiting: Counter[GgufWriter] = Counter()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+    def wrote(self, writer: GgufWriter, count: int) -> None:
+        """Told that ``count`` bytes were written. Raises OutputError where the disk did not take earlier ones."""
+        self._waiting[writer] += count
+        if self._waiting[writer] < _FLUSH_FROM or (self._running is not None and not self._running.done()):
+            return
+        if self._running is not None:
+            self._running.result()
+        self._waiting[writer] = 0
+        self._running = self._pool.submit(writer.flush)
 
 
 def piece_digest(digests: Sequence[bytes]) -> str:

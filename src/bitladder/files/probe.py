@@ -15,14 +15,13 @@ import subprocess
 from pathlib import Path
 from typing import Self
 
-import psutil
-
 from bitladder.describe.machine import Gpu, Machine
 from bitladder.files.folders import cache_folder
 from bitladder.units import MiB
 
 _CGROUP = Path("/sys/fs/cgroup")
 _CPUINFO = Path("/proc/cpuinfo")
+_MEMINFO = Path("/proc/meminfo")
 _FEATURES = (
     "sse3", "ssse3", "avx", "f16c", "fma", "avx2", "avx_vnni", "avx512f", "avx512bw", "avx512_vnni",
     "avx512_bf16", "amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm", "sve",
@@ -35,10 +34,10 @@ def probe_machine(folder: Path | None = None) -> Machine:
     cache).
     """
     name, features = _cpu()
-    memory = psutil.virtual_memory()
+    total, available = _memory()
     limit, used = cgroup_memory()
-    total = min(memory.total, limit) if limit else memory.total
-    available = min(memory.available, max(0, limit - used)) if limit else memory.available
+    if limit:
+        total, available = min(total, limit), min(available, max(0, limit - used))
     return Machine(
         cpu=name,
         cores=available_cores(),
@@ -49,6 +48,19 @@ def probe_machine(folder: Path | None = None) -> Machine:
         gpus=probe_gpus(),
         unified=platform.system() == "Darwin" and platform.machine() == "arm64",
     )
+
+
+def _memory() -> tuple[int, int]:
+    """Bytes of memory, in all and without what programs hold: by Linux's own word, elsewhere by psutil's."""
+    told = dict(line.split(":", 1) for line in _read(_MEMINFO).splitlines())
+    try:
+        total, available = (1024 * int(told[key].removesuffix("kB")) for key in ("MemTotal", "MemAvailable"))
+    except (KeyError, ValueError):
+        import psutil  # takes as long to import as all else here
+
+        memory = psutil.virtual_memory()
+        total, available = memory.total, memory.available
+    return total, available
 
 
 class OtherLoad:
@@ -73,6 +85,8 @@ class OtherLoad:
 
 def _processor_seconds() -> tuple[float, float, float]:
     """Seconds of all cores since the start: in all, not idle, and of this process with its children."""
+    import psutil
+
     times = psutil.cpu_times()._asdict()
     times = {name: value for name, value in times.items() if not name.startswith("guest")}  # part of user already
     idle = times["idle"] + times.get("iowait", 0.0)

@@ -14,7 +14,9 @@ from bitladder.kernels.compiled import Compiled
 from bitladder.kernels.rows import AFFINE, EFFORTS, SCALE, Effort, Row, Search, affine_search, scale_search
 
 CHUNK_WEIGHTS = 1 << 17
-"""Weights handed to a kernel at once: half a megabyte of float32."""
+"""Weights handed to a kernel at once where threads share the rows: half a megabyte of float32."""
+CHUNK_ALONE = 1 << 20
+"""Weights handed to a kernel by a thread alone: kernels go through them once, and a call takes as long as 10,000."""
 
 F32Array = NDArray[np.float32]
 U8Array = NDArray[np.uint8]
@@ -241,10 +243,10 @@ def _checked_importance(importance: F32Array | None, columns: int) -> F32Array |
 
 
 def _over_rows(part: Callable[[int, int], None], rows: int, columns: int, threads: int) -> None:
-    """Call ``part(start, stop)`` over all rows, in chunks that fit a cache, on several threads."""
+    """Call ``part(start, stop)`` over all rows, in chunks, on several threads."""
     if rows == 0 or columns == 0:
         return
-    step = max(1, CHUNK_WEIGHTS // columns)
+    step = max(1, (CHUNK_WEIGHTS if threads > 1 else CHUNK_ALONE) // columns)
     spans = [(start, min(start + step, rows)) for start in range(0, rows, step)]
     if threads <= 1 or len(spans) <= 1:
         for span in spans:

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from bitladder.errors import BadInput, BadWeights, BitladderError
 from bitladder.files.following import AHEAD, FollowingHash
 from bitladder.files.gguf import GgufFile, joined_sha256
-from bitladder.files.gguf_writer import GgufWriter, allow_files, piece_digest
+from bitladder.files.gguf_writer import Flusher, GgufWriter, allow_files, piece_digest
 from bitladder.files.level_files import NO_IMPORTANCE, LevelDraft, check_space, draft_level, refuse_overwriting
 from bitladder.formats.blocks import QTYPES
 from bitladder.formats.recipes import level_named
@@ -283,8 +283,9 @@ class _Pass:
                 for qtype, targets in work.targets.items():
                     for writer, number in targets:
                         writer.done(number, piece_digest(work.digests[qtype]))
+                        flusher.wrote(writer, writer.plan.tensors[number].nbytes)
 
-        with ThreadPoolExecutor(threads, thread_name_prefix="quantize") as pool:
+        with ThreadPoolExecutor(threads, thread_name_prefix="quantize") as pool, Flusher() as flusher:
             try:
                 for work in works:
                     place = self.source.place(work.info.name)
