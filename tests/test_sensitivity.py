@@ -14,7 +14,8 @@ from bitladder.files.gguf import GgufFile
 from bitladder.formats.recipes import is_quantizable, types_for
 from bitladder.plan.recipe import predicted
 from bitladder.progress import silent
-from bitladder.stages.sensitivity import sensitivity_table
+from bitladder.stages.imatrix import importance_matrix
+from bitladder.stages.sensitivity import sensitivity_table, weigh
 from bitladder.stages.walk import Candidate, walk
 
 
@@ -116,6 +117,18 @@ def test_a_table_of_every_family(name, tmp_path):
                 assert losses["Q8_0"] < losses["Q5_0"] < losses["Q4_0"], info.name
         coarse = dict.fromkeys(table.losses, "Q4_0")
         assert predicted(table, coarse, feedback=True) < predicted(table, coarse, feedback=False)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2moe"])
+def test_weighing_sees_the_inputs_that_an_importance_matrix_sees(name, tmp_path):
+    source, windows = _opened(name, tmp_path)
+    with source:
+        found = weigh(source, windows).importance
+        expected = importance_matrix(source, windows).vectors()
+        quantized = [info.name for info in source.model.tensors if is_quantizable(info) and info.name in expected]
+        assert len(quantized) > 10
+        for tensor in quantized:
+            np.testing.assert_allclose(found[tensor], expected[tensor], rtol=1e-3, atol=1e-6)
 
 
 def test_too_little_text_is_refused(tmp_path):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bitladder.describe.windows import Window, tokens_hash
+from bitladder.engines.calibration import InputStatistics
 from bitladder.engines.feedback import FeedbackSettings, factor_of
 from bitladder.engines.layers import LayeredModel
 from bitladder.engines.sensitivity import EmbeddingSensitivity, Sensitivity, SensitivityPass
@@ -32,7 +34,21 @@ _ROWS, _MATRICES = 512, 8
 _FEW_TOKENS = 1024
 
 
-def sensitivity_table(
+@dataclass(frozen=True)
+class Weighed:
+    """Predicted losses, and the mean squares of each tensor's inputs as quantizers take them: f32[columns], or
+    f32[matrices, columns] for a stack."""
+
+    table: SensitivityTable
+    importance: Mapping[str, F32]
+
+
+def sensitivity_table(source: GgufFile, windows: Sequence[Window], *, threads: int = 1) -> SensitivityTable:
+    """The table of ``weigh`` alone."""
+    return weigh(source, windows, threads=threads).table
+
+
+def weigh(
     source: GgufFile,
     windows: Sequence[Window],
     *,
@@ -41,7 +57,7 @@ def sensitivity_table(
     state_bytes: int = GiB,
     spill: Path | None = None,
     progress: Progress = silent,
-) -> SensitivityTable:
+) -> Weighed:
     """Predict what every (tensor, type) costs, not yet compared with measurements.
 
     Args:
@@ -71,6 +87,8 @@ def sensitivity_table(
     shelf = Shelf(batches, source.model.dims.n_embd, budget_bytes=state_bytes, folder=spill)
     tensors = {info.name: info for info in source.model.tensors if is_quantizable(info)}
     found: dict[str, dict[str, TensorLoss]] = {}
+    importance: dict[str, F32] = {}
+    pivots = _Pivots()
 
     def take(sensitivity: Sensitivity | EmbeddingSensitivity) -> None:
         name = EMBEDDING if isinstance(sensitivity, EmbeddingSensitivity) else sensitivity.name
@@ -80,18 +98,42 @@ def sensitivity_table(
         losses = (
             _of_embedding(info, weights, sensitivity, threads)
             if isinstance(sensitivity, EmbeddingSensitivity)
-            else _of_matrix(info, weights, sensitivity, threads)
+            else _of_matrix(info, weights, sensitivity, pivots, threads)
         )
+        if isinstance(sensitivity, Sensitivity):
+            importance[name] = _importance(sensitivity)
         found[name] = _added(found[name], losses) if name in found else losses  # tied: read both ways
         weights.forget(name)
 
     SensitivityPass(model, weights, batches, shelf).run(take, progress)
-    return SensitivityTable(
-        source.sha256, tokens_hash(windows), tokens, {name: tuple(own.values()) for name, own in found.items()}
-    )
+    losses = {name: tuple(own.values()) for name, own in found.items()}
+    return Weighed(SensitivityTable(source.sha256, tokens_hash(windows), tokens, losses), importance)
 
 
-def _of_matrix(info: TensorInfo, weights: FileWeights, seen: Sensitivity, threads: int) -> dict[str, TensorLoss]:
+def _importance(seen: Sensitivity) -> F32:
+    """Mean squares of the inputs; those of an expert that no token reached all alike."""
+    means = [one.squares / one.tokens if one.tokens else np.ones_like(one.squares) for one in seen.inputs]
+    return np.asarray(means[0] if len(means) == 1 else np.stack(means), np.float32)
+
+
+class _Pivots:
+    """What an error of each column costs per token once later columns make up for it; kept for the tensors that read
+    the same input, which come one after another."""
+
+    def __init__(self) -> None:
+        self._last: tuple[InputStatistics | None, NDArray[np.float64]] = (None, np.empty(0))
+
+    def of(self, name: str, inputs: InputStatistics) -> NDArray[np.float64]:
+        """f64[columns] for one input; ``name`` is told where its Hessian cannot be factored."""
+        if self._last[0] is not inputs:
+            _, factor = factor_of(name, inputs, FeedbackSettings())
+            self._last = (inputs, factor.pivots[np.argsort(factor.order)] / inputs.tokens)
+        return self._last[1]
+
+
+def _of_matrix(
+    info: TensorInfo, weights: FileWeights, seen: Sensitivity, pivots: _Pivots, threads: int
+) -> dict[str, TensorLoss]:
     """Losses of a matrix or a stack of them, from the rows that weigh most and a sample of the others."""
     rows = info.shape[-2]
     matrices = int(np.prod(info.shape[:-2], dtype=int))
@@ -104,8 +146,7 @@ def _of_matrix(info: TensorInfo, weights: FileWeights, seen: Sensitivity, thread
         energy = seen.rows[matrix if len(seen.rows) > 1 else 0]
         chosen, share = _sampled(energy)
         own = weights(info.name, chosen + matrix * rows)
-        _, factor = factor_of(info.name, inputs, FeedbackSettings())
-        fed = factor.pivots[np.argsort(factor.order)] / inputs.tokens
+        fed = pivots.of(info.name, inputs)
         energies = inputs.squares.astype(np.float32)
         plain = inputs.squares / inputs.tokens
         for qtype, total in totals.items():

@@ -12,13 +12,14 @@ from bitladder import __version__
 from bitladder.errors import BadInput
 from bitladder.progress import Progress
 from bitladder.records.recipe import SensitivityTable, TensorLoss
-from bitladder.steps.calibrated import AUTO, calibration_texts, importance_of
+from bitladder.steps.calibrated import calibration_texts
 from bitladder.steps.jobs import job, walking_need
 from bitladder.steps.journal import Journal
 
 if TYPE_CHECKING:
     from bitladder.describe.windows import Window
     from bitladder.files.gguf import GgufFile
+    from bitladder.stages.sensitivity import Weighed
 
 _WEIGHING_TOKENS = 4096
 """Tokens that sensitivities are taken from: row weights are means over all of them, so a few thousand do."""
@@ -72,7 +73,7 @@ def weighed_tensors(
     from bitladder.files.folders import cache_folder
     from bitladder.kernels import REVISION
     from bitladder.kernels.feedback import REVISION as FEEDBACK_REVISION
-    from bitladder.stages.sensitivity import sensitivity_table
+    from bitladder.stages.sensitivity import weigh
 
     text = text_hash(calibration_texts(texts))[:16]
     kept = cache_folder("sensitivity", f"{source.sha256[:16]}-{text}-{__version__}-{REVISION}-{FEEDBACK_REVISION}.json")
@@ -81,8 +82,8 @@ def weighed_tensors(
         return _read_table(kept), kept
     need = walking_need(source, parts.weighing, ("",) * 3, kind="weigh")
     with job(need.named(f"weigh {source.model.name}'s tensors"), journal):
-        table = sensitivity_table(source, parts.weighing, threads=threads, progress=progress)
-    table = _checked(source, table, parts, texts, threads, journal, progress)
+        weighed = weigh(source, parts.weighing, threads=threads, progress=progress)
+    table = _checked(source, weighed, parts, threads, journal, progress)
     keep_table(kept, table)
     return table, kept
 
@@ -107,13 +108,7 @@ def _read_table(path: Path) -> SensitivityTable:
 
 
 def _checked(
-    source: GgufFile,
-    table: SensitivityTable,
-    parts: RecipeTexts,
-    texts: Sequence[Path],
-    threads: int,
-    journal: Journal,
-    progress: Progress,
+    source: GgufFile, weighed: Weighed, parts: RecipeTexts, threads: int, journal: Journal, progress: Progress
 ) -> SensitivityTable:
     """Measure a few whole recipes, made on the fly, and scale the predictions to them."""
     import numpy as np
@@ -122,8 +117,9 @@ def _checked(
     from bitladder.plan.recipe import Wish, bounds, choose, fitted, predicted
     from bitladder.stages.walk import Candidate, walk
 
-    importance = importance_of(source, AUTO, texts=texts, threads=threads, journal=journal, progress=progress)
-    quantizer = Quantizer(FileWeights(source, threads=threads), importance=importance, effort="fast", threads=threads)
+    table = weighed.table
+    exact = FileWeights(source, threads=threads)
+    quantizer = Quantizer(exact, importance=weighed.importance, effort="fast", threads=threads)
     least, most = (8 * size / sum(t.elements for t in source.model.tensors) for size in bounds(source.model))
     sizes = np.geomspace(_CHECKED[0] * least, min(_CHECKED[1], most), _CHECKED[2])
     recipes = [
