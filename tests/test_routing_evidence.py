@@ -17,6 +17,7 @@ from bitladder.serve.escalation import (
     score,
 )
 from bitladder.serve.evidence import (
+    HeldOut,
     RoutedInput,
     advise,
     agreement_bar,
@@ -241,4 +242,12 @@ def test_chance_losses_without_a_net_loss_are_no_reason_to_route():
     inputs = [*kind("a", 40, 2, 1), *kind("b", 40, 1, 2), *kind("c", 40, 1, 1), *kind("d", 40, 0, 1)]
     advice = advise(inputs, np.random.default_rng(0))
     assert advice.rule.fixed == "speed"
-    assert advice.sentence.startswith("Routing gains nothing: the speed tier lost nothing net on 160 inputs, and on")
+    assert advice.sentence.startswith("Routing gains nothing: the speed tier lost nothing net on 160 inputs, nor")
+
+
+def test_of_two_ways_that_pay_the_one_that_passes_more_is_used():
+    tags, sure = HeldOut(1.5, 0.08, 200, 0.06, 0.02), HeldOut(1.0, 0.03, 200, 0.02, 0.0)
+    assert tags.pays and sure.pays
+    assert tags.better_than(sure) and not sure.better_than(tags)
+    assert HeldOut(1.0, 0.02, 200, 0.02, 0.0).better_than(sure)  # as many, for less
+    assert not HeldOut(12.0, 0.06, 200, 0.03, -0.01).pays  # a net loss of two inputs, recovered by chance
