@@ -7,7 +7,7 @@ import torch
 import tiny_models
 from bitladder.describe.windows import Window
 from bitladder.engines.calibration import LayerPass
-from bitladder.engines.checkpoint_walk import said
+from bitladder.engines.checkpoint_walk import held_out, said
 from bitladder.engines.layers import LayeredModel
 from bitladder.engines.states import States, batches_of
 from bitladder.engines.streams import LayerOutput
@@ -64,3 +64,26 @@ def test_progress_says_each_loss_where_they_fit():
     experts = LayerOutput(losses=[LinearLoss(f"mlp.experts.{n}.up_proj", n / 1000, 9) for n in range(9)])
     assert said(experts) == " (error up to 0.80%, up)"
     assert said(LayerOutput(losses=[LinearLoss("mlp.up_proj", float("nan"), 0)])) == ""
+
+
+def test_windows_held_out_are_summed_apart_and_in_all(layer):
+    model, opened = layer
+    inputs = [shared for shared in model.family.inputs if shared.kind == "linear"]
+    apart, others, whole = (
+        opened(64).gather_all(inputs, held_out=frozenset(places)) for places in ((0, 3), (1, 2), ())
+    )
+    for [one], [other], [plain] in zip(apart, others, whole, strict=True):
+        np.testing.assert_allclose(one.held_out + other.held_out, plain.gram, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(one.gram, plain.gram, rtol=1e-4, atol=1e-4)
+        np.testing.assert_array_equal(one.squares, plain.squares)
+        assert plain.held_out.shape == (0, 0)
+        assert np.abs(one.held_out - other.held_out).max() > 1e-3
+
+
+def test_whole_documents_are_held_out():
+    def places(names: str) -> set[int]:
+        return set(held_out([Window(name, np.arange(4)) for name in names]))
+
+    assert places("aaaa") == {1, 3}
+    assert places("aabcc") == {2, 3, 4}
+    assert places("a") == places("") == set()

@@ -72,7 +72,7 @@ def test_folding_changes_no_prediction(name, tmp_path):
     assert fidelity.kl_mean < 1e-7
 
 
-def test_an_inputs_error_is_never_above_that_without_scales(tmp_path):
+def test_an_inputs_error_on_held_out_text_is_never_above_that_without_scales(tmp_path):
     """The closed form against errors of real outputs, with the very files' types and search."""
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
     with GgufFile.open(loud("llama", tmp_path / "tiny.gguf", **sizes)) as source:
@@ -86,14 +86,15 @@ def test_an_inputs_error_is_never_above_that_without_scales(tmp_path):
         for shared in reversed(model.family.inputs):
             columns = block.get_submodule(shared.module).weight.shape[1]
             x = rng.normal(size=(400, columns)).astype(np.float32) * rng.lognormal(0, 1.5, columns).astype(np.float32)
+            seen = rng.normal(size=(400, columns)).astype(np.float32) * np.sqrt((x**2).mean(axis=0))
             before = {role: block_weights(block, model, role) for role in shared.roles}
-            losses = folder.fold(shared, x.T @ x)
+            losses = folder.fold(shared, seen.T @ seen, x.T @ x)
             wrong = plain = 0.0
             for role, weight in before.items():
                 name = f"blk.1.{role}"
                 fold = folder.folds.get(name, Fold())
                 factors = np.ones(columns, np.float32) if fold.columns is None else fold.columns
-                energy = (x**2).sum(axis=0)
+                energy = (seen**2).sum(axis=0)
                 stored = round_trip(weight * factors, energy / factors**2) / factors
                 error = ((x @ (stored - weight).T) ** 2).sum()
                 assert losses[name] == pytest.approx(error / ((x @ weight.T) ** 2).sum(), rel=1e-3)
@@ -102,6 +103,23 @@ def test_an_inputs_error_is_never_above_that_without_scales(tmp_path):
             assert wrong <= plain * (1 + 1e-6)
             better += wrong < 0.95 * plain
         assert better >= 2
+
+
+def test_scales_that_fit_other_text_only_are_dropped(tmp_path):
+    """What is loud where scales are searched is silent where they are judged, and the other way round."""
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+    with GgufFile.open(loud("llama", tmp_path / "tiny.gguf", **sizes)) as source:
+        weights = FileWeights(source)
+        model = LayeredModel(source.model, weights)
+        qtypes = {f"blk.1.{role}": "Q3_K" for shared in model.family.inputs for role in shared.roles}
+        rng = np.random.default_rng(0)
+        shared = model.family.inputs[-1]
+        loudness = rng.lognormal(0, 1.5, 512)
+        x, y = ((rng.normal(size=(400, 512)) * own).astype(np.float32) for own in (loudness, 1 / loudness))
+        for held_out, folds in ((x.T @ x, True), (y.T @ y, False), (np.zeros((512, 512), np.float32), False)):
+            folder = KQuantFolder(model, 1, model.layer(1, weights), qtypes, 1)
+            folder.fold(shared, x.T @ x, held_out)
+            assert bool(folder.folds) is folds
 
 
 def block_weights(block, model, role: str) -> np.ndarray:

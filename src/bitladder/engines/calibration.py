@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,57 +57,89 @@ class InputStatistics:
     squares: F64
     """Sum of squares of each channel, f64[columns]: llama.cpp's importance matrix."""
     tokens: int
+    held_out: F32
+    """The part of ``gram`` that comes from windows held out, of a linear layer's input; else f32[0, 0]."""
 
 
 class Sums:
     """Running sums of one input. Only the blocks of the Gram matrix on and above the diagonal are computed."""
 
     def __init__(
-        self, columns: int, device: torch.device, *, gram: bool, largest: bool = True, half: bool = False
+        self,
+        columns: int,
+        device: torch.device,
+        *,
+        gram: bool,
+        largest: bool = True,
+        half: bool = False,
+        apart: bool = False,
     ) -> None:
-        """``gram``, ``largest``: what is asked for besides squares. ``half``: multiply in bfloat16."""
-        self.gram = torch.zeros(columns, columns, device=device) if gram else torch.zeros(0, 0)
+        """``gram``, ``largest``: what is asked for besides squares. ``half``: multiply in bfloat16. ``apart``: a Gram
+        matrix more, of the tokens that are held out."""
+        nothing = torch.zeros(0, 0)
+        self.gram = torch.zeros(columns, columns, device=device) if gram else nothing
+        self._held_out = torch.zeros_like(self.gram) if apart else nothing
         self.largest = torch.zeros(columns if largest else 0, device=device)
         self.squares = torch.zeros(columns, dtype=torch.float64, device=device)
         self.tokens = 0
         self._half = half and columns > 4 * _LOUD
 
-    def add(self, x: torch.Tensor) -> None:
-        """Take in f32[tokens, columns]."""
+    def add(self, x: torch.Tensor, held_out: torch.Tensor | None = None) -> None:
+        """Take in f32[tokens, columns]; ``held_out`` bool[tokens]."""
         if not len(x):
             return
         squares = torch.linalg.vecdot(x, x, dim=0)
-        if self._half and len(self.gram):
-            self._add_half(x, squares.topk(_LOUD).indices)
+        if held_out is None:
+            self._multiply(x, self.gram, squares)
         else:
-            for start in range(0, len(self.gram), _STRIP):
-                strip = x[:, start : start + _STRIP]
-                self.gram[start : start + _STRIP, start:].addmm_(strip.T, x[:, start:])
+            self._multiply(x[~held_out], self.gram, squares)
+            self._multiply(x[held_out], self._held_out, squares)
         if len(self.largest):
             torch.maximum(self.largest, x.abs().amax(dim=0), out=self.largest)
         self.squares += squares
         self.tokens += len(x)
 
-    def _add_half(self, x: torch.Tensor, loud: torch.Tensor) -> None:
-        """Products in bfloat16, but those of the ``loud`` channels. What lands below the diagonal is never read."""
-        half = x.bfloat16().index_fill_(1, loud, 0)
-        for start in range(0, len(self.gram), _STRIP):
-            self.gram[start : start + _STRIP, start:] += half[:, start : start + _STRIP].T @ half[:, start:]
-        products = x[:, loud].T @ x
-        self.gram.index_add_(0, loud, products)
-        self.gram.index_add_(1, loud, products.index_fill_(1, loud, 0).T)
+    def _multiply(self, x: torch.Tensor, gram: torch.Tensor, squares: torch.Tensor) -> None:
+        if self._half and len(gram):
+            _add_half(gram, x, squares.topk(_LOUD).indices)
+            return
+        for start in range(0, len(gram), _STRIP):
+            strip = x[:, start : start + _STRIP]
+            gram[start : start + _STRIP, start:].addmm_(strip.T, x[:, start:])
 
     def result(self) -> InputStatistics:
-        """The sums so far, the Gram matrix whole."""
+        """The sums so far, the Gram matrices whole."""
         with inference():
-            for start in range(0, len(self.gram), _STRIP):  # in place: the matrix may be as large as the layer
-                strip = slice(start, start + _STRIP)
-                corner = torch.triu(self.gram[strip, strip])
-                self.gram[strip, strip] = corner + torch.triu(corner, 1).T
-                self.gram[start + _STRIP :, strip] = self.gram[strip, start + _STRIP :].T
+            if len(self._held_out):
+                self.gram += self._held_out
+            _complete(self.gram)
+            _complete(self._held_out)
         return InputStatistics(
-            self.gram.cpu().numpy(), self.largest.cpu().numpy(), self.squares.cpu().numpy(), self.tokens
+            self.gram.cpu().numpy(),
+            self.largest.cpu().numpy(),
+            self.squares.cpu().numpy(),
+            self.tokens,
+            self._held_out.cpu().numpy(),
         )
+
+
+def _add_half(gram: torch.Tensor, x: torch.Tensor, loud: torch.Tensor) -> None:
+    """Products in bfloat16, but those of the ``loud`` channels. What lands below the diagonal is never read."""
+    half = x.bfloat16().index_fill_(1, loud, 0)
+    for start in range(0, len(gram), _STRIP):
+        gram[start : start + _STRIP, start:] += half[:, start : start + _STRIP].T @ half[:, start:]
+    products = x[:, loud].T @ x
+    gram.index_add_(0, loud, products)
+    gram.index_add_(1, loud, products.index_fill_(1, loud, 0).T)
+
+
+def _complete(gram: torch.Tensor) -> None:
+    """Mirror the upper half, in place: the matrix may be as large as the layer."""
+    for start in range(0, len(gram), _STRIP):
+        strip = slice(start, start + _STRIP)
+        corner = torch.triu(gram[strip, strip])
+        gram[strip, strip] = corner + torch.triu(corner, 1).T
+        gram[start + _STRIP :, strip] = gram[strip, start + _STRIP :].T
 
 
 class _Reached(Exception):
@@ -153,18 +186,22 @@ class LayerPass:
             BadWeights: the inputs are not finite.
         """
         sums: list[Sums] = []
+        new = partial(Sums, gram=True, largest=False, half=self._half)
         whole = frozenset(self._kept)  # what this very pass begins to keep is there for the batches before, not after
         for batch in self._batches:
-            with self._arithmetic(), self._resumed(batch, whole), self._watched(shared, batch, sums, stop=True):
+            with self._arithmetic(), self._resumed(batch, whole), self._watched(shared, batch, sums, new, stop=True):
                 try:
                     self.model.run(self.block, self.layer, self._entering(batch))
                 except _Reached:
                     continue
         return [self._checked(shared, one) for one in sums]
 
-    def gather_all(self, inputs: Sequence[SharedInput], *, gram: bool = True) -> list[list[InputStatistics]]:
+    def gather_all(
+        self, inputs: Sequence[SharedInput], *, gram: bool = True, held_out: frozenset[int] = frozenset()
+    ) -> list[list[InputStatistics]]:
         """Statistics of all inputs in one forward pass with the weights as they are, which also finishes the
-        layer. Without ``gram`` only squares are summed, which costs little beside the pass.
+        layer. Without ``gram`` only squares are summed, which costs little beside the pass. ``held_out``:
+        windows that have a Gram matrix of their own, too, by their place in the list that batches were made of.
 
         Raises:
             BadWeights: an input is not finite.
@@ -173,7 +210,9 @@ class LayerPass:
         for batch in self._batches:
             with self._arithmetic(), ExitStack() as watching:
                 for shared, own in zip(inputs, sums, strict=True):
-                    watching.enter_context(self._watched(shared, batch, own, stop=False, gram=gram))
+                    apart = held_out if gram and shared.kind == "linear" else frozenset()
+                    new = partial(Sums, gram=gram, half=self._half, apart=bool(apart))
+                    watching.enter_context(self._watched(shared, batch, own, new, stop=False, held_out=apart))
                 self._states.put(batch, self.model.run(self.block, self.layer, self._entering(batch)))
         return [[self._checked(shared, one) for one in own] for shared, own in zip(inputs, sums, strict=True)]
 
@@ -198,9 +237,18 @@ class LayerPass:
 
     @contextmanager
     def _watched(
-        self, shared: SharedInput, batch: Batch, sums: list[Sums], *, stop: bool, gram: bool = True
+        self,
+        shared: SharedInput,
+        batch: Batch,
+        sums: list[Sums],
+        new: Callable[[int, torch.device], Sums],
+        *,
+        stop: bool,
+        held_out: frozenset[int] = frozenset(),
     ) -> Iterator[None]:
         valid = torch.from_numpy(batch.valid).to(self.model.device)
+        apart = torch.tensor([window in held_out for window in batch.windows], device=valid.device)
+        tokens_apart = apart[:, None].expand_as(valid)[valid] if held_out else None
 
         def seen(module: nn.Module, arguments: tuple[Any, ...]) -> None:
             x = arguments[0]
@@ -208,8 +256,8 @@ class LayerPass:
                 self._keep(shared.module, batch, x)
             for number, found in enumerate(vectors(shared.kind, module, arguments, valid.reshape(-1))):
                 if number == len(sums):
-                    sums.append(Sums(found.shape[1], found.device, gram=gram, largest=not stop, half=self._half))
-                sums[number].add(found)
+                    sums.append(new(found.shape[1], found.device))
+                sums[number].add(found, tokens_apart)
             if stop:
                 raise _Reached
 

@@ -21,7 +21,7 @@ from bitladder.engines.streams import LayerOutput, ReferenceStream, SequentialSt
 from bitladder.engines.weights import FileWeights
 from bitladder.files.layer_store import LayerStore
 from bitladder.formats import disk_names, roles
-from bitladder.formats.vectors import Product
+from bitladder.formats.vectors import FoldedLevel, Product
 from bitladder.progress import Progress
 from bitladder.units import GiB
 
@@ -151,11 +151,13 @@ class CheckpointWalk:
         plain = [level for level in self.stores if level.method != "GPTQ"]
         if plain:
             needs_text = any(level.method != "INT8" or level.smooth for level in plain)
-            batches = batches_of(_share(windows, self.settings.reference_tokens)) if needs_text else []
+            read = _share(windows, self.settings.reference_tokens) if needs_text else []
+            batches = batches_of(read)
             states, done = self._resumed(plain, batches)
             reference = ReferenceStream(
                 self.model, self.weights, plain, states, batches,
                 scale_dtype=scale_dtype, threads=self.settings.threads,
+                held_out=held_out(read) if any(isinstance(level, FoldedLevel) for level in plain) else frozenset(),
             )  # fmt: skip
             made.append((reference, done))
         for level in (level for level in self.stores if level.method == "GPTQ"):
@@ -240,6 +242,18 @@ def said(output: LayerOutput) -> str:
 def _short(name: str) -> str:
     """``self_attn.q_proj`` as ``q``, ``blk.0.attn_q.weight`` as ``attn_q``."""
     return name.removesuffix(".weight").rpartition(".")[2].removesuffix("_proj")
+
+
+def held_out(windows: Sequence[Window]) -> frozenset[int]:
+    """About half of the windows, by their places: whole documents, or every other window of a single one."""
+    documents = [window.document for window in windows]
+    if len(set(documents)) == 1:
+        return frozenset(range(1, len(windows), 2))
+    halves: tuple[set[int], set[int]] = set(), set()
+    for name in dict.fromkeys(documents):
+        smaller = min(halves, key=len)
+        smaller |= {at for at, document in enumerate(documents) if document == name}
+    return frozenset(halves[1])
 
 
 def _share(windows: Sequence[Window], tokens: int) -> list[Window]:

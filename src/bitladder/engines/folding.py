@@ -4,8 +4,9 @@ the result is packed as K-quants.
     columns of the matrices that read an input  x s         the norm, or the rows of the matrix, before it  / s
 
 For K-quants the round trip through the very types of llama.cpp's recipe, under the importance that folding leaves
-(mean squares / s^2), is what candidates are compared by. Scales that do not lower the error of the outputs with
-all rows and the final search are dropped, so an input is never left worse than without them.
+(mean squares / s^2), is what candidates are compared by, on half of the calibration text. Scales stay only where
+they lower the error of the outputs on the other half, with all rows and the final search: chosen and judged on the
+same text, they nearly always seemed to pay, and on other text often did not (docs/log.md).
 """
 
 from __future__ import annotations
@@ -99,8 +100,13 @@ class KQuantFolder:
         self._threads = threads
         self.folds: dict[str, Fold] = {}
 
-    def fold(self, shared: SharedInput, gram: F32) -> dict[str, float]:
+    def fold(self, shared: SharedInput, gram: F32, held_out: F32) -> dict[str, float]:
         """Fold one input where that pays; returns the error of each tensor's outputs as a share of their energy.
+
+        Args:
+            shared: The input.
+            gram: ``X^T X`` of the text that scales are searched on, f32[columns, columns].
+            held_out: The same of the text that they are judged on, and errors told of.
 
         Raises:
             ValueError: the Gram matrix is not finite.
@@ -114,9 +120,9 @@ class KQuantFolder:
         group = max(QTYPES[qtype].block_size for qtype in qtypes)
         trips = [self._round_trip(qtype, "fast") for qtype in qtypes]
         factors = awq.prepare(gram, weights, trips, group_size=group, tied=place.tied).factors
-        plain = self._losses(weights, qtypes, gram, np.ones_like(factors))
-        folded = self._losses(weights, qtypes, gram, factors)
-        if _energy(folded, weights, gram) >= _energy(plain, weights, gram):
+        plain = self._losses(weights, qtypes, gram, held_out, np.ones_like(factors))
+        folded = self._losses(weights, qtypes, gram, held_out, factors)
+        if not _energy(folded, weights, held_out) < _energy(plain, weights, held_out):  # nor where nothing was held out
             return dict(zip(names, plain, strict=True))
         fold(self._block, place, factors)
         for name in names:
@@ -125,12 +131,14 @@ class KQuantFolder:
             self.folds[layer_tensor(self._layer, parameter.roles[0])] = Fold(None, place.divisors(factors))
         return dict(zip(names, folded, strict=True))
 
-    def _losses(self, weights: Sequence[F32], qtypes: Sequence[str], gram: F32, factors: F32) -> list[float]:
+    def _losses(
+        self, weights: Sequence[F32], qtypes: Sequence[str], gram: F32, held_out: F32, factors: F32
+    ) -> list[float]:
         importance = np.asarray(np.diagonal(gram) / factors**2, np.float32)
         found = []
         for weight, qtype in zip(weights, qtypes, strict=True):
             stored = self._round_trip(qtype, "good")(weight * factors, importance)
-            found.append(relative_error(stored / factors - weight, weight, gram))
+            found.append(relative_error(stored / factors - weight, weight, held_out))
         return found
 
     def _round_trip(self, qtype: str, effort: Effort) -> awq.RoundTrip:

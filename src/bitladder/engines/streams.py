@@ -157,13 +157,14 @@ class ReferenceStream:
         *,
         scale_dtype: str = "float16",
         threads: int = 1,
+        held_out: frozenset[int] = frozenset(),
     ) -> None:
         """``states`` hold the embeddings, or are None where no level needs activations. ``threads``: for
-        packing K-quants."""
+        packing K-quants. ``held_out``: windows that folds are judged on, not searched; without any none is made."""
         self.model, self.levels, self.states = model, tuple(levels), states
         self._weights, self._batches, self._scale_dtype = weights, batches, scale_dtype
         self._gram = any(level.method == "AWQ" or level.smooth for level in levels)
-        self._threads = threads
+        self._threads, self._held_out = threads, held_out
         self._qtypes = {
             level: folding.recipe_types(level, model.model) for level in levels if isinstance(level, FoldedLevel)
         }
@@ -182,7 +183,7 @@ class ReferenceStream:
         gathered: list[list[InputStatistics] | None] = [None] * len(inputs)
         if self.states is not None:
             through = LayerPass(self.model, layer, block, self.states, self._batches)
-            gathered = [*through.gather_all(inputs, gram=self._gram)]
+            gathered = [*through.gather_all(inputs, gram=self._gram, held_out=self._held_out)]
         original = {name: value.detach().clone() for name, value in block.named_parameters()}
         outputs = {}
         for level in self.levels:
@@ -217,11 +218,12 @@ class ReferenceStream:
         gathered: Sequence[list[InputStatistics] | None],
     ) -> LayerOutput:
         output = LayerOutput()
-        seen = [(shared, found[0]) for shared, found in zip(inputs, gathered, strict=True) if found]
+        pairs = zip(inputs, gathered, strict=True)
+        seen = [(shared, found[0]) for shared, found in pairs if found and len(found[0].held_out)]
         folder = folding.KQuantFolder(self.model, layer, block, self._qtypes[level], self._threads)
         for shared, statistics in reversed(seen):  # what is folded into a matrix's rows comes before its columns
             with _naming(layer, shared.module):
-                losses = folder.fold(shared, statistics.gram)
+                losses = folder.fold(shared, statistics.gram - statistics.held_out, statistics.held_out)
             output.losses[:0] = [LinearLoss(name, loss, statistics.tokens) for name, loss in losses.items()]
         output.vectors = {
             f"{name}.{kind}": vector for name, fold in folder.folds.items() for kind, vector in fold.vectors().items()
