@@ -147,10 +147,13 @@ def test_the_verb_from_a_budget_to_a_file_and_on_to_another_checkpoint(tiny, tmp
 
     case = tiny_models.CASES["llama with biases"]
     other = tiny_models.write(case, tiny_models.make(case), tmp_path / "other.gguf")
-    again = run(app, ["recipe", path, "--apply", str(other), "--out", str(tmp_path / "again"), "--json"])
+    again = run(
+        app, ["recipe", path, "--apply", str(other), "--out", str(tmp_path / "again"), "--effort", "fast", "--json"]
+    )
     assert again.exit_code == 0, again.output
     copied = json.loads(again.stdout)["fitted"]["file"]["path"]
     with GgufFile.open(Path(path)) as one, GgufFile.open(Path(copied)) as two:
+        assert str(two.metadata["bitladder.method"]).startswith("feedback fast")
         assert {t.name: t.qtype for t in one.model.tensors} == {t.name: t.qtype for t in two.model.tensors}
 
 
@@ -168,9 +171,10 @@ def test_a_recipe_for_another_shape_is_refused(tiny, tmp_path):
         (["--bpw", "4", "--budget", "1MB"], "together"),
         (["--vram", "1GB", "--bpw", "4"], "belong together"),
         (["--apply", "x", "--bpw", "4"], "finished file"),
+        (["--bpw", "4", "--effort", "wild"], "fast, good or best"),
     ],
 )
-def test_options_that_contradict_each_other(options, words_of_it, tiny):
+def test_options_that_cannot_be(options, words_of_it, tiny):
     result = CliRunner().invoke(app, ["recipe", str(tiny), *options])
     assert result.exit_code == 2
     assert words_of_it in result.stderr

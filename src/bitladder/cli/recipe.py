@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bitladder.cli.build import ALL_CORES, DEFAULT_CTX, CalibrationTexts, Threads
+from bitladder.cli.build import ALL_CORES, DEFAULT_CTX, CalibrationTexts, Threads, effort_named
 from bitladder.cli.terminal import JsonFlag, ModelArgument, print_json, progress_display, say, verb
 from bitladder.errors import UsageError
 from bitladder.units import parse_bytes
@@ -39,6 +39,7 @@ def recipe(
         str | None, typer.Option("--apply", metavar="MODEL", help="Make this model by the recipe of the file MODEL.")
     ] = None,
     text: CalibrationTexts = None,
+    effort: Annotated[str, typer.Option("--effort", help="fast, good or best: how hard codes are searched.")] = "good",
     threads: Threads = ALL_CORES,
     json_output: JsonFlag = False,
 ) -> None:
@@ -63,7 +64,10 @@ def recipe(
         if apply is not None:
             if limits or out is None:
                 raise UsageError("--apply takes a finished file's recipe as it is.", do="Give --out, and no limit.")
-            result = reapply(Path(model), apply, out, texts=texts, threads=threads, journal=journal, progress=progress)
+            result = reapply(
+                Path(model), apply, out, texts=texts, effort=effort_named(effort), threads=threads, journal=journal,
+                progress=progress,
+            )  # fmt: skip
         elif not limits:
             result = RecipeResult(read_recipe(Path(model)), float("nan"))
         else:
@@ -71,7 +75,7 @@ def recipe(
                 bytes=parse_bytes(budget) if budget else None, bpw=bpw, kl=kl, least_decode=least_decode,
                 gpu_layers=gpu_layers, vram_bytes=parse_bytes(vram) if vram else None,
             )  # fmt: skip
-            asked = Asked(wish, level=level, fits_ctx=ctx if fits else None, out=out)
+            asked = Asked(wish, level=level, fits_ctx=ctx if fits else None, out=out, effort=effort_named(effort))
             result = make_recipe(model, asked, texts=texts, threads=threads, journal=journal, progress=progress)
     if json_output:
         print_json({**vars(result), "jobs": journal.jobs})

@@ -54,7 +54,7 @@ class Asked:
     """Choose the budget so that the model fits this machine with this context."""
     out: Path | None = None
     effort: Effort = "good"
-    """How long to search for scales."""
+    """How long to search for scales, and how often codes and scales are improved in turns."""
 
 
 def make_recipe(
@@ -217,7 +217,15 @@ def fitted_level(
 
 
 def reapply(
-    file: Path, model: str, out: Path, *, texts: Sequence[Path], threads: int, journal: Journal, progress: Progress
+    file: Path,
+    model: str,
+    out: Path,
+    *,
+    texts: Sequence[Path],
+    effort: Effort = "good",
+    threads: int,
+    journal: Journal,
+    progress: Progress,
 ) -> RecipeResult:
     """Write another checkpoint by the recipe of an existing file.
 
@@ -232,7 +240,7 @@ def reapply(
     with GgufFile.open(resolve(model, progress).path) as source:
         own = reapplied(recipe, source.model)
         parts = parts_of_text(token_windows(source, calibration_texts(texts)))
-        return _written(source, own, parts, out, "good", threads, journal, progress)
+        return _written(source, own, parts, out, effort, threads, journal, progress)
 
 
 def read_recipe(file: Path) -> Recipe:
