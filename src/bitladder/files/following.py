@@ -14,7 +14,7 @@ from bitladder.files.hashing import recall, remember
 
 AHEAD = 256 << 20
 """Bytes that hashing may run ahead of a reader: it warms the cache, and has work while other modules are loaded."""
-_CHUNK = 1 << 20
+_CHUNK = 4 << 20
 
 
 class FollowingHash:
