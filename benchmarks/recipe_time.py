@@ -1,6 +1,6 @@
 """Claim: a budgeted recipe, weighed, written and proved, costs at most three times a GPTQ 4-bit walk.
 
-    scripts/bench recipe_time --model reference-f16.gguf [--bpw 4.5] [--threads 1] [--scratch DIR] [--json FILE]
+    scripts/bench recipe_time --model reference-f16.gguf [--bpw 4.5] [--threads 1] [--keep DIR [--one]] [--json FILE]
 
 Both are made of the calibration text that ships, from nothing: the walk rounds every linear layer to 4 bits in groups
 of 64 over all its windows; the recipe weighs every tensor, measures four recipes to scale its predictions, chooses,
@@ -34,17 +34,22 @@ LEVEL = "GPTQ-4bit-g64"
 
 
 class Clock:
-    """Processor seconds of each part."""
+    """Processor seconds of each part, kept in a folder with what it made; parts that are there are not done again."""
 
-    def __init__(self) -> None:
-        self.parts: dict[str, float] = {}
+    def __init__(self, folder: Path, *, one: bool) -> None:
+        self._file, self._one = folder / "seconds.json", one
+        self.parts: dict[str, float] = json.loads(self._file.read_text()) if self._file.exists() else {}
 
     def __call__(self, part: str, work: Callable[[], Any]) -> Any:
-        """Do the work on the clock."""
-        started = time.process_time()
+        """Do the work, on the clock the first time."""
+        known, started = part in self.parts, time.process_time()
         found = work()
-        self.parts[part] = time.process_time() - started
+        if not known:
+            self.parts[part] = time.process_time() - started
+            self._file.write_text(json.dumps(self.parts))
         print(f"{part:24} {self.parts[part]:6.0f} CPU s", flush=True)
+        if self._one and not known:
+            raise SystemExit(0)
         return found
 
 
@@ -53,23 +58,27 @@ def main() -> int:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--bpw", type=float, default=4.5)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--scratch", type=Path)
+    parser.add_argument("--keep", type=Path, help="folder for what is made; a broken-off run goes on there")
+    parser.add_argument("--one", action="store_true", help="end after one part")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if not options.model.exists():
         print(f"{options.model} is absent; nothing was measured")
         return 1
     torch.set_num_threads(options.threads)
-    clock, journal = Clock(), Journal()
-    with tempfile.TemporaryDirectory(dir=options.scratch) as scratch, GgufFile.open(options.model) as source:
-        os.environ["BITLADDER_CACHE"] = scratch  # nothing that an earlier run has kept
-        out, texts = Path(scratch), calibration_texts(())
+    journal = Journal()
+    with tempfile.TemporaryDirectory() as scratch, GgufFile.open(options.model) as source:
+        out = (options.keep or Path(scratch)).resolve()
+        out.mkdir(parents=True, exist_ok=True)
+        os.environ["BITLADDER_CACHE"] = str(out)  # nothing that an earlier run has kept elsewhere
+        clock, texts = Clock(out, one=options.one), calibration_texts(())
         windows = token_windows(source, texts)
         tokens = sum(len(window.tokens) for window in windows)
         parts = parts_of_text(windows)
         print(f"{tokens} tokens, {options.threads} threads, load {os.getloadavg()[0]:.1f}", flush=True)
         settings = Settings(threads=options.threads)
-        clock(LEVEL, lambda: quantize_checkpoints(source, [LEVEL], out, windows, name="walk", settings=settings))
+        if LEVEL not in clock.parts:
+            clock(LEVEL, lambda: quantize_checkpoints(source, [LEVEL], out, windows, name="walk", settings=settings))
         table, _ = clock(
             "weighing and checking", lambda: weighed_tensors(source, parts, (), options.threads, journal, silent)
         )
