@@ -1,4 +1,4 @@
-"""Claim: as the gateway's client, aiohttp costs several times less processor time than httpx.
+"""Claim: as the gateway's client, our own costs half of aiohttp's processor time, and a sixth of httpx's.
 
 One process asks the fake engine directly, one request after the other, with each library; its own processor
 time per request and per token of a stream is reported, which other load on the machine hardly changes. JSON
@@ -16,6 +16,9 @@ import aiohttp
 import gateway_setup
 import httpx
 import uvloop
+
+from bitladder.serve.backends import UpstreamRequest
+from bitladder.serve.connections import ConnectionPool, HttpBackend
 
 BODY = {"model": "fake", "messages": [{"role": "user", "content": "hello " * 50}]}
 Ask = Callable[[int, bool], Awaitable[int]]
@@ -39,7 +42,20 @@ async def main() -> None:
     rows = []
     with gateway_setup.fake_engine(interval_ms=1) as (address, _):
         url = f"{address}/v1/chat/completions"
-        async with aiohttp.ClientSession() as session, httpx.AsyncClient(trust_env=False) as client:
+        async with (
+            aiohttp.ClientSession() as session,
+            httpx.AsyncClient(trust_env=False) as client,
+            ConnectionPool(connect_s=5.0) as pool,
+        ):
+            backend = HttpBackend(pool, lambda: address)
+
+            async def with_ours(tokens: int, stream: bool) -> int:
+                data = json.dumps({**BODY, "max_tokens": tokens, "stream": stream}).encode()
+                reply = await backend.complete(UpstreamRequest("/v1/chat/completions", data, stream))
+                try:
+                    return sum([len(piece) async for piece in reply.chunks()])
+                finally:
+                    reply.close()
 
             async def with_aiohttp(tokens: int, stream: bool) -> int:
                 data = json.dumps({**BODY, "max_tokens": tokens, "stream": stream}).encode()
@@ -51,7 +67,7 @@ async def main() -> None:
                 async with client.stream("POST", url, content=data) as response:
                     return sum([len(piece) async for piece in response.aiter_raw()])
 
-            for name, ask in (("aiohttp", with_aiohttp), ("httpx", with_httpx)):
+            for name, ask in (("ours", with_ours), ("aiohttp", with_aiohttp), ("httpx", with_httpx)):
                 document = await cpu_us(ask, options.requests, 1, stream=False)
                 stream = await cpu_us(ask, 5, options.tokens, stream=True)
                 per_token = (stream - document) / options.tokens

@@ -4,8 +4,9 @@ of LiteLLM's proxy.
 The same client asks the same fake engine directly, through the gateway, and through LiteLLM's proxy if the
 environment variable BITLADDER_LITELLM names its command; in turns, several rounds, in one run. Added
 latency is the difference of the two medians (or 99th percentiles) over all rounds. Clients think as long as
-the engine takes, on average, at random: in lockstep they would measure how long a burst of 64 takes. Prints
-a table, and JSON as the last line.
+the engine takes, on average, at random; with ``--lockstep`` they do not think, and an engine with a fixed time to
+first token keeps all 64 in step, so that each measures how long a burst of 64 takes. Prints a table, and JSON as
+the last line.
 """
 
 from __future__ import annotations
@@ -63,9 +64,10 @@ async def main() -> None:
     parser.add_argument("--requests", type=int, default=300, help="per round with one client")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--first-ms", type=float, default=100.0, help="engine's time to first token at 64 clients")
+    parser.add_argument("--lockstep", action="store_true", help="64 clients that do not think, alone")
     options = parser.parse_args()
     rows = []
-    for clients, first_ms in ((1, 0.0), (64, options.first_ms)):
+    for clients, first_ms in ((1, 0.0), (64, options.first_ms))[options.lockstep :]:
         with contextlib.ExitStack() as stack:
             engine, _ = stack.enter_context(gateway_setup.fake_engine(first_ms=first_ms, interval_ms=10))
             gateway, _ = stack.enter_context(gateway_setup.our_gateway(engine))
@@ -77,7 +79,8 @@ async def main() -> None:
                 each = max(2, options.requests // clients) if clients > 1 else options.requests
                 for _ in range(options.rounds):
                     for side, url in sides.items():
-                        times[side] += await measure(url, clients, each, first_ms / 1000, stream=stream)
+                        think_s = 0.0 if options.lockstep else first_ms / 1000
+                        times[side] += await measure(url, clients, each, think_s, stream=stream)
                 found = {side: milliseconds(values) for side, values in times.items()}
                 for side in sides:
                     added = {

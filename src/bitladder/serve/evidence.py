@@ -80,9 +80,9 @@ class HeldOut:
 
     @property
     def pays(self) -> bool:
-        """At least 80% of the loss recovered for at most 20% more than the speed tier's cost, and fewer inputs passed than
-        by the speed tier alone in no more than a twentieth of the splits: chance recovers a net loss of two inputs ten
-        times over.
+        """At least 80% of the loss recovered for at most 20% more than the speed tier's cost, and fewer inputs passed
+        than by the speed tier alone in no more than a twentieth of the splits: chance recovers a net loss of two inputs
+        ten times over.
         """
         return self.recovered >= MIN_RECOVERED and self.extra_cost <= MAX_EXTRA_COST and self.gained_low >= 0
 

@@ -4,7 +4,7 @@ import { wordDiff } from "./diff.js";
 import { h } from "./dom.js";
 import { fixed, seconds } from "./format.js";
 
-const PAINT_EVERY_MS = 120; // readable, and far cheaper than painting every token
+const PAINT_EVERY_MS = 200; // readable, and far cheaper than painting every token
 const unpainted = new Set();
 let timer = 0;
 
