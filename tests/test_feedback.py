@@ -151,6 +151,22 @@ def test_in_the_end_no_single_change_helps(qtype):
                 assert _cost(other.values(codes) - weights, hessian)[0] >= best * (1 - 1e-5)
 
 
+@pytest.mark.parametrize("qtype", ["Q2_K", "Q3_K", "IQ4_XS", "Q5_1"])
+def test_channels_that_were_never_active_are_rounded_like_others(qtype):
+    """A whole chunk of them, and a row of zeros: nothing is known of what their errors cost, so they stay small."""
+    x, weights = _inputs(512), np.random.default_rng(4).standard_normal((6, 512)).astype(np.float32)
+    x[:, 256:] = 0
+    weights[3] = 0
+    hessian = x.T @ x
+    factor = gptq.prepare(hessian, damp=0.01, together=256)
+    fed = quantize_with_feedback(weights, qtype, factor, hessian=hessian, importance=np.diagonal(hessian).copy())
+    decoded = dequantize(fed.data, qtype)
+    assert (decoded[3] == 0).all()
+    plain = dequantize(quantize(weights, qtype), qtype)
+    lost, usual = (np.square(one - weights)[:, 256:].sum() for one in (decoded, plain))
+    assert lost < 1.3 * usual
+
+
 @pytest.fixture
 def tiny(tmp_path):
     case = tiny_models.CASES["llama"]
