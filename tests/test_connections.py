@@ -2,7 +2,11 @@
 
 import asyncio
 import contextlib
+import shutil
+import ssl
+import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 
 import pytest
 
@@ -16,7 +20,9 @@ Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
 @contextlib.asynccontextmanager
-async def server(*scripts: Serve) -> AsyncIterator[tuple[ConnectionPool, str, list[int]]]:
+async def server(
+    *scripts: Serve, tls: ssl.SSLContext | None = None
+) -> AsyncIterator[tuple[ConnectionPool, str, list[int]]]:
     """A pool, and a server whose connections follow the scripts in order, the last one again and again."""
     opened: list[int] = []
 
@@ -31,8 +37,8 @@ async def server(*scripts: Serve) -> AsyncIterator[tuple[ConnectionPool, str, li
         with contextlib.suppress(ConnectionError):
             await writer.wait_closed()
 
-    listening = await asyncio.start_server(talk, "127.0.0.1", 0)
-    url = f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}"
+    listening = await asyncio.start_server(talk, "127.0.0.1", 0, ssl=tls)
+    url = f"http{'s' if tls else ''}://127.0.0.1:{listening.sockets[0].getsockname()[1]}"
     async with listening:
         try:
             async with ConnectionPool(5.0) as pool:
@@ -239,3 +245,25 @@ def test_addresses():
         request_head("GET", address, "/", {"authorization": "Bearer x\r\nevil: y"})
     with pytest.raises(UpstreamFailed, match="cannot be sent"):
         request_head("GET", address, "/", {"authorization": "Bearer \N{SNOWMAN}"})
+
+
+def test_https_is_spoken_and_a_certificate_that_nobody_vouches_for_is_refused(tmp_path: Path, monkeypatch):
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not installed")
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    command += ["-subj", "/CN=test", "-addext", "subjectAltName=IP:127.0.0.1", "-days", "2"]
+    subprocess.run([*command, "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(certificate, key)
+
+    async def run() -> list[tuple[int, bytes]]:
+        async with server(says(HELLO, again=True), tls=tls) as (pool, url, _):
+            return [await pool.get(url, "/x", 5.0) for _ in range(2)]
+
+    with pytest.raises(UpstreamFailed, match="certificate verify failed") as caught:
+        asyncio.run(run())
+    assert caught.value.phase == "connect"
+    trusting = ssl.create_default_context(cafile=str(certificate))
+    monkeypatch.setattr(ssl, "create_default_context", lambda: trusting)
+    assert asyncio.run(run()) == [(200, b"hello")] * 2
