@@ -85,7 +85,7 @@ def main() -> None:
             attention = spent.get(ATTENTION, 0.0)
             kind, share = "bfloat16" if half else "float32", (products + attention) / seconds
             print(
-                f"{kind:8}: {seconds:.2f} CPU s a layer, {share:.0%} in products ({attention / seconds:.0%} attention), "
+                f"{kind:8}: {seconds:.2f} CPU s a layer, {share:.0%} products ({attention / seconds:.0%} attention), "
                 f"{flops / products / 1e9:.0f} GFLOP/s of {peak / 1e9:.0f} in one large product",
                 flush=True,
             )
