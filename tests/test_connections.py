@@ -122,6 +122,17 @@ def test_a_connection_is_not_used_again_once_it_waited_too_long(monkeypatch):
     assert get(says(HELLO, again=True), times=2)[1] == 2
 
 
+def test_a_reply_that_is_let_go_in_its_middle_closes_its_connection():
+    async def run():
+        async with server(says(CHUNKED[:50], CHUNKED[50:], again=True)) as (pool, url, opened):
+            reply = await pool.send(address_of(url), request_head("GET", address_of(url), "/", {}) + b"\r\n")
+            reply.close()
+            reply.close()  # twice does no harm
+            return await pool.get(url, "/x", 5.0), len(opened)
+
+    assert asyncio.run(run()) == ((200, b"hello"), 2)
+
+
 @pytest.mark.parametrize("extra", [b"x", HELLO, b"HTTP/1.1 200 OK\r\n"])
 def test_more_than_the_reply_is_not_taken_for_the_next_one(extra):
     assert get(says(HELLO + extra, again=True), times=2) == ([(200, b"hello")] * 2, 2)

@@ -131,6 +131,22 @@ def test_an_announced_length_is_refused_before_the_body_is_read():
         asyncio.run(read_body(scope, receive, 1000))
 
 
+def test_a_body_that_does_not_come_is_refused(monkeypatch):
+    async def run() -> httpx.Response:
+        async def pieces():
+            yield b"{"
+            await asyncio.sleep(2)
+            yield b"}"
+
+        async with gateway(says("x", "Q8_0"), says("x", "Q4_K_M")) as (client, _):
+            return await client.post(CHAT, content=pieces())
+
+    monkeypatch.setattr("bitladder.serve.gateway.BODY_S", 0.1)
+    reply = asyncio.run(run())
+    assert (reply.status_code, reply.json()["error"]["code"]) == (408, "body_too_slow")
+    assert reply.headers["connection"] == "close"
+
+
 def test_compressed_bodies_are_refused():
     assert get(CHAT, method="POST", headers={"content-encoding": "gzip"}, content=b"x").status_code == 415
 

@@ -260,10 +260,6 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Feed the parser; whoever waits is woken once for all that one read brought."""
-        if not self._busy or self._complete:
-            self._fail("garbage", "The upstream sent more than its reply.")  # such a connection cannot be trusted again
-            self.transport.abort()
-            return
         self.answered = True
         if not self._head_complete:
             self._head_bytes += len(data)
@@ -296,7 +292,7 @@ class Connection(asyncio.Protocol):
     # What the parser says.
 
     def on_message_begin(self) -> None:
-        """A reply begins; nothing may follow the one that was asked for."""
+        """A reply begins; a connection on which another one follows, asked for or not, cannot be trusted again."""
         if self._complete:
             raise ValueError("more than one reply")
 
