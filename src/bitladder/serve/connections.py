@@ -1,8 +1,9 @@
 """Our client for upstreams: HTTP/1.1 over kept connections, parsed by llhttp (httptools).
 
 A gateway's request needs little of a client: one POST, its head and body written at once, and the reply's body handed
-on as it arrives. General clients spend more on a request than the rest of the gateway together (docs/log.md has the
-figures). No proxies, cookies, redirects or decompression; HTTPS with the system's certificates.
+on as it arrives. General clients spend more on a request than the rest of the gateway together, and aiohttp takes what
+comes unasked on a kept connection for the answer to the next request, which here would be somebody else's (docs/log.md
+has figures and the case). No proxies, cookies, redirects or decompression; HTTPS with the system's certificates.
 """
 
 from __future__ import annotations
