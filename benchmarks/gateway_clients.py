@@ -1,4 +1,4 @@
-"""Claim: as the gateway's client, our own costs half of aiohttp's processor time, and a sixth of httpx's.
+"""Claim: as the gateway's client, our own costs at most half of aiohttp's processor time, and a quarter of httpx's.
 
 One process asks the fake engine directly, one request after the other, with each library; its own processor
 time per request and per token of a stream is reported, which other load on the machine hardly changes. JSON
