@@ -43,7 +43,7 @@ def expect(folder: Path, levels: list[str]) -> int:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         texts = shipped_texts("calibration")
         windows = text_windows(texts, lambda text: tokenizer(text)["input_ids"], source.model)
-        reports = quantize_checkpoints(source, levels, folder, windows[:16], name="demo")
+        reports = quantize_checkpoints(source, levels, folder, windows[:4], name="demo")
     for report in reports:
         made = Path(report.path)
         reader = CheckpointReader(made, parse_level(report.level))
