@@ -176,6 +176,17 @@ def test_a_killed_run_goes_on_and_writes_the_same_bytes(levels, tmp_path, monkey
     assert not done
 
 
+def test_a_level_made_with_other_products_is_made_again(tmp_path):
+    """GPTQ's bytes depend on whether the processor multiplies in bfloat16; those of INT8 do not."""
+    _, checkpoint, gguf = tiny("llama", tmp_path)
+    levels = ["GPTQ-4bit-g32", "INT8-W8A16"]
+    shards = [tmp_path / f"tiny-{level}" / "model.safetensors" for level in levels]
+    run(gguf, levels, tmp_path, checkpoint, settings=Settings(half=False))
+    before = [shard.stat().st_mtime_ns for shard in shards]
+    run(gguf, levels, tmp_path, checkpoint, settings=Settings(half=True))
+    assert [shard.stat().st_mtime_ns != then for shard, then in zip(shards, before, strict=True)] == [True, False]
+
+
 def test_a_changed_file_is_not_passed_off_as_proved(tmp_path):
     _, checkpoint, gguf = tiny("llama", tmp_path)
     run(gguf, ["GPTQ-4bit-g32"], tmp_path, checkpoint)
