@@ -65,6 +65,8 @@ def _placed(one: Judged, tiers: Tiers) -> tuple[str, str]:
         how = "the closest to the reference that meets the bar"
         if one.near_lossless:
             how = "the smallest whose loss cannot be told from zero"
+        if one.near_lossless and one.evidence.result is not None:
+            how = "of those whose loss cannot be told from zero the smallest that lost no more inputs than any other"
         return "quality tier", f"{how}; {one.say(MET)}"
     if one is speed:
         return "speed tier", f"{fastest}; {one.say(MET)}"
