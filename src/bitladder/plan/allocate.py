@@ -109,8 +109,8 @@ def _nothing_printed() -> Iterator[None]:
     try:
         os.dup2(nowhere, 1)
         yield
-        ctypes.CDLL(None).fflush(None)
     finally:
+        ctypes.CDLL(None).fflush(None)  # what it buffered goes nowhere too, after an error as well
         os.dup2(kept, 1)
         os.close(kept)
         os.close(nowhere)

@@ -126,11 +126,7 @@ _STAND_INS = {8: "Q8_0", 4: "Q4_0", 3: "Q3_K", 2: "Q2_K"}
 
 def _checkpoint_size(model: Model, level: CheckpointLevel) -> LevelSize:
     """Packed matrices of the layers; all else, embedding and output included, in 16 bits."""
-    packed = {
-        tensor.name: tensor
-        for tensor in model.tensors
-        if tensor.name.startswith("blk.") and is_quantizable(tensor) and tensor.name.endswith("weight")
-    }
+    packed = {tensor.name: tensor for tensor in _layer_matrices(model)}
     check_shapes(level, {name: (tensor.shape[-2], tensor.shape[-1]) for name, tensor in packed.items()})
     parts: dict[str, dict[str, int]] = {}
     for tensor in model.tensors:
@@ -156,11 +152,16 @@ def checkpoint_levels(model: Model) -> tuple[str, ...]:
     """The checkpoint levels to look at when none is named: what engines on GPUs run fast, in the widest groups that
     divide every row, and 16 bits where the source is a checkpoint itself.
     """
-    rows = {tensor.shape[-1] for tensor in model.tensors if tensor.name.startswith("blk.") and is_quantizable(tensor)}
+    rows = {tensor.shape[-1] for tensor in _layer_matrices(model)}
     groups = next((size for size in sorted(GROUP_SIZES, reverse=True) if all(row % size == 0 for row in rows)), None)
     four_bits = () if groups is None else (f"GPTQ-4bit-g{groups}", f"AWQ-4bit-g{groups}")
     whole = () if model.raw_metadata else ("F16",)
     return (*whole, "INT8-W8A8", *four_bits)
+
+
+def _layer_matrices(model: Model) -> list[TensorInfo]:
+    """What checkpoint levels quantize."""
+    return [tensor for tensor in model.tensors if tensor.name.startswith("blk.") and is_quantizable(tensor)]
 
 
 def _fitted(model: Model, name: str) -> LevelDraft:
