@@ -3,7 +3,7 @@ to disk."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
@@ -20,16 +20,20 @@ from bitladder.engines.states import Batch, Shelf, States, batches_of
 from bitladder.engines.streams import LayerOutput, ReferenceStream, SequentialStream
 from bitladder.engines.weights import FileWeights
 from bitladder.files.layer_store import LayerStore
+from bitladder.files.safetensors_writer import PiecewiseTensor
 from bitladder.formats import disk_names, roles
 from bitladder.formats.vectors import FoldedLevel, Product
 from bitladder.progress import Progress
 from bitladder.units import GiB
 
-_ROWS_AT_ONCE = 16384
+_ROWS_AT_ONCE = 4096
 _BATCH_TOKENS = 1024
 """Activations stay in the caches' reach between products: 5% less time than with twice as many."""
 _TOLD = 8
 """Losses that fit a line of progress; experts of a mixture do not, and are in the log."""
+FLOAT_TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+"""Float types of a checkpoint, by what safetensors calls them."""
+_TYPE_NAMES = {dtype: name for name, dtype in FLOAT_TYPES.items()}
 _SCALE_DTYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32", torch.float16: "float16"}
 _Stream = SequentialStream | ReferenceStream
 
@@ -90,35 +94,40 @@ class CheckpointWalk:
                 self.weights.forget(tensor)
         progress("all layers quantized", total, total)
 
-    def top(self) -> dict[str, torch.Tensor]:
-        """What lies outside the layers: embedding, last norm, head where it has weights of its own."""
-        tensors = {disk_names.EMBEDDING: self._cast_rows(roles.EMBEDDING)}
+    def top(self) -> list[PiecewiseTensor]:
+        """What lies outside the layers, to be written: embedding, last norm, head where it has weights of its own."""
+        tensors = [self._rows_of(disk_names.EMBEDDING, roles.EMBEDDING)]
         norm = dict(self.model.norm(self.weights).named_parameters())
         if "weight" in norm:
-            tensors[disk_names.NORM] = norm["weight"].detach().cpu().to(self.dtype)
+            held = norm["weight"].detach().cpu().to(self.dtype)
+            tensors.append(
+                PiecewiseTensor(disk_names.NORM, _TYPE_NAMES[self.dtype], tuple(held.shape), lambda: [_bytes(held)])
+            )
         if self.model.output != self.model.embedding:
-            tensors[disk_names.HEAD] = self._cast_rows(roles.OUTPUT)
+            tensors.append(self._rows_of(disk_names.HEAD, roles.OUTPUT))
         return tensors
 
     def shapes(self) -> dict[str, tuple[int, int]]:
         """``(outputs, inputs)`` of every matrix of the first layer that will be quantized, by its place in
         the layer."""
-        block = self.model.layer(0, self.weights)
         found = {}
         for shared in self.model.family.inputs:
             for parameter in disk_names.quantized_parameters(self.model.family, shared):
-                rows, columns = block.get_parameter(parameter.path).shape[-2:]
+                rows, columns = self.model.shape(parameter.path)[-2:]
                 found[parameter.path.removesuffix(".weight")] = (int(rows), int(columns))
         return found
 
-    def _cast_rows(self, name: str) -> torch.Tensor:
-        """A large matrix in the float type of the checkpoint, never whole in f32."""
-        shape = self.weights.file.info(name).shape
-        whole = torch.empty(shape, dtype=self.dtype)
-        for start in range(0, shape[0], _ROWS_AT_ONCE):
-            rows = slice(start, min(start + _ROWS_AT_ONCE, shape[0]))
-            whole[rows] = cast(self.weights(name, rows), self.dtype)
-        return whole
+    def _rows_of(self, name: str, source: str) -> PiecewiseTensor:
+        """A large matrix in the float type of the checkpoint, some rows at a time."""
+        shape = self.weights.file.info(source).shape
+
+        def pieces() -> Iterator[memoryview]:
+            for start in range(0, shape[0], _ROWS_AT_ONCE):
+                rows = slice(start, min(start + _ROWS_AT_ONCE, shape[0]))
+                yield _bytes(cast(self.weights(source, rows), self.dtype))
+                self.weights.forget(source)
+
+        return PiecewiseTensor(name, _TYPE_NAMES[self.dtype], shape, pieces)
 
     def _one(self, stream: _Stream, layer: int) -> dict[str, str]:
         """Do one layer of a stream; returns each level's losses in words."""
@@ -210,6 +219,10 @@ class CheckpointWalk:
 def cast(value: NDArray[np.float32], dtype: torch.dtype) -> torch.Tensor:
     """f32 weights in a checkpoint's float type."""
     return torch.from_numpy(np.ascontiguousarray(value)).to(dtype)
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return tensor.contiguous().view(torch.uint8).numpy().reshape(-1).data
 
 
 def _notes(layer: int, output: LayerOutput) -> list[dict[str, Any]]:

@@ -188,6 +188,10 @@ class LayeredModel:
             if (name := layer_tensor(layer, role)) in self._names
         ]
 
+    def shape(self, path: str, layer: int = 0) -> tuple[int, ...]:
+        """Of a layer's parameter, as the header's dimensions say."""
+        return tuple(self._blocks[layer].get_parameter(path).shape)
+
     def embed(self, tokens: NDArray[np.int64], weights: Weights) -> torch.Tensor:
         """Embeddings f32[windows, n, n_embd] of token ids int64[windows, n]; only the rows that occur are
         read."""

@@ -113,11 +113,11 @@ class SequentialStream:
         output: LayerOutput,
     ) -> None:
         """Quantize what reads the first of ``gathered``, which is taken out: its Gram matrix may be as large as the
-        layer, and is not needed beside its factor."""
+        layer, and its factor takes its place."""
         level, statistics = self.levels[0], gathered.pop(0)
         tokens, too_few = statistics.tokens, _too_few(expert, statistics)
         with _naming(layer, parameters[0].path):
-            factor = gptq.prepare(statistics.gram, damp=self._damp, act_order=self._act_order)
+            factor = gptq.prepare(statistics.gram, damp=self._damp, act_order=self._act_order, overwrite=True)
         del statistics
         for parameter in parameters:
             weights = matrix(block, parameter, expert)

@@ -11,14 +11,12 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bitladder.errors import OutputError
-from bitladder.files.layer_store import LayerStore, save, writing
+from bitladder.files.layer_store import LayerStore, writing
+from bitladder.files.safetensors_writer import PiecewiseTensor, stored_tensors, write_safetensors
 from bitladder.units import GiB
-
-if TYPE_CHECKING:
-    import torch
 
 MANIFEST = "bitladder.json"
 SHARD_BYTES = GiB
@@ -51,7 +49,7 @@ class CheckpointFolder(LayerStore):
 
     def finish(
         self,
-        top: Mapping[str, torch.Tensor],
+        top: Sequence[PiecewiseTensor],
         config: dict[str, Any],
         companions: Mapping[str, bytes],
         manifest: dict[str, Any],
@@ -63,7 +61,7 @@ class CheckpointFolder(LayerStore):
             OutputError: no room.
         """
         with writing(self.partial):
-            save(self.partial / f"{_TOP}.safetensors", top)
+            write_safetensors(self.partial / f"{_TOP}.safetensors", top)
             ready = self.partial / "ready"
             shutil.rmtree(ready, ignore_errors=True)
             ready.mkdir()
@@ -87,8 +85,6 @@ class CheckpointFolder(LayerStore):
 
     def _join(self, parts: Sequence[Path], ready: Path) -> None:
         """Group layer files into shards of about ``SHARD_BYTES``, and index them when there are several."""
-        from safetensors.torch import load_file, save_file
-
         groups: list[list[Path]] = []
         room = 0
         for part in parts:
@@ -102,10 +98,10 @@ class CheckpointFolder(LayerStore):
         total = 0
         for number, group in enumerate(groups, 1):
             name = "model.safetensors" if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-            tensors = {key: value for part in group for key, value in load_file(part).items()}
-            save_file(tensors, ready / name, metadata={"format": "pt"})
-            index |= dict.fromkeys(tensors, name)
-            total += sum(value.nbytes for value in tensors.values())
+            tensors = [tensor for part in group for tensor in stored_tensors(part)]
+            write_safetensors(ready / name, tensors)
+            index |= {tensor.name: name for tensor in tensors}
+            total += sum(tensor.nbytes for tensor in tensors)
         if len(groups) > 1:
             _write_json(
                 ready / "model.safetensors.index.json",

@@ -104,7 +104,7 @@ class LayerStore(ABC):
         import numpy as np
 
         with writing(self.partial):
-            save(self.layer_file(layer), tensors)
+            _save(self.layer_file(layer), tensors)
             if states is not None:
                 fresh = self.partial / f"new.{_STATES}"
                 np.save(fresh, states)
@@ -148,12 +148,12 @@ def _lines(values: Sequence[Mapping[str, Any]]) -> str:
     return "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
 
 
-def save(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
+def _save(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write a safetensors file, whole under its name or not at all."""
     from safetensors.torch import save_file
 
     fresh = path.with_name("new.safetensors")
-    save_file(dict(tensors), fresh, metadata={"format": "pt", **(metadata or {})})
+    save_file(dict(tensors), fresh, metadata={"format": "pt"})
     fresh.replace(path)
 
 

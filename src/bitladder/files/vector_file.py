@@ -18,7 +18,8 @@ from bitladder import __version__
 from bitladder.errors import OutputError
 from bitladder.files.folders import cache_folder
 from bitladder.files.imatrix import ImportanceMatrix
-from bitladder.files.layer_store import LayerStore, save, writing
+from bitladder.files.layer_store import LayerStore, writing
+from bitladder.files.safetensors_writer import stored_tensors, write_safetensors
 from bitladder.formats.vectors import COUNT, SQUARES
 from bitladder.kernels.awq import Fold
 
@@ -74,13 +75,10 @@ class VectorFile(LayerStore):
         Raises:
             OutputError: no room.
         """
-        from safetensors.torch import load_file
-
         with writing(self.partial):
-            parts = [load_file(self.layer_file(entry.layer)) for entry in self.finished()]
-            tensors = {name: value for part in parts for name, value in part.items()}
+            parts = [stored_tensors(self.layer_file(entry.layer)) for entry in self.finished()]
             whole = self.partial / "whole.safetensors"
-            save(whole, tensors, {_MANIFEST: json.dumps(dict(manifest))})
+            write_safetensors(whole, [one for part in parts for one in part], {_MANIFEST: json.dumps(dict(manifest))})
             whole.replace(self.target)
             self.discard()
 

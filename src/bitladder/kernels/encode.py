@@ -85,7 +85,7 @@ def decode(level: CheckpointLevel, arrays: Mapping[str, npt.NDArray[Any]], shape
 def digest(weights: F32) -> str:
     """A hash of decoded weights, shape included."""
     found = hashlib.blake2b(repr(weights.shape).encode(), digest_size=16)
-    found.update(np.ascontiguousarray(weights, np.float32).tobytes())
+    found.update(np.ascontiguousarray(weights, np.float32).data)
     return found.hexdigest()
 
 

@@ -70,9 +70,14 @@ class Factor:
 
 
 def prepare(
-    hessian: npt.NDArray[np.floating], *, damp: float = 0.05, act_order: bool = True, together: int = 1
+    hessian: npt.NDArray[np.floating],
+    *,
+    damp: float = 0.05,
+    act_order: bool = True,
+    together: int = 1,
+    overwrite: bool = False,
 ) -> Factor:
-    """Factor ``H = X^T X``, shape ``[columns, columns]``, in float64 (``cholesky.py``). ``hessian`` can go then.
+    """Factor ``H = X^T X``, shape ``[columns, columns]``, in float64 (``cholesky.py``).
 
     Args:
         hessian: Symmetric; sum or mean over tokens, the scale does not matter.
@@ -80,6 +85,7 @@ def prepare(
             factor exists.
         act_order: Handle columns in falling order of their diagonal entry rather than in storage order.
         together: Runs of so many columns stay together, in falling order of their sums, each in its own order inside.
+        overwrite: The factor may lie where ``hessian`` was, which must not be used again.
 
     Raises:
         ValueError: not square, not finite, or with a negative diagonal.
@@ -97,7 +103,7 @@ def prepare(
         mean = 1.0
     order = _order(diagonal, together) if act_order else np.arange(len(diagonal))
     used, rescued = max(damp, 1e-10), 0
-    while (found := upper_factor(hessian, order, used * mean)) is None:
+    while (found := upper_factor(hessian, order, used * mean, overwrite=overwrite)) is None:
         used, rescued = used * 10, rescued + 1
         if used > _MAX_DAMP * 10:
             raise ValueError("the Hessian is not positive semidefinite, even damped by its mean diagonal tenfold")

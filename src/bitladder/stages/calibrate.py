@@ -21,7 +21,7 @@ from bitladder import __version__
 from bitladder.describe.text import Document, text_hash
 from bitladder.describe.windows import Window, tokens_hash
 from bitladder.engines.checkpoint_result import finish_folder, losses_of, proved
-from bitladder.engines.checkpoint_walk import CheckpointWalk, Settings
+from bitladder.engines.checkpoint_walk import FLOAT_TYPES, CheckpointWalk, Settings
 from bitladder.engines.layers import LayeredModel
 from bitladder.engines.weights import FileWeights
 from bitladder.files.checkpoint import read_checkpoint
@@ -49,8 +49,6 @@ from bitladder.records.calibration import (
     Preflight,
 )
 from bitladder.records.coverage import coverage, coverage_of_counts
-
-_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -156,7 +154,7 @@ class Calibration:
         self._text = _checked_text(source, levels, reading)
         weights = FileWeights(source, threads=self._settings.threads)
         model = LayeredModel(source.model, weights, device=self._settings.device)
-        dtype = _DTYPES.get(read_checkpoint(checkpoint).main_dtype if checkpoint else "F16", torch.float16)
+        dtype = FLOAT_TYPES.get(read_checkpoint(checkpoint).main_dtype if checkpoint else "F16", torch.float16)
         self._stores: dict[Product, LayerStore] = {}
         for level in levels:
             if isinstance(level, CheckpointLevel):

@@ -1,0 +1,93 @@
+"""Safetensors files written piece by piece, so that what a file holds need never be in memory at once.
+
+The library's own writer wants every tensor of a file beside each other, and copies them: an embedding and a head of
+128,256 rows of 4,096 took 7 GB that way. Layout: see ``files/checkpoint.py``. Tensors with wide elements come first, so
+that each begins at a multiple of its element's size, as readers that map the file expect.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from bitladder.files.checkpoint import DTYPE_BYTES, read_safetensors_header
+
+_AT_ONCE = 2**22
+_ALIGNED = 8
+
+
+@dataclass(frozen=True)
+class PiecewiseTensor:
+    """A tensor whose bytes are made when they are written."""
+
+    name: str
+    dtype: str
+    """As safetensors calls it: ``F16``."""
+    shape: tuple[int, ...]
+    pieces: Callable[[], Iterable[bytes | memoryview]]
+    """Its data, in order."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the data."""
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+def write_safetensors(
+    path: Path, tensors: Sequence[PiecewiseTensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a file, whole under its name or not at all.
+
+    Raises:
+        OSError: no room.
+        ValueError: two tensors of one name, or one whose pieces are not as long as its shape says.
+    """
+    ordered = sorted(tensors, key=lambda tensor: -DTYPE_BYTES[tensor.dtype])
+    table: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    end = 0
+    for tensor in ordered:
+        if tensor.name in table:
+            raise ValueError(f"two tensors are called {tensor.name}")
+        start, end = end, end + tensor.nbytes
+        table[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    head = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % _ALIGNED)
+    fresh = path.with_name(f"new.{path.name}")
+    with fresh.open("wb") as file:
+        file.write(len(head).to_bytes(8, "little") + head)
+        for tensor in ordered:
+            written = sum(file.write(piece) for piece in tensor.pieces())
+            if written != tensor.nbytes:
+                raise ValueError(f"{tensor.name}: {written} bytes where its shape takes {tensor.nbytes}")
+    fresh.replace(path)
+
+
+def stored_tensors(path: Path) -> list[PiecewiseTensor]:
+    """The tensors of a file, to be written again elsewhere.
+
+    Raises:
+        BadFile: it contradicts itself.
+    """
+    tensors = read_safetensors_header(path)
+    at = path.stat().st_size - sum(tensor.nbytes for tensor in tensors)
+    found = []
+    for tensor in tensors:
+        pieces = partial(_read, path, at, tensor.nbytes)
+        found.append(PiecewiseTensor(tensor.name, tensor.dtype, tensor.shape, pieces))
+        at += tensor.nbytes
+    return found
+
+
+def _read(path: Path, start: int, nbytes: int) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        file.seek(start)
+        while nbytes:
+            piece = file.read(min(nbytes, _AT_ONCE))
+            if not piece:
+                return
+            nbytes -= len(piece)
+            yield piece
