@@ -4,7 +4,7 @@ time and memory.
     scripts/bench checkpoint_levels --model MODEL.gguf --calibrate wikitext2-valid.txt --prepare DIR
     scripts/bench checkpoint_levels --model MODEL.gguf --calibrate wikitext2-valid.txt --text wikitext2-test.txt
         --out DIR [--levels GPTQ-4bit-g64,AWQ-4bit-g64] [--calibration-windows 64] [--documents 40]
-        [--peer NAME=LEVEL=FOLDER ...] [--against LEVEL=NAME ...] [--threads 1]
+        [--peer NAME=LEVEL=FOLDER ...] [--against LEVEL=NAME ...] [--exact-inputs] [--threads 1]
 
 ``--prepare`` writes what peers need: the weights as a float checkpoint and the calibration windows, 512 tokens
 each; ``benchmarks/checkpoint_peer.py`` makes peers' folders of them. Without it: builds the levels from the same
@@ -12,7 +12,8 @@ windows, then walks source, levels and peers' folders over the first window of e
 halves scored). Prints seconds, CPU seconds and peak memory of the build, then mean KL and perplexity of each with
 intervals over articles, and for each ``--against`` the ratio of perplexities and the difference of KL to the peer,
 paired by article. A peer's folder is any checkpoint of the same weights in a layout of formats/checkpoint.py without
-activation order in its groups. Model and texts are not shipped.
+activation order in its groups. Inputs of W8A8 layers are rounded to int8 per token as engines do, unless
+``--exact-inputs``; all other inputs and the source's stay f32. Model and texts are not shipped.
 """
 
 import argparse
@@ -53,6 +54,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--documents", type=int, default=40)
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=LEVEL=FOLDER")
     parser.add_argument("--against", action="append", default=[], metavar="LEVEL=NAME")
+    parser.add_argument("--exact-inputs", action="store_true", help="round no inputs: what the weights alone cost")
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
 
@@ -85,6 +87,14 @@ class Texts:
         for window in self._cut([Document(f"article {n}", part) for n, part in enumerate(parts)]):
             firsts.setdefault(window.document, window)
         return list(firsts.values())[:count]
+
+
+class UnroundedSource(FileWeights):
+    """The source, its inputs left as they are while those of W8A8 levels are rounded."""
+
+    def qtype(self, name: str) -> str:  # noqa: ARG002 - the same for all
+        """No type that rounds."""
+        return "F32"
 
 
 def prepare(gguf: Path, windows: Sequence[Window], folder: Path) -> None:
@@ -139,11 +149,19 @@ def main() -> None:
         return
     folders = build(source, options, calibration, measuring)
     folders += [(name, level, Path(path)) for name, level, path in (peer.split("=", 2) for peer in options.peer)]
-    reference = FileWeights(source, threads=options.threads)
+    reference = UnroundedSource(source, threads=options.threads)
     candidates = [
         Candidate(name, CheckpointWeights(reference, path, parse_level(level))) for name, level, path in folders
     ]
-    scores = token_scores(source, candidates, measuring, progress=say, threads=options.threads)
+    scores = token_scores(
+        source,
+        candidates,
+        measuring,
+        reference=Candidate("source", reference),
+        engine_rounding=not options.exact_inputs,
+        progress=say,
+        threads=options.threads,
+    )
     by_name = dict(zip([candidate.level for candidate in candidates], scores[1:], strict=True))
     print(f"\n{'level':24} {'mean KL':>8} {'95% interval':>18} {'perplexity':>10} {'(source)':>9} {'top-1':>6}")
     for name, own in by_name.items():

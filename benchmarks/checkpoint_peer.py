@@ -1,8 +1,8 @@
-"""The peers of checkpoint_levels: GPTQModel's GPTQ, llm-compressor's GPTQ and AWQ, on the same weights and tokens.
+"""The peers of checkpoint_levels: GPTQModel's GPTQ and llm-compressor's levels, on the same weights and tokens.
 
     .venv/bin/python benchmarks/checkpoint_levels.py --model MODEL.gguf --calibrate valid.txt --prepare DIR
     PEER/bin/python benchmarks/checkpoint_peer.py gptqmodel DIR OUT [--bits 4] [--group 64] [--windows 64]
-    PEER/bin/python benchmarks/checkpoint_peer.py llmcompressor-gptq|llmcompressor-awq DIR OUT [...]
+    PEER/bin/python benchmarks/checkpoint_peer.py llmcompressor-{gptq,awq,w8a8,w8a8-smooth} DIR OUT [...]
 
 ``--prepare`` leaves the model as a float checkpoint and the calibration tokens, whole windows of 512. Each peer
 lives in an environment of its own:
@@ -17,7 +17,8 @@ lives in an environment of its own:
 
 Settings are each tool's own defaults except bits, group size and windows: GPTQModel damps by 0.05 and orders
 columns within groups, llm-compressor damps by 0.01 and leaves them in order; its AWQ has zero points and searches
-over 20 exponents. Prints seconds, CPU seconds and peak memory of the quantization with saving.
+over 20 exponents; its W8A8 is its preset of that name, its SmoothQuant has the strength 0.8 of its own recipes.
+Prints seconds, CPU seconds and peak memory of the quantization with saving.
 """
 
 import argparse
@@ -32,6 +33,8 @@ os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # its loader asks for two h
 import numpy as np
 import torch
 
+METHODS = ("gptqmodel", *(f"llmcompressor-{method}" for method in ("gptq", "awq", "w8a8", "w8a8-smooth")))
+
 
 def gptqmodel(source: Path, out: Path, tokens: Any, bits: int, group: int) -> None:
     from gptqmodel import GPTQModel, QuantizeConfig
@@ -42,28 +45,37 @@ def gptqmodel(source: Path, out: Path, tokens: Any, bits: int, group: int) -> No
     model.save(str(out))
 
 
-def llmcompressor(source: Path, out: Path, tokens: Any, bits: int, group: int, *, awq: bool) -> None:
+def llmcompressor_recipe(method: str, bits: int, group: int) -> list[Any]:
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from llmcompressor.modifiers.awq import AWQModifier
+    from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
+    from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
+
+    if method.startswith("w8a8"):
+        rounding = QuantizationModifier(targets="Linear", scheme="W8A8", ignore=["lm_head"])
+        return [SmoothQuantModifier(smoothing_strength=0.8), rounding] if "smooth" in method else [rounding]
+    awq = method == "awq"
+    weights = QuantizationArgs(num_bits=bits, type="int", symmetric=not awq, strategy="group", group_size=group)
+    scheme = {"group": QuantizationScheme(targets=["Linear"], weights=weights)}
+    made = (AWQModifier if awq else GPTQModifier)(config_groups=scheme, ignore=["lm_head"])
+    return made if isinstance(made, list) else [made]  # AWQ comes as a search and a rounding
+
+
+def llmcompressor(source: Path, out: Path, tokens: Any, recipe: list[Any]) -> None:
     from datasets import Dataset
     from llmcompressor import oneshot
-    from llmcompressor.modifiers.awq import AWQModifier
-    from llmcompressor.modifiers.quantization import GPTQModifier
     from transformers import AutoModelForCausalLM
 
     torch.Tensor.pin_memory = lambda self, *_: self  # a CPU build of torch has nothing to pin memory for
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    weights = QuantizationArgs(num_bits=bits, type="int", symmetric=not awq, strategy="group", group_size=group)
-    scheme = {"group": QuantizationScheme(targets=["Linear"], weights=weights)}
-    made = (AWQModifier if awq else GPTQModifier)(config_groups=scheme, ignore=["lm_head"])
     data = Dataset.from_dict({"input_ids": tokens.tolist(), "attention_mask": np.ones_like(tokens).tolist()})
-    recipe = made if isinstance(made, list) else [made]  # AWQ comes as a search and a rounding
     oneshot(model=model, dataset=data, recipe=recipe, max_seq_length=tokens.shape[1], num_calibration_samples=len(data))
     model.to(torch.float16).save_pretrained(out, save_compressed=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("method", choices=("gptqmodel", "llmcompressor-gptq", "llmcompressor-awq"))
+    parser.add_argument("method", choices=METHODS)
     parser.add_argument("prepared", type=Path)
     parser.add_argument("out", type=Path)
     for name, default in (("--bits", 4), ("--group", 64), ("--windows", 64), ("--threads", 1)):
@@ -76,8 +88,8 @@ def main() -> None:
     if options.method == "gptqmodel":
         gptqmodel(source, options.out, tokens, options.bits, options.group)
     else:
-        awq = options.method == "llmcompressor-awq"
-        llmcompressor(source, options.out, tokens, options.bits, options.group, awq=awq)
+        recipe = llmcompressor_recipe(options.method.removeprefix("llmcompressor-"), options.bits, options.group)
+        llmcompressor(source, options.out, tokens, recipe)
     seconds, cpu = time.monotonic() - started, time.process_time() - cpu
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     print(f"\n{options.method}, {len(tokens)} windows: {seconds:.0f} s, {cpu:.0f} CPU s, peak {peak:.2f} GB")

@@ -8,6 +8,7 @@ import torch
 
 from bitladder.engines.checkpoint_weights import CheckpointWeights
 from bitladder.engines.layers import LayeredModel
+from bitladder.engines.rounding import INT8_TOKENS
 from bitladder.engines.weights import FileWeights
 from bitladder.files.gguf import GgufFile
 from bitladder.formats.checkpoint import parse_level
@@ -37,3 +38,25 @@ def test_the_walk_sees_what_transformers_sees(name, tmp_path):
     with torch.no_grad():
         expected = loaded(folder, decoded(folder, level), tmp_path / "plain")(torch.from_numpy(tokens)).logits
     torch.testing.assert_close(walked_logits(gguf, folder, level, tokens), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2moe"])
+def test_only_int8_activations_are_rounded_and_only_before_quantized_layers(name, tmp_path):
+    _, checkpoint, gguf = tiny(name, tmp_path)
+    levels = ["INT8-W8A8", "INT8-W8A16"]
+    run(gguf, levels, tmp_path, checkpoint)
+    with GgufFile.open(gguf) as source:
+        names = [tensor.name for tensor in source.model.tensors if len(tensor.shape) > 1]
+        rounded = {
+            level: {
+                name
+                for name in names
+                if CheckpointWeights(FileWeights(source), tmp_path / f"tiny-{level}", parse_level(level)).qtype(name)
+                == INT8_TOKENS
+            }
+            for level in levels
+        }
+    assert rounded == {
+        "INT8-W8A16": set(),
+        "INT8-W8A8": {name for name in names if name.startswith("blk.") and "gate_inp" not in name},
+    }

@@ -8,7 +8,7 @@ import torch
 import tiny_models
 from bitladder.describe.windows import Window
 from bitladder.engines.layers import LayeredModel
-from bitladder.engines.rounding import round_inputs, rounded_input
+from bitladder.engines.rounding import INT8_TOKENS, round_inputs, rounded_input
 from bitladder.engines.weights import FileWeights, MadeWeights, Quantizer
 from bitladder.files.gguf import GgufFile
 from bitladder.stages.walk import Candidate, token_scores
@@ -46,6 +46,17 @@ def test_floats_meet_their_own_type():
     assert rounded_input(x, "F32") is x
     np.testing.assert_array_equal(rounded_input(x, "F16").numpy(), x.numpy().astype(np.float16))
     assert 0 < (rounded_input(x, "BF16") - x).abs().max() < 0.02
+
+
+def test_a_token_of_int8_by_its_definition():
+    x = values(48)
+    expected = np.zeros_like(x)
+    for row, out in zip(x, expected, strict=True):
+        scale = np.abs(row).max() / np.float32(127)
+        if scale:
+            out[:] = np.rint(row / scale) * scale
+    found = rounded_input(torch.from_numpy(x).reshape(2, 3, 48), INT8_TOKENS)
+    np.testing.assert_array_equal(found.numpy().reshape(x.shape), expected)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2moe"])

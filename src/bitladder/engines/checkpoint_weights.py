@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitladder.describe.model import Model
+from bitladder.engines.rounding import INT8_TOKENS
 from bitladder.engines.transforms import permute
 from bitladder.engines.weights import FileWeights, Rows
 from bitladder.errors import BadFile
@@ -36,7 +37,8 @@ class CheckpointWeights:
             raise BadFile(f"No rows describe the architecture '{model.dims.architecture}'.")
         self._source, self._model, self._family = source, model, family
         self._reader = CheckpointReader(folder, level)
-        self._folder = folder
+        self._folder, self._level = folder, level
+        self._quantized = frozenset(self._reader.linears())
 
     def __call__(self, name: str, rows: Rows = None) -> F32:
         """As ``LevelWeights``; a decoder layer's tensors are the folder's, all others the source's."""
@@ -47,6 +49,18 @@ class CheckpointWeights:
         whole = self._decoded(int(layer), parameter, part, len(parameter.roles))
         value = self._as_stored(parameter, whole).reshape(self._source.file.info(name).shape)
         return value if rows is None else value.reshape(-1, value.shape[-1])[rows]
+
+    def qtype(self, name: str) -> str:
+        """What a matrix's inputs meet at run time: ``INT8_TOKENS`` where the level rounds them, else ``F32``,
+        nothing."""
+        if self._level.activations != "int8" or not name.startswith("blk."):
+            return "F32"
+        _, layer, role = name.split(".", 2)
+        parameter, _ = _parameter_of(self._family, role)
+        expert = 0 if parameter.path.startswith("mlp.experts.") else None
+        linear = disk_names.disk_linears(self._family, parameter.path, expert)[0]
+        quantized = f"{disk_names.LAYERS}{layer}.{linear.name}" in self._quantized
+        return INT8_TOKENS if quantized else "F32"
 
     def identity(self, name: str) -> Hashable:
         """The folder's for layers, the source's for the rest."""

@@ -4,7 +4,7 @@ multiplied with.
 On the CPU a row of block-quantized weights meets inputs that are rounded to eight bits first, in blocks of 32
 or 256 with a scale each; F16 and BF16 weights meet inputs of their own type (ggml-cpu, ``vec_dot_type`` of
 each type). With these roundings the walk gives what llama.cpp's own perplexity tool gives; without them, what
-the weights alone cost.
+the weights alone cost. Engines of INT8-W8A8 checkpoints round whole tokens instead.
 """
 
 from __future__ import annotations
@@ -21,9 +21,14 @@ from bitladder.formats.roles import Family, layer_tensor
 QTypeOf = Callable[[str], str]
 """The type of a tensor by name."""
 
+INT8_TOKENS = "int8 per token"
+"""In place of a type: weights of a checkpoint whose engine rounds each token's inputs to int8 at run time."""
+
 
 def rounded_input(x: torch.Tensor, qtype: str) -> torch.Tensor:
     """Inputs f32[..., columns] as a matrix of ``qtype`` meets them; columns a multiple of its block."""
+    if qtype == INT8_TOKENS:
+        return _int8_tokens(x)
     if qtype in ("F16", "BF16"):
         return x.to(torch.float16 if qtype == "F16" else torch.bfloat16).float()
     if not QTYPES[qtype].is_quantized:
@@ -48,6 +53,12 @@ def _q8_k(x: torch.Tensor) -> torch.Tensor:
     scale = torch.where(peak == 0, 0, -127 / torch.where(peak == 0, 1, peak))
     codes = torch.round(blocks * scale).clamp_max(127)
     return (codes / torch.where(scale == 0, 1, scale)).reshape(x.shape)
+
+
+def _int8_tokens(x: torch.Tensor) -> torch.Tensor:
+    """A scale for each token: largest magnitude / 127, codes to nearest (vLLM's dynamic symmetric int8)."""
+    scale = x.abs().amax(dim=-1, keepdim=True) / 127
+    return torch.round(x / torch.where(scale == 0, 1, scale)) * scale
 
 
 def round_inputs(block: nn.Module, family: Family, layer: int, qtype_of: QTypeOf) -> None:
