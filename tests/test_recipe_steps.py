@@ -9,7 +9,6 @@ import pytest
 from typer.testing import CliRunner
 
 import tiny_models
-from bitladder import pipeline
 from bitladder.cli.app import app
 from bitladder.cli.build import split_levels
 from bitladder.describe.rates import PoolRates
@@ -21,14 +20,15 @@ from bitladder.formats.blocks import QTYPES
 from bitladder.formats.recipes import is_quantizable, types_for
 from bitladder.plan.cost import level_size
 from bitladder.plan.recipe import Wish, choose, fitted, predicted, reapplied, recipe_bytes
+from bitladder.progress import silent
 from bitladder.records.calibration import LinearLoss
 from bitladder.records.level_file import LevelFile
 from bitladder.records.recipe import FittedLevel, Recipe, SensitivityTable, TensorLoss
 from bitladder.report.recipe import note_lines
 from bitladder.stages.feedback import write_with_feedback
-from bitladder.stages.plan import make_plan
 from bitladder.steps import calibrated, recipes, weighing
 from bitladder.steps.journal import Journal
+from bitladder.steps.ladder_files import ladder_files
 
 
 @pytest.fixture
@@ -246,20 +246,24 @@ def test_fitted_levels_are_levels_like_others(tiny, tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("words")
 def test_a_run_builds_fitted_levels_among_the_others(tiny, tmp_path, monkeypatch):
-    """In the order of the plan, under the names asked for, each known by how it was made."""
+    """In the order asked for, under the names asked for, each known by how it was made."""
     monkeypatch.setenv("BITLADDER_CACHE", str(tmp_path / "cache"))
-    levels = ("Q5_1", "GPTQ-Q4_0", "Q8_0")
-    settings = pipeline.RunSettings(str(tiny), levels=levels, n_ctx=64, threads=1)
+    levels = ["Q8_0", "GPTQ-Q4_0", "Q5_1"]
     journal = Journal()
     with GgufFile.open(tiny) as source:
-        plan = make_plan(source.model, probe.probe_machine(), n_ctx=64, levels=levels)
-        arguments = (source, plan, None, tmp_path / "out", settings, journal, lambda *_: None)
-        built = pipeline._built(*arguments)
-        assert [subject.level for subject in built] == ["Q8_0", "Q5_1", "GPTQ-Q4_0"]
+
+        def build():
+            return ladder_files(
+                source, levels, tmp_path / "out", importance=None, effort="good", threads=1, journal=journal,
+                progress=silent,
+            )  # fmt: skip
+
+        built = build()
+        assert [subject.level for subject in built] == levels
         made = next(subject.made for subject in built if subject.level == "GPTQ-Q4_0")
         assert made.startswith("feedback good")
         assert "types" in made
-        assert set(pipeline._built(*arguments)) == set(built)
+        assert set(build()) == set(built)
         assert any("GPTQ-Q4_0" in line for line in journal.reused)
 
 

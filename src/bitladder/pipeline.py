@@ -7,9 +7,8 @@ last thing it stored.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,33 +16,52 @@ from typing import TYPE_CHECKING
 
 from bitladder import __version__
 from bitladder.errors import NothingFits, UnknownArchitecture
+from bitladder.files.gguf import GgufFile
+from bitladder.files.probe import probe_machine
+from bitladder.files.sources import Source, resolve
+from bitladder.files.workloads import STARTER, load_workload
+from bitladder.formats.fitted import is_fitted_level
+from bitladder.formats.recipes import LEVELS
+from bitladder.plan.bar import Bar, parse_bar
+from bitladder.plan.decide import decide
+from bitladder.plan.preflight import require
 from bitladder.progress import LevelNews, Progress, tell
 from bitladder.records import to_json
+from bitladder.records.decision import Decision
+from bitladder.records.evaluation import LevelAnswers, WorkloadResult
 from bitladder.records.fidelity import Fidelity
 from bitladder.records.plan import Plan
 from bitladder.records.run import RunRecord
+from bitladder.report import write_html, write_run
+from bitladder.stages import facts
+from bitladder.stages.evaluate import compare
+from bitladder.stages.facts import level_of
+from bitladder.stages.plan import make_plan
 from bitladder.steps.asked import Asker, LevelToAsk
+from bitladder.steps.building import refuse_unheard
 from bitladder.steps.calibrated import AUTO, importance_of
 from bitladder.steps.help import criteria_help
-from bitladder.steps.jobs import building_need, job
+from bitladder.steps.jobs import building_need
 from bitladder.steps.journal import Journal, Say
+from bitladder.steps.ladder_files import ladder_files
 from bitladder.steps.measured import documents, fidelities, of_itself
 from bitladder.steps.remote import agree_to_spend
+from bitladder.store.evidence import Evidence
+from bitladder.store.recorded import Recorded, Subject
 from bitladder.units import human_bytes
 
 if TYPE_CHECKING:
+    from bitladder.describe.criteria import Context
     from bitladder.describe.machine import Machine
     from bitladder.describe.text import Document
+    from bitladder.describe.workload import Workload
     from bitladder.engines.endpoint import EndpointSettings
-    from bitladder.files.gguf import GgufFile
     from bitladder.kernels import Effort
-    from bitladder.plan.bar import Bar
     from bitladder.records.level_file import LevelFile
     from bitladder.stages.walk import Candidate
     from bitladder.steps.asked import Contender
     from bitladder.steps.calibrated import Importance
     from bitladder.steps.remote import Confirm
-    from bitladder.store.recorded import Recorded, Subject
 
 
 @dataclass(frozen=True)
@@ -95,24 +113,49 @@ def run(
         NothingFits: no level fits this machine at the context.
         BitladderError: anything else a user can meet; what was finished is stored and is not done again.
     """
-    from bitladder.files.gguf import GgufFile
-    from bitladder.files.probe import probe_machine
-    from bitladder.files.sources import resolve
-    from bitladder.files.workloads import STARTER, load_workload
-    from bitladder.formats.recipes import LEVELS
-    from bitladder.plan.decide import decide
-    from bitladder.plan.preflight import require
-    from bitladder.report import write_html, write_run
-    from bitladder.stages import facts
-    from bitladder.stages.evaluate import compare
-    from bitladder.store.evidence import Evidence
-    from bitladder.store.recorded import Recorded
+    with _opened(settings, progress, Journal(say), confirm) as given:
+        timed = given.journal.timed
+        plan = _planned(given)
+        with timed("calibrate"):
+            importance = _importance(given)
+        with timed("quantize"):
+            built = _built(given, plan, importance)
+        with timed("walk"):
+            fidelities = _measured(given, built)
+        with timed("workload"):
+            answers = _asked(given, plan, built)
+        results = [compare(answers[0], level, given.workload) for level in answers[1:]]
+        decision = _decided(given, plan, fidelities, results, reference=answers[0].level)
+        record = _record(given, plan, built, fidelities, answers, results, decision)
+    write_run(record, given.out / "run.json")
+    return RunResult(record, write_html(record, given.out / "report.html"))
 
+
+@dataclass(frozen=True)
+class _Given:
+    """What every step of a run is given: what was asked for, what was found, where things are kept and told."""
+
+    settings: RunSettings
+    found: Source
+    source: GgufFile
+    machine: Machine
+    workload: Workload
+    context: Context
+    """The judge and the user's functions, where the workload's criteria need them."""
+    texts: Sequence[Document]
+    out: Path
+    bar: Bar | None
+    recorded: Recorded
+    journal: Journal
+    progress: Progress
+
+
+@contextmanager
+def _opened(settings: RunSettings, progress: Progress, journal: Journal, confirm: Confirm) -> Iterator[_Given]:
+    """Everything a run starts from. What would be refused later is refused here, the cheapest questions first."""
     bar = _told_early(settings)
     workload = load_workload(settings.workload or STARTER)
     texts = documents(settings.texts)
-    journal = Journal(say)
-
     with ExitStack() as stack:
         recorded = Recorded(stack.enter_context(Evidence.open()))
         judged = 1 + len(LEVELS if settings.levels is None else settings.levels) + len(settings.also)
@@ -132,64 +175,11 @@ def run(
         journal.warn(*found.warnings, *workload.warnings)
         out = settings.out or Path(f"{found.label}-ladder")
         machine = probe_machine(out)
-
-        plan = _fitting(source, machine, settings)
-        for level in plan.levels:
-            tell(progress, LevelNews(level.level, "fits" if level.fits else "does not fit"))
-        wanted = _levels_to_build(source, plan, settings)
-        require(building_need(source, wanted, out, effort=settings.effort, threads=settings.threads), machine)
-        with journal.timed("calibrate"):
-            importance = _importance(source, texts, settings, journal, progress)
-        with journal.timed("quantize"):
-            built = _built(source, plan, importance, out, settings, journal, progress)
-        with journal.timed("walk"):
-            fidelities = _measured(source, built, texts, recorded, settings, journal, progress)
-        asker = Asker(workload, context, recorded, journal, settings.n_ctx, settings.threads, progress)
-        with journal.timed("workload"):
-            reference, *levels = asker.ask_all(_contenders(source, plan, built, settings))
-        results = [compare(reference, level, workload) for level in levels]
-
-        decision = decide(
-            plan,
-            [*_known_of_source(source, plan, fidelities, settings), *fidelities],
-            results,
-            bar=bar,
-            reference=reference.level,
-            elsewhere=[one.label for one in settings.also if any(level.level == one.label for level in levels)],
-            tags={one.id: one.tags for one in workload.inputs},
-        )
-        recorded.keep_decision(source.sha256, decision.bar, decision, out / "run.json")
-        record = RunRecord(
-            bitladder=__version__,
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-            source=facts.source_facts(source, found, settings.model),
-            reference=reference.level,
-            machine=to_json(machine),
-            plan=plan,
-            decision=decision,
-            files=tuple(facts.file_facts(file) for file in built.values()),
-            fidelities=tuple(fidelities),
-            results=tuple(results),
-            inputs=facts.input_facts(workload),
-            answers=facts.shown_answers((reference, *levels), decision),
-            settings=facts.settings_facts(settings, texts, workload),
-            versions=facts.versions(),
-            commands=facts.commands(settings, out),
-            timings=journal.timings,
-            jobs=tuple(journal.jobs),
-            reused=tuple(journal.reused),
-            warnings=tuple(journal.warnings),
-        )
-    write_run(record, out / "run.json")
-    return RunResult(record, write_html(record, out / "report.html"))
+        yield _Given(settings, found, source, machine, workload, context, texts, out, bar, recorded, journal, progress)
 
 
 def _told_early(settings: RunSettings) -> Bar | None:
     """The bar; a bad one, and options that a level would not heed, are told before any work is done."""
-    from bitladder.formats.fitted import is_fitted_level
-    from bitladder.plan.bar import parse_bar
-    from bitladder.steps.building import refuse_unheard
-
     refuse_unheard([level for level in settings.levels or () if is_fitted_level(level)], settings.imatrix)
     return parse_bar(settings.bar) if settings.bar else None
 
@@ -200,25 +190,22 @@ def _endpoints(settings: RunSettings) -> list[EndpointSettings]:
     return [*settings.also] if reference is None or isinstance(reference, str | Path) else [reference, *settings.also]
 
 
-def _reference_level(source: GgufFile, settings: RunSettings) -> str | None:
+def _reference_level(given: _Given) -> str | None:
     """The level that the others are compared with; None when it is no level of this model."""
-    from bitladder.stages.facts import level_of
-
-    reference = settings.reference
-    return level_of(source.model) if reference is None else reference if isinstance(reference, str) else None
+    reference = given.settings.reference
+    return level_of(given.source.model) if reference is None else reference if isinstance(reference, str) else None
 
 
-def _fitting(source: GgufFile, machine: Machine, settings: RunSettings) -> Plan:
-    """The plan, when at least one level fits. With a level as the reference, larger ones are left out."""
-    from bitladder.formats.recipes import LEVELS
-    from bitladder.stages.plan import make_plan
-
-    levels = list(LEVELS if settings.levels is None else settings.levels)
-    if isinstance(settings.reference, str):
-        levels = list(dict.fromkeys([*levels, settings.reference]))
-    plan = make_plan(source.model, machine, n_ctx=settings.n_ctx, levels=levels)
-    if isinstance(settings.reference, str):
-        most = next(level.file_bytes for level in plan.levels if level.level == settings.reference)
+def _planned(given: _Given) -> Plan:
+    """The plan, when at least one level fits and what fits can be built. With a level as the reference, larger ones
+    are left out."""
+    reference, source = given.settings.reference, given.source
+    levels = list(LEVELS if given.settings.levels is None else given.settings.levels)
+    if isinstance(reference, str):
+        levels = list(dict.fromkeys([*levels, reference]))
+    plan = make_plan(source.model, given.machine, n_ctx=given.settings.n_ctx, levels=levels)
+    if isinstance(reference, str):
+        most = next(level.file_bytes for level in plan.levels if level.level == reference)
         plan = replace(plan, levels=tuple(level for level in plan.levels if level.file_bytes <= most))
     if plan.levels and not any(level.fits for level in plan.levels):
         smallest = plan.levels[-1]
@@ -229,143 +216,106 @@ def _fitting(source: GgufFile, machine: Machine, settings: RunSettings) -> Plan:
             means=smallest.reason,
             do="Close other programs, ask for a shorter context with --ctx, or choose a smaller model.",
         )
+    for level in plan.levels:
+        tell(given.progress, LevelNews(level.level, "fits" if level.fits else "does not fit"))
+    wanted = _levels_to_build(given, plan)
+    effort, threads = given.settings.effort, given.settings.threads
+    require(building_need(source, wanted, given.out, effort=effort, threads=threads), given.machine)
     return plan
 
 
-def _importance(
-    source: GgufFile, texts: Sequence[Document], settings: RunSettings, journal: Journal, progress: Progress
-) -> Importance | None:
+def _importance(given: _Given) -> Importance | None:
     """What the layers' inputs look like, for the search of scales; none, with a warning, for an unknown family."""
+    settings = given.settings
     try:
         return importance_of(
-            source, settings.imatrix, measured_on=texts, threads=settings.threads, journal=journal, progress=progress
+            given.source,
+            settings.imatrix,
+            measured_on=given.texts,
+            threads=settings.threads,
+            journal=given.journal,
+            progress=given.progress,
         )
     except UnknownArchitecture as error:
-        journal.warn(f"Levels are made without an importance matrix: {error.found}")
+        given.journal.warn(f"Levels are made without an importance matrix: {error.found}")
         return None
 
 
-def _levels_to_build(source: GgufFile, plan: Plan, settings: RunSettings) -> list[str]:
+def _levels_to_build(given: _Given, plan: Plan) -> list[str]:
     """Every level that fits, and the reference; the source itself is the file of its own level."""
-    from bitladder.stages.facts import level_of
-
-    own = level_of(source.model)
-    return [
-        level.level for level in plan.levels if level.level != own and (level.fits or level.level == settings.reference)
-    ]
+    own, reference = level_of(given.source.model), given.settings.reference
+    return [level.level for level in plan.levels if level.level != own and (level.fits or level.level == reference)]
 
 
-def _built(
-    source: GgufFile,
-    plan: Plan,
-    importance: Importance | None,
-    out: Path,
-    settings: RunSettings,
-    journal: Journal,
-    progress: Progress,
-) -> dict[Subject, LevelFile]:
+def _built(given: _Given, plan: Plan, importance: Importance | None) -> dict[Subject, LevelFile]:
     """A file for each level that fits."""
-    from bitladder.formats.fitted import is_fitted_level
-    from bitladder.stages.quantize import method_name, quantize_levels
-    from bitladder.store.recorded import Subject
-
-    wanted = _levels_to_build(source, plan, settings)
-    levels = [level for level in wanted if not is_fitted_level(level)]
-    need = building_need(source, levels, out, effort=settings.effort, threads=settings.threads)
-    for level in levels:
-        tell(progress, LevelNews(level, "being written"))
-    with job(need, journal, out) if levels else nullcontext():
-        files = quantize_levels(
-            source,
-            levels,
-            out,
-            importance=importance,
-            effort=settings.effort,
-            threads=settings.threads,
-            progress=progress,
-        )
-    for file in files:
-        tell(progress, LevelNews(file.level, "written", file_bytes=file.bytes))
-    journal.reuse("files", [file.level for file in files if file.reused])
-    method = method_name(settings.effort, importance)
-    built = {Subject(source.sha256, file.level, made=method): file for file in files}
-    for level in wanted:
-        if level not in levels:
-            subject, file = _fitted(source, level, out, settings, journal, progress)
-            built[subject] = file
-    return {subject: built[subject] for subject in sorted(built, key=lambda subject: wanted.index(subject.level))}
-
-
-def _fitted(
-    source: GgufFile, level: str, out: Path, settings: RunSettings, journal: Journal, progress: Progress
-) -> tuple[Subject, LevelFile]:
-    """The file of a level whose codes are chosen with error feedback, under the name it was asked for by."""
-    from bitladder.steps.recipes import fitted_level
-    from bitladder.store.recorded import Subject
-
-    tell(progress, LevelNews(level, "being written"))
-    made = fitted_level(
-        source, level, out, effort=settings.effort, threads=settings.threads, journal=journal, progress=progress
+    return ladder_files(
+        given.source,
+        _levels_to_build(given, plan),
+        given.out,
+        importance=importance,
+        effort=given.settings.effort,
+        threads=given.settings.threads,
+        journal=given.journal,
+        progress=given.progress,
     )
-    file = replace(made.file, level=level)
-    tell(progress, LevelNews(level, "written", file_bytes=file.bytes))
-    journal.reuse("files", [level] if file.reused else [])
-    types = hashlib.sha256(repr(sorted(made.recipe.qtypes.items())).encode()).hexdigest()[:16]
-    return Subject(source.sha256, level, made=f"{made.method}, types {types}"), file
 
 
-def _measured(
-    source: GgufFile,
-    built: Mapping[Subject, LevelFile],
-    texts: Sequence[Document],
-    recorded: Recorded,
-    settings: RunSettings,
-    journal: Journal,
-    progress: Progress,
-) -> list[Fidelity]:
+def _measured(given: _Given, built: Mapping[Subject, LevelFile]) -> list[Fidelity]:
     """Fidelity of the files that were written; none, and a warning, for a family that the walk does not know."""
-    from bitladder.files.gguf import GgufFile
-    from bitladder.stages.walk import file_candidate
-
-    reference = next((subject for subject in built if subject.level == settings.reference), None)
-    subjects = [subject for subject in built if subject != reference]
+    reference = next((subject for subject in built if subject.level == given.settings.reference), None)
     with ExitStack() as stack:
 
         def candidates(missing: Sequence[Subject]) -> list[Candidate]:
+            from bitladder.stages.walk import (
+                file_candidate,
+            )  # brings torch, for whose 1.5 s stored figures need not wait
+
             opened = [stack.enter_context(GgufFile.open(built[subject].path)) for subject in missing]
             return [
-                file_candidate(source, file, level=subject.level) for subject, file in zip(missing, opened, strict=True)
+                file_candidate(given.source, file, level=subject.level)
+                for subject, file in zip(missing, opened, strict=True)
             ]
 
         try:
             return fidelities(
-                source,
-                subjects,
+                given.source,
+                [subject for subject in built if subject != reference],
                 candidates,
-                texts,
-                recorded,
-                journal,
+                given.texts,
+                given.recorded,
+                given.journal,
                 reference=reference,
-                threads=settings.threads,
-                progress=progress,
+                threads=given.settings.threads,
+                progress=given.progress,
             )
         except UnknownArchitecture as error:
-            journal.warn(
+            given.journal.warn(
                 f"No fidelity was measured: {error.found} {error.means} The decision rests on the workload alone."
             )
             return []
 
 
-def _contenders(
-    source: GgufFile, plan: Plan, built: Mapping[Subject, LevelFile], settings: RunSettings
-) -> list[Contender]:
-    """Who answers the workload: the reference first, the levels, then models behind addresses."""
-    from bitladder.stages.facts import level_of
-    from bitladder.store.recorded import Subject
+def _asked(given: _Given, plan: Plan, built: Mapping[Subject, LevelFile]) -> list[LevelAnswers]:
+    """The workload through everyone: the reference first, the levels, then models behind addresses."""
+    asker = Asker(
+        given.workload,
+        given.context,
+        given.recorded,
+        given.journal,
+        given.settings.n_ctx,
+        given.settings.threads,
+        given.progress,
+    )
+    return asker.ask_all(_contenders(given, plan, built))
 
+
+def _contenders(given: _Given, plan: Plan, built: Mapping[Subject, LevelFile]) -> list[Contender]:
+    """Who answers the workload, the reference first."""
+    settings, source = given.settings, given.source
     own = LevelToAsk(Subject(source.sha256, level_of(source.model), file=source.sha256), source.path)
     levels = [LevelToAsk(subject, file.path) for subject, file in built.items()]
-    named = _reference_level(source, settings)
+    named = _reference_level(given)
     if named is None:  # the source is a level like the others
         fits = any(level.fits and level.level == own.subject.level for level in plan.levels)
         assert settings.reference is not None
@@ -375,12 +325,65 @@ def _contenders(
     return [reference, *(level for level in levels if level is not reference), *settings.also]
 
 
-def _known_of_source(
-    source: GgufFile, plan: Plan, fidelities: Sequence[Fidelity], settings: RunSettings
-) -> list[Fidelity]:
-    """That the source is as close to itself as can be, where it is a level like the others."""
-    from bitladder.stages.facts import level_of
+def _decided(
+    given: _Given,
+    plan: Plan,
+    fidelities: Sequence[Fidelity],
+    results: Sequence[WorkloadResult],
+    *,
+    reference: str,
+) -> Decision:
+    """The pair to deploy with its reasons, kept as evidence."""
+    answering = {result.level for result in results}
+    decision = decide(
+        plan,
+        [*_known_of_source(given, plan, fidelities), *fidelities],
+        results,
+        bar=given.bar,
+        reference=reference,
+        elsewhere=[one.label for one in given.settings.also if one.label in answering],
+        tags={one.id: one.tags for one in given.workload.inputs},
+    )
+    given.recorded.keep_decision(given.source.sha256, decision.bar, decision, given.out / "run.json")
+    return decision
 
-    own = level_of(source.model)
-    rival = _reference_level(source, settings) is None and any(level.level == own for level in plan.levels)
+
+def _known_of_source(given: _Given, plan: Plan, fidelities: Sequence[Fidelity]) -> list[Fidelity]:
+    """That the source is as close to itself as can be, where it is a level like the others."""
+    own = level_of(given.source.model)
+    rival = _reference_level(given) is None and any(level.level == own for level in plan.levels)
     return [of_itself(fidelities[0], own)] if rival and fidelities else []
+
+
+def _record(
+    given: _Given,
+    plan: Plan,
+    built: Mapping[Subject, LevelFile],
+    fidelities: Sequence[Fidelity],
+    answers: Sequence[LevelAnswers],
+    results: Sequence[WorkloadResult],
+    decision: Decision,
+) -> RunRecord:
+    """Everything the run found out, and everything needed to repeat it."""
+    settings, journal = given.settings, given.journal
+    return RunRecord(
+        bitladder=__version__,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        source=facts.source_facts(given.source, given.found, settings.model),
+        reference=answers[0].level,
+        machine=to_json(given.machine),
+        plan=plan,
+        decision=decision,
+        files=tuple(facts.file_facts(file) for file in built.values()),
+        fidelities=tuple(fidelities),
+        results=tuple(results),
+        inputs=facts.input_facts(given.workload),
+        answers=facts.shown_answers(answers, decision),
+        settings=facts.settings_facts(settings, given.texts, given.workload),
+        versions=facts.versions(),
+        commands=facts.commands(settings, given.out),
+        timings=journal.timings,
+        jobs=tuple(journal.jobs),
+        reused=tuple(journal.reused),
+        warnings=tuple(journal.warnings),
+    )

@@ -1,0 +1,84 @@
+"""The files of a run: one for each level, each with the name its evidence is kept under."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bitladder.formats.fitted import is_fitted_level
+from bitladder.progress import LevelNews, Progress, tell
+from bitladder.stages.quantize import method_name, quantize_levels
+from bitladder.steps.jobs import building_need, job
+from bitladder.steps.journal import Journal
+from bitladder.steps.recipes import fitted_level
+from bitladder.store.recorded import Subject
+
+if TYPE_CHECKING:
+    from bitladder.files.gguf import GgufFile
+    from bitladder.kernels import Effort
+    from bitladder.records.level_file import LevelFile
+    from bitladder.steps.calibrated import Importance
+
+
+def ladder_files(
+    source: GgufFile,
+    wanted: Sequence[str],
+    out: Path,
+    *,
+    importance: Importance | None,
+    effort: Effort,
+    threads: int,
+    journal: Journal,
+    progress: Progress,
+) -> dict[Subject, LevelFile]:
+    """A file for each level, in the order asked for; those that are there already are not made again.
+
+    Args:
+        source: the model.
+        wanted: GGUF levels and fitted ones (``GPTQ-<recipe>``, ``bpw<bits>``).
+        out: the folder to write into.
+        importance: weighs the errors of GGUF levels; fitted ones take their statistics from the calibration text.
+        effort: how long to search for scales.
+        threads: of everything.
+        journal: told what work will take and what it took.
+        progress: told how each level stands.
+
+    Raises:
+        NothingFits: too little memory or disk, before anything is written.
+        BadWeights, OutputError: as the stages say.
+    """
+    plain = [level for level in wanted if not is_fitted_level(level)]
+    for level in plain:
+        tell(progress, LevelNews(level, "being written"))
+    need = building_need(source, plain, out, effort=effort, threads=threads)
+    with job(need, journal, out) if plain else nullcontext():
+        files = quantize_levels(
+            source, plain, out, importance=importance, effort=effort, threads=threads, progress=progress
+        )
+    for file in files:
+        tell(progress, LevelNews(file.level, "written", file_bytes=file.bytes))
+    journal.reuse("files", [file.level for file in files if file.reused])
+    method = method_name(effort, importance)
+    built = {Subject(source.sha256, file.level, made=method): file for file in files}
+    for level in wanted:
+        if level not in plain:
+            subject, file = _fitted(source, level, out, effort, threads, journal, progress)
+            built[subject] = file
+    return {subject: built[subject] for subject in sorted(built, key=lambda subject: wanted.index(subject.level))}
+
+
+def _fitted(
+    source: GgufFile, level: str, out: Path, effort: Effort, threads: int, journal: Journal, progress: Progress
+) -> tuple[Subject, LevelFile]:
+    """The file of a level whose codes are chosen with error feedback, under the name it was asked for by."""
+    tell(progress, LevelNews(level, "being written"))
+    made = fitted_level(source, level, out, effort=effort, threads=threads, journal=journal, progress=progress)
+    file = replace(made.file, level=level)
+    tell(progress, LevelNews(level, "written", file_bytes=file.bytes))
+    journal.reuse("files", [level] if file.reused else [])
+    types = hashlib.sha256(repr(sorted(made.recipe.qtypes.items())).encode()).hexdigest()[:16]
+    return Subject(source.sha256, level, made=f"{made.method}, types {types}"), file
