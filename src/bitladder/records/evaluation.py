@@ -45,6 +45,10 @@ class Answer:
     """Empty where the engine does not tell token ids and probabilities."""
 
 
+MOST_OTHERS_SHARE = 0.15
+"""Share of the processor that other programs may take while a speed is measured."""
+
+
 @dataclass(frozen=True)
 class Speed:
     """Measured through the engine with one request at a time; medians of repeats, tokens per second."""
@@ -54,6 +58,11 @@ class Speed:
     load_seconds: float
     others_share: float = float("nan")
     """Share of this machine's processor time that other programs took meanwhile; NaN where it says nothing."""
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether this says more about other programs than about the level."""
+        return self.others_share > MOST_OTHERS_SHARE
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from bitladder.records.evaluation import Answer, LevelAnswers, Speed
     from bitladder.store.recorded import Recorded, Subject
 
-BUSY = 0.15
-"""Share of the processor that other programs may take before a speed says more about them than about a level."""
-
 
 class LevelToAsk(NamedTuple):
     """A level in a file."""
@@ -132,12 +129,13 @@ class Asker:
                 f"{len(impossible)} of {len(self.workload.inputs)} inputs are passed by nobody, the reference among "
                 f"them ({shown}): they can show no loss. Their criteria may be wrong, or the work too hard."
             )
-        busy = [level for level in asked if level.speed.others_share > BUSY]
+        busy = [level for level in asked if level.speed.disturbed]
         if busy:
             shares = ", ".join(f"{level.level} {level.speed.others_share:.0%}" for level in busy)
             self.journal.warn(
-                f"Other programs used the processor while speeds were measured ({shares}): these speeds are lower "
-                "than on a quiet machine, and not to be compared with one another."
+                f"Other programs used the processor while speeds were measured ({shares}): these are lower than "
+                "on a quiet machine, where another level may be the fastest. Close the programs and run again: only "
+                "these speeds are measured anew."
             )
 
     def _passed_by_nobody(self, asked: Sequence[LevelAnswers]) -> list[str]:

@@ -110,8 +110,6 @@ def fidelities(
 ) -> list[Fidelity]:
     """Stored fidelities, and one walk for those that are missing; against a level of ``candidates``, or the source."""
     from bitladder.describe.text import text_hash
-    from bitladder.files.folders import cache_folder
-    from bitladder.stages.walk import WalkOptions, walk
 
     digest = text_hash(texts)
     stored = {subject: recorded.fidelity(subject, digest, reference) for subject in subjects}
@@ -121,6 +119,9 @@ def fidelities(
     for subject in missing:
         tell(progress, LevelNews(subject.level, "measuring"))
     if missing:
+        from bitladder.files.folders import cache_folder
+        from bitladder.stages.walk import WalkOptions, walk  # brings torch, which stored figures need not wait for
+
         windows = token_windows(source, texts)
         options = WalkOptions(progress=progress, threads=threads)
         options["keep"] = cache_folder("walks")  # a killed walk goes on from the states it left there
@@ -154,7 +155,10 @@ def answers(
     threads: int,
     progress: Progress = silent,
 ) -> tuple[tuple[Answer, ...], Speed, bool]:
-    """Answers and speed of one level, and whether all of it was stored. Every new answer is stored as it comes."""
+    """Answers and speed of one level, and whether all of it was stored. Every new answer is stored as it comes.
+
+    A speed that other programs disturbed is measured again.
+    """
     from bitladder.describe.workload import question_hash
     from bitladder.engines.llama import LlamaServer
     from bitladder.stages.evaluate import answer_workload, measure_speed
@@ -171,6 +175,8 @@ def answers(
         question: answer for question in questions if (answer := recorded.answer(subject, question, engine)) is not None
     }
     speed = recorded.speed(subject, engine)
+    if speed is not None and speed.disturbed:
+        speed = None
     stored = speed is not None and len(known) == len(set(questions))
     if stored and speed is not None:
         return tuple(known[question] for question in questions), speed, True
