@@ -76,3 +76,28 @@ def test_only_processors_with_the_instructions(monkeypatch, features):
         assert Settings(half=True).half_products
     finally:
         half_products_pay.cache_clear()
+
+
+@pytest.mark.parametrize(("heads", "shared", "n"), [(6, 2, 200), (4, 4, 64), (2, 1, 1)])
+def test_causal_attention_takes_and_gives_f32(heads, shared, n):
+    rng = torch.Generator().manual_seed(2)
+    query, key, value = (torch.randn(3, count, n, 32, generator=rng) for count in (heads, shared, shared))
+    attend = functional.scaled_dot_product_attention
+    exact = attend(query, key, value, is_causal=True, enable_gqa=True)
+    with half_products():
+        found = attend(query, key, value, is_causal=True, enable_gqa=True)
+        scaled = attend(query, key, value, is_causal=True, enable_gqa=True, scale=0.5)
+    assert found.dtype == torch.float32 and found.shape == exact.shape
+    assert float((found - exact).std() / exact.std()) < 0.01
+    sharper = attend(query, key, value, is_causal=True, enable_gqa=True, scale=0.5)
+    assert float((scaled - sharper).std() / sharper.std()) < 0.01
+
+
+def test_other_attention_stays_exact():
+    query = torch.randn(1, 2, 70, 32, generator=torch.Generator().manual_seed(3))
+    mask = torch.zeros(1, 1, 70, 70).masked_fill_(torch.ones(70, 70).triu(1).bool(), float("-inf"))
+    attend = functional.scaled_dot_product_attention
+    with half_products():
+        assert torch.equal(attend(query, query, query, attn_mask=mask), attend(query, query, query, mask))
+        found = attend(query, query, query)
+    assert torch.equal(found, attend(query, query, query))

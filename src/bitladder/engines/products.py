@@ -21,10 +21,17 @@ from bitladder.engines.layers import inference
 
 _FEWEST = 2**16
 """Weights of a matrix below which nothing is won: routers, which should not be rounded either."""
+_QUERIES = 64
+"""Queries that attend at a time: what follows them is not computed, and products still run at full speed."""
 
 
 class _HalfProducts(TorchFunctionMode):
-    """Inside it, linear layers of f32 weights multiply in bfloat16, and still take and give f32."""
+    """Inside it, linear layers of f32 weights and causal attention multiply in bfloat16, and still take and give
+    f32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._last: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __torch_function__(
         self,
@@ -36,14 +43,56 @@ class _HalfProducts(TorchFunctionMode):
         """Called by torch instead of ``func``."""
         if func is functional.linear and not kwargs and args[1].numel() >= _FEWEST and args[1].dtype == torch.float32:
             x, weight, *bias = args
-            out = functional.linear(x.bfloat16(), weight.bfloat16()).float()
+            out = functional.linear(self._rounded(x), weight.bfloat16()).float()
             return out if not bias or bias[0] is None else out + bias[0]
+        if func is functional.scaled_dot_product_attention and _plainly_causal(*args, **(kwargs or {})):
+            return _causal_attention(*args[:3], scale=(kwargs or {}).get("scale"))
         return func(*args, **(kwargs or {}))
+
+    def _rounded(self, x: torch.Tensor) -> torch.Tensor:
+        """Queries, keys and values read the same tensor, one after another."""
+        if self._last is None or self._last[0] is not x:
+            self._last = x, x.bfloat16()
+        return self._last[1]
+
+
+def _plainly_causal(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **_: object,
+) -> bool:
+    """Whether each token sees those up to itself, and nothing else is asked for."""
+    whole = query.shape[2] == key.shape[2] and key.shape[-1] == value.shape[-1]
+    return is_causal and attn_mask is None and not dropout_p and whole and query.dtype == torch.float32
+
+
+def _causal_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, scale: float | None
+) -> torch.Tensor:
+    """Attention f32[windows, heads, n, width]; heads that share keys and values go through a product together."""
+    windows, heads, n, width = query.shape
+    shared = key.shape[1]
+    grouped = (query * (width**-0.5 if scale is None else scale)).bfloat16().view(windows, shared, -1, n, width)
+    keys, values = key.bfloat16().transpose(2, 3), value.bfloat16()
+    out = torch.empty_like(grouped, dtype=torch.float32)
+    later = torch.full((_QUERIES, _QUERIES), float("-inf"), dtype=torch.bfloat16, device=query.device).triu(1)
+    for start in range(0, n, _QUERIES):
+        stop = min(start + _QUERIES, n)
+        some = grouped[:, :, :, start:stop]
+        scores = (some.reshape(windows, shared, -1, width) @ keys[..., :stop]).view(*some.shape[:4], stop)
+        scores[..., start:] += later[: stop - start, : stop - start]
+        shares = torch.softmax(scores, -1).view(windows, shared, -1, stop)
+        out[:, :, :, start:stop] = (shares @ values[:, :, :stop]).view_as(some)
+    return out.view(windows, heads, n, width)
 
 
 @contextmanager
 def half_products() -> Iterator[None]:
-    """No autograd, and linear layers that multiply in bfloat16."""
+    """No autograd, and products of linear layers and attention in bfloat16."""
     with inference(), _HalfProducts():
         yield
 

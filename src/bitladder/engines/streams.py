@@ -313,13 +313,12 @@ def _emit(
 ) -> None:
     """Put a quantized parameter into the output as the linear layers that it is on disk."""
     linears = disk_linears(model.family, parameter.path, expert)
-    decoded = found.decoded
     for linear in linears:
         count = len(found.codes) // linear.parts
         rows = slice(linear.part * count, (linear.part + 1) * count)
         own = found.parameters.rows(rows)
         output.linears[linear.name] = encode(level, found.codes[rows], own)
-        output.digests[linear.name] = digest(decoded[rows])
+        output.digests[linear.name] = digest(found.decoded[rows])
         output.losses.append(LinearLoss(linear.name, found.loss, tokens, damp, note))
 
 

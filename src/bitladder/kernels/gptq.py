@@ -179,24 +179,28 @@ def _round_block(
     errors: F32,
     cost: npt.NDArray[np.float64],
 ) -> None:
-    """One block of columns, ``[columns of the block, rows]``; rows lie side by side and go through in
-    tiles."""
+    """One block of columns, ``[columns of the block, rows]``; rows lie side by side and go through in tiles, each
+    with arrays of its own and loops of a fixed length (as in ``groups.py``)."""
     width, rows = targets.shape
     for tile in prange((rows + _TILE - 1) // _TILE):
         first = tile * _TILE
-        last = min(first + _TILE, rows)
+        count = min(_TILE, rows - first)
+        own = np.zeros((width, _TILE), np.float32)
+        own[:, :count] = targets[:, first : first + count]
+        wrong, spent = np.zeros(_TILE, np.float32), np.zeros(_TILE, np.float64)
         for k in range(width):
-            group = groups[k]
-            for r in range(first, last):
-                step = scale[group, r]
-                target = targets[k, r]
-                at = (target - offset[group, r]) / step if step != 0 else np.float32(0)
+            group, target = groups[k], own[k]
+            for r in range(count):
+                step, shift = scale[group, first + r], offset[group, first + r]
+                at = (target[r] - shift) / step if step != 0 else np.float32(0)
                 code = nearest_step(at, lowest, highest, table)
-                value = step * (np.float32(code) if table.size == 0 else table[code - lowest]) + offset[group, r]
-                codes[k, r] = code
-                errors[k, r] = value - weights[k, r]
-                cost[r] += pivots[k] * (value - target) ** 2
+                value = step * (np.float32(code) if table.size == 0 else table[code - lowest]) + shift
+                codes[k, first + r] = code
+                wrong[r] = value - weights[k, first + r]
+                spent[r] += pivots[k] * (value - target[r]) ** 2
+            errors[k, first : first + count] = wrong[:count]
             for later in range(k + 1, width):
-                pull = coupling[k, later]
-                for r in range(first, last):
-                    targets[later, r] -= pull * errors[k, r]
+                pull, row = coupling[k, later], own[later]
+                for r in range(_TILE):
+                    row[r] -= pull * wrong[r]
+        cost[first : first + count] += spent[:count]

@@ -23,13 +23,10 @@ class Quantized:
 
     codes: npt.NDArray[np.int16]
     parameters: groups.Affine
+    decoded: F32
+    """The weights ``f32[rows, columns]`` as a reader of the file computes them."""
     loss: float
     """Squared error of the outputs as a share of the outputs' energy; NaN without calibration inputs."""
-
-    @property
-    def decoded(self) -> F32:
-        """The weights ``f32[rows, columns]`` as a reader of the file computes them."""
-        return self.parameters.decode(self.codes)
 
 
 def feedback(level: CheckpointLevel, factor: gptq.Factor, weights: F32, *, scale_dtype: str = "float16") -> Quantized:
@@ -37,9 +34,10 @@ def feedback(level: CheckpointLevel, factor: gptq.Factor, weights: F32, *, scale
     parameters = _search(level, weights, factor.importance, scale_dtype)
     codes, cost = gptq.apply(factor, weights, parameters.grid())
     # Costs are under the damped Hessian; the damping's own share is no error of the outputs.
-    wrong = cost.sum() - factor.ridge * _square_sum(parameters.decode(codes) - weights)
+    decoded = parameters.decode(codes)
+    wrong = cost.sum() - factor.ridge * _square_sum(decoded - weights)
     whole = gptq.cost_of(factor, weights).sum() - factor.ridge * _square_sum(weights)
-    return Quantized(codes, parameters, max(0.0, float(wrong / whole)) if whole > 0 else float("nan"))
+    return Quantized(codes, parameters, decoded, max(0.0, float(wrong / whole)) if whole > 0 else float("nan"))
 
 
 def rounded(
@@ -50,8 +48,9 @@ def rounded(
     importance = None if gram is None or not weighed else _energies(gram)
     parameters = _search(level, weights, importance, scale_dtype)
     codes = parameters.grid().nearest(weights)
-    loss = float("nan") if gram is None else relative_error(parameters.decode(codes) - weights, weights, gram)
-    return Quantized(codes, parameters, loss)
+    decoded = parameters.decode(codes)
+    loss = float("nan") if gram is None else relative_error(decoded - weights, weights, gram)
+    return Quantized(codes, parameters, decoded, loss)
 
 
 def awq_scales(
