@@ -50,6 +50,21 @@ def test_passes_that_stop_see_what_one_whole_pass_sees(layer):
         np.testing.assert_allclose(found.gram, expected.gram, rtol=1e-4, atol=1e-4)
 
 
+def test_how_far_inputs_are_from_the_sources(layer):
+    """A source that has 1 in every channel: (1 - X)^T X is the sum of X's rows, in every row, less X^T X."""
+    model, opened = layer
+    through = opened(64)
+    for shared in (one for one in model.family.inputs if one.kind == "linear"):
+        [seen] = opened(64).gather(shared)
+        ones = States(through._batches, len(seen.gram), spill=None)
+        ones.everything.fill_(1)
+        [found] = through.gather(shared, ones)
+        sums = found.drift + seen.gram
+        np.testing.assert_allclose(sums, sums[:1].repeat(len(sums), axis=0), atol=1e-5 * seen.gram.max())
+        assert np.ptp(sums[0]) > 0.1
+        assert seen.drift.size == 0
+
+
 def test_batches_change_nothing(layer):
     model, opened = layer
     few, many = opened(1 << 20), opened(48)

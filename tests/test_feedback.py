@@ -10,7 +10,11 @@ import pytest
 import tiny_models
 from bitladder.describe.windows import Window
 from bitladder.engines import resume
-from bitladder.engines.feedback import FeedbackSettings
+from bitladder.engines.calibration import InputStatistics, LayerPass
+from bitladder.engines.feedback import FeedbackSettings, FeedbackStream, factor_of, fit_matrix
+from bitladder.engines.layers import LayeredModel
+from bitladder.engines.states import States, batches_of
+from bitladder.engines.weights import FileWeights
 from bitladder.errors import BadInput
 from bitladder.files.gguf import GgufFile
 from bitladder.formats.recipes import is_quantizable
@@ -167,6 +171,33 @@ def test_channels_that_were_never_active_are_rounded_like_others(qtype):
     assert lost < 1.3 * usual
 
 
+def test_a_factor_solves_for_its_hessian():
+    x, right = _inputs(96), np.random.default_rng(6).standard_normal((5, 96)).astype(np.float32)
+    factor = gptq.prepare(x.T @ x, damp=0.01, together=32)
+    damped = (x.T @ x + factor.ridge * np.eye(96)).astype(np.float64)
+    np.testing.assert_allclose(gptq.solve(factor, right) @ damped, right, atol=1e-3)
+
+
+def test_weights_make_up_by_half_for_what_came_before():
+    """Against plain regression: of the outputs that the source has there on the level's inputs."""
+    source = _inputs(64)
+    level = source + np.random.default_rng(7).standard_normal(source.shape).astype(np.float32)
+    weights = np.random.default_rng(8).standard_normal((6, 64)).astype(np.float32)
+    seen = InputStatistics(
+        gram=level.T @ level,
+        largest=np.zeros(0, np.float32),
+        squares=(level * level).sum(0).astype(np.float64),
+        tokens=10**9,  # nothing is taken for noise
+        held_out=np.zeros((0, 0), np.float32),
+        drift=(source - level).T @ level,
+    )
+    settings = FeedbackSettings(damp=0)
+    fitted = fit_matrix("Q8_0", weights, seen, factor_of("matrix", seen, settings), settings)
+    whole = np.linalg.lstsq(level, source @ weights.T, rcond=None)[0].T
+    np.testing.assert_allclose(dequantize(fitted.data, "Q8_0"), (weights + whole) / 2, atol=0.03)
+    assert np.abs(whole - weights).max() > 0.3
+
+
 @pytest.fixture
 def tiny(tmp_path):
     case = tiny_models.CASES["llama"]
@@ -193,6 +224,37 @@ def test_a_file_by_a_recipe_is_an_ordinary_gguf(tiny, tmp_path):
         assert file.metadata["bitladder.expected_kl"] == "0.25"
     assert all(loss.loss < 0.1 for loss in fitted.losses)
     assert write_with_feedback(source, recipe, tmp_path / "out", windows).file.reused
+
+
+def test_the_source_goes_along_as_it_is(tiny):
+    source, windows = tiny
+    weights, batches = FileWeights(source), batches_of(windows)
+    model = LayeredModel(source.model, weights)
+    level, originals, alone = (States(batches, source.model.dims.n_embd, spill=None) for _ in range(3))
+    for batch in batches:
+        for states in (level, originals, alone):
+            states.put(batch, model.embed(batch.tokens, weights))
+    stream = FeedbackStream(
+        model, weights, _recipe(source, "Q4_0").qtypes, level, originals, batches, FeedbackSettings(effort="fast")
+    )
+    for layer in range(2):
+        inputs = [shared for shared in model.family.inputs if shared.kind == "linear"]
+        whole = LayerPass(model, layer, model.layer(layer, weights), alone, batches).gather_all(inputs)
+        exact = stream.inputs_of_the_source(layer, model.layer(layer, weights))
+        for shared, [found] in zip(inputs, whole, strict=True):
+            read = np.concatenate([exact[shared.module].get(batch)[batch.valid] for batch in batches])
+            np.testing.assert_allclose(read.T @ read, found.gram, rtol=1e-4, atol=1e-6 * found.gram.max())
+        np.testing.assert_allclose(originals.everything, alone.everything, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_made_up_for_begins_where_something_was_lost(tiny, tmp_path, monkeypatch):
+    source, windows = tiny
+    asked, solve = [], gptq.solve
+    monkeypatch.setattr(gptq, "solve", lambda factor, right: asked.append(np.abs(right).max()) or solve(factor, right))
+    write_with_feedback(source, _recipe(source, "Q4_0"), tmp_path, windows)
+    assert len(asked) == 7 * source.model.dims.n_layer  # the head is fitted for itself
+    assert asked[:3] == [0, 0, 0]  # query, key and value of the first layer read what the source's do
+    assert min(asked[3:]) > 0
 
 
 def test_what_a_tensor_keeps_is_copied(tiny, tmp_path):

@@ -59,6 +59,9 @@ class InputStatistics:
     tokens: int
     held_out: F32
     """The part of ``gram`` that comes from windows held out, of a linear layer's input; else f32[0, 0]."""
+    drift: F32
+    """``(R - X)^T X`` f32[columns, columns] with R the input that the source itself has there; f32[0, 0] where that
+    was not asked for."""
 
 
 class Sums:
@@ -79,6 +82,7 @@ class Sums:
         nothing = torch.zeros(0, 0)
         self.gram = torch.zeros(columns, columns, device=device) if gram else nothing
         self._held_out = torch.zeros_like(self.gram) if apart else nothing
+        self._drift = nothing
         self.largest = torch.zeros(columns if largest else 0, device=device)
         self.squares = torch.zeros(columns, dtype=torch.float64, device=device)
         self.tokens = 0
@@ -98,6 +102,12 @@ class Sums:
             torch.maximum(self.largest, x.abs().amax(dim=0), out=self.largest)
         self.squares += squares
         self.tokens += len(x)
+
+    def add_drift(self, x: torch.Tensor, original: torch.Tensor) -> None:
+        """Take in how far f32[tokens, columns] are from what the source has there."""
+        if not len(self._drift):
+            self._drift = torch.zeros(x.shape[1], x.shape[1], device=x.device)
+        self._drift.addmm_((original - x).T, x)
 
     def _multiply(self, x: torch.Tensor, gram: torch.Tensor, squares: torch.Tensor) -> None:
         if self._half and len(gram):
@@ -120,6 +130,7 @@ class Sums:
             self.squares.cpu().numpy(),
             self.tokens,
             self._held_out.cpu().numpy(),
+            self._drift.cpu().numpy(),
         )
 
 
@@ -128,7 +139,7 @@ def _add_half(gram: torch.Tensor, x: torch.Tensor, loud: torch.Tensor) -> None:
     half = x.bfloat16().index_fill_(1, loud, 0)
     for start in range(0, len(gram), _STRIP):
         gram[start : start + _STRIP, start:] += half[:, start : start + _STRIP].T @ half[:, start:]
-    products = x[:, loud].T @ x
+    products = x.index_select(1, loud).T @ x  # indexing with brackets takes six times as long
     gram.index_add_(0, loud, products)
     gram.index_add_(1, loud, products.index_fill_(1, loud, 0).T)
 
@@ -177,10 +188,10 @@ class LayerPass:
         self._passed: set[tuple[str, int]] = set()
         """Where a kept input, of a module and of the batch that begins there, has been replaced by the output."""
 
-    def gather(self, shared: SharedInput) -> list[InputStatistics]:
+    def gather(self, shared: SharedInput, original: States | None = None) -> list[InputStatistics]:
         """Statistics of one shared input (one per expert for stacked experts); the pass ends where it is
         seen. Inputs are gathered in the order they are computed; what reads them must not change after the next
-        one was gathered.
+        one was gathered. ``original``: what the source itself has there, of a linear layer's input.
 
         Raises:
             BadWeights: the inputs are not finite.
@@ -189,7 +200,9 @@ class LayerPass:
         new = partial(Sums, gram=True, largest=False, half=self._half)
         whole = frozenset(self._kept)  # what this very pass begins to keep is there for the batches before, not after
         for batch in self._batches:
-            with self._arithmetic(), self._resumed(batch, whole), self._watched(shared, batch, sums, new, stop=True):
+            exact = None if original is None else original.get(batch).to(self.model.device)
+            watched = self._watched(shared, batch, sums, new, stop=True, original=exact)
+            with self._arithmetic(), self._resumed(batch, whole), watched:
                 try:
                     self.model.run(self.block, self.layer, self._entering(batch))
                 except _Reached:
@@ -245,6 +258,7 @@ class LayerPass:
         *,
         stop: bool,
         held_out: frozenset[int] = frozenset(),
+        original: torch.Tensor | None = None,
     ) -> Iterator[None]:
         valid = torch.from_numpy(batch.valid).to(self.model.device)
         apart = torch.tensor([window in held_out for window in batch.windows], device=valid.device)
@@ -258,6 +272,8 @@ class LayerPass:
                 if number == len(sums):
                     sums.append(new(found.shape[1], found.device))
                 sums[number].add(found, tokens_apart)
+                if original is not None:
+                    sums[number].add_drift(found, *vectors(shared.kind, module, (original,), valid.reshape(-1)))
             if stop:
                 raise _Reached
 

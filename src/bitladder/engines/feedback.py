@@ -3,11 +3,17 @@
 Like ``streams.SequentialStream``, but tensors keep llama.cpp's names, row order and blocks, so what comes out is an
 ordinary GGUF file. The order within a layer is that of its shared inputs; every Hessian is gathered after the linear
 layers before it have been quantized.
+
+The source's own states pass through its layers beside the level's. A matrix W that reads X in the level and R in the
+source would make up for all that the layers before it lost, as far as its inputs tell of it, if it were
+``W + W (R - X)^T X (X^T X)^-1`` (GPTAQ, arXiv:2504.02692, has the same term in the feedback). Codes are chosen for
+weights half way there: the whole of it fits the calibration text more than other text (docs/log.md).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +24,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from bitladder.engines.calibration import InputStatistics, LayerPass
-from bitladder.engines.layers import LayeredModel
+from bitladder.engines.layers import LayeredModel, inference
 from bitladder.engines.states import Batch, States
 from bitladder.engines.streams import FEW_TOKENS
 from bitladder.engines.transforms import apply
@@ -31,13 +37,17 @@ from bitladder.kernels.feedback import chunk_of, quantize_with_feedback, takes_f
 F32 = NDArray[np.float32]
 U8 = NDArray[np.uint8]
 
+_SHARE = 0.5
+"""Of what a matrix could make up for of the errors before it."""
+
 
 @dataclass(frozen=True)
 class FittedTensor:
     """A quantized tensor of a layer, uint8[rows, row_bytes] over all its matrices.
 
-    ``loss`` is the squared error of its outputs as a share of their energy on the calibration text, NaN without
-    statistics. ``note`` says what was done differently, and why.
+    ``loss`` is the squared error of its outputs as a share of their energy on the calibration text, against those of
+    the weights that its codes were chosen for; NaN without statistics. ``note`` says what was done differently, and
+    why.
     """
 
     name: str
@@ -99,6 +109,8 @@ def fit_matrix(
 ) -> Fitted:
     """Blocks for f32[rows, columns] that meet inputs with the statistics ``seen``."""
     hessian, factor = factored
+    if len(seen.drift):
+        weights = weights + np.float32(_SHARE) * gptq.solve(factor, weights @ seen.drift)
     energies = seen.squares.astype(np.float32)
     blocks = quantize_with_feedback(
         weights,
@@ -124,14 +136,17 @@ class FeedbackStream:
         weights: LevelWeights,
         qtypes: Mapping[str, str],
         states: States,
+        originals: States,
         batches: Sequence[Batch],
         settings: FeedbackSettings,
         *,
         spill: Path | None = None,
     ) -> None:
-        """``qtypes``: what each tensor is stored as; those that keep the source's type are not touched."""
+        """``qtypes``: what each tensor is stored as; those that keep the source's type are not touched.
+        ``originals``: what enters the next layer of the source."""
         self.model, self._weights, self._qtypes = model, weights, qtypes
-        self.states, self._batches, self._settings, self._spill = states, batches, settings, spill
+        self.states, self.originals = states, originals
+        self._batches, self._settings, self._spill = batches, settings, spill
         self._last: tuple[InputStatistics | None, Any] = (None, None)
 
     def layer(self, layer: int) -> list[FittedTensor]:
@@ -141,19 +156,50 @@ class FeedbackStream:
             BadWeights: weights or activations are not finite.
         """
         block = self.model.layer(layer, self._weights)
+        exact = self.inputs_of_the_source(layer, block)
         through = LayerPass(self.model, layer, block, self.states, self._batches, spill=self._spill)
         made: list[FittedTensor] = []
         for shared in self.model.family.inputs:
             names = [name for name in self._names(layer, shared.roles) if self._changes(name)]
             if not names:
                 continue
-            gathered = through.gather(shared)
+            gathered = through.gather(shared, exact.pop(shared.module, None))
             found = {name: self._fit(name, gathered) for name in names}
             made += found.values()
             for parameter in self._readers(shared):
                 self._fill(block, layer, parameter, found)
         through.finish()
         return made
+
+    def inputs_of_the_source(self, layer: int, block: nn.Module) -> dict[str, States]:
+        """What the source's linear layers read, by module, while its states pass through the layer as it is yet."""
+        wanted = [
+            shared.module
+            for shared in self.model.family.inputs
+            if shared.kind == "linear" and any(self._changes(name) for name in self._names(layer, shared.roles))
+        ]
+        kept: dict[str, States] = {}
+        for batch in self._batches:
+            with inference(), ExitStack() as watching:
+                for module in wanted:
+                    watching.enter_context(self._keeping(block, module, batch, kept))
+                entering = self.originals.get(batch).to(self.model.device)
+                self.originals.put(batch, self.model.run(block, layer, entering))
+        return kept
+
+    @contextmanager
+    def _keeping(self, block: nn.Module, module: str, batch: Batch, kept: dict[str, States]) -> Iterator[None]:
+        def seen(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+            x = arguments[0].reshape(*batch.tokens.shape, -1)
+            if module not in kept:
+                kept[module] = States(self._batches, x.shape[-1], spill=self._spill)
+            kept[module].put(batch, x)
+
+        handle = block.get_submodule(module).register_forward_pre_hook(seen)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def _names(self, layer: int, roles: Sequence[str]) -> list[str]:
         held = set(self.model.layer_names(layer))

@@ -111,6 +111,18 @@ def prepare(
     return Factor(order, coupling, pivots**2, used * mean, used, rescued, int((diagonal == 0).sum()))
 
 
+def solve(factor: Factor, right: F32) -> F32:
+    """``right H^-1`` f32[rows, columns] for the damped Hessian of a factor, columns in storage order."""
+    from scipy.linalg import solve_triangular
+
+    unit = factor.coupling + np.eye(len(factor.order), dtype=np.float32)  # H = unit diag(pivots) unit^T
+    found = solve_triangular(unit, right[:, factor.order].T, unit_diagonal=True)
+    found /= factor.pivots[:, None].astype(np.float32)
+    out = np.empty_like(right)
+    out[:, factor.order] = solve_triangular(unit, found, trans="T", unit_diagonal=True).T
+    return out
+
+
 def _order(diagonal: npt.NDArray[np.float64], together: int) -> npt.NDArray[np.intp]:
     """Columns by falling energy, or runs of them by falling energy and columns so within each."""
     runs = diagonal.reshape(-1, together).sum(axis=1)

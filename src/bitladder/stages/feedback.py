@@ -155,9 +155,10 @@ def _write(job: _Job, draft: LevelDraft, state_bytes: int) -> list[LinearLoss]:
     n_layer = job.model.n_layer
     losses: list[LinearLoss] = []
     try:
-        states, first = _entering(job, shelf.take(), kept, out)
+        states, originals = shelf.take(), shelf.take()
+        first = _entering(job, (states, originals), kept, out)
         stream = FeedbackStream(
-            job.model, job.weights, job.recipe.qtypes, states, job.batches, job.settings, spill=spill
+            job.model, job.weights, job.recipe.qtypes, states, originals, job.batches, job.settings, spill=spill
         )
         for layer in range(first, n_layer):
             job.progress(f"fitting layer {layer + 1} of {n_layer}", layer, n_layer + 1.0)
@@ -166,7 +167,7 @@ def _write(job: _Job, draft: LevelDraft, state_bytes: int) -> list[LinearLoss]:
                 losses.append(LinearLoss(tensor.name, tensor.loss, tensor.tokens, tensor.damp, tensor.note))
             for name in job.model.layer_names(layer):
                 job.weights.forget(name)
-            kept.save(layer, [((0,), states)])
+            kept.save(layer, [((0,), states), ((1,), originals)])
         job.progress("fitting the output matrix", n_layer, n_layer + 1.0)
         for name in out.unfinished():
             out.put(name, _other(job, name, states))
@@ -215,25 +216,29 @@ class _Out:
 
 
 def _inner_bytes(job: _Job) -> int:
-    """Bytes that a layer keeps between its passes: the inputs of its output and down projections."""
+    """Bytes that a layer keeps between its passes: inputs of its output and down projections, of the source's all."""
     dims = job.source.model.dims
     tokens = sum(batch.tokens.size for batch in job.batches)
-    return tokens * (dims.n_head * dims.head_dim_v + dims.n_ff) * 4
+    return tokens * (2 * (dims.n_head * dims.head_dim_v + dims.n_ff) + 2 * dims.n_embd) * 4
 
 
-def _entering(job: _Job, states: States, kept: Checkpoint, out: _Out) -> tuple[States, int]:
-    """The states to begin with, an earlier run's or the embeddings, and the first layer to do."""
+def _entering(job: _Job, both: Sequence[States], kept: Checkpoint, out: _Out) -> int:
+    """Fill the level's states and the source's with what enters the first layer to do, an earlier run's or the
+    embeddings; returns that layer."""
     found = kept.load()
     if found is not None:
-        layer, _, (file,) = found
+        layer, _, files = found
         made = [name for number in range(layer) for name in job.model.layer_names(number)]
         fitted = [name for name in made if job.recipe.qtypes.get(name, "") not in ("", job.source.info(name).qtype)]
         if all(out.has(name) for name in fitted):
-            kept.restore(file, states)
-            return states, layer
+            for file, states in zip(files, both, strict=True):
+                kept.restore(file, states)
+            return layer
     for batch in job.batches:
-        states.put(batch, job.model.embed(batch.tokens, job.weights))
-    return states, 0
+        embedded = job.model.embed(batch.tokens, job.weights)
+        for states in both:
+            states.put(batch, embedded)
+    return 0
 
 
 def _other(job: _Job, name: str, states: States) -> Iterator[NDArray[np.uint8]]:
