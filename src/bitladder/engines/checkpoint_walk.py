@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from bitladder.describe.windows import Window
+from bitladder.engines.allocator import keep_freed_memory
 from bitladder.engines.layers import LayeredModel
 from bitladder.engines.products import half_products_pay
 from bitladder.engines.states import Batch, Shelf, States, batches_of
@@ -81,6 +82,7 @@ class CheckpointWalk:
             BadWeights: weights or activations are not finite.
             OutputError: no room for states or finished layers.
         """
+        keep_freed_memory()
         streams = self._streams(windows)
         total = float(self.model.n_layer)
         losses: dict[str, str] = {}
