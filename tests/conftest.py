@@ -1,5 +1,6 @@
 """Fixtures: the real demo model, a cache and a data folder that are nobody's."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,3 +19,17 @@ def private_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def demo_gguf() -> Path:
     """SmolLM2-135M-Instruct as a GGUF, fetched once into the user cache."""
     return resolve(demo.NAME).path
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One thread of torch and numba: with tiny matrices several would only wait for one another."""
+    import numba
+    import torch
+
+    before = torch.get_num_threads(), numba.get_num_threads()
+    torch.set_num_threads(1)
+    numba.set_num_threads(1)
+    yield
+    torch.set_num_threads(before[0])
+    numba.set_num_threads(before[1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -125,3 +126,16 @@ def running_hub() -> Iterator[FakeHub]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def safetensors(tensors: dict[str, list[int]]) -> bytes:
+    """A file of zeros in BF16: tensor name to shape."""
+    at, table = 0, {}
+    for name, shape in tensors.items():
+        size = 2
+        for length in shape:
+            size *= length
+        table[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [at, at + size]}
+        at += size
+    head = json.dumps(table).encode()
+    return struct.pack("<Q", len(head)) + head + bytes(at)

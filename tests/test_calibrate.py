@@ -2,100 +2,24 @@
 
 import json
 import shutil
-from pathlib import Path
 
-import numba
 import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
 
 import tiny_models
 from bitladder.describe.windows import Window
 from bitladder.engines import checkpoint_walk
 from bitladder.engines.checkpoint_walk import Settings
 from bitladder.errors import BadInput, BadWeights, OutputError, UsageError
-from bitladder.files.checkpoint_check import decoded_linears
 from bitladder.files.gguf import GgufFile
-from bitladder.formats.checkpoint import parse_level
 from bitladder.plan.cost import level_size
 from bitladder.stages.calibrate import quantize_checkpoints
 from reference.slow_checkpoint import read_folder
+from tiny_checkpoints import decoded, difference, loaded, run, tiny, windows_of
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny matrices: threads would only wait for one another."""
-    before = torch.get_num_threads(), numba.get_num_threads()
-    torch.set_num_threads(1)
-    numba.set_num_threads(1)
-    yield
-    torch.set_num_threads(before[0])
-    numba.set_num_threads(before[1])
-
-
-def windows_of(seed: int, count: int = 40, n: int = 64) -> list[Window]:
-    rng = np.random.default_rng(seed)
-    return [Window(f"text {at // 4}", rng.integers(0, tiny_models.N_VOCAB, n)) for at in range(count)]
-
-
-def tiny(name: str, folder: Path, **sizes: int) -> tuple[torch.nn.Module, Path, Path]:
-    """A tiny model, its checkpoint folder and its GGUF."""
-    case = tiny_models.CASES[name]
-    model = tiny_models.make(case, **sizes)
-    checkpoint = folder / "source"
-    model.save_pretrained(checkpoint)
-    (checkpoint / "tokenizer.json").write_text("{}")
-    return model, checkpoint, tiny_models.write(case, model, folder / "source.gguf")
-
-
-def run(gguf: Path, levels: list[str], out: Path, checkpoint: Path | None, **options) -> list:
-    with GgufFile.open(gguf) as source:
-        return quantize_checkpoints(source, levels, out, windows_of(1), name="tiny", checkpoint=checkpoint, **options)
-
-
-def loaded(folder: Path, weights: dict[str, np.ndarray], scratch: Path) -> torch.nn.Module:
-    """A plain transformers model of decoded weights."""
-    scratch.mkdir(parents=True)
-    config = json.loads((folder / "config.json").read_text())
-    del config["quantization_config"]
-    (scratch / "config.json").write_text(json.dumps(config))
-    tensors = {name: torch.from_numpy(np.array(value)) for name, value in weights.items()}
-    save_file(tensors, scratch / "model.safetensors", metadata={"format": "pt"})
-    model, info = AutoModelForCausalLM.from_pretrained(
-        scratch,
-        dtype=torch.float32,
-        attn_implementation="eager",
-        experts_implementation="eager",
-        output_loading_info=True,
-    )
-    assert not info["unexpected_keys"]
-    assert set(info["missing_keys"]) <= {"lm_head.weight"}
-    return model.eval()
-
-
-def decoded(folder: Path, name: str) -> dict[str, np.ndarray]:
-    from safetensors import safe_open
-
-    level = parse_level(name)
-    weights = {f"{linear}.weight": value for linear, value in decoded_linears(folder, level)}
-    quantized = {linear.removesuffix(".weight") for linear in weights}
-    with safe_open(folder / "model.safetensors", "pt") as file:
-        for key in file.keys():  # noqa: SIM118
-            if key.endswith(".bias") or key.rpartition(".")[0] not in quantized:
-                weights[key] = file.get_tensor(key).float().numpy()
-    return weights
-
-
-def difference(model: torch.nn.Module, other: torch.nn.Module) -> float:
-    """Error of the logits as a share of their energy, on text that calibration did not see."""
-    tokens = torch.from_numpy(np.stack([window.tokens for window in windows_of(2, count=4)]))
-    with torch.no_grad():
-        reference, found = model(tokens).logits, other(tokens).logits
-    reference = reference - reference.mean(-1, keepdim=True)
-    return float((found - found.mean(-1, keepdim=True) - reference).square().sum() / reference.square().sum())
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("name", sorted(tiny_models.CASES))

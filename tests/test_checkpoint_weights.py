@@ -12,9 +12,9 @@ from bitladder.engines.rounding import INT8_TOKENS
 from bitladder.engines.weights import FileWeights
 from bitladder.files.gguf import GgufFile
 from bitladder.formats.checkpoint import parse_level
-from test_calibrate import decoded, loaded, one_thread, run, tiny, windows_of
+from tiny_checkpoints import decoded, loaded, run, tiny, windows_of
 
-__all__ = ["one_thread"]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def walked_logits(gguf: Path, folder: Path, level: str, tokens: np.ndarray) -> torch.Tensor:

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from bitladder import __version__
 from bitladder.cli.app import app
 from bitladder.records import evaluation
-from test_remote import serving
+from cloud_server import serving
 
 PROSE = (
     "The lamp stood in the window all winter, and each evening somebody lit it. Nobody could say who had begun "

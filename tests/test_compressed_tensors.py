@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from test_calibrate import decoded, difference, loaded, run, tiny
+from tiny_checkpoints import decoded, difference, loaded, run, tiny
 
 pytest.importorskip("compressed_tensors")
 

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import numba
 import numpy as np
 import pytest
 import torch
@@ -23,17 +22,13 @@ from bitladder.stages.quantize import quantize_levels
 from bitladder.stages.walk import file_candidate, walk
 from bitladder.steps.building import build_levels, sort_levels
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(autouse=True)
-def alone(tmp_path, monkeypatch):
-    """A cache of its own, and one thread: with tiny matrices they would only wait for one another."""
+def own_cache(tmp_path, monkeypatch):
+    """What is calibrated here is found by no other test."""
     monkeypatch.setenv("BITLADDER_CACHE", str(tmp_path / "cache"))
-    before = torch.get_num_threads(), numba.get_num_threads()
-    torch.set_num_threads(1)
-    numba.set_num_threads(1)
-    yield
-    torch.set_num_threads(before[0])
-    numba.set_num_threads(before[1])
 
 
 def windows_of(seed: int, count: int = 24, n: int = 64) -> list[Window]:

@@ -1,7 +1,6 @@
 """Models on the hub, against a server on this machine that speaks its API."""
 
 import json
-import struct
 from dataclasses import replace
 
 import pytest
@@ -12,7 +11,7 @@ from bitladder.files import hub
 from bitladder.files.describe_source import describe
 from bitladder.files.hollow import N_VOCAB, write_hollow
 from bitladder.files.sources import resolve
-from hub_server import running_hub
+from hub_server import running_hub, safetensors
 
 SHAPE = Shape("tiny", "llama", 2, 64, 128, 4, 2, N_VOCAB, 2048, tied=True)
 CONFIG = {
@@ -42,18 +41,6 @@ def hollow(tmp_path_factory):
     path = tmp_path_factory.mktemp("hollow") / "tiny.gguf"
     write_hollow(path, SHAPE, "F16")
     return path.read_bytes()
-
-
-def safetensors(tensors):
-    at, table = 0, {}
-    for name, shape in tensors.items():
-        size = 2
-        for length in shape:
-            size *= length
-        table[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [at, at + size]}
-        at += size
-    head = json.dumps(table).encode()
-    return struct.pack("<Q", len(head)) + head + bytes(at)
 
 
 def test_names():

@@ -106,6 +106,13 @@ def open_ladder(page):
     open_tab(page, "ladder")
 
 
+def assert_told(page, words):
+    """The words come to stand on the page, where a reader sees them."""
+    from playwright.sync_api import expect
+
+    expect(page.get_by_text(words).first).to_be_visible(timeout=8000)
+
+
 def texts(page, selector):
     return [text.strip() for text in page.locator(selector).all_inner_texts()]
 
@@ -132,7 +139,7 @@ def test_where_they_part_and_whether_it_is_real(page):
     page.wait_for_selector(".tie-break")
     assert "A tie-break" in card.inner_text()
     compare(page, "Same?")
-    page.wait_for_selector("text=The same answer, word for word.")
+    assert_told(page, "The same answer, word for word.")
 
 
 def test_what_models_and_people_write_is_shown_as_text(page):
@@ -164,14 +171,14 @@ def test_history_outlives_a_reload_and_can_be_forgotten(page):
     assert texts(page, ".answer ins") == ["12"]
     assert page.input_value("#prompt") == PENS
     page.click("text=Forget all")
-    page.wait_for_selector("text=None yet.")
+    assert_told(page, "None yet.")
 
 
 def test_a_link_carries_a_comparison(page, gateway):
     compare(page, PENS)
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     page.click("text=Copy a link")
-    page.wait_for_selector("text=Copied.")
+    assert_told(page, "Copied.")
     link = page.evaluate("navigator.clipboard.readText()")
     assert link.startswith(f"{gateway.url}#compare=")
     page.evaluate("localStorage.clear()")
@@ -186,7 +193,7 @@ def test_a_link_carries_a_comparison(page, gateway):
 @pytest.mark.parametrize("fragment", ["AAAA", "%%%", "eyJ2ZXJzaW9uIjoyfQ"])
 def test_a_broken_link_is_told(page, gateway, fragment):
     page.goto(f"{gateway.url}#compare={fragment}")
-    page.wait_for_selector("text=The link holds no comparison")
+    assert_told(page, "The link holds no comparison")
 
 
 def test_a_file_carries_a_comparison(page, tmp_path):
@@ -200,7 +207,7 @@ def test_a_file_carries_a_comparison(page, tmp_path):
     page.wait_for_selector(".answer ins")
     path.write_text('{"version": 1}')
     page.set_input_files("#open-file", path)
-    page.wait_for_selector("text=This file is no comparison")
+    assert_told(page, "This file is no comparison")
 
 
 def test_errors_and_broken_streams_are_told(page, gateway):
@@ -208,7 +215,7 @@ def test_errors_and_broken_streams_are_told(page, gateway):
     assert texts(page, ".answer .bad") == ["The context is too small for this."] * 2
     gateway.cut = True
     compare(page, PENS)
-    page.wait_for_selector("text=broke off before its end")
+    assert_told(page, "broke off before its end")
 
 
 def test_stopping(page, gateway):
@@ -217,7 +224,7 @@ def test_stopping(page, gateway):
     page.click("button[type=submit]")
     page.wait_for_selector(".answer .text:has-text('word word word')")
     page.click("text=Stop")
-    page.wait_for_selector("text=Stopped.")
+    assert_told(page, "Stopped.")
     assert page.locator("button[type=submit]").inner_text() == "Compare"
 
 
@@ -225,7 +232,7 @@ def test_fewer_than_two_levels_is_a_complaint(page):
     page.uncheck("[name=level][value=Q6_K]")
     page.fill("#prompt", PENS)
     page.click("button[type=submit]")
-    page.wait_for_selector("text=Choose at least two levels.")
+    assert_told(page, "Choose at least two levels.")
 
 
 def test_a_key_is_asked_for_once(browser, gateway):
@@ -284,10 +291,10 @@ def test_a_kind_of_work_opens_its_evidence(page):
 def test_what_if_decides_again(page):
     open_ladder(page)
     page.fill("#if-bar", "kl < 0.02")
-    page.wait_for_selector("text=Deploy Q6_K alone")
+    assert_told(page, "Deploy Q6_K alone")
     page.focus("#if-limit")
     page.keyboard.press("Home")
-    page.wait_for_selector("text=No level that fits holds the bar")
+    assert_told(page, "No level that fits holds the bar")
     assert page.input_value("#if-bar") == "kl < 0.0001"
     assert page.get_attribute("#if-limit", "aria-valuetext") == "0.0001 nats per token"
     page.keyboard.press("End")
@@ -295,21 +302,21 @@ def test_what_if_decides_again(page):
     page.fill("#if-bar", "no known loss")
     page.wait_for_selector("#if-limit:disabled")
     page.fill("#if-bar", "kl < 0.02")
-    page.wait_for_selector("text=Deploy Q6_K alone")
+    assert_told(page, "Deploy Q6_K alone")
     page.fill("#if-bar", "kl >")
-    page.wait_for_selector("text=cannot be read")
+    assert_told(page, "cannot be read")
     assert "Deploy Q6_K alone" in page.inner_text(".summary"), "the last good answer stays"
     page.click("text=As measured")
-    page.wait_for_selector("text=Deploy Q6_K for quality")
+    assert_told(page, "Deploy Q6_K for quality")
     page.focus("#if-memory")
     page.keyboard.press("Home")
-    page.wait_for_selector("text=No level besides the reference fits")
+    assert_told(page, "No level besides the reference fits")
     assert "does not fit" in texts(page, "table.levels .verdict strong")
     page.click("text=As measured")
     page.focus("#if-context")
     page.keyboard.press("End")
-    page.wait_for_selector("text=131,072")
-    page.wait_for_selector("text=does not fit")
+    assert_told(page, "131,072")
+    assert_told(page, "does not fit")
 
 
 def test_without_a_gateway_there_is_the_ladder_alone(browser, run_json):

@@ -11,7 +11,7 @@ from bitladder.files.checkpoint import read_checkpoint
 from bitladder.files.describe_source import describe
 from bitladder.files.hollow import N_VOCAB, write_hollow
 from bitladder.files.sources import resolve
-from test_hub import safetensors
+from hub_server import safetensors
 
 SHAPE = Shape("tiny", "llama", 2, 64, 128, 4, 2, N_VOCAB, 2048, tied=True)
 
