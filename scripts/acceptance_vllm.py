@@ -2,11 +2,11 @@
 
 ``expect`` runs in Bitladder's environment: it builds levels of the demo model, decodes each folder with the reader of
 ``files/checkpoint_check.py`` (which the tests hold against an independent one), puts the weights into transformers'
-model in f32 and keeps, for every prompt, the most likely next tokens with their log-probabilities and the greedy
-answer. ``serve`` runs in vLLM's environment, where Bitladder is not installed: it loads the folder, asks the same
-token ids and compares. With ``--refused`` it expects vLLM not to load the folder, and that the level's notes say
-so. vLLM computes in bfloat16, and W8A8 rounds its inputs as well, so a log-probability may differ
-by ``TOLERANCE`` on average; a wrong zero point or nibble order gives differences of many nats.
+model in f32, which rounds its inputs per token where the level is W8A8, and keeps, for every prompt, the most likely
+next tokens with their log-probabilities and the greedy answer. ``serve`` runs in vLLM's environment, where Bitladder
+is not installed: it loads the folder, asks the same token ids and compares. With ``--refused`` it expects vLLM not to
+load the folder, and that the level's notes say so. vLLM computes in bfloat16, so a log-probability may differ by
+``TOLERANCE`` on average; a wrong zero point or nibble order gives differences of many nats.
 """
 
 import argparse
@@ -30,6 +30,7 @@ def expect(folder: Path, levels: list[str]) -> int:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    from bitladder.engines.rounding import INT8_TOKENS, rounded_input
     from bitladder.files.checkpoint_check import CheckpointReader
     from bitladder.files.demo import fetch_demo
     from bitladder.files.gguf import GgufFile
@@ -54,6 +55,8 @@ def expect(folder: Path, levels: list[str]) -> int:
         weights = {name: torch.from_numpy(reader.weights(name).copy()) for name in names}
         model.load_state_dict(weights, strict=False)
         model.tie_weights()
+        for linear in reader.linears() if reader.level.activations == "int8" else ():
+            model.get_submodule(linear).register_forward_pre_hook(lambda _, x: rounded_input(x[0], INT8_TOKENS))
         own = AutoTokenizer.from_pretrained(made)
         asked = []
         for prompt in PROMPTS:
@@ -101,7 +104,8 @@ def refused(folder: Path, level: str) -> int:
         LLM(model=expected["path"], dtype="bfloat16", enforce_eager=True, max_model_len=640)
     except (ValueError, RuntimeError, NotImplementedError, KeyError) as error:
         warned = any("vLLM" in note for note in expected["notes"])
-        reason = str(error).strip().splitlines()[-1]
+        said = str(error).strip().splitlines()
+        reason = next((line.strip() for line in said if "Value error" in line), said[0])
         print(f"{level}: refused ({reason[:200]}); its notes {'say so' if warned else 'DO NOT SAY SO'}")
         return int(not warned)
     print(f"{level}: loads, although its notes say: {' '.join(expected['notes']) or 'nothing'}")
