@@ -155,6 +155,35 @@ def test_bad_input_is_one_message(arguments, code, says, demo_gguf, tmp_path, mo
     assert not list(tmp_path.rglob("*.gguf"))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        (["plan", "x.gguf", "--ctx", "abc"], "Invalid value for '--ctx'"),
+        (["plan", "--no-such-option"], "No such option"),
+        (["no-such-verb"], "No such command"),
+    ],
+)
+def test_what_no_verb_understands_is_json_too(arguments, found):
+    done = bitladder(*arguments, "--json")
+    assert done.exit_code == 2
+    assert json.loads(done.stdout)["error"]["found"].startswith(found)
+    assert bitladder(*arguments).stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        (["--reference", "{}/answers.jsonl"], "answers.jsonl' cannot be read"),
+        (["--text", "{}/short.txt"], "its longest document has 6 bytes"),
+    ],
+)
+def test_what_a_run_cannot_use_is_told_before_the_model_is_fetched(tmp_path, options, found):
+    (tmp_path / "short.txt").write_text("short\n")
+    done = bitladder("run", "hf:nobody/nothing", *(option.format(tmp_path) for option in options))
+    assert done.exit_code == 2
+    assert found in done.stderr
+
+
 def test_errors_are_json_too(tmp_path):
     done = bitladder("plan", tmp_path / "nowhere.gguf", "--json")
     error = json.loads(done.stdout)["error"]

@@ -19,7 +19,7 @@ from bitladder.errors import NothingFits, UnknownArchitecture
 from bitladder.files.gguf import GgufFile
 from bitladder.files.probe import probe_machine
 from bitladder.files.sources import Source, resolve
-from bitladder.files.workloads import STARTER, load_workload
+from bitladder.files.workloads import STARTER, load_reference, load_workload
 from bitladder.formats.fitted import is_fitted_level
 from bitladder.formats.recipes import LEVELS
 from bitladder.plan.bar import Bar, parse_bar
@@ -155,6 +155,8 @@ def _opened(settings: RunSettings, progress: Progress, journal: Journal, confirm
     """Everything a run starts from. What would be refused later is refused here, the cheapest questions first."""
     bar = _told_early(settings)
     workload = load_workload(settings.workload or STARTER)
+    if isinstance(settings.reference, Path):
+        load_reference(settings.reference, workload)
     texts = documents(settings.texts)
     with ExitStack() as stack:
         recorded = Recorded(stack.enter_context(Evidence.open()))

@@ -65,11 +65,15 @@ def serve(
 
     from bitladder.engines.llama_program import chosen_program
     from bitladder.serve.app import serve as serve_settings
+    from bitladder.serve.limits import read_keys
     from bitladder.serve.router import parse_rule
 
     program, why = chosen_program(engine)
     if why:
         say(why)
+    if api_key_file is not None:
+        read_keys(api_key_file)  # one that cannot be used is told before engines are started
+    rules = tuple(parse_rule(text) for text in rule or ())
     with progress_display() as progress:
         settings = tiers_of(model, quality, speed, ctx, threads, out, progress, slots=slots)
     settings = replace(
@@ -78,7 +82,7 @@ def serve(
         port=port,
         api_key_file=api_key_file,
         shadow=replace(settings.shadow, share=shadow),
-        rules=tuple(parse_rule(text) for text in rule or ()),
+        rules=rules,
         allowed_hosts=tuple(allow_host or ()),
         open_to_all=open_to_all,
         program=program,

@@ -20,8 +20,8 @@ def recipe(
         str | None,
         typer.Option("--budget", metavar="SIZE", help="Largest file, as 4GiB."),
     ] = None,
-    bpw: Annotated[float | None, typer.Option("--bpw", help="Bits per weight over all tensors.")] = None,
-    kl: Annotated[float | None, typer.Option("--kl", help="The smallest file that loses no more.")] = None,
+    bpw: Annotated[float | None, typer.Option("--bpw", min=0, help="Bits per weight over all tensors.")] = None,
+    kl: Annotated[float | None, typer.Option("--kl", min=0, help="The smallest file that loses no more.")] = None,
     fits: Annotated[bool, typer.Option("--fits", help="The largest that this machine holds.")] = False,
     level: Annotated[
         str | None,
@@ -29,7 +29,7 @@ def recipe(
     ] = None,
     least_decode: Annotated[
         float | None,
-        typer.Option("--tps", help="Also decode at least this many tokens a second."),
+        typer.Option("--tps", min=0, help="Also decode at least this many tokens a second."),
     ] = None,
     gpu_layers: Annotated[int, typer.Option("--ngl", min=0, help="Layers on the GPU, with --vram.")] = 0,
     vram: Annotated[str | None, typer.Option("--vram", metavar="SIZE", help="What those may take.")] = None,
@@ -47,6 +47,7 @@ def recipe(
 
     Without a limit: print the recipe of an existing file, or with --apply make another model by it.
     """
+    from bitladder.files.sources import resolve
     from bitladder.plan.recipe import Wish
     from bitladder.report.recipe import recipe_lines
     from bitladder.steps.journal import Journal
@@ -69,7 +70,7 @@ def recipe(
                 progress=progress,
             )  # fmt: skip
         elif not limits:
-            result = RecipeResult(read_recipe(Path(model)), float("nan"))
+            result = RecipeResult(read_recipe(resolve(model, progress).path), float("nan"))
         else:
             wish = Wish(
                 bytes=parse_bytes(budget) if budget else None, bpw=bpw, kl=kl, least_decode=least_decode,

@@ -60,8 +60,12 @@ def show_error(error: BitladderError, *, as_json: bool) -> None:
         if part:
             console.print(Text("       " + part))
     if as_json:
-        parts = {"kind": type(error).__name__, "found": error.found, "means": error.means, "do": error.do}
-        print(json.dumps({"error": parts}))
+        print_error_json(type(error).__name__, error.found, error.means, error.do)
+
+
+def print_error_json(kind: str, found: str, means: str = "", do: str = "") -> None:
+    """An error on stdout, as the one document that a program gets instead of a record."""
+    print(json.dumps({"error": {"kind": kind, "found": found, "means": means, "do": do}}, ensure_ascii=False))
 
 
 def print_json(record: Any) -> None:

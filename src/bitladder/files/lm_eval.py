@@ -29,7 +29,7 @@ def read_results(path: Path) -> tuple[Benchmark, ...]:
             raise BadInput(f"'{path}' is {path.stat().st_size} bytes; results have at most {_MAX_BYTES}.")
         plain = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise BadInput(f"'{path}' cannot be read: {error.strerror}.") from error
+        raise BadInput(f"'{path}' cannot be read: {error.strerror}.", do="Check the path.") from error
     except (ValueError, RecursionError) as error:
         raise BadInput(f"'{path}' is no JSON: {error}.") from error
     results = plain.get("results") if isinstance(plain, dict) else None

@@ -59,7 +59,7 @@ def _text(path: Path) -> str:
             do="Save it as UTF-8.",
         ) from None
     except OSError as error:
-        raise BadInput(f"The text {path} cannot be read: {error.strerror or error}.") from None
+        raise BadInput(f"The text {path} cannot be read: {error.strerror or error}.", do="Check the path.") from None
 
 
 def _text_field(path: Path, number: int, line: str) -> str:

@@ -156,8 +156,8 @@ def check_device(name: str) -> None:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(
-            f"torch has no device '{name}' here: {str(error).splitlines()[0]}",
-            means="This machine lacks it, or torch was installed without it.",
+            f"torch has no device '{name}' here.",
+            means="This machine lacks it, torch was installed without it, or it has another name.",
             do="Leave out --device: the bytes do not depend on it.",
         ) from error
 

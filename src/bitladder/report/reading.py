@@ -26,7 +26,7 @@ def read_run(path: Path) -> RunRecord:
             f"No such file: {path}.", do="Name the .json that `bitladder run` left beside its report."
         ) from None
     except OSError as error:
-        raise BadInput(f"{path} cannot be read: {error.strerror}.") from error
+        raise BadInput(f"{path} cannot be read: {error.strerror}.", do="Check the path and its permissions.") from error
     except (ValueError, UnicodeDecodeError) as error:
         raise BadInput(
             f"{path} is not a run: {error}.",

@@ -64,7 +64,10 @@ def read_keys(path: Path) -> tuple[Key, ...]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"The key file '{path}' cannot be read: {error}.") from None
+        raise BadInput(
+            f"The key file '{path}' cannot be read: {getattr(error, 'strerror', None) or error}.",
+            do="Check the path; `bitladder key NAME --file FILE` makes one.",
+        ) from None
     keys = []
     for number, line in enumerate(lines, 1):
         text = line.split("#", 1)[0].strip()

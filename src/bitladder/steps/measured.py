@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bitladder.errors import BadInput
 from bitladder.progress import LevelNews, Progress, silent, tell
 from bitladder.records.fidelity import Fidelity
 from bitladder.steps.calibrated import AUTO, NONE, importance_of, token_windows, weighed
@@ -90,10 +91,24 @@ def measure_model(
 
 
 def documents(texts: Sequence[Path]) -> list[Document]:
-    """The user's texts, or the ones that ship."""
+    """The user's texts, or the ones that ship.
+
+    Raises:
+        BadInput: no text, or one that whatever tokenizer cannot cut into a window: a token has at least one byte.
+    """
+    from bitladder.describe.windows import SHORTEST
     from bitladder.files.texts import read_texts, shipped_texts
 
-    return read_texts(texts) if texts else shipped_texts()
+    found = read_texts(texts) if texts else shipped_texts()
+    longest = max(len(document.text.encode()) for document in found)
+    if longest < SHORTEST:
+        raise BadInput(
+            f"The text is too short to measure on: its longest document has {longest} bytes; at least {SHORTEST} "
+            "tokens in one document are needed.",
+            means="Each prediction needs context before it, and an average needs many predictions.",
+            do="Give a longer text, a few thousand words say, or leave out --text to use the one that ships.",
+        )
+    return found
 
 
 def fidelities(

@@ -256,7 +256,10 @@ def _read_export(path: Path) -> Iterator[Row]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path} cannot be read as an export: {error}.") from error
+        raise BadInput(
+            f"{path} cannot be read as an export: {getattr(error, 'strerror', None) or error}.",
+            do="Use a file that `bitladder evidence export` wrote.",
+        ) from error
     for number, line in enumerate(lines, start=1):
         try:
             data = json.loads(line)
