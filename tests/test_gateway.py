@@ -33,6 +33,10 @@ GOOD, FAST = says("the good answer", "Q8_0"), says("the fast answer", "Q4_K_M")
 QUICK = Timeouts(first_byte=0.3, between=0.3, client=0.3, restart=0.1)
 
 
+POSTED = {"type": "http", "method": "POST", "path": CHAT, "headers": [(b"host", b"localhost")], "query_string": b""}
+"""The ASGI scope of a chat request, for tests that play the server themselves."""
+
+
 def ask(quality, speed, body, headers=None, path=CHAT, **settings) -> httpx.Response:
     async def run() -> httpx.Response:
         async with gateway(quality, speed, **settings) as (client, _):
@@ -275,15 +279,8 @@ def test_a_client_that_leaves_cancels_the_work_and_frees_its_slot():
                 if message["type"] == "http.response.body":
                     left.set()
 
-            scope = {
-                "type": "http",
-                "method": "POST",
-                "path": CHAT,
-                "headers": [(b"host", b"localhost")],
-                "query_string": b"",
-            }
             async with asyncio.timeout(5):
-                await build_app(deployment)(scope, receive, send)
+                await build_app(deployment)(POSTED, receive, send)
             assert quality.replies[0].closed
             assert deployment.tiers[0].gate.running == 0
             live = deployment.metrics.live(deployment.tiers)
@@ -322,15 +319,8 @@ def test_a_client_that_reads_nothing_is_given_up_and_its_upstream_waits_meanwhil
                 if message["type"] == "http.response.body":
                     await asyncio.sleep(60)  # as uvicorn waits while the socket is full
 
-            scope = {
-                "type": "http",
-                "method": "POST",
-                "path": CHAT,
-                "headers": [(b"host", b"localhost")],
-                "query_string": b"",
-            }
             async with asyncio.timeout(5):
-                await build_app(deployment)(scope, receive, send)
+                await build_app(deployment)(POSTED, receive, send)
             assert len(pulled) == 1
             assert quality.replies[0].closed
             assert deployment.metrics.live(deployment.tiers)["recent"][0]["outcome"] == "client left"

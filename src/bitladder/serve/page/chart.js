@@ -5,7 +5,7 @@ import { small } from "./format.js";
 
 const FRAME = { left: 50, right: 18, top: 22, bottom: 44 };
 const FLOOR = 1e-5; // nats; on a log scale zero is infinitely far down
-const CHARACTER = 6.7;
+const CHARACTER = 7.6; // units of the drawing: capitals and underscores, which names of levels are made of, are wide
 const TICK_ROOM = 48;
 const TOO_CLOSE = 60; // square pixels of overlap
 const MATTERS = 0.02; // nats; growing from nothing to next to nothing is no cliff
