@@ -80,6 +80,15 @@ def question_hash(one: Input, temperature: float, sample: int) -> str:
     return _digest(asked | {"temperature": temperature, "seed": sample})
 
 
+def questions_of(workload: Workload) -> list[str]:
+    """The hash of everything that a workload asks, input by input, each once for each sample."""
+    return [
+        question_hash(one, workload.temperature, sample)
+        for one in workload.inputs
+        for sample in range(workload.samples)
+    ]
+
+
 def _meaning(one: Input) -> dict[str, Any]:
     plain = dataclasses.asdict(one)
     plain["messages"] = [dict(message) for message in one.messages]

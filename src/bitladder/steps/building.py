@@ -134,21 +134,7 @@ def build_levels(
     from bitladder.files.gguf import GgufFile
     from bitladder.files.sources import resolve
 
-    if asked.folded and imatrix == NONE:
-        raise UsageError(
-            f"{asked.folded[0].name} was asked for with --imatrix none.",
-            means="Its scales come from the same activations, and are made for packing with an importance matrix.",
-            do=f"Leave out --imatrix none, or ask for {asked.folded[0].recipe}.",
-        )
-    if imatrix not in (AUTO, NONE):
-        from bitladder.files.imatrix import read_imatrix
-
-        read_imatrix(Path(imatrix))  # a file that cannot be used is told before any work
-    refuse_unheard(asked.fitted, imatrix, split_max_bytes, device)
-    if device != CPU:
-        from bitladder.kernels.gpu import check_device
-
-        check_device(device)
+    _refuse(asked, imatrix, split_max_bytes, device)
     journal = journal or Journal()
     found = resolve(model, progress)
     with GgufFile.open(found.path) as source:
@@ -179,6 +165,25 @@ def build_levels(
     if calibrated is None:
         return Built(written)
     return Built(written, calibrated.checkpoints, calibrated.report)
+
+
+def _refuse(asked: Asked, imatrix: str, split_max_bytes: int | None, device: str) -> None:
+    """Options that cannot be, told before any work is done; raises UsageError, BadInput or BadFile."""
+    if asked.folded and imatrix == NONE:
+        raise UsageError(
+            f"{asked.folded[0].name} was asked for with --imatrix none.",
+            means="Its scales come from the same activations, and are made for packing with an importance matrix.",
+            do=f"Leave out --imatrix none, or ask for {asked.folded[0].recipe}.",
+        )
+    if imatrix not in (AUTO, NONE):
+        from bitladder.files.imatrix import read_imatrix
+
+        read_imatrix(Path(imatrix))
+    refuse_unheard(asked.fitted, imatrix, split_max_bytes, device)
+    if device != CPU:
+        from bitladder.kernels.gpu import check_device
+
+        check_device(device)
 
 
 def refuse_unheard(fitted: Sequence[str], imatrix: str, split_max_bytes: int | None = None, device: str = CPU) -> None:

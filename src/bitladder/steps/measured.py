@@ -174,21 +174,15 @@ def answers(
 
     A speed that other programs disturbed is measured again.
     """
-    from bitladder.describe.workload import question_hash
+    from bitladder.describe.workload import questions_of
     from bitladder.engines.llama import LlamaServer
     from bitladder.stages.evaluate import answer_workload, measure_speed
     from bitladder.stages.facts import engine_facts, slots
 
     room, parallel = slots(workload, n_ctx)
     engine = engine_facts(n_ctx=room, n_parallel=parallel, threads=threads)
-    questions = [
-        question_hash(one, workload.temperature, sample)
-        for one in workload.inputs
-        for sample in range(workload.samples)
-    ]
-    known = {
-        question: answer for question in questions if (answer := recorded.answer(subject, question, engine)) is not None
-    }
+    questions = questions_of(workload)
+    known = recorded.answers(subject, questions, engine)
     speed = recorded.speed(subject, engine)
     if speed is not None and speed.disturbed:
         speed = None

@@ -148,9 +148,8 @@ def endpoint_answers(
             forgotten.
         EngineError: it answered nothing at all.
     """
-    from bitladder.describe.workload import question_hash
+    from bitladder.describe.workload import questions_of
     from bitladder.engines.endpoint import Endpoint
-    from bitladder.engines.fingerprint import still_the_same
     from bitladder.records.evaluation import Speed
     from bitladder.stages.evaluate import answer_workload, in_order
 
@@ -163,17 +162,10 @@ def endpoint_answers(
         recorded.keep_answer(remote, answer.question, REMOTE_ENGINE, answer)
         new.append(answer)
 
-    def known() -> dict[str, Answer]:
-        questions = (
-            question_hash(one, workload.temperature, sample)
-            for one in workload.inputs
-            for sample in range(workload.samples)
-        )
-        found = ((question, recorded.answer(remote, question, REMOTE_ENGINE)) for question in questions)
-        return {question: answer for question, answer in found if answer is not None}
-
-    if speed is not None and not missing_inputs(remote, workload, recorded):
-        return in_order(workload, known()), speed, True
+    questions = questions_of(workload)
+    known = recorded.answers(remote, questions, REMOTE_ENGINE)
+    if speed is not None and len(known) == len(set(questions)):
+        return in_order(workload, known), speed, True
     with (connect or Endpoint)(settings) as engine:
         engine.probe()
         remote, fingerprint = recognised(engine, settings, recorded, journal)
@@ -181,7 +173,7 @@ def endpoint_answers(
         answers = answer_workload(
             engine,
             workload,
-            known=known(),
+            known=recorded.answers(remote, questions, REMOTE_ENGINE),  # by now it may be known as another model
             on_answer=keep,
             on_failure=failures.append,
             logprobs=0,
@@ -190,24 +182,34 @@ def endpoint_answers(
         if not answers:
             raise failures[0]
         if failures:
-            wanted = len(workload.inputs) * workload.samples
             journal.warn(
-                f"{settings.label} answered {len(answers)} of {wanted} inputs; the rest is left out. "
+                f"{settings.label} answered {len(answers)} of {len(questions)} inputs; the rest is left out. "
                 f"The first failure: {failures[0].found} The same command asks again for what is missing."
             )
-        if new and not failures and not still_the_same(engine, fingerprint):
-            for answer in new:
-                recorded.forget_answer(remote, answer.question, REMOTE_ENGINE)
-            raise WrongModel(
-                f"{settings.label} no longer answers as it did when this run began.",
-                means="Its model was exchanged on the way, under the same name.",
-                do="Measure again: what it said in this run is forgotten.",
-            )
+        elif new:
+            _refuse_exchanged(engine, fingerprint, remote, new, recorded)
         journal.warn(*engine.notes)
         if timed and speed is None:
             speed = _speed(engine, settings, journal)
             recorded.keep_speed(remote, REMOTE_ENGINE, speed)
     return answers, speed or unknown_speed, False
+
+
+def _refuse_exchanged(
+    engine: Endpoint, fingerprint: Fingerprint, remote: Remote, new: Sequence[Answer], recorded: Recorded
+) -> None:
+    """Raises WrongModel, and forgets the new answers, when the model is another one than when they were begun."""
+    from bitladder.engines.fingerprint import still_the_same
+
+    if still_the_same(engine, fingerprint):
+        return
+    for answer in new:
+        recorded.forget_answer(remote, answer.question, REMOTE_ENGINE)
+    raise WrongModel(
+        f"{engine.settings.label} no longer answers as it did when this run began.",
+        means="Its model was exchanged on the way, under the same name.",
+        do="Measure again: what it said in this run is forgotten.",
+    )
 
 
 def recognised(

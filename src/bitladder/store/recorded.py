@@ -6,7 +6,7 @@ file is named by its own hash. Change one of these, the text, or the engine, and
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,13 @@ class Recorded:
         """A stored answer to a question (its hash) through an engine with these settings."""
         found = self._store.get("answer", {**subject.key, "question": question, "engine": dict(engine)})
         return None if found is None else from_json(Answer, found)
+
+    def answers(
+        self, subject: Subject | Remote, questions: Sequence[str], engine: Mapping[str, Any]
+    ) -> dict[str, Answer]:
+        """The stored answers among those to the questions, by question."""
+        found = ((question, self.answer(subject, question, engine)) for question in questions)
+        return {question: answer for question, answer in found if answer is not None}
 
     def keep_answer(self, subject: Subject | Remote, question: str, engine: Mapping[str, Any], answer: Answer) -> None:
         """Store an answer."""
