@@ -321,6 +321,7 @@ def test_names_of_fitted_levels_that_are_none(name, tiny):
         (["--bpw", "2"], 3, "smallest types"),
         (["--budget", "1KB"], 3, "at least"),
         (["--kl", "-1"], 2, "above 0"),
+        (["--kl", "0"], 2, "above 0"),
         (["--level", "Q9_K"], 2, "no level"),
     ],
 )

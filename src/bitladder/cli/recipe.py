@@ -20,8 +20,8 @@ def recipe(
         str | None,
         typer.Option("--budget", metavar="SIZE", help="Largest file, as 4GiB."),
     ] = None,
-    bpw: Annotated[float | None, typer.Option("--bpw", min=0, help="Bits per weight over all tensors.")] = None,
-    kl: Annotated[float | None, typer.Option("--kl", min=0, help="The smallest file that loses no more.")] = None,
+    bpw: Annotated[float | None, typer.Option("--bpw", help="Bits per weight over all tensors.")] = None,
+    kl: Annotated[float | None, typer.Option("--kl", help="The smallest file that loses no more.")] = None,
     fits: Annotated[bool, typer.Option("--fits", help="The largest that this machine holds.")] = False,
     level: Annotated[
         str | None,
@@ -29,7 +29,7 @@ def recipe(
     ] = None,
     least_decode: Annotated[
         float | None,
-        typer.Option("--tps", min=0, help="Also decode at least this many tokens a second."),
+        typer.Option("--tps", help="Also decode at least this many tokens a second."),
     ] = None,
     gpu_layers: Annotated[int, typer.Option("--ngl", min=0, help="Layers on the GPU, with --vram.")] = 0,
     vram: Annotated[str | None, typer.Option("--vram", metavar="SIZE", help="What those may take.")] = None,
@@ -53,7 +53,11 @@ def recipe(
     from bitladder.steps.journal import Journal
     from bitladder.steps.recipes import Asked, RecipeResult, make_recipe, read_recipe, reapply
 
-    limits = [name for name, value in (("--budget", budget), ("--bpw", bpw), ("--kl", kl), ("--level", level)) if value]
+    limits = [
+        name
+        for name, value in (("--budget", budget), ("--bpw", bpw), ("--kl", kl), ("--level", level))
+        if value is not None
+    ]
     limits += ["--fits"] if fits else []
     if len(limits) > 1:
         raise UsageError(f"{' and '.join(limits)} were given together.", do="Give one of them.")
