@@ -17,7 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from quality_per_byte import GgmlQuantizer, fitting_windows
+from level_texts import fitting_windows
+from quality_per_byte import GgmlQuantizer
 
 from bitladder.describe.similarity import chrf
 from bitladder.describe.windows import WINDOW

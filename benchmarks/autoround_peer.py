@@ -22,9 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from level_texts import articles, first_windows, fitting_windows, parsed, parser_of, per_document
 from numpy.typing import NDArray
-from quality_per_byte import articles, first_windows, fitting_windows, per_document
 
 from bitladder.describe.windows import WINDOW, Window
 from bitladder.engines.feedback import FeedbackSettings
@@ -125,24 +124,13 @@ def compare(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name in ("--model", "--calibrate", "--text"):
-        parser.add_argument(name, type=Path, required=True)
+    parser = parser_of(__doc__)
     parser.add_argument("--theirs", type=Path, nargs="+", required=True)
     parser.add_argument("--ours", nargs="+", help="a file, or '-' to make it, for each of theirs")
     parser.add_argument("--fit-tokens", type=int, default=12288)
     parser.add_argument("--documents", type=int, default=8)
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--keep", type=Path, default=Path("autoround-peer"), help="folder for the files made")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    given = [Path(name) for name in options.ours or [] if name != "-"]
-    absent = [path for path in (options.model, options.calibrate, options.text, *options.theirs, *given)
-              if not path.exists()]  # fmt: skip
-    if absent:
-        print(f"{absent[0]} is absent; nothing was measured (AutoRound's files are made by autoround_export.py)")
-        return 1
-    torch.set_num_threads(options.threads)
+    options = parsed(parser, "theirs", "ours", hint=" (AutoRound's files are made by autoround_export.py)")
     with GgufFile.open(options.model) as source:
         with LlamaServer(options.model, n_ctx=WINDOW, threads=1) as server:
             fitting = fitting_windows(server, source, options.calibrate, options.fit_tokens)

@@ -13,7 +13,6 @@ measure on); ratios of mean KL with paired intervals over documents. ``--ablate`
 
 import argparse
 import json
-import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -21,11 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from level_texts import articles, first_windows, fitting_windows, parsed, parser_of, per_document
 from libgguf_here import libgguf_or_exit
 from numpy.typing import NDArray
 
-from bitladder.describe.text import Document
 from bitladder.describe.windows import WINDOW, Window
 from bitladder.engines.feedback import FeedbackSettings
 from bitladder.engines.llama import LlamaServer
@@ -38,7 +36,7 @@ from bitladder.records.recipe import Recipe
 from bitladder.stages.feedback import write_with_feedback
 from bitladder.stages.imatrix import importance_matrix
 from bitladder.stages.sensitivity import sensitivity_table
-from bitladder.stages.walk import Candidate, file_candidate, text_windows, token_scores
+from bitladder.stages.walk import Candidate, file_candidate, token_scores
 from bitladder.stats.bootstrap import ratio_interval
 
 F32 = NDArray[np.float32]
@@ -61,33 +59,6 @@ class GgmlQuantizer(Quantizer):
         kind = self.libgguf.GGMLQuantizationType[qtype]
         stored = self.libgguf.quantize_rows(weights, kind, imatrix=self._importance.get(name))
         return np.asarray(stored, np.uint8).reshape(len(weights), -1)
-
-
-def articles(path: Path, count: int) -> list[Document]:
-    """WikiText's articles, by their headings, spread over the file."""
-    parts = re.split(r"(?m)^ = (?!=)(.+?) = $", path.read_text(encoding="utf-8"))
-    found = [Document(title.strip(), body) for title, body in zip(parts[1::2], parts[2::2], strict=True)]
-    long = [one for one in found if len(one.text) > 4000]
-    return [long[at] for at in np.linspace(0, len(long) - 1, min(count, len(long))).astype(int)]
-
-
-def first_windows(server: LlamaServer, source: GgufFile, documents: Sequence[Document]) -> list[Window]:
-    """The first whole window of each document, or its only one."""
-    windows = text_windows(documents, lambda text: server.tokenize(text, add_special=True), source.model)
-    return list({window.document: window for window in reversed(windows)}.values())
-
-
-def fitting_windows(server: LlamaServer, source: GgufFile, path: Path, tokens: int, part: int = 0) -> list[Window]:
-    """Windows from the ``part``-th stretch of a text; no two parts share any."""
-    start = 12 * tokens * part
-    document = Document("calibration", path.read_text(encoding="utf-8")[start : start + 12 * tokens])
-    windows = text_windows([document], lambda text: server.tokenize(text, add_special=True), source.model)
-    return windows[: tokens // WINDOW]
-
-
-def per_document(values: NDArray[np.float64], windows: Sequence[Window]) -> NDArray[np.float64]:
-    ends = np.cumsum([window.scored for window in windows])
-    return np.array([part.sum() for part in np.split(values, ends[:-1])])
 
 
 def candidates(
@@ -147,26 +118,16 @@ def compare(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--calibrate", type=Path, required=True)
-    parser.add_argument("--text", type=Path, required=True)
+    parser = parser_of(__doc__)
     parser.add_argument("--other", type=Path)
     parser.add_argument("--levels", default=LEVELS)
     parser.add_argument("--fit-tokens", type=int, default=12288)
     parser.add_argument("--part", type=int, default=0, help="which stretch of the calibration text to fit to")
     parser.add_argument("--in-domain-only", action="store_true")
     parser.add_argument("--documents", type=int, default=16)
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--ablate", action="store_true")
     parser.add_argument("--keep", type=Path, default=Path("quality-per-byte"), help="folder for the files made")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    absent = [path for path in (options.model, options.calibrate, options.text) if not path.exists()]
-    if absent:
-        print(f"{absent[0]} is absent; nothing was measured")
-        return 1
-    torch.set_num_threads(options.threads)
+    options = parsed(parser)
     opened: list[GgufFile] = []
     with GgufFile.open(options.model) as source:
         other = read_texts([options.other]) if options.other else shipped_texts()

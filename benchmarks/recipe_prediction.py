@@ -9,15 +9,12 @@ windows of the test text; printed is Spearman's rank correlation with the predic
 recipes. Then the time to solve for a budget with 1,000 tensors of 12 types each.
 """
 
-import argparse
 import json
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
-import torch
-from quality_per_byte import fitting_windows
+from level_texts import fitting_windows, parsed, parser_of
 from scipy.stats import spearmanr
 
 from bitladder.describe.windows import WINDOW
@@ -65,20 +62,10 @@ def solving_seconds(tensors: int = 1000, types: int = 12) -> float:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--calibrate", type=Path, required=True)
-    parser.add_argument("--text", type=Path, required=True)
+    parser = parser_of(__doc__)
     parser.add_argument("--recipes", type=int, default=30)
     parser.add_argument("--windows", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    absent = [path for path in (options.model, options.calibrate, options.text) if not path.exists()]
-    if absent:
-        print(f"{absent[0]} is absent; nothing was measured")
-        return 1
-    torch.set_num_threads(options.threads)
+    options = parsed(parser)
     with GgufFile.open(options.model) as source:
         with LlamaServer(options.model, n_ctx=WINDOW, threads=1) as server:
             fitting = fitting_windows(server, source, options.calibrate, 4096)
