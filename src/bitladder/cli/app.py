@@ -5,42 +5,17 @@ from __future__ import annotations
 import atexit
 import gc
 import os
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
 
 from bitladder import __version__
 from bitladder.cli import build, deploy, evidence, fit, hand_over, judge, recipe
-from bitladder.cli.terminal import print_error_json
-
-_NOT_UNDERSTOOD: type[Exception] = typer.BadParameter.__mro__[1]
-"""Click's UsageError, of whichever click this typer carries: some bring their own."""
-
-
-class _Verbs(TyperGroup):
-    """Help that says of every verb the whole sentence, where the inherited one breaks off; and with ``--json`` what
-    no verb understands told as JSON, too."""
-
-    def invoke(self, ctx: Any) -> Any:
-        as_json = "--json" in ctx.args
-        try:
-            return super().invoke(ctx)
-        except _NOT_UNDERSTOOD as error:
-            said: Any = error  # the class has no name that mypy could find
-            if as_json:
-                print_error_json("UsageError", said.format_message())
-            raise
-
-    def format_commands(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002 as click calls it
-        sentences = [(name, verb.get_short_help_str(limit=1000)) for name, verb in self.commands.items()]
-        with formatter.section("Commands"):
-            formatter.write_dl(sentences)
-
+from bitladder.cli.terminal import Verbs
 
 app = typer.Typer(
     name="bitladder",
-    cls=_Verbs,
+    cls=Verbs,
     help="Find, build, prove and serve the right quantization of a language model.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

@@ -9,11 +9,11 @@ from typing import Annotated
 import typer
 
 from bitladder.cli.options import RunOptions, confirm_with, with_run_options
-from bitladder.cli.terminal import JsonFlag, print_json, progress_display, say, verb
+from bitladder.cli.terminal import JsonFlag, Verbs, print_json, progress_display, say, verb
 from bitladder.errors import UsageError
 
-workload_app = typer.Typer(name="workload", help="Your inputs and criteria: start, check or import a file.")
-evidence_app = typer.Typer(name="evidence", help="Stored measurements: count, export, import.")
+workload_app = typer.Typer(name="workload", cls=Verbs, help="Your inputs and criteria: start, check or import a file.")
+evidence_app = typer.Typer(name="evidence", cls=Verbs, help="Stored measurements: count, export, import.")
 
 
 @verb

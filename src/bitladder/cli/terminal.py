@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Annotated, Any, ParamSpec, TypeVar
 
 import typer
+from typer.core import TyperGroup
 
 from bitladder.errors import BitladderError
 from bitladder.progress import Progress
@@ -66,6 +67,32 @@ def show_error(error: BitladderError, *, as_json: bool) -> None:
 def print_error_json(kind: str, found: str, means: str = "", do: str = "") -> None:
     """An error on stdout, as the one document that a program gets instead of a record."""
     print(json.dumps({"error": {"kind": kind, "found": found, "means": means, "do": do}}, ensure_ascii=False))
+
+
+_NOT_UNDERSTOOD: type[Exception] = typer.BadParameter.__mro__[1]
+"""Click's UsageError, of whichever click this typer carries: some bring their own."""
+
+
+class Verbs(TyperGroup):
+    """Help that says of every verb the whole sentence, where the inherited one breaks off; and with ``--json`` what
+    no verb understands told as JSON, too."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Click's own, and the document on stdout."""
+        as_json = "--json" in ctx.args
+        try:
+            return super().invoke(ctx)
+        except _NOT_UNDERSTOOD as error:
+            said: Any = error  # the class has no name that mypy could find
+            if as_json and ctx.parent is None:
+                print_error_json("UsageError", said.format_message())
+            raise
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002 as click calls it
+        """The list of verbs, each with its whole sentence."""
+        sentences = [(name, verb.get_short_help_str(limit=1000)) for name, verb in self.commands.items()]
+        with formatter.section("Commands"):
+            formatter.write_dl(sentences)
 
 
 def print_json(record: Any) -> None:
