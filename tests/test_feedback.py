@@ -24,7 +24,7 @@ from bitladder.kernels.feedback import chunk_of, quantize_with_feedback
 from bitladder.kernels.refine import refine
 from bitladder.kernels.scales import units_of
 from bitladder.records.recipe import Recipe
-from bitladder.stages.feedback import write_with_feedback
+from bitladder.stages.feedback import method_name, write_with_feedback
 
 
 def _inputs(columns, tokens=2000):
@@ -235,7 +235,13 @@ def test_the_source_goes_along_as_it_is(tiny):
         for states in (level, originals, alone):
             states.put(batch, model.embed(batch.tokens, weights))
     stream = FeedbackStream(
-        model, weights, _recipe(source, "Q4_0").qtypes, level, originals, batches, FeedbackSettings(effort="fast")
+        model,
+        weights,
+        _recipe(source, "Q4_0").qtypes,
+        level,
+        originals,
+        batches,
+        FeedbackSettings(effort="fast", half=False),
     )
     for layer in range(2):
         inputs = [shared for shared in model.family.inputs if shared.kind == "linear"]
@@ -316,3 +322,9 @@ def test_other_families(name, tmp_path):
         )
     assert len(fitted.losses) > 10
     assert all(loss.loss < 1e-3 or loss.note for loss in fitted.losses)
+
+
+def test_files_say_in_which_arithmetic_they_were_fitted():
+    windows = [Window("a", np.arange(1024))]
+    names = {method_name(windows, FeedbackSettings(half=half)) for half in (True, False)}
+    assert {name.partition("passes ")[2].partition(",")[0] for name in names} == {"bfloat16", "f32"}

@@ -269,9 +269,8 @@ def _measured(given: _Given, built: Mapping[Subject, LevelFile]) -> list[Fidelit
     with ExitStack() as stack:
 
         def candidates(missing: Sequence[Subject]) -> list[Candidate]:
-            from bitladder.stages.walk import (
-                file_candidate,
-            )  # brings torch, for whose 1.5 s stored figures need not wait
+            # brings torch, for whose 1.5 s stored figures need not wait
+            from bitladder.stages.walk import file_candidate
 
             opened = [stack.enter_context(GgufFile.open(built[subject].path)) for subject in missing]
             return [

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from bitladder.describe.windows import Window
 from bitladder.engines.allocator import keep_freed_memory
 from bitladder.engines.layers import LayeredModel
-from bitladder.engines.products import half_products_pay
+from bitladder.engines.products import wants_half_products
 from bitladder.engines.states import Batch, Shelf, States, batches_of
 from bitladder.engines.streams import LayerOutput, ReferenceStream, SequentialStream
 from bitladder.engines.weights import FileWeights
@@ -56,7 +56,7 @@ class Settings:
     @property
     def half_products(self) -> bool:
         """``half``, decided."""
-        return self.device == "cpu" and half_products_pay() if self.half is None else self.half
+        return wants_half_products(self.half, self.device)
 
 
 class CheckpointWalk:

@@ -25,6 +25,7 @@ from torch import nn
 
 from bitladder.engines.calibration import InputStatistics, LayerPass
 from bitladder.engines.layers import LayeredModel, inference
+from bitladder.engines.products import half_products, wants_half_products
 from bitladder.engines.states import Batch, States
 from bitladder.engines.streams import FEW_TOKENS
 from bitladder.engines.transforms import apply
@@ -69,6 +70,13 @@ class FeedbackSettings:
     threads: int = 1
     device: str = "cpu"
     """Where codes are chosen, as torch names it; the same as the model's."""
+    half: bool | None = None
+    """Whether passes multiply in bfloat16 (``engines/products.py``); None: where the processor can."""
+
+    @property
+    def half_products(self) -> bool:
+        """``half``, decided."""
+        return wants_half_products(self.half, self.device)
 
 
 @dataclass(frozen=True)
@@ -157,7 +165,8 @@ class FeedbackStream:
         """
         block = self.model.layer(layer, self._weights)
         exact = self.inputs_of_the_source(layer, block)
-        through = LayerPass(self.model, layer, block, self.states, self._batches, spill=self._spill)
+        half = self._settings.half_products
+        through = LayerPass(self.model, layer, block, self.states, self._batches, spill=self._spill, half=half)
         made: list[FittedTensor] = []
         for shared in self.model.family.inputs:
             names = [name for name in self._names(layer, shared.roles) if self._changes(name)]
@@ -179,8 +188,9 @@ class FeedbackStream:
             if shared.kind == "linear" and any(self._changes(name) for name in self._names(layer, shared.roles))
         ]
         kept: dict[str, States] = {}
+        arithmetic = half_products if self._settings.half_products else inference
         for batch in self._batches:
-            with inference(), ExitStack() as watching:
+            with arithmetic(), ExitStack() as watching:
                 for module in wanted:
                     watching.enter_context(self._keeping(block, module, batch, kept))
                 entering = self.originals.get(batch).to(self.model.device)

@@ -1,9 +1,10 @@
 """Matrix products of a calibrating pass in bfloat16, where the processor has instructions for them.
 
-GPTQ reads two things off a pass: the Gram matrix of each input, and the states that go on to the next layer. Both are
-sums over thousands of tokens of values that 4-bit weights have moved by several percent; rounding what enters a product
-to 8 bits of mantissa moves them by 0.2% more, at twice the speed or better. Sums stay in f32. Nothing that is reported
-about a level is measured this way, and importance matrices, AWQ and INT8 are not gathered this way.
+Error feedback reads two things off a pass: the Gram matrix of each input, and the states that go on to the next layer.
+Both are sums over thousands of tokens of values that 4-bit weights have moved by several percent; rounding what enters
+a product to 8 bits of mantissa moves them by 0.2% more, at twice the speed or better
+(``benchmarks/bfloat16_error.py``). Sums stay in f32. Nothing that is reported about a level is measured this way, and
+importance matrices, AWQ and INT8 are not gathered this way.
 """
 
 from __future__ import annotations
@@ -95,6 +96,11 @@ def half_products() -> Iterator[None]:
     """No autograd, and products of linear layers and attention in bfloat16."""
     with inference(), _HalfProducts():
         yield
+
+
+def wants_half_products(asked: bool | None, device: str) -> bool:
+    """What was asked for; where nothing was, whether it pays on this processor."""
+    return device == "cpu" and half_products_pay() if asked is None else asked
 
 
 @cache

@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from bitladder.describe.windows import Window, tokens_hash
+from bitladder.engines.allocator import keep_freed_memory
 from bitladder.engines.calibration import InputStatistics, Sums
 from bitladder.engines.feedback import FeedbackSettings, FeedbackStream, factor_of, fit_matrix
 from bitladder.engines.layers import LayeredModel, inference
@@ -140,7 +141,9 @@ def _expected_in(out_dir: Path, source: GgufFile, recipe: Recipe) -> str:
 def method_name(windows: Sequence[Window], settings: FeedbackSettings) -> str:
     """How codes are chosen, in words that change whenever the bytes may."""
     revision = f"{REVISION}-{FEEDBACK_REVISION}"
-    return f"feedback {settings.effort}, kernels {revision}, damp {settings.damp:g}, text {tokens_hash(windows)[:16]}"
+    passes = "bfloat16" if settings.half_products else "f32"
+    text = tokens_hash(windows)[:16]
+    return f"feedback {settings.effort}, kernels {revision}, damp {settings.damp:g}, passes {passes}, text {text}"
 
 
 def _write(job: _Job, draft: LevelDraft, state_bytes: int) -> list[LinearLoss]:
@@ -155,6 +158,7 @@ def _write(job: _Job, draft: LevelDraft, state_bytes: int) -> list[LinearLoss]:
     n_layer = job.model.n_layer
     losses: list[LinearLoss] = []
     try:
+        keep_freed_memory()
         states, originals = shelf.take(), shelf.take()
         first = _entering(job, (states, originals), kept, out)
         stream = FeedbackStream(
