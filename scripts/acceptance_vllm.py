@@ -6,7 +6,7 @@ model in f32, which rounds its inputs per token where the level is W8A8, and kee
 next tokens with their log-probabilities and the greedy answer. ``serve`` runs in vLLM's environment, where Bitladder
 is not installed: it loads the folder, asks the same token ids and compares. With ``--refused`` it expects vLLM not to
 load the folder, and that the level's notes say so. vLLM computes in bfloat16, so a log-probability may differ by
-``TOLERANCE`` on average, or by half as much again as transformers' own bfloat16 moves it: where inputs are rounded to 8
+``TOLERANCE`` on average, or by twice what bfloat16 in transformers moves it: where inputs are rounded to 8
 bits, bfloat16 tips many codes. A wrong zero point or nibble order gives differences of many nats.
 """
 
@@ -100,7 +100,7 @@ def serve(folder: Path, level: str) -> int:
         same_first += found.outputs[0].token_ids[0] == max(top, key=lambda token: top[token])
         same_answer += list(found.outputs[0].token_ids) == one["answer"][: len(found.outputs[0].token_ids)]
     mean, count = sum(differences) / len(differences), len(prompts)
-    allowed = max(TOLERANCE, 1.5 * expected["bfloat16"])
+    allowed = max(TOLERANCE, 2 * expected["bfloat16"])
     print(
         f"{level}: log-probabilities of the {TOP} likeliest next tokens differ by {mean:.3f} on average "
         f"({expected['bfloat16']:.3f} by bfloat16 alone, {allowed:.3f} allowed), "
