@@ -1,13 +1,13 @@
-"""Claim: GPTQ from passes in bfloat16 errs no more on other text than from passes in f32.
+"""Claim: what is calibrated by passes in bfloat16 errs no more on other text than by passes in f32.
 
     scripts/bench bfloat16_error --model MODEL.gguf --calibrate wikitext2-valid.txt --text wikitext2-test.txt
-        [--level GPTQ-4bit-g64] [--windows 8] [--documents 12] [--every 4] [--threads 1]
+        [--levels GPTQ-4bit-g64,AWQ-4bit-g64,Q4_0] [--windows 8] [--documents 12] [--every 4] [--threads 1]
 
 KL of a whole level cannot tell: two roundings that are equally good differ by some percent of it, by chance. So the
 states of the source pass through all layers, once in f32 and once in bfloat16 (``engines/products.py``), and every
-fourth layer's matrices are quantized from either's Gram matrices. Prints the error of their outputs on the first
-windows of articles of another text, in f32, as a ratio: geometric mean over matrices with its standard error, and the
-largest.
+fourth layer's matrices are quantized from either's Gram matrices, or, block types, under either's importances. Prints
+the error of their outputs on the first windows of articles of another text, in f32, as a ratio: geometric mean over
+matrices with its standard error, and the largest; and how far the importances themselves are apart.
 """
 
 import argparse
@@ -21,17 +21,18 @@ from numpy.typing import NDArray
 from torch import nn
 
 from bitladder.describe.windows import WINDOW, Window
-from bitladder.engines.calibration import LayerPass
+from bitladder.engines.calibration import InputStatistics, LayerPass
 from bitladder.engines.folding import matrix
 from bitladder.engines.layers import LayeredModel
 from bitladder.engines.llama import LlamaServer
 from bitladder.engines.states import States, batches_of
 from bitladder.engines.weights import FileWeights
 from bitladder.files.gguf import GgufFile
-from bitladder.formats.checkpoint import CheckpointLevel, parse_level
+from bitladder.formats.blocks import QTYPES
+from bitladder.formats.checkpoint import parse_level
 from bitladder.formats.disk_names import quantized_parameters
-from bitladder.kernels import gptq
-from bitladder.kernels.methods import feedback
+from bitladder.kernels import dequantize, gptq, quantize
+from bitladder.kernels.methods import awq_scales, feedback, rounded
 
 F32 = NDArray[np.float32]
 
@@ -46,50 +47,70 @@ class Stream:
         for batch in self._batches:
             self._states.put(batch, model.embed(batch.tokens, weights))
 
-    def grams(self, layer: int, block: nn.Module) -> list[F32]:
-        """Gram matrices of the layer's inputs, in the order of the family's rows."""
+    def inputs(self, layer: int, block: nn.Module) -> list[InputStatistics]:
+        """Statistics of the layer's inputs, in the order of the family's rows."""
         through = LayerPass(self._model, layer, block, self._states, self._batches, half=self._half)
-        return [found[0].gram for found in through.gather_all(self._model.family.inputs)]
+        return [found[0] for found in through.gather_all(self._model.family.inputs)]
 
 
-def output_error(level: CheckpointLevel, weights: F32, gram: F32, other: F32) -> float:
-    difference = feedback(level, gptq.prepare(gram), weights).decoded - weights
-    return float(np.einsum("rk,rk->", difference @ other, difference, dtype=np.float64))
+def decoded(level: str, weights: F32, seen: InputStatistics) -> F32:
+    """The matrix as a level of that name would hold it."""
+    if level in QTYPES:
+        data = quantize(weights, level, importance=seen.squares.astype(np.float32), threads=1)
+        return np.asarray(dequantize(data, level, threads=1), np.float32)
+    named = parse_level(level)
+    if named.method == "GPTQ":
+        return feedback(named, gptq.prepare(seen.gram), weights).decoded
+    scales = awq_scales(named, seen.gram, [weights]).factors
+    return rounded(named, seen.gram / np.outer(scales, scales), weights * scales).decoded / scales
+
+
+def output_error(level: str, weights: F32, seen: InputStatistics, other: InputStatistics) -> float:
+    difference = decoded(level, weights, seen) - weights
+    return float(np.einsum("rk,rk->", difference @ other.gram, difference, dtype=np.float64))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("--model", "--calibrate", "--text"):
         parser.add_argument(name, type=Path, required=True)
-    parser.add_argument("--level", default="GPTQ-4bit-g64")
+    parser.add_argument("--levels", default="GPTQ-4bit-g64,AWQ-4bit-g64,Q4_0")
     for name, default in (("--windows", 8), ("--documents", 12), ("--every", 4), ("--threads", 1)):
         parser.add_argument(name, type=int, default=default)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    level = parse_level(options.level)
     with GgufFile.open(options.model) as source:
         with LlamaServer(options.model, n_ctx=WINDOW, threads=1) as server:
             texts = Texts(source, server)
             fitting = texts.beginning(options.calibrate, options.windows)
-            other = texts.articles(options.text, options.documents)
+            other_windows = texts.articles(options.text, options.documents)
         weights = FileWeights(source, threads=options.threads)
         model = LayeredModel(source.model, weights)
         exact, half, judge = (
-            Stream(model, weights, windows, half=rounded)
-            for windows, rounded in ((fitting, False), (fitting, True), (other, False))
+            Stream(model, weights, windows, half=bfloat16)
+            for windows, bfloat16 in ((fitting, False), (fitting, True), (other_windows, False))
         )
-        logs: list[float] = []
+        logs: dict[str, list[float]] = {level: [] for level in options.levels.split(",")}
+        apart: list[float] = []
         for layer in range(model.n_layer):
             block = model.layer(layer, weights)
-            found = zip(exact.grams(layer, block), half.grams(layer, block), judge.grams(layer, block), strict=True)
-            for shared, grams in zip(model.family.inputs, found, strict=True):
+            found = zip(exact.inputs(layer, block), half.inputs(layer, block), judge.inputs(layer, block), strict=True)
+            for shared, (own, moved, other) in zip(model.family.inputs, found, strict=True):
+                live = own.squares > 0
+                apart += list(np.abs(moved.squares[live] / own.squares[live] - 1))
                 for parameter in quantized_parameters(model.family, shared) if layer % options.every == 0 else ():
-                    own, rounded = (output_error(level, matrix(block, parameter), gram, grams[2]) for gram in grams[:2])
-                    logs.append(float(np.log(rounded / own)))
-            print(f"layer {layer + 1}: {np.exp(np.mean(logs)):.4f} so far", flush=True)
-    ratio, error = np.exp(np.mean(logs)), np.std(logs, ddof=1) / np.sqrt(len(logs))
-    print(f"{level.name}, {len(fitting)} windows, {len(logs)} matrices: in bfloat16 {ratio:.4f} +- {error:.4f} of f32 "
-          f"(largest {np.exp(max(logs)):.3f}) on {len(other)} windows of other text")  # fmt: skip
+                    matrix_of = matrix(block, parameter)
+                    for level, ratios in logs.items():
+                        if level in QTYPES and matrix_of.shape[1] % QTYPES[level].block_size:
+                            continue
+                        pair = [output_error(level, matrix_of, seen, other) for seen in (moved, own)]
+                        ratios.append(float(np.log(pair[0] / pair[1])))
+            print(f"layer {layer + 1} of {model.n_layer}", flush=True)
+    print(f"{len(fitting)} windows; in bfloat16, of f32, on {len(other_windows)} windows of other text:")
+    for level, ratios in logs.items():
+        ratio, error = np.exp(np.mean(ratios)), np.std(ratios, ddof=1) / np.sqrt(len(ratios))
+        print(f"{level}: {ratio:.4f} +- {error:.4f}, largest {np.exp(max(ratios)):.3f}, {len(ratios)} matrices")
+    print(f"importances: median {np.median(apart):.4f} apart, 99 of 100 at most {np.quantile(apart, 0.99):.4f}")
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def test_means_equal_those_of_the_whole_model(name: str, tmp_path: Path):
     model = tiny_models.make(case)
     windows = windows_of(32, 29, 17)  # 29 is padded beside 32
     with GgufFile.open(tiny_models.write(case, model, tmp_path / "tiny.gguf")) as source:
-        found = importance_matrix(source, windows)
+        found = importance_matrix(source, windows, half=False)
     expected = squares_of_linears(model, case.architecture, windows)
     assert len(expected) >= 4 * model.config.num_hidden_layers
     for tensor, means in expected.items():
@@ -62,7 +62,7 @@ def test_experts_count_the_tokens_routed_to_them(name: str, tmp_path: Path):
     model = tiny_models.make(case)
     windows = windows_of(24, 24)
     with GgufFile.open(tiny_models.write(case, model, tmp_path / "tiny.gguf")) as source:
-        found = importance_matrix(source, windows)
+        found = importance_matrix(source, windows, half=False)
     calls = []
     experts = model.model.layers[1].mlp.experts
     experts.register_forward_pre_hook(lambda _, arguments: calls.append([one.clone() for one in arguments[:2]]))
@@ -126,3 +126,13 @@ def test_overflowing_activations_name_their_layer(tmp_path: Path):
         pytest.raises(BadWeights, match=r"inputs of self_attn\.\w+ in layer 1 are not finite"),
     ):
         importance_matrix(source, windows_of(16))
+
+
+def test_products_in_bfloat16_move_means_little(tmp_path: Path):
+    """Half a percent says what a channel weighs as well; what is rounded the other way is a defect."""
+    case = CASES["llama"]
+    with GgufFile.open(tiny_models.write(case, tiny_models.make(case), tmp_path / "tiny.gguf")) as source:
+        exact, half = (importance_matrix(source, windows_of(32, 32), half=half).vectors() for half in (False, True))
+    moved = np.concatenate([(half[name] / exact[name] - 1).ravel() for name in exact])
+    assert 0 < np.abs(moved).max() < 0.05
+    assert np.median(np.abs(moved)) < 0.005

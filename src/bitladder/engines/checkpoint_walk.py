@@ -17,7 +17,7 @@ from bitladder.describe.windows import Window
 from bitladder.engines.allocator import keep_freed_memory
 from bitladder.engines.layers import LayeredModel
 from bitladder.engines.products import wants_half_products
-from bitladder.engines.states import Batch, Shelf, States, batches_of
+from bitladder.engines.states import CALIBRATION_TOKENS, Batch, Shelf, States, batches_of
 from bitladder.engines.streams import LayerOutput, ReferenceStream, SequentialStream
 from bitladder.engines.weights import FileWeights
 from bitladder.files.layer_store import LayerStore
@@ -28,8 +28,6 @@ from bitladder.progress import Progress
 from bitladder.units import GiB
 
 _ROWS_AT_ONCE = 4096
-_BATCH_TOKENS = 1024
-"""Activations stay in the caches' reach between products: 5% less time than with twice as many."""
 _TOLD = 8
 """Losses that fit a line of progress; experts of a mixture do not, and are in the log."""
 FLOAT_TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
@@ -51,7 +49,7 @@ class Settings:
     device: str = "cpu"
     threads: int = 1
     half: bool | None = None
-    """Whether GPTQ's passes multiply in bfloat16 (``engines/products.py``); None: where the processor can."""
+    """Whether passes multiply in bfloat16 (``engines/products.py``); None: where the processor can."""
 
     @property
     def half_products(self) -> bool:
@@ -163,16 +161,17 @@ class CheckpointWalk:
         if plain:
             needs_text = any(level.method != "INT8" or level.smooth for level in plain)
             read = _share(windows, self.settings.reference_tokens) if needs_text else []
-            batches = batches_of(read)
+            batches = batches_of(read, batch_tokens=CALIBRATION_TOKENS)
             states, done = self._resumed(plain, batches)
             reference = ReferenceStream(
                 self.model, self.weights, plain, states, batches,
                 scale_dtype=scale_dtype, threads=self.settings.threads,
                 held_out=held_out(read) if any(isinstance(level, FoldedLevel) for level in plain) else frozenset(),
+                half=self.settings.half_products,
             )  # fmt: skip
             made.append((reference, done))
         for level in (level for level in self.stores if level.method == "GPTQ"):
-            batches = batches_of(windows, batch_tokens=_BATCH_TOKENS)
+            batches = batches_of(windows, batch_tokens=CALIBRATION_TOKENS)
             states, done = self._resumed([level], batches)
             if states is None:
                 raise ValueError("GPTQ needs calibration windows")

@@ -158,13 +158,15 @@ class ReferenceStream:
         scale_dtype: str = "float16",
         threads: int = 1,
         held_out: frozenset[int] = frozenset(),
+        half: bool = False,
     ) -> None:
         """``states`` hold the embeddings, or are None where no level needs activations. ``threads``: for
-        packing K-quants. ``held_out``: windows that folds are judged on, not searched; without any none is made."""
+        packing K-quants. ``held_out``: windows that folds are judged on, not searched; without any none is made.
+        ``half``: as ``LayerPass``."""
         self.model, self.levels, self.states = model, tuple(levels), states
         self._weights, self._batches, self._scale_dtype = weights, batches, scale_dtype
         self._gram = any(level.method == "AWQ" or level.smooth for level in levels)
-        self._threads, self._held_out = threads, held_out
+        self._threads, self._held_out, self._half = threads, held_out, half
         self._qtypes = {
             level: folding.recipe_types(level, model.model) for level in levels if isinstance(level, FoldedLevel)
         }
@@ -182,7 +184,7 @@ class ReferenceStream:
             inputs = [shared for shared in inputs if quantized_parameters(self.model.family, shared)]
         gathered: list[list[InputStatistics] | None] = [None] * len(inputs)
         if self.states is not None:
-            through = LayerPass(self.model, layer, block, self.states, self._batches)
+            through = LayerPass(self.model, layer, block, self.states, self._batches, half=self._half)
             gathered = [*through.gather_all(inputs, gram=self._gram, held_out=self._held_out)]
         original = {name: value.detach().clone() for name, value in block.named_parameters()}
         outputs = {}

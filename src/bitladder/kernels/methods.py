@@ -15,6 +15,8 @@ from bitladder.kernels.grid import F32
 
 _FEW_CANDIDATES = np.array([1.0, 0.92, 0.84, 0.75], np.float32)
 """Enough shrinks to rank AWQ's scales by; the final search takes all."""
+_FEWEST_ROWS, _SHARE_OF_ROWS = 256, 4
+"""A loss that is only told comes from every fourth row, or from so many: the products cost as much as the search."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,8 @@ class Quantized:
     decoded: F32
     """The weights ``f32[rows, columns]`` as a reader of the file computes them."""
     loss: float
-    """Squared error of the outputs as a share of the outputs' energy; NaN without calibration inputs."""
+    """Squared error of the outputs as a share of the outputs' energy; NaN without calibration inputs. Without feedback
+    it is known from a part of the rows, spread over all."""
 
 
 def feedback(level: CheckpointLevel, factor: gptq.Factor, weights: F32, *, scale_dtype: str = "float16") -> Quantized:
@@ -49,8 +52,11 @@ def rounded(
     parameters = _search(level, weights, importance, scale_dtype)
     codes = parameters.grid().nearest(weights)
     decoded = parameters.decode(codes)
-    loss = float("nan") if gram is None else relative_error(decoded - weights, weights, gram)
-    return Quantized(codes, parameters, decoded, loss)
+    if gram is None:
+        return Quantized(codes, parameters, decoded, float("nan"))
+    count = min(len(weights), max(_FEWEST_ROWS, len(weights) // _SHARE_OF_ROWS))
+    some = np.linspace(0, len(weights) - 1, count).astype(np.intp)
+    return Quantized(codes, parameters, decoded, relative_error(decoded[some] - weights[some], weights[some], gram))
 
 
 def awq_scales(

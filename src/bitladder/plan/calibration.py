@@ -51,7 +51,7 @@ def predict(
     *,
     flops_per_s: float,
     state_bytes: int,
-    sequential_flops_per_s: float | None = None,
+    pass_flops_per_s: float | None = None,
 ) -> Preflight:
     """Seconds, peak RAM and disk for making ``levels``.
 
@@ -60,7 +60,7 @@ def predict(
         work: The model and the text.
         flops_per_s: What this machine does in products of f32 matrices.
         state_bytes: Hidden states beyond this go to disk.
-        sequential_flops_per_s: What it does in those of GPTQ's own passes, where that is another type.
+        pass_flops_per_s: What it does in those of the passes, where they are of another type.
     """
     shapes, n_embd, tokens = work.shapes, work.n_embd, work.tokens
     layer_weights = sum(rows * columns for rows, columns in shapes.values())
@@ -72,9 +72,9 @@ def predict(
     needs_gram = scaled or any(level.smooth for level in levels)
     needs_pass = needs_gram or any(isinstance(level, ImportanceVectors) for level in levels)
     seen = min(tokens, work.reference_tokens) if needs_pass else 0
-    own = sequential * (tokens * (2 * layer_weights + statistics) + feedback)
-    flops: float = own * flops_per_s / (sequential_flops_per_s or flops_per_s)
-    flops += seen * (2 * layer_weights + (statistics if needs_gram else 0)) + scaled * _TRIALS * 2 * feedback
+    passes = sequential * (tokens * (2 * layer_weights + statistics) + feedback)
+    passes += seen * (2 * layer_weights + (statistics if needs_gram else 0))
+    flops: float = passes * flops_per_s / (pass_flops_per_s or flops_per_s) + scaled * _TRIALS * 2 * feedback
     searched = folded * _K_QUANT_PASSES * layer_weights / (SEARCHED_RATE * work.cores)
     seconds = work.n_layer * (flops / (REACHED * flops_per_s) + searched)
 

@@ -219,7 +219,7 @@ class Calibration:
             list(self._missing),
             work,
             flops_per_s=_product_rate(settings.device, torch.float32),
-            sequential_flops_per_s=_product_rate(settings.device, own),
+            pass_flops_per_s=_product_rate(settings.device, own),
             state_bytes=settings.state_bytes,
         )
 
@@ -324,7 +324,6 @@ def _fingerprint(
     parts = [__version__, source.sha256, level.name, str(dtype)]
     if _needs_text(level):
         parts += [tokens_hash(windows), str(settings.reference_tokens), str(settings.damp), str(settings.act_order)]
-    if level.method == "GPTQ":
         parts.append(str(settings.half_products))  # a run must not go on on another processor, half in bfloat16
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 

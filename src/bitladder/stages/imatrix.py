@@ -4,7 +4,7 @@ calibration text.
 The numbers of llama.cpp's llama-imatrix on the same tokens, from the source's own hidden states: for each
 tensor sum x^2 per column and how many tokens were summed, for stacked experts one row and one count each,
 over the tokens that were routed to them. Only squares are needed, so no Gram matrices are formed and a pass
-costs about the bare forward pass.
+costs about the bare forward pass, in bfloat16 where the processor can (``engines/products.py``).
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from torch import nn
 from bitladder.describe.windows import Window
 from bitladder.engines.calibration import vectors
 from bitladder.engines.layers import LayeredModel, inference
-from bitladder.engines.states import Batch, Shelf, batches_of
+from bitladder.engines.products import half_products, wants_half_products
+from bitladder.engines.states import CALIBRATION_TOKENS, Batch, Shelf, batches_of
 from bitladder.engines.weights import FileWeights
 from bitladder.errors import BadInput, BadWeights
 from bitladder.files.gguf import GgufFile
@@ -59,6 +60,7 @@ def importance_matrix(
     threads: int = 1,
     state_bytes: int = GiB,
     spill: Path | None = None,
+    half: bool | None = None,
 ) -> ImportanceMatrix:
     """Gather an importance matrix.
 
@@ -71,6 +73,7 @@ def importance_matrix(
         threads: for dequantizing.
         state_bytes: hidden states beyond this go to a file in ``spill``.
         spill: a folder; the system's for temporary files by default.
+        half: whether to multiply in bfloat16; None: where the processor can.
 
     Raises:
         BadInput: no windows.
@@ -86,19 +89,20 @@ def importance_matrix(
         )
     weights = FileWeights(source, threads=threads)
     model = LayeredModel(source.model, weights, device=device)
-    batches = batches_of(windows)
+    batches = batches_of(windows, batch_tokens=CALIBRATION_TOKENS)
     states = Shelf(batches, source.model.dims.n_embd, budget_bytes=state_bytes, folder=spill).take()
     for batch in batches:
         states.put(batch, model.embed(batch.tokens, weights))
     found = ImportanceMatrix(
         {}, {}, len(windows), max(len(one.tokens) for one in windows), (dataset,) if dataset else ()
     )
+    arithmetic = half_products if wants_half_products(half, device) else inference
     for layer in range(model.n_layer):
         progress(f"importance: layer {layer + 1} of {model.n_layer}", layer, model.n_layer)
         block = model.layer(layer, weights)
         seen = {shared: _Squares() for shared in model.family.inputs if _has(block, shared.module)}
         for batch in batches:
-            with inference(), ExitStack() as watching:
+            with arithmetic(), ExitStack() as watching:
                 for shared, squares in seen.items():
                     watching.callback(_watch(block, shared, batch, squares).remove)
                 states.put(batch, model.run(block, layer, states.get(batch).to(model.device)))
