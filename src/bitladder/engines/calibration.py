@@ -107,7 +107,12 @@ class Sums:
         """Take in how far f32[tokens, columns] are from what the source has there."""
         if not len(self._drift):
             self._drift = torch.zeros(x.shape[1], x.shape[1], device=x.device)
-        self._drift.addmm_((original - x).T, x)
+        if not self._half:
+            self._drift.addmm_((original - x).T, x)
+            return
+        loud, short = self.squares.topk(_LOUD).indices, (original - x).T
+        self._drift += short.bfloat16() @ x.bfloat16().index_fill_(1, loud, 0)
+        self._drift.index_add_(1, loud, short @ x.index_select(1, loud))
 
     def _multiply(self, x: torch.Tensor, gram: torch.Tensor, squares: torch.Tensor) -> None:
         if self._half and len(gram):

@@ -9,7 +9,7 @@ by 0.2% (median), and what is built from it errs as much on other text as before
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -94,6 +94,13 @@ def _causal_attention(
 def half_products() -> Iterator[None]:
     """No autograd, and products of linear layers and attention in bfloat16."""
     with inference(), _HalfProducts():
+        yield
+
+
+@contextmanager
+def products(*, half: bool) -> Iterator[None]:
+    """Products in bfloat16 or as they are, and of the gradients that go back through them, where autograd watches."""
+    with _HalfProducts() if half else nullcontext():
         yield
 
 

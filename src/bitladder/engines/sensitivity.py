@@ -29,6 +29,7 @@ from torch import nn
 
 from bitladder.engines.calibration import InputStatistics, Sums, vectors
 from bitladder.engines.layers import LayeredModel, Weights
+from bitladder.engines.products import products
 from bitladder.engines.states import Batch, Shelf
 from bitladder.engines.transforms import permute
 from bitladder.formats.roles import Parameter, SharedInput, layer_tensor
@@ -68,9 +69,11 @@ class SensitivityPass:
     """The pass over a model; ``windows`` as laid out in ``batches``. Results are handed to ``take`` as they come, so
     that only one layer's Hessians exist at a time."""
 
-    def __init__(self, model: LayeredModel, weights: Weights, batches: Sequence[Batch], shelf: Shelf) -> None:
-        """``shelf`` gives room for one set of states per layer and two more."""
-        self.model, self._weights, self._batches, self._shelf = model, weights, batches, shelf
+    def __init__(
+        self, model: LayeredModel, weights: Weights, batches: Sequence[Batch], shelf: Shelf, *, half: bool = False
+    ) -> None:
+        """``shelf`` gives room for one set of states per layer and two more. ``half``: multiply in bfloat16."""
+        self.model, self._weights, self._batches, self._shelf, self._half = model, weights, batches, shelf, half
         self.predictions = sum(length - 1 for batch in batches for length in batch.lengths)
         self._random = torch.Generator(device="cpu").manual_seed(_SEED)
 
@@ -86,7 +89,9 @@ class SensitivityPass:
             entering.append(self._shelf.take())
             block = self.model.layer(layer, self._weights)
             for batch in self._batches:
-                entering[-1].put(batch, self.model.run(block, layer, entering[-2].get(batch).to(self.model.device)))
+                with products(half=self._half):
+                    out = self.model.run(block, layer, entering[-2].get(batch).to(self.model.device))
+                entering[-1].put(batch, out)
         gradients = entering.pop()  # what enters the head is replaced by the gradient there
         progress("sensitivity: the head", n_layer, total)
         take(self._head(gradients))
@@ -124,28 +129,29 @@ class SensitivityPass:
     def _through_vocabulary(self, normed: torch.Tensor, rows: F64) -> torch.Tensor:
         """Gradient of log p(y) at normed states f32[tokens, n_embd], y drawn from p; adds p (1 - p) to ``rows``.
 
-        The vocabulary is taken in slices twice: for the normaliser and the draw (Gumbel's trick), then for the sums.
+        The vocabulary is taken in slices twice: for the normaliser, then for the draw (where the running sum of p
+        passes a uniform number) and the sums.
         """
         peak = torch.full((len(normed),), -torch.inf, device=normed.device)
         total = torch.zeros(len(normed), dtype=torch.float64, device=normed.device)
-        best, label = peak.clone(), torch.zeros(len(normed), dtype=torch.int64, device=normed.device)
-        for first, logits, _, _ in self._logits(normed):
+        for _, logits, _, _ in self._logits(normed):
             higher = torch.maximum(peak, logits.max(dim=1).values)
             total = total * torch.exp((peak - higher).double()) + (logits - higher[:, None]).exp().sum(1).double()
             peak = higher
-            noise = torch.empty(logits.shape).exponential_(generator=self._random).to(normed.device)
-            top, at = (logits - noise.log_()).max(dim=1)
-            label = torch.where(top > best, at + first, label)
-            best = torch.maximum(best, top)
         log_z = peak + total.log().float()
+        # what is left of a uniform number once the slices before are subtracted; never more than rounding leaves of p
+        left = torch.rand(len(normed), generator=self._random).to(normed.device) * (1 - 1e-4)
         gradient = torch.zeros_like(normed)
         for first, logits, slope, weight in self._logits(normed):
             p = torch.exp(logits - log_z[:, None])
             spread = p * (1 - p) if slope is None else p * (1 - p) * slope * slope
             rows[first : first + p.shape[1]] += spread.sum(0).double().cpu().numpy()
-            inside = (label >= first) & (label < first + p.shape[1])
+            here = p.sum(1)
+            drawn = torch.nonzero((left >= 0) & (left < here)).flatten()
+            at = torch.searchsorted(p[drawn].cumsum(1), left[drawn, None]).flatten().clamp(max=p.shape[1] - 1)
+            left -= here  # negative from here on for those that are drawn
             p.neg_()
-            p[inside, label[inside] - first] += 1
+            p[drawn, at] += 1
             gradient += (p if slope is None else p * slope) @ weight
         return gradient
 
@@ -167,11 +173,11 @@ class SensitivityPass:
         block = self.model.layer(layer, self._weights)
         present = {name for name, _ in block.named_modules()}
         inputs = [shared for shared in self.model.family.inputs if shared.module in present]
-        watch = _Watch(self.model, block, inputs)
+        watch = _Watch(self.model, block, inputs, half=self._half)
         for batch in self._batches:
             valid = torch.from_numpy(batch.valid).to(self.model.device)
             gradient = gradients.get(batch).to(self.model.device)
-            with watch.on(valid.reshape(-1)), torch.enable_grad():
+            with watch.on(valid.reshape(-1)), torch.enable_grad(), products(half=self._half):
                 x = states.get(batch).to(self.model.device).clone().requires_grad_()
                 out = self.model.forward(block, layer, x)
                 torch.autograd.backward(out, torch.where(valid[..., None], gradient, 0))
@@ -225,8 +231,8 @@ def _predicting(batch: Batch) -> torch.Tensor:
 class _Watch:
     """Hooks on a layer: Gram matrices of what is read, sums of squared gradients of what is written."""
 
-    def __init__(self, model: LayeredModel, block: nn.Module, inputs: Sequence[SharedInput]) -> None:
-        self.block, self.inputs = block, inputs
+    def __init__(self, model: LayeredModel, block: nn.Module, inputs: Sequence[SharedInput], *, half: bool) -> None:
+        self.block, self.inputs, self._half = block, inputs, half
         self.sums: dict[SharedInput, list[Sums]] = {shared: [] for shared in inputs}
         self.energies: dict[str, torch.Tensor] = {}
         reads = {role for shared in inputs for role in shared.roles}
@@ -250,7 +256,7 @@ class _Watch:
                 detached = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in arguments)
                 for number, x in enumerate(vectors(shared.kind, module, detached, valid)):
                     if number == len(self.sums[shared]):
-                        self.sums[shared].append(Sums(x.shape[1], x.device, gram=True))
+                        self.sums[shared].append(Sums(x.shape[1], x.device, gram=True, half=self._half))
                     self.sums[shared][number].add(x)
 
         return seen

@@ -25,7 +25,7 @@ from bitladder.kernels.rows import Effort
 
 U8 = npt.NDArray[np.uint8]
 
-REVISION = "3"
+REVISION = "4"
 """Raised whenever the bytes of fitted files change for another reason than the kernels' own revision."""
 _CHUNKS = (256, 128, 64, 32)
 _SWEEPS: dict[Effort, int] = {"fast": 0, "good": 2, "best": 8}

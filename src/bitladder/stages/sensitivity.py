@@ -13,6 +13,7 @@ from bitladder.describe.windows import Window, tokens_hash
 from bitladder.engines.calibration import InputStatistics
 from bitladder.engines.feedback import FeedbackSettings, factor_of
 from bitladder.engines.layers import LayeredModel
+from bitladder.engines.products import wants_half_products
 from bitladder.engines.sensitivity import EmbeddingSensitivity, Sensitivity, SensitivityPass
 from bitladder.engines.states import Shelf, batches_of
 from bitladder.engines.weights import FileWeights
@@ -57,6 +58,7 @@ def weigh(
     state_bytes: int = GiB,
     spill: Path | None = None,
     progress: Progress = silent,
+    half: bool | None = None,
 ) -> Weighed:
     """Predict what every (tensor, type) costs, not yet compared with measurements.
 
@@ -68,6 +70,7 @@ def weigh(
         state_bytes: hidden states beyond this go to a file in ``spill``.
         spill: a folder; the system's for temporary files by default.
         progress: told after each layer.
+        half: whether to multiply in bfloat16; None: where the processor can.
 
     Raises:
         BadInput: too little text.
@@ -105,7 +108,7 @@ def weigh(
         found[name] = _added(found[name], losses) if name in found else losses  # tied: read both ways
         weights.forget(name)
 
-    SensitivityPass(model, weights, batches, shelf).run(take, progress)
+    SensitivityPass(model, weights, batches, shelf, half=wants_half_products(half, device)).run(take, progress)
     losses = {name: tuple(own.values()) for name, own in found.items()}
     return Weighed(SensitivityTable(source.sha256, tokens_hash(windows), tokens, losses), importance)
 
