@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 Context = Annotated[int, typer.Option("--ctx", min=64, help="Context length in tokens.")]
 Levels = Annotated[
     str | None,
-    typer.Option("--levels", metavar="L1,L2", help="Only these levels; all of the ladder by default."),
+    typer.Option(
+        "--levels", metavar="L1,L2", help="Only these levels; all of the ladder by default (a gate must be told)."
+    ),
 ]
 Threads = Annotated[int, typer.Option("--threads", min=1, help="Worker threads.", show_default="all cores")]
 Importance = Annotated[
