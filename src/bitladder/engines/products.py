@@ -2,7 +2,7 @@
 
 Methods read two things off a pass: the Gram matrix of each input, or its squares, and the states that go on to the next
 layer. Both are sums over thousands of tokens; rounding what enters a product to 8 bits of mantissa moves an importance
-by 0.2% (median), and what is built from it errs as much on other text as before, at twice the speed or better
+by 0.1% (median), and what is built from it errs as much on other text as before, at twice the speed or better
 (``benchmarks/bfloat16_error.py``). Sums stay in f32. Nothing that is reported about a level is measured this way.
 """
 
