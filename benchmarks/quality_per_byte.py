@@ -2,13 +2,14 @@
 
     scripts/bench quality_per_byte --model reference-f16.gguf --calibrate wikitext2-valid.txt
         --text wikitext2-test.txt [--other TEXT_OR_FOLDER] [--levels Q4_K_M,...] [--fit-tokens 12288]
-        [--documents 16] [--threads 2] [--keep DIR] [--json FILE]
+        [--documents 16] [--share 1] [--threads 2] [--keep DIR] [--json FILE]
 
 Both sides see the same calibration tokens. Theirs: llama.cpp's mix of types (all 96 recorded mixes are reproduced
 tensor by tensor, tests/test_recipes.py), quantized by ggml's own reference code (libgguf) under an importance matrix of
-those tokens. Ours: a recipe of at most as many bytes, codes chosen with error feedback. KL against the 16-bit source
-on the first window of each of several articles of the test text, and of texts of another kind (the ones that ship to
-measure on); ratios of mean KL with paired intervals over documents. ``--ablate`` adds each ingredient alone.
+those tokens. Ours: a recipe of at most as many bytes, or a share of them, codes chosen with error feedback. KL against
+the 16-bit source on the first window of each of several articles of the test text, and of texts of another kind (the
+ones that ship to measure on); ratios of mean KL with paired intervals over documents. ``--ablate`` adds each ingredient
+alone.
 """
 
 import argparse
@@ -77,7 +78,7 @@ def candidates(
         mix = assign(level, source.model.tensors, source.model.dims, has_importance=True)
         size, bpw = recipe_bytes(source.model, mix)
         named = Recipe(f"{level}-fed", source.model.dims.architecture, mix, size, bpw, None, (), True)
-        chosen = choose(table, source.model, Wish(bytes=size))
+        chosen = choose(table, source.model, Wish(bytes=int(size * options.share)))
         found.append((level, "llama.cpp", Candidate(f"{level} llama.cpp", MadeWeights(theirs, mix))))
         fed = [("ours", chosen)]
         if options.ablate:
@@ -124,6 +125,7 @@ def main() -> int:
     parser.add_argument("--fit-tokens", type=int, default=12288)
     parser.add_argument("--part", type=int, default=0, help="which stretch of the calibration text to fit to")
     parser.add_argument("--in-domain-only", action="store_true")
+    parser.add_argument("--share", type=float, default=1.0, help="our bytes as a share of theirs")
     parser.add_argument("--documents", type=int, default=16)
     parser.add_argument("--ablate", action="store_true")
     parser.add_argument("--keep", type=Path, default=Path("quality-per-byte"), help="folder for the files made")
