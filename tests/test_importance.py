@@ -134,5 +134,5 @@ def test_products_in_bfloat16_move_means_little(tmp_path: Path):
     with GgufFile.open(tiny_models.write(case, tiny_models.make(case), tmp_path / "tiny.gguf")) as source:
         exact, half = (importance_matrix(source, windows_of(32, 32), half=half).vectors() for half in (False, True))
     moved = np.concatenate([(half[name] / exact[name] - 1).ravel() for name in exact])
-    assert 0 < np.abs(moved).max() < 0.05
+    assert 0 < np.abs(moved).max() < 0.2
     assert np.median(np.abs(moved)) < 0.005

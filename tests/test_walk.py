@@ -53,6 +53,14 @@ def pair(tmp_path: Path):
         yield models, source, other
 
 
+def test_a_walk_in_bfloat16_says_nearly_the_same(pair):
+    """For weighing only: what it adds is small beside the difference of two models."""
+    _, source, other = pair
+    windows = windows_of(64, 64)
+    exact, half = (walk(source, [file_candidate(source, other)], windows, half=half)[0] for half in (False, True))
+    assert exact.kl_mean != half.kl_mean == pytest.approx(exact.kl_mean, rel=0.02)
+
+
 def test_scores_equal_their_definitions_on_whole_logits(pair):
     models, source, other = pair
     windows = windows_of(40, 64, 17, 64)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from bitladder.describe.windows import Window
 from bitladder.engines.head import HeadInput, TokenScores, compare
 from bitladder.engines.layers import LayeredModel, inference
+from bitladder.engines.products import products
 from bitladder.engines.resume import Checkpoint, walk_key
 from bitladder.engines.rounding import round_inputs, rounded_input
 from bitladder.engines.states import Batch, Shelf, States, batches_of
@@ -59,10 +60,12 @@ class Ladder:
         spill: Path | None = None,
         keep: Path | None = None,
         engine_rounding: bool = False,
+        half: bool = False,
     ) -> None:
         """``state_bytes``: hidden states beyond this go to a file in ``spill``. ``keep``: a folder in which a
-        killed pass leaves its states, and finds them. ``engine_rounding``: round inputs as llama.cpp does."""
-        self._rounding = engine_rounding
+        killed pass leaves its states, and finds them. ``engine_rounding``: round inputs as llama.cpp does. ``half``:
+        multiply in bfloat16."""
+        self._rounding, self._half = engine_rounding, half
         self.model, self.weights, self.windows = model, weights, windows
         self.batches = batches_of(windows)
         self._shelf = Shelf(self.batches, model.model.dims.n_embd, budget_bytes=state_bytes, folder=spill)
@@ -137,7 +140,9 @@ class Ladder:
             if self._rounding:
                 round_inputs(block, self.model.family, layer, self.weights[members[0]].qtype)
             for batch in self.batches:
-                states.put(batch, self.model.run(block, layer, group.states.get(batch).to(self.model.device)))
+                with products(half=self._half):
+                    out = self.model.run(block, layer, group.states.get(batch).to(self.model.device))
+                states.put(batch, out)
             del block  # before the next is built: one layer of weights at a time
             result.append(_Group(members, states))
         return result

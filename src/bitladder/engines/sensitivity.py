@@ -115,7 +115,7 @@ class SensitivityPass:
             with torch.enable_grad():
                 x = states.get(batch).to(self.model.device).clone().requires_grad_()
                 normed = norm(x)
-            with torch.no_grad():
+            with torch.no_grad(), products(half=self._half):
                 own = normed.detach()[predicting]
                 sums.add(own)
                 gradient = torch.zeros_like(normed)
@@ -161,7 +161,7 @@ class SensitivityPass:
         for first in range(0, n_vocab, _SLICE):
             rows = self._weights(self.model.output, slice(first, min(first + _SLICE, n_vocab)))
             weight = torch.from_numpy(rows).to(normed.device)
-            logits = normed @ weight.T
+            logits = nn.functional.linear(normed, weight)
             if cap:
                 bent = torch.tanh(logits / cap)
                 yield first, bent * cap, 1 - bent * bent, weight

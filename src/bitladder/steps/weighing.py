@@ -110,9 +110,13 @@ def _read_table(path: Path) -> SensitivityTable:
 def _checked(
     source: GgufFile, weighed: Weighed, parts: RecipeTexts, threads: int, journal: Journal, progress: Progress
 ) -> SensitivityTable:
-    """Measure a few whole recipes, made on the fly, and scale the predictions to them."""
+    """Measure a few whole recipes, made on the fly, and scale the predictions to them.
+
+    The walk may be in bfloat16: that adds 4% to a loss of 0.03 and less to larger ones (docs/log.md), and what is told
+    of a file is measured in f32."""
     import numpy as np
 
+    from bitladder.engines.products import half_products_pay
     from bitladder.engines.weights import FileWeights, MadeWeights, Quantizer
     from bitladder.plan.recipe import Wish, bounds, choose, fitted, predicted
     from bitladder.stages.walk import Candidate, walk
@@ -128,6 +132,6 @@ def _checked(
     candidates = [Candidate(recipe.label, MadeWeights(quantizer, recipe.qtypes)) for recipe in recipes]
     windows = parts.held_out
     with job(walking_need(source, windows, [recipe.label for recipe in recipes]), journal):
-        found = walk(source, candidates, windows, progress=progress, threads=threads)
+        found = walk(source, candidates, windows, progress=progress, threads=threads, half=half_products_pay())
     sums = [predicted(table, recipe.qtypes, feedback=False) for recipe in recipes]
     return fitted(table, [(s, one.kl_mean) for s, one in zip(sums, found, strict=True)])
