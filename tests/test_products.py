@@ -7,7 +7,7 @@ from torch.nn import functional
 
 from bitladder.engines.calibration import Sums
 from bitladder.engines.checkpoint_walk import Settings
-from bitladder.engines.products import half_products, half_products_pay
+from bitladder.engines.products import half_products_pay, products
 from bitladder.kernels import gptq
 
 CPU = torch.device("cpu")
@@ -32,7 +32,7 @@ def test_linear_layers_take_and_give_f32():
     rng = torch.Generator().manual_seed(1)
     x, weight, bias = (torch.randn(size, generator=rng) for size in ((3, 8, 512), (256, 512), (256,)))
     exact = functional.linear(x, weight, bias)
-    with half_products():
+    with products(half=True):
         found = functional.linear(x, weight, bias)
         rounded = functional.linear(x, weight)
     assert found.dtype == torch.float32
@@ -44,7 +44,7 @@ def test_linear_layers_take_and_give_f32():
 
 def test_small_matrices_stay_exact():
     x, router = torch.ones(4, 100) / 3, torch.ones(8, 100) / 7
-    with half_products():
+    with products(half=True):
         assert torch.equal(functional.linear(x, router), x @ router.T)
 
 
@@ -58,6 +58,17 @@ def test_gram_matrix_is_rounded_by_less_than_the_damping():
     np.testing.assert_allclose(found.squares, np.diagonal(exact), rtol=1e-5)
     assert found.tokens == 1200
     assert gptq.prepare(found.gram, damp=0.01).rescued == 0
+
+
+def test_drift_is_rounded_in_proportion_to_what_is_not_loud():
+    x = activations(1200, 384)
+    original = x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(4))
+    exact = ((original - x).T.double() @ x.double()).numpy()
+    sums = sums_of(x, half=True)
+    sums.add_drift(x, original)
+    error = np.abs(sums.result().drift - exact)
+    assert 0 < error.max() < 0.01 * np.abs(exact[:, 1::97]).max()
+    assert error[:, ::97].max() < 1e-4 * np.abs(exact).max()  # loud channels are multiplied in f32
 
 
 def test_narrow_inputs_are_summed_in_f32():
@@ -84,7 +95,7 @@ def test_causal_attention_takes_and_gives_f32(heads, shared, n):
     query, key, value = (torch.randn(3, count, n, 32, generator=rng) for count in (heads, shared, shared))
     attend = functional.scaled_dot_product_attention
     exact = attend(query, key, value, is_causal=True, enable_gqa=True)
-    with half_products():
+    with products(half=True):
         found = attend(query, key, value, is_causal=True, enable_gqa=True)
         scaled = attend(query, key, value, is_causal=True, enable_gqa=True, scale=0.5)
     assert found.dtype == torch.float32 and found.shape == exact.shape
@@ -97,7 +108,7 @@ def test_other_attention_stays_exact():
     query = torch.randn(1, 2, 70, 32, generator=torch.Generator().manual_seed(3))
     mask = torch.zeros(1, 1, 70, 70).masked_fill_(torch.ones(70, 70).triu(1).bool(), float("-inf"))
     attend = functional.scaled_dot_product_attention
-    with half_products():
+    with products(half=True):
         assert torch.equal(attend(query, query, query, attn_mask=mask), attend(query, query, query, mask))
         found = attend(query, query, query)
     assert torch.equal(found, attend(query, query, query))

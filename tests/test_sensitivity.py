@@ -5,6 +5,7 @@ import pytest
 
 import tiny_models
 from bitladder.describe.windows import Window
+from bitladder.engines import sensitivity
 from bitladder.engines.layers import LayeredModel
 from bitladder.engines.sensitivity import EmbeddingSensitivity, SensitivityPass
 from bitladder.engines.states import Shelf, batches_of
@@ -80,6 +81,24 @@ def test_small_errors_cost_what_is_predicted(tmp_path):
     ratios = {name: _predicted(found[name], noise) / measured[name] for name, noise in noises.items()}
     assert all(0.4 < ratio < 2.5 for ratio in ratios.values()), ratios
     assert 0.8 < np.exp(np.mean(np.log(list(ratios.values())))) < 1.25
+
+
+def test_slices_of_the_vocabulary_change_nothing(tmp_path, monkeypatch):
+    """Labels are drawn across slices: in which one a token lies must not matter."""
+    source, windows = _opened("llama", tmp_path)
+
+    def embedding() -> np.ndarray:
+        found = []
+        batches = batches_of(windows)
+        shelf = Shelf(batches, source.model.dims.n_embd, budget_bytes=1 << 30)
+        weights = FileWeights(source)
+        SensitivityPass(LayeredModel(source.model, weights), weights, batches, shelf).run(found.append, silent)
+        return found[-1].weights
+
+    with source:
+        whole = embedding()
+        monkeypatch.setattr(sensitivity, "_SLICE", tiny_models.N_VOCAB // 5)
+        np.testing.assert_allclose(embedding(), whole, rtol=1e-3, atol=1e-3 * whole.max())
 
 
 def test_rows_are_those_of_the_file(tmp_path):

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from bitladder.engines.layers import LayeredModel, inference
-from bitladder.engines.products import half_products
+from bitladder.engines.products import products
 from bitladder.engines.states import Batch, States
 from bitladder.errors import BadWeights
 from bitladder.formats.disk_names import absorbing_parameters
@@ -181,7 +181,7 @@ class LayerPass:
         bfloat16."""
         self.model, self.layer, self.block = model, layer, block
         self._states, self._batches, self._spill = states, batches, spill
-        self._half, self._arithmetic = half, half_products if half else inference
+        self._half = half
         self._norms = {
             shared.module.partition(".")[0]: block.get_submodule(parameter.path.removesuffix(".weight"))
             for shared in model.family.inputs
@@ -207,7 +207,7 @@ class LayerPass:
         for batch in self._batches:
             exact = None if original is None else original.get(batch).to(self.model.device)
             watched = self._watched(shared, batch, sums, new, stop=True, original=exact)
-            with self._arithmetic(), self._resumed(batch, whole), watched:
+            with inference(), products(half=self._half), self._resumed(batch, whole), watched:
                 try:
                     self.model.run(self.block, self.layer, self._entering(batch))
                 except _Reached:
@@ -226,7 +226,7 @@ class LayerPass:
         """
         sums: list[list[Sums]] = [[] for _ in inputs]
         for batch in self._batches:
-            with self._arithmetic(), ExitStack() as watching:
+            with inference(), products(half=self._half), ExitStack() as watching:
                 for shared, own in zip(inputs, sums, strict=True):
                     apart = held_out if gram and shared.kind == "linear" else frozenset()
                     new = partial(Sums, gram=gram, half=self._half, apart=bool(apart))
@@ -237,7 +237,7 @@ class LayerPass:
     def finish(self) -> None:
         """Replace the states by what leaves the layer with its present weights."""
         for batch in self._batches:
-            with self._arithmetic(), self._resumed(batch, frozenset(self._kept)):
+            with inference(), products(half=self._half), self._resumed(batch, frozenset(self._kept)):
                 self._states.put(batch, self.model.run(self.block, self.layer, self._entering(batch)))
 
     def _entering(self, batch: Batch) -> torch.Tensor:

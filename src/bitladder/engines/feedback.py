@@ -25,7 +25,7 @@ from torch import nn
 
 from bitladder.engines.calibration import InputStatistics, LayerPass
 from bitladder.engines.layers import LayeredModel, inference
-from bitladder.engines.products import half_products, wants_half_products
+from bitladder.engines.products import products, wants_half_products
 from bitladder.engines.states import Batch, States
 from bitladder.engines.streams import FEW_TOKENS
 from bitladder.engines.transforms import apply
@@ -188,9 +188,8 @@ class FeedbackStream:
             if shared.kind == "linear" and any(self._changes(name) for name in self._names(layer, shared.roles))
         ]
         kept: dict[str, States] = {}
-        arithmetic = half_products if self._settings.half_products else inference
         for batch in self._batches:
-            with arithmetic(), ExitStack() as watching:
+            with inference(), products(half=self._settings.half_products), ExitStack() as watching:
                 for module in wanted:
                     watching.enter_context(self._keeping(block, module, batch, kept))
                 entering = self.originals.get(batch).to(self.model.device)

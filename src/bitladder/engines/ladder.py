@@ -101,7 +101,7 @@ class Ladder:
     def _key(self) -> str:
         tensors = [tensor.name for tensor in self.model.model.tensors]
         windows = [window.tokens.tobytes() for window in self.windows]
-        return walk_key(self.weights, tensors, [*windows, b"rounded" if self._rounding else b"exact"])
+        return walk_key(self.weights, tensors, [*windows, f"{self._rounding} {self._half}".encode()])
 
     def _resumed(self) -> tuple[int, list[_Group]] | None:
         """Where a killed pass over the same models and windows was: the layer to go on with, and its

@@ -17,8 +17,6 @@ import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from bitladder.engines.layers import inference
-
 _FEWEST = 2**16
 """Weights of a matrix below which nothing is won: routers, which should not be rounded either."""
 _QUERIES = 64
@@ -91,15 +89,9 @@ def _causal_attention(
 
 
 @contextmanager
-def half_products() -> Iterator[None]:
-    """No autograd, and products of linear layers and attention in bfloat16."""
-    with inference(), _HalfProducts():
-        yield
-
-
-@contextmanager
 def products(*, half: bool) -> Iterator[None]:
-    """Products in bfloat16 or as they are, and of the gradients that go back through them, where autograd watches."""
+    """Products of linear layers and attention in bfloat16, or as they are; where autograd watches, those of gradients,
+    too."""
     with _HalfProducts() if half else nullcontext():
         yield
 

@@ -139,7 +139,7 @@ class SensitivityPass:
             total = total * torch.exp((peak - higher).double()) + (logits - higher[:, None]).exp().sum(1).double()
             peak = higher
         log_z = peak + total.log().float()
-        # what is left of a uniform number once the slices before are subtracted; never more than rounding leaves of p
+        # what is left of a uniform number once the slices before are subtracted; below what rounding leaves of 1
         left = torch.rand(len(normed), generator=self._random).to(normed.device) * (1 - 1e-4)
         gradient = torch.zeros_like(normed)
         for first, logits, slope, weight in self._logits(normed):

@@ -21,7 +21,7 @@ from torch import nn
 from bitladder.describe.windows import Window
 from bitladder.engines.calibration import vectors
 from bitladder.engines.layers import LayeredModel, inference
-from bitladder.engines.products import half_products, wants_half_products
+from bitladder.engines.products import products, wants_half_products
 from bitladder.engines.states import CALIBRATION_TOKENS, Batch, Shelf, batches_of
 from bitladder.engines.weights import FileWeights
 from bitladder.errors import BadInput, BadWeights
@@ -96,13 +96,13 @@ def importance_matrix(
     found = ImportanceMatrix(
         {}, {}, len(windows), max(len(one.tokens) for one in windows), (dataset,) if dataset else ()
     )
-    arithmetic = half_products if wants_half_products(half, device) else inference
+    half = wants_half_products(half, device)
     for layer in range(model.n_layer):
         progress(f"importance: layer {layer + 1} of {model.n_layer}", layer, model.n_layer)
         block = model.layer(layer, weights)
         seen = {shared: _Squares() for shared in model.family.inputs if _has(block, shared.module)}
         for batch in batches:
-            with arithmetic(), ExitStack() as watching:
+            with inference(), products(half=half), ExitStack() as watching:
                 for shared, squares in seen.items():
                     watching.callback(_watch(block, shared, batch, squares).remove)
                 states.put(batch, model.run(block, layer, states.get(batch).to(model.device)))
