@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -125,8 +126,26 @@ def test_a_changed_file_is_not_passed_off_as_proved(tmp_path):
 def test_foreign_folders_are_left_alone(tmp_path):
     _, checkpoint, gguf = tiny("llama", tmp_path)
     (tmp_path / "tiny-INT8-W8A16").mkdir()
-    with pytest.raises(OutputError, match="was not written by Bitladder"):
+    with pytest.raises(UsageError, match="a folder that Bitladder did not write"):
         run(gguf, ["INT8-W8A16"], tmp_path, checkpoint)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_two_models_of_one_name_are_told_apart(tmp_path):
+    _, checkpoint, gguf = tiny("llama", tmp_path)
+    (first,) = run(gguf, ["INT8-W8A16"], tmp_path, checkpoint)
+    before = (Path(first.path) / "bitladder.json").read_bytes()
+    _, _, other = tiny("llama", tmp_path / "other", seed=1)
+    with pytest.raises(UsageError, match="did not write from the same source"):
+        run(other, ["INT8-W8A16"], tmp_path, checkpoint)
+    assert (Path(first.path) / "bitladder.json").read_bytes() == before
+
+
+def test_what_is_refused_leaves_nothing_behind(tmp_path):
+    _, checkpoint, gguf = tiny("llama", tmp_path)
+    with pytest.raises(UsageError, match="do not divide"):
+        run(gguf, ["GPTQ-4bit-g128"], tmp_path / "out", checkpoint)
+    assert not (tmp_path / "out").exists()
 
 
 def test_experts_without_tokens_are_named(tmp_path):

@@ -9,7 +9,7 @@ import yaml
 from typer.testing import CliRunner
 
 from bitladder.cli.app import app
-from bitladder.errors import OutputError, UsageError
+from bitladder.errors import UsageError
 from bitladder.serve.export import (
     docker_compose,
     llama_swap,
@@ -50,8 +50,17 @@ def test_lm_studio_finds_the_file(tmp_path):
     assert place_for_lm_studio(tmp_path / "models", "Tiny Model", spec) == target
     target.unlink()
     target.write_bytes(b"other")
-    with pytest.raises(OutputError, match="another size"):
+    with pytest.raises(UsageError, match="exists, and is not Q8_0 of Tiny Model"):
         place_for_lm_studio(tmp_path / "models", "Tiny Model", spec)
+    target.write_bytes(b"GGUf")  # another model's file of this very name and size
+    with pytest.raises(UsageError, match="exists, and is not Q8_0 of Tiny Model"):
+        place_for_lm_studio(tmp_path / "models", "Tiny Model", spec)
+    assert target.read_bytes() == b"GGUf"
+    place_for_lm_studio(tmp_path / "models", "Tiny Model", spec, force=True)
+    assert target.samefile(source)
+    target.unlink()
+    target.write_bytes(b"GGUF")  # a copy, as on another disk
+    assert place_for_lm_studio(tmp_path / "models", "Tiny Model", spec) == target
     assert lm_studio_place(Path("m"), "../../x", spec).parts[2] == "..-..-x-GGUF"
 
 

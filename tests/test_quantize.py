@@ -320,7 +320,7 @@ def test_a_folder_that_cannot_be_written(tmp_path, tiny):
     (tmp_path / "file").write_text("no folder")
     with (
         GgufFile.open(tiny) as source,
-        pytest.raises(OutputError, match=r"cannot be written: (Not a directory|File exists)"),
+        pytest.raises(OutputError, match=r"cannot be written: (Not a directory|File exists|.*file is no folder)"),
     ):
         quantize_levels(source, ["Q8_0"], tmp_path / "file" / "out")
 

@@ -32,7 +32,7 @@ from bitladder.records.evaluation import LevelAnswers, WorkloadResult
 from bitladder.records.fidelity import Fidelity
 from bitladder.records.plan import Plan
 from bitladder.records.run import RunRecord
-from bitladder.report import write_html, write_run
+from bitladder.report import RUN_JSON, check_html, check_run, report_beside, write_html, write_run
 from bitladder.stages import facts
 from bitladder.stages.evaluate import compare
 from bitladder.stages.facts import level_of
@@ -127,8 +127,8 @@ def run(
         results = [compare(answers[0], level, given.workload) for level in answers[1:]]
         decision = _decided(given, plan, fidelities, results, reference=answers[0].level)
         record = _record(given, plan, built, fidelities, answers, results, decision)
-    write_run(record, given.out / "run.json")
-    return RunResult(record, write_html(record, given.out / "report.html"))
+    record_file = write_run(record, given.out / RUN_JSON)
+    return RunResult(record, write_html(record, report_beside(record_file)))
 
 
 @dataclass(frozen=True)
@@ -176,6 +176,8 @@ def _opened(settings: RunSettings, progress: Progress, journal: Journal, confirm
             source = stack.enter_context(GgufFile.open(found.path))
         journal.warn(*found.warnings, *workload.warnings)
         out = settings.out or Path(f"{found.label}-ladder")
+        check_run(out / RUN_JSON, source_sha256=lambda: source.sha256)
+        check_html(report_beside(out / RUN_JSON), source_sha256=lambda: source.sha256)
         machine = probe_machine(out)
         yield _Given(settings, found, source, machine, workload, context, texts, out, bar, recorded, journal, progress)
 
@@ -345,7 +347,7 @@ def _decided(
         elsewhere=[one.label for one in given.settings.also if one.label in answering],
         tags={one.id: one.tags for one in given.workload.inputs},
     )
-    given.recorded.keep_decision(given.source.sha256, decision.bar, decision, given.out / "run.json")
+    given.recorded.keep_decision(given.source.sha256, decision.bar, decision, given.out / RUN_JSON)
     return decision
 
 

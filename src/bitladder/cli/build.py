@@ -30,6 +30,7 @@ Importance = Annotated[
 CalibrationTexts = Annotated[
     list[Path] | None, typer.Option("--text", help="Calibrate on this text instead of the shipped one; repeatable.")
 ]
+Force = Annotated[bool, typer.Option("--force", help="Replace files of other kinds and sources, too.")]
 DEFAULT_CTX = 4096
 ALL_CORES = os.cpu_count() or 1
 
@@ -81,6 +82,7 @@ def quantize(
         str | None,
         typer.Option("--split-max-size", metavar="SIZE", help="Cut each level into parts of at most SIZE, like 4GB."),
     ] = None,
+    force: Force = False,
     json_output: JsonFlag = False,
 ) -> None:
     """Write a model at one or several levels, every tensor read once for all of them.
@@ -106,12 +108,18 @@ def quantize(
             threads=threads,
             device=device,
             split_max_bytes=parse_bytes(split_max_size) if split_max_size else None,
+            force=force,
             journal=journal,
             progress=progress,
         )
     if json_output:
         print_json(
-            {"files": [*built.files, *built.checkpoints], "calibration": built.calibration, "jobs": journal.jobs}
+            {
+                "files": [*built.files, *built.checkpoints],
+                "calibration": built.calibration,
+                "jobs": journal.jobs,
+                "warnings": journal.warnings,
+            }
         )
         return
     if built.calibration:
@@ -134,6 +142,7 @@ def imatrix(
     out: Annotated[Path, typer.Option("--out", help="File to write.")],
     text: CalibrationTexts = None,
     threads: Threads = ALL_CORES,
+    force: Force = False,
     json_output: JsonFlag = False,
 ) -> None:
     """Write llama.cpp's importance matrix of a model, which llama-quantize reads too."""
@@ -142,7 +151,9 @@ def imatrix(
 
     journal = Journal() if json_output else Journal(say)
     with progress_display(quiet=json_output) as progress:
-        path = make_imatrix(model, tuple(text or ()), out, threads=threads, journal=journal, progress=progress)
+        path = make_imatrix(
+            model, tuple(text or ()), out, threads=threads, force=force, journal=journal, progress=progress
+        )
     if json_output:
         print_json({"path": str(path), "bytes": path.stat().st_size, "jobs": journal.jobs})
     else:

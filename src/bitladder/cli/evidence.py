@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from bitladder.cli.build import Force
 from bitladder.cli.options import RunOptions, confirm_with, with_run_options
 from bitladder.cli.terminal import JsonFlag, Verbs, print_json, progress_display, say, verb
 from bitladder.errors import UsageError
@@ -25,6 +26,7 @@ def gate(
 ) -> None:
     """Exit 0 when every level named holds the bar, 4 when one does not, 5 when the evidence cannot tell."""
     from bitladder.files.atomic import write_whole
+    from bitladder.files.outputs import check_output, holding
     from bitladder.pipeline import run as run_pipeline
     from bitladder.plan.gate import gate_exit
     from bitladder.plan.gate import junit as junit_of
@@ -32,6 +34,9 @@ def gate(
     if not options.levels and not options.also:
         raise UsageError("The gate needs to know what must hold the bar.", do="Name levels with --levels Q6_K,Q4_K_M.")
     settings = dataclasses.replace(options, levels=options.levels or "").settings()
+    if junit:
+        inputs = [Path(settings.model), *settings.texts, *([settings.workload] if settings.workload else [])]
+        check_output(junit, "a JUnit document", inputs=inputs, ours=holding("<testsuite", "bitladder"))
     with progress_display(quiet=json_output) as progress:
         record = run_pipeline(settings, progress, say=say, confirm=confirm_with(yes=options.yes)).record
     if junit:
@@ -82,12 +87,15 @@ def workload_check(
 def workload_import(
     source: Annotated[Path, typer.Argument(metavar="FILE", help="A promptfoo configuration (.yaml) or a .csv file.")],
     out: Annotated[Path, typer.Option("--out", help="The workload to write.")] = Path("workload.yaml"),
+    force: Force = False,
 ) -> None:
     """Make a workload of a promptfoo configuration or of a CSV file."""
     from bitladder.files.atomic import write_whole
+    from bitladder.files.outputs import check_output, same_text
     from bitladder.files.workloads import from_csv, from_promptfoo, load_workload
 
     text = from_csv(source) if source.suffix.lower() == ".csv" else from_promptfoo(source)
+    check_output(out, "a workload", inputs=[source], ours=same_text(text), force=force)
     write_whole(out, text)
     say(f"Wrote {out} with {len(load_workload(out).inputs)} inputs.")
 
@@ -111,11 +119,20 @@ def evidence_show(json_output: JsonFlag = False) -> None:
 
 @evidence_app.command("export")
 @verb
-def evidence_export(path: Annotated[Path, typer.Argument(metavar="FILE", help="JSON lines to write.")]) -> None:
+def evidence_export(
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="JSON lines to write; - for standard output.")],
+    force: Force = False,
+) -> None:
     """Write every stored measurement as JSON lines."""
+    from bitladder.files.outputs import check_output
     from bitladder.store.evidence import Evidence
 
     with Evidence.open() as store:
+        if str(path) in ("-", "/dev/stdout"):
+            for line in store.lines():
+                print(line)
+            return
+        check_output(path, "an export of evidence", inputs=store.files(), ours=store.holds, force=force)
         say(f"Wrote {store.export(path)} measurements to {path}.")
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bitladder.cli.build import ALL_CORES, DEFAULT_CTX, Context, Threads
+from bitladder.cli.build import ALL_CORES, DEFAULT_CTX, Context, Force, Threads
 from bitladder.cli.deploy import tiers_of
 from bitladder.cli.terminal import ModelArgument, progress_display, say, verb
 
@@ -38,20 +38,22 @@ def export(
     port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port of the gateway.")] = 8077,
     ctx: Context = DEFAULT_CTX,
     threads: Threads = ALL_CORES,
+    force: Force = False,
 ) -> None:
     """Write a deployment for another tool: Modelfiles, LM Studio's folder, or a configuration on standard output."""
     from dataclasses import replace
 
     with progress_display() as progress:
         settings = replace(tiers_of(model, quality, speed, ctx, threads, None, progress), port=port)
-    _write(to, settings, folder)
+    _write(to, settings, folder, force=force)
 
 
-def _write(to: Tool, settings: ServeSettings, folder: Path) -> None:
+def _write(to: Tool, settings: ServeSettings, folder: Path, *, force: bool) -> None:
     import shutil
 
     from bitladder import __version__
     from bitladder.files.atomic import write_whole
+    from bitladder.files.outputs import check_output, same_text
     from bitladder.serve import export as words
 
     specs = [settings.quality, *([settings.speed] if settings.speed else [])]
@@ -59,11 +61,14 @@ def _write(to: Tool, settings: ServeSettings, folder: Path) -> None:
         case Tool.OLLAMA:
             for spec in specs:
                 modelfile = folder / f"Modelfile-{spec.level}"
-                write_whole(modelfile, words.ollama_modelfile(spec))
+                text = words.ollama_modelfile(spec)
+                inputs = [spec.path] if spec.path else []
+                check_output(modelfile, "this Modelfile", inputs=inputs, ours=same_text(text), force=force)
+                write_whole(modelfile, text, do="Name another --folder.")
                 say(words.ollama_command(settings.name, spec, modelfile))
         case Tool.LM_STUDIO:
             for spec in specs:
-                say(str(words.place_for_lm_studio(folder, settings.name, spec)))
+                say(str(words.place_for_lm_studio(folder, settings.name, spec, force=force)))
         case Tool.LLAMA_SWAP:
             print(words.llama_swap(settings), end="")
         case Tool.COMPOSE:

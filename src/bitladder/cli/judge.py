@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from bitladder.cli.build import ALL_CORES, DEFAULT_CTX, Context, Importance, Levels, Threads, effort_named, split_levels
+from bitladder.cli.build import (
+    ALL_CORES,
+    DEFAULT_CTX,
+    Context,
+    Force,
+    Importance,
+    Levels,
+    Threads,
+    effort_named,
+    split_levels,
+)
 from bitladder.cli.live import run_display
 from bitladder.cli.options import (
     RunOptions,
@@ -114,7 +124,7 @@ def measure(
             progress=progress,
         )
     if json_output:
-        print_json({"levels": fidelities, "jobs": journal.jobs})
+        print_json({"levels": fidelities, "jobs": journal.jobs, "warnings": journal.warnings})
     else:
         fidelity_table(fidelities)
 
@@ -125,13 +135,16 @@ def report(
     out: Annotated[
         Path | None, typer.Option("--out", help="Where to write the HTML.", show_default="beside the JSON")
     ] = None,
+    force: Force = False,
     json_output: JsonFlag = False,
 ) -> None:
     """Show a finished run again, and write its HTML report."""
-    from bitladder.report import print_run, read_run, write_html
+    from bitladder.report import check_html, print_run, read_run, report_beside, write_html
 
     stored = read_run(record)
-    path = write_html(stored, out or record.with_suffix(".html"))
+    path = out or report_beside(record)
+    check_html(path, source_sha256=lambda: stored.source.sha256, created=stored.created, inputs=[record], force=force)
+    write_html(stored, path)
     if json_output:
         print_json(stored)
     else:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bitladder.cli.build import ALL_CORES, DEFAULT_CTX, CalibrationTexts, Threads, effort_named
+from bitladder.cli.build import ALL_CORES, DEFAULT_CTX, CalibrationTexts, Force, Threads, effort_named
 from bitladder.cli.terminal import JsonFlag, ModelArgument, print_json, progress_display, say, verb
 from bitladder.errors import UsageError
 from bitladder.units import parse_bytes
@@ -41,6 +41,7 @@ def recipe(
     text: CalibrationTexts = None,
     effort: Annotated[str, typer.Option("--effort", help="fast, good or best: how hard codes are searched.")] = "good",
     threads: Threads = ALL_CORES,
+    force: Force = False,
     json_output: JsonFlag = False,
 ) -> None:
     """Choose a type for every tensor under a budget; with --out write the file, with error feedback.
@@ -70,8 +71,8 @@ def recipe(
             if limits or out is None:
                 raise UsageError("--apply takes a finished file's recipe as it is.", do="Give --out, and no limit.")
             result = reapply(
-                Path(model), apply, out, texts=texts, effort=effort_named(effort), threads=threads, journal=journal,
-                progress=progress,
+                Path(model), apply, out, texts=texts, effort=effort_named(effort), threads=threads, force=force,
+                journal=journal, progress=progress,
             )  # fmt: skip
         elif not limits:
             result = RecipeResult(read_recipe(resolve(model, progress).path), float("nan"))
@@ -80,10 +81,11 @@ def recipe(
                 bytes=parse_bytes(budget) if budget else None, bpw=bpw, kl=kl, least_decode=least_decode,
                 gpu_layers=gpu_layers, vram_bytes=parse_bytes(vram) if vram else None,
             )  # fmt: skip
-            asked = Asked(wish, level=level, fits_ctx=ctx if fits else None, out=out, effort=effort_named(effort))
+            fits_ctx = ctx if fits else None
+            asked = Asked(wish, level=level, fits_ctx=fits_ctx, out=out, effort=effort_named(effort), force=force)
             result = make_recipe(model, asked, texts=texts, threads=threads, journal=journal, progress=progress)
     if json_output:
-        print_json({**vars(result), "jobs": journal.jobs})
+        print_json({**vars(result), "jobs": journal.jobs, "warnings": journal.warnings})
         return
     for line in recipe_lines(result.recipe, result.table_error):
         print(line)

@@ -81,6 +81,8 @@ class CheckpointWalk:
             OutputError: no room for states or finished layers.
         """
         keep_freed_memory()
+        for store in self.stores.values():
+            store.begin()
         streams = self._streams(windows)
         total = float(self.model.n_layer)
         losses: dict[str, str] = {}

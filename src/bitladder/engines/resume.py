@@ -19,6 +19,7 @@ import torch
 from bitladder.engines.states import States
 from bitladder.engines.weights import LevelWeights
 from bitladder.errors import OutputError
+from bitladder.files.atomic import written_aside
 
 SECONDS_BETWEEN = 30.0
 _NOTE = "walk.json"
@@ -76,12 +77,11 @@ class Checkpoint:
             "files": files,
         }
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
             for name, (_, states) in zip(files, groups, strict=True):
-                states.data.numpy().tofile(self._folder / name)
-            partial = self._folder / (_NOTE + ".partial")
-            partial.write_text(json.dumps(note))
-            partial.replace(self._folder / _NOTE)
+                with written_aside(self._folder / name) as file:
+                    states.data.numpy().tofile(file)
+            with written_aside(self._folder / _NOTE) as file:
+                file.write(json.dumps(note).encode())
             self._remove(keep=files)
         except OSError as error:
             raise OutputError(

@@ -1,33 +1,54 @@
-"""Small files, written whole or not at all: aside, flushed to the disk, renamed."""
+"""Files written whole or not at all: aside under a name that nothing has, flushed to the disk, renamed."""
 
 from __future__ import annotations
 
-import contextlib
 import os
+import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from bitladder.errors import OutputError
 
 
-def write_whole(path: Path, content: str | bytes) -> Path:
-    """Write a file and its folder; returns the path.
+@contextmanager
+def written_aside(path: Path) -> Iterator[BinaryIO]:
+    """A new file that takes the name ``path`` when the block ends well, and is removed when it does not.
+
+    It is made beside ``path`` (whose folder is made, too) under a name that did not exist, so nothing is written
+    through a link that lies there; a link under the name itself is replaced, not followed. It gets the permissions of
+    the file it replaces, or those of any new file. Libraries that want a path take the file's ``name``.
+
+    Raises:
+        OSError: no space, no permission. What was under the name before is still there.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{secrets.token_hex(8)}.part")
+    try:
+        with part.open("xb") as file:  # x: neither a file nor a link may be there
+            yield file
+        with part.open("rb") as written:  # again: a library may have put another file under the name
+            with suppress(FileNotFoundError):
+                os.fchmod(written.fileno(), stat.S_IMODE(path.stat().st_mode))
+            os.fsync(written.fileno())
+        part.replace(path)
+    except BaseException:
+        with suppress(OSError):  # where nothing could be written, nothing can be removed either
+            part.unlink()
+        raise
+
+
+def write_whole(path: Path, content: str | bytes, *, do: str = "Name another place with --out.") -> Path:
+    """Write a file and its folder; returns the path. ``do`` is the advice where that fails.
 
     Raises:
         OutputError: no space, no permission. What was under the name before is still there.
     """
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    data = content.encode() if isinstance(content, str) else content
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
+        with written_aside(path) as file:
+            file.write(content.encode() if isinstance(content, str) else content)
     except OSError as error:
-        with contextlib.suppress(OSError):  # where nothing could be written, nothing can be removed either
-            part.unlink()
-        raise OutputError(
-            f"{path} cannot be written: {error.strerror or error}.", do="Name another place with --out."
-        ) from error
+        raise OutputError(f"{path} cannot be written: {error.strerror or error}.", do=do) from error
     return path

@@ -13,8 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bitladder.errors import OutputError
+from bitladder.files.atomic import written_aside
 from bitladder.files.layer_store import LayerStore, writing
+from bitladder.files.outputs import check_output
 from bitladder.files.safetensors_writer import PiecewiseTensor, stored_tensors, write_safetensors
 from bitladder.units import GiB
 
@@ -23,21 +24,32 @@ SHARD_BYTES = GiB
 LOG = "bitladder-log.jsonl"
 """One line per quantized tensor, in the order in which they were made."""
 _TOP = "top"
+_SOURCE = "source_sha256"
 
 
 class CheckpointFolder(LayerStore):
     """The writer."""
 
-    def __init__(self, target: Path, fingerprint: str) -> None:
-        """Raises OutputError where ``target`` is a folder that Bitladder did not write, or cannot be
-        written."""
-        if target.exists() and not (target / MANIFEST).is_file():
-            raise OutputError(
-                f"{target} exists and was not written by Bitladder.",
-                means="Writing there would mix two checkpoints or destroy one.",
-                do="Choose another --out, or move the folder away.",
-            )
+    def __init__(
+        self,
+        target: Path,
+        fingerprint: str,
+        source_sha256: str = "",
+        *,
+        inputs: Sequence[Path] = (),
+        force: bool | None = None,
+    ) -> None:
+        """Raises UsageError where ``target`` is one of ``inputs``, or a folder that Bitladder did not write from the
+        same source (with ``force``: did not write)."""
         super().__init__(target, fingerprint)
+        self.source_sha256 = source_sha256
+
+        def is_ours(folder: Path) -> bool:
+            found = _json(folder / MANIFEST)
+            same = found.get("fingerprint") == fingerprint or found.get(_SOURCE) == source_sha256
+            return bool(found) and (same or bool(force))
+
+        check_output(target, "a checkpoint", inputs=inputs, ours=is_ours, force=force)
 
     def is_complete(self) -> bool:
         """Whether the target already holds exactly this."""
@@ -69,12 +81,10 @@ class CheckpointFolder(LayerStore):
             parts += [self.layer_file(entry.layer) for entry in self.finished()]
             self._join(parts, ready)
             for name, content in companions.items():
-                (ready / name).write_bytes(content)
-            (ready / LOG).write_text(self.log, encoding="utf-8")
+                _write(ready / name, content)
+            _write(ready / LOG, self.log.encode())
             _write_json(ready / "config.json", config)
-            _write_json(ready / MANIFEST, {**manifest, "fingerprint": self.fingerprint})
-            for path in ready.iterdir():
-                _sync(path)
+            _write_json(ready / MANIFEST, {**manifest, _SOURCE: self.source_sha256, "fingerprint": self.fingerprint})
             if self.target.exists():
                 old = self.partial / "replaced"
                 os.replace(self.target, old)  # noqa: PTH105 - a folder of ours: __init__ made sure
@@ -113,13 +123,18 @@ def _json(path: Path) -> dict[str, Any]:
     """A JSON object; empty when there is none or a kill cut it short."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _write(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def _write(path: Path, content: bytes) -> None:
+    with written_aside(path) as file:
+        file.write(content)
 
 
 def _sync(path: Path) -> None:

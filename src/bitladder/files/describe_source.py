@@ -8,6 +8,7 @@ from pathlib import Path
 
 from bitladder.describe.hf_config import shape_of
 from bitladder.describe.model import Model
+from bitladder.describe.quantized import checkpoint_note, quantized
 from bitladder.describe.shapes import model_of
 from bitladder.errors import BadInput
 from bitladder.files import catalogue, demo, hub, local_stores, remote
@@ -46,11 +47,10 @@ def describe(model: str, progress: Progress = silent) -> Described:
     if model.startswith("hf:"):
         return _on_hub(hub.parse_name(model), progress)
     if model.startswith("ollama:"):
-        return Described(
-            replace(read_header(local_stores.find_ollama(model)), name=model.removeprefix("ollama:")), model
-        )
+        found = read_header(local_stores.find_ollama(model))
+        return _of_header(replace(found, name=model.removeprefix("ollama:")), model)
     if model.startswith("lmstudio:"):
-        return Described(read_header(local_stores.find_lmstudio(model)), model)
+        return _of_header(read_header(local_stores.find_lmstudio(model)), model)
     path = Path(model).expanduser()
     if path.exists():
         return _on_disk(path)
@@ -65,10 +65,21 @@ def _on_disk(path: Path) -> Described:
     """A GGUF file, a folder that holds one, or a checkpoint folder."""
     single = gguf_in_folder(path) if path.is_dir() else path
     if single is not None:
-        return Described(read_header(single), single.stem)
+        return _of_header(read_header(single), single.stem)
     checkpoint = read_checkpoint(path)
     label = path.resolve().name
-    return _of_shape(model_of(shape_of(label, checkpoint.config)), label, "", checkpoint.tensors)
+    found = _of_shape(model_of(shape_of(label, checkpoint.config)), label, "", checkpoint.tensors)
+    return _noted(found, checkpoint_note(checkpoint.config))
+
+
+def _of_header(model: Model, label: str) -> Described:
+    """A GGUF file; that it is quantized already is noted."""
+    found = quantized(model)
+    return _noted(Described(model, label), found.sentence() if found else "")
+
+
+def _noted(found: Described, note: str) -> Described:
+    return replace(found, notes=(note, *found.notes)) if note else found
 
 
 def _on_hub(name: hub.HubName, progress: Progress) -> Described:
@@ -80,11 +91,14 @@ def _on_hub(name: hub.HubName, progress: Progress) -> Described:
         if name.file or not has_checkpoint:
             ggufs = hub.choose_gguf(repo) if name.file or len(ready) == 1 else _least_lossy(repo)
             if ggufs:
-                return Described(remote.remote_gguf(files, ggufs, progress), name.repo, repo.licence, True, ready)
+                header = remote.remote_gguf(files, ggufs, progress)
+                return replace(_of_header(header, name.repo), licence=repo.licence, offers=ready)
             hub.checkpoint_files(repo)  # says what is missing
-        shape = shape_of(name.repo.split("/")[1], remote.remote_config(files))
+        config = remote.remote_config(files)
+        shape = shape_of(name.repo.split("/")[1], config)
         tensors = remote.remote_safetensors(files, progress)
-    return _of_shape(model_of(shape), name.repo, repo.licence, tensors, ready)
+    found = _of_shape(model_of(shape), name.repo, repo.licence, tensors, ready)
+    return _noted(found, checkpoint_note(config))
 
 
 def _least_lossy(repo: hub.HubRepo) -> tuple[hub.HubFile, ...]:

@@ -16,6 +16,7 @@ import fcntl
 import hashlib
 import os
 import resource
+import stat
 import struct
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -92,6 +93,32 @@ def cannot_write(path: Path, error: OSError, needed: int = 0) -> OutputError:
     )
 
 
+def _open_own(path: Path, flags: int) -> int:
+    """Open a file in the making, or make it. In a folder that others can write to, a link of its name may lead
+    anywhere: none is followed, and a file that has a second name is somebody's.
+
+    Raises:
+        OutputError: a link or something else that is not ours lies there.
+        OSError: as ``os.open``.
+    """
+    strange = OutputError(
+        f"{path} is a link, or no ordinary file.",
+        means="It has the name of a file that Bitladder makes; writing there would change what it leads to.",
+        do="Remove it, or choose another folder with --out.",
+    )
+    try:
+        handle = os.open(path, flags | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if path.is_symlink() or (os.path.lexists(path) and not path.is_file()):
+            raise strange from error
+        raise
+    found = os.fstat(handle)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+        os.close(handle)
+        raise strange
+    return handle
+
+
 def allow_files(count: int) -> None:
     """Let this process have ``count`` files in the making, beside its others; systems start a process with 1,024.
 
@@ -130,7 +157,7 @@ class GgufWriter:
         self._file = -1
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(self.partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            self._file = _open_own(self.partial, os.O_RDWR)
             self._claim_alone()
             self._begin()
         except OSError as error:
@@ -148,7 +175,9 @@ class GgufWriter:
             os.ftruncate(self._file, 0)
         os.ftruncate(self._file, self.plan.size)
         if not self._claims:
-            self.journal.write_text(self._first_line + "\n")
+            self.journal.unlink(missing_ok=True)  # a link that lies there goes, not what it leads to
+            with self.journal.open("x") as log:
+                log.write(self._first_line + "\n")
 
     @staticmethod
     def partial_of(path: Path) -> Path:
@@ -207,7 +236,9 @@ class GgufWriter:
     def done(self, number: int, digest: str) -> None:
         """Note that tensor ``number`` is complete and has this hash."""
         try:
-            with self.journal.open("a") as log:  # not kept open: a split model has thousands of parts
+            with os.fdopen(
+                _open_own(self.journal, os.O_WRONLY | os.O_APPEND), "w"
+            ) as log:  # not kept open: a split model has thousands of parts
                 log.write(f"{number} {digest}\n")
         except OSError as error:
             raise cannot_write(self.path, error, self.plan.size) from error

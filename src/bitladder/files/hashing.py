@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import os
-import tempfile
 from pathlib import Path
 
+from bitladder.errors import OutputError
+from bitladder.files.atomic import write_whole
 from bitladder.files.folders import cache_folder
 from bitladder.progress import Progress, silent
 
@@ -65,11 +66,5 @@ def _read(note: Path) -> dict[str, object]:
 
 def _write(note: Path, value: dict[str, object]) -> None:
     """Keep a note if the cache can be written; without it the file is hashed again next time."""
-    try:
-        note.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=note.parent)
-        with os.fdopen(handle, "w") as file:
-            json.dump(value, file)
-        Path(name).replace(note)
-    except OSError:
-        return
+    with contextlib.suppress(OutputError):
+        write_whole(note, json.dumps(value))

@@ -14,7 +14,6 @@ Both are written too, so that llama-quantize can use ours.
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -31,6 +30,7 @@ from bitladder.formats.tensors import TensorInfo
 
 F32Array = NDArray[np.float32]
 
+_KEY_SOURCE = gguf.PROVENANCE + "source_sha256"
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _MEANS = "The importance matrix was cut short while copying, or is something else."
 _DO = "Get it again, or compute one for this model."
@@ -183,17 +183,29 @@ def _from_dat(path: Path, data: bytes) -> ImportanceMatrix:
     return ImportanceMatrix(means, counts, chunks=chunks, datasets=datasets)
 
 
-def write_imatrix(path: Path, matrix: ImportanceMatrix, kind: Literal["gguf", "dat"] = "gguf") -> None:
-    """Write a file that llama-quantize reads; whole under its name or not at all.
+def write_imatrix(
+    path: Path, matrix: ImportanceMatrix, kind: Literal["gguf", "dat"] = "gguf", *, source_sha256: str = ""
+) -> None:
+    """Write a file that llama-quantize reads; whole under its name or not at all. A GGUF keeps ``source_sha256``, the
+    model's hash.
 
     Raises:
         OutputError: the file cannot be written.
     """
-    data = _gguf_bytes(matrix) if kind == "gguf" else _dat_bytes(matrix)
+    data = _gguf_bytes(matrix, source_sha256) if kind == "gguf" else _dat_bytes(matrix)
     write_whole(path, data)
 
 
-def _gguf_bytes(matrix: ImportanceMatrix) -> bytes:
+def made_from(path: Path, source_sha256: str) -> bool:
+    """Whether a file is an importance matrix that Bitladder made of the model with this hash."""
+    try:
+        keys = read_file_header(path).metadata
+    except BadInput:  # whatever it is, it is not ours
+        return False
+    return keys.get("general.type") == "imatrix" and keys.get(_KEY_SOURCE) == source_sha256
+
+
+def _gguf_bytes(matrix: ImportanceMatrix, source_sha256: str) -> bytes:
     arrays: dict[str, F32Array] = {}
     for name in sorted(matrix.mean_squares):
         counts = matrix.counts[name].reshape(-1, 1)
@@ -201,12 +213,14 @@ def _gguf_bytes(matrix: ImportanceMatrix) -> bytes:
         arrays[name + _COUNTS] = counts.astype("<f4")
     texts = [text.encode() for text in matrix.datasets]
     listed = struct.pack("<IIQ", gguf.ARRAY, gguf.STRING, len(texts))
-    metadata: Mapping[str, bytes] = {
+    metadata = {
         "general.type": encoded(gguf.STRING, "imatrix"),
         "imatrix.datasets": listed + b"".join(struct.pack("<Q", len(text)) + text for text in texts),
         "imatrix.chunk_count": encoded(gguf.UINT32, matrix.chunks),
         "imatrix.chunk_size": encoded(gguf.UINT32, matrix.chunk_size),
     }
+    if source_sha256:
+        metadata[_KEY_SOURCE] = encoded(gguf.STRING, source_sha256)
     plan = layout(metadata, [TensorInfo(name, array.shape, "F32") for name, array in arrays.items()], 32)
     out = bytearray(plan.size)
     out[: len(plan.header)] = plan.header

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from bitladder.describe.machine import Machine
-from bitladder.errors import OutputError
+from bitladder.files.atomic import write_whole
 from bitladder.files.folders import data_folder
 from bitladder.files.measured import machine_key
 from bitladder.records import to_json
@@ -77,13 +76,4 @@ def keep_job(machine: Machine, job: JobOutcome) -> None:
     """
     path = log_path(machine)
     rows = [*read_jobs(machine), job][-_KEPT:]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps([to_json(row) for row in rows]), encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise OutputError(
-            f"The log of jobs cannot be kept in {path.parent}: {error.strerror or error}",
-            do="Choose another folder with BITLADDER_DATA.",
-        ) from error
+    write_whole(path, json.dumps([to_json(row) for row in rows]), do="Choose another folder with BITLADDER_DATA.")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitladder.errors import OutputError
+from bitladder.files.atomic import written_aside
 from bitladder.units import human_bytes
 
 if TYPE_CHECKING:
@@ -40,11 +41,18 @@ class LayerStore(ABC):
     continued."""
 
     def __init__(self, target: Path, fingerprint: str) -> None:
-        """Raises OutputError where the folder cannot be written."""
         self.target, self.fingerprint = target, fingerprint
         self.partial = target.parent / f".{target.name}.partial"
+
+    def begin(self) -> None:
+        """Take up an earlier run's partial work, or begin afresh. Until then nothing is written: what is refused before
+        the work leaves no folder behind.
+
+        Raises:
+            OutputError: the folder cannot be written.
+        """
         with writing(self.partial):
-            if self._logged()[:1] != [self._first_line()]:
+            if not self._is_begun():
                 shutil.rmtree(self.partial, ignore_errors=True)
                 self.partial.mkdir(parents=True)
                 self._append([self._first_line()])
@@ -55,6 +63,8 @@ class LayerStore(ABC):
 
     def finished(self) -> list[FinishedLayer]:
         """Layers that need not be done again, in order."""
+        if not self._is_begun():
+            return []
         found, tensors = [], []
         for line in self._logged()[1:]:
             if "tensor" in line:
@@ -68,9 +78,9 @@ class LayerStore(ABC):
         """Forget all but the first ``layers`` layers, and lines of a layer that was not finished."""
         with writing(self.partial):
             kept = self.finished()[:layers]
-            fresh = self.partial / f"new.{_LOG}"
-            fresh.write_text(_lines([self._first_line(), *(line for one in kept for line in _of_layer(one))]))
-            fresh.replace(self.partial / _LOG)
+            lines = [self._first_line(), *(line for one in kept for line in _of_layer(one))]
+            with written_aside(self.partial / _LOG) as file:
+                file.write(_lines(lines).encode())
 
     def states_file(self, layer: int) -> Path:
         """Where the hidden states that leave ``layer`` are kept."""
@@ -103,12 +113,12 @@ class LayerStore(ABC):
         """
         import numpy as np
 
+        self.begin()
         with writing(self.partial):
             _save(self.layer_file(layer), tensors)
             if states is not None:
-                fresh = self.partial / f"new.{_STATES}"
-                np.save(fresh, states)
-                fresh.replace(self.states_file(layer))
+                with written_aside(self.states_file(layer)) as file:
+                    np.save(file, states)
             self._append(_of_layer(FinishedLayer(layer, tuple(dict(note) for note in notes), seconds)))
             self.states_file(layer - 1).unlink(missing_ok=True)
 
@@ -116,14 +126,18 @@ class LayerStore(ABC):
         """Remove the partial work."""
         shutil.rmtree(self.partial, ignore_errors=True)
 
+    def _is_begun(self) -> bool:
+        """Whether the partial work that lies there is of this very result."""
+        return self._logged()[:1] == [self._first_line()]
+
     def _first_line(self) -> dict[str, Any]:
         return {"making": self.target.name, "fingerprint": self.fingerprint}
 
     def _logged(self) -> list[dict[str, Any]]:
         """The log's lines; what a kill cut short is left out."""
         try:
-            text = (self.partial / _LOG).read_text(encoding="utf-8")
-        except FileNotFoundError:
+            text = (self.partial / _LOG).read_text(encoding="utf-8", errors="replace")
+        except OSError:  # none is there; whatever else is wrong with the place is said by whoever writes
             return []
         lines = []
         for line in text.splitlines():
@@ -152,9 +166,8 @@ def _save(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write a safetensors file, whole under its name or not at all."""
     from safetensors.torch import save_file
 
-    fresh = path.with_name("new.safetensors")
-    save_file(dict(tensors), fresh, metadata={"format": "pt"})
-    fresh.replace(path)
+    with written_aside(path) as file:
+        save_file(dict(tensors), file.name, metadata={"format": "pt"})
 
 
 @contextmanager

@@ -7,6 +7,8 @@ quantization version and numbering of parts. Keys of our own say what the file w
     bitladder.source          name of the source file        bitladder.recipe    level
     bitladder.source_sha256   hash of the source             bitladder.method    how block scales were chosen
     bitladder.version         version of Bitladder
+
+A source that is quantized itself adds ``bitladder.requantized_from``, the levels that the weights went through.
 """
 
 from __future__ import annotations
@@ -18,8 +20,11 @@ from pathlib import Path
 
 from bitladder import __version__
 from bitladder.describe.model import Model
-from bitladder.errors import OutputError, UsageError
+from bitladder.describe.quantized import KEY_BEFORE, quantized
+from bitladder.errors import BitladderError, OutputError, UsageError
+from bitladder.files.gguf_header import read_file_header
 from bitladder.files.gguf_writer import GgufWriter, Layout, cannot_write, encoded, layout
+from bitladder.files.outputs import check_output
 from bitladder.formats import gguf
 from bitladder.formats.recipes import FILE_TYPES, assign, level_named
 from bitladder.formats.tensors import TensorInfo
@@ -52,6 +57,15 @@ class LevelPart:
             entries[_KEY_HASH] = encoded(gguf.STRING, source_sha256)
         return layout(entries, self.plan.tensors, self.alignment).header
 
+    def has_its_size(self) -> bool:
+        """Whether a file of this very size is there."""
+        return self.path.is_file() and self.path.stat().st_size == self.plan.size
+
+    def is_written(self, source_sha256: str) -> bool:
+        """Whether the file that is there begins with the header that would be written."""
+        with self.path.open("rb") as file:
+            return file.read(len(self.plan.header)) == self.header(source_sha256)
+
 
 @dataclass(frozen=True)
 class LevelDraft:
@@ -76,15 +90,19 @@ class LevelDraft:
         """Whether every part exists with the header that would be written. Only complete files ever get their
         name.
         """
-        sizes = [part.path.stat().st_size if part.path.is_file() else -1 for part in self.parts]
-        if sizes != [part.plan.size for part in self.parts]:
-            return False
-        sha256 = source_sha256()
-        for part in self.parts:
-            with part.path.open("rb") as file:
-                if file.read(len(part.plan.header)) != part.header(sha256):
-                    return False
-        return True
+        return all(part.has_its_size() for part in self.parts) and all(
+            part.is_written(source_sha256()) for part in self.parts
+        )
+
+    def is_ours(self, path: Path, source_sha256: Callable[[], str]) -> bool:
+        """Whether the file of one of the parts is this level of this source, by whatever method it was made. Only the
+        first part says so; the others are told by it, or (a kill left them without it) by being what would be
+        written.
+        """
+        part = next(part for part in self.parts if part.path == path)
+        if part is not self.parts[0] and part.has_its_size() and part.is_written(source_sha256()):
+            return True
+        return made_as(self.parts[0].path, self.label, source_sha256)
 
 
 def _provenance(model: Model, level: str, method: str) -> dict[str, bytes]:
@@ -95,7 +113,10 @@ def _provenance(model: Model, level: str, method: str) -> dict[str, bytes]:
         "method": method,
         "version": __version__,
     }
-    return {gguf.PROVENANCE + key: encoded(gguf.STRING, text) for key, text in texts.items()}
+    entries = {gguf.PROVENANCE + key: encoded(gguf.STRING, text) for key, text in texts.items()}
+    if before := quantized(model):
+        entries[KEY_BEFORE] = encoded(gguf.STRING, before.steps)
+    return entries
 
 
 def _carried(model: Model, level: str) -> dict[str, bytes]:
@@ -174,16 +195,34 @@ def draft_level(
     return LevelDraft(level, tuple(parts), label or level)
 
 
-def refuse_overwriting(sources: Sequence[Path], drafts: Sequence[LevelDraft]) -> None:
-    """Raises UsageError where a level would take the place of a file that it is made from."""
-    inputs = {path.resolve() for path in sources}
+def made_as(path: Path, label: str, source_sha256: Callable[[], str]) -> bool:
+    """Whether a file says that Bitladder made it as the level ``label`` of a source with this hash."""
+    try:
+        keys = read_file_header(path).metadata
+    except BitladderError:  # whatever it is, it is not ours
+        return False
+    return keys.get(gguf.PROVENANCE + "recipe") == label and keys.get(_KEY_HASH) == source_sha256()
+
+
+def refuse_overwriting(
+    sources: Sequence[Path],
+    drafts: Sequence[LevelDraft],
+    source_sha256: Callable[[], str],
+    *,
+    force: bool | None = None,
+) -> None:
+    """Raises UsageError where a level would take the place of a file that it is made from, or of anything but the same
+    level of the same source (unless ``force``).
+    """
     for draft in drafts:
         for part in draft.parts:
-            if part.path.resolve() in inputs:
-                raise UsageError(
-                    f"{draft.level} would be written over its own source, {part.path}.",
-                    do="Choose another folder with --out.",
-                )
+            check_output(
+                part.path,
+                draft.label,
+                inputs=sources,
+                ours=lambda path, draft=draft: draft.is_ours(path, source_sha256),  # type: ignore[misc]
+                force=force,
+            )
 
 
 def check_space(drafts: Sequence[LevelDraft], folder: Path) -> None:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 from bitladder.describe.machine import Machine
 from bitladder.describe.rates import MeasuredMachine, PoolRates
-from bitladder.errors import BadFile, OutputError
+from bitladder.errors import BadFile
+from bitladder.files.atomic import write_whole
 from bitladder.files.folders import data_folder
 from bitladder.records import to_json
 
@@ -30,17 +30,7 @@ def save_measured(found: MeasuredMachine) -> Path:
         OutputError: the folder cannot be written.
     """
     path = data_folder("machines", f"{found.machine}.json")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps(to_json(found), indent=1))
-        partial.replace(path)
-    except OSError as error:
-        raise OutputError(
-            f"The measurement cannot be kept in {path.parent}: {error.strerror or error}",
-            do="Choose another folder with BITLADDER_DATA.",
-        ) from error
-    return path
+    return write_whole(path, json.dumps(to_json(found), indent=1), do="Choose another folder with BITLADDER_DATA.")
 
 
 def load_measured(machine: Machine) -> MeasuredMachine | None:

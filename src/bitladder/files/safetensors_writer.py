@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from bitladder.files.atomic import written_aside
 from bitladder.files.checkpoint import DTYPE_BYTES, read_safetensors_header
 
 _AT_ONCE = 2**22
@@ -56,14 +57,12 @@ def write_safetensors(
         table[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
     head = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode()
     head += b" " * (-len(head) % _ALIGNED)
-    fresh = path.with_name(f"new.{path.name}")
-    with fresh.open("wb") as file:
+    with written_aside(path) as file:
         file.write(len(head).to_bytes(8, "little") + head)
         for tensor in ordered:
             written = sum(file.write(piece) for piece in tensor.pieces())
             if written != tensor.nbytes:
                 raise ValueError(f"{tensor.name}: {written} bytes where its shape takes {tensor.nbytes}")
-    fresh.replace(path)
 
 
 def stored_tensors(path: Path) -> list[PiecewiseTensor]:

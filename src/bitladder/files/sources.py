@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import difflib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from bitladder.describe.quantized import checkpoint_note, quantized
 from bitladder.errors import BadInput
 from bitladder.files import convert, demo, hub, local_stores
 from bitladder.progress import Progress, silent
@@ -84,7 +85,8 @@ def _from_folder(folder: Path, label: str, licence: str, progress: Progress) -> 
     if single is not None:
         return label_quantized(Source(single, single.stem, licence=licence))
     path = convert.convert_checkpoint(folder, label, progress)
-    return Source(path, label, _checkpoint_warnings(folder), checkpoint=folder, licence=licence)
+    warnings = _checkpoint_warnings(folder)
+    return Source(path, label, warnings, checkpoint=folder, licence=licence, quantized=bool(warnings))
 
 
 def gguf_in_folder(folder: Path) -> Path | None:
@@ -97,42 +99,16 @@ def gguf_in_folder(folder: Path) -> Path | None:
 
 def _checkpoint_warnings(folder: Path) -> tuple[str, ...]:
     """A checkpoint that is already quantized is dequantized on conversion; say so."""
-    config = json.loads((folder / "config.json").read_text())
-    method = (config.get("quantization_config") or {}).get("quant_method")
-    if not method:
-        return ()
-    return (
-        f"This checkpoint is already quantized ({method}): every loss below is relative to it, not to the "
-        "original model.",
-    )
+    note = checkpoint_note(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    return (note,) if note else ()
 
 
 def label_quantized(source: Source) -> Source:
     """Mark a GGUF source whose weights are quantized. The header is read; the weights are not."""
     from bitladder.files.gguf import read_header
-    from bitladder.formats.blocks import QTYPES
 
-    model = read_header(source.path)
-    stored: dict[str, int] = {}
-    for tensor in model.tensors:
-        if QTYPES[tensor.qtype].is_quantized:
-            stored[tensor.qtype] = stored.get(tensor.qtype, 0) + tensor.elements
-    if not stored:
-        return source
-    main = max(stored, key=lambda qtype: stored[qtype])
-    warning = (
-        f"The source is itself quantized ({main}, {model.bpw:.2f} bits per weight): every loss below is "
-        "relative to this "
-        "file, not to the original model."
-    )
-    return Source(
-        source.path,
-        source.label,
-        (*source.warnings, warning),
-        source.checkpoint,
-        source.licence,
-        quantized=True,
-    )
+    found = quantized(read_header(source.path))
+    return replace(source, warnings=(*source.warnings, found.sentence()), quantized=True) if found else source
 
 
 def no_such_model(model: str, path: Path, means: str = "") -> BadInput:

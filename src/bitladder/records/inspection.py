@@ -43,6 +43,10 @@ class Inspection:
     truthful: bool | None
     """Whether the name holds: name, header and recipe agree. None when nothing is claimed."""
     verdict: str
+    made_from: str | None
+    """Quantized levels that the weights went through before, where our own header records it."""
+    quantized: str | None
+    """What it means to take this file as a source, where its weights are quantized; None for floats."""
     tensors: tuple[TensorInfo, ...]
     metadata: dict[str, Any]
     """Every key; long lists as their length, long texts cut."""

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from bitladder.files.atomic import write_whole
+from bitladder.files.outputs import check_output, holding
 from bitladder.records.run import RunRecord
 from bitladder.report.answers import compared_answers
 from bitladder.report.chart import Axis, Point, find_cliff, loss_chart
 from bitladder.report.facts import facts, warnings
+from bitladder.report.reading import RUN_JSON
 from bitladder.report.rows import LevelRow, level_rows
 from bitladder.units import GiB, MiB, human_bytes
 
@@ -24,6 +26,31 @@ def write_html(record: RunRecord, path: Path) -> Path:
         OutputError: the file cannot be written.
     """
     return write_whole(path, render_html(record))
+
+
+def check_html(
+    path: Path,
+    *,
+    source_sha256: Callable[[], str],
+    created: str = "",
+    inputs: Sequence[Path] = (),
+    force: bool | None = None,
+) -> None:
+    """Raises UsageError where a report would take the place of anything but a report of the same source (and, with
+    ``created``, of the same run).
+    """
+
+    def is_ours(there: Path) -> bool:
+        return holding("<!doctype html>", "Bitladder", source_sha256(), created or "Bitladder")(there)
+
+    check_output(path, "a report", inputs=inputs, ours=is_ours, force=force)
+
+
+def report_beside(record: Path) -> Path:
+    """Where a record's report lies: ``report.html`` beside the ``run.json`` of a run; beside a record that was given
+    another name, under that name.
+    """
+    return record.with_name("report.html") if record.name == RUN_JSON else record.with_suffix(".html")
 
 
 def render_html(record: RunRecord) -> str:

@@ -26,6 +26,8 @@ def inspection_table(inspection: Inspection, *, tensors: bool = False, console: 
     out.print(Text(f"{size}, {inspection.bpw:.2f} bits per weight", style="dim"))
     style = {True: "green", False: "red", None: ""}[inspection.truthful]
     out.print(Text(inspection.verdict, style=style))
+    if inspection.quantized:
+        out.print(Text(inspection.quantized, style="dim"))
     shares = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     shares.add_column("type")
     shares.add_column("share of weights", justify="right")

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from bitladder.errors import BadInput
 from bitladder.files.atomic import write_whole
+from bitladder.files.outputs import check_output, holding
 from bitladder.records import to_json
 from bitladder.records.reading import from_json
 from bitladder.records.run import RunRecord
+
+RUN_JSON = "run.json"
+"""What a run leaves in its folder."""
 
 
 def read_run(path: Path) -> RunRecord:
@@ -33,6 +38,15 @@ def read_run(path: Path) -> RunRecord:
             means="It is another kind of JSON, or was written by another version.",
             do="Run `bitladder run` again; what was measured is reused.",
         ) from error
+
+
+def check_run(path: Path, *, source_sha256: Callable[[], str]) -> None:
+    """Raises UsageError where a run's record would take the place of anything but a record of the same source."""
+
+    def is_ours(there: Path) -> bool:
+        return holding('"bitladder": "', '"decision": ', source_sha256())(there)
+
+    check_output(path, "a run's record", ours=is_ours)
 
 
 def write_run(record: RunRecord, path: Path) -> Path:

@@ -15,9 +15,13 @@ from pathlib import Path
 import yaml
 
 from bitladder.errors import OutputError, UsageError
+from bitladder.files.atomic import written_aside
+from bitladder.files.hashing import file_sha256
+from bitladder.files.outputs import check_output, same_place
 from bitladder.serve.deploy import must_take_turns, specs_by_role
 from bitladder.serve.settings import ServeSettings, TierSpec
 
+_COPIED_AT_ONCE = 8 << 20
 _LLAMA_SWAP_HEAD = "# llama-swap configuration: one OpenAI-compatible endpoint that starts llama-server on demand.\n"
 
 
@@ -52,30 +56,33 @@ def lm_studio_place(models: Path, name: str, spec: TierSpec, publisher: str = "b
     return models / publisher / f"{_slug(name)}-GGUF" / _file(spec).name
 
 
-def place_for_lm_studio(models: Path, name: str, spec: TierSpec) -> Path:
-    """Put a level's file where LM Studio finds it: as a hard link, or as a copy when that is another disk.
+def place_for_lm_studio(models: Path, name: str, spec: TierSpec, *, force: bool | None = None) -> Path:
+    """Put a level's file where LM Studio finds it: as a hard link, or as a copy when that is another disk. It may be
+    there already; another file of that name is replaced with ``force``.
 
     Raises:
-        OutputError: the folder cannot be written to, or another file is there already.
+        UsageError: another file is there already.
+        OutputError: the folder cannot be written to.
     """
     source, target = _file(spec), lm_studio_place(models, name, spec)
     try:
+        if target.is_file() and (same_place(target, source) or _same_bytes(target, source)):
+            return target
+        check_output(target, f"{spec.level} of {name}", force=force)
         target.parent.mkdir(parents=True, exist_ok=True)
-        if target.exists():
-            if target.samefile(source) or target.stat().st_size == source.stat().st_size:
-                return target
-            raise OutputError(
-                f"'{target}' is there already and has another size.", do="Remove it, or choose another name."
-            )
+        target.unlink(missing_ok=True)  # only with force is anything there
         try:
             os.link(source, target)
         except OSError:
-            part = target.with_name(target.name + ".part")
-            shutil.copyfile(source, part)
-            part.replace(target)
+            with source.open("rb") as read, written_aside(target) as copy:
+                shutil.copyfileobj(read, copy, _COPIED_AT_ONCE)
     except OSError as error:
         raise OutputError(f"'{target}' cannot be written: {error.strerror or error}.") from None
     return target
+
+
+def _same_bytes(one: Path, other: Path) -> bool:
+    return one.stat().st_size == other.stat().st_size and file_sha256(one) == file_sha256(other)
 
 
 def llama_swap(settings: ServeSettings) -> str:

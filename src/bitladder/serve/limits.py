@@ -96,6 +96,7 @@ def add_key(path: Path, name: str) -> str:
     if any(key.name == name for key in known):
         raise BadInput(f"'{name}' has a key in '{path}' already.", do="Remove its line to replace it.")
     secret, key = new_key(name)
+    path = path.resolve()  # where the file is kept by a link, that stays one
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     write_whole(path, f"{text}{'' if text.endswith(chr(10)) or not text else chr(10)}{key}\n")
     return secret

@@ -130,6 +130,7 @@ class Calibration:
         name: str,
         checkpoint: Path | None = None,
         settings: Settings | None = None,
+        force: bool | None = None,
     ) -> None:
         """Check everything that can be checked before the work.
 
@@ -141,12 +142,13 @@ class Calibration:
             name: The model's name in the folders' names.
             checkpoint: The original checkpoint folder, whose configuration and tokenizer are copied.
             settings: Damping, order, memory, device.
+            force: Replace folders that Bitladder made of other sources; None where the user has no say.
 
         Raises:
-            UsageError: a level does not fit the model's shapes.
+            UsageError: a level does not fit the model's shapes, or a folder is there that is not ours or of another
+                source.
             BadInput: too little or overlapping text, token ids that the model does not have, a missing tokenizer.
             BadFile, UnknownArchitecture: the model cannot be walked.
-            OutputError: a folder that is not ours.
         """
         self.source, self.reading, self._checkpoint = source, reading, checkpoint
         self._settings = settings or Settings()
@@ -156,10 +158,13 @@ class Calibration:
         model = LayeredModel(source.model, weights, device=self._settings.device)
         dtype = FLOAT_TYPES.get(read_checkpoint(checkpoint).main_dtype if checkpoint else "F16", torch.float16)
         self._stores: dict[Product, LayerStore] = {}
+        inputs = [header.path for header in source.headers] + ([checkpoint] if checkpoint else [])
         for level in levels:
             if isinstance(level, CheckpointLevel):
                 fingerprint = _fingerprint(source, level, reading.windows, self._settings, dtype)
-                self._stores[level] = CheckpointFolder(out_dir / f"{name}-{level.name}", fingerprint)
+                self._stores[level] = CheckpointFolder(
+                    out_dir / f"{name}-{level.name}", fingerprint, source.sha256, inputs=inputs, force=force
+                )
             else:
                 self._stores[level] = vector_file(source, level, reading.hash, self._settings)
         self._missing = {level: store for level, store in self._stores.items() if not store.is_complete()}

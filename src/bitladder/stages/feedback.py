@@ -29,7 +29,7 @@ from bitladder.engines.weights import FileWeights
 from bitladder.errors import BadInput, BitladderError
 from bitladder.files.gguf import GgufFile
 from bitladder.files.gguf_writer import GgufWriter
-from bitladder.files.level_files import LevelDraft, draft_level
+from bitladder.files.level_files import LevelDraft, draft_level, refuse_overwriting
 from bitladder.formats.gguf import PROVENANCE
 from bitladder.formats.recipes import nearest_level
 from bitladder.kernels import REVISION, quantize
@@ -66,6 +66,7 @@ def write_with_feedback(
     *,
     settings: FeedbackSettings | None = None,
     state_bytes: int = GiB,
+    force: bool | None = None,
     progress: Progress = silent,
 ) -> FittedLevel:
     """Write ``out_dir/<name>-<label>.gguf`` by a recipe, with error feedback.
@@ -77,6 +78,7 @@ def write_with_feedback(
         windows: the calibration text.
         settings: damping, effort, threads, and where arithmetic happens.
         state_bytes: hidden states beyond this go to a file in ``out_dir``.
+        force: as ``quantize_levels`` takes it.
         progress: told after each layer.
 
     A file that is already there with the same header (source, recipe, text, settings, version; what was expected of it
@@ -101,6 +103,7 @@ def write_with_feedback(
     draft = _drafted(source, recipe, out_dir, method, _expected_in(out_dir, source, recipe) or expected)
     if not draft.is_written(lambda: source.sha256):
         draft = _drafted(source, recipe, out_dir, method, expected)
+    refuse_overwriting([header.path for header in source.headers], [draft], lambda: source.sha256, force=force)
     losses: list[LinearLoss] = []
     reused = draft.is_written(lambda: source.sha256)
     if not reused:

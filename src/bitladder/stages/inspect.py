@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bitladder.describe.model import Model
+from bitladder.describe.quantized import quantized
 from bitladder.files.gguf import part_paths, read_header
 from bitladder.formats import gguf
 from bitladder.formats.blocks import QTYPES
@@ -43,6 +44,8 @@ def inspect_file(path: Path) -> Inspection:
     truthful = None if off_recipe is None else not off_recipe and in_header in (None, claimed)
     weights = _weights(quantizable)
     share = _weights(on_label) / weights if label and weights else None
+    source = quantized(model)
+    before = source.before if source else ""
     return Inspection(
         file=str(path),
         name=model.name,
@@ -61,7 +64,9 @@ def inspect_file(path: Path) -> Inspection:
         fallbacks=None if label is None else len(fallbacks),
         off_recipe=None if off_recipe is None else tuple(off_recipe),
         truthful=truthful,
-        verdict=_verdict(in_name, in_header, off_recipe, share),
+        verdict=_verdict(in_name, in_header, off_recipe, share) + (f" It was made from {before}." if before else ""),
+        made_from=before or None,
+        quantized=source.sentence("This file") if source else None,
         tensors=model.tensors,
         metadata={key: _shortened(value) for key, value in model.metadata.items()},
     )

@@ -96,6 +96,7 @@ def quantize_levels(
     threads: int = 1,
     device: str = "cpu",
     split_max_bytes: int | None = None,
+    force: bool | None = None,
     progress: Progress = silent,
 ) -> list[LevelFile]:
     """Write ``out_dir/<name>-<LEVEL>.gguf`` for every level, in the order asked for.
@@ -107,13 +108,14 @@ def quantize_levels(
             ``AWQ-<LEVEL>``.
         device: where scales are searched for, as ``kernels.quantize`` takes it. The bytes do not depend on it.
         split_max_bytes: cut every level into parts of at most this many bytes of weights.
+        force: replace files of other kinds and sources, too; None where the user has no say.
 
     A file that is already there with the same header (source hash, recipe, method, version) is kept. What a
     killed run left is checked and gone on from.
 
     Raises:
         UnknownLevel: no level has this name.
-        UsageError: a level would overwrite the source.
+        UsageError: a level would overwrite the source, or a file that is not the same level of the same source.
         BadInput: an importance vector does not fit its tensor.
         BadWeights: a tensor holds NaN or infinity, or a weight too large for F16.
         OutputError: no space or no permission; what was begun is removed.
@@ -135,7 +137,7 @@ def quantize_levels(
     fitted = _fitted(source, importance or {})
     if folds:
         fitted = {name: folds[name].importance(rows) if name in folds else rows for name, rows in fitted.items()}
-    refuse_overwriting([header.path for header in source.headers], drafts)
+    refuse_overwriting([header.path for header in source.headers], drafts, lambda: source.sha256, force=force)
     missing = [draft for draft in drafts if not draft.is_written(lambda: source.sha256)]
     if missing:
         check_space(missing, out_dir)

@@ -108,6 +108,7 @@ def build_levels(
     threads: int,
     device: str = CPU,
     split_max_bytes: int | None = None,
+    force: bool = False,
     journal: Journal | None = None,
     progress: Progress,
 ) -> Built:
@@ -123,11 +124,13 @@ def build_levels(
         threads: Of everything.
         device: Where the scales of GGUF levels are searched for: cpu, or as torch names it.
         split_max_bytes: Cut GGUF levels into parts.
+        force: Replace files that are not the same level of the same source.
         journal: Told before what work will take, and after what it took.
         progress: Told where it is.
 
     Raises:
-        UsageError: folding was asked for together with no importance matrix.
+        UsageError: folding was asked for together with no importance matrix, or a level would take the place of a
+            file of another kind or source.
         NothingFits: too little memory or disk, before anything is written.
         BadInput, BadWeights, OutputError: as the stages say.
     """
@@ -137,7 +140,9 @@ def build_levels(
     _refuse(asked, imatrix, split_max_bytes, device)
     journal = journal or Journal()
     found = resolve(model, progress)
+    journal.warn(*found.warnings)
     with GgufFile.open(found.path) as source:
+        _refuse_overwriting(source, asked, out, split_max_bytes, force=force)
         source.hash_ahead()  # while the rest is imported, which takes as long as hashing a small model
         from bitladder.files.probe import probe_machine
         from bitladder.plan.preflight import require
@@ -146,21 +151,22 @@ def build_levels(
         every = [*asked.files, *(level.recipe for level in asked.folded)]
         need = building_need(source, every, out, effort=effort, threads=threads)
         require(need, probe_machine(out))  # before a walk takes its minutes
-        calibrated = _walked(source, found, asked, out, imatrix, texts, threads, journal, progress)
+        calibrated = _walked(source, found, asked, out, imatrix, texts, threads, force, journal, progress)
         importance = _importance(source, asked, imatrix, texts, calibrated, threads, journal, progress)
         written: list[LevelFile] = []
         with job(need, journal, out) if every else nullcontext():
             for folds, levels in _passes(asked, calibrated):
                 written += quantize_levels(
                     source, levels, out, importance=importance, folds=folds, effort=effort, threads=threads,
-                    device=device, split_max_bytes=split_max_bytes, progress=progress,
+                    device=device, split_max_bytes=split_max_bytes, force=force, progress=progress,
                 )  # fmt: skip
         if asked.fitted:
             from bitladder.steps.recipes import fitted_level
         for name in asked.fitted:
             fitted = fitted_level(
-                source, name, out, texts=texts, effort=effort, threads=threads, journal=journal, progress=progress
-            )
+                source, name, out, texts=texts, effort=effort, threads=threads, force=force, journal=journal,
+                progress=progress,
+            )  # fmt: skip
             written.append(fitted.file)
     if calibrated is None:
         return Built(written)
@@ -184,6 +190,17 @@ def _refuse(asked: Asked, imatrix: str, split_max_bytes: int | None, device: str
         from bitladder.kernels.gpu import check_device
 
         check_device(device)
+
+
+def _refuse_overwriting(source: GgufFile, asked: Asked, out: Path, split: int | None, *, force: bool) -> None:
+    """Files whose names are known beforehand, before a walk takes its minutes; raises UsageError."""
+    from bitladder.files.level_files import draft_level, refuse_overwriting
+
+    drafts = [draft_level(source.model, level, out, split_max_bytes=split) for level in asked.files]
+    drafts += [
+        draft_level(source.model, level.recipe, out, label=level.name, split_max_bytes=split) for level in asked.folded
+    ]
+    refuse_overwriting([header.path for header in source.headers], drafts, lambda: source.sha256, force=force)
 
 
 def refuse_unheard(fitted: Sequence[str], imatrix: str, split_max_bytes: int | None = None, device: str = CPU) -> None:
@@ -216,6 +233,7 @@ def _walked(
     imatrix: str,
     texts: Sequence[Path],
     threads: int,
+    force: bool,
     journal: Journal,
     progress: Progress,
 ) -> Calibrated | None:
@@ -239,8 +257,9 @@ def _walked(
     )
     settings = Settings(threads=threads)
     work = Calibration(
-        source, wanted, reading, out_dir=out, name=found.label, checkpoint=found.checkpoint, settings=settings
-    )
+        source, wanted, reading, out_dir=out, name=found.label, checkpoint=found.checkpoint, settings=settings,
+        force=force,
+    )  # fmt: skip
     with job(work.need, journal, out) if work.need is not None else nullcontext():
         calibrated = work.run(progress)
     if calibrated.importance is not None:

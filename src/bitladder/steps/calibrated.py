@@ -111,25 +111,41 @@ def importance_of(
 
 
 def make_imatrix(
-    model: str, texts: Sequence[Path], out: Path, *, threads: int, journal: Journal | None = None, progress: Progress
+    model: str,
+    texts: Sequence[Path],
+    out: Path,
+    *,
+    threads: int,
+    force: bool = False,
+    journal: Journal | None = None,
+    progress: Progress,
 ) -> Path:
     """Write llama.cpp's importance matrix of a model for a text (or for the one that ships); returns the path.
 
-    ``journal`` is told what it will take, and what it took.
+    ``journal`` is told what it will take, and what it took. ``force``: replace whatever file is there.
 
     Raises:
         NothingFits: too little memory.
+        UsageError: ``out`` is the model, a text, or no importance matrix that was made of this model.
     """
     from bitladder.files.gguf import GgufFile
-    from bitladder.files.imatrix import write_imatrix
+    from bitladder.files.imatrix import made_from, write_imatrix
+    from bitladder.files.outputs import check_output
     from bitladder.files.sources import resolve
     from bitladder.stages.imatrix import importance_matrix
 
     documents = calibration_texts(texts)
     with GgufFile.open(resolve(model, progress).path) as source:
+        check_output(
+            out,
+            "an importance matrix",
+            inputs=[*(header.path for header in source.headers), *texts],
+            ours=lambda path: made_from(path, source.sha256),
+            force=force,
+        )
         windows = token_windows(source, documents)
         dataset = ", ".join(str(text) for text in texts) or "bitladder calibration text"
         with job(walking_need(source, windows, (), kind="importance"), journal or Journal()):
             found = importance_matrix(source, windows, dataset=dataset, threads=threads, progress=progress)
-        write_imatrix(out, found)
+        write_imatrix(out, found, source_sha256=source.sha256)
     return out

@@ -55,7 +55,9 @@ def measure_model(
     measured_on = documents(texts)
     journal = journal or Journal()
     with ExitStack() as stack:
-        source = stack.enter_context(GgufFile.open(resolve(model, progress).path))
+        found = resolve(model, progress)
+        journal.warn(*found.warnings)
+        source = stack.enter_context(GgufFile.open(found.path))
         importance = None
         if imatrix != AUTO or weighed(made):
             importance = importance_of(

@@ -55,6 +55,8 @@ class Asked:
     out: Path | None = None
     effort: Effort = "good"
     """How long to search for scales, and how often codes and scales are improved in turns."""
+    force: bool | None = None
+    """Whether files of other kinds and sources may be replaced; None where the user has no say."""
 
 
 def make_recipe(
@@ -76,8 +78,11 @@ def make_recipe(
     from bitladder.files.gguf import GgufFile
     from bitladder.files.sources import resolve
 
-    with GgufFile.open(resolve(model, progress).path) as source:
-        return recipe_of(source, asked, texts=texts, threads=threads, journal=journal or Journal(), progress=progress)
+    journal = journal or Journal()
+    found = resolve(model, progress)
+    journal.warn(*found.warnings)
+    with GgufFile.open(found.path) as source:
+        return recipe_of(source, asked, texts=texts, threads=threads, journal=journal, progress=progress)
 
 
 def recipe_of(
@@ -95,7 +100,7 @@ def recipe_of(
         recipe = named_recipe(source, asked.level)
         if asked.out is None:
             return RecipeResult(recipe, float("nan"))
-        return _written(source, recipe, parts, asked.out, asked.effort, threads, journal, progress)
+        return _written(source, recipe, parts, asked.out, asked, threads, journal, progress)
     table, kept = weighed_tensors(source, parts, texts, threads, journal, progress)
     recipe = _chosen(source, table, asked)
     if asked.out is None:
@@ -103,7 +108,7 @@ def recipe_of(
     out = asked.out
 
     def write(table: SensitivityTable, recipe: Recipe) -> RecipeResult:
-        return _written(source, recipe, parts, out, asked.effort, threads, journal, progress, error=table.error)
+        return _written(source, recipe, parts, out, asked, threads, journal, progress, error=table.error)
 
     result = write(table, recipe)
     if asked.wish.kl is None:
@@ -173,7 +178,7 @@ def _written(
     recipe: Recipe,
     parts: RecipeTexts,
     out: Path,
-    effort: Effort,
+    asked: Asked,
     threads: int,
     journal: Journal,
     progress: Progress,
@@ -181,7 +186,9 @@ def _written(
     error: float = float("nan"),
 ) -> RecipeResult:
     """The recipe's file, and its loss on text that nothing was fitted to."""
-    fitted = write_recipe(source, recipe, parts.fitting, out, effort, threads, journal, progress)
+    fitted = write_recipe(
+        source, recipe, parts.fitting, out, asked.effort, threads, journal, progress, force=asked.force
+    )
     journal.warn(*note_lines(fitted))
     held = measured_on(source, fitted.file.path, parts.held_out, threads, journal, progress)
     return RecipeResult(recipe, error, fitted, held)
@@ -195,6 +202,7 @@ def fitted_level(
     texts: Sequence[Path] = (),
     effort: Effort = "good",
     threads: int,
+    force: bool | None = None,
     journal: Journal,
     progress: Progress,
 ) -> FittedLevel:
@@ -207,7 +215,7 @@ def fitted_level(
     from bitladder.plan.recipe import Wish
 
     level, bpw = parse_fitted(name)
-    asked = Asked(Wish(bpw=bpw), level=level, out=out, effort=effort)
+    asked = Asked(Wish(bpw=bpw), level=level, out=out, effort=effort, force=force)
     result = recipe_of(source, asked, texts=texts, threads=threads, journal=journal, progress=progress)
     if result.fitted is None or result.held_out is None:
         raise ValueError("a recipe with a folder was not written")
@@ -224,6 +232,7 @@ def reapply(
     texts: Sequence[Path],
     effort: Effort = "good",
     threads: int,
+    force: bool | None = None,
     journal: Journal,
     progress: Progress,
 ) -> RecipeResult:
@@ -234,13 +243,16 @@ def reapply(
     """
     from bitladder.files.gguf import GgufFile
     from bitladder.files.sources import resolve
-    from bitladder.plan.recipe import reapplied
+    from bitladder.plan.recipe import Wish, reapplied
 
     recipe = read_recipe(file)
-    with GgufFile.open(resolve(model, progress).path) as source:
+    found = resolve(model, progress)
+    journal.warn(*found.warnings)
+    with GgufFile.open(found.path) as source:
         own = reapplied(recipe, source.model)
         parts = parts_of_text(token_windows(source, calibration_texts(texts)))
-        return _written(source, own, parts, out, effort, threads, journal, progress)
+        asked = Asked(Wish(), out=out, effort=effort, force=force)
+        return _written(source, own, parts, out, asked, threads, journal, progress)
 
 
 def read_recipe(file: Path) -> Recipe:
@@ -283,6 +295,8 @@ def write_recipe(
     threads: int,
     journal: Journal,
     progress: Progress,
+    *,
+    force: bool | None = None,
 ) -> FittedLevel:
     """Write a recipe's file, with error feedback.
 
@@ -300,8 +314,9 @@ def write_recipe(
     there = (out / f"{source.model.name}-{recipe.label}.gguf").exists()
     with nullcontext() if there else job(need, journal, out):
         return write_with_feedback(
-            source, recipe, out, windows, settings=FeedbackSettings(effort=effort, threads=threads), progress=progress
-        )
+            source, recipe, out, windows, settings=FeedbackSettings(effort=effort, threads=threads), force=force,
+            progress=progress,
+        )  # fmt: skip
 
 
 def measured_on(

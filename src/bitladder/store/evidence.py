@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from bitladder import __version__
 from bitladder.errors import BadInput, BitladderError, OutputError
+from bitladder.files.atomic import written_aside
 from bitladder.records import to_json
 from bitladder.store.connect import explain, make_engine, one_at_a_time, shown
 from bitladder.store.location import store_url
@@ -171,21 +172,43 @@ class Evidence:
         Raises:
             OutputError: the file cannot be written.
         """
-        from sqlalchemy import text
-
-        part = path.with_name(path.name + ".part")
-        count = 0
+        count = -1  # the first line is no row
         try:
-            with self._transaction(write=False) as connection, part.open("w", encoding="utf-8") as out:
-                out.write(json.dumps({"format": EXPORT_FORMAT, "version": 1, "bitladder": __version__}) + "\n")
-                for row in connection.execute(text(f"SELECT {_COLUMNS} FROM evidence ORDER BY created, id")):
-                    out.write(json.dumps(to_json(_row(row)), sort_keys=True, ensure_ascii=False) + "\n")
+            with written_aside(path) as out:
+                for line in self.lines():
+                    out.write(f"{line}\n".encode())
                     count += 1
-            part.replace(path)
         except OSError as error:
-            part.unlink(missing_ok=True)
             raise OutputError(f"{path} cannot be written: {error.strerror}.", do="Name another file.") from error
         return count
+
+    def lines(self) -> Iterator[str]:
+        """An export: a line that says what it is, then a line of JSON for each row, oldest first."""
+        from sqlalchemy import text
+
+        yield json.dumps({"format": EXPORT_FORMAT, "version": 1, "bitladder": __version__})
+        with self._transaction(write=False) as connection:
+            for row in connection.execute(text(f"SELECT {_COLUMNS} FROM evidence ORDER BY created, id")):
+                yield json.dumps(to_json(_row(row)), sort_keys=True, ensure_ascii=False)
+
+    def holds(self, path: Path) -> bool:
+        """Whether a file is an export of which nothing would be lost with it: this store has every row's key."""
+        from sqlalchemy import text
+
+        try:
+            rows = {(row.kind, _hash(canonical(row.key))) for row in _read_export(path)}
+        except (BadInput, RecursionError):
+            return False
+        with self._transaction(write=False) as connection:
+            known = connection.execute(text("SELECT kind, key_hash FROM evidence"))
+            return rows <= {(str(kind), str(key)) for kind, key in known}
+
+    def files(self) -> list[Path]:
+        """The database's own file, if it is one."""
+        from sqlalchemy import make_url
+
+        url = make_url(self.url)
+        return [Path(url.database)] if url.get_backend_name() == "sqlite" and url.database else []
 
     def import_(self, path: Path) -> int:
         """Take in an export; of two rows under one key the newer stays. Returns the number of rows read.
