@@ -70,7 +70,11 @@ def test_floats_are_never_labelled(tmp_path, floats):
         file = floats if level == "F16" else made(floats, level, tmp_path)
         assert quantized(read_header(file)) is None
         assert not resolve(str(file)).quantized
-        for verb in (("plan", file, "--ctx", "64"), ("inspect", file), ("quantize", file, "--to", "Q8_0", "--out", tmp_path / level)):
+        for verb in (
+            ("plan", file, "--ctx", "64"),
+            ("inspect", file),
+            ("quantize", file, "--to", "Q8_0", "--out", tmp_path / level),
+        ):
             extra = QUICK if verb[0] == "quantize" else ()
             result = bitladder(*verb, *extra)
             assert result.exit_code == 0, result.output

@@ -174,10 +174,10 @@ def _opened(settings: RunSettings, progress: Progress, journal: Journal, confirm
         with journal.timed("fetch"):
             found = resolve(settings.model, progress)
             source = stack.enter_context(GgufFile.open(found.path))
-        journal.warn(*found.warnings, *workload.warnings)
         out = settings.out or Path(f"{found.label}-ladder")
         check_run(out / RUN_JSON, source_sha256=lambda: source.sha256)
         check_html(report_beside(out / RUN_JSON), source_sha256=lambda: source.sha256)
+        journal.warn(*found.warnings, *workload.warnings)
         machine = probe_machine(out)
         yield _Given(settings, found, source, machine, workload, context, texts, out, bar, recorded, journal, progress)
 

@@ -140,7 +140,6 @@ def build_levels(
     _refuse(asked, imatrix, split_max_bytes, device)
     journal = journal or Journal()
     found = resolve(model, progress)
-    journal.warn(*found.warnings)
     with GgufFile.open(found.path) as source:
         _refuse_overwriting(source, asked, out, split_max_bytes, force=force)
         source.hash_ahead()  # while the rest is imported, which takes as long as hashing a small model
@@ -151,6 +150,7 @@ def build_levels(
         every = [*asked.files, *(level.recipe for level in asked.folded)]
         need = building_need(source, every, out, effort=effort, threads=threads)
         require(need, probe_machine(out))  # before a walk takes its minutes
+        journal.warn(*found.warnings)
         calibrated = _walked(source, found, asked, out, imatrix, texts, threads, force, journal, progress)
         importance = _importance(source, asked, imatrix, texts, calibrated, threads, journal, progress)
         written: list[LevelFile] = []

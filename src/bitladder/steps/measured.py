@@ -56,14 +56,14 @@ def measure_model(
     journal = journal or Journal()
     with ExitStack() as stack:
         found = resolve(model, progress)
-        journal.warn(*found.warnings)
         source = stack.enter_context(GgufFile.open(found.path))
+        others = [stack.enter_context(GgufFile.open(path)) for path in files]
+        journal.warn(*found.warnings)
         importance = None
         if imatrix != AUTO or weighed(made):
             importance = importance_of(
                 source, imatrix, measured_on=measured_on, threads=threads, journal=journal, progress=progress
             )
-        others = [stack.enter_context(GgufFile.open(path)) for path in files]
         method = method_name(effort, importance)
         subjects = [Subject(source.sha256, level, made=method) for level in made if level != reference]
         subjects += [Subject(source.sha256, other.path.stem, file=other.sha256) for other in others]
