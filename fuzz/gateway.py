@@ -1,11 +1,11 @@
 """Endless and broken forms of everything a client can send to the gateway, while its memory is watched.
 
-The gateway runs as a process of its own before an engine that computes nothing. Hostile clients draw, with a fixed seed,
-a form of talking to it (an endless head, trailers, chunk extensions, bodies nobody reads, clients that take nothing,
-requests without end, bytes turned over, ...), send it for as long as the gateway takes it, and go on to the next. Beside
-them a good client asks for documents and streams, whose tokens are numbered. Ends with 1 when the memory grew by more
-than the bound, a good answer was wrong or late, the gateway logged a traceback or died, or an answer to a hostile client
-was one that must not be. Prints what was done, and JSON as the last line.
+The gateway runs as a process of its own before an engine that computes nothing. Hostile clients draw, with a fixed
+seed, a form of talking to it (an endless head, trailers, chunk extensions, bodies nobody reads, clients that take
+nothing, requests without end, bytes turned over, ...), send it for as long as the gateway takes it, and go on to the
+next. Beside them a good client asks for documents and streams, whose tokens are numbered. Ends with 1 when the memory
+grew by more than the bound, a good answer was wrong or late, the gateway logged a traceback or died, or an answer to a
+hostile client was one that must not be. Prints what was done, and JSON as the last line.
 
     scripts/fuzz gateway --seconds 60 --seed 1 --clients 16 --only trailers
 """
@@ -16,12 +16,13 @@ import argparse
 import asyncio
 import collections
 import contextlib
+import itertools
 import json
 import random
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -45,7 +46,7 @@ class Talk:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, chance: random.Random) -> None:
         self.reader, self.writer, self.chance = reader, writer, chance
         self.sent = 0
-        self.ends = time.monotonic() + chance.uniform(0.5, 6.0)
+        self.ends = time.monotonic() + 1.0
 
     @property
     def alive(self) -> bool:
@@ -187,7 +188,7 @@ async def whole_large_bodies(talk: Talk) -> None:
         "nested": lambda: "[" * 1_000_000,
     }[kind]()
     model = talk.chance.choice(("quality", "nobody"))
-    body = ('{"model":"%s","messages":[{"role":"user","content":%s}]}' % (model, content)).encode()
+    body = f'{{"model":"{model}","messages":[{{"role":"user","content":{content}}}]}}'.encode()
     await talk.say(CHAT + b"content-length: %d\r\n\r\n" % len(body) + body)
     expect_status(await talk.take(), 200, 400, 404, 408, 413, 429, 503)
 
@@ -269,7 +270,9 @@ async def another_protocol(talk: Talk) -> None:
 
 @form
 async def waits_to_be_asked_for_the_body(talk: Talk) -> None:
-    await talk.say(talk.chance.choice((head(talk.chance), CHAT)) + b"expect: 100-continue\r\ncontent-length: 9999\r\n\r\n")
+    await talk.say(
+        talk.chance.choice((head(talk.chance), CHAT)) + b"expect: 100-continue\r\ncontent-length: 9999\r\n\r\n"
+    )
     await talk.take()
 
 
@@ -285,7 +288,9 @@ async def bytes_turned_over(talk: Talk) -> None:
 
 @form
 async def odd_fields(talk: Talk) -> None:
-    name = talk.chance.choice((b"origin", b"host", b"authorization", b"x-bitladder-tag", b"x-bitladder-tier", b"expect"))
+    name = talk.chance.choice(
+        (b"origin", b"host", b"authorization", b"x-bitladder-tag", b"x-bitladder-tier", b"expect")
+    )
     value = talk.chance.choice((b"http://[", b"", b"null", b"\xff\xfe", b"Bearer \x80", b"a," * 9000, b"http://a:b:c/"))
     ask = chat(max_tokens=2)
     await talk.say(ask.replace(b"\r\n", b"\r\n" + name + b": " + value + b"\r\nconnection: close\r\n", 1))
@@ -306,17 +311,19 @@ def expect_status(answer: bytes, *allowed: int) -> None:
         raise WrongAnswer(repr(answer[:200]))
 
 
-async def hostile(address: tuple[str, int], names: list[str], chance: random.Random, until: float, seen: Seen) -> None:
+async def hostile(
+    address: tuple[str, int], names: Iterator[str], chance: random.Random, until: float, longest_s: float, seen: Seen
+) -> None:
     """One hostile client after the other."""
     while time.monotonic() < until:
-        name = chance.choice(names)
+        name = next(names)
         try:
             talk = Talk(*await asyncio.open_connection(*address), chance)
         except OSError:
             seen.refused += 1
             await asyncio.sleep(0.05)
             continue
-        talk.ends = min(talk.ends, until + 1)
+        talk.ends = min(time.monotonic() + chance.uniform(0.1, 1.0) * longest_s, until + 1)
         try:
             await FORMS[name](talk)
         except (OSError, TimeoutError):
@@ -342,7 +349,7 @@ class Seen:
 
 
 async def good(address: tuple[str, int], until: float, seen: Seen) -> None:
-    """A client that behaves: documents and streams in turns, every token looked at. It may be told to come back later."""
+    """A client that behaves: documents and streams in turns, every token looked at. It may be told to come later."""
     wanted = "".join(f"{number} " for number in range(TOKENS))
     stream = False
     while time.monotonic() < until:
@@ -399,8 +406,10 @@ async def attack(address: tuple[str, int], process: object, options: argparse.Na
     """All at once; the most memory held meanwhile."""
     until = time.monotonic() + options.seconds
     names = [name for name in FORMS if not options.only or name in options.only]
+    random.Random(options.seed).shuffle(names)
+    turns = itertools.cycle(names)
     clients = [
-        hostile(address, names, random.Random(f"{options.seed} {number}"), until, seen)
+        hostile(address, turns, random.Random(f"{options.seed} {number}"), until, options.longest, seen)
         for number in range(options.clients)
     ]
     most, *_ = await asyncio.gather(watch_memory(process, until + 1), good(address, until, seen), *clients)
@@ -412,6 +421,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--clients", type=int, default=12, help="hostile clients at a time")
+    parser.add_argument("--longest", type=float, default=6.0, help="seconds of one talk at most")
     parser.add_argument("--only", action="append", choices=sorted(FORMS), help="this form of talking (repeatable)")
     parser.add_argument("--bound-mib", type=float, default=1100.0, help="growth allowed; docs/serve.md says why")
     options = parser.parse_args()
@@ -450,7 +460,7 @@ def main() -> None:
         "grew_mib": round(grew), "kept_mib": round((after - before) / MiB), "found": len(found),
         **gateway_setup.setting(),
     }))  # fmt: skip
-    sys.exit(1 if found or not seen.good else 0)
+    sys.exit(1 if found or not seen.good or (not options.only and len(seen.count) < len(FORMS)) else 0)
 
 
 if __name__ == "__main__":

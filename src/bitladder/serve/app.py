@@ -21,7 +21,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
-from starlette.routing import BaseRoute, Mount, Route
+from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from bitladder.errors import EngineError, UsageError
@@ -134,9 +134,11 @@ def build_app(deployment: Deployment) -> ASGIApp:
     hosts = frozenset(host.lower() for host in (*LOOPBACK, settings.host, *settings.allowed_hosts))
     origins = frozenset(settings.allowed_origins)
     views = Starlette(
-        routes=[*_Views(deployment).routes(), Mount("/", PageFiles())],
+        routes=_Views(deployment).routes(),
         exception_handlers={HTTPException: _http_error, Exception: _unexpected},
     )
+    views.router.default = PageFiles()  # a mount would take other methods than GET from the paths above
+    views.router.redirect_slashes = False
     app: ASGIApp = Doorman(_either(deployment.gateway, views), hosts, origins, keys)
     if origins:
         app = CORSMiddleware(app, allow_origins=sorted(origins), allow_methods=["*"], allow_headers=["*"])

@@ -201,7 +201,9 @@ class Gateway:
                 watch.phase("the first byte", self._settings.timeouts.first_byte)
                 reply = await tier.complete(_upstream_request(attempt, request, body))
                 try:
-                    answer = await read_answer(reply, tier.spec.served_name, stream=request.stream)
+                    answer = await read_answer(
+                        reply, tier.spec.served_name, stream=request.stream, secret=tier.spec.api_key
+                    )
                     if attempt.judged:
                         answer = await self._judged(answer, request, record)
                     record.tier, record.level = tier.name, tier.spec.level

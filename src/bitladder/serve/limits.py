@@ -226,12 +226,12 @@ def _too_large(limit: int) -> Refused:
 
 
 _READING = 3
-"""Bytes that a request holds for each byte of its body while that is read: it grows with room to spare, and is copied once
-when it is whole.
+"""Bytes that a request holds for each byte of its body while that is read: it grows with room to spare, and is copied
+once when it is whole.
 """
 _HELD, _HELD_WIDE = 6, 12
-"""Bytes that a request holds for each byte of its body until it is answered: the bytes, the text, its values, and what is
-sent on; as text a character beyond ASCII may make four bytes of every other one.
+"""Bytes that a request holds for each byte of its body until it is answered: the bytes, the text, its values, and what
+is sent on; as text a character beyond ASCII may make four bytes of every other one.
 """
 _VALUE = 128
 """Bytes that one JSON value takes beside its text: an entry of a dictionary with its key."""

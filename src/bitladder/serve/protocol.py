@@ -218,7 +218,7 @@ def _plain(content: Any) -> str:
     return ""
 
 
-def parse_request(path: str, body: bytes | bytearray) -> Request:
+def parse_request(path: str, body: bytes) -> Request:
     """Check what we rely on, and nothing else.
 
     Raises:

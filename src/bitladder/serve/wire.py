@@ -1,5 +1,5 @@
-"""uvicorn's HTTP protocol with bounds, which it does not set itself, on all that a client can send or leave unread; with
-word of clients that leave, and with what is written together sent together.
+"""uvicorn's HTTP protocol with bounds, which it does not set itself, on all that a client can send or leave unread;
+with word of clients that leave, and with what is written together sent together.
 
 Every connection is in one of four states, and each state has a limit of size and one of time:
 
