@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -14,8 +16,9 @@ def run(name: str, *options: str) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
-def test_the_gateway_stays_within_its_memory_whatever_clients_send():
-    code, said = run("gateway", "--seconds", "8", "--longest", "1.5", "--clients", "12")
+@pytest.mark.parametrize("which", [[], ["--small"]])
+def test_the_gateway_stays_within_its_memory_whatever_clients_send(which):
+    code, said = run("gateway", "--seconds", "8", "--longest", "1.5", "--clients", "12", *which)
     assert code == 0, said
     found = json.loads(said.splitlines()[-1])
     assert found["good"] > 0 and found["sent_mib"] > 20

@@ -200,8 +200,8 @@ def exchange(url: str, data: bytes, wait_s: float = 2.0) -> bytes:
 
 
 WIRE = {
-    "endless header": (b"GET /health HTTP/1.1\r\nhost: localhost\r\nx: " + b"a" * 200_000, b"HTTP/1.1 400"),
-    "many headers": (b"GET /health HTTP/1.1\r\nhost: localhost\r\n" + b"x: y\r\n" * 20_000, b"HTTP/1.1 400"),
+    "endless header": (b"GET /health HTTP/1.1\r\nhost: localhost\r\nx: " + b"a" * 200_000, b"HTTP/1.1 431"),
+    "many headers": (b"GET /health HTTP/1.1\r\nhost: localhost\r\n" + b"x: y\r\n" * 20_000, b"HTTP/1.1 431"),
     "no HTTP": (b"\x16\x03\x01\x02\x00hello\r\n\r\n", b"HTTP/1.1 400"),
     "two lengths": (
         b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 5\r\ncontent-length: 6\r\n\r\nhello",
