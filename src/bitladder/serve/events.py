@@ -6,12 +6,11 @@ and never reaches a client that would trip over it. What is passed on are the by
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 from bitladder.engines.event_stream import BOM, Event, events, whole_events
-from bitladder.serve.protocol import error_body
+from bitladder.serve.protocol import error_body, strict_json
 
 __all__ = [
     "BOM",
@@ -21,7 +20,6 @@ __all__ = [
     "has_error",
     "read_events",
     "stream_error",
-    "strict_json",
     "whole_events",
     "without_empty",
 ]
@@ -61,20 +59,6 @@ def _document(text: bytes, begins: int) -> dict[str, Any] | None:
     if not isinstance(document, dict):
         raise BadEvent("an event of the stream is not a JSON object", begins)
     return document
-
-
-def strict_json(text: bytes) -> Any:
-    """JSON as its standard has it: NaN and Infinity, which Python reads, are none, and clients stumble over them.
-
-    Raises:
-        ValueError: it is none.
-        RecursionError: it is nested too deeply.
-    """
-    return json.loads(text, parse_constant=_no_constant)
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
 
 
 def first_event(data: bytes) -> dict[str, Any] | None:

@@ -93,6 +93,16 @@ def _no_constant(name: str) -> Any:
 _DECODER = json.JSONDecoder(parse_constant=_no_constant)
 
 
+def strict_json(text: bytes) -> Any:
+    """JSON as its standard has it: NaN and Infinity, which Python reads, are none, and clients stumble over them.
+
+    Raises:
+        ValueError: it is none.
+        RecursionError: it is nested too deeply.
+    """
+    return _DECODER.decode(text.decode())
+
+
 def members(text: str) -> dict[str, Member]:
     """Top-level members of a JSON object, with the place of each value.
 

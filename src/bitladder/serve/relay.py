@@ -23,11 +23,10 @@ from bitladder.serve.events import (
     first_event,
     has_error,
     read_events,
-    strict_json,
     whole_events,
     without_empty,
 )
-from bitladder.serve.protocol import error_body
+from bitladder.serve.protocol import error_body, strict_json
 from bitladder.serve.settings import Escalation
 from bitladder.units import MiB
 
