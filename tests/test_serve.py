@@ -113,6 +113,12 @@ def test_openai_client_meets_clear_errors(gateway):
         client.chat.completions.create(model="speed", messages=[{"role": "user", "content": "hello " * 6000}])
     with pytest.raises(openai.InternalServerError, match="embeddings"):
         client.embeddings.create(model="quality", input="x")
+    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}
+    with pytest.raises(openai.BadRequestError, match="image"):
+        client.chat.completions.create(model="auto", messages=[{"role": "user", "content": [picture]}])
+    with pytest.raises(openai.NotFoundError):
+        client.responses.create(model="auto", input="x")
+    assert client.models.retrieve("speed").id == "speed"
     assert [model.id for model in client.models.list()] == ["auto", "quality", "Q4_1", "speed", "Q4_1-twin"]
 
 
