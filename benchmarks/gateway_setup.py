@@ -23,9 +23,9 @@ LITELLM = os.environ.get("BITLADDER_LITELLM", "")
 
 
 @contextlib.contextmanager
-def running(command: Sequence[str]) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """A child process that prints a line of JSON with its address; ended at the end."""
-    with tempfile.TemporaryFile("w+") as log:
+def running(command: Sequence[str], log_file: str = "") -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """A child process that prints a line of JSON with its address; ended at the end. Its log goes to ``log_file``."""
+    with Path(log_file).open("w+") if log_file else tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
         assert process.stdout is not None
         try:
@@ -54,9 +54,11 @@ def fake_engine(
     return running([sys.executable, script, "--model", model, *options])
 
 
-def our_gateway(*urls: str, slots: int = 4096) -> contextlib.AbstractContextManager[tuple[str, subprocess.Popen[str]]]:
+def our_gateway(
+    *urls: str, slots: int = 4096, log: str = ""
+) -> contextlib.AbstractContextManager[tuple[str, subprocess.Popen[str]]]:
     """`bitladder.serve` before one engine, or two: quality, speed."""
-    return running([sys.executable, str(HERE / "gateway_process.py"), str(slots), *urls])
+    return running([sys.executable, str(HERE / "gateway_process.py"), str(slots), *urls], log)
 
 
 @contextlib.contextmanager

@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
+import os
 import shutil
 import ssl
 import subprocess
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
@@ -136,6 +138,75 @@ def test_a_reply_that_is_let_go_in_its_middle_closes_its_connection():
 @pytest.mark.parametrize("extra", [b"x", HELLO, b"HTTP/1.1 200 OK\r\n"])
 def test_more_than_the_reply_is_not_taken_for_the_next_one(extra):
     assert get(says(HELLO + extra, again=True), times=2) == ([(200, b"hello")] * 2, 2)
+
+
+@pytest.mark.parametrize("wait_s", [0.0, 0.0005, 0.003])
+def test_an_upstream_that_answers_twice_costs_the_next_request_nothing(wait_s):
+    async def twice(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        number = 0
+        while True:
+            await reader.readuntil(b"\r\n\r\n")
+            for name in (b"good", b"evil"):
+                writer.write(OK + b"content-length: 5\r\n\r\n%b%d" % (name, number))
+                await writer.drain()
+                await asyncio.sleep(wait_s)
+            number += 1
+
+    async def run():
+        found = []
+        async with server(twice) as (pool, url, _):
+            for _ in range(5):
+                found.append((await pool.get(url, "/x", 5.0))[1][:4])
+                await asyncio.sleep(0.01)
+        return found
+
+    assert asyncio.run(run()) == [b"good"] * 5
+
+
+def test_what_waits_unread_on_a_kept_connection_is_not_the_next_answer():
+    sent = threading.Event()
+
+    async def late(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        raw = writer.get_extra_info("socket")
+        writer.write(HELLO)
+        await asyncio.sleep(0.05)
+        loop = asyncio.get_running_loop()
+        loop.call_soon(lambda: (os.write(raw.fileno(), OK + b"content-length: 4\r\n\r\nevil"), sent.set()))
+        await asyncio.sleep(1)
+
+    async def run():
+        async with server(late, says(HELLO)) as (pool, url, opened):
+            first = await pool.get(url, "/x", 5.0)
+            while not sent.is_set():
+                await asyncio.sleep(0)
+            return first, await pool.get(url, "/x", 5.0), len(opened)
+
+    assert asyncio.run(run()) == ((200, b"hello"), (200, b"hello"), 2)
+
+
+ENDLESS = {
+    "trailers": (CHUNKED[:-2], b"x: y\r\n" * 1000),
+    "one trailer": (CHUNKED[:-2] + b"x: ", b"y" * 5000),
+    "an extension": (CHUNKED[:50] + b"1;", b"y" * 5000),
+    "interim replies": (b"", b"HTTP/1.1 100 Continue\r\nx: y\r\n\r\n" * 100),
+    "a field": (OK + b"x: ", b"y" * 5000),
+}
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_what_an_upstream_frames_its_reply_with_is_bounded(name):
+    begin, piece = ENDLESS[name]
+
+    async def endless(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(begin)
+        with contextlib.suppress(ConnectionError):
+            for _ in range(4000):
+                writer.write(piece)
+                await writer.drain()
+
+    assert fails(endless).phase == "garbage"
 
 
 def test_what_comes_unasked_on_a_kept_connection_closes_it():

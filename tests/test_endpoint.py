@@ -81,6 +81,64 @@ def test_the_dialect_of_an_endpoint():
     assert not {"max_tokens", "seed", "temperature", "logprobs"} & set(body)
 
 
+ODD_TEXTS = ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\ufeff"]
+
+
+@pytest.mark.parametrize("odd", ODD_TEXTS)
+def test_only_line_ends_end_a_line(odd):
+    text = f"one{odd}two"
+    choices = [{"delta": {"content": text}, "finish_reason": "stop"}]
+    sent = f"data: {json.dumps({'model': 'm', 'choices': choices}, ensure_ascii=False)}\n\ndata: [DONE]\n\n"
+    assert endpoint(stream(sent)).chat(HELLO, max_tokens=5).text == text
+
+
+ONE, TWO, DONE = said("Good "), said("day", "stop"), "data: [DONE]\n\n"
+DIALECTS = {
+    "no empty line after DONE": ONE + TWO + "data: [DONE]\n",
+    "no line end after DONE": ONE + TWO + "data: [DONE]",
+    "no DONE": ONE + TWO,
+    "no end of the last event": ONE + TWO[:-2],
+    "a byte order mark": "\ufeff" + ONE + TWO + DONE,
+    "empty data": ONE + "data:\n\ndata: \n\ndata\n\n" + TWO + DONE,
+    "an event in two data lines": ONE.replace(", ", ",\ndata: ", 1) + TWO + DONE,
+    "carriage returns": (ONE + TWO + DONE).replace("\n", "\r\n"),
+    "no space": (ONE + TWO + DONE).replace("data: ", "data:"),
+    "other fields and comments": ": hi\n\nevent: message\nid: 1\nretry: 5\n" + ONE + "what: ever\n" + TWO + DONE,
+    "error null": (ONE + TWO).replace("{", '{"error": null, ', 1) + DONE,
+    "error empty": (ONE + TWO).replace("{", '{"error": "", ', 1) + DONE,
+    "usage null": ONE + event(usage=None, choices=None) + TWO + DONE,
+    "no count": ONE + TWO + event(choices=[], usage={"prompt_tokens": None, "completion_tokens": None}) + DONE,
+    "counts that cannot be": ONE + TWO + event(usage={"prompt_tokens": -1, "completion_tokens": 1e300}) + DONE,
+    "content in parts": said([{"type": "text", "text": "Good"}, {"type": "text", "text": " "}, {"type": "x"}]) + TWO,
+}
+
+
+@pytest.mark.parametrize("cut", [1, 7, 100_000])
+@pytest.mark.parametrize("name", DIALECTS)
+def test_every_dialect_of_event_streams_is_read(name, cut):
+    data = DIALECTS[name].encode()
+    pieces = (data[at : at + cut] for at in range(0, len(data), cut))
+    reply = httpx.Response(200, content=pieces, headers={"content-type": "text/event-stream"})
+    done = endpoint(reply).chat(HELLO, max_tokens=5)
+    assert (done.text, done.finish_reason, done.prompt_tokens, done.completion_tokens) == ("Good day", "stop", 0, 0)
+
+
+WHOLE = {
+    "error null": {"error": None},
+    "usage null": {"usage": None},
+    "counts null": {"usage": {"prompt_tokens": None, "completion_tokens": None}},
+    "content in parts": {
+        "choices": [{"message": {"content": [{"type": "text", "text": "Hi"}]}, "finish_reason": "stop"}]
+    },
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_every_dialect_of_documents_is_read(name):
+    whole = {"model": "m", "choices": [{"message": {"content": "Hi"}, "finish_reason": "stop"}], **WHOLE[name]}
+    assert endpoint(httpx.Response(200, json=whole)).chat(HELLO, max_tokens=5).text == "Hi"
+
+
 FAULTS = {
     "cut short": (stream(said("Good ")), EngineReply, "stops after 5 characters without saying why"),
     "no json in the stream": (stream("data: {oops\n\n"), EngineReply, "something that is not JSON: {oops"),
@@ -92,6 +150,10 @@ FAULTS = {
     "an error in the stream": (stream(said("a") + event(error={"message": "lost"})), EngineReply, "lost"),
     "llama.cpp's error line": (stream(said("a") + "error: out of memory\n\n"), EngineReply, "gave up.*out of memory"),
     "not an object": (stream("data: [1]\n\n"), EngineReply, "an event that is no object"),
+    "content that is none": (stream(said(5, "stop")), EngineReply, "no completion"),
+    "a count that is none": (stream(TWO + event(usage={"completion_tokens": "2"})), EngineReply, "no completion"),
+    "cut in an event": (stream(ONE + TWO[:40]), EngineReply, "stops after 5 characters"),
+    "no event at all": (stream("x" * 5_000_000), EngineReply, "hold no whole event"),
     "bad request": (httpx.Response(400, text="too long"), EngineReply, "status 400: too long"),
     "without end": (stream(said("x" * 999) * 9), EngineReply, "asked for 5 tokens and has sent 1998 characters"),
     "wrong key": (httpx.Response(401, text="no"), EngineReply, "key is missing or wrong"),

@@ -5,13 +5,14 @@ import json
 import logging
 
 import httpx
+import openai
 import pytest
 
 from bitladder.serve.app import build_app
 from bitladder.serve.backends import UpstreamFailed
 from bitladder.serve.deploy import deployed
 from bitladder.serve.router import AutoRule, TagEvidence
-from bitladder.serve.settings import Escalation, ServeSettings, Timeouts
+from bitladder.serve.settings import Escalation, ServeSettings, TierSpec, Timeouts
 from upstreams import (
     CHAT,
     DONE,
@@ -37,7 +38,7 @@ POSTED = {"type": "http", "method": "POST", "path": CHAT, "headers": [(b"host", 
 """The ASGI scope of a chat request, for tests that play the server themselves."""
 
 
-def ask(quality, speed, body, headers=None, path=CHAT, **settings) -> httpx.Response:
+def ask(quality, speed, body, headers=None, path=CHAT, /, **settings) -> httpx.Response:
     async def run() -> httpx.Response:
         async with gateway(quality, speed, **settings) as (client, _):
             content = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -104,6 +105,11 @@ BAD_DOCUMENTS = {
     "error under status 200": (replies(b'{"error": {}}', kind=JSON), "status"),
     "object that is no answer": (replies(b'{"hello": "world"}', kind=JSON), "garbage"),
     "choices that are none": (replies(b'{"choices": ["a"]}', kind=JSON), "garbage"),
+    "a model that is no name": (replies(b'{"model": {"a": 1}, "choices": []}', kind=JSON), "garbage"),
+    "NaN": (replies(b'{"model": "Q8_0", "choices": [{"x": NaN}]}', kind=JSON), "garbage"),
+    "our key refused": (replies(b'{"error": {"message": "no key"}}', status=401, kind=JSON), "status"),
+    "its own fault": (replies(b'{"error": {"message": "out of memory"}}', status=500, kind=JSON), "status"),
+    "a page for an error": (replies(b"<html>", status=404, kind="text/html"), "garbage"),
     "stream that was not asked for": (replies(event("a", "Q8_0"), DONE), "garbage"),
     "silence": (replies(5.0, document("a", "Q8_0"), kind=JSON), "stalled"),
 }
@@ -158,6 +164,9 @@ CUTS = {
     "choices that are none": [event("a", "Q8_0"), b'data: {"choices": ["b"]}\n\n', DONE],
     "deep nesting": [event("a", "Q8_0"), b"data: " + b"[" * 100_000 + b"\n\n", DONE],
     "another model": [event("a", "Q8_0"), event("b", "Q2_K"), DONE],
+    "a model that is no name": [event("a", "Q8_0"), b'data: {"model": [], "choices": []}\n\n', DONE],
+    "NaN": [event("a", "Q8_0"), b'data: {"choices": [{"x": NaN}]}\n\n', DONE],
+    "DONE in half an event": [event("a", "Q8_0"), b'data: {"b": "\ndata: [DONE]'],
     "an error of its own": [event("a", "Q8_0"), b'data: {"error": {"message": "out of memory"}}\n\n', DONE],
     "an end that is only said": [event("a", "Q8_0"), event("[DONE]", "Q8_0")],
 }
@@ -179,16 +188,123 @@ def test_nothing_follows_the_end():
     assert reply.content == event("a", "Q8_0") + DONE
 
 
-def test_the_clients_own_errors_are_passed_on_and_not_retried():
+ERRORS = {
+    "llama.cpp's": (
+        400,
+        {"error": {"code": 400, "message": "too long", "type": "exceed_context_size_error"}},
+        (400, "too long", "exceed_context_size_error"),
+    ),
+    "OpenAI's": (
+        404,
+        {"error": {"message": "no such thing", "type": "invalid_request_error", "param": None, "code": "not_there"}},
+        (404, "no such thing", "not_there"),
+    ),
+    "vLLM's": (
+        400,
+        {"object": "error", "message": "bad n", "type": "BadRequestError"},
+        (400, "bad n", "BadRequestError"),
+    ),
+    "FastAPI's": (422, {"detail": [{"msg": "x"}]}, (422, '[{"msg": "x"}]', "upstream_422")),
+    "a text": (400, {"error": "no\nway"}, (400, "no way", "upstream_400")),
+    "nothing": (400, {}, (400, "The upstream refused this with status 400.", "upstream_400")),
+    "not started for it": (501, {"error": {"code": 501, "message": "no"}}, (501, "no", "upstream_501")),
+    "an image for a blind model": (
+        500,
+        {"error": {"code": 500, "message": "image input is not supported - hint: mmproj", "type": "server_error"}},
+        (400, "image input is not supported - hint: mmproj", "bad_request"),
+    ),
+    "a request's fault as 500": (
+        500,
+        {"error": {"message": "no such grammar", "type": "invalid_request_error"}},
+        (400, "no such grammar", "bad_request"),
+    ),
+    "our key": (400, {"error": {"message": "key sk-own-key"}}, (400, "key ***", "upstream_400")),
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("name", ERRORS)
+def test_the_clients_own_errors_are_passed_on_in_our_shape_and_not_retried(name, stream):
+    status, document, expected = ERRORS[name]
     speed = says("never", "Q4_K_M")
-    body = b'{"error":{"code":400,"message":"too long","type":"exceed_context_size_error"}}'
-    reply = ask(replies(body, status=400, kind="application/json"), speed, chat("quality"))
-    assert (reply.status_code, reply.content, speed.asked) == (400, body, [])
+    spec = TierSpec("Q8_0", url="http://x.invalid", api_key="sk-own-key")
+    upstream = replies(json.dumps(document).encode(), status=status, kind="application/json")
+    reply = ask(upstream, speed, chat("quality", stream=stream), quality=spec)
+    error = reply.json()["error"]
+    assert (reply.status_code, error["message"], error["code"]) == expected
+    assert set(error) == {"message", "type", "param", "code"} and speed.asked == []
+
+
+def test_a_key_in_the_middle_of_a_stream_is_blotted_out():
+    spec = TierSpec("Q8_0", url="http://x.invalid", api_key="sk-own-key")
+    upstream = replies(event("a", "Q8_0"), b'data: {"error": "key sk-own-key is used up"}\n\n')
+    reply = ask(upstream, FAST, chat("quality", stream=True), quality=spec)
+    assert b"sk-own-key" not in reply.content and b"key *** is used up" in reply.content
+
+
+A, B = event("a", "Q8_0"), event("b", "Q8_0")
+DIALECTS = {
+    "no empty line after DONE": [A, B, DONE[:-1]],
+    "no line end after DONE": [A, B, DONE[:-2]],
+    "only carriage return after DONE": [A, B, b"data:[DONE]\r\n"],
+    "DONE in pieces": [A, B, b"da", b"ta: [DO", b"NE]"],
+    "a byte order mark": [b"\xef\xbb\xbf" + A, B, DONE],
+    "a byte order mark in pieces": [b"\xef", b"\xbb\xbf" + A, B, DONE],
+    "empty data": [b"data:\n\n" + A, b"data: \n\ndata\n\n", B + b"data:\n\n", DONE],
+    "comments": [b": hello\n\n", A, b": hello\n\n", B, DONE],
+    "an event in two data lines": [A.replace(b", ", b",\ndata: ", 1), B, DONE],
+    "carriage returns": [A.replace(b"\n", b"\r\n"), B.replace(b"\n", b"\r\n"), DONE],
+    "no error": [A.replace(b"{", b'{"error": null, ', 1), B.replace(b"{", b'{"error": "", ', 1), DONE],
+    "three line ends": [A + b"\n", B + b"\n", DONE],
+    "other line ends in a text": [A.replace(b'"a"', '"a\u2028\x85"'.encode()), B, DONE],
+}
+
+
+@pytest.mark.parametrize("name", DIALECTS)
+def test_every_dialect_of_event_streams_is_passed_on_whole(name):
+    reply = ask(replies(*DIALECTS[name]), FAST, chat("quality", stream=True))
+    assert reply.headers["x-bitladder-tier"] == "quality"
+    assert reply.content.endswith(DONE) and b"not complete" not in reply.content
+    assert not reply.content.startswith(b"\xef\xbb\xbf") and b"data:\n" not in reply.content
+    client = openai.OpenAI(
+        api_key="x",
+        base_url="http://x.invalid/v1",
+        http_client=httpx.Client(
+            transport=httpx.MockTransport(
+                lambda _: httpx.Response(200, content=reply.content, headers={"content-type": "text/event-stream"})
+            )
+        ),
+    )
+    with client:
+        chunks = client.chat.completions.create(model="quality", messages=[], stream=True)
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert [letter for letter in text if letter in "ab"] == ["a", "b"]
+
+
+@pytest.mark.parametrize("count", [-5, 10**400, 1e300, True, "many", None, [1]])
+def test_an_odd_count_of_tokens_is_not_counted(count):
+    body = json.dumps({"model": "Q8_0", "choices": [{}], "usage": {"completion_tokens": count}}).encode()
+
+    async def run() -> tuple[httpx.Response, dict]:
+        async with gateway(replies(body, kind="application/json"), FAST) as (client, _):
+            reply = await client.post(CHAT, json=chat("quality"))
+            return reply, (await client.get("/bitladder/api/live")).json()
+
+    reply, live = asyncio.run(run())
+    assert (reply.status_code, reply.content) == (200, body)
+    assert (live["recent"][0]["outcome"], live["recent"][0]["tokens"]) == ("complete", 0)
+
+
+@pytest.mark.parametrize("size", [0, 1, 65535, 65536, 65537, 200_000, 196_608])
+def test_a_large_document_arrives_whole(size):
+    body = document("x" * size, "Q8_0")
+    body += b" " * (-len(body) % 65536) if size == 196_608 else b""
+    assert ask(replies(body, kind="application/json"), FAST, chat("quality")).content == body
 
 
 def test_embeddings_never_change_their_tier():
     speed = says("never", "Q4_K_M")
-    reply = ask(fails(), speed, {"model": "quality", "input": "x"}, path="/v1/embeddings")
+    reply = ask(fails(), speed, {"model": "quality", "input": "x"}, None, "/v1/embeddings")
     assert (reply.status_code, speed.asked) == (503, [])
 
 
@@ -408,6 +524,34 @@ def test_logs_hold_no_prompt_unless_asked(caplog):
     assert "a secret" not in "".join(str(vars(line)) for line in caplog.records)
     ask(GOOD, FAST, chat("speed", "a secret"), log_prompts=True)
     assert "a secret" in "".join(str(vars(line)) for line in caplog.records)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/v1/models/speed", 200),
+        ("GET", "/v1/models/q8_0", 200),
+        ("GET", "/v1/models/gpt-4", 404),
+        ("GET", "/v1/models/a/b%2Fc", 404),
+        ("POST", "/v1/responses", 404),
+        ("GET", "/v1/responses", 404),
+        ("DELETE", "/nope", 404),
+        ("POST", "/v1/models", 405),
+        ("POST", "/index.html", 405),
+        ("GET", "/v1/chat/completions", 405),
+    ],
+)
+def test_paths(method, path, status):
+    async def run() -> httpx.Response:
+        async with gateway(GOOD, FAST) as (client, _):
+            return await client.request(method, path)
+
+    reply = asyncio.run(run())
+    assert reply.status_code == status
+    if status == 200:
+        assert reply.json()["object"] == "model" and reply.json()["id"].lower() == path.rsplit("/", 1)[1]
+    else:
+        assert set(reply.json()["error"]) == {"message", "type", "param", "code"}
 
 
 def test_models_health_and_unknown_paths():

@@ -1,12 +1,16 @@
 """Keys, hosts, origins, body size, and the bounded queue."""
 
 import asyncio
+import contextlib
+import json
+import tracemalloc
 
 import httpx
 import pytest
 
 from bitladder.errors import BadInput, UsageError
-from bitladder.serve.limits import Gate, Refused, add_key, key_name, new_key, read_body, read_keys
+from bitladder.serve.limits import Gate, Refused, Room, add_key, held_bytes, key_name, new_key, read_body, read_keys
+from bitladder.serve.protocol import MAX_VALUES, parse_request, values_at_most
 from bitladder.serve.settings import ServeSettings, TierSpec
 from upstreams import CHAT, chat, gateway, says
 
@@ -30,9 +34,10 @@ def test_other_hosts_are_refused(host):
     assert (reply.status_code, reply.json()["error"]["code"]) == (421, "wrong_host")
 
 
-@pytest.mark.parametrize("second", ["localhost", "evil.example"])
-def test_two_hosts_are_refused_whichever_they_are(second):
-    reply = get(headers=[("host", "localhost"), ("host", second)])
+@pytest.mark.parametrize("first", ["localhost", "", "evil.example"])
+@pytest.mark.parametrize("second", ["localhost", "evil.example", ""])
+def test_two_hosts_are_refused_whichever_they_are(first, second):
+    reply = get(headers=[("host", first), ("host", second)])
     assert (reply.status_code, reply.json()["error"]["code"]) == (400, "wrong_host")
 
 
@@ -43,6 +48,8 @@ def test_two_hosts_are_refused_whichever_they_are(second):
         ({"origin": "http://tool.example"}, 200),
         ({"origin": "http://evil.example"}, 403),
         ({"origin": "null"}, 403),
+        ({"origin": "http://["}, 403),
+        ({"origin": "http://[::1"}, 403),
         ({"origin": "http://localhost:9999"}, 403),
         ({"sec-fetch-site": "cross-site"}, 403),
         ({"sec-fetch-site": "same-origin"}, 200),
@@ -128,7 +135,7 @@ def test_an_announced_length_is_refused_before_the_body_is_read():
 
     scope = {"headers": [(b"content-length", b"9" * 30)]}
     with pytest.raises(Refused):
-        asyncio.run(read_body(scope, receive, 1000))
+        asyncio.run(read_body(scope, receive, 1000, Room(1000).share(print)))
 
 
 def test_a_body_that_does_not_come_is_refused(monkeypatch):
@@ -149,6 +156,77 @@ def test_a_body_that_does_not_come_is_refused(monkeypatch):
 
 def test_compressed_bodies_are_refused():
     assert get(CHAT, method="POST", headers={"content-encoding": "gzip"}, content=b"x").status_code == 415
+
+
+def test_all_requests_together_have_so_much_room_and_the_slowest_body_gives_way():
+    gone: list[str] = []
+    room = Room(100)
+    with contextlib.ExitStack() as stack:
+        slow, next_slow, whole, new = (
+            stack.enter_context(room.share(lambda _, name=name: gone.append(name))) for name in "abcd"
+        )
+        slow.grow_to(30)
+        next_slow.grow_to(20)
+        whole.settle(50)
+        new.grow_to(10)
+        assert (gone, room.taken) == (["a"], 80)
+        new.settle(40)
+        assert (gone, room.taken) == (["a", "b"], 90)
+        with pytest.raises(Refused) as refused:
+            new.grow_to(60)  # what is complete stays
+        assert refused.value.status == 503 and refused.value.headers["retry-after"]
+    assert room.taken == 0
+
+
+def test_a_body_that_gives_way_is_told_so():
+    async def run() -> list[httpx.Response]:
+        async def slow():
+            yield b"x" * 1400
+            await asyncio.sleep(1)
+            yield b"x"
+
+        settings = {"max_body_bytes": 1500}  # 16 of them are the room
+        async with gateway(says("x", "Q8_0"), says("x", "Q4_K_M"), **settings) as (client, deployment):
+            first = [asyncio.create_task(client.post(CHAT, content=slow())) for _ in range(5)]
+            await asyncio.sleep(0.2)
+            second = await client.post(CHAT, json=chat("quality", "é" * 600), timeout=5)
+            given = [second, *await asyncio.gather(*first)]
+            assert deployment.gateway._room.taken == 0
+            return given
+
+    second, *first = asyncio.run(run())
+    assert second.status_code == 200
+    gave_way = [reply for reply in first if reply.status_code == 503]
+    assert 0 < len(gave_way) < 5
+    assert {reply.json()["error"]["code"] for reply in gave_way} == {"busy"}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"model":"auto","messages":[' + b"{}," * 200_000 + b"{}]}",
+        b'{"model":"auto","messages":[{"content":' + b"[" * 400 + b"1" + b"]" * 400 + b"}]}",
+        b'{"model":"auto","messages":[{' + b",".join(b'"k%d":"v%d"' % (n, n) for n in range(100_000)) + b"}]}",
+        b'{"model":"auto","messages":[{"content":"' + b"a\xf0\x9f\x98\x80," * 300_000 + b'"}]}',
+        b'{"model":"auto","messages":[{"content":"' + b"words, " * 300_000 + b'"}]}',
+    ],
+)
+def test_a_request_takes_no_more_memory_than_is_counted(body):
+    tracemalloc.start()
+    try:
+        request = parse_request(CHAT, body)
+        sent = request.with_values({"model": "x"})
+        taken = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert request and sent and len(body) + taken <= held_bytes(body, values_at_most(body)) + 20_000
+
+
+def test_more_values_than_a_request_has_use_for_are_refused_and_commas_in_a_text_are_none():
+    with pytest.raises(Refused, match="JSON values"):
+        parse_request(CHAT, b'{"model":"auto","messages":[' + b"{}," * MAX_VALUES + b"{}]}")
+    text = r"a, \"b\": [c], {d} " * 100_000
+    assert parse_request(CHAT, json.dumps(chat("auto", text)).encode()).asked == text
 
 
 def test_the_queue_is_first_come_first_served_and_bounded():

@@ -72,7 +72,10 @@ def test_what_is_asked_is_the_last_user_message():
     [
         (b"", None),
         (b'data: {"a":1}', None),
-        (b'data: {"a":1}\n', {"a": 1}),
+        (b'data: {"a":1}\n', None),
+        (b'data: {"a":\ndata: 1}\n\n', {"a": 1}),
+        (b'data:\n\ndata: \r\n\r\ndata\n\ndata: {"a":1}\n\n', {"a": 1}),
+        ('data: {"a":"\u2028\x85"}\n\n'.encode(), {"a": "\u2028\x85"}),
         (b': ping\n\nevent: x\r\nid: 3\ndata:{"a":1}\r\n\r\n', {"a": 1}),
         (b"data: [DONE]\n\n", {}),
     ],
@@ -81,7 +84,10 @@ def test_first_event(data, event):
     assert first_event(data) == event
 
 
-@pytest.mark.parametrize("data", [b"hello\n", b"data: [1]\n", b"data: {\n", b"data: \xff\n", b"<html>\n"])
+@pytest.mark.parametrize(
+    "data",
+    [b"hello\n", b"data: [1]\n\n", b"data: {\n\n", b"data: \xff\n\n", b"<html>\n", b'data: {"a": NaN}\n\n'],
+)
 def test_what_is_no_stream_of_events(data):
     with pytest.raises(ValueError):
         first_event(data)
@@ -89,9 +95,10 @@ def test_what_is_no_stream_of_events(data):
 
 def test_events_are_read_with_the_place_where_each_begins():
     data = b': ping\n\nid: 1\ndata: {"a": 1}\n\ndata:{"b": 2}\r\n\r\ndata: [DONE]\n\ndata: {"half'
-    assert list(read_events(data)) == [(8, {"a": 1}), (30, {"b": 2}), (47, None)]
+    found = [(event.begins, event.ends, document) for event, document in read_events(data)]
+    assert found == [(8, 30, {"a": 1}), (30, 47, {"b": 2}), (47, 61, None)]
     with pytest.raises(BadEvent) as bad:
-        list(read_events(data[:47] + b"event: x\nnoise\n"))
+        list(read_events(data[:47] + b"event: x\nnoise\n\n"))
     assert bad.value.begins == 47
 
 
@@ -102,6 +109,10 @@ def test_events_are_read_with_the_place_where_each_begins():
         ({"error": {}}, True),
         ({"error": {"code": 502}, "choices": [{}]}, True),
         ({"error": None, "choices": [{}]}, False),
+        ({"error": "", "choices": [{}]}, False),
+        ({"error": None, "data": []}, False),
+        ({"error": False, "usage": {}}, False),
+        ({"error": "out of memory"}, True),
         ({"choices": []}, False),
     ],
 )
@@ -110,12 +121,16 @@ def test_what_counts_as_an_error(document, expected):
 
 
 @given(
-    st.lists(st.sampled_from([b"data: {}\n\n", b"data: {}\r\n\r\n", b": x\n\n", b"event: a\n"]), max_size=5), st.data()
+    st.lists(
+        st.sampled_from([b"data: {}\n\n", b"data: {}\r\n\r\n", b": x\n\n", b"event: a\n", b"data: {}\n\r\n"]),
+        max_size=5,
+    ),
+    st.data(),
 )
 def test_whole_events_cut_only_at_empty_lines(events, data):
     stream = b"".join(events)
     cut = whole_events(stream[: data.draw(st.integers(0, len(stream)))])
-    assert cut == 0 or stream[:cut].endswith((b"\n\n", b"\r\n\r\n"))
+    assert cut == 0 or stream[:cut].endswith((b"\n\n", b"\n\r\n"))
 
 
 def test_header_text_is_one_line_of_ascii():

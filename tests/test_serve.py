@@ -113,6 +113,12 @@ def test_openai_client_meets_clear_errors(gateway):
         client.chat.completions.create(model="speed", messages=[{"role": "user", "content": "hello " * 6000}])
     with pytest.raises(openai.InternalServerError, match="embeddings"):
         client.embeddings.create(model="quality", input="x")
+    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}
+    with pytest.raises(openai.BadRequestError, match="image"):
+        client.chat.completions.create(model="auto", messages=[{"role": "user", "content": [picture]}])
+    with pytest.raises(openai.NotFoundError):
+        client.responses.create(model="auto", input="x")
+    assert client.models.retrieve("speed").id == "speed"
     assert [model.id for model in client.models.list()] == ["auto", "quality", "Q4_1", "speed", "Q4_1-twin"]
 
 
@@ -200,8 +206,8 @@ def exchange(url: str, data: bytes, wait_s: float = 2.0) -> bytes:
 
 
 WIRE = {
-    "endless header": (b"GET /health HTTP/1.1\r\nhost: localhost\r\nx: " + b"a" * 200_000, b"HTTP/1.1 400"),
-    "many headers": (b"GET /health HTTP/1.1\r\nhost: localhost\r\n" + b"x: y\r\n" * 20_000, b"HTTP/1.1 400"),
+    "endless header": (b"GET /health HTTP/1.1\r\nhost: localhost\r\nx: " + b"a" * 200_000, b"HTTP/1.1 431"),
+    "many headers": (b"GET /health HTTP/1.1\r\nhost: localhost\r\n" + b"x: y\r\n" * 20_000, b"HTTP/1.1 431"),
     "no HTTP": (b"\x16\x03\x01\x02\x00hello\r\n\r\n", b"HTTP/1.1 400"),
     "two lengths": (
         b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 5\r\ncontent-length: 6\r\n\r\nhello",

@@ -7,6 +7,7 @@ that ends without saying why it ended is known to be cut short.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -17,10 +18,15 @@ from typing import Any
 import httpx
 
 from bitladder.engines.base import Completion, Message, Timings, TokenChoice
+from bitladder.engines.event_stream import BOM, events, whole_events
 from bitladder.errors import EngineGone, EngineReply, EngineTimeout
+from bitladder.units import MiB
 
 _SHOWN = 300
 """Characters of a foreign reply that an error message repeats."""
+_LONGEST_EVENT = 4 * MiB
+_MOST_TOKENS = 1 << 40
+_DONE = b"[DONE]"
 _LONGEST_TOKEN = 256
 """Characters; vocabularies hold runs of spaces and dashes, none of them this long."""
 
@@ -114,7 +120,7 @@ def chat(client: httpx.Client, url: str, request: ChatRequest) -> Completion:
                 response.read()
                 answer.take(parse_json(url, response.text), whole=True)
             else:
-                for event in _events(url, response.iter_lines()):
+                for event in _events(url, response.iter_bytes()):
                     answer.take(event, whole=False)
                     answer.check_length(url, request.max_tokens)
         return answer.finished(url, request.model)
@@ -198,17 +204,35 @@ def shorten(text: str) -> str:
     return line if len(line) <= _SHOWN else line[:_SHOWN] + "..."
 
 
-def _events(url: str, lines: Iterator[str]) -> Iterator[Any]:
-    """The JSON of each ``data:`` line of a server-sent event stream, up to ``[DONE]``."""
-    for line in lines:
-        if line.startswith("error:"):  # llama.cpp's way to report an error once the stream has begun
-            raise EngineReply(f"The engine at {url} gave up in the middle of its answer: {shorten(line[6:])}")
-        if not line.startswith("data:"):
-            continue
-        data = line[5:].strip()
-        if data == "[DONE]":
-            return
-        yield parse_json(url, data)
+def _events(url: str, pieces: Iterator[bytes]) -> Iterator[Any]:
+    """The JSON of each event of a stream, up to ``[DONE]``. A last event without an empty line after it counts, if it
+    is whole.
+    """
+    held = b""
+    for piece in pieces:
+        held = (held + piece).removeprefix(BOM)
+        cut = whole_events(held)
+        found, held = list(events(held[:cut])), held[cut:]
+        for event in found:
+            _check_unknown(url, event.unknown)
+            if event.data == _DONE:
+                return
+            if event.data:
+                yield parse_json(url, event.data.decode("utf-8", "replace"))
+        if len(held) > _LONGEST_EVENT:
+            raise EngineReply(f"The engine at {url} has sent {len(held)} bytes that hold no whole event.")
+    for event in events(held + b"\n\n"):
+        _check_unknown(url, event.unknown)
+        if event.data not in (b"", _DONE):
+            with contextlib.suppress(ValueError):  # half an event: what it meant to say is missing, as will be found
+                yield json.loads(event.data)
+
+
+def _check_unknown(url: str, line: bytes) -> None:
+    """Raise llama.cpp's own way to report an error once the stream has begun; other unknown lines are passed over."""
+    if line.startswith(b"error:"):
+        words = shorten(line[6:].decode("utf-8", "replace"))
+        raise EngineReply(f"The engine at {url} gave up in the middle of its answer: {words}")
 
 
 class _Answer:
@@ -231,14 +255,14 @@ class _Answer:
         if not isinstance(event, dict):
             self.fault = f"an event that is no object: {shorten(str(event))}"
             return
-        if "error" in event:
+        if event.get("error") not in (None, "", False):
             self.fault = f"an error: {shorten(json.dumps(event['error']))}"
             return
         self.model = event.get("model") or self.model
         self.usage = event.get("usage") or self.usage
         self.timings = event.get("timings") or self.timings
         for choice in event.get("choices") or []:
-            piece = (choice.get("message" if whole else "delta") or {}).get("content")
+            piece = _text_of((choice.get("message" if whole else "delta") or {}).get("content"))
             if piece:
                 if math.isnan(self.first_token_s):
                     self.first_token_s = time.monotonic() - self.began
@@ -269,14 +293,41 @@ class _Answer:
         return Completion(
             text="".join(self.text),
             finish_reason=self.finish_reason,
-            prompt_tokens=int(self.usage.get("prompt_tokens", 0)),
-            completion_tokens=int(self.usage.get("completion_tokens", len(self.tokens))),
+            prompt_tokens=_count(self.usage.get("prompt_tokens"), 0),
+            completion_tokens=_count(self.usage.get("completion_tokens"), len(self.tokens)),
             model=self.model or wanted_model,
             first_token_s=self.first_token_s,
             total_s=time.monotonic() - self.began,
             tokens=tuple(self.tokens),
             timings=_timings(self.timings) if self.timings else None,
         )
+
+
+def _text_of(content: Any) -> str:
+    """A message's content: a text, nothing, or a list of parts, of which those that are text count.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if content is None or isinstance(content, str):
+        return content or ""
+    if not isinstance(content, list):
+        raise TypeError(f"content is a {type(content).__name__}")
+    texts = (part if isinstance(part, str) else part.get("text") for part in content)
+    return "".join(text for text in texts if isinstance(text, str))
+
+
+def _count(value: Any, otherwise: int) -> int:
+    """A number of tokens; ``otherwise`` where none is told, or one that cannot be.
+
+    Raises:
+        TypeError: it is no number.
+    """
+    if value is None:
+        return otherwise
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"a count of tokens is {type(value).__name__}")
+    return int(value) if 0 <= value <= _MOST_TOKENS else otherwise
 
 
 def _token(token: Mapping[str, Any]) -> TokenChoice:

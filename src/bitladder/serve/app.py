@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import logging
+import resource
 import signal
 import socket
 import sys
@@ -20,7 +21,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
-from starlette.routing import BaseRoute, Mount, Route
+from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from bitladder.errors import EngineError, UsageError
@@ -28,16 +29,17 @@ from bitladder.serve.deploy import Deployment, deployed
 from bitladder.serve.limits import Doorman, read_keys
 from bitladder.serve.metrics import JsonLines
 from bitladder.serve.page_app import PageFiles
-from bitladder.serve.protocol import TASK_MEMBER, error_body
+from bitladder.serve.protocol import TASK_MEMBER, error_body, header_text
 from bitladder.serve.router import AUTO
 from bitladder.serve.settings import LOOPBACK, ServeSettings
 from bitladder.serve.whatif import answer_what_if
-from bitladder.serve.wire import CarefulProtocol
+from bitladder.serve.wire import MAX_CONNECTIONS, CarefulProtocol, Shared
 
 log = logging.getLogger("bitladder.serve")
 
 _ERROR_CODES = {404: "not_found", 405: "method_not_allowed"}
 _BACKLOG = 2048
+_OTHER_FILES = 256
 _GC_ALLOCATIONS = 20_000  # between two looks for cycles; requests leave few
 
 
@@ -51,6 +53,7 @@ class _Views:
         """Path by path."""
         views = {
             "/v1/models": self.models,
+            "/v1/models/{name:path}": self.model,
             "/health": self.health,
             "/ready": self.ready,
             "/metrics": self.metrics,
@@ -62,13 +65,24 @@ class _Views:
 
     async def models(self, _: HttpRequest) -> Response:
         """What can be asked for, in OpenAI's shape, with what is behind each name."""
+        return JSONResponse({"object": "list", "data": self._listed()})
+
+    async def model(self, request: HttpRequest) -> Response:
+        """One of them, by its name in any case."""
+        name = request.path_params["name"]
+        for model in self._listed():
+            if str(model["id"]).lower() == name.lower():
+                return JSONResponse(model)
+        raise HTTPException(404, f"No model '{header_text(name[:80])}' is served here.")
+
+    def _listed(self) -> list[dict[str, object]]:
         plain = {"object": "model", "created": 0, "owned_by": "bitladder"}
         listed: list[dict[str, object]] = [{"id": AUTO, **plain}]
         for tier in self._here.tiers:
             about = {"tier": tier.name, "level": tier.spec.level, "file_sha256": tier.spec.sha256 or None}
             names = (*tier.names[:-1], tier.spec.level)
             listed += [{"id": name, **plain, "bitladder": about} for name in names]
-        return JSONResponse({"object": "list", "data": listed})
+        return listed
 
     async def health(self, _: HttpRequest) -> Response:
         """The process lives."""
@@ -120,9 +134,11 @@ def build_app(deployment: Deployment) -> ASGIApp:
     hosts = frozenset(host.lower() for host in (*LOOPBACK, settings.host, *settings.allowed_hosts))
     origins = frozenset(settings.allowed_origins)
     views = Starlette(
-        routes=[*_Views(deployment).routes(), Mount("/", PageFiles())],
+        routes=_Views(deployment).routes(),
         exception_handlers={HTTPException: _http_error, Exception: _unexpected},
     )
+    views.router.default = PageFiles()  # a mount would take other methods than GET from the paths above
+    views.router.redirect_slashes = False
     app: ASGIApp = Doorman(_either(deployment.gateway, views), hosts, origins, keys)
     if origins:
         app = CORSMiddleware(app, allow_origins=sorted(origins), allow_methods=["*"], allow_headers=["*"])
@@ -164,6 +180,7 @@ def serve(settings: ServeSettings, on_ready: Callable[[str, Deployment], None] |
         EngineError: an engine does not start, an endpoint serves another model, or answers had to be cut at the end.
     """
     log_to_stderr()
+    _allow_files()
     listener = _listen(settings.host, settings.port)
     with listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_serve(settings, listener, on_ready))
@@ -179,6 +196,15 @@ def log_to_stderr() -> None:
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(level)
+
+
+def _allow_files() -> None:
+    """Let this process have as many open files as its connections need, if it may: two for each request, and more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * MAX_CONNECTIONS + _OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -232,6 +258,10 @@ class _Server(uvicorn.Server):
 
     cut = 0
     """Requests that were not finished in time."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.server_state = Shared()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import select
 import ssl
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
@@ -124,7 +125,8 @@ class ConnectionPool:
         idle = self._idle.get(address)
         while idle:
             connection = idle.pop()
-            if connection.loop.time() - connection.idle_since <= KEPT_S and not connection.transport.is_closing():
+            young = connection.loop.time() - connection.idle_since <= KEPT_S
+            if young and not connection.transport.is_closing() and connection.quiet:
                 return connection
             connection.transport.abort()
         return None
@@ -183,11 +185,18 @@ class Connection(asyncio.Protocol):
         self._parser = httptools.HttpResponseParser(self)
         self.answered = False
         """Whether anything came since the request was sent."""
-        self._head_bytes = 0
+        self._framing = 0
         self._head_complete = self._complete = self._measured = self._reusable = False
         self._headers: dict[str, str] = {}
         self._pieces: list[bytes] = []
         self._size = 0
+
+    @property
+    def quiet(self) -> bool:
+        """Whether nothing waits to be read: what comes unasked would be taken for the answer to the next request."""
+        poll = select.poll()
+        poll.register(self.transport.get_extra_info("socket").fileno(), select.POLLIN)
+        return not poll.poll(0)
 
     async def exchange(self, request: bytes) -> HttpReply:
         """Send a request and wait for the head of its reply.
@@ -262,8 +271,7 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """Feed the parser; whoever waits is woken once for all that one read brought."""
         self.answered = True
-        if not self._head_complete:
-            self._head_bytes += len(data)
+        self._framing += len(data)  # set back by whatever is no head, chunk size, extension or trailer
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
@@ -272,8 +280,8 @@ class Connection(asyncio.Protocol):
             )
             self.transport.abort()
             return
-        if not self._head_complete and self._head_bytes > _MAX_HEAD:
-            self._fail("garbage", f"The head of the upstream's reply is larger than {_MAX_HEAD} bytes.")
+        if self._framing > _MAX_HEAD and not self._complete:
+            self._fail("garbage", f"The head or the trailers of the upstream's reply exceed {_MAX_HEAD} bytes.")
             self.transport.abort()
             return
         if self._size > _HIGH_WATER and not self._paused and not self._complete:
@@ -298,7 +306,9 @@ class Connection(asyncio.Protocol):
             raise ValueError("more than one reply")
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """A header field."""
+        """A header field; trailers are dropped."""
+        if self._head_complete:
+            return
         field = name.decode("latin-1").lower()
         self._measured |= field in ("content-length", "transfer-encoding")
         self._headers[field] = value.decode("latin-1")
@@ -314,6 +324,7 @@ class Connection(asyncio.Protocol):
 
     def on_body(self, data: bytes) -> None:
         """A piece of the body."""
+        self._framing = 0
         self._pieces.append(data)
         self._size += len(data)
 

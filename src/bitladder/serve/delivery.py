@@ -14,7 +14,9 @@ from bitladder.serve.protocol import header_text
 from bitladder.serve.relay import Answer
 from bitladder.serve.settings import Timeouts
 from bitladder.serve.watch import PhaseTimeout, Watch
+from bitladder.units import KiB
 
+_PIECE = 64 * KiB
 Headers = tuple[tuple[bytes, bytes], ...]
 
 
@@ -42,7 +44,13 @@ class Delivery:
         await self._start(answer, (*headers, (b"content-length", str(len(answer.head)).encode())))
         self.record.tokens = answer.tokens
         self.record.outcome = "complete" if answer.status < 400 else "refused"
-        await self._send({"type": "http.response.body", "body": answer.head})
+        # In pieces, each when the client has taken the one before: its slot bounds how many large documents wait.
+        for begins in range(0, len(answer.head) - _PIECE, _PIECE):
+            piece = answer.head[begins : begins + _PIECE]
+            await self._send({"type": "http.response.body", "body": piece, "more_body": True})
+            watch.phase("the client", self._timeouts.client)
+        rest = len(answer.head) - (len(answer.head) - 1) % _PIECE - 1 if answer.head else 0
+        await self._send({"type": "http.response.body", "body": answer.head[rest:]})
 
     async def _deliver_stream(self, answer: Answer, headers: Headers, watch: Watch) -> None:
         assert answer.stream is not None

@@ -6,14 +6,25 @@ and never reaches a client that would trip over it. What is passed on are the by
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from bitladder.serve.protocol import error_body
+from bitladder.engines.event_stream import BOM, Event, events, whole_events
+from bitladder.serve.protocol import error_body, strict_json
+
+__all__ = [
+    "BOM",
+    "DONE",
+    "BadEvent",
+    "first_event",
+    "has_error",
+    "read_events",
+    "stream_error",
+    "whole_events",
+    "without_empty",
+]
 
 DONE = b"data: [DONE]\n\n"
-_OTHER_FIELDS = (b":", b"event:", b"id:", b"retry:")
 
 
 class BadEvent(ValueError):
@@ -24,33 +35,25 @@ class BadEvent(ValueError):
         self.begins = begins
 
 
-def read_events(data: bytes) -> Iterator[tuple[int, dict[str, Any] | None]]:
-    """What every event holds whose ``data:`` line is complete, each with the place where the event begins: a JSON
-    object, or None for ``[DONE]``.
-
-    Comments, ``event:``, ``id:`` and ``retry:`` lines are skipped. An event has one ``data:`` line, as all
-    OpenAI-compatible engines write them.
+def read_events(data: bytes) -> Iterator[tuple[Event, dict[str, Any] | None]]:
+    """The whole events of a stream that hold anything, each with its JSON object, or None for ``[DONE]``. Comments and
+    events without data are skipped.
 
     Raises:
         BadEvent: a line without a field name that we know, or data that is no JSON object.
     """
-    begins = at = 0
-    for raw in data.split(b"\n")[:-1]:
-        at += len(raw) + 1
-        line = raw.rstrip(b"\r")
-        if not line:
-            begins = at
-        elif line.startswith(b"data:"):
-            yield begins, _document(line[5:].strip(), begins)
-        elif not line.startswith(_OTHER_FIELDS):
-            raise BadEvent("a line of the stream has no field name", begins)
+    for event in events(data):
+        if event.unknown:
+            raise BadEvent("a line of the stream has no field name", event.begins)
+        if event.data:
+            yield event, _document(event.data, event.begins)
 
 
 def _document(text: bytes, begins: int) -> dict[str, Any] | None:
     if text == b"[DONE]":
         return None
     try:
-        document = json.loads(text)
+        document = strict_json(text)
     except (ValueError, RecursionError) as error:
         raise BadEvent(f"an event of the stream is not JSON ({error})", begins) from None
     if not isinstance(document, dict):
@@ -66,20 +69,24 @@ def first_event(data: bytes) -> dict[str, Any] | None:
     """
     for _, document in read_events(data):
         return document or {}
+    # A line that is no field tells at once that nothing can come of it: a web page has no empty lines.
+    for event in events(data[: data.rfind(b"\n") + 1] + b"\n"):
+        if event.unknown:
+            raise BadEvent("a line of the stream has no field name", event.begins)
     return None
 
 
+def without_empty(data: bytes) -> bytes:
+    """Whole events without those whose data is empty: the standard lets clients skip them, and some stumble."""
+    return b"".join(data[event.begins : event.ends] for event in events(data) if event.data or not event.has_data)
+
+
 def has_error(document: Mapping[str, Any]) -> bool:
-    """Whether an upstream's document or event reports an error instead of (or beside) an answer."""
-    return bool(document.get("error")) or ("error" in document and "choices" not in document)
-
-
-def whole_events(data: bytes) -> int:
-    """How many bytes of ``data`` are whole events of a stream: where its last empty line ends."""
-    if data.endswith(b"\n\n"):
-        return len(data)
-    plain, carriage = data.rfind(b"\n\n"), data.rfind(b"\r\n\r\n")
-    return max(plain + 2 if plain >= 0 else 0, carriage + 4 if carriage >= 0 else 0)
+    """Whether an upstream's document or event reports an error instead of (or beside) an answer. A member ``error``
+    that is null, false or an empty text says that there is none.
+    """
+    error = document.get("error")
+    return bool(error) or (error is not None and error not in ("", False) and "choices" not in document)
 
 
 def stream_error(message: str, code: str) -> bytes:

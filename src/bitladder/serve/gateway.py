@@ -23,19 +23,23 @@ from starlette.types import Receive, Scope, Send
 from bitladder.errors import EngineError
 from bitladder.serve.backends import UpstreamFailed, UpstreamRequest
 from bitladder.serve.delivery import Delivery, Headers
-from bitladder.serve.limits import BODY_S, read_body, send_refusal
+from bitladder.serve.limits import BODY_S, Room, Share, held_bytes, read_body, send_refusal
 from bitladder.serve.metrics import Metrics, Record
-from bitladder.serve.protocol import CHAT, EMBEDDINGS, Refused, Request, parse_request
+from bitladder.serve.protocol import CHAT, EMBEDDINGS, Refused, Request, parse_request, values_at_most
 from bitladder.serve.relay import Answer, judge, read_answer
 from bitladder.serve.router import QUALITY, SPEED, AutoRule, Choice, Features, choose
 from bitladder.serve.settings import ServeSettings
 from bitladder.serve.tiers import Tier
 from bitladder.serve.watch import ClientGone, PhaseTimeout, Watch, Watchman
+from bitladder.units import MiB
 
 log = logging.getLogger("bitladder.serve")
 
 _LONGEST_TOKEN = 64  # bytes; the few longer ones in a vocabulary are runs of spaces
 _MAX_TAGS = 16
+_BODIES = 16
+"""The memory of all requests together, in bodies of the largest size allowed."""
+_MAX_SAMPLED = 1 * MiB
 _ROLES = {QUALITY, SPEED}
 
 Sampler = Callable[[Request], None]
@@ -73,6 +77,7 @@ class Gateway:
         self._sample = sample
         self._run_id = secrets.token_hex(4)
         self._numbers = itertools.count(1)
+        self._room = Room(_BODIES * settings.max_body_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -83,8 +88,9 @@ class Gateway:
         try:
             if scope["method"] != "POST":
                 raise Refused(405, f"{scope['path']} takes POST.", code="method_not_allowed", headers={"allow": "POST"})
-            with self._watchman.watch() as watch:
-                body = await self._body(scope, receive, watch)
+            with self._watchman.watch() as watch, self._room.share(watch.cancel) as share:
+                body = await self._body(scope, receive, watch, share)
+                share.settle(held_bytes(body, values_at_most(body)))
                 request = parse_request(scope["path"], body)
                 watch.listen(scope, receive)
                 await self._answer(scope, request, body, delivery, watch)
@@ -104,13 +110,15 @@ class Gateway:
             record.total_s = time.monotonic() - began
             self._metrics.add(record)
 
-    async def _body(self, scope: Scope, receive: Receive, watch: Watch) -> bytes:
+    async def _body(self, scope: Scope, receive: Receive, watch: Watch, share: Share) -> bytes:
         watch.phase("the body", BODY_S)
         try:
-            body = await read_body(scope, receive, self._settings.max_body_bytes)
+            body = await read_body(scope, receive, self._settings.max_body_bytes, share)
         except asyncio.CancelledError:
             if (cause := watch.cause()) is None:
                 raise
+            if isinstance(cause, Refused):
+                raise cause from None
             raise Refused(408, f"The body was not complete after {BODY_S:g} s.", code="body_too_slow") from cause
         if body is None:
             raise ClientGone
@@ -136,7 +144,8 @@ class Gateway:
         else:
             failed = "; ".join(record.failures)
             raise Refused(503, f"No tier could answer: {failed}.", code="upstream_failed", retry_after_s=2)
-        if self._sample and record.tier == SPEED and record.outcome == "complete" and request.path == CHAT:
+        wanted = record.tier == SPEED and record.outcome == "complete" and request.path == CHAT
+        if self._sample and wanted and len(request.text) <= _MAX_SAMPLED:
             self._sample(request)
 
     def _choose(self, scope: Scope, request: Request, key: str) -> Choice:
@@ -192,7 +201,9 @@ class Gateway:
                 watch.phase("the first byte", self._settings.timeouts.first_byte)
                 reply = await tier.complete(_upstream_request(attempt, request, body))
                 try:
-                    answer = await read_answer(reply, tier.spec.served_name, stream=request.stream)
+                    answer = await read_answer(
+                        reply, tier.spec.served_name, stream=request.stream, secret=tier.spec.api_key
+                    )
                     if attempt.judged:
                         answer = await self._judged(answer, request, record)
                     record.tier, record.level = tier.name, tier.spec.level

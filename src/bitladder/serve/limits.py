@@ -10,8 +10,11 @@ import math
 import re
 import secrets
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -136,10 +139,11 @@ class Doorman:
         await self._app(scope, receive, send)
 
     def _check(self, scope: Scope) -> str:
-        host = origin = site = authorization = ""
+        host: str | None = None
+        origin = site = authorization = ""
         for name, value in scope["headers"]:
             if name == b"host":
-                if host:
+                if host is not None:
                     raise Refused(400, "A request names one host, and this one names two.", code="wrong_host")
                 host = value.decode("latin-1")
             elif name == b"origin":
@@ -148,9 +152,9 @@ class Doorman:
                 site = value.decode("latin-1")
             elif name == b"authorization":
                 authorization = value.decode("latin-1")
-        if _host_name(host) not in self._hosts:
-            raise Refused(421, f"This gateway does not answer for host '{header_text(host)}'.", code="wrong_host")
-        if origin and origin not in self._origins and urlsplit(origin).netloc != host:
+        if host is None or _host_name(host) not in self._hosts:
+            raise Refused(421, f"This gateway does not answer for host '{header_text(host or '')}'.", code="wrong_host")
+        if origin and origin not in self._origins and _network_location(origin) != host:
             raise Refused(403, f"Calls from origin '{header_text(origin)}' are not allowed.", code="cross_origin")
         keyed = scope["path"].startswith(_KEYED_PREFIXES)
         if keyed and not origin and site == "cross-site":
@@ -170,47 +174,158 @@ def _host_name(host: str) -> str:
     return name.strip("[]").lower().rstrip(".")
 
 
+def _network_location(origin: str) -> str:
+    """Host and port of an origin; empty when it is none."""
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return ""
+
+
 async def send_refusal(send: Send, refused: Refused) -> None:
     """Answer with a refusal's JSON document; the connection is closed, since the body may not have been
     read.
     """
-    body = refused.body
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    headers += [(name.encode(), value.encode()) for name, value in refused.headers.items()]
+    headers = refused.fields
     if refused.status in (401, 403, 408, 413, 415, 421):
         headers.append((b"connection", b"close"))
     await send({"type": "http.response.start", "status": refused.status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+    await send({"type": "http.response.body", "body": refused.body})
 
 
-async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes | None:
-    """The request's body, or None when the client left before it was complete.
+async def read_body(scope: Scope, receive: Receive, limit: int, share: Share) -> bytes | None:
+    """The request's body, or None when the client left before it was complete. ``share`` of the memory grows with it.
 
     Raises:
         Refused: 413, before reading it when the length is announced, else once it has grown past ``limit``
-        bytes.
+            bytes; 503 when there is no room for it.
     """
     for name, value in scope["headers"]:
         if name == b"content-length" and value.isdigit() and int(value[:20]) > limit:
             raise _too_large(limit)
         if name == b"content-encoding" and value.lower() != b"identity":
             raise Refused(415, "Compressed request bodies are not accepted.", code="unsupported_encoding")
-    parts, size = [], 0
+    whole = bytearray()
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
             return None
         part = message.get("body", b"")
-        size += len(part)
-        if size > limit:
+        if len(whole) + len(part) > limit:
             raise _too_large(limit)
-        parts.append(part)
-        if not message.get("more_body", False):
-            return parts[0] if len(parts) == 1 else b"".join(parts)
+        share.grow_to((len(whole) + len(part)) * _READING)
+        more = message.get("more_body", False)
+        if not more and not whole:
+            return bytes(part)
+        whole += part
+        if not more:
+            return bytes(whole)
 
 
 def _too_large(limit: int) -> Refused:
     return Refused(413, f"The body is larger than the {limit} bytes allowed.", code="body_too_large")
+
+
+_READING = 3
+"""Bytes that a request holds for each byte of its body while that is read: it grows with room to spare, and is copied
+once when it is whole.
+"""
+_HELD, _HELD_WIDE = 6, 12
+"""Bytes that a request holds for each byte of its body until it is answered: the bytes, the text, its values, and what
+is sent on; as text a character beyond ASCII may make four bytes of every other one.
+"""
+_VALUE = 128
+"""Bytes that one JSON value takes beside its text: an entry of a dictionary with its key."""
+
+
+def held_bytes(body: bytes, values: int) -> int:
+    """No less than the memory that a request takes from here on, with so many JSON values in its body."""
+    return len(body) * (_HELD if body.isascii() else _HELD_WIDE) + values * _VALUE
+
+
+class Room:
+    """Memory that all requests may hold together. Where one more byte does not fit, the request whose body has been
+    coming in for longest gives way: whoever sends slowly, or never ends, must not keep the others out.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.taken = 0
+        self._reading: dict[Share, None] = {}
+
+    def share(self, give_way: Callable[[Exception], None]) -> Share:
+        """A request's share, to be entered with ``with``. ``give_way`` is called when it is taken away."""
+        return Share(self, give_way)
+
+    def enter(self, share: Share) -> None:
+        """A share begins."""
+        self._reading[share] = None
+
+    def settle(self, share: Share) -> None:
+        """A share is not taken away any more."""
+        self._reading.pop(share, None)
+
+    def fit(self, share: Share, more: int) -> None:
+        """Make room for a share to grow.
+
+        Raises:
+            Refused: 503, there is none.
+        """
+        while more > 0 and self.taken + more > self.limit:
+            other = next((other for other in self._reading if other is not share and other.size), None)
+            if other is None:
+                raise _no_room()
+            other.leave()
+            other.give_way(_no_room())
+        self.taken += more
+
+
+class Share:
+    """What one request holds of a `Room`, in bytes."""
+
+    def __init__(self, room: Room, give_way: Callable[[Exception], None]) -> None:
+        self.give_way = give_way
+        self.size = 0
+        self._room = room
+
+    def __enter__(self) -> Self:
+        self._room.enter(self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.leave()
+
+    def grow_to(self, size: int) -> None:
+        """While its body comes in.
+
+        Raises:
+            Refused: 503, there is no room.
+        """
+        self._room.fit(self, size - self.size)
+        self.size = size
+
+    def settle(self, size: int) -> None:
+        """Its body is complete; from here on it holds so much.
+
+        Raises:
+            Refused: 503, there is no room.
+        """
+        self.grow_to(size)
+        self._room.settle(self)
+
+    def leave(self) -> None:
+        """Give back all of it."""
+        self._room.settle(self)
+        self._room.taken -= self.size
+        self.size = 0
+
+
+def _no_room() -> Refused:
+    return Refused(
+        503, "The requests at hand take all the memory that requests may take.", code="busy", retry_after_s=2
+    )
 
 
 class Gate:

@@ -38,7 +38,9 @@ class PageFiles(StaticFiles):
         super().__init__(directory=PAGE, html=True)
 
     async def get_response(self, path: str, scope: Scope) -> Response:
-        """A file, or 404."""
+        """A file, or 404; 405 only where there is a file."""
+        if scope["method"] not in ("GET", "HEAD") and self.lookup_path(path)[1] is None:
+            raise HTTPException(404)
         response = await super().get_response(path, scope)
         response.headers.update(PAGE_HEADERS)
         return response

@@ -13,15 +13,36 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
+from bitladder.engines import event_stream
 from bitladder.serve.backends import Reply, UpstreamFailed
 from bitladder.serve.escalation import is_sure, logprobs_of, score, without_logprobs
-from bitladder.serve.events import DONE, BadEvent, first_event, has_error, read_events, whole_events
+from bitladder.serve.events import (
+    BOM,
+    DONE,
+    BadEvent,
+    first_event,
+    has_error,
+    read_events,
+    whole_events,
+    without_empty,
+)
+from bitladder.serve.protocol import error_body, strict_json
 from bitladder.serve.settings import Escalation
 from bitladder.units import MiB
 
 MAX_DOCUMENT = 64 * MiB
 _MAX_EVENT = 4 * MiB
 _DATED = re.compile(r"-\d{4}-?\d{2}-?\d{2}|:latest")
+_EMPTY_DATA = re.compile(rb"(?:^|\n)data:?[ \t]*\r?\n")
+_MAX_MESSAGE, _MAX_CODE = 2000, 64
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
+_CANNOT_SEE = re.compile(
+    r"(image|audio|video|multimodal).*not support|not support.*(image|audio|video|multimodal)", re.IGNORECASE
+)
+_INVALID_REQUEST = "invalid_request_error"
+_OF_THE_KEY = (401, 402, 407)
+MAX_TOKENS = 1 << 40
+"""More completion tokens than any answer has: an upstream's count beyond it is not believed."""
 _NOT_SUPPORTED = 501  # llama.cpp's word for what it was not started for; another tier cannot do it either
 
 
@@ -64,41 +85,47 @@ def check_answer(document: dict[str, Any], expected: str) -> None:
     if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
         raise UpstreamFailed("garbage", "The upstream's choices are not a list of objects.")
     told = document.get("model")
-    if isinstance(told, str) and told and not same_model(expected, told):
+    if not isinstance(told, str | None):
+        raise UpstreamFailed("garbage", "The upstream's model is not a name.")
+    if told and not same_model(expected, told):
         found = f"The upstream answered as '{told[:80]}' instead of '{expected}'."
         raise UpstreamFailed("wrong model", found)
 
 
-async def read_answer(reply: Reply, expected: str, *, stream: bool) -> Answer:
+async def read_answer(reply: Reply, expected: str, *, stream: bool, secret: str = "") -> Answer:
     """Read as much of a reply as is needed to know that it is one.
 
-    Errors in the 400s belong to the client and are passed on, and so does 501.
+    Errors in the 400s belong to the client and are passed on in the gateway's own shape, and so does 501. Those about
+    the key are ours, as the gateway's key was sent; ``secret``, should an error repeat it, is blotted out.
+    A 500 that calls itself an invalid request is a 400, as is llama.cpp's for an image that its model cannot see.
 
     Raises:
         UpstreamFailed: a server error, garbage, a stream for a document or the reverse, another model, or the
             reply broke off before it was known.
     """
     content_type = reply.headers.get("content-type", "application/json")
-    if not (200 <= reply.status < 300 or 400 <= reply.status < 500 or reply.status == _NOT_SUPPORTED):
-        raise UpstreamFailed("status", f"The upstream answered with status {reply.status}.")
+    if not 200 <= reply.status < 300:
+        return await _read_error(reply, secret)
     is_stream = content_type.startswith("text/event-stream")
-    if reply.status < 300 and is_stream is not stream:
+    if is_stream is not stream:
         # A client that waits for the one kind takes the other for an empty answer.
         raise UpstreamFailed("garbage", f"The upstream answered with {content_type[:60]}, which was not asked for.")
-    if not is_stream or reply.status >= 400:
+    if not is_stream:
         return await _read_document(reply, content_type, expected)
     pieces = reply.chunks()
     head = b""
     async for piece in pieces:
-        head += piece
+        head = (head + piece).removeprefix(BOM)
         event = _first_event(head)
         if event is not None:
             if has_error(event):
                 raise UpstreamFailed("status", "The upstream began its stream with an error.")
             check_answer(event, expected)
-            return Answer(reply.status, content_type, b"", _checked(_whole_events(head, pieces), expected))
+            return Answer(reply.status, content_type, b"", _checked(_whole_events(head, pieces), expected, secret))
         if len(head) > _MAX_EVENT:
             raise UpstreamFailed("garbage", f"The stream's first {len(head)} bytes hold no event.")
+    if _is_done(head):
+        return Answer(reply.status, content_type, b"", _checked(_whole_events(head, pieces), expected, secret))
     raise UpstreamFailed("broken", f"The stream ended after {len(head)} bytes without an event.")
 
 
@@ -112,23 +139,68 @@ def _first_event(head: bytes) -> dict[str, Any] | None:
 async def _read_document(reply: Reply, content_type: str, expected: str) -> Answer:
     body = b"".join([piece async for piece in _bounded(reply.chunks())])
     try:
-        document = json.loads(body)
+        document = strict_json(body)
     except (ValueError, RecursionError):
         document = None
     if not isinstance(document, dict):
         raise UpstreamFailed("garbage", f"The upstream answered {len(body)} bytes that are not a JSON object.")
-    if reply.status < 300:
-        if has_error(document):
-            raise UpstreamFailed("status", "The upstream answered with an error under status 200.")
-        if not any(isinstance(document.get(name), list) for name in ("choices", "data")):
-            raise UpstreamFailed("garbage", "The upstream's document holds neither choices nor embeddings.")
-        check_answer(document, expected)
+    if has_error(document):
+        raise UpstreamFailed("status", "The upstream answered with an error under status 200.")
+    if not any(isinstance(document.get(name), list) for name in ("choices", "data")):
+        raise UpstreamFailed("garbage", "The upstream's document holds neither choices nor embeddings.")
+    check_answer(document, expected)
     usage = document.get("usage")
-    tokens = usage.get("completion_tokens", 0) if isinstance(usage, dict) else 0
-    counted = tokens if isinstance(tokens, int) and tokens > 0 else 0
+    tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
+    counted = tokens if type(tokens) is int and 0 < tokens <= MAX_TOKENS else 0
+    return Answer(reply.status, content_type, body, tokens=counted)
+
+
+async def _read_error(reply: Reply, secret: str) -> Answer:
+    """An upstream's error that belongs to the client.
+
+    Raises:
+        UpstreamFailed: it is the upstream's own, or the gateway's.
+    """
+    failed = UpstreamFailed("status", f"The upstream answered with status {reply.status}.")
+    if not (400 <= reply.status < 600) or reply.status in _OF_THE_KEY:
+        raise failed
+    error = _error_of(b"".join([piece async for piece in _bounded(reply.chunks())]))
+    message, kind, code = (_clean(text, secret) for text in error)
+    status = reply.status
+    if status >= 500 and status != _NOT_SUPPORTED:
+        if kind != _INVALID_REQUEST and not _CANNOT_SEE.search(message):
+            raise failed
+        status, code = 400, "bad_request"
+    message = message[:_MAX_MESSAGE] or f"The upstream refused this with status {status}."
     later = reply.headers.get("retry-after", "")
-    extra = ((b"retry-after", later.encode()),) if later.isdigit() else ()
-    return Answer(reply.status, content_type, body, tokens=counted, extra=extra)
+    extra = ((b"retry-after", later.encode()),) if later.isascii() and later.isdigit() and len(later) < 10 else ()
+    body = error_body(message, code[:_MAX_CODE] or f"upstream_{status}", status)
+    return Answer(status, "application/json", body, extra=extra)
+
+
+def _error_of(body: bytes) -> tuple[str, str, str]:
+    """Message, type and code of an upstream's error in any of the usual shapes; empty where there is none.
+
+    Raises:
+        UpstreamFailed: phase ``garbage``, it is no JSON object.
+    """
+    try:
+        document = json.loads(body)
+    except (ValueError, RecursionError):
+        document = None
+    if not isinstance(document, dict):
+        raise UpstreamFailed("garbage", f"The upstream refused with {len(body)} bytes that are not a JSON object.")
+    error = document.get("error") or document
+    about = error if isinstance(error, dict) else {"message": error}
+    message = next((about[name] for name in ("message", "detail") if about.get(name)), "")
+    found = (message if isinstance(message, str) else json.dumps(message), about.get("type"), about.get("code"))
+    message, kind, code = (item if isinstance(item, str) else "" for item in found)
+    return message, kind, code or kind
+
+
+def _clean(text: str, secret: str) -> str:
+    """A foreign text in one line, without our key."""
+    return _CONTROL.sub(" ", text.replace(secret, "***") if secret else text).strip()
 
 
 async def _bounded(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
@@ -160,9 +232,16 @@ async def _whole_events(head: bytes, pieces: AsyncIterator[bytes]) -> AsyncItera
             held = data
             if len(held) > _MAX_EVENT:
                 raise UpstreamFailed("garbage", f"{len(held)} bytes of the stream hold no whole event.")
+    if _is_done(held):
+        yield DONE
 
 
-async def _checked(stream: AsyncIterator[bytes], expected: str) -> AsyncIterator[bytes]:
+def _is_done(rest: bytes) -> bool:
+    """Whether what a stream ended with says that it is done, though no empty line follows."""
+    return [event.data for event in event_stream.events(rest + b"\n\n") if event.has_data][-1:] == [b"[DONE]"]
+
+
+async def _checked(stream: AsyncIterator[bytes], expected: str, secret: str) -> AsyncIterator[bytes]:
     """Whole events up to and with ``[DONE]``, after each was read.
 
     Raises:
@@ -170,42 +249,51 @@ async def _checked(stream: AsyncIterator[bytes], expected: str) -> AsyncIterator
             the stream ended without ``[DONE]``.
     """
     done = False
-    async for events in stream:
+    async for piece in stream:
         if done:
             continue  # to the end of the reply, so that its connection can be used again
-        good, done, failure = _good_part(events, expected)
+        good, done, failure = _good_part(piece, expected, secret)
+        passed = piece if good == len(piece) else piece[:good]
+        if _EMPTY_DATA.search(passed):
+            passed = without_empty(passed)
         if done:
-            yield events[:good] + DONE
-        elif good:
-            yield events if good == len(events) else events[:good]
+            yield passed + DONE
+        elif passed:
+            yield passed
         if failure is not None:
             raise failure
     if not done:
         raise UpstreamFailed("broken", "The upstream's stream ended before it was done.")
 
 
-def _good_part(events: bytes, expected: str) -> tuple[int, bool, UpstreamFailed | None]:
-    """Bytes of ``events`` before ``[DONE]`` or the first bad event, whether it was ``[DONE]``, and what is bad."""
+def _good_part(data: bytes, expected: str, secret: str) -> tuple[int, bool, UpstreamFailed | None]:
+    """Bytes of ``data`` before ``[DONE]`` or the first bad event, whether it was ``[DONE]``, and what is bad."""
     begins = 0
     try:
-        for begins, document in read_events(events):
+        for event, document in read_events(data):
+            begins = event.begins
             if document is None:
                 return begins, True, None
             if has_error(document):
-                return begins, False, UpstreamFailed("status", f"The upstream reported an error{_words(document)}.")
+                return (
+                    begins,
+                    False,
+                    UpstreamFailed("status", f"The upstream reported an error{_words(document, secret)}."),
+                )
             check_answer(document, expected)
     except BadEvent as error:
         return error.begins, False, UpstreamFailed("garbage", f"The upstream sent garbage: {error}.")
     except UpstreamFailed as failure:
         return begins, False, failure
-    return len(events), False, None
+    return len(data), False, None
 
 
-def _words(document: dict[str, Any]) -> str:
+def _words(document: dict[str, Any], secret: str) -> str:
     """What the upstream says about its error, if anything."""
     error = document["error"]
     said = error.get("message") if isinstance(error, dict) else error
-    return f": {said[:200].rstrip('.')}" if isinstance(said, str) and said else ""
+    text = _clean(said, secret) if isinstance(said, str) else ""
+    return f": {text[:200].rstrip('.')}" if text else ""
 
 
 async def judge(answer: Answer, escalation: Escalation, *, strip: bool) -> Answer | Unsure:
