@@ -18,20 +18,24 @@ from bitladder.files.gguf import GgufFile
 from bitladder.plan.cost import level_size
 from bitladder.stages.calibrate import quantize_checkpoints
 from reference.slow_checkpoint import read_folder
-from tiny_checkpoints import decoded, difference, loaded, run, tiny, windows_of
+from tiny_checkpoints import cost_of_eight_bits, decoded, difference, loaded, run, tiny, windows_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("name", sorted(tiny_models.CASES))
 def test_every_family_keeps_its_predictions_at_eight_bits(name, tmp_path):
+    """Error feedback loses less than independent errors of the same grid would. Smoothing moves weights before they are
+    rounded once, so it loses about as much: half as much again is three times what draws of such errors differ by."""
     model, checkpoint, gguf = tiny(name, tmp_path)
-    levels = ["GPTQ-8bit-row", "INT8-W8A8-smooth"]
-    run(gguf, levels, tmp_path / "out", checkpoint)
-    for level in levels:
+    allowed = {"GPTQ-8bit-row": 1.0, "INT8-W8A8-smooth": 1.5}
+    run(gguf, list(allowed), tmp_path / "out", checkpoint)
+    rounding = cost_of_eight_bits(model)
+    assert 0 < rounding < 0.02
+    for level, share in allowed.items():
         folder = tmp_path / "out" / f"tiny-{level}"
         found = loaded(folder, decoded(folder, level), tmp_path / "plain" / level)
-        assert difference(model, found) < 2e-2, level
+        assert difference(model, found) < share * rounding, level
 
 
 def test_an_independent_reader_and_error_feedback(tmp_path):
