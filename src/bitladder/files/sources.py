@@ -5,12 +5,13 @@ becomes a GGUF path.
 from __future__ import annotations
 
 import difflib
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from bitladder.describe.rope_scaling import rope_warning
 from bitladder.errors import BadInput
 from bitladder.files import convert, demo, hub, local_stores
+from bitladder.files.checkpoint import read_json
 from bitladder.progress import Progress, silent
 
 DEMOS = (demo.NAME,)
@@ -96,15 +97,17 @@ def gguf_in_folder(folder: Path) -> Path | None:
 
 
 def _checkpoint_warnings(folder: Path) -> tuple[str, ...]:
-    """A checkpoint that is already quantized is dequantized on conversion; say so."""
-    config = json.loads((folder / "config.json").read_text())
-    method = (config.get("quantization_config") or {}).get("quant_method")
-    if not method:
-        return ()
-    return (
+    """What is lost before any level is made: a checkpoint that is already quantized is dequantized on conversion,
+    and some scalings of positions have no counterpart.
+    """
+    config = read_json(folder / "config.json")
+    quantization = config.get("quantization_config")
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    quantized = (
         f"This checkpoint is already quantized ({method}): every loss below is relative to it, not to the "
-        "original model.",
+        "original model."
     )
+    return tuple(warning for warning in (quantized if method else "", rope_warning(config)) if warning)
 
 
 def label_quantized(source: Source) -> Source:
