@@ -1,13 +1,16 @@
 """A checkpoint becomes a GGUF through llama.cpp's own converter."""
 
 import json
+import shutil
 
 import gguf
+import numpy as np
 import pytest
 
-from bitladder.errors import BadInput, FetchError, UnknownArchitecture
+from bitladder.errors import BadFile, BadInput, UnknownArchitecture
 from bitladder.files import convert
 from bitladder.files.checkpoint import read_checkpoint
+from bitladder.files.converter import Converter, find_converter
 from bitladder.files.gguf import read_header
 from bitladder.files.sources import resolve
 
@@ -82,8 +85,6 @@ def test_a_sharded_checkpoint_end_to_end(checkpoint, tmp_path, monkeypatch):
     weights = {}
     for shard in read_checkpoint(checkpoint).shards:
         weights |= load_file(shard)
-    import numpy as np
-
     want = weights["model.layers.1.mlp.down_proj.weight"].float().numpy()
     got = (stored["blk.1.ffn_down.weight"].view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     np.testing.assert_array_equal(got, want)
@@ -91,30 +92,39 @@ def test_a_sharded_checkpoint_end_to_end(checkpoint, tmp_path, monkeypatch):
     assert resolve(str(checkpoint)).path == source.path
 
 
-def test_code_that_comes_with_a_checkpoint_is_not_staged(checkpoint, tmp_path):
-    folder = tmp_path / "with-code"
-    folder.mkdir()
-    for path in checkpoint.iterdir():
-        (folder / path.name).symlink_to(path)
-    (folder / "modeling_evil.py").write_text("raise SystemExit('ran')")
-    (folder / "config.json").unlink()
-    config = json.loads((checkpoint / "config.json").read_text())
-    config["auto_map"] = {"AutoModelForCausalLM": "modeling_evil.Evil"}
-    (folder / "config.json").write_text(json.dumps(config))
-    stage = convert.stage_checkpoint(read_checkpoint(folder), tmp_path / "stage")
-    assert not list(stage.glob("*.py"))
-    assert "auto_map" not in json.loads((stage / "config.json").read_text())
+def copy_of(checkpoint, folder):
+    """The checkpoint's files in a folder of their own, to be changed."""
+    shutil.copytree(checkpoint, folder)
+    return folder
+
+
+def change(path, **values):
+    """Set keys of a JSON file; None removes one."""
+    document = json.loads(path.read_text()) | values
+    path.write_text(json.dumps({key: value for key, value in document.items() if value is not None}))
 
 
 def test_what_a_conversion_depends_on_changes_its_place(checkpoint, tmp_path):
-    folder = tmp_path / "copy"
-    folder.mkdir()
-    for path in checkpoint.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    before = convert.content_hash(read_checkpoint(folder))
-    assert before == convert.content_hash(read_checkpoint(checkpoint))
+    folder = copy_of(checkpoint, tmp_path / "copy")
+    converter = find_converter()
+    before = convert.content_hash(read_checkpoint(folder), converter)
+    assert before == convert.content_hash(read_checkpoint(checkpoint), converter)
     (folder / "tokenizer_config.json").write_text("{}")
-    assert convert.content_hash(read_checkpoint(folder)) != before
+    assert convert.content_hash(read_checkpoint(folder), converter) != before
+    other = Converter(tmp_path / "other", "another")
+    shutil.copytree(converter.folder, other.folder)
+    assert convert.content_hash(read_checkpoint(checkpoint), other) == before  # the same files in another place
+    (other.folder / "conversion" / "qwen.py").write_text("")
+    assert convert.content_hash(read_checkpoint(checkpoint), other) != before
+
+
+def fake_converter(folder, script):
+    """A converter whose program is ``script``."""
+    for part in ("conversion", "gguf-py/gguf"):
+        (folder / part).mkdir(parents=True)
+        (folder / part / "__init__.py").write_text("")
+    (folder / "convert_hf_to_gguf.py").write_text("def main():\n" + "".join(f"    {line}\n" for line in script))
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -122,26 +132,143 @@ def test_what_a_conversion_depends_on_changes_its_place(checkpoint, tmp_path):
     [
         ("print('Model FooForCausalLM is not supported'); raise SystemExit(1)", UnknownArchitecture, "FooForCausalLM"),
         ("raise NotImplementedError('BPE pre-tokenizer was not recognized')", BadInput, "does not know the tokenizer"),
-        ("raise KeyError('hidden_size')", BadInput, "KeyError: 'hidden_size'"),
+        (
+            "raise NotImplementedError(\"Quant method is not yet supported: 'awq'\")",
+            BadInput,
+            r"quantized with awq, which [^\n]*\nGive the checkpoint that it was quantized from",
+        ),
+        ("raise KeyError('hidden_size')", BadInput, r"(?s)KeyError: 'hidden_size'.*This build of the converter"),
+        ("bytearray(1 << 40)", BadInput, "at its bounds of memory"),
+        ("import os; os.abort()", BadInput, "at its bounds of memory"),
+        ("import os; os.system('true')", BadInput, "where no conversion needs to go"),
         ("pass", BadInput, "exit code 0"),
     ],
 )
 def test_failures_are_explained_and_leave_nothing(checkpoint, tmp_path, monkeypatch, script, error, match):
-    monkeypatch.setenv("BITLADDER_CACHE", str(tmp_path))
-    site = tmp_path / "site"
-    site.mkdir()
-    (site / "convert_hf_to_gguf.py").write_text(f"def main():\n    {script}\n")
-    monkeypatch.setattr(convert, "converter_site", lambda _: site)
-    with pytest.raises(error) as raised:
+    monkeypatch.setenv("BITLADDER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("BITLADDER_CONVERTER", str(fake_converter(tmp_path / "converter", [script])))
+    with pytest.raises(error, match=match):
         resolve(str(checkpoint))
-    assert match in str(raised.value)
-    assert not list(tmp_path.rglob("*.gguf"))
+    assert not [path for path in (tmp_path / "cache" / "converted").rglob("*") if path.is_file()]
 
 
-def test_a_converter_that_cannot_be_installed(tmp_path, monkeypatch):
-    monkeypatch.setenv("BITLADDER_CACHE", str(tmp_path))
-    monkeypatch.setattr(convert, "REQUIREMENTS", ("no-such-package-here==0.0.0",))
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_EXTRA_INDEX_URL", "")
-    with pytest.raises(FetchError, match="could not install"):
-        convert.converter_site()
+def test_a_converter_that_never_ends_is_ended(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("BITLADDER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv(
+        "BITLADDER_CONVERTER", str(fake_converter(tmp_path / "converter", ["import time", "time.sleep(99)"]))
+    )
+    monkeypatch.setattr(convert, "_LEAST_SECONDS", 5)
+    with pytest.raises(BadInput, match="ended after 6 seconds"):
+        resolve(str(checkpoint))
+
+
+@pytest.mark.parametrize(
+    ("scaling", "match"),
+    [
+        ({"rope_scaling": {"factor": 4.0}}, "by a factor without saying how"),
+        ({"rope_scaling": {"type": "wobble", "factor": 4.0}}, "by 'wobble'"),
+        ({"rope_parameters": {"rope_type": "wobble", "factor": 4.0, "rope_theta": 1e4}}, "by 'wobble'"),
+        ({"text_config": {"rope_scaling": {"type": "wobble"}}}, "by 'wobble'"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "wobble"}}}, "by 'wobble'"),
+    ],
+)
+def test_a_scaling_of_positions_that_would_be_lost_is_refused(checkpoint, tmp_path, monkeypatch, scaling, match):
+    monkeypatch.setattr(convert, "_run_converter", lambda *_: pytest.fail("converted"))
+    folder = copy_of(checkpoint, tmp_path / "copy")
+    change(folder / "config.json", **({"rope_parameters": None} | scaling))
+    with pytest.raises(BadInput, match=match):
+        resolve(str(folder))
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("kind", ["dynamic", "yarn"])
+def test_a_scaling_of_positions_arrives_or_is_warned_of(checkpoint, tmp_path, kind):
+    folder = copy_of(checkpoint, tmp_path / "copy")
+    scaling = {"type": kind, "factor": 4.0, "original_max_position_embeddings": 128}
+    change(folder / "config.json", rope_parameters=None, rope_theta=1e4, rope_scaling=scaling)
+    source = resolve(str(folder))
+    written = read_header(source.path).metadata.get("llama.rope.scaling.type")
+    warned = [
+        warning for warning in source.warnings if "stretches its positions dynamically beyond 512 tokens" in warning
+    ]
+    assert (written, len(warned)) == ({"yarn": ("yarn", 0), "dynamic": (None, 1)}[kind])
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("shape", [(1,), ()])
+def test_fp8_with_a_scale_per_tensor(checkpoint, tmp_path, shape):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    folder = copy_of(checkpoint, tmp_path / "copy")
+    stored, truth = {}, {}
+    for shard in read_checkpoint(folder).shards:
+        for name, tensor in load_file(shard).items():
+            stored[name] = tensor
+            if name.endswith("proj.weight"):
+                scale = (tensor.float().abs().max() / 448).reshape(shape)
+                stored[name] = (tensor.float() / scale).to(torch.float8_e4m3fn)
+                stored[name.replace(".weight", ".weight_scale")] = scale
+                truth[name] = stored[name].float() * scale
+        shard.unlink()
+    (folder / "model.safetensors.index.json").unlink()
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    weights = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
+    change(
+        folder / "config.json",
+        quantization_config={
+            "quant_method": "compressed-tensors",
+            "format": "float-quantized",
+            "quantization_status": "compressed",
+            "ignore": ["lm_head"],
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        },
+    )
+    source = resolve(str(folder))
+    assert "already quantized (compressed-tensors)" in source.warnings[0]
+    found = {tensor.name: tensor for tensor in gguf.GGUFReader(source.path).tensors}["blk.0.ffn_down.weight"]
+    values = gguf.quants.dequantize(found.data, found.tensor_type)
+    want = truth["model.layers.0.mlp.down_proj.weight"].numpy()
+    np.testing.assert_allclose(values, want, rtol=2**-8)  # BF16 keeps 8 bits of the product
+    assert np.abs(want).max() > 0
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "model.safetensors.index.json"])
+def test_links_that_lead_nowhere(checkpoint, tmp_path, name):
+    folder = copy_of(checkpoint, tmp_path / "copy")
+    if name == "model.safetensors":
+        for path in folder.glob("model*"):
+            path.unlink()
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to("../../blobs/0123abcd")
+    with pytest.raises(BadFile, match=r"(?s)a link to \.\./\.\./blobs/0123abcd, which is not there.*Fetch the"):
+        resolve(str(folder))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_lfs_pointers(checkpoint, tmp_path, name):
+    folder = copy_of(checkpoint, tmp_path / "copy")
+    (folder / "model.safetensors.index.json").unlink()
+    (folder / name).write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:" + "4" * 64 + "\nsize 269060552\n"
+    )
+    with pytest.raises(BadFile, match="is a Git LFS pointer"):
+        resolve(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("names", "layers", "expected"),
+    [
+        (["model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"], 2, True),
+        (["model.layers.0.mlp.up_proj.weight", "mtp.fc.weight"], 1, False),
+        (["model.layers.0.mlp.up_proj.weight", "model.layers.1.eh_proj.weight"], 1, False),
+        (["model.language_model.layers.0.x", "model.visual.layers.7.x"], 1, True),
+    ],
+)
+def test_a_head_for_several_tokens_is_noticed(names, layers, expected):
+    from bitladder.files.checkpoint import Checkpoint, StoredTensor
+
+    tensors = tuple(StoredTensor(name, "BF16", (1,), 2) for name in names)
+    assert convert.lacks_mtp(Checkpoint(None, {"num_hidden_layers": layers}, (), tensors)) is expected
+    nested = {"text_config": {"num_hidden_layers": layers}}
+    assert convert.lacks_mtp(Checkpoint(None, nested, (), tensors)) is expected

