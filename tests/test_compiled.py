@@ -1,10 +1,12 @@
 """Kernels from the disk: without numba, never stale or damaged, and compiled where there is nowhere to keep them."""
 
 import ast
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+import llvmlite.binding as llvm
 import numpy as np
 import pytest
 
@@ -28,7 +30,11 @@ def allocating(x):
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "code"))
-    return tmp_path / "code"
+    for name in ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES", "NUMBA_ENABLE_AVX"):
+        monkeypatch.delenv(name, raising=False)
+    compiled._target.cache_clear()
+    yield tmp_path / "code"
+    compiled._target.cache_clear()
 
 
 @pytest.fixture
@@ -74,21 +80,87 @@ def test_a_damaged_file_is_compiled_again(own_folder):
         assert file.read_bytes() == whole
 
 
-@pytest.mark.parametrize("change", ["source", "processor", "types"])
+def fewer_features() -> llvm.FeatureMap:
+    """The same processor behind a hypervisor that hides its newest vectors."""
+    found = llvm.FeatureMap(llvm.get_host_cpu_features())
+    found.update({feature: False for feature in found if feature.startswith("avx512")})
+    return found
+
+
+@pytest.mark.parametrize("change", ["source", "system", "processor", "features", "variable", "types"])
 def test_what_changed_is_compiled_anew(own_folder, monkeypatch, tmp_path, change):
+    """In one folder, as in a home that machines share: what one kept is not for another to run."""
     double()
     if change == "source":
         for name in compiled.SOURCES:
             (tmp_path / f"{name}.py").write_bytes((compiled._HERE / f"{name}.py").read_bytes())
         (tmp_path / "pack.py").write_text("# other words\n")
         monkeypatch.setattr(compiled, "_HERE", tmp_path)
-    if change == "processor":
-        monkeypatch.setattr(compiled, "_cpu", lambda: ("generic", ""))
+    native = llvm.get_process_triple()
+    match change:
+        case "system":
+            monkeypatch.setattr(llvm, "get_process_triple", lambda: native.replace("linux", "freebsd"))
+        case "processor":
+            monkeypatch.setattr(llvm, "get_host_cpu_name", lambda: "generic")
+        case "features":
+            few = fewer_features()
+            monkeypatch.setattr(llvm, "get_host_cpu_features", lambda: few)
+        case "variable":
+            monkeypatch.setenv("NUMBA_CPU_NAME", "generic")
+    compiled._target.cache_clear()
     if change == "types":
         assert Compiled(__name__, "doubled")(np.arange(3, dtype=np.float32), 2, np.zeros(3)) == 3
     else:
         assert double() == [0, 2, 4]
     assert len(list(own_folder.iterdir())) == 2
+
+
+TARGETS = [
+    {},
+    {"NUMBA_CPU_NAME": "generic"},
+    {"NUMBA_CPU_NAME": "Generic", "NUMBA_CPU_FEATURES": "+sse3"},
+    {"NUMBA_CPU_NAME": "haswell"},
+    {"NUMBA_CPU_NAME": ""},
+    {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": ""},
+    {"NUMBA_CPU_FEATURES": "-avx512f"},
+    {"NUMBA_ENABLE_AVX": "0"},
+]
+
+
+def test_numbas_variables_mean_what_they_mean_to_numba():
+    code = """
+import json, os, sys
+from numba.core import config
+from numba.core.registry import cpu_target
+from bitladder.kernels import compiled
+cpu_target.target_context
+codegen = cpu_target.target_context.codegen()
+for variables in json.loads(sys.argv[1]):
+    for name in ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES", "NUMBA_ENABLE_AVX"):
+        os.environ.pop(name, None)
+    os.environ.update(variables)
+    config.reload_config()
+    compiled._target.cache_clear()
+    theirs = [codegen._llvm_module.triple, codegen._get_host_cpu_name(), codegen._get_host_cpu_features()]
+    print(json.dumps([list(compiled._target()), theirs]))
+"""
+    command = [sys.executable, "-c", code, json.dumps(TARGETS)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == len(TARGETS)
+    for variables, (ours, theirs) in zip(TARGETS, found, strict=True):
+        assert ours == theirs, variables
+
+
+def test_a_generic_processor_gets_no_wide_vectors(monkeypatch):
+    """What a vector of ours becomes where NUMBA_CPU_NAME alone asks for the oldest processor."""
+    monkeypatch.setenv("NUMBA_CPU_NAME", "generic")
+    vector = llvm.parse_assembly(
+        "define <16 x float> @f(<16 x float> %x) {\n %y = fadd <16 x float> %x, %x\n ret <16 x float> %y\n}"
+    )
+    code = compiled._machine().emit_assembly(vector)
+    assert "xmm" in code or "v0.4s" in code, code
+    assert "ymm" not in code and "zmm" not in code
 
 
 def test_the_sources_are_all_that_kernels_import():

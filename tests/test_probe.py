@@ -1,4 +1,9 @@
+import os
+import subprocess
+import sys
+
 import psutil
+import pytest
 
 from bitladder.describe.machine import Gpu
 from bitladder.files import probe
@@ -47,6 +52,70 @@ def test_memory_limit_of_a_container(tmp_path):
     used = {"memory.current": str(3 * GiB), "memory.stat": f"anon 5\ninactive_file {GiB}"}
     write(tmp_path, {"memory.max": str(4 * GiB), **used})
     assert probe.cgroup_memory(tmp_path) == (4 * GiB, 2 * GiB)
+
+
+def test_page_cache_is_given_back_whether_active_or_not(tmp_path):
+    stat = f"anon {GiB // 4}\ninactive_file 0\nactive_file {7 * GiB // 4}"
+    write(tmp_path, {"memory.max": str(2 * GiB), "memory.current": str(2 * GiB - 4096), "memory.stat": stat})
+    assert probe.cgroup_memory(tmp_path) == (2 * GiB, GiB // 4 - 4096)
+
+
+UNLIMITED_1 = "9223372036854771712"
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "expected"),
+    [
+        ("0::/user.slice/job.scope", {"memory.max": "max", "user.slice/job.scope/memory.max": str(2 * GiB),
+                                      "user.slice/job.scope/memory.current": str(MiB)}, (2 * GiB, MiB)),
+        ("0::/s/job_7", {"s/job_7/memory.max": str(2 * GiB)}, (2 * GiB, 0)),  # a host's root has no such file
+        ("0::/s/job_7", {"s/job_7/memory.max": "max", "s/memory.max": str(3 * GiB)}, (3 * GiB, 0)),
+        # others in the group above leave less than our own limit
+        ("0::/s/job_7", {"s/job_7/memory.max": str(2 * GiB), "s/memory.max": str(4 * GiB),
+                         "s/memory.current": str(3 * GiB)}, (2 * GiB, GiB)),
+        ("0::/docker/abc", {"memory.max": str(GiB), "memory.current": str(MiB)}, (GiB, MiB)),  # the host's path
+        ("0::/../../other", {"memory.max": str(GiB), "other/memory.max": str(MiB)}, (GiB, 0)),
+        ("4:memory:/slurm/uid_1000/job_7\n1:cpu:/", {
+            "memory/memory.limit_in_bytes": UNLIMITED_1,
+            "memory/slurm/uid_1000/job_7/memory.limit_in_bytes": str(2 * GiB),
+            "memory/slurm/uid_1000/job_7/memory.usage_in_bytes": str(GiB),
+            "memory/slurm/uid_1000/job_7/memory.stat": f"total_inactive_file {MiB}\ntotal_active_file {2 * MiB}",
+        }, (2 * GiB, GiB - 3 * MiB)),
+        ("not what a kernel writes", {"memory.max": "lots"}, (0, 0)),
+    ],
+)  # fmt: skip
+def test_limits_of_every_group_hold(tmp_path, own, files, expected):
+    write(tmp_path, {f"mounted/{name}": text for name, text in files.items()} | {"own": own})
+    assert probe.cgroup_memory(tmp_path / "mounted", tmp_path / "own") == expected
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "expected"),
+    [
+        ("0::/a/b", {"a/b/cpu.max": "max 100000", "a/cpu.max": "300000 100000"}, 3),
+        ("0::/a/b", {"a/b/cpu.max": "200000 100000", "a/cpu.max": "300000 100000"}, 2),
+        ("3:cpu,cpuacct:/job\n0::/", {"cpu,cpuacct/job/cpu.cfs_quota_us": "400000",
+                                      "cpu,cpuacct/job/cpu.cfs_period_us": "100000"}, 4),
+        ("3:cpu,cpuacct:/job", {"cpu/job/cpu.cfs_quota_us": "100000", "cpu/job/cpu.cfs_period_us": "100000"}, 1),
+        ("", {}, 8),
+    ],
+)  # fmt: skip
+def test_quotas_of_every_group_hold(tmp_path, monkeypatch, own, files, expected):
+    monkeypatch.setattr(probe.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    write(tmp_path, {f"mounted/{name}": text for name, text in files.items()} | {"own": own})
+    assert probe.available_cores(tmp_path / "mounted", tmp_path / "own") == expected
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system binds no process to cores")
+def test_threads_are_those_this_process_may_use():
+    code = """
+import os
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+from bitladder.cli.build import ALL_CORES
+print(ALL_CORES)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1"]
 
 
 def test_a_limit_bounds_what_is_available(tmp_path, monkeypatch):

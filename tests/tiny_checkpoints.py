@@ -86,8 +86,8 @@ def difference(model: torch.nn.Module, other: torch.nn.Module) -> float:
 
 @contextmanager
 def experts_chosen_by(model: torch.nn.Module, other: torch.nn.Module) -> Iterator[None]:
-    """Inside it ``other``, called after ``model``, sends each token to the experts that ``model`` chose, and weighs them
-    by its own routers.
+    """Inside it ``other``, called after ``model``, sends each token to the experts that ``model`` chose, weighed by its
+    own routers.
 
     The choice jumps: where two experts are nearly level the least rounding, of weights or of the processor's sums,
     swaps them, and what follows is another computation. Over random weights that is half of all error, and which tokens

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
@@ -10,6 +9,7 @@ import typer
 
 from bitladder.cli.terminal import JsonFlag, ModelArgument, print_json, progress_display, say, verb
 from bitladder.errors import UsageError
+from bitladder.files.probe import available_cores
 from bitladder.units import human_bytes, parse_bytes
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ Levels = Annotated[
         "--levels", metavar="L1,L2", help="Only these levels; all of the ladder by default (a gate must be told)."
     ),
 ]
-Threads = Annotated[int, typer.Option("--threads", min=1, help="Worker threads.", show_default="all cores")]
+Threads = Annotated[int, typer.Option("--threads", min=1, help="Worker threads.", show_default="all cores it may use")]
 Importance = Annotated[
     str,
     typer.Option("--imatrix", metavar="FILE|auto|none", help="Importance matrix: a file, or made here."),
@@ -32,7 +32,8 @@ CalibrationTexts = Annotated[
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace files of other kinds and sources, too.")]
 DEFAULT_CTX = 4096
-ALL_CORES = os.cpu_count() or 1
+ALL_CORES = available_cores()
+"""Of those that this process may use: more threads would wait for one another."""
 
 
 def split_levels(text: str | None, *, fitted: bool = False, checkpoints: bool = False) -> tuple[str, ...] | None:

@@ -20,6 +20,7 @@ from bitladder.files.folders import cache_folder
 from bitladder.units import MiB
 
 _CGROUP = Path("/sys/fs/cgroup")
+_OWN_GROUPS = Path("/proc/self/cgroup")
 _CPUINFO = Path("/proc/cpuinfo")
 _MEMINFO = Path("/proc/meminfo")
 _FEATURES = (
@@ -99,43 +100,67 @@ def _processor_seconds() -> tuple[float, float, float]:
     return sum(times.values()), sum(times.values()) - idle, own
 
 
-def available_cores(cgroup: Path = _CGROUP) -> int:
-    """Cores this process may use: its affinity mask, cut by the container's CPU quota; at least 1."""
+def available_cores(cgroup: Path = _CGROUP, own: Path = _OWN_GROUPS) -> int:
+    """Cores this process may use: its affinity mask, cut by the CPU quota of each group it is in; at least 1.
+
+    ``cgroup``: where the control groups are mounted; ``own``: what tells this process's own.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota, period = 0, 0
-    if text := _read(cgroup / "cpu.max"):  # version 2: "200000 100000" or "max 100000"
-        first, second = text.split()[:2]
-        quota, period = (0 if first == "max" else int(first)), int(second)
-    elif text := _read(cgroup / "cpu/cpu.cfs_quota_us"):  # version 1: -1 when there is none
-        quota, period = int(text), int(_read(cgroup / "cpu/cpu.cfs_period_us") or 0)
-    if quota > 0 and period > 0:
-        cores = min(cores, max(1, round(quota / period)))
+    for folder in _groups("cpu", cgroup, own):
+        if text := _read(folder / "cpu.max"):  # version 2: "200000 100000" or "max 100000"
+            quota, period = (_whole(part) for part in f"{text} 100000".split()[:2])
+        else:  # version 1: -1 when there is none
+            quota, period = (_whole(_read(folder / f"cpu.cfs_{name}_us")) for name in ("quota", "period"))
+        if quota and period:
+            cores = min(cores, max(1, round(quota / period)))
     return max(1, cores)
 
 
-def cgroup_memory(cgroup: Path = _CGROUP) -> tuple[int, int]:
-    """``(limit, used)`` in bytes of the container's memory, ``(0, 0)`` when it has no limit.
+def cgroup_memory(cgroup: Path = _CGROUP, own: Path = _OWN_GROUPS) -> tuple[int, int]:
+    """``(limit, used)`` in bytes: the least limit on memory of the groups this process is in, and what of it is not to
+    be had, because it is used or a group above has less left; ``(0, 0)`` without a limit. Arguments as
+    ``available_cores``.
 
-    Page cache that the kernel gives back under pressure (``inactive_file``) does not count as used.
+    Page cache does not count as used: the kernel gives it back before it refuses memory.
     """
-    for limit_name, used_name, stat_name, key in (
-        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
-        (
-            "memory/memory.limit_in_bytes",
-            "memory/memory.usage_in_bytes",
-            "memory/memory.stat",
-            "total_inactive_file",
-        ),
-    ):
-        text = _read(cgroup / limit_name)
-        if not text:
+    limits, left = [], []
+    for folder in _groups("memory", cgroup, own):
+        for limit_name, used_name, cache in (
+            ("memory.max", "memory.current", ("inactive_file", "active_file")),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")),
+        ):
+            limit = _whole(_read(folder / limit_name))
+            if not 0 < limit < 1 << 60:
+                continue
+            stats = dict(line.split(maxsplit=1) for line in _read(folder / "memory.stat").splitlines() if " " in line)
+            used = _whole(_read(folder / used_name)) - sum(_whole(stats.get(key, "")) for key in cache)
+            limits.append(limit)
+            left.append(limit - max(0, used))
+    return (min(limits), max(0, min(limits) - min(left))) if limits else (0, 0)
+
+
+def _groups(controller: str, cgroup: Path, own: Path) -> list[Path]:
+    """Folders of the control groups that bound this process, its own first and the mounted root last: limits of all of
+    them hold. Within a container the path of its own may be the host's, of which only the root is there.
+    """
+    found = []
+    for line in [*_read(own).splitlines(), "0::/", f"1:{controller}:/"]:
+        number, _, rest = line.partition(":")
+        names, _, place = rest.partition(":")
+        if number == "0" and not names:
+            root = cgroup  # version 2: one tree for all controllers
+        elif controller in names.split(","):
+            root = cgroup / (names if (cgroup / names).is_dir() else controller)
+        else:
             continue
-        if text == "max" or int(text) >= 1 << 60:
-            return 0, 0
-        stats = dict(line.split(maxsplit=1) for line in _read(cgroup / stat_name).splitlines() if " " in line)
-        used = int(_read(cgroup / used_name) or 0) - int(stats.get(key, 0))
-        return int(text), max(0, used)
-    return 0, 0
+        parts = [] if ".." in place.split("/") else [part for part in place.split("/") if part]
+        found += [root.joinpath(*parts[:depth]) for depth in range(len(parts), -1, -1)]
+    return list(dict.fromkeys(found))
+
+
+def _whole(text: str) -> int:
+    """A kernel file's count; 0 where it says "max", -1 or nothing."""
+    return int(text) if text.isdecimal() else 0
 
 
 def disk_free(folder: Path) -> int:

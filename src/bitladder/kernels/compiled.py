@@ -8,7 +8,8 @@ loader in a few milliseconds.
     later runs   object file -> loader -> address -> ctypes, which lets go of the interpreter's lock while it runs
 
 An object file's name says what it was made from: the kernels' source files, the installed Python, numba and
-llvmlite, and the processor. Nothing that changed is ever taken for current.
+llvmlite, and the processor with its instructions. Nothing that changed is ever taken for current, and in a folder that
+several machines share each finds only what it can run.
 
 How numba's functions are called (numba/core/callconv.py, numba/core/datamodel/models.py): a status is returned, 0
 for success; the arguments are a pointer to the result, a pointer to a pointer to an exception, and then everything
@@ -121,21 +122,27 @@ def _flat(args: tuple[Any, ...]) -> list[int]:
 
 
 @functools.cache
-def _cpu() -> tuple[str, str]:
-    """Name and features of the processor to compile for: this one, unless numba's variables name another."""
-    features = os.environ.get("NUMBA_CPU_FEATURES")
-    return (
-        os.environ.get("NUMBA_CPU_NAME") or llvm.get_host_cpu_name(),
-        llvm.get_host_cpu_features().flatten() if features is None else features,
-    )
+def _target() -> tuple[str, str, str]:
+    """Triple, processor and features to compile for: this machine's, or what numba's variables NUMBA_CPU_NAME,
+    NUMBA_CPU_FEATURES and NUMBA_ENABLE_AVX name, as numba reads them (numba/core/config.py, codegen.py).
+    """
+    name, features = os.environ.get("NUMBA_CPU_NAME"), os.environ.get("NUMBA_CPU_FEATURES")
+    if features is None and (name or "").lower() == "generic":
+        features = ""
+    if features is None:
+        found = llvm.get_host_cpu_features()
+        if os.environ.get("NUMBA_ENABLE_AVX") == "0":
+            found.update({feature: False for feature in found if feature.startswith("avx")})
+        features = found.flatten()
+    return llvm.get_process_triple(), llvm.get_host_cpu_name() if name is None else name, features
 
 
 def _machine() -> Any:
     """LLVM's code generator for this processor; an engine owns its own."""
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
-    name, features = _cpu()
-    return llvm.Target.from_default_triple().create_target_machine(cpu=name, features=features, opt=3)
+    triple, name, features = _target()
+    return llvm.Target.from_triple(triple).create_target_machine(cpu=name, features=features, opt=3)
 
 
 def _digest(module: str, kinds: str) -> str:
@@ -146,7 +153,7 @@ def _digest(module: str, kinds: str) -> str:
         if found is None or found.origin is None:
             raise ModuleNotFoundError(f"{name}, which the kernels need, is not installed", name=name)
         paths.append(Path(found.origin))
-    digest = hashlib.sha256("\0".join((sys.version, llvmlite.__version__, *_cpu(), module, kinds)).encode())
+    digest = hashlib.sha256("\0".join((sys.version, llvmlite.__version__, *_target(), module, kinds)).encode())
     digest.update(str(paths[-2].stat().st_mtime_ns).encode())
     for path in paths:
         digest.update(path.read_bytes())
