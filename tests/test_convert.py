@@ -272,3 +272,47 @@ def test_a_head_for_several_tokens_is_noticed(names, layers, expected):
     assert convert.lacks_mtp(Checkpoint(None, {"num_hidden_layers": layers}, (), tensors)) is expected
     nested = {"text_config": {"num_hidden_layers": layers}}
     assert convert.lacks_mtp(Checkpoint(None, nested, (), tensors)) is expected
+
+
+FAMILIES = {
+    "deepseek_v3": {
+        "num_key_value_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16,
+        "v_head_dim": 16, "moe_intermediate_size": 32, "n_routed_experts": 8, "n_shared_experts": 1, "n_group": 2,
+        "num_experts_per_tok": 2, "topk_group": 1, "first_k_dense_replace": 1,
+    },
+    "ministral3": {"head_dim": 16},
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "qwen3_next": {
+        "num_hidden_layers": 4, "head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+        "linear_key_head_dim": 16, "linear_value_head_dim": 16, "moe_intermediate_size": 32, "num_experts": 8,
+        "shared_expert_intermediate_size": 32, "num_experts_per_tok": 2,
+    },
+}  # fmt: skip
+"""Families that a converter at odds with its gguf module could not load; Qwen3-Next as fine-tunes are, without mtp."""
+
+
+@pytest.mark.model
+@pytest.mark.parametrize(
+    ("family", "architecture"),
+    [
+        ("deepseek_v3", "deepseek2"),
+        ("ministral3", "mistral3"),
+        ("hunyuan_v1_dense", "hunyuan-dense"),
+        ("qwen3_next", "qwen3next"),
+    ],
+)
+def test_families_of_late_years(tmp_path, demo_gguf, family, architecture):
+    import torch
+    import transformers
+
+    folder = tmp_path / family
+    folder.mkdir()
+    sizes = {
+        "vocab_size": write_tokenizer(folder, demo_gguf), "hidden_size": 64, "intermediate_size": 96,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
+    }  # fmt: skip
+    config = transformers.AutoConfig.for_model(family, **{**sizes, **FAMILIES[family]})
+    transformers.AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder)
+    model = read_header(resolve(str(folder)).path)
+    assert model.dims.architecture == architecture
+    assert model.dims.n_layer == config.num_hidden_layers

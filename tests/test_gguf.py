@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 
 from bitladder.errors import BadFile, BadInput, UnknownArchitecture
+from bitladder.files import engine_package
+from bitladder.files.describe_source import describe
+from bitladder.files.engine_package import engine_knows
 from bitladder.files.gguf import GgufFile, base_name, part_paths, read_header
 from bitladder.files.gguf_header import read_file_header
 from gguf_bytes import (
@@ -355,9 +358,37 @@ def described(tmp_path, keys):
 
 
 def test_an_architecture_nobody_knows(tmp_path):
-    with pytest.raises(UnknownArchitecture, match="'mamba99' is not known") as error:
+    with pytest.raises(UnknownArchitecture, match=r"'mamba99' is not known to the engine here \(xllamacpp 20") as error:
         described(tmp_path, [string("general.architecture", "mamba99")])
-    assert "llama" in error.value.means and "qwen3" in error.value.means
+    assert "pip install -U xllamacpp" in error.value.do
+
+
+@pytest.mark.parametrize("name", ["deepseek4", "hy_v4", "minimax-m3", "glm5-next", "kimi-k3", "granite_swa", "rwkv7"])
+def test_what_the_engine_knows_is_the_rule(tmp_path, name):
+    """Architectures that the gguf package does not list (rwkv7: that it does)."""
+    keys = [string("general.architecture", name), u32(f"{name}.block_count", 1), u32(f"{name}.embedding_length", 4)]
+    assert described(tmp_path, keys).architecture == name
+
+
+@pytest.mark.parametrize("name", ["", "llama ", "Llama", "../llama", "llama\0", "x" * 200, "mamba99"])
+def test_names_that_the_engine_cannot_know(name):
+    assert engine_knows(name) is False
+
+
+def test_without_an_engine_any_name_will_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(engine_package, "_libraries", tuple)
+    engine_knows.cache_clear()
+    try:
+        keys = [
+            string("general.architecture", "mamba99"),
+            u32("mamba99.block_count", 1),
+            u32("mamba99.embedding_length", 4),
+        ]
+        assert described(tmp_path, keys).architecture == "mamba99"
+        (note,) = describe(str(tmp_path / "x.gguf")).notes
+        assert "could say whether it runs 'mamba99'" in note
+    finally:
+        engine_knows.cache_clear()
 
 
 def test_dimensions_that_are_missing_or_absurd(tmp_path):

@@ -1,6 +1,7 @@
 """A model's dimensions from the keys of its GGUF header.
 
-Keys are ``<architecture>.<name>``, the same for every family, so a family needs no rows of its own here.
+Keys are ``<architecture>.<name>``, the same for every family, so a family needs no rows of its own here: what
+the engine knows is asked by who reads files (``files/engine_package.py``).
 Where a model states a number per layer (grouped heads that vary, say) the largest is taken: sizes derived
 from it are upper bounds.
 """
@@ -11,18 +12,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bitladder.describe.model import ModelDims
-from bitladder.errors import BadFile, UnknownArchitecture
-from bitladder.formats.roles import family_of
+from bitladder.errors import BadFile
 from bitladder.formats.tensors import TensorInfo
 
 _LARGEST = 1 << 31
-
-
-def known_architectures() -> frozenset[str]:
-    """Architecture names that llama.cpp's own package knows; importing it takes longer than reading a header."""
-    from gguf.constants import MODEL_ARCH_NAMES
-
-    return frozenset(MODEL_ARCH_NAMES.values())
 
 
 def _architecture(metadata: Mapping[str, Any]) -> str:
@@ -32,12 +25,6 @@ def _architecture(metadata: Mapping[str, Any]) -> str:
             f"general.architecture is {name!r}, not a name.",
             means="The file holds something else than a language model, or its header is damaged.",
             do="Convert the model again from its original checkpoint.",
-        )
-    if family_of(name) is None and name not in (known := known_architectures()):
-        raise UnknownArchitecture(
-            f"The architecture '{name}' is not known.",
-            means=f"Known are: {', '.join(sorted(known))}.",
-            do="Update the gguf package (pip install -U gguf) if the model is new, or choose another model.",
         )
     return name
 
@@ -71,7 +58,6 @@ def dims_from_metadata(metadata: Mapping[str, Any], tensors: Sequence[TensorInfo
 
     Raises:
         BadFile: a key is missing, has the wrong type or an absurd value.
-        UnknownArchitecture: nobody knows this model family.
     """
     architecture = _architecture(metadata)
     keys = _Keys(metadata, architecture)

@@ -9,7 +9,6 @@ converter alone is unpacked into the cache. So engine, converter and the archite
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import os
 import re
 import shutil
@@ -21,12 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bitladder.errors import BadInput, FetchError, OutputError
+from bitladder.files.engine_package import ENGINE, engine_version
 from bitladder.files.folders import cache_folder
 from bitladder.files.package_index import fetch_file, pip_settings
 from bitladder.progress import Progress, silent
 
 VARIABLE = "BITLADDER_CONVERTER"
-ENGINE = "xllamacpp"
 ARCHIVES = {"2026.10.11549": "c17ee1163006f70726abb9f72137830818f3d8cb60bfc34cb232d08428eaa22b"}
 """SHA-256 of the source archives that Bitladder was tried with; of others the hash that the index states counts."""
 MAX_ARCHIVE = 256 << 20
@@ -68,14 +67,6 @@ class Converter:
     def _files(self) -> list[Path]:
         folders = (self.folder / "conversion", self.folder / "gguf-py" / "gguf")
         return [self.folder / "convert_hf_to_gguf.py", *(path for at in folders for path in at.rglob("*.py"))]
-
-
-def engine_version() -> str:
-    """Version of the installed engine, without a local part (``+cu128``); empty when there is none."""
-    try:
-        return importlib.metadata.version(ENGINE).partition("+")[0]
-    except importlib.metadata.PackageNotFoundError:
-        return ""
 
 
 def find_converter(progress: Progress = silent) -> Converter:

@@ -13,8 +13,10 @@ from bitladder.describe.shapes import model_of
 from bitladder.errors import BadInput
 from bitladder.files import catalogue, demo, hub, local_stores, remote
 from bitladder.files.checkpoint import StoredTensor, read_checkpoint
+from bitladder.files.engine_package import engine_knows
 from bitladder.files.gguf import read_header
 from bitladder.files.sources import gguf_in_folder, no_such_model
+from bitladder.formats.roles import family_of
 from bitladder.progress import Progress, silent
 
 
@@ -42,6 +44,16 @@ def describe(model: str, progress: Progress = silent) -> Described:
         BadInput, BadFile, UnknownArchitecture: nothing usable is there.
         FetchError: the network went away.
     """
+    found = _described(model, progress)
+    architecture = found.model.dims.architecture
+    if family_of(architecture) is None and engine_knows(architecture) is None:
+        note = f"No engine is installed here that could say whether it runs '{architecture}'; sizes are the header's."
+        return replace(found, notes=(*found.notes, note))
+    return found
+
+
+def _described(model: str, progress: Progress) -> Described:
+    """The description without what the engine has to say."""
     if model == demo.NAME:
         return Described(read_header(demo.fetch_demo(progress)), model, demo.LICENCE, notes=(demo.WARNING,))
     if model.startswith("hf:"):

@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from bitladder.describe.dims import dims_from_metadata
 from bitladder.describe.model import Model
-from bitladder.errors import BadFile, BitladderError
+from bitladder.errors import BadFile, BitladderError, UnknownArchitecture
+from bitladder.files.engine_package import ENGINE, engine_knows, engine_version
 from bitladder.files.following import AHEAD, FollowingHash
 from bitladder.files.gguf_header import Header, StoredTensor, read_file_header, row_bytes
 from bitladder.files.hashing import file_sha256
 from bitladder.formats import gguf
+from bitladder.formats.roles import family_of
 from bitladder.formats.tensors import TensorInfo
 
 if TYPE_CHECKING:
@@ -97,6 +99,7 @@ def _model(headers: list[Header], stored: dict[str, StoredTensor]) -> Model:
     first = headers[0]
     tensors = tuple(tensor.info for tensor in stored.values())
     try:
+        _require_known(first.metadata.get("general.architecture"))
         dims = dims_from_metadata(first.metadata, tensors)
     except BitladderError as error:
         raise type(error)(f"{first.path}: {error.found}", means=error.means, do=error.do) from error
@@ -110,6 +113,16 @@ def _model(headers: list[Header], stored: dict[str, StoredTensor]) -> Model:
         raw_metadata=first.raw,
         alignment=first.alignment,
     )
+
+
+def _require_known(architecture: Any) -> None:
+    """What the engine knows is the rule; where there is none, any name is as good as another."""
+    if isinstance(architecture, str) and family_of(architecture) is None and engine_knows(architecture) is False:
+        raise UnknownArchitecture(
+            f"The architecture '{architecture}' is not known to the engine here ({ENGINE} {engine_version()}).",
+            means="The model is newer than the engine, or the file holds something else than a language model.",
+            do=f"Update the engine if the model is new (pip install -U {ENGINE}), or choose another model.",
+        )
 
 
 def read_header(path: Path) -> Model:

@@ -1,0 +1,50 @@
+"""The engine's package as it is installed, without importing it: its version, and the architectures that it knows."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+import mmap
+import re
+from pathlib import Path
+
+ENGINE = "xllamacpp"
+
+
+def engine_version() -> str:
+    """Version of the installed engine, without a local part (``+cu128``); empty when there is none."""
+    try:
+        return importlib.metadata.version(ENGINE).partition("+")[0]
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+@functools.cache
+def engine_knows(architecture: str) -> bool | None:
+    """Whether llama.cpp, as the installed engine has it, knows ``general.architecture``; None where no engine is.
+
+    A table of names is compiled into the library as plain strings. A short word may stand there for another reason, so
+    True is a guess on the generous side, and False is certain.
+    """
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_.-]{1,63}", architecture):
+        return False
+    libraries = _libraries()
+    if not libraries:
+        return None
+    return any(_holds(library, architecture.encode() + b"\0") for library in libraries)
+
+
+@functools.cache
+def _libraries() -> tuple[Path, ...]:
+    spec = importlib.util.find_spec(ENGINE)
+    places = (spec.submodule_search_locations if spec else None) or ()
+    return tuple(path for place in places for path in sorted(Path(place).glob("*.so")))
+
+
+def _holds(library: Path, text: bytes) -> bool:
+    try:
+        with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return content.find(text) >= 0
+    except (OSError, ValueError):
+        return False
