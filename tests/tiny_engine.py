@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
+
+from gguf_bytes import f32, flag, ints, string, strings, u32, write_model
 
 TRAINED_CTX = 2048
 _SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -44,29 +45,25 @@ def write_tiny(path: Path, *, seed: int = 0, n_ctx: int = TRAINED_CTX, name: str
         tensors |= {f"{block}{part}.weight": matrix(*size) for part, size in sizes.items()}
         tensors |= {f"{block}{norm}.weight": np.ones(width, np.float32) for norm in ("attn_norm", "ffn_norm")}
     path.parent.mkdir(parents=True, exist_ok=True)
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_name(name)
-    writer.add_context_length(n_ctx)
-    writer.add_embedding_length(width)
-    writer.add_feed_forward_length(hidden)
-    writer.add_block_count(layers)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([3 if token in _SPECIAL else 1 for token in tokens])
-    writer.add_token_merges(["\u0120 t"])
-    writer.add_bos_token_id(257)
-    writer.add_eos_token_id(259)
-    writer.add_add_bos_token(False)
-    writer.add_chat_template(_CHATML)
-    for key, value in tensors.items():
-        writer.add_tensor(key, np.ascontiguousarray(value))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+    keys = [
+        string("general.architecture", "llama"),
+        string("general.name", name),
+        u32("llama.context_length", n_ctx),
+        u32("llama.embedding_length", width),
+        u32("llama.feed_forward_length", hidden),
+        u32("llama.block_count", layers),
+        u32("llama.attention.head_count", 4),
+        u32("llama.attention.head_count_kv", 2),
+        f32("llama.attention.layer_norm_rms_epsilon", 1e-5),
+        f32("llama.rope.freq_base", 10000.0),
+        string("tokenizer.ggml.model", "gpt2"),
+        string("tokenizer.ggml.pre", "gpt-2"),
+        strings("tokenizer.ggml.tokens", tokens),
+        ints("tokenizer.ggml.token_type", [3 if token in _SPECIAL else 1 for token in tokens]),
+        strings("tokenizer.ggml.merges", ["\u0120 t"]),
+        u32("tokenizer.ggml.bos_token_id", 257),
+        u32("tokenizer.ggml.eos_token_id", 259),
+        flag("tokenizer.ggml.add_bos_token", value=False),
+        string("tokenizer.chat_template", _CHATML),
+    ]
+    return write_model(path, tensors, keys=keys)
