@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 F32, F16, Q8_0, Q4_K = 0, 1, 8, 12
-UINT32, INT32, STRING, ARRAY = 4, 5, 8, 9
+UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY = 4, 5, 6, 7, 8, 9
 
 
 def text(value: str | bytes) -> bytes:
@@ -24,6 +24,18 @@ def key(name: str, kind: int, value: bytes) -> bytes:
 
 def u32(name: str, value: int) -> bytes:
     return key(name, UINT32, struct.pack("<I", value))
+
+
+def f32(name: str, value: float) -> bytes:
+    return key(name, FLOAT32, struct.pack("<f", value))
+
+
+def flag(name: str, *, value: bool) -> bytes:
+    return key(name, BOOL, struct.pack("<?", value))
+
+
+def ints(name: str, values: Sequence[int]) -> bytes:
+    return key(name, ARRAY, struct.pack(f"<IQ{len(values)}i", INT32, len(values), *values))
 
 
 def string(name: str, value: str) -> bytes:

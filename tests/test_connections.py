@@ -308,7 +308,7 @@ def test_the_backend_sends_its_key_and_no_more_than_it_was_given():
 
     assert asyncio.run(run()) == b"hello"
     lines = got.decode().split("\r\n")
-    assert lines[0] == "POST /prefix/v1/completions HTTP/1.1"
+    assert lines[0] == "POST /prefix/completions HTTP/1.1"
     assert {line.partition(":")[0] for line in lines[1:-2]} == {
         "host", "content-type", "accept-encoding", "authorization", "content-length",
     }  # fmt: skip

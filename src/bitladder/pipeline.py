@@ -36,7 +36,7 @@ from bitladder.report import RUN_JSON, check_html, check_run, report_beside, wri
 from bitladder.stages import facts
 from bitladder.stages.evaluate import compare
 from bitladder.stages.facts import level_of
-from bitladder.stages.plan import make_plan
+from bitladder.stages.plan import make_plan, usable_context
 from bitladder.steps.asked import Asker, LevelToAsk
 from bitladder.steps.building import refuse_unheard
 from bitladder.steps.calibrated import AUTO, importance_of
@@ -76,7 +76,8 @@ class RunSettings:
     """Models behind addresses that are tested beside the levels."""
     workload: Path | None = None
     bar: str | None = None
-    n_ctx: int = 4096
+    n_ctx: int | None = None
+    """Tokens of context; None: the usual number, or the model's own when that is less."""
     texts: tuple[Path, ...] = ()
     out: Path | None = None
     threads: int = 2
@@ -174,6 +175,7 @@ def _opened(settings: RunSettings, progress: Progress, journal: Journal, confirm
         with journal.timed("fetch"):
             found = resolve(settings.model, progress)
             source = stack.enter_context(GgufFile.open(found.path))
+        settings = replace(settings, n_ctx=usable_context(source.model, settings.n_ctx))
         out = settings.out or Path(f"{found.label}-ladder")
         check_run(out / RUN_JSON, source_sha256=lambda: source.sha256)
         check_html(report_beside(out / RUN_JSON), source_sha256=lambda: source.sha256)
@@ -306,7 +308,7 @@ def _asked(given: _Given, plan: Plan, built: Mapping[Subject, LevelFile]) -> lis
         given.context,
         given.recorded,
         given.journal,
-        given.settings.n_ctx,
+        plan.n_ctx,
         given.settings.threads,
         given.progress,
     )

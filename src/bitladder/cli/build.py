@@ -15,7 +15,10 @@ from bitladder.units import human_bytes, parse_bytes
 if TYPE_CHECKING:
     from bitladder.kernels import Effort
 
-Context = Annotated[int, typer.Option("--ctx", min=64, help="Context length in tokens.")]
+Context = Annotated[
+    int | None,
+    typer.Option("--ctx", min=64, help="Context in tokens.", show_default="4096, or the model's own if shorter"),
+]
 Levels = Annotated[
     str | None,
     typer.Option(
@@ -31,7 +34,6 @@ CalibrationTexts = Annotated[
     list[Path] | None, typer.Option("--text", help="Calibrate on this text instead of the shipped one; repeatable.")
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace files of other kinds and sources, too.")]
-DEFAULT_CTX = 4096
 ALL_CORES = available_cores()
 """Of those that this process may use: more threads would wait for one another."""
 

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bitladder.cli.build import ALL_CORES, DEFAULT_CTX, Context, Threads
-from bitladder.cli.terminal import JsonFlag, ModelArgument, print_json, progress_display, say, verb
-from bitladder.errors import BadInput
+from bitladder.cli.build import ALL_CORES, Context, Threads
+from bitladder.cli.options import KeyFiles, KeyNames, endpoint_named
+from bitladder.cli.terminal import JsonFlag, print_json, progress_display, say, verb
+from bitladder.errors import BadInput, UsageError
 
 if TYPE_CHECKING:
     from bitladder.engines.base import Engine
@@ -24,16 +25,32 @@ if TYPE_CHECKING:
 AUTO_ENGINE = "auto"
 _ENDPOINT_SLOTS = 64  # requests at once to an endpoint, which has a queue of its own
 
+TierModel = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[MODEL]",
+        help="What levels are levels of: a GGUF file, a checkpoint folder, hf:org/name[@revision], or smollm2-135m. "
+        "Not needed when every tier is a file or an endpoint.",
+    ),
+]
+Name = Annotated[
+    str | None,
+    typer.Option("--name", help="What the deployment is called.", show_default="the model's name"),
+]
+
 
 @verb
 def serve(
-    model: ModelArgument,
+    model: TierModel = None,
     quality: Annotated[str | None, typer.Option("--quality", help="A level, a GGUF file, or URL[#MODEL].")] = None,
     speed: Annotated[str | None, typer.Option("--speed", help="A level, a GGUF file, or URL[#MODEL].")] = None,
+    name: Name = None,
+    key_env: KeyNames = None,
+    key_file: KeyFiles = None,
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port; 0 takes any free one.")] = 8077,
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
     api_key_file: Annotated[Path | None, typer.Option("--api-key-file", help="Keys that clients need.")] = None,
-    ctx: Context = DEFAULT_CTX,
+    ctx: Context = None,
     threads: Threads = ALL_CORES,
     shadow: Annotated[
         float, typer.Option("--shadow", min=0.0, max=1.0, help="Share of speed-tier requests to check.")
@@ -75,7 +92,10 @@ def serve(
         read_keys(api_key_file)  # one that cannot be used is told before engines are started
     rules = tuple(parse_rule(text) for text in rule or ())
     with progress_display() as progress:
-        settings = tiers_of(model, quality, speed, ctx, threads, out, progress, slots=slots)
+        settings = tiers_of(
+            model, quality, speed, ctx, threads, out, progress,
+            slots=slots, name=name, key_env=key_env, key_file=key_file, with_keys=True,
+        )  # fmt: skip
     settings = replace(
         settings,
         host=host,
@@ -97,49 +117,97 @@ def _ready(address: str, deployment: Deployment) -> None:
 
 
 def tiers_of(
-    model: str,
+    model: str | None,
     quality: str | None,
     speed: str | None,
-    ctx: int,
+    ctx: int | None,
     threads: int,
     out: Path | None,
     progress: Progress,
     *,
     slots: int | None = None,
+    name: str | None = None,
+    key_env: list[str] | None = None,
+    key_file: list[str] | None = None,
+    with_keys: bool = False,
 ) -> ServeSettings:
     """Tiers from the arguments, or from the latest run of the model with what its evidence says about routing.
 
-    ``slots``: requests that each tier computes at once; None for as many as fit.
+    ``slots``: requests that each tier computes at once; None for as many as fit. ``with_keys``: read the keys of
+    endpoints, which an export only names.
     """
     from bitladder.files.probe import probe_machine
     from bitladder.plan.placement import usable_ram, usable_vram
-    from bitladder.serve.settings import ServeSettings
-    from bitladder.steps.models import latest_run
+    from bitladder.serve.settings import ServeSettings, told_apart
 
-    record, run_json = latest_run(model, progress)
+    record, run_json = _run_of(model, [what for what in (quality, speed) if what is not None], progress)
     if quality is None and speed is None:
         if record is None or run_json is None or record.decision.quality is None:
             raise BadInput(
                 f"There is no stored decision for {model} that names tiers.",
                 means="`bitladder run` was not run on it here, or no level met its bar.",
-                do="Run `bitladder run` first, or name the tiers with --quality and --speed.",
+                do="Run `bitladder run` first, or name the tiers with --quality and --speed: a level, a file, a URL.",
             )
         quality, speed = record.decision.quality, record.decision.speed
     first, second = quality or speed or "", speed if quality else None
-    top = _spec(model, first, ctx, threads, out, progress)
-    other = None if second in (None, first) else _spec(model, second or "", ctx, threads, out, progress)
+    wanted = [first] if second in (None, first) else [first, str(second)]
+    keys = (key_env, key_file)
+    # All that can be refused is refused before the first level is built.
+    contexts = [_checked(model, what, ctx, keys, progress, with_keys=with_keys) for what in wanted]
+    specs = [
+        _spec(model or "", what, n_ctx, threads, out, progress, keys, with_keys=with_keys)
+        for what, n_ctx in zip(wanted, contexts, strict=True)
+    ]
     machine = probe_machine()
     budget = usable_ram(machine) + usable_vram(machine)
-    tiers = _with_slots([spec for spec in (top, other) if spec is not None], budget, slots)
+    tiers = _with_slots(told_apart(specs), budget, slots)
     settings = ServeSettings(
         quality=tiers[0],
-        speed=tiers[1] if other is not None else None,
+        speed=tiers[1] if len(tiers) > 1 else None,
         threads=threads,
         memory_budget_bytes=budget,
         run_json=run_json,
-        name=record.source.name if record else Path(model).stem,
+        name=name or (record.source.name if record else Path(model).stem if model else specs[0].level),
     )
     return _routed(settings, record)
+
+
+def _run_of(model: str | None, wanted: list[str], progress: Progress) -> tuple[RunRecord | None, Path | None]:
+    """The latest run of MODEL; none where the tiers need no model and MODEL is left out, or is only a name for them.
+
+    Raises:
+        UsageError: MODEL is needed, and left out.
+    """
+    from bitladder.steps.models import latest_run
+    from bitladder.steps.serving import is_level, is_only_a_name
+
+    levels = [what for what in wanted if is_level(what)]
+    if model is None and (levels or not wanted):
+        raise UsageError(
+            f"No MODEL is named that '{levels[0]}' is a level of." if levels else "No MODEL is named.",
+            do="Name it first, as in `bitladder serve MODEL --quality Q8_0`, or give files or URLs with --quality and "
+            "--speed.",
+        )
+    if model is None or (wanted and not levels and is_only_a_name(model)):
+        return None, None
+    return latest_run(model, progress)
+
+
+Keys = tuple[list[str] | None, list[str] | None]
+"""``--key-env`` and ``--key-file`` as given."""
+
+
+def _checked(model: str | None, what: str, ctx: int | None, keys: Keys, progress: Progress, *, with_keys: bool) -> int:
+    """The context of a tier, 0 for an endpoint; raises for what cannot be served."""
+    from bitladder.engines.address import is_address
+    from bitladder.steps.serving import tier_context
+
+    if is_address(what):
+        endpoint = endpoint_named(what, keys[0], key_files=keys[1])
+        if with_keys:
+            endpoint.read_key()
+        return 0
+    return tier_context(model or "", what, ctx, progress)
 
 
 def _with_slots(specs: list[TierSpec], budget: int, slots: int | None) -> list[TierSpec]:
@@ -184,27 +252,46 @@ def _routed(settings: ServeSettings, record: RunRecord | None) -> ServeSettings:
     return replace(settings, auto=advice.rule, escalation=escalation, shadow=expected)
 
 
-def _spec(model: str, what: str, ctx: int, threads: int, out: Path | None, progress: Progress) -> TierSpec:
+def _spec(
+    model: str,
+    what: str,
+    n_ctx: int,
+    threads: int,
+    out: Path | None,
+    progress: Progress,
+    keys: Keys,
+    *,
+    with_keys: bool,
+) -> TierSpec:
     """A level (built when it is missing), a file or a URL as a tier."""
+    from bitladder.engines.address import is_address
     from bitladder.serve.settings import TierSpec
     from bitladder.steps.models import tier_file
 
-    if what.startswith(("http://", "https://")):
-        url, _, name = what.partition("#")
-        level = name or url.split("//", 1)[1].rstrip("/").removesuffix("/v1")
+    if is_address(what):
+        endpoint = endpoint_named(what, keys[0], key_files=keys[1])
         return TierSpec(
-            level=level, url=url.rstrip("/").removesuffix("/v1"), model=name, slots=_ENDPOINT_SLOTS, n_ctx=0
+            level=endpoint.model or endpoint.host,
+            url=endpoint.base_url,
+            model=endpoint.model,
+            api_key=endpoint.read_key() if with_keys else "",
+            key_env=endpoint.key_env,
+            key_file=Path(endpoint.key_file) if endpoint.key_file else None,
+            slots=_ENDPOINT_SLOTS,
+            n_ctx=0,
         )
-    file = tier_file(model, what, n_ctx=ctx, threads=threads, out=out, progress=progress)
-    return TierSpec(level=file.level, path=file.path, sha256=file.sha256, n_ctx=ctx, memory_bytes=file.memory_bytes)
+    file = tier_file(model, what, n_ctx=n_ctx, threads=threads, out=out, progress=progress)
+    return TierSpec(level=file.level, path=file.path, sha256=file.sha256, n_ctx=n_ctx, memory_bytes=file.memory_bytes)
 
 
 @verb
 def compare(
-    a: Annotated[str, typer.Argument(metavar="A", help="A GGUF file, or the URL of an endpoint.")],
-    b: Annotated[str, typer.Argument(metavar="B", help="A GGUF file, or the URL of an endpoint.")],
+    a: Annotated[str, typer.Argument(metavar="A", help="A GGUF file, or URL[#MODEL].")],
+    b: Annotated[str, typer.Argument(metavar="B", help="A GGUF file, or URL[#MODEL].")],
     prompt: Annotated[str, typer.Argument(help="What to ask both.")],
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Longest answer.")] = 256,
+    key_env: KeyNames = None,
+    key_file: KeyFiles = None,
     threads: Threads = ALL_CORES,
     json_output: JsonFlag = False,
 ) -> None:
@@ -213,7 +300,10 @@ def compare(
 
     from bitladder.serve.compare import compare as compare_engines
 
-    with closing(_engine(a, threads)) as first, closing(_engine(b, threads)) as second:
+    with (
+        closing(_engine(a, threads, (key_env, key_file))) as first,
+        closing(_engine(b, threads, (key_env, key_file))) as second,
+    ):
         found = compare_engines(first, second, prompt, max_tokens=max_tokens)
     if json_output:
         print_json(found)
@@ -221,16 +311,21 @@ def compare(
         _show(found)
 
 
-def _engine(what: str, threads: int) -> Engine:
-    from bitladder.engines.endpoint import Endpoint, EndpointSettings
-    from bitladder.engines.llama import LlamaServer
+def _engine(what: str, threads: int, keys: Keys) -> Engine:
+    from dataclasses import replace
 
-    if what.startswith(("http://", "https://")):
-        return Endpoint(EndpointSettings(what, logprobs=True))
+    from bitladder.engines.address import is_address
+    from bitladder.engines.endpoint import connected
+    from bitladder.engines.llama import LlamaServer
+    from bitladder.files.gguf import read_header
+    from bitladder.stages.plan import usable_context
+
+    if is_address(what):
+        return connected(replace(endpoint_named(what, keys[0], key_files=keys[1]), logprobs=True))
     path = Path(what)
     if not path.is_file():
         raise BadInput(f"There is no file '{what}'.", do="Give two GGUF files, or URLs of OpenAI-compatible endpoints.")
-    return LlamaServer(path, threads=threads).start()
+    return LlamaServer(path, n_ctx=usable_context(read_header(path), None), threads=threads).start()
 
 
 def _show(found: Comparison) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bitladder.cli.build import DEFAULT_CTX, Context, Levels, split_levels
+from bitladder.cli.build import Context, Levels, split_levels
 from bitladder.cli.terminal import JsonFlag, print_json, progress_display, say, verb
 from bitladder.errors import UsageError
 from bitladder.records import to_json
@@ -31,7 +31,7 @@ def plan(
             metavar="[MODEL]", help="A file, a folder, hf:, ollama:, lmstudio: or a catalogue name; none searches."
         ),
     ] = None,
-    ctx: Context = DEFAULT_CTX,
+    ctx: Context = None,
     levels: Levels = None,
     slots: Annotated[int, typer.Option("--slots", min=1, help="Requests at once, each with its own context.")] = 1,
     kv: Annotated[str, typer.Option("--kv", help="Precision of the KV cache: f16, q8_0 or q4_0.")] = "f16",
@@ -73,11 +73,13 @@ def plan(
 
 
 def _show_plan(made: ModelPlan, request: Request, json_output: bool) -> None:
+    from dataclasses import replace
+
     from bitladder.report import plan_table
 
     if json_output:
         rest = {name: value for name, value in to_json(made).items() if name != "plan"}
-        print_json({**to_json(made.plan), **rest, "request": request})
+        print_json({**to_json(made.plan), **rest, "request": replace(request, n_ctx=made.plan.n_ctx)})
         return
     plan_table(made.plan)
     for note in made.notes:

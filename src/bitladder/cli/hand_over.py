@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bitladder.cli.build import ALL_CORES, DEFAULT_CTX, Context, Force, Threads
-from bitladder.cli.deploy import tiers_of
-from bitladder.cli.terminal import ModelArgument, progress_display, say, verb
+from bitladder.cli.build import ALL_CORES, Context, Force, Threads
+from bitladder.cli.deploy import Name, TierModel, tiers_of
+from bitladder.cli.options import KeyFiles, KeyNames
+from bitladder.cli.terminal import progress_display, say, verb
 
 if TYPE_CHECKING:
+    from bitladder.serve.host import ImageSource
     from bitladder.serve.settings import ServeSettings
 
 
@@ -28,53 +30,70 @@ class Tool(StrEnum):
 
 @verb
 def export(
-    model: ModelArgument,
     to: Annotated[Tool, typer.Option("--to", help="The tool.")],
-    quality: Annotated[str | None, typer.Option("--quality", help="A level or a GGUF file.")] = None,
-    speed: Annotated[str | None, typer.Option("--speed", help="A level or a GGUF file.")] = None,
+    model: TierModel = None,
+    quality: Annotated[str | None, typer.Option("--quality", help="A level, a GGUF file, or URL[#MODEL].")] = None,
+    speed: Annotated[str | None, typer.Option("--speed", help="A level, a GGUF file, or URL[#MODEL].")] = None,
+    name: Name = None,
     folder: Annotated[
         Path, typer.Option("--folder", help="ollama: where Modelfiles go; lm-studio: its models folder.")
     ] = Path(),
     port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port of the gateway.")] = 8077,
-    ctx: Context = DEFAULT_CTX,
+    ctx: Context = None,
     threads: Threads = ALL_CORES,
     force: Force = False,
+    key_env: KeyNames = None,
+    key_file: KeyFiles = None,
+    api_key_file: Annotated[Path | None, typer.Option("--api-key-file", help="Keys that clients need.")] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option("--from", help="compose: the wheel or checkout of Bitladder that its image is built from."),
+    ] = None,
 ) -> None:
     """Write a deployment for another tool: Modelfiles, LM Studio's folder, or a configuration on standard output."""
     from dataclasses import replace
 
+    from bitladder.serve.host import image_source
+    from bitladder.serve.limits import read_keys
+
     with progress_display() as progress:
-        settings = replace(tiers_of(model, quality, speed, ctx, threads, None, progress), port=port)
-    _write(to, settings, folder, force=force)
+        found = image_source(source) if to is Tool.COMPOSE else None
+        if api_key_file is not None:
+            read_keys(api_key_file)
+        settings = tiers_of(
+            model, quality, speed, ctx, threads, None, progress, name=name, key_env=key_env, key_file=key_file
+        )
+    _write(to, replace(settings, port=port, api_key_file=api_key_file), folder, found, force=force)
 
 
-def _write(to: Tool, settings: ServeSettings, folder: Path, *, force: bool) -> None:
-    import shutil
-
-    from bitladder import __version__
+def _write(to: Tool, settings: ServeSettings, folder: Path, image: ImageSource | None, *, force: bool) -> None:
     from bitladder.files.atomic import write_whole
     from bitladder.files.outputs import check_output, same_text
     from bitladder.serve import export as words
+    from bitladder.serve.host import own_files, program, reader_of
 
     specs = [settings.quality, *([settings.speed] if settings.speed else [])]
     match to:
         case Tool.OLLAMA:
-            for spec in specs:
-                modelfile = folder / f"Modelfile-{spec.level}"
-                text = words.ollama_modelfile(spec)
+            texts = [(folder / f"Modelfile-{spec.level}", words.ollama_modelfile(spec)) for spec in specs]
+            for spec, (modelfile, text) in zip(specs, texts, strict=True):
                 inputs = [spec.path] if spec.path else []
                 check_output(modelfile, "this Modelfile", inputs=inputs, ours=same_text(text), force=force)
+            for spec, (modelfile, text) in zip(specs, texts, strict=True):
                 write_whole(modelfile, text, do="Name another --folder.")
                 say(words.ollama_command(settings.name, spec, modelfile))
         case Tool.LM_STUDIO:
-            for spec in specs:
-                say(str(words.place_for_lm_studio(folder, settings.name, spec, force=force)))
+            for path in words.place_for_lm_studio(folder, settings.name, specs, force=force):
+                say(str(path))
         case Tool.LLAMA_SWAP:
             print(words.llama_swap(settings), end="")
         case Tool.COMPOSE:
-            print(words.docker_compose(settings, __version__), end="")
+            assert image is not None  # found before anything was built
+            owner = reader_of([*words.model_files(settings), *words.key_files(settings)])
+            print(words.docker_compose(settings, image, owner), end="")
         case Tool.SYSTEMD:
-            print(words.systemd_unit(settings, Path(shutil.which("bitladder") or "bitladder")), end="")
+            owner = reader_of([*own_files(), *words.model_files(settings)])
+            print(words.systemd_unit(settings, program(), owner), end="")
 
 
 @verb

@@ -7,17 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bitladder.cli.build import (
-    ALL_CORES,
-    DEFAULT_CTX,
-    Context,
-    Force,
-    Importance,
-    Levels,
-    Threads,
-    effort_named,
-    split_levels,
-)
+from bitladder.cli.build import ALL_CORES, Context, Force, Importance, Levels, Threads, effort_named, split_levels
 from bitladder.cli.live import run_display
 from bitladder.cli.options import (
     RunOptions,
@@ -59,7 +49,7 @@ def smallest(
     ] = "passes >= reference - 5 points",
     levels: Levels = None,
     workload: WorkloadFile = None,
-    ctx: Context = DEFAULT_CTX,
+    ctx: Context = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder for the levels built.", show_default="<name>-ladder")
     ] = None,

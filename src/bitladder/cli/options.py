@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bitladder.cli.build import ALL_CORES, DEFAULT_CTX, Context, Importance, Levels, Threads, split_levels
+from bitladder.cli.build import ALL_CORES, Context, Importance, Levels, Threads, split_levels
 from bitladder.cli.terminal import ModelArgument, say
 from bitladder.errors import UsageError
 
@@ -39,6 +39,10 @@ KeyNames = Annotated[
         help="Environment variable with the key of an endpoint; those of well-known clouds are known.",
     ),
 ]
+KeyFiles = Annotated[
+    list[str] | None,
+    typer.Option("--key-file", metavar="[HOST=]FILE", help="File with the key of an endpoint; repeatable."),
+]
 
 
 @dataclass(frozen=True)
@@ -62,11 +66,12 @@ class RunOptions:
         typer.Option("--also", metavar="URL#MODEL", help="Test an OpenAI-compatible endpoint, too; repeatable."),
     ] = None
     key_env: KeyNames = None
+    key_file: KeyFiles = None
     rpm: Annotated[
         float, typer.Option("--rpm", min=0, help="Requests per minute to each endpoint; 0 for no limit.")
     ] = 0.0
     yes: Yes = False
-    ctx: Context = DEFAULT_CTX
+    ctx: Context = None
     text: Texts = None
     out: Annotated[
         Path | None,
@@ -95,8 +100,8 @@ class RunOptions:
         return RunSettings(
             model=self.model,
             levels=split_levels(self.levels, fitted=True),
-            reference=reference_named(self.reference, self.key_env, self.rpm),
-            also=tuple(endpoint_named(address, self.key_env, self.rpm) for address in self.also or ()),
+            reference=reference_named(self.reference, self.key_env, self.rpm, self.key_file),
+            also=tuple(endpoint_named(address, self.key_env, self.rpm, self.key_file) for address in self.also or ()),
             workload=self.workload,
             bar=self.bar,
             n_ctx=self.ctx,
@@ -112,24 +117,41 @@ class RunOptions:
         if not self.judge:
             return None
         address = f"{self.judge}#{self.judge_model}" if self.judge_model else self.judge
-        key_names = [self.judge_key_env] if self.judge_key_env else self.key_env
-        return endpoint_named(address, key_names, self.rpm)
+        if self.judge_key_env:
+            return endpoint_named(address, [self.judge_key_env], self.rpm)
+        return endpoint_named(address, self.key_env, self.rpm, self.key_file)
 
 
-def endpoint_named(address: str, key_names: list[str] | None, rpm: float) -> EndpointSettings:
-    """``URL#model`` with the key that belongs to its host."""
+def endpoint_named(
+    address: str, key_names: list[str] | None, rpm: float = 0.0, key_files: list[str] | None = None
+) -> EndpointSettings:
+    """``URL#model`` with the place of the key that belongs to its host; a file goes before a variable."""
     from bitladder.engines.endpoint import endpoint_at
 
     settings = endpoint_at(address, requests_per_minute=rpm)
     for named in key_names or ():
         host, _, variable = named.rpartition("=")
-        if not host or host in (settings.host, settings.host.rsplit(":", 1)[0]):
+        if _is_host(host, settings):
             settings = dataclasses.replace(settings, key_env=variable)
+    for named in key_files or ():
+        host, _, file = named.partition("=")
+        if "/" in host or not file:  # no host: a path, which may hold an equals sign
+            host, file = "", named
+        if _is_host(host, settings):
+            settings = dataclasses.replace(settings, key_file=str(Path(file).absolute()))
     return settings
 
 
+def _is_host(host: str, settings: EndpointSettings) -> bool:
+    """Whether ``[HOST=]...`` speaks of this endpoint; without a host it speaks of every one."""
+    return not host or host in (settings.host, settings.host.rsplit(":", 1)[0])
+
+
 def reference_named(
-    text: str | None, key_names: list[str] | None = None, rpm: float = 0.0
+    text: str | None,
+    key_names: list[str] | None = None,
+    rpm: float = 0.0,
+    key_files: list[str] | None = None,
 ) -> str | Path | EndpointSettings | None:
     """A level, a file of stored answers, or an endpoint."""
     from bitladder.formats.recipes import level_named
@@ -137,7 +159,7 @@ def reference_named(
     if text is None:
         return None
     if "://" in text:
-        return endpoint_named(text, key_names, rpm)
+        return endpoint_named(text, key_names, rpm, key_files)
     if Path(text).suffix in (".jsonl", ".ndjson"):
         return Path(text)
     return level_named(text)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bitladder.cli.build import ALL_CORES, DEFAULT_CTX, CalibrationTexts, Force, Threads, effort_named
+from bitladder.cli.build import ALL_CORES, CalibrationTexts, Context, Force, Threads, effort_named
 from bitladder.cli.terminal import JsonFlag, ModelArgument, print_json, progress_display, say, verb
 from bitladder.errors import UsageError
 from bitladder.units import parse_bytes
@@ -33,7 +33,7 @@ def recipe(
     ] = None,
     gpu_layers: Annotated[int, typer.Option("--ngl", min=0, help="Layers on the GPU, with --vram.")] = 0,
     vram: Annotated[str | None, typer.Option("--vram", metavar="SIZE", help="What those may take.")] = None,
-    ctx: Annotated[int, typer.Option("--ctx", min=64, help="Context that --fits leaves room for.")] = DEFAULT_CTX,
+    ctx: Context = None,
     out: Annotated[Path | None, typer.Option("--out", help="Write the file into this folder.")] = None,
     apply: Annotated[
         str | None, typer.Option("--apply", metavar="MODEL", help="Make this model by the recipe of the file MODEL.")
@@ -81,8 +81,7 @@ def recipe(
                 bytes=parse_bytes(budget) if budget else None, bpw=bpw, kl=kl, least_decode=least_decode,
                 gpu_layers=gpu_layers, vram_bytes=parse_bytes(vram) if vram else None,
             )  # fmt: skip
-            fits_ctx = ctx if fits else None
-            asked = Asked(wish, level=level, fits_ctx=fits_ctx, out=out, effort=effort_named(effort), force=force)
+            asked = Asked(wish, level=level, fits=fits, n_ctx=ctx, out=out, effort=effort_named(effort), force=force)
             result = make_recipe(model, asked, texts=texts, threads=threads, journal=journal, progress=progress)
     if json_output:
         print_json({**vars(result), "jobs": journal.jobs, "warnings": journal.warnings})

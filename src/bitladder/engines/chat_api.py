@@ -92,7 +92,10 @@ class ReplyStatus(EngineReply):
 
 
 _STATUS_MEANS = {
-    400: ("The engine refuses this request; a prompt longer than its context is the usual reason.", ""),
+    400: (
+        "The engine refuses this request: usually the prompt is longer than its context, or it wants a model named.",
+        "Name the model as the endpoint does: http://host:port#model.",
+    ),
     401: ("The key is missing or wrong.", "Set the key in the environment variable that the endpoint names."),
     403: ("The key has no right to this model.", ""),
     404: ("Nothing answers there, or the model has another name.", "Check the URL and the model."),

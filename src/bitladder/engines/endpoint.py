@@ -9,18 +9,22 @@ endpoint is opened; it is in no record, no message and no log.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import os
 import re
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Self
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 import httpx
 
+from bitladder.engines.address import api_base, split_address
 from bitladder.engines.base import Completion, Message
 from bitladder.engines.chat_api import (
     ChatRequest,
@@ -31,12 +35,13 @@ from bitladder.engines.chat_api import (
     status_error,
     translated,
 )
-from bitladder.errors import EngineError, EngineGone, EngineReply, EngineTimeout, UsageError, WrongModel
+from bitladder.errors import BadInput, EngineError, EngineGone, EngineReply, EngineTimeout, UsageError, WrongModel
 
 _TRY_AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 _LONGEST_WAIT_S = 60.0
 _MOST_STALLS = 2
 """Tries that may end in silence: each costs the whole patience of ``Timeouts``."""
+_LONGEST_KEY = 4096
 _NOT_ESSENTIAL = ("seed", "stream_options", "temperature")
 """Fields that some endpoints refuse and an answer can do without."""
 
@@ -58,11 +63,13 @@ class EndpointSettings:
     """An endpoint as the user describes it; part of the evidence of everything measured with it, so it holds no key."""
 
     base_url: str
-    """Usually ends in ``/v1``."""
+    """What ``/chat/completions`` is appended to; written as any address, kept as `api_base` gives it."""
     model: str = ""
     """As the endpoint names it; empty where it serves only one."""
     key_env: str = ""
     """Environment variable that holds the key; empty for endpoints that want none."""
+    key_file: str = ""
+    """File that holds the key, instead of the variable."""
     parallel: int = 4
     """Requests in flight at once."""
     retries: int = 4
@@ -77,20 +84,35 @@ class EndpointSettings:
     """Fields it refuses, such as ``seed`` or ``temperature``."""
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.base_url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UsageError(f"'{self.base_url}' is no address of an engine.", do="Write it like http://host:port/v1.")
-        if parts.username or parts.password or parts.query:
-            raise UsageError(
-                "The address of an engine must hold neither a user, a password nor a query.",
-                means="Addresses are printed and stored; keys must not be.",
-                do="Put the key into an environment variable and name the variable.",
-            )
+        object.__setattr__(self, "base_url", api_base(self.base_url))
 
     @property
     def host(self) -> str:
         """Host and port."""
         return urlsplit(self.base_url).netloc
+
+    @property
+    def wants_key(self) -> bool:
+        """Whether a key goes with its requests, which is what costs money."""
+        return bool(self.key_env or self.key_file)
+
+    def read_key(self) -> str:
+        """The key; empty for an endpoint that wants none.
+
+        Raises:
+            UsageError: the variable is empty, or the file cannot be read or holds no key.
+        """
+        if self.key_file:
+            return _key_in(self.key_file)
+        if not self.key_env:
+            return ""
+        key = os.environ.get(self.key_env, "").strip()
+        if not key:
+            raise UsageError(
+                f"The environment variable {self.key_env} is empty.",
+                do=f"Put the key of {self.base_url} into it, or name a file that holds it with --key-file.",
+            )
+        return _sendable(key, f"The environment variable {self.key_env}")
 
     @property
     def address(self) -> str:
@@ -109,9 +131,56 @@ def endpoint_at(address: str, *, key_env: str = "", requests_per_minute: float =
     Raises:
         UsageError: not an address.
     """
-    url, _, model = address.strip().partition("#")
+    url, model = split_address(address)
     key = key_env or CLOUD_KEYS.get(urlsplit(url).hostname or "", "")
-    return EndpointSettings(url.rstrip("/"), model=unquote(model), key_env=key, requests_per_minute=requests_per_minute)
+    return EndpointSettings(url, model=model, key_env=key, requests_per_minute=requests_per_minute)
+
+
+def connected(settings: EndpointSettings) -> Endpoint:
+    """An endpoint that was asked what it serves: where no model is named, its only one is meant.
+
+    Raises:
+        UsageError: it serves several and none was named, or the key cannot be read.
+        WrongModel, EngineError: as `Endpoint.probe`.
+    """
+    with contextlib.ExitStack() as stack:
+        found = stack.enter_context(Endpoint(settings))
+        models = found.probe()
+        if settings.model or not models:
+            stack.pop_all()
+            return found
+    if len(models) > 1:
+        shown = ", ".join(models[:8]) + (", ..." if len(models) > 8 else "")
+        raise UsageError(
+            f"{settings.base_url} serves {len(models)} models: {shown}.",
+            means="Which one is meant was not said.",
+            do=f"Name it: {settings.base_url}#{models[0]}",
+        )
+    return Endpoint(dataclasses.replace(settings, model=models[0]))
+
+
+def _key_in(path: str) -> str:
+    """The key in a file: its first line, of at most a few thousand characters."""
+    try:
+        with Path(path).open(encoding="utf-8") as file:
+            text = file.read(_LONGEST_KEY + 1)
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(
+            f"The key file '{path}' cannot be read: {getattr(error, 'strerror', None) or 'it is no text'}.",
+            do="Check the path and who may read it.",
+        ) from None
+    lines = text.strip().splitlines()
+    if len(lines) != 1 or len(text) > _LONGEST_KEY:
+        found = "holds no key" if not lines else "holds more than a key"
+        raise BadInput(f"The key file '{path}' {found}.", do="Write the key alone into it, on one line.")
+    return _sendable(lines[0].strip(), f"The key file '{path}'")
+
+
+def _sendable(key: str, where: str) -> str:
+    """A key that can stand in a header."""
+    if not (key.isascii() and key.isprintable()) or " " in key:
+        raise BadInput(f"{where} holds no key: there are spaces or other signs in it that no key has.")
+    return key
 
 
 class Endpoint:
@@ -125,12 +194,7 @@ class Endpoint:
         transport: httpx.BaseTransport | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        key = os.environ.get(settings.key_env, "") if settings.key_env else ""
-        if settings.key_env and not key:
-            raise UsageError(
-                f"The environment variable {settings.key_env} is empty.",
-                do=f"Put the key of {settings.base_url} into it.",
-            )
+        key = settings.read_key()
         self.settings = settings
         self.name = settings.model or settings.host
         self.parallel = settings.parallel

@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 
 import httptools
 
+from bitladder.engines.address import API, api_base
 from bitladder.serve.backends import UpstreamFailed, UpstreamRequest
 from bitladder.units import KiB
 
@@ -357,7 +358,9 @@ class HttpReply:
 
 
 class HttpBackend:
-    """An OpenAI-compatible endpoint. ``base_url`` gives its base URL, or None while nothing listens there."""
+    """An OpenAI-compatible endpoint. ``base_url`` gives its address as `api_base` takes it, or None while nothing
+    listens there.
+    """
 
     def __init__(self, pool: ConnectionPool, base_url: Callable[[], str | None], api_key: str = "") -> None:
         self._pool = pool
@@ -378,8 +381,8 @@ class HttpBackend:
             raise UpstreamFailed("down", "The engine is not running.")
         known = self._heads.get((base_url, request.path))
         if known is None:
-            address = address_of(base_url)
-            known = address, request_head("POST", address, request.path, self._fields)
+            address = address_of(api_base(base_url))
+            known = address, request_head("POST", address, request.path.removeprefix(API), self._fields)
             self._heads[base_url, request.path] = known
         address, head = known
         return await self._pool.send(address, head + b"content-length: %d\r\n\r\n" % len(request.body) + request.body)

@@ -144,7 +144,7 @@ def _tier(
     if upstream is not None:
         return Tier(names, spec, upstream, gate)
     if spec.path is None:
-        url = (spec.url or "").rstrip("/").removesuffix("/v1")
+        url = spec.url
         return Tier(names, spec, HttpBackend(pool, lambda: url, spec.api_key).complete, gate)
     # Only the gateway may ask its engines: they listen on a port too, and check neither host nor origin.
     check_file = Fingerprint(spec.path).check
@@ -185,7 +185,7 @@ async def _known_endpoint(pool: ConnectionPool, spec: TierSpec) -> tuple[TierSpe
     Raises:
         EngineError: it lists its models without ours, or several when none was named.
     """
-    base_url, path = (spec.url or "").rstrip("/").removesuffix("/v1"), "/v1/models"
+    base_url, path = spec.url or "", "/models"
     url = base_url + path
     headers = {"authorization": f"Bearer {spec.api_key}"} if spec.api_key else {}
     try:

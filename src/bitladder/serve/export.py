@@ -1,48 +1,93 @@
 """A deployment in other tools' words: Ollama, LM Studio, llama-swap, docker compose, systemd. Text from
 settings.
 
-Nothing here writes a file except `place_for_lm_studio`.
+No text ever holds a key: it names the variable or the file that the key comes from. Nothing here writes a file except
+`place_for_lm_studio`.
 """
 
 from __future__ import annotations
 
+import filecmp
+import json
 import os
 import re
 import shlex
 import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
 
 import yaml
 
 from bitladder.errors import OutputError, UsageError
 from bitladder.files.atomic import written_aside
-from bitladder.files.hashing import file_sha256
 from bitladder.files.outputs import check_output, same_place
+from bitladder.formats.gguf import parse_split_name
 from bitladder.serve.deploy import must_take_turns, specs_by_role
-from bitladder.serve.settings import ServeSettings, TierSpec
+from bitladder.serve.host import ImageSource, Owner
+from bitladder.serve.settings import LOOPBACK, ServeSettings, TierSpec
 
 _COPIED_AT_ONCE = 8 << 20
 _LLAMA_SWAP_HEAD = "# llama-swap configuration: one OpenAI-compatible endpoint that starts llama-server on demand.\n"
+_HOST_OF_DOCKER = "host.docker.internal"
+_CREDENTIALS = "\0"
+"""Stands for systemd's folder of credentials until words are quoted; no argument can hold this character."""
 
 
 def _file(spec: TierSpec) -> Path:
     if spec.path is None:
         raise UsageError(
-            f"Level '{spec.level}' is an endpoint at {spec.url}.", do="Only levels that are files can be exported."
+            f"Level '{spec.level}' is an endpoint at {spec.url}.",
+            means="This tool runs files itself.",
+            do="Export it to compose or systemd, whose gateway asks endpoints too.",
         )
     return spec.path.absolute()
 
 
 def _slug(text: str) -> str:
-    """Lower case, digits and ``. _ -`` only, as model names and service names may be."""
-    return re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("-") or "model"
+    """Lower case letters, digits and single ``. _ -`` between them, as names of models, images and services may be."""
+    return re.sub(r"[._-]{2,}", "-", re.sub(r"[^a-z0-9._-]+", "-", text.lower()))[:60].strip("._-") or "model"
+
+
+def _one_line(text: str, what: str) -> str:
+    if "\n" in text or "\r" in text:
+        raise UsageError(f"{what} cannot hold a line break, and '{text!r}' has one.", do="Rename the file or folder.")
+    return text
+
+
+def _parts(path: Path, stem: str = "") -> list[str]:
+    """The file names of a model, in order: its own, or those of all parts of a split one; ``stem`` replaces its own."""
+    split = parse_split_name(path.name)
+    if split is None:
+        return [f"{stem}.gguf" if stem else path.name]
+    return [str(replace(split, prefix=stem or split.prefix, number=number)) for number in range(1, split.count + 1)]
+
+
+def _stored_names(specs: Sequence[TierSpec]) -> list[list[str]]:
+    """File names for each level in one folder: their own, or the levels' where two have the same."""
+    files = [_file(spec) for spec in specs]
+    if len({file.name.lower() for file in files}) == len(set(files)):
+        return [_parts(file) if file.suffix == ".gguf" else _parts(file, file.name) for file in files]
+    return [_parts(file, spec.level.replace("/", "-")) for file, spec in zip(files, specs, strict=True)]
 
 
 def ollama_modelfile(spec: TierSpec) -> str:
-    """A Modelfile for one level. Ollama takes the chat template from the GGUF itself."""
-    path = str(_file(spec))
-    if "\n" in path:
-        raise UsageError("A Modelfile cannot hold a path with a line break.")
+    """A Modelfile for one level. Ollama takes the chat template from the GGUF itself.
+
+    Raises:
+        UsageError: an endpoint, a model in several parts, or a path that a Modelfile cannot hold.
+    """
+    file = _file(spec)
+    path = _one_line(str(file), "A Modelfile")
+    if len(_parts(file)) > 1:
+        raise UsageError(
+            f"'{file.name}' is one of {len(_parts(file))} parts.",
+            means="Ollama makes a model of a single file.",
+            do="Join them with llama-gguf-split --merge, or export to a tool that runs parts.",
+        )
+    if path != path.strip():  # the parser trims what is not quoted
+        path = f'"{path}"'
     return f"# {spec.level}, sha256 {spec.sha256 or 'unknown'}\nFROM {path}\nPARAMETER num_ctx {spec.n_ctx}\n"
 
 
@@ -51,24 +96,36 @@ def ollama_command(name: str, spec: TierSpec, modelfile: Path) -> str:
     return f"ollama create {_slug(name)}:{_slug(spec.level)} -f {shlex.quote(str(modelfile))}"
 
 
-def lm_studio_place(models: Path, name: str, spec: TierSpec, publisher: str = "bitladder") -> Path:
-    """Where LM Studio looks for a level: ``models/publisher/name-GGUF/file.gguf``."""
-    return models / publisher / f"{_slug(name)}-GGUF" / _file(spec).name
+def lm_studio_places(models: Path, name: str, specs: Sequence[TierSpec], publisher: str = "bitladder") -> list[Path]:
+    """Where LM Studio looks for levels, each by its first file: ``models/publisher/name-GGUF/file.gguf``."""
+    folder = models / publisher / f"{_slug(name)}-GGUF"
+    return [folder / names[0] for names in _stored_names(specs)]
 
 
-def place_for_lm_studio(models: Path, name: str, spec: TierSpec, *, force: bool | None = None) -> Path:
-    """Put a level's file where LM Studio finds it: as a hard link, or as a copy when that is another disk. It may be
-    there already; another file of that name is replaced with ``force``.
+def place_for_lm_studio(models: Path, name: str, specs: Sequence[TierSpec], *, force: bool | None = None) -> list[Path]:
+    """Put levels' files where LM Studio finds them: as hard links, or as copies when that is another disk.
+
+    Returns the first file of each. A file that is there already is taken when it has the same bytes; another of that
+    name is replaced with ``force``.
 
     Raises:
         UsageError: another file is there already.
         OutputError: the folder cannot be written to.
     """
-    source, target = _file(spec), lm_studio_place(models, name, spec)
+    targets = lm_studio_places(models, name, specs)
+    for spec, target, names in zip(specs, targets, _stored_names(specs), strict=True):
+        source = _file(spec)
+        for part, stored in zip(_parts(source), names, strict=True):
+            _place(source.with_name(part), target.with_name(stored), f"{spec.level} of {name}", force=force)
+    return targets
+
+
+def _place(source: Path, target: Path, what: str, *, force: bool | None) -> None:
+    """One file as a hard link or a copy."""
     try:
-        if target.is_file() and (same_place(target, source) or _same_bytes(target, source)):
-            return target
-        check_output(target, f"{spec.level} of {name}", force=force)
+        if target.is_file() and (same_place(target, source) or filecmp.cmp(source, target, shallow=False)):
+            return
+        check_output(target, what, force=force)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)  # only with force is anything there
         try:
@@ -78,22 +135,21 @@ def place_for_lm_studio(models: Path, name: str, spec: TierSpec, *, force: bool 
                 shutil.copyfileobj(read, copy, _COPIED_AT_ONCE)
     except OSError as error:
         raise OutputError(f"'{target}' cannot be written: {error.strerror or error}.") from None
-    return target
-
-
-def _same_bytes(one: Path, other: Path) -> bool:
-    return one.stat().st_size == other.stat().st_size and file_sha256(one) == file_sha256(other)
 
 
 def llama_swap(settings: ServeSettings) -> str:
-    """Configuration for llama-swap: each level a model, and both tiers kept loaded when they fit together."""
+    """Configuration for llama-swap: each level a model, and both tiers kept loaded when they fit together.
+
+    Raises:
+        UsageError: an endpoint, or a path that llama-swap would read otherwise.
+    """
     roles = specs_by_role(settings)
     models = {}
     for names, spec in roles:
         command = ["llama-server", "--port", "${PORT}", "--model", str(_file(spec)), "--alias", spec.level]
         command += ["--ctx-size", str(spec.n_ctx * spec.slots), "--parallel", str(spec.slots)]
         command += ["--threads", str(settings.threads)]
-        joined = " ".join(part if part == "${PORT}" else shlex.quote(part) for part in command)
+        joined = " ".join(part if part == "${PORT}" else shlex.quote(_no_macro(part)) for part in command)
         models[spec.level] = {"cmd": joined, "aliases": list(names[:-1]), "checkEndpoint": "/health"}
     levels = [spec.level for _, spec in roles]
     swap = must_take_turns([spec for _, spec in roles], settings.memory_budget_bytes)
@@ -101,69 +157,215 @@ def llama_swap(settings: ServeSettings) -> str:
     return _LLAMA_SWAP_HEAD + yaml.safe_dump({"models": models, "groups": groups}, sort_keys=False, width=1000)
 
 
-def serve_command(settings: ServeSettings, *, host: str | None = None, folder: str | None = None) -> list[str]:
-    """The `bitladder serve` command of a deployment; ``folder`` replaces the folder of every file."""
+def _no_macro(part: str) -> str:
+    """A word of a llama-swap command; what looks like one of its macros cannot be escaped."""
+    if "${" in part:
+        raise UsageError(f"llama-swap would take '${{' in '{part}' for a macro.", do="Rename the file or folder.")
+    return _one_line(part, "A command of llama-swap")
 
-    def place(spec: TierSpec) -> str:
-        if spec.path is None:
-            return str(spec.url)
-        return f"{folder}/{spec.path.name}" if folder else str(_file(spec))
 
-    command = ["bitladder", "serve", settings.name, "--quality", place(settings.quality)]
-    if settings.speed is not None:
-        command += ["--speed", place(settings.speed)]
+def serve_command(
+    settings: ServeSettings,
+    *,
+    host: str | None = None,
+    path: Callable[[Path], str] = lambda path: str(path.absolute()),
+    url: Callable[[str], str] = lambda url: url,
+) -> list[str]:
+    """The `bitladder serve` command of a deployment, which needs nothing but the files and keys that it names.
+
+    ``path`` and ``url`` say how files and addresses are called where the command will run.
+    """
+    tiers = {"--quality": settings.quality}
+    if settings.speed is not None and settings.speed != settings.quality:
+        tiers["--speed"] = settings.speed
+    command = ["bitladder", "serve", "--name", settings.name]
+    keys = []
+    for option, spec in tiers.items():
+        if spec.path is not None:
+            command += [option, path(spec.path)]
+            continue
+        command += [option, url(spec.address)]
+        at = urlsplit(url(spec.address)).netloc
+        if spec.key_file is not None:
+            keys += ["--key-file", f"{at}={path(spec.key_file)}"]
+        elif spec.key_env:
+            keys += ["--key-env", f"{at}={spec.key_env}"]
     command += ["--host", host or settings.host, "--port", str(settings.port)]
-    command += ["--ctx", str(settings.quality.n_ctx), "--threads", str(settings.threads)]
+    contexts = {spec.n_ctx for spec in tiers.values() if spec.path is not None}
+    if len(contexts) == 1:  # else each has its own model's length, as it has without --ctx
+        command += ["--ctx", str(contexts.pop())]
+    command += ["--threads", str(settings.threads), *keys]
     if settings.api_key_file is not None:
-        name = settings.api_key_file.name if folder else str(settings.api_key_file.absolute())
-        command += ["--api-key-file", f"{folder}/{name}" if folder else name]
+        command += ["--api-key-file", path(settings.api_key_file)]
     return command
 
 
-def docker_compose(settings: ServeSettings, version: str) -> str:
-    """A compose file that builds an image with this version of Bitladder and serves the files, read-only.
+def _secrets(settings: ServeSettings) -> dict[Path, str]:
+    """Files that hold keys, with the names that they get where the gateway runs."""
+    named = {settings.quality.key_file: "quality-key", settings.api_key_file: "client-keys"}
+    if settings.speed is not None:
+        named = {settings.speed.key_file: "speed-key"} | named
+    return {path: name for path, name in named.items() if path is not None}
 
-    The port is published on the host's loopback only; keys are needed when the settings name a key file.
+
+def _variables(settings: ServeSettings) -> list[str]:
+    """Environment variables that keys come from."""
+    specs = [settings.quality, *([settings.speed] if settings.speed else [])]
+    return sorted({spec.key_env for spec in specs if spec.url is not None and spec.key_env and not spec.key_file})
+
+
+def model_files(settings: ServeSettings) -> list[Path]:
+    """Every file of the levels that are files."""
+    specs = [spec for _, spec in specs_by_role(settings) if spec.path is not None]
+    return [_file(spec).with_name(name) for spec in specs for name in _parts(_file(spec))]
+
+
+def key_files(settings: ServeSettings) -> list[Path]:
+    """Every file that a key is read from."""
+    return [path.absolute() for path in _secrets(settings)]
+
+
+def docker_compose(settings: ServeSettings, image: ImageSource, owner: Owner | None = None) -> str:
+    """A compose file that builds an image from a wheel or a checkout and serves the files, read-only.
+
+    The port is published on the host's loopback only; keys are needed when the settings name a key file. Endpoints on
+    the host's own loopback are asked by the name that containers know the host by.
+
+    Args:
+        settings: what to serve.
+        image: what the image is built from.
+        owner: who the gateway runs as; None for nobody, who can read what everyone can.
     """
-    files = [_file(spec) for _, spec in specs_by_role(settings)]
-    volumes = [f"{path}:/models/{path.name}:ro" for path in files]
-    if settings.api_key_file is not None:
-        volumes.append(f"{settings.api_key_file.absolute()}:/models/{settings.api_key_file.name}:ro")
-    command = serve_command(settings, host="0.0.0.0", folder="/models")
+    specs = [spec for _, spec in specs_by_role(settings) if spec.path is not None]
+    places: dict[Path, str] = {}
+    volumes = []
+    for spec, names in zip(specs, _stored_names(specs), strict=True):
+        places[_file(spec)] = f"/models/{names[0]}"
+        for part, stored in zip(_parts(_file(spec)), names, strict=True):
+            volumes.append(_bound(_file(spec).with_name(part), f"/models/{stored}"))
+    secrets = _secrets(settings)
+    places |= {path.absolute(): f"/run/secrets/{name}" for path, name in secrets.items()}
+    command = serve_command(settings, host="0.0.0.0", path=lambda path: places[path.absolute()], url=_from_container)
     if settings.api_key_file is None:
         command.append("--open-to-all")  # the container's only door is the host's loopback
-    # Compose would take a dollar sign as a variable.
-    command = [part.replace("$", "$$") for part in command]
-    dockerfile = f"FROM python:3.11-slim\nRUN pip install --no-cache-dir bitladder=={version}\nUSER nobody\n"
     probe = f"import urllib.request as u; u.urlopen('http://127.0.0.1:{settings.port}/ready')"
+    asks_host = any(urlsplit(word).hostname == _HOST_OF_DOCKER for word in command)
+    variables = _variables(settings)
+    env_file = f"{_slug(settings.name)}.env"
     service = {
-        "build": {"dockerfile_inline": dockerfile},
+        "build": {"context": str(image.context), "dockerfile_inline": _dockerfile(image)},
         "command": command,
         "environment": {"HOME": "/tmp"},
+        **({"env_file": [env_file]} if variables else {}),
+        **({"user": f"{owner.uid}:{owner.gid}"} if owner else {}),
         "ports": [f"127.0.0.1:{settings.port}:{settings.port}"],
-        "volumes": [volume.replace("$", "$$") for volume in volumes],
+        **({"extra_hosts": [f"{_HOST_OF_DOCKER}:host-gateway"]} if asks_host else {}),
+        "volumes": volumes,
+        **({"secrets": list(secrets.values())} if secrets else {}),
         "read_only": True,
         "tmpfs": ["/tmp"],
         "stop_grace_period": f"{round(settings.drain_s) + 5}s",
         "restart": "unless-stopped",
         "healthcheck": {"test": ["CMD", "python", "-c", probe], "interval": "10s", "start_period": "120s"},
     }
-    return yaml.safe_dump({"services": {_slug(settings.name): service}}, sort_keys=False, width=1000)
+    document = {"services": {_slug(settings.name): service}}
+    if secrets:
+        document["secrets"] = {name: {"file": str(path.absolute())} for path, name in secrets.items()}
+    notes = ["docker compose up --build"]
+    if variables:
+        notes.append(
+            f"{env_file}, beside this file, holds the keys: a line {variables[0]}=... for each. Keep it private."
+        )
+    if asks_host:
+        notes.append(f"An engine on this host must listen where containers reach it: {_HOST_OF_DOCKER}.")
+    head = "".join(f"# {note}\n" for note in notes)
+    return head + yaml.safe_dump(_without_variables(document), sort_keys=False, width=1000)
 
 
-def systemd_unit(settings: ServeSettings, program: Path) -> str:
-    """A unit that serves a deployment as a user of its own. ``program`` is the `bitladder` command's path."""
-    command = [str(program), *serve_command(settings)[1:]]
-    quoted = " ".join(_systemd_quoted(part) for part in command)
+def _bound(source: Path, target: str) -> dict[str, object]:
+    """A file of the host in the container. The long form: a colon in a path ends the short one."""
+    return {
+        "type": "bind",
+        "source": str(source),
+        "target": target,
+        "read_only": True,
+        "bind": {"create_host_path": False},
+    }
+
+
+def _from_container(address: str) -> str:
+    """An address as it is reached from a container: the host's loopback is not the container's."""
+    parts = urlsplit(address)
+    if parts.hostname not in LOOPBACK and not str(parts.hostname).startswith("127."):
+        return address
+    port = f":{parts.port}" if parts.port else ""
+    return urlunsplit(parts._replace(netloc=_HOST_OF_DOCKER + port))
+
+
+def _without_variables(value: object) -> object:
+    """The same document, whose dollar signs compose does not take for variables."""
+    if isinstance(value, dict):
+        return {key: _without_variables(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_without_variables(one) for one in value]
+    return value.replace("$", "$$") if isinstance(value, str) else value
+
+
+def _dockerfile(image: ImageSource) -> str:
+    """Copies what is needed, and nothing else of the folder, and installs it."""
+    limits = "-c constraints.txt " if "constraints.txt" in image.files else ""
+    lines = [
+        "FROM python:3.11-slim",
+        "ARG PIP_INDEX_URL PIP_EXTRA_INDEX_URL",
+        "WORKDIR /build",
+        f"COPY {json.dumps([*image.files, './'])}",
+        *(f"COPY {json.dumps([folder, './' + folder])}" for folder in image.folders),
+        f"RUN pip install --no-cache-dir {limits}{shlex.quote(image.install)}",
+        "WORKDIR /",
+        "USER nobody",
+    ]
+    return "".join(line + "\n" for line in lines)
+
+
+def systemd_unit(settings: ServeSettings, program: Sequence[str], owner: Owner | None = None) -> str:
+    """A unit that serves a deployment.
+
+    Args:
+        settings: what to serve.
+        program: the words that start Bitladder: the path of a program, then arguments.
+        owner: who the gateway runs as; None for a user of its own, who can read what everyone can.
+
+    Raises:
+        UsageError: an argument with a line break.
+    """
+    secrets = {path.absolute(): name for path, name in _secrets(settings).items()}
+
+    def place(path: Path) -> str:
+        name = secrets.get(path.absolute())
+        return f"{_CREDENTIALS}/{name}" if name else str(path.absolute())
+
+    command = [*program, *serve_command(settings, path=place)[1:]]
+    quoted = " ".join([_systemd_quoted(command[0], is_program=True), *map(_systemd_quoted, command[1:])])
+    quoted = quoted.replace(_CREDENTIALS, "${CREDENTIALS_DIRECTORY}")
+    user = "DynamicUser=yes" if owner is None else f"User={owner.name}"
+    keys = [f"LoadCredential={name}:{_systemd_path(path)}" for path, name in secrets.items()]
+    if variables := _variables(settings):
+        file = f"/etc/bitladder/{_slug(settings.name)}.env"
+        keys += [f"# A line {name}=... there, which nobody but root need read:" for name in variables]
+        keys.append(f"EnvironmentFile={file}")
+    # Its own /tmp hides the real one, and with it what lies there.
+    hidden = [path for path in model_files(settings) if path.is_relative_to("/tmp") or path.is_relative_to("/var/tmp")]
+    seen = [f'BindReadOnlyPaths="{_systemd_escaped(str(path))}"' for path in hidden]
+    name = settings.name.replace("\\", "\\\\").replace("%", "%%")
     return f"""[Unit]
-Description=Bitladder gateway for {settings.name.replace("%", "%%")}
+Description=Bitladder gateway for {name}
 After=network-online.target
 Wants=network-online.target
 
 [Service]
 ExecStart={quoted}
-DynamicUser=yes
-StateDirectory=bitladder
+{user}
+{"".join(line + chr(10) for line in (*keys, *seen))}StateDirectory=bitladder
 Environment=HOME=/var/lib/bitladder
 Restart=on-failure
 RestartSec=2
@@ -178,9 +380,26 @@ WantedBy=multi-user.target
 """
 
 
-def _systemd_quoted(part: str) -> str:
-    """One argument as systemd reads it: specifiers and variables doubled, quotes and backslashes escaped."""
-    if "\n" in part:
-        raise UsageError("A systemd unit cannot hold an argument with a line break.")
-    safe = part.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
+def _systemd_path(path: Path) -> str:
+    """A path as the value of a setting, which is not quoted."""
+    text = _one_line(str(path), "A systemd unit")
+    if text != text.strip() or text.endswith("\\"):
+        raise UsageError(f"A systemd unit cannot name the file '{text}'.", do="Rename it.")
+    return text.replace("%", "%%")
+
+
+def _systemd_quoted(part: str, *, is_program: bool = False) -> str:
+    """One argument as systemd reads it: specifiers and variables doubled, quotes and backslashes escaped.
+
+    Variables are not expanded in the program's own path.
+    """
+    safe = _systemd_escaped(part)
+    if not is_program:
+        safe = safe.replace("$", "$$")
     return safe if re.fullmatch(r"[\w./:=@+,%$-]+", safe) else f'"{safe}"'
+
+
+def _systemd_escaped(text: str) -> str:
+    """What stands between double quotes."""
+    _one_line(text, "A systemd unit")
+    return text.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")

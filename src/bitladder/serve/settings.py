@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from urllib.parse import quote, urlsplit
 
+from bitladder.engines.address import api_base
 from bitladder.engines.llama_program import LlamaProgram
 from bitladder.errors import UsageError
-from bitladder.serve.router import AutoRule, Rule
+from bitladder.serve.router import AUTO, QUALITY, SPEED, AutoRule, Rule
 from bitladder.units import MiB
 
+ROLES = (AUTO, QUALITY, SPEED)
+"""Model names that mean a role, and so cannot be a level's own."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -21,11 +26,15 @@ class TierSpec:
     """Its name on the ladder; also a model name that clients may ask for."""
     path: Path | None = None
     url: str | None = None
-    """Base URL of an OpenAI-compatible endpoint, without ``/v1``."""
+    """Address of an OpenAI-compatible endpoint, kept as `engines.address.api_base` gives it."""
     model: str = ""
     """What the endpoint calls the model; empty: its only model, or the level's name. Replies must name it too."""
     api_key: str = field(default="", repr=False)
     """Sent to the endpoint as a bearer token. Engines of our own get a fresh one."""
+    key_env: str = ""
+    """Environment variable that the endpoint's key comes from; exports name it."""
+    key_file: Path | None = None
+    """File that the endpoint's key comes from; exports hand it over."""
     sha256: str = ""
     """Hash of the file, named in every reply. Empty for an endpoint: nobody can vouch for it."""
     slots: int = 1
@@ -42,6 +51,8 @@ class TierSpec:
                 f"Level '{self.level}' has {found} a URL.",
                 do="Give exactly one of them.",
             )
+        if self.url is not None:
+            object.__setattr__(self, "url", api_base(self.url))
         if self.slots < 1:
             raise UsageError(f"The slots of level '{self.level}' must be at least 1. Got {self.slots} instead.")
 
@@ -49,6 +60,46 @@ class TierSpec:
     def served_name(self) -> str:
         """The name the upstream answers to."""
         return self.model or self.level
+
+    @property
+    def address(self) -> str:
+        """As the command line takes it: the file's absolute path, or ``URL[#MODEL]``."""
+        if self.path is not None:
+            return str(self.path.absolute())
+        return f"{self.url}#{quote(self.model, safe='/:@')}" if self.model else str(self.url)
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """Where it lies, each longer than the last: what tells it from another level of the same name."""
+        if self.path is not None:
+            folders = [part for part in self.path.absolute().parent.parts if part != "/"]
+            return tuple("-".join(folders[-count:]) for count in range(1, len(folders) + 1))
+        parts = urlsplit(str(self.url))
+        return (parts.netloc, (parts.netloc + parts.path).replace("/", "-"))
+
+
+def told_apart(specs: Sequence[TierSpec]) -> list[TierSpec]:
+    """The same levels, those of one name renamed by where they lie: ``model@a`` and ``model@b``.
+
+    A level that is called like a role (``quality.gguf``) is renamed too. Levels given twice stay what they are.
+    """
+    places = {(spec.path, spec.url, spec.model): spec for spec in specs}
+    groups: dict[str, list[TierSpec]] = {}
+    for spec in places.values():
+        groups.setdefault(spec.level.lower(), []).append(spec)
+    names: dict[TierSpec, str] = {}
+    for level, group in groups.items():
+        if len(group) == 1 and level not in ROLES:
+            names[group[0]] = group[0].level
+            continue
+        for depth in range(max(len(spec.places) for spec in group)):
+            found = [f"{spec.level}@{spec.places[min(depth, len(spec.places) - 1)]}" for spec in group if spec.places]
+            if len({name.lower() for name in found}) == len(group):
+                break
+        else:
+            found = [f"{spec.level}@{number}" for number, spec in enumerate(group, 1)]
+        names |= dict(zip(group, found, strict=True))
+    return [replace(spec, level=names[places[spec.path, spec.url, spec.model]]) for spec in specs]
 
 
 @dataclass(frozen=True)

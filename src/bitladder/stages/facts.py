@@ -164,6 +164,8 @@ def commands(settings: Any, out: Path) -> tuple[str, ...]:
         words += ["--judge", settings.judge.address]
     for name in sorted({f"{one.host}={one.key_env}" for one in _endpoints(settings) if one.key_env}):
         words += ["--key-env", name]
+    for name in sorted({f"{one.host}={one.key_file}" for one in _endpoints(settings) if one.key_file}):
+        words += ["--key-file", name]
     if settings.trust_python:
         words += ["--trust-python"]
     if settings.bar:

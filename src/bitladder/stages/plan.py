@@ -17,12 +17,15 @@ from bitladder.plan.search import N_PROMPT, MachineRates, largest_context, share
 from bitladder.plan.speed import anchor_factor, predict
 from bitladder.records.plan import ContextBytes, LevelPlan, Plan
 
+DEFAULT_CTX = 4096
+"""Tokens of context when nobody names a number and the model was trained for at least as many."""
+
 
 def make_plan(
     model: Model,
     machine: Machine,
     *,
-    n_ctx: int = 4096,
+    n_ctx: int | None = None,
     levels: Sequence[str] = LEVELS,
     n_seq: int = 1,
     type_k: str = "F16",
@@ -34,15 +37,15 @@ def make_plan(
 ) -> Plan:
     """The ladder of ``model`` on ``machine``, largest level first.
 
-    ``n_seq`` parallel sequences have ``n_ctx`` tokens of context each; the KV cache holds ``type_k`` and
-    ``type_v``. Checkpoint levels, and all when the engine does not split models (``whole``), fit on the GPUs or not
-    at all.
+    ``n_seq`` parallel sequences have ``n_ctx`` tokens of context each (None: `usable_context`); the KV cache holds
+    ``type_k`` and ``type_v``. Checkpoint levels, and all when the engine does not split models (``whole``), fit on the
+    GPUs or not at all.
 
     Raises:
         UsageError: a context beyond what the model was trained for, or none; a machine that cannot be.
         UnknownLevel: a level that does not exist.
     """
-    check_context(model, n_ctx)
+    n_ctx = usable_context(model, n_ctx)
     check_machine(machine)
     wish = Wish(n_ctx, n_seq, type_k, type_v)
     anchor = run_anchor(model, machine, wish, rates, runs or {})
@@ -121,6 +124,18 @@ def run_anchor(
         shares = shares_of(model, size, place(model, size, machine, wish), rates)
         predicted.append(predict(shares, model, n_prompt=RUN_PAST, n_past=RUN_PAST).decode.value)
     return anchor_factor(predicted, list(runs.values()))
+
+
+def usable_context(model: Model, n_ctx: int | None) -> int:
+    """The context asked for, in tokens; None: ``DEFAULT_CTX``, or what the model was trained for when that is less.
+
+    Raises:
+        UsageError: the context asked for is not positive, or longer than the model was trained for.
+    """
+    if n_ctx is None:
+        return min(DEFAULT_CTX, model.dims.n_ctx_train or DEFAULT_CTX)
+    check_context(model, n_ctx)
+    return n_ctx
 
 
 def check_context(model: Model, n_ctx: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from bitladder.errors import UsageError
@@ -30,7 +30,8 @@ KV_TYPES = ("f16", "q8_0", "q4_0")
 class Request:
     """How a model is to be run: context of one request, requests at once, type of the KV cache, and where."""
 
-    n_ctx: int = 4096
+    n_ctx: int | None = None
+    """None: the usual number of tokens, or a model's own when that is less."""
     slots: int = 1
     kv: str = "f16"
     machine: str | None = None
@@ -40,10 +41,11 @@ class Request:
     def wish(self) -> Wish:
         """As planning takes it. Raises UsageError for an unknown type of cache."""
         from bitladder.plan.placement import Wish
+        from bitladder.stages.plan import DEFAULT_CTX
 
         if self.kv.lower() not in KV_TYPES:
             raise UsageError(f"The --kv must be one of {', '.join(KV_TYPES)}. Got '{self.kv}' instead.")
-        return Wish(self.n_ctx, self.slots, self.kv.upper(), self.kv.upper())
+        return Wish(self.n_ctx or DEFAULT_CTX, self.slots, self.kv.upper(), self.kv.upper())
 
 
 @dataclass(frozen=True)
@@ -114,11 +116,12 @@ def plan_model(
     from bitladder.plan.cost import checkpoint_levels
     from bitladder.plan.launch import CHECKPOINT_ENGINES
     from bitladder.stages.anchors import stored_runs
-    from bitladder.stages.plan import make_plan
+    from bitladder.stages.plan import make_plan, usable_context
 
     wish = request.wish
     machine, rates = the_machine(request.machine)
     found = describe(model, progress)
+    wish = replace(wish, n_ctx=usable_context(found.model, request.n_ctx))
     runs = stored_runs(model, machine) if request.machine is None else {}
     whole = engine in CHECKPOINT_ENGINES
     usual = checkpoint_levels(found.model) if whole else LEVELS
@@ -148,8 +151,6 @@ def plan_model(
 
 def _fast_enough(plan: Plan, least_decode: float) -> Plan:
     """Levels under the least acceptable speed do not fit, and say so."""
-    from dataclasses import replace
-
     if least_decode <= 0:
         return plan
     levels = [

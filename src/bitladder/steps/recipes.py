@@ -50,8 +50,10 @@ class Asked:
 
     wish: Wish
     level: str | None = None
-    fits_ctx: int | None = None
-    """Choose the budget so that the model fits this machine with this context."""
+    fits: bool = False
+    """Choose the budget so that the model fits this machine with its context."""
+    n_ctx: int | None = None
+    """Tokens of that context; None: as `usable_context`."""
     out: Path | None = None
     effort: Effort = "good"
     """How long to search for scales, and how often codes and scales are improved in turns."""
@@ -337,8 +339,8 @@ def _bounded(source: GgufFile, asked: Asked) -> Wish:
     from bitladder.plan.recipe import check
 
     wish = asked.wish
-    if asked.fits_ctx is not None:
-        wish = replace(wish, bytes=room_for_weights(source, asked.fits_ctx))
+    if asked.fits:
+        wish = replace(wish, bytes=room_for_weights(source, asked.n_ctx))
     if wish.least_decode:
         wish = replace(wish, rates=_rates())
     check(source.model, wish, header_bytes=_header_bytes(source))
@@ -358,7 +360,7 @@ def _header_bytes(source: GgufFile) -> int:
     return len(draft_level(source.model, "Q4_K_M").parts[0].plan.header) + 4096
 
 
-def room_for_weights(source: GgufFile, n_ctx: int) -> int:
+def room_for_weights(source: GgufFile, n_ctx: int | None) -> int:
     """Bytes that this machine has for the file when the context, the engine's buffers and the engine are counted."""
     from bitladder.files.probe import probe_machine
     from bitladder.plan.placement import usable_ram, usable_vram

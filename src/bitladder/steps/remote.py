@@ -107,7 +107,7 @@ def _spending(
     from bitladder.plan.spending import expected_spending
 
     price = price_of(settings.model)
-    if not settings.key_env and price is None:
+    if not settings.wants_key and price is None:
         return None
     if answer_tokens is not None:
         asked = [dataclasses.replace(one, max_tokens=answer_tokens) for one in asked]

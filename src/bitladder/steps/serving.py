@@ -5,10 +5,73 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from bitladder.errors import BadInput, UnknownLevel
+from bitladder.progress import Progress
+
 MOST_SLOTS = 4
 """Requests that a level computes together unless told otherwise, llama.cpp's own default. More share the
 arithmetic units without being served sooner on most machines, and each takes a whole context of memory.
 """
+
+
+def is_level(what: str) -> bool:
+    """Whether a tier is a level of a model, and neither an endpoint nor a file.
+
+    Raises:
+        BadInput: it is spelled as a file, and there is none.
+        UsageError: it is spelled as an address, and is none.
+    """
+    from bitladder.engines.address import is_address, split_address
+
+    if is_address(what):
+        split_address(what)
+        return False
+    if Path(what).is_file():
+        return False
+    if "/" in what or what.lower().endswith(".gguf"):
+        raise BadInput(f"There is no file '{what}'.", do="Give a level, a GGUF file, or URL#MODEL.")
+    return True
+
+
+def is_only_a_name(model: str) -> bool:
+    """Whether MODEL names no file, folder or store, and so can only be what a deployment is called."""
+    from bitladder.files.sources import DEMOS
+
+    spelled = "/" in model or ":" in model or model.lower().endswith(".gguf") or model in DEMOS
+    return not spelled and not Path(model).exists()
+
+
+def tier_context(model: str, what: str, n_ctx: int | None, progress: Progress) -> int:
+    """The context in tokens that a tier gets; what cannot be served is refused here, before anything is built.
+
+    Args:
+        model: what ``what`` is a level of, when it is one.
+        what: a GGUF file, or a level.
+        n_ctx: the context asked for; None: `usable_context`.
+        progress: hears about a fetched model.
+
+    Raises:
+        UnknownLevel: neither a file nor a level.
+        BadInput: a file that is no model, or a model that is not there.
+        UsageError: the model was not trained for such a context.
+    """
+    from bitladder.files.gguf import read_header
+    from bitladder.files.sources import resolve
+    from bitladder.formats.fitted import is_fitted_level
+    from bitladder.formats.recipes import level_named
+    from bitladder.stages.facts import level_of
+    from bitladder.stages.plan import usable_context
+
+    if not is_level(what):
+        return usable_context(read_header(Path(what)), n_ctx)
+    source = read_header(resolve(model, progress).path)
+    try:
+        if not is_fitted_level(what):
+            level_named(what)
+    except UnknownLevel:
+        if what.upper() != level_of(source):
+            raise
+    return usable_context(source, n_ctx)
 
 
 def memory_by_slots(path: Path, n_ctx: int, slots: Sequence[int]) -> tuple[int, ...]:

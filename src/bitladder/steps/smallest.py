@@ -37,7 +37,7 @@ class Search:
     bar: str
     workload: Path | None = None
     levels: tuple[str, ...] | None = None
-    n_ctx: int = 4096
+    n_ctx: int | None = None
     out: Path | None = None
     threads: int = 2
     imatrix: str = AUTO
@@ -60,6 +60,7 @@ def find_smallest(search: Search, progress: Progress, *, say: Say = lambda _: No
     from bitladder.files.workloads import STARTER, load_workload
     from bitladder.stages.evaluate import judge_answers
     from bitladder.stages.facts import engine_facts, level_of, slots
+    from bitladder.stages.plan import usable_context
     from bitladder.stages.quantize import method_name, quantize_levels
     from bitladder.store.evidence import Evidence
     from bitladder.store.recorded import Recorded, Subject
@@ -74,19 +75,20 @@ def find_smallest(search: Search, progress: Progress, *, say: Say = lambda _: No
         source = stack.enter_context(GgufFile.open(found.path))
         recorded = Recorded(stack.enter_context(Evidence.open()))
         journal.warn(*found.warnings, *workload.warnings)
-        levels = _levels(source, search)
+        n_ctx = usable_context(source.model, search.n_ctx)
+        levels = _levels(source, search, n_ctx)
         try:
             importance = importance_of(source, search.imatrix, threads=search.threads, progress=progress)
         except UnknownArchitecture as error:
             journal.warn(f"Levels are made without an importance matrix: {error.found}")
             importance = None
         method = method_name("good", importance)
-        room, parallel = slots(workload, search.n_ctx)
+        room, parallel = slots(workload, n_ctx)
         engine = engine_facts(n_ctx=room, n_parallel=parallel, threads=search.threads)
 
         own = Subject(source.sha256, level_of(source.model), file=source.sha256)
         progress(f"workload: {own.level}", 0, 1)
-        replies, _, _ = answers(own, source.path, workload, recorded, n_ctx=search.n_ctx, threads=search.threads)
+        replies, _, _ = answers(own, source.path, workload, recorded, n_ctx=n_ctx, threads=search.threads)
         reference = judge_answers(workload, replies, context=context)
 
         def subject(level: str) -> Subject:
@@ -136,14 +138,14 @@ def margin_of(bar: str) -> float:
     return clauses[0].value
 
 
-def _levels(source: GgufFile, search: Search) -> list[str]:
+def _levels(source: GgufFile, search: Search, n_ctx: int) -> list[str]:
     """Those that fit, largest first, without the source's own."""
     from bitladder.files.probe import probe_machine
     from bitladder.formats.recipes import LEVELS
     from bitladder.stages.facts import level_of
     from bitladder.stages.plan import make_plan
 
-    plan = make_plan(source.model, probe_machine(), n_ctx=search.n_ctx, levels=search.levels or LEVELS)
+    plan = make_plan(source.model, probe_machine(), n_ctx=n_ctx, levels=search.levels or LEVELS)
     fitting = [level.level for level in plan.levels if level.fits and level.level != level_of(source.model)]
     if not fitting:
         raise NothingFits(

@@ -1,0 +1,121 @@
+"""Tiers, MODEL and contexts as serve and export take them; what can be refused is refused before anything is built."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from bitladder.cli.app import app
+from bitladder.cli.deploy import tiers_of
+from bitladder.errors import BitladderError
+from bitladder.files.gguf import GgufFile
+from bitladder.progress import silent
+from bitladder.serve.settings import ServeSettings
+from bitladder.stages.plan import DEFAULT_CTX, usable_context
+from tiny_engine import TRAINED_CTX, write_tiny
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a tiny model, and nothing else."""
+    monkeypatch.chdir(tmp_path)
+    write_tiny(tmp_path / "tiny-F16.gguf")
+    return tmp_path
+
+
+def bitladder(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(one) for one in arguments])
+
+
+def tiers(model: str | None, quality: str | None = None, speed: str | None = None, **more) -> ServeSettings:
+    return tiers_of(model, quality, speed, more.pop("ctx", None), 1, None, silent, **more)
+
+
+def test_files_and_endpoints_need_no_model(here):
+    one = tiers(None, "tiny-F16.gguf")
+    assert (one.name, one.quality.level, one.speed) == ("tiny-F16", "tiny-F16", None)
+    two = tiers(None, "http://10.0.0.5:8000#big", "http://10.0.0.6:8000#small", name="pair")
+    assert (two.name, two.quality.level, two.speed and two.speed.level) == ("pair", "big", "small")
+    assert (two.quality.url, two.quality.model) == ("http://10.0.0.5:8000/v1", "big")
+    assert tiers(None, None, "tiny-F16.gguf").quality.level == "tiny-F16"
+    assert tiers("mine", "http://h#big", "tiny-F16.gguf").name == "mine"
+    assert tiers("m-F16", "tiny-F16.gguf", name="other").name == "other"
+    assert not (here / "data").exists()  # no evidence was asked for
+
+
+def test_a_model_beside_files_still_counts_when_it_is_one(here):
+    settings = tiers("tiny-F16.gguf", "http://h#big")
+    assert (settings.name, settings.run_json) == ("tiny-F16", None)
+    for wrong in ("missing.gguf", "./mine", "no/such"):
+        with pytest.raises(BitladderError):
+            tiers(wrong, "http://h#big")
+
+
+def test_the_same_file_twice_is_one_level_and_files_of_one_name_are_two(here):
+    same = tiers(None, "tiny-F16.gguf", "./tiny-F16.gguf")
+    assert same.quality.level == "tiny-F16" and (same.speed is None or same.speed.level == "tiny-F16")
+    write_tiny(here / "b" / "tiny-F16.gguf", seed=1)
+    two = tiers(None, "tiny-F16.gguf", "b/tiny-F16.gguf")
+    assert two.speed is not None
+    assert (two.quality.level, two.speed.level) == (f"tiny-F16@{here.name}", "tiny-F16@b")
+    assert two.name == "tiny-F16"
+
+
+@pytest.mark.parametrize("verb", [("serve",), ("export", "--to", "llama-swap")], ids=lambda verb: verb[0])
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("tiny-F16.gguf", "--quality", "Q8_0", "--speed", "nonsense"), "no level 'nonsense'"),
+        (("tiny-F16.gguf", "--quality", "Q8_0", "--speed", "none.gguf"), "no file 'none.gguf'"),
+        (("tiny-F16.gguf", "--quality", "Q8_0", "--speed", "http://"), "no address"),
+        (("tiny-F16.gguf", "--quality", "Q8_0", "--speed", "tiny-F16.gguf", "--ctx", "4096"), "trained for 2048"),
+        (("--quality", "tiny-F16.gguf", "--speed", "Q8_0"), "No MODEL is named that 'Q8_0' is a level of"),
+        ((), "No MODEL is named"),
+        (("mine", "--quality", "Q8_0"), "no model 'mine'"),
+        (("tiny-F16.gguf",), "no stored decision"),
+        (("tiny-F16.gguf", "--quality", "Q8_0", "--speed", "junk.gguf"), "junk.gguf"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_built(here, verb, arguments, said):
+    (here / "junk.gguf").write_bytes(b"GGUF and then nothing")
+    before = {path.name for path in here.iterdir()}
+    done = bitladder(*verb, *arguments)
+    assert done.exit_code == 2, done.output
+    assert said.lower() in done.stderr.lower()
+    assert {path.name for path in here.iterdir()} - before <= {"data"}
+
+
+def test_without_ctx_a_short_model_gets_its_own_length(here):
+    assert tiers(None, "tiny-F16.gguf").quality.n_ctx == TRAINED_CTX < DEFAULT_CTX
+    assert tiers(None, "tiny-F16.gguf", ctx=512).quality.n_ctx == 512
+    write_tiny(here / "long.gguf", n_ctx=32768)
+    both = tiers(None, "long.gguf", "tiny-F16.gguf")
+    assert both.speed is not None
+    assert (both.quality.n_ctx, both.speed.n_ctx) == (DEFAULT_CTX, TRAINED_CTX)
+    with GgufFile.open(here / "tiny-F16.gguf") as file:
+        assert usable_context(file.model, None) == TRAINED_CTX
+
+
+def test_planning_without_ctx_uses_what_the_model_was_trained_for(here):
+    done = bitladder("plan", "tiny-F16.gguf", "--json")
+    assert done.exit_code == 0, done.output
+    plan = json.loads(done.stdout)
+    assert (plan["n_ctx"], plan["request"]["n_ctx"]) == (TRAINED_CTX, TRAINED_CTX)
+    explicit = bitladder("plan", "tiny-F16.gguf", "--ctx", 4096)
+    assert explicit.exit_code == 2
+    assert "trained for 2048" in explicit.stderr
+
+
+@pytest.mark.model
+def test_run_smallest_and_compare_without_ctx(here):
+    (here / "w.yaml").write_text("inputs:\n  - {id: one, prompt: Hello, max_tokens: 4, expect: {max_words: 100}}\n")
+    (here / "t.txt").write_text("Some words to measure on. " * 60)
+    shared = ("--workload", "w.yaml", "--levels", "Q8_0", "--imatrix", "none", "--threads", 1)
+    done = bitladder("run", "tiny-F16.gguf", *shared, "--text", "t.txt", "--bar", "kl < 100", "--json")
+    assert done.exit_code == 0, done.output
+    assert f"--ctx {TRAINED_CTX}" in json.loads(done.stdout)["commands"][0]
+    found = bitladder("smallest", "tiny-F16.gguf", *shared)
+    assert found.exit_code in (0, 4, 5), found.output
+    same = bitladder("compare", "tiny-F16.gguf", "tiny-F16.gguf", "Hello", "--max-tokens", 4, "--threads", 1)
+    assert same.exit_code == 0, same.output

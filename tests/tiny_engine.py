@@ -1,0 +1,69 @@
+"""A tiny random llama that the real engine loads and talks with: byte tokens, ChatML, every row a multiple of 256."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gguf_bytes import f32, flag, ints, string, strings, u32, write_model
+
+TRAINED_CTX = 2048
+_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+_CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def _byte_tokens() -> list[str]:
+    """The tokens that stand for the 256 bytes in byte-level tokenizers."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    spare = iter(range(256, 512))
+    return [chr(byte) if byte in printable else chr(next(spare)) for byte in range(256)]
+
+
+def write_tiny(path: Path, *, seed: int = 0, n_ctx: int = TRAINED_CTX, name: str = "Tiny") -> Path:
+    """A model of 1.4 million weights in F16, trained (so it says) for ``n_ctx`` tokens."""
+    rng = np.random.default_rng(seed)
+
+    def matrix(rows: int, columns: int) -> np.ndarray:
+        return (0.02 * rng.standard_normal((rows, columns))).astype(np.float16)
+
+    tokens = [*_byte_tokens(), "\u0120t", *_SPECIAL]
+    width, hidden, layers = 256, 512, 2
+    tensors: dict[str, Any] = {
+        "token_embd.weight": matrix(len(tokens), width),
+        "output_norm.weight": np.ones(width, np.float32),
+    }
+    for layer in range(layers):
+        block = f"blk.{layer}."
+        sizes = {"attn_q": (width, width), "attn_k": (width // 2, width), "attn_v": (width // 2, width)}
+        sizes |= {"attn_output": (width, width), "ffn_gate": (hidden, width), "ffn_up": (hidden, width)}
+        sizes |= {"ffn_down": (width, hidden)}
+        tensors |= {f"{block}{part}.weight": matrix(*size) for part, size in sizes.items()}
+        tensors |= {f"{block}{norm}.weight": np.ones(width, np.float32) for norm in ("attn_norm", "ffn_norm")}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    keys = [
+        string("general.architecture", "llama"),
+        string("general.name", name),
+        u32("llama.context_length", n_ctx),
+        u32("llama.embedding_length", width),
+        u32("llama.feed_forward_length", hidden),
+        u32("llama.block_count", layers),
+        u32("llama.attention.head_count", 4),
+        u32("llama.attention.head_count_kv", 2),
+        f32("llama.attention.layer_norm_rms_epsilon", 1e-5),
+        f32("llama.rope.freq_base", 10000.0),
+        string("tokenizer.ggml.model", "gpt2"),
+        string("tokenizer.ggml.pre", "gpt-2"),
+        strings("tokenizer.ggml.tokens", tokens),
+        ints("tokenizer.ggml.token_type", [3 if token in _SPECIAL else 1 for token in tokens]),
+        strings("tokenizer.ggml.merges", ["\u0120 t"]),
+        u32("tokenizer.ggml.bos_token_id", 257),
+        u32("tokenizer.ggml.eos_token_id", 259),
+        flag("tokenizer.ggml.add_bos_token", value=False),
+        string("tokenizer.chat_template", _CHATML),
+    ]
+    return write_model(path, tensors, keys=keys)
