@@ -15,10 +15,10 @@ from bitladder.errors import BadInput
 if TYPE_CHECKING:
     from bitladder.engines.base import Engine
     from bitladder.progress import Progress
-    from bitladder.records.run import RunRecord
     from bitladder.serve.compare import Comparison
     from bitladder.serve.deploy import Deployment
     from bitladder.serve.settings import ServeSettings, TierSpec
+    from bitladder.steps.models import LatestRun
 
 
 AUTO_ENGINE = "auto"
@@ -116,18 +116,20 @@ def tiers_of(
     from bitladder.serve.settings import ServeSettings
     from bitladder.steps.models import latest_run
 
-    record, run_json = latest_run(model, progress)
+    run = latest_run(model, progress)
     if quality is None and speed is None:
-        if record is None or run_json is None or record.decision.quality is None:
+        if run is None or run.decision.quality is None:
             raise BadInput(
                 f"There is no stored decision for {model} that names tiers.",
                 means="`bitladder run` was not run on it here, or no level met its bar.",
                 do="Run `bitladder run` first, or name the tiers with --quality and --speed.",
             )
-        quality, speed = record.decision.quality, record.decision.speed
+        quality, speed = run.decision.quality, run.decision.speed
+    if run is not None:
+        say(run.sentence)
     first, second = quality or speed or "", speed if quality else None
-    top = _spec(model, first, ctx, threads, out, progress)
-    other = None if second in (None, first) else _spec(model, second or "", ctx, threads, out, progress)
+    top = _spec(model, first, run, ctx, threads, out, progress)
+    other = None if second in (None, first) else _spec(model, second or "", run, ctx, threads, out, progress)
     machine = probe_machine()
     budget = usable_ram(machine) + usable_vram(machine)
     tiers = _with_slots([spec for spec in (top, other) if spec is not None], budget, slots)
@@ -136,10 +138,10 @@ def tiers_of(
         speed=tiers[1] if other is not None else None,
         threads=threads,
         memory_budget_bytes=budget,
-        run_json=run_json,
-        name=record.source.name if record else Path(model).stem,
+        run_json=run.path if run and run.record else None,
+        name=run.record.source.name if run and run.record else Path(model).stem,
     )
-    return _routed(settings, record)
+    return _routed(settings, run)
 
 
 def _with_slots(specs: list[TierSpec], budget: int, slots: int | None) -> list[TierSpec]:
@@ -159,8 +161,8 @@ def _with_slots(specs: list[TierSpec], budget: int, slots: int | None) -> list[T
     ]
 
 
-def _routed(settings: ServeSettings, record: RunRecord | None) -> ServeSettings:
-    """What `auto` does, derived from the run's evidence about these two tiers."""
+def _routed(settings: ServeSettings, run: LatestRun | None) -> ServeSettings:
+    """What `auto` does, derived from the run's evidence about these two tiers, where it is about these very files."""
     from dataclasses import replace
 
     import numpy as np
@@ -168,7 +170,10 @@ def _routed(settings: ServeSettings, record: RunRecord | None) -> ServeSettings:
     from bitladder.serve.evidence import advise, agreement_bar, routed_inputs
     from bitladder.serve.settings import Escalation, Shadow
 
-    if record is None or settings.speed is None:
+    record = run.record if run else None
+    if run is None or record is None or settings.speed is None:
+        return settings
+    if not all(run.is_about(tier.level, tier.sha256) for tier in (settings.quality, settings.speed)):
         return settings
     answers = {one.level: one for one in record.answers}
     pair = (answers.get(settings.quality.level), answers.get(settings.speed.level))
@@ -184,8 +189,10 @@ def _routed(settings: ServeSettings, record: RunRecord | None) -> ServeSettings:
     return replace(settings, auto=advice.rule, escalation=escalation, shadow=expected)
 
 
-def _spec(model: str, what: str, ctx: int, threads: int, out: Path | None, progress: Progress) -> TierSpec:
-    """A level (built when it is missing), a file or a URL as a tier."""
+def _spec(
+    model: str, what: str, run: LatestRun | None, ctx: int, threads: int, out: Path | None, progress: Progress
+) -> TierSpec:
+    """A level (the measured file where it is, built when it is nowhere), a file or a URL as a tier."""
     from bitladder.serve.settings import TierSpec
     from bitladder.steps.models import tier_file
 
@@ -195,8 +202,11 @@ def _spec(model: str, what: str, ctx: int, threads: int, out: Path | None, progr
         return TierSpec(
             level=level, url=url.rstrip("/").removesuffix("/v1"), model=name, slots=_ENDPOINT_SLOTS, n_ctx=0
         )
-    file = tier_file(model, what, n_ctx=ctx, threads=threads, out=out, progress=progress)
-    return TierSpec(level=file.level, path=file.path, sha256=file.sha256, n_ctx=ctx, memory_bytes=file.memory_bytes)
+    file = tier_file(model, what, run, n_ctx=ctx, threads=threads, out=out, progress=progress, say=say)
+    return TierSpec(
+        level=file.level, path=file.path, sha256=file.sha256, standing=file.standing, note=file.note,
+        n_ctx=ctx, memory_bytes=file.memory_bytes,
+    )  # fmt: skip
 
 
 @verb

@@ -25,7 +25,7 @@ def gate(
 ) -> None:
     """Exit 0 when every level named holds the bar, 4 when one does not, 5 when the evidence cannot tell."""
     from bitladder.files.atomic import write_whole
-    from bitladder.pipeline import run as run_pipeline
+    from bitladder.pipeline import assess
     from bitladder.plan.gate import gate_exit
     from bitladder.plan.gate import junit as junit_of
 
@@ -33,7 +33,7 @@ def gate(
         raise UsageError("The gate needs to know what must hold the bar.", do="Name levels with --levels Q6_K,Q4_K_M.")
     settings = dataclasses.replace(options, levels=options.levels or "").settings()
     with progress_display(quiet=json_output) as progress:
-        record = run_pipeline(settings, progress, say=say, confirm=confirm_with(yes=options.yes)).record
+        record = assess(settings, progress, say=say, confirm=confirm_with(yes=options.yes))
     if junit:
         write_whole(junit, junit_of(record.decision, model=record.source.name))
     if json_output:

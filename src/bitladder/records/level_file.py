@@ -1,8 +1,9 @@
-"""A level that was written to disk."""
+"""A level that was written to disk, and a file that measurements were made of."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 
 
@@ -20,3 +21,45 @@ class LevelFile:
     """Wall time of the pass that wrote it. Levels written in one pass share it."""
     reused: bool = False
     """The very same file was already there."""
+    sha256: str = ""
+    """Empty where nothing is measured on the file: hashing reads all of it."""
+
+
+@dataclass(frozen=True)
+class Making:
+    """What a level's bytes depend on besides source and recipe, enough to make the file once more."""
+
+    effort: str = "good"
+    imatrix: str = "none"
+    """``auto``, ``none`` or the path of the importance matrix that was given."""
+    importance: str = ""
+    """Hash of the importance matrix's vectors (``stages.quantize.importance_hash``); empty for none."""
+    threads: int = 1
+    """The order of sums depends on it: in an importance matrix made here, and in codes fitted with error feedback."""
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A level's file as evidence knows it: by its hash, with where it lay and how it was made."""
+
+    source: str
+    """SHA-256 of the model it was made from."""
+    level: str
+    sha256: str
+    path: str
+    """Absolute."""
+    bytes: int
+    method: str
+    """As its header says it; empty for a file whose making is not known."""
+    making: Making
+    bitladder: str
+    """Version that made it."""
+
+
+class Standing(StrEnum):
+    """What evidence says about the very file that is served."""
+
+    MEASURED = "measured"
+    CHANGED = "changed"
+    """It lies where a measured file lay, or was made as that one was, and has another hash."""
+    UNMEASURED = "unmeasured"

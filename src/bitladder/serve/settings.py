@@ -7,6 +7,7 @@ from pathlib import Path
 
 from bitladder.engines.llama_program import LlamaProgram
 from bitladder.errors import UsageError
+from bitladder.records.level_file import Standing
 from bitladder.serve.router import AutoRule, Rule
 from bitladder.units import MiB
 
@@ -28,6 +29,10 @@ class TierSpec:
     """Sent to the endpoint as a bearer token. Engines of our own get a fresh one."""
     sha256: str = ""
     """Hash of the file, named in every reply. Empty for an endpoint: nobody can vouch for it."""
+    standing: Standing | None = None
+    """What evidence says about this very file, named in every reply. None for an endpoint, or where nobody looked."""
+    note: str = ""
+    """What the operator should know about the file."""
     slots: int = 1
     """Requests at the upstream at once; more wait in the queue."""
     n_ctx: int = 4096

@@ -15,6 +15,7 @@ from bitladder.report.recipe import note_lines
 from bitladder.steps.calibrated import calibration_texts, token_windows
 from bitladder.steps.jobs import job, walking_need
 from bitladder.steps.journal import Journal
+from bitladder.steps.known_files import kept_by_evidence
 from bitladder.steps.weighing import RecipeTexts, keep_table, parts_of_text, weighed_tensors
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ class Asked:
     out: Path | None = None
     effort: Effort = "good"
     """How long to search for scales, and how often codes and scales are improved in turns."""
+    folders: tuple[Path, ...] = ()
+    """Where else the file may lie already, under any name."""
 
 
 def make_recipe(
@@ -95,7 +98,9 @@ def recipe_of(
         recipe = named_recipe(source, asked.level)
         if asked.out is None:
             return RecipeResult(recipe, float("nan"))
-        return _written(source, recipe, parts, asked.out, asked.effort, threads, journal, progress)
+        return _written(
+            source, recipe, parts, asked.out, asked.effort, threads, journal, progress, folders=asked.folders
+        )
     table, kept = weighed_tensors(source, parts, texts, threads, journal, progress)
     recipe = _chosen(source, table, asked)
     if asked.out is None:
@@ -103,7 +108,10 @@ def recipe_of(
     out = asked.out
 
     def write(table: SensitivityTable, recipe: Recipe) -> RecipeResult:
-        return _written(source, recipe, parts, out, asked.effort, threads, journal, progress, error=table.error)
+        return _written(
+            source, recipe, parts, out, asked.effort, threads, journal, progress,
+            error=table.error, folders=asked.folders,
+        )  # fmt: skip
 
     result = write(table, recipe)
     if asked.wish.kl is None:
@@ -179,9 +187,10 @@ def _written(
     progress: Progress,
     *,
     error: float = float("nan"),
+    folders: Sequence[Path] = (),
 ) -> RecipeResult:
     """The recipe's file, and its loss on text that nothing was fitted to."""
-    fitted = write_recipe(source, recipe, parts.fitting, out, effort, threads, journal, progress)
+    fitted = write_recipe(source, recipe, parts.fitting, out, effort, threads, journal, progress, folders=folders)
     journal.warn(*note_lines(fitted))
     held = measured_on(source, fitted.file.path, parts.held_out, threads, journal, progress)
     return RecipeResult(recipe, error, fitted, held)
@@ -195,6 +204,7 @@ def fitted_level(
     texts: Sequence[Path] = (),
     effort: Effort = "good",
     threads: int,
+    folders: Sequence[Path] = (),
     journal: Journal,
     progress: Progress,
 ) -> FittedLevel:
@@ -207,7 +217,7 @@ def fitted_level(
     from bitladder.plan.recipe import Wish
 
     level, bpw = parse_fitted(name)
-    asked = Asked(Wish(bpw=bpw), level=level, out=out, effort=effort)
+    asked = Asked(Wish(bpw=bpw), level=level, out=out, effort=effort, folders=tuple(folders))
     result = recipe_of(source, asked, texts=texts, threads=threads, journal=journal, progress=progress)
     if result.fitted is None or result.held_out is None:
         raise ValueError("a recipe with a folder was not written")
@@ -283,8 +293,10 @@ def write_recipe(
     threads: int,
     journal: Journal,
     progress: Progress,
+    *,
+    folders: Sequence[Path] = (),
 ) -> FittedLevel:
-    """Write a recipe's file, with error feedback.
+    """Write a recipe's file, with error feedback, unless it is there already, in ``folders`` under any name.
 
     Raises:
         NothingFits: too little memory or disk.
@@ -300,8 +312,9 @@ def write_recipe(
     there = (out / f"{source.model.name}-{recipe.label}.gguf").exists()
     with nullcontext() if there else job(need, journal, out):
         return write_with_feedback(
-            source, recipe, out, windows, settings=FeedbackSettings(effort=effort, threads=threads), progress=progress
-        )
+            source, recipe, out, windows, settings=FeedbackSettings(effort=effort, threads=threads), folders=folders,
+            is_kept=kept_by_evidence(journal), progress=progress,
+        )  # fmt: skip
 
 
 def measured_on(
