@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+
+_MOST_THREADS = 1024
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,15 @@ class Making:
     """Hash of the importance matrix's vectors (``stages.quantize.importance_hash``); empty for none."""
     threads: int = 1
     """The order of sums depends on it: in an importance matrix made here, and in codes fitted with error feedback."""
+
+    def __post_init__(self) -> None:
+        """Evidence may be somebody else's: nothing of it becomes a path or a number of threads unchecked."""
+        if self.effort not in ("fast", "good", "best"):
+            raise ValueError(f"effort must be fast, good or best; got {self.effort!r} instead")
+        if not re.fullmatch("(?:[0-9a-f]{16})?", self.importance):
+            raise ValueError(f"importance must be 16 digits of a hash; got {self.importance!r} instead")
+        if not 1 <= self.threads <= _MOST_THREADS:
+            raise ValueError(f"threads must lie between 1 and {_MOST_THREADS}; got {self.threads} instead")
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ subject, named by its hash.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -144,15 +145,21 @@ class Recorded:
     def files(self, source: str, level: str | None = None) -> list[StoredFile]:
         """Measured files of a model, or of one of its levels, the newest first; they may have changed since."""
         wanted = {} if level is None else {"level": level}
-        return [from_json(StoredFile, row.value) for row in self._store.find("file", source=source, **wanted)]
+        return self._files(source=source, **wanted)
 
     def files_at(self, path: Path) -> list[StoredFile]:
         """Files that were measured and lay at this place, the newest first."""
-        return [from_json(StoredFile, row.value) for row in self._store.find("file", path=str(path))]
+        return self._files(path=str(path))
 
-    def files_with(self, sha256: str) -> list[StoredFile]:
-        """Where a file with this hash was measured, the newest first."""
-        return [from_json(StoredFile, row.value) for row in self._store.find("file", sha256=sha256)]
+    def _files(self, **partial: str) -> list[StoredFile]:
+        """Files whose row's key holds these values; rows that are no files of ours (imported ones may be) are none."""
+        found = []
+        for row in self._store.find("file", **partial):
+            with contextlib.suppress(ValueError):
+                file = from_json(StoredFile, row.value)
+                if (file.sha256, file.path) == (row.key.get("sha256"), row.key.get("path")):
+                    found.append(file)
+        return found
 
     def hash_of(self, subject: Subject) -> str | None:
         """Hash of the file that the measurements of a subject are of; None when that was never stored."""
