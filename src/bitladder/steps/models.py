@@ -216,15 +216,13 @@ class _Search:
 
     def wanted(self, level: str) -> str:
         """Hash of the file that is meant: the latest run's, else the one measured last; empty when there is none."""
-        known = self._known(level)
-        return known[0].sha256 if known else ""
+        decided = self.run.decision.files.get(level) if self.run else None
+        return decided or next((file.sha256 for file in self.recorded.files(self.source.sha256, level)), "")
 
     def _known(self, level: str) -> list[StoredFile]:
         """Every place of the file that is meant, the newest first."""
-        known = self.recorded.files(self.source.sha256, level)
-        decided = self.run.decision.files.get(level) if self.run else None
-        wanted = decided or next((file.sha256 for file in known), None)
-        return [file for file in known if file.sha256 == wanted]
+        wanted = self.wanted(level)
+        return [file for file in self.recorded.files(self.source.sha256, level) if file.sha256 == wanted]
 
     def path_of(self, level: str) -> Path:
         """The file of a level."""
