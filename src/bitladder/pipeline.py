@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from bitladder import __version__
 from bitladder.errors import NothingFits, UnknownArchitecture
 from bitladder.files.gguf import GgufFile
+from bitladder.files.measured import machine_key
 from bitladder.files.probe import probe_machine
 from bitladder.files.sources import Source, resolve
 from bitladder.files.workloads import STARTER, load_reference, load_workload
@@ -43,11 +44,12 @@ from bitladder.steps.calibrated import AUTO, importance_of
 from bitladder.steps.help import criteria_help
 from bitladder.steps.jobs import building_need
 from bitladder.steps.journal import Journal, Say
+from bitladder.steps.known_files import identified, known_folders, making_of
 from bitladder.steps.ladder_files import ladder_files
 from bitladder.steps.measured import documents, fidelities, of_itself
 from bitladder.steps.remote import agree_to_spend
 from bitladder.store.evidence import Evidence
-from bitladder.store.recorded import Recorded, Subject
+from bitladder.store.recorded import Recorded, StoredDecision, Subject
 from bitladder.units import human_bytes
 
 if TYPE_CHECKING:
@@ -115,21 +117,47 @@ def run(
         BitladderError: anything else a user can meet; what was finished is stored and is not done again.
     """
     with _opened(settings, progress, Journal(say), confirm) as given:
-        timed = given.journal.timed
-        plan = _planned(given)
-        with timed("calibrate"):
-            importance = _importance(given)
-        with timed("quantize"):
-            built = _built(given, plan, importance)
-        with timed("walk"):
-            fidelities = _measured(given, built)
-        with timed("workload"):
-            answers = _asked(given, plan, built)
-        results = [compare(answers[0], level, given.workload) for level in answers[1:]]
-        decision = _decided(given, plan, fidelities, results, reference=answers[0].level)
-        record = _record(given, plan, built, fidelities, answers, results, decision)
-    record_file = write_run(record, given.out / RUN_JSON)
-    return RunResult(record, write_html(record, report_beside(record_file)))
+        record = _assessed(given)
+        path = write_run(record, given.out / RUN_JSON)
+        report = write_html(record, report_beside(path))
+        machine = machine_key(given.machine)
+        given.recorded.keep_decision(
+            given.source.sha256, StoredDecision(record.decision, path, record.created, machine)
+        )
+    return RunResult(record, report)
+
+
+def assess(
+    settings: RunSettings,
+    progress: Progress,
+    *,
+    say: Say = lambda _: None,
+    confirm: Confirm = lambda _: False,
+) -> RunRecord:
+    """What a run would find out, for somebody who only wants to know: a gate.
+
+    Levels are taken where they lie, wherever a run left them; those that are nowhere are built. What is measured is
+    stored. The latest run, its record and its report stay as they are. Raises as ``run`` does.
+    """
+    with _opened(settings, progress, Journal(say), confirm) as given:
+        return _assessed(replace(given, folders=(given.out, *known_folders(given.recorded, given.source.sha256))))
+
+
+def _assessed(given: _Given) -> RunRecord:
+    """Plan, build, measure, test, decide."""
+    timed = given.journal.timed
+    plan = _planned(given)
+    with timed("calibrate"):
+        importance = _importance(given)
+    with timed("quantize"):
+        built = _built(given, plan, importance)
+    with timed("walk"):
+        fidelities = _measured(given, built)
+    with timed("workload"):
+        answers = _asked(given, plan, built)
+    results = [compare(answers[0], level, given.workload) for level in answers[1:]]
+    decision = _decided(given, plan, built, fidelities, results, reference=answers[0].level)
+    return _record(given, plan, built, fidelities, answers, results, decision)
 
 
 @dataclass(frozen=True)
@@ -149,6 +177,8 @@ class _Given:
     recorded: Recorded
     journal: Journal
     progress: Progress
+    folders: Sequence[Path] = ()
+    """Where levels may lie already, besides ``out``."""
 
 
 @contextmanager
@@ -226,7 +256,8 @@ def _planned(given: _Given) -> Plan:
         tell(given.progress, LevelNews(level.level, "fits" if level.fits else "does not fit"))
     wanted = _levels_to_build(given, plan)
     effort, threads = given.settings.effort, given.settings.threads
-    require(building_need(source, wanted, given.out, effort=effort, threads=threads), given.machine)
+    need = building_need(source, wanted, given.out, folders=given.folders, effort=effort, threads=threads)
+    require(need, given.machine)
     return plan
 
 
@@ -254,17 +285,21 @@ def _levels_to_build(given: _Given, plan: Plan) -> list[str]:
 
 
 def _built(given: _Given, plan: Plan, importance: Importance | None) -> dict[Subject, LevelFile]:
-    """A file for each level that fits."""
-    return ladder_files(
+    """A file for each level that fits, by its hash."""
+    settings = given.settings
+    files = ladder_files(
         given.source,
         _levels_to_build(given, plan),
         given.out,
         importance=importance,
-        effort=given.settings.effort,
-        threads=given.settings.threads,
+        effort=settings.effort,
+        threads=settings.threads,
+        folders=given.folders,
         journal=given.journal,
         progress=given.progress,
     )
+    making = making_of(given.source, settings.imatrix, importance, effort=settings.effort, threads=settings.threads)
+    return identified(files, making, given.recorded, given.journal, given.progress)
 
 
 def _measured(given: _Given, built: Mapping[Subject, LevelFile]) -> list[Fidelity]:
@@ -333,12 +368,13 @@ def _contenders(given: _Given, plan: Plan, built: Mapping[Subject, LevelFile]) -
 def _decided(
     given: _Given,
     plan: Plan,
+    built: Mapping[Subject, LevelFile],
     fidelities: Sequence[Fidelity],
     results: Sequence[WorkloadResult],
     *,
     reference: str,
 ) -> Decision:
-    """The pair to deploy with its reasons, kept as evidence."""
+    """The pair to deploy with its reasons, and the files that it is about."""
     answering = {result.level for result in results}
     decision = decide(
         plan,
@@ -349,8 +385,8 @@ def _decided(
         elsewhere=[one.label for one in given.settings.also if one.label in answering],
         tags={one.id: one.tags for one in given.workload.inputs},
     )
-    given.recorded.keep_decision(given.source.sha256, decision.bar, decision, given.out / RUN_JSON)
-    return decision
+    files = {level_of(given.source.model): given.source.sha256}
+    return replace(decision, files=files | {file.level: file.sha256 for file in built.values()})
 
 
 def _known_of_source(given: _Given, plan: Plan, fidelities: Sequence[Fidelity]) -> list[Fidelity]:
@@ -379,7 +415,7 @@ def _record(
         machine=to_json(given.machine),
         plan=plan,
         decision=decision,
-        files=tuple(facts.file_facts(file) for file in built.values()),
+        files=tuple(facts.file_facts(file, subject.made) for subject, file in built.items()),
         fidelities=tuple(fidelities),
         results=tuple(results),
         inputs=facts.input_facts(given.workload),

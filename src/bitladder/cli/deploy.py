@@ -16,10 +16,10 @@ from bitladder.errors import BadInput, UsageError
 if TYPE_CHECKING:
     from bitladder.engines.base import Engine
     from bitladder.progress import Progress
-    from bitladder.records.run import RunRecord
     from bitladder.serve.compare import Comparison
     from bitladder.serve.deploy import Deployment
     from bitladder.serve.settings import ServeSettings, TierSpec
+    from bitladder.steps.models import LatestRun
 
 
 AUTO_ENGINE = "auto"
@@ -140,22 +140,24 @@ def tiers_of(
     from bitladder.plan.placement import usable_ram, usable_vram
     from bitladder.serve.settings import ServeSettings, told_apart
 
-    record, run_json = _run_of(model, [what for what in (quality, speed) if what is not None], progress)
+    run = _run_of(model, [what for what in (quality, speed) if what is not None], progress)
     if quality is None and speed is None:
-        if record is None or run_json is None or record.decision.quality is None:
+        if run is None or run.decision.quality is None:
             raise BadInput(
                 f"There is no stored decision for {model} that names tiers.",
                 means="`bitladder run` was not run on it here, or no level met its bar.",
                 do="Run `bitladder run` first, or name the tiers with --quality and --speed: a level, a file, a URL.",
             )
-        quality, speed = record.decision.quality, record.decision.speed
+        quality, speed = run.decision.quality, run.decision.speed
+    if run is not None:
+        say(run.sentence)
     first, second = quality or speed or "", speed if quality else None
     wanted = [first] if second in (None, first) else [first, str(second)]
     keys = (key_env, key_file)
     # All that can be refused is refused before the first level is built.
     contexts = [_checked(model, what, ctx, keys, progress, with_keys=with_keys) for what in wanted]
     specs = [
-        _spec(model or "", what, n_ctx, threads, out, progress, keys, with_keys=with_keys)
+        _spec(model or "", what, run, n_ctx, threads, out, progress, keys, with_keys=with_keys)
         for what, n_ctx in zip(wanted, contexts, strict=True)
     ]
     machine = probe_machine()
@@ -166,13 +168,13 @@ def tiers_of(
         speed=tiers[1] if len(tiers) > 1 else None,
         threads=threads,
         memory_budget_bytes=budget,
-        run_json=run_json,
-        name=name or (record.source.name if record else Path(model).stem if model else specs[0].level),
+        run_json=run.path if run and run.record else None,
+        name=name or (run.record.source.name if run and run.record else Path(model).stem if model else specs[0].level),
     )
-    return _routed(settings, record)
+    return _routed(settings, run)
 
 
-def _run_of(model: str | None, wanted: list[str], progress: Progress) -> tuple[RunRecord | None, Path | None]:
+def _run_of(model: str | None, wanted: list[str], progress: Progress) -> LatestRun | None:
     """The latest run of MODEL; none where the tiers need no model and MODEL is left out, or is only a name for them.
 
     Raises:
@@ -189,7 +191,7 @@ def _run_of(model: str | None, wanted: list[str], progress: Progress) -> tuple[R
             "--speed.",
         )
     if model is None or (wanted and not levels and is_only_a_name(model)):
-        return None, None
+        return None
     return latest_run(model, progress)
 
 
@@ -227,8 +229,8 @@ def _with_slots(specs: list[TierSpec], budget: int, slots: int | None) -> list[T
     ]
 
 
-def _routed(settings: ServeSettings, record: RunRecord | None) -> ServeSettings:
-    """What `auto` does, derived from the run's evidence about these two tiers."""
+def _routed(settings: ServeSettings, run: LatestRun | None) -> ServeSettings:
+    """What `auto` does, derived from the run's evidence about these two tiers, where it is about these very files."""
     from dataclasses import replace
 
     import numpy as np
@@ -236,7 +238,10 @@ def _routed(settings: ServeSettings, record: RunRecord | None) -> ServeSettings:
     from bitladder.serve.evidence import advise, agreement_bar, routed_inputs
     from bitladder.serve.settings import Escalation, Shadow
 
-    if record is None or settings.speed is None:
+    record = run.record if run else None
+    if run is None or record is None or settings.speed is None:
+        return settings
+    if not all(run.is_about(tier.level, tier.sha256) for tier in (settings.quality, settings.speed)):
         return settings
     answers = {one.level: one for one in record.answers}
     pair = (answers.get(settings.quality.level), answers.get(settings.speed.level))
@@ -255,6 +260,7 @@ def _routed(settings: ServeSettings, record: RunRecord | None) -> ServeSettings:
 def _spec(
     model: str,
     what: str,
+    run: LatestRun | None,
     n_ctx: int,
     threads: int,
     out: Path | None,
@@ -263,7 +269,7 @@ def _spec(
     *,
     with_keys: bool,
 ) -> TierSpec:
-    """A level (built when it is missing), a file or a URL as a tier."""
+    """A level (the measured file where it is, built when it is nowhere), a file or a URL as a tier."""
     from bitladder.engines.address import is_address
     from bitladder.serve.settings import TierSpec
     from bitladder.steps.models import tier_file
@@ -280,8 +286,11 @@ def _spec(
             slots=_ENDPOINT_SLOTS,
             n_ctx=0,
         )
-    file = tier_file(model, what, n_ctx=n_ctx, threads=threads, out=out, progress=progress)
-    return TierSpec(level=file.level, path=file.path, sha256=file.sha256, n_ctx=n_ctx, memory_bytes=file.memory_bytes)
+    file = tier_file(model, what, run, n_ctx=n_ctx, threads=threads, out=out, progress=progress, say=say)
+    return TierSpec(
+        level=file.level, path=file.path, sha256=file.sha256, standing=file.standing, note=file.note,
+        n_ctx=n_ctx, memory_bytes=file.memory_bytes,
+    )  # fmt: skip
 
 
 @verb

@@ -27,7 +27,7 @@ def gate(
     """Exit 0 when every level named holds the bar, 4 when one does not, 5 when the evidence cannot tell."""
     from bitladder.files.atomic import write_whole
     from bitladder.files.outputs import check_output, holding
-    from bitladder.pipeline import run as run_pipeline
+    from bitladder.pipeline import assess
     from bitladder.plan.gate import gate_exit
     from bitladder.plan.gate import junit as junit_of
 
@@ -38,7 +38,7 @@ def gate(
         inputs = [Path(settings.model), *settings.texts, *([settings.workload] if settings.workload else [])]
         check_output(junit, "a JUnit document", inputs=inputs, ours=holding("<testsuite", "bitladder"))
     with progress_display(quiet=json_output) as progress:
-        record = run_pipeline(settings, progress, say=say, confirm=confirm_with(yes=options.yes)).record
+        record = assess(settings, progress, say=say, confirm=confirm_with(yes=options.yes))
     if junit:
         write_whole(junit, junit_of(record.decision, model=record.source.name))
     if json_output:

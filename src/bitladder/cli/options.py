@@ -75,7 +75,7 @@ class RunOptions:
     text: Texts = None
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="Folder for the files and the report.", show_default="<name>-ladder"),
+        typer.Option("--out", help="Folder for files to build, and a run's report.", show_default="<name>-ladder"),
     ] = None
     imatrix: Importance = "auto"
     threads: Threads = ALL_CORES

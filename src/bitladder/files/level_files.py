@@ -13,9 +13,11 @@ A source that is quantized itself adds ``bitladder.requantized_from``, the level
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bitladder import __version__
@@ -86,6 +88,25 @@ class LevelDraft:
         """Every tensor with the type it will have."""
         return tuple(tensor for part in self.parts for tensor in part.plan.tensors)
 
+    def at(self, path: Path) -> LevelDraft:
+        """The same level, in one file, under another path."""
+        (part,) = self.parts
+        return replace(self, parts=(replace(part, path=path),))
+
+    def names(self) -> Iterator[LevelDraft]:
+        """The same level under its name, then under names that nothing made in another way has: ``NAME.TAG.gguf``.
+
+        The tag says how it is made, so that the same call finds the same file again.
+        """
+        yield self
+        first = self.parts[0]
+        made = [first.entries.get(gguf.PROVENANCE + key) for key in ("source", "recipe", "method", "version")]
+        types = [(tensor.name, tensor.qtype) for tensor in self.tensors]
+        tag = hashlib.sha256(repr((made, types)).encode()).hexdigest()[:8]
+        for number in itertools.count(1):
+            suffix = tag if number == 1 else f"{tag}-{number}"
+            yield replace(self, parts=tuple(replace(part, path=_with_suffix(part.path, suffix)) for part in self.parts))
+
     def is_written(self, source_sha256: Callable[[], str]) -> bool:
         """Whether every part exists with the header that would be written. Only complete files ever get their
         name.
@@ -103,6 +124,41 @@ class LevelDraft:
         if part is not self.parts[0] and part.has_its_size() and part.is_written(source_sha256()):
             return True
         return made_as(self.parts[0].path, self.label, source_sha256)
+
+
+def _with_suffix(path: Path, suffix: str) -> Path:
+    """``m-Q4_K_M.gguf`` as ``m-Q4_K_M.SUFFIX.gguf``; a part keeps its number at the end."""
+    split = gguf.parse_split_name(path.name)
+    if split is None:
+        return path.with_name(f"{path.name.removesuffix('.gguf')}.{suffix}.gguf")
+    return path.with_name(str(gguf.SplitName(f"{split.prefix}.{suffix}", split.number, split.count)))
+
+
+def _nothing_is_kept(_: Path) -> bool:
+    return False
+
+
+def possible_places(draft: LevelDraft, folders: Sequence[Path] = ()) -> Iterator[LevelDraft]:
+    """The draft wherever its file may lie already: under its names in its own folder, under any name in ``folders``."""
+    yield from itertools.islice(draft.names(), 2)
+    if len(draft.parts) > 1:
+        return
+    own = draft.parts[0].path.name
+    for folder in dict.fromkeys(folders):
+        for path in sorted(folder.glob("*.gguf"), key=lambda path: (path.name != own, path.name)):
+            yield draft.at(path)
+
+
+def free_name(draft: LevelDraft, is_kept: Callable[[Path], bool] = _nothing_is_kept) -> LevelDraft:
+    """The draft under the first of its names that is free, or whose file may be replaced.
+
+    Args:
+        draft: a level that is to be written.
+        is_kept: whether the file at a path must stay as it is.
+    """
+    return next(
+        named for named in draft.names() if not any(part.path.is_file() and is_kept(part.path) for part in named.parts)
+    )
 
 
 def _provenance(model: Model, level: str, method: str) -> dict[str, bytes]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -60,3 +60,5 @@ class Decision:
     tags: tuple[TagVerdict, ...] = ()
     next: tuple[str, ...] = ()
     """What to measure next, where the evidence is not enough."""
+    files: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of the file behind each level that lies on disk: the decision is about these files and no others."""

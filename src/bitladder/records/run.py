@@ -41,6 +41,8 @@ class FileFacts:
     bpw: float
     sha256: str = ""
     seconds: float = 0.0
+    method: str = ""
+    """How it was made, as its header says it."""
 
 
 @dataclass(frozen=True)

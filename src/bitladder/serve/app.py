@@ -79,7 +79,12 @@ class _Views:
         plain = {"object": "model", "created": 0, "owned_by": "bitladder"}
         listed: list[dict[str, object]] = [{"id": AUTO, **plain}]
         for tier in self._here.tiers:
-            about = {"tier": tier.name, "level": tier.spec.level, "file_sha256": tier.spec.sha256 or None}
+            about = {
+                "tier": tier.name,
+                "level": tier.spec.level,
+                "file_sha256": tier.spec.sha256 or None,
+                "evidence": tier.spec.standing,
+            }
             names = (*tier.names[:-1], tier.spec.level)
             listed += [{"id": name, **plain, "bitladder": about} for name in names]
         return listed

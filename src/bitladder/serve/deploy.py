@@ -121,6 +121,11 @@ async def deployed(
         gateway = Gateway(settings, tiers, metrics, watchman, shadow.sample if shadow else None)
         stack.push_async_callback(_stop, tiers)
         notes += _notes(settings, specs, turns)
+        for spec in specs:
+            if spec.note:
+                log.warning(
+                    spec.note, extra={"level": spec.level, "file_sha256": spec.sha256, "evidence": spec.standing}
+                )
         for tier in tiers:
             if tier.engine is not None and turns is None:
                 await tier.engine.start()
@@ -166,7 +171,7 @@ def _shadow(settings: ServeSettings, tiers: tuple[Tier, ...], metrics: Metrics) 
 
 
 def _notes(settings: ServeSettings, specs: list[TierSpec], turns: Turns | None) -> list[str]:
-    notes = []
+    notes = [spec.note for spec in specs if spec.note]
     if turns is not None:
         needed = human_bytes(sum(spec.memory_bytes for spec in specs if spec.path is not None))
         notes.append(

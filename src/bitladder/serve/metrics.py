@@ -166,6 +166,8 @@ class Metrics:
             "names": tier.names,
             "level": tier.spec.level,
             "file_sha256": tier.spec.sha256 or None,
+            "evidence": tier.spec.standing,
+            "note": tier.spec.note,
             "state": tier.state,
             "resident": tier.turns is None,
             "running": tier.gate.running,

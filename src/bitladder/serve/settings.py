@@ -10,6 +10,7 @@ from urllib.parse import quote, urlsplit
 from bitladder.engines.address import api_base
 from bitladder.engines.llama_program import LlamaProgram
 from bitladder.errors import UsageError
+from bitladder.records.level_file import Standing
 from bitladder.serve.router import AUTO, QUALITY, SPEED, AutoRule, Rule
 from bitladder.units import MiB
 
@@ -37,6 +38,10 @@ class TierSpec:
     """File that the endpoint's key comes from; exports hand it over."""
     sha256: str = ""
     """Hash of the file, named in every reply. Empty for an endpoint: nobody can vouch for it."""
+    standing: Standing | None = None
+    """What evidence says about this very file, named in every reply. None for an endpoint, or where nobody looked."""
+    note: str = ""
+    """What the operator should know about the file."""
     slots: int = 1
     """Requests at the upstream at once; more wait in the queue."""
     n_ctx: int = 4096

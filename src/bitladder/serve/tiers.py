@@ -31,6 +31,7 @@ class Tier:
         self.headers = (
             (b"x-bitladder-level", header_text(self.spec.level).encode()),
             (b"x-bitladder-file-sha256", header_text(self.spec.sha256 or "unknown").encode()),
+            (b"x-bitladder-evidence", (self.spec.standing or "unknown").encode()),
         )
 
     @property

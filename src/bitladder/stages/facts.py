@@ -59,9 +59,10 @@ def source_facts(opened: GgufFile, source: Source, location: str) -> SourceFacts
     )
 
 
-def file_facts(file: LevelFile) -> FileFacts:
-    """One written file."""
-    return FileFacts(file.level, str(file.path), file.bytes, file.bpw, seconds=0.0 if file.reused else file.seconds)
+def file_facts(file: LevelFile, method: str = "") -> FileFacts:
+    """One written file, and how it was made."""
+    seconds = 0.0 if file.reused else file.seconds
+    return FileFacts(file.level, str(file.path), file.bytes, file.bpw, file.sha256, seconds, method)
 
 
 def input_facts(workload: Workload) -> tuple[InputFacts, ...]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from bitladder.engines.weights import FileWeights
 from bitladder.errors import BadInput, BitladderError
 from bitladder.files.gguf import GgufFile
 from bitladder.files.gguf_writer import GgufWriter
-from bitladder.files.level_files import LevelDraft, draft_level, refuse_overwriting
+from bitladder.files.level_files import LevelDraft, draft_level, free_name, possible_places, refuse_overwriting
 from bitladder.formats.gguf import PROVENANCE
 from bitladder.formats.recipes import nearest_level
 from bitladder.kernels import REVISION, quantize
@@ -67,6 +67,8 @@ def write_with_feedback(
     settings: FeedbackSettings | None = None,
     state_bytes: int = GiB,
     force: bool | None = None,
+    folders: Sequence[Path] = (),
+    is_kept: Callable[[Path], bool] = lambda _: False,
     progress: Progress = silent,
 ) -> FittedLevel:
     """Write ``out_dir/<name>-<label>.gguf`` by a recipe, with error feedback.
@@ -79,6 +81,8 @@ def write_with_feedback(
         settings: damping, effort, threads, and where arithmetic happens.
         state_bytes: hidden states beyond this go to a file in ``out_dir``.
         force: as ``quantize_levels`` takes it.
+        folders: where else the file may lie already, under any name.
+        is_kept: whether a file must not be replaced, see ``stages.quantize.quantize_levels``.
         progress: told after each layer.
 
     A file that is already there with the same header (source, recipe, text, settings, version; what was expected of it
@@ -100,12 +104,15 @@ def write_with_feedback(
         )
     method = method_name(windows, settings)
     expected = "" if recipe.expected_kl is None else f"{recipe.expected_kl:.3g}"
-    draft = _drafted(source, recipe, out_dir, method, _expected_in(out_dir, source, recipe) or expected)
-    if not draft.is_written(lambda: source.sha256):
-        draft = _drafted(source, recipe, out_dir, method, expected)
-    refuse_overwriting([header.path for header in source.headers], [draft], lambda: source.sha256, force=force)
+    fresh = _drafted(source, recipe, out_dir, method, expected)
+    places = (place.parts[0].path for place in possible_places(fresh, folders))
+    likely = (_drafted(source, recipe, out_dir, method, _expected_in(path) or expected).at(path) for path in places)
+    there = next((draft for draft in likely if draft.is_written(lambda: source.sha256)), None)
+    draft = there or free_name(fresh, is_kept)
+    if there is None:
+        refuse_overwriting([header.path for header in source.headers], [draft], lambda: source.sha256, force=force)
     losses: list[LinearLoss] = []
-    reused = draft.is_written(lambda: source.sha256)
+    reused = there is not None
     if not reused:
         weights = FileWeights(source, threads=settings.threads)
         model = LayeredModel(source.model, weights, device=settings.device)
@@ -128,10 +135,9 @@ def _drafted(source: GgufFile, recipe: Recipe, out_dir: Path, method: str, expec
     )
 
 
-def _expected_in(out_dir: Path, source: GgufFile, recipe: Recipe) -> str:
-    """What a file of this recipe says that was expected of it. Expectations improve as files are measured; a file that
-    is the same in all else is not made again for that."""
-    path = out_dir / f"{source.model.name}-{recipe.label}.gguf"
+def _expected_in(path: Path) -> str:
+    """What a file says that was expected of it. Expectations improve as files are measured; a file that is the same in
+    all else is not made again for that."""
     if not path.is_file():
         return ""
     try:

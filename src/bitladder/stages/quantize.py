@@ -21,6 +21,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -31,7 +32,15 @@ from bitladder.errors import BadInput, BadWeights, BitladderError
 from bitladder.files.following import AHEAD, FollowingHash
 from bitladder.files.gguf import GgufFile, joined_sha256
 from bitladder.files.gguf_writer import Flusher, GgufWriter, allow_files, piece_digest
-from bitladder.files.level_files import NO_IMPORTANCE, LevelDraft, check_space, draft_level, refuse_overwriting
+from bitladder.files.level_files import (
+    NO_IMPORTANCE,
+    LevelDraft,
+    check_space,
+    draft_level,
+    free_name,
+    possible_places,
+    refuse_overwriting,
+)
 from bitladder.formats.blocks import QTYPES
 from bitladder.formats.recipes import level_named
 from bitladder.formats.tensors import TensorInfo
@@ -97,6 +106,8 @@ def quantize_levels(
     device: str = "cpu",
     split_max_bytes: int | None = None,
     force: bool | None = None,
+    folders: Sequence[Path] = (),
+    is_kept: Callable[[Path], bool] = lambda _: False,
     progress: Progress = silent,
 ) -> list[LevelFile]:
     """Write ``out_dir/<name>-<LEVEL>.gguf`` for every level, in the order asked for.
@@ -109,6 +120,9 @@ def quantize_levels(
         device: where scales are searched for, as ``kernels.quantize`` takes it. The bytes do not depend on it.
         split_max_bytes: cut every level into parts of at most this many bytes of weights.
         force: replace files of other kinds and sources, too; None where the user has no say.
+        folders: where else a level may lie already, under any name.
+        is_kept: whether a file must not be replaced; a level whose name it has is written beside it, as
+            ``<name>-<LEVEL>.<tag>.gguf``.
 
     A file that is already there with the same header (source hash, recipe, method, version) is kept. What a
     killed run left is checked and gone on from.
@@ -137,14 +151,26 @@ def quantize_levels(
     fitted = _fitted(source, importance or {})
     if folds:
         fitted = {name: folds[name].importance(rows) if name in folds else rows for name, rows in fitted.items()}
-    refuse_overwriting([header.path for header in source.headers], drafts, lambda: source.sha256, force=force)
+    refuse = partial(refuse_overwriting, [header.path for header in source.headers], force=force)
+    refuse(drafts, lambda: source.sha256)
+    drafts = [_placed(draft, source, folders, is_kept) for draft in drafts]
     missing = [draft for draft in drafts if not draft.is_written(lambda: source.sha256)]
     if missing:
+        refuse(missing, lambda: source.sha256)
         check_space(missing, out_dir)
         search = _Search(fitted, folds or {}, effort, device)
         _write(source, missing, search, threads=threads, progress=progress)
     seconds = time.monotonic() - started
     return [_record(draft, seconds, reused=draft not in missing) for draft in drafts]
+
+
+def _placed(
+    draft: LevelDraft, source: GgufFile, folders: Sequence[Path], is_kept: Callable[[Path], bool]
+) -> LevelDraft:
+    """A level where its file lies, or where it is to be written."""
+    places = possible_places(draft, folders)
+    there = (place for place in places if place.is_written(lambda: source.sha256))
+    return next(there, None) or free_name(draft, is_kept)
 
 
 def _record(draft: LevelDraft, seconds: float, *, reused: bool) -> LevelFile:
@@ -159,8 +185,13 @@ def method_name(effort: Effort, importance: Importance | None, folds: Mapping[st
     """
     scales = {f"{name}.{kind}": one for name, fold in (folds or {}).items() for kind, one in fold.vectors().items()}
     folded = f", AWQ {_hash_of(scales)}" if scales else ""
-    weighed = _hash_of(importance) if importance else NO_IMPORTANCE
+    weighed = importance_hash(importance) or NO_IMPORTANCE
     return f"search {effort}, kernels {REVISION}, importance {weighed}{folded}"
+
+
+def importance_hash(importance: Importance | None) -> str:
+    """An importance matrix by its vectors, whatever file they came in; empty for none."""
+    return _hash_of(importance) if importance else ""
 
 
 def _hash_of(vectors: Importance) -> str:

@@ -21,6 +21,7 @@ from bitladder.steps.calibrated import (
 )
 from bitladder.steps.jobs import building_need, job
 from bitladder.steps.journal import Journal
+from bitladder.steps.known_files import kept_by_evidence
 
 if TYPE_CHECKING:
     from bitladder.describe.text import Document
@@ -158,7 +159,8 @@ def build_levels(
             for folds, levels in _passes(asked, calibrated):
                 written += quantize_levels(
                     source, levels, out, importance=importance, folds=folds, effort=effort, threads=threads,
-                    device=device, split_max_bytes=split_max_bytes, force=force, progress=progress,
+                    device=device, split_max_bytes=split_max_bytes, force=force, is_kept=kept_by_evidence(journal),
+                    progress=progress,
                 )  # fmt: skip
         if asked.fitted:
             from bitladder.steps.recipes import fitted_level

@@ -84,14 +84,21 @@ def _room(need: JobNeed) -> str:
     return f"up to {human_bytes(need.ram_bytes)} of memory{disk}"
 
 
-def building_need(source: GgufFile, levels: Sequence[str], out: Path, *, effort: str, threads: int) -> JobNeed:
-    """What writing those of the levels will take that are not there yet."""
+def building_need(
+    source: GgufFile, levels: Sequence[str], out: Path, *, folders: Sequence[Path] = (), effort: str, threads: int
+) -> JobNeed:
+    """What writing those of the levels will take that are not there yet, neither in ``out`` nor in ``folders``."""
     from bitladder.files.probe import probe_machine
     from bitladder.formats.blocks import QTYPES
     from bitladder.plan.cost import level_size
     from bitladder.plan.preflight import quantize_need
 
-    missing = [level for level in dict.fromkeys(levels) if not _is_there(out, f"{source.model.name}-{level}")]
+    places = [out, *folders]
+    missing = [
+        level
+        for level in dict.fromkeys(levels)
+        if not any(_is_there(place, f"{source.model.name}-{level}") for place in places)
+    ]
     sizes = [level_size(source.model, level) for level in missing]
     work = {
         (tensor.name, tensor.qtype): tensor.elements  # once, however many levels want it

@@ -14,6 +14,7 @@ from bitladder.progress import LevelNews, Progress, tell
 from bitladder.stages.quantize import method_name, quantize_levels
 from bitladder.steps.jobs import building_need, job
 from bitladder.steps.journal import Journal
+from bitladder.steps.known_files import kept_by_evidence
 from bitladder.steps.recipes import fitted_level
 from bitladder.store.recorded import Subject
 
@@ -32,6 +33,7 @@ def ladder_files(
     importance: Importance | None,
     effort: Effort,
     threads: int,
+    folders: Sequence[Path] = (),
     journal: Journal,
     progress: Progress,
 ) -> dict[Subject, LevelFile]:
@@ -44,6 +46,7 @@ def ladder_files(
         importance: weighs the errors of GGUF levels; fitted ones take their statistics from the calibration text.
         effort: how long to search for scales.
         threads: of everything.
+        folders: where else levels may lie already, under any name.
         journal: told what work will take and what it took.
         progress: told how each level stands.
 
@@ -54,11 +57,12 @@ def ladder_files(
     plain = [level for level in wanted if not is_fitted_level(level)]
     for level in plain:
         tell(progress, LevelNews(level, "being written"))
-    need = building_need(source, plain, out, effort=effort, threads=threads)
+    need = building_need(source, plain, out, folders=folders, effort=effort, threads=threads)
     with job(need, journal, out) if plain else nullcontext():
         files = quantize_levels(
-            source, plain, out, importance=importance, effort=effort, threads=threads, progress=progress
-        )
+            source, plain, out, importance=importance, effort=effort, threads=threads, folders=folders,
+            is_kept=kept_by_evidence(journal), progress=progress,
+        )  # fmt: skip
     for file in files:
         tell(progress, LevelNews(file.level, "written", file_bytes=file.bytes))
     journal.reuse("files", [file.level for file in files if file.reused])
@@ -66,17 +70,26 @@ def ladder_files(
     built = {Subject(source.sha256, file.level, made=method): file for file in files}
     for level in wanted:
         if level not in plain:
-            subject, file = _fitted(source, level, out, effort, threads, journal, progress)
+            subject, file = _fitted(source, level, out, effort, threads, folders, journal, progress)
             built[subject] = file
     return {subject: built[subject] for subject in sorted(built, key=lambda subject: wanted.index(subject.level))}
 
 
 def _fitted(
-    source: GgufFile, level: str, out: Path, effort: Effort, threads: int, journal: Journal, progress: Progress
+    source: GgufFile,
+    level: str,
+    out: Path,
+    effort: Effort,
+    threads: int,
+    folders: Sequence[Path],
+    journal: Journal,
+    progress: Progress,
 ) -> tuple[Subject, LevelFile]:
     """The file of a level whose codes are chosen with error feedback, under the name it was asked for by."""
     tell(progress, LevelNews(level, "being written"))
-    made = fitted_level(source, level, out, effort=effort, threads=threads, journal=journal, progress=progress)
+    made = fitted_level(
+        source, level, out, effort=effort, threads=threads, folders=folders, journal=journal, progress=progress
+    )
     file = replace(made.file, level=level)
     tell(progress, LevelNews(level, "written", file_bytes=file.bytes))
     journal.reuse("files", [level] if file.reused else [])

@@ -1,15 +1,41 @@
-"""Steps about files: find what a deployment needs."""
+"""Steps about files: find what a deployment needs.
+
+The latest run of a model decides what is served, and it names files by their hashes. Those very files are looked for
+where the run left them, where evidence says they lie, and under any name beside them. A level that is nowhere is built
+as it was built then. Whatever is served, `TierFile.standing` says what evidence there is of the file itself.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
+from bitladder.errors import BadInput, UnknownArchitecture
 from bitladder.progress import Progress
+from bitladder.records.decision import Decision
+from bitladder.records.level_file import LevelFile, Standing, StoredFile
+from bitladder.steps.calibrated import AUTO, importance_of, weighed
+from bitladder.steps.journal import Journal, Say
+from bitladder.steps.known_files import (
+    files_made_from,
+    find_file,
+    identified,
+    importance_again,
+    known_folders,
+    model_sha256,
+)
 
 if TYPE_CHECKING:
+    from bitladder.files.gguf import GgufFile
+    from bitladder.kernels import Effort
     from bitladder.records.run import RunRecord
+    from bitladder.steps.calibrated import Importance
+    from bitladder.store.recorded import Recorded
+
+_SHOWN = 12
+"""Digits of a hash in a sentence."""
 
 
 @dataclass(frozen=True)
@@ -20,48 +46,244 @@ class TierFile:
     path: Path
     sha256: str
     memory_bytes: int
+    standing: Standing = Standing.UNMEASURED
+    note: str = ""
+    """What the operator should know of the file, where it is not the measured one."""
 
 
-def tier_file(
-    model: str, what: str, *, n_ctx: int, threads: int, out: Path | None = None, progress: Progress
-) -> TierFile:
-    """``what`` as a file to serve: a GGUF file, or a level of the model, which is built when it is missing.
+@dataclass(frozen=True)
+class LatestRun:
+    """The newest run of a model that was decided for this machine."""
 
-    Raises:
-        UnknownLevel: neither a file nor a level.
-    """
+    decision: Decision
+    created: str
+    """ISO 8601."""
+    path: Path
+    """Where its record was written."""
+    record: RunRecord | None
+    """None where nothing is there any more, or another run's."""
+
+    @property
+    def sentence(self) -> str:
+        """Which run it is, and when it was made."""
+        gone = "" if self.record else ", whose record is gone: `auto` knows no evidence"
+        return f"The run of {self.created} ({self.path}){gone}."
+
+    def is_about(self, level: str, sha256: str) -> bool:
+        """Whether the run measured this very file as this level."""
+        return bool(sha256) and self.decision.files.get(level) == sha256
+
+
+def latest_run(model: str, progress: Progress) -> LatestRun | None:
+    """The newest run of a model on this machine; None when there is none."""
     from bitladder.files.gguf import GgufFile
+    from bitladder.files.measured import machine_key
     from bitladder.files.probe import probe_machine
     from bitladder.files.sources import resolve
-    from bitladder.formats.recipes import level_named
-    from bitladder.stages.facts import level_of
-    from bitladder.stages.plan import make_plan
-    from bitladder.stages.quantize import quantize_levels
-
-    path, level = Path(what), what
-    if path.is_file():
-        level = path.stem
-    else:
-        source = resolve(model, progress)
-        with GgufFile.open(source.path) as opened:
-            own = level_of(opened.model)
-            level = own if what.upper() == own else level_named(what)
-            folder = out or Path(f"{source.label}-ladder")
-            built = () if level == own else quantize_levels(opened, [level], folder, threads=threads, progress=progress)
-            path = built[0].path if built else source.path
-    with GgufFile.open(path) as opened:
-        plan = make_plan(opened.model, probe_machine(), n_ctx=n_ctx, levels=[level_of(opened.model)])
-        return TierFile(level, path, opened.sha256, plan.levels[0].total_bytes)
-
-
-def latest_run(model: str, progress: Progress) -> tuple[RunRecord | None, Path | None]:
-    """The newest run of a model on this machine, and where its record lies; None when there is none."""
-    from bitladder.files.gguf import GgufFile
-    from bitladder.files.sources import resolve
-    from bitladder.report import read_run
     from bitladder.store.evidence import Evidence
     from bitladder.store.recorded import Recorded
 
     with GgufFile.open(resolve(model, progress).path) as source, Evidence.open() as store:
-        path = Recorded(store).latest_run(source.sha256)
-    return (read_run(path), path) if path and path.exists() else (None, None)
+        sha256 = source.sha256
+        stored = Recorded(store).decisions(sha256)
+    here = machine_key(probe_machine())
+    for one in stored:
+        record = _record_of(one.run, sha256, one.created if one.machine else "")
+        if record is not None or one.machine == here:
+            return LatestRun(one.decision, record.created if record else one.created, one.run, record)
+    return None
+
+
+def _record_of(path: Path, source: str, created: str) -> RunRecord | None:
+    """The record of a run, if it is still there: of this model, and of this time where that is known."""
+    from bitladder.report import read_run
+
+    try:
+        record = read_run(path)
+    except BadInput:
+        return None
+    return record if record.source.sha256 == source and created in ("", record.created) else None
+
+
+def tier_file(
+    model: str,
+    what: str,
+    run: LatestRun | None = None,
+    *,
+    n_ctx: int,
+    threads: int,
+    out: Path | None = None,
+    progress: Progress,
+    say: Say = lambda _: None,
+) -> TierFile:
+    """``what`` as a file to serve: a GGUF file, or a level of the model, which is built when it is nowhere.
+
+    Args:
+        model: a file, folder or name that ``files.sources`` finds; not looked at where ``what`` is a file.
+        what: a path, or a level's name.
+        run: the latest run of the model, whose files are meant by the levels' names.
+        n_ctx: tokens of a request.
+        threads: of building.
+        out: the folder to build into; ``<name>-ladder`` by default.
+        progress: told where hashing and building are.
+        say: told what is built.
+
+    Raises:
+        UnknownLevel: neither a file nor a level.
+        UsageError: the model was not trained for such a context.
+        BadInput: a level that is gone cannot be built as it was, since its importance matrix is gone, too.
+    """
+    from bitladder.files.gguf import GgufFile
+    from bitladder.files.sources import resolve
+    from bitladder.stages.plan import check_context
+    from bitladder.store.evidence import Evidence
+    from bitladder.store.recorded import Recorded
+
+    with Evidence.open() as store:
+        recorded = Recorded(store)
+        if Path(what).is_file():
+            return _named_file(Path(what), run, recorded, n_ctx, progress)
+        found = resolve(model, progress)
+        with GgufFile.open(found.path) as source:
+            search = _Search(
+                source, run, recorded, out or Path(f"{found.label}-ladder"), threads, progress, Journal(say)
+            )
+            level = search.level_named(what)
+            check_context(source.model, n_ctx)  # told before anything is built
+            return _described(level, search.path_of(level), search.wanted(level), recorded, n_ctx, progress)
+
+
+def _named_file(path: Path, run: LatestRun | None, recorded: Recorded, n_ctx: int, progress: Progress) -> TierFile:
+    """A file that the user names; a level of the run when it is that very file."""
+    sha256 = model_sha256(path, progress)
+    levels = (level for level, known in (run.decision.files if run else {}).items() if known == sha256)
+    before = [file.sha256 for file in recorded.files_at(path.resolve())]
+    return _described(next(levels, path.stem), path, before[0] if before else "", recorded, n_ctx, progress)
+
+
+def _described(level: str, path: Path, wanted: str, recorded: Recorded, n_ctx: int, progress: Progress) -> TierFile:
+    """A file with what evidence says of it. ``wanted``: hash of the measured file that it stands for; may be empty."""
+    from bitladder.files.gguf import GgufFile
+    from bitladder.files.probe import probe_machine
+    from bitladder.stages.facts import level_of
+    from bitladder.stages.plan import make_plan
+
+    sha256 = model_sha256(path, progress)
+    with GgufFile.open(path) as opened:
+        plan = make_plan(opened.model, probe_machine(), n_ctx=n_ctx, levels=[level_of(opened.model)])
+    measured = recorded.is_measured(sha256)
+    changed = bool(wanted) and sha256 != wanted
+    standing = Standing.MEASURED if measured else Standing.CHANGED if changed else Standing.UNMEASURED
+    note = ""
+    if changed:
+        rest = "It was measured by itself." if measured else "What was measured does not hold for it."
+        note = (
+            f"{level}: {path} (SHA-256 {sha256[:_SHOWN]}...) is not the file that was measured ({wanted[:_SHOWN]}...). "
+            f"{rest}"
+        )
+    elif not measured:
+        note = f"{level}: {path} (SHA-256 {sha256[:_SHOWN]}...) was never measured: there is no evidence about it."
+    return TierFile(level, path, sha256, plan.levels[0].total_bytes, standing, note)
+
+
+@dataclass(frozen=True)
+class _Search:
+    """Where the file of a level is looked for, and how it is built when it is nowhere."""
+
+    source: GgufFile
+    run: LatestRun | None
+    recorded: Recorded
+    out: Path
+    threads: int
+    progress: Progress
+    journal: Journal
+
+    def level_named(self, text: str) -> str:
+        """A level of the run or of the ladder, in its own spelling; raises UnknownLevel."""
+        from bitladder.formats.fitted import fitted_name, is_fitted_level
+        from bitladder.formats.recipes import level_named
+
+        known = [self.own, *(self.run.decision.files if self.run else ())]
+        same = next((level for level in known if level.lower() == text.strip().lower()), None)
+        return same or (fitted_name(text) if is_fitted_level(text) else level_named(text))
+
+    @property
+    def own(self) -> str:
+        """The level that the model itself is."""
+        from bitladder.stages.facts import level_of
+
+        return level_of(self.source.model)
+
+    def wanted(self, level: str) -> str:
+        """Hash of the file that is meant: the latest run's, else the one measured last; empty when there is none."""
+        decided = self.run.decision.files.get(level) if self.run else None
+        return decided or next((file.sha256 for file in self.recorded.files(self.source.sha256, level)), "")
+
+    def _known(self, level: str) -> list[StoredFile]:
+        """Every place of the file that is meant, the newest first."""
+        wanted = self.wanted(level)
+        return [file for file in self.recorded.files(self.source.sha256, level) if file.sha256 == wanted]
+
+    def path_of(self, level: str) -> Path:
+        """The file of a level."""
+        if level == self.own:
+            return self.source.path
+        there = next(self._lying(level), None)
+        return there or self._build(level).path
+
+    def _lying(self, level: str) -> Iterator[Path]:
+        """Files that will do, the best first: the measured one, then what stands in its place, then any that says of
+        itself that it is this level of this model."""
+        known = self._known(level)
+        places = [Path(file.path) for file in known]
+        if known:
+            found = find_file(known[0].sha256, known[0].bytes, places, self.folders, self.progress)
+            if found is not None:
+                yield found
+        made_here = files_made_from(self.source, level, self.folders)
+        yield from (path for path in places if path.resolve() in {one.resolve() for one in made_here})
+        if not known:
+            yield from made_here
+
+    @property
+    def folders(self) -> Sequence[Path]:
+        """The run's own, those of measured files, and the one to build into."""
+        own = [self.run.path.parent] if self.run else []
+        return [*own, *known_folders(self.recorded, self.source.sha256), self.out]
+
+    def _build(self, level: str) -> LevelFile:
+        """Make a level as it was made when it was measured, or as a run would make it."""
+        from bitladder.steps.ladder_files import ladder_files
+
+        known = next(iter(self._known(level)), None)
+        if known is not None:
+            self.journal.say(f"{level} is built again as it was for the measurements: its file is nowhere.")
+            importance = importance_again(self.source, known, self.journal, self.progress)
+        else:
+            importance = self._importance(level)
+        built = ladder_files(
+            self.source,
+            [level],
+            self.out,
+            importance=importance,
+            effort=cast("Effort", known.making.effort) if known else "good",
+            threads=known.making.threads if known else self.threads,
+            journal=self.journal,
+            progress=self.progress,
+        )
+        (file,) = built.values()
+        if known is not None and model_sha256(file.path, self.progress) == known.sha256:
+            identified(built, known.making, self.recorded, self.journal, self.progress)
+        return file
+
+    def _importance(self, level: str) -> Importance | None:
+        """For a level that nobody has measured: as `quantize` makes one."""
+        from bitladder.formats.fitted import is_fitted_level
+
+        if is_fitted_level(level) or not weighed([level]):
+            return None
+        try:
+            return importance_of(self.source, AUTO, threads=self.threads, journal=self.journal, progress=self.progress)
+        except UnknownArchitecture as error:
+            self.journal.warn(f"{level} is made without an importance matrix: {error.found}")
+            return None

@@ -15,6 +15,7 @@ from bitladder.report.recipe import note_lines
 from bitladder.steps.calibrated import calibration_texts, token_windows
 from bitladder.steps.jobs import job, walking_need
 from bitladder.steps.journal import Journal
+from bitladder.steps.known_files import kept_by_evidence
 from bitladder.steps.weighing import RecipeTexts, keep_table, parts_of_text, weighed_tensors
 
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ class Asked:
     """How long to search for scales, and how often codes and scales are improved in turns."""
     force: bool | None = None
     """Whether files of other kinds and sources may be replaced; None where the user has no say."""
+    folders: tuple[Path, ...] = ()
+    """Where else the file may lie already, under any name."""
 
 
 def make_recipe(
@@ -189,8 +192,9 @@ def _written(
 ) -> RecipeResult:
     """The recipe's file, and its loss on text that nothing was fitted to."""
     fitted = write_recipe(
-        source, recipe, parts.fitting, out, asked.effort, threads, journal, progress, force=asked.force
-    )
+        source, recipe, parts.fitting, out, asked.effort, threads, journal, progress,
+        folders=asked.folders, force=asked.force,
+    )  # fmt: skip
     journal.warn(*note_lines(fitted))
     held = measured_on(source, fitted.file.path, parts.held_out, threads, journal, progress)
     return RecipeResult(recipe, error, fitted, held)
@@ -205,6 +209,7 @@ def fitted_level(
     effort: Effort = "good",
     threads: int,
     force: bool | None = None,
+    folders: Sequence[Path] = (),
     journal: Journal,
     progress: Progress,
 ) -> FittedLevel:
@@ -217,7 +222,7 @@ def fitted_level(
     from bitladder.plan.recipe import Wish
 
     level, bpw = parse_fitted(name)
-    asked = Asked(Wish(bpw=bpw), level=level, out=out, effort=effort, force=force)
+    asked = Asked(Wish(bpw=bpw), level=level, out=out, effort=effort, force=force, folders=tuple(folders))
     result = recipe_of(source, asked, texts=texts, threads=threads, journal=journal, progress=progress)
     if result.fitted is None or result.held_out is None:
         raise ValueError("a recipe with a folder was not written")
@@ -299,8 +304,9 @@ def write_recipe(
     progress: Progress,
     *,
     force: bool | None = None,
+    folders: Sequence[Path] = (),
 ) -> FittedLevel:
-    """Write a recipe's file, with error feedback.
+    """Write a recipe's file, with error feedback, unless it is there already, in ``folders`` under any name.
 
     Raises:
         NothingFits: too little memory or disk.
@@ -317,7 +323,7 @@ def write_recipe(
     with nullcontext() if there else job(need, journal, out):
         return write_with_feedback(
             source, recipe, out, windows, settings=FeedbackSettings(effort=effort, threads=threads), force=force,
-            progress=progress,
+            folders=folders, is_kept=kept_by_evidence(journal), progress=progress,
         )  # fmt: skip
 
 

@@ -13,6 +13,8 @@ from bitladder.progress import Progress
 from bitladder.steps.calibrated import AUTO, importance_of
 from bitladder.steps.help import criteria_help
 from bitladder.steps.journal import Journal, Say
+from bitladder.steps.known_files import identified, known_folders, making_of
+from bitladder.steps.ladder_files import ladder_files
 from bitladder.steps.measured import answers
 
 if TYPE_CHECKING:
@@ -47,7 +49,8 @@ class Search:
 def find_smallest(search: Search, progress: Progress, *, say: Say = lambda _: None) -> LadderOutcome:
     """The smallest level of a model that holds a bar on passes, with few levels built and few inputs asked.
 
-    Levels are built when they are asked, and every answer is kept, so that a full run goes on from there.
+    Levels are built when they are asked, unless a run or another search left them somewhere, and every answer is kept,
+    so that a full run goes on from there.
 
     Raises:
         UsageError: the bar is not one clause on passes that allows a loss.
@@ -61,7 +64,7 @@ def find_smallest(search: Search, progress: Progress, *, say: Say = lambda _: No
     from bitladder.stages.evaluate import judge_answers
     from bitladder.stages.facts import engine_facts, level_of, slots
     from bitladder.stages.plan import usable_context
-    from bitladder.stages.quantize import method_name, quantize_levels
+    from bitladder.stages.quantize import method_name
     from bitladder.store.evidence import Evidence
     from bitladder.store.recorded import Recorded, Subject
 
@@ -91,15 +94,20 @@ def find_smallest(search: Search, progress: Progress, *, say: Say = lambda _: No
         replies, _, _ = answers(own, source.path, workload, recorded, n_ctx=n_ctx, threads=search.threads)
         reference = judge_answers(workload, replies, context=context)
 
+        making = making_of(source, search.imatrix, importance, effort="good", threads=search.threads)
+        opened: dict[str, Subject] = {}
+
         def subject(level: str) -> Subject:
-            return Subject(source.sha256, level, made=method)
+            return opened.get(level) or Subject(source.sha256, level, made=method)
 
         @contextmanager
         def open_engine(level: str) -> Iterator[Engine]:
             out = search.out or Path(f"{found.label}-ladder")
-            (file,) = quantize_levels(
-                source, [level], out, importance=importance, threads=search.threads, progress=progress
-            )
+            built = ladder_files(
+                source, [level], out, importance=importance, effort="good", threads=search.threads,
+                folders=[out, *known_folders(recorded, source.sha256)], journal=Journal(say), progress=progress,
+            )  # fmt: skip
+            ((opened[level], file),) = identified(built, making, recorded, journal, progress).items()
             progress(f"workload: {level}", 0, 1)
             with LlamaServer(file.path, n_ctx=room, n_parallel=parallel, threads=search.threads) as server:
                 yield server

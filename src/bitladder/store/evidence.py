@@ -142,20 +142,22 @@ class Evidence:
         """Rows of a kind whose key holds these values, newest first."""
         from sqlalchemy import bindparam, text
 
-        keys = text("SELECT id, key FROM evidence WHERE kind = :kind ORDER BY created DESC, id DESC")
         rows = text(f"SELECT id, {_COLUMNS} FROM evidence WHERE id IN :ids").bindparams(
             bindparam("ids", expanding=True)
         )
-        wanted = to_json(partial).items()
         with self._transaction(write=False) as connection:
             # Keys are small and values may be large: only those of matching keys are read.
-            found = [(row.id, json.loads(row.key)) for row in connection.execute(keys, {"kind": _kind(kind)})]
-            ids = [number for number, key in found if all(name in key and key[name] == one for name, one in wanted)]
+            ids = [number for number, _ in _matching(connection, kind, partial)]
             by_id: dict[int, Row] = {}
             for start in range(0, len(ids), _AT_ONCE):
                 for number, *row in connection.execute(rows, {"ids": ids[start : start + _AT_ONCE]}):
                     by_id[number] = _row(row)
         return [by_id[number] for number in ids]
+
+    def keys(self, kind: str, **partial: Any) -> list[dict[str, Any]]:
+        """The keys of a kind that hold these values, newest first, without what was measured."""
+        with self._transaction(write=False) as connection:
+            return [key for _, key in _matching(connection, kind, partial)]
 
     def count(self) -> dict[str, int]:
         """How many rows there are of each kind."""
@@ -249,6 +251,16 @@ def _kind(kind: str) -> str:
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}; got {kind!r} instead")
     return kind
+
+
+def _matching(connection: Connection, kind: str, partial: Mapping[str, Any]) -> list[tuple[int, dict[str, Any]]]:
+    """Number and key of the rows of a kind whose key holds these values, newest first."""
+    from sqlalchemy import text
+
+    query = text("SELECT id, key FROM evidence WHERE kind = :kind ORDER BY created DESC, id DESC")
+    wanted = to_json(dict(partial)).items()
+    found = [(row.id, json.loads(row.key)) for row in connection.execute(query, {"kind": _kind(kind)})]
+    return [(number, key) for number, key in found if all(name in key and key[name] == one for name, one in wanted)]
 
 
 def _hash(text: str) -> str:

@@ -2,10 +2,15 @@
 
 A level that Bitladder makes is named by what determines its bytes: source, recipe, method and version. Any other
 file is named by its own hash. Change one of these, the text, or the engine, and the measurement is made anew.
+
+Rows of the kind ``file`` tie such a name to the hash of the one file that was measured under it, and say where that
+file lies. A file that should be the same and is not (edited since, or made where sums come in another order) is another
+subject, named by its hash.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +22,7 @@ from bitladder.records.decision import Decision
 from bitladder.records.endpoint import Fingerprint
 from bitladder.records.evaluation import Answer, Speed
 from bitladder.records.fidelity import Fidelity
+from bitladder.records.level_file import StoredFile
 from bitladder.records.reading import from_json
 from bitladder.store.evidence import Evidence
 
@@ -56,6 +62,22 @@ class Remote:
     def known_as(self, fingerprint: Fingerprint) -> Remote:
         """The same with this fingerprint; one that does not repeat itself has none that could be told again."""
         return replace(self, fingerprint=fingerprint.digest if fingerprint.repeats else "")
+
+
+@dataclass(frozen=True)
+class StoredDecision:
+    """The decision of a run, with where and when it was made."""
+
+    decision: Decision
+    run: Path
+    """The run's record, run.json; it may be gone, or another's by now."""
+    created: str
+    """When the run ended, as its record says it; ISO 8601."""
+    machine: str
+    """``files.measured.machine_key`` of the machine decided for; empty in rows of earlier versions."""
+
+
+_MEASUREMENTS = ("fidelity", "speed", "answer")
 
 
 class Recorded:
@@ -116,12 +138,60 @@ class Recorded:
         """Store a speed."""
         self._store.put("speed", {**subject.key, "engine": dict(engine)}, speed)
 
-    def keep_decision(self, source: str, bar: str, decision: Decision, run: Path) -> None:
-        """Store the latest decision for a model and a bar, and where the run's record lies."""
-        value = {"decision": to_json(decision), "run": str(run.resolve())}
-        self._store.put("decision", {"source": source, "bar": bar}, value)
+    def keep_file(self, subject: Subject, file: StoredFile) -> None:
+        """Store which file the measurements of a subject are of, and where it lies; each place is a row."""
+        self._store.put("file", {**subject.key, "level": file.level, "sha256": file.sha256, "path": file.path}, file)
 
-    def latest_run(self, source: str) -> Path | None:
-        """The record (run.json) of the newest decision for a model, under any bar."""
-        rows = self._store.find("decision", source=source)
-        return Path(rows[0].value["run"]) if rows else None
+    def files(self, source: str, level: str | None = None) -> list[StoredFile]:
+        """Measured files of a model, or of one of its levels, the newest first; they may have changed since."""
+        wanted = {} if level is None else {"level": level}
+        return self._files(source=source, **wanted)
+
+    def files_at(self, path: Path) -> list[StoredFile]:
+        """Files that were measured and lay at this place, the newest first."""
+        return self._files(path=str(path))
+
+    def _files(self, **partial: str) -> list[StoredFile]:
+        """Files whose row's key holds these values; rows that are no files of ours (imported ones may be) are none."""
+        found = []
+        for row in self._store.find("file", **partial):
+            with contextlib.suppress(ValueError):
+                file = from_json(StoredFile, row.value)
+                if (file.sha256, file.path) == (row.key.get("sha256"), row.key.get("path")):
+                    found.append(file)
+        return found
+
+    def hash_of(self, subject: Subject) -> str | None:
+        """Hash of the file that the measurements of a subject are of; None when that was never stored."""
+        keys = self._store.keys("file", **subject.key)
+        return str(keys[0]["sha256"]) if keys else None
+
+    def points_to(self, sha256: str) -> bool:
+        """Whether anything stored is about the file with this hash, be it only where it lies."""
+        return bool(self._store.keys("file", sha256=sha256)) or self._measured_as({"file": sha256})
+
+    def is_measured(self, sha256: str) -> bool:
+        """Whether something was measured on the file with this hash."""
+        places = self._store.keys("file", sha256=sha256)
+        names = [{name: one for name, one in key.items() if name not in ("sha256", "path")} for key in places]
+        return any(map(self._measured_as, [{"file": sha256}, *(name for name in names if "file" not in name)]))
+
+    def _measured_as(self, key: Mapping[str, Any]) -> bool:
+        return any(self._store.keys(kind, **key) for kind in _MEASUREMENTS)
+
+    def keep_decision(self, source: str, stored: StoredDecision) -> None:
+        """Store the latest decision for a model and a bar, and where the run's record lies."""
+        value = {**vars(stored), "decision": to_json(stored.decision), "run": str(stored.run.resolve())}
+        self._store.put("decision", {"source": source, "bar": stored.decision.bar}, value)
+
+    def decisions(self, source: str) -> list[StoredDecision]:
+        """The decisions of runs of a model, the newest first, under any bar."""
+        return [
+            StoredDecision(
+                from_json(Decision, row.value["decision"]),
+                Path(row.value["run"]),
+                row.value.get("created", row.created),
+                row.value.get("machine", ""),
+            )
+            for row in self._store.find("decision", source=source)
+        ]

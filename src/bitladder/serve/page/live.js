@@ -66,7 +66,16 @@ function tierCard(tier) {
     tier.engine && h("p", { class: "soft small" }, `Engine: ${tier.engine}`),
     tier.last_error && h("p", { class: "bad small" }, tier.last_error),
     tier.file_sha256 && h("p", { class: "soft small hash" }, `SHA-256 ${tier.file_sha256}`),
+    evidence(tier),
   );
+}
+
+// What evidence there is of the very file that is served; its note stands at the top.
+function evidence(tier) {
+  if (tier.evidence === "measured") return h("p", { class: "soft small" }, "This very file was measured.");
+  if (tier.evidence === "changed") return h("p", { class: "bad small" }, "Not the file that was measured.");
+  if (tier.evidence === "unmeasured") return h("p", { class: "bad small" }, "This file was never measured.");
+  return null;
 }
 
 function routing(live) {
