@@ -69,7 +69,7 @@ class World:
         return done
 
     def run(self, *options: str | Path, out: Path | None = None, levels: str = ",".join(LEVELS)):
-        self(
+        return self(
             "run", self.model, "--levels", levels, "--workload", self.home / "w.yaml", "--text", self.home / "t.txt",
             "--bar", "kl < 9", "--out", out or self.out, *SMALL, *options,
         )  # fmt: skip
