@@ -12,6 +12,7 @@ import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -163,7 +164,7 @@ LOOKING = {
     "inspect": lambda world: world("inspect", world.file("Q4_K_M")),
     "report": lambda world: world("report", world.out / "run.json", "--out", world.home / "copy.html"),
     "compare": lambda world: world(
-        "compare", world.file("Q8_0"), world.file("Q4_K_M"), "Hello", "--max-tokens", "2", "--threads", "1"
+        "compare", world.file("Q8_0"), "Q4_K_M", "Hello", "--of", world.model, "--max-tokens", "2", "--threads", "1"
     ),
 }  # fmt: skip
 
@@ -527,6 +528,24 @@ def test_a_real_gateway_says_it_in_every_reply(world):
     reply = asyncio.run(ask())
     assert reply.headers["x-bitladder-evidence"] == "measured"
     assert reply.headers["x-bitladder-file-sha256"] == world.record()["decision"]["files"]["Q8_0"]
+
+
+@pytest.mark.model
+def test_compare_asks_the_measured_files(world, monkeypatch):
+    world.run()
+    moved = world.file("Q4_K_M").rename(world.out / "renamed.gguf")
+    asked = []
+    monkeypatch.setattr("bitladder.cli.deploy._engine", lambda what, *_: asked.append(Path(what)) or closing_nothing())
+    monkeypatch.setattr("bitladder.serve.compare.compare", lambda *_, **__: {})
+    said = world("compare", "q8_0", "Q4_K_M", "Hello", "--of", world.model, "--threads", "1", "--json").stderr
+    assert asked == [world.file("Q8_0"), moved]
+    assert "never measured" not in said
+    assert "no level" in world("compare", "q8_0", "Q9", "Hello", "--of", world.model, code=2).stderr
+    assert "--of MODEL" in world("compare", "q8_0", "Q4_K_M", "Hello", code=2).stderr
+
+
+def closing_nothing() -> SimpleNamespace:
+    return SimpleNamespace(close=lambda: None)
 
 
 # ---------------------------------------------------------------- the store

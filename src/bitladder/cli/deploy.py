@@ -295,29 +295,58 @@ def _spec(
 
 @verb
 def compare(
-    a: Annotated[str, typer.Argument(metavar="A", help="A GGUF file, or URL[#MODEL].")],
-    b: Annotated[str, typer.Argument(metavar="B", help="A GGUF file, or URL[#MODEL].")],
+    a: Annotated[str, typer.Argument(metavar="A", help="A GGUF file, URL[#MODEL], or with --of a level.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="A GGUF file, URL[#MODEL], or with --of a level.")],
     prompt: Annotated[str, typer.Argument(help="What to ask both.")],
+    of: Annotated[
+        str | None, typer.Option("--of", metavar="MODEL", help="The model that A and B are levels of.")
+    ] = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Longest answer.")] = 256,
     key_env: KeyNames = None,
     key_file: KeyFiles = None,
     threads: Threads = ALL_CORES,
     json_output: JsonFlag = False,
 ) -> None:
-    """Ask two levels the same and mark where their answers part."""
+    """Ask two levels the same and mark where their answers part.
+
+    Levels of a model are the files that its latest run measured; one that is nowhere is built first.
+    """
     from contextlib import closing
 
     from bitladder.serve.compare import compare as compare_engines
+    from bitladder.steps.models import latest_run
 
-    with (
-        closing(_engine(a, threads, (key_env, key_file))) as first,
-        closing(_engine(b, threads, (key_env, key_file))) as second,
-    ):
+    keys = (key_env, key_file)
+    with progress_display(quiet=json_output) as progress:
+        run = latest_run(of, progress) if of else None
+        if run is not None and not json_output:
+            say(run.sentence)
+        paths = [_compared(of, what, run, threads, progress) for what in (a, b)]
+    with closing(_engine(paths[0], threads, keys)) as first, closing(_engine(paths[1], threads, keys)) as second:
         found = compare_engines(first, second, prompt, max_tokens=max_tokens)
     if json_output:
         print_json(found)
     else:
         _show(found)
+
+
+def _compared(model: str | None, what: str, run: LatestRun | None, threads: int, progress: Progress) -> str:
+    """A level as the file that was measured; files and addresses as they are."""
+    from bitladder.steps.models import tier_file
+    from bitladder.steps.serving import is_level, tier_context
+
+    if not is_level(what):
+        return what
+    if model is None:
+        raise UsageError(
+            f"There is no file '{what}'.",
+            do="Give GGUF files, or URLs of OpenAI-compatible endpoints; for levels name their model with --of MODEL.",
+        )
+    n_ctx = tier_context(model, what, None, progress)
+    file = tier_file(model, what, run, n_ctx=n_ctx, threads=threads, progress=progress, say=say)
+    if file.note:
+        say(file.note)
+    return str(file.path)
 
 
 def _engine(what: str, threads: int, keys: Keys) -> Engine:
@@ -332,8 +361,6 @@ def _engine(what: str, threads: int, keys: Keys) -> Engine:
     if is_address(what):
         return connected(replace(endpoint_named(what, keys[0], key_files=keys[1]), logprobs=True))
     path = Path(what)
-    if not path.is_file():
-        raise BadInput(f"There is no file '{what}'.", do="Give two GGUF files, or URLs of OpenAI-compatible endpoints.")
     return LlamaServer(path, n_ctx=usable_context(read_header(path), None), threads=threads).start()
 
 
