@@ -225,7 +225,7 @@ def test_fp8_with_a_scale_per_tensor(checkpoint, tmp_path, shape):
         },
     )
     source = resolve(str(folder))
-    assert "already quantized (compressed-tensors)" in source.warnings[0]
+    assert "itself quantized (compressed-tensors)" in source.warnings[0]
     found = {tensor.name: tensor for tensor in gguf.GGUFReader(source.path).tensors}["blk.0.ffn_down.weight"]
     values = gguf.quants.dequantize(found.data, found.tensor_type)
     want = truth["model.layers.0.mlp.down_proj.weight"].numpy()

@@ -434,19 +434,21 @@ def test_parts_of_a_split_model_are_kept_too(world):
     assert world.serve("--quality", parts[0]).quality.standing is Standing.MEASURED
 
 
-def test_two_models_that_share_a_folder_keep_their_decisions(world):
+def test_a_run_does_not_take_the_place_of_another_models(world):
     world.run()
     decided = world.record()["decision"]
     other = write_engine_model(world.home / "other" / "m-F16.gguf", seed=1)
-    world(
+    arguments = (
         "run", other, "--levels", "Q8_0", "--workload", world.home / "w.yaml", "--text", world.home / "t.txt", "--bar",
-        "kl < 9", "--out", world.out, "--imatrix", "none", *SMALL,
+        "kl < 9", "--imatrix", "none", *SMALL, "--out",
     )  # fmt: skip
+    assert "run.json exists" in world(*arguments, world.out, code=2).stderr
+    world(*arguments, world.home / "theirs")
+    for name in ("run.json", "m-Q8_0.gguf"):  # whatever is moved there, a decision names its own
+        shutil.copy(world.home / "theirs" / name, world.out / name)
     settings = world.serve()
-    assert settings.quality.sha256 == decided["files"][decided["quality"]]
-    assert settings.quality.standing is Standing.MEASURED
+    assert settings.quality.level == decided["quality"]
     assert settings.run_json is None, "the record that lies there is of the other model"
-    assert len(list(world.out.glob("m-Q8_0*.gguf"))) == 2
 
 
 def test_evidence_of_another_machine_names_files_that_are_built_here(world, monkeypatch):

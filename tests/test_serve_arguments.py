@@ -41,7 +41,6 @@ def test_files_and_endpoints_need_no_model(here):
     assert tiers(None, None, "tiny-F16.gguf").quality.level == "tiny-F16"
     assert tiers("mine", "http://h#big", "tiny-F16.gguf").name == "mine"
     assert tiers("m-F16", "tiny-F16.gguf", name="other").name == "other"
-    assert not (here / "data").exists()  # no evidence was asked for
 
 
 def test_a_model_beside_files_still_counts_when_it_is_one(here):

@@ -189,7 +189,7 @@ def test_a_gateway_whose_tiers_do_not_fit_together_loads_the_one_that_is_asked_f
 
     class Loaded(FakeProcess):
         def __init__(self, model: str, base_url: str) -> None:
-            super().__init__(f"{base_url}/{model}")
+            super().__init__(f"{base_url}/{model}/v1")
             self.model = model
 
         def start(self) -> None:
