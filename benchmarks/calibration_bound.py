@@ -17,14 +17,14 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from bitladder.describe.windows import WINDOW, Window
-from bitladder.engines.layers import LayeredModel
-from bitladder.engines.products import half_products_pay
-from bitladder.engines.states import States, batches_of
-from bitladder.engines.streams import SequentialStream
-from bitladder.engines.weights import FileWeights
 from bitladder.files.gguf import GgufFile
 from bitladder.formats.checkpoint import parse_level
 from bitladder.formats.disk_names import quantized_parameters
+from bitladder.walk.layers import LayeredModel
+from bitladder.walk.products import half_products_pay
+from bitladder.walk.states import States, batches_of
+from bitladder.walk.streams import SequentialStream
+from bitladder.walk.weights import FileWeights
 
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "mkldnn::_linear_pointwise")
 ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from bitladder import __version__
-from bitladder.engines.checkpoint_walk import CheckpointWalk
-from bitladder.engines.layers import LayeredModel
 from bitladder.errors import OutputError
 from bitladder.files.checkpoint_check import verify_folder
 from bitladder.files.checkpoint_folder import CheckpointFolder
@@ -28,6 +26,8 @@ from bitladder.records.calibration import (
     TextSource,
 )
 from bitladder.records.coverage import coverage
+from bitladder.walk.checkpoint_walk import CheckpointWalk
+from bitladder.walk.layers import LayeredModel
 
 
 def losses_of(store: LayerStore) -> tuple[LinearLoss, ...]:
