@@ -6,8 +6,8 @@ import torch
 from torch.nn import functional
 
 from bitladder.kernels import gptq
-from bitladder.walk.calibration import Sums
 from bitladder.walk.checkpoint_walk import Settings
+from bitladder.walk.inputs import Sums
 from bitladder.walk.products import half_products_pay, products
 
 CPU = torch.device("cpu")

@@ -16,7 +16,7 @@ from bitladder.stages.walk import Candidate, walk
 from bitladder.walk import sensitivity
 from bitladder.walk.layers import LayeredModel
 from bitladder.walk.sensitivity import EmbeddingSensitivity, SensitivityPass
-from bitladder.walk.states import Shelf, batches_of
+from bitladder.walk.states import batches_of
 from bitladder.walk.weights import FileWeights
 
 
@@ -62,13 +62,12 @@ def test_small_errors_cost_what_is_predicted(tmp_path):
     with source:
         found = {}
         batches = batches_of(windows)
-        shelf = Shelf(batches, source.model.dims.n_embd, budget_bytes=1 << 30)
         model = LayeredModel(source.model, FileWeights(source))
 
         def take(one):
             found["token_embd.weight" if isinstance(one, EmbeddingSensitivity) else one.name] = one
 
-        SensitivityPass(model, FileWeights(source), batches, shelf).run(take, silent)
+        SensitivityPass(model, FileWeights(source), batches, state_bytes=1 << 30).run(take, silent)
         matrices = [info for info in source.model.tensors if is_quantizable(info)]
         assert set(found) == {info.name for info in matrices}
         rng = np.random.default_rng(1)
@@ -90,9 +89,10 @@ def test_slices_of_the_vocabulary_change_nothing(tmp_path, monkeypatch):
     def embedding() -> np.ndarray:
         found = []
         batches = batches_of(windows)
-        shelf = Shelf(batches, source.model.dims.n_embd, budget_bytes=1 << 30)
         weights = FileWeights(source)
-        SensitivityPass(LayeredModel(source.model, weights), weights, batches, shelf).run(found.append, silent)
+        SensitivityPass(LayeredModel(source.model, weights), weights, batches, state_bytes=1 << 30).run(
+            found.append, silent
+        )
         return found[-1].weights
 
     with source:
@@ -107,11 +107,10 @@ def test_rows_are_those_of_the_file(tmp_path):
     name = "blk.1.attn_q.weight"
     with source:
         batches = batches_of(windows)
-        shelf = Shelf(batches, source.model.dims.n_embd, budget_bytes=1 << 30)
         weights = FileWeights(source)
         model = LayeredModel(source.model, weights)
         rows = {}
-        SensitivityPass(model, weights, batches, shelf).run(
+        SensitivityPass(model, weights, batches, state_bytes=1 << 30).run(
             lambda one: rows.update({getattr(one, "name", ""): getattr(one, "rows", None)}), silent
         )
         heaviest = int(np.argmax(rows[name][0]))

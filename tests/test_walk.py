@@ -22,8 +22,8 @@ from bitladder.stages.walk import (
     token_scores,
     walk,
 )
+from bitladder.walk.fidelity import walk_key
 from bitladder.walk.head import HeadInput, TokenScores, compare
-from bitladder.walk.resume import walk_key
 from bitladder.walk.states import batches_of
 from bitladder.walk.weights import FileWeights, MadeWeights, Quantizer
 from tiny_models import CASES, N_VOCAB
@@ -276,7 +276,7 @@ def test_a_killed_walk_goes_on_at_the_layer_it_kept(pair, tmp_path: Path, monkey
     windows, keep = windows_of(64, 40), tmp_path / "kept"
     candidates = [file_candidate(source, other), *late_and_early(source)]
     expected = token_scores(source, candidates, windows)
-    monkeypatch.setattr("bitladder.walk.resume.SECONDS_BETWEEN", 0.0)
+    monkeypatch.setattr("bitladder.walk.keep.SECONDS_BETWEEN", 0.0)
 
     def die_at_the_last_layer(what, done, total):
         if done == 2:

@@ -10,7 +10,6 @@ llama.cpp reads the result. At last codes and scales are improved in turns under
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -101,12 +100,7 @@ def _fed(
     """Blocks chunk by chunk, scales searched for weights that make up for the errors before them."""
     from scipy.linalg import solve_triangular
 
-    if device == "cpu":
-        choose = gptq.apply
-    else:
-        from bitladder.kernels import gptq_gpu  # torch is heavy, and most runs never need it here
-
-        choose = partial(gptq_gpu.apply, device=device)
+    choose = gptq.apply_on(device)
     rows, columns = weights.shape
     chunk, kind = chunk_of(columns), QTYPES[qtype]
     errors = np.zeros((columns, rows), np.float32)

@@ -46,7 +46,7 @@ from bitladder.records.calibration import (
 )
 from bitladder.records.coverage import coverage, coverage_of_counts
 from bitladder.walk.checkpoint_result import finish_folder, losses_of, proved
-from bitladder.walk.checkpoint_walk import FLOAT_TYPES, CheckpointWalk, Settings
+from bitladder.walk.checkpoint_walk import FLOAT_TYPES, CalibrationWalk, Settings
 from bitladder.walk.layers import LayeredModel
 from bitladder.walk.weights import FileWeights
 
@@ -163,7 +163,7 @@ class Calibration:
             else:
                 self._stores[level] = vector_file(source, level, reading.hash, self._settings)
         self._missing = {level: store for level, store in self._stores.items() if not store.is_complete()}
-        self._walk = CheckpointWalk(model, weights, self._missing, dtype, self._settings)
+        self._walk = CalibrationWalk(model, weights, self._missing, dtype, self._settings)
         self._shapes = self._walk.shapes()
         for level in levels:
             if isinstance(level, CheckpointLevel):

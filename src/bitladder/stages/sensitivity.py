@@ -20,12 +20,12 @@ from bitladder.kernels import dequantize, quantize
 from bitladder.progress import Progress, silent
 from bitladder.records.recipe import SensitivityTable, TensorLoss
 from bitladder.units import GiB
-from bitladder.walk.calibration import InputStatistics
 from bitladder.walk.feedback import FeedbackSettings, factor_of
+from bitladder.walk.inputs import InputStatistics
 from bitladder.walk.layers import LayeredModel
 from bitladder.walk.products import wants_half_products
 from bitladder.walk.sensitivity import EmbeddingSensitivity, Sensitivity, SensitivityPass
-from bitladder.walk.states import Shelf, batches_of
+from bitladder.walk.states import batches_of
 from bitladder.walk.weights import FileWeights
 
 F32 = NDArray[np.float32]
@@ -87,7 +87,6 @@ def weigh(
     weights = FileWeights(source, threads=threads)
     model = LayeredModel(source.model, weights, device=device)
     batches = batches_of(windows)
-    shelf = Shelf(batches, source.model.dims.n_embd, budget_bytes=state_bytes, folder=spill)
     tensors = {info.name: info for info in source.model.tensors if is_quantizable(info)}
     found: dict[str, dict[str, TensorLoss]] = {}
     importance: dict[str, F32] = {}
@@ -108,7 +107,8 @@ def weigh(
         found[name] = _added(found[name], losses) if name in found else losses  # tied: read both ways
         weights.forget(name)
 
-    SensitivityPass(model, weights, batches, shelf, half=wants_half_products(half, device)).run(take, progress)
+    half = wants_half_products(half, device)
+    SensitivityPass(model, weights, batches, state_bytes=state_bytes, spill=spill, half=half).run(take, progress)
     losses = {name: tuple(own.values()) for name, own in found.items()}
     return Weighed(SensitivityTable(source.sha256, tokens_hash(windows), tokens, losses), importance)
 

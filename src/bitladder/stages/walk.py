@@ -25,8 +25,8 @@ from bitladder.progress import LevelNews, Progress, silent, tell
 from bitladder.records.fidelity import Fidelity
 from bitladder.stats.bootstrap import quantile_interval, ratio_interval
 from bitladder.units import GiB
+from bitladder.walk.fidelity import Ladder
 from bitladder.walk.head import TokenScores
-from bitladder.walk.ladder import Ladder
 from bitladder.walk.layers import LayeredModel
 from bitladder.walk.weights import FileWeights, LevelWeights, MadeWeights, Quantizer
 

@@ -1,40 +1,36 @@
-"""All layers of all that is made from a calibration text: which streams there are, where each stands, what goes
-to disk."""
+"""All that is made from a calibration text, as streams of one walk: which there are, and where each is kept."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from time import monotonic
-from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from bitladder.describe.windows import Window
 from bitladder.files.layer_store import LayerStore
 from bitladder.files.safetensors_writer import PiecewiseTensor
 from bitladder.formats import disk_names, roles
-from bitladder.formats.vectors import FoldedLevel, Product
+from bitladder.formats.checkpoint import CheckpointLevel
+from bitladder.formats.vectors import FoldedLevel, ImportanceVectors, Product
 from bitladder.progress import Progress
 from bitladder.units import GiB
-from bitladder.walk.allocator import keep_freed_memory
+from bitladder.walk.driver import Member, Stream, forward
+from bitladder.walk.folding import FoldedScales
+from bitladder.walk.gptq import GptqLevel
+from bitladder.walk.keep import Keep
 from bitladder.walk.layers import LayeredModel
+from bitladder.walk.made import Made, MadeImportance, Output, cast
 from bitladder.walk.products import wants_half_products
-from bitladder.walk.states import CALIBRATION_TOKENS, Batch, Shelf, States, batches_of
-from bitladder.walk.streams import LayerOutput, ReferenceStream, SequentialStream
+from bitladder.walk.rounded import RoundedLevel
+from bitladder.walk.states import CALIBRATION_TOKENS, batches_of
 from bitladder.walk.weights import FileWeights
 
 _ROWS_AT_ONCE = 4096
-_TOLD = 8
-"""Losses that fit a line of progress; experts of a mixture do not, and are in the log."""
 FLOAT_TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 """Float types of a checkpoint, by what safetensors calls them."""
 _TYPE_NAMES = {dtype: name for name, dtype in FLOAT_TYPES.items()}
 _SCALE_DTYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32", torch.float16: "float16"}
-_Stream = SequentialStream | ReferenceStream
 
 
 @dataclass(frozen=True)
@@ -57,9 +53,9 @@ class Settings:
         return wants_half_products(self.half, self.device)
 
 
-class CheckpointWalk:
-    """One pass over the layers for all levels. A layer's weights are read from the source once per stream and
-    dropped."""
+class CalibrationWalk:
+    """One walk over the layers for all levels: a stream for each GPTQ level, whose errors are its own, and one of the
+    source for everything else."""
 
     def __init__(
         self,
@@ -80,19 +76,47 @@ class CheckpointWalk:
             BadWeights: weights or activations are not finite.
             OutputError: no room for states or finished layers.
         """
-        keep_freed_memory()
-        streams = self._streams(windows)
-        total = float(self.model.n_layer)
-        losses: dict[str, str] = {}
-        for layer in range(min((done for _, done in streams), default=0), self.model.n_layer):
-            for stream, done in streams:
-                names = ", ".join(level.name + losses.get(level.name, "") for level in stream.levels)
-                progress(f"layer {layer + 1} of {self.model.n_layer}: {names}", layer, total)
-                if done <= layer:
-                    losses |= self._one(stream, layer)
-            for tensor in self.model.layer_names(layer):
-                self.weights.forget(tensor)
-        progress("all layers quantized", total, total)
+        plain = [level for level in self.stores if level.method != "GPTQ"]
+        streams = [self._of_the_source(plain, windows)] if plain else []
+        sequential = [level for level in self.stores if isinstance(level, CheckpointLevel) and level.method == "GPTQ"]
+        streams += [self._of_a_level(level, windows) for level in sequential]
+        forward(streams, progress)
+        progress("all layers quantized", 1, 1)
+
+    def _of_the_source(self, levels: Sequence[Product], windows: Sequence[Window]) -> Stream:
+        needs_text = any(level.method != "INT8" or level.smooth for level in levels)
+        read = _share(windows, self.settings.reference_tokens) if needs_text else []
+        return self._stream(Member(self.weights, [self._observer(level, read) for level in levels]), levels[0], read)
+
+    def _observer(self, level: Product, read: Sequence[Window]) -> Made:
+        output = Output(level.name, self.stores[level], self.dtype)
+        if isinstance(level, ImportanceVectors):
+            return MadeImportance(self.model, output)
+        if isinstance(level, FoldedLevel):
+            return FoldedScales(self.model, level, output, held_out=held_out(read), threads=self.settings.threads)
+        return RoundedLevel(self.model, level, output, scale_dtype=_SCALE_DTYPES[self.dtype])
+
+    def _of_a_level(self, level: CheckpointLevel, windows: Sequence[Window]) -> Stream:
+        output = Output(level.name, self.stores[level], self.dtype)
+        settings = self.settings
+        member = GptqLevel(
+            self.model, self.weights, level, output,
+            damp=settings.damp, act_order=settings.act_order, scale_dtype=_SCALE_DTYPES[self.dtype],
+        )  # fmt: skip
+        return self._stream(member, level, windows)
+
+    def _stream(self, member: Member, level: Product, windows: Sequence[Window]) -> Stream:
+        """A stream of its own, kept where its (first) level is."""
+        store, half = self.stores[level], self.settings.half_products
+        return Stream(
+            self.model,
+            [member],
+            batches_of(windows, batch_tokens=CALIBRATION_TOKENS),
+            state_bytes=self.settings.state_bytes,
+            spill=store.partial,
+            keep=Keep(store.partial / "states", f"{store.fingerprint} {half}"),
+            half=half,
+        )
 
     def top(self) -> list[PiecewiseTensor]:
         """What lies outside the layers, to be written: embedding, last norm, head where it has weights of its own."""
@@ -129,133 +153,9 @@ class CheckpointWalk:
 
         return PiecewiseTensor(name, _TYPE_NAMES[self.dtype], shape, pieces)
 
-    def _one(self, stream: _Stream, layer: int) -> dict[str, str]:
-        """Do one layer of a stream; returns each level's losses in words."""
-        started = monotonic()
-        outputs = stream.layer(layer)
-        seconds = monotonic() - started
-        states = None if stream.states is None else stream.states.everything.numpy()
-        # The first level keeps the states, and is written last: it never is ahead of the others.
-        for number, level in reversed(list(enumerate(stream.levels))):
-            output = outputs[level.name]
-            kept = states if number == 0 else None
-            notes = _notes(layer, output)
-            self.stores[level].put_layer(layer, self._tensors(layer, output), notes, kept, seconds=seconds)
-        return {name: said(output) for name, output in outputs.items()}
-
-    def _tensors(self, layer: int, output: LayerOutput) -> dict[str, torch.Tensor]:
-        prefix = f"{disk_names.LAYERS}{layer}."
-        tensors = {f"{prefix}{name}": cast(value, self.dtype) for name, value in output.floats.items()}
-        for linear, arrays in output.linears.items():
-            for suffix, array in arrays.items():
-                value = torch.from_numpy(np.ascontiguousarray(array))
-                own = value.to(self.dtype) if suffix == "weight_scale" else value
-                tensors[f"{prefix}{linear}.{suffix}"] = own
-        return tensors | {name: torch.from_numpy(vector.copy()) for name, vector in output.vectors.items()}
-
-    def _streams(self, windows: Sequence[Window]) -> list[tuple[_Stream, int]]:
-        """Each stream with the number of layers that it has behind it."""
-        made: list[tuple[_Stream, int]] = []
-        scale_dtype = _SCALE_DTYPES[self.dtype]
-        plain = [level for level in self.stores if level.method != "GPTQ"]
-        if plain:
-            needs_text = any(level.method != "INT8" or level.smooth for level in plain)
-            read = _share(windows, self.settings.reference_tokens) if needs_text else []
-            batches = batches_of(read, batch_tokens=CALIBRATION_TOKENS)
-            states, done = self._resumed(plain, batches)
-            reference = ReferenceStream(
-                self.model, self.weights, plain, states, batches,
-                scale_dtype=scale_dtype, threads=self.settings.threads,
-                held_out=held_out(read) if any(isinstance(level, FoldedLevel) for level in plain) else frozenset(),
-                half=self.settings.half_products,
-            )  # fmt: skip
-            made.append((reference, done))
-        for level in (level for level in self.stores if level.method == "GPTQ"):
-            batches = batches_of(windows, batch_tokens=CALIBRATION_TOKENS)
-            states, done = self._resumed([level], batches)
-            if states is None:
-                raise ValueError("GPTQ needs calibration windows")
-            own = SequentialStream(
-                self.model, self.weights, level, states, batches,
-                damp=self.settings.damp, act_order=self.settings.act_order, scale_dtype=scale_dtype,
-                spill=self._spill(batches), half=self.settings.half_products,
-            )  # fmt: skip
-            made.append((own, done))
-        return made
-
-    def _resumed(self, levels: Sequence[Product], batches: Sequence[Batch]) -> tuple[States | None, int]:
-        """States to start from (an earlier run's, or the embeddings) and how many layers are behind them."""
-        done = min(len(self.stores[level].finished()) for level in levels)
-        kept = self.stores[levels[0]].states_file(done - 1)
-        rows = sum(batch.tokens.size for batch in batches)
-        if batches and not (kept.is_file() and np.load(kept, mmap_mode="r").shape[0] == rows):
-            done = 0
-        for level in levels:
-            self.stores[level].truncate(done)
-        if not batches:
-            return None, done
-        states = Shelf(
-            batches,
-            self.model.model.dims.n_embd,
-            budget_bytes=self.settings.state_bytes,
-            folder=self.stores[levels[0]].partial,
-        ).take()
-        if done:
-            states.everything.copy_(torch.from_numpy(np.load(kept, mmap_mode="c")))
-            return states, done
-        for batch in batches:
-            states.put(batch, self.model.embed(batch.tokens, self.weights))
-        return states, 0
-
-    def _spill(self, batches: Sequence[Batch]) -> Path | None:
-        """Where a layer keeps the inputs of its output and down projections: on disk when they outgrow the
-        budget."""
-        dims = self.model.model.dims
-        tokens = sum(batch.tokens.size for batch in batches)
-        widths = dims.n_head * dims.head_dim_v + dims.n_ff
-        large = tokens * widths * 4 > self.settings.state_bytes
-        return next(iter(self.stores.values())).partial if large else None
-
-
-def cast(value: NDArray[np.float32], dtype: torch.dtype) -> torch.Tensor:
-    """f32 weights in a checkpoint's float type."""
-    return torch.from_numpy(np.ascontiguousarray(value)).to(dtype)
-
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
     return tensor.contiguous().view(torch.uint8).numpy().reshape(-1).data
-
-
-def _notes(layer: int, output: LayerOutput) -> list[dict[str, Any]]:
-    """The log's lines of a layer's tensors."""
-    return [
-        {
-            "tensor": loss.name if loss.name.startswith("blk.") else f"{disk_names.LAYERS}{layer}.{loss.name}",
-            "loss": None if loss.loss != loss.loss else loss.loss,  # JSON has no NaN
-            "tokens": loss.tokens,
-            "damp": loss.damp,
-            "note": loss.note,
-            "digest": output.digests.get(loss.name, ""),
-        }
-        for loss in output.losses
-    ]
-
-
-def said(output: LayerOutput) -> str:
-    """The losses of a layer's tensors in a few words: each where there are few, else the largest."""
-    known = [(loss.loss, _short(loss.name)) for loss in output.losses if loss.loss == loss.loss]
-    if not known:
-        return ""
-    if len(output.losses) > _TOLD:
-        worst, name = max(known)
-        return f" (error up to {worst:.2%}, {name})"
-    told = ", ".join(f"{name} {loss:.2%}" for loss, name in known)
-    return f" (error: {told})"
-
-
-def _short(name: str) -> str:
-    """``self_attn.q_proj`` as ``q``, ``blk.0.attn_q.weight`` as ``attn_q``."""
-    return name.removesuffix(".weight").rpartition(".")[2].removesuffix("_proj")
 
 
 def held_out(windows: Sequence[Window]) -> frozenset[int]:

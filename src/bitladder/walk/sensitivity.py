@@ -20,20 +20,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from bitladder.formats.roles import Parameter, SharedInput, layer_tensor
-from bitladder.progress import Progress
-from bitladder.walk.calibration import InputStatistics, Sums, vectors
-from bitladder.walk.layers import LayeredModel, Weights
+from bitladder.formats.roles import Parameter, layer_tensor
+from bitladder.progress import Progress, within
+from bitladder.walk.driver import Builder, Group, Member, Stream, backward, forward
+from bitladder.walk.inputs import InputStatistics, Sums, Wants, Watch, merged
+from bitladder.walk.layers import LayeredModel
 from bitladder.walk.products import products
-from bitladder.walk.states import Batch, Shelf
+from bitladder.walk.states import Batch, States
 from bitladder.walk.transforms import permute
+from bitladder.walk.weights import LevelWeights
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -65,51 +68,63 @@ class EmbeddingSensitivity:
     predictions: int
 
 
+Take = Callable[[Sensitivity | EmbeddingSensitivity], None]
+
+
 class SensitivityPass:
-    """The pass over a model; ``windows`` as laid out in ``batches``. Results are handed to ``take`` as they come, so
-    that only one layer's Hessians exist at a time."""
+    """The two sweeps over a model. Results are handed to ``take`` as they come, so that only one layer's Hessians exist
+    at a time."""
 
     def __init__(
-        self, model: LayeredModel, weights: Weights, batches: Sequence[Batch], shelf: Shelf, *, half: bool = False
+        self,
+        model: LayeredModel,
+        weights: LevelWeights,
+        batches: Sequence[Batch],
+        *,
+        state_bytes: int,
+        spill: Path | None = None,
+        half: bool = False,
     ) -> None:
-        """``shelf`` gives room for one set of states per layer and two more. ``half``: multiply in bfloat16."""
-        self.model, self._weights, self._batches, self._shelf, self._half = model, weights, batches, shelf, half
-        self.predictions = sum(length - 1 for batch in batches for length in batch.lengths)
+        """``state_bytes``: states of all layers are kept, those beyond this in files in ``spill``. ``half``: multiply
+        in bfloat16."""
+        self.model, self._weights, self._batches, self._half = model, weights, batches, half
+        self._state_bytes, self._spill = state_bytes, spill
+        self.predictions = predictions_of(batches)
         self._random = torch.Generator(device="cpu").manual_seed(_SEED)
 
-    def run(self, take: Callable[[Sensitivity | EmbeddingSensitivity], None], progress: Progress) -> None:
+    def run(self, take: Take, progress: Progress) -> None:
         """Hand every tensor's sensitivity to ``take``, the output matrix's first, the embedding's last."""
         n_layer = self.model.n_layer
         total = 4.0 * n_layer + 4
-        entering = [self._shelf.take()]
-        for batch in self._batches:
-            entering[0].put(batch, self.model.embed(batch.tokens, self._weights))
-        for layer in range(n_layer):
-            progress(f"sensitivity: layer {layer + 1} of {n_layer}", layer, total)
-            entering.append(self._shelf.take())
-            block = self.model.layer(layer, self._weights)
-            for batch in self._batches:
-                with products(half=self._half):
-                    out = self.model.run(block, layer, entering[-2].get(batch).to(self.model.device))
-                entering[-1].put(batch, out)
-        gradients = entering.pop()  # what enters the head is replaced by the gradient there
+        there = self._stream(Member(self._weights), remember=True)
+        forward([there], within(progress, 0, n_layer, total), "sensitivity: ")
+        gradients = there.states_of(0)  # what enters the head is replaced by the gradient there
         progress("sensitivity: the head", n_layer, total)
         take(self._head(gradients))
-        for layer in reversed(range(n_layer)):
-            progress(f"sensitivity: back through layer {layer + 1} of {n_layer}", 4.0 * n_layer - 3 * layer, total)
-            states = entering.pop()
-            for found in self._layer(layer, states, gradients):
-                take(found)
-            self._shelf.give_back(states)
+        back = self._stream(Gradients(self.model, self._weights, there, take), back=True)
+        back.groups = [Group([0], gradients)]
+        backward(back, within(progress, 4.0 * n_layer, n_layer, total), "sensitivity: back through ")
         take(self._embedding(gradients))
         progress("sensitivity", total, total)
 
-    def _head(self, states: Any) -> Sensitivity:
+    def _stream(self, member: Member, *, remember: bool = False, back: bool = False) -> Stream:
+        return Stream(
+            self.model,
+            [member],
+            self._batches,
+            state_bytes=self._state_bytes,
+            spill=self._spill,
+            half=self._half,
+            remember=remember,
+            back=back,
+        )
+
+    def _head(self, states: States) -> Sensitivity:
         """The output matrix's sensitivity; ``states`` become the gradient of the summed log-likelihood there."""
         norm = self.model.norm(self._weights)
         n_vocab = self.model.model.dims.n_vocab
         rows = np.zeros(n_vocab)
-        sums = Sums(self.model.model.dims.n_embd, self.model.device, gram=True)
+        sums = Sums(self.model.width, self.model.device, gram=True, largest=False)
         for batch in self._batches:
             predicting = _predicting(batch).to(self.model.device)
             with torch.enable_grad():
@@ -121,7 +136,7 @@ class SensitivityPass:
                 gradient = torch.zeros_like(normed)
                 gradient[predicting] = self._through_vocabulary(own, rows)
             torch.autograd.backward(normed, gradient)
-            states.put(batch, x.grad)
+            states.put(batch, cast(torch.Tensor, x.grad))
         seen = sums.result()
         # p (1 - p) is the exact expectation of the squared gradient of a logit
         return Sensitivity(self.model.output, (seen,), rows[None], self.predictions)
@@ -168,27 +183,75 @@ class SensitivityPass:
             else:
                 yield first, logits, None, weight
 
-    def _layer(self, layer: int, states: Any, gradients: Any) -> Iterator[Sensitivity]:
-        """Sensitivities of a layer's tensors; ``gradients`` at its output become those at its input."""
-        block = self.model.layer(layer, self._weights)
-        present = {name for name, _ in block.named_modules()}
-        inputs = [shared for shared in self.model.family.inputs if shared.module in present]
-        watch = _Watch(self.model, block, inputs, half=self._half)
-        for batch in self._batches:
-            valid = torch.from_numpy(batch.valid).to(self.model.device)
-            gradient = gradients.get(batch).to(self.model.device)
-            with watch.on(valid.reshape(-1)), torch.enable_grad(), products(half=self._half):
-                x = states.get(batch).to(self.model.device).clone().requires_grad_()
+    def _embedding(self, gradients: States) -> EmbeddingSensitivity:
+        """Squared gradients at the embeddings, summed over the places where each token occurs."""
+        scale = self.model.config.hidden_size if self.model.family.scaled_embedding else 1
+        ids = np.concatenate([batch.tokens[batch.valid] for batch in self._batches])
+        squares = np.concatenate(
+            [gradients.get(batch).cpu().numpy()[batch.valid].astype(np.float64) ** 2 for batch in self._batches]
+        )
+        tokens, where = np.unique(ids, return_inverse=True)
+        weights = np.zeros((len(tokens), squares.shape[1]))
+        np.add.at(weights, where, squares * scale)
+        return EmbeddingSensitivity(tokens, weights, self.predictions)
+
+
+def predictions_of(batches: Sequence[Batch]) -> int:
+    """How many tokens have a next one."""
+    return sum(length - 1 for batch in batches for length in batch.lengths)
+
+
+def _predicting(batch: Batch) -> torch.Tensor:
+    """bool[windows, n]: positions whose next token exists."""
+    lengths = np.asarray(batch.lengths)[:, None]
+    return torch.from_numpy(np.arange(batch.tokens.shape[1])[None] < lengths - 1)
+
+
+class Gradients(Builder):
+    """What goes back: gradients at a layer's output become those at its input, and its sensitivities are known."""
+
+    def __init__(self, model: LayeredModel, weights: LevelWeights, there: Stream, take: Take) -> None:
+        """``there``: the stream that went forward, with the states that entered each layer."""
+        super().__init__(weights)
+        self.model, self._there, self._take = model, there, take
+
+    def build(self, stream: Stream, layer: int, states: States) -> None:
+        """As ``Builder``."""
+        block = self.load(self.model, layer)
+        entered = self._there.entered.pop()
+        shards = [self._shard(stream, shard, layer, block, entered, states) for shard in stream.shards]
+        watch, energies = self._summed(shards)
+        self._there.shelf.give_back(entered)
+        held, predictions = set(self.model.layer_names(layer)), predictions_of(stream.batches)
+        for shared, statistics in watch.results(layer).items():
+            seen = tuple(statistics)
+            for parameter in self.model.family.parameters:
+                for role, rows in self._by_role(block, parameter, energies, len(seen)):
+                    if role in shared.roles and layer_tensor(layer, role) in held:
+                        self._take(Sensitivity(layer_tensor(layer, role), seen, rows, predictions))
+
+    def _shard(
+        self, stream: Stream, shard: Sequence[Batch], layer: int, block: nn.Module, entered: States, gradients: States
+    ) -> tuple[Watch, _Energies]:
+        """Gram matrices of what is read, sums of squared gradients of what is written, over a shard."""
+        device = self.model.device
+        watch = Watch(self.model.inputs(block), Wants(gram=True), half=stream.half)
+        energies = _Energies(self.model, block)
+        for batch in shard:
+            valid = torch.from_numpy(batch.valid).to(device)
+            gradient = gradients.get(batch).to(device)
+            with watch.on(block, batch), energies.on(block), torch.enable_grad(), products(half=stream.half):
+                x = entered.get(batch).to(device).clone().requires_grad_()
                 out = self.model.forward(block, layer, x)
                 torch.autograd.backward(out, torch.where(valid[..., None], gradient, 0))
-            gradients.put(batch, x.grad)
-        held = set(self.model.layer_names(layer))
-        for shared in inputs:
-            seen = tuple(one.result() for one in watch.sums[shared])
-            for parameter in self.model.family.parameters:
-                for role, energies in self._by_role(block, parameter, watch.energies, len(seen)):
-                    if role in shared.roles and layer_tensor(layer, role) in held:
-                        yield Sensitivity(layer_tensor(layer, role), seen, energies, self.predictions)
+            gradients.put(batch, cast(torch.Tensor, x.grad))
+        return watch, energies
+
+    def _summed(self, shards: Sequence[tuple[Watch, _Energies]]) -> tuple[Watch, dict[str, torch.Tensor]]:
+        first = shards[0][1]
+        for _, later in shards[1:]:
+            first.merge(later)
+        return merged([watch for watch, _ in shards]), first.sums
 
     def _by_role(
         self, block: nn.Module, parameter: Parameter, energies: dict[str, torch.Tensor], matrices: int
@@ -209,62 +272,33 @@ class SensitivityPass:
         for role, part in zip(parameter.roles, np.split(whole, len(parameter.roles)), strict=True):
             yield role, np.tile(part, (matrices, 1))
 
-    def _embedding(self, gradients: Any) -> EmbeddingSensitivity:
-        """Squared gradients at the embeddings, summed over the places where each token occurs."""
-        scale = self.model.config.hidden_size if self.model.family.scaled_embedding else 1
-        ids = np.concatenate([batch.tokens[batch.valid] for batch in self._batches])
-        squares = np.concatenate(
-            [gradients.get(batch).cpu().numpy()[batch.valid].astype(np.float64) ** 2 for batch in self._batches]
-        )
-        tokens, where = np.unique(ids, return_inverse=True)
-        weights = np.zeros((len(tokens), squares.shape[1]))
-        np.add.at(weights, where, squares * scale)
-        return EmbeddingSensitivity(tokens, weights, self.predictions)
 
+class _Energies:
+    """Sums of squared gradients f64[columns] of what the modules write that read a shared input, by module."""
 
-def _predicting(batch: Batch) -> torch.Tensor:
-    """bool[windows, n]: positions whose next token exists."""
-    lengths = np.asarray(batch.lengths)[:, None]
-    return torch.from_numpy(np.arange(batch.tokens.shape[1])[None] < lengths - 1)
-
-
-class _Watch:
-    """Hooks on a layer: Gram matrices of what is read, sums of squared gradients of what is written."""
-
-    def __init__(self, model: LayeredModel, block: nn.Module, inputs: Sequence[SharedInput], *, half: bool) -> None:
-        self.block, self.inputs, self._half = block, inputs, half
-        self.sums: dict[SharedInput, list[Sums]] = {shared: [] for shared in inputs}
-        self.energies: dict[str, torch.Tensor] = {}
-        reads = {role for shared in inputs for role in shared.roles}
+    def __init__(self, model: LayeredModel, block: nn.Module) -> None:
+        reads = {role for shared in model.inputs(block) for role in shared.roles}
         present = {name for name, _ in block.named_modules()}
         owners = [p.path.rpartition(".")[0] for p in model.family.parameters if reads & set(p.roles)]
         self._writers = [name for name in dict.fromkeys(owners) if name in present]
+        self.sums: dict[str, torch.Tensor] = {}
 
-    def on(self, valid: torch.Tensor) -> ExitStack:
-        """Watch one batch; ``valid`` says which of its positions hold a token."""
-        stack = ExitStack()
-        for shared in self.inputs:
-            hook = self._reading(shared, valid)
-            stack.callback(self.block.get_submodule(shared.module).register_forward_pre_hook(hook).remove)
+    def on(self, block: nn.Module) -> ExitStack:
+        """Hooks for one batch."""
+        hooks = ExitStack()
         for name in self._writers:
-            stack.callback(self.block.get_submodule(name).register_forward_hook(self._writing(name)).remove)
-        return stack
+            hooks.callback(block.get_submodule(name).register_forward_hook(self._writing(name)).remove)
+        return hooks
 
-    def _reading(self, shared: SharedInput, valid: torch.Tensor) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def seen(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-            with torch.no_grad():
-                detached = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in arguments)
-                for number, x in enumerate(vectors(shared.kind, module, detached, valid)):
-                    if number == len(self.sums[shared]):
-                        self.sums[shared].append(Sums(x.shape[1], x.device, gram=True, half=self._half))
-                    self.sums[shared][number].add(x)
-
-        return seen
+    def merge(self, later: _Energies) -> None:
+        """Add those of a later shard."""
+        for name, squares in later.sums.items():
+            self.sums[name] = self.sums.get(name, 0) + squares
 
     def _writing(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
         def arrived(gradient: torch.Tensor) -> None:
             squares = gradient.reshape(-1, gradient.shape[-1]).double().square().sum(0)
-            self.energies[name] = self.energies.get(name, 0) + squares
+            self.sums[name] = self.sums.get(name, 0) + squares
 
         def seen(_: nn.Module, __: Any, out: Any) -> None:
             (out if isinstance(out, torch.Tensor) else out[0]).register_hook(arrived)
