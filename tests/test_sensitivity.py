@@ -149,6 +149,35 @@ def test_weighing_sees_the_inputs_that_an_importance_matrix_sees(name, tmp_path)
             np.testing.assert_allclose(found[tensor], expected[tensor], rtol=1e-3, atol=1e-6)
 
 
+class Killed(Exception):
+    """Stands for a kill."""
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2moe"])
+def test_a_killed_weighing_goes_on_on_its_way_back(name, tmp_path, monkeypatch):
+    source, windows = _opened(name, tmp_path)
+    monkeypatch.setattr("bitladder.walk.keep.SECONDS_BETWEEN", 0.0)
+    keep, steps = tmp_path / "kept", []
+
+    def killed(what, done, total):
+        if what == "sensitivity: back through layer 1 of 3":
+            raise Killed
+
+    with source:
+        whole = weigh(source, windows)
+        with pytest.raises(Killed):
+            weigh(source, windows, keep=keep, progress=killed)
+        assert list(keep.iterdir())
+        resumed = weigh(source, windows, keep=keep, progress=lambda what, *_: steps.append(what))
+    assert "sensitivity: the head" not in steps
+    assert [step for step in steps if "back" in step] == ["sensitivity: back through layer 1 of 3"]
+    assert resumed.table == whole.table
+    assert resumed.importance.keys() == whole.importance.keys()
+    for tensor, values in whole.importance.items():
+        np.testing.assert_array_equal(resumed.importance[tensor], values)
+    assert not [file for folder in keep.iterdir() for file in folder.iterdir()]
+
+
 def test_too_little_text_is_refused(tmp_path):
     source, windows = _opened("llama", tmp_path)
     with source, pytest.raises(BadInput, match="300 tokens"):

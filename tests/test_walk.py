@@ -9,7 +9,7 @@ import torch
 import tiny_models
 from bitladder.describe.text import Document
 from bitladder.describe.windows import Window, cut, window_hashes
-from bitladder.errors import BadInput, BadWeights, OutputError, UnknownLevel
+from bitladder.errors import BadInput, BadWeights, OutputError, UnknownLevel, UsageError
 from bitladder.files.gguf import GgufFile
 from bitladder.formats.roles import EMBEDDING, layer_tensor
 from bitladder.kernels import dequantize, quantize
@@ -323,3 +323,15 @@ def test_two_quantizers_with_equal_settings_share_their_work(pair):
         for effort in ("good", "good", "fast")
     ]
     assert made[0].identity(EMBEDDING) == made[1].identity(EMBEDDING) != made[2].identity(EMBEDDING)
+
+
+def test_a_walk_on_another_device_finds_the_same(pair):
+    """Torch's CPU under a name of its own takes the way of other devices: their twins of the kernels."""
+    _, source, _ = pair
+    with pytest.raises(UsageError, match="torch has no device 'cuda:99' here; there is cpu"):
+        walk(source, [], windows_of(64), device="cuda:99")
+    found = [
+        walk(source, made_candidates(source, ["Q8_0", "Q4_0"], device=device), windows_of(64, 40), device=device)
+        for device in ("cpu", "cpu:0")
+    ]
+    assert found[0] == found[1]

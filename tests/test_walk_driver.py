@@ -232,7 +232,7 @@ def test_what_is_not_whole_is_not_taken(layer, tmp_path, monkeypatch, damage):
     stream = opened(64)
     states = stream.groups[0].states
     keep = Keep(tmp_path, "key")
-    keep.save(1, [([0], states)], {"0.sums": np.arange(3)})
+    keep.save(1, [([0], states)], [{"sums": np.arange(3)}])
     tokens, width = states.everything.shape
     assert keep.load(tokens, width).layer == 1
     assert keep.load(tokens + 1, width) is None

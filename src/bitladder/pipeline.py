@@ -80,6 +80,8 @@ class RunSettings:
     texts: tuple[Path, ...] = ()
     out: Path | None = None
     threads: int = 2
+    device: str = "cpu"
+    """Where walks compute and scales are searched for, as torch names it."""
     effort: Effort = "good"
     imatrix: str = AUTO
     """A file, ``auto`` (made from the calibration text that ships) or ``none``."""
@@ -235,6 +237,7 @@ def _importance(given: _Given) -> Importance | None:
             settings.imatrix,
             measured_on=given.texts,
             threads=settings.threads,
+            device=settings.device,
             journal=given.journal,
             progress=given.progress,
         )
@@ -258,6 +261,7 @@ def _built(given: _Given, plan: Plan, importance: Importance | None) -> dict[Sub
         importance=importance,
         effort=given.settings.effort,
         threads=given.settings.threads,
+        device=given.settings.device,
         journal=given.journal,
         progress=given.progress,
     )
@@ -288,6 +292,7 @@ def _measured(given: _Given, built: Mapping[Subject, LevelFile]) -> list[Fidelit
                 given.journal,
                 reference=reference,
                 threads=given.settings.threads,
+                device=given.settings.device,
                 progress=given.progress,
             )
         except UnknownArchitecture as error:

@@ -23,6 +23,9 @@ Levels = Annotated[
     ),
 ]
 Threads = Annotated[int, typer.Option("--threads", min=1, help="Worker threads.", show_default="all cores")]
+Device = Annotated[
+    str, typer.Option("--device", help="Where walks compute and scales are searched for: cpu, cuda, cuda:1.")
+]
 Importance = Annotated[
     str,
     typer.Option("--imatrix", metavar="FILE|auto|none", help="Importance matrix: a file, or made here."),
@@ -32,6 +35,16 @@ CalibrationTexts = Annotated[
 ]
 DEFAULT_CTX = 4096
 ALL_CORES = os.cpu_count() or 1
+CPU = "cpu"
+
+
+def known_device(name: str) -> str:
+    """The name, where torch has such a device here; raises UsageError elsewhere, before any work."""
+    if name != CPU:
+        from bitladder.kernels.gpu import check_device
+
+        check_device(name)
+    return name
 
 
 def split_levels(text: str | None, *, fitted: bool = False, checkpoints: bool = False) -> tuple[str, ...] | None:
@@ -74,9 +87,7 @@ def quantize(
         str, typer.Option("--effort", help="fast, good or best: how hard to search for scales.")
     ] = "good",
     threads: Threads = ALL_CORES,
-    device: Annotated[
-        str, typer.Option("--device", help="Where scales of GGUF levels are searched for: cpu, or cuda.")
-    ] = "cpu",
+    device: Device = CPU,
     split_max_size: Annotated[
         str | None,
         typer.Option("--split-max-size", metavar="SIZE", help="Cut each level into parts of at most SIZE, like 4GB."),
@@ -104,7 +115,7 @@ def quantize(
             texts=tuple(text or ()),
             effort=effort_named(effort),
             threads=threads,
-            device=device,
+            device=known_device(device),
             split_max_bytes=parse_bytes(split_max_size) if split_max_size else None,
             journal=journal,
             progress=progress,
@@ -134,6 +145,7 @@ def imatrix(
     out: Annotated[Path, typer.Option("--out", help="File to write.")],
     text: CalibrationTexts = None,
     threads: Threads = ALL_CORES,
+    device: Device = CPU,
     json_output: JsonFlag = False,
 ) -> None:
     """Write llama.cpp's importance matrix of a model, which llama-quantize reads too."""
@@ -142,7 +154,15 @@ def imatrix(
 
     journal = Journal() if json_output else Journal(say)
     with progress_display(quiet=json_output) as progress:
-        path = make_imatrix(model, tuple(text or ()), out, threads=threads, journal=journal, progress=progress)
+        path = make_imatrix(
+            model,
+            tuple(text or ()),
+            out,
+            threads=threads,
+            device=known_device(device),
+            journal=journal,
+            progress=progress,
+        )
     if json_output:
         print_json({"path": str(path), "bytes": path.stat().st_size, "jobs": journal.jobs})
     else:

@@ -2,7 +2,7 @@
 AWQ's K-quants, importance matrices.
 
 The text is checked, what it will take is said, statistics are gathered as states pass through the layers
-(``walk/streams.py``) and finished layers go to disk at once; a killed run goes on at the last layer that was
+(``walk/checkpoint_walk.py``) and finished layers go to disk at once; a killed run goes on at the last layer that was
 finished. Before a folder is reported it is opened again, decoded and compared with what the walk computed.
 """
 

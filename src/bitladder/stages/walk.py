@@ -48,6 +48,7 @@ def made_candidates(
     importance: Mapping[str, NDArray[np.float32]] | None = None,
     effort: Effort = "good",
     threads: int = 1,
+    device: str = "cpu",
 ) -> list[Candidate]:
     """Levels made on the fly by llama.cpp's recipes; what several of them quantize alike is quantized once.
 
@@ -57,11 +58,13 @@ def made_candidates(
         importance: f32[columns] per tensor, or f32[experts, columns] for stacked experts; None for none.
         effort: how long to search for scales.
         threads: for quantizing and dequantizing.
+        device: where scales are searched for, as torch names it.
 
     Raises:
         UnknownLevel: no recipe has that name.
     """
-    quantizer = Quantizer(FileWeights(source, threads=threads), importance=importance, effort=effort, threads=threads)
+    exact = FileWeights(source, threads=threads)
+    quantizer = Quantizer(exact, importance=importance, effort=effort, threads=threads, device=device)
     model = source.model
     return [
         Candidate(

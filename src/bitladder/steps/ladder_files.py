@@ -32,6 +32,7 @@ def ladder_files(
     importance: Importance | None,
     effort: Effort,
     threads: int,
+    device: str = "cpu",
     journal: Journal,
     progress: Progress,
 ) -> dict[Subject, LevelFile]:
@@ -44,6 +45,7 @@ def ladder_files(
         importance: weighs the errors of GGUF levels; fitted ones take their statistics from the calibration text.
         effort: how long to search for scales.
         threads: of everything.
+        device: where scales are searched for and fitted levels walked, as torch names it.
         journal: told what work will take and what it took.
         progress: told how each level stands.
 
@@ -57,7 +59,14 @@ def ladder_files(
     need = building_need(source, plain, out, effort=effort, threads=threads)
     with job(need, journal, out) if plain else nullcontext():
         files = quantize_levels(
-            source, plain, out, importance=importance, effort=effort, threads=threads, progress=progress
+            source,
+            plain,
+            out,
+            importance=importance,
+            effort=effort,
+            threads=threads,
+            device=device,
+            progress=progress,
         )
     for file in files:
         tell(progress, LevelNews(file.level, "written", file_bytes=file.bytes))
@@ -66,17 +75,26 @@ def ladder_files(
     built = {Subject(source.sha256, file.level, made=method): file for file in files}
     for level in wanted:
         if level not in plain:
-            subject, file = _fitted(source, level, out, effort, threads, journal, progress)
+            subject, file = _fitted(source, level, out, effort, threads, device, journal, progress)
             built[subject] = file
     return {subject: built[subject] for subject in sorted(built, key=lambda subject: wanted.index(subject.level))}
 
 
 def _fitted(
-    source: GgufFile, level: str, out: Path, effort: Effort, threads: int, journal: Journal, progress: Progress
+    source: GgufFile,
+    level: str,
+    out: Path,
+    effort: Effort,
+    threads: int,
+    device: str,
+    journal: Journal,
+    progress: Progress,
 ) -> tuple[Subject, LevelFile]:
     """The file of a level whose codes are chosen with error feedback, under the name it was asked for by."""
     tell(progress, LevelNews(level, "being written"))
-    made = fitted_level(source, level, out, effort=effort, threads=threads, journal=journal, progress=progress)
+    made = fitted_level(
+        source, level, out, effort=effort, threads=threads, device=device, journal=journal, progress=progress
+    )
     file = replace(made.file, level=level)
     tell(progress, LevelNews(level, "written", file_bytes=file.bytes))
     journal.reuse("files", [level] if file.reused else [])

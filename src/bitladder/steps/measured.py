@@ -35,6 +35,7 @@ def measure_model(
     imatrix: str = NONE,
     effort: Effort = "good",
     threads: int = 2,
+    device: str = "cpu",
     journal: Journal | None = None,
     progress: Progress,
 ) -> list[Fidelity]:
@@ -59,7 +60,13 @@ def measure_model(
         importance = None
         if imatrix != AUTO or weighed(made):
             importance = importance_of(
-                source, imatrix, measured_on=measured_on, threads=threads, journal=journal, progress=progress
+                source,
+                imatrix,
+                measured_on=measured_on,
+                threads=threads,
+                device=device,
+                journal=journal,
+                progress=progress,
             )
         others = [stack.enter_context(GgufFile.open(path)) for path in files]
         method = method_name(effort, importance)
@@ -73,7 +80,7 @@ def measure_model(
             levels = [subject.level for subject in missing if not subject.file]
             files = {subject.file for subject in missing}
             return [
-                *made_candidates(source, levels, importance=importance, effort=effort, threads=threads),
+                *made_candidates(source, levels, importance=importance, effort=effort, threads=threads, device=device),
                 *(file_candidate(source, other) for other in others if other.sha256 in files),
             ]
 
@@ -86,6 +93,7 @@ def measure_model(
             journal,
             reference=higher,
             threads=threads,
+            device=device,
             progress=progress,
         )
 
@@ -121,6 +129,7 @@ def fidelities(
     *,
     reference: Subject | None = None,
     threads: int,
+    device: str = "cpu",
     progress: Progress,
 ) -> list[Fidelity]:
     """Stored fidelities, and one walk for those that are missing; against a level of ``candidates``, or the source."""
@@ -138,7 +147,7 @@ def fidelities(
         from bitladder.stages.walk import WalkOptions, walk  # brings torch, which stored figures need not wait for
 
         windows = token_windows(source, texts)
-        options = WalkOptions(progress=progress, threads=threads)
+        options = WalkOptions(progress=progress, threads=threads, device=device)
         options["keep"] = cache_folder("walks")  # a killed walk goes on from the states it left there
         walked = list(candidates([*([reference] if reference else []), *missing]))
         if reference is not None:  # made together with the others, so that what they hold alike is made once

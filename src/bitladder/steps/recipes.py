@@ -63,6 +63,7 @@ def make_recipe(
     *,
     texts: Sequence[Path] = (),
     threads: int,
+    device: str = "cpu",
     journal: Journal | None = None,
     progress: Progress,
 ) -> RecipeResult:
@@ -77,11 +78,20 @@ def make_recipe(
     from bitladder.files.sources import resolve
 
     with GgufFile.open(resolve(model, progress).path) as source:
-        return recipe_of(source, asked, texts=texts, threads=threads, journal=journal or Journal(), progress=progress)
+        return recipe_of(
+            source, asked, texts=texts, threads=threads, device=device, journal=journal or Journal(), progress=progress
+        )
 
 
 def recipe_of(
-    source: GgufFile, asked: Asked, *, texts: Sequence[Path] = (), threads: int, journal: Journal, progress: Progress
+    source: GgufFile,
+    asked: Asked,
+    *,
+    texts: Sequence[Path] = (),
+    threads: int,
+    device: str = "cpu",
+    journal: Journal,
+    progress: Progress,
 ) -> RecipeResult:
     """As ``make_recipe``, of a model that is open already."""
     from bitladder.formats.recipes import level_named
@@ -95,15 +105,15 @@ def recipe_of(
         recipe = named_recipe(source, asked.level)
         if asked.out is None:
             return RecipeResult(recipe, float("nan"))
-        return _written(source, recipe, parts, asked.out, asked.effort, threads, journal, progress)
-    table, kept = weighed_tensors(source, parts, texts, threads, journal, progress)
+        return _written(source, recipe, parts, asked.out, asked.effort, threads, device, journal, progress)
+    table, kept = weighed_tensors(source, parts, texts, threads, device, journal, progress)
     recipe = _chosen(source, table, asked)
     if asked.out is None:
         return RecipeResult(recipe, table.error)
     out = asked.out
 
     def write(table: SensitivityTable, recipe: Recipe) -> RecipeResult:
-        return _written(source, recipe, parts, out, asked.effort, threads, journal, progress, error=table.error)
+        return _written(source, recipe, parts, out, asked.effort, threads, device, journal, progress, error=table.error)
 
     result = write(table, recipe)
     if asked.wish.kl is None:
@@ -175,15 +185,16 @@ def _written(
     out: Path,
     effort: Effort,
     threads: int,
+    device: str,
     journal: Journal,
     progress: Progress,
     *,
     error: float = float("nan"),
 ) -> RecipeResult:
     """The recipe's file, and its loss on text that nothing was fitted to."""
-    fitted = write_recipe(source, recipe, parts.fitting, out, effort, threads, journal, progress)
+    fitted = write_recipe(source, recipe, parts.fitting, out, effort, threads, device, journal, progress)
     journal.warn(*note_lines(fitted))
-    held = measured_on(source, fitted.file.path, parts.held_out, threads, journal, progress)
+    held = measured_on(source, fitted.file.path, parts.held_out, threads, device, journal, progress)
     return RecipeResult(recipe, error, fitted, held)
 
 
@@ -195,6 +206,7 @@ def fitted_level(
     texts: Sequence[Path] = (),
     effort: Effort = "good",
     threads: int,
+    device: str = "cpu",
     journal: Journal,
     progress: Progress,
 ) -> FittedLevel:
@@ -208,7 +220,7 @@ def fitted_level(
 
     level, bpw = parse_fitted(name)
     asked = Asked(Wish(bpw=bpw), level=level, out=out, effort=effort)
-    result = recipe_of(source, asked, texts=texts, threads=threads, journal=journal, progress=progress)
+    result = recipe_of(source, asked, texts=texts, threads=threads, device=device, journal=journal, progress=progress)
     if result.fitted is None or result.held_out is None:
         raise ValueError("a recipe with a folder was not written")
     held = result.held_out
@@ -224,6 +236,7 @@ def reapply(
     texts: Sequence[Path],
     effort: Effort = "good",
     threads: int,
+    device: str = "cpu",
     journal: Journal,
     progress: Progress,
 ) -> RecipeResult:
@@ -240,7 +253,7 @@ def reapply(
     with GgufFile.open(resolve(model, progress).path) as source:
         own = reapplied(recipe, source.model)
         parts = parts_of_text(token_windows(source, calibration_texts(texts)))
-        return _written(source, own, parts, out, effort, threads, journal, progress)
+        return _written(source, own, parts, out, effort, threads, device, journal, progress)
 
 
 def read_recipe(file: Path) -> Recipe:
@@ -281,6 +294,7 @@ def write_recipe(
     out: Path,
     effort: Effort,
     threads: int,
+    device: str,
     journal: Journal,
     progress: Progress,
 ) -> FittedLevel:
@@ -299,22 +313,26 @@ def write_recipe(
     )
     there = (out / f"{source.model.name}-{recipe.label}.gguf").exists()
     with nullcontext() if there else job(need, journal, out):
-        return write_with_feedback(
-            source, recipe, out, windows, settings=FeedbackSettings(effort=effort, threads=threads), progress=progress
-        )
+        settings = FeedbackSettings(effort=effort, threads=threads, device=device)
+        return write_with_feedback(source, recipe, out, windows, settings=settings, progress=progress)
 
 
 def measured_on(
-    source: GgufFile, file: Path, windows: Sequence[Window], threads: int, journal: Journal, progress: Progress
+    source: GgufFile,
+    file: Path,
+    windows: Sequence[Window],
+    threads: int,
+    device: str,
+    journal: Journal,
+    progress: Progress,
 ) -> Fidelity:
     """A file's fidelity on some windows."""
     from bitladder.files.gguf import GgufFile
     from bitladder.stages.walk import file_candidate, walk
 
     with GgufFile.open(file) as opened, job(walking_need(source, windows, (file.stem,)), journal):
-        return walk(
-            source, [file_candidate(source, opened, threads=threads)], windows, progress=progress, threads=threads
-        )[0]
+        level = file_candidate(source, opened, threads=threads)
+        return walk(source, [level], windows, progress=progress, threads=threads, device=device)[0]
 
 
 def _bounded(source: GgufFile, asked: Asked) -> Wish:

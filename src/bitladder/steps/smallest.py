@@ -42,6 +42,8 @@ class Search:
     threads: int = 2
     imatrix: str = AUTO
     trust_python: bool = False
+    device: str = "cpu"
+    """Where an importance matrix is gathered and scales are searched for, as torch names it."""
 
 
 def find_smallest(search: Search, progress: Progress, *, say: Say = lambda _: None) -> LadderOutcome:
@@ -76,7 +78,9 @@ def find_smallest(search: Search, progress: Progress, *, say: Say = lambda _: No
         journal.warn(*found.warnings, *workload.warnings)
         levels = _levels(source, search)
         try:
-            importance = importance_of(source, search.imatrix, threads=search.threads, progress=progress)
+            importance = importance_of(
+                source, search.imatrix, threads=search.threads, device=search.device, progress=progress
+            )
         except UnknownArchitecture as error:
             journal.warn(f"Levels are made without an importance matrix: {error.found}")
             importance = None
@@ -96,7 +100,13 @@ def find_smallest(search: Search, progress: Progress, *, say: Say = lambda _: No
         def open_engine(level: str) -> Iterator[Engine]:
             out = search.out or Path(f"{found.label}-ladder")
             (file,) = quantize_levels(
-                source, [level], out, importance=importance, threads=search.threads, progress=progress
+                source,
+                [level],
+                out,
+                importance=importance,
+                threads=search.threads,
+                device=search.device,
+                progress=progress,
             )
             progress(f"workload: {level}", 0, 1)
             with LlamaServer(file.path, n_ctx=room, n_parallel=parallel, threads=search.threads) as server:

@@ -223,10 +223,7 @@ class Stream:
                     group.states.put(batch, self.stages.embed(batch.tokens, weights))
                 weights.forget(self.stages.embedding)
         for number, one in enumerate(self.resumables):
-            arrays = kept.arrays if kept else {}
-            one.resume(
-                self.layer, {name.partition(".")[2]: a for name, a in arrays.items() if name.startswith(f"{number}.")}
-            )
+            one.resume(self.layer, kept.of(number) if kept else {})
 
     def has_passed(self, layer: int) -> bool:
         """Whether a layer is done, by this walk or an earlier one."""
@@ -247,12 +244,8 @@ class Stream:
             self.entered.append(self.groups[0].states)
         self.groups, self.layer = groups, layer if self._back else layer + 1
         if self._keep and self._keep.due():
-            arrays = {
-                f"{number}.{name}": array
-                for number, one in enumerate(self.resumables)
-                for name, array in one.arrays().items()
-            }
-            self._keep.save(self.layer, [(group.members, group.states) for group in groups], arrays)
+            owned = [one.arrays() for one in self.resumables]
+            self._keep.save(self.layer, [(group.members, group.states) for group in groups], owned)
 
     def compute(
         self, unit: Unit, block: nn.Module, observers: Sequence[Observer], entering: States, leaving: States
@@ -321,13 +314,14 @@ def split(members: Sequence[int], key: Callable[[int], Hashable]) -> list[list[i
     return list(parts.values())
 
 
-def forward(streams: Sequence[Stream], progress: Progress, title: str = "") -> None:
+def forward(streams: Sequence[Stream], progress: Progress, title: str = "", *, stop: int | None = None) -> None:
     """Take streams of one model through its layers, from wherever an earlier walk left each of them.
 
     Args:
         streams: of the same stages.
         progress: told before each layer of each stream, in layers.
         title: what progress begins with.
+        stop: the first layer that is left out; None for all.
 
     Raises:
         BadFile, BadWeights: a tensor is missing, misshapen or not finite, or activations are not.
@@ -337,12 +331,12 @@ def forward(streams: Sequence[Stream], progress: Progress, title: str = "") -> N
         stream.enter()
     first = min((stream.layer for stream in streams), default=0)
     n_layer = streams[0].stages.n_layer if streams else 0
-    _sweep(streams, range(first, n_layer), progress, title)
+    _sweep(streams, range(first, n_layer if stop is None else stop), progress, title)
 
 
 def backward(stream: Stream, progress: Progress, title: str = "") -> None:
     """The second sweep: the same units from the last layer to the first. The stream has its groups already."""
-    _sweep([stream], range(stream.stages.n_layer - 1, -1, -1), progress, title)
+    _sweep([stream], range(stream.layer - 1, -1, -1), progress, title)
 
 
 def _sweep(streams: Sequence[Stream], layers: range, progress: Progress, title: str) -> None:

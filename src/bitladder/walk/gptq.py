@@ -53,7 +53,7 @@ class GptqLevel(Builder):
 
     def resume(self, layers: int, arrays: Arrays) -> None:  # noqa: ARG002
         """As ``Resumable``."""
-        self._output.store.truncate(layers)
+        self._output.resume(layers)
 
     def build(self, stream: Stream, layer: int, states: States) -> None:
         """Quantize a layer, input by input in the order they are computed, and push the states through the

@@ -43,6 +43,12 @@ class Kept:
     groups: list[list[int]]
     files: list[Path]
     arrays: Arrays
+    """By number of the owner and name: ``0.blk.1.attn_q.weight.squares``."""
+
+    def of(self, number: int) -> Arrays:
+        """What one of those that keep arrays had saved."""
+        own = f"{number}."
+        return {name.removeprefix(own): array for name, array in self.arrays.items() if name.startswith(own)}
 
     def restore(self, group: int, states: States) -> None:
         """Fill states with those of a group."""
@@ -85,12 +91,13 @@ class Keep:
         """Whether the last save was long enough ago."""
         return time.monotonic() - self._saved >= SECONDS_BETWEEN
 
-    def save(self, layer: int, groups: Sequence[tuple[Sequence[int], States]], arrays: Arrays) -> None:
-        """Keep what enters ``layer``, and arrays by name.
+    def save(self, layer: int, groups: Sequence[tuple[Sequence[int], States]], owned: Sequence[Arrays] = ()) -> None:
+        """Keep what enters ``layer``, and arrays by name of some owners.
 
         Raises:
             OutputError: the folder cannot be written.
         """
+        arrays = {f"{number}.{name}": array for number, own in enumerate(owned) for name, array in own.items()}
         files = [f"layer{layer}-{number}.f32" for number in range(len(groups))]
         named = f"layer{layer}.npz" if arrays else None
         note = {

@@ -28,6 +28,7 @@ from bitladder.errors import BadFile, UnknownArchitecture
 from bitladder.formats import roles
 from bitladder.formats.disk_names import absorbing_parameters
 from bitladder.formats.roles import FAMILIES, Family, SharedInput, family_of, layer_tensor
+from bitladder.kernels.gpu import check_device
 from bitladder.walk.rope import Rope, rope_from_header
 from bitladder.walk.rounding import QTypeOf, round_inputs
 from bitladder.walk.transforms import apply
@@ -153,11 +154,14 @@ class LayeredModel:
         UnknownArchitecture: no rows describe the family, or the file holds tensors that they do not place.
         BadFile: a key that the family needs is missing.
         BadInput: positions are scaled in a way that is not known here.
+        UsageError: torch has no such device here.
     """
 
     def __init__(self, model: Model, weights: Weights, *, device: str = "cpu") -> None:
         from transformers import AutoModelForCausalLM
 
+        if device != "cpu":
+            check_device(device)
         self.model, self.family, self.device = model, _family(model), torch.device(device)
         _check_tensors(model, self.family)
         self._keys = _keys(model)

@@ -77,6 +77,10 @@ class Output:
         """Whether the first ``layers`` layers are there."""
         return len(self.store.finished()) >= layers
 
+    def resume(self, layers: int) -> None:
+        """Forget later layers than the first ``layers``."""
+        self.store.truncate(layers)
+
     def _tensors(self, layer: int, output: LayerOutput) -> dict[str, torch.Tensor]:
         prefix = f"{LAYERS}{layer}."
         tensors = {f"{prefix}{name}": cast(value, self._dtype) for name, value in output.floats.items()}
@@ -119,7 +123,7 @@ class Made(Observer):
 
     def resume(self, layers: int, arrays: keep.Arrays) -> None:  # noqa: ARG002
         """As ``Resumable``."""
-        self.output.store.truncate(layers)
+        self.output.resume(layers)
 
 
 class MadeImportance(Made):

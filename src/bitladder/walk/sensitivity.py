@@ -30,8 +30,9 @@ from torch import nn
 
 from bitladder.formats.roles import Parameter, layer_tensor
 from bitladder.progress import Progress, within
-from bitladder.walk.driver import Builder, Group, Member, Stream, backward, forward
+from bitladder.walk.driver import Builder, Group, Member, Resumable, Stream, backward, forward
 from bitladder.walk.inputs import InputStatistics, Sums, Wants, Watch, merged
+from bitladder.walk.keep import Arrays, Keep
 from bitladder.walk.layers import LayeredModel
 from bitladder.walk.products import products
 from bitladder.walk.states import Batch, States
@@ -84,11 +85,23 @@ class SensitivityPass:
         state_bytes: int,
         spill: Path | None = None,
         half: bool = False,
+        keep: Keep | None = None,
+        results: Resumable | None = None,
     ) -> None:
-        """``state_bytes``: states of all layers are kept, those beyond this in files in ``spill``. ``half``: multiply
-        in bfloat16."""
+        """
+        Args:
+            model: whose layers they are.
+            weights: the source's.
+            batches: the text.
+            state_bytes: states of all layers are held, those beyond this in files in ``spill``.
+            spill: a folder; the system's for temporary files by default.
+            half: multiply in bfloat16.
+            keep: what makes a killed way back go on; the way there is done again as far as it is needed.
+            results: keeps what ``take`` was handed, of layers that are not done again.
+        """
         self.model, self._weights, self._batches, self._half = model, weights, batches, half
         self._state_bytes, self._spill = state_bytes, spill
+        self._keep, self._results = keep, results or Resumable()
         self.predictions = predictions_of(batches)
         self._random = torch.Generator(device="cpu").manual_seed(_SEED)
 
@@ -96,15 +109,23 @@ class SensitivityPass:
         """Hand every tensor's sensitivity to ``take``, the output matrix's first, the embedding's last."""
         n_layer = self.model.n_layer
         total = 4.0 * n_layer + 4
+        tokens = sum(batch.tokens.size for batch in self._batches)
+        kept = self._keep.load(tokens, self.model.width) if self._keep else None
         there = self._stream(Member(self._weights), remember=True)
-        forward([there], within(progress, 0, n_layer, total), "sensitivity: ")
+        forward([there], within(progress, 0, n_layer, total), "sensitivity: ", stop=kept.layer if kept else None)
         gradients = there.states_of(0)  # what enters the head is replaced by the gradient there
-        progress("sensitivity: the head", n_layer, total)
-        take(self._head(gradients))
-        back = self._stream(Gradients(self.model, self._weights, there, take), back=True)
+        back = self._stream(Gradients(self.model, self._weights, there, take, self._results), back=True)
         back.groups = [Group([0], gradients)]
+        if kept:
+            back.layer = kept.layer
+            kept.restore(0, gradients)
+            self._results.resume(kept.layer, kept.of(0))
+        else:
+            progress("sensitivity: the head", n_layer, total)
+            take(self._head(gradients))
         backward(back, within(progress, 4.0 * n_layer, n_layer, total), "sensitivity: back through ")
         take(self._embedding(gradients))
+        back.finished()
         progress("sensitivity", total, total)
 
     def _stream(self, member: Member, *, remember: bool = False, back: bool = False) -> Stream:
@@ -115,6 +136,7 @@ class SensitivityPass:
             state_bytes=self._state_bytes,
             spill=self._spill,
             half=self._half,
+            keep=self._keep if back else None,
             remember=remember,
             back=back,
         )
@@ -210,10 +232,16 @@ def _predicting(batch: Batch) -> torch.Tensor:
 class Gradients(Builder):
     """What goes back: gradients at a layer's output become those at its input, and its sensitivities are known."""
 
-    def __init__(self, model: LayeredModel, weights: LevelWeights, there: Stream, take: Take) -> None:
+    def __init__(
+        self, model: LayeredModel, weights: LevelWeights, there: Stream, take: Take, results: Resumable
+    ) -> None:
         """``there``: the stream that went forward, with the states that entered each layer."""
         super().__init__(weights)
-        self.model, self._there, self._take = model, there, take
+        self.model, self._there, self._take, self._results = model, there, take, results
+
+    def arrays(self) -> Arrays:
+        """As ``Resumable``: the results so far."""
+        return self._results.arrays()
 
     def build(self, stream: Stream, layer: int, states: States) -> None:
         """As ``Builder``."""
