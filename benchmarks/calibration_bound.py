@@ -22,8 +22,9 @@ from bitladder.formats.checkpoint import parse_level
 from bitladder.formats.disk_names import quantized_parameters
 from bitladder.walk.driver import Stream
 from bitladder.walk.gptq import GptqLevel
+from bitladder.walk.keep import Arrays
 from bitladder.walk.layers import LayeredModel
-from bitladder.walk.made import LayerOutput, Output
+from bitladder.walk.made import LayerOutput
 from bitladder.walk.products import half_products_pay
 from bitladder.walk.states import batches_of
 from bitladder.walk.weights import FileWeights
@@ -33,16 +34,13 @@ ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"
 BATCH_TOKENS = 1024
 
 
-class Nowhere(Output):
-    """Finished layers are dropped."""
-
-    def __init__(self) -> None:
-        self.news = self.name = "nowhere"
+class Dropped(GptqLevel):
+    """Finished layers go nowhere."""
 
     def put(self, layer: int, output: LayerOutput, seconds: float) -> None:
         """Drop one."""
 
-    def resume(self, layers: int) -> None:
+    def resume(self, layers: int, arrays: Arrays) -> None:
         """There is nothing to go on with."""
 
 
@@ -85,7 +83,7 @@ def main() -> None:
         flops = layer_flops(model, model.layer(1, weights), len(windows) * WINDOW)
         print(f"{flops / 1e9:.0f} GFLOP a layer; bfloat16 instructions: {half_products_pay()}")
         for half in (False, True, False, True):
-            level = GptqLevel(model, weights, parse_level(options.level), Nowhere())
+            level = Dropped(model, weights, parse_level(options.level), None, torch.float16)
             stream = Stream(model, [level], batches, state_bytes=1 << 40, half=half)
             stream.enter()
             stream.through(0)

@@ -21,7 +21,7 @@ from bitladder.records.recipe import Recipe
 from bitladder.stages.feedback import method_name, write_with_feedback
 from bitladder.walk import keep
 from bitladder.walk.driver import Member, Observer, Stream
-from bitladder.walk.feedback import Changes, FedLevel, FeedbackSettings, SourceInputs, factor_of, fit_matrix
+from bitladder.walk.feedback import FedLevel, FeedbackSettings, SourceInputs, factor_of, fit_matrix
 from bitladder.walk.inputs import InputStatistics, Wants
 from bitladder.walk.layers import LayeredModel
 from bitladder.walk.states import batches_of
@@ -227,7 +227,7 @@ def test_a_file_by_a_recipe_is_an_ordinary_gguf(tiny, tmp_path):
     assert write_with_feedback(source, recipe, tmp_path / "out", windows).file.reused
 
 
-def test_the_source_goes_along_as_it_is(tiny):
+def test_the_source_goes_along_as_it_is(tiny, monkeypatch):
     """What its modules read is kept as they read it, beside a level that is fitted; its states are its own."""
     source, windows = tiny
     weights, batches = FileWeights(source), batches_of(windows)
@@ -244,15 +244,17 @@ def test_the_source_goes_along_as_it_is(tiny):
         def take(self, layer, block, seen):
             expected.append(seen)
 
-    class Looking(SourceInputs):
-        def pop(self, shared):
-            states = super().pop(shared)
-            read.append((shared, np.concatenate([states.get(batch)[batch.valid] for batch in batches])))
-            return states
+    pop = SourceInputs.pop
 
-    exact = Looking(model, Changes(model, weights, qtypes), batches, budget_bytes=1 << 30, spill=None)
-    level = FedLevel(model, weights, qtypes, settings, exact, found.append)
-    both = Stream(model, [Member(weights, [exact]), level], batches, state_bytes=1 << 30)
+    def looking(self, shared):
+        states = pop(self, shared)
+        read.append((shared, np.concatenate([states.get(batch)[batch.valid] for batch in batches])))
+        return states
+
+    monkeypatch.setattr(SourceInputs, "pop", looking)
+    level = FedLevel(model, weights, qtypes, settings, batches, found.append, budget_bytes=1 << 30)
+    members = [Member(weights, [level.source_inputs]), level]
+    both = Stream(model, members, batches, state_bytes=1 << 30)
     alone = Stream(model, [Member(weights, [Everything()])], batches, state_bytes=1 << 30)
     for stream in (both, alone):
         stream.enter()

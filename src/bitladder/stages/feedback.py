@@ -35,11 +35,9 @@ from bitladder.records.recipe import FittedLevel, Recipe
 from bitladder.units import GiB
 from bitladder.walk.driver import Member, Stream, forward
 from bitladder.walk.feedback import (
-    Changes,
     FedLevel,
     FeedbackSettings,
     FittedTensor,
-    SourceInputs,
     factor_of,
     fit_matrix,
 )
@@ -182,20 +180,15 @@ def _write(job: _Job, draft: LevelDraft, state_bytes: int) -> list[LinearLoss]:
 
 
 def _stream(job: _Job, out: _Out, folder: Path, keep: Keep, state_bytes: int) -> Stream:
-    """The source, and the level behind it; each layer may keep half of ``state_bytes`` of what either reads in it."""
-    changes = Changes(job.model, job.weights, job.recipe.qtypes)
-    exact = SourceInputs(job.model, changes, job.batches, budget_bytes=state_bytes // 2, spill=folder)
-    source = Member(job.weights, [exact])
-    level = FedLevel(job.model, job.weights, job.recipe.qtypes, job.settings, exact, out.take, out.has)
+    """The source, and the level behind it; of what either reads in a layer half of ``state_bytes`` stays in memory."""
+    level = FedLevel(
+        job.model, job.weights, job.recipe.qtypes, job.settings, job.batches, out.take, out.has,
+        budget_bytes=state_bytes // 2, spill=folder,
+    )  # fmt: skip
     return Stream(
-        job.model,
-        [source, level],
-        job.batches,
-        state_bytes=state_bytes,
-        spill=folder,
-        keep=keep,
-        half=job.settings.half_products,
-    )
+        job.model, [Member(job.weights, [level.source_inputs]), level], job.batches,
+        state_bytes=state_bytes, spill=folder, keep=keep, half=job.settings.half_products,
+    )  # fmt: skip
 
 
 class _Out:

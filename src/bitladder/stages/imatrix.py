@@ -9,7 +9,6 @@ costs about the bare forward pass, in bfloat16 where the processor can (``walk/p
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -78,14 +77,14 @@ def importance_matrix(
     weights = FileWeights(source, threads=threads)
     model = LayeredModel(source.model, weights, device=device)
     gathered = Importance(model)
-    key = hashlib.sha256(f"{__version__} {source.sha256} {tokens_hash(windows)} {half}".encode()).hexdigest()
+    key = f"importance {__version__} {source.sha256} {tokens_hash(windows)} {half}"
     stream = Stream(
         model,
         [Member(weights, [gathered])],
         batches_of(windows, batch_tokens=CALIBRATION_TOKENS),
         state_bytes=state_bytes,
         spill=spill,
-        keep=Keep(keep / key[:24], key) if keep else None,
+        keep=Keep(keep, key) if keep else None,
         half=half,
     )
     forward([stream], progress, "importance: ")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -99,9 +98,8 @@ def weigh(
     model = LayeredModel(source.model, weights, device=device)
     batches = batches_of(windows)
     half = wants_half_products(half, device)
-    key = " ".join(
-        [__version__, REVISION, FEEDBACK_REVISION, source.sha256, tokens_hash(windows), str(half), str(len(windows))]
-    )
+    made_by = f"{__version__} {REVISION} {FEEDBACK_REVISION}"
+    key = f"weigh {made_by} {source.sha256} {tokens_hash(windows)} {half}"
     table = _Table(source, weights, threads)
     passes = SensitivityPass(
         model,
@@ -110,7 +108,7 @@ def weigh(
         state_bytes=state_bytes,
         spill=spill,
         half=half,
-        keep=Keep(keep / hashlib.sha256(key.encode()).hexdigest()[:24], key) if keep else None,
+        keep=Keep(keep, key) if keep else None,
         results=table,
     )
     passes.run(table.take, progress)

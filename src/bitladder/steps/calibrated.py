@@ -130,7 +130,7 @@ def _gathered(
             dataset=dataset,
             threads=threads,
             device=device,
-            keep=cache_folder("walks"),
+            keep=cache_folder("walks", "importance"),
             progress=progress,
         )
 

@@ -83,9 +83,8 @@ def weighed_tensors(
         return _read_table(kept), kept
     need = walking_need(source, parts.weighing, ("",) * 3, kind="weigh")
     with job(need.named(f"weigh {source.model.name}'s tensors"), journal):
-        weighed = weigh(
-            source, parts.weighing, threads=threads, device=device, keep=cache_folder("walks"), progress=progress
-        )
+        keep = cache_folder("walks", "weigh")
+        weighed = weigh(source, parts.weighing, threads=threads, device=device, keep=keep, progress=progress)
     table = _checked(source, weighed, parts, threads, device, journal, progress)
     keep_table(kept, table)
     return table, kept

@@ -20,7 +20,7 @@ from bitladder.walk.folding import FoldedScales
 from bitladder.walk.gptq import GptqLevel
 from bitladder.walk.keep import Keep
 from bitladder.walk.layers import LayeredModel
-from bitladder.walk.made import Made, MadeImportance, Output, cast
+from bitladder.walk.made import Made, MadeImportance, cast
 from bitladder.walk.products import wants_half_products
 from bitladder.walk.rounded import RoundedLevel
 from bitladder.walk.states import CALIBRATION_TOKENS, batches_of
@@ -30,7 +30,6 @@ _ROWS_AT_ONCE = 4096
 FLOAT_TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 """Float types of a checkpoint, by what safetensors calls them."""
 _TYPE_NAMES = {dtype: name for name, dtype in FLOAT_TYPES.items()}
-_SCALE_DTYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32", torch.float16: "float16"}
 
 
 @dataclass(frozen=True)
@@ -89,20 +88,19 @@ class CalibrationWalk:
         return self._stream(Member(self.weights, [self._observer(level, read) for level in levels]), levels[0], read)
 
     def _observer(self, level: Product, read: Sequence[Window]) -> Made:
-        output = Output(level.name, self.stores[level], self.dtype)
+        store = self.stores[level]
         if isinstance(level, ImportanceVectors):
-            return MadeImportance(self.model, output)
+            return MadeImportance(self.model, level.name, store, self.dtype)
         if isinstance(level, FoldedLevel):
-            return FoldedScales(self.model, level, output, held_out=held_out(read), threads=self.settings.threads)
-        return RoundedLevel(self.model, level, output, scale_dtype=_SCALE_DTYPES[self.dtype])
+            apart, threads = held_out(read), self.settings.threads
+            return FoldedScales(self.model, level, store, self.dtype, held_out=apart, threads=threads)
+        return RoundedLevel(self.model, level, store, self.dtype)
 
     def _of_a_level(self, level: CheckpointLevel, windows: Sequence[Window]) -> Stream:
-        output = Output(level.name, self.stores[level], self.dtype)
-        settings = self.settings
+        damp, act_order = self.settings.damp, self.settings.act_order
         member = GptqLevel(
-            self.model, self.weights, level, output,
-            damp=settings.damp, act_order=settings.act_order, scale_dtype=_SCALE_DTYPES[self.dtype],
-        )  # fmt: skip
+            self.model, self.weights, level, self.stores[level], self.dtype, damp=damp, act_order=act_order
+        )
         return self._stream(member, level, windows)
 
     def _stream(self, member: Member, level: Product, windows: Sequence[Window]) -> Stream:

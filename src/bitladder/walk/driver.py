@@ -188,7 +188,6 @@ class Stream:
         self.stages, self.members, self.batches, self.half = stages, members, batches, half
         self.shards = shards_of(batches, shards)
         self.shelf = Shelf(batches, stages.width, budget_bytes=state_bytes, folder=spill)
-        self.state_bytes, self.spill = state_bytes, spill
         self.groups: list[Group] = []
         self.entered: list[States] = []
         self.layer = stages.n_layer if back else 0

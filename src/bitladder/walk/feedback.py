@@ -137,21 +137,7 @@ def fit_matrix(
     return Fitted(blocks.data, blocks.cost, energy, factor.damp, note)
 
 
-class Changes:
-    """Which tensors of a level are stored as another type than in the source."""
-
-    def __init__(self, model: LayeredModel, weights: LevelWeights, qtypes: Mapping[str, str]) -> None:
-        self._model, self._weights, self._qtypes = model, weights, qtypes
-
-    def of(self, layer: int, roles: Sequence[str] | None = None) -> list[str]:
-        """Those of a layer, or of some roles in it."""
-        names = self._model.layer_names(layer)
-        wanted = names if roles is None else [layer_tensor(layer, role) for role in roles]
-        return [name for name in wanted if name in names and self._changes(name)]
-
-    def _changes(self, name: str) -> bool:
-        stored = self._weights.qtype(name)
-        return self._qtypes.get(name, stored) != stored
+Changed = Callable[[int, Sequence[str]], list[str]]
 
 
 class SourceInputs(Observer):
@@ -159,10 +145,11 @@ class SourceInputs(Observer):
     it."""
 
     def __init__(
-        self, model: LayeredModel, changes: Changes, batches: Sequence[Batch], *, budget_bytes: int, spill: Path
+        self, model: LayeredModel, changed: Changed, batches: Sequence[Batch], *, budget_bytes: int, spill: Path | None
     ) -> None:
-        """``budget_bytes``: what is more of a layer goes to files in ``spill``."""
-        self._model, self._changes, self._batches = model, changes, batches
+        """``changed``: which tensors of some roles in a layer the level changes. ``budget_bytes``: what is more of a
+        layer goes to files in ``spill``."""
+        self._model, self._changed, self._batches = model, changed, batches
         self._budget, self._spill = budget_bytes, spill
         self._room = Room(0, spill)
         self._layer, self._modules = -1, list[str]()
@@ -176,7 +163,7 @@ class SourceInputs(Observer):
         """As ``Observer``."""
         if layer != self._layer:
             linear = [shared for shared in self._model.inputs(block) if shared.kind == "linear"]
-            self._modules = [shared.module for shared in linear if self._changes.of(layer, shared.roles)]
+            self._modules = [shared.module for shared in linear if self._changed(layer, shared.roles)]
             self._layer, self._kept, self._room = layer, {}, Room(self._budget, self._spill)
         hooks = ExitStack()
         for module in self._modules:
@@ -195,7 +182,7 @@ class SourceInputs(Observer):
 
 
 class FedLevel(Builder):
-    """One level whose codes are fitted. The source goes through each layer before it, watched by ``exact``."""
+    """One level whose codes are fitted. The source goes through each layer before it, watched by ``source_inputs``."""
 
     def __init__(
         self,
@@ -203,21 +190,31 @@ class FedLevel(Builder):
         weights: LevelWeights,
         qtypes: Mapping[str, str],
         settings: FeedbackSettings,
-        exact: SourceInputs,
+        batches: Sequence[Batch],
         put: Callable[[FittedTensor], None],
         has: Callable[[str], bool] = lambda _: True,
+        *,
+        budget_bytes: int,
+        spill: Path | None = None,
     ) -> None:
         """``qtypes``: what each tensor is stored as; those that keep the source's type are not touched. ``put`` takes a
-        finished tensor, ``has`` says whether it did, in this run or an earlier one."""
+        finished tensor, ``has`` says whether it did, in this run or an earlier one. ``budget_bytes``, ``spill``: as
+        ``SourceInputs``."""
         super().__init__(weights)
         self.model, self._weights, self._qtypes, self._settings = model, weights, qtypes, settings
-        self._changes = Changes(model, weights, qtypes)
-        self._exact, self._put, self._has = exact, put, has
+        self.source_inputs = SourceInputs(model, self._changed, batches, budget_bytes=budget_bytes, spill=spill)
+        self._put, self._has = put, has
         self._last: tuple[InputStatistics | None, Any] = (None, None)
 
     def holds(self, layers: int) -> bool:
         """As ``Resumable``."""
-        return all(self._has(name) for layer in range(layers) for name in self._changes.of(layer))
+        roles = [role for parameter in self.model.family.parameters for role in parameter.roles]
+        return all(self._has(name) for layer in range(layers) for name in self._changed(layer, roles))
+
+    def _changed(self, layer: int, roles: Sequence[str]) -> list[str]:
+        held = set(self.model.layer_names(layer))
+        names = [name for role in roles if (name := layer_tensor(layer, role)) in held]
+        return [name for name in names if self._qtypes.get(name, "") not in ("", self._weights.qtype(name))]
 
     def build(self, stream: Stream, layer: int, states: States) -> None:
         """Quantize a layer and push the states through the result.
@@ -228,10 +225,10 @@ class FedLevel(Builder):
         block = self.load(self.model, layer)
         through = LayerPass(stream, layer, block, states)
         for shared in self.model.inputs(block):
-            names = self._changes.of(layer, shared.roles)
+            names = self._changed(layer, shared.roles)
             if not names:
                 continue
-            gathered = through.gather(shared, self._exact.pop(shared))
+            gathered = through.gather(shared, self.source_inputs.pop(shared))
             found = {name: self._fit(name, gathered) for name in names}
             for tensor in found.values():
                 self._put(tensor)

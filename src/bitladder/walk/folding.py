@@ -15,11 +15,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import from_numpy as tensor_of
 from torch import nn, no_grad
 
 from bitladder.describe.model import Model
+from bitladder.files.layer_store import LayerStore
 from bitladder.formats.blocks import QTYPES
 from bitladder.formats.disk_names import absorbing_parameters, quantized_parameters
 from bitladder.formats.recipes import assign
@@ -32,7 +34,7 @@ from bitladder.records.calibration import LinearLoss
 from bitladder.walk.driver import Seen
 from bitladder.walk.inputs import Wants
 from bitladder.walk.layers import LayeredModel
-from bitladder.walk.made import LayerOutput, Made, Output, naming, unchanged
+from bitladder.walk.made import LayerOutput, Made, naming, unchanged
 
 F32 = NDArray[np.float32]
 
@@ -94,10 +96,11 @@ class FoldedScales(Made):
     """The scales of one folded level, judged on windows that they were not found on."""
 
     def __init__(
-        self, model: LayeredModel, level: FoldedLevel, output: Output, *, held_out: frozenset[int], threads: int = 1
-    ) -> None:
+        self, model: LayeredModel, level: FoldedLevel, store: LayerStore, dtype: torch.dtype, *,
+        held_out: frozenset[int], threads: int = 1,
+    ) -> None:  # fmt: skip
         """``held_out``: windows that folds are judged on, not searched; without any none is made."""
-        super().__init__(model, output)
+        super().__init__(model, level.name, store, dtype)
         self.wants = Wants(gram=True, held_out=held_out)
         self._qtypes, self._threads = recipe_types(level, model.model), threads
 

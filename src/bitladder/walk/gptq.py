@@ -6,8 +6,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from time import monotonic
 
+import torch
 from torch import nn
 
+from bitladder.files.layer_store import LayerStore
 from bitladder.formats.checkpoint import CheckpointLevel
 from bitladder.formats.disk_names import quantized_parameters
 from bitladder.formats.roles import Parameter
@@ -16,15 +18,14 @@ from bitladder.kernels.methods import feedback, rounded
 from bitladder.walk.driver import Builder, Stream
 from bitladder.walk.folding import matrix, set_matrix
 from bitladder.walk.inputs import InputStatistics
-from bitladder.walk.keep import Arrays
 from bitladder.walk.layer_pass import LayerPass
 from bitladder.walk.layers import LayeredModel
-from bitladder.walk.made import LayerOutput, Output, floats_of, naming, too_few
+from bitladder.walk.made import SCALE_DTYPES, InStore, LayerOutput, floats_of, naming, too_few
 from bitladder.walk.states import States
 from bitladder.walk.weights import LevelWeights
 
 
-class GptqLevel(Builder):
+class GptqLevel(InStore, Builder):
     """One level with its own propagated error."""
 
     def __init__(
@@ -32,28 +33,17 @@ class GptqLevel(Builder):
         model: LayeredModel,
         weights: LevelWeights,
         level: CheckpointLevel,
-        output: Output,
+        store: LayerStore,
+        dtype: torch.dtype,
         *,
         damp: float = 0.05,
         act_order: bool = True,
-        scale_dtype: str = "float16",
     ) -> None:
-        super().__init__(weights)
-        self._model, self._level, self._output = model, level, output
-        self._damp, self._act_order, self._scale_dtype = damp, act_order, scale_dtype
-
-    @property
-    def news(self) -> str:
-        """The level's name and the losses of its last layer."""
-        return self._output.news
-
-    def holds(self, layers: int) -> bool:
-        """As ``Resumable``."""
-        return self._output.holds(layers)
-
-    def resume(self, layers: int, arrays: Arrays) -> None:  # noqa: ARG002
-        """As ``Resumable``."""
-        self._output.resume(layers)
+        """``dtype``: of what stays float. ``damp``, ``act_order``: as ``kernels.gptq.prepare``."""
+        InStore.__init__(self, level.name, store, dtype)
+        Builder.__init__(self, weights)
+        self._model, self._level = model, level
+        self._damp, self._act_order, self._scale_dtype = damp, act_order, SCALE_DTYPES[dtype]
 
     def build(self, stream: Stream, layer: int, states: States) -> None:
         """Quantize a layer, input by input in the order they are computed, and push the states through the
@@ -78,7 +68,7 @@ class GptqLevel(Builder):
                 self._quantize(layer, block, parameters, None if alone else expert, gathered, output)
         through.finish()
         output.floats = floats_of(self._model, block)
-        self._output.put(layer, output, monotonic() - started)
+        self.put(layer, output, monotonic() - started)
 
     def _quantize(
         self,

@@ -27,7 +27,7 @@ from bitladder.walk.driver import Stream
 from bitladder.walk.inputs import InputStatistics, Wants, Watch, merged
 from bitladder.walk.layers import Entry, inference
 from bitladder.walk.products import products
-from bitladder.walk.states import Batch, Room, States
+from bitladder.walk.states import Batch, States
 
 
 class _Reached(Exception):
@@ -39,9 +39,9 @@ class LayerPass:
     them by what leaves it."""
 
     def __init__(self, stream: Stream, layer: int, block: nn.Module, states: States) -> None:
-        """What is kept between passes goes to files beyond the stream's ``state_bytes``."""
+        """What is kept between passes goes to files beyond what hidden states leave of the stream's ``state_bytes``."""
         self._stream, self._layer, self._block, self._states = stream, layer, block, states
-        self._room = Room(stream.state_bytes, stream.spill)
+        self._room = stream.shelf.room.rest()
         self._entries = {one.linear: one for one in stream.stages.entries(block)}
         self._kept: dict[str, States] = {}
         self._passed: set[tuple[str, int]] = set()

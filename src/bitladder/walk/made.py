@@ -18,17 +18,20 @@ from bitladder.files.layer_store import LayerStore
 from bitladder.formats.checkpoint import CheckpointLevel
 from bitladder.formats.disk_names import LAYERS, disk_linears, disk_name, quantized_parameters
 from bitladder.formats.roles import Parameter, SharedInput
-from bitladder.kernels.encode import Arrays, digest, encode
+from bitladder.kernels.encode import Arrays as Encoded
+from bitladder.kernels.encode import digest, encode
 from bitladder.kernels.methods import Quantized
 from bitladder.records.calibration import LinearLoss
-from bitladder.walk import keep
-from bitladder.walk.driver import Observer, Seen
+from bitladder.walk.driver import Observer, Resumable, Seen
 from bitladder.walk.importance import vectors_of
 from bitladder.walk.inputs import InputStatistics
+from bitladder.walk.keep import Arrays
 from bitladder.walk.layers import LayeredModel
 
 F32 = NDArray[np.float32]
 
+SCALE_DTYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32", torch.float16: "float16"}
+"""Float types of a checkpoint, as kernels call them."""
 FEW_TOKENS = 64
 """An expert that saw fewer tokens than this is rounded plainly: its statistics would fit those few tokens
 only."""
@@ -40,7 +43,7 @@ _TOLD = 8
 class LayerOutput:
     """One layer of one level: arrays of its quantized linears by disk name, and its float parameters, f32."""
 
-    linears: dict[str, Arrays] = field(default_factory=dict)
+    linears: dict[str, Encoded] = field(default_factory=dict)
     floats: Mapping[str, F32] = field(default_factory=dict)
     losses: list[LinearLoss] = field(default_factory=list)
     digests: dict[str, str] = field(default_factory=dict)
@@ -61,25 +64,30 @@ class LayerOutput:
             self.losses.append(LinearLoss(linear.name, found.loss, tokens, damp, note))
 
 
-class Output:
-    """Where the layers of one level go: its store, in the float type of the checkpoint."""
+class InStore(Resumable):
+    """Of a level whose layers go to a store, in the float type of the checkpoint; the store says which are there."""
 
     def __init__(self, name: str, store: LayerStore, dtype: torch.dtype) -> None:
-        self.name, self.store, self._dtype = name, store, dtype
-        self.news = name
+        self._name, self._store, self._dtype = name, store, dtype
+        self._losses = ""
+
+    @property
+    def news(self) -> str:
+        """The level's name and the losses of its last layer."""
+        return self._name + self._losses
 
     def put(self, layer: int, output: LayerOutput, seconds: float) -> None:
-        """Write a layer; after this a kill does not undo it, if the states that leave it are kept, too."""
-        self.store.put_layer(layer, self._tensors(layer, output), _notes(layer, output), seconds=seconds)
-        self.news = self.name + losses_in_words(output)
+        """Write a layer."""
+        self._store.put_layer(layer, self._tensors(layer, output), _notes(layer, output), seconds=seconds)
+        self._losses = losses_in_words(output)
 
     def holds(self, layers: int) -> bool:
-        """Whether the first ``layers`` layers are there."""
-        return len(self.store.finished()) >= layers
+        """As ``Resumable``."""
+        return len(self._store.finished()) >= layers
 
-    def resume(self, layers: int) -> None:
-        """Forget later layers than the first ``layers``."""
-        self.store.truncate(layers)
+    def resume(self, layers: int, arrays: Arrays) -> None:  # noqa: ARG002
+        """As ``Resumable``."""
+        self._store.truncate(layers)
 
     def _tensors(self, layer: int, output: LayerOutput) -> dict[str, torch.Tensor]:
         prefix = f"{LAYERS}{layer}."
@@ -92,16 +100,12 @@ class Output:
         return tensors | {name: torch.from_numpy(vector.copy()) for name, vector in output.vectors.items()}
 
 
-class Made(Observer):
+class Made(InStore, Observer):
     """A level that is made of the reference's activations, layer by layer."""
 
-    def __init__(self, model: LayeredModel, output: Output) -> None:
-        self.model, self.output = model, output
-
-    @property
-    def news(self) -> str:
-        """The level's name and the losses of its last layer."""
-        return self.output.news
+    def __init__(self, model: LayeredModel, name: str, store: LayerStore, dtype: torch.dtype) -> None:
+        super().__init__(name, store, dtype)
+        self.model = model
 
     def reads(self, shared: SharedInput) -> bool:
         """Inputs of what is quantized: all but routers."""
@@ -115,15 +119,7 @@ class Made(Observer):
         """As ``Observer``."""
         started = monotonic()
         output = self.make(layer, block, seen)
-        self.output.put(layer, output, monotonic() - started)
-
-    def holds(self, layers: int) -> bool:
-        """As ``Resumable``."""
-        return self.output.holds(layers)
-
-    def resume(self, layers: int, arrays: keep.Arrays) -> None:  # noqa: ARG002
-        """As ``Resumable``."""
-        self.output.resume(layers)
+        self.put(layer, output, monotonic() - started)
 
 
 class MadeImportance(Made):

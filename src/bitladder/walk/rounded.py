@@ -7,9 +7,11 @@ from contextlib import nullcontext
 from typing import TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from bitladder.files.layer_store import LayerStore
 from bitladder.formats.checkpoint import CheckpointLevel
 from bitladder.formats.disk_names import quantized_parameters
 from bitladder.formats.roles import SharedInput
@@ -20,7 +22,7 @@ from bitladder.walk.driver import Seen
 from bitladder.walk.folding import matrix
 from bitladder.walk.inputs import InputStatistics, Wants
 from bitladder.walk.layers import LayeredModel
-from bitladder.walk.made import LayerOutput, Made, Output, floats_of, naming, too_few, unchanged
+from bitladder.walk.made import SCALE_DTYPES, LayerOutput, Made, floats_of, naming, too_few, unchanged
 
 F32 = NDArray[np.float32]
 _T = TypeVar("_T")
@@ -29,11 +31,9 @@ _T = TypeVar("_T")
 class RoundedLevel(Made):
     """One such level."""
 
-    def __init__(
-        self, model: LayeredModel, level: CheckpointLevel, output: Output, *, scale_dtype: str = "float16"
-    ) -> None:
-        super().__init__(model, output)
-        self._level, self._scale_dtype = level, scale_dtype
+    def __init__(self, model: LayeredModel, level: CheckpointLevel, store: LayerStore, dtype: torch.dtype) -> None:
+        super().__init__(model, level.name, store, dtype)
+        self._level, self._scale_dtype = level, SCALE_DTYPES[dtype]
         self._folds = level.method == "AWQ" or level.smooth
         self.wants = Wants(gram=self._folds, largest=level.smooth)
 

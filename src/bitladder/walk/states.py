@@ -146,6 +146,10 @@ class Room:
         """``folder``: the system's for temporary files by default."""
         self._left, self._folder = budget_bytes, folder or Path(tempfile.gettempdir())
 
+    def rest(self) -> Room:
+        """A room with what is left of this one, for a while: what is taken from it is not missing here."""
+        return Room(self._left, self._folder)
+
     def states(self, batches: Sequence[Batch], width: int) -> States:
         """States with undefined contents."""
         self._left -= sum(batch.tokens.size for batch in batches) * width * 4
@@ -157,12 +161,12 @@ class Shelf:
 
     def __init__(self, batches: Sequence[Batch], width: int, *, budget_bytes: int, folder: Path | None = None) -> None:
         self.batches, self.width = batches, width
-        self._room = Room(budget_bytes, folder)
+        self.room = Room(budget_bytes, folder)
         self._free: list[States] = []
 
     def take(self) -> States:
         """States with undefined contents."""
-        return self._free.pop() if self._free else self._room.states(self.batches, self.width)
+        return self._free.pop() if self._free else self.room.states(self.batches, self.width)
 
     def give_back(self, states: States) -> None:
         """Let others use these states' room."""
