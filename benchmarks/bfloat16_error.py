@@ -4,7 +4,7 @@
         [--levels GPTQ-4bit-g64,AWQ-4bit-g64,Q4_0] [--windows 8] [--documents 12] [--every 4] [--threads 1]
 
 KL of a whole level cannot tell: two roundings that are equally good differ by some percent of it, by chance. So the
-states of the source pass through all layers, once in f32 and once in bfloat16 (``engines/products.py``), and every
+states of the source pass through all layers, once in f32 and once in bfloat16 (``walk/products.py``), and every
 fourth layer's matrices are quantized from either's Gram matrices, or, block types, under either's importances. Prints
 the error of their outputs on the first windows of articles of another text, in f32, as a ratio: geometric mean over
 matrices with its standard error, and the largest; and how far the importances themselves are apart.
@@ -21,36 +21,54 @@ from numpy.typing import NDArray
 from torch import nn
 
 from bitladder.describe.windows import WINDOW, Window
-from bitladder.engines.calibration import InputStatistics, LayerPass
-from bitladder.engines.folding import matrix
-from bitladder.engines.layers import LayeredModel
 from bitladder.engines.llama import LlamaServer
-from bitladder.engines.states import States, batches_of
-from bitladder.engines.weights import FileWeights
 from bitladder.files.gguf import GgufFile
 from bitladder.formats.blocks import QTYPES
 from bitladder.formats.checkpoint import parse_level
 from bitladder.formats.disk_names import quantized_parameters
+from bitladder.formats.roles import SharedInput
 from bitladder.kernels import dequantize, gptq, quantize
 from bitladder.kernels.methods import awq_scales, feedback, rounded
+from bitladder.walk.driver import Member, Observer, Seen, Stream
+from bitladder.walk.folding import matrix
+from bitladder.walk.inputs import InputStatistics, Wants
+from bitladder.walk.layers import LayeredModel
+from bitladder.walk.states import batches_of
+from bitladder.walk.weights import FileWeights
 
 F32 = NDArray[np.float32]
 
 
-class Stream:
-    """The source's states over some windows, in one arithmetic."""
+class Everything(Observer):
+    """Statistics of all inputs of the layer that went by last."""
+
+    wants = Wants(gram=True, largest=True)
+
+    def __init__(self) -> None:
+        self.seen: Seen = {}
+
+    def reads(self, shared: SharedInput) -> bool:  # noqa: ARG002
+        """All."""
+        return True
+
+    def take(self, layer: int, block: nn.Module, seen: Seen) -> None:  # noqa: ARG002
+        """Keep them."""
+        self.seen = seen
+
+
+class Source:
+    """The source over some windows, in one arithmetic."""
 
     def __init__(self, model: LayeredModel, weights: FileWeights, windows: Sequence[Window], *, half: bool) -> None:
-        self._model, self._half = model, half
-        self._batches = batches_of(windows, batch_tokens=1024)
-        self._states = States(self._batches, model.model.dims.n_embd, spill=None)
-        for batch in self._batches:
-            self._states.put(batch, model.embed(batch.tokens, weights))
+        self._everything = Everything()
+        batches = batches_of(windows, batch_tokens=1024)
+        self._stream = Stream(model, [Member(weights, [self._everything])], batches, state_bytes=1 << 40, half=half)
+        self._stream.enter()
 
-    def inputs(self, layer: int, block: nn.Module) -> list[InputStatistics]:
+    def inputs(self, layer: int) -> list[InputStatistics]:
         """Statistics of the layer's inputs, in the order of the family's rows."""
-        through = LayerPass(self._model, layer, block, self._states, self._batches, half=self._half)
-        return [found[0] for found in through.gather_all(self._model.family.inputs)]
+        self._stream.through(layer)
+        return [found[0] for found in self._everything.seen.values()]
 
 
 def decoded(level: str, weights: F32, seen: InputStatistics) -> F32:
@@ -87,14 +105,14 @@ def main() -> None:
         weights = FileWeights(source, threads=options.threads)
         model = LayeredModel(source.model, weights)
         exact, half, judge = (
-            Stream(model, weights, windows, half=bfloat16)
+            Source(model, weights, windows, half=bfloat16)
             for windows, bfloat16 in ((fitting, False), (fitting, True), (other_windows, False))
         )
         logs: dict[str, list[float]] = {level: [] for level in options.levels.split(",")}
         apart: list[float] = []
         for layer in range(model.n_layer):
             block = model.layer(layer, weights)
-            found = zip(exact.inputs(layer, block), half.inputs(layer, block), judge.inputs(layer, block), strict=True)
+            found = zip(exact.inputs(layer), half.inputs(layer), judge.inputs(layer), strict=True)
             for shared, (own, moved, other) in zip(model.family.inputs, found, strict=True):
                 live = own.squares > 0
                 apart += list(np.abs(moved.squares[live] / own.squares[live] - 1))

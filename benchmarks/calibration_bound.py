@@ -17,18 +17,31 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from bitladder.describe.windows import WINDOW, Window
-from bitladder.engines.layers import LayeredModel
-from bitladder.engines.products import half_products_pay
-from bitladder.engines.states import States, batches_of
-from bitladder.engines.streams import SequentialStream
-from bitladder.engines.weights import FileWeights
 from bitladder.files.gguf import GgufFile
 from bitladder.formats.checkpoint import parse_level
 from bitladder.formats.disk_names import quantized_parameters
+from bitladder.walk.driver import Stream
+from bitladder.walk.gptq import GptqLevel
+from bitladder.walk.keep import Arrays
+from bitladder.walk.layers import LayeredModel
+from bitladder.walk.made import LayerOutput
+from bitladder.walk.products import half_products_pay
+from bitladder.walk.states import batches_of
+from bitladder.walk.weights import FileWeights
 
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "mkldnn::_linear_pointwise")
 ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"
 BATCH_TOKENS = 1024
+
+
+class Dropped(GptqLevel):
+    """Finished layers go nowhere."""
+
+    def put(self, layer: int, output: LayerOutput, seconds: float) -> None:
+        """Drop one."""
+
+    def resume(self, layers: int, arrays: Arrays) -> None:
+        """There is nothing to go on with."""
 
 
 def product_rate(dtype: torch.dtype, n: int = 1024) -> float:
@@ -70,15 +83,14 @@ def main() -> None:
         flops = layer_flops(model, model.layer(1, weights), len(windows) * WINDOW)
         print(f"{flops / 1e9:.0f} GFLOP a layer; bfloat16 instructions: {half_products_pay()}")
         for half in (False, True, False, True):
-            states = States(batches, source.model.dims.n_embd, spill=None)
-            for batch in batches:
-                states.put(batch, model.embed(batch.tokens, weights))
-            stream = SequentialStream(model, weights, parse_level(options.level), states, batches, half=half)
-            stream.layer(0)
+            level = Dropped(model, weights, parse_level(options.level), None, torch.float16)
+            stream = Stream(model, [level], batches, state_bytes=1 << 40, half=half)
+            stream.enter()
+            stream.through(0)
             peak = product_rate(torch.bfloat16 if half else torch.float32)
             started = time.process_time()
             with profile(activities=[ProfilerActivity.CPU]) as seen:
-                stream.layer(1)
+                stream.through(1)
             seconds = time.process_time() - started
             spent = {event.key: event.self_cpu_time_total / 1e6 for event in seen.key_averages()}
             products = sum(spent.get(name, 0.0) for name in PRODUCTS)

@@ -18,7 +18,6 @@ import torch
 
 from bitladder.describe.text import Document
 from bitladder.describe.windows import WINDOW, Window
-from bitladder.engines.checkpoint_walk import Settings
 from bitladder.engines.llama import LlamaServer
 from bitladder.files.gguf import GgufFile
 from bitladder.files.texts import shipped_texts
@@ -26,6 +25,7 @@ from bitladder.formats.vectors import FoldedLevel, ImportanceVectors
 from bitladder.stages.calibrate import Calibration, Reading
 from bitladder.stages.quantize import quantize_levels
 from bitladder.stages.walk import file_candidate, text_windows, walk
+from bitladder.walk.checkpoint_walk import Settings
 
 
 def arguments() -> argparse.Namespace:

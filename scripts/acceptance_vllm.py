@@ -31,7 +31,6 @@ def expect(folder: Path, levels: list[str]) -> int:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    from bitladder.engines.rounding import INT8_TOKENS, rounded_input
     from bitladder.files.checkpoint_check import CheckpointReader
     from bitladder.files.demo import fetch_demo
     from bitladder.files.gguf import GgufFile
@@ -39,6 +38,7 @@ def expect(folder: Path, levels: list[str]) -> int:
     from bitladder.formats.checkpoint import parse_level, serving_notes
     from bitladder.stages.calibrate import quantize_checkpoints
     from bitladder.stages.walk import text_windows
+    from bitladder.walk.rounding import INT8_TOKENS, rounded_input
 
     path = fetch_demo()
     with GgufFile.open(path) as source:

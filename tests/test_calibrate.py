@@ -11,12 +11,12 @@ from safetensors import safe_open
 
 import tiny_models
 from bitladder.describe.windows import Window
-from bitladder.engines import checkpoint_walk
-from bitladder.engines.checkpoint_walk import Settings
 from bitladder.errors import BadInput, BadWeights, OutputError, UsageError
 from bitladder.files.gguf import GgufFile
 from bitladder.plan.cost import level_size
 from bitladder.stages.calibrate import quantize_checkpoints
+from bitladder.walk.checkpoint_walk import Settings
+from bitladder.walk.driver import Stream
 from reference.slow_checkpoint import read_folder
 from tiny_checkpoints import cost_of_eight_bits, decoded, difference, loaded, run, tiny, windows_of
 
@@ -75,27 +75,26 @@ def test_an_independent_reader_and_error_feedback(tmp_path):
 def test_a_killed_run_goes_on_and_writes_the_same_bytes(levels, tmp_path, monkeypatch):
     _, checkpoint, gguf = tiny("qwen2", tmp_path)
     run(gguf, levels, tmp_path / "whole", checkpoint)
-    original = checkpoint_walk.CheckpointWalk._one
+    monkeypatch.setattr("bitladder.walk.keep.SECONDS_BETWEEN", 0.0)
+    original = Stream.through
     done = []
 
-    def until_killed(self, stream, layer):
-        done.append((type(stream).__name__, layer))
+    def until_killed(self, layer):
+        done.append((type(self.members[0]).__name__, layer))
         if len(done) == 4:  # in the second layer, after one stream and before the other
             raise KeyboardInterrupt
-        return original(self, stream, layer)
+        return original(self, layer)
 
-    monkeypatch.setattr(checkpoint_walk.CheckpointWalk, "_one", until_killed)
+    monkeypatch.setattr(Stream, "through", until_killed)
     with pytest.raises(KeyboardInterrupt):
         run(gguf, levels, tmp_path / "killed", checkpoint)
     assert not list((tmp_path / "killed").glob("tiny-*"))
     done.clear()
     monkeypatch.setattr(
-        checkpoint_walk.CheckpointWalk,
-        "_one",
-        lambda self, s, n: (done.append((type(s).__name__, n)), original(self, s, n))[1],
+        Stream, "through", lambda self, n: (done.append((type(self.members[0]).__name__, n)), original(self, n))[1]
     )
     run(gguf, levels, tmp_path / "killed", checkpoint)
-    assert sorted(done) == [("ReferenceStream", 2), ("SequentialStream", 1), ("SequentialStream", 2)]
+    assert sorted(done) == [("GptqLevel", 1), ("GptqLevel", 2), ("Member", 2)]
     for level in levels:
         files = [folder / f"tiny-{level}" / "model.safetensors" for folder in (tmp_path / "whole", tmp_path / "killed")]
         assert files[0].read_bytes() == files[1].read_bytes()

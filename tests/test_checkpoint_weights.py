@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from bitladder.engines.checkpoint_weights import CheckpointWeights
-from bitladder.engines.layers import LayeredModel
-from bitladder.engines.rounding import INT8_TOKENS
-from bitladder.engines.weights import FileWeights
 from bitladder.files.gguf import GgufFile
 from bitladder.formats.checkpoint import parse_level
+from bitladder.walk.checkpoint_weights import CheckpointWeights
+from bitladder.walk.layers import LayeredModel
+from bitladder.walk.rounding import INT8_TOKENS
+from bitladder.walk.weights import FileWeights
 from tiny_checkpoints import decoded, loaded, run, tiny, windows_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -184,6 +184,28 @@ def test_what_a_run_cannot_use_is_told_before_the_model_is_fetched(tmp_path, opt
     assert found in done.stderr
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run", "{}"],
+        ["measure", "{}", "--levels", "Q8_0"],
+        ["imatrix", "{}", "--out", "i.gguf"],
+        ["quantize", "{}", "--to", "Q8_0"],
+        ["recipe", "{}", "--bpw", "5"],
+        ["smallest", "{}"],
+        ["gate", "{}", "--bar", "kl < 0.1", "--levels", "Q8_0"],
+    ],
+)
+@pytest.mark.parametrize("device", ["cuda:99", "meta", "gpu"])
+def test_a_device_that_is_not_there_is_told_before_any_work(arguments, device, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = bitladder(*(argument.format("hf:nobody/nothing") for argument in arguments), "--device", device)
+    assert done.exit_code == 2
+    assert f"torch has no device '{device}' here; there is cpu" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in tmp_path.iterdir() if path.name != "data"] == []
+
+
 def test_errors_are_json_too(tmp_path):
     done = bitladder("plan", tmp_path / "nowhere.gguf", "--json")
     error = json.loads(done.stdout)["error"]

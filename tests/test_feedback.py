@@ -9,12 +9,6 @@ import pytest
 
 import tiny_models
 from bitladder.describe.windows import Window
-from bitladder.engines import resume
-from bitladder.engines.calibration import InputStatistics, LayerPass
-from bitladder.engines.feedback import FeedbackSettings, FeedbackStream, factor_of, fit_matrix
-from bitladder.engines.layers import LayeredModel
-from bitladder.engines.states import States, batches_of
-from bitladder.engines.weights import FileWeights
 from bitladder.errors import BadInput
 from bitladder.files.gguf import GgufFile
 from bitladder.formats.recipes import is_quantizable
@@ -25,6 +19,13 @@ from bitladder.kernels.refine import refine
 from bitladder.kernels.scales import units_of
 from bitladder.records.recipe import Recipe
 from bitladder.stages.feedback import method_name, write_with_feedback
+from bitladder.walk import keep
+from bitladder.walk.driver import Member, Observer, Stream
+from bitladder.walk.feedback import FedLevel, FeedbackSettings, SourceInputs, factor_of, fit_matrix
+from bitladder.walk.inputs import InputStatistics, Wants
+from bitladder.walk.layers import LayeredModel
+from bitladder.walk.states import batches_of
+from bitladder.walk.weights import FileWeights
 
 
 def _inputs(columns, tokens=2000):
@@ -226,31 +227,47 @@ def test_a_file_by_a_recipe_is_an_ordinary_gguf(tiny, tmp_path):
     assert write_with_feedback(source, recipe, tmp_path / "out", windows).file.reused
 
 
-def test_the_source_goes_along_as_it_is(tiny):
+def test_the_source_goes_along_as_it_is(tiny, monkeypatch):
+    """What its modules read is kept as they read it, beside a level that is fitted; its states are its own."""
     source, windows = tiny
     weights, batches = FileWeights(source), batches_of(windows)
-    model = LayeredModel(source.model, weights)
-    level, originals, alone = (States(batches, source.model.dims.n_embd, spill=None) for _ in range(3))
-    for batch in batches:
-        for states in (level, originals, alone):
-            states.put(batch, model.embed(batch.tokens, weights))
-    stream = FeedbackStream(
-        model,
-        weights,
-        _recipe(source, "Q4_0").qtypes,
-        level,
-        originals,
-        batches,
-        FeedbackSettings(effort="fast", half=False),
-    )
+    model, qtypes = LayeredModel(source.model, weights), _recipe(source, "Q4_0").qtypes
+    settings = FeedbackSettings(effort="fast", half=False)
+    found, expected, read = [], [], []
+
+    class Everything(Observer):
+        wants = Wants(gram=True)
+
+        def reads(self, shared):
+            return True
+
+        def take(self, layer, block, seen):
+            expected.append(seen)
+
+    pop = SourceInputs.pop
+
+    def looking(self, shared):
+        states = pop(self, shared)
+        read.append((shared, np.concatenate([states.get(batch)[batch.valid] for batch in batches])))
+        return states
+
+    monkeypatch.setattr(SourceInputs, "pop", looking)
+    level = FedLevel(model, weights, qtypes, settings, batches, found.append, budget_bytes=1 << 30)
+    members = [Member(weights, [level.source_inputs]), level]
+    both = Stream(model, members, batches, state_bytes=1 << 30)
+    alone = Stream(model, [Member(weights, [Everything()])], batches, state_bytes=1 << 30)
+    for stream in (both, alone):
+        stream.enter()
     for layer in range(2):
-        inputs = [shared for shared in model.family.inputs if shared.kind == "linear"]
-        whole = LayerPass(model, layer, model.layer(layer, weights), alone, batches).gather_all(inputs)
-        exact = stream.inputs_of_the_source(layer, model.layer(layer, weights))
-        for shared, [found] in zip(inputs, whole, strict=True):
-            read = np.concatenate([exact[shared.module].get(batch)[batch.valid] for batch in batches])
-            np.testing.assert_allclose(read.T @ read, found.gram, rtol=1e-4, atol=1e-6 * found.gram.max())
-        np.testing.assert_allclose(originals.everything, alone.everything, rtol=1e-4, atol=1e-4)
+        both.through(layer)
+        alone.through(layer)
+        assert len(read) == 4
+        for shared, x in read:
+            [seen] = expected[layer][shared]
+            np.testing.assert_allclose(x.T @ x, seen.gram, rtol=1e-4, atol=1e-6 * seen.gram.max())
+        read.clear()
+        np.testing.assert_array_equal(both.states_of(0).everything, alone.states_of(0).everything)
+        assert not np.array_equal(both.states_of(1).everything, alone.states_of(0).everything)
 
 
 def test_what_is_made_up_for_begins_where_something_was_lost(tiny, tmp_path, monkeypatch):
@@ -281,7 +298,7 @@ def test_a_killed_run_goes_on_at_its_layer(tiny, tmp_path, monkeypatch):
     source, windows = tiny
     recipe = _recipe(source, "Q4_0")
     whole = write_with_feedback(source, recipe, tmp_path / "whole", windows).file.path
-    monkeypatch.setattr(resume, "SECONDS_BETWEEN", 0.0)
+    monkeypatch.setattr(keep, "SECONDS_BETWEEN", 0.0)
     steps = []
 
     def killed_in_the_third_layer(what, done, _):

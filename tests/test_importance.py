@@ -136,3 +136,36 @@ def test_products_in_bfloat16_move_means_little(tmp_path: Path):
     moved = np.concatenate([(half[name] / exact[name] - 1).ravel() for name in exact])
     assert 0 < np.abs(moved).max() < 0.2
     assert np.median(np.abs(moved)) < 0.005
+
+
+class Killed(Exception):
+    """Stands for a kill."""
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_a_killed_walk_goes_on_with_what_it_had_gathered(name: str, tmp_path: Path, monkeypatch):
+    case = CASES[name]
+    path = tiny_models.write(case, tiny_models.make(case), tmp_path / "tiny.gguf")
+    monkeypatch.setattr("bitladder.walk.keep.SECONDS_BETWEEN", 0.0)
+    keep, steps = tmp_path / "kept", []
+
+    def killed(what, done, total):
+        if done == 2:
+            raise Killed
+
+    with GgufFile.open(path) as source:
+        whole = importance_matrix(source, windows_of(32, 40))
+        with pytest.raises(Killed):
+            importance_matrix(source, windows_of(32, 40), keep=keep, progress=killed)
+        found = importance_matrix(source, windows_of(32, 40), keep=keep, progress=lambda what, *_: steps.append(what))
+        with pytest.raises(Killed):
+            importance_matrix(source, windows_of(32, 40), keep=keep, progress=killed)
+        others: list[str] = []
+        importance_matrix(source, windows_of(32, 39), keep=keep, progress=lambda what, *_: others.append(what))
+    assert others[0] == "importance: layer 1 of 3", "another text begins anew"
+    assert steps[0] == "importance: layer 3 of 3"
+    assert found.mean_squares.keys() == whole.mean_squares.keys()
+    for tensor, means in whole.mean_squares.items():
+        np.testing.assert_array_equal(found.mean_squares[tensor], means)
+        np.testing.assert_array_equal(found.counts[tensor], whole.counts[tensor])
+    assert not list(keep.iterdir())

@@ -5,11 +5,6 @@ import pytest
 
 import tiny_models
 from bitladder.describe.windows import Window
-from bitladder.engines import sensitivity
-from bitladder.engines.layers import LayeredModel
-from bitladder.engines.sensitivity import EmbeddingSensitivity, SensitivityPass
-from bitladder.engines.states import Shelf, batches_of
-from bitladder.engines.weights import FileWeights
 from bitladder.errors import BadInput
 from bitladder.files.gguf import GgufFile
 from bitladder.formats.recipes import is_quantizable, types_for
@@ -18,6 +13,11 @@ from bitladder.progress import silent
 from bitladder.stages.imatrix import importance_matrix
 from bitladder.stages.sensitivity import sensitivity_table, weigh
 from bitladder.stages.walk import Candidate, walk
+from bitladder.walk import sensitivity
+from bitladder.walk.layers import LayeredModel
+from bitladder.walk.sensitivity import EmbeddingSensitivity, SensitivityPass
+from bitladder.walk.states import batches_of
+from bitladder.walk.weights import FileWeights
 
 
 def _opened(name, tmp_path):
@@ -62,13 +62,12 @@ def test_small_errors_cost_what_is_predicted(tmp_path):
     with source:
         found = {}
         batches = batches_of(windows)
-        shelf = Shelf(batches, source.model.dims.n_embd, budget_bytes=1 << 30)
         model = LayeredModel(source.model, FileWeights(source))
 
         def take(one):
             found["token_embd.weight" if isinstance(one, EmbeddingSensitivity) else one.name] = one
 
-        SensitivityPass(model, FileWeights(source), batches, shelf).run(take, silent)
+        SensitivityPass(model, FileWeights(source), batches, state_bytes=1 << 30).run(take, silent)
         matrices = [info for info in source.model.tensors if is_quantizable(info)]
         assert set(found) == {info.name for info in matrices}
         rng = np.random.default_rng(1)
@@ -90,9 +89,10 @@ def test_slices_of_the_vocabulary_change_nothing(tmp_path, monkeypatch):
     def embedding() -> np.ndarray:
         found = []
         batches = batches_of(windows)
-        shelf = Shelf(batches, source.model.dims.n_embd, budget_bytes=1 << 30)
         weights = FileWeights(source)
-        SensitivityPass(LayeredModel(source.model, weights), weights, batches, shelf).run(found.append, silent)
+        SensitivityPass(LayeredModel(source.model, weights), weights, batches, state_bytes=1 << 30).run(
+            found.append, silent
+        )
         return found[-1].weights
 
     with source:
@@ -107,11 +107,10 @@ def test_rows_are_those_of_the_file(tmp_path):
     name = "blk.1.attn_q.weight"
     with source:
         batches = batches_of(windows)
-        shelf = Shelf(batches, source.model.dims.n_embd, budget_bytes=1 << 30)
         weights = FileWeights(source)
         model = LayeredModel(source.model, weights)
         rows = {}
-        SensitivityPass(model, weights, batches, shelf).run(
+        SensitivityPass(model, weights, batches, state_bytes=1 << 30).run(
             lambda one: rows.update({getattr(one, "name", ""): getattr(one, "rows", None)}), silent
         )
         heaviest = int(np.argmax(rows[name][0]))
@@ -148,6 +147,35 @@ def test_weighing_sees_the_inputs_that_an_importance_matrix_sees(name, tmp_path)
         assert len(quantized) > 10
         for tensor in quantized:
             np.testing.assert_allclose(found[tensor], expected[tensor], rtol=1e-3, atol=1e-6)
+
+
+class Killed(Exception):
+    """Stands for a kill."""
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2moe"])
+def test_a_killed_weighing_goes_on_on_its_way_back(name, tmp_path, monkeypatch):
+    source, windows = _opened(name, tmp_path)
+    monkeypatch.setattr("bitladder.walk.keep.SECONDS_BETWEEN", 0.0)
+    keep, steps = tmp_path / "kept", []
+
+    def killed(what, done, total):
+        if what == "sensitivity: back through layer 1 of 3":
+            raise Killed
+
+    with source:
+        whole = weigh(source, windows)
+        with pytest.raises(Killed):
+            weigh(source, windows, keep=keep, progress=killed)
+        assert list(keep.iterdir())
+        resumed = weigh(source, windows, keep=keep, progress=lambda what, *_: steps.append(what))
+    assert "sensitivity: the head" not in steps
+    assert [step for step in steps if "back" in step] == ["sensitivity: back through layer 1 of 3"]
+    assert resumed.table == whole.table
+    assert resumed.importance.keys() == whole.importance.keys()
+    for tensor, values in whole.importance.items():
+        np.testing.assert_array_equal(resumed.importance[tensor], values)
+    assert not list(keep.iterdir())
 
 
 def test_too_little_text_is_refused(tmp_path):

@@ -9,11 +9,7 @@ import torch
 import tiny_models
 from bitladder.describe.text import Document
 from bitladder.describe.windows import Window, cut, window_hashes
-from bitladder.engines.head import HeadInput, TokenScores, compare
-from bitladder.engines.resume import walk_key
-from bitladder.engines.states import batches_of
-from bitladder.engines.weights import FileWeights, MadeWeights, Quantizer
-from bitladder.errors import BadInput, BadWeights, OutputError, UnknownLevel
+from bitladder.errors import BadInput, BadWeights, OutputError, UnknownLevel, UsageError
 from bitladder.files.gguf import GgufFile
 from bitladder.formats.roles import EMBEDDING, layer_tensor
 from bitladder.kernels import dequantize, quantize
@@ -26,6 +22,10 @@ from bitladder.stages.walk import (
     token_scores,
     walk,
 )
+from bitladder.walk.fidelity import walk_key
+from bitladder.walk.head import HeadInput, TokenScores, compare
+from bitladder.walk.states import batches_of
+from bitladder.walk.weights import FileWeights, MadeWeights, Quantizer
 from tiny_models import CASES, N_VOCAB
 
 FAMILY = "llama"
@@ -127,11 +127,11 @@ def test_levels_that_agree_share_their_work(pair, monkeypatch):
     early = {layer_tensor(0, "ffn_up.weight"): "Q8_0"}
     calls = []
     monkeypatch.setattr(
-        "bitladder.engines.weights.quantize",
+        "bitladder.walk.weights.quantize",
         lambda weights, qtype, **options: calls.append(qtype) or quantize(weights, qtype, **options),
     )
     runs = []
-    from bitladder.engines.layers import LayeredModel
+    from bitladder.walk.layers import LayeredModel
 
     run = LayeredModel.run
     monkeypatch.setattr(
@@ -276,7 +276,7 @@ def test_a_killed_walk_goes_on_at_the_layer_it_kept(pair, tmp_path: Path, monkey
     windows, keep = windows_of(64, 40), tmp_path / "kept"
     candidates = [file_candidate(source, other), *late_and_early(source)]
     expected = token_scores(source, candidates, windows)
-    monkeypatch.setattr("bitladder.engines.resume.SECONDS_BETWEEN", 0.0)
+    monkeypatch.setattr("bitladder.walk.keep.SECONDS_BETWEEN", 0.0)
 
     def die_at_the_last_layer(what, done, total):
         if done == 2:
@@ -323,3 +323,15 @@ def test_two_quantizers_with_equal_settings_share_their_work(pair):
         for effort in ("good", "good", "fast")
     ]
     assert made[0].identity(EMBEDDING) == made[1].identity(EMBEDDING) != made[2].identity(EMBEDDING)
+
+
+def test_a_walk_on_another_device_finds_the_same(pair):
+    """Torch's CPU under a name of its own takes the way of other devices: their twins of the kernels."""
+    _, source, _ = pair
+    with pytest.raises(UsageError, match="torch has no device 'cuda:99' here; there is cpu"):
+        walk(source, [], windows_of(64), device="cuda:99")
+    found = [
+        walk(source, made_candidates(source, ["Q8_0", "Q4_0"], device=device), windows_of(64, 40), device=device)
+        for device in ("cpu", "cpu:0")
+    ]
+    assert found[0] == found[1]

@@ -83,6 +83,8 @@ class RunSettings:
     texts: tuple[Path, ...] = ()
     out: Path | None = None
     threads: int = 2
+    device: str = "cpu"
+    """Where walks compute and scales are searched for, as torch names it."""
     effort: Effort = "good"
     imatrix: str = AUTO
     """A file, ``auto`` (made from the calibration text that ships) or ``none``."""
@@ -270,6 +272,7 @@ def _importance(given: _Given) -> Importance | None:
             settings.imatrix,
             measured_on=given.texts,
             threads=settings.threads,
+            device=settings.device,
             journal=given.journal,
             progress=given.progress,
         )
@@ -294,6 +297,7 @@ def _built(given: _Given, plan: Plan, importance: Importance | None) -> dict[Sub
         importance=importance,
         effort=settings.effort,
         threads=settings.threads,
+        device=settings.device,
         folders=given.folders,
         journal=given.journal,
         progress=given.progress,
@@ -327,6 +331,7 @@ def _measured(given: _Given, built: Mapping[Subject, LevelFile]) -> list[Fidelit
                 given.journal,
                 reference=reference,
                 threads=given.settings.threads,
+                device=given.settings.device,
                 progress=given.progress,
             )
         except UnknownArchitecture as error:

@@ -37,3 +37,13 @@ def tell(progress: Progress, news: LevelNews) -> None:
 
 def silent(what: str, done: float, total: float) -> None:
     """Say nothing."""
+
+
+def within(progress: Progress, start: float, stop: float, total: float) -> Progress:
+    """For a part of some work, which counts in a unit of its own: nothing of it is ``start`` of ``total``, all of it
+    ``stop``."""
+
+    def part(what: str, done: float, whole: float) -> None:
+        progress(what, start + (stop - start) * done / whole, total)
+
+    return part

@@ -26,6 +26,9 @@ Levels = Annotated[
     ),
 ]
 Threads = Annotated[int, typer.Option("--threads", min=1, help="Worker threads.", show_default="all cores it may use")]
+Device = Annotated[
+    str, typer.Option("--device", help="Where walks compute and scales are searched for: cpu, cuda, cuda:1.")
+]
 Importance = Annotated[
     str,
     typer.Option("--imatrix", metavar="FILE|auto|none", help="Importance matrix: a file, or made here."),
@@ -36,6 +39,16 @@ CalibrationTexts = Annotated[
 Force = Annotated[bool, typer.Option("--force", help="Replace files of other kinds and sources, too.")]
 ALL_CORES = available_cores()
 """Of those that this process may use: more threads would wait for one another."""
+CPU = "cpu"
+
+
+def known_device(name: str) -> str:
+    """The name, where torch has such a device here; raises UsageError elsewhere, before any work."""
+    if name != CPU:
+        from bitladder.kernels.gpu import check_device
+
+        check_device(name)
+    return name
 
 
 def split_levels(text: str | None, *, fitted: bool = False, checkpoints: bool = False) -> tuple[str, ...] | None:
@@ -78,9 +91,7 @@ def quantize(
         str, typer.Option("--effort", help="fast, good or best: how hard to search for scales.")
     ] = "good",
     threads: Threads = ALL_CORES,
-    device: Annotated[
-        str, typer.Option("--device", help="Where scales of GGUF levels are searched for: cpu, or cuda.")
-    ] = "cpu",
+    device: Device = CPU,
     split_max_size: Annotated[
         str | None,
         typer.Option("--split-max-size", metavar="SIZE", help="Cut each level into parts of at most SIZE, like 4GB."),
@@ -109,7 +120,7 @@ def quantize(
             texts=tuple(text or ()),
             effort=effort_named(effort),
             threads=threads,
-            device=device,
+            device=known_device(device),
             split_max_bytes=parse_bytes(split_max_size) if split_max_size else None,
             force=force,
             journal=journal,
@@ -146,6 +157,7 @@ def imatrix(
     text: CalibrationTexts = None,
     threads: Threads = ALL_CORES,
     force: Force = False,
+    device: Device = CPU,
     json_output: JsonFlag = False,
 ) -> None:
     """Write llama.cpp's importance matrix of a model, which llama-quantize reads too."""
@@ -155,7 +167,14 @@ def imatrix(
     journal = Journal() if json_output else Journal(say)
     with progress_display(quiet=json_output) as progress:
         path = make_imatrix(
-            model, tuple(text or ()), out, threads=threads, force=force, journal=journal, progress=progress
+            model,
+            tuple(text or ()),
+            out,
+            threads=threads,
+            device=known_device(device),
+            force=force,
+            journal=journal,
+            progress=progress,
         )
     if json_output:
         print_json({"path": str(path), "bytes": path.stat().st_size, "jobs": journal.jobs})

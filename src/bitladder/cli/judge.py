@@ -7,7 +7,19 @@ from typing import Annotated
 
 import typer
 
-from bitladder.cli.build import ALL_CORES, Context, Force, Importance, Levels, Threads, effort_named, split_levels
+from bitladder.cli.build import (
+    ALL_CORES,
+    CPU,
+    Context,
+    Device,
+    Force,
+    Importance,
+    Levels,
+    Threads,
+    effort_named,
+    known_device,
+    split_levels,
+)
 from bitladder.cli.live import run_display
 from bitladder.cli.options import (
     RunOptions,
@@ -55,6 +67,7 @@ def smallest(
     ] = None,
     imatrix: Importance = "auto",
     threads: Threads = ALL_CORES,
+    device: Device = CPU,
     trust_python: TrustPython = False,
     json_output: JsonFlag = False,
 ) -> None:
@@ -66,7 +79,9 @@ def smallest(
     from bitladder.report import search_table
     from bitladder.steps.smallest import Search, find_smallest
 
-    search = Search(model, bar, workload, split_levels(levels), ctx, out, threads, imatrix, trust_python)
+    search = Search(
+        model, bar, workload, split_levels(levels), ctx, out, threads, imatrix, trust_python, known_device(device)
+    )
     with progress_display(quiet=json_output) as progress:
         outcome = find_smallest(search, progress, say=say)
     if json_output:
@@ -91,6 +106,7 @@ def measure(
     imatrix: Importance = "auto",
     effort: Annotated[str, typer.Option("--effort", help="fast, good or best.")] = "good",
     threads: Threads = ALL_CORES,
+    device: Device = CPU,
     json_output: JsonFlag = False,
 ) -> None:
     """KL divergence, perplexity and top-1 agreement of levels and files against MODEL, in one streaming pass."""
@@ -110,6 +126,7 @@ def measure(
             imatrix=imatrix,
             effort=effort_named(effort),
             threads=threads,
+            device=known_device(device),
             journal=journal,
             progress=progress,
         )

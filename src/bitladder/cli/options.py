@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bitladder.cli.build import ALL_CORES, Context, Importance, Levels, Threads, split_levels
+from bitladder.cli.build import ALL_CORES, CPU, Context, Device, Importance, Levels, Threads, known_device, split_levels
 from bitladder.cli.terminal import ModelArgument, say
 from bitladder.errors import UsageError
 
@@ -79,6 +79,7 @@ class RunOptions:
     ] = None
     imatrix: Importance = "auto"
     threads: Threads = ALL_CORES
+    device: Device = CPU
     judge: Annotated[
         str | None,
         typer.Option("--judge", metavar="URL[#MODEL]", help="OpenAI-compatible endpoint of a judge model."),
@@ -108,6 +109,7 @@ class RunOptions:
             texts=tuple(self.text or ()),
             out=self.out,
             threads=self.threads,
+            device=known_device(self.device),
             imatrix=self.imatrix,
             judge=self._judge(),
             trust_python=self.trust_python,

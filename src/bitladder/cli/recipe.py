@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from bitladder.cli.build import ALL_CORES, CalibrationTexts, Context, Force, Threads, effort_named
+from bitladder.cli.build import (
+    ALL_CORES,
+    CPU,
+    CalibrationTexts,
+    Context,
+    Device,
+    Force,
+    Threads,
+    effort_named,
+    known_device,
+)
 from bitladder.cli.terminal import JsonFlag, ModelArgument, print_json, progress_display, say, verb
 from bitladder.errors import UsageError
 from bitladder.units import parse_bytes
@@ -42,6 +52,7 @@ def recipe(
     effort: Annotated[str, typer.Option("--effort", help="fast, good or best: how hard codes are searched.")] = "good",
     threads: Threads = ALL_CORES,
     force: Force = False,
+    device: Device = CPU,
     json_output: JsonFlag = False,
 ) -> None:
     """Choose a type for every tensor under a budget; with --out write the file, with error feedback.
@@ -64,14 +75,15 @@ def recipe(
         raise UsageError(f"{' and '.join(limits)} were given together.", do="Give one of them.")
     if (vram is None) != (gpu_layers == 0):
         raise UsageError("--vram and --ngl belong together.", do="Give both: how many layers, and what they may take.")
-    texts = tuple(text or ())
+    texts, device = tuple(text or ()), known_device(device)
     journal = Journal() if json_output else Journal(say)
     with progress_display(quiet=json_output) as progress:
         if apply is not None:
             if limits or out is None:
                 raise UsageError("--apply takes a finished file's recipe as it is.", do="Give --out, and no limit.")
             result = reapply(
-                Path(model), apply, out, texts=texts, effort=effort_named(effort), threads=threads, force=force,
+                Path(model), apply, out, texts=texts, effort=effort_named(effort), threads=threads, device=device,
+                force=force,
                 journal=journal, progress=progress,
             )  # fmt: skip
         elif not limits:
@@ -82,7 +94,9 @@ def recipe(
                 gpu_layers=gpu_layers, vram_bytes=parse_bytes(vram) if vram else None,
             )  # fmt: skip
             asked = Asked(wish, level=level, fits=fits, n_ctx=ctx, out=out, effort=effort_named(effort), force=force)
-            result = make_recipe(model, asked, texts=texts, threads=threads, journal=journal, progress=progress)
+            result = make_recipe(
+                model, asked, texts=texts, threads=threads, device=device, journal=journal, progress=progress
+            )
     if json_output:
         print_json({**vars(result), "jobs": journal.jobs, "warnings": journal.warnings})
         return

@@ -1,8 +1,8 @@
 """What a walk over the layers makes, kept layer by layer: after each one a kill costs nothing that was finished.
 
-``.NAME.partial/`` beside the target holds one safetensors file per layer, the hidden states that leave the last
-one, and a log: a line of JSON for what is being made, one for every finished tensor with its loss, one for every
-finished layer. The log is the journal: whoever makes the same thing again reads from it which layers are done.
+``.NAME.partial/`` beside the target holds one safetensors file per layer, and a log: a line of JSON for what is being
+made, one for every finished tensor with its loss, one for every finished layer. The log is the journal: whoever makes
+the same thing again reads from it which layers are done. (The hidden states to go on with are ``walk/keep.py``'s.)
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from bitladder.units import human_bytes
 if TYPE_CHECKING:
     import torch
 
-_STATES = "states.npy"
 _LOG = "log.jsonl"
 
 
@@ -82,10 +81,6 @@ class LayerStore(ABC):
             with written_aside(self.partial / _LOG) as file:
                 file.write(_lines(lines).encode())
 
-    def states_file(self, layer: int) -> Path:
-        """Where the hidden states that leave ``layer`` are kept."""
-        return self.partial / f"{layer:05d}.{_STATES}"
-
     def layer_file(self, layer: int) -> Path:
         """Where the tensors of ``layer`` are kept."""
         return self.partial / f"{layer:05d}.safetensors"
@@ -100,27 +95,20 @@ class LayerStore(ABC):
         layer: int,
         tensors: Mapping[str, torch.Tensor],
         notes: Sequence[Mapping[str, Any]],
-        states: Any = None,
         *,
         seconds: float = 0.0,
     ) -> None:
-        """Keep a layer's tensors (and the states that leave it); after this a kill does not undo the layer.
+        """Keep a layer's tensors and what is noted of them.
 
         ``notes``: what to log, one mapping with a ``tensor`` per finished tensor.
 
         Raises:
             OutputError: no room.
         """
-        import numpy as np
-
         self.begin()
         with writing(self.partial):
             _save(self.layer_file(layer), tensors)
-            if states is not None:
-                with written_aside(self.states_file(layer)) as file:
-                    np.save(file, states)
             self._append(_of_layer(FinishedLayer(layer, tuple(dict(note) for note in notes), seconds)))
-            self.states_file(layer - 1).unlink(missing_ok=True)
 
     def discard(self) -> None:
         """Remove the partial work."""

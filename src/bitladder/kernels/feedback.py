@@ -10,7 +10,6 @@ llama.cpp reads the result. At last codes and scales are improved in turns under
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -78,11 +77,11 @@ def quantize_with_feedback(
             cost once others correct them, did worse: docs/log.md.)
         effort: how long to search for scales, and how often to improve codes and scales in turns.
         threads: for the search.
-        device: "cpu", or another device of torch on which codes are chosen.
+        device: "cpu", or another device of torch on which scales are searched for and codes chosen.
 
     The error is never above that of plain rounding: rows that feedback did not help are rounded plainly.
     """
-    plain = quantize(weights, qtype, importance=importance, effort=effort, threads=threads)
+    plain = quantize(weights, qtype, importance=importance, effort=effort, threads=threads, device=device)
     fed = _fed(weights, qtype, factor, importance, effort, threads, device)
     if _SWEEPS[effort]:
         chunk = chunk_of(weights.shape[1])
@@ -101,12 +100,7 @@ def _fed(
     """Blocks chunk by chunk, scales searched for weights that make up for the errors before them."""
     from scipy.linalg import solve_triangular
 
-    if device == "cpu":
-        choose = gptq.apply
-    else:
-        from bitladder.kernels import gptq_gpu  # torch is heavy, and most runs never need it here
-
-        choose = partial(gptq_gpu.apply, device=device)
+    choose = gptq.apply_on(device)
     rows, columns = weights.shape
     chunk, kind = chunk_of(columns), QTYPES[qtype]
     errors = np.zeros((columns, rows), np.float32)
@@ -120,7 +114,7 @@ def _fed(
             pulled = factor.coupling[:start, own].T @ errors[:start]
             within = part.coupling.T + np.eye(chunk, dtype=np.float32)
             targets[:, part.order] -= solve_triangular(within, pulled, lower=True, unit_diagonal=True).T
-        data = quantize(targets, qtype, importance=importance[stored], effort=effort, threads=threads)
+        data = quantize(targets, qtype, importance=importance[stored], effort=effort, threads=threads, device=device)
         grid = grid_of(data, qtype)
         codes, _ = choose(part, targets, grid)
         at = slice(kind.row_bytes(first), kind.row_bytes(first + chunk))

@@ -151,14 +151,15 @@ def quantize(
 
 
 def check_device(name: str) -> None:
-    """Raises UsageError where torch has no such device here."""
+    """Raises UsageError where torch has no such device here, or none that computes in float64 as sums do."""
     try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
+        torch.ones(1, dtype=torch.float64, device=name).sum().item()
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+        there = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
         raise UsageError(
-            f"torch has no device '{name}' here.",
+            f"torch has no device '{name}' here; there is {', '.join(there)}.",
             means="This machine lacks it, torch was installed without it, or it has another name.",
-            do="Leave out --device: the bytes do not depend on it.",
+            do="Name another with --device, or leave it out to compute on the CPU.",
         ) from error
 
 

@@ -32,10 +32,12 @@ class Quantized:
     it is known from a part of the rows, spread over all."""
 
 
-def feedback(level: CheckpointLevel, factor: gptq.Factor, weights: F32, *, scale_dtype: str = "float16") -> Quantized:
-    """GPTQ: scales by what an error of each column really costs, codes with error feedback."""
+def feedback(
+    level: CheckpointLevel, factor: gptq.Factor, weights: F32, *, scale_dtype: str = "float16", device: str = "cpu"
+) -> Quantized:
+    """GPTQ: scales by what an error of each column really costs, codes with error feedback, chosen on ``device``."""
     parameters = _search(level, weights, factor.importance, scale_dtype)
-    codes, cost = gptq.apply(factor, weights, parameters.grid())
+    codes, cost = gptq.apply_on(device)(factor, weights, parameters.grid())
     # Costs are under the damped Hessian; the damping's own share is no error of the outputs.
     decoded = parameters.decode(codes)
     wrong = cost.sum() - factor.ridge * _square_sum(decoded - weights)

@@ -81,7 +81,8 @@ def predict(
     widest = max(columns for _, columns in shapes.values())
     states = tokens * n_embd * 4 if sequential else seen * n_embd * 4
     kept = tokens * (n_embd + widest) * 4 if sequential else 0
-    in_memory = min(states, state_bytes) + (kept if kept <= state_bytes else 0)
+    kept_in_memory = min(kept, max(0, state_bytes - states))
+    in_memory = min(states, state_bytes) + kept_in_memory
     layer, square = layer_weights * 4, widest * widest * 4
     passing = _BATCH_TOKENS * 4 * (n_embd + widest) * 4
     grams = sum(columns * columns * 4 for _, columns in _inputs(shapes)) if needs_gram else 0
@@ -101,7 +102,7 @@ def predict(
     # A level's layers and finished shards exist side by side for a moment, states are kept twice so that a kill costs
     # one layer only.
     disk = sum(folders) + max(folders, default=0) + 2 * states * max(1, sequential)
-    disk += kept if kept > state_bytes else 0
+    disk += kept - kept_in_memory
     return Preflight(START_SECONDS + seconds if seconds else 0.0, int(ram), int(disk))
 
 

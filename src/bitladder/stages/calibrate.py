@@ -2,7 +2,7 @@
 AWQ's K-quants, importance matrices.
 
 The text is checked, what it will take is said, statistics are gathered as states pass through the layers
-(``engines/streams.py``) and finished layers go to disk at once; a killed run goes on at the last layer that was
+(``walk/checkpoint_walk.py``) and finished layers go to disk at once; a killed run goes on at the last layer that was
 finished. Before a folder is reported it is opened again, decoded and compared with what the walk computed.
 """
 
@@ -20,10 +20,6 @@ import torch
 from bitladder import __version__
 from bitladder.describe.text import Document, text_hash
 from bitladder.describe.windows import Window, tokens_hash
-from bitladder.engines.checkpoint_result import finish_folder, losses_of, proved
-from bitladder.engines.checkpoint_walk import FLOAT_TYPES, CheckpointWalk, Settings
-from bitladder.engines.layers import LayeredModel
-from bitladder.engines.weights import FileWeights
 from bitladder.files.checkpoint import read_checkpoint
 from bitladder.files.checkpoint_folder import CheckpointFolder
 from bitladder.files.companions import Companions, companions_of_folder, companions_of_gguf
@@ -49,6 +45,10 @@ from bitladder.records.calibration import (
     Preflight,
 )
 from bitladder.records.coverage import coverage, coverage_of_counts
+from bitladder.walk.checkpoint_result import finish_folder, losses_of, proved
+from bitladder.walk.checkpoint_walk import FLOAT_TYPES, CalibrationWalk, Settings
+from bitladder.walk.layers import LayeredModel
+from bitladder.walk.weights import FileWeights
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ class Calibration:
             else:
                 self._stores[level] = vector_file(source, level, reading.hash, self._settings)
         self._missing = {level: store for level, store in self._stores.items() if not store.is_complete()}
-        self._walk = CheckpointWalk(model, weights, self._missing, dtype, self._settings)
+        self._walk = CalibrationWalk(model, weights, self._missing, dtype, self._settings)
         self._shapes = self._walk.shapes()
         for level in levels:
             if isinstance(level, CheckpointLevel):

@@ -134,6 +134,7 @@ def settings_facts(settings: Any, texts: Sequence[Document], workload: Workload)
         "temperature": workload.temperature,
         "effort": settings.effort,
         "importance": settings.imatrix,
+        **({"device": settings.device} if settings.device != "cpu" else {}),
         **({"endpoints": addresses} if (addresses := [one.address for one in _endpoints(settings)]) else {}),
     }
 
@@ -180,6 +181,7 @@ def commands(settings: Any, out: Path) -> tuple[str, ...]:
         str(settings.n_ctx),
         "--threads",
         str(settings.threads),
+        *(["--device", settings.device] if settings.device != "cpu" else []),
         "--out",
         str(out),
     ]

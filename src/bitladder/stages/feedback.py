@@ -19,13 +19,6 @@ import torch
 from numpy.typing import NDArray
 
 from bitladder.describe.windows import Window, tokens_hash
-from bitladder.engines.allocator import keep_freed_memory
-from bitladder.engines.calibration import InputStatistics, Sums
-from bitladder.engines.feedback import FeedbackSettings, FeedbackStream, factor_of, fit_matrix
-from bitladder.engines.layers import LayeredModel, inference
-from bitladder.engines.resume import Checkpoint
-from bitladder.engines.states import Batch, Shelf, States, batches_of
-from bitladder.engines.weights import FileWeights
 from bitladder.errors import BadInput, BitladderError
 from bitladder.files.gguf import GgufFile
 from bitladder.files.gguf_writer import GgufWriter
@@ -35,13 +28,28 @@ from bitladder.formats.recipes import nearest_level
 from bitladder.kernels import REVISION, quantize
 from bitladder.kernels.feedback import REVISION as FEEDBACK_REVISION
 from bitladder.kernels.feedback import takes_feedback
-from bitladder.progress import Progress, silent
+from bitladder.progress import Progress, silent, within
 from bitladder.records.calibration import LinearLoss
 from bitladder.records.level_file import LevelFile
 from bitladder.records.recipe import FittedLevel, Recipe
 from bitladder.units import GiB
+from bitladder.walk.driver import Member, Stream, forward
+from bitladder.walk.feedback import (
+    FedLevel,
+    FeedbackSettings,
+    FittedTensor,
+    factor_of,
+    fit_matrix,
+)
+from bitladder.walk.inputs import InputStatistics, Sums
+from bitladder.walk.keep import Keep
+from bitladder.walk.layers import LayeredModel, inference
+from bitladder.walk.states import Batch, States, batches_of
+from bitladder.walk.weights import FileWeights
 
 _LEAST_TOKENS = 1024
+_LEVEL = 1
+"""The level's number in the stream; the source is the other."""
 _PIECE_WEIGHTS = 1 << 22
 
 
@@ -161,29 +169,13 @@ def _write(job: _Job, draft: LevelDraft, state_bytes: int) -> list[LinearLoss]:
     fingerprint = hashlib.sha256(part.header(job.source.sha256)).hexdigest()
     out = _Out(GgufWriter(part.path, part.plan, fingerprint))
     folder = part.path.with_name(part.path.name + ".partial.states")
-    kept = Checkpoint(folder, fingerprint)
-    shelf = Shelf(job.batches, job.source.model.dims.n_embd, budget_bytes=state_bytes, folder=part.path.parent)
-    spill = part.path.parent if _inner_bytes(job) > state_bytes else None
     n_layer = job.model.n_layer
-    losses: list[LinearLoss] = []
     try:
-        keep_freed_memory()
-        states, originals = shelf.take(), shelf.take()
-        first = _entering(job, (states, originals), kept, out)
-        stream = FeedbackStream(
-            job.model, job.weights, job.recipe.qtypes, states, originals, job.batches, job.settings, spill=spill
-        )
-        for layer in range(first, n_layer):
-            job.progress(f"fitting layer {layer + 1} of {n_layer}", layer, n_layer + 1.0)
-            for tensor in stream.layer(layer):
-                out.put(tensor.name, [tensor.data])
-                losses.append(LinearLoss(tensor.name, tensor.loss, tensor.tokens, tensor.damp, tensor.note))
-            for name in job.model.layer_names(layer):
-                job.weights.forget(name)
-            kept.save(layer, [((0,), states), ((1,), originals)])
+        stream = _stream(job, out, part.path.parent, Keep(folder, fingerprint), state_bytes)
+        forward([stream], within(job.progress, 0, n_layer, n_layer + 1.0), "fitting ")
         job.progress("fitting the output matrix", n_layer, n_layer + 1.0)
         for name in out.unfinished():
-            out.put(name, _other(job, name, states))
+            out.put(name, _other(job, name, stream.states_of(_LEVEL)))
         out.writer.finish(part.header(job.source.sha256))
         shutil.rmtree(folder, ignore_errors=True)
     except BitladderError:
@@ -193,7 +185,19 @@ def _write(job: _Job, draft: LevelDraft, state_bytes: int) -> list[LinearLoss]:
     finally:
         out.writer.close()
     job.progress("fitted", n_layer + 1.0, n_layer + 1.0)
-    return losses
+    return out.losses
+
+
+def _stream(job: _Job, out: _Out, folder: Path, keep: Keep, state_bytes: int) -> Stream:
+    """The source, and the level behind it; of what either reads in a layer half of ``state_bytes`` stays in memory."""
+    level = FedLevel(
+        job.model, job.weights, job.recipe.qtypes, job.settings, job.batches, out.take, out.has,
+        budget_bytes=state_bytes // 2, spill=folder,
+    )  # fmt: skip
+    return Stream(
+        job.model, [Member(job.weights, [level.source_inputs]), level], job.batches,
+        state_bytes=state_bytes, spill=folder, keep=keep, half=job.settings.half_products,
+    )  # fmt: skip
 
 
 class _Out:
@@ -203,6 +207,12 @@ class _Out:
         self.writer = writer
         self._numbers = {tensor.name: number for number, tensor in enumerate(writer.plan.tensors)}
         self._done: set[str] = set()
+        self.losses: list[LinearLoss] = []
+
+    def take(self, tensor: FittedTensor) -> None:
+        """Write a fitted tensor."""
+        self.put(tensor.name, [tensor.data])
+        self.losses.append(LinearLoss(tensor.name, tensor.loss, tensor.tokens, tensor.damp, tensor.note))
 
     def put(self, name: str, pieces: Iterable[NDArray[np.uint8]]) -> None:
         """Write a tensor, given as consecutive rows."""
@@ -226,32 +236,6 @@ class _Out:
     def unfinished(self) -> list[str]:
         """What is still to be made."""
         return [name for name in self._numbers if not self.has(name)]
-
-
-def _inner_bytes(job: _Job) -> int:
-    """Bytes that a layer keeps between its passes: inputs of its output and down projections, of the source's all."""
-    dims = job.source.model.dims
-    tokens = sum(batch.tokens.size for batch in job.batches)
-    return tokens * (2 * (dims.n_head * dims.head_dim_v + dims.n_ff) + 2 * dims.n_embd) * 4
-
-
-def _entering(job: _Job, both: Sequence[States], kept: Checkpoint, out: _Out) -> int:
-    """Fill the level's states and the source's with what enters the first layer to do, an earlier run's or the
-    embeddings; returns that layer."""
-    found = kept.load()
-    if found is not None:
-        layer, _, files = found
-        made = [name for number in range(layer) for name in job.model.layer_names(number)]
-        fitted = [name for name in made if job.recipe.qtypes.get(name, "") not in ("", job.source.info(name).qtype)]
-        if all(out.has(name) for name in fitted):
-            for file, states in zip(files, both, strict=True):
-                kept.restore(file, states)
-            return layer
-    for batch in job.batches:
-        embedded = job.model.embed(batch.tokens, job.weights)
-        for states in both:
-            states.put(batch, embedded)
-    return 0
 
 
 def _other(job: _Job, name: str, states: States) -> Iterator[NDArray[np.uint8]]:

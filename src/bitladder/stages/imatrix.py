@@ -4,50 +4,33 @@ calibration text.
 The numbers of llama.cpp's llama-imatrix on the same tokens, from the source's own hidden states: for each
 tensor sum x^2 per column and how many tokens were summed, for stacked experts one row and one count each,
 over the tokens that were routed to them. Only squares are needed, so no Gram matrices are formed and a pass
-costs about the bare forward pass, in bfloat16 where the processor can (``engines/products.py``).
+costs about the bare forward pass, in bfloat16 where the processor can (``walk/products.py``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
-from torch import nn
-
-from bitladder.describe.windows import Window
-from bitladder.engines.calibration import vectors
-from bitladder.engines.layers import LayeredModel, inference
-from bitladder.engines.products import products, wants_half_products
-from bitladder.engines.states import CALIBRATION_TOKENS, Batch, Shelf, batches_of
-from bitladder.engines.weights import FileWeights
-from bitladder.errors import BadInput, BadWeights
+from bitladder import __version__
+from bitladder.describe.windows import Window, tokens_hash
+from bitladder.errors import BadInput
 from bitladder.files.gguf import GgufFile
 from bitladder.files.imatrix import ImportanceMatrix
-from bitladder.formats.roles import SharedInput, layer_tensor
+from bitladder.files.vector_file import importance_of_vectors
 from bitladder.progress import Progress, silent
 from bitladder.units import GiB
+from bitladder.walk.driver import Member, Stream, forward
+from bitladder.walk.importance import Importance
+from bitladder.walk.keep import Keep
+from bitladder.walk.layers import LayeredModel
+from bitladder.walk.products import wants_half_products
+from bitladder.walk.states import CALIBRATION_TOKENS, batches_of
+from bitladder.walk.weights import FileWeights
 
 FEW_TOKENS = 1024
 """Below this many tokens an importance matrix is little better than none."""
-
-
-class _Squares:
-    """Sums of squares f64[matrices, columns] and token counts of one shared input."""
-
-    def __init__(self) -> None:
-        self.sums: list[torch.Tensor] = []
-        self.counts: list[int] = []
-
-    def add(self, matrix: int, x: torch.Tensor) -> None:
-        if matrix == len(self.sums):
-            self.sums.append(torch.zeros(x.shape[1], dtype=torch.float64, device=x.device))
-            self.counts.append(0)
-        self.sums[matrix] += torch.linalg.vecdot(x, x, dim=0)
-        self.counts[matrix] += len(x)
 
 
 def importance_matrix(
@@ -60,6 +43,7 @@ def importance_matrix(
     threads: int = 1,
     state_bytes: int = GiB,
     spill: Path | None = None,
+    keep: Path | None = None,
     half: bool | None = None,
 ) -> ImportanceMatrix:
     """Gather an importance matrix.
@@ -73,6 +57,8 @@ def importance_matrix(
         threads: for dequantizing.
         state_bytes: hidden states beyond this go to a file in ``spill``.
         spill: a folder; the system's for temporary files by default.
+        keep: a folder in which a killed walk leaves its states and what it has gathered; one over the same model and
+            text goes on from there, and removes them at its end. None keeps nothing.
         half: whether to multiply in bfloat16; None: where the processor can.
 
     Raises:
@@ -87,62 +73,22 @@ def importance_matrix(
             means="The calibration text is empty or too short.",
             do=f"Give a text of several thousand tokens; under {FEW_TOKENS} an importance matrix says little.",
         )
+    half = wants_half_products(half, device)
     weights = FileWeights(source, threads=threads)
     model = LayeredModel(source.model, weights, device=device)
-    batches = batches_of(windows, batch_tokens=CALIBRATION_TOKENS)
-    states = Shelf(batches, source.model.dims.n_embd, budget_bytes=state_bytes, folder=spill).take()
-    for batch in batches:
-        states.put(batch, model.embed(batch.tokens, weights))
-    found = ImportanceMatrix(
-        {}, {}, len(windows), max(len(one.tokens) for one in windows), (dataset,) if dataset else ()
+    gathered = Importance(model)
+    key = f"importance {__version__} {source.sha256} {tokens_hash(windows)} {half}"
+    stream = Stream(
+        model,
+        [Member(weights, [gathered])],
+        batches_of(windows, batch_tokens=CALIBRATION_TOKENS),
+        state_bytes=state_bytes,
+        spill=spill,
+        keep=Keep(keep, key) if keep else None,
+        half=half,
     )
-    half = wants_half_products(half, device)
-    for layer in range(model.n_layer):
-        progress(f"importance: layer {layer + 1} of {model.n_layer}", layer, model.n_layer)
-        block = model.layer(layer, weights)
-        seen = {shared: _Squares() for shared in model.family.inputs if _has(block, shared.module)}
-        for batch in batches:
-            with inference(), products(half=half), ExitStack() as watching:
-                for shared, squares in seen.items():
-                    watching.callback(_watch(block, shared, batch, squares).remove)
-                states.put(batch, model.run(block, layer, states.get(batch).to(model.device)))
-        for shared, squares in seen.items():
-            _keep(found, source, layer, shared, squares)
-        for name in model.layer_names(layer):
-            weights.forget(name)
+    forward([stream], progress, "importance: ")
+    stream.finished()
     progress("importance", model.n_layer, model.n_layer)
-    return found
-
-
-def _has(block: nn.Module, path: str) -> bool:
-    return any(name == path for name, _ in block.named_modules())
-
-
-def _watch(block: nn.Module, shared: SharedInput, batch: Batch, squares: _Squares) -> Any:
-    """A hook that adds up what the input's module reads."""
-    valid = torch.from_numpy(batch.valid.reshape(-1))
-
-    def seen(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-        for matrix, x in enumerate(vectors(shared.kind, module, arguments, valid.to(arguments[0].device))):
-            squares.add(matrix, x)
-
-    return block.get_submodule(shared.module).register_forward_pre_hook(seen)
-
-
-def _keep(found: ImportanceMatrix, source: GgufFile, layer: int, shared: SharedInput, squares: _Squares) -> None:
-    """Means of squares under the names of the tensors that read this input; 1 for experts that no token
-    reached."""
-    sums, counts = torch.stack(squares.sums).cpu().numpy(), np.array(squares.counts, np.float32)
-    if not np.isfinite(sums).all():
-        raise BadWeights(
-            f"The inputs of {shared.module} in layer {layer} are not finite.",
-            means="Weights of this or an earlier layer overflow on the calibration text; the model is damaged.",
-            do="Check the source's own answers first; a file in another precision may be sound.",
-        )
-    means = np.ones(sums.shape, np.float32)
-    means[counts > 0] = sums[counts > 0] / counts[counts > 0, None]
-    held = {tensor.name for tensor in source.model.tensors}
-    for role in shared.roles:
-        name = layer_tensor(layer, role)
-        if name in held:
-            found.mean_squares[name], found.counts[name] = means, counts
+    found = importance_of_vectors(gathered.vectors, dataset=dataset)
+    return replace(found, chunks=len(windows), chunk_size=max(len(one.tokens) for one in windows))

@@ -2,37 +2,44 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bitladder import __version__
 from bitladder.describe.windows import Window, tokens_hash
-from bitladder.engines.calibration import InputStatistics
-from bitladder.engines.feedback import FeedbackSettings, factor_of
-from bitladder.engines.layers import LayeredModel
-from bitladder.engines.products import wants_half_products
-from bitladder.engines.sensitivity import EmbeddingSensitivity, Sensitivity, SensitivityPass
-from bitladder.engines.states import Shelf, batches_of
-from bitladder.engines.weights import FileWeights
 from bitladder.errors import BadInput
 from bitladder.files.gguf import GgufFile
 from bitladder.formats.blocks import QTYPES
 from bitladder.formats.recipes import is_quantizable, types_for
 from bitladder.formats.roles import EMBEDDING
 from bitladder.formats.tensors import TensorInfo
-from bitladder.kernels import dequantize, quantize
+from bitladder.kernels import REVISION, dequantize, quantize
+from bitladder.kernels.feedback import REVISION as FEEDBACK_REVISION
 from bitladder.progress import Progress, silent
 from bitladder.records.recipe import SensitivityTable, TensorLoss
 from bitladder.units import GiB
+from bitladder.walk.driver import Resumable
+from bitladder.walk.feedback import FeedbackSettings, factor_of
+from bitladder.walk.inputs import InputStatistics
+from bitladder.walk.keep import Arrays, Keep
+from bitladder.walk.layers import LayeredModel
+from bitladder.walk.products import wants_half_products
+from bitladder.walk.sensitivity import EmbeddingSensitivity, Sensitivity, SensitivityPass
+from bitladder.walk.states import batches_of
+from bitladder.walk.weights import FileWeights
 
 F32 = NDArray[np.float32]
 
 _ROWS, _MATRICES = 512, 8
 """Rows of a matrix, and matrices of a stack, that stand for all: their mean error is known to a percent."""
 _FEW_TOKENS = 1024
+_LOSSES = "losses"
+"""Among arrays that are kept, beside importances by the names of their tensors."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,7 @@ def weigh(
     device: str = "cpu",
     state_bytes: int = GiB,
     spill: Path | None = None,
+    keep: Path | None = None,
     progress: Progress = silent,
     half: bool | None = None,
 ) -> Weighed:
@@ -69,6 +77,8 @@ def weigh(
         device: where arithmetic happens, as torch names it.
         state_bytes: hidden states beyond this go to a file in ``spill``.
         spill: a folder; the system's for temporary files by default.
+        keep: a folder in which a killed call leaves its gradients and what it knows; one over the same model and text
+            goes on from there, and removes them at its end. None keeps nothing.
         progress: told after each layer.
         half: whether to multiply in bfloat16; None: where the processor can.
 
@@ -87,30 +97,60 @@ def weigh(
     weights = FileWeights(source, threads=threads)
     model = LayeredModel(source.model, weights, device=device)
     batches = batches_of(windows)
-    shelf = Shelf(batches, source.model.dims.n_embd, budget_bytes=state_bytes, folder=spill)
-    tensors = {info.name: info for info in source.model.tensors if is_quantizable(info)}
-    found: dict[str, dict[str, TensorLoss]] = {}
-    importance: dict[str, F32] = {}
-    pivots = _Pivots()
+    half = wants_half_products(half, device)
+    made_by = f"{__version__} {REVISION} {FEEDBACK_REVISION}"
+    key = f"weigh {made_by} {source.sha256} {tokens_hash(windows)} {half}"
+    table = _Table(source, weights, threads)
+    passes = SensitivityPass(
+        model,
+        weights,
+        batches,
+        state_bytes=state_bytes,
+        spill=spill,
+        half=half,
+        keep=Keep(keep, key) if keep else None,
+        results=table,
+    )
+    passes.run(table.take, progress)
+    losses = {name: tuple(own.values()) for name, own in table.losses.items()}
+    return Weighed(SensitivityTable(source.sha256, tokens_hash(windows), tokens, losses), table.importance)
 
-    def take(sensitivity: Sensitivity | EmbeddingSensitivity) -> None:
+
+class _Table(Resumable):
+    """Losses of every tensor and type, and importances, as sensitivities come in."""
+
+    def __init__(self, source: GgufFile, weights: FileWeights, threads: int) -> None:
+        self._tensors = {info.name: info for info in source.model.tensors if is_quantizable(info)}
+        self._weights, self._threads, self._pivots = weights, threads, _Pivots()
+        self.losses: dict[str, dict[str, TensorLoss]] = {}
+        self.importance: dict[str, F32] = {}
+
+    def take(self, sensitivity: Sensitivity | EmbeddingSensitivity) -> None:
+        """Add one tensor's."""
         name = EMBEDDING if isinstance(sensitivity, EmbeddingSensitivity) else sensitivity.name
-        if name not in tensors:
+        if name not in self._tensors:
             return
-        info = tensors[name]
+        info = self._tensors[name]
         losses = (
-            _of_embedding(info, weights, sensitivity, threads)
+            _of_embedding(info, self._weights, sensitivity, self._threads)
             if isinstance(sensitivity, EmbeddingSensitivity)
-            else _of_matrix(info, weights, sensitivity, pivots, threads)
+            else _of_matrix(info, self._weights, sensitivity, self._pivots, self._threads)
         )
         if isinstance(sensitivity, Sensitivity):
-            importance[name] = _importance(sensitivity)
-        found[name] = _added(found[name], losses) if name in found else losses  # tied: read both ways
-        weights.forget(name)
+            self.importance[name] = _importance(sensitivity)
+        self.losses[name] = _added(self.losses[name], losses) if name in self.losses else losses  # tied: read both ways
+        self._weights.forget(name)
 
-    SensitivityPass(model, weights, batches, shelf, half=wants_half_products(half, device)).run(take, progress)
-    losses = {name: tuple(own.values()) for name, own in found.items()}
-    return Weighed(SensitivityTable(source.sha256, tokens_hash(windows), tokens, losses), importance)
+    def arrays(self) -> Arrays:
+        """As ``Resumable``."""
+        losses = {name: [asdict(one) for one in own.values()] for name, own in self.losses.items()}
+        return {**self.importance, _LOSSES: np.frombuffer(json.dumps(losses).encode(), np.uint8)}
+
+    def resume(self, layers: int, arrays: Arrays) -> None:  # noqa: ARG002
+        """As ``Resumable``."""
+        self.importance = {name: array for name, array in arrays.items() if name != _LOSSES}
+        losses = json.loads(arrays[_LOSSES].tobytes())
+        self.losses = {name: {one["qtype"]: TensorLoss(**one) for one in own} for name, own in losses.items()}
 
 
 def _importance(seen: Sensitivity) -> F32:

@@ -123,7 +123,7 @@ def build_levels(
         texts: The user's calibration texts.
         effort: How long to search for scales.
         threads: Of everything.
-        device: Where the scales of GGUF levels are searched for: cpu, or as torch names it.
+        device: Where walks compute and scales of GGUF levels are searched for: cpu, or as torch names it.
         split_max_bytes: Cut GGUF levels into parts.
         force: Replace files that are not the same level of the same source.
         journal: Told before what work will take, and after what it took.
@@ -152,8 +152,8 @@ def build_levels(
         need = building_need(source, every, out, effort=effort, threads=threads)
         require(need, probe_machine(out))  # before a walk takes its minutes
         journal.warn(*found.warnings)
-        calibrated = _walked(source, found, asked, out, imatrix, texts, threads, force, journal, progress)
-        importance = _importance(source, asked, imatrix, texts, calibrated, threads, journal, progress)
+        calibrated = _walked(source, found, asked, out, imatrix, texts, threads, device, force, journal, progress)
+        importance = _importance(source, asked, imatrix, texts, calibrated, threads, device, journal, progress)
         written: list[LevelFile] = []
         with job(need, journal, out) if every else nullcontext():
             for folds, levels in _passes(asked, calibrated):
@@ -166,7 +166,8 @@ def build_levels(
             from bitladder.steps.recipes import fitted_level
         for name in asked.fitted:
             fitted = fitted_level(
-                source, name, out, texts=texts, effort=effort, threads=threads, force=force, journal=journal,
+                source, name, out, texts=texts, effort=effort, threads=threads, device=device, force=force,
+                journal=journal,
                 progress=progress,
             )  # fmt: skip
             written.append(fitted.file)
@@ -187,7 +188,7 @@ def _refuse(asked: Asked, imatrix: str, split_max_bytes: int | None, device: str
         from bitladder.files.imatrix import read_imatrix
 
         read_imatrix(Path(imatrix))
-    refuse_unheard(asked.fitted, imatrix, split_max_bytes, device)
+    refuse_unheard(asked.fitted, imatrix, split_max_bytes)
     if device != CPU:
         from bitladder.kernels.gpu import check_device
 
@@ -205,16 +206,15 @@ def _refuse_overwriting(source: GgufFile, asked: Asked, out: Path, split: int | 
     refuse_overwriting([header.path for header in source.headers], drafts, lambda: source.sha256, force=force)
 
 
-def refuse_unheard(fitted: Sequence[str], imatrix: str, split_max_bytes: int | None = None, device: str = CPU) -> None:
+def refuse_unheard(fitted: Sequence[str], imatrix: str, split_max_bytes: int | None = None) -> None:
     """Refuse options that fitted levels would not heed; raises UsageError."""
     given = {f"--imatrix {imatrix}": imatrix != AUTO, "--split-max-size": split_max_bytes is not None}
-    given[f"--device {device}"] = device != CPU
     option = next((option for option, is_given in given.items() if is_given), None)
     if not fitted or option is None:
         return
     raise UsageError(
         f"{fitted[0]} was asked for with {option}.",
-        means="Fitted levels take their statistics from the calibration text, and are made on the CPU as one file.",
+        means="Fitted levels take their statistics from the calibration text, and are made as one file.",
         do=f"Leave out {option}, or ask for the others in a call of their own.",
     )
 
@@ -235,6 +235,7 @@ def _walked(
     imatrix: str,
     texts: Sequence[Path],
     threads: int,
+    device: str,
     force: bool,
     journal: Journal,
     progress: Progress,
@@ -242,10 +243,10 @@ def _walked(
     """What comes of one walk over the calibration text; None where no level asks for more than an importance matrix."""
     if not asked.folded and not asked.checkpoints:
         return None
-    from bitladder.engines.checkpoint_walk import Settings
     from bitladder.files.texts import shipped_texts
     from bitladder.formats.vectors import ImportanceVectors
     from bitladder.stages.calibrate import Calibration, Reading
+    from bitladder.walk.checkpoint_walk import Settings
 
     documents = calibration_texts(texts)
     wanted: list[Product] = [*asked.checkpoints, *asked.folded]
@@ -257,7 +258,7 @@ def _walked(
         measuring=token_windows(source, shipped_texts()),
         prompts=_prompts(source, documents) if asked.checkpoints else {},
     )
-    settings = Settings(threads=threads)
+    settings = Settings(threads=threads, device=device)
     work = Calibration(
         source, wanted, reading, out_dir=out, name=found.label, checkpoint=found.checkpoint, settings=settings,
         force=force,
@@ -276,6 +277,7 @@ def _importance(
     texts: Sequence[Path],
     calibrated: Calibrated | None,
     threads: int,
+    device: str,
     journal: Journal,
     progress: Progress,
 ) -> Importance | None:
@@ -285,7 +287,9 @@ def _importance(
     if calibrated is not None and calibrated.importance is not None:
         return calibrated.importance.vectors()
     try:
-        return importance_of(source, imatrix, texts=texts, threads=threads, journal=journal, progress=progress)
+        return importance_of(
+            source, imatrix, texts=texts, threads=threads, device=device, journal=journal, progress=progress
+        )
     except UnknownArchitecture as error:
         journal.warn(f"Levels are made without an importance matrix: {error.found}")
         return None

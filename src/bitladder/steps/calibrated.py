@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from bitladder.describe.text import Document
     from bitladder.describe.windows import Window
     from bitladder.files.gguf import GgufFile
+    from bitladder.files.imatrix import ImportanceMatrix
 
     Importance = Mapping[str, NDArray[np.float32]]
 
@@ -66,6 +67,7 @@ def importance_of(
     texts: Sequence[Path] = (),
     measured_on: Sequence[Document] = (),
     threads: int = 1,
+    device: str = "cpu",
     journal: Journal | None = None,
     progress: Progress,
 ) -> Importance | None:
@@ -77,6 +79,7 @@ def importance_of(
         choice: a file's path, ``auto`` or ``none``.
         texts: the user's calibration texts.
         measured_on: texts that levels will be measured on; calibrating on them would flatter every level.
+        device: where one is made, as torch names it.
         journal: told what making one will take, and what it took.
 
     Raises:
@@ -102,12 +105,34 @@ def importance_of(
         apart.parent.mkdir(parents=True, exist_ok=True)
         apart.touch()  # these two texts have been found to share nothing
     if not kept.exists():
-        from bitladder.stages.imatrix import importance_matrix  # brings torch: a second to import, for this case alone
-
-        with job(walking_need(source, windows, (), kind="importance"), journal or Journal()):
-            found = importance_matrix(source, windows, dataset="calibration text", threads=threads, progress=progress)
+        found = _gathered(source, windows, "calibration text", threads, device, journal or Journal(), progress)
         write_imatrix(kept, found)
     return read_imatrix(kept).vectors()
+
+
+def _gathered(
+    source: GgufFile,
+    windows: Sequence[Window],
+    dataset: str,
+    threads: int,
+    device: str,
+    journal: Journal,
+    progress: Progress,
+) -> ImportanceMatrix:
+    """An importance matrix, made; a killed call goes on where it was."""
+    from bitladder.files.folders import cache_folder
+    from bitladder.stages.imatrix import importance_matrix  # brings torch: a second to import, for this case alone
+
+    with job(walking_need(source, windows, (), kind="importance"), journal):
+        return importance_matrix(
+            source,
+            windows,
+            dataset=dataset,
+            threads=threads,
+            device=device,
+            keep=cache_folder("walks", "importance"),
+            progress=progress,
+        )
 
 
 def make_imatrix(
@@ -117,6 +142,7 @@ def make_imatrix(
     *,
     threads: int,
     force: bool = False,
+    device: str = "cpu",
     journal: Journal | None = None,
     progress: Progress,
 ) -> Path:
@@ -132,7 +158,6 @@ def make_imatrix(
     from bitladder.files.imatrix import made_from, write_imatrix
     from bitladder.files.outputs import check_output
     from bitladder.files.sources import resolve
-    from bitladder.stages.imatrix import importance_matrix
 
     documents = calibration_texts(texts)
     with GgufFile.open(resolve(model, progress).path) as source:
@@ -145,7 +170,6 @@ def make_imatrix(
         )
         windows = token_windows(source, documents)
         dataset = ", ".join(str(text) for text in texts) or "bitladder calibration text"
-        with job(walking_need(source, windows, (), kind="importance"), journal or Journal()):
-            found = importance_matrix(source, windows, dataset=dataset, threads=threads, progress=progress)
+        found = _gathered(source, windows, dataset, threads, device, journal or Journal(), progress)
         write_imatrix(out, found, source_sha256=source.sha256)
     return out

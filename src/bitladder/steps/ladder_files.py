@@ -34,6 +34,7 @@ def ladder_files(
     effort: Effort,
     threads: int,
     folders: Sequence[Path] = (),
+    device: str = "cpu",
     journal: Journal,
     progress: Progress,
 ) -> dict[Subject, LevelFile]:
@@ -47,6 +48,7 @@ def ladder_files(
         effort: how long to search for scales.
         threads: of everything.
         folders: where else levels may lie already, under any name.
+        device: where scales are searched for and fitted levels walked, as torch names it.
         journal: told what work will take and what it took.
         progress: told how each level stands.
 
@@ -60,7 +62,7 @@ def ladder_files(
     need = building_need(source, plain, out, folders=folders, effort=effort, threads=threads)
     with job(need, journal, out) if plain else nullcontext():
         files = quantize_levels(
-            source, plain, out, importance=importance, effort=effort, threads=threads, folders=folders,
+            source, plain, out, importance=importance, effort=effort, threads=threads, device=device, folders=folders,
             is_kept=kept_by_evidence(journal), progress=progress,
         )  # fmt: skip
     for file in files:
@@ -70,7 +72,7 @@ def ladder_files(
     built = {Subject(source.sha256, file.level, made=method): file for file in files}
     for level in wanted:
         if level not in plain:
-            subject, file = _fitted(source, level, out, effort, threads, folders, journal, progress)
+            subject, file = _fitted(source, level, out, effort, threads, device, folders, journal, progress)
             built[subject] = file
     return {subject: built[subject] for subject in sorted(built, key=lambda subject: wanted.index(subject.level))}
 
@@ -81,6 +83,7 @@ def _fitted(
     out: Path,
     effort: Effort,
     threads: int,
+    device: str,
     folders: Sequence[Path],
     journal: Journal,
     progress: Progress,
@@ -88,7 +91,15 @@ def _fitted(
     """The file of a level whose codes are chosen with error feedback, under the name it was asked for by."""
     tell(progress, LevelNews(level, "being written"))
     made = fitted_level(
-        source, level, out, effort=effort, threads=threads, folders=folders, journal=journal, progress=progress
+        source,
+        level,
+        out,
+        effort=effort,
+        threads=threads,
+        device=device,
+        folders=folders,
+        journal=journal,
+        progress=progress,
     )
     file = replace(made.file, level=level)
     tell(progress, LevelNews(level, "written", file_bytes=file.bytes))

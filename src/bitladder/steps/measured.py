@@ -35,6 +35,7 @@ def measure_model(
     imatrix: str = NONE,
     effort: Effort = "good",
     threads: int = 2,
+    device: str = "cpu",
     journal: Journal | None = None,
     progress: Progress,
 ) -> list[Fidelity]:
@@ -62,7 +63,13 @@ def measure_model(
         importance = None
         if imatrix != AUTO or weighed(made):
             importance = importance_of(
-                source, imatrix, measured_on=measured_on, threads=threads, journal=journal, progress=progress
+                source,
+                imatrix,
+                measured_on=measured_on,
+                threads=threads,
+                device=device,
+                journal=journal,
+                progress=progress,
             )
         method = method_name(effort, importance)
         subjects = [Subject(source.sha256, level, made=method) for level in made if level != reference]
@@ -75,7 +82,7 @@ def measure_model(
             levels = [subject.level for subject in missing if not subject.file]
             files = {subject.file for subject in missing}
             return [
-                *made_candidates(source, levels, importance=importance, effort=effort, threads=threads),
+                *made_candidates(source, levels, importance=importance, effort=effort, threads=threads, device=device),
                 *(file_candidate(source, other) for other in others if other.sha256 in files),
             ]
 
@@ -88,6 +95,7 @@ def measure_model(
             journal,
             reference=higher,
             threads=threads,
+            device=device,
             progress=progress,
         )
 
@@ -123,6 +131,7 @@ def fidelities(
     *,
     reference: Subject | None = None,
     threads: int,
+    device: str = "cpu",
     progress: Progress,
 ) -> list[Fidelity]:
     """Stored fidelities, and one walk for those that are missing; against a level of ``candidates``, or the source."""
@@ -140,7 +149,7 @@ def fidelities(
         from bitladder.stages.walk import WalkOptions, walk  # brings torch, which stored figures need not wait for
 
         windows = token_windows(source, texts)
-        options = WalkOptions(progress=progress, threads=threads)
+        options = WalkOptions(progress=progress, threads=threads, device=device)
         options["keep"] = cache_folder("walks")  # a killed walk goes on from the states it left there
         walked = list(candidates([*([reference] if reference else []), *missing]))
         if reference is not None:  # made together with the others, so that what they hold alike is made once

@@ -70,6 +70,7 @@ def make_recipe(
     *,
     texts: Sequence[Path] = (),
     threads: int,
+    device: str = "cpu",
     journal: Journal | None = None,
     progress: Progress,
 ) -> RecipeResult:
@@ -87,11 +88,18 @@ def make_recipe(
     found = resolve(model, progress)
     journal.warn(*found.warnings)
     with GgufFile.open(found.path) as source:
-        return recipe_of(source, asked, texts=texts, threads=threads, journal=journal, progress=progress)
+        return recipe_of(source, asked, texts=texts, threads=threads, device=device, journal=journal, progress=progress)
 
 
 def recipe_of(
-    source: GgufFile, asked: Asked, *, texts: Sequence[Path] = (), threads: int, journal: Journal, progress: Progress
+    source: GgufFile,
+    asked: Asked,
+    *,
+    texts: Sequence[Path] = (),
+    threads: int,
+    device: str = "cpu",
+    journal: Journal,
+    progress: Progress,
 ) -> RecipeResult:
     """As ``make_recipe``, of a model that is open already."""
     from bitladder.formats.recipes import level_named
@@ -105,15 +113,15 @@ def recipe_of(
         recipe = named_recipe(source, asked.level)
         if asked.out is None:
             return RecipeResult(recipe, float("nan"))
-        return _written(source, recipe, parts, asked.out, asked, threads, journal, progress)
-    table, kept = weighed_tensors(source, parts, texts, threads, journal, progress)
+        return _written(source, recipe, parts, asked.out, asked, threads, device, journal, progress)
+    table, kept = weighed_tensors(source, parts, texts, threads, device, journal, progress)
     recipe = _chosen(source, table, asked)
     if asked.out is None:
         return RecipeResult(recipe, table.error)
     out = asked.out
 
     def write(table: SensitivityTable, recipe: Recipe) -> RecipeResult:
-        return _written(source, recipe, parts, out, asked, threads, journal, progress, error=table.error)
+        return _written(source, recipe, parts, out, asked, threads, device, journal, progress, error=table.error)
 
     result = write(table, recipe)
     if asked.wish.kl is None:
@@ -185,6 +193,7 @@ def _written(
     out: Path,
     asked: Asked,
     threads: int,
+    device: str,
     journal: Journal,
     progress: Progress,
     *,
@@ -192,11 +201,11 @@ def _written(
 ) -> RecipeResult:
     """The recipe's file, and its loss on text that nothing was fitted to."""
     fitted = write_recipe(
-        source, recipe, parts.fitting, out, asked.effort, threads, journal, progress,
+        source, recipe, parts.fitting, out, asked.effort, threads, device, journal, progress,
         folders=asked.folders, force=asked.force,
     )  # fmt: skip
     journal.warn(*note_lines(fitted))
-    held = measured_on(source, fitted.file.path, parts.held_out, threads, journal, progress)
+    held = measured_on(source, fitted.file.path, parts.held_out, threads, device, journal, progress)
     return RecipeResult(recipe, error, fitted, held)
 
 
@@ -210,6 +219,7 @@ def fitted_level(
     threads: int,
     force: bool | None = None,
     folders: Sequence[Path] = (),
+    device: str = "cpu",
     journal: Journal,
     progress: Progress,
 ) -> FittedLevel:
@@ -223,7 +233,7 @@ def fitted_level(
 
     level, bpw = parse_fitted(name)
     asked = Asked(Wish(bpw=bpw), level=level, out=out, effort=effort, force=force, folders=tuple(folders))
-    result = recipe_of(source, asked, texts=texts, threads=threads, journal=journal, progress=progress)
+    result = recipe_of(source, asked, texts=texts, threads=threads, device=device, journal=journal, progress=progress)
     if result.fitted is None or result.held_out is None:
         raise ValueError("a recipe with a folder was not written")
     held = result.held_out
@@ -240,6 +250,7 @@ def reapply(
     effort: Effort = "good",
     threads: int,
     force: bool | None = None,
+    device: str = "cpu",
     journal: Journal,
     progress: Progress,
 ) -> RecipeResult:
@@ -259,7 +270,7 @@ def reapply(
         own = reapplied(recipe, source.model)
         parts = parts_of_text(token_windows(source, calibration_texts(texts)))
         asked = Asked(Wish(), out=out, effort=effort, force=force)
-        return _written(source, own, parts, out, asked, threads, journal, progress)
+        return _written(source, own, parts, out, asked, threads, device, journal, progress)
 
 
 def read_recipe(file: Path) -> Recipe:
@@ -300,6 +311,7 @@ def write_recipe(
     out: Path,
     effort: Effort,
     threads: int,
+    device: str,
     journal: Journal,
     progress: Progress,
     *,
@@ -311,8 +323,8 @@ def write_recipe(
     Raises:
         NothingFits: too little memory or disk.
     """
-    from bitladder.engines.feedback import FeedbackSettings
     from bitladder.stages.feedback import write_with_feedback
+    from bitladder.walk.feedback import FeedbackSettings
 
     need = replace(
         walking_need(source, windows, (recipe.label,), kind="fit"),
@@ -321,23 +333,29 @@ def write_recipe(
     )
     there = (out / f"{source.model.name}-{recipe.label}.gguf").exists()
     with nullcontext() if there else job(need, journal, out):
+        settings = FeedbackSettings(effort=effort, threads=threads, device=device)
         return write_with_feedback(
-            source, recipe, out, windows, settings=FeedbackSettings(effort=effort, threads=threads), force=force,
-            folders=folders, is_kept=kept_by_evidence(journal), progress=progress,
+            source, recipe, out, windows, settings=settings, force=force, folders=folders,
+            is_kept=kept_by_evidence(journal), progress=progress,
         )  # fmt: skip
 
 
 def measured_on(
-    source: GgufFile, file: Path, windows: Sequence[Window], threads: int, journal: Journal, progress: Progress
+    source: GgufFile,
+    file: Path,
+    windows: Sequence[Window],
+    threads: int,
+    device: str,
+    journal: Journal,
+    progress: Progress,
 ) -> Fidelity:
     """A file's fidelity on some windows."""
     from bitladder.files.gguf import GgufFile
     from bitladder.stages.walk import file_candidate, walk
 
     with GgufFile.open(file) as opened, job(walking_need(source, windows, (file.stem,)), journal):
-        return walk(
-            source, [file_candidate(source, opened, threads=threads)], windows, progress=progress, threads=threads
-        )[0]
+        level = file_candidate(source, opened, threads=threads)
+        return walk(source, [level], windows, progress=progress, threads=threads, device=device)[0]
 
 
 def _bounded(source: GgufFile, asked: Asked) -> Wish:

@@ -44,6 +44,8 @@ class Search:
     threads: int = 2
     imatrix: str = AUTO
     trust_python: bool = False
+    device: str = "cpu"
+    """Where an importance matrix is gathered and scales are searched for, as torch names it."""
 
 
 def find_smallest(search: Search, progress: Progress, *, say: Say = lambda _: None) -> LadderOutcome:
@@ -81,7 +83,9 @@ def find_smallest(search: Search, progress: Progress, *, say: Say = lambda _: No
         n_ctx = usable_context(source.model, search.n_ctx)
         levels = _levels(source, search, n_ctx)
         try:
-            importance = importance_of(source, search.imatrix, threads=search.threads, progress=progress)
+            importance = importance_of(
+                source, search.imatrix, threads=search.threads, device=search.device, progress=progress
+            )
         except UnknownArchitecture as error:
             journal.warn(f"Levels are made without an importance matrix: {error.found}")
             importance = None
@@ -105,7 +109,8 @@ def find_smallest(search: Search, progress: Progress, *, say: Say = lambda _: No
             out = search.out or Path(f"{found.label}-ladder")
             built = ladder_files(
                 source, [level], out, importance=importance, effort="good", threads=search.threads,
-                folders=[out, *known_folders(recorded, source.sha256)], journal=Journal(say), progress=progress,
+                device=search.device, folders=[out, *known_folders(recorded, source.sha256)], journal=Journal(say),
+                progress=progress,
             )  # fmt: skip
             ((opened[level], file),) = identified(built, making, recorded, journal, progress).items()
             progress(f"workload: {level}", 0, 1)

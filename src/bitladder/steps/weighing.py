@@ -65,6 +65,7 @@ def weighed_tensors(
     parts: RecipeTexts,
     texts: Sequence[Path],
     threads: int,
+    device: str,
     journal: Journal,
     progress: Progress,
 ) -> tuple[SensitivityTable, Path]:
@@ -82,8 +83,9 @@ def weighed_tensors(
         return _read_table(kept), kept
     need = walking_need(source, parts.weighing, ("",) * 3, kind="weigh")
     with job(need.named(f"weigh {source.model.name}'s tensors"), journal):
-        weighed = weigh(source, parts.weighing, threads=threads, progress=progress)
-    table = _checked(source, weighed, parts, threads, journal, progress)
+        keep = cache_folder("walks", "weigh")
+        weighed = weigh(source, parts.weighing, threads=threads, device=device, keep=keep, progress=progress)
+    table = _checked(source, weighed, parts, threads, device, journal, progress)
     keep_table(kept, table)
     return table, kept
 
@@ -108,7 +110,13 @@ def _read_table(path: Path) -> SensitivityTable:
 
 
 def _checked(
-    source: GgufFile, weighed: Weighed, parts: RecipeTexts, threads: int, journal: Journal, progress: Progress
+    source: GgufFile,
+    weighed: Weighed,
+    parts: RecipeTexts,
+    threads: int,
+    device: str,
+    journal: Journal,
+    progress: Progress,
 ) -> SensitivityTable:
     """Measure a few whole recipes, made on the fly, and scale the predictions to them.
 
@@ -116,14 +124,14 @@ def _checked(
     of a file is measured in f32."""
     import numpy as np
 
-    from bitladder.engines.products import half_products_pay
-    from bitladder.engines.weights import FileWeights, MadeWeights, Quantizer
     from bitladder.plan.recipe import Wish, bounds, choose, fitted, predicted
     from bitladder.stages.walk import Candidate, walk
+    from bitladder.walk.products import wants_half_products
+    from bitladder.walk.weights import FileWeights, MadeWeights, Quantizer
 
     table = weighed.table
     exact = FileWeights(source, threads=threads)
-    quantizer = Quantizer(exact, importance=weighed.importance, effort="fast", threads=threads)
+    quantizer = Quantizer(exact, importance=weighed.importance, effort="fast", threads=threads, device=device)
     least, most = (8 * size / sum(t.elements for t in source.model.tensors) for size in bounds(source.model))
     sizes = np.geomspace(_CHECKED[0] * least, min(_CHECKED[1], most), _CHECKED[2])
     recipes = [
@@ -132,6 +140,7 @@ def _checked(
     candidates = [Candidate(recipe.label, MadeWeights(quantizer, recipe.qtypes)) for recipe in recipes]
     windows = parts.held_out
     with job(walking_need(source, windows, [recipe.label for recipe in recipes]), journal):
-        found = walk(source, candidates, windows, progress=progress, threads=threads, half=half_products_pay())
+        half = wants_half_products(None, device)
+        found = walk(source, candidates, windows, progress=progress, threads=threads, device=device, half=half)
     sums = [predicted(table, recipe.qtypes, feedback=False) for recipe in recipes]
     return fitted(table, [(s, one.kl_mean) for s, one in zip(sums, found, strict=True)])

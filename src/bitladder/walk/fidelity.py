@@ -1,13 +1,13 @@
-"""Several models of one shape through their layers together: a reference and its levels, on the same tokens.
+"""A reference and its levels on the same tokens: one stream through the layers, compared at the head.
 
-One layer of weights is in memory at a time. Each level has its own hidden states; levels whose tensors have
-been equal so far share theirs. At the end the next-token distributions of all meet (``engines/head.py``).
+Each level has its own hidden states; levels whose tensors have been equal so far share theirs. At the end the
+next-token distributions of all meet (``head.py``).
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,40 +15,35 @@ import torch
 from numpy.typing import NDArray
 
 from bitladder.describe.windows import Window
-from bitladder.engines.head import HeadInput, TokenScores, compare
-from bitladder.engines.layers import LayeredModel, inference
-from bitladder.engines.products import products
-from bitladder.engines.resume import Checkpoint, walk_key
-from bitladder.engines.rounding import round_inputs, rounded_input
-from bitladder.engines.states import Batch, Shelf, States, batches_of
-from bitladder.engines.weights import LevelWeights
 from bitladder.formats.roles import OUTPUT_NORM
-from bitladder.progress import Progress
+from bitladder.progress import Progress, within
 from bitladder.units import MiB
+from bitladder.walk.driver import Group, Member, Stream, forward, split
+from bitladder.walk.head import HeadInput, TokenScores, compare
+from bitladder.walk.keep import Keep
+from bitladder.walk.layers import LayeredModel, inference
+from bitladder.walk.rounding import rounded_input
+from bitladder.walk.states import Batch, States, batches_of
+from bitladder.walk.weights import LevelWeights
 
 SoFar = Callable[[int, float], None]
 _HEAD_BYTES = 512 * MiB
 """Normed states at the head at once, all models together."""
 
 
-@dataclass
-class _Group:
-    """Models that have shared all weights so far, and their states."""
-
-    members: list[int]
-    states: States
-
-
-def _split(members: Sequence[int], key: Callable[[int], Hashable]) -> list[list[int]]:
-    """Members with equal keys together, in order."""
-    parts: dict[Hashable, list[int]] = {}
-    for member in members:
-        parts.setdefault(key(member), []).append(member)
-    return list(parts.values())
+def walk_key(weights: Sequence[LevelWeights], tensors: Sequence[str], tokens: Sequence[bytes]) -> str:
+    """A hash over every model's tensors (by identity), and over the windows."""
+    digest = hashlib.blake2b(digest_size=16)
+    for own in weights:
+        for name in tensors:
+            digest.update(repr((name, own.identity(name))).encode())
+    for window in tokens:
+        digest.update(len(window).to_bytes(8, "little") + window)
+    return digest.hexdigest()
 
 
 class Ladder:
-    """The pass over the layers. ``weights[0]`` is the reference's."""
+    """The pass over the layers and the head. ``weights[0]`` is the reference's."""
 
     def __init__(
         self,
@@ -65,11 +60,22 @@ class Ladder:
         """``state_bytes``: hidden states beyond this go to a file in ``spill``. ``keep``: a folder in which a
         killed pass leaves its states, and finds them. ``engine_rounding``: round inputs as llama.cpp does. ``half``:
         multiply in bfloat16."""
-        self._rounding, self._half = engine_rounding, half
         self.model, self.weights, self.windows = model, weights, windows
-        self.batches = batches_of(windows)
-        self._shelf = Shelf(self.batches, model.model.dims.n_embd, budget_bytes=state_bytes, folder=spill)
-        self._kept = Checkpoint(keep, self._key()) if keep else None
+        self.batches, self._rounding = batches_of(windows), engine_rounding
+        key = ""
+        if keep:
+            tokens = [window.tokens.tobytes() for window in windows]
+            names = [tensor.name for tensor in model.model.tensors]
+            key = walk_key(weights, names, [*tokens, f"{engine_rounding} {half}".encode()])
+        self._stream = Stream(
+            model,
+            [Member(own, rounding=engine_rounding) for own in weights],
+            self.batches,
+            state_bytes=state_bytes,
+            spill=spill,
+            keep=Keep(keep, key) if keep else None,
+            half=half,
+        )
 
     def run(self, progress: Progress, so_far: SoFar = lambda _member, _mean: None) -> list[TokenScores]:
         """Scores of every scored token of every model, windows in the caller's order.
@@ -82,81 +88,23 @@ class Ladder:
         """
         n_layer = self.model.n_layer
         total = n_layer + 2.0  # the head costs about two layers
-        first, groups = self._resumed() or (0, self._embedded())
-        for layer in range(first, n_layer):
-            progress(f"walk: layer {layer + 1} of {n_layer}", layer, total)
-            groups = [part for group in groups for part in self._through(group, layer)]
-            for name in self.model.layer_names(layer):
-                for own in self.weights:
-                    own.forget(name)
-            if self._kept:
-                self._kept.save(layer, [(group.members, group.states) for group in groups])
+        forward([self._stream], within(progress, 0, n_layer, total), "walk: ")
         progress("walk: comparing predictions", n_layer, total)
-        scores = self._at_the_head(groups, so_far)
-        if self._kept:
-            self._kept.done()
+        scores = self._at_the_head(self._stream.groups, so_far)
+        self._stream.finished()
         progress("walk: comparing predictions", total, total)
         return scores
-
-    def _key(self) -> str:
-        tensors = [tensor.name for tensor in self.model.model.tensors]
-        windows = [window.tokens.tobytes() for window in self.windows]
-        return walk_key(self.weights, tensors, [*windows, f"{self._rounding} {self._half}".encode()])
-
-    def _resumed(self) -> tuple[int, list[_Group]] | None:
-        """Where a killed pass over the same models and windows was: the layer to go on with, and its
-        groups."""
-        found = self._kept.load() if self._kept else None
-        if self._kept is None or found is None:
-            return None
-        layer, members, files = found
-        groups = []
-        for own, file in zip(members, files, strict=True):
-            states = self._shelf.take()
-            self._kept.restore(file, states)
-            groups.append(_Group(own, states))
-        return layer, groups
-
-    def _embedded(self) -> list[_Group]:
-        groups = []
-        everyone = range(len(self.weights))
-        for members in _split(everyone, lambda one: self.weights[one].identity(self.model.embedding)):
-            states = self._shelf.take()
-            for batch in self.batches:
-                states.put(batch, self.model.embed(batch.tokens, self.weights[members[0]]))
-            self.weights[members[0]].forget(self.model.embedding)
-            groups.append(_Group(members, states))
-        return groups
-
-    def _through(self, group: _Group, layer: int) -> list[_Group]:
-        """Push a group through a layer; it falls apart into groups that still share everything."""
-        names = self.model.layer_names(layer)
-        parts = _split(group.members, lambda one: tuple(self.weights[one].identity(name) for name in names))
-        result = []
-        for number, members in enumerate(parts):
-            # The last part to go may overwrite the states that all parts start from.
-            states = group.states if number == len(parts) - 1 else self._shelf.take()
-            block = self.model.layer(layer, self.weights[members[0]])
-            if self._rounding:
-                round_inputs(block, self.model.family, layer, self.weights[members[0]].qtype)
-            for batch in self.batches:
-                with products(half=self._half):
-                    out = self.model.run(block, layer, group.states.get(batch).to(self.model.device))
-                states.put(batch, out)
-            del block  # before the next is built: one layer of weights at a time
-            result.append(_Group(members, states))
-        return result
 
     def _head_identity(self, weights: LevelWeights) -> Hashable:
         norm = weights.identity(OUTPUT_NORM) if self.model.family.has_output_norm else None
         return norm, weights.identity(self.model.output)
 
-    def _at_the_head(self, groups: Sequence[_Group], so_far: SoFar) -> list[TokenScores]:
+    def _at_the_head(self, groups: Sequence[Group], so_far: SoFar) -> list[TokenScores]:
         """Scores of every model; models with the same states and the same head are scored once."""
         distinct = [
             (members, group.states)
             for group in groups
-            for members in _split(group.members, lambda one: self._head_identity(self.weights[one]))
+            for members in split(group.members, lambda one: self._head_identity(self.weights[one]))
         ]
         distinct.sort(key=lambda pair: pair[0][0])  # the reference is member 0: all others are compared with it
         found: list[dict[int, TokenScores]] = [{} for _ in distinct]

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from bitladder import __version__
-from bitladder.engines.checkpoint_walk import CheckpointWalk
-from bitladder.engines.layers import LayeredModel
 from bitladder.errors import OutputError
 from bitladder.files.checkpoint_check import verify_folder
 from bitladder.files.checkpoint_folder import CheckpointFolder
@@ -28,6 +26,8 @@ from bitladder.records.calibration import (
     TextSource,
 )
 from bitladder.records.coverage import coverage
+from bitladder.walk.checkpoint_walk import CalibrationWalk
+from bitladder.walk.layers import LayeredModel
 
 
 def losses_of(store: LayerStore) -> tuple[LinearLoss, ...]:
@@ -48,7 +48,7 @@ def losses_of(store: LayerStore) -> tuple[LinearLoss, ...]:
 def finish_folder(
     folder: CheckpointFolder,
     level: CheckpointLevel,
-    walk: CheckpointWalk,
+    walk: CalibrationWalk,
     companions: Companions,
     *,
     text: CalibrationText | None,
@@ -80,7 +80,7 @@ def finish_folder(
     folder.finish(walk.top(), config, {**companions.files, **_method_files(level, config)}, manifest)
 
 
-def _config(companions: Companions, level: CheckpointLevel, walk: CheckpointWalk) -> dict[str, Any]:
+def _config(companions: Companions, level: CheckpointLevel, walk: CalibrationWalk) -> dict[str, Any]:
     """The model's configuration with what engines need to know of its quantization."""
     model: LayeredModel = walk.model
     routers: tuple[str, ...] = (

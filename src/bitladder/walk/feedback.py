@@ -1,6 +1,6 @@
 """GGUF levels with error feedback, layer by layer: each layer is fitted to the inputs that the level so far gives.
 
-Like ``streams.SequentialStream``, but tensors keep llama.cpp's names, row order and blocks, so what comes out is an
+Like ``gptq.GptqLevel``, but tensors keep llama.cpp's names, row order and blocks, so what comes out is an
 ordinary GGUF file. The order within a layer is that of its shared inputs; every Hessian is gathered after the linear
 layers before it have been quantized.
 
@@ -12,8 +12,8 @@ weights half way there: the whole of it fits the calibration text more than othe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,17 +23,19 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from bitladder.engines.calibration import InputStatistics, LayerPass
-from bitladder.engines.layers import LayeredModel, inference
-from bitladder.engines.products import products, wants_half_products
-from bitladder.engines.states import Batch, States
-from bitladder.engines.streams import FEW_TOKENS
-from bitladder.engines.transforms import apply
-from bitladder.engines.weights import LevelWeights
 from bitladder.errors import BadWeights
 from bitladder.formats.roles import Parameter, SharedInput, layer_tensor
 from bitladder.kernels import Effort, dequantize, gptq, quantize
 from bitladder.kernels.feedback import chunk_of, quantize_with_feedback, takes_feedback
+from bitladder.walk.driver import Builder, Observer, Stream
+from bitladder.walk.inputs import InputStatistics
+from bitladder.walk.layer_pass import LayerPass
+from bitladder.walk.layers import LayeredModel
+from bitladder.walk.made import FEW_TOKENS
+from bitladder.walk.products import wants_half_products
+from bitladder.walk.states import Batch, Room, States
+from bitladder.walk.transforms import apply
+from bitladder.walk.weights import LevelWeights
 
 F32 = NDArray[np.float32]
 U8 = NDArray[np.uint8]
@@ -71,7 +73,7 @@ class FeedbackSettings:
     device: str = "cpu"
     """Where codes are chosen, as torch names it; the same as the model's."""
     half: bool | None = None
-    """Whether passes multiply in bfloat16 (``engines/products.py``); None: where the processor can."""
+    """Whether passes multiply in bfloat16 (``walk/products.py``); None: where the processor can."""
 
     @property
     def half_products(self) -> bool:
@@ -135,87 +137,104 @@ def fit_matrix(
     return Fitted(blocks.data, blocks.cost, energy, factor.damp, note)
 
 
-class FeedbackStream:
-    """One level; ``states`` hold what enters its next layer."""
+Changed = Callable[[int, Sequence[str]], list[str]]
+
+
+class SourceInputs(Observer):
+    """Keeps what the source's linear modules read in a layer, of those that a level changes, until its builder takes
+    it."""
+
+    def __init__(
+        self, model: LayeredModel, changed: Changed, batches: Sequence[Batch], *, budget_bytes: int, spill: Path | None
+    ) -> None:
+        """``changed``: which tensors of some roles in a layer the level changes. ``budget_bytes``: what is more of a
+        layer goes to files in ``spill``."""
+        self._model, self._changed, self._batches = model, changed, batches
+        self._budget, self._spill = budget_bytes, spill
+        self._room = Room(0, spill)
+        self._layer, self._modules = -1, list[str]()
+        self._kept: dict[str, States] = {}
+
+    def pop(self, shared: SharedInput) -> States | None:
+        """What was read of an input in the layer that went by last; its room is free afterwards."""
+        return self._kept.pop(shared.module, None)
+
+    def on(self, layer: int, block: nn.Module, batch: Batch) -> ExitStack:
+        """As ``Observer``."""
+        if layer != self._layer:
+            linear = [shared for shared in self._model.inputs(block) if shared.kind == "linear"]
+            self._modules = [shared.module for shared in linear if self._changed(layer, shared.roles)]
+            self._layer, self._kept, self._room = layer, {}, Room(self._budget, self._spill)
+        hooks = ExitStack()
+        for module in self._modules:
+            hook = self._keeping(module, batch)
+            hooks.callback(block.get_submodule(module).register_forward_pre_hook(hook).remove)
+        return hooks
+
+    def _keeping(self, module: str, batch: Batch) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def seen(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+            x = arguments[0].reshape(*batch.tokens.shape, -1)
+            if module not in self._kept:
+                self._kept[module] = self._room.states(self._batches, x.shape[-1])
+            self._kept[module].put(batch, x)
+
+        return seen
+
+
+class FedLevel(Builder):
+    """One level whose codes are fitted. The source goes through each layer before it, watched by ``source_inputs``."""
 
     def __init__(
         self,
         model: LayeredModel,
         weights: LevelWeights,
         qtypes: Mapping[str, str],
-        states: States,
-        originals: States,
-        batches: Sequence[Batch],
         settings: FeedbackSettings,
+        batches: Sequence[Batch],
+        put: Callable[[FittedTensor], None],
+        has: Callable[[str], bool] = lambda _: True,
         *,
+        budget_bytes: int,
         spill: Path | None = None,
     ) -> None:
-        """``qtypes``: what each tensor is stored as; those that keep the source's type are not touched.
-        ``originals``: what enters the next layer of the source."""
-        self.model, self._weights, self._qtypes = model, weights, qtypes
-        self.states, self.originals = states, originals
-        self._batches, self._settings, self._spill = batches, settings, spill
+        """``qtypes``: what each tensor is stored as; those that keep the source's type are not touched. ``put`` takes a
+        finished tensor, ``has`` says whether it did, in this run or an earlier one. ``budget_bytes``, ``spill``: as
+        ``SourceInputs``."""
+        super().__init__(weights)
+        self.model, self._weights, self._qtypes, self._settings = model, weights, qtypes, settings
+        self.source_inputs = SourceInputs(model, self._changed, batches, budget_bytes=budget_bytes, spill=spill)
+        self._put, self._has = put, has
         self._last: tuple[InputStatistics | None, Any] = (None, None)
 
-    def layer(self, layer: int) -> list[FittedTensor]:
+    def holds(self, layers: int) -> bool:
+        """As ``Resumable``."""
+        roles = [role for parameter in self.model.family.parameters for role in parameter.roles]
+        return all(self._has(name) for layer in range(layers) for name in self._changed(layer, roles))
+
+    def _changed(self, layer: int, roles: Sequence[str]) -> list[str]:
+        held = set(self.model.layer_names(layer))
+        names = [name for role in roles if (name := layer_tensor(layer, role)) in held]
+        return [name for name in names if self._qtypes.get(name, "") not in ("", self._weights.qtype(name))]
+
+    def build(self, stream: Stream, layer: int, states: States) -> None:
         """Quantize a layer and push the states through the result.
 
         Raises:
             BadWeights: weights or activations are not finite.
         """
-        block = self.model.layer(layer, self._weights)
-        exact = self.inputs_of_the_source(layer, block)
-        half = self._settings.half_products
-        through = LayerPass(self.model, layer, block, self.states, self._batches, spill=self._spill, half=half)
-        made: list[FittedTensor] = []
-        for shared in self.model.family.inputs:
-            names = [name for name in self._names(layer, shared.roles) if self._changes(name)]
+        block = self.load(self.model, layer)
+        through = LayerPass(stream, layer, block, states)
+        for shared in self.model.inputs(block):
+            names = self._changed(layer, shared.roles)
             if not names:
                 continue
-            gathered = through.gather(shared, exact.pop(shared.module, None))
+            gathered = through.gather(shared, self.source_inputs.pop(shared))
             found = {name: self._fit(name, gathered) for name in names}
-            made += found.values()
+            for tensor in found.values():
+                self._put(tensor)
             for parameter in self._readers(shared):
                 self._fill(block, layer, parameter, found)
         through.finish()
-        return made
-
-    def inputs_of_the_source(self, layer: int, block: nn.Module) -> dict[str, States]:
-        """What the source's linear layers read, by module, while its states pass through the layer as it is yet."""
-        wanted = [
-            shared.module
-            for shared in self.model.family.inputs
-            if shared.kind == "linear" and any(self._changes(name) for name in self._names(layer, shared.roles))
-        ]
-        kept: dict[str, States] = {}
-        for batch in self._batches:
-            with inference(), products(half=self._settings.half_products), ExitStack() as watching:
-                for module in wanted:
-                    watching.enter_context(self._keeping(block, module, batch, kept))
-                entering = self.originals.get(batch).to(self.model.device)
-                self.originals.put(batch, self.model.run(block, layer, entering))
-        return kept
-
-    @contextmanager
-    def _keeping(self, block: nn.Module, module: str, batch: Batch, kept: dict[str, States]) -> Iterator[None]:
-        def seen(_: nn.Module, arguments: tuple[Any, ...]) -> None:
-            x = arguments[0].reshape(*batch.tokens.shape, -1)
-            if module not in kept:
-                kept[module] = States(self._batches, x.shape[-1], spill=self._spill)
-            kept[module].put(batch, x)
-
-        handle = block.get_submodule(module).register_forward_pre_hook(seen)
-        try:
-            yield
-        finally:
-            handle.remove()
-
-    def _names(self, layer: int, roles: Sequence[str]) -> list[str]:
-        held = set(self.model.layer_names(layer))
-        return [name for role in roles if (name := layer_tensor(layer, role)) in held]
-
-    def _changes(self, name: str) -> bool:
-        return self._qtypes.get(name, self._weights.qtype(name)) != self._weights.qtype(name)
 
     def _readers(self, shared: SharedInput) -> Iterator[Parameter]:
         return (p for p in self.model.family.parameters if set(p.roles) & set(shared.roles))
@@ -255,10 +274,10 @@ class FeedbackStream:
     def _fill(self, block: nn.Module, layer: int, parameter: Parameter, found: Mapping[str, FittedTensor]) -> None:
         """Put the decoded weights where the layer's next inputs come from."""
         parts = []
-        for name in self._names(layer, parameter.roles):
-            own = found.get(name)
-            value = self._weights(name) if own is None else self._decoded(own)
-            parts.append(value)
+        held = self.model.layer_names(layer)
+        for name in (layer_tensor(layer, role) for role in parameter.roles):
+            if name in held:
+                parts.append(self._decoded(found[name]) if name in found else self._weights(name))
         heads = self.model.model.dims.n_head if "q_proj" in parameter.path else self.model.model.dims.n_head_kv
         value = np.ascontiguousarray(apply(parameter.transform, parts, heads))
         with torch.no_grad():

@@ -23,9 +23,9 @@ from bitladder.errors import OutputError
 from bitladder.units import human_bytes
 
 BATCH_TOKENS = 2048
+"""Enough for matrix products at full speed, little enough that activations stay small beside a layer."""
 CALIBRATION_TOKENS = 1024
 """Of a batch in passes that gather statistics: activations stay in the caches' reach, 5% less time than with 2,048."""
-"""Enough for matrix products at full speed, little enough that activations stay small beside a layer."""
 _PADDING_ALLOWED = 0.2
 
 
@@ -68,6 +68,19 @@ def batches_of(windows: Sequence[Window], *, batch_tokens: int = BATCH_TOKENS) -
         batches.append(Batch(tuple(group), lengths, tokens, start))
         start += tokens.size
     return batches
+
+
+def shards_of(batches: Sequence[Batch], count: int = 1) -> list[list[Batch]]:
+    """Cut a text into at most ``count`` runs of batches of about equal length, in order; at least one, if empty.
+
+    What is summed over a text is summed shard by shard and then added in this order, so the number of shards decides
+    how sums are rounded, and nothing else does.
+    """
+    total = sum(batch.tokens.size for batch in batches)
+    shards: list[list[Batch]] = [[] for _ in range(max(1, count))]
+    for batch in batches:
+        shards[batch.start * len(shards) // total].append(batch)
+    return [shard for shard in shards if shard] or [[]]
 
 
 class States:
@@ -126,22 +139,34 @@ class States:
         self.get(batch).copy_(states)
 
 
+class Room:
+    """Hands out ``States``, spilling to files in ``folder`` what comes after ``budget_bytes`` are in use."""
+
+    def __init__(self, budget_bytes: int, folder: Path | None = None) -> None:
+        """``folder``: the system's for temporary files by default."""
+        self._left, self._folder = budget_bytes, folder or Path(tempfile.gettempdir())
+
+    def rest(self) -> Room:
+        """A room with what is left of this one, for a while: what is taken from it is not missing here."""
+        return Room(self._left, self._folder)
+
+    def states(self, batches: Sequence[Batch], width: int) -> States:
+        """States with undefined contents."""
+        self._left -= sum(batch.tokens.size for batch in batches) * width * 4
+        return States(batches, width, spill=None if self._left >= 0 else self._folder)
+
+
 class Shelf:
-    """Hands out ``States``, spilling the ones that come after ``budget_bytes`` are in use."""
+    """A room for ``States`` of one text and width, which come and go."""
 
     def __init__(self, batches: Sequence[Batch], width: int, *, budget_bytes: int, folder: Path | None = None) -> None:
         self.batches, self.width = batches, width
-        self._each = sum(batch.tokens.size for batch in batches) * width * 4
-        self._left = budget_bytes
-        self._folder = folder or Path(tempfile.gettempdir())
+        self.room = Room(budget_bytes, folder)
         self._free: list[States] = []
 
     def take(self) -> States:
         """States with undefined contents."""
-        if self._free:
-            return self._free.pop()
-        self._left -= self._each
-        return States(self.batches, self.width, spill=None if self._left >= 0 else self._folder)
+        return self._free.pop() if self._free else self.room.states(self.batches, self.width)
 
     def give_back(self, states: States) -> None:
         """Let others use these states' room."""

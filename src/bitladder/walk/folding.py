@@ -15,12 +15,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import from_numpy as tensor_of
 from torch import nn, no_grad
 
 from bitladder.describe.model import Model
-from bitladder.engines.layers import LayeredModel
+from bitladder.files.layer_store import LayerStore
 from bitladder.formats.blocks import QTYPES
 from bitladder.formats.disk_names import absorbing_parameters, quantized_parameters
 from bitladder.formats.recipes import assign
@@ -29,6 +30,11 @@ from bitladder.formats.vectors import FoldedLevel
 from bitladder.kernels import Effort, awq, dequantize, quantize
 from bitladder.kernels.awq import Fold
 from bitladder.kernels.methods import relative_error
+from bitladder.records.calibration import LinearLoss
+from bitladder.walk.driver import Seen
+from bitladder.walk.inputs import Wants
+from bitladder.walk.layers import LayeredModel
+from bitladder.walk.made import LayerOutput, Made, naming, unchanged
 
 F32 = NDArray[np.float32]
 
@@ -84,6 +90,34 @@ def fold(block: nn.Module, place: Place, factors: F32) -> None:
 def recipe_types(level: FoldedLevel, model: Model) -> dict[str, str]:
     """The qtype of every tensor, as llama.cpp's recipe gives it where there is an importance matrix."""
     return assign(level.recipe, model.tensors, model.dims, has_importance=True)
+
+
+class FoldedScales(Made):
+    """The scales of one folded level, judged on windows that they were not found on."""
+
+    def __init__(
+        self, model: LayeredModel, level: FoldedLevel, store: LayerStore, dtype: torch.dtype, *,
+        held_out: frozenset[int], threads: int = 1,
+    ) -> None:  # fmt: skip
+        """``held_out``: windows that folds are judged on, not searched; without any none is made."""
+        super().__init__(model, level.name, store, dtype)
+        self.wants = Wants(gram=True, held_out=held_out)
+        self._qtypes, self._threads = recipe_types(level, model.model), threads
+
+    def make(self, layer: int, block: nn.Module, seen: Seen) -> LayerOutput:
+        """As ``Made``."""
+        output = LayerOutput()
+        judged = [(shared, found[0]) for shared, found in seen.items() if found and len(found[0].held_out)]
+        with unchanged(block):
+            folder = KQuantFolder(self.model, layer, block, self._qtypes, self._threads)
+            for shared, statistics in reversed(judged):  # what is folded into a matrix's rows comes before its columns
+                with naming(layer, shared.module):
+                    losses = folder.fold(shared, statistics.gram - statistics.held_out, statistics.held_out)
+                output.losses[:0] = [LinearLoss(name, loss, statistics.tokens) for name, loss in losses.items()]
+        output.vectors = {
+            f"{name}.{kind}": vector for name, fold in folder.folds.items() for kind, vector in fold.vectors().items()
+        }
+        return output
 
 
 class KQuantFolder:

@@ -94,11 +94,13 @@ class Quantizer:
         importance: Mapping[str, F32] | None = None,
         effort: Effort = "good",
         threads: int = 1,
+        device: str = "cpu",
     ) -> None:
-        """``importance``: f32[columns] per tensor, or f32[experts, columns] for stacked experts."""
+        """``importance``: f32[columns] per tensor, or f32[experts, columns] for stacked experts. ``device``: where
+        scales are searched for; the bytes do not depend on it."""
         self.source, self._importance = source, importance or {}
         self._effort: Effort = effort
-        self._threads = threads
+        self._threads, self._device = threads, device
         self._packed: dict[tuple[str, str], NDArray[np.uint8]] = {}
         self._settings = {
             name: hashlib.blake2b(values.tobytes(), digest_size=16).digest()
@@ -121,17 +123,17 @@ class Quantizer:
 
     def _pack(self, name: str, weights: F32, qtype: str, rows: Rows) -> NDArray[np.uint8]:
         importance = self._importance.get(name)
-        flat = weights.reshape(-1, weights.shape[-1])
+
+        def packed(matrix: F32, own: F32 | None) -> NDArray[np.uint8]:
+            return quantize(
+                matrix, qtype, importance=own, effort=self._effort, threads=self._threads, device=self._device
+            )
+
         if importance is None or importance.ndim == 1:
-            return quantize(flat, qtype, importance=importance, effort=self._effort, threads=self._threads)
+            return packed(weights.reshape(-1, weights.shape[-1]), importance)
         if rows is not None:
             raise ValueError(f"{name}: rows of stacked experts with an importance each cannot be quantized apart")
-        return np.concatenate(
-            [
-                quantize(expert, qtype, importance=own, effort=self._effort, threads=self._threads)
-                for expert, own in zip(weights, importance, strict=True)
-            ]
-        )
+        return np.concatenate([packed(expert, own) for expert, own in zip(weights, importance, strict=True)])
 
     def forget(self, name: str) -> None:
         """Drop the bytes of a tensor."""

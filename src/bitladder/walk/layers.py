@@ -4,7 +4,7 @@ a time.
 The module structure lives on torch's meta device, where parameters have shapes and no memory. ``layer``
 builds one decoder layer, fills it with weights from any callable, and whoever holds it drops it before the
 next. Embedding rows are looked up one by one and the head is read in slices of the vocabulary
-(``engines/head.py``), so memory grows with the largest layer, not with the model. Arithmetic is float32 on
+(``walk/head.py``), so memory grows with the largest layer, not with the model. Arithmetic is float32 on
 the CPU or a GPU.
 
 What a family needs beyond transformers' layer is in ``formats/roles.py``; what differs from its ``forward``
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,11 +24,14 @@ from numpy.typing import NDArray
 from torch import nn
 
 from bitladder.describe.model import Model
-from bitladder.engines.rope import Rope, rope_from_header
-from bitladder.engines.transforms import apply
 from bitladder.errors import BadFile, UnknownArchitecture
 from bitladder.formats import roles
-from bitladder.formats.roles import FAMILIES, Family, family_of, layer_tensor
+from bitladder.formats.disk_names import absorbing_parameters
+from bitladder.formats.roles import FAMILIES, Family, SharedInput, family_of, layer_tensor
+from bitladder.kernels.gpu import check_device
+from bitladder.walk.rope import Rope, rope_from_header
+from bitladder.walk.rounding import QTypeOf, round_inputs
+from bitladder.walk.transforms import apply
 
 F32 = NDArray[np.float32]
 Rows = slice | NDArray[np.int64] | None
@@ -39,6 +43,20 @@ class Weights(Protocol):
 
     def __call__(self, name: str, rows: Rows = None) -> F32:
         """Read a tensor or some rows of it."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a pass can begin in the middle of a layer: before the last linear module of a part of it, if its input was
+    kept. Paths are within the layer."""
+
+    linear: str
+    module: str
+    """The part, whose forward gives what that linear module gives."""
+    norm: str | None
+    """A norm that only this part reads."""
+    pair: bool
+    """Whether the part gives a pair, as attention modules do."""
 
 
 @contextmanager
@@ -136,11 +154,14 @@ class LayeredModel:
         UnknownArchitecture: no rows describe the family, or the file holds tensors that they do not place.
         BadFile: a key that the family needs is missing.
         BadInput: positions are scaled in a way that is not known here.
+        UsageError: torch has no such device here.
     """
 
     def __init__(self, model: Model, weights: Weights, *, device: str = "cpu") -> None:
         from transformers import AutoModelForCausalLM
 
+        if device != "cpu":
+            check_device(device)
         self.model, self.family, self.device = model, _family(model), torch.device(device)
         _check_tensors(model, self.family)
         self._keys = _keys(model)
@@ -153,6 +174,7 @@ class LayeredModel:
         self._norm = skeleton.model.norm
         names = {tensor.name for tensor in model.tensors}
         self.n_layer: int = model.dims.n_layer
+        self.width: int = model.dims.n_embd
         self.embedding = roles.EMBEDDING
         self.output = roles.OUTPUT if roles.OUTPUT in names else roles.EMBEDDING
         self.logit_softcap: float | None = getattr(self.config, "final_logit_softcapping", None)
@@ -186,6 +208,26 @@ class LayeredModel:
             for parameter in self.family.parameters
             for role in parameter.roles
             if (name := layer_tensor(layer, role)) in self._names
+        ]
+
+    def inputs(self, block: nn.Module) -> list[SharedInput]:
+        """The inputs of a layer's linear modules, in the order they are computed: what can be observed in it."""
+        modules = {name for name, _ in block.named_modules()}
+        return [shared for shared in self.family.inputs if shared.module in modules]
+
+    def entries(self, block: nn.Module) -> list[Entry]:
+        """Where a pass through a layer can begin in its middle."""
+        modules = {name for name, _ in block.named_modules()}
+        norms = {
+            shared.module.partition(".")[0]: parameter.path.removesuffix(".weight")
+            for shared in self.family.inputs
+            for parameter in absorbing_parameters(self.family, shared)
+            if parameter.path.count(".") == 1 and parameter.path.endswith("norm.weight")
+        }
+        return [
+            Entry(linear, part, norms.get(part), pair)
+            for linear, part, pair in (("self_attn.o_proj", "self_attn", True), ("mlp.down_proj", "mlp", False))
+            if linear in modules
         ]
 
     def shape(self, path: str, layer: int = 0) -> tuple[int, ...]:
@@ -257,6 +299,10 @@ class LayeredModel:
             position_embeddings=self._rope(n, local=sliding and self.family.architecture == "gemma3"),
         )
         return out if isinstance(out, torch.Tensor) else out[0]
+
+    def round_inputs(self, block: nn.Module, layer: int, qtype_of: QTypeOf) -> None:
+        """Make a layer round what its linear modules read as llama.cpp does beside weights of these types."""
+        round_inputs(block, self.family, layer, qtype_of)
 
     def norm(self, weights: Weights) -> nn.Module:
         """The norm before the head, filled."""

@@ -1,0 +1,175 @@
+"""All that is made from a calibration text, as streams of one walk: which there are, and where each is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from bitladder.describe.windows import Window
+from bitladder.files.layer_store import LayerStore
+from bitladder.files.safetensors_writer import PiecewiseTensor
+from bitladder.formats import disk_names, roles
+from bitladder.formats.checkpoint import CheckpointLevel
+from bitladder.formats.vectors import FoldedLevel, ImportanceVectors, Product
+from bitladder.progress import Progress
+from bitladder.units import GiB
+from bitladder.walk.driver import Member, Stream, forward
+from bitladder.walk.folding import FoldedScales
+from bitladder.walk.gptq import GptqLevel
+from bitladder.walk.keep import Keep
+from bitladder.walk.layers import LayeredModel
+from bitladder.walk.made import Made, MadeImportance, cast
+from bitladder.walk.products import wants_half_products
+from bitladder.walk.rounded import RoundedLevel
+from bitladder.walk.states import CALIBRATION_TOKENS, batches_of
+from bitladder.walk.weights import FileWeights
+
+_ROWS_AT_ONCE = 4096
+FLOAT_TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+"""Float types of a checkpoint, by what safetensors calls them."""
+_TYPE_NAMES = {dtype: name for name, dtype in FLOAT_TYPES.items()}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to calibrate. ``state_bytes``: hidden states beyond this go to disk."""
+
+    damp: float = 0.05
+    act_order: bool = True
+    reference_tokens: int = 16384
+    """Tokens that AWQ, INT8 and importance matrices look at; their few parameters per layer hardly change with more."""
+    state_bytes: int = GiB // 4
+    device: str = "cpu"
+    threads: int = 1
+    half: bool | None = None
+    """Whether passes multiply in bfloat16 (``walk/products.py``); None: where the processor can."""
+
+    @property
+    def half_products(self) -> bool:
+        """``half``, decided."""
+        return wants_half_products(self.half, self.device)
+
+
+class CalibrationWalk:
+    """One walk over the layers for all levels: a stream for each GPTQ level, whose errors are its own, and one of the
+    source for everything else."""
+
+    def __init__(
+        self,
+        model: LayeredModel,
+        weights: FileWeights,
+        stores: Mapping[Product, LayerStore],
+        dtype: torch.dtype,
+        settings: Settings,
+    ) -> None:
+        """``stores``: where each thing asked for is kept. ``dtype``: of everything that stays float."""
+        self.model, self.weights, self.stores = model, weights, stores
+        self.dtype, self.settings = dtype, settings
+
+    def run(self, windows: Sequence[Window], progress: Progress) -> None:
+        """Do the layers that are not done yet.
+
+        Raises:
+            BadWeights: weights or activations are not finite.
+            OutputError: no room for states or finished layers.
+        """
+        plain = [level for level in self.stores if level.method != "GPTQ"]
+        streams = [self._of_the_source(plain, windows)] if plain else []
+        sequential = [level for level in self.stores if isinstance(level, CheckpointLevel) and level.method == "GPTQ"]
+        streams += [self._of_a_level(level, windows) for level in sequential]
+        forward(streams, progress)
+        progress("all layers quantized", 1, 1)
+
+    def _of_the_source(self, levels: Sequence[Product], windows: Sequence[Window]) -> Stream:
+        needs_text = any(level.method != "INT8" or level.smooth for level in levels)
+        read = _share(windows, self.settings.reference_tokens) if needs_text else []
+        return self._stream(Member(self.weights, [self._observer(level, read) for level in levels]), levels[0], read)
+
+    def _observer(self, level: Product, read: Sequence[Window]) -> Made:
+        store = self.stores[level]
+        if isinstance(level, ImportanceVectors):
+            return MadeImportance(self.model, level.name, store, self.dtype)
+        if isinstance(level, FoldedLevel):
+            apart, threads = held_out(read), self.settings.threads
+            return FoldedScales(self.model, level, store, self.dtype, held_out=apart, threads=threads)
+        return RoundedLevel(self.model, level, store, self.dtype)
+
+    def _of_a_level(self, level: CheckpointLevel, windows: Sequence[Window]) -> Stream:
+        damp, act_order = self.settings.damp, self.settings.act_order
+        member = GptqLevel(
+            self.model, self.weights, level, self.stores[level], self.dtype, damp=damp, act_order=act_order
+        )
+        return self._stream(member, level, windows)
+
+    def _stream(self, member: Member, level: Product, windows: Sequence[Window]) -> Stream:
+        """A stream of its own, kept where its (first) level is."""
+        store, half = self.stores[level], self.settings.half_products
+        return Stream(
+            self.model,
+            [member],
+            batches_of(windows, batch_tokens=CALIBRATION_TOKENS),
+            state_bytes=self.settings.state_bytes,
+            spill=store.partial,
+            keep=Keep(store.partial / "states", f"{store.fingerprint} {half}"),
+            half=half,
+        )
+
+    def top(self) -> list[PiecewiseTensor]:
+        """What lies outside the layers, to be written: embedding, last norm, head where it has weights of its own."""
+        tensors = [self._rows_of(disk_names.EMBEDDING, roles.EMBEDDING)]
+        norm = dict(self.model.norm(self.weights).named_parameters())
+        if "weight" in norm:
+            held = norm["weight"].detach().cpu().to(self.dtype)
+            tensors.append(
+                PiecewiseTensor(disk_names.NORM, _TYPE_NAMES[self.dtype], tuple(held.shape), lambda: [_bytes(held)])
+            )
+        if self.model.output != self.model.embedding:
+            tensors.append(self._rows_of(disk_names.HEAD, roles.OUTPUT))
+        return tensors
+
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """``(outputs, inputs)`` of every matrix of the first layer that will be quantized, by its place in
+        the layer."""
+        found = {}
+        for shared in self.model.family.inputs:
+            for parameter in disk_names.quantized_parameters(self.model.family, shared):
+                rows, columns = self.model.shape(parameter.path)[-2:]
+                found[parameter.path.removesuffix(".weight")] = (int(rows), int(columns))
+        return found
+
+    def _rows_of(self, name: str, source: str) -> PiecewiseTensor:
+        """A large matrix in the float type of the checkpoint, some rows at a time."""
+        shape = self.weights.file.info(source).shape
+
+        def pieces() -> Iterator[memoryview]:
+            for start in range(0, shape[0], _ROWS_AT_ONCE):
+                rows = slice(start, min(start + _ROWS_AT_ONCE, shape[0]))
+                yield _bytes(cast(self.weights(source, rows), self.dtype))
+                self.weights.forget(source)
+
+        return PiecewiseTensor(name, _TYPE_NAMES[self.dtype], shape, pieces)
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return tensor.contiguous().view(torch.uint8).numpy().reshape(-1).data
+
+
+def held_out(windows: Sequence[Window]) -> frozenset[int]:
+    """About half of the windows, by their places: whole documents, or every other window of a single one."""
+    documents = [window.document for window in windows]
+    if len(set(documents)) == 1:
+        return frozenset(range(1, len(windows), 2))
+    halves: tuple[set[int], set[int]] = set(), set()
+    for name in dict.fromkeys(documents):
+        smaller = min(halves, key=len)
+        smaller |= {at for at, document in enumerate(documents) if document == name}
+    return frozenset(halves[1])
+
+
+def _share(windows: Sequence[Window], tokens: int) -> list[Window]:
+    """Windows evenly spread over the text that hold about ``tokens`` tokens."""
+    total = sum(len(window.tokens) for window in windows)
+    stride = max(1, round(total / tokens))
+    return list(windows[::stride])

@@ -1,0 +1,351 @@
+"""The one loop over a model's layers: embed, load a layer, push every batch of every member through it, let observers
+look, drop the layer, say where it is, keep what a resume needs.
+
+A *member* is a model that goes through: a reference, a level whose weights exist, or one that is built while it
+passes. An *observer* looks on while a member passes, and takes what was summed when the whole text has gone through a
+layer. A *stream* is members that read one text and stand at the same layer: those whose weights have been equal so far
+share hidden states. A *unit* is one shard of a text through one layer of a member; what a unit sums is added to the
+others' in the order of shards, so that a result does not depend on which was computed first, or where.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+from functools import reduce
+from operator import or_
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from bitladder.formats.roles import SharedInput
+from bitladder.progress import Progress
+from bitladder.walk.allocator import keep_freed_memory
+from bitladder.walk.inputs import InputStatistics, Wants, Watch, merged
+from bitladder.walk.keep import Arrays, Keep
+from bitladder.walk.layers import Entry, Weights, inference
+from bitladder.walk.products import products
+from bitladder.walk.states import Batch, Shelf, States, shards_of
+from bitladder.walk.weights import LevelWeights
+
+Seen = Mapping[SharedInput, list[InputStatistics]]
+"""Statistics of a layer's inputs, one per expert for stacked experts."""
+
+
+class Stages(Protocol):
+    """A model as stages that hidden states pass one after another; they need not be alike."""
+
+    embedding: str
+    """The tensor that token ids are looked up in."""
+
+    @property
+    def n_layer(self) -> int:
+        """How many stages there are."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where arithmetic happens."""
+
+    @property
+    def width(self) -> int:
+        """Of hidden states."""
+
+    def embed(self, tokens: NDArray[np.int64], weights: Weights) -> torch.Tensor:
+        """States f32[windows, n, width] that enter the first stage, of ids int64[windows, n]."""
+
+    def layer_names(self, layer: int) -> list[str]:
+        """The tensors that a stage reads: who holds them can drop them after it."""
+
+    def layer(self, layer: int, weights: Weights) -> nn.Module:
+        """A stage filled with weights; whoever holds it drops it before the next."""
+
+    def inputs(self, block: nn.Module) -> list[SharedInput]:
+        """The inputs of a stage's linear modules, in the order they are computed: what can be observed in it."""
+
+    def entries(self, block: nn.Module) -> list[Entry]:
+        """Where a pass can begin in the middle of a stage; none where that is not known."""
+
+    def run(self, block: nn.Module, layer: int, states: torch.Tensor) -> torch.Tensor:
+        """States f32[windows, n, width] after a stage."""
+
+    def round_inputs(self, block: nn.Module, layer: int, qtype_of: Callable[[str], str]) -> None:
+        """Make a stage round what its linear modules read as llama.cpp does beside weights of these types."""
+
+
+class Resumable:
+    """What is made while a walk goes on, and where it is when the walk goes on after a kill."""
+
+    @property
+    def news(self) -> str:
+        """What a line of progress says of it: its name, how the last layer went."""
+        return ""
+
+    def holds(self, layers: int) -> bool:  # noqa: ARG002
+        """Whether what was made of the first ``layers`` layers is still there."""
+        return True
+
+    def resume(self, layers: int, arrays: Arrays) -> None:
+        """Go on after ``layers`` layers: forget what was made of later ones, take back ``arrays``."""
+
+    def arrays(self) -> Arrays:
+        """What is kept beside the states, of that which lies in no file of its own."""
+        return {}
+
+
+class Observer(Resumable):
+    """Looks on while a member passes a layer; by default at nothing."""
+
+    wants = Wants()
+
+    def reads(self, shared: SharedInput) -> bool:  # noqa: ARG002
+        """Whether it takes statistics of this input."""
+        return False
+
+    def on(self, layer: int, block: nn.Module, batch: Batch) -> AbstractContextManager[object]:  # noqa: ARG002
+        """Hooks of its own, for the time that a batch takes."""
+        return nullcontext()
+
+    def take(self, layer: int, block: nn.Module, seen: Seen) -> None:
+        """The whole text has gone through a layer. ``block`` is left as it is found."""
+
+
+class Member(Resumable):
+    """A model that goes through the layers with the weights that it has."""
+
+    def __init__(self, weights: LevelWeights, observers: Sequence[Observer] = (), *, rounding: bool = False) -> None:
+        """``rounding``: round what matrices read as llama.cpp does (``rounding.py``)."""
+        self.weights, self.observers, self._rounding = weights, observers, rounding
+
+    def load(self, stages: Stages, layer: int) -> nn.Module:
+        """Its version of a layer."""
+        block = stages.layer(layer, self.weights)
+        if self._rounding:
+            stages.round_inputs(block, layer, self.weights.qtype)
+        return block
+
+
+class Builder(Member):
+    """A level whose weights come to be while it passes: its states are its own from the first layer on."""
+
+    def build(self, stream: Stream, layer: int, states: States) -> None:
+        """Make a layer and replace the states that enter it by those that leave it."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One shard of a stream's text through one layer of a member, and of those alike so far: the smallest piece of
+    work, that could be computed anywhere. Units of a layer depend on nothing of one another."""
+
+    layer: int
+    member: int
+    shard: int
+
+
+@dataclass
+class Group:
+    """Members that have shared all weights so far, by their numbers, and their states."""
+
+    members: list[int]
+    states: States
+
+
+class Stream:
+    """Members that read one text and stand at the same layer; what is kept for a resume is kept of all at once."""
+
+    def __init__(
+        self,
+        stages: Stages,
+        members: Sequence[Member],
+        batches: Sequence[Batch],
+        *,
+        state_bytes: int,
+        spill: Path | None = None,
+        keep: Keep | None = None,
+        half: bool = False,
+        shards: int = 1,
+        remember: bool = False,
+        back: bool = False,
+    ) -> None:
+        """
+        Args:
+            stages: the model's layers.
+            members: who goes through.
+            batches: the text.
+            state_bytes: hidden states beyond this go to files in ``spill``.
+            spill: a folder; the system's for temporary files by default.
+            keep: what makes it go on after a kill.
+            half: multiply in bfloat16 (``products.py``).
+            shards: into how many units a layer is cut.
+            remember: leave the states that entered each layer in ``entered``, for a way back.
+            back: it goes from the last layer to the first.
+        """
+        self.stages, self.members, self.batches, self.half = stages, members, batches, half
+        self.shards = shards_of(batches, shards)
+        self.shelf = Shelf(batches, stages.width, budget_bytes=state_bytes, folder=spill)
+        self.groups: list[Group] = []
+        self.entered: list[States] = []
+        self.layer = stages.n_layer if back else 0
+        """The layer that its states enter, or with ``back`` have left."""
+        self._keep, self._remember, self._back = keep, remember, back
+
+    @property
+    def resumables(self) -> list[Resumable]:
+        """Members and their observers."""
+        return [one for member in self.members for one in (member, *member.observers)]
+
+    @property
+    def news(self) -> list[str]:
+        """Of those that have any."""
+        return [one.news for one in self.resumables if one.news]
+
+    def enter(self) -> None:
+        """Fill the states with what enters the first layer to do: what an earlier walk left, or the embeddings."""
+        tokens = sum(batch.tokens.size for batch in self.batches)
+        kept = self._keep.load(tokens, self.stages.width) if self._keep else None
+        if kept and all(one.holds(kept.layer) for one in self.resumables):
+            self.layer = kept.layer
+            self.groups = [Group(members, self.shelf.take()) for members in kept.groups]
+            for number, group in enumerate(self.groups):
+                kept.restore(number, group.states)
+        else:
+            kept = None
+            self.groups = [Group(members, self.shelf.take()) for members in self._embedded_alike()]
+            for group in self.groups:
+                weights = self.members[group.members[0]].weights
+                for batch in self.batches:
+                    group.states.put(batch, self.stages.embed(batch.tokens, weights))
+                weights.forget(self.stages.embedding)
+        for number, one in enumerate(self.resumables):
+            one.resume(self.layer, kept.of(number) if kept else {})
+
+    def has_passed(self, layer: int) -> bool:
+        """Whether a layer is done, by this walk or an earlier one."""
+        return layer >= self.layer if self._back else layer < self.layer
+
+    def through(self, layer: int) -> None:
+        """Push every group through a layer; groups fall apart into such that still share everything."""
+        groups: list[Group] = []
+        for group in self.groups:
+            parts = list(self._alike(group.members, layer))
+            for number, members in enumerate(parts):
+                # The last part to go may overwrite the states that all parts start from.
+                last = number == len(parts) - 1 and not self._remember
+                states = group.states if last else self.shelf.take()
+                self._pass(layer, members, group.states, states)
+                groups.append(Group(members, states))
+        if self._remember:
+            self.entered.append(self.groups[0].states)
+        self.groups, self.layer = groups, layer if self._back else layer + 1
+        if self._keep and self._keep.due():
+            owned = [one.arrays() for one in self.resumables]
+            self._keep.save(self.layer, [(group.members, group.states) for group in groups], owned)
+
+    def compute(
+        self, unit: Unit, block: nn.Module, observers: Sequence[Observer], entering: States, leaving: States
+    ) -> Watch:
+        """Do a unit; returns what was seen of its shard. ``leaving`` may be ``entering``."""
+        inputs = [shared for shared in self.stages.inputs(block) if any(one.reads(shared) for one in observers)]
+        watch = Watch(inputs, reduce(or_, (one.wants for one in observers), Wants()), half=self.half)
+        for batch in self.shards[unit.shard]:
+            with inference(), products(half=self.half), ExitStack() as looking:
+                looking.enter_context(watch.on(block, batch))
+                for one in observers:
+                    looking.enter_context(one.on(unit.layer, block, batch))
+                out = self.stages.run(block, unit.layer, entering.get(batch).to(self.stages.device))
+                leaving.put(batch, out)
+        return watch
+
+    def states_of(self, member: int) -> States:
+        """What has left the last layer of a member that went by."""
+        return next(group.states for group in self.groups if member in group.members)
+
+    def finished(self) -> None:
+        """What the walk was for is done: nothing needs to be kept for a resume."""
+        if self._keep:
+            self._keep.done()
+
+    def _pass(self, layer: int, members: Sequence[int], entering: States, leaving: States) -> None:
+        lead = self.members[members[0]]
+        if isinstance(lead, Builder):
+            if leaving is not entering:
+                leaving.everything.copy_(entering.everything)
+            lead.build(self, layer, leaving)
+            return
+        block = lead.load(self.stages, layer)
+        observers = [one for member in members for one in self.members[member].observers]
+        units = [Unit(layer, members[0], shard) for shard in range(len(self.shards))]
+        parts = [self.compute(unit, block, observers, entering, leaving) for unit in units]
+        seen = merged(parts).results(layer)
+        for one in observers:
+            one.take(layer, block, {shared: found for shared, found in seen.items() if one.reads(shared)})
+
+    def _alike(self, members: Sequence[int], layer: int) -> Iterator[list[int]]:
+        """Members whose version of a layer is the same, together; builders each alone."""
+        names = self.stages.layer_names(layer)
+        plain = {id(self.members[one].weights) for one in members if not isinstance(self.members[one], Builder)}
+
+        def key(one: int) -> Hashable:
+            member = self.members[one]
+            if isinstance(member, Builder):
+                return one
+            return tuple(member.weights.identity(name) for name in names) if len(plain) > 1 else ()
+
+        return iter(split(members, key))
+
+    def _embedded_alike(self) -> list[list[int]]:
+        everyone = range(len(self.members))
+        if len({id(member.weights) for member in self.members}) == 1:
+            return [list(everyone)]
+        return split(everyone, lambda one: self.members[one].weights.identity(self.stages.embedding))
+
+
+def split(members: Sequence[int], key: Callable[[int], Hashable]) -> list[list[int]]:
+    """Members with equal keys together, in order."""
+    parts: dict[Hashable, list[int]] = {}
+    for member in members:
+        parts.setdefault(key(member), []).append(member)
+    return list(parts.values())
+
+
+def forward(streams: Sequence[Stream], progress: Progress, title: str = "", *, stop: int | None = None) -> None:
+    """Take streams of one model through its layers, from wherever an earlier walk left each of them.
+
+    Args:
+        streams: of the same stages.
+        progress: told before each layer of each stream, in layers.
+        title: what progress begins with.
+        stop: the first layer that is left out; None for all.
+
+    Raises:
+        BadFile, BadWeights: a tensor is missing, misshapen or not finite, or activations are not.
+        OutputError: no room for hidden states.
+    """
+    for stream in streams:
+        stream.enter()
+    first = min((stream.layer for stream in streams), default=0)
+    n_layer = streams[0].stages.n_layer if streams else 0
+    _sweep(streams, range(first, n_layer if stop is None else stop), progress, title)
+
+
+def backward(stream: Stream, progress: Progress, title: str = "") -> None:
+    """The second sweep: the same units from the last layer to the first. The stream has its groups already."""
+    _sweep([stream], range(stream.layer - 1, -1, -1), progress, title)
+
+
+def _sweep(streams: Sequence[Stream], layers: range, progress: Progress, title: str) -> None:
+    keep_freed_memory()
+    for layer in layers:
+        for stream in streams:
+            n_layer, news = stream.stages.n_layer, ", ".join(stream.news)
+            progress(f"{title}layer {layer + 1} of {n_layer}{': ' if news else ''}{news}", layer, n_layer)
+            if not stream.has_passed(layer):
+                stream.through(layer)
+        for weights in {id(member.weights): member.weights for one in streams for member in one.members}.values():
+            for name in streams[0].stages.layer_names(layer):
+                weights.forget(name)

@@ -1,0 +1,100 @@
+"""A GPTQ level, built layer by layer: its states pass through the layers as quantized so far, so each layer sees, and
+corrects for, what happened before it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from time import monotonic
+
+import torch
+from torch import nn
+
+from bitladder.files.layer_store import LayerStore
+from bitladder.formats.checkpoint import CheckpointLevel
+from bitladder.formats.disk_names import quantized_parameters
+from bitladder.formats.roles import Parameter
+from bitladder.kernels import gptq
+from bitladder.kernels.methods import feedback, rounded
+from bitladder.walk.driver import Builder, Stream
+from bitladder.walk.folding import matrix, set_matrix
+from bitladder.walk.inputs import InputStatistics
+from bitladder.walk.layer_pass import LayerPass
+from bitladder.walk.layers import LayeredModel
+from bitladder.walk.made import SCALE_DTYPES, InStore, LayerOutput, floats_of, naming, too_few
+from bitladder.walk.states import States
+from bitladder.walk.weights import LevelWeights
+
+
+class GptqLevel(InStore, Builder):
+    """One level with its own propagated error."""
+
+    def __init__(
+        self,
+        model: LayeredModel,
+        weights: LevelWeights,
+        level: CheckpointLevel,
+        store: LayerStore,
+        dtype: torch.dtype,
+        *,
+        damp: float = 0.05,
+        act_order: bool = True,
+    ) -> None:
+        """``dtype``: of what stays float. ``damp``, ``act_order``: as ``kernels.gptq.prepare``."""
+        InStore.__init__(self, level.name, store, dtype)
+        Builder.__init__(self, weights)
+        self._model, self._level = model, level
+        self._damp, self._act_order, self._scale_dtype = damp, act_order, SCALE_DTYPES[dtype]
+
+    def build(self, stream: Stream, layer: int, states: States) -> None:
+        """Quantize a layer, input by input in the order they are computed, and push the states through the
+        result.
+
+        Raises:
+            BadWeights: activations are not finite.
+        """
+        started = monotonic()
+        block = self.load(self._model, layer)
+        for tensor in self._model.layer_names(layer):  # the file's own pages need not stay beside the weights
+            self.weights.forget(tensor)
+        through = LayerPass(stream, layer, block, states)
+        output = LayerOutput()
+        for shared in self._model.inputs(block):
+            parameters = quantized_parameters(self._model.family, shared)
+            if not parameters:
+                continue
+            gathered = through.gather(shared)
+            alone = len(gathered) == 1
+            for expert in range(len(gathered)):
+                self._quantize(layer, block, parameters, None if alone else expert, gathered, output)
+        through.finish()
+        output.floats = floats_of(self._model, block)
+        self.put(layer, output, monotonic() - started)
+
+    def _quantize(
+        self,
+        layer: int,
+        block: nn.Module,
+        parameters: Sequence[Parameter],
+        expert: int | None,
+        gathered: list[InputStatistics],
+        output: LayerOutput,
+    ) -> None:
+        """Quantize what reads the first of ``gathered``, which is taken out: its Gram matrix may be as large as the
+        layer, and its factor takes its place."""
+        statistics = gathered.pop(0)
+        tokens, few = statistics.tokens, too_few(expert, statistics)
+        with naming(layer, parameters[0].path):
+            factor = gptq.prepare(statistics.gram, damp=self._damp, act_order=self._act_order, overwrite=True)
+        del statistics
+        for parameter in parameters:
+            weights = matrix(block, parameter, expert)
+            if note := few:
+                found = rounded(self._level, None, weights, scale_dtype=self._scale_dtype)
+            else:
+                with naming(layer, parameter.path):
+                    found = feedback(
+                        self._level, factor, weights, scale_dtype=self._scale_dtype, device=str(self._model.device)
+                    )
+                note = f"Hessian not positive definite: damping raised to {factor.damp:g}" if factor.rescued else ""
+            set_matrix(block, parameter, expert, found.decoded)
+            output.add(self._model, self._level, parameter, expert, found, tokens=tokens, note=note, damp=factor.damp)

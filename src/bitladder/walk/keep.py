@@ -1,0 +1,135 @@
+"""What a killed walk goes on from: one format, whatever the walk makes.
+
+Hidden states are a walk's only progress besides what it has made, and that lies in its own file (a checkpoint's layers,
+a GGUF's tensors). After a layer the states are written to a folder, not more often than every half minute of work, with
+what observers have summed so far. A note beside them says which layer they enter, whose they are, and has a key over
+everything they depend on. The note is replaced last and names its files, so that a kill at any moment leaves a whole
+earlier state.
+
+    walk.json            {"key", "layer", "groups": [[member, ...], ...], "files": [name, ...], "arrays": name or null}
+    layer7-0.f32         hidden states that enter layer 7 of the first group, f32[tokens, n_embd]
+    layer7.npz           arrays of observers
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from bitladder.errors import OutputError
+from bitladder.files.atomic import write_whole
+from bitladder.walk.states import States
+
+SECONDS_BETWEEN = 30.0
+_NOTE = "walk.json"
+
+Arrays = Mapping[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Where a killed walk was: the first layer to do, each group's members and file, arrays of observers."""
+
+    layer: int
+    groups: list[list[int]]
+    files: list[Path]
+    arrays: Arrays
+    """By number of the owner and name: ``0.blk.1.attn_q.weight.squares``."""
+
+    def of(self, number: int) -> Arrays:
+        """What one of those that keep arrays had saved."""
+        own = f"{number}."
+        return {name.removeprefix(own): array for name, array in self.arrays.items() if name.startswith(own)}
+
+    def restore(self, group: int, states: States) -> None:
+        """Fill states with those of a group."""
+        whole = states.everything
+        if whole.numel():
+            whole.copy_(torch.from_file(str(self.files[group]), size=whole.numel()).view(whole.shape))
+
+
+class Keep:
+    """Keeps the states of one stream in ``folder``; members are numbered as the stream numbers them."""
+
+    def __init__(self, folder: Path, key: str) -> None:
+        """``key``: of everything that the states depend on; states under another key are not taken."""
+        self._folder, self._key = folder, key
+        self._saved = time.monotonic()
+
+    def load(self, tokens: int, width: int) -> Kept | None:
+        """What an earlier run left, or None when there is nothing whole under this key, of states
+        f32[tokens, width]."""
+        try:
+            note = json.loads((self._folder / _NOTE).read_text(encoding="utf-8"))
+            files = [self._folder / Path(name).name for name in note["files"]]
+            if note["key"] != self._key or any(file.stat().st_size != tokens * width * 4 for file in files):
+                return None
+            arrays: dict[str, NDArray[Any]] = {}
+            if note["arrays"]:
+                with (self._folder / Path(note["arrays"]).name).open("rb") as file:
+                    arrays = dict(np.load(file, allow_pickle=False))
+            return Kept(int(note["layer"]), [list(map(int, group)) for group in note["groups"]], files, arrays)
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            zipfile.BadZipFile,
+        ):  # none, or not ours: notes are replaced whole
+            return None
+
+    def due(self) -> bool:
+        """Whether the last save was long enough ago."""
+        return time.monotonic() - self._saved >= SECONDS_BETWEEN
+
+    def save(self, layer: int, groups: Sequence[tuple[Sequence[int], States]], owned: Sequence[Arrays] = ()) -> None:
+        """Keep what enters ``layer``, and arrays by name of some owners.
+
+        Raises:
+            OutputError: the folder cannot be written.
+        """
+        arrays = {f"{number}.{name}": array for number, own in enumerate(owned) for name, array in own.items()}
+        files = [f"layer{layer}-{number}.f32" for number in range(len(groups))]
+        named = f"layer{layer}.npz" if arrays else None
+        note = {
+            "key": self._key,
+            "layer": layer,
+            "groups": [list(members) for members, _ in groups],
+            "files": files,
+            "arrays": named,
+        }
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for name, (_, states) in zip(files, groups, strict=True):
+                states.everything.numpy().tofile(self._folder / name)
+            if named:
+                np.savez(self._folder / named, **arrays)  # type: ignore[arg-type]
+            write_whole(self._folder / _NOTE, json.dumps(note))
+            self._remove(but={*files, named})
+        except OSError as error:
+            raise OutputError(
+                f"The walk's state cannot be kept in {self._folder}: {error.strerror}.",
+                means="It is kept so that a killed walk can go on where it was.",
+                do="Free some space there.",
+            ) from error
+        self._saved = time.monotonic()
+
+    def done(self) -> None:
+        """The walk has ended: nothing needs to be kept."""
+        if self._folder.exists():
+            (self._folder / _NOTE).unlink(missing_ok=True)
+            self._remove(but=set())
+
+    def _remove(self, but: set[str | None]) -> None:
+        for file in self._folder.glob("layer*"):
+            if file.name not in but:
+                file.unlink(missing_ok=True)

@@ -1,0 +1,142 @@
+"""What the linear layers of a decoder layer read, gathered while hidden states pass through it.
+
+Quantizing a layer one shared input after another, each with the inputs that the already quantized part gives
+("true sequential"), would take a forward pass per input. Here a pass goes only as far as the input it is
+after, and starts from what is kept of the last one: the attention's result before its output projection (and
+once that is quantized, after it), the MLP's before its down projection. The whole layer then costs one forward
+pass.
+
+    q, k, v  <- norm                                      stop: nothing but the norm has run
+    o        <- attention with quantized q, k, v          kept: its input
+    gate, up <- quantized o on what was kept, norm        stop, kept: what o gave, in its input's place
+    down     <- quantized gate and up                     kept: its input
+    output   <- quantized down on what was kept
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from bitladder.formats.roles import SharedInput
+from bitladder.walk.driver import Stream
+from bitladder.walk.inputs import InputStatistics, Wants, Watch, merged
+from bitladder.walk.layers import Entry, inference
+from bitladder.walk.products import products
+from bitladder.walk.states import Batch, States
+
+
+class _Reached(Exception):
+    """The input that a pass was after has been seen; the rest of the layer need not run."""
+
+
+class LayerPass:
+    """One decoder layer of one level that is built while it passes. ``states`` are what enters it; ``finish`` replaces
+    them by what leaves it."""
+
+    def __init__(self, stream: Stream, layer: int, block: nn.Module, states: States) -> None:
+        """What is kept between passes goes to files beyond what hidden states leave of the stream's ``state_bytes``."""
+        self._stream, self._layer, self._block, self._states = stream, layer, block, states
+        self._room = stream.shelf.room.rest()
+        self._entries = {one.linear: one for one in stream.stages.entries(block)}
+        self._kept: dict[str, States] = {}
+        self._passed: set[tuple[str, int]] = set()
+        """Where a kept input, of a module and of the batch that begins there, has been replaced by the output."""
+
+    def gather(self, shared: SharedInput, original: States | None = None) -> list[InputStatistics]:
+        """Statistics of one shared input (one per expert for stacked experts); the pass ends where it is
+        seen. Inputs are gathered in the order they are computed; what reads them must not change after the next
+        one was gathered. ``original``: what the source itself has there, of a linear layer's input.
+
+        Raises:
+            BadWeights: the inputs are not finite.
+        """
+        whole = frozenset(self._kept)  # what this very pass begins to keep is there for the batches before, not after
+        parts = [self._gather(shared, shard, whole, original) for shard in self._stream.shards]
+        return merged(parts).results(self._layer)[shared]
+
+    def _gather(
+        self, shared: SharedInput, shard: Sequence[Batch], whole: frozenset[str], original: States | None
+    ) -> Watch:
+        watch = Watch([shared], Wants(gram=True), half=self._stream.half)
+        for batch in shard:
+            exact = None if original is None else original.get(batch).to(self._stream.stages.device)
+            with inference(), self._begun(batch, whole), watch.on(self._block, batch, exact), self._end(shared, batch):
+                try:
+                    self._run(batch)
+                except _Reached:
+                    continue
+        return watch
+
+    def finish(self) -> None:
+        """Replace the states by what leaves the layer with its present weights."""
+        for batch in self._stream.batches:
+            with inference(), self._begun(batch, frozenset(self._kept)):
+                self._states.put(batch, self._run(batch))
+
+    def _run(self, batch: Batch) -> torch.Tensor:
+        stages = self._stream.stages
+        with products(half=self._stream.half):
+            return stages.run(self._block, self._layer, self._states.get(batch).to(stages.device))
+
+    @contextmanager
+    def _end(self, shared: SharedInput, batch: Batch) -> Iterator[None]:
+        """The pass ends at an input, which is kept where a later one can begin there."""
+
+        def reached(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+            if shared.module in self._entries:
+                self._keep(shared.module, batch, arguments[0])
+            raise _Reached
+
+        handle = self._block.get_submodule(shared.module).register_forward_pre_hook(reached)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _keep(self, module: str, batch: Batch, x: torch.Tensor) -> None:
+        if module not in self._kept:
+            self._kept[module] = self._room.states(self._stream.batches, x.shape[-1])
+        self._kept[module].put(batch, x)
+
+    @contextmanager
+    def _begun(self, batch: Batch, kept: frozenset[str]) -> Iterator[None]:
+        """Modules whose last linear layer's input was kept for every batch begin there."""
+        begun: list[nn.Module] = []
+        for entry in self._entries.values():
+            if entry.linear in kept:
+                owner = self._block.get_submodule(entry.module)
+                owner.forward = self._from_kept(entry, batch)
+                begun.append(owner)
+                if entry.norm is not None:  # what it would give is not read
+                    norm = self._block.get_submodule(entry.norm)
+                    norm.forward = _unchanged
+                    begun.append(norm)
+        try:
+            yield
+        finally:
+            for owner in begun:
+                del owner.forward
+
+    def _from_kept(self, entry: Entry, batch: Batch) -> Callable[..., Any]:
+        """A forward that only applies the last linear layer, once."""
+        path = entry.linear
+
+        def forward(*_: Any, **__: Any) -> Any:
+            out = self._kept[path].get(batch).to(self._stream.stages.device)
+            if (path, batch.start) not in self._passed:
+                entered, out = out, self._block.get_submodule(path)(out)
+                if out.shape == entered.shape:
+                    self._kept[path].put(batch, out)
+                    self._passed.add((path, batch.start))
+            return (out, None) if entry.pair else out
+
+        return forward
+
+
+def _unchanged(x: torch.Tensor) -> torch.Tensor:
+    return x

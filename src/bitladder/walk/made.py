@@ -1,0 +1,213 @@
+"""What a calibrating walk makes of a layer, and where it goes: arrays of checkpoint levels, vectors of GGUF levels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from bitladder.errors import BadWeights
+from bitladder.files.layer_store import LayerStore
+from bitladder.formats.checkpoint import CheckpointLevel
+from bitladder.formats.disk_names import LAYERS, disk_linears, disk_name, quantized_parameters
+from bitladder.formats.roles import Parameter, SharedInput
+from bitladder.kernels.encode import Arrays as Encoded
+from bitladder.kernels.encode import digest, encode
+from bitladder.kernels.methods import Quantized
+from bitladder.records.calibration import LinearLoss
+from bitladder.walk.driver import Observer, Resumable, Seen
+from bitladder.walk.importance import vectors_of
+from bitladder.walk.inputs import InputStatistics
+from bitladder.walk.keep import Arrays
+from bitladder.walk.layers import LayeredModel
+
+F32 = NDArray[np.float32]
+
+SCALE_DTYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32", torch.float16: "float16"}
+"""Float types of a checkpoint, as kernels call them."""
+FEW_TOKENS = 64
+"""An expert that saw fewer tokens than this is rounded plainly: its statistics would fit those few tokens
+only."""
+_TOLD = 8
+"""Losses that fit a line of progress; experts of a mixture do not, and are in the log."""
+
+
+@dataclass
+class LayerOutput:
+    """One layer of one level: arrays of its quantized linears by disk name, and its float parameters, f32."""
+
+    linears: dict[str, Encoded] = field(default_factory=dict)
+    floats: Mapping[str, F32] = field(default_factory=dict)
+    losses: list[LinearLoss] = field(default_factory=list)
+    digests: dict[str, str] = field(default_factory=dict)
+    """Hash of each linear layer's decoded weights, to compare with what is read back from the file."""
+    vectors: Mapping[str, NDArray[np.floating]] = field(default_factory=dict)
+    """What is gathered for GGUF levels, by tensor and kind: ``blk.0.attn_q.weight.columns``."""
+
+    def add(
+        self, model: LayeredModel, level: CheckpointLevel, parameter: Parameter, expert: int | None, found: Quantized,
+        *, tokens: int, note: str, damp: float = 0.0,
+    ) -> None:  # fmt: skip
+        """Take in a quantized parameter as the linear layers that it is on disk."""
+        for linear in disk_linears(model.family, parameter.path, expert):
+            count = len(found.codes) // linear.parts
+            rows = slice(linear.part * count, (linear.part + 1) * count)
+            self.linears[linear.name] = encode(level, found.codes[rows], found.parameters.rows(rows))
+            self.digests[linear.name] = digest(found.decoded[rows])
+            self.losses.append(LinearLoss(linear.name, found.loss, tokens, damp, note))
+
+
+class InStore(Resumable):
+    """Of a level whose layers go to a store, in the float type of the checkpoint; the store says which are there."""
+
+    def __init__(self, name: str, store: LayerStore, dtype: torch.dtype) -> None:
+        self._name, self._store, self._dtype = name, store, dtype
+        self._losses = ""
+
+    @property
+    def news(self) -> str:
+        """The level's name and the losses of its last layer."""
+        return self._name + self._losses
+
+    def put(self, layer: int, output: LayerOutput, seconds: float) -> None:
+        """Write a layer."""
+        self._store.put_layer(layer, self._tensors(layer, output), _notes(layer, output), seconds=seconds)
+        self._losses = losses_in_words(output)
+
+    def holds(self, layers: int) -> bool:
+        """As ``Resumable``."""
+        return len(self._store.finished()) >= layers
+
+    def resume(self, layers: int, arrays: Arrays) -> None:  # noqa: ARG002
+        """As ``Resumable``."""
+        self._store.truncate(layers)
+
+    def _tensors(self, layer: int, output: LayerOutput) -> dict[str, torch.Tensor]:
+        prefix = f"{LAYERS}{layer}."
+        tensors = {f"{prefix}{name}": cast(value, self._dtype) for name, value in output.floats.items()}
+        for linear, arrays in output.linears.items():
+            for suffix, array in arrays.items():
+                value = torch.from_numpy(np.ascontiguousarray(array))
+                own = value.to(self._dtype) if suffix == "weight_scale" else value
+                tensors[f"{prefix}{linear}.{suffix}"] = own
+        return tensors | {name: torch.from_numpy(vector.copy()) for name, vector in output.vectors.items()}
+
+
+class Made(InStore, Observer):
+    """A level that is made of the reference's activations, layer by layer."""
+
+    def __init__(self, model: LayeredModel, name: str, store: LayerStore, dtype: torch.dtype) -> None:
+        super().__init__(name, store, dtype)
+        self.model = model
+
+    def reads(self, shared: SharedInput) -> bool:
+        """Inputs of what is quantized: all but routers."""
+        return bool(quantized_parameters(self.model.family, shared))
+
+    def make(self, layer: int, block: nn.Module, seen: Seen) -> LayerOutput:
+        """Its version of a layer. ``block`` is left as it is found."""
+        raise NotImplementedError
+
+    def take(self, layer: int, block: nn.Module, seen: Seen) -> None:
+        """As ``Observer``."""
+        started = monotonic()
+        output = self.make(layer, block, seen)
+        self.put(layer, output, monotonic() - started)
+
+
+class MadeImportance(Made):
+    """An importance matrix beside other levels."""
+
+    def reads(self, shared: SharedInput) -> bool:  # noqa: ARG002
+        """Routers are quantized in GGUF levels."""
+        return True
+
+    def make(self, layer: int, block: nn.Module, seen: Seen) -> LayerOutput:  # noqa: ARG002
+        """As ``Made``."""
+        return LayerOutput(vectors=vectors_of(self.model, layer, seen))
+
+
+def floats_of(model: LayeredModel, block: nn.Module) -> dict[str, F32]:
+    """Every parameter of a layer that is not quantized, f32, by disk name."""
+    quantized = {p.path for shared in model.family.inputs for p in quantized_parameters(model.family, shared)}
+    return {
+        disk_name(model.family, path): value.detach().cpu().numpy().copy()
+        for path, value in block.named_parameters()
+        if path not in quantized
+    }
+
+
+@contextmanager
+def naming(layer: int, place: str) -> Iterator[None]:
+    """What a kernel cannot take, in the user's terms."""
+    try:
+        yield
+    except ValueError as error:
+        raise BadWeights(
+            f"layer {layer}, {place}: {error}.",
+            means="The weights or the activations of this layer overflow; the model is damaged or was scaled oddly.",
+            do="Check the source's own answers first; GGUF levels may still work.",
+        ) from error
+
+
+@contextmanager
+def unchanged(block: nn.Module) -> Iterator[None]:
+    """Afterwards the parameters are what they were."""
+    original = {name: value.detach().clone() for name, value in block.named_parameters()}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, value in original.items():
+                block.get_parameter(name).copy_(value)
+
+
+def too_few(expert: int | None, statistics: InputStatistics) -> str:
+    """A note where an expert was reached by too few tokens for its statistics to mean anything."""
+    if expert is None or statistics.tokens >= FEW_TOKENS:
+        return ""
+    return f"only {statistics.tokens} calibration tokens reached this expert: rounded plainly"
+
+
+def cast(value: F32, dtype: torch.dtype) -> torch.Tensor:
+    """f32 weights in a checkpoint's float type."""
+    return torch.from_numpy(np.ascontiguousarray(value)).to(dtype)
+
+
+def _notes(layer: int, output: LayerOutput) -> list[dict[str, Any]]:
+    """The log's lines of a layer's tensors."""
+    return [
+        {
+            "tensor": loss.name if loss.name.startswith("blk.") else f"{LAYERS}{layer}.{loss.name}",
+            "loss": None if loss.loss != loss.loss else loss.loss,  # JSON has no NaN
+            "tokens": loss.tokens,
+            "damp": loss.damp,
+            "note": loss.note,
+            "digest": output.digests.get(loss.name, ""),
+        }
+        for loss in output.losses
+    ]
+
+
+def losses_in_words(output: LayerOutput) -> str:
+    """The losses of a layer's tensors in a few words: each where there are few, else the largest."""
+    known = [(loss.loss, _short(loss.name)) for loss in output.losses if loss.loss == loss.loss]
+    if not known:
+        return ""
+    if len(output.losses) > _TOLD:
+        worst, name = max(known)
+        return f" (error up to {worst:.2%}, {name})"
+    each = ", ".join(f"{name} {loss:.2%}" for loss, name in known)
+    return f" (error: {each})"
+
+
+def _short(name: str) -> str:
+    """``self_attn.q_proj`` as ``q``, ``blk.0.attn_q.weight`` as ``attn_q``."""
+    return name.removesuffix(".weight").rpartition(".")[2].removesuffix("_proj")

@@ -1,0 +1,89 @@
+"""AWQ and INT8 levels: codes to nearest, with what is known of the source's own activations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from bitladder.files.layer_store import LayerStore
+from bitladder.formats.checkpoint import CheckpointLevel
+from bitladder.formats.disk_names import quantized_parameters
+from bitladder.formats.roles import SharedInput
+from bitladder.kernels import awq
+from bitladder.kernels.methods import awq_scales, rounded
+from bitladder.walk import folding
+from bitladder.walk.driver import Seen
+from bitladder.walk.folding import matrix
+from bitladder.walk.inputs import InputStatistics, Wants
+from bitladder.walk.layers import LayeredModel
+from bitladder.walk.made import SCALE_DTYPES, LayerOutput, Made, floats_of, naming, too_few, unchanged
+
+F32 = NDArray[np.float32]
+_T = TypeVar("_T")
+
+
+class RoundedLevel(Made):
+    """One such level."""
+
+    def __init__(self, model: LayeredModel, level: CheckpointLevel, store: LayerStore, dtype: torch.dtype) -> None:
+        super().__init__(model, level.name, store, dtype)
+        self._level, self._scale_dtype = level, SCALE_DTYPES[dtype]
+        self._folds = level.method == "AWQ" or level.smooth
+        self.wants = Wants(gram=self._folds, largest=level.smooth)
+
+    def make(self, layer: int, block: nn.Module, seen: Seen) -> LayerOutput:
+        """As ``Made``. A level made without folding owes nothing to the text, and knows its losses only where a Gram
+        matrix was summed for another."""
+        output, level = LayerOutput(), self._level
+        with unchanged(block) if self._folds else nullcontext():
+            factors = {
+                shared: self._fold(block, shared, statistics[0]) if statistics and self._folds else None
+                for shared, statistics in seen.items()
+            }
+            for shared, statistics in seen.items():
+                parameters, scale = quantized_parameters(self.model.family, shared), factors[shared]
+                for expert, own in _experts(statistics or [None] * self._matrices(shared)):
+                    note = too_few(expert, own) if own is not None and self._folds else ""
+                    gram = own.gram if own is not None and len(own.gram) and not note else None
+                    if gram is not None and scale is not None:
+                        gram = gram / np.outer(scale, scale)
+                    for parameter in parameters:
+                        weights = matrix(block, parameter, expert)
+                        with naming(layer, parameter.path):
+                            found = rounded(level, gram, weights, weighed=self._folds, scale_dtype=self._scale_dtype)
+                        tokens = own.tokens if own is not None else 0
+                        output.add(self.model, level, parameter, expert, found, tokens=tokens, note=note)
+            output.floats = floats_of(self.model, block)
+        return output
+
+    def _matrices(self, shared: SharedInput) -> int:
+        return 1 if shared.kind == "linear" else self.model.model.dims.n_expert
+
+    def _fold(self, block: nn.Module, shared: SharedInput, statistics: InputStatistics) -> F32 | None:
+        """Find this input's scales, multiply them into its columns and divide them out of what comes
+        before."""
+        level = self._level
+        place = folding.place_of(self.model, block, shared)
+        if place is None or not (level.method == "AWQ" or place.is_norm):
+            return None
+        weights = [matrix(block, parameter) for parameter in place.parameters]
+        if level.method == "AWQ":
+            factors = awq_scales(level, statistics.gram, weights, tied=place.tied).factors
+        else:
+            factors = awq.smooth_factors(statistics.largest, weights, tied=place.tied)
+        folding.fold(block, place, factors)
+        return factors
+
+
+def _experts(items: Sequence[_T]) -> Iterator[tuple[int | None, _T]]:
+    """``(None, item)`` for a plain linear, ``(expert, item)`` for each of several."""
+    if len(items) == 1:
+        yield None, items[0]
+    else:
+        yield from enumerate(items)

@@ -1,0 +1,334 @@
+"""How much an error in each weight matrix disturbs the model's predictions: one pass forward, one back.
+
+To second order, replacing a matrix W by W + D raises the KL divergence of the predictions from the source's by half of
+
+    sum over tokens of E[(g^T D x)^2]
+
+where x is what the matrix reads, and g the gradient of log p(y) with respect to what it writes, for labels y drawn from
+the source's own predictions (the Fisher information; Martens 2014, arXiv:1412.1193). With x and g taken as independent
+and the rows of g as uncorrelated (the Kronecker factors of K-FAC, Martens and Grosse 2015, arXiv:1503.05671, one of
+them a diagonal), that is a sum over rows r of
+
+    G_r (D_r H D_r^T) / T,      H = X^T X,   G_r = sum of g_r^2,   T tokens
+
+so a matrix's sensitivities are its Hessian and one number per row. States of all layers are kept, on disk when they
+outgrow memory, and gradients travel back through one layer of weights at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from bitladder.formats.roles import Parameter, layer_tensor
+from bitladder.progress import Progress, within
+from bitladder.walk.driver import Builder, Group, Member, Resumable, Stream, backward, forward
+from bitladder.walk.inputs import InputStatistics, Sums, Wants, Watch, merged
+from bitladder.walk.keep import Arrays, Keep
+from bitladder.walk.layers import LayeredModel
+from bitladder.walk.products import products
+from bitladder.walk.states import Batch, States
+from bitladder.walk.transforms import permute
+from bitladder.walk.weights import LevelWeights
+
+F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
+
+_SLICE = 8192
+_SEED = 20240229
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What errors of one tensor cost: ``inputs`` per matrix, ``rows`` f64[matrices, rows] the Fisher weights G.
+
+    The predicted rise of KL per predicted token, for errors D of matrix e, is half the sum over its rows of
+    ``rows[e, r] * (D_r H_e D_r^T) / inputs[e].tokens / predictions``.
+    """
+
+    name: str
+    inputs: tuple[InputStatistics, ...]
+    rows: F64
+    predictions: int
+
+
+@dataclass(frozen=True)
+class EmbeddingSensitivity:
+    """What errors of the embedding's rows cost: half of ``sum_ij weights[i, j] D[tokens[i], j]^2 / predictions``."""
+
+    tokens: NDArray[np.int64]
+    weights: F64
+    predictions: int
+
+
+Take = Callable[[Sensitivity | EmbeddingSensitivity], None]
+
+
+class SensitivityPass:
+    """The two sweeps over a model. Results are handed to ``take`` as they come, so that only one layer's Hessians exist
+    at a time."""
+
+    def __init__(
+        self,
+        model: LayeredModel,
+        weights: LevelWeights,
+        batches: Sequence[Batch],
+        *,
+        state_bytes: int,
+        spill: Path | None = None,
+        half: bool = False,
+        keep: Keep | None = None,
+        results: Resumable | None = None,
+    ) -> None:
+        """
+        Args:
+            model: whose layers they are.
+            weights: the source's.
+            batches: the text.
+            state_bytes: states of all layers are held, those beyond this in files in ``spill``.
+            spill: a folder; the system's for temporary files by default.
+            half: multiply in bfloat16.
+            keep: what makes a killed way back go on; the way there is done again as far as it is needed.
+            results: keeps what ``take`` was handed, of layers that are not done again.
+        """
+        self.model, self._weights, self._batches, self._half = model, weights, batches, half
+        self._state_bytes, self._spill = state_bytes, spill
+        self._keep, self._results = keep, results or Resumable()
+        self.predictions = predictions_of(batches)
+        self._random = torch.Generator(device="cpu").manual_seed(_SEED)
+
+    def run(self, take: Take, progress: Progress) -> None:
+        """Hand every tensor's sensitivity to ``take``, the output matrix's first, the embedding's last."""
+        n_layer = self.model.n_layer
+        total = 4.0 * n_layer + 4
+        tokens = sum(batch.tokens.size for batch in self._batches)
+        kept = self._keep.load(tokens, self.model.width) if self._keep else None
+        there = self._stream(Member(self._weights), remember=True)
+        forward([there], within(progress, 0, n_layer, total), "sensitivity: ", stop=kept.layer if kept else None)
+        gradients = there.states_of(0)  # what enters the head is replaced by the gradient there
+        back = self._stream(Gradients(self.model, self._weights, there, take, self._results), back=True)
+        back.groups = [Group([0], gradients)]
+        if kept:
+            back.layer = kept.layer
+            kept.restore(0, gradients)
+            self._results.resume(kept.layer, kept.of(0))
+        else:
+            progress("sensitivity: the head", n_layer, total)
+            take(self._head(gradients))
+        backward(back, within(progress, 4.0 * n_layer, n_layer, total), "sensitivity: back through ")
+        take(self._embedding(gradients))
+        back.finished()
+        progress("sensitivity", total, total)
+
+    def _stream(self, member: Member, *, remember: bool = False, back: bool = False) -> Stream:
+        return Stream(
+            self.model,
+            [member],
+            self._batches,
+            state_bytes=self._state_bytes,
+            spill=self._spill,
+            half=self._half,
+            keep=self._keep if back else None,
+            remember=remember,
+            back=back,
+        )
+
+    def _head(self, states: States) -> Sensitivity:
+        """The output matrix's sensitivity; ``states`` become the gradient of the summed log-likelihood there."""
+        norm = self.model.norm(self._weights)
+        n_vocab = self.model.model.dims.n_vocab
+        rows = np.zeros(n_vocab)
+        sums = Sums(self.model.width, self.model.device, gram=True, largest=False)
+        for batch in self._batches:
+            predicting = _predicting(batch).to(self.model.device)
+            with torch.enable_grad():
+                x = states.get(batch).to(self.model.device).clone().requires_grad_()
+                normed = norm(x)
+            with torch.no_grad(), products(half=self._half):
+                own = normed.detach()[predicting]
+                sums.add(own)
+                gradient = torch.zeros_like(normed)
+                gradient[predicting] = self._through_vocabulary(own, rows)
+            torch.autograd.backward(normed, gradient)
+            states.put(batch, cast(torch.Tensor, x.grad))
+        seen = sums.result()
+        # p (1 - p) is the exact expectation of the squared gradient of a logit
+        return Sensitivity(self.model.output, (seen,), rows[None], self.predictions)
+
+    def _through_vocabulary(self, normed: torch.Tensor, rows: F64) -> torch.Tensor:
+        """Gradient of log p(y) at normed states f32[tokens, n_embd], y drawn from p; adds p (1 - p) to ``rows``.
+
+        The vocabulary is taken in slices twice: for the normaliser, then for the draw (where the running sum of p
+        passes a uniform number) and the sums.
+        """
+        peak = torch.full((len(normed),), -torch.inf, device=normed.device)
+        total = torch.zeros(len(normed), dtype=torch.float64, device=normed.device)
+        for _, logits, _, _ in self._logits(normed):
+            higher = torch.maximum(peak, logits.max(dim=1).values)
+            total = total * torch.exp((peak - higher).double()) + (logits - higher[:, None]).exp().sum(1).double()
+            peak = higher
+        log_z = peak + total.log().float()
+        # what is left of a uniform number once the slices before are subtracted; below what rounding leaves of 1
+        left = torch.rand(len(normed), generator=self._random).to(normed.device) * (1 - 1e-4)
+        gradient = torch.zeros_like(normed)
+        for first, logits, slope, weight in self._logits(normed):
+            p = torch.exp(logits - log_z[:, None])
+            spread = p * (1 - p) if slope is None else p * (1 - p) * slope * slope
+            rows[first : first + p.shape[1]] += spread.sum(0).double().cpu().numpy()
+            here = p.sum(1)
+            drawn = torch.nonzero((left >= 0) & (left < here)).flatten()
+            at = torch.searchsorted(p[drawn].cumsum(1), left[drawn, None]).flatten().clamp(max=p.shape[1] - 1)
+            left -= here  # negative from here on for those that are drawn
+            p.neg_()
+            p[drawn, at] += 1
+            gradient += (p if slope is None else p * slope) @ weight
+        return gradient
+
+    def _logits(self, normed: torch.Tensor) -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None, torch.Tensor]]:
+        """Slices of the vocabulary: first row, logits, their slope under a soft cap, the weights."""
+        n_vocab, cap = self.model.model.dims.n_vocab, self.model.logit_softcap
+        for first in range(0, n_vocab, _SLICE):
+            rows = self._weights(self.model.output, slice(first, min(first + _SLICE, n_vocab)))
+            weight = torch.from_numpy(rows).to(normed.device)
+            logits = nn.functional.linear(normed, weight)
+            if cap:
+                bent = torch.tanh(logits / cap)
+                yield first, bent * cap, 1 - bent * bent, weight
+            else:
+                yield first, logits, None, weight
+
+    def _embedding(self, gradients: States) -> EmbeddingSensitivity:
+        """Squared gradients at the embeddings, summed over the places where each token occurs."""
+        scale = self.model.config.hidden_size if self.model.family.scaled_embedding else 1
+        ids = np.concatenate([batch.tokens[batch.valid] for batch in self._batches])
+        squares = np.concatenate(
+            [gradients.get(batch).cpu().numpy()[batch.valid].astype(np.float64) ** 2 for batch in self._batches]
+        )
+        tokens, where = np.unique(ids, return_inverse=True)
+        weights = np.zeros((len(tokens), squares.shape[1]))
+        np.add.at(weights, where, squares * scale)
+        return EmbeddingSensitivity(tokens, weights, self.predictions)
+
+
+def predictions_of(batches: Sequence[Batch]) -> int:
+    """How many tokens have a next one."""
+    return sum(length - 1 for batch in batches for length in batch.lengths)
+
+
+def _predicting(batch: Batch) -> torch.Tensor:
+    """bool[windows, n]: positions whose next token exists."""
+    lengths = np.asarray(batch.lengths)[:, None]
+    return torch.from_numpy(np.arange(batch.tokens.shape[1])[None] < lengths - 1)
+
+
+class Gradients(Builder):
+    """What goes back: gradients at a layer's output become those at its input, and its sensitivities are known."""
+
+    def __init__(
+        self, model: LayeredModel, weights: LevelWeights, there: Stream, take: Take, results: Resumable
+    ) -> None:
+        """``there``: the stream that went forward, with the states that entered each layer."""
+        super().__init__(weights)
+        self.model, self._there, self._take, self._results = model, there, take, results
+
+    def arrays(self) -> Arrays:
+        """As ``Resumable``: the results so far."""
+        return self._results.arrays()
+
+    def build(self, stream: Stream, layer: int, states: States) -> None:
+        """As ``Builder``."""
+        block = self.load(self.model, layer)
+        entered = self._there.entered.pop()
+        shards = [self._shard(stream, shard, layer, block, entered, states) for shard in stream.shards]
+        watch, energies = self._summed(shards)
+        self._there.shelf.give_back(entered)
+        held, predictions = set(self.model.layer_names(layer)), predictions_of(stream.batches)
+        for shared, statistics in watch.results(layer).items():
+            seen = tuple(statistics)
+            for parameter in self.model.family.parameters:
+                for role, rows in self._by_role(block, parameter, energies, len(seen)):
+                    if role in shared.roles and layer_tensor(layer, role) in held:
+                        self._take(Sensitivity(layer_tensor(layer, role), seen, rows, predictions))
+
+    def _shard(
+        self, stream: Stream, shard: Sequence[Batch], layer: int, block: nn.Module, entered: States, gradients: States
+    ) -> tuple[Watch, _Energies]:
+        """Gram matrices of what is read, sums of squared gradients of what is written, over a shard."""
+        device = self.model.device
+        watch = Watch(self.model.inputs(block), Wants(gram=True), half=stream.half)
+        energies = _Energies(self.model, block)
+        for batch in shard:
+            valid = torch.from_numpy(batch.valid).to(device)
+            gradient = gradients.get(batch).to(device)
+            with watch.on(block, batch), energies.on(block), torch.enable_grad(), products(half=stream.half):
+                x = entered.get(batch).to(device).clone().requires_grad_()
+                out = self.model.forward(block, layer, x)
+                torch.autograd.backward(out, torch.where(valid[..., None], gradient, 0))
+            gradients.put(batch, cast(torch.Tensor, x.grad))
+        return watch, energies
+
+    def _summed(self, shards: Sequence[tuple[Watch, _Energies]]) -> tuple[Watch, dict[str, torch.Tensor]]:
+        first = shards[0][1]
+        for _, later in shards[1:]:
+            first.merge(later)
+        return merged([watch for watch, _ in shards]), first.sums
+
+    def _by_role(
+        self, block: nn.Module, parameter: Parameter, energies: dict[str, torch.Tensor], matrices: int
+    ) -> Iterator[tuple[str, F64]]:
+        """Row weights f64[matrices, rows] of each GGUF tensor that a parameter is made of."""
+        module, _, leaf = parameter.path.rpartition(".")
+        if leaf == "bias" or module not in energies:
+            return
+        whole = energies[module].cpu().numpy()
+        if leaf != "weight":  # fused experts: only what all of them wrote together has a gradient of its own
+            rows = block.get_parameter(parameter.path).shape[-2] // len(parameter.roles)
+            each = whole if len(whole) == rows else np.full(rows, whole.mean())
+            yield from ((role, np.tile(each, (matrices, 1))) for role in parameter.roles)
+            return
+        if parameter.transform == "unpermute":
+            heads = self.model.model.dims.n_head if "q_proj" in module else self.model.model.dims.n_head_kv
+            whole = permute(whole.astype(np.float32), heads).astype(np.float64)
+        for role, part in zip(parameter.roles, np.split(whole, len(parameter.roles)), strict=True):
+            yield role, np.tile(part, (matrices, 1))
+
+
+class _Energies:
+    """Sums of squared gradients f64[columns] of what the modules write that read a shared input, by module."""
+
+    def __init__(self, model: LayeredModel, block: nn.Module) -> None:
+        reads = {role for shared in model.inputs(block) for role in shared.roles}
+        present = {name for name, _ in block.named_modules()}
+        owners = [p.path.rpartition(".")[0] for p in model.family.parameters if reads & set(p.roles)]
+        self._writers = [name for name in dict.fromkeys(owners) if name in present]
+        self.sums: dict[str, torch.Tensor] = {}
+
+    def on(self, block: nn.Module) -> ExitStack:
+        """Hooks for one batch."""
+        hooks = ExitStack()
+        for name in self._writers:
+            hooks.callback(block.get_submodule(name).register_forward_hook(self._writing(name)).remove)
+        return hooks
+
+    def merge(self, later: _Energies) -> None:
+        """Add those of a later shard."""
+        for name, squares in later.sums.items():
+            self.sums[name] = self.sums.get(name, 0) + squares
+
+    def _writing(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def arrived(gradient: torch.Tensor) -> None:
+            squares = gradient.reshape(-1, gradient.shape[-1]).double().square().sum(0)
+            self.sums[name] = self.sums.get(name, 0) + squares
+
+        def seen(_: nn.Module, __: Any, out: Any) -> None:
+            (out if isinstance(out, torch.Tensor) else out[0]).register_hook(arrived)
+
+        return seen
