@@ -29,10 +29,10 @@ from bitladder.engines.states import States, batches_of
 from bitladder.engines.weights import FileWeights
 from bitladder.files.gguf import GgufFile
 from bitladder.formats.blocks import QTYPES
-from bitladder.formats.checkpoint import parse_level
 from bitladder.formats.disk_names import quantized_parameters
 from bitladder.kernels import dequantize, gptq, quantize
-from bitladder.kernels.methods import awq_scales, feedback, rounded
+from bitladder.levels.checkpoint import parse_level
+from bitladder.levels.methods import awq_scales, feedback, rounded
 
 F32 = NDArray[np.float32]
 

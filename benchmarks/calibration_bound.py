@@ -23,8 +23,8 @@ from bitladder.engines.states import States, batches_of
 from bitladder.engines.streams import SequentialStream
 from bitladder.engines.weights import FileWeights
 from bitladder.files.gguf import GgufFile
-from bitladder.formats.checkpoint import parse_level
 from bitladder.formats.disk_names import quantized_parameters
+from bitladder.levels.checkpoint import parse_level
 
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "mkldnn::_linear_pointwise")
 ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"

@@ -21,8 +21,8 @@ import torch
 from bitladder.describe.windows import WINDOW, Window
 from bitladder.engines.checkpoint_walk import Settings
 from bitladder.files.gguf import GgufFile
-from bitladder.formats.checkpoint import parse_level
-from bitladder.formats.vectors import ImportanceVectors, Product
+from bitladder.levels.checkpoint import parse_level
+from bitladder.levels.products import ImportanceVectors, Product
 from bitladder.stages.calibrate import Calibrated, Calibration, Reading
 from bitladder.stages.quantize import quantize_levels
 

@@ -22,7 +22,7 @@ from bitladder.engines.checkpoint_walk import Settings
 from bitladder.engines.llama import LlamaServer
 from bitladder.files.gguf import GgufFile
 from bitladder.files.texts import shipped_texts
-from bitladder.formats.vectors import FoldedLevel, ImportanceVectors
+from bitladder.levels.products import FoldedLevel, ImportanceVectors
 from bitladder.stages.calibrate import Calibration, Reading
 from bitladder.stages.quantize import quantize_levels
 from bitladder.stages.walk import file_candidate, text_windows, walk

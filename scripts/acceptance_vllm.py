@@ -36,7 +36,7 @@ def expect(folder: Path, levels: list[str]) -> int:
     from bitladder.files.demo import fetch_demo
     from bitladder.files.gguf import GgufFile
     from bitladder.files.texts import shipped_texts
-    from bitladder.formats.checkpoint import parse_level, serving_notes
+    from bitladder.levels.checkpoint import parse_level, serving_notes
     from bitladder.stages.calibrate import quantize_checkpoints
     from bitladder.stages.walk import text_windows
 

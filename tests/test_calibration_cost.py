@@ -2,8 +2,8 @@
 
 import pytest
 
-from bitladder.formats.checkpoint import parse_level
-from bitladder.formats.vectors import ImportanceVectors, is_folded_level, parse_folded
+from bitladder.levels.checkpoint import parse_level
+from bitladder.levels.products import ImportanceVectors, is_folded_level, parse_folded
 from bitladder.plan.calibration import REACHED, START_SECONDS, Work, predict
 from bitladder.units import GiB
 

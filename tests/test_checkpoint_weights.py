@@ -11,7 +11,7 @@ from bitladder.engines.layers import LayeredModel
 from bitladder.engines.rounding import INT8_TOKENS
 from bitladder.engines.weights import FileWeights
 from bitladder.files.gguf import GgufFile
-from bitladder.formats.checkpoint import parse_level
+from bitladder.levels.checkpoint import parse_level
 from tiny_checkpoints import decoded, loaded, run, tiny, windows_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")

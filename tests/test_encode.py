@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from bitladder.formats.checkpoint import parse_level
 from bitladder.kernels import groups
-from bitladder.kernels.encode import decode, encode
+from bitladder.levels.checkpoint import parse_level
+from bitladder.levels.encode import decode, encode
 from reference import slow_checkpoint as slow
 
 LEVELS = [

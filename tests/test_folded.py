@@ -13,9 +13,9 @@ from bitladder.engines.layers import LayeredModel
 from bitladder.engines.weights import FileWeights
 from bitladder.errors import UnknownLevel, UsageError
 from bitladder.files.gguf import GgufFile
-from bitladder.formats.vectors import FoldedLevel, ImportanceVectors, is_folded_level, parse_folded
 from bitladder.kernels import dequantize, quantize
 from bitladder.kernels.awq import Fold
+from bitladder.levels.products import FoldedLevel, ImportanceVectors, is_folded_level, parse_folded
 from bitladder.stages.calibrate import Calibrated, Calibration, Reading
 from bitladder.stages.imatrix import importance_matrix
 from bitladder.stages.quantize import quantize_levels

@@ -23,7 +23,7 @@ from bitladder.engines.weights import FileWeights
 from bitladder.files.layer_store import LayerStore
 from bitladder.files.safetensors_writer import PiecewiseTensor
 from bitladder.formats import disk_names, roles
-from bitladder.formats.vectors import FoldedLevel, Product
+from bitladder.levels.products import FoldedLevel, Product
 from bitladder.progress import Progress
 from bitladder.units import GiB
 

@@ -17,8 +17,8 @@ from bitladder.engines.weights import FileWeights, Rows
 from bitladder.errors import BadFile
 from bitladder.files.checkpoint_check import CheckpointReader
 from bitladder.formats import disk_names, roles
-from bitladder.formats.checkpoint import CheckpointLevel
 from bitladder.formats.roles import Family, Parameter, family_of
+from bitladder.levels.checkpoint import CheckpointLevel
 
 F32 = NDArray[np.float32]
 

@@ -25,13 +25,13 @@ from bitladder.engines.layers import LayeredModel
 from bitladder.engines.states import Batch, States
 from bitladder.engines.weights import LevelWeights
 from bitladder.errors import BadWeights
-from bitladder.formats.checkpoint import CheckpointLevel
 from bitladder.formats.disk_names import disk_linears, disk_name, quantized_parameters
 from bitladder.formats.roles import Parameter, SharedInput, layer_tensor
-from bitladder.formats.vectors import COUNT, SQUARES, FoldedLevel, ImportanceVectors, Product
 from bitladder.kernels import awq, gptq
-from bitladder.kernels.encode import Arrays, digest, encode
-from bitladder.kernels.methods import Quantized, awq_scales, feedback, rounded
+from bitladder.levels.checkpoint import CheckpointLevel
+from bitladder.levels.encode import Arrays, digest, encode
+from bitladder.levels.methods import Quantized, awq_scales, feedback, rounded
+from bitladder.levels.products import COUNT, SQUARES, FoldedLevel, ImportanceVectors, Product
 from bitladder.records.calibration import LinearLoss
 
 F32 = NDArray[np.float32]

@@ -32,9 +32,9 @@ from bitladder.files.imatrix import ImportanceMatrix
 from bitladder.files.layer_store import LayerStore
 from bitladder.files.probe import probe_machine
 from bitladder.files.vector_file import VectorFile, folds_of, importance_of_vectors
-from bitladder.formats.checkpoint import CheckpointLevel, check_shapes, parse_level
-from bitladder.formats.vectors import FoldedLevel, Product
 from bitladder.kernels.awq import Fold
+from bitladder.levels.checkpoint import CheckpointLevel, check_shapes, parse_level
+from bitladder.levels.products import FoldedLevel, Product
 from bitladder.plan.calibration import Work, predict
 from bitladder.plan.calibration_text import check_text
 from bitladder.plan.preflight import JobNeed, require

@@ -84,7 +84,7 @@ def _room(need: JobNeed) -> str:
     return f"up to {human_bytes(need.ram_bytes)} of memory{disk}"
 
 
-def building_need(source: GgufFile, levels: Sequence[str], out: Path, *, effort: str, threads: int) -> JobNeed:
+def building_need(source: GgufFile, levels: Sequence[Level], out: Path, *, effort: str, threads: int) -> JobNeed:
     """What writing those of the levels will take that are not there yet."""
     from bitladder.files.probe import probe_machine
     from bitladder.formats.blocks import QTYPES
@@ -105,7 +105,7 @@ def building_need(source: GgufFile, levels: Sequence[str], out: Path, *, effort:
     need = quantize_need(
         weights, [size.file_bytes for size in sizes], probe_machine(out), threads=threads, effort=effort
     )
-    return need.named(f"quantize {', '.join(missing) or 'nothing'}")
+    return need.named(f"quantize {', '.join(map(str, missing)) or 'nothing'}")
 
 
 def _is_there(out: Path, name: str) -> bool:

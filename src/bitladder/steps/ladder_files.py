@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bitladder.formats.fitted import is_fitted_level
+from bitladder.levels import FeedbackLevel, FileLevel, RecipeLevel
 from bitladder.progress import LevelNews, Progress, tell
 from bitladder.stages.quantize import method_name, quantize_levels
 from bitladder.steps.jobs import building_need, job
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 def ladder_files(
     source: GgufFile,
-    wanted: Sequence[str],
+    wanted: Sequence[FileLevel],
     out: Path,
     *,
     importance: Importance | None,
@@ -39,7 +39,7 @@ def ladder_files(
 
     Args:
         source: the model.
-        wanted: GGUF levels and fitted ones (``GPTQ-<recipe>``, ``bpw<bits>``).
+        wanted: recipes, and levels with error feedback.
         out: the folder to write into.
         importance: weighs the errors of GGUF levels; fitted ones take their statistics from the calibration text.
         effort: how long to search for scales.
@@ -51,13 +51,19 @@ def ladder_files(
         NothingFits: too little memory or disk, before anything is written.
         BadWeights, OutputError: as the stages say.
     """
-    plain = [level for level in wanted if not is_fitted_level(level)]
+    plain = [level for level in wanted if isinstance(level, RecipeLevel)]
     for level in plain:
-        tell(progress, LevelNews(level, "being written"))
+        tell(progress, LevelNews(level.name, "being written"))
     need = building_need(source, plain, out, effort=effort, threads=threads)
     with job(need, journal, out) if plain else nullcontext():
         files = quantize_levels(
-            source, plain, out, importance=importance, effort=effort, threads=threads, progress=progress
+            source,
+            [level.recipe for level in plain],
+            out,
+            importance=importance,
+            effort=effort,
+            threads=threads,
+            progress=progress,
         )
     for file in files:
         tell(progress, LevelNews(file.level, "written", file_bytes=file.bytes))
@@ -65,14 +71,21 @@ def ladder_files(
     method = method_name(effort, importance)
     built = {Subject(source.sha256, file.level, made=method): file for file in files}
     for level in wanted:
-        if level not in plain:
+        if isinstance(level, FeedbackLevel):
             subject, file = _fitted(source, level, out, effort, threads, journal, progress)
             built[subject] = file
-    return {subject: built[subject] for subject in sorted(built, key=lambda subject: wanted.index(subject.level))}
+    names = [level.name for level in wanted]
+    return {subject: built[subject] for subject in sorted(built, key=lambda subject: names.index(subject.level))}
 
 
 def _fitted(
-    source: GgufFile, level: str, out: Path, effort: Effort, threads: int, journal: Journal, progress: Progress
+    source: GgufFile,
+    level: FeedbackLevel,
+    out: Path,
+    effort: Effort,
+    threads: int,
+    journal: Journal,
+    progress: Progress,
 ) -> tuple[Subject, LevelFile]:
     """The file of a level whose codes are chosen with error feedback, under the name it was asked for by."""
     tell(progress, LevelNews(level, "being written"))

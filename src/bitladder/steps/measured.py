@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from bitladder.errors import BadInput
 from bitladder.progress import LevelNews, Progress, silent, tell
 from bitladder.records.fidelity import Fidelity
-from bitladder.steps.calibrated import AUTO, NONE, importance_of, token_windows, weighed
+from bitladder.steps.calibrated import AUTO, NONE, importance_of, token_windows
 from bitladder.steps.jobs import job, walking_need
 from bitladder.steps.journal import Journal
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from bitladder.describe.workload import Workload
     from bitladder.files.gguf import GgufFile
     from bitladder.kernels import Effort
+    from bitladder.levels import RecipeLevel
     from bitladder.records.evaluation import Answer, Speed
     from bitladder.stages.walk import Candidate
     from bitladder.store.recorded import Recorded, Subject
@@ -27,9 +28,9 @@ if TYPE_CHECKING:
 
 def measure_model(
     model: str,
-    levels: Sequence[str] | None,
+    levels: Sequence[RecipeLevel] | None,
     *,
-    reference: str | None = None,
+    reference: RecipeLevel | None = None,
     files: Sequence[Path] = (),
     texts: Sequence[Path] = (),
     imatrix: str = NONE,
@@ -44,30 +45,30 @@ def measure_model(
     """
     from bitladder.files.gguf import GgufFile
     from bitladder.files.sources import resolve
-    from bitladder.formats.recipes import LEVELS
+    from bitladder.levels import LADDER, Needs
     from bitladder.stages.facts import level_of
     from bitladder.stages.quantize import method_name
     from bitladder.stages.walk import file_candidate, made_candidates
     from bitladder.store.evidence import Evidence
     from bitladder.store.recorded import Recorded, Subject
 
-    made = LEVELS if levels is None and not files else levels or ()
+    made = LADDER if levels is None and not files else levels or ()
     measured_on = documents(texts)
     journal = journal or Journal()
     with ExitStack() as stack:
         source = stack.enter_context(GgufFile.open(resolve(model, progress).path))
         importance = None
-        if imatrix != AUTO or weighed(made):
+        if imatrix != AUTO or any(level.needs is Needs.IMPORTANCE for level in made):
             importance = importance_of(
                 source, imatrix, measured_on=measured_on, threads=threads, journal=journal, progress=progress
             )
         others = [stack.enter_context(GgufFile.open(path)) for path in files]
         method = method_name(effort, importance)
-        subjects = [Subject(source.sha256, level, made=method) for level in made if level != reference]
+        subjects = [Subject(source.sha256, level.name, made=method) for level in made if level != reference]
         subjects += [Subject(source.sha256, other.path.stem, file=other.sha256) for other in others]
         higher = None
-        if reference is not None and reference != level_of(source.model):
-            higher = Subject(source.sha256, reference, made=method)
+        if reference is not None and reference.name != level_of(source.model):
+            higher = Subject(source.sha256, reference.name, made=method)
 
         def candidates(missing: Sequence[Subject]) -> list[Candidate]:
             levels = [subject.level for subject in missing if not subject.file]

@@ -35,7 +35,7 @@ def tier_file(
     from bitladder.files.sources import resolve
     from bitladder.formats.recipes import level_named
     from bitladder.stages.facts import level_of
-    from bitladder.stages.plan import make_plan
+    from bitladder.stages.plan import file_memory
     from bitladder.stages.quantize import quantize_levels
 
     path, level = Path(what), what
@@ -50,8 +50,7 @@ def tier_file(
             built = () if level == own else quantize_levels(opened, [level], folder, threads=threads, progress=progress)
             path = built[0].path if built else source.path
     with GgufFile.open(path) as opened:
-        plan = make_plan(opened.model, probe_machine(), n_ctx=n_ctx, levels=[level_of(opened.model)])
-        return TierFile(level, path, opened.sha256, plan.levels[0].total_bytes)
+        return TierFile(level, path, opened.sha256, file_memory(opened.model, probe_machine(), n_ctx=n_ctx))
 
 
 def latest_run(model: str, progress: Progress) -> tuple[RunRecord | None, Path | None]:

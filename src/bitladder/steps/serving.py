@@ -20,14 +20,11 @@ def memory_by_slots(path: Path, n_ctx: int, slots: Sequence[int]) -> tuple[int, 
     """
     from bitladder.files.gguf import GgufFile
     from bitladder.files.probe import probe_machine
-    from bitladder.stages.facts import level_of
-    from bitladder.stages.plan import make_plan
+    from bitladder.stages.plan import file_memory
 
     machine = probe_machine()
     with GgufFile.open(path) as opened:
-        level = [level_of(opened.model)]
-        plans = (make_plan(opened.model, machine, n_ctx=n_ctx, n_seq=number, levels=level) for number in slots)
-        return tuple(plan.levels[0].total_bytes for plan in plans)
+        return tuple(file_memory(opened.model, machine, n_ctx=n_ctx, n_seq=number) for number in slots)
 
 
 def slots_that_fit(needs: Sequence[Sequence[int]], budget_bytes: int) -> tuple[int, ...]:

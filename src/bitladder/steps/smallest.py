@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from bitladder.describe.workload import Input, Workload
     from bitladder.engines.base import Engine
     from bitladder.files.gguf import GgufFile
+    from bitladder.levels import Level
     from bitladder.records.evaluation import Answer
     from bitladder.records.search import LadderOutcome
 
@@ -36,7 +37,7 @@ class Search:
     model: str
     bar: str
     workload: Path | None = None
-    levels: tuple[str, ...] | None = None
+    levels: tuple[Level, ...] | None = None
     n_ctx: int = 4096
     out: Path | None = None
     threads: int = 2
@@ -139,11 +140,11 @@ def margin_of(bar: str) -> float:
 def _levels(source: GgufFile, search: Search) -> list[str]:
     """Those that fit, largest first, without the source's own."""
     from bitladder.files.probe import probe_machine
-    from bitladder.formats.recipes import LEVELS
+    from bitladder.levels import LADDER
     from bitladder.stages.facts import level_of
     from bitladder.stages.plan import make_plan
 
-    plan = make_plan(source.model, probe_machine(), n_ctx=search.n_ctx, levels=search.levels or LEVELS)
+    plan = make_plan(source.model, probe_machine(), n_ctx=search.n_ctx, levels=search.levels or LADDER)
     fitting = [level.level for level in plan.levels if level.fits and level.level != level_of(source.model)]
     if not fitting:
         raise NothingFits(
