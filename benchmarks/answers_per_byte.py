@@ -22,9 +22,7 @@ from quality_per_byte import GgmlQuantizer
 
 from bitladder.describe.similarity import chrf
 from bitladder.describe.windows import WINDOW
-from bitladder.engines.feedback import FeedbackSettings
 from bitladder.engines.llama import LlamaServer
-from bitladder.engines.weights import FileWeights, MadeWeights
 from bitladder.files.gguf import GgufFile
 from bitladder.files.workloads import STARTER, load_workload
 from bitladder.formats.recipes import assign
@@ -36,6 +34,8 @@ from bitladder.stages.imatrix import importance_matrix
 from bitladder.stages.quantize import quantize_levels
 from bitladder.stages.sensitivity import sensitivity_table
 from bitladder.stats.paired import sign_flip
+from bitladder.walk.feedback import FeedbackSettings
+from bitladder.walk.weights import FileWeights, MadeWeights
 
 
 def their_file(source: GgufFile, level: str, theirs: GgmlQuantizer, importance, folder: Path, threads: int) -> Path:

@@ -26,9 +26,7 @@ from level_texts import articles, first_windows, fitting_windows, parsed, parser
 from numpy.typing import NDArray
 
 from bitladder.describe.windows import WINDOW, Window
-from bitladder.engines.feedback import FeedbackSettings
 from bitladder.engines.llama import LlamaServer
-from bitladder.engines.weights import FileWeights
 from bitladder.files.gguf import GgufFile
 from bitladder.kernels import dequantize
 from bitladder.plan.recipe import Wish, choose
@@ -37,6 +35,8 @@ from bitladder.stages.feedback import write_with_feedback
 from bitladder.stages.sensitivity import sensitivity_table
 from bitladder.stages.walk import Candidate, file_candidate, token_scores
 from bitladder.stats.bootstrap import ratio_interval
+from bitladder.walk.feedback import FeedbackSettings
+from bitladder.walk.weights import FileWeights
 
 
 def tensor_bytes(file: GgufFile) -> int:

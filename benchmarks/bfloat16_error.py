@@ -4,7 +4,7 @@
         [--levels GPTQ-4bit-g64,AWQ-4bit-g64,Q4_0] [--windows 8] [--documents 12] [--every 4] [--threads 1]
 
 KL of a whole level cannot tell: two roundings that are equally good differ by some percent of it, by chance. So the
-states of the source pass through all layers, once in f32 and once in bfloat16 (``engines/products.py``), and every
+states of the source pass through all layers, once in f32 and once in bfloat16 (``walk/products.py``), and every
 fourth layer's matrices are quantized from either's Gram matrices, or, block types, under either's importances. Prints
 the error of their outputs on the first windows of articles of another text, in f32, as a ratio: geometric mean over
 matrices with its standard error, and the largest; and how far the importances themselves are apart.
@@ -21,18 +21,18 @@ from numpy.typing import NDArray
 from torch import nn
 
 from bitladder.describe.windows import WINDOW, Window
-from bitladder.engines.calibration import InputStatistics, LayerPass
-from bitladder.engines.folding import matrix
-from bitladder.engines.layers import LayeredModel
 from bitladder.engines.llama import LlamaServer
-from bitladder.engines.states import States, batches_of
-from bitladder.engines.weights import FileWeights
 from bitladder.files.gguf import GgufFile
 from bitladder.formats.blocks import QTYPES
+from bitladder.levels.checkpoint import parse_checkpoint
 from bitladder.formats.disk_names import quantized_parameters
 from bitladder.kernels import dequantize, gptq, quantize
-from bitladder.levels.checkpoint import parse_level
 from bitladder.levels.methods import awq_scales, feedback, rounded
+from bitladder.walk.calibration import InputStatistics, LayerPass
+from bitladder.walk.folding import matrix
+from bitladder.walk.layers import LayeredModel
+from bitladder.walk.states import States, batches_of
+from bitladder.walk.weights import FileWeights
 
 F32 = NDArray[np.float32]
 
@@ -58,7 +58,7 @@ def decoded(level: str, weights: F32, seen: InputStatistics) -> F32:
     if level in QTYPES:
         data = quantize(weights, level, importance=seen.squares.astype(np.float32), threads=1)
         return np.asarray(dequantize(data, level, threads=1), np.float32)
-    named = parse_level(level)
+    named = parse_checkpoint(level)
     if named.method == "GPTQ":
         return feedback(named, gptq.prepare(seen.gram), weights).decoded
     scales = awq_scales(named, seen.gram, [weights]).factors

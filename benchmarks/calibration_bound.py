@@ -17,14 +17,14 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from bitladder.describe.windows import WINDOW, Window
-from bitladder.engines.layers import LayeredModel
-from bitladder.engines.products import half_products_pay
-from bitladder.engines.states import States, batches_of
-from bitladder.engines.streams import SequentialStream
-from bitladder.engines.weights import FileWeights
 from bitladder.files.gguf import GgufFile
+from bitladder.levels.checkpoint import parse_checkpoint
 from bitladder.formats.disk_names import quantized_parameters
-from bitladder.levels.checkpoint import parse_level
+from bitladder.walk.layers import LayeredModel
+from bitladder.walk.products import half_products_pay
+from bitladder.walk.states import States, batches_of
+from bitladder.walk.streams import SequentialStream
+from bitladder.walk.weights import FileWeights
 
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "mkldnn::_linear_pointwise")
 ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"
@@ -73,7 +73,7 @@ def main() -> None:
             states = States(batches, source.model.dims.n_embd, spill=None)
             for batch in batches:
                 states.put(batch, model.embed(batch.tokens, weights))
-            stream = SequentialStream(model, weights, parse_level(options.level), states, batches, half=half)
+            stream = SequentialStream(model, weights, parse_checkpoint(options.level), states, batches, half=half)
             stream.layer(0)
             peak = product_rate(torch.bfloat16 if half else torch.float32)
             started = time.process_time()

@@ -29,16 +29,16 @@ import torch
 
 from bitladder.describe.text import Document
 from bitladder.describe.windows import WINDOW, Window
-from bitladder.engines.checkpoint_walk import Settings
-from bitladder.engines.checkpoint_weights import CheckpointWeights
-from bitladder.engines.head import TokenScores
 from bitladder.engines.llama import LlamaServer
-from bitladder.engines.weights import FileWeights
 from bitladder.files.gguf import GgufFile
-from bitladder.levels.checkpoint import parse_level
+from bitladder.levels.checkpoint import parse_checkpoint
 from bitladder.stages.calibrate import quantize_checkpoints
 from bitladder.stages.walk import Candidate, fidelity, text_windows, token_scores
 from bitladder.stats.bootstrap import ratio_interval
+from bitladder.walk.checkpoint_walk import Settings
+from bitladder.walk.checkpoint_weights import CheckpointWeights
+from bitladder.walk.head import TokenScores
+from bitladder.walk.weights import FileWeights
 
 _ARTICLE = re.compile(r"(?m)^ = [^=\n]+ = $")
 
@@ -151,7 +151,7 @@ def main() -> None:
     folders += [(name, level, Path(path)) for name, level, path in (peer.split("=", 2) for peer in options.peer)]
     reference = UnroundedSource(source, threads=options.threads)
     candidates = [
-        Candidate(name, CheckpointWeights(reference, path, parse_level(level))) for name, level, path in folders
+        Candidate(name, CheckpointWeights(reference, path, parse_checkpoint(level))) for name, level, path in folders
     ]
     scores = token_scores(
         source,

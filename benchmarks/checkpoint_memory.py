@@ -19,10 +19,10 @@ import torch
 
 from bitladder.describe.shapes import Shape
 from bitladder.describe.windows import WINDOW, Window
-from bitladder.engines.checkpoint_walk import Settings
 from bitladder.files.gguf import GgufFile
 from bitladder.files.hollow import write_hollow
 from bitladder.stages.calibrate import quantize_checkpoints
+from bitladder.walk.checkpoint_walk import Settings
 
 _TOKENS = 1024
 """Tokens in use: the first ones."""

@@ -18,14 +18,15 @@ import torch
 
 from bitladder.describe.text import Document
 from bitladder.describe.windows import WINDOW, Window
-from bitladder.engines.checkpoint_walk import Settings
 from bitladder.engines.llama import LlamaServer
 from bitladder.files.gguf import GgufFile
 from bitladder.files.texts import shipped_texts
-from bitladder.levels.products import FoldedLevel, ImportanceVectors
+from bitladder.levels import FoldedLevel
+from bitladder.levels.products import ImportanceVectors
 from bitladder.stages.calibrate import Calibration, Reading
 from bitladder.stages.quantize import quantize_levels
 from bitladder.stages.walk import file_candidate, text_windows, walk
+from bitladder.walk.checkpoint_walk import Settings
 
 
 def arguments() -> argparse.Namespace:

@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from bitladder.engines.weights import FileWeights
 from bitladder.files.gguf import GgufFile
 from bitladder.files.gguf_writer import GgufWriter
 from bitladder.files.level_files import draft_level
+from bitladder.walk.weights import FileWeights
 
 F32 = NDArray[np.float32]
 READS = ("token_embd.weight", "output.weight", "attn_q.weight", "attn_k.weight", "attn_v.weight", "ffn_gate.weight",

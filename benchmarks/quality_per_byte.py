@@ -26,9 +26,7 @@ from libgguf_here import libgguf_or_exit
 from numpy.typing import NDArray
 
 from bitladder.describe.windows import WINDOW, Window
-from bitladder.engines.feedback import FeedbackSettings
 from bitladder.engines.llama import LlamaServer
-from bitladder.engines.weights import FileWeights, MadeWeights, Quantizer
 from bitladder.files.gguf import GgufFile
 from bitladder.files.texts import read_texts, shipped_texts
 from bitladder.formats.recipes import assign
@@ -39,6 +37,8 @@ from bitladder.stages.imatrix import importance_matrix
 from bitladder.stages.sensitivity import sensitivity_table
 from bitladder.stages.walk import Candidate, file_candidate, token_scores
 from bitladder.stats.bootstrap import ratio_interval
+from bitladder.walk.feedback import FeedbackSettings
+from bitladder.walk.weights import FileWeights, MadeWeights, Quantizer
 
 F32 = NDArray[np.float32]
 LEVELS = "Q4_K_M,Q4_K_S,Q3_K_M,Q3_K_S,Q2_K"

@@ -19,13 +19,13 @@ from scipy.stats import spearmanr
 
 from bitladder.describe.windows import WINDOW
 from bitladder.engines.llama import LlamaServer
-from bitladder.engines.weights import FileWeights, MadeWeights, Quantizer
 from bitladder.files.gguf import GgufFile
 from bitladder.plan.allocate import Choice, Group, least_loss
 from bitladder.plan.recipe import predicted, recipe_bytes
 from bitladder.stages.imatrix import importance_matrix
 from bitladder.stages.sensitivity import sensitivity_table
 from bitladder.stages.walk import Candidate, walk
+from bitladder.walk.weights import FileWeights, MadeWeights, Quantizer
 
 
 def random_recipe(source: GgufFile, losses, rng: np.random.Generator) -> dict[str, str]:

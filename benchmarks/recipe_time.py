@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 
-from bitladder.engines.checkpoint_walk import Settings
 from bitladder.files.gguf import GgufFile
 from bitladder.plan.recipe import Wish, choose
 from bitladder.progress import silent
@@ -29,6 +28,7 @@ from bitladder.steps.calibrated import calibration_texts, token_windows
 from bitladder.steps.journal import Journal
 from bitladder.steps.recipes import measured_on, write_recipe
 from bitladder.steps.weighing import parts_of_text, weighed_tensors
+from bitladder.walk.checkpoint_walk import Settings
 
 LEVEL = "GPTQ-4bit-g64"
 

@@ -18,11 +18,11 @@ import numpy as np
 import torch
 
 from bitladder.describe.windows import WINDOW, Window
-from bitladder.engines.layers import LayeredModel, inference
-from bitladder.engines.states import batches_of
-from bitladder.engines.weights import FileWeights
 from bitladder.files.gguf import GgufFile
 from bitladder.stages.walk import made_candidates, walk
+from bitladder.walk.layers import LayeredModel, inference
+from bitladder.walk.states import batches_of
+from bitladder.walk.weights import FileWeights
 
 LEVELS = ("Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "Q3_K_M", "Q2_K")
 

@@ -10,12 +10,12 @@ from safetensors import safe_open
 
 import tiny_models
 from bitladder.describe.windows import Window
-from bitladder.engines import checkpoint_walk
-from bitladder.engines.checkpoint_walk import Settings
 from bitladder.errors import BadInput, BadWeights, OutputError, UsageError
 from bitladder.files.gguf import GgufFile
 from bitladder.plan.cost import level_size
 from bitladder.stages.calibrate import quantize_checkpoints
+from bitladder.walk import checkpoint_walk
+from bitladder.walk.checkpoint_walk import Settings
 from reference.slow_checkpoint import read_folder
 from tiny_checkpoints import decoded, difference, loaded, run, tiny, windows_of
 

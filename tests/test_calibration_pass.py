@@ -6,14 +6,14 @@ import torch
 
 import tiny_models
 from bitladder.describe.windows import Window
-from bitladder.engines.calibration import LayerPass
-from bitladder.engines.checkpoint_walk import held_out, said
-from bitladder.engines.layers import LayeredModel
-from bitladder.engines.states import States, batches_of
-from bitladder.engines.streams import LayerOutput
-from bitladder.engines.weights import FileWeights
 from bitladder.files.gguf import GgufFile
 from bitladder.records.calibration import LinearLoss
+from bitladder.walk.calibration import LayerPass
+from bitladder.walk.checkpoint_walk import held_out, said
+from bitladder.walk.layers import LayeredModel
+from bitladder.walk.states import States, batches_of
+from bitladder.walk.streams import LayerOutput
+from bitladder.walk.weights import FileWeights
 
 
 @pytest.fixture

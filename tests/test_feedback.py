@@ -9,12 +9,6 @@ import pytest
 
 import tiny_models
 from bitladder.describe.windows import Window
-from bitladder.engines import resume
-from bitladder.engines.calibration import InputStatistics, LayerPass
-from bitladder.engines.feedback import FeedbackSettings, FeedbackStream, factor_of, fit_matrix
-from bitladder.engines.layers import LayeredModel
-from bitladder.engines.states import States, batches_of
-from bitladder.engines.weights import FileWeights
 from bitladder.errors import BadInput
 from bitladder.files.gguf import GgufFile
 from bitladder.formats.recipes import is_quantizable
@@ -25,6 +19,12 @@ from bitladder.kernels.refine import refine
 from bitladder.kernels.scales import units_of
 from bitladder.records.recipe import Recipe
 from bitladder.stages.feedback import method_name, write_with_feedback
+from bitladder.walk import resume
+from bitladder.walk.calibration import InputStatistics, LayerPass
+from bitladder.walk.feedback import FeedbackSettings, FeedbackStream, factor_of, fit_matrix
+from bitladder.walk.layers import LayeredModel
+from bitladder.walk.states import States, batches_of
+from bitladder.walk.weights import FileWeights
 
 
 def _inputs(columns, tokens=2000):

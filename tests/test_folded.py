@@ -8,19 +8,20 @@ import torch
 
 import tiny_models
 from bitladder.describe.windows import Window
-from bitladder.engines.folding import KQuantFolder
-from bitladder.engines.layers import LayeredModel
-from bitladder.engines.weights import FileWeights
 from bitladder.errors import UnknownLevel, UsageError
 from bitladder.files.gguf import GgufFile
 from bitladder.kernels import dequantize, quantize
 from bitladder.kernels.awq import Fold
-from bitladder.levels.products import FoldedLevel, ImportanceVectors, is_folded_level, parse_folded
+from bitladder.levels import FoldedLevel
+from bitladder.levels.products import ImportanceVectors, is_folded_level, parse_folded
 from bitladder.stages.calibrate import Calibrated, Calibration, Reading
 from bitladder.stages.imatrix import importance_matrix
 from bitladder.stages.quantize import quantize_levels
 from bitladder.stages.walk import file_candidate, walk
 from bitladder.steps.building import build_levels, sort_levels
+from bitladder.walk.folding import KQuantFolder
+from bitladder.walk.layers import LayeredModel
+from bitladder.walk.weights import FileWeights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -12,7 +12,7 @@ ROWS = [
     {"formats"},
     {"records", "describe", "kernels", "stats"},
     {"files"},
-    {"plan", "engines", "store"},
+    {"plan", "engines", "walk", "store"},
     {"stages", "report"},
     {"steps"},
     {"pipeline", "serve"},

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 import tiny_models
-from bitladder.engines.layers import LayeredModel, inference
-from bitladder.engines.weights import FileWeights
 from bitladder.errors import BadFile, BadInput, UnknownArchitecture
 from bitladder.files.gguf import GgufFile
 from bitladder.formats.roles import EMBEDDING, FAMILIES, layer_tensor
+from bitladder.walk.layers import LayeredModel, inference
+from bitladder.walk.weights import FileWeights
 from tiny_models import CASES, N_VOCAB, Case
 
 # float32 sums in another order; logits here are of the order of ten.

@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch.nn import functional
 
-from bitladder.engines.calibration import Sums
-from bitladder.engines.checkpoint_walk import Settings
-from bitladder.engines.products import half_products_pay, products
 from bitladder.kernels import gptq
+from bitladder.walk.calibration import Sums
+from bitladder.walk.checkpoint_walk import Settings
+from bitladder.walk.products import half_products_pay, products
 
 CPU = torch.device("cpu")
 

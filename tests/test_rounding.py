@@ -7,11 +7,11 @@ import torch
 
 import tiny_models
 from bitladder.describe.windows import Window
-from bitladder.engines.layers import LayeredModel
-from bitladder.engines.rounding import INT8_TOKENS, round_inputs, rounded_input
-from bitladder.engines.weights import FileWeights, MadeWeights, Quantizer
 from bitladder.files.gguf import GgufFile
 from bitladder.stages.walk import Candidate, token_scores
+from bitladder.walk.layers import LayeredModel
+from bitladder.walk.rounding import INT8_TOKENS, round_inputs, rounded_input
+from bitladder.walk.weights import FileWeights, MadeWeights, Quantizer
 from tiny_models import CASES, N_VOCAB
 
 

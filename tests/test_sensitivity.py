@@ -5,11 +5,6 @@ import pytest
 
 import tiny_models
 from bitladder.describe.windows import Window
-from bitladder.engines import sensitivity
-from bitladder.engines.layers import LayeredModel
-from bitladder.engines.sensitivity import EmbeddingSensitivity, SensitivityPass
-from bitladder.engines.states import Shelf, batches_of
-from bitladder.engines.weights import FileWeights
 from bitladder.errors import BadInput
 from bitladder.files.gguf import GgufFile
 from bitladder.formats.recipes import is_quantizable, types_for
@@ -18,6 +13,11 @@ from bitladder.progress import silent
 from bitladder.stages.imatrix import importance_matrix
 from bitladder.stages.sensitivity import sensitivity_table, weigh
 from bitladder.stages.walk import Candidate, walk
+from bitladder.walk import sensitivity
+from bitladder.walk.layers import LayeredModel
+from bitladder.walk.sensitivity import EmbeddingSensitivity, SensitivityPass
+from bitladder.walk.states import Shelf, batches_of
+from bitladder.walk.weights import FileWeights
 
 
 def _opened(name, tmp_path):

@@ -9,10 +9,6 @@ import torch
 import tiny_models
 from bitladder.describe.text import Document
 from bitladder.describe.windows import Window, cut, window_hashes
-from bitladder.engines.head import HeadInput, TokenScores, compare
-from bitladder.engines.resume import walk_key
-from bitladder.engines.states import batches_of
-from bitladder.engines.weights import FileWeights, MadeWeights, Quantizer
 from bitladder.errors import BadInput, BadWeights, OutputError, UnknownLevel
 from bitladder.files.gguf import GgufFile
 from bitladder.formats.roles import EMBEDDING, layer_tensor
@@ -26,6 +22,10 @@ from bitladder.stages.walk import (
     token_scores,
     walk,
 )
+from bitladder.walk.head import HeadInput, TokenScores, compare
+from bitladder.walk.resume import walk_key
+from bitladder.walk.states import batches_of
+from bitladder.walk.weights import FileWeights, MadeWeights, Quantizer
 from tiny_models import CASES, N_VOCAB
 
 FAMILY = "llama"
@@ -127,11 +127,11 @@ def test_levels_that_agree_share_their_work(pair, monkeypatch):
     early = {layer_tensor(0, "ffn_up.weight"): "Q8_0"}
     calls = []
     monkeypatch.setattr(
-        "bitladder.engines.weights.quantize",
+        "bitladder.walk.weights.quantize",
         lambda weights, qtype, **options: calls.append(qtype) or quantize(weights, qtype, **options),
     )
     runs = []
-    from bitladder.engines.layers import LayeredModel
+    from bitladder.walk.layers import LayeredModel
 
     run = LayeredModel.run
     monkeypatch.setattr(
@@ -276,7 +276,7 @@ def test_a_killed_walk_goes_on_at_the_layer_it_kept(pair, tmp_path: Path, monkey
     windows, keep = windows_of(64, 40), tmp_path / "kept"
     candidates = [file_candidate(source, other), *late_and_early(source)]
     expected = token_scores(source, candidates, windows)
-    monkeypatch.setattr("bitladder.engines.resume.SECONDS_BETWEEN", 0.0)
+    monkeypatch.setattr("bitladder.walk.resume.SECONDS_BETWEEN", 0.0)
 
     def die_at_the_last_layer(what, done, total):
         if done == 2:

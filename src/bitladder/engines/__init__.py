@@ -1,1 +1,1 @@
-"""Whatever runs a model."""
+"""Whatever runs a model for a user."""

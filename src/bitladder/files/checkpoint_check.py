@@ -12,7 +12,8 @@ import numpy.typing as npt
 
 from bitladder.errors import BadFile, OutputError
 from bitladder.files.checkpoint import list_shards
-from bitladder.levels.checkpoint import LAYOUTS, CheckpointLevel
+from bitladder.levels import CheckpointLevel
+from bitladder.levels.checkpoint import LAYOUTS
 from bitladder.levels.encode import decode, digest
 
 

@@ -5,7 +5,7 @@ needs, which GGUF tensors make up each parameter of a decoder layer and how, and
 same input. A new family is a row here and a case in ``tests/test_layers.py``.
 
 Tensors are named by *role*: ``attn_q.weight`` is ``blk.N.attn_q.weight`` of any layer N. Transforms are
-named here and done in ``engines/transforms.py``; they undo what llama.cpp's converter did:
+named here and done in ``walk/transforms.py``; they undo what llama.cpp's converter did:
 
     same        taken as it is unpermute   rows of a query or key projection go back from llama.cpp's
     interleaved rotary order to two halves per head minus_one   the converter stored norm + 1, transformers'

@@ -12,7 +12,8 @@ import numpy.typing as npt
 from bitladder.kernels.grid import F32, contiguous_groups
 from bitladder.kernels.groups import Affine
 from bitladder.kernels.packing import pack, unpack
-from bitladder.levels.checkpoint import LAYOUTS, WHOLE_ROW, CheckpointLevel, Layout
+from bitladder.levels.kinds import WHOLE_ROW, CheckpointLevel
+from bitladder.levels.checkpoint import LAYOUTS, Layout
 
 Arrays = dict[str, npt.NDArray[Any]]
 

@@ -2,7 +2,7 @@
 AWQ's K-quants, importance matrices.
 
 The text is checked, what it will take is said, statistics are gathered as states pass through the layers
-(``engines/streams.py``) and finished layers go to disk at once; a killed run goes on at the last layer that was
+(``walk/streams.py``) and finished layers go to disk at once; a killed run goes on at the last layer that was
 finished. Before a folder is reported it is opened again, decoded and compared with what the walk computed.
 """
 
@@ -20,10 +20,6 @@ import torch
 from bitladder import __version__
 from bitladder.describe.text import Document, text_hash
 from bitladder.describe.windows import Window, tokens_hash
-from bitladder.engines.checkpoint_result import finish_folder, losses_of, proved
-from bitladder.engines.checkpoint_walk import FLOAT_TYPES, CheckpointWalk, Settings
-from bitladder.engines.layers import LayeredModel
-from bitladder.engines.weights import FileWeights
 from bitladder.files.checkpoint import read_checkpoint
 from bitladder.files.checkpoint_folder import CheckpointFolder
 from bitladder.files.companions import Companions, companions_of_folder, companions_of_gguf
@@ -33,8 +29,10 @@ from bitladder.files.layer_store import LayerStore
 from bitladder.files.probe import probe_machine
 from bitladder.files.vector_file import VectorFile, folds_of, importance_of_vectors
 from bitladder.kernels.awq import Fold
-from bitladder.levels.checkpoint import CheckpointLevel, check_shapes, parse_level
-from bitladder.levels.products import FoldedLevel, Product
+from bitladder.levels import CheckpointLevel
+from bitladder.levels.checkpoint import check_shapes, parse_checkpoint
+from bitladder.levels import FoldedLevel
+from bitladder.levels.products import Product
 from bitladder.plan.calibration import Work, predict
 from bitladder.plan.calibration_text import check_text
 from bitladder.plan.preflight import JobNeed, require
@@ -49,6 +47,10 @@ from bitladder.records.calibration import (
     Preflight,
 )
 from bitladder.records.coverage import coverage, coverage_of_counts
+from bitladder.walk.checkpoint_result import finish_folder, losses_of, proved
+from bitladder.walk.checkpoint_walk import FLOAT_TYPES, CheckpointWalk, Settings
+from bitladder.walk.layers import LayeredModel
+from bitladder.walk.weights import FileWeights
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ def quantize_checkpoints(
     """
     reading = Reading(windows, measuring=measuring, allow_overlap=allow_overlap)
     job = Calibration(
-        source, [parse_level(level) for level in levels], reading, out_dir=out_dir, name=name, checkpoint=checkpoint,
+        source, [parse_checkpoint(level) for level in levels], reading, out_dir=out_dir, name=name, checkpoint=checkpoint,
         settings=settings,
     )  # fmt: skip
     if job.need is not None:

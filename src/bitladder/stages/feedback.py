@@ -19,13 +19,6 @@ import torch
 from numpy.typing import NDArray
 
 from bitladder.describe.windows import Window, tokens_hash
-from bitladder.engines.allocator import keep_freed_memory
-from bitladder.engines.calibration import InputStatistics, Sums
-from bitladder.engines.feedback import FeedbackSettings, FeedbackStream, factor_of, fit_matrix
-from bitladder.engines.layers import LayeredModel, inference
-from bitladder.engines.resume import Checkpoint
-from bitladder.engines.states import Batch, Shelf, States, batches_of
-from bitladder.engines.weights import FileWeights
 from bitladder.errors import BadInput, BitladderError
 from bitladder.files.gguf import GgufFile
 from bitladder.files.gguf_writer import GgufWriter
@@ -40,6 +33,13 @@ from bitladder.records.calibration import LinearLoss
 from bitladder.records.level_file import LevelFile
 from bitladder.records.recipe import FittedLevel, Recipe
 from bitladder.units import GiB
+from bitladder.walk.allocator import keep_freed_memory
+from bitladder.walk.calibration import InputStatistics, Sums
+from bitladder.walk.feedback import FeedbackSettings, FeedbackStream, factor_of, fit_matrix
+from bitladder.walk.layers import LayeredModel, inference
+from bitladder.walk.resume import Checkpoint
+from bitladder.walk.states import Batch, Shelf, States, batches_of
+from bitladder.walk.weights import FileWeights
 
 _LEAST_TOKENS = 1024
 _PIECE_WEIGHTS = 1 << 22

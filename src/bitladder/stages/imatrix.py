@@ -4,7 +4,7 @@ calibration text.
 The numbers of llama.cpp's llama-imatrix on the same tokens, from the source's own hidden states: for each
 tensor sum x^2 per column and how many tokens were summed, for stacked experts one row and one count each,
 over the tokens that were routed to them. Only squares are needed, so no Gram matrices are formed and a pass
-costs about the bare forward pass, in bfloat16 where the processor can (``engines/products.py``).
+costs about the bare forward pass, in bfloat16 where the processor can (``walk/products.py``).
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ import torch
 from torch import nn
 
 from bitladder.describe.windows import Window
-from bitladder.engines.calibration import vectors
-from bitladder.engines.layers import LayeredModel, inference
-from bitladder.engines.products import products, wants_half_products
-from bitladder.engines.states import CALIBRATION_TOKENS, Batch, Shelf, batches_of
-from bitladder.engines.weights import FileWeights
 from bitladder.errors import BadInput, BadWeights
 from bitladder.files.gguf import GgufFile
 from bitladder.files.imatrix import ImportanceMatrix
 from bitladder.formats.roles import SharedInput, layer_tensor
 from bitladder.progress import Progress, silent
 from bitladder.units import GiB
+from bitladder.walk.calibration import vectors
+from bitladder.walk.layers import LayeredModel, inference
+from bitladder.walk.products import products, wants_half_products
+from bitladder.walk.states import CALIBRATION_TOKENS, Batch, Shelf, batches_of
+from bitladder.walk.weights import FileWeights
 
 FEW_TOKENS = 1024
 """Below this many tokens an importance matrix is little better than none."""

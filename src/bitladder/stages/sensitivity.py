@@ -10,13 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitladder.describe.windows import Window, tokens_hash
-from bitladder.engines.calibration import InputStatistics
-from bitladder.engines.feedback import FeedbackSettings, factor_of
-from bitladder.engines.layers import LayeredModel
-from bitladder.engines.products import wants_half_products
-from bitladder.engines.sensitivity import EmbeddingSensitivity, Sensitivity, SensitivityPass
-from bitladder.engines.states import Shelf, batches_of
-from bitladder.engines.weights import FileWeights
 from bitladder.errors import BadInput
 from bitladder.files.gguf import GgufFile
 from bitladder.formats.blocks import QTYPES
@@ -27,6 +20,13 @@ from bitladder.kernels import dequantize, quantize
 from bitladder.progress import Progress, silent
 from bitladder.records.recipe import SensitivityTable, TensorLoss
 from bitladder.units import GiB
+from bitladder.walk.calibration import InputStatistics
+from bitladder.walk.feedback import FeedbackSettings, factor_of
+from bitladder.walk.layers import LayeredModel
+from bitladder.walk.products import wants_half_products
+from bitladder.walk.sensitivity import EmbeddingSensitivity, Sensitivity, SensitivityPass
+from bitladder.walk.states import Shelf, batches_of
+from bitladder.walk.weights import FileWeights
 
 F32 = NDArray[np.float32]
 

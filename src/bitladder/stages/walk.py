@@ -1,4 +1,4 @@
-"""Fidelity of a whole ladder in one pass over the model's layers (``engines/ladder.py``).
+"""Fidelity of a whole ladder in one pass over the model's layers (``walk/ladder.py``).
 
 KL divergence, perplexity and top-1 agreement of every level against its source, on the same tokens, without a
 logits file. ``docs/measure.md`` defines each figure.
@@ -17,10 +17,6 @@ from numpy.typing import NDArray
 from bitladder.describe.model import Model
 from bitladder.describe.text import Document
 from bitladder.describe.windows import SHORTEST, WINDOW, Window, cut
-from bitladder.engines.head import TokenScores
-from bitladder.engines.ladder import Ladder
-from bitladder.engines.layers import LayeredModel
-from bitladder.engines.weights import FileWeights, LevelWeights, MadeWeights, Quantizer
 from bitladder.errors import BadInput
 from bitladder.files.gguf import GgufFile
 from bitladder.formats.recipes import assign
@@ -29,6 +25,10 @@ from bitladder.progress import LevelNews, Progress, silent, tell
 from bitladder.records.fidelity import Fidelity
 from bitladder.stats.bootstrap import quantile_interval, ratio_interval
 from bitladder.units import GiB
+from bitladder.walk.head import TokenScores
+from bitladder.walk.ladder import Ladder
+from bitladder.walk.layers import LayeredModel
+from bitladder.walk.weights import FileWeights, LevelWeights, MadeWeights, Quantizer
 
 _SEED = 20240229  # intervals are the same in every run on the same scores
 
@@ -143,10 +143,10 @@ class WalkOptions(TypedDict, total=False):
     """A folder in which a killed walk leaves its hidden states; a walk of the same levels over the same text
     goes on from there, and removes them at its end. None keeps nothing."""
     engine_rounding: bool
-    """Round every matrix's inputs as llama.cpp does on the CPU (``engines/rounding.py``), so that figures are
+    """Round every matrix's inputs as llama.cpp does on the CPU (``walk/rounding.py``), so that figures are
     the engine's; by default they are what the weights alone cost."""
     half: bool
-    """Multiply in bfloat16 (``engines/products.py``): adds a thousandth of a nat or so to every level's divergence, so
+    """Multiply in bfloat16 (``walk/products.py``): adds a thousandth of a nat or so to every level's divergence, so
     it is for figures that nobody is shown."""
 
 

@@ -202,10 +202,10 @@ def _walked(
     """What comes of one walk over the calibration text; None where no level asks for more than an importance matrix."""
     if not asked.folded and not asked.checkpoints:
         return None
-    from bitladder.engines.checkpoint_walk import Settings
     from bitladder.files.texts import shipped_texts
     from bitladder.levels.products import ImportanceVectors
     from bitladder.stages.calibrate import Calibration, Reading
+    from bitladder.walk.checkpoint_walk import Settings
 
     documents = calibration_texts(texts)
     wanted: list[Product] = [*asked.checkpoints, *asked.folded]

@@ -288,8 +288,8 @@ def write_recipe(
     Raises:
         NothingFits: too little memory or disk.
     """
-    from bitladder.engines.feedback import FeedbackSettings
     from bitladder.stages.feedback import write_with_feedback
+    from bitladder.walk.feedback import FeedbackSettings
 
     need = replace(
         walking_need(source, windows, (recipe.label,), kind="fit"),

@@ -116,10 +116,10 @@ def _checked(
     of a file is measured in f32."""
     import numpy as np
 
-    from bitladder.engines.products import half_products_pay
-    from bitladder.engines.weights import FileWeights, MadeWeights, Quantizer
     from bitladder.plan.recipe import Wish, bounds, choose, fitted, predicted
     from bitladder.stages.walk import Candidate, walk
+    from bitladder.walk.products import half_products_pay
+    from bitladder.walk.weights import FileWeights, MadeWeights, Quantizer
 
     table = weighed.table
     exact = FileWeights(source, threads=threads)

@@ -23,17 +23,17 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from bitladder.engines.calibration import InputStatistics, LayerPass
-from bitladder.engines.layers import LayeredModel, inference
-from bitladder.engines.products import products, wants_half_products
-from bitladder.engines.states import Batch, States
-from bitladder.engines.streams import FEW_TOKENS
-from bitladder.engines.transforms import apply
-from bitladder.engines.weights import LevelWeights
 from bitladder.errors import BadWeights
 from bitladder.formats.roles import Parameter, SharedInput, layer_tensor
 from bitladder.kernels import Effort, dequantize, gptq, quantize
 from bitladder.kernels.feedback import chunk_of, quantize_with_feedback, takes_feedback
+from bitladder.walk.calibration import InputStatistics, LayerPass
+from bitladder.walk.layers import LayeredModel, inference
+from bitladder.walk.products import products, wants_half_products
+from bitladder.walk.states import Batch, States
+from bitladder.walk.streams import FEW_TOKENS
+from bitladder.walk.transforms import apply
+from bitladder.walk.weights import LevelWeights
 
 F32 = NDArray[np.float32]
 U8 = NDArray[np.uint8]
@@ -71,7 +71,7 @@ class FeedbackSettings:
     device: str = "cpu"
     """Where codes are chosen, as torch names it; the same as the model's."""
     half: bool | None = None
-    """Whether passes multiply in bfloat16 (``engines/products.py``); None: where the processor can."""
+    """Whether passes multiply in bfloat16 (``walk/products.py``); None: where the processor can."""
 
     @property
     def half_products(self) -> bool:

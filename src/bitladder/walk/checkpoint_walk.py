@@ -14,18 +14,19 @@ import torch
 from numpy.typing import NDArray
 
 from bitladder.describe.windows import Window
-from bitladder.engines.allocator import keep_freed_memory
-from bitladder.engines.layers import LayeredModel
-from bitladder.engines.products import wants_half_products
-from bitladder.engines.states import CALIBRATION_TOKENS, Batch, Shelf, States, batches_of
-from bitladder.engines.streams import LayerOutput, ReferenceStream, SequentialStream
-from bitladder.engines.weights import FileWeights
 from bitladder.files.layer_store import LayerStore
 from bitladder.files.safetensors_writer import PiecewiseTensor
 from bitladder.formats import disk_names, roles
-from bitladder.levels.products import FoldedLevel, Product
+from bitladder.levels import FoldedLevel
+from bitladder.levels.products import Product
 from bitladder.progress import Progress
 from bitladder.units import GiB
+from bitladder.walk.allocator import keep_freed_memory
+from bitladder.walk.layers import LayeredModel
+from bitladder.walk.products import wants_half_products
+from bitladder.walk.states import CALIBRATION_TOKENS, Batch, Shelf, States, batches_of
+from bitladder.walk.streams import LayerOutput, ReferenceStream, SequentialStream
+from bitladder.walk.weights import FileWeights
 
 _ROWS_AT_ONCE = 4096
 _TOLD = 8
@@ -49,7 +50,7 @@ class Settings:
     device: str = "cpu"
     threads: int = 1
     half: bool | None = None
-    """Whether passes multiply in bfloat16 (``engines/products.py``); None: where the processor can."""
+    """Whether passes multiply in bfloat16 (``walk/products.py``); None: where the processor can."""
 
     @property
     def half_products(self) -> bool:

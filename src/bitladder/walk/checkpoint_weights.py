@@ -11,14 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitladder.describe.model import Model
-from bitladder.engines.rounding import INT8_TOKENS
-from bitladder.engines.transforms import permute
-from bitladder.engines.weights import FileWeights, Rows
 from bitladder.errors import BadFile
 from bitladder.files.checkpoint_check import CheckpointReader
 from bitladder.formats import disk_names, roles
+from bitladder.levels import CheckpointLevel
 from bitladder.formats.roles import Family, Parameter, family_of
-from bitladder.levels.checkpoint import CheckpointLevel
+from bitladder.walk.rounding import INT8_TOKENS
+from bitladder.walk.transforms import permute
+from bitladder.walk.weights import FileWeights, Rows
 
 F32 = NDArray[np.float32]
 

@@ -27,13 +27,13 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from bitladder.engines.calibration import InputStatistics, Sums, vectors
-from bitladder.engines.layers import LayeredModel, Weights
-from bitladder.engines.products import products
-from bitladder.engines.states import Batch, Shelf
-from bitladder.engines.transforms import permute
 from bitladder.formats.roles import Parameter, SharedInput, layer_tensor
 from bitladder.progress import Progress
+from bitladder.walk.calibration import InputStatistics, Sums, vectors
+from bitladder.walk.layers import LayeredModel, Weights
+from bitladder.walk.products import products
+from bitladder.walk.states import Batch, Shelf
+from bitladder.walk.transforms import permute
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]

@@ -4,7 +4,7 @@ a time.
 The module structure lives on torch's meta device, where parameters have shapes and no memory. ``layer``
 builds one decoder layer, fills it with weights from any callable, and whoever holds it drops it before the
 next. Embedding rows are looked up one by one and the head is read in slices of the vocabulary
-(``engines/head.py``), so memory grows with the largest layer, not with the model. Arithmetic is float32 on
+(``walk/head.py``), so memory grows with the largest layer, not with the model. Arithmetic is float32 on
 the CPU or a GPU.
 
 What a family needs beyond transformers' layer is in ``formats/roles.py``; what differs from its ``forward``
@@ -23,11 +23,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 from bitladder.describe.model import Model
-from bitladder.engines.rope import Rope, rope_from_header
-from bitladder.engines.transforms import apply
 from bitladder.errors import BadFile, UnknownArchitecture
 from bitladder.formats import roles
 from bitladder.formats.roles import FAMILIES, Family, family_of, layer_tensor
+from bitladder.walk.rope import Rope, rope_from_header
+from bitladder.walk.transforms import apply
 
 F32 = NDArray[np.float32]
 Rows = slice | NDArray[np.int64] | None

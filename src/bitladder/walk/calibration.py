@@ -27,12 +27,12 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from bitladder.engines.layers import LayeredModel, inference
-from bitladder.engines.products import products
-from bitladder.engines.states import Batch, States
 from bitladder.errors import BadWeights
 from bitladder.formats.disk_names import absorbing_parameters
 from bitladder.formats.roles import SharedInput
+from bitladder.walk.layers import LayeredModel, inference
+from bitladder.walk.products import products
+from bitladder.walk.states import Batch, States
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]

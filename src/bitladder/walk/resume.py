@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from bitladder.engines.states import States
-from bitladder.engines.weights import LevelWeights
 from bitladder.errors import OutputError
+from bitladder.walk.states import States
+from bitladder.walk.weights import LevelWeights
 
 SECONDS_BETWEEN = 30.0
 _NOTE = "walk.json"

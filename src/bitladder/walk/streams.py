@@ -18,21 +18,22 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from bitladder.engines import folding
-from bitladder.engines.calibration import InputStatistics, LayerPass
-from bitladder.engines.folding import matrix, set_matrix
-from bitladder.engines.layers import LayeredModel
-from bitladder.engines.states import Batch, States
-from bitladder.engines.weights import LevelWeights
 from bitladder.errors import BadWeights
 from bitladder.formats.disk_names import disk_linears, disk_name, quantized_parameters
 from bitladder.formats.roles import Parameter, SharedInput, layer_tensor
 from bitladder.kernels import awq, gptq
-from bitladder.levels.checkpoint import CheckpointLevel
+from bitladder.levels import CheckpointLevel
 from bitladder.levels.encode import Arrays, digest, encode
 from bitladder.levels.methods import Quantized, awq_scales, feedback, rounded
-from bitladder.levels.products import COUNT, SQUARES, FoldedLevel, ImportanceVectors, Product
+from bitladder.levels import FoldedLevel
+from bitladder.levels.products import COUNT, SQUARES, ImportanceVectors, Product
 from bitladder.records.calibration import LinearLoss
+from bitladder.walk import folding
+from bitladder.walk.calibration import InputStatistics, LayerPass
+from bitladder.walk.folding import matrix, set_matrix
+from bitladder.walk.layers import LayeredModel
+from bitladder.walk.states import Batch, States
+from bitladder.walk.weights import LevelWeights
 
 F32 = NDArray[np.float32]
 _T = TypeVar("_T")

@@ -20,15 +20,15 @@ from torch import from_numpy as tensor_of
 from torch import nn, no_grad
 
 from bitladder.describe.model import Model
-from bitladder.engines.layers import LayeredModel
 from bitladder.formats.blocks import QTYPES
 from bitladder.formats.disk_names import absorbing_parameters, quantized_parameters
 from bitladder.formats.recipes import assign
 from bitladder.formats.roles import Parameter, SharedInput, layer_tensor
+from bitladder.levels import FoldedLevel
 from bitladder.kernels import Effort, awq, dequantize, quantize
 from bitladder.kernels.awq import Fold
 from bitladder.levels.methods import relative_error
-from bitladder.levels.products import FoldedLevel
+from bitladder.walk.layers import LayeredModel
 
 F32 = NDArray[np.float32]
 

@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from bitladder import __version__
-from bitladder.engines.checkpoint_walk import CheckpointWalk
-from bitladder.engines.layers import LayeredModel
 from bitladder.errors import OutputError
 from bitladder.files.checkpoint_check import verify_folder
 from bitladder.files.checkpoint_folder import CheckpointFolder
 from bitladder.files.companions import Companions, tokenizer_differences
 from bitladder.files.layer_store import LayerStore
-from bitladder.levels.checkpoint import LAYOUTS, CheckpointLevel, quantization_config, serving_notes
+from bitladder.levels import CheckpointLevel
+from bitladder.levels.checkpoint import LAYOUTS, quantization_config, serving_notes
 from bitladder.records.calibration import (
     CalibrationText,
     CheckpointReport,
@@ -28,6 +27,8 @@ from bitladder.records.calibration import (
     TextSource,
 )
 from bitladder.records.coverage import coverage
+from bitladder.walk.checkpoint_walk import CheckpointWalk
+from bitladder.walk.layers import LayeredModel
 
 
 def losses_of(store: LayerStore) -> tuple[LinearLoss, ...]:

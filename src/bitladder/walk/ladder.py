@@ -1,7 +1,7 @@
 """Several models of one shape through their layers together: a reference and its levels, on the same tokens.
 
 One layer of weights is in memory at a time. Each level has its own hidden states; levels whose tensors have
-been equal so far share theirs. At the end the next-token distributions of all meet (``engines/head.py``).
+been equal so far share theirs. At the end the next-token distributions of all meet (``walk/head.py``).
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ import torch
 from numpy.typing import NDArray
 
 from bitladder.describe.windows import Window
-from bitladder.engines.head import HeadInput, TokenScores, compare
-from bitladder.engines.layers import LayeredModel, inference
-from bitladder.engines.products import products
-from bitladder.engines.resume import Checkpoint, walk_key
-from bitladder.engines.rounding import round_inputs, rounded_input
-from bitladder.engines.states import Batch, Shelf, States, batches_of
-from bitladder.engines.weights import LevelWeights
 from bitladder.formats.roles import OUTPUT_NORM
 from bitladder.progress import Progress
 from bitladder.units import MiB
+from bitladder.walk.head import HeadInput, TokenScores, compare
+from bitladder.walk.layers import LayeredModel, inference
+from bitladder.walk.products import products
+from bitladder.walk.resume import Checkpoint, walk_key
+from bitladder.walk.rounding import round_inputs, rounded_input
+from bitladder.walk.states import Batch, Shelf, States, batches_of
+from bitladder.walk.weights import LevelWeights
 
 SoFar = Callable[[int, float], None]
 _HEAD_BYTES = 512 * MiB
