@@ -24,9 +24,9 @@ from bitladder.describe.windows import WINDOW, Window
 from bitladder.engines.llama import LlamaServer
 from bitladder.files.gguf import GgufFile
 from bitladder.formats.blocks import QTYPES
-from bitladder.levels.checkpoint import parse_checkpoint
 from bitladder.formats.disk_names import quantized_parameters
 from bitladder.kernels import dequantize, gptq, quantize
+from bitladder.levels.checkpoint import parse_checkpoint
 from bitladder.levels.methods import awq_scales, feedback, rounded
 from bitladder.walk.calibration import InputStatistics, LayerPass
 from bitladder.walk.folding import matrix

@@ -2,8 +2,9 @@
 
 import pytest
 
+from bitladder.levels import parse_level
 from bitladder.levels.checkpoint import parse_checkpoint
-from bitladder.levels.products import ImportanceVectors, is_folded_level, parse_folded
+from bitladder.levels.products import ImportanceVectors
 from bitladder.plan.calibration import REACHED, START_SECONDS, Work, predict
 from bitladder.units import GiB
 
@@ -22,7 +23,7 @@ def predicted(*names: str, tokens: int = 32768, state_bytes: int = 1 << 30, rate
 def level(name: str):
     if name == "importance":
         return ImportanceVectors()
-    return parse_folded(name) if is_folded_level(name) else parse_checkpoint(name)
+    return parse_level(name)
 
 
 def seconds(*names: str, rate: float = 1e11) -> float:

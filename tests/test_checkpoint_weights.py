@@ -51,7 +51,9 @@ def test_only_int8_activations_are_rounded_and_only_before_quantized_layers(name
             level: {
                 name
                 for name in names
-                if CheckpointWeights(FileWeights(source), tmp_path / f"tiny-{level}", parse_checkpoint(level)).qtype(name)
+                if CheckpointWeights(FileWeights(source), tmp_path / f"tiny-{level}", parse_checkpoint(level)).qtype(
+                    name
+                )
                 == INT8_TOKENS
             }
             for level in levels

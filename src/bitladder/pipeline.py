@@ -21,7 +21,7 @@ from bitladder.files.gguf import GgufFile
 from bitladder.files.probe import probe_machine
 from bitladder.files.sources import Source, resolve
 from bitladder.files.workloads import STARTER, load_reference, load_workload
-from bitladder.levels import LADDER, CheckpointLevel, FeedbackLevel, FoldedLevel, Level
+from bitladder.levels import LADDER, FeedbackLevel, Level, RecipeLevel, of_kinds
 from bitladder.plan.bar import Bar, parse_bar
 from bitladder.plan.decide import decide
 from bitladder.plan.preflight import require
@@ -181,7 +181,7 @@ def _opened(settings: RunSettings, progress: Progress, journal: Journal, confirm
 
 def _told_early(settings: RunSettings) -> Bar | None:
     """The bar; a bad one, and options that a level would not heed, are told before any work is done."""
-    refuse_unheard([level for level in settings.levels or () if isinstance(level, FeedbackLevel)], settings.imatrix)
+    refuse_unheard([level for level in _wanted(settings) if isinstance(level, FeedbackLevel)], settings.imatrix)
     return parse_bar(settings.bar) if settings.bar else None
 
 
@@ -199,24 +199,32 @@ def _reference_level(given: _Given) -> str | None:
     return None if isinstance(reference, Path | EndpointSettings) else reference.name
 
 
-def _named_reference(given: _Given) -> Level | None:
+def _named_reference(settings: RunSettings) -> Level | None:
     """The level that was named as the reference."""
-    reference = given.settings.reference
+    reference = settings.reference
     return None if reference is None or isinstance(reference, Path | EndpointSettings) else reference
 
 
-def _wanted(given: _Given) -> list[Level]:
-    """The levels asked for, the reference among them."""
-    levels = LADDER if given.settings.levels is None else given.settings.levels
-    reference = _named_reference(given)
-    return list(dict.fromkeys([*levels, *([reference] if reference else [])]))
+def _wanted(settings: RunSettings) -> list[RecipeLevel | FeedbackLevel]:
+    """The levels asked for, the reference among them; raises UsageError for kinds that a run does not make."""
+    levels = LADDER if settings.levels is None else settings.levels
+    reference = _named_reference(settings)
+    return list(
+        of_kinds(
+            dict.fromkeys([*levels, *([reference] if reference else [])]),
+            (RecipeLevel, FeedbackLevel),
+            what="A run",
+            why="Its answers come from llama.cpp, and its files are made in one pass.",
+            do="Build it with `bitladder quantize`, and measure the file with `bitladder measure --file`.",
+        )
+    )
 
 
 def _planned(given: _Given) -> Plan:
     """The plan, when at least one level fits and what fits can be built. With a level as the reference, larger ones
     are left out."""
-    reference, source = _named_reference(given), given.source
-    plan = make_plan(source.model, given.machine, n_ctx=given.settings.n_ctx, levels=_wanted(given))
+    reference, source = _named_reference(given.settings), given.source
+    plan = make_plan(source.model, given.machine, n_ctx=given.settings.n_ctx, levels=_wanted(given.settings))
     if reference is not None:
         most = next(level.file_bytes for level in plan.levels if level.level == reference.name)
         plan = replace(plan, levels=tuple(level for level in plan.levels if level.file_bytes <= most))
@@ -254,14 +262,12 @@ def _importance(given: _Given) -> Importance | None:
         return None
 
 
-def _levels_to_build(given: _Given, plan: Plan) -> list[Level]:
+def _levels_to_build(given: _Given, plan: Plan) -> list[RecipeLevel | FeedbackLevel]:
     """Every level that fits, and the reference; the source itself is the file of its own level."""
-    named = {level.name: level for level in _wanted(given)}
-    own, reference = level_of(given.source.model), _named_reference(given)
-    found = [
-        named[row.level] for row in plan.levels if row.level != own and (row.fits or named[row.level] == reference)
-    ]
-    return [level for level in found if not isinstance(level, CheckpointLevel | FoldedLevel)]
+    named = {level.name: level for level in _wanted(given.settings)}
+    own, reference = level_of(given.source.model), _named_reference(given.settings)
+    rows = [row for row in plan.levels if row.level != own]
+    return [named[row.level] for row in rows if row.fits or named[row.level] == reference]
 
 
 def _built(given: _Given, plan: Plan, importance: Importance | None) -> dict[Subject, LevelFile]:
@@ -280,7 +286,7 @@ def _built(given: _Given, plan: Plan, importance: Importance | None) -> dict[Sub
 
 def _measured(given: _Given, built: Mapping[Subject, LevelFile]) -> list[Fidelity]:
     """Fidelity of the files that were written; none, and a warning, for a family that the walk does not know."""
-    named = _named_reference(given)
+    named = _named_reference(given.settings)
     reference = next((subject for subject in built if named is not None and subject.level == named.name), None)
     with ExitStack() as stack:
 

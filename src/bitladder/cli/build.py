@@ -74,17 +74,17 @@ def quantize(
     GGUF levels (Q4_K_M, AWQ-Q3_K_M; with error feedback GPTQ-Q4_K_M, or the best types for bpw4.25) become files;
     GPTQ-4bit-g64, AWQ-4bit-g64, INT8-W8A8 become checkpoint folders.
     """
-    from bitladder.steps.building import build_levels, sort_levels
+    from bitladder.steps.building import build_levels
     from bitladder.steps.journal import Journal
 
-    asked = sort_levels([part.strip() for part in to.split(",") if part.strip()])
-    if not asked:
+    levels = split_levels(to)
+    if not levels:
         raise UsageError("--to names no level.", do="Name one or several, like --to Q8_0,Q4_K_M.")
     journal = Journal() if json_output else Journal(say)
     with progress_display(quiet=json_output) as progress:
         built = build_levels(
             model,
-            asked,
+            levels,
             out,
             imatrix=imatrix,
             texts=tuple(text or ()),

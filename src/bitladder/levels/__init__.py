@@ -12,10 +12,11 @@ from bitladder.levels.kinds import (
     Level,
     Needs,
     RecipeLevel,
+    of_kinds,
 )
 from bitladder.levels.names import LADDER, parse_level, parse_levels
 
 __all__ = [
     "CHECKPOINT_ENGINES", "FILE_ENGINES", "LADDER", "WHOLE_ROW", "CheckpointLevel", "Container", "FeedbackLevel",
-    "FileLevel", "FoldedLevel", "Level", "Needs", "RecipeLevel", "parse_level", "parse_levels",
+    "FileLevel", "FoldedLevel", "Level", "Needs", "RecipeLevel", "of_kinds", "parse_level", "parse_levels",
 ]  # fmt: skip

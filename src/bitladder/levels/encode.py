@@ -12,8 +12,8 @@ import numpy.typing as npt
 from bitladder.kernels.grid import F32, contiguous_groups
 from bitladder.kernels.groups import Affine
 from bitladder.kernels.packing import pack, unpack
-from bitladder.levels.kinds import WHOLE_ROW, CheckpointLevel
 from bitladder.levels.checkpoint import LAYOUTS, Layout
+from bitladder.levels.kinds import WHOLE_ROW, CheckpointLevel
 
 Arrays = dict[str, npt.NDArray[Any]]
 

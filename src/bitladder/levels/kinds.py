@@ -12,11 +12,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Literal
+from typing import Literal, TypeVar, cast
 
+from bitladder.errors import UsageError
 from bitladder.formats.recipes import RECIPES
 
 FILE_ENGINES = ("llama-server", "ollama", "lmstudio")
@@ -26,6 +27,7 @@ CHECKPOINT_ENGINES = ("vllm", "tgi", "transformers")
 WHOLE_ROW = 0
 """Group size of one scale per output channel; files write it as -1 (GPTQ) or as ``strategy: channel``."""
 
+_L = TypeVar("_L", bound="Level")
 _WHOLE_TYPES = frozenset({"F32", "F16", "BF16"})
 _EXACT_TYPES = _WHOLE_TYPES | {"Q8_0"}
 """Types with nothing to search for: an importance matrix changes none of their bytes."""
@@ -181,6 +183,27 @@ class CheckpointLevel(_Named):
         return [f"{who} has no fast kernel for 2- and 3-bit GPTQ: a GGUF level of that size runs at full speed"]
 
 
+KINDS = {
+    RecipeLevel: "a mix of types, like Q4_K_M",
+    FeedbackLevel: "a file with error feedback, like GPTQ-Q4_K_M and bpw4.25",
+    FoldedLevel: "a file after AWQ's scaling, like AWQ-Q4_K_M",
+    CheckpointLevel: "a checkpoint folder, like GPTQ-4bit-g64",
+}
+"""What each kind is called in messages."""
+
 FileLevel = RecipeLevel | FeedbackLevel | FoldedLevel
 """Levels that are stored as a GGUF file."""
 Level = FileLevel | CheckpointLevel
+
+
+def of_kinds(levels: Iterable[Level], kinds: Sequence[type[_L]], *, what: str, why: str, do: str) -> tuple[_L, ...]:
+    """``levels`` if all are of these kinds.
+
+    Raises:
+        UsageError: one is not; ``what`` does not take it, the message says ``why`` and what to ``do``.
+    """
+    given = tuple(levels)
+    for level in given:
+        if not isinstance(level, tuple(kinds)):
+            raise UsageError(f"{what} does not take {level}: it is {KINDS[type(level)]}.", means=why, do=do)
+    return cast("tuple[_L, ...]", given)

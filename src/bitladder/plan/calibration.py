@@ -12,8 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from bitladder.levels import CheckpointLevel
-from bitladder.levels import FoldedLevel
+from bitladder.levels import CheckpointLevel, FoldedLevel
 from bitladder.levels.products import ImportanceVectors, Product
 from bitladder.plan.preflight import SEARCHED_RATE
 from bitladder.records.calibration import Preflight

@@ -29,9 +29,8 @@ from bitladder.files.layer_store import LayerStore
 from bitladder.files.probe import probe_machine
 from bitladder.files.vector_file import VectorFile, folds_of, importance_of_vectors
 from bitladder.kernels.awq import Fold
-from bitladder.levels import CheckpointLevel
+from bitladder.levels import CheckpointLevel, FoldedLevel
 from bitladder.levels.checkpoint import check_shapes, parse_checkpoint
-from bitladder.levels import FoldedLevel
 from bitladder.levels.products import Product
 from bitladder.plan.calibration import Work, predict
 from bitladder.plan.calibration_text import check_text
@@ -106,9 +105,9 @@ def quantize_checkpoints(
         And as ``Calibration``.
     """
     reading = Reading(windows, measuring=measuring, allow_overlap=allow_overlap)
+    wanted = [parse_checkpoint(level) for level in levels]
     job = Calibration(
-        source, [parse_checkpoint(level) for level in levels], reading, out_dir=out_dir, name=name, checkpoint=checkpoint,
-        settings=settings,
+        source, wanted, reading, out_dir=out_dir, name=name, checkpoint=checkpoint, settings=settings
     )  # fmt: skip
     if job.need is not None:
         require(job.need, probe_machine(out_dir))

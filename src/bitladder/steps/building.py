@@ -75,7 +75,7 @@ def sort_levels(levels: Sequence[Level]) -> Asked:
 
 def build_levels(
     model: str,
-    asked: Asked,
+    levels: Sequence[Level],
     out: Path,
     *,
     imatrix: str = AUTO,
@@ -91,7 +91,7 @@ def build_levels(
 
     Args:
         model: A file, folder or name that ``files.sources`` finds.
-        asked: The levels.
+        levels: Of any kinds.
         out: The folder to write into.
         imatrix: A file, ``auto`` (made here, where a level's bytes depend on it) or ``none``.
         texts: The user's calibration texts.
@@ -110,6 +110,7 @@ def build_levels(
     from bitladder.files.gguf import GgufFile
     from bitladder.files.sources import resolve
 
+    asked = sort_levels(levels)
     _refuse(asked, imatrix, split_max_bytes, device)
     journal = journal or Journal()
     found = resolve(model, progress)
@@ -119,16 +120,16 @@ def build_levels(
         from bitladder.plan.preflight import require
         from bitladder.stages.quantize import quantize_levels
 
-        every = [*asked.files, *asked.folded]
+        every: list[Level] = [*asked.files, *asked.folded]
         need = building_need(source, every, out, effort=effort, threads=threads)
         require(need, probe_machine(out))  # before a walk takes its minutes
         calibrated = _walked(source, found, asked, out, imatrix, texts, threads, journal, progress)
         importance = _importance(source, asked, imatrix, texts, calibrated, threads, journal, progress)
         written: list[LevelFile] = []
         with job(need, journal, out) if every else nullcontext():
-            for folds, levels in _passes(asked, calibrated):
+            for folds, recipes in _passes(asked, calibrated):
                 written += quantize_levels(
-                    source, levels, out, importance=importance, folds=folds, effort=effort, threads=threads,
+                    source, recipes, out, importance=importance, folds=folds, effort=effort, threads=threads,
                     device=device, split_max_bytes=split_max_bytes, progress=progress,
                 )  # fmt: skip
         if asked.fitted:

@@ -17,6 +17,7 @@ from bitladder.units import human_bytes
 if TYPE_CHECKING:
     from bitladder.describe.windows import Window
     from bitladder.files.gguf import GgufFile
+    from bitladder.levels import Level
     from bitladder.plan.preflight import JobNeed
 
 _ASSUMED_RANGE = 2.5

@@ -52,13 +52,13 @@ def ladder_files(
         BadWeights, OutputError: as the stages say.
     """
     plain = [level for level in wanted if isinstance(level, RecipeLevel)]
-    for level in plain:
-        tell(progress, LevelNews(level.name, "being written"))
+    for one in plain:
+        tell(progress, LevelNews(one.name, "being written"))
     need = building_need(source, plain, out, effort=effort, threads=threads)
     with job(need, journal, out) if plain else nullcontext():
         files = quantize_levels(
             source,
-            [level.recipe for level in plain],
+            [one.recipe for one in plain],
             out,
             importance=importance,
             effort=effort,
@@ -88,10 +88,10 @@ def _fitted(
     progress: Progress,
 ) -> tuple[Subject, LevelFile]:
     """The file of a level whose codes are chosen with error feedback, under the name it was asked for by."""
-    tell(progress, LevelNews(level, "being written"))
+    tell(progress, LevelNews(level.name, "being written"))
     made = fitted_level(source, level, out, effort=effort, threads=threads, journal=journal, progress=progress)
-    file = replace(made.file, level=level)
-    tell(progress, LevelNews(level, "written", file_bytes=file.bytes))
-    journal.reuse("files", [level] if file.reused else [])
+    file = replace(made.file, level=level.name)
+    tell(progress, LevelNews(level.name, "written", file_bytes=file.bytes))
+    journal.reuse("files", [level.name] if file.reused else [])
     types = hashlib.sha256(repr(sorted(made.recipe.qtypes.items())).encode()).hexdigest()[:16]
-    return Subject(source.sha256, level, made=f"{made.method}, types {types}"), file
+    return Subject(source.sha256, level.name, made=f"{made.method}, types {types}"), file

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from bitladder.describe.workload import Workload
     from bitladder.files.gguf import GgufFile
     from bitladder.kernels import Effort
-    from bitladder.levels import RecipeLevel
+    from bitladder.levels import Level
     from bitladder.records.evaluation import Answer, Speed
     from bitladder.stages.walk import Candidate
     from bitladder.store.recorded import Recorded, Subject
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 def measure_model(
     model: str,
-    levels: Sequence[RecipeLevel] | None,
+    levels: Sequence[Level] | None,
     *,
-    reference: RecipeLevel | None = None,
+    reference: Level | None = None,
     files: Sequence[Path] = (),
     texts: Sequence[Path] = (),
     imatrix: str = NONE,
@@ -45,14 +45,22 @@ def measure_model(
     """
     from bitladder.files.gguf import GgufFile
     from bitladder.files.sources import resolve
-    from bitladder.levels import LADDER, Needs
+    from bitladder.levels import LADDER, Needs, RecipeLevel, of_kinds
     from bitladder.stages.facts import level_of
     from bitladder.stages.quantize import method_name
     from bitladder.stages.walk import file_candidate, made_candidates
     from bitladder.store.evidence import Evidence
     from bitladder.store.recorded import Recorded, Subject
 
-    made = LADDER if levels is None and not files else levels or ()
+    asked = LADDER if levels is None and not files else levels or ()
+    given = of_kinds(
+        [*asked, *([reference] if reference else [])],
+        (RecipeLevel,),
+        what="Measuring",
+        why="Levels are made on the fly here, tensor by tensor; those that need calibration are files first.",
+        do="Build it with `bitladder quantize`, and measure the file with --file.",
+    )
+    made = given[: len(asked)]
     measured_on = documents(texts)
     journal = journal or Journal()
     with ExitStack() as stack:

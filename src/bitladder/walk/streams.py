@@ -22,10 +22,9 @@ from bitladder.errors import BadWeights
 from bitladder.formats.disk_names import disk_linears, disk_name, quantized_parameters
 from bitladder.formats.roles import Parameter, SharedInput, layer_tensor
 from bitladder.kernels import awq, gptq
-from bitladder.levels import CheckpointLevel
+from bitladder.levels import CheckpointLevel, FoldedLevel
 from bitladder.levels.encode import Arrays, digest, encode
 from bitladder.levels.methods import Quantized, awq_scales, feedback, rounded
-from bitladder.levels import FoldedLevel
 from bitladder.levels.products import COUNT, SQUARES, ImportanceVectors, Product
 from bitladder.records.calibration import LinearLoss
 from bitladder.walk import folding
