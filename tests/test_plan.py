@@ -55,7 +55,7 @@ def test_engines_of_checkpoints_get_a_ladder_of_checkpoints():
     model = model_of(LLAMA_8B)
     assert [str(level) for level in checkpoint_levels(model)] == ["F16", "INT8-W8A8", "GPTQ-4bit-g128", "AWQ-4bit-g128"]
     small = replace(LLAMA_8B, n_embd=576, n_ff=1536, n_head=9, n_head_kv=3)
-    assert checkpoint_levels(model_of(small))[-1] == "AWQ-4bit-g64"
+    assert checkpoint_levels(model_of(small))[-1].name == "AWQ-4bit-g64"
     packed = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
     rest = 2 * 128256 * 4096 + 65 * 4096 + 64
     found = make_plan(model, machine(64, 8), levels=checkpoint_levels(model), whole=True)
