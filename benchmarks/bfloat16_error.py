@@ -24,11 +24,11 @@ from bitladder.describe.windows import WINDOW, Window
 from bitladder.engines.llama import LlamaServer
 from bitladder.files.gguf import GgufFile
 from bitladder.formats.blocks import QTYPES
-from bitladder.formats.checkpoint import parse_level
 from bitladder.formats.disk_names import quantized_parameters
 from bitladder.formats.roles import SharedInput
 from bitladder.kernels import dequantize, gptq, quantize
-from bitladder.kernels.methods import awq_scales, feedback, rounded
+from bitladder.levels.methods import awq_scales, feedback, rounded
+from bitladder.levels.names import parse_level
 from bitladder.walk.driver import Member, Observer, Seen, Stream
 from bitladder.walk.folding import matrix
 from bitladder.walk.inputs import InputStatistics, Wants

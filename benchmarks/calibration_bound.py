@@ -18,8 +18,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from bitladder.describe.windows import WINDOW, Window
 from bitladder.files.gguf import GgufFile
-from bitladder.formats.checkpoint import parse_level
 from bitladder.formats.disk_names import quantized_parameters
+from bitladder.levels import parse_level
 from bitladder.walk.driver import Stream
 from bitladder.walk.gptq import GptqLevel
 from bitladder.walk.keep import Arrays

@@ -20,8 +20,8 @@ import torch
 
 from bitladder.describe.windows import WINDOW, Window
 from bitladder.files.gguf import GgufFile
-from bitladder.formats.checkpoint import parse_level
-from bitladder.formats.vectors import ImportanceVectors, Product
+from bitladder.levels.checkpoint import parse_checkpoint
+from bitladder.levels.products import ImportanceVectors, Product
 from bitladder.stages.calibrate import Calibrated, Calibration, Reading
 from bitladder.stages.quantize import quantize_levels
 from bitladder.walk.checkpoint_walk import Settings
@@ -46,14 +46,14 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     rng = np.random.default_rng(0)
-    levels: list[Product] = [parse_level(level) for level in options.levels.split(",")]
+    levels: list[Product] = [parse_checkpoint(level) for level in options.levels.split(",")]
     with GgufFile.open(options.model) as source:
         n_vocab = source.model.dims.n_vocab
         windows = [Window(f"document {at}", rng.integers(0, n_vocab, WINDOW)) for at in range(options.windows)]
         calibrated(source, levels, windows[:2], options.out, options.threads)  # kernels compile
 
         started = time.process_time()
-        calibrated(source, [parse_level("GPTQ-4bit-g64")], windows, options.out, options.threads)
+        calibrated(source, [parse_checkpoint("GPTQ-4bit-g64")], windows, options.out, options.threads)
         alone = time.process_time() - started
         print(f"GPTQ-4bit-g64 alone, {options.windows} windows: {alone:.1f} CPU s", flush=True)
 

@@ -21,7 +21,8 @@ from bitladder.describe.windows import WINDOW, Window
 from bitladder.engines.llama import LlamaServer
 from bitladder.files.gguf import GgufFile
 from bitladder.files.texts import shipped_texts
-from bitladder.formats.vectors import FoldedLevel, ImportanceVectors
+from bitladder.levels import FoldedLevel
+from bitladder.levels.products import ImportanceVectors
 from bitladder.stages.calibrate import Calibration, Reading
 from bitladder.stages.quantize import quantize_levels
 from bitladder.stages.walk import file_candidate, text_windows, walk

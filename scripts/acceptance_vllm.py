@@ -35,7 +35,7 @@ def expect(folder: Path, levels: list[str]) -> int:
     from bitladder.files.demo import fetch_demo
     from bitladder.files.gguf import GgufFile
     from bitladder.files.texts import shipped_texts
-    from bitladder.formats.checkpoint import parse_level, serving_notes
+    from bitladder.levels.checkpoint import parse_checkpoint, serving_notes
     from bitladder.stages.calibrate import quantize_checkpoints
     from bitladder.stages.walk import text_windows
     from bitladder.walk.rounding import INT8_TOKENS, rounded_input
@@ -48,7 +48,7 @@ def expect(folder: Path, levels: list[str]) -> int:
         reports = quantize_checkpoints(source, levels, folder, windows[:4], name="demo")
     for report in reports:
         made = Path(report.path)
-        reader = CheckpointReader(made, parse_level(report.level))
+        reader = CheckpointReader(made, parse_checkpoint(report.level))
         config = AutoConfig.from_pretrained(made)
         del config.quantization_config
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
@@ -76,7 +76,7 @@ def expect(folder: Path, levels: list[str]) -> int:
                 scores = model(torch.tensor([one["ids"]])).logits[0, -1].float().log_softmax(-1)
             moved += [abs(float(scores[token]) - value) for token, value in one["top"].items()]
         kept = {
-            "path": str(made), "asked": asked, "notes": serving_notes(parse_level(report.level)),
+            "path": str(made), "asked": asked, "notes": serving_notes(parse_checkpoint(report.level)),
             "bfloat16": sum(moved) / len(moved),
         }  # fmt: skip
         (folder / f"{report.level}.json").write_text(json.dumps(kept))

@@ -13,6 +13,7 @@ import tiny_models
 from bitladder.describe.windows import Window
 from bitladder.errors import BadInput, BadWeights, OutputError, UsageError
 from bitladder.files.gguf import GgufFile
+from bitladder.levels import parse_level
 from bitladder.plan.cost import level_size
 from bitladder.stages.calibrate import quantize_checkpoints
 from bitladder.walk.checkpoint_walk import Settings
@@ -55,7 +56,7 @@ def test_an_independent_reader_and_error_feedback(tmp_path):
             arrays = [file.get_tensor(name) for name in file.keys()]  # noqa: SIM118 - safetensors has no iterator
             # this source has 32 bits, so what stays as it was has them too
             written = sum(2 * one.size if one.dtype.kind == "f" else one.nbytes for one in arrays)
-            assert level_size(source.model, level).tensor_bytes == written
+            assert level_size(source.model, parse_level(level)).tensor_bytes == written
     config = json.loads((tmp_path / "out/tiny-GPTQ-4bit-g32/quantize_config.json").read_text())
     assert config["bits"] == 4
     with torch.no_grad():

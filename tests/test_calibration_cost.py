@@ -2,8 +2,9 @@
 
 import pytest
 
-from bitladder.formats.checkpoint import parse_level
-from bitladder.formats.vectors import ImportanceVectors, is_folded_level, parse_folded
+from bitladder.levels import parse_level
+from bitladder.levels.checkpoint import parse_checkpoint
+from bitladder.levels.products import ImportanceVectors
 from bitladder.plan.calibration import REACHED, START_SECONDS, Work, predict
 from bitladder.units import GiB
 
@@ -22,7 +23,7 @@ def predicted(*names: str, tokens: int = 32768, state_bytes: int = 1 << 30, rate
 def level(name: str):
     if name == "importance":
         return ImportanceVectors()
-    return parse_folded(name) if is_folded_level(name) else parse_level(name)
+    return parse_level(name)
 
 
 def seconds(*names: str, rate: float = 1e11) -> float:
@@ -84,5 +85,5 @@ def test_an_8b_shaped_layer_fits_4_gb():
     attention = {"q_proj": (4096, 4096), "k_proj": (1024, 4096), "v_proj": (1024, 4096), "o_proj": (4096, 4096)}
     mlp = {"gate_proj": (14336, 4096), "up_proj": (14336, 4096), "down_proj": (4096, 14336)}
     work = Work(attention | mlp, n_layer=32, n_embd=4096, other_weights=0, tokens=32768, reference_tokens=16384)
-    need = predict([parse_level("GPTQ-4bit-g64")], work, flops_per_s=1e11, state_bytes=GiB // 4).ram_bytes
+    need = predict([parse_checkpoint("GPTQ-4bit-g64")], work, flops_per_s=1e11, state_bytes=GiB // 4).ram_bytes
     assert 3.0e9 < need < 4.0e9

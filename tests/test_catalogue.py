@@ -8,7 +8,8 @@ from bitladder.errors import BadInput, NothingFits, UsageError
 from bitladder.files import catalogue
 from bitladder.files.devices import gpu_figures, known_gpus, known_memories, parse_machine
 from bitladder.files.folders import data_folder
-from bitladder.plan.advice import ENGINES, Situation, advise, slow_paths
+from bitladder.levels import parse_level
+from bitladder.plan.advice import ENGINES, Situation, advise
 from bitladder.plan.inverse import GpuKind, gpus_needed
 from bitladder.plan.launch import launch
 from bitladder.plan.placement import VRAM_MARGIN, Placement, Wish, place
@@ -319,11 +320,20 @@ class TestAdvice:
         assert set(advice.engines) <= set(ENGINES)
 
     def test_slow_paths_are_warned_of(self):
-        cpu = parse_machine("32 GiB").machine
-        assert "slow way" in slow_paths("Q4_K_M", "vllm", cpu)[0]
-        assert slow_paths("IQ3_XXS", "llama-server", cpu)
-        assert slow_paths("GPTQ-3bit-g128", "vllm", cpu)
-        assert not slow_paths("Q4_K_M", "llama-server", cpu)
+        def slow(name, engine, features=()):
+            return parse_level(name).slow_paths(engine, has_gpu=False, cpu_features=features)
+
+        assert "slow way" in slow("Q4_K_M", "vllm")[0]
+        assert "slow way" in slow("AWQ-Q4_K_M", "vllm")[0]
+        assert "slow way" in slow("bpw4.5", "vllm")[0]
+        assert "tables" in slow("IQ4_XS", "llama-server")[0]
+        assert "no fast kernel" in slow("GPTQ-3bit-g128", "vllm")[0]
+        assert "BF16" in slow("BF16", "llama-server")[0]
+        for name, engine, features in [
+            ("Q4_K_M", "llama-server", ()), ("F16", "vllm", ()), ("BF16", "", ("avx512_bf16",)),
+            ("GPTQ-4bit-g64", "vllm", ()), ("INT8-W8A8", "vllm", ()),
+        ]:  # fmt: skip
+            assert not slow(name, engine, features)
 
 
 class TestPreflight:

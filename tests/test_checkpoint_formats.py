@@ -3,7 +3,8 @@
 import pytest
 
 from bitladder.errors import UnknownLevel, UsageError
-from bitladder.formats import checkpoint as formats
+from bitladder.levels import WHOLE_ROW, parse_level
+from bitladder.levels import checkpoint as formats
 
 
 @pytest.mark.parametrize(
@@ -11,27 +12,21 @@ from bitladder.formats import checkpoint as formats
     [
         ("GPTQ-4bit-g64", 4, 64, True, "gptq"),
         ("gptq-3bit-G32", 3, 32, True, "gptq"),
-        ("GPTQ-4bit-row", 4, formats.WHOLE_ROW, True, "gptq"),
+        ("GPTQ-4bit-row", 4, WHOLE_ROW, True, "gptq"),
         ("GPTQ-4bit-g64-asym", 4, 64, False, "gptq"),
         ("GPTQ-8bit-g128-ct", 8, 128, True, "pack-quantized"),
         ("GPTQ-4bit-g128-v2", 4, 128, True, "gptq_v2"),
         ("AWQ-4bit-g64", 4, 64, False, "awq"),
         ("AWQ-4bit-g64-sym-ct", 4, 64, True, "pack-quantized"),
-        ("INT8-W8A16", 8, formats.WHOLE_ROW, True, "pack-quantized"),
-        ("INT8-W8A8", 8, formats.WHOLE_ROW, True, "int-quantized"),
-        ("int8-w8a8-smooth", 8, formats.WHOLE_ROW, True, "int-quantized"),
+        ("INT8-W8A16", 8, WHOLE_ROW, True, "pack-quantized"),
+        ("INT8-W8A8", 8, WHOLE_ROW, True, "int-quantized"),
+        ("int8-w8a8-smooth", 8, WHOLE_ROW, True, "int-quantized"),
     ],
 )
 def test_names(name, bits, group, sym, layout):
-    level = formats.parse_level(name)
+    level = formats.parse_checkpoint(name)
     assert (level.bits, level.group_size, level.sym, level.layout) == (bits, group, sym, layout)
-    assert formats.parse_level(level.name) == level
-    assert formats.is_checkpoint_level(name)
-
-
-@pytest.mark.parametrize("name", ["Q4_K_M", "AWQ-Q3_K", "IQ4_NL", "F16"])
-def test_gguf_levels_are_not_checkpoints(name):
-    assert not formats.is_checkpoint_level(name)
+    assert parse_level(level.name) == parse_level(name) == level
 
 
 @pytest.mark.parametrize(
@@ -50,30 +45,30 @@ def test_gguf_levels_are_not_checkpoints(name):
 )
 def test_refused_names_say_what_exists(name, says):
     with pytest.raises(UnknownLevel, match=says):
-        formats.parse_level(name)
+        formats.parse_checkpoint(name)
 
 
 def test_a_group_that_does_not_divide_offers_those_that_do():
     shapes = {"q_proj": (576, 576), "down_proj": (576, 1536)}
-    formats.check_shapes(formats.parse_level("GPTQ-4bit-g64"), shapes)
+    formats.check_shapes(formats.parse_checkpoint("GPTQ-4bit-g64"), shapes)
     with pytest.raises(UsageError, match=r"rows of 576 weights(.|\n)*: g32, g64; GPTQ also takes whole rows"):
-        formats.check_shapes(formats.parse_level("GPTQ-4bit-g128"), shapes)
+        formats.check_shapes(formats.parse_checkpoint("GPTQ-4bit-g128"), shapes)
     with pytest.raises(UsageError, match="30 x 64"):
-        formats.check_shapes(formats.parse_level("GPTQ-4bit-g64"), {"odd": (30, 64)})
+        formats.check_shapes(formats.parse_checkpoint("GPTQ-4bit-g64"), {"odd": (30, 64)})
 
 
 def test_config_keys_that_readers_need():
-    gptq = formats.quantization_config(formats.parse_level("GPTQ-4bit-row"), ignored=("lm_head",))
+    gptq = formats.quantization_config(formats.parse_checkpoint("GPTQ-4bit-row"), ignored=("lm_head",))
     assert (gptq["quant_method"], gptq["checkpoint_format"]) == ("gptq", "gptq")
     assert (gptq["bits"], gptq["group_size"], gptq["sym"], gptq["desc_act"]) == (4, -1, True, False)
-    awq = formats.quantization_config(formats.parse_level("AWQ-4bit-g64"), ignored=("lm_head",))
+    awq = formats.quantization_config(formats.parse_checkpoint("AWQ-4bit-g64"), ignored=("lm_head",))
     assert (awq["quant_method"], awq["version"], awq["zero_point"], awq["group_size"]) == (
         "awq",
         "gemm",
         True,
         64,
     )
-    int8 = formats.quantization_config(formats.parse_level("INT8-W8A8"), ignored=("lm_head",))
+    int8 = formats.quantization_config(formats.parse_checkpoint("INT8-W8A8"), ignored=("lm_head",))
     group = int8["config_groups"]["group_0"]
     assert (int8["format"], int8["ignore"]) == ("int-quantized", ["lm_head"])
     assert (group["weights"]["strategy"], group["input_activations"]["strategy"]) == ("channel", "token")
@@ -81,7 +76,7 @@ def test_config_keys_that_readers_need():
 
 
 def test_levels_that_engines_refuse_come_with_a_note():
-    assert formats.serving_notes(formats.parse_level("GPTQ-4bit-g64")) == ()
-    assert "Q8_0" in formats.serving_notes(formats.parse_level("GPTQ-8bit-g64"))[0]
-    assert "asymmetric" in formats.serving_notes(formats.parse_level("GPTQ-4bit-g64-asym"))[0]
-    assert "8-bit" in formats.serving_notes(formats.parse_level("INT8-W8A16"))[0]
+    assert formats.serving_notes(formats.parse_checkpoint("GPTQ-4bit-g64")) == ()
+    assert "Q8_0" in formats.serving_notes(formats.parse_checkpoint("GPTQ-8bit-g64"))[0]
+    assert "asymmetric" in formats.serving_notes(formats.parse_checkpoint("GPTQ-4bit-g64-asym"))[0]
+    assert "8-bit" in formats.serving_notes(formats.parse_checkpoint("INT8-W8A16"))[0]

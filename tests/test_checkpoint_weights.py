@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bitladder.files.gguf import GgufFile
-from bitladder.formats.checkpoint import parse_level
+from bitladder.levels.checkpoint import parse_checkpoint
 from bitladder.walk.checkpoint_weights import CheckpointWeights
 from bitladder.walk.layers import LayeredModel
 from bitladder.walk.rounding import INT8_TOKENS
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def walked_logits(gguf: Path, folder: Path, level: str, tokens: np.ndarray) -> torch.Tensor:
     with GgufFile.open(gguf) as source:
-        weights = CheckpointWeights(FileWeights(source), folder, parse_level(level))
+        weights = CheckpointWeights(FileWeights(source), folder, parse_checkpoint(level))
         model = LayeredModel(source.model, weights)
         states = model.embed(tokens, weights)
         for layer in range(model.n_layer):
@@ -51,7 +51,9 @@ def test_only_int8_activations_are_rounded_and_only_before_quantized_layers(name
             level: {
                 name
                 for name in names
-                if CheckpointWeights(FileWeights(source), tmp_path / f"tiny-{level}", parse_level(level)).qtype(name)
+                if CheckpointWeights(FileWeights(source), tmp_path / f"tiny-{level}", parse_checkpoint(level)).qtype(
+                    name
+                )
                 == INT8_TOKENS
             }
             for level in levels

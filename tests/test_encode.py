@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from bitladder.formats.checkpoint import parse_level
 from bitladder.kernels import groups
-from bitladder.kernels.encode import decode, encode
+from bitladder.levels.checkpoint import parse_checkpoint
+from bitladder.levels.encode import decode, encode
 from reference import slow_checkpoint as slow
 
 LEVELS = [
@@ -16,7 +16,7 @@ LEVELS = [
 
 
 def made(name: str, rows: int = 32, columns: int = 64) -> tuple:
-    level = parse_level(name)
+    level = parse_checkpoint(name)
     rng = np.random.default_rng(7)
     top = 2**level.bits
     shape = (rows, columns // (level.group_size or columns))
@@ -85,4 +85,4 @@ def test_shapes_and_dtypes_of_each_layout():
 def test_scales_of_another_grouping_are_refused():
     level, codes, parameters = made("GPTQ-4bit-g32")
     with pytest.raises(ValueError, match=r"scales of shape \(32, 2\), expected \(32, 1\)"):
-        decode(parse_level("GPTQ-4bit-g64"), encode(level, codes, parameters), codes.shape)
+        decode(parse_checkpoint("GPTQ-4bit-g64"), encode(level, codes, parameters), codes.shape)

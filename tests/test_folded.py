@@ -10,9 +10,10 @@ import tiny_models
 from bitladder.describe.windows import Window
 from bitladder.errors import UnknownLevel, UsageError
 from bitladder.files.gguf import GgufFile
-from bitladder.formats.vectors import FoldedLevel, ImportanceVectors, is_folded_level, parse_folded
 from bitladder.kernels import dequantize, quantize
 from bitladder.kernels.awq import Fold
+from bitladder.levels import FoldedLevel, RecipeLevel, parse_level, parse_levels
+from bitladder.levels.products import ImportanceVectors
 from bitladder.stages.calibrate import Calibrated, Calibration, Reading
 from bitladder.stages.imatrix import importance_matrix
 from bitladder.stages.quantize import quantize_levels
@@ -155,23 +156,22 @@ def test_one_walk_gathers_what_two_would(tmp_path):
 
 
 def test_names():
-    assert [is_folded_level(name) for name in ("awq-q3_k_m", "AWQ-4bit-g64", "Q3_K_M", "AWQ-Q9")] == [1, 0, 0, 1]
-    assert parse_folded("awq-q3_k_m") == FoldedLevel("Q3_K_M")
+    assert parse_level("awq-q3_k_m") == FoldedLevel("Q3_K_M")
     with pytest.raises(UnknownLevel, match="AWQ-IQ4_XS"):
-        parse_folded("AWQ-IQ4_XS")
+        parse_level("AWQ-IQ4_XS")  # AWQ works before K-quants
     with pytest.raises(UnknownLevel) as caught:
-        parse_folded("AWQ-Q3_KM")
+        parse_level("AWQ-Q3_KM")
     assert "Did you mean AWQ-Q3_K_M" in caught.value.means
-    asked = sort_levels(["q8_0", "AWQ-Q2_K", "GPTQ-4bit-g64", "AWQ-4bit-g64"])
-    assert (asked.files, asked.folded) == (("Q8_0",), (FoldedLevel("Q2_K"),))
+    asked = sort_levels(parse_levels(["q8_0", "AWQ-Q2_K", "GPTQ-4bit-g64", "AWQ-4bit-g64"]))
+    assert (asked.files, asked.folded) == ((RecipeLevel("Q8_0"),), (FoldedLevel("Q2_K"),))
     assert [level.name for level in asked.checkpoints] == ["GPTQ-4bit-g64", "AWQ-4bit-g64"]
-    assert not sort_levels(["Q8_0", "F16"]).weighed
-    assert sort_levels(["Q8_0", "Q5_1"]).weighed
+    assert not sort_levels(parse_levels(["Q8_0", "F16"])).weighed
+    assert sort_levels(parse_levels(["Q8_0", "Q5_1"])).weighed
 
 
 def test_scales_need_an_importance_matrix(tmp_path):
     with pytest.raises(UsageError, match="AWQ-Q2_K was asked for with --imatrix none"):
-        build_levels("x", sort_levels(["AWQ-Q2_K"]), tmp_path, imatrix="none", threads=1, progress=lambda *_: None)
+        build_levels("x", parse_levels(["AWQ-Q2_K"]), tmp_path, imatrix="none", threads=1, progress=lambda *_: None)
 
 
 @pytest.mark.model

@@ -11,6 +11,7 @@ ROWS = [
     {"units", "progress"},
     {"formats"},
     {"records", "describe", "kernels", "stats"},
+    {"levels"},
     {"files"},
     {"plan", "engines", "walk", "store"},
     {"stages", "report"},

@@ -11,11 +11,12 @@ from bitladder.errors import NothingFits
 from bitladder.files.gguf import GgufFile
 from bitladder.files.job_log import correction, keep_job, log_path, read_jobs
 from bitladder.files.probe import probe_machine
+from bitladder.levels import parse_levels
 from bitladder.plan.preflight import STATE_BYTES, WALK_START_S, JobNeed, quantize_need, walk_need
 from bitladder.progress import silent
 from bitladder.records.job import JobOutcome
 from bitladder.steps import jobs
-from bitladder.steps.building import build_levels, sort_levels
+from bitladder.steps.building import build_levels
 from bitladder.steps.calibrated import make_imatrix
 from bitladder.steps.journal import Journal
 from bitladder.units import GiB, MiB
@@ -143,7 +144,7 @@ def test_building_says_what_it_took_and_repeats_nothing(demo_gguf, tmp_path):
     journal = Journal()
     for _ in range(2):
         build_levels(
-            str(demo_gguf), sort_levels(["Q8_0", "Q4_0"]), tmp_path, imatrix="none", effort="fast", threads=1,
+            str(demo_gguf), parse_levels(["Q8_0", "Q4_0"]), tmp_path, imatrix="none", effort="fast", threads=1,
             journal=journal, progress=silent,
         )  # fmt: skip
     (only,) = journal.jobs
@@ -155,7 +156,7 @@ def test_building_says_what_it_took_and_repeats_nothing(demo_gguf, tmp_path):
 def test_nothing_is_built_without_room(demo_gguf, tmp_path, monkeypatch):
     monkeypatch.setattr("bitladder.files.probe.disk_free", lambda folder: 1000)
     with pytest.raises(NothingFits, match="quantize Q8_0 needs"):
-        build_levels(str(demo_gguf), sort_levels(["Q8_0"]), tmp_path, effort="fast", threads=1, progress=silent)
+        build_levels(str(demo_gguf), parse_levels(["Q8_0"]), tmp_path, effort="fast", threads=1, progress=silent)
     assert not list(tmp_path.glob("*.gguf"))
 
 

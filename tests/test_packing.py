@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitladder.formats.checkpoint import AWQ_ORDER
 from bitladder.kernels.packing import pack, unpack, words_for
+from bitladder.levels.checkpoint import AWQ_ORDER
 
 
 def words_by_definition(codes: list[int], bits: int) -> list[int]:

@@ -14,6 +14,7 @@ from starlette.testclient import TestClient
 from bitladder.describe.machine import Machine
 from bitladder.describe.shapes import Shape, model_of
 from bitladder.errors import BadInput, UsageError
+from bitladder.levels import parse_levels
 from bitladder.plan.whatif import what_if
 from bitladder.records import to_json
 from bitladder.serve.page_app import PAGE, build_page
@@ -476,7 +477,7 @@ def test_what_if_moves_memory_and_context():
 def test_another_context_takes_what_the_plan_says_windows_included(n_ctx):
     model = model_of(Shape("g", "gemma3", 6, 1024, 4096, 16, 4, 4096, 8192, tied=True, sliding_window=512))
     here = Machine("a CPU", 4, (), 8 * GiB, 7 * GiB, 1 << 40)
-    levels = ("Q6_K", "Q4_K_M")
+    levels = parse_levels(("Q6_K", "Q4_K_M"))
     given = make_plan(model, here, n_ctx=2048, levels=levels)
     moved, _ = what_if(dataclasses.replace(run_record(), plan=given, fidelities=(), results=()), n_ctx=n_ctx)
     for found, planned in zip(moved.levels, make_plan(model, here, n_ctx=n_ctx, levels=levels).levels, strict=True):

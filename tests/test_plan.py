@@ -13,6 +13,7 @@ from bitladder.errors import UnknownLevel, UsageError
 from bitladder.files.gguf import GgufFile, read_header
 from bitladder.files.level_files import draft_level
 from bitladder.formats.recipes import LEVELS
+from bitladder.levels import RecipeLevel, parse_level, parse_levels
 from bitladder.plan.cost import LevelBytes, checkpoint_levels, level_size
 from bitladder.plan.pair import plan_pair
 from bitladder.plan.placement import RAM_MARGIN, VRAM_MARGIN, Wish, place
@@ -36,7 +37,7 @@ def machine(ram=64, *vram, used=2.0):
 
 def size_of(shape, level):
     model = model_of(shape)
-    return model, level_size(model, level).by_part
+    return model, level_size(model, parse_level(level)).by_part
 
 
 def test_the_ladder_of_a_file_is_what_the_writer_writes(demo_gguf, tmp_path):
@@ -52,9 +53,9 @@ def test_the_ladder_of_a_file_is_what_the_writer_writes(demo_gguf, tmp_path):
 def test_engines_of_checkpoints_get_a_ladder_of_checkpoints():
     """Sizes by hand: a code of 4 bits, 16 bits of scale and 4 of zero point for 128 weights, the rest in 16 bits."""
     model = model_of(LLAMA_8B)
-    assert checkpoint_levels(model) == ("F16", "INT8-W8A8", "GPTQ-4bit-g128", "AWQ-4bit-g128")
+    assert [str(level) for level in checkpoint_levels(model)] == ["F16", "INT8-W8A8", "GPTQ-4bit-g128", "AWQ-4bit-g128"]
     small = replace(LLAMA_8B, n_embd=576, n_ff=1536, n_head=9, n_head_kv=3)
-    assert checkpoint_levels(model_of(small))[-1] == "AWQ-4bit-g64"
+    assert checkpoint_levels(model_of(small))[-1].name == "AWQ-4bit-g64"
     packed = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
     rest = 2 * 128256 * 4096 + 65 * 4096 + 64
     found = make_plan(model, machine(64, 8), levels=checkpoint_levels(model), whole=True)
@@ -62,7 +63,7 @@ def test_engines_of_checkpoints_get_a_ladder_of_checkpoints():
     assert rows["AWQ-4bit-g128"].tensor_bytes == packed * (4 + 20 / 128) / 8 + 2 * rest
     assert [level for level, row in rows.items() if row.fits] == ["GPTQ-4bit-g128", "AWQ-4bit-g128"]
     assert "do not split" in rows["INT8-W8A8"].reason  # llama.cpp would split it: there is RAM enough
-    whole = make_plan(model, machine(64), levels=["AWQ-4bit-g128"]).levels[0]
+    whole = make_plan(model, machine(64), levels=parse_levels(["AWQ-4bit-g128"])).levels[0]
     assert (whole.fits, whole.placement) == (True, "cpu")
 
 
@@ -194,7 +195,7 @@ def test_unified_memory_is_counted_once():
 def test_a_level_that_would_fit_if_other_programs_closed_says_so():
     model = model_of(LLAMA_8B)
     busy = Machine("cpu", 8, (), 16 * GiB, 3 * GiB, 1 << 40)
-    rows = {row.level: row for row in make_plan(model, busy, levels=["F16", "Q4_K_M"]).levels}
+    rows = {row.level: row for row in make_plan(model, busy, levels=parse_levels(["F16", "Q4_K_M"])).levels}
     assert "if other programs gave their memory back" in rows["Q4_K_M"].reason
     assert "more than can be used" in rows["F16"].reason
     assert "other programs" not in rows["F16"].reason
@@ -217,7 +218,7 @@ def test_contexts_that_cannot_be(n_ctx, match):
 
 def test_levels_that_do_not_exist():
     with pytest.raises(UnknownLevel, match="Q4_K_M"):
-        make_plan(model_of(LLAMA_8B), machine(), levels=["Q4_K_N"])
+        make_plan(model_of(LLAMA_8B), machine(), levels=parse_levels(["Q4_K_N"]))
 
 
 @pytest.mark.parametrize(
@@ -237,7 +238,7 @@ def test_machines_that_cannot_be(wrong):
 class TestSpeed:
     def test_decoding_touches_the_output_but_one_row_of_the_embedding(self):
         model, size = size_of(LLAMA_8B, "Q8_0")
-        plan = make_plan(model, machine(), levels=["Q8_0"], n_ctx=512, rates=MachineRates(RATES))
+        plan = make_plan(model, machine(), levels=parse_levels(["Q8_0"]), n_ctx=512, rates=MachineRates(RATES))
         touched = size.total - size.of("embedding")
         ideal = 0.75 * 5e10 / touched
         assert plan.levels[0].speed.decode.value == pytest.approx(ideal, rel=0.02)
@@ -254,7 +255,7 @@ class TestSpeed:
         speed = {}
         for used in (2, 8):
             shape = Shape("m", "llama", 32, 4096, 14336, 32, 8, 32000, 32768, n_expert=8, n_expert_used=used)
-            plan = make_plan(model_of(shape), machine(), levels=["Q4_K_M"], rates=MachineRates(RATES))
+            plan = make_plan(model_of(shape), machine(), levels=parse_levels(["Q4_K_M"]), rates=MachineRates(RATES))
             speed[used] = plan.levels[0].speed.decode.value
         rest = size.total - size.of("experts") - size.of("embedding")
         expected = (rest + size.of("experts")) / (rest + size.of("experts") / 4)
@@ -334,9 +335,9 @@ class TestSpeed:
 
     def test_a_run_on_one_level_corrects_the_others(self):
         model, rates = model_of(LLAMA_8B), MachineRates(RATES)
-        plain = make_plan(model, machine(), levels=["Q8_0", "Q4_K_M"], n_ctx=512, rates=rates)
-        slow = {"Q8_0": 0.5 * plain.levels[0].speed.decode.value}
-        known = make_plan(model, machine(), levels=["Q8_0", "Q4_K_M"], n_ctx=512, rates=rates, runs=slow)
+        plain = make_plan(model, machine(), levels=parse_levels(["Q8_0", "Q4_K_M"]), n_ctx=512, rates=rates)
+        slow = {RecipeLevel("Q8_0"): 0.5 * plain.levels[0].speed.decode.value}
+        known = make_plan(model, machine(), levels=parse_levels(["Q8_0", "Q4_K_M"]), n_ctx=512, rates=rates, runs=slow)
         for before, after in zip(plain.levels, known.levels, strict=True):
             assert after.speed.decode.value == pytest.approx(0.5 * before.speed.decode.value, rel=1e-6)
             assert after.speed.decode.label == "measured"
@@ -345,7 +346,9 @@ class TestSpeed:
         model = model_of(LLAMA_70B)
         rates = MachineRates(RATES, from_data_sheet(1e12, 1e14, gpu=True))
         speeds = [
-            make_plan(model, machine(64, *vram), levels=["Q4_K_M"], rates=rates).levels[0].speed.decode.value
+            make_plan(model, machine(64, *vram), levels=parse_levels(["Q4_K_M"]), rates=rates)
+            .levels[0]
+            .speed.decode.value
             for vram in ((), (24,), (48,))
         ]
         assert speeds == sorted(speeds)

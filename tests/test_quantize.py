@@ -22,6 +22,7 @@ from bitladder.files.gguf import GgufFile
 from bitladder.files.gguf_writer import GgufWriter
 from bitladder.formats.recipes import assign
 from bitladder.kernels import REVISION, dequantize, quantize
+from bitladder.levels import parse_levels
 from bitladder.progress import silent
 from bitladder.stages import quantize as stage
 from bitladder.stages.quantize import method_name, quantize_levels
@@ -403,10 +404,10 @@ def test_another_device_writes_the_same_bytes(tmp_path, tiny, small_pieces):
 
 
 def test_a_device_that_is_not_there_is_told_before_any_work(tmp_path, tiny):
-    from bitladder.steps.building import build_levels, sort_levels
+    from bitladder.steps.building import build_levels
 
     with pytest.raises(UsageError, match="torch has no device 'cuda:99' here"):
-        build_levels(str(tiny), sort_levels(["Q8_0"]), tmp_path / "out", threads=1, device="cuda:99", progress=silent)
+        build_levels(str(tiny), parse_levels(["Q8_0"]), tmp_path / "out", threads=1, device="cuda:99", progress=silent)
     assert not (tmp_path / "out").exists()
 
 

@@ -13,11 +13,12 @@ from bitladder.cli.app import app
 from bitladder.cli.build import split_levels
 from bitladder.describe.rates import PoolRates
 from bitladder.describe.windows import Window
-from bitladder.errors import BadInput, NothingFits, UnknownLevel, UsageError
+from bitladder.errors import BadInput, NothingFits, UsageError
 from bitladder.files import probe
 from bitladder.files.gguf import GgufFile
 from bitladder.formats.blocks import QTYPES
 from bitladder.formats.recipes import is_quantizable, types_for
+from bitladder.levels import FeedbackLevel, parse_levels
 from bitladder.plan.cost import level_size
 from bitladder.plan.recipe import Wish, choose, fitted, predicted, reapplied, recipe_bytes
 from bitladder.progress import silent
@@ -241,7 +242,7 @@ def test_fitted_levels_are_levels_like_others(tiny, tmp_path, monkeypatch):
         assert file.info("blk.0.ffn_up.weight").qtype == "Q4_0"
         assert str(file.metadata["bitladder.method"]).startswith("feedback")
     with GgufFile.open(tiny) as source:
-        assert level_size(source.model, "GPTQ-Q4_0").file_bytes == files["GPTQ-Q4_0"].stat().st_size
+        assert level_size(source.model, FeedbackLevel("Q4_0")).file_bytes == files["GPTQ-Q4_0"].stat().st_size
 
 
 @pytest.mark.usefixtures("words")
@@ -254,8 +255,8 @@ def test_a_run_builds_fitted_levels_among_the_others(tiny, tmp_path, monkeypatch
 
         def build():
             return ladder_files(
-                source, levels, tmp_path / "out", importance=None, effort="good", threads=1, journal=journal,
-                progress=silent,
+                source, parse_levels(levels), tmp_path / "out", importance=None, effort="good", threads=1,
+                journal=journal, progress=silent,
             )  # fmt: skip
 
         built = build()
@@ -274,25 +275,23 @@ def test_a_run_refuses_what_fitted_levels_would_not_heed(tiny):
 
 
 def test_names_of_fitted_levels_have_one_spelling():
-    assert split_levels("gptq-q4_k_m,BPW4.5,bpw4.125,q8_0,bpw4.50", fitted=True) == (
+    assert [str(level) for level in split_levels("gptq-q4_k_m,BPW4.5,bpw4.125,q8_0,bpw4.50")] == [
         "GPTQ-Q4_K_M", "bpw4.50", "bpw4.125", "Q8_0",
-    )  # fmt: skip
-    with pytest.raises(UnknownLevel):
-        split_levels("bpw4.5")
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("bpw", [4.8, 5.1, 7.3])
 def test_a_level_of_bits_per_weight_is_planned_before_anything_is_weighed(bpw, tiny):
     with GgufFile.open(tiny) as source:
-        size = level_size(source.model, f"bpw{bpw}")
-        assert size.level == f"bpw{bpw:.2f}"
+        size = level_size(source.model, FeedbackLevel(bpw=bpw))
+        assert size.level.name == f"bpw{bpw:.2f}"
         assert size.bpw <= bpw
         assert bpw - size.bpw < 0.4
         matrices = [tensor for tensor in size.tensors if is_quantizable(tensor)]
         held = sorted({QTYPES[tensor.qtype].bpw for tensor in matrices})
         assert held[-1] <= max(2 * held[0], 8.5), "about as many bits for all"
         with pytest.raises(NothingFits, match="smallest types"):
-            level_size(source.model, "bpw2")
+            level_size(source.model, FeedbackLevel(bpw=2))
 
 
 def test_notes_of_a_fitted_file_are_told_once_each():

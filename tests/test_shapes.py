@@ -8,6 +8,7 @@ import pytest
 from bitladder.describe.hf_config import FAMILY, shape_of
 from bitladder.describe.shapes import FAMILIES, Shape, model_of
 from bitladder.errors import BadFile, UnknownArchitecture
+from bitladder.levels import parse_level
 from bitladder.plan.cost import level_size
 from bitladder.units import MiB
 
@@ -23,7 +24,7 @@ def test_sizes_from_dimensions_are_llama_quantizes(name, level):
     s = row["shape"]
     tied = "output.weight" not in row["levels"][level]["types"]
     shape = Shape(name, s.get("arch", "llama"), s["L"], s["D"], s["F"], s["H"], s["KV"], s["V"], 4096, tied=tied)
-    planned = level_size(model_of(shape), level).tensor_bytes
+    planned = level_size(model_of(shape), parse_level(level)).tensor_bytes
     assert planned / MiB == pytest.approx(row["levels"][level]["mib"], abs=HALF_A_STEP)
 
 

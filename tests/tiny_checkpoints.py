@@ -16,7 +16,7 @@ import tiny_models
 from bitladder.describe.windows import Window
 from bitladder.files.checkpoint_check import decoded_linears
 from bitladder.files.gguf import GgufFile
-from bitladder.formats.checkpoint import parse_level
+from bitladder.levels.checkpoint import parse_checkpoint
 from bitladder.stages.calibrate import quantize_checkpoints
 
 
@@ -64,7 +64,7 @@ def loaded(folder: Path, weights: dict[str, np.ndarray], scratch: Path) -> torch
 
 def decoded(folder: Path, name: str) -> dict[str, np.ndarray]:
     """Weights of a checkpoint level as its reader decodes them, by tensor name; what is not quantized as it is."""
-    level = parse_level(name)
+    level = parse_checkpoint(name)
     weights = {f"{linear}.weight": value for linear, value in decoded_linears(folder, level)}
     quantized = {linear.removesuffix(".weight") for linear in weights}
     with safe_open(folder / "model.safetensors", "pt") as file:

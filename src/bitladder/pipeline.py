@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bitladder import __version__
+from bitladder.engines.endpoint import EndpointSettings
 from bitladder.errors import NothingFits, UnknownArchitecture
 from bitladder.files.gguf import GgufFile
 from bitladder.files.measured import machine_key
 from bitladder.files.probe import probe_machine
 from bitladder.files.sources import Source, resolve
 from bitladder.files.workloads import STARTER, load_reference, load_workload
-from bitladder.formats.fitted import is_fitted_level
-from bitladder.formats.recipes import LEVELS
+from bitladder.levels import LADDER, FeedbackLevel, Level, RecipeLevel, of_kinds
 from bitladder.plan.bar import Bar, parse_bar
 from bitladder.plan.decide import decide
 from bitladder.plan.preflight import require
@@ -57,7 +57,6 @@ if TYPE_CHECKING:
     from bitladder.describe.machine import Machine
     from bitladder.describe.text import Document
     from bitladder.describe.workload import Workload
-    from bitladder.engines.endpoint import EndpointSettings
     from bitladder.kernels import Effort
     from bitladder.records.level_file import LevelFile
     from bitladder.stages.walk import Candidate
@@ -71,8 +70,8 @@ class RunSettings:
     """What a user can ask of a run; everything else is derived."""
 
     model: str
-    levels: tuple[str, ...] | None = None
-    reference: str | Path | EndpointSettings | None = None
+    levels: tuple[Level, ...] | None = None
+    reference: Level | Path | EndpointSettings | None = None
     """A level, a file of stored answers, or a model behind an address; None for the source itself."""
     also: tuple[EndpointSettings, ...] = ()
     """Models behind addresses that are tested beside the levels."""
@@ -193,7 +192,7 @@ def _opened(settings: RunSettings, progress: Progress, journal: Journal, confirm
     texts = documents(settings.texts)
     with ExitStack() as stack:
         recorded = Recorded(stack.enter_context(Evidence.open()))
-        judged = 1 + len(LEVELS if settings.levels is None else settings.levels) + len(settings.also)
+        judged = 1 + len(LADDER if settings.levels is None else settings.levels) + len(settings.also)
         agree_to_spend(_endpoints(settings), workload, recorded, confirm, judge=settings.judge, judged=judged)
         helpers = criteria_help(
             workload,
@@ -218,32 +217,52 @@ def _opened(settings: RunSettings, progress: Progress, journal: Journal, confirm
 
 def _told_early(settings: RunSettings) -> Bar | None:
     """The bar; a bad one, and options that a level would not heed, are told before any work is done."""
-    refuse_unheard([level for level in settings.levels or () if is_fitted_level(level)], settings.imatrix)
+    refuse_unheard([level for level in _wanted(settings) if isinstance(level, FeedbackLevel)], settings.imatrix)
     return parse_bar(settings.bar) if settings.bar else None
 
 
 def _endpoints(settings: RunSettings) -> list[EndpointSettings]:
     """Every model behind an address that is asked the workload."""
     reference = settings.reference
-    return [*settings.also] if reference is None or isinstance(reference, str | Path) else [reference, *settings.also]
+    return [reference, *settings.also] if isinstance(reference, EndpointSettings) else [*settings.also]
 
 
 def _reference_level(given: _Given) -> str | None:
     """The level that the others are compared with; None when it is no level of this model."""
     reference = given.settings.reference
-    return level_of(given.source.model) if reference is None else reference if isinstance(reference, str) else None
+    if reference is None:
+        return level_of(given.source.model)
+    return None if isinstance(reference, Path | EndpointSettings) else reference.name
+
+
+def _named_reference(settings: RunSettings) -> Level | None:
+    """The level that was named as the reference."""
+    reference = settings.reference
+    return None if reference is None or isinstance(reference, Path | EndpointSettings) else reference
+
+
+def _wanted(settings: RunSettings) -> list[RecipeLevel | FeedbackLevel]:
+    """The levels asked for, the reference among them; raises UsageError for kinds that a run does not make."""
+    levels = LADDER if settings.levels is None else settings.levels
+    reference = _named_reference(settings)
+    return list(
+        of_kinds(
+            dict.fromkeys([*levels, *([reference] if reference else [])]),
+            (RecipeLevel, FeedbackLevel),
+            what="A run",
+            why="Its answers come from llama.cpp, and its files are made in one pass.",
+            do="Build it with `bitladder quantize`, and measure the file with `bitladder measure --file`.",
+        )
+    )
 
 
 def _planned(given: _Given) -> Plan:
     """The plan, when at least one level fits and what fits can be built. With a level as the reference, larger ones
     are left out."""
-    reference, source = given.settings.reference, given.source
-    levels = list(LEVELS if given.settings.levels is None else given.settings.levels)
-    if isinstance(reference, str):
-        levels = list(dict.fromkeys([*levels, reference]))
-    plan = make_plan(source.model, given.machine, n_ctx=given.settings.n_ctx, levels=levels)
-    if isinstance(reference, str):
-        most = next(level.file_bytes for level in plan.levels if level.level == reference)
+    reference, source = _named_reference(given.settings), given.source
+    plan = make_plan(source.model, given.machine, n_ctx=given.settings.n_ctx, levels=_wanted(given.settings))
+    if reference is not None:
+        most = next(level.file_bytes for level in plan.levels if level.level == reference.name)
         plan = replace(plan, levels=tuple(level for level in plan.levels if level.file_bytes <= most))
     if plan.levels and not any(level.fits for level in plan.levels):
         smallest = plan.levels[-1]
@@ -281,10 +300,12 @@ def _importance(given: _Given) -> Importance | None:
         return None
 
 
-def _levels_to_build(given: _Given, plan: Plan) -> list[str]:
+def _levels_to_build(given: _Given, plan: Plan) -> list[RecipeLevel | FeedbackLevel]:
     """Every level that fits, and the reference; the source itself is the file of its own level."""
-    own, reference = level_of(given.source.model), given.settings.reference
-    return [level.level for level in plan.levels if level.level != own and (level.fits or level.level == reference)]
+    named = {level.name: level for level in _wanted(given.settings)}
+    own, reference = level_of(given.source.model), _named_reference(given.settings)
+    rows = [row for row in plan.levels if row.level != own]
+    return [named[row.level] for row in rows if row.fits or named[row.level] == reference]
 
 
 def _built(given: _Given, plan: Plan, importance: Importance | None) -> dict[Subject, LevelFile]:
@@ -308,7 +329,8 @@ def _built(given: _Given, plan: Plan, importance: Importance | None) -> dict[Sub
 
 def _measured(given: _Given, built: Mapping[Subject, LevelFile]) -> list[Fidelity]:
     """Fidelity of the files that were written; none, and a warning, for a family that the walk does not know."""
-    reference = next((subject for subject in built if subject.level == given.settings.reference), None)
+    named = _named_reference(given.settings)
+    reference = next((subject for subject in built if named is not None and subject.level == named.name), None)
     with ExitStack() as stack:
 
         def candidates(missing: Sequence[Subject]) -> list[Candidate]:
@@ -363,8 +385,7 @@ def _contenders(given: _Given, plan: Plan, built: Mapping[Subject, LevelFile]) -
     named = _reference_level(given)
     if named is None:  # the source is a level like the others
         fits = any(level.fits and level.level == own.subject.level for level in plan.levels)
-        assert settings.reference is not None
-        assert not isinstance(settings.reference, str)
+        assert isinstance(settings.reference, Path | EndpointSettings)
         return [settings.reference, *([own] if fits else []), *levels, *settings.also]
     reference = next((level for level in levels if level.subject.level == named), own)
     return [reference, *(level for level in levels if level is not reference), *settings.also]

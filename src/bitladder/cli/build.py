@@ -14,6 +14,7 @@ from bitladder.units import human_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from bitladder.kernels import Effort
+    from bitladder.levels import Level
 
 Context = Annotated[
     int | None,
@@ -51,26 +52,11 @@ def known_device(name: str) -> str:
     return name
 
 
-def split_levels(text: str | None, *, fitted: bool = False, checkpoints: bool = False) -> tuple[str, ...] | None:
-    """``"Q8_0,q4_k_m"`` as level names, spelled as the table spells them; raises UnknownLevel with the nearest name.
+def split_levels(text: str | None) -> tuple[Level, ...] | None:
+    """``"Q8_0,q4_k_m"`` as levels; raises UnknownLevel with the nearest name."""
+    from bitladder.levels import parse_levels
 
-    ``fitted``: whether names of fitted levels, ``GPTQ-Q4_K_M`` and ``bpw4.25``, count, too; ``checkpoints``: those of
-    checkpoints, ``AWQ-4bit-g64``.
-    """
-    from bitladder.formats.checkpoint import is_checkpoint_level, parse_level
-    from bitladder.formats.fitted import fitted_name, is_fitted_level
-    from bitladder.formats.recipes import level_named
-
-    if text is None:
-        return None
-    names = [part.strip() for part in text.split(",") if part.strip()]
-
-    def named(name: str) -> str:
-        if fitted and is_fitted_level(name):
-            return fitted_name(name)
-        return parse_level(name).name if checkpoints and is_checkpoint_level(name) else level_named(name)
-
-    return tuple(dict.fromkeys(named(name) for name in names))
+    return None if text is None else parse_levels(part for part in text.split(",") if part.strip())
 
 
 def effort_named(text: str) -> Effort:
@@ -104,17 +90,17 @@ def quantize(
     GGUF levels (Q4_K_M, AWQ-Q3_K_M; with error feedback GPTQ-Q4_K_M, or the best types for bpw4.25) become files;
     GPTQ-4bit-g64, AWQ-4bit-g64, INT8-W8A8 become checkpoint folders.
     """
-    from bitladder.steps.building import build_levels, sort_levels
+    from bitladder.steps.building import build_levels
     from bitladder.steps.journal import Journal
 
-    asked = sort_levels([part.strip() for part in to.split(",") if part.strip()])
-    if not asked:
+    levels = split_levels(to)
+    if not levels:
         raise UsageError("--to names no level.", do="Name one or several, like --to Q8_0,Q4_K_M.")
     journal = Journal() if json_output else Journal(say)
     with progress_display(quiet=json_output) as progress:
         built = build_levels(
             model,
-            asked,
+            levels,
             out,
             imatrix=imatrix,
             texts=tuple(text or ()),

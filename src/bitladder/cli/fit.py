@@ -63,7 +63,7 @@ def plan(
             made = plan_model(
                 model,
                 request,
-                levels=split_levels(levels, fitted=True, checkpoints=True),
+                levels=split_levels(levels),
                 pair=split_levels(pair) or (),
                 engine=launch,
                 least_decode=min_speed,

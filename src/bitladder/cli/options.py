@@ -20,6 +20,7 @@ from bitladder.errors import UsageError
 
 if TYPE_CHECKING:
     from bitladder.engines.endpoint import EndpointSettings
+    from bitladder.levels import Level
     from bitladder.pipeline import RunSettings
 
 Texts = Annotated[
@@ -100,7 +101,7 @@ class RunOptions:
 
         return RunSettings(
             model=self.model,
-            levels=split_levels(self.levels, fitted=True),
+            levels=split_levels(self.levels),
             reference=reference_named(self.reference, self.key_env, self.rpm, self.key_file),
             also=tuple(endpoint_named(address, self.key_env, self.rpm, self.key_file) for address in self.also or ()),
             workload=self.workload,
@@ -154,9 +155,9 @@ def reference_named(
     key_names: list[str] | None = None,
     rpm: float = 0.0,
     key_files: list[str] | None = None,
-) -> str | Path | EndpointSettings | None:
+) -> Level | Path | EndpointSettings | None:
     """A level, a file of stored answers, or an endpoint."""
-    from bitladder.formats.recipes import level_named
+    from bitladder.levels import parse_level
 
     if text is None:
         return None
@@ -164,7 +165,7 @@ def reference_named(
         return endpoint_named(text, key_names, rpm, key_files)
     if Path(text).suffix in (".jsonl", ".ndjson"):
         return Path(text)
-    return level_named(text)
+    return parse_level(text)
 
 
 def confirm_with(*, yes: bool) -> Callable[[str], bool]:
@@ -205,9 +206,11 @@ def with_run_options(function: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
-def refuse_elsewhere(reference: str | Path | EndpointSettings | None) -> str | None:
+def refuse_elsewhere(reference: Level | Path | EndpointSettings | None) -> Level | None:
     """A level as the reference of token figures; raises UsageError for anything else."""
-    if reference is None or isinstance(reference, str):
+    from bitladder.engines.endpoint import EndpointSettings
+
+    if not isinstance(reference, Path | EndpointSettings):
         return reference
     raise UsageError(
         "Only the source or one of its levels can be the reference of token figures.",

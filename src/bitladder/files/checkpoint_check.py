@@ -12,8 +12,9 @@ import numpy.typing as npt
 
 from bitladder.errors import BadFile, OutputError
 from bitladder.files.checkpoint import list_shards
-from bitladder.formats.checkpoint import LAYOUTS, CheckpointLevel
-from bitladder.kernels.encode import decode, digest
+from bitladder.levels import CheckpointLevel
+from bitladder.levels.checkpoint import LAYOUTS
+from bitladder.levels.encode import decode, digest
 
 
 def verify_folder(folder: Path, level: CheckpointLevel, expected: Mapping[str, str]) -> None:

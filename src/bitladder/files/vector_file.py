@@ -20,8 +20,8 @@ from bitladder.files.folders import cache_folder
 from bitladder.files.imatrix import ImportanceMatrix
 from bitladder.files.layer_store import LayerStore, writing
 from bitladder.files.safetensors_writer import stored_tensors, write_safetensors
-from bitladder.formats.vectors import COUNT, SQUARES
 from bitladder.kernels.awq import Fold
+from bitladder.levels.products import COUNT, SQUARES
 
 Vectors = Mapping[str, NDArray[np.floating]]
 _MANIFEST = "bitladder"

@@ -8,11 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from bitladder.describe.machine import Machine
+from bitladder.levels import CHECKPOINT_ENGINES, FILE_ENGINES
 from bitladder.plan.placement import Placement
 
-GGUF_ENGINES = frozenset({"llama-server", "ollama", "lmstudio"})
-GPU_ENGINES = frozenset({"vllm", "tgi", "transformers"})
-ENGINES = (*sorted(GGUF_ENGINES), *sorted(GPU_ENGINES))
+ENGINES = (*sorted(FILE_ENGINES), *sorted(CHECKPOINT_ENGINES))
 
 
 @dataclass(frozen=True)
@@ -52,20 +51,17 @@ class _Rule:
     advice: Advice
 
 
-_FILE_ENGINES = ("llama-server", "ollama", "lmstudio")
-
-
 def _always(situation: Situation) -> bool:  # noqa: ARG001
     return True
 
 
 RULES: tuple[_Rule, ...] = (
     _Rule(
-        lambda s: s.engine in GGUF_ENGINES,
-        Advice("GGUF", _FILE_ENGINES, "the engine you use runs GGUF files and nothing else"),
+        lambda s: s.engine in FILE_ENGINES,
+        Advice("GGUF", FILE_ENGINES, "the engine you use runs GGUF files and nothing else"),
     ),
     _Rule(
-        lambda s: s.engine in GPU_ENGINES and s.concurrent > 16,
+        lambda s: s.engine in CHECKPOINT_ENGINES and s.concurrent > 16,
         Advice(
             "INT8",
             ("vllm",),
@@ -74,7 +70,7 @@ RULES: tuple[_Rule, ...] = (
         ),
     ),
     _Rule(
-        lambda s: s.engine in GPU_ENGINES,
+        lambda s: s.engine in CHECKPOINT_ENGINES,
         Advice(
             "AWQ or GPTQ, 4 bits",
             ("vllm", "tgi", "transformers"),
@@ -83,13 +79,13 @@ RULES: tuple[_Rule, ...] = (
     ),
     _Rule(
         lambda s: not s.nvidia,
-        Advice("GGUF", _FILE_ENGINES, "without a CUDA GPU llama.cpp is what runs quantized weights fast"),
+        Advice("GGUF", FILE_ENGINES, "without a CUDA GPU llama.cpp is what runs quantized weights fast"),
     ),
     _Rule(
         lambda s: not s.all_on_gpu,
         Advice(
             "GGUF",
-            _FILE_ENGINES,
+            FILE_ENGINES,
             "the model does not fit the GPU alone, and llama.cpp is what splits one between GPU and RAM",
         ),
     ),
@@ -105,7 +101,7 @@ RULES: tuple[_Rule, ...] = (
     ),
     _Rule(
         _always,
-        Advice("GGUF", _FILE_ENGINES, "one user at a time: as fast as any, with the finest choice of sizes"),
+        Advice("GGUF", FILE_ENGINES, "one user at a time: as fast as any, with the finest choice of sizes"),
     ),
 )
 
@@ -113,19 +109,3 @@ RULES: tuple[_Rule, ...] = (
 def advise(situation: Situation) -> Advice:
     """The first rule that holds."""
     return next(rule.advice for rule in RULES if rule.when(situation))
-
-
-def slow_paths(level: str, engine: str, machine: Machine) -> list[str]:
-    """Warnings where a level would run, but slowly."""
-    cpu_only = not machine.gpus
-    who = engine or "the engine"
-    found = []
-    if engine in GPU_ENGINES and level.startswith(("Q", "IQ", "TQ")):
-        found.append(f"{who} reads GGUF only in an experimental, slow way: use AWQ, GPTQ or INT8 there")
-    if level.startswith(("GPTQ-3bit", "GPTQ-2bit")):
-        found.append(f"{who} has no fast kernel for 2- and 3-bit GPTQ: a GGUF level of that size runs at full speed")
-    if level.startswith("IQ") and cpu_only:
-        found.append(f"{who} looks values up in tables on a CPU, often slower than the K-quant of like size")
-    if level == "BF16" and cpu_only and "avx512_bf16" not in machine.features:
-        found.append(f"{who} has no vector instructions for BF16 on this CPU: F16 or Q8_0 decode faster")
-    return found

@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from bitladder.formats.checkpoint import CheckpointLevel
-from bitladder.formats.vectors import FoldedLevel, ImportanceVectors, Product
+from bitladder.levels import CheckpointLevel, FoldedLevel
+from bitladder.levels.products import ImportanceVectors, Product
 from bitladder.plan.preflight import SEARCHED_RATE
 from bitladder.records.calibration import Preflight
 

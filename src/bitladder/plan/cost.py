@@ -11,18 +11,11 @@ from dataclasses import dataclass
 from bitladder.describe.model import Model
 from bitladder.files.level_files import PLANNED_FIT, LevelDraft, draft_level
 from bitladder.formats.blocks import QTYPES
-from bitladder.formats.checkpoint import (
-    GROUP_SIZES,
-    CheckpointLevel,
-    check_shapes,
-    is_checkpoint_level,
-    parse_level,
-    stored_bytes,
-)
-from bitladder.formats.fitted import fitted_name, is_fitted_level, parse_fitted
 from bitladder.formats.parts import PARTS, part_of, parts_of
 from bitladder.formats.recipes import RECIPES, assign, is_quantizable, nearest_level
 from bitladder.formats.tensors import TensorInfo
+from bitladder.levels import CheckpointLevel, FeedbackLevel, FoldedLevel, Level, Needs, RecipeLevel, parse_level
+from bitladder.levels.checkpoint import GROUP_SIZES, check_shapes, stored_bytes
 
 
 @dataclass(frozen=True)
@@ -62,7 +55,7 @@ class LevelBytes:
 class LevelSize:
     """Bytes of one level of one model."""
 
-    level: str
+    level: Level
     by_part: LevelBytes
     """Bytes of its tensors by what they are for."""
     elements: int
@@ -84,7 +77,7 @@ class LevelSize:
         return 8 * self.tensor_bytes / self.elements
 
 
-def level_size(model: Model, level: str, *, has_importance: bool = False) -> LevelSize:
+def level_size(model: Model, level: Level, *, has_importance: bool = False) -> LevelSize:
     """The tensors and bytes of ``model`` at ``level``, laid out by the code that writes the file.
 
     For a model whose header is not at hand (a row of the catalogue, a checkpoint not yet converted) the
@@ -97,20 +90,23 @@ def level_size(model: Model, level: str, *, has_importance: bool = False) -> Lev
     A level of a checkpoint (``AWQ-4bit-g64``) has exact tensors, as `quantize` writes them.
 
     Raises:
-        UnknownLevel: no such level.
         NothingFits, UsageError: no types make so few, or so many, bits per weight; groups that divide no row.
     """
-    if is_checkpoint_level(level):
-        return _checkpoint_size(model, parse_level(level))
-    draft = (
-        _fitted(model, level) if is_fitted_level(level) else draft_level(model, level, has_importance=has_importance)
-    )
+    match level:
+        case CheckpointLevel():
+            return _checkpoint_size(model, level)
+        case FeedbackLevel():
+            draft = _with_feedback(model, level)
+        case RecipeLevel() | FoldedLevel():
+            draft = draft_level(
+                model, level.recipe, label=level.name, has_importance=has_importance or level.needs is Needs.CALIBRATION
+            )
     label = RECIPES[draft.level].qtype
     quantizable = [tensor for tensor in draft.tensors if is_quantizable(tensor)]
     weights = sum(tensor.elements for tensor in quantizable)
     on_label = sum(tensor.elements for tensor in quantizable if tensor.qtype == label)
     return LevelSize(
-        level=draft.label,
+        level=level,
         by_part=LevelBytes(draft.label, parts_of(draft.tensors)),
         elements=sum(tensor.elements for tensor in draft.tensors),
         file_bytes=draft.file_bytes + (0 if model.raw_metadata else model.header_bytes),
@@ -139,7 +135,7 @@ def _checkpoint_size(model: Model, level: CheckpointLevel) -> LevelSize:
     sizes = LevelBytes(level.name, parts)
     matrices = sum(tensor.elements for tensor in model.tensors if is_quantizable(tensor))
     return LevelSize(
-        level=level.name,
+        level=level,
         by_part=sizes,
         elements=sum(tensor.elements for tensor in model.tensors),
         file_bytes=sizes.total + model.header_bytes,
@@ -148,7 +144,7 @@ def _checkpoint_size(model: Model, level: CheckpointLevel) -> LevelSize:
     )
 
 
-def checkpoint_levels(model: Model) -> tuple[str, ...]:
+def checkpoint_levels(model: Model) -> tuple[Level, ...]:
     """The checkpoint levels to look at when none is named: what engines on GPUs run fast, in the widest groups that
     divide every row, and 16 bits where the source is a checkpoint itself.
     """
@@ -156,7 +152,7 @@ def checkpoint_levels(model: Model) -> tuple[str, ...]:
     groups = next((size for size in sorted(GROUP_SIZES, reverse=True) if all(row % size == 0 for row in rows)), None)
     four_bits = () if groups is None else (f"GPTQ-4bit-g{groups}", f"AWQ-4bit-g{groups}")
     whole = () if model.raw_metadata else ("F16",)
-    return (*whole, "INT8-W8A8", *four_bits)
+    return tuple(parse_level(name) for name in (*whole, "INT8-W8A8", *four_bits))
 
 
 def _layer_matrices(model: Model) -> list[TensorInfo]:
@@ -164,13 +160,12 @@ def _layer_matrices(model: Model) -> list[TensorInfo]:
     return [tensor for tensor in model.tensors if tensor.name.startswith("blk.") and is_quantizable(tensor)]
 
 
-def _fitted(model: Model, name: str) -> LevelDraft:
+def _with_feedback(model: Model, level: FeedbackLevel) -> LevelDraft:
     from bitladder.plan.recipe import evenly  # it needs arrays, and few plans need it
 
-    level, bpw = parse_fitted(name)
-    if level is not None:
-        qtypes = assign(level, model.tensors, model.dims, has_importance=True)
+    if level.recipe is not None:
+        qtypes = assign(level.recipe, model.tensors, model.dims, has_importance=True)
     else:
-        qtypes = evenly(model, bpw or 0.0)
-    base = level or nearest_level(qtypes, model.tensors)
-    return draft_level(model, base, label=fitted_name(name), method=PLANNED_FIT, qtypes=qtypes)
+        qtypes = evenly(model, level.bpw or 0.0)
+    base = level.recipe or nearest_level(qtypes, model.tensors)
+    return draft_level(model, base, label=level.name, method=PLANNED_FIT, qtypes=qtypes)

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import PurePath
 
 from bitladder.errors import UsageError
+from bitladder.levels import FILE_ENGINES
 from bitladder.plan.placement import Placement, Wish
 
-CHECKPOINT_ENGINES = ("vllm", "tgi")
-FILE_ENGINES = ("llama-server", "ollama", "lmstudio")
+LAUNCHED = ("vllm", "tgi")
+"""Engines for checkpoints that are started by a command."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,10 @@ def launch(
     """
     is_gguf = path.endswith(".gguf")
     name = name or PurePath(path).name.removesuffix(".gguf")
-    if engine not in (*FILE_ENGINES, *CHECKPOINT_ENGINES):
-        raise UsageError(
-            f"'{engine}' is no known engine.", do=f"Choose {', '.join((*FILE_ENGINES, *CHECKPOINT_ENGINES))}."
-        )
+    if engine not in (*FILE_ENGINES, *LAUNCHED):
+        raise UsageError(f"'{engine}' is no known engine.", do=f"Choose {', '.join((*FILE_ENGINES, *LAUNCHED))}.")
     if is_gguf != (engine in FILE_ENGINES):
-        kind, other = ("a GGUF file", FILE_ENGINES) if is_gguf else ("a checkpoint folder", CHECKPOINT_ENGINES)
+        kind, other = ("a GGUF file", FILE_ENGINES) if is_gguf else ("a checkpoint folder", LAUNCHED)
         raise UsageError(f"{engine} does not serve {kind}.", do=f"Choose {' or '.join(other)}.")
     if engine == "llama-server":
         return Launch(engine, _llama_server(path, placement, wish, threads))

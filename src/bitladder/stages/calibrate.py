@@ -28,9 +28,10 @@ from bitladder.files.imatrix import ImportanceMatrix
 from bitladder.files.layer_store import LayerStore
 from bitladder.files.probe import probe_machine
 from bitladder.files.vector_file import VectorFile, folds_of, importance_of_vectors
-from bitladder.formats.checkpoint import CheckpointLevel, check_shapes, parse_level
-from bitladder.formats.vectors import FoldedLevel, Product
 from bitladder.kernels.awq import Fold
+from bitladder.levels import CheckpointLevel, FoldedLevel
+from bitladder.levels.checkpoint import check_shapes, parse_checkpoint
+from bitladder.levels.products import Product
 from bitladder.plan.calibration import Work, predict
 from bitladder.plan.calibration_text import check_text
 from bitladder.plan.preflight import JobNeed, require
@@ -104,9 +105,9 @@ def quantize_checkpoints(
         And as ``Calibration``.
     """
     reading = Reading(windows, measuring=measuring, allow_overlap=allow_overlap)
+    wanted = [parse_checkpoint(level) for level in levels]
     job = Calibration(
-        source, [parse_level(level) for level in levels], reading, out_dir=out_dir, name=name, checkpoint=checkpoint,
-        settings=settings,
+        source, wanted, reading, out_dir=out_dir, name=name, checkpoint=checkpoint, settings=settings
     )  # fmt: skip
     if job.need is not None:
         require(job.need, probe_machine(out_dir))

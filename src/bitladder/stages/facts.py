@@ -154,7 +154,7 @@ def commands(settings: Any, out: Path) -> tuple[str, ...]:
     """What to type to get the same numbers."""
     words = ["bitladder", "run", settings.model]
     if settings.levels:
-        words += ["--levels", ",".join(settings.levels)]
+        words += ["--levels", ",".join(map(str, settings.levels))]
     if settings.workload:
         words += ["--workload", str(settings.workload)]
     if settings.reference is not None:

@@ -8,9 +8,9 @@ from bitladder.describe.cache import cache_bytes, layer_caches
 from bitladder.describe.machine import Machine
 from bitladder.describe.model import Model
 from bitladder.errors import UsageError
-from bitladder.formats.checkpoint import is_checkpoint_level
-from bitladder.formats.recipes import LEVELS
-from bitladder.plan.cost import level_size
+from bitladder.formats.parts import parts_of
+from bitladder.levels import LADDER, Container, Level
+from bitladder.plan.cost import LevelBytes, level_size
 from bitladder.plan.memory import compute_buffers
 from bitladder.plan.placement import Wish, describe_placement, place, usable_ram, usable_vram, whole_only
 from bitladder.plan.search import N_PROMPT, MachineRates, largest_context, shares_of
@@ -26,13 +26,13 @@ def make_plan(
     machine: Machine,
     *,
     n_ctx: int | None = None,
-    levels: Sequence[str] = LEVELS,
+    levels: Sequence[Level] = LADDER,
     n_seq: int = 1,
     type_k: str = "F16",
     type_v: str = "F16",
     rates: MachineRates | None = None,
     n_prompt: int = N_PROMPT,
-    runs: Mapping[str, float] | None = None,
+    runs: Mapping[Level, float] | None = None,
     whole: bool = False,
 ) -> Plan:
     """The ladder of ``model`` on ``machine``, largest level first.
@@ -43,7 +43,6 @@ def make_plan(
 
     Raises:
         UsageError: a context beyond what the model was trained for, or none; a machine that cannot be.
-        UnknownLevel: a level that does not exist.
     """
     n_ctx = usable_context(model, n_ctx)
     check_machine(machine)
@@ -52,7 +51,7 @@ def make_plan(
     rows = []
     for size in sorted((level_size(model, level) for level in levels), key=lambda size: -size.file_bytes):
         placement = place(model, size.by_part, machine, wish)
-        own = not (whole or is_checkpoint_level(size.level))
+        own = not whole and size.level.container is Container.FILE
         if not own:
             placement = whole_only(placement, machine)
         speed = None
@@ -62,7 +61,7 @@ def make_plan(
             speed = predict(shares, model, n_prompt=n_prompt, n_past=n_ctx / 2, anchor=anchor if own else 0.0)
         rows.append(
             LevelPlan(
-                level=size.level,
+                level=size.level.name,
                 tensor_bytes=size.tensor_bytes,
                 file_bytes=size.file_bytes,
                 bpw=size.bpw,
@@ -93,6 +92,16 @@ def make_plan(
     )
 
 
+def file_memory(model: Model, machine: Machine, *, n_ctx: int, n_seq: int = 1) -> int:
+    """Bytes that a file takes as it is, whatever its types: weights, cache and buffers.
+
+    Raises:
+        UsageError: as ``make_plan``.
+    """
+    check_context(model, n_ctx)
+    return place(model, LevelBytes(model.name, parts_of(model.tensors)), machine, Wish(n_ctx, n_seq)).total_bytes
+
+
 def _contexts(model: Model, wish: Wish) -> tuple[ContextBytes, ...]:
     """What doubling contexts take, from 512 tokens to the trained length, and the one that was asked for."""
     trained = max(model.dims.n_ctx_train, wish.n_ctx)
@@ -113,7 +122,7 @@ RUN_PAST = 256
 
 
 def run_anchor(
-    model: Model, machine: Machine, wish: Wish, rates: MachineRates | None, runs: Mapping[str, float]
+    model: Model, machine: Machine, wish: Wish, rates: MachineRates | None, runs: Mapping[Level, float]
 ) -> float:
     """How much faster the user's runs of any levels were than predicted; 0 without runs."""
     if rates is None or not runs:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bitladder.errors import UnknownArchitecture, UsageError
+from bitladder.levels import CheckpointLevel, FeedbackLevel, FoldedLevel, Level, Needs, RecipeLevel
 from bitladder.progress import Progress
 from bitladder.steps.calibrated import (
     AUTO,
@@ -17,7 +18,6 @@ from bitladder.steps.calibrated import (
     importance_file,
     importance_of,
     token_windows,
-    weighed,
 )
 from bitladder.steps.jobs import building_need, job
 from bitladder.steps.journal import Journal
@@ -28,10 +28,9 @@ if TYPE_CHECKING:
     from bitladder.files.gguf import GgufFile
     from bitladder.files.imatrix import ImportanceMatrix
     from bitladder.files.sources import Source
-    from bitladder.formats.checkpoint import CheckpointLevel
-    from bitladder.formats.vectors import FoldedLevel, Product
     from bitladder.kernels import Effort
     from bitladder.kernels.awq import Fold
+    from bitladder.levels.products import Product
     from bitladder.records.calibration import CalibrationReport, CheckpointReport
     from bitladder.records.level_file import LevelFile
     from bitladder.stages.calibrate import Calibrated
@@ -45,19 +44,15 @@ _PROMPT_CHARACTERS = 600
 class Asked:
     """Levels by what they become, in the order asked for."""
 
-    files: tuple[str, ...]
+    files: tuple[RecipeLevel, ...]
     folded: tuple[FoldedLevel, ...]
     checkpoints: tuple[CheckpointLevel, ...]
-    fitted: tuple[str, ...] = ()
-    """``GPTQ-<recipe>`` and ``bpw<bits>``: files whose codes are chosen with error feedback."""
-
-    def __bool__(self) -> bool:
-        return bool(self.files or self.folded or self.checkpoints or self.fitted)
+    fitted: tuple[FeedbackLevel, ...] = ()
 
     @property
     def weighed(self) -> bool:
         """Whether an importance matrix changes anything."""
-        return bool(self.folded) or weighed(self.files)
+        return bool(self.folded) or any(level.needs is Needs.IMPORTANCE for level in self.files)
 
 
 @dataclass(frozen=True)
@@ -69,38 +64,19 @@ class Built:
     calibration: CalibrationReport | None = None
 
 
-def sort_levels(names: Sequence[str]) -> Asked:
-    """Levels by their names.
-
-    Raises:
-        UnknownLevel: no level has this name.
-    """
-    from bitladder.formats.checkpoint import is_checkpoint_level, parse_level
-    from bitladder.formats.fitted import fitted_name, is_fitted_level
-    from bitladder.formats.recipes import level_named
-    from bitladder.formats.vectors import is_folded_level, parse_folded
-
-    files, folded, checkpoints, fitted = [], [], [], []
-    for name in names:
-        if is_checkpoint_level(name):
-            checkpoints.append(parse_level(name))
-        elif is_folded_level(name):
-            folded.append(parse_folded(name))
-        elif is_fitted_level(name):
-            fitted.append(fitted_name(name))
-        else:
-            files.append(level_named(name))
+def sort_levels(levels: Sequence[Level]) -> Asked:
+    """Levels by their kinds."""
     return Asked(
-        tuple(dict.fromkeys(files)),
-        tuple(dict.fromkeys(folded)),
-        tuple(dict.fromkeys(checkpoints)),
-        tuple(dict.fromkeys(fitted)),
+        tuple(level for level in levels if isinstance(level, RecipeLevel)),
+        tuple(level for level in levels if isinstance(level, FoldedLevel)),
+        tuple(level for level in levels if isinstance(level, CheckpointLevel)),
+        tuple(level for level in levels if isinstance(level, FeedbackLevel)),
     )
 
 
 def build_levels(
     model: str,
-    asked: Asked,
+    levels: Sequence[Level],
     out: Path,
     *,
     imatrix: str = AUTO,
@@ -117,7 +93,7 @@ def build_levels(
 
     Args:
         model: A file, folder or name that ``files.sources`` finds.
-        asked: The levels.
+        levels: Of any kinds.
         out: The folder to write into.
         imatrix: A file, ``auto`` (made here, where a level's bytes depend on it) or ``none``.
         texts: The user's calibration texts.
@@ -138,6 +114,7 @@ def build_levels(
     from bitladder.files.gguf import GgufFile
     from bitladder.files.sources import resolve
 
+    asked = sort_levels(levels)
     _refuse(asked, imatrix, split_max_bytes, device)
     journal = journal or Journal()
     found = resolve(model, progress)
@@ -148,7 +125,7 @@ def build_levels(
         from bitladder.plan.preflight import require
         from bitladder.stages.quantize import quantize_levels
 
-        every = [*asked.files, *(level.recipe for level in asked.folded)]
+        every: list[Level] = [*asked.files, *asked.folded]
         need = building_need(source, every, out, effort=effort, threads=threads)
         require(need, probe_machine(out))  # before a walk takes its minutes
         journal.warn(*found.warnings)
@@ -156,19 +133,18 @@ def build_levels(
         importance = _importance(source, asked, imatrix, texts, calibrated, threads, device, journal, progress)
         written: list[LevelFile] = []
         with job(need, journal, out) if every else nullcontext():
-            for folds, levels in _passes(asked, calibrated):
+            for folds, recipes in _passes(asked, calibrated):
                 written += quantize_levels(
-                    source, levels, out, importance=importance, folds=folds, effort=effort, threads=threads,
+                    source, recipes, out, importance=importance, folds=folds, effort=effort, threads=threads,
                     device=device, split_max_bytes=split_max_bytes, force=force, is_kept=kept_by_evidence(journal),
                     progress=progress,
                 )  # fmt: skip
         if asked.fitted:
             from bitladder.steps.recipes import fitted_level
-        for name in asked.fitted:
+        for level in asked.fitted:
             fitted = fitted_level(
-                source, name, out, texts=texts, effort=effort, threads=threads, device=device, force=force,
-                journal=journal,
-                progress=progress,
+                source, level, out, texts=texts, effort=effort, threads=threads, device=device, force=force,
+                journal=journal, progress=progress,
             )  # fmt: skip
             written.append(fitted.file)
     if calibrated is None:
@@ -199,14 +175,13 @@ def _refuse_overwriting(source: GgufFile, asked: Asked, out: Path, split: int | 
     """Files whose names are known beforehand, before a walk takes its minutes; raises UsageError."""
     from bitladder.files.level_files import draft_level, refuse_overwriting
 
-    drafts = [draft_level(source.model, level, out, split_max_bytes=split) for level in asked.files]
-    drafts += [
-        draft_level(source.model, level.recipe, out, label=level.name, split_max_bytes=split) for level in asked.folded
-    ]
+    named = [(level.recipe, level.name) for level in asked.files]
+    named += [(level.recipe, level.name) for level in asked.folded]
+    drafts = [draft_level(source.model, recipe, out, label=name, split_max_bytes=split) for recipe, name in named]
     refuse_overwriting([header.path for header in source.headers], drafts, lambda: source.sha256, force=force)
 
 
-def refuse_unheard(fitted: Sequence[str], imatrix: str, split_max_bytes: int | None = None) -> None:
+def refuse_unheard(fitted: Sequence[FeedbackLevel], imatrix: str, split_max_bytes: int | None = None) -> None:
     """Refuse options that fitted levels would not heed; raises UsageError."""
     given = {f"--imatrix {imatrix}": imatrix != AUTO, "--split-max-size": split_max_bytes is not None}
     option = next((option for option, is_given in given.items() if is_given), None)
@@ -221,7 +196,9 @@ def refuse_unheard(fitted: Sequence[str], imatrix: str, split_max_bytes: int | N
 
 def _passes(asked: Asked, calibrated: Calibrated | None) -> list[tuple[Mapping[str, Fold] | None, list[str]]]:
     """Passes over the weights: one for all plain levels, one for each folded level, whose weights are its own."""
-    passes: list[tuple[Mapping[str, Fold] | None, list[str]]] = [(None, list(asked.files))] if asked.files else []
+    passes: list[tuple[Mapping[str, Fold] | None, list[str]]] = []
+    if asked.files:
+        passes.append((None, [level.recipe for level in asked.files]))
     if calibrated is not None:
         passes += [(calibrated.folds[level.name], [level.recipe]) for level in asked.folded]
     return passes
@@ -244,7 +221,7 @@ def _walked(
     if not asked.folded and not asked.checkpoints:
         return None
     from bitladder.files.texts import shipped_texts
-    from bitladder.formats.vectors import ImportanceVectors
+    from bitladder.levels.products import ImportanceVectors
     from bitladder.stages.calibrate import Calibration, Reading
     from bitladder.walk.checkpoint_walk import Settings
 

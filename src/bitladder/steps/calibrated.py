@@ -25,16 +25,6 @@ AUTO = "auto"
 """Make an importance matrix from the calibration text."""
 NONE = "none"
 
-_UNWEIGHED = frozenset({"F32", "F16", "BF16", "Q8_0"})
-"""Types with nothing to search for: an importance matrix changes none of their bytes."""
-
-
-def weighed(levels: Sequence[str]) -> bool:
-    """Whether an importance matrix changes a byte of any of these levels."""
-    from bitladder.formats.recipes import RECIPES
-
-    return any(RECIPES[level].qtype not in _UNWEIGHED for level in levels)
-
 
 def token_windows(source: GgufFile, texts: Sequence[Document]) -> list[Window]:
     """Windows by the engine's own tokenizer, so that tokens are those that users get; nothing is computed there."""

@@ -17,6 +17,7 @@ from bitladder.units import human_bytes
 if TYPE_CHECKING:
     from bitladder.describe.windows import Window
     from bitladder.files.gguf import GgufFile
+    from bitladder.levels import Level
     from bitladder.plan.preflight import JobNeed
 
 _ASSUMED_RANGE = 2.5
@@ -85,7 +86,7 @@ def _room(need: JobNeed) -> str:
 
 
 def building_need(
-    source: GgufFile, levels: Sequence[str], out: Path, *, folders: Sequence[Path] = (), effort: str, threads: int
+    source: GgufFile, levels: Sequence[Level], out: Path, *, folders: Sequence[Path] = (), effort: str, threads: int
 ) -> JobNeed:
     """What writing those of the levels will take that are not there yet, neither in ``out`` nor in ``folders``."""
     from bitladder.files.probe import probe_machine
@@ -112,7 +113,7 @@ def building_need(
     need = quantize_need(
         weights, [size.file_bytes for size in sizes], probe_machine(out), threads=threads, effort=effort
     )
-    return need.named(f"quantize {', '.join(missing) or 'nothing'}")
+    return need.named(f"quantize {', '.join(map(str, missing)) or 'nothing'}")
 
 
 def _is_there(out: Path, name: str) -> bool:

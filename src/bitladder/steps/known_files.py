@@ -146,11 +146,11 @@ def importance_again(source: GgufFile, file: StoredFile, journal: Journal, progr
         BadInput: it is gone.
     """
     from bitladder.files.imatrix import read_imatrix
-    from bitladder.formats.fitted import is_fitted_level
+    from bitladder.levels import Needs, parse_level
     from bitladder.stages.quantize import importance_hash
 
     making = file.making
-    if not making.importance or is_fitted_level(file.level):
+    if not making.importance or parse_level(file.level).needs is Needs.CALIBRATION:
         return None
     kept = _kept_importance(making.importance)
     if kept.is_file():

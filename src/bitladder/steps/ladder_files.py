@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bitladder.formats.fitted import is_fitted_level
+from bitladder.levels import FeedbackLevel, FileLevel, RecipeLevel
 from bitladder.progress import LevelNews, Progress, tell
 from bitladder.stages.quantize import method_name, quantize_levels
 from bitladder.steps.jobs import building_need, job
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 def ladder_files(
     source: GgufFile,
-    wanted: Sequence[str],
+    wanted: Sequence[FileLevel],
     out: Path,
     *,
     importance: Importance | None,
@@ -42,7 +42,7 @@ def ladder_files(
 
     Args:
         source: the model.
-        wanted: GGUF levels and fitted ones (``GPTQ-<recipe>``, ``bpw<bits>``).
+        wanted: recipes, and levels with error feedback.
         out: the folder to write into.
         importance: weighs the errors of GGUF levels; fitted ones take their statistics from the calibration text.
         effort: how long to search for scales.
@@ -56,14 +56,14 @@ def ladder_files(
         NothingFits: too little memory or disk, before anything is written.
         BadWeights, OutputError: as the stages say.
     """
-    plain = [level for level in wanted if not is_fitted_level(level)]
-    for level in plain:
-        tell(progress, LevelNews(level, "being written"))
+    plain = [level for level in wanted if isinstance(level, RecipeLevel)]
+    for one in plain:
+        tell(progress, LevelNews(one.name, "being written"))
     need = building_need(source, plain, out, folders=folders, effort=effort, threads=threads)
     with job(need, journal, out) if plain else nullcontext():
         files = quantize_levels(
-            source, plain, out, importance=importance, effort=effort, threads=threads, device=device, folders=folders,
-            is_kept=kept_by_evidence(journal), progress=progress,
+            source, [one.recipe for one in plain], out, importance=importance, effort=effort, threads=threads,
+            device=device, folders=folders, is_kept=kept_by_evidence(journal), progress=progress,
         )  # fmt: skip
     for file in files:
         tell(progress, LevelNews(file.level, "written", file_bytes=file.bytes))
@@ -71,15 +71,16 @@ def ladder_files(
     method = method_name(effort, importance)
     built = {Subject(source.sha256, file.level, made=method): file for file in files}
     for level in wanted:
-        if level not in plain:
+        if isinstance(level, FeedbackLevel):
             subject, file = _fitted(source, level, out, effort, threads, device, folders, journal, progress)
             built[subject] = file
-    return {subject: built[subject] for subject in sorted(built, key=lambda subject: wanted.index(subject.level))}
+    names = [level.name for level in wanted]
+    return {subject: built[subject] for subject in sorted(built, key=lambda subject: names.index(subject.level))}
 
 
 def _fitted(
     source: GgufFile,
-    level: str,
+    level: FeedbackLevel,
     out: Path,
     effort: Effort,
     threads: int,
@@ -89,20 +90,13 @@ def _fitted(
     progress: Progress,
 ) -> tuple[Subject, LevelFile]:
     """The file of a level whose codes are chosen with error feedback, under the name it was asked for by."""
-    tell(progress, LevelNews(level, "being written"))
+    tell(progress, LevelNews(level.name, "being written"))
     made = fitted_level(
-        source,
-        level,
-        out,
-        effort=effort,
-        threads=threads,
-        device=device,
-        folders=folders,
-        journal=journal,
+        source, level, out, effort=effort, threads=threads, device=device, folders=folders, journal=journal,
         progress=progress,
-    )
-    file = replace(made.file, level=level)
-    tell(progress, LevelNews(level, "written", file_bytes=file.bytes))
-    journal.reuse("files", [level] if file.reused else [])
+    )  # fmt: skip
+    file = replace(made.file, level=level.name)
+    tell(progress, LevelNews(level.name, "written", file_bytes=file.bytes))
+    journal.reuse("files", [level.name] if file.reused else [])
     types = hashlib.sha256(repr(sorted(made.recipe.qtypes.items())).encode()).hexdigest()[:16]
-    return Subject(source.sha256, level, made=f"{made.method}, types {types}"), file
+    return Subject(source.sha256, level.name, made=f"{made.method}, types {types}"), file

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from bitladder.errors import BadInput
 from bitladder.progress import LevelNews, Progress, silent, tell
 from bitladder.records.fidelity import Fidelity
-from bitladder.steps.calibrated import AUTO, NONE, importance_of, token_windows, weighed
+from bitladder.steps.calibrated import AUTO, NONE, importance_of, token_windows
 from bitladder.steps.jobs import job, walking_need
 from bitladder.steps.journal import Journal
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from bitladder.describe.workload import Workload
     from bitladder.files.gguf import GgufFile
     from bitladder.kernels import Effort
+    from bitladder.levels import Level
     from bitladder.records.evaluation import Answer, Speed
     from bitladder.stages.walk import Candidate
     from bitladder.store.recorded import Recorded, Subject
@@ -27,9 +28,9 @@ if TYPE_CHECKING:
 
 def measure_model(
     model: str,
-    levels: Sequence[str] | None,
+    levels: Sequence[Level] | None,
     *,
-    reference: str | None = None,
+    reference: Level | None = None,
     files: Sequence[Path] = (),
     texts: Sequence[Path] = (),
     imatrix: str = NONE,
@@ -45,14 +46,22 @@ def measure_model(
     """
     from bitladder.files.gguf import GgufFile
     from bitladder.files.sources import resolve
-    from bitladder.formats.recipes import LEVELS
+    from bitladder.levels import LADDER, Needs, RecipeLevel, of_kinds
     from bitladder.stages.facts import level_of
     from bitladder.stages.quantize import method_name
     from bitladder.stages.walk import file_candidate, made_candidates
     from bitladder.store.evidence import Evidence
     from bitladder.store.recorded import Recorded, Subject
 
-    made = LEVELS if levels is None and not files else levels or ()
+    asked = LADDER if levels is None and not files else levels or ()
+    given = of_kinds(
+        [*asked, *([reference] if reference else [])],
+        (RecipeLevel,),
+        what="Measuring",
+        why="Levels are made on the fly here, tensor by tensor; those that need calibration are files first.",
+        do="Build it with `bitladder quantize`, and measure the file with --file.",
+    )
+    made = given[: len(asked)]
     measured_on = documents(texts)
     journal = journal or Journal()
     with ExitStack() as stack:
@@ -61,7 +70,7 @@ def measure_model(
         others = [stack.enter_context(GgufFile.open(path)) for path in files]
         journal.warn(*found.warnings)
         importance = None
-        if imatrix != AUTO or weighed(made):
+        if imatrix != AUTO or any(level.needs is Needs.IMPORTANCE for level in made):
             importance = importance_of(
                 source,
                 imatrix,
@@ -72,11 +81,11 @@ def measure_model(
                 progress=progress,
             )
         method = method_name(effort, importance)
-        subjects = [Subject(source.sha256, level, made=method) for level in made if level != reference]
+        subjects = [Subject(source.sha256, level.name, made=method) for level in made if level != reference]
         subjects += [Subject(source.sha256, other.path.stem, file=other.sha256) for other in others]
         higher = None
-        if reference is not None and reference != level_of(source.model):
-            higher = Subject(source.sha256, reference, made=method)
+        if reference is not None and reference.name != level_of(source.model):
+            higher = Subject(source.sha256, reference.name, made=method)
 
         def candidates(missing: Sequence[Subject]) -> list[Candidate]:
             levels = [subject.level for subject in missing if not subject.file]

@@ -16,7 +16,7 @@ from bitladder.errors import BadInput, UnknownArchitecture
 from bitladder.progress import Progress
 from bitladder.records.decision import Decision
 from bitladder.records.level_file import LevelFile, Standing, StoredFile
-from bitladder.steps.calibrated import AUTO, importance_of, weighed
+from bitladder.steps.calibrated import AUTO, importance_of
 from bitladder.steps.journal import Journal, Say
 from bitladder.steps.known_files import (
     files_made_from,
@@ -26,6 +26,7 @@ from bitladder.steps.known_files import (
     known_folders,
     model_sha256,
 )
+from bitladder.steps.serving import served_level
 
 if TYPE_CHECKING:
     from bitladder.files.gguf import GgufFile
@@ -165,12 +166,11 @@ def _described(level: str, path: Path, wanted: str, recorded: Recorded, n_ctx: i
     """A file with what evidence says of it. ``wanted``: hash of the measured file that it stands for; may be empty."""
     from bitladder.files.gguf import GgufFile
     from bitladder.files.probe import probe_machine
-    from bitladder.stages.facts import level_of
-    from bitladder.stages.plan import make_plan
+    from bitladder.stages.plan import file_memory
 
     sha256 = model_sha256(path, progress)
     with GgufFile.open(path) as opened:
-        plan = make_plan(opened.model, probe_machine(), n_ctx=n_ctx, levels=[level_of(opened.model)])
+        memory = file_memory(opened.model, probe_machine(), n_ctx=n_ctx)
     measured = recorded.is_measured(sha256)
     changed = bool(wanted) and sha256 != wanted
     standing = Standing.MEASURED if measured else Standing.CHANGED if changed else Standing.UNMEASURED
@@ -183,7 +183,7 @@ def _described(level: str, path: Path, wanted: str, recorded: Recorded, n_ctx: i
         )
     elif not measured:
         note = f"{level}: {path} (SHA-256 {sha256[:_SHOWN]}...) was never measured: there is no evidence about it."
-    return TierFile(level, path, sha256, plan.levels[0].total_bytes, standing, note)
+    return TierFile(level, path, sha256, memory, standing, note)
 
 
 @dataclass(frozen=True)
@@ -200,12 +200,9 @@ class _Search:
 
     def level_named(self, text: str) -> str:
         """A level of the run or of the ladder, in its own spelling; raises UnknownLevel."""
-        from bitladder.formats.fitted import fitted_name, is_fitted_level
-        from bitladder.formats.recipes import level_named
-
         known = [self.own, *(self.run.decision.files if self.run else ())]
         same = next((level for level in known if level.lower() == text.strip().lower()), None)
-        return same or (fitted_name(text) if is_fitted_level(text) else level_named(text))
+        return same or served_level(text).name
 
     @property
     def own(self) -> str:
@@ -263,7 +260,7 @@ class _Search:
             importance = self._importance(level)
         built = ladder_files(
             self.source,
-            [level],
+            [served_level(level)],
             self.out,
             importance=importance,
             effort=cast("Effort", known.making.effort) if known else "good",
@@ -278,9 +275,9 @@ class _Search:
 
     def _importance(self, level: str) -> Importance | None:
         """For a level that nobody has measured: as `quantize` makes one."""
-        from bitladder.formats.fitted import is_fitted_level
+        from bitladder.levels import Needs
 
-        if is_fitted_level(level) or not weighed([level]):
+        if served_level(level).needs is not Needs.IMPORTANCE:
             return None
         try:
             return importance_of(self.source, AUTO, threads=self.threads, journal=self.journal, progress=self.progress)

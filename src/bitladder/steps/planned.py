@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bitladder.errors import UsageError
 from bitladder.progress import Progress
@@ -12,9 +12,12 @@ from bitladder.records.plan import Plan
 
 if TYPE_CHECKING:
     from bitladder.describe.machine import Machine
+    from bitladder.describe.model import Model
     from bitladder.describe.rates import MeasuredMachine
     from bitladder.files.catalogue import CatalogueModel
     from bitladder.files.describe_source import Described
+    from bitladder.files.remote import Offer
+    from bitladder.levels import Level
     from bitladder.plan.advice import Advice
     from bitladder.plan.inverse import HardwareNeed
     from bitladder.plan.launch import Launch
@@ -55,7 +58,7 @@ class ModelPlan:
     plan: Plan
     exact: bool
     notes: tuple[str, ...]
-    offers: tuple[Any, ...]
+    offers: tuple[Offer, ...]
     pair: PairPlan | None = None
     launch: Launch | None = None
     advice: Advice | None = None
@@ -92,8 +95,8 @@ def plan_model(
     model: str,
     request: Request,
     *,
-    levels: Sequence[str] | None = None,
-    pair: Sequence[str] = (),
+    levels: Sequence[Level] | None = None,
+    pair: Sequence[Level] = (),
     engine: str | None = None,
     least_decode: float = 0.0,
     progress: Progress,
@@ -112,9 +115,10 @@ def plan_model(
         UsageError, BadInput: as the parts say.
     """
     from bitladder.files.describe_source import describe
-    from bitladder.formats.recipes import LEVELS, RECIPES
+    from bitladder.formats.recipes import RECIPES
+    from bitladder.levels import LADDER, RecipeLevel
     from bitladder.plan.cost import checkpoint_levels
-    from bitladder.plan.launch import CHECKPOINT_ENGINES
+    from bitladder.plan.launch import LAUNCHED
     from bitladder.stages.anchors import stored_runs
     from bitladder.stages.plan import make_plan, usable_context
 
@@ -123,19 +127,19 @@ def plan_model(
     found = describe(model, progress)
     wish = replace(wish, n_ctx=usable_context(found.model, request.n_ctx))
     runs = stored_runs(model, machine) if request.machine is None else {}
-    whole = engine in CHECKPOINT_ENGINES
-    usual = checkpoint_levels(found.model) if whole else LEVELS
+    whole = engine in LAUNCHED
+    wanted = levels or (checkpoint_levels(found.model) if whole else LADDER)
     made = make_plan(
         found.model,
         machine,
         n_ctx=wish.n_ctx,
-        levels=levels or usual,
+        levels=wanted,
         whole=whole,
         n_seq=wish.n_seq,
         type_k=wish.type_k,
         type_v=wish.type_v,
         rates=rates,
-        runs={level: speed for level, speed in runs.items() if level in RECIPES},
+        runs={RecipeLevel(level): speed for level, speed in runs.items() if level in RECIPES},
     )
     made = _fast_enough(made, least_decode)
     return ModelPlan(
@@ -144,8 +148,8 @@ def plan_model(
         found.notes,
         found.offers,
         _pair(found.model, pair, machine, wish) if pair else None,
-        _launch(found, model, made, engine, machine, wish) if engine else None,
-        *_advice(found.model, made, engine, machine, wish),
+        _launch(found, model, wanted, made, engine, machine, wish) if engine else None,
+        *_advice(found.model, wanted, made, engine, machine, wish),
     )
 
 
@@ -166,50 +170,57 @@ def _fast_enough(plan: Plan, least_decode: float) -> Plan:
     return replace(plan, levels=tuple(levels))
 
 
-def _pair(model: Any, levels: Sequence[str], machine: Machine, wish: Wish) -> PairPlan:
-    from bitladder.formats.recipes import level_named
+def _pair(model: Model, levels: Sequence[Level], machine: Machine, wish: Wish) -> PairPlan:
     from bitladder.plan.cost import level_size
     from bitladder.plan.pair import plan_pair
 
     if len(levels) != 2:
         raise UsageError(f"A pair is two levels. Got {len(levels)}.", do="Write --pair Q8_0,Q4_K_M.")
-    quality, speed = (level_size(model, level_named(level)).by_part for level in levels)
+    quality, speed = (level_size(model, level).by_part for level in levels)
     return plan_pair(model, quality, speed, machine, wish)
 
 
+def _largest(levels: Sequence[Level], plan: Plan) -> Level | None:
+    """The largest level that fits."""
+    names = {level.name: level for level in levels}
+    return next((names[row.level] for row in plan.levels if row.fits), None)
+
+
 def _advice(
-    model: Any, plan: Plan, engine: str | None, machine: Machine, wish: Wish
+    model: Model, levels: Sequence[Level], plan: Plan, engine: str | None, machine: Machine, wish: Wish
 ) -> tuple[Advice | None, tuple[str, ...]]:
     """The format for the largest level that fits, and what would be slow about it; nothing where nothing fits."""
-    from bitladder.plan.advice import Situation, advise, slow_paths
+    from bitladder.plan.advice import Situation, advise
     from bitladder.plan.cost import level_size
     from bitladder.plan.placement import place
 
-    level = next((level for level in plan.levels if level.fits), None)
+    level = _largest(levels, plan)
     if level is None:
         return None, ()
-    placement = place(model, level_size(model, level.level).by_part, machine, wish)
+    placement = place(model, level_size(model, level).by_part, machine, wish)
     advice = advise(Situation(machine, placement, engine or "", wish.n_seq))
-    return advice, tuple(slow_paths(level.level, engine or "", machine))
+    return advice, tuple(level.slow_paths(engine or "", has_gpu=bool(machine.gpus), cpu_features=machine.features))
 
 
-def _launch(found: Described, source: str, plan: Plan, engine: str, machine: Machine, wish: Wish) -> Launch:
+def _launch(
+    found: Described, source: str, levels: Sequence[Level], plan: Plan, engine: str, machine: Machine, wish: Wish
+) -> Launch:
     from pathlib import Path
 
     from bitladder.errors import NothingFits
-    from bitladder.formats.checkpoint import is_checkpoint_level
+    from bitladder.levels import Container, RecipeLevel
     from bitladder.plan.cost import level_size
-    from bitladder.plan.launch import CHECKPOINT_ENGINES, launch
+    from bitladder.plan.launch import LAUNCHED, launch
     from bitladder.plan.placement import place
 
-    level = next((level for level in plan.levels if level.fits), None)
+    level = _largest(levels, plan)
     if level is None:
         raise NothingFits("No level fits, so there is nothing to launch.", do="Look at the reasons without --launch.")
     model = found.model
     name = Path(source).stem if Path(source).exists() else (model.name or "model")
-    placement = place(model, level_size(model, level.level).by_part, machine, wish)
-    path = f"{name}-{level.level}" + ("" if is_checkpoint_level(level.level) else ".gguf")
-    as_it_is = engine in CHECKPOINT_ENGINES and level.level == "F16" and not model.raw_metadata
+    placement = place(model, level_size(model, level).by_part, machine, wish)
+    path = f"{name}-{level}" + (".gguf" if level.container is Container.FILE else "")
+    as_it_is = engine in LAUNCHED and level == RecipeLevel("F16") and not model.raw_metadata
     on_hub = as_it_is and not Path(source).exists()
     if as_it_is:
         path = found.label if on_hub else source

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from bitladder.describe.windows import Window
     from bitladder.files.gguf import GgufFile
     from bitladder.kernels import Effort
+    from bitladder.levels import FeedbackLevel
     from bitladder.plan.recipe import Wish
     from bitladder.records.fidelity import Fidelity
 
@@ -211,7 +212,7 @@ def _written(
 
 def fitted_level(
     source: GgufFile,
-    name: str,
+    level: FeedbackLevel,
     out: Path,
     *,
     texts: Sequence[Path] = (),
@@ -226,18 +227,16 @@ def fitted_level(
     """Write ``GPTQ-Q4_K_M`` or ``bpw4.25``; what it loses on held-out text is told to ``journal``.
 
     Raises:
-        UnknownLevel: there is no such recipe. Others as ``make_recipe``.
+        As ``make_recipe``.
     """
-    from bitladder.formats.fitted import parse_fitted
     from bitladder.plan.recipe import Wish
 
-    level, bpw = parse_fitted(name)
-    asked = Asked(Wish(bpw=bpw), level=level, out=out, effort=effort, force=force, folders=tuple(folders))
+    asked = Asked(Wish(bpw=level.bpw), level=level.recipe, out=out, effort=effort, force=force, folders=tuple(folders))
     result = recipe_of(source, asked, texts=texts, threads=threads, device=device, journal=journal, progress=progress)
     if result.fitted is None or result.held_out is None:
         raise ValueError("a recipe with a folder was not written")
     held = result.held_out
-    journal.say(f"{name}: mean KL {held.kl_mean:.4f} [{held.kl_low:.4f}, {held.kl_high:.4f}] on held-out text.")
+    journal.say(f"{level}: mean KL {held.kl_mean:.4f} [{held.kl_low:.4f}, {held.kl_high:.4f}] on held-out text.")
     return result.fitted
 
 
@@ -387,11 +386,12 @@ def _header_bytes(source: GgufFile) -> int:
 def room_for_weights(source: GgufFile, n_ctx: int | None) -> int:
     """Bytes that this machine has for the file when the context, the engine's buffers and the engine are counted."""
     from bitladder.files.probe import probe_machine
+    from bitladder.levels import RecipeLevel
     from bitladder.plan.placement import usable_ram, usable_vram
     from bitladder.stages.plan import make_plan
 
     machine = probe_machine()
-    level = make_plan(source.model, machine, n_ctx=n_ctx, levels=["Q4_K_M"]).levels[0]
+    level = make_plan(source.model, machine, n_ctx=n_ctx, levels=[RecipeLevel("Q4_K_M")]).levels[0]
     beside = level.total_bytes - level.file_bytes
     return max(usable_ram(machine), usable_vram(machine)) - beside
 

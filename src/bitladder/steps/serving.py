@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
-from bitladder.errors import BadInput, UnknownLevel
+from bitladder.errors import BadInput
 from bitladder.progress import Progress
+
+if TYPE_CHECKING:
+    from bitladder.levels import FeedbackLevel, RecipeLevel
 
 MOST_SLOTS = 4
 """Requests that a level computes together unless told otherwise, llama.cpp's own default. More share the
@@ -57,21 +61,35 @@ def tier_context(model: str, what: str, n_ctx: int | None, progress: Progress) -
     """
     from bitladder.files.gguf import read_header
     from bitladder.files.sources import resolve
-    from bitladder.formats.fitted import is_fitted_level
-    from bitladder.formats.recipes import level_named
     from bitladder.stages.facts import level_of
     from bitladder.stages.plan import usable_context
 
     if not is_level(what):
         return usable_context(read_header(Path(what)), n_ctx)
     source = read_header(resolve(model, progress).path)
-    try:
-        if not is_fitted_level(what):
-            level_named(what)
-    except UnknownLevel:
-        if what.upper() != level_of(source):
-            raise
+    if what.upper() != level_of(source):
+        served_level(what)
     return usable_context(source, n_ctx)
+
+
+def served_level(name: str) -> RecipeLevel | FeedbackLevel:
+    """A level that is served, and built where it is nowhere.
+
+    Raises:
+        UnknownLevel: there is none of that name.
+        UsageError: it is of a kind that is not served.
+    """
+    from bitladder.levels import FeedbackLevel, RecipeLevel, of_kinds, parse_level
+
+    level = parse_level(name)
+    of_kinds(
+        [level],
+        (RecipeLevel, FeedbackLevel),
+        what="Serving",
+        why="llama.cpp runs GGUF files that a run builds; folders are run by vLLM, TGI and transformers.",
+        do="Build it with `bitladder quantize`; give a file by its path, and a folder by the address of its engine.",
+    )
+    return cast("RecipeLevel | FeedbackLevel", level)
 
 
 def memory_by_slots(path: Path, n_ctx: int, slots: Sequence[int]) -> tuple[int, ...]:
@@ -83,14 +101,11 @@ def memory_by_slots(path: Path, n_ctx: int, slots: Sequence[int]) -> tuple[int, 
     """
     from bitladder.files.gguf import GgufFile
     from bitladder.files.probe import probe_machine
-    from bitladder.stages.facts import level_of
-    from bitladder.stages.plan import make_plan
+    from bitladder.stages.plan import file_memory
 
     machine = probe_machine()
     with GgufFile.open(path) as opened:
-        level = [level_of(opened.model)]
-        plans = (make_plan(opened.model, machine, n_ctx=n_ctx, n_seq=number, levels=level) for number in slots)
-        return tuple(plan.levels[0].total_bytes for plan in plans)
+        return tuple(file_memory(opened.model, machine, n_ctx=n_ctx, n_seq=number) for number in slots)
 
 
 def slots_that_fit(needs: Sequence[Sequence[int]], budget_bytes: int) -> tuple[int, ...]:

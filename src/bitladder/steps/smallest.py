@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from bitladder.describe.workload import Input, Workload
     from bitladder.engines.base import Engine
     from bitladder.files.gguf import GgufFile
+    from bitladder.levels import Level
     from bitladder.records.evaluation import Answer
     from bitladder.records.search import LadderOutcome
 
@@ -38,7 +39,7 @@ class Search:
     model: str
     bar: str
     workload: Path | None = None
-    levels: tuple[str, ...] | None = None
+    levels: tuple[Level, ...] | None = None
     n_ctx: int | None = None
     out: Path | None = None
     threads: int = 2
@@ -63,6 +64,7 @@ def find_smallest(search: Search, progress: Progress, *, say: Say = lambda _: No
     from bitladder.files.gguf import GgufFile
     from bitladder.files.sources import resolve
     from bitladder.files.workloads import STARTER, load_workload
+    from bitladder.levels import RecipeLevel
     from bitladder.stages.evaluate import judge_answers
     from bitladder.stages.facts import engine_facts, level_of, slots
     from bitladder.stages.plan import usable_context
@@ -108,7 +110,7 @@ def find_smallest(search: Search, progress: Progress, *, say: Say = lambda _: No
         def open_engine(level: str) -> Iterator[Engine]:
             out = search.out or Path(f"{found.label}-ladder")
             built = ladder_files(
-                source, [level], out, importance=importance, effort="good", threads=search.threads,
+                source, [RecipeLevel(level)], out, importance=importance, effort="good", threads=search.threads,
                 device=search.device, folders=[out, *known_folders(recorded, source.sha256)], journal=Journal(say),
                 progress=progress,
             )  # fmt: skip
@@ -154,11 +156,18 @@ def margin_of(bar: str) -> float:
 def _levels(source: GgufFile, search: Search, n_ctx: int) -> list[str]:
     """Those that fit, largest first, without the source's own."""
     from bitladder.files.probe import probe_machine
-    from bitladder.formats.recipes import LEVELS
+    from bitladder.levels import LADDER, RecipeLevel, of_kinds
     from bitladder.stages.facts import level_of
     from bitladder.stages.plan import make_plan
 
-    plan = make_plan(source.model, probe_machine(), n_ctx=n_ctx, levels=search.levels or LEVELS)
+    wanted = of_kinds(
+        search.levels or LADDER,
+        (RecipeLevel,),
+        what="The search",
+        why="It builds a level whenever it asks one, and so takes those that are made in seconds.",
+        do="Use `bitladder run --levels` for levels that are calibrated.",
+    )
+    plan = make_plan(source.model, probe_machine(), n_ctx=n_ctx, levels=wanted)
     fitting = [level.level for level in plan.levels if level.fits and level.level != level_of(source.model)]
     if not fitting:
         raise NothingFits(

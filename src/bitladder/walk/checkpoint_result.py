@@ -16,7 +16,8 @@ from bitladder.files.checkpoint_check import verify_folder
 from bitladder.files.checkpoint_folder import CheckpointFolder
 from bitladder.files.companions import Companions, tokenizer_differences
 from bitladder.files.layer_store import LayerStore
-from bitladder.formats.checkpoint import LAYOUTS, CheckpointLevel, quantization_config, serving_notes
+from bitladder.levels import CheckpointLevel
+from bitladder.levels.checkpoint import LAYOUTS, quantization_config, serving_notes
 from bitladder.records.calibration import (
     CalibrationText,
     CheckpointReport,

@@ -11,8 +11,8 @@ from bitladder.describe.windows import Window
 from bitladder.files.layer_store import LayerStore
 from bitladder.files.safetensors_writer import PiecewiseTensor
 from bitladder.formats import disk_names, roles
-from bitladder.formats.checkpoint import CheckpointLevel
-from bitladder.formats.vectors import FoldedLevel, ImportanceVectors, Product
+from bitladder.levels import CheckpointLevel, FoldedLevel
+from bitladder.levels.products import ImportanceVectors, Product
 from bitladder.progress import Progress
 from bitladder.units import GiB
 from bitladder.walk.driver import Member, Stream, forward

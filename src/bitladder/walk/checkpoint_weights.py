@@ -14,8 +14,8 @@ from bitladder.describe.model import Model
 from bitladder.errors import BadFile
 from bitladder.files.checkpoint_check import CheckpointReader
 from bitladder.formats import disk_names, roles
-from bitladder.formats.checkpoint import CheckpointLevel
 from bitladder.formats.roles import Family, Parameter, family_of
+from bitladder.levels import CheckpointLevel
 from bitladder.walk.rounding import INT8_TOKENS
 from bitladder.walk.transforms import permute
 from bitladder.walk.weights import FileWeights, Rows

@@ -26,10 +26,10 @@ from bitladder.formats.blocks import QTYPES
 from bitladder.formats.disk_names import absorbing_parameters, quantized_parameters
 from bitladder.formats.recipes import assign
 from bitladder.formats.roles import Parameter, SharedInput, layer_tensor
-from bitladder.formats.vectors import FoldedLevel
 from bitladder.kernels import Effort, awq, dequantize, quantize
 from bitladder.kernels.awq import Fold
-from bitladder.kernels.methods import relative_error
+from bitladder.levels import FoldedLevel
+from bitladder.levels.methods import relative_error
 from bitladder.records.calibration import LinearLoss
 from bitladder.walk.driver import Seen
 from bitladder.walk.inputs import Wants

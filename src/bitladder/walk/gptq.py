@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from bitladder.files.layer_store import LayerStore
-from bitladder.formats.checkpoint import CheckpointLevel
 from bitladder.formats.disk_names import quantized_parameters
 from bitladder.formats.roles import Parameter
 from bitladder.kernels import gptq
-from bitladder.kernels.methods import feedback, rounded
+from bitladder.levels import CheckpointLevel
+from bitladder.levels.methods import feedback, rounded
 from bitladder.walk.driver import Builder, Stream
 from bitladder.walk.folding import matrix, set_matrix
 from bitladder.walk.inputs import InputStatistics

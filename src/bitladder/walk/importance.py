@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from bitladder.formats.roles import SharedInput, layer_tensor
-from bitladder.formats.vectors import COUNT, SQUARES
+from bitladder.levels.products import COUNT, SQUARES
 from bitladder.walk.driver import Observer, Seen, Stages
 from bitladder.walk.keep import Arrays
 

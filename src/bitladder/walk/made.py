@@ -15,12 +15,12 @@ from torch import nn
 
 from bitladder.errors import BadWeights
 from bitladder.files.layer_store import LayerStore
-from bitladder.formats.checkpoint import CheckpointLevel
 from bitladder.formats.disk_names import LAYERS, disk_linears, disk_name, quantized_parameters
 from bitladder.formats.roles import Parameter, SharedInput
-from bitladder.kernels.encode import Arrays as Encoded
-from bitladder.kernels.encode import digest, encode
-from bitladder.kernels.methods import Quantized
+from bitladder.levels import CheckpointLevel
+from bitladder.levels.encode import Arrays as Encoded
+from bitladder.levels.encode import digest, encode
+from bitladder.levels.methods import Quantized
 from bitladder.records.calibration import LinearLoss
 from bitladder.walk.driver import Observer, Resumable, Seen
 from bitladder.walk.importance import vectors_of

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 from bitladder.files.layer_store import LayerStore
-from bitladder.formats.checkpoint import CheckpointLevel
 from bitladder.formats.disk_names import quantized_parameters
 from bitladder.formats.roles import SharedInput
 from bitladder.kernels import awq
-from bitladder.kernels.methods import awq_scales, rounded
+from bitladder.levels import CheckpointLevel
+from bitladder.levels.methods import awq_scales, rounded
 from bitladder.walk import folding
 from bitladder.walk.driver import Seen
 from bitladder.walk.folding import matrix

@@ -1,4 +1,4 @@
-"""Codes, scales and zeros as the arrays of a checkpoint, and back. Layouts: ``formats/checkpoint.py``."""
+"""Codes, scales and zeros as the arrays of a checkpoint, and back. Layouts: ``levels/checkpoint.py``."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.formats.checkpoint import LAYOUTS, WHOLE_ROW, CheckpointLevel, Layout
 from bitladder.kernels.grid import F32, contiguous_groups
 from bitladder.kernels.groups import Affine
 from bitladder.kernels.packing import pack, unpack
+from bitladder.levels.checkpoint import LAYOUTS, Layout
+from bitladder.levels.kinds import WHOLE_ROW, CheckpointLevel
 
 Arrays = dict[str, npt.NDArray[Any]]
 

@@ -5,11 +5,11 @@ A Linear computes ``y = W x`` with ``W[N outputs, K inputs]``; a group is ``g`` 
 a zero point), ``G = K / g``. A code is an unsigned integer of ``b`` bits and ``W[n, k] = (code - zero) *
 scale``. Integers of ``b`` bits lie in int32 words, low bits first:
 
-    layout             codes                         scales            zeros
-    gptq, gptq_v2      qweight [K*b/32, N]           scales f16 [G,N]  qzeros [G, N*b/32]; gptq stores zero -
-    1 awq                qweight [K, N*b/32] *         scales f16 [G,N]  qzeros [G, N*b/32] *
-    pack-quantized     weight_packed [N, K*b/32]     weight_scale[N,G] weight_zero_point [N*b/32, G]
-    (asymmetric only) int-quantized      weight int8 [N, K]            weight_scale[N,1] none
+    layout            codes                        scales              zeros
+    gptq, gptq_v2     qweight [K*b/32, N]          scales f16 [G, N]   qzeros [G, N*b/32]; gptq stores zero - 1
+    awq               qweight [K, N*b/32] *        scales f16 [G, N]   qzeros [G, N*b/32] *
+    pack-quantized    weight_packed [N, K*b/32]    weight_scale [N, G] weight_zero_point [N*b/32, G], asymmetric only
+    int-quantized     weight int8 [N, K]           weight_scale [N, 1] none
 
     * slot i of a word holds output column 8c + (0, 2, 4, 6, 1, 3, 5, 7)[i]
 """
@@ -22,9 +22,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from bitladder.errors import UnknownLevel, UsageError
-
-WHOLE_ROW = 0
-"""Group size of one scale per output channel; files write it as -1 (GPTQ) or as ``strategy: channel``."""
+from bitladder.levels.kinds import WHOLE_ROW, CheckpointLevel
 
 GROUP_SIZES = (32, 64, 128)
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -68,35 +66,7 @@ LAYOUTS: dict[str, Layout] = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class CheckpointLevel:
-    """A level that is stored as a checkpoint folder.
-
-    ``group_size`` is ``WHOLE_ROW`` for one scale per output channel. ``activations`` says what the engine
-    does with the inputs at run time: ``float``, or ``int8`` with a dynamic scale per token. ``smooth`` moves
-    outliers of the inputs into the weights first (SmoothQuant).
-    """
-
-    name: str
-    method: Literal["GPTQ", "AWQ", "INT8"]
-    bits: int
-    group_size: int
-    sym: bool
-    layout: str
-    activations: Literal["float", "int8"] = "float"
-    smooth: bool = False
-
-    @property
-    def bpw(self) -> float:
-        """Bits per weight of a quantized Linear with long rows, f16 scales (and packed zero points)
-        included."""
-        if self.group_size == WHOLE_ROW:
-            return float(self.bits)
-        has_zeros = not self.sym or self.layout in ("gptq", "gptq_v2", "awq")
-        return self.bits + (16 + (self.bits if has_zeros else 0)) / self.group_size
-
-
-_GRAMMAR = (
+GRAMMAR = (
     "GPTQ-{2,3,4,8}bit-{g32,g64,g128,row}[-asym][-ct], AWQ-4bit-{g32,g64,g128}[-sym][-ct], "
     "INT8-W8A16, INT8-W8A8, INT8-W8A8-smooth"
 )
@@ -111,12 +81,7 @@ _INT8 = {
 _OPTIONS = {"GPTQ": {"asym", "ct", "v2"}, "AWQ": {"sym", "ct"}}
 
 
-def is_checkpoint_level(name: str) -> bool:
-    """Whether a level's name asks for a checkpoint folder rather than a GGUF file."""
-    return re.match(r"(GPTQ(?!-[A-Z]+[0-9])|INT8|AWQ-[0-9]+bit)\b", name, re.IGNORECASE) is not None
-
-
-def parse_level(name: str) -> CheckpointLevel:
+def parse_checkpoint(name: str) -> CheckpointLevel:
     """The level that a name like ``GPTQ-4bit-g64`` or ``INT8-W8A8`` asks for; upper and lower case are the
     same.
 
@@ -130,7 +95,7 @@ def parse_level(name: str) -> CheckpointLevel:
         return int8
     match = _GROUPED.fullmatch(name)
     if match is None:
-        raise UnknownLevel(f"'{name}' is not a checkpoint level.", do=f"Levels look like {_GRAMMAR}.")
+        raise UnknownLevel(f"'{name}' is not a checkpoint level.", do=f"Levels look like {GRAMMAR}.")
     method: Literal["GPTQ", "AWQ"] = "GPTQ" if match[1].upper() == "GPTQ" else "AWQ"
     bits, group_size = int(match[2]), int(match[3] or WHOLE_ROW)
     options = [option for option in match[4].lower().split("-") if option]
@@ -155,18 +120,18 @@ def _check_level(name: str, method: str, bits: int, group_size: int, options: li
             else "Ask for AWQ-4bit-g64.",
         )
     if bits not in (2, 3, 4, 8):
-        raise UnknownLevel(f"'{name}' asks for {bits} bits.", do=f"GPTQ has 2, 3, 4 and 8 bits: {_GRAMMAR}.")
+        raise UnknownLevel(f"'{name}' asks for {bits} bits.", do=f"GPTQ has 2, 3, 4 and 8 bits: {GRAMMAR}.")
     if group_size not in (*GROUP_SIZES, WHOLE_ROW) or (method == "AWQ" and group_size == WHOLE_ROW):
         raise UnknownLevel(
             f"'{name}' asks for groups of {group_size or 'a whole row'}.",
             means="The kernels that run such files know groups of 32, 64 and 128"
             + (" and whole rows." if method == "GPTQ" else "."),
-            do=f"Levels look like {_GRAMMAR}.",
+            do=f"Levels look like {GRAMMAR}.",
         )
     if unknown := set(options) - _OPTIONS[method]:
         raise UnknownLevel(
             f"'{name}' has an option '{min(unknown)}' that {method} levels do not.",
-            do=f"Levels look like {_GRAMMAR}.",
+            do=f"Levels look like {GRAMMAR}.",
         )
     if {"ct", "v2"} <= set(options):
         raise UnknownLevel(f"'{name}' asks for two layouts at once.", do="Keep one of -ct and -v2.")

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.formats.checkpoint import CheckpointLevel
 from bitladder.kernels import awq, gptq, groups
 from bitladder.kernels.grid import F32
+from bitladder.levels.kinds import CheckpointLevel
 
 _FEW_CANDIDATES = np.array([1.0, 0.92, 0.84, 0.75], np.float32)
 """Enough shrinks to rank AWQ's scales by; the final search takes all."""

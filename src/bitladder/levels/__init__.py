@@ -1,0 +1,22 @@
+"""Levels: what one model can be stored as, whatever the format."""
+
+from bitladder.levels.kinds import (
+    CHECKPOINT_ENGINES,
+    FILE_ENGINES,
+    WHOLE_ROW,
+    CheckpointLevel,
+    Container,
+    FeedbackLevel,
+    FileLevel,
+    FoldedLevel,
+    Level,
+    Needs,
+    RecipeLevel,
+    of_kinds,
+)
+from bitladder.levels.names import LADDER, parse_level, parse_levels
+
+__all__ = [
+    "CHECKPOINT_ENGINES", "FILE_ENGINES", "LADDER", "WHOLE_ROW", "CheckpointLevel", "Container", "FeedbackLevel",
+    "FileLevel", "FoldedLevel", "Level", "Needs", "RecipeLevel", "of_kinds", "parse_level", "parse_levels",
+]  # fmt: skip

@@ -1,0 +1,24 @@
+"""What a calibrating walk gathers beside checkpoints: vectors per tensor that GGUF levels are made with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from bitladder.levels.kinds import CheckpointLevel, FoldedLevel
+
+COLUMNS, ROWS, SQUARES, COUNT = "columns", "rows", "squares", "count"
+"""Kinds of vectors, after a tensor's name: a fold's multipliers and divisors, sums of squares and how many."""
+
+
+@dataclass(frozen=True)
+class ImportanceVectors:
+    """The importance matrix: mean squared inputs of every tensor."""
+
+    name: str = "importance"
+    method: Literal["importance"] = "importance"
+    smooth: bool = False
+
+
+Product = CheckpointLevel | FoldedLevel | ImportanceVectors
+"""What a calibrating walk can make."""
