@@ -66,7 +66,7 @@ def test_every_linear_layer_rounds_by_its_own_type(name, tmp_path):
     with GgufFile.open(tiny_models.write(case, tiny_models.make(case), tmp_path / "tiny.gguf")) as source:
         model = LayeredModel(source.model, FileWeights(source))
         block = model.layer(1, FileWeights(source))
-        round_inputs(block, model.family, 1, lambda tensor: asked.append(tensor) or "F16")
+        round_inputs(block, model.kind(1), 1, lambda tensor: asked.append(tensor) or "F16")
     hooked = {path for path, module in block.named_modules() if module._forward_pre_hooks}
     linear = {path for path, module in block.named_modules() if isinstance(module, torch.nn.Linear)}
     assert hooked == linear | ({"mlp.experts"} if "moe" in name else set())

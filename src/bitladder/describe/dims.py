@@ -12,7 +12,7 @@ from typing import Any
 
 from bitladder.describe.model import ModelDims
 from bitladder.errors import BadFile, UnknownArchitecture
-from bitladder.formats.roles import family_of
+from bitladder.formats.families import FAMILIES
 from bitladder.formats.tensors import TensorInfo
 
 _LARGEST = 1 << 31
@@ -33,7 +33,7 @@ def _architecture(metadata: Mapping[str, Any]) -> str:
             means="The file holds something else than a language model, or its header is damaged.",
             do="Convert the model again from its original checkpoint.",
         )
-    if family_of(name) is None and name not in (known := known_architectures()):
+    if name not in FAMILIES and name not in (known := known_architectures()):
         raise UnknownArchitecture(
             f"The architecture '{name}' is not known.",
             means=f"Known are: {', '.join(sorted(known))}.",

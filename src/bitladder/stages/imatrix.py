@@ -100,7 +100,7 @@ def importance_matrix(
     for layer in range(model.n_layer):
         progress(f"importance: layer {layer + 1} of {model.n_layer}", layer, model.n_layer)
         block = model.layer(layer, weights)
-        seen = {shared: _Squares() for shared in model.family.inputs if _has(block, shared.module)}
+        seen = {shared: _Squares() for shared in model.kind(layer).inputs if _has(block, shared.module)}
         for batch in batches:
             with inference(), products(half=half), ExitStack() as watching:
                 for shared, squares in seen.items():

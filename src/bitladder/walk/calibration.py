@@ -29,7 +29,7 @@ from torch import nn
 
 from bitladder.errors import BadWeights
 from bitladder.formats.disk_names import absorbing_parameters
-from bitladder.formats.roles import SharedInput
+from bitladder.formats.roles import SharedInput, Stop
 from bitladder.walk.layers import LayeredModel, inference
 from bitladder.walk.products import products
 from bitladder.walk.states import Batch, States
@@ -42,8 +42,6 @@ _STRIP = 128
 _LOUD = 64
 """Channels whose products are made in f32 beside bfloat16: they hold most of the energy, and a bfloat16 product is
 rounded in proportion to itself, which must stay below the quietest directions' damping."""
-_ATTENTION, _OUTPUT = "self_attn", "self_attn.o_proj"
-_MLP, _DOWN = "mlp", "mlp.down_proj"
 
 
 @dataclass(frozen=True)
@@ -184,11 +182,12 @@ class LayerPass:
         self._half = half
         self._norms = {
             shared.module.partition(".")[0]: block.get_submodule(parameter.path.removesuffix(".weight"))
-            for shared in model.family.inputs
+            for shared in model.kind(layer).inputs
             for parameter in absorbing_parameters(model.family, shared)
             if parameter.path.count(".") == 1 and parameter.path.endswith("norm.weight")
         }
         """The norm that only the attention, or only the MLP, reads."""
+        self._stops = {stop.module: stop for stop in model.kind(layer).stops}
         self._kept: dict[str, States] = {}
         self._passed: set[tuple[str, int]] = set()
         """Where a kept input, of a module and of the batch that begins there, has been replaced by the output."""
@@ -271,7 +270,7 @@ class LayerPass:
 
         def seen(module: nn.Module, arguments: tuple[Any, ...]) -> None:
             x = arguments[0]
-            if shared.module in (_OUTPUT, _DOWN) and stop:
+            if shared.module in self._stops and stop:
                 self._keep(shared.module, batch, x)
             for number, found in enumerate(vectors(shared.kind, module, arguments, valid.reshape(-1))):
                 if number == len(sums):
@@ -297,12 +296,12 @@ class LayerPass:
     def _resumed(self, batch: Batch, kept: frozenset[str]) -> Iterator[None]:
         """Modules whose last linear layer's input was kept for every batch begin there."""
         begun: list[nn.Module] = []
-        for path, whole in ((_OUTPUT, _ATTENTION), (_DOWN, _MLP)):
-            if path in kept:
-                owner = self.block.get_submodule(whole)
-                owner.forward = self._from_kept(path, batch, pair=whole == _ATTENTION)
+        for stop in self._stops.values():
+            if stop.module in kept:
+                owner = self.block.get_submodule(stop.owner)
+                owner.forward = self._from_kept(stop, batch)
                 begun.append(owner)
-                if norm := self._norms.get(whole):  # what it would give is not read
+                if norm := self._norms.get(stop.owner):  # what it would give is not read
                     norm.forward = _unchanged
                     begun.append(norm)
         try:
@@ -311,8 +310,9 @@ class LayerPass:
             for owner in begun:
                 del owner.forward
 
-    def _from_kept(self, path: str, batch: Batch, *, pair: bool) -> Callable[..., Any]:
+    def _from_kept(self, stop: Stop, batch: Batch) -> Callable[..., Any]:
         """A forward that only applies the last linear layer, once; attention modules return a pair."""
+        path = stop.module
 
         def forward(*_: Any, **__: Any) -> Any:
             out = self._kept[path].get(batch).to(self.model.device)
@@ -321,7 +321,7 @@ class LayerPass:
                 if out.shape == entered.shape:
                     self._kept[path].put(batch, out)
                     self._passed.add((path, batch.start))
-            return (out, None) if pair else out
+            return (out, None) if stop.returns_pair else out
 
         return forward
 

@@ -168,14 +168,14 @@ class FeedbackStream:
         half = self._settings.half_products
         through = LayerPass(self.model, layer, block, self.states, self._batches, spill=self._spill, half=half)
         made: list[FittedTensor] = []
-        for shared in self.model.family.inputs:
+        for shared in self.model.kind(layer).inputs:
             names = [name for name in self._names(layer, shared.roles) if self._changes(name)]
             if not names:
                 continue
             gathered = through.gather(shared, exact.pop(shared.module, None))
             found = {name: self._fit(name, gathered) for name in names}
             made += found.values()
-            for parameter in self._readers(shared):
+            for parameter in self._readers(layer, shared):
                 self._fill(block, layer, parameter, found)
         through.finish()
         return made
@@ -184,7 +184,7 @@ class FeedbackStream:
         """What the source's linear layers read, by module, while its states pass through the layer as it is yet."""
         wanted = [
             shared.module
-            for shared in self.model.family.inputs
+            for shared in self.model.kind(layer).inputs
             if shared.kind == "linear" and any(self._changes(name) for name in self._names(layer, shared.roles))
         ]
         kept: dict[str, States] = {}
@@ -217,8 +217,8 @@ class FeedbackStream:
     def _changes(self, name: str) -> bool:
         return self._qtypes.get(name, self._weights.qtype(name)) != self._weights.qtype(name)
 
-    def _readers(self, shared: SharedInput) -> Iterator[Parameter]:
-        return (p for p in self.model.family.parameters if set(p.roles) & set(shared.roles))
+    def _readers(self, layer: int, shared: SharedInput) -> Iterator[Parameter]:
+        return (p for p in self.model.kind(layer).parameters if set(p.roles) & set(shared.roles))
 
     def _fit(self, name: str, gathered: Sequence[InputStatistics]) -> FittedTensor:
         """One tensor: a matrix, or a stack of experts with statistics each."""

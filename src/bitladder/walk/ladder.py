@@ -138,7 +138,7 @@ class Ladder:
             states = group.states if number == len(parts) - 1 else self._shelf.take()
             block = self.model.layer(layer, self.weights[members[0]])
             if self._rounding:
-                round_inputs(block, self.model.family, layer, self.weights[members[0]].qtype)
+                round_inputs(block, self.model.kind(layer), layer, self.weights[members[0]].qtype)
             for batch in self.batches:
                 with products(half=self._half):
                     out = self.model.run(block, layer, group.states.get(batch).to(self.model.device))

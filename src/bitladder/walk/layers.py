@@ -7,7 +7,7 @@ next. Embedding rows are looked up one by one and the head is read in slices of 
 (``walk/head.py``), so memory grows with the largest layer, not with the model. Arithmetic is float32 on
 the CPU or a GPU.
 
-What a family needs beyond transformers' layer is in ``formats/roles.py``; what differs from its ``forward``
+What a family needs beyond transformers' layer is in its row (``formats/families``); what differs from its ``forward``
 is nothing: the tests compare logits with transformers' own full model for every family.
 """
 
@@ -25,7 +25,9 @@ from torch import nn
 from bitladder.describe.model import Model
 from bitladder.errors import BadFile, UnknownArchitecture
 from bitladder.formats import roles
-from bitladder.formats.roles import FAMILIES, Family, family_of, layer_tensor
+from bitladder.formats.families import family_of, walked
+from bitladder.formats.families.family import LayerKind, Layers
+from bitladder.formats.roles import layer_tensor
 from bitladder.walk.rope import Rope, rope_from_header
 from bitladder.walk.transforms import apply
 
@@ -53,35 +55,41 @@ def _keys(model: Model) -> dict[str, Any]:
     return {key.removeprefix(prefix): value for key, value in model.metadata.items() if key.startswith(prefix)}
 
 
-def _family(model: Model) -> Family:
-    family = family_of(model.dims.architecture, model.dims.n_expert)
-    if family is None:
-        known = ", ".join(sorted({name.split("+")[0] for name in FAMILIES}))
+def _layers(model: Model) -> Layers:
+    layers = family_of(model.dims.architecture).layers_of(model.dims.n_expert)
+    if layers is None:
+        known = ", ".join(sorted(walked()))
         raise UnknownArchitecture(
             f"No layers are known for the architecture '{model.dims.architecture}'.",
             means=f"Walking layer by layer works for: {known}. Plans, K-quants and workloads need no layers.",
-            do="Leave out the measurement (--no-measure), or choose a model of these families.",
+            do="Quantize with --imatrix none and judge levels by a workload, or choose a model of these families.",
         )
-    return family
+    return layers
 
 
-def _check_tensors(model: Model, family: Family) -> None:
+def _check_tensors(model: Model, family: Layers, keys: dict[str, Any]) -> None:
     """Refuse a file with a tensor that no row uses: its effect would silently be missing."""
-    known = {role for parameter in family.parameters for role in parameter.roles}
+    known = {
+        layer_tensor(layer, role)
+        for layer in range(model.dims.n_layer)
+        for parameter in family.kind(keys, layer).parameters
+        for role in parameter.roles
+    }
     top = {roles.EMBEDDING, roles.OUTPUT, *roles.ROPE_TENSORS} | (
         {roles.OUTPUT_NORM} if family.has_output_norm else set()
     )
     for tensor in model.tensors:
-        role = tensor.name.split(".", 2)[2] if tensor.name.startswith("blk.") else None
-        if role not in known and tensor.name not in top and role not in roles.ROPE_TENSORS:
+        name = tensor.name
+        factors = name.startswith("blk.") and name.endswith(roles.ROPE_TENSORS)
+        if name not in known and name not in top and not factors:
             raise UnknownArchitecture(
-                f"The tensor '{tensor.name}' has no place in the layers of '{family.architecture}'.",
+                f"The tensor '{name}' has no place in the layers of '{model.dims.architecture}'.",
                 means="The file is a variant of its family that these rows do not describe.",
                 do="Measure this model through the engine with a workload instead.",
             )
 
 
-def _config(model: Model, family: Family, keys: dict[str, Any]) -> Any:
+def _config(model: Model, family: Layers, keys: dict[str, Any]) -> Any:
     from transformers import AutoConfig
 
     dims = model.dims
@@ -110,13 +118,12 @@ def _config(model: Model, family: Family, keys: dict[str, Any]) -> Any:
     names = {tensor.name for tensor in model.tensors}
     if family.bias_field:
         fields[family.bias_field] = layer_tensor(0, "attn_q.bias") in names
-    if family.sliding_pattern:
+    if family.windows:
         fields["query_pre_attn_scalar"] = (
             dims.n_embd // dims.n_head if dims.n_layer == family.wide_query_layers else head_dim
         )
         fields["layer_types"] = [
-            "full_attention" if (layer + 1) % family.sliding_pattern == 0 else "sliding_attention"
-            for layer in range(dims.n_layer)
+            "sliding_attention" if family.windows.window(layer) else "full_attention" for layer in range(dims.n_layer)
         ]
     config = AutoConfig.for_model(family.model_type, **fields)
     # sdpa has no soft cap on attention scores; the loop over experts is the only path that needs no fused
@@ -141,9 +148,9 @@ class LayeredModel:
     def __init__(self, model: Model, weights: Weights, *, device: str = "cpu") -> None:
         from transformers import AutoModelForCausalLM
 
-        self.model, self.family, self.device = model, _family(model), torch.device(device)
-        _check_tensors(model, self.family)
+        self.model, self.family, self.device = model, _layers(model), torch.device(device)
         self._keys = _keys(model)
+        _check_tensors(model, self.family, self._keys)
         self.config = _config(model, self.family, self._keys)
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
@@ -166,10 +173,10 @@ class LayeredModel:
         self._rope(1, local=False)
         dims, head_dim = self._rotated_dims, self.model.dims.head_dim_k
         window = int(self._keys.get("attention.sliding_window", 0))
-        alternating = window and not self.family.sliding_pattern and self.family.architecture != "phi3"
+        alternating = window and not self.family.windows and not self.family.plain_with_window
         if (dims != head_dim and not self.family.partial_rotary) or (alternating and "rope.scaling.type" in self._keys):
             raise UnknownArchitecture(
-                f"This '{self.family.architecture}' model rotates {dims} of {head_dim} dimensions of a head, "
+                f"This '{self.model.dims.architecture}' model rotates {dims} of {head_dim} dimensions of a head, "
                 f"with a sliding window of {window}.",
                 means="It is a variant of its family that these rows do not describe.",
                 do="Measure this model through the engine with a workload instead.",
@@ -179,11 +186,22 @@ class LayeredModel:
     def _rotated_dims(self) -> int:
         return int(self._keys.get("rope.dimension_count", self.model.dims.head_dim_k))
 
+    def kind(self, layer: int) -> LayerKind:
+        """What a layer is made of; in a hybrid not every layer is alike."""
+        return self.family.kind(self._keys, layer)
+
+    def first_of_each_kind(self) -> list[tuple[int, LayerKind]]:
+        """The first layer of every kind that the model has, with its kind."""
+        first: dict[LayerKind, int] = {}
+        for layer in range(self.n_layer):
+            first.setdefault(self.kind(layer), layer)
+        return [(layer, kind) for kind, layer in first.items()]
+
     def layer_names(self, layer: int) -> list[str]:
         """The GGUF tensors that a layer reads, in the order of the family's rows."""
         return [
             name
-            for parameter in self.family.parameters
+            for parameter in self.kind(layer).parameters
             for role in parameter.roles
             if (name := layer_tensor(layer, role)) in self._names
         ]
@@ -207,7 +225,7 @@ class LayeredModel:
             BadFile: a tensor is missing or has another shape than the header's dimensions say.
         """
         block = _copy_structure(self._blocks[layer])
-        rows = {parameter.path: parameter for parameter in self.family.parameters}
+        rows = {parameter.path: parameter for parameter in self.kind(layer).parameters}
         for path, empty in list(block.named_parameters()):
             parameter = rows[path]
             parts = [weights(name) for name in self._parts(layer, parameter)]
@@ -254,7 +272,7 @@ class LayeredModel:
             states,
             attention_mask=self._mask(n, sliding),
             position_ids=torch.arange(n, device=self.device)[None],
-            position_embeddings=self._rope(n, local=sliding and self.family.architecture == "gemma3"),
+            position_embeddings=self._rope(n, local=sliding and self.family.local_rope),
         )
         return out if isinstance(out, torch.Tensor) else out[0]
 
@@ -267,8 +285,7 @@ class LayeredModel:
         return module.to(self.device)
 
     def _slides(self, layer: int) -> bool:
-        pattern = self.family.sliding_pattern
-        return bool(pattern) and (layer + 1) % pattern != 0
+        return self.family.windows is not None and self.family.windows.window(layer)
 
     def _mask(self, n: int, sliding: bool) -> torch.Tensor | None:
         """None lets sdpa use its causal kernel; otherwise a mask to add, f32[1, 1, n, n]."""

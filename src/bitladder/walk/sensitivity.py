@@ -172,7 +172,7 @@ class SensitivityPass:
         """Sensitivities of a layer's tensors; ``gradients`` at its output become those at its input."""
         block = self.model.layer(layer, self._weights)
         present = {name for name, _ in block.named_modules()}
-        inputs = [shared for shared in self.model.family.inputs if shared.module in present]
+        inputs = [shared for shared in self.model.kind(layer).inputs if shared.module in present]
         watch = _Watch(self.model, block, inputs, half=self._half)
         for batch in self._batches:
             valid = torch.from_numpy(batch.valid).to(self.model.device)
@@ -185,7 +185,7 @@ class SensitivityPass:
         held = set(self.model.layer_names(layer))
         for shared in inputs:
             seen = tuple(one.result() for one in watch.sums[shared])
-            for parameter in self.model.family.parameters:
+            for parameter in self.model.kind(layer).parameters:
                 for role, energies in self._by_role(block, parameter, watch.energies, len(seen)):
                     if role in shared.roles and layer_tensor(layer, role) in held:
                         yield Sensitivity(layer_tensor(layer, role), seen, energies, self.predictions)

@@ -91,7 +91,7 @@ class SequentialStream:
             self._weights.forget(tensor)
         through = LayerPass(self.model, layer, block, self.states, self._batches, spill=self._spill, half=self._half)
         output = LayerOutput()
-        for shared in self.model.family.inputs:
+        for shared in self.model.kind(layer).inputs:
             parameters = quantized_parameters(self.model.family, shared)
             if not parameters:
                 continue
@@ -179,7 +179,7 @@ class ReferenceStream:
         """
         block = self.model.layer(layer, self._weights)
         modules = {name for name, _ in block.named_modules()}
-        inputs = [shared for shared in self.model.family.inputs if shared.module in modules]
+        inputs = [shared for shared in self.model.kind(layer).inputs if shared.module in modules]
         if not any(isinstance(level, ImportanceVectors) for level in self.levels):  # which routers have, too
             inputs = [shared for shared in inputs if quantized_parameters(self.model.family, shared)]
         gathered: list[list[InputStatistics] | None] = [None] * len(inputs)
