@@ -103,6 +103,14 @@ def test_partly_rotated_heads_are_refused_where_the_layer_cannot(tmp_path: Path)
         LayeredModel(file.model, FileWeights(file))
 
 
+def test_a_variant_that_its_header_gives_away_is_refused(tmp_path: Path):
+    with (
+        broken(tmp_path, CASES["glm4"], **{"rope.dimension_sections": 2}) as file,
+        pytest.raises(UnknownArchitecture, match=r"'glm4' model has 'rope.dimension_sections'"),
+    ):
+        LayeredModel(file.model, FileWeights(file))
+
+
 def test_tensor_without_a_place_is_refused(tmp_path: Path):
     case = Case(
         "llama",

@@ -44,6 +44,8 @@ LAYERS = {
     "olmo2": "attn_q attn_k attn_v attn_output attn_q_norm attn_k_norm post_attention_norm post_ffw_norm "
     "ffn_gate ffn_up ffn_down",
     "command-r": "attn_norm attn_q attn_k attn_v attn_output ffn_gate ffn_up ffn_down",
+    "smollm3": PLAIN,
+    "glm4": "attn_norm attn_q attn_k attn_v attn_output post_attention_norm ffn_norm ffn_up ffn_down post_ffw_norm",
     "phi3": "attn_norm attn_qkv attn_output ffn_norm ffn_up ffn_down",
     "qwen3moe": "attn_norm attn_q attn_k attn_v attn_output attn_q_norm attn_k_norm ffn_norm ffn_gate_inp "
     "ffn_gate_exps ffn_up_exps ffn_down_exps",

@@ -2,7 +2,7 @@
 them.
 
 Names come from gguf's own tensor name map, and what the converter does to weights is written out here once
-more, from its source (conversion/*.py), so that the rows in formats/roles.py are tested against something
+more, from its source (conversion/*.py), so that the rows in formats/families are tested against something
 that does not use them.
 """
 
@@ -163,6 +163,16 @@ CASES: dict[str, Case] = {
     ),
     "olmo": Case("olmo", "olmo", {"clip_qkv": 0.5}, {"attention.clamp_kqv": 0.5}, permuted=True),
     "olmo2": Case("olmo2", "olmo2"),
+    "smollm3": Case("smollm3", "smollm3", {"num_hidden_layers": 5}, permuted=True),
+    "glm4": Case(
+        "glm4",
+        "glm4",
+        {
+            "head_dim": 16,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+        },
+        {"rope.dimension_count": 8},
+    ),
 }  # fmt: skip
 
 

@@ -173,6 +173,13 @@ class LayeredModel:
         self._rope(1, local=False)
         dims, head_dim = self._rotated_dims, self.model.dims.head_dim_k
         window = int(self._keys.get("attention.sliding_window", 0))
+        variants = [key for key in self.family.variant_keys if key in self._keys]
+        if variants:
+            raise UnknownArchitecture(
+                f"The header of this '{self.model.dims.architecture}' model has '{variants[0]}'.",
+                means="It is a variant of its family that these rows do not describe.",
+                do="Measure this model through the engine with a workload instead.",
+            )
         alternating = window and not self.family.windows and not self.family.plain_with_window
         if (dims != head_dim and not self.family.partial_rotary) or (alternating and "rope.scaling.type" in self._keys):
             raise UnknownArchitecture(

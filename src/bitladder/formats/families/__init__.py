@@ -7,16 +7,17 @@ case in ``tests/tiny_models.py`` (where it is walked) or ``tests/test_shapes.py`
 
 from __future__ import annotations
 
-from bitladder.formats.families import cohere, deepseek, gemma, gpt_oss, granite, llama, olmo, others, phi, qwen
+from bitladder.formats.families import cohere, deepseek, gemma, glm, gpt_oss, granite, llama, olmo, others, phi, qwen
 from bitladder.formats.families.family import Family
 
 _ROWS = (
-    llama.LLAMA, llama.LLAMA4, llama.DECI,
+    llama.LLAMA, llama.SMOLLM3, llama.LLAMA4, llama.DECI,
     qwen.QWEN2, qwen.QWEN2_VL, qwen.QWEN2_MOE, qwen.QWEN3, qwen.QWEN3_MOE,
     qwen.QWEN3_NEXT, qwen.QWEN35, qwen.QWEN35_MOE,
     gemma.GEMMA, gemma.GEMMA2, gemma.GEMMA3, gemma.GEMMA3N,
     phi.PHI3,
     olmo.OLMO, olmo.OLMO2,
+    glm.GLM4,
     granite.GRANITE,
     cohere.COMMAND_R, cohere.COHERE2,
     deepseek.DEEPSEEK2,

@@ -153,6 +153,8 @@ class Layers:
     plain_with_window: bool = False
     """A window in the header beside scaled positions makes no other model of it (Phi-3). Elsewhere windows and
     scaling together are a variant that these layers would run wrongly."""
+    variant_keys: tuple[str, ...] = ()
+    """Keys of the header that only variants have which these layers would run wrongly."""
     experts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Stacked experts on disk: path of the parameter -> the names of one expert's linear layers, one for each equal
     run of rows, ``{}`` for the expert's number. Dense layers are on disk as in the module."""

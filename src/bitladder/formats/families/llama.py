@@ -1,4 +1,4 @@
-"""Llama and what llama.cpp runs as Llama: Mistral, Mixtral, and many fine-tunes under other names."""
+"""Llama, what llama.cpp runs as Llama (Mistral, Mixtral, and many fine-tunes under other names), and its kin."""
 
 from __future__ import annotations
 
@@ -31,6 +31,18 @@ LLAMA = Family(
         bias_field="attention_bias",
     ),
     expert_layers=_MIXTRAL,
+)
+SMOLLM3 = Family(  # every fourth layer knows no positions, which its rows of q and k do not show
+    "smollm3",
+    Checkpoint(("SmolLM3ForCausalLM",), tied=True),
+    features=frozenset(),
+    layers=Layers(
+        "smollm3",
+        (dense((*PRE_NORMS, *attention("unpermute"), *MLP)),),
+        options=(RMS,),
+        constants=(("no_rope_layer_interval", 4),),
+        bias_field="attention_bias",
+    ),
 )
 LLAMA4 = Family("llama4", windows=Windows(4, tokens=8192))
 DECI = Family("deci", mix=Mix(seventy_layers=80))

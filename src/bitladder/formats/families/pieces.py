@@ -12,13 +12,13 @@ def linear(path: str, role: str, transform: str = "same", *, bias: bool = False)
     return (weight, Parameter(f"{path}.bias", (f"{role}.bias",), transform, optional=True)) if bias else (weight,)
 
 
-def attention(transform: str = "same", *, bias: bool = True) -> tuple[Parameter, ...]:
-    """Separate projections; ``transform``: of queries and keys."""
+def attention(transform: str = "same", *, bias: bool = True, output_bias: bool = True) -> tuple[Parameter, ...]:
+    """Separate projections; ``transform``: of queries and keys. ``output_bias``: where there is ``bias`` at all."""
     return (
         *linear("self_attn.q_proj", "attn_q", transform, bias=bias),
         *linear("self_attn.k_proj", "attn_k", transform, bias=bias),
         *linear("self_attn.v_proj", "attn_v", bias=bias),
-        *linear("self_attn.o_proj", "attn_output", bias=bias),
+        *linear("self_attn.o_proj", "attn_output", bias=bias and output_bias),
     )
 
 
