@@ -59,7 +59,7 @@ def test_a_token_of_int8_by_its_definition():
     np.testing.assert_array_equal(found.numpy().reshape(x.shape), expected)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2moe"])
+@pytest.mark.parametrize("name", ["llama", "qwen2moe", "ernie4_5moe"])
 def test_every_linear_layer_rounds_by_its_own_type(name, tmp_path):
     case = CASES[name]
     asked = []

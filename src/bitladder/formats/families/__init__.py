@@ -7,7 +7,20 @@ case in ``tests/tiny_models.py`` (where it is walked) or ``tests/test_shapes.py`
 
 from __future__ import annotations
 
-from bitladder.formats.families import cohere, deepseek, gemma, glm, gpt_oss, granite, llama, olmo, others, phi, qwen
+from bitladder.formats.families import (
+    cohere,
+    deepseek,
+    ernie,
+    gemma,
+    glm,
+    gpt_oss,
+    granite,
+    llama,
+    olmo,
+    others,
+    phi,
+    qwen,
+)
 from bitladder.formats.families.family import Family
 
 _ROWS = (
@@ -17,6 +30,7 @@ _ROWS = (
     gemma.GEMMA, gemma.GEMMA2, gemma.GEMMA3, gemma.GEMMA3N,
     phi.PHI3,
     olmo.OLMO, olmo.OLMO2,
+    ernie.ERNIE4_5_MOE,
     glm.GLM4,
     granite.GRANITE,
     cohere.COMMAND_R, cohere.COHERE2,

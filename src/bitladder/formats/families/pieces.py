@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from bitladder.formats.families.family import LayerKind
 from bitladder.formats.roles import Parameter, SharedInput, Stop
 
@@ -88,6 +91,12 @@ def dense(parameters: tuple[Parameter, ...], inputs: tuple[SharedInput, ...] = D
 def mixture(parameters: tuple[Parameter, ...], inputs: tuple[SharedInput, ...] = MOE_INPUTS) -> LayerKind:
     """A layer of attention and experts, where no pass stops after the attention."""
     return LayerKind(parameters, inputs, (AFTER_ATTENTION,))
+
+
+def experts_after_dense(keys: Mapping[str, Any], layer: int) -> int:
+    """Kinds are (dense, mixture): as many dense layers as the header says come first."""
+    leading = keys.get("leading_dense_block_count")
+    return 0 if isinstance(leading, int) and layer < leading else 1
 
 
 RMS = ("rms_norm_eps", "attention.layer_norm_rms_epsilon")
