@@ -28,7 +28,7 @@ def walked_logits(gguf: Path, folder: Path, level: str, tokens: np.ndarray) -> t
             return model.norm(FileWeights(source))(states) @ torch.from_numpy(weights(model.output)).T
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3", "mixtral", "qwen2moe", "phi3"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3", "mixtral", "qwen2moe", "phi3", "glm4", "ernie4_5moe"])
 def test_the_walk_sees_what_transformers_sees(name, tmp_path):
     _, checkpoint, gguf = tiny(name, tmp_path)
     level = "INT8-W8A8-smooth"
@@ -40,7 +40,7 @@ def test_the_walk_sees_what_transformers_sees(name, tmp_path):
     torch.testing.assert_close(walked_logits(gguf, folder, level, tokens), expected, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2moe"])
+@pytest.mark.parametrize("name", ["llama", "qwen2moe", "ernie4_5moe"])
 def test_only_int8_activations_are_rounded_and_only_before_quantized_layers(name, tmp_path):
     _, checkpoint, gguf = tiny(name, tmp_path)
     levels = ["INT8-W8A8", "INT8-W8A16"]

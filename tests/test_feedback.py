@@ -321,7 +321,7 @@ def test_too_little_text_is_refused(tiny, tmp_path):
         write_with_feedback(source, _recipe(source, "Q4_0"), tmp_path, windows[:2])
 
 
-@pytest.mark.parametrize("name", ["mixtral", "phi3", "gemma2", "qwen2moe"])
+@pytest.mark.parametrize("name", ["mixtral", "phi3", "gemma2", "qwen2moe", "glm4", "ernie4_5moe"])
 def test_other_families(name, tmp_path):
     case = next((case for key, case in tiny_models.CASES.items() if key.startswith(name)), None)
     if case is None:

@@ -1,5 +1,6 @@
 """The layered forward pass gives the logits of transformers' own full model, family by family."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,8 @@ import torch
 import tiny_models
 from bitladder.errors import BadFile, BadInput, UnknownArchitecture
 from bitladder.files.gguf import GgufFile
-from bitladder.formats.roles import EMBEDDING, FAMILIES, layer_tensor
+from bitladder.formats.families import FAMILIES
+from bitladder.formats.roles import EMBEDDING, layer_tensor
 from bitladder.walk.layers import LayeredModel, inference
 from bitladder.walk.weights import FileWeights
 from tiny_models import CASES, N_VOCAB, Case
@@ -43,8 +45,14 @@ def test_logits_equal_those_of_the_whole_model(name: str, tmp_path: Path):
 
 
 def test_every_family_has_a_case():
-    covered = {case.architecture + ("+experts" if case.model_type == "mixtral" else "") for case in CASES.values()}
-    assert covered == set(FAMILIES)
+    rows = {
+        (row.architecture, one.model_type)
+        for row in FAMILIES.values()
+        for one in (row.layers, row.expert_layers)
+        if one
+    }
+    covered = {(case.architecture, case.model_type) for case in CASES.values()}
+    assert covered - {("llama", "mistral")} == rows
 
 
 def test_only_embedding_rows_that_occur_are_read(tmp_path: Path):
@@ -92,6 +100,33 @@ def test_partly_rotated_heads_are_refused_where_the_layer_cannot(tmp_path: Path)
     with (
         broken(tmp_path, CASES["llama"], **{"rope.dimension_count": 8}) as file,
         pytest.raises(UnknownArchitecture, match=r"rotates 8 of 16"),
+    ):
+        LayeredModel(file.model, FileWeights(file))
+
+
+def test_layers_of_two_kinds(tmp_path: Path):
+    """Each layer has its own kind's parameters and inputs, and a tensor of the other kind has no place in it."""
+    case = CASES["ernie4_5moe"]
+    model = tiny_models.make(case)
+    with GgufFile.open(tiny_models.write(case, model, tmp_path / "tiny.gguf")) as file:
+        layered = LayeredModel(file.model, FileWeights(file))
+        dense, mixture = (layered.kind(layer) for layer in (0, 1))
+        assert dense != mixture == layered.kind(2)
+        assert [layer for layer, _ in layered.first_of_each_kind()] == [0, 1]
+        assert "blk.0.ffn_down.weight" in layered.layer_names(0)
+        assert "blk.1.ffn_down_exps.weight" in layered.layer_names(1)
+    strange = replace(case, tensors=lambda _: {"blk.1.ffn_down.weight": np.ones((64, 96))})
+    with (
+        GgufFile.open(tiny_models.write(strange, model, tmp_path / "strange.gguf")) as file,
+        pytest.raises(UnknownArchitecture, match=r"'blk.1.ffn_down.weight' has no place"),
+    ):
+        LayeredModel(file.model, FileWeights(file))
+
+
+def test_a_variant_that_its_header_gives_away_is_refused(tmp_path: Path):
+    with (
+        broken(tmp_path, CASES["glm4"], **{"rope.dimension_sections": 2}) as file,
+        pytest.raises(UnknownArchitecture, match=r"'glm4' model has 'rope.dimension_sections'"),
     ):
         LayeredModel(file.model, FileWeights(file))
 

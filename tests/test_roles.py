@@ -1,58 +1,84 @@
-"""The rows of model families agree with themselves and with gguf's own tensor names."""
+"""The rows of walked families agree with themselves and with gguf's own tensor names."""
 
 import gguf
 import pytest
 
-from bitladder.formats.roles import FAMILIES, family_of, layer_tensor
+from bitladder.formats.families import FAMILIES, family_of
+from bitladder.formats.families.family import Family, Layers
+from bitladder.formats.roles import layer_tensor
 
-NAMES = [pytest.param(name, id=name) for name in FAMILIES]
+WALKED = [
+    pytest.param(row, layers, id=layers.model_type)
+    for row in FAMILIES.values()
+    for layers in (row.layers, row.expert_layers)
+    if layers
+]
 
 
-def roles_of(name: str) -> list[str]:
-    return [role for parameter in FAMILIES[name].parameters for role in parameter.roles]
+def roles_of(layers: Layers) -> list[str]:
+    return [role for parameter in layers.parameters for role in parameter.roles]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_each_role_makes_one_parameter(name: str):
-    roles = roles_of(name)
-    paths = [parameter.path for parameter in FAMILIES[name].parameters]
+@pytest.mark.parametrize(("row", "layers"), WALKED)
+def test_each_role_makes_one_parameter(row: Family, layers: Layers):
+    roles = roles_of(layers)
+    paths = [parameter.path for parameter in layers.parameters]
     assert len(roles) == len(set(roles))
     assert len(paths) == len(set(paths))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_each_linear_layer_reads_one_shared_input(name: str):
-    family = FAMILIES[name]
-    read = [role for shared in family.inputs for role in shared.roles]
-    linear = {
-        role
-        for parameter in family.parameters
-        for role in parameter.roles
-        if role.endswith(".weight") and "norm" not in role
-    }
-    assert len(read) == len(set(read))
-    assert set(read) == linear
+@pytest.mark.parametrize(("row", "layers"), WALKED)
+def test_each_linear_layer_reads_one_shared_input(row: Family, layers: Layers):
+    for kind in layers.kinds:
+        read = [role for shared in kind.inputs for role in shared.roles]
+        linear = {
+            role
+            for parameter in kind.parameters
+            for role in parameter.roles
+            if role.endswith(".weight") and "norm" not in role
+        }
+        assert len(read) == len(set(read))
+        assert set(read) == linear
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_modules_and_absorbing_tensors_exist(name: str):
-    family = FAMILIES[name]
-    paths = [parameter.path for parameter in family.parameters]
-    for shared in family.inputs:
-        assert any(path.startswith(shared.module + ".") for path in paths)
-        assert shared.absorbs is None or shared.absorbs in roles_of(name)
+@pytest.mark.parametrize(("row", "layers"), WALKED)
+def test_modules_and_absorbing_tensors_exist(row: Family, layers: Layers):
+    for kind in layers.kinds:
+        paths = [parameter.path for parameter in kind.parameters]
+        roles = [role for parameter in kind.parameters for role in parameter.roles]
+        for shared in kind.inputs:
+            assert any(path.startswith(shared.module + ".") for path in paths)
+            assert shared.absorbs is None or shared.absorbs in roles
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_roles_are_gguf_names(name: str):
-    architecture = name.removesuffix("+experts")
-    arch = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == architecture)
+@pytest.mark.parametrize(("row", "layers"), WALKED)
+def test_passes_stop_where_a_linear_layer_reads_its_own_input(row: Family, layers: Layers):
+    """Else what is kept would be the input of something else, too, or never be asked for."""
+    for kind in layers.kinds:
+        alone = {shared.module for shared in kind.inputs if shared.kind == "linear" and len(shared.roles) == 1}
+        assert {stop.module for stop in kind.stops} <= alone
+        assert all(stop.module.startswith(stop.owner + ".") for stop in kind.stops)
+
+
+@pytest.mark.parametrize(("row", "layers"), WALKED)
+def test_roles_are_gguf_names(row: Family, layers: Layers):
+    arch = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == row.architecture)
     known = {gguf.TENSOR_NAMES[tensor].format(bid=0) for tensor in gguf.MODEL_TENSORS[arch]}
-    for role in roles_of(name):
+    for role in roles_of(layers):
         assert layer_tensor(0, role).rsplit(".", 1)[0] in known
 
 
+@pytest.mark.parametrize(("row", "layers"), WALKED)
+def test_names_on_disk_are_of_parameters(row: Family, layers: Layers):
+    paths = {parameter.path for parameter in layers.parameters}
+    assert {*layers.experts, *layers.renamed} <= paths
+    assert {path for path in paths if path.startswith("mlp.experts.")} == set(layers.experts)
+    assert bool(layers.experts) == bool(layers.routers)
+
+
 def test_mixtral_is_llama_with_experts():
-    assert family_of("llama", 0) is FAMILIES["llama"]
-    assert family_of("llama", 8) is FAMILIES["llama+experts"]
-    assert family_of("mamba") is None
+    row = family_of("llama")
+    assert row.layers_of(0) is row.layers
+    assert row.layers_of(8) is row.expert_layers
+    assert row.expert_layers.model_type == "mixtral"
+    assert family_of("mamba").layers_of(0) is None

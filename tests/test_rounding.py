@@ -59,14 +59,14 @@ def test_a_token_of_int8_by_its_definition():
     np.testing.assert_array_equal(found.numpy().reshape(x.shape), expected)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2moe"])
+@pytest.mark.parametrize("name", ["llama", "qwen2moe", "ernie4_5moe"])
 def test_every_linear_layer_rounds_by_its_own_type(name, tmp_path):
     case = CASES[name]
     asked = []
     with GgufFile.open(tiny_models.write(case, tiny_models.make(case), tmp_path / "tiny.gguf")) as source:
         model = LayeredModel(source.model, FileWeights(source))
         block = model.layer(1, FileWeights(source))
-        round_inputs(block, model.family, 1, lambda tensor: asked.append(tensor) or "F16")
+        round_inputs(block, model.kind(1), 1, lambda tensor: asked.append(tensor) or "F16")
     hooked = {path for path, module in block.named_modules() if module._forward_pre_hooks}
     linear = {path for path, module in block.named_modules() if isinstance(module, torch.nn.Linear)}
     assert hooked == linear | ({"mlp.experts"} if "moe" in name else set())

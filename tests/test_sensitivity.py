@@ -124,7 +124,7 @@ def test_rows_are_those_of_the_file(tmp_path):
     assert heavy.kl_mean > 1.5 * light.kl_mean
 
 
-@pytest.mark.parametrize("name", ["llama", "mixtral", "qwen2moe", "gemma2", "phi3"])
+@pytest.mark.parametrize("name", ["llama", "mixtral", "qwen2moe", "gemma2", "phi3", "glm4", "ernie4_5moe"])
 def test_a_table_of_every_family(name, tmp_path):
     source, windows = _opened(name, tmp_path)
     with source:

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from bitladder.describe.hf_config import FAMILY, shape_of
-from bitladder.describe.shapes import FAMILIES, Shape, model_of
+from bitladder.describe.hf_config import shape_of
+from bitladder.describe.shapes import Shape, model_of
 from bitladder.errors import BadFile, UnknownArchitecture
+from bitladder.formats.families import BY_CLASS, planned
 from bitladder.levels import parse_level
 from bitladder.plan.cost import level_size
 from bitladder.units import MiB
@@ -43,6 +44,8 @@ LAYERS = {
     "olmo2": "attn_q attn_k attn_v attn_output attn_q_norm attn_k_norm post_attention_norm post_ffw_norm "
     "ffn_gate ffn_up ffn_down",
     "command-r": "attn_norm attn_q attn_k attn_v attn_output ffn_gate ffn_up ffn_down",
+    "smollm3": PLAIN,
+    "glm4": "attn_norm attn_q attn_k attn_v attn_output post_attention_norm ffn_norm ffn_up ffn_down post_ffw_norm",
     "phi3": "attn_norm attn_qkv attn_output ffn_norm ffn_up ffn_down",
     "qwen3moe": "attn_norm attn_q attn_k attn_v attn_output attn_q_norm attn_k_norm ffn_norm ffn_gate_inp "
     "ffn_gate_exps ffn_up_exps ffn_down_exps",
@@ -53,7 +56,7 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", planned())
 def test_tensors_of_a_layer(family):
     mixture = EXPERTS if "exps" in LAYERS[family] else {}
     shape = Shape("x", family, 1, 64, 128, 4, 2, 100, 512, **mixture, **(LATENT if family == "deepseek2" else {}))
@@ -99,7 +102,7 @@ def test_experts_and_latent_attention():
     shape = shape_of("d", config)
     assert (shape.n_expert, shape.n_ff_shared, shape.n_dense_layers, shape.kv_rank) == (256, 2048, 3, 512)
     assert shape.expert_bias
-    assert set(FAMILY.values()) <= set(FAMILIES)
+    assert {row.architecture for row in BY_CLASS.values()} <= set(planned())
 
 
 @pytest.mark.parametrize(

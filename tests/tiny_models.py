@@ -2,7 +2,7 @@
 them.
 
 Names come from gguf's own tensor name map, and what the converter does to weights is written out here once
-more, from its source (conversion/*.py), so that the rows in formats/roles.py are tested against something
+more, from its source (conversion/*.py), so that the rows in formats/families are tested against something
 that does not use them.
 """
 
@@ -163,6 +163,28 @@ CASES: dict[str, Case] = {
     ),
     "olmo": Case("olmo", "olmo", {"clip_qkv": 0.5}, {"attention.clamp_kqv": 0.5}, permuted=True),
     "olmo2": Case("olmo2", "olmo2"),
+    "smollm3": Case("smollm3", "smollm3", {"num_hidden_layers": 5}, permuted=True),
+    "ernie4_5moe": Case(  # the first layer dense; experts 48 wide happen to make a token that noise of 1e-6 turns over
+        "ernie4_5_moe",
+        "ernie4_5-moe",
+        {
+            "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 64, "moe_num_shared_experts": 2,
+            "moe_layer_start_index": 1,
+        },
+        {
+            "expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 64, "expert_shared_count": 2,
+            "leading_dense_block_count": 1, "interleave_moe_layer_step": 1,
+        },
+    ),
+    "glm4": Case(
+        "glm4",
+        "glm4",
+        {
+            "head_dim": 16,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+        },
+        {"rope.dimension_count": 8},
+    ),
 }  # fmt: skip
 
 
@@ -192,6 +214,8 @@ def _converted(case: Case, config: Any, name: str, weight: np.ndarray) -> dict[s
         layer = name.split(".")[2]
         gate, up = np.split(weight, 2, axis=1)
         return {f"blk.{layer}.ffn_gate_exps.weight": gate, f"blk.{layer}.ffn_up_exps.weight": up}
+    if name.endswith("mlp.gate.moe_statics.e_score_correction_bias"):
+        return {f"blk.{name.split('.')[2]}.exp_probs_b.bias": weight.reshape(-1)}
     if name.endswith("experts.down_proj"):
         return {f"blk.{name.split('.')[2]}.ffn_down_exps.weight": weight}
     if case.permuted and ".q_proj." in name:

@@ -1,23 +1,18 @@
-"""What a model keeps per token and per sequence while it runs: its KV cache, layer by layer, in llama.cpp's
-layout.
+"""What a model keeps per token and per sequence while it runs: its KV cache, layer by layer, in llama.cpp's layout.
 
 A layer keeps one of
 
-    full       a key and a value row for every token of the context: n_head_kv * head_dim weights each.
-    Grouped and
-               multi-query attention differ in n_head_kv only.
-    window     the same for the last ``window`` tokens only (sliding-window layers; which ones is the
-    family's pattern)
-    latent     one row of kv_lora_rank + rope dimensions for every token, no value row (multi-head latent
-    attention)
-    state      a convolution and a recurrent state per sequence, 32-bit floats, whatever the context (Mamba,
-    RWKV,
-               gated delta nets, short convolutions)
+    full      a key and a value row of n_head_kv * head_dim weights each, for every token of the context (grouped
+              and multi-query attention differ in n_head_kv only)
+    window    the same, for the last ``window`` tokens only; which layers have one is the family's pattern
+    latent    one row of kv_lora_rank + rope dimensions for every token, no value row (multi-head latent attention)
+    state     a convolution and a recurrent state per sequence, 32-bit floats, whatever the context (Mamba, RWKV,
+              gated delta nets, short convolutions)
 
-and a few hybrids keep a state and a KV row in the same layer.
-Source: llama.cpp's llama-kv-cache*.cpp, llama-memory-recurrent.cpp and llama-hparams.cpp (build 11549),
-checked against
-what its allocator reports (benchmarks/memory_prediction.py).
+and a few hybrids keep a state and a KV row in the same layer. What a header leaves unsaid is in the family's row
+(``formats/families``).
+Source: llama.cpp's llama-kv-cache*.cpp, llama-memory-recurrent.cpp and llama-hparams.cpp (build 11549), checked
+against what its allocator reports (benchmarks/memory_prediction.py).
 """
 
 from __future__ import annotations
@@ -29,19 +24,8 @@ from typing import Any
 
 from bitladder.describe.model import Model, ModelDims
 from bitladder.formats.blocks import QTYPES
-
-_PATTERN = {
-    "gemma2": 2, "gemma3": 6, "gemma3n": 5, "cohere2": 4, "gpt-oss": 2, "llama4": 4, "exaone4": 4, "olmo2": 4,
-    "smallthinker": 4, "plamo3": 8,
-}  # fmt: skip
-"""Family -> every how many layers one attends to the whole context; the others see the window. Families that
-are not here
-and whose file has no pattern of its own attend to everything, also where config.json names a window (llama,
-qwen2)."""
-_WINDOW = {"llama4": 8192}
-"""Families whose window is not in the header (Llama 4 attends in chunks)."""
-_DENSE_FIRST = {"smallthinker"}
-"""Families where the whole-context layer is the first of its group, not the last."""
+from bitladder.formats.families import family_of
+from bitladder.formats.families.family import States, Windows
 
 
 @dataclass(frozen=True)
@@ -79,14 +63,15 @@ def layer_caches(model: Model) -> tuple[LayerCache, ...]:
         rope = keys.number("rope.dimension_count", 64)
         return (LayerCache(k_width=rank + rope, count=dims.n_layer),)
     heads = keys.per_layer("attention.head_count_kv", dims.n_layer, dims.n_head_kv)
-    windows = _windows(dims, keys)
+    family = family_of(dims.architecture)
+    windows = _windows(family.windows, dims, keys)
     state = _state(dims, keys)
-    recurrent = _recurrent(dims, keys, heads, state)
+    recurrent = _recurrent(family.states, dims, keys, heads, state)
     caching = dims.n_layer - keys.number("attention.shared_kv_layers", 0)  # the last ones use another layer's cache
     kinds = Counter(zip(heads[:caching], windows[:caching], recurrent[:caching], strict=True))
     layers = []
     for (head_count, window, keeps_state), count in kinds.items():
-        attends = head_count > 0 and (not keeps_state or dims.architecture in _PARALLEL)
+        attends = head_count > 0 and (not keeps_state or family.states.beside_attention)
         k_head, v_head = _head_dims(dims, keys, bool(window))
         layers.append(
             LayerCache(
@@ -182,19 +167,20 @@ class _Keys:
         return [self.number(name, default)] * n_layer
 
 
-def _windows(dims: ModelDims, keys: _Keys) -> list[int]:
-    """Per layer the tokens it sees, 0 for all of them."""
-    window = dims.sliding_window or _WINDOW.get(dims.architecture, 0)
+def _windows(windows: Windows | None, dims: ModelDims, keys: _Keys) -> list[int]:
+    """Per layer the tokens it sees, 0 for all of them. Without a pattern in the row or the header layers see
+    everything, also where config.json names a window (llama, qwen2)."""
+    window = dims.sliding_window or (windows.tokens if windows else 0)
     stated = keys.raw("attention.sliding_window_pattern")
     if not window:
         return [0] * dims.n_layer
     if isinstance(stated, list) and len(stated) >= dims.n_layer:
         return [window if item else 0 for item in stated[: dims.n_layer]]
-    every = stated if isinstance(stated, int) else _PATTERN.get(dims.architecture, 0)
+    every = stated if isinstance(stated, int) else windows.every if windows else 0
     if every < 2:
         return [window if every == 0 and stated is not None else 0] * dims.n_layer
-    whole = 0 if dims.architecture in _DENSE_FIRST else every - 1
-    return [0 if layer % every == whole else window for layer in range(dims.n_layer)]
+    pattern = Windows(every, whole_first=windows is not None and windows.whole_first)
+    return [window if pattern.window(layer) else 0 for layer in range(dims.n_layer)]
 
 
 def _head_dims(dims: ModelDims, keys: _Keys, windowed: bool) -> tuple[int, int]:
@@ -205,12 +191,6 @@ def _head_dims(dims: ModelDims, keys: _Keys, windowed: bool) -> tuple[int, int]:
         keys.number("attention.key_length_swa", dims.head_dim_k),
         keys.number("attention.value_length_swa", dims.head_dim_v),
     )
-
-
-_PARALLEL = {"falcon-h1"}
-"""Families whose layers attend and keep a state at once."""
-_EVERY_FOURTH = {"qwen3next", "qwen35", "qwen35moe"}
-"""Families of gated delta nets where, unless the file says otherwise, every fourth layer attends."""
 
 
 def _state(dims: ModelDims, keys: _Keys) -> int:
@@ -227,18 +207,17 @@ def _state(dims: ModelDims, keys: _Keys) -> int:
     return dims.n_embd * (short - 1) if short else 0
 
 
-def _recurrent(dims: ModelDims, keys: _Keys, heads: list[int], state: int) -> list[bool]:
+def _recurrent(states: States, dims: ModelDims, keys: _Keys, heads: list[int], state: int) -> list[bool]:
     """Which layers keep a state."""
     if not state:
         return [False] * dims.n_layer
-    if dims.architecture in _PARALLEL:
+    if states.beside_attention:
         return [True] * dims.n_layer
     if isinstance(keys.raw("attention.head_count_kv"), list):
         ff = keys.raw("feed_forward_length")
         feeds = [isinstance(ff, list) and layer < len(ff) and ff[layer] > 0 for layer in range(dims.n_layer)]
-        alone = dims.architecture.startswith("nemotron_h")  # there a layer is one of: state, attention, feed-forward
-        return [count == 0 and not (alone and feeds[layer]) for layer, count in enumerate(heads)]
-    if dims.architecture in _EVERY_FOURTH:
-        every = keys.number("full_attention_interval", 4)
+        return [count == 0 and not (states.one_job and feeds[layer]) for layer, count in enumerate(heads)]
+    if states.attention_every:
+        every = keys.number("full_attention_interval", states.attention_every)
         return [(layer + 1) % every != 0 for layer in range(dims.n_layer)]
     return [True] * dims.n_layer

@@ -7,17 +7,8 @@ from typing import Any
 
 from bitladder.describe.shapes import Shape
 from bitladder.errors import BadFile, UnknownArchitecture
-
-FAMILY = {
-    "LlamaForCausalLM": "llama", "MistralForCausalLM": "llama", "MixtralForCausalLM": "llama",
-    "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3", "Qwen3MoeForCausalLM": "qwen3moe",
-    "GemmaForCausalLM": "gemma", "Gemma2ForCausalLM": "gemma2", "Gemma3ForCausalLM": "gemma3",
-    "Gemma3ForConditionalGeneration": "gemma3", "Phi3ForCausalLM": "phi3", "Olmo2ForCausalLM": "olmo2",
-    "CohereForCausalLM": "command-r", "DeepseekV2ForCausalLM": "deepseek2", "DeepseekV3ForCausalLM": "deepseek2",
-    "GptOssForCausalLM": "gpt-oss", "GraniteForCausalLM": "granite",
-}  # fmt: skip
-"""transformers' class -> llama.cpp's family."""
-_TIED_BY_DEFAULT = {"gemma", "gemma2", "gemma3", "command-r"}
+from bitladder.formats.families import BY_CLASS
+from bitladder.formats.families.family import Family
 
 
 def shape_of(name: str, config: Mapping[str, Any]) -> Shape:
@@ -29,19 +20,19 @@ def shape_of(name: str, config: Mapping[str, Any]) -> Shape:
     """
     listed = config.get("architectures")
     classes = listed if isinstance(listed, list) and listed else ["none"]
-    family = FAMILY.get(str(classes[0]))
-    if family is None:
+    family = BY_CLASS.get(str(classes[0]))
+    if family is None or family.checkpoint is None:
         raise UnknownArchitecture(
             f"{name} is a {classes[0]}, whose shapes are not known here.",
-            means=f"Known are {', '.join(FAMILY)}.",
+            means=f"Known are {', '.join(BY_CLASS)}.",
             do="Plan a GGUF file of it instead: every architecture is read from its header.",
         )
     text = config.get("text_config")
     numbers = _Numbers(name, {**config, **text} if isinstance(text, dict) else dict(config))
-    tied = numbers.values.get("tie_word_embeddings", family in _TIED_BY_DEFAULT)
+    tied = numbers.values.get("tie_word_embeddings", family.checkpoint.tied)
     return Shape(
         name=name,
-        architecture=family,
+        architecture=family.architecture,
         n_layer=numbers.need("num_hidden_layers"),
         n_embd=numbers.need("hidden_size"),
         n_ff=numbers.need("intermediate_size"),
@@ -64,7 +55,7 @@ def shape_of(name: str, config: Mapping[str, Any]) -> Shape:
         qk_nope=numbers.get("qk_nope_head_dim"),
         qk_rope=numbers.get("qk_rope_head_dim"),
         v_head=numbers.get("v_head_dim"),
-        expert_qtype="MXFP4" if family == "gpt-oss" else "F16",
+        expert_qtype=family.checkpoint.expert_qtype,
     )
 
 
@@ -97,15 +88,15 @@ class _Numbers:
         return next((self.get(key) for key in keys if self.get(key)), 0)
 
 
-def _window(family: str, numbers: _Numbers) -> int:
+def _window(family: Family, numbers: _Numbers) -> int:
     """Only families whose llama.cpp implementation has windows; others see everything whatever config.json says."""
-    return numbers.get("sliding_window") if family in ("gemma2", "gemma3", "gpt-oss") else 0
+    return numbers.get("sliding_window") if family.windows else 0
 
 
-def _rope_factors(family: str, numbers: _Numbers) -> int:
+def _rope_factors(family: Family, numbers: _Numbers) -> int:
     scaling = numbers.values.get("rope_scaling") or numbers.values.get("rope_parameters")
     kind = scaling.get("rope_type", scaling.get("type")) if isinstance(scaling, dict) else None
-    if not (family == "llama" and kind == "llama3") and not (family == "phi3" and kind in ("longrope", "su")):
+    if kind not in family.rope_tables.scalings:
         return 0
     head = numbers.get("head_dim") or numbers.need("hidden_size") // numbers.need("num_attention_heads")
     partial = numbers.values.get("partial_rotary_factor") or 1.0

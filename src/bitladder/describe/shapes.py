@@ -1,9 +1,8 @@
-"""The tensors of a model from its dimensions alone, in GGUF names and order of layers, per family as rows.
+"""The tensors of a model from its dimensions alone, in GGUF names and order of layers.
 
-This is how sizes are exact before anything is downloaded. A family is a set of features; what a feature adds
-to a layer is
-written once. Checked by giving files without weights to llama.cpp, which refuses a missing tensor or a wrong
-shape.
+This is how sizes are exact before anything is downloaded. A family's row (``formats/families``) has the set of its
+features; what a feature adds to a layer is written once, here. Checked by giving files without weights to
+llama.cpp, which refuses a missing tensor or a wrong shape.
 """
 
 from __future__ import annotations
@@ -14,31 +13,9 @@ from typing import Any
 
 from bitladder.describe.model import Model, ModelDims
 from bitladder.errors import UnknownArchitecture
+from bitladder.formats.families import family_of, planned
+from bitladder.formats.families.family import Feature
 from bitladder.formats.tensors import TensorInfo
-
-FAMILIES: dict[str, frozenset[str]] = {
-    "llama": frozenset({"gated"}),
-    "qwen2": frozenset({"gated", "qkv_bias"}),
-    "qwen3": frozenset({"gated", "head_norms"}),
-    "qwen3moe": frozenset({"gated", "head_norms"}),
-    "gemma": frozenset({"gated"}),
-    "gemma2": frozenset({"gated", "post_norms"}),
-    "gemma3": frozenset({"gated", "post_norms", "head_norms"}),
-    "phi3": frozenset({"fused"}),
-    "olmo2": frozenset({"gated", "only_post_norms", "row_norms"}),
-    "granite": frozenset({"gated"}),
-    "command-r": frozenset({"gated", "one_norm"}),
-    "deepseek2": frozenset({"gated", "latent"}),
-    "gpt-oss": frozenset({"gated", "all_bias", "sinks"}),
-}
-"""Family -> what its layers have.
-
-gated: separate gate, up and down projections          fused: one qkv and one gate-and-up matrix
-qkv_bias, all_bias: biases on q, k, v / everywhere      sinks: one learned logit per head
-head_norms, row_norms: q and k normed per head / whole  post_norms, only_post_norms, one_norm: which norms a
-layer has
-latent: multi-head latent attention
-"""
 
 
 @dataclass(frozen=True)
@@ -156,15 +133,16 @@ def tensors_of(shape: Shape) -> tuple[TensorInfo, ...]:
     Raises:
         UnknownArchitecture: no family of that name has rows here.
     """
-    if shape.architecture not in FAMILIES:
+    features = family_of(shape.architecture).features
+    if features is None:
         raise UnknownArchitecture(
             f"The shapes of the family '{shape.architecture}' are not known.",
-            means=f"Known are {', '.join(FAMILIES)}.",
+            means=f"Known are {', '.join(planned())}.",
             do="Give a GGUF file; its header is enough.",
         )
     tensors = list(_outer(shape))
     for layer in range(shape.n_layer):
-        for tensor in _layer(shape, layer):
+        for tensor in _layer(shape, features, layer):
             tensors.append(replace(tensor, name=f"blk.{layer}.{tensor.name}"))
     return tuple(tensors)
 
@@ -182,37 +160,34 @@ def _outer(shape: Shape) -> Iterator[TensorInfo]:
     yield _vector("output_norm", shape.n_embd)
     if not shape.tied:
         yield _matrix("output", shape.n_vocab, shape.n_embd)
-    if shape.rope_factors and shape.architecture == "phi3":
-        yield _vector("rope_factors_long", shape.rope_factors)
-        yield _vector("rope_factors_short", shape.rope_factors)
-    elif shape.rope_factors:
-        yield _vector("rope_freqs", shape.rope_factors)
+    if shape.rope_factors:
+        for name in family_of(shape.architecture).rope_tables.tensors:
+            yield _vector(name, shape.rope_factors)
 
 
-def _layer(shape: Shape, layer: int) -> Iterator[TensorInfo]:
-    features = FAMILIES[shape.architecture]
+def _layer(shape: Shape, features: frozenset[Feature], layer: int) -> Iterator[TensorInfo]:
     if "only_post_norms" not in features:
         yield _vector("attn_norm", shape.n_embd)
     yield from _latent_attention(shape) if "latent" in features else _attention(shape, features)
     if "post_norms" in features or "only_post_norms" in features:
         yield _vector("post_attention_norm", shape.n_embd)
         yield _vector("post_ffw_norm", shape.n_embd)
-    if shape.architecture == "gpt-oss":
+    if "ffn_norm_called_post" in features:
         yield _vector("post_attention_norm", shape.n_embd)
     elif "only_post_norms" not in features and "one_norm" not in features:
         yield _vector("ffn_norm", shape.n_embd)
     if shape.n_expert and layer >= shape.n_dense_layers:
         yield from _experts(shape, features)
-    elif "fused" in features:
+    elif "fused_gate" in features:
         yield _matrix("ffn_up", 2 * shape.n_ff, shape.n_embd)
         yield _matrix("ffn_down", shape.n_embd, shape.n_ff)
     else:
         yield from _gated("", shape.n_embd, shape.n_ff)
 
 
-def _attention(shape: Shape, features: frozenset[str]) -> Iterator[TensorInfo]:
+def _attention(shape: Shape, features: frozenset[Feature]) -> Iterator[TensorInfo]:
     q, kv = shape.n_head * shape.head, shape.n_head_kv * shape.head
-    if "fused" in features:
+    if "fused_qkv" in features:
         yield _matrix("attn_qkv", q + 2 * kv, shape.n_embd)
     else:
         yield _matrix("attn_q", q, shape.n_embd)
@@ -255,7 +230,7 @@ def _gated(suffix: str, n_embd: int, n_ff: int) -> Iterator[TensorInfo]:
     yield _matrix(f"ffn_down{suffix}", n_embd, n_ff)
 
 
-def _experts(shape: Shape, features: frozenset[str]) -> Iterator[TensorInfo]:
+def _experts(shape: Shape, features: frozenset[Feature]) -> Iterator[TensorInfo]:
     experts, wide = shape.n_expert, shape.n_ff_expert or shape.n_ff
     yield _vector("ffn_gate_inp", experts, shape.n_embd)
     for name, rows, columns in (

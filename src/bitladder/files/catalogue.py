@@ -22,9 +22,10 @@ from typing import Any
 import yaml
 
 from bitladder.describe.model import Model
-from bitladder.describe.shapes import FAMILIES, Shape, model_of
+from bitladder.describe.shapes import Shape, model_of
 from bitladder.errors import BadInput
 from bitladder.files.folders import data_folder
+from bitladder.formats.families import planned
 from bitladder.formats.parts import parts_of
 from bitladder.formats.recipes import LEVELS, assign
 from bitladder.formats.tensors import TensorInfo
@@ -112,8 +113,8 @@ def _row(row: Any, number: int, where: Path, sources: dict[str, str]) -> Catalog
             f"{at} {wrong}.",
             do=f"A row has {', '.join(sorted(_NEEDED | own))}, and may have {', '.join(sorted(_OPTIONAL))}.",
         )
-    if row["architecture"] not in FAMILIES:
-        raise BadInput(f"{at}: architecture '{row['architecture']}' is not one of {', '.join(FAMILIES)}.")
+    if row["architecture"] not in planned():
+        raise BadInput(f"{at}: architecture '{row['architecture']}' is not one of {', '.join(planned())}.")
     numbers = {key: value for key, value in row.items() if key in _NEEDED - {"architecture"}}
     wrong_numbers = [
         key for key, value in numbers.items() if isinstance(value, bool) or not isinstance(value, int) or value < 1

@@ -16,7 +16,7 @@ from bitladder.files.checkpoint import StoredTensor, read_checkpoint
 from bitladder.files.engine_package import engine_knows
 from bitladder.files.gguf import read_header
 from bitladder.files.sources import gguf_in_folder, no_such_model
-from bitladder.formats.roles import family_of
+from bitladder.formats.families import FAMILIES
 from bitladder.progress import Progress, silent
 
 
@@ -46,7 +46,7 @@ def describe(model: str, progress: Progress = silent) -> Described:
     """
     found = _described(model, progress)
     architecture = found.model.dims.architecture
-    if family_of(architecture) is None and engine_knows(architecture) is None:
+    if architecture not in FAMILIES and engine_knows(architecture) is None:
         note = f"No engine is installed here that could say whether it runs '{architecture}'; sizes are the header's."
         return replace(found, notes=(*found.notes, note))
     return found

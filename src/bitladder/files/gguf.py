@@ -21,7 +21,7 @@ from bitladder.files.following import AHEAD, FollowingHash
 from bitladder.files.gguf_header import Header, StoredTensor, read_file_header, row_bytes
 from bitladder.files.hashing import file_sha256
 from bitladder.formats import gguf
-from bitladder.formats.roles import family_of
+from bitladder.formats.families import FAMILIES
 from bitladder.formats.tensors import TensorInfo
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def _model(headers: list[Header], stored: dict[str, StoredTensor]) -> Model:
 
 def _require_known(architecture: Any) -> None:
     """What the engine knows is the rule; where there is none, any name is as good as another."""
-    if isinstance(architecture, str) and family_of(architecture) is None and engine_knows(architecture) is False:
+    if isinstance(architecture, str) and architecture not in FAMILIES and engine_knows(architecture) is False:
         raise UnknownArchitecture(
             f"The architecture '{architecture}' is not known to the engine here ({ENGINE} {engine_version()}).",
             means="The model is newer than the engine, or the file holds something else than a language model.",

@@ -2,33 +2,19 @@
 modules.
 
 Dense families: ``model.layers.N.`` and the module's path. Mixtures: transformers fuses experts into stacks
-(``mlp.experts.gate_up_proj`` [experts, 2 x width, inputs]); checkpoints hold them one by one.
+(``mlp.experts.gate_up_proj`` [experts, 2 x width, inputs]); checkpoints hold them one by one, under names that the
+family's row has.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bitladder.formats.roles import Family, Parameter, SharedInput
+from bitladder.formats.families.family import Layers
+from bitladder.formats.roles import Parameter, SharedInput
 
 LAYERS = "model.layers."
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
-
-# path in the module -> (what replaces it on disk, one name per equal part of the rows)
-_QWEN_EXPERTS = {
-    "mlp.experts.gate_up_proj": ("mlp.experts.{}.gate_proj", "mlp.experts.{}.up_proj"),
-    "mlp.experts.down_proj": ("mlp.experts.{}.down_proj",),
-}
-_EXPERTS = {
-    "mixtral": {
-        "mlp.experts.gate_up_proj": ("block_sparse_moe.experts.{}.w1", "block_sparse_moe.experts.{}.w3"),
-        "mlp.experts.down_proj": ("block_sparse_moe.experts.{}.w2",),
-    },
-    "qwen2_moe": _QWEN_EXPERTS,
-    "qwen3_moe": _QWEN_EXPERTS,
-}
-_RENAMED = {"mixtral": {"mlp.gate.weight": "block_sparse_moe.gate.weight"}}
-_ROUTERS = ("mlp.gate.weight", "mlp.shared_expert_gate.weight")
 
 
 @dataclass(frozen=True)
@@ -41,30 +27,30 @@ class DiskLinear:
     parts: int = 1
 
 
-def disk_name(family: Family, path: str) -> str:
+def disk_name(family: Layers, path: str) -> str:
     """A parameter's name on disk, after the layer's prefix; for parameters that are not stacked experts."""
-    return _RENAMED.get(family.model_type, {}).get(path, path)
+    return family.renamed.get(path, path)
 
 
-def disk_linears(family: Family, path: str, expert: int | None) -> tuple[DiskLinear, ...]:
+def disk_linears(family: Layers, path: str, expert: int | None) -> tuple[DiskLinear, ...]:
     """The linear layers that a parameter (of one expert) is on disk."""
     if expert is None:
         return (DiskLinear(disk_name(family, path).removesuffix(".weight")),)
-    names = _EXPERTS[family.model_type][path]
+    names = family.experts[path]
     return tuple(DiskLinear(name.format(expert), part, len(names)) for part, name in enumerate(names))
 
 
-def quantized_parameters(family: Family, shared: SharedInput) -> tuple[Parameter, ...]:
+def quantized_parameters(family: Layers, shared: SharedInput) -> tuple[Parameter, ...]:
     """The weight matrices that read a shared input and are quantized: all but routers, whose few weights
     decide much."""
     return tuple(
         parameter
         for parameter in family.parameters
-        if parameter.path not in _ROUTERS and set(parameter.roles) & set(shared.roles)
+        if parameter.path.removesuffix(".weight") not in family.routers and set(parameter.roles) & set(shared.roles)
     )
 
 
-def absorbing_parameters(family: Family, shared: SharedInput) -> tuple[Parameter, ...]:
+def absorbing_parameters(family: Layers, shared: SharedInput) -> tuple[Parameter, ...]:
     """The parameters (weight, and bias where a linear layer has one) that can take up a scale on a shared
     input.
 

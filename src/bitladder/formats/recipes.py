@@ -19,6 +19,7 @@ from typing import Protocol
 
 from bitladder.errors import UnknownLevel
 from bitladder.formats.blocks import QTYPES
+from bitladder.formats.families import family_of
 from bitladder.formats.tensors import TensorInfo
 
 
@@ -45,8 +46,8 @@ class _Place:
     has_importance: bool
 
     @property
-    def is_falcon(self) -> bool:
-        return self.dims.architecture == "falcon"
+    def light_down(self) -> bool:
+        return family_of(self.dims.architecture).mix.light_down
 
 
 _Condition = Callable[[_Place], bool]
@@ -78,16 +79,16 @@ def _grouped(place: _Place) -> bool:
     return place.dims.n_gqa >= 4
 
 
-def _falcon(place: _Place) -> bool:
-    return place.is_falcon
+def _light_down(place: _Place) -> bool:
+    return place.light_down
 
 
-def _not_falcon(condition: _Condition = _always) -> _Condition:
-    return lambda place: not place.is_falcon and condition(place)
+def _usual(condition: _Condition = _always) -> _Condition:
+    return lambda place: not place.light_down and condition(place)
 
 
-def _falcon_and(condition: _Condition) -> _Condition:
-    return lambda place: place.is_falcon and condition(place)
+def _light_down_and(condition: _Condition) -> _Condition:
+    return lambda place: place.light_down and condition(place)
 
 
 def _no_importance(condition: _Condition) -> _Condition:
@@ -99,7 +100,7 @@ def _with_importance(condition: _Condition) -> _Condition:
 
 
 def _dense(place: _Place) -> bool:
-    return not place.is_falcon and place.dims.n_expert != 8
+    return not place.light_down and place.dims.n_expert != 8
 
 
 @dataclass(frozen=True)
@@ -132,9 +133,9 @@ _RECIPES = (
         {
             "attn_v": ((_sensitive, "Q6_K"),),
             "ffn_down": (
-                (_falcon_and(_first(16)), "Q6_K"),
-                (_falcon_and(_sensitive), "Q5_K"),
-                (_not_falcon(_sensitive), "Q6_K"),
+                (_light_down_and(_first(16)), "Q6_K"),
+                (_light_down_and(_sensitive), "Q5_K"),
+                (_usual(_sensitive), "Q6_K"),
             ),
         },
         attn_output_of_8_experts=True,
@@ -143,7 +144,7 @@ _RECIPES = (
         "Q4_K_S",
         14,
         "Q4_K",
-        {"attn_v": ((_before(4), "Q5_K"),), "ffn_down": ((_not_falcon(_first(8)), "Q5_K"),)},
+        {"attn_v": ((_before(4), "Q5_K"),), "ffn_down": ((_usual(_first(8)), "Q5_K"),)},
         attn_output_of_8_experts=True,
     ),
     Recipe("Q4_0", 2, "Q4_0", {"ffn_down": ((_with_importance(_first(8)), "Q4_1"),)}),
@@ -167,8 +168,8 @@ _RECIPES = (
         "Q3_K",
         {
             "attn_v": ((_always, "Q5_K"),),
-            "ffn_down": ((_falcon, "Q4_K"), (_always, "Q5_K")),
-            "attn_output": ((_falcon, "Q4_K"), (_dense, "Q5_K")),
+            "ffn_down": ((_light_down, "Q4_K"), (_always, "Q5_K")),
+            "attn_output": ((_light_down, "Q4_K"), (_dense, "Q5_K")),
         },
     ),
     Recipe(
@@ -177,7 +178,7 @@ _RECIPES = (
         "Q3_K",
         {
             "attn_v": ((_before(2), "Q5_K"), (_always, "Q4_K")),
-            "ffn_down": ((_first(16), "Q5_K"), (_not_falcon(), "Q4_K"), (_sensitive, "Q4_K")),
+            "ffn_down": ((_first(16), "Q5_K"), (_usual(), "Q4_K"), (_sensitive, "Q4_K")),
             "attn_output": ((_dense, "Q4_K"),),
         },
         attn_output_of_8_experts=True,
@@ -239,9 +240,6 @@ _NEVER = (
     "mm.a.code_embd",
 )  # fmt: skip
 _NEVER_WHOLE = ("position_embd.weight", "token_types.weight")
-
-# Family -> number of layers of the model that llama.cpp knows as "70B", if its heads are grouped.
-_SEVENTY = {"llama": 80, "deci": 80, "qwen2": 80, "qwen2vl": 80, "jais2": 68}
 
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 
@@ -323,7 +321,7 @@ def _table_type(recipe: Recipe, tensor: TensorInfo, dims: RecipeDims) -> str:
     """The output matrix (or the embedding that doubles as one) gets Q6_K, or Q8_0 where that is asked or rows
     do not divide.
     """
-    if dims.architecture == "falcon" or tensor.shape[-1] % QTYPES[recipe.qtype].block_size:
+    if family_of(dims.architecture).mix.light_down or tensor.shape[-1] % QTYPES[recipe.qtype].block_size:
         return "Q8_0"
     return recipe.qtype if recipe.qtype == "Q8_0" else "Q6_K"
 
@@ -332,12 +330,12 @@ def _role_type(recipe: Recipe, role: str, place: _Place) -> str:
     """What the rules say for a tensor of a role, before fallbacks."""
     dims = place.dims
     qtype = next((qtype for holds, qtype in recipe.rules.get(role, ()) if holds(place)), recipe.qtype)
-    seventy = _SEVENTY.get(dims.architecture) == dims.n_layer and dims.n_gqa > 1
+    seventy = family_of(dims.architecture).mix.seventy_layers == dims.n_layer and dims.n_gqa > 1
     if role == "attn_v" and seventy and qtype in ("Q3_K", "Q4_K"):
         qtype = "Q5_K"  # eight query heads share attn_v there: more bits cost almost nothing
     if dims.n_expert == 8 and role in ("attn_v", "attn_k"):
         return "Q8_0"  # tiny beside eight experts
-    if dims.n_expert == 8 and role == "attn_output" and recipe.attn_output_of_8_experts and not place.is_falcon:
+    if dims.n_expert == 8 and role == "attn_output" and recipe.attn_output_of_8_experts and not place.light_down:
         return "Q5_K"
     return qtype
 

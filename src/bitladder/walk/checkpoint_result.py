@@ -84,9 +84,7 @@ def finish_folder(
 def _config(companions: Companions, level: CheckpointLevel, walk: CalibrationWalk) -> dict[str, Any]:
     """The model's configuration with what engines need to know of its quantization."""
     model: LayeredModel = walk.model
-    routers: tuple[str, ...] = (
-        ("mlp.gate", "mlp.shared_expert_gate", "block_sparse_moe.gate") if model.family.moe else ()
-    )
+    routers = model.family.routers
     if LAYOUTS[level.layout].quant_method == "compressed-tensors":  # names are patterns there, elsewhere parts of names
         routers = tuple(f"re:.*{re.escape(name)}$" for name in routers)
     quantization = quantization_config(level, ignored=("lm_head", *routers))

@@ -130,13 +130,14 @@ class CalibrationWalk:
         return tensors
 
     def shapes(self) -> dict[str, tuple[int, int]]:
-        """``(outputs, inputs)`` of every matrix of the first layer that will be quantized, by its place in
-        the layer."""
-        found = {}
-        for shared in self.model.family.inputs:
-            for parameter in disk_names.quantized_parameters(self.model.family, shared):
-                rows, columns = self.model.shape(parameter.path)[-2:]
-                found[parameter.path.removesuffix(".weight")] = (int(rows), int(columns))
+        """``(outputs, inputs)`` of every matrix that will be quantized, by its place in the layer: of the first
+        layer of each kind."""
+        found: dict[str, tuple[int, int]] = {}
+        for layer, kind in self.model.first_of_each_kind():
+            for shared in kind.inputs:
+                for parameter in disk_names.quantized_parameters(self.model.family, shared):
+                    rows, columns = self.model.shape(parameter.path, layer)[-2:]
+                    found.setdefault(parameter.path.removesuffix(".weight"), (int(rows), int(columns)))
         return found
 
     def _rows_of(self, name: str, source: str) -> PiecewiseTensor:

@@ -14,7 +14,9 @@ from bitladder.describe.model import Model
 from bitladder.errors import BadFile
 from bitladder.files.checkpoint_check import CheckpointReader
 from bitladder.formats import disk_names, roles
-from bitladder.formats.roles import Family, Parameter, family_of
+from bitladder.formats.families import family_of
+from bitladder.formats.families.family import Layers
+from bitladder.formats.roles import Parameter
 from bitladder.levels import CheckpointLevel
 from bitladder.walk.rounding import INT8_TOKENS
 from bitladder.walk.transforms import permute
@@ -32,7 +34,7 @@ class CheckpointWeights:
     def __init__(self, source: FileWeights, folder: Path, level: CheckpointLevel) -> None:
         """Raises BadFile or BadInput where the folder is no sound checkpoint of the source's family."""
         model: Model = source.file.model
-        family = family_of(model.dims.architecture, model.dims.n_expert)
+        family = family_of(model.dims.architecture).layers_of(model.dims.n_expert)
         if family is None:
             raise BadFile(f"No rows describe the architecture '{model.dims.architecture}'.")
         self._source, self._model, self._family = source, model, family
@@ -57,7 +59,7 @@ class CheckpointWeights:
             return "F32"
         _, layer, role = name.split(".", 2)
         parameter, _ = _parameter_of(self._family, role)
-        expert = 0 if parameter.path.startswith("mlp.experts.") else None
+        expert = 0 if parameter.path in self._family.experts else None
         linear = disk_names.disk_linears(self._family, parameter.path, expert)[0]
         quantized = f"{disk_names.LAYERS}{layer}.{linear.name}" in self._quantized
         return INT8_TOKENS if quantized else "F32"
@@ -73,7 +75,7 @@ class CheckpointWeights:
     def _decoded(self, layer: int, parameter: Parameter, part: int, parts: int) -> F32:
         """A parameter (or the share of one role in it) as transformers' module holds it."""
         prefix = f"{disk_names.LAYERS}{layer}."
-        if parameter.path.startswith("mlp.experts."):
+        if parameter.path in self._family.experts:
             stacked: list[Any] = []
             for expert in range(self._model.dims.n_expert):
                 linears = disk_names.disk_linears(self._family, parameter.path, expert)
@@ -89,8 +91,8 @@ class CheckpointWeights:
         return value + np.float32(1) if parameter.transform == "minus_one" else value
 
 
-def _parameter_of(family: Family, role: str) -> tuple[Parameter, int]:
+def _parameter_of(family: Layers, role: str) -> tuple[Parameter, int]:
     for parameter in family.parameters:
         if role in parameter.roles:
             return parameter, parameter.roles.index(role)
-    raise BadFile(f"No row of '{family.architecture}' has a place for {roles.layer_tensor(0, role)}.")
+    raise BadFile(f"No row of '{family.model_type}' has a place for {roles.layer_tensor(0, role)}.")

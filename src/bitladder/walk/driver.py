@@ -64,10 +64,10 @@ class Stages(Protocol):
     def layer(self, layer: int, weights: Weights) -> nn.Module:
         """A stage filled with weights; whoever holds it drops it before the next."""
 
-    def inputs(self, block: nn.Module) -> list[SharedInput]:
+    def inputs(self, layer: int, block: nn.Module) -> list[SharedInput]:
         """The inputs of a stage's linear modules, in the order they are computed: what can be observed in it."""
 
-    def entries(self, block: nn.Module) -> list[Entry]:
+    def entries(self, layer: int, block: nn.Module) -> list[Entry]:
         """Where a pass can begin in the middle of a stage; none where that is not known."""
 
     def run(self, block: nn.Module, layer: int, states: torch.Tensor) -> torch.Tensor:
@@ -250,7 +250,9 @@ class Stream:
         self, unit: Unit, block: nn.Module, observers: Sequence[Observer], entering: States, leaving: States
     ) -> Watch:
         """Do a unit; returns what was seen of its shard. ``leaving`` may be ``entering``."""
-        inputs = [shared for shared in self.stages.inputs(block) if any(one.reads(shared) for one in observers)]
+        inputs = [
+            shared for shared in self.stages.inputs(unit.layer, block) if any(one.reads(shared) for one in observers)
+        ]
         watch = Watch(inputs, reduce(or_, (one.wants for one in observers), Wants()), half=self.half)
         for batch in self.shards[unit.shard]:
             with inference(), products(half=self.half), ExitStack() as looking:

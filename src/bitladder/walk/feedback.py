@@ -162,7 +162,7 @@ class SourceInputs(Observer):
     def on(self, layer: int, block: nn.Module, batch: Batch) -> ExitStack:
         """As ``Observer``."""
         if layer != self._layer:
-            linear = [shared for shared in self._model.inputs(block) if shared.kind == "linear"]
+            linear = [shared for shared in self._model.inputs(layer, block) if shared.kind == "linear"]
             self._modules = [shared.module for shared in linear if self._changed(layer, shared.roles)]
             self._layer, self._kept, self._room = layer, {}, Room(self._budget, self._spill)
         hooks = ExitStack()
@@ -224,7 +224,7 @@ class FedLevel(Builder):
         """
         block = self.load(self.model, layer)
         through = LayerPass(stream, layer, block, states)
-        for shared in self.model.inputs(block):
+        for shared in self.model.inputs(layer, block):
             names = self._changed(layer, shared.roles)
             if not names:
                 continue
@@ -232,12 +232,12 @@ class FedLevel(Builder):
             found = {name: self._fit(name, gathered) for name in names}
             for tensor in found.values():
                 self._put(tensor)
-            for parameter in self._readers(shared):
+            for parameter in self._readers(layer, shared):
                 self._fill(block, layer, parameter, found)
         through.finish()
 
-    def _readers(self, shared: SharedInput) -> Iterator[Parameter]:
-        return (p for p in self.model.family.parameters if set(p.roles) & set(shared.roles))
+    def _readers(self, layer: int, shared: SharedInput) -> Iterator[Parameter]:
+        return (p for p in self.model.kind(layer).parameters if set(p.roles) & set(shared.roles))
 
     def _fit(self, name: str, gathered: Sequence[InputStatistics]) -> FittedTensor:
         """One tensor: a matrix, or a stack of experts with statistics each."""

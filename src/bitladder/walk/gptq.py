@@ -58,7 +58,7 @@ class GptqLevel(InStore, Builder):
             self.weights.forget(tensor)
         through = LayerPass(stream, layer, block, states)
         output = LayerOutput()
-        for shared in self._model.inputs(block):
+        for shared in self._model.inputs(layer, block):
             parameters = quantized_parameters(self._model.family, shared)
             if not parameters:
                 continue

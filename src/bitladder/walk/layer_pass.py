@@ -42,7 +42,7 @@ class LayerPass:
         """What is kept between passes goes to files beyond what hidden states leave of the stream's ``state_bytes``."""
         self._stream, self._layer, self._block, self._states = stream, layer, block, states
         self._room = stream.shelf.room.rest()
-        self._entries = {one.linear: one for one in stream.stages.entries(block)}
+        self._entries = {one.linear: one for one in stream.stages.entries(layer, block)}
         self._kept: dict[str, States] = {}
         self._passed: set[tuple[str, int]] = set()
         """Where a kept input, of a module and of the batch that begins there, has been replaced by the output."""

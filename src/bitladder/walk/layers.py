@@ -7,7 +7,7 @@ next. Embedding rows are looked up one by one and the head is read in slices of 
 (``walk/head.py``), so memory grows with the largest layer, not with the model. Arithmetic is float32 on
 the CPU or a GPU.
 
-What a family needs beyond transformers' layer is in ``formats/roles.py``; what differs from its ``forward``
+What a family needs beyond transformers' layer is in its row (``formats/families``); what differs from its ``forward``
 is nothing: the tests compare logits with transformers' own full model for every family.
 """
 
@@ -27,7 +27,9 @@ from bitladder.describe.model import Model
 from bitladder.errors import BadFile, UnknownArchitecture
 from bitladder.formats import roles
 from bitladder.formats.disk_names import absorbing_parameters
-from bitladder.formats.roles import FAMILIES, Family, SharedInput, family_of, layer_tensor
+from bitladder.formats.families import family_of, walked
+from bitladder.formats.families.family import LayerKind, Layers
+from bitladder.formats.roles import SharedInput, layer_tensor
 from bitladder.kernels.gpu import check_device
 from bitladder.walk.rope import Rope, rope_from_header
 from bitladder.walk.rounding import QTypeOf, round_inputs
@@ -71,35 +73,41 @@ def _keys(model: Model) -> dict[str, Any]:
     return {key.removeprefix(prefix): value for key, value in model.metadata.items() if key.startswith(prefix)}
 
 
-def _family(model: Model) -> Family:
-    family = family_of(model.dims.architecture, model.dims.n_expert)
-    if family is None:
-        known = ", ".join(sorted({name.split("+")[0] for name in FAMILIES}))
+def _layers(model: Model) -> Layers:
+    layers = family_of(model.dims.architecture).layers_of(model.dims.n_expert)
+    if layers is None:
+        known = ", ".join(sorted(walked()))
         raise UnknownArchitecture(
             f"No layers are known for the architecture '{model.dims.architecture}'.",
             means=f"Walking layer by layer works for: {known}. Plans, K-quants and workloads need no layers.",
-            do="Leave out the measurement (--no-measure), or choose a model of these families.",
+            do="Quantize with --imatrix none and judge levels by a workload, or choose a model of these families.",
         )
-    return family
+    return layers
 
 
-def _check_tensors(model: Model, family: Family) -> None:
+def _check_tensors(model: Model, family: Layers, keys: dict[str, Any]) -> None:
     """Refuse a file with a tensor that no row uses: its effect would silently be missing."""
-    known = {role for parameter in family.parameters for role in parameter.roles}
+    known = {
+        layer_tensor(layer, role)
+        for layer in range(model.dims.n_layer)
+        for parameter in family.kind(keys, layer).parameters
+        for role in parameter.roles
+    }
     top = {roles.EMBEDDING, roles.OUTPUT, *roles.ROPE_TENSORS} | (
         {roles.OUTPUT_NORM} if family.has_output_norm else set()
     )
     for tensor in model.tensors:
-        role = tensor.name.split(".", 2)[2] if tensor.name.startswith("blk.") else None
-        if role not in known and tensor.name not in top and role not in roles.ROPE_TENSORS:
+        name = tensor.name
+        factors = name.startswith("blk.") and name.endswith(roles.ROPE_TENSORS)
+        if name not in known and name not in top and not factors:
             raise UnknownArchitecture(
-                f"The tensor '{tensor.name}' has no place in the layers of '{family.architecture}'.",
+                f"The tensor '{name}' has no place in the layers of '{model.dims.architecture}'.",
                 means="The file is a variant of its family that these rows do not describe.",
                 do="Measure this model through the engine with a workload instead.",
             )
 
 
-def _config(model: Model, family: Family, keys: dict[str, Any]) -> Any:
+def _config(model: Model, family: Layers, keys: dict[str, Any]) -> Any:
     from transformers import AutoConfig
 
     dims = model.dims
@@ -128,13 +136,12 @@ def _config(model: Model, family: Family, keys: dict[str, Any]) -> Any:
     names = {tensor.name for tensor in model.tensors}
     if family.bias_field:
         fields[family.bias_field] = layer_tensor(0, "attn_q.bias") in names
-    if family.sliding_pattern:
+    if family.windows:
         fields["query_pre_attn_scalar"] = (
             dims.n_embd // dims.n_head if dims.n_layer == family.wide_query_layers else head_dim
         )
         fields["layer_types"] = [
-            "full_attention" if (layer + 1) % family.sliding_pattern == 0 else "sliding_attention"
-            for layer in range(dims.n_layer)
+            "sliding_attention" if family.windows.window(layer) else "full_attention" for layer in range(dims.n_layer)
         ]
     config = AutoConfig.for_model(family.model_type, **fields)
     # sdpa has no soft cap on attention scores; the loop over experts is the only path that needs no fused
@@ -162,9 +169,9 @@ class LayeredModel:
 
         if device != "cpu":
             check_device(device)
-        self.model, self.family, self.device = model, _family(model), torch.device(device)
-        _check_tensors(model, self.family)
+        self.model, self.family, self.device = model, _layers(model), torch.device(device)
         self._keys = _keys(model)
+        _check_tensors(model, self.family, self._keys)
         self.config = _config(model, self.family, self._keys)
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
@@ -188,10 +195,17 @@ class LayeredModel:
         self._rope(1, local=False)
         dims, head_dim = self._rotated_dims, self.model.dims.head_dim_k
         window = int(self._keys.get("attention.sliding_window", 0))
-        alternating = window and not self.family.sliding_pattern and self.family.architecture != "phi3"
+        variants = [key for key in self.family.variant_keys if key in self._keys]
+        if variants:
+            raise UnknownArchitecture(
+                f"The header of this '{self.model.dims.architecture}' model has '{variants[0]}'.",
+                means="It is a variant of its family that these rows do not describe.",
+                do="Measure this model through the engine with a workload instead.",
+            )
+        alternating = window and not self.family.windows and not self.family.plain_with_window
         if (dims != head_dim and not self.family.partial_rotary) or (alternating and "rope.scaling.type" in self._keys):
             raise UnknownArchitecture(
-                f"This '{self.family.architecture}' model rotates {dims} of {head_dim} dimensions of a head, "
+                f"This '{self.model.dims.architecture}' model rotates {dims} of {head_dim} dimensions of a head, "
                 f"with a sliding window of {window}.",
                 means="It is a variant of its family that these rows do not describe.",
                 do="Measure this model through the engine with a workload instead.",
@@ -201,33 +215,44 @@ class LayeredModel:
     def _rotated_dims(self) -> int:
         return int(self._keys.get("rope.dimension_count", self.model.dims.head_dim_k))
 
+    def kind(self, layer: int) -> LayerKind:
+        """What a layer is made of; in a hybrid not every layer is alike."""
+        return self.family.kind(self._keys, layer)
+
+    def first_of_each_kind(self) -> list[tuple[int, LayerKind]]:
+        """The first layer of every kind that the model has, with its kind."""
+        first: dict[LayerKind, int] = {}
+        for layer in range(self.n_layer):
+            first.setdefault(self.kind(layer), layer)
+        return [(layer, kind) for kind, layer in first.items()]
+
     def layer_names(self, layer: int) -> list[str]:
         """The GGUF tensors that a layer reads, in the order of the family's rows."""
         return [
             name
-            for parameter in self.family.parameters
+            for parameter in self.kind(layer).parameters
             for role in parameter.roles
             if (name := layer_tensor(layer, role)) in self._names
         ]
 
-    def inputs(self, block: nn.Module) -> list[SharedInput]:
+    def inputs(self, layer: int, block: nn.Module) -> list[SharedInput]:
         """The inputs of a layer's linear modules, in the order they are computed: what can be observed in it."""
         modules = {name for name, _ in block.named_modules()}
-        return [shared for shared in self.family.inputs if shared.module in modules]
+        return [shared for shared in self.kind(layer).inputs if shared.module in modules]
 
-    def entries(self, block: nn.Module) -> list[Entry]:
+    def entries(self, layer: int, block: nn.Module) -> list[Entry]:
         """Where a pass through a layer can begin in its middle."""
         modules = {name for name, _ in block.named_modules()}
         norms = {
             shared.module.partition(".")[0]: parameter.path.removesuffix(".weight")
-            for shared in self.family.inputs
+            for shared in self.kind(layer).inputs
             for parameter in absorbing_parameters(self.family, shared)
             if parameter.path.count(".") == 1 and parameter.path.endswith("norm.weight")
         }
         return [
-            Entry(linear, part, norms.get(part), pair)
-            for linear, part, pair in (("self_attn.o_proj", "self_attn", True), ("mlp.down_proj", "mlp", False))
-            if linear in modules
+            Entry(stop.module, stop.owner, norms.get(stop.owner), stop.returns_pair)
+            for stop in self.kind(layer).stops
+            if stop.module in modules
         ]
 
     def shape(self, path: str, layer: int = 0) -> tuple[int, ...]:
@@ -249,7 +274,7 @@ class LayeredModel:
             BadFile: a tensor is missing or has another shape than the header's dimensions say.
         """
         block = _copy_structure(self._blocks[layer])
-        rows = {parameter.path: parameter for parameter in self.family.parameters}
+        rows = {parameter.path: parameter for parameter in self.kind(layer).parameters}
         for path, empty in list(block.named_parameters()):
             parameter = rows[path]
             parts = [weights(name) for name in self._parts(layer, parameter)]
@@ -296,13 +321,13 @@ class LayeredModel:
             states,
             attention_mask=self._mask(n, sliding),
             position_ids=torch.arange(n, device=self.device)[None],
-            position_embeddings=self._rope(n, local=sliding and self.family.architecture == "gemma3"),
+            position_embeddings=self._rope(n, local=sliding and self.family.local_rope),
         )
         return out if isinstance(out, torch.Tensor) else out[0]
 
     def round_inputs(self, block: nn.Module, layer: int, qtype_of: QTypeOf) -> None:
         """Make a layer round what its linear modules read as llama.cpp does beside weights of these types."""
-        round_inputs(block, self.family, layer, qtype_of)
+        round_inputs(block, self.kind(layer), layer, qtype_of)
 
     def norm(self, weights: Weights) -> nn.Module:
         """The norm before the head, filled."""
@@ -313,8 +338,7 @@ class LayeredModel:
         return module.to(self.device)
 
     def _slides(self, layer: int) -> bool:
-        pattern = self.family.sliding_pattern
-        return bool(pattern) and (layer + 1) % pattern != 0
+        return self.family.windows is not None and self.family.windows.window(layer)
 
     def _mask(self, n: int, sliding: bool) -> torch.Tensor | None:
         """None lets sdpa use its causal kernel; otherwise a mask to add, f32[1, 1, n, n]."""

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from bitladder.formats.blocks import QTYPES
-from bitladder.formats.roles import Family, layer_tensor
+from bitladder.formats.families.family import LayerKind
+from bitladder.formats.roles import layer_tensor
 
 QTypeOf = Callable[[str], str]
 """The type of a tensor by name."""
@@ -61,13 +62,13 @@ def _int8_tokens(x: torch.Tensor) -> torch.Tensor:
     return torch.round(x / torch.where(scale == 0, 1, scale)) * scale
 
 
-def round_inputs(block: nn.Module, family: Family, layer: int, qtype_of: QTypeOf) -> None:
+def round_inputs(block: nn.Module, kind: LayerKind, layer: int, qtype_of: QTypeOf) -> None:
     """Make every linear layer of a decoder layer round its inputs as the engine would.
 
     Fused experts round what enters them; what their down projections read lies inside transformers' own loop
     and is left as it is.
     """
-    for parameter in family.parameters:
+    for parameter in kind.parameters:
         module = parameter.path.removesuffix(".weight")
         if parameter.path.endswith("experts.gate_up_proj"):
             module = parameter.path.rpartition(".")[0]

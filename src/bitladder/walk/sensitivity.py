@@ -253,7 +253,7 @@ class Gradients(Builder):
         held, predictions = set(self.model.layer_names(layer)), predictions_of(stream.batches)
         for shared, statistics in watch.results(layer).items():
             seen = tuple(statistics)
-            for parameter in self.model.family.parameters:
+            for parameter in self.model.kind(layer).parameters:
                 for role, rows in self._by_role(block, parameter, energies, len(seen)):
                     if role in shared.roles and layer_tensor(layer, role) in held:
                         self._take(Sensitivity(layer_tensor(layer, role), seen, rows, predictions))
@@ -263,8 +263,8 @@ class Gradients(Builder):
     ) -> tuple[Watch, _Energies]:
         """Gram matrices of what is read, sums of squared gradients of what is written, over a shard."""
         device = self.model.device
-        watch = Watch(self.model.inputs(block), Wants(gram=True), half=stream.half)
-        energies = _Energies(self.model, block)
+        watch = Watch(self.model.inputs(layer, block), Wants(gram=True), half=stream.half)
+        energies = _Energies(self.model, layer, block)
         for batch in shard:
             valid = torch.from_numpy(batch.valid).to(device)
             gradient = gradients.get(batch).to(device)
@@ -304,10 +304,10 @@ class Gradients(Builder):
 class _Energies:
     """Sums of squared gradients f64[columns] of what the modules write that read a shared input, by module."""
 
-    def __init__(self, model: LayeredModel, block: nn.Module) -> None:
-        reads = {role for shared in model.inputs(block) for role in shared.roles}
+    def __init__(self, model: LayeredModel, layer: int, block: nn.Module) -> None:
+        reads = {role for shared in model.inputs(layer, block) for role in shared.roles}
         present = {name for name, _ in block.named_modules()}
-        owners = [p.path.rpartition(".")[0] for p in model.family.parameters if reads & set(p.roles)]
+        owners = [p.path.rpartition(".")[0] for p in model.kind(layer).parameters if reads & set(p.roles)]
         self._writers = [name for name in dict.fromkeys(owners) if name in present]
         self.sums: dict[str, torch.Tensor] = {}
 

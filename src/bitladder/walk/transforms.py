@@ -1,4 +1,4 @@
-"""What llama.cpp's converter did to tensors, undone: the named transforms of ``formats/roles.py``."""
+"""What llama.cpp's converter did to tensors, undone: the transforms that ``formats/roles.py`` names."""
 
 from __future__ import annotations
 

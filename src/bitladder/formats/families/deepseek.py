@@ -1,0 +1,9 @@
+"""DeepSeek V2 and V3: multi-head latent attention, the first layers dense, experts after."""
+
+from __future__ import annotations
+
+from bitladder.formats.families.family import Checkpoint, Family
+
+DEEPSEEK2 = Family(
+    "deepseek2", Checkpoint(("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM")), features=frozenset({"latent"})
+)
