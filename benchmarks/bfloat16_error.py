@@ -25,9 +25,9 @@ from bitladder.engines.llama import LlamaServer
 from bitladder.files.gguf import GgufFile
 from bitladder.formats.blocks import QTYPES
 from bitladder.formats.disk_names import quantized_parameters
-from bitladder.kernels import dequantize, gptq, quantize
-from bitladder.levels.checkpoint import parse_checkpoint
-from bitladder.levels.methods import awq_scales, feedback, rounded
+from bitladder.kernels import dequantize, quantize
+from bitladder.levels.checkpoints import parse_checkpoint
+from bitladder.levels.methods import Statistics
 from bitladder.walk.calibration import InputStatistics, LayerPass
 from bitladder.walk.folding import matrix
 from bitladder.walk.layers import LayeredModel
@@ -59,10 +59,11 @@ def decoded(level: str, weights: F32, seen: InputStatistics) -> F32:
         data = quantize(weights, level, importance=seen.squares.astype(np.float32), threads=1)
         return np.asarray(dequantize(data, level, threads=1), np.float32)
     named = parse_checkpoint(level)
-    if named.method == "GPTQ":
-        return feedback(named, gptq.prepare(seen.gram), weights).decoded
-    scales = awq_scales(named, seen.gram, [weights]).factors
-    return rounded(named, seen.gram / np.outer(scales, scales), weights * scales).decoded / scales
+    form, method = named.format, named.method
+    if method.statistics is Statistics.FEEDBACK:
+        return method.apply(form, method.prepare(seen.gram), weights).decoded
+    scales = method.factors(form, seen.gram, seen.largest, [weights])
+    return method.apply(form, method.prepare(seen.gram / np.outer(scales, scales)), weights * scales).decoded / scales
 
 
 def output_error(level: str, weights: F32, seen: InputStatistics, other: InputStatistics) -> float:

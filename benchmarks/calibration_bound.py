@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from bitladder.describe.windows import WINDOW, Window
 from bitladder.files.gguf import GgufFile
 from bitladder.formats.disk_names import quantized_parameters
-from bitladder.levels.checkpoint import parse_checkpoint
+from bitladder.levels.checkpoints import parse_checkpoint
 from bitladder.walk.layers import LayeredModel
 from bitladder.walk.products import half_products_pay
 from bitladder.walk.states import States, batches_of

@@ -31,7 +31,7 @@ from bitladder.describe.text import Document
 from bitladder.describe.windows import WINDOW, Window
 from bitladder.engines.llama import LlamaServer
 from bitladder.files.gguf import GgufFile
-from bitladder.levels.checkpoint import parse_checkpoint
+from bitladder.levels.checkpoints import parse_checkpoint
 from bitladder.stages.calibrate import quantize_checkpoints
 from bitladder.stages.walk import Candidate, fidelity, text_windows, token_scores
 from bitladder.stats.bootstrap import ratio_interval

@@ -17,8 +17,9 @@ from bitladder.describe.windows import Window
 from bitladder.files.layer_store import LayerStore
 from bitladder.files.safetensors_writer import PiecewiseTensor
 from bitladder.formats import disk_names, roles
-from bitladder.levels import FoldedLevel
-from bitladder.levels.products import Product
+from bitladder.levels import CheckpointLevel, FoldedLevel
+from bitladder.levels.methods import Statistics
+from bitladder.levels.products import Product, statistics_of
 from bitladder.progress import Progress
 from bitladder.units import GiB
 from bitladder.walk.allocator import keep_freed_memory
@@ -150,7 +151,7 @@ class CheckpointWalk:
         for linear, arrays in output.linears.items():
             for suffix, array in arrays.items():
                 value = torch.from_numpy(np.ascontiguousarray(array))
-                own = value.to(self.dtype) if suffix == "weight_scale" else value
+                own = value.to(self.dtype) if suffix in output.model_dtype else value
                 tensors[f"{prefix}{linear}.{suffix}"] = own
         return tensors | {name: torch.from_numpy(vector.copy()) for name, vector in output.vectors.items()}
 
@@ -158,9 +159,10 @@ class CheckpointWalk:
         """Each stream with the number of layers that it has behind it."""
         made: list[tuple[_Stream, int]] = []
         scale_dtype = _SCALE_DTYPES[self.dtype]
-        plain = [level for level in self.stores if level.method != "GPTQ"]
+        sequential = [level for level in self.stores if statistics_of(level) is Statistics.FEEDBACK]
+        plain = [level for level in self.stores if level not in sequential]
         if plain:
-            needs_text = any(level.method != "INT8" or level.smooth for level in plain)
+            needs_text = any(statistics_of(level).needs_text for level in plain)
             read = _share(windows, self.settings.reference_tokens) if needs_text else []
             batches = batches_of(read, batch_tokens=CALIBRATION_TOKENS)
             states, done = self._resumed(plain, batches)
@@ -171,11 +173,11 @@ class CheckpointWalk:
                 half=self.settings.half_products,
             )  # fmt: skip
             made.append((reference, done))
-        for level in (level for level in self.stores if level.method == "GPTQ"):
+        for level in (level for level in sequential if isinstance(level, CheckpointLevel)):
             batches = batches_of(windows, batch_tokens=CALIBRATION_TOKENS)
             states, done = self._resumed([level], batches)
             if states is None:
-                raise ValueError("GPTQ needs calibration windows")
+                raise ValueError(f"{level} needs calibration windows")
             own = SequentialStream(
                 self.model, self.weights, level, states, batches,
                 damp=self.settings.damp, act_order=self.settings.act_order, scale_dtype=scale_dtype,

@@ -16,7 +16,7 @@ from bitladder.files.checkpoint_check import CheckpointReader
 from bitladder.formats import disk_names, roles
 from bitladder.formats.roles import Family, Parameter, family_of
 from bitladder.levels import CheckpointLevel
-from bitladder.walk.rounding import INT8_TOKENS
+from bitladder.walk.rounding import InputType
 from bitladder.walk.transforms import permute
 from bitladder.walk.weights import FileWeights, Rows
 
@@ -50,17 +50,18 @@ class CheckpointWeights:
         value = self._as_stored(parameter, whole).reshape(self._source.file.info(name).shape)
         return value if rows is None else value.reshape(-1, value.shape[-1])[rows]
 
-    def qtype(self, name: str) -> str:
-        """What a matrix's inputs meet at run time: ``INT8_TOKENS`` where the level rounds them, else ``F32``,
+    def qtype(self, name: str) -> InputType:
+        """What a matrix's inputs meet at run time: the rounding of the level's format where it has one, else ``F32``,
         nothing."""
-        if self._level.activations != "int8" or not name.startswith("blk."):
+        rounds = self._level.format.rounds_inputs
+        if rounds is None or not name.startswith("blk."):
             return "F32"
         _, layer, role = name.split(".", 2)
         parameter, _ = _parameter_of(self._family, role)
         expert = 0 if parameter.path.startswith("mlp.experts.") else None
         linear = disk_names.disk_linears(self._family, parameter.path, expert)[0]
         quantized = f"{disk_names.LAYERS}{layer}.{linear.name}" in self._quantized
-        return INT8_TOKENS if quantized else "F32"
+        return rounds if quantized else "F32"
 
     def identity(self, name: str) -> Hashable:
         """The folder's for layers, the source's for the rest."""

@@ -21,11 +21,10 @@ from torch import nn
 from bitladder.errors import BadWeights
 from bitladder.formats.disk_names import disk_linears, disk_name, quantized_parameters
 from bitladder.formats.roles import Parameter, SharedInput, layer_tensor
-from bitladder.kernels import awq, gptq
 from bitladder.levels import CheckpointLevel, FoldedLevel
-from bitladder.levels.encode import Arrays, digest, encode
-from bitladder.levels.methods import Quantized, awq_scales, feedback, rounded
-from bitladder.levels.products import COUNT, SQUARES, ImportanceVectors, Product
+from bitladder.levels.checkpoints import Arrays, digest
+from bitladder.levels.methods import Prepared, Quantized, Statistics
+from bitladder.levels.products import COUNT, SQUARES, ImportanceVectors, Product, statistics_of
 from bitladder.records.calibration import LinearLoss
 from bitladder.walk import folding
 from bitladder.walk.calibration import InputStatistics, LayerPass
@@ -47,6 +46,8 @@ class LayerOutput:
     """One layer of one level: arrays of its quantized linears by disk name, and its float parameters, f32."""
 
     linears: dict[str, Arrays] = field(default_factory=dict)
+    model_dtype: frozenset[str] = frozenset()
+    """Suffixes of arrays of ``linears`` that are stored in the float type of the model."""
     floats: dict[str, F32] = field(default_factory=dict)
     losses: list[LinearLoss] = field(default_factory=list)
     digests: dict[str, str] = field(default_factory=dict)
@@ -117,18 +118,15 @@ class SequentialStream:
         level, statistics = self.levels[0], gathered.pop(0)
         tokens, too_few = statistics.tokens, _too_few(expert, statistics)
         with _naming(layer, parameters[0].path):
-            factor = gptq.prepare(statistics.gram, damp=self._damp, act_order=self._act_order, overwrite=True)
+            seen = level.method.prepare(statistics.gram, damp=self._damp, act_order=self._act_order, overwrite=True)
         del statistics
         for parameter in parameters:
             weights = matrix(block, parameter, expert)
-            if note := too_few:
-                found = rounded(level, None, weights, scale_dtype=self._scale_dtype)
-            else:
-                with _naming(layer, parameter.path):
-                    found = feedback(level, factor, weights, scale_dtype=self._scale_dtype)
-                note = f"Hessian not positive definite: damping raised to {factor.damp:g}" if factor.rescued else ""
+            with _naming(layer, parameter.path):
+                own = Prepared() if too_few else seen
+                found = level.method.apply(level.format, own, weights, scale_dtype=self._scale_dtype)
             set_matrix(block, parameter, expert, found.decoded)
-            _emit(self.model, output, level, parameter, expert, found, tokens, note, factor.damp)
+            _emit(self.model, output, level, parameter, expert, found, tokens, too_few or seen.note, seen.damp)
 
 
 @contextmanager
@@ -165,7 +163,7 @@ class ReferenceStream:
         ``half``: as ``LayerPass``."""
         self.model, self.levels, self.states = model, tuple(levels), states
         self._weights, self._batches, self._scale_dtype = weights, batches, scale_dtype
-        self._gram = any(level.method == "AWQ" or level.smooth for level in levels)
+        self._gram = any(statistics_of(level) is Statistics.GRAM for level in levels)
         self._threads, self._held_out, self._half = threads, held_out, half
         self._qtypes = {
             level: folding.recipe_types(level, model.model) for level in levels if isinstance(level, FoldedLevel)
@@ -241,7 +239,7 @@ class ReferenceStream:
         gathered: Sequence[list[InputStatistics] | None],
     ) -> LayerOutput:
         output = LayerOutput()
-        weighed = level.method != "INT8" or level.smooth  # else made without text, whatever is made beside it
+        weighed = level.method.statistics.needs_text  # else made without text, whatever is made beside it
         factors = [
             self._fold(level, block, shared, statistics[0]) if statistics and weighed else None
             for shared, statistics in zip(inputs, gathered, strict=True)
@@ -253,10 +251,11 @@ class ReferenceStream:
                 gram = own.gram if own is not None and self._gram and not note else None
                 if gram is not None and scale is not None:
                     gram = gram / np.outer(scale, scale)
+                seen = level.method.prepare(gram)
                 for parameter in parameters:
                     weights = matrix(block, parameter, expert)
                     with _naming(layer, parameter.path):
-                        found = rounded(level, gram, weights, weighed=weighed, scale_dtype=self._scale_dtype)
+                        found = level.method.apply(level.format, seen, weights, scale_dtype=self._scale_dtype)
                     tokens = own.tokens if own is not None else 0
                     _emit(self.model, output, level, parameter, expert, found, tokens, note, 0.0)
         output.floats = _floats(self.model, block)
@@ -271,13 +270,10 @@ class ReferenceStream:
         """Find this input's scales, multiply them into its columns and divide them out of what comes
         before."""
         place = folding.place_of(self.model, block, shared)
-        if place is None or not (level.method == "AWQ" or place.is_norm):
+        if place is None or not level.method.scales(into_norm=place.is_norm):
             return None
         weights = [matrix(block, parameter) for parameter in place.parameters]
-        if level.method == "AWQ":
-            factors = awq_scales(level, statistics.gram, weights, tied=place.tied).factors
-        else:
-            factors = awq.smooth_factors(statistics.largest, weights, tied=place.tied)
+        factors = level.method.factors(level.format, statistics.gram, statistics.largest, weights, tied=place.tied)
         folding.fold(block, place, factors)
         return factors
 
@@ -319,7 +315,8 @@ def _emit(
         count = len(found.codes) // linear.parts
         rows = slice(linear.part * count, (linear.part + 1) * count)
         own = found.parameters.rows(rows)
-        output.linears[linear.name] = encode(level, found.codes[rows], own)
+        output.linears[linear.name] = level.format.encode(found.codes[rows], own)
+        output.model_dtype = level.format.model_dtype
         output.digests[linear.name] = digest(found.decoded[rows])
         output.losses.append(LinearLoss(linear.name, found.loss, tokens, damp, note))
 
