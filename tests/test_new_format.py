@@ -21,6 +21,8 @@ from bitladder.levels import CheckpointLevel, Container, Needs, checkpoints, par
 from bitladder.levels.checkpoints import CheckpointFormat
 from bitladder.levels.methods import AWQ, GPTQ, ROUNDING
 from bitladder.plan.cost import checkpoint_levels, level_size
+from bitladder.progress import silent
+from bitladder.steps.planned import Request, plan_model
 from bitladder.walk.checkpoint_weights import CheckpointWeights
 from bitladder.walk.weights import FileWeights
 from tiny_checkpoints import decoded, difference, loaded, run, tiny
@@ -61,7 +63,7 @@ class Toy(CheckpointFormat):
     engines = ("toy-engine",)
     suffixes = ("nibbles", "nibble_scale")
     model_dtype = frozenset({"nibble_scale"})
-    rounds_inputs = staticmethod(doubled)
+    rounds_inputs = property(lambda self: doubled)
     group_size = 16
     bpw = 8 + 16 / 16
     stand_in = "Q8_0"
@@ -174,6 +176,22 @@ def test_its_names_and_refusals_are_its_own(registered, tmp_path):
     odd = tiny_models.write(case, tiny_models.make(case, intermediate_size=100), tmp_path / "odd.gguf")
     with GgufFile.open(odd) as source, pytest.raises(UsageError, match=r"TOY-E2M1: .*ffn_down.* does not divide by 16"):
         level_size(source.model, parse_level("TOY-E2M1"))
+
+
+@pytest.mark.parametrize(
+    ("name", "others"), [("TOY-E2M1", "toy-engine"), ("GPTQ-4bit-g32-asym", "tgi or transformers")]
+)
+def test_an_engine_that_does_not_serve_a_level_is_not_launched_with_it(registered, name, others, tmp_path):
+    case = tiny_models.CASES["llama"]
+    source = tiny_models.write(case, tiny_models.make(case), tmp_path / "source.gguf")
+    request = Request(64, machine="8 GiB")
+    assert "vllm serve" in planned(source, request, "GPTQ-4bit-g32").command
+    with pytest.raises(UsageError, match=f"vllm does not serve {name}(.|\n)*run it in {others}"):
+        planned(source, request, name)
+
+
+def planned(source: Path, request: Request, name: str):
+    return plan_model(str(source), request, levels=[parse_level(name)], engine="vllm", progress=silent).launch
 
 
 def test_without_registration_the_name_is_unknown():

@@ -54,14 +54,10 @@ class CheckpointFormat(ABC):
     """First words of its levels' names, in upper case."""
     grammar: ClassVar[str]
     """What names look like that no other format shows, for messages."""
-    engines: ClassVar[tuple[str, ...]] = CHECKPOINT_ENGINES
-    """Engines that serve it."""
     float_bytes: ClassVar[int] = 2
     """Bytes of each value of what stays float: embedding, head, norms, biases."""
     model_dtype: ClassVar[frozenset[str]] = frozenset()
     """Suffixes of f32 arrays that are stored in the float type of the model."""
-    rounds_inputs: ClassVar[Callable[[torch.Tensor], torch.Tensor] | None] = None
-    """What engines do with a layer's inputs before they multiply; None: they take them as they are."""
 
     group_size: int = WHOLE_ROW
     """Inputs of an output that share a scale; ``WHOLE_ROW``: all."""
@@ -81,6 +77,11 @@ class CheckpointFormat(ABC):
         return ()
 
     @property
+    def engines(self) -> tuple[str, ...]:
+        """Engines that serve it."""
+        return CHECKPOINT_ENGINES
+
+    @property
     @abstractmethod
     def layout(self) -> str:
         """What readers call it."""
@@ -89,6 +90,11 @@ class CheckpointFormat(ABC):
     @abstractmethod
     def suffixes(self) -> tuple[str, ...]:
         """Of every array that a quantized layer may have; the first two are always there, and mark one."""
+
+    @property
+    def rounds_inputs(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """What engines do to a layer's inputs before they multiply; None: they take them as they are."""
+        return None
 
     @property
     @abstractmethod

@@ -147,7 +147,6 @@ class IntQuantized(IntegerFormat):
     grammar: ClassVar[str] = "INT8-W8A8, INT8-W8A8-smooth"
     suffixes: ClassVar[tuple[str, ...]] = ("weight", "weight_scale")
     model_dtype: ClassVar[frozenset[str]] = frozenset({"weight_scale"})
-    rounds_inputs: ClassVar[Callable[[torch.Tensor], torch.Tensor] | None] = staticmethod(int8_tokens)
     layout: ClassVar[str] = "int-quantized"
     packed: ClassVar[bool] = False
     signed_scales: ClassVar[bool] = False
@@ -164,6 +163,11 @@ class IntQuantized(IntegerFormat):
     def offers(cls, rows: Collection[int]) -> tuple[str, ...]:  # noqa: ARG003
         """Plain rounding, whatever the rows."""
         return ("INT8-W8A8",)
+
+    @property
+    def rounds_inputs(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """``int8_tokens``."""
+        return int8_tokens
 
     def stored_bytes(self, outputs: int, inputs: int) -> int:
         """As ``CheckpointFormat``."""

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from bitladder.levels.checkpoints.base import Arrays, Stored, matrix_of
 from bitladder.levels.checkpoints.grouped import SPELLINGS, parse_grouped, widest_group
 from bitladder.levels.checkpoints.integers import IntegerFormat, words
-from bitladder.levels.kinds import CheckpointLevel
+from bitladder.levels.kinds import CHECKPOINT_ENGINES, CheckpointLevel
 
 if TYPE_CHECKING:
     import numpy as np
@@ -62,6 +62,12 @@ class Gptq(IntegerFormat):
     def layout(self) -> str:
         """As ``checkpoint_format`` in the configuration."""
         return "gptq" if self.version == 1 else "gptq_v2"
+
+    @property
+    def engines(self) -> tuple[str, ...]:
+        """vLLM 0.32 has kernels for symmetric 4 and 8 bits."""
+        in_vllm = self.sym and self.bits in (4, 8)
+        return tuple(engine for engine in CHECKPOINT_ENGINES if engine != "vllm" or in_vllm)
 
     @property
     def least_zero(self) -> int:
