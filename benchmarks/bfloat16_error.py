@@ -26,9 +26,9 @@ from bitladder.files.gguf import GgufFile
 from bitladder.formats.blocks import QTYPES
 from bitladder.formats.disk_names import quantized_parameters
 from bitladder.formats.roles import SharedInput
-from bitladder.kernels import dequantize, gptq, quantize
-from bitladder.levels.methods import awq_scales, feedback, rounded
-from bitladder.levels.names import parse_level
+from bitladder.kernels import dequantize, quantize
+from bitladder.levels.checkpoints import parse_checkpoint
+from bitladder.levels.methods import Statistics
 from bitladder.walk.driver import Member, Observer, Seen, Stream
 from bitladder.walk.folding import matrix
 from bitladder.walk.inputs import InputStatistics, Wants
@@ -76,11 +76,12 @@ def decoded(level: str, weights: F32, seen: InputStatistics) -> F32:
     if level in QTYPES:
         data = quantize(weights, level, importance=seen.squares.astype(np.float32), threads=1)
         return np.asarray(dequantize(data, level, threads=1), np.float32)
-    named = parse_level(level)
-    if named.method == "GPTQ":
-        return feedback(named, gptq.prepare(seen.gram), weights).decoded
-    scales = awq_scales(named, seen.gram, [weights]).factors
-    return rounded(named, seen.gram / np.outer(scales, scales), weights * scales).decoded / scales
+    named = parse_checkpoint(level)
+    form, method = named.format, named.method
+    if method.statistics is Statistics.FEEDBACK:
+        return method.apply(form, method.prepare(seen.gram), weights).decoded
+    scales = method.factors(form, seen.gram, seen.largest, [weights])
+    return method.apply(form, method.prepare(seen.gram / np.outer(scales, scales)), weights * scales).decoded / scales
 
 
 def output_error(level: str, weights: F32, seen: InputStatistics, other: InputStatistics) -> float:

@@ -20,7 +20,7 @@ import torch
 
 from bitladder.describe.windows import WINDOW, Window
 from bitladder.files.gguf import GgufFile
-from bitladder.levels.checkpoint import parse_checkpoint
+from bitladder.levels.checkpoints import parse_checkpoint
 from bitladder.levels.products import ImportanceVectors, Product
 from bitladder.stages.calibrate import Calibrated, Calibration, Reading
 from bitladder.stages.quantize import quantize_levels

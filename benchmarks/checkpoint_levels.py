@@ -11,7 +11,7 @@ each; ``benchmarks/checkpoint_peer.py`` makes peers' folders of them. Without it
 windows, then walks source, levels and peers' folders over the first window of each of the text's articles (second
 halves scored). Prints seconds, CPU seconds and peak memory of the build, then mean KL and perplexity of each with
 intervals over articles, and for each ``--against`` the ratio of perplexities and the difference of KL to the peer,
-paired by article. A peer's folder is any checkpoint of the same weights in a layout of levels/checkpoint.py without
+paired by article. A peer's folder is any checkpoint of the same weights in a format of levels/checkpoints without
 activation order in its groups. Inputs of W8A8 layers are rounded to int8 per token as engines do, unless
 ``--exact-inputs``; all other inputs and the source's stay f32. Model and texts are not shipped.
 """
@@ -31,7 +31,7 @@ from bitladder.describe.text import Document
 from bitladder.describe.windows import WINDOW, Window
 from bitladder.engines.llama import LlamaServer
 from bitladder.files.gguf import GgufFile
-from bitladder.levels.checkpoint import parse_checkpoint
+from bitladder.levels.checkpoints import parse_checkpoint
 from bitladder.stages.calibrate import quantize_checkpoints
 from bitladder.stages.walk import Candidate, fidelity, text_windows, token_scores
 from bitladder.stats.bootstrap import ratio_interval

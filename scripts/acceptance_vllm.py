@@ -35,10 +35,9 @@ def expect(folder: Path, levels: list[str]) -> int:
     from bitladder.files.demo import fetch_demo
     from bitladder.files.gguf import GgufFile
     from bitladder.files.texts import shipped_texts
-    from bitladder.levels.checkpoint import parse_checkpoint, serving_notes
+    from bitladder.levels.checkpoints import parse_checkpoint
     from bitladder.stages.calibrate import quantize_checkpoints
     from bitladder.stages.walk import text_windows
-    from bitladder.walk.rounding import INT8_TOKENS, rounded_input
 
     path = fetch_demo()
     with GgufFile.open(path) as source:
@@ -56,9 +55,10 @@ def expect(folder: Path, levels: list[str]) -> int:
         weights = {name: torch.from_numpy(reader.weights(name).copy()) for name in names}
         model.load_state_dict(weights, strict=False)
         model.tie_weights()
-        for linear in reader.linears() if reader.level.activations == "int8" else ():
+        rounds = reader.level.format.rounds_inputs
+        for linear in reader.linears() if rounds else ():
             model.get_submodule(linear).register_forward_pre_hook(
-                lambda _, x: rounded_input(x[0].float(), INT8_TOKENS).to(x[0].dtype)
+                lambda _, x, rounds=rounds: rounds(x[0].float()).to(x[0].dtype)
             )
         own = AutoTokenizer.from_pretrained(made)
         asked = []
@@ -76,7 +76,7 @@ def expect(folder: Path, levels: list[str]) -> int:
                 scores = model(torch.tensor([one["ids"]])).logits[0, -1].float().log_softmax(-1)
             moved += [abs(float(scores[token]) - value) for token, value in one["top"].items()]
         kept = {
-            "path": str(made), "asked": asked, "notes": serving_notes(parse_checkpoint(report.level)),
+            "path": str(made), "asked": asked, "notes": parse_checkpoint(report.level).format.notes(),
             "bfloat16": sum(moved) / len(moved),
         }  # fmt: skip
         (folder / f"{report.level}.json").write_text(json.dumps(kept))

@@ -3,7 +3,7 @@
 import pytest
 
 from bitladder.levels import parse_level
-from bitladder.levels.checkpoint import parse_checkpoint
+from bitladder.levels.checkpoints import parse_checkpoint
 from bitladder.levels.products import ImportanceVectors
 from bitladder.plan.calibration import REACHED, START_SECONDS, Work, predict
 from bitladder.units import GiB

@@ -4,7 +4,7 @@ import pytest
 
 from bitladder.errors import UnknownLevel, UsageError
 from bitladder.levels import WHOLE_ROW, parse_level
-from bitladder.levels import checkpoint as formats
+from bitladder.levels.checkpoints import parse_checkpoint
 
 
 @pytest.mark.parametrize(
@@ -24,9 +24,17 @@ from bitladder.levels import checkpoint as formats
     ],
 )
 def test_names(name, bits, group, sym, layout):
-    level = formats.parse_checkpoint(name)
-    assert (level.bits, level.group_size, level.sym, level.layout) == (bits, group, sym, layout)
+    level = parse_checkpoint(name)
+    form = level.format
+    assert (form.bits, form.group_size, form.sym, form.layout) == (bits, group, sym, layout)
     assert parse_level(level.name) == parse_level(name) == level
+
+
+def test_options_are_printed_once_and_in_one_order():
+    assert (
+        parse_level("awq-4bit-g32-sym-ct-sym").name == parse_level("AWQ-4bit-g32-ct-sym").name == "AWQ-4bit-g32-ct-sym"
+    )
+    assert parse_level("GPTQ-04bit-g064").name == "GPTQ-4bit-g64"
 
 
 @pytest.mark.parametrize(
@@ -41,34 +49,39 @@ def test_names(name, bits, group, sym, layout):
         ("GPTQ-4bit-g64-fast", "an option 'fast'"),
         ("GPTQ-4bit-g64-ct-v2", "two layouts"),
         ("INT8-W4A4", "Levels look like"),
+        ("GPTQ-4bit-g" + "9" * 5000, "is not a checkpoint level"),
     ],
 )
 def test_refused_names_say_what_exists(name, says):
     with pytest.raises(UnknownLevel, match=says):
-        formats.parse_checkpoint(name)
+        parse_checkpoint(name)
+
+
+def check_shapes(name, shapes):
+    parse_checkpoint(name).format.check_shapes(name, shapes)
 
 
 def test_a_group_that_does_not_divide_offers_those_that_do():
     shapes = {"q_proj": (576, 576), "down_proj": (576, 1536)}
-    formats.check_shapes(formats.parse_checkpoint("GPTQ-4bit-g64"), shapes)
+    check_shapes("GPTQ-4bit-g64", shapes)
     with pytest.raises(UsageError, match=r"rows of 576 weights(.|\n)*: g32, g64; GPTQ also takes whole rows"):
-        formats.check_shapes(formats.parse_checkpoint("GPTQ-4bit-g128"), shapes)
+        check_shapes("GPTQ-4bit-g128", shapes)
     with pytest.raises(UsageError, match="30 x 64"):
-        formats.check_shapes(formats.parse_checkpoint("GPTQ-4bit-g64"), {"odd": (30, 64)})
+        check_shapes("GPTQ-4bit-g64", {"odd": (30, 64)})
 
 
 def test_config_keys_that_readers_need():
-    gptq = formats.quantization_config(formats.parse_checkpoint("GPTQ-4bit-row"), ignored=("lm_head",))
+    gptq = parse_checkpoint("GPTQ-4bit-row").format.configuration(ignored=("lm_head",))
     assert (gptq["quant_method"], gptq["checkpoint_format"]) == ("gptq", "gptq")
     assert (gptq["bits"], gptq["group_size"], gptq["sym"], gptq["desc_act"]) == (4, -1, True, False)
-    awq = formats.quantization_config(formats.parse_checkpoint("AWQ-4bit-g64"), ignored=("lm_head",))
+    awq = parse_checkpoint("AWQ-4bit-g64").format.configuration(ignored=("lm_head",))
     assert (awq["quant_method"], awq["version"], awq["zero_point"], awq["group_size"]) == (
         "awq",
         "gemm",
         True,
         64,
     )
-    int8 = formats.quantization_config(formats.parse_checkpoint("INT8-W8A8"), ignored=("lm_head",))
+    int8 = parse_checkpoint("INT8-W8A8").format.configuration(ignored=("lm_head",))
     group = int8["config_groups"]["group_0"]
     assert (int8["format"], int8["ignore"]) == ("int-quantized", ["lm_head"])
     assert (group["weights"]["strategy"], group["input_activations"]["strategy"]) == ("channel", "token")
@@ -76,7 +89,7 @@ def test_config_keys_that_readers_need():
 
 
 def test_levels_that_engines_refuse_come_with_a_note():
-    assert formats.serving_notes(formats.parse_checkpoint("GPTQ-4bit-g64")) == ()
-    assert "Q8_0" in formats.serving_notes(formats.parse_checkpoint("GPTQ-8bit-g64"))[0]
-    assert "asymmetric" in formats.serving_notes(formats.parse_checkpoint("GPTQ-4bit-g64-asym"))[0]
-    assert "8-bit" in formats.serving_notes(formats.parse_checkpoint("INT8-W8A16"))[0]
+    assert parse_checkpoint("GPTQ-4bit-g64").format.notes() == ()
+    assert "Q8_0" in parse_checkpoint("GPTQ-8bit-g64").format.notes()[0]
+    assert "asymmetric" in parse_checkpoint("GPTQ-4bit-g64-asym").format.notes()[0]
+    assert "8-bit" in parse_checkpoint("INT8-W8A16").format.notes()[0]

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from bitladder.files.gguf import GgufFile
-from bitladder.levels.checkpoint import parse_checkpoint
+from bitladder.levels.checkpoints import parse_checkpoint
+from bitladder.levels.checkpoints.compressed_tensors import int8_tokens
 from bitladder.walk.checkpoint_weights import CheckpointWeights
 from bitladder.walk.layers import LayeredModel
-from bitladder.walk.rounding import INT8_TOKENS
 from bitladder.walk.weights import FileWeights
 from tiny_checkpoints import decoded, loaded, run, tiny, windows_of
 
@@ -54,7 +54,7 @@ def test_only_int8_activations_are_rounded_and_only_before_quantized_layers(name
                 if CheckpointWeights(FileWeights(source), tmp_path / f"tiny-{level}", parse_checkpoint(level)).qtype(
                     name
                 )
-                == INT8_TOKENS
+                == int8_tokens
             }
             for level in levels
         }

@@ -21,7 +21,7 @@ def test_the_weights_are_those_that_were_decoded(dequantize: bool, tmp_path: Pat
     from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
     model, checkpoint, gguf = tiny("llama", tmp_path)
-    levels = LEVELS if dequantize else LEVELS[:-1]  # serving_notes says why
+    levels = LEVELS if dequantize else LEVELS[:-1]  # the format's notes say why
     run(gguf, levels, tmp_path / "out", checkpoint)
     for level in levels:
         folder = tmp_path / "out" / f"tiny-{level}"

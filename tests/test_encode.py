@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from bitladder.kernels import groups
-from bitladder.levels.checkpoint import parse_checkpoint
-from bitladder.levels.encode import decode, encode
+from bitladder.levels.checkpoints import parse_checkpoint
 from reference import slow_checkpoint as slow
 
 LEVELS = [
@@ -16,40 +15,40 @@ LEVELS = [
 
 
 def made(name: str, rows: int = 32, columns: int = 64) -> tuple:
-    level = parse_checkpoint(name)
+    form = parse_checkpoint(name).format
     rng = np.random.default_rng(7)
-    top = 2**level.bits
-    shape = (rows, columns // (level.group_size or columns))
-    zeros = np.full(shape, top // 2) if level.sym else rng.integers(1, top, shape)
+    top = 2**form.bits
+    shape = (rows, columns // (form.group_size or columns))
+    zeros = np.full(shape, top // 2) if form.sym else rng.integers(1, top, shape)
     scales = groups.store_scale(rng.uniform(0.01, 0.2, shape).astype(np.float32) * rng.choice([-1, 1], shape))
-    parameters = groups.Affine(scales, zeros.astype(np.int16), level.bits, level.group_size, columns)
-    return level, rng.integers(0, top, (rows, columns)).astype(np.int16), parameters
+    parameters = groups.Affine(scales, zeros.astype(np.int16), form.bits, form.group_size, columns)
+    return form, rng.integers(0, top, (rows, columns)).astype(np.int16), parameters
 
 
 @pytest.mark.parametrize("name", LEVELS)
 def test_an_independent_reader_sees_the_same_weights(name):
-    level, codes, parameters = made(name)
-    arrays = encode(level, codes, parameters)
-    if level.layout.startswith("gptq"):
-        read = slow.gptq(arrays, level.bits, level.layout == "gptq")
-    elif level.layout == "awq":
-        read = slow.awq(arrays, level.group_size)
-    elif level.layout == "pack-quantized":
-        read = slow.pack_quantized(arrays, level.bits, level.group_size)
+    form, codes, parameters = made(name)
+    arrays = form.encode(codes, parameters)
+    if form.layout.startswith("gptq"):
+        read = slow.gptq(arrays, form.bits, form.layout == "gptq")
+    elif form.layout == "awq":
+        read = slow.awq(arrays, form.group_size)
+    elif form.layout == "pack-quantized":
+        read = slow.pack_quantized(arrays, form.bits, form.group_size)
     else:
         read = slow.int_quantized(arrays)
     np.testing.assert_array_equal(read, parameters.decode(codes))
-    np.testing.assert_array_equal(decode(level, arrays, codes.shape), read)
+    np.testing.assert_array_equal(form.decode(arrays), read)
 
 
 @pytest.mark.parametrize("name", LEVELS)
 def test_one_wrong_bit_is_seen(name):
-    level, codes, parameters = made(name)
-    arrays = encode(level, codes, parameters)
+    form, codes, parameters = made(name)
+    arrays = form.encode(codes, parameters)
     first = next(iter(arrays))
     damaged = arrays[first].copy()
     damaged.reshape(-1)[3] ^= 1
-    assert (decode(level, {**arrays, first: damaged}, codes.shape) != parameters.decode(codes)).sum() == 1
+    assert (form.decode({**arrays, first: damaged}) != parameters.decode(codes)).sum() == 1
 
 
 def test_golden_zero_words():
@@ -62,12 +61,15 @@ def test_golden_zero_words():
         "GPTQ-8bit-row": 0x7F7F7F7F,
     }
     for name, word in words.items():
-        level, codes, parameters = made(name)
-        assert (encode(level, codes, parameters)["qzeros"].view(np.uint32) == word).all()
+        form, codes, parameters = made(name)
+        assert (form.encode(codes, parameters)["qzeros"].view(np.uint32) == word).all()
 
 
 def test_shapes_and_dtypes_of_each_layout():
-    shapes = {name: {k: (v.shape, v.dtype.name) for k, v in encode(*made(name, 64, 128)).items()} for name in LEVELS}
+    shapes = {}
+    for name in LEVELS:
+        form, codes, parameters = made(name, 64, 128)
+        shapes[name] = {k: (v.shape, v.dtype.name) for k, v in form.encode(codes, parameters).items()}
     assert shapes["GPTQ-4bit-g32"] == {
         "qweight": ((16, 64), "int32"), "scales": ((4, 64), "float16"), "qzeros": ((4, 8), "int32"),
         "g_idx": ((128,), "int32"),
@@ -83,6 +85,38 @@ def test_shapes_and_dtypes_of_each_layout():
 
 
 def test_scales_of_another_grouping_are_refused():
-    level, codes, parameters = made("GPTQ-4bit-g32")
+    form, codes, parameters = made("GPTQ-4bit-g32")
     with pytest.raises(ValueError, match=r"scales of shape \(32, 2\), expected \(32, 1\)"):
-        decode(parse_checkpoint("GPTQ-4bit-g64"), encode(level, codes, parameters), codes.shape)
+        parse_checkpoint("GPTQ-4bit-g64").format.decode(form.encode(codes, parameters))
+
+
+@pytest.mark.parametrize(
+    ("name", "suffix", "found"),
+    [
+        ("GPTQ-4bit-g32", "qweight", np.zeros(8, np.int32)),
+        ("GPTQ-4bit-g32", "qweight", np.zeros((9, 32), np.int32)),
+        ("GPTQ-4bit-g32", "qzeros", np.zeros((2, 5), np.int32)),
+        ("GPTQ-4bit-g32", "qzeros", np.zeros((1, 4), np.int32)),
+        ("GPTQ-4bit-g32", "scales", np.zeros((1, 32), np.float16)),
+        ("AWQ-4bit-g32", "qweight", np.zeros((), np.int32)),
+        ("AWQ-4bit-g32", "qweight", np.zeros((70, 4), np.int32)),
+        ("AWQ-4bit-g32", "qzeros", None),
+        ("AWQ-4bit-g32-ct", "weight_shape", np.array([32, 1 << 50])),
+        ("AWQ-4bit-g32-ct", "weight_shape", np.array([1 << 50, 64])),
+        ("AWQ-4bit-g32-ct", "weight_shape", np.array([-32, -64])),
+        ("AWQ-4bit-g32-ct", "weight_shape", np.array(64)),
+        ("AWQ-4bit-g32-ct", "weight_packed", np.zeros((32, 9), np.int32)),
+        ("AWQ-4bit-g32-ct", "weight_zero_point", np.zeros((9, 2), np.int32)),
+        ("INT8-W8A8", "weight", np.zeros(64, np.int8)),
+        ("INT8-W8A8", "weight_scale", np.zeros((1, 64), np.float32)),
+        ("INT8-W8A8", "weight_scale", np.zeros((1 << 20, 1, 1), np.float32)),
+    ],
+)
+def test_arrays_that_contradict_one_another_are_refused(name, suffix, found):
+    """Without an index error, and without room for what a file only claims."""
+    form, codes, parameters = made(name)
+    arrays = {**form.encode(codes, parameters), suffix: found}
+    if found is None:
+        del arrays[suffix]
+    with pytest.raises((ValueError, KeyError)):
+        form.decode(arrays)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bitladder.kernels.packing import pack, unpack, words_for
-from bitladder.levels.checkpoint import AWQ_ORDER
+from bitladder.levels.checkpoints.awq import ORDER as AWQ_ORDER
 
 
 def words_by_definition(codes: list[int], bits: int) -> list[int]:

@@ -8,9 +8,10 @@ import torch
 import tiny_models
 from bitladder.describe.windows import Window
 from bitladder.files.gguf import GgufFile
+from bitladder.levels.checkpoints.compressed_tensors import int8_tokens
 from bitladder.stages.walk import Candidate, token_scores
 from bitladder.walk.layers import LayeredModel
-from bitladder.walk.rounding import INT8_TOKENS, round_inputs, rounded_input
+from bitladder.walk.rounding import round_inputs, rounded_input
 from bitladder.walk.weights import FileWeights, MadeWeights, Quantizer
 from tiny_models import CASES, N_VOCAB
 
@@ -55,7 +56,7 @@ def test_a_token_of_int8_by_its_definition():
         scale = np.abs(row).max() / np.float32(127)
         if scale:
             out[:] = np.rint(row / scale) * scale
-    found = rounded_input(torch.from_numpy(x).reshape(2, 3, 48), INT8_TOKENS)
+    found = rounded_input(torch.from_numpy(x).reshape(2, 3, 48), int8_tokens)
     np.testing.assert_array_equal(found.numpy().reshape(x.shape), expected)
 
 

@@ -16,7 +16,7 @@ import tiny_models
 from bitladder.describe.windows import Window
 from bitladder.files.checkpoint_check import decoded_linears
 from bitladder.files.gguf import GgufFile
-from bitladder.levels.checkpoint import parse_checkpoint
+from bitladder.levels.checkpoints import parse_checkpoint
 from bitladder.stages.calibrate import quantize_checkpoints
 
 

@@ -1,7 +1,7 @@
 """Checkpoint layouts decoded one code at a time, with Python integers, from their description alone.
 
-Nothing of bitladder is used. Layouts: ``y = W x``, ``W[n][k] = (code - zero) * scale``; see the module docstring of
-bitladder/levels/checkpoint.py for shapes, and the config keys each file format carries.
+Nothing of bitladder is used. Layouts: ``y = W x``, ``W[n][k] = (code - zero) * scale``; see the module docstrings in
+bitladder/levels/checkpoints/ for shapes, and the config keys each file format carries.
 """
 
 import json

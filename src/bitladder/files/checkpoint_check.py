@@ -13,8 +13,7 @@ import numpy.typing as npt
 from bitladder.errors import BadFile, OutputError
 from bitladder.files.checkpoint import list_shards
 from bitladder.levels import CheckpointLevel
-from bitladder.levels.checkpoint import LAYOUTS
-from bitladder.levels.encode import decode, digest
+from bitladder.levels.checkpoints import digest
 
 
 def verify_folder(folder: Path, level: CheckpointLevel, expected: Mapping[str, str]) -> None:
@@ -47,7 +46,7 @@ class CheckpointReader:
         """Raises BadInput where there are no safetensors."""
         from safetensors import safe_open
 
-        self.folder, self.level, self._layout = folder, level, LAYOUTS[level.layout]
+        self.folder, self.level = folder, level
         self._where: dict[str, Path] = {}
         for shard in list_shards(folder):
             with safe_open(shard, "pt") as file:
@@ -55,12 +54,9 @@ class CheckpointReader:
 
     def linears(self) -> list[str]:
         """Names of the quantized linear layers."""
+        first = self.level.format.suffixes[0]
         split = [name.rpartition(".") for name in sorted(self._where)]
-        return [
-            prefix
-            for prefix, _, suffix in split
-            if suffix == self._layout.codes and f"{prefix}.{self._layout.scales}" in self._where
-        ]
+        return [prefix for prefix, _, suffix in split if suffix == first and self._is_quantized(prefix)]
 
     def weights(self, name: str) -> npt.NDArray[np.float32]:
         """A tensor by its float name (``....weight``), decoded where it is quantized.
@@ -69,16 +65,19 @@ class CheckpointReader:
             BadFile: it is missing, or its arrays contradict each other.
         """
         prefix = name.removesuffix(".weight")
-        if f"{prefix}.{self._layout.scales}" not in self._where:
+        if not self._is_quantized(prefix):
             return np.asarray(self._read(name), np.float32)
-        keys = {suffix: f"{prefix}.{suffix}" for suffix in self._layout.suffixes}
+        keys = {suffix: f"{prefix}.{suffix}" for suffix in self.level.format.suffixes}
         arrays = {suffix: self._read(key) for suffix, key in keys.items() if key in self._where}
         try:
-            return decode(self.level, arrays, _shape(self.level, arrays))
+            return self.level.format.decode(arrays)
         except (ValueError, KeyError) as error:
             raise BadFile(
                 f"{self.folder}: {prefix} contradicts itself: {error}", do="Write the level again."
             ) from error
+
+    def _is_quantized(self, prefix: str) -> bool:
+        return all(f"{prefix}.{suffix}" in self._where for suffix in self.level.format.suffixes[:2])
 
     def _read(self, key: str) -> npt.NDArray[Any]:
         from safetensors import safe_open
@@ -104,17 +103,3 @@ def _array(tensor: Any) -> npt.NDArray[Any]:
     import torch
 
     return np.asarray((tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy())
-
-
-def _shape(level: CheckpointLevel, arrays: Mapping[str, npt.NDArray[Any]]) -> tuple[int, int]:
-    """Outputs and inputs of a stored linear layer."""
-    layout = LAYOUTS[level.layout]
-    codes = arrays[layout.codes].shape
-    if layout.name == "int-quantized":
-        return codes[0], codes[1]
-    if layout.name == "pack-quantized":
-        rows, columns = arrays[layout.shape].tolist()
-        return int(rows), int(columns)
-    if layout.name == "awq":
-        return codes[1] * 32 // level.bits, codes[0]
-    return codes[1], codes[0] * 32 // level.bits

@@ -22,7 +22,7 @@ from bitladder.kernels.grid import F32, Grid, contiguous_groups
 
 _LANES = 32
 _ROWS_AT_ONCE = 512
-_SHRINKS = np.linspace(1.05, 0.55, 21).astype(np.float32)
+SHRINKS = np.linspace(1.05, 0.55, 21).astype(np.float32)
 """Candidate scales, as shares of the one that just holds the largest weight."""
 
 
@@ -113,7 +113,7 @@ def search(
     importance: F32 | None = None,
     least_zero: int = 0,
     scale_dtype: str = "float16",
-    shrinks: F32 = _SHRINKS,
+    shrinks: F32 = SHRINKS,
     signed: bool = True,
 ) -> Affine:
     """Scales and zeros of ``weights f32[rows, columns]`` that cost least under column weights ``importance

@@ -4,7 +4,7 @@
     RecipeLevel      Q4_K_M, Q8_0, F16          GGUF file   llama.cpp's mix of types, each tensor rounded by itself
     FeedbackLevel    GPTQ-Q4_K_M, bpw4.25       GGUF file   a mix of types, codes chosen with error feedback
     FoldedLevel      AWQ-Q3_K_M                 GGUF file   llama.cpp's mix of types after AWQ's scaling
-    CheckpointLevel  GPTQ-4bit-g64, INT8-W8A8   folder      integer codes for engines that read checkpoints
+    CheckpointLevel  GPTQ-4bit-g64, INT8-W8A8   folder      codes in one of the formats of ``checkpoints/``
 
 ``Level`` is their union, and it is closed: a match over the four kinds is complete. Text becomes a level in
 ``names.parse_level`` and nowhere else, and a level prints its own name.
@@ -15,10 +15,14 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Literal, TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from bitladder.errors import UsageError
 from bitladder.formats.recipes import RECIPES
+from bitladder.levels.methods import AWQ, Method
+
+if TYPE_CHECKING:
+    from bitladder.levels.checkpoints.base import CheckpointFormat
 
 FILE_ENGINES = ("llama-server", "ollama", "lmstudio")
 """Engines that run GGUF files."""
@@ -129,9 +133,8 @@ class FoldedLevel(_File):
     layer before takes up their inverse (``kernels/awq.py``). The file is an ordinary GGUF."""
 
     recipe: str
-    method: Literal["AWQ"] = "AWQ"
-    smooth: bool = False
 
+    method = AWQ
     needs = Needs.CALIBRATION
 
     @property
@@ -142,45 +145,33 @@ class FoldedLevel(_File):
 
 @dataclass(frozen=True)
 class CheckpointLevel(_Named):
-    """A level that is stored as a checkpoint folder.
-
-    ``group_size`` is ``WHOLE_ROW`` for one scale per output channel. ``activations`` says what the engine does with the
-    inputs at run time: ``float``, or ``int8`` with a dynamic scale per token. ``smooth`` moves outliers of the inputs
-    into the weights first (SmoothQuant).
-    """
+    """A level that is stored as a checkpoint folder: in which format, and how its codes are chosen."""
 
     name: str
-    method: Literal["GPTQ", "AWQ", "INT8"]
-    bits: int
-    group_size: int
-    sym: bool
-    layout: str
-    activations: Literal["float", "int8"] = "float"
-    smooth: bool = False
+    format: CheckpointFormat
+    method: Method
 
     container = Container.FOLDER
-    engines = CHECKPOINT_ENGINES
     __str__ = _Named.__str__
 
     @property
+    def engines(self) -> tuple[str, ...]:
+        """Engines that serve it."""
+        return self.format.engines
+
+    @property
     def needs(self) -> Needs:
-        """A walk over text, except for plain rounding to 8 bits."""
-        return Needs.CALIBRATION if self.method != "INT8" or self.smooth else Needs.NOTHING
+        """A walk over text, where the method reads anything off one."""
+        return Needs.CALIBRATION if self.method.statistics.needs_text else Needs.NOTHING
 
     @property
     def bpw(self) -> float:
-        """Bits per weight of a quantized Linear with long rows, f16 scales (and packed zero points) included."""
-        if self.group_size == WHOLE_ROW:
-            return float(self.bits)
-        has_zeros = not self.sym or self.layout in ("gptq", "gptq_v2", "awq")
-        return self.bits + (16 + (self.bits if has_zeros else 0)) / self.group_size
+        """Bits per weight of a quantized Linear with long rows, 16-bit scales (and packed zero points) included."""
+        return self.format.bpw
 
     def slow_paths(self, engine: str, *, has_gpu: bool, cpu_features: Collection[str]) -> list[str]:  # noqa: ARG002
         """As of levels in files."""
-        if self.method != "GPTQ" or self.bits > 3:
-            return []
-        who = engine or "the engine"
-        return [f"{who} has no fast kernel for 2- and 3-bit GPTQ: a GGUF level of that size runs at full speed"]
+        return self.format.slow_paths(engine)
 
 
 KINDS = {

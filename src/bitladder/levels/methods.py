@@ -1,30 +1,73 @@
-"""One weight matrix of a checkpoint level: the search for scales and the choice of codes that its method
-stands for."""
+"""How codes are chosen, whatever the format that stores them.
+
+A method reads statistics of a matrix's inputs off a calibration text. It may scale input channels first, with the layer
+before taking up the inverse (``factors``); then it is ``prepare``d once for each input, and ``apply``'d to every matrix
+that reads that input:
+
+    Rounding    nearest codes; needs nothing                         apply
+    Smoothing   SmoothQuant's scales, then nearest codes             factors, prepare, apply
+    Scaling     AWQ's scales, then nearest codes                     factors, prepare, apply
+    Feedback    GPTQ: errors move the codes of later columns         prepare, apply
+
+The grid that codes lie on is the format's (``checkpoints/base.py``).
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, ClassVar
 
-import numpy as np
-import numpy.typing as npt
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
-from bitladder.kernels import awq, gptq, groups
-from bitladder.kernels.grid import F32
-from bitladder.levels.kinds import CheckpointLevel
+    from bitladder.kernels.gptq import Factor
+    from bitladder.kernels.grid import F32
+    from bitladder.levels.checkpoints.base import CheckpointFormat, Parameters
 
-_FEW_CANDIDATES = np.array([1.0, 0.92, 0.84, 0.75], np.float32)
-"""Enough shrinks to rank AWQ's scales by; the final search takes all."""
 _FEWEST_ROWS, _SHARE_OF_ROWS = 256, 4
-"""A loss that is only told comes from every fourth row, or from so many: the products cost as much as the search."""
+"""A loss that is only reported comes from every fourth row, or from so many: products cost as much as the search."""
+
+
+class Statistics(StrEnum):
+    """What a method reads off the calibration text."""
+
+    NONE = "none"
+    ENERGIES = "energies"
+    """Mean squares of every input channel."""
+    GRAM = "gram"
+    """``X^T X`` of every input, and its largest values."""
+    FEEDBACK = "feedback"
+    """``X^T X`` of inputs that come through the layers as they were quantized so far: a pass of the level's own."""
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether what is made depends on a text."""
+        return self is not Statistics.NONE
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a method knows of an input; by itself, nothing."""
+
+    gram: F32 | None = None
+    """``X^T X f32[columns, columns]``."""
+    factor: Factor | None = None
+    damp: float = 0.0
+    """Share of the mean diagonal that was added to the diagonal before it was factored."""
+    note: str = ""
+    """What went differently than usual."""
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """Codes ``i16[rows, columns]``, their scales and zeros, and what they cost on the calibration set."""
+    """Codes ``i16[rows, columns]``, what turns them into weights, and what they cost on the calibration set."""
 
     codes: npt.NDArray[np.int16]
-    parameters: groups.Affine
+    parameters: Parameters
     decoded: F32
     """The weights ``f32[rows, columns]`` as a reader of the file computes them."""
     loss: float
@@ -32,26 +75,212 @@ class Quantized:
     it is known from a part of the rows, spread over all."""
 
 
-def feedback(
-    level: CheckpointLevel, factor: gptq.Factor, weights: F32, *, scale_dtype: str = "float16", device: str = "cpu"
-) -> Quantized:
-    """GPTQ: scales by what an error of each column really costs, codes with error feedback, chosen on ``device``."""
-    parameters = _search(level, weights, factor.importance, scale_dtype)
-    codes, cost = gptq.apply_on(device)(factor, weights, parameters.grid())
-    # Costs are under the damped Hessian; the damping's own share is no error of the outputs.
-    decoded = parameters.decode(codes)
-    wrong = cost.sum() - factor.ridge * _square_sum(decoded - weights)
-    whole = gptq.cost_of(factor, weights).sum() - factor.ridge * _square_sum(weights)
-    return Quantized(codes, parameters, decoded, max(0.0, float(wrong / whole)) if whole > 0 else float("nan"))
+class Method(ABC):
+    """How codes are chosen. Subclasses have no state: one object of each serves all levels."""
+
+    statistics: ClassVar[Statistics]
+    trials: ClassVar[float] = 0.0
+    """Roundings of whole matrices that a search for scales takes, with a product of two square matrices each."""
+    largest: ClassVar[bool] = False
+    """Whether ``factors`` reads the largest magnitude of each channel."""
+
+    def scales(self, *, into_norm: bool) -> bool:  # noqa: ARG002
+        """Whether it scales an input whose inverse goes ``into_norm``, or into a linear layer."""
+        return False
+
+    def factors(
+        self,
+        form: CheckpointFormat,
+        gram: F32,
+        largest: F32,
+        weights: Sequence[F32],
+        *,
+        tied: npt.NDArray[np.intp] | None = None,
+    ) -> F32:
+        """What multiplies each channel of an input that it scales, ``f32[columns]``.
+
+        Args:
+            form: How the matrices will be stored.
+            gram: ``X^T X f32[columns, columns]`` of the input.
+            largest: ``f32[columns]``, the largest magnitude of each channel.
+            weights: Every matrix ``f32[rows, columns]`` that reads it.
+            tied: As in ``kernels.awq.prepare``.
+        """
+        raise NotImplementedError
+
+    @abstractmethod
+    def prepare(
+        self, gram: F32 | None, *, damp: float = 0.05, act_order: bool = True, overwrite: bool = False
+    ) -> Prepared:
+        """What is to be known of an input.
+
+        Args:
+            gram: ``X^T X f32[columns, columns]``; None where nothing was seen of it.
+            damp: Share of the mean diagonal to add to the diagonal where it is factored.
+            act_order: Handle columns in falling order of their energy where the order matters.
+            overwrite: ``gram`` may be used as room, and must not be read again.
+
+        Raises:
+            ValueError: it cannot be factored.
+        """
+
+    @abstractmethod
+    def apply(
+        self, form: CheckpointFormat, seen: Prepared, weights: F32, *, scale_dtype: str = "float16", device: str = "cpu"
+    ) -> Quantized:
+        """Quantize ``weights f32[rows, columns]`` that read the input; plainly where nothing was seen of it. Codes with
+        feedback are chosen on ``device``.
+
+        Raises:
+            ValueError: the weights are too large for the format.
+        """
 
 
-def rounded(
-    level: CheckpointLevel, gram: F32 | None, weights: F32, *, weighed: bool = True, scale_dtype: str = "float16"
+class Rounding(Method):
+    """Nearest codes on scales searched with all columns alike: the bytes depend on no text. A Gram matrix, where one is
+    at hand, tells the loss."""
+
+    statistics = Statistics.NONE
+    _weighs: ClassVar[bool] = False
+
+    def prepare(
+        self,
+        gram: F32 | None,
+        *,
+        damp: float = 0.05,  # noqa: ARG002
+        act_order: bool = True,  # noqa: ARG002
+        overwrite: bool = False,  # noqa: ARG002
+    ) -> Prepared:
+        """As ``Method``."""
+        return Prepared(gram)
+
+    def apply(
+        self,
+        form: CheckpointFormat,
+        seen: Prepared,
+        weights: F32,
+        *,
+        scale_dtype: str = "float16",
+        device: str = "cpu",  # noqa: ARG002
+    ) -> Quantized:
+        """As ``Method``."""
+        importance = None if seen.gram is None or not self._weighs else _energies(seen.gram)
+        return _rounded(form, importance, seen.gram, weights, scale_dtype)
+
+
+class Smoothing(Rounding):
+    """SmoothQuant: outliers of the inputs move into the weights where a norm comes before; then nearest codes on scales
+    searched under the inputs' energies (Xiao et al. 2022, arXiv:2211.10438)."""
+
+    statistics = Statistics.GRAM
+    largest = True
+    _weighs = True
+
+    def scales(self, *, into_norm: bool) -> bool:
+        """Behind norms only."""
+        return into_norm
+
+    def factors(
+        self,
+        form: CheckpointFormat,  # noqa: ARG002
+        gram: F32,  # noqa: ARG002
+        largest: F32,
+        weights: Sequence[F32],
+        *,
+        tied: npt.NDArray[np.intp] | None = None,
+    ) -> F32:
+        """As ``Method``."""
+        from bitladder.kernels import awq
+
+        return awq.smooth_factors(largest, weights, tied=tied)
+
+
+class Scaling(Rounding):
+    """AWQ: input channels that matter grow, wherever something before can take up the inverse (``kernels/awq.py``);
+    then nearest codes on scales searched under the inputs' energies."""
+
+    statistics = Statistics.GRAM
+    trials = 12 / 4  # twelve candidates, each on a quarter of the rows
+    _weighs = True
+
+    def scales(self, *, into_norm: bool) -> bool:  # noqa: ARG002
+        """Always."""
+        return True
+
+    def factors(
+        self,
+        form: CheckpointFormat,
+        gram: F32,
+        largest: F32,  # noqa: ARG002
+        weights: Sequence[F32],
+        *,
+        tied: npt.NDArray[np.intp] | None = None,
+    ) -> F32:
+        """As ``Method``, with rounding as the format will do it."""
+        from bitladder.kernels import awq
+
+        def round_trip(scaled: F32, importance: F32) -> F32:
+            found = form.search(scaled, importance, quick=True)
+            return found.decode(found.grid().nearest(scaled))
+
+        trips = [round_trip] * len(weights)
+        return awq.prepare(gram, weights, trips, group_size=form.group_size, tied=tied).factors
+
+
+class Feedback(Method):
+    """GPTQ: scales by what an error of each column really costs, codes with error feedback (``kernels/gptq.py``)."""
+
+    statistics = Statistics.FEEDBACK
+
+    def prepare(
+        self, gram: F32 | None, *, damp: float = 0.05, act_order: bool = True, overwrite: bool = False
+    ) -> Prepared:
+        """As ``Method``."""
+        from bitladder.kernels import gptq
+
+        if gram is None:
+            return Prepared()
+        factor = gptq.prepare(gram, damp=damp, act_order=act_order, overwrite=overwrite)
+        note = f"Hessian not positive definite: damping raised to {factor.damp:g}" if factor.rescued else ""
+        return Prepared(factor=factor, damp=factor.damp, note=note)
+
+    def apply(
+        self, form: CheckpointFormat, seen: Prepared, weights: F32, *, scale_dtype: str = "float16", device: str = "cpu"
+    ) -> Quantized:
+        """As ``Method``."""
+        from bitladder.kernels import gptq
+
+        factor = seen.factor
+        if factor is None:
+            return _rounded(form, None, None, weights, scale_dtype)
+        parameters = form.search(weights, factor.importance, scale_dtype=scale_dtype)
+        codes, cost = gptq.apply_on(device)(factor, weights, parameters.grid())
+        # Costs are under the damped Hessian; the damping's own share is no error of the outputs.
+        decoded = parameters.decode(codes)
+        wrong = cost.sum() - factor.ridge * _square_sum(decoded - weights)
+        whole = gptq.cost_of(factor, weights).sum() - factor.ridge * _square_sum(weights)
+        return Quantized(codes, parameters, decoded, max(0.0, float(wrong / whole)) if whole > 0 else float("nan"))
+
+
+ROUNDING, SMOOTHING, AWQ, GPTQ = Rounding(), Smoothing(), Scaling(), Feedback()
+
+
+def relative_error(difference: F32, weights: F32, gram: F32) -> float:
+    """``tr(D G D^T) / tr(W G W^T)``: how much of the outputs' energy on the calibration set is error."""
+    import numpy as np
+
+    whole = float(np.einsum("rk,rk->", weights @ gram, weights, dtype=np.float64))
+    wrong = float(np.einsum("rk,rk->", difference @ gram, difference, dtype=np.float64))
+    return wrong / whole if whole > 0 else float("nan")
+
+
+def _rounded(
+    form: CheckpointFormat, importance: F32 | None, gram: F32 | None, weights: F32, scale_dtype: str
 ) -> Quantized:
-    """Nearest codes on scales searched under the inputs' energies (all equal where ``gram`` is None or they are not
-    to be ``weighed``: the loss is known then, and the codes do not depend on the text)."""
-    importance = None if gram is None or not weighed else _energies(gram)
-    parameters = _search(level, weights, importance, scale_dtype)
+    """Nearest codes; the loss is known where there is a Gram matrix."""
+    import numpy as np
+
+    parameters = form.search(weights, importance, scale_dtype=scale_dtype)
     codes = parameters.grid().nearest(weights)
     decoded = parameters.decode(codes)
     if gram is None:
@@ -61,49 +290,15 @@ def rounded(
     return Quantized(codes, parameters, decoded, relative_error(decoded[some] - weights[some], weights[some], gram))
 
 
-def awq_scales(
-    level: CheckpointLevel, gram: F32, weights: Sequence[F32], *, tied: npt.NDArray[np.intp] | None = None
-) -> awq.Scales:
-    """AWQ's scales for one shared input, with rounding as ``level`` will do it."""
-
-    def round_trip(scaled: F32, importance: F32) -> F32:
-        found = groups.search(
-            scaled,
-            level.bits,
-            level.group_size,
-            sym=level.sym,
-            importance=importance,
-            shrinks=_FEW_CANDIDATES,
-        )
-        return found.decode(found.grid().nearest(scaled))
-
-    return awq.prepare(gram, weights, [round_trip] * len(weights), group_size=level.group_size, tied=tied)
-
-
-def relative_error(difference: F32, weights: F32, gram: F32) -> float:
-    """``tr(D G D^T) / tr(W G W^T)``: how much of the outputs' energy on the calibration set is error."""
-    whole = float(np.einsum("rk,rk->", weights @ gram, weights, dtype=np.float64))
-    wrong = float(np.einsum("rk,rk->", difference @ gram, difference, dtype=np.float64))
-    return wrong / whole if whole > 0 else float("nan")
-
-
 def _square_sum(values: F32) -> float:
+    import numpy as np
+
     return float(np.einsum("rk,rk->", values, values, dtype=np.float64))
 
 
 def _energies(gram: F32) -> F32:
+    """The Gram matrix's diagonal, mean 1."""
+    import numpy as np
+
     diagonal = np.diagonal(gram).astype(np.float64)
     return np.asarray(diagonal / max(float(diagonal.mean()), np.finfo(np.float64).tiny), np.float32)
-
-
-def _search(level: CheckpointLevel, weights: F32, importance: F32 | None, scale_dtype: str) -> groups.Affine:
-    return groups.search(
-        weights,
-        level.bits,
-        level.group_size,
-        sym=level.sym,
-        importance=importance,
-        least_zero=1 if level.layout == "gptq" else 0,
-        scale_dtype=scale_dtype if level.layout in ("pack-quantized", "int-quantized") else "float16",
-        signed=level.activations == "float",
-    )

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from bitladder.errors import UnknownLevel
 from bitladder.formats.recipes import LEVELS, RECIPES
-from bitladder.levels.checkpoint import GRAMMAR, parse_checkpoint
+from bitladder.levels import checkpoints
 from bitladder.levels.kinds import FeedbackLevel, FoldedLevel, Level, RecipeLevel
 
 LADDER: tuple[Level, ...] = tuple(RecipeLevel(name) for name in LEVELS)
@@ -17,10 +17,11 @@ LADDER: tuple[Level, ...] = tuple(RecipeLevel(name) for name in LEVELS)
 _BPW = re.compile(r"bpw([0-9]+(?:\.[0-9]+)?)", re.IGNORECASE)
 _QUANTIZED = tuple(name for name, recipe in RECIPES.items() if recipe.qtype.startswith(("Q", "IQ")))
 _K_QUANTS = tuple(name for name, recipe in RECIPES.items() if recipe.qtype.endswith("_K"))
-_KINDS = (
-    f"GGUF files: {', '.join(RECIPES)}; with error feedback GPTQ-Q4_K_M, or the best types for so many bits per weight "
-    f"bpw4.25; after AWQ's scaling AWQ-Q4_K_M. Checkpoints: {GRAMMAR}."
-)
+_WITH_RECIPES: dict[str, tuple[type[FeedbackLevel | FoldedLevel], tuple[str, ...]]] = {
+    "GPTQ": (FeedbackLevel, _QUANTIZED),
+    "AWQ": (FoldedLevel, _K_QUANTS),
+}
+"""Methods that make GGUF files, too: the kind of level, and the recipes that the name goes on with."""
 
 
 def parse_level(text: str) -> Level:
@@ -34,19 +35,19 @@ def parse_level(text: str) -> Level:
         return RecipeLevel(name.upper())
     if (match := _BPW.fullmatch(name)) is not None:
         return _for_bits(text, float(match[1]))
-    method, _, rest = name.partition("-")
-    match method.upper():
-        case "GPTQ" if rest and not rest[0].isdigit():
-            return FeedbackLevel(_recipe(text, rest, "GPTQ-", _QUANTIZED))
-        case "AWQ" if rest and not rest[0].isdigit():
-            return FoldedLevel(_recipe(text, rest, "AWQ-", _K_QUANTS))
-        case "GPTQ" | "AWQ" | "INT8" if rest:
-            return parse_checkpoint(name)
-        case "GPTQ" | "AWQ" | "INT8":
-            files = "" if method.upper() == "INT8" else f"; a GGUF file {method.upper()}-Q4_K_M"
-            raise UnknownLevel(
-                f"'{text}' is a method; a level says in which format, too.", do=f"Checkpoints are {GRAMMAR}{files}."
-            )
+    first, _, rest = name.partition("-")
+    prefix = first.upper()
+    if rest and not rest[0].isdigit() and prefix in _WITH_RECIPES:
+        kind, recipes = _WITH_RECIPES[prefix]
+        return kind(_recipe(text, rest, f"{prefix}-", recipes))
+    if prefix in checkpoints.prefixes():
+        if rest:
+            return checkpoints.parse_checkpoint(name)
+        files = f"; a GGUF file {prefix}-Q4_K_M" if prefix in _WITH_RECIPES else ""
+        raise UnknownLevel(
+            f"'{text}' is a method; a level says in which format, too.",
+            do=f"Checkpoints are {checkpoints.grammar()}{files}.",
+        )
     return RecipeLevel(_recipe(text, name, "", tuple(RECIPES)))
 
 
@@ -73,7 +74,14 @@ def _recipe(text: str, name: str, prefix: str, offered: tuple[str, ...]) -> str:
     raise UnknownLevel(
         f"There is no level '{text}'.",
         means=f"Did you mean {prefix}{near}?" if near else "",
-        do=f"Levels are {_KINDS}" if not prefix else f"{prefix} works before {', '.join(offered)}.",
+        do=f"Levels are {_kinds()}" if not prefix else f"{prefix} works before {', '.join(offered)}.",
+    )
+
+
+def _kinds() -> str:
+    return (
+        f"GGUF files: {', '.join(RECIPES)}; with error feedback GPTQ-Q4_K_M, or the best types for so many bits per "
+        f"weight bpw4.25; after AWQ's scaling AWQ-Q4_K_M. Checkpoints: {checkpoints.grammar()}."
     )
 
 

@@ -13,12 +13,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from bitladder.levels import CheckpointLevel, FoldedLevel
-from bitladder.levels.products import ImportanceVectors, Product
+from bitladder.levels.methods import Statistics
+from bitladder.levels.products import Product, statistics_of
 from bitladder.plan.preflight import SEARCHED_RATE
 from bitladder.records.calibration import Preflight
 
-_TRIALS = 12 / 4
-_K_QUANT_PASSES = _TRIALS + 2
+_K_QUANT_PASSES = 2
+"""Packings of a folded level beside its trials."""
 REACHED = 0.6
 """Share of the machine's rate in large products that a walk reaches: attention, norms and searches do none."""
 START_SECONDS = 8.0
@@ -66,16 +67,17 @@ def predict(
     layer_weights = sum(rows * columns for rows, columns in shapes.values())
     statistics = sum(columns * (columns + 128) for _, columns in _inputs(shapes))
     feedback = sum(rows * columns * columns for rows, columns in shapes.values())
-    sequential = sum(level.method == "GPTQ" for level in levels)
-    folded = sum(isinstance(level, FoldedLevel) for level in levels)
-    scaled = sum(level.method == "AWQ" for level in levels)
-    needs_gram = scaled or any(level.smooth for level in levels)
-    needs_pass = needs_gram or any(isinstance(level, ImportanceVectors) for level in levels)
+    wanted = [statistics_of(level) for level in levels]
+    sequential = wanted.count(Statistics.FEEDBACK)
+    needs_gram = Statistics.GRAM in wanted
+    needs_pass = needs_gram or Statistics.ENERGIES in wanted
+    trials = sum(level.method.trials for level in levels if isinstance(level, CheckpointLevel | FoldedLevel))
+    packed = sum(level.method.trials + _K_QUANT_PASSES for level in levels if isinstance(level, FoldedLevel))
     seen = min(tokens, work.reference_tokens) if needs_pass else 0
     passes = sequential * (tokens * (2 * layer_weights + statistics) + feedback)
     passes += seen * (2 * layer_weights + (statistics if needs_gram else 0))
-    flops: float = passes * flops_per_s / (pass_flops_per_s or flops_per_s) + scaled * _TRIALS * 2 * feedback
-    searched = folded * _K_QUANT_PASSES * layer_weights / (SEARCHED_RATE * work.cores)
+    flops: float = passes * flops_per_s / (pass_flops_per_s or flops_per_s) + trials * 2 * feedback
+    searched = packed * layer_weights / (SEARCHED_RATE * work.cores)
     seconds = work.n_layer * (flops / (REACHED * flops_per_s) + searched)
 
     widest = max(columns for _, columns in shapes.values())

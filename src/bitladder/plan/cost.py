@@ -15,7 +15,7 @@ from bitladder.formats.parts import PARTS, part_of, parts_of
 from bitladder.formats.recipes import RECIPES, assign, is_quantizable, nearest_level
 from bitladder.formats.tensors import TensorInfo
 from bitladder.levels import CheckpointLevel, FeedbackLevel, FoldedLevel, Level, Needs, RecipeLevel, parse_level
-from bitladder.levels.checkpoint import GROUP_SIZES, check_shapes, stored_bytes
+from bitladder.levels.checkpoints import offered_names
 
 
 @dataclass(frozen=True)
@@ -116,20 +116,18 @@ def level_size(model: Model, level: Level, *, has_importance: bool = False) -> L
     )
 
 
-_STAND_INS = {8: "Q8_0", 4: "Q4_0", 3: "Q3_K", 2: "Q2_K"}
-"""Bits of a checkpoint's codes -> the block format that speed formulas take them for."""
-
-
 def _checkpoint_size(model: Model, level: CheckpointLevel) -> LevelSize:
-    """Packed matrices of the layers; all else, embedding and output included, in 16 bits."""
+    """Matrices of the layers as the format stores them; all else, embedding and output included, in float."""
+    form = level.format
     packed = {tensor.name: tensor for tensor in _layer_matrices(model)}
-    check_shapes(level, {name: (tensor.shape[-2], tensor.shape[-1]) for name, tensor in packed.items()})
+    form.check_shapes(level.name, {name: (tensor.shape[-2], tensor.shape[-1]) for name, tensor in packed.items()})
     parts: dict[str, dict[str, int]] = {}
     for tensor in model.tensors:
-        size, qtype = 2 * tensor.elements, "F16" if len(tensor.shape) > 1 else "F32"  # vectors are no output matrix
+        qtype = "F16" if len(tensor.shape) > 1 else "F32"  # vectors are no output matrix
+        size = form.float_bytes * tensor.elements
         if tensor.name in packed:
             *experts, outputs, inputs = tensor.shape
-            size, qtype = math.prod(experts) * stored_bytes(level, outputs, inputs), _STAND_INS[level.bits]
+            size, qtype = math.prod(experts) * form.stored_bytes(outputs, inputs), form.stand_in
         held = parts.setdefault(part_of(tensor.name), {})
         held[qtype] = held.get(qtype, 0) + size
     sizes = LevelBytes(level.name, parts)
@@ -145,14 +143,12 @@ def _checkpoint_size(model: Model, level: CheckpointLevel) -> LevelSize:
 
 
 def checkpoint_levels(model: Model) -> tuple[Level, ...]:
-    """The checkpoint levels to look at when none is named: what engines on GPUs run fast, in the widest groups that
-    divide every row, and 16 bits where the source is a checkpoint itself.
+    """The checkpoint levels to look at when none is named: what each format offers, and 16 bits where the source is
+    a checkpoint itself.
     """
-    rows = {tensor.shape[-1] for tensor in _layer_matrices(model)}
-    groups = next((size for size in sorted(GROUP_SIZES, reverse=True) if all(row % size == 0 for row in rows)), None)
-    four_bits = () if groups is None else (f"GPTQ-4bit-g{groups}", f"AWQ-4bit-g{groups}")
+    offered = offered_names({tensor.shape[-1] for tensor in _layer_matrices(model)})
     whole = () if model.raw_metadata else ("F16",)
-    return tuple(parse_level(name) for name in (*whole, "INT8-W8A8", *four_bits))
+    return tuple(parse_level(name) for name in (*whole, *offered))
 
 
 def _layer_matrices(model: Model) -> list[TensorInfo]:

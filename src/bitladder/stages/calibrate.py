@@ -30,8 +30,8 @@ from bitladder.files.probe import probe_machine
 from bitladder.files.vector_file import VectorFile, folds_of, importance_of_vectors
 from bitladder.kernels.awq import Fold
 from bitladder.levels import CheckpointLevel, FoldedLevel
-from bitladder.levels.checkpoint import check_shapes, parse_checkpoint
-from bitladder.levels.products import Product
+from bitladder.levels.checkpoints import parse_checkpoint
+from bitladder.levels.products import Product, statistics_of
 from bitladder.plan.calibration import Work, predict
 from bitladder.plan.calibration_text import check_text
 from bitladder.plan.preflight import JobNeed, require
@@ -173,7 +173,7 @@ class Calibration:
         self._shapes = self._walk.shapes()
         for level in levels:
             if isinstance(level, CheckpointLevel):
-                check_shapes(level, self._shapes)
+                level.format.check_shapes(level.name, self._shapes)
         self._companions: Companions | None = None
         if any(isinstance(level, CheckpointLevel) for level in self._missing):
             self._companions = _companions(source, model, checkpoint)
@@ -280,7 +280,7 @@ def vector_file(source: GgufFile, level: Product, texts: str, settings: Settings
 
 
 def _needs_text(level: Product) -> bool:
-    return level.method != "INT8" or level.smooth
+    return statistics_of(level).needs_text
 
 
 def _checked_text(source: GgufFile, levels: Sequence[Product], reading: Reading) -> CalibrationText | None:

@@ -208,7 +208,7 @@ def _launch(
     from pathlib import Path
 
     from bitladder.errors import NothingFits
-    from bitladder.levels import Container, RecipeLevel
+    from bitladder.levels import CheckpointLevel, Container, RecipeLevel
     from bitladder.plan.cost import level_size
     from bitladder.plan.launch import LAUNCHED, launch
     from bitladder.plan.placement import place
@@ -216,6 +216,12 @@ def _launch(
     level = _largest(levels, plan)
     if level is None:
         raise NothingFits("No level fits, so there is nothing to launch.", do="Look at the reasons without --launch.")
+    if isinstance(level, CheckpointLevel) and engine in LAUNCHED and engine not in level.engines:
+        raise UsageError(
+            f"{engine} does not serve {level}.",
+            means=" ".join(level.format.notes()),
+            do=f"Choose another level, or run it in {' or '.join(level.engines)}.",
+        )
     model = found.model
     name = Path(source).stem if Path(source).exists() else (model.name or "model")
     placement = place(model, level_size(model, level).by_part, machine, wish)

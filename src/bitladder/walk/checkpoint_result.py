@@ -3,8 +3,6 @@ holds what was computed and reads text as the source does."""
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +15,6 @@ from bitladder.files.checkpoint_folder import CheckpointFolder
 from bitladder.files.companions import Companions, tokenizer_differences
 from bitladder.files.layer_store import LayerStore
 from bitladder.levels import CheckpointLevel
-from bitladder.levels.checkpoint import LAYOUTS, quantization_config, serving_notes
 from bitladder.records.calibration import (
     CalibrationText,
     CheckpointReport,
@@ -63,7 +60,7 @@ def finish_folder(
         OutputError: no room.
     """
     linears = losses_of(folder)
-    notes = list(serving_notes(level))
+    notes = list(level.format.notes())
     if from_gguf:
         notes.append("Tokenizer and configuration were made from the GGUF's header; compare them with the original's.")
     if special := [loss for loss in linears if loss.note]:
@@ -78,25 +75,17 @@ def finish_folder(
     config = _config(companions, level, walk)
     digests = {note["tensor"]: note["digest"] for entry in folder.finished() for note in entry.tensors}
     manifest = {"version": __version__, "report": asdict(report), "digests": digests}
-    folder.finish(walk.top(), config, {**companions.files, **_method_files(level, config)}, manifest)
+    beside = companions.files | level.format.files(config["quantization_config"])
+    folder.finish(walk.top(), config, beside, manifest)
 
 
 def _config(companions: Companions, level: CheckpointLevel, walk: CalibrationWalk) -> dict[str, Any]:
     """The model's configuration with what engines need to know of its quantization."""
     model: LayeredModel = walk.model
     routers = model.family.routers
-    if LAYOUTS[level.layout].quant_method == "compressed-tensors":  # names are patterns there, elsewhere parts of names
-        routers = tuple(f"re:.*{re.escape(name)}$" for name in routers)
-    quantization = quantization_config(level, ignored=("lm_head", *routers))
+    quantization = level.format.configuration(ignored=("lm_head", *routers))
     key = "torch_dtype" if "torch_dtype" in companions.config else "dtype"
     return {**companions.config, key: str(walk.dtype).removeprefix("torch."), "quantization_config": quantization}
-
-
-def _method_files(level: CheckpointLevel, config: dict[str, Any]) -> dict[str, bytes]:
-    """GPTQ readers also look for the quantization in a file of its own."""
-    if level.layout not in ("gptq", "gptq_v2"):
-        return {}
-    return {"quantize_config.json": (json.dumps(config["quantization_config"], indent=2) + "\n").encode()}
 
 
 def proved(

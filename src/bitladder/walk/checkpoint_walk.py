@@ -12,7 +12,8 @@ from bitladder.files.layer_store import LayerStore
 from bitladder.files.safetensors_writer import PiecewiseTensor
 from bitladder.formats import disk_names, roles
 from bitladder.levels import CheckpointLevel, FoldedLevel
-from bitladder.levels.products import ImportanceVectors, Product
+from bitladder.levels.methods import Statistics
+from bitladder.levels.products import ImportanceVectors, Product, statistics_of
 from bitladder.progress import Progress
 from bitladder.units import GiB
 from bitladder.walk.driver import Member, Stream, forward
@@ -75,15 +76,15 @@ class CalibrationWalk:
             BadWeights: weights or activations are not finite.
             OutputError: no room for states or finished layers.
         """
-        plain = [level for level in self.stores if level.method != "GPTQ"]
+        sequential = [level for level in self.stores if statistics_of(level) is Statistics.FEEDBACK]
+        plain = [level for level in self.stores if level not in sequential]
         streams = [self._of_the_source(plain, windows)] if plain else []
-        sequential = [level for level in self.stores if isinstance(level, CheckpointLevel) and level.method == "GPTQ"]
-        streams += [self._of_a_level(level, windows) for level in sequential]
+        streams += [self._of_a_level(level, windows) for level in sequential if isinstance(level, CheckpointLevel)]
         forward(streams, progress)
         progress("all layers quantized", 1, 1)
 
     def _of_the_source(self, levels: Sequence[Product], windows: Sequence[Window]) -> Stream:
-        needs_text = any(level.method != "INT8" or level.smooth for level in levels)
+        needs_text = any(statistics_of(level).needs_text for level in levels)
         read = _share(windows, self.settings.reference_tokens) if needs_text else []
         return self._stream(Member(self.weights, [self._observer(level, read) for level in levels]), levels[0], read)
 

@@ -18,7 +18,7 @@ from bitladder.formats.families import family_of
 from bitladder.formats.families.family import Layers
 from bitladder.formats.roles import Parameter
 from bitladder.levels import CheckpointLevel
-from bitladder.walk.rounding import INT8_TOKENS
+from bitladder.walk.rounding import InputType
 from bitladder.walk.transforms import permute
 from bitladder.walk.weights import FileWeights, Rows
 
@@ -52,17 +52,18 @@ class CheckpointWeights:
         value = self._as_stored(parameter, whole).reshape(self._source.file.info(name).shape)
         return value if rows is None else value.reshape(-1, value.shape[-1])[rows]
 
-    def qtype(self, name: str) -> str:
-        """What a matrix's inputs meet at run time: ``INT8_TOKENS`` where the level rounds them, else ``F32``,
+    def qtype(self, name: str) -> InputType:
+        """What a matrix's inputs meet at run time: the rounding of the level's format where it has one, else ``F32``,
         nothing."""
-        if self._level.activations != "int8" or not name.startswith("blk."):
+        rounds = self._level.format.rounds_inputs
+        if rounds is None or not name.startswith("blk."):
             return "F32"
         _, layer, role = name.split(".", 2)
         parameter, _ = _parameter_of(self._family, role)
         expert = 0 if parameter.path in self._family.experts else None
         linear = disk_names.disk_linears(self._family, parameter.path, expert)[0]
         quantized = f"{disk_names.LAYERS}{layer}.{linear.name}" in self._quantized
-        return INT8_TOKENS if quantized else "F32"
+        return rounds if quantized else "F32"
 
     def identity(self, name: str) -> Hashable:
         """The folder's for layers, the source's for the rest."""

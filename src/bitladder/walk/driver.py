@@ -30,6 +30,7 @@ from bitladder.walk.inputs import InputStatistics, Wants, Watch, merged
 from bitladder.walk.keep import Arrays, Keep
 from bitladder.walk.layers import Entry, Weights, inference
 from bitladder.walk.products import products
+from bitladder.walk.rounding import QTypeOf
 from bitladder.walk.states import Batch, Shelf, States, shards_of
 from bitladder.walk.weights import LevelWeights
 
@@ -73,7 +74,7 @@ class Stages(Protocol):
     def run(self, block: nn.Module, layer: int, states: torch.Tensor) -> torch.Tensor:
         """States f32[windows, n, width] after a stage."""
 
-    def round_inputs(self, block: nn.Module, layer: int, qtype_of: Callable[[str], str]) -> None:
+    def round_inputs(self, block: nn.Module, layer: int, qtype_of: QTypeOf) -> None:
         """Make a stage round what its linear modules read as llama.cpp does beside weights of these types."""
 
 

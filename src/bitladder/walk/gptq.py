@@ -1,5 +1,5 @@
-"""A GPTQ level, built layer by layer: its states pass through the layers as quantized so far, so each layer sees, and
-corrects for, what happened before it."""
+"""A level whose codes are chosen with feedback, built layer by layer: its states pass through the layers as quantized
+so far, so each layer sees, and corrects for, what happened before it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from torch import nn
 from bitladder.files.layer_store import LayerStore
 from bitladder.formats.disk_names import quantized_parameters
 from bitladder.formats.roles import Parameter
-from bitladder.kernels import gptq
 from bitladder.levels import CheckpointLevel
-from bitladder.levels.methods import feedback, rounded
+from bitladder.levels.methods import Prepared
 from bitladder.walk.driver import Builder, Stream
 from bitladder.walk.folding import matrix, set_matrix
 from bitladder.walk.inputs import InputStatistics
@@ -81,20 +80,18 @@ class GptqLevel(InStore, Builder):
     ) -> None:
         """Quantize what reads the first of ``gathered``, which is taken out: its Gram matrix may be as large as the
         layer, and its factor takes its place."""
-        statistics = gathered.pop(0)
+        method, statistics = self._level.method, gathered.pop(0)
         tokens, few = statistics.tokens, too_few(expert, statistics)
         with naming(layer, parameters[0].path):
-            factor = gptq.prepare(statistics.gram, damp=self._damp, act_order=self._act_order, overwrite=True)
+            seen = method.prepare(statistics.gram, damp=self._damp, act_order=self._act_order, overwrite=True)
         del statistics
         for parameter in parameters:
             weights = matrix(block, parameter, expert)
-            if note := few:
-                found = rounded(self._level, None, weights, scale_dtype=self._scale_dtype)
-            else:
-                with naming(layer, parameter.path):
-                    found = feedback(
-                        self._level, factor, weights, scale_dtype=self._scale_dtype, device=str(self._model.device)
-                    )
-                note = f"Hessian not positive definite: damping raised to {factor.damp:g}" if factor.rescued else ""
+            with naming(layer, parameter.path):
+                found = method.apply(
+                    self._level.format, Prepared() if few else seen, weights, scale_dtype=self._scale_dtype,
+                    device=str(self._model.device),
+                )  # fmt: skip
             set_matrix(block, parameter, expert, found.decoded)
-            output.add(self._model, self._level, parameter, expert, found, tokens=tokens, note=note, damp=factor.damp)
+            note = few or seen.note
+            output.add(self._model, self._level, parameter, expert, found, tokens=tokens, note=note, damp=seen.damp)

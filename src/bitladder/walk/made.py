@@ -18,8 +18,8 @@ from bitladder.files.layer_store import LayerStore
 from bitladder.formats.disk_names import LAYERS, disk_linears, disk_name, quantized_parameters
 from bitladder.formats.roles import Parameter, SharedInput
 from bitladder.levels import CheckpointLevel
-from bitladder.levels.encode import Arrays as Encoded
-from bitladder.levels.encode import digest, encode
+from bitladder.levels.checkpoints import Arrays as Encoded
+from bitladder.levels.checkpoints import digest
 from bitladder.levels.methods import Quantized
 from bitladder.records.calibration import LinearLoss
 from bitladder.walk.driver import Observer, Resumable, Seen
@@ -44,6 +44,8 @@ class LayerOutput:
     """One layer of one level: arrays of its quantized linears by disk name, and its float parameters, f32."""
 
     linears: dict[str, Encoded] = field(default_factory=dict)
+    model_dtype: frozenset[str] = frozenset()
+    """Suffixes of arrays of ``linears`` that are stored in the float type of the model."""
     floats: Mapping[str, F32] = field(default_factory=dict)
     losses: list[LinearLoss] = field(default_factory=list)
     digests: dict[str, str] = field(default_factory=dict)
@@ -59,7 +61,8 @@ class LayerOutput:
         for linear in disk_linears(model.family, parameter.path, expert):
             count = len(found.codes) // linear.parts
             rows = slice(linear.part * count, (linear.part + 1) * count)
-            self.linears[linear.name] = encode(level, found.codes[rows], found.parameters.rows(rows))
+            self.linears[linear.name] = level.format.encode(found.codes[rows], found.parameters.rows(rows))
+            self.model_dtype = level.format.model_dtype
             self.digests[linear.name] = digest(found.decoded[rows])
             self.losses.append(LinearLoss(linear.name, found.loss, tokens, damp, note))
 
@@ -95,7 +98,7 @@ class InStore(Resumable):
         for linear, arrays in output.linears.items():
             for suffix, array in arrays.items():
                 value = torch.from_numpy(np.ascontiguousarray(array))
-                own = value.to(self._dtype) if suffix == "weight_scale" else value
+                own = value.to(self._dtype) if suffix in output.model_dtype else value
                 tensors[f"{prefix}{linear}.{suffix}"] = own
         return tensors | {name: torch.from_numpy(vector.copy()) for name, vector in output.vectors.items()}
 

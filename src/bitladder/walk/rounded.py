@@ -1,4 +1,4 @@
-"""AWQ and INT8 levels: codes to nearest, with what is known of the source's own activations."""
+"""Levels without feedback, AWQ and INT8 among them: codes to nearest, with what is known of the source's inputs."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from torch import nn
 from bitladder.files.layer_store import LayerStore
 from bitladder.formats.disk_names import quantized_parameters
 from bitladder.formats.roles import SharedInput
-from bitladder.kernels import awq
 from bitladder.levels import CheckpointLevel
-from bitladder.levels.methods import awq_scales, rounded
 from bitladder.walk import folding
 from bitladder.walk.driver import Seen
 from bitladder.walk.folding import matrix
@@ -34,8 +32,8 @@ class RoundedLevel(Made):
     def __init__(self, model: LayeredModel, level: CheckpointLevel, store: LayerStore, dtype: torch.dtype) -> None:
         super().__init__(model, level.name, store, dtype)
         self._level, self._scale_dtype = level, SCALE_DTYPES[dtype]
-        self._folds = level.method == "AWQ" or level.smooth
-        self.wants = Wants(gram=self._folds, largest=level.smooth)
+        self._folds = level.method.statistics.needs_text
+        self.wants = Wants(gram=self._folds, largest=level.method.largest)
 
     def make(self, layer: int, block: nn.Module, seen: Seen) -> LayerOutput:
         """As ``Made``. A level made without folding owes nothing to the text, and knows its losses only where a Gram
@@ -53,10 +51,11 @@ class RoundedLevel(Made):
                     gram = own.gram if own is not None and len(own.gram) and not note else None
                     if gram is not None and scale is not None:
                         gram = gram / np.outer(scale, scale)
+                    known = level.method.prepare(gram)
                     for parameter in parameters:
                         weights = matrix(block, parameter, expert)
                         with naming(layer, parameter.path):
-                            found = rounded(level, gram, weights, weighed=self._folds, scale_dtype=self._scale_dtype)
+                            found = level.method.apply(level.format, known, weights, scale_dtype=self._scale_dtype)
                         tokens = own.tokens if own is not None else 0
                         output.add(self.model, level, parameter, expert, found, tokens=tokens, note=note)
             output.floats = floats_of(self.model, block)
@@ -70,13 +69,10 @@ class RoundedLevel(Made):
         before."""
         level = self._level
         place = folding.place_of(self.model, block, shared)
-        if place is None or not (level.method == "AWQ" or place.is_norm):
+        if place is None or not level.method.scales(into_norm=place.is_norm):
             return None
         weights = [matrix(block, parameter) for parameter in place.parameters]
-        if level.method == "AWQ":
-            factors = awq_scales(level, statistics.gram, weights, tied=place.tied).factors
-        else:
-            factors = awq.smooth_factors(statistics.largest, weights, tied=place.tied)
+        factors = level.method.factors(level.format, statistics.gram, statistics.largest, weights, tied=place.tied)
         folding.fold(block, place, factors)
         return factors
 

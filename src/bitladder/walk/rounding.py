@@ -19,17 +19,16 @@ from bitladder.formats.blocks import QTYPES
 from bitladder.formats.families.family import LayerKind
 from bitladder.formats.roles import layer_tensor
 
-QTypeOf = Callable[[str], str]
-"""The type of a tensor by name."""
+InputType = str | Callable[[torch.Tensor], torch.Tensor]
+"""The type of a tensor; or, of a checkpoint whose engine rounds inputs at run time, what it does to them."""
+QTypeOf = Callable[[str], InputType]
+"""That of a tensor by name."""
 
-INT8_TOKENS = "int8 per token"
-"""In place of a type: weights of a checkpoint whose engine rounds each token's inputs to int8 at run time."""
 
-
-def rounded_input(x: torch.Tensor, qtype: str) -> torch.Tensor:
+def rounded_input(x: torch.Tensor, qtype: InputType) -> torch.Tensor:
     """Inputs f32[..., columns] as a matrix of ``qtype`` meets them; columns a multiple of its block."""
-    if qtype == INT8_TOKENS:
-        return _int8_tokens(x)
+    if not isinstance(qtype, str):
+        return qtype(x)
     if qtype in ("F16", "BF16"):
         return x.to(torch.float16 if qtype == "F16" else torch.bfloat16).float()
     if not QTYPES[qtype].is_quantized:
@@ -56,12 +55,6 @@ def _q8_k(x: torch.Tensor) -> torch.Tensor:
     return (codes / torch.where(scale == 0, 1, scale)).reshape(x.shape)
 
 
-def _int8_tokens(x: torch.Tensor) -> torch.Tensor:
-    """A scale for each token: largest magnitude / 127, codes to nearest (vLLM's dynamic symmetric int8)."""
-    scale = x.abs().amax(dim=-1, keepdim=True) / 127
-    return torch.round(x / torch.where(scale == 0, 1, scale)) * scale
-
-
 def round_inputs(block: nn.Module, kind: LayerKind, layer: int, qtype_of: QTypeOf) -> None:
     """Make every linear layer of a decoder layer round its inputs as the engine would.
 
@@ -78,7 +71,7 @@ def round_inputs(block: nn.Module, kind: LayerKind, layer: int, qtype_of: QTypeO
         block.get_submodule(module).register_forward_pre_hook(_hook(qtype))
 
 
-def _hook(qtype: str) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+def _hook(qtype: InputType) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
     def rounded(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:  # noqa: ARG001
         return (rounded_input(arguments[0], qtype), *arguments[1:])
 

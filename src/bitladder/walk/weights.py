@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from bitladder.errors import BadFile, BadWeights
 from bitladder.files.gguf import GgufFile
 from bitladder.kernels import Effort, dequantize, first_nonfinite, quantize
+from bitladder.walk.rounding import InputType
 
 F32 = NDArray[np.float32]
 Rows = slice | NDArray[np.int64] | None
@@ -30,8 +31,8 @@ class LevelWeights(Protocol):
     def identity(self, name: str) -> Hashable:
         """Equal for tensors with equal weights of equal type."""
 
-    def qtype(self, name: str) -> str:
-        """The type in which the tensor is stored at this level."""
+    def qtype(self, name: str) -> InputType:
+        """The type in which the tensor is stored at this level; of a checkpoint, what its inputs meet."""
 
     def forget(self, name: str) -> None:
         """The tensor will not be read again in whole: what was kept of it can go."""

@@ -1,0 +1,52 @@
+"""Checkpoint formats, a file each: names, sizes, arrays, configuration, what engines make of them.
+
+To add one: a class as in ``base.py`` in a file of its own, its place in ``FORMATS``, a test. Nothing else knows formats
+by name: the plan, the walk, the files and the report ask the level's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from bitladder.errors import UnknownLevel
+from bitladder.levels.checkpoints.awq import Awq
+from bitladder.levels.checkpoints.base import Arrays, CheckpointFormat, Parameters, Stored, digest
+from bitladder.levels.checkpoints.compressed_tensors import IntQuantized, PackQuantized
+from bitladder.levels.checkpoints.gptq import Gptq
+from bitladder.levels.kinds import CheckpointLevel
+
+FORMATS: tuple[type[CheckpointFormat], ...] = (IntQuantized, PackQuantized, Gptq, Awq)
+"""All that are written, in the order in which their levels are offered."""
+
+
+def parse_checkpoint(name: str) -> CheckpointLevel:
+    """The level that a name like ``GPTQ-4bit-g64`` or ``INT8-W8A8`` asks for; upper and lower case are the same.
+
+    Raises:
+        UnknownLevel: no such level, or one that no engine can run.
+    """
+    for form in FORMATS:
+        if (level := form.parse(name)) is not None:
+            return level
+    raise UnknownLevel(f"'{name}' is not a checkpoint level.", do=f"Levels look like {grammar()}.")
+
+
+def prefixes() -> frozenset[str]:
+    """First words of the names of checkpoint levels, in upper case: ``GPTQ``, ``INT8``."""
+    return frozenset(prefix for form in FORMATS for prefix in form.prefixes)
+
+
+def grammar() -> str:
+    """What the names of all formats look like, for messages."""
+    return ", ".join(form.grammar for form in FORMATS)
+
+
+def offered_names(rows: Collection[int]) -> tuple[str, ...]:
+    """Levels to look at when none is named, for a model whose matrices have ``rows`` of so many weights."""
+    return tuple(name for form in FORMATS for name in form.offers(rows))
+
+
+__all__ = [
+    "FORMATS", "Arrays", "CheckpointFormat", "Parameters", "Stored", "digest", "grammar", "offered_names",
+    "parse_checkpoint", "prefixes",
+]  # fmt: skip

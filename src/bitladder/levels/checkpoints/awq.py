@@ -1,0 +1,98 @@
+"""AWQ's own format ("GEMM"), 4 bits. For N outputs, K inputs and G groups:
+
+    qweight   int32 [K, N/8]    codes, packed along the outputs, in an order of their own
+    scales    f16   [G, N]
+    qzeros    int32 [G, N/8]    zero points, packed in the same order
+
+Slot i of a word (bits 4i to 4i + 3) holds output column ``8c + (0, 2, 4, 6, 1, 3, 5, 7)[i]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from bitladder.levels.checkpoints.base import Arrays, Stored, matrix_of
+from bitladder.levels.checkpoints.grouped import SPELLINGS, parse_grouped, widest_group
+from bitladder.levels.checkpoints.integers import IntegerFormat, words
+from bitladder.levels.kinds import CheckpointLevel
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from bitladder.kernels.grid import F32
+    from bitladder.kernels.groups import Affine
+
+ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+"""Which output column of eight sits in each slot of a word."""
+
+
+@dataclass(frozen=True)
+class Awq(IntegerFormat):
+    """AWQ GEMM."""
+
+    prefixes: ClassVar[tuple[str, ...]] = ("AWQ",)
+    grammar: ClassVar[str] = SPELLINGS["AWQ"].grammar
+    suffixes: ClassVar[tuple[str, ...]] = ("qweight", "scales", "qzeros")
+    stores_zeros: ClassVar[bool] = True
+    layout: ClassVar[str] = "awq"
+
+    @classmethod
+    def parse(cls, name: str) -> CheckpointLevel | None:
+        """``AWQ-4bit-g64[-sym]``."""
+        found = parse_grouped(name)
+        if found is None or found.prefix != "AWQ" or found.layout:
+            return None
+        return CheckpointLevel(found.name, cls(found.bits, found.group_size, found.sym), found.method)
+
+    @classmethod
+    def offers(cls, rows: Collection[int]) -> tuple[str, ...]:
+        """The widest groups that divide every row."""
+        size = widest_group(rows)
+        return () if size is None else (f"AWQ-4bit-g{size}",)
+
+    def stored_bytes(self, outputs: int, inputs: int) -> int:
+        """As ``CheckpointFormat``."""
+        groups, across = self.groups_of(inputs), words(outputs, self.bits)
+        return 4 * across * inputs + 2 * groups * outputs + 4 * across * groups
+
+    def encode(self, codes: npt.NDArray[np.integer], parameters: Affine) -> Arrays:
+        """As ``CheckpointFormat``."""
+        import numpy as np
+
+        from bitladder.kernels.packing import pack
+
+        return {
+            "qweight": pack(codes.T, self.bits, ORDER),
+            "scales": np.ascontiguousarray(parameters.scales.T).astype(np.float16),
+            "qzeros": pack(parameters.zeros.T, self.bits, ORDER),
+        }
+
+    def shape(self, arrays: Stored) -> tuple[int, int]:
+        """As ``CheckpointFormat``."""
+        inputs, across = matrix_of(arrays, "qweight").shape
+        return across * 32 // self.bits, inputs
+
+    def decode(self, arrays: Stored) -> F32:
+        """As ``CheckpointFormat``."""
+        import numpy as np
+
+        from bitladder.kernels.packing import unpack
+
+        outputs, _ = self.shape(arrays)
+        codes = unpack(matrix_of(arrays, "qweight"), self.bits, outputs, ORDER).T
+        zeros = unpack(matrix_of(arrays, "qzeros"), self.bits, outputs, ORDER).T
+        return self.weights_of(codes, zeros, matrix_of(arrays, "scales").T.astype(np.float32))
+
+    def configuration(self, *, ignored: tuple[str, ...]) -> dict[str, Any]:
+        """As ``CheckpointFormat``; readers look for the names inside those of layers."""
+        return {
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "zero_point": not self.sym,
+            "version": "gemm",
+            "quant_method": "awq",
+            "modules_to_not_convert": list(ignored),
+        }

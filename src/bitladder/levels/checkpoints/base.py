@@ -1,0 +1,200 @@
+"""What a checkpoint format has to say of itself.
+
+A Linear computes ``y = W x`` with ``W f32[outputs, inputs]``. A format stores it as arrays whose names are the layer's
+name and a suffix. The values that weights can take, its *grid*, are the format's own: ``search`` finds scales (and
+whatever else belongs to them) for a matrix, a method chooses codes on that grid (``levels/methods.py``), and ``encode``
+makes both into arrays:
+
+    weights --search--> Parameters --method--> codes --encode--> arrays --decode--> weights as a reader computes them
+
+An object is the format of one level: it holds bits, group size and the like, is compared by them, and knows nothing of
+how codes are chosen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from bitladder.levels.kinds import CHECKPOINT_ENGINES, WHOLE_ROW
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    import torch
+
+    from bitladder.kernels.grid import F32, Grid
+    from bitladder.levels.kinds import CheckpointLevel
+
+Arrays = dict[str, "npt.NDArray[Any]"]
+"""Arrays of one linear layer by suffix, to be written."""
+Stored = Mapping[str, "npt.NDArray[Any]"]
+"""The same, as they were read."""
+
+
+class Parameters(Protocol):
+    """Scales of one matrix, and all else that turns its codes into weights."""
+
+    def grid(self) -> Grid:
+        """Where weights can lie, for choosing codes."""
+
+    def rows(self, rows: slice) -> Parameters:
+        """Those of some rows."""
+
+    def decode(self, codes: npt.NDArray[np.integer]) -> F32:
+        """Weights ``f32[rows, columns]`` of codes, exactly as a reader of the file computes them."""
+
+
+class CheckpointFormat(ABC):
+    """How the linear layers of one level are stored. Subclasses are frozen dataclasses of what may differ."""
+
+    prefixes: ClassVar[tuple[str, ...]]
+    """First words of its levels' names, in upper case."""
+    grammar: ClassVar[str]
+    """What names look like that no other format shows, for messages."""
+    float_bytes: ClassVar[int] = 2
+    """Bytes of each value of what stays float: embedding, head, norms, biases."""
+    model_dtype: ClassVar[frozenset[str]] = frozenset()
+    """Suffixes of f32 arrays that are stored in the float type of the model."""
+
+    group_size: int = WHOLE_ROW
+    """Inputs of an output that share a scale; ``WHOLE_ROW``: all."""
+
+    @classmethod
+    @abstractmethod
+    def parse(cls, name: str) -> CheckpointLevel | None:
+        """The level of this format that ``name``, in any case, stands for; None where the name is another format's.
+
+        Raises:
+            UnknownLevel: the name is of this format's kind, and no engine could run such a level.
+        """
+
+    @classmethod
+    def offers(cls, rows: Collection[int]) -> tuple[str, ...]:  # noqa: ARG003
+        """Names of levels that GPUs run fast, for a model whose matrices have ``rows`` of so many weights."""
+        return ()
+
+    @property
+    def engines(self) -> tuple[str, ...]:
+        """Engines that serve it."""
+        return CHECKPOINT_ENGINES
+
+    @property
+    @abstractmethod
+    def layout(self) -> str:
+        """What readers call it."""
+
+    @property
+    @abstractmethod
+    def suffixes(self) -> tuple[str, ...]:
+        """Of every array that a quantized layer may have; the first two are always there, and mark one."""
+
+    @property
+    def rounds_inputs(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """What engines do to a layer's inputs before they multiply; None: they take them as they are."""
+        return None
+
+    @property
+    @abstractmethod
+    def bpw(self) -> float:
+        """Bits per weight of a layer with long rows, 16-bit scales (and packed zero points) included."""
+
+    @property
+    @abstractmethod
+    def stand_in(self) -> str:
+        """The block format of ``formats/blocks.py`` that formulas for speed take its layers for."""
+
+    @abstractmethod
+    def stored_bytes(self, outputs: int, inputs: int) -> int:
+        """Bytes of one layer in the file, without its bias; scales in the float type of the model have 16 bits."""
+
+    def check_shapes(self, level: str, shapes: Mapping[str, tuple[int, int]]) -> None:  # noqa: B027 - most refuse some
+        """Refuse a model that cannot be stored so.
+
+        Args:
+            level: The level's name, for the message.
+            shapes: ``(outputs, inputs)`` of every layer to be quantized, by name.
+
+        Raises:
+            UsageError: names the first layer that does not fit, and what would fit all.
+        """
+
+    @abstractmethod
+    def search(
+        self, weights: F32, importance: F32 | None, *, scale_dtype: str = "float16", quick: bool = False
+    ) -> Parameters:
+        """Scales that cost least, rounded to what the file stores.
+
+        Args:
+            weights: ``f32[rows, columns]``, finite.
+            importance: ``f32[columns]``, what a squared error of each column costs; None: all the same.
+            scale_dtype: The float type of the model: ``float16``, ``bfloat16`` or ``float32``.
+            quick: Only good enough to rank scaled versions of the same matrix by.
+
+        Raises:
+            ValueError: the weights are too large for the format.
+        """
+
+    @abstractmethod
+    def encode(self, codes: npt.NDArray[np.integer], parameters: Any) -> Arrays:
+        """The arrays of one layer. Those in ``model_dtype`` stay f32 here.
+
+        Args:
+            codes: ``[outputs, inputs]``.
+            parameters: As ``search`` gave them, for these rows.
+        """
+
+    @abstractmethod
+    def shape(self, arrays: Stored) -> tuple[int, int]:
+        """``(outputs, inputs)`` of a stored layer.
+
+        Raises:
+            ValueError, KeyError: arrays contradict one another, or are missing.
+        """
+
+    @abstractmethod
+    def decode(self, arrays: Stored) -> F32:
+        """Weights ``f32[outputs, inputs]`` of a stored layer; nothing is allocated by a size that arrays only claim.
+
+        Raises:
+            ValueError, KeyError: as ``shape``.
+        """
+
+    @abstractmethod
+    def configuration(self, *, ignored: tuple[str, ...]) -> dict[str, Any]:
+        """What ``config.json`` carries as ``quantization_config``.
+
+        Args:
+            ignored: Linear layers that stay float: whole paths, or, where a name has a dot, the ends of paths.
+        """
+
+    def files(self, configuration: Mapping[str, Any]) -> dict[str, bytes]:  # noqa: ARG002
+        """Files beside ``config.json`` that readers look for, by name."""
+        return {}
+
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know before building such a level: which engines refuse it."""
+        return ()
+
+    def slow_paths(self, engine: str) -> list[str]:  # noqa: ARG002
+        """Warnings where an engine (empty: none is chosen yet) would run it, but slowly."""
+        return []
+
+
+def matrix_of(arrays: Stored, suffix: str) -> npt.NDArray[Any]:
+    """A two-dimensional array; raises KeyError where it is missing, ValueError where it has another rank."""
+    found = arrays[suffix]
+    if found.ndim != 2:
+        raise ValueError(f"{suffix} has the shape {found.shape}, expected two dimensions")
+    return found
+
+
+def digest(weights: F32) -> str:
+    """A hash of decoded weights, shape included."""
+    import numpy as np
+
+    found = hashlib.blake2b(repr(weights.shape).encode(), digest_size=16)
+    found.update(np.ascontiguousarray(weights, np.float32).data)
+    return found.hexdigest()
