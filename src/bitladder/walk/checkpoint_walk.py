@@ -76,6 +76,8 @@ class CalibrationWalk:
             BadWeights: weights or activations are not finite.
             OutputError: no room for states or finished layers.
         """
+        for store in self.stores.values():
+            store.begin()
         sequential = [level for level in self.stores if statistics_of(level) is Statistics.FEEDBACK]
         plain = [level for level in self.stores if level not in sequential]
         streams = [self._of_the_source(plain, windows)] if plain else []
