@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import os
 import re
 import shlex
 import shutil
@@ -310,6 +311,20 @@ def test_an_edited_file_is_served_with_a_clear_notice_and_without_the_runs_evide
 
     named = world.serve("--quality", world.file("Q4_K_M")).quality
     assert named.standing is Standing.CHANGED
+
+
+def test_a_replaced_file_of_the_same_size_and_time_is_not_the_measured_one(world):
+    """As rsync and archives leave it: nothing but the bytes, and what no program can set, has changed."""
+    world.run()
+    served = world.file("Q4_K_M")
+    before, other = served.stat(), served.with_suffix(".other")
+    other.write_bytes(served.read_bytes()[:-1] + bytes([served.read_bytes()[-1] ^ 1]))
+    os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))
+    other.replace(served)
+    settings = world.serve("--quality", "Q4_K_M")
+    assert (settings.quality.sha256, settings.quality.standing) == (sha256(served), Standing.CHANGED)
+    world.export("--quality", "Q4_K_M")
+    assert "is not the file that was measured" in world.said
 
 
 def test_a_run_measures_an_edited_file_as_a_file_of_its_own(world):

@@ -69,6 +69,7 @@ def test_every_recipe_is_a_level_and_the_ladder_is_made_of_them():
         ("bpw99", "no level"),
         ("bpw4.2.1", "no level"),
         ("GPTQ-9bit-g64", "2, 3, 4 and 8 bits"),
+        ("GPTQ-4bit-g0", "Levels look like"),
     ],
 )
 def test_names_that_are_none_say_which_are(name, says):

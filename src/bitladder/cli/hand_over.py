@@ -73,6 +73,9 @@ def _write(to: Tool, settings: ServeSettings, folder: Path, image: ImageSource |
     from bitladder.serve.host import own_files, program, reader_of
 
     specs = [settings.quality, *([settings.speed] if settings.speed else [])]
+    for spec in specs:
+        if spec.note:  # that a file is not the measured one, or was never measured
+            say(spec.note)
     match to:
         case Tool.OLLAMA:
             texts = [(folder / f"Modelfile-{spec.level}", words.ollama_modelfile(spec)) for spec in specs]

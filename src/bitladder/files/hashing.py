@@ -16,9 +16,7 @@ _CHUNK = 8 << 20
 
 
 def file_sha256(path: Path, progress: Progress = silent) -> str:
-    """SHA-256 of a file's bytes as hex; kept in the cache under its path, size and time of change
-    (nanoseconds).
-    """
+    """SHA-256 of a file's bytes as hex; kept in the cache as long as nothing says that the file changed."""
     known = recall(path)
     if known is not None:
         return known
@@ -49,11 +47,13 @@ def remember(path: Path, digest: str) -> None:
 
 
 def _note(path: Path) -> tuple[Path, dict[str, object]]:
-    """Where a file's hash is kept, and what must be unchanged for it to hold."""
+    """Where a file's hash is kept, and what must be unchanged for it to hold. Programs that copy files set size and
+    time of modification as they like; a file's number and the time at which its entry changed they cannot set."""
     path = path.resolve()
     stat = path.stat()
     note = cache_folder("hashes", hashlib.sha256(str(path).encode()).hexdigest()[:32] + ".json")
-    return note, {"path": str(path), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    state = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "ctime_ns": stat.st_ctime_ns, "inode": stat.st_ino}
+    return note, {"path": str(path), "device": stat.st_dev, **state}
 
 
 def _read(note: Path) -> dict[str, object]:

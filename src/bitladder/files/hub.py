@@ -64,12 +64,24 @@ def parse_name(model: str) -> HubName:
         UsageError: not of this form.
     """
     match = re.fullmatch(r"hf:([\w.-]+/[\w.-]+)(?:@([^:\s]+))?(?::(\S+))?", model)
-    if match is None:
+    if match is None or not _is_repo(match[1]):
         raise UsageError(
             f"'{model}' is not the name of a model on the hub.",
             do="Write hf:org/name, hf:org/name@revision, or hf:org/name:Q4_K_M for a repository of GGUF files.",
         )
     return HubName(match[1], match[2] or "main", match[3] or "")
+
+
+def _is_repo(name: str) -> bool:
+    """Whether the hub's own client takes a name."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def endpoint() -> str:

@@ -56,9 +56,9 @@ class Fingerprint:
         self._path = path
         self._seen = self._look()
 
-    def _look(self) -> tuple[int, int]:
+    def _look(self) -> tuple[int, ...]:
         stat = self._path.stat()
-        return stat.st_size, stat.st_mtime_ns
+        return stat.st_size, stat.st_mtime_ns, stat.st_ino
 
     def check(self) -> None:
         """Raise EngineError when the file is another one by now."""
