@@ -1,6 +1,7 @@
 """Every verb takes every kind of level, or refuses by kind with the reason."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -167,3 +168,13 @@ def test_the_search_for_the_smallest_takes_every_kind_of_file(home):
     )  # fmt: skip
     assert done.exit_code in (0, 5), done.output
     assert {one.name.rpartition("m-F16")[2] for one in (home / "out").glob("*.gguf")}
+
+
+def test_a_folded_level_is_served_and_built_again_byte_for_byte(home, monkeypatch):
+    served = []
+    monkeypatch.setattr("bitladder.serve.app.serve", lambda settings, on_ready=None: served.append(settings))
+    decided = run_of(home, FOLDED)["decision"]["files"][FOLDED]
+    shutil.rmtree(home / "out")
+    do("serve", home / "m-F16.gguf", "--quality", FOLDED.lower(), "--ctx", "512", "--threads", "1")
+    assert served[-1].quality.sha256 == decided
+    assert served[-1].quality.level == FOLDED
