@@ -151,7 +151,8 @@ def main() -> None:
     folders += [(name, level, Path(path)) for name, level, path in (peer.split("=", 2) for peer in options.peer)]
     reference = UnroundedSource(source, threads=options.threads)
     candidates = [
-        Candidate(name, CheckpointWeights(reference, path, parse_checkpoint(level))) for name, level, path in folders
+        Candidate(name, CheckpointWeights(reference, path, parse_checkpoint(level).format))
+        for name, level, path in folders
     ]
     scores = token_scores(
         source,

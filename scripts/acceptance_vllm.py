@@ -47,7 +47,7 @@ def expect(folder: Path, levels: list[str]) -> int:
         reports = quantize_checkpoints(source, levels, folder, windows[:4], name="demo")
     for report in reports:
         made = Path(report.path)
-        reader = CheckpointReader(made, parse_checkpoint(report.level))
+        reader = CheckpointReader(made, parse_checkpoint(report.level).format)
         config = AutoConfig.from_pretrained(made)
         del config.quantization_config
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def walked_logits(gguf: Path, folder: Path, level: str, tokens: np.ndarray) -> torch.Tensor:
     with GgufFile.open(gguf) as source:
-        weights = CheckpointWeights(FileWeights(source), folder, parse_checkpoint(level))
+        weights = CheckpointWeights(FileWeights(source), folder, parse_checkpoint(level).format)
         model = LayeredModel(source.model, weights)
         states = model.embed(tokens, weights)
         for layer in range(model.n_layer):
@@ -51,9 +51,9 @@ def test_only_int8_activations_are_rounded_and_only_before_quantized_layers(name
             level: {
                 name
                 for name in names
-                if CheckpointWeights(FileWeights(source), tmp_path / f"tiny-{level}", parse_checkpoint(level)).qtype(
-                    name
-                )
+                if CheckpointWeights(
+                    FileWeights(source), tmp_path / f"tiny-{level}", parse_checkpoint(level).format
+                ).qtype(name)
                 == int8_tokens
             }
             for level in levels

@@ -144,7 +144,7 @@ def test_a_format_is_a_class_and_its_registration(registered, tmp_path):
             written = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
             assert level_size(source.model, level).tensor_bytes == written
             assert level in checkpoint_levels(source.model) or level.needs is Needs.CALIBRATION
-            weights = CheckpointWeights(FileWeights(source), folder, level)
+            weights = CheckpointWeights(FileWeights(source), folder, level.format)
             assert weights.qtype("blk.0.attn_q.weight") is doubled
             assert weights("blk.0.ffn_down.weight").shape == (64, 96)
         assert tensors["model.layers.0.mlp.down_proj.nibble_scale"].dtype == torch.bfloat16

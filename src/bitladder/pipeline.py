@@ -7,6 +7,7 @@ last thing it stored.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -16,13 +17,13 @@ from typing import TYPE_CHECKING
 
 from bitladder import __version__
 from bitladder.engines.endpoint import EndpointSettings
-from bitladder.errors import NothingFits, UnknownArchitecture
+from bitladder.errors import NothingFits, UnknownArchitecture, UsageError
 from bitladder.files.gguf import GgufFile
 from bitladder.files.measured import machine_key
 from bitladder.files.probe import probe_machine
 from bitladder.files.sources import Source, resolve
 from bitladder.files.workloads import STARTER, load_reference, load_workload
-from bitladder.levels import LADDER, FeedbackLevel, Level, RecipeLevel, of_kinds
+from bitladder.levels import LADDER, CheckpointLevel, Container, Level, of_kinds
 from bitladder.plan.bar import Bar, parse_bar
 from bitladder.plan.decide import decide
 from bitladder.plan.preflight import require
@@ -38,15 +39,15 @@ from bitladder.stages import facts
 from bitladder.stages.evaluate import compare
 from bitladder.stages.facts import level_of
 from bitladder.stages.plan import make_plan, usable_context
-from bitladder.steps.asked import Asker, LevelToAsk
-from bitladder.steps.building import refuse_unheard
+from bitladder.steps.asked import Asker, LevelToAsk, ServedLevel, name_of
+from bitladder.steps.building import calibrate_levels, refuse_unheard, refuse_unweighed, sort_levels
 from bitladder.steps.calibrated import AUTO, importance_of
 from bitladder.steps.help import criteria_help
 from bitladder.steps.jobs import building_need
 from bitladder.steps.journal import Journal, Say
 from bitladder.steps.known_files import identified, known_folders, making_of
 from bitladder.steps.ladder_files import ladder_files
-from bitladder.steps.measured import documents, fidelities, of_itself
+from bitladder.steps.measured import built_candidate, documents, fidelities, of_itself
 from bitladder.steps.remote import agree_to_spend
 from bitladder.store.evidence import Evidence
 from bitladder.store.recorded import Recorded, StoredDecision, Subject
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from bitladder.describe.workload import Workload
     from bitladder.kernels import Effort
     from bitladder.records.level_file import LevelFile
+    from bitladder.stages.calibrate import Calibrated
     from bitladder.stages.walk import Candidate
     from bitladder.steps.asked import Contender
     from bitladder.steps.calibrated import Importance
@@ -75,6 +77,9 @@ class RunSettings:
     """A level, a file of stored answers, or a model behind an address; None for the source itself."""
     also: tuple[EndpointSettings, ...] = ()
     """Models behind addresses that are tested beside the levels."""
+    served: tuple[tuple[Level, EndpointSettings], ...] = ()
+    """Checkpoint levels with the engines that serve them: what these answer are the levels' answers. The levels belong
+    to the run, be they in ``levels`` or not."""
     workload: Path | None = None
     bar: str | None = None
     n_ctx: int | None = None
@@ -149,9 +154,10 @@ def _assessed(given: _Given) -> RunRecord:
     timed = given.journal.timed
     plan = _planned(given)
     with timed("calibrate"):
+        calibrated = _calibrated(given, plan)
         importance = _importance(given)
     with timed("quantize"):
-        built = _built(given, plan, importance)
+        built = _built(given, plan, importance, calibrated)
     with timed("walk"):
         fidelities = _measured(given, built)
     with timed("workload"):
@@ -192,7 +198,7 @@ def _opened(settings: RunSettings, progress: Progress, journal: Journal, confirm
     texts = documents(settings.texts)
     with ExitStack() as stack:
         recorded = Recorded(stack.enter_context(Evidence.open()))
-        judged = 1 + len(LADDER if settings.levels is None else settings.levels) + len(settings.also)
+        judged = 1 + len(_wanted(settings)) + len(settings.also)
         agree_to_spend(_endpoints(settings), workload, recorded, confirm, judge=settings.judge, judged=judged)
         helpers = criteria_help(
             workload,
@@ -216,15 +222,35 @@ def _opened(settings: RunSettings, progress: Progress, journal: Journal, confirm
 
 
 def _told_early(settings: RunSettings) -> Bar | None:
-    """The bar; a bad one, and options that a level would not heed, are told before any work is done."""
-    refuse_unheard([level for level in _wanted(settings) if isinstance(level, FeedbackLevel)], settings.imatrix)
+    """The bar; a bad one, options that a level would not heed, and levels that nobody could ask are told before any
+    work is done."""
+    asked = sort_levels(_wanted(settings))
+    refuse_unheard(asked.fitted, settings.imatrix)
+    refuse_unweighed(asked.folded, settings.imatrix)
+    of_kinds(
+        [level for level, _ in settings.served],
+        (CheckpointLevel,),
+        what="--also LEVEL=URL",
+        why="llama.cpp runs GGUF files here, and its answers are the level's.",
+        do="Leave out LEVEL= to test the model behind the address beside the levels.",
+    )
+    twice = [level for level, count in Counter(level for level, _ in settings.served).items() if count > 1]
+    if twice:
+        raise UsageError(f"Two addresses are named for {twice[0]}.", do="Name one engine for each level.")
+    reference = _named_reference(settings)
+    if isinstance(reference, CheckpointLevel) and reference not in dict(settings.served):
+        raise UsageError(
+            f"{reference} cannot be the reference of answers: no engine here runs checkpoints.",
+            means="Every level's answers are compared with the reference's.",
+            do=f"Serve it with vLLM and name the address: --also {reference}=URL#MODEL.",
+        )
     return parse_bar(settings.bar) if settings.bar else None
 
 
 def _endpoints(settings: RunSettings) -> list[EndpointSettings]:
     """Every model behind an address that is asked the workload."""
-    reference = settings.reference
-    return [reference, *settings.also] if isinstance(reference, EndpointSettings) else [*settings.also]
+    reference, served = settings.reference, [endpoint for _, endpoint in settings.served]
+    return [*([reference] if isinstance(reference, EndpointSettings) else []), *served, *settings.also]
 
 
 def _reference_level(given: _Given) -> str | None:
@@ -241,19 +267,12 @@ def _named_reference(settings: RunSettings) -> Level | None:
     return None if reference is None or isinstance(reference, Path | EndpointSettings) else reference
 
 
-def _wanted(settings: RunSettings) -> list[RecipeLevel | FeedbackLevel]:
-    """The levels asked for, the reference among them; raises UsageError for kinds that a run does not make."""
+def _wanted(settings: RunSettings) -> list[Level]:
+    """The levels asked for, the reference and those that engines serve among them."""
     levels = LADDER if settings.levels is None else settings.levels
     reference = _named_reference(settings)
-    return list(
-        of_kinds(
-            dict.fromkeys([*levels, *([reference] if reference else [])]),
-            (RecipeLevel, FeedbackLevel),
-            what="A run",
-            why="Its answers come from llama.cpp, and its files are made in one pass.",
-            do="Build it with `bitladder quantize`, and measure the file with `bitladder measure --file`.",
-        )
-    )
+    served = [level for level, _ in settings.served]
+    return list(dict.fromkeys([*levels, *served, *([reference] if reference else [])]))
 
 
 def _planned(given: _Given) -> Plan:
@@ -264,7 +283,7 @@ def _planned(given: _Given) -> Plan:
     if reference is not None:
         most = next(level.file_bytes for level in plan.levels if level.level == reference.name)
         plan = replace(plan, levels=tuple(level for level in plan.levels if level.file_bytes <= most))
-    if plan.levels and not any(level.fits for level in plan.levels):
+    if plan.levels and not _levels_to_build(given, plan) and not any(level.fits for level in plan.levels):
         smallest = plan.levels[-1]
         raise NothingFits(
             f"No level of {plan.model} fits this machine at a context of {plan.n_ctx} tokens: "
@@ -275,11 +294,21 @@ def _planned(given: _Given) -> Plan:
         )
     for level in plan.levels:
         tell(given.progress, LevelNews(level.level, "fits" if level.fits else "does not fit"))
-    wanted = _levels_to_build(given, plan)
+    wanted = [level for level in _levels_to_build(given, plan) if level.container is Container.FILE]
     effort, threads = given.settings.effort, given.settings.threads
     need = building_need(source, wanted, given.out, folders=given.folders, effort=effort, threads=threads)
     require(need, given.machine)
     return plan
+
+
+def _calibrated(given: _Given, plan: Plan) -> Calibrated | None:
+    """Checkpoints, and what folded levels are made with, from one walk over the calibration text."""
+    settings = given.settings
+    return calibrate_levels(
+        given.source, given.found, sort_levels(_levels_to_build(given, plan)), given.out, imatrix=settings.imatrix,
+        measured_on=given.texts, threads=settings.threads, device=settings.device, folders=given.folders,
+        journal=given.journal, progress=given.progress,
+    )  # fmt: skip
 
 
 def _importance(given: _Given) -> Importance | None:
@@ -300,22 +329,27 @@ def _importance(given: _Given) -> Importance | None:
         return None
 
 
-def _levels_to_build(given: _Given, plan: Plan) -> list[RecipeLevel | FeedbackLevel]:
-    """Every level that fits, and the reference; the source itself is the file of its own level."""
+def _levels_to_build(given: _Given, plan: Plan) -> list[Level]:
+    """Every level that fits, the reference, and checkpoints, whose engines may run elsewhere; the source itself is the
+    file of its own level."""
     named = {level.name: level for level in _wanted(given.settings)}
     own, reference = level_of(given.source.model), _named_reference(given.settings)
     rows = [row for row in plan.levels if row.level != own]
-    return [named[row.level] for row in rows if row.fits or named[row.level] == reference]
+    levels = [(row, named[row.level]) for row in rows]
+    return [level for row, level in levels if row.fits or level == reference or level.container is Container.FOLDER]
 
 
-def _built(given: _Given, plan: Plan, importance: Importance | None) -> dict[Subject, LevelFile]:
-    """A file for each level that fits, by its hash."""
+def _built(
+    given: _Given, plan: Plan, importance: Importance | None, calibrated: Calibrated | None
+) -> dict[Subject, LevelFile]:
+    """A file (or folder) for each level, by its hash."""
     settings = given.settings
     files = ladder_files(
         given.source,
         _levels_to_build(given, plan),
         given.out,
         importance=importance,
+        calibrated=calibrated,
         effort=settings.effort,
         threads=settings.threads,
         device=settings.device,
@@ -334,14 +368,7 @@ def _measured(given: _Given, built: Mapping[Subject, LevelFile]) -> list[Fidelit
     with ExitStack() as stack:
 
         def candidates(missing: Sequence[Subject]) -> list[Candidate]:
-            # brings torch, for whose 1.5 s stored figures need not wait
-            from bitladder.stages.walk import file_candidate
-
-            opened = [stack.enter_context(GgufFile.open(built[subject].path)) for subject in missing]
-            return [
-                file_candidate(given.source, file, level=subject.level)
-                for subject, file in zip(missing, opened, strict=True)
-            ]
+            return [built_candidate(given.source, built[subject], stack) for subject in missing]
 
         try:
             return fidelities(
@@ -381,13 +408,16 @@ def _contenders(given: _Given, plan: Plan, built: Mapping[Subject, LevelFile]) -
     """Who answers the workload, the reference first."""
     settings, source = given.settings, given.source
     own = LevelToAsk(Subject(source.sha256, level_of(source.model), file=source.sha256), source.path)
-    levels = [LevelToAsk(subject, file.path) for subject, file in built.items()]
+    served = {level.name: endpoint for level, endpoint in settings.served}
+    files = [LevelToAsk(subject, file.path) for subject, file in built.items() if not file.path.is_dir()]
+    folders = [ServedLevel(name, endpoint) for name, endpoint in served.items()]
+    levels: list[LevelToAsk | ServedLevel] = [*files, *folders]
     named = _reference_level(given)
     if named is None:  # the source is a level like the others
         fits = any(level.fits and level.level == own.subject.level for level in plan.levels)
         assert isinstance(settings.reference, Path | EndpointSettings)
         return [settings.reference, *([own] if fits else []), *levels, *settings.also]
-    reference = next((level for level in levels if level.subject.level == named), own)
+    reference = next((level for level in levels if name_of(level) == named), own)
     return [reference, *(level for level in levels if level is not reference), *settings.also]
 
 

@@ -170,14 +170,22 @@ def imatrix(
 
 @verb
 def inspect(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A GGUF file.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A GGUF file, or a quantized checkpoint folder.")],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     json_output: JsonFlag = False,
 ) -> None:
-    """What a GGUF really holds, and whether its name tells the truth."""
-    from bitladder.report import inspection_table
-    from bitladder.stages.inspect import inspect_file
+    """What a GGUF or a checkpoint folder really holds, and whether its name or configuration tells the truth."""
+    from bitladder.report import folder_table, inspection_table
+    from bitladder.stages.inspect import inspect_file, inspect_folder
 
+    if file.is_dir():
+        with progress_display(quiet=json_output) as progress:
+            folder = inspect_folder(file, progress)
+        if json_output:
+            print_json(folder)
+        else:
+            folder_table(folder, tensors=tensors)
+        return
     inspection = inspect_file(file)
     if json_output:
         print_json(inspection)

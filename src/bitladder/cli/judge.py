@@ -97,7 +97,7 @@ def measure(
     levels: Levels = None,
     file: Annotated[
         list[Path] | None,
-        typer.Option("--file", help="An existing GGUF to measure beside the levels; repeatable."),
+        typer.Option("--file", help="An existing GGUF or checkpoint folder to measure, too; repeatable."),
     ] = None,
     reference: Annotated[
         str | None, typer.Option("--reference", metavar="LEVEL", help="Compare with this level, not with the source.")

@@ -64,7 +64,11 @@ class RunOptions:
     ] = None
     also: Annotated[
         list[str] | None,
-        typer.Option("--also", metavar="URL#MODEL", help="Test an OpenAI-compatible endpoint, too; repeatable."),
+        typer.Option(
+            "--also",
+            metavar="[LEVEL=]URL#MODEL",
+            help="Test an OpenAI-compatible endpoint, too, or the one that serves a checkpoint level; repeatable.",
+        ),
     ] = None
     key_env: KeyNames = None
     key_file: KeyFiles = None
@@ -97,13 +101,20 @@ class RunOptions:
         Raises:
             UsageError: a level, an address or a reference that cannot be.
         """
+        from bitladder.levels import parse_level
         from bitladder.pipeline import RunSettings
+
+        also = [served_address(text) for text in self.also or ()]
+
+        def named(address: str) -> EndpointSettings:
+            return endpoint_named(address, self.key_env, self.rpm, self.key_file)
 
         return RunSettings(
             model=self.model,
             levels=split_levels(self.levels),
             reference=reference_named(self.reference, self.key_env, self.rpm, self.key_file),
-            also=tuple(endpoint_named(address, self.key_env, self.rpm, self.key_file) for address in self.also or ()),
+            also=tuple(named(address) for level, address in also if not level),
+            served=tuple((parse_level(level), named(address)) for level, address in also if level),
             workload=self.workload,
             bar=self.bar,
             n_ctx=self.ctx,
@@ -143,6 +154,12 @@ def endpoint_named(
         if _is_host(host, settings):
             settings = dataclasses.replace(settings, key_file=str(Path(file).absolute()))
     return settings
+
+
+def served_address(text: str) -> tuple[str, str]:
+    """``[LEVEL=]URL#MODEL`` as the level's name, empty where there is none, and the address."""
+    level, equals, address = text.partition("=")
+    return (level, address) if equals and "://" not in level else ("", text)
 
 
 def _is_host(host: str, settings: EndpointSettings) -> bool:

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.errors import BadFile, OutputError
-from bitladder.files.checkpoint import list_shards
+from bitladder.errors import BadFile, BadInput, OutputError
+from bitladder.files.checkpoint import read_checkpoint, read_json
 from bitladder.levels import CheckpointLevel
-from bitladder.levels.checkpoints import digest
+from bitladder.levels.checkpoints import CheckpointFormat, digest, recognised
 
 
 def verify_folder(folder: Path, level: CheckpointLevel, expected: Mapping[str, str]) -> None:
@@ -42,19 +42,15 @@ def verify_folder(folder: Path, level: CheckpointLevel, expected: Mapping[str, s
 class CheckpointReader:
     """A checkpoint folder's tensors, decoded one at a time."""
 
-    def __init__(self, folder: Path, level: CheckpointLevel) -> None:
-        """Raises BadInput where there are no safetensors."""
-        from safetensors import safe_open
-
-        self.folder, self.level = folder, level
-        self._where: dict[str, Path] = {}
-        for shard in list_shards(folder):
-            with safe_open(shard, "pt") as file:
-                self._where |= dict.fromkeys(file.keys(), shard)
+    def __init__(self, folder: Path, form: CheckpointFormat) -> None:
+        """Raises BadInput where there are no safetensors, BadFile where their headers contradict their files."""
+        self.folder, self.format = folder, form
+        checkpoint = read_checkpoint(folder)
+        self._where = {name: folder / shard for name, shard in checkpoint.shard_of.items()}
 
     def linears(self) -> list[str]:
         """Names of the quantized linear layers."""
-        first = self.level.format.suffixes[0]
+        first = self.format.suffixes[0]
         split = [name.rpartition(".") for name in sorted(self._where)]
         return [prefix for prefix, _, suffix in split if suffix == first and self._is_quantized(prefix)]
 
@@ -67,17 +63,17 @@ class CheckpointReader:
         prefix = name.removesuffix(".weight")
         if not self._is_quantized(prefix):
             return np.asarray(self._read(name), np.float32)
-        keys = {suffix: f"{prefix}.{suffix}" for suffix in self.level.format.suffixes}
+        keys = {suffix: f"{prefix}.{suffix}" for suffix in self.format.suffixes}
         arrays = {suffix: self._read(key) for suffix, key in keys.items() if key in self._where}
         try:
-            return self.level.format.decode(arrays)
-        except (ValueError, KeyError) as error:
+            return self.format.decode(arrays)
+        except (ValueError, KeyError, TypeError) as error:
             raise BadFile(
                 f"{self.folder}: {prefix} contradicts itself: {error}", do="Write the level again."
             ) from error
 
     def _is_quantized(self, prefix: str) -> bool:
-        return all(f"{prefix}.{suffix}" in self._where for suffix in self.level.format.suffixes[:2])
+        return all(f"{prefix}.{suffix}" in self._where for suffix in self.format.suffixes[:2])
 
     def _read(self, key: str) -> npt.NDArray[Any]:
         from safetensors import safe_open
@@ -88,13 +84,34 @@ class CheckpointReader:
             return _array(file.get_tensor(key))
 
 
+def format_of_folder(folder: Path) -> CheckpointFormat:
+    """The format that a checkpoint folder's configuration names, whoever wrote it.
+
+    Raises:
+        BadInput: it is no checkpoint folder, not quantized, or in a format that is not read.
+        BadFile: its configuration is damaged.
+    """
+    config = read_json(folder / "config.json")
+    found = config.get("quantization_config") or config.get("compression_config")
+    form = recognised(found) if isinstance(found, Mapping) else None
+    if form is None:
+        what = "has no quantization_config" if not found else "is quantized in a format or with options not read here"
+        raise BadInput(
+            f"{folder} {what}.",
+            means="GPTQ (both versions), AWQ (GEMM) and compressed-tensors (pack-quantized, int8 with dynamic inputs) "
+            "are read, with one scheme for all layers.",
+            do="Give a folder in one of these formats, or a GGUF file.",
+        )
+    return form
+
+
 def decoded_linears(folder: Path, level: CheckpointLevel) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
     """Every quantized linear layer by name with its weights f32[outputs, inputs], one at a time.
 
     Raises:
         BadFile: an array of a layer is missing or has another shape than the others need.
     """
-    reader = CheckpointReader(folder, level)
+    reader = CheckpointReader(folder, level.format)
     for name in reader.linears():
         yield name, reader.weights(f"{name}.weight")
 

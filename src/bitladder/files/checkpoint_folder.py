@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from bitladder.files.atomic import written_aside
+from bitladder.files.hashing import folder_sha256
 from bitladder.files.layer_store import LayerStore, writing
 from bitladder.files.outputs import check_output
 from bitladder.files.safetensors_writer import PiecewiseTensor, stored_tensors, write_safetensors
+from bitladder.progress import Progress, silent
 from bitladder.units import GiB
 
 MANIFEST = "bitladder.json"
@@ -25,6 +27,30 @@ LOG = "bitladder-log.jsonl"
 """One line per quantized tensor, in the order in which they were made."""
 _TOP = "top"
 _SOURCE = "source_sha256"
+
+
+def checkpoint_sha256(folder: Path, progress: Progress = silent) -> str:
+    """What tells one checkpoint folder from another: its files by names and hashes, without what Bitladder notes
+    beside them (times of the walk among it)."""
+    return folder_sha256(folder, progress, without=(MANIFEST, LOG))
+
+
+def checkpoint_bytes(folder: Path) -> int:
+    """Size of all its files."""
+    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+
+
+def fingerprint_of(folder: Path) -> str:
+    """The fingerprint (``CheckpointFolder``) that a finished folder says it has; empty when Bitladder did not write
+    it."""
+    return str(_json(folder / MANIFEST).get("fingerprint", ""))
+
+
+def notes_of(folder: Path) -> tuple[str, ...]:
+    """What was noted for users when Bitladder wrote a folder; nothing of other folders."""
+    report = _json(folder / MANIFEST).get("report")
+    notes = report.get("notes") if isinstance(report, dict) else None
+    return tuple(note for note in notes if isinstance(note, str)) if isinstance(notes, list) else ()
 
 
 class CheckpointFolder(LayerStore):

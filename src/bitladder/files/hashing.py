@@ -1,10 +1,11 @@
-"""SHA-256 of files, remembered: a file that has not changed since is not read again."""
+"""SHA-256 of files and folders, remembered: a file that has not changed since is not read again."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 from bitladder.errors import OutputError
@@ -29,6 +30,18 @@ def file_sha256(path: Path, progress: Progress = silent) -> str:
             done += len(chunk)
             progress(f"hashing {path.name}", done, size)
     remember(path, hasher.hexdigest())
+    return hasher.hexdigest()
+
+
+def folder_sha256(folder: Path, progress: Progress = silent, *, without: Collection[str] = ()) -> str:
+    """SHA-256 as hex over the names and hashes of a folder's files, sorted by name; folders in it are left out.
+
+    ``without``: names of files that do not count, such as notes of when and how fast it was made.
+    """
+    files = (path for path in folder.iterdir() if path.is_file() and path.name not in without)
+    hasher = hashlib.sha256()
+    for path in sorted(files, key=lambda path: path.name):
+        hasher.update(path.name.encode() + b"\0" + bytes.fromhex(file_sha256(path, progress)))
     return hasher.hexdigest()
 
 

@@ -6,7 +6,8 @@ The rule, in order:
 1. A level is a *candidate* when it fits the machine and meets every clause of the bar. A clause is met when
    the whole 95% interval lies on its right side, and still so when all levels are corrected for. The reference
    itself is never a candidate: it is what the others are compared with. Nor is a model behind an address: it is
-   judged like the levels, but its size is unknown and its machine another.
+   judged like the levels, but its size is unknown and its machine another. A checkpoint, which llama.cpp does not
+   run, stays open until an engine for it has answered the workload; where it would not fit it is judged and not chosen.
 2. The *speed tier* is the fastest candidate by measured decode speed. Levels within five percent of the
    fastest count as equally fast, and the smallest of them wins. Without speeds, decode is taken to be bound
    by bytes: the smallest wins.
@@ -74,8 +75,8 @@ def decide(
     levels = (*plan.levels, *(runs_elsewhere(name) for name in elsewhere))
     evidence = _join(levels, fidelities, results, reference=reference, speeds=speeds or {}, tags=tags or {})
     judged = _corrected([Judged(one, judge(parsed, one)) for one in evidence], reference)
-    everyone = [one for one in judged if one.level != reference and one.evidence.plan.fits]
-    rivals = [one for one in everyone if one.evidence.plan.placement != ELSEWHERE]
+    everyone = [one for one in judged if one.level != reference and one.evidence.in_question]
+    rivals = [one for one in everyone if one.can_be_chosen]
     candidates = [one for one in rivals if one.outcome == MET]
     speed = _speed_tier(candidates)
     quality = _quality_tier(candidates, speed)
@@ -96,7 +97,7 @@ def decide(
             if one.evidence.plan.placement != ELSEWHERE
         ),
         tags=tuple(found for one in everyone for found in tag_verdicts(one.evidence)),
-        next=_next(rivals, quality),
+        next=_next([one for one in everyone if one.evidence.plan.placement != ELSEWHERE], quality),
     )
 
 
@@ -108,7 +109,7 @@ def _corrected(judged: Sequence[Judged], reference: str | None) -> list[Judged]:
     any false "meets" under ``FALSE_MEETS``. The level that is nearest to the limit pays nothing for those that
     are clearly under it, and a little for each that is not.
     """
-    rivals = [one for one in judged if one.level != reference and one.evidence.plan.fits and one.evidence.measured]
+    rivals = [one for one in judged if one.level != reference and one.evidence.in_question and one.evidence.measured]
     p_values = [max(each.p_value for each in one.judgements) if one.outcome == MET else 1.0 for one in rivals]
     adjusted = dict(zip((one.level for one in rivals), holm(p_values), strict=True))
 

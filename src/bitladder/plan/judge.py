@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from bitladder.plan.bar import UPPER, Bar, Clause, spoken
 from bitladder.records.evaluation import WorkloadResult
 from bitladder.records.fidelity import Fidelity
-from bitladder.records.plan import ELSEWHERE, LevelPlan
+from bitladder.records.plan import ELSEWHERE, FOLDER, LevelPlan
 from bitladder.stats.multiplicity import beyond
 from bitladder.stats.noninferiority import inputs_needed, loss_interval, p_not_worse
 from bitladder.units import human_bytes
@@ -44,6 +44,16 @@ class Evidence:
         """Anything was."""
         return self.fidelity is not None or self.result is not None
 
+    @property
+    def needs_engine(self) -> bool:
+        """A checkpoint that nobody has answered the workload with: llama.cpp does not run it."""
+        return self.plan.container == FOLDER and self.result is None
+
+    @property
+    def in_question(self) -> bool:
+        """It fits this machine, or was measured although its engine would need another."""
+        return self.plan.fits or (self.plan.container == FOLDER and self.measured)
+
 
 @dataclass(frozen=True)
 class Judgement:
@@ -55,6 +65,15 @@ class Judgement:
     p_value: float = 0.0
     """Of a clause that is met: chance of evidence this good if in truth it were not. 0 for facts about this file
     or these inputs, which no other text or input can turn."""
+
+
+_ON_PASSES = ("no known loss", "no loss", "passes")
+"""What clauses on answers are about."""
+_NO_ENGINE = Judgement(
+    UNKNOWN,
+    "its answers need an engine that runs checkpoints",
+    "serve it with vLLM and name the address: --also LEVEL=URL#MODEL",
+)
 
 
 @dataclass(frozen=True)
@@ -73,6 +92,11 @@ class Judged:
     def outcome(self) -> str:
         """``met``, ``failed`` or ``unknown``, all clauses together."""
         return overall(self.judgements)
+
+    @property
+    def can_be_chosen(self) -> bool:
+        """It runs here."""
+        return self.evidence.plan.fits and self.evidence.plan.placement != ELSEWHERE
 
     @property
     def kl(self) -> float:
@@ -113,8 +137,11 @@ class Judged:
 
 
 def judge(bar: Bar, evidence: Evidence) -> tuple[Judgement, ...]:
-    """Every clause of the bar for one level."""
-    return tuple(_judge_clause(clause, evidence) for clause in bar.clauses)
+    """Every clause of the bar for one level; of a checkpoint without answers also that these are missing."""
+    if not evidence.needs_engine:
+        return tuple(_judge_clause(clause, evidence) for clause in bar.clauses)
+    rest = (clause for clause in bar.clauses if clause.metric not in _ON_PASSES)
+    return (*(_judge_clause(clause, evidence) for clause in rest), _NO_ENGINE)
 
 
 def overall(judgements: Sequence[Judgement]) -> str:
@@ -147,11 +174,8 @@ def pairs_of(result: WorkloadResult, tags: Mapping[str, tuple[str, ...]], tag: s
 
 def _judge_clause(clause: Clause, evidence: Evidence) -> Judgement:
     """Dispatch on what the clause is about."""
-    on_passes = {
-        "no known loss": _no_known_loss,
-        "no loss": _no_loss,
-        "passes": _not_worse if clause.relative else _pass_rate,
-    }
+    passes = _not_worse if clause.relative else _pass_rate
+    on_passes = dict(zip(_ON_PASSES, (_no_known_loss, _no_loss, passes), strict=True))
     if clause.metric in on_passes:
         return on_passes[clause.metric](clause, evidence)
     if evidence.plan.placement == ELSEWHERE and clause.metric in ("memory", "size"):

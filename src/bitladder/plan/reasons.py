@@ -39,14 +39,16 @@ def verdict(one: Judged, tiers: Tiers, reference: str | None) -> Verdict:
 def _status(one: Judged, tiers: Tiers, reference: str | None) -> tuple[str, str]:
     if one.level == reference:
         return "reference", "what the others are compared with"
-    if not one.evidence.plan.fits:
+    if not one.evidence.in_question:
         return "does not fit", one.evidence.plan.reason
     if one.outcome == FAILED:
         return "fails the bar", one.say(FAILED)
     if one.outcome == UNKNOWN:
         return "cannot tell", ": ".join(part for part in (one.say(UNKNOWN), one.needs) if part)
-    if one.evidence.plan.placement == ELSEWHERE:
-        return "meets the bar", f"{one.say(MET)}; it runs elsewhere, so it is compared and not chosen"
+    if not one.can_be_chosen:
+        elsewhere = one.evidence.plan.placement == ELSEWHERE
+        why = "it runs elsewhere" if elsewhere else f"it does not fit here ({one.evidence.plan.reason})"
+        return "meets the bar", f"{one.say(MET)}; {why}, so it is compared and not chosen"
     return _placed(one, tiers)
 
 
@@ -128,7 +130,8 @@ def summary(tiers: Tiers, bar: Bar, plan: Plan, outcome: str, rivals: Sequence[J
 
 
 def _nothing_chosen(bar: Bar, plan: Plan, outcome: str, rivals: Sequence[Judged]) -> str:
-    here = [one for one in rivals if one.evidence.plan.placement != ELSEWHERE]
+    here = [one for one in rivals if one.can_be_chosen or one.outcome != MET]
+    here = [one for one in here if one.evidence.plan.placement != ELSEWHERE]
     if rivals and not here:
         holding = ", ".join(one.level for one in rivals if one.outcome == MET)
         return f"No level was tested here. Of the models elsewhere, {holding or 'none'} holds the bar '{bar.text}'."

@@ -16,6 +16,7 @@ from bitladder.formats.blocks import QTYPES
 from bitladder.formats.recipes import is_quantizable, types_for
 from bitladder.formats.roles import EMBEDDING, OUTPUT
 from bitladder.formats.tensors import TensorInfo
+from bitladder.levels import FeedbackLevel
 from bitladder.plan.allocate import Allocation, Choice, Group, fewest, least_loss
 from bitladder.records.recipe import Recipe, SensitivityTable
 from bitladder.units import human_bytes
@@ -234,7 +235,7 @@ def _recipe(table: SensitivityTable, model: Model, wish: Wish, found: Allocation
     qtypes = {tensor.name: found.qtypes.get(tensor.name, tensor.qtype) for tensor in model.tensors}
     size, bpw = recipe_bytes(model, qtypes)
     return Recipe(
-        label=f"bpw{bpw:.2f}",
+        label=FeedbackLevel(bpw=round(bpw, 2)).name,
         architecture=model.dims.architecture,
         qtypes=qtypes,
         bytes=size,

@@ -9,7 +9,7 @@ from bitladder.describe.cache import padded_context
 from bitladder.errors import UsageError
 from bitladder.plan.decide import decide
 from bitladder.records.decision import Decision
-from bitladder.records.plan import ELSEWHERE, ContextBytes, LevelPlan, Plan
+from bitladder.records.plan import ELSEWHERE, FOLDER, ContextBytes, LevelPlan, Plan
 from bitladder.records.run import RunRecord
 from bitladder.units import human_bytes
 
@@ -81,4 +81,7 @@ def _moved(level: LevelPlan, there: ContextBytes | None, budget: int) -> LevelPl
     kv, compute = (there.kv_bytes, there.compute_bytes) if there else (level.kv_bytes, level.compute_bytes)
     total = level.total_bytes - level.kv_bytes - level.compute_bytes + kv + compute
     reason = f"{human_bytes(total)} of {human_bytes(budget)}"
-    return replace(level, kv_bytes=kv, compute_bytes=compute, total_bytes=total, fits=total <= budget, reason=reason)
+    fits = total <= budget
+    if level.container == FOLDER and not level.fits:  # for want of a GPU, of which a budget says nothing
+        fits, reason = False, level.reason
+    return replace(level, kv_bytes=kv, compute_bytes=compute, total_bytes=total, fits=fits, reason=reason)

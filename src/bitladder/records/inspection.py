@@ -1,4 +1,4 @@
-"""What a GGUF file really holds."""
+"""What a GGUF file, or a checkpoint folder, really holds."""
 
 from __future__ import annotations
 
@@ -50,3 +50,37 @@ class Inspection:
     tensors: tuple[TensorInfo, ...]
     metadata: dict[str, Any]
     """Every key; long lists as their length, long texts cut."""
+
+
+@dataclass(frozen=True)
+class FolderInspection:
+    """A quantized checkpoint folder: what its configuration says, and what its tensors are."""
+
+    folder: str
+    architecture: str
+    format: str
+    """As readers call the layout: ``gptq``, ``awq``, ``pack-quantized``."""
+    bits: int | None
+    """Of a code; None of formats that have no integer codes."""
+    group_size: int
+    """Inputs that share a scale; -1: a whole row."""
+    symmetric: bool | None
+    """Whether zero lies in the middle of the codes."""
+    file_bytes: int
+    weights: int
+    """All, those that stay float among them."""
+    linears: int
+    """Quantized linear layers."""
+    quantized_share: float
+    """Share of all weights that is quantized."""
+    bpw: float
+    """Bits per weight over all tensors."""
+    stays_float: tuple[str, ...]
+    """Tensors with two dimensions that are not quantized."""
+    faults: tuple[str, ...]
+    """Where configuration and tensors contradict each other."""
+    truthful: bool
+    """They agree: every quantized layer decodes, and none is left over."""
+    verdict: str
+    notes: tuple[str, ...]
+    """Which engines refuse the format, and what Bitladder noted when it wrote the folder."""

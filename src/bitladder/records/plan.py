@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 
 ELSEWHERE = "elsewhere"
+FILE, FOLDER = "file", "folder"
+"""What a level is on the disk: a GGUF file, or a checkpoint folder, which llama.cpp does not run."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ class LevelPlan:
     """None where no rates are known or nothing fits."""
     longest_ctx: int = 0
     """Tokens of context up to which it is placed no worse than this."""
+    container: str = FILE
+    """``FILE`` or ``FOLDER``."""
 
 
 def runs_elsewhere(name: str) -> LevelPlan:

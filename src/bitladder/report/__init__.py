@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bitladder.report.html import check_html, render_html, report_beside, write_html
-from bitladder.report.inspection import inspection_table
+from bitladder.report.inspection import folder_table, inspection_table
 from bitladder.report.reading import RUN_JSON, check_run, read_run, write_run
 from bitladder.report.terminal import fidelity_table, plan_table, print_run, search_table
 
@@ -12,6 +12,7 @@ __all__ = [
     "check_html",
     "check_run",
     "fidelity_table",
+    "folder_table",
     "inspection_table",
     "plan_table",
     "print_run",

@@ -1,10 +1,10 @@
-"""An inspected file on the terminal."""
+"""An inspected file or folder on the terminal."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from bitladder.records.inspection import Inspection
+from bitladder.records.inspection import FolderInspection, Inspection
 from bitladder.report.rows import percent
 from bitladder.units import human_bytes
 
@@ -46,3 +46,28 @@ def inspection_table(inspection: Inspection, *, tensors: bool = False, console: 
             shape = " x ".join(map(str, tensor.shape))
             listing.add_row(tensor.name, shape, tensor.qtype, human_bytes(tensor.nbytes))
         out.print(listing)
+
+
+def folder_table(inspection: FolderInspection, *, tensors: bool = False, console: Console | None = None) -> None:
+    """What a checkpoint folder holds, and whether configuration and tensors agree; on request what stays float."""
+    from rich.console import Console
+    from rich.text import Text
+
+    out = console or Console(highlight=False)
+    group = "whole rows" if inspection.group_size == -1 else f"groups of {inspection.group_size}"
+    bits = "" if inspection.bits is None else f" {inspection.bits} bits,"
+    sym = {True: ", symmetric", False: ", with zero points", None: ""}[inspection.symmetric]
+    out.print(Text(f"{inspection.folder}  {inspection.architecture}", style="bold"))
+    size = f"{human_bytes(inspection.file_bytes)}, {inspection.weights / 1e6:,.1f} million weights"
+    out.print(Text(f"{size}, {inspection.bpw:.2f} bits per weight", style="dim"))
+    share = f"{inspection.linears} linear layers, {percent(inspection.quantized_share, 1)} of the weights"
+    out.print(Text(f"{inspection.format}:{bits} {group}{sym}; {share}"))
+    out.print(Text(inspection.verdict, style="green" if inspection.truthful else "red"))
+    for fault in inspection.faults[1:5]:
+        out.print(Text(fault, style="red"))
+    shown = inspection.stays_float if tensors else inspection.stays_float[:3]
+    more = len(inspection.stays_float) - len(shown)
+    if shown:
+        out.print(Text(f"Stays float: {', '.join(shown)}" + (f" and {more} more" if more else "")))
+    for note in inspection.notes:
+        out.print(Text(note, style="dim"))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import resource
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from bitladder import __version__
 from bitladder.describe.text import Document, text_hash
 from bitladder.describe.windows import Window, tokens_hash
 from bitladder.files.checkpoint import read_checkpoint
-from bitladder.files.checkpoint_folder import CheckpointFolder
+from bitladder.files.checkpoint_folder import CheckpointFolder, fingerprint_of
 from bitladder.files.companions import Companions, companions_of_folder, companions_of_gguf
 from bitladder.files.gguf import GgufFile
 from bitladder.files.imatrix import ImportanceMatrix
@@ -82,6 +82,10 @@ class Calibrated:
     folds: dict[str, dict[str, Fold]] = field(default_factory=dict)
     """Folds by level and tensor."""
     importance: ImportanceMatrix | None = None
+    fingerprints: dict[str, str] = field(default_factory=dict)
+    """By checkpoint level: a hash over everything that its bytes depend on."""
+    kept: frozenset[str] = frozenset()
+    """Names of what was there already."""
 
 
 def quantize_checkpoints(
@@ -132,6 +136,8 @@ class Calibration:
         checkpoint: Path | None = None,
         settings: Settings | None = None,
         force: bool | None = None,
+        folders: Sequence[Path] = (),
+        is_kept: Callable[[Path], bool] = lambda _: False,
     ) -> None:
         """Check everything that can be checked before the work.
 
@@ -144,6 +150,9 @@ class Calibration:
             checkpoint: The original checkpoint folder, whose configuration and tokenizer are copied.
             settings: Damping, order, memory, device.
             force: Replace folders that Bitladder made of other sources; None where the user has no say.
+            folders: Where else checkpoint levels may lie already, under any name.
+            is_kept: Whether a checkpoint folder must not be replaced; a level whose name it has is written beside it,
+                as ``<name>-<LEVEL>.<tag>``.
 
         Raises:
             UsageError: a level does not fit the model's shapes, or a folder is there that is not ours or of another
@@ -163,9 +172,8 @@ class Calibration:
         for level in levels:
             if isinstance(level, CheckpointLevel):
                 fingerprint = _fingerprint(source, level, reading.windows, self._settings, dtype)
-                self._stores[level] = CheckpointFolder(
-                    out_dir / f"{name}-{level.name}", fingerprint, source.sha256, inputs=inputs, force=force
-                )
+                target = _place(out_dir / f"{name}-{level.name}", fingerprint, folders, is_kept)
+                self._stores[level] = CheckpointFolder(target, fingerprint, source.sha256, inputs=inputs, force=force)
             else:
                 self._stores[level] = vector_file(source, level, reading.hash, self._settings)
         self._missing = {level: store for level, store in self._stores.items() if not store.is_complete()}
@@ -270,7 +278,22 @@ class Calibration:
                 importance = importance_of_vectors(store.vectors(), dataset="calibration text")
                 reached = coverage_of_counts(importance.counts)
         whole = CalibrationReport(self._text, reached, self._predicted, measured, tuple(folded))
-        return Calibrated(whole, checkpoints, folds, importance)
+        fingerprints = {
+            level.name: store.fingerprint for level, store in self._stores.items() if isinstance(level, CheckpointLevel)
+        }
+        kept = frozenset(level.name for level in self._stores if level not in self._missing)
+        return Calibrated(whole, checkpoints, folds, importance, fingerprints, kept)
+
+
+def _place(usual: Path, fingerprint: str, folders: Sequence[Path], is_kept: Callable[[Path], bool]) -> Path:
+    """Where a checkpoint level lies, or is to be written: under its name, beside a folder of that name that must stay,
+    or under any name in ``folders``."""
+    beside = usual.with_name(f"{usual.name}.{fingerprint[:8]}")
+    known = (path for folder in folders if folder.is_dir() for path in sorted(folder.iterdir()) if path.is_dir())
+    there = next((place for place in (usual, beside, *known) if fingerprint_of(place) == fingerprint), None)
+    if there is not None:
+        return there
+    return beside if fingerprint_of(usual) and is_kept(usual) else usual
 
 
 def vector_file(source: GgufFile, level: Product, texts: str, settings: Settings | None = None) -> VectorFile:

@@ -146,7 +146,7 @@ def versions() -> dict[str, str]:
 
 def _endpoints(settings: Any) -> list[EndpointSettings]:
     """Every endpoint of a run, the judge's among them."""
-    found = [settings.reference, *settings.also, settings.judge]
+    found = [settings.reference, *settings.also, *(endpoint for _, endpoint in settings.served), settings.judge]
     return [one for one in found if isinstance(one, EndpointSettings)]
 
 
@@ -162,6 +162,8 @@ def commands(settings: Any, out: Path) -> tuple[str, ...]:
         words += ["--reference", str(getattr(reference, "address", reference))]
     for endpoint in settings.also:
         words += ["--also", endpoint.address]
+    for level, endpoint in settings.served:
+        words += ["--also", f"{level}={endpoint.address}"]
     if settings.judge:
         words += ["--judge", settings.judge.address]
     for name in sorted({f"{one.host}={one.key_env}" for one in _endpoints(settings) if one.key_env}):

@@ -1,4 +1,4 @@
-"""Say what a GGUF file really holds, and whether its name tells the truth.
+"""Say what a GGUF file (or a quantized checkpoint folder) really holds, and whether its name tells the truth.
 
 A level's name promises a qtype, but a recipe gives some tensors more bits on purpose, and rows that do not
 divide into blocks get another type whatever was asked: a ``Q2_K`` file of a narrow model may hold no Q2_K at
@@ -15,13 +15,18 @@ from typing import Any
 
 from bitladder.describe.model import Model
 from bitladder.describe.quantized import quantized
+from bitladder.errors import BadFile
 from bitladder.files.gguf import part_paths, read_header
 from bitladder.formats import gguf
 from bitladder.formats.blocks import QTYPES
 from bitladder.formats.recipes import LEVEL_BY_FILE_TYPE, RECIPES, assign, is_quantizable
 from bitladder.formats.tensors import TensorInfo
-from bitladder.records.inspection import Inspection
+from bitladder.kernels import first_nonfinite
+from bitladder.levels.checkpoints.integers import IntegerFormat
+from bitladder.progress import Progress, silent
+from bitladder.records.inspection import FolderInspection, Inspection
 
+_FLOATS = ("F64", "F32", "F16", "BF16")
 _LIST_SHOWN = 8
 _TEXT_SHOWN = 200
 
@@ -69,6 +74,67 @@ def inspect_file(path: Path) -> Inspection:
         quantized=source.sentence("This file") if source else None,
         tensors=model.tensors,
         metadata={key: _shortened(value) for key, value in model.metadata.items()},
+    )
+
+
+def inspect_folder(folder: Path, progress: Progress = silent) -> FolderInspection:
+    """Describe a quantized checkpoint folder; every quantized layer is decoded, one at a time.
+
+    Raises:
+        BadInput, BadFile: it is no checkpoint folder, in no format that is read, or its files are damaged.
+    """
+    from bitladder.files.checkpoint import read_checkpoint
+    from bitladder.files.checkpoint_check import CheckpointReader, format_of_folder
+    from bitladder.files.checkpoint_folder import checkpoint_bytes, notes_of
+
+    form = format_of_folder(folder)
+    checkpoint = read_checkpoint(folder)
+    reader = CheckpointReader(folder, form)
+    linears, faults, packed = reader.linears(), [], 0
+    for number, name in enumerate(linears):
+        progress(f"decoding {name}", number, len(linears))
+        try:
+            found = reader.weights(f"{name}.weight")
+        except BadFile as error:
+            faults.append(error.found)
+            continue
+        packed += found.size
+        if (bad := first_nonfinite(found)) is not None:
+            faults.append(f"{name} decodes to {found[bad]} in row {bad[0]}, column {bad[1]}.")
+    of_linears = {f"{name}.{suffix}" for name in linears for suffix in form.suffixes}
+    rest = [tensor for tensor in checkpoint.tensors if tensor.name not in of_linears]
+    faults += [
+        f"{tensor.name} belongs to a quantized layer whose other arrays are missing."
+        for tensor in rest
+        if tensor.name.rpartition(".")[2] in form.marks
+    ]
+    faults += [
+        f"{tensor.name} holds integers ({tensor.dtype}) that the configuration does not explain."
+        for tensor in rest
+        if tensor.name.endswith(".weight") and tensor.dtype not in _FLOATS
+    ]
+    if not linears:
+        faults.append("No tensor is quantized as the configuration says.")
+    floats = [tensor for tensor in rest if tensor.dtype in _FLOATS]
+    weights = packed + sum(math.prod(tensor.shape) for tensor in floats)
+    integers = form if isinstance(form, IntegerFormat) else None
+    return FolderInspection(
+        folder=str(folder),
+        architecture=str(checkpoint.config.get("model_type", "")),
+        format=form.layout,
+        bits=integers.bits if integers else None,
+        group_size=form.group_size or -1,
+        symmetric=integers.sym if integers else None,
+        file_bytes=checkpoint_bytes(folder),
+        weights=weights,
+        linears=len(linears),
+        quantized_share=packed / weights if weights else 0.0,
+        bpw=8 * checkpoint.nbytes / weights if weights else math.nan,
+        stays_float=tuple(sorted(tensor.name for tensor in floats if len(tensor.shape) > 1)),
+        faults=tuple(faults),
+        truthful=not faults,
+        verdict=faults[0] if faults else f"It is what its configuration says: {len(linears)} layers as {form.layout}.",
+        notes=tuple(dict.fromkeys((*form.notes(), *notes_of(folder)))),
     )
 
 

@@ -79,6 +79,7 @@ def make_plan(
                 ram_bytes=placement.ram_bytes,
                 speed=speed,
                 longest_ctx=largest_context(model, size.by_part, machine, wish),
+                container=size.level.container,
             )
         )
     return Plan(

@@ -45,6 +45,7 @@ from bitladder.formats.blocks import QTYPES
 from bitladder.formats.recipes import level_named
 from bitladder.formats.tensors import TensorInfo
 from bitladder.kernels import REVISION, Effort, dequantize, first_nonfinite, quantize
+from bitladder.levels import FoldedLevel
 from bitladder.progress import Progress, silent
 from bitladder.records.level_file import LevelFile
 
@@ -141,7 +142,7 @@ def quantize_levels(
             source.model,
             level,
             out_dir,
-            label=f"AWQ-{level_named(level)}" if folds else "",
+            label="" if folds is None else FoldedLevel(level_named(level)).name,
             method=method,
             has_importance=bool(importance),
             split_max_bytes=split_max_bytes,

@@ -21,10 +21,12 @@ from bitladder.errors import BadInput
 from bitladder.files.gguf import GgufFile
 from bitladder.formats.recipes import assign
 from bitladder.kernels import Effort
+from bitladder.levels.checkpoints import CheckpointFormat
 from bitladder.progress import LevelNews, Progress, silent, tell
 from bitladder.records.fidelity import Fidelity
 from bitladder.stats.bootstrap import quantile_interval, ratio_interval
 from bitladder.units import GiB
+from bitladder.walk.checkpoint_weights import CheckpointWeights
 from bitladder.walk.fidelity import Ladder
 from bitladder.walk.head import TokenScores
 from bitladder.walk.layers import LayeredModel
@@ -94,6 +96,19 @@ def file_candidate(source: GgufFile, file: GgufFile, *, level: str = "", threads
             do="Compare a file with the model that it was made from.",
         )
     return Candidate(level or file.path.stem, FileWeights(file, threads=threads))
+
+
+def folder_candidate(
+    source: GgufFile, folder: Path, form: CheckpointFormat, *, level: str = "", threads: int = 1
+) -> Candidate:
+    """A checkpoint folder of these weights as a level of the source, in the format ``form``; ``level``: its name here
+    (default: the folder's). Embedding and head are the source's.
+
+    Raises:
+        BadInput, BadFile: the folder holds another model, or is no sound checkpoint.
+        UnknownArchitecture: nothing is known of how the family's tensors are called there.
+    """
+    return Candidate(level or folder.name, CheckpointWeights(FileWeights(source, threads=threads), folder, form))
 
 
 def text_windows(

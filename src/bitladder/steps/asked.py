@@ -28,7 +28,14 @@ class LevelToAsk(NamedTuple):
     path: Path
 
 
-Contender = LevelToAsk | EndpointSettings | Path
+class ServedLevel(NamedTuple):
+    """A level that an engine behind an address serves: its answers are the level's."""
+
+    level: str
+    endpoint: EndpointSettings
+
+
+Contender = LevelToAsk | ServedLevel | EndpointSettings | Path
 """What answers a workload; a path holds stored answers."""
 
 
@@ -36,6 +43,8 @@ def name_of(contender: Contender) -> str:
     """What tables call it."""
     if isinstance(contender, LevelToAsk):
         return contender.subject.level
+    if isinstance(contender, ServedLevel):
+        return contender.level
     return contender.label if isinstance(contender, EndpointSettings) else contender.name
 
 
@@ -72,7 +81,7 @@ class Asker:
             try:
                 replies, speed, stored = self._ask(contender, timed=number > 0)
             except EngineError as error:
-                if number == 0 or not isinstance(contender, EndpointSettings):
+                if number == 0 or not isinstance(contender, EndpointSettings | ServedLevel):
                     raise
                 self.journal.warn(f"{name} is left out: {error.found}")
                 continue
@@ -92,6 +101,8 @@ class Asker:
         from bitladder.files.workloads import load_reference
         from bitladder.records.evaluation import Speed
 
+        if isinstance(contender, ServedLevel):
+            contender = contender.endpoint
         if isinstance(contender, EndpointSettings):
             return endpoint_answers(contender, self.workload, self.recorded, self.journal, timed=timed)
         if isinstance(contender, Path):

@@ -129,7 +129,10 @@ def build_levels(
         need = building_need(source, every, out, effort=effort, threads=threads)
         require(need, probe_machine(out))  # before a walk takes its minutes
         journal.warn(*found.warnings)
-        calibrated = _walked(source, found, asked, out, imatrix, texts, threads, device, force, journal, progress)
+        calibrated = calibrate_levels(
+            source, found, asked, out, imatrix=imatrix, texts=texts, threads=threads, device=device, force=force,
+            journal=journal, progress=progress,
+        )  # fmt: skip
         importance = _importance(source, asked, imatrix, texts, calibrated, threads, device, journal, progress)
         written: list[LevelFile] = []
         with job(need, journal, out) if every else nullcontext():
@@ -154,12 +157,7 @@ def build_levels(
 
 def _refuse(asked: Asked, imatrix: str, split_max_bytes: int | None, device: str) -> None:
     """Options that cannot be, told before any work is done; raises UsageError, BadInput or BadFile."""
-    if asked.folded and imatrix == NONE:
-        raise UsageError(
-            f"{asked.folded[0].name} was asked for with --imatrix none.",
-            means="Its scales come from the same activations, and are made for packing with an importance matrix.",
-            do=f"Leave out --imatrix none, or ask for {asked.folded[0].recipe}.",
-        )
+    refuse_unweighed(asked.folded, imatrix)
     if imatrix not in (AUTO, NONE):
         from bitladder.files.imatrix import read_imatrix
 
@@ -179,6 +177,16 @@ def _refuse_overwriting(source: GgufFile, asked: Asked, out: Path, split: int | 
     named += [(level.recipe, level.name) for level in asked.folded]
     drafts = [draft_level(source.model, recipe, out, label=name, split_max_bytes=split) for recipe, name in named]
     refuse_overwriting([header.path for header in source.headers], drafts, lambda: source.sha256, force=force)
+
+
+def refuse_unweighed(folded: Sequence[FoldedLevel], imatrix: str) -> None:
+    """Refuse folding without an importance matrix; raises UsageError."""
+    if folded and imatrix == NONE:
+        raise UsageError(
+            f"{folded[0].name} was asked for with --imatrix none.",
+            means="Its scales come from the same activations, and are made for packing with an importance matrix.",
+            do=f"Leave out --imatrix none, or ask for {folded[0].recipe}.",
+        )
 
 
 def refuse_unheard(fitted: Sequence[FeedbackLevel], imatrix: str, split_max_bytes: int | None = None) -> None:
@@ -204,20 +212,44 @@ def _passes(asked: Asked, calibrated: Calibrated | None) -> list[tuple[Mapping[s
     return passes
 
 
-def _walked(
+def calibrate_levels(
     source: GgufFile,
     found: Source,
     asked: Asked,
     out: Path,
-    imatrix: str,
-    texts: Sequence[Path],
+    *,
+    imatrix: str = AUTO,
+    texts: Sequence[Path] = (),
+    measured_on: Sequence[Document] = (),
     threads: int,
-    device: str,
-    force: bool,
+    device: str = CPU,
+    force: bool | None = None,
+    folders: Sequence[Path] = (),
     journal: Journal,
     progress: Progress,
 ) -> Calibrated | None:
-    """What comes of one walk over the calibration text; None where no level asks for more than an importance matrix."""
+    """What comes of one walk over the calibration text: checkpoints, scales of folded levels, and the importance matrix
+    where one is wanted beside them. None where no level asks for more than an importance matrix.
+
+    Args:
+        source: The model.
+        found: Where it came from: its name, and the folder whose tokenizer checkpoints get.
+        asked: The levels.
+        out: Where checkpoint folders are written.
+        imatrix: A file, ``auto`` or ``none``.
+        texts: The user's calibration texts.
+        measured_on: Texts that levels will be measured on, which calibration must not have seen; by default those
+            that ship.
+        threads: Of everything.
+        device: Where the walk computes.
+        force: As ``build_levels``; None where the user has no say.
+        folders: Where else checkpoint levels may lie already.
+        journal: Told what the walk will take, and what it took.
+        progress: Told where it is.
+
+    Raises:
+        UsageError, NothingFits, BadInput, BadWeights, OutputError, UnknownArchitecture: as ``Calibration`` says.
+    """
     if not asked.folded and not asked.checkpoints:
         return None
     from bitladder.files.texts import shipped_texts
@@ -232,13 +264,13 @@ def _walked(
     reading = Reading(
         token_windows(source, documents),
         documents,
-        measuring=token_windows(source, shipped_texts()),
+        measuring=token_windows(source, measured_on or shipped_texts()),
         prompts=_prompts(source, documents) if asked.checkpoints else {},
     )
-    settings = Settings(threads=threads, device=device)
     work = Calibration(
-        source, wanted, reading, out_dir=out, name=found.label, checkpoint=found.checkpoint, settings=settings,
-        force=force,
+        source, wanted, reading, out_dir=out, name=found.label, checkpoint=found.checkpoint,
+        settings=Settings(threads=threads, device=device), force=force, folders=folders,
+        is_kept=kept_by_evidence(journal),
     )  # fmt: skip
     with job(work.need, journal, out) if work.need is not None else nullcontext():
         calibrated = work.run(progress)

@@ -27,10 +27,14 @@ if TYPE_CHECKING:
 
 
 def model_sha256(path: Path, progress: Progress = silent) -> str:
-    """Hash of the model that a GGUF file belongs to, all its parts together; of anything else the file's own."""
+    """Hash of the model that a GGUF file belongs to, all its parts together; of a checkpoint folder
+    (``checkpoint_sha256``); of anything else the file's own."""
+    from bitladder.files.checkpoint_folder import checkpoint_sha256
     from bitladder.files.gguf import joined_sha256, part_paths
     from bitladder.files.hashing import file_sha256
 
+    if path.is_dir():
+        return checkpoint_sha256(path, progress)
     try:
         parts = part_paths(path)
     except BitladderError:
@@ -146,11 +150,11 @@ def importance_again(source: GgufFile, file: StoredFile, journal: Journal, progr
         BadInput: it is gone.
     """
     from bitladder.files.imatrix import read_imatrix
-    from bitladder.levels import Needs, parse_level
+    from bitladder.levels import FeedbackLevel, parse_level
     from bitladder.stages.quantize import importance_hash
 
     making = file.making
-    if not making.importance or parse_level(file.level).needs is Needs.CALIBRATION:
+    if not making.importance or isinstance(parse_level(file.level), FeedbackLevel):
         return None
     kept = _kept_importance(making.importance)
     if kept.is_file():

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from bitladder.errors import BadInput
@@ -19,9 +20,11 @@ if TYPE_CHECKING:
     from bitladder.describe.text import Document
     from bitladder.describe.workload import Workload
     from bitladder.files.gguf import GgufFile
+    from bitladder.files.sources import Source
     from bitladder.kernels import Effort
     from bitladder.levels import Level
     from bitladder.records.evaluation import Answer, Speed
+    from bitladder.records.level_file import LevelFile
     from bitladder.stages.walk import Candidate
     from bitladder.store.recorded import Recorded, Subject
 
@@ -40,37 +43,47 @@ def measure_model(
     journal: Journal | None = None,
     progress: Progress,
 ) -> list[Fidelity]:
-    """Fidelity of levels made on the fly, and of files that exist, against the model or one of its levels.
+    """Fidelity of levels, and of files and checkpoint folders that exist, against the model or one of its levels.
 
-    Only evidence is written.
+    llama.cpp's mixes of types are made on the fly, tensor by tensor. Levels that need calibration are taken where
+    evidence knows them, or built in a folder that goes when they are measured. Only evidence is written.
+
+    Raises:
+        UsageError: an option that a level would not heed.
+        BadInput: a file is no level of this model, or a folder is in a format that is not read.
+        BitladderError: anything else a user can meet.
     """
     from bitladder.files.gguf import GgufFile
     from bitladder.files.sources import resolve
-    from bitladder.levels import LADDER, Needs, RecipeLevel, of_kinds
+    from bitladder.levels import LADDER, Needs
     from bitladder.stages.facts import level_of
     from bitladder.stages.quantize import method_name
-    from bitladder.stages.walk import file_candidate, made_candidates
+    from bitladder.stages.walk import made_candidates
+    from bitladder.steps.building import refuse_unheard, refuse_unweighed, sort_levels
     from bitladder.store.evidence import Evidence
     from bitladder.store.recorded import Recorded, Subject
 
-    asked = LADDER if levels is None and not files else levels or ()
-    given = of_kinds(
-        [*asked, *([reference] if reference else [])],
-        (RecipeLevel,),
-        what="Measuring",
-        why="Levels are made on the fly here, tensor by tensor; those that need calibration are files first.",
-        do="Build it with `bitladder quantize`, and measure the file with --file.",
-    )
-    made = given[: len(asked)]
+    chosen = LADDER if levels is None and not files else levels or ()
+    asked = sort_levels(list(dict.fromkeys([*chosen, *([reference] if reference else [])])))
+    refuse_unheard(asked.fitted, imatrix)
+    refuse_unweighed(asked.folded, imatrix)
     measured_on = documents(texts)
     journal = journal or Journal()
     with ExitStack() as stack:
+        recorded = Recorded(stack.enter_context(Evidence.open()))
         found = resolve(model, progress)
         source = stack.enter_context(GgufFile.open(found.path))
-        others = [stack.enter_context(GgufFile.open(path)) for path in files]
+        given = [_given(source, path, stack, threads) for path in files]
         journal.warn(*found.warnings)
+        to_build: list[Level] = [*asked.fitted, *asked.folded, *asked.checkpoints]
+        built: dict[Subject, LevelFile] = {}
+        if to_build:
+            built = _built(
+                source, found, to_build, recorded, stack, imatrix=imatrix, measured_on=measured_on, effort=effort,
+                threads=threads, device=device, journal=journal, progress=progress,
+            )  # fmt: skip
         importance = None
-        if imatrix != AUTO or any(level.needs is Needs.IMPORTANCE for level in made):
+        if asked.files and (imatrix != AUTO or any(level.needs is Needs.IMPORTANCE for level in asked.files)):
             importance = importance_of(
                 source,
                 imatrix,
@@ -81,32 +94,115 @@ def measure_model(
                 progress=progress,
             )
         method = method_name(effort, importance)
-        subjects = [Subject(source.sha256, level.name, made=method) for level in made if level != reference]
-        subjects += [Subject(source.sha256, other.path.stem, file=other.sha256) for other in others]
+        of_level = {subject.level: subject for subject in built}
+        of_level |= {level.name: Subject(source.sha256, level.name, made=method) for level in asked.files}
+        outside = dict(given)
+        subjects = [of_level[level.name] for level in chosen if level != reference] + list(outside)
         higher = None
         if reference is not None and reference.name != level_of(source.model):
-            higher = Subject(source.sha256, reference.name, made=method)
+            higher = of_level[reference.name]
 
         def candidates(missing: Sequence[Subject]) -> list[Candidate]:
-            levels = [subject.level for subject in missing if not subject.file]
-            files = {subject.file for subject in missing}
-            return [
-                *made_candidates(source, levels, importance=importance, effort=effort, threads=threads, device=device),
-                *(file_candidate(source, other) for other in others if other.sha256 in files),
-            ]
+            plain = [subject for subject in missing if subject not in built and subject not in outside]
+            made = made_candidates(
+                source, [one.level for one in plain], importance=importance, effort=effort, threads=threads,
+                device=device,
+            )  # fmt: skip
+            ready = dict(zip(plain, made, strict=True))
+            ready |= {one: built_candidate(source, built[one], stack) for one in missing if one in built}
+            return [ready[one] if one in ready else outside[one] for one in missing]
 
         return fidelities(
             source,
             subjects,
             candidates,
             measured_on,
-            Recorded(stack.enter_context(Evidence.open())),
+            recorded,
             journal,
             reference=higher,
             threads=threads,
             device=device,
             progress=progress,
         )
+
+
+def _given(source: GgufFile, path: Path, stack: ExitStack, threads: int) -> tuple[Subject, Candidate]:
+    """A file or a checkpoint folder that the user names."""
+    from bitladder.files.checkpoint_check import format_of_folder
+    from bitladder.files.gguf import GgufFile
+    from bitladder.stages.walk import file_candidate, folder_candidate
+    from bitladder.steps.known_files import model_sha256
+    from bitladder.store.recorded import Subject
+
+    if path.is_dir():
+        name = path.resolve().name
+        candidate = folder_candidate(source, path, format_of_folder(path), level=name, threads=threads)
+        return Subject(source.sha256, name, file=model_sha256(path)), candidate
+    opened = stack.enter_context(GgufFile.open(path))
+    return Subject(source.sha256, path.stem, file=opened.sha256), file_candidate(source, opened, threads=threads)
+
+
+def _built(
+    source: GgufFile,
+    found: Source,
+    levels: Sequence[Level],
+    recorded: Recorded,
+    stack: ExitStack,
+    *,
+    imatrix: str,
+    measured_on: Sequence[Document],
+    effort: Effort,
+    threads: int,
+    device: str,
+    journal: Journal,
+    progress: Progress,
+) -> dict[Subject, LevelFile]:
+    """Levels that are made by calibrating, where evidence knows them; the others in a folder of the cache that goes
+    with ``stack``."""
+    from bitladder.files.folders import cache_folder
+    from bitladder.levels import FoldedLevel
+    from bitladder.steps.building import calibrate_levels, sort_levels
+    from bitladder.steps.known_files import identified, known_folders, making_of
+    from bitladder.steps.ladder_files import ladder_files
+
+    room = cache_folder("measured")
+    room.mkdir(parents=True, exist_ok=True)
+    out = Path(stack.enter_context(TemporaryDirectory(dir=room)))
+    folders = known_folders(recorded, source.sha256)
+    calibrated = calibrate_levels(
+        source, found, sort_levels(levels), out, imatrix=imatrix, measured_on=measured_on, threads=threads,
+        device=device, folders=folders, journal=journal, progress=progress,
+    )  # fmt: skip
+    importance = None
+    if any(isinstance(level, FoldedLevel) for level in levels):
+        importance = importance_of(
+            source, imatrix, measured_on=measured_on, threads=threads, device=device, journal=journal,
+            progress=progress,
+        )  # fmt: skip
+    files = ladder_files(
+        source, levels, out, importance=importance, calibrated=calibrated, effort=effort, threads=threads,
+        folders=folders, device=device, journal=journal, progress=progress,
+    )  # fmt: skip
+    lying = {subject: file for subject, file in files.items() if file.reused}
+    making = making_of(source, imatrix, importance, effort=effort, threads=threads)
+    known = identified(lying, making, recorded, journal, progress)
+    return known | {subject: file for subject, file in files.items() if not file.reused}
+
+
+def built_candidate(source: GgufFile, file: LevelFile, stack: ExitStack) -> Candidate:
+    """A level that was built, as the walk reads it; a file stays open as long as ``stack``.
+
+    Raises:
+        BadInput, BadFile: it is another model's, or damaged.
+    """
+    # brings torch, for whose 1.5 s stored figures need not wait
+    from bitladder.files.gguf import GgufFile
+    from bitladder.levels.checkpoints import parse_checkpoint
+    from bitladder.stages.walk import file_candidate, folder_candidate
+
+    if file.path.is_dir():
+        return folder_candidate(source, file.path, parse_checkpoint(file.level).format, level=file.level)
+    return file_candidate(source, stack.enter_context(GgufFile.open(file.path)), level=file.level)
 
 
 def documents(texts: Sequence[Path]) -> list[Document]:

@@ -30,6 +30,7 @@ from bitladder.steps.serving import served_level
 
 if TYPE_CHECKING:
     from bitladder.files.gguf import GgufFile
+    from bitladder.files.sources import Source
     from bitladder.kernels import Effort
     from bitladder.records.run import RunRecord
     from bitladder.steps.calibrated import Importance
@@ -147,7 +148,7 @@ def tier_file(
         found = resolve(model, progress)
         with GgufFile.open(found.path) as source:
             search = _Search(
-                source, run, recorded, out or Path(f"{found.label}-ladder"), threads, progress, Journal(say)
+                source, found, run, recorded, out or Path(f"{found.label}-ladder"), threads, progress, Journal(say)
             )
             level = search.level_named(what)
             check_context(source.model, n_ctx)  # told before anything is built
@@ -191,6 +192,7 @@ class _Search:
     """Where the file of a level is looked for, and how it is built when it is nowhere."""
 
     source: GgufFile
+    found: Source
     run: LatestRun | None
     recorded: Recorded
     out: Path
@@ -200,9 +202,7 @@ class _Search:
 
     def level_named(self, text: str) -> str:
         """A level of the run or of the ladder, in its own spelling; raises UnknownLevel."""
-        known = [self.own, *(self.run.decision.files if self.run else ())]
-        same = next((level for level in known if level.lower() == text.strip().lower()), None)
-        return same or served_level(text).name
+        return self.own if text.strip().lower() == self.own.lower() else served_level(text).name
 
     @property
     def own(self) -> str:
@@ -250,6 +250,7 @@ class _Search:
 
     def _build(self, level: str) -> LevelFile:
         """Make a level as it was made when it was measured, or as a run would make it."""
+        from bitladder.steps.building import calibrate_levels, sort_levels
         from bitladder.steps.ladder_files import ladder_files
 
         known = next(iter(self._known(level)), None)
@@ -258,11 +259,17 @@ class _Search:
             importance = importance_again(self.source, known, self.journal, self.progress)
         else:
             importance = self._importance(level)
+        wanted = served_level(level)
+        calibrated = calibrate_levels(
+            self.source, self.found, sort_levels([wanted]), self.out, imatrix=known.making.imatrix if known else AUTO,
+            threads=known.making.threads if known else self.threads, journal=self.journal, progress=self.progress,
+        )  # fmt: skip
         built = ladder_files(
             self.source,
-            [served_level(level)],
+            [wanted],
             self.out,
             importance=importance,
+            calibrated=calibrated,
             effort=cast("Effort", known.making.effort) if known else "good",
             threads=known.making.threads if known else self.threads,
             journal=self.journal,
@@ -275,9 +282,10 @@ class _Search:
 
     def _importance(self, level: str) -> Importance | None:
         """For a level that nobody has measured: as `quantize` makes one."""
-        from bitladder.levels import Needs
+        from bitladder.levels import FeedbackLevel, Needs
 
-        if served_level(level).needs is not Needs.IMPORTANCE:
+        wanted = served_level(level)
+        if wanted.needs is Needs.NOTHING or isinstance(wanted, FeedbackLevel):
             return None
         try:
             return importance_of(self.source, AUTO, threads=self.threads, journal=self.journal, progress=self.progress)

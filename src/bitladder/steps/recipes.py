@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bitladder.errors import UsageError
+from bitladder.levels import FeedbackLevel
 from bitladder.progress import Progress
 from bitladder.records.recipe import FittedLevel, Recipe, SensitivityTable
 from bitladder.report.recipe import note_lines
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from bitladder.describe.windows import Window
     from bitladder.files.gguf import GgufFile
     from bitladder.kernels import Effort
-    from bitladder.levels import FeedbackLevel
     from bitladder.plan.recipe import Wish
     from bitladder.records.fidelity import Fidelity
 
@@ -283,7 +283,7 @@ def read_recipe(file: Path) -> Recipe:
         qtypes = {tensor.name: tensor.qtype for tensor in model.tensors}
         size, bpw = recipe_bytes(model, qtypes)
         expected = model.metadata.get(PROVENANCE + "expected_kl")
-        label = str(model.metadata.get(PROVENANCE + "recipe") or f"bpw{bpw:.2f}")
+        label = str(model.metadata.get(PROVENANCE + "recipe") or FeedbackLevel(bpw=round(bpw, 2)).name)
         fed = str(model.metadata.get(PROVENANCE + "method", "")).startswith("feedback")
     return Recipe(
         label, model.dims.architecture, qtypes, size, bpw, float(str(expected)) if expected else None, (), fed
@@ -299,7 +299,14 @@ def named_recipe(source: GgufFile, level: str) -> Recipe:
     qtypes = assign(level, source.model.tensors, source.model.dims, has_importance=True)
     size, bpw = recipe_bytes(source.model, qtypes)
     return Recipe(
-        f"GPTQ-{level}", source.model.dims.architecture, qtypes, size, bpw, None, (f"types of {level}",), feedback=True
+        FeedbackLevel(level).name,
+        source.model.dims.architecture,
+        qtypes,
+        size,
+        bpw,
+        None,
+        (f"types of {level}",),
+        feedback=True,
     )
 
 

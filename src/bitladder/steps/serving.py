@@ -10,7 +10,7 @@ from bitladder.errors import BadInput
 from bitladder.progress import Progress
 
 if TYPE_CHECKING:
-    from bitladder.levels import FeedbackLevel, RecipeLevel
+    from bitladder.levels import FileLevel
 
 MOST_SLOTS = 4
 """Requests that a level computes together unless told otherwise, llama.cpp's own default. More share the
@@ -72,24 +72,23 @@ def tier_context(model: str, what: str, n_ctx: int | None, progress: Progress) -
     return usable_context(source, n_ctx)
 
 
-def served_level(name: str) -> RecipeLevel | FeedbackLevel:
+def served_level(name: str) -> FileLevel:
     """A level that is served, and built where it is nowhere.
 
     Raises:
         UnknownLevel: there is none of that name.
         UsageError: it is of a kind that is not served.
     """
-    from bitladder.levels import FeedbackLevel, RecipeLevel, of_kinds, parse_level
+    from bitladder.levels import FeedbackLevel, FoldedLevel, RecipeLevel, of_kinds, parse_level
 
-    level = parse_level(name)
     of_kinds(
-        [level],
-        (RecipeLevel, FeedbackLevel),
+        [level := parse_level(name)],
+        (RecipeLevel, FeedbackLevel, FoldedLevel),
         what="Serving",
-        why="llama.cpp runs GGUF files that a run builds; folders are run by vLLM, TGI and transformers.",
-        do="Build it with `bitladder quantize`; give a file by its path, and a folder by the address of its engine.",
+        why="llama.cpp, which is started here, runs GGUF files; folders are run by vLLM, TGI and transformers.",
+        do="Build it with `bitladder quantize`, serve the folder with vLLM, and give the address: URL#MODEL.",
     )
-    return cast("RecipeLevel | FeedbackLevel", level)
+    return cast("FileLevel", level)
 
 
 def memory_by_slots(path: Path, n_ctx: int, slots: Sequence[int]) -> tuple[int, ...]:

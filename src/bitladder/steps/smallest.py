@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from bitladder.errors import NothingFits, UnknownArchitecture, UsageError
 from bitladder.progress import Progress
+from bitladder.steps.building import calibrate_levels, refuse_unheard, refuse_unweighed, sort_levels
 from bitladder.steps.calibrated import AUTO, importance_of
 from bitladder.steps.help import criteria_help
 from bitladder.steps.journal import Journal, Say
@@ -64,11 +65,9 @@ def find_smallest(search: Search, progress: Progress, *, say: Say = lambda _: No
     from bitladder.files.gguf import GgufFile
     from bitladder.files.sources import resolve
     from bitladder.files.workloads import STARTER, load_workload
-    from bitladder.levels import RecipeLevel
     from bitladder.stages.evaluate import judge_answers
     from bitladder.stages.facts import engine_facts, level_of, slots
     from bitladder.stages.plan import usable_context
-    from bitladder.stages.quantize import method_name
     from bitladder.store.evidence import Evidence
     from bitladder.store.recorded import Recorded, Subject
 
@@ -84,6 +83,11 @@ def find_smallest(search: Search, progress: Progress, *, say: Say = lambda _: No
         journal.warn(*found.warnings, *workload.warnings)
         n_ctx = usable_context(source.model, search.n_ctx)
         levels = _levels(source, search, n_ctx)
+        out = search.out or Path(f"{found.label}-ladder")
+        calibrated = calibrate_levels(
+            source, found, sort_levels(list(levels.values())), out, imatrix=search.imatrix, threads=search.threads,
+            device=search.device, journal=journal, progress=progress,
+        )  # fmt: skip
         try:
             importance = importance_of(
                 source, search.imatrix, threads=search.threads, device=search.device, progress=progress
@@ -91,7 +95,6 @@ def find_smallest(search: Search, progress: Progress, *, say: Say = lambda _: No
         except UnknownArchitecture as error:
             journal.warn(f"Levels are made without an importance matrix: {error.found}")
             importance = None
-        method = method_name("good", importance)
         room, parallel = slots(workload, n_ctx)
         engine = engine_facts(n_ctx=room, n_parallel=parallel, threads=search.threads)
 
@@ -103,16 +106,12 @@ def find_smallest(search: Search, progress: Progress, *, say: Say = lambda _: No
         making = making_of(source, search.imatrix, importance, effort="good", threads=search.threads)
         opened: dict[str, Subject] = {}
 
-        def subject(level: str) -> Subject:
-            return opened.get(level) or Subject(source.sha256, level, made=method)
-
         @contextmanager
         def open_engine(level: str) -> Iterator[Engine]:
-            out = search.out or Path(f"{found.label}-ladder")
             built = ladder_files(
-                source, [RecipeLevel(level)], out, importance=importance, effort="good", threads=search.threads,
-                device=search.device, folders=[out, *known_folders(recorded, source.sha256)], journal=Journal(say),
-                progress=progress,
+                source, [levels[level]], out, importance=importance, calibrated=calibrated, effort="good",
+                threads=search.threads, device=search.device,
+                folders=[out, *known_folders(recorded, source.sha256)], journal=Journal(say), progress=progress,
             )  # fmt: skip
             ((opened[level], file),) = identified(built, making, recorded, journal, progress).items()
             progress(f"workload: {level}", 0, 1)
@@ -120,18 +119,18 @@ def find_smallest(search: Search, progress: Progress, *, say: Say = lambda _: No
                 yield server
 
         def known(level: str) -> dict[str, Answer]:
-            stored = {one.question: recorded.answer(subject(level), one.question, engine) for one in replies}
+            stored = {one.question: recorded.answer(opened[level], one.question, engine) for one in replies}
             return {question: answer for question, answer in stored.items() if answer is not None}
 
         return smallest_level(
-            levels,
+            list(levels),
             workload,
             reference,
             open_engine,
             margin=margin,
             context=context,
             known=known,
-            on_answer=lambda level, answer: recorded.keep_answer(subject(level), answer.question, engine, answer),
+            on_answer=lambda level, answer: recorded.keep_answer(opened[level], answer.question, engine, answer),
         )
 
 
@@ -153,22 +152,26 @@ def margin_of(bar: str) -> float:
     return clauses[0].value
 
 
-def _levels(source: GgufFile, search: Search, n_ctx: int) -> list[str]:
-    """Those that fit, largest first, without the source's own."""
+def _levels(source: GgufFile, search: Search, n_ctx: int) -> dict[str, Level]:
+    """Those that fit by their names, largest first, without the source's own."""
     from bitladder.files.probe import probe_machine
-    from bitladder.levels import LADDER, RecipeLevel, of_kinds
+    from bitladder.levels import LADDER, FeedbackLevel, FoldedLevel, RecipeLevel, of_kinds
     from bitladder.stages.facts import level_of
     from bitladder.stages.plan import make_plan
 
     wanted = of_kinds(
         search.levels or LADDER,
-        (RecipeLevel,),
+        (RecipeLevel, FeedbackLevel, FoldedLevel),
         what="The search",
-        why="It builds a level whenever it asks one, and so takes those that are made in seconds.",
-        do="Use `bitladder run --levels` for levels that are calibrated.",
+        why="Its answers come from llama.cpp, which runs GGUF files; folders are run by vLLM, TGI and transformers.",
+        do="Measure it with `bitladder run --also LEVEL=URL#MODEL`, where URL is the engine that serves it.",
     )
+    refuse_unheard([level for level in wanted if isinstance(level, FeedbackLevel)], search.imatrix)
+    refuse_unweighed([level for level in wanted if isinstance(level, FoldedLevel)], search.imatrix)
     plan = make_plan(source.model, probe_machine(), n_ctx=n_ctx, levels=wanted)
-    fitting = [level.level for level in plan.levels if level.fits and level.level != level_of(source.model)]
+    named = {level.name: level for level in wanted}
+    own = level_of(source.model)
+    fitting = {row.level: named[row.level] for row in plan.levels if row.fits and row.level != own}
     if not fitting:
         raise NothingFits(
             f"No level of {plan.model} besides the source fits this machine at a context of {plan.n_ctx} tokens.",

@@ -3,6 +3,7 @@ GGUF names."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitladder.describe.model import Model
-from bitladder.errors import BadFile
+from bitladder.errors import BadFile, BadInput, BadWeights
 from bitladder.files.checkpoint_check import CheckpointReader
+from bitladder.files.checkpoint_folder import checkpoint_sha256
 from bitladder.formats import disk_names, roles
 from bitladder.formats.families import family_of
 from bitladder.formats.families.family import Layers
 from bitladder.formats.roles import Parameter
-from bitladder.levels import CheckpointLevel
+from bitladder.kernels import first_nonfinite
+from bitladder.levels.checkpoints import CheckpointFormat
 from bitladder.walk.rounding import InputType
 from bitladder.walk.transforms import permute
 from bitladder.walk.weights import FileWeights, Rows
@@ -31,15 +34,16 @@ class CheckpointWeights:
     What the folder does not hold differently (embedding, head) is the source's own.
     """
 
-    def __init__(self, source: FileWeights, folder: Path, level: CheckpointLevel) -> None:
+    def __init__(self, source: FileWeights, folder: Path, form: CheckpointFormat) -> None:
         """Raises BadFile or BadInput where the folder is no sound checkpoint of the source's family."""
         model: Model = source.file.model
         family = family_of(model.dims.architecture).layers_of(model.dims.n_expert)
         if family is None:
             raise BadFile(f"No rows describe the architecture '{model.dims.architecture}'.")
         self._source, self._model, self._family = source, model, family
-        self._reader = CheckpointReader(folder, level)
-        self._folder, self._level = folder, level
+        self._reader = CheckpointReader(folder, form)
+        self._folder, self._format = folder, form
+        self._identity = checkpoint_sha256(folder)
         self._quantized = frozenset(self._reader.linears())
 
     def __call__(self, name: str, rows: Rows = None) -> F32:
@@ -49,13 +53,27 @@ class CheckpointWeights:
         _, layer, role = name.split(".", 2)
         parameter, part = _parameter_of(self._family, role)
         whole = self._decoded(int(layer), parameter, part, len(parameter.roles))
-        value = self._as_stored(parameter, whole).reshape(self._source.file.info(name).shape)
+        shape = self._source.file.info(name).shape
+        if whole.size != math.prod(shape):
+            raise BadInput(
+                f"{self._folder} is no checkpoint of {self._source.file.path}: {name} has the shape {shape} there, and "
+                f"{whole.shape} here.",
+                means="The two hold different models.",
+                do="Compare a checkpoint with the model that it was made from.",
+            )
+        value = self._as_stored(parameter, whole).reshape(shape)
+        if first_nonfinite(value.reshape(-1, shape[-1])) is not None:
+            raise BadWeights(
+                f"{self._folder}: {name} holds NaN or infinity.",
+                means="The checkpoint was damaged while it was written or copied; every prediction would be NaN.",
+                do="Write or download it again.",
+            )
         return value if rows is None else value.reshape(-1, value.shape[-1])[rows]
 
     def qtype(self, name: str) -> InputType:
         """What a matrix's inputs meet at run time: the rounding of the level's format where it has one, else ``F32``,
         nothing."""
-        rounds = self._level.format.rounds_inputs
+        rounds = self._format.rounds_inputs
         if rounds is None or not name.startswith("blk."):
             return "F32"
         _, layer, role = name.split(".", 2)
@@ -67,7 +85,7 @@ class CheckpointWeights:
 
     def identity(self, name: str) -> Hashable:
         """The folder's for layers, the source's for the rest."""
-        return (str(self._folder), name) if name.startswith("blk.") else self._source.identity(name)
+        return (self._identity, name) if name.startswith("blk.") else self._source.identity(name)
 
     def forget(self, name: str) -> None:
         """Nothing is kept here."""
@@ -81,6 +99,8 @@ class CheckpointWeights:
             for expert in range(self._model.dims.n_expert):
                 linears = disk_names.disk_linears(self._family, parameter.path, expert)
                 stacked.append(self._reader.weights(prefix + linears[part if parts > 1 else 0].name + ".weight"))
+            if len({one.shape for one in stacked}) > 1:
+                raise BadFile(f"{self._folder}: the experts of layer {layer} differ in shape.", do="Copy it again.")
             return np.stack(stacked)
         return self._reader.weights(prefix + disk_names.disk_name(self._family, parameter.path))
 

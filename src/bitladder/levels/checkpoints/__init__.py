@@ -6,7 +6,8 @@ by name: the plan, the walk, the files and the report ask the level's own.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from typing import Any
 
 from bitladder.errors import UnknownLevel
 from bitladder.levels.checkpoints.awq import Awq
@@ -31,6 +32,11 @@ def parse_checkpoint(name: str) -> CheckpointLevel:
     raise UnknownLevel(f"'{name}' is not a checkpoint level.", do=f"Levels look like {grammar()}.")
 
 
+def recognised(configuration: Mapping[str, Any]) -> CheckpointFormat | None:
+    """The format that a ``quantization_config`` describes, whoever wrote it; None where none of ours reads it."""
+    return next((found for form in FORMATS if (found := form.recognise(configuration)) is not None), None)
+
+
 def prefixes() -> frozenset[str]:
     """First words of the names of checkpoint levels, in upper case: ``GPTQ``, ``INT8``."""
     return frozenset(prefix for form in FORMATS for prefix in form.prefixes)
@@ -48,5 +54,5 @@ def offered_names(rows: Collection[int]) -> tuple[str, ...]:
 
 __all__ = [
     "FORMATS", "Arrays", "CheckpointFormat", "Parameters", "Stored", "digest", "grammar", "offered_names",
-    "parse_checkpoint", "prefixes",
+    "parse_checkpoint", "prefixes", "recognised",
 ]  # fmt: skip

@@ -9,13 +9,13 @@ Slot i of a word (bits 4i to 4i + 3) holds output column ``8c + (0, 2, 4, 6, 1, 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from bitladder.levels.checkpoints.base import Arrays, Stored, matrix_of
 from bitladder.levels.checkpoints.grouped import SPELLINGS, parse_grouped, widest_group
-from bitladder.levels.checkpoints.integers import IntegerFormat, words
+from bitladder.levels.checkpoints.integers import IntegerFormat, group_size_in, words
 from bitladder.levels.kinds import CheckpointLevel
 
 if TYPE_CHECKING:
@@ -46,6 +46,16 @@ class Awq(IntegerFormat):
         if found is None or found.prefix != "AWQ" or found.layout:
             return None
         return CheckpointLevel(found.name, cls(found.bits, found.group_size, found.sym), found.method)
+
+    @classmethod
+    def recognise(cls, configuration: Mapping[str, Any]) -> Awq | None:
+        """As ``CheckpointFormat``: 4 bits in the layout "GEMM"."""
+        size, zeros = group_size_in(configuration), configuration.get("zero_point", True)
+        version = str(configuration.get("version", "gemm")).lower()
+        known = configuration.get("quant_method") == "awq" and version == "gemm" and configuration.get("bits") == 4
+        if not known or not size or type(zeros) is not bool:
+            return None
+        return cls(4, size, not zeros)
 
     @classmethod
     def offers(cls, rows: Collection[int]) -> tuple[str, ...]:

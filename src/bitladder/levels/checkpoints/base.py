@@ -72,6 +72,12 @@ class CheckpointFormat(ABC):
         """
 
     @classmethod
+    def recognise(cls, configuration: Mapping[str, Any]) -> CheckpointFormat | None:  # noqa: ARG003
+        """The format of a folder whose ``config.json`` has this ``quantization_config``, whoever wrote it; None where
+        it is another, or one that is not read exactly."""
+        return None
+
+    @classmethod
     def offers(cls, rows: Collection[int]) -> tuple[str, ...]:  # noqa: ARG003
         """Names of levels that GPUs run fast, for a model whose matrices have ``rows`` of so many weights."""
         return ()
@@ -90,6 +96,11 @@ class CheckpointFormat(ABC):
     @abstractmethod
     def suffixes(self) -> tuple[str, ...]:
         """Of every array that a quantized layer may have; the first two are always there, and mark one."""
+
+    @property
+    def marks(self) -> frozenset[str]:
+        """Suffixes that no float tensor has: what bears one belongs to a quantized layer."""
+        return frozenset(self.suffixes) - {"weight"}
 
     @property
     def rounds_inputs(self) -> Callable[[torch.Tensor], torch.Tensor] | None:

@@ -16,14 +16,14 @@ Engines round the inputs of int-quantized layers to int8, with a scale for each 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from bitladder.levels.checkpoints.base import Arrays, Stored, matrix_of
 from bitladder.levels.checkpoints.grouped import parse_grouped
-from bitladder.levels.checkpoints.integers import IntegerFormat, words
-from bitladder.levels.kinds import CheckpointLevel
+from bitladder.levels.checkpoints.integers import IntegerFormat, group_size_in, words
+from bitladder.levels.kinds import WHOLE_ROW, CheckpointLevel
 from bitladder.levels.methods import ROUNDING, SMOOTHING
 
 if TYPE_CHECKING:
@@ -63,6 +63,16 @@ class PackQuantized(IntegerFormat):
         if found is None or found.layout != "ct":
             return None
         return CheckpointLevel(found.name, cls(found.bits, found.group_size, found.sym), found.method)
+
+    @classmethod
+    def recognise(cls, configuration: Mapping[str, Any]) -> PackQuantized | None:
+        """As ``CheckpointFormat``: one scheme for all layers, inputs as they are."""
+        weights, inputs = _scheme(configuration, cls.layout)
+        sym, bits, strategy = weights.get("symmetric", True), weights.get("num_bits"), weights.get("strategy")
+        size = group_size_in(weights) if strategy == "group" else WHOLE_ROW if strategy == "channel" else None
+        if inputs or size is None or type(sym) is not bool or type(bits) is not int or bits not in (2, 3, 4, 8):
+            return None
+        return None if weights.get("actorder") in ("group", True) else cls(bits, size, sym)
 
     @property
     def stores_zeros(self) -> bool:
@@ -160,6 +170,15 @@ class IntQuantized(IntegerFormat):
         return None if spelled is None else CheckpointLevel(spelled, cls(), methods[spelled])
 
     @classmethod
+    def recognise(cls, configuration: Mapping[str, Any]) -> IntQuantized | None:
+        """As ``CheckpointFormat``: a scale for each output channel, and one for each token of the inputs."""
+        weights, inputs = _scheme(configuration, cls.layout)
+        by_channel = weights.get("strategy") == "channel" and weights.get("symmetric", True) is True
+        by_token = inputs.get("dynamic") is True and inputs.get("strategy", "token") == "token"
+        eight = weights.get("num_bits") == inputs.get("num_bits") == 8
+        return cls() if by_channel and by_token and eight and inputs.get("symmetric", True) is True else None
+
+    @classmethod
     def offers(cls, rows: Collection[int]) -> tuple[str, ...]:  # noqa: ARG003
         """Plain rounding, whatever the rows."""
         return ("INT8-W8A8",)
@@ -198,6 +217,21 @@ class IntQuantized(IntegerFormat):
         """As ``CheckpointFormat``."""
         weights = _arguments(self.bits, "channel", symmetric=self.sym)
         return _configuration(self.layout, ignored, weights, _arguments(self.bits, "token", dynamic=True))
+
+
+def _scheme(configuration: Mapping[str, Any], layout: str) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """How weights and inputs are quantized in a configuration from outside; empty where it is of another layout, or
+    layers differ."""
+    groups = configuration.get("config_groups")
+    of_layout = configuration.get("quant_method") == "compressed-tensors" and configuration.get("format") == layout
+    if not of_layout or not isinstance(groups, Mapping) or len(groups) != 1:
+        return {}, {}
+    (group,) = groups.values()
+    weights = group.get("weights") if isinstance(group, Mapping) else None
+    inputs = group.get("input_activations") if isinstance(group, Mapping) else None
+    if not isinstance(weights, Mapping) or not isinstance(inputs, Mapping | None) or weights.get("type") != "int":
+        return {}, {}
+    return weights, inputs or {}
 
 
 def _arguments(

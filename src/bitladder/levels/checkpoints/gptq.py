@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from bitladder.levels.checkpoints.base import Arrays, Stored, matrix_of
 from bitladder.levels.checkpoints.grouped import SPELLINGS, parse_grouped, widest_group
-from bitladder.levels.checkpoints.integers import IntegerFormat, words
+from bitladder.levels.checkpoints.integers import IntegerFormat, group_size_in, words
 from bitladder.levels.kinds import CHECKPOINT_ENGINES, CheckpointLevel
 
 if TYPE_CHECKING:
@@ -51,6 +51,18 @@ class Gptq(IntegerFormat):
             return None
         form = cls(found.bits, found.group_size, found.sym, version=2 if found.layout else 1)
         return CheckpointLevel(found.name, form, found.method)
+
+    @classmethod
+    def recognise(cls, configuration: Mapping[str, Any]) -> Gptq | None:
+        """As ``CheckpointFormat``: one number of bits and one group size for all layers, in int32 words."""
+        bits, size = configuration.get("bits"), group_size_in(configuration)
+        sym, layout = configuration.get("sym", True), configuration.get("checkpoint_format") or "gptq"
+        plain = configuration.get("pack_dtype", "int32") == "int32" and not configuration.get("dynamic")
+        if configuration.get("quant_method") != "gptq" or not plain or size is None or type(bits) is not int:
+            return None
+        if bits not in SPELLINGS["GPTQ"].bits or type(sym) is not bool or layout not in ("gptq", "gptq_v2"):
+            return None
+        return cls(bits, size, sym, version=1 if layout == "gptq" else 2)
 
     @classmethod
     def offers(cls, rows: Collection[int]) -> tuple[str, ...]:
@@ -114,7 +126,8 @@ class Gptq(IntegerFormat):
         outputs, inputs = self.shape(arrays)
         codes = unpack(np.ascontiguousarray(matrix_of(arrays, "qweight").T), self.bits, inputs)
         zeros = unpack(matrix_of(arrays, "qzeros"), self.bits, outputs).T.astype(np.int32) + self._shift
-        return self.weights_of(codes, zeros, matrix_of(arrays, "scales").T.astype(np.float32))
+        scales = matrix_of(arrays, "scales").T.astype(np.float32)
+        return self.weights_of(codes, zeros, scales, arrays.get("g_idx"))
 
     def configuration(self, *, ignored: tuple[str, ...]) -> dict[str, Any]:  # noqa: ARG002
         """As ``CheckpointFormat``; readers take layers without ``qweight`` for float ones."""

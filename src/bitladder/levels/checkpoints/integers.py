@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from bitladder.errors import UsageError
 from bitladder.levels.checkpoints.base import CheckpointFormat
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _QUICK_SHRINKS = (1.0, 0.92, 0.84, 0.75)
 """Enough candidate scales to rank versions of a matrix by; the final search takes all."""
+_LARGEST_GROUP = 1 << 20
 _STAND_INS = {8: "Q8_0", 4: "Q4_0", 3: "Q3_K", 2: "Q2_K"}
 
 
@@ -121,8 +122,15 @@ class IntegerFormat(CheckpointFormat):
         """How many groups a row of so many weights has."""
         return -(-inputs // self.group_size) if self.group_size else 1
 
-    def weights_of(self, codes: npt.NDArray[np.integer], zeros: npt.NDArray[np.integer], scales: F32) -> F32:
-        """Weights ``f32[rows, columns]`` of codes of that shape, zeros and scales ``[rows, groups]``.
+    def weights_of(
+        self,
+        codes: npt.NDArray[np.integer],
+        zeros: npt.NDArray[np.integer],
+        scales: F32,
+        group: npt.NDArray[np.integer] | None = None,
+    ) -> F32:
+        """Weights ``f32[rows, columns]`` of codes of that shape, zeros and scales ``[rows, groups]``; ``group``: that
+        of each column, where they are not neighbours.
 
         Raises:
             ValueError: the shapes contradict one another.
@@ -137,9 +145,21 @@ class IntegerFormat(CheckpointFormat):
         for what, found in (("scales", scales), ("zeros", zeros)):
             if found.shape != (rows, self.groups_of(columns)):
                 raise ValueError(f"{what} of shape {found.shape}, expected {(rows, self.groups_of(columns))}")
-        group = contiguous_groups(columns, self.group_size)
+        if group is None:
+            group = contiguous_groups(columns, self.group_size)
+        elif group.shape != (columns,) or (group.size and not 0 <= group.min() <= group.max() < scales.shape[1]):
+            raise ValueError(f"groups of shape {group.shape} for {columns} columns, or numbers that no group has")
         centred = codes.astype(np.int32) - zeros.astype(np.int32)[:, group]
-        return np.asarray(centred.astype(np.float32) * scales[:, group])
+        with np.errstate(invalid="ignore"):  # infinite scales of a damaged file: whoever reads it looks for them
+            return np.asarray(centred.astype(np.float32) * scales[:, group])
+
+
+def group_size_in(configuration: Mapping[str, Any]) -> int | None:
+    """What a configuration from outside says of groups, ``WHOLE_ROW`` for -1; None where that is no size."""
+    found = configuration.get("group_size")
+    if type(found) is not int or not (found == -1 or 0 < found <= _LARGEST_GROUP):
+        return None
+    return WHOLE_ROW if found == -1 else found
 
 
 def words(count: int, bits: int) -> int:
