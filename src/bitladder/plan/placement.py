@@ -1,9 +1,8 @@
 """Where the parts of a model live: all on the GPU, its experts in RAM, some layers in RAM, or all in RAM.
 
-llama.cpp's rules: the embedding table always stays in RAM; a layer's KV cache lives where the layer does;
-the output matrix
-goes to the GPU last (with ``-ngl`` beyond the number of layers); experts can be kept in RAM layer by layer
-(``--n-cpu-moe``), which frees much memory and little speed, because a token uses few of them.
+llama.cpp's rules: the embedding table always stays in RAM; a layer's KV cache lives where the layer does; the output
+matrix goes to the GPU last (with ``-ngl`` beyond the number of layers); experts can be kept in RAM layer by layer
+(``--n-cpu-moe``), which frees much memory and costs little speed, because a token uses few of them.
 """
 
 from __future__ import annotations
@@ -56,9 +55,9 @@ class Placement:
     compute_bytes: int
     weight_bytes: int
     missing_bytes: int = 0
+    """What is lacking when ``kind`` is ``none``."""
     whole: bool = False
     """It had to be all on the GPUs."""
-    """What is lacking when ``kind`` is ``none``."""
 
     @property
     def total_bytes(self) -> int:

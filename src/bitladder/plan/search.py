@@ -112,11 +112,10 @@ def best_options(
     least_decode: float = 0.0,
     least_bits: float = 0.0,
 ) -> list[Option]:
-    """Per model the largest level that fits and decodes at ``least_decode`` tokens/s or more; the largest
-    model first.
+    """Per model the largest level that fits and decodes at ``least_decode`` tokens/s or more; the largest model
+    first.
 
-    A model whose own context is shorter than the wish is planned at its own. Models of which no level
-    qualifies are
+    A model whose own context is shorter than the wish is planned at its own. Models of which no level qualifies are
     left out; ``what_would_give`` says why.
     """
     found = []
