@@ -36,11 +36,11 @@ from bitladder.records.run import RunRecord
 from bitladder.report import RUN_JSON, check_html, check_run, report_beside, write_html, write_run
 from bitladder.stages import facts
 from bitladder.stages.evaluate import compare
-from bitladder.stages.facts import level_of
+from bitladder.stages.facts import RunSettings, level_of
 from bitladder.stages.plan import make_plan, usable_context
 from bitladder.steps.asked import Asker, LevelToAsk
 from bitladder.steps.building import refuse_unheard
-from bitladder.steps.calibrated import AUTO, importance_of
+from bitladder.steps.calibrated import importance_of
 from bitladder.steps.help import criteria_help
 from bitladder.steps.jobs import building_need
 from bitladder.steps.journal import Journal, Say
@@ -57,40 +57,11 @@ if TYPE_CHECKING:
     from bitladder.describe.machine import Machine
     from bitladder.describe.text import Document
     from bitladder.describe.workload import Workload
-    from bitladder.kernels import Effort
     from bitladder.records.level_file import LevelFile
     from bitladder.stages.walk import Candidate
     from bitladder.steps.asked import Contender
     from bitladder.steps.calibrated import Importance
     from bitladder.steps.remote import Confirm
-
-
-@dataclass(frozen=True)
-class RunSettings:
-    """What a user can ask of a run; everything else is derived."""
-
-    model: str
-    levels: tuple[Level, ...] | None = None
-    reference: Level | Path | EndpointSettings | None = None
-    """A level, a file of stored answers, or a model behind an address; None for the source itself."""
-    also: tuple[EndpointSettings, ...] = ()
-    """Models behind addresses that are tested beside the levels."""
-    workload: Path | None = None
-    bar: str | None = None
-    n_ctx: int | None = None
-    """Tokens of context; None: the usual number, or the model's own when that is less."""
-    texts: tuple[Path, ...] = ()
-    out: Path | None = None
-    threads: int = 2
-    device: str = "cpu"
-    """Where walks compute and scales are searched for, as torch names it."""
-    effort: Effort = "good"
-    imatrix: str = AUTO
-    """A file, ``auto`` (made from the calibration text that ships) or ``none``."""
-    judge: EndpointSettings | None = None
-    """The judge model, for workloads that ask one."""
-    trust_python: bool = False
-    """Whether functions that the workload names may run."""
 
 
 @dataclass(frozen=True)
@@ -446,9 +417,9 @@ def _record(
         results=tuple(results),
         inputs=facts.input_facts(given.workload),
         answers=facts.shown_answers(answers, decision),
-        settings=facts.settings_facts(settings, given.texts, given.workload),
+        settings=facts.settings_facts(settings, plan.n_ctx, given.texts, given.workload),
         versions=facts.versions(),
-        commands=facts.commands(settings, given.out),
+        commands=facts.commands(settings, plan.n_ctx, given.out),
         timings=journal.timings,
         jobs=tuple(journal.jobs),
         reused=tuple(journal.reused),
