@@ -38,6 +38,7 @@ from bitladder.stages import facts
 from bitladder.stages.evaluate import compare
 from bitladder.stages.facts import RunSettings, level_of
 from bitladder.stages.plan import make_plan, usable_context
+from bitladder.stages.wording import wording_changes
 from bitladder.steps.asked import Asker, LevelToAsk
 from bitladder.steps.building import refuse_unheard
 from bitladder.steps.calibrated import importance_of
@@ -417,6 +418,9 @@ def _record(
         results=tuple(results),
         inputs=facts.input_facts(given.workload),
         answers=facts.shown_answers(answers, decision),
+        wording={
+            level.level: wording_changes(given.workload, answers[0].answers, level.answers) for level in answers[1:]
+        },
         settings=facts.settings_facts(settings, plan.n_ctx, given.texts, given.workload),
         versions=facts.versions(),
         commands=facts.commands(settings, plan.n_ctx, given.out),
