@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,9 +13,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from bitladder import __version__
+from bitladder import __version__, pipeline
 from bitladder.cli.app import app
+from bitladder.errors import UsageError
 from bitladder.records import evaluation
+from bitladder.stages import facts
 from cloud_server import serving
 
 PROSE = (
@@ -182,6 +185,38 @@ def test_what_a_run_cannot_use_is_told_before_the_model_is_fetched(tmp_path, opt
     done = bitladder("run", "hf:nobody/nothing", *(option.format(tmp_path) for option in options))
     assert done.exit_code == 2
     assert found in done.stderr
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--effort", "best"],
+        ["--levels", "Q6_K,Q4_K_M", "--effort", "fast", "--bar", "kl < 0.05", "--imatrix", "none", "--trust-python"],
+        ["--reference", "Q8_0", "--workload", "mine.yaml", "--text", "a b.txt", "--text", "c.txt"],
+        ["--also", "http://127.0.0.1:1/v1#m", "--key-env", "127.0.0.1:1=KEY", "--judge", "http://127.0.0.1:2/v1#j"],
+    ],
+)
+def test_the_command_that_a_run_writes_down_asks_for_the_same_run(options, monkeypatch):
+    wanted = []
+
+    def note(settings, *_, **__):
+        wanted.append(settings)
+        raise UsageError("Enough.")
+
+    monkeypatch.setattr(pipeline, "run", note)
+    bitladder("run", "some.gguf", "--ctx", "512", "--out", "here", *options)
+    words = shlex.split(facts.commands(wanted[0], 512, wanted[0].out)[0])
+    assert words[0] == "bitladder"
+    bitladder(*words[1:])
+    assert wanted[0] == wanted[1]
+
+
+def test_an_effort_that_is_none_is_told_before_any_work(tmp_path):
+    for verb in (["run"], ["gate", "--levels", "Q8_0"], ["measure"], ["quantize", "--to", "Q8_0"]):
+        shown = bitladder(verb[0], str(tmp_path / "absent.gguf"), *verb[1:], "--effort", "hard")
+        assert shown.exit_code == 2
+        assert "--effort must be fast, good or best" in shown.stderr
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,17 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import llvmlite.binding as llvm
 import numpy as np
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 from bitladder.kernels import compiled
 from bitladder.kernels.compiled import Compiled
@@ -189,3 +193,13 @@ def test_strides_are_refused_and_so_is_what_numba_keeps_to_itself():
         Compiled(__name__, "doubled")(np.arange(6.0)[::2], 2, np.zeros(3))
     with pytest.raises(TypeError, match=r"the kernel allocating calls .*NRT_.*, which numba keeps"):
         Compiled(__name__, "allocating")(np.zeros(3))
+
+
+def test_only_releases_of_numba_whose_calling_convention_is_known_are_asked_for():
+    project = Path(__file__).parents[1]
+    wanted = tomllib.loads((project / "pyproject.toml").read_text())["project"]["dependencies"]
+    (numba,) = [found for found in map(Requirement, wanted) if found.name == "numba"]
+    (pinned,) = re.findall(r"^numba==(\S+)$", (project / "constraints.txt").read_text(), re.MULTILINE)
+    assert pinned in numba.specifier
+    release = Version(pinned).release
+    assert f"{release[0]}.{release[1] + 1}" not in numba.specifier

@@ -1,5 +1,6 @@
 """The documents: links lead somewhere, commands exist with the options shown, Python examples run."""
 
+import ast
 import itertools
 import re
 import shlex
@@ -96,3 +97,56 @@ def test_every_page_of_docs_is_linked_from_the_readme_or_the_index():
 
 def test_the_changelog_knows_this_version():
     assert f"## {__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+SOURCES = sorted((ROOT / "src").rglob("*.py"))
+OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
+OTHER_PROGRAMS = {"--merge", "--output"}
+"""Options in advice that belong to other programs: llama-gguf-split's, lm_eval's ``--output_path``."""
+
+
+def all_options() -> set[str]:
+    """Every option of every verb."""
+    commands, options = [typer.main.get_command(app)], {"--help", "--version"}
+    while commands:
+        command = commands.pop()
+        commands += getattr(command, "commands", {}).values()
+        options |= {opt for param in command.params for opt in (*param.opts, *param.secondary_opts)}
+    return options
+
+
+def advised_options(source: str) -> set[str]:
+    """Options in the texts that errors give as advice (``do=``, ``means=``)."""
+    texts = [
+        part.value
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.keyword) and node.arg in {"do", "means"}
+        for part in ast.walk(node.value)
+        if isinstance(part, ast.Constant) and isinstance(part.value, str)
+    ]
+    return {option for text in texts for option in OPTION.findall(text)}
+
+
+def test_errors_advise_options_that_exist():
+    assert advised_options("f(do='Use --no-such-option.', x='--elsewhere')") == {"--no-such-option"}
+    advised = {option: path for path in SOURCES for option in advised_options(path.read_text())}
+    assert len(advised) > 20
+    unknown = {option: str(path) for option, path in advised.items() if option not in all_options() | OTHER_PROGRAMS}
+    assert not unknown
+
+
+def strays(source: str) -> list[int]:
+    """Lines of class attributes' docstrings that stand under no attribute, so that they speak of the wrong one."""
+    lines = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ClassDef):
+            for before, after in itertools.pairwise(node.body):
+                if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+                    lines += [] if isinstance(before, ast.Assign | ast.AnnAssign) else [after.lineno]
+    return lines
+
+
+def test_every_attribute_has_its_own_docstring():
+    assert strays('class A:\n    """A."""\n\n    b: int\n    """B."""\n    """C."""\n') == [6]
+    found = {str(path): lines for path in SOURCES if (lines := strays(path.read_text()))}
+    assert not found

@@ -132,6 +132,8 @@ def test_a_checkpoint_that_holds_more_than_its_config_says_is_noted(server):
         ("hf:org/tiny@v9", "no revision 'v9'"),
         ("hf:org/pickled", "pickles"),
         ("hf:org/empty", "0 safetensors files and no config"),
+        ("hf:../..", "is not the name of a model on the hub"),
+        ("hf:org/a--b", "is not the name of a model on the hub"),
     ],
 )
 def test_what_cannot_be_had_is_said_with_what_to_do(server, name, match):
@@ -139,7 +141,7 @@ def test_what_cannot_be_had_is_said_with_what_to_do(server, name, match):
     server.repos["org/empty"] = {"README.md": b""}
     server.gated.add("org/gated")
     for act in (resolve, describe):
-        with pytest.raises(BadInput) as error:
+        with pytest.raises((BadInput, UsageError)) as error:
             act(name)
         assert match in str(error.value)
 

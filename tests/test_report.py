@@ -12,14 +12,18 @@ from rich.console import Console
 
 from bitladder.errors import BadInput, OutputError
 from bitladder.records import to_json
+from bitladder.records.decision import Loss, Outcome, Pairing, Status, TagStatus
+from bitladder.records.divergence import Substitution, WordingChanges
 from bitladder.records.evaluation import Alternative, Answer, AnswerToken
+from bitladder.records.plan import Place
 from bitladder.records.reading import from_json
 from bitladder.records.run import InputFacts
-from bitladder.report import fidelity_table, plan_table, print_run, read_run, render_html, write_html
+from bitladder.report import fidelity_table, plan_table, print_run, read_run, render_html, write_html, write_run
 from bitladder.report.answers import compared_answers
 from bitladder.report.chart import Axis, Point, find_cliff, loss_chart
 from bitladder.report.facts import facts
 from bitladder.report.rows import UNKNOWN, level_rows, number, small
+from bitladder.report.wording import wording_lines, wording_notes
 from bitladder.report.words import word_diff
 from bitladder.units import GiB
 from ladder_examples import SPEED_TEXTS, answers, fidelities, run_record
@@ -389,3 +393,70 @@ def test_plan_and_fidelity_tables(record):
 def test_numbers(value, text):
     assert small(value) == text
     assert value == 0.00001 or number(value, 3) == text
+
+
+@pytest.mark.parametrize("vocabulary", [Status, Loss, TagStatus, Outcome, Pairing, Place])
+def test_the_words_of_a_decision_are_the_same_in_json_and_back(vocabulary):
+    @dataclasses.dataclass(frozen=True)
+    class Holder:
+        words: tuple[vocabulary, ...]
+
+    plain = json.loads(json.dumps(to_json(Holder(tuple(vocabulary)))))
+    assert plain == {"words": [word.value for word in vocabulary]}
+    back = from_json(Holder, plain).words
+    assert back == tuple(vocabulary)
+    assert all(isinstance(word, vocabulary) for word in back)
+    for wrong in ("gold tier", "QUALITY", 3, None):
+        with pytest.raises(ValueError, match=r"Holder.words\[0\] must be"):
+            from_json(Holder, {"words": [wrong]})
+
+
+def test_the_words_that_pages_and_scripts_read():
+    in_tiers = ["quality tier", "speed tier", "both tiers"]
+    assert [*Status] == ["reference", *in_tiers, "meets the bar", "fails the bar", "cannot tell", "does not fit"]
+    assert [*Place] == ["gpu", "experts in RAM", "split", "cpu", "none", "elsewhere"]
+    assert [*Outcome] == ["met", "not met", "cannot tell"]
+    assert [*Pairing] == ["", "one level", "together", "swap"]
+    assert [*Loss] == ["none", "not told from zero", "measurable", "known bad", "not known"]
+    assert [*TagStatus] == ["no loss seen", "loss seen", "loss known"]
+
+
+CHANGES = WordingChanges(
+    answers=3, changed_answers=2, words=60,
+    substitutions=(Substitution("shall", "will", 4), Substitution("", "very", 3), Substitution("a", "the", 1)),
+    changed_numbers=("pens", "<b>renewal</b>"), missing_items=(("lease", "indemnity"),), reference_items=99,
+    broken_format=("as-json",),
+)  # fmt: skip
+
+
+def test_what_changed_in_the_tiers_answers_is_said_and_kept(tmp_path):
+    record = run_record(wording={"Q4_K_M": CHANGES, "Q2_K": CHANGES})
+    said = (
+        "found 98 of the 99 items that the reference found, not indemnity (lease); numbers changed in: pens, "
+        "<b>renewal</b>; JSON broken in: as-json; 'shall' became 'will' 4 times"
+    )
+    assert record.decision.speed == "Q4_K_M"
+    assert wording_lines(record) == {"Q4_K_M": said}
+    console = Console(file=io.StringIO(), width=400)
+    print_run(record, console)
+    assert f"answers: {said}" in console.file.getvalue()
+    page = render_html(record)
+    assert "found 98 of the 99 items" in page
+    assert "<b>renewal" not in page
+    assert read_run(write_run(record, tmp_path / "run.json")).wording == record.wording
+
+
+def test_answers_that_changed_in_nothing_that_counts_are_not_spoken_of():
+    plain = dataclasses.replace(
+        CHANGES,
+        substitutions=CHANGES.substitutions[1:],
+        changed_numbers=(),
+        missing_items=(),
+        reference_items=0,
+        broken_format=(),
+    )
+    assert wording_notes(plain) == []
+    assert wording_lines(run_record(wording={"Q4_K_M": plain})) == {}
+    assert wording_lines(run_record()) == {}
+    many = dataclasses.replace(plain, changed_numbers=tuple(f"in{number}" for number in range(30)))
+    assert wording_notes(many) == ["numbers changed in: in0, in1, in2, in3, in4 and 25 more"]

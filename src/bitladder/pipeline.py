@@ -37,11 +37,12 @@ from bitladder.records.run import RunRecord
 from bitladder.report import RUN_JSON, check_html, check_run, report_beside, write_html, write_run
 from bitladder.stages import facts
 from bitladder.stages.evaluate import compare
-from bitladder.stages.facts import level_of
+from bitladder.stages.facts import RunSettings, level_of
 from bitladder.stages.plan import make_plan, usable_context
+from bitladder.stages.wording import wording_changes
 from bitladder.steps.asked import Asker, LevelToAsk, ServedLevel, name_of
 from bitladder.steps.building import calibrate_levels, refuse_unheard, refuse_unweighed, sort_levels
-from bitladder.steps.calibrated import AUTO, importance_of
+from bitladder.steps.calibrated import importance_of
 from bitladder.steps.help import criteria_help
 from bitladder.steps.jobs import building_need
 from bitladder.steps.journal import Journal, Say
@@ -58,44 +59,12 @@ if TYPE_CHECKING:
     from bitladder.describe.machine import Machine
     from bitladder.describe.text import Document
     from bitladder.describe.workload import Workload
-    from bitladder.kernels import Effort
     from bitladder.records.level_file import LevelFile
     from bitladder.stages.calibrate import Calibrated
     from bitladder.stages.walk import Candidate
     from bitladder.steps.asked import Contender
     from bitladder.steps.calibrated import Importance
     from bitladder.steps.remote import Confirm
-
-
-@dataclass(frozen=True)
-class RunSettings:
-    """What a user can ask of a run; everything else is derived."""
-
-    model: str
-    levels: tuple[Level, ...] | None = None
-    reference: Level | Path | EndpointSettings | None = None
-    """A level, a file of stored answers, or a model behind an address; None for the source itself."""
-    also: tuple[EndpointSettings, ...] = ()
-    """Models behind addresses that are tested beside the levels."""
-    served: tuple[tuple[Level, EndpointSettings], ...] = ()
-    """Checkpoint levels with the engines that serve them: what these answer are the levels' answers. The levels belong
-    to the run, be they in ``levels`` or not."""
-    workload: Path | None = None
-    bar: str | None = None
-    n_ctx: int | None = None
-    """Tokens of context; None: the usual number, or the model's own when that is less."""
-    texts: tuple[Path, ...] = ()
-    out: Path | None = None
-    threads: int = 2
-    device: str = "cpu"
-    """Where walks compute and scales are searched for, as torch names it."""
-    effort: Effort = "good"
-    imatrix: str = AUTO
-    """A file, ``auto`` (made from the calibration text that ships) or ``none``."""
-    judge: EndpointSettings | None = None
-    """The judge model, for workloads that ask one."""
-    trust_python: bool = False
-    """Whether functions that the workload names may run."""
 
 
 @dataclass(frozen=True)
@@ -476,9 +445,12 @@ def _record(
         results=tuple(results),
         inputs=facts.input_facts(given.workload),
         answers=facts.shown_answers(answers, decision),
-        settings=facts.settings_facts(settings, given.texts, given.workload),
+        wording={
+            level.level: wording_changes(given.workload, answers[0].answers, level.answers) for level in answers[1:]
+        },
+        settings=facts.settings_facts(settings, plan.n_ctx, given.texts, given.workload),
         versions=facts.versions(),
-        commands=facts.commands(settings, given.out),
+        commands=facts.commands(settings, plan.n_ctx, given.out),
         timings=journal.timings,
         jobs=tuple(journal.jobs),
         reused=tuple(journal.reused),

@@ -37,6 +37,9 @@ Importance = Annotated[
 CalibrationTexts = Annotated[
     list[Path] | None, typer.Option("--text", help="Calibrate on this text instead of the shipped one; repeatable.")
 ]
+EffortName = Annotated[
+    str, typer.Option("--effort", metavar="fast|good|best", help="How long to search for scales and codes.")
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace files of other kinds and sources, too.")]
 ALL_CORES = available_cores()
 """Of those that this process may use: more threads would wait for one another."""
@@ -73,9 +76,7 @@ def quantize(
     out: Annotated[Path, typer.Option("--out", help="Folder to write into.")] = Path(),
     imatrix: Importance = "auto",
     text: CalibrationTexts = None,
-    effort: Annotated[
-        str, typer.Option("--effort", help="fast, good or best: how hard to search for scales.")
-    ] = "good",
+    effort: EffortName = "good",
     threads: Threads = ALL_CORES,
     device: Device = CPU,
     split_max_size: Annotated[

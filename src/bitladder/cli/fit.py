@@ -10,6 +10,7 @@ from bitladder.cli.build import Context, Levels, split_levels
 from bitladder.cli.terminal import JsonFlag, print_json, progress_display, say, verb
 from bitladder.errors import UsageError
 from bitladder.records import to_json
+from bitladder.records.plan import Place
 from bitladder.units import human_bytes, human_rate
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ def _show_search(result: SearchResult, json_output: bool) -> None:
         table.add_column(title, justify="right" if title == "in memory" else "left", no_wrap=True)
     for row in result.options:
         decode = row.speed.decode
-        where = f"split, -ngl {row.placement.n_gpu_layers}" if row.placement.kind == "split" else row.placement.kind
+        where = f"split, -ngl {row.placement.n_gpu_layers}" if row.placement.kind == Place.SPLIT else row.placement.kind
         table.add_row(
             row.name.split("/")[-1],
             row.level,

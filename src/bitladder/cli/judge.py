@@ -12,6 +12,7 @@ from bitladder.cli.build import (
     CPU,
     Context,
     Device,
+    EffortName,
     Force,
     Importance,
     Levels,
@@ -40,6 +41,7 @@ from bitladder.errors import BarNotMet
 def run(options: RunOptions, json_output: JsonFlag = False) -> None:
     """Walk a model down the ladder: plan, build, measure, test, decide, report."""
     from bitladder.pipeline import run as run_pipeline
+    from bitladder.records.decision import Outcome
     from bitladder.report import print_run
 
     with run_display(quiet=json_output) as progress:
@@ -49,7 +51,7 @@ def run(options: RunOptions, json_output: JsonFlag = False) -> None:
     else:
         print_run(result.record)
         say(f"\nReport: {result.report}")
-    if result.record.decision.outcome != "met":
+    if result.record.decision.outcome != Outcome.MET:
         raise typer.Exit(BarNotMet.exit_code)
 
 
@@ -104,7 +106,7 @@ def measure(
     ] = None,
     text: Texts = None,
     imatrix: Importance = "auto",
-    effort: Annotated[str, typer.Option("--effort", help="fast, good or best.")] = "good",
+    effort: EffortName = "good",
     threads: Threads = ALL_CORES,
     device: Device = CPU,
     json_output: JsonFlag = False,

@@ -14,14 +14,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bitladder.cli.build import ALL_CORES, CPU, Context, Device, Importance, Levels, Threads, known_device, split_levels
+from bitladder.cli.build import (
+    ALL_CORES,
+    CPU,
+    Context,
+    Device,
+    EffortName,
+    Importance,
+    Levels,
+    Threads,
+    effort_named,
+    known_device,
+    split_levels,
+)
 from bitladder.cli.terminal import ModelArgument, say
 from bitladder.errors import UsageError
 
 if TYPE_CHECKING:
     from bitladder.engines.endpoint import EndpointSettings
     from bitladder.levels import Level
-    from bitladder.pipeline import RunSettings
+    from bitladder.stages.facts import RunSettings
 
 Texts = Annotated[
     list[Path] | None,
@@ -83,6 +95,7 @@ class RunOptions:
         typer.Option("--out", help="Folder for files to build, and a run's report.", show_default="<name>-ladder"),
     ] = None
     imatrix: Importance = "auto"
+    effort: EffortName = "good"
     threads: Threads = ALL_CORES
     device: Device = CPU
     judge: Annotated[
@@ -102,7 +115,7 @@ class RunOptions:
             UsageError: a level, an address or a reference that cannot be.
         """
         from bitladder.levels import parse_level
-        from bitladder.pipeline import RunSettings
+        from bitladder.stages.facts import RunSettings
 
         also = [served_address(text) for text in self.also or ()]
 
@@ -123,6 +136,7 @@ class RunOptions:
             threads=self.threads,
             device=known_device(self.device),
             imatrix=self.imatrix,
+            effort=effort_named(self.effort),
             judge=self._judge(),
             trust_python=self.trust_python,
         )

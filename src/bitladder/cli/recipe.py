@@ -13,6 +13,7 @@ from bitladder.cli.build import (
     CalibrationTexts,
     Context,
     Device,
+    EffortName,
     Force,
     Threads,
     effort_named,
@@ -49,7 +50,7 @@ def recipe(
         str | None, typer.Option("--apply", metavar="MODEL", help="Make this model by the recipe of the file MODEL.")
     ] = None,
     text: CalibrationTexts = None,
-    effort: Annotated[str, typer.Option("--effort", help="fast, good or best: how hard codes are searched.")] = "good",
+    effort: EffortName = "good",
     threads: Threads = ALL_CORES,
     force: Force = False,
     device: Device = CPU,

@@ -3,11 +3,9 @@
 Judge models favour what they read first, or last. So each question is asked in both orders, and only a
 verdict that survives the change of order counts:
 
-* ``against: none``: does the answer meet the rubric? The answer stands before the rubric once and after it
-    once; it passes when
-  the judge says PASS both times.
-* ``against: reference``: is the answer at least as good as the reference's? Each is shown first once; the
-    answer fails
+* ``against: none``: does the answer meet the rubric? The answer stands before the rubric once and after it once; it
+  passes when the judge says PASS both times.
+* ``against: reference``: is the answer at least as good as the reference's? Each is shown first once; the answer fails
   only when the judge prefers the reference both times.
 
 A judge that says neither word is asked nothing more: the answer fails with that as its reason, and is counted

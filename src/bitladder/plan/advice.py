@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from bitladder.describe.machine import Machine
 from bitladder.levels import CHECKPOINT_ENGINES, FILE_ENGINES
 from bitladder.plan.placement import Placement
+from bitladder.records.plan import Place
 
 ENGINES = (*sorted(FILE_ENGINES), *sorted(CHECKPOINT_ENGINES))
 
@@ -33,7 +34,7 @@ class Situation:
     @property
     def all_on_gpu(self) -> bool:
         """The whole model is on the GPU."""
-        return self.placement.kind == "gpu"
+        return self.placement.kind == Place.GPU
 
 
 @dataclass(frozen=True)

@@ -81,8 +81,7 @@ def level_size(model: Model, level: Level, *, has_importance: bool = False) -> L
     """The tensors and bytes of ``model`` at ``level``, laid out by the code that writes the file.
 
     For a model whose header is not at hand (a row of the catalogue, a checkpoint not yet converted) the
-    header's bytes are
-    an estimate, the tensors' are exact.
+    header's bytes are an estimate, the tensors' are exact.
 
     Levels fitted with error feedback have llama.cpp's types, those made for an importance matrix, or, for bits per
     weight, types that are about as large as the ones that will be chosen once tensors have been weighed.

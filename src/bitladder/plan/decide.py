@@ -32,7 +32,7 @@ from bitladder.plan.bar import DEFAULT_BAR, DEFAULT_BAR_WITHOUT_KL, Bar, parse_b
 from bitladder.plan.front import pareto
 from bitladder.plan.judge import MET, SAME_SPEED, UNKNOWN, Evidence, Judged, Judgement, judge, pairs_of
 from bitladder.plan.reasons import Tiers, summary, verdict
-from bitladder.records.decision import Decision, TagVerdict
+from bitladder.records.decision import Decision, Outcome, Pairing, TagStatus, TagVerdict
 from bitladder.records.evaluation import Speed, WorkloadResult
 from bitladder.records.fidelity import Fidelity
 from bitladder.records.plan import ELSEWHERE, LevelPlan, Plan, runs_elsewhere
@@ -82,7 +82,7 @@ def decide(
     quality = _quality_tier(candidates, speed)
     tiers = Tiers(quality, speed, _pair(quality, speed, plan.budget_bytes))
     outcomes = {one.outcome for one in rivals or everyone}
-    outcome = "met" if MET in outcomes else "cannot tell" if UNKNOWN in outcomes else "not met"
+    outcome = Outcome.MET if MET in outcomes else Outcome.UNKNOWN if UNKNOWN in outcomes else Outcome.NOT_MET
     return Decision(
         bar=parsed.text,
         quality=quality.level if quality else None,
@@ -184,12 +184,12 @@ def _quality_tier(candidates: Sequence[Judged], speed: Judged | None) -> Judged 
     return min(candidates, key=lambda one: (one.kl, one.total if math.isfinite(one.kl) else -one.total))
 
 
-def _pair(quality: Judged | None, speed: Judged | None, budget: int) -> str:
+def _pair(quality: Judged | None, speed: Judged | None, budget: int) -> Pairing:
     if quality is None or speed is None:
-        return ""
+        return Pairing.NO_CHOICE
     if quality is speed:
-        return "one level"
-    return "together" if quality.total + speed.total <= budget else "swap"
+        return Pairing.ONE_LEVEL
+    return Pairing.TOGETHER if quality.total + speed.total <= budget else Pairing.SWAP
 
 
 def tag_verdicts(evidence: Evidence) -> list[TagVerdict]:
@@ -200,7 +200,8 @@ def tag_verdicts(evidence: Evidence) -> list[TagVerdict]:
     for tag in sorted({tag for own in evidence.tags.values() for tag in own}):
         pairs = pairs_of(evidence.result, evidence.tags, tag)
         low, high = pairs.interval
-        status = "loss known" if low > 0 else "loss seen" if pairs.lost > pairs.gained else "no loss seen"
+        seen = TagStatus.SEEN if pairs.lost > pairs.gained else TagStatus.NONE_SEEN
+        status = TagStatus.KNOWN if low > 0 else seen
         verdicts.append(TagVerdict(evidence.plan.level, tag, pairs.inputs, pairs.lost, pairs.gained, low, high, status))
     return verdicts
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from xml.etree import ElementTree
 
-from bitladder.records.decision import Decision
+from bitladder.records.decision import Decision, Status
 
 EXIT_MET, EXIT_NOT_MET, EXIT_CANNOT_TELL = 0, 4, 5
-
-_PASSING = ("quality tier", "speed tier", "both tiers", "meets the bar", "reference")
 
 
 def gate_exit(decision: Decision) -> int:
@@ -18,9 +16,9 @@ def gate_exit(decision: Decision) -> int:
     failure outranks a doubt.
     """
     statuses = {verdict.status for verdict in decision.verdicts}
-    if statuses & {"fails the bar", "does not fit"}:
+    if statuses & {Status.FAILS, Status.DOES_NOT_FIT}:
         return EXIT_NOT_MET
-    if "cannot tell" in statuses or not statuses - {"reference"}:
+    if Status.UNKNOWN in statuses or not statuses - {Status.REFERENCE}:
         return EXIT_CANNOT_TELL
     return EXIT_MET
 
@@ -43,8 +41,8 @@ def junit(decision: Decision, *, model: str) -> str:
             name=f"{verdict.level} holds {decision.bar}",
             time="0",
         )
-        if verdict.status not in _PASSING:
-            kind = "error" if verdict.status == "cannot tell" else "failure"
+        if not verdict.status.holds:
+            kind = "error" if verdict.status == Status.UNKNOWN else "failure"
             outcome = ElementTree.SubElement(case, kind, message=_clean(verdict.reason), type=verdict.status)
             outcome.text = _clean(f"{verdict.level}: {verdict.reason}")
         else:

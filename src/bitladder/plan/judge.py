@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 
 from bitladder.plan.bar import UPPER, Bar, Clause, spoken
 from bitladder.records.evaluation import WorkloadResult
@@ -14,7 +15,16 @@ from bitladder.stats.multiplicity import beyond
 from bitladder.stats.noninferiority import inputs_needed, loss_interval, p_not_worse
 from bitladder.units import human_bytes
 
-MET, FAILED, UNKNOWN = "met", "failed", "unknown"
+
+class Finding(StrEnum):
+    """What the evidence says of one level and the bar, or a clause of it."""
+
+    MET = "met"
+    FAILED = "failed"
+    UNKNOWN = "unknown"
+
+
+MET, FAILED, UNKNOWN = Finding.MET, Finding.FAILED, Finding.UNKNOWN
 KNOWN_LOSS_P = 0.05
 """Largest Holm-adjusted p at which a loss on the workload counts as known."""
 
@@ -59,7 +69,7 @@ class Evidence:
 class Judgement:
     """One clause's outcome; ``need`` says what would settle an unknown one."""
 
-    outcome: str
+    outcome: Finding
     reason: str
     need: str = ""
     p_value: float = 0.0
@@ -89,8 +99,8 @@ class Judged:
         return self.evidence.plan.level
 
     @property
-    def outcome(self) -> str:
-        """``met``, ``failed`` or ``unknown``, all clauses together."""
+    def outcome(self) -> Finding:
+        """All clauses together."""
         return overall(self.judgements)
 
     @property
@@ -131,7 +141,7 @@ class Judged:
         """What would settle the unknown clauses."""
         return "; ".join(judgement.need for judgement in self.judgements if judgement.need)
 
-    def say(self, outcome: str) -> str:
+    def say(self, outcome: Finding) -> str:
         """The reasons of the clauses with this outcome."""
         return "; ".join(judgement.reason for judgement in self.judgements if judgement.outcome == outcome)
 
@@ -144,7 +154,7 @@ def judge(bar: Bar, evidence: Evidence) -> tuple[Judgement, ...]:
     return (*(_judge_clause(clause, evidence) for clause in rest), _NO_ENGINE)
 
 
-def overall(judgements: Sequence[Judgement]) -> str:
+def overall(judgements: Sequence[Judgement]) -> Finding:
     """``failed`` if any clause failed, else ``unknown`` if any is, else ``met``."""
     outcomes = {judgement.outcome for judgement in judgements}
     return FAILED if FAILED in outcomes else UNKNOWN if UNKNOWN in outcomes else MET

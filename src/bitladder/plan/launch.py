@@ -9,6 +9,7 @@ from pathlib import PurePath
 from bitladder.errors import UsageError
 from bitladder.levels import FILE_ENGINES
 from bitladder.plan.placement import Placement, Wish
+from bitladder.records.plan import Place
 
 LAUNCHED = ("vllm", "tgi")
 """Engines for checkpoints that are started by a command."""
@@ -57,7 +58,7 @@ def launch(
         own = shlex.quote(name.lower())
         return Launch(engine, f"ollama create {own} -f Modelfile && ollama run {own}", "Modelfile", text)
     if engine == "lmstudio":
-        offload = "max" if placement.kind == "gpu" else "off" if not placement.n_gpu_layers else _ratio(placement)
+        offload = "max" if placement.kind == Place.GPU else "off" if not placement.n_gpu_layers else _ratio(placement)
         command = f"lms import {shlex.quote(path)} && lms load {shlex.quote(name)}"
         command += f" --context-length {wish.n_ctx} --gpu {offload}"
         return Launch(engine, command)

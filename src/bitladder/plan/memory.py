@@ -1,22 +1,18 @@
-"""Memory of a running model beside its weights and cache: what llama.cpp allocates to compute in, and keeps
-twice.
+"""Memory of a running model beside its weights and cache: what llama.cpp allocates to compute in, and keeps twice.
 
-The engine computes ``n_ubatch`` tokens at once in one arena, whose size is the largest sum of tensors alive
-at a time. Which
-moment that is depends on the family (T tokens, D = n_embd, F = n_ff, u experts in use of F_e each, q and kv
-the widths of
-all heads, H heads; in 32-bit floats):
+The engine computes ``n_ubatch`` tokens at once in one arena, whose size is the largest sum of tensors alive at a time.
+Which moment that is depends on the family (T tokens, D = n_embd, F = n_ff, u experts in use of F_e each, q and kv the
+widths of all heads, H heads; in 32-bit floats):
 
     feed-forward       T (3 F + 5 D)
-    experts            T (3 u F_e + 5 D), and u D more where their outputs do not fit into what gate and up
-    leave (2 F_e < D)
+    experts            T (3 u F_e + 5 D), and u D more where their outputs do not fit into what gate and up leave
+                       (2 F_e < D)
     attention          T (3 q + 3 D + 2 kv)
     latent attention   T (H (2 kv_rank + nope + 3 rope) + 5 D)
     in addition        a mask of 16-bit floats: T times the cells a sequence sees, once per kind of cache
 
-Source: fitted to what llama.cpp's allocator reports (build 11549, flash attention on) for 60 shapes of 12
-families; it is
-exact to the report's rounding for all but small feed-forwards. benchmarks/memory_prediction.py measures it.
+Source: fitted to what llama.cpp's allocator reports (build 11549, flash attention on) for 60 shapes of 12 families; it
+is exact to the report's rounding for all but small feed-forwards. benchmarks/memory_prediction.py measures it.
 """
 
 from __future__ import annotations
@@ -95,9 +91,8 @@ _LATENT_KEYS = ("attention.kv_lora_rank", "rope.dimension_count", "attention.key
 def repacked_bytes(tensors: Sequence[TensorInfo]) -> int:
     """Bytes of the second copy that a CPU engine keeps of layers' matrices in some types.
 
-    The originals stay mapped from the file and may be dropped by the system, so this is no more memory in
-    the end, but
-    the engine reports both, and both are there while it loads.
+    The originals stay mapped from the file and may be dropped by the system, so this is no more memory in the end,
+    but the engine reports both, and both are there while it loads.
     """
     return sum(tensor.nbytes for tensor in tensors if _is_repacked(tensor))
 

@@ -8,6 +8,7 @@ from bitladder.describe.machine import Gpu, Machine
 from bitladder.describe.model import Model
 from bitladder.plan.cost import LevelBytes
 from bitladder.plan.placement import Placement, Wish, place
+from bitladder.records.plan import Place
 from bitladder.units import human_bytes
 
 WARM_LOAD = 1.5e9
@@ -40,13 +41,13 @@ def plan_pair(
     fast = place(model, speed, machine, wish)
     left = remaining(machine, fast)
     both = place(model, quality, left, wish)
-    if fast.kind != "none" and both.kind != "none":
+    if Place.NONE not in (fast.kind, both.kind):
         total = fast.total_bytes + both.total_bytes
         return PairPlan(True, both, fast, 0.0, f"both stay loaded: {human_bytes(total)} together, a cache each")
     alone = place(model, quality, machine, wish)
-    if alone.kind == "none" or fast.kind == "none":
-        which = quality.level if alone.kind == "none" else speed.level
-        lacking = alone.missing_bytes if alone.kind == "none" else fast.missing_bytes
+    if Place.NONE in (alone.kind, fast.kind):
+        which = quality.level if alone.kind == Place.NONE else speed.level
+        lacking = alone.missing_bytes if alone.kind == Place.NONE else fast.missing_bytes
         reason = f"{which} does not even fit alone: {human_bytes(lacking)} are missing"
         return PairPlan(False, alone, fast, 0.0, reason)
     held = quality.total + speed.total <= machine.ram_available

@@ -1,9 +1,8 @@
 """Where the parts of a model live: all on the GPU, its experts in RAM, some layers in RAM, or all in RAM.
 
-llama.cpp's rules: the embedding table always stays in RAM; a layer's KV cache lives where the layer does;
-the output matrix
-goes to the GPU last (with ``-ngl`` beyond the number of layers); experts can be kept in RAM layer by layer
-(``--n-cpu-moe``), which frees much memory and little speed, because a token uses few of them.
+llama.cpp's rules: the embedding table always stays in RAM; a layer's KV cache lives where the layer does; the output
+matrix goes to the GPU last (with ``-ngl`` beyond the number of layers); experts can be kept in RAM layer by layer
+(``--n-cpu-moe``), which frees much memory and costs little speed, because a token uses few of them.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from bitladder.describe.machine import Machine
 from bitladder.describe.model import Model
 from bitladder.plan.cost import LevelBytes
 from bitladder.plan.memory import ENGINE_BYTES, compute_buffers
+from bitladder.records.plan import Place
 from bitladder.units import MiB, human_bytes
 
 RAM_MARGIN = 512 * MiB
@@ -38,14 +38,9 @@ class Wish:
 
 @dataclass(frozen=True)
 class Placement:
-    """One way to run a level on a machine. Bytes.
+    """One way to run a level on a machine. Bytes."""
 
-    ``kind``: ``gpu`` everything but the embedding on the GPU, ``experts in RAM``, ``split`` by layers,
-    ``cpu``, or
-    ``none`` when it does not fit.
-    """
-
-    kind: str
+    kind: Place
     n_gpu_layers: int
     """For ``-ngl``: layers on the GPU, one more than the model has when the output matrix goes there too."""
     n_cpu_experts: int
@@ -56,9 +51,9 @@ class Placement:
     compute_bytes: int
     weight_bytes: int
     missing_bytes: int = 0
+    """What is lacking when it does not fit."""
     whole: bool = False
     """It had to be all on the GPUs."""
-    """What is lacking when ``kind`` is ``none``."""
 
     @property
     def total_bytes(self) -> int:
@@ -83,19 +78,19 @@ def place(model: Model, level: LevelBytes, machine: Machine, wish: Wish) -> Plac
     layers = model.dims.n_layer
     if vram > 0:
         if need.on_gpu(layers, 0) <= vram and need.in_ram(layers + 1, 0) <= ram:
-            return need.placed("gpu", layers + 1, 0)
+            return need.placed(Place.GPU, layers + 1, 0)
         if need.experts:
             outside = _least(layers, lambda count: need.on_gpu(layers, count) <= vram)
             if outside is not None and need.in_ram(layers + 1, outside) <= ram:
-                return need.placed("experts in RAM", layers + 1, outside)
+                return need.placed(Place.EXPERTS_IN_RAM, layers + 1, outside)
         inside = layers - (_least(layers, lambda count: need.partly(layers - count) <= vram) or 0)
         if inside > 0 and need.partly(inside) <= vram and need.in_ram(inside, 0) <= ram:
-            return need.placed("split", inside, 0)
+            return need.placed(Place.SPLIT, inside, 0)
     if need.in_ram(0, 0) <= ram:
-        return need.placed("cpu", 0, 0)
+        return need.placed(Place.CPU, 0, 0)
     lacking = need.in_ram(0, 0) - ram - max(0, vram - need.compute)
     return Placement(
-        "none", 0, 0, 0, need.in_ram(0, 0), need.kv, need.compute, level.total, missing_bytes=max(1, lacking)
+        Place.NONE, 0, 0, 0, need.in_ram(0, 0), need.kv, need.compute, level.total, missing_bytes=max(1, lacking)
     )
 
 
@@ -131,7 +126,7 @@ class _Need:
             ram += self.level.of("output") + self.compute
         return ram + (HOST_BUFFER if gpu_layers else 0)
 
-    def placed(self, kind: str, gpu_layers: int, cpu_experts: int) -> Placement:
+    def placed(self, kind: Place, gpu_layers: int, cpu_experts: int) -> Placement:
         inside = min(gpu_layers, self.layers)
         vram = 0
         if gpu_layers > self.layers:
@@ -144,10 +139,10 @@ class _Need:
 
 def whole_only(placement: Placement, machine: Machine) -> Placement:
     """For engines that do not split a model between GPU and RAM: what is not wholly on the GPUs does not fit."""
-    if not usable_vram(machine) or placement.kind == "gpu":
+    if not usable_vram(machine) or placement.kind == Place.GPU:
         return placement
     missing = max(1, placement.total_bytes - usable_vram(machine))
-    return replace(placement, kind="none", n_gpu_layers=0, n_cpu_experts=0, missing_bytes=missing, whole=True)
+    return replace(placement, kind=Place.NONE, n_gpu_layers=0, n_cpu_experts=0, missing_bytes=missing, whole=True)
 
 
 def _least(limit: int, holds: Callable[[int], bool]) -> int | None:
@@ -164,16 +159,16 @@ def _least(limit: int, holds: Callable[[int], bool]) -> int | None:
 def describe_placement(placement: Placement, machine: Machine) -> str:
     """One sentence: what it needs, where that goes, or what is lacking."""
     need = human_bytes(placement.total_bytes)
-    if placement.kind == "gpu":
+    if placement.kind == Place.GPU:
         return f"needs {need}; fits on the GPU ({human_bytes(usable_vram(machine))} usable)"
-    if placement.kind == "experts in RAM":
+    if placement.kind == Place.EXPERTS_IN_RAM:
         return (
             f"needs {need}: {human_bytes(placement.vram_bytes)} on the GPU, "
             f"the experts of {placement.n_cpu_experts} layers in RAM"
         )
-    if placement.kind == "split":
+    if placement.kind == Place.SPLIT:
         return f"needs {need}: {placement.n_gpu_layers} layers on the GPU, the rest in RAM"
-    if placement.kind == "cpu":
+    if placement.kind == Place.CPU:
         return f"needs {need} of {human_bytes(usable_ram(machine))} usable RAM"
     return _lacking(placement, machine, need)
 

@@ -16,7 +16,7 @@ from bitladder.plan.judge import (
     Judged,
     loss_is_known,
 )
-from bitladder.records.decision import Verdict
+from bitladder.records.decision import Loss, Outcome, Pairing, Status, Verdict
 from bitladder.records.plan import ELSEWHERE, Plan
 from bitladder.units import human_bytes
 
@@ -27,32 +27,32 @@ class Tiers:
 
     quality: Judged | None
     speed: Judged | None
-    pair: str
+    pair: Pairing
 
 
 def verdict(one: Judged, tiers: Tiers, reference: str | None) -> Verdict:
     """Status and reason of one level."""
     status, reason = _status(one, tiers, reference)
-    return Verdict(one.level, status, reason, "none" if one.level == reference else _loss(one))
+    return Verdict(one.level, status, reason, Loss.NONE if one.level == reference else _loss(one))
 
 
-def _status(one: Judged, tiers: Tiers, reference: str | None) -> tuple[str, str]:
+def _status(one: Judged, tiers: Tiers, reference: str | None) -> tuple[Status, str]:
     if one.level == reference:
-        return "reference", "what the others are compared with"
+        return Status.REFERENCE, "what the others are compared with"
     if not one.evidence.in_question:
-        return "does not fit", one.evidence.plan.reason
+        return Status.DOES_NOT_FIT, one.evidence.plan.reason
     if one.outcome == FAILED:
-        return "fails the bar", one.say(FAILED)
+        return Status.FAILS, one.say(FAILED)
     if one.outcome == UNKNOWN:
-        return "cannot tell", ": ".join(part for part in (one.say(UNKNOWN), one.needs) if part)
+        return Status.UNKNOWN, ": ".join(part for part in (one.say(UNKNOWN), one.needs) if part)
     if not one.can_be_chosen:
         elsewhere = one.evidence.plan.placement == ELSEWHERE
         why = "it runs elsewhere" if elsewhere else f"it does not fit here ({one.evidence.plan.reason})"
-        return "meets the bar", f"{one.say(MET)}; {why}, so it is compared and not chosen"
+        return Status.MEETS, f"{one.say(MET)}; {why}, so it is compared and not chosen"
     return _placed(one, tiers)
 
 
-def _placed(one: Judged, tiers: Tiers) -> tuple[str, str]:
+def _placed(one: Judged, tiers: Tiers) -> tuple[Status, str]:
     """A level that meets the bar: in a tier, or passed over."""
     quality, speed = tiers.quality, tiers.speed
     assert quality is not None
@@ -62,17 +62,17 @@ def _placed(one: Judged, tiers: Tiers) -> tuple[str, str]:
         fastest = "the fastest that meets the bar"
     if one is quality and one is speed:
         also = "its loss cannot be told from zero" if one.near_lossless else "none is closer to the reference"
-        return "both tiers", f"{fastest}, and {also}; {one.say(MET)}"
+        return Status.BOTH, f"{fastest}, and {also}; {one.say(MET)}"
     if one is quality:
         how = "the closest to the reference that meets the bar"
         if one.near_lossless:
             how = "the smallest whose loss cannot be told from zero"
         if one.near_lossless and one.evidence.result is not None:
             how = "of those whose loss cannot be told from zero the smallest that lost no more inputs than any other"
-        return "quality tier", f"{how}; {one.say(MET)}"
+        return Status.QUALITY, f"{how}; {one.say(MET)}"
     if one is speed:
-        return "speed tier", f"{fastest}; {one.say(MET)}"
-    return "meets the bar", _passed_over(one, quality, speed)
+        return Status.SPEED, f"{fastest}; {one.say(MET)}"
+    return Status.MEETS, _passed_over(one, quality, speed)
 
 
 def _passed_over(one: Judged, quality: Judged, speed: Judged) -> str:
@@ -96,19 +96,19 @@ def _passed_over(one: Judged, quality: Judged, speed: Judged) -> str:
     return f"{against}; further from the reference than {quality.level}"
 
 
-def _loss(one: Judged) -> str:
+def _loss(one: Judged) -> Loss:
     """What is known of the loss."""
     fidelity = one.evidence.fidelity
     if fidelity is None and one.evidence.result is None:
-        return "not known"
+        return Loss.UNKNOWN
     if loss_is_known(one.evidence):
-        return "known bad"
+        return Loss.BAD
     if one.outcome == FAILED and fidelity is not None and fidelity.kl_low > NEAR_LOSSLESS_KL:
-        return "known bad"
-    return "not told from zero" if one.near_lossless else "measurable"
+        return Loss.BAD
+    return Loss.NOT_SEEN if one.near_lossless else Loss.MEASURABLE
 
 
-def summary(tiers: Tiers, bar: Bar, plan: Plan, outcome: str, rivals: Sequence[Judged]) -> str:
+def summary(tiers: Tiers, bar: Bar, plan: Plan, outcome: Outcome, rivals: Sequence[Judged]) -> str:
     """The decision in a sentence or two."""
     quality, speed = tiers.quality, tiers.speed
     if quality is None or speed is None:
@@ -121,7 +121,7 @@ def summary(tiers: Tiers, bar: Bar, plan: Plan, outcome: str, rivals: Sequence[J
     faster = f", {ratio:.2f} times as fast" if ratio > 1 + SAME_SPEED else ""
     saved = f"{100 * (1 - speed.total / quality.total):.0f}% less memory"
     how = "They do not fit in memory together and are swapped."
-    if tiers.pair == "together":
+    if tiers.pair == Pairing.TOGETHER:
         how = "Both fit in memory together."
     return (
         f"Deploy {quality.level} for quality ({closeness}) and {speed.level} for speed "
@@ -129,7 +129,7 @@ def summary(tiers: Tiers, bar: Bar, plan: Plan, outcome: str, rivals: Sequence[J
     )
 
 
-def _nothing_chosen(bar: Bar, plan: Plan, outcome: str, rivals: Sequence[Judged]) -> str:
+def _nothing_chosen(bar: Bar, plan: Plan, outcome: Outcome, rivals: Sequence[Judged]) -> str:
     here = [one for one in rivals if one.can_be_chosen or one.outcome != MET]
     here = [one for one in here if one.evidence.plan.placement != ELSEWHERE]
     if rivals and not here:
@@ -139,7 +139,7 @@ def _nothing_chosen(bar: Bar, plan: Plan, outcome: str, rivals: Sequence[Judged]
     if not rivals:
         room = human_bytes(plan.budget_bytes)
         return f"No level besides the reference fits in {room} at a context of {plan.n_ctx} tokens."
-    if outcome == "not met":
+    if outcome == Outcome.NOT_MET:
         best = min(rivals, key=lambda one: one.kl)
         return f"No level that fits holds the bar '{bar.text}'. The closest is {best.level}: {best.say(FAILED)}."
     return f"The evidence cannot tell whether a level holds the bar '{bar.text}'."

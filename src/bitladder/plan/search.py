@@ -13,7 +13,7 @@ from bitladder.describe.rates import PoolRates
 from bitladder.plan.cost import LevelBytes
 from bitladder.plan.placement import Placement, Wish, place
 from bitladder.plan.speed import Share, predict
-from bitladder.records.plan import Speed
+from bitladder.records.plan import Place, Speed
 from bitladder.units import human_bytes
 
 N_PROMPT = 512
@@ -66,7 +66,7 @@ def shares_of(model: Model, level: LevelBytes, placement: Placement, rates: Mach
         held = _sum((head, level.head), (part, layers), (expert_part, experts))
         return Share(pool, used, held, starts, part, level.head if head else {})
 
-    if placement.kind in ("cpu", "none") or rates.gpu is None:
+    if placement.kind in (Place.CPU, Place.NONE) or rates.gpu is None:
         return (share(rates.cpu, 1.0, True, 1.0, dims.n_layer),)
     inside = min(placement.n_gpu_layers, dims.n_layer) / dims.n_layer
     outside = placement.n_cpu_experts / dims.n_layer
@@ -112,11 +112,10 @@ def best_options(
     least_decode: float = 0.0,
     least_bits: float = 0.0,
 ) -> list[Option]:
-    """Per model the largest level that fits and decodes at ``least_decode`` tokens/s or more; the largest
-    model first.
+    """Per model the largest level that fits and decodes at ``least_decode`` tokens/s or more; the largest model
+    first.
 
-    A model whose own context is shorter than the wish is planned at its own. Models of which no level
-    qualifies are
+    A model whose own context is shorter than the wish is planned at its own. Models of which no level qualifies are
     left out; ``what_would_give`` says why.
     """
     found = []
@@ -125,7 +124,7 @@ def best_options(
         for level in candidate.levels:
             if 8 * level.total / (candidate.params * 1e9) < least_bits:
                 break
-            if place(candidate.model, level, machine, own).kind == "none":
+            if place(candidate.model, level, machine, own).kind == Place.NONE:
                 continue
             row = option(candidate, level, machine, rates, own)
             if row.speed.decode.value >= least_decode:
@@ -156,7 +155,7 @@ def what_would_give(
 
     def works(trial: Wish, size: LevelBytes) -> bool:
         row = option(candidate, size, machine, rates, trial)
-        return row.placement.kind != "none" and row.speed.decode.value >= least_decode
+        return row.placement.kind != Place.NONE and row.speed.decode.value >= least_decode
 
     if works(wish, level):
         return "nothing: it fits"
@@ -174,7 +173,7 @@ def what_would_give(
         if smaller.total < level.total and works(wish, smaller):
             return f"the level: {smaller.level} fits"
     row = option(candidate, level, machine, rates, wish)
-    if row.placement.kind == "none":
+    if row.placement.kind == Place.NONE:
         return f"{human_bytes(row.placement.missing_bytes)} more memory"
     return f"speed: {row.speed.decode.value:.1f} tokens/s where {least_decode:g} are wanted"
 
@@ -184,7 +183,7 @@ def largest_context(model: Model, level: LevelBytes, machine: Machine, wish: Wis
     fit.
     """
     kind = place(model, level, machine, wish).kind
-    if kind == "none":
+    if kind == Place.NONE:
         return 0
     low, high = 0, max(1, (model.dims.n_ctx_train or 1 << 20) // 256)
     while low < high:
@@ -195,9 +194,9 @@ def largest_context(model: Model, level: LevelBytes, machine: Machine, wish: Wis
 
 
 _AS_GOOD = {
-    "gpu": {"gpu"},
-    "experts in RAM": {"gpu", "experts in RAM"},
-    "split": {"gpu", "experts in RAM", "split"},
-    "cpu": {"gpu", "experts in RAM", "split", "cpu"},
+    Place.GPU: {Place.GPU},
+    Place.EXPERTS_IN_RAM: {Place.GPU, Place.EXPERTS_IN_RAM},
+    Place.SPLIT: {Place.GPU, Place.EXPERTS_IN_RAM, Place.SPLIT},
+    Place.CPU: {Place.GPU, Place.EXPERTS_IN_RAM, Place.SPLIT, Place.CPU},
 }
 """Placement -> those that are as fast or faster."""

@@ -1,5 +1,4 @@
-"""How fast a level will be, before it runs: decode from bytes touched, prefill from arithmetic, each with a
-range.
+"""How fast a level will be, before it runs: decode from bytes touched, prefill from arithmetic, each with a range.
 
     decode    a token reads every weight it uses once: all layers, the output matrix (one row of the embedding
               table only, so file size overstates), the active experts of a mixture, and the KV cache of the
@@ -139,8 +138,7 @@ def predict(shares: Sequence[Share], model: Model, *, n_prompt: int, n_past: flo
     """Decode, prefill and time to first token of a placement.
 
     ``anchor`` is the factor by which the user's own runs of this model differ from the prediction
-    (``anchor_factor``), 0
-    when there are none.
+    (``anchor_factor``), 0 when there are none.
     """
     label = "measured" if anchor else _label(shares)
     noise = max(share.rates.noise for share in shares)

@@ -3,31 +3,85 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class Status(StrEnum):
+    """What became of a level."""
+
+    REFERENCE = "reference"
+    QUALITY = "quality tier"
+    SPEED = "speed tier"
+    BOTH = "both tiers"
+    MEETS = "meets the bar"
+    FAILS = "fails the bar"
+    UNKNOWN = "cannot tell"
+    DOES_NOT_FIT = "does not fit"
+
+    @property
+    def holds(self) -> bool:
+        """Whether the level is known to hold the bar; the reference does."""
+        return self not in (Status.FAILS, Status.UNKNOWN, Status.DOES_NOT_FIT)
+
+    @property
+    def tier(self) -> str:
+        """``quality``, ``speed``, ``both``, or empty for a level in no tier."""
+        return {Status.QUALITY: "quality", Status.SPEED: "speed", Status.BOTH: "both"}.get(self, "")
+
+
+class Loss(StrEnum):
+    """What is known of a level's loss. A loss that cannot be seen and one known to be bad are different things."""
+
+    NONE = "none"
+    """The reference itself."""
+    NOT_SEEN = "not told from zero"
+    MEASURABLE = "measurable"
+    BAD = "known bad"
+    UNKNOWN = "not known"
+
+
+class TagStatus(StrEnum):
+    """What one kind of work lost."""
+
+    NONE_SEEN = "no loss seen"
+    SEEN = "loss seen"
+    """On too few inputs to be sure."""
+    KNOWN = "loss known"
+
+
+class Outcome(StrEnum):
+    """What the evidence says of the bar, all levels together."""
+
+    MET = "met"
+    """Some level holds it."""
+    NOT_MET = "not met"
+    """Every level is known not to."""
+    UNKNOWN = "cannot tell"
+    """Evidence is missing."""
+
+
+class Pairing(StrEnum):
+    """How the tiers live on the machine."""
+
+    NO_CHOICE = ""
+    ONE_LEVEL = "one level"
+    TOGETHER = "together"
+    SWAP = "swap"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of one level.
-
-    ``status``: ``quality tier``, ``speed tier``, ``both tiers``, ``meets the bar``, ``fails the bar``,
-    ``cannot tell``, ``does not fit`` or ``reference``.
-    """
+    """What became of one level, and why."""
 
     level: str
-    status: str
+    status: Status
     reason: str
-    loss: str = "not known"
-    """What is known of the loss: ``none`` (the reference itself), ``not told from zero``, ``measurable``,
-    ``known bad`` or ``not known``. A loss that cannot be seen and one known to be bad are different
-    things."""
+    loss: Loss = Loss.UNKNOWN
 
 
 @dataclass(frozen=True)
 class TagVerdict:
-    """What one kind of work lost at one level, on the inputs that carry the tag.
-
-    ``status``: ``no loss seen``, ``loss seen`` (too few inputs to be sure) or ``loss known``.
-    """
+    """What one kind of work lost at one level, on the inputs that carry the tag."""
 
     level: str
     tag: str
@@ -37,7 +91,7 @@ class TagVerdict:
     loss_low: float
     loss_high: float
     """95% interval of the loss in pass rate, as a share: 0.04 is four points."""
-    status: str
+    status: TagStatus
 
 
 @dataclass(frozen=True)
@@ -49,12 +103,8 @@ class Decision:
     speed: str | None
     verdicts: tuple[Verdict, ...]
     summary: str
-    outcome: str = "met"
-    """``met``: some level holds the bar; ``not met``: every level is known not to; ``cannot tell``: evidence
-    is missing."""
-    pair: str = ""
-    """How the tiers live on the machine: ``together``, ``swap``, ``one level`` or empty when there is no
-    choice."""
+    outcome: Outcome = Outcome.MET
+    pair: Pairing = Pairing.NO_CHOICE
     front: tuple[str, ...] = ()
     """Levels that no other level beats in size, speed and loss at once, largest first."""
     tags: tuple[TagVerdict, ...] = ()

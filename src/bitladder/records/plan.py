@@ -4,8 +4,25 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from enum import StrEnum
 
-ELSEWHERE = "elsewhere"
+
+class Place(StrEnum):
+    """Where the parts of a running model lie."""
+
+    GPU = "gpu"
+    """Everything but the embedding on the GPU."""
+    EXPERTS_IN_RAM = "experts in RAM"
+    SPLIT = "split"
+    """Some layers on the GPU."""
+    CPU = "cpu"
+    NONE = "none"
+    """It does not fit."""
+    ELSEWHERE = "elsewhere"
+    """Behind an address, where no size is known."""
+
+
+ELSEWHERE = Place.ELSEWHERE
 FILE, FOLDER = "file", "folder"
 """What a level is on the disk: a GGUF file, or a checkpoint folder, which llama.cpp does not run."""
 
@@ -51,9 +68,7 @@ class LevelPlan:
     total_bytes: int
     fits: bool
     reason: str
-    placement: str = "cpu"
-    """``gpu``, ``experts in RAM``, ``split``, ``cpu`` or ``none``; ``elsewhere`` behind an address, where no
-    size is known."""
+    placement: Place = Place.CPU
     n_gpu_layers: int = 0
     n_cpu_experts: int = 0
     vram_bytes: int = 0

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import types
 import typing
+from enum import StrEnum
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -54,12 +55,17 @@ def _build_tuple(kind: Any, data: Any, where: str) -> Any:
 
 
 def _build_plain(kind: Any, data: Any, where: str) -> Any:
-    """A number, text or truth value."""
+    """A number, text, one of a few texts, or truth value."""
     if kind is float:
         if data is None:
             return math.nan
         _expect(data, (int, float), where)
         return float(data)
+    if isinstance(kind, type) and issubclass(kind, StrEnum):
+        _expect(data, str, where)
+        if data not in tuple(kind):
+            raise ValueError(f"{where} must be one of {', '.join(filter(None, kind))}; got '{data[:40]}' instead")
+        return kind(data)
     if kind in (str, int, bool):
         _expect(data, kind, where)
     return data

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bitladder.records.decision import Decision
+from bitladder.records.divergence import WordingChanges
 from bitladder.records.evaluation import LevelAnswers, WorkloadResult
 from bitladder.records.fidelity import Fidelity
 from bitladder.records.job import JobOutcome
@@ -74,6 +75,8 @@ class RunRecord:
     inputs: tuple[InputFacts, ...] = ()
     answers: tuple[LevelAnswers, ...] = ()
     """Every level's answers, the reference's among them."""
+    wording: dict[str, WordingChanges] = field(default_factory=dict)
+    """Level to what changed in the words of its answers; empty in older records."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Texts and their hashes, window length, seeds, threads, engine settings: whatever changes a number."""
     versions: dict[str, str] = field(default_factory=dict)

@@ -1,8 +1,6 @@
-"""Loss against size (or speed) as SVG markup: log scale for KL, intervals as bars, the pair marked, the cliff
-named.
+"""Loss against size (or speed) as SVG markup: log scale for KL, intervals as bars, the pair marked, the cliff named.
 
-Colours come from the page's CSS through classes, so that light and dark are one drawing. Shapes differ as
-well as
+Colours come from the page's CSS through classes, so that light and dark are one drawing. Shapes differ as well as
 colours: the quality tier is a square, the speed tier a diamond, every other level a dot.
 """
 

@@ -10,12 +10,14 @@ from typing import Any
 
 from bitladder.files.atomic import write_whole
 from bitladder.files.outputs import check_output, holding
+from bitladder.records.decision import Status
 from bitladder.records.run import RunRecord
 from bitladder.report.answers import compared_answers
 from bitladder.report.chart import Axis, Point, find_cliff, loss_chart
 from bitladder.report.facts import facts, warnings
 from bitladder.report.reading import RUN_JSON
 from bitladder.report.rows import LevelRow, level_rows
+from bitladder.report.wording import wording_lines
 from bitladder.units import GiB, MiB, human_bytes
 
 
@@ -72,6 +74,7 @@ def render_html(record: RunRecord) -> str:
         cliff=find_cliff(_points(rows, "size", GiB)),
         tags=_tag_table(record),
         compared=compared_answers(record),
+        wording=wording_lines(record),
         human_bytes=human_bytes,
         sentence=lambda text: text[:1].upper() + text[1:],
         facts=facts,
@@ -83,7 +86,7 @@ def _points(rows: Sequence[LevelRow], across: str, unit: float) -> list[Point]:
     """Levels with a measured loss; the reference has none and stays out."""
     points = []
     for row in rows:
-        if row.fidelity is None or row.verdict.status == "reference":
+        if row.fidelity is None or row.verdict.status == Status.REFERENCE:
             continue
         x = row.bytes / unit if across == "size" else row.result.decode_tokens_per_s if row.result else math.nan
         found = row.fidelity

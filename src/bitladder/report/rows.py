@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from bitladder.records.decision import Verdict
+from bitladder.records.decision import Status, Verdict
 from bitladder.records.evaluation import WorkloadResult
 from bitladder.records.fidelity import Fidelity
 from bitladder.records.plan import ELSEWHERE, LevelPlan, runs_elsewhere
@@ -40,7 +40,7 @@ class LevelRow:
     @property
     def tier(self) -> str:
         """``quality``, ``speed``, ``both`` or empty."""
-        return {"quality tier": "quality", "speed tier": "speed", "both tiers": "both"}.get(self.verdict.status, "")
+        return self.verdict.status.tier
 
     @property
     def size(self) -> str:
@@ -109,7 +109,7 @@ class LevelRow:
     @property
     def flips(self) -> str:
         """Inputs lost and gained against the reference."""
-        if self.result is None or self.verdict.status == "reference":
+        if self.result is None or self.verdict.status == Status.REFERENCE:
             return ""
         return f"−{len(self.result.lost)} +{len(self.result.gained)}"
 
@@ -125,7 +125,7 @@ def level_rows(record: RunRecord) -> list[LevelRow]:
     return [
         LevelRow(
             plan=plan,
-            verdict=verdicts.get(plan.level, Verdict(plan.level, "cannot tell", "not judged")),
+            verdict=verdicts.get(plan.level, Verdict(plan.level, Status.UNKNOWN, "not judged")),
             fidelity=fidelities.get(plan.level),
             result=results.get(plan.level),
             file=files.get(plan.level),

@@ -8,11 +8,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from bitladder.records.decision import Status
 from bitladder.records.fidelity import Fidelity
 from bitladder.records.plan import Plan, Speed
 from bitladder.records.run import RunRecord
 from bitladder.report.facts import warnings
 from bitladder.report.rows import LevelRow, interval, level_rows, number, percent, small
+from bitladder.report.wording import wording_lines
 from bitladder.units import human_bytes, human_rate
 
 if TYPE_CHECKING:
@@ -22,14 +24,14 @@ if TYPE_CHECKING:
     from bitladder.records.search import LadderOutcome
 
 STYLES = {
-    "quality tier": "bold blue",
-    "speed tier": "bold yellow",
-    "both tiers": "bold green",
-    "meets the bar": "green",
-    "fails the bar": "red",
-    "cannot tell": "magenta",
-    "does not fit": "dim",
-    "reference": "dim",
+    Status.QUALITY: "bold blue",
+    Status.SPEED: "bold yellow",
+    Status.BOTH: "bold green",
+    Status.MEETS: "green",
+    Status.FAILS: "red",
+    Status.UNKNOWN: "magenta",
+    Status.DOES_NOT_FIT: "dim",
+    Status.REFERENCE: "dim",
 }
 LOG_WIDTH = 150
 """Columns to write when the output is no terminal."""
@@ -80,8 +82,10 @@ def print_run(record: RunRecord, console: Console | None = None) -> None:
         out.print(Text(f"Left out for width: {', '.join(left_out)}.", style="dim"))
     wide = max((len(row.level) for row in rows), default=0) + 2
     for row in rows:
-        line = Text.assemble((f"{row.level:<{wide}}", "bold"), (row.verdict.status, STYLES.get(row.verdict.status, "")))
+        line = Text.assemble((f"{row.level:<{wide}}", "bold"), (row.verdict.status, STYLES[row.verdict.status]))
         out.print(line.append(f": {row.verdict.reason}"))
+    for level, notes in wording_lines(record).items():
+        out.print(Text.assemble((f"{level:<{wide}}", "bold"), ("answers", "dim")).append(f": {notes}"))
     out.print()
     out.print(Text(record.decision.summary, style="bold"))
     for step in record.decision.next:
@@ -97,7 +101,7 @@ def _level_table(rows: Sequence[LevelRow], width: int) -> tuple[Table, list[str]
     for column in chosen:
         table.add_column(column.title, justify="right" if column.right else "left", no_wrap=True)
     for row in rows:
-        style = STYLES.get(row.verdict.status, "")
+        style = STYLES[row.verdict.status]
         table.add_row(
             *(Text(column.read(row), style=style if column.title in ("level", "verdict") else "") for column in chosen)
         )

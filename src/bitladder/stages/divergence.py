@@ -7,8 +7,8 @@ alone until it parts again, and so on to the end. What remains is a list of plac
 the *same* words, prefer different tokens, each with both probabilities in both models:
 
     identical    no such place
-    tie-break    at every such place both models held both tokens nearly equally likely (odds of two to one at
-    most) diverged     at some place at least one model was sure
+    tie-break    at every such place both models held both tokens nearly equally likely (odds of two to one at most)
+    diverged     at some place at least one model was sure
 
 A place costs one request, whose prompt the engine has in its cache.
 """

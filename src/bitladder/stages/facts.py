@@ -1,10 +1,11 @@
-"""What a run writes down beside its results, so that anybody can repeat it."""
+"""What a run is asked, and what it writes down beside its results so that anybody can repeat it."""
 
 from __future__ import annotations
 
 import dataclasses
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,8 @@ from bitladder.store.recorded import WALK_PROTOCOL
 if TYPE_CHECKING:
     from bitladder.files.gguf import GgufFile
     from bitladder.files.sources import Source
+    from bitladder.kernels import Effort
+    from bitladder.levels import Level
 
 MATTERING_PACKAGES = ("xllamacpp", "torch", "transformers", "numba", "numpy")
 """Packages whose version can change a number."""
@@ -30,6 +33,38 @@ MOST_SLOTS = 4
 CONTEXT_STEP = 256
 CHARACTERS_PER_TOKEN = 2
 """A low guess, so that the room derived from it is enough for any prompt."""
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What a user can ask of a run; everything else is derived."""
+
+    model: str
+    levels: tuple[Level, ...] | None = None
+    reference: Level | Path | EndpointSettings | None = None
+    """A level, a file of stored answers, or a model behind an address; None for the source itself."""
+    also: tuple[EndpointSettings, ...] = ()
+    """Models behind addresses that are tested beside the levels."""
+    served: tuple[tuple[Level, EndpointSettings], ...] = ()
+    """Checkpoint levels with the engines that serve them: what these answer are the levels' answers. The levels belong
+    to the run, be they in ``levels`` or not."""
+    workload: Path | None = None
+    bar: str | None = None
+    n_ctx: int | None = None
+    """Tokens of context; None: the usual number, or the model's own when that is less."""
+    texts: tuple[Path, ...] = ()
+    out: Path | None = None
+    threads: int = 2
+    device: str = "cpu"
+    """Where walks compute and scales are searched for, as torch names it."""
+    effort: Effort = "good"
+    """How long to search for scales."""
+    imatrix: str = "auto"
+    """A file, ``auto`` (made from the calibration text that ships) or ``none``."""
+    judge: EndpointSettings | None = None
+    """The judge model, for workloads that ask one."""
+    trust_python: bool = False
+    """Whether functions that the workload names may run."""
 
 
 def level_of(model: Model) -> str:
@@ -123,9 +158,9 @@ def engine_facts(*, n_ctx: int, n_parallel: int, threads: int) -> dict[str, Any]
     }
 
 
-def settings_facts(settings: Any, texts: Sequence[Document], workload: Workload) -> dict[str, Any]:
+def settings_facts(settings: RunSettings, n_ctx: int, texts: Sequence[Document], workload: Workload) -> dict[str, Any]:
     """Whatever changes a number: texts and workload by hash, protocol, threads, effort."""
-    room, parallel = slots(workload, settings.n_ctx)
+    room, parallel = slots(workload, n_ctx)
     return {
         "text": {"documents": [text.name for text in texts], "sha256": text_hash(texts)},
         "protocol": WALK_PROTOCOL,
@@ -144,13 +179,13 @@ def versions() -> dict[str, str]:
     return {name: metadata.version(name) for name in MATTERING_PACKAGES}
 
 
-def _endpoints(settings: Any) -> list[EndpointSettings]:
+def _endpoints(settings: RunSettings) -> list[EndpointSettings]:
     """Every endpoint of a run, the judge's among them."""
     found = [settings.reference, *settings.also, *(endpoint for _, endpoint in settings.served), settings.judge]
     return [one for one in found if isinstance(one, EndpointSettings)]
 
 
-def commands(settings: Any, out: Path) -> tuple[str, ...]:
+def commands(settings: RunSettings, n_ctx: int, out: Path) -> tuple[str, ...]:
     """What to type to get the same numbers."""
     words = ["bitladder", "run", settings.model]
     if settings.levels:
@@ -159,7 +194,7 @@ def commands(settings: Any, out: Path) -> tuple[str, ...]:
         words += ["--workload", str(settings.workload)]
     if settings.reference is not None:
         reference = settings.reference
-        words += ["--reference", str(getattr(reference, "address", reference))]
+        words += ["--reference", reference.address if isinstance(reference, EndpointSettings) else str(reference)]
     for endpoint in settings.also:
         words += ["--also", endpoint.address]
     for level, endpoint in settings.served:
@@ -180,9 +215,10 @@ def commands(settings: Any, out: Path) -> tuple[str, ...]:
         "--imatrix",
         settings.imatrix,
         "--ctx",
-        str(settings.n_ctx),
+        str(n_ctx),
         "--threads",
         str(settings.threads),
+        *(["--effort", settings.effort] if settings.effort != RunSettings.effort else []),
         *(["--device", settings.device] if settings.device != "cpu" else []),
         "--out",
         str(out),

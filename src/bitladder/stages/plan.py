@@ -15,7 +15,7 @@ from bitladder.plan.memory import compute_buffers
 from bitladder.plan.placement import Wish, describe_placement, place, usable_ram, usable_vram, whole_only
 from bitladder.plan.search import N_PROMPT, MachineRates, largest_context, shares_of
 from bitladder.plan.speed import anchor_factor, predict
-from bitladder.records.plan import ContextBytes, LevelPlan, Plan
+from bitladder.records.plan import ContextBytes, LevelPlan, Place, Plan
 
 DEFAULT_CTX = 4096
 """Tokens of context when nobody names a number and the model was trained for at least as many."""
@@ -56,7 +56,7 @@ def make_plan(
             placement = whole_only(placement, machine)
         speed = None
         # A CPU's rates and the user's runs are llama.cpp's; a GPU's rates are its memory's, whatever the engine.
-        if rates and placement.kind != "none" and (own or placement.kind == "gpu"):
+        if rates and placement.kind != Place.NONE and (own or placement.kind == Place.GPU):
             shares = shares_of(model, size.by_part, placement, rates)
             speed = predict(shares, model, n_prompt=n_prompt, n_past=n_ctx / 2, anchor=anchor if own else 0.0)
         rows.append(
@@ -70,7 +70,7 @@ def make_plan(
                 kv_bytes=placement.kv_bytes,
                 compute_bytes=placement.compute_bytes,
                 total_bytes=placement.total_bytes,
-                fits=placement.kind != "none",
+                fits=placement.kind != Place.NONE,
                 reason=describe_placement(placement, machine),
                 placement=placement.kind,
                 n_gpu_layers=placement.n_gpu_layers,

@@ -19,7 +19,9 @@ from bitladder.records.divergence import Degeneration, Substitution, WordingChan
 from bitladder.records.evaluation import Answer
 
 _MAX_SPAN = 4
-"""Words of the longest substitution that is told; longer ones are rewriting, not substitution."""
+"""Words of the longest substitution that counts as one; longer ones are rewriting."""
+MOST_SUBSTITUTIONS = 50
+"""The most frequent ones are kept: an answer that shares nothing with the reference's has as many as words."""
 LONG_WORDS = 30
 """Words from which an answer is long enough to speak of degeneration."""
 _LONGEST_LOOP = 60
@@ -68,7 +70,9 @@ def wording_changes(workload: Workload, reference: Sequence[Answer], level: Sequ
         answers=compared,
         changed_answers=changed,
         words=total_words,
-        substitutions=tuple(Substitution(before, after, count) for (before, after), count in ordered),
+        substitutions=tuple(
+            Substitution(before, after, count) for (before, after), count in ordered[:MOST_SUBSTITUTIONS]
+        ),
         changed_numbers=tuple(dict.fromkeys(changed_numbers)),
         missing_items=tuple(missing_items),
         reference_items=reference_items,

@@ -2,8 +2,7 @@
 
 Idea: of ``inputs`` answered by both, ``lost`` were right at the reference only and ``gained`` at the level
 only. The loss is ``(lost - gained) / inputs``. Its interval must not shrink to a point when nothing was lost,
-as the usual standard error
-does: twenty-five inputs without a change still leave room for a loss of thirteen points.
+as the usual standard error does: twenty-five inputs without a change still leave room for a loss of thirteen points.
 
 Method: the score interval for a paired difference. For a supposed loss ``delta`` the statistic is
 

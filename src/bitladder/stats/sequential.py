@@ -5,11 +5,11 @@ of 1 and before each value stakes a fraction of it:
 
     wealth_t = wealth_{t-1} * (1 + lambda (x_t - m)),   0 <= lambda < 1 / m.
 
-If the claim is true no bet is favourable, so the wealth is a supermartingale, and by Ville's inequality it
-ever reaches 1 / alpha with probability at most alpha, however often one looks and whenever one stops. So:
-stop when it does, and reject the claim. We hold a fixed portfolio of four stakes
-lambda and add their wealths; the best stake need not be known. The claim "at least m" is bet against with
-1 - x. Source: Waudby-Smith and Ramdas, JRSS B 86 (2024) 1-27.
+If the claim is true no bet is favourable, so the wealth is a supermartingale, and by Ville's inequality it ever
+reaches 1 / alpha with probability at most alpha, however often one looks and whenever one stops. So: stop when it
+does, and reject the claim. We hold a fixed portfolio of four stakes lambda and add their wealths; the best stake need
+not be known. The claim "at least m" is bet against with 1 - x. Source: Waudby-Smith and Ramdas, JRSS B 86 (2024)
+1-27.
 
 Exact for bounded values (passes, pass shares, top-1 agreement). KL divergence has no bound, and is measured on
 the whole text in one pass, so there is nothing to stop.

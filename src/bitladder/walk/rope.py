@@ -2,10 +2,11 @@
 
 The frequencies are theta ** (-2 i / d), changed as the header says:
 
-    linear         divided by the scaling factor rope_freqs     divided element by element by a stored tensor
-    (Llama 3's scaling) longrope       divided by the stored short factors within the trained context, by the
-    long ones past it (Phi-3) yarn           between the plain and the divided frequency by a ramp over i,
-    cosines scaled (Peng et al. 2023, eq. 22-25)
+    linear        divided by the scaling factor
+    rope_freqs    divided element by element by a stored tensor (Llama 3's scaling)
+    longrope      divided by the stored short factors within the trained context, by the long ones past it (Phi-3)
+    yarn          between the plain and the divided frequency by a ramp over i, cosines scaled
+                  (Peng et al. 2023, eq. 22-25)
 
 as llama.cpp does in ``ggml_rope_ext``; anything else is refused, because positions would silently be wrong.
 """

@@ -25,18 +25,20 @@ from bitladder.units import human_bytes
 BATCH_TOKENS = 2048
 """Enough for matrix products at full speed, little enough that activations stay small beside a layer."""
 CALIBRATION_TOKENS = 1024
-"""Of a batch in passes that gather statistics: activations stay in the caches' reach, 5% less time than with 2,048."""
+"""For passes that gather statistics: activations stay in the caches' reach, 5% less time than with 2,048."""
 _PADDING_ALLOWED = 0.2
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Windows that go through a layer together: their places in the caller's list, lengths, and padded ids
-    int64[windows, n]."""
+    """Windows that go through a layer together."""
 
     windows: tuple[int, ...]
+    """Their places in the caller's list."""
     lengths: tuple[int, ...]
+    """Tokens of each, longest first."""
     tokens: NDArray[np.int64]
+    """Ids, int64[windows, n], padded at the end."""
     start: int
     """Where the batch begins in a layout of all batches, in tokens."""
 
