@@ -22,6 +22,7 @@ from quality_per_byte import GgmlQuantizer
 
 from bitladder.describe.similarity import chrf
 from bitladder.describe.windows import WINDOW
+from bitladder.engines.base import Launch
 from bitladder.engines.llama import LlamaServer
 from bitladder.files.gguf import GgufFile
 from bitladder.files.workloads import STARTER, load_workload
@@ -55,7 +56,7 @@ def their_file(source: GgufFile, level: str, theirs: GgmlQuantizer, importance, 
 
 def answers(path: Path, threads: int) -> tuple[Answer, ...]:
     workload = load_workload(STARTER)
-    with LlamaServer(path, n_ctx=2048, threads=threads) as server:
+    with LlamaServer(Launch(path, n_ctx=2048, threads=threads)) as server:
         return judge_answers(workload, answer_workload(server, workload))
 
 
@@ -79,7 +80,7 @@ def main() -> int:
         print(f"{absent[0]} is absent; nothing was measured")
         return 1
     with GgufFile.open(options.model) as source:
-        with LlamaServer(options.model, n_ctx=WINDOW, threads=1) as server:
+        with LlamaServer(Launch(options.model, n_ctx=WINDOW, threads=1)) as server:
             windows = fitting_windows(server, source, options.calibrate, options.fit_tokens)
         importance = importance_matrix(source, windows, threads=options.threads).vectors()
         theirs = GgmlQuantizer(FileWeights(source), importance)

@@ -26,6 +26,7 @@ from level_texts import articles, first_windows, fitting_windows, parsed, parser
 from numpy.typing import NDArray
 
 from bitladder.describe.windows import WINDOW, Window
+from bitladder.engines.base import Launch
 from bitladder.engines.llama import LlamaServer
 from bitladder.files.gguf import GgufFile
 from bitladder.kernels import dequantize
@@ -132,7 +133,7 @@ def main() -> int:
     parser.add_argument("--keep", type=Path, default=Path("autoround-peer"), help="folder for the files made")
     options = parsed(parser, "theirs", "ours", hint=" (AutoRound's files are made by autoround_export.py)")
     with GgufFile.open(options.model) as source:
-        with LlamaServer(options.model, n_ctx=WINDOW, threads=1) as server:
+        with LlamaServer(Launch(options.model, n_ctx=WINDOW, threads=1)) as server:
             fitting = fitting_windows(server, source, options.calibrate, options.fit_tokens)
             measuring = first_windows(server, source, articles(options.text, options.documents))
         found = list(pairs(options, Ours(source, fitting, options.keep, options.threads)))

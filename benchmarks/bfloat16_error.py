@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from bitladder.describe.windows import WINDOW, Window
+from bitladder.engines.base import Launch
 from bitladder.engines.llama import LlamaServer
 from bitladder.files.gguf import GgufFile
 from bitladder.formats.blocks import QTYPES
@@ -99,7 +100,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     with GgufFile.open(options.model) as source:
-        with LlamaServer(options.model, n_ctx=WINDOW, threads=1) as server:
+        with LlamaServer(Launch(options.model, n_ctx=WINDOW, threads=1)) as server:
             texts = Texts(source, server)
             fitting = texts.beginning(options.calibrate, options.windows)
             other_windows = texts.articles(options.text, options.documents)

@@ -29,6 +29,7 @@ import torch
 
 from bitladder.describe.text import Document
 from bitladder.describe.windows import WINDOW, Window
+from bitladder.engines.base import Launch
 from bitladder.engines.llama import LlamaServer
 from bitladder.files.gguf import GgufFile
 from bitladder.levels.checkpoints import parse_checkpoint
@@ -140,7 +141,7 @@ def main() -> None:
     options = arguments()
     torch.set_num_threads(options.threads)
     source = GgufFile.open(options.model)
-    with LlamaServer(options.model, n_ctx=WINDOW, threads=options.threads) as server:
+    with LlamaServer(Launch(options.model, n_ctx=WINDOW, threads=options.threads)) as server:
         texts = Texts(source, server)
         calibration = texts.beginning(options.calibrate, options.calibration_windows)
         measuring = texts.articles(options.text, options.documents) if options.text else []

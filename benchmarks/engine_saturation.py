@@ -19,6 +19,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from bitladder.engines.base import Launch
 from bitladder.engines.llama import LlamaServer
 from bitladder.files.workloads import load_workload
 from bitladder.stages.evaluate import answer_workload, judge_answers
@@ -46,7 +47,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     workload = load_workload()
-    with LlamaServer(options.model, n_ctx=1024, n_parallel=options.parallel, threads=options.threads) as server:
+    with LlamaServer(Launch(options.model, n_ctx=1024, n_parallel=options.parallel, threads=options.threads)) as server:
         answers = answer_workload(server, workload)  # warms up, and tells how many tokens there are
         prompt = round(statistics.fmean(answer.prompt_tokens for answer in answers))
         answer = round(statistics.fmean(answer.completion_tokens for answer in answers))

@@ -23,6 +23,7 @@ import torch
 
 from bitladder.describe.text import Document
 from bitladder.describe.windows import WINDOW, Window
+from bitladder.engines.base import Launch
 from bitladder.engines.llama import LlamaServer
 from bitladder.files.gguf import GgufFile
 from bitladder.records import to_json
@@ -81,7 +82,7 @@ def main() -> int:
     levels = options.levels.split(",")
     importance: Mapping[str, object] | None = None
     with GgufFile.open(options.model) as source:
-        with LlamaServer(options.model, n_ctx=512, threads=options.threads) as server:
+        with LlamaServer(Launch(options.model, n_ctx=512, threads=options.threads)) as server:
             windows = whole_windows(server, source, options.text, MEASURE_BYTES)
             if options.calibrate:
                 fitted = whole_windows(server, source, options.calibrate, CALIBRATE_BYTES)

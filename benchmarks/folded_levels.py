@@ -18,6 +18,7 @@ import torch
 
 from bitladder.describe.text import Document
 from bitladder.describe.windows import WINDOW, Window
+from bitladder.engines.base import Launch
 from bitladder.engines.llama import LlamaServer
 from bitladder.files.gguf import GgufFile
 from bitladder.files.texts import shipped_texts
@@ -46,7 +47,7 @@ def say(what: str, done: float, total: float) -> None:
 
 def read(source: GgufFile, calibrate: Path | None, text: Path, count: int, threads: int) -> tuple[list, list[Window]]:
     """Windows to calibrate on and to measure on; each measuring window is a document of its own."""
-    with LlamaServer(source.path, n_ctx=WINDOW, threads=threads) as server:
+    with LlamaServer(Launch(source.path, n_ctx=WINDOW, threads=threads)) as server:
 
         def windows_of(documents: list[Document]) -> list[Window]:
             return text_windows(documents, lambda part: server.tokenize(part, add_special=True), source.model)

@@ -20,6 +20,7 @@ import numpy as np
 from auto_workload import EACH, write_workload
 
 from bitladder.describe.workload import Workload
+from bitladder.engines.base import Launch
 from bitladder.engines.llama import LlamaServer
 from bitladder.files.workloads import load_workload
 from bitladder.records import to_json
@@ -43,7 +44,7 @@ def asked(path: Path, workload: Workload, folder: Path, threads: int) -> LevelAn
             answer = from_json(Answer, json.loads(line))
             known[answer.question] = answer
     rates = folder / f"{path.stem}-speed.json"
-    with LlamaServer(path, n_ctx=1024, n_parallel=PARALLEL, threads=threads) as server, kept.open("a") as log:
+    with LlamaServer(Launch(path, n_ctx=1024, n_parallel=PARALLEL, threads=threads)) as server, kept.open("a") as log:
 
         def keep(answer: Answer) -> None:
             log.write(json.dumps(to_json(answer)) + "\n")

@@ -26,6 +26,7 @@ from libgguf_here import libgguf_or_exit
 from numpy.typing import NDArray
 
 from bitladder.describe.windows import WINDOW, Window
+from bitladder.engines.base import Launch
 from bitladder.engines.llama import LlamaServer
 from bitladder.files.gguf import GgufFile
 from bitladder.files.texts import read_texts, shipped_texts
@@ -133,7 +134,7 @@ def main() -> int:
     opened: list[GgufFile] = []
     with GgufFile.open(options.model) as source:
         other = read_texts([options.other]) if options.other else shipped_texts()
-        with LlamaServer(options.model, n_ctx=WINDOW, threads=1) as server:
+        with LlamaServer(Launch(options.model, n_ctx=WINDOW, threads=1)) as server:
             fitting = fitting_windows(server, source, options.calibrate, options.fit_tokens, options.part)
             texts = {
                 "in domain": first_windows(server, source, articles(options.text, options.documents)),

@@ -18,6 +18,7 @@ from level_texts import fitting_windows, parsed, parser_of
 from scipy.stats import spearmanr
 
 from bitladder.describe.windows import WINDOW
+from bitladder.engines.base import Launch
 from bitladder.engines.llama import LlamaServer
 from bitladder.files.gguf import GgufFile
 from bitladder.plan.allocate import Choice, Group, least_loss
@@ -67,7 +68,7 @@ def main() -> int:
     parser.add_argument("--windows", type=int, default=3)
     options = parsed(parser)
     with GgufFile.open(options.model) as source:
-        with LlamaServer(options.model, n_ctx=WINDOW, threads=1) as server:
+        with LlamaServer(Launch(options.model, n_ctx=WINDOW, threads=1)) as server:
             fitting = fitting_windows(server, source, options.calibrate, 4096)
             windows = fitting_windows(server, source, options.text, WINDOW * options.windows)
         importance = importance_matrix(source, fitting, threads=options.threads).vectors()

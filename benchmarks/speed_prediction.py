@@ -30,6 +30,7 @@ from pathlib import Path
 
 from bitladder.describe.machine import Machine
 from bitladder.describe.rates import PoolRates
+from bitladder.engines.base import Launch
 from bitladder.engines.llama import LlamaServer
 from bitladder.files.gguf import GgufFile, read_header
 from bitladder.files.probe import probe_machine
@@ -60,7 +61,7 @@ class Run:
 
 
 def run_file(run: Run, prompts: Sequence[int], threads: int) -> None:
-    with LlamaServer(run.path, n_ctx=max(prompts) + 2 * DECODED, threads=threads, n_gpu_layers=0) as server:
+    with LlamaServer(Launch(run.path, n_ctx=max(prompts) + 2 * DECODED, threads=threads, n_gpu_layers=0)) as server:
         server.time_tokens([TOKEN] * 8, max_tokens=2)  # touches every page once, as a server that has answered before
         for prompt in prompts:
             timings = server.time_tokens([TOKEN + n % 500 for n in range(prompt)], max_tokens=DECODED)

@@ -34,7 +34,7 @@ class Engine:
 @pytest.fixture
 def ask(monkeypatch):
     """Ask the level once, with one speed to be measured; tells the level's speed, and the journal."""
-    monkeypatch.setattr("bitladder.engines.llama.LlamaServer", lambda *_, **__: nullcontext(Engine()))
+    monkeypatch.setattr("bitladder.engines.registry.start", lambda _: nullcontext(Engine()))
 
     def ask(speed):
         monkeypatch.setattr("bitladder.stages.evaluate.measure_speed", lambda _: speed)

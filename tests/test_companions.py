@@ -39,11 +39,12 @@ def test_a_folders_files_are_copied_without_its_weights(tmp_path):
 def test_a_made_tokenizer_splits_as_the_engine_does(demo_gguf, tmp_path):
     from tokenizers import Tokenizer
 
-    from bitladder.engines.llama import LlamaServer
+    from bitladder.engines.base import Launch
+    from bitladder.engines.registry import start
 
     found = companions_of_gguf(demo_gguf, pre="smollm", tied=True)
     tokenizer = Tokenizer.from_str(found.files["tokenizer.json"].decode())
-    with LlamaServer(demo_gguf, n_ctx=64, threads=1) as engine:
+    with start(Launch(demo_gguf, n_ctx=64, threads=1)) as engine:
         ids = {text: list(engine.tokenize(text, add_special=True)) for text in TEXTS}
     with GgufFile.open(demo_gguf) as source:
         template = source.metadata["tokenizer.chat_template"]

@@ -8,8 +8,9 @@ import pytest
 
 from bitladder.describe.workload import Criterion, Input, Workload
 from bitladder.engines.base import Completion
-from bitladder.engines.endpoint import Endpoint, EndpointSettings, endpoint_at, same_model
+from bitladder.engines.endpoint import Endpoint, EndpointSettings, endpoint_at
 from bitladder.engines.judge import Judge, judge_error
+from bitladder.engines.names import same_model
 from bitladder.errors import EngineGone, EngineReply, EngineTimeout, UsageError, WrongModel
 
 KEY = "sk-a-very-secret-key"

@@ -134,7 +134,8 @@ def test_a_key_that_is_missing_is_told_before_anything_starts(tmp_path):
 
 def test_llama_swap_starts_the_engine_with_what_it_writes(tmp_path):
     """The engine in the wheel is given the values of the command line that llama-swap would run."""
-    from bitladder.engines.llama_process import LlamaProcess, LlamaSettings
+    from bitladder.engines.base import Launch
+    from bitladder.engines.registry import prepare
 
     write_tiny(tmp_path / "a b" / "tiny.gguf")
     text = exported(tmp_path, "--quality", "a b/tiny.gguf", "--to", "llama-swap")
@@ -142,8 +143,8 @@ def test_llama_swap_starts_the_engine_with_what_it_writes(tmp_path):
     words = shlex.split(model["cmd"])
     told = dict(zip(words[1::2], words[2::2], strict=True))
     slots = int(told["--parallel"])
-    engine = LlamaProcess(
-        LlamaSettings(
+    engine = prepare(
+        Launch(
             path=told["--model"], n_ctx=int(told["--ctx-size"]) // slots, n_parallel=slots,
             threads=int(told["--threads"]), alias=told["--alias"],
         )

@@ -13,9 +13,9 @@ import psutil
 import pytest
 
 from bitladder.describe.workload import Input
+from bitladder.engines.base import Launch
 from bitladder.engines.chat_api import Timeouts
-from bitladder.engines.llama import LlamaServer
-from bitladder.engines.llama_process import LlamaProcess, LlamaSettings
+from bitladder.engines.llama import LlamaServer, LlamaSettings
 from bitladder.errors import BadInput, EngineError, EngineGone, EngineReply, EngineTimeout
 from bitladder.files.workloads import load_workload
 from bitladder.stages import evaluate
@@ -30,7 +30,7 @@ STORY = [{"role": "user", "content": "Tell a long story about a sailor."}]
 
 @pytest.fixture(scope="module")
 def server(demo_gguf):
-    with LlamaServer(demo_gguf, n_ctx=512, n_parallel=2, threads=1) as running:
+    with LlamaServer(Launch(demo_gguf, n_ctx=512, n_parallel=2, threads=1)) as running:
         yield running
 
 
@@ -89,7 +89,7 @@ def test_a_prompt_longer_than_the_context_is_an_error_and_not_the_end(server):
 
 
 def test_dying_in_the_middle_of_an_answer(demo_gguf):
-    with LlamaServer(demo_gguf, n_ctx=2048, threads=1) as running:
+    with LlamaServer(Launch(demo_gguf, n_ctx=2048, threads=1)) as running:
         killer = threading.Timer(0.5, os.kill, (running.process.pid, signal.SIGKILL))
         killer.start()
         with pytest.raises(EngineGone) as caught:
@@ -102,7 +102,7 @@ def test_dying_in_the_middle_of_an_answer(demo_gguf):
 
 
 def test_a_stall_is_noticed(demo_gguf):
-    with LlamaServer(demo_gguf, n_ctx=512, threads=1, timeouts=Timeouts(stall_s=1.0)) as running:
+    with LlamaServer(Launch(demo_gguf, n_ctx=512, threads=1), timeouts=Timeouts(stall_s=1.0)) as running:
         os.kill(running.process.pid, signal.SIGSTOP)
         try:
             with pytest.raises(EngineTimeout, match="nothing in time while waiting for its reply"):
@@ -115,7 +115,7 @@ def test_a_file_that_is_no_model(tmp_path):
     path = tmp_path / "bad.gguf"
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", 99, 0, 0))
     with pytest.raises(EngineGone) as caught:
-        LlamaServer(path).start()
+        LlamaServer(Launch(path)).start()
     assert caught.match("The engine for 'bad' ended with exit code 1")
     assert "failed to read header" in caught.value.means
 
@@ -125,11 +125,11 @@ def test_a_truncated_model(tmp_path, demo_gguf):
     with demo_gguf.open("rb") as file:
         path.write_bytes(file.read(5_000_000))
     with pytest.raises(EngineGone, match="ended with exit code 1"):
-        LlamaServer(path).start()
+        LlamaServer(Launch(path)).start()
 
 
 def test_too_little_time_to_load(demo_gguf):
-    process = LlamaProcess(LlamaSettings(str(demo_gguf)))
+    process = LlamaServer(Launch(demo_gguf))
     with pytest.raises(EngineTimeout, match="did not load"):
         process.start(timeout_s=0.01)
     assert process.poll() is not None  # stopped, not left behind
@@ -137,20 +137,20 @@ def test_too_little_time_to_load(demo_gguf):
 
 def test_arguments_that_cannot_be():
     with pytest.raises(BadInput, match=r"There is no file '/nowhere/x.gguf'"):
-        LlamaServer("/nowhere/x.gguf").start()
+        LlamaServer(Launch("/nowhere/x.gguf")).start()
     with pytest.raises(BadInput, match=r"The n_parallel of an engine must be at least 1\. Got 0 instead"):
         LlamaSettings("x", n_parallel=0)
     with pytest.raises(BadInput, match=r"cache_type_k of an engine must be one of .*q8_0.* Got 'q9' instead"):
         LlamaSettings("x", cache_type_k="q9")
     with pytest.raises(EngineError, match="not running"):
-        LlamaServer("x").tokenize("before it was started")
+        LlamaServer(Launch("x")).tokenize("before it was started")
 
 
 def test_it_dies_with_us(demo_gguf):
     """The parent is killed without a chance to clean up."""
     script = (
-        "import sys, time; from bitladder.engines.llama import LlamaServer\n"
-        "server = LlamaServer(sys.argv[1], n_ctx=64, threads=1).start()\n"
+        "import sys, time; from bitladder.engines.base import Launch; from bitladder.engines.registry import start\n"
+        "server = start(Launch(sys.argv[1], n_ctx=64, threads=1))\n"
         "print(server.process.pid, flush=True); time.sleep(60)\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", script, str(demo_gguf)], stdout=subprocess.PIPE, text=True)
@@ -166,7 +166,7 @@ def test_it_dies_with_us(demo_gguf):
 
 
 def test_closing_twice_does_no_harm(demo_gguf):
-    running = LlamaServer(demo_gguf, n_ctx=64, threads=1).start()
+    running = LlamaServer(Launch(demo_gguf, n_ctx=64, threads=1)).start()
     pid = running.process.pid
     running.close()
     running.close()

@@ -12,7 +12,7 @@ import httpx
 import psutil
 import pytest
 
-from bitladder.engines.llama_process import LlamaProcess, LlamaSettings
+from bitladder.engines.llama import LlamaServer, LlamaSettings
 from bitladder.engines.llama_program import LEAST_BUILD, LlamaProgram, chosen_program, find_program
 from bitladder.errors import BadInput, EngineGone
 from bitladder.serve.app import build_app
@@ -128,9 +128,9 @@ def test_it_gets_what_the_built_in_engine_gets_and_no_flag_it_does_not_know(sett
 
 
 def test_it_runs_is_asked_and_ends(tmp_path, settings):
-    process = LlamaProcess(settings, find_program(str(program_at(tmp_path))))
+    process = LlamaServer(settings, find_program(str(program_at(tmp_path))))
     process.start(20)
-    assert process.engine == "llama-server 11434"
+    assert str(process.identity) == "llama-server 11434"
     assert "--alias" in httpx.get(f"{process.base_url}/health", trust_env=False).json()
     server = psutil.Process(process.pid).children()[0]
     process.stop()
@@ -158,9 +158,9 @@ def test_the_gateway_serves_with_it(tmp_path, settings):
 
 def test_how_it_ended_is_told(tmp_path, settings):
     with pytest.raises(EngineGone, match="exit code 1") as gone:
-        LlamaProcess(settings, find_program(str(program_at(tmp_path, dies=True)))).start(20)
+        LlamaServer(settings, find_program(str(program_at(tmp_path, dies=True)))).start(20)
     assert "no such model architecture" in gone.value.means
-    process = LlamaProcess(settings, find_program(str(program_at(tmp_path))))
+    process = LlamaServer(settings, find_program(str(program_at(tmp_path))))
     process.start(20)
     psutil.Process(process.pid).children()[0].kill()
     death = process.death(wait_s=10)
@@ -173,9 +173,9 @@ def test_it_outlives_neither_its_keeper_nor_us(tmp_path, settings, number):
     program = program_at(tmp_path)
     code = (
         "import sys, time\n"
-        "from bitladder.engines.llama_process import LlamaProcess, LlamaSettings\n"
+        "from bitladder.engines.llama import LlamaServer, LlamaSettings\n"
         "from bitladder.engines.llama_program import find_program\n"
-        "process = LlamaProcess(LlamaSettings(sys.argv[1]), find_program(sys.argv[2]))\n"
+        "process = LlamaServer(LlamaSettings(sys.argv[1]), find_program(sys.argv[2]))\n"
         "process.start(20)\n"
         "print(process.pid, flush=True)\n"
         "time.sleep(60)\n"
@@ -200,7 +200,7 @@ def test_a_real_one_answers_like_the_built_in_engine(demo_gguf):
     asked = {"messages": [{"role": "user", "content": "Name three colours."}], "max_tokens": 8, "temperature": 0}
     said = []
     for program in (None, find_program()):
-        process = LlamaProcess(LlamaSettings(str(demo_gguf), n_ctx=512, threads=1, alias="demo"), program)
+        process = LlamaServer(LlamaSettings(str(demo_gguf), n_ctx=512, threads=1, alias="demo"), program)
         process.start()
         try:
             url = f"{process.base_url}/v1/chat/completions"

@@ -5,6 +5,7 @@ import pytest
 from bitladder.describe.machine import Machine
 from bitladder.describe.rates import MeasuredMachine, PoolRates
 from bitladder.describe.shapes import Shape
+from bitladder.engines.base import Identity, Launch
 from bitladder.errors import BadFile
 from bitladder.files import measured
 from bitladder.files.gguf import read_header
@@ -28,10 +29,9 @@ TRUE = {
 class FakeServer:
     """An engine that takes exactly as long as the model of speed says."""
 
-    def __init__(self, path, **_):
-        self.model = read_header(path)
-        self.process = self
-        self.engine = "fake 1"
+    def __init__(self, launch):
+        self.model = read_header(launch.path)
+        self.identity = Identity("fake", "1")
 
     def __enter__(self):
         return self
@@ -87,7 +87,7 @@ def test_what_was_measured_predicts_a_model_that_was_not(tmp_path):
         model = read_header(path)
         level = LevelBytes(qtype, parts_of([t for t in model.tensors if t.name.startswith("blk.")]))
         shares = shares_of(model, level, place(model, level, MACHINE, Wish(2048)), rates)
-        engine = FakeServer(path)
+        engine = FakeServer(Launch(path))
         for count in (64, 512):
             took = engine.time_tokens([1] * count, max_tokens=24)
             token = took["predicted_ms"] / 1e3 / 23
@@ -103,10 +103,10 @@ def test_rows_never_cost_less_than_nothing():
 
 @pytest.mark.model
 def test_a_hollow_model_runs_in_the_engine(tmp_path):
-    from bitladder.engines.llama import LlamaServer
+    from bitladder.engines.registry import start
 
     write_hollow(tmp_path / "h.gguf", stage._THIN, "Q4_0")
-    with LlamaServer(tmp_path / "h.gguf", n_ctx=256, threads=2) as server:
+    with start(Launch(tmp_path / "h.gguf", n_ctx=256, threads=2)) as server:
         timings = server.time_tokens([40] * 8, max_tokens=4)
     assert timings["predicted_n"] == 4
     assert timings["prompt_ms"] > 0

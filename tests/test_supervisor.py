@@ -8,6 +8,7 @@ import httpx
 import pytest
 from aiohttp import web
 
+from bitladder.engines.base import Identity
 from bitladder.errors import EngineError
 from bitladder.serve.app import build_app
 from bitladder.serve.backends import UpstreamFailed
@@ -23,7 +24,7 @@ class FakeProcess:
 
     def __init__(self, base_url: str = "http://127.0.0.1:9", *, fail: bool = False) -> None:
         self.base_url = base_url
-        self.engine = "fake 1"
+        self.identity = Identity("fake", "1")
         self.fail = fail
         self.code: int | None = None
         self.stopped = 0

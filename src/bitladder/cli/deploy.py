@@ -353,15 +353,16 @@ def _engine(what: str, threads: int, keys: Keys) -> Engine:
     from dataclasses import replace
 
     from bitladder.engines.address import is_address
+    from bitladder.engines.base import Launch
     from bitladder.engines.endpoint import connected
-    from bitladder.engines.llama import LlamaServer
+    from bitladder.engines.registry import start
     from bitladder.files.gguf import read_header
     from bitladder.stages.plan import usable_context
 
     if is_address(what):
         return connected(replace(endpoint_named(what, keys[0], key_files=keys[1]), logprobs=True))
     path = Path(what)
-    return LlamaServer(path, n_ctx=usable_context(read_header(path), None), threads=threads).start()
+    return start(Launch(path, n_ctx=usable_context(read_header(path), None), threads=threads))
 
 
 def _show(found: Comparison) -> None:

@@ -1,15 +1,20 @@
-"""What every engine under test promises: a chat in, a completion out, errors in our words.
+"""The contract of engines. Stages, steps and the gateway see only this.
 
-An engine is whatever runs a model behind a chat API: llama.cpp in a child process (``engines.llama``) or any
-OpenAI-compatible endpoint (``engines.endpoint``). Stages see only this contract, so a fake is a class with
-two methods.
+An `Engine` is whatever runs a model behind a chat API: an OpenAI-compatible endpoint of somebody else
+(``engines.endpoint``), or an engine of our own. One of our own is started from a `Launch` (a file or folder, and how to
+run it) and is `Running` then: an address that a gateway can pass requests to, and beside the chat its tokenizer, its
+clock, who it is, and how it ends. An `EngineKind` makes one of the other; ``engines.registry`` lists them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self, runtime_checkable
+
+from bitladder.errors import BadInput, EngineError
 
 Message = Mapping[str, Any]
 """One chat message: ``{"role": "system" | "user" | "assistant", "content": "..."}``."""
@@ -86,4 +91,166 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Let the engine go. Calling it twice does no harm."""
+        ...
+
+
+class Unsupported(EngineError):
+    """This engine has no such service: no tokenizer that can be asked, or no clock of its own."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What an engine of our own is given: a model, and how to run it."""
+
+    path: str | Path
+    """A GGUF file, or a checkpoint folder."""
+    n_ctx: int = 4096
+    """Tokens of context *of one request*."""
+    n_parallel: int = 1
+    """Requests computed together."""
+    threads: int = 2
+    n_gpu_layers: int = -1
+    """Layers kept on the GPU: -1 as many as fit, 0 none. Without a GPU it has no effect."""
+    alias: str = ""
+    """The name it answers to; empty: the file's name without ``.gguf``."""
+    api_key: str = field(default="", repr=False)
+    """What requests must carry; without one the engine answers any web page in a browser on this machine."""
+    host: str = "127.0.0.1"
+    port: int = 0
+    """0: any free one."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("n_ctx", 16), ("n_parallel", 1), ("threads", 1)):
+            if getattr(self, name) < least:
+                raise BadInput(f"The {name} of an engine must be at least {least}. Got {getattr(self, name)} instead.")
+
+    @property
+    def model_name(self) -> str:
+        """The name the engine answers to."""
+        return self.alias or Path(self.path).name.removesuffix(".gguf")
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Who answers: part of the key of all evidence that an engine gave."""
+
+    engine: str
+    version: str
+    model: str = ""
+    """The name it answers to; empty before a model is named."""
+
+    def __str__(self) -> str:
+        return f"{self.engine} {self.version}"
+
+
+@runtime_checkable
+class Running(Engine, Protocol):
+    """An engine of our own, and a context manager that starts it and ends it.
+
+    Over HTTP it answers ``GET /health`` with 200 once it can be asked, and speaks OpenAI's API under ``/v1``.
+    ``engines.served.ServedEngine`` does all of this for a server that is started by a command.
+    """
+
+    @property
+    def launch(self) -> Launch:
+        """What it was given."""
+        ...
+
+    @property
+    def identity(self) -> Identity:
+        """Who answers."""
+        ...
+
+    @property
+    def base_url(self) -> str:
+        """``http://host:port`` once started."""
+        ...
+
+    @property
+    def load_seconds(self) -> float:
+        """From starting to answering; NaN before."""
+        ...
+
+    def start(self) -> Self:
+        """Start it and wait until it answers; blocks. `stop` from another thread breaks it off.
+
+        Raises:
+            BadInput: there is no such file or folder.
+            EngineError: it did not start; the message carries its last words.
+        """
+        ...
+
+    def poll(self) -> int | None:
+        """None while it runs, otherwise its exit code (negative: the signal that ended it)."""
+        ...
+
+    def stop(self, grace_s: float = 5.0) -> None:
+        """End it, by force after ``grace_s``; blocks. Calling it twice does no harm."""
+        ...
+
+    def last_log(self, lines: int = 8) -> str:
+        """The engine's last words."""
+        ...
+
+    def tokenize(self, text: str, add_special: bool = False) -> list[int]:
+        """Token ids. ``add_special`` adds BOS and EOS where the model wants them.
+
+        Raises:
+            Unsupported: the engine cannot be asked for them.
+            EngineError: it died, stalled or answered nonsense.
+        """
+        ...
+
+    def time_tokens(self, tokens: Sequence[int], *, max_tokens: int) -> Mapping[str, float]:
+        """Compute a prompt anew and decode exactly ``max_tokens`` after it, on the engine's own clock.
+
+        Returns ``prompt_n``, ``prompt_ms``, ``predicted_n``, ``predicted_ms``: tokens, and milliseconds.
+
+        Raises:
+            Unsupported: it has no clock of its own.
+            EngineError: it died, stalled or answered nonsense.
+        """
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+class Continuing(Protocol):
+    """An engine that goes on from tokens, which comparing answers token by token needs."""
+
+    def tokenize(self, text: str, add_special: bool = False) -> list[int]:
+        """As of `Running`."""
+        ...
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """The prompt that the model's own chat template makes of a chat."""
+        ...
+
+    def continue_tokens(self, tokens: Sequence[int], *, max_tokens: int, top: int = 2) -> list[TokenChoice]:
+        """Greedy continuation of a prompt given as token ids, with the ``top`` most likely tokens at each place."""
+        ...
+
+
+class EngineKind(Protocol):
+    """A program that runs models, installed or not."""
+
+    @property
+    def name(self) -> str:
+        """What users call it."""
+        ...
+
+    def missing(self) -> str:
+        """Empty where it can run here, else what to do about it, as a sentence."""
+        ...
+
+    def identity(self) -> Identity:
+        """Engine and version, without starting it: stored evidence is looked up by them."""
+        ...
+
+    def prepare(self, launch: Launch) -> Running:
+        """The engine for a model, not yet started."""
         ...

@@ -35,6 +35,7 @@ from bitladder.engines.chat_api import (
     status_error,
     translated,
 )
+from bitladder.engines.names import same_model
 from bitladder.errors import BadInput, EngineError, EngineGone, EngineReply, EngineTimeout, UsageError, WrongModel
 
 _TRY_AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
@@ -352,20 +353,6 @@ class Endpoint:
                 setattr(error, part, getattr(error, part).replace(self._key, "[key]"))
             error.args = (error.found,)
         return error
-
-
-def same_model(wanted: str, served: str) -> bool:
-    """Whether a served name is the wanted one: equal, a dated version (``name-2026-01-31``), or ``name:latest``.
-
-    Vendors' prefixes (``org/name``) and a file's ``.gguf`` do not count.
-    """
-    short = [name.lower().rsplit("/", 1)[-1].removesuffix(".gguf") for name in (wanted, served)]
-    if short[0] == short[1]:
-        return True
-    if not short[1].startswith(short[0]):
-        return False
-    rest = short[1][len(short[0]) :]
-    return rest == ":latest" or (rest[0] == "-" and rest[1:].replace("-", "").isdigit())
 
 
 def _wait_before(error: EngineError, attempt: int) -> float | None:

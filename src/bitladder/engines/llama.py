@@ -1,97 +1,110 @@
-"""llama.cpp under test: its server in a child process, spoken to over its own API."""
+"""llama.cpp: its server in a child process, built in or installed, spoken to over its own API."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
 
-import httpx
+from bitladder.engines.base import Completion, Identity, Launch, Message, TokenChoice
+from bitladder.engines.chat_api import ChatRequest, Timeouts
+from bitladder.engines.served import ServedEngine
+from bitladder.errors import BadInput
+from bitladder.files.engine_package import ENGINE, engine_version
 
-from bitladder.engines.base import Completion, Message, TokenChoice
-from bitladder.engines.chat_api import ChatRequest, Timeouts, chat, parse_json, status_error, translated
-from bitladder.engines.llama_process import LlamaProcess, LlamaSettings
-from bitladder.errors import EngineError, EngineReply
+if TYPE_CHECKING:
+    from bitladder.engines.llama_program import LlamaProgram
+
+CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+KEY_VARIABLE = "LLAMA_API_KEY"
+"""Where llama.cpp's server looks for its key."""
 
 
-class LlamaServer:
+@dataclass(frozen=True)
+class LlamaSettings(Launch):
+    """A launch with what only llama.cpp can be told. It divides its context among its slots: the engine is given
+    ``n_ctx * n_parallel`` in all.
+    """
+
+    n_batch: int = 512
+    """Tokens of a prompt computed in one go."""
+    cache_type_k: str = "f16"
+    cache_type_v: str = "f16"
+    prompt_cache_mib: int = 0
+    """Memory for prompts that left their slot. llama.cpp's own default is 8 GiB, which no plan has counted."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.n_batch < 1:
+            raise BadInput(f"The n_batch of an engine must be at least 1. Got {self.n_batch} instead.")
+        for name in ("cache_type_k", "cache_type_v"):
+            if getattr(self, name) not in CACHE_TYPES:
+                allowed = ", ".join(CACHE_TYPES)
+                raise BadInput(
+                    f"The {name} of an engine must be one of {allowed}. Got '{getattr(self, name)}' instead."
+                )
+
+
+@dataclass(frozen=True)
+class BuiltIn:
+    """The llama.cpp that comes with Bitladder, as an ``engines.base.EngineKind``."""
+
+    name = "built-in"
+
+    def missing(self) -> str:
+        """Empty where the wheel is installed."""
+        return "" if engine_version() else f"Install it: pip install {ENGINE}"
+
+    def identity(self) -> Identity:
+        """The package and its whole version."""
+        return Identity(ENGINE, metadata.version(ENGINE))
+
+    def prepare(self, launch: Launch) -> LlamaServer:
+        """The engine for a GGUF file, not yet started."""
+        return LlamaServer(launch)
+
+
+class LlamaServer(ServedEngine):
     """One GGUF file in llama.cpp, as a context manager::
 
-        with LlamaServer(path, n_ctx=2048, n_parallel=4, threads=8) as server:
+        with LlamaServer(Launch(path, n_ctx=2048, n_parallel=4, threads=8)) as server:
             server.chat([{"role": "user", "content": "Hello"}], max_tokens=32).text
 
-    ``n_ctx`` is what one request may use; ``n_parallel`` requests are computed together. Methods may be
-    called from several threads at once. A crash of the engine is an EngineError with the engine's last words,
-    never our end.
+    ``program``: an installed ``llama-server`` to run instead of the built-in engine.
     """
 
     def __init__(
-        self,
-        path: str | Path,
-        *,
-        n_ctx: int = 4096,
-        n_parallel: int = 1,
-        threads: int = 2,
-        n_gpu_layers: int = -1,
-        cache_type_k: str = "f16",
-        cache_type_v: str = "f16",
-        timeouts: Timeouts | None = None,
-        start_timeout_s: float = 600.0,
+        self, launch: Launch, program: LlamaProgram | None = None, *, timeouts: Timeouts | None = None
     ) -> None:
-        settings = LlamaSettings(
-            path=str(path),
-            n_ctx=n_ctx,
-            n_parallel=n_parallel,
-            threads=threads,
-            n_gpu_layers=n_gpu_layers,
-            cache_type_k=cache_type_k,
-            cache_type_v=cache_type_v,
-        )
-        self.process = LlamaProcess(settings)
-        self.name = settings.model_name
-        self.parallel = n_parallel
-        self._timeouts = timeouts or Timeouts(stall_s=1800.0)
-        self._start_timeout_s = start_timeout_s
-        self._client: httpx.Client | None = None
+        identity = program.identity() if program else BuiltIn().identity()
+        super().__init__(launch, identity, timeouts=timeouts)
+        self.settings = launch if isinstance(launch, LlamaSettings) else LlamaSettings(**vars(launch))
+        self._program = program
 
-    @property
-    def settings(self) -> LlamaSettings:
-        """How it runs."""
-        return self.process.settings
+    def command(self, port: int) -> Sequence[str]:
+        """What starts the installed program."""
+        assert self._program is not None
+        return self._program.command(self.settings, port)
 
-    @property
-    def base_url(self) -> str:
-        """``http://127.0.0.1:PORT``; the OpenAI-compatible API is under ``/v1``."""
-        return self.process.base_url
+    def environment(self) -> dict[str, str | None]:
+        """Its key: not on the command line, where others can read it."""
+        return {KEY_VARIABLE: self.launch.api_key or None}
 
-    def start(self) -> Self:
-        """Start the engine; ``with`` does it by itself.
-
-        Raises:
-            BadInput: there is no such file.
-            EngineError: the engine did not start; the message carries its last words.
-        """
-        self.process.start(self._start_timeout_s)
-        # No proxies from the environment: the engine is on this machine.
-        limits = httpx.Limits(max_connections=self.parallel + 4, max_keepalive_connections=self.parallel + 4)
-        self._client = httpx.Client(trust_env=False, timeout=self._timeouts.for_httpx(), limits=limits)
-        return self
-
-    def close(self) -> None:
-        """End the engine."""
-        if self._client is not None:
-            self._client.close()
-            self._client = None
-        self.process.stop()
-
-    def __enter__(self) -> Self:
-        return self.start()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+    def _start_process(self, timeout_s: float) -> None:
+        if not Path(self.launch.path).is_file():
+            raise BadInput(f"There is no file '{self.launch.path}'.", do="Give the path of a GGUF file.")
+        if self._program is not None:
+            super()._start_process(timeout_s)
+            return
+        given = dataclasses.asdict(self.settings) | {"path": str(self.launch.path), "alias": self.name}
+        del given["api_key"]
+        command = ["bitladder.engines.llama_child", json.dumps(given)]
+        version = self.process.start(command, self.environment(), timeout_s=timeout_s)
+        self.identity = dataclasses.replace(self.identity, version=version)
 
     def tokenize(self, text: str, add_special: bool = False) -> list[int]:
         """Token ids. ``add_special`` adds BOS and EOS where the model wants them; ``<|im_end|>`` is a special token."""
@@ -133,10 +146,7 @@ class LlamaServer:
         if temperature == 0:
             extra["top_k"] = 1
         request = ChatRequest(self.name, messages, max_tokens, temperature, seed, logprobs, stop, False, extra)
-        try:
-            return chat(self._http(), f"{self.base_url}/v1/chat/completions", request)
-        except EngineError as error:
-            raise self._explained(error) from error
+        return self._chat(request)
 
     def continue_tokens(
         self, tokens: Sequence[int], *, max_tokens: int, top: int = 2, cache: bool = True
@@ -180,31 +190,3 @@ class LlamaServer:
         }
         timings: Mapping[str, float] = self._post("/completion", body)["timings"]
         return timings
-
-    def _post(self, path: str, body: Mapping[str, Any]) -> Any:
-        return self._request("POST", path, body)
-
-    def _request(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        url = f"{self.base_url}{path}"
-        try:
-            with translated(url):
-                response = self._http().request(method, url, json=body)
-            if response.status_code != httpx.codes.OK:
-                raise status_error(url, response)
-            reply = parse_json(url, response.text)
-            if not isinstance(reply, dict):
-                raise EngineReply(f"The engine at {url} answered with a {type(reply).__name__} instead of an object.")
-        except EngineError as error:
-            raise self._explained(error) from error
-        return reply
-
-    def _http(self) -> httpx.Client:
-        if self._client is None:
-            raise self.process.death() or EngineError("The engine is closed.", do="Use it inside its `with` block.")
-        return self._client
-
-    def _explained(self, error: EngineError) -> EngineError:
-        """If the engine has died, its last words say more than the broken connection does."""
-        if isinstance(error, EngineReply) and getattr(error, "status", None) is not None:
-            return error
-        return self.process.death(wait_s=2.0) or error

@@ -1,8 +1,8 @@
 """The child process: llama.cpp's server, and a watch on whoever started it.
 
 Run as ``python -m bitladder.engines.llama_child SETTINGS`` with the settings as JSON. When the model is
-loaded it prints one line of JSON with the address it listens on; everything else the engine says goes to
-stderr. It ends when its stdin closes or its parent changes, so that no server outlives the program that
+loaded it prints one line of JSON with the address it listens on and its version; everything else the engine says
+goes to stderr. It ends when its stdin closes or its parent changes, so that no server outlives the program that
 wanted it, however that program ended.
 """
 
@@ -79,7 +79,7 @@ def main() -> None:
         os._exit(1)
     _die_with_starting_thread(False)
     print(
-        json.dumps({"address": server.listening_address, "engine": f"xllamacpp {xllamacpp.__version__}"}),
+        json.dumps({"address": server.listening_address, "version": xllamacpp.__version__}),
         flush=True,
     )
     threading.Event().wait()

@@ -12,10 +12,11 @@ import subprocess
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from bitladder.engines.base import Identity, Launch
 from bitladder.errors import BadInput
 
 if TYPE_CHECKING:
-    from bitladder.engines.llama_process import LlamaSettings
+    from bitladder.engines.llama import LlamaServer, LlamaSettings
 
 NAME = "llama-server"
 LEAST_BUILD = 4600
@@ -33,7 +34,7 @@ _ASK_S = 30.0  # a build for GPUs looks for them first
 
 @dataclass(frozen=True)
 class LlamaProgram:
-    """A ``llama-server`` that was asked what it is."""
+    """A ``llama-server`` that was asked what it is; an ``engines.base.EngineKind``."""
 
     path: str
     build: int
@@ -44,12 +45,26 @@ class LlamaProgram:
     @property
     def name(self) -> str:
         """Engine and version, as evidence and the live view name them."""
-        return f"{NAME} {self.build or 'of an unknown build'}"
+        return str(self.identity())
+
+    def missing(self) -> str:
+        """Nothing: it was asked, and answered."""
+        return ""
+
+    def identity(self) -> Identity:
+        """Its name and build."""
+        return Identity(NAME, str(self.build or "of an unknown build"))
+
+    def prepare(self, launch: Launch) -> LlamaServer:
+        """The engine for a GGUF file, not yet started."""
+        from bitladder.engines.llama import LlamaServer
+
+        return LlamaServer(launch, self)
 
     def command(self, settings: LlamaSettings, port: int) -> list[str]:
         """What starts it with these settings; the same that the built-in engine gets."""
         pairs = {
-            "--model": settings.path,
+            "--model": str(settings.path),
             "--alias": settings.model_name,
             "--host": settings.host,
             "--port": port,

@@ -12,36 +12,43 @@ import secrets
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, replace
 
-from bitladder.engines.llama_program import LlamaProgram
+from bitladder.engines.base import EngineKind, Launch, Running
+from bitladder.engines.names import same_model
 from bitladder.errors import EngineError
 from bitladder.serve.backends import Complete, UpstreamFailed
 from bitladder.serve.connections import ConnectionPool, HttpBackend
 from bitladder.serve.gateway import Gateway
 from bitladder.serve.limits import Gate
 from bitladder.serve.metrics import Metrics
-from bitladder.serve.relay import same_model
 from bitladder.serve.router import QUALITY, SPEED
 from bitladder.serve.settings import ServeSettings, TierSpec
 from bitladder.serve.shadow import ShadowMode
-from bitladder.serve.supervisor import EngineProcess, Fingerprint, Supervisor, Turns
+from bitladder.serve.supervisor import Fingerprint, Supervisor, Turns
 from bitladder.serve.tiers import Tier
 from bitladder.serve.watch import Watchman
 from bitladder.units import human_bytes
 
 log = logging.getLogger("bitladder.serve")
 
-MakeEngine = Callable[[TierSpec, int], EngineProcess]
+MakeEngine = Callable[[TierSpec, int], Running]
 """``make(spec, threads)``: an engine for a file, not yet started."""
 
 
-def llama_engine(spec: TierSpec, threads: int, program: LlamaProgram | None = None) -> EngineProcess:
-    """llama.cpp in a child process: the built-in engine, or an installed ``llama-server``."""
-    from bitladder.engines.llama_process import LlamaProcess, LlamaSettings
+def own_engine(spec: TierSpec, threads: int, kind: EngineKind | None = None) -> Running:
+    """The engine of a tier, not yet started; ``kind``: what runs files; None, and for folders: what is registered."""
+    from bitladder.engines.registry import container_of, prepare
+    from bitladder.levels import Container
 
-    settings = LlamaSettings(
-        path=str(spec.path), n_ctx=spec.n_ctx, n_parallel=spec.slots, threads=threads, alias=spec.served_name
+    assert spec.path is not None
+    launch = Launch(
+        spec.path,
+        n_ctx=spec.n_ctx,
+        n_parallel=spec.slots,
+        threads=threads,
+        alias=spec.served_name,
+        api_key=spec.api_key,
     )
-    return LlamaProcess(settings, program, api_key=spec.api_key)
+    return prepare(launch, kind if container_of(spec.path) is Container.FILE else None)
 
 
 @dataclass
@@ -110,7 +117,7 @@ async def deployed(
                 spec,
                 settings=settings,
                 pool=pool,
-                make_engine=make_engine or functools.partial(llama_engine, program=settings.program),
+                make_engine=make_engine or functools.partial(own_engine, kind=settings.program),
                 turns=turns,
                 upstream=(upstreams or {}).get(spec.level),
             )

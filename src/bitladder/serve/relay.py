@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bitladder.engines import event_stream
+from bitladder.engines.names import same_model
 from bitladder.serve.backends import Reply, UpstreamFailed
 from bitladder.serve.escalation import is_sure, logprobs_of, score, without_logprobs
 from bitladder.serve.events import (
@@ -32,7 +33,6 @@ from bitladder.units import MiB
 
 MAX_DOCUMENT = 64 * MiB
 _MAX_EVENT = 4 * MiB
-_DATED = re.compile(r"-\d{4}-?\d{2}-?\d{2}|:latest")
 _EMPTY_DATA = re.compile(rb"(?:^|\n)data:?[ \t]*\r?\n")
 _MAX_MESSAGE, _MAX_CODE = 2000, 64
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
@@ -65,13 +65,6 @@ class Unsure:
     """The speed tier's answer did not reach the threshold; ``lowest`` is its score."""
 
     lowest: float
-
-
-def same_model(expected: str, told: str) -> bool:
-    """Whether a reply's model name is the one we count on: equal, or the same with a date or ``:latest``
-    added.
-    """
-    return told == expected or (told.startswith(expected) and bool(_DATED.fullmatch(told[len(expected) :])))
 
 
 def check_answer(document: dict[str, Any], expected: str) -> None:

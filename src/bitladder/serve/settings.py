@@ -8,7 +8,7 @@ from pathlib import Path
 from urllib.parse import quote, urlsplit
 
 from bitladder.engines.address import api_base
-from bitladder.engines.llama_program import LlamaProgram
+from bitladder.engines.base import EngineKind
 from bitladder.errors import UsageError
 from bitladder.records.level_file import Standing
 from bitladder.serve.router import AUTO, QUALITY, SPEED, AutoRule, Rule
@@ -21,7 +21,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 @dataclass(frozen=True)
 class TierSpec:
-    """One level, and what answers for it: a GGUF file that we run, or an endpoint that somebody else runs."""
+    """One level, and what answers for it: a file or folder that we run, or an endpoint that somebody else runs."""
 
     level: str
     """Its name on the ladder; also a model name that clients may ask for."""
@@ -177,8 +177,8 @@ class ServeSettings:
     timeouts: Timeouts = field(default_factory=Timeouts)
     drain_s: float = 30.0
     """On SIGTERM: how long running answers may take to finish."""
-    program: LlamaProgram | None = None
-    """An installed ``llama-server`` that runs the files; None for the built-in engine."""
+    program: EngineKind | None = None
+    """What runs the files, such as an installed ``llama-server``; None for the engine that measures."""
     run_json: Path | None = None
     """The run that this deployment comes from, for the page."""
     log_prompts: bool = False

@@ -10,8 +10,8 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Protocol
 
+from bitladder.engines.base import Running
 from bitladder.errors import BitladderError, EngineError
 from bitladder.serve.backends import UpstreamFailed
 from bitladder.serve.connections import ConnectionPool
@@ -23,33 +23,9 @@ _FIRST_BACKOFF_S, _LAST_BACKOFF_S = 0.25, 15.0
 _STEADY_S = 60.0  # running for so long forgives earlier deaths
 
 
-class EngineProcess(Protocol):
-    """What a supervisor needs of a process; `engines.llama_process.LlamaProcess` is one."""
-
-    base_url: str
-    engine: str
-    """Engine and version, once started."""
-
-    def start(self) -> None:
-        """Start and wait until it answers; blocks. Raises EngineError."""
-        ...
-
-    def poll(self) -> int | None:
-        """None while it runs, otherwise its exit code."""
-        ...
-
-    def stop(self, grace_s: float) -> None:
-        """End it, by force after ``grace_s``; blocks. Twice does no harm."""
-        ...
-
-    def last_log(self) -> str:
-        """The engine's last words."""
-        ...
-
-
 class Fingerprint:
-    """Size and time of a model file when it was hashed: a file swapped under a running gateway is not
-    served.
+    """Size and time of a model when it was hashed: a file swapped under a running gateway is not served, nor one in a
+    folder.
     """
 
     def __init__(self, path: Path) -> None:
@@ -57,8 +33,8 @@ class Fingerprint:
         self._seen = self._look()
 
     def _look(self) -> tuple[int, ...]:
-        stat = self._path.stat()
-        return stat.st_size, stat.st_mtime_ns, stat.st_ino
+        stats = [path.stat() for path in (self._path, *(sorted(self._path.iterdir()) if self._path.is_dir() else ()))]
+        return sum(stat.st_size for stat in stats), max(stat.st_mtime_ns for stat in stats), stats[0].st_ino
 
     def check(self) -> None:
         """Raise EngineError when the file is another one by now."""
@@ -80,7 +56,7 @@ class Supervisor:
     def __init__(
         self,
         name: str,
-        make: Callable[[], EngineProcess],
+        make: Callable[[], Running],
         pool: ConnectionPool,
         *,
         check_file: Callable[[], None] = lambda: None,
@@ -100,7 +76,7 @@ class Supervisor:
         self._every = health_every_s
         self._health_timeout_s = health_timeout_s
         self._misses = health_misses
-        self._process: EngineProcess | None = None
+        self._process: Running | None = None
         self._task: asyncio.Task[None] | None = None
         self._ready = asyncio.Event()
 
@@ -142,10 +118,10 @@ class Supervisor:
     async def _launch(self) -> None:
         self._check_file()
         self.state = "starting"
-        self._process = self._make()
         began = time.monotonic()
+        self._process = await asyncio.to_thread(self._make)  # an engine may have to be asked for its version
         await asyncio.to_thread(self._process.start)
-        self.state, self.engine = "ready", self._process.engine
+        self.state, self.engine = "ready", str(self._process.identity)
         self._ready.set()
         log.info(
             "engine ready",

@@ -19,8 +19,7 @@ import math
 from collections.abc import Sequence
 
 from bitladder.describe.workload import Input
-from bitladder.engines.base import TokenChoice
-from bitladder.engines.llama import LlamaServer
+from bitladder.engines.base import Continuing, TokenChoice
 from bitladder.errors import BadInput
 from bitladder.records.divergence import Departure, Divergence
 from bitladder.records.evaluation import Answer, AnswerToken
@@ -32,11 +31,11 @@ END = "<end>"
 _TOP = 5
 
 
-def diverge(engine: LlamaServer, one: Input, reference: Answer, *, most: int = MOST_DEPARTURES) -> Divergence:
+def diverge(engine: Continuing, one: Input, reference: Answer, *, most: int = MOST_DEPARTURES) -> Divergence:
     """Follow the reference's answer with the level that ``engine`` runs.
 
     Args:
-        engine: llama.cpp with the level's file; the tokenizer must be the reference's.
+        engine: runs the level's file; the tokenizer must be the reference's.
         one: the input.
         reference: the reference's answer, with its tokens and their likely alternatives.
         most: departures after which the search stops.

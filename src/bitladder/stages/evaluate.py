@@ -10,6 +10,7 @@ and neither of them runs at the speed that one user would see.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import statistics
@@ -21,8 +22,7 @@ import numpy as np
 from bitladder.describe.criteria import Context, judge
 from bitladder.describe.similarity import METRICS
 from bitladder.describe.workload import Input, Workload, question_hash
-from bitladder.engines.base import Completion, Engine
-from bitladder.engines.llama import LlamaServer
+from bitladder.engines.base import Completion, Engine, Running, Unsupported
 from bitladder.errors import EngineError, EngineReply, UsageError, WrongModel
 from bitladder.files.probe import OtherLoad
 from bitladder.progress import Progress, silent
@@ -183,20 +183,17 @@ def judge_answers(
 def measure_speed(engine: Engine) -> Speed:
     """Prefill and decode speed with one request at a time: medians over repeats after one that warms up.
 
-    llama.cpp reports its own clock for a prompt of 256 tokens computed anew and 64 tokens decoded after it.
-    Of other engines only the stream is seen: prefill then includes the network and the queue, and is a lower
-    bound.
+    An engine of our own with a clock reports a prompt of 256 tokens computed anew and 64 tokens decoded after it.
+    Of others only the stream is seen: prefill then includes the network and the queue, and is a lower bound.
     """
-    load_seconds = math.nan
     with OtherLoad() as others:
-        if isinstance(engine, LlamaServer):
-            load_seconds = engine.process.load_seconds
-            rates = [_llama_rates(engine, repeat) for repeat in range(REPEATS + 1)]
-        else:
-            rates = [_stream_rates(engine, repeat) for repeat in range(REPEATS + 1)]
+        rates = [_rates(engine, repeat) for repeat in range(REPEATS + 1)]
     prefill, decode = zip(*rates[1:], strict=True)
-    here = others.share if isinstance(engine, LlamaServer) else math.nan
-    return Speed(statistics.median(prefill), statistics.median(decode), load_seconds, here)
+    return Speed(
+        statistics.median(prefill),
+        statistics.median(decode),
+        *((engine.load_seconds, others.share) if isinstance(engine, Running) else (math.nan, math.nan)),
+    )
 
 
 def level_answers(level: str, answers: Sequence[Answer], speed: Speed) -> LevelAnswers:
@@ -322,9 +319,16 @@ _PROSE = (
 )
 
 
-def _llama_rates(engine: LlamaServer, repeat: int) -> tuple[float, float]:
+def _rates(engine: Engine, repeat: int) -> tuple[float, float]:
     """Prefill and decode rates of one request; ``repeat`` makes each prompt a new one, which no cache can serve."""
-    room = engine.settings.n_ctx - DECODE_TOKENS - 8
+    if isinstance(engine, Running):
+        with contextlib.suppress(Unsupported):
+            return _clock_rates(engine, repeat)
+    return _stream_rates(engine, repeat)
+
+
+def _clock_rates(engine: Running, repeat: int) -> tuple[float, float]:
+    room = engine.launch.n_ctx - DECODE_TOKENS - 8
     tokens = engine.tokenize(f"{repeat + 1}. " + _PROSE * 4, add_special=True)[: max(8, min(PREFILL_TOKENS, room))]
     timings = engine.time_tokens(tokens, max_tokens=min(DECODE_TOKENS, max(2, room)))
     if timings["prompt_ms"] <= 0 or timings["predicted_ms"] <= 0 or timings["predicted_n"] < 2:

@@ -15,6 +15,7 @@ from bitladder.describe.text import Document, text_hash
 from bitladder.describe.workload import Workload
 from bitladder.engines.endpoint import EndpointSettings
 from bitladder.formats.recipes import FILE_TYPES
+from bitladder.levels import Container
 from bitladder.records.decision import Decision
 from bitladder.records.evaluation import LevelAnswers
 from bitladder.records.level_file import LevelFile
@@ -141,16 +142,21 @@ def slots(workload: Workload, n_ctx: int) -> tuple[int, int]:
     return room, max(1, min(MOST_SLOTS, n_ctx // room))
 
 
-def engine_facts(*, n_ctx: int, n_parallel: int, threads: int) -> dict[str, Any]:
-    """The engine and its settings, part of the key of every answer and speed.
+def engine_facts(*, n_ctx: int, n_parallel: int, threads: int, container: Container = Container.FILE) -> dict[str, Any]:
+    """The engine that runs models stored so, and its settings: part of the key of every answer and speed.
 
     The processor is among them: it decides speed and, by the order of its sums, near ties.
+
+    Raises:
+        EngineError: no engine for such models is installed.
     """
+    from bitladder.engines.registry import engine_for
     from bitladder.files.probe import cpu_name
 
+    identity = engine_for(container).identity()
     return {
-        "engine": "xllamacpp",
-        "version": metadata.version("xllamacpp"),
+        "engine": identity.engine,
+        "version": identity.version,
         "n_ctx": n_ctx,
         "n_parallel": n_parallel,
         "threads": threads,

@@ -26,7 +26,8 @@ import numpy as np
 from bitladder.describe.machine import Machine
 from bitladder.describe.rates import MeasuredMachine, PoolRates
 from bitladder.describe.shapes import Shape
-from bitladder.engines.llama import LlamaServer
+from bitladder.engines.base import Launch, Running
+from bitladder.engines.registry import start
 from bitladder.files.hollow import N_VOCAB, write_hollow
 from bitladder.files.measured import machine_key
 from bitladder.formats.blocks import QTYPES
@@ -53,9 +54,9 @@ class _Timing:
 
 
 def measure_machine(
-    machine: Machine, *, threads: int = 0, engine: type[LlamaServer] = LlamaServer, progress: Progress = silent
+    machine: Machine, *, threads: int = 0, engine: Callable[[Launch], Running] = start, progress: Progress = silent
 ) -> MeasuredMachine:
-    """Measure; ``threads`` 0 means every core. ``engine`` is what runs the stand-in models.
+    """Measure; ``threads`` 0 means every core. ``engine`` starts what runs the stand-in models.
 
     Raises:
         EngineError: the engine did not run.
@@ -86,7 +87,9 @@ def measure_machine(
 class _Timer:
     """Runs hollow models in the engine and times them."""
 
-    def __init__(self, folder: Path, threads: int, steps: int, server: type[LlamaServer], progress: Progress) -> None:
+    def __init__(
+        self, folder: Path, threads: int, steps: int, server: Callable[[Launch], Running], progress: Progress
+    ) -> None:
         self.folder, self.threads, self.steps = folder, threads, steps
         self.server, self.progress = server, progress
         self.done = 0
@@ -100,12 +103,12 @@ class _Timer:
         path = self.folder / "hollow.gguf"
         write_hollow(path, shape, qtype)
         taken: dict[int, list[_Timing]] = {prompt: [] for prompt in prompts}
-        with self.server(path, n_ctx=1024, threads=self.threads, n_gpu_layers=0) as server:
+        with self.server(Launch(path, n_ctx=1024, threads=self.threads, n_gpu_layers=0)) as server:
             for _ in range(_REPEATS):
                 for prompt in prompts:
                     decoded = 2 if prompt == _PROMPT else _DECODED  # that one is for its own time alone
                     taken[prompt].append(_timing(server.time_tokens([_TOKEN] * prompt, max_tokens=decoded)))
-            self.engine = server.process.engine
+            self.engine = str(server.identity)
         path.unlink()
         self.done += 1
         best = {

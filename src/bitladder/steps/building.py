@@ -315,10 +315,11 @@ def _keep(source: GgufFile, documents: Sequence[Document], matrix: ImportanceMat
 def _prompts(source: GgufFile, documents: Sequence[Document]) -> dict[str, list[int]]:
     """Texts that a written tokenizer must read as the source's engine does: the starter workload's, and the beginning
     of every calibration text."""
-    from bitladder.engines.llama import LlamaServer
+    from bitladder.engines.base import Launch
+    from bitladder.engines.registry import start
     from bitladder.files.workloads import STARTER, load_workload
 
     asked = [str(message["content"]) for one in load_workload(STARTER).inputs for message in one.messages]
     prompts = [*asked, *(document.text[:_PROMPT_CHARACTERS] for document in documents)]
-    with LlamaServer(source.path, n_ctx=64, threads=1) as engine:
+    with start(Launch(source.path, n_ctx=64, threads=1)) as engine:
         return {prompt: list(engine.tokenize(prompt, add_special=True)) for prompt in dict.fromkeys(prompts)}

@@ -28,10 +28,11 @@ NONE = "none"
 
 def token_windows(source: GgufFile, texts: Sequence[Document]) -> list[Window]:
     """Windows by the engine's own tokenizer, so that tokens are those that users get; nothing is computed there."""
-    from bitladder.engines.llama import LlamaServer
+    from bitladder.engines.base import Launch
+    from bitladder.engines.registry import start
     from bitladder.stages.walk import text_windows
 
-    with LlamaServer(source.path, n_ctx=64, threads=1) as engine:
+    with start(Launch(source.path, n_ctx=64, threads=1)) as engine:
         return text_windows(texts, lambda text: engine.tokenize(text, add_special=True), source.model)
 
 

@@ -291,12 +291,13 @@ def answers(
     A speed that other programs disturbed is measured again.
     """
     from bitladder.describe.workload import questions_of
-    from bitladder.engines.llama import LlamaServer
+    from bitladder.engines.base import Launch
+    from bitladder.engines.registry import container_of, start
     from bitladder.stages.evaluate import answer_workload, measure_speed
     from bitladder.stages.facts import engine_facts, slots
 
     room, parallel = slots(workload, n_ctx)
-    engine = engine_facts(n_ctx=room, n_parallel=parallel, threads=threads)
+    engine = engine_facts(n_ctx=room, n_parallel=parallel, threads=threads, container=container_of(path))
     questions = questions_of(workload)
     known = recorded.answers(subject, questions, engine)
     speed = recorded.speed(subject, engine)
@@ -311,7 +312,7 @@ def answers(
         known[answer.question] = answer
         tell(progress, LevelNews(subject.level, answered=len(known), inputs=len(questions)))
 
-    with LlamaServer(path, n_ctx=room, n_parallel=parallel, threads=threads) as server:
+    with start(Launch(path, n_ctx=room, n_parallel=parallel, threads=threads)) as server:
         found = answer_workload(server, workload, known=dict(known), on_answer=keep)
         if speed is None:
             speed = measure_speed(server)

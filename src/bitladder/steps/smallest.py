@@ -61,7 +61,8 @@ def find_smallest(search: Search, progress: Progress, *, say: Say = lambda _: No
         NothingFits: no level fits this machine.
         BitladderError: anything else a user can meet.
     """
-    from bitladder.engines.llama import LlamaServer
+    from bitladder.engines.base import Launch
+    from bitladder.engines.registry import start
     from bitladder.files.gguf import GgufFile
     from bitladder.files.sources import resolve
     from bitladder.files.workloads import STARTER, load_workload
@@ -115,7 +116,7 @@ def find_smallest(search: Search, progress: Progress, *, say: Say = lambda _: No
             )  # fmt: skip
             ((opened[level], file),) = identified(built, making, recorded, journal, progress).items()
             progress(f"workload: {level}", 0, 1)
-            with LlamaServer(file.path, n_ctx=room, n_parallel=parallel, threads=search.threads) as server:
+            with start(Launch(file.path, n_ctx=room, n_parallel=parallel, threads=search.threads)) as server:
                 yield server
 
         def known(level: str) -> dict[str, Answer]:

@@ -1,6 +1,6 @@
-"""The process between us and an installed ``llama-server``, which does not notice when we are gone.
+"""The process between us and an installed server (``llama-server``, ``vllm``), which does not notice when we are gone.
 
-Run as ``python -m bitladder.engines.llama_keeper COMMAND...``. It ends the server when its stdin closes or
+Run as ``python -m bitladder.engines.keeper COMMAND...``. It ends the server when its stdin closes or
 its parent changes, and ends the way the server ended, so that whoever started it sees how. When it is itself
 killed, Linux's parent-death signal ends the server; elsewhere the server would stay.
 """
@@ -16,6 +16,8 @@ import subprocess
 import sys
 import threading
 
+import psutil
+
 
 def _die_with_parent() -> None:
     pr_set_pdeathsig = 1
@@ -26,8 +28,18 @@ def _follow_parent(parent: int, server: subprocess.Popen[bytes]) -> None:
     while True:
         readable, _, _ = select.select([0], [], [], 1.0)
         if (readable and not os.read(0, 4096)) or os.getppid() != parent:
-            server.kill()
+            end_tree(server.pid)
             os._exit(0)
+
+
+def end_tree(pid: int) -> None:
+    """End a process and what it started: engines that compute in processes of their own leave them behind else."""
+    with contextlib.suppress(psutil.Error):
+        first = psutil.Process(pid)
+        started = first.children(recursive=True)
+        for process in (*started, first):  # the last is who we wait for, and then end ourselves
+            with contextlib.suppress(psutil.Error):
+                process.kill()
 
 
 def main() -> None:
@@ -36,7 +48,6 @@ def main() -> None:
     # The main thread starts it and lives as long as we do, which is what the parent-death signal goes by.
     server = subprocess.Popen(
         sys.argv[1:],
-        env={name: value for name, value in os.environ.items() if value or name != "LLAMA_API_KEY"},
         stdin=subprocess.DEVNULL,
         stdout=sys.stderr,
         preexec_fn=_die_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509 - there is one thread yet
