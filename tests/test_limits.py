@@ -2,17 +2,19 @@
 
 import asyncio
 import contextlib
+import gc
 import json
 import tracemalloc
+import types
 
 import httpx
 import pytest
 
 from bitladder.errors import BadInput, UsageError
 from bitladder.serve.limits import Gate, Refused, Room, add_key, held_bytes, key_name, new_key, read_body, read_keys
-from bitladder.serve.protocol import MAX_VALUES, parse_request, values_at_most
-from bitladder.serve.settings import ServeSettings, TierSpec
-from upstreams import CHAT, chat, gateway, says
+from bitladder.serve.protocol import MAX_VALUES, count_values, parse_request
+from bitladder.serve.settings import ServeSettings, TierSpec, Timeouts
+from upstreams import CHAT, chat, fails, gateway, replies, says
 
 
 def get(path="/v1/models", *, headers=None, method="GET", content=b"", **settings) -> httpx.Response:
@@ -185,7 +187,7 @@ def test_a_body_that_gives_way_is_told_so():
             await asyncio.sleep(1)
             yield b"x"
 
-        settings = {"max_body_bytes": 1500}  # 16 of them are the room
+        settings = {"max_body_bytes": 1500, "max_requests_bytes": 24_000}
         async with gateway(says("x", "Q8_0"), says("x", "Q4_K_M"), **settings) as (client, deployment):
             first = [asyncio.create_task(client.post(CHAT, content=slow())) for _ in range(5)]
             await asyncio.sleep(0.2)
@@ -199,6 +201,96 @@ def test_a_body_that_gives_way_is_told_so():
     gave_way = [reply for reply in first if reply.status_code == 503]
     assert 0 < len(gave_way) < 5
     assert {reply.json()["error"]["code"] for reply in gave_way} == {"busy"}
+
+
+async def _gives_way() -> None:
+    async def slow():
+        yield b"x" * 1400
+        await asyncio.sleep(0.3)
+        yield b"x"
+
+    settings = {"max_body_bytes": 1500, "max_requests_bytes": 24_000}
+    async with gateway(says("x", "Q8_0"), says("x", "Q4_K_M"), **settings) as (client, _):
+        replies = await asyncio.gather(*(client.post(CHAT, content=slow()) for _ in range(9)))
+        assert 503 in {reply.status_code for reply in replies}
+
+
+async def _is_refused(body: bytes) -> None:
+    async with gateway(says("x", "Q8_0"), says("x", "Q4_K_M"), max_body_bytes=1_000_000) as (client, _):
+        assert (await client.post(CHAT, content=body)).status_code in (400, 413)
+
+
+async def _fails(upstream) -> None:
+    async with gateway(upstream, upstream, timeouts=Timeouts(first_byte=0.05, between=0.05)) as (client, _):
+        assert (await client.post(CHAT, json=chat("auto", "x" * 1000))).status_code in (502, 503)
+
+
+async def _breaks_off() -> None:
+    async with gateway(replies(b'data: {"choices": []}\n\n', b"data: {\n\n"), says("x", "Q4_K_M")) as (client, _):
+        assert b"error" in (await client.post(CHAT, json=chat("quality", stream=True))).content
+
+
+async def _comes_too_slowly() -> None:
+    async def slow():
+        yield b"x"
+        await asyncio.sleep(1)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bitladder.serve.gateway.BODY_S", 0.1)
+        async with gateway(says("x", "Q8_0"), says("x", "Q4_K_M")) as (client, _):
+            assert (await client.post(CHAT, content=slow())).status_code == 408
+
+
+async def _leaves() -> None:
+    body = json.dumps(chat("auto")).encode()
+    messages = [{"type": "http.request", "body": body}, {"type": "http.disconnect"}]
+
+    async def receive():
+        await asyncio.sleep(0.01)
+        return messages.pop(0)
+
+    async def send(_):
+        raise AssertionError("nobody is there")
+
+    waiting = replies(1.0, kind="application/json")
+    async with gateway(waiting, waiting) as (_, deployment):
+        scope = {"type": "http", "method": "POST", "path": CHAT, "headers": []}
+        await deployment.gateway(scope, receive, send)
+
+
+ENDS = {
+    "the body gives way": _gives_way,
+    "the body is too slow": _comes_too_slowly,
+    "the body is too large": lambda: _is_refused(b"x" * 2_000_000),
+    "the body is no JSON": lambda: _is_refused(b"{" * 500),
+    "the body is nested too deeply": lambda: _is_refused(b'{"a":' * 100_000),
+    "the body is not UTF-8": lambda: _is_refused(b'{"a":"\xff"}'),
+    "the upstream is down": lambda: _fails(fails()),
+    "the upstream fails": lambda: _fails(replies(b"{}", status=500)),
+    "the upstream sends garbage": lambda: _fails(replies(b"garbage", kind="application/json")),
+    "the upstream stalls": lambda: _fails(replies(1.0, kind="application/json")),
+    "the answer breaks off": _breaks_off,
+    "the client leaves": _leaves,
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_what_a_request_held_is_free_when_it_ends_however_it_ends(name):
+    """No frame, with the body in it, waits in a cycle for the collector, which counts objects and not their bytes."""
+    asyncio.run(ENDS[name]())
+    gc.collect()
+    gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        asyncio.run(ENDS[name]())
+        gc.collect()
+        frames = [item for item in gc.garbage if isinstance(item, types.FrameType)]
+        names = {f"{frame.f_code.co_filename}: {frame.f_code.co_qualname}" for frame in frames}
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+    assert not {name for name in names if "bitladder/serve/" in name}
 
 
 @pytest.mark.parametrize(
@@ -219,14 +311,37 @@ def test_a_request_takes_no_more_memory_than_is_counted(body):
         taken = tracemalloc.get_traced_memory()[0]
     finally:
         tracemalloc.stop()
-    assert request and sent and len(body) + taken <= held_bytes(body, values_at_most(body)) + 20_000
+    assert request and sent and len(body) + taken <= held_bytes(body, count_values(body)) + 20_000
 
 
 def test_more_values_than_a_request_has_use_for_are_refused_and_commas_in_a_text_are_none():
     with pytest.raises(Refused, match="JSON values"):
-        parse_request(CHAT, b'{"model":"auto","messages":[' + b"{}," * MAX_VALUES + b"{}]}")
+        count_values(b'{"model":"auto","messages":[' + b"{}," * MAX_VALUES + b"{}]}")
     text = r"a, \"b\": [c], {d} " * 100_000
-    assert parse_request(CHAT, json.dumps(chat("auto", text)).encode()).asked == text
+    body = json.dumps(chat("auto", text)).encode()
+    assert count_values(body) < 20 and parse_request(CHAT, body).asked == text
+
+
+@pytest.mark.parametrize("piece", [b'{"a":', b'[["a",', b'"",', b'"', b'"\\"', b'"\\\\",', b"[", b"\\", b'"a":{},'])
+def test_counting_takes_little_memory_whatever_is_counted(piece):
+    body = b"," * MAX_VALUES + piece * (6_000_000 // len(piece))
+    tracemalloc.start()
+    try:
+        with contextlib.suppress(Refused):
+            count_values(body[::-1] if piece == b"[" else body[MAX_VALUES - 1 :] + b'"' + b"," * MAX_VALUES)
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert most < len(body) * 2 + 8_000_000
+
+
+@pytest.mark.parametrize("shift", [0, 1, 2, 3])
+@pytest.mark.parametrize("text", [r"\\", r"\",,", r"\\\"[{", "é,", ",", "plain", ""])
+def test_texts_across_the_windows_of_the_count_are_texts(text, shift):
+    """Whatever stands where one window ends and the next begins."""
+    texts = ["a" * shift, *[json.loads(f'"{text}"') * count for count in (1, 40_000, 7, 300_000, 2)]]
+    padded = json.dumps({"messages": texts, "x": "," * MAX_VALUES}, ensure_ascii=False).encode()
+    assert count_values(padded) == 1 + len("{:[,,,,,,:")
 
 
 def test_the_queue_is_first_come_first_served_and_bounded():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import gc
 import logging
 import resource
@@ -34,12 +35,16 @@ from bitladder.serve.router import AUTO
 from bitladder.serve.settings import LOOPBACK, ServeSettings
 from bitladder.serve.whatif import answer_what_if
 from bitladder.serve.wire import MAX_CONNECTIONS, CarefulProtocol, Shared
+from bitladder.units import KiB
 
 log = logging.getLogger("bitladder.serve")
 
 _ERROR_CODES = {404: "not_found", 405: "method_not_allowed"}
 _BACKLOG = 2048
 _OTHER_FILES = 256
+_LARGE = 256 * KiB
+"""Bytes from which on a buffer is given back to the system when it is freed."""
+_M_MMAP_THRESHOLD = -3  # of mallopt(3)
 _GC_ALLOCATIONS = 20_000  # between two looks for cycles; requests leave few
 
 
@@ -186,6 +191,7 @@ def serve(settings: ServeSettings, on_ready: Callable[[str, Deployment], None] |
     """
     log_to_stderr()
     _allow_files()
+    _give_back_large_buffers()
     listener = _listen(settings.host, settings.port)
     with listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_serve(settings, listener, on_ready))
@@ -210,6 +216,15 @@ def _allow_files() -> None:
     if soft != resource.RLIM_INFINITY and soft < wanted:
         most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+def _give_back_large_buffers() -> None:
+    """Have glibc map every large buffer by itself. It raises the size from which on it does so to that of the largest
+    one freed, up to 32 MiB, and keeps smaller ones in a heap that cannot shrink below the last one in use.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _LARGE)
 
 
 def _listen(host: str, port: int) -> socket.socket:

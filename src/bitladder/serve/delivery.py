@@ -9,6 +9,7 @@ from starlette.types import Send
 
 from bitladder.serve.backends import UpstreamFailed
 from bitladder.serve.events import stream_error
+from bitladder.serve.limits import let_go
 from bitladder.serve.metrics import Record
 from bitladder.serve.protocol import header_text
 from bitladder.serve.relay import Answer
@@ -71,6 +72,7 @@ class Delivery:
         except UpstreamFailed as failure:
             if not self._started:
                 raise
+            let_go(failure)
             await self._cut(failure.phase, failure.found)
             return
         except asyncio.CancelledError:

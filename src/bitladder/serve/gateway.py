@@ -23,22 +23,19 @@ from starlette.types import Receive, Scope, Send
 from bitladder.errors import EngineError
 from bitladder.serve.backends import UpstreamFailed, UpstreamRequest
 from bitladder.serve.delivery import Delivery, Headers
-from bitladder.serve.limits import BODY_S, Room, Share, held_bytes, read_body, send_refusal
+from bitladder.serve.limits import BODY_S, Room, Share, held_bytes, let_go, read_body, send_refusal
 from bitladder.serve.metrics import Metrics, Record
-from bitladder.serve.protocol import CHAT, EMBEDDINGS, Refused, Request, parse_request, values_at_most
+from bitladder.serve.protocol import CHAT, EMBEDDINGS, Refused, Request, count_values, parse_request
 from bitladder.serve.relay import Answer, judge, read_answer
 from bitladder.serve.router import QUALITY, SPEED, AutoRule, Choice, Features, choose
-from bitladder.serve.settings import ServeSettings
+from bitladder.serve.settings import LONGEST_TOKEN, ServeSettings
 from bitladder.serve.tiers import Tier
 from bitladder.serve.watch import ClientGone, PhaseTimeout, Watch, Watchman
 from bitladder.units import MiB
 
 log = logging.getLogger("bitladder.serve")
 
-_LONGEST_TOKEN = 64  # bytes; the few longer ones in a vocabulary are runs of spaces
 _MAX_TAGS = 16
-_BODIES = 16
-"""The memory of all requests together, in bodies of the largest size allowed."""
 _MAX_SAMPLED = 1 * MiB
 _ROLES = {QUALITY, SPEED}
 
@@ -77,7 +74,7 @@ class Gateway:
         self._sample = sample
         self._run_id = secrets.token_hex(4)
         self._numbers = itertools.count(1)
-        self._room = Room(_BODIES * settings.max_body_bytes)
+        self._room = Room(settings.max_requests_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -90,20 +87,23 @@ class Gateway:
                 raise Refused(405, f"{scope['path']} takes POST.", code="method_not_allowed", headers={"allow": "POST"})
             with self._watchman.watch() as watch, self._room.share(watch.cancel) as share:
                 body = await self._body(scope, receive, watch, share)
-                share.settle(held_bytes(body, values_at_most(body)))
+                share.settle(held_bytes(body, count_values(body)))  # before it is parsed
                 request = parse_request(scope["path"], body)
                 watch.listen(scope, receive)
                 await self._answer(scope, request, body, delivery, watch)
         except Refused as refused:
+            let_go(refused)
             record.status = refused.status
             record.outcome = "refused" if refused.status < 500 else "error"
             await send_refusal(send, refused)
-        except ClientGone:
+        except ClientGone as gone:
+            let_go(gone)
             record.outcome = "client left"
-        except Exception:
+        except Exception as error:
             log.exception("unexpected error", extra={"id": record.id})
             if record.first_s is not None:
                 raise  # an answer has begun; closing its connection is the only way to say that it is not whole
+            let_go(error)
             record.status = 500
             await send_refusal(send, Refused(500, "Something went wrong inside the gateway.", code="internal"))
         finally:
@@ -113,7 +113,7 @@ class Gateway:
     async def _body(self, scope: Scope, receive: Receive, watch: Watch, share: Share) -> bytes:
         watch.phase("the body", BODY_S)
         try:
-            body = await read_body(scope, receive, self._settings.max_body_bytes, share)
+            body = await read_body(scope, receive, self._settings.body_limit, share)
         except asyncio.CancelledError:
             if (cause := watch.cause()) is None:
                 raise
@@ -140,6 +140,7 @@ class Gateway:
                 await self._attempt(attempt, request, body, delivery, headers, watch, alone=attempt is attempts[-1])
                 break
             except _NextAttempt as skipped:
+                let_go(skipped)
                 record.reason += f"; {skipped}"
         else:
             failed = "; ".join(record.failures)
@@ -241,7 +242,7 @@ def _check_context(request: Request, tier: Tier) -> None:
     """Refuse what cannot fit whatever its tokens are; what remains the engine counts exactly, before
     computing.
     """
-    limit = tier.spec.n_ctx * _LONGEST_TOKEN
+    limit = tier.spec.n_ctx * LONGEST_TOKEN
     if limit and request.text_bytes > limit:
         found = f"The text has {request.text_bytes} bytes; a context of {tier.spec.n_ctx} holds at most {limit}."
         raise Refused(400, found, code="context_length_exceeded")

@@ -243,6 +243,20 @@ def held_bytes(body: bytes, values: int) -> int:
     return len(body) * (_HELD if body.isascii() else _HELD_WIDE) + values * _VALUE
 
 
+def let_go(error: BaseException) -> None:
+    """Forget the frames that an error, and those it was raised in place of, came through; for errors that are answered.
+
+    A frame that named its own error makes a cycle with it, in which all that the request held waits for Python's
+    collector; that one counts objects, not their bytes, and comes after thousands of requests.
+    """
+    following: list[BaseException | None] = [error]
+    while following:
+        one = following.pop()
+        if one is not None and one.__traceback__ is not None:
+            one.__traceback__ = None
+            following += [one.__cause__, one.__context__]
+
+
 class Room:
     """Memory that all requests may hold together. Where one more byte does not fit, the request whose body has been
     coming in for longest gives way: whoever sends slowly, or never ends, must not keep the others out.
@@ -269,8 +283,14 @@ class Room:
         """Make room for a share to grow.
 
         Raises:
-            Refused: 503, there is none.
+            Refused: 503, there is none; 413, there would be none if it were the only one.
         """
+        if share.size + more > self.limit:
+            raise Refused(
+                413,
+                f"Reading the body would take more than the {self.limit} bytes of memory that requests may take.",
+                code="body_too_large",
+            )
         while more > 0 and self.taken + more > self.limit:
             other = next((other for other in self._reading if other is not share and other.size), None)
             if other is None:

@@ -143,6 +143,11 @@ class Shadow:
     max_tokens: int = 128
 
 
+LONGEST_TOKEN = 64
+"""Bytes of a token at most; the few longer ones in a vocabulary are runs of spaces."""
+_USUAL_BODY, _LARGEST_BODY = 8 * MiB, 32 * MiB
+
+
 @dataclass(frozen=True)
 class ServeSettings:
     """Everything `serve` needs to know."""
@@ -171,7 +176,10 @@ class ServeSettings:
     """Names in the Host header to accept besides loopback and ``host``."""
     allowed_origins: tuple[str, ...] = ()
     """Web origins that may call from a browser, besides the gateway's own page."""
-    max_body_bytes: int = 32 * MiB
+    max_body_bytes: int | None = None
+    """None: as much as the longest context that is served has use for; see `body_limit`."""
+    max_requests_bytes: int = 512 * MiB
+    """Memory that all requests may hold together."""
     max_queue: int = 64
     """Waiting requests per tier; one more is told to come back later."""
     timeouts: Timeouts = field(default_factory=Timeouts)
@@ -184,6 +192,16 @@ class ServeSettings:
     log_prompts: bool = False
     name: str = "model"
     """What the deployment is called."""
+
+    @property
+    def body_limit(self) -> int:
+        """Bytes that a request's body may have: 8 MiB, which a context of 131,072 tokens at their longest fills, more
+        for a longer one, 32 MiB at most.
+        """
+        if self.max_body_bytes is not None:
+            return self.max_body_bytes
+        specs = (self.quality, *self.extra, *([self.speed] if self.speed else []))
+        return min(max(_USUAL_BODY, *(spec.n_ctx * LONGEST_TOKEN for spec in specs)), _LARGEST_BODY)
 
     def __post_init__(self) -> None:
         if self.host not in LOOPBACK and self.api_key_file is None and not self.open_to_all:

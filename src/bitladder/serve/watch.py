@@ -52,6 +52,7 @@ class Watch:
         self._watches.discard(self)
         if self._stop_listening is not None:
             self._stop_listening()
+            self._stop_listening = None  # a task that listened refers to this watch
         if kind is asyncio.CancelledError and (cause := self.cause()) is not None:
             raise cause from None
 
