@@ -13,6 +13,7 @@ from bitladder.records.plan import Plan, Speed
 from bitladder.records.run import RunRecord
 from bitladder.report.facts import warnings
 from bitladder.report.rows import LevelRow, interval, level_rows, number, percent, small
+from bitladder.report.visible import console as visible_console
 from bitladder.units import human_bytes, human_rate
 
 if TYPE_CHECKING:
@@ -232,7 +233,5 @@ def _plain_table() -> Table:
 
 
 def _console() -> Console:
-    from rich.console import Console
-
-    found = Console(highlight=False)
-    return found if found.is_terminal else Console(highlight=False, width=max(LOG_WIDTH, found.width))
+    found = visible_console(highlight=False)
+    return found if found.is_terminal else visible_console(highlight=False, width=max(LOG_WIDTH, found.width))
