@@ -14,10 +14,14 @@ import pytest
 from safetensors.numpy import save
 
 from bitladder.errors import BadFile, BadInput, BitladderError
-from bitladder.files import convert, staging
+from bitladder.files import fence as fence_module
+from bitladder.files import staging
 from bitladder.files.checkpoint import read_checkpoint
+from bitladder.files.companions import companions_of_folder, companions_of_gguf, tokenizer_differences
 from bitladder.files.converter import Converter
+from bitladder.files.gguf_header import read_file_header
 from bitladder.files.sources import resolve
+from engine_model import write_engine_model
 
 EVIL = "open('PWNED', 'a').write(__name__ + '\\n')\nclass Evil:\n    pass\n"
 """Leaves a trace in the working folder, which is the one that the converter's process may write."""
@@ -228,13 +232,14 @@ def fence(tmp_path, script, **bounds):
     work.mkdir()
     job = {
         "converter": Converter(converter, "").search_path,
-        "packages": convert._package_folders(),
+        "packages": fence_module.package_folders(),
         "work": str(work),
+        "task": "convert",
         "arguments": [str(tmp_path)],
         "without_mtp": False,
         **{"data_bytes": 4 << 30, "file_bytes": 1 << 30, "cpu_seconds": 300, **bounds},
     }
-    with convert._child(job, convert._environment(work), work) as child:
+    with fence_module.fenced(job, fence_module.environment(work), work) as child:
         output = child.stdout.read()
         code = child.wait()
     return code, output, work
@@ -437,3 +442,104 @@ def test_every_error_is_ours(tmp_path):
         except BitladderError:
             refused += 1
     assert refused > 20
+
+
+# ---------------------------------------------------------------- outside conversion: tokenizers beside levels
+
+TOKENIZER = {
+    "version": "1.0",
+    "model": {"type": "WordLevel", "vocab": {"a": 0, "b": 1, "[UNK]": 2}, "unk_token": "[UNK]"},
+    "pre_tokenizer": {"type": "Whitespace"},
+}
+
+
+def marked(folder, trace):
+    """A checkpoint whose code, by any way in, leaves a trace."""
+    evil_folder(folder)
+    for name in ("evil.py", "tokenizer_evil.py"):
+        (folder / name).write_text(EVIL.replace("'PWNED'", repr(str(trace))))
+    (folder / "tokenizer.json").write_text(json.dumps(TOKENIZER))
+    return folder
+
+
+@pytest.mark.model
+def test_tokenizers_of_hostile_folders_run_nothing(tmp_path, monkeypatch):
+    """Nobody is asked and nothing runs, whoever answers yes; a tokenizer that needs no code is read all the same."""
+    trace = tmp_path / "TRACE"
+    folder = marked(tmp_path / "model", trace)
+    code = {"AutoConfig": "tokenizer_evil.Evil", "AutoTokenizer": ["evil.Evil", "evil.Evil"]}
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"model_type": "evilx", "auto_map": code}))
+    reads = {"tokenizer_class": "PreTrainedTokenizerFast", "auto_map": code, "unk_token": "[UNK]"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(reads))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    assert tokenizer_differences(folder, {"a b": [0, 1]}, checkpoint=folder) == []
+    assert tokenizer_differences(folder, {"a b": [0, 1]}) == []
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_nothing_that_names_code_lies_beside_a_level(tmp_path, way):
+    folder = marked(tmp_path / "model", tmp_path / "TRACE")
+    plant(folder, way)
+    if way == "in tokenizer":
+        (folder / "tokenizer_config.json").write_text("{}")
+    found = companions_of_folder(folder)
+    assert not [name for name in found.files if name.endswith(".py")]
+    assert set(found.files) <= {*staging.CONFIGURATIONS, *staging.VOCABULARIES, *staging.TEXTS, *staging.PIECES}
+    for value in (found.config, *(json.loads(raw) for name, raw in found.files.items() if name.endswith(".json"))):
+        assert not names_of_keys(value) & staging.CODE_KEYS
+
+
+@pytest.mark.model
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}},
+        [1],
+    ],
+)
+def test_files_beside_a_gguf_are_not_read(tmp_path, monkeypatch, beside):
+    """What comes of the file alone comes of it among hostile neighbours, too."""
+    trace = tmp_path / "TRACE"
+    folder = marked(tmp_path / "model", trace)
+    (folder / "tokenizer_config.json").write_text(json.dumps(beside))
+    write_engine_model(folder / "m-F16.gguf")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    try:
+        found = companions_of_gguf(folder / "m-F16.gguf", pre="", tied=True)
+    except BadInput as error:
+        assert "transformers cannot make a checkpoint" in str(error)
+    else:
+        assert "auto_map" not in json.loads(found.files["tokenizer_config.json"])
+    assert not trace.exists()
+
+
+LIMIT = 120
+"""Seconds within which a command must end; it takes a few."""
+
+
+@pytest.mark.parametrize("name", ["config.json", staging.INDEX, "model.safetensors", "m.gguf"])
+def test_named_pipes_do_not_hang(tmp_path, name):
+    folder = evil_folder(tmp_path / "model")
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    model = folder / name if name.endswith(".gguf") else folder
+    done = subprocess.run(
+        [sys.executable, "-m", "bitladder", "plan", str(model)],
+        capture_output=True, text=True, timeout=LIMIT, stdin=subprocess.DEVNULL, check=False,
+    )  # fmt: skip
+    assert done.returncode == BadFile.exit_code
+    assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="no /proc here")  # noqa: PTH110
+@pytest.mark.parametrize("name", ["config.json", staging.INDEX, "model.safetensors", "tokenizer.json", "m.gguf"])
+@pytest.mark.parametrize("target", ["/proc/self/mem", "/dev/zero", "/dev/tty"])
+def test_links_to_what_is_no_file_of_a_model(tmp_path, name, target):
+    folder = evil_folder(tmp_path / "model")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(target)
+    with pytest.raises(BadFile):
+        if name == "m.gguf":
+            read_file_header(folder / name)
+        staging.stage_checkpoint(read_checkpoint(folder), tmp_path / "stage")

@@ -27,12 +27,13 @@ def test_a_folders_files_are_copied_without_its_weights(tmp_path):
         "model.safetensors",
         "modeling_x.py",
     ):
-        (tmp_path / name).write_text(name)
+        (tmp_path / name).write_text('{"auto_map": {"AutoTokenizer": "modeling_x.X"}, "kept": 1}')
+    (tmp_path / "tokenizer_modeling.py").write_text("")
     found = companions_of_folder(tmp_path)
     assert found.config == {"model_type": "llama"}
-    assert found.files == {
-        name: name.encode() for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json")
-    }
+    assert set(found.files) == {"tokenizer.json", "chat_template.jinja", "generation_config.json"}
+    for name in ("tokenizer.json", "generation_config.json"):
+        assert json.loads(found.files[name]) == {"kept": 1}
 
 
 @pytest.mark.model

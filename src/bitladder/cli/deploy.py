@@ -368,11 +368,12 @@ def _engine(what: str, threads: int, keys: Keys) -> Engine:
 def _show(found: Comparison) -> None:
     """Both answers with what only one of them says marked, then where they part."""
     from rich.columns import Columns
-    from rich.console import Console
     from rich.panel import Panel
     from rich.text import Text
 
-    console = Console(highlight=False)
+    from bitladder.report.visible import console
+
+    out = console(highlight=False)
     panels = []
     for side, own, style in ((found.a, "a", "bold red"), (found.b, "b", "bold green")):
         text = Text()
@@ -381,14 +382,14 @@ def _show(found: Comparison) -> None:
                 text.append(span.text, style=style if span.where == own else "")
         rate = f"{side.decode_tokens_per_s:.1f} tok/s" if math.isfinite(side.decode_tokens_per_s) else "rate not told"
         title = f"{side.level}  {rate}, first token after {side.first_token_s:.2f} s"
-        panels.append(Panel(text, title=title, width=max(40, console.width // 2 - 1)))
-    console.print(Columns(panels))
+        panels.append(Panel(text, title=title, width=max(40, out.width // 2 - 1)))
+    out.print(Columns(panels))
     if found.same:
-        console.print("The same answer.")
+        out.print("The same answer.")
     elif found.parting:
         at = found.parting
         kind = "a tie that rounding breaks" if at.is_tie else "a real disagreement"
-        console.print(
+        out.print(
             f"They part at token {at.index + 1}, {kind}: {found.a.level} chose {at.token_a!r} "
             f"(p {_p(at.a_of_a)}, gave {at.token_b!r} {_p(at.a_of_b)}); {found.b.level} chose {at.token_b!r} "
             f"(p {_p(at.b_of_b)}, gave {at.token_a!r} {_p(at.b_of_a)})."

@@ -10,7 +10,7 @@ import typer
 
 from bitladder.cli.build import Force
 from bitladder.cli.options import RunOptions, confirm_with, with_run_options
-from bitladder.cli.terminal import JsonFlag, Verbs, print_json, progress_display, say, verb
+from bitladder.cli.terminal import JsonFlag, Verbs, print_json, progress_display, put, say, verb
 from bitladder.errors import UsageError
 
 workload_app = typer.Typer(name="workload", cls=Verbs, help="Your inputs and criteria: start, check or import a file.")
@@ -45,7 +45,7 @@ def gate(
         print_json(record.decision)
     else:
         for verdict in record.decision.verdicts:
-            print(f"{verdict.level}: {verdict.status}. {verdict.reason}")
+            put(f"{verdict.level}: {verdict.status}. {verdict.reason}")
     raise typer.Exit(gate_exit(record.decision))
 
 
@@ -76,8 +76,8 @@ def workload_check(
     if json_output:
         print_json({"workload": found, "sha256": found.hash, "smallest_visible_loss": visible})
         return
-    print(f"{found.name}: {len(found.inputs)} inputs, tags: {', '.join(found.tags) or 'none'}")
-    print(f"A drop of fewer than {100 * visible:.0f} points of the pass rate cannot be seen with so many inputs.")
+    put(f"{found.name}: {len(found.inputs)} inputs, tags: {', '.join(found.tags) or 'none'}")
+    put(f"A drop of fewer than {100 * visible:.0f} points of the pass rate cannot be seen with so many inputs.")
     for warning in found.warnings:
         say(f"! {warning}")
 
@@ -112,9 +112,9 @@ def evidence_show(json_output: JsonFlag = False) -> None:
         if json_output:
             print_json({"store": shown(store.url), "counts": counts})
         else:
-            print(shown(store.url))
+            put(shown(store.url))
             for kind, count in counts.items():
-                print(f"  {kind:<10} {count}")
+                put(f"  {kind:<10} {count}")
 
 
 @evidence_app.command("export")
@@ -130,7 +130,7 @@ def evidence_export(
     with Evidence.open() as store:
         if str(path) in ("-", "/dev/stdout"):
             for line in store.lines():
-                print(line)
+                put(line)
             return
         check_output(path, "an export of evidence", inputs=store.files(), ours=store.holds, force=force)
         say(f"Wrote {store.export(path)} measurements to {path}.")

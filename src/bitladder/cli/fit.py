@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bitladder.cli.build import Context, Levels, split_levels
-from bitladder.cli.terminal import JsonFlag, print_json, progress_display, say, verb
+from bitladder.cli.terminal import JsonFlag, print_json, progress_display, put, say, verb
 from bitladder.errors import UsageError
 from bitladder.records import to_json
 from bitladder.records.plan import Place
+from bitladder.report.visible import console
 from bitladder.units import human_bytes, human_rate
 
 if TYPE_CHECKING:
@@ -88,17 +89,17 @@ def _show_plan(made: ModelPlan, request: Request, json_output: bool) -> None:
     if made.offers:
         from bitladder.files.remote import offer_line
 
-        print("Ready in the repository: " + "; ".join(offer_line(offer) for offer in made.offers))
+        put("Ready in the repository: " + "; ".join(offer_line(offer) for offer in made.offers))
     if made.pair:
-        print(f"Pair: {made.pair.reason}.")
+        put(f"Pair: {made.pair.reason}.")
     if made.advice:
-        print(f"Format: {made.advice.format} for {', '.join(made.advice.engines)}: {made.advice.reason}.")
+        put(f"Format: {made.advice.format} for {', '.join(made.advice.engines)}: {made.advice.reason}.")
     for warning in made.slow:
         say(f"! {warning}.")
     if made.launch:
-        print(made.launch.command)
+        put(made.launch.command)
         if made.launch.file_text:
-            print(f"\n{made.launch.file_name}:\n{made.launch.file_text}")
+            put(f"\n{made.launch.file_name}:\n{made.launch.file_text}")
 
 
 def _show_search(result: SearchResult, json_output: bool) -> None:
@@ -106,16 +107,15 @@ def _show_search(result: SearchResult, json_output: bool) -> None:
         print_json(result)
         return
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    out = console(highlight=False)
     if not result.options:
-        print(f"{result.machine}: no model of the catalogue fits and is fast enough.")
+        put(f"{result.machine}: no model of the catalogue fits and is fast enough.")
         for beyond in result.beyond:
-            print(f"For {beyond.name} at {beyond.level}: {beyond.gives}")
+            put(f"For {beyond.name} at {beyond.level}: {beyond.gives}")
         return
-    console.print(f"{result.machine}: per model the largest level that fits, largest models first")
+    out.print(f"{result.machine}: per model the largest level that fits, largest models first", markup=False)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for title in ("model", "level", "in memory", "where", "tokens/s"):
         table.add_column(title, justify="right" if title == "in memory" else "left", no_wrap=True)
@@ -129,9 +129,9 @@ def _show_search(result: SearchResult, json_output: bool) -> None:
             where,
             f"{human_rate(decode.low)} to {human_rate(decode.high)}, {decode.label}",
         )
-    console.print(table)
+    out.print(table)
     for beyond in result.beyond:
-        print(f"For {beyond.name} at {beyond.level}: {beyond.gives}")
+        put(f"For {beyond.name} at {beyond.level}: {beyond.gives}")
 
 
 def _show_needs(rows: list[HardwareNeed], json_output: bool) -> None:
@@ -140,7 +140,7 @@ def _show_needs(rows: list[HardwareNeed], json_output: bool) -> None:
         return
     for row in rows:
         gpus = ", ".join(f"{need.count} x {need.name}" for need in row.gpus[:3])
-        print(f"{row.level:<8} {human_bytes(row.total_bytes):>9}  RAM of {row.ram_gib} GiB, or {gpus}")
+        put(f"{row.level:<8} {human_bytes(row.total_bytes):>9}  RAM of {row.ram_gib} GiB, or {gpus}")
 
 
 @verb
@@ -158,21 +158,21 @@ def machine(
     if json_output:
         print_json({"machine": here, "measured": measured})
         return
-    print(f"{here.cpu}: {here.cores} cores, {' '.join(here.features) or 'no vector features known'}")
-    print(f"RAM  {human_bytes(here.ram_total)}, {human_bytes(here.ram_available)} available now")
+    put(f"{here.cpu}: {here.cores} cores, {' '.join(here.features) or 'no vector features known'}")
+    put(f"RAM  {human_bytes(here.ram_total)}, {human_bytes(here.ram_available)} available now")
     for gpu in here.gpus:
-        print(f"GPU  {gpu.name}, {human_bytes(gpu.vram_total)}, {human_bytes(gpu.vram_free)} free")
-    print(f"Disk {human_bytes(here.disk_free)} free")
+        put(f"GPU  {gpu.name}, {human_bytes(gpu.vram_total)}, {human_bytes(gpu.vram_free)} free")
+    put(f"Disk {human_bytes(here.disk_free)} free")
     if measured is None:
-        print("Nothing measured yet: `bitladder machine --measure`.")
+        put("Nothing measured yet: `bitladder machine --measure`.")
         return
-    print(f"Measured {measured.when[:10]} with {measured.engine}:")
-    print(f"  RAM read       {measured.ram_read / 1e9:.1f} GB/s")
+    put(f"Measured {measured.when[:10]} with {measured.engine}:")
+    put(f"  RAM read       {measured.ram_read / 1e9:.1f} GB/s")
     for qtype, rate in measured.rates.stream.items():
-        print(f"  decode {qtype:<7} {rate / 1e9:.1f} GB/s of weights")
-    print(f"  repeats        within x{measured.rates.noise:.2f} of the fastest")
-    print(f"  matrix product {measured.f32_matmul / 1e9:.0f} GFLOP/s (f32)")
-    print(f"  disk read      {measured.disk_read / 1e9:.2f} GB/s")
+        put(f"  decode {qtype:<7} {rate / 1e9:.1f} GB/s of weights")
+    put(f"  repeats        within x{measured.rates.noise:.2f} of the fastest")
+    put(f"  matrix product {measured.f32_matmul / 1e9:.0f} GFLOP/s (f32)")
+    put(f"  disk read      {measured.disk_read / 1e9:.2f} GB/s")
 
 
 @verb
@@ -190,10 +190,10 @@ def catalog(
         print_json({"models": rows})
         return
     for row in rows:
-        print(f"{row.hub:<52} {row.params:>8.4g} B  {row.licence}")
+        put(f"{row.hub:<52} {row.params:>8.4g} B  {row.licence}")
     for source in dict.fromkeys(row.source for row in rows):
         count = sum(row.source == source for row in rows)
-        print(f"{count} {'row' if count == 1 else 'rows'} from {source or 'a source that is not named'}")
+        put(f"{count} {'row' if count == 1 else 'rows'} from {source or 'a source that is not named'}")
 
 
 def add_to(app: typer.Typer) -> None:

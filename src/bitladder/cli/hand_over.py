@@ -11,7 +11,7 @@ import typer
 from bitladder.cli.build import ALL_CORES, Context, Force, Threads
 from bitladder.cli.deploy import Name, TierModel, tiers_of
 from bitladder.cli.options import KeyFiles, KeyNames
-from bitladder.cli.terminal import progress_display, say, verb
+from bitladder.cli.terminal import progress_display, put, say, verb
 
 if TYPE_CHECKING:
     from bitladder.serve.host import ImageSource
@@ -89,14 +89,14 @@ def _write(to: Tool, settings: ServeSettings, folder: Path, image: ImageSource |
             for path in words.place_for_lm_studio(folder, settings.name, specs, force=force):
                 say(str(path))
         case Tool.LLAMA_SWAP:
-            print(words.llama_swap(settings), end="")
+            put(words.llama_swap(settings), end="")
         case Tool.COMPOSE:
             assert image is not None  # found before anything was built
             owner = reader_of([*words.model_files(settings), *words.key_files(settings)])
-            print(words.docker_compose(settings, image, owner), end="")
+            put(words.docker_compose(settings, image, owner), end="")
         case Tool.SYSTEMD:
             owner = reader_of([*own_files(), *words.model_files(settings)])
-            print(words.systemd_unit(settings, program(), owner), end="")
+            put(words.systemd_unit(settings, program(), owner), end="")
 
 
 @verb
@@ -107,7 +107,7 @@ def key(
     """Make a key for a client: it is shown once, and only its hash is added to the key file."""
     from bitladder.serve.limits import add_key
 
-    print(add_key(file, name))
+    put(add_key(file, name))
 
 
 def add_to(app: typer.Typer) -> None:

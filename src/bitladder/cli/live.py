@@ -29,9 +29,9 @@ def run_display(*, quiet: bool = False) -> Iterator[Progress]:
     if quiet:
         yield lambda _what, _done, _total: None
     elif sys.stderr.isatty():
-        from rich.console import Console
+        from bitladder.report.visible import console
 
-        with LiveRun(Console(stderr=True)).shown() as live:
+        with LiveRun(console(stderr=True)).shown() as live:
             yield live
     else:
         yield LoggedRun()

@@ -19,7 +19,7 @@ from bitladder.cli.build import (
     effort_named,
     known_device,
 )
-from bitladder.cli.terminal import JsonFlag, ModelArgument, print_json, progress_display, say, verb
+from bitladder.cli.terminal import JsonFlag, ModelArgument, print_json, progress_display, put, say, verb
 from bitladder.errors import UsageError
 from bitladder.units import parse_bytes
 
@@ -102,7 +102,7 @@ def recipe(
         print_json({**vars(result), "jobs": journal.jobs, "warnings": journal.warnings})
         return
     for line in recipe_lines(result.recipe, result.table_error):
-        print(line)
+        put(line)
     if result.fitted is not None:
         took = "was already there" if result.fitted.file.reused else f"{result.fitted.file.seconds:.0f} s"
         say(f"{result.fitted.file.path}  {took}, fitted to {result.fitted.tokens} tokens")

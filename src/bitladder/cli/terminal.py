@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 from bitladder.errors import BitladderError
 from bitladder.progress import Progress
 from bitladder.records import to_json
+from bitladder.report.visible import console, on_one_line, visible, visible_json
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -52,21 +53,22 @@ def verb(function: Callable[P, R]) -> Callable[P, R]:
 
 def show_error(error: BitladderError, *, as_json: bool) -> None:
     """The three parts of an error on stderr; with ``--json`` also as a document on stdout."""
-    from rich.console import Console
     from rich.text import Text
 
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    console.print(Text("error: ", style="bold red") + Text(error.found))
+    out = console(stderr=True, highlight=False, soft_wrap=True)
+    # A name with a line break must not begin a line that looks like another message.
+    out.print(Text("error: ", style="bold red") + Text(error.found.replace("\n", "\n       ")))
     for part in (error.means, error.do):
         if part:
-            console.print(Text("       " + part))
+            out.print(Text("       " + part.replace("\n", "\n       ")))
     if as_json:
         print_error_json(type(error).__name__, error.found, error.means, error.do)
 
 
 def print_error_json(kind: str, found: str, means: str = "", do: str = "") -> None:
     """An error on stdout, as the one document that a program gets instead of a record."""
-    print(json.dumps({"error": {"kind": kind, "found": found, "means": means, "do": do}}, ensure_ascii=False))
+    document = {"error": {"kind": kind, "found": found, "means": means, "do": do}}
+    print(visible_json(json.dumps(document, ensure_ascii=False)))
 
 
 _NOT_UNDERSTOOD: type[Exception] = typer.BadParameter.__mro__[1]
@@ -97,12 +99,17 @@ class Verbs(TyperGroup):
 
 def print_json(record: Any) -> None:
     """A record on stdout, as the JSON that other programs read."""
-    print(json.dumps(to_json(record), indent=2, ensure_ascii=False))
+    print(visible_json(json.dumps(to_json(record), indent=2, ensure_ascii=False)))
 
 
 def say(text: str) -> None:
     """A line for the person, on stderr, so that stdout stays the result."""
-    print(text, file=sys.stderr, flush=True)
+    print(visible(text), file=sys.stderr, flush=True)
+
+
+def put(text: str = "", end: str = "\n") -> None:
+    """A line of the result, on stdout."""
+    print(visible(text), end=end)
 
 
 @contextmanager
@@ -119,26 +126,25 @@ def progress_display(*, quiet: bool = False) -> Iterator[Progress]:
 
 @contextmanager
 def _live_bar() -> Iterator[Progress]:
-    from rich.console import Console
     from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.percentage:>3.0f}%"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Bars(*columns, console=Console(stderr=True), transient=False) as bars:
+    with Bars(*columns, console=console(stderr=True), transient=False) as bars:
         steps = Steps()
         task: Any = None
 
         def progress(what: str, done: float, total: float) -> None:
             nonlocal task
             if steps.is_new(done, total) or task is None:
-                task = bars.add_task(what, total=total)
-            bars.update(task, description=what, completed=done, total=total)
+                task = bars.add_task(on_one_line(what), total=total)
+            bars.update(task, description=on_one_line(what), completed=done, total=total)
 
         yield progress
 
@@ -170,6 +176,6 @@ def log_lines() -> Progress:
         now = time.monotonic()
         if new or now - last >= SECONDS_BETWEEN_LINES:
             last = now
-            say(f"{what}: {100 * done / total if total else 100:.0f}%")
+            say(f"{on_one_line(what)}: {100 * done / total if total else 100:.0f}%")
 
     return progress

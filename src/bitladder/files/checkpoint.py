@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from bitladder.errors import BadFile, BadInput
+from bitladder.files.regular import open_regular, read_regular
 
 DTYPE_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
@@ -102,10 +103,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
     Raises:
         BadInput: no such file.
-        BadFile: not a JSON object, or too deep.
+        BadFile: no regular file, not a JSON object, too large or too deep.
     """
     try:
-        raw = path.read_bytes()
+        raw = read_regular(path)
     except FileNotFoundError:
         if path.is_symlink():
             raise dangling(path) from None
@@ -114,8 +115,6 @@ def read_json(path: Path) -> dict[str, Any]:
             means="It is no Hugging Face checkpoint folder, or only part of one was copied.",
             do="Give the folder that holds config.json, the tokenizer and the safetensors files.",
         ) from None
-    except OSError as error:
-        raise BadFile(f"{path} cannot be read: {error.strerror or error}", do="Copy the file again.") from error
     value = read_json_text(raw, str(path))
     if not isinstance(value, dict):
         raise BadFile(f"{path} holds a {type(value).__name__}, not an object.", do="Copy the file again.")
@@ -229,7 +228,7 @@ def read_safetensors_header(path: Path) -> list[StoredTensor]:
     Raises:
         BadFile: truncated, or a header that contradicts itself or the file's size.
     """
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         head = file.read(8)
         length = int.from_bytes(head, "little")

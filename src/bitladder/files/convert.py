@@ -9,30 +9,21 @@ fence (``files/converter_child.py``).
 from __future__ import annotations
 
 import hashlib
-import importlib.util
-import json
 import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
-
-import psutil
 
 from bitladder.describe.rope_scaling import PLAIN, rope_kinds
 from bitladder.errors import BadInput, BitladderError, OutputError, UnknownArchitecture
 from bitladder.files import converter_child
 from bitladder.files.checkpoint import Checkpoint, read_checkpoint
 from bitladder.files.converter import Converter, find_converter
+from bitladder.files.fence import ended_after, environment, fenced, memory_bound, package_folders
 from bitladder.files.folders import cache_folder
 from bitladder.files.hashing import file_sha256
-from bitladder.files.probe import cgroup_memory
 from bitladder.files.staging import data_files, stage_checkpoint
 from bitladder.progress import Progress, silent
 from bitladder.units import GiB, human_bytes
@@ -42,10 +33,6 @@ STAGING = "2"
 _OUTTYPE = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 """Keep the checkpoint's own precision; anything else (FP8, packed integers) is the converter's choice."""
 _TENSOR_LINE = re.compile(r"^INFO:hf-to-gguf:\S+\.(?:weight|bias)\S*,")
-_PACKAGES = ("torch", "transformers", "numpy", "safetensors", "sentencepiece", "google.protobuf", "yaml", "tqdm")
-"""What the converter imports; the folders they lie in are its search path."""
-_INHERITED = ("LD_LIBRARY_PATH", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
-"""The only variables of our environment that the child gets: how libraries are found, and how many threads to use."""
 UPDATE = "pip install -U xllamacpp"
 GIVE_GGUF = "Give a GGUF file of the model if one exists."
 _LEAST_SECONDS = 600
@@ -149,8 +136,9 @@ def _run_converter(converter: Converter, checkpoint: Checkpoint, stage: Path, wo
     outtype = _OUTTYPE.get(checkpoint.main_dtype, "auto")
     job: converter_child.Job = {
         "converter": converter.search_path,
-        "packages": _package_folders(),
+        "packages": package_folders(),
         "work": str(work),
+        "task": "convert",
         "arguments": [str(stage), "--outfile", str(made), "--outtype", outtype],
         "without_mtp": lacks_mtp(checkpoint),
         **_bounds(checkpoint),
@@ -158,19 +146,14 @@ def _run_converter(converter: Converter, checkpoint: Checkpoint, stage: Path, wo
     seconds = _LEAST_SECONDS + checkpoint.nbytes / _SLOWEST
     lines: list[str] = []
     seen, tensors = 0, len(checkpoint.tensors)
-    with _child(job, _environment(work), work) as child:
-        late = threading.Timer(seconds, child.kill)
-        late.start()
-        try:
-            for line in child.stdout or ():
-                lines = [*lines[-199:], line.rstrip()[:400]]
-                if _TENSOR_LINE.match(line):
-                    seen += 1
-                    progress("converting to GGUF", min(seen, tensors), tensors)
-            child.wait()
-        finally:
-            in_time = late.is_alive()
-            late.cancel()
+    with fenced(job, environment(work), work) as child, ended_after(child, seconds) as late:
+        for line in child.stdout or ():
+            lines = [*lines[-199:], line.rstrip()[:400]]
+            if _TENSOR_LINE.match(line):
+                seen += 1
+                progress("converting to GGUF", min(seen, tensors), tensors)
+        child.wait()
+        in_time = late.is_alive()
     if not in_time:
         lines.append(f"ended after {seconds:.0f} seconds without a result")
     if child.returncode != 0 or not made.is_file():
@@ -180,39 +163,9 @@ def _run_converter(converter: Converter, checkpoint: Checkpoint, stage: Path, wo
 
 def _bounds(checkpoint: Checkpoint) -> converter_child.Bounds:
     """What a conversion of this size can need: the largest stacked tensors in f32 and twice, 4-bit weights in 16."""
-    installed, (limit, _) = psutil.virtual_memory().total, cgroup_memory()
-    memory = min(int(0.9 * min(installed, limit or installed)), 4 * GiB + 4 * checkpoint.nbytes)
+    memory = memory_bound(4 * GiB + 4 * checkpoint.nbytes)
     cpu = (_LEAST_SECONDS + checkpoint.nbytes // _SLOWEST) * (os.cpu_count() or 1)
     return {"data_bytes": memory, "file_bytes": 8 * checkpoint.nbytes + GiB, "cpu_seconds": cpu}
-
-
-def _environment(work: Path) -> dict[str, str]:
-    """The child's whole environment: no token, no proxy, no cache of the user, nobody's home."""
-    made = {}
-    for name in ("HOME", "TMPDIR", "HF_HOME", "HF_MODULES_CACHE", "XDG_CACHE_HOME"):
-        path = work / name.lower()
-        path.mkdir()
-        made[name] = str(path)
-    return {
-        **{name: os.environ[name] for name in _INHERITED if name in os.environ},
-        **made,
-        "PATH": "/usr/bin:/bin",
-        "LC_ALL": "C.UTF-8",
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_OFFLINE": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-
-
-def _package_folders() -> list[str]:
-    """The folders that the converter's packages lie in, once each."""
-    folders: dict[str, None] = {}
-    for name in _PACKAGES:
-        spec = importlib.util.find_spec(name)
-        for place in (spec.submodule_search_locations if spec else None) or ():
-            folders[str(Path(place).parents[name.count(".")])] = None
-    return list(folders)
 
 
 def _failure(label: str, lines: list[str], code: int, converter: Converter) -> BitladderError:
@@ -267,31 +220,6 @@ def _ended(how: str, label: str, text: str, code: int, converter: Converter) -> 
         "was saved is one that it does not know.",
         do=f"Try the files of the model's original release, or a newer engine ({UPDATE}). {GIVE_GGUF}",
     )
-
-
-@contextmanager
-def _child(job: converter_child.Job, env: dict[str, str], folder: Path) -> Iterator[subprocess.Popen[str]]:
-    """The converter's process with its output in one stream; ended when the caller is interrupted."""
-    with subprocess.Popen(
-        [sys.executable, "-I", "-B", "-X", "utf8", converter_child.__file__],
-        env=env,
-        cwd=folder,
-        text=True,
-        encoding="utf-8",
-        errors="replace",
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    ) as child:
-        try:
-            assert child.stdin is not None
-            with suppress(BrokenPipeError):  # it died at once: its output says why
-                child.stdin.write(json.dumps(job) + "\n")
-                child.stdin.close()
-            yield child
-        finally:
-            if child.poll() is None and sys.exc_info()[0] is not None:
-                child.kill()
 
 
 def _last_lines(text: str, count: int) -> list[str]:

@@ -1,4 +1,5 @@
-"""The converter's process: llama.cpp's converter behind a fence that nothing in a checkpoint can open.
+"""A process behind a fence that nothing in a checkpoint can open: llama.cpp's converter, or transformers where it reads
+a tokenizer or the header of a GGUF file.
 
 Run as ``python -I -B -X utf8 converter_child.py`` with a line of JSON on stdin (see ``Job``). It imports nothing of
 Bitladder: its search path is the converter's own (it brings a ``gguf`` module of its own) and then the packages that
@@ -61,8 +62,11 @@ class Job(Bounds):
     """Folders of torch, transformers and what else it imports, where the interpreter does not look by itself."""
     work: str
     """The only folder that may be written."""
+    task: str
+    """A key of ``_TASKS``."""
     arguments: list[str]
-    """The converter's own arguments; the staged folder is the first."""
+    """Of "convert": the converter's own, the staged folder first. Of "tokenizers": the file of texts, the file to
+    write, the staged folders. Of "from_gguf": the folder that holds nothing but the file, and the folder to write."""
     without_mtp: bool
     """The checkpoint has no multi-token-prediction tensors: say so to converters that ask."""
 
@@ -72,7 +76,7 @@ class Fenced(PermissionError):
 
 
 def main() -> None:
-    """Read the job, close the doors, convert."""
+    """Read the job, close the doors, do the work."""
     job: Job = json.loads(sys.stdin.readline())
     _limit(job)
     _leave_network()
@@ -80,7 +84,7 @@ def main() -> None:
     sys.path += job["packages"]
     sys.addaudithook(_Fence(job).hook)
     _close_dynamic_modules()
-    _convert(job)
+    _TASKS[job["task"]](job)
 
 
 class _Fence:
@@ -207,6 +211,56 @@ def _asks_for_mtp(stage: Path) -> bool:
         return bool(get_model_class(name).supports_mtp_export)
     except Exception:  # an older or newer converter, or a config.json that it explains better itself
         return False
+
+
+def _tokenizers(job: Job) -> None:
+    """What the tokenizer of each folder makes of some texts, as JSON: null for one that transformers cannot read."""
+    texts_file, found_file, *folders = job["arguments"]
+    texts = json.loads(Path(texts_file).read_bytes())
+    found = [_readings(folder, texts) for folder in folders]
+    Path(found_file).write_text(json.dumps(found))
+
+
+def _readings(folder: str, texts: list[str]) -> dict[str, Any] | None:
+    """Ids and text by the chat template of each text; null for what cannot be made."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        ids = [list(map(int, tokenizer(text)["input_ids"])) for text in texts]
+    except Exception:  # whatever a tokenizer's own code raises
+        return None
+    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
+    chats = [_chat(tokenizer, text) if tokenizer.chat_template else None for text in texts]
+    return {"ids": ids, "template": template, "chats": chats}
+
+
+def _chat(tokenizer: Any, text: str) -> str | None:
+    try:
+        return str(tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False))
+    except Exception:  # the template is a program: it may fail in any way, but then in both folders
+        return None
+
+
+def _from_gguf(job: Job) -> None:
+    """The configuration and the tokenizer's files that transformers makes of a GGUF file's header."""
+    import warnings
+
+    from transformers import AutoConfig, AutoTokenizer
+
+    warnings.simplefilter("ignore")
+    folder, target = job["arguments"]
+    name = next(Path(folder).iterdir()).name
+    closed: Any = {"gguf_file": name, "trust_remote_code": False, "local_files_only": True}
+    try:
+        config = AutoConfig.from_pretrained(folder, **closed).to_diff_dict()
+        AutoTokenizer.from_pretrained(folder, **closed).save_pretrained(target)
+    except Exception as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    Path(target, "config.json").write_text(json.dumps(config, default=str))
+
+
+_TASKS = {"convert": _convert, "tokenizers": _tokenizers, "from_gguf": _from_gguf}
 
 
 if __name__ == "__main__":

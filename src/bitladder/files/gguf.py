@@ -20,6 +20,7 @@ from bitladder.files.engine_package import ENGINE, engine_knows, engine_version
 from bitladder.files.following import AHEAD, FollowingHash
 from bitladder.files.gguf_header import Header, StoredTensor, read_file_header, row_bytes
 from bitladder.files.hashing import file_sha256
+from bitladder.files.regular import open_regular
 from bitladder.formats import gguf
 from bitladder.formats.families import FAMILIES
 from bitladder.formats.tensors import TensorInfo
@@ -158,7 +159,7 @@ class GgufFile:
         self._hash: FollowingHash | None = None
         self._maps: list[mmap.mmap] = []
         for header in self.headers:
-            with header.path.open("rb") as file:
+            with open_regular(header.path) as file:
                 self._maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
     @classmethod

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from bitladder.errors import BadFile, BadInput
+from bitladder.files.regular import open_regular
 from bitladder.formats import gguf
 from bitladder.formats.blocks import QTYPE_BY_NUMBER, QTYPES
 from bitladder.formats.tensors import TensorInfo
@@ -264,7 +265,7 @@ def _header_of(path: Path, _inode: int, size: int, _mtime_ns: int) -> Header:
     """Headers are kept: a command asks for its source's several times, and big vocabularies take a while."""
     if size < 24:
         raise BadFile(f"{path}: it has {size} bytes; a GGUF header alone has 24.", means=_DAMAGED, do=_AGAIN)
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     with buffer:
         cursor = _Cursor(buffer, path)

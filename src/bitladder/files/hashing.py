@@ -11,6 +11,7 @@ from pathlib import Path
 from bitladder.errors import OutputError
 from bitladder.files.atomic import write_whole
 from bitladder.files.folders import cache_folder
+from bitladder.files.regular import open_regular
 from bitladder.progress import Progress, silent
 
 _CHUNK = 8 << 20
@@ -23,7 +24,7 @@ def file_sha256(path: Path, progress: Progress = silent) -> str:
         return known
     size = path.stat().st_size
     hasher = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         done = 0
         while chunk := file.read(_CHUNK):
             hasher.update(chunk)

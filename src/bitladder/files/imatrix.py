@@ -25,6 +25,7 @@ from bitladder.errors import BadFile, BadInput
 from bitladder.files.atomic import write_whole
 from bitladder.files.gguf_header import Header, read_file_header
 from bitladder.files.gguf_writer import encoded, layout
+from bitladder.files.regular import open_regular, read_regular
 from bitladder.formats import gguf
 from bitladder.formats.tensors import TensorInfo
 
@@ -64,9 +65,9 @@ def read_imatrix(path: Path) -> ImportanceMatrix:
         BadFile: it is truncated, lies, or holds values that no mean of squares can have.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             is_gguf = file.read(4) == gguf.MAGIC
-        matrix = _from_gguf(read_file_header(path)) if is_gguf else _from_dat(path, path.read_bytes())
+        matrix = _from_gguf(read_file_header(path)) if is_gguf else _from_dat(path, read_regular(path))
     except OSError as error:
         raise BadInput(f"{path} cannot be read: {error.strerror}.", do="Check the path and its permissions.") from error
     for name, means in matrix.mean_squares.items():

@@ -1,4 +1,5 @@
-"""Cleaned copies of a checkpoint's files: all that the converter gets to see.
+"""Cleaned copies of a checkpoint's files: all that the converter and transformers get to see, and all that is written
+beside a level.
 
 Every text file is parsed and written anew, so that it means to the converter what it means here (a duplicate key, an
 escape, an encoding are read once, by us). Only names on the lists below are staged; whatever else lies in the folder,
@@ -16,6 +17,7 @@ from typing import Any
 
 from bitladder.errors import BadFile
 from bitladder.files.checkpoint import Checkpoint, read_json_text
+from bitladder.files.regular import read_regular
 
 CONFIGURATIONS = (
     "config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.json",
@@ -35,8 +37,6 @@ CODE_KEYS = frozenset({
     "_experts_implementation", "experts_implementation",
 })  # fmt: skip
 """Keys by which transformers finds code or another repository; at any depth."""
-MAX_TEXT = 512 << 20
-"""Upper bound of one staged file in bytes (the largest tokenizers have 40 MB)."""
 
 
 @dataclass(frozen=True)
@@ -109,19 +109,44 @@ def _stage_weights(checkpoint: Checkpoint, stage: Path) -> None:
     (stage / INDEX).write_text(json.dumps({"metadata": {"total_size": checkpoint.nbytes}, "weight_map": weight_map}))
 
 
+def stage_tokenizer(folder: Path, stage: Path) -> None:
+    """Write the cleaned copies of all but the weights into ``stage``, which must not exist.
+
+    Raises:
+        BadFile: a file is not what its name says, is absurdly large or deep, or is gone.
+        OSError: ``stage`` cannot be written.
+    """
+    stage.mkdir(parents=True)
+    for path in data_files(folder):
+        content = clean_bytes(path)
+        if content is not None:
+            (stage / path.name).write_bytes(content)
+
+
+def clean_bytes(path: Path) -> bytes | None:
+    """The cleaned content of one of ``data_files``; None for a file that has no place beside the others.
+
+    Raises:
+        BadFile: it is not what its name says, is absurdly large or deep, or is gone.
+    """
+    cleaned = _CLEANERS[path.name](path)
+    return cleaned if cleaned is None or isinstance(cleaned, bytes) else json.dumps(cleaned).encode()
+
+
 def clean_json(path: Path) -> Any:
     """A file's JSON without anything by which code or another repository is found.
 
     Raises:
         BadFile: no JSON, not UTF-8, too large or too deep.
     """
-    return _without_code(read_json_text(_bytes(path), str(path)))
+    return without_code(read_json_text(_bytes(path), str(path)))
 
 
-def _without_code(value: Any) -> Any:
+def without_code(value: Any) -> Any:
+    """A JSON value without the keys by which code or another repository is found, at any depth."""
     if isinstance(value, dict):
-        return {key: _without_code(item) for key, item in value.items() if not _is_code(key, item)}
-    return [_without_code(item) for item in value] if isinstance(value, list) else value
+        return {key: without_code(item) for key, item in value.items() if not _is_code(key, item)}
+    return [without_code(item) for item in value] if isinstance(value, list) else value
 
 
 def _is_code(key: str, item: Any) -> bool:
@@ -211,13 +236,9 @@ def _varint(raw: bytes, at: int) -> tuple[int, int]:
 def _bytes(path: Path) -> bytes:
     """A file's content, not more than the bound."""
     try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_TEXT + 1)
-    except OSError as error:
-        raise BadFile(f"{path} cannot be read: {error.strerror or error}", do="Fetch it again.") from error
-    if len(raw) > MAX_TEXT:
-        raise BadFile(f"{path} has more than {MAX_TEXT} bytes.", means="No such file of a checkpoint is that large.")
-    return raw
+        return read_regular(path)
+    except FileNotFoundError as error:
+        raise BadFile(f"{path} is gone.", do="Fetch it again.") from error
 
 
 _CLEANERS: dict[str, Callable[[Path], Any]] = {

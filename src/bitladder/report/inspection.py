@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from bitladder.records.inspection import FolderInspection, Inspection
 from bitladder.report.rows import percent
+from bitladder.report.visible import console as visible_console
 from bitladder.units import human_bytes
 
 if TYPE_CHECKING:
@@ -15,11 +16,10 @@ if TYPE_CHECKING:
 def inspection_table(inspection: Inspection, *, tensors: bool = False, console: Console | None = None) -> None:
     """What a file holds, its types by share, and whether its name tells the truth; every tensor on request."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    out = console or Console(highlight=False)
+    out = console or visible_console(highlight=False)
     out.print(Text(f"{inspection.name or inspection.file}  {inspection.architecture}", style="bold"))
     split = f" in {inspection.parts} parts" if inspection.parts > 1 else ""
     size = f"{human_bytes(inspection.file_bytes)}{split}, {inspection.weights / 1e6:,.1f} million weights"

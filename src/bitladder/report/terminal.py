@@ -14,6 +14,7 @@ from bitladder.records.plan import Plan, Speed
 from bitladder.records.run import RunRecord
 from bitladder.report.facts import warnings
 from bitladder.report.rows import LevelRow, interval, level_rows, number, percent, small
+from bitladder.report.visible import console as visible_console
 from bitladder.report.wording import wording_lines
 from bitladder.units import human_bytes, human_rate
 
@@ -236,7 +237,5 @@ def _plain_table() -> Table:
 
 
 def _console() -> Console:
-    from rich.console import Console
-
-    found = Console(highlight=False)
-    return found if found.is_terminal else Console(highlight=False, width=max(LOG_WIDTH, found.width))
+    found = visible_console(highlight=False)
+    return found if found.is_terminal else visible_console(highlight=False, width=max(LOG_WIDTH, found.width))
