@@ -44,7 +44,8 @@ def commands() -> list[Command]:
             Command(f"plain {family}", f"quantize {model} --to {PLAIN} --imatrix none --out $O"),
             Command(f"weighed {family}", f"quantize {model} --to {PLAIN} --imatrix {importance}.gguf --out $O"),
             Command(
-                f"figures {family}", f"measure {model} --imatrix none {MEASURING}", calibrated=True,
+                f"figures {family}", f"measure {model} --imatrix none {MEASURING}"
+                + ("" if family == "llama" else " --levels Q8_0,Q4_K_M,Q2_K"), calibrated=True,
                 tested=family in ("llama", "gemma3", "qwen3moe"),
             ),
             Command(

@@ -81,8 +81,8 @@ def compact(found: dict[str, Any]) -> dict[str, Any]:
             }
         elif one["files"]:
             kept["exact"][name] = {path: _file(file) for path, file in one["files"].items()}
-        if isinstance(record, list) and record and "kl_mean" in record[0]:
-            kept["figures"][name] = {row["level"]: {key: row[key] for key in FIGURES} for row in record}
+        if isinstance(record, dict) and name.startswith("figures"):
+            kept["figures"][name] = {row["level"]: {key: row[key] for key in FIGURES} for row in record["levels"]}
         if name.startswith(("plan", "inspect")):
             kept["records"][name] = _sha(_rounded(record))
         if isinstance(record, dict) and "decision" in record:
