@@ -60,13 +60,14 @@ def compare(options: argparse.Namespace, work: Path) -> int:
         ("after", options.after, sys.executable),
     ):
         started = time.monotonic()
-        # the second run has the first one's models; paths in records are cut, so folders may differ
-        if name == "after":
-            (work / "after").mkdir(parents=True)
-            (work / "after" / "sources").symlink_to(work / "before" / "sources")
         found.append(
             make.results(
-                work / name, source=source.resolve(), python=python, tested=options.tested, names=tuple(options.only)
+                work / name,
+                source=source.resolve(),
+                python=python,
+                models=work / "sources",
+                tested=options.tested,
+                names=tuple(options.only),
             )["commands"]
         )
         seconds.append(time.monotonic() - started)

@@ -14,7 +14,13 @@ import torch
 from safetensors import safe_open
 
 N_SKETCH = 24
-_OF_A_VERSION = ("bitladder.version", "bitladder.method", "bitladder.source", "bitladder.expected_kl")
+_OF_A_VERSION = (
+    "imatrix.datasets",
+    "bitladder.version",
+    "bitladder.method",
+    "bitladder.source",
+    "bitladder.expected_kl",
+)
 """Keys of a header that tell how and of what a file was made; its weights are held by their own hashes."""
 _UNSTEADY = frozenset({
     "created", "when", "seconds", "by_formula_s", "predicted_s", "low_s", "high_s", "took_s", "timings", "jobs",
@@ -117,7 +123,12 @@ def of_folder(folder: Path, *, sketched: bool) -> dict[str, Any]:
 def steady(record: Any, folders: dict[str, str]) -> Any:
     """A record without what a clock or the machine decides, and without names of temporary folders."""
     if isinstance(record, dict):
-        return {key: steady(value, folders) for key, value in record.items() if key not in _UNSTEADY}
+        kept = {key: steady(value, folders) for key, value in record.items() if key not in _UNSTEADY}
+        if isinstance(kept.get("tokens"), list):  # of an answer: kept for the two tiers, which a clock chooses
+            del kept["tokens"]
+        if not str(kept.get("path", ".gguf")).endswith(".gguf"):  # of a checkpoint's folder: its log holds seconds
+            kept.pop("bytes", None)
+        return kept
     if isinstance(record, list):
         return [steady(value, folders) for value in record]
     if record in _BY_A_CLOCK:

@@ -27,11 +27,20 @@ FIGURES = ("kl_mean", "kl_median", "ppl_ratio", "top1")
 
 
 def results(
-    work: Path, *, source: Path = ROOT, python: str = sys.executable, tested: bool = False, names: tuple[str, ...] = ()
+    work: Path,
+    *,
+    source: Path = ROOT,
+    python: str = sys.executable,
+    models: Path | None = None,
+    tested: bool = False,
+    names: tuple[str, ...] = (),
 ) -> dict[str, Any]:
-    """What the commands of one checkout make, each in its folder beneath ``work``, in a process of their own."""
+    """What the commands of one checkout make, each in its folder beneath ``work``, in a process of their own.
+
+    ``models``: the folder of sources, made where it is not there.
+    """
     work.mkdir(parents=True, exist_ok=True)
-    models, out = work / "sources", work / "results.json"
+    models, out = models or work / "sources", work / "results.json"
     environment = {
         **os.environ, "PYTHONPATH": str(source / "src"), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
@@ -102,7 +111,11 @@ def compact(found: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        kept = compact(results(Path(folder), tested=True))
+        write(compact(results(Path(folder), tested=True)))
+
+
+def write(kept: dict[str, Any]) -> None:
+    """A line for each command, so that a difference of two versions can be read."""
     lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in kept.items() if not isinstance(value, dict)]
     for key, value in kept.items():
         if isinstance(value, dict):
