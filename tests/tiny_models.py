@@ -233,8 +233,20 @@ def _converted(case: Case, config: Any, name: str, weight: np.ndarray) -> dict[s
     return {target: weight.squeeze()}
 
 
-def write(case: Case, model: Any, path: Path, dtype: Any = np.float32) -> Path:
-    """Write a tiny model to GGUF; matrices in ``dtype``, vectors in f32."""
+def _named_tokens(writer: gguf.GGUFWriter, n_vocab: int) -> None:
+    """A list of tokens that no engine could cut a text into."""
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([f"t{token}" for token in range(n_vocab)])
+
+
+def write(
+    case: Case,
+    model: Any,
+    path: Path,
+    dtype: Any = np.float32,
+    tokenizer: Callable[[gguf.GGUFWriter, int], None] = _named_tokens,
+) -> Path:
+    """Write a tiny model to GGUF; matrices in ``dtype``, vectors in f32. ``tokenizer`` writes its keys."""
     config, arch = model.config, case.architecture
     rope = config.rope_parameters
     keys: dict[str, Any] = {
@@ -252,8 +264,7 @@ def write(case: Case, model: Any, path: Path, dtype: Any = np.float32) -> Path:
     for key, value in keys.items():
         add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)]
         add(f"{arch}.{key}", value)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([f"t{token}" for token in range(config.vocab_size)])
+    tokenizer(writer, config.vocab_size)
     tensors = dict(case.tensors(config))
     tied = config.tie_word_embeddings
     for name, parameter in model.named_parameters():

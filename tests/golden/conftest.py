@@ -1,0 +1,17 @@
+"""Golden tests share one run of the commands."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import make
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What this checkout's commands make of the tiny models, as golden.json holds it."""
+    return make.compact(make.results(tmp_path_factory.mktemp("golden"), tested=True))
