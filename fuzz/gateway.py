@@ -386,6 +386,7 @@ class Seen:
         self.sent: collections.Counter[str] = collections.Counter()
         self.wrong: list[str] = []
         self.refused = 0
+        self.most_bytes = 0
         self.good = self.told_to_wait = 0
         self.slowest = 0.0
 
@@ -435,17 +436,15 @@ def text_of(answer: bytes, stream: bool) -> str:
         return ""
 
 
-async def watch_memory(process: object, until: float) -> int:
-    """The most memory that the gateway held, in bytes."""
-    most = 0
+async def watch_memory(process: object, until: float, seen: Seen) -> None:
+    """Note the most memory that the gateway held."""
     while time.monotonic() < until:
-        most = max(most, gateway_setup.resident_bytes(process))
+        seen.most_bytes = max(seen.most_bytes, gateway_setup.resident_bytes(process))
         await asyncio.sleep(0.05)
-    return most
 
 
-async def attack(address: tuple[str, int], process: object, options: argparse.Namespace, seen: Seen) -> int:
-    """All at once; the most memory held meanwhile."""
+async def attack(address: tuple[str, int], process: object, options: argparse.Namespace, seen: Seen) -> None:
+    """All at once."""
     until = time.monotonic() + options.seconds
     names = chosen(options)
     random.Random(options.seed).shuffle(names)
@@ -454,13 +453,13 @@ async def attack(address: tuple[str, int], process: object, options: argparse.Na
         hostile(address, turns, random.Random(f"{options.seed} {number}"), until, options.longest, seen)
         for number in range(options.clients)
     ]
-    most, *_ = await asyncio.gather(watch_memory(process, until + 1), good(address, until, seen), *clients)
-    return most
+    await asyncio.gather(watch_memory(process, until + 1, seen), good(address, until, seen), *clients)
 
 
 async def rounds(address: tuple[str, int], process: object, options: argparse.Namespace, seen: Seen) -> list[int]:
     """Many large bodies at once, round by round; the memory held after each, in bytes."""
     held = []
+    watching = asyncio.create_task(watch_memory(process, float("inf"), seen))
     for number in range(options.rounds):
         talk = Talk(*await asyncio.open_connection(*address), random.Random(number))
         talk.ends = time.monotonic() + 20.0
@@ -474,6 +473,7 @@ async def rounds(address: tuple[str, int], process: object, options: argparse.Na
             talk.writer.transport.abort()
         await asyncio.sleep(0.5)
         held.append(gateway_setup.resident_bytes(process))
+    watching.cancel()
     return held
 
 
@@ -518,14 +518,14 @@ def main() -> None:
         address = (host, int(port))
         asyncio.run(good(address, time.monotonic() + 0.5, Seen()))
         before = gateway_setup.resident_bytes(process)
-        most = asyncio.run(attack(address, process, options, seen))
+        asyncio.run(attack(address, process, options, seen))
         held = [] if options.small else asyncio.run(rounds(address, process, options, seen))
         time.sleep(1.0)
         after = gateway_setup.resident_bytes(process)
         asyncio.run(good(address, time.monotonic() + 0.5, seen))
         died = process.poll() is not None
         lines = Path(log.name).read_text(errors="replace")
-    grew = (most - before) / MiB
+    grew = (seen.most_bytes - before) / MiB
     found = [*seen.wrong]
     if "Traceback" in lines:
         found.append("a traceback in the log: " + lines[max(0, lines.index("Traceback") - 300) :][:1500])
@@ -542,7 +542,7 @@ def main() -> None:
         print(f"  {count:5} x {name:32} {seen.sent[name] / MiB:9.1f} MiB")
     print(f"  {seen.good} good answers, the slowest after {seen.slowest:.2f} s; {seen.told_to_wait} times told to wait")
     print("  after each round of many large bodies:", *(f"{size / MiB:.0f}" for size in held))
-    print(f"  memory {before / MiB:.0f} MiB, at most {most / MiB:.0f}, {after / MiB:.0f} afterwards")
+    print(f"  memory {before / MiB:.0f} MiB, at most {seen.most_bytes / MiB:.0f}, {after / MiB:.0f} afterwards")
     for item in found[:20]:
         print(f"FOUND {item}")
     print(json.dumps({
