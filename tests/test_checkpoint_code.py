@@ -448,6 +448,7 @@ def test_every_error_is_ours(tmp_path):
 
 TOKENIZER = {
     "version": "1.0",
+    "added_tokens": [],
     "model": {"type": "WordLevel", "vocab": {"a": 0, "b": 1, "[UNK]": 2}, "unk_token": "[UNK]"},
     "pre_tokenizer": {"type": "Whitespace"},
 }
