@@ -345,7 +345,7 @@ def test_flipped_bytes_are_read_or_refused(tmp_path):
 def test_no_such_file(tmp_path):
     with pytest.raises(BadInput, match="No such file"):
         read_header(tmp_path / "none.gguf")
-    with pytest.raises(BadInput, match="Is a directory"):
+    with pytest.raises(BadInput, match="is a folder"):
         read_header(tmp_path)
 
 

@@ -68,8 +68,8 @@ JOBS = {
         f"recipe $S/small.gguf --bpw 5 {CALIBRATION}", "walk: layer 3 of 3:1", "sensitivity: layer 1 of 3"
     ),
 }  # fmt: skip
-START_ANEW = {"importance matrix", "weighing of a recipe", "checking of a recipe"}
-"""Kinds of jobs that today keep nothing before they end."""
+START_ANEW = {"weighing of a recipe", "checking of a recipe"}
+"""Kinds of jobs that keep where they are every 30 seconds at most, and here take less."""
 OTHER_BYTES = {"AWQ", "INT8 smoothed"}
 """Kinds that go on, and then write other bytes than undisturbed: about 1% of the codes of the next layer."""
 FAR = 0.3
@@ -170,7 +170,7 @@ def test_a_killed_job_called_again_writes_the_same_bytes(three, kind):
 @pytest.mark.parametrize(
     "kind",
     [
-        pytest.param(kind, marks=pytest.mark.xfail(reason="keeps nothing before it ends"))
+        pytest.param(kind, marks=pytest.mark.xfail(reason="too short to keep anything", strict=False))
         if kind in START_ANEW
         else kind
         for kind in JOBS

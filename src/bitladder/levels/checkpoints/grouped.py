@@ -40,7 +40,9 @@ SPELLINGS = {
     ),
     "AWQ": Spelling(AWQ, (4,), GROUP_SIZES, False, "sym", ("ct",), "AWQ-4bit-{g32,g64,g128}[-sym][-ct]"),
 }  # fmt: skip
-_NAME = re.compile(r"(GPTQ|AWQ)-([0-9]{1,6})bit-(?:g([1-9][0-9]{0,5})|row)((?:-[a-z0-9]+)*)", re.IGNORECASE | re.ASCII)
+_NAME = re.compile(
+    r"(GPTQ|AWQ)-([0-9]{1,6})bit-(?:g(0*[1-9][0-9]{0,5})|row)((?:-[a-z0-9]+)*)", re.IGNORECASE | re.ASCII
+)
 
 
 @dataclass(frozen=True)
