@@ -32,8 +32,8 @@ from bitladder.records.evaluation import Answer
 from bitladder.stages.evaluate import answer_workload, judge_answers
 from bitladder.stages.feedback import write_with_feedback
 from bitladder.stages.imatrix import importance_matrix
-from bitladder.stages.quantize import quantize_levels
 from bitladder.stages.sensitivity import sensitivity_table
+from bitladder.stages.write_levels import quantize_levels
 from bitladder.stats.paired import sign_flip
 from bitladder.walk.feedback import FeedbackSettings
 from bitladder.walk.weights import FileWeights, MadeWeights

@@ -33,8 +33,8 @@ from bitladder.kernels import dequantize
 from bitladder.plan.recipe import Wish, choose
 from bitladder.records.recipe import SensitivityTable
 from bitladder.stages.feedback import write_with_feedback
+from bitladder.stages.fidelity import Candidate, file_candidate, token_scores
 from bitladder.stages.sensitivity import sensitivity_table
-from bitladder.stages.walk import Candidate, file_candidate, token_scores
 from bitladder.stats.bootstrap import ratio_interval
 from bitladder.walk.feedback import FeedbackSettings
 from bitladder.walk.weights import FileWeights

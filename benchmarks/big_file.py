@@ -28,7 +28,7 @@ from bitladder.formats import gguf
 from bitladder.formats.recipes import assign
 from bitladder.formats.tensors import TensorInfo
 from bitladder.kernels import dequantize, first_nonfinite, quantize
-from bitladder.stages.quantize import pieces_of
+from bitladder.stages.write_levels import pieces_of
 
 LEVELS = ("Q8_0", "Q5_K_M", "Q4_K_M")
 WIDTH, HIDDEN, HEADS, VOCABULARY = 4096, 14336, 32, 32000
@@ -40,7 +40,7 @@ from pathlib import Path
 import numpy as np
 from bitladder.files.gguf import GgufFile
 from bitladder.kernels import dequantize, quantize
-from bitladder.stages.quantize import quantize_levels
+from bitladder.stages.write_levels import quantize_levels
 source, out, levels, effort = sys.argv[1], sys.argv[2], sys.argv[3].split(","), sys.argv[4]
 threads = int(sys.argv[5])
 few = dequantize(np.zeros((8, 2048), np.uint8), "F16")

@@ -23,7 +23,7 @@ from bitladder.files.gguf import GgufFile
 from bitladder.levels.checkpoints import parse_checkpoint
 from bitladder.levels.products import ImportanceVectors, Product
 from bitladder.stages.calibrate import Calibrated, Calibration, Reading
-from bitladder.stages.quantize import quantize_levels
+from bitladder.stages.write_levels import quantize_levels
 from bitladder.walk.checkpoint_walk import Settings
 
 TARGET = 1.6

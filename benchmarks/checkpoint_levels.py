@@ -34,7 +34,7 @@ from bitladder.engines.llama import LlamaServer
 from bitladder.files.gguf import GgufFile
 from bitladder.levels.checkpoints import parse_checkpoint
 from bitladder.stages.calibrate import quantize_checkpoints
-from bitladder.stages.walk import Candidate, fidelity, text_windows, token_scores
+from bitladder.stages.fidelity import Candidate, fidelity, text_windows, token_scores
 from bitladder.stats.bootstrap import ratio_interval
 from bitladder.walk.checkpoint_walk import Settings
 from bitladder.walk.checkpoint_weights import CheckpointWeights

@@ -27,8 +27,8 @@ from bitladder.engines.base import Launch
 from bitladder.engines.llama import LlamaServer
 from bitladder.files.gguf import GgufFile
 from bitladder.records import to_json
+from bitladder.stages.fidelity import made_candidates, text_windows, walk
 from bitladder.stages.imatrix import importance_matrix
-from bitladder.stages.walk import made_candidates, text_windows, walk
 
 MEASURE_BYTES, CALIBRATE_BYTES = 30_000, 120_000
 

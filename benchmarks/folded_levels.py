@@ -25,8 +25,8 @@ from bitladder.files.texts import shipped_texts
 from bitladder.levels import FoldedLevel
 from bitladder.levels.products import ImportanceVectors
 from bitladder.stages.calibrate import Calibration, Reading
-from bitladder.stages.quantize import quantize_levels
-from bitladder.stages.walk import file_candidate, text_windows, walk
+from bitladder.stages.fidelity import file_candidate, text_windows, walk
+from bitladder.stages.write_levels import quantize_levels
 from bitladder.walk.checkpoint_walk import Settings
 
 

@@ -30,7 +30,7 @@ from bitladder.serve.escalation import is_sure
 from bitladder.serve.evidence import Advice, RoutedInput, advise, routed_inputs
 from bitladder.serve.router import AUTO, QUALITY, Features, choose
 from bitladder.stages.evaluate import answer_workload, judge_answers, level_answers, measure_speed
-from bitladder.stages.facts import input_facts
+from bitladder.stages.run_facts import input_facts
 
 PARALLEL = 2
 

@@ -14,7 +14,7 @@ from bitladder.describe.text import Document
 from bitladder.describe.windows import WINDOW, Window
 from bitladder.engines.llama import LlamaServer
 from bitladder.files.gguf import GgufFile
-from bitladder.stages.walk import text_windows
+from bitladder.stages.fidelity import text_windows
 
 
 def parser_of(doc: str) -> argparse.ArgumentParser:

@@ -34,9 +34,9 @@ from bitladder.formats.recipes import assign
 from bitladder.plan.recipe import Wish, choose, recipe_bytes
 from bitladder.records.recipe import Recipe
 from bitladder.stages.feedback import write_with_feedback
+from bitladder.stages.fidelity import Candidate, file_candidate, token_scores
 from bitladder.stages.imatrix import importance_matrix
 from bitladder.stages.sensitivity import sensitivity_table
-from bitladder.stages.walk import Candidate, file_candidate, token_scores
 from bitladder.stats.bootstrap import ratio_interval
 from bitladder.walk.feedback import FeedbackSettings
 from bitladder.walk.weights import FileWeights, MadeWeights, Quantizer

@@ -23,9 +23,9 @@ from bitladder.engines.llama import LlamaServer
 from bitladder.files.gguf import GgufFile
 from bitladder.plan.allocate import Choice, Group, least_loss
 from bitladder.plan.recipe import predicted, recipe_bytes
+from bitladder.stages.fidelity import Candidate, walk
 from bitladder.stages.imatrix import importance_matrix
 from bitladder.stages.sensitivity import sensitivity_table
-from bitladder.stages.walk import Candidate, walk
 from bitladder.walk.weights import FileWeights, MadeWeights, Quantizer
 
 

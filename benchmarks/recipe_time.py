@@ -24,10 +24,10 @@ from bitladder.files.gguf import GgufFile
 from bitladder.plan.recipe import Wish, choose
 from bitladder.progress import silent
 from bitladder.stages.calibrate import quantize_checkpoints
-from bitladder.steps.calibrated import calibration_texts, token_windows
-from bitladder.steps.journal import Journal
-from bitladder.steps.recipes import measured_on, write_recipe
-from bitladder.steps.weighing import parts_of_text, weighed_tensors
+from bitladder.stages.calibration import calibration_texts, token_windows
+from bitladder.stages.job import Journal
+from bitladder.stages.recipe import measured_on, write_recipe
+from bitladder.stages.weighing import parts_of_text, weighed_tensors
 from bitladder.walk.checkpoint_walk import Settings
 
 LEVEL = "GPTQ-4bit-g64"

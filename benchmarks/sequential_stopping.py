@@ -22,7 +22,7 @@ import numpy as np
 from scipy import stats
 
 from bitladder.describe.workload import Input
-from bitladder.stages.ladder import measure_ladder
+from bitladder.plan.halving import measure_ladder
 from bitladder.stats.sequential import Standing
 
 LEVELS = ["Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "Q3_K_M", "Q2_K"]

@@ -44,7 +44,7 @@ from bitladder.plan.speed import anchor_factor, predict
 from bitladder.records import to_json
 from bitladder.records.plan import Figure, Speed
 from bitladder.stages.measure_machine import measure_machine
-from bitladder.stages.quantize import quantize_levels
+from bitladder.stages.write_levels import quantize_levels
 
 DECODED = 20
 LONG_EVERY = 5

@@ -19,7 +19,7 @@ import torch
 
 from bitladder.describe.windows import WINDOW, Window
 from bitladder.files.gguf import GgufFile
-from bitladder.stages.walk import made_candidates, walk
+from bitladder.stages.fidelity import made_candidates, walk
 from bitladder.walk.layers import LayeredModel, inference
 from bitladder.walk.states import batches_of
 from bitladder.walk.weights import FileWeights

@@ -37,7 +37,7 @@ def expect(folder: Path, levels: list[str]) -> int:
     from bitladder.files.texts import shipped_texts
     from bitladder.levels.checkpoints import parse_checkpoint
     from bitladder.stages.calibrate import quantize_checkpoints
-    from bitladder.stages.walk import text_windows
+    from bitladder.stages.fidelity import text_windows
 
     path = fetch_demo()
     with GgufFile.open(path) as source:

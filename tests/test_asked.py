@@ -9,8 +9,8 @@ from bitladder.describe.criteria import KINDS, Context
 from bitladder.describe.workload import Criterion, Input, Workload
 from bitladder.engines.base import Completion
 from bitladder.records.evaluation import MOST_OTHERS_SHARE, Speed
-from bitladder.steps.asked import Asker, LevelToAsk
-from bitladder.steps.journal import Journal
+from bitladder.stages.ask import Asker, LevelToAsk
+from bitladder.stages.job import Journal
 from bitladder.store.evidence import Evidence
 from bitladder.store.recorded import Recorded, Subject
 

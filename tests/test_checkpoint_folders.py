@@ -13,8 +13,8 @@ from bitladder.errors import BadInput, BitladderError
 from bitladder.files.checkpoint_folder import checkpoint_sha256
 from bitladder.files.gguf import GgufFile
 from bitladder.levels.checkpoints import parse_checkpoint, recognised
+from bitladder.stages.fidelity import folder_candidate
 from bitladder.stages.inspect import inspect_folder
-from bitladder.stages.walk import folder_candidate
 from tiny_checkpoints import run, tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -17,7 +17,7 @@ from bitladder import __version__, pipeline
 from bitladder.cli.app import app
 from bitladder.errors import UsageError
 from bitladder.records import evaluation
-from bitladder.stages import facts
+from bitladder.stages import run_facts as facts
 from cloud_server import serving
 
 PROSE = (

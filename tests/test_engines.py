@@ -26,8 +26,8 @@ from bitladder.serve.app import build_app
 from bitladder.serve.deploy import deployed
 from bitladder.serve.settings import ServeSettings, TierSpec
 from bitladder.serve.supervisor import Fingerprint
-from bitladder.stages.facts import engine_facts, slots
-from bitladder.steps.measured import answers
+from bitladder.stages.measure import answers
+from bitladder.stages.run_facts import engine_facts, slots
 from bitladder.store.evidence import Evidence
 from bitladder.store.recorded import Recorded, Subject
 from upstreams import CHAT, chat

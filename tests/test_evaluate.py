@@ -15,9 +15,9 @@ from bitladder.errors import EngineGone, UsageError
 from bitladder.plan.gate import search_exit
 from bitladder.records import to_json
 from bitladder.records.evaluation import Speed, answer_from_json
+from bitladder.stages.criteria_help import criteria_help
 from bitladder.stages.evaluate import answer_workload, check_help, compare, judge_answers, level_answers, measure_speed
-from bitladder.steps.help import criteria_help
-from bitladder.steps.smallest import margin_of, smallest_level
+from bitladder.stages.smallest import margin_of, smallest_level
 
 SPEED = Speed(100.0, 10.0, 1.0)
 

@@ -15,10 +15,10 @@ from bitladder.kernels.awq import Fold
 from bitladder.levels import FoldedLevel, RecipeLevel, parse_level, parse_levels
 from bitladder.levels.products import ImportanceVectors
 from bitladder.stages.calibrate import Calibrated, Calibration, Reading
+from bitladder.stages.fidelity import file_candidate, walk
 from bitladder.stages.imatrix import importance_matrix
-from bitladder.stages.quantize import quantize_levels
-from bitladder.stages.walk import file_candidate, walk
-from bitladder.steps.building import build_levels, sort_levels
+from bitladder.stages.quantize import build_levels, sort_levels
+from bitladder.stages.write_levels import quantize_levels
 from bitladder.walk.folding import KQuantFolder
 from bitladder.walk.layers import LayeredModel
 from bitladder.walk.weights import FileWeights

@@ -28,7 +28,7 @@ from bitladder.records.level_file import Making, Standing, StoredFile
 from bitladder.serve.app import build_app
 from bitladder.serve.deploy import deployed
 from bitladder.serve.settings import ServeSettings
-from bitladder.stages.quantize import quantize_levels
+from bitladder.stages.write_levels import quantize_levels
 from bitladder.store.evidence import Evidence
 from bitladder.store.recorded import Recorded, Subject
 from engine_model import write_engine_model
@@ -369,7 +369,7 @@ def test_a_deleted_run_is_built_again_byte_for_byte(world, imatrix):
 
 def test_a_fitted_level_of_a_run_is_found_and_built_again(world, monkeypatch):
     documents = [Document(f"t{number}", TEXT * 8) for number in range(12)]
-    monkeypatch.setattr("bitladder.steps.recipes.calibration_texts", lambda texts: documents)
+    monkeypatch.setattr("bitladder.stages.recipe.calibration_texts", lambda texts: documents)
     world.run(levels="GPTQ-Q4_0")
     decided = world.record()["decision"]
     assert decided["quality"] == "GPTQ-Q4_0"
@@ -396,7 +396,7 @@ def test_a_level_that_cannot_be_built_as_it_was_is_not_built_otherwise(world):
 def test_a_level_that_comes_out_otherwise_is_said_to(world, monkeypatch):
     world.run("--imatrix", "none")
     world.file("Q4_K_M").unlink()
-    monkeypatch.setattr("bitladder.stages.quantize.REVISION", "9999")
+    monkeypatch.setattr("bitladder.stages.write_levels.REVISION", "9999")
     tier = world.serve("--quality", "Q4_K_M").quality
     assert tier.standing is Standing.CHANGED
     assert "is not the file that was measured" in tier.note

@@ -10,7 +10,7 @@ from bitladder.describe.windows import Window
 from bitladder.errors import BadFile, BadInput
 from bitladder.files.gguf import GgufFile
 from bitladder.files.imatrix import ImportanceMatrix, read_imatrix, write_imatrix
-from bitladder.steps import calibrated
+from bitladder.stages import calibration as calibrated
 from gguf_bytes import F16, F32, header, key, padded, string, strings, tensor, u32
 
 NAME, STACK = "blk.0.attn_q.weight", "blk.0.ffn_up_exps.weight"

@@ -8,7 +8,7 @@ import pytest
 from bitladder.files.gguf import GgufFile
 from bitladder.records import to_json
 from bitladder.stages.inspect import inspect_file
-from bitladder.stages.quantize import quantize_levels
+from bitladder.stages.write_levels import quantize_levels
 from gguf_bytes import LLAMA_KEYS, string, tiny_weights, u32, write_model
 
 

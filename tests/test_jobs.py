@@ -15,10 +15,10 @@ from bitladder.levels import parse_levels
 from bitladder.plan.preflight import STATE_BYTES, WALK_START_S, JobNeed, quantize_need, walk_need
 from bitladder.progress import silent
 from bitladder.records.job import JobOutcome
-from bitladder.steps import jobs
-from bitladder.steps.building import build_levels
-from bitladder.steps.calibrated import make_imatrix
-from bitladder.steps.journal import Journal
+from bitladder.stages import forecast as jobs
+from bitladder.stages.calibration import make_imatrix
+from bitladder.stages.job import Journal
+from bitladder.stages.quantize import build_levels
 from bitladder.units import GiB, MiB
 
 MACHINE = Machine("cpu", 2, (), 8 * GiB, 6 * GiB, GiB)

@@ -12,7 +12,7 @@ import pytest
 
 from bitladder.errors import BadInput
 from bitladder.files.lm_eval import read_results
-from bitladder.steps.benchmarks import keep_lm_eval
+from bitladder.stages.benchmarks import keep_lm_eval
 from bitladder.store import Evidence
 
 RESULTS = Path(__file__).parent / "fixtures" / "lm_eval_results.json"

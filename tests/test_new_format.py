@@ -22,7 +22,7 @@ from bitladder.levels.checkpoints import CheckpointFormat
 from bitladder.levels.methods import AWQ, GPTQ, ROUNDING
 from bitladder.plan.cost import checkpoint_levels, level_size
 from bitladder.progress import silent
-from bitladder.steps.planned import Request, plan_model
+from bitladder.stages.plan import Request, plan_model
 from bitladder.walk.checkpoint_weights import CheckpointWeights
 from bitladder.walk.weights import FileWeights
 from tiny_checkpoints import decoded, difference, loaded, run, tiny

@@ -19,7 +19,7 @@ from bitladder.files.imatrix import ImportanceMatrix, made_from, write_imatrix
 from bitladder.files.outputs import check_output, holding, same_text
 from bitladder.report import check_html, check_run, report_beside, write_html, write_run
 from bitladder.serve.limits import add_key
-from bitladder.stages.quantize import quantize_levels
+from bitladder.stages.write_levels import quantize_levels
 from bitladder.store.evidence import Evidence
 from gguf_bytes import tiny_weights, write_model
 from ladder_examples import run_record

@@ -15,10 +15,10 @@ from bitladder.describe.machine import Machine
 from bitladder.describe.shapes import Shape, model_of
 from bitladder.errors import BadInput, UsageError
 from bitladder.levels import parse_levels
+from bitladder.plan.ladder import make_plan
 from bitladder.plan.whatif import what_if
 from bitladder.records import to_json
 from bitladder.serve.page_app import PAGE, build_page
-from bitladder.stages.plan import make_plan
 from bitladder.units import GiB, MiB
 from ladder_examples import run_record
 from page_gateway import EVIL, Fake, gateway_app, serving

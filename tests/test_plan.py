@@ -15,13 +15,13 @@ from bitladder.files.level_files import draft_level
 from bitladder.formats.recipes import LEVELS
 from bitladder.levels import RecipeLevel, parse_level, parse_levels
 from bitladder.plan.cost import LevelBytes, checkpoint_levels, level_size
+from bitladder.plan.ladder import make_plan
 from bitladder.plan.pair import plan_pair
 from bitladder.plan.placement import RAM_MARGIN, VRAM_MARGIN, Wish, place
 from bitladder.plan.search import MachineRates
 from bitladder.plan.speed import Share, anchor_factor, computed_share, decode_seconds, predict, prefill_seconds
 from bitladder.records import to_json
-from bitladder.stages.plan import make_plan
-from bitladder.stages.quantize import quantize_levels
+from bitladder.stages.write_levels import quantize_levels
 from bitladder.units import GiB, MiB
 
 LLAMA_8B = Shape("l", "llama", 32, 4096, 14336, 32, 8, 128256, 131072, rope_factors=64)
@@ -83,7 +83,7 @@ def test_planning_loads_no_heavy_package(demo_gguf):
     code = (
         "import sys; from pathlib import Path\n"
         "from bitladder.files.gguf import read_header\nfrom bitladder.files.probe import probe_machine\n"
-        "from bitladder.stages.plan import make_plan\nfrom bitladder.stages.search import search_catalogue\n"
+        "from bitladder.plan.ladder import make_plan\nfrom bitladder.stages.search import search_catalogue\n"
         "from bitladder.files.describe_source import describe\n"
         f"make_plan(read_header(Path({str(demo_gguf)!r})), probe_machine())\n"
         "print([name for name in ('torch', 'numba', 'transformers', 'scipy', 'xllamacpp', 'sqlalchemy') if name in "

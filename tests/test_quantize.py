@@ -24,8 +24,8 @@ from bitladder.formats.recipes import assign
 from bitladder.kernels import REVISION, dequantize, quantize
 from bitladder.levels import parse_levels
 from bitladder.progress import silent
-from bitladder.stages import quantize as stage
-from bitladder.stages.quantize import method_name, quantize_levels
+from bitladder.stages import write_levels as stage
+from bitladder.stages.write_levels import method_name, quantize_levels
 from gguf_bytes import LLAMA_KEYS, strings, tiny_weights, write_model
 
 TOKENS = strings("tokenizer.ggml.tokens", [f"token {number} ü" for number in range(96)])
@@ -404,7 +404,7 @@ def test_another_device_writes_the_same_bytes(tmp_path, tiny, small_pieces):
 
 
 def test_a_device_that_is_not_there_is_told_before_any_work(tmp_path, tiny):
-    from bitladder.steps.building import build_levels
+    from bitladder.stages.quantize import build_levels
 
     with pytest.raises(UsageError, match="torch has no device 'cuda:99' here"):
         build_levels(str(tiny), parse_levels(["Q8_0"]), tmp_path / "out", threads=1, device="cuda:99", progress=silent)
@@ -417,7 +417,7 @@ CHILD = """
     import sys, time
     from pathlib import Path
     from bitladder.files.gguf import GgufFile
-    from bitladder.stages import quantize as stage
+    from bitladder.stages import write_levels as stage
     stage.PIECE_WEIGHTS = 1000
     real = stage.quantize
     def slow(*arguments, **more):
@@ -516,7 +516,7 @@ def test_a_limit_on_file_size_is_told(tmp_path, tiny):
         from pathlib import Path
         from bitladder.errors import OutputError
         from bitladder.files.gguf import GgufFile
-        from bitladder.stages.quantize import quantize_levels
+        from bitladder.stages.write_levels import quantize_levels
         source = GgufFile.open(Path(sys.argv[1]))
         source.sha256
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
@@ -544,7 +544,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
         import sys
         from pathlib import Path
         from bitladder.files.gguf import GgufFile
-        from bitladder.stages.quantize import quantize_levels
+        from bitladder.stages.write_levels import quantize_levels
         import numpy as np
         from bitladder.kernels import quantize, dequantize
         quantize(np.ones((8, 1024), np.float32), "Q8_0")

@@ -26,10 +26,12 @@ from bitladder.records.calibration import LinearLoss
 from bitladder.records.level_file import LevelFile
 from bitladder.records.recipe import FittedLevel, Recipe, SensitivityTable, TensorLoss
 from bitladder.report.recipe import note_lines
+from bitladder.stages import calibration as calibrated
+from bitladder.stages import recipe as recipes
+from bitladder.stages import weighing
 from bitladder.stages.feedback import write_with_feedback
-from bitladder.steps import calibrated, recipes, weighing
-from bitladder.steps.journal import Journal
-from bitladder.steps.ladder_files import ladder_files
+from bitladder.stages.job import Journal
+from bitladder.stages.ladder_files import ladder_files
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ from bitladder.engines.endpoint import endpoint_at
 from bitladder.errors import BadInput, EngineError, UsageError, WrongModel
 from bitladder.files.prices import price_of
 from bitladder.plan.spending import expected_spending
-from bitladder.steps.asked import Asker
-from bitladder.steps.help import criteria_help
-from bitladder.steps.journal import Journal
-from bitladder.steps.remote import agree_to_spend, endpoint_answers, remote_of
+from bitladder.stages.ask import Asker
+from bitladder.stages.criteria_help import criteria_help
+from bitladder.stages.endpoints import agree_to_spend, endpoint_answers, remote_of
+from bitladder.stages.job import Journal
 from bitladder.store.evidence import Evidence
 from bitladder.store.recorded import Recorded
 from cloud_server import serving

@@ -13,7 +13,7 @@ from bitladder.files.describe_source import describe
 from bitladder.files.gguf import GgufFile, read_header
 from bitladder.files.sources import _checkpoint_warnings, resolve
 from bitladder.stages.inspect import inspect_file
-from bitladder.stages.quantize import quantize_levels
+from bitladder.stages.write_levels import quantize_levels
 from gguf_bytes import LLAMA_KEYS, string, strings, tiny_weights, write_model
 
 TOKENS = strings("tokenizer.ggml.tokens", [f"token {number}" for number in range(96)])

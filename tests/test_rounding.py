@@ -9,7 +9,7 @@ import tiny_models
 from bitladder.describe.windows import Window
 from bitladder.files.gguf import GgufFile
 from bitladder.levels.checkpoints.compressed_tensors import int8_tokens
-from bitladder.stages.walk import Candidate, token_scores
+from bitladder.stages.fidelity import Candidate, token_scores
 from bitladder.walk.layers import LayeredModel
 from bitladder.walk.rounding import round_inputs, rounded_input
 from bitladder.walk.weights import FileWeights, MadeWeights, Quantizer

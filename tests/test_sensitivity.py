@@ -11,9 +11,9 @@ from bitladder.files.gguf import GgufFile
 from bitladder.formats.recipes import is_quantizable, types_for
 from bitladder.plan.recipe import predicted
 from bitladder.progress import silent
+from bitladder.stages.fidelity import Candidate, walk
 from bitladder.stages.imatrix import importance_matrix
 from bitladder.stages.sensitivity import sensitivity_table, weigh
-from bitladder.stages.walk import Candidate, walk
 from bitladder.walk import sensitivity
 from bitladder.walk.layers import LayeredModel
 from bitladder.walk.sensitivity import EmbeddingSensitivity, SensitivityPass

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from bitladder.describe.workload import Input
-from bitladder.stages.ladder import measure_ladder
+from bitladder.plan.halving import measure_ladder
 from bitladder.stats.sequential import (
     STAKES,
     Standing,

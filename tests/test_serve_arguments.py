@@ -10,9 +10,9 @@ from bitladder.cli.app import app
 from bitladder.cli.deploy import tiers_of
 from bitladder.errors import BitladderError
 from bitladder.files.gguf import GgufFile
+from bitladder.plan.ladder import DEFAULT_CTX, usable_context
 from bitladder.progress import silent
 from bitladder.serve.settings import ServeSettings
-from bitladder.stages.plan import DEFAULT_CTX, usable_context
 from tiny_engine import TRAINED_CTX, write_tiny
 
 

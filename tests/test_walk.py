@@ -13,7 +13,7 @@ from bitladder.errors import BadInput, BadWeights, OutputError, UnknownLevel, Us
 from bitladder.files.gguf import GgufFile
 from bitladder.formats.roles import EMBEDDING, layer_tensor
 from bitladder.kernels import dequantize, quantize
-from bitladder.stages.walk import (
+from bitladder.stages.fidelity import (
     Candidate,
     fidelity,
     file_candidate,

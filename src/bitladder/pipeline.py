@@ -26,6 +26,7 @@ from bitladder.files.workloads import STARTER, load_reference, load_workload
 from bitladder.levels import LADDER, CheckpointLevel, Container, Level, of_kinds
 from bitladder.plan.bar import Bar, parse_bar
 from bitladder.plan.decide import decide
+from bitladder.plan.ladder import make_plan, usable_context
 from bitladder.plan.preflight import require
 from bitladder.progress import LevelNews, Progress, tell
 from bitladder.records import to_json
@@ -35,21 +36,20 @@ from bitladder.records.fidelity import Fidelity
 from bitladder.records.plan import Plan
 from bitladder.records.run import RunRecord
 from bitladder.report import RUN_JSON, check_html, check_run, report_beside, write_html, write_run
-from bitladder.stages import facts
+from bitladder.stages import run_facts as facts
+from bitladder.stages.ask import Asker, LevelToAsk, ServedLevel, name_of
+from bitladder.stages.calibration import importance_of
+from bitladder.stages.criteria_help import criteria_help
+from bitladder.stages.endpoints import agree_to_spend
 from bitladder.stages.evaluate import compare
-from bitladder.stages.facts import RunSettings, level_of
-from bitladder.stages.plan import make_plan, usable_context
+from bitladder.stages.forecast import building_need
+from bitladder.stages.job import Journal, Say
+from bitladder.stages.known_files import identified, known_folders, making_of
+from bitladder.stages.ladder_files import ladder_files
+from bitladder.stages.measure import built_candidate, documents, fidelities, of_itself
+from bitladder.stages.quantize import calibrate_levels, refuse_unheard, refuse_unweighed, sort_levels
+from bitladder.stages.run_facts import RunSettings, level_of
 from bitladder.stages.wording import wording_changes
-from bitladder.steps.asked import Asker, LevelToAsk, ServedLevel, name_of
-from bitladder.steps.building import calibrate_levels, refuse_unheard, refuse_unweighed, sort_levels
-from bitladder.steps.calibrated import importance_of
-from bitladder.steps.help import criteria_help
-from bitladder.steps.jobs import building_need
-from bitladder.steps.journal import Journal, Say
-from bitladder.steps.known_files import identified, known_folders, making_of
-from bitladder.steps.ladder_files import ladder_files
-from bitladder.steps.measured import built_candidate, documents, fidelities, of_itself
-from bitladder.steps.remote import agree_to_spend
 from bitladder.store.evidence import Evidence
 from bitladder.store.recorded import Recorded, StoredDecision, Subject
 from bitladder.units import human_bytes
@@ -60,11 +60,11 @@ if TYPE_CHECKING:
     from bitladder.describe.text import Document
     from bitladder.describe.workload import Workload
     from bitladder.records.level_file import LevelFile
+    from bitladder.stages.ask import Contender
     from bitladder.stages.calibrate import Calibrated
-    from bitladder.stages.walk import Candidate
-    from bitladder.steps.asked import Contender
-    from bitladder.steps.calibrated import Importance
-    from bitladder.steps.remote import Confirm
+    from bitladder.stages.calibration import Importance
+    from bitladder.stages.endpoints import Confirm
+    from bitladder.stages.fidelity import Candidate
 
 
 @dataclass(frozen=True)

@@ -91,8 +91,8 @@ def quantize(
     GGUF levels (Q4_K_M, AWQ-Q3_K_M; with error feedback GPTQ-Q4_K_M, or the best types for bpw4.25) become files;
     GPTQ-4bit-g64, AWQ-4bit-g64, INT8-W8A8 become checkpoint folders.
     """
-    from bitladder.steps.building import build_levels
-    from bitladder.steps.journal import Journal
+    from bitladder.stages.job import Journal
+    from bitladder.stages.quantize import build_levels
 
     levels = split_levels(to)
     if not levels:
@@ -148,8 +148,8 @@ def imatrix(
     json_output: JsonFlag = False,
 ) -> None:
     """Write llama.cpp's importance matrix of a model, which llama-quantize reads too."""
-    from bitladder.steps.calibrated import make_imatrix
-    from bitladder.steps.journal import Journal
+    from bitladder.stages.calibration import make_imatrix
+    from bitladder.stages.job import Journal
 
     journal = Journal() if json_output else Journal(say)
     with progress_display(quiet=json_output) as progress:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from bitladder.serve.compare import Comparison
     from bitladder.serve.deploy import Deployment
     from bitladder.serve.settings import ServeSettings, TierSpec
-    from bitladder.steps.models import LatestRun
+    from bitladder.stages.measured_levels import LatestRun
 
 
 AUTO_ENGINE = "auto"
@@ -180,8 +180,8 @@ def _run_of(model: str | None, wanted: list[str], progress: Progress) -> LatestR
     Raises:
         UsageError: MODEL is needed, and left out.
     """
-    from bitladder.steps.models import latest_run
-    from bitladder.steps.serving import is_level, is_only_a_name
+    from bitladder.stages.measured_levels import latest_run
+    from bitladder.stages.serve import is_level, is_only_a_name
 
     levels = [what for what in wanted if is_level(what)]
     if model is None and (levels or not wanted):
@@ -202,7 +202,7 @@ Keys = tuple[list[str] | None, list[str] | None]
 def _checked(model: str | None, what: str, ctx: int | None, keys: Keys, progress: Progress, *, with_keys: bool) -> int:
     """The context of a tier, 0 for an endpoint; raises for what cannot be served."""
     from bitladder.engines.address import is_address
-    from bitladder.steps.serving import tier_context
+    from bitladder.stages.serve import tier_context
 
     if is_address(what):
         endpoint = endpoint_named(what, keys[0], key_files=keys[1])
@@ -216,7 +216,7 @@ def _with_slots(specs: list[TierSpec], budget: int, slots: int | None) -> list[T
     """Tiers that know how many requests they compute at once, and the memory it takes. Endpoints stay as they are."""
     from dataclasses import replace
 
-    from bitladder.steps.serving import MOST_SLOTS, memory_by_slots, slots_that_fit
+    from bitladder.stages.serve import MOST_SLOTS, memory_by_slots, slots_that_fit
 
     asked = range(1, MOST_SLOTS + 1) if slots is None else (slots,)
     needs = {spec.path: memory_by_slots(spec.path, spec.n_ctx, asked) for spec in specs if spec.path is not None}
@@ -272,7 +272,7 @@ def _spec(
     """A level (the measured file where it is, built when it is nowhere), a file or a URL as a tier."""
     from bitladder.engines.address import is_address
     from bitladder.serve.settings import TierSpec
-    from bitladder.steps.models import tier_file
+    from bitladder.stages.measured_levels import tier_file
 
     if is_address(what):
         endpoint = endpoint_named(what, keys[0], key_files=keys[1])
@@ -314,7 +314,7 @@ def compare(
     from contextlib import closing
 
     from bitladder.serve.compare import compare as compare_engines
-    from bitladder.steps.models import latest_run
+    from bitladder.stages.measured_levels import latest_run
 
     keys = (key_env, key_file)
     with progress_display(quiet=json_output) as progress:
@@ -332,8 +332,8 @@ def compare(
 
 def _compared(model: str | None, what: str, run: LatestRun | None, threads: int, progress: Progress) -> str:
     """A level as the file that was measured; files and addresses as they are."""
-    from bitladder.steps.models import tier_file
-    from bitladder.steps.serving import is_level, tier_context
+    from bitladder.stages.measured_levels import tier_file
+    from bitladder.stages.serve import is_level, tier_context
 
     if not is_level(what):
         return what
@@ -357,7 +357,7 @@ def _engine(what: str, threads: int, keys: Keys) -> Engine:
     from bitladder.engines.endpoint import connected
     from bitladder.engines.registry import start
     from bitladder.files.gguf import read_header
-    from bitladder.stages.plan import usable_context
+    from bitladder.plan.ladder import usable_context
 
     if is_address(what):
         return connected(replace(endpoint_named(what, keys[0], key_files=keys[1]), logprobs=True))

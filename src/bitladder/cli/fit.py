@@ -16,7 +16,7 @@ from bitladder.units import human_bytes, human_rate
 
 if TYPE_CHECKING:
     from bitladder.plan.inverse import HardwareNeed
-    from bitladder.steps.planned import ModelPlan, Request, SearchResult
+    from bitladder.stages.plan import ModelPlan, Request, SearchResult
 
 USABLE_SPEED = 5.0
 """Tokens per second, about the pace of reading: what a search asks for when the user names no least speed."""
@@ -52,8 +52,8 @@ def plan(
 
     Without MODEL: the largest models of the catalogue that run on the machine.
     """
-    from bitladder.steps.planned import Request, plan_model, search
-    from bitladder.steps.planned import needs as hardware_needs
+    from bitladder.stages.plan import Request, plan_model, search
+    from bitladder.stages.plan import needs as hardware_needs
 
     request = Request(ctx, slots, kv, hardware)
     if model is None:
@@ -151,7 +151,7 @@ def machine(
     json_output: JsonFlag = False,
 ) -> None:
     """What is here: memory, cores, GPUs, disk, and what was measured."""
-    from bitladder.steps.planned import describe_machine
+    from bitladder.stages.plan import describe_machine
 
     with progress_display(quiet=json_output) as progress:
         here, measured = describe_machine(measure=measure, progress=progress)
@@ -181,7 +181,7 @@ def catalog(
     json_output: JsonFlag = False,
 ) -> None:
     """Open models that `plan` knows by name, with the source of their figures."""
-    from bitladder.steps.planned import catalogue
+    from bitladder.stages.plan import catalogue
 
     rows = catalogue(text)
     if not rows:

@@ -79,7 +79,7 @@ def smallest(
     """
     from bitladder.plan.gate import search_exit
     from bitladder.report import search_table
-    from bitladder.steps.smallest import Search, find_smallest
+    from bitladder.stages.smallest import Search, find_smallest
 
     search = Search(
         model, bar, workload, split_levels(levels), ctx, out, threads, imatrix, trust_python, known_device(device)
@@ -113,8 +113,8 @@ def measure(
 ) -> None:
     """KL divergence, perplexity and top-1 agreement of levels and files against MODEL, in one streaming pass."""
     from bitladder.report import fidelity_table
-    from bitladder.steps.journal import Journal
-    from bitladder.steps.measured import measure_model
+    from bitladder.stages.job import Journal
+    from bitladder.stages.measure import measure_model
 
     journal = Journal() if json_output else Journal(say)
     with progress_display(quiet=json_output) as progress:

@@ -33,7 +33,7 @@ from bitladder.errors import UsageError
 if TYPE_CHECKING:
     from bitladder.engines.endpoint import EndpointSettings
     from bitladder.levels import Level
-    from bitladder.stages.facts import RunSettings
+    from bitladder.stages.run_facts import RunSettings
 
 Texts = Annotated[
     list[Path] | None,
@@ -115,7 +115,7 @@ class RunOptions:
             UsageError: a level, an address or a reference that cannot be.
         """
         from bitladder.levels import parse_level
-        from bitladder.stages.facts import RunSettings
+        from bitladder.stages.run_facts import RunSettings
 
         also = [served_address(text) for text in self.also or ()]
 

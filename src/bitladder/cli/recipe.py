@@ -63,8 +63,8 @@ def recipe(
     from bitladder.files.sources import resolve
     from bitladder.plan.recipe import Wish
     from bitladder.report.recipe import recipe_lines
-    from bitladder.steps.journal import Journal
-    from bitladder.steps.recipes import Asked, RecipeResult, make_recipe, read_recipe, reapply
+    from bitladder.stages.job import Journal
+    from bitladder.stages.recipe import Asked, RecipeResult, make_recipe, read_recipe, reapply
 
     limits = [
         name

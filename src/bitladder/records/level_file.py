@@ -36,7 +36,7 @@ class Making:
     imatrix: str = "none"
     """``auto``, ``none`` or the path of the importance matrix that was given."""
     importance: str = ""
-    """Hash of the importance matrix's vectors (``stages.quantize.importance_hash``); empty for none."""
+    """Hash of the importance matrix's vectors (``stages.write_levels.importance_hash``); empty for none."""
     threads: int = 1
     """The order of sums depends on it: in an importance matrix made here, and in codes fitted with error feedback."""
 

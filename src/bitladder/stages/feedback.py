@@ -90,7 +90,7 @@ def write_with_feedback(
         state_bytes: hidden states beyond this go to a file in ``out_dir``.
         force: as ``quantize_levels`` takes it.
         folders: where else the file may lie already, under any name.
-        is_kept: whether a file must not be replaced, see ``stages.quantize.quantize_levels``.
+        is_kept: whether a file must not be replaced, see ``stages.write_levels.quantize_levels``.
         progress: told after each layer.
 
     A file that is already there with the same header (source, recipe, text, settings, version; what was expected of it

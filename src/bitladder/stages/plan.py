@@ -1,188 +1,275 @@
-"""Which levels of a model fit a machine at a context, how fast they will be, each with its reason."""
+"""Steps that plan: from headers and figures alone, for this machine or one in words."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from bitladder.describe.cache import cache_bytes, layer_caches
-from bitladder.describe.machine import Machine
-from bitladder.describe.model import Model
 from bitladder.errors import UsageError
-from bitladder.formats.parts import parts_of
-from bitladder.levels import LADDER, Container, Level
-from bitladder.plan.cost import LevelBytes, level_size
-from bitladder.plan.memory import compute_buffers
-from bitladder.plan.placement import Wish, describe_placement, place, usable_ram, usable_vram, whole_only
-from bitladder.plan.search import N_PROMPT, MachineRates, largest_context, shares_of
-from bitladder.plan.speed import anchor_factor, predict
-from bitladder.records.plan import ContextBytes, LevelPlan, Place, Plan
+from bitladder.progress import Progress
+from bitladder.records.plan import Plan
 
-DEFAULT_CTX = 4096
-"""Tokens of context when nobody names a number and the model was trained for at least as many."""
+if TYPE_CHECKING:
+    from bitladder.describe.machine import Machine
+    from bitladder.describe.model import Model
+    from bitladder.describe.rates import MeasuredMachine
+    from bitladder.files.catalogue import CatalogueModel
+    from bitladder.files.describe_source import Described
+    from bitladder.files.remote import Offer
+    from bitladder.levels import Level
+    from bitladder.plan.advice import Advice
+    from bitladder.plan.inverse import HardwareNeed
+    from bitladder.plan.launch import Launch
+    from bitladder.plan.pair import PairPlan
+    from bitladder.plan.placement import Wish
+    from bitladder.plan.search import MachineRates, Option
+    from bitladder.stages.search import GivesWay
+
+KV_TYPES = ("f16", "q8_0", "q4_0")
 
 
-def make_plan(
-    model: Model,
-    machine: Machine,
+@dataclass(frozen=True)
+class Request:
+    """How a model is to be run: context of one request, requests at once, type of the KV cache, and where."""
+
+    n_ctx: int | None = None
+    """None: the usual number of tokens, or a model's own when that is less."""
+    slots: int = 1
+    kv: str = "f16"
+    machine: str | None = None
+    """A machine in words (``RTX 4090 + 64 GiB``); None for this one."""
+
+    @property
+    def wish(self) -> Wish:
+        """As planning takes it. Raises UsageError for an unknown type of cache."""
+        from bitladder.plan.ladder import DEFAULT_CTX
+        from bitladder.plan.placement import Wish
+
+        if self.kv.lower() not in KV_TYPES:
+            raise UsageError(f"The --kv must be one of {', '.join(KV_TYPES)}. Got '{self.kv}' instead.")
+        return Wish(self.n_ctx or DEFAULT_CTX, self.slots, self.kv.upper(), self.kv.upper())
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """A plan with what else is known: exactness, ready-made levels, the pair, the launch command."""
+
+    plan: Plan
+    exact: bool
+    notes: tuple[str, ...]
+    offers: tuple[Offer, ...]
+    pair: PairPlan | None = None
+    launch: Launch | None = None
+    advice: Advice | None = None
+    """Which format suits this machine and use."""
+    slow: tuple[str, ...] = ()
+    """Warnings where the launched level would run, but slowly."""
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What of the catalogue runs on a machine, and what would have to give for more."""
+
+    machine: str
+    options: tuple[Option, ...]
+    beyond: tuple[GivesWay, ...]
+
+
+def the_machine(words: str | None) -> tuple[Machine, MachineRates]:
+    """This machine with its measured rates, or one in words with its data sheet's."""
+    from bitladder.files.devices import parse_machine
+    from bitladder.files.measured import load_measured
+    from bitladder.files.probe import probe_machine
+    from bitladder.plan.search import MachineRates
+    from bitladder.stages.search import machine_rates
+
+    if words is not None:
+        described = parse_machine(words)
+        return described.machine, MachineRates(described.cpu, described.gpu)
+    machine = probe_machine()
+    return machine, machine_rates(machine, load_measured(machine))
+
+
+def plan_model(
+    model: str,
+    request: Request,
     *,
-    n_ctx: int | None = None,
-    levels: Sequence[Level] = LADDER,
-    n_seq: int = 1,
-    type_k: str = "F16",
-    type_v: str = "F16",
-    rates: MachineRates | None = None,
-    n_prompt: int = N_PROMPT,
-    runs: Mapping[Level, float] | None = None,
-    whole: bool = False,
-) -> Plan:
-    """The ladder of ``model`` on ``machine``, largest level first.
+    levels: Sequence[Level] | None = None,
+    pair: Sequence[Level] = (),
+    engine: str | None = None,
+    least_decode: float = 0.0,
+    progress: Progress,
+) -> ModelPlan:
+    """The ladder of a model, from headers alone.
 
-    ``n_seq`` parallel sequences have ``n_ctx`` tokens of context each (None: `usable_context`); the KV cache holds
-    ``type_k`` and ``type_v``. Checkpoint levels, and all when the engine does not split models (``whole``), fit on the
-    GPUs or not at all.
+    Args:
+        model: whatever `describe` takes: a file, a folder, ``hf:``, ``ollama:``, ``lmstudio:``, a catalogue name.
+        request: how it is to be run, and where.
+        levels: only these; by default the whole ladder, of GGUF files or of checkpoints as the engine needs.
+        pair: a quality and a speed level to place together.
+        engine: the engine whose launch command is wanted, for the largest level that fits.
+        least_decode: tokens per second under which a level counts as not fitting.
 
     Raises:
-        UsageError: a context beyond what the model was trained for, or none; a machine that cannot be.
+        UsageError, BadInput: as the parts say.
     """
-    n_ctx = usable_context(model, n_ctx)
-    check_machine(machine)
-    wish = Wish(n_ctx, n_seq, type_k, type_v)
-    anchor = run_anchor(model, machine, wish, rates, runs or {})
-    rows = []
-    for size in sorted((level_size(model, level) for level in levels), key=lambda size: -size.file_bytes):
-        placement = place(model, size.by_part, machine, wish)
-        own = not whole and size.level.container is Container.FILE
-        if not own:
-            placement = whole_only(placement, machine)
-        speed = None
-        # A CPU's rates and the user's runs are llama.cpp's; a GPU's rates are its memory's, whatever the engine.
-        if rates and placement.kind != Place.NONE and (own or placement.kind == Place.GPU):
-            shares = shares_of(model, size.by_part, placement, rates)
-            speed = predict(shares, model, n_prompt=n_prompt, n_past=n_ctx / 2, anchor=anchor if own else 0.0)
-        rows.append(
-            LevelPlan(
-                level=size.level.name,
-                tensor_bytes=size.tensor_bytes,
-                file_bytes=size.file_bytes,
-                bpw=size.bpw,
-                on_label_share=size.on_label_share,
-                fallbacks=size.fallbacks,
-                kv_bytes=placement.kv_bytes,
-                compute_bytes=placement.compute_bytes,
-                total_bytes=placement.total_bytes,
-                fits=placement.kind != Place.NONE,
-                reason=describe_placement(placement, machine),
-                placement=placement.kind,
-                n_gpu_layers=placement.n_gpu_layers,
-                n_cpu_experts=placement.n_cpu_experts,
-                vram_bytes=placement.vram_bytes,
-                ram_bytes=placement.ram_bytes,
-                speed=speed,
-                longest_ctx=largest_context(model, size.by_part, machine, wish),
-                container=size.level.container,
-            )
-        )
-    return Plan(
-        model=model.name,
-        architecture=model.dims.architecture,
-        machine=machine.summary,
-        n_ctx=n_ctx,
-        budget_bytes=usable_ram(machine) + usable_vram(machine),
-        levels=tuple(rows),
-        contexts=_contexts(model, wish),
+    from bitladder.files.describe_source import describe
+    from bitladder.formats.recipes import RECIPES
+    from bitladder.levels import LADDER, RecipeLevel
+    from bitladder.plan.cost import checkpoint_levels
+    from bitladder.plan.ladder import make_plan, usable_context
+    from bitladder.plan.launch import LAUNCHED
+    from bitladder.stages.anchors import stored_runs
+
+    wish = request.wish
+    machine, rates = the_machine(request.machine)
+    found = describe(model, progress)
+    wish = replace(wish, n_ctx=usable_context(found.model, request.n_ctx))
+    runs = stored_runs(model, machine) if request.machine is None else {}
+    whole = engine in LAUNCHED
+    wanted = levels or (checkpoint_levels(found.model) if whole else LADDER)
+    made = make_plan(
+        found.model,
+        machine,
+        n_ctx=wish.n_ctx,
+        levels=wanted,
+        whole=whole,
+        n_seq=wish.n_seq,
+        type_k=wish.type_k,
+        type_v=wish.type_v,
+        rates=rates,
+        runs={RecipeLevel(level): speed for level, speed in runs.items() if level in RECIPES},
+    )
+    made = _fast_enough(made, least_decode)
+    return ModelPlan(
+        made,
+        found.exact,
+        found.notes,
+        found.offers,
+        _pair(found.model, pair, machine, wish) if pair else None,
+        _launch(found, model, wanted, made, engine, machine, wish) if engine else None,
+        *_advice(found.model, wanted, made, engine, machine, wish),
     )
 
 
-def file_memory(model: Model, machine: Machine, *, n_ctx: int, n_seq: int = 1) -> int:
-    """Bytes that a file takes as it is, whatever its types: weights, cache and buffers.
-
-    Raises:
-        UsageError: as ``make_plan``.
-    """
-    check_context(model, n_ctx)
-    return place(model, LevelBytes(model.name, parts_of(model.tensors)), machine, Wish(n_ctx, n_seq)).total_bytes
-
-
-def _contexts(model: Model, wish: Wish) -> tuple[ContextBytes, ...]:
-    """What doubling contexts take, from 512 tokens to the trained length, and the one that was asked for."""
-    trained = max(model.dims.n_ctx_train, wish.n_ctx)
-    doubling = {512 << step for step in range(trained.bit_length()) if 512 << step <= trained}
-    layers = layer_caches(model)
-    return tuple(
-        ContextBytes(
-            n_ctx,
-            cache_bytes(layers, n_ctx, n_seq=wish.n_seq, type_k=wish.type_k, type_v=wish.type_v).total,
-            compute_buffers(model, n_ctx, n_seq=wish.n_seq).total,
+def _fast_enough(plan: Plan, least_decode: float) -> Plan:
+    """Levels under the least acceptable speed do not fit, and say so."""
+    if least_decode <= 0:
+        return plan
+    levels = [
+        replace(
+            level,
+            fits=False,
+            reason=f"{level.speed.decode.value:.3g} tokens/s expected, {least_decode:g} asked for; {level.reason}",
         )
-        for n_ctx in sorted(doubling | {trained, wish.n_ctx})
-    )
-
-
-RUN_PAST = 256
-"""Tokens before the middle of a measured decode: a workload's prompts and answers are short."""
-
-
-def run_anchor(
-    model: Model, machine: Machine, wish: Wish, rates: MachineRates | None, runs: Mapping[Level, float]
-) -> float:
-    """How much faster the user's runs of any levels were than predicted; 0 without runs."""
-    if rates is None or not runs:
-        return 0.0
-    predicted = []
-    for level in runs:
-        size = level_size(model, level).by_part
-        shares = shares_of(model, size, place(model, size, machine, wish), rates)
-        predicted.append(predict(shares, model, n_prompt=RUN_PAST, n_past=RUN_PAST).decode.value)
-    return anchor_factor(predicted, list(runs.values()))
-
-
-def usable_context(model: Model, n_ctx: int | None) -> int:
-    """The context asked for, in tokens; None: ``DEFAULT_CTX``, or what the model was trained for when that is less.
-
-    Raises:
-        UsageError: the context asked for is not positive, or longer than the model was trained for.
-    """
-    if n_ctx is None:
-        return min(DEFAULT_CTX, model.dims.n_ctx_train or DEFAULT_CTX)
-    check_context(model, n_ctx)
-    return n_ctx
-
-
-def check_context(model: Model, n_ctx: int) -> None:
-    """Refuse contexts the model cannot use.
-
-    Raises:
-        UsageError: the context is not positive, or longer than the model was trained for.
-    """
-    if n_ctx < 1:
-        raise UsageError(f"A context of {n_ctx} tokens is none.", do="Give a positive number of tokens with --ctx.")
-    trained = model.dims.n_ctx_train
-    if trained and n_ctx > trained:
-        raise UsageError(
-            f"A context of {n_ctx} tokens is asked for; {model.name} was trained for {trained}.",
-            means="Beyond that its answers break down unless its positions are rescaled, which changes the model.",
-            do=f"Choose --ctx {trained} or less.",
-        )
-
-
-def check_machine(machine: Machine) -> None:
-    """Refuse machines that cannot be.
-
-    Raises:
-        UsageError: no memory or no core, or more memory free than there is.
-    """
-    faults = []
-    if machine.cores < 1:
-        faults.append(f"{machine.cores} cores")
-    if machine.ram_total < 1 or not 0 <= machine.ram_available <= machine.ram_total:
-        faults.append(f"{machine.ram_available} of {machine.ram_total} bytes of RAM available")
-    faults += [
-        f"{gpu.name} with {gpu.vram_free} of {gpu.vram_total} bytes free"
-        for gpu in machine.gpus
-        if gpu.vram_total < 1 or not 0 <= gpu.vram_free <= gpu.vram_total
+        if level.fits and level.speed and level.speed.decode.value < least_decode
+        else level
+        for level in plan.levels
     ]
-    if faults:
+    return replace(plan, levels=tuple(levels))
+
+
+def _pair(model: Model, levels: Sequence[Level], machine: Machine, wish: Wish) -> PairPlan:
+    from bitladder.plan.cost import level_size
+    from bitladder.plan.pair import plan_pair
+
+    if len(levels) != 2:
+        raise UsageError(f"A pair is two levels. Got {len(levels)}.", do="Write --pair Q8_0,Q4_K_M.")
+    quality, speed = (level_size(model, level).by_part for level in levels)
+    return plan_pair(model, quality, speed, machine, wish)
+
+
+def _largest(levels: Sequence[Level], plan: Plan) -> Level | None:
+    """The largest level that fits."""
+    names = {level.name: level for level in levels}
+    return next((names[row.level] for row in plan.levels if row.fits), None)
+
+
+def _advice(
+    model: Model, levels: Sequence[Level], plan: Plan, engine: str | None, machine: Machine, wish: Wish
+) -> tuple[Advice | None, tuple[str, ...]]:
+    """The format for the largest level that fits, and what would be slow about it; nothing where nothing fits."""
+    from bitladder.plan.advice import Situation, advise
+    from bitladder.plan.cost import level_size
+    from bitladder.plan.placement import place
+
+    level = _largest(levels, plan)
+    if level is None:
+        return None, ()
+    placement = place(model, level_size(model, level).by_part, machine, wish)
+    advice = advise(Situation(machine, placement, engine or "", wish.n_seq))
+    return advice, tuple(level.slow_paths(engine or "", has_gpu=bool(machine.gpus), cpu_features=machine.features))
+
+
+def _launch(
+    found: Described, source: str, levels: Sequence[Level], plan: Plan, engine: str, machine: Machine, wish: Wish
+) -> Launch:
+    from pathlib import Path
+
+    from bitladder.errors import NothingFits
+    from bitladder.levels import CheckpointLevel, Container, RecipeLevel
+    from bitladder.plan.cost import level_size
+    from bitladder.plan.launch import LAUNCHED, launch
+    from bitladder.plan.placement import place
+
+    level = _largest(levels, plan)
+    if level is None:
+        raise NothingFits("No level fits, so there is nothing to launch.", do="Look at the reasons without --launch.")
+    if isinstance(level, CheckpointLevel) and engine in LAUNCHED and engine not in level.engines:
         raise UsageError(
-            "There is no such machine: " + ", ".join(faults) + ".",
-            do="Check the figures given with --as.",
+            f"{engine} does not serve {level}.",
+            means=" ".join(level.format.notes()),
+            do=f"Choose another level, or run it in {' or '.join(level.engines)}.",
         )
+    model = found.model
+    name = Path(source).stem if Path(source).exists() else (model.name or "model")
+    placement = place(model, level_size(model, level).by_part, machine, wish)
+    path = f"{name}-{level}" + (".gguf" if level.container is Container.FILE else "")
+    as_it_is = engine in LAUNCHED and level == RecipeLevel("F16") and not model.raw_metadata
+    on_hub = as_it_is and not Path(source).exists()
+    if as_it_is:
+        path = found.label if on_hub else source
+    return launch(
+        engine, path, placement, wish, threads=machine.cores, name=name, gpus=len(machine.gpus), on_hub=on_hub
+    )
+
+
+def search(request: Request, *, text: str = "", least_decode: float = 0.0) -> SearchResult:
+    """What of the catalogue runs: per model the largest level that fits and is fast enough, largest model first."""
+    from bitladder.stages.search import just_out_of_reach, search_catalogue
+
+    wish = request.wish
+    machine, rates = the_machine(request.machine)
+    options = search_catalogue(machine, rates, wish, text=text, least_decode=least_decode)
+    beyond = just_out_of_reach(machine, rates, wish, options, text=text, least_decode=least_decode)
+    return SearchResult(machine.summary, tuple(options), tuple(beyond))
+
+
+def needs(model: str, request: Request) -> list[HardwareNeed]:
+    """What hardware each level of a catalogue model needs, and what it saves against 16 bits."""
+    from bitladder.stages.search import hardware_for
+
+    return hardware_for(model, request.wish)
+
+
+def catalogue(text: str) -> tuple[CatalogueModel, ...]:
+    """Rows of the catalogue that match a text."""
+    from bitladder.files.catalogue import find_models
+
+    return find_models(text)
+
+
+def describe_machine(*, measure: bool, progress: Progress) -> tuple[Machine, MeasuredMachine | None]:
+    """This machine, and what was measured on it; measured anew on request, and kept."""
+    from bitladder.files.measured import load_measured, save_measured
+    from bitladder.files.probe import probe_machine
+
+    machine = probe_machine()
+    if not measure:
+        return machine, load_measured(machine)
+    from bitladder.stages.measure_machine import measure_machine
+
+    measured = measure_machine(machine, progress=progress)
+    save_measured(measured)
+    return machine, measured

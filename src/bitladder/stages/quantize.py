@@ -1,413 +1,325 @@
-"""Write a model at one or several levels in a single pass over its weights.
-
-Tensors are taken in the order in which they lie in the source and cut into pieces of whole rows. A piece is
-decoded once, checked for NaN and infinity once, and quantized once per qtype, however many levels want that
-qtype; each result is written straight to its place in every file that needs it. All threads work on pieces,
-so some are written while others are computed. A piece depends on nothing but its own rows and its place is
-known beforehand: the bytes do not depend on the number of threads, and memory does not depend on the model's
-size.
-
-The source's SHA-256, which every file records, comes from a thread that reads a little ahead, so the disk is
-asked once.
-"""
+"""Everything that one `quantize` call asks for: GGUF levels, folded levels, checkpoints, from one walk and one pass."""
 
 from __future__ import annotations
 
-import hashlib
-import math
-import threading
-import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-
-from bitladder.errors import BadInput, BadWeights, BitladderError
-from bitladder.files.following import AHEAD, FollowingHash
-from bitladder.files.gguf import GgufFile, joined_sha256
-from bitladder.files.gguf_writer import Flusher, GgufWriter, allow_files, piece_digest
-from bitladder.files.level_files import (
-    NO_IMPORTANCE,
-    LevelDraft,
-    check_space,
-    draft_level,
-    free_name,
-    possible_places,
-    refuse_overwriting,
+from bitladder.errors import UnknownArchitecture, UsageError
+from bitladder.levels import CheckpointLevel, FeedbackLevel, FoldedLevel, Level, Needs, RecipeLevel
+from bitladder.progress import Progress
+from bitladder.stages.calibration import (
+    AUTO,
+    NONE,
+    calibration_texts,
+    importance_file,
+    importance_of,
+    token_windows,
 )
-from bitladder.formats.blocks import QTYPES
-from bitladder.formats.recipes import level_named
-from bitladder.formats.tensors import TensorInfo
-from bitladder.kernels import REVISION, Effort, dequantize, first_nonfinite, quantize
-from bitladder.levels import FoldedLevel
-from bitladder.progress import Progress, silent
-from bitladder.records.level_file import LevelFile
+from bitladder.stages.forecast import building_need, job
+from bitladder.stages.job import Journal
+from bitladder.stages.known_files import kept_by_evidence
 
 if TYPE_CHECKING:
-    from bitladder.kernels.awq import Fold  # importing it sets up numba, which takes as long as a small model
+    from bitladder.describe.text import Document
+    from bitladder.files.gguf import GgufFile
+    from bitladder.files.imatrix import ImportanceMatrix
+    from bitladder.files.sources import Source
+    from bitladder.kernels import Effort
+    from bitladder.kernels.awq import Fold
+    from bitladder.levels.products import Product
+    from bitladder.records.calibration import CalibrationReport, CheckpointReport
+    from bitladder.records.level_file import LevelFile
+    from bitladder.stages.calibrate import Calibrated
+    from bitladder.stages.calibration import Importance
 
-PIECE_WEIGHTS = 1 << 20
-"""Weights a thread works on at a time: 4 MiB as f32, near what a core's own caches hold."""
-
-_LARGEST_F16 = 65504.0
-F32Array = NDArray[np.float32]
-Importance = Mapping[str, F32Array]
-Scalar = TypeVar("Scalar", bound=np.generic)
+CPU = "cpu"
+_PROMPT_CHARACTERS = 600
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """Rows ``start`` to ``stop`` of one tensor, counted over all its matrices, all in matrix number
-    ``matrix``.
-    """
+class Asked:
+    """Levels by what they become, in the order asked for."""
 
-    info: TensorInfo
-    matrix: int
-    start: int
-    stop: int
+    files: tuple[RecipeLevel, ...]
+    folded: tuple[FoldedLevel, ...]
+    checkpoints: tuple[CheckpointLevel, ...]
+    fitted: tuple[FeedbackLevel, ...] = ()
 
-
-@dataclass
-class _Work:
-    """A tensor to be made: which files want it in which qtype, and the hashes of its finished pieces."""
-
-    info: TensorInfo
-    targets: dict[str, list[tuple[GgufWriter, int]]] = field(default_factory=dict)
-    digests: dict[str, list[bytes]] = field(default_factory=dict)
+    @property
+    def weighed(self) -> bool:
+        """Whether an importance matrix changes anything."""
+        return bool(self.folded) or any(level.needs is Needs.IMPORTANCE for level in self.files)
 
 
-def pieces_of(info: TensorInfo) -> Iterator[_Piece]:
-    """Cut a tensor into pieces. The cuts depend on its shape alone: hashes in journals count on them."""
-    if not info.elements:
-        return
-    columns = info.shape[-1] if info.shape else 1
-    rows = info.shape[-2] if len(info.shape) > 1 else 1
-    step = max(1, PIECE_WEIGHTS // columns)
-    for matrix in range(info.elements // (rows * columns)):
-        for start in range(0, rows, step):
-            first = matrix * rows
-            yield _Piece(info, matrix, first + start, first + min(start + step, rows))
+@dataclass(frozen=True)
+class Built:
+    """What was written, and what it was calibrated on."""
+
+    files: list[LevelFile] = field(default_factory=list)
+    checkpoints: list[CheckpointReport] = field(default_factory=list)
+    calibration: CalibrationReport | None = None
 
 
-def quantize_levels(
-    source: GgufFile,
-    levels: Sequence[str],
-    out_dir: Path,
+def sort_levels(levels: Sequence[Level]) -> Asked:
+    """Levels by their kinds."""
+    return Asked(
+        tuple(level for level in levels if isinstance(level, RecipeLevel)),
+        tuple(level for level in levels if isinstance(level, FoldedLevel)),
+        tuple(level for level in levels if isinstance(level, CheckpointLevel)),
+        tuple(level for level in levels if isinstance(level, FeedbackLevel)),
+    )
+
+
+def build_levels(
+    model: str,
+    levels: Sequence[Level],
+    out: Path,
     *,
-    importance: Importance | None = None,
-    folds: Mapping[str, Fold] | None = None,
+    imatrix: str = AUTO,
+    texts: Sequence[Path] = (),
     effort: Effort = "good",
-    threads: int = 1,
-    device: str = "cpu",
+    threads: int,
+    device: str = CPU,
     split_max_bytes: int | None = None,
-    force: bool | None = None,
-    folders: Sequence[Path] = (),
-    is_kept: Callable[[Path], bool] = lambda _: False,
-    progress: Progress = silent,
-) -> list[LevelFile]:
-    """Write ``out_dir/<name>-<LEVEL>.gguf`` for every level, in the order asked for.
+    force: bool = False,
+    journal: Journal | None = None,
+    progress: Progress,
+) -> Built:
+    """Write a model at some levels.
 
     Args:
-        source: the open model; tensors that are already quantized are decoded first, equal types are copied.
-        importance: per tensor f32[columns], or f32[matrices, columns] (also flattened) for stacked experts.
-        folds: per tensor the scales that AWQ multiplies into it or divides out of it; the levels are then called
-            ``AWQ-<LEVEL>``.
-        device: where scales are searched for, as ``kernels.quantize`` takes it. The bytes do not depend on it.
-        split_max_bytes: cut every level into parts of at most this many bytes of weights.
-        force: replace files of other kinds and sources, too; None where the user has no say.
-        folders: where else a level may lie already, under any name.
-        is_kept: whether a file must not be replaced; a level whose name it has is written beside it, as
-            ``<name>-<LEVEL>.<tag>.gguf``.
-
-    A file that is already there with the same header (source hash, recipe, method, version) is kept. What a
-    killed run left is checked and gone on from.
+        model: A file, folder or name that ``files.sources`` finds.
+        levels: Of any kinds.
+        out: The folder to write into.
+        imatrix: A file, ``auto`` (made here, where a level's bytes depend on it) or ``none``.
+        texts: The user's calibration texts.
+        effort: How long to search for scales.
+        threads: Of everything.
+        device: Where walks compute and scales of GGUF levels are searched for: cpu, or as torch names it.
+        split_max_bytes: Cut GGUF levels into parts.
+        force: Replace files that are not the same level of the same source.
+        journal: Told before what work will take, and after what it took.
+        progress: Told where it is.
 
     Raises:
-        UnknownLevel: no level has this name.
-        UsageError: a level would overwrite the source, or a file that is not the same level of the same source.
-        BadInput: an importance vector does not fit its tensor.
-        BadWeights: a tensor holds NaN or infinity, or a weight too large for F16.
-        OutputError: no space or no permission; what was begun is removed.
+        UsageError: folding was asked for together with no importance matrix, or a level would take the place of a
+            file of another kind or source.
+        NothingFits: too little memory or disk, before anything is written.
+        BadInput, BadWeights, OutputError: as the stages say.
     """
-    started = time.monotonic()
-    method = method_name(effort, importance, folds)
-    drafts = [
-        draft_level(
-            source.model,
-            level,
-            out_dir,
-            label="" if folds is None else FoldedLevel(level_named(level)).name,
-            method=method,
-            has_importance=bool(importance),
-            split_max_bytes=split_max_bytes,
+    from bitladder.files.gguf import GgufFile
+    from bitladder.files.sources import resolve
+
+    asked = sort_levels(levels)
+    _refuse(asked, imatrix, split_max_bytes, device)
+    journal = journal or Journal()
+    found = resolve(model, progress)
+    with GgufFile.open(found.path) as source:
+        _refuse_overwriting(source, asked, out, split_max_bytes, force=force)
+        source.hash_ahead()  # while the rest is imported, which takes as long as hashing a small model
+        from bitladder.files.probe import probe_machine
+        from bitladder.plan.preflight import require
+        from bitladder.stages.write_levels import quantize_levels
+
+        every: list[Level] = [*asked.files, *asked.folded]
+        need = building_need(source, every, out, effort=effort, threads=threads)
+        require(need, probe_machine(out))  # before a walk takes its minutes
+        journal.warn(*found.warnings)
+        calibrated = calibrate_levels(
+            source, found, asked, out, imatrix=imatrix, texts=texts, threads=threads, device=device, force=force,
+            journal=journal, progress=progress,
+        )  # fmt: skip
+        importance = _importance(source, asked, imatrix, texts, calibrated, threads, device, journal, progress)
+        written: list[LevelFile] = []
+        with job(need, journal, out) if every else nullcontext():
+            for folds, recipes in _passes(asked, calibrated):
+                written += quantize_levels(
+                    source, recipes, out, importance=importance, folds=folds, effort=effort, threads=threads,
+                    device=device, split_max_bytes=split_max_bytes, force=force, is_kept=kept_by_evidence(journal),
+                    progress=progress,
+                )  # fmt: skip
+        if asked.fitted:
+            from bitladder.stages.recipe import fitted_level
+        for level in asked.fitted:
+            fitted = fitted_level(
+                source, level, out, texts=texts, effort=effort, threads=threads, device=device, force=force,
+                journal=journal, progress=progress,
+            )  # fmt: skip
+            written.append(fitted.file)
+    if calibrated is None:
+        return Built(written)
+    return Built(written, calibrated.checkpoints, calibrated.report)
+
+
+def _refuse(asked: Asked, imatrix: str, split_max_bytes: int | None, device: str) -> None:
+    """Options that cannot be, told before any work is done; raises UsageError, BadInput or BadFile."""
+    refuse_unweighed(asked.folded, imatrix)
+    if imatrix not in (AUTO, NONE):
+        from bitladder.files.imatrix import read_imatrix
+
+        read_imatrix(Path(imatrix))
+    refuse_unheard(asked.fitted, imatrix, split_max_bytes)
+    if device != CPU:
+        from bitladder.kernels.gpu import check_device
+
+        check_device(device)
+
+
+def _refuse_overwriting(source: GgufFile, asked: Asked, out: Path, split: int | None, *, force: bool) -> None:
+    """Files whose names are known beforehand, before a walk takes its minutes; raises UsageError."""
+    from bitladder.files.level_files import draft_level, refuse_overwriting
+
+    named = [(level.recipe, level.name) for level in asked.files]
+    named += [(level.recipe, level.name) for level in asked.folded]
+    drafts = [draft_level(source.model, recipe, out, label=name, split_max_bytes=split) for recipe, name in named]
+    refuse_overwriting([header.path for header in source.headers], drafts, lambda: source.sha256, force=force)
+
+
+def refuse_unweighed(folded: Sequence[FoldedLevel], imatrix: str) -> None:
+    """Refuse folding without an importance matrix; raises UsageError."""
+    if folded and imatrix == NONE:
+        raise UsageError(
+            f"{folded[0].name} was asked for with --imatrix none.",
+            means="Its scales come from the same activations, and are made for packing with an importance matrix.",
+            do=f"Leave out --imatrix none, or ask for {folded[0].recipe}.",
         )
-        for level in dict.fromkeys(levels)
-    ]
-    fitted = _fitted(source, importance or {})
-    if folds:
-        fitted = {name: folds[name].importance(rows) if name in folds else rows for name, rows in fitted.items()}
-    refuse = partial(refuse_overwriting, [header.path for header in source.headers], force=force)
-    refuse(drafts, lambda: source.sha256)
-    drafts = [_placed(draft, source, folders, is_kept) for draft in drafts]
-    missing = [draft for draft in drafts if not draft.is_written(lambda: source.sha256)]
-    if missing:
-        refuse(missing, lambda: source.sha256)
-        check_space(missing, out_dir)
-        search = _Search(fitted, folds or {}, effort, device)
-        _write(source, missing, search, threads=threads, progress=progress)
-    seconds = time.monotonic() - started
-    return [_record(draft, seconds, reused=draft not in missing) for draft in drafts]
 
 
-def _placed(
-    draft: LevelDraft, source: GgufFile, folders: Sequence[Path], is_kept: Callable[[Path], bool]
-) -> LevelDraft:
-    """A level where its file lies, or where it is to be written."""
-    places = possible_places(draft, folders)
-    there = (place for place in places if place.is_written(lambda: source.sha256))
-    return next(there, None) or free_name(draft, is_kept)
+def refuse_unheard(fitted: Sequence[FeedbackLevel], imatrix: str, split_max_bytes: int | None = None) -> None:
+    """Refuse options that fitted levels would not heed; raises UsageError."""
+    given = {f"--imatrix {imatrix}": imatrix != AUTO, "--split-max-size": split_max_bytes is not None}
+    option = next((option for option, is_given in given.items() if is_given), None)
+    if not fitted or option is None:
+        return
+    raise UsageError(
+        f"{fitted[0]} was asked for with {option}.",
+        means="Fitted levels take their statistics from the calibration text, and are made as one file.",
+        do=f"Leave out {option}, or ask for the others in a call of their own.",
+    )
 
 
-def _record(draft: LevelDraft, seconds: float, *, reused: bool) -> LevelFile:
-    elements = sum(tensor.elements for tensor in draft.tensors)
-    bpw = 8 * sum(tensor.nbytes for tensor in draft.tensors) / elements if elements else math.nan
-    return LevelFile(draft.label, draft.parts[0].path, draft.file_bytes, bpw, seconds, reused)
+def _passes(asked: Asked, calibrated: Calibrated | None) -> list[tuple[Mapping[str, Fold] | None, list[str]]]:
+    """Passes over the weights: one for all plain levels, one for each folded level, whose weights are its own."""
+    passes: list[tuple[Mapping[str, Fold] | None, list[str]]] = []
+    if asked.files:
+        passes.append((None, [level.recipe for level in asked.files]))
+    if calibrated is not None:
+        passes += [(calibrated.folds[level.name], [level.recipe]) for level in asked.folded]
+    return passes
 
 
-def method_name(effort: Effort, importance: Importance | None, folds: Mapping[str, Fold] | None = None) -> str:
-    """How block scales are chosen, in words that change whenever the bytes may: effort, the kernels' revision, the
-    importance matrix's hash, and that of the scales that were folded in.
-    """
-    scales = {f"{name}.{kind}": one for name, fold in (folds or {}).items() for kind, one in fold.vectors().items()}
-    folded = f", AWQ {_hash_of(scales)}" if scales else ""
-    weighed = importance_hash(importance) or NO_IMPORTANCE
-    return f"search {effort}, kernels {REVISION}, importance {weighed}{folded}"
-
-
-def importance_hash(importance: Importance | None) -> str:
-    """An importance matrix by its vectors, whatever file they came in; empty for none."""
-    return _hash_of(importance) if importance else ""
-
-
-def _hash_of(vectors: Importance) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(vectors):
-        digest.update(name.encode() + b"\0" + np.ascontiguousarray(vectors[name], np.float32).tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _fitted(source: GgufFile, importance: Importance) -> dict[str, F32Array]:
-    """Importance as f32[matrices, columns] per tensor; a single row serves every matrix of a stack."""
-    fitted = {}
-    for info in source.model.tensors:
-        vector = importance.get(info.name)
-        if vector is None or len(info.shape) < 2:
-            continue
-        matrices, columns = math.prod(info.shape[:-2]), info.shape[-1]
-        if vector.size in (columns, matrices * columns):
-            fitted[info.name] = np.ascontiguousarray(vector, np.float32).reshape(-1, columns)
-        elif info.name != "token_embd.weight":  # read by row number, so published files hold nonsense for it
-            raise BadInput(
-                f"The importance of {info.name} has {vector.size} values, the tensor has shape {info.shape}.",
-                means="The importance matrix was computed for another model.",
-                do="Compute one for this model, or leave it away.",
-            )
-    return fitted
-
-
-def _write(
+def calibrate_levels(
     source: GgufFile,
-    drafts: Sequence[LevelDraft],
-    search: _Search,
+    found: Source,
+    asked: Asked,
+    out: Path,
     *,
+    imatrix: str = AUTO,
+    texts: Sequence[Path] = (),
+    measured_on: Sequence[Document] = (),
     threads: int,
+    device: str = CPU,
+    force: bool | None = None,
+    folders: Sequence[Path] = (),
+    journal: Journal,
     progress: Progress,
-) -> None:
-    """Make all parts of all drafts; on an error of ours remove them, on anything else leave them to a later
-    run.
+) -> Calibrated | None:
+    """What comes of one walk over the calibration text: checkpoints, scales of folded levels, and the importance matrix
+    where one is wanted beside them. None where no level asks for more than an importance matrix.
+
+    Args:
+        source: The model.
+        found: Where it came from: its name, and the folder whose tokenizer checkpoints get.
+        asked: The levels.
+        out: Where checkpoint folders are written.
+        imatrix: A file, ``auto`` or ``none``.
+        texts: The user's calibration texts.
+        measured_on: Texts that levels will be measured on, which calibration must not have seen; by default those
+            that ship.
+        threads: Of everything.
+        device: Where the walk computes.
+        force: As ``build_levels``; None where the user has no say.
+        folders: Where else checkpoint levels may lie already.
+        journal: Told what the walk will take, and what it took.
+        progress: Told where it is.
+
+    Raises:
+        UsageError, NothingFits, BadInput, BadWeights, OutputError, UnknownArchitecture: as ``Calibration`` says.
     """
-    following = source.hash_ahead()
-    writers: list[tuple[GgufWriter, Callable[[str], bytes]]] = []
+    if not asked.folded and not asked.checkpoints:
+        return None
+    from bitladder.files.texts import shipped_texts
+    from bitladder.levels.products import ImportanceVectors
+    from bitladder.stages.calibrate import Calibration, Reading
+    from bitladder.walk.checkpoint_walk import Settings
+
+    documents = calibration_texts(texts)
+    wanted: list[Product] = [*asked.checkpoints, *asked.folded]
+    if imatrix == AUTO and asked.weighed and not importance_file(source, documents).exists():
+        wanted.append(ImportanceVectors())
+    reading = Reading(
+        token_windows(source, documents),
+        documents,
+        measuring=token_windows(source, measured_on or shipped_texts()),
+        prompts=_prompts(source, documents) if asked.checkpoints else {},
+    )
+    work = Calibration(
+        source, wanted, reading, out_dir=out, name=found.label, checkpoint=found.checkpoint,
+        settings=Settings(threads=threads, device=device), force=force, folders=folders,
+        is_kept=kept_by_evidence(journal),
+    )  # fmt: skip
+    with job(work.need, journal, out) if work.need is not None else nullcontext():
+        calibrated = work.run(progress)
+    if calibrated.importance is not None:
+        _keep(source, documents, calibrated.importance)
+    return calibrated
+
+
+def _importance(
+    source: GgufFile,
+    asked: Asked,
+    imatrix: str,
+    texts: Sequence[Path],
+    calibrated: Calibrated | None,
+    threads: int,
+    device: str,
+    journal: Journal,
+    progress: Progress,
+) -> Importance | None:
+    """The importance matrix that levels are weighed by; none, with a word, for a family that cannot be walked."""
+    if imatrix == AUTO and not asked.weighed:
+        return None
+    if calibrated is not None and calibrated.importance is not None:
+        return calibrated.importance.vectors()
     try:
-        allow_files(sum(len(draft.parts) for draft in drafts))
-        for part in (part for draft in drafts for part in draft.parts):
-            fingerprint = hashlib.sha256(
-                part.plan.header + repr((following.states, PIECE_WEIGHTS)).encode()
-            ).hexdigest()
-            writers.append((GgufWriter(part.path, part.plan, fingerprint), part.header))
-        _Pass(source, search, following, progress).run([writer for writer, _ in writers], threads)
-        sha256 = joined_sha256(following.result())
-        for writer, header in reversed(writers):  # a split model appears with its first part, last
-            writer.finish(header(sha256))
-    except BitladderError:
-        for writer, _ in writers:
-            writer.discard()
-        raise
-    finally:
-        for writer, _ in writers:
-            writer.close()
-
-
-@dataclass(frozen=True)
-class _Search:
-    """How weights become blocks."""
-
-    importance: Importance
-    folds: Mapping[str, Fold]
-    effort: Effort
-    device: str
-
-    def quantize(self, weights: F32Array, qtype: str, piece: _Piece, out: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """A piece's blocks, written to ``out``."""
-        rows = self.importance.get(piece.info.name)
-        importance = None if rows is None else rows[piece.matrix if len(rows) > 1 else 0]
-        return quantize(weights, qtype, importance=importance, effort=self.effort, device=self.device, out=out)
-
-    def folded(self, weights: F32Array, info: TensorInfo, rows: slice) -> F32Array:
-        """Rows of a tensor with the scales of its fold; a vector is a single row of them."""
-        fold = self.folds.get(info.name)
-        if fold is None:
-            return weights
-        return fold.apply(weights, rows) if len(info.shape) > 1 else fold.apply(weights[0])[None]
-
-
-class _Rooms(threading.local):
-    """A thread's arrays to work in, one per type of number, kept from piece to piece: fresh pages cost time."""
-
-    def __init__(self) -> None:
-        self._arrays: dict[type[np.generic], NDArray[Any]] = {}
-
-    def take(self, shape: tuple[int, int], kind: type[Scalar]) -> NDArray[Scalar]:
-        """An array of this shape; what it held before is lost."""
-        size = math.prod(shape)
-        room = self._arrays.get(kind)
-        if room is None or room.size < size:
-            room = self._arrays[kind] = np.empty(size, kind)
-        return room[:size].reshape(shape)
-
-
-@dataclass
-class _Pass:
-    """One pass over the source."""
-
-    source: GgufFile
-    search: _Search
-    following: FollowingHash
-    progress: Progress
-    rooms: _Rooms = field(default_factory=_Rooms)
-
-    def run(self, writers: Sequence[GgufWriter], threads: int) -> None:
-        """Make every tensor that the writers lack."""
-        works = self._unfinished(writers)
-        total = sum(work.info.nbytes for work in works)
-        done = 0
-        pending: deque[tuple[_Work, bool, Future[dict[str, bytes]]]] = deque()
-
-        def collect() -> None:
-            work, is_last, future = pending.popleft()
-            for qtype, digest in future.result().items():
-                work.digests[qtype].append(digest)
-            if is_last:
-                for qtype, targets in work.targets.items():
-                    for writer, number in targets:
-                        writer.done(number, piece_digest(work.digests[qtype]))
-                        flusher.wrote(writer, writer.plan.tensors[number].nbytes)
-
-        with ThreadPoolExecutor(threads, thread_name_prefix="quantize") as pool, Flusher() as flusher:
-            try:
-                for work in works:
-                    place = self.source.place(work.info.name)
-                    self.following.advance(place.shard, place.offset + work.info.nbytes + AHEAD)
-                    pieces = list(pieces_of(work.info))
-                    for piece in pieces:
-                        if len(pending) >= 2 * threads:
-                            collect()
-                        pending.append((work, piece is pieces[-1], pool.submit(self._make, work, piece)))
-                    done += work.info.nbytes
-                    self.progress("quantizing", done, total)
-                while pending:
-                    collect()
-            except BaseException:
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
-
-    def _unfinished(self, writers: Sequence[GgufWriter]) -> list[_Work]:
-        """What is to be made, in the order in which it lies in the source."""
-        works = {info.name: _Work(info) for info in self.source.model.tensors}
-        for writer in writers:
-            for number, tensor in enumerate(writer.plan.tensors):
-                if not _is_finished(writer, number):
-                    work = works[tensor.name]
-                    work.targets.setdefault(tensor.qtype, []).append((writer, number))
-                    work.digests[tensor.qtype] = []
-        wanted = [work for work in works.values() if work.targets]
-        places = {work.info.name: self.source.place(work.info.name) for work in wanted}
-        return sorted(wanted, key=lambda work: (places[work.info.name].shard, places[work.info.name].offset))
-
-    def _make(self, work: _Work, piece: _Piece) -> dict[str, bytes]:
-        """Make one piece in every wanted qtype and write it; returns the SHA-256 of its bytes per qtype."""
-        info = piece.info
-        rows = slice(piece.start, piece.stop)
-        raw = self.source.raw(info.name)[rows]
-        columns = info.shape[-1] if info.shape else 1
-        weights = None
-        if not _holds_integers(info):
-            weights = dequantize(raw, info.qtype, out=self.rooms.take((len(raw), columns), np.float32))
-        if weights is not None:
-            weights = self.search.folded(weights, info, rows)
-            _check_finite(weights, piece, work.targets)
-        digests = {}
-        for qtype, targets in work.targets.items():
-            if weights is None or (qtype == info.qtype and info.name not in self.search.folds):
-                data = raw
-            else:
-                room = self.rooms.take((len(raw), QTYPES[qtype].row_bytes(columns)), np.uint8)
-                data = self.search.quantize(weights, qtype, piece, room)
-            view = np.ascontiguousarray(data).reshape(-1).data
-            at = piece.start * QTYPES[qtype].row_bytes(columns)
-            for writer, number in targets:
-                writer.write(number, at, view)
-            digests[qtype] = hashlib.sha256(view).digest()
-        self.source.release(info.name, rows)
-        return digests
-
-
-def _holds_integers(info: TensorInfo) -> bool:
-    return info.qtype.startswith("I") and not QTYPES[info.qtype].is_quantized
-
-
-def _is_finished(writer: GgufWriter, number: int) -> bool:
-    """Whether an earlier run left a tensor whole; empty tensors always are."""
-    tensor = writer.plan.tensors[number]
-    width = QTYPES[tensor.qtype].row_bytes(tensor.shape[-1] if tensor.shape else 1)
-
-    def digest(read: Callable[[int, int], bytes]) -> str:
-        parts = (read(piece.start * width, (piece.stop - piece.start) * width) for piece in pieces_of(tensor))
-        return piece_digest([hashlib.sha256(part).digest() for part in parts])
-
-    return tensor.elements == 0 or writer.finished(number, digest)
-
-
-def _check_finite(weights: F32Array, piece: _Piece, targets: Mapping[str, object]) -> None:
-    bad = first_nonfinite(weights)
-    if bad is not None:
-        row, column = bad
-        raise BadWeights(
-            f"{piece.info.name} holds {weights[row, column]} in row {piece.start + row}, column {column}.",
-            means="The model was damaged while training, converting or copying; no level of it can work.",
-            do="Get the original weights again.",
+        return importance_of(
+            source, imatrix, texts=texts, threads=threads, device=device, journal=journal, progress=progress
         )
-    if "F16" in targets and piece.info.qtype != "F16":
-        largest = float(np.abs(weights).max())
-        if largest > _LARGEST_F16:
-            raise BadWeights(
-                f"{piece.info.name} holds a weight of {largest:.6g}; F16 ends at {_LARGEST_F16:.0f}.",
-                means="The model was made for a type with a wider range.",
-                do="Ask for BF16 or F32 instead of F16.",
-            )
+    except UnknownArchitecture as error:
+        journal.warn(f"Levels are made without an importance matrix: {error.found}")
+        return None
+
+
+def _keep(source: GgufFile, documents: Sequence[Document], matrix: ImportanceMatrix) -> None:
+    from bitladder.files.imatrix import write_imatrix
+
+    path = importance_file(source, documents)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_imatrix(path, matrix)
+
+
+def _prompts(source: GgufFile, documents: Sequence[Document]) -> dict[str, list[int]]:
+    """Texts that a written tokenizer must read as the source's engine does: the starter workload's, and the beginning
+    of every calibration text."""
+    from bitladder.engines.base import Launch
+    from bitladder.engines.registry import start
+    from bitladder.files.workloads import STARTER, load_workload
+
+    asked = [str(message["content"]) for one in load_workload(STARTER).inputs for message in one.messages]
+    prompts = [*asked, *(document.text[:_PROMPT_CHARACTERS] for document in documents)]
+    with start(Launch(source.path, n_ctx=64, threads=1)) as engine:
+        return {prompt: list(engine.tokenize(prompt, add_special=True)) for prompt in dict.fromkeys(prompts)}

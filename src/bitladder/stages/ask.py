@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from bitladder.engines.endpoint import EndpointSettings
 from bitladder.progress import LevelNews, Progress, tell
-from bitladder.steps.journal import Journal
-from bitladder.steps.measured import answers
-from bitladder.steps.remote import endpoint_answers
+from bitladder.stages.endpoints import endpoint_answers
+from bitladder.stages.job import Journal
+from bitladder.stages.measure import answers
 
 if TYPE_CHECKING:
     from bitladder.describe.criteria import Context

@@ -13,11 +13,11 @@ from bitladder.levels import FeedbackLevel
 from bitladder.progress import Progress
 from bitladder.records.recipe import FittedLevel, Recipe, SensitivityTable
 from bitladder.report.recipe import note_lines
-from bitladder.steps.calibrated import calibration_texts, token_windows
-from bitladder.steps.jobs import job, walking_need
-from bitladder.steps.journal import Journal
-from bitladder.steps.known_files import kept_by_evidence
-from bitladder.steps.weighing import RecipeTexts, keep_table, parts_of_text, weighed_tensors
+from bitladder.stages.calibration import calibration_texts, token_windows
+from bitladder.stages.forecast import job, walking_need
+from bitladder.stages.job import Journal
+from bitladder.stages.known_files import kept_by_evidence
+from bitladder.stages.weighing import RecipeTexts, keep_table, parts_of_text, weighed_tensors
 
 if TYPE_CHECKING:
     from bitladder.describe.rates import PoolRates
@@ -357,7 +357,7 @@ def measured_on(
 ) -> Fidelity:
     """A file's fidelity on some windows."""
     from bitladder.files.gguf import GgufFile
-    from bitladder.stages.walk import file_candidate, walk
+    from bitladder.stages.fidelity import file_candidate, walk
 
     with GgufFile.open(file) as opened, job(walking_need(source, windows, (file.stem,)), journal):
         level = file_candidate(source, opened, threads=threads)
@@ -394,8 +394,8 @@ def room_for_weights(source: GgufFile, n_ctx: int | None) -> int:
     """Bytes that this machine has for the file when the context, the engine's buffers and the engine are counted."""
     from bitladder.files.probe import probe_machine
     from bitladder.levels import RecipeLevel
+    from bitladder.plan.ladder import make_plan
     from bitladder.plan.placement import usable_ram, usable_vram
-    from bitladder.stages.plan import make_plan
 
     machine = probe_machine()
     level = make_plan(source.model, machine, n_ctx=n_ctx, levels=[RecipeLevel("Q4_K_M")]).levels[0]

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bitladder.progress import Progress
-from bitladder.steps.jobs import job, walking_need
-from bitladder.steps.journal import Journal
+from bitladder.stages.forecast import job, walking_need
+from bitladder.stages.job import Journal
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,7 +30,7 @@ def token_windows(source: GgufFile, texts: Sequence[Document]) -> list[Window]:
     """Windows by the engine's own tokenizer, so that tokens are those that users get; nothing is computed there."""
     from bitladder.engines.base import Launch
     from bitladder.engines.registry import start
-    from bitladder.stages.walk import text_windows
+    from bitladder.stages.fidelity import text_windows
 
     with start(Launch(source.path, n_ctx=64, threads=1)) as engine:
         return text_windows(texts, lambda text: engine.tokenize(text, add_special=True), source.model)

@@ -12,9 +12,9 @@ from bitladder import __version__
 from bitladder.errors import BadInput
 from bitladder.progress import Progress
 from bitladder.records.recipe import SensitivityTable, TensorLoss
-from bitladder.steps.calibrated import calibration_texts
-from bitladder.steps.jobs import job, walking_need
-from bitladder.steps.journal import Journal
+from bitladder.stages.calibration import calibration_texts
+from bitladder.stages.forecast import job, walking_need
+from bitladder.stages.job import Journal
 
 if TYPE_CHECKING:
     from bitladder.describe.windows import Window
@@ -125,7 +125,7 @@ def _checked(
     import numpy as np
 
     from bitladder.plan.recipe import Wish, bounds, choose, fitted, predicted
-    from bitladder.stages.walk import Candidate, walk
+    from bitladder.stages.fidelity import Candidate, walk
     from bitladder.walk.products import wants_half_products
     from bitladder.walk.weights import FileWeights, MadeWeights, Quantizer
 

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 from bitladder.errors import NothingFits, UnknownArchitecture, UsageError
 from bitladder.progress import Progress
-from bitladder.steps.building import calibrate_levels, refuse_unheard, refuse_unweighed, sort_levels
-from bitladder.steps.calibrated import AUTO, importance_of
-from bitladder.steps.help import criteria_help
-from bitladder.steps.journal import Journal, Say
-from bitladder.steps.known_files import identified, known_folders, making_of
-from bitladder.steps.ladder_files import ladder_files
-from bitladder.steps.measured import answers
+from bitladder.stages.calibration import AUTO, importance_of
+from bitladder.stages.criteria_help import criteria_help
+from bitladder.stages.job import Journal, Say
+from bitladder.stages.known_files import identified, known_folders, making_of
+from bitladder.stages.ladder_files import ladder_files
+from bitladder.stages.measure import answers
+from bitladder.stages.quantize import calibrate_levels, refuse_unheard, refuse_unweighed, sort_levels
 
 if TYPE_CHECKING:
     from bitladder.describe.criteria import Context
@@ -66,9 +66,9 @@ def find_smallest(search: Search, progress: Progress, *, say: Say = lambda _: No
     from bitladder.files.gguf import GgufFile
     from bitladder.files.sources import resolve
     from bitladder.files.workloads import STARTER, load_workload
+    from bitladder.plan.ladder import usable_context
     from bitladder.stages.evaluate import judge_answers
-    from bitladder.stages.facts import engine_facts, level_of, slots
-    from bitladder.stages.plan import usable_context
+    from bitladder.stages.run_facts import engine_facts, level_of, slots
     from bitladder.store.evidence import Evidence
     from bitladder.store.recorded import Recorded, Subject
 
@@ -157,8 +157,8 @@ def _levels(source: GgufFile, search: Search, n_ctx: int) -> dict[str, Level]:
     """Those that fit by their names, largest first, without the source's own."""
     from bitladder.files.probe import probe_machine
     from bitladder.levels import LADDER, FeedbackLevel, FoldedLevel, RecipeLevel, of_kinds
-    from bitladder.stages.facts import level_of
-    from bitladder.stages.plan import make_plan
+    from bitladder.plan.ladder import make_plan
+    from bitladder.stages.run_facts import level_of
 
     wanted = of_kinds(
         search.levels or LADDER,
@@ -212,8 +212,8 @@ def smallest_level(
         UsageError: the workload needs something that is not there.
         EngineError: an engine failed; the answers before it were handed to ``on_answer``.
     """
+    from bitladder.plan.halving import measure_ladder
     from bitladder.stages.evaluate import answer_workload, check_help, judge_answers, pass_shares
-    from bitladder.stages.ladder import measure_ladder
 
     check_help(workload, context)
     expected = list(reference)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bitladder.errors import OutputError
-from bitladder.steps.journal import Journal
+from bitladder.stages.job import Journal
 from bitladder.units import human_bytes
 
 if TYPE_CHECKING:

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING
 from bitladder.errors import BadInput, BitladderError
 from bitladder.progress import Progress, silent
 from bitladder.records.level_file import LevelFile, Making, StoredFile
-from bitladder.steps.calibrated import AUTO, NONE, calibration_texts, importance_file, importance_of
+from bitladder.stages.calibration import AUTO, NONE, calibration_texts, importance_file, importance_of
 from bitladder.store.recorded import Subject
 
 if TYPE_CHECKING:
     from bitladder.files.gguf import GgufFile
     from bitladder.kernels import Effort
-    from bitladder.steps.calibrated import Importance
-    from bitladder.steps.journal import Journal
+    from bitladder.stages.calibration import Importance
+    from bitladder.stages.job import Journal
     from bitladder.store.recorded import Recorded
 
 
@@ -118,7 +118,7 @@ def find_file(
 
 def making_of(source: GgufFile, choice: str, importance: Importance | None, *, effort: Effort, threads: int) -> Making:
     """How levels are made, with the importance matrix put by, so that they can be made again when its file is gone."""
-    from bitladder.stages.quantize import importance_hash
+    from bitladder.stages.write_levels import importance_hash
 
     digest = importance_hash(importance)
     if digest:
@@ -151,7 +151,7 @@ def importance_again(source: GgufFile, file: StoredFile, journal: Journal, progr
     """
     from bitladder.files.imatrix import read_imatrix
     from bitladder.levels import FeedbackLevel, parse_level
-    from bitladder.stages.quantize import importance_hash
+    from bitladder.stages.write_levels import importance_hash
 
     making = file.making
     if not making.importance or isinstance(parse_level(file.level), FeedbackLevel):

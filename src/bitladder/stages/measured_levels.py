@@ -16,9 +16,9 @@ from bitladder.errors import BadInput, UnknownArchitecture
 from bitladder.progress import Progress
 from bitladder.records.decision import Decision
 from bitladder.records.level_file import LevelFile, Standing, StoredFile
-from bitladder.steps.calibrated import AUTO, importance_of
-from bitladder.steps.journal import Journal, Say
-from bitladder.steps.known_files import (
+from bitladder.stages.calibration import AUTO, importance_of
+from bitladder.stages.job import Journal, Say
+from bitladder.stages.known_files import (
     files_made_from,
     find_file,
     identified,
@@ -26,14 +26,14 @@ from bitladder.steps.known_files import (
     known_folders,
     model_sha256,
 )
-from bitladder.steps.serving import served_level
+from bitladder.stages.serve import served_level
 
 if TYPE_CHECKING:
     from bitladder.files.gguf import GgufFile
     from bitladder.files.sources import Source
     from bitladder.kernels import Effort
     from bitladder.records.run import RunRecord
-    from bitladder.steps.calibrated import Importance
+    from bitladder.stages.calibration import Importance
     from bitladder.store.recorded import Recorded
 
 _SHOWN = 12
@@ -137,7 +137,7 @@ def tier_file(
     """
     from bitladder.files.gguf import GgufFile
     from bitladder.files.sources import resolve
-    from bitladder.stages.plan import check_context
+    from bitladder.plan.ladder import check_context
     from bitladder.store.evidence import Evidence
     from bitladder.store.recorded import Recorded
 
@@ -167,7 +167,7 @@ def _described(level: str, path: Path, wanted: str, recorded: Recorded, n_ctx: i
     """A file with what evidence says of it. ``wanted``: hash of the measured file that it stands for; may be empty."""
     from bitladder.files.gguf import GgufFile
     from bitladder.files.probe import probe_machine
-    from bitladder.stages.plan import file_memory
+    from bitladder.plan.ladder import file_memory
 
     sha256 = model_sha256(path, progress)
     with GgufFile.open(path) as opened:
@@ -207,7 +207,7 @@ class _Search:
     @property
     def own(self) -> str:
         """The level that the model itself is."""
-        from bitladder.stages.facts import level_of
+        from bitladder.stages.run_facts import level_of
 
         return level_of(self.source.model)
 
@@ -250,8 +250,8 @@ class _Search:
 
     def _build(self, level: str) -> LevelFile:
         """Make a level as it was made when it was measured, or as a run would make it."""
-        from bitladder.steps.building import calibrate_levels, sort_levels
-        from bitladder.steps.ladder_files import ladder_files
+        from bitladder.stages.ladder_files import ladder_files
+        from bitladder.stages.quantize import calibrate_levels, sort_levels
 
         known = next(iter(self._known(level)), None)
         if known is not None:

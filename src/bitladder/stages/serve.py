@@ -61,8 +61,8 @@ def tier_context(model: str, what: str, n_ctx: int | None, progress: Progress) -
     """
     from bitladder.files.gguf import read_header
     from bitladder.files.sources import resolve
-    from bitladder.stages.facts import level_of
-    from bitladder.stages.plan import usable_context
+    from bitladder.plan.ladder import usable_context
+    from bitladder.stages.run_facts import level_of
 
     if not is_level(what):
         return usable_context(read_header(Path(what)), n_ctx)
@@ -100,7 +100,7 @@ def memory_by_slots(path: Path, n_ctx: int, slots: Sequence[int]) -> tuple[int, 
     """
     from bitladder.files.gguf import GgufFile
     from bitladder.files.probe import probe_machine
-    from bitladder.stages.plan import file_memory
+    from bitladder.plan.ladder import file_memory
 
     machine = probe_machine()
     with GgufFile.open(path) as opened:

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 from bitladder.levels import CheckpointLevel, FeedbackLevel, FoldedLevel, Level, RecipeLevel
 from bitladder.progress import LevelNews, Progress, tell
 from bitladder.records.level_file import LevelFile
-from bitladder.stages.quantize import method_name, quantize_levels
-from bitladder.steps.jobs import building_need, job
-from bitladder.steps.journal import Journal
-from bitladder.steps.known_files import kept_by_evidence
-from bitladder.steps.recipes import fitted_level
+from bitladder.stages.forecast import building_need, job
+from bitladder.stages.job import Journal
+from bitladder.stages.known_files import kept_by_evidence
+from bitladder.stages.recipe import fitted_level
+from bitladder.stages.write_levels import method_name, quantize_levels
 from bitladder.store.recorded import Subject
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from bitladder.kernels import Effort
     from bitladder.kernels.awq import Fold
     from bitladder.stages.calibrate import Calibrated
-    from bitladder.steps.calibrated import Importance
+    from bitladder.stages.calibration import Importance
 
 
 def ladder_files(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from bitladder.errors import EngineError, UsageError, WrongModel
 from bitladder.progress import Progress, silent
-from bitladder.steps.journal import Journal
+from bitladder.stages.job import Journal
 from bitladder.store.recorded import Remote
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bitladder.steps.journal import Journal
-from bitladder.steps.remote import StoredEngine, recognised
+from bitladder.stages.endpoints import StoredEngine, recognised
+from bitladder.stages.job import Journal
 
 if TYPE_CHECKING:
     from bitladder.describe.criteria import Context

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 from bitladder.errors import BadInput
 from bitladder.progress import LevelNews, Progress, silent, tell
 from bitladder.records.fidelity import Fidelity
-from bitladder.steps.calibrated import AUTO, NONE, importance_of, token_windows
-from bitladder.steps.jobs import job, walking_need
-from bitladder.steps.journal import Journal
+from bitladder.stages.calibration import AUTO, NONE, importance_of, token_windows
+from bitladder.stages.forecast import job, walking_need
+from bitladder.stages.job import Journal
 
 if TYPE_CHECKING:
     from bitladder.describe.text import Document
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from bitladder.levels import Level
     from bitladder.records.evaluation import Answer, Speed
     from bitladder.records.level_file import LevelFile
-    from bitladder.stages.walk import Candidate
+    from bitladder.stages.fidelity import Candidate
     from bitladder.store.recorded import Recorded, Subject
 
 
@@ -56,10 +56,10 @@ def measure_model(
     from bitladder.files.gguf import GgufFile
     from bitladder.files.sources import resolve
     from bitladder.levels import LADDER, Needs
-    from bitladder.stages.facts import level_of
-    from bitladder.stages.quantize import method_name
-    from bitladder.stages.walk import made_candidates
-    from bitladder.steps.building import refuse_unheard, refuse_unweighed, sort_levels
+    from bitladder.stages.fidelity import made_candidates
+    from bitladder.stages.quantize import refuse_unheard, refuse_unweighed, sort_levels
+    from bitladder.stages.run_facts import level_of
+    from bitladder.stages.write_levels import method_name
     from bitladder.store.evidence import Evidence
     from bitladder.store.recorded import Recorded, Subject
 
@@ -130,8 +130,8 @@ def _given(source: GgufFile, path: Path, stack: ExitStack, threads: int) -> tupl
     """A file or a checkpoint folder that the user names."""
     from bitladder.files.checkpoint_check import format_of_folder
     from bitladder.files.gguf import GgufFile
-    from bitladder.stages.walk import file_candidate, folder_candidate
-    from bitladder.steps.known_files import model_sha256
+    from bitladder.stages.fidelity import file_candidate, folder_candidate
+    from bitladder.stages.known_files import model_sha256
     from bitladder.store.recorded import Subject
 
     if path.is_dir():
@@ -161,9 +161,9 @@ def _built(
     with ``stack``."""
     from bitladder.files.folders import cache_folder
     from bitladder.levels import FoldedLevel
-    from bitladder.steps.building import calibrate_levels, sort_levels
-    from bitladder.steps.known_files import identified, known_folders, making_of
-    from bitladder.steps.ladder_files import ladder_files
+    from bitladder.stages.known_files import identified, known_folders, making_of
+    from bitladder.stages.ladder_files import ladder_files
+    from bitladder.stages.quantize import calibrate_levels, sort_levels
 
     room = cache_folder("measured")
     room.mkdir(parents=True, exist_ok=True)
@@ -198,7 +198,7 @@ def built_candidate(source: GgufFile, file: LevelFile, stack: ExitStack) -> Cand
     # brings torch, for whose 1.5 s stored figures need not wait
     from bitladder.files.gguf import GgufFile
     from bitladder.levels.checkpoints import parse_checkpoint
-    from bitladder.stages.walk import file_candidate, folder_candidate
+    from bitladder.stages.fidelity import file_candidate, folder_candidate
 
     if file.path.is_dir():
         return folder_candidate(source, file.path, parse_checkpoint(file.level).format, level=file.level)
@@ -251,7 +251,7 @@ def fidelities(
         tell(progress, LevelNews(subject.level, "measuring"))
     if missing:
         from bitladder.files.folders import cache_folder
-        from bitladder.stages.walk import WalkOptions, walk  # brings torch, which stored figures need not wait for
+        from bitladder.stages.fidelity import WalkOptions, walk  # brings torch, which stored figures need not wait for
 
         windows = token_windows(source, texts)
         options = WalkOptions(progress=progress, threads=threads, device=device)
@@ -294,7 +294,7 @@ def answers(
     from bitladder.engines.base import Launch
     from bitladder.engines.registry import container_of, start
     from bitladder.stages.evaluate import answer_workload, measure_speed
-    from bitladder.stages.facts import engine_facts, slots
+    from bitladder.stages.run_facts import engine_facts, slots
 
     room, parallel = slots(workload, n_ctx)
     engine = engine_facts(n_ctx=room, n_parallel=parallel, threads=threads, container=container_of(path))
