@@ -96,6 +96,8 @@ def _imported_modules(path: Path) -> Iterator[Path]:
             for name in (place / alias.name for alias in node.names):
                 if name.with_suffix(".py").is_file():
                     yield name.with_suffix(".py")
+                elif (name / "__init__.py").is_file():
+                    yield name / "__init__.py"
                 elif place.with_suffix(".py").is_file():
                     yield place.with_suffix(".py")
                 elif place / "__init__.py" != path:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bitladder.formats.blocks import QTYPES
-from bitladder.kernels import gptq
+from bitladder.kernels import gptq, gptq_device
 from bitladder.kernels.api import dequantize, quantize
 from bitladder.kernels.codes import CODE_BITS, grid_of, with_codes
 from bitladder.kernels.grid import F32
@@ -100,7 +100,7 @@ def _fed(
     """Blocks chunk by chunk, scales searched for weights that make up for the errors before them."""
     from scipy.linalg import solve_triangular
 
-    choose = gptq.apply_on(device)
+    choose = gptq_device.apply_on(device)
     rows, columns = weights.shape
     chunk, kind = chunk_of(columns), QTYPES[qtype]
     errors = np.zeros((columns, rows), np.float32)

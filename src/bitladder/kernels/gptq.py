@@ -18,9 +18,7 @@ groups can run the result.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -160,18 +158,6 @@ def apply(factor: Factor, weights: F32, grid: Grid) -> tuple[npt.NDArray[np.int1
     stored = np.empty((rows, columns), np.int16)
     stored[:, factor.order] = codes.T
     return stored, cost
-
-
-Apply = Callable[[Factor, F32, Grid], tuple[npt.NDArray[np.int16], npt.NDArray[np.float64]]]
-
-
-def apply_on(device: str) -> Apply:
-    """``apply``, or its twin for another device of torch than "cpu"."""
-    if device == "cpu":
-        return apply
-    from bitladder.kernels import gptq_gpu  # torch is heavy, and most runs never need it here
-
-    return partial(gptq_gpu.apply, device=device)
 
 
 def cost_of(factor: Factor, errors: F32) -> npt.NDArray[np.float64]:

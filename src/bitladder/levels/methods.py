@@ -248,13 +248,13 @@ class Feedback(Method):
         self, form: CheckpointFormat, seen: Prepared, weights: F32, *, scale_dtype: str = "float16", device: str = "cpu"
     ) -> Quantized:
         """As ``Method``."""
-        from bitladder.kernels import gptq
+        from bitladder.kernels import gptq, gptq_device
 
         factor = seen.factor
         if factor is None:
             return _rounded(form, None, None, weights, scale_dtype)
         parameters = form.search(weights, factor.importance, scale_dtype=scale_dtype)
-        codes, cost = gptq.apply_on(device)(factor, weights, parameters.grid())
+        codes, cost = gptq_device.apply_on(device)(factor, weights, parameters.grid())
         # Costs are under the damped Hessian; the damping's own share is no error of the outputs.
         decoded = parameters.decode(codes)
         wrong = cost.sum() - factor.ridge * _square_sum(decoded - weights)
