@@ -28,13 +28,13 @@ import numpy as np
 import torch
 
 from bitladder.describe.text import Document
-from bitladder.describe.windows import WINDOW, Window
+from bitladder.describe.windows import WINDOW, Window, text_windows
 from bitladder.engines.base import Launch
 from bitladder.engines.llama import LlamaServer
 from bitladder.files.gguf import GgufFile
 from bitladder.levels.checkpoints import parse_checkpoint
 from bitladder.stages.calibrate import quantize_checkpoints
-from bitladder.stages.fidelity import Candidate, fidelity, text_windows, token_scores
+from bitladder.stages.fidelity import Candidate, fidelity, token_scores
 from bitladder.stats.bootstrap import ratio_interval
 from bitladder.walk.checkpoint_walk import Settings
 from bitladder.walk.checkpoint_weights import CheckpointWeights

@@ -22,12 +22,12 @@ from pathlib import Path
 import torch
 
 from bitladder.describe.text import Document
-from bitladder.describe.windows import WINDOW, Window
+from bitladder.describe.windows import WINDOW, Window, text_windows
 from bitladder.engines.base import Launch
 from bitladder.engines.llama import LlamaServer
 from bitladder.files.gguf import GgufFile
 from bitladder.records import to_json
-from bitladder.stages.fidelity import made_candidates, text_windows, walk
+from bitladder.stages.fidelity import made_candidates, walk
 from bitladder.stages.imatrix import importance_matrix
 
 MEASURE_BYTES, CALIBRATE_BYTES = 30_000, 120_000

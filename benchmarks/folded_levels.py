@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from bitladder.describe.text import Document
-from bitladder.describe.windows import WINDOW, Window
+from bitladder.describe.windows import WINDOW, Window, text_windows
 from bitladder.engines.base import Launch
 from bitladder.engines.llama import LlamaServer
 from bitladder.files.gguf import GgufFile
@@ -25,7 +25,7 @@ from bitladder.files.texts import shipped_texts
 from bitladder.levels import FoldedLevel
 from bitladder.levels.products import ImportanceVectors
 from bitladder.stages.calibrate import Calibration, Reading
-from bitladder.stages.fidelity import file_candidate, text_windows, walk
+from bitladder.stages.fidelity import file_candidate, walk
 from bitladder.stages.write_levels import quantize_levels
 from bitladder.walk.checkpoint_walk import Settings
 

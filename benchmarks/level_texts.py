@@ -11,10 +11,9 @@ import torch
 from numpy.typing import NDArray
 
 from bitladder.describe.text import Document
-from bitladder.describe.windows import WINDOW, Window
+from bitladder.describe.windows import WINDOW, Window, text_windows
 from bitladder.engines.llama import LlamaServer
 from bitladder.files.gguf import GgufFile
-from bitladder.stages.fidelity import text_windows
 
 
 def parser_of(doc: str) -> argparse.ArgumentParser:

@@ -20,12 +20,10 @@ from typing import Any
 
 import torch
 
-from bitladder.files.gguf import GgufFile
 from bitladder.plan.recipe import Wish, choose
-from bitladder.progress import silent
 from bitladder.stages.calibrate import quantize_checkpoints
-from bitladder.stages.calibration import calibration_texts, token_windows
-from bitladder.stages.job import Journal
+from bitladder.stages.calibration import calibration_texts
+from bitladder.stages.job import Build, Work, opened
 from bitladder.stages.recipe import measured_on, write_recipe
 from bitladder.stages.weighing import parts_of_text, weighed_tensors
 from bitladder.walk.checkpoint_walk import Settings
@@ -66,30 +64,29 @@ def main() -> int:
         print(f"{options.model} is absent; nothing was measured")
         return 1
     torch.set_num_threads(options.threads)
-    journal = Journal()
-    with tempfile.TemporaryDirectory() as scratch, GgufFile.open(options.model) as source:
+    work = Work(threads=options.threads)
+    with tempfile.TemporaryDirectory() as scratch, opened(str(options.model), work) as job:
+        source = job.source
         out = (options.keep or Path(scratch)).resolve()
         out.mkdir(parents=True, exist_ok=True)
         os.environ["BITLADDER_CACHE"] = str(out)  # nothing that an earlier run has kept elsewhere
         clock, texts = Clock(out, one=options.one), calibration_texts(())
-        windows = token_windows(source, texts)
+        windows = job.windows(texts)
         tokens = sum(len(window.tokens) for window in windows)
         parts = parts_of_text(windows)
         print(f"{tokens} tokens, {options.threads} threads, load {os.getloadavg()[0]:.1f}", flush=True)
         settings = Settings(threads=options.threads)
         if LEVEL not in clock.parts:
             clock(LEVEL, lambda: quantize_checkpoints(source, [LEVEL], out, windows, name="walk", settings=settings))
-        table, _ = clock(
-            "weighing and checking", lambda: weighed_tensors(source, parts, (), options.threads, journal, silent)
-        )
+        table, _ = clock("weighing and checking", lambda: weighed_tensors(job, parts, ()))
         recipe = clock("choosing", lambda: choose(table, source.model, Wish(bpw=options.bpw)))
         made = clock(
             "writing",
-            lambda: write_recipe(source, recipe, parts.fitting, out, "good", options.threads, journal, silent),
+            lambda: write_recipe(job, recipe, parts.fitting, Build(out=out)),
         )
         held = clock(
             "proving",
-            lambda: measured_on(source, made.file.path, parts.held_out, options.threads, journal, silent),
+            lambda: measured_on(job, made.file.path, parts.held_out),
         )
     walk = clock.parts.pop(LEVEL)
     ratio = sum(clock.parts.values()) / walk

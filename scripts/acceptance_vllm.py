@@ -31,13 +31,13 @@ def expect(folder: Path, levels: list[str]) -> int:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    from bitladder.describe.windows import text_windows
     from bitladder.files.checkpoint_check import CheckpointReader
     from bitladder.files.demo import fetch_demo
     from bitladder.files.gguf import GgufFile
     from bitladder.files.texts import shipped_texts
     from bitladder.levels.checkpoints import parse_checkpoint
     from bitladder.stages.calibrate import quantize_checkpoints
-    from bitladder.stages.fidelity import text_windows
 
     path = fetch_demo()
     with GgufFile.open(path) as source:

@@ -10,7 +10,7 @@ from bitladder.describe.workload import Criterion, Input, Workload
 from bitladder.engines.base import Completion
 from bitladder.records.evaluation import MOST_OTHERS_SHARE, Speed
 from bitladder.stages.ask import Asker, LevelToAsk
-from bitladder.stages.job import Journal
+from bitladder.stages.job import Journal, Work
 from bitladder.store.evidence import Evidence
 from bitladder.store.recorded import Recorded, Subject
 
@@ -40,7 +40,7 @@ def ask(monkeypatch):
         monkeypatch.setattr("bitladder.stages.evaluate.measure_speed", lambda _: speed)
         journal = Journal()
         with Evidence.open() as store:
-            asker = Asker(WORKLOAD, Context(), Recorded(store), journal, 512, 1, lambda *_: None)
+            asker = Asker(WORKLOAD, Context(), Recorded(store), 512, Work(journal=journal))
             (level,) = asker.ask_all([LEVEL])
         return level.speed, journal
 

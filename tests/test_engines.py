@@ -26,6 +26,7 @@ from bitladder.serve.app import build_app
 from bitladder.serve.deploy import deployed
 from bitladder.serve.settings import ServeSettings, TierSpec
 from bitladder.serve.supervisor import Fingerprint
+from bitladder.stages.job import Work
 from bitladder.stages.measure import answers
 from bitladder.stages.run_facts import engine_facts, slots
 from bitladder.store.evidence import Evidence
@@ -115,7 +116,7 @@ def test_an_engine_that_is_its_file_and_its_registration_measures_a_workload(fol
     subject = Subject("source", "GPTQ-4bit-g128", made="x")
     with Evidence.open() as store:
         recorded = Recorded(store)
-        found, speed, stored = answers(subject, folder, asked, recorded, n_ctx=512, threads=1)
+        found, speed, stored = answers(subject, folder, asked, recorded, n_ctx=512, work=Work(threads=1))
         assert [answer.text for answer in found] == ["A", "A"] and not stored
         assert speed.load_seconds > 0 and speed.others_share >= 0  # it runs here, whoever keeps its clock
         room, parallel = slots(asked, 512)

@@ -17,6 +17,7 @@ from bitladder.levels.products import ImportanceVectors
 from bitladder.stages.calibrate import Calibrated, Calibration, Reading
 from bitladder.stages.fidelity import file_candidate, walk
 from bitladder.stages.imatrix import importance_matrix
+from bitladder.stages.job import Build, Work
 from bitladder.stages.quantize import build_levels, sort_levels
 from bitladder.stages.write_levels import quantize_levels
 from bitladder.walk.folding import KQuantFolder
@@ -165,13 +166,13 @@ def test_names():
     asked = sort_levels(parse_levels(["q8_0", "AWQ-Q2_K", "GPTQ-4bit-g64", "AWQ-4bit-g64"]))
     assert (asked.files, asked.folded) == ((RecipeLevel("Q8_0"),), (FoldedLevel("Q2_K"),))
     assert [level.name for level in asked.checkpoints] == ["GPTQ-4bit-g64", "AWQ-4bit-g64"]
-    assert not sort_levels(parse_levels(["Q8_0", "F16"])).weighed
-    assert sort_levels(parse_levels(["Q8_0", "Q5_1"])).weighed
+    assert not sort_levels(parse_levels(["Q8_0", "F16"])).use_importance
+    assert sort_levels(parse_levels(["Q8_0", "Q5_1"])).use_importance
 
 
 def test_scales_need_an_importance_matrix(tmp_path):
     with pytest.raises(UsageError, match="AWQ-Q2_K was asked for with --imatrix none"):
-        build_levels("x", parse_levels(["AWQ-Q2_K"]), tmp_path, imatrix="none", threads=1, progress=lambda *_: None)
+        build_levels("x", parse_levels(["AWQ-Q2_K"]), Build(out=tmp_path, imatrix="none"), Work())
 
 
 @pytest.mark.model

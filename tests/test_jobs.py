@@ -13,11 +13,10 @@ from bitladder.files.job_log import correction, keep_job, log_path, read_jobs
 from bitladder.files.probe import probe_machine
 from bitladder.levels import parse_levels
 from bitladder.plan.preflight import STATE_BYTES, WALK_START_S, JobNeed, quantize_need, walk_need
-from bitladder.progress import silent
 from bitladder.records.job import JobOutcome
 from bitladder.stages import forecast as jobs
 from bitladder.stages.calibration import make_imatrix
-from bitladder.stages.job import Journal
+from bitladder.stages.job import Build, Journal, Work
 from bitladder.stages.quantize import build_levels
 from bitladder.units import GiB, MiB
 
@@ -80,7 +79,7 @@ class TestJob:
         journal = Journal()
         with (
             pytest.raises(NothingFits, match=r"quantize Q8_0 needs .* of RAM") as caught,
-            jobs.job(replace(NEED, ram_bytes=1 << 60), journal),
+            jobs.forecast(replace(NEED, ram_bytes=1 << 60), journal),
         ):
             pytest.fail("it must not begin")
         assert "are missing" in caught.value.means
@@ -89,7 +88,7 @@ class TestJob:
     def test_too_little_disk_is_refused(self, tmp_path):
         with (
             pytest.raises(NothingFits, match="of disk space"),
-            jobs.job(replace(NEED, disk_bytes=1 << 60), Journal(), tmp_path),
+            jobs.forecast(replace(NEED, disk_bytes=1 << 60), Journal(), tmp_path),
         ):
             pytest.fail("it must not begin")
 
@@ -99,7 +98,7 @@ class TestJob:
         said = []
         journal = Journal(said.append)
         for _ in range(2):
-            with jobs.job(NEED, journal):
+            with jobs.forecast(NEED, journal):
                 pass
         first, second = journal.jobs
         assert (first.predicted_s, first.label, first.took_s) == (10.0, "assumed", 46.0)
@@ -110,7 +109,7 @@ class TestJob:
         assert said[3] == "quantize Q8_0: predicted 46 s, took 46 s."
 
     def test_a_failed_job_teaches_nothing(self):
-        with pytest.raises(ZeroDivisionError), jobs.job(NEED, Journal()):
+        with pytest.raises(ZeroDivisionError), jobs.forecast(NEED, Journal()):
             raise ZeroDivisionError
         assert read_jobs(probe_machine()) == []
 
@@ -143,10 +142,8 @@ class TestNeeds:
 def test_building_says_what_it_took_and_repeats_nothing(demo_gguf, tmp_path):
     journal = Journal()
     for _ in range(2):
-        build_levels(
-            str(demo_gguf), parse_levels(["Q8_0", "Q4_0"]), tmp_path, imatrix="none", effort="fast", threads=1,
-            journal=journal, progress=silent,
-        )  # fmt: skip
+        build = Build(out=tmp_path, imatrix="none", effort="fast")
+        build_levels(str(demo_gguf), parse_levels(["Q8_0", "Q4_0"]), build, Work(journal=journal))
     (only,) = journal.jobs
     assert only.what == "quantize Q8_0, Q4_0"
     assert only.disk_bytes == pytest.approx(sum(path.stat().st_size for path in tmp_path.glob("*.gguf")), rel=0.01)
@@ -156,7 +153,7 @@ def test_building_says_what_it_took_and_repeats_nothing(demo_gguf, tmp_path):
 def test_nothing_is_built_without_room(demo_gguf, tmp_path, monkeypatch):
     monkeypatch.setattr("bitladder.files.probe.disk_free", lambda folder: 1000)
     with pytest.raises(NothingFits, match="quantize Q8_0 needs"):
-        build_levels(str(demo_gguf), parse_levels(["Q8_0"]), tmp_path, effort="fast", threads=1, progress=silent)
+        build_levels(str(demo_gguf), parse_levels(["Q8_0"]), Build(out=tmp_path, effort="fast"), Work())
     assert not list(tmp_path.glob("*.gguf"))
 
 
@@ -164,4 +161,4 @@ def test_an_importance_matrix_is_refused_where_a_layer_does_not_fit(demo_gguf, t
     small = replace(probe_machine(), ram_available=MiB)
     monkeypatch.setattr("bitladder.files.probe.probe_machine", lambda folder=None: small)
     with pytest.raises(NothingFits, match="gather an importance matrix"):
-        make_imatrix(str(demo_gguf), (), tmp_path / "x.gguf", threads=1, progress=silent)
+        make_imatrix(str(demo_gguf), (), tmp_path / "x.gguf", Work())

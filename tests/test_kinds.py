@@ -31,8 +31,8 @@ pytestmark = pytest.mark.usefixtures("one_thread", "short_calibration")
 def short_calibration(monkeypatch) -> None:
     """A calibration text that a tiny model reads in a second."""
     documents = [Document(f"t{number}", f"{number} {OTHER}" * 8) for number in range(6)]
-    for user in ("building", "recipes", "calibrated", "known_files"):
-        monkeypatch.setattr(f"bitladder.steps.{user}.calibration_texts", lambda texts: documents)
+    for user in ("quantize", "recipe", "calibration", "known_files"):
+        monkeypatch.setattr(f"bitladder.stages.{user}.calibration_texts", lambda texts: documents)
 
 
 @pytest.fixture

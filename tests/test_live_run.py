@@ -5,7 +5,7 @@ import io
 from rich.console import Console
 
 from bitladder.cli.live import LiveRun, LoggedRun, run_display
-from bitladder.progress import LevelNews, silent, tell
+from bitladder.progress import LevelNews, silent
 from bitladder.units import MiB
 
 STORY = (
@@ -29,19 +29,19 @@ def test_the_table_fills_in():
     live._draw = lambda: None
     assert drawn(live) == []
     for news in STORY[:5]:
-        tell(live, news)
+        live.on_level(news)
     lines = drawn(live)
     assert lines[0].split() == ["Level", "State", "File", "KL", "Passes", "Speed"]
     assert lines[2].split() == ["Q8_0", "asked", "144", "MiB", "KL", "0.0123", "7", "of", "25", "answered"]
     assert lines[3].split() == ["Q4_K_M", "fits"]
-    tell(live, STORY[5])
+    live.on_level(STORY[5])
     assert "6 of 25 pass" in drawn(live)[2] and "41.2 tok/s" in drawn(live)[2]
 
 
 def test_what_is_being_done_stands_under_the_table():
     live = LiveRun(Console(file=io.StringIO(), force_terminal=True))
     live._draw = lambda: None
-    tell(live, STORY[0])
+    live.on_level(STORY[0])
     live("quantizing", 1, 4)
     assert "quantizing" in drawn(live)[-1] and " 25%" in drawn(live)[-1]
     live("walk: layer 1 of 30", 0, 32)
@@ -53,7 +53,7 @@ def test_on_a_terminal_it_is_drawn_and_what_is_said_meanwhile_stays_readable(cap
     console = Console(file=io.StringIO(), force_terminal=True, width=80)
     with LiveRun(console).shown() as live:
         assert console.file.getvalue() == ""  # a question may stand here
-        tell(live, STORY[2])
+        live.on_level(STORY[2])
         console.print("! a warning")
     shown = console.file.getvalue()
     assert "a warning" in shown and "144 MiB" in shown
@@ -63,7 +63,7 @@ def test_on_a_terminal_it_is_drawn_and_what_is_said_meanwhile_stays_readable(cap
 def test_in_a_log_a_line_for_each_change_of_state(capsys):
     logged = LoggedRun()
     for news in STORY:
-        tell(logged, news)
+        logged.on_level(news)
     assert capsys.readouterr().err.splitlines() == [
         "Q8_0: fits",
         "Q4_K_M: fits",
@@ -76,10 +76,10 @@ def test_in_a_log_a_line_for_each_change_of_state(capsys):
 def test_without_a_terminal_there_are_lines_and_quiet_is_quiet(capsys):
     with run_display() as progress:  # pytest has no terminal
         progress("quantizing", 0, 4)
-        tell(progress, STORY[0])
+        progress.on_level(STORY[0])
     assert capsys.readouterr().err.splitlines() == ["quantizing: 0%", "Q8_0: fits"]
     with run_display(quiet=True) as progress:
         progress("quantizing", 0, 4)
-        tell(progress, STORY[0])
-    tell(silent, STORY[0])
+        progress.on_level(STORY[0])
+    silent.on_level(STORY[0])
     assert capsys.readouterr() == ("", "")

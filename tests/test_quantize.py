@@ -23,7 +23,6 @@ from bitladder.files.gguf_writer import GgufWriter
 from bitladder.formats.recipes import assign
 from bitladder.kernels import REVISION, dequantize, quantize
 from bitladder.levels import parse_levels
-from bitladder.progress import silent
 from bitladder.stages import write_levels as stage
 from bitladder.stages.write_levels import method_name, quantize_levels
 from gguf_bytes import LLAMA_KEYS, strings, tiny_weights, write_model
@@ -404,10 +403,11 @@ def test_another_device_writes_the_same_bytes(tmp_path, tiny, small_pieces):
 
 
 def test_a_device_that_is_not_there_is_told_before_any_work(tmp_path, tiny):
+    from bitladder.stages.job import Build, Work
     from bitladder.stages.quantize import build_levels
 
     with pytest.raises(UsageError, match="torch has no device 'cuda:99' here"):
-        build_levels(str(tiny), parse_levels(["Q8_0"]), tmp_path / "out", threads=1, device="cuda:99", progress=silent)
+        build_levels(str(tiny), parse_levels(["Q8_0"]), Build(out=tmp_path / "out"), Work(device="cuda:99"))
     assert not (tmp_path / "out").exists()
 
 

@@ -21,16 +21,14 @@ from bitladder.formats.recipes import is_quantizable, types_for
 from bitladder.levels import FeedbackLevel, parse_levels
 from bitladder.plan.cost import level_size
 from bitladder.plan.recipe import Wish, choose, fitted, predicted, reapplied, recipe_bytes
-from bitladder.progress import silent
 from bitladder.records.calibration import LinearLoss
 from bitladder.records.level_file import LevelFile
 from bitladder.records.recipe import FittedLevel, Recipe, SensitivityTable, TensorLoss
 from bitladder.report.recipe import note_lines
-from bitladder.stages import calibration as calibrated
 from bitladder.stages import recipe as recipes
 from bitladder.stages import weighing
 from bitladder.stages.feedback import write_with_feedback
-from bitladder.stages.job import Journal
+from bitladder.stages.job import Build, Job, Journal, Work, opened
 from bitladder.stages.ladder_files import ladder_files
 
 
@@ -129,8 +127,7 @@ def words(monkeypatch):
     """Tiny models have no tokenizer: their text is random ids."""
     rng = np.random.default_rng(0)
     windows = [Window(f"t{n}", rng.integers(0, tiny_models.N_VOCAB, 100)) for n in range(36)]
-    monkeypatch.setattr(recipes, "token_windows", lambda source, texts: windows)
-    monkeypatch.setattr(calibrated, "token_windows", lambda source, texts: windows)
+    monkeypatch.setattr(Job, "windows", lambda job, texts: windows)
 
 
 @pytest.mark.usefixtures("words")
@@ -200,8 +197,7 @@ def test_a_loss_asked_for_is_held_by_the_file(tiny, tmp_path, monkeypatch):
 
 
 def _smallest_for(kl, tiny, out):
-    asked = recipes.Asked(Wish(kl=kl), out=out)
-    return recipes.make_recipe(str(tiny), asked, threads=1, progress=lambda *_: None)
+    return recipes.make_recipe(str(tiny), recipes.RecipeRequest(Wish(kl=kl), build=Build(out=out)), Work())
 
 
 @pytest.mark.usefixtures("words")
@@ -211,7 +207,7 @@ def test_a_file_that_loses_far_less_than_asked_is_made_smaller(tiny, tmp_path, m
     monkeypatch.setenv("BITLADDER_CACHE", str(tmp_path / "cache"))
     checked = weighing._checked
     monkeypatch.setattr(weighing, "_checked", lambda *a: replace(checked(*a), scale=20.0))
-    first = recipes.make_recipe(str(tiny), recipes.Asked(Wish(kl=0.3)), threads=1, progress=lambda *_: None)
+    first = recipes.make_recipe(str(tiny), recipes.RecipeRequest(Wish(kl=0.3)), Work())
     result = _smallest_for(0.3, tiny, tmp_path / "out")
     assert result.held_out.kl_mean <= 0.3
     assert result.recipe.bytes < first.recipe.bytes
@@ -253,13 +249,10 @@ def test_a_run_builds_fitted_levels_among_the_others(tiny, tmp_path, monkeypatch
     monkeypatch.setenv("BITLADDER_CACHE", str(tmp_path / "cache"))
     levels = ["Q8_0", "GPTQ-Q4_0", "Q5_1"]
     journal = Journal()
-    with GgufFile.open(tiny) as source:
+    with opened(str(tiny), Work(journal=journal)) as job:
 
         def build():
-            return ladder_files(
-                source, parse_levels(levels), tmp_path / "out", importance=None, effort="good", threads=1,
-                journal=journal, progress=silent,
-            )  # fmt: skip
+            return ladder_files(job, parse_levels(levels), Build(out=tmp_path / "out"), importance=None)
 
         built = build()
         assert [subject.level for subject in built] == levels

@@ -11,7 +11,7 @@ from bitladder.plan.spending import expected_spending
 from bitladder.stages.ask import Asker
 from bitladder.stages.criteria_help import criteria_help
 from bitladder.stages.endpoints import agree_to_spend, endpoint_answers, remote_of
-from bitladder.stages.job import Journal
+from bitladder.stages.job import Journal, Work
 from bitladder.store.evidence import Evidence
 from bitladder.store.recorded import Recorded
 from cloud_server import serving
@@ -121,7 +121,7 @@ def test_an_endpoint_that_answers_nothing_useful_is_an_error_as_reference_and_le
         with pytest.raises(EngineError):
             ask(cloud, recorded)
         journal = Journal()
-        asker = Asker(WORKLOAD, Context(), recorded, journal, 512, 1, lambda *_: None)
+        asker = Asker(WORKLOAD, Context(), recorded, 512, Work(journal=journal))
         (reference,) = asker.ask_all([settings(good), settings(cloud)])
         assert len(reference.answers) == 4
         assert any("is left out" in warning for warning in journal.warnings)
@@ -140,7 +140,7 @@ def test_a_partial_reference_is_kept_and_marked(recorded, tmp_path):
     stored.write_text('{"id": "apple", "text": "APPLE"}\n')
     with serving(upper) as cloud:
         journal = Journal()
-        asker = Asker(WORKLOAD, Context(), recorded, journal, 512, 1, lambda *_: None)
+        asker = Asker(WORKLOAD, Context(), recorded, 512, Work(journal=journal))
         reference, level = asker.ask_all([stored, settings(cloud)])
     assert reference.answers[0].passed
     assert len(level.answers) == 4
@@ -151,7 +151,7 @@ def test_inputs_that_nobody_passes_are_told(recorded):
     hard = Workload("w", (*WORKLOAD.inputs, one("elder", Criterion("contains_all", ["younger"]))))
     with serving(upper) as cloud, serving(upper) as other:
         journal = Journal()
-        asker = Asker(hard, Context(), recorded, journal, 512, 1, lambda *_: None)
+        asker = Asker(hard, Context(), recorded, 512, Work(journal=journal))
         asker.ask_all([settings(cloud), settings(other)])
     assert "1 of 5 inputs are passed by nobody, the reference among them (elder)" in journal.warnings[-1]
 
@@ -242,7 +242,7 @@ def test_a_judge_that_answers_nonsense_is_told(recorded):
     with serving(lambda _: "I like turtles") as cloud:
         journal = Journal()
         with criteria_help(judged, "", judge=settings(cloud), recorded=recorded, journal=journal) as context:
-            asker = Asker(judged, context, recorded, journal, 512, 1, lambda *_: None)
+            asker = Asker(judged, context, recorded, 512, Work(journal=journal))
             (level,) = asker.ask_all([settings(cloud)])
     assert not level.answers[0].passed
     assert "gave no verdict on 1 of 1 answers" in journal.warnings[-1]

@@ -7,12 +7,12 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from bitladder.cli.app import app
-from bitladder.cli.deploy import tiers_of
+from bitladder.cli.deploy import TierOptions, tiers_of
 from bitladder.errors import BitladderError
 from bitladder.files.gguf import GgufFile
 from bitladder.plan.ladder import DEFAULT_CTX, usable_context
-from bitladder.progress import silent
 from bitladder.serve.settings import ServeSettings
+from bitladder.stages.job import Work
 from tiny_engine import TRAINED_CTX, write_tiny
 
 
@@ -29,7 +29,8 @@ def bitladder(*arguments: object) -> Result:
 
 
 def tiers(model: str | None, quality: str | None = None, speed: str | None = None, **more) -> ServeSettings:
-    return tiers_of(model, quality, speed, more.pop("ctx", None), 1, None, silent, **more)
+    slots = more.pop("slots", None)
+    return tiers_of(TierOptions(model=model, quality=quality, speed=speed, threads=1, **more), Work(), slots=slots)
 
 
 def test_files_and_endpoints_need_no_model(here):

@@ -8,20 +8,12 @@ import torch
 
 import tiny_models
 from bitladder.describe.text import Document
-from bitladder.describe.windows import Window, cut, window_hashes
+from bitladder.describe.windows import Window, cut, text_windows, window_hashes
 from bitladder.errors import BadInput, BadWeights, OutputError, UnknownLevel, UsageError
 from bitladder.files.gguf import GgufFile
 from bitladder.formats.roles import EMBEDDING, layer_tensor
 from bitladder.kernels import dequantize, quantize
-from bitladder.stages.fidelity import (
-    Candidate,
-    fidelity,
-    file_candidate,
-    made_candidates,
-    text_windows,
-    token_scores,
-    walk,
-)
+from bitladder.stages.fidelity import Candidate, fidelity, file_candidate, made_candidates, token_scores, walk
 from bitladder.walk.fidelity import walk_key
 from bitladder.walk.head import HeadInput, TokenScores, compare
 from bitladder.walk.states import batches_of

@@ -18,17 +18,15 @@ from typing import TYPE_CHECKING
 from bitladder import __version__
 from bitladder.engines.endpoint import EndpointSettings
 from bitladder.errors import NothingFits, UnknownArchitecture, UsageError
-from bitladder.files.gguf import GgufFile
 from bitladder.files.measured import machine_key
 from bitladder.files.probe import probe_machine
-from bitladder.files.sources import Source, resolve
 from bitladder.files.workloads import STARTER, load_reference, load_workload
 from bitladder.levels import LADDER, CheckpointLevel, Container, Level, of_kinds
 from bitladder.plan.bar import Bar, parse_bar
 from bitladder.plan.decide import decide
 from bitladder.plan.ladder import make_plan, usable_context
 from bitladder.plan.preflight import require
-from bitladder.progress import LevelNews, Progress, tell
+from bitladder.progress import LevelNews, Progress
 from bitladder.records import to_json
 from bitladder.records.decision import Decision
 from bitladder.records.evaluation import LevelAnswers, WorkloadResult
@@ -43,11 +41,11 @@ from bitladder.stages.criteria_help import criteria_help
 from bitladder.stages.endpoints import agree_to_spend
 from bitladder.stages.evaluate import compare
 from bitladder.stages.forecast import building_need
-from bitladder.stages.job import Journal, Say
+from bitladder.stages.job import Build, Job, Journal, Say, Work, opened
 from bitladder.stages.known_files import identified, known_folders, making_of
 from bitladder.stages.ladder_files import ladder_files
 from bitladder.stages.measure import built_candidate, documents, fidelities, of_itself
-from bitladder.stages.quantize import calibrate_levels, refuse_unheard, refuse_unweighed, sort_levels
+from bitladder.stages.quantize import calibrate_levels, sort_levels
 from bitladder.stages.run_facts import RunSettings, level_of
 from bitladder.stages.wording import wording_changes
 from bitladder.store.evidence import Evidence
@@ -61,8 +59,6 @@ if TYPE_CHECKING:
     from bitladder.describe.workload import Workload
     from bitladder.records.level_file import LevelFile
     from bitladder.stages.ask import Contender
-    from bitladder.stages.calibrate import Calibrated
-    from bitladder.stages.calibration import Importance
     from bitladder.stages.endpoints import Confirm
     from bitladder.stages.fidelity import Candidate
 
@@ -91,13 +87,13 @@ def run(
         NothingFits: no level fits this machine at the context.
         BitladderError: anything else a user can meet; what was finished is stored and is not done again.
     """
-    with _opened(settings, progress, Journal(say), confirm) as given:
+    with _opened(settings, _work(settings, progress, say), confirm) as given:
         record = _assessed(given)
-        path = write_run(record, given.out / RUN_JSON)
+        path = write_run(record, given.build.out / RUN_JSON)
         report = write_html(record, report_beside(path))
         machine = machine_key(given.machine)
         given.recorded.keep_decision(
-            given.source.sha256, StoredDecision(record.decision, path, record.created, machine)
+            given.job.source.sha256, StoredDecision(record.decision, path, record.created, machine)
         )
     return RunResult(record, report)
 
@@ -114,19 +110,26 @@ def assess(
     Levels are taken where they lie, wherever a run left them; those that are nowhere are built. What is measured is
     stored. The latest run, its record and its report stay as they are. Raises as ``run`` does.
     """
-    with _opened(settings, progress, Journal(say), confirm) as given:
-        return _assessed(replace(given, folders=(given.out, *known_folders(given.recorded, given.source.sha256))))
+    with _opened(settings, _work(settings, progress, say), confirm) as given:
+        folders = (given.build.out, *known_folders(given.recorded, given.job.source.sha256))
+        return _assessed(replace(given, build=replace(given.build, folders=folders)))
+
+
+def _work(settings: RunSettings, progress: Progress, say: Say) -> Work:
+    return Work(threads=settings.threads, device=settings.device, progress=progress, journal=Journal(say))
 
 
 def _assessed(given: _Given) -> RunRecord:
     """Plan, build, measure, test, decide."""
-    timed = given.journal.timed
+    job, timed = given.job, given.job.journal.timed
     plan = _planned(given)
     with timed("calibrate"):
-        calibrated = _calibrated(given, plan)
-        importance = _importance(given)
+        levels = _levels_to_build(given, plan)
+        calibrated = calibrate_levels(job, sort_levels(levels), given.build)
+        importance = importance_of(job, given.build)
     with timed("quantize"):
-        built = _built(given, plan, importance, calibrated)
+        built = ladder_files(job, levels, given.build, importance=importance, calibrated=calibrated)
+        built = identified(built, making_of(job, given.build, importance), given.recorded, job)
     with timed("walk"):
         fidelities = _measured(given, built)
     with timed("workload"):
@@ -141,26 +144,22 @@ class _Given:
     """What every step of a run is given: what was asked for, what was found, where things are kept and told."""
 
     settings: RunSettings
-    found: Source
-    source: GgufFile
+    job: Job
     machine: Machine
     workload: Workload
     context: Context
     """The judge and the user's functions, where the workload's criteria need them."""
     texts: Sequence[Document]
-    out: Path
+    build: Build
+    """Where levels are written, and how."""
     bar: Bar | None
     recorded: Recorded
-    journal: Journal
-    progress: Progress
-    folders: Sequence[Path] = ()
-    """Where levels may lie already, besides ``out``."""
 
 
 @contextmanager
-def _opened(settings: RunSettings, progress: Progress, journal: Journal, confirm: Confirm) -> Iterator[_Given]:
+def _opened(settings: RunSettings, work: Work, confirm: Confirm) -> Iterator[_Given]:
     """Everything a run starts from. What would be refused later is refused here, the cheapest questions first."""
-    bar = _told_early(settings)
+    bar = _checked_bar(settings)
     workload = load_workload(settings.workload or STARTER)
     if isinstance(settings.reference, Path):
         load_reference(settings.reference, workload)
@@ -175,27 +174,26 @@ def _opened(settings: RunSettings, progress: Progress, journal: Journal, confirm
             judge=settings.judge,
             trust_python=settings.trust_python,
             recorded=recorded,
-            journal=journal,
+            journal=work.journal,
         )
         context = stack.enter_context(helpers)
-        with journal.timed("fetch"):
-            found = resolve(settings.model, progress)
-            source = stack.enter_context(GgufFile.open(found.path))
+        with work.journal.timed("fetch"):
+            job = stack.enter_context(opened(settings.model, work))
+        source = job.source
         settings = replace(settings, n_ctx=usable_context(source.model, settings.n_ctx))
-        out = settings.out or Path(f"{found.label}-ladder")
+        out = settings.out or Path(f"{job.found.label}-ladder")
         check_run(out / RUN_JSON, source_sha256=lambda: source.sha256)
         check_html(report_beside(out / RUN_JSON), source_sha256=lambda: source.sha256)
-        journal.warn(*found.warnings, *workload.warnings)
+        work.journal.warn(*workload.warnings)
         machine = probe_machine(out)
-        yield _Given(settings, found, source, machine, workload, context, texts, out, bar, recorded, journal, progress)
+        build = Build(out=out, imatrix=settings.imatrix, effort=settings.effort, measured_on=texts)
+        yield _Given(settings, job, machine, workload, context, texts, build, bar, recorded)
 
 
-def _told_early(settings: RunSettings) -> Bar | None:
-    """The bar; a bad one, options that a level would not heed, and levels that nobody could ask are told before any
-    work is done."""
-    asked = sort_levels(_wanted(settings))
-    refuse_unheard(asked.fitted, settings.imatrix)
-    refuse_unweighed(asked.folded, settings.imatrix)
+def _checked_bar(settings: RunSettings) -> Bar | None:
+    """The bar; a bad one, options that a level would not follow, and levels that nobody could ask are refused before
+    any work is done."""
+    sort_levels(_wanted(settings), settings.imatrix)
     of_kinds(
         [level for level, _ in settings.served],
         (CheckpointLevel,),
@@ -226,7 +224,7 @@ def _reference_level(given: _Given) -> str | None:
     """The level that the others are compared with; None when it is no level of this model."""
     reference = given.settings.reference
     if reference is None:
-        return level_of(given.source.model)
+        return level_of(given.job.source.model)
     return None if isinstance(reference, Path | EndpointSettings) else reference.name
 
 
@@ -247,7 +245,7 @@ def _wanted(settings: RunSettings) -> list[Level]:
 def _planned(given: _Given) -> Plan:
     """The plan, when at least one level fits and what fits can be built. With a level as the reference, larger ones
     are left out."""
-    reference, source = _named_reference(given.settings), given.source
+    reference, source = _named_reference(given.settings), given.job.source
     plan = make_plan(source.model, given.machine, n_ctx=given.settings.n_ctx, levels=_wanted(given.settings))
     if reference is not None:
         most = next(level.file_bytes for level in plan.levels if level.level == reference.name)
@@ -262,72 +260,20 @@ def _planned(given: _Given) -> Plan:
             do="Close other programs, ask for a shorter context with --ctx, or choose a smaller model.",
         )
     for level in plan.levels:
-        tell(given.progress, LevelNews(level.level, "fits" if level.fits else "does not fit"))
+        given.job.progress.on_level(LevelNews(level.level, "fits" if level.fits else "does not fit"))
     wanted = [level for level in _levels_to_build(given, plan) if level.container is Container.FILE]
-    effort, threads = given.settings.effort, given.settings.threads
-    need = building_need(source, wanted, given.out, folders=given.folders, effort=effort, threads=threads)
-    require(need, given.machine)
+    require(building_need(given.job, wanted, given.build), given.machine)
     return plan
-
-
-def _calibrated(given: _Given, plan: Plan) -> Calibrated | None:
-    """Checkpoints, and what folded levels are made with, from one walk over the calibration text."""
-    settings = given.settings
-    return calibrate_levels(
-        given.source, given.found, sort_levels(_levels_to_build(given, plan)), given.out, imatrix=settings.imatrix,
-        measured_on=given.texts, threads=settings.threads, device=settings.device, folders=given.folders,
-        journal=given.journal, progress=given.progress,
-    )  # fmt: skip
-
-
-def _importance(given: _Given) -> Importance | None:
-    """What the layers' inputs look like, for the search of scales; none, with a warning, for an unknown family."""
-    settings = given.settings
-    try:
-        return importance_of(
-            given.source,
-            settings.imatrix,
-            measured_on=given.texts,
-            threads=settings.threads,
-            device=settings.device,
-            journal=given.journal,
-            progress=given.progress,
-        )
-    except UnknownArchitecture as error:
-        given.journal.warn(f"Levels are made without an importance matrix: {error.found}")
-        return None
 
 
 def _levels_to_build(given: _Given, plan: Plan) -> list[Level]:
     """Every level that fits, the reference, and checkpoints, whose engines may run elsewhere; the source itself is the
     file of its own level."""
     named = {level.name: level for level in _wanted(given.settings)}
-    own, reference = level_of(given.source.model), _named_reference(given.settings)
+    own, reference = level_of(given.job.source.model), _named_reference(given.settings)
     rows = [row for row in plan.levels if row.level != own]
     levels = [(row, named[row.level]) for row in rows]
     return [level for row, level in levels if row.fits or level == reference or level.container is Container.FOLDER]
-
-
-def _built(
-    given: _Given, plan: Plan, importance: Importance | None, calibrated: Calibrated | None
-) -> dict[Subject, LevelFile]:
-    """A file (or folder) for each level, by its hash."""
-    settings = given.settings
-    files = ladder_files(
-        given.source,
-        _levels_to_build(given, plan),
-        given.out,
-        importance=importance,
-        calibrated=calibrated,
-        effort=settings.effort,
-        threads=settings.threads,
-        device=settings.device,
-        folders=given.folders,
-        journal=given.journal,
-        progress=given.progress,
-    )
-    making = making_of(given.source, settings.imatrix, importance, effort=settings.effort, threads=settings.threads)
-    return identified(files, making, given.recorded, given.journal, given.progress)
 
 
 def _measured(given: _Given, built: Mapping[Subject, LevelFile]) -> list[Fidelity]:
@@ -337,23 +283,13 @@ def _measured(given: _Given, built: Mapping[Subject, LevelFile]) -> list[Fidelit
     with ExitStack() as stack:
 
         def candidates(missing: Sequence[Subject]) -> list[Candidate]:
-            return [built_candidate(given.source, built[subject], stack) for subject in missing]
+            return [built_candidate(given.job.source, built[subject], stack) for subject in missing]
 
         try:
-            return fidelities(
-                given.source,
-                [subject for subject in built if subject != reference],
-                candidates,
-                given.texts,
-                given.recorded,
-                given.journal,
-                reference=reference,
-                threads=given.settings.threads,
-                device=given.settings.device,
-                progress=given.progress,
-            )
+            subjects = [subject for subject in built if subject != reference]
+            return fidelities(given.job, subjects, candidates, given.texts, given.recorded, reference=reference)
         except UnknownArchitecture as error:
-            given.journal.warn(
+            given.job.journal.warn(
                 f"No fidelity was measured: {error.found} {error.means} The decision rests on the workload alone."
             )
             return []
@@ -361,21 +297,13 @@ def _measured(given: _Given, built: Mapping[Subject, LevelFile]) -> list[Fidelit
 
 def _asked(given: _Given, plan: Plan, built: Mapping[Subject, LevelFile]) -> list[LevelAnswers]:
     """The workload through everyone: the reference first, the levels, then models behind addresses."""
-    asker = Asker(
-        given.workload,
-        given.context,
-        given.recorded,
-        given.journal,
-        plan.n_ctx,
-        given.settings.threads,
-        given.progress,
-    )
+    asker = Asker(given.workload, given.context, given.recorded, plan.n_ctx, given.job)
     return asker.ask_all(_contenders(given, plan, built))
 
 
 def _contenders(given: _Given, plan: Plan, built: Mapping[Subject, LevelFile]) -> list[Contender]:
     """Who answers the workload, the reference first."""
-    settings, source = given.settings, given.source
+    settings, source = given.settings, given.job.source
     own = LevelToAsk(Subject(source.sha256, level_of(source.model), file=source.sha256), source.path)
     served = {level.name: endpoint for level, endpoint in settings.served}
     files = [LevelToAsk(subject, file.path) for subject, file in built.items() if not file.path.is_dir()]
@@ -410,13 +338,13 @@ def _decided(
         elsewhere=[one.label for one in given.settings.also if one.label in answering],
         tags={one.id: one.tags for one in given.workload.inputs},
     )
-    files = {level_of(given.source.model): given.source.sha256}
+    files = {level_of(given.job.source.model): given.job.source.sha256}
     return replace(decision, files=files | {file.level: file.sha256 for file in built.values()})
 
 
 def _known_of_source(given: _Given, plan: Plan, fidelities: Sequence[Fidelity]) -> list[Fidelity]:
     """That the source is as close to itself as can be, where it is a level like the others."""
-    own = level_of(given.source.model)
+    own = level_of(given.job.source.model)
     rival = _reference_level(given) is None and any(level.level == own for level in plan.levels)
     return [of_itself(fidelities[0], own)] if rival and fidelities else []
 
@@ -431,11 +359,11 @@ def _record(
     decision: Decision,
 ) -> RunRecord:
     """Everything the run found out, and everything needed to repeat it."""
-    settings, journal = given.settings, given.journal
+    settings, journal = given.settings, given.job.journal
     return RunRecord(
         bitladder=__version__,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        source=facts.source_facts(given.source, given.found, settings.model),
+        source=facts.source_facts(given.job.source, given.job.found, settings.model),
         reference=answers[0].level,
         machine=to_json(given.machine),
         plan=plan,
@@ -450,7 +378,7 @@ def _record(
         },
         settings=facts.settings_facts(settings, plan.n_ctx, given.texts, given.workload),
         versions=facts.versions(),
-        commands=facts.commands(settings, plan.n_ctx, given.out),
+        commands=facts.commands(settings, plan.n_ctx, given.build.out),
         timings=journal.timings,
         jobs=tuple(journal.jobs),
         reused=tuple(journal.reused),

@@ -1,13 +1,11 @@
-"""How long work says where it is: one callable, passed down; the command line draws it."""
+"""How long work says where it is, and what has become known of a level: one object, passed down; the command line
+draws it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-
-Progress = Callable[[str, float, float], None]
-"""``progress(what, done, total)``: ``what`` is a short phrase in the user's words, ``done`` of ``total`` any unit."""
 
 
 @dataclass(frozen=True)
@@ -28,22 +26,41 @@ class LevelNews:
     tokens_per_s: float = math.nan
 
 
-def tell(progress: Progress, news: LevelNews) -> None:
-    """Give news of a level to a progress that listens to them: one with a method ``heard``. Others go without."""
-    heard = getattr(progress, "heard", None)
-    if heard is not None:
-        heard(news)
+class Progress:
+    """Shows nothing; what shows something overrides one method or both."""
+
+    def __call__(self, what: str, done: float, total: float) -> None:
+        """Where the work is: ``what`` is a short phrase in the user's words, ``done`` of ``total`` any unit."""
+
+    def on_level(self, news: LevelNews) -> None:
+        """Something about a level."""
 
 
-def silent(what: str, done: float, total: float) -> None:
-    """Say nothing."""
+silent = Progress()
 
 
-def within(progress: Progress, start: float, stop: float, total: float) -> Progress:
+class StepsOnly(Progress):
+    """A function that is told where the work is, and nothing of levels."""
+
+    def __init__(self, step: Callable[[str, float, float], None]) -> None:
+        self._step = step
+
+    def __call__(self, what: str, done: float, total: float) -> None:
+        """As ``Progress``."""
+        self._step(what, done, total)
+
+
+class Part(Progress):
     """For a part of some work, which counts in a unit of its own: nothing of it is ``start`` of ``total``, all of it
     ``stop``."""
 
-    def part(what: str, done: float, whole: float) -> None:
-        progress(what, start + (stop - start) * done / whole, total)
+    def __init__(self, progress: Progress, start: float, stop: float, total: float) -> None:
+        self._progress, self._start, self._stop, self._total = progress, start, stop, total
 
-    return part
+    def __call__(self, what: str, done: float, total: float) -> None:
+        """As ``Progress``, in the unit of the whole."""
+        self._progress(what, self._start + (self._stop - self._start) * done / total, self._total)
+
+    def on_level(self, news: LevelNews) -> None:
+        """As ``Progress``."""
+        self._progress.on_level(news)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from bitladder.cli.grouped import grouped
 from bitladder.cli.terminal import JsonFlag, ModelArgument, print_json, progress_display, say, verb
 from bitladder.errors import UsageError
 from bitladder.files.probe import available_cores
@@ -15,6 +19,7 @@ from bitladder.units import human_bytes, parse_bytes
 if TYPE_CHECKING:
     from bitladder.kernels import Effort
     from bitladder.levels import Level
+    from bitladder.stages.job import Build, Work
 
 Context = Annotated[
     int | None,
@@ -69,50 +74,67 @@ def effort_named(text: str) -> Effort:
     return cast("Effort", text)
 
 
-@verb
-def quantize(
-    model: ModelArgument,
-    to: Annotated[str, typer.Option("--to", metavar="L1,L2", help="The levels to write.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder to write into.")] = Path(),
-    imatrix: Importance = "auto",
-    text: CalibrationTexts = None,
-    effort: EffortName = "good",
-    threads: Threads = ALL_CORES,
-    device: Device = CPU,
+@contextmanager
+def working(threads: int, device: str = CPU, *, quiet: bool = False) -> Iterator[Work]:
+    """Work that shows where it is and says what it has to say, unless ``quiet``; raises UsageError for a device that
+    is not here."""
+    from bitladder.stages.job import Journal, Work
+
+    with progress_display(quiet=quiet) as progress:
+        journal = Journal() if quiet else Journal(say)
+        yield Work(threads=threads, device=known_device(device), progress=progress, journal=journal)
+
+
+@dataclass(kw_only=True)
+class WorkOptions:
+    """With what work is done."""
+
+    threads: Threads = ALL_CORES
+    device: Device = CPU
+
+
+@dataclass(kw_only=True)
+class QuantizeOptions(WorkOptions):
+    """What ``quantize`` is asked."""
+
+    model: ModelArgument
+    to: Annotated[str, typer.Option("--to", metavar="L1,L2", help="The levels to write.")]
+    out: Annotated[Path, typer.Option("--out", help="Folder to write into.")] = Path()
+    imatrix: Importance = "auto"
+    text: CalibrationTexts = None
+    effort: EffortName = "good"
     split_max_size: Annotated[
         str | None,
         typer.Option("--split-max-size", metavar="SIZE", help="Cut each level into parts of at most SIZE, like 4GB."),
-    ] = None,
-    force: Force = False,
-    json_output: JsonFlag = False,
-) -> None:
+    ] = None
+    force: Force = False
+
+    def build(self) -> Build:
+        """Raises UsageError for an effort or a size that is none."""
+        from bitladder.stages.job import Build
+
+        return Build(
+            out=self.out, imatrix=self.imatrix, effort=effort_named(self.effort), texts=tuple(self.text or ()),
+            force=self.force, split_max_bytes=parse_bytes(self.split_max_size) if self.split_max_size else None,
+        )  # fmt: skip
+
+
+@verb
+@grouped
+def quantize(options: QuantizeOptions, json_output: JsonFlag = False) -> None:
     """Write a model at one or several levels, every tensor read once for all of them.
 
     GGUF levels (Q4_K_M, AWQ-Q3_K_M; with error feedback GPTQ-Q4_K_M, or the best types for bpw4.25) become files;
     GPTQ-4bit-g64, AWQ-4bit-g64, INT8-W8A8 become checkpoint folders.
     """
-    from bitladder.stages.job import Journal
     from bitladder.stages.quantize import build_levels
 
-    levels = split_levels(to)
+    levels = split_levels(options.to)
     if not levels:
         raise UsageError("--to names no level.", do="Name one or several, like --to Q8_0,Q4_K_M.")
-    journal = Journal() if json_output else Journal(say)
-    with progress_display(quiet=json_output) as progress:
-        built = build_levels(
-            model,
-            levels,
-            out,
-            imatrix=imatrix,
-            texts=tuple(text or ()),
-            effort=effort_named(effort),
-            threads=threads,
-            device=known_device(device),
-            split_max_bytes=parse_bytes(split_max_size) if split_max_size else None,
-            force=force,
-            journal=journal,
-            progress=progress,
-        )
+    with working(options.threads, options.device, quiet=json_output) as work:
+        built = build_levels(options.model, levels, options.build(), work)
+    journal = work.journal
     if json_output:
         print_json(
             {
@@ -149,22 +171,11 @@ def imatrix(
 ) -> None:
     """Write llama.cpp's importance matrix of a model, which llama-quantize reads too."""
     from bitladder.stages.calibration import make_imatrix
-    from bitladder.stages.job import Journal
 
-    journal = Journal() if json_output else Journal(say)
-    with progress_display(quiet=json_output) as progress:
-        path = make_imatrix(
-            model,
-            tuple(text or ()),
-            out,
-            threads=threads,
-            device=known_device(device),
-            force=force,
-            journal=journal,
-            progress=progress,
-        )
+    with working(threads, device, quiet=json_output) as work:
+        path = make_imatrix(model, tuple(text or ()), out, work, force=force)
     if json_output:
-        print_json({"path": str(path), "bytes": path.stat().st_size, "jobs": journal.jobs})
+        print_json({"path": str(path), "bytes": path.stat().st_size, "jobs": work.journal.jobs})
     else:
         say(f"{path}  {human_bytes(path.stat().st_size)}")
 

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bitladder.cli.build import ALL_CORES, Context, Threads
+from bitladder.cli.build import ALL_CORES, Context, Threads, working
+from bitladder.cli.grouped import grouped
 from bitladder.cli.options import KeyFiles, KeyNames, endpoint_named
-from bitladder.cli.terminal import JsonFlag, print_json, progress_display, say, verb
+from bitladder.cli.terminal import JsonFlag, print_json, say, verb
 from bitladder.errors import BadInput, UsageError
 
 if TYPE_CHECKING:
     from bitladder.engines.base import Engine
+    from bitladder.engines.endpoint import EndpointSettings
     from bitladder.progress import Progress
     from bitladder.serve.compare import Comparison
     from bitladder.serve.deploy import Deployment
     from bitladder.serve.settings import ServeSettings, TierSpec
-    from bitladder.stages.measured_levels import LatestRun
+    from bitladder.stages.job import Work
+    from bitladder.stages.measured_levels import LatestRun, TierFile
 
 
 AUTO_ENGINE = "auto"
@@ -33,47 +37,61 @@ TierModel = Annotated[
         "Not needed when every tier is a file or an endpoint.",
     ),
 ]
-Name = Annotated[
-    str | None,
-    typer.Option("--name", help="What the deployment is called.", show_default="the model's name"),
-]
 
 
-@verb
-def serve(
-    model: TierModel = None,
-    quality: Annotated[str | None, typer.Option("--quality", help="A level, a GGUF file, or URL[#MODEL].")] = None,
-    speed: Annotated[str | None, typer.Option("--speed", help="A level, a GGUF file, or URL[#MODEL].")] = None,
-    name: Name = None,
-    key_env: KeyNames = None,
-    key_file: KeyFiles = None,
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port; 0 takes any free one.")] = 8077,
-    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
-    api_key_file: Annotated[Path | None, typer.Option("--api-key-file", help="Keys that clients need.")] = None,
-    ctx: Context = None,
-    threads: Threads = ALL_CORES,
+@dataclass(kw_only=True)
+class TierOptions:
+    """Which two tiers a deployment has."""
+
+    model: TierModel = None
+    quality: Annotated[str | None, typer.Option("--quality", help="A level, a GGUF file, or URL[#MODEL].")] = None
+    speed: Annotated[str | None, typer.Option("--speed", help="A level, a GGUF file, or URL[#MODEL].")] = None
+    name: Annotated[
+        str | None, typer.Option("--name", help="What the deployment is called.", show_default="the model's name")
+    ] = None
+    key_env: KeyNames = None
+    key_file: KeyFiles = None
+    ctx: Context = None
+    threads: Threads = ALL_CORES
+    api_key_file: Annotated[Path | None, typer.Option("--api-key-file", help="Keys that clients need.")] = None
+
+    def endpoint(self, address: str) -> EndpointSettings:
+        """The model behind an address, with the place of its key."""
+        return endpoint_named(address, self.key_env, key_files=self.key_file)
+
+
+@dataclass(kw_only=True)
+class ServeOptions(TierOptions):
+    """What ``serve`` is asked."""
+
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port; 0 takes any free one.")] = 8077
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1"
     shadow: Annotated[
         float, typer.Option("--shadow", min=0.0, max=1.0, help="Share of speed-tier requests to check.")
-    ] = 0.0,
+    ] = 0.0
     rule: Annotated[
         list[str] | None,
         typer.Option("--rule", help="TIER:tag=T,key=K,path=P for `auto`; repeatable, first match wins."),
-    ] = None,
+    ] = None
     allow_host: Annotated[
         list[str] | None, typer.Option("--allow-host", help="A name that clients call this machine by; repeatable.")
-    ] = None,
+    ] = None
     open_to_all: Annotated[
         bool, typer.Option("--open-to-all", help="Listen on other addresses than loopback without keys.")
-    ] = False,
+    ] = False
     slots: Annotated[
         int | None,
         typer.Option("--slots", min=1, max=256, help="Requests each tier computes at once.", show_default="what fits"),
-    ] = None,
+    ] = None
     engine: Annotated[
         str, typer.Option("--engine", help="built-in, a llama-server's path, or auto: one on the PATH if it will do.")
-    ] = AUTO_ENGINE,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder for levels that must be built.")] = None,
-) -> None:
+    ] = AUTO_ENGINE
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for levels that must be built.")] = None
+
+
+@verb
+@grouped
+def serve(options: ServeOptions) -> None:
     """Serve a quality tier and a speed tier behind one OpenAI-compatible endpoint.
 
     Without --quality and --speed the tiers of the latest `bitladder run` of this model are taken.
@@ -85,26 +103,23 @@ def serve(
     from bitladder.serve.limits import read_keys
     from bitladder.serve.router import parse_rule
 
-    program, why = chosen_program(engine)
+    program, why = chosen_program(options.engine)
     if why:
         say(why)
-    if api_key_file is not None:
-        read_keys(api_key_file)  # one that cannot be used is told before engines are started
-    rules = tuple(parse_rule(text) for text in rule or ())
-    with progress_display() as progress:
-        settings = tiers_of(
-            model, quality, speed, ctx, threads, out, progress,
-            slots=slots, name=name, key_env=key_env, key_file=key_file, with_keys=True,
-        )  # fmt: skip
+    if options.api_key_file is not None:
+        read_keys(options.api_key_file)  # one that cannot be used is refused before engines are started
+    rules = tuple(parse_rule(text) for text in options.rule or ())
+    with working(options.threads) as work:
+        settings = tiers_of(options, work, slots=options.slots, out=options.out, with_keys=True)
     settings = replace(
         settings,
-        host=host,
-        port=port,
-        api_key_file=api_key_file,
-        shadow=replace(settings.shadow, share=shadow),
+        host=options.host,
+        port=options.port,
+        api_key_file=options.api_key_file,
+        shadow=replace(settings.shadow, share=options.shadow),
         rules=rules,
-        allowed_hosts=tuple(allow_host or ()),
-        open_to_all=open_to_all,
+        allowed_hosts=tuple(options.allow_host or ()),
+        open_to_all=options.open_to_all,
         program=program,
     )
     serve_settings(settings, on_ready=_ready)
@@ -117,30 +132,21 @@ def _ready(address: str, deployment: Deployment) -> None:
 
 
 def tiers_of(
-    model: str | None,
-    quality: str | None,
-    speed: str | None,
-    ctx: int | None,
-    threads: int,
-    out: Path | None,
-    progress: Progress,
-    *,
-    slots: int | None = None,
-    name: str | None = None,
-    key_env: list[str] | None = None,
-    key_file: list[str] | None = None,
-    with_keys: bool = False,
+    options: TierOptions, work: Work, *, slots: int | None = None, out: Path | None = None, with_keys: bool = False
 ) -> ServeSettings:
-    """Tiers from the arguments, or from the latest run of the model with what its evidence says about routing.
+    """Tiers from the options, or from the latest run of the model with what its evidence says about routing.
 
     ``slots``: requests that each tier computes at once; None for as many as fit. ``with_keys``: read the keys of
     endpoints, which an export only names.
     """
+    from bitladder.engines.address import is_address
     from bitladder.files.probe import probe_machine
     from bitladder.plan.placement import usable_ram, usable_vram
     from bitladder.serve.settings import ServeSettings, told_apart
+    from bitladder.stages.measured_levels import tier_file
 
-    run = _run_of(model, [what for what in (quality, speed) if what is not None], progress)
+    model, quality, speed = options.model, options.quality, options.speed
+    run = _run_of(model, [what for what in (quality, speed) if what is not None], work.progress)
     if quality is None and speed is None:
         if run is None or run.decision.quality is None:
             raise BadInput(
@@ -153,11 +159,12 @@ def tiers_of(
         say(run.sentence)
     first, second = quality or speed or "", speed if quality else None
     wanted = [first] if second in (None, first) else [first, str(second)]
-    keys = (key_env, key_file)
     # All that can be refused is refused before the first level is built.
-    contexts = [_checked(model, what, ctx, keys, progress, with_keys=with_keys) for what in wanted]
+    contexts = [_checked(options, what, work.progress, with_keys=with_keys) for what in wanted]
     specs = [
-        _spec(model or "", what, run, n_ctx, threads, out, progress, keys, with_keys=with_keys)
+        _endpoint_tier(options, what, with_keys=with_keys)
+        if is_address(what)
+        else _file_tier(tier_file(model or "", what, run, n_ctx=n_ctx, out=out, work=work), n_ctx)
         for what, n_ctx in zip(wanted, contexts, strict=True)
     ]
     machine = probe_machine()
@@ -166,12 +173,18 @@ def tiers_of(
     settings = ServeSettings(
         quality=tiers[0],
         speed=tiers[1] if len(tiers) > 1 else None,
-        threads=threads,
+        threads=work.threads,
         memory_budget_bytes=budget,
         run_json=run.path if run and run.record else None,
-        name=name or (run.record.source.name if run and run.record else Path(model).stem if model else specs[0].level),
+        name=options.name
+        or (run.record.source.name if run and run.record else Path(model).stem if model else specs[0].level),
     )
     return _routed(settings, run)
+
+
+def _name(model: str | None, run: LatestRun | None) -> str:
+    """The model's, as the run knows it; empty where there is none."""
+    return run.record.source.name if run and run.record else Path(model or "").stem
 
 
 def _run_of(model: str | None, wanted: list[str], progress: Progress) -> LatestRun | None:
@@ -195,21 +208,17 @@ def _run_of(model: str | None, wanted: list[str], progress: Progress) -> LatestR
     return latest_run(model, progress)
 
 
-Keys = tuple[list[str] | None, list[str] | None]
-"""``--key-env`` and ``--key-file`` as given."""
-
-
-def _checked(model: str | None, what: str, ctx: int | None, keys: Keys, progress: Progress, *, with_keys: bool) -> int:
+def _checked(options: TierOptions, what: str, progress: Progress, *, with_keys: bool) -> int:
     """The context of a tier, 0 for an endpoint; raises for what cannot be served."""
     from bitladder.engines.address import is_address
     from bitladder.stages.serve import tier_context
 
     if is_address(what):
-        endpoint = endpoint_named(what, keys[0], key_files=keys[1])
+        endpoint = options.endpoint(what)
         if with_keys:
             endpoint.read_key()
         return 0
-    return tier_context(model or "", what, ctx, progress)
+    return tier_context(options.model or "", what, options.ctx, progress)
 
 
 def _with_slots(specs: list[TierSpec], budget: int, slots: int | None) -> list[TierSpec]:
@@ -257,36 +266,27 @@ def _routed(settings: ServeSettings, run: LatestRun | None) -> ServeSettings:
     return replace(settings, auto=advice.rule, escalation=escalation, shadow=expected)
 
 
-def _spec(
-    model: str,
-    what: str,
-    run: LatestRun | None,
-    n_ctx: int,
-    threads: int,
-    out: Path | None,
-    progress: Progress,
-    keys: Keys,
-    *,
-    with_keys: bool,
-) -> TierSpec:
-    """A level (the measured file where it is, built when it is nowhere), a file or a URL as a tier."""
-    from bitladder.engines.address import is_address
+def _endpoint_tier(options: TierOptions, address: str, *, with_keys: bool) -> TierSpec:
+    """A model behind an address as a tier."""
     from bitladder.serve.settings import TierSpec
-    from bitladder.stages.measured_levels import tier_file
 
-    if is_address(what):
-        endpoint = endpoint_named(what, keys[0], key_files=keys[1])
-        return TierSpec(
-            level=endpoint.model or endpoint.host,
-            url=endpoint.base_url,
-            model=endpoint.model,
-            api_key=endpoint.read_key() if with_keys else "",
-            key_env=endpoint.key_env,
-            key_file=Path(endpoint.key_file) if endpoint.key_file else None,
-            slots=_ENDPOINT_SLOTS,
-            n_ctx=0,
-        )
-    file = tier_file(model, what, run, n_ctx=n_ctx, threads=threads, out=out, progress=progress, say=say)
+    endpoint = options.endpoint(address)
+    return TierSpec(
+        level=endpoint.model or endpoint.host,
+        url=endpoint.base_url,
+        model=endpoint.model,
+        api_key=endpoint.read_key() if with_keys else "",
+        key_env=endpoint.key_env,
+        key_file=Path(endpoint.key_file) if endpoint.key_file else None,
+        slots=_ENDPOINT_SLOTS,
+        n_ctx=0,
+    )
+
+
+def _file_tier(file: TierFile, n_ctx: int) -> TierSpec:
+    """A level's file as a tier: the measured file where it is, built when it is nowhere."""
+    from bitladder.serve.settings import TierSpec
+
     return TierSpec(
         level=file.level, path=file.path, sha256=file.sha256, standing=file.standing, note=file.note,
         n_ctx=n_ctx, memory_bytes=file.memory_bytes,
@@ -317,11 +317,12 @@ def compare(
     from bitladder.stages.measured_levels import latest_run
 
     keys = (key_env, key_file)
-    with progress_display(quiet=json_output) as progress:
-        run = latest_run(of, progress) if of else None
+    with working(threads, quiet=json_output) as work:
+        work.journal.say = say  # what is built is said in any case
+        run = latest_run(of, work.progress) if of else None
         if run is not None and not json_output:
             say(run.sentence)
-        paths = [_compared(of, what, run, threads, progress) for what in (a, b)]
+        paths = [_compared(of, what, run, work) for what in (a, b)]
     with closing(_engine(paths[0], threads, keys)) as first, closing(_engine(paths[1], threads, keys)) as second:
         found = compare_engines(first, second, prompt, max_tokens=max_tokens)
     if json_output:
@@ -330,7 +331,7 @@ def compare(
         _show(found)
 
 
-def _compared(model: str | None, what: str, run: LatestRun | None, threads: int, progress: Progress) -> str:
+def _compared(model: str | None, what: str, run: LatestRun | None, work: Work) -> str:
     """A level as the file that was measured; files and addresses as they are."""
     from bitladder.stages.measured_levels import tier_file
     from bitladder.stages.serve import is_level, tier_context
@@ -342,14 +343,14 @@ def _compared(model: str | None, what: str, run: LatestRun | None, threads: int,
             f"There is no file '{what}'.",
             do="Give GGUF files, or URLs of OpenAI-compatible endpoints; for levels name their model with --of MODEL.",
         )
-    n_ctx = tier_context(model, what, None, progress)
-    file = tier_file(model, what, run, n_ctx=n_ctx, threads=threads, progress=progress, say=say)
+    n_ctx = tier_context(model, what, None, work.progress)
+    file = tier_file(model, what, run, n_ctx=n_ctx, work=work)
     if file.note:
         say(file.note)
     return str(file.path)
 
 
-def _engine(what: str, threads: int, keys: Keys) -> Engine:
+def _engine(what: str, threads: int, keys: tuple[list[str] | None, list[str] | None]) -> Engine:
     from dataclasses import replace
 
     from bitladder.engines.address import is_address

@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from bitladder.cli.build import Force
-from bitladder.cli.options import RunOptions, confirm_with, with_run_options
+from bitladder.cli.grouped import grouped
+from bitladder.cli.options import RunOptions, confirm_with
 from bitladder.cli.terminal import JsonFlag, Verbs, print_json, progress_display, put, say, verb
 from bitladder.errors import UsageError
 
@@ -18,7 +19,7 @@ evidence_app = typer.Typer(name="evidence", cls=Verbs, help="Stored measurements
 
 
 @verb
-@with_run_options
+@grouped
 def gate(
     options: RunOptions,
     junit: Annotated[Path | None, typer.Option("--junit", help="Write the verdicts as JUnit XML.")] = None,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from bitladder.cli.build import Context, Levels, split_levels
+from bitladder.cli.grouped import grouped
 from bitladder.cli.terminal import JsonFlag, print_json, progress_display, put, say, verb
 from bitladder.errors import UsageError
 from bitladder.records import to_json
@@ -25,29 +27,34 @@ Hardware = Annotated[
 ]
 
 
-@verb
-def plan(
+@dataclass(kw_only=True)
+class PlanOptions:
+    """What ``plan`` is asked."""
+
     model: Annotated[
         str | None,
         typer.Argument(
             metavar="[MODEL]", help="A file, a folder, hf:, ollama:, lmstudio: or a catalogue name; none searches."
         ),
-    ] = None,
-    ctx: Context = None,
-    levels: Levels = None,
-    slots: Annotated[int, typer.Option("--slots", min=1, help="Requests at once, each with its own context.")] = 1,
-    kv: Annotated[str, typer.Option("--kv", help="Precision of the KV cache: f16, q8_0 or q4_0.")] = "f16",
-    hardware: Hardware = None,
-    min_speed: Annotated[float, typer.Option("--min-speed", min=0, help="Least decoded tokens per second.")] = 0.0,
-    pair: Annotated[
-        str | None, typer.Option("--pair", metavar="QUALITY,SPEED", help="Place two levels together.")
-    ] = None,
+    ] = None
+    ctx: Context = None
+    levels: Levels = None
+    slots: Annotated[int, typer.Option("--slots", min=1, help="Requests at once, each with its own context.")] = 1
+    kv: Annotated[str, typer.Option("--kv", help="Precision of the KV cache: f16, q8_0 or q4_0.")] = "f16"
+    hardware: Hardware = None
+    min_speed: Annotated[float, typer.Option("--min-speed", min=0, help="Least decoded tokens per second.")] = 0.0
+    pair: Annotated[str | None, typer.Option("--pair", metavar="QUALITY,SPEED", help="Place two levels together.")] = (
+        None
+    )
     launch: Annotated[
         str | None, typer.Option("--launch", help="Command for llama-server, ollama, lmstudio, vllm or tgi.")
-    ] = None,
-    needs: Annotated[bool, typer.Option("--needs", help="What hardware each level needs, and what it saves.")] = False,
-    json_output: JsonFlag = False,
-) -> None:
+    ] = None
+    needs: Annotated[bool, typer.Option("--needs", help="What hardware each level needs, and what it saves.")] = False
+
+
+@verb
+@grouped
+def plan(options: PlanOptions, json_output: JsonFlag = False) -> None:
     """Which levels fit, where they would lie and how fast they would be. Reads headers only.
 
     Without MODEL: the largest models of the catalogue that run on the machine.
@@ -55,20 +62,20 @@ def plan(
     from bitladder.stages.plan import Request, plan_model, search
     from bitladder.stages.plan import needs as hardware_needs
 
-    request = Request(ctx, slots, kv, hardware)
-    if model is None:
-        _show_search(search(request, least_decode=min_speed or USABLE_SPEED), json_output)
-    elif needs:
-        _show_needs(hardware_needs(model, request), json_output)
+    request = Request(options.ctx, options.slots, options.kv, options.hardware)
+    if options.model is None:
+        _show_search(search(request, least_decode=options.min_speed or USABLE_SPEED), json_output)
+    elif options.needs:
+        _show_needs(hardware_needs(options.model, request), json_output)
     else:
         with progress_display(quiet=json_output) as progress:
             made = plan_model(
-                model,
+                options.model,
                 request,
-                levels=split_levels(levels),
-                pair=split_levels(pair) or (),
-                engine=launch,
-                least_decode=min_speed,
+                levels=split_levels(options.levels),
+                pair=split_levels(options.pair) or (),
+                engine=options.launch,
+                least_decode=options.min_speed,
                 progress=progress,
             )
         _show_plan(made, request, json_output)

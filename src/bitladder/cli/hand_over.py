@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bitladder.cli.build import ALL_CORES, Context, Force, Threads
-from bitladder.cli.deploy import Name, TierModel, tiers_of
-from bitladder.cli.options import KeyFiles, KeyNames
-from bitladder.cli.terminal import progress_display, put, say, verb
+from bitladder.cli.build import Force, working
+from bitladder.cli.deploy import TierOptions, tiers_of
+from bitladder.cli.grouped import grouped
+from bitladder.cli.terminal import put, say, verb
 
 if TYPE_CHECKING:
     from bitladder.serve.host import ImageSource
@@ -28,42 +29,38 @@ class Tool(StrEnum):
     SYSTEMD = "systemd"
 
 
-@verb
-def export(
-    to: Annotated[Tool, typer.Option("--to", help="The tool.")],
-    model: TierModel = None,
-    quality: Annotated[str | None, typer.Option("--quality", help="A level, a GGUF file, or URL[#MODEL].")] = None,
-    speed: Annotated[str | None, typer.Option("--speed", help="A level, a GGUF file, or URL[#MODEL].")] = None,
-    name: Name = None,
+@dataclass(kw_only=True)
+class ExportOptions(TierOptions):
+    """What ``export`` is asked."""
+
+    to: Annotated[Tool, typer.Option("--to", help="The tool.")]
     folder: Annotated[
         Path, typer.Option("--folder", help="ollama: where Modelfiles go; lm-studio: its models folder.")
-    ] = Path(),
-    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port of the gateway.")] = 8077,
-    ctx: Context = None,
-    threads: Threads = ALL_CORES,
-    force: Force = False,
-    key_env: KeyNames = None,
-    key_file: KeyFiles = None,
-    api_key_file: Annotated[Path | None, typer.Option("--api-key-file", help="Keys that clients need.")] = None,
+    ] = Path()
+    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port of the gateway.")] = 8077
+    force: Force = False
     source: Annotated[
         Path | None,
         typer.Option("--from", help="compose: the wheel or checkout of Bitladder that its image is built from."),
-    ] = None,
-) -> None:
+    ] = None
+
+
+@verb
+@grouped
+def export(options: ExportOptions) -> None:
     """Write a deployment for another tool: Modelfiles, LM Studio's folder, or a configuration on standard output."""
     from dataclasses import replace
 
     from bitladder.serve.host import image_source
     from bitladder.serve.limits import read_keys
 
-    with progress_display() as progress:
-        found = image_source(source) if to is Tool.COMPOSE else None
-        if api_key_file is not None:
-            read_keys(api_key_file)
-        settings = tiers_of(
-            model, quality, speed, ctx, threads, None, progress, name=name, key_env=key_env, key_file=key_file
-        )
-    _write(to, replace(settings, port=port, api_key_file=api_key_file), folder, found, force=force)
+    with working(options.threads) as work:
+        found = image_source(options.source) if options.to is Tool.COMPOSE else None
+        if options.api_key_file is not None:
+            read_keys(options.api_key_file)
+        settings = tiers_of(options, work)
+    settings = replace(settings, port=options.port, api_key_file=options.api_key_file)
+    _write(options.to, settings, options.folder, found, force=options.force)
 
 
 def _write(to: Tool, settings: ServeSettings, folder: Path, image: ImageSource | None, *, force: bool) -> None:

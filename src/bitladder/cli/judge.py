@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from bitladder.cli.build import (
-    ALL_CORES,
-    CPU,
     Context,
-    Device,
     EffortName,
     Force,
     Importance,
     Levels,
-    Threads,
+    WorkOptions,
     effort_named,
-    known_device,
     split_levels,
+    working,
 )
+from bitladder.cli.grouped import grouped
 from bitladder.cli.live import run_display
 from bitladder.cli.options import (
     RunOptions,
@@ -30,14 +29,13 @@ from bitladder.cli.options import (
     confirm_with,
     reference_named,
     refuse_elsewhere,
-    with_run_options,
 )
-from bitladder.cli.terminal import JsonFlag, ModelArgument, print_json, progress_display, say, verb
+from bitladder.cli.terminal import JsonFlag, ModelArgument, print_json, say, verb
 from bitladder.errors import BarNotMet
 
 
 @verb
-@with_run_options
+@grouped
 def run(options: RunOptions, json_output: JsonFlag = False) -> None:
     """Walk a model down the ladder: plan, build, measure, test, decide, report."""
     from bitladder.pipeline import run as run_pipeline
@@ -55,24 +53,27 @@ def run(options: RunOptions, json_output: JsonFlag = False) -> None:
         raise typer.Exit(BarNotMet.exit_code)
 
 
-@verb
-def smallest(
-    model: ModelArgument,
-    bar: Annotated[
-        str, typer.Option("--bar", help="The loss of passes it may have.")
-    ] = "passes >= reference - 5 points",
-    levels: Levels = None,
-    workload: WorkloadFile = None,
-    ctx: Context = None,
+@dataclass(kw_only=True)
+class SmallestOptions(WorkOptions):
+    """What ``smallest`` is asked."""
+
+    model: ModelArgument
+    bar: Annotated[str, typer.Option("--bar", help="The loss of passes it may have.")] = (
+        "passes >= reference - 5 points"
+    )
+    levels: Levels = None
+    workload: WorkloadFile = None
+    ctx: Context = None
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder for the levels built.", show_default="<name>-ladder")
-    ] = None,
-    imatrix: Importance = "auto",
-    threads: Threads = ALL_CORES,
-    device: Device = CPU,
-    trust_python: TrustPython = False,
-    json_output: JsonFlag = False,
-) -> None:
+    ] = None
+    imatrix: Importance = "auto"
+    trust_python: TrustPython = False
+
+
+@verb
+@grouped
+def smallest(options: SmallestOptions, json_output: JsonFlag = False) -> None:
     """The smallest level that holds a bar on passes: builds and asks only as much as that takes.
 
     Exit 0 when it is found, 4 when no level holds the bar, 5 when the workload has too few inputs to tell.
@@ -82,58 +83,56 @@ def smallest(
     from bitladder.stages.smallest import Search, find_smallest
 
     search = Search(
-        model, bar, workload, split_levels(levels), ctx, out, threads, imatrix, trust_python, known_device(device)
-    )
-    with progress_display(quiet=json_output) as progress:
-        outcome = find_smallest(search, progress, say=say)
+        options.model, options.bar, options.workload, split_levels(options.levels), options.ctx, options.out,
+        options.imatrix, options.trust_python,
+    )  # fmt: skip
+    with working(options.threads, options.device, quiet=json_output) as work:
+        work.journal.say = say  # what is built is said in any case: this may take hours
+        outcome = find_smallest(search, work)
     if json_output:
         print_json(outcome)
     else:
-        search_table(outcome, bar)
+        search_table(outcome, options.bar)
     raise typer.Exit(search_exit(outcome.chosen, decided=outcome.decided))
 
 
-@verb
-def measure(
-    model: ModelArgument,
-    levels: Levels = None,
+@dataclass(kw_only=True)
+class MeasureOptions(WorkOptions):
+    """What ``measure`` is asked."""
+
+    model: ModelArgument
+    levels: Levels = None
     file: Annotated[
         list[Path] | None,
         typer.Option("--file", help="An existing GGUF or checkpoint folder to measure, too; repeatable."),
-    ] = None,
+    ] = None
     reference: Annotated[
         str | None, typer.Option("--reference", metavar="LEVEL", help="Compare with this level, not with the source.")
-    ] = None,
-    text: Texts = None,
-    imatrix: Importance = "auto",
-    effort: EffortName = "good",
-    threads: Threads = ALL_CORES,
-    device: Device = CPU,
-    json_output: JsonFlag = False,
-) -> None:
+    ] = None
+    text: Texts = None
+    imatrix: Importance = "auto"
+    effort: EffortName = "good"
+
+
+@verb
+@grouped
+def measure(options: MeasureOptions, json_output: JsonFlag = False) -> None:
     """KL divergence, perplexity and top-1 agreement of levels and files against MODEL, in one streaming pass."""
     from bitladder.report import fidelity_table
-    from bitladder.stages.job import Journal
-    from bitladder.stages.measure import measure_model
+    from bitladder.stages.measure import Measuring, measure_model
 
-    journal = Journal() if json_output else Journal(say)
-    with progress_display(quiet=json_output) as progress:
-        wanted = split_levels(levels)
-        fidelities = measure_model(
-            model,
-            wanted,
-            reference=refuse_elsewhere(reference_named(reference)),
-            files=tuple(file or ()),
-            texts=tuple(text or ()),
-            imatrix=imatrix,
-            effort=effort_named(effort),
-            threads=threads,
-            device=known_device(device),
-            journal=journal,
-            progress=progress,
-        )
+    wanted = Measuring(
+        levels=split_levels(options.levels),
+        reference=refuse_elsewhere(reference_named(options.reference)),
+        files=tuple(options.file or ()),
+        texts=tuple(options.text or ()),
+        imatrix=options.imatrix,
+        effort=effort_named(options.effort),
+    )
+    with working(options.threads, options.device, quiet=json_output) as work:
+        fidelities = measure_model(options.model, wanted, work)
     if json_output:
-        print_json({"levels": fidelities, "jobs": journal.jobs, "warnings": journal.warnings})
+        print_json({"levels": fidelities, "jobs": work.journal.jobs, "warnings": work.journal.warnings})
     else:
         fidelity_table(fidelities)
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from bitladder.cli.terminal import Steps, log_lines, say
-from bitladder.progress import LevelNews, Progress
+from bitladder.progress import LevelNews, Progress, silent
 from bitladder.units import human_bytes
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def run_display(*, quiet: bool = False) -> Iterator[Progress]:
     ``quiet``.
     """
     if quiet:
-        yield lambda _what, _done, _total: None
+        yield silent
     elif sys.stderr.isatty():
         from bitladder.report.visible import console
 
@@ -56,7 +56,7 @@ class Levels:
         return self.rows[news.level]
 
 
-class LoggedRun:
+class LoggedRun(Progress):
     """For a log: where the work is every few seconds, and a line whenever a level's state changes."""
 
     def __init__(self) -> None:
@@ -67,7 +67,7 @@ class LoggedRun:
         """Where the work is."""
         self._progress(what, done, total)
 
-    def heard(self, news: LevelNews) -> None:
+    def on_level(self, news: LevelNews) -> None:
         """Something about a level."""
         before = self._levels.rows.get(news.level, LevelNews(news.level)).state
         row = self._levels.add(news)
@@ -77,7 +77,7 @@ class LoggedRun:
             say(", ".join([f"{row.level}: {row.state}", *said]))
 
 
-class LiveRun:
+class LiveRun(Progress):
     """For a terminal: the table of levels, and under it what is being done and how long it will still take."""
 
     def __init__(self, console: Console) -> None:
@@ -119,7 +119,7 @@ class LiveRun:
             self._task = self._bar.add_task(what, total=total)
         self._bar.update(self._task, description=what, completed=done, total=total)
 
-    def heard(self, news: LevelNews) -> None:
+    def on_level(self, news: LevelNews) -> None:
         """Something about a level."""
         self._draw()
         self._levels.add(news)

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import inspect
 import sys
-import typing
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from bitladder.cli.build import (
-    ALL_CORES,
-    CPU,
     Context,
-    Device,
     EffortName,
     Importance,
     Levels,
-    Threads,
+    WorkOptions,
     effort_named,
     known_device,
     split_levels,
@@ -58,8 +52,8 @@ KeyFiles = Annotated[
 ]
 
 
-@dataclass(frozen=True)
-class RunOptions:
+@dataclass(kw_only=True)
+class RunOptions(WorkOptions):
     """What ``run`` and ``gate`` are asked."""
 
     model: ModelArgument
@@ -96,8 +90,6 @@ class RunOptions:
     ] = None
     imatrix: Importance = "auto"
     effort: EffortName = "good"
-    threads: Threads = ALL_CORES
-    device: Device = CPU
     judge: Annotated[
         str | None,
         typer.Option("--judge", metavar="URL[#MODEL]", help="OpenAI-compatible endpoint of a judge model."),
@@ -209,32 +201,6 @@ def confirm_with(*, yes: bool) -> Callable[[str], bool]:
         return yes or (sys.stdin.isatty() and typer.confirm("Go on?", err=True))
 
     return confirm
-
-
-def with_run_options(function: Callable[..., None]) -> Callable[..., None]:
-    """Give a verb the fields of ``RunOptions`` as its options; it is called with them as one object."""
-    hints = typing.get_type_hints(RunOptions, include_extras=True)
-    shared = [
-        inspect.Parameter(
-            field.name,
-            inspect.Parameter.POSITIONAL_OR_KEYWORD,
-            default=inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default,
-            annotation=hints[field.name],
-        )
-        for field in dataclasses.fields(RunOptions)
-    ]
-    own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
-
-    @functools.wraps(function)
-    def wrapped(**given: Any) -> None:
-        options = RunOptions(**{one.name: given.pop(one.name) for one in shared})
-        function(options, **given)
-
-    signature = inspect.Signature([*shared, *own])
-    wrapped.__signature__ = signature  # type: ignore[attr-defined]
-    wrapped.__annotations__ = {one.name: one.annotation for one in (*shared, *own)}
-    del wrapped.__wrapped__
-    return wrapped
 
 
 def refuse_elsewhere(reference: Level | Path | EndpointSettings | None) -> Level | None:

@@ -17,9 +17,9 @@ from bitladder.cli.build import (
     Force,
     Threads,
     effort_named,
-    known_device,
+    working,
 )
-from bitladder.cli.terminal import JsonFlag, ModelArgument, print_json, progress_display, put, say, verb
+from bitladder.cli.terminal import JsonFlag, ModelArgument, print_json, put, say, verb
 from bitladder.errors import UsageError
 from bitladder.units import parse_bytes
 
@@ -63,8 +63,8 @@ def recipe(
     from bitladder.files.sources import resolve
     from bitladder.plan.recipe import Wish
     from bitladder.report.recipe import recipe_lines
-    from bitladder.stages.job import Journal
-    from bitladder.stages.recipe import Asked, RecipeResult, make_recipe, read_recipe, reapply
+    from bitladder.stages.job import Build
+    from bitladder.stages.recipe import RecipeRequest, RecipeResult, make_recipe, read_recipe, reapply
 
     limits = [
         name
@@ -76,30 +76,25 @@ def recipe(
         raise UsageError(f"{' and '.join(limits)} were given together.", do="Give one of them.")
     if (vram is None) != (gpu_layers == 0):
         raise UsageError("--vram and --ngl belong together.", do="Give both: how many layers, and what they may take.")
-    texts, device = tuple(text or ()), known_device(device)
-    journal = Journal() if json_output else Journal(say)
-    with progress_display(quiet=json_output) as progress:
+    build = Build(out=out or Path(), effort=effort_named(effort), texts=tuple(text or ()), force=force)
+    with working(threads, device, quiet=json_output) as work:
         if apply is not None:
             if limits or out is None:
                 raise UsageError("--apply takes a finished file's recipe as it is.", do="Give --out, and no limit.")
-            result = reapply(
-                Path(model), apply, out, texts=texts, effort=effort_named(effort), threads=threads, device=device,
-                force=force,
-                journal=journal, progress=progress,
-            )  # fmt: skip
+            result = reapply(Path(model), apply, build, work)
         elif not limits:
-            result = RecipeResult(read_recipe(resolve(model, progress).path), float("nan"))
+            result = RecipeResult(read_recipe(resolve(model, work.progress).path), float("nan"))
         else:
             wish = Wish(
                 bytes=parse_bytes(budget) if budget else None, bpw=bpw, kl=kl, least_decode=least_decode,
                 gpu_layers=gpu_layers, vram_bytes=parse_bytes(vram) if vram else None,
             )  # fmt: skip
-            asked = Asked(wish, level=level, fits=fits, n_ctx=ctx, out=out, effort=effort_named(effort), force=force)
-            result = make_recipe(
-                model, asked, texts=texts, threads=threads, device=device, journal=journal, progress=progress
+            request = RecipeRequest(
+                wish, level=level, fits=fits, n_ctx=ctx, build=build if out else None, texts=build.texts
             )
+            result = make_recipe(model, request, work)
     if json_output:
-        print_json({**vars(result), "jobs": journal.jobs, "warnings": journal.warnings})
+        print_json({**vars(result), "jobs": work.journal.jobs, "warnings": work.journal.warnings})
         return
     for line in recipe_lines(result.recipe, result.table_error):
         put(line)

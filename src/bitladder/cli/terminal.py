@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from bitladder.errors import BitladderError
-from bitladder.progress import Progress
+from bitladder.progress import Progress, StepsOnly, silent
 from bitladder.records import to_json
 from bitladder.report.visible import console, on_one_line, visible, visible_json
 
@@ -116,7 +116,7 @@ def put(text: str = "", end: str = "\n") -> None:
 def progress_display(*, quiet: bool = False) -> Iterator[Progress]:
     """A live bar on a terminal, a line every few seconds in a log, nothing when ``quiet``."""
     if quiet:
-        yield lambda _what, _done, _total: None
+        yield silent
     elif sys.stderr.isatty():
         with _live_bar() as progress:
             yield progress
@@ -146,7 +146,7 @@ def _live_bar() -> Iterator[Progress]:
                 task = bars.add_task(on_one_line(what), total=total)
             bars.update(task, description=on_one_line(what), completed=done, total=total)
 
-        yield progress
+        yield StepsOnly(progress)
 
 
 class Steps:
@@ -178,4 +178,4 @@ def log_lines() -> Progress:
             last = now
             say(f"{on_one_line(what)}: {100 * done / total if total else 100:.0f}%")
 
-    return progress
+    return StepsOnly(progress)

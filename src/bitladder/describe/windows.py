@@ -10,11 +10,15 @@ tokens.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from bitladder.describe.model import Model
+from bitladder.describe.text import Document
+from bitladder.errors import BadInput
 
 WINDOW = 512
 SHORTEST = 64
@@ -82,3 +86,34 @@ def tokens_hash(windows: Iterable[Window]) -> str:
     for window in windows:
         digest.update(len(window.tokens).to_bytes(4, "little") + window.tokens.tobytes())
     return digest.hexdigest()
+
+
+def text_windows(
+    documents: Sequence[Document], tokenize: Callable[[str], Sequence[int]], model: Model, *, n: int = WINDOW
+) -> list[Window]:
+    """Tokenize documents as the engine does and cut them into windows.
+
+    Args:
+        documents: the text.
+        tokenize: the engine's own tokenizer, special tokens added as the model asks for.
+        model: says whether a BOS token starts every window, and bounds ``n`` by the trained context.
+        n: tokens in a window.
+
+    Raises:
+        BadInput: too little text to score anything.
+    """
+    ids = [(document.name, tokenize(document.text)) for document in documents]
+    bos = model.metadata.get("tokenizer.ggml.bos_token_id")
+    adds_bos = bool(model.metadata.get("tokenizer.ggml.add_bos_token", False)) or any(
+        len(tokens) > 0 and tokens[0] == bos for _, tokens in ids
+    )
+    windows = cut(ids, n=min(n, model.dims.n_ctx_train), bos=bos if adds_bos else None)
+    if not windows:
+        longest = max((len(tokens) for _, tokens in ids), default=0)
+        raise BadInput(
+            f"The text is too short to measure or calibrate on: {len(ids)} document(s), "
+            f"the longest of {longest} tokens; at least {SHORTEST} tokens in one document are needed.",
+            means="Each prediction needs context before it, and an average needs many predictions.",
+            do="Give a longer text, a few thousand words say, or leave out --text to use the one that ships.",
+        )
+    return windows

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from bitladder.engines.endpoint import EndpointSettings
-from bitladder.progress import LevelNews, Progress, tell
+from bitladder.progress import LevelNews
 from bitladder.stages.endpoints import endpoint_answers
-from bitladder.stages.job import Journal
-from bitladder.stages.measure import answers
+from bitladder.stages.job import Work
+from bitladder.stages.measure import Replies, answers
 
 if TYPE_CHECKING:
     from bitladder.describe.criteria import Context
     from bitladder.describe.workload import Workload
-    from bitladder.records.evaluation import Answer, LevelAnswers, Speed
+    from bitladder.records.evaluation import LevelAnswers
     from bitladder.store.recorded import Recorded, Subject
 
 
@@ -55,10 +55,8 @@ class Asker:
     workload: Workload
     context: Context
     recorded: Recorded
-    journal: Journal
     n_ctx: int
-    threads: int
-    progress: Progress
+    work: Work
 
     def ask_all(self, contenders: Sequence[Contender]) -> list[LevelAnswers]:
         """Everyone's answers, judged; the first is the reference of the others.
@@ -76,74 +74,67 @@ class Asker:
         reused = []
         for number, contender in enumerate(contenders):
             name = name_of(contender)
-            self.progress(f"workload: {name}", number, len(contenders))
-            tell(self.progress, LevelNews(name, "answering"))
+            self.work.progress(f"workload: {name}", number, len(contenders))
+            self.work.progress.on_level(LevelNews(name, "answering"))
             try:
                 replies, speed, stored = self._ask(contender, timed=number > 0)
             except EngineError as error:
                 if number == 0 or not isinstance(contender, EndpointSettings | ServedLevel):
                     raise
-                self.journal.warn(f"{name} is left out: {error.found}")
+                self.work.journal.warn(f"{name} is left out: {error.found}")
                 continue
             reference = asked[0].answers if asked else None
             said = judge_answers(self.workload, replies, reference=reference, context=self.context)
             asked.append(level_answers(name, said, speed))
             passes = sum(answer.passed for answer in said)
             rate = speed.decode_tokens_per_s
-            tell(self.progress, LevelNews(name, "answered", passes=passes, inputs=len(said), tokens_per_s=rate))
+            self.work.progress.on_level(LevelNews(name, "answered", passes=passes, inputs=len(said), tokens_per_s=rate))
             reused += [name] if stored and not isinstance(contender, Path) else []
-        self.progress("workload", len(contenders), len(contenders))
-        self.journal.reuse("answers and speed", reused)
+        self.work.progress("workload", len(contenders), len(contenders))
+        self.work.journal.reuse("answers and speed", reused)
         self._tell_doubts(asked)
         return asked
 
-    def _ask(self, contender: Contender, *, timed: bool) -> tuple[tuple[Answer, ...], Speed, bool]:
+    def _ask(self, contender: Contender, *, timed: bool) -> Replies:
         from bitladder.files.workloads import load_reference
         from bitladder.records.evaluation import Speed
 
         if isinstance(contender, ServedLevel):
             contender = contender.endpoint
         if isinstance(contender, EndpointSettings):
-            return endpoint_answers(contender, self.workload, self.recorded, self.journal, timed=timed)
+            return endpoint_answers(contender, self.workload, self.recorded, self.work.journal, timed=timed)
         if isinstance(contender, Path):
-            return load_reference(contender, self.workload), Speed(math.nan, math.nan, math.nan), True
+            unknown = Speed(math.nan, math.nan, math.nan)
+            return Replies(load_reference(contender, self.workload), unknown, stored=True)
         subject, path = contender
-        return answers(
-            subject,
-            path,
-            self.workload,
-            self.recorded,
-            n_ctx=self.n_ctx,
-            threads=self.threads,
-            progress=self.progress,
-        )
+        return answers(subject, path, self.workload, self.recorded, n_ctx=self.n_ctx, work=self.work)
 
     def _tell_doubts(self, asked: Sequence[LevelAnswers]) -> None:
         """What makes answers or speeds worth less than they look."""
         wanted = len(self.workload.inputs) * self.workload.samples
         if len(asked[0].answers) < wanted:
-            self.journal.warn(
+            self.work.journal.warn(
                 f"The reference {asked[0].level} has {len(asked[0].answers)} of {wanted} answers: every level is "
                 "compared on those alone."
             )
         for level in asked:
             undecided = sum("undecided" in answer.detail for answer in level.answers)
             if undecided:
-                self.journal.warn(
+                self.work.journal.warn(
                     f"The judge gave no verdict on {undecided} of {len(level.answers)} answers of {level.level}; "
                     "they count as failed."
                 )
         impossible = self._passed_by_nobody(asked)
         if impossible:
             shown = ", ".join(impossible[:5]) + (", ..." if len(impossible) > 5 else "")
-            self.journal.warn(
+            self.work.journal.warn(
                 f"{len(impossible)} of {len(self.workload.inputs)} inputs are passed by nobody, the reference among "
                 f"them ({shown}): they can show no loss. Their criteria may be wrong, or the work too hard."
             )
         busy = [level for level in asked if level.speed.disturbed]
         if busy:
             shares = ", ".join(f"{level.level} {level.speed.others_share:.0%}" for level in busy)
-            self.journal.warn(
+            self.work.journal.warn(
                 f"Other programs used the processor while speeds were measured ({shares}): these are lower than "
                 "on a quiet machine, where another level may be the fastest. Close the programs and run again: only "
                 "these speeds are measured anew."

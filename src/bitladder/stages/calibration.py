@@ -1,4 +1,4 @@
-"""Steps that calibrate: texts and their tokens, importance matrices, which are kept."""
+"""Importance matrices, made from a calibration text and kept; the text itself."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bitladder.progress import Progress
-from bitladder.stages.forecast import job, walking_need
-from bitladder.stages.job import Journal
+from bitladder.stages.forecast import forecast, walking_need
+from bitladder.stages.job import AUTO, NONE, Build, Job, Work, opened
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,20 +19,6 @@ if TYPE_CHECKING:
     from bitladder.files.imatrix import ImportanceMatrix
 
     Importance = Mapping[str, NDArray[np.float32]]
-
-AUTO = "auto"
-"""Make an importance matrix from the calibration text."""
-NONE = "none"
-
-
-def token_windows(source: GgufFile, texts: Sequence[Document]) -> list[Window]:
-    """Windows by the engine's own tokenizer, so that tokens are those that users get; nothing is computed there."""
-    from bitladder.engines.base import Launch
-    from bitladder.engines.registry import start
-    from bitladder.stages.fidelity import text_windows
-
-    with start(Launch(source.path, n_ctx=64, threads=1)) as engine:
-        return text_windows(texts, lambda text: engine.tokenize(text, add_special=True), source.model)
 
 
 def calibration_texts(texts: Sequence[Path]) -> list[Document]:
@@ -51,107 +36,75 @@ def importance_file(source: GgufFile, documents: Sequence[Document]) -> Path:
     return cache_folder("importance", f"{source.sha256[:16]}-{text_hash(documents)[:16]}.gguf")
 
 
-def importance_of(
-    source: GgufFile,
-    choice: str,
-    *,
-    texts: Sequence[Path] = (),
-    measured_on: Sequence[Document] = (),
-    threads: int = 1,
-    device: str = "cpu",
-    journal: Journal | None = None,
-    progress: Progress,
-) -> Importance | None:
-    """The importance matrix that a user asked for: a file's, one made from the calibration text, or none.
+def importance_of(job: Job, build: Build) -> Importance | None:
+    """The importance matrix that levels are built with: a file's, one made from the calibration text, or none; None,
+    with a warning, where the model cannot be walked.
 
     A matrix that was made before from the same model and text is read from the cache.
-
-    Args:
-        choice: a file's path, ``auto`` or ``none``.
-        texts: the user's calibration texts.
-        measured_on: texts that levels will be measured on; calibrating on them would flatter every level.
-        device: where one is made, as torch names it.
-        journal: told what making one will take, and what it took.
 
     Raises:
         NothingFits: too little memory to make one.
         BadInput: the calibration text shares passages with the measuring text, or is too short.
         BadFile: the file cannot be used.
     """
+    from bitladder.errors import UnknownArchitecture
+    from bitladder.files.imatrix import read_imatrix
+
+    if build.imatrix == NONE:
+        return None
+    if build.imatrix != AUTO:
+        return read_imatrix(Path(build.imatrix)).vectors()
+    try:
+        return _made_once(job, build).vectors()
+    except UnknownArchitecture as error:
+        job.journal.warn(f"Levels are made without an importance matrix: {error.found}")
+        return None
+
+
+def _made_once(job: Job, build: Build) -> ImportanceMatrix:
     from bitladder.describe.text import text_hash
     from bitladder.files.imatrix import read_imatrix, write_imatrix
     from bitladder.plan.calibration_text import check_overlap
 
-    if choice == NONE:
-        return None
-    if choice != AUTO:
-        return read_imatrix(Path(choice)).vectors()
-    documents = calibration_texts(texts)
-    kept = importance_file(source, documents)
-    apart = kept.with_name(f"{kept.stem}-{text_hash(measured_on)[:16]}.apart")
-    checked = apart.exists() or not measured_on
-    if not kept.exists() or not checked:  # both need the engine's tokenizer
-        windows = token_windows(source, documents)
-        check_overlap(windows, token_windows(source, measured_on) if measured_on else ())
+    documents = calibration_texts(build.texts)
+    kept = importance_file(job.source, documents)
+    apart = kept.with_name(f"{kept.stem}-{text_hash(build.measured_on)[:16]}.apart")
+    if not kept.exists() or (build.measured_on and not apart.exists()):  # both need the engine's tokenizer
+        check_overlap(job.windows(documents), job.windows(build.measured_on) if build.measured_on else ())
         apart.parent.mkdir(parents=True, exist_ok=True)
         apart.touch()  # these two texts have been found to share nothing
     if not kept.exists():
-        found = _gathered(source, windows, "calibration text", threads, device, journal or Journal(), progress)
-        write_imatrix(kept, found)
-    return read_imatrix(kept).vectors()
+        write_imatrix(kept, _gathered(job, job.windows(documents), "calibration text"))
+    return read_imatrix(kept)
 
 
-def _gathered(
-    source: GgufFile,
-    windows: Sequence[Window],
-    dataset: str,
-    threads: int,
-    device: str,
-    journal: Journal,
-    progress: Progress,
-) -> ImportanceMatrix:
+def _gathered(job: Job, windows: Sequence[Window], dataset: str) -> ImportanceMatrix:
     """An importance matrix, made; a killed call goes on where it was."""
     from bitladder.files.folders import cache_folder
     from bitladder.stages.imatrix import importance_matrix  # brings torch: a second to import, for this case alone
 
-    with job(walking_need(source, windows, (), kind="importance"), journal):
+    with forecast(walking_need(job.source, windows, (), kind="importance"), job.journal):
         return importance_matrix(
-            source,
-            windows,
-            dataset=dataset,
-            threads=threads,
-            device=device,
-            keep=cache_folder("walks", "importance"),
-            progress=progress,
-        )
+            job.source, windows, dataset=dataset, threads=job.threads, device=job.device,
+            keep=cache_folder("walks", "importance"), progress=job.progress,
+        )  # fmt: skip
 
 
-def make_imatrix(
-    model: str,
-    texts: Sequence[Path],
-    out: Path,
-    *,
-    threads: int,
-    force: bool = False,
-    device: str = "cpu",
-    journal: Journal | None = None,
-    progress: Progress,
-) -> Path:
+def make_imatrix(model: str, texts: Sequence[Path], out: Path, work: Work, *, force: bool = False) -> Path:
     """Write llama.cpp's importance matrix of a model for a text (or for the one that ships); returns the path.
 
-    ``journal`` is told what it will take, and what it took. ``force``: replace whatever file is there.
+    ``force``: replace whatever file is there.
 
     Raises:
         NothingFits: too little memory.
         UsageError: ``out`` is the model, a text, or no importance matrix that was made of this model.
     """
-    from bitladder.files.gguf import GgufFile
     from bitladder.files.imatrix import made_from, write_imatrix
     from bitladder.files.outputs import check_output
-    from bitladder.files.sources import resolve
 
     documents = calibration_texts(texts)
-    with GgufFile.open(resolve(model, progress).path) as source:
+    with opened(model, work) as job:
+        source = job.source
         check_output(
             out,
             "an importance matrix",
@@ -159,8 +112,6 @@ def make_imatrix(
             ours=lambda path: made_from(path, source.sha256),
             force=force,
         )
-        windows = token_windows(source, documents)
         dataset = ", ".join(str(text) for text in texts) or "bitladder calibration text"
-        found = _gathered(source, windows, dataset, threads, device, journal or Journal(), progress)
-        write_imatrix(out, found, source_sha256=source.sha256)
+        write_imatrix(out, _gathered(job, job.windows(documents), dataset), source_sha256=source.sha256)
     return out

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from bitladder.errors import EngineError, UsageError, WrongModel
 from bitladder.progress import Progress, silent
 from bitladder.stages.job import Journal
+from bitladder.stages.measure import Replies
 from bitladder.store.recorded import Remote
 
 if TYPE_CHECKING:
@@ -128,8 +129,8 @@ def endpoint_answers(
     timed: bool,
     progress: Progress = silent,
     connect: Callable[[EndpointSettings], Endpoint] | None = None,
-) -> tuple[tuple[Answer, ...], Speed, bool]:
-    """Answers and speed of an endpoint, and whether all of it was stored.
+) -> Replies:
+    """Answers and speed of an endpoint.
 
     Every new answer is stored as it comes. Inputs that fail are left out and told, as long as others are
     answered.
@@ -165,7 +166,7 @@ def endpoint_answers(
     questions = questions_of(workload)
     known = recorded.answers(remote, questions, REMOTE_ENGINE)
     if speed is not None and len(known) == len(set(questions)):
-        return in_order(workload, known), speed, True
+        return Replies(in_order(workload, known), speed, stored=True)
     with (connect or Endpoint)(settings) as engine:
         engine.probe()
         remote, fingerprint = recognised(engine, settings, recorded, journal)
@@ -192,7 +193,7 @@ def endpoint_answers(
         if timed and speed is None:
             speed = _speed(engine, settings, journal)
             recorded.keep_speed(remote, REMOTE_ENGINE, speed)
-    return answers, speed or unknown_speed, False
+    return Replies(answers, speed or unknown_speed, stored=False)
 
 
 def _refuse_exchanged(

@@ -28,7 +28,7 @@ from bitladder.formats.recipes import nearest_level
 from bitladder.kernels import REVISION, quantize
 from bitladder.kernels.feedback import REVISION as FEEDBACK_REVISION
 from bitladder.kernels.feedback import takes_feedback
-from bitladder.progress import Progress, silent, within
+from bitladder.progress import Part, Progress, silent
 from bitladder.records.calibration import LinearLoss
 from bitladder.records.level_file import LevelFile
 from bitladder.records.recipe import FittedLevel, Recipe
@@ -172,7 +172,7 @@ def _write(job: _Job, draft: LevelDraft, state_bytes: int) -> list[LinearLoss]:
     n_layer = job.model.n_layer
     try:
         stream = _stream(job, out, part.path.parent, Keep(folder, fingerprint), state_bytes)
-        forward([stream], within(job.progress, 0, n_layer, n_layer + 1.0), "fitting ")
+        forward([stream], Part(job.progress, 0, n_layer, n_layer + 1.0), "fitting ")
         job.progress("fitting the output matrix", n_layer, n_layer + 1.0)
         for name in out.unfinished():
             out.put(name, _other(job, name, stream.states_of(_LEVEL)))

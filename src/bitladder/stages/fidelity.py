@@ -6,7 +6,7 @@ logits file. ``docs/measure.md`` defines each figure.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict, Unpack
@@ -14,15 +14,13 @@ from typing import TypedDict, Unpack
 import numpy as np
 from numpy.typing import NDArray
 
-from bitladder.describe.model import Model
-from bitladder.describe.text import Document
-from bitladder.describe.windows import SHORTEST, WINDOW, Window, cut
+from bitladder.describe.windows import Window
 from bitladder.errors import BadInput
 from bitladder.files.gguf import GgufFile
 from bitladder.formats.recipes import assign
 from bitladder.kernels import Effort
 from bitladder.levels.checkpoints import CheckpointFormat
-from bitladder.progress import LevelNews, Progress, silent, tell
+from bitladder.progress import LevelNews, Progress, silent
 from bitladder.records.fidelity import Fidelity
 from bitladder.stats.bootstrap import quantile_interval, ratio_interval
 from bitladder.units import GiB
@@ -111,37 +109,6 @@ def folder_candidate(
     return Candidate(level or folder.name, CheckpointWeights(FileWeights(source, threads=threads), folder, form))
 
 
-def text_windows(
-    documents: Sequence[Document], tokenize: Callable[[str], Sequence[int]], model: Model, *, n: int = WINDOW
-) -> list[Window]:
-    """Tokenize documents as the engine does and cut them into windows.
-
-    Args:
-        documents: the text.
-        tokenize: the engine's own tokenizer, special tokens added as the model asks for.
-        model: says whether a BOS token starts every window, and bounds ``n`` by the trained context.
-        n: tokens in a window.
-
-    Raises:
-        BadInput: too little text to score anything.
-    """
-    ids = [(document.name, tokenize(document.text)) for document in documents]
-    bos = model.metadata.get("tokenizer.ggml.bos_token_id")
-    adds_bos = bool(model.metadata.get("tokenizer.ggml.add_bos_token", False)) or any(
-        len(tokens) > 0 and tokens[0] == bos for _, tokens in ids
-    )
-    windows = cut(ids, n=min(n, model.dims.n_ctx_train), bos=bos if adds_bos else None)
-    if not windows:
-        longest = max((len(tokens) for _, tokens in ids), default=0)
-        raise BadInput(
-            f"The text is too short to measure or calibrate on: {len(ids)} document(s), "
-            f"the longest of {longest} tokens; at least {SHORTEST} tokens in one document are needed.",
-            means="Each prediction needs context before it, and an average needs many predictions.",
-            do="Give a longer text, a few thousand words say, or leave out --text to use the one that ships.",
-        )
-    return windows
-
-
 class WalkOptions(TypedDict, total=False):
     """How a walk is run; what is left out has the default named here."""
 
@@ -176,7 +143,7 @@ def walk(
     Args:
         source: the model whose levels they are.
         candidates: the levels, each with its weights.
-        windows: token windows of the text (``text_windows``).
+        windows: token windows of the text (``describe.windows.text_windows``).
         options: ``WalkOptions``.
 
     Returns:
@@ -219,7 +186,7 @@ def token_scores(
 
     def so_far(member: int, mean: float) -> None:
         if member:
-            tell(progress, LevelNews(candidates[member - 1].level, kl_mean=mean))
+            progress.on_level(LevelNews(candidates[member - 1].level, kl_mean=mean))
 
     return ladder.run(progress, so_far)
 

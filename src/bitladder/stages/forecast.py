@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bitladder.errors import OutputError
-from bitladder.stages.job import Journal
+from bitladder.stages.job import Build, Job, Journal
 from bitladder.units import human_bytes
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ _WORTH_SAYING_S = 3.0
 
 
 @contextmanager
-def job(need: JobNeed, journal: Journal, folder: Path | None = None) -> Iterator[None]:
+def forecast(need: JobNeed, journal: Journal, folder: Path | None = None) -> Iterator[None]:
     """Refuse, or say what it will take; afterwards compare, and keep the comparison for the next prediction.
 
     Args:
@@ -85,16 +85,14 @@ def _room(need: JobNeed) -> str:
     return f"up to {human_bytes(need.ram_bytes)} of memory{disk}"
 
 
-def building_need(
-    source: GgufFile, levels: Sequence[Level], out: Path, *, folders: Sequence[Path] = (), effort: str, threads: int
-) -> JobNeed:
-    """What writing those of the levels will take that are not there yet, neither in ``out`` nor in ``folders``."""
+def building_need(job: Job, levels: Sequence[Level], build: Build) -> JobNeed:
+    """What writing those of the levels will take that are not there yet, where they are written or in other folders."""
     from bitladder.files.probe import probe_machine
     from bitladder.formats.blocks import QTYPES
     from bitladder.plan.cost import level_size
     from bitladder.plan.preflight import quantize_need
 
-    places = [out, *folders]
+    source, places = job.source, [build.out, *build.folders]
     missing = [
         level
         for level in dict.fromkeys(levels)
@@ -111,7 +109,7 @@ def building_need(
     for (_, qtype), count in work.items():
         weights[qtype] = weights.get(qtype, 0) + count
     need = quantize_need(
-        weights, [size.file_bytes for size in sizes], probe_machine(out), threads=threads, effort=effort
+        weights, [size.file_bytes for size in sizes], probe_machine(build.out), threads=job.threads, effort=build.effort
     )
     return need.named(f"quantize {', '.join(map(str, missing)) or 'nothing'}")
 

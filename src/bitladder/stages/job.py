@@ -1,4 +1,4 @@
-"""What a run has to tell beside its results."""
+"""What every verb is given: a model that is open, what to do the work with, and whom to tell."""
 
 from __future__ import annotations
 
@@ -6,10 +6,24 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+from bitladder.progress import Progress, silent
 from bitladder.records.job import JobOutcome
 
+if TYPE_CHECKING:
+    from bitladder.describe.text import Document
+    from bitladder.describe.windows import Window
+    from bitladder.files.gguf import GgufFile
+    from bitladder.files.sources import Source
+    from bitladder.kernels import Effort
+
 Say = Callable[[str], None]
+CPU = "cpu"
+AUTO = "auto"
+"""Make an importance matrix from the calibration text."""
+NONE = "none"
 
 
 @dataclass
@@ -43,3 +57,83 @@ class Journal:
             line = f"{what} of {', '.join(levels)}"
             self.reused.append(line)
             self.say(f"Reused: {line}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """How work is done, whatever it is."""
+
+    threads: int = 1
+    device: str = CPU
+    """Where walks compute and scales are searched for, as torch names it."""
+    progress: Progress = silent
+    journal: Journal = field(default_factory=Journal)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job(Work):
+    """Work on one model, which is open as long as the job lasts."""
+
+    source: GgufFile
+    found: Source
+    """Where the model came from."""
+    _windows: dict[str, list[Window]] = field(default_factory=dict, repr=False, compare=False)
+
+    def windows(self, texts: Sequence[Document]) -> list[Window]:
+        """Windows by the engine's own tokenizer, so that tokens are those that users get; nothing is computed there.
+        A text is tokenized once in a job.
+
+        Raises:
+            EngineError: the engine does not load the model.
+            BadInput: too little text.
+        """
+        from bitladder.describe.text import text_hash
+        from bitladder.describe.windows import text_windows
+        from bitladder.engines.base import Launch
+        from bitladder.engines.registry import start
+
+        digest = text_hash(texts)
+        if digest not in self._windows:
+            with start(Launch(self.source.path, n_ctx=64, threads=1)) as engine:
+                found = text_windows(texts, lambda text: engine.tokenize(text, add_special=True), self.source.model)
+            self._windows[digest] = found
+        return self._windows[digest]
+
+
+@contextmanager
+def opened(model: str, work: Work, *, warn: bool = True) -> Iterator[Job]:
+    """The model found (or fetched) and open; what the user should know of it is told, unless not to ``warn``.
+
+    Raises:
+        BadInput, FetchError, OutputError: as ``files.sources.resolve``.
+        BadFile: it is no sound GGUF file.
+    """
+    from bitladder.files.gguf import GgufFile
+    from bitladder.files.sources import resolve
+
+    found = resolve(model, work.progress)
+    with GgufFile.open(found.path) as source:
+        if warn:
+            work.journal.warn(*found.warnings)
+        yield Job(**vars(work), source=source, found=found)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Build:
+    """Where levels are written, and what they are made with."""
+
+    out: Path
+    imatrix: str = AUTO
+    """A file, ``auto`` (made here, where a level's bytes depend on it) or ``none``."""
+    effort: Effort = "good"
+    """How long to search for scales and codes."""
+    texts: Sequence[Path] = ()
+    """The user's calibration texts; those that ship by default."""
+    measured_on: Sequence[Document] = ()
+    """Texts that levels will be measured on, which calibration must not have seen; none are checked by default."""
+    folders: Sequence[Path] = ()
+    """Where else levels may lie already, under any name."""
+    force: bool | None = None
+    """Whether files of other kinds and sources may be replaced; None where the user has no say."""
+    split_max_bytes: int | None = None
+    """Cut GGUF levels into parts of at most so many bytes of weights."""

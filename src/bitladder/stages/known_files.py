@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING
 from bitladder.errors import BadInput, BitladderError
 from bitladder.progress import Progress, silent
 from bitladder.records.level_file import LevelFile, Making, StoredFile
-from bitladder.stages.calibration import AUTO, NONE, calibration_texts, importance_file, importance_of
+from bitladder.stages.calibration import calibration_texts, importance_file, importance_of
+from bitladder.stages.job import AUTO, NONE, Build, Job, Journal, Work
 from bitladder.store.recorded import Subject
 
 if TYPE_CHECKING:
     from bitladder.files.gguf import GgufFile
-    from bitladder.kernels import Effort
     from bitladder.stages.calibration import Importance
-    from bitladder.stages.job import Journal
     from bitladder.store.recorded import Recorded
 
 
@@ -65,11 +64,7 @@ def known_folders(recorded: Recorded, source: str) -> list[Path]:
 
 
 def identified(
-    built: Mapping[Subject, LevelFile],
-    making: Making,
-    recorded: Recorded,
-    journal: Journal,
-    progress: Progress = silent,
+    built: Mapping[Subject, LevelFile], making: Making, recorded: Recorded, work: Work
 ) -> dict[Subject, LevelFile]:
     """The same files with their hashes, which are stored as what the measurements to come are of.
 
@@ -80,11 +75,11 @@ def identified(
 
     found = {}
     for subject, file in built.items():
-        sha256 = model_sha256(file.path, progress)
+        sha256 = model_sha256(file.path, work.progress)
         before = recorded.hash_of(subject)
         method = subject.made
         if before not in (None, sha256):
-            journal.warn(
+            work.journal.warn(
                 f"{file.path} is not the file that was measured as {subject.level} before, though made the same way: "
                 "it is measured as it is. It was changed since; delete it to have the level built again."
             )
@@ -116,15 +111,15 @@ def find_file(
     return None
 
 
-def making_of(source: GgufFile, choice: str, importance: Importance | None, *, effort: Effort, threads: int) -> Making:
+def making_of(job: Job, build: Build, importance: Importance | None) -> Making:
     """How levels are made, with the importance matrix put by, so that they can be made again when its file is gone."""
     from bitladder.stages.write_levels import importance_hash
 
     digest = importance_hash(importance)
     if digest:
-        _keep_importance(source, choice, digest)
-    given = choice if choice in (AUTO, NONE) else str(Path(choice).resolve())
-    return Making(effort, given if digest else NONE, digest, threads)
+        _keep_importance(job.source, build.imatrix, digest)
+    given = build.imatrix if build.imatrix in (AUTO, NONE) else str(Path(build.imatrix).resolve())
+    return Making(build.effort, given if digest else NONE, digest, job.threads)
 
 
 def _kept_importance(digest: str) -> Path:
@@ -143,8 +138,8 @@ def _keep_importance(source: GgufFile, choice: str, digest: str) -> None:
         write_whole(kept, origin.read_bytes())
 
 
-def importance_again(source: GgufFile, file: StoredFile, journal: Journal, progress: Progress) -> Importance | None:
-    """The importance matrix that a file was made with: as it was put by, else as it came about.
+def importance_again(job: Job, build: Build, file: StoredFile) -> Importance | None:
+    """The importance matrix that a file was made with: as it was put by, else made again as ``build`` says.
 
     Raises:
         BadInput: it is gone.
@@ -167,7 +162,7 @@ def importance_again(source: GgufFile, file: StoredFile, journal: Journal, progr
             means="Another matrix makes another file, of which nothing is known.",
             do="Put it back, name a GGUF file to serve instead, or run `bitladder run` again.",
         )
-    return importance_of(source, making.imatrix, threads=making.threads, journal=journal, progress=progress)
+    return importance_of(job, build)
 
 
 def files_made_from(source: GgufFile, level: str, folders: Sequence[Path]) -> list[Path]:

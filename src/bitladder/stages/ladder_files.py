@@ -9,59 +9,45 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bitladder.levels import CheckpointLevel, FeedbackLevel, FoldedLevel, Level, RecipeLevel
-from bitladder.progress import LevelNews, Progress, tell
+from bitladder.progress import LevelNews
 from bitladder.records.level_file import LevelFile
-from bitladder.stages.forecast import building_need, job
-from bitladder.stages.job import Journal
+from bitladder.stages.forecast import building_need, forecast
+from bitladder.stages.job import Build, Job
 from bitladder.stages.known_files import kept_by_evidence
 from bitladder.stages.recipe import fitted_level
 from bitladder.stages.write_levels import method_name, quantize_levels
 from bitladder.store.recorded import Subject
 
 if TYPE_CHECKING:
-    from bitladder.files.gguf import GgufFile
-    from bitladder.kernels import Effort
     from bitladder.kernels.awq import Fold
     from bitladder.stages.calibrate import Calibrated
     from bitladder.stages.calibration import Importance
 
 
 def ladder_files(
-    source: GgufFile,
-    wanted: Sequence[Level],
-    out: Path,
+    job: Job,
+    levels: Sequence[Level],
+    build: Build,
     *,
     importance: Importance | None,
     calibrated: Calibrated | None = None,
-    effort: Effort,
-    threads: int,
-    folders: Sequence[Path] = (),
-    device: str = "cpu",
-    journal: Journal,
-    progress: Progress,
 ) -> dict[Subject, LevelFile]:
     """A file (or folder) for each level, in the order asked for; those that are there already are not made again.
 
     Args:
-        source: the model.
-        wanted: levels of any kinds.
-        out: the folder to write into.
+        job: the model.
+        levels: of any kinds.
+        build: where to, and how.
         importance: weighs the errors of GGUF levels; fitted ones take their statistics from the calibration text.
-        calibrated: the scales of folded levels among ``wanted``, and the checkpoints (``calibrate_levels``).
-        effort: how long to search for scales.
-        threads: of everything.
-        folders: where else levels may lie already, under any name.
-        device: where scales are searched for and fitted levels walked, as torch names it.
-        journal: told what work will take and what it took.
-        progress: told how each level stands.
+        calibrated: the scales of folded levels among ``levels``, and the checkpoints (``calibrate_levels``).
 
     Raises:
         NothingFits: too little memory or disk, before anything is written.
         BadWeights, OutputError: as the stages say.
     """
-    making = _Making(source, out, importance, effort, threads, device, folders, journal, progress)
-    built = making.recipes([level for level in wanted if isinstance(level, RecipeLevel)])
-    for level in wanted:
+    making = _Making(job, build, importance)
+    built = making.recipes([level for level in levels if isinstance(level, RecipeLevel)])
+    for level in levels:
         if isinstance(level, FoldedLevel):
             assert calibrated is not None  # by contract
             built |= making.folded(level, calibrated)
@@ -70,7 +56,7 @@ def ladder_files(
         elif isinstance(level, CheckpointLevel):
             assert calibrated is not None
             built |= making.checkpoint(level, calibrated)
-    names = [level.name for level in wanted]
+    names = [level.name for level in levels]
     return {subject: built[subject] for subject in sorted(built, key=lambda subject: names.index(subject.level))}
 
 
@@ -79,15 +65,9 @@ class _Making:
     """How the files of one call are made; each kind of level has its method, which says under which name evidence
     of the file is kept."""
 
-    source: GgufFile
-    out: Path
+    job: Job
+    build: Build
     importance: Importance | None
-    effort: Effort
-    threads: int
-    device: str
-    folders: Sequence[Path]
-    journal: Journal
-    progress: Progress
 
     def recipes(self, levels: Sequence[RecipeLevel]) -> dict[Subject, LevelFile]:
         """All of them in one pass over the weights."""
@@ -102,27 +82,23 @@ class _Making:
     ) -> dict[Subject, LevelFile]:
         if not levels:
             return {}
+        job, build = self.job, self.build
         for level in levels:
-            tell(self.progress, LevelNews(level.name, "being written"))
-        need = building_need(
-            self.source, levels, self.out, folders=self.folders, effort=self.effort, threads=self.threads
-        )
-        with job(need, self.journal, self.out):
+            job.progress.on_level(LevelNews(level.name, "being written"))
+        need = building_need(job, levels, build)
+        with forecast(need, job.journal, build.out):
             files = quantize_levels(
-                self.source, recipes, self.out, importance=self.importance, folds=folds, effort=self.effort,
-                threads=self.threads, device=self.device, folders=self.folders,
-                is_kept=kept_by_evidence(self.journal), progress=self.progress,
+                job.source, recipes, build.out, importance=self.importance, folds=folds, effort=build.effort,
+                threads=job.threads, device=job.device, split_max_bytes=build.split_max_bytes, force=build.force,
+                folders=build.folders, is_kept=kept_by_evidence(job.journal), progress=job.progress,
             )  # fmt: skip
-        method = method_name(self.effort, self.importance, folds)
+        method = method_name(build.effort, self.importance, folds)
         return self._written(files, method)
 
     def fitted(self, level: FeedbackLevel) -> dict[Subject, LevelFile]:
         """Codes are chosen with error feedback; the file is called by the name that was asked for."""
-        tell(self.progress, LevelNews(level.name, "being written"))
-        made = fitted_level(
-            self.source, level, self.out, effort=self.effort, threads=self.threads, device=self.device,
-            folders=self.folders, journal=self.journal, progress=self.progress,
-        )  # fmt: skip
+        self.job.progress.on_level(LevelNews(level.name, "being written"))
+        made = fitted_level(self.job, level, self.build)
         types = hashlib.sha256(repr(sorted(made.recipe.qtypes.items())).encode()).hexdigest()[:16]
         return self._written([replace(made.file, level=level.name)], f"{made.method}, types {types}")
 
@@ -135,6 +111,6 @@ class _Making:
 
     def _written(self, files: Sequence[LevelFile], method: str) -> dict[Subject, LevelFile]:
         for file in files:
-            tell(self.progress, LevelNews(file.level, "written", file_bytes=file.bytes))
-        self.journal.reuse("files", [file.level for file in files if file.reused])
-        return {Subject(self.source.sha256, file.level, made=method): file for file in files}
+            self.job.progress.on_level(LevelNews(file.level, "written", file_bytes=file.bytes))
+        self.job.journal.reuse("files", [file.level for file in files if file.reused])
+        return {Subject(self.job.source.sha256, file.level, made=method): file for file in files}

@@ -4,189 +4,162 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from bitladder.errors import BadInput
-from bitladder.progress import LevelNews, Progress, silent, tell
+from bitladder.progress import LevelNews
 from bitladder.records.fidelity import Fidelity
-from bitladder.stages.calibration import AUTO, NONE, importance_of, token_windows
-from bitladder.stages.forecast import job, walking_need
-from bitladder.stages.job import Journal
+from bitladder.stages.calibration import importance_of
+from bitladder.stages.forecast import forecast, walking_need
+from bitladder.stages.job import AUTO, Build, Job, Work, opened
 
 if TYPE_CHECKING:
     from bitladder.describe.text import Document
     from bitladder.describe.workload import Workload
     from bitladder.files.gguf import GgufFile
-    from bitladder.files.sources import Source
     from bitladder.kernels import Effort
     from bitladder.levels import Level
     from bitladder.records.evaluation import Answer, Speed
     from bitladder.records.level_file import LevelFile
     from bitladder.stages.fidelity import Candidate
+    from bitladder.stages.quantize import SortedLevels
     from bitladder.store.recorded import Recorded, Subject
 
 
-def measure_model(
-    model: str,
-    levels: Sequence[Level] | None,
-    *,
-    reference: Level | None = None,
-    files: Sequence[Path] = (),
-    texts: Sequence[Path] = (),
-    imatrix: str = NONE,
-    effort: Effort = "good",
-    threads: int = 2,
-    device: str = "cpu",
-    journal: Journal | None = None,
-    progress: Progress,
-) -> list[Fidelity]:
+@dataclass(frozen=True)
+class Measuring:
+    """What ``measure_model`` compares."""
+
+    levels: Sequence[Level] | None = None
+    """None: the ladder, where no files are named."""
+    reference: Level | None = None
+    """None: the model itself."""
+    files: Sequence[Path] = ()
+    """Files and checkpoint folders that exist."""
+    texts: Sequence[Path] = ()
+    """To measure on; the one that ships by default."""
+    imatrix: str = AUTO
+    effort: Effort = "good"
+
+
+def measure_model(model: str, wanted: Measuring, work: Work) -> list[Fidelity]:
     """Fidelity of levels, and of files and checkpoint folders that exist, against the model or one of its levels.
 
     llama.cpp's mixes of types are made on the fly, tensor by tensor. Levels that need calibration are taken where
     evidence knows them, or built in a folder that goes when they are measured. Only evidence is written.
 
     Raises:
-        UsageError: an option that a level would not heed.
+        UsageError: an option that a level would not follow.
         BadInput: a file is no level of this model, or a folder is in a format that is not read.
         BitladderError: anything else a user can meet.
     """
-    from bitladder.files.gguf import GgufFile
-    from bitladder.files.sources import resolve
-    from bitladder.levels import LADDER, Needs
-    from bitladder.stages.fidelity import made_candidates
-    from bitladder.stages.quantize import refuse_unheard, refuse_unweighed, sort_levels
-    from bitladder.stages.run_facts import level_of
-    from bitladder.stages.write_levels import method_name
+    from bitladder.levels import LADDER
+    from bitladder.stages.quantize import sort_levels
     from bitladder.store.evidence import Evidence
-    from bitladder.store.recorded import Recorded, Subject
+    from bitladder.store.recorded import Recorded
 
-    chosen = LADDER if levels is None and not files else levels or ()
-    asked = sort_levels(list(dict.fromkeys([*chosen, *([reference] if reference else [])])))
-    refuse_unheard(asked.fitted, imatrix)
-    refuse_unweighed(asked.folded, imatrix)
-    measured_on = documents(texts)
-    journal = journal or Journal()
+    chosen = LADDER if wanted.levels is None and not wanted.files else wanted.levels or ()
+    every = dict.fromkeys([*chosen, *([wanted.reference] if wanted.reference else [])])
+    levels = sort_levels(list(every), wanted.imatrix)
+    texts = documents(wanted.texts)
     with ExitStack() as stack:
         recorded = Recorded(stack.enter_context(Evidence.open()))
-        found = resolve(model, progress)
-        source = stack.enter_context(GgufFile.open(found.path))
-        given = [_given(source, path, stack, threads) for path in files]
-        journal.warn(*found.warnings)
-        to_build: list[Level] = [*asked.fitted, *asked.folded, *asked.checkpoints]
-        built: dict[Subject, LevelFile] = {}
-        if to_build:
-            built = _built(
-                source, found, to_build, recorded, stack, imatrix=imatrix, measured_on=measured_on, effort=effort,
-                threads=threads, device=device, journal=journal, progress=progress,
-            )  # fmt: skip
+        job = stack.enter_context(opened(model, work, warn=False))
+        return _Comparison(job, recorded, stack, wanted, texts).fidelities(chosen, levels)
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """Whatever is compared becomes a subject of evidence and, where that knows nothing, a candidate of the walk."""
+
+    job: Job
+    recorded: Recorded
+    stack: ExitStack
+    """What stays open, and what goes, when all is measured."""
+    wanted: Measuring
+    texts: Sequence[Document]
+
+    def fidelities(self, chosen: Sequence[Level], levels: SortedLevels) -> list[Fidelity]:
+        """Of the chosen levels in their order, then of the files."""
+        from bitladder.levels import Needs
+        from bitladder.stages.fidelity import made_candidates
+        from bitladder.stages.run_facts import level_of
+        from bitladder.stages.write_levels import method_name
+        from bitladder.store.recorded import Subject
+
+        job, source, reference = self.job, self.job.source, self.wanted.reference
+        given = dict(self._given(path) for path in self.wanted.files)
+        job.journal.warn(*job.found.warnings)  # once nothing is wrong with the files
+        built = self._built(levels)
         importance = None
-        if asked.files and (imatrix != AUTO or any(level.needs is Needs.IMPORTANCE for level in asked.files)):
-            importance = importance_of(
-                source,
-                imatrix,
-                measured_on=measured_on,
-                threads=threads,
-                device=device,
-                journal=journal,
-                progress=progress,
-            )
-        method = method_name(effort, importance)
+        if levels.files and (
+            self.wanted.imatrix != AUTO or any(level.needs is Needs.IMPORTANCE for level in levels.files)
+        ):
+            importance = importance_of(job, self._build(Path()))
+        method = method_name(self.wanted.effort, importance)
         of_level = {subject.level: subject for subject in built}
-        of_level |= {level.name: Subject(source.sha256, level.name, made=method) for level in asked.files}
-        outside = dict(given)
-        subjects = [of_level[level.name] for level in chosen if level != reference] + list(outside)
+        of_level |= {level.name: Subject(source.sha256, level.name, made=method) for level in levels.files}
         higher = None
         if reference is not None and reference.name != level_of(source.model):
             higher = of_level[reference.name]
 
         def candidates(missing: Sequence[Subject]) -> list[Candidate]:
-            plain = [subject for subject in missing if subject not in built and subject not in outside]
+            plain = [subject for subject in missing if subject not in built and subject not in given]
             made = made_candidates(
-                source, [one.level for one in plain], importance=importance, effort=effort, threads=threads,
-                device=device,
+                source, [subject.level for subject in plain], importance=importance, effort=self.wanted.effort,
+                threads=job.threads, device=job.device,
             )  # fmt: skip
-            ready = dict(zip(plain, made, strict=True))
-            ready |= {one: built_candidate(source, built[one], stack) for one in missing if one in built}
-            return [ready[one] if one in ready else outside[one] for one in missing]
+            ready = dict(zip(plain, made, strict=True)) | given
+            ready |= {one: built_candidate(source, built[one], self.stack) for one in missing if one in built}
+            return [ready[subject] for subject in missing]
 
-        return fidelities(
-            source,
-            subjects,
-            candidates,
-            measured_on,
-            recorded,
-            journal,
-            reference=higher,
-            threads=threads,
-            device=device,
-            progress=progress,
-        )
+        subjects = [of_level[level.name] for level in chosen if level != reference] + list(given)
+        return fidelities(job, subjects, candidates, self.texts, self.recorded, reference=higher)
 
+    def _given(self, path: Path) -> tuple[Subject, Candidate]:
+        """A file or a checkpoint folder that the user names."""
+        from bitladder.files.checkpoint_check import format_of_folder
+        from bitladder.files.gguf import GgufFile
+        from bitladder.stages.fidelity import file_candidate, folder_candidate
+        from bitladder.stages.known_files import model_sha256
+        from bitladder.store.recorded import Subject
 
-def _given(source: GgufFile, path: Path, stack: ExitStack, threads: int) -> tuple[Subject, Candidate]:
-    """A file or a checkpoint folder that the user names."""
-    from bitladder.files.checkpoint_check import format_of_folder
-    from bitladder.files.gguf import GgufFile
-    from bitladder.stages.fidelity import file_candidate, folder_candidate
-    from bitladder.stages.known_files import model_sha256
-    from bitladder.store.recorded import Subject
+        source, threads = self.job.source, self.job.threads
+        if path.is_dir():
+            name = path.resolve().name
+            candidate = folder_candidate(source, path, format_of_folder(path), level=name, threads=threads)
+            return Subject(source.sha256, name, file=model_sha256(path)), candidate
+        file = self.stack.enter_context(GgufFile.open(path))
+        return Subject(source.sha256, path.stem, file=file.sha256), file_candidate(source, file, threads=threads)
 
-    if path.is_dir():
-        name = path.resolve().name
-        candidate = folder_candidate(source, path, format_of_folder(path), level=name, threads=threads)
-        return Subject(source.sha256, name, file=model_sha256(path)), candidate
-    opened = stack.enter_context(GgufFile.open(path))
-    return Subject(source.sha256, path.stem, file=opened.sha256), file_candidate(source, opened, threads=threads)
+    def _build(self, out: Path, folders: Sequence[Path] = ()) -> Build:
+        wanted = self.wanted
+        return Build(out=out, imatrix=wanted.imatrix, effort=wanted.effort, measured_on=self.texts, folders=folders)
 
+    def _built(self, levels: SortedLevels) -> dict[Subject, LevelFile]:
+        """Levels that are made by calibrating, where evidence knows them; the others in a folder of the cache that goes
+        when all is measured."""
+        calibrating: list[Level] = [*levels.fitted, *levels.folded, *levels.checkpoints]
+        if not calibrating:
+            return {}
+        from bitladder.files.folders import cache_folder
+        from bitladder.stages.known_files import identified, known_folders, making_of
+        from bitladder.stages.ladder_files import ladder_files
+        from bitladder.stages.quantize import calibrate_levels
 
-def _built(
-    source: GgufFile,
-    found: Source,
-    levels: Sequence[Level],
-    recorded: Recorded,
-    stack: ExitStack,
-    *,
-    imatrix: str,
-    measured_on: Sequence[Document],
-    effort: Effort,
-    threads: int,
-    device: str,
-    journal: Journal,
-    progress: Progress,
-) -> dict[Subject, LevelFile]:
-    """Levels that are made by calibrating, where evidence knows them; the others in a folder of the cache that goes
-    with ``stack``."""
-    from bitladder.files.folders import cache_folder
-    from bitladder.levels import FoldedLevel
-    from bitladder.stages.known_files import identified, known_folders, making_of
-    from bitladder.stages.ladder_files import ladder_files
-    from bitladder.stages.quantize import calibrate_levels, sort_levels
-
-    room = cache_folder("measured")
-    room.mkdir(parents=True, exist_ok=True)
-    out = Path(stack.enter_context(TemporaryDirectory(dir=room)))
-    folders = known_folders(recorded, source.sha256)
-    calibrated = calibrate_levels(
-        source, found, sort_levels(levels), out, imatrix=imatrix, measured_on=measured_on, threads=threads,
-        device=device, folders=folders, journal=journal, progress=progress,
-    )  # fmt: skip
-    importance = None
-    if any(isinstance(level, FoldedLevel) for level in levels):
-        importance = importance_of(
-            source, imatrix, measured_on=measured_on, threads=threads, device=device, journal=journal,
-            progress=progress,
-        )  # fmt: skip
-    files = ladder_files(
-        source, levels, out, importance=importance, calibrated=calibrated, effort=effort, threads=threads,
-        folders=folders, device=device, journal=journal, progress=progress,
-    )  # fmt: skip
-    lying = {subject: file for subject, file in files.items() if file.reused}
-    making = making_of(source, imatrix, importance, effort=effort, threads=threads)
-    known = identified(lying, making, recorded, journal, progress)
-    return known | {subject: file for subject, file in files.items() if not file.reused}
+        room = cache_folder("measured")
+        room.mkdir(parents=True, exist_ok=True)
+        out = Path(self.stack.enter_context(TemporaryDirectory(dir=room)))
+        build = self._build(out, known_folders(self.recorded, self.job.source.sha256))
+        calibrated = calibrate_levels(self.job, replace(levels, files=()), build)
+        importance = importance_of(self.job, build) if levels.folded else None
+        files = ladder_files(self.job, calibrating, build, importance=importance, calibrated=calibrated)
+        lying = {subject: file for subject, file in files.items() if file.reused}
+        known = identified(lying, making_of(self.job, build, importance), self.recorded, self.job)
+        return known | {subject: file for subject, file in files.items() if not file.reused}
 
 
 def built_candidate(source: GgufFile, file: LevelFile, stack: ExitStack) -> Candidate:
@@ -227,17 +200,13 @@ def documents(texts: Sequence[Path]) -> list[Document]:
 
 
 def fidelities(
-    source: GgufFile,
+    job: Job,
     subjects: Sequence[Subject],
     candidates: Callable[[Sequence[Subject]], Sequence[Candidate]],
     texts: Sequence[Document],
     recorded: Recorded,
-    journal: Journal,
     *,
     reference: Subject | None = None,
-    threads: int,
-    device: str = "cpu",
-    progress: Progress,
 ) -> list[Fidelity]:
     """Stored fidelities, and one walk for those that are missing; against a level of ``candidates``, or the source."""
     from bitladder.describe.text import text_hash
@@ -246,26 +215,26 @@ def fidelities(
     stored = {subject: recorded.fidelity(subject, digest, reference) for subject in subjects}
     found = {subject: fidelity for subject, fidelity in stored.items() if fidelity is not None}
     missing = [subject for subject in subjects if subject not in found]
-    journal.reuse("fidelity", [subject.level for subject in found])
+    job.journal.reuse("fidelity", [subject.level for subject in found])
     for subject in missing:
-        tell(progress, LevelNews(subject.level, "measuring"))
+        job.progress.on_level(LevelNews(subject.level, "measuring"))
     if missing:
         from bitladder.files.folders import cache_folder
         from bitladder.stages.fidelity import WalkOptions, walk  # brings torch, which stored figures need not wait for
 
-        windows = token_windows(source, texts)
-        options = WalkOptions(progress=progress, threads=threads, device=device)
+        windows = job.windows(texts)
+        options = WalkOptions(progress=job.progress, threads=job.threads, device=job.device)
         options["keep"] = cache_folder("walks")  # a killed walk goes on from the states it left there
         walked = list(candidates([*([reference] if reference else []), *missing]))
         if reference is not None:  # made together with the others, so that what they hold alike is made once
             options["reference"] = walked.pop(0)
-        with job(walking_need(source, windows, [candidate.level for candidate in walked]), journal):
-            measured = walk(source, walked, windows, **options)
+        with forecast(walking_need(job.source, windows, [candidate.level for candidate in walked]), job.journal):
+            measured = walk(job.source, walked, windows, **options)
         for subject, fidelity in zip(missing, measured, strict=True):
             recorded.keep_fidelity(subject, digest, fidelity, reference)
             found[subject] = fidelity
     for subject in subjects:
-        tell(progress, LevelNews(subject.level, "measured", kl_mean=found[subject].kl_mean))
+        job.progress.on_level(LevelNews(subject.level, "measured", kl_mean=found[subject].kl_mean))
     return [found[subject] for subject in subjects]
 
 
@@ -276,17 +245,17 @@ def of_itself(measured: Fidelity, level: str) -> Fidelity:
     return replace(measured, level=level, ppl=measured.ppl_reference, **zero, **one)  # type: ignore[arg-type]
 
 
-def answers(
-    subject: Subject,
-    path: Path,
-    workload: Workload,
-    recorded: Recorded,
-    *,
-    n_ctx: int,
-    threads: int,
-    progress: Progress = silent,
-) -> tuple[tuple[Answer, ...], Speed, bool]:
-    """Answers and speed of one level, and whether all of it was stored. Every new answer is stored as it comes.
+class Replies(NamedTuple):
+    """What a model answered to a workload."""
+
+    answers: tuple[Answer, ...]
+    speed: Speed
+    stored: bool
+    """Whether nothing had to be asked."""
+
+
+def answers(subject: Subject, path: Path, workload: Workload, recorded: Recorded, *, n_ctx: int, work: Work) -> Replies:
+    """Answers and speed of one level. Every new answer is stored as it comes.
 
     A speed that other programs disturbed is measured again.
     """
@@ -297,7 +266,7 @@ def answers(
     from bitladder.stages.run_facts import engine_facts, slots
 
     room, parallel = slots(workload, n_ctx)
-    engine = engine_facts(n_ctx=room, n_parallel=parallel, threads=threads, container=container_of(path))
+    engine = engine_facts(n_ctx=room, n_parallel=parallel, threads=work.threads, container=container_of(path))
     questions = questions_of(workload)
     known = recorded.answers(subject, questions, engine)
     speed = recorded.speed(subject, engine)
@@ -305,16 +274,16 @@ def answers(
         speed = None
     stored = speed is not None and len(known) == len(set(questions))
     if stored and speed is not None:
-        return tuple(known[question] for question in questions), speed, True
+        return Replies(tuple(known[question] for question in questions), speed, stored=True)
 
     def keep(answer: Answer) -> None:
         recorded.keep_answer(subject, answer.question, engine, answer)
         known[answer.question] = answer
-        tell(progress, LevelNews(subject.level, answered=len(known), inputs=len(questions)))
+        work.progress.on_level(LevelNews(subject.level, answered=len(known), inputs=len(questions)))
 
-    with start(Launch(path, n_ctx=room, n_parallel=parallel, threads=threads)) as server:
+    with start(Launch(path, n_ctx=room, n_parallel=parallel, threads=work.threads)) as server:
         found = answer_workload(server, workload, known=dict(known), on_answer=keep)
         if speed is None:
             speed = measure_speed(server)
             recorded.keep_speed(subject, engine, speed)
-    return found, speed, False
+    return Replies(found, speed, stored=False)

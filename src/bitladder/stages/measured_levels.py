@@ -8,16 +8,16 @@ as it was built then. Whatever is served, `TierFile.standing` says what evidence
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from bitladder.errors import BadInput, UnknownArchitecture
+from bitladder.errors import BadInput
 from bitladder.progress import Progress
 from bitladder.records.decision import Decision
 from bitladder.records.level_file import LevelFile, Standing, StoredFile
-from bitladder.stages.calibration import AUTO, importance_of
-from bitladder.stages.job import Journal, Say
+from bitladder.stages.calibration import importance_of
+from bitladder.stages.job import Build, Job, Work, opened
 from bitladder.stages.known_files import (
     files_made_from,
     find_file,
@@ -29,11 +29,8 @@ from bitladder.stages.known_files import (
 from bitladder.stages.serve import served_level
 
 if TYPE_CHECKING:
-    from bitladder.files.gguf import GgufFile
-    from bitladder.files.sources import Source
     from bitladder.kernels import Effort
     from bitladder.records.run import RunRecord
-    from bitladder.stages.calibration import Importance
     from bitladder.store.recorded import Recorded
 
 _SHOWN = 12
@@ -78,15 +75,13 @@ class LatestRun:
 
 def latest_run(model: str, progress: Progress) -> LatestRun | None:
     """The newest run of a model on this machine; None when there is none."""
-    from bitladder.files.gguf import GgufFile
     from bitladder.files.measured import machine_key
     from bitladder.files.probe import probe_machine
-    from bitladder.files.sources import resolve
     from bitladder.store.evidence import Evidence
     from bitladder.store.recorded import Recorded
 
-    with GgufFile.open(resolve(model, progress).path) as source, Evidence.open() as store:
-        sha256 = source.sha256
+    with opened(model, Work(progress=progress)) as job, Evidence.open() as store:
+        sha256 = job.source.sha256
         stored = Recorded(store).decisions(sha256)
     here = machine_key(probe_machine())
     for one in stored:
@@ -108,15 +103,7 @@ def _record_of(path: Path, source: str, created: str) -> RunRecord | None:
 
 
 def tier_file(
-    model: str,
-    what: str,
-    run: LatestRun | None = None,
-    *,
-    n_ctx: int,
-    threads: int,
-    out: Path | None = None,
-    progress: Progress,
-    say: Say = lambda _: None,
+    model: str, what: str, run: LatestRun | None = None, *, n_ctx: int, out: Path | None = None, work: Work
 ) -> TierFile:
     """``what`` as a file to serve: a GGUF file, or a level of the model, which is built when it is nowhere.
 
@@ -125,18 +112,14 @@ def tier_file(
         what: a path, or a level's name.
         run: the latest run of the model, whose files are meant by the levels' names.
         n_ctx: tokens of a request.
-        threads: of building.
         out: the folder to build into; ``<name>-ladder`` by default.
-        progress: told where hashing and building are.
-        say: told what is built.
+        work: of building.
 
     Raises:
         UnknownLevel: neither a file nor a level.
         UsageError: the model was not trained for such a context.
         BadInput: a level that is gone cannot be built as it was, since its importance matrix is gone, too.
     """
-    from bitladder.files.gguf import GgufFile
-    from bitladder.files.sources import resolve
     from bitladder.plan.ladder import check_context
     from bitladder.store.evidence import Evidence
     from bitladder.store.recorded import Recorded
@@ -144,15 +127,12 @@ def tier_file(
     with Evidence.open() as store:
         recorded = Recorded(store)
         if Path(what).is_file():
-            return _named_file(Path(what), run, recorded, n_ctx, progress)
-        found = resolve(model, progress)
-        with GgufFile.open(found.path) as source:
-            search = _Search(
-                source, found, run, recorded, out or Path(f"{found.label}-ladder"), threads, progress, Journal(say)
-            )
+            return _named_file(Path(what), run, recorded, n_ctx, work.progress)
+        with opened(model, work, warn=False) as job:
+            search = _Search(job, run, recorded, out or Path(f"{job.found.label}-ladder"))
             level = search.level_named(what)
-            check_context(source.model, n_ctx)  # told before anything is built
-            return _described(level, search.path_of(level), search.wanted(level), recorded, n_ctx, progress)
+            check_context(job.source.model, n_ctx)  # refused before anything is built
+            return _described(level, search.path_of(level), search.wanted(level), recorded, n_ctx, work.progress)
 
 
 def _named_file(path: Path, run: LatestRun | None, recorded: Recorded, n_ctx: int, progress: Progress) -> TierFile:
@@ -191,14 +171,10 @@ def _described(level: str, path: Path, wanted: str, recorded: Recorded, n_ctx: i
 class _Search:
     """Where the file of a level is looked for, and how it is built when it is nowhere."""
 
-    source: GgufFile
-    found: Source
+    job: Job
     run: LatestRun | None
     recorded: Recorded
     out: Path
-    threads: int
-    progress: Progress
-    journal: Journal
 
     def level_named(self, text: str) -> str:
         """A level of the run or of the ladder, in its own spelling; raises UnknownLevel."""
@@ -209,22 +185,22 @@ class _Search:
         """The level that the model itself is."""
         from bitladder.stages.run_facts import level_of
 
-        return level_of(self.source.model)
+        return level_of(self.job.source.model)
 
     def wanted(self, level: str) -> str:
         """Hash of the file that is meant: the latest run's, else the one measured last; empty when there is none."""
         decided = self.run.decision.files.get(level) if self.run else None
-        return decided or next((file.sha256 for file in self.recorded.files(self.source.sha256, level)), "")
+        return decided or next((file.sha256 for file in self.recorded.files(self.job.source.sha256, level)), "")
 
     def _known(self, level: str) -> list[StoredFile]:
         """Every place of the file that is meant, the newest first."""
         wanted = self.wanted(level)
-        return [file for file in self.recorded.files(self.source.sha256, level) if file.sha256 == wanted]
+        return [file for file in self.recorded.files(self.job.source.sha256, level) if file.sha256 == wanted]
 
     def path_of(self, level: str) -> Path:
         """The file of a level."""
         if level == self.own:
-            return self.source.path
+            return self.job.source.path
         there = next(self._lying(level), None)
         return there or self._build(level).path
 
@@ -234,10 +210,10 @@ class _Search:
         known = self._known(level)
         places = [Path(file.path) for file in known]
         if known:
-            found = find_file(known[0].sha256, known[0].bytes, places, self.folders, self.progress)
+            found = find_file(known[0].sha256, known[0].bytes, places, self.folders, self.job.progress)
             if found is not None:
                 yield found
-        made_here = files_made_from(self.source, level, self.folders)
+        made_here = files_made_from(self.job.source, level, self.folders)
         yield from (path for path in places if path.resolve() in {one.resolve() for one in made_here})
         if not known:
             yield from made_here
@@ -246,49 +222,27 @@ class _Search:
     def folders(self) -> Sequence[Path]:
         """The run's own, those of measured files, and the one to build into."""
         own = [self.run.path.parent] if self.run else []
-        return [*own, *known_folders(self.recorded, self.source.sha256), self.out]
+        return [*own, *known_folders(self.recorded, self.job.source.sha256), self.out]
 
     def _build(self, level: str) -> LevelFile:
         """Make a level as it was made when it was measured, or as a run would make it."""
         from bitladder.stages.ladder_files import ladder_files
         from bitladder.stages.quantize import calibrate_levels, sort_levels
 
+        job, build, wanted = self.job, Build(out=self.out), served_level(level)
+        levels = sort_levels([wanted])
         known = next(iter(self._known(level)), None)
         if known is not None:
-            self.journal.say(f"{level} is built again as it was for the measurements: its file is nowhere.")
-            importance = importance_again(self.source, known, self.journal, self.progress)
+            making = known.making
+            job = replace(job, threads=making.threads)
+            build = replace(build, imatrix=making.imatrix, effort=cast("Effort", making.effort))
+            job.journal.say(f"{level} is built again as it was for the measurements: its file is nowhere.")
+            importance = importance_again(job, build, known)
         else:
-            importance = self._importance(level)
-        wanted = served_level(level)
-        calibrated = calibrate_levels(
-            self.source, self.found, sort_levels([wanted]), self.out, imatrix=known.making.imatrix if known else AUTO,
-            threads=known.making.threads if known else self.threads, journal=self.journal, progress=self.progress,
-        )  # fmt: skip
-        built = ladder_files(
-            self.source,
-            [wanted],
-            self.out,
-            importance=importance,
-            calibrated=calibrated,
-            effort=cast("Effort", known.making.effort) if known else "good",
-            threads=known.making.threads if known else self.threads,
-            journal=self.journal,
-            progress=self.progress,
-        )
+            importance = importance_of(job, build) if levels.use_importance else None
+        calibrated = calibrate_levels(job, levels, build)
+        built = ladder_files(job, [wanted], build, importance=importance, calibrated=calibrated)
         (file,) = built.values()
-        if known is not None and model_sha256(file.path, self.progress) == known.sha256:
-            identified(built, known.making, self.recorded, self.journal, self.progress)
+        if known is not None and model_sha256(file.path, job.progress) == known.sha256:
+            identified(built, known.making, self.recorded, job)
         return file
-
-    def _importance(self, level: str) -> Importance | None:
-        """For a level that nobody has measured: as `quantize` makes one."""
-        from bitladder.levels import FeedbackLevel, Needs
-
-        wanted = served_level(level)
-        if wanted.needs is Needs.NOTHING or isinstance(wanted, FeedbackLevel):
-            return None
-        try:
-            return importance_of(self.source, AUTO, threads=self.threads, journal=self.journal, progress=self.progress)
-        except UnknownArchitecture as error:
-            self.journal.warn(f"{level} is made without an importance matrix: {error.found}")
-            return None

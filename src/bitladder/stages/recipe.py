@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING
 
 from bitladder.errors import UsageError
 from bitladder.levels import FeedbackLevel
-from bitladder.progress import Progress
 from bitladder.records.recipe import FittedLevel, Recipe, SensitivityTable
 from bitladder.report.recipe import note_lines
-from bitladder.stages.calibration import calibration_texts, token_windows
-from bitladder.stages.forecast import job, walking_need
-from bitladder.stages.job import Journal
+from bitladder.stages.calibration import calibration_texts
+from bitladder.stages.forecast import forecast, walking_need
+from bitladder.stages.job import Build, Job, Journal, Work, opened
 from bitladder.stages.known_files import kept_by_evidence
 from bitladder.stages.weighing import RecipeTexts, keep_table, parts_of_text, weighed_tensors
 
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from bitladder.describe.rates import PoolRates
     from bitladder.describe.windows import Window
     from bitladder.files.gguf import GgufFile
-    from bitladder.kernels import Effort
     from bitladder.plan.recipe import Wish
     from bitladder.records.fidelity import Fidelity
 
@@ -47,8 +45,8 @@ class RecipeResult:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What the user wants: a wish, or a level by name, and what to do with it."""
+class RecipeRequest:
+    """What the user wants: limits, or a level by name, and where the file is written."""
 
     wish: Wish
     level: str | None = None
@@ -56,78 +54,53 @@ class Asked:
     """Choose the budget so that the model fits this machine with its context."""
     n_ctx: int | None = None
     """Tokens of that context; None: as `usable_context`."""
-    out: Path | None = None
-    effort: Effort = "good"
-    """How long to search for scales, and how often codes and scales are improved in turns."""
-    force: bool | None = None
-    """Whether files of other kinds and sources may be replaced; None where the user has no say."""
-    folders: tuple[Path, ...] = ()
-    """Where else the file may lie already, under any name."""
+    build: Build | None = None
+    """Where the file is written, and how; None: the recipe alone is wanted."""
+    texts: Sequence[Path] = ()
+    """The user's calibration texts; those that ship by default."""
 
 
-def make_recipe(
-    model: str,
-    asked: Asked,
-    *,
-    texts: Sequence[Path] = (),
-    threads: int,
-    device: str = "cpu",
-    journal: Journal | None = None,
-    progress: Progress,
-) -> RecipeResult:
-    """Choose a type for every tensor, and with ``asked.out`` write the file and measure it on held-out text.
+def make_recipe(model: str, request: RecipeRequest, work: Work) -> RecipeResult:
+    """Choose a type for every tensor, and with ``request.build`` write the file and measure it on held-out text.
 
     Raises:
         NothingFits: a limit cannot be met, or there is too little memory or disk.
         UsageError: no limit was given, or one above the source.
         BadInput, BadWeights, UnknownArchitecture: the model cannot be weighed on this text.
     """
-    from bitladder.files.gguf import GgufFile
-    from bitladder.files.sources import resolve
-
-    journal = journal or Journal()
-    found = resolve(model, progress)
-    journal.warn(*found.warnings)
-    with GgufFile.open(found.path) as source:
-        return recipe_of(source, asked, texts=texts, threads=threads, device=device, journal=journal, progress=progress)
+    with opened(model, work) as job:
+        return recipe_of(job, request)
 
 
-def recipe_of(
-    source: GgufFile,
-    asked: Asked,
-    *,
-    texts: Sequence[Path] = (),
-    threads: int,
-    device: str = "cpu",
-    journal: Journal,
-    progress: Progress,
-) -> RecipeResult:
+def recipe_of(job: Job, request: RecipeRequest) -> RecipeResult:
     """As ``make_recipe``, of a model that is open already."""
     from bitladder.formats.recipes import level_named
 
-    if asked.level is None:
-        asked = replace(asked, wish=_bounded(source, asked))
+    source = job.source
+    if request.level is None:
+        request = replace(request, wish=_bounded(source, request))
     else:
-        level_named(asked.level)  # a name that is none is told before any work
-    parts = parts_of_text(token_windows(source, calibration_texts(texts)))
-    if asked.level is not None:
-        recipe = named_recipe(source, asked.level)
-        if asked.out is None:
-            return RecipeResult(recipe, float("nan"))
-        return _written(source, recipe, parts, asked.out, asked, threads, device, journal, progress)
-    table, kept = weighed_tensors(source, parts, texts, threads, device, journal, progress)
-    recipe = _chosen(source, table, asked)
-    if asked.out is None:
+        level_named(request.level)  # a name that is none is refused before any work
+    parts = parts_of_text(job.windows(calibration_texts(request.texts)))
+    build = request.build
+    if request.level is not None:
+        recipe = named_recipe(source, request.level)
+        return RecipeResult(recipe, float("nan")) if build is None else _written(job, recipe, parts, build)
+    table, kept = weighed_tensors(job, parts, request.texts)
+    recipe = _chosen(source, table, request.wish)
+    if build is None:
         return RecipeResult(recipe, table.error)
-    out = asked.out
 
     def write(table: SensitivityTable, recipe: Recipe) -> RecipeResult:
-        return _written(source, recipe, parts, out, asked, threads, device, journal, progress, error=table.error)
+        return replace(_written(job, recipe, parts, build), table_error=table.error)
 
     result = write(table, recipe)
-    if asked.wish.kl is None:
+    if request.wish.kl is None:
         return result
-    return _held(asked.wish.kl, result, table, kept, lambda table: write(table, _chosen(source, table, asked)), journal)
+    wish = request.wish
+    return _held(
+        request.wish.kl, result, table, kept, lambda table: write(table, _chosen(source, table, wish)), job.journal
+    )
 
 
 def _held(
@@ -187,89 +160,42 @@ def _remove(old: RecipeResult, new: RecipeResult) -> None:
         old.fitted.file.path.unlink()
 
 
-def _written(
-    source: GgufFile,
-    recipe: Recipe,
-    parts: RecipeTexts,
-    out: Path,
-    asked: Asked,
-    threads: int,
-    device: str,
-    journal: Journal,
-    progress: Progress,
-    *,
-    error: float = float("nan"),
-) -> RecipeResult:
+def _written(job: Job, recipe: Recipe, parts: RecipeTexts, build: Build) -> RecipeResult:
     """The recipe's file, and its loss on text that nothing was fitted to."""
-    fitted = write_recipe(
-        source, recipe, parts.fitting, out, asked.effort, threads, device, journal, progress,
-        folders=asked.folders, force=asked.force,
-    )  # fmt: skip
-    journal.warn(*note_lines(fitted))
-    held = measured_on(source, fitted.file.path, parts.held_out, threads, device, journal, progress)
-    return RecipeResult(recipe, error, fitted, held)
+    fitted = write_recipe(job, recipe, parts.fitting, build)
+    job.journal.warn(*note_lines(fitted))
+    return RecipeResult(recipe, float("nan"), fitted, measured_on(job, fitted.file.path, parts.held_out))
 
 
-def fitted_level(
-    source: GgufFile,
-    level: FeedbackLevel,
-    out: Path,
-    *,
-    texts: Sequence[Path] = (),
-    effort: Effort = "good",
-    threads: int,
-    force: bool | None = None,
-    folders: Sequence[Path] = (),
-    device: str = "cpu",
-    journal: Journal,
-    progress: Progress,
-) -> FittedLevel:
-    """Write ``GPTQ-Q4_K_M`` or ``bpw4.25``; what it loses on held-out text is told to ``journal``.
+def fitted_level(job: Job, level: FeedbackLevel, build: Build) -> FittedLevel:
+    """Write ``GPTQ-Q4_K_M`` or ``bpw4.25``; what it loses on held-out text is told to the journal.
 
     Raises:
         As ``make_recipe``.
     """
     from bitladder.plan.recipe import Wish
 
-    asked = Asked(Wish(bpw=level.bpw), level=level.recipe, out=out, effort=effort, force=force, folders=tuple(folders))
-    result = recipe_of(source, asked, texts=texts, threads=threads, device=device, journal=journal, progress=progress)
+    request = RecipeRequest(Wish(bpw=level.bpw), level=level.recipe, build=build, texts=build.texts)
+    result = recipe_of(job, request)
     if result.fitted is None or result.held_out is None:
         raise ValueError("a recipe with a folder was not written")
     held = result.held_out
-    journal.say(f"{level}: mean KL {held.kl_mean:.4f} [{held.kl_low:.4f}, {held.kl_high:.4f}] on held-out text.")
+    job.journal.say(f"{level}: mean KL {held.kl_mean:.4f} [{held.kl_low:.4f}, {held.kl_high:.4f}] on held-out text.")
     return result.fitted
 
 
-def reapply(
-    file: Path,
-    model: str,
-    out: Path,
-    *,
-    texts: Sequence[Path],
-    effort: Effort = "good",
-    threads: int,
-    force: bool | None = None,
-    device: str = "cpu",
-    journal: Journal,
-    progress: Progress,
-) -> RecipeResult:
+def reapply(file: Path, model: str, build: Build, work: Work) -> RecipeResult:
     """Write another checkpoint by the recipe of an existing file.
 
     Raises:
         UsageError: the two models differ in shape.
     """
-    from bitladder.files.gguf import GgufFile
-    from bitladder.files.sources import resolve
-    from bitladder.plan.recipe import Wish, reapplied
+    from bitladder.plan.recipe import reapplied
 
     recipe = read_recipe(file)
-    found = resolve(model, progress)
-    journal.warn(*found.warnings)
-    with GgufFile.open(found.path) as source:
-        own = reapplied(recipe, source.model)
-        parts = parts_of_text(token_windows(source, calibration_texts(texts)))
-        asked = Asked(Wish(), out=out, effort=effort, force=force)
-        return _written(source, own, parts, out, asked, threads, device, journal, progress)
+    with opened(model, work) as job:
+        own = reapplied(recipe, job.source.model)
+        return _written(job, own, parts_of_text(job.windows(calibration_texts(build.texts))), build)
 
 
 def read_recipe(file: Path) -> Recipe:
@@ -310,21 +236,8 @@ def named_recipe(source: GgufFile, level: str) -> Recipe:
     )
 
 
-def write_recipe(
-    source: GgufFile,
-    recipe: Recipe,
-    windows: Sequence[Window],
-    out: Path,
-    effort: Effort,
-    threads: int,
-    device: str,
-    journal: Journal,
-    progress: Progress,
-    *,
-    force: bool | None = None,
-    folders: Sequence[Path] = (),
-) -> FittedLevel:
-    """Write a recipe's file, with error feedback, unless it is there already, in ``folders`` under any name.
+def write_recipe(job: Job, recipe: Recipe, windows: Sequence[Window], build: Build) -> FittedLevel:
+    """Write a recipe's file, with error feedback, unless it is there already, in other folders under any name.
 
     Raises:
         NothingFits: too little memory or disk.
@@ -333,54 +246,47 @@ def write_recipe(
     from bitladder.walk.feedback import FeedbackSettings
 
     need = replace(
-        walking_need(source, windows, (recipe.label,), kind="fit"),
+        walking_need(job.source, windows, (recipe.label,), kind="fit"),
         what=f"fit {recipe.label} to {sum(len(window.tokens) for window in windows)} tokens",
         disk_bytes=recipe.bytes,
     )
-    there = (out / f"{source.model.name}-{recipe.label}.gguf").exists()
-    with nullcontext() if there else job(need, journal, out):
-        settings = FeedbackSettings(effort=effort, threads=threads, device=device)
+    there = (build.out / f"{job.source.model.name}-{recipe.label}.gguf").exists()
+    with nullcontext() if there else forecast(need, job.journal, build.out):
+        settings = FeedbackSettings(effort=build.effort, threads=job.threads, device=job.device)
         return write_with_feedback(
-            source, recipe, out, windows, settings=settings, force=force, folders=folders,
-            is_kept=kept_by_evidence(journal), progress=progress,
+            job.source, recipe, build.out, windows, settings=settings, force=build.force, folders=build.folders,
+            is_kept=kept_by_evidence(job.journal), progress=job.progress,
         )  # fmt: skip
 
 
-def measured_on(
-    source: GgufFile,
-    file: Path,
-    windows: Sequence[Window],
-    threads: int,
-    device: str,
-    journal: Journal,
-    progress: Progress,
-) -> Fidelity:
+def measured_on(job: Job, file: Path, windows: Sequence[Window]) -> Fidelity:
     """A file's fidelity on some windows."""
     from bitladder.files.gguf import GgufFile
     from bitladder.stages.fidelity import file_candidate, walk
 
-    with GgufFile.open(file) as opened, job(walking_need(source, windows, (file.stem,)), journal):
-        level = file_candidate(source, opened, threads=threads)
-        return walk(source, [level], windows, progress=progress, threads=threads, device=device)[0]
+    need = walking_need(job.source, windows, (file.stem,))
+    with GgufFile.open(file) as level, forecast(need, job.journal):
+        candidate = file_candidate(job.source, level, threads=job.threads)
+        return walk(job.source, [candidate], windows, progress=job.progress, threads=job.threads, device=job.device)[0]
 
 
-def _bounded(source: GgufFile, asked: Asked) -> Wish:
+def _bounded(source: GgufFile, request: RecipeRequest) -> Wish:
     """The wish with what it needs of this machine, refused here if no table of losses is needed to refuse it."""
     from bitladder.plan.recipe import check
 
-    wish = asked.wish
-    if asked.fits:
-        wish = replace(wish, bytes=room_for_weights(source, asked.n_ctx))
+    wish = request.wish
+    if request.fits:
+        wish = replace(wish, bytes=room_for_weights(source, request.n_ctx))
     if wish.least_decode:
         wish = replace(wish, rates=_rates())
     check(source.model, wish, header_bytes=_header_bytes(source))
     return wish
 
 
-def _chosen(source: GgufFile, table: SensitivityTable, asked: Asked) -> Recipe:
+def _chosen(source: GgufFile, table: SensitivityTable, wish: Wish) -> Recipe:
     from bitladder.plan.recipe import choose
 
-    return choose(table, source.model, replace(asked.wish, aim=_AIM), header_bytes=_header_bytes(source))
+    return choose(table, source.model, replace(wish, aim=_AIM), header_bytes=_header_bytes(source))
 
 
 def _header_bytes(source: GgufFile) -> int:

@@ -8,15 +8,14 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bitladder.errors import NothingFits, UnknownArchitecture, UsageError
-from bitladder.progress import Progress
-from bitladder.stages.calibration import AUTO, importance_of
+from bitladder.errors import NothingFits, UsageError
+from bitladder.stages.calibration import importance_of
 from bitladder.stages.criteria_help import criteria_help
-from bitladder.stages.job import Journal, Say
+from bitladder.stages.job import AUTO, Build, Work, opened
 from bitladder.stages.known_files import identified, known_folders, making_of
 from bitladder.stages.ladder_files import ladder_files
 from bitladder.stages.measure import answers
-from bitladder.stages.quantize import calibrate_levels, refuse_unheard, refuse_unweighed, sort_levels
+from bitladder.stages.quantize import calibrate_levels, sort_levels
 
 if TYPE_CHECKING:
     from bitladder.describe.criteria import Context
@@ -43,14 +42,11 @@ class Search:
     levels: tuple[Level, ...] | None = None
     n_ctx: int | None = None
     out: Path | None = None
-    threads: int = 2
     imatrix: str = AUTO
     trust_python: bool = False
-    device: str = "cpu"
-    """Where an importance matrix is gathered and scales are searched for, as torch names it."""
 
 
-def find_smallest(search: Search, progress: Progress, *, say: Say = lambda _: None) -> LadderOutcome:
+def find_smallest(search: Search, work: Work) -> LadderOutcome:
     """The smallest level of a model that holds a bar on passes, with few levels built and few inputs asked.
 
     Levels are built when they are asked, unless a run or another search left them somewhere, and every answer is kept,
@@ -63,8 +59,6 @@ def find_smallest(search: Search, progress: Progress, *, say: Say = lambda _: No
     """
     from bitladder.engines.base import Launch
     from bitladder.engines.registry import start
-    from bitladder.files.gguf import GgufFile
-    from bitladder.files.sources import resolve
     from bitladder.files.workloads import STARTER, load_workload
     from bitladder.plan.ladder import usable_context
     from bitladder.stages.evaluate import judge_answers
@@ -74,53 +68,41 @@ def find_smallest(search: Search, progress: Progress, *, say: Say = lambda _: No
 
     margin = margin_of(search.bar)
     workload = load_workload(search.workload or STARTER)
-    journal = Journal(say)
     with ExitStack() as stack:
         folder = (search.workload or Path()).parent
         context = stack.enter_context(criteria_help(workload, folder, trust_python=search.trust_python))
-        found = resolve(search.model, progress)
-        source = stack.enter_context(GgufFile.open(found.path))
+        job = stack.enter_context(opened(search.model, work))
+        source = job.source
         recorded = Recorded(stack.enter_context(Evidence.open()))
-        journal.warn(*found.warnings, *workload.warnings)
+        job.journal.warn(*workload.warnings)
         n_ctx = usable_context(source.model, search.n_ctx)
         levels = _levels(source, search, n_ctx)
-        out = search.out or Path(f"{found.label}-ladder")
-        calibrated = calibrate_levels(
-            source, found, sort_levels(list(levels.values())), out, imatrix=search.imatrix, threads=search.threads,
-            device=search.device, journal=journal, progress=progress,
-        )  # fmt: skip
-        try:
-            importance = importance_of(
-                source, search.imatrix, threads=search.threads, device=search.device, progress=progress
-            )
-        except UnknownArchitecture as error:
-            journal.warn(f"Levels are made without an importance matrix: {error.found}")
-            importance = None
+        out = search.out or Path(f"{job.found.label}-ladder")
+        build = Build(out=out, imatrix=search.imatrix)
+        calibrated = calibrate_levels(job, sort_levels(list(levels.values())), build)
+        importance = importance_of(job, build)
         room, parallel = slots(workload, n_ctx)
-        engine = engine_facts(n_ctx=room, n_parallel=parallel, threads=search.threads)
+        engine = engine_facts(n_ctx=room, n_parallel=parallel, threads=job.threads)
 
         own = Subject(source.sha256, level_of(source.model), file=source.sha256)
-        progress(f"workload: {own.level}", 0, 1)
-        replies, _, _ = answers(own, source.path, workload, recorded, n_ctx=n_ctx, threads=search.threads)
+        job.progress(f"workload: {own.level}", 0, 1)
+        replies = answers(own, source.path, workload, recorded, n_ctx=n_ctx, work=job).answers
         reference = judge_answers(workload, replies, context=context)
 
-        making = making_of(source, search.imatrix, importance, effort="good", threads=search.threads)
-        opened: dict[str, Subject] = {}
+        making = making_of(job, build, importance)
+        opened_as: dict[str, Subject] = {}
 
         @contextmanager
         def open_engine(level: str) -> Iterator[Engine]:
-            built = ladder_files(
-                source, [levels[level]], out, importance=importance, calibrated=calibrated, effort="good",
-                threads=search.threads, device=search.device,
-                folders=[out, *known_folders(recorded, source.sha256)], journal=Journal(say), progress=progress,
-            )  # fmt: skip
-            ((opened[level], file),) = identified(built, making, recorded, journal, progress).items()
-            progress(f"workload: {level}", 0, 1)
-            with start(Launch(file.path, n_ctx=room, n_parallel=parallel, threads=search.threads)) as server:
+            where = dataclasses.replace(build, folders=[out, *known_folders(recorded, source.sha256)])
+            built = ladder_files(job, [levels[level]], where, importance=importance, calibrated=calibrated)
+            ((opened_as[level], file),) = identified(built, making, recorded, job).items()
+            job.progress(f"workload: {level}", 0, 1)
+            with start(Launch(file.path, n_ctx=room, n_parallel=parallel, threads=job.threads)) as server:
                 yield server
 
         def known(level: str) -> dict[str, Answer]:
-            stored = {one.question: recorded.answer(opened[level], one.question, engine) for one in replies}
+            stored = {one.question: recorded.answer(opened_as[level], one.question, engine) for one in replies}
             return {question: answer for question, answer in stored.items() if answer is not None}
 
         return smallest_level(
@@ -131,7 +113,7 @@ def find_smallest(search: Search, progress: Progress, *, say: Say = lambda _: No
             margin=margin,
             context=context,
             known=known,
-            on_answer=lambda level, answer: recorded.keep_answer(opened[level], answer.question, engine, answer),
+            on_answer=lambda level, answer: recorded.keep_answer(opened_as[level], answer.question, engine, answer),
         )
 
 
@@ -167,8 +149,7 @@ def _levels(source: GgufFile, search: Search, n_ctx: int) -> dict[str, Level]:
         why="Its answers come from llama.cpp, which runs GGUF files; folders are run by vLLM, TGI and transformers.",
         do="Measure it with `bitladder run --also LEVEL=URL#MODEL`, where URL is the engine that serves it.",
     )
-    refuse_unheard([level for level in wanted if isinstance(level, FeedbackLevel)], search.imatrix)
-    refuse_unweighed([level for level in wanted if isinstance(level, FoldedLevel)], search.imatrix)
+    sort_levels(wanted, search.imatrix)
     plan = make_plan(source.model, probe_machine(), n_ctx=n_ctx, levels=wanted)
     named = {level.name: level for level in wanted}
     own = level_of(source.model)

@@ -10,15 +10,13 @@ from typing import TYPE_CHECKING
 
 from bitladder import __version__
 from bitladder.errors import BadInput
-from bitladder.progress import Progress
 from bitladder.records.recipe import SensitivityTable, TensorLoss
 from bitladder.stages.calibration import calibration_texts
-from bitladder.stages.forecast import job, walking_need
-from bitladder.stages.job import Journal
+from bitladder.stages.forecast import forecast, walking_need
+from bitladder.stages.job import Job
 
 if TYPE_CHECKING:
     from bitladder.describe.windows import Window
-    from bitladder.files.gguf import GgufFile
     from bitladder.stages.sensitivity import Weighed
 
 _WEIGHING_TOKENS = 4096
@@ -60,15 +58,7 @@ def parts_of_text(windows: Sequence[Window]) -> RecipeTexts:
     return RecipeTexts(rest[::step], rest, held)
 
 
-def weighed_tensors(
-    source: GgufFile,
-    parts: RecipeTexts,
-    texts: Sequence[Path],
-    threads: int,
-    device: str,
-    journal: Journal,
-    progress: Progress,
-) -> tuple[SensitivityTable, Path]:
+def weighed_tensors(job: Job, parts: RecipeTexts, texts: Sequence[Path]) -> tuple[SensitivityTable, Path]:
     """The table of predicted losses, checked against measured recipes, and where it is kept between runs."""
     from bitladder.describe.text import text_hash
     from bitladder.files.folders import cache_folder
@@ -76,16 +66,18 @@ def weighed_tensors(
     from bitladder.kernels.feedback import REVISION as FEEDBACK_REVISION
     from bitladder.stages.sensitivity import weigh
 
-    text = text_hash(calibration_texts(texts))[:16]
+    source, text = job.source, text_hash(calibration_texts(texts))[:16]
     kept = cache_folder("sensitivity", f"{source.sha256[:16]}-{text}-{__version__}-{REVISION}-{FEEDBACK_REVISION}.json")
     if kept.exists():
-        journal.reuse("sensitivity", [source.model.name])
+        job.journal.reuse("sensitivity", [source.model.name])
         return _read_table(kept), kept
     need = walking_need(source, parts.weighing, ("",) * 3, kind="weigh")
-    with job(need.named(f"weigh {source.model.name}'s tensors"), journal):
+    with forecast(need.named(f"weigh {source.model.name}'s tensors"), job.journal):
         keep = cache_folder("walks", "weigh")
-        weighed = weigh(source, parts.weighing, threads=threads, device=device, keep=keep, progress=progress)
-    table = _checked(source, weighed, parts, threads, device, journal, progress)
+        weighed = weigh(
+            source, parts.weighing, threads=job.threads, device=job.device, keep=keep, progress=job.progress
+        )
+    table = _checked(job, weighed, parts)
     keep_table(kept, table)
     return table, kept
 
@@ -109,15 +101,7 @@ def _read_table(path: Path) -> SensitivityTable:
     )
 
 
-def _checked(
-    source: GgufFile,
-    weighed: Weighed,
-    parts: RecipeTexts,
-    threads: int,
-    device: str,
-    journal: Journal,
-    progress: Progress,
-) -> SensitivityTable:
+def _checked(job: Job, weighed: Weighed, parts: RecipeTexts) -> SensitivityTable:
     """Measure a few whole recipes, made on the fly, and scale the predictions to them.
 
     The walk may be in bfloat16: that adds 4% to a loss of 0.03 and less to larger ones (docs/log.md), and what is told
@@ -129,7 +113,7 @@ def _checked(
     from bitladder.walk.products import wants_half_products
     from bitladder.walk.weights import FileWeights, MadeWeights, Quantizer
 
-    table = weighed.table
+    table, source, threads, device = weighed.table, job.source, job.threads, job.device
     exact = FileWeights(source, threads=threads)
     quantizer = Quantizer(exact, importance=weighed.importance, effort="fast", threads=threads, device=device)
     least, most = (8 * size / sum(t.elements for t in source.model.tensors) for size in bounds(source.model))
@@ -139,8 +123,8 @@ def _checked(
     ]
     candidates = [Candidate(recipe.label, MadeWeights(quantizer, recipe.qtypes)) for recipe in recipes]
     windows = parts.held_out
-    with job(walking_need(source, windows, [recipe.label for recipe in recipes]), journal):
+    with forecast(walking_need(source, windows, [recipe.label for recipe in recipes]), job.journal):
         half = wants_half_products(None, device)
-        found = walk(source, candidates, windows, progress=progress, threads=threads, device=device, half=half)
+        found = walk(source, candidates, windows, progress=job.progress, threads=threads, device=device, half=half)
     sums = [predicted(table, recipe.qtypes, feedback=False) for recipe in recipes]
     return fitted(table, [(s, one.kl_mean) for s, one in zip(sums, found, strict=True)])

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from bitladder.describe.windows import Window
 from bitladder.formats.roles import OUTPUT_NORM
-from bitladder.progress import Progress, within
+from bitladder.progress import Part, Progress
 from bitladder.units import MiB
 from bitladder.walk.driver import Group, Member, Stream, forward, split
 from bitladder.walk.head import HeadInput, TokenScores, compare
@@ -88,7 +88,7 @@ class Ladder:
         """
         n_layer = self.model.n_layer
         total = n_layer + 2.0  # the head costs about two layers
-        forward([self._stream], within(progress, 0, n_layer, total), "walk: ")
+        forward([self._stream], Part(progress, 0, n_layer, total), "walk: ")
         progress("walk: comparing predictions", n_layer, total)
         scores = self._at_the_head(self._stream.groups, so_far)
         self._stream.finished()

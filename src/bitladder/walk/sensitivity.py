@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from bitladder.formats.roles import Parameter, layer_tensor
-from bitladder.progress import Progress, within
+from bitladder.progress import Part, Progress
 from bitladder.walk.driver import Builder, Group, Member, Resumable, Stream, backward, forward
 from bitladder.walk.inputs import InputStatistics, Sums, Wants, Watch, merged
 from bitladder.walk.keep import Arrays, Keep
@@ -112,7 +112,7 @@ class SensitivityPass:
         tokens = sum(batch.tokens.size for batch in self._batches)
         kept = self._keep.load(tokens, self.model.width) if self._keep else None
         there = self._stream(Member(self._weights), remember=True)
-        forward([there], within(progress, 0, n_layer, total), "sensitivity: ", stop=kept.layer if kept else None)
+        forward([there], Part(progress, 0, n_layer, total), "sensitivity: ", stop=kept.layer if kept else None)
         gradients = there.states_of(0)  # what enters the head is replaced by the gradient there
         back = self._stream(Gradients(self.model, self._weights, there, take, self._results), back=True)
         back.groups = [Group([0], gradients)]
@@ -123,7 +123,7 @@ class SensitivityPass:
         else:
             progress("sensitivity: the head", n_layer, total)
             take(self._head(gradients))
-        backward(back, within(progress, 4.0 * n_layer, n_layer, total), "sensitivity: back through ")
+        backward(back, Part(progress, 4.0 * n_layer, n_layer, total), "sensitivity: back through ")
         take(self._embedding(gradients))
         back.finished()
         progress("sensitivity", total, total)
