@@ -9,7 +9,6 @@ import typing
 from collections.abc import Callable
 from typing import Any
 
-
 LAST = ("threads", "device", "force")
 
 

@@ -1,8 +1,8 @@
 """Model families: one row each, in small files by kin.
 
 ``FAMILIES`` lists them; ``family_of`` finds one by its name in GGUF, ``family_of_class`` by transformers' class.
-Nothing outside this package names an architecture (``tests/test_families.py``). A new family is a row here and a
-case in ``tests/tiny_models.py`` (where it is walked) or ``tests/test_shapes.py`` (where it is planned).
+Nothing outside this package names an architecture (``tests/formats/test_families.py``). A new family is a row here and
+a case in ``tests/tiny_models.py`` (where it is walked) or ``tests/describe/test_shapes.py`` (where it is planned).
 """
 
 from __future__ import annotations

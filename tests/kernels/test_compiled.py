@@ -196,7 +196,7 @@ def test_strides_are_refused_and_so_is_what_numba_keeps_to_itself():
 
 
 def test_only_releases_of_numba_whose_calling_convention_is_known_are_asked_for():
-    project = Path(__file__).parents[1]
+    project = Path(__file__).parents[2]
     wanted = tomllib.loads((project / "pyproject.toml").read_text())["project"]["dependencies"]
     (numba,) = [found for found in map(Requirement, wanted) if found.name == "numba"]
     (pinned,) = re.findall(r"^numba==(\S+)$", (project / "constraints.txt").read_text(), re.MULTILINE)

@@ -21,7 +21,7 @@ from bitladder.formats.recipes import (
 )
 from bitladder.formats.tensors import TensorInfo
 
-RECORDED = json.loads((Path(__file__).parent / "fixtures" / "llama-recipes.json").read_text())["models"]
+RECORDED = json.loads((Path(__file__).parents[1] / "fixtures" / "llama-recipes.json").read_text())["models"]
 PAIRS = [(model, level) for model, row in RECORDED.items() for level in row["levels"]]
 
 

@@ -23,8 +23,8 @@ from kernel_samples import KINDS, bytes_digest, sample, sample_importance, squar
 
 BLOCK_FORMATS = sorted({*AFFINE, *SCALE})
 DECODABLE = sorted(set(QTYPES) - {"F64", "I8", "I16", "I32", "I64", "Q8_1", "Q8_K", "Q1_0"})
-BYTES = json.loads((Path(__file__).parent / "fixtures" / "kernel_bytes.json").read_text())
-GGML = json.loads((Path(__file__).parent / "fixtures" / "ggml_errors.json").read_text())["errors"]
+BYTES = json.loads((Path(__file__).parents[1] / "fixtures" / "kernel_bytes.json").read_text())
+GGML = json.loads((Path(__file__).parents[1] / "fixtures" / "ggml_errors.json").read_text())["errors"]
 
 
 def as_gguf(data: np.ndarray, qtype: str) -> np.ndarray:
@@ -229,11 +229,16 @@ def digest_of_all_formats() -> str:
 def test_a_cpu_without_wide_vectors_writes_the_same_bytes(tmp_path: Path) -> None:
     """The oldest x86-64 (or plain aarch64): no AVX, no FMA, no float16 instructions."""
     code = "import test_kernels; print(test_kernels.digest_of_all_formats())"
-    here = str(Path(__file__).parent)
-    plain_cpu = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(tmp_path)}
+    beside = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
+    plain_cpu = {
+        "PYTHONPATH": beside,
+        "NUMBA_CPU_NAME": "generic",
+        "NUMBA_CPU_FEATURES": "",
+        "NUMBA_CACHE_DIR": str(tmp_path),
+    }
     done = subprocess.run(
         [sys.executable, "-c", code],
-        cwd=here,
+        cwd=Path(__file__).parent,
         env={**os.environ, **plain_cpu},
         capture_output=True,
         text=True,

@@ -12,7 +12,7 @@ from transformers import AutoConfig
 from bitladder.formats.families import BY_CLASS, FAMILIES, family_of, planned, walked
 from bitladder.formats.families.family import LayerKind, Layers, Windows
 
-SRC = Path(__file__).parents[1] / "src" / "bitladder"
+SRC = Path(__file__).parents[2] / "src" / "bitladder"
 HOME = SRC / "formats" / "families"
 
 ALLOWED = {

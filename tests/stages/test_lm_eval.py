@@ -15,7 +15,7 @@ from bitladder.files.lm_eval import read_results
 from bitladder.stages.benchmarks import keep_lm_eval
 from bitladder.store import Evidence
 
-RESULTS = Path(__file__).parent / "fixtures" / "lm_eval_results.json"
+RESULTS = Path(__file__).parents[1] / "fixtures" / "lm_eval_results.json"
 
 
 def test_what_the_tool_wrote():

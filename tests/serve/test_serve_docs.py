@@ -14,7 +14,7 @@ from cloud_server import serving
 from serving_process import ask, clean_environment, own_environment, program_in, run_cli, started
 from tiny_engine import write_tiny
 
-PAGE = Path(__file__).parents[1] / "docs" / "serve.md"
+PAGE = Path(__file__).parents[2] / "docs" / "serve.md"
 RUN, OUTPUT = {"console", "sh"}, {"text"}
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 WORKLOAD = """

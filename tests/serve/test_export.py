@@ -273,7 +273,7 @@ def test_two_files_of_one_name_and_parts_have_places_of_their_own():
 def test_an_image_is_built_from_a_checkout_or_a_wheel_never_from_an_index(tmp_path, monkeypatch):
     from bitladder.serve import host
 
-    assert image_source().context == Path(__file__).parents[1].resolve()
+    assert image_source().context == Path(__file__).parents[2].resolve()
     wheel = tmp_path / "bitladder-9.9-py3-none-any.whl"
     wheel.write_bytes(b"PK")
     assert image_source(wheel) == ImageSource(tmp_path, (wheel.name,), (), f"./{wheel.name}")

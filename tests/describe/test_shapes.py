@@ -13,7 +13,7 @@ from bitladder.levels import parse_level
 from bitladder.plan.cost import level_size
 from bitladder.units import MiB
 
-RECORDED = json.loads((Path(__file__).parent / "fixtures" / "llama-recipes.json").read_text())["models"]
+RECORDED = json.loads((Path(__file__).parents[1] / "fixtures" / "llama-recipes.json").read_text())["models"]
 SHAPED = [(name, level) for name, model in RECORDED.items() if model.get("shape") for level in model["levels"]]
 HALF_A_STEP = 0.01
 """llama-quantize prints MiB with two decimals."""
