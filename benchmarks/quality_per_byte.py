@@ -6,10 +6,10 @@
 
 Both sides see the same calibration tokens. Theirs: llama.cpp's mix of types (all 96 recorded mixes are reproduced
 tensor by tensor, tests/formats/test_recipes.py), quantized by ggml's own reference code (libgguf) under an importance
-matrix of those tokens. Ours: a recipe of at most as many bytes, or a share of them, codes chosen with error feedback. KL
-against the 16-bit source on the first window of each of several articles of the test text, and of texts of another kind (the
-ones that ship to measure on); ratios of mean KL with paired intervals over documents. ``--ablate`` adds each ingredient
-alone.
+matrix of those tokens. Ours: a recipe of at most as many bytes, or a share of them, codes chosen with error feedback.
+KL against the 16-bit source on the first window of each of several articles of the test text, and of texts of another
+kind (the ones that ship to measure on); ratios of mean KL with paired intervals over documents. ``--ablate`` adds
+each ingredient alone.
 """
 
 import argparse
