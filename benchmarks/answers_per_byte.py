@@ -27,7 +27,7 @@ from bitladder.engines.llama import LlamaServer
 from bitladder.files.gguf import GgufFile
 from bitladder.files.workloads import STARTER, load_workload
 from bitladder.formats.recipes import assign
-from bitladder.plan.recipe import Wish, choose, recipe_bytes
+from bitladder.plan.recipe import Limits, choose, recipe_bytes
 from bitladder.records.evaluation import Answer
 from bitladder.stages.evaluate import answer_workload, judge_answers
 from bitladder.stages.feedback import write_with_feedback
@@ -100,7 +100,7 @@ def main() -> int:
                 size, _ = recipe_bytes(
                     source.model, assign(level, source.model.tensors, source.model.dims, has_importance=True)
                 )
-                recipe = replace(choose(table, source.model, Wish(bytes=size)), expected_kl=None)
+                recipe = replace(choose(table, source.model, Limits(bytes=size)), expected_kl=None)
                 settings = FeedbackSettings(threads=options.threads)
                 written = write_with_feedback(source, recipe, options.ours / level, windows, settings=settings)
                 there = [written.file.path]

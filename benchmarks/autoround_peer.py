@@ -30,7 +30,7 @@ from bitladder.engines.base import Launch
 from bitladder.engines.llama import LlamaServer
 from bitladder.files.gguf import GgufFile
 from bitladder.kernels import dequantize
-from bitladder.plan.recipe import Wish, choose
+from bitladder.plan.recipe import Limits, choose
 from bitladder.records.recipe import SensitivityTable
 from bitladder.stages.feedback import write_with_feedback
 from bitladder.stages.fidelity import Candidate, file_candidate, token_scores
@@ -78,7 +78,7 @@ class Ours:
         if self._table is None:
             some = self._windows[:: max(1, len(self._windows) // 8)]
             self._table = sensitivity_table(self._source, some, threads=self._threads)
-        recipe = choose(self._table, self._source.model, Wish(bytes=size))
+        recipe = choose(self._table, self._source.model, Limits(bytes=size))
         settings = FeedbackSettings(threads=self._threads)
         made = write_with_feedback(self._source, recipe, self._keep / name, self._windows, settings=settings)
         took = f"{time.perf_counter() - started:.0f} s" + (", was there" if made.file.reused else "")

@@ -20,7 +20,7 @@ import torch
 from bitladder.describe.shapes import Shape
 from bitladder.describe.windows import WINDOW, Window
 from bitladder.files.gguf import GgufFile
-from bitladder.files.hollow import write_hollow
+from bitladder.files.stub_gguf import write_stub
 from bitladder.stages.calibrate import quantize_checkpoints
 from bitladder.walk.checkpoint_walk import Settings
 
@@ -36,7 +36,7 @@ def peak_bytes() -> int:
 
 def make_model(path: Path, shape: Shape) -> None:
     """A hollow file with noise where the walk looks."""
-    write_hollow(path, shape, "F16")
+    write_stub(path, shape, "F16")
     rng = np.random.default_rng(0)
     with GgufFile.open(path) as file, path.open("r+b") as target:
         for tensor in file.model.tensors:

@@ -27,7 +27,7 @@ from bitladder.records import to_json
 from bitladder.records.evaluation import Answer, LevelAnswers, Speed
 from bitladder.records.reading import from_json
 from bitladder.serve.escalation import is_sure
-from bitladder.serve.evidence import Advice, RoutedInput, advise, routed_inputs
+from bitladder.serve.evidence import RoutedInput, RoutingAdvice, advise, routed_inputs
 from bitladder.serve.router import AUTO, QUALITY, Features, choose
 from bitladder.stages.evaluate import answer_workload, judge_answers, level_answers, measure_speed
 from bitladder.stages.run_facts import input_facts
@@ -57,7 +57,7 @@ def asked(path: Path, workload: Workload, folder: Path, threads: int) -> LevelAn
     return level_answers(path.stem, judge_answers(workload, replies), speed)
 
 
-def outcome(inputs: Sequence[RoutedInput], advice: Advice, *, tagged: bool) -> dict[str, float | None]:
+def outcome(inputs: Sequence[RoutedInput], advice: RoutingAdvice, *, tagged: bool) -> dict[str, float | None]:
     """What the gateway would do with these inputs under a rule made from others."""
     loss = gain = kept = 0
     spent = added = 0.0

@@ -9,7 +9,7 @@ import logging
 import sys
 
 from bitladder.serve.app import serve
-from bitladder.serve.settings import ServeSettings, TierSpec, Timeouts
+from bitladder.serve.settings import ServeSettings, TierSpec, UpstreamTimeouts
 
 
 def main() -> None:
@@ -21,7 +21,7 @@ def main() -> None:
         tiers[1] if len(tiers) > 1 else None,
         port=0,
         max_queue=4096,
-        timeouts=Timeouts(first_byte=5.0, between=5.0),
+        timeouts=UpstreamTimeouts(first_byte=5.0, between=5.0),
         drain_s=2.0,
     )
 

@@ -31,7 +31,7 @@ from bitladder.engines.llama import LlamaServer
 from bitladder.files.gguf import GgufFile
 from bitladder.files.texts import read_texts, shipped_texts
 from bitladder.formats.recipes import assign
-from bitladder.plan.recipe import Wish, choose, recipe_bytes
+from bitladder.plan.recipe import Limits, choose, recipe_bytes
 from bitladder.records.recipe import Recipe
 from bitladder.stages.feedback import write_with_feedback
 from bitladder.stages.fidelity import Candidate, file_candidate, token_scores
@@ -79,7 +79,7 @@ def candidates(
         mix = assign(level, source.model.tensors, source.model.dims, has_importance=True)
         size, bpw = recipe_bytes(source.model, mix)
         named = Recipe(f"{level}-fed", source.model.dims.architecture, mix, size, bpw, None, (), True)
-        chosen = choose(table, source.model, Wish(bytes=int(size * options.share)))
+        chosen = choose(table, source.model, Limits(bytes=int(size * options.share)))
         found.append((level, "llama.cpp", Candidate(f"{level} llama.cpp", MadeWeights(theirs, mix))))
         fed = [("ours", chosen)]
         if options.ablate:

@@ -21,7 +21,7 @@ from bitladder.describe.windows import WINDOW
 from bitladder.engines.base import Launch
 from bitladder.engines.llama import LlamaServer
 from bitladder.files.gguf import GgufFile
-from bitladder.plan.allocate import Choice, Group, least_loss
+from bitladder.plan.allocate import TensorGroup, TypeChoice, least_loss
 from bitladder.plan.recipe import predicted, recipe_bytes
 from bitladder.stages.fidelity import Candidate, walk
 from bitladder.stages.imatrix import importance_matrix
@@ -54,8 +54,10 @@ def solving_seconds(tensors: int = 1000, types: int = 12) -> float:
     groups = []
     for number in range(tensors):
         size, weight = rng.choice([1e6, 4e6, 16e6, 48e6]), rng.lognormal(0, 2)
-        offered = (Choice(f"q{b:.1f}", weight * 4.0**-b * rng.lognormal(0, 0.1), {"bytes": size * b / 8}) for b in bits)
-        groups.append(Group(str(number), tuple(offered)))
+        offered = (
+            TypeChoice(f"q{b:.1f}", weight * 4.0**-b * rng.lognormal(0, 0.1), {"bytes": size * b / 8}) for b in bits
+        )
+        groups.append(TensorGroup(str(number), tuple(offered)))
     whole = sum(max(choice.costs["bytes"] for choice in group.choices) for group in groups)
     started = time.perf_counter()
     least_loss(groups, {"bytes": 0.5 * whole})

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from bitladder.plan.recipe import Wish, choose
+from bitladder.plan.recipe import Limits, choose
 from bitladder.stages.calibrate import quantize_checkpoints
 from bitladder.stages.calibration import calibration_texts
 from bitladder.stages.job import Build, Work, opened
@@ -79,7 +79,7 @@ def main() -> int:
         if LEVEL not in clock.parts:
             clock(LEVEL, lambda: quantize_checkpoints(source, [LEVEL], out, windows, name="walk", settings=settings))
         table, _ = clock("weighing and checking", lambda: weighed_tensors(job, parts, ()))
-        recipe = clock("choosing", lambda: choose(table, source.model, Wish(bpw=options.bpw)))
+        recipe = clock("choosing", lambda: choose(table, source.model, Limits(bpw=options.bpw)))
         made = clock(
             "writing",
             lambda: write_recipe(job, recipe, parts.fitting, Build(out=out)),

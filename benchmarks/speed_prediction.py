@@ -38,11 +38,11 @@ from bitladder.files.sources import resolve
 from bitladder.formats.parts import parts_of
 from bitladder.formats.recipes import LEVELS
 from bitladder.plan.cost import LevelBytes
-from bitladder.plan.placement import Wish, place
+from bitladder.plan.placement import Usage, place
 from bitladder.plan.search import MachineRates, shares_of
 from bitladder.plan.speed import anchor_factor, predict
 from bitladder.records import to_json
-from bitladder.records.plan import Figure, Speed
+from bitladder.records.plan import Figure, PlanSpeed
 from bitladder.stages.measure_machine import measure_machine
 from bitladder.stages.write_levels import quantize_levels
 
@@ -81,10 +81,10 @@ def run_all(runs: Sequence[Run], prompts: Sequence[int], threads: int, until: fl
         print(f"a round of {len(runs)} files took {took:.0f} s", flush=True)
 
 
-def predicted(path: Path, rates: PoolRates, machine: Machine, prompt: int) -> Speed:
+def predicted(path: Path, rates: PoolRates, machine: Machine, prompt: int) -> PlanSpeed:
     model = read_header(path)
     level = LevelBytes(path.stem, parts_of(model.tensors))
-    shares = shares_of(model, level, place(model, level, machine, Wish(4096)), MachineRates(rates))
+    shares = shares_of(model, level, place(model, level, machine, Usage(4096)), MachineRates(rates))
     return predict(shares, model, n_prompt=prompt, n_past=prompt + DECODED / 2)
 
 

@@ -44,7 +44,7 @@ from bitladder.stages.forecast import building_need
 from bitladder.stages.job import Build, Job, Journal, Say, Work, opened
 from bitladder.stages.known_files import identified, known_folders, making_of
 from bitladder.stages.ladder_files import ladder_files
-from bitladder.stages.measure import built_candidate, documents, fidelities, of_itself
+from bitladder.stages.measure import built_candidate, documents, fidelities, fidelity_of_reference
 from bitladder.stages.quantize import calibrate_levels, sort_levels
 from bitladder.stages.run_facts import RunSettings, level_of
 from bitladder.stages.wording import wording_changes
@@ -346,7 +346,7 @@ def _known_of_source(given: _Given, plan: Plan, fidelities: Sequence[Fidelity]) 
     """That the source is as close to itself as can be, where it is a level like the others."""
     own = level_of(given.job.source.model)
     rival = _reference_level(given) is None and any(level.level == own for level in plan.levels)
-    return [of_itself(fidelities[0], own)] if rival and fidelities else []
+    return [fidelity_of_reference(fidelities[0], own)] if rival and fidelities else []
 
 
 def _record(

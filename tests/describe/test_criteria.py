@@ -2,7 +2,7 @@
 
 import pytest
 
-from bitladder.describe.criteria import KINDS, Context, Outcome, extract_json, found_items, judge, normal, numbers
+from bitladder.describe.criteria import KINDS, Context, Mark, extract_json, found_items, judge, normal, numbers
 from bitladder.describe.workload import Criterion, Input
 
 
@@ -74,7 +74,7 @@ DETAILS = [
 
 @pytest.mark.parametrize(("kind", "value", "text", "detail"), DETAILS)
 def test_the_reason_names_what_is_missing(kind, value, text, detail):
-    assert outcome(kind, value, text) == Outcome(False, detail)
+    assert outcome(kind, value, text) == Mark(False, detail)
 
 
 def test_all_criteria_must_hold():
@@ -83,25 +83,23 @@ def test_all_criteria_must_hold():
     )
     one = Input("i", (), criteria)
     assert judge(one, "a").passed
-    assert judge(one, "a b") == Outcome(False, "2 words, at most 1 allowed")
+    assert judge(one, "a b") == Mark(False, "2 words, at most 1 allowed")
 
 
 def test_agreement_with_the_reference():
     assert outcome("agrees_with_reference", True, "x", Context(reference=None)).passed
     assert outcome("agrees_with_reference", True, "x ", Context(reference="x")).passed
-    assert outcome("agrees_with_reference", True, "x", Context(reference="y")) == Outcome(
-        False, "the reference says 'y'"
-    )
+    assert outcome("agrees_with_reference", True, "x", Context(reference="y")) == Mark(False, "the reference says 'y'")
 
 
 def test_own_function_and_judge_get_what_they_need():
     context = Context(
         reference="r",
         functions={"m:f": lambda text, info: (text == info["reference"], info["id"])},
-        judge=lambda one, value, answer, reference: Outcome(True, f"{one.id} {value['rubric']} {answer} {reference}"),
+        judge=lambda one, value, answer, reference: Mark(True, f"{one.id} {value['rubric']} {answer} {reference}"),
     )
-    assert outcome("python", "m:f", "r", context) == Outcome(True, "i")
-    assert outcome("judge", "be kind", "a", context) == Outcome(True, "i be kind a r")
+    assert outcome("python", "m:f", "r", context) == Mark(True, "i")
+    assert outcome("judge", "be kind", "a", context) == Mark(True, "i be kind a r")
     with pytest.raises(ValueError, match="a judge is needed"):
         outcome("judge", "be kind", "a")
 

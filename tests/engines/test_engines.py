@@ -25,7 +25,7 @@ from bitladder.levels import Container
 from bitladder.serve.app import build_app
 from bitladder.serve.deploy import deployed
 from bitladder.serve.settings import ServeSettings, TierSpec
-from bitladder.serve.supervisor import Fingerprint
+from bitladder.serve.supervisor import EngineFingerprint
 from bitladder.stages.job import Work
 from bitladder.stages.measure import answers
 from bitladder.stages.run_facts import engine_facts, slots
@@ -237,7 +237,7 @@ def test_what_an_engine_started_ends_with_it(folder, tmp_path, monkeypatch):
 
 
 def test_a_file_changed_in_a_served_folder_is_noticed(folder):
-    fingerprint = Fingerprint(folder)
+    fingerprint = EngineFingerprint(folder)
     fingerprint.check()
     (folder / "config.json").write_text('{"other": true}')
     with pytest.raises(EngineError, match="or another time"):

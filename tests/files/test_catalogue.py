@@ -12,7 +12,7 @@ from bitladder.levels import parse_level
 from bitladder.plan.advice import ENGINES, Situation, advise
 from bitladder.plan.inverse import GpuKind, gpus_needed
 from bitladder.plan.launch import launch
-from bitladder.plan.placement import VRAM_MARGIN, Placement, Wish, place
+from bitladder.plan.placement import VRAM_MARGIN, Placement, Usage, place
 from bitladder.plan.preflight import QUANTIZE_START_S, JobNeed, quantize_need, require, walk_need
 from bitladder.plan.search import MachineRates, largest_context, what_would_give
 from bitladder.stages.search import (
@@ -156,7 +156,7 @@ class TestDevices:
 class TestSearch:
     def test_the_largest_first_and_all_fit(self):
         machine, rates = described("RTX 4090 + 64 GiB")
-        rows = search_catalogue(machine, rates, Wish(8192), least_decode=5, least_bits=3)
+        rows = search_catalogue(machine, rates, Usage(8192), least_decode=5, least_bits=3)
         sizes = [row.params for row in rows]
         assert sizes == sorted(sizes, reverse=True)
         assert all(row.speed.decode.value >= 5 and row.placement.kind != "none" for row in rows)
@@ -168,41 +168,41 @@ class TestSearch:
         machine, rates = described("RTX 4090 + 64 GiB")
         bytes_at = {}
         for least in (1, 10):
-            rows = search_catalogue(machine, rates, Wish(4096), text="qwen2.5-32b", least_decode=least)
+            rows = search_catalogue(machine, rates, Usage(4096), text="qwen2.5-32b", least_decode=least)
             bytes_at[least] = rows[0].placement.weight_bytes
         assert bytes_at[10] < bytes_at[1]
 
     def test_nothing_fits_a_tiny_machine(self):
         machine, rates = described("2.5 GiB")
-        assert search_catalogue(machine, rates, Wish(4096), text="70b") == []
+        assert search_catalogue(machine, rates, Usage(4096), text="70b") == []
 
     def test_what_would_have_to_give(self):
         machine, rates = described("24 GiB")
         row = candidate_of(catalogue.model_named("Llama-3.1-8B-Instruct"))
         f16 = row.levels[0]
-        assert what_would_give(row, f16, machine, rates, Wish(4096)) == "nothing: it fits"
-        assert what_would_give(row, f16, machine, rates, Wish(60000)) == "a KV cache in Q8_0"
-        assert what_would_give(row, f16, machine, rates, Wish(131072)) == "a KV cache in Q4_0"
+        assert what_would_give(row, f16, machine, rates, Usage(4096)) == "nothing: it fits"
+        assert what_would_give(row, f16, machine, rates, Usage(60000)) == "a KV cache in Q8_0"
+        assert what_would_give(row, f16, machine, rates, Usage(131072)) == "a KV cache in Q4_0"
         smaller, _ = described("19 GiB")
-        assert what_would_give(row, f16, smaller, rates, Wish(131072)) == "a context of 8192 tokens"
+        assert what_would_give(row, f16, smaller, rates, Usage(131072)) == "a context of 8192 tokens"
         seventy = candidate_of(catalogue.model_named("Llama-3.3-70B-Instruct"))
-        assert what_would_give(seventy, seventy.levels[1], machine, rates, Wish(4096)).endswith("more memory")
-        far = just_out_of_reach(machine, rates, Wish(4096), [], text="llama-3.3")
+        assert what_would_give(seventy, seventy.levels[1], machine, rates, Usage(4096)).endswith("more memory")
+        far = just_out_of_reach(machine, rates, Usage(4096), [], text="llama-3.3")
         assert [(way.level, way.name) for way in far] == [("Q4_K_M", "meta-llama/Llama-3.3-70B-Instruct")]
 
     def test_the_longest_context(self):
         machine, _ = described("16 GiB")
         row = candidate_of(catalogue.model_named("Llama-3.1-8B-Instruct"))
         level = next(level for level in row.levels if level.level == "Q4_K_M")
-        longest = largest_context(row.model, level, machine, Wish())
+        longest = largest_context(row.model, level, machine, Usage())
         assert 8192 < longest < 131072
-        assert place(row.model, level, machine, Wish(longest)).kind == "cpu"
-        assert place(row.model, level, machine, Wish(longest + 256)).kind == "none"
-        assert largest_context(row.model, row.levels[0], machine, Wish()) == 0
+        assert place(row.model, level, machine, Usage(longest)).kind == "cpu"
+        assert place(row.model, level, machine, Usage(longest + 256)).kind == "none"
+        assert largest_context(row.model, row.levels[0], machine, Usage()) == 0
 
     def test_a_ladder_has_every_level(self):
         machine, rates = described("16 GiB")
-        rows = ladder_of("Llama-2-13b-chat-hf", machine, rates, Wish(4096))
+        rows = ladder_of("Llama-2-13b-chat-hf", machine, rates, Usage(4096))
         assert [row.level for row in rows][:2] == ["F16", "Q8_0"]
         assert rows[0].placement.kind == "none"
         assert rows[-1].placement.kind == "cpu"
@@ -223,7 +223,7 @@ class TestHardware:
         assert gpus_needed(usable + 1000, 1000, kind) == 2
 
     def test_what_a_level_needs_and_saves(self):
-        rows = {row.level: row for row in hardware_for("Llama-3.3-70B-Instruct", Wish(8192))}
+        rows = {row.level: row for row in hardware_for("Llama-3.3-70B-Instruct", Usage(8192))}
         need = {gpu.name: gpu.count for gpu in rows["Q4_K_M"].gpus}
         assert (need["A100 80GB"], need["RTX 4090"]) == (1, 2)
         saved = {saving.gpu: saving for saving in rows["Q4_K_M"].savings}
@@ -237,7 +237,7 @@ class TestHardware:
         path.parent.mkdir(parents=True)
         path.write_text("gpus:\n  A100 80GB: {purchase: 10000, hourly: 2, date: 2026-01-31, source: a quote}\n")
         assert load_prices()["A100 80GB"]["hourly"] == 2
-        rows = {row.level: row for row in hardware_for("Llama-3.3-70B-Instruct", Wish(8192))}
+        rows = {row.level: row for row in hardware_for("Llama-3.3-70B-Instruct", Usage(8192))}
         saving = next(saving for saving in rows["Q4_K_M"].savings if saving.gpu == "A100 80GB")
         assert (saving.purchase, saving.hourly) == (10000, 2)
 
@@ -256,14 +256,14 @@ def placed(kind="cpu", layers=0, experts=0):
 
 class TestLaunch:
     def test_llama_server(self):
-        wish = Wish(4096, 2, "Q8_0", "Q8_0")
+        wish = Usage(4096, 2, "Q8_0", "Q8_0")
         made = launch("llama-server", "/m/a b.gguf", placed("experts in RAM", 33, 20), wish, threads=8)
         assert made.command == (
             "llama-server -m '/m/a b.gguf' -c 8192 -np 2 -t 8 -ngl 33 --n-cpu-moe 20 -ctk q8_0 -ctv q8_0 -fa on --jinja"
         )
 
     def test_ollama_writes_a_modelfile(self):
-        made = launch("ollama", "/m/A.gguf", placed("split", 20), Wish(4096), threads=8)
+        made = launch("ollama", "/m/A.gguf", placed("split", 20), Usage(4096), threads=8)
         assert made.file_name == "Modelfile"
         assert made.file_text.splitlines() == [
             "FROM /m/A.gguf",
@@ -274,16 +274,16 @@ class TestLaunch:
         assert "ollama create a -f Modelfile" in made.command
 
     def test_the_others(self):
-        assert "--gpu max" in launch("lmstudio", "/m/a.gguf", placed("gpu", 33), Wish(), threads=8).command
-        assert "--gpu 0.10" in launch("lmstudio", "/m/a.gguf", placed("split", 3), Wish(), threads=8).command
-        vllm = launch("vllm", "/m/a-AWQ", placed("gpu"), Wish(2048, 8), threads=8, gpus=2).command
+        assert "--gpu max" in launch("lmstudio", "/m/a.gguf", placed("gpu", 33), Usage(), threads=8).command
+        assert "--gpu 0.10" in launch("lmstudio", "/m/a.gguf", placed("split", 3), Usage(), threads=8).command
+        vllm = launch("vllm", "/m/a-AWQ", placed("gpu"), Usage(2048, 8), threads=8, gpus=2).command
         words = "--served-model-name a-AWQ --max-model-len 2048 --max-num-seqs 8 --tensor-parallel-size 2"
         assert vllm == f"vllm serve /m/a-AWQ {words}"
-        tgi = launch("tgi", "/m/a", placed("gpu"), Wish(2048), threads=8).command
+        tgi = launch("tgi", "/m/a", placed("gpu"), Usage(2048), threads=8).command
         assert "-v /m/a:/model" in tgi
         assert "--max-total-tokens 2048" in tgi
-        assert '-v "$PWD"/a:/model' in launch("tgi", "a", placed("gpu"), Wish(), threads=8).command
-        assert "--model-id o/m " in launch("tgi", "o/m", placed("gpu"), Wish(), threads=8, on_hub=True).command
+        assert '-v "$PWD"/a:/model' in launch("tgi", "a", placed("gpu"), Usage(), threads=8).command
+        assert "--model-id o/m " in launch("tgi", "o/m", placed("gpu"), Usage(), threads=8, on_hub=True).command
 
     @pytest.mark.parametrize(
         ("engine", "path", "match"),
@@ -295,7 +295,7 @@ class TestLaunch:
     )
     def test_what_does_not_go_together(self, engine, path, match):
         with pytest.raises(UsageError, match=match):
-            launch(engine, path, placed(), Wish(), threads=1)
+            launch(engine, path, placed(), Usage(), threads=1)
 
 
 class TestAdvice:

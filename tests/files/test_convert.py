@@ -266,9 +266,9 @@ def test_lfs_pointers(checkpoint, tmp_path, name):
     ],
 )
 def test_a_head_for_several_tokens_is_noticed(names, layers, expected):
-    from bitladder.files.checkpoint import Checkpoint, StoredTensor
+    from bitladder.files.checkpoint import Checkpoint, CheckpointTensor
 
-    tensors = tuple(StoredTensor(name, "BF16", (1,), 2) for name in names)
+    tensors = tuple(CheckpointTensor(name, "BF16", (1,), 2) for name in names)
     assert convert.lacks_mtp(Checkpoint(None, {"num_hidden_layers": layers}, (), tensors)) is expected
     nested = {"text_config": {"num_hidden_layers": layers}}
     assert convert.lacks_mtp(Checkpoint(None, nested, (), tensors)) is expected

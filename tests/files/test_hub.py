@@ -9,8 +9,8 @@ from bitladder.describe.shapes import Shape
 from bitladder.errors import BadInput, FetchError, UsageError
 from bitladder.files import hub
 from bitladder.files.describe_source import describe
-from bitladder.files.hollow import N_VOCAB, write_hollow
 from bitladder.files.sources import resolve
+from bitladder.files.stub_gguf import N_VOCAB, write_stub
 from hub_server import running_hub, safetensors
 
 SHAPE = Shape("tiny", "llama", 2, 64, 128, 4, 2, N_VOCAB, 2048, tied=True)
@@ -39,7 +39,7 @@ def server(monkeypatch, tmp_path):
 @pytest.fixture(scope="module")
 def hollow(tmp_path_factory):
     path = tmp_path_factory.mktemp("hollow") / "tiny.gguf"
-    write_hollow(path, SHAPE, "F16")
+    write_stub(path, SHAPE, "F16")
     return path.read_bytes()
 
 
@@ -93,7 +93,7 @@ def test_several_levels_need_a_choice(server, hollow):
 
 def test_a_gguf_header_is_enough_to_plan(server, hollow, tmp_path):
     path = tmp_path / "large.gguf"
-    write_hollow(path, replace(SHAPE, n_embd=256, n_ff=4096, n_layer=4), "F16")
+    write_stub(path, replace(SHAPE, n_embd=256, n_ff=4096, n_layer=4), "F16")
     large = path.read_bytes()
     server.repos["org/levels"] = {"tiny-Q4_K_M.gguf": hollow, "tiny-F16.gguf": large}
     found = describe("hf:org/levels")

@@ -9,8 +9,8 @@ from bitladder.errors import BadFile, BadInput, FetchError, OutputError, UsageEr
 from bitladder.files import demo, local_stores
 from bitladder.files.checkpoint import read_checkpoint
 from bitladder.files.describe_source import describe
-from bitladder.files.hollow import N_VOCAB, write_hollow
 from bitladder.files.sources import resolve
+from bitladder.files.stub_gguf import N_VOCAB, write_stub
 from hub_server import safetensors
 
 SHAPE = Shape("tiny", "llama", 2, 64, 128, 4, 2, N_VOCAB, 2048, tied=True)
@@ -85,14 +85,14 @@ def test_folders_without_config_or_weights(tmp_path):
 
 
 def test_a_folder_with_one_gguf_is_that_file(tmp_path):
-    write_hollow(tmp_path / "m.gguf", SHAPE, "F16")
+    write_stub(tmp_path / "m.gguf", SHAPE, "F16")
     source = resolve(str(tmp_path))
     assert source.path == tmp_path / "m.gguf"
     assert not source.quantized
 
 
 def test_a_quantized_source_is_labelled(tmp_path):
-    write_hollow(tmp_path / "m.gguf", SHAPE, "Q4_0")
+    write_stub(tmp_path / "m.gguf", SHAPE, "Q4_0")
     source = resolve(str(tmp_path / "m.gguf"))
     assert source.quantized
     assert "itself quantized (Q4_0" in source.warnings[0]
@@ -153,7 +153,7 @@ class TestOllama:
         monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path))
         blob = tmp_path / "blobs" / ("sha256-" + "a" * 64)
         blob.parent.mkdir()
-        write_hollow(blob, SHAPE, "Q8_0")
+        write_stub(blob, SHAPE, "Q8_0")
         manifest = tmp_path / "manifests/registry.ollama.ai/library/tiny/latest"
         manifest.parent.mkdir(parents=True)
         layers = [
@@ -198,7 +198,7 @@ def test_lm_studio_folders(tmp_path, monkeypatch):
     folder = tmp_path / ".lmstudio/models/maker/tiny"
     folder.mkdir(parents=True)
     for level in ("Q4_0", "Q8_0"):
-        write_hollow(folder / f"tiny-{level}.gguf", SHAPE, level)
+        write_stub(folder / f"tiny-{level}.gguf", SHAPE, level)
     assert resolve("lmstudio:maker/tiny:q4_0").path == folder / "tiny-Q4_0.gguf"
     with pytest.raises(BadInput, match="Q4_0, Q8_0"):
         resolve("lmstudio:maker/tiny")

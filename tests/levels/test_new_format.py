@@ -22,7 +22,7 @@ from bitladder.levels.checkpoints import CheckpointFormat
 from bitladder.levels.methods import AWQ, GPTQ, ROUNDING
 from bitladder.plan.cost import checkpoint_levels, level_size
 from bitladder.progress import silent
-from bitladder.stages.plan import Request, plan_model
+from bitladder.stages.plan import PlanRequest, plan_model
 from bitladder.walk.checkpoint_weights import CheckpointWeights
 from bitladder.walk.weights import FileWeights
 from tiny_checkpoints import decoded, difference, loaded, run, tiny
@@ -184,13 +184,13 @@ def test_its_names_and_refusals_are_its_own(registered, tmp_path):
 def test_an_engine_that_does_not_serve_a_level_is_not_launched_with_it(registered, name, others, tmp_path):
     case = tiny_models.CASES["llama"]
     source = tiny_models.write(case, tiny_models.make(case), tmp_path / "source.gguf")
-    request = Request(64, machine="8 GiB")
+    request = PlanRequest(64, machine="8 GiB")
     assert "vllm serve" in planned(source, request, "GPTQ-4bit-g32").command
     with pytest.raises(UsageError, match=f"vllm does not serve {name}(.|\n)*run it in {others}"):
         planned(source, request, name)
 
 
-def planned(source: Path, request: Request, name: str):
+def planned(source: Path, request: PlanRequest, name: str):
     return plan_model(str(source), request, levels=[parse_level(name)], engine="vllm", progress=silent).launch
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from bitladder.errors import NothingFits
 from bitladder.plan import allocate
-from bitladder.plan.allocate import Choice, Group, fewest, least_loss
+from bitladder.plan.allocate import TensorGroup, TypeChoice, fewest, least_loss
 
 
 def _groups(seed, count=6):
@@ -16,10 +16,10 @@ def _groups(seed, count=6):
 
     def choice(number, size, bits):
         costs = {"bytes": float(size * bits), "vram": float(size * bits * (number % 2))}
-        return Choice(f"q{bits}", float(rng.lognormal(0, 1.5) * 4.0**-bits), costs)
+        return TypeChoice(f"q{bits}", float(rng.lognormal(0, 1.5) * 4.0**-bits), costs)
 
     return [
-        Group(str(number), tuple(choice(number, size, bits) for bits in (2, 3, 4, 6)))
+        TensorGroup(str(number), tuple(choice(number, size, bits) for bits in (2, 3, 4, 6)))
         for number, size in enumerate(rng.integers(1, 9, count))
     ]
 

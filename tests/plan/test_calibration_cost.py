@@ -5,7 +5,7 @@ import pytest
 from bitladder.levels import parse_level
 from bitladder.levels.checkpoints import parse_checkpoint
 from bitladder.levels.products import ImportanceVectors
-from bitladder.plan.calibration import REACHED, START_SECONDS, Work, predict
+from bitladder.plan.calibration import REACHED, START_SECONDS, CalibrationWork, predict
 from bitladder.units import GiB
 
 SHAPES = {
@@ -16,7 +16,9 @@ SHAPES = {
 
 
 def predicted(*names: str, tokens: int = 32768, state_bytes: int = 1 << 30, rate: float = 1e11):
-    work = Work(SHAPES, n_layer=30, n_embd=576, other_weights=49152 * 576, tokens=tokens, reference_tokens=16384)
+    work = CalibrationWork(
+        SHAPES, n_layer=30, n_embd=576, other_weights=49152 * 576, tokens=tokens, reference_tokens=16384
+    )
     return predict([level(name) for name in names], work, flops_per_s=rate, state_bytes=state_bytes)
 
 
@@ -40,7 +42,7 @@ def test_gptq_work_is_forward_plus_statistics_plus_feedback():
 
 
 def test_passes_in_bfloat16_are_counted_at_its_rate():
-    work = Work(SHAPES, n_layer=30, n_embd=576, other_weights=0, tokens=32768, reference_tokens=16384)
+    work = CalibrationWork(SHAPES, n_layer=30, n_embd=576, other_weights=0, tokens=32768, reference_tokens=16384)
 
     def took(name: str, own: float | None) -> float:
         found = predict([level(name)], work, flops_per_s=1e11, pass_flops_per_s=own, state_bytes=1 << 30)
@@ -84,6 +86,8 @@ def test_an_8b_shaped_layer_fits_4_gb():
     """Llama 3 8B, 64 windows: the layer 0.87 GB, Gram matrix and factor of 14,336 inputs 0.82 GB each."""
     attention = {"q_proj": (4096, 4096), "k_proj": (1024, 4096), "v_proj": (1024, 4096), "o_proj": (4096, 4096)}
     mlp = {"gate_proj": (14336, 4096), "up_proj": (14336, 4096), "down_proj": (4096, 14336)}
-    work = Work(attention | mlp, n_layer=32, n_embd=4096, other_weights=0, tokens=32768, reference_tokens=16384)
+    work = CalibrationWork(
+        attention | mlp, n_layer=32, n_embd=4096, other_weights=0, tokens=32768, reference_tokens=16384
+    )
     need = predict([parse_checkpoint("GPTQ-4bit-g64")], work, flops_per_s=1e11, state_bytes=GiB // 4).ram_bytes
     assert 3.0e9 < need < 4.0e9

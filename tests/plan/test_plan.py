@@ -17,9 +17,9 @@ from bitladder.levels import RecipeLevel, parse_level, parse_levels
 from bitladder.plan.cost import LevelBytes, checkpoint_levels, level_size
 from bitladder.plan.ladder import make_plan
 from bitladder.plan.pair import plan_pair
-from bitladder.plan.placement import RAM_MARGIN, VRAM_MARGIN, Wish, place
+from bitladder.plan.placement import RAM_MARGIN, VRAM_MARGIN, Usage, place
 from bitladder.plan.search import MachineRates
-from bitladder.plan.speed import Share, anchor_factor, computed_share, decode_seconds, predict, prefill_seconds
+from bitladder.plan.speed import PoolShare, anchor_factor, computed_share, decode_seconds, predict, prefill_seconds
 from bitladder.records import to_json
 from bitladder.stages.write_levels import quantize_levels
 from bitladder.units import GiB, MiB
@@ -136,19 +136,19 @@ def test_a_70b_takes_what_the_field_says(shape, levels, low, high):
 )
 def test_a_7b_and_a_13b_at_4_bits_run_in_16_gb_beside_the_system(shape, low, high):
     model, size = size_of(shape, "Q4_K_M")
-    placement = place(model, size, machine(16, used=3.0), Wish(2048))
+    placement = place(model, size, machine(16, used=3.0), Usage(2048))
     assert placement.kind == "cpu"
     assert low <= (placement.weight_bytes + placement.kv_bytes) / 1e9 <= high
 
 
 def test_a_70b_at_4_bits_on_a_24_gb_gpu_is_split():
     model, size = size_of(LLAMA_70B, "Q4_K_M")
-    assert place(model, size, machine(8, 24), Wish(4096)).kind == "none"
-    split = place(model, size, machine(64, 24), Wish(4096))
+    assert place(model, size, machine(8, 24), Usage(4096)).kind == "none"
+    split = place(model, size, machine(64, 24), Usage(4096))
     assert split.kind == "split"
     assert 30 <= split.n_gpu_layers < 80
     assert split.vram_bytes <= 24 * GiB - VRAM_MARGIN
-    assert place(model, size, machine(64, 24, 24), Wish(4096)).kind == "gpu"
+    assert place(model, size, machine(64, 24, 24), Usage(4096)).kind == "gpu"
 
 
 def test_mistral_large_at_4_bits_needs_about_68_gib_of_weights():
@@ -158,10 +158,10 @@ def test_mistral_large_at_4_bits_needs_about_68_gib_of_weights():
 
 def test_experts_leave_the_gpu_first():
     model, size = size_of(MIXTRAL, "Q4_K_M")
-    placement = place(model, size, machine(64, 12), Wish(4096))
+    placement = place(model, size, machine(64, 12), Usage(4096))
     assert placement.kind == "experts in RAM"
     assert placement.n_gpu_layers == 33
-    fewer = place(model, size, machine(64, 16), Wish(4096))
+    fewer = place(model, size, machine(64, 16), Usage(4096))
     assert 0 < fewer.n_cpu_experts < placement.n_cpu_experts
     assert placement.vram_bytes + 0.5 * size.of("experts") / 32 > 12 * GiB - VRAM_MARGIN - size.of("experts") / 32
 
@@ -169,17 +169,17 @@ def test_experts_leave_the_gpu_first():
 def test_what_is_placed_is_all_there_is():
     """Weights and cache are neither lost nor counted twice, wherever they go."""
     model, size = size_of(LLAMA_8B, "Q4_K_M")
-    whole = size.total + place(model, size, machine(64), Wish(4096)).kv_bytes
+    whole = size.total + place(model, size, machine(64), Usage(4096)).kv_bytes
     for ram, vram in ((64, ()), (64, (4,)), (64, (24,))):
-        placement = place(model, size, machine(ram, *vram), Wish(4096))
+        placement = place(model, size, machine(ram, *vram), Usage(4096))
         beside = placement.total_bytes - whole
         assert 0 < beside < 2 * placement.compute_bytes + 150 * MiB, placement
 
 
 def test_experts_in_ram_are_counted_there():
     model, size = size_of(MIXTRAL, "Q4_K_M")
-    whole = size.total + place(model, size, machine(64), Wish(4096)).kv_bytes
-    placement = place(model, size, machine(64, 12), Wish(4096))
+    whole = size.total + place(model, size, machine(64), Usage(4096)).kv_bytes
+    placement = place(model, size, machine(64, 12), Usage(4096))
     assert placement.ram_bytes > size.of("experts") * placement.n_cpu_experts / 32
     beside = placement.total_bytes - whole
     assert 0 < beside < 2 * placement.compute_bytes + 150 * MiB
@@ -188,8 +188,8 @@ def test_experts_in_ram_are_counted_there():
 def test_unified_memory_is_counted_once():
     mac = Machine("M", 8, (), 16 * GiB, 12 * GiB, 1 << 40, (Gpu("M", 12 * GiB, 12 * GiB),), unified=True)
     model, size = size_of(LLAMA_8B, "Q8_0")
-    assert place(model, size, mac, Wish(4096)).kind == "cpu"
-    assert place(*size_of(LLAMA_8B, "F16"), mac, Wish(4096)).kind == "none"
+    assert place(model, size, mac, Usage(4096)).kind == "cpu"
+    assert place(*size_of(LLAMA_8B, "F16"), mac, Usage(4096)).kind == "none"
 
 
 def test_a_level_that_would_fit_if_other_programs_closed_says_so():
@@ -203,11 +203,11 @@ def test_a_level_that_would_fit_if_other_programs_closed_says_so():
 
 def test_a_quantized_cache_and_slots_change_the_need():
     model, size = size_of(LLAMA_8B, "Q4_K_M")
-    plain = place(model, size, machine(), Wish(8192))
+    plain = place(model, size, machine(), Usage(8192))
     assert plain.kv_bytes == 8192 * 32 * 2 * 1024 * 2
-    eight = place(model, size, machine(), Wish(8192, type_k="Q8_0", type_v="Q8_0"))
+    eight = place(model, size, machine(), Usage(8192, type_k="Q8_0", type_v="Q8_0"))
     assert eight.kv_bytes * 32 == plain.kv_bytes * 17
-    assert place(model, size, machine(), Wish(8192, n_seq=3)).kv_bytes == 3 * plain.kv_bytes
+    assert place(model, size, machine(), Usage(8192, n_seq=3)).kv_bytes == 3 * plain.kv_bytes
 
 
 @pytest.mark.parametrize(("n_ctx", "match"), [(0, "is none"), (-5, "is none"), (200000, "was trained for 131072")])
@@ -263,7 +263,7 @@ class TestSpeed:
 
     def test_context_slows_decoding_and_a_window_bounds_it(self):
         model = model_of(LLAMA_8B)
-        share = (Share(RATES, {"Q8_0": 1e9}, {"Q8_0": 1e9}, 32, 1.0),)
+        share = (PoolShare(RATES, {"Q8_0": 1e9}, {"Q8_0": 1e9}, 32, 1.0),)
         step = decode_seconds(share, model, 2000) - decode_seconds(share, model, 1000)
         assert step == pytest.approx(1000 * 32 * 2 * 1024 * 2 / RATES.kv_stream)
         windowed = model_of(Shape("g", "gemma3", 6, 1024, 4096, 16, 4, 4096, 8192, tied=True, sliding_window=512))
@@ -272,7 +272,7 @@ class TestSpeed:
 
     def test_heads_that_share_a_cache_still_work_each(self):
         model = model_of(LLAMA_8B)  # 32 heads on 8
-        share = Share(replace(RATES, heads_stream=RATES.kv_stream), {"F16": 1e9}, {"F16": 1e9}, 32, 1.0)
+        share = PoolShare(replace(RATES, heads_stream=RATES.kv_stream), {"F16": 1e9}, {"F16": 1e9}, 32, 1.0)
         step = decode_seconds((share,), model, 2000) - decode_seconds((share,), model, 1000)
         assert step == pytest.approx(1000 * 32 * 2 * 4096 * 2 / RATES.kv_stream)
 
@@ -282,7 +282,7 @@ class TestSpeed:
         layer_weights = 4096 * (2 * 4096 + 2 * 1024 + 3 * 14336)
         used, head = {"F16": 2.0 * (32 * layer_weights + 128256 * 4096)}, {"F16": 2.0 * 128256 * 4096}
         plain, slow = (
-            decode_seconds((Share(rates, used, used, 32, 1.0, head),), model, 0)
+            decode_seconds((PoolShare(rates, used, used, 32, 1.0, head),), model, 0)
             for rates in (RATES, replace(RATES, row_s={"F16": 1e-8}))
         )
         assert slow - plain == pytest.approx(1e-8 * (32 * layer_rows + 128256))
@@ -290,8 +290,8 @@ class TestSpeed:
     def test_of_a_prompt_only_the_last_token_meets_the_output_matrix(self):
         model = model_of(LLAMA_8B)
         used, head = {"F16": 1.6e10}, {"F16": 1e9}
-        with_head = prefill_seconds((Share(RATES, used, used, 32, 1.0, head),), model, 512)
-        without = prefill_seconds((Share(RATES, {"F16": 1.5e10}, {"F16": 1.5e10}, 32, 1.0),), model, 512)
+        with_head = prefill_seconds((PoolShare(RATES, used, used, 32, 1.0, head),), model, 512)
+        without = prefill_seconds((PoolShare(RATES, {"F16": 1.5e10}, {"F16": 1.5e10}, 32, 1.0),), model, 512)
         assert with_head - without == pytest.approx(1e9 / RATES.stream_of("F16"))
 
     def test_the_last_layers_feeding_is_computed_once(self):
@@ -300,7 +300,7 @@ class TestSpeed:
 
     def test_noise_widens_a_range_downward_only(self):
         model = model_of(LLAMA_8B)
-        share = Share(RATES, {"F16": 1e10}, {"F16": 1e10}, 32, 1.0)
+        share = PoolShare(RATES, {"F16": 1e10}, {"F16": 1e10}, 32, 1.0)
         calm = predict((share,), model, n_prompt=100, n_past=0)
         noisy = predict((replace(share, rates=replace(RATES, noise=1.5)),), model, n_prompt=100, n_past=0)
         assert noisy.decode.high == calm.decode.high
@@ -310,13 +310,13 @@ class TestSpeed:
 
     def test_long_prompts_bind_on_arithmetic_short_ones_on_reading(self):
         model = model_of(LLAMA_8B)
-        share = (Share(RATES, {"F16": 1.6e10}, {"F16": 1.6e10}, 32, 1.0),)
+        share = (PoolShare(RATES, {"F16": 1.6e10}, {"F16": 1.6e10}, 32, 1.0),)
         assert prefill_seconds(share, model, 1) >= 1.6e10 / RATES.stream_of("F16")
         assert prefill_seconds(share, model, 512) >= 0.97 * 2 * 8e9 * 512 / RATES.matmul_of("F16")
 
     def test_ranges_narrow_with_what_is_known(self):
         model = model_of(LLAMA_8B)
-        share = Share(RATES, {"F16": 1e10}, {"F16": 1e10}, 32, 1.0)
+        share = PoolShare(RATES, {"F16": 1e10}, {"F16": 1e10}, 32, 1.0)
         here = replace(share, rates=replace(RATES, source="measured"))
         guesses = [
             predict((share,), model, n_prompt=100, n_past=0).decode,
@@ -359,26 +359,26 @@ class TestPair:
     def test_both_stay_when_they_fit(self):
         model, quality = size_of(LLAMA_8B, "Q8_0")
         speed = size_of(LLAMA_8B, "Q4_K_M")[1]
-        plan = plan_pair(model, quality, speed, machine(32), Wish(4096))
+        plan = plan_pair(model, quality, speed, machine(32), Usage(4096))
         assert plan.resident
         assert plan.swap_s == 0
         assert plan.quality.kv_bytes == plan.speed.kv_bytes > 0
 
     def test_the_speed_tier_gets_the_gpu(self):
         model, quality = size_of(LLAMA_8B, "Q8_0")
-        plan = plan_pair(model, quality, size_of(LLAMA_8B, "Q4_K_M")[1], machine(32, 8), Wish(4096))
+        plan = plan_pair(model, quality, size_of(LLAMA_8B, "Q4_K_M")[1], machine(32, 8), Usage(4096))
         assert (plan.speed.kind, plan.quality.kind) == ("gpu", "split")
 
     def test_else_they_swap_and_the_time_is_told(self):
         model, quality = size_of(LLAMA_8B, "Q8_0")
-        plan = plan_pair(model, quality, size_of(LLAMA_8B, "Q4_K_M")[1], machine(13), Wish(4096), disk_read=1e9)
+        plan = plan_pair(model, quality, size_of(LLAMA_8B, "Q4_K_M")[1], machine(13), Usage(4096), disk_read=1e9)
         assert not plan.resident
         assert plan.swap_s == pytest.approx(1 + quality.total / 1e9)
         assert "one at a time" in plan.reason
 
     def test_a_tier_that_does_not_fit_alone(self):
         model, quality = size_of(LLAMA_8B, "F16")
-        plan = plan_pair(model, quality, size_of(LLAMA_8B, "Q4_K_M")[1], machine(12), Wish(4096))
+        plan = plan_pair(model, quality, size_of(LLAMA_8B, "Q4_K_M")[1], machine(12), Usage(4096))
         assert "F16 does not even fit alone" in plan.reason
 
 
@@ -403,9 +403,9 @@ def test_earlier_runs_on_this_machine_are_found(tmp_path, monkeypatch):
 def test_margins_are_kept():
     model = model_of(LLAMA_8B)
     size = LevelBytes("X", {"layers": {"Q8_0": 4 * GiB}})
-    need = place(model, size, machine(64), Wish(256)).ram_bytes
+    need = place(model, size, machine(64), Usage(256)).ram_bytes
     exact = Machine("cpu", 8, (), 64 * GiB, need + RAM_MARGIN, 1 << 40)
-    assert place(model, size, exact, Wish(256)).kind == "cpu"
+    assert place(model, size, exact, Usage(256)).kind == "cpu"
     short = Machine("cpu", 8, (), 64 * GiB, need + RAM_MARGIN - 1, 1 << 40)
-    lacking = place(model, size, short, Wish(256))
+    lacking = place(model, size, short, Usage(256))
     assert (lacking.kind, lacking.missing_bytes) == ("none", 1)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bitladder.engines.base import Completion, Timings, TokenChoice
-from bitladder.serve.compare import compare, compared, differences, parting
+from bitladder.serve.compare import compare, compared, differences, first_difference
 
 
 def token(text: str, chance: float, **others: float) -> TokenChoice:
@@ -22,7 +22,7 @@ def completion(text: str, *tokens: TokenChoice) -> Completion:
 def test_the_first_token_where_they_part_and_what_each_gave_it():
     a = [token("The", 0.9), token("cat", 0.6, dog=0.3), token("sat", 0.9)]
     b = [token("The", 0.8), token("dog", 0.7, cat=0.2), token("ran", 0.9)]
-    found = parting(a, b)
+    found = first_difference(a, b)
     assert found is not None
     assert (found.index, found.token_a, found.token_b) == (1, "cat", "dog")
     assert (found.a_of_a, found.a_of_b, found.b_of_a, found.b_of_b) == pytest.approx((0.6, 0.3, 0.2, 0.7))
@@ -33,18 +33,18 @@ def test_the_first_token_where_they_part_and_what_each_gave_it():
     ("a_of_b", "b_of_a", "tie"), [(0.3, 0.3, True), (0.26, 0.26, True), (0.3, 0.2, False), (0.2, 0.3, False)]
 )
 def test_a_choice_that_both_levels_nearly_made_the_other_way_is_a_tie(a_of_b, b_of_a, tie):
-    found = parting([token("x", 0.5, y=a_of_b)], [token("y", 0.5, x=b_of_a)])
+    found = first_difference([token("x", 0.5, y=a_of_b)], [token("y", 0.5, x=b_of_a)])
     assert found is not None and found.is_tie is tie
 
 
 def test_a_token_that_was_not_told_has_no_probability_and_makes_no_tie():
-    found = parting([token("x", 0.5)], [token("y", 0.5)])
+    found = first_difference([token("x", 0.5)], [token("y", 0.5)])
     assert found is not None and math.isnan(found.a_of_b) and not found.is_tie
 
 
 def test_equal_answers_do_not_part():
-    assert parting([token("x", 0.5)], [token("x", 0.9)]) is None
-    assert parting([token("x", 0.5)], []) is None
+    assert first_difference([token("x", 0.5)], [token("x", 0.9)]) is None
+    assert first_difference([token("x", 0.5)], []) is None
 
 
 @given(st.text("ab .,\n", max_size=40), st.text("ab .,\n", max_size=40))

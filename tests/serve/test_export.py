@@ -27,7 +27,7 @@ from bitladder.serve.export import (
     systemd_unit,
 )
 from bitladder.serve.host import ImageSource, Owner, image_source, program, reader_of
-from bitladder.serve.settings import ServeSettings, TierSpec, told_apart
+from bitladder.serve.settings import ServeSettings, TierSpec, with_distinct_names
 
 QUALITY = TierSpec(
     "Q8_0", path=Path("/data/my models/tiny-Q8_0.gguf"), sha256="a" * 64, n_ctx=2048, slots=2, memory_bytes=800
@@ -107,7 +107,7 @@ def test_lm_studio_gets_all_parts_and_both_files_of_one_name(tmp_path):
         (tmp_path / folder).mkdir()
         for number in (1, 2):
             (tmp_path / folder / f"m-0000{number}-of-00002.gguf").write_text(f"{folder}{number}")
-    specs = told_apart([TierSpec("m", path=tmp_path / folder / "m-00001-of-00002.gguf") for folder in "ab"])
+    specs = with_distinct_names([TierSpec("m", path=tmp_path / folder / "m-00001-of-00002.gguf") for folder in "ab"])
     first, second = place_for_lm_studio(tmp_path / "models", "m", specs)
     assert [path.read_text() for path in sorted(first.parent.iterdir())] == ["a1", "a2", "b1", "b2"]
     assert (first.name, second.name) == ("m@a-00001-of-00002.gguf", "m@b-00001-of-00002.gguf")
@@ -115,7 +115,7 @@ def test_lm_studio_gets_all_parts_and_both_files_of_one_name(tmp_path):
 
 def test_levels_of_one_name_are_told_apart_by_where_they_lie():
     def names(*specs: TierSpec) -> list[str]:
-        return [spec.level for spec in told_apart(specs)]
+        return [spec.level for spec in with_distinct_names(specs)]
 
     def file(path: str) -> TierSpec:
         return TierSpec(Path(path).stem, path=Path(path))
@@ -132,7 +132,7 @@ def test_levels_of_one_name_are_told_apart_by_where_they_lie():
     assert names(file("/a/m.gguf"), file("/a/m.gguf")) == ["m", "m"]
     assert names(file("/a/quality.gguf"), file("/a/other.gguf")) == ["quality@a", "other"]
     assert len({*names(file("/m.gguf"), file("/x/m.gguf"), file("/y/m.gguf"))}) == 3
-    ServeSettings(*told_apart([file("/a/m.gguf"), file("/b/m.gguf")]))
+    ServeSettings(*with_distinct_names([file("/a/m.gguf"), file("/b/m.gguf")]))
 
 
 def test_llama_swap_keeps_both_tiers_when_they_fit_and_swaps_when_not():
@@ -262,7 +262,7 @@ def test_compose_mounts_any_path(path):
 
 
 def test_two_files_of_one_name_and_parts_have_places_of_their_own():
-    specs = told_apart([TierSpec("m-Q8_0", path=Path(f"/{folder}/m-Q8_0.gguf")) for folder in "ab"])
+    specs = with_distinct_names([TierSpec("m-Q8_0", path=Path(f"/{folder}/m-Q8_0.gguf")) for folder in "ab"])
     service = yaml.safe_load(docker_compose(ServeSettings(*specs, name="x"), IMAGE))["services"]["x"]
     assert [one["target"] for one in service["volumes"]] == ["/models/m-Q8_0@a.gguf", "/models/m-Q8_0@b.gguf"]
     split = ServeSettings(TierSpec("m", path=Path("/a/m-00001-of-00003.gguf")), name="x")

@@ -12,7 +12,7 @@ from bitladder.serve.app import build_app
 from bitladder.serve.backends import UpstreamFailed
 from bitladder.serve.deploy import deployed
 from bitladder.serve.router import AutoRule, TagEvidence
-from bitladder.serve.settings import Escalation, ServeSettings, TierSpec, Timeouts
+from bitladder.serve.settings import Escalation, ServeSettings, TierSpec, UpstreamTimeouts
 from upstreams import (
     CHAT,
     DONE,
@@ -31,7 +31,7 @@ from upstreams import (
 )
 
 GOOD, FAST = says("the good answer", "Q8_0"), says("the fast answer", "Q4_K_M")
-QUICK = Timeouts(first_byte=0.3, between=0.3, client=0.3, restart=0.1)
+QUICK = UpstreamTimeouts(first_byte=0.3, between=0.3, client=0.3, restart=0.1)
 
 
 POSTED = {"type": "http", "method": "POST", "path": CHAT, "headers": [(b"host", b"localhost")], "query_string": b""}

@@ -11,9 +11,19 @@ import httpx
 import pytest
 
 from bitladder.errors import BadInput, UsageError
-from bitladder.serve.limits import Gate, Refused, Room, add_key, held_bytes, key_name, new_key, read_body, read_keys
+from bitladder.serve.limits import (
+    Gate,
+    Refused,
+    RequestMemory,
+    add_key,
+    held_bytes,
+    key_name,
+    new_key,
+    read_body,
+    read_keys,
+)
 from bitladder.serve.protocol import MAX_VALUES, count_values, parse_request
-from bitladder.serve.settings import ServeSettings, TierSpec, Timeouts
+from bitladder.serve.settings import ServeSettings, TierSpec, UpstreamTimeouts
 from upstreams import CHAT, chat, fails, gateway, replies, says
 
 
@@ -137,7 +147,7 @@ def test_an_announced_length_is_refused_before_the_body_is_read():
 
     scope = {"headers": [(b"content-length", b"9" * 30)]}
     with pytest.raises(Refused):
-        asyncio.run(read_body(scope, receive, 1000, Room(1000).share(print)))
+        asyncio.run(read_body(scope, receive, 1000, RequestMemory(1000).share(print)))
 
 
 def test_a_body_that_does_not_come_is_refused(monkeypatch):
@@ -162,7 +172,7 @@ def test_compressed_bodies_are_refused():
 
 def test_all_requests_together_have_so_much_room_and_the_slowest_body_gives_way():
     gone: list[str] = []
-    room = Room(100)
+    room = RequestMemory(100)
     with contextlib.ExitStack() as stack:
         slow, next_slow, whole, new = (
             stack.enter_context(room.share(lambda _, name=name: gone.append(name))) for name in "abcd"
@@ -221,7 +231,7 @@ async def _is_refused(body: bytes) -> None:
 
 
 async def _fails(upstream) -> None:
-    async with gateway(upstream, upstream, timeouts=Timeouts(first_byte=0.05, between=0.05)) as (client, _):
+    async with gateway(upstream, upstream, timeouts=UpstreamTimeouts(first_byte=0.05, between=0.05)) as (client, _):
         assert (await client.post(CHAT, json=chat("auto", "x" * 1000))).status_code in (502, 503)
 
 

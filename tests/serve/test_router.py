@@ -3,7 +3,7 @@
 import pytest
 
 from bitladder.errors import UsageError
-from bitladder.serve.router import AutoRule, Choice, Features, Guess, Rule, TagEvidence, choose, parse_rule
+from bitladder.serve.router import AutoRule, Features, Guess, Rule, TagEvidence, TierChoice, choose, parse_rule
 
 LEVELS = frozenset({"q8_0", "q4_k_m"})
 TAGS = {"extraction": TagEvidence(4, 0), "logic": TagEvidence(3, 2), "style": TagEvidence(5, 1)}
@@ -48,12 +48,12 @@ CASES = [
 
 @pytest.mark.parametrize(("features", "auto", "tier", "kind", "reason"), CASES)
 def test_choice(features, auto, tier, kind, reason):
-    assert choose(features, LEVELS, RULES, auto) == Choice(tier, reason, kind)
+    assert choose(features, LEVELS, RULES, auto) == TierChoice(tier, reason, kind)
 
 
 def test_where_speed_lost_it_may_try_and_be_judged():
     judged = choose(Features("auto", tags=("logic",)), LEVELS, (), JUDGED)
-    assert judged == Choice("speed", "auto: tag logic: speed first, judged by its probabilities", "auto", True)
+    assert judged == TierChoice("speed", "auto: tag logic: speed first, judged by its probabilities", "auto", True)
     safe = choose(Features("auto", tags=("extraction",)), LEVELS, (), JUDGED)
     assert safe is not None and not safe.escalate
 

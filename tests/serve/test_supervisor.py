@@ -15,7 +15,7 @@ from bitladder.serve.backends import UpstreamFailed
 from bitladder.serve.connections import ConnectionPool
 from bitladder.serve.deploy import deployed
 from bitladder.serve.settings import ServeSettings, TierSpec
-from bitladder.serve.supervisor import Fingerprint, Supervisor, Turns
+from bitladder.serve.supervisor import EngineFingerprint, Supervisor, Turns
 from upstreams import CHAT, chat
 
 
@@ -134,7 +134,7 @@ def test_a_hung_engine_is_replaced():
 def test_a_file_that_changed_is_not_served(tmp_path):
     path = tmp_path / "model.gguf"
     path.write_bytes(b"GGUF")
-    print_of = Fingerprint(path)
+    print_of = EngineFingerprint(path)
     print_of.check()
     path.write_bytes(b"GGUF2")
     with pytest.raises(EngineError, match="had 4 bytes and has 5"):

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from bitladder.describe.criteria import KINDS, Context, Outcome
+from bitladder.describe.criteria import KINDS, Context, Mark
 from bitladder.describe.workload import Criterion, Input, Workload, question_hash
 from bitladder.engines.base import Completion, TokenChoice
 from bitladder.errors import EngineGone, UsageError
@@ -176,7 +176,7 @@ def test_agreement_is_judged_against_the_reference():
 def test_a_judge_and_functions_reach_the_criteria():
     asking = Workload("w", (Input("a", WORKLOAD.inputs[0].messages, (Criterion("judge", {"rubric": "r"}),)),))
     answers = answer_workload(FakeEngine(lambda prompt, seed: "x"), asking)
-    context = Context(judge=lambda *_: Outcome(True, "said the judge"))
+    context = Context(judge=lambda *_: Mark(True, "said the judge"))
     assert judge_answers(asking, answers, context=context)[0].detail == "said the judge"
     with pytest.raises(UsageError, match="asks a judge model, and none was named"):
         judge_answers(asking, answers)

@@ -24,7 +24,7 @@ from bitladder.cli.app import app
 from bitladder.describe.text import Document
 from bitladder.files.gguf import GgufFile
 from bitladder.records import evaluation
-from bitladder.records.level_file import Making, Standing, StoredFile
+from bitladder.records.level_file import FileStanding, Making, StoredFile
 from bitladder.serve.app import build_app
 from bitladder.serve.deploy import deployed
 from bitladder.serve.settings import ServeSettings
@@ -223,7 +223,7 @@ def test_each_verb_after_each_verb_leaves_measured_files_alone(world):
         if verb.startswith("serve"):
             tiers = [tier for tier in (result.quality, result.speed) if tier is not None]
             assert_served_is_measured(world, [(tier.level, tier.path) for tier in tiers])
-            assert {tier.standing for tier in tiers} == {Standing.MEASURED}
+            assert {tier.standing for tier in tiers} == {FileStanding.MEASURED}
             assert result.run_json == world.out / "run.json"
         if verb == "export":
             assert_served_is_measured(world, list(zip(("Q8_0", "Q4_K_M"), result, strict=True)))
@@ -282,7 +282,7 @@ def test_a_file_that_was_renamed_or_moved_beside_another_is_found(world, to):
     measured, digest = world.file("Q4_K_M"), sha256(world.file("Q4_K_M"))
     measured.rename(world.home / to)
     found = world.serve("--quality", "Q4_K_M").quality
-    assert (found.path, found.sha256, found.standing) == (world.home / to, digest, Standing.MEASURED)
+    assert (found.path, found.sha256, found.standing) == (world.home / to, digest, FileStanding.MEASURED)
     assert "quantiz" not in world.said
     done = world.gate("--levels", "Q4_K_M")
     assert "Reused: files of Q4_K_M" in done.stderr
@@ -303,14 +303,14 @@ def test_an_edited_file_is_served_with_a_clear_notice_and_without_the_runs_evide
     settings = world.serve("--quality", "Q8_0", "--speed", "Q4_K_M")
     speed = settings.speed
     assert speed is not None
-    assert (speed.path, speed.standing) == (world.file("Q4_K_M"), Standing.CHANGED)
+    assert (speed.path, speed.standing) == (world.file("Q4_K_M"), FileStanding.CHANGED)
     assert speed.sha256 == sha256(speed.path) != measured
     assert speed.note.count(measured[:12]) == 1
     assert settings.shadow.bar == 0 and not settings.auto.tags and not settings.auto.fixed
-    assert settings.quality.standing is Standing.MEASURED
+    assert settings.quality.standing is FileStanding.MEASURED
 
     named = world.serve("--quality", world.file("Q4_K_M")).quality
-    assert named.standing is Standing.CHANGED
+    assert named.standing is FileStanding.CHANGED
 
 
 def test_a_replaced_file_of_the_same_size_and_time_is_not_the_measured_one(world):
@@ -322,7 +322,7 @@ def test_a_replaced_file_of_the_same_size_and_time_is_not_the_measured_one(world
     os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))
     other.replace(served)
     settings = world.serve("--quality", "Q4_K_M")
-    assert (settings.quality.sha256, settings.quality.standing) == (sha256(served), Standing.CHANGED)
+    assert (settings.quality.sha256, settings.quality.standing) == (sha256(served), FileStanding.CHANGED)
     world.export("--quality", "Q4_K_M")
     assert "is not the file that was measured" in world.said
 
@@ -339,7 +339,7 @@ def test_a_run_measures_an_edited_file_as_a_file_of_its_own(world):
         next(one["kl_mean"] for one in record["fidelities"] if one["level"] == "Q4_K_M") for record in (before, after)
     ]
     assert kl[0] != kl[1]
-    assert world.serve("--quality", "Q4_K_M").quality.standing is Standing.MEASURED
+    assert world.serve("--quality", "Q4_K_M").quality.standing is FileStanding.MEASURED
     world.file("Q4_K_M").unlink()
     world.run()  # made again, it is the first one again, with that one's measurements
     assert world.record()["decision"]["files"] == before["decision"]["files"]
@@ -360,7 +360,7 @@ def test_a_deleted_run_is_built_again_byte_for_byte(world, imatrix):
     assert settings.speed is not None
     for tier in (settings.quality, settings.speed):
         assert sha256(tier.path) == tier.sha256 == decided["files"][tier.level]
-        assert tier.standing is Standing.MEASURED
+        assert tier.standing is FileStanding.MEASURED
     assert settings.run_json is None
     assert "record is gone" in world.said
     assert world.serve().quality.sha256 == decided["files"][decided["quality"]]
@@ -377,7 +377,7 @@ def test_a_fitted_level_of_a_run_is_found_and_built_again(world, monkeypatch):
     assert world.serve().quality.path == lay
     shutil.rmtree(world.out)
     again = world.serve("--quality", "gptq-q4_0").quality
-    assert (again.sha256, again.standing) == (decided["files"]["GPTQ-Q4_0"], Standing.MEASURED)
+    assert (again.sha256, again.standing) == (decided["files"]["GPTQ-Q4_0"], FileStanding.MEASURED)
     assert again.path != lay
 
 
@@ -398,14 +398,14 @@ def test_a_level_that_comes_out_otherwise_is_said_to(world, monkeypatch):
     world.file("Q4_K_M").unlink()
     monkeypatch.setattr("bitladder.stages.write_levels.REVISION", "9999")
     tier = world.serve("--quality", "Q4_K_M").quality
-    assert tier.standing is Standing.CHANGED
+    assert tier.standing is FileStanding.CHANGED
     assert "is not the file that was measured" in tier.note
 
 
 def test_a_level_that_was_never_measured_is_marked(world):
     world.run()
     tier = world.serve("--quality", "Q5_K_M").quality
-    assert tier.standing is Standing.UNMEASURED
+    assert tier.standing is FileStanding.UNMEASURED
     assert "never measured" in tier.note
     with GgufFile.open(tier.path) as made, GgufFile.open(world.file("Q4_K_M")) as run:
         assert made.metadata["bitladder.method"] == run.metadata["bitladder.method"], "made as a run makes it"
@@ -419,7 +419,7 @@ def test_the_users_own_file_of_an_unmeasured_level_is_taken_and_not_made_again(w
     (own,) = world.out.glob("*Q5_K_S*")
     before = sha256(own)
     tier = world.serve("--quality", "Q5_K_S").quality
-    assert (tier.path, tier.sha256, tier.standing) == (own, before, Standing.UNMEASURED)
+    assert (tier.path, tier.sha256, tier.standing) == (own, before, FileStanding.UNMEASURED)
 
 
 def test_quantize_writes_beside_a_measured_file_and_finds_it_again(world):
@@ -446,7 +446,7 @@ def test_parts_of_a_split_model_are_kept_too(world):
     world(*quantize, "--imatrix", "none", "--effort", "fast")
     assert [sha256(part) for part in parts] == before
     assert len(list((world.home / "split").iterdir())) == 2 * len(parts)
-    assert world.serve("--quality", parts[0]).quality.standing is Standing.MEASURED
+    assert world.serve("--quality", parts[0]).quality.standing is FileStanding.MEASURED
 
 
 def test_a_run_does_not_take_the_place_of_another_models(world):
@@ -477,7 +477,7 @@ def test_evidence_of_another_machine_names_files_that_are_built_here(world, monk
     refused = world("serve", world.model, "--ctx", "512", code=2)
     assert "no stored decision" in refused.stderr
     tier = world.serve("--quality", "Q4_K_M").quality
-    assert (tier.sha256, tier.standing) == (decided["Q4_K_M"], Standing.MEASURED)
+    assert (tier.sha256, tier.standing) == (decided["Q4_K_M"], FileStanding.MEASURED)
 
 
 def test_records_from_before_files_had_hashes_are_no_evidence_of_any_file(world):
@@ -496,7 +496,7 @@ def test_records_from_before_files_had_hashes_are_no_evidence_of_any_file(world)
     settings = world.serve()
     assert settings.run_json == path
     assert settings.quality.path.parent == world.out
-    assert settings.quality.standing is Standing.UNMEASURED
+    assert settings.quality.standing is FileStanding.UNMEASURED
 
 
 # ---------------------------------------------------------------- where it is said

@@ -9,10 +9,10 @@ from bitladder.engines.base import Identity, Launch
 from bitladder.errors import BadFile
 from bitladder.files import measured
 from bitladder.files.gguf import read_header
-from bitladder.files.hollow import N_VOCAB, write_hollow
+from bitladder.files.stub_gguf import N_VOCAB, write_stub
 from bitladder.formats.parts import parts_of
 from bitladder.plan.cost import LevelBytes
-from bitladder.plan.placement import Wish, place
+from bitladder.plan.placement import Usage, place
 from bitladder.plan.search import MachineRates, shares_of
 from bitladder.plan.speed import decode_seconds, prefill_seconds
 from bitladder.stages import measure_machine as stage
@@ -83,10 +83,10 @@ def test_what_was_measured_predicts_a_model_that_was_not(tmp_path):
     shape = Shape("other", "llama", 12, 1024, 3072, 16, 16, N_VOCAB, 4096, tied=True)
     path = tmp_path / "other.gguf"
     for qtype in ("F16", "Q4_K"):
-        write_hollow(path, shape, qtype)
+        write_stub(path, shape, qtype)
         model = read_header(path)
         level = LevelBytes(qtype, parts_of([t for t in model.tensors if t.name.startswith("blk.")]))
-        shares = shares_of(model, level, place(model, level, MACHINE, Wish(2048)), rates)
+        shares = shares_of(model, level, place(model, level, MACHINE, Usage(2048)), rates)
         engine = FakeServer(Launch(path))
         for count in (64, 512):
             took = engine.time_tokens([1] * count, max_tokens=24)
@@ -105,7 +105,7 @@ def test_rows_never_cost_less_than_nothing():
 def test_a_hollow_model_runs_in_the_engine(tmp_path):
     from bitladder.engines.registry import start
 
-    write_hollow(tmp_path / "h.gguf", stage._THIN, "Q4_0")
+    write_stub(tmp_path / "h.gguf", stage._THIN, "Q4_0")
     with start(Launch(tmp_path / "h.gguf", n_ctx=256, threads=2)) as server:
         timings = server.time_tokens([40] * 8, max_tokens=4)
     assert timings["predicted_n"] == 4
@@ -123,7 +123,7 @@ def test_a_devices_rates_have_the_right_size():
 
 
 def test_hollow_files_take_no_space(tmp_path):
-    size = write_hollow(tmp_path / "h.gguf", stage._WIDE, "F16")
+    size = write_stub(tmp_path / "h.gguf", stage._WIDE, "F16")
     assert size == 2 * stage._WIDE.n_layer * stage._matrices(stage._WIDE)[0]
     assert (tmp_path / "h.gguf").stat().st_blocks * 512 < 1 << 20
     assert read_header(tmp_path / "h.gguf").dims.n_vocab == N_VOCAB

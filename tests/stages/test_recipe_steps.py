@@ -20,7 +20,7 @@ from bitladder.formats.blocks import QTYPES
 from bitladder.formats.recipes import is_quantizable, types_for
 from bitladder.levels import FeedbackLevel, parse_levels
 from bitladder.plan.cost import level_size
-from bitladder.plan.recipe import Wish, choose, fitted, predicted, reapplied, recipe_bytes
+from bitladder.plan.recipe import Limits, choose, fitted, predicted, reapplied, recipe_bytes
 from bitladder.records.calibration import LinearLoss
 from bitladder.records.level_file import LevelFile
 from bitladder.records.recipe import FittedLevel, Recipe, SensitivityTable, TensorLoss
@@ -53,7 +53,7 @@ def test_a_budget_is_kept_and_used(tiny):
     with GgufFile.open(tiny) as source:
         table = _table(source)
         for bpw in (4.8, 5.5, 7.0):
-            recipe = choose(table, source.model, Wish(bpw=bpw))
+            recipe = choose(table, source.model, Limits(bpw=bpw))
             assert bpw - 0.3 < recipe.bpw <= bpw
             assert recipe_bytes(source.model, recipe.qtypes) == (recipe.bytes, recipe.bpw)
             assert recipe.label == f"bpw{recipe.bpw:.2f}"
@@ -65,8 +65,8 @@ def test_a_budget_is_kept_and_used(tiny):
 def test_the_smallest_file_for_a_loss(tiny):
     with GgufFile.open(tiny) as source:
         table = _table(source)
-        middle = choose(table, source.model, Wish(bpw=6.0))
-        again = choose(table, source.model, Wish(kl=middle.expected_kl * 1.001))
+        middle = choose(table, source.model, Limits(bpw=6.0))
+        again = choose(table, source.model, Limits(kl=middle.expected_kl * 1.001))
         assert again.bytes <= middle.bytes
         assert again.expected_kl <= middle.expected_kl * 1.002
 
@@ -80,12 +80,12 @@ def test_speed_is_a_limit_like_bytes(tiny):
     )  # fmt: skip
     with GgufFile.open(tiny) as source:
         table = _table(source)
-        free = choose(table, source.model, Wish(bpw=6.3))
-        bound = choose(table, source.model, Wish(bpw=6.3, least_decode=4000, rates=slow))
+        free = choose(table, source.model, Limits(bpw=6.3))
+        bound = choose(table, source.model, Limits(bpw=6.3, least_decode=4000, rates=slow))
         assert "Q5_1" in free.qtypes.values()
         assert "Q5_1" not in [q for name, q in bound.qtypes.items() if name != "token_embd.weight"]
         with pytest.raises(NothingFits):
-            choose(table, source.model, Wish(bpw=6.3, least_decode=1e9, rates=slow))
+            choose(table, source.model, Limits(bpw=6.3, least_decode=1e9, rates=slow))
 
 
 def test_two_pools_each_keep_their_limit(tiny):
@@ -94,7 +94,7 @@ def test_two_pools_each_keep_their_limit(tiny):
         last = sum(info.elements for info in source.model.tensors if info.name.startswith("blk.2."))
         out = source.info("output.weight").elements
         vram = int((last + out) * 5 / 8)
-        recipe = choose(table, source.model, Wish(bpw=7, gpu_layers=1, vram_bytes=vram))
+        recipe = choose(table, source.model, Limits(bpw=7, gpu_layers=1, vram_bytes=vram))
         held = [name for name in table.losses if name.startswith("blk.2.") or name == "output.weight"]
         assert sum(QTYPES[recipe.qtypes[name]].nbytes(source.info(name).shape) for name in held) <= vram
 
@@ -103,13 +103,13 @@ def test_what_cannot_be_is_refused_with_the_least_that_can(tiny):
     with GgufFile.open(tiny) as source:
         table = _table(source)
         with pytest.raises(NothingFits, match="smallest types"):
-            choose(table, source.model, Wish(bytes=1000))
+            choose(table, source.model, Limits(bytes=1000))
         with pytest.raises(UsageError, match="source itself"):
-            choose(table, source.model, Wish(bpw=40))
+            choose(table, source.model, Limits(bpw=40))
         with pytest.raises(UsageError, match="limit"):
-            choose(table, source.model, Wish())
+            choose(table, source.model, Limits())
         with pytest.raises(UsageError, match="above 0"):
-            choose(table, source.model, Wish(kl=0.0))
+            choose(table, source.model, Limits(kl=0.0))
 
 
 def test_predictions_are_scaled_to_measured_recipes(tiny):
@@ -197,7 +197,7 @@ def test_a_loss_asked_for_is_held_by_the_file(tiny, tmp_path, monkeypatch):
 
 
 def _smallest_for(kl, tiny, out):
-    return recipes.make_recipe(str(tiny), recipes.RecipeRequest(Wish(kl=kl), build=Build(out=out)), Work())
+    return recipes.make_recipe(str(tiny), recipes.RecipeRequest(Limits(kl=kl), build=Build(out=out)), Work())
 
 
 @pytest.mark.usefixtures("words")
@@ -207,7 +207,7 @@ def test_a_file_that_loses_far_less_than_asked_is_made_smaller(tiny, tmp_path, m
     monkeypatch.setenv("BITLADDER_CACHE", str(tmp_path / "cache"))
     checked = weighing._checked
     monkeypatch.setattr(weighing, "_checked", lambda *a: replace(checked(*a), scale=20.0))
-    first = recipes.make_recipe(str(tiny), recipes.RecipeRequest(Wish(kl=0.3)), Work())
+    first = recipes.make_recipe(str(tiny), recipes.RecipeRequest(Limits(kl=0.3)), Work())
     result = _smallest_for(0.3, tiny, tmp_path / "out")
     assert result.held_out.kl_mean <= 0.3
     assert result.recipe.bytes < first.recipe.bytes
@@ -220,7 +220,7 @@ def test_a_file_that_loses_far_less_than_asked_is_made_smaller(tiny, tmp_path, m
 @pytest.mark.usefixtures("words")
 def test_what_was_expected_of_a_file_does_not_make_it_again(tiny, tmp_path):
     with GgufFile.open(tiny) as source:
-        recipe = replace(choose(_table(source), source.model, Wish(bpw=6)), expected_kl=0.1)
+        recipe = replace(choose(_table(source), source.model, Limits(bpw=6)), expected_kl=0.1)
         windows = [Window("t", np.arange(600) % tiny_models.N_VOCAB)] * 2
         made = write_with_feedback(source, recipe, tmp_path, windows)
         assert not made.file.reused
@@ -334,9 +334,9 @@ def test_speed_and_vram_that_cannot_be_are_told_in_their_units(tiny):
     with GgufFile.open(tiny) as source:
         table = _table(source)
         with pytest.raises(NothingFits, match="ms a token"):
-            choose(table, source.model, Wish(bpw=6, least_decode=1000, rates=rates))
+            choose(table, source.model, Limits(bpw=6, least_decode=1000, rates=rates))
         with pytest.raises(NothingFits, match="100 B"):
-            choose(table, source.model, Wish(bpw=6, gpu_layers=1, vram_bytes=100))
+            choose(table, source.model, Limits(bpw=6, gpu_layers=1, vram_bytes=100))
 
 
 def test_a_text_of_which_no_window_can_be_held_out_is_refused():

@@ -142,7 +142,7 @@ def tiers_of(
     from bitladder.engines.address import is_address
     from bitladder.files.probe import probe_machine
     from bitladder.plan.placement import usable_ram, usable_vram
-    from bitladder.serve.settings import ServeSettings, told_apart
+    from bitladder.serve.settings import ServeSettings, with_distinct_names
     from bitladder.stages.measured_levels import tier_file
 
     model, quality, speed = options.model, options.quality, options.speed
@@ -169,7 +169,7 @@ def tiers_of(
     ]
     machine = probe_machine()
     budget = usable_ram(machine) + usable_vram(machine)
-    tiers = _with_slots(told_apart(specs), budget, slots)
+    tiers = _with_slots(with_distinct_names(specs), budget, slots)
     settings = ServeSettings(
         quality=tiers[0],
         speed=tiers[1] if len(tiers) > 1 else None,

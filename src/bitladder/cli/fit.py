@@ -18,7 +18,7 @@ from bitladder.units import human_bytes, human_rate
 
 if TYPE_CHECKING:
     from bitladder.plan.inverse import HardwareNeed
-    from bitladder.stages.plan import ModelPlan, Request, SearchResult
+    from bitladder.stages.plan import ModelPlan, PlanRequest, SearchResult
 
 USABLE_SPEED = 5.0
 """Tokens per second, about the pace of reading: what a search asks for when the user names no least speed."""
@@ -59,10 +59,10 @@ def plan(options: PlanOptions, json_output: JsonFlag = False) -> None:
 
     Without MODEL: the largest models of the catalogue that run on the machine.
     """
-    from bitladder.stages.plan import Request, plan_model, search
+    from bitladder.stages.plan import PlanRequest, plan_model, search
     from bitladder.stages.plan import needs as hardware_needs
 
-    request = Request(options.ctx, options.slots, options.kv, options.hardware)
+    request = PlanRequest(options.ctx, options.slots, options.kv, options.hardware)
     if options.model is None:
         _show_search(search(request, least_decode=options.min_speed or USABLE_SPEED), json_output)
     elif options.needs:
@@ -81,7 +81,7 @@ def plan(options: PlanOptions, json_output: JsonFlag = False) -> None:
         _show_plan(made, request, json_output)
 
 
-def _show_plan(made: ModelPlan, request: Request, json_output: bool) -> None:
+def _show_plan(made: ModelPlan, request: PlanRequest, json_output: bool) -> None:
     from dataclasses import replace
 
     from bitladder.report import plan_table

@@ -80,9 +80,9 @@ def smallest(options: SmallestOptions, json_output: JsonFlag = False) -> None:
     """
     from bitladder.plan.gate import search_exit
     from bitladder.report import search_table
-    from bitladder.stages.smallest import Search, find_smallest
+    from bitladder.stages.smallest import SmallestRequest, find_smallest
 
-    search = Search(
+    search = SmallestRequest(
         options.model, options.bar, options.workload, split_levels(options.levels), options.ctx, options.out,
         options.imatrix, options.trust_python,
     )  # fmt: skip

@@ -61,7 +61,7 @@ def recipe(
     Without a limit: print the recipe of an existing file, or with --apply make another model by it.
     """
     from bitladder.files.sources import resolve
-    from bitladder.plan.recipe import Wish
+    from bitladder.plan.recipe import Limits
     from bitladder.report.recipe import recipe_lines
     from bitladder.stages.job import Build
     from bitladder.stages.recipe import RecipeRequest, RecipeResult, make_recipe, read_recipe, reapply
@@ -85,7 +85,7 @@ def recipe(
         elif not limits:
             result = RecipeResult(read_recipe(resolve(model, work.progress).path), float("nan"))
         else:
-            wish = Wish(
+            wish = Limits(
                 bytes=parse_bytes(budget) if budget else None, bpw=bpw, kl=kl, least_decode=least_decode,
                 gpu_layers=gpu_layers, vram_bytes=parse_bytes(vram) if vram else None,
             )  # fmt: skip

@@ -25,7 +25,7 @@ from typing import Any
 from bitladder.describe.model import Model, ModelDims
 from bitladder.formats.blocks import QTYPES
 from bitladder.formats.families import family_of
-from bitladder.formats.families.family import States, Windows
+from bitladder.formats.families.family import StateTraits, Windows
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ def _state(dims: ModelDims, keys: _Keys) -> int:
     return dims.n_embd * (short - 1) if short else 0
 
 
-def _recurrent(states: States, dims: ModelDims, keys: _Keys, heads: list[int], state: int) -> list[bool]:
+def _recurrent(states: StateTraits, dims: ModelDims, keys: _Keys, heads: list[int], state: int) -> list[bool]:
     """Which layers keep a state."""
     if not state:
         return [False] * dims.n_layer

@@ -31,7 +31,7 @@ from bitladder.describe import similarity
 from bitladder.describe.workload import Criterion, Input
 
 
-class Outcome(NamedTuple):
+class Mark(NamedTuple):
     """Did the answer pass, and why, in a phrase."""
 
     passed: bool
@@ -44,7 +44,7 @@ class Context:
 
     reference: str | None = None
     """The reference's answer to the same input; None while the reference itself is judged."""
-    judge: Callable[[Input, Any, str, str | None], Outcome] | None = None
+    judge: Callable[[Input, Any, str, str | None], Mark] | None = None
     """``judge(input, value, answer, reference)``."""
     functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     """The user's own functions by ``module:function``."""
@@ -58,18 +58,18 @@ class Kind:
     """
 
     parse: Callable[[Any], Any]
-    check: Callable[[Any, str], Outcome] | None = None
-    ask: Callable[[Any, str, Input, Context], Outcome] | None = None
+    check: Callable[[Any, str], Mark] | None = None
+    ask: Callable[[Any, str, Input, Context], Mark] | None = None
 
 
-def judge(one: Input, text: str, context: Context | None = None) -> Outcome:
+def judge(one: Input, text: str, context: Context | None = None) -> Mark:
     """Judge an answer by all criteria of its input: it passes when all pass; the first failure is the reason."""
     outcomes = [_outcome(criterion, text, one, context or Context()) for criterion in one.criteria]
     failed = [outcome for outcome in outcomes if not outcome.passed]
-    return failed[0] if failed else Outcome(True, "; ".join(outcome.detail for outcome in outcomes))
+    return failed[0] if failed else Mark(True, "; ".join(outcome.detail for outcome in outcomes))
 
 
-def _outcome(criterion: Criterion, text: str, one: Input, context: Context) -> Outcome:
+def _outcome(criterion: Criterion, text: str, one: Input, context: Context) -> Mark:
     kind = KINDS[criterion.kind]
     if kind.check is not None:
         return kind.check(criterion.value, text)
@@ -108,49 +108,49 @@ def _quote(text: str, width: int = 60) -> str:
     return f"'{line}'" if len(line) <= width else f"'{line[:width]}...'"
 
 
-def _exact(value: str, text: str) -> Outcome:
+def _exact(value: str, text: str) -> Mark:
     same = text.strip() == value.strip()
-    return Outcome(same, "the very text" if same else f"expected {_quote(value)}")
+    return Mark(same, "the very text" if same else f"expected {_quote(value)}")
 
 
-def _one_of(value: list[str], text: str) -> Outcome:
+def _one_of(value: list[str], text: str) -> Mark:
     for allowed in value:
         if normal(text) == normal(allowed):
-            return Outcome(True, f"is {_quote(allowed)}")
-    return Outcome(False, f"is none of {', '.join(map(_quote, value))}")
+            return Mark(True, f"is {_quote(allowed)}")
+    return Mark(False, f"is none of {', '.join(map(_quote, value))}")
 
 
-def _contains_all(value: list[str], text: str) -> Outcome:
+def _contains_all(value: list[str], text: str) -> Mark:
     missing = [words for words in value if not _has(text, words)]
-    return Outcome(not missing, f"lacks {', '.join(map(_quote, missing))}" if missing else "contains all")
+    return Mark(not missing, f"lacks {', '.join(map(_quote, missing))}" if missing else "contains all")
 
 
-def _contains_any(value: list[str], text: str) -> Outcome:
+def _contains_any(value: list[str], text: str) -> Mark:
     found = [words for words in value if _has(text, words)]
-    return Outcome(
+    return Mark(
         bool(found),
         f"contains {_quote(found[0])}" if found else f"contains none of {', '.join(map(_quote, value))}",
     )
 
 
-def _contains_none(value: list[str], text: str) -> Outcome:
+def _contains_none(value: list[str], text: str) -> Mark:
     found = [words for words in value if _has(text, words)]
-    return Outcome(not found, f"contains {', '.join(map(_quote, found))}" if found else "contains none of the unwanted")
+    return Mark(not found, f"contains {', '.join(map(_quote, found))}" if found else "contains none of the unwanted")
 
 
-def _regex(value: str, text: str) -> Outcome:
+def _regex(value: str, text: str) -> Mark:
     match = re.search(value, text)
-    return Outcome(match is not None, f"matches at {_quote(match[0])}" if match else f"no match for {_quote(value)}")
+    return Mark(match is not None, f"matches at {_quote(match[0])}" if match else f"no match for {_quote(value)}")
 
 
-def _number(value: dict[str, Any], text: str) -> Outcome:
+def _number(value: dict[str, Any], text: str) -> Mark:
     found = numbers(text)
     if not found:
-        return Outcome(False, f"no number; expected {value['value']:g}")
+        return Mark(False, f"no number; expected {value['value']:g}")
     candidates = {"last": found[-1:], "first": found[:1], "any": found}[value["which"]]
     allowed = max(value["tolerance"], value["relative"] * abs(value["value"]), 1e-9 * abs(value["value"]))
     nearest = min(candidates, key=lambda number: abs(number - value["value"]))
-    return Outcome(abs(nearest - value["value"]) <= allowed, f"{nearest:g}, expected {value['value']:g}")
+    return Mark(abs(nearest - value["value"]) <= allowed, f"{nearest:g}, expected {value['value']:g}")
 
 
 def extract_json(text: str) -> Any:
@@ -163,7 +163,7 @@ def extract_json(text: str) -> Any:
     return json.loads(fences[0] if len(fences) == 1 else text)
 
 
-def _json_schema(value: Any, text: str) -> Outcome:
+def _json_schema(value: Any, text: str) -> Mark:
     from jsonschema import Draft202012Validator
     from jsonschema.exceptions import best_match
     from referencing import Registry
@@ -172,55 +172,55 @@ def _json_schema(value: Any, text: str) -> Outcome:
     try:
         document = extract_json(text)
     except (ValueError, RecursionError) as error:
-        return Outcome(False, f"no JSON: {error}")
+        return Mark(False, f"no JSON: {error}")
     # An empty registry: a schema must not make us fetch things from the network.
     validator = Draft202012Validator(value, registry=Registry())
     try:
         wrong = best_match(validator.iter_errors(document))
     except Unresolvable as error:
-        return Outcome(False, f"the schema refers to something outside itself: {error}")
-    return Outcome(wrong is None, f"at {wrong.json_path}: {wrong.message}"[:200] if wrong else "fits the schema")
+        return Mark(False, f"the schema refers to something outside itself: {error}")
+    return Mark(wrong is None, f"at {wrong.json_path}: {wrong.message}"[:200] if wrong else "fits the schema")
 
 
-def _set_recall(value: dict[str, Any], text: str) -> Outcome:
+def _set_recall(value: dict[str, Any], text: str) -> Mark:
     found = found_items(Criterion("set_recall", value), text)
     missing = [wordings[0] for wordings in value["items"] if wordings[0] not in found]
     detail = f"found {len(found)} of {len(value['items'])}"
     if missing:
         detail += f"; missing {', '.join(map(_quote, missing))}"
-    return Outcome(len(found) >= value["at_least"] * len(value["items"]) - 1e-9, detail)
+    return Mark(len(found) >= value["at_least"] * len(value["items"]) - 1e-9, detail)
 
 
-def _max_words(value: int, text: str) -> Outcome:
+def _max_words(value: int, text: str) -> Mark:
     words = len(text.split())
-    return Outcome(words <= value, f"{words} words, at most {value} allowed")
+    return Mark(words <= value, f"{words} words, at most {value} allowed")
 
 
-def _similarity(value: dict[str, Any], text: str) -> Outcome:
+def _similarity(value: dict[str, Any], text: str) -> Mark:
     score = similarity.METRICS[value["metric"]](text, value["to"])
-    return Outcome(score >= value["at_least"], f"{value['metric']} {score:.2f}, at least {value['at_least']:g} wanted")
+    return Mark(score >= value["at_least"], f"{value['metric']} {score:.2f}, at least {value['at_least']:g} wanted")
 
 
-def _agrees(value: dict[str, Any], text: str, _one: Input, context: Context) -> Outcome:
+def _agrees(value: dict[str, Any], text: str, _one: Input, context: Context) -> Mark:
     if context.reference is None:
-        return Outcome(True, "is the reference")
+        return Mark(True, "is the reference")
     if value["metric"] == "same":
         same = text.strip() == context.reference.strip()
-        return Outcome(same, "same as the reference" if same else f"the reference says {_quote(context.reference)}")
+        return Mark(same, "same as the reference" if same else f"the reference says {_quote(context.reference)}")
     return _similarity({**value, "to": context.reference}, text)
 
 
-def _ask_judge(value: dict[str, Any], text: str, one: Input, context: Context) -> Outcome:
+def _ask_judge(value: dict[str, Any], text: str, one: Input, context: Context) -> Mark:
     if context.judge is None:
         raise ValueError("a judge is needed and none was given")
     return context.judge(one, value, text, context.reference)
 
 
-def _ask_function(value: str, text: str, one: Input, context: Context) -> Outcome:
+def _ask_function(value: str, text: str, one: Input, context: Context) -> Mark:
     answer = context.functions[value](text, {"id": one.id, "messages": one.messages, "reference": context.reference})
     if isinstance(answer, tuple):
-        return Outcome(bool(answer[0]), str(answer[1]))
-    return Outcome(bool(answer), f"{value} says {'yes' if answer else 'no'}")
+        return Mark(bool(answer[0]), str(answer[1]))
+    return Mark(bool(answer), f"{value} says {'yes' if answer else 'no'}")
 
 
 KINDS: dict[str, Kind] = {

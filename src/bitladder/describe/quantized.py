@@ -25,7 +25,7 @@ _LEVELS = re.compile(r"[\w.+-]{1,40}(, then [\w.+-]{1,40}){0,7}")
 
 
 @dataclass(frozen=True)
-class Quantized:
+class QuantizedSource:
     """How a model's weights were quantized. ``level`` is "" where they are floats now; ``before`` is "" where nothing
     is known of an earlier quantization; one of both is not empty."""
 
@@ -51,7 +51,7 @@ class Quantized:
         )
 
 
-def quantized(model: Model) -> Quantized | None:
+def quantized(model: Model) -> QuantizedSource | None:
     """How a model's weights were quantized, by the types of its tensors and by what our own header records; None where
     neither says so. F32, F16 and BF16 are no quantization.
     """
@@ -65,7 +65,7 @@ def quantized(model: Model) -> Quantized | None:
         return None
     stored = max(counts, key=lambda qtype: counts[qtype])
     level = _declared(model) or max(packed, key=lambda qtype: packed[qtype]) if packed else ""
-    return Quantized(level, before, stored, model.bpw if model.elements else 0.0)
+    return QuantizedSource(level, before, stored, model.bpw if model.elements else 0.0)
 
 
 def _declared(model: Model) -> str:

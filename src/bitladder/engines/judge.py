@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bitladder.describe.criteria import Outcome
+from bitladder.describe.criteria import Mark
 from bitladder.describe.workload import Input, Workload
 from bitladder.engines.base import Engine
 from bitladder.stats.intervals import Bounds, clopper_pearson
@@ -45,7 +45,7 @@ class Judge:
 
     engine: Engine
 
-    def __call__(self, one: Input, value: Any, answer: str, reference: str | None) -> Outcome:
+    def __call__(self, one: Input, value: Any, answer: str, reference: str | None) -> Mark:
         """One answer, by the value of a ``judge`` criterion.
 
         Raises:
@@ -54,11 +54,11 @@ class Judge:
         question = "\n".join(f"{message['role']}: {message['content']}" for message in one.messages)
         if value["against"] == "reference":
             if reference is None:
-                return Outcome(True, "is the reference")
+                return Mark(True, "is the reference")
             return self._compare(question, value["rubric"], answer, reference)
         return self._assess(question, value["rubric"], answer)
 
-    def _assess(self, question: str, rubric: str, answer: str) -> Outcome:
+    def _assess(self, question: str, rubric: str, answer: str) -> Mark:
         parts = [f"Answer:\n<<<\n{answer}\n>>>", f"Rubric:\n<<<\n{rubric}\n>>>"]
         verdicts = []
         for order, words in ((parts, "PASS or FAIL"), (parts[::-1], "FAIL or PASS")):
@@ -70,12 +70,12 @@ class Judge:
             )
             verdicts.append(self._ask(prompt, ("PASS", "FAIL")))
         if None in verdicts:
-            return Outcome(False, "undecided: the judge said neither PASS nor FAIL")
+            return Mark(False, "undecided: the judge said neither PASS nor FAIL")
         if verdicts[0] != verdicts[1]:
-            return Outcome(False, "undecided: the judge changes its mind with the order")
-        return Outcome(verdicts[0] == "PASS", f"the judge says {verdicts[0]}")
+            return Mark(False, "undecided: the judge changes its mind with the order")
+        return Mark(verdicts[0] == "PASS", f"the judge says {verdicts[0]}")
 
-    def _compare(self, question: str, rubric: str, answer: str, reference: str) -> Outcome:
+    def _compare(self, question: str, rubric: str, answer: str, reference: str) -> Mark:
         verdicts = []
         for first, second in ((answer, reference), (reference, answer)):
             prompt = (
@@ -86,9 +86,9 @@ class Judge:
             )
             verdicts.append(self._ask(prompt, ("A", "B", "TIE")))
         if None in verdicts:
-            return Outcome(False, "undecided: the judge said none of A, B and TIE")
+            return Mark(False, "undecided: the judge said none of A, B and TIE")
         worse = verdicts == ["B", "A"]
-        return Outcome(not worse, "the judge prefers the reference" if worse else "the judge finds it no worse")
+        return Mark(not worse, "the judge prefers the reference" if worse else "the judge finds it no worse")
 
     def _ask(self, prompt: str, words: Sequence[str]) -> str | None:
         """The one of the words that the judge says first and alone, or None."""

@@ -36,7 +36,7 @@ PICKLES = "Its weights are pickles, which can run any code when they are read, s
 
 
 @dataclass(frozen=True)
-class StoredTensor:
+class CheckpointTensor:
     """A tensor as a safetensors header names it."""
 
     name: str
@@ -52,11 +52,11 @@ class Checkpoint:
     folder: Path
     config: dict[str, Any]
     shards: tuple[Path, ...]
-    tensors: tuple[StoredTensor, ...]
+    tensors: tuple[CheckpointTensor, ...]
     shard_of: Mapping[str, str] = field(default_factory=dict)
     """The file name of the shard that holds a tensor."""
 
-    def placed(self) -> Iterator[tuple[str, StoredTensor]]:
+    def placed(self) -> Iterator[tuple[str, CheckpointTensor]]:
         """Every tensor with the file name of its shard."""
         return ((self.shard_of[tensor.name], tensor) for tensor in self.tensors)
 
@@ -83,7 +83,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """
     config = read_json(folder / "config.json")
     shards = list_shards(folder)
-    tensors: dict[str, StoredTensor] = {}
+    tensors: dict[str, CheckpointTensor] = {}
     shard_of: dict[str, str] = {}
     for shard in shards:
         for tensor in read_safetensors_header(shard):
@@ -222,7 +222,7 @@ def _regular(path: Path) -> Path:
     raise BadFile(f"{path} is {'a folder' if path.is_dir() else 'no regular file'}.", do="Fetch the file again.")
 
 
-def read_safetensors_header(path: Path) -> list[StoredTensor]:
+def read_safetensors_header(path: Path) -> list[CheckpointTensor]:
     """The tensors of one safetensors file, in the order of their data.
 
     Raises:
@@ -242,7 +242,7 @@ def read_safetensors_header(path: Path) -> list[StoredTensor]:
     return parse_safetensors_header(raw, str(path), size - 8 - length)
 
 
-def parse_safetensors_header(raw: bytes, where: str, data_bytes: int) -> list[StoredTensor]:
+def parse_safetensors_header(raw: bytes, where: str, data_bytes: int) -> list[CheckpointTensor]:
     """Check and read the JSON of a safetensors header; ``data_bytes`` follow it.
 
     Raises:
@@ -268,7 +268,7 @@ def parse_safetensors_header(raw: bytes, where: str, data_bytes: int) -> list[St
     return [tensor for _, tensor in placed]
 
 
-def _entry(where: str | Path, name: str, entry: Any) -> tuple[int, StoredTensor]:
+def _entry(where: str | Path, name: str, entry: Any) -> tuple[int, CheckpointTensor]:
     """One checked row of the header: where its data starts, and the tensor."""
     if not isinstance(entry, dict):
         raise _broken(where, f"no description of tensor '{name}'")
@@ -280,7 +280,7 @@ def _entry(where: str | Path, name: str, entry: Any) -> tuple[int, StoredTensor]
     nbytes = math.prod(shape) * DTYPE_BYTES[dtype]
     if offsets[1] - offsets[0] != nbytes:
         raise _broken(where, f"tensor '{name}' of {nbytes} bytes in a space of {offsets[1] - offsets[0]}")
-    return offsets[0], StoredTensor(name, dtype, tuple(shape), nbytes)
+    return offsets[0], CheckpointTensor(name, dtype, tuple(shape), nbytes)
 
 
 def _naturals(value: Any) -> TypeGuard[list[int]]:

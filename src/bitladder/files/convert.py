@@ -161,7 +161,7 @@ def _run_converter(converter: Converter, checkpoint: Checkpoint, stage: Path, wo
     return made
 
 
-def _bounds(checkpoint: Checkpoint) -> converter_child.Bounds:
+def _bounds(checkpoint: Checkpoint) -> converter_child.ChildBounds:
     """What a conversion of this size can need: the largest stacked tensors in f32 and twice, 4-bit weights in 16."""
     memory = memory_bound(4 * GiB + 4 * checkpoint.nbytes)
     cpu = (_LEAST_SECONDS + checkpoint.nbytes // _SLOWEST) * (os.cpu_count() or 1)

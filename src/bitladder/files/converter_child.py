@@ -42,7 +42,7 @@ CHANGING_EVENTS = (
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
-class Bounds(TypedDict):
+class ChildBounds(TypedDict):
     """What the process may use."""
 
     data_bytes: int
@@ -53,7 +53,7 @@ class Bounds(TypedDict):
     """Processor time."""
 
 
-class Job(Bounds):
+class Job(ChildBounds):
     """What the parent writes to stdin."""
 
     converter: list[str]

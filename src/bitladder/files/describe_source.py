@@ -12,7 +12,7 @@ from bitladder.describe.quantized import checkpoint_note, quantized
 from bitladder.describe.shapes import model_of
 from bitladder.errors import BadInput
 from bitladder.files import catalogue, demo, hub, local_stores, remote
-from bitladder.files.checkpoint import StoredTensor, read_checkpoint
+from bitladder.files.checkpoint import CheckpointTensor, read_checkpoint
 from bitladder.files.engine_package import engine_knows
 from bitladder.files.gguf import read_header
 from bitladder.files.sources import gguf_in_folder, no_such_model
@@ -120,7 +120,7 @@ def _least_lossy(repo: hub.HubRepo) -> tuple[hub.HubFile, ...]:
 
 
 def _of_shape(
-    model: Model, label: str, licence: str, stored: Sequence[StoredTensor], ready: tuple[remote.Offer, ...] = ()
+    model: Model, label: str, licence: str, stored: Sequence[CheckpointTensor], ready: tuple[remote.Offer, ...] = ()
 ) -> Described:
     """Say so when the checkpoint holds more or less than the shape implies (a vision tower, an unknown variant)."""
     there = sum(_elements(tensor) for tensor in stored)
@@ -134,7 +134,7 @@ def _of_shape(
     return Described(model, label, licence, False, ready, tuple(notes))
 
 
-def _elements(tensor: StoredTensor) -> int:
+def _elements(tensor: CheckpointTensor) -> int:
     count = 1
     for size in tensor.shape:
         count *= size

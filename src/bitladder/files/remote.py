@@ -14,7 +14,7 @@ import httpx
 from bitladder.describe.model import Model
 from bitladder.errors import BadFile, BadInput, FetchError
 from bitladder.files import hub
-from bitladder.files.checkpoint import MAX_HEADER, StoredTensor, parse_safetensors_header
+from bitladder.files.checkpoint import MAX_HEADER, CheckpointTensor, parse_safetensors_header
 from bitladder.files.gguf import read_header
 from bitladder.progress import Progress, silent
 from bitladder.units import MiB, human_bytes
@@ -119,14 +119,14 @@ def remote_config(files: RemoteFiles) -> dict[str, Any]:
     return value
 
 
-def remote_safetensors(files: RemoteFiles, progress: Progress = silent) -> list[StoredTensor]:
+def remote_safetensors(files: RemoteFiles, progress: Progress = silent) -> list[CheckpointTensor]:
     """Every tensor of the repository's checkpoint, from the headers of its shards.
 
     Raises:
         BadInput: no safetensors. BadFile: a header contradicts itself. FetchError: as ``RemoteFiles.read``.
     """
     shards = [file for file in hub.checkpoint_files(files.repo) if file.name.endswith(".safetensors")]
-    tensors: list[StoredTensor] = []
+    tensors: list[CheckpointTensor] = []
     for number, shard in enumerate(shards):
         progress(f"reading the header of {shard.name}", number, len(shards))
         length = int.from_bytes(files.read(shard, 0, 8), "little")

@@ -104,7 +104,7 @@ def _dense(place: _Place) -> bool:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class FileRecipe:
     """One ``file_type``: its number in files, the qtype in its name, and rules by role."""
 
     level: str
@@ -116,17 +116,17 @@ class Recipe:
 
 
 _RECIPES = (
-    Recipe("F32", 0, "F32"),
-    Recipe("BF16", 32, "BF16"),
-    Recipe("F16", 1, "F16"),
-    Recipe("Q8_0", 7, "Q8_0"),
-    Recipe("Q6_K", 18, "Q6_K"),
-    Recipe("Q5_1", 9, "Q5_1"),
-    Recipe("Q5_K_M", 17, "Q5_K", {"attn_v": ((_sensitive, "Q6_K"),), "ffn_down": ((_sensitive, "Q6_K"),)}),
-    Recipe("Q5_K_S", 16, "Q5_K"),
-    Recipe("Q5_0", 8, "Q5_0", {"ffn_down": ((_with_importance(_first(8)), "Q5_1"),)}),
-    Recipe("Q4_1", 3, "Q4_1"),
-    Recipe(
+    FileRecipe("F32", 0, "F32"),
+    FileRecipe("BF16", 32, "BF16"),
+    FileRecipe("F16", 1, "F16"),
+    FileRecipe("Q8_0", 7, "Q8_0"),
+    FileRecipe("Q6_K", 18, "Q6_K"),
+    FileRecipe("Q5_1", 9, "Q5_1"),
+    FileRecipe("Q5_K_M", 17, "Q5_K", {"attn_v": ((_sensitive, "Q6_K"),), "ffn_down": ((_sensitive, "Q6_K"),)}),
+    FileRecipe("Q5_K_S", 16, "Q5_K"),
+    FileRecipe("Q5_0", 8, "Q5_0", {"ffn_down": ((_with_importance(_first(8)), "Q5_1"),)}),
+    FileRecipe("Q4_1", 3, "Q4_1"),
+    FileRecipe(
         "Q4_K_M",
         15,
         "Q4_K",
@@ -140,29 +140,29 @@ _RECIPES = (
         },
         attn_output_of_8_experts=True,
     ),
-    Recipe(
+    FileRecipe(
         "Q4_K_S",
         14,
         "Q4_K",
         {"attn_v": ((_before(4), "Q5_K"),), "ffn_down": ((_usual(_first(8)), "Q5_K"),)},
         attn_output_of_8_experts=True,
     ),
-    Recipe("Q4_0", 2, "Q4_0", {"ffn_down": ((_with_importance(_first(8)), "Q4_1"),)}),
-    Recipe(
+    FileRecipe("Q4_0", 2, "Q4_0", {"ffn_down": ((_with_importance(_first(8)), "Q4_1"),)}),
+    FileRecipe(
         "IQ4_NL",
         25,
         "IQ4_NL",
         {"attn_v": ((_grouped, "Q5_K"),), "ffn_down": ((_no_importance(_first(8)), "Q5_K"),)},
         attn_output_of_8_experts=True,
     ),
-    Recipe(
+    FileRecipe(
         "IQ4_XS",
         30,
         "IQ4_XS",
         {"attn_v": ((_grouped, "Q5_K"),), "ffn_down": ((_no_importance(_first(8)), "Q5_K"),)},
         attn_output_of_8_experts=True,
     ),
-    Recipe(
+    FileRecipe(
         "Q3_K_L",
         13,
         "Q3_K",
@@ -172,7 +172,7 @@ _RECIPES = (
             "attn_output": ((_light_down, "Q4_K"), (_dense, "Q5_K")),
         },
     ),
-    Recipe(
+    FileRecipe(
         "Q3_K_M",
         12,
         "Q3_K",
@@ -183,8 +183,8 @@ _RECIPES = (
         },
         attn_output_of_8_experts=True,
     ),
-    Recipe("Q3_K_S", 11, "Q3_K", attn_output_of_8_experts=True),
-    Recipe(
+    FileRecipe("Q3_K_S", 11, "Q3_K", attn_output_of_8_experts=True),
+    FileRecipe(
         "Q2_K",
         10,
         "Q2_K",
@@ -197,7 +197,7 @@ _RECIPES = (
     ),
 )
 
-RECIPES: dict[str, Recipe] = {recipe.level: recipe for recipe in _RECIPES}
+RECIPES: dict[str, FileRecipe] = {recipe.level: recipe for recipe in _RECIPES}
 LEVELS: tuple[str, ...] = (
     "F16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K",
 )  # fmt: skip
@@ -317,7 +317,7 @@ def _layer_order(tensor: TensorInfo) -> tuple[int, str]:
     return (int(block[1]) if block else -1, tensor.name)
 
 
-def _table_type(recipe: Recipe, tensor: TensorInfo, dims: RecipeDims) -> str:
+def _table_type(recipe: FileRecipe, tensor: TensorInfo, dims: RecipeDims) -> str:
     """The output matrix (or the embedding that doubles as one) gets Q6_K, or Q8_0 where that is asked or rows
     do not divide.
     """
@@ -326,7 +326,7 @@ def _table_type(recipe: Recipe, tensor: TensorInfo, dims: RecipeDims) -> str:
     return recipe.qtype if recipe.qtype == "Q8_0" else "Q6_K"
 
 
-def _role_type(recipe: Recipe, role: str, place: _Place) -> str:
+def _role_type(recipe: FileRecipe, role: str, place: _Place) -> str:
     """What the rules say for a tensor of a role, before fallbacks."""
     dims = place.dims
     qtype = next((qtype for holds, qtype in recipe.rules.get(role, ()) if holds(place)), recipe.qtype)

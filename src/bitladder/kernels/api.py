@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from bitladder.formats.blocks import QTYPES, QType
 from bitladder.kernels.compiled import Compiled
-from bitladder.kernels.rows import AFFINE, EFFORTS, SCALE, Effort, Row, Search, affine_search, scale_search
+from bitladder.kernels.rows import AFFINE, EFFORTS, SCALE, BlockRow, Effort, ScaleSearch, affine_search, scale_search
 
 CHUNK_WEIGHTS = 1 << 17
 """Weights handed to a kernel at once where threads share the rows: half a megabyte of float32."""
@@ -163,7 +163,7 @@ def _encoder(row: QType, columns: int, importance: F32Array | None, effort: Effo
     return lambda x, out: np.copyto(out, x.view(np.uint8))
 
 
-def _block_encoder(form: Row, look: Search, columns: int, importance: F32Array | None) -> Encode:
+def _block_encoder(form: BlockRow, look: ScaleSearch, columns: int, importance: F32Array | None) -> Encode:
     """A function that encodes blocks; each thread that calls it works in arrays of its own."""
     weights = np.empty(0, np.float32) if importance is None else importance
     type_size = QTYPES[form.name].type_size

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from bitladder.formats.blocks import QTYPES
 from bitladder.kernels.api import dequantize
 from bitladder.kernels.grid import Grid
-from bitladder.kernels.rows import AFFINE, SCALE, Row
+from bitladder.kernels.rows import AFFINE, SCALE, BlockRow
 from bitladder.kernels.scale import IQ4_VALUES
 
 U8 = NDArray[np.uint8]
@@ -53,7 +53,7 @@ CODE_BITS: dict[str, tuple[Bits, ...]] = {
 }
 
 
-def row_of(qtype: str) -> Row:
+def row_of(qtype: str) -> BlockRow:
     """How the searches see a format. Raises KeyError for one whose codes cannot be chosen apart."""
     return AFFINE[qtype] if qtype in AFFINE else SCALE[qtype]
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from bitladder.errors import UsageError
 from bitladder.formats.blocks import QTYPES
 from bitladder.kernels import affine, decode, lanes, pack, scale
-from bitladder.kernels.rows import AFFINE, SCALE, Effort, Row, Search, affine_search, scale_search
+from bitladder.kernels.rows import AFFINE, SCALE, BlockRow, Effort, ScaleSearch, affine_search, scale_search
 
 CHUNK_WEIGHTS = 1 << 24
 """Weights per round: bounds the memory besides the tensors to about 16 bytes times this."""
@@ -182,7 +182,7 @@ def quantize_array(
     return out
 
 
-def _affine(row: Row, look: Search, x: Tile, w: Tile, tile: Tile) -> None:
+def _affine(row: BlockRow, look: ScaleSearch, x: Tile, w: Tile, tile: Tile) -> None:
     """One round of ``affine.quantize_affine``."""
     n = row.parts * lanes.LANES
     device = x[0].device
@@ -198,7 +198,7 @@ def _affine(row: Row, look: Search, x: Tile, w: Tile, tile: Tile) -> None:
     to_bytes(row.pack, codes, state[affine.WHOLE_D * n :], state[affine.WHOLE_M * n :], d, dmin, tile)
 
 
-def _scale(row: Row, look: Search, x: Tile, w: Tile, tile: Tile) -> None:
+def _scale(row: BlockRow, look: ScaleSearch, x: Tile, w: Tile, tile: Tile) -> None:
     """One round of ``scale.quantize_scale``."""
     n = row.parts * lanes.LANES
     device = x[0].device

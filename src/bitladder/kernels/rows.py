@@ -22,7 +22,7 @@ STATE_ROWS = 12
 
 
 @dataclass(frozen=True)
-class Row:
+class BlockRow:
     """A format as the searches see it.
 
     ``size`` weights share a scale, ``parts`` such sub-blocks make a block. Codes run from ``low`` to ``high``, or, with
@@ -47,7 +47,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Search:
+class ScaleSearch:
     """How long to look.
 
     Attributes:
@@ -77,24 +77,24 @@ class Search:
 AFFINE = {
     row.name: row
     for row in (
-        Row("Q4_1", 0, 1, 32, 0, 15),
-        Row("Q5_1", 1, 1, 32, 0, 31),
-        Row("Q2_K", 2, 16, 16, 0, 3, 0, 15),
-        Row("Q4_K", 3, 8, 32, 0, 15, 0, 63),
-        Row("Q5_K", 4, 8, 32, 0, 31, 0, 63),
+        BlockRow("Q4_1", 0, 1, 32, 0, 15),
+        BlockRow("Q5_1", 1, 1, 32, 0, 31),
+        BlockRow("Q2_K", 2, 16, 16, 0, 3, 0, 15),
+        BlockRow("Q4_K", 3, 8, 32, 0, 15, 0, 63),
+        BlockRow("Q5_K", 4, 8, 32, 0, 31, 0, 63),
     )
 }
 
 SCALE = {
     row.name: row
     for row in (
-        Row("Q8_0", 5, 1, 32, -127, 127),
-        Row("Q4_0", 6, 1, 32, -8, 7),
-        Row("Q5_0", 7, 1, 32, -16, 15),
-        Row("Q3_K", 8, 16, 16, -4, 3, -32, 31),
-        Row("Q6_K", 9, 16, 16, -32, 31, -128, 127),
-        Row("IQ4_NL", 10, 1, 32, -127, 113, table=True),
-        Row("IQ4_XS", 11, 8, 32, -127, 113, -32, 31, table=True),
+        BlockRow("Q8_0", 5, 1, 32, -127, 127),
+        BlockRow("Q4_0", 6, 1, 32, -8, 7),
+        BlockRow("Q5_0", 7, 1, 32, -16, 15),
+        BlockRow("Q3_K", 8, 16, 16, -4, 3, -32, 31),
+        BlockRow("Q6_K", 9, 16, 16, -32, 31, -128, 127),
+        BlockRow("IQ4_NL", 10, 1, 32, -127, 113, table=True),
+        BlockRow("IQ4_XS", 11, 8, 32, -127, 113, -32, 31, table=True),
     )
 }
 
@@ -110,24 +110,24 @@ def _grid(first: list[float], second: list[float]) -> NDArray[np.float32]:
 
 # found on four tensors of a 768-wide Llama by trading error against time (docs/kernels.md); the middle of a range is
 # not critical, its ends are: fewer codes than the format has pay for weights near zero, more cut off an outlier
-_AFFINE_SEARCH: dict[Effort, Search] = {
-    "fast": Search(_grid(_steps(-1, 1, 8), [0.0]), rounds=1, trials=4, passes=1, guard=False),
-    "good": Search(_grid(_steps(-1, 2, 8), _steps(-0.45, 0.45, 4)), rounds=2, trials=8, passes=2),
-    "best": Search(_grid(_steps(-1.2, 2, 12), _steps(-0.5, 0.5, 5)), rounds=2, trials=32, passes=2, reach=1),
+_AFFINE_SEARCH: dict[Effort, ScaleSearch] = {
+    "fast": ScaleSearch(_grid(_steps(-1, 1, 8), [0.0]), rounds=1, trials=4, passes=1, guard=False),
+    "good": ScaleSearch(_grid(_steps(-1, 2, 8), _steps(-0.45, 0.45, 4)), rounds=2, trials=8, passes=2),
+    "best": ScaleSearch(_grid(_steps(-1.2, 2, 12), _steps(-0.5, 0.5, 5)), rounds=2, trials=32, passes=2, reach=1),
 }
 
 
-_PLAIN_AFFINE = Search(_grid([0.0], [0.0]), rounds=0, trials=0, passes=0, guard=False)
+_PLAIN_AFFINE = ScaleSearch(_grid([0.0], [0.0]), rounds=0, trials=0, passes=0, guard=False)
 
 
-def affine_search(row: Row, effort: Effort, *, weighted: bool) -> Search:
+def affine_search(row: BlockRow, effort: Effort, *, weighted: bool) -> ScaleSearch:
     """How long to look for scales and minima of a format; ``weighted`` when there is an importance."""
     if effort == "fast" and not row.scale_high and not weighted:
         return _PLAIN_AFFINE
     return _AFFINE_SEARCH[effort]
 
 
-def scale_search(row: Row, effort: Effort, *, weighted: bool) -> Search:
+def scale_search(row: BlockRow, effort: Effort, *, weighted: bool) -> ScaleSearch:
     """How long to look for scales of a format; ``weighted`` when there is an importance.
 
     Starts are given as the value that the sub-block's largest weight gets, near the lowest and the highest code; with
@@ -141,13 +141,13 @@ def scale_search(row: Row, effort: Effort, *, weighted: bool) -> Search:
 
     cuts = weighted and (row.table or row.high - row.low <= 15)
     if effort == "best":
-        return Search(ends(5.0 if cuts else 1.0, 2.0, 20, 20), rounds=4, trials=64, passes=5, reach=3)
+        return ScaleSearch(ends(5.0 if cuts else 1.0, 2.0, 20, 20), rounds=4, trials=64, passes=5, reach=3)
     if row.name == "Q8_0" or (effort == "fast" and not weighted and row.name in ("Q4_0", "Q5_0")):
-        return Search(ends(0.0, 0.0, 1, 0), rounds=0, trials=0, passes=0, guard=False)
+        return ScaleSearch(ends(0.0, 0.0, 1, 0), rounds=0, trials=0, passes=0, guard=False)
     if effort == "good" and row.name == "Q3_K" and not weighted:
-        return Search(ends(0.5, 1.5, 7, 0), rounds=1, trials=16, passes=1)
+        return ScaleSearch(ends(0.5, 1.5, 7, 0), rounds=1, trials=16, passes=1)
     if effort == "good":
-        return Search(ends(4.0 if cuts else 0.5, 2.0, 16, 12), rounds=1, trials=32, passes=1, reach=2)
+        return ScaleSearch(ends(4.0 if cuts else 0.5, 2.0, 16, 12), rounds=1, trials=32, passes=1, reach=2)
     if cuts:
-        return Search(ends(3.0, 1.0, 7, 4), rounds=1, trials=16, passes=1, guard=False)
-    return Search(ends(0.5, 1.2, 6, 0), rounds=1, trials=16, passes=1, guard=False)
+        return ScaleSearch(ends(3.0, 1.0, 7, 4), rounds=1, trials=16, passes=1, guard=False)
+    return ScaleSearch(ends(0.5, 1.2, 6, 0), rounds=1, trials=16, passes=1, guard=False)

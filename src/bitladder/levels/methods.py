@@ -63,7 +63,7 @@ class Prepared:
 
 
 @dataclass(frozen=True)
-class Quantized:
+class Rounded:
     """Codes ``i16[rows, columns]``, what turns them into weights, and what they cost on the calibration set."""
 
     codes: npt.NDArray[np.int16]
@@ -127,7 +127,7 @@ class Method(ABC):
     @abstractmethod
     def apply(
         self, form: CheckpointFormat, seen: Prepared, weights: F32, *, scale_dtype: str = "float16", device: str = "cpu"
-    ) -> Quantized:
+    ) -> Rounded:
         """Quantize ``weights f32[rows, columns]`` that read the input; plainly where nothing was seen of it. Codes with
         feedback are chosen on ``device``.
 
@@ -162,7 +162,7 @@ class Rounding(Method):
         *,
         scale_dtype: str = "float16",
         device: str = "cpu",  # noqa: ARG002
-    ) -> Quantized:
+    ) -> Rounded:
         """As ``Method``."""
         importance = None if seen.gram is None or not self._weighs else _energies(seen.gram)
         return _rounded(form, importance, seen.gram, weights, scale_dtype)
@@ -246,7 +246,7 @@ class Feedback(Method):
 
     def apply(
         self, form: CheckpointFormat, seen: Prepared, weights: F32, *, scale_dtype: str = "float16", device: str = "cpu"
-    ) -> Quantized:
+    ) -> Rounded:
         """As ``Method``."""
         from bitladder.kernels import gptq, gptq_device
 
@@ -259,7 +259,7 @@ class Feedback(Method):
         decoded = parameters.decode(codes)
         wrong = cost.sum() - factor.ridge * _square_sum(decoded - weights)
         whole = gptq.cost_of(factor, weights).sum() - factor.ridge * _square_sum(weights)
-        return Quantized(codes, parameters, decoded, max(0.0, float(wrong / whole)) if whole > 0 else float("nan"))
+        return Rounded(codes, parameters, decoded, max(0.0, float(wrong / whole)) if whole > 0 else float("nan"))
 
 
 ROUNDING, SMOOTHING, AWQ, GPTQ = Rounding(), Smoothing(), Scaling(), Feedback()
@@ -276,7 +276,7 @@ def relative_error(difference: F32, weights: F32, gram: F32) -> float:
 
 def _rounded(
     form: CheckpointFormat, importance: F32 | None, gram: F32 | None, weights: F32, scale_dtype: str
-) -> Quantized:
+) -> Rounded:
     """Nearest codes; the loss is known where there is a Gram matrix."""
     import numpy as np
 
@@ -284,10 +284,10 @@ def _rounded(
     codes = parameters.grid().nearest(weights)
     decoded = parameters.decode(codes)
     if gram is None:
-        return Quantized(codes, parameters, decoded, float("nan"))
+        return Rounded(codes, parameters, decoded, float("nan"))
     count = min(len(weights), max(_FEWEST_ROWS, len(weights) // _SHARE_OF_ROWS))
     some = np.linspace(0, len(weights) - 1, count).astype(np.intp)
-    return Quantized(codes, parameters, decoded, relative_error(decoded[some] - weights[some], weights[some], gram))
+    return Rounded(codes, parameters, decoded, relative_error(decoded[some] - weights[some], weights[some], gram))
 
 
 def _square_sum(values: F32) -> float:

@@ -24,7 +24,7 @@ _SECONDS = 30.0
 
 
 @dataclass(frozen=True)
-class Choice:
+class TypeChoice:
     """One type for one group: what it loses and what it costs, by the names of the limits (``bytes`` and others)."""
 
     qtype: str
@@ -33,11 +33,11 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Group:
+class TensorGroup:
     """Tensors that must have one type (fused ones), with the types they may have."""
 
     name: str
-    choices: tuple[Choice, ...]
+    choices: tuple[TypeChoice, ...]
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Allocation:
     costs: Mapping[str, float]
 
 
-def least_loss(groups: Sequence[Group], limits: Mapping[str, float]) -> Allocation:
+def least_loss(groups: Sequence[TensorGroup], limits: Mapping[str, float]) -> Allocation:
     """The least loss within ``limits``, a limit for each cost that is bounded.
 
     Raises:
@@ -66,7 +66,7 @@ def least_loss(groups: Sequence[Group], limits: Mapping[str, float]) -> Allocati
     return _solve(groups, "loss", limits)
 
 
-def fewest(cost: str, groups: Sequence[Group], limits: Mapping[str, float], *, loss: float) -> Allocation:
+def fewest(cost: str, groups: Sequence[TensorGroup], limits: Mapping[str, float], *, loss: float) -> Allocation:
     """The least of one cost with a predicted loss of at most ``loss`` and within the other limits.
 
     Raises:
@@ -82,13 +82,13 @@ def fewest(cost: str, groups: Sequence[Group], limits: Mapping[str, float], *, l
     return _solve(groups, cost, {**limits, "loss": loss})
 
 
-def _value(choice: Choice, what: str) -> float:
+def _value(choice: TypeChoice, what: str) -> float:
     return choice.loss if what == "loss" else choice.costs.get(what, 0.0)
 
 
-def _undominated(group: Group, measures: Sequence[str]) -> list[Choice]:
+def _undominated(group: TensorGroup, measures: Sequence[str]) -> list[TypeChoice]:
     """Choices that no other one of the group beats in every measure; of equal ones the first."""
-    kept: list[Choice] = []
+    kept: list[TypeChoice] = []
     rows = [[_value(choice, measure) for measure in measures] for choice in group.choices]
     for at, row in enumerate(rows):
         beaten = any(
@@ -116,7 +116,7 @@ def _nothing_printed() -> Iterator[None]:
         os.close(nowhere)
 
 
-def _solve(groups: Sequence[Group], objective: str, limits: Mapping[str, float]) -> Allocation:
+def _solve(groups: Sequence[TensorGroup], objective: str, limits: Mapping[str, float]) -> Allocation:
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import csr_array
 

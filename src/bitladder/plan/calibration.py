@@ -30,7 +30,7 @@ _BATCH_TOKENS = 4096
 
 
 @dataclass(frozen=True)
-class Work:
+class CalibrationWork:
     """A model and a text, in numbers."""
 
     shapes: Mapping[str, tuple[int, int]]
@@ -48,7 +48,7 @@ class Work:
 
 def predict(
     levels: Sequence[Product],
-    work: Work,
+    work: CalibrationWork,
     *,
     flops_per_s: float,
     state_bytes: int,

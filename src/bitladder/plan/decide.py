@@ -30,7 +30,7 @@ from dataclasses import replace
 
 from bitladder.plan.bar import DEFAULT_BAR, DEFAULT_BAR_WITHOUT_KL, Bar, parse_bar
 from bitladder.plan.front import pareto
-from bitladder.plan.judge import MET, SAME_SPEED, UNKNOWN, Evidence, Judged, Judgement, judge, pairs_of
+from bitladder.plan.judge import MET, SAME_SPEED, UNKNOWN, Judged, Judgement, LevelEvidence, judge, pairs_of
 from bitladder.plan.reasons import Tiers, summary, verdict
 from bitladder.records.decision import Decision, Outcome, Pairing, TagStatus, TagVerdict
 from bitladder.records.evaluation import Speed, WorkloadResult
@@ -136,7 +136,7 @@ def _join(
     reference: str | None,
     speeds: Mapping[str, Speed],
     tags: Mapping[str, tuple[str, ...]],
-) -> list[Evidence]:
+) -> list[LevelEvidence]:
     """Bring the measurements together by level, in the plan's order."""
     fidelity_of = {fidelity.level: fidelity for fidelity in fidelities}
     result_of = {result.level: result for result in results}
@@ -146,7 +146,7 @@ def _join(
     names = [result.level for result in rivals]
     adjusted = dict(zip(names, holm([result.p_value for result in rivals]), strict=True))
     return [
-        Evidence(
+        LevelEvidence(
             plan=level,
             fidelity=fidelity_of.get(level.level),
             result=result_of.get(level.level),
@@ -192,7 +192,7 @@ def _pair(quality: Judged | None, speed: Judged | None, budget: int) -> Pairing:
     return Pairing.TOGETHER if quality.total + speed.total <= budget else Pairing.SWAP
 
 
-def tag_verdicts(evidence: Evidence) -> list[TagVerdict]:
+def tag_verdicts(evidence: LevelEvidence) -> list[TagVerdict]:
     """Loss per tag of one level."""
     if evidence.result is None:
         return []

@@ -10,7 +10,7 @@ from bitladder.describe.cache import cache_bytes, layer_caches
 from bitladder.describe.model import Model
 from bitladder.plan.cost import LevelBytes
 from bitladder.plan.memory import ENGINE_BYTES, compute_buffers
-from bitladder.plan.placement import RAM_MARGIN, VRAM_MARGIN, Wish
+from bitladder.plan.placement import RAM_MARGIN, VRAM_MARGIN, Usage
 from bitladder.units import GiB
 
 
@@ -67,7 +67,7 @@ SYSTEM_BYTES = 2 * GiB
 
 
 def hardware_needed(
-    model: Model, level: LevelBytes, reference: LevelBytes, wish: Wish, kinds: Sequence[GpuKind]
+    model: Model, level: LevelBytes, reference: LevelBytes, wish: Usage, kinds: Sequence[GpuKind]
 ) -> HardwareNeed:
     """What ``level`` needs at a context, and what it saves against ``reference`` (the 16-bit level)."""
     cache = cache_bytes(layer_caches(model), wish.n_ctx, n_seq=wish.n_seq, type_k=wish.type_k, type_v=wish.type_v).total

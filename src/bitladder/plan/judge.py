@@ -37,7 +37,7 @@ SAME_SPEED = 0.05
 
 
 @dataclass(frozen=True)
-class Evidence:
+class LevelEvidence:
     """What was measured of one level; None where nothing was."""
 
     plan: LevelPlan
@@ -90,7 +90,7 @@ _NO_ENGINE = Judgement(
 class Judged:
     """A level with its evidence and what the bar says about it."""
 
-    evidence: Evidence
+    evidence: LevelEvidence
     judgements: tuple[Judgement, ...]
 
     @property
@@ -146,7 +146,7 @@ class Judged:
         return "; ".join(judgement.reason for judgement in self.judgements if judgement.outcome == outcome)
 
 
-def judge(bar: Bar, evidence: Evidence) -> tuple[Judgement, ...]:
+def judge(bar: Bar, evidence: LevelEvidence) -> tuple[Judgement, ...]:
     """Every clause of the bar for one level; of a checkpoint without answers also that these are missing."""
     if not evidence.needs_engine:
         return tuple(_judge_clause(clause, evidence) for clause in bar.clauses)
@@ -182,7 +182,7 @@ def pairs_of(result: WorkloadResult, tags: Mapping[str, tuple[str, ...]], tag: s
     return Pairs(len(chosen), len(chosen.intersection(result.lost)), len(chosen.intersection(result.gained)))
 
 
-def _judge_clause(clause: Clause, evidence: Evidence) -> Judgement:
+def _judge_clause(clause: Clause, evidence: LevelEvidence) -> Judgement:
     """Dispatch on what the clause is about."""
     passes = _not_worse if clause.relative else _pass_rate
     on_passes = dict(zip(_ON_PASSES, (_no_known_loss, _no_loss, passes), strict=True))
@@ -199,7 +199,7 @@ def _judge_clause(clause: Clause, evidence: Evidence) -> Judgement:
     return _fidelity(clause, evidence)
 
 
-def _fidelity(clause: Clause, evidence: Evidence) -> Judgement:
+def _fidelity(clause: Clause, evidence: LevelEvidence) -> Judgement:
     """A clause on KL, perplexity or top-1, from intervals over documents."""
     found = evidence.fidelity
     if found is None and evidence.plan.placement == ELSEWHERE:
@@ -252,7 +252,7 @@ def _more_text(clause: Clause, value: float, low: float, high: float, found: Fid
     return f"measure {spoken(clause.metric)} on about {more}"
 
 
-def _pass_rate(clause: Clause, evidence: Evidence) -> Judgement:
+def _pass_rate(clause: Clause, evidence: LevelEvidence) -> Judgement:
     """A clause on the share of inputs passed, whatever the reference does."""
     found = evidence.result
     if found is None or clause.tag:
@@ -270,7 +270,7 @@ def _pass_rate(clause: Clause, evidence: Evidence) -> Judgement:
     return Judgement(judged.outcome, judged.reason, need, chance)
 
 
-def _not_worse(clause: Clause, evidence: Evidence) -> Judgement:
+def _not_worse(clause: Clause, evidence: LevelEvidence) -> Judgement:
     """Non-inferiority: the upper bound of the paired loss lies under the margin."""
     if evidence.result is None:
         return Judgement(UNKNOWN, "no workload was run", "run a workload")
@@ -303,7 +303,7 @@ def _not_worse(clause: Clause, evidence: Evidence) -> Judgement:
     )
 
 
-def _no_loss(clause: Clause, evidence: Evidence) -> Judgement:
+def _no_loss(clause: Clause, evidence: LevelEvidence) -> Judgement:
     """On these very inputs, nothing that the reference passed may be failed."""
     if evidence.result is None:
         return Judgement(UNKNOWN, "no workload was run", "run a workload")
@@ -322,7 +322,7 @@ def _no_loss(clause: Clause, evidence: Evidence) -> Judgement:
     return Judgement(UNKNOWN, f"{seen}, which may be chance", f"{where}more inputs: losses and gains are mixed")
 
 
-def _no_known_loss(clause: Clause, evidence: Evidence) -> Judgement:
+def _no_known_loss(clause: Clause, evidence: LevelEvidence) -> Judgement:
     """A veto: only a loss that the workload proves counts."""
     if evidence.result is None:
         return Judgement(MET, "no workload was run")
@@ -337,7 +337,7 @@ def _no_known_loss(clause: Clause, evidence: Evidence) -> Judgement:
     return Judgement(MET, f"{where}{seen}, no loss proven")
 
 
-def loss_is_known(evidence: Evidence) -> bool:
+def loss_is_known(evidence: LevelEvidence) -> bool:
     """The workload proves that this level passes fewer inputs than the reference."""
     found = evidence.result
     return found is not None and len(found.lost) > len(found.gained) and evidence.p_adjusted <= KNOWN_LOSS_P

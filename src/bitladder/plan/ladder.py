@@ -12,7 +12,7 @@ from bitladder.formats.parts import parts_of
 from bitladder.levels import LADDER, Container, Level
 from bitladder.plan.cost import LevelBytes, level_size
 from bitladder.plan.memory import compute_buffers
-from bitladder.plan.placement import Wish, describe_placement, place, usable_ram, usable_vram, whole_only
+from bitladder.plan.placement import Usage, describe_placement, place, usable_ram, usable_vram, whole_only
 from bitladder.plan.search import N_PROMPT, MachineRates, largest_context, shares_of
 from bitladder.plan.speed import anchor_factor, predict
 from bitladder.records.plan import ContextBytes, LevelPlan, Place, Plan
@@ -46,7 +46,7 @@ def make_plan(
     """
     n_ctx = usable_context(model, n_ctx)
     check_machine(machine)
-    wish = Wish(n_ctx, n_seq, type_k, type_v)
+    wish = Usage(n_ctx, n_seq, type_k, type_v)
     anchor = run_anchor(model, machine, wish, rates, runs or {})
     rows = []
     for size in sorted((level_size(model, level) for level in levels), key=lambda size: -size.file_bytes):
@@ -100,10 +100,10 @@ def file_memory(model: Model, machine: Machine, *, n_ctx: int, n_seq: int = 1) -
         UsageError: as ``make_plan``.
     """
     check_context(model, n_ctx)
-    return place(model, LevelBytes(model.name, parts_of(model.tensors)), machine, Wish(n_ctx, n_seq)).total_bytes
+    return place(model, LevelBytes(model.name, parts_of(model.tensors)), machine, Usage(n_ctx, n_seq)).total_bytes
 
 
-def _contexts(model: Model, wish: Wish) -> tuple[ContextBytes, ...]:
+def _contexts(model: Model, wish: Usage) -> tuple[ContextBytes, ...]:
     """What doubling contexts take, from 512 tokens to the trained length, and the one that was asked for."""
     trained = max(model.dims.n_ctx_train, wish.n_ctx)
     doubling = {512 << step for step in range(trained.bit_length()) if 512 << step <= trained}
@@ -123,7 +123,7 @@ RUN_PAST = 256
 
 
 def run_anchor(
-    model: Model, machine: Machine, wish: Wish, rates: MachineRates | None, runs: Mapping[Level, float]
+    model: Model, machine: Machine, wish: Usage, rates: MachineRates | None, runs: Mapping[Level, float]
 ) -> float:
     """How much faster the user's runs of any levels were than predicted; 0 without runs."""
     if rates is None or not runs:

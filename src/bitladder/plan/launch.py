@@ -8,7 +8,7 @@ from pathlib import PurePath
 
 from bitladder.errors import UsageError
 from bitladder.levels import FILE_ENGINES
-from bitladder.plan.placement import Placement, Wish
+from bitladder.plan.placement import Placement, Usage
 from bitladder.records.plan import Place
 
 LAUNCHED = ("vllm", "tgi")
@@ -16,7 +16,7 @@ LAUNCHED = ("vllm", "tgi")
 
 
 @dataclass(frozen=True)
-class Launch:
+class LaunchCommand:
     """How to start it: a command, and for some engines a file to write first."""
 
     engine: str
@@ -29,13 +29,13 @@ def launch(
     engine: str,
     path: str,
     placement: Placement,
-    wish: Wish,
+    wish: Usage,
     *,
     threads: int,
     name: str = "",
     gpus: int = 0,
     on_hub: bool = False,
-) -> Launch:
+) -> LaunchCommand:
     """The command for ``path`` placed as planned.
 
     ``path`` is a GGUF file, or for vLLM and TGI a checkpoint folder, or a repository's name when it is ``on_hub``.
@@ -51,22 +51,22 @@ def launch(
         kind, other = ("a GGUF file", FILE_ENGINES) if is_gguf else ("a checkpoint folder", LAUNCHED)
         raise UsageError(f"{engine} does not serve {kind}.", do=f"Choose {' or '.join(other)}.")
     if engine == "llama-server":
-        return Launch(engine, _llama_server(path, placement, wish, threads))
+        return LaunchCommand(engine, _llama_server(path, placement, wish, threads))
     if engine == "ollama":
         text = f"FROM {path}\nPARAMETER num_ctx {wish.n_ctx}\nPARAMETER num_gpu {placement.n_gpu_layers}\n"
         text += f"PARAMETER num_thread {threads}\n"
         own = shlex.quote(name.lower())
-        return Launch(engine, f"ollama create {own} -f Modelfile && ollama run {own}", "Modelfile", text)
+        return LaunchCommand(engine, f"ollama create {own} -f Modelfile && ollama run {own}", "Modelfile", text)
     if engine == "lmstudio":
         offload = "max" if placement.kind == Place.GPU else "off" if not placement.n_gpu_layers else _ratio(placement)
         command = f"lms import {shlex.quote(path)} && lms load {shlex.quote(name)}"
         command += f" --context-length {wish.n_ctx} --gpu {offload}"
-        return Launch(engine, command)
+        return LaunchCommand(engine, command)
     length = wish.n_ctx
     if engine == "vllm":
         command = f"vllm serve {shlex.quote(path)} --served-model-name {shlex.quote(name)} --max-model-len {length}"
         command += f" --max-num-seqs {max(1, wish.n_seq)}"
-        return Launch(engine, command + (f" --tensor-parallel-size {gpus}" if gpus > 1 else ""))
+        return LaunchCommand(engine, command + (f" --tensor-parallel-size {gpus}" if gpus > 1 else ""))
     # docker takes a path that is not absolute for the name of a volume
     folder = shlex.quote(path) if path.startswith("/") else f'"$PWD"/{shlex.quote(path)}'
     volume, model = ("", shlex.quote(path)) if on_hub else (f"-v {folder}:/model ", "/model")
@@ -74,10 +74,10 @@ def launch(
         f"docker run --gpus all -p 8080:80 {volume}ghcr.io/huggingface/text-generation-inference:latest "
         f"--model-id {model} --max-total-tokens {length} --max-input-tokens {max(1, length - 512)}"
     )
-    return Launch(engine, command + (f" --num-shard {gpus}" if gpus > 1 else ""))
+    return LaunchCommand(engine, command + (f" --num-shard {gpus}" if gpus > 1 else ""))
 
 
-def _llama_server(path: str, placement: Placement, wish: Wish, threads: int) -> str:
+def _llama_server(path: str, placement: Placement, wish: Usage, threads: int) -> str:
     words = ["llama-server", "-m", path, "-c", str(wish.n_ctx * wish.n_seq), "-np", str(wish.n_seq), "-t", str(threads)]
     words += ["-ngl", str(placement.n_gpu_layers)]
     if placement.n_cpu_experts:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from bitladder.describe.machine import Gpu, Machine
 from bitladder.describe.model import Model
 from bitladder.plan.cost import LevelBytes
-from bitladder.plan.placement import Placement, Wish, place
+from bitladder.plan.placement import Placement, Usage, place
 from bitladder.records.plan import Place
 from bitladder.units import human_bytes
 
@@ -32,7 +32,7 @@ class PairPlan:
 
 
 def plan_pair(
-    model: Model, quality: LevelBytes, speed: LevelBytes, machine: Machine, wish: Wish, *, disk_read: float = 5e8
+    model: Model, quality: LevelBytes, speed: LevelBytes, machine: Machine, wish: Usage, *, disk_read: float = 5e8
 ) -> PairPlan:
     """Place both tiers together; the speed tier gets the GPU first, since that is what it is for.
 

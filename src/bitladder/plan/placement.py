@@ -27,7 +27,7 @@ HOST_BUFFER = 32 * MiB
 
 
 @dataclass(frozen=True)
-class Wish:
+class Usage:
     """How the model is to be run: context of one request, requests at once, types of the KV cache."""
 
     n_ctx: int = 4096
@@ -71,7 +71,7 @@ def usable_ram(machine: Machine) -> int:
     return max(0, machine.ram_available - RAM_MARGIN)
 
 
-def place(model: Model, level: LevelBytes, machine: Machine, wish: Wish) -> Placement:
+def place(model: Model, level: LevelBytes, machine: Machine, wish: Usage) -> Placement:
     """The fastest way to run a level that fits: as much as possible on the GPU, experts leaving it first."""
     need = _Need(model, level, wish)
     vram, ram = usable_vram(machine), usable_ram(machine)
@@ -97,7 +97,7 @@ def place(model: Model, level: LevelBytes, machine: Machine, wish: Wish) -> Plac
 class _Need:
     """Bytes that parts of a level take in each pool."""
 
-    def __init__(self, model: Model, level: LevelBytes, wish: Wish) -> None:
+    def __init__(self, model: Model, level: LevelBytes, wish: Usage) -> None:
         self.layers = model.dims.n_layer
         self.level = level
         self.kv = cache_bytes(

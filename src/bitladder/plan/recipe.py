@@ -17,13 +17,13 @@ from bitladder.formats.recipes import is_quantizable, types_for
 from bitladder.formats.roles import EMBEDDING, OUTPUT
 from bitladder.formats.tensors import TensorInfo
 from bitladder.levels import FeedbackLevel
-from bitladder.plan.allocate import Allocation, Choice, Group, fewest, least_loss
+from bitladder.plan.allocate import Allocation, TensorGroup, TypeChoice, fewest, least_loss
 from bitladder.records.recipe import Recipe, SensitivityTable
 from bitladder.units import human_bytes
 
 
 @dataclass(frozen=True)
-class Wish:
+class Limits:
     """What a recipe must keep to. Exactly one of ``bytes`` (of the file), ``bpw`` and ``kl`` is set; with ``kl`` the
     file is as small as that allows, else the loss. ``least_decode``: tokens per second, by ``rates``.
     ``aim``: the share of ``kl`` to choose for, where the file must hold it and predictions are off by some percent.
@@ -51,7 +51,7 @@ class Wish:
         return tuple(one for one in said if one)
 
 
-def choose(table: SensitivityTable, model: Model, wish: Wish, *, header_bytes: int = 0) -> Recipe:
+def choose(table: SensitivityTable, model: Model, wish: Limits, *, header_bytes: int = 0) -> Recipe:
     """The best recipe that a wish allows.
 
     Args:
@@ -90,7 +90,7 @@ def choose(table: SensitivityTable, model: Model, wish: Wish, *, header_bytes: i
     return _recipe(table, model, wish, found)
 
 
-def _allowed(groups: Sequence[Group], table: SensitivityTable, kl: float, wish: Wish) -> float:
+def _allowed(groups: Sequence[TensorGroup], table: SensitivityTable, kl: float, wish: Limits) -> float:
     """The sum of losses to stay under for a KL divergence."""
     sums = sum(min(choice.loss for choice in group.choices) for group in groups)
     least = table.expected(sums, feedback=wish.feedback)
@@ -103,7 +103,7 @@ def _allowed(groups: Sequence[Group], table: SensitivityTable, kl: float, wish: 
     return max(table.needed(wish.aim * kl, feedback=wish.feedback), sums)
 
 
-def _check_limits(groups: Sequence[Group], limits: Mapping[str, float]) -> None:
+def _check_limits(groups: Sequence[TensorGroup], limits: Mapping[str, float]) -> None:
     """Refuse, in its own units, a limit that the cheapest types already pass."""
     for name, limit in limits.items():
         least = sum(min(choice.costs[name] for choice in group.choices) for group in groups)
@@ -117,7 +117,7 @@ def _check_limits(groups: Sequence[Group], limits: Mapping[str, float]) -> None:
             )
 
 
-def check(model: Model, wish: Wish, *, header_bytes: int = 0) -> None:
+def check(model: Model, wish: Limits, *, header_bytes: int = 0) -> None:
     """Refuse what no table of losses is needed to refuse; arguments and errors as ``choose``."""
     if wish.kl is not None:
         if not wish.kl > 0:
@@ -141,8 +141,8 @@ def evenly(model: Model, bpw: float) -> dict[str, str]:
     Raises:
         NothingFits, UsageError: the bits are too few or too many.
     """
-    check(model, Wish(bpw=bpw))
-    left = _budget(model, Wish(bpw=bpw), 0)
+    check(model, Limits(bpw=bpw))
+    left = _budget(model, Limits(bpw=bpw), 0)
     qtypes = {tensor.name: tensor.qtype for tensor in model.tensors}
     steps = []
     for number, tensor in enumerate(model.tensors):
@@ -174,7 +174,7 @@ def _sizes(tensor: TensorInfo) -> dict[str, int]:
     return {**{qtype: size for qtype, size in sizes.items() if size < tensor.nbytes}, tensor.qtype: tensor.nbytes}
 
 
-def _budget(model: Model, wish: Wish, header_bytes: int) -> int:
+def _budget(model: Model, wish: Limits, header_bytes: int) -> int:
     """Bytes for all tensors."""
     if wish.bytes is None and wish.bpw is None:
         raise UsageError("A recipe needs a limit.", do="Give one of --budget, --bpw, --kl or --fits.")
@@ -191,14 +191,14 @@ def _budget(model: Model, wish: Wish, header_bytes: int) -> int:
     return budget
 
 
-def _group(tensor: TensorInfo, table: SensitivityTable, model: Model, wish: Wish) -> Group:
+def _group(tensor: TensorInfo, table: SensitivityTable, model: Model, wish: Limits) -> TensorGroup:
     losses = [(one.qtype, one.fed if wish.feedback else one.plain) for one in table.losses[tensor.name]]
     smaller = [(qtype, loss) for qtype, loss in losses if QTYPES[qtype].nbytes(tensor.shape) < tensor.nbytes]
     offered = [*smaller, (tensor.qtype, 0.0)]
-    return Group(tensor.name, tuple(Choice(q, loss, _costs(tensor, q, model, wish)) for q, loss in offered))
+    return TensorGroup(tensor.name, tuple(TypeChoice(q, loss, _costs(tensor, q, model, wish)) for q, loss in offered))
 
 
-def _costs(tensor: TensorInfo, qtype: str, model: Model, wish: Wish) -> dict[str, float]:
+def _costs(tensor: TensorInfo, qtype: str, model: Model, wish: Limits) -> dict[str, float]:
     size = QTYPES[qtype].nbytes(tensor.shape)
     costs = {"bytes": float(size)}
     if wish.rates is not None:
@@ -231,7 +231,7 @@ def _is_tied(model: Model) -> bool:
     return all(tensor.name != OUTPUT for tensor in model.tensors)
 
 
-def _recipe(table: SensitivityTable, model: Model, wish: Wish, found: Allocation) -> Recipe:
+def _recipe(table: SensitivityTable, model: Model, wish: Limits, found: Allocation) -> Recipe:
     qtypes = {tensor.name: found.qtypes.get(tensor.name, tensor.qtype) for tensor in model.tensors}
     size, bpw = recipe_bytes(model, qtypes)
     return Recipe(

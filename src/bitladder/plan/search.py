@@ -11,9 +11,9 @@ from bitladder.describe.machine import Machine
 from bitladder.describe.model import Model
 from bitladder.describe.rates import PoolRates
 from bitladder.plan.cost import LevelBytes
-from bitladder.plan.placement import Placement, Wish, place
-from bitladder.plan.speed import Share, predict
-from bitladder.records.plan import Place, Speed
+from bitladder.plan.placement import Placement, Usage, place
+from bitladder.plan.speed import PoolShare, predict
+from bitladder.records.plan import Place, PlanSpeed
 from bitladder.units import human_bytes
 
 N_PROMPT = 512
@@ -29,7 +29,7 @@ class MachineRates:
 
 
 @dataclass(frozen=True)
-class Candidate:
+class CatalogueCandidate:
     """A model with the sizes of its levels, largest first."""
 
     name: str
@@ -49,22 +49,22 @@ class Option:
     params: float
     level: str
     placement: Placement
-    speed: Speed
+    speed: PlanSpeed
 
 
-def shares_of(model: Model, level: LevelBytes, placement: Placement, rates: MachineRates) -> tuple[Share, ...]:
+def shares_of(model: Model, level: LevelBytes, placement: Placement, rates: MachineRates) -> tuple[PoolShare, ...]:
     """Which pool does what for every token under a placement."""
     dims = model.dims
     active = dims.n_expert_used / dims.n_expert if dims.n_expert else 1.0
     layers, experts = level.parts.get("layers", {}), level.parts.get("experts", {})
 
-    def share(pool: PoolRates, part: float, head: bool, expert_part: float, starts: float) -> Share:
+    def share(pool: PoolRates, part: float, head: bool, expert_part: float, starts: float) -> PoolShare:
         """``part`` of the layers and ``expert_part`` of the experts in a pool that starts work ``starts`` times a
         token.
         """
         used = _sum((head, level.head), (part, layers), (expert_part * active, experts))
         held = _sum((head, level.head), (part, layers), (expert_part, experts))
-        return Share(pool, used, held, starts, part, level.head if head else {})
+        return PoolShare(pool, used, held, starts, part, level.head if head else {})
 
     if placement.kind in (Place.CPU, Place.NONE) or rates.gpu is None:
         return (share(rates.cpu, 1.0, True, 1.0, dims.n_layer),)
@@ -88,11 +88,11 @@ def _sum(*terms: tuple[float, Mapping[str, int]]) -> dict[str, float]:
 
 
 def option(
-    candidate: Candidate,
+    candidate: CatalogueCandidate,
     level: LevelBytes,
     machine: Machine,
     rates: MachineRates,
-    wish: Wish,
+    wish: Usage,
     *,
     n_prompt: int = N_PROMPT,
 ) -> Option:
@@ -104,10 +104,10 @@ def option(
 
 
 def best_options(
-    candidates: Sequence[Candidate],
+    candidates: Sequence[CatalogueCandidate],
     machine: Machine,
     rates: MachineRates,
-    wish: Wish,
+    wish: Usage,
     *,
     least_decode: float = 0.0,
     least_bits: float = 0.0,
@@ -133,18 +133,18 @@ def best_options(
     return sorted(found, key=lambda row: (-row.params, row.name))
 
 
-def fitting_wish(candidate: Candidate, wish: Wish) -> Wish:
+def fitting_wish(candidate: CatalogueCandidate, wish: Usage) -> Usage:
     """The wish with a context no longer than the model's."""
     trained = candidate.model.dims.n_ctx_train
     return replace(wish, n_ctx=min(wish.n_ctx, trained)) if trained else wish
 
 
 def what_would_give(
-    candidate: Candidate,
+    candidate: CatalogueCandidate,
     level: LevelBytes,
     machine: Machine,
     rates: MachineRates,
-    wish: Wish,
+    wish: Usage,
     *,
     least_decode: float = 0.0,
 ) -> str:
@@ -153,7 +153,7 @@ def what_would_give(
     """
     wish = fitting_wish(candidate, wish)
 
-    def works(trial: Wish, size: LevelBytes) -> bool:
+    def works(trial: Usage, size: LevelBytes) -> bool:
         row = option(candidate, size, machine, rates, trial)
         return row.placement.kind != Place.NONE and row.speed.decode.value >= least_decode
 
@@ -178,7 +178,7 @@ def what_would_give(
     return f"speed: {row.speed.decode.value:.1f} tokens/s where {least_decode:g} are wanted"
 
 
-def largest_context(model: Model, level: LevelBytes, machine: Machine, wish: Wish) -> int:
+def largest_context(model: Model, level: LevelBytes, machine: Machine, wish: Usage) -> int:
     """The longest context (a multiple of 256) at which a level is placed as it is at the wished one; 0 if it does not
     fit.
     """

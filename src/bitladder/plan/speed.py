@@ -28,7 +28,7 @@ from bitladder.describe.cache import cache_bytes_read, heads_bytes_read, layer_c
 from bitladder.describe.model import Model, ModelDims
 from bitladder.describe.rates import PoolRates
 from bitladder.formats.blocks import QTYPES
-from bitladder.records.plan import Figure, Speed
+from bitladder.records.plan import Figure, PlanSpeed
 
 HOST_TO_DEVICE = 1.2e10
 """Bytes per second over PCIe that llama.cpp gets when it lends the GPU weights that lie in RAM, to compute a prompt."""
@@ -42,7 +42,7 @@ N_UBATCH = 512
 
 
 @dataclass(frozen=True)
-class Share:
+class PoolShare:
     """What one pool does for every token: its layers' weights used, by qtype, and its part of the cache."""
 
     rates: PoolRates
@@ -90,7 +90,7 @@ def computed_share(dims: ModelDims) -> float:
 
 
 def decode_seconds(
-    shares: Sequence[Share], model: Model, n_past: float, *, type_k: str = "F16", type_v: str = "F16"
+    shares: Sequence[PoolShare], model: Model, n_past: float, *, type_k: str = "F16", type_v: str = "F16"
 ) -> float:
     """Seconds for one token after ``n_past`` others."""
     seconds = max(share.rates.token_s for share in shares)
@@ -100,7 +100,7 @@ def decode_seconds(
     return seconds
 
 
-def _cache_seconds(share: Share, model: Model, n_past: float, type_k: str = "F16", type_v: str = "F16") -> float:
+def _cache_seconds(share: PoolShare, model: Model, n_past: float, type_k: str = "F16", type_v: str = "F16") -> float:
     """Attending to the tokens before: by bytes, or by heads where that takes longer."""
     layers = layer_caches(model)
     seconds = cache_bytes_read(layers, n_past, type_k=type_k, type_v=type_v) / share.rates.kv_stream
@@ -109,7 +109,7 @@ def _cache_seconds(share: Share, model: Model, n_past: float, type_k: str = "F16
     return share.cache_share * seconds
 
 
-def prefill_seconds(shares: Sequence[Share], model: Model, n_prompt: int) -> float:
+def prefill_seconds(shares: Sequence[PoolShare], model: Model, n_prompt: int) -> float:
     """Seconds to compute a prompt of ``n_prompt`` tokens."""
     dims = model.dims
     batches = math.ceil(n_prompt / N_UBATCH)
@@ -134,7 +134,9 @@ def prefill_seconds(shares: Sequence[Share], model: Model, n_prompt: int) -> flo
     return seconds
 
 
-def predict(shares: Sequence[Share], model: Model, *, n_prompt: int, n_past: float, anchor: float = 0.0) -> Speed:
+def predict(
+    shares: Sequence[PoolShare], model: Model, *, n_prompt: int, n_past: float, anchor: float = 0.0
+) -> PlanSpeed:
     """Decode, prefill and time to first token of a placement.
 
     ``anchor`` is the factor by which the user's own runs of this model differ from the prediction
@@ -147,7 +149,7 @@ def predict(shares: Sequence[Share], model: Model, *, n_prompt: int, n_past: flo
     prompt = prefill_seconds(shares, model, n_prompt) / factor
     first = prompt + per_token
     wait = _figure(1 / first, label, noise, "the prompt's arithmetic")
-    return Speed(
+    return PlanSpeed(
         decode=_figure(1 / per_token, label, noise, _decode_bound(shares, model, n_past)),
         prefill=_figure(n_prompt / prompt, label, noise, _prefill_bound(shares)),
         first_token=Figure(first, 1 / wait.high, 1 / wait.low, label, wait.binds),
@@ -160,7 +162,7 @@ def anchor_factor(predicted: Sequence[float], measured: Sequence[float]) -> floa
     return math.exp(statistics.median(ratios)) if ratios else 0.0
 
 
-def _label(shares: Sequence[Share]) -> str:
+def _label(shares: Sequence[PoolShare]) -> str:
     sources = {share.rates.source for share in shares}
     return "derived" if sources == {"measured"} else "assumed"
 
@@ -171,7 +173,7 @@ def _figure(value: float, label: str, noise: float, binds: str) -> Figure:
     return Figure(value, value / factor / noise, value * factor, label, binds)
 
 
-def _decode_bound(shares: Sequence[Share], model: Model, n_past: float) -> str:
+def _decode_bound(shares: Sequence[PoolShare], model: Model, n_past: float) -> str:
     """The largest part of a token's time, in words."""
     parts = {"reading weights": 0.0, "reading the KV cache": 0.0, "starting each layer's work": 0.0}
     for share in shares:
@@ -181,7 +183,7 @@ def _decode_bound(shares: Sequence[Share], model: Model, n_past: float) -> str:
     return max(parts, key=lambda name: parts[name])
 
 
-def _prefill_bound(shares: Sequence[Share]) -> str:
+def _prefill_bound(shares: Sequence[PoolShare]) -> str:
     arithmetic = reading = 0.0
     for share in shares:
         for qtype, size in share.weight_bytes.items():

@@ -68,7 +68,7 @@ class StoredFile:
     """Version that made it."""
 
 
-class Standing(StrEnum):
+class FileStanding(StrEnum):
     """What evidence says about the very file that is served."""
 
     MEASURED = "measured"

@@ -43,7 +43,7 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Speed:
+class PlanSpeed:
     """Tokens per second; time to first token in seconds."""
 
     decode: Figure
@@ -73,7 +73,7 @@ class LevelPlan:
     n_cpu_experts: int = 0
     vram_bytes: int = 0
     ram_bytes: int = 0
-    speed: Speed | None = None
+    speed: PlanSpeed | None = None
     """None where no rates are known or nothing fits."""
     longest_ctx: int = 0
     """Tokens of context up to which it is placed no worse than this."""

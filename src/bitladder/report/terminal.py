@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from bitladder.records.decision import Status
 from bitladder.records.fidelity import Fidelity
-from bitladder.records.plan import Plan, Speed
+from bitladder.records.plan import Plan, PlanSpeed
 from bitladder.records.run import RunRecord
 from bitladder.report.facts import warnings
 from bitladder.report.rows import LevelRow, interval, level_rows, number, percent, small
@@ -162,7 +162,7 @@ def plan_table(plan: Plan, console: Console | None = None) -> None:
     out.print(table)
 
 
-def _expected(speed: Speed | None) -> str:
+def _expected(speed: PlanSpeed | None) -> str:
     """Decode speed that the plan expects, with its range."""
     return "" if speed is None else f"{human_rate(speed.decode.low)}-{human_rate(speed.decode.high)}"
 

@@ -97,7 +97,7 @@ def compare(a: Engine, b: Engine, prompt: str, *, max_tokens: int = 256, system:
 def compared(prompt: str, a: tuple[str, Completion], b: tuple[str, Completion]) -> Comparison:
     """Put two answers side by side."""
     spans = differences(a[1].text, b[1].text)
-    return Comparison(prompt, _side(*a), _side(*b), parting(a[1].tokens, b[1].tokens), spans)
+    return Comparison(prompt, _side(*a), _side(*b), first_difference(a[1].tokens, b[1].tokens), spans)
 
 
 def _side(level: str, answer: Completion) -> Side:
@@ -105,7 +105,7 @@ def _side(level: str, answer: Completion) -> Side:
     return Side(level, answer.text, answer.finish_reason, answer.completion_tokens, answer.first_token_s, rate)
 
 
-def parting(a: Sequence[TokenChoice], b: Sequence[TokenChoice]) -> Parting | None:
+def first_difference(a: Sequence[TokenChoice], b: Sequence[TokenChoice]) -> Parting | None:
     """Where two greedy answers first chose differently; None when one is the beginning of the other."""
     for index, (of_a, of_b) in enumerate(zip(a, b, strict=False)):
         if of_a.text != of_b.text:

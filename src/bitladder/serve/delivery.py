@@ -12,8 +12,8 @@ from bitladder.serve.events import stream_error
 from bitladder.serve.limits import let_go
 from bitladder.serve.metrics import Record
 from bitladder.serve.protocol import header_text
-from bitladder.serve.relay import Answer
-from bitladder.serve.settings import Timeouts
+from bitladder.serve.relay import Relayed
+from bitladder.serve.settings import UpstreamTimeouts
 from bitladder.serve.watch import PhaseTimeout, Watch
 from bitladder.units import KiB
 
@@ -24,14 +24,14 @@ Headers = tuple[tuple[bytes, bytes], ...]
 class Delivery:
     """One answer on its way to one client. ``record`` is filled in as it goes."""
 
-    def __init__(self, send: Send, record: Record, began: float, timeouts: Timeouts) -> None:
+    def __init__(self, send: Send, record: Record, began: float, timeouts: UpstreamTimeouts) -> None:
         self.record = record
         self._send = send
         self._began = began
         self._timeouts = timeouts
         self._started = False
 
-    async def deliver(self, answer: Answer, headers: Headers, watch: Watch) -> None:
+    async def deliver(self, answer: Relayed, headers: Headers, watch: Watch) -> None:
         """Send an answer.
 
         Raises:
@@ -53,7 +53,7 @@ class Delivery:
         rest = len(answer.head) - (len(answer.head) - 1) % _PIECE - 1 if answer.head else 0
         await self._send({"type": "http.response.body", "body": answer.head[rest:]})
 
-    async def _deliver_stream(self, answer: Answer, headers: Headers, watch: Watch) -> None:
+    async def _deliver_stream(self, answer: Relayed, headers: Headers, watch: Watch) -> None:
         assert answer.stream is not None
         between, client = self._timeouts.between, self._timeouts.client
         record, send = self.record, self._send
@@ -91,7 +91,7 @@ class Delivery:
         record.outcome = "complete"
         await send({"type": "http.response.body", "body": b""})
 
-    async def _start(self, answer: Answer, headers: Headers) -> None:
+    async def _start(self, answer: Relayed, headers: Headers) -> None:
         record = self.record
         record.first_s = time.monotonic() - self._began
         self._started = True

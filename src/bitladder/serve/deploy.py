@@ -23,7 +23,7 @@ from bitladder.serve.metrics import Metrics
 from bitladder.serve.router import QUALITY, SPEED
 from bitladder.serve.settings import ServeSettings, TierSpec
 from bitladder.serve.shadow import ShadowMode
-from bitladder.serve.supervisor import Fingerprint, Supervisor, Turns
+from bitladder.serve.supervisor import EngineFingerprint, Supervisor, Turns
 from bitladder.serve.tiers import Tier
 from bitladder.serve.watch import Watchman
 from bitladder.units import human_bytes
@@ -159,7 +159,7 @@ def _tier(
         url = spec.url
         return Tier(names, spec, HttpBackend(pool, lambda: url, spec.api_key).complete, gate)
     # Only the gateway may ask its engines: they listen on a port too, and check neither host nor origin.
-    check_file = Fingerprint(spec.path).check
+    check_file = EngineFingerprint(spec.path).check
     spec = replace(spec, api_key=secrets.token_urlsafe(24))
     engine = Supervisor(
         names[0],

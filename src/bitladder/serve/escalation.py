@@ -36,7 +36,7 @@ class ScoredInput:
 
 
 @dataclass(frozen=True)
-class Calibration:
+class CalibratedThreshold:
     """A threshold and what it would have done on the inputs it was made from.
 
     ``recovered`` is the share of the speed tier's net loss that is made good, ``extra_cost`` the added time
@@ -65,14 +65,14 @@ def is_sure(value: float, threshold: float) -> bool:
     return value >= threshold
 
 
-def outcome(inputs: Sequence[ScoredInput], threshold: float) -> Calibration:
+def outcome(inputs: Sequence[ScoredInput], threshold: float) -> CalibratedThreshold:
     """What escalating below ``threshold`` would have done on these inputs."""
     escalated = [item for item in inputs if not is_sure(item.score, threshold)]
     loss = sum(item.quality_passed - item.speed_passed for item in inputs)
     gain = sum(item.quality_passed - item.speed_passed for item in escalated)
     spent = sum(item.speed_s for item in inputs)
     added = sum(item.quality_s for item in escalated)
-    return Calibration(
+    return CalibratedThreshold(
         threshold,
         len(escalated) / len(inputs) if inputs else math.nan,
         gain / loss if loss > 0 else math.nan,
@@ -80,7 +80,7 @@ def outcome(inputs: Sequence[ScoredInput], threshold: float) -> Calibration:
     )
 
 
-def calibrate(inputs: Sequence[ScoredInput], recover: float = MIN_RECOVERED) -> Calibration:
+def calibrate(inputs: Sequence[ScoredInput], recover: float = MIN_RECOVERED) -> CalibratedThreshold:
     """The lowest threshold that recovers at least ``recover`` of the net loss.
 
     Candidates lie half-way between neighbouring scores. Without a loss the threshold is minus infinity:

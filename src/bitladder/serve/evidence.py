@@ -92,7 +92,7 @@ class HeldOut:
 
 
 @dataclass(frozen=True)
-class Advice:
+class RoutingAdvice:
     """What to do with ``auto``, the rule itself, and the numbers behind it."""
 
     sentence: str
@@ -209,12 +209,12 @@ def held_out(
     return HeldOut(recovered, cost, splits, float(np.mean(gains)), float(np.quantile(gains, 0.05)))
 
 
-def advise(inputs: Sequence[RoutedInput], generator: np.random.Generator) -> Advice:
+def advise(inputs: Sequence[RoutedInput], generator: np.random.Generator) -> RoutingAdvice:
     """Whether routing between these two tiers gains anything on this workload, and the rule that does it
     best.
     """
     if not inputs:
-        return Advice("No evidence: `auto` uses the quality tier.", AutoRule())
+        return RoutingAdvice("No evidence: `auto` uses the quality tier.", AutoRule())
     lost = sum(item.lost for item in inputs)
     net = sum(item.quality_passed - item.speed_passed for item in inputs)
     speed_s, quality_s = sum(item.speed_s for item in inputs), sum(item.quality_s for item in inputs)
@@ -235,16 +235,16 @@ def advise(inputs: Sequence[RoutedInput], generator: np.random.Generator) -> Adv
         f"for {chosen.extra_cost:+.0%} of the speed tier's cost"
     )
     if chosen.pays:
-        return Advice(f"Routing pays: {numbers}.", rule, tags, sure, threshold)
+        return RoutingAdvice(f"Routing pays: {numbers}.", rule, tags, sure, threshold)
     if chosen.extra_cost >= quality_s / speed_s - 1:
         everything = _one_tier(QUALITY, f"{numbers}, no less than the quality tier for everything")
         return replace(everything, by_tag=tags, by_escalation=sure)
     goal = f"{MIN_RECOVERED:.0%} for {MAX_EXTRA_COST:+.0%}"
     sentence = f"Routing cannot reach {goal} here: {numbers}. `auto` still errs on the side of quality."
-    return Advice(sentence, rule, tags, sure, threshold)
+    return RoutingAdvice(sentence, rule, tags, sure, threshold)
 
 
-def _without_net_loss(inputs: Sequence[RoutedInput], generator: np.random.Generator) -> Advice:
+def _without_net_loss(inputs: Sequence[RoutedInput], generator: np.random.Generator) -> RoutingAdvice:
     """Where the speed tier gained in one kind of work what it lost in another, sending only the latter to the quality
     tier may pass more than either tier does alone.
     """
@@ -258,7 +258,7 @@ def _without_net_loss(inputs: Sequence[RoutedInput], generator: np.random.Genera
             f"Routing pays: {because}, but kinds of work it did lose; on held-out halves, routing by tags passes "
             f"{gained} for {tags.extra_cost:+.0%} of its cost."
         )
-        return Advice(sentence, AutoRule(tags=tag_table(inputs), guess=_similarity(inputs).guess), tags)
+        return RoutingAdvice(sentence, AutoRule(tags=tag_table(inputs), guess=_similarity(inputs).guess), tags)
     unsure = (
         f"nor does routing by tags surely pass more (held-out halves: {gained}, {100 * tags.gained_low:+.1f} in the"
     )
@@ -270,9 +270,9 @@ def _share(recovered: float) -> str:
     return "all" if recovered >= 1 else f"{recovered:.0%}"
 
 
-def _one_tier(tier: str, because: str) -> Advice:
+def _one_tier(tier: str, because: str) -> RoutingAdvice:
     sentence = f"Routing gains nothing: {because}. Deploy the {tier} tier alone; `auto` uses it for everything."
-    return Advice(sentence, AutoRule(fixed=tier, because=because))
+    return RoutingAdvice(sentence, AutoRule(fixed=tier, because=because))
 
 
 def _similarity(inputs: Sequence[RoutedInput]) -> Similarity:

@@ -23,11 +23,11 @@ from starlette.types import Receive, Scope, Send
 from bitladder.errors import EngineError
 from bitladder.serve.backends import UpstreamFailed, UpstreamRequest
 from bitladder.serve.delivery import Delivery, Headers
-from bitladder.serve.limits import BODY_S, Room, Share, held_bytes, let_go, read_body, send_refusal
+from bitladder.serve.limits import BODY_S, ClientShare, RequestMemory, held_bytes, let_go, read_body, send_refusal
 from bitladder.serve.metrics import Metrics, Record
-from bitladder.serve.protocol import CHAT, EMBEDDINGS, Refused, Request, count_values, parse_request
-from bitladder.serve.relay import Answer, judge, read_answer
-from bitladder.serve.router import QUALITY, SPEED, AutoRule, Choice, Features, choose
+from bitladder.serve.protocol import CHAT, EMBEDDINGS, ModelRequest, Refused, count_values, parse_request
+from bitladder.serve.relay import Relayed, judge, read_answer
+from bitladder.serve.router import QUALITY, SPEED, AutoRule, Features, TierChoice, choose
 from bitladder.serve.settings import LONGEST_TOKEN, ServeSettings
 from bitladder.serve.tiers import Tier
 from bitladder.serve.watch import ClientGone, PhaseTimeout, Watch, Watchman
@@ -39,7 +39,7 @@ _MAX_TAGS = 16
 _MAX_SAMPLED = 1 * MiB
 _ROLES = {QUALITY, SPEED}
 
-Sampler = Callable[[Request], None]
+Sampler = Callable[[ModelRequest], None]
 
 
 class Attempt(NamedTuple):
@@ -74,7 +74,7 @@ class Gateway:
         self._sample = sample
         self._run_id = secrets.token_hex(4)
         self._numbers = itertools.count(1)
-        self._room = Room(settings.max_requests_bytes)
+        self._room = RequestMemory(settings.max_requests_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -110,7 +110,7 @@ class Gateway:
             record.total_s = time.monotonic() - began
             self._metrics.add(record)
 
-    async def _body(self, scope: Scope, receive: Receive, watch: Watch, share: Share) -> bytes:
+    async def _body(self, scope: Scope, receive: Receive, watch: Watch, share: ClientShare) -> bytes:
         watch.phase("the body", BODY_S)
         try:
             body = await read_body(scope, receive, self._settings.body_limit, share)
@@ -124,7 +124,7 @@ class Gateway:
             raise ClientGone
         return body
 
-    async def _answer(self, scope: Scope, request: Request, body: bytes, delivery: Delivery, watch: Watch) -> None:
+    async def _answer(self, scope: Scope, request: ModelRequest, body: bytes, delivery: Delivery, watch: Watch) -> None:
         record = delivery.record
         record.asked_for, record.stream = request.model, request.stream
         choice = self._choose(scope, request, record.key)
@@ -149,7 +149,7 @@ class Gateway:
         if self._sample and wanted and len(request.text) <= _MAX_SAMPLED:
             self._sample(request)
 
-    def _choose(self, scope: Scope, request: Request, key: str) -> Choice:
+    def _choose(self, scope: Scope, request: ModelRequest, key: str) -> TierChoice:
         header, tags = "", ""
         for name, value in scope["headers"]:
             if name == b"x-bitladder-tier":
@@ -165,7 +165,7 @@ class Gateway:
             raise Refused(404, f"No model '{asked}' is served here. There is: {names}.", code="model_not_found")
         return choice
 
-    def _attempts(self, choice: Choice, request: Request) -> tuple[Attempt, ...]:
+    def _attempts(self, choice: TierChoice, request: ModelRequest) -> tuple[Attempt, ...]:
         """Whom to ask, in order."""
         tier = self._by_name[choice.tier]
         other = self._by_name.get(QUALITY if choice.tier == SPEED else SPEED, tier)
@@ -179,7 +179,7 @@ class Gateway:
     async def _attempt(
         self,
         attempt: Attempt,
-        request: Request,
+        request: ModelRequest,
         body: bytes,
         delivery: Delivery,
         headers: Headers,
@@ -221,11 +221,11 @@ class Gateway:
                 raise self._failed(record, tier, "stalled", str(cause)) from None
             raise cause or asyncio.CancelledError from None
 
-    async def _judged(self, answer: Answer, request: Request, record: Record) -> Answer:
+    async def _judged(self, answer: Relayed, request: ModelRequest, record: Record) -> Relayed:
         rule = self._settings.escalation
         assert rule is not None
         verdict = await judge(answer, rule, strip=not request.value("logprobs"))
-        if isinstance(verdict, Answer):
+        if isinstance(verdict, Relayed):
             return verdict
         record.escalated = True
         lowest, needed = math.exp(verdict.lowest), math.exp(rule.threshold)
@@ -238,7 +238,7 @@ class Gateway:
         return _NextAttempt(f"{tier.name} failed ({phase})")
 
 
-def _check_context(request: Request, tier: Tier) -> None:
+def _check_context(request: ModelRequest, tier: Tier) -> None:
     """Refuse what cannot fit whatever its tokens are; what remains the engine counts exactly, before
     computing.
     """
@@ -248,7 +248,7 @@ def _check_context(request: Request, tier: Tier) -> None:
         raise Refused(400, found, code="context_length_exceeded")
 
 
-def _upstream_request(attempt: Attempt, request: Request, body: bytes) -> UpstreamRequest:
+def _upstream_request(attempt: Attempt, request: ModelRequest, body: bytes) -> UpstreamRequest:
     values: dict[str, Any] = {}
     spec = attempt.tier.spec
     if spec.url is not None and request.model != spec.served_name:

@@ -193,7 +193,7 @@ async def send_refusal(send: Send, refused: Refused) -> None:
     await send({"type": "http.response.body", "body": refused.body})
 
 
-async def read_body(scope: Scope, receive: Receive, limit: int, share: Share) -> bytes | None:
+async def read_body(scope: Scope, receive: Receive, limit: int, share: ClientShare) -> bytes | None:
     """The request's body, or None when the client left before it was complete. ``share`` of the memory grows with it.
 
     Raises:
@@ -257,7 +257,7 @@ def let_go(error: BaseException) -> None:
             following += [one.__cause__, one.__context__]
 
 
-class Room:
+class RequestMemory:
     """Memory that all requests may hold together. Where one more byte does not fit, the request whose body has been
     coming in for longest gives way: whoever sends slowly, or never ends, must not keep the others out.
     """
@@ -265,21 +265,21 @@ class Room:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.taken = 0
-        self._reading: dict[Share, None] = {}
+        self._reading: dict[ClientShare, None] = {}
 
-    def share(self, give_way: Callable[[Exception], None]) -> Share:
+    def share(self, give_way: Callable[[Exception], None]) -> ClientShare:
         """A request's share, to be entered with ``with``. ``give_way`` is called when it is taken away."""
-        return Share(self, give_way)
+        return ClientShare(self, give_way)
 
-    def enter(self, share: Share) -> None:
+    def enter(self, share: ClientShare) -> None:
         """A share begins."""
         self._reading[share] = None
 
-    def settle(self, share: Share) -> None:
+    def settle(self, share: ClientShare) -> None:
         """A share is not taken away any more."""
         self._reading.pop(share, None)
 
-    def fit(self, share: Share, more: int) -> None:
+    def fit(self, share: ClientShare, more: int) -> None:
         """Make room for a share to grow.
 
         Raises:
@@ -300,10 +300,10 @@ class Room:
         self.taken += more
 
 
-class Share:
+class ClientShare:
     """What one request holds of a `Room`, in bytes."""
 
-    def __init__(self, room: Room, give_way: Callable[[Exception], None]) -> None:
+    def __init__(self, room: RequestMemory, give_way: Callable[[Exception], None]) -> None:
         self.give_way = give_way
         self.size = 0
         self._room = room

@@ -82,7 +82,7 @@ def error_body(message: str, code: str, status: int) -> bytes:
     return json.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}}).encode()
 
 
-class Member(NamedTuple):
+class JsonMember(NamedTuple):
     """One top-level member of a JSON object. ``start`` and ``end`` say where its value stands, in
     characters.
     """
@@ -109,7 +109,7 @@ def strict_json(text: bytes) -> Any:
     return _DECODER.decode(text.decode())
 
 
-def members(text: str) -> dict[str, Member]:
+def members(text: str) -> dict[str, JsonMember]:
     """Top-level members of a JSON object, with the place of each value.
 
     Stricter than ``json.loads``: NaN, Infinity and repeated keys are refused, because an upstream with
@@ -119,7 +119,7 @@ def members(text: str) -> dict[str, Member]:
         ValueError: the text is no such object.
         RecursionError: it is nested too deeply.
     """
-    found: dict[str, Member] = {}
+    found: dict[str, JsonMember] = {}
     at = _skip(text, 0)
     if text[at : at + 1] != "{":
         raise ValueError("the body is not a JSON object")
@@ -132,7 +132,7 @@ def members(text: str) -> dict[str, Member]:
         value, end = _DECODER.raw_decode(text, start)
         if key in found:
             raise ValueError(f"the key {key[:40]!r} comes twice")
-        found[key] = Member(value, start, end)
+        found[key] = JsonMember(value, start, end)
         mark = _AFTER_VALUE.match(text, end)
         if mark is None:
             raise ValueError(f"',' or '}}' was expected at character {_skip(text, end)}")
@@ -167,12 +167,12 @@ def _expect_end(text: str, at: int) -> None:
 
 
 @dataclass(frozen=True)
-class Request:
+class ModelRequest:
     """A checked request. ``text`` is the body exactly as it came."""
 
     path: str
     text: str
-    members: Mapping[str, Member]
+    members: Mapping[str, JsonMember]
 
     @property
     def model(self) -> str:
@@ -236,7 +236,7 @@ def _plain(content: Any) -> str:
     return ""
 
 
-def parse_request(path: str, body: bytes) -> Request:
+def parse_request(path: str, body: bytes) -> ModelRequest:
     """Check what we rely on, and nothing else. The memory that it takes is bounded only where `count_values` let the
     body pass.
 
@@ -252,7 +252,7 @@ def parse_request(path: str, body: bytes) -> Request:
         raise _bad("The body is nested too deeply.") from None
     except ValueError as error:
         raise _bad(f"The body is not a JSON request: {error}.") from None
-    request = Request(path, text, found)
+    request = ModelRequest(path, text, found)
     _check(request)
     return request
 
@@ -292,7 +292,7 @@ def _marks_outside_texts(body: bytes) -> int:
     return count
 
 
-def _check(request: Request) -> None:
+def _check(request: ModelRequest) -> None:
     model = request.value("model")
     if not isinstance(model, str) or not 0 < len(model) <= MAX_NAME:
         raise _bad(f"'model' must be a name of 1 to {MAX_NAME} characters.")

@@ -47,7 +47,7 @@ _NOT_SUPPORTED = 501  # llama.cpp's word for what it was not started for; anothe
 
 
 @dataclass
-class Answer:
+class Relayed:
     """An answer ready to be sent. ``stream`` is None for a document, whose bytes are then all in ``head``."""
 
     status: int
@@ -85,7 +85,7 @@ def check_answer(document: dict[str, Any], expected: str) -> None:
         raise UpstreamFailed("wrong model", found)
 
 
-async def read_answer(reply: Reply, expected: str, *, stream: bool, secret: str = "") -> Answer:
+async def read_answer(reply: Reply, expected: str, *, stream: bool, secret: str = "") -> Relayed:
     """Read as much of a reply as is needed to know that it is one.
 
     Errors in the 400s belong to the client and are passed on in the gateway's own shape, and so does 501. Those about
@@ -114,11 +114,11 @@ async def read_answer(reply: Reply, expected: str, *, stream: bool, secret: str 
             if has_error(event):
                 raise UpstreamFailed("status", "The upstream began its stream with an error.")
             check_answer(event, expected)
-            return Answer(reply.status, content_type, b"", _checked(_whole_events(head, pieces), expected, secret))
+            return Relayed(reply.status, content_type, b"", _checked(_whole_events(head, pieces), expected, secret))
         if len(head) > _MAX_EVENT:
             raise UpstreamFailed("garbage", f"The stream's first {len(head)} bytes hold no event.")
     if _is_done(head):
-        return Answer(reply.status, content_type, b"", _checked(_whole_events(head, pieces), expected, secret))
+        return Relayed(reply.status, content_type, b"", _checked(_whole_events(head, pieces), expected, secret))
     raise UpstreamFailed("broken", f"The stream ended after {len(head)} bytes without an event.")
 
 
@@ -129,7 +129,7 @@ def _first_event(head: bytes) -> dict[str, Any] | None:
         raise UpstreamFailed("garbage", f"The upstream's stream is not one: {error}.") from None
 
 
-async def _read_document(reply: Reply, content_type: str, expected: str) -> Answer:
+async def _read_document(reply: Reply, content_type: str, expected: str) -> Relayed:
     body = b"".join([piece async for piece in _bounded(reply.chunks())])
     try:
         document = strict_json(body)
@@ -145,10 +145,10 @@ async def _read_document(reply: Reply, content_type: str, expected: str) -> Answ
     usage = document.get("usage")
     tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
     counted = tokens if type(tokens) is int and 0 < tokens <= MAX_TOKENS else 0
-    return Answer(reply.status, content_type, body, tokens=counted)
+    return Relayed(reply.status, content_type, body, tokens=counted)
 
 
-async def _read_error(reply: Reply, secret: str) -> Answer:
+async def _read_error(reply: Reply, secret: str) -> Relayed:
     """An upstream's error that belongs to the client.
 
     Raises:
@@ -168,7 +168,7 @@ async def _read_error(reply: Reply, secret: str) -> Answer:
     later = reply.headers.get("retry-after", "")
     extra = ((b"retry-after", later.encode()),) if later.isascii() and later.isdigit() and len(later) < 10 else ()
     body = error_body(message, code[:_MAX_CODE] or f"upstream_{status}", status)
-    return Answer(status, "application/json", body, extra=extra)
+    return Relayed(status, "application/json", body, extra=extra)
 
 
 def _error_of(body: bytes) -> tuple[str, str, str]:
@@ -289,7 +289,7 @@ def _words(document: dict[str, Any], secret: str) -> str:
     return f": {text[:200].rstrip('.')}" if text else ""
 
 
-async def judge(answer: Answer, escalation: Escalation, *, strip: bool) -> Answer | Unsure:
+async def judge(answer: Relayed, escalation: Escalation, *, strip: bool) -> Relayed | Unsure:
     """Read the start of an answer (or all of it) and keep it only when every token seen was sure enough.
 
     ``strip``: the client did not ask for log-probabilities, so it gets none. Answers without any (tool
@@ -306,7 +306,7 @@ async def judge(answer: Answer, escalation: Escalation, *, strip: bool) -> Answe
         if not is_sure(lowest, escalation.threshold):
             return Unsure(lowest)
         head = without_logprobs(document) if strip else answer.head
-        return Answer(answer.status, answer.content_type, head, tokens=answer.tokens)
+        return Relayed(answer.status, answer.content_type, head, tokens=answer.tokens)
     held: list[bytes] = []
     seen: list[float] = []
     async for events in answer.stream:
@@ -319,7 +319,7 @@ async def judge(answer: Answer, escalation: Escalation, *, strip: bool) -> Answe
             break
     if not seen:
         return Unsure(score(seen))
-    return Answer(answer.status, answer.content_type, b"", _resume(held, answer.stream, strip=strip))
+    return Relayed(answer.status, answer.content_type, b"", _resume(held, answer.stream, strip=strip))
 
 
 async def _resume(held: list[bytes], rest: AsyncIterator[bytes], *, strip: bool) -> AsyncIterator[bytes]:

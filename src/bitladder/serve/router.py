@@ -115,7 +115,7 @@ class AutoRule:
 
 
 @dataclass(frozen=True)
-class Choice:
+class TierChoice:
     """A tier (or a level's name, lower case) and the reason, a phrase."""
 
     tier: str
@@ -130,7 +130,7 @@ class Choice:
         return self.kind != "level"
 
 
-def choose(features: Features, levels: frozenset[str], rules: tuple[Rule, ...], auto: AutoRule) -> Choice | None:
+def choose(features: Features, levels: frozenset[str], rules: tuple[Rule, ...], auto: AutoRule) -> TierChoice | None:
     """The tier for a request, or None when nothing of the name asked for is served.
 
     ``levels`` are the served levels' names in lower case.
@@ -143,38 +143,38 @@ def choose(features: Features, levels: frozenset[str], rules: tuple[Rule, ...], 
         return _named(model, levels, "model", "asked for by name")
     for rule in rules:
         if rule.matches(features):
-            return Choice(rule.tier, f"rule: {rule}" if str(rule) else "rule: everything", "rule")
+            return TierChoice(rule.tier, f"rule: {rule}" if str(rule) else "rule: everything", "rule")
     return _auto(features, auto)
 
 
-def _named(name: str, levels: frozenset[str], kind: str, reason: str) -> Choice | None:
+def _named(name: str, levels: frozenset[str], kind: str, reason: str) -> TierChoice | None:
     if name in (QUALITY, SPEED):
-        return Choice(name, f"{name} {reason}", kind)
-    return Choice(name, f"level {reason}", "level") if name in levels else None
+        return TierChoice(name, f"{name} {reason}", kind)
+    return TierChoice(name, f"level {reason}", "level") if name in levels else None
 
 
-def _auto(features: Features, auto: AutoRule) -> Choice:
+def _auto(features: Features, auto: AutoRule) -> TierChoice:
     if auto.fixed:
-        return Choice(auto.fixed, f"auto: {auto.because}", "auto", auto.escalate and auto.fixed == SPEED)
+        return TierChoice(auto.fixed, f"auto: {auto.because}", "auto", auto.escalate and auto.fixed == SPEED)
     if not auto.tags:
-        return Choice(QUALITY, f"auto: {auto.because}", "auto")
+        return TierChoice(QUALITY, f"auto: {auto.because}", "auto")
     known = [tag for tag in features.tags if tag in auto.tags]
     if known:
         # With several tags the most careful one decides.
         careful = max(known, key=lambda tag: (auto.tags[tag].needs_quality, auto.tags[tag].lost))
         return _by_tag(careful, auto, "tag")
     if features.tags:
-        return Choice(QUALITY, f"auto: no evidence for tag {features.tags[0]}", "auto")
+        return TierChoice(QUALITY, f"auto: no evidence for tag {features.tags[0]}", "auto")
     guess = auto.guess(features.asked()) if auto.guess else None
     if guess is None:
-        return Choice(QUALITY, "auto: unlike every input of the workload", "auto")
+        return TierChoice(QUALITY, "auto: unlike every input of the workload", "auto")
     return _by_tag(guess.tag, auto, f"resembles {guess.input_id} ({guess.similarity:.2f}), tag")
 
 
-def _by_tag(tag: str, auto: AutoRule, how: str) -> Choice:
+def _by_tag(tag: str, auto: AutoRule, how: str) -> TierChoice:
     seen = auto.tags[tag]
     if not seen.needs_quality:
-        return Choice(SPEED, f"auto: {how} {tag}: {seen}", "auto")
+        return TierChoice(SPEED, f"auto: {how} {tag}: {seen}", "auto")
     if auto.escalate:
-        return Choice(SPEED, f"auto: {how} {tag}: speed first, judged by its probabilities", "auto", escalate=True)
-    return Choice(QUALITY, f"auto: {how} {tag}: {seen}", "auto")
+        return TierChoice(SPEED, f"auto: {how} {tag}: speed first, judged by its probabilities", "auto", escalate=True)
+    return TierChoice(QUALITY, f"auto: {how} {tag}: {seen}", "auto")

@@ -10,7 +10,7 @@ from urllib.parse import quote, urlsplit
 from bitladder.engines.address import api_base
 from bitladder.engines.base import EngineKind
 from bitladder.errors import UsageError
-from bitladder.records.level_file import Standing
+from bitladder.records.level_file import FileStanding
 from bitladder.serve.router import AUTO, QUALITY, SPEED, AutoRule, Rule
 from bitladder.units import MiB
 
@@ -38,7 +38,7 @@ class TierSpec:
     """File that the endpoint's key comes from; exports hand it over."""
     sha256: str = ""
     """Hash of the file, named in every reply. Empty for an endpoint: nobody can vouch for it."""
-    standing: Standing | None = None
+    standing: FileStanding | None = None
     """What evidence says about this very file, named in every reply. None for an endpoint, or where nobody looked."""
     note: str = ""
     """What the operator should know about the file."""
@@ -83,7 +83,7 @@ class TierSpec:
         return (parts.netloc, (parts.netloc + parts.path).replace("/", "-"))
 
 
-def told_apart(specs: Sequence[TierSpec]) -> list[TierSpec]:
+def with_distinct_names(specs: Sequence[TierSpec]) -> list[TierSpec]:
     """The same levels, those of one name renamed by where they lie: ``model@a`` and ``model@b``.
 
     A level that is called like a role (``quality.gguf``) is renamed too. Levels given twice stay what they are.
@@ -108,7 +108,7 @@ def told_apart(specs: Sequence[TierSpec]) -> list[TierSpec]:
 
 
 @dataclass(frozen=True)
-class Timeouts:
+class UpstreamTimeouts:
     """Seconds allowed to each phase of a request at an upstream."""
 
     connect: float = 5.0
@@ -182,7 +182,7 @@ class ServeSettings:
     """Memory that all requests may hold together."""
     max_queue: int = 64
     """Waiting requests per tier; one more is told to come back later."""
-    timeouts: Timeouts = field(default_factory=Timeouts)
+    timeouts: UpstreamTimeouts = field(default_factory=UpstreamTimeouts)
     drain_s: float = 30.0
     """On SIGTERM: how long running answers may take to finish."""
     program: EngineKind | None = None

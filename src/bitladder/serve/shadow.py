@@ -23,7 +23,7 @@ from typing import Any
 
 from bitladder.serve.backends import UpstreamFailed, UpstreamRequest
 from bitladder.serve.metrics import Metrics
-from bitladder.serve.protocol import Refused, Request
+from bitladder.serve.protocol import ModelRequest, Refused
 from bitladder.serve.relay import read_answer
 from bitladder.serve.settings import Shadow
 from bitladder.serve.tiers import Tier
@@ -45,14 +45,14 @@ class ShadowMode:
         self._speed = speed
         self._metrics = metrics
         self._chance = chance
-        self._waiting: deque[Request] = deque(maxlen=_MAX_WAITING)
+        self._waiting: deque[ModelRequest] = deque(maxlen=_MAX_WAITING)
         self._same: deque[float] = deque(maxlen=_LOOK_BACK)
         self._compared = 0
         self._failed = 0
         self.low, self.high = math.nan, math.nan
         self.alarm = False
 
-    def sample(self, request: Request) -> None:
+    def sample(self, request: ModelRequest) -> None:
         """Take this request with the stated chance."""
         if self._chance.random() < self._settings.share:
             self._waiting.append(request)
@@ -67,7 +67,7 @@ class ShadowMode:
     def _idle(self) -> bool:
         return not any(tier.gate.running or tier.gate.queued for tier in (self._quality, self._speed))
 
-    async def compare(self, request: Request) -> None:
+    async def compare(self, request: ModelRequest) -> None:
         """Ask both tiers, one after the other, and count."""
         try:
             answers = [await self._ask(tier, request) for tier in (self._speed, self._quality)]
@@ -100,7 +100,7 @@ class ShadowMode:
         """Share of the last comparisons with the very same answer; NaN before the first."""
         return sum(self._same) / len(self._same) if self._same else math.nan
 
-    async def _ask(self, tier: Tier, request: Request) -> str:
+    async def _ask(self, tier: Tier, request: ModelRequest) -> str:
         wanted: dict[str, Any] = {
             "temperature": 0,
             "stream": False,

@@ -23,7 +23,7 @@ _FIRST_BACKOFF_S, _LAST_BACKOFF_S = 0.25, 15.0
 _STEADY_S = 60.0  # running for so long forgives earlier deaths
 
 
-class Fingerprint:
+class EngineFingerprint:
     """Size and time of a model when it was hashed: a file swapped under a running gateway is not served, nor one in a
     folder.
     """

@@ -32,7 +32,7 @@ from bitladder.kernels.awq import Fold
 from bitladder.levels import CheckpointLevel, FoldedLevel
 from bitladder.levels.checkpoints import parse_checkpoint
 from bitladder.levels.products import Product, statistics_of
-from bitladder.plan.calibration import Work, predict
+from bitladder.plan.calibration import CalibrationWork, predict
 from bitladder.plan.calibration_text import check_text
 from bitladder.plan.preflight import JobNeed, require
 from bitladder.progress import Progress, silent
@@ -218,7 +218,7 @@ class Calibration:
     def _predict(self) -> Preflight:
         """Time, memory and disk; a product of matrices is timed to know the machine."""
         model = self.source.model
-        work = Work(
+        work = CalibrationWork(
             self._shapes,
             n_layer=model.dims.n_layer,
             n_embd=model.dims.n_embd,

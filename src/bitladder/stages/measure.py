@@ -238,7 +238,7 @@ def fidelities(
     return [found[subject] for subject in subjects]
 
 
-def of_itself(measured: Fidelity, level: str) -> Fidelity:
+def fidelity_of_reference(measured: Fidelity, level: str) -> Fidelity:
     """What is true of the reference beside itself, on the tokens that another level was measured on."""
     zero = dict.fromkeys((name for name in vars(measured) if name.startswith("kl_")), 0.0)
     one = dict.fromkeys((name for name in vars(measured) if name.startswith(("ppl_ratio", "top1"))), 1.0)

@@ -28,8 +28,8 @@ from bitladder.describe.rates import MeasuredMachine, PoolRates
 from bitladder.describe.shapes import Shape
 from bitladder.engines.base import Launch, Running
 from bitladder.engines.registry import start
-from bitladder.files.hollow import N_VOCAB, write_hollow
 from bitladder.files.measured import machine_key
+from bitladder.files.stub_gguf import N_VOCAB, write_stub
 from bitladder.formats.blocks import QTYPES
 from bitladder.progress import Progress, silent
 from bitladder.units import MiB
@@ -101,7 +101,7 @@ class _Timer:
         """Per prompt length the best of some repeats."""
         self.progress(f"measuring {shape.name} {qtype}", self.done, self.steps)
         path = self.folder / "hollow.gguf"
-        write_hollow(path, shape, qtype)
+        write_stub(path, shape, qtype)
         taken: dict[int, list[_Timing]] = {prompt: [] for prompt in prompts}
         with self.server(Launch(path, n_ctx=1024, threads=self.threads, n_gpu_layers=0)) as server:
             for _ in range(_REPEATS):

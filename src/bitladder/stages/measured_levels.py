@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, cast
 from bitladder.errors import BadInput
 from bitladder.progress import Progress
 from bitladder.records.decision import Decision
-from bitladder.records.level_file import LevelFile, Standing, StoredFile
+from bitladder.records.level_file import FileStanding, LevelFile, StoredFile
 from bitladder.stages.calibration import importance_of
 from bitladder.stages.job import Build, Job, Work, opened
 from bitladder.stages.known_files import (
@@ -45,7 +45,7 @@ class TierFile:
     path: Path
     sha256: str
     memory_bytes: int
-    standing: Standing = Standing.UNMEASURED
+    standing: FileStanding = FileStanding.UNMEASURED
     note: str = ""
     """What the operator should know of the file, where it is not the measured one."""
 
@@ -154,7 +154,7 @@ def _described(level: str, path: Path, wanted: str, recorded: Recorded, n_ctx: i
         memory = file_memory(opened.model, probe_machine(), n_ctx=n_ctx)
     measured = recorded.is_measured(sha256)
     changed = bool(wanted) and sha256 != wanted
-    standing = Standing.MEASURED if measured else Standing.CHANGED if changed else Standing.UNMEASURED
+    standing = FileStanding.MEASURED if measured else FileStanding.CHANGED if changed else FileStanding.UNMEASURED
     note = ""
     if changed:
         rest = "It was measured by itself." if measured else "What was measured does not hold for it."

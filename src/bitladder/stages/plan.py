@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from bitladder.levels import Level
     from bitladder.plan.advice import Advice
     from bitladder.plan.inverse import HardwareNeed
-    from bitladder.plan.launch import Launch
+    from bitladder.plan.launch import LaunchCommand
     from bitladder.plan.pair import PairPlan
-    from bitladder.plan.placement import Wish
+    from bitladder.plan.placement import Usage
     from bitladder.plan.search import MachineRates, Option
     from bitladder.stages.search import GivesWay
 
@@ -30,7 +30,7 @@ KV_TYPES = ("f16", "q8_0", "q4_0")
 
 
 @dataclass(frozen=True)
-class Request:
+class PlanRequest:
     """How a model is to be run: context of one request, requests at once, type of the KV cache, and where."""
 
     n_ctx: int | None = None
@@ -41,14 +41,14 @@ class Request:
     """A machine in words (``RTX 4090 + 64 GiB``); None for this one."""
 
     @property
-    def wish(self) -> Wish:
+    def wish(self) -> Usage:
         """As planning takes it. Raises UsageError for an unknown type of cache."""
         from bitladder.plan.ladder import DEFAULT_CTX
-        from bitladder.plan.placement import Wish
+        from bitladder.plan.placement import Usage
 
         if self.kv.lower() not in KV_TYPES:
             raise UsageError(f"The --kv must be one of {', '.join(KV_TYPES)}. Got '{self.kv}' instead.")
-        return Wish(self.n_ctx or DEFAULT_CTX, self.slots, self.kv.upper(), self.kv.upper())
+        return Usage(self.n_ctx or DEFAULT_CTX, self.slots, self.kv.upper(), self.kv.upper())
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class ModelPlan:
     notes: tuple[str, ...]
     offers: tuple[Offer, ...]
     pair: PairPlan | None = None
-    launch: Launch | None = None
+    launch: LaunchCommand | None = None
     advice: Advice | None = None
     """Which format suits this machine and use."""
     slow: tuple[str, ...] = ()
@@ -93,7 +93,7 @@ def the_machine(words: str | None) -> tuple[Machine, MachineRates]:
 
 def plan_model(
     model: str,
-    request: Request,
+    request: PlanRequest,
     *,
     levels: Sequence[Level] | None = None,
     pair: Sequence[Level] = (),
@@ -170,7 +170,7 @@ def _fast_enough(plan: Plan, least_decode: float) -> Plan:
     return replace(plan, levels=tuple(levels))
 
 
-def _pair(model: Model, levels: Sequence[Level], machine: Machine, wish: Wish) -> PairPlan:
+def _pair(model: Model, levels: Sequence[Level], machine: Machine, wish: Usage) -> PairPlan:
     from bitladder.plan.cost import level_size
     from bitladder.plan.pair import plan_pair
 
@@ -187,7 +187,7 @@ def _largest(levels: Sequence[Level], plan: Plan) -> Level | None:
 
 
 def _advice(
-    model: Model, levels: Sequence[Level], plan: Plan, engine: str | None, machine: Machine, wish: Wish
+    model: Model, levels: Sequence[Level], plan: Plan, engine: str | None, machine: Machine, wish: Usage
 ) -> tuple[Advice | None, tuple[str, ...]]:
     """The format for the largest level that fits, and what would be slow about it; nothing where nothing fits."""
     from bitladder.plan.advice import Situation, advise
@@ -203,8 +203,8 @@ def _advice(
 
 
 def _launch(
-    found: Described, source: str, levels: Sequence[Level], plan: Plan, engine: str, machine: Machine, wish: Wish
-) -> Launch:
+    found: Described, source: str, levels: Sequence[Level], plan: Plan, engine: str, machine: Machine, wish: Usage
+) -> LaunchCommand:
     from pathlib import Path
 
     from bitladder.errors import NothingFits
@@ -235,7 +235,7 @@ def _launch(
     )
 
 
-def search(request: Request, *, text: str = "", least_decode: float = 0.0) -> SearchResult:
+def search(request: PlanRequest, *, text: str = "", least_decode: float = 0.0) -> SearchResult:
     """What of the catalogue runs: per model the largest level that fits and is fast enough, largest model first."""
     from bitladder.stages.search import just_out_of_reach, search_catalogue
 
@@ -246,7 +246,7 @@ def search(request: Request, *, text: str = "", least_decode: float = 0.0) -> Se
     return SearchResult(machine.summary, tuple(options), tuple(beyond))
 
 
-def needs(model: str, request: Request) -> list[HardwareNeed]:
+def needs(model: str, request: PlanRequest) -> list[HardwareNeed]:
     """What hardware each level of a catalogue model needs, and what it saves against 16 bits."""
     from bitladder.stages.search import hardware_for
 

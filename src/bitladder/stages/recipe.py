@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from bitladder.describe.rates import PoolRates
     from bitladder.describe.windows import Window
     from bitladder.files.gguf import GgufFile
-    from bitladder.plan.recipe import Wish
+    from bitladder.plan.recipe import Limits
     from bitladder.records.fidelity import Fidelity
 
 _TRIES = 2
@@ -48,7 +48,7 @@ class RecipeResult:
 class RecipeRequest:
     """What the user wants: limits, or a level by name, and where the file is written."""
 
-    wish: Wish
+    wish: Limits
     level: str | None = None
     fits: bool = False
     """Choose the budget so that the model fits this machine with its context."""
@@ -173,9 +173,9 @@ def fitted_level(job: Job, level: FeedbackLevel, build: Build) -> FittedLevel:
     Raises:
         As ``make_recipe``.
     """
-    from bitladder.plan.recipe import Wish
+    from bitladder.plan.recipe import Limits
 
-    request = RecipeRequest(Wish(bpw=level.bpw), level=level.recipe, build=build, texts=build.texts)
+    request = RecipeRequest(Limits(bpw=level.bpw), level=level.recipe, build=build, texts=build.texts)
     result = recipe_of(job, request)
     if result.fitted is None or result.held_out is None:
         raise ValueError("a recipe with a folder was not written")
@@ -270,7 +270,7 @@ def measured_on(job: Job, file: Path, windows: Sequence[Window]) -> Fidelity:
         return walk(job.source, [candidate], windows, progress=job.progress, threads=job.threads, device=job.device)[0]
 
 
-def _bounded(source: GgufFile, request: RecipeRequest) -> Wish:
+def _bounded(source: GgufFile, request: RecipeRequest) -> Limits:
     """The wish with what it needs of this machine, refused here if no table of losses is needed to refuse it."""
     from bitladder.plan.recipe import check
 
@@ -283,7 +283,7 @@ def _bounded(source: GgufFile, request: RecipeRequest) -> Wish:
     return wish
 
 
-def _chosen(source: GgufFile, table: SensitivityTable, wish: Wish) -> Recipe:
+def _chosen(source: GgufFile, table: SensitivityTable, wish: Limits) -> Recipe:
     from bitladder.plan.recipe import choose
 
     return choose(table, source.model, replace(wish, aim=_AIM), header_bytes=_header_bytes(source))

@@ -15,8 +15,8 @@ from bitladder.files.devices import gpu_figures, known_gpus
 from bitladder.files.folders import data_folder
 from bitladder.plan.cost import LevelBytes
 from bitladder.plan.inverse import HardwareNeed, hardware_needed, price_kinds
-from bitladder.plan.placement import Wish
-from bitladder.plan.search import Candidate, MachineRates, Option, best_options, option, what_would_give
+from bitladder.plan.placement import Usage
+from bitladder.plan.search import CatalogueCandidate, MachineRates, Option, best_options, option, what_would_give
 
 _ASSUMED_PER_CORE, _ASSUMED_RAM = 8e9, 40e9
 """Bytes per second from RAM when nothing was measured: what a core can ask for, what a desktop's memory gives."""
@@ -63,16 +63,16 @@ def machine_rates(machine: Machine, measured: MeasuredMachine | None = None) -> 
     return MachineRates(cpu, from_data_sheet(slowest[0], slowest[1], gpu=True))
 
 
-def candidate_of(row: CatalogueModel) -> Candidate:
+def candidate_of(row: CatalogueModel) -> CatalogueCandidate:
     """A catalogue row with its level sizes."""
     levels = tuple(LevelBytes(level, parts) for level, parts in level_parts(row).items())
-    return Candidate(row.hub, row.licence, row.model, levels, row.params)
+    return CatalogueCandidate(row.hub, row.licence, row.model, levels, row.params)
 
 
 def search_catalogue(
     machine: Machine,
     rates: MachineRates,
-    wish: Wish,
+    wish: Usage,
     *,
     text: str = "",
     least_decode: float = 0.0,
@@ -88,7 +88,7 @@ def search_catalogue(
 def just_out_of_reach(
     machine: Machine,
     rates: MachineRates,
-    wish: Wish,
+    wish: Usage,
     options: Sequence[Option],
     *,
     text: str = "",
@@ -111,7 +111,7 @@ def just_out_of_reach(
     ]
 
 
-def ladder_of(name: str, machine: Machine, rates: MachineRates, wish: Wish) -> list[Option]:
+def ladder_of(name: str, machine: Machine, rates: MachineRates, wish: Usage) -> list[Option]:
     """Every level of one model of the catalogue, largest first, whether it fits or not.
 
     Raises:
@@ -121,7 +121,7 @@ def ladder_of(name: str, machine: Machine, rates: MachineRates, wish: Wish) -> l
     return [option(candidate, level, machine, rates, wish) for level in candidate.levels]
 
 
-def hardware_for(name: str, wish: Wish) -> list[HardwareNeed]:
+def hardware_for(name: str, wish: Usage) -> list[HardwareNeed]:
     """What each level of a model of the catalogue needs, and what it saves against 16 bits.
 
     Raises:

@@ -33,7 +33,7 @@ Known = Callable[[str], "Mapping[str, Answer]"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Search:
+class SmallestRequest:
     """What ``find_smallest`` is asked."""
 
     model: str
@@ -46,7 +46,7 @@ class Search:
     trust_python: bool = False
 
 
-def find_smallest(search: Search, work: Work) -> LadderOutcome:
+def find_smallest(search: SmallestRequest, work: Work) -> LadderOutcome:
     """The smallest level of a model that holds a bar on passes, with few levels built and few inputs asked.
 
     Levels are built when they are asked, unless a run or another search left them somewhere, and every answer is kept,
@@ -135,7 +135,7 @@ def margin_of(bar: str) -> float:
     return clauses[0].value
 
 
-def _levels(source: GgufFile, search: Search, n_ctx: int) -> dict[str, Level]:
+def _levels(source: GgufFile, search: SmallestRequest, n_ctx: int) -> dict[str, Level]:
     """Those that fit by their names, largest first, without the source's own."""
     from bitladder.files.probe import probe_machine
     from bitladder.levels import LADDER, FeedbackLevel, FoldedLevel, RecipeLevel, of_kinds

@@ -108,7 +108,7 @@ def _checked(job: Job, weighed: Weighed, parts: RecipeTexts) -> SensitivityTable
     of a file is measured in f32."""
     import numpy as np
 
-    from bitladder.plan.recipe import Wish, bounds, choose, fitted, predicted
+    from bitladder.plan.recipe import Limits, bounds, choose, fitted, predicted
     from bitladder.stages.fidelity import Candidate, walk
     from bitladder.walk.products import wants_half_products
     from bitladder.walk.weights import FileWeights, MadeWeights, Quantizer
@@ -119,7 +119,7 @@ def _checked(job: Job, weighed: Weighed, parts: RecipeTexts) -> SensitivityTable
     least, most = (8 * size / sum(t.elements for t in source.model.tensors) for size in bounds(source.model))
     sizes = np.geomspace(_CHECKED[0] * least, min(_CHECKED[1], most), _CHECKED[2])
     recipes = [
-        choose(table, source.model, Wish(bpw=float(bpw), feedback=False)) for bpw in sizes if least <= bpw <= most
+        choose(table, source.model, Limits(bpw=float(bpw), feedback=False)) for bpw in sizes if least <= bpw <= most
     ]
     candidates = [Candidate(recipe.label, MadeWeights(quantizer, recipe.qtypes)) for recipe in recipes]
     windows = parts.held_out

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from bitladder.store.evidence import KINDS, Evidence, Row
+from bitladder.store.evidence import KINDS, Evidence, EvidenceRow
 
-__all__ = ["KINDS", "Evidence", "Row"]
+__all__ = ["KINDS", "Evidence", "EvidenceRow"]

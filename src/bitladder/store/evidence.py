@@ -45,7 +45,7 @@ _COLUMNS = "kind, key, value, created, bitladder, host"
 
 
 @dataclass(frozen=True)
-class Row:
+class EvidenceRow:
     """One measurement: what it is of (``key``), what was found (``value``), when, by which Bitladder, on what
     host."""
 
@@ -135,10 +135,10 @@ class Evidence:
         """Store a value under a key; a second time replaces it. Records are stored as their JSON; NaN as
         null."""
         now = datetime.now(UTC).isoformat(timespec="microseconds")
-        row = Row(_kind(kind), to_json(dict(key)), value, now, __version__, host_facts())
+        row = EvidenceRow(_kind(kind), to_json(dict(key)), value, now, __version__, host_facts())
         self._write([_parameters(row)], _UPSERT)
 
-    def find(self, kind: str, **partial: Any) -> list[Row]:
+    def find(self, kind: str, **partial: Any) -> list[EvidenceRow]:
         """Rows of a kind whose key holds these values, newest first."""
         from sqlalchemy import bindparam, text
 
@@ -148,7 +148,7 @@ class Evidence:
         with self._transaction(write=False) as connection:
             # Keys are small and values may be large: only those of matching keys are read.
             ids = [number for number, _ in _matching(connection, kind, partial)]
-            by_id: dict[int, Row] = {}
+            by_id: dict[int, EvidenceRow] = {}
             for start in range(0, len(ids), _AT_ONCE):
                 for number, *row in connection.execute(rows, {"ids": ids[start : start + _AT_ONCE]}):
                     by_id[number] = _row(row)
@@ -267,7 +267,7 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _parameters(row: Row) -> dict[str, str]:
+def _parameters(row: EvidenceRow) -> dict[str, str]:
     """A row as the statement's parameters."""
     key = canonical(row.key)
     return {
@@ -281,12 +281,12 @@ def _parameters(row: Row) -> dict[str, str]:
     }
 
 
-def _row(row: Any) -> Row:
+def _row(row: Any) -> EvidenceRow:
     kind, key, value, created, version, host = row
-    return Row(kind, json.loads(key), json.loads(value), created, version, json.loads(host))
+    return EvidenceRow(kind, json.loads(key), json.loads(value), created, version, json.loads(host))
 
 
-def _read_export(path: Path) -> Iterator[Row]:
+def _read_export(path: Path) -> Iterator[EvidenceRow]:
     """Rows of an export, checked line by line."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -302,7 +302,7 @@ def _read_export(path: Path) -> Iterator[Row]:
                 if data["format"] != EXPORT_FORMAT:
                     raise ValueError(f"format is {data['format']!r}")
                 continue
-            yield Row(
+            yield EvidenceRow(
                 _kind(data["kind"]),
                 dict(data["key"]),
                 data["value"],

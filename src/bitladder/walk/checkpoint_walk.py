@@ -17,7 +17,7 @@ from bitladder.levels.products import ImportanceVectors, Product, statistics_of
 from bitladder.progress import Progress
 from bitladder.units import GiB
 from bitladder.walk.driver import Member, Stream, forward
-from bitladder.walk.folding import FoldedScales
+from bitladder.walk.folding import FoldingScales
 from bitladder.walk.gptq import GptqLevel
 from bitladder.walk.keep import Keep
 from bitladder.walk.layers import LayeredModel
@@ -96,7 +96,7 @@ class CalibrationWalk:
             return MadeImportance(self.model, level.name, store, self.dtype)
         if isinstance(level, FoldedLevel):
             apart, threads = held_out(read), self.settings.threads
-            return FoldedScales(self.model, level, store, self.dtype, held_out=apart, threads=threads)
+            return FoldingScales(self.model, level, store, self.dtype, held_out=apart, threads=threads)
         return RoundedLevel(self.model, level, store, self.dtype)
 
     def _of_a_level(self, level: CheckpointLevel, windows: Sequence[Window]) -> Stream:

@@ -26,7 +26,7 @@ from torch import nn
 from bitladder.formats.roles import SharedInput
 from bitladder.progress import Progress
 from bitladder.walk.allocator import keep_freed_memory
-from bitladder.walk.inputs import InputStatistics, Wants, Watch, merged
+from bitladder.walk.inputs import InputStatistics, InputWatch, Wants, merged
 from bitladder.walk.keep import Arrays, Keep
 from bitladder.walk.layers import Entry, Weights, inference
 from bitladder.walk.products import products
@@ -149,7 +149,7 @@ class Unit:
 
 
 @dataclass
-class Group:
+class MemberGroup:
     """Members that have shared all weights so far, by their numbers, and their states."""
 
     members: list[int]
@@ -189,7 +189,7 @@ class Stream:
         self.stages, self.members, self.batches, self.half = stages, members, batches, half
         self.shards = shards_of(batches, shards)
         self.shelf = Shelf(batches, stages.width, budget_bytes=state_bytes, folder=spill)
-        self.groups: list[Group] = []
+        self.groups: list[MemberGroup] = []
         self.entered: list[States] = []
         self.layer = stages.n_layer if back else 0
         """The layer that its states enter, or with ``back`` have left."""
@@ -211,12 +211,12 @@ class Stream:
         kept = self._keep.load(tokens, self.stages.width) if self._keep else None
         if kept and all(one.holds(kept.layer) for one in self.resumables):
             self.layer = kept.layer
-            self.groups = [Group(members, self.shelf.take()) for members in kept.groups]
+            self.groups = [MemberGroup(members, self.shelf.take()) for members in kept.groups]
             for number, group in enumerate(self.groups):
                 kept.restore(number, group.states)
         else:
             kept = None
-            self.groups = [Group(members, self.shelf.take()) for members in self._embedded_alike()]
+            self.groups = [MemberGroup(members, self.shelf.take()) for members in self._embedded_alike()]
             for group in self.groups:
                 weights = self.members[group.members[0]].weights
                 for batch in self.batches:
@@ -231,7 +231,7 @@ class Stream:
 
     def through(self, layer: int) -> None:
         """Push every group through a layer; groups fall apart into such that still share everything."""
-        groups: list[Group] = []
+        groups: list[MemberGroup] = []
         for group in self.groups:
             parts = list(self._alike(group.members, layer))
             for number, members in enumerate(parts):
@@ -239,7 +239,7 @@ class Stream:
                 last = number == len(parts) - 1 and not self._remember
                 states = group.states if last else self.shelf.take()
                 self._pass(layer, members, group.states, states)
-                groups.append(Group(members, states))
+                groups.append(MemberGroup(members, states))
         if self._remember:
             self.entered.append(self.groups[0].states)
         self.groups, self.layer = groups, layer if self._back else layer + 1
@@ -249,12 +249,12 @@ class Stream:
 
     def compute(
         self, unit: Unit, block: nn.Module, observers: Sequence[Observer], entering: States, leaving: States
-    ) -> Watch:
+    ) -> InputWatch:
         """Do a unit; returns what was seen of its shard. ``leaving`` may be ``entering``."""
         inputs = [
             shared for shared in self.stages.inputs(unit.layer, block) if any(one.reads(shared) for one in observers)
         ]
-        watch = Watch(inputs, reduce(or_, (one.wants for one in observers), Wants()), half=self.half)
+        watch = InputWatch(inputs, reduce(or_, (one.wants for one in observers), Wants()), half=self.half)
         for batch in self.shards[unit.shard]:
             with inference(), products(half=self.half), ExitStack() as looking:
                 looking.enter_context(watch.on(block, batch))

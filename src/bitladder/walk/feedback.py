@@ -33,7 +33,7 @@ from bitladder.walk.layer_pass import LayerPass
 from bitladder.walk.layers import LayeredModel
 from bitladder.walk.made import FEW_TOKENS
 from bitladder.walk.products import wants_half_products
-from bitladder.walk.states import Batch, Room, States
+from bitladder.walk.states import Batch, StatePool, States
 from bitladder.walk.transforms import apply
 from bitladder.walk.weights import LevelWeights
 
@@ -151,7 +151,7 @@ class SourceInputs(Observer):
         layer goes to files in ``spill``."""
         self._model, self._changed, self._batches = model, changed, batches
         self._budget, self._spill = budget_bytes, spill
-        self._room = Room(0, spill)
+        self._room = StatePool(0, spill)
         self._layer, self._modules = -1, list[str]()
         self._kept: dict[str, States] = {}
 
@@ -164,7 +164,7 @@ class SourceInputs(Observer):
         if layer != self._layer:
             linear = [shared for shared in self._model.inputs(layer, block) if shared.kind == "linear"]
             self._modules = [shared.module for shared in linear if self._changed(layer, shared.roles)]
-            self._layer, self._kept, self._room = layer, {}, Room(self._budget, self._spill)
+            self._layer, self._kept, self._room = layer, {}, StatePool(self._budget, self._spill)
         hooks = ExitStack()
         for module in self._modules:
             hook = self._keeping(module, batch)

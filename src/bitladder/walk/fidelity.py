@@ -18,7 +18,7 @@ from bitladder.describe.windows import Window
 from bitladder.formats.roles import OUTPUT_NORM
 from bitladder.progress import Part, Progress
 from bitladder.units import MiB
-from bitladder.walk.driver import Group, Member, Stream, forward, split
+from bitladder.walk.driver import Member, MemberGroup, Stream, forward, split
 from bitladder.walk.head import HeadInput, TokenScores, compare
 from bitladder.walk.keep import Keep
 from bitladder.walk.layers import LayeredModel, inference
@@ -99,7 +99,7 @@ class Ladder:
         norm = weights.identity(OUTPUT_NORM) if self.model.family.has_output_norm else None
         return norm, weights.identity(self.model.output)
 
-    def _at_the_head(self, groups: Sequence[Group], so_far: SoFar) -> list[TokenScores]:
+    def _at_the_head(self, groups: Sequence[MemberGroup], so_far: SoFar) -> list[TokenScores]:
         """Scores of every model; models with the same states and the same head are scored once."""
         distinct = [
             (members, group.states)

@@ -40,7 +40,7 @@ F32 = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Place:
+class FoldPlace:
     """Where a scale on a shared input can go: the matrices that read it, and what comes before."""
 
     parameters: tuple[Parameter, ...]
@@ -63,7 +63,7 @@ class Place:
         return own
 
 
-def place_of(model: LayeredModel, block: nn.Module, shared: SharedInput) -> Place | None:
+def place_of(model: LayeredModel, block: nn.Module, shared: SharedInput) -> FoldPlace | None:
     """Where scales of a shared input can be folded, or None where nothing before it can take them up."""
     present = {name for name, _ in block.named_parameters()}
     absorbers = tuple(p for p in absorbing_parameters(model.family, shared) if p.path in present)
@@ -73,10 +73,10 @@ def place_of(model: LayeredModel, block: nn.Module, shared: SharedInput) -> Plac
     if from_values and getattr(model.config, "clip_qkv", None):
         return None  # a clamp between the two would act on other values
     tied = _value_channels(model) if from_values else None
-    return Place(quantized_parameters(model.family, shared), absorbers, tied)
+    return FoldPlace(quantized_parameters(model.family, shared), absorbers, tied)
 
 
-def fold(block: nn.Module, place: Place, factors: F32) -> None:
+def fold(block: nn.Module, place: FoldPlace, factors: F32) -> None:
     """Multiply the columns that read an input by ``factors`` f32[columns], and divide what comes before."""
     for parameter in place.parameters:
         set_matrix(block, parameter, None, matrix(block, parameter) * factors)
@@ -92,7 +92,7 @@ def recipe_types(level: FoldedLevel, model: Model) -> dict[str, str]:
     return assign(level.recipe, model.tensors, model.dims, has_importance=True)
 
 
-class FoldedScales(Made):
+class FoldingScales(Made):
     """The scales of one folded level, judged on windows that they were not found on."""
 
     def __init__(

@@ -169,7 +169,7 @@ def _complete(gram: torch.Tensor) -> None:
         gram[start + _STRIP :, strip] = gram[strip, start + _STRIP :].T
 
 
-class Watch:
+class InputWatch:
     """Sums of one shard over what some inputs of a layer read."""
 
     def __init__(self, inputs: Sequence[SharedInput], wants: Wants, *, half: bool = False) -> None:
@@ -216,7 +216,7 @@ class Watch:
         wants = self._wants
         return Sums(x.shape[1], x.device, gram=wants.gram, largest=wants.largest, half=self._half, apart=apart)
 
-    def merge(self, later: Watch) -> None:
+    def merge(self, later: InputWatch) -> None:
         """Add what a later shard saw."""
         for shared, others in later.sums.items():
             sums = self.sums[shared]
@@ -233,7 +233,7 @@ class Watch:
         return {shared: [_checked(shared, layer, one.result()) for one in own] for shared, own in self.sums.items()}
 
 
-def merged(parts: Sequence[Watch]) -> Watch:
+def merged(parts: Sequence[InputWatch]) -> InputWatch:
     """What all shards saw, added in their order."""
     first, *others = parts
     for later in others:

@@ -24,7 +24,7 @@ from torch import nn
 
 from bitladder.formats.roles import SharedInput
 from bitladder.walk.driver import Stream
-from bitladder.walk.inputs import InputStatistics, Wants, Watch, merged
+from bitladder.walk.inputs import InputStatistics, InputWatch, Wants, merged
 from bitladder.walk.layers import Entry, inference
 from bitladder.walk.products import products
 from bitladder.walk.states import Batch, States
@@ -61,8 +61,8 @@ class LayerPass:
 
     def _gather(
         self, shared: SharedInput, shard: Sequence[Batch], whole: frozenset[str], original: States | None
-    ) -> Watch:
-        watch = Watch([shared], Wants(gram=True), half=self._stream.half)
+    ) -> InputWatch:
+        watch = InputWatch([shared], Wants(gram=True), half=self._stream.half)
         for batch in shard:
             exact = None if original is None else original.get(batch).to(self._stream.stages.device)
             with inference(), self._begun(batch, whole), watch.on(self._block, batch, exact), self._end(shared, batch):

@@ -20,7 +20,7 @@ from bitladder.formats.roles import Parameter, SharedInput
 from bitladder.levels import CheckpointLevel
 from bitladder.levels.checkpoints import Arrays as Encoded
 from bitladder.levels.checkpoints import digest
-from bitladder.levels.methods import Quantized
+from bitladder.levels.methods import Rounded
 from bitladder.records.calibration import LinearLoss
 from bitladder.walk.driver import Observer, Resumable, Seen
 from bitladder.walk.importance import vectors_of
@@ -54,7 +54,7 @@ class LayerOutput:
     """What is gathered for GGUF levels, by tensor and kind: ``blk.0.attn_q.weight.columns``."""
 
     def add(
-        self, model: LayeredModel, level: CheckpointLevel, parameter: Parameter, expert: int | None, found: Quantized,
+        self, model: LayeredModel, level: CheckpointLevel, parameter: Parameter, expert: int | None, found: Rounded,
         *, tokens: int, note: str, damp: float = 0.0,
     ) -> None:  # fmt: skip
         """Take in a quantized parameter as the linear layers that it is on disk."""

@@ -30,8 +30,8 @@ from torch import nn
 
 from bitladder.formats.roles import Parameter, layer_tensor
 from bitladder.progress import Part, Progress
-from bitladder.walk.driver import Builder, Group, Member, Resumable, Stream, backward, forward
-from bitladder.walk.inputs import InputStatistics, Sums, Wants, Watch, merged
+from bitladder.walk.driver import Builder, Member, MemberGroup, Resumable, Stream, backward, forward
+from bitladder.walk.inputs import InputStatistics, InputWatch, Sums, Wants, merged
 from bitladder.walk.keep import Arrays, Keep
 from bitladder.walk.layers import LayeredModel
 from bitladder.walk.products import products
@@ -115,7 +115,7 @@ class SensitivityPass:
         forward([there], Part(progress, 0, n_layer, total), "sensitivity: ", stop=kept.layer if kept else None)
         gradients = there.states_of(0)  # what enters the head is replaced by the gradient there
         back = self._stream(Gradients(self.model, self._weights, there, take, self._results), back=True)
-        back.groups = [Group([0], gradients)]
+        back.groups = [MemberGroup([0], gradients)]
         if kept:
             back.layer = kept.layer
             kept.restore(0, gradients)
@@ -260,10 +260,10 @@ class Gradients(Builder):
 
     def _shard(
         self, stream: Stream, shard: Sequence[Batch], layer: int, block: nn.Module, entered: States, gradients: States
-    ) -> tuple[Watch, _Energies]:
+    ) -> tuple[InputWatch, _Energies]:
         """Gram matrices of what is read, sums of squared gradients of what is written, over a shard."""
         device = self.model.device
-        watch = Watch(self.model.inputs(layer, block), Wants(gram=True), half=stream.half)
+        watch = InputWatch(self.model.inputs(layer, block), Wants(gram=True), half=stream.half)
         energies = _Energies(self.model, layer, block)
         for batch in shard:
             valid = torch.from_numpy(batch.valid).to(device)
@@ -275,7 +275,7 @@ class Gradients(Builder):
             gradients.put(batch, cast(torch.Tensor, x.grad))
         return watch, energies
 
-    def _summed(self, shards: Sequence[tuple[Watch, _Energies]]) -> tuple[Watch, dict[str, torch.Tensor]]:
+    def _summed(self, shards: Sequence[tuple[InputWatch, _Energies]]) -> tuple[InputWatch, dict[str, torch.Tensor]]:
         first = shards[0][1]
         for _, later in shards[1:]:
             first.merge(later)

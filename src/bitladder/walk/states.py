@@ -141,16 +141,16 @@ class States:
         self.get(batch).copy_(states)
 
 
-class Room:
+class StatePool:
     """Hands out ``States``, spilling to files in ``folder`` what comes after ``budget_bytes`` are in use."""
 
     def __init__(self, budget_bytes: int, folder: Path | None = None) -> None:
         """``folder``: the system's for temporary files by default."""
         self._left, self._folder = budget_bytes, folder or Path(tempfile.gettempdir())
 
-    def rest(self) -> Room:
+    def rest(self) -> StatePool:
         """A room with what is left of this one, for a while: what is taken from it is not missing here."""
-        return Room(self._left, self._folder)
+        return StatePool(self._left, self._folder)
 
     def states(self, batches: Sequence[Batch], width: int) -> States:
         """States with undefined contents."""
@@ -163,7 +163,7 @@ class Shelf:
 
     def __init__(self, batches: Sequence[Batch], width: int, *, budget_bytes: int, folder: Path | None = None) -> None:
         self.batches, self.width = batches, width
-        self.room = Room(budget_bytes, folder)
+        self.room = StatePool(budget_bytes, folder)
         self._free: list[States] = []
 
     def take(self) -> States:

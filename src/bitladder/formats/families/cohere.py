@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bitladder.formats.families.family import Checkpoint, Family, Windows
+from bitladder.formats.families.family import CheckpointTraits, Family, Windows
 
-COMMAND_R = Family("command-r", Checkpoint(("CohereForCausalLM",), tied=True), features=frozenset({"one_norm"}))
+COMMAND_R = Family("command-r", CheckpointTraits(("CohereForCausalLM",), tied=True), features=frozenset({"one_norm"}))
 COHERE2 = Family("cohere2", windows=Windows(4))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from bitladder.formats.families.family import Checkpoint, Family
+from bitladder.formats.families.family import CheckpointTraits, Family
 
 DEEPSEEK2 = Family(
-    "deepseek2", Checkpoint(("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM")), features=frozenset({"latent"})
+    "deepseek2", CheckpointTraits(("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM")), features=frozenset({"latent"})
 )

@@ -47,7 +47,7 @@ class RopeTables:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class CheckpointTraits:
     """A family in config.json."""
 
     classes: tuple[str, ...]
@@ -76,7 +76,7 @@ class Windows:
 
 
 @dataclass(frozen=True)
-class States:
+class StateTraits:
     """Which layers keep a recurrent state, in families that have one and whose header does not tell by itself."""
 
     beside_attention: bool = False
@@ -184,11 +184,11 @@ class Family:
     """All that is known of a GGUF architecture."""
 
     architecture: str
-    checkpoint: Checkpoint | None = None
+    checkpoint: CheckpointTraits | None = None
     features: frozenset[Feature] | None = None
     rope_tables: RopeTables = RopeTables()
     windows: Windows | None = None
-    states: States = States()
+    states: StateTraits = StateTraits()
     mix: Mix = Mix()
     layers: Layers | None = None
     expert_layers: Layers | None = None

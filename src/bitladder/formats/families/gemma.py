@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bitladder.formats.families.family import Checkpoint, Family, Layers, Windows
+from bitladder.formats.families.family import CheckpointTraits, Family, Layers, Windows
 from bitladder.formats.families.pieces import MLP, RMS, attention, dense, norm
 
 _NORMS = (
@@ -22,10 +22,10 @@ _OPTIONS = (
     ("final_logit_softcapping?", "final_logit_softcapping"),
 )
 
-GEMMA = Family("gemma", Checkpoint(("GemmaForCausalLM",), tied=True), features=frozenset())
+GEMMA = Family("gemma", CheckpointTraits(("GemmaForCausalLM",), tied=True), features=frozenset())
 GEMMA2 = Family(
     "gemma2",
-    Checkpoint(("Gemma2ForCausalLM",), tied=True),
+    CheckpointTraits(("Gemma2ForCausalLM",), tied=True),
     features=frozenset({"post_norms"}),
     windows=Windows(2),
     layers=Layers(
@@ -40,7 +40,7 @@ GEMMA2 = Family(
 )
 GEMMA3 = Family(
     "gemma3",
-    Checkpoint(("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"), tied=True),
+    CheckpointTraits(("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"), tied=True),
     features=frozenset({"post_norms", "head_norms"}),
     windows=Windows(6),
     layers=Layers(

@@ -3,7 +3,7 @@ rotated, neighbour with neighbour in the file as in transformers."""
 
 from __future__ import annotations
 
-from bitladder.formats.families.family import Checkpoint, Family, Layers
+from bitladder.formats.families.family import CheckpointTraits, Family, Layers
 from bitladder.formats.families.pieces import (
     FUSED_MLP,
     PRE_NORMS,
@@ -17,7 +17,7 @@ from bitladder.formats.families.pieces import (
 
 GLM4 = Family(
     "glm4",
-    Checkpoint(("Glm4ForCausalLM",)),
+    CheckpointTraits(("Glm4ForCausalLM",)),
     features=frozenset({"fused_gate", "post_norms"}),
     layers=Layers(
         "glm4",

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from bitladder.formats.families.family import Checkpoint, Family
+from bitladder.formats.families.family import CheckpointTraits, Family
 
-GRANITE = Family("granite", Checkpoint(("GraniteForCausalLM",)), features=frozenset())
+GRANITE = Family("granite", CheckpointTraits(("GraniteForCausalLM",)), features=frozenset())

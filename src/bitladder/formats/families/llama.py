@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bitladder.formats.families.family import Checkpoint, Family, Layers, Mix, RopeTables, Windows
+from bitladder.formats.families.family import CheckpointTraits, Family, Layers, Mix, RopeTables, Windows
 from bitladder.formats.families.pieces import EXPERTS, MLP, PRE_NORMS, RMS, ROUTERS, attention, dense, mixture
 
 _MIXTRAL = Layers(
@@ -20,7 +20,7 @@ _MIXTRAL = Layers(
 
 LLAMA = Family(
     "llama",
-    Checkpoint(("LlamaForCausalLM", "MistralForCausalLM", "MixtralForCausalLM")),
+    CheckpointTraits(("LlamaForCausalLM", "MistralForCausalLM", "MixtralForCausalLM")),
     features=frozenset(),
     rope_tables=RopeTables(("llama3",)),
     mix=Mix(seventy_layers=80),
@@ -34,7 +34,7 @@ LLAMA = Family(
 )
 SMOLLM3 = Family(  # every fourth layer knows no positions, which its rows of q and k do not show
     "smollm3",
-    Checkpoint(("SmolLM3ForCausalLM",), tied=True),
+    CheckpointTraits(("SmolLM3ForCausalLM",), tied=True),
     features=frozenset(),
     layers=Layers(
         "smollm3",

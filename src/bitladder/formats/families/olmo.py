@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bitladder.formats.families.family import Checkpoint, Family, Layers, Windows
+from bitladder.formats.families.family import CheckpointTraits, Family, Layers, Windows
 from bitladder.formats.families.pieces import MLP, QK_NORMS, RMS, attention, attention_inputs, dense, mlp_inputs, norm
 
 _INPUTS = (*attention_inputs(None), *mlp_inputs(None))
@@ -18,7 +18,7 @@ OLMO = Family(
 )
 OLMO2 = Family(
     "olmo2",
-    Checkpoint(("Olmo2ForCausalLM",)),
+    CheckpointTraits(("Olmo2ForCausalLM",)),
     features=frozenset({"only_post_norms", "row_norms"}),
     windows=Windows(4),  # OLMo 3's; the layers below are OLMo 2's, without
     layers=Layers(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from bitladder.formats.families.family import Checkpoint, Family, Layers, RopeTables
+from bitladder.formats.families.family import CheckpointTraits, Family, Layers, RopeTables
 from bitladder.formats.families.pieces import FUSED_MLP, PRE_NORMS, RMS, dense, fused_mlp_inputs, linear
 from bitladder.formats.roles import SharedInput
 
 PHI3 = Family(
     "phi3",
-    Checkpoint(("Phi3ForCausalLM",)),
+    CheckpointTraits(("Phi3ForCausalLM",)),
     features=frozenset({"fused_qkv", "fused_gate"}),
     rope_tables=RopeTables(("longrope", "su"), ("rope_factors_long", "rope_factors_short")),
     layers=Layers(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bitladder.formats.families.family import Checkpoint, Family, Layers, Mix, States
+from bitladder.formats.families.family import CheckpointTraits, Family, Layers, Mix, StateTraits
 from bitladder.formats.families.pieces import (
     EXPERT_NAMES,
     EXPERT_OPTIONS,
@@ -36,7 +36,7 @@ _SHARED_EXPERT_INPUTS = (
 
 QWEN2 = Family(
     "qwen2",
-    Checkpoint(("Qwen2ForCausalLM",)),
+    CheckpointTraits(("Qwen2ForCausalLM",)),
     features=frozenset({"qkv_bias"}),
     mix=Mix(seventy_layers=80),
     layers=Layers("qwen2", (dense((*PRE_NORMS, *attention(), *MLP)),), options=(RMS,)),
@@ -64,7 +64,7 @@ QWEN2_MOE = Family(
 )
 QWEN3 = Family(
     "qwen3",
-    Checkpoint(("Qwen3ForCausalLM",)),
+    CheckpointTraits(("Qwen3ForCausalLM",)),
     features=frozenset({"head_norms"}),
     layers=Layers(
         "qwen3",
@@ -75,7 +75,7 @@ QWEN3 = Family(
 )
 QWEN3_MOE = Family(
     "qwen3moe",
-    Checkpoint(("Qwen3MoeForCausalLM",)),
+    CheckpointTraits(("Qwen3MoeForCausalLM",)),
     features=frozenset({"head_norms"}),
     layers=Layers(
         "qwen3_moe",
@@ -87,6 +87,6 @@ QWEN3_MOE = Family(
         routers=ROUTERS,
     ),
 )
-QWEN3_NEXT = Family("qwen3next", states=States(attention_every=4))
-QWEN35 = Family("qwen35", states=States(attention_every=4))
-QWEN35_MOE = Family("qwen35moe", states=States(attention_every=4))
+QWEN3_NEXT = Family("qwen3next", states=StateTraits(attention_every=4))
+QWEN35 = Family("qwen35", states=StateTraits(attention_every=4))
+QWEN35_MOE = Family("qwen35moe", states=StateTraits(attention_every=4))

@@ -19,7 +19,7 @@ N_VOCAB = 512
 """Tokens of the smallest stand-in tokenizer: one per byte, the rest unused."""
 
 
-def write_hollow(path: Path, shape: Shape, qtype: str) -> int:
+def write_stub(path: Path, shape: Shape, qtype: str) -> int:
     """Write a model of this shape with all matrices of its layers in ``qtype``; returns the bytes of those
     matrices.
 
