@@ -17,6 +17,7 @@ HOME = SRC / "formats" / "families"
 
 ALLOWED = {
     "files/hollow.py": {"gpt2"},  # a kind of tokenizer in GGUF
+    "describe/gguf_kinds.py": {"clip"},  # what files of projectors have in the architecture's place
     "stages/measure_machine.py": {"llama"},  # shapes that time the machine's engine: some family they must have
 }
 """Names outside formats/families, and why they may be there."""

@@ -107,6 +107,10 @@ class QuantizeOptions(WorkOptions):
         str | None,
         typer.Option("--split-max-size", metavar="SIZE", help="Cut each level into parts of at most SIZE, like 4GB."),
     ] = None
+    requantize: Annotated[
+        bool,
+        typer.Option("--requantize", help="Also give weights that are MXFP4, NVFP4 or ternary the level's types."),
+    ] = False
     force: Force = False
 
     def build(self) -> Build:
@@ -115,7 +119,8 @@ class QuantizeOptions(WorkOptions):
 
         return Build(
             out=self.out, imatrix=self.imatrix, effort=effort_named(self.effort), texts=tuple(self.text or ()),
-            force=self.force, split_max_bytes=parse_bytes(self.split_max_size) if self.split_max_size else None,
+            force=self.force, requantize=self.requantize,
+            split_max_bytes=parse_bytes(self.split_max_size) if self.split_max_size else None,
         )  # fmt: skip
 
 

@@ -7,13 +7,13 @@ says it once, and none refuses.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from bitladder.describe.model import Model
 from bitladder.formats import gguf
-from bitladder.formats.blocks import QTYPES
+from bitladder.formats.blocks import QTYPES, TRAINED
 from bitladder.formats.recipes import LEVEL_BY_FILE_TYPE, RECIPES
 
 KEY_BEFORE = gguf.PROVENANCE + "requantized_from"
@@ -68,6 +68,22 @@ def quantized(model: Model) -> QuantizedSource | None:
     return QuantizedSource(level, before, stored, model.bpw if model.elements else 0.0)
 
 
+def kept_note(model: Model) -> str:
+    """The sentence for a model with weights in types that models are trained in; "" where there are none."""
+    counts: dict[str, int] = {}
+    for tensor in model.tensors:
+        if tensor.qtype in TRAINED:
+            counts[tensor.qtype] = counts.get(tensor.qtype, 0) + tensor.elements
+    if not counts:
+        return ""
+    share = sum(counts.values()) / model.elements
+    types = " and ".join(sorted(counts))
+    return (
+        f"{share:.0%} of its weights are {types}, types that models are trained in: they stay so at every level, since "
+        "another grid loses and is seldom smaller (`quantize --requantize` changes them)."
+    )
+
+
 def _declared(model: Model) -> str:
     """The level that general.file_type names, if it is one that quantizes."""
     number = model.metadata.get(gguf.KEY_FILE_TYPE)
@@ -75,17 +91,30 @@ def _declared(model: Model) -> str:
     return level if level and QTYPES[RECIPES[level].qtype].is_quantized else ""
 
 
-def checkpoint_note(config: Mapping[str, Any]) -> str:
-    """The sentence for a checkpoint whose config.json says that it is quantized (FP8, MXFP4, GPTQ, AWQ, ...); "" where
-    it does not.
+def checkpoint_note(config: Mapping[str, Any], dtypes: Iterable[str] = ()) -> str:
+    """The sentence for a checkpoint whose config.json says that it is quantized (FP8, MXFP4, GPTQ, AWQ, ...), or whose
+    tensors have the types of one (``dtypes``, as safetensors calls them); "" where neither does.
     """
-    parts = [config, config.get("text_config")]
-    for part in parts:
+    found = _quantization(config)
+    eight = any(dtype.startswith(("F8_E4", "F8_E5")) for dtype in dtypes)
+    if not found and not eight:
+        return ""
+    return f"The checkpoint is itself quantized ({_method(found) if found else 'FP8'}): {_CHECKPOINT_MEANS}"
+
+
+def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a config.json says of how weights are quantized, its own or its language part's; empty where nothing."""
+    found = _quantization(config)
+    return found if isinstance(found, Mapping) else {}
+
+
+def _quantization(config: Mapping[str, Any]) -> Any:
+    for part in (config, config.get("text_config")):
         for key in ("quantization_config", "compression_config"):
             found = part.get(key) if isinstance(part, Mapping) else None
             if found:
-                return f"The checkpoint is itself quantized ({_method(found)}): {_CHECKPOINT_MEANS}"
-    return ""
+                return found
+    return None
 
 
 def _method(found: Any) -> str:

@@ -78,9 +78,15 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """Read config.json and every shard's header.
 
     Raises:
-        BadInput: no config.json, no safetensors, or a shard that the index names is missing.
+        BadInput: no config.json, no safetensors, a shard that the index names is missing, or it is an adapter.
         BadFile: a file is truncated or contradicts itself.
     """
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").exists():
+        raise BadInput(
+            f"{folder} is an adapter (PEFT): differences to a model, no model.",
+            means="Its effect depends on the model that it is added to.",
+            do="Merge it into that model (peft: merge_and_unload, then save_pretrained) and give the merged folder.",
+        )
     config = read_json(folder / "config.json")
     shards = list_shards(folder)
     tensors: dict[str, CheckpointTensor] = {}

@@ -21,14 +21,16 @@ from bitladder.errors import BadInput, BitladderError, OutputError, UnknownArchi
 from bitladder.files import converter_child
 from bitladder.files.checkpoint import Checkpoint, read_checkpoint
 from bitladder.files.converter import Converter, find_converter
+from bitladder.files.decoded import Decoding, decoded_bytes, decoding_of, write_decoded
 from bitladder.files.fence import ended_after, environment, fenced, memory_bound, package_folders
 from bitladder.files.folders import cache_folder
 from bitladder.files.hashing import file_sha256
 from bitladder.files.staging import data_files, stage_checkpoint
+from bitladder.levels.converter_formats import ReadAs
 from bitladder.progress import Progress, silent
 from bitladder.units import GiB, human_bytes
 
-STAGING = "2"
+STAGING = "3"
 """Changes when other copies are staged of the same files."""
 _OUTTYPE = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 """Keep the checkpoint's own precision; anything else (FP8, packed integers) is the converter's choice."""
@@ -57,13 +59,12 @@ def convert_checkpoint(folder: Path, label: str, progress: Progress = silent) ->
     if done:
         return done[0]
     _check_rope(checkpoint, converter)
+    decoding = decoding_of(checkpoint)
     try:
         target.mkdir(parents=True, exist_ok=True)
-        _require_space(target, checkpoint)
+        _require_space(target, checkpoint, decoding)
         with tempfile.TemporaryDirectory(prefix=".converting-", dir=target) as work:
-            stage = Path(work) / "stage" / label
-            stage_checkpoint(checkpoint, stage)
-            made = _run_converter(converter, checkpoint, stage, Path(work) / "work", progress)
+            made = _converted(converter, checkpoint, decoding, label, Path(work), progress)
             path = target / f"{label}.gguf"
             made.replace(path)
     except OSError as error:
@@ -72,6 +73,29 @@ def convert_checkpoint(folder: Path, label: str, progress: Progress = silent) ->
             do="Free some space, or choose another folder with BITLADDER_CACHE.",
         ) from error
     return path
+
+
+def _converted(
+    converter: Converter,
+    checkpoint: Checkpoint,
+    decoding: Decoding | None,
+    label: str,
+    work: Path,
+    progress: Progress,
+) -> Path:
+    """The converter's file, in ``work``: of the checkpoint, or of its twin in floats where it cannot read that."""
+    if decoding is None or decoding.by_converter is not ReadAs.FLOATS:
+        stage = work / "stage" / label
+        stage_checkpoint(checkpoint, stage)
+        try:
+            return _run_converter(converter, checkpoint, stage, work / "work", progress)
+        except BadInput:
+            if decoding is None or decoding.by_converter is ReadAs.IT_IS:
+                raise
+    twin = write_decoded(checkpoint, decoding, work / "decoded", progress)
+    stage = work / "stage-decoded" / label
+    stage_checkpoint(twin, stage, decoded=True)
+    return _run_converter(converter, twin, stage, work / "work-decoded", progress)
 
 
 def content_hash(checkpoint: Checkpoint, converter: Converter, progress: Progress = silent) -> str:
@@ -118,9 +142,12 @@ def _check_rope(checkpoint: Checkpoint, converter: Converter) -> None:
             )
 
 
-def _require_space(target: Path, checkpoint: Checkpoint) -> None:
-    """Refuse before the work, not after an hour of it."""
-    need = checkpoint.nbytes + (64 << 20)
+def _require_space(target: Path, checkpoint: Checkpoint, decoding: Decoding | None) -> None:
+    """Refuse before the work, not after an hour of it. Weights that are decoded here are on the disk twice."""
+    need = checkpoint.nbytes
+    if decoding is not None:
+        need = max(need, decoded_bytes(checkpoint, decoding) * (1 if decoding.by_converter is ReadAs.IT_IS else 2))
+    need += 64 << 20
     free = shutil.disk_usage(target).free
     if free < need:
         raise OutputError(

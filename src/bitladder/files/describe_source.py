@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bitladder.describe.hf_config import shape_of
 from bitladder.describe.model import Model
-from bitladder.describe.quantized import checkpoint_note, quantized
+from bitladder.describe.quantized import checkpoint_note, kept_note, quantized
 from bitladder.describe.shapes import model_of
 from bitladder.errors import BadInput
 from bitladder.files import catalogue, demo, hub, local_stores, remote
@@ -81,13 +81,16 @@ def _on_disk(path: Path) -> Described:
     checkpoint = read_checkpoint(path)
     label = path.resolve().name
     found = _of_shape(model_of(shape_of(label, checkpoint.config)), label, "", checkpoint.tensors)
-    return _noted(found, checkpoint_note(checkpoint.config))
+    return _noted(
+        _noted(found, kept_note(found.model)),
+        checkpoint_note(checkpoint.config, {tensor.dtype for tensor in checkpoint.tensors}),
+    )
 
 
 def _of_header(model: Model, label: str) -> Described:
     """A GGUF file; that it is quantized already is noted."""
     found = quantized(model)
-    return _noted(Described(model, label), found.sentence() if found else "")
+    return _noted(_noted(Described(model, label), kept_note(model)), found.sentence() if found else "")
 
 
 def _noted(found: Described, note: str) -> Described:
@@ -110,7 +113,7 @@ def _on_hub(name: hub.HubName, progress: Progress) -> Described:
         shape = shape_of(name.repo.split("/")[1], config)
         tensors = remote.remote_safetensors(files, progress)
     found = _of_shape(model_of(shape), name.repo, repo.licence, tensors, ready)
-    return _noted(found, checkpoint_note(config))
+    return _noted(_noted(found, kept_note(found.model)), checkpoint_note(config))
 
 
 def _least_lossy(repo: hub.HubRepo) -> tuple[hub.HubFile, ...]:

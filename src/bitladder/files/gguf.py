@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitladder.describe.dims import dims_from_metadata
+from bitladder.describe.gguf_kinds import refuse_other_kinds
 from bitladder.describe.model import Model
 from bitladder.errors import BadFile, BitladderError, UnknownArchitecture
 from bitladder.files.engine_package import ENGINE, engine_knows, engine_version
@@ -100,6 +101,7 @@ def _model(headers: list[Header], stored: dict[str, StoredTensor]) -> Model:
     first = headers[0]
     tensors = tuple(tensor.info for tensor in stored.values())
     try:
+        refuse_other_kinds(first.metadata, tensors)
         _require_known(first.metadata.get("general.architecture"))
         dims = dims_from_metadata(first.metadata, tensors)
     except BitladderError as error:

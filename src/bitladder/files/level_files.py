@@ -219,10 +219,12 @@ def draft_level(
     split_max_bytes: int | None = None,
     qtypes: Mapping[str, str] | None = None,
     notes: Mapping[str, str] | None = None,
+    requantize: bool = False,
 ) -> LevelDraft:
     """Lay out ``folder/<name>-<LEVEL>.gguf``, or its parts of at most ``split_max_bytes`` of weights each.
     ``label`` takes the level's place in the name where more was done than the level says. ``qtypes`` are a recipe of
     our own, ``level`` then the named one that is nearest to it; ``notes`` go into the header beside the provenance.
+    ``requantize``: as ``formats.recipes.assign`` takes it.
 
     Raises:
         UnknownLevel: no level has this name.
@@ -230,7 +232,7 @@ def draft_level(
     """
     level = level_named(level)
     if qtypes is None:
-        qtypes = assign(level, model.tensors, model.dims, has_importance=has_importance)
+        qtypes = assign(level, model.tensors, model.dims, has_importance=has_importance, requantize=requantize)
     tensors = [TensorInfo(tensor.name, tensor.shape, qtypes[tensor.name]) for tensor in model.tensors]
     groups = _grouped(tensors, split_max_bytes)
     if len(groups) > gguf.MAX_SPLITS:

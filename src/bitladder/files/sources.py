@@ -5,14 +5,15 @@ becomes a GGUF path.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from bitladder.describe.quantized import checkpoint_note, quantized
+from bitladder.describe.quantized import checkpoint_note, kept_note, quantized
 from bitladder.describe.rope_scaling import rope_warning
 from bitladder.errors import BadInput
 from bitladder.files import convert, demo, hub, local_stores
-from bitladder.files.checkpoint import read_json
+from bitladder.files.checkpoint import read_checkpoint, read_json
 from bitladder.progress import Progress, silent
 
 DEMOS = (demo.NAME,)
@@ -85,9 +86,15 @@ def _from_folder(folder: Path, label: str, licence: str, progress: Progress) -> 
     single = gguf_in_folder(folder)
     if single is not None:
         return label_quantized(Source(single, single.stem, licence=licence))
+    from bitladder.files.gguf import read_header
+
     path = convert.convert_checkpoint(folder, label, progress)
-    warnings = _checkpoint_warnings(folder)
-    return Source(path, label, warnings, checkpoint=folder, licence=licence, quantized=bool(warnings))
+    checkpoint = read_checkpoint(folder)
+    dtypes = {tensor.dtype for tensor in checkpoint.tensors}
+    kept = kept_note(read_header(path))
+    warnings = (*_checkpoint_warnings(folder, dtypes), *([kept] if kept else []))
+    packed = bool(checkpoint_note(checkpoint.config, dtypes))
+    return Source(path, label, warnings, checkpoint=folder, licence=licence, quantized=packed)
 
 
 def gguf_in_folder(folder: Path) -> Path | None:
@@ -98,20 +105,24 @@ def gguf_in_folder(folder: Path) -> Path | None:
     return folder / next(iter(groups.values()))[0]
 
 
-def _checkpoint_warnings(folder: Path) -> tuple[str, ...]:
+def _checkpoint_warnings(folder: Path, dtypes: Iterable[str] = ()) -> tuple[str, ...]:
     """What is lost before any level is made: a checkpoint that is already quantized is dequantized on conversion,
-    and some scalings of positions have no counterpart.
+    and some scalings of positions have no counterpart. ``dtypes``: of its tensors.
     """
     config = read_json(folder / "config.json")
-    return tuple(warning for warning in (checkpoint_note(config), rope_warning(config)) if warning)
+    return tuple(warning for warning in (checkpoint_note(config, dtypes), rope_warning(config)) if warning)
 
 
 def label_quantized(source: Source) -> Source:
     """Mark a GGUF source whose weights are quantized. The header is read; the weights are not."""
     from bitladder.files.gguf import read_header
 
-    found = quantized(read_header(source.path))
-    return replace(source, warnings=(*source.warnings, found.sentence()), quantized=True) if found else source
+    model = read_header(source.path)
+    found = quantized(model)
+    if found is None:
+        return source
+    notes = [note for note in (found.sentence(), kept_note(model)) if note]
+    return replace(source, warnings=(*source.warnings, *notes), quantized=True)
 
 
 def no_such_model(model: str, path: Path, means: str = "") -> BadInput:

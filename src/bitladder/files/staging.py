@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ CONFIGURATIONS = (
     "config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.json",
     "preprocessor_config.json", "processor_config.json", "hf_quant_config.json",
 )  # fmt: skip
+QUANTIZATIONS = ("hf_quant_config.json",)
+"""Of these, those that speak of a quantization alone."""
 VOCABULARIES = ("tokenizer.json", "vocab.json", "added_tokens.json", "tekken.json")
 """JSON whose keys may be tokens."""
 TEXTS = ("merges.txt", "vocab.txt", "chat_template.jinja", "rwkv_vocab_v20230424.txt", "README.md")
@@ -73,8 +75,11 @@ def _what(path: Path) -> str:
     return "a folder" if path.is_dir() else "no regular file"
 
 
-def stage_checkpoint(checkpoint: Checkpoint, stage: Path) -> Staged:
+def stage_checkpoint(checkpoint: Checkpoint, stage: Path, *, decoded: bool = False) -> Staged:
     """Write the cleaned copies into ``stage``, which must not exist, and links to the weights.
+
+    ``decoded``: the weights are a twin with floats alone (``files/decoded.py``), and what the folder's files say of a
+    quantization is left out.
 
     Weights are the one thing linked: copies would double the disk and the time of a model of a hundred gigabytes.
     A link leads to the resolved regular file, whose header was parsed as safetensors, under a name of ours that
@@ -90,8 +95,10 @@ def stage_checkpoint(checkpoint: Checkpoint, stage: Path) -> Staged:
         cleaned = _CLEANERS[path.name](path)
         if cleaned is None:
             continue
+        if decoded and path.name in QUANTIZATIONS:
+            continue
         if path.name == "config.json":
-            cleaned = config = _translated(cleaned)
+            cleaned = config = without_quantization(cleaned) if decoded else _translated(cleaned)
         content = cleaned if isinstance(cleaned, bytes) else json.dumps(cleaned).encode()
         (stage / path.name).write_bytes(content)
     _stage_weights(checkpoint, stage)
@@ -161,6 +168,15 @@ def _configuration(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise BadFile(f"{path} holds a {type(value).__name__}, not an object.", do="Copy the file again.")
     return value
+
+
+def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json of float weights."""
+    return {
+        key: without_quantization(value) if key == "text_config" and isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in ("quantization_config", "compression_config")
+    }
 
 
 def _translated(config: dict[str, Any]) -> dict[str, Any]:

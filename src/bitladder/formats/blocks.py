@@ -106,3 +106,6 @@ _ROWS = (
 
 QTYPES: dict[str, QType] = {row.name: row for row in _ROWS}
 QTYPE_BY_NUMBER: dict[int, QType] = {row.ggml_type: row for row in _ROWS}
+TRAINED = frozenset({"MXFP4", "NVFP4", "TQ1_0", "TQ2_0", "Q1_0"})
+"""Types on whose grid models are trained or published: such weights lose by any other grid, however fine, and most
+levels' types are larger. They are kept unless another type is asked for."""

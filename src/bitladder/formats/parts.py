@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 
 from bitladder.formats.tensors import TensorInfo
 
@@ -28,3 +29,11 @@ def part_of(name: str) -> str:
     if "_exps." in name:
         return "experts"
     return "layers" if name.startswith("blk.") else "output"
+
+
+_NEXTN = re.compile(r"blk\.(\d+)\.nextn\.")
+
+
+def nextn_blocks(names: Iterable[str]) -> frozenset[int]:
+    """Blocks that predict the token after the next one (MTP, NextN), by the names of their tensors."""
+    return frozenset(int(match[1]) for name in names if (match := _NEXTN.match(name)))

@@ -18,8 +18,9 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from bitladder.errors import UnknownLevel
-from bitladder.formats.blocks import QTYPES
+from bitladder.formats.blocks import QTYPES, TRAINED
 from bitladder.formats.families import family_of
+from bitladder.formats.parts import nextn_blocks
 from bitladder.formats.tensors import TensorInfo
 
 
@@ -225,6 +226,8 @@ _ROLES = (
     ("attn_output.weight", "attn_output"),
     ("ffn_down", "ffn_down"),
 )
+NEXTN_TYPE = "Q8_0"
+"""Of the matrices of multi-token-prediction blocks, at every level that quantizes, unless the source has less."""
 _EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
 
 # Small or delicate matrices that stay in the source's type.
@@ -289,7 +292,10 @@ CHOICES = ("Q2_K", "Q3_K", "IQ4_XS", "IQ4_NL", "Q4_0", "Q4_K", "Q4_1", "Q5_K", "
 
 
 def types_for(info: TensorInfo) -> tuple[str, ...]:
-    """The types a tensor may get: K-quants where its rows divide into 256, else those with blocks of 32."""
+    """The types a tensor may get: K-quants where its rows divide into 256, else those with blocks of 32; none instead
+    of a type that models are trained in."""
+    if info.qtype in TRAINED:
+        return ()
     columns = info.shape[-1]
     wide = columns % 256 == 0
     return tuple(
@@ -341,12 +347,17 @@ def _role_type(recipe: FileRecipe, role: str, place: _Place) -> str:
 
 
 def assign(
-    level: str, tensors: Sequence[TensorInfo], dims: RecipeDims, *, has_importance: bool = False
+    level: str,
+    tensors: Sequence[TensorInfo],
+    dims: RecipeDims,
+    *,
+    has_importance: bool = False,
+    requantize: bool = False,
 ) -> dict[str, str]:
     """The qtype of every tensor at a level, in the order given.
 
     Tensors that recipes leave alone keep their own type. ``has_importance``: an importance matrix will be
-    used, which a few rules ask about.
+    used, which a few rules ask about. ``requantize``: weights in a type that models are trained in get the level's.
 
     Raises:
         UnknownLevel: no level has this name.
@@ -354,11 +365,12 @@ def assign(
     recipe = RECIPES[level_named(level)]
     names = {tensor.name for tensor in tensors}
     tied = "output.weight" not in names
+    heads = nextn_blocks(names)
     total_attn_v = sum(_role(name) == "attn_v" for name in names)
     counted = {"attn_v": 0, "ffn_down": 0}
     chosen: dict[str, str] = {}
     for tensor in sorted(tensors, key=_layer_order):
-        if not is_quantizable(tensor):
+        if not is_quantizable(tensor) or (tensor.qtype in TRAINED and not requantize):
             chosen[tensor.name] = tensor.qtype
             continue
         if not QTYPES[recipe.qtype].is_quantized:
@@ -369,6 +381,8 @@ def assign(
             qtype = _table_type(recipe, tensor, dims)
         elif tensor.name in _EMBEDDINGS:
             qtype = recipe.qtype
+        elif _layer_order(tensor)[0] in heads:
+            qtype = NEXTN_TYPE if QTYPES[tensor.qtype].bpw > QTYPES[NEXTN_TYPE].bpw else tensor.qtype
         else:
             index = counted.get(role, 0)
             if role == "ffn_down" and dims.n_expert > 1:

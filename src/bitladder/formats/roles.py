@@ -22,6 +22,22 @@ OUTPUT = "output.weight"
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
 
 
+FACTOR, INPUT_FACTOR = ".scale", ".input_scale"
+"""In place of ``.weight``: one number, or one for each expert, that the engine multiplies a matrix's outputs with; and
+what an engine with 4-bit products divides its inputs by."""
+
+
+def factor_name(name: str) -> str:
+    """The name of a matrix's factor: ``blk.0.ffn_down.scale`` of ``blk.0.ffn_down.weight``."""
+    return name.removesuffix(".weight") + FACTOR
+
+
+def factored(name: str) -> str:
+    """The matrix that a factor belongs to, by its name; "" for any other tensor."""
+    end = next((end for end in (INPUT_FACTOR, FACTOR) if name.endswith(end)), None)
+    return "" if end is None else name.removesuffix(end) + ".weight"
+
+
 def layer_tensor(layer: int, role: str) -> str:
     """The GGUF name of a role's tensor in a layer: ``blk.3.attn_q.weight``."""
     return f"blk.{layer}.{role}"

@@ -25,6 +25,7 @@ from bitladder.files.gguf_writer import GgufWriter
 from bitladder.files.level_files import LevelDraft, draft_level, free_name, possible_places, refuse_overwriting
 from bitladder.formats.gguf import PROVENANCE
 from bitladder.formats.recipes import nearest_level
+from bitladder.formats.roles import factor_name
 from bitladder.kernels import REVISION, quantize
 from bitladder.kernels.feedback import REVISION as FEEDBACK_REVISION
 from bitladder.kernels.feedback import takes_feedback
@@ -103,6 +104,7 @@ def write_with_feedback(
     """
     started = time.monotonic()
     settings = settings or FeedbackSettings()
+    _refuse_factors(source, recipe)
     tokens = sum(len(window.tokens) for window in windows)
     if tokens < _LEAST_TOKENS:
         raise BadInput(
@@ -129,6 +131,18 @@ def write_with_feedback(
     seconds = time.monotonic() - started
     file = LevelFile(recipe.label, draft.parts[0].path, draft.file_bytes, recipe.bpw, seconds, reused)
     return FittedLevel(file, recipe, tuple(losses), tokens, method)
+
+
+def _refuse_factors(source: GgufFile, recipe: Recipe) -> None:
+    """Codes are chosen for what a matrix does, and its factor would count twice; raises BadInput."""
+    types = {info.name: info.qtype for info in source.model.tensors}
+    for name, qtype in types.items():
+        if factor_name(name) in types and recipe.qtypes.get(name, qtype) != qtype:
+            raise BadInput(
+                f"{source.path}: {name} has a factor beside it, and error feedback is not made for such matrices.",
+                means="It was requantized from NVFP4.",
+                do="Give the file as it was before, whose NVFP4 weights stay, or ask for the level without feedback.",
+            )
 
 
 def _drafted(source: GgufFile, recipe: Recipe, out_dir: Path, method: str, expected: str) -> LevelDraft:

@@ -18,6 +18,7 @@ from bitladder.describe.windows import Window
 from bitladder.errors import BadInput
 from bitladder.files.gguf import GgufFile
 from bitladder.formats.recipes import assign
+from bitladder.formats.roles import factored
 from bitladder.kernels import Effort
 from bitladder.levels.checkpoints import CheckpointFormat
 from bitladder.progress import LevelNews, Progress, silent
@@ -82,8 +83,8 @@ def file_candidate(source: GgufFile, file: GgufFile, *, level: str = "", threads
     Raises:
         BadInput: the file holds another model.
     """
-    shapes = {tensor.name: tensor.shape for tensor in source.model.tensors}
-    others = {tensor.name: tensor.shape for tensor in file.model.tensors}
+    shapes = {tensor.name: tensor.shape for tensor in source.model.tensors if not factored(tensor.name)}
+    others = {tensor.name: tensor.shape for tensor in file.model.tensors if not factored(tensor.name)}
     different = [name for name in sorted(shapes | others) if shapes.get(name) != others.get(name)]
     if different:
         name = different[0]

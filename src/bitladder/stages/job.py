@@ -137,3 +137,5 @@ class Build:
     """Whether files of other kinds and sources may be replaced; None where the user has no say."""
     split_max_bytes: int | None = None
     """Cut GGUF levels into parts of at most so many bytes of weights."""
+    requantize: bool = False
+    """Plain GGUF levels change weights in a type that models are trained in, too."""

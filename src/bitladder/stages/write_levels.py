@@ -109,6 +109,7 @@ def quantize_levels(
     force: bool | None = None,
     folders: Sequence[Path] = (),
     is_kept: Callable[[Path], bool] = lambda _: False,
+    requantize: bool = False,
     progress: Progress = silent,
 ) -> list[LevelFile]:
     """Write ``out_dir/<name>-<LEVEL>.gguf`` for every level, in the order asked for.
@@ -124,6 +125,7 @@ def quantize_levels(
         folders: where else a level may lie already, under any name.
         is_kept: whether a file must not be replaced; a level whose name it has is written beside it, as
             ``<name>-<LEVEL>.<tag>.gguf``.
+        requantize: weights in a type that models are trained in (MXFP4, NVFP4, ternary) get the level's types, too.
 
     A file that is already there with the same header (source hash, recipe, method, version) is kept. What a
     killed run left is checked and gone on from.
@@ -146,6 +148,7 @@ def quantize_levels(
             method=method,
             has_importance=bool(importance),
             split_max_bytes=split_max_bytes,
+            requantize=requantize,
         )
         for level in dict.fromkeys(levels)
     ]

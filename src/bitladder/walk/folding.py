@@ -22,7 +22,7 @@ from torch import nn, no_grad
 
 from bitladder.describe.model import Model
 from bitladder.files.layer_store import LayerStore
-from bitladder.formats.blocks import QTYPES
+from bitladder.formats.blocks import QTYPES, TRAINED
 from bitladder.formats.disk_names import absorbing_parameters, quantized_parameters
 from bitladder.formats.recipes import assign
 from bitladder.formats.roles import Parameter, SharedInput, layer_tensor
@@ -149,6 +149,9 @@ class KQuantFolder:
         if place is None:
             return {}
         names = [layer_tensor(self._layer, parameter.roles[0]) for parameter in place.parameters]
+        before = [layer_tensor(self._layer, parameter.roles[0]) for parameter in place.absorbers]
+        if any(self._qtypes.get(name) in TRAINED for name in (*names, *before)):
+            return {}  # scales would move such weights off their grid
         weights = [matrix(self._block, parameter) for parameter in place.parameters]
         qtypes = [self._qtypes[name] for name in names]
         group = max(QTYPES[qtype].block_size for qtype in qtypes)

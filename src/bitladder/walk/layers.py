@@ -99,6 +99,7 @@ def _check_tensors(model: Model, family: Layers, keys: dict[str, Any]) -> None:
     for tensor in model.tensors:
         name = tensor.name
         factors = name.startswith("blk.") and name.endswith(roles.ROPE_TENSORS)
+        factors = factors or roles.factored(name) in {*known, roles.OUTPUT}
         if name not in known and name not in top and not factors:
             raise UnknownArchitecture(
                 f"The tensor '{name}' has no place in the layers of '{model.dims.architecture}'.",

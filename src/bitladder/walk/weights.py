@@ -7,6 +7,7 @@ levels whose tensors have had equal identities so far have had equal hidden stat
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Hashable, Mapping
 from typing import Protocol
 
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from bitladder.errors import BadFile, BadWeights
 from bitladder.files.gguf import GgufFile
+from bitladder.formats.roles import factor_name
 from bitladder.kernels import Effort, dequantize, first_nonfinite, quantize
 from bitladder.walk.rounding import InputType
 
@@ -39,6 +41,7 @@ class LevelWeights(Protocol):
 
 
 def _read(file: GgufFile, name: str, rows: Rows, threads: int) -> F32:
+    """Weights without the factor that the file may have beside them."""
     info = file.info(name)
     data = file.raw(name) if rows is None else file.raw(name)[rows]
     values = dequantize(np.ascontiguousarray(data), info.qtype, threads=threads)
@@ -58,17 +61,49 @@ class FileWeights:
 
     def __init__(self, file: GgufFile, *, threads: int = 1) -> None:
         self.file, self._threads = file, threads
+        self._names = {tensor.name for tensor in file.model.tensors}
         self._digests: dict[str, bytes] = {}
 
     def __call__(self, name: str, rows: Rows = None) -> F32:
         """As ``LevelWeights``; raises BadWeights for NaN or infinity."""
+        return self.times_factor(name, self.stored(name, rows), rows)
+
+    def stored(self, name: str, rows: Rows = None) -> F32:
+        """The same without the factor beside a matrix: what is quantized when its type changes, for the factor stays.
+        Raises as ``__call__``."""
         return _read(self.file, name, rows, self._threads)
+
+    def times_factor(self, name: str, values: F32, rows: Rows = None) -> F32:
+        """What the engine makes of a matrix: times its factor (NVFP4 has one beside each), or each expert's own.
+
+        Raises:
+            BadFile: the factor has another shape than one number, or one for each matrix.
+        """
+        own = factor_name(name)
+        if own not in self._names:
+            return values
+        factors = _read(self.file, own, None, self._threads).reshape(-1)
+        shape = self.file.info(name).shape
+        matrices = math.prod(shape[:-2])
+        if len(factors) not in (1, matrices):
+            raise BadFile(
+                f"{self.file.path}: {own} has {len(factors)} numbers for {matrices} matrices.",
+                means="The file is damaged, or a variant that is not known here.",
+                do="Convert the model again from its original checkpoint.",
+            )
+        if len(factors) == 1:
+            return values * factors[0]
+        each = np.repeat(factors, shape[-2])[:, None]
+        return values * (each.reshape(*shape[:-1], 1) if rows is None else each[rows])
 
     def identity(self, name: str) -> Hashable:
         """Type and hash of the stored bytes, so that equal tensors in different files are known to be
         equal."""
         if name not in self._digests:
-            self._digests[name] = hashlib.blake2b(self.file.raw(name).data, digest_size=16).digest()
+            digest = hashlib.blake2b(self.file.raw(name).data, digest_size=16)
+            if factor_name(name) in self._names:
+                digest.update(self.file.raw(factor_name(name)).data)
+            self._digests[name] = digest.digest()
             self.file.release(name)
         return self.file.info(name).qtype, self._digests[name]
 
@@ -115,12 +150,14 @@ class Quantizer:
     def read(self, name: str, qtype: str, rows: Rows = None) -> F32:
         """Weights of a tensor (or of some rows) as they come out of quantizing and dequantizing."""
         if rows is not None:
-            return dequantize(self._pack(name, self.source(name, rows), qtype, rows), qtype, threads=self._threads)
+            packed = self._pack(name, self.source.stored(name, rows), qtype, rows)
+            return self.source.times_factor(name, dequantize(packed, qtype, threads=self._threads), rows)
         key = (name, qtype)
         if key not in self._packed:
-            self._packed[key] = self._pack(name, self.source(name), qtype, None)
+            self._packed[key] = self._pack(name, self.source.stored(name), qtype, None)
         shape = self.source.file.info(name).shape
-        return dequantize(self._packed[key], qtype, threads=self._threads).reshape(shape)
+        made = dequantize(self._packed[key], qtype, threads=self._threads).reshape(shape)
+        return self.source.times_factor(name, made)
 
     def _pack(self, name: str, weights: F32, qtype: str, rows: Rows) -> NDArray[np.uint8]:
         importance = self._importance.get(name)

@@ -5,6 +5,7 @@
     weight_scale              [N, G]         in the float type of the model
     weight_zero_point   int32 [N*b/32, G]    packed along the outputs; only where zero is not in the middle
     weight_shape        int64 [2]            N, K
+    weight_g_idx        int32 [K]            the group of every input, where others order them; never written here
 
     int-quantized
     weight              int8  [N, K]         codes less 128
@@ -123,7 +124,7 @@ class PackQuantized(IntegerFormat):
         if "weight_zero_point" in arrays:
             packed = np.ascontiguousarray(matrix_of(arrays, "weight_zero_point").T)
             zeros = unpack(packed, self.bits, outputs).T.astype(np.int32)
-        return self.weights_of(codes, zeros, scales)
+        return self.weights_of(codes, zeros, scales, arrays.get("weight_g_idx"))
 
     def configuration(self, *, ignored: tuple[str, ...]) -> dict[str, Any]:
         """As ``CheckpointFormat``."""
