@@ -8,6 +8,7 @@ import pytest
 from bitladder.describe.shapes import Shape
 from bitladder.errors import BadInput, FetchError, UsageError
 from bitladder.files import hub
+from bitladder.files.describe_checkpoint import Basis
 from bitladder.files.describe_source import describe
 from bitladder.files.sources import resolve
 from bitladder.files.stub_gguf import N_VOCAB, write_stub
@@ -118,10 +119,41 @@ def test_a_checkpoint_is_planned_from_config_and_headers(server):
     assert server.sent < 5000 < len(raw)
 
 
-def test_a_checkpoint_that_holds_more_than_its_config_says_is_noted(server):
-    raw = safetensors({"vision": [1000, 1000]})
-    server.repos["org/tiny"] = {"config.json": json.dumps(CONFIG).encode(), "model.safetensors": raw}
-    assert "billion weights" in describe("hf:org/tiny").notes[0]
+def test_what_sees_beside_the_language_model_is_noted(server):
+    layer = 2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 128 + 2 * 64
+    shapes = {"embedding": [N_VOCAB, 64], "rest": [2 * layer + 64], "vision_tower.patch": [1000, 1000]}
+    server.repos["org/tiny"] = {"config.json": json.dumps(CONFIG).encode(), "model.safetensors": safetensors(shapes)}
+    found = describe("hf:org/tiny")
+    assert found.model.elements == N_VOCAB * 64 + 2 * layer + 64
+    assert "0.001 billion weights of 1 tensors see or hear" in found.notes[0]
+
+
+def test_a_class_that_nobody_knows_is_estimated_from_its_headers(server):
+    """No converter is here, and none is fetched: headers alone."""
+    layer = {"mixer.strange": [128, 64], "mlp.down_proj": [64, 96], "norm": [64]}
+    shapes = {f"model.layers.{n}.{name}.weight": shape for n in range(2) for name, shape in layer.items()}
+    shapes |= {"model.embed_tokens.weight": [N_VOCAB, 64], "visual.merger.weight": [64, 64]}
+    config = {**CONFIG, "architectures": ["NobodyForCausalLM"], "model_type": "nobody", "head_dim": 16}
+    server.repos["org/odd"] = {"config.json": json.dumps(config).encode(), "model.safetensors": safetensors(shapes)}
+    found = describe("hf:org/odd")
+    assert {t.name: t.shape for t in found.model.tensors if t.name.startswith("blk.1.")} == {
+        "blk.1.mixer_strange.weight": (128, 64), "blk.1.ffn_down.weight": (64, 96), "blk.1.norm.weight": (64,),
+    }  # fmt: skip
+    assert found.model.elements == N_VOCAB * 64 + 2 * (128 * 64 + 64 * 96 + 64)
+    assert any("Sizes are an estimate: llama.cpp's converter is not here yet" in note for note in found.notes)
+    assert found.model.dims.head_dim_k == 16
+    assert found.basis is Basis.ESTIMATE
+    assert server.sent < 5000
+
+
+def test_a_config_alone_is_planned_and_pickles_are_refused(server):
+    server.repos["org/plan"] = {"config.json": json.dumps(CONFIG).encode()}
+    found = describe("hf:org/plan")
+    assert found.model.dims.n_layer == 2
+    assert "no weights" in found.notes[0]
+    server.repos["org/plan"]["pytorch_model.bin"] = b"x"
+    with pytest.raises(BadInput, match="pickles"):
+        describe("hf:org/plan")
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,9 @@ from bitladder.report.visible import console
 from bitladder.units import human_bytes, human_rate
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from bitladder.plan.abilities import Ability
     from bitladder.plan.inverse import HardwareNeed
     from bitladder.stages.plan import ModelPlan, PlanRequest, SearchResult
 
@@ -93,6 +96,9 @@ def _show_plan(made: ModelPlan, request: PlanRequest, json_output: bool) -> None
     plan_table(made.plan)
     for note in made.notes:
         say(f"! {note}")
+    if made.basis and not made.exact:
+        put(f"Sizes from {made.basis}.")
+    _show_abilities(made.abilities)
     if made.offers:
         from bitladder.files.remote import offer_line
 
@@ -107,6 +113,19 @@ def _show_plan(made: ModelPlan, request: PlanRequest, json_output: bool) -> None
         put(made.launch.command)
         if made.launch.file_text:
             put(f"\n{made.launch.file_name}:\n{made.launch.file_text}")
+
+
+def _show_abilities(found: Sequence[Ability]) -> None:
+    """What the model can have, in a line, and what not, with each reason once."""
+    can = [f"{one.what} ({one.way})" for one in found if not one.reason]
+    cannot: dict[str, list[str]] = {}
+    for one in found:
+        if one.reason:
+            cannot.setdefault(one.reason, []).append(one.what)
+    if can:
+        put(f"Can have: {', '.join(can)}.")
+    for reason, what in cannot.items():
+        put(f"Cannot have: {', '.join(what)}: {reason}.")
 
 
 def _show_search(result: SearchResult, json_output: bool) -> None:

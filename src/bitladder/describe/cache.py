@@ -18,10 +18,9 @@ against what its allocator reports (benchmarks/memory_prediction.py).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
+from bitladder.describe.header_keys import HeaderKeys
 from bitladder.describe.model import Model, ModelDims
 from bitladder.formats.blocks import QTYPES
 from bitladder.formats.families import family_of
@@ -57,7 +56,7 @@ class CacheBytes:
 def layer_caches(model: Model) -> tuple[LayerCache, ...]:
     """What the layers of a model keep, like layers together."""
     dims, metadata = model.dims, model.metadata
-    keys = _Keys(metadata, dims.architecture)
+    keys = HeaderKeys(metadata, dims.architecture)
     rank = keys.number("attention.kv_lora_rank", 0)
     if rank:
         rope = keys.number("rope.dimension_count", 64)
@@ -144,30 +143,7 @@ def _row(layer: LayerCache, type_k: str, type_v: str) -> int:
     return total
 
 
-class _Keys:
-    """Numbers of a header under one architecture's prefix; absent or odd ones become the default."""
-
-    def __init__(self, metadata: Mapping[str, Any], architecture: str) -> None:
-        self.metadata = metadata
-        self.prefix = architecture + "."
-
-    def raw(self, name: str) -> Any:
-        return self.metadata.get(self.prefix + name)
-
-    def number(self, name: str, default: int) -> int:
-        value = self.raw(name)
-        if isinstance(value, list):
-            value = max((item for item in value if isinstance(item, int)), default=default)
-        return value if isinstance(value, int) and not isinstance(value, bool) else default
-
-    def per_layer(self, name: str, n_layer: int, default: int) -> list[int]:
-        value = self.raw(name)
-        if isinstance(value, list) and len(value) >= n_layer:
-            return [int(item) for item in value[:n_layer]]
-        return [self.number(name, default)] * n_layer
-
-
-def _windows(windows: Windows | None, dims: ModelDims, keys: _Keys) -> list[int]:
+def _windows(windows: Windows | None, dims: ModelDims, keys: HeaderKeys) -> list[int]:
     """Per layer the tokens it sees, 0 for all of them. Without a pattern in the row or the header layers see
     everything, also where config.json names a window (llama, qwen2)."""
     window = dims.sliding_window or (windows.tokens if windows else 0)
@@ -183,7 +159,7 @@ def _windows(windows: Windows | None, dims: ModelDims, keys: _Keys) -> list[int]
     return [window if pattern.window(layer) else 0 for layer in range(dims.n_layer)]
 
 
-def _head_dims(dims: ModelDims, keys: _Keys, windowed: bool) -> tuple[int, int]:
+def _head_dims(dims: ModelDims, keys: HeaderKeys, windowed: bool) -> tuple[int, int]:
     """Head dimensions of a layer; a few families use other ones in window layers."""
     if not windowed:
         return dims.head_dim_k, dims.head_dim_v
@@ -193,7 +169,7 @@ def _head_dims(dims: ModelDims, keys: _Keys, windowed: bool) -> tuple[int, int]:
     )
 
 
-def _state(dims: ModelDims, keys: _Keys) -> int:
+def _state(dims: ModelDims, keys: HeaderKeys) -> int:
     """Weights of the convolution and recurrent state of one recurrent layer."""
     conv, inner = keys.number("ssm.conv_kernel", 0), keys.number("ssm.inner_size", 0)
     size, groups = keys.number("ssm.state_size", 0), keys.number("ssm.group_count", 0)
@@ -207,7 +183,7 @@ def _state(dims: ModelDims, keys: _Keys) -> int:
     return dims.n_embd * (short - 1) if short else 0
 
 
-def _recurrent(states: StateTraits, dims: ModelDims, keys: _Keys, heads: list[int], state: int) -> list[bool]:
+def _recurrent(states: StateTraits, dims: ModelDims, keys: HeaderKeys, heads: list[int], state: int) -> list[bool]:
     """Which layers keep a state."""
     if not state:
         return [False] * dims.n_layer

@@ -11,11 +11,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from bitladder.describe.header_keys import HeaderKeys
 from bitladder.describe.model import ModelDims
 from bitladder.errors import BadFile
 from bitladder.formats.tensors import TensorInfo
 
-_LARGEST = 1 << 31
+MAX_LAYERS = 10_000
+"""More layers than this no model has; what follows from a number of layers is listed in memory."""
 
 
 def _architecture(metadata: Mapping[str, Any]) -> str:
@@ -29,29 +31,6 @@ def _architecture(metadata: Mapping[str, Any]) -> str:
     return name
 
 
-class _Keys:
-    """Whole numbers under one architecture's prefix."""
-
-    def __init__(self, metadata: Mapping[str, Any], architecture: str) -> None:
-        self.metadata = metadata
-        self.prefix = architecture + "."
-
-    def number(self, name: str, default: int | None = None, *, smallest: int = 0, first: bool = False) -> int:
-        """The key's value; of a list the largest element, or the first."""
-        key = self.prefix + name
-        value = self.metadata.get(key, default)
-        if isinstance(value, list) and value:
-            value = value[0] if first else max(value, key=lambda one: one if isinstance(one, int) else -1)
-        if isinstance(value, bool) or not isinstance(value, int) or not smallest <= value < _LARGEST:
-            found = "is missing" if key not in self.metadata else f"is {value!r}, not a number from {smallest} up"
-            raise BadFile(
-                f"The key '{key}' {found}.",
-                means="The header was written by an unfinished conversion, or is damaged.",
-                do="Convert the model again from its original checkpoint.",
-            )
-        return value
-
-
 def dims_from_metadata(metadata: Mapping[str, Any], tensors: Sequence[TensorInfo]) -> ModelDims:
     """Dimensions of the model that a header describes; the vocabulary's size comes from the embedding, which
     cannot lie.
@@ -60,15 +39,20 @@ def dims_from_metadata(metadata: Mapping[str, Any], tensors: Sequence[TensorInfo
         BadFile: a key is missing, has the wrong type or an absurd value.
     """
     architecture = _architecture(metadata)
-    keys = _Keys(metadata, architecture)
-    n_layer = keys.number("block_count", smallest=1)
+    if not tensors:
+        raise BadFile(
+            "The file holds no tensors.",
+            means="It is a vocabulary alone, or its conversion did not finish.",
+            do="Give a GGUF file of the whole model.",
+        )
+    keys = HeaderKeys(metadata, architecture)
+    n_layer = keys.number("block_count", smallest=1, largest=MAX_LAYERS)
     n_embd = keys.number("embedding_length", smallest=1)
     n_head = keys.number("attention.head_count", 0)
     n_head_kv = keys.number("attention.head_count_kv", n_head)
     head_dim = n_embd // n_head if n_head else 0
     embedding = next((tensor for tensor in tensors if tensor.name == "token_embd.weight"), None)
-    tokens = metadata.get("tokenizer.ggml.tokens", [])
-    n_vocab = embedding.shape[0] if embedding is not None and len(embedding.shape) == 2 else len(tokens)
+    n_vocab = _vocabulary(metadata) if embedding is None or len(embedding.shape) != 2 else embedding.shape[0]
     return ModelDims(
         architecture=architecture,
         n_layer=n_layer,
@@ -84,3 +68,15 @@ def dims_from_metadata(metadata: Mapping[str, Any], tensors: Sequence[TensorInfo
         n_expert_used=keys.number("expert_used_count", 0),
         sliding_window=keys.number("attention.sliding_window", 0),
     )
+
+
+def _vocabulary(metadata: Mapping[str, Any]) -> int:
+    """Tokens that the header lists."""
+    tokens = metadata.get("tokenizer.ggml.tokens", [])
+    if not isinstance(tokens, list):
+        raise BadFile(
+            f"The key 'tokenizer.ggml.tokens' is {repr(tokens)[:60]}, not a list of tokens.",
+            means="The header was written by an unfinished conversion, or is damaged.",
+            do="Convert the model again from its original checkpoint.",
+        )
+    return len(tokens)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from bitladder.describe.dims import MAX_LAYERS
+from bitladder.describe.header_keys import LARGEST
 from bitladder.describe.shapes import Shape
 from bitladder.errors import BadFile, UnknownArchitecture
 from bitladder.formats.families import BY_CLASS
@@ -33,7 +35,7 @@ def shape_of(name: str, config: Mapping[str, Any]) -> Shape:
     return Shape(
         name=name,
         architecture=family.architecture,
-        n_layer=numbers.need("num_hidden_layers"),
+        n_layer=numbers.need("num_hidden_layers", most=MAX_LAYERS),
         n_embd=numbers.need("hidden_size"),
         n_ff=numbers.need("intermediate_size"),
         n_head=numbers.need("num_attention_heads"),
@@ -70,13 +72,17 @@ class _Numbers:
         value = self.values.get(key)
         if value is None:
             return 0
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 31:
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < LARGEST:
             raise BadFile(f"config.json of {self.name}: {key} is {value!r}, not a whole number.", do="Fetch it again.")
         return value
 
-    def need(self, key: str) -> int:
+    def need(self, key: str, most: int = LARGEST) -> int:
         """A figure that must be there and positive."""
         value = self.get(key)
+        if value > most:
+            raise BadFile(
+                f"config.json of {self.name}: {key} is {value}; at most {most} are read.", do="Fetch it again."
+            )
         if value < 1:
             raise BadFile(
                 f"config.json of {self.name} has no {key}.", means="It is no language model's, or it was cut short."
@@ -100,4 +106,9 @@ def _rope_factors(family: Family, numbers: _Numbers) -> int:
         return 0
     head = numbers.get("head_dim") or numbers.need("hidden_size") // numbers.need("num_attention_heads")
     partial = numbers.values.get("partial_rotary_factor") or 1.0
+    if isinstance(partial, bool) or not isinstance(partial, (int, float)) or not 0 < partial <= 1:
+        raise BadFile(
+            f"config.json of {numbers.name}: partial_rotary_factor is {repr(partial)[:60]}, not a share.",
+            do="Fetch it again.",
+        )
     return int(head * partial) // 2

@@ -19,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from bitladder.describe.dims import MAX_LAYERS
 from bitladder.describe.model import Model
 from bitladder.describe.shapes import Shape, model_of
 from bitladder.errors import BadInput
@@ -120,6 +121,8 @@ def _row(row: Any, number: int, where: Path, sources: dict[str, str]) -> Catalog
     ]
     if wrong_numbers:
         raise BadInput(f"{at}: {', '.join(wrong_numbers)} must be positive whole numbers.")
+    if row["n_layer"] > MAX_LAYERS:
+        raise BadInput(f"{at}: n_layer is {row['n_layer']}; at most {MAX_LAYERS} are read.")
     shape = Shape(name=row["hub"].split("/")[-1], **{key: value for key, value in row.items() if key not in own})
     source = str(row.get("source", ""))
     return CatalogueModel(

@@ -214,6 +214,15 @@ def list_shards(folder: Path) -> tuple[Path, ...]:
     )
 
 
+WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".safetensors.index.json")
+"""How files that may be weights end, whether they are read here or not."""
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder holds anything that may be weights; a link to nothing counts."""
+    return any(path.name.endswith(WEIGHTS) for path in folder.iterdir())
+
+
 def _is_shard_name(name: str) -> bool:
     """A file name and nothing but one, of a safetensors file."""
     return Path(name).name == name and name.endswith(".safetensors") and "\0" not in name

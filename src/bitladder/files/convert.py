@@ -20,11 +20,11 @@ from bitladder.describe.rope_scaling import PLAIN, rope_kinds
 from bitladder.errors import BadInput, BitladderError, OutputError, UnknownArchitecture
 from bitladder.files import converter_child
 from bitladder.files.checkpoint import Checkpoint, read_checkpoint
-from bitladder.files.converter import Converter, find_converter
+from bitladder.files.converter import Converter, converter_at_hand, find_converter
 from bitladder.files.decoded import Decoding, decoded_bytes, decoding_of, write_decoded
 from bitladder.files.fence import ended_after, environment, fenced, memory_bound, package_folders
 from bitladder.files.folders import cache_folder
-from bitladder.files.hashing import file_sha256
+from bitladder.files.hashing import file_sha256, recall
 from bitladder.files.staging import data_files, stage_checkpoint
 from bitladder.levels.converter_formats import ReadAs
 from bitladder.progress import Progress, silent
@@ -98,12 +98,27 @@ def _converted(
     return _run_converter(converter, twin, stage, work / "work-decoded", progress)
 
 
+def converted_already(checkpoint: Checkpoint) -> Path | None:
+    """The GGUF twin that an earlier conversion left in the cache. Nothing is hashed, fetched or converted for it."""
+    converter = converter_at_hand()
+    paths = (*data_files(checkpoint.folder), *checkpoint.shards)
+    if converter is None or any(recall(path) is None for path in paths):
+        return None
+    folder = cache_folder("converted", content_hash(checkpoint, converter)[:20])
+    return next(iter(sorted(folder.glob("*.gguf"))), None)
+
+
 def content_hash(checkpoint: Checkpoint, converter: Converter, progress: Progress = silent) -> str:
     """SHA-256 over all that a conversion depends on: the files' names and hashes, their staging, the converter."""
     digest = hashlib.sha256(f"{STAGING} {converter.identity()}".encode())
     for path in sorted({*data_files(checkpoint.folder), *checkpoint.shards}):
         digest.update(f"\n{path.name} {file_sha256(path, progress)}".encode())
     return digest.hexdigest()
+
+
+def outtype_of(checkpoint: Checkpoint) -> str:
+    """The converter's name for what float weights become: what they are."""
+    return _OUTTYPE.get(checkpoint.main_dtype, "auto")
 
 
 def lacks_mtp(checkpoint: Checkpoint) -> bool:
@@ -160,13 +175,12 @@ def _run_converter(converter: Converter, checkpoint: Checkpoint, stage: Path, wo
     """Run the converter and pass its steps on; raise with its last lines when it fails."""
     work.mkdir()
     made = work / "out.gguf"
-    outtype = _OUTTYPE.get(checkpoint.main_dtype, "auto")
     job: converter_child.Job = {
         "converter": converter.search_path,
         "packages": package_folders(),
         "work": str(work),
         "task": "convert",
-        "arguments": [str(stage), "--outfile", str(made), "--outtype", outtype],
+        "arguments": [str(stage), "--outfile", str(made), "--outtype", outtype_of(checkpoint)],
         "without_mtp": lacks_mtp(checkpoint),
         **_bounds(checkpoint),
     }
@@ -184,7 +198,7 @@ def _run_converter(converter: Converter, checkpoint: Checkpoint, stage: Path, wo
     if not in_time:
         lines.append(f"ended after {seconds:.0f} seconds without a result")
     if child.returncode != 0 or not made.is_file():
-        raise _failure(stage.name, lines, child.returncode, converter)
+        raise converter_failure(stage.name, lines, child.returncode, converter)
     return made
 
 
@@ -195,7 +209,7 @@ def _bounds(checkpoint: Checkpoint) -> converter_child.ChildBounds:
     return {"data_bytes": memory, "file_bytes": 8 * checkpoint.nbytes + GiB, "cpu_seconds": cpu}
 
 
-def _failure(label: str, lines: list[str], code: int, converter: Converter) -> BitladderError:
+def converter_failure(label: str, lines: list[str], code: int, converter: Converter) -> BitladderError:
     """What the converter's last words mean."""
     text = "\n".join(lines)
     last = "\n".join(f"  {line[:200]}" for line in _last_lines(text, 4))

@@ -115,6 +115,16 @@ def find_converter(progress: Progress = silent) -> Converter:
     return Converter(folder, label)
 
 
+def converter_at_hand() -> Converter | None:
+    """The converter where it is here already; nothing is fetched or unpacked for it."""
+    if named := os.environ.get(VARIABLE):
+        path = Path(named).expanduser()
+        return _named(path) if path.is_dir() and _complete(path) else None
+    version = engine_version()
+    folder = cache_folder("converter", f"{ENGINE}-{version}")
+    return Converter(folder, f"llama.cpp's converter of {ENGINE} {version}") if version and _complete(folder) else None
+
+
 def _named(path: Path) -> Converter:
     """The converter of a checkout, or of an archive, which is unpacked into the cache under its hash."""
     if path.is_dir():

@@ -66,7 +66,8 @@ class Job(ChildBounds):
     """A key of ``_TASKS``."""
     arguments: list[str]
     """Of "convert": the converter's own, the staged folder first. Of "tokenizers": the file of texts, the file to
-    write, the staged folders. Of "from_gguf": the folder that holds nothing but the file, and the folder to write."""
+    write, the staged folders. Of "from_gguf": the folder that holds nothing but the file, and the folder to write. Of
+    "header": those of "convert"."""
     without_mtp: bool
     """The checkpoint has no multi-token-prediction tensors: say so to converters that ask."""
 
@@ -260,7 +261,97 @@ def _from_gguf(job: Job) -> None:
     Path(target, "config.json").write_text(json.dumps(config, default=str))
 
 
-_TASKS = {"convert": _convert, "tokenizers": _tokenizers, "from_gguf": _from_gguf}
+def _header(job: Job) -> None:
+    """The header of the file that a conversion would make, followed by a hole of its data's size.
+
+    The converter works on lazy tensors, so nothing is computed until data is written, and here none is. A checkpoint
+    without weights gets the shapes that transformers' own class gives them, on the meta device. A tokenizer that is
+    not there, or that the converter cannot read, is left out, and ``tokenizer.txt`` beside the header says why.
+    """
+    stage, header = Path(job["arguments"][0]), Path(job["arguments"][2])
+    if not any(stage.glob("*.safetensors")):
+        _write_shapes(stage)
+    has_tokenizer = any((stage / name).exists() for name in _TOKENIZERS)
+    if not has_tokenizer:
+        _write_nobodys_tokenizer(stage)
+    import gguf
+    from conversion.base import TextModel  # type: ignore[import-not-found]
+
+    writer: Any = gguf.GGUFWriter
+
+    def without_data(self: Any, **_: Any) -> None:
+        self.write_ti_data_to_file()
+        (file,) = self.fout
+        self.write_padding(file, file.tell())
+        size = sum(self.ggml_pad(info.nbytes, self.data_alignment) for one in self.tensors for info in one.values())
+        file.flush()
+        file.truncate(file.tell() + size)
+
+    prepare = TextModel.prepare_metadata
+
+    def leniently(self: Any, **options: Any) -> None:
+        vocabulary = self.set_vocab if has_tokenizer else None
+        self.set_vocab = lambda: _try_vocabulary(vocabulary, header.with_name("tokenizer.txt"))
+        prepare(self, **options)
+
+    writer.write_tensors_to_file = without_data
+    TextModel.prepare_metadata = leniently
+    _convert(job)
+
+
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
+
+
+def _try_vocabulary(set_vocab: Any, note: Path) -> None:
+    """Note why the header gets no tokenizer; ``set_vocab`` is None where there is none to read."""
+    if set_vocab is None:
+        note.write_text("none")
+        return
+    try:
+        set_vocab()
+    except (Exception, SystemExit) as error:  # whatever a tokenizer's own code raises
+        note.write_text(f"{type(error).__name__}: {error}"[:400])
+
+
+def _write_nobodys_tokenizer(stage: Path) -> None:
+    """As many tokens as config.json says: some classes cut the embedding to the tokens that they count."""
+    config = json.loads((stage / "config.json").read_bytes())
+    text = config.get("text_config")
+    count = (text if isinstance(text, dict) else config).get("vocab_size")
+    if isinstance(count, int) and 0 < count < 1 << 24:
+        vocabulary = {str(number): number for number in range(count)}
+        (stage / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}, "added_tokens": []}))
+
+
+def _write_shapes(stage: Path) -> None:
+    """A safetensors file of holes, with the parameters that the class of config.json has, named as on disk."""
+    import torch
+    import transformers
+    from transformers.core_model_loading import revert_weight_conversion
+
+    config = transformers.AutoConfig.from_pretrained(stage, trust_remote_code=False, local_files_only=True)
+    name = (getattr(config, "architectures", None) or [""])[0]
+    found = getattr(transformers, str(name), None)
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        sys.exit(f"transformers {transformers.__version__} has no class {name!r}")
+    with torch.device("meta"):
+        model = found(config)
+    model.tie_weights()
+    parameters: dict[int, tuple[str, Any]] = {}
+    for key, value in model.state_dict(keep_vars=True).items():
+        parameters.setdefault(id(value), (key, value))  # a tied head is the embedding itself
+    table, at = {}, 0
+    for key, value in revert_weight_conversion(model, {key: value.data for key, value in parameters.values()}).items():
+        size = 2 * value.numel()
+        table[key] = {"dtype": "BF16", "shape": list(value.shape), "data_offsets": [at, at + size]}
+        at += size
+    raw = json.dumps(table).encode()
+    with (stage / "model.safetensors").open("wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        file.truncate(8 + len(raw) + at)
+
+
+_TASKS = {"convert": _convert, "tokenizers": _tokenizers, "from_gguf": _from_gguf, "header": _header}
 
 
 if __name__ == "__main__":

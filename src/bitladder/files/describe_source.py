@@ -2,36 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-from bitladder.describe.hf_config import shape_of
+from bitladder.describe.contradiction import check_config
 from bitladder.describe.model import Model
 from bitladder.describe.quantized import checkpoint_note, kept_note, quantized
 from bitladder.describe.shapes import model_of
 from bitladder.errors import BadInput
-from bitladder.files import catalogue, demo, hub, local_stores, remote
-from bitladder.files.checkpoint import CheckpointTensor, read_checkpoint
+from bitladder.files import catalogue, convert, demo, hub, local_stores, remote
+from bitladder.files.checkpoint import WEIGHTS, has_weights, read_checkpoint, read_json
+from bitladder.files.describe_checkpoint import Basis, Described, class_name, of_checkpoint
 from bitladder.files.engine_package import engine_knows
 from bitladder.files.gguf import read_header
 from bitladder.files.sources import gguf_in_folder, no_such_model
 from bitladder.formats.families import FAMILIES
 from bitladder.progress import Progress, silent
 
-
-@dataclass(frozen=True)
-class Described:
-    """A model for planning."""
-
-    model: Model
-    label: str
-    licence: str = ""
-    exact: bool = True
-    """File sizes are exact to the byte; else the header's bytes are an estimate, the tensors' exact."""
-    offers: tuple[remote.Offer, ...] = ()
-    """Levels that its repository has ready."""
-    notes: tuple[str, ...] = ()
+_NO_WEIGHTS = "There are no weights beside config.json: this is a plan, and there is nothing to quantize."
 
 
 def describe(model: str, progress: Progress = silent) -> Described:
@@ -65,26 +53,37 @@ def _described(model: str, progress: Progress) -> Described:
         return _of_header(read_header(local_stores.find_lmstudio(model)), model)
     path = Path(model).expanduser()
     if path.exists():
-        return _on_disk(path)
+        return _on_disk(path, progress)
     try:
         row = catalogue.model_named(model)
     except BadInput as unknown:
         raise no_such_model(model, path, unknown.means) from unknown
-    return Described(model_of(row.shape), row.hub, row.licence, exact=False)
+    return Described(model_of(row.shape), row.hub, row.licence, basis=Basis.ROW)
 
 
-def _on_disk(path: Path) -> Described:
+def _on_disk(path: Path, progress: Progress) -> Described:
     """A GGUF file, a folder that holds one, or a checkpoint folder."""
     single = gguf_in_folder(path) if path.is_dir() else path
     if single is not None:
         return _of_header(read_header(single), single.stem)
-    checkpoint = read_checkpoint(path)
     label = path.resolve().name
-    found = _of_shape(model_of(shape_of(label, checkpoint.config)), label, "", checkpoint.tensors)
-    return _noted(
-        _noted(found, kept_note(found.model)),
-        checkpoint_note(checkpoint.config, {tensor.dtype for tensor in checkpoint.tensors}),
-    )
+    if not has_weights(path):
+        config = read_json(path / "config.json")
+        return _noted(of_checkpoint(label, config, (), None, progress), _NO_WEIGHTS)
+    checkpoint = read_checkpoint(path)
+    check_config(label, checkpoint.config, checkpoint.tensors)
+    twin = convert.converted_already(checkpoint)
+    if twin is not None:
+        found = Described(
+            replace(read_header(twin), name=label),
+            label,
+            model_class=class_name(checkpoint.config) or "none",
+            converts=True,
+        )
+    else:
+        found = of_checkpoint(label, checkpoint.config, checkpoint.tensors, path, progress)
+    dtypes = {tensor.dtype for tensor in checkpoint.tensors}
+    return _noted(_noted(found, kept_note(found.model)), checkpoint_note(checkpoint.config, dtypes))
 
 
 def _of_header(model: Model, label: str) -> Described:
@@ -101,7 +100,9 @@ def _on_hub(name: hub.HubName, progress: Progress) -> Described:
     progress(f"asking the hub for {name.repo}", 0, 1)
     repo = hub.list_repo(name)
     ready = remote.offers(repo)
-    has_checkpoint = any(file.name == "config.json" for file in repo.files) and repo.ending(".safetensors")
+    weights = any(file.name.endswith(WEIGHTS) for file in repo.files)
+    has_config = any(file.name == "config.json" for file in repo.files)
+    has_checkpoint = has_config and (repo.ending(".safetensors") or not weights)
     with remote.RemoteFiles(repo) as files:
         if name.file or not has_checkpoint:
             ggufs = hub.choose_gguf(repo) if name.file or len(ready) == 1 else _least_lossy(repo)
@@ -110,35 +111,16 @@ def _on_hub(name: hub.HubName, progress: Progress) -> Described:
                 return replace(_of_header(header, name.repo), licence=repo.licence, offers=ready)
             hub.checkpoint_files(repo)  # says what is missing
         config = remote.remote_config(files)
-        shape = shape_of(name.repo.split("/")[1], config)
-        tensors = remote.remote_safetensors(files, progress)
-    found = _of_shape(model_of(shape), name.repo, repo.licence, tensors, ready)
-    return _noted(_noted(found, kept_note(found.model)), checkpoint_note(config))
+        label = name.repo.split("/")[1]
+        tensors = remote.remote_safetensors(files, progress) if repo.ending(".safetensors") else []
+    check_config(label, config, tensors)
+    found = of_checkpoint(label, config, tensors, None, progress)
+    found = replace(found, label=name.repo, licence=repo.licence, offers=ready)
+    found = _noted(_noted(found, kept_note(found.model)), checkpoint_note(config))
+    return _noted(found, "" if tensors else _NO_WEIGHTS)
 
 
 def _least_lossy(repo: hub.HubRepo) -> tuple[hub.HubFile, ...]:
     """The largest GGUF of a repository of levels: all have the same shapes."""
     models = hub.gguf_models(repo)
     return max(models.values(), key=lambda files: sum(file.size for file in files), default=())
-
-
-def _of_shape(
-    model: Model, label: str, licence: str, stored: Sequence[CheckpointTensor], ready: tuple[remote.Offer, ...] = ()
-) -> Described:
-    """Say so when the checkpoint holds more or less than the shape implies (a vision tower, an unknown variant)."""
-    there = sum(_elements(tensor) for tensor in stored)
-    notes = []
-    if abs(there - model.elements) > 0.01 * model.elements:
-        notes.append(
-            f"The checkpoint holds {there / 1e9:.2f} billion weights, its config.json implies "
-            f"{model.elements / 1e9:.2f}: "
-            "parts beside the language model, or packed weights, are not in the plan."
-        )
-    return Described(model, label, licence, False, ready, tuple(notes))
-
-
-def _elements(tensor: CheckpointTensor) -> int:
-    count = 1
-    for size in tensor.shape:
-        count *= size
-    return count

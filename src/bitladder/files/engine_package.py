@@ -1,4 +1,6 @@
-"""The engine's package as it is installed, without importing it: its version, and the architectures that it knows."""
+"""Packages as they are installed, without importing them: the engine's version and the architectures that it knows,
+the types of models that transformers has.
+"""
 
 from __future__ import annotations
 
@@ -33,6 +35,15 @@ def engine_knows(architecture: str) -> bool | None:
     if not libraries:
         return None
     return any(_holds(library, architecture.encode() + b"\0") for library in libraries)
+
+
+@functools.cache
+def transformers_has(model_type: str) -> bool:
+    """Whether the installed transformers has models of this type of its own; it is not imported."""
+    spec = importlib.util.find_spec("transformers")
+    places = (spec.submodule_search_locations if spec else None) or ()
+    name = re.sub("_text$", "", model_type.replace("-", "_"))
+    return bool(re.fullmatch(r"\w{1,64}", name)) and any((Path(place) / "models" / name).is_dir() for place in places)
 
 
 @functools.cache

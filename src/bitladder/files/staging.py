@@ -163,6 +163,11 @@ def _is_code(key: str, item: Any) -> bool:
     return key in CODE_KEYS or (key.endswith("_file") and isinstance(item, str))
 
 
+def clean_config(config: dict[str, Any]) -> dict[str, Any]:
+    """A parsed config.json as the converter gets to see it."""
+    return _translated(dict(without_code(config)))
+
+
 def _configuration(path: Path) -> dict[str, Any]:
     value = clean_json(path)
     if not isinstance(value, dict):

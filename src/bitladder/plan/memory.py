@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bitladder.describe.cache import LayerCache, layer_caches, padded_context
+from bitladder.describe.header_keys import HeaderKeys
 from bitladder.describe.model import Model
 from bitladder.formats.tensors import TensorInfo
 from bitladder.units import MiB
@@ -64,28 +65,24 @@ def _mask_cells(layers: Sequence[LayerCache], cells: int, n_ubatch: int) -> int:
 def _widest_moment(model: Model) -> int:
     """Floats per token at the moment that needs most."""
     dims = model.dims
-    key = f"{dims.architecture}."
-    number = {name: model.metadata.get(key + name) or 0 for name in _LATENT_KEYS}
+    keys = HeaderKeys(model.metadata, dims.architecture)
     wide = dims.n_embd
     moments = [3 * dims.n_ff + 5 * wide]
     if dims.n_expert:
-        own = model.metadata.get(key + "expert_feed_forward_length") or dims.n_ff
+        own = keys.number("expert_feed_forward_length", 0) or dims.n_ff
         used = dims.n_expert_used
         moments.append(3 * used * own + 5 * wide + (used * wide if 2 * own < wide else 0))
-        if not model.metadata.get(key + "leading_dense_block_count"):
+        if not keys.number("leading_dense_block_count", 0):
             moments.pop(0)
-    rank = number["attention.kv_lora_rank"]
+    rank = keys.number("attention.kv_lora_rank", 0)
     if rank:
-        rope = number["rope.dimension_count"]
-        nope = number["attention.key_length_mla"] - rope
+        rope = keys.number("rope.dimension_count", 0)
+        nope = keys.number("attention.key_length_mla", 0) - rope
         moments.append(dims.n_head * (2 * rank + nope + 3 * rope) + 5 * wide)
     else:
         q, kv = dims.n_head * dims.head_dim_k, dims.n_head_kv * dims.head_dim_k
         moments.append(3 * q + 3 * wide + 2 * kv)
     return max(moments)
-
-
-_LATENT_KEYS = ("attention.kv_lora_rank", "rope.dimension_count", "attention.key_length_mla")
 
 
 def repacked_bytes(tensors: Sequence[TensorInfo]) -> int:

@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from bitladder.describe.model import Model
     from bitladder.describe.rates import MeasuredMachine
     from bitladder.files.catalogue import CatalogueModel
-    from bitladder.files.describe_source import Described
+    from bitladder.files.describe_checkpoint import Described
     from bitladder.files.remote import Offer
     from bitladder.levels import Level
+    from bitladder.plan.abilities import Ability
     from bitladder.plan.advice import Advice
     from bitladder.plan.inverse import HardwareNeed
     from bitladder.plan.launch import LaunchCommand
@@ -65,6 +66,10 @@ class ModelPlan:
     """Which format suits this machine and use."""
     slow: tuple[str, ...] = ()
     """Warnings where the launched level would run, but slowly."""
+    basis: str = ""
+    """What sizes follow from, in words."""
+    abilities: tuple[Ability, ...] = ()
+    """What else the model can have, by which way, and why not the rest."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +155,23 @@ def plan_model(
         _pair(found.model, pair, machine, wish) if pair else None,
         _launch(found, model, wanted, made, engine, machine, wish) if engine else None,
         *_advice(found.model, wanted, made, engine, machine, wish),
+        basis=found.basis.value,
+        abilities=_abilities(found),
     )
+
+
+def _abilities(found: Described) -> tuple[Ability, ...]:
+    from bitladder.files.engine_package import engine_knows, transformers_has
+    from bitladder.plan.abilities import Facts, abilities, walk_gap
+
+    facts = Facts(
+        is_gguf=not found.model_class and bool(found.model.raw_metadata),
+        converts=found.converts,
+        engine_knows=engine_knows(found.model.dims.architecture) if found.converts is not False else None,
+        walk_gap=walk_gap(found.model),
+        transformers_class=transformers_has(found.model_type) if found.model_type else None,
+    )
+    return abilities(facts)
 
 
 def _fast_enough(plan: Plan, least_decode: float) -> Plan:

@@ -1,0 +1,129 @@
+"""What a model can have beside a plan: proof of its levels, an importance matrix, calibrated levels, recipes; and where
+it cannot, why not. Said by `plan`, before an hour of work.
+
+Three ways lead there, and a model may be open to some of them:
+
+    the walk                 layers of its family are known here by a row (``formats/families``)
+    the derived walk         transformers' own layers, found by what they do
+    the engine               llama.cpp's own forward pass, for whatever it runs
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from enum import StrEnum
+
+from bitladder.describe.model import Model
+from bitladder.formats import roles
+from bitladder.formats.families import family_of
+from bitladder.formats.roles import layer_tensor
+
+
+class Way(StrEnum):
+    """How something is done for a model."""
+
+    CONVERTER = "converter"
+    QUANTIZER = "quantizer"
+    WALK = "walk"
+    DERIVED = "derived walk"
+    ENGINE = "engine"
+    NONE = "none"
+
+
+@dataclass(frozen=True)
+class Ability:
+    """One thing that a model can have, or not."""
+
+    what: str
+    way: Way
+    reason: str = ""
+    """Why not, where the way is ``NONE``."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What decides. ``None`` where nobody here can tell; such a model is given the benefit of the doubt."""
+
+    is_gguf: bool
+    """There is a GGUF file already."""
+    converts: bool | None
+    """llama.cpp's converter reads the checkpoint."""
+    engine_knows: bool | None
+    """llama.cpp runs the architecture."""
+    walk_gap: str
+    """Why the rows here do not describe its layers; "" where they do (``walk_gap``)."""
+    transformers_class: bool | None
+    """transformers has its class, without code of the checkpoint's own."""
+
+
+BUILT: frozenset[Way] = frozenset({Way.WALK})
+"""The ways that this version has."""
+
+_WAYS: dict[str, tuple[Way, ...]] = {
+    "GGUF file": (Way.CONVERTER,),
+    "K-quants": (Way.QUANTIZER,),
+    "proof": (Way.WALK, Way.ENGINE, Way.DERIVED),
+    "importance": (Way.WALK, Way.ENGINE, Way.DERIVED),
+    "calibration": (Way.WALK, Way.DERIVED),
+    "recipes": (Way.WALK, Way.DERIVED),
+    "workload": (Way.ENGINE,),
+}
+"""What there is to have, and the ways to it, the best first. ``proof``: KL divergence, perplexity and top-1 agreement
+of levels. ``calibration``: GPTQ, AWQ, INT8, error feedback. ``workload``: answers through the real engine."""
+
+
+def abilities(facts: Facts, built: Collection[Way] = BUILT) -> tuple[Ability, ...]:
+    """Everything of ``_WAYS``, in its order.
+
+    Args:
+        facts: What is known of the model.
+        built: The ways that exist for proof, importance, calibration and recipes.
+    """
+    found = []
+    no_file = _no_file(facts)
+    for what, ways in _WAYS.items():
+        open_to = [way for way in ways if way in built or way not in _BUILT_BY_US or what == "workload"]
+        shut = {way: no_file or _shut(way, facts) for way in open_to}
+        way = next((way for way, reason in shut.items() if not reason), Way.NONE)
+        found.append(Ability(what, way, "" if way is not Way.NONE else "; ".join(dict.fromkeys(shut.values()))))
+    return tuple(found)
+
+
+_BUILT_BY_US = frozenset({Way.WALK, Way.DERIVED, Way.ENGINE})
+
+
+def _no_file(facts: Facts) -> str:
+    return "" if facts.is_gguf or facts.converts is not False else "llama.cpp's converter does not read the checkpoint"
+
+
+def _shut(way: Way, facts: Facts) -> str:
+    """Why a way is closed; "" where it is open."""
+    if way is Way.WALK:
+        return facts.walk_gap
+    if way is Way.ENGINE and facts.engine_knows is False:
+        return "llama.cpp does not know the architecture"
+    if way is Way.DERIVED and facts.transformers_class is False:
+        return "transformers does not know the class"
+    return ""
+
+
+def walk_gap(model: Model) -> str:
+    """Why the rows of families do not describe a model's layers; "" where they do, as far as its header tells."""
+    architecture = model.dims.architecture
+    layers = family_of(architecture).layers_of(model.dims.n_expert)
+    if layers is None:
+        return f"the layers of '{architecture}' are not known here"
+    prefix = architecture + "."
+    keys = {key.removeprefix(prefix): value for key, value in model.metadata.items() if key.startswith(prefix)}
+    known = {
+        layer_tensor(layer, role)
+        for layer in range(model.dims.n_layer)
+        for parameter in layers.kind(keys, layer).parameters
+        for role in parameter.roles
+    } | {roles.EMBEDDING, roles.OUTPUT, roles.OUTPUT_NORM, *roles.ROPE_TENSORS}
+    strange = [t.name for t in model.tensors if t.name not in known and not t.name.endswith(roles.ROPE_TENSORS)]
+    if strange:
+        return f"'{strange[0][:60]}' has no place in the layers of '{architecture}' that are known here"
+    odd = [key for key in layers.variant_keys if key in keys]
+    return f"it is a variant of '{architecture}' ('{odd[0]}' in its header)" if odd else ""

@@ -1,0 +1,232 @@
+"""Tiny checkpoints of many architectures, random weights from transformers' own configuration classes, every structure
+of the family switched on. Their figures mean nothing; names and rules of shapes are the family's.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+N_VOCAB = 256
+
+_BASE = {
+    "vocab_size": N_VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 512, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2,
+}  # fmt: skip
+_NEAR, _FAR = "sliding_attention", "full_attention"
+_HEAD = {"head_dim": 16}
+_FOUR = {"num_hidden_layers": 4}
+_MLA = {
+    "q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16,
+    "num_key_value_heads": 4,
+}  # fmt: skip
+_MOE = {
+    "moe_intermediate_size": 32, "n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1,
+    "topk_group": 1, "first_k_dense_replace": 1,
+}  # fmt: skip
+_DELTA_NET = {
+    **_FOUR, **_HEAD, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}  # fmt: skip
+_QWEN_EXPERTS = {
+    "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2,
+}  # fmt: skip
+_MAMBA = {
+    "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_expand": 2,
+    "mamba_d_conv": 4,
+}  # fmt: skip
+_SIGHT = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "mistral": ("mistral", _HEAD),
+    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen2": ("qwen2", {}),
+    "qwen2_moe": ("qwen2_moe", _QWEN_EXPERTS),
+    "qwen3": ("qwen3", _HEAD),
+    "qwen3_moe": ("qwen3_moe", {**_HEAD, "moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2}),
+    "qwen3_next": ("qwen3_next", {**_DELTA_NET, **_QWEN_EXPERTS}),
+    "qwen3_5": ("qwen3_5_text", _DELTA_NET),
+    "qwen3_5_moe": ("qwen3_5_moe_text", {**_DELTA_NET, **_QWEN_EXPERTS}),
+    "gemma2": ("gemma2", _HEAD),
+    "gemma3": ("gemma3_text", {**_HEAD, "sliding_window": 128, "num_hidden_layers": 6}),
+    "gemma3n": (
+        "gemma3n_text",
+        {
+            **_HEAD, "num_hidden_layers": 5, "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 16,
+            "vocab_size_per_layer_input": N_VOCAB, "laurel_rank": 8, "sliding_window": 128,
+            "intermediate_size": [96] * 5, "activation_sparsity_pattern": [0.0] * 5,
+            "layer_types": [_NEAR, _FAR, _NEAR, _NEAR, _FAR],
+        },
+    ),
+    "gemma4": (
+        "gemma4_text",
+        {
+            **_HEAD, "global_head_dim": 32, "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": N_VOCAB,
+            "num_kv_shared_layers": 0, "layer_types": [_NEAR, _FAR],
+        },
+    ),
+    "phi3": ("phi3", {}),
+    "phi3_longrope": (
+        "phi3",
+        {
+            "max_position_embeddings": 1024, "original_max_position_embeddings": 512,
+            "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8},
+        },
+    ),
+    "olmo": ("olmo", {}),
+    "olmo2": ("olmo2", {}),
+    "olmo3": ("olmo3", {"sliding_window": 128, **_FOUR}),
+    "olmoe": ("olmoe", {"num_experts": 8, "num_experts_per_tok": 2}),
+    "cohere": ("cohere", {}),
+    "cohere2": ("cohere2", {**_HEAD, **_FOUR, "sliding_window": 128}),
+    "granite": ("granite", {}),
+    "granitemoe": ("granitemoe", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "granitemoehybrid": (
+        "granitemoehybrid",
+        {
+            **_MAMBA, **_FOUR, "num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 32,
+            "layer_types": ["mamba", "mamba", "attention", "mamba"], "position_embedding_type": "nope",
+        },
+    ),
+    "smollm3": ("smollm3", _FOUR),
+    "glm4": ("glm4", _HEAD),
+    "glm4_moe": ("glm4_moe", {**_HEAD, **_MOE}),
+    "glm_moe_dsa": (
+        "glm_moe_dsa",
+        {**_MLA, **_MOE, "num_hidden_layers": 3, "index_topk": 64, "index_head_dim": 32, "index_n_heads": 2},
+    ),
+    "deepseek_v2": ("deepseek_v2", {**_MLA, **_MOE, "topk_method": "greedy"}),
+    "deepseek_v3": ("deepseek_v3", {**_MLA, **_MOE, "n_group": 2}),
+    "kimi_linear": (
+        "kimi_linear",
+        {
+            **_MLA, **_MOE, **_FOUR, "num_experts": 8, "num_shared_experts": 1, "num_experts_per_token": 2,
+            "linear_attn_config": {
+                "full_attn_layers": [4], "kda_layers": [1, 2, 3], "head_dim": 16, "num_heads": 4,
+                "short_conv_kernel_size": 4,
+            },
+        },
+    ),
+    "mistral4": (
+        "mistral3",
+        {
+            "text_config": {**_BASE, **_MLA, **_MOE, "model_type": "mistral4"},
+            "vision_config": {**_SIGHT, "num_hidden_layers": 1, "image_size": 28, "patch_size": 14, "head_dim": 16},
+        },
+    ),
+    "ministral3": ("ministral3", _HEAD),
+    "gpt_oss": (
+        "gpt_oss", {**_HEAD, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 128}
+    ),
+    "llama4": (
+        "llama4_text",
+        {
+            **_HEAD, **_FOUR, "num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 128,
+            "interleave_moe_layer_step": 2,
+        },
+    ),
+    "lfm2": ("lfm2", {**_FOUR, "layer_types": ["conv", "full_attention", "conv", "full_attention"]}),
+    "lfm2_moe": (
+        "lfm2_moe",
+        {
+            **_FOUR, "layer_types": ["conv", "full_attention", "conv", "full_attention"], "num_experts": 4,
+            "num_experts_per_tok": 2, "moe_intermediate_size": 32, "num_dense_layers": 1,
+        },
+    ),
+    "nemotron_h": (
+        "nemotron_h",
+        {
+            **_HEAD, **_FOUR, "hybrid_override_pattern": "M*E-",
+            "layers_block_type": ["mamba", "attention", "moe", "mlp"],
+            "mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 1, "ssm_state_size": 16, "expand": 1,
+            "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_shared_experts": 1,
+            "moe_shared_expert_intermediate_size": 32, "conv_kernel": 4,
+        },
+    ),
+    "mamba2": (
+        "mamba2",
+        {
+            "intermediate_size": 128, "num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 1, "expand": 2,
+            "conv_kernel": 4,
+        },
+    ),
+    "falcon_h1": ("falcon_h1", {**_MAMBA, **_HEAD, "mamba_d_ssm": 128}),
+    "hunyuan_v1_dense": ("hunyuan_v1_dense", _HEAD),
+    "ernie4_5": ("ernie4_5", _HEAD),
+    "ernie4_5_moe": (
+        "ernie4_5_moe",
+        {
+            "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32, "moe_num_shared_experts": 1,
+            "moe_layer_start_index": 1, "moe_layer_end_index": 1,
+        },
+    ),
+    "exaone4": ("exaone4", {**_HEAD, **_FOUR, "sliding_window": 128, "sliding_window_pattern": 4}),
+    "seed_oss": ("seed_oss", _HEAD),
+    "minimax_m2": ("minimax_m2", {**_HEAD, "num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 16}),
+    "starcoder2": ("starcoder2", {}),
+    "bitnet": ("bitnet", {}),
+    "qwen3_vl": (
+        "qwen3_vl",
+        {
+            "text_config": {**_BASE, **_HEAD, "rope_scaling": {"rope_type": "default", "mrope_section": [4, 2, 2]}},
+            "vision_config": {
+                **_SIGHT, "depth": 1, "num_heads": 2, "out_hidden_size": 64, "deepstack_visual_indexes": [0],
+            },
+        },
+    ),
+    "gemma3_vision": (
+        "gemma3",
+        {
+            "text_config": {**_BASE, **_HEAD, "sliding_window": 128},
+            "vision_config": {**_SIGHT, "num_hidden_layers": 1, "image_size": 28, "patch_size": 14},
+            "mm_tokens_per_image": 4,
+        },
+    ),
+    "mistral3_vision": (
+        "mistral3",
+        {
+            "text_config": {**_BASE, **_HEAD, "model_type": "mistral"},
+            "vision_config": {**_SIGHT, "num_hidden_layers": 1, "image_size": 28, "patch_size": 14, "head_dim": 16},
+        },
+    ),
+}  # fmt: skip
+"""Name -> transformers' model type, and what its configuration has beside or instead of ``_BASE``."""
+
+
+def config_of(name: str) -> Any:
+    """The configuration, a ``transformers.PretrainedConfig``."""
+    import transformers
+
+    model_type, own = CONFIGS[name]
+    fields = own if "text_config" in own else {**_BASE, **own}
+    return transformers.AutoConfig.for_model(model_type, **fields)
+
+
+def class_of(name: str) -> Any:
+    """The class of the whole model."""
+    import transformers
+
+    config = config_of(name)
+    seeing = hasattr(config, "text_config")
+    auto = transformers.AutoModelForImageTextToText if seeing else transformers.AutoModelForCausalLM
+    return auto._model_mapping[type(config)]
+
+
+def write_config(name: str, folder: Path) -> Path:
+    """config.json alone, as a release has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = config_of(name).to_dict()
+    written["architectures"] = [class_of(name).__name__]
+    (folder / "config.json").write_text(json.dumps(written, default=str))
+    return folder
+
+
+def write_checkpoint(name: str, folder: Path) -> Path:
+    """A checkpoint of random weights in bfloat16, as transformers saves it, without a tokenizer."""
+    import torch
+
+    torch.manual_seed(0)
+    class_of(name)(config_of(name)).to(torch.bfloat16).save_pretrained(folder)
+    return folder
