@@ -30,7 +30,7 @@ from bitladder.progress import LevelNews, Progress
 from bitladder.records import to_json
 from bitladder.records.decision import Decision
 from bitladder.records.evaluation import LevelAnswers, WorkloadResult
-from bitladder.records.fidelity import Fidelity
+from bitladder.records.fidelity import Fidelity, Way
 from bitladder.records.plan import Plan
 from bitladder.records.run import RunRecord
 from bitladder.report import RUN_JSON, check_html, check_run, report_beside, write_html, write_run
@@ -277,7 +277,7 @@ def _levels_to_build(given: _Given, plan: Plan) -> list[Level]:
 
 
 def _measured(given: _Given, built: Mapping[Subject, LevelFile]) -> list[Fidelity]:
-    """Fidelity of the files that were written; none, and a warning, for a family that the walk does not know."""
+    """Fidelity of the files that were written; none, and a warning, where neither the walk nor the engine can go."""
     named = _named_reference(given.settings)
     reference = next((subject for subject in built if named is not None and subject.level == named.name), None)
     with ExitStack() as stack:
@@ -286,8 +286,15 @@ def _measured(given: _Given, built: Mapping[Subject, LevelFile]) -> list[Fidelit
             return [built_candidate(given.job.source, built[subject], stack) for subject in missing]
 
         try:
-            subjects = [subject for subject in built if subject != reference]
-            return fidelities(given.job, subjects, candidates, given.texts, given.recorded, reference=reference)
+            return fidelities(
+                given.job,
+                [subject for subject in built if subject != reference],
+                candidates,
+                given.texts,
+                given.recorded,
+                files=lambda missing: [built[subject].path for subject in missing],
+                reference=reference,
+            )
         except UnknownArchitecture as error:
             given.job.journal.warn(
                 f"No fidelity was measured: {error.found} {error.means} The decision rests on the workload alone."
@@ -376,7 +383,9 @@ def _record(
         wording={
             level.level: wording_changes(given.workload, answers[0].answers, level.answers) for level in answers[1:]
         },
-        settings=facts.settings_facts(settings, plan.n_ctx, given.texts, given.workload),
+        settings=facts.settings_facts(
+            settings, plan.n_ctx, given.texts, given.workload, way=fidelities[0].way if fidelities else Way.WALK
+        ),
         versions=facts.versions(),
         commands=facts.commands(settings, plan.n_ctx, given.build.out),
         timings=journal.timings,

@@ -376,7 +376,7 @@ def test_names_that_the_engine_cannot_know(name):
 
 
 def test_without_an_engine_any_name_will_do(tmp_path, monkeypatch):
-    monkeypatch.setattr(engine_package, "_libraries", tuple)
+    monkeypatch.setattr(engine_package, "engine_libraries", tuple)
     engine_knows.cache_clear()
     try:
         keys = [

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import random
+import re
 
 import pytest
 from scipy.optimize import minimize_scalar
@@ -11,6 +12,7 @@ from bitladder.errors import UsageError
 from bitladder.plan.bar import parse_bar
 from bitladder.plan.decide import decide
 from bitladder.plan.front import pareto
+from bitladder.records.decision import Outcome
 from bitladder.stats.noninferiority import inputs_needed, loss_interval
 from ladder_examples import KL, MiB, fidelities, fidelity, plan, result, results
 
@@ -343,3 +345,31 @@ def test_models_elsewhere_are_judged_and_not_chosen():
     assert statuses(small)["m@host"] == "cannot tell"  # nothing is known of it, which is not nothing
     kl = decide(plan(), [], results, bar="kl < 1", reference="F16", elsewhere=["m@host"])
     assert "through an address" in reason(kl, "m@host")
+
+
+@pytest.mark.parametrize(
+    ("lost", "bar"),
+    [
+        ({}, None),  # all meet the bar: one level serves both
+        ({"Q2_K": 9, "Q3_K_M": 9}, None),
+        (dict.fromkeys(KL, 9), None),  # none does
+        ({}, "no known loss and speed >= 1"),
+        ({"Q2_K": 9}, "kl < 0.1"),  # what cannot be told without KL
+    ],
+)
+def test_what_was_not_measured_is_not_spoken_of(lost, bar):
+    """Without any KL nothing is closer to the reference than anything else, further from it, or infinitely far."""
+    decision = decide(plan(), [], results(**lost), bar=bar, reference="F16")
+    words = " ".join([decision.summary, *(verdict.reason for verdict in decision.verdicts)])
+    assert not re.search(r"\binf\b|\bnan\b|closer|closest|further|cannot be told from zero", words), words
+    if decision.outcome == Outcome.MET:
+        assert "KL was not measured" in decision.summary
+
+
+def test_a_level_without_kl_beside_levels_with_it():
+    """Only what was measured is compared."""
+    decision = decide(
+        plan(), [one for one in fidelities() if one.level != "Q5_K_M"], results(), bar="no known loss", reference="F16"
+    )
+    assert "its KL was not measured" in reason(decision, "Q5_K_M")
+    assert "reference" not in reason(decision, "Q5_K_M")

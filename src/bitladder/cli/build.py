@@ -19,6 +19,7 @@ from bitladder.units import human_bytes, parse_bytes
 if TYPE_CHECKING:
     from bitladder.kernels import Effort
     from bitladder.levels import Level
+    from bitladder.records.fidelity import Way
     from bitladder.stages.job import Build, Work
 
 Context = Annotated[
@@ -44,6 +45,15 @@ CalibrationTexts = Annotated[
 ]
 EffortName = Annotated[
     str, typer.Option("--effort", metavar="fast|good|best", help="How long to search for scales and codes.")
+]
+Through = Annotated[
+    str | None,
+    typer.Option(
+        "--through",
+        metavar="walk|engine",
+        help="What computes: layers one by one, or llama.cpp on the files as they run.",
+        show_default="walk where it knows the layers",
+    ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace files of other kinds and sources, too.")]
 ALL_CORES = available_cores()
@@ -72,6 +82,17 @@ def effort_named(text: str) -> Effort:
     if text not in ("fast", "good", "best"):
         raise UsageError(f"The --effort must be fast, good or best. Got '{text}' instead.")
     return cast("Effort", text)
+
+
+def way_named(text: str | None) -> Way | None:
+    """A way of measuring by its name; raises UsageError."""
+    from bitladder.records.fidelity import Way
+
+    if text is None:
+        return None
+    if text not in tuple(Way):
+        raise UsageError(f"The --through must be {' or '.join(Way)}. Got '{text}' instead.")
+    return Way(text)
 
 
 @contextmanager
@@ -172,13 +193,14 @@ def imatrix(
     threads: Threads = ALL_CORES,
     force: Force = False,
     device: Device = CPU,
+    through: Through = None,
     json_output: JsonFlag = False,
 ) -> None:
     """Write llama.cpp's importance matrix of a model, which llama-quantize reads too."""
     from bitladder.stages.calibration import make_imatrix
 
     with working(threads, device, quiet=json_output) as work:
-        path = make_imatrix(model, tuple(text or ()), out, work, force=force)
+        path = make_imatrix(model, tuple(text or ()), out, work, force=force, through=way_named(through))
     if json_output:
         print_json({"path": str(path), "bytes": path.stat().st_size, "jobs": work.journal.jobs})
     else:

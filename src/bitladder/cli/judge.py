@@ -14,9 +14,11 @@ from bitladder.cli.build import (
     Force,
     Importance,
     Levels,
+    Through,
     WorkOptions,
     effort_named,
     split_levels,
+    way_named,
     working,
 )
 from bitladder.cli.grouped import grouped
@@ -112,6 +114,7 @@ class MeasureOptions(WorkOptions):
     text: Texts = None
     imatrix: Importance = "auto"
     effort: EffortName = "good"
+    through: Through = None
 
 
 @verb
@@ -128,6 +131,7 @@ def measure(options: MeasureOptions, json_output: JsonFlag = False) -> None:
         texts=tuple(options.text or ()),
         imatrix=options.imatrix,
         effort=effort_named(options.effort),
+        through=way_named(options.through),
     )
     with working(options.threads, options.device, quiet=json_output) as work:
         fidelities = measure_model(options.model, wanted, work)

@@ -70,6 +70,27 @@ def cut(
     return windows
 
 
+def check_tokens(windows: Sequence[Window], n_vocab: int) -> None:
+    """Refuse windows that a model with such a vocabulary cannot be measured on.
+
+    Raises:
+        BadInput: nothing to score, or a token id that it does not have.
+    """
+    if not sum(window.scored for window in windows):
+        raise BadInput(
+            f"There is nothing to score in {len(windows)} token windows.",
+            means="The text is too short.",
+            do="Give a longer text.",
+        )
+    largest = max(int(window.tokens.max()) for window in windows)
+    if largest >= n_vocab:
+        raise BadInput(
+            f"The text has the token id {largest}, the model's vocabulary has {n_vocab}.",
+            means="The tokenizer does not belong to these weights.",
+            do="Convert the model again, with its own tokenizer.",
+        )
+
+
 def window_hashes(windows: Iterable[Window], *, n: int = 32, step: int | None = None) -> set[bytes]:
     """Hashes of every run of ``n`` tokens that starts at a multiple of ``n // 2``: shared ones betray
     overlapping texts."""

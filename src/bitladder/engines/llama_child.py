@@ -8,35 +8,15 @@ wanted it, however that program ended.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-import select
-import signal
 import sys
 import threading
 from typing import Any
 
 import xllamacpp
 
-
-def _follow_parent(parent: int) -> None:
-    """Exit at once when stdin closes or the parent is gone; os._exit, since the engine's threads must not delay it."""
-    while True:
-        readable, _, _ = select.select([0], [], [], 1.0)
-        if (readable and not os.read(0, 4096)) or os.getppid() != parent:
-            os._exit(0)
-
-
-def _die_with_starting_thread(on: bool) -> None:
-    """Linux's parent-death signal, on while loading, when llama.cpp holds the interpreter and the watch cannot run.
-
-    Not longer, because the signal fires when the *thread* that started us ends, and gateways start engines
-    from worker threads; while we load, that thread waits for us.
-    """
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL if on else 0)
+from bitladder.engines.parent_watch import die_with_starting_thread, follow_parent
 
 
 def _params(settings: dict[str, Any]) -> Any:
@@ -69,15 +49,16 @@ def _params(settings: dict[str, Any]) -> Any:
 
 def main() -> None:
     """Load, say where, and stay until the parent lets go."""
-    threading.Thread(target=_follow_parent, args=(os.getppid(),), daemon=True).start()
+    follow_parent()
     settings = json.loads(sys.argv[1])
-    _die_with_starting_thread(True)
+    # While loading, llama.cpp holds the interpreter. Not longer: gateways start engines from worker threads, which end.
+    die_with_starting_thread(True)
     try:
         server = xllamacpp.Server(_params(settings))
     except (RuntimeError, ValueError, MemoryError) as error:
         print(f"llama.cpp could not start: {error}", file=sys.stderr, flush=True)
         os._exit(1)
-    _die_with_starting_thread(False)
+    die_with_starting_thread(False)
     print(
         json.dumps({"address": server.listening_address, "version": xllamacpp.__version__}),
         flush=True,

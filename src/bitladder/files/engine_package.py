@@ -31,7 +31,7 @@ def engine_knows(architecture: str) -> bool | None:
     """
     if not re.fullmatch(r"[a-z0-9][a-z0-9_.-]{1,63}", architecture):
         return False
-    libraries = _libraries()
+    libraries = engine_libraries()
     if not libraries:
         return None
     return any(_holds(library, architecture.encode() + b"\0") for library in libraries)
@@ -47,7 +47,8 @@ def transformers_has(model_type: str) -> bool:
 
 
 @functools.cache
-def _libraries() -> tuple[Path, ...]:
+def engine_libraries() -> tuple[Path, ...]:
+    """Shared libraries in the engine's package; none where it is not installed."""
     spec = importlib.util.find_spec(ENGINE)
     places = (spec.submodule_search_locations if spec else None) or ()
     return tuple(path for place in places for path in sorted(Path(place).glob("*.so")))

@@ -115,6 +115,11 @@ class Judged:
         return math.inf if found is None or math.isnan(found.kl_mean) else found.kl_mean
 
     @property
+    def kl_is_known(self) -> bool:
+        """It was measured."""
+        return math.isfinite(self.kl)
+
+    @property
     def speed(self) -> float:
         """Decoded tokens per second; NaN where not measured."""
         return self.evidence.decode_tokens_per_s

@@ -61,10 +61,14 @@ def _placed(one: Judged, tiers: Tiers) -> tuple[Status, str]:
     if not math.isnan(speed.speed):
         fastest = "the fastest that meets the bar"
     if one is quality and one is speed:
-        also = "its loss cannot be told from zero" if one.near_lossless else "none is closer to the reference"
+        also = "none is closer to the reference" if one.kl_is_known else "no larger one does"
+        if one.near_lossless:
+            also = "its loss cannot be told from zero"
         return Status.BOTH, f"{fastest}, and {also}; {one.say(MET)}"
     if one is quality:
         how = "the closest to the reference that meets the bar"
+        if not one.kl_is_known:
+            how = "the largest that meets the bar (its KL was not measured)"
         if one.near_lossless:
             how = "the smallest whose loss cannot be told from zero"
         if one.near_lossless and one.evidence.result is not None:
@@ -91,6 +95,8 @@ def _passed_over(one: Judged, quality: Judged, speed: Judged) -> str:
     if result is not None and one.net_losses > quality.net_losses and (one.near_lossless or one.kl < quality.kl):
         # Close enough by its predictions, yet its answers say otherwise: that is why it is not the quality tier.
         return f"{against}; its answers lost {len(result.lost)} inputs and gained {len(result.gained)}"
+    if not one.kl_is_known:
+        return f"{against}; its KL was not measured"
     if one.kl < quality.kl:
         return f"{against}; closer to the reference than {quality.level} needs to be"
     return f"{against}; further from the reference than {quality.level}"
@@ -113,9 +119,10 @@ def summary(tiers: Tiers, bar: Bar, plan: Plan, outcome: Outcome, rivals: Sequen
     quality, speed = tiers.quality, tiers.speed
     if quality is None or speed is None:
         return _nothing_chosen(bar, plan, outcome, rivals)
-    closeness = "its loss cannot be told from zero" if quality.near_lossless else f"KL {quality.kl:.3g}"
+    closeness = "its loss cannot be told from zero" if quality.near_lossless else _kl(quality)
     if quality is speed:
-        also = "" if quality.near_lossless else "; no other candidate is closer to the reference"
+        closest = quality.kl_is_known and not quality.near_lossless
+        also = "; no other candidate is closer to the reference" if closest else ""
         return f"Deploy {quality.level} alone: it holds the bar '{bar.text}' ({closeness}{also})."
     ratio = speed.speed / quality.speed
     faster = f", {ratio:.2f} times as fast" if ratio > 1 + SAME_SPEED else ""
@@ -125,8 +132,13 @@ def summary(tiers: Tiers, bar: Bar, plan: Plan, outcome: Outcome, rivals: Sequen
         how = "Both fit in memory together."
     return (
         f"Deploy {quality.level} for quality ({closeness}) and {speed.level} for speed "
-        f"(KL {speed.kl:.3g}, {saved}{faster}). {how}"
+        f"({_kl(speed)}, {saved}{faster}). {how}"
     )
+
+
+def _kl(one: Judged) -> str:
+    """A level's KL in words."""
+    return f"KL {one.kl:.3g}" if one.kl_is_known else "its KL was not measured"
 
 
 def _nothing_chosen(bar: Bar, plan: Plan, outcome: Outcome, rivals: Sequence[Judged]) -> str:
@@ -140,6 +152,7 @@ def _nothing_chosen(bar: Bar, plan: Plan, outcome: Outcome, rivals: Sequence[Jud
         room = human_bytes(plan.budget_bytes)
         return f"No level besides the reference fits in {room} at a context of {plan.n_ctx} tokens."
     if outcome == Outcome.NOT_MET:
-        best = min(rivals, key=lambda one: one.kl)
-        return f"No level that fits holds the bar '{bar.text}'. The closest is {best.level}: {best.say(FAILED)}."
+        best = min(rivals, key=lambda one: (one.kl, -one.total))
+        how = "closest" if best.kl_is_known else "largest"
+        return f"No level that fits holds the bar '{bar.text}'. The {how} is {best.level}: {best.say(FAILED)}."
     return f"The evidence cannot tell whether a level holds the bar '{bar.text}'."

@@ -4,6 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Way(StrEnum):
+    """What computed the predictions that were compared."""
+
+    WALK = "walk"
+    """Layers one by one in 32-bit floats: what the weights alone cost."""
+    ENGINE = "engine"
+    """llama.cpp on the files as they run, its rounding of inputs included."""
 
 
 @dataclass(frozen=True)
@@ -40,3 +50,5 @@ class Fidelity:
     kl_median_high: float = math.nan
     kl_p99_low: float = math.nan
     kl_p99_high: float = math.nan
+    way: Way = Way.WALK
+    """Figures of different ways are not compared with one another."""

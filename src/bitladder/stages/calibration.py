@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bitladder.errors import EngineError, UnknownArchitecture
+from bitladder.records.fidelity import Way
+from bitladder.stages.engine_way import announce, engine_matrix, instead_of_walk, way_for
 from bitladder.stages.forecast import forecast, walking_need
 from bitladder.stages.job import AUTO, NONE, Build, Job, Work, opened
 
@@ -43,7 +47,9 @@ def importance_of(job: Job, build: Build) -> Importance | None:
     A matrix that was made before from the same model and text is read from the cache.
 
     Raises:
+        UnknownArchitecture: neither way can go; told before anything is started.
         NothingFits: too little memory to make one.
+        EngineError: the engine does not run this model.
         BadInput: the calibration text shares passages with the measuring text, or is too short.
         BadFile: the file cannot be used.
     """
@@ -69,17 +75,44 @@ def _made_once(job: Job, build: Build) -> ImportanceMatrix:
     documents = calibration_texts(build.texts)
     kept = importance_file(job.source, documents)
     apart = kept.with_name(f"{kept.stem}-{text_hash(build.measured_on)[:16]}.apart")
-    if not kept.exists() or (build.measured_on and not apart.exists()):  # both need the engine's tokenizer
-        check_overlap(job.windows(documents), job.windows(build.measured_on) if build.measured_on else ())
-        apart.parent.mkdir(parents=True, exist_ok=True)
-        apart.touch()  # these two texts have been found to share nothing
-    if not kept.exists():
-        write_imatrix(kept, _gathered(job, job.windows(documents), "calibration text"))
+    with _saying_how_to_go_without():
+        if not kept.exists() or (build.measured_on and not apart.exists()):  # both need the engine's tokenizer
+            way_for(job.source.model)
+            check_overlap(job.windows(documents), job.windows(build.measured_on) if build.measured_on else ())
+            apart.parent.mkdir(parents=True, exist_ok=True)
+            apart.touch()  # these two texts have been found to share nothing
+        if not kept.exists():
+            write_imatrix(kept, _gathered(job, job.windows(documents), "calibration text"))
     return read_imatrix(kept)
 
 
-def _gathered(job: Job, windows: Sequence[Window], dataset: str) -> ImportanceMatrix:
+@contextmanager
+def _saying_how_to_go_without() -> Iterator[None]:
+    """Levels can be made without an importance matrix also where the engine does not run their model."""
+    try:
+        yield
+    except EngineError as error:
+        error.do = f"{error.do} Without an importance matrix (--imatrix none) it need not run.".strip()
+        raise
+
+
+def _gathered(job: Job, windows: Sequence[Window], dataset: str, through: Way | None = None) -> ImportanceMatrix:
     """An importance matrix, made; a killed call goes on where it was."""
+    refusal = None
+    model = job.source.model
+    if way_for(model, through) is Way.WALK:
+        try:
+            return _walked(job, windows, dataset)
+        except UnknownArchitecture as error:
+            if through is not None:
+                raise
+            instead_of_walk(model, error)
+            refusal = error
+    announce(job, "Importance is gathered", refusal)
+    return engine_matrix(job, windows, dataset)
+
+
+def _walked(job: Job, windows: Sequence[Window], dataset: str) -> ImportanceMatrix:
     from bitladder.files.folders import cache_folder
     from bitladder.stages.imatrix import importance_matrix  # brings torch: a second to import, for this case alone
 
@@ -90,12 +123,16 @@ def _gathered(job: Job, windows: Sequence[Window], dataset: str) -> ImportanceMa
         )  # fmt: skip
 
 
-def make_imatrix(model: str, texts: Sequence[Path], out: Path, work: Work, *, force: bool = False) -> Path:
+def make_imatrix(
+    model: str, texts: Sequence[Path], out: Path, work: Work, *, force: bool = False, through: Way | None = None
+) -> Path:
     """Write llama.cpp's importance matrix of a model for a text (or for the one that ships); returns the path.
 
-    ``force``: replace whatever file is there.
+    ``force``: replace whatever file is there. ``through``: the way it is gathered; None for the walk where it can go,
+    else the engine.
 
     Raises:
+        UnknownArchitecture: neither way can go.
         NothingFits: too little memory.
         UsageError: ``out`` is the model, a text, or no importance matrix that was made of this model.
     """
@@ -112,6 +149,7 @@ def make_imatrix(model: str, texts: Sequence[Path], out: Path, work: Work, *, fo
             ours=lambda path: made_from(path, source.sha256),
             force=force,
         )
+        way_for(source.model, through)
         dataset = ", ".join(str(text) for text in texts) or "bitladder calibration text"
-        write_imatrix(out, _gathered(job, job.windows(documents), dataset), source_sha256=source.sha256)
+        write_imatrix(out, _gathered(job, job.windows(documents), dataset, through), source_sha256=source.sha256)
     return out

@@ -14,7 +14,7 @@ from typing import TypedDict, Unpack
 import numpy as np
 from numpy.typing import NDArray
 
-from bitladder.describe.windows import Window
+from bitladder.describe.windows import Window, check_tokens
 from bitladder.errors import BadInput
 from bitladder.files.gguf import GgufFile
 from bitladder.formats.recipes import assign
@@ -170,7 +170,7 @@ def token_scores(
 
     Arguments and errors as ``walk``.
     """
-    _check_tokens(windows, source.model.dims.n_vocab)
+    check_tokens(windows, source.model.dims.n_vocab)
     own = FileWeights(source, threads=options.get("threads", 1))
     reference = options["reference"].weights if "reference" in options else own
     ladder = Ladder(
@@ -190,22 +190,6 @@ def token_scores(
             progress.on_level(LevelNews(candidates[member - 1].level, kl_mean=mean))
 
     return ladder.run(progress, so_far)
-
-
-def _check_tokens(windows: Sequence[Window], n_vocab: int) -> None:
-    if not sum(window.scored for window in windows):
-        raise BadInput(
-            f"There is nothing to score in {len(windows)} token windows.",
-            means="The text is too short.",
-            do="Give a longer text.",
-        )
-    largest = max(int(window.tokens.max()) for window in windows)
-    if largest >= n_vocab:
-        raise BadInput(
-            f"The text has the token id {largest}, the model's vocabulary has {n_vocab}.",
-            means="The tokenizer does not belong to these weights.",
-            do="Convert the model again, with its own tokenizer.",
-        )
 
 
 def _clusters(windows: Sequence[Window]) -> tuple[str, NDArray[np.int64]]:

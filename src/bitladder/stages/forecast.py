@@ -15,6 +15,7 @@ from bitladder.stages.job import Build, Job, Journal
 from bitladder.units import human_bytes
 
 if TYPE_CHECKING:
+    from bitladder.describe.model import Model
     from bitladder.describe.windows import Window
     from bitladder.files.gguf import GgufFile
     from bitladder.levels import Level
@@ -123,7 +124,6 @@ def walking_need(source: GgufFile, windows: Sequence[Window], levels: Sequence[s
     """What one pass over the layers will take: of the source and ``levels`` beside it."""
     from bitladder.files.measured import load_measured
     from bitladder.files.probe import probe_machine
-    from bitladder.formats.parts import parts_of
     from bitladder.plan.preflight import walk_need
 
     machine = probe_machine()
@@ -136,12 +136,21 @@ def walking_need(source: GgufFile, windows: Sequence[Window], levels: Sequence[s
     dims = source.model.dims
     tokens = sum(len(window.tokens) for window in windows)
     head = dims.n_vocab * dims.n_embd if levels else 0
-    experts = sum(t.elements for t in source.model.tensors if "experts" in parts_of([t]))
-    active = dims.n_expert_used / dims.n_expert if dims.n_expert else 1.0
-    used = sum(layers.values()) - (1 - active) * experts + head
+    used = weights_used(source.model) + head
     need = walk_need(
         4 * max(layers.values(), default=0), 4 * head, tokens, dims.n_embd, len(levels), 2 * used * tokens, machine,
         flops=measured.f32_matmul if measured else 0.0,
     )  # fmt: skip
     names = f"measure {', '.join(levels)}" if levels else "gather an importance matrix"
     return need.named(f"{names} on {tokens} tokens", kind)
+
+
+def weights_used(model: Model) -> float:
+    """Weights of the layers that a token is multiplied with, on average; of experts those it is routed to."""
+    from bitladder.formats.parts import parts_of
+
+    dims = model.dims
+    layers = [tensor for tensor in model.tensors if tensor.name.startswith("blk.")]
+    experts = sum(tensor.elements for tensor in model.tensors if "experts" in parts_of([tensor]))
+    active = dims.n_expert_used / dims.n_expert if dims.n_expert else 1.0
+    return sum(tensor.elements for tensor in layers) - (1 - active) * experts

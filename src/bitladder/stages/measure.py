@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, NamedTuple
 
-from bitladder.errors import BadInput
+from bitladder.errors import BadInput, UnknownArchitecture
 from bitladder.progress import LevelNews
-from bitladder.records.fidelity import Fidelity
+from bitladder.records.fidelity import Fidelity, Way
 from bitladder.stages.calibration import importance_of
+from bitladder.stages.engine_way import announce, engine_fidelities, instead_of_walk, way_for
 from bitladder.stages.forecast import forecast, walking_need
 from bitladder.stages.job import AUTO, Build, Job, Work, opened
 
 if TYPE_CHECKING:
     from bitladder.describe.text import Document
+    from bitladder.describe.windows import Window
     from bitladder.describe.workload import Workload
     from bitladder.files.gguf import GgufFile
     from bitladder.kernels import Effort
     from bitladder.levels import Level
     from bitladder.records.evaluation import Answer, Speed
     from bitladder.records.level_file import LevelFile
+    from bitladder.stages.calibration import Importance
     from bitladder.stages.fidelity import Candidate
     from bitladder.stages.quantize import SortedLevels
     from bitladder.store.recorded import Recorded, Subject
@@ -43,13 +46,16 @@ class Measuring:
     """To measure on; the one that ships by default."""
     imatrix: str = AUTO
     effort: Effort = "good"
+    through: Way | None = None
+    """The way; None for the walk where it can go, else the engine."""
 
 
 def measure_model(model: str, wanted: Measuring, work: Work) -> list[Fidelity]:
     """Fidelity of levels, and of files and checkpoint folders that exist, against the model or one of its levels.
 
     llama.cpp's mixes of types are made on the fly, tensor by tensor. Levels that need calibration are taken where
-    evidence knows them, or built in a folder that goes when they are measured. Only evidence is written.
+    evidence knows them, or built in a folder that goes when they are measured; so are all that the engine measures.
+    Only evidence is written.
 
     Raises:
         UsageError: an option that a level would not follow.
@@ -116,8 +122,18 @@ class _Comparison:
             ready |= {one: built_candidate(source, built[one], self.stack) for one in missing if one in built}
             return [ready[subject] for subject in missing]
 
+        def files(missing: Sequence[Subject]) -> list[Path]:
+            lying = {subject.level: file.path for subject, file in built.items()}
+            lying |= {subject.level: path for subject, path in zip(given, self.wanted.files, strict=True)}
+            absent = {subject.level for subject in missing} - set(lying)
+            lying |= self._written([level for level in levels.files if level.name in absent], importance)
+            return [lying[subject.level] for subject in missing]
+
         subjects = [of_level[level.name] for level in chosen if level != reference] + list(given)
-        return fidelities(job, subjects, candidates, self.texts, self.recorded, reference=higher)
+        return fidelities(
+            job, subjects, candidates, self.texts, self.recorded, files=files, reference=higher,
+            through=self.wanted.through,
+        )  # fmt: skip
 
     def _given(self, path: Path) -> tuple[Subject, Candidate]:
         """A file or a checkpoint folder that the user names."""
@@ -145,21 +161,33 @@ class _Comparison:
         calibrating: list[Level] = [*levels.fitted, *levels.folded, *levels.checkpoints]
         if not calibrating:
             return {}
-        from bitladder.files.folders import cache_folder
         from bitladder.stages.known_files import identified, known_folders, making_of
         from bitladder.stages.ladder_files import ladder_files
         from bitladder.stages.quantize import calibrate_levels
 
-        room = cache_folder("measured")
-        room.mkdir(parents=True, exist_ok=True)
-        out = Path(self.stack.enter_context(TemporaryDirectory(dir=room)))
-        build = self._build(out, known_folders(self.recorded, self.job.source.sha256))
+        build = self._build(self._passing_folder(), known_folders(self.recorded, self.job.source.sha256))
         calibrated = calibrate_levels(self.job, replace(levels, files=()), build)
         importance = importance_of(self.job, build) if levels.folded else None
         files = ladder_files(self.job, calibrating, build, importance=importance, calibrated=calibrated)
         lying = {subject: file for subject, file in files.items() if file.reused}
         known = identified(lying, making_of(self.job, build, importance), self.recorded, self.job)
         return known | {subject: file for subject, file in files.items() if not file.reused}
+
+    def _written(self, levels: Sequence[Level], importance: Importance | None) -> dict[str, Path]:
+        """Levels for the engine, which reads files, in a folder that goes when all is measured."""
+        if not levels:
+            return {}
+        from bitladder.stages.ladder_files import ladder_files
+
+        files = ladder_files(self.job, levels, self._build(self._passing_folder()), importance=importance)
+        return {subject.level: file.path for subject, file in files.items()}
+
+    def _passing_folder(self) -> Path:
+        from bitladder.files.folders import cache_folder
+
+        folder = cache_folder("measured")
+        folder.mkdir(parents=True, exist_ok=True)
+        return Path(self.stack.enter_context(TemporaryDirectory(dir=folder)))
 
 
 def built_candidate(source: GgufFile, file: LevelFile, stack: ExitStack) -> Candidate:
@@ -206,36 +234,94 @@ def fidelities(
     texts: Sequence[Document],
     recorded: Recorded,
     *,
+    files: Callable[[Sequence[Subject]], Sequence[Path]],
     reference: Subject | None = None,
+    through: Way | None = None,
 ) -> list[Fidelity]:
-    """Stored fidelities, and one walk for those that are missing; against a level of ``candidates``, or the source."""
-    from bitladder.describe.text import text_hash
+    """Stored fidelities, and those that are missing: from one walk, or from the engine where the walk cannot go.
 
-    digest = text_hash(texts)
-    stored = {subject: recorded.fidelity(subject, digest, reference) for subject in subjects}
-    found = {subject: fidelity for subject, fidelity in stored.items() if fidelity is not None}
-    missing = [subject for subject in subjects if subject not in found]
-    job.journal.reuse("fidelity", [subject.level for subject in found])
-    for subject in missing:
-        job.progress.on_level(LevelNews(subject.level, "measuring"))
-    if missing:
+    All are measured in one way. Against a level of ``candidates``, or the source.
+
+    Args:
+        job: the model.
+        subjects: the levels.
+        candidates: gives levels as the walk reads them; the reference is the first where it is a level.
+        texts: what is measured on.
+        recorded: the evidence.
+        files: gives levels as files that the engine runs; as ``candidates``.
+        reference: the level that the others are compared with; None for the source.
+        through: the way; None for the walk where it can go.
+
+    Raises:
+        UnknownArchitecture: neither way can go.
+        BitladderError: anything else a user can meet.
+    """
+    if not subjects:
+        return []
+    measuring = _Ways(job, candidates, files, texts, recorded, reference)
+    way = way_for(job.source.model, through)
+    try:
+        return measuring.all_of(subjects, way)
+    except UnknownArchitecture as refusal:
+        if through is not None or way is Way.ENGINE:
+            raise
+        return measuring.all_of(subjects, instead_of_walk(job.source.model, refusal), refusal)
+
+
+@dataclass(frozen=True)
+class _Ways:
+    """What one call of ``fidelities`` measures with."""
+
+    job: Job
+    candidates: Callable[[Sequence[Subject]], Sequence[Candidate]]
+    files: Callable[[Sequence[Subject]], Sequence[Path]]
+    texts: Sequence[Document]
+    recorded: Recorded
+    reference: Subject | None
+
+    def all_of(
+        self, subjects: Sequence[Subject], way: Way, refusal: UnknownArchitecture | None = None
+    ) -> list[Fidelity]:
+        """Fidelities of all subjects, measured in one way; each is stored when it is there."""
+        from bitladder.describe.text import text_hash
+
+        job, digest = self.job, text_hash(self.texts)
+        if way is Way.ENGINE:
+            announce(job, "Fidelity is measured", refusal)
+        stored = {one: self.recorded.fidelity(one, digest, self.reference, way=way) for one in subjects}
+        found = {subject: fidelity for subject, fidelity in stored.items() if fidelity is not None}
+        missing = [subject for subject in subjects if subject not in found]
+        job.journal.reuse("fidelity", [subject.level for subject in found])
+        for subject in missing:
+            job.progress.on_level(LevelNews(subject.level, "measuring"))
+        if missing:
+            windows = job.windows(self.texts)
+            measured = self._in_engine(missing, windows) if way is Way.ENGINE else self._walked(missing, windows)
+            for subject, fidelity in zip(missing, measured, strict=True):
+                self.recorded.keep_fidelity(subject, digest, fidelity, self.reference)
+                found[subject] = fidelity
+        for subject in subjects:
+            job.progress.on_level(LevelNews(subject.level, "measured", kl_mean=found[subject].kl_mean))
+        return [found[subject] for subject in subjects]
+
+    def _walked(self, missing: Sequence[Subject], windows: Sequence[Window]) -> Iterable[Fidelity]:
         from bitladder.files.folders import cache_folder
         from bitladder.stages.fidelity import WalkOptions, walk  # brings torch, which stored figures need not wait for
 
-        windows = job.windows(texts)
+        job = self.job
         options = WalkOptions(progress=job.progress, threads=job.threads, device=job.device)
         options["keep"] = cache_folder("walks")  # a killed walk goes on from the states it left there
-        walked = list(candidates([*([reference] if reference else []), *missing]))
-        if reference is not None:  # made together with the others, so that what they hold alike is made once
+        walked = list(self.candidates([*([self.reference] if self.reference else []), *missing]))
+        if self.reference is not None:  # made together with the others, so that what they hold alike is made once
             options["reference"] = walked.pop(0)
         with forecast(walking_need(job.source, windows, [candidate.level for candidate in walked]), job.journal):
-            measured = walk(job.source, walked, windows, **options)
-        for subject, fidelity in zip(missing, measured, strict=True):
-            recorded.keep_fidelity(subject, digest, fidelity, reference)
-            found[subject] = fidelity
-    for subject in subjects:
-        job.progress.on_level(LevelNews(subject.level, "measured", kl_mean=found[subject].kl_mean))
-    return [found[subject] for subject in subjects]
+            return walk(job.source, walked, windows, **options)
+
+    def _in_engine(self, missing: Sequence[Subject], windows: Sequence[Window]) -> Iterable[Fidelity]:
+        paths = list(self.files([*([self.reference] if self.reference else []), *missing]))
+        first = paths.pop(0) if self.reference is not None else self.job.source.path
+        levels = [(subject.level, path) for subject, path in zip(missing, paths, strict=True)]
+        return engine_fidelities(self.job, first, levels, windows)
 
 
 def fidelity_of_reference(measured: Fidelity, level: str) -> Fidelity:

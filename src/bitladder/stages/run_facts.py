@@ -18,9 +18,10 @@ from bitladder.formats.recipes import FILE_TYPES
 from bitladder.levels import Container
 from bitladder.records.decision import Decision
 from bitladder.records.evaluation import LevelAnswers
+from bitladder.records.fidelity import Way
 from bitladder.records.level_file import LevelFile
 from bitladder.records.run import FileFacts, InputFacts, SourceFacts
-from bitladder.store.recorded import WALK_PROTOCOL
+from bitladder.store.recorded import protocol
 
 if TYPE_CHECKING:
     from bitladder.files.gguf import GgufFile
@@ -164,12 +165,14 @@ def engine_facts(*, n_ctx: int, n_parallel: int, threads: int, container: Contai
     }
 
 
-def settings_facts(settings: RunSettings, n_ctx: int, texts: Sequence[Document], workload: Workload) -> dict[str, Any]:
-    """Whatever changes a number: texts and workload by hash, protocol, threads, effort."""
+def settings_facts(
+    settings: RunSettings, n_ctx: int, texts: Sequence[Document], workload: Workload, *, way: Way = Way.WALK
+) -> dict[str, Any]:
+    """Whatever changes a number: texts and workload by hash, how fidelity was measured, threads, effort."""
     room, parallel = slots(workload, n_ctx)
     return {
         "text": {"documents": [text.name for text in texts], "sha256": text_hash(texts)},
-        "protocol": WALK_PROTOCOL,
+        "protocol": protocol(way),
         "workload": {"name": workload.name, "inputs": len(workload.inputs), "sha256": workload.hash},
         "engine": engine_facts(n_ctx=room, n_parallel=parallel, threads=settings.threads),
         "temperature": workload.temperature,

@@ -17,16 +17,27 @@ from pathlib import Path
 from typing import Any
 
 from bitladder import __version__
+from bitladder.files.engine_package import ENGINE, engine_version
 from bitladder.records import to_json
 from bitladder.records.decision import Decision
 from bitladder.records.endpoint import Fingerprint
 from bitladder.records.evaluation import Answer, Speed
-from bitladder.records.fidelity import Fidelity
+from bitladder.records.fidelity import Fidelity, Way
 from bitladder.records.level_file import StoredFile
 from bitladder.records.reading import from_json
 from bitladder.store.evidence import Evidence
 
 WALK_PROTOCOL = "512-token windows, second half scored, float32, intervals allow for the worst once more"
+
+
+def protocol(way: Way) -> str:
+    """All that figures depend on besides the files and the text: how they are measured, and by which engine."""
+    if way is Way.WALK:
+        return WALK_PROTOCOL
+    return (
+        f"512-token windows, second half scored, llama.cpp of {ENGINE} {engine_version()} on the CPU, "
+        "intervals allow for the worst once more"
+    )
 
 
 @dataclass(frozen=True)
@@ -87,18 +98,20 @@ class Recorded:
         self._store = store
 
     @staticmethod
-    def _fidelity_key(subject: Subject, text: str, reference: Subject | None) -> dict[str, Any]:
+    def _fidelity_key(subject: Subject, text: str, reference: Subject | None, way: Way) -> dict[str, Any]:
         against = {} if reference is None else {"reference": reference.key}
-        return {**subject.key, **against, "text": text, "protocol": WALK_PROTOCOL}
+        return {**subject.key, **against, "text": text, "protocol": protocol(way)}
 
-    def fidelity(self, subject: Subject, text: str, reference: Subject | None = None) -> Fidelity | None:
+    def fidelity(
+        self, subject: Subject, text: str, reference: Subject | None = None, *, way: Way = Way.WALK
+    ) -> Fidelity | None:
         """A stored fidelity, under the name the caller uses for the level; against the source by default."""
-        found = self._store.get("fidelity", self._fidelity_key(subject, text, reference))
+        found = self._store.get("fidelity", self._fidelity_key(subject, text, reference, way))
         return None if found is None else replace(from_json(Fidelity, found), level=subject.level)
 
     def keep_fidelity(self, subject: Subject, text: str, fidelity: Fidelity, reference: Subject | None = None) -> None:
-        """Store a fidelity; ``text`` is the text's hash."""
-        self._store.put("fidelity", self._fidelity_key(subject, text, reference), fidelity)
+        """Store a fidelity under the way it was measured; ``text`` is the text's hash."""
+        self._store.put("fidelity", self._fidelity_key(subject, text, reference, fidelity.way), fidelity)
 
     def answer(self, subject: Subject | Remote, question: str, engine: Mapping[str, Any]) -> Answer | None:
         """A stored answer to a question (its hash) through an engine with these settings."""

@@ -1,0 +1,139 @@
+"""A computation in llama.cpp's library, in a process of its own: its crash is an error and not our end."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitladder.engines.messages import BadMessage, Message, receive
+from bitladder.errors import EngineError, EngineGone
+
+_LOG_LINES, _LOG_WIDTH, _LONGEST_LINE = 200, 500, 1 << 16
+_CHATTER = (
+    "llama_model_loader:", "load_tensors:", "load:", "print_info:", "llama_kv_cache:", "llama_memory_recurrent:",
+    "llama_context:", "~llama_context:", "llama_graph_n_input_tensors:", "sched_reserve:", "create_tensor:",
+)  # fmt: skip
+"""Beginnings of lines that say how a model was loaded, and nothing of why it was not."""
+
+
+def answers(request: Mapping[str, Any], what: Path, *, most: int) -> Iterator[Message]:
+    """Run ``engines.library_child`` and give its messages as they come, from "opened" to the last before "end".
+
+    Closing the iterator ends the process.
+
+    Args:
+        request: as ``library_child`` takes it.
+        what: the model, for messages.
+        most: numbers that one message may hold.
+
+    Raises:
+        EngineError: the library refused, or the process died or sent nonsense; its last words are in the message.
+    """
+    with _running(request) as (process, results, log):
+        while True:
+            try:
+                message = receive(results, most)
+            except BadMessage as error:
+                raise _nonsense(what, str(error), _last_words(log)) from error
+            if message is None:
+                raise _death(process, what, log)
+            if message.kind == "end":
+                return
+            if message.kind == "refused":
+                raise EngineError(
+                    f"{_capital(str(message.note.get('what', '')))[:_LOG_WIDTH]}.", means=_last_words(log),
+                    do="Its last words say why; see with `bitladder inspect` whether the model is sound.",
+                )  # fmt: skip
+            yield message
+
+
+def numbers_of(message: Message, count: int, what: Path) -> NDArray[np.float64]:
+    """A message's numbers, f64[count]; raises EngineError where they are more or fewer."""
+    if message.numbers.size != count:
+        raise _nonsense(what, f"{message.numbers.size} numbers, not {count}")
+    return message.numbers
+
+
+def _nonsense(what: Path, found: str, means: str = "") -> EngineError:
+    return EngineError(
+        f"llama.cpp's process for {what} sent {found}.",
+        means=means,
+        do="Look with `bitladder inspect` whether the model is sound.",
+    )
+
+
+@contextlib.contextmanager
+def _running(request: Mapping[str, Any]) -> Iterator[tuple[subprocess.Popen[bytes], IO[bytes], collections.deque[str]]]:
+    log: collections.deque[str] = collections.deque(maxlen=_LOG_LINES)
+    ours, theirs = os.pipe()
+    with os.fdopen(ours, "rb") as results:
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "bitladder.engines.library_child", str(theirs)],
+                env={**os.environ, "GGML_NO_BACKTRACE": "1"},  # else a crash starts a debugger, if there is one
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                pass_fds=[theirs],
+            )
+        finally:
+            os.close(theirs)
+        assert process.stdin is not None and process.stdout is not None
+        reader = threading.Thread(target=_keep, args=(process.stdout, log), daemon=True)
+        reader.start()
+        try:
+            with contextlib.suppress(BrokenPipeError):  # it died already; what it left says why
+                process.stdin.write(json.dumps(request).encode() + b"\n")
+                process.stdin.flush()
+            yield process, results, log
+        finally:
+            process.kill()
+            process.wait()
+            reader.join(timeout=1.0)
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
+            process.stdout.close()
+
+
+def _keep(stream: IO[bytes], log: collections.deque[str]) -> None:
+    while line := stream.readline(_LONGEST_LINE):
+        text = line.decode(errors="replace").rstrip()[:_LOG_WIDTH]
+        if text.strip(" .") and not text.startswith(_CHATTER):
+            log.append(text)
+
+
+def _death(process: subprocess.Popen[bytes], what: Path, log: collections.deque[str]) -> EngineGone:
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=5.0)
+    code = process.returncode
+    how = "closed its results before the end"
+    if code is not None:
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    killed = code == -signal.SIGKILL
+    return EngineGone(
+        f"llama.cpp's process for {what} {how}.",
+        means="It was probably ended for using too much memory." if killed else _last_words(log),
+        do="Close other programs, or name fewer levels."
+        if killed
+        else "Its last words say why; see with `bitladder inspect` whether the model is sound.",
+    )
+
+
+def _last_words(log: collections.deque[str]) -> str:
+    return "Its last words:\n" + "\n".join(list(log)[-6:])
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]

@@ -1,0 +1,34 @@
+"""A child process that does not outlive whoever started it, however that one ended."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import select
+import signal
+import sys
+import threading
+
+
+def follow_parent() -> None:
+    """From now on, in a thread: exit at once when stdin closes or the parent is gone. ``os._exit``, since an engine's
+    threads must not delay it.
+    """
+    threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
+
+
+def _follow(parent: int) -> None:
+    while True:
+        readable, _, _ = select.select([0], [], [], 1.0)
+        if (readable and not os.read(0, 4096)) or os.getppid() != parent:
+            os._exit(0)
+
+
+def die_with_starting_thread(on: bool) -> None:
+    """Linux's parent-death signal, for while llama.cpp holds the interpreter and the watch cannot run.
+
+    It fires when the *thread* that started us ends: on only while that thread waits for us.
+    """
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL if on else 0)

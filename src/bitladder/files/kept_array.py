@@ -1,0 +1,63 @@
+"""An array that a long job leaves behind when it is killed, for the next one like it to go on from."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitladder.errors import OutputError
+from bitladder.files.atomic import written_aside
+
+SECONDS_BETWEEN = 30.0
+
+
+class KeptArray:
+    """One file f64[...] in a folder, under a name made from everything that its numbers depend on."""
+
+    def __init__(self, folder: Path | None, *key: str) -> None:
+        """``folder``: None keeps nothing."""
+        name = hashlib.sha256("\0".join(key).encode()).hexdigest()[:32]
+        self._path = None if folder is None else folder / f"{name}.npy"
+        self._saved = time.monotonic()
+
+    def load(self) -> NDArray[np.float64] | None:
+        """What an earlier job left, or None where there is nothing whole."""
+        if self._path is None:
+            return None
+        try:
+            found = np.load(self._path, allow_pickle=False)
+        except (OSError, ValueError, EOFError):  # none, or cut short
+            return None
+        return found if isinstance(found, np.ndarray) and found.dtype == np.float64 else None
+
+    def due(self) -> bool:
+        """Whether the last save, or the beginning, was long enough ago."""
+        return self._path is not None and time.monotonic() - self._saved >= SECONDS_BETWEEN
+
+    def save(self, array: NDArray[np.float64]) -> None:
+        """Replace what is kept.
+
+        Raises:
+            OutputError: the folder cannot be written.
+        """
+        if self._path is None:
+            return
+        try:
+            with written_aside(self._path) as file:
+                np.save(file, array)
+        except OSError as error:
+            raise OutputError(
+                f"What was measured so far cannot be kept in {self._path.parent}: {error.strerror}.",
+                means="It is kept so that a killed job can go on where it was.",
+                do="Free some space there.",
+            ) from error
+        self._saved = time.monotonic()
+
+    def remove(self) -> None:
+        """The job is done."""
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)

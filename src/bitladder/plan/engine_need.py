@@ -1,0 +1,67 @@
+"""What measuring in the engine takes: models open side by side, mapped from their files.
+
+Mapped pages can be dropped and read again, so files larger than the free memory slow the work down and do not end it;
+what the engine allocates for itself has to fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from bitladder.describe.cache import cache_bytes, layer_caches
+from bitladder.describe.machine import Machine
+from bitladder.describe.model import Model
+from bitladder.plan.memory import ENGINE_BYTES, compute_buffers
+from bitladder.plan.preflight import BASE_BYTES, JobNeed
+from bitladder.units import human_bytes
+
+START_S = 3.0
+FILE_SHARE = 0.8
+"""Of the free memory, for mapped files that are open together: the rest is for what is computed on them."""
+_RATE = 1.5e10
+"""Operations per second and core, where nothing was measured."""
+
+
+def context_bytes(model: Model, window: int, piece: int) -> int:
+    """Bytes that the engine allocates for one model: its cache for a window of tokens, its compute buffers, and the
+    logits of a piece, once in the graph and once handed out."""
+    logits = 2 * 4 * piece * model.dims.n_vocab
+    buffers = compute_buffers(model, window, n_ubatch=piece)
+    return cache_bytes(layer_caches(model), window, n_ubatch=piece).total + buffers.total + logits
+
+
+def together(file_bytes: Sequence[int], reference_bytes: int, context: int, free: int) -> list[slice]:
+    """Levels in groups, each measured beside the reference in one go: as many as fit into free memory, at least one."""
+    groups: list[slice] = []
+    start, held = 0, 0
+    room = FILE_SHARE * free - reference_bytes - context
+    for at, size in enumerate(file_bytes):
+        if at > start and held + size + context > room:
+            groups.append(slice(start, at))
+            start, held = at, 0
+        held += size + context
+    return [*groups, slice(start, len(file_bytes))] if file_bytes else []
+
+
+def engine_need(
+    what: str, file_bytes: Sequence[int], context: int, operations: float, machine: Machine, threads: int
+) -> JobNeed:
+    """Of a pass of all these files (the reference's first) over a text.
+
+    Args:
+        what: in words that name levels or text.
+        file_bytes: of each file that is open.
+        context: bytes that the engine allocates for each (``context_bytes``).
+        operations: of one model over the text (2 * weights * tokens).
+        machine: its free memory says whether the files stay there.
+        threads: of the engine.
+    """
+    own = BASE_BYTES + ENGINE_BYTES + len(file_bytes) * context
+    mapped = sum(file_bytes)
+    room = max(0, machine.ram_available - own)
+    if mapped > room:
+        what += (
+            f" ({human_bytes(mapped)} of files, of which {human_bytes(room)} stay in memory: the rest is read again)"
+        )
+    seconds = START_S + operations * len(file_bytes) / (_RATE * max(1, min(threads, machine.cores)))
+    return JobNeed(what, own + min(mapped, room), 0, 0, seconds, "assumed", "engine")

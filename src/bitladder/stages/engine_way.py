@@ -1,0 +1,170 @@
+"""The engine's way of measuring and of gathering importance, for models whose layers the walk does not know.
+
+The walk is the way wherever it can go: it sees what the weights alone cost, and needs one layer's memory. llama.cpp's
+own library does the same for every architecture that llama.cpp runs, with its own arithmetic, on files as they lie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bitladder.errors import BadInput, UnknownArchitecture
+from bitladder.progress import LevelNews, Part, Progress
+from bitladder.records.fidelity import Fidelity, Way
+from bitladder.stages.forecast import forecast, weights_used
+from bitladder.stages.job import Job
+
+if TYPE_CHECKING:
+    from bitladder.describe.model import Model
+    from bitladder.describe.windows import Window
+    from bitladder.files.gguf import GgufFile
+    from bitladder.files.imatrix import ImportanceMatrix
+    from bitladder.plan.preflight import JobNeed
+
+KEPT = ("walks", "engine")
+"""Where in the cache a killed measurement leaves what it has."""
+
+
+def way_for(model: Model, wanted: Way | None = None) -> Way:
+    """The way a model is measured: the one wanted, else the walk where its family has rows of layers, else the
+    engine's. The walk may still refuse a variant of its family (``instead_of_walk``).
+
+    Raises:
+        UnknownArchitecture: neither way can go, or not the one wanted.
+    """
+    from bitladder.formats.families import family_of
+
+    dims = model.dims
+    if wanted is Way.WALK or (wanted is None and family_of(dims.architecture).layers_of(dims.n_expert) is not None):
+        return Way.WALK
+    if why := engine_missing(dims.architecture):
+        walk = "" if wanted else f"No layers are known for the architecture '{dims.architecture}', and "
+        raise UnknownArchitecture(
+            f"{walk}{'t' if walk else 'T'}he engine cannot measure it: {why}.",
+            means="Fidelity and importance come from the layers of known families, or from llama.cpp's own library.",
+            do="Quantize with --imatrix none and judge levels by a workload; or install the engine that is known.",
+        )
+    return Way.ENGINE
+
+
+def engine_missing(architecture: str) -> str:
+    """Why the engine's library cannot run an architecture; empty where nothing speaks against it."""
+    from bitladder.engines.llama_library import library_missing
+    from bitladder.files.engine_package import ENGINE, engine_knows, engine_version
+
+    if missing := library_missing():
+        return missing
+    if engine_knows(architecture) is False:
+        return f"llama.cpp in {ENGINE} {engine_version()} does not know it"
+    return ""
+
+
+def instead_of_walk(model: Model, refusal: UnknownArchitecture) -> Way:
+    """The engine's way, after the walk refused a variant of a known family; raises the refusal where it cannot go."""
+    if engine_missing(model.dims.architecture):
+        raise refusal
+    return Way.ENGINE
+
+
+def announce(job: Job, what: str, refusal: UnknownArchitecture | None = None) -> None:
+    """Say in a line that the engine's way is gone, and what that means. ``what``: "Fidelity is measured"."""
+    why = (
+        refusal.found if refusal else f"no layers are known for the architecture '{job.source.model.dims.architecture}'"
+    )
+    line = f"{what} in the engine, whose own rounding is part of it: {why[:1].lower()}{why[1:].rstrip('.')}."
+    if line not in job.journal.warnings:
+        job.journal.warn(line)
+
+
+def engine_fidelities(
+    job: Job, reference: Path, levels: Sequence[tuple[str, Path]], windows: Sequence[Window]
+) -> Iterator[Fidelity]:
+    """Fidelity of files (by level) against the reference's file, in order; as many at a time as fit into memory.
+
+    Raises:
+        BadInput: a level is no file, or of another model.
+        NothingFits: too little memory for the engine's buffers.
+        BadFile, BadWeights, EngineError, OutputError: as ``stages.engine_scores``.
+    """
+    from bitladder.engines.llama_library import piece_length
+    from bitladder.files.folders import cache_folder
+    from bitladder.files.gguf import GgufFile
+    from bitladder.files.probe import probe_machine
+    from bitladder.plan.engine_need import context_bytes, together
+    from bitladder.stages.engine_scores import engine_scores
+    from bitladder.stages.fidelity import fidelity, file_candidate
+
+    with ExitStack() as stack:
+        source = stack.enter_context(GgufFile.open(reference))
+        files = []
+        for level, path in levels:
+            if path.is_dir():
+                raise BadInput(f"{level} is a folder, and the engine measures GGUF files.", do="Leave it out.")
+            files.append(stack.enter_context(GgufFile.open(path)))
+            file_candidate(source, files[-1], level=level)  # refuses another model's
+        longest = max(len(window.tokens) for window in windows)
+        context = context_bytes(source.model, longest, piece_length(source.model.dims.n_vocab))
+        sizes = [_bytes(file) for file in files]
+        groups = together(sizes, _bytes(source), context, probe_machine().ram_available)
+        for group in groups:
+            names = [level for level, _ in levels[group]]
+
+            def so_far(number: int, mean: float, names: Sequence[str] = names) -> None:
+                job.progress.on_level(LevelNews(names[number], kl_mean=mean))
+
+            need = _need(f"measure {', '.join(names)}", [source, *files[group]], windows, context, job.threads)
+            with forecast(need, job.journal):
+                own, *scores = engine_scores(
+                    source, files[group], windows, threads=job.threads, keep=cache_folder(*KEPT),
+                    progress=_part(job.progress, group, len(files)), so_far=so_far,
+                )  # fmt: skip
+            for name, one in zip(names, scores, strict=True):
+                yield replace(fidelity(name, one, own, windows), way=Way.ENGINE)
+
+
+def engine_matrix(job: Job, windows: Sequence[Window], dataset: str) -> ImportanceMatrix:
+    """An importance matrix from the engine.
+
+    Raises:
+        NothingFits: too little memory for the engine's buffers.
+        BadInput, BadWeights, EngineError, OutputError: as ``stages.engine_importance``.
+    """
+    from bitladder.engines.llama_library import piece_length
+    from bitladder.files.folders import cache_folder
+    from bitladder.plan.engine_need import context_bytes
+    from bitladder.stages.engine_importance import engine_importance
+
+    source = job.source
+    longest = max((len(window.tokens) for window in windows), default=0)
+    context = context_bytes(source.model, longest, piece_length(source.model.dims.n_vocab))
+    need = _need("gather an importance matrix", [source], windows, context, job.threads)
+    with forecast(need, job.journal):
+        return engine_importance(
+            source, windows, dataset=dataset, threads=job.threads, keep=cache_folder(*KEPT), progress=job.progress
+        )
+
+
+def _need(what: str, files: Sequence[GgufFile], windows: Sequence[Window], context: int, threads: int) -> JobNeed:
+    from bitladder.files.probe import probe_machine
+    from bitladder.plan.engine_need import engine_need
+
+    model = files[0].model
+    tokens = sum(len(window.tokens) for window in windows)
+    used = weights_used(model) + model.dims.n_vocab * model.dims.n_embd
+    what = f"{what} on {tokens} tokens in the engine"
+    return engine_need(what, [_bytes(file) for file in files], context, 2 * used * tokens, probe_machine(), threads)
+
+
+def _part(progress: Progress, group: slice, total: int) -> Progress:
+    """The share of one group in the progress of all; news of levels still arrive."""
+    if group == slice(0, total):
+        return progress
+    return Part(progress, group.start, group.stop, total)
+
+
+def _bytes(file: GgufFile) -> int:
+    return sum(header.path.stat().st_size for header in file.headers)
