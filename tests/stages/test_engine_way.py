@@ -241,16 +241,11 @@ def test_weights_that_are_not_finite(tmp_path):
 
 def test_another_models_file_and_folders_are_refused(tmp_path):
     one, other = (write_family(tmp_path / f"{name}.gguf", name) for name in ("granite", "command-r"))
-    measured = engine_fidelities(
-        one, [("X", other)], windows_of(64), threads=1, journal=Journal(), progress=lambda *_: None
-    )
-    with pytest.raises(BadInput, match=r"is not a level of"):
-        list(measured)
-    measured = engine_fidelities(
-        one, [("X", tmp_path)], windows_of(64), threads=1, journal=Journal(), progress=lambda *_: None
-    )
-    with pytest.raises(BadInput, match=r"X is a folder"):
-        list(measured)
+    with opened(str(one), Work()) as job:
+        with pytest.raises(BadInput, match=r"is not a level of"):
+            list(engine_fidelities(job, one, [("X", other)], windows_of(64)))
+        with pytest.raises(BadInput, match=r"X is a folder"):
+            list(engine_fidelities(job, one, [("X", tmp_path)], windows_of(64)))
 
 
 def test_a_build_whose_structures_are_not_known(monkeypatch, tmp_path):
