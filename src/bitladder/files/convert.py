@@ -14,6 +14,7 @@ import re
 import shutil
 import signal
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from bitladder.describe.rope_scaling import PLAIN, rope_kinds
@@ -32,6 +33,8 @@ from bitladder.units import GiB, human_bytes
 
 STAGING = "3"
 """Changes when other copies are staged of the same files."""
+ORIGIN = "checkpoint.txt"
+"""Beside a converted file: where its checkpoint lies."""
 _OUTTYPE = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 """Keep the checkpoint's own precision; anything else (FP8, packed integers) is the converter's choice."""
 _TENSOR_LINE = re.compile(r"^INFO:hf-to-gguf:\S+\.(?:weight|bias)\S*,")
@@ -57,6 +60,7 @@ def convert_checkpoint(folder: Path, label: str, progress: Progress = silent) ->
     target = cache_folder("converted", content_hash(checkpoint, converter, progress)[:20])
     done = sorted(target.glob("*.gguf"))
     if done:
+        _remember(target, folder)
         return done[0]
     _check_rope(checkpoint, converter)
     decoding = decoding_of(checkpoint)
@@ -67,6 +71,7 @@ def convert_checkpoint(folder: Path, label: str, progress: Progress = silent) ->
             made = _converted(converter, checkpoint, decoding, label, Path(work), progress)
             path = target / f"{label}.gguf"
             made.replace(path)
+            _remember(target, folder)
     except OSError as error:
         raise OutputError(
             f"The converted model cannot be kept in {target}: {error.strerror or error}",
@@ -106,6 +111,24 @@ def converted_already(checkpoint: Checkpoint) -> Path | None:
         return None
     folder = cache_folder("converted", content_hash(checkpoint, converter)[:20])
     return next(iter(sorted(folder.glob("*.gguf"))), None)
+
+
+def checkpoint_of(gguf: Path) -> Path | None:
+    """The checkpoint folder that a converted file was made of, where it was made here and the folder is still there."""
+    note = gguf.parent / ORIGIN
+    try:
+        folder = Path(note.read_text().strip())
+        return folder if folder.is_absolute() and (folder / "config.json").is_file() else None
+    except (OSError, ValueError):
+        return None
+
+
+def _remember(target: Path, folder: Path) -> None:
+    """Where the checkpoint of a converted file lies; of two with equal content either will do."""
+    place = str(folder.resolve())
+    with suppress(OSError):  # a cache that cannot be written still serves its files
+        if not (target / ORIGIN).is_file() or (target / ORIGIN).read_text() != place:
+            (target / ORIGIN).write_text(place)
 
 
 def content_hash(checkpoint: Checkpoint, converter: Converter, progress: Progress = silent) -> str:

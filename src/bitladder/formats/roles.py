@@ -10,11 +10,15 @@ are named here and done in ``walk/transforms.py``:
     minus_one    the converter stored norm + 1, and transformers' layer adds the 1 itself
     row          a vector becomes a matrix of one row
     stack        several matrices one below the other, expert by expert (gate and up of fused experts)
+
+What no row describes, a ``Rearrangement`` does (``walk/correspondence.py``).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 EMBEDDING = "token_embd.weight"
 OUTPUT_NORM = "output_norm.weight"
@@ -43,6 +47,26 @@ def layer_tensor(layer: int, role: str) -> str:
     return f"blk.{layer}.{role}"
 
 
+class Rearrangement(Protocol):
+    """A transform that no name here describes, found by looking at a file and its checkpoint."""
+
+    @property
+    def offset(self) -> float:
+        """What the tensors have more than the parameter, in every value."""
+
+    def shape_of(self, number: int) -> tuple[int, ...]:
+        """That of a tensor."""
+
+    def parameter(self, tensors: Sequence[Any]) -> Any:
+        """The parameter, of the tensors in the order of their roles."""
+
+    def tensor(self, number: int, parameter: Any) -> Any:
+        """One of the tensors, of the parameter."""
+
+    def per_row(self, number: int, values: Any) -> Any:
+        """Values of the parameter's rows, for the rows of a tensor; None where its rows are other things."""
+
+
 @dataclass(frozen=True)
 class Parameter:
     """One parameter of a decoder layer: its path in the module, the roles it is made of, the transform that
@@ -50,7 +74,7 @@ class Parameter:
 
     path: str
     roles: tuple[str, ...]
-    transform: str = "same"
+    transform: str | Rearrangement = "same"
     optional: bool = False
     """A bias that transformers' layer has and a file may lack: zeros then."""
 

@@ -49,6 +49,7 @@ from bitladder.records.coverage import coverage, coverage_of_counts
 from bitladder.walk.checkpoint_result import finish_folder, losses_of, proved
 from bitladder.walk.checkpoint_walk import FLOAT_TYPES, CalibrationWalk, Settings
 from bitladder.walk.layers import LayeredModel
+from bitladder.walk.opened import layered
 from bitladder.walk.weights import FileWeights
 
 
@@ -165,7 +166,7 @@ class Calibration:
         levels = list(dict.fromkeys(wanted))
         self._text = _checked_text(source, levels, reading)
         weights = FileWeights(source, threads=self._settings.threads)
-        model = LayeredModel(source.model, weights, device=self._settings.device)
+        model = layered(source, weights, device=self._settings.device, checkpoint=checkpoint)
         dtype = FLOAT_TYPES.get(read_checkpoint(checkpoint).main_dtype if checkpoint else "F16", torch.float16)
         self._stores: dict[Product, LayerStore] = {}
         inputs = [header.path for header in source.headers] + ([checkpoint] if checkpoint else [])

@@ -45,6 +45,7 @@ from bitladder.walk.feedback import (
 from bitladder.walk.inputs import InputStatistics, Sums
 from bitladder.walk.keep import Keep
 from bitladder.walk.layers import LayeredModel, inference
+from bitladder.walk.opened import layered
 from bitladder.walk.states import Batch, States, batches_of
 from bitladder.walk.weights import FileWeights
 
@@ -125,7 +126,7 @@ def write_with_feedback(
     reused = there is not None
     if not reused:
         weights = FileWeights(source, threads=settings.threads)
-        model = LayeredModel(source.model, weights, device=settings.device)
+        model = layered(source, weights, device=settings.device)
         job = _Job(source, weights, model, recipe, settings, batches_of(windows), progress)
         losses = _write(job, draft, state_bytes)
     seconds = time.monotonic() - started

@@ -28,7 +28,7 @@ from bitladder.units import GiB
 from bitladder.walk.checkpoint_weights import CheckpointWeights
 from bitladder.walk.fidelity import Ladder
 from bitladder.walk.head import TokenScores
-from bitladder.walk.layers import LayeredModel
+from bitladder.walk.opened import layered
 from bitladder.walk.weights import FileWeights, LevelWeights, MadeWeights, Quantizer
 
 _SEED = 20240229  # intervals are the same in every run on the same scores
@@ -174,7 +174,7 @@ def token_scores(
     own = FileWeights(source, threads=options.get("threads", 1))
     reference = options["reference"].weights if "reference" in options else own
     ladder = Ladder(
-        LayeredModel(source.model, own, device=options.get("device", "cpu")),
+        layered(source, own, device=options.get("device", "cpu")),
         [reference, *(candidate.weights for candidate in candidates)],
         windows,
         state_bytes=options.get("state_bytes", GiB),

@@ -24,7 +24,7 @@ from bitladder.units import GiB
 from bitladder.walk.driver import Member, Stream, forward
 from bitladder.walk.importance import Importance
 from bitladder.walk.keep import Keep
-from bitladder.walk.layers import LayeredModel
+from bitladder.walk.opened import layered
 from bitladder.walk.products import wants_half_products
 from bitladder.walk.states import CALIBRATION_TOKENS, batches_of
 from bitladder.walk.weights import FileWeights
@@ -75,7 +75,7 @@ def importance_matrix(
         )
     half = wants_half_products(half, device)
     weights = FileWeights(source, threads=threads)
-    model = LayeredModel(source.model, weights, device=device)
+    model = layered(source, weights, device=device)
     gathered = Importance(model)
     key = f"importance {__version__} {source.sha256} {tokens_hash(windows)} {half}"
     stream = Stream(

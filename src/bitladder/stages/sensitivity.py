@@ -27,7 +27,7 @@ from bitladder.walk.driver import Resumable
 from bitladder.walk.feedback import FeedbackSettings, factor_of
 from bitladder.walk.inputs import InputStatistics
 from bitladder.walk.keep import Arrays, Keep
-from bitladder.walk.layers import LayeredModel
+from bitladder.walk.opened import layered
 from bitladder.walk.products import wants_half_products
 from bitladder.walk.sensitivity import EmbeddingSensitivity, Sensitivity, SensitivityPass
 from bitladder.walk.states import batches_of
@@ -95,7 +95,7 @@ def weigh(
             do="Give a longer text, or leave it out to use the one that ships.",
         )
     weights = FileWeights(source, threads=threads)
-    model = LayeredModel(source.model, weights, device=device)
+    model = layered(source, weights, device=device)
     batches = batches_of(windows)
     half = wants_half_products(half, device)
     made_by = f"{__version__} {REVISION} {FEEDBACK_REVISION}"

@@ -121,15 +121,15 @@ class CalibrationWalk:
 
     def top(self) -> list[PiecewiseTensor]:
         """What lies outside the layers, to be written: embedding, last norm, head where it has weights of its own."""
-        tensors = [self._rows_of(disk_names.EMBEDDING, roles.EMBEDDING)]
-        norm = dict(self.model.norm(self.weights).named_parameters())
-        if "weight" in norm:
-            held = norm["weight"].detach().cpu().to(self.dtype)
-            tensors.append(
-                PiecewiseTensor(disk_names.NORM, _TYPE_NAMES[self.dtype], tuple(held.shape), lambda: [_bytes(held)])
-            )
+        names = self.model.family.disk
+        tensors = [self._rows_of(names.embedding, roles.EMBEDDING)]
+        norm = self.model.norm(self.weights).named_parameters()
+        small = {f"{names.norm.removesuffix('weight')}{leaf}": value for leaf, value in norm}
+        for name, value in (small | self.model.beside).items():
+            held = value.detach().cpu().to(self.dtype)
+            tensors.append(_small(name, held, _TYPE_NAMES[self.dtype]))
         if self.model.output != self.model.embedding:
-            tensors.append(self._rows_of(disk_names.HEAD, roles.OUTPUT))
+            tensors.append(self._rows_of(names.head, roles.OUTPUT))
         return tensors
 
     def shapes(self) -> dict[str, tuple[int, int]]:
@@ -154,6 +154,10 @@ class CalibrationWalk:
                 self.weights.forget(source)
 
         return PiecewiseTensor(name, _TYPE_NAMES[self.dtype], shape, pieces)
+
+
+def _small(name: str, held: torch.Tensor, dtype: str) -> PiecewiseTensor:
+    return PiecewiseTensor(name, dtype, tuple(held.shape), lambda: [_bytes(held)])
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:

@@ -16,13 +16,13 @@ from bitladder.errors import BadFile, BadInput, BadWeights
 from bitladder.files.checkpoint_check import CheckpointReader
 from bitladder.files.checkpoint_folder import checkpoint_sha256
 from bitladder.formats import disk_names, roles
-from bitladder.formats.families import family_of
 from bitladder.formats.families.family import Layers
 from bitladder.formats.roles import Parameter
 from bitladder.kernels import first_nonfinite
 from bitladder.levels.checkpoints import CheckpointFormat
+from bitladder.walk.opened import layered
 from bitladder.walk.rounding import InputType
-from bitladder.walk.transforms import permute
+from bitladder.walk.transforms import stored
 from bitladder.walk.weights import FileWeights, Rows
 
 F32 = NDArray[np.float32]
@@ -37,10 +37,8 @@ class CheckpointWeights:
     def __init__(self, source: FileWeights, folder: Path, form: CheckpointFormat) -> None:
         """Raises BadFile or BadInput where the folder is no sound checkpoint of the source's family."""
         model: Model = source.file.model
-        family = family_of(model.dims.architecture).layers_of(model.dims.n_expert)
-        if family is None:
-            raise BadFile(f"No rows describe the architecture '{model.dims.architecture}'.")
-        self._source, self._model, self._family = source, model, family
+        self._source, self._model = source, model
+        self._family = layered(source.file, source).family
         self._reader = CheckpointReader(folder, form)
         self._folder, self._format = folder, form
         self._identity = checkpoint_sha256(folder)
@@ -52,8 +50,11 @@ class CheckpointWeights:
             return self._source(name, rows)
         _, layer, role = name.split(".", 2)
         parameter, part = _parameter_of(self._family, role)
-        whole = self._decoded(int(layer), parameter, part, len(parameter.roles))
+        apart = isinstance(parameter.transform, str) and len(parameter.roles) > 1
+        whole = self._decoded(int(layer), parameter, part if apart else None)
         shape = self._source.file.info(name).shape
+        if not isinstance(parameter.transform, str):
+            whole = parameter.transform.tensor(part, whole)
         if whole.size != math.prod(shape):
             raise BadInput(
                 f"{self._folder} is no checkpoint of {self._source.file.path}: {name} has the shape {shape} there, and "
@@ -61,7 +62,9 @@ class CheckpointWeights:
                 means="The two hold different models.",
                 do="Compare a checkpoint with the model that it was made from.",
             )
-        value = self._as_stored(parameter, whole).reshape(shape)
+        heads = self._model.dims.n_head if "q_proj" in parameter.path else self._model.dims.n_head_kv
+        value = whole if not isinstance(parameter.transform, str) else stored(parameter.transform, 0, whole, heads)
+        value = value.reshape(shape)
         if first_nonfinite(value.reshape(-1, shape[-1])) is not None:
             raise BadWeights(
                 f"{self._folder}: {name} holds NaN or infinity.",
@@ -80,7 +83,7 @@ class CheckpointWeights:
         parameter, _ = _parameter_of(self._family, role)
         expert = 0 if parameter.path in self._family.experts else None
         linear = disk_names.disk_linears(self._family, parameter.path, expert)[0]
-        quantized = f"{disk_names.LAYERS}{layer}.{linear.name}" in self._quantized
+        quantized = f"{self._family.disk.layers}{layer}.{linear.name}" in self._quantized
         return rounds if quantized else "F32"
 
     def identity(self, name: str) -> Hashable:
@@ -91,25 +94,20 @@ class CheckpointWeights:
         """Nothing is kept here."""
         self._source.forget(name)
 
-    def _decoded(self, layer: int, parameter: Parameter, part: int, parts: int) -> F32:
+    def _decoded(self, layer: int, parameter: Parameter, part: int | None) -> F32:
         """A parameter (or the share of one role in it) as transformers' module holds it."""
-        prefix = f"{disk_names.LAYERS}{layer}."
+        prefix = f"{self._family.disk.layers}{layer}."
         if parameter.path in self._family.experts:
             stacked: list[Any] = []
             for expert in range(self._model.dims.n_expert):
                 linears = disk_names.disk_linears(self._family, parameter.path, expert)
-                stacked.append(self._reader.weights(prefix + linears[part if parts > 1 else 0].name + ".weight"))
+                chosen = linears if part is None else linears[part : part + 1]
+                own = [self._reader.weights(f"{prefix}{linear.name}.weight") for linear in chosen]
+                stacked.append(own[0] if len(own) == 1 else np.concatenate(own))
             if len({one.shape for one in stacked}) > 1:
                 raise BadFile(f"{self._folder}: the experts of layer {layer} differ in shape.", do="Copy it again.")
             return np.stack(stacked)
         return self._reader.weights(prefix + disk_names.disk_name(self._family, parameter.path))
-
-    def _as_stored(self, parameter: Parameter, value: F32) -> F32:
-        """What llama.cpp's converter does, done again."""
-        if parameter.transform == "unpermute":
-            heads = self._model.dims.n_head if "q_proj" in parameter.path else self._model.dims.n_head_kv
-            return permute(value, heads)
-        return value + np.float32(1) if parameter.transform == "minus_one" else value
 
 
 def _parameter_of(family: Layers, role: str) -> tuple[Parameter, int]:

@@ -68,6 +68,10 @@ class Stages(Protocol):
     def inputs(self, layer: int, block: nn.Module) -> list[SharedInput]:
         """The inputs of a stage's linear modules, in the order they are computed: what can be observed in it."""
 
+    def columns(self, layer: int, role: str) -> NDArray[np.int64] | None:
+        """Where each input of the linear layer that a tensor is meets the tensor: its column. None where inputs and
+        columns are in one order."""
+
     def entries(self, layer: int, block: nn.Module) -> list[Entry]:
         """Where a pass can begin in the middle of a stage; none where that is not known."""
 

@@ -229,7 +229,7 @@ class FedLevel(Builder):
             if not names:
                 continue
             gathered = through.gather(shared, self.source_inputs.pop(shared))
-            found = {name: self._fit(name, gathered) for name in names}
+            found = {name: self._fit(name, self._for_columns(layer, name, gathered)) for name in names}
             for tensor in found.values():
                 self._put(tensor)
             for parameter in self._readers(layer, shared):
@@ -238,6 +238,11 @@ class FedLevel(Builder):
 
     def _readers(self, layer: int, shared: SharedInput) -> Iterator[Parameter]:
         return (p for p in self.model.kind(layer).parameters if set(p.roles) & set(shared.roles))
+
+    def _for_columns(self, layer: int, name: str, seen: list[InputStatistics]) -> list[InputStatistics]:
+        """Statistics in the order of a tensor's columns."""
+        columns = self.model.columns(layer, name.split(".", 2)[2])
+        return seen if columns is None else [one.moved(columns) for one in seen]
 
     def _fit(self, name: str, gathered: Sequence[InputStatistics]) -> FittedTensor:
         """One tensor: a matrix, or a stack of experts with statistics each."""

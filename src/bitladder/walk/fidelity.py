@@ -15,7 +15,6 @@ import torch
 from numpy.typing import NDArray
 
 from bitladder.describe.windows import Window
-from bitladder.formats.roles import OUTPUT_NORM
 from bitladder.progress import Part, Progress
 from bitladder.units import MiB
 from bitladder.walk.driver import Member, MemberGroup, Stream, forward, split
@@ -96,7 +95,7 @@ class Ladder:
         return scores
 
     def _head_identity(self, weights: LevelWeights) -> Hashable:
-        norm = weights.identity(OUTPUT_NORM) if self.model.family.has_output_norm else None
+        norm = tuple(weights.identity(name) for name in self.model.norm_names)
         return norm, weights.identity(self.model.output)
 
     def _at_the_head(self, groups: Sequence[MemberGroup], so_far: SoFar) -> list[TokenScores]:

@@ -35,6 +35,7 @@ from bitladder.walk.driver import Seen
 from bitladder.walk.inputs import Wants
 from bitladder.walk.layers import LayeredModel
 from bitladder.walk.made import LayerOutput, Made, naming, unchanged
+from bitladder.walk.transforms import offset_of
 
 F32 = NDArray[np.float32]
 
@@ -83,7 +84,7 @@ def fold(block: nn.Module, place: FoldPlace, factors: F32) -> None:
     own = place.divisors(factors)
     for parameter in place.absorbers:
         value = block.get_parameter(parameter.path).detach().cpu().numpy()
-        one = np.float32(1 if parameter.transform == "minus_one" else 0)
+        one = np.float32(offset_of(parameter.transform))
         set_matrix(block, parameter, None, awq.absorb(own, value + one) - one)
 
 

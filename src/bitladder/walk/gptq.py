@@ -39,7 +39,7 @@ class GptqLevel(InStore, Builder):
         act_order: bool = True,
     ) -> None:
         """``dtype``: of what stays float. ``damp``, ``act_order``: as ``kernels.gptq.prepare``."""
-        InStore.__init__(self, level.name, store, dtype)
+        InStore.__init__(self, level.name, store, dtype, model.family.disk.layers)
         Builder.__init__(self, weights)
         self._model, self._level = model, level
         self._damp, self._act_order, self._scale_dtype = damp, act_order, SCALE_DTYPES[dtype]

@@ -50,6 +50,8 @@ def vectors_of(stages: Stages, layer: int, seen: Seen) -> Vectors:
     for shared, statistics in seen.items():
         for name in (layer_tensor(layer, role) for role in shared.roles):
             if name in held and statistics:
-                vectors[f"{name}.{SQUARES}"] = np.stack([one.squares for one in statistics])
+                columns = stages.columns(layer, name.split(".", 2)[2])
+                ordered = statistics if columns is None else [one.moved(columns) for one in statistics]
+                vectors[f"{name}.{SQUARES}"] = np.stack([one.squares for one in ordered])
                 vectors[f"{name}.{COUNT}"] = np.array([one.tokens for one in statistics], np.float64)
     return vectors

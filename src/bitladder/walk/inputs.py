@@ -18,11 +18,14 @@ from torch import nn
 
 from bitladder.errors import BadWeights
 from bitladder.formats.roles import SharedInput
+from bitladder.walk.products_seen import expert_inputs
 from bitladder.walk.states import Batch
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 
+PRODUCTS = "products:"
+"""Begins the kind of inputs that are found by running their module: what each matrix of a stack is multiplied with."""
 _STRIP = 128
 """Narrow enough that little below the diagonal is computed, wide enough for products at full speed."""
 _LOUD = 64
@@ -60,6 +63,17 @@ class InputStatistics:
     drift: F32
     """``(R - X)^T X`` f32[columns, columns] with R the input that the source itself has there; f32[0, 0] where that
     was not asked for."""
+
+    def moved(self, columns: NDArray[np.int64]) -> InputStatistics:
+        """The same with channel i where ``columns[i]`` says."""
+        back = np.argsort(columns)
+
+        def square(matrix: F32) -> F32:
+            return np.ascontiguousarray(matrix[np.ix_(back, back)]) if len(matrix) else matrix
+
+        largest = self.largest[back] if len(self.largest) else self.largest
+        held_out, drift = square(self.held_out), square(self.drift)
+        return InputStatistics(square(self.gram), largest, self.squares[back], self.tokens, held_out, drift)
 
 
 class Sums:
@@ -265,6 +279,9 @@ def vectors(kind: str, module: Any, arguments: tuple[Any, ...], valid: torch.Ten
     if kind == "linear":
         x = arguments[0].reshape(-1, arguments[0].shape[-1])
         yield x if bool(valid.all()) else x[valid]
+        return
+    if kind.startswith(PRODUCTS):
+        yield from expert_inputs(module, kind.removeprefix(PRODUCTS), arguments, valid)
         return
     states, chosen = arguments[0], arguments[1]
     for expert in range(module.num_experts):

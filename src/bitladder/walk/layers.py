@@ -79,8 +79,10 @@ def _layers(model: Model) -> Layers:
         known = ", ".join(sorted(walked()))
         raise UnknownArchitecture(
             f"No layers are known for the architecture '{model.dims.architecture}'.",
-            means=f"Walking layer by layer works for: {known}. Plans, K-quants and workloads need no layers.",
-            do="Quantize with --imatrix none and judge levels by a workload, or choose a model of these families.",
+            means="Layers of other families come from transformers, by the config.json that a GGUF file lacks. Without it "
+            f"walking layer by layer works for: {known}. Plans, K-quants and workloads need no layers.",
+            do="Give the model's checkpoint folder or hf:org/name instead of the file, or quantize with --imatrix none "
+            "and judge levels by a workload.",
         )
     return layers
 
@@ -329,6 +331,26 @@ class LayeredModel:
     def round_inputs(self, block: nn.Module, layer: int, qtype_of: QTypeOf) -> None:
         """Make a layer round what its linear modules read as llama.cpp does beside weights of these types."""
         round_inputs(block, self.kind(layer), layer, qtype_of)
+
+    @property
+    def norm_names(self) -> tuple[str, ...]:
+        """The file's tensors that the norm before the head is made of."""
+        return (roles.OUTPUT_NORM,) if self.family.has_output_norm else ()
+
+    @property
+    def embedding_energy(self) -> float:
+        """The square of what embeddings are multiplied by."""
+        return float(self.config.hidden_size) if self.family.scaled_embedding else 1.0
+
+    @property
+    def beside(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint holds outside the layers, embedding, last norm and head apart, by name on disk."""
+        return {}
+
+    def columns(self, layer: int, role: str) -> NDArray[np.int64] | None:  # noqa: ARG002
+        """Where each input of the linear layer that a tensor is meets the tensor: its column. None where inputs and
+        columns are in one order."""
+        return None
 
     def norm(self, weights: Weights) -> nn.Module:
         """The norm before the head, filled."""

@@ -70,8 +70,9 @@ class LayerOutput:
 class InStore(Resumable):
     """Of a level whose layers go to a store, in the float type of the checkpoint; the store says which are there."""
 
-    def __init__(self, name: str, store: LayerStore, dtype: torch.dtype) -> None:
-        self._name, self._store, self._dtype = name, store, dtype
+    def __init__(self, name: str, store: LayerStore, dtype: torch.dtype, layers: str = LAYERS) -> None:
+        """``layers``: what names of decoder layers begin with."""
+        self._name, self._store, self._dtype, self._layers = name, store, dtype, layers
         self._losses = ""
 
     @property
@@ -81,7 +82,9 @@ class InStore(Resumable):
 
     def put(self, layer: int, output: LayerOutput, seconds: float) -> None:
         """Write a layer."""
-        self._store.put_layer(layer, self._tensors(layer, output), _notes(layer, output), seconds=seconds)
+        self._store.put_layer(
+            layer, self._tensors(layer, output), _notes(f"{self._layers}{layer}.", output), seconds=seconds
+        )
         self._losses = losses_in_words(output)
 
     def holds(self, layers: int) -> bool:
@@ -93,7 +96,7 @@ class InStore(Resumable):
         self._store.truncate(layers)
 
     def _tensors(self, layer: int, output: LayerOutput) -> dict[str, torch.Tensor]:
-        prefix = f"{LAYERS}{layer}."
+        prefix = f"{self._layers}{layer}."
         tensors = {f"{prefix}{name}": cast(value, self._dtype) for name, value in output.floats.items()}
         for linear, arrays in output.linears.items():
             for suffix, array in arrays.items():
@@ -107,7 +110,7 @@ class Made(InStore, Observer):
     """A level that is made of the reference's activations, layer by layer."""
 
     def __init__(self, model: LayeredModel, name: str, store: LayerStore, dtype: torch.dtype) -> None:
-        super().__init__(name, store, dtype)
+        super().__init__(name, store, dtype, model.family.disk.layers)
         self.model = model
 
     def reads(self, shared: SharedInput) -> bool:
@@ -138,11 +141,11 @@ class MadeImportance(Made):
 
 
 def floats_of(model: LayeredModel, block: nn.Module) -> dict[str, F32]:
-    """Every parameter of a layer that is not quantized, f32, by disk name."""
+    """Every parameter and stored buffer of a layer that is not quantized, f32, by disk name."""
     quantized = {p.path for shared in model.family.inputs for p in quantized_parameters(model.family, shared)}
     return {
         disk_name(model.family, path): value.detach().cpu().numpy().copy()
-        for path, value in block.named_parameters()
+        for path, value in block.state_dict().items()
         if path not in quantized
     }
 
@@ -184,11 +187,11 @@ def cast(value: F32, dtype: torch.dtype) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(value)).to(dtype)
 
 
-def _notes(layer: int, output: LayerOutput) -> list[dict[str, Any]]:
+def _notes(prefix: str, output: LayerOutput) -> list[dict[str, Any]]:
     """The log's lines of a layer's tensors."""
     return [
         {
-            "tensor": loss.name if loss.name.startswith("blk.") else f"{LAYERS}{layer}.{loss.name}",
+            "tensor": loss.name if loss.name.startswith("blk.") else f"{prefix}{loss.name}",
             "loss": None if loss.loss != loss.loss else loss.loss,  # JSON has no NaN
             "tokens": loss.tokens,
             "damp": loss.damp,

@@ -207,7 +207,7 @@ class SensitivityPass:
 
     def _embedding(self, gradients: States) -> EmbeddingSensitivity:
         """Squared gradients at the embeddings, summed over the places where each token occurs."""
-        scale = self.model.config.hidden_size if self.model.family.scaled_embedding else 1
+        scale = self.model.embedding_energy
         ids = np.concatenate([batch.tokens[batch.valid] for batch in self._batches])
         squares = np.concatenate(
             [gradients.get(batch).cpu().numpy()[batch.valid].astype(np.float64) ** 2 for batch in self._batches]
@@ -256,7 +256,9 @@ class Gradients(Builder):
             for parameter in self.model.kind(layer).parameters:
                 for role, rows in self._by_role(block, parameter, energies, len(seen)):
                     if role in shared.roles and layer_tensor(layer, role) in held:
-                        self._take(Sensitivity(layer_tensor(layer, role), seen, rows, predictions))
+                        columns = self.model.columns(layer, role)
+                        own = seen if columns is None else tuple(one.moved(columns) for one in seen)
+                        self._take(Sensitivity(layer_tensor(layer, role), own, rows, predictions))
 
     def _shard(
         self, stream: Stream, shard: Sequence[Batch], layer: int, block: nn.Module, entered: States, gradients: States
@@ -291,8 +293,17 @@ class Gradients(Builder):
         whole = energies[module].cpu().numpy()
         if leaf != "weight":  # fused experts: only what all of them wrote together has a gradient of its own
             rows = block.get_parameter(parameter.path).shape[-2] // len(parameter.roles)
-            each = whole if len(whole) == rows else np.full(rows, whole.mean())
-            yield from ((role, np.tile(each, (matrices, 1))) for role in parameter.roles)
+            for part, role in enumerate(parameter.roles):
+                if not isinstance(parameter.transform, str):
+                    rows = parameter.transform.shape_of(part)[-2]
+                each = whole if len(whole) == rows else np.full(rows, whole.mean())
+                yield role, np.tile(each, (matrices, 1))
+            return
+        if not isinstance(parameter.transform, str):
+            for part, role in enumerate(parameter.roles):
+                if (own := parameter.transform.per_row(part, whole)) is not None:
+                    shape = parameter.transform.shape_of(part)
+                    yield role, own.reshape(-1, shape[-2]) if len(shape) > 2 else np.tile(own, (matrices, 1))
             return
         if parameter.transform == "unpermute":
             heads = self.model.model.dims.n_head if "q_proj" in module else self.model.model.dims.n_head_kv

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from bitladder.formats.roles import Rearrangement
+
 F32 = NDArray[np.float32]
 
 
@@ -37,9 +39,29 @@ _PLAIN: dict[str, Callable[[Sequence[F32]], F32]] = {
 }
 
 
-def apply(transform: str, parts: Sequence[F32], heads: int) -> F32:
+def offset_of(transform: str | Rearrangement) -> float:
+    """What a file stores more than the parameter, in every value."""
+    if isinstance(transform, str):
+        return 1.0 if transform == "minus_one" else 0.0
+    return transform.offset
+
+
+def stored(transform: str | Rearrangement, part: int, value: F32, heads: int) -> F32:
+    """A file's tensor from a parameter, what ``apply`` undoes; of stacked ones the share of one ``part`` is given."""
+    if not isinstance(transform, str):
+        own: F32 = transform.tensor(part, value)
+        return own
+    if transform == "unpermute":
+        return permute(value, heads)
+    return value + np.float32(1) if transform == "minus_one" else value
+
+
+def apply(transform: str | Rearrangement, parts: Sequence[F32], heads: int) -> F32:
     """Make a parameter from a file's tensors. ``heads`` is how many heads the rows hold (used by
     ``unpermute``)."""
+    if not isinstance(transform, str):
+        made: F32 = transform.parameter(parts)
+        return made
     if transform == "unpermute":
         return unpermute(parts[0], heads)
     return _PLAIN[transform](parts)

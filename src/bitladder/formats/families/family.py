@@ -120,6 +120,17 @@ def alike(keys: Mapping[str, Any], layer: int) -> int:  # noqa: ARG001
 
 
 @dataclass(frozen=True)
+class DiskNames:
+    """What a checkpoint calls what is not named after a module in a layer."""
+
+    layers: str = "model.layers."
+    """Before a layer's number."""
+    embedding: str = "model.embed_tokens.weight"
+    norm: str = "model.norm.weight"
+    head: str = "lm_head.weight"
+
+
+@dataclass(frozen=True)
 class Layers:
     """transformers' decoder layers of a family, and how a GGUF file fills them.
 
@@ -160,6 +171,7 @@ class Layers:
     run of rows, ``{}`` for the expert's number. Dense layers are on disk as in the module."""
     renamed: Mapping[str, str] = field(default_factory=dict)
     """Path of a parameter -> its name on disk, where that differs."""
+    disk: DiskNames = DiskNames()
     routers: tuple[str, ...] = ()
     """Modules that choose experts, by all names that disks and engines have for them: their few weights decide
     much and are never quantized in checkpoints."""

@@ -1,0 +1,174 @@
+"""The parameters of a model's layers from its checkpoint, as transformers itself would load them, one layer at a time.
+
+Tensors on disk have other names than modules have parameters, experts lie there one by one, some are fused in one place
+and apart in the other: transformers' own conversion does all that, here on the tensors of one layer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from bitladder.errors import BadFile
+from bitladder.files.checkpoint import Checkpoint, read_checkpoint
+from bitladder.walk.skeleton import Skeleton, refused
+
+F32 = NDArray[np.float32]
+_NUMBERED = re.compile(r"\.(\d+)\.")
+
+
+class CheckpointLayers:
+    """A checkpoint folder beside a skeleton of its text model."""
+
+    def __init__(self, folder: Path, skeleton: Skeleton) -> None:
+        """Raises BadFile or BadInput where the folder is no sound checkpoint, UnknownArchitecture where its tensors are
+        not those of transformers' model."""
+        self.checkpoint: Checkpoint = read_checkpoint(folder)
+        self._skeleton = skeleton
+        self._names = [tensor.name for tensor in self.checkpoint.tensors]
+        self.prefix = self._prefix()
+        own = re.compile(re.escape(self.prefix) + r"(\d+)\.")
+        self._by_layer: dict[int, list[str]] = {}
+        self._top: list[str] = []
+        for name in self._names:
+            if found := own.match(name):
+                self._by_layer.setdefault(int(found[1]), []).append(name)
+            elif not _NUMBERED.search(name):
+                self._top.append(name)
+
+    def _prefix(self) -> str:
+        """What names of decoder layers begin with: of lists that are called like transformers', the one that holds what
+        a layer of transformers' does."""
+        own = self._skeleton.layers_path
+        wanted = {path for layer in (0, self._skeleton.n_layer - 1) for path in self._skeleton.layer_parameters(layer)}
+        found: dict[str, int] = {}
+        for name in self._names:
+            for at in re.finditer(r"(?:^|\.)(\w+)\.(?:0|%d)\." % (self._skeleton.n_layer - 1), name):
+                prefix = name[: at.end(1)] + "."
+                fits = (at[1] == own.rpartition(".")[2]) + 2 * (name[at.end() :] in wanted)
+                found[prefix] = found.get(prefix, 0) + fits
+        best = max(found, key=lambda one: found[one], default="")
+        if not best or not found[best]:
+            raise refused(self._skeleton.model_type, "its checkpoint has no tensors that are called like its layers")
+        return best
+
+    def disk_names(self, layer: int) -> list[str]:
+        """The tensors of a layer, as they are called on disk."""
+        return self._by_layer.get(layer, [])
+
+    def on_disk(self, layer: int) -> dict[str, F32]:
+        """The tensors of a layer as they are stored, f32, by their names after the layer's prefix."""
+        start = len(f"{self.prefix}{layer}.")
+        return {name[start:]: _f32(value) for name, value in self._read(self.disk_names(layer)).items()}
+
+    def layer(self, layer: int) -> dict[str, F32]:
+        """Parameters and stored buffers of a layer, f32, by path in it.
+
+        Raises:
+            UnknownArchitecture: some are not there.
+        """
+        skeleton = self._skeleton
+        own = f"{skeleton.layers_path}.{layer}."
+        wanted = skeleton.layer_parameters(layer)
+        found = self._loaded(self.disk_names(layer), {f"{own}{path}" for path in wanted})
+        return {path: found[f"{own}{path}"] for path in wanted}
+
+    def top(self, wanted: Mapping[str, torch.Tensor]) -> dict[str, F32]:
+        """What lies outside the layers, f32, by path in the whole model, embedding and head among ``wanted`` only where
+        they are asked for."""
+        around = self._skeleton.layers_path.rpartition(".")[0]
+        outside = self.prefix.removesuffix(".").rpartition(".")[0]
+        leaves = {path.removeprefix(f"{around}.") for path in wanted} | set(wanted)
+        names = [name for name in self._top if name in leaves or name.removeprefix(f"{outside}.") in leaves]
+        return self._loaded(names, set(wanted))
+
+    def top_name(self, path: str) -> str:
+        """What a parameter outside the layers is called on disk; its path where that is not known."""
+        around, outside = self._skeleton.layers_path.rpartition(".")[0], self.prefix[:-1].rpartition(".")[0]
+        leaf = path.removeprefix(f"{around}.")
+        return next((name for name in (f"{outside}.{leaf}".removeprefix("."), path) if name in self._names), path)
+
+    def _read(self, names: list[str]) -> dict[str, torch.Tensor]:
+        from safetensors import SafetensorError, safe_open
+
+        shards: dict[str, Path] = {shard.name: shard for shard in self.checkpoint.shards}
+        opened: dict[str, Any] = {}
+        values: dict[str, torch.Tensor] = {}
+        with ExitStack() as files:
+            for name in names:
+                shard = self.checkpoint.shard_of[name]
+                try:
+                    if shard not in opened:
+                        opened[shard] = files.enter_context(safe_open(shards[shard], "pt"))
+                    values[name] = opened[shard].get_tensor(name)
+                except (SafetensorError, OSError) as error:
+                    raise BadFile(
+                        f"{shards[shard]}: the tensor '{name}' cannot be read: {str(error)[:120]}.",
+                        do="Fetch the file again.",
+                    ) from error
+        return values
+
+    def _loaded(self, names: list[str], wanted: set[str]) -> dict[str, F32]:
+        """Parameters by their paths in the model, converted by transformers; the model stays without weights."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
+
+        skeleton = self._skeleton
+        around, outside = skeleton.layers_path.rpartition(".")[0], self.prefix[:-1].rpartition(".")[0]
+        read = {}
+        for name, value in self._read(names).items():
+            inside = bool(outside) and name.startswith(f"{outside}.")
+            read[f"{around}.{name.removeprefix(f'{outside}.')}" if inside or not outside else name] = value
+        settings = LoadStateDictConfig(
+            dtype=torch.float32,
+            weight_mapping=get_model_conversion_mapping(skeleton.model),
+            ignore_mismatched_sizes=True,
+        )
+        empty = {path: value for path, value in skeleton.model.state_dict().items() if path in wanted}
+        try:
+            with torch.inference_mode(False), torch.no_grad(), _silent():
+                convert_and_load_state_dict_in_model(skeleton.model, read, settings)
+            loaded = skeleton.model.state_dict()
+            found = {path: _f32(loaded[path]) for path in wanted if not loaded[path].is_meta}
+        except (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+            why = f"transformers cannot load its checkpoint ({type(error).__name__}: {str(error)[:100]})"
+            raise refused(skeleton.model_type, why) from error
+        finally:
+            for path, value in empty.items():
+                if value.is_meta:
+                    skeleton.fill(skeleton.model, path, value)
+        missing = sorted(path for path in wanted if path not in found)
+        if missing:
+            packed = (
+                " (quantized sources are not read this way)" if "quantization_config" in self.checkpoint.config else ""
+            )
+            raise refused(skeleton.model_type, f"its checkpoint lacks '{missing[0][-60:]}'{packed}")
+        return found
+
+
+def _f32(value: torch.Tensor) -> F32:
+    return np.asarray(value.detach().to(torch.float32).contiguous().numpy(), np.float32)
+
+
+class _silent:
+    """No bar of transformers' own while it loads a layer."""
+
+    def __enter__(self) -> None:
+        from transformers.utils import logging
+
+        self._on = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()
+
+    def __exit__(self, *_: object) -> None:
+        from transformers.utils import logging
+
+        if self._on:
+            logging.enable_progress_bar()

@@ -1,0 +1,121 @@
+"""Tiny random checkpoints of families that no row describes, every structure switched on, made from transformers' own
+configuration classes and converted by llama.cpp's own converter, all in one process."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from bitladder.files.convert import ORIGIN
+from converted_by_llama import convert_all
+
+N_VOCAB = 96
+SIZES = {
+    "vocab_size": N_VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
+    "pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 64}
+_ROUTED = {**_EXPERTS, "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1}
+_LATENT = {
+    "kv_lora_rank": 32, "qk_nope_head_dim": 32, "qk_rope_head_dim": 8, "v_head_dim": 16, "num_key_value_heads": 4,
+    "n_group": 1, "topk_group": 1,
+}  # fmt: skip
+_DELTA = {
+    "head_dim": 16, "linear_num_value_heads": 8, "linear_num_key_heads": 4, "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}  # fmt: skip
+_ALTERNATE = {"layer_types": ["conv", "full_attention", "conv", "full_attention"], "conv_L_cache": 3}
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A family: transformers' model type, its fields, and keys that releases have and transformers does not write."""
+
+    model_type: str
+    fields: dict[str, Any] = field(default_factory=dict)
+    keys: dict[str, Any] = field(default_factory=dict)
+
+
+FAMILIES = {
+    "granite": Tiny(
+        "granite",
+        {
+            "embedding_multiplier": 3.0, "logits_scaling": 4.0, "residual_multiplier": 0.5,
+            "attention_multiplier": 0.2,
+        },
+    ),
+    "exaone4": Tiny("exaone4", {"sliding_window": 8, "sliding_window_pattern": 4}),
+    "hunyuan dense": Tiny("hunyuan_v1_dense", {"head_dim": 16}),
+    "seed-oss": Tiny("seed_oss", {"head_dim": 16}),
+    "glm4 moe": Tiny("glm4_moe", {**_ROUTED, "head_dim": 16, "use_qk_norm": True}),
+    "lfm2": Tiny("lfm2", {**_ALTERNATE, "block_ff_dim": 96, "block_auto_adjust_ff_dim": False}),
+    "gpt-oss": Tiny("gpt_oss", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 8}),
+    "deepseek2": Tiny("deepseek_v2", {**_ROUTED, **_LATENT, "q_lora_rank": None, "topk_method": "greedy"}),
+    "deepseek3": Tiny("deepseek_v3", {**_ROUTED, **_LATENT, "q_lora_rank": 32}),
+    "qwen3.5": Tiny("qwen3_5_text", _DELTA),
+    "qwen3 next": Tiny(
+        "qwen3_next",
+        {**_DELTA, **_EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 64, "decoder_sparse_step": 1},
+    ),
+    "llama4": Tiny(
+        "llama4_text",
+        {
+            "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 96,
+            "interleave_moe_layer_step": 2,
+        },
+    ),
+    "falcon-h1": Tiny(
+        "falcon_h1",
+        {
+            "head_dim": 16, "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16,
+            "mamba_n_groups": 1, "mamba_chunk_size": 16,
+        },
+    ),
+    "cohere2": Tiny("cohere2", {"sliding_window": 8, "logit_scale": 0.25}, {"rotary_pct": 1.0}),
+    "minimax m2": Tiny(
+        "minimax_m2",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16},
+        {"rotary_dim": 16, "scoring_func": "sigmoid"},
+    ),
+    "gpt2": Tiny("gpt2", {"n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 128}, {"n_ctx": 128}),
+}  # fmt: skip
+
+
+def make(tiny: Tiny, seed: int = 0) -> Any:
+    """A transformers model with random weights everywhere, norms and biases too, float32."""
+    config = AutoConfig.for_model(tiny.model_type, **{**SIZES, **tiny.fields})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", experts_implementation="eager")
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim > 1:
+                parameter.copy_(0.15 * noise)
+            else:
+                parameter.add_(0.1 * noise)
+        for name, buffer in model.named_buffers():
+            if name in model.state_dict():  # corrections of routers
+                buffer.add_(0.01 * torch.randn(buffer.shape, generator=generator))
+    return model.float().eval()
+
+
+def write_all(folder: Path, names: list[str]) -> dict[str, tuple[Any, Path, Path]]:
+    """Models, their checkpoint folders and the files that llama.cpp's converter made of them, beside which their origin
+    is noted as Bitladder does it."""
+    made, jobs = {}, {}
+    for name in names:
+        tiny, own = FAMILIES[name], folder / name.replace(" ", "-")
+        model, checkpoint, gguf = make(tiny), own / "checkpoint", own / "converted" / "model.gguf"
+        model.save_pretrained(checkpoint)
+        gguf.parent.mkdir()
+        (checkpoint / "tokenizer.json").write_text('{"model": {"type": "BPE", "vocab": {}, "merges": []}}')
+        config = json.loads((checkpoint / "config.json").read_text())
+        (checkpoint / "config.json").write_text(json.dumps({**config, **tiny.keys}))
+        (gguf.parent / ORIGIN).write_text(str(checkpoint.resolve()))
+        made[name], jobs[checkpoint] = (model, checkpoint, gguf), gguf
+    assert convert_all(jobs) == {}
+    return made
