@@ -33,7 +33,7 @@ from bitladder.engines.base import Launch
 from bitladder.engines.llama import LlamaServer
 from bitladder.files.gguf import GgufFile
 from bitladder.levels.checkpoints import parse_checkpoint
-from bitladder.stages.calibrate import quantize_checkpoints
+from bitladder.stages.calibrate import Calibration, Reading
 from bitladder.stages.fidelity import Candidate, fidelity, token_scores
 from bitladder.stats.bootstrap import ratio_interval
 from bitladder.walk.checkpoint_walk import Settings
@@ -115,10 +115,12 @@ def build(source: GgufFile, options: argparse.Namespace, calibration: Sequence[W
     """Our levels' folders, after saying what they took."""
     levels = options.levels.split(",")
     started, cpu = time.monotonic(), time.process_time()
-    reports = quantize_checkpoints(
-        source, levels, options.out, calibration,
-        name=options.model.stem, settings=Settings(threads=options.threads), measuring=measuring, progress=say,
+    wanted = [parse_checkpoint(level) for level in levels]
+    job = Calibration(
+        source, wanted, Reading(calibration, measuring=measuring),
+        out_dir=options.out, name=options.model.stem, settings=Settings(threads=options.threads),
     )  # fmt: skip
+    reports = job.run(say).checkpoints
     seconds, cpu = time.monotonic() - started, time.process_time() - cpu
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     print(f"\n{options.levels}, {len(calibration)} windows, {options.threads} threads:", end=" ")

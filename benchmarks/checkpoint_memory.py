@@ -21,7 +21,8 @@ from bitladder.describe.shapes import Shape
 from bitladder.describe.windows import WINDOW, Window
 from bitladder.files.gguf import GgufFile
 from bitladder.files.stub_gguf import write_stub
-from bitladder.stages.calibrate import quantize_checkpoints
+from bitladder.levels.checkpoints import parse_checkpoint
+from bitladder.stages.calibrate import Calibration, Reading
 from bitladder.walk.checkpoint_walk import Settings
 
 _TOKENS = 1024
@@ -72,9 +73,10 @@ def main() -> None:
         windows = [Window("noise", rng.integers(0, _TOKENS, WINDOW)) for _ in range(options.windows)]
         started, cpu, before = time.monotonic(), time.process_time(), peak_bytes()
         with GgufFile.open(folder / "model.gguf") as source:
-            quantize_checkpoints(
-                source, [options.level], folder, windows, name="model", settings=Settings(threads=options.threads)
-            )
+            Calibration(
+                source, [parse_checkpoint(options.level)], Reading(windows),
+                out_dir=folder, name="model", settings=Settings(threads=options.threads),
+            ).run()  # fmt: skip
         took = f"{time.monotonic() - started:.0f} s, {time.process_time() - cpu:.0f} CPU s"
         what = f"{options.level}, {options.layers} of 32 layers, {options.windows} windows"
         print(f"{what}: peak {peak_bytes() / 1e9:.2f} GB ({before / 1e9:.2f} before), {took}")

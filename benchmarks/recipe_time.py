@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 
+from bitladder.levels.checkpoints import parse_checkpoint
 from bitladder.plan.recipe import Limits, choose
-from bitladder.stages.calibrate import quantize_checkpoints
+from bitladder.stages.calibrate import Calibration, Reading
 from bitladder.stages.calibration import calibration_texts
 from bitladder.stages.job import Build, Work, opened
 from bitladder.stages.recipe import measured_on, write_recipe
@@ -77,7 +78,9 @@ def main() -> int:
         print(f"{tokens} tokens, {options.threads} threads, load {os.getloadavg()[0]:.1f}", flush=True)
         settings = Settings(threads=options.threads)
         if LEVEL not in clock.parts:
-            clock(LEVEL, lambda: quantize_checkpoints(source, [LEVEL], out, windows, name="walk", settings=settings))
+            level = parse_checkpoint(LEVEL)
+            walk = Calibration(source, [level], Reading(windows), out_dir=out, name="walk", settings=settings)
+            clock(LEVEL, walk.run)
         table, _ = clock("weighing and checking", lambda: weighed_tensors(job, parts, ()))
         recipe = clock("choosing", lambda: choose(table, source.model, Limits(bpw=options.bpw)))
         made = clock(
@@ -88,8 +91,8 @@ def main() -> int:
             "proving",
             lambda: measured_on(job, made.file.path, parts.held_out),
         )
-    walk = clock.parts.pop(LEVEL)
-    ratio = sum(clock.parts.values()) / walk
+    walked = clock.parts.pop(LEVEL)
+    ratio = sum(clock.parts.values()) / walked
     print(
         f"{recipe.label}: mean KL {held.kl_mean:.4f}, {sum(clock.parts.values()):.0f} CPU s, {ratio:.2f} times {LEVEL}"
     )

@@ -37,14 +37,15 @@ def expect(folder: Path, levels: list[str]) -> int:
     from bitladder.files.gguf import GgufFile
     from bitladder.files.texts import shipped_texts
     from bitladder.levels.checkpoints import parse_checkpoint
-    from bitladder.stages.calibrate import quantize_checkpoints
+    from bitladder.stages.calibrate import Calibration, Reading
 
     path = fetch_demo()
     with GgufFile.open(path) as source:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         texts = shipped_texts("calibration")
         windows = text_windows(texts, lambda text: tokenizer(text)["input_ids"], source.model)
-        reports = quantize_checkpoints(source, levels, folder, windows[:4], name="demo")
+        wanted = [parse_checkpoint(level) for level in levels]
+        reports = Calibration(source, wanted, Reading(windows[:4]), out_dir=folder, name="demo").run().checkpoints
     for report in reports:
         made = Path(report.path)
         reader = CheckpointReader(made, parse_checkpoint(report.level).format)

@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,7 +17,9 @@ from bitladder.describe.windows import Window
 from bitladder.files.checkpoint_check import decoded_linears
 from bitladder.files.gguf import GgufFile
 from bitladder.levels.checkpoints import parse_checkpoint
-from bitladder.stages.calibrate import quantize_checkpoints
+from bitladder.progress import Progress, silent
+from bitladder.stages.calibrate import Calibration, Reading
+from bitladder.walk.checkpoint_walk import Settings
 
 
 def windows_of(seed: int, count: int = 40, n: int = 64) -> list[Window]:
@@ -36,10 +38,23 @@ def tiny(name: str, folder: Path, **sizes: int) -> tuple[torch.nn.Module, Path, 
     return model, checkpoint, tiny_models.write(case, model, folder / "source.gguf")
 
 
-def run(gguf: Path, levels: list[str], out: Path, checkpoint: Path | None, **options) -> list:
+def run(
+    gguf: Path,
+    levels: list[str],
+    out: Path,
+    checkpoint: Path | None,
+    *,
+    windows: Sequence[Window] | None = None,
+    settings: Settings | None = None,
+    progress: Progress = silent,
+    **reading,
+) -> list:
     """The levels of a tiny model, as checkpoint folders in ``out``."""
+    text = Reading(windows_of(1) if windows is None else windows, **reading)
+    wanted = [parse_checkpoint(level) for level in levels]
     with GgufFile.open(gguf) as source:
-        return quantize_checkpoints(source, levels, out, windows_of(1), name="tiny", checkpoint=checkpoint, **options)
+        job = Calibration(source, wanted, text, out_dir=out, name="tiny", checkpoint=checkpoint, settings=settings)
+        return job.run(progress).checkpoints
 
 
 def loaded(folder: Path, weights: dict[str, np.ndarray], scratch: Path) -> torch.nn.Module:

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from bitladder.cli.app import app
 from bitladder.cli.options import endpoint_named
 from bitladder.engines.address import api_base, split_address
+from bitladder.engines.base import Chat
 from bitladder.engines.endpoint import Endpoint, EndpointSettings, connected, endpoint_at
 from bitladder.errors import UsageError
 from bitladder.serve.app import build_app
@@ -133,7 +134,7 @@ def test_every_verb_asks_the_same_paths(base, end):
         assert reply.status_code == 200, reply.text
         with Endpoint(endpoint_at(f"{url}{base}{end}#m")) as endpoint:
             endpoint.probe()
-            assert endpoint.chat([{"role": "user", "content": "x"}], max_tokens=4).text == "hi"
+            assert endpoint.chat(Chat.of("x", 4)).text == "hi"
         paths = [f"{base}/models", f"{base}/chat/completions"]
         assert [path for path, _ in seen] == paths * 2
         assert {key for _, key in seen} == {f"Bearer {KEY}", None}
@@ -151,7 +152,7 @@ def test_two_endpoints_are_compared_by_their_models():
 
 def test_an_endpoint_with_one_model_need_not_be_told_which():
     with api_at("/v1", "only") as (url, _), connected(endpoint_at(url)) as endpoint:
-        assert endpoint.chat([{"role": "user", "content": "x"}], max_tokens=4).model == "only"
+        assert endpoint.chat(Chat.of("x", 4)).model == "only"
 
 
 def test_keys_belong_to_hosts_and_a_file_goes_before_a_variable(tmp_path, monkeypatch):

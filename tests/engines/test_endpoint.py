@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from bitladder.describe.workload import Criterion, Input, Workload
-from bitladder.engines.base import Completion
+from bitladder.engines.base import Chat, Completion
 from bitladder.engines.endpoint import Endpoint, EndpointSettings, endpoint_at
 from bitladder.engines.judge import Judge, judge_error
 from bitladder.engines.names import same_model
@@ -53,7 +53,7 @@ def endpoint(*replies, settings=None, waits=None, **options):
 
 def test_a_streamed_answer():
     engine = endpoint(stream(GOOD))
-    done = engine.chat(HELLO, max_tokens=5, seed=3)
+    done = engine.chat(Chat(HELLO, 5, seed=3))
     assert (done.text, done.finish_reason, done.prompt_tokens, done.completion_tokens) == ("Good day", "stop", 9, 2)
     assert 0 < done.first_token_s <= done.total_s
     body = json.loads(engine.asked[0].content)
@@ -69,14 +69,14 @@ def test_a_streamed_answer():
 def test_an_engine_that_does_not_stream():
     whole = {"model": "m", "choices": [{"message": {"content": "Good day"}, "finish_reason": "length"}]}
     whole["choices"][0]["logprobs"] = {"content": [{"token": "Good", "logprob": -0.1, "top_logprobs": []}]}
-    done = endpoint(httpx.Response(200, json=whole)).chat(HELLO, max_tokens=5)
+    done = endpoint(httpx.Response(200, json=whole)).chat(Chat(HELLO, 5))
     assert (done.text, done.finish_reason) == ("Good day", "length")
     assert (done.tokens[0].text, done.tokens[0].logprob) == ("Good", -0.1)
 
 
 def test_the_dialect_of_an_endpoint():
     engine = endpoint(stream(GOOD), max_tokens_field="max_completion_tokens", without=("seed", "temperature"))
-    engine.chat(HELLO, max_tokens=5, logprobs=3)
+    engine.chat(Chat(HELLO, 5, logprobs=3))
     body = json.loads(engine.asked[0].content)
     assert body["max_completion_tokens"] == 5
     assert not {"max_tokens", "seed", "temperature", "logprobs"} & set(body)
@@ -90,7 +90,7 @@ def test_only_line_ends_end_a_line(odd):
     text = f"one{odd}two"
     choices = [{"delta": {"content": text}, "finish_reason": "stop"}]
     sent = f"data: {json.dumps({'model': 'm', 'choices': choices}, ensure_ascii=False)}\n\ndata: [DONE]\n\n"
-    assert endpoint(stream(sent)).chat(HELLO, max_tokens=5).text == text
+    assert endpoint(stream(sent)).chat(Chat(HELLO, 5)).text == text
 
 
 ONE, TWO, DONE = said("Good "), said("day", "stop"), "data: [DONE]\n\n"
@@ -120,7 +120,7 @@ def test_every_dialect_of_event_streams_is_read(name, cut):
     data = DIALECTS[name].encode()
     pieces = (data[at : at + cut] for at in range(0, len(data), cut))
     reply = httpx.Response(200, content=pieces, headers={"content-type": "text/event-stream"})
-    done = endpoint(reply).chat(HELLO, max_tokens=5)
+    done = endpoint(reply).chat(Chat(HELLO, 5))
     assert (done.text, done.finish_reason, done.prompt_tokens, done.completion_tokens) == ("Good day", "stop", 0, 0)
 
 
@@ -137,7 +137,7 @@ WHOLE = {
 @pytest.mark.parametrize("name", WHOLE)
 def test_every_dialect_of_documents_is_read(name):
     whole = {"model": "m", "choices": [{"message": {"content": "Hi"}, "finish_reason": "stop"}], **WHOLE[name]}
-    assert endpoint(httpx.Response(200, json=whole)).chat(HELLO, max_tokens=5).text == "Hi"
+    assert endpoint(httpx.Response(200, json=whole)).chat(Chat(HELLO, 5)).text == "Hi"
 
 
 FAULTS = {
@@ -170,7 +170,7 @@ FAULTS = {
 def test_every_misbehaviour_has_its_error(name):
     reply, error, message = FAULTS[name]
     with pytest.raises(error) as caught:
-        endpoint(reply, retries=0).chat(HELLO, max_tokens=5)
+        endpoint(reply, retries=0).chat(Chat(HELLO, 5))
     assert caught.match(message)
 
 
@@ -178,35 +178,35 @@ def test_trying_again_waits_as_told_then_longer():
     waits = []
     busy = httpx.Response(429, headers={"retry-after": "7"}, text="slow down")
     engine = endpoint(busy, httpx.Response(503), stream(said("cut")), stream(GOOD), waits=waits)
-    assert engine.chat(HELLO, max_tokens=5).text == "Good day"
+    assert engine.chat(Chat(HELLO, 5)).text == "Good day"
     assert waits == [7.0, 2.0, 4.0]
 
 
 def test_what_cannot_help_is_not_tried_again():
     engine = endpoint(httpx.Response(401, text="no"))
     with pytest.raises(EngineReply):
-        engine.chat(HELLO, max_tokens=5)
+        engine.chat(Chat(HELLO, 5))
     assert len(engine.asked) == 1
 
 
 def test_tries_end():
     engine = endpoint(httpx.Response(500, text="oops"), retries=2)
     with pytest.raises(EngineReply, match="status 500"):
-        engine.chat(HELLO, max_tokens=5)
+        engine.chat(Chat(HELLO, 5))
     assert len(engine.asked) == 3
 
 
 def test_another_model_answers():
     with pytest.raises(WrongModel, match="was asked for 'm' and answered as 'tiny'"):
-        endpoint(stream(GOOD.replace('"m"', '"tiny"'))).chat(HELLO, max_tokens=5)
+        endpoint(stream(GOOD.replace('"m"', '"tiny"'))).chat(Chat(HELLO, 5))
 
 
 def test_the_model_is_exchanged_on_the_way():
     dated = [stream(GOOD.replace('"m"', f'"m-{date}"')) for date in ("2026-01-01", "2026-02-02")]
     engine = endpoint(*dated)
-    engine.chat(HELLO, max_tokens=5)
+    engine.chat(Chat(HELLO, 5))
     with pytest.raises(WrongModel, match="as 'm-2026-01-01' first and as 'm-2026-02-02' now"):
-        engine.chat(HELLO, max_tokens=5)
+        engine.chat(Chat(HELLO, 5))
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,7 @@ def test_the_key_is_sent_and_shown_nowhere(monkeypatch, caplog):
     repeats = httpx.Response(401, text=f"Incorrect API key provided: {KEY}")
     engine = endpoint(repeats, key_env="FAKE_KEY")
     with pytest.raises(EngineReply) as caught:
-        engine.chat(HELLO, max_tokens=5)
+        engine.chat(Chat(HELLO, 5))
     assert engine.asked[0].headers["authorization"] == f"Bearer {KEY}"
     assert "[key]" in str(caught.value)
     for shown in (str(caught.value), repr(caught.value), repr(engine), repr(engine.settings), caplog.text):
@@ -264,7 +264,7 @@ def test_requests_are_spread_over_the_minute():
     waits = []
     engine = endpoint(stream(GOOD), requests_per_minute=6, waits=waits)
     for _ in range(3):
-        engine.chat(HELLO, max_tokens=5)
+        engine.chat(Chat(HELLO, 5))
     assert [round(wait) for wait in waits] == [10, 20]
 
 
@@ -289,29 +289,29 @@ def refusal(name):
 
 def test_a_field_that_is_refused_is_left_out_and_said_if_it_matters():
     engine = endpoint(refusal("seed"), refusal("temperature"), stream(GOOD))
-    assert engine.chat(HELLO, max_tokens=5).text == "Good day"
+    assert engine.chat(Chat(HELLO, 5)).text == "Good day"
     first, second, last = (json.loads(one.content) for one in engine.asked)
     assert {"seed", "temperature"} <= set(first)
     assert "seed" not in second
     assert not {"seed", "temperature"} & set(last)
     assert "sampled, not greedy" in engine.notes[0]
-    engine.chat(HELLO, max_tokens=5)
+    engine.chat(Chat(HELLO, 5))
     assert len(engine.asked) == 4  # remembered
     with pytest.raises(EngineReply, match="Unsupported parameter: 'messages'"):
-        endpoint(refusal("messages")).chat(HELLO, max_tokens=5)
+        endpoint(refusal("messages")).chat(Chat(HELLO, 5))
 
 
 def test_the_newer_name_of_the_limit():
     said = {"error": {"message": "'max_tokens' is not supported; use 'max_completion_tokens' instead."}}
     engine = endpoint(httpx.Response(400, json=said), stream(GOOD))
-    engine.chat(HELLO, max_tokens=5)
+    engine.chat(Chat(HELLO, 5))
     assert json.loads(engine.asked[1].content)["max_completion_tokens"] == 5
 
 
 def test_silence_is_waited_for_twice_only():
     engine = endpoint(httpx.ReadTimeout("slow"))
     with pytest.raises(EngineTimeout):
-        engine.chat(HELLO, max_tokens=5)
+        engine.chat(Chat(HELLO, 5))
     assert len(engine.asked) == 2
 
 
@@ -323,8 +323,8 @@ class FakeJudge:
     def __init__(self, answer):
         self.answer = answer
 
-    def chat(self, messages, *, max_tokens, **options):
-        return Completion(self.answer(messages[0]["content"]), "stop", 1, 1, "judge", 0.1, 0.1)
+    def chat(self, chat):
+        return Completion(self.answer(chat.messages[0]["content"]), "stop", 1, 1, "judge", 0.1, 0.1)
 
     def close(self):
         pass

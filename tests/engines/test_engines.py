@@ -12,7 +12,7 @@ import pytest
 from bitladder.describe.criteria import KINDS
 from bitladder.describe.workload import Criterion, Input, Workload, questions_of
 from bitladder.engines import registry
-from bitladder.engines.base import Identity, Launch, Running
+from bitladder.engines.base import Chat, Identity, Launch, Running
 from bitladder.engines.llama import LlamaServer
 from bitladder.engines.names import same_model
 from bitladder.engines.process import EngineProcess
@@ -155,7 +155,7 @@ def test_what_an_engine_of_our_own_is(folder):
 @pytest.mark.parametrize(("words", "advice"), [("explode", "inspect"), ("explode, memory", "smaller context")])
 def test_its_crash_is_an_error_that_advises_a_smaller_context_where_memory_is_the_cause(folder, words, advice):
     with start(Launch(folder)) as engine, pytest.raises(EngineGone, match="was ended by SIGABRT") as gone:
-        engine.chat([{"role": "user", "content": words}], max_tokens=1)
+        engine.chat(Chat.of(words, 1))
     assert advice in gone.value.do and ("smaller" in gone.value.do) == ("memory" in words)
 
 

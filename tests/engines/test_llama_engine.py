@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from bitladder.describe.workload import Input
-from bitladder.engines.base import Launch
+from bitladder.engines.base import Chat, Launch
 from bitladder.engines.chat_api import Timeouts
 from bitladder.engines.llama import LlamaServer, LlamaSettings
 from bitladder.errors import BadInput, EngineError, EngineGone, EngineReply, EngineTimeout
@@ -44,8 +44,8 @@ def test_text_and_tokens(server):
 
 
 def test_a_greedy_chat_is_the_same_each_time_and_carries_its_tokens(server):
-    first = server.chat(QUESTION, max_tokens=24, logprobs=3)
-    second = server.chat(QUESTION, max_tokens=24, logprobs=3)
+    first = server.chat(Chat(QUESTION, 24, logprobs=3))
+    second = server.chat(Chat(QUESTION, 24, logprobs=3))
     assert "Paris" in first.text
     assert (first.text, first.tokens) == (second.text, second.tokens)
     assert first.finish_reason == "stop"
@@ -58,7 +58,7 @@ def test_a_greedy_chat_is_the_same_each_time_and_carries_its_tokens(server):
 
 
 def test_sampling_follows_its_seed(server):
-    said = [server.chat(STORY, max_tokens=12, temperature=1.5, seed=seed).text for seed in (1, 1, 2)]
+    said = [server.chat(Chat(STORY, 12, temperature=1.5, seed=seed)).text for seed in (1, 1, 2)]
     assert said[0] == said[1] != said[2]
 
 
@@ -84,8 +84,8 @@ def test_a_workload_and_a_level_that_is_the_reference(server):
 
 def test_a_prompt_longer_than_the_context_is_an_error_and_not_the_end(server):
     with pytest.raises(EngineReply, match=r"status 400.*exceeds the available context size"):
-        server.chat([{"role": "user", "content": "word " * 2000}], max_tokens=4)
-    assert server.chat(QUESTION, max_tokens=2).completion_tokens == 2
+        server.chat(Chat.of("word " * 2000, 4))
+    assert server.chat(Chat(QUESTION, 2)).completion_tokens == 2
 
 
 def test_dying_in_the_middle_of_an_answer(demo_gguf):
@@ -93,7 +93,7 @@ def test_dying_in_the_middle_of_an_answer(demo_gguf):
         killer = threading.Timer(0.5, os.kill, (running.process.pid, signal.SIGKILL))
         killer.start()
         with pytest.raises(EngineGone) as caught:
-            running.chat(STORY, max_tokens=2000)
+            running.chat(Chat(STORY, 2000))
         killer.join()
         assert caught.match("was ended by SIGKILL")
         assert "Its last words:" in caught.value.means
@@ -106,7 +106,7 @@ def test_a_stall_is_noticed(demo_gguf):
         os.kill(running.process.pid, signal.SIGSTOP)
         try:
             with pytest.raises(EngineTimeout, match="nothing in time while waiting for its reply"):
-                running.chat(QUESTION, max_tokens=4)
+                running.chat(Chat(QUESTION, 4))
         finally:
             os.kill(running.process.pid, signal.SIGCONT)
 

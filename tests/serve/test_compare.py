@@ -80,8 +80,8 @@ def test_both_engines_are_asked_the_same_greedily():
         def __init__(self, name: str) -> None:
             self.name, self.asked = name, []
 
-        def chat(self, messages, **options) -> Completion:
-            self.asked.append((messages, options))
+        def chat(self, chat) -> Completion:
+            self.asked.append(chat)
             return completion(self.name, token(self.name, 0.9))
 
         def close(self) -> None: ...
@@ -89,7 +89,7 @@ def test_both_engines_are_asked_the_same_greedily():
     a, b = Engine("A"), Engine("B")
     found = compare(a, b, "hello", max_tokens=7, system="be brief")
     assert a.asked == b.asked
-    messages, options = a.asked[0]
-    assert [message["role"] for message in messages] == ["system", "user"]
-    assert options["max_tokens"] == 7 and options.get("temperature", 0.0) == 0.0 and options["logprobs"] > 0
+    (chat,) = a.asked
+    assert [message["role"] for message in chat.messages] == ["system", "user"]
+    assert chat.max_tokens == 7 and chat.temperature == 0.0 and chat.logprobs > 0
     assert not found.same and found.parting is not None

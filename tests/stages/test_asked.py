@@ -27,7 +27,7 @@ class Engine:
 
     name, parallel = "fake", 1
 
-    def chat(self, messages, **_):
+    def chat(self, _):
         return Completion("A", "stop", 1, 1, "fake", 0.1, 0.1)
 
 

@@ -15,7 +15,6 @@ from bitladder.errors import BadInput, BadWeights, OutputError, UsageError
 from bitladder.files.gguf import GgufFile
 from bitladder.levels import parse_level
 from bitladder.plan.cost import level_size
-from bitladder.stages.calibrate import quantize_checkpoints
 from bitladder.walk.checkpoint_walk import Settings
 from bitladder.walk.driver import Stream
 from reference.slow_checkpoint import read_folder
@@ -154,13 +153,8 @@ def test_what_is_refused_leaves_nothing_behind(tmp_path):
 
 def test_experts_without_tokens_are_named(tmp_path):
     _, checkpoint, gguf = tiny("mixtral", tmp_path)
-    with GgufFile.open(gguf) as source:
-        windows = [
-            Window("one", np.full(64, 7)) for _ in range(20)
-        ]  # the same token over and over: two experts of four
-        report = quantize_checkpoints(source, ["GPTQ-4bit-g32"], tmp_path, windows, name="tiny", checkpoint=checkpoint)[
-            0
-        ]
+    windows = [Window("one", np.full(64, 7)) for _ in range(20)]  # the same token over and over: two experts of four
+    (report,) = run(gguf, ["GPTQ-4bit-g32"], tmp_path, checkpoint, windows=windows)
     noted = [loss for loss in report.linears if "rounded plainly" in loss.note]
     assert noted
     assert all(".experts." in loss.name and loss.tokens < 64 for loss in noted)
@@ -173,17 +167,16 @@ def test_refusals_come_before_the_work(tmp_path):
         run(gguf, ["GPTQ-4bit-g64"], tmp_path, checkpoint)
     with pytest.raises(BadInput, match="also occurs in the calibration text"):
         run(gguf, ["GPTQ-4bit-g32"], tmp_path, checkpoint, measuring=[Window("x", windows_of(1)[3].tokens[5:50])])
-    with GgufFile.open(gguf) as source:
-        for windows, says in (
-            ([], "0 tokens in 0 windows"),
-            ([Window("x", np.array([5]))] * 30, "30 tokens in 30 windows"),
-            ([Window("x", np.full(2000, 96))], "holds token 96; the model has 96 tokens"),
-        ):
-            with pytest.raises(BadInput, match=says):
-                quantize_checkpoints(source, ["GPTQ-4bit-g32"], tmp_path, windows, name="tiny", checkpoint=checkpoint)
-        (checkpoint / "tokenizer.json").unlink()
-        with pytest.raises(BadInput, match="has no tokenizer"):
-            quantize_checkpoints(source, ["INT8-W8A16"], tmp_path, [], name="tiny", checkpoint=checkpoint)
+    for windows, says in (
+        ([], "0 tokens in 0 windows"),
+        ([Window("x", np.array([5]))] * 30, "30 tokens in 30 windows"),
+        ([Window("x", np.full(2000, 96))], "holds token 96; the model has 96 tokens"),
+    ):
+        with pytest.raises(BadInput, match=says):
+            run(gguf, ["GPTQ-4bit-g32"], tmp_path, checkpoint, windows=windows)
+    (checkpoint / "tokenizer.json").unlink()
+    with pytest.raises(BadInput, match="has no tokenizer"):
+        run(gguf, ["INT8-W8A16"], tmp_path, checkpoint, windows=[])
     assert not [path for path in tmp_path.iterdir() if path.name.startswith("tiny-")]
 
 

@@ -32,15 +32,15 @@ class FakeEngine:
         self.asked, self.in_flight, self.most = [], 0, 0
         self.lock = threading.Lock()
 
-    def chat(self, messages, *, max_tokens, temperature=0.0, seed=0, logprobs=0, stop=()):
+    def chat(self, chat):
         with self.lock:
-            self.asked.append((messages[-1]["content"], max_tokens))
+            self.asked.append((chat.messages[-1]["content"], chat.max_tokens))
             self.in_flight += 1
             self.most = max(self.most, self.in_flight)
         time.sleep(self.seconds)
         with self.lock:
             self.in_flight -= 1
-        text = self.answer(messages[-1]["content"], seed)
+        text = self.answer(chat.messages[-1]["content"], chat.seed)
         top = (TokenChoice("a", -0.1, 1), TokenChoice("b", -2.0, 2))
         return Completion(text, "stop", 7, 3, "fake", 0.1, 0.3, (TokenChoice("a", -0.1, 1, top),))
 

@@ -178,7 +178,7 @@ def test_scales_need_an_importance_matrix(tmp_path):
 @pytest.mark.model
 def test_the_real_engine_runs_a_folded_file(demo_gguf, tmp_path):
     """Made-up scales in three layers, stored in eight bits: llama.cpp answers as it does without them."""
-    from bitladder.engines.base import Launch
+    from bitladder.engines.base import Chat, Launch
     from bitladder.engines.registry import start
 
     rng = np.random.default_rng(0)
@@ -199,6 +199,6 @@ def test_the_real_engine_runs_a_folded_file(demo_gguf, tmp_path):
     answers = []
     for file in files:
         with start(Launch(file.path, n_ctx=128, threads=1)) as engine:
-            answers.append(engine.chat([{"role": "user", "content": "Name the capital of France."}], max_tokens=12))
+            answers.append(engine.chat(Chat.of("Name the capital of France.", 12)))
     assert "Paris" in answers[1].text
     assert answers[0].text == answers[1].text

@@ -21,6 +21,25 @@ Message = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
+class Chat:
+    """What an engine is asked."""
+
+    messages: Sequence[Message]
+    max_tokens: int
+    temperature: float = 0.0
+    """0 is greedy."""
+    seed: int = 0
+    logprobs: int = 0
+    """Most likely tokens wanted at each place."""
+    stop: Sequence[str] = ()
+
+    @classmethod
+    def of(cls, prompt: str, max_tokens: int) -> Self:
+        """One message of a user, answered greedily."""
+        return cls([{"role": "user", "content": prompt}], max_tokens)
+
+
+@dataclass(frozen=True)
 class TokenChoice:
     """One generated token with the engine's probabilities at that place (before any sampling filter)."""
 
@@ -72,17 +91,8 @@ class Engine(Protocol):
     parallel: int
     """Requests worth having in flight at once."""
 
-    def chat(
-        self,
-        messages: Sequence[Message],
-        *,
-        max_tokens: int,
-        temperature: float = 0.0,
-        seed: int = 0,
-        logprobs: int = 0,
-        stop: Sequence[str] = (),
-    ) -> Completion:
-        """Answer a chat. Temperature 0 is greedy; ``logprobs`` asks for that many most likely tokens at each place.
+    def chat(self, chat: Chat) -> Completion:
+        """Answer a chat.
 
         Raises:
             EngineError: the engine died, stalled, or answered something that is not a completion.

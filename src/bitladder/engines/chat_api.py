@@ -17,7 +17,7 @@ from typing import Any
 
 import httpx
 
-from bitladder.engines.base import Completion, Message, Timings, TokenChoice
+from bitladder.engines.base import Chat, Completion, Timings, TokenChoice
 from bitladder.engines.event_stream import BOM, events, whole_events
 from bitladder.errors import EngineGone, EngineReply, EngineTimeout
 from bitladder.units import MiB
@@ -47,15 +47,10 @@ class Timeouts:
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """One chat. ``extra`` holds fields that only some engines know, ``without`` fields that this one refuses."""
+    """One chat for one engine: ``extra`` holds fields that only some engines know, ``without`` those it refuses."""
 
     model: str
-    messages: Sequence[Message]
-    max_tokens: int
-    temperature: float = 0.0
-    seed: int = 0
-    logprobs: int = 0
-    stop: Sequence[str] = ()
+    chat: Chat
     stream: bool = True
     extra: Mapping[str, Any] = field(default_factory=dict)
     max_tokens_field: str = "max_tokens"
@@ -63,20 +58,21 @@ class ChatRequest:
 
     def body(self) -> dict[str, Any]:
         """As JSON for ``/chat/completions``."""
+        chat = self.chat
         body: dict[str, Any] = {
             "model": self.model,
-            "messages": [dict(message) for message in self.messages],
-            self.max_tokens_field: self.max_tokens,
-            "temperature": self.temperature,
-            "seed": self.seed,
+            "messages": [dict(message) for message in chat.messages],
+            self.max_tokens_field: chat.max_tokens,
+            "temperature": chat.temperature,
+            "seed": chat.seed,
             "stream": self.stream,
         }
         if self.stream:
             body["stream_options"] = {"include_usage": True}
-        if self.logprobs:
-            body |= {"logprobs": True, "top_logprobs": self.logprobs}
-        if self.stop:
-            body["stop"] = list(self.stop)
+        if chat.logprobs:
+            body |= {"logprobs": True, "top_logprobs": chat.logprobs}
+        if chat.stop:
+            body["stop"] = list(chat.stop)
         body |= self.extra
         refused = {*self.without} | ({"model"} if not self.model else set())
         return {name: value for name, value in body.items() if name not in refused}
@@ -103,7 +99,7 @@ _STATUS_MEANS = {
 }  # fmt: skip
 
 
-def chat(client: httpx.Client, url: str, request: ChatRequest) -> Completion:
+def send_chat(client: httpx.Client, url: str, request: ChatRequest) -> Completion:
     """Send one chat and read the answer to its end.
 
     Raises:
@@ -125,7 +121,7 @@ def chat(client: httpx.Client, url: str, request: ChatRequest) -> Completion:
             else:
                 for event in _events(url, response.iter_bytes()):
                     answer.take(event, whole=False)
-                    answer.check_length(url, request.max_tokens)
+                    answer.check_length(url, request.chat.max_tokens)
         return answer.finished(url, request.model)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise EngineReply(

@@ -15,7 +15,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -25,13 +25,13 @@ from urllib.parse import urlsplit
 import httpx
 
 from bitladder.engines.address import api_base, split_address
-from bitladder.engines.base import Completion, Message
+from bitladder.engines.base import Chat, Completion
 from bitladder.engines.chat_api import (
     ChatRequest,
     ReplyStatus,
     Timeouts,
-    chat,
     parse_json,
+    send_chat,
     status_error,
     translated,
 )
@@ -242,7 +242,7 @@ class Endpoint:
                 return ()
             if response.status_code in (401, 403):
                 # A key may be good for chats alone, and some clouds list models under other headers: so ask.
-                self.chat([{"role": "user", "content": "Hello"}], max_tokens=16)
+                self.chat(Chat.of("Hello", 16))
                 return ()
             if response.status_code != httpx.codes.OK:
                 raise status_error(url, response)
@@ -259,16 +259,7 @@ class Endpoint:
             raise WrongModel(f"{self.settings.base_url} does not serve '{wanted}'.", do=f"It serves: {shown}.")
         return models
 
-    def chat(
-        self,
-        messages: Sequence[Message],
-        *,
-        max_tokens: int,
-        temperature: float = 0.0,
-        seed: int = 0,
-        logprobs: int = 0,
-        stop: Sequence[str] = (),
-    ) -> Completion:
+    def chat(self, chat: Chat) -> Completion:
         """Answer a chat (``engines.base.Engine.chat``), trying again where that may help.
 
         Raises:
@@ -277,23 +268,16 @@ class Endpoint:
             EngineError: no answer after all tries.
         """
         url = f"{self.settings.base_url.rstrip('/')}/chat/completions"
-        wanted = logprobs if self.settings.logprobs else 0
+        if not self.settings.logprobs:
+            chat = dataclasses.replace(chat, logprobs=0)
         tried = stalled = 0
         while True:
             request = ChatRequest(
-                self.settings.model,
-                messages,
-                max_tokens,
-                temperature,
-                seed,
-                wanted,
-                stop,
-                max_tokens_field=self._max_tokens_field,
-                without=self._without,
+                self.settings.model, chat, max_tokens_field=self._max_tokens_field, without=self._without
             )
             self._gate.wait()
             try:
-                completion = chat(self._client, url, request)
+                completion = send_chat(self._client, url, request)
             except (EngineReply, EngineTimeout, EngineGone) as error:
                 if self._adapted(request, error):
                     continue

@@ -11,7 +11,7 @@ one that differs from itself cannot be known again; that is said, not hidden.
 
 from __future__ import annotations
 
-from bitladder.engines.base import Engine
+from bitladder.engines.base import Chat, Engine
 from bitladder.records.endpoint import Fingerprint
 
 QUESTIONS = (
@@ -45,7 +45,7 @@ def still_the_same(engine: Engine, known: Fingerprint) -> bool:
 
 
 def _replies(engine: Engine) -> tuple[tuple[str, ...], str]:
-    said = [engine.chat([{"role": "user", "content": one}], max_tokens=REPLY_TOKENS) for one in QUESTIONS]
+    said = [engine.chat(Chat.of(one, REPLY_TOKENS)) for one in QUESTIONS]
     return tuple(one.text.strip() for one in said), said[-1].model
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from bitladder.describe.criteria import Mark
 from bitladder.describe.workload import Input, Workload
-from bitladder.engines.base import Engine
+from bitladder.engines.base import Chat, Engine
 from bitladder.stats.intervals import Bounds, clopper_pearson
 
 _REPLY_TOKENS = 16
@@ -92,7 +92,7 @@ class Judge:
 
     def _ask(self, prompt: str, words: Sequence[str]) -> str | None:
         """The one of the words that the judge says first and alone, or None."""
-        reply = self.engine.chat([{"role": "user", "content": prompt}], max_tokens=_REPLY_TOKENS).text
+        reply = self.engine.chat(Chat.of(prompt, _REPLY_TOKENS)).text
         said = [word for word in re.findall(r"[A-Za-z]+", reply) if word in words]
         return said[0] if len(set(said)) == 1 else None
 

@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bitladder.engines.base import Completion, Identity, Launch, Message, TokenChoice
+from bitladder.engines.base import Chat, Completion, Identity, Launch, Message, TokenChoice
 from bitladder.engines.chat_api import ChatRequest, Timeouts
 from bitladder.engines.served import ServedEngine
 from bitladder.errors import BadInput
@@ -72,7 +72,7 @@ class LlamaServer(ServedEngine):
     """One GGUF file in llama.cpp, as a context manager::
 
         with LlamaServer(Launch(path, n_ctx=2048, n_parallel=4, threads=8)) as server:
-            server.chat([{"role": "user", "content": "Hello"}], max_tokens=32).text
+            server.chat(Chat.of("Hello", 32)).text
 
     ``program``: an installed ``llama-server`` to run instead of the built-in engine.
     """
@@ -126,16 +126,7 @@ class LlamaServer(ServedEngine):
         props: dict[str, Any] = self._request("GET", "/props")
         return props
 
-    def chat(
-        self,
-        messages: Sequence[Message],
-        *,
-        max_tokens: int,
-        temperature: float = 0.0,
-        seed: int = 0,
-        logprobs: int = 0,
-        stop: Sequence[str] = (),
-    ) -> Completion:
+    def chat(self, chat: Chat) -> Completion:
         """Answer a chat through the model's own template (``engines.base.Engine.chat``).
 
         Not streamed: the process's death is noticed anyway, and only a whole reply carries the probability of
@@ -143,10 +134,9 @@ class LlamaServer(ServedEngine):
         another shape differ in their last bits, and an answer must not depend on what was asked before.
         """
         extra: dict[str, Any] = {"cache_prompt": False}
-        if temperature == 0:
+        if chat.temperature == 0:
             extra["top_k"] = 1
-        request = ChatRequest(self.name, messages, max_tokens, temperature, seed, logprobs, stop, False, extra)
-        return self._chat(request)
+        return self._chat(ChatRequest(self.name, chat, stream=False, extra=extra))
 
     def continue_tokens(
         self, tokens: Sequence[int], *, max_tokens: int, top: int = 2, cache: bool = True

@@ -64,7 +64,7 @@ def start(launch: Launch, kind: EngineKind | None = None) -> Running:
     """A running engine; use it as a context manager, so that it ends::
 
         with start(Launch(path, n_ctx=2048, threads=8)) as engine:
-            engine.chat([{"role": "user", "content": "Hello"}], max_tokens=32).text
+            engine.chat(Chat.of("Hello", 32)).text
 
     Raises:
         BadInput: there is no such file or folder.

@@ -12,8 +12,8 @@ from typing import Any, Self
 
 import httpx
 
-from bitladder.engines.base import Completion, Identity, Launch, Message, Unsupported
-from bitladder.engines.chat_api import ChatRequest, Timeouts, chat, parse_json, status_error, translated
+from bitladder.engines.base import Chat, Completion, Identity, Launch, Unsupported
+from bitladder.engines.chat_api import ChatRequest, Timeouts, parse_json, send_chat, status_error, translated
 from bitladder.engines.process import EngineProcess, free_port
 from bitladder.errors import BadInput, EngineError, EngineGone, EngineReply
 
@@ -115,18 +115,9 @@ class ServedEngine:
     ) -> None:
         self.close()
 
-    def chat(
-        self,
-        messages: Sequence[Message],
-        *,
-        max_tokens: int,
-        temperature: float = 0.0,
-        seed: int = 0,
-        logprobs: int = 0,
-        stop: Sequence[str] = (),
-    ) -> Completion:
+    def chat(self, chat: Chat) -> Completion:
         """Answer a chat through the model's own template (``engines.base.Engine.chat``)."""
-        return self._chat(ChatRequest(self.name, messages, max_tokens, temperature, seed, logprobs, stop))
+        return self._chat(ChatRequest(self.name, chat))
 
     def tokenize(self, text: str, add_special: bool = False) -> list[int]:  # noqa: ARG002
         """Token ids (``engines.base.Running.tokenize``)."""
@@ -140,7 +131,7 @@ class ServedEngine:
 
     def _chat(self, request: ChatRequest) -> Completion:
         try:
-            return chat(self._http(), f"{self.base_url}/v1/chat/completions", request)
+            return send_chat(self._http(), f"{self.base_url}/v1/chat/completions", request)
         except EngineError as error:
             raise self._explained(error) from error
 

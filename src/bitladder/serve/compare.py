@@ -14,7 +14,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bitladder.engines.base import Completion, Engine, Message, TokenChoice
+from bitladder.engines.base import Chat, Completion, Engine, Message, TokenChoice
 from bitladder.stages.divergence import TIE_NATS
 
 TIE_RATIO = math.exp(-TIE_NATS)
@@ -90,7 +90,7 @@ def compare(a: Engine, b: Engine, prompt: str, *, max_tokens: int = 256, system:
     """
     messages: list[Message] = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": prompt})
-    first, second = (engine.chat(messages, max_tokens=max_tokens, logprobs=TOP) for engine in (a, b))
+    first, second = (engine.chat(Chat(messages, max_tokens, logprobs=TOP)) for engine in (a, b))
     return compared(prompt, (a.name, first), (b.name, second))
 
 

@@ -26,15 +26,13 @@ from bitladder.files.companions import Companions, companions_of_folder, compani
 from bitladder.files.gguf import GgufFile
 from bitladder.files.imatrix import ImportanceMatrix
 from bitladder.files.layer_store import LayerStore
-from bitladder.files.probe import probe_machine
 from bitladder.files.vector_file import VectorFile, folds_of, importance_of_vectors
 from bitladder.kernels.awq import Fold
 from bitladder.levels import CheckpointLevel, FoldedLevel
-from bitladder.levels.checkpoints import parse_checkpoint
 from bitladder.levels.products import Product, statistics_of
 from bitladder.plan.calibration import CalibrationWork, predict
 from bitladder.plan.calibration_text import check_text
-from bitladder.plan.preflight import JobNeed, require
+from bitladder.plan.preflight import JobNeed
 from bitladder.progress import Progress, silent
 from bitladder.records.calibration import (
     CalibrationReport,
@@ -87,36 +85,6 @@ class Calibrated:
     """By checkpoint level: a hash over everything that its bytes depend on."""
     kept: frozenset[str] = frozenset()
     """Names of what was there already."""
-
-
-def quantize_checkpoints(
-    source: GgufFile,
-    levels: Sequence[str],
-    out_dir: Path,
-    windows: Sequence[Window],
-    *,
-    name: str,
-    checkpoint: Path | None = None,
-    settings: Settings | None = None,
-    measuring: Sequence[Window] = (),
-    allow_overlap: bool = False,
-    progress: Progress = silent,
-) -> list[CheckpointReport]:
-    """``Calibration`` for checkpoint levels alone, by their names, after a check that there is room.
-
-    Raises:
-        UnknownLevel: a level does not exist.
-        NothingFits: too little memory or disk.
-        And as ``Calibration``.
-    """
-    reading = Reading(windows, measuring=measuring, allow_overlap=allow_overlap)
-    wanted = [parse_checkpoint(level) for level in levels]
-    job = Calibration(
-        source, wanted, reading, out_dir=out_dir, name=name, checkpoint=checkpoint, settings=settings
-    )  # fmt: skip
-    if job.need is not None:
-        require(job.need, probe_machine(out_dir))
-    return job.run(progress).checkpoints
 
 
 class Calibration:

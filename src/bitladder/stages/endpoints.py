@@ -15,7 +15,7 @@ from bitladder.store.recorded import Remote
 
 if TYPE_CHECKING:
     from bitladder.describe.workload import Input, Workload
-    from bitladder.engines.base import Completion, Message
+    from bitladder.engines.base import Chat, Completion
     from bitladder.engines.endpoint import Endpoint, EndpointSettings
     from bitladder.plan.spending import Spending
     from bitladder.records.endpoint import Fingerprint
@@ -267,29 +267,20 @@ class StoredEngine:
     def __post_init__(self) -> None:
         self.name, self.parallel = self.engine.name, self.engine.parallel
 
-    def chat(
-        self,
-        messages: Sequence[Message],
-        *,
-        max_tokens: int,
-        temperature: float = 0.0,
-        seed: int = 0,
-        logprobs: int = 0,
-        stop: Sequence[str] = (),
-    ) -> Completion:
+    def chat(self, chat: Chat) -> Completion:
         """``engines.base.Engine.chat``; a stored answer has no times and no probabilities."""
         from bitladder.describe.workload import Input, question_hash
         from bitladder.engines.base import Completion
         from bitladder.records.evaluation import Answer
 
-        question = question_hash(Input("", tuple(messages), (), max_tokens=max_tokens), temperature, seed)
+        question = question_hash(
+            Input("", tuple(chat.messages), (), max_tokens=chat.max_tokens), chat.temperature, chat.seed
+        )
         known = self.recorded.answer(self.remote, question, REMOTE_ENGINE)
         if known is not None:
             tokens = known.prompt_tokens, known.completion_tokens
             return Completion(known.text, known.finish_reason, *tokens, self.name, math.nan, math.nan)
-        done = self.engine.chat(
-            messages, max_tokens=max_tokens, temperature=temperature, seed=seed, logprobs=logprobs, stop=stop
-        )
+        done = self.engine.chat(chat)
         answer = Answer(
             "", done.text, False, "a judge's reply", done.finish_reason,
             done.prompt_tokens, done.completion_tokens, question=question,

@@ -22,7 +22,7 @@ import numpy as np
 from bitladder.describe.criteria import Context, judge
 from bitladder.describe.similarity import METRICS
 from bitladder.describe.workload import Input, Workload, question_hash
-from bitladder.engines.base import Completion, Engine, Running, Unsupported
+from bitladder.engines.base import Chat, Completion, Engine, Running, Unsupported
 from bitladder.errors import EngineError, EngineReply, UsageError, WrongModel
 from bitladder.files.probe import OtherLoad
 from bitladder.progress import Progress, silent
@@ -83,14 +83,8 @@ def answer_workload(
     progress("answers", len(answers), len(wanted))
 
     def ask(one: Input, sample: int) -> Answer:
-        completion = engine.chat(
-            one.messages,
-            max_tokens=one.max_tokens,
-            temperature=workload.temperature,
-            seed=sample,
-            logprobs=logprobs,
-        )
-        return _answer(one, sample, questions[one.id, sample], completion)
+        chat = Chat(one.messages, one.max_tokens, workload.temperature, seed=sample, logprobs=logprobs)
+        return _answer(one, sample, questions[one.id, sample], engine.chat(chat))
 
     pool = ThreadPoolExecutor(max_workers=max(1, engine.parallel), thread_name_prefix="workload")
     failures = 0
@@ -341,7 +335,7 @@ def _clock_rates(engine: Running, repeat: int) -> tuple[float, float]:
 
 def _stream_rates(engine: Engine, repeat: int) -> tuple[float, float]:
     prompt = f"{repeat + 1}. {_PROSE * 3}\n\nGo on with this story in two hundred words."
-    done = engine.chat([{"role": "user", "content": prompt}], max_tokens=DECODE_TOKENS)
+    done = engine.chat(Chat.of(prompt, DECODE_TOKENS))
     decode_s = done.total_s - done.first_token_s
     if math.isnan(decode_s) or decode_s <= 0 or done.first_token_s <= 0:
         return math.nan, math.nan

@@ -29,7 +29,7 @@ from bitladder.store.location import store_url
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine
 
-KINDS = ("fidelity", "answer", "speed", "file", "machine", "decision", "benchmark", "endpoint")
+KINDS = ("fidelity", "answer", "speed", "file", "machine", "decision", "endpoint")
 EXPORT_FORMAT = "bitladder-evidence"
 
 _UPSERT = """
