@@ -202,7 +202,7 @@ def test_an_answer_survives_its_json_with_its_tokens():
     token = AnswerToken(7, -0.25, " 12", (Alternative(7, -0.25), Alternative(9, -1.5)))
     answer = Answer("pens", " 12", True, "", "stop", 3, 1, tokens=(token,))
     assert from_json(Answer, json.loads(json.dumps(to_json(answer)))) == answer
-    with pytest.raises(ValueError, match=r"tokens\[0\]\.top\[0\] must hold 2 values; got 1"):
+    with pytest.raises(ValueError, match=r"of length 2, got 1 - at `\$\.tokens\[0\]\.top\[0\]`"):
         from_json(Answer, to_json(answer) | {"tokens": [to_json(token) | {"top": [[1]]}]})
 
 
@@ -216,7 +216,7 @@ def test_a_broken_field_is_named(record, tmp_path):
     data["plan"]["levels"][2]["file_bytes"] = "many"
     path = tmp_path / "run.json"
     path.write_text(json.dumps(data))
-    with pytest.raises(BadInput, match=r"RunRecord\.plan\.levels\[2\]\.file_bytes must be int; got str"):
+    with pytest.raises(BadInput, match=r"Expected `int`, got `str` - at `\$\.plan\.levels\[2\]\.file_bytes`"):
         read_run(path)
 
 
@@ -407,7 +407,7 @@ def test_the_words_of_a_decision_are_the_same_in_json_and_back(vocabulary):
     assert back == tuple(vocabulary)
     assert all(isinstance(word, vocabulary) for word in back)
     for wrong in ("gold tier", "QUALITY", 3, None):
-        with pytest.raises(ValueError, match=r"Holder.words\[0\] must be"):
+        with pytest.raises(ValueError, match=r"at `\$\.words\[0\]`"):
             from_json(Holder, {"words": [wrong]})
 
 

@@ -14,7 +14,8 @@ from bitladder.engines.base import Completion, TokenChoice
 from bitladder.errors import EngineGone, UsageError
 from bitladder.plan.gate import search_exit
 from bitladder.records import to_json
-from bitladder.records.evaluation import Speed, answer_from_json
+from bitladder.records.evaluation import Answer, Speed
+from bitladder.records.reading import from_json
 from bitladder.stages.criteria_help import criteria_help
 from bitladder.stages.evaluate import answer_workload, check_help, compare, judge_answers, level_answers, measure_speed
 from bitladder.stages.smallest import margin_of, smallest_level
@@ -187,7 +188,7 @@ def test_a_judge_and_functions_reach_the_criteria():
 
 def test_answers_survive_their_json():
     answers = through(lambda prompt, seed: "A").answers
-    assert tuple(answer_from_json(plain) for plain in json.loads(json.dumps(to_json(answers)))) == answers
+    assert from_json(tuple[Answer, ...], json.loads(json.dumps(to_json(answers)))) == answers
     assert answers[0].question == question_hash(WORKLOAD.inputs[0], 0.0, 0)
     assert answers[0].tokens[0].top[1].logprob == -2.0
 

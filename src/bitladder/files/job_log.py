@@ -15,6 +15,7 @@ from bitladder.files.folders import data_folder
 from bitladder.files.measured import machine_key
 from bitladder.records import to_json
 from bitladder.records.job import JobOutcome
+from bitladder.records.reading import read_json
 
 _KEPT = 200
 _COUNTED = 9
@@ -45,9 +46,8 @@ def log_path(machine: Machine) -> Path:
 def read_jobs(machine: Machine) -> list[JobOutcome]:
     """Oldest first; a damaged log counts as empty, since predictions must not stop work."""
     try:
-        rows = json.loads(log_path(machine).read_text(encoding="utf-8"))
-        return [JobOutcome(**row) for row in rows]
-    except (OSError, ValueError, TypeError):
+        return list(read_json(tuple[JobOutcome, ...], log_path(machine).read_text(encoding="utf-8")))
+    except (OSError, ValueError):
         return []
 
 

@@ -10,11 +10,12 @@ import json
 from pathlib import Path
 
 from bitladder.describe.machine import Machine
-from bitladder.describe.rates import MeasuredMachine, PoolRates
+from bitladder.describe.rates import MeasuredMachine
 from bitladder.errors import BadFile
 from bitladder.files.atomic import write_whole
 from bitladder.files.folders import data_folder
 from bitladder.records import to_json
+from bitladder.records.reading import read_json
 
 
 def machine_key(machine: Machine) -> str:
@@ -43,10 +44,8 @@ def load_measured(machine: Machine) -> MeasuredMachine | None:
     if not path.is_file():
         return None
     try:
-        value = json.loads(path.read_text())
-        rates = PoolRates(**value.pop("rates"))
-        return MeasuredMachine(**{**value, "gpus": tuple(value.get("gpus", ())), "rates": rates})
-    except (ValueError, TypeError, KeyError) as error:
+        return read_json(MeasuredMachine, path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise BadFile(
             f"{path} is no stored measurement: {error}", do="Delete it and run `bitladder machine --measure` again."
         ) from error

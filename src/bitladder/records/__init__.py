@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from pathlib import PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    Real = float
+else:
+    Real = numbers.Real
+    """A float of a record that is read back: what is undefined (NaN) is null in JSON. It is a type of its own while
+    the program runs, so that ``reading.from_json`` can tell it from a float that must be there."""
 
 
 def to_json(record: Any) -> Any:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from bitladder.records import Real
+
 
 @dataclass(frozen=True)
 class LinearLoss:
@@ -11,9 +13,9 @@ class LinearLoss:
     calibration set."""
 
     name: str
-    loss: float
+    loss: Real
     tokens: int
-    damp: float = 0.0
+    damp: Real = 0.0
     """Share of the mean diagonal added to the Hessian (GPTQ); above 0.05 when factoring had to be rescued."""
     note: str = ""
     """What was done differently here and why; empty when nothing was."""
@@ -42,7 +44,7 @@ class CalibrationText:
     longest: int
     """Tokens of the shortest and longest window."""
     hash: str
-    overlap: float
+    overlap: Real
     """Share of the measuring text's token runs that occur here too; must be 0 unless it was forced."""
     sources: tuple[TextSource, ...] = ()
 
@@ -73,7 +75,7 @@ class LayerCoverage:
 class Preflight:
     """What a calibration takes, predicted before it starts or found after it. Bytes and seconds."""
 
-    seconds: float
+    seconds: Real
     ram_bytes: int
     disk_bytes: int
 
@@ -85,9 +87,9 @@ class CheckpointReport:
     level: str
     path: str
     bytes: int
-    bpw: float
+    bpw: Real
     """Bits per weight of the quantized linear layers, scales included."""
-    seconds: float
+    seconds: Real
     text: CalibrationText | None
     linears: tuple[LinearLoss, ...]
     notes: tuple[str, ...]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from bitladder.records import Real
+
 
 class Status(StrEnum):
     """What became of a level."""
@@ -88,8 +90,8 @@ class TagVerdict:
     inputs: int
     lost: int
     gained: int
-    loss_low: float
-    loss_high: float
+    loss_low: Real
+    loss_high: Real
     """95% interval of the loss in pass rate, as a share: 0.04 is four points."""
     status: TagStatus
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from bitladder.records import Real
+
 
 @dataclass(frozen=True)
 class Departure:
@@ -81,11 +83,11 @@ class Degeneration:
     """What long answers show when few bits are left. Means over answers of at least the stated length."""
 
     answers: int
-    distinct_1: float
-    distinct_2: float
-    distinct_4: float
+    distinct_1: Real
+    distinct_2: Real
+    distinct_4: Real
     """Different n-grams as a share of all n-grams of words; NaN without answers that long."""
-    repeated_share: float
+    repeated_share: Real
     """Share of words inside a span that repeats what directly precedes it."""
     looping: tuple[str, ...]
     """Inputs whose answer ends in a loop: the same span at least three times in a row up to the end."""

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from bitladder.records import Real
 
 
 class Alternative(NamedTuple):
     """A token that an engine held likely at some place, with its log-probability (natural)."""
 
     token_id: int
-    logprob: float
+    logprob: Real
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class AnswerToken:
     """One token of an answer, as the engine chose it. The token that ended the answer is among them."""
 
     token_id: int
-    logprob: float
+    logprob: Real
     text: str
     top: tuple[Alternative, ...]
     """The most likely tokens there, this one among them, most likely first."""
@@ -53,10 +54,10 @@ MOST_OTHERS_SHARE = 0.15
 class Speed:
     """Measured through the engine with one request at a time; medians of repeats, tokens per second."""
 
-    prefill_tokens_per_s: float
-    decode_tokens_per_s: float
-    load_seconds: float
-    others_share: float = float("nan")
+    prefill_tokens_per_s: Real
+    decode_tokens_per_s: Real
+    load_seconds: Real
+    others_share: Real = float("nan")
     """Share of this machine's processor time that other programs took meanwhile; NaN where it says nothing."""
 
     @property
@@ -81,11 +82,11 @@ class TagResult:
     tag: str
     inputs: int
     passes: int
-    pass_low: float
-    pass_high: float
+    pass_low: Real
+    pass_high: Real
     lost: int
     gained: int
-    p_value: float
+    p_value: Real
     """McNemar's exact test, corrected for the number of tags (Holm)."""
 
 
@@ -100,36 +101,22 @@ class WorkloadResult:
     level: str
     passes: int
     inputs: int
-    pass_low: float
-    pass_high: float
+    pass_low: Real
+    pass_high: Real
     """95% Wilson interval of the pass rate; with weights or several answers, at the effective number of inputs."""
     lost: tuple[str, ...]
     """Inputs the reference passed and this level did not."""
     gained: tuple[str, ...]
     same_answers: int
     """Inputs with the very same text as the reference's."""
-    p_value: float
+    p_value: Real
     """McNemar's exact test on lost against gained; with several answers per input or unequal weights, the
     paired permutation test of the weighted pass shares.
     """
-    decode_tokens_per_s: float
-    prefill_tokens_per_s: float
-    pass_rate: float = float("nan")
+    decode_tokens_per_s: Real
+    prefill_tokens_per_s: Real
+    pass_rate: Real = float("nan")
     """Share of passes, each input with its weight."""
-    smallest_visible_loss: float = float("nan")
+    smallest_visible_loss: Real = float("nan")
     """A true loss smaller than this (as a share) goes unseen by a workload of this size more than one time in five."""
     tags: tuple[TagResult, ...] = ()
-
-
-def answer_from_json(plain: Mapping[str, Any]) -> Answer:
-    """The Answer that ``to_json`` made this of."""
-    tokens = tuple(
-        AnswerToken(
-            token["token_id"],
-            token["logprob"],
-            token["text"],
-            tuple(Alternative(other[0], other[1]) for other in token["top"]),
-        )
-        for token in plain.get("tokens", ())
-    )
-    return Answer(**{**plain, "tokens": tokens})

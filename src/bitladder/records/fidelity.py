@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from enum import StrEnum
 
+from bitladder.records import Real
+
 
 class Way(StrEnum):
     """What computed the predictions that were compared."""
@@ -32,23 +34,23 @@ class Fidelity:
     """How many units were resampled for the intervals."""
     unit: str
     """``document`` or ``window``."""
-    kl_mean: float
-    kl_low: float
-    kl_high: float
-    kl_median: float
-    kl_p99: float
-    kl_max: float
-    ppl: float
-    ppl_reference: float
-    ppl_ratio: float
-    ppl_ratio_low: float
-    ppl_ratio_high: float
-    top1: float
-    top1_low: float
-    top1_high: float
-    kl_median_low: float = math.nan
-    kl_median_high: float = math.nan
-    kl_p99_low: float = math.nan
-    kl_p99_high: float = math.nan
+    kl_mean: Real
+    kl_low: Real
+    kl_high: Real
+    kl_median: Real
+    kl_p99: Real
+    kl_max: Real
+    ppl: Real
+    ppl_reference: Real
+    ppl_ratio: Real
+    ppl_ratio_low: Real
+    ppl_ratio_high: Real
+    top1: Real
+    top1_low: Real
+    top1_high: Real
+    kl_median_low: Real = math.nan
+    kl_median_high: Real = math.nan
+    kl_p99_low: Real = math.nan
+    kl_p99_high: Real = math.nan
     way: Way = Way.WALK
     """Figures of different ways are not compared with one another."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from bitladder.records import Real
+
 
 @dataclass(frozen=True)
 class JobOutcome:
@@ -15,15 +17,15 @@ class JobOutcome:
     """In words: the levels, the text."""
     when: str
     """When it ended, UTC, ISO 8601."""
-    by_formula_s: float
+    by_formula_s: Real
     """Seconds by the formula alone, before earlier jobs corrected it."""
-    predicted_s: float
-    low_s: float
-    high_s: float
+    predicted_s: Real
+    low_s: Real
+    high_s: Real
     """Seconds that were predicted, and the range around them."""
     label: str
     """``measured`` when earlier jobs here corrected the prediction, else ``assumed``."""
-    took_s: float
+    took_s: Real
     ram_bytes: int
     """Peak memory that was predicted, bytes."""
     disk_bytes: int

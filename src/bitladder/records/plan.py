@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from enum import StrEnum
 
+from bitladder.records import Real
+
 
 class Place(StrEnum):
     """Where the parts of a running model lie."""
@@ -35,9 +37,9 @@ class Figure:
     ``assumed`` (from data sheets).
     """
 
-    value: float
-    low: float
-    high: float
+    value: Real
+    low: Real
+    high: Real
     label: str
     binds: str
 
@@ -58,8 +60,8 @@ class LevelPlan:
     level: str
     tensor_bytes: int
     file_bytes: int
-    bpw: float
-    on_label_share: float
+    bpw: Real
+    on_label_share: Real
     """Share of quantizable weights that really get the type in the name; the rest fell back or was promoted."""
     fallbacks: int
     """Tensors whose rows do not divide into the wanted block and got another type."""

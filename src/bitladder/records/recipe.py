@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from bitladder.records import Real
 from bitladder.records.calibration import LinearLoss
 from bitladder.records.level_file import LevelFile
 
@@ -18,8 +19,8 @@ class TensorLoss:
 
     qtype: str
     bytes: int
-    plain: float
-    fed: float
+    plain: Real
+    fed: Real
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,11 @@ class SensitivityTable:
     text_hash: str
     tokens: int
     losses: Mapping[str, tuple[TensorLoss, ...]]
-    checked: tuple[tuple[float, float], ...] = ()
-    scale: float = 1.0
-    power: float = 1.0
-    error: float = float("nan")
-    fed: float = 1.0
+    checked: tuple[tuple[Real, Real], ...] = ()
+    scale: Real = 1.0
+    power: Real = 1.0
+    error: Real = float("nan")
+    fed: Real = 1.0
 
     def expected(self, predicted: float, *, feedback: bool = False) -> float:
         """The KL divergence to expect of a recipe whose tensors' losses sum to ``predicted``."""
@@ -65,8 +66,8 @@ class Recipe:
     architecture: str
     qtypes: Mapping[str, str]
     bytes: int
-    bpw: float
-    expected_kl: float | None
+    bpw: Real
+    expected_kl: Real | None
     limits: tuple[str, ...] = ()
     feedback: bool = False
 

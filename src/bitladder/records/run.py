@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from bitladder.records import Real
 from bitladder.records.decision import Decision
 from bitladder.records.divergence import WordingChanges
 from bitladder.records.evaluation import LevelAnswers, WorkloadResult
@@ -39,9 +40,9 @@ class FileFacts:
     level: str
     path: str
     bytes: int
-    bpw: float
+    bpw: Real
     sha256: str = ""
-    seconds: float = 0.0
+    seconds: Real = 0.0
     method: str = ""
     """How it was made, as its header says it."""
 
@@ -83,7 +84,7 @@ class RunRecord:
     """Package name to version."""
     commands: tuple[str, ...] = ()
     """What to type to get the same numbers."""
-    timings: dict[str, float] = field(default_factory=dict)
+    timings: dict[str, Real] = field(default_factory=dict)
     """Stage to seconds."""
     jobs: tuple[JobOutcome, ...] = ()
     """What was built or measured, with what it was predicted to take."""

@@ -10,7 +10,7 @@ from bitladder.errors import BadInput
 from bitladder.files.atomic import write_whole
 from bitladder.files.outputs import check_output, holding
 from bitladder.records import to_json
-from bitladder.records.reading import from_json
+from bitladder.records.reading import read_json
 from bitladder.records.run import RunRecord
 
 RUN_JSON = "run.json"
@@ -24,15 +24,14 @@ def read_run(path: Path) -> RunRecord:
         BadInput: no such file, or not a run.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        return from_json(RunRecord, data)
+        return read_json(RunRecord, path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BadInput(
             f"No such file: {path}.", do="Name the .json that `bitladder run` left beside its report."
         ) from None
     except OSError as error:
         raise BadInput(f"{path} cannot be read: {error.strerror}.", do="Check the path and its permissions.") from error
-    except (ValueError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise BadInput(
             f"{path} is not a run: {error}.",
             means="It is another kind of JSON, or was written by another version.",

@@ -44,6 +44,7 @@ from bitladder.records.calibration import (
     Preflight,
 )
 from bitladder.records.coverage import coverage, coverage_of_counts
+from bitladder.records.reading import from_json
 from bitladder.walk.checkpoint_result import finish_folder, losses_of, proved
 from bitladder.walk.checkpoint_walk import FLOAT_TYPES, CalibrationWalk, Settings
 from bitladder.walk.layers import LayeredModel
@@ -290,7 +291,7 @@ def _checked_text(source: GgufFile, levels: Sequence[Product], reading: Reading)
 
 def _scales(level: FoldedLevel, store: VectorFile, folds: Mapping[str, Fold]) -> FoldedScales:
     """What is reported of a folded level's scales."""
-    linears = tuple(LinearLoss(**loss) for loss in store.manifest()["linears"])
+    linears = from_json(tuple[LinearLoss, ...], store.manifest().get("linears"))
     return FoldedScales(level.name, linears, sum(fold.columns is not None for fold in folds.values()))
 
 

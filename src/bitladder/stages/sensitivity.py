@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,8 @@ from bitladder.formats.tensors import TensorInfo
 from bitladder.kernels import REVISION, dequantize, quantize
 from bitladder.kernels.feedback import REVISION as FEEDBACK_REVISION
 from bitladder.progress import Progress, silent
+from bitladder.records import to_json
+from bitladder.records.reading import read_json
 from bitladder.records.recipe import SensitivityTable, TensorLoss
 from bitladder.units import GiB
 from bitladder.walk.driver import Resumable
@@ -143,14 +145,14 @@ class _Table(Resumable):
 
     def arrays(self) -> Arrays:
         """As ``Resumable``."""
-        losses = {name: [asdict(one) for one in own.values()] for name, own in self.losses.items()}
-        return {**self.importance, _LOSSES: np.frombuffer(json.dumps(losses).encode(), np.uint8)}
+        losses = {name: tuple(own.values()) for name, own in self.losses.items()}
+        return {**self.importance, _LOSSES: np.frombuffer(json.dumps(to_json(losses)).encode(), np.uint8)}
 
     def resume(self, layers: int, arrays: Arrays) -> None:  # noqa: ARG002
         """As ``Resumable``."""
         self.importance = {name: array for name, array in arrays.items() if name != _LOSSES}
-        losses = json.loads(arrays[_LOSSES].tobytes())
-        self.losses = {name: {one["qtype"]: TensorLoss(**one) for one in own} for name, own in losses.items()}
+        losses = read_json(dict[str, tuple[TensorLoss, ...]], arrays[_LOSSES].tobytes())
+        self.losses = {name: {one.qtype: one for one in own} for name, own in losses.items()}
 
 
 def _importance(seen: Sensitivity) -> F32:

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 
 from bitladder import __version__
 from bitladder.errors import BadInput
-from bitladder.records.recipe import SensitivityTable, TensorLoss
+from bitladder.records import to_json
+from bitladder.records.reading import read_json
+from bitladder.records.recipe import SensitivityTable
 from bitladder.stages.calibration import calibration_texts
 from bitladder.stages.forecast import forecast, walking_need
 from bitladder.stages.job import Job
@@ -68,9 +70,9 @@ def weighed_tensors(job: Job, parts: RecipeTexts, texts: Sequence[Path]) -> tupl
 
     source, text = job.source, text_hash(calibration_texts(texts))[:16]
     kept = cache_folder("sensitivity", f"{source.sha256[:16]}-{text}-{__version__}-{REVISION}-{FEEDBACK_REVISION}.json")
-    if kept.exists():
+    if (table := read_table(kept)) is not None:
         job.journal.reuse("sensitivity", [source.model.name])
-        return _read_table(kept), kept
+        return table, kept
     need = walking_need(source, parts.weighing, ("",) * 3, kind="weigh")
     with forecast(need.named(f"weigh {source.model.name}'s tensors"), job.journal):
         keep = cache_folder("walks", "weigh")
@@ -85,20 +87,16 @@ def weighed_tensors(job: Job, parts: RecipeTexts, texts: Sequence[Path]) -> tupl
 def keep_table(kept: Path, table: SensitivityTable) -> None:
     """Keep a table for later calls."""
     from bitladder.files.atomic import write_whole
-    from bitladder.records import to_json
 
-    kept.parent.mkdir(parents=True, exist_ok=True)
     write_whole(kept, json.dumps(to_json(table)))
 
 
-def _read_table(path: Path) -> SensitivityTable:
-    stored = json.loads(path.read_text(encoding="utf-8"))
-    losses = {name: tuple(TensorLoss(**one) for one in own) for name, own in stored.pop("losses").items()}
-    checked = tuple((pair[0], pair[1]) for pair in stored.pop("checked"))
-    error = stored.pop("error")
-    return SensitivityTable(
-        **stored, losses=losses, checked=checked, error=float("nan") if error is None else float(error)
-    )
+def read_table(kept: Path) -> SensitivityTable | None:
+    """The table that was kept there; None where there is none, or one that cannot be read: it is made again."""
+    try:
+        return read_json(SensitivityTable, kept.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def _checked(job: Job, weighed: Weighed, parts: RecipeTexts) -> SensitivityTable:

@@ -4,7 +4,7 @@ holds what was computed and reads text as the source does."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,9 @@ from bitladder.files.checkpoint_folder import CheckpointFolder
 from bitladder.files.companions import Companions, tokenizer_differences
 from bitladder.files.layer_store import LayerStore
 from bitladder.levels import CheckpointLevel
-from bitladder.records.calibration import (
-    CalibrationText,
-    CheckpointReport,
-    LayerCoverage,
-    LinearLoss,
-    Preflight,
-    TextSource,
-)
+from bitladder.records.calibration import CalibrationText, CheckpointReport, LinearLoss, Preflight
 from bitladder.records.coverage import coverage
+from bitladder.records.reading import from_json
 from bitladder.walk.checkpoint_walk import CalibrationWalk
 from bitladder.walk.layers import LayeredModel
 
@@ -31,15 +25,7 @@ from bitladder.walk.layers import LayeredModel
 def losses_of(store: LayerStore) -> tuple[LinearLoss, ...]:
     """The losses that a store's log has, layer by layer."""
     return tuple(
-        LinearLoss(
-            note["tensor"],
-            float("nan") if note["loss"] is None else note["loss"],
-            note["tokens"],
-            note["damp"],
-            note["note"],
-        )
-        for entry in store.finished()
-        for note in entry.tensors
+        from_json(LinearLoss, {**note, "name": note["tensor"]}) for entry in store.finished() for note in entry.tensors
     )
 
 
@@ -108,10 +94,9 @@ def proved(
     Raises:
         OutputError: weights, tokenizer or chat template are not what they should be.
     """
-    manifest = folder.manifest()
-    verify_folder(folder.target, level, manifest["digests"])
-    stored = dict(manifest["report"])
-    notes = list(stored["notes"])
+    stored, digests = _stored(folder)
+    verify_folder(folder.target, level, digests)
+    notes = list(stored.notes)
     wrong = tokenizer_differences(folder.target, prompts, checkpoint=checkpoint, template=template)
     if wrong and checkpoint is not None:
         raise OutputError(
@@ -125,26 +110,18 @@ def proved(
             f"{wrong[0]}. Put the original's tokenizer files into the folder before serving it."
         )
     size = sum(path.stat().st_size for path in folder.target.iterdir())
-    return CheckpointReport(
-        **{
-            **stored,
-            "bytes": size,
-            "path": str(folder.target),
-            "text": _text(stored["text"]),
-            "linears": tuple(LinearLoss(**loss) for loss in stored["linears"]),
-            "notes": tuple(notes),
-            "coverage": tuple(
-                LayerCoverage(one["layer"], one["tokens"], tuple(one["experts"]), tuple(one["rounded_plainly"]))
-                for one in stored["coverage"]
-            ),
-            "predicted": Preflight(**stored["predicted"]),
-            "measured": Preflight(**stored["measured"]),
-        }
-    )
+    return replace(stored, bytes=size, path=str(folder.target), notes=tuple(notes))
 
 
-def _text(stored: dict[str, Any] | None) -> CalibrationText | None:
-    if stored is None:
-        return None
-    sources = (TextSource(**{**one, "languages": tuple(one["languages"])}) for one in stored["sources"])
-    return CalibrationText(**{**stored, "sources": tuple(sources)})
+def _stored(folder: CheckpointFolder) -> tuple[CheckpointReport, dict[str, str]]:
+    """The report that lies in a folder, and its tensors' digests."""
+    manifest = folder.manifest()
+    try:
+        digests = from_json(dict[str, str], manifest.get("digests"))
+        return from_json(CheckpointReport, manifest.get("report")), digests
+    except ValueError as error:
+        raise OutputError(
+            f"{folder.target} says of itself what Bitladder does not write: {error}.",
+            means="Its bitladder.json was changed, or another version wrote it.",
+            do="Delete the folder and run again.",
+        ) from error
