@@ -76,7 +76,7 @@ def write_family(
         if key != "general.architecture":
             add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32, bool: writer.add_bool}
             add[type(value)](key, value)
-    _byte_tokens(writer)
+    byte_tokens(writer)
     rng = np.random.default_rng(0)
     for tensor in tensors:
         value = _sized(tensor, rng.standard_normal(tensor.shape, np.float32))
@@ -106,7 +106,7 @@ def _sized(tensor: TensorInfo, value: np.ndarray) -> np.ndarray:
     return value.astype(np.float16 if tensor.qtype == "F16" else np.float32)
 
 
-def _byte_tokens(writer: gguf.GGUFWriter) -> None:
+def byte_tokens(writer: gguf.GGUFWriter) -> None:
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = {byte: 256 + n for n, byte in enumerate(b for b in range(256) if b not in plain)}
     tokens = ["<end>", *(chr(others.get(byte, byte)) for byte in range(256)), "ab"]

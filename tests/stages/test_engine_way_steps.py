@@ -21,7 +21,7 @@ from bitladder.stages.measure import Measuring, measure_model
 from bitladder.stages.quantize import build_levels
 from bitladder.stages.run_facts import RunSettings
 from bitladder.stages.smallest import SmallestRequest, find_smallest
-from engine_models import _byte_tokens, write_family
+from engine_models import byte_tokens, write_family
 
 pytestmark = pytest.mark.model
 LEVELS = parse_levels(["Q8_0", "Q4_K_M"])
@@ -93,7 +93,7 @@ def test_both_ways_of_a_model_that_has_both(texts, tmp_path):
     case = tiny_models.CASES["llama"]
     sizes = {"hidden_size": 256, "intermediate_size": 256, "vocab_size": 288, "max_position_embeddings": 512}
     tiny = tiny_models.make(case, **sizes)
-    path = tiny_models.write(case, tiny, tmp_path / "tiny.gguf", tokenizer=lambda writer, _: _byte_tokens(writer))
+    path = tiny_models.write(case, tiny, tmp_path / "tiny.gguf", tokenizer=lambda writer, _: byte_tokens(writer))
     figures = {}
     for through in (Way.ENGINE, None, Way.WALK):
         journal = Journal()
@@ -112,7 +112,7 @@ def test_a_variant_that_the_walk_refuses_goes_to_the_engine(texts, tmp_path, mon
     case = tiny_models.CASES["llama"]
     sizes = {"hidden_size": 256, "intermediate_size": 256, "vocab_size": 288, "max_position_embeddings": 512}
     tiny = tiny_models.make(case, **sizes)
-    path = tiny_models.write(case, tiny, tmp_path / "tiny.gguf", tokenizer=lambda writer, _: _byte_tokens(writer))
+    path = tiny_models.write(case, tiny, tmp_path / "tiny.gguf", tokenizer=lambda writer, _: byte_tokens(writer))
     journal = Journal()
     (found,) = measured(str(path), LEVELS[:1], texts=texts, imatrix="auto", journal=journal)
     assert found.way is Way.ENGINE

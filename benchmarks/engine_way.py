@@ -1,0 +1,110 @@
+"""Time and memory of measuring and of gathering importance: in the engine against the walk, on one model and text.
+
+    scripts/bench engine_way [--model smollm2-135m] [--windows 3] [--rounds 3] [--threads 1]
+
+Two levels are written first. Then each round measures them both ways and gathers an importance matrix both ways, each
+in a process of its own and in turns, so that other work on the machine meets all alike. Processor seconds of the
+process and its children, imports included; peak resident memory of the larger of the two, in which the engine's mapped
+files count. The figures of both ways stand beside each other: the engine's contain its rounding of inputs.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from bitladder.describe.windows import Window
+from bitladder.files.gguf import GgufFile
+from bitladder.files.sources import resolve
+from bitladder.records.fidelity import Fidelity
+from bitladder.stages.calibration import token_windows
+from bitladder.stages.engine_way import engine_fidelities, engine_matrix
+from bitladder.stages.job import Journal
+from bitladder.stages.measure import documents
+
+LEVELS = ("Q8_0", "Q4_K_M")
+
+
+def one_pass(name: str, source: Path, files: list[Path], windows: int, threads: int) -> dict[str, object]:
+    """Do one of the four, and say what it took."""
+    with GgufFile.open(source) as model:
+        text = token_windows(model, documents(()))[:windows]
+        kl = {level: one.kl_mean for level, one in zip(LEVELS, _done(name, model, files, text, threads), strict=False)}
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    cpu = sum(one.ru_utime + one.ru_stime for one in used)
+    tokens = sum(len(window.tokens) for window in text)
+    return {"cpu": cpu, "peak": max(one.ru_maxrss for one in used) / 1024, "kl": kl, "tokens": tokens}
+
+
+def _done(name: str, model: GgufFile, files: list[Path], text: list[Window], threads: int) -> list[Fidelity]:
+    quiet = {"threads": threads, "journal": Journal(), "progress": lambda *_: None}
+    levels = list(zip(LEVELS, files, strict=True))
+    if name == "fidelity, engine":
+        return list(engine_fidelities(model.path, levels, text, **quiet))
+    if name == "importance, engine":
+        engine_matrix(model, text, dataset="", **quiet)
+        return []
+    import torch
+
+    from bitladder.stages.fidelity import file_candidate, walk
+    from bitladder.stages.imatrix import importance_matrix
+
+    torch.set_num_threads(threads)
+    if name == "importance, walk":
+        importance_matrix(model, text, threads=threads)
+        return []
+    opened = [file_candidate(model, GgufFile.open(path), level=level) for level, path in levels]
+    return walk(model, opened, text, threads=threads)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--windows", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--one", nargs="+", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        name, source, *files = options.one
+        print(json.dumps(one_pass(name, Path(source), list(map(Path, files)), options.windows, options.threads)))
+        return 0
+    from bitladder.levels import parse_levels
+    from bitladder.stages.quantize import build_levels
+
+    source = resolve(options.model).path
+    with tempfile.TemporaryDirectory() as folder:
+        built = build_levels(
+            str(source), parse_levels(LEVELS), Path(folder), imatrix="none", threads=options.threads,
+            progress=lambda *_: None,
+        )  # fmt: skip
+        files = [str(file.path) for file in built.files]
+        found: dict[str, list[dict[str, object]]] = {}
+        for _ in range(options.rounds):
+            for name in ("fidelity, walk", "fidelity, engine", "importance, walk", "importance, engine"):
+                command = [sys.executable, __file__, "--windows", str(options.windows)]
+                command += ["--threads", str(options.threads), "--one", name, str(source), *files]
+                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+                found.setdefault(name, []).append(json.loads(done.stdout.splitlines()[-1]))
+    print(f"{source.name}, {found['fidelity, walk'][0]['tokens']} tokens, {options.rounds} rounds in turns")
+    for name, rounds in found.items():
+        cpu = [float(one["cpu"]) for one in rounds]
+        kl = ", ".join(f"{level} {value:.5f}" for level, value in dict(rounds[0]["kl"]).items())
+        peak = max(float(one["peak"]) for one in rounds)
+        print(f"{name}: {statistics.median(cpu):.1f} CPU s ({min(cpu):.1f} to {max(cpu):.1f}), {peak:.0f} MiB  {kl}")
+    for what in ("fidelity", "importance"):
+        pairs = zip(found[f"{what}, engine"], found[f"{what}, walk"], strict=True)
+        ratios = [float(one["cpu"]) / float(other["cpu"]) for one, other in pairs]
+        print(
+            f"{what}: the engine takes {statistics.median(ratios):.2f} times the walk's processor time "
+            f"({min(ratios):.2f} to {max(ratios):.2f})"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
