@@ -1,4 +1,4 @@
-"""Tiny checkpoints through llama.cpp's own converter, many in one process: what tests compare the walk with is its work.
+"""Tiny checkpoints through llama.cpp's own converter, many in one process: tests compare the walk with its work.
 
 Vocabularies are lists of made-up tokens, because no converter knows the tokenizer of a random model.
 """

@@ -92,7 +92,7 @@ def test_rows_are_found_in_what_a_type_can_hold():
     found = correspond(
         {"q": Q}, {"a": stored}, rounded=lambda value, _: value.astype(np.float16).astype(np.float32)
     )  # fmt: skip
-    names, layout = found["q"]
+    _, layout = found["q"]
     np.testing.assert_array_equal(layout.parameter([stored]), Q.astype(np.float16).astype(np.float32))
 
 

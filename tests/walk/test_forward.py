@@ -230,6 +230,16 @@ def test_recipes_and_error_feedback(name, made, tmp_path):
     assert 0 < fed.kl_mean < rounded.kl_mean
 
 
+@pytest.mark.parametrize("name", ["gpt-oss", "llama4", "gpt2"])
+def test_checkpoint_levels_without_a_layout_are_refused(name, made, tmp_path):
+    _, checkpoint, gguf = made[name]
+    with GgufFile.open(gguf) as source, pytest.raises(UnknownArchitecture, match="lies transposed"):
+        quantize_checkpoints(
+            source, ["GPTQ-4bit-g32"], tmp_path / "out", windows_of(1), name="tiny", checkpoint=checkpoint
+        )
+    assert not (tmp_path / "out").exists()
+
+
 def test_without_its_checkpoint_a_file_is_refused_with_the_reason(made, tmp_path):
     _, _, gguf = made["granite"]
     alone = tmp_path / "alone.gguf"

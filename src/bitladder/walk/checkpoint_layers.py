@@ -7,8 +7,8 @@ and apart in the other: transformers' own conversion does all that, here on the 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +49,9 @@ class CheckpointLayers:
         own = self._skeleton.layers_path
         wanted = {path for layer in (0, self._skeleton.n_layer - 1) for path in self._skeleton.layer_parameters(layer)}
         found: dict[str, int] = {}
+        numbered = re.compile(rf"(?:^|\.)(\w+)\.(?:0|{self._skeleton.n_layer - 1})\.")
         for name in self._names:
-            for at in re.finditer(r"(?:^|\.)(\w+)\.(?:0|%d)\." % (self._skeleton.n_layer - 1), name):
+            for at in numbered.finditer(name):
                 prefix = name[: at.end(1)] + "."
                 fits = (at[1] == own.rpartition(".")[2]) + 2 * (name[at.end() :] in wanted)
                 found[prefix] = found.get(prefix, 0) + fits
@@ -127,11 +128,8 @@ class CheckpointLayers:
         for name, value in self._read(names).items():
             inside = bool(outside) and name.startswith(f"{outside}.")
             read[f"{around}.{name.removeprefix(f'{outside}.')}" if inside or not outside else name] = value
-        settings = LoadStateDictConfig(
-            dtype=torch.float32,
-            weight_mapping=get_model_conversion_mapping(skeleton.model),
-            ignore_mismatched_sizes=True,
-        )
+        mapping: Any = get_model_conversion_mapping(skeleton.model)
+        settings = LoadStateDictConfig(dtype=torch.float32, weight_mapping=mapping, ignore_mismatched_sizes=True)
         empty = {path: value for path, value in skeleton.model.state_dict().items() if path in wanted}
         try:
             with torch.inference_mode(False), torch.no_grad(), _silent():
@@ -147,9 +145,8 @@ class CheckpointLayers:
                     skeleton.fill(skeleton.model, path, value)
         missing = sorted(path for path in wanted if path not in found)
         if missing:
-            packed = (
-                " (quantized sources are not read this way)" if "quantization_config" in self.checkpoint.config else ""
-            )
+            quantized = "quantization_config" in self.checkpoint.config
+            packed = " (quantized sources are not read this way)" if quantized else ""
             raise refused(skeleton.model_type, f"its checkpoint lacks '{missing[0][-60:]}'{packed}")
         return found
 
@@ -158,17 +155,16 @@ def _f32(value: torch.Tensor) -> F32:
     return np.asarray(value.detach().to(torch.float32).contiguous().numpy(), np.float32)
 
 
-class _silent:
+@contextmanager
+def _silent() -> Iterator[None]:
     """No bar of transformers' own while it loads a layer."""
+    from transformers.utils import logging
 
-    def __enter__(self) -> None:
-        from transformers.utils import logging
-
-        self._on = logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()
-
-    def __exit__(self, *_: object) -> None:
-        from transformers.utils import logging
-
-        if self._on:
-            logging.enable_progress_bar()
+    bars: Any = logging
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()

@@ -57,7 +57,7 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """How a parameter is put together from tensors, and how they are cut from it. Layouts that do the same are equal."""
+    """How a parameter is put together from tensors, and they are cut from it. Layouts that do the same are equal."""
 
     shape: tuple[int, ...]
     """The parameter's."""

@@ -79,8 +79,8 @@ def _layers(model: Model) -> Layers:
         known = ", ".join(sorted(walked()))
         raise UnknownArchitecture(
             f"No layers are known for the architecture '{model.dims.architecture}'.",
-            means="Layers of other families come from transformers, by the config.json that a GGUF file lacks. Without it "
-            f"walking layer by layer works for: {known}. Plans, K-quants and workloads need no layers.",
+            means="Layers of other families come from transformers, by the config.json that a GGUF file lacks. Without "
+            f"it walking layer by layer works for: {known}. Plans, K-quants and workloads need no layers.",
             do="Give the model's checkpoint folder or hf:org/name instead of the file, or quantize with --imatrix none "
             "and judge levels by a workload.",
         )
@@ -346,6 +346,9 @@ class LayeredModel:
     def beside(self) -> dict[str, torch.Tensor]:
         """What a checkpoint holds outside the layers, embedding, last norm and head apart, by name on disk."""
         return {}
+
+    def check_disk_names(self) -> None:
+        """Refuse checkpoint levels of a model whose matrices have no place of their own in a checkpoint."""
 
     def columns(self, layer: int, role: str) -> NDArray[np.int64] | None:  # noqa: ARG002
         """Where each input of the linear layer that a tensor is meets the tensor: its column. None where inputs and

@@ -82,9 +82,8 @@ class InStore(Resumable):
 
     def put(self, layer: int, output: LayerOutput, seconds: float) -> None:
         """Write a layer."""
-        self._store.put_layer(
-            layer, self._tensors(layer, output), _notes(f"{self._layers}{layer}.", output), seconds=seconds
-        )
+        notes = _notes(f"{self._layers}{layer}.", output)
+        self._store.put_layer(layer, self._tensors(layer, output), notes, seconds=seconds)
         self._losses = losses_in_words(output)
 
     def holds(self, layers: int) -> bool:

@@ -24,7 +24,7 @@ Memory = tuple[int, int, int, int]
 
 def memory_of(x: torch.Tensor) -> Memory:
     """Equal for tensors, and views of another shape, that are the same values in the same place."""
-    return x.untyped_storage().data_ptr(), x.storage_offset(), x.numel(), x.shape[-1] if x.ndim else 1
+    return x.untyped_storage().data_ptr(), int(x.storage_offset()), x.numel(), x.shape[-1] if x.ndim else 1
 
 
 @dataclass(frozen=True)

@@ -308,8 +308,8 @@ class Gradients(Builder):
         if parameter.transform == "unpermute":
             heads = self.model.model.dims.n_head if "q_proj" in module else self.model.model.dims.n_head_kv
             whole = permute(whole.astype(np.float32), heads).astype(np.float64)
-        for role, part in zip(parameter.roles, np.split(whole, len(parameter.roles)), strict=True):
-            yield role, np.tile(part, (matrices, 1))
+        for role, share in zip(parameter.roles, np.split(whole, len(parameter.roles)), strict=True):
+            yield role, np.tile(share, (matrices, 1))
 
 
 class _Energies:

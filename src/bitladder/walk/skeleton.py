@@ -93,7 +93,7 @@ class Skeleton:
 
     def path_of(self, module: nn.Module) -> str:
         """Where a module is, in the whole model."""
-        return next(path for path, one in self.model.named_modules() if one is module)
+        return str(next(path for path, one in self.model.named_modules() if one is module))
 
     def top_parameters(self) -> dict[str, torch.Tensor]:
         """Parameters and stored buffers outside the layers, by path; those of embedding and head, too."""
@@ -115,7 +115,8 @@ class Skeleton:
 
     def copy_of(self, layer: int) -> nn.Module:
         """A layer's structure, to be filled."""
-        return copy.deepcopy(self.blocks[layer])
+        block: nn.Module = copy.deepcopy(self.blocks[layer])
+        return block
 
     def _built(self) -> Any:
         from transformers import AutoModelForCausalLM
@@ -277,7 +278,7 @@ class Skeleton:
         last: list[torch.Tensor] = []
         reads: dict[str, torch.Tensor] = {}
 
-        def passing(layer: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        def passing(_layer: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
             last[:] = [_call(self.model_type, arguments, options)[1] + 1]
             return (last[0],) if self._tupled else last[0]
 
@@ -304,7 +305,8 @@ class Skeleton:
 
     def norm_structure(self) -> nn.Module:
         """A copy of the norm before the head, with what it holds."""
-        return copy.deepcopy(self.base.get_submodule(self._norm_path))
+        norm: nn.Module = copy.deepcopy(self.base.get_submodule(self._norm_path))
+        return norm
 
     @property
     def _within_base(self) -> str:
@@ -350,8 +352,8 @@ def _parameters_on_meta() -> Iterator[None]:
     """Inside, every parameter loses its memory as soon as it is part of a module."""
     register = nn.Module.register_parameter
 
-    def registered(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        register(module, name, None if parameter is None else nn.Parameter(parameter.to("meta"), requires_grad=False))
+    def registered(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        register(self, name, None if param is None else nn.Parameter(param.to("meta"), requires_grad=False))
 
     nn.Module.register_parameter = registered  # type: ignore[method-assign]
     try:

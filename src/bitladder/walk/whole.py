@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from torch import nn
 
 from bitladder.describe.model import Model
-from bitladder.errors import BadFile, BadInput
+from bitladder.errors import BadFile, BadInput, UnknownArchitecture
 from bitladder.files.staging import clean_json
 from bitladder.formats import roles
+from bitladder.formats.disk_names import quantized_parameters
 from bitladder.formats.families.family import DiskNames, LayerKind, Layers
 from bitladder.formats.roles import SharedInput, layer_tensor
 from bitladder.kernels.gpu import check_device
@@ -235,6 +236,26 @@ class WholeModel(LayeredModel):
         norm = f"{self._skeleton.norm_path}."
         others = {path: value for path, value in self._beside.items() if not path.startswith(norm)}
         return {self._checkpoint.top_name(path): torch.from_numpy(value) for path, value in others.items()}
+
+    def check_disk_names(self) -> None:
+        """As ``LayeredModel``.
+
+        Raises:
+            UnknownArchitecture: matrices that would be quantized lie transposed, or experts in one tensor.
+        """
+        for _, row in self.first_of_each_kind():
+            for shared in row.inputs:
+                for parameter in quantized_parameters(self.family, shared):
+                    turned = isinstance(parameter.transform, Layout) and parameter.transform.turned
+                    if turned or (shared.kind != "linear" and parameter.path not in self._experts):
+                        how = "lies transposed" if turned else "holds all experts in one tensor"
+                        raise UnknownArchitecture(
+                            f"Checkpoint levels of '{self._skeleton.model_type}' cannot be written: its "
+                            f"'{parameter.path}' {how} on disk.",
+                            means="GPTQ, AWQ and INT8 layouts have matrices with a row for each output, one for each "
+                            "expert, and no engine has other names for them.",
+                            do="Choose GGUF levels: K-quants, with error feedback too (GPTQ-Q4_K_M), and recipes work.",
+                        )
 
     # Layers
 
