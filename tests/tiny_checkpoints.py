@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import gguf
 import numpy as np
 import torch
 from safetensors import safe_open
@@ -148,3 +149,33 @@ def cost_of_eight_bits(model: torch.nn.Module, draws: int = 4) -> float:
                     weight.add_(step * (torch.rand(weight.shape, generator=generator) - 0.5))
         differences.append(difference(model, other))
     return float(np.mean(differences))
+
+
+def write_tokenizer(folder, demo_gguf):
+    """SmolLM2's tokenizer as its checkpoint has it, from the tokens and merges in the demo's GGUF."""
+    fields = gguf.GGUFReader(demo_gguf).fields
+    get = {name: fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "token_type", "merges")}
+    special = [token for token, kind in zip(get["tokens"], get["token_type"], strict=True) if kind == 3]
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    spec = {
+        "version": "1.0",
+        "added_tokens": [{"id": get["tokens"].index(token), "content": token, **flags} for token in special],
+        "normalizer": None,
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Digits", "individual_digits": True},
+                {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+            ],
+        },
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "model": {
+            "type": "BPE",
+            "vocab": {token: number for number, token in enumerate(get["tokens"])},
+            "merges": [merge.split(" ", 1) for merge in get["merges"]],
+        },
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    settings = {"tokenizer_class": "GPT2Tokenizer", "bos_token": special[1], "eos_token": special[2]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return len(get["tokens"])

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_convert import write_tokenizer
 
 import tiny_checkpoints
 from bitladder.errors import BadFile, BadInput
@@ -17,8 +16,9 @@ from bitladder.files import convert
 from bitladder.files.checkpoint import read_checkpoint
 from bitladder.files.decoded import decoded_bytes, decoding_of, write_decoded
 from bitladder.files.sources import resolve
-from bitladder.levels.converter_formats import ReadAs
+from bitladder.levels.checkpoints.converter_formats import ReadAs
 from packed_checkpoints import alternating, awq, fp8, gptq, groups, int8, mxfp4, nvfp4, packed, repack
+from tiny_checkpoints import write_tokenizer
 
 GROUP = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
 CHANNEL = {"num_bits": 8, "type": "int", "strategy": "channel"}

@@ -77,7 +77,7 @@ def test_layers_without_end(tmp_path, layers):
 
 
 def test_a_vocabulary_alone(tmp_path):
-    with pytest.raises(BadFile, match="no tensors"):
+    with pytest.raises(BitladderError, match="no tensors"):
         plan(write(tmp_path / "m.gguf", [], names=()))
 
 

@@ -8,9 +8,9 @@ import pytest
 from bitladder.describe.text import Document, text_hash
 from bitladder.describe.windows import Window
 from bitladder.errors import BadFile, BadInput
-from bitladder.files.gguf import GgufFile
 from bitladder.files.imatrix import ImportanceMatrix, read_imatrix, write_imatrix
 from bitladder.stages import calibration as calibrated
+from bitladder.stages.job import Build, Job, Work, opened
 from gguf_bytes import F16, F32, header, key, padded, string, strings, tensor, u32
 
 NAME, STACK = "blk.0.attn_q.weight", "blk.0.ffn_up_exps.weight"
@@ -165,17 +165,17 @@ def test_texts_found_apart_are_not_tokenized_again(demo_gguf, tmp_path, matrix, 
     monkeypatch.setenv("BITLADDER_CACHE", str(tmp_path))
     tokenized = []
 
-    def windows(_source, texts):
+    def windows(_job, texts):
         tokenized.append(texts[0].name)
         start = 0 if texts[0].name == "mine" else 1000
         return [Window(texts[0].name, np.arange(start, start + 100))]
 
-    monkeypatch.setattr(calibrated, "token_windows", windows)
+    monkeypatch.setattr(Job, "windows", windows)
     mine = [Document("mine", "text")]
-    with GgufFile.open(demo_gguf) as source:
+    with opened(str(demo_gguf), Work()) as job:
         texts = text_hash(calibrated.calibration_texts(()))[:16]
         (tmp_path / "importance").mkdir()
-        write_imatrix(tmp_path / "importance" / f"{source.sha256[:16]}-{texts}.gguf", matrix)
+        write_imatrix(tmp_path / "importance" / f"{job.source.sha256[:16]}-{texts}.gguf", matrix)
         for _ in range(2):
-            calibrated.importance_of(source, "auto", measured_on=mine, progress=lambda *_: None)
+            calibrated.importance_of(job, Build(out=tmp_path, measured_on=mine))
     assert len(tokenized) == 2  # each text once

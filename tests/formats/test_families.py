@@ -16,7 +16,7 @@ SRC = Path(__file__).parents[2] / "src" / "bitladder"
 HOME = SRC / "formats" / "families"
 
 ALLOWED = {
-    "files/hollow.py": {"gpt2"},  # a kind of tokenizer in GGUF
+    "files/stub_gguf.py": {"gpt2"},  # a kind of tokenizer in GGUF
     "describe/gguf_kinds.py": {"clip"},  # what files of projectors have in the architecture's place
     "stages/measure_machine.py": {"llama"},  # shapes that time the machine's engine: some family they must have
 }

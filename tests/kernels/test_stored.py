@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from bitladder.kernels import minifloats
-from bitladder.levels.stored import belongs_to, packed_matrices, unscaled
+from bitladder.levels.checkpoints.stored import belongs_to, packed_matrices, unscaled
 
 RNG = np.random.default_rng(0)
 NAMES = {

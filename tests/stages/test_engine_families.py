@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from test_convert import write_tokenizer
 
 from bitladder.describe.windows import Window
 from bitladder.files.gguf import GgufFile
@@ -21,6 +20,7 @@ from bitladder.records.fidelity import Way
 from bitladder.stages.engine_importance import engine_importance
 from bitladder.stages.engine_scores import engine_scores
 from bitladder.stages.engine_way import way_for
+from tiny_checkpoints import write_tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.model]
 
@@ -85,7 +85,7 @@ def test_perplexity_is_transformers(family, tmp_path, demo_gguf):
     windows = [Window(f"text {n}", rng.integers(3, 40000, 96)) for n in range(3)]
     expected = transformers_nll(model, windows)
     with GgufFile.open(resolve(str(tmp_path / "source")).path) as source:
-        assert way_for(source.model) is Way.ENGINE
+        assert way_for(source, Way.ENGINE) is Way.ENGINE
         own, same = engine_scores(source, [source], windows, threads=1)
         importance = engine_importance(source, windows, threads=1)
         matrices = {

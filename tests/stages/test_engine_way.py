@@ -118,7 +118,7 @@ def test_families_that_the_walk_does_not_know(family, tmp_path):
     windows = windows_of(300, 120, 80, n_vocab=250)
     path = write_family(tmp_path / "tiny.gguf", family)
     with GgufFile.open(path) as source:
-        assert way_for(source.model) is Way.ENGINE
+        assert way_for(source) is Way.ENGINE
         importance = engine_importance(source, windows, threads=1)
         wanted = {
             tensor.name
@@ -256,10 +256,10 @@ def test_a_build_whose_structures_are_not_known(monkeypatch, tmp_path):
         Library()
     with GgufFile.open(path) as source:
         with pytest.raises(UnknownArchitecture, match=r"'gpt-oss', and the engine cannot measure it") as error:
-            way_for(source.model)
+            way_for(source)
         assert "known: 2026" in error.value.found
         with pytest.raises(UnknownArchitecture, match=r"^The engine cannot"):
-            way_for(source.model, Way.ENGINE)
+            way_for(source, Way.ENGINE)
 
 
 def test_a_library_that_says_other_defaults_than_its_header(monkeypatch):

@@ -27,7 +27,7 @@ from bitladder.files.fence import ended_after, environment, fenced, memory_bound
 from bitladder.files.folders import cache_folder
 from bitladder.files.hashing import file_sha256, recall
 from bitladder.files.staging import data_files, stage_checkpoint
-from bitladder.levels.converter_formats import ReadAs
+from bitladder.levels.checkpoints.converter_formats import ReadAs
 from bitladder.progress import Progress, silent
 from bitladder.units import GiB, human_bytes
 

@@ -2,8 +2,8 @@
 
 The converter reads the formats of large releases (FP8 in blocks, MXFP4, NVFP4, plain GPTQ, one group of
 compressed-tensors), tensor by tensor and without a copy on the disk, so it keeps them. For all else a twin of the
-checkpoint is made first, of float tensors alone, by the decoders of ``levels/stored.py``. Headers alone decide which of
-both it is, and what neither can read is refused.
+checkpoint is made first, of float tensors alone, by the decoders of ``levels/checkpoints/stored.py``. Headers alone
+decide which of both it is, and what neither can read is refused.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from bitladder.errors import BadFile, BadInput
 from bitladder.files.checkpoint import DTYPE_BYTES, Checkpoint, CheckpointTensor
 from bitladder.files.safetensors_writer import PiecewiseTensor, stored_tensors, write_safetensors
 from bitladder.files.staging import without_quantization
-from bitladder.levels.converter_formats import ReadAs, converter_reads
-from bitladder.levels.stored import PackedMatrix, belongs_to, packed_matrices, unscaled
+from bitladder.levels.checkpoints.converter_formats import ReadAs, converter_reads
+from bitladder.levels.checkpoints.stored import PackedMatrix, belongs_to, packed_matrices, unscaled
 from bitladder.progress import Progress, silent
 
 if TYPE_CHECKING:

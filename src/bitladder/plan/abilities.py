@@ -57,14 +57,14 @@ class Facts:
     """transformers has its class, without code of the checkpoint's own."""
 
 
-BUILT: frozenset[Way] = frozenset({Way.WALK})
+BUILT: frozenset[Way] = frozenset({Way.WALK, Way.DERIVED, Way.ENGINE})
 """The ways that this version has."""
 
 _WAYS: dict[str, tuple[Way, ...]] = {
     "GGUF file": (Way.CONVERTER,),
     "K-quants": (Way.QUANTIZER,),
-    "proof": (Way.WALK, Way.ENGINE, Way.DERIVED),
-    "importance": (Way.WALK, Way.ENGINE, Way.DERIVED),
+    "proof": (Way.WALK, Way.DERIVED, Way.ENGINE),
+    "importance": (Way.WALK, Way.DERIVED, Way.ENGINE),
     "calibration": (Way.WALK, Way.DERIVED),
     "recipes": (Way.WALK, Way.DERIVED),
     "workload": (Way.ENGINE,),
@@ -103,6 +103,8 @@ def _shut(way: Way, facts: Facts) -> str:
         return facts.walk_gap
     if way is Way.ENGINE and facts.engine_knows is False:
         return "llama.cpp does not know the architecture"
+    if way is Way.DERIVED and facts.is_gguf:
+        return "a GGUF file's header lacks what transformers needs to know; give the checkpoint's folder or hf:org/name"
     if way is Way.DERIVED and facts.transformers_class is False:
         return "transformers does not know the class"
     return ""

@@ -53,7 +53,6 @@ def importance_of(job: Job, build: Build) -> Importance | None:
         BadInput: the calibration text shares passages with the measuring text, or is too short.
         BadFile: the file cannot be used.
     """
-    from bitladder.errors import UnknownArchitecture
     from bitladder.files.imatrix import read_imatrix
 
     if build.imatrix == NONE:
@@ -77,7 +76,7 @@ def _made_once(job: Job, build: Build) -> ImportanceMatrix:
     apart = kept.with_name(f"{kept.stem}-{text_hash(build.measured_on)[:16]}.apart")
     with _saying_how_to_go_without():
         if not kept.exists() or (build.measured_on and not apart.exists()):  # both need the engine's tokenizer
-            way_for(job.source.model)
+            way_for(job.source)
             check_overlap(job.windows(documents), job.windows(build.measured_on) if build.measured_on else ())
             apart.parent.mkdir(parents=True, exist_ok=True)
             apart.touch()  # these two texts have been found to share nothing
@@ -100,7 +99,7 @@ def _gathered(job: Job, windows: Sequence[Window], dataset: str, through: Way | 
     """An importance matrix, made; a killed call goes on where it was."""
     refusal = None
     model = job.source.model
-    if way_for(model, through) is Way.WALK:
+    if way_for(job.source, through) is Way.WALK:
         try:
             return _walked(job, windows, dataset)
         except UnknownArchitecture as error:
@@ -149,7 +148,7 @@ def make_imatrix(
             ours=lambda path: made_from(path, source.sha256),
             force=force,
         )
-        way_for(source.model, through)
+        way_for(source, through)
         dataset = ", ".join(str(text) for text in texts) or "bitladder calibration text"
         write_imatrix(out, _gathered(job, job.windows(documents), dataset, through), source_sha256=source.sha256)
     return out

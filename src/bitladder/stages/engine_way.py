@@ -29,17 +29,21 @@ KEPT = ("walks", "engine")
 """Where in the cache a killed measurement leaves what it has."""
 
 
-def way_for(model: Model, wanted: Way | None = None) -> Way:
-    """The way a model is measured: the one wanted, else the walk where its family has rows of layers, else the
-    engine's. The walk may still refuse a variant of its family (``instead_of_walk``).
+def way_for(source: GgufFile, wanted: Way | None = None) -> Way:
+    """The way a model is measured: the one wanted, else the walk where its family has rows of layers or its checkpoint
+    is at hand, else the engine's. The walk may still refuse (``instead_of_walk``).
 
     Raises:
         UnknownArchitecture: neither way can go, or not the one wanted.
     """
+    from bitladder.files.convert import checkpoint_of
     from bitladder.formats.families import family_of
 
-    dims = model.dims
-    if wanted is Way.WALK or (wanted is None and family_of(dims.architecture).layers_of(dims.n_expert) is not None):
+    dims = source.model.dims
+    if wanted is None:
+        row = family_of(dims.architecture).layers_of(dims.n_expert) is not None
+        wanted = Way.WALK if row or checkpoint_of(source.path) is not None else None
+    if wanted is Way.WALK:
         return Way.WALK
     if why := engine_missing(dims.architecture):
         walk = "" if wanted else f"No layers are known for the architecture '{dims.architecture}', and "

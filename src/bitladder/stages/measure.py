@@ -259,7 +259,7 @@ def fidelities(
     if not subjects:
         return []
     measuring = _Ways(job, candidates, files, texts, recorded, reference)
-    way = way_for(job.source.model, through)
+    way = way_for(job.source, through)
     try:
         return measuring.all_of(subjects, way)
     except UnknownArchitecture as refusal:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from enum import StrEnum
 from typing import Any
 
-from bitladder.levels.stored import PackedMatrix, Tensors, named_block
+from bitladder.levels.checkpoints.stored import PackedMatrix, Tensors, named_block
 
 Matrices = Mapping[str, PackedMatrix]
 _NVFP4_BLOCK = 64
@@ -34,7 +34,7 @@ def converter_reads(method: str, configuration: Mapping[str, Any], matrices: Mat
     Args:
         method: ``quant_method`` in lower case.
         configuration: ``quantization_config``.
-        matrices: As ``levels/stored.py`` tells them, all of the checkpoint.
+        matrices: As ``levels/checkpoints/stored.py`` tells them, all of the checkpoint.
         tensors: All tensors of the checkpoint.
     """
     if any(matrix.kind == "NVFP4" and matrix.shape[1] % _NVFP4_BLOCK for matrix in matrices.values()):
