@@ -45,6 +45,8 @@ _SCALES = re.compile(
     r"|_scales|inv_freq)$"
 )
 """What packed weights have beside them, and tables that are computed."""
+_PACKED_DOWN = re.compile(r"\.qweight$")
+"""Matrices that hold several inputs in a word, not several outputs: [inputs / per word, outputs]."""
 _OUTER = (
     ("token_embd.weight", r"(embed_tokens|wte|word_embeddings|tok_embeddings|embeddings?|embed_in)\.weight"),
     ("output.weight", r"(lm_head|embed_out|output)\.weight"),
@@ -86,7 +88,7 @@ def weight_shape(tensor: Stored, bits: int) -> tuple[int, ...]:
     """The shape of the weights in a tensor, packed or not: GPTQ and AWQ pack 32-bit words, NVFP4 and MXFP4 bytes."""
     *outer, last = tensor.shape or (1,)
     if tensor.dtype in ("I32", "U32") and outer:
-        if tensor.name.endswith("qweight") and len(outer) == 1:  # [inputs / per word, outputs], or AWQ's transposed
+        if _PACKED_DOWN.search(tensor.name) and len(outer) == 1:
             return (last, outer[0] * 32 // bits)
         return (*outer, last * 32 // bits)
     if tensor.dtype in ("U8", "I8") and outer and bits == 4:
