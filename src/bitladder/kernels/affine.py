@@ -23,39 +23,31 @@ from bitladder.kernels.lanes import (
     helper,
     kernel,
     load,
-    load_transposed,
     maximum,
     minimum,
     nearest,
     reciprocal,
     splat,
     store,
-    store_transposed,
     to_f16,
     where,
 )
 from bitladder.kernels.pack import pack_affine
+from bitladder.kernels.sixteen import read, sixteen_in, write
 
 # rows of the state: one value per lane for each of up to 16 sub-blocks
 S, SX, SL, SLL, SXL, D, C, WHOLE_D, WHOLE_M, PLAIN_D, PLAIN_M, ROWS = range(12)
 
 
 @helper
-def sums_for(x: Any, w: Any, at: Any, size: Any, d: Any, c: Any, top: Any) -> Any:
-    """Sl, Sll, Sxl of the codes nearest to (x - c) / d."""
-    inverse = reciprocal(d)
-    return sums_at(x, w, at, size, inverse, splat(0.0) - c * inverse, top)
-
-
-@helper
-def sums_at(x: Any, w: Any, at: Any, size: Any, inverse: Any, shift: Any, top: Any) -> Any:
-    """Sl, Sll, Sxl of the codes nearest to x * inverse + shift."""
+def sums(blocks: Any, j: Any, inverse: Any, shift: Any) -> Any:
+    """Sl, Sll, Sxl of the codes nearest to x * inverse + shift in sub-block ``j`` (its place in a row of the state)."""
     zero = splat(0.0)
     sl, sll, sxl = zero, zero, zero
-    for i in range(at, at + 16 * size, 16):
-        value = load(x, i)
-        code = nearest(minimum(maximum(value * inverse + shift, zero), top))
-        weighted = load(w, i) * code
+    for i in range(j * blocks.row.size, (j + 16) * blocks.row.size, 16):
+        value = load(blocks.x, i)
+        code = nearest(minimum(maximum(value * inverse + shift, zero), blocks.high))
+        weighted = load(blocks.w, i) * code
         sl = sl + weighted
         sll = sll + weighted * code
         sxl = sxl + weighted * value
@@ -84,16 +76,16 @@ def solve(s: Any, sx: Any, sl: Any, sll: Any, sxl: Any, free: Any) -> Any:
 
 
 @helper
-def search_part(
-    x: Any, w: Any, state: Any, j: Any, n: Any, size: Any, top: Any, starts: Any, rounds: Any, free: Any
-) -> Any:
-    """Fill the sub-block's sums, d and c; ``j`` is its place in a row of the state, ``n`` the length of a row."""
-    zero = splat(0.0)
-    at = j * size
+def search_part(blocks: Any, j: Any, search: Any) -> Any:
+    """Fill the sub-block's sums, d and c."""
+    zero, top = splat(0.0), blocks.high
+    x, state, n, starts = blocks.x, blocks.state, blocks.n, search.starts
+    free = blocks.row.scale_high == 0
+    at = j * blocks.row.size
     low, high = load(x, at), load(x, at)
     s, sx = zero, zero
-    for i in range(at, at + 16 * size, 16):
-        value, weight = load(x, i), load(w, i)
+    for i in range(at, at + 16 * blocks.row.size, 16):
+        value, weight = load(x, i), load(blocks.w, i)
         low, high = minimum(low, value), maximum(high, value)
         s = s + weight
         sx = sx + weight * value
@@ -103,7 +95,7 @@ def search_part(
     over_span = reciprocal(span)
     d, c, gain = span / top, low, splat(-1.0)
     sl, sll, sxl = zero, zero, zero
-    guesses = starts.shape[0] + rounds if starts.shape[0] > 1 else 0
+    guesses = starts.shape[0] + search.rounds if starts.shape[0] > 1 else 0
     for k in range(guesses):
         if k < starts.shape[0]:
             inverse = (top + splat(starts[k, 0])) * over_span
@@ -111,7 +103,7 @@ def search_part(
         else:
             inverse = reciprocal(d)
             shift = zero - c * inverse
-        l1, l2, l3 = sums_at(x, w, at, size, inverse, shift, top)
+        l1, l2, l3 = sums(blocks, j, inverse, shift)
         d1, c1, gain1 = solve(s, sx, l1, l2, l3, free)
         better = gain1 > gain
         gain = where(better, gain1, gain)
@@ -119,7 +111,7 @@ def search_part(
         sl, sll, sxl = where(better, l1, sl), where(better, l2, sll), where(better, l3, sxl)
     store(state, S * n + j, s)
     store(state, SX * n + j, sx)
-    store_sums(state, j, n, sl, sll, sxl)
+    store_sums(blocks, j, sl, sll, sxl)
     store(state, D * n + j, d)
     store(state, C * n + j, c)
     store(state, PLAIN_D * n + j, span / top)
@@ -127,25 +119,26 @@ def search_part(
 
 
 @helper
-def store_sums(state: Any, j: Any, n: Any, sl: Any, sll: Any, sxl: Any) -> Any:
+def store_sums(blocks: Any, j: Any, sl: Any, sll: Any, sxl: Any) -> Any:
     """Keep the sums of a sub-block's codes."""
-    store(state, SL * n + j, sl)
-    store(state, SLL * n + j, sll)
-    store(state, SXL * n + j, sxl)
+    store(blocks.state, SL * blocks.n + j, sl)
+    store(blocks.state, SLL * blocks.n + j, sll)
+    store(blocks.state, SXL * blocks.n + j, sxl)
 
 
 @helper
-def error_of(state: Any, j: Any, n: Any, d: Any, c: Any, sl: Any, sll: Any, sxl: Any) -> Any:
+def error_of(blocks: Any, j: Any, d: Any, c: Any, sl: Any, sll: Any, sxl: Any) -> Any:
     """The weighted squared error less sum w x x."""
     two = splat(2.0)
-    s, sx = load(state, S * n + j), load(state, SX * n + j)
+    s, sx = load(blocks.state, S * blocks.n + j), load(blocks.state, SX * blocks.n + j)
     return d * (d * sll + two * (c * sl - sxl)) + c * (c * s - two * sx)
 
 
 @helper
-def choose_whole(state: Any, j: Any, n: Any, d: Any, dmin: Any, top: Any) -> Any:
+def choose_whole(blocks: Any, j: Any, d: Any, dmin: Any) -> Any:
     """The whole-number scale and minimum with the least error for the sub-block's present codes; that error."""
-    zero = splat(0.0)
+    state, n = blocks.state, blocks.n
+    zero, top = splat(0.0), splat(blocks.row.scale_high)
     sl, sll, sxl = load(state, SL * n + j), load(state, SLL * n + j), load(state, SXL * n + j)
     sx, over_s = load(state, SX * n + j), reciprocal(load(state, S * n + j))
     over_dmin = reciprocal(dmin)
@@ -154,7 +147,7 @@ def choose_whole(state: Any, j: Any, n: Any, d: Any, dmin: Any, top: Any) -> Any
     for k in range(3):
         s = minimum(maximum(middle + splat(k - 1.0), zero), top)
         m = nearest(minimum(maximum((s * d * sl - sx) * over_s * over_dmin, zero), top))
-        error = error_of(state, j, n, s * d, zero - m * dmin, sl, sll, sxl)
+        error = error_of(blocks, j, s * d, zero - m * dmin, sl, sll, sxl)
         better = error < best
         best = where(better, error, best)
         best_s, best_m = where(better, s, best_s), where(better, m, best_m)
@@ -164,15 +157,15 @@ def choose_whole(state: Any, j: Any, n: Any, d: Any, dmin: Any, top: Any) -> Any
 
 
 @helper
-def choose_all(state: Any, n: Any, d: Any, dmin: Any, whole: Any) -> Any:
+def choose_all(blocks: Any, d: Any, dmin: Any) -> Any:
     """``choose_whole`` for every sub-block, where there are whole numbers to choose."""
-    if whole > 0:
-        for j in range(0, n, 16):
-            choose_whole(state, j, n, d, dmin, splat(whole))
+    if blocks.row.scale_high > 0:
+        for j in range(0, blocks.n, 16):
+            choose_whole(blocks, j, d, dmin)
 
 
 @helper
-def choose_d(state: Any, n: Any, d: Any, dmin: Any, top: Any, trials: Any) -> Any:
+def choose_d(blocks: Any, d: Any, dmin: Any, trials: Any) -> Any:
     """The float16 d and dmin, out of some near the given ones, whose multiples fit the sub-blocks best."""
     best_d, best_m, best = to_f16(d), to_f16(dmin), splat(3e38)
     for k in range(2 * trials):
@@ -181,8 +174,8 @@ def choose_d(state: Any, n: Any, d: Any, dmin: Any, top: Any, trials: Any) -> An
         else:
             trial_d, trial_m = best_d, to_f16(dmin * splat(0.97 + 0.3 * (k - trials) / trials))
         error = splat(0.0)
-        for j in range(0, n, 16):
-            error = error + choose_whole(state, j, n, trial_d, trial_m, top)
+        for j in range(0, blocks.n, 16):
+            error = error + choose_whole(blocks, j, trial_d, trial_m)
         better = error < best
         best = where(better, error, best)
         best_d, best_m = where(better, trial_d, best_d), where(better, trial_m, best_m)
@@ -190,9 +183,9 @@ def choose_d(state: Any, n: Any, d: Any, dmin: Any, top: Any, trials: Any) -> An
 
 
 @helper
-def solve_block(state: Any, n: Any, d: Any, dmin: Any, free: Any) -> Any:
+def solve_block(blocks: Any, d: Any, dmin: Any) -> Any:
     """Best float16 d and dmin of the block for the present codes and whole numbers."""
-    zero = splat(0.0)
+    state, n, zero = blocks.state, blocks.n, splat(0.0)
     a11, a12, a22, b1, b2 = zero, zero, zero, zero, zero
     for j in range(0, n, 16):
         s, m = load(state, WHOLE_D * n + j), load(state, WHOLE_M * n + j)
@@ -209,17 +202,16 @@ def solve_block(state: Any, n: Any, d: Any, dmin: Any, free: Any) -> Any:
     new_d = to_f16(where(new_d > zero, new_d, d))
     # dmin for the d that is stored: a weight of overwhelming importance stays exact but for one rounding
     new_m = where(sound, (b2 - a12 * new_d) * reciprocal(a22), alone_m)
-    if not free:
+    if blocks.row.scale_high > 0:
         new_m = where(new_m > zero, new_m, zero)
     return new_d, to_f16(new_m)
 
 
 @helper
-def new_codes(
-    x: Any, w: Any, state: Any, j: Any, n: Any, size: Any, d: Any, dmin: Any, top: Any, whole: Any, reach: Any
-) -> Any:
+def new_codes(blocks: Any, j: Any, d: Any, dmin: Any, reach: Any) -> Any:
     """Codes for the stored scales, or for whole-number scales up to ``reach`` away when those leave less error."""
-    zero, limit = splat(0.0), splat(whole)
+    state, n = blocks.state, blocks.n
+    zero, limit = splat(0.0), splat(blocks.row.scale_high)
     s0, m0 = load(state, WHOLE_D * n + j), load(state, WHOLE_M * n + j)
     best_s, best_m, best = s0, m0, splat(3e38)
     sl, sll, sxl = zero, zero, zero
@@ -229,39 +221,41 @@ def new_codes(
             if reach > 0:
                 s, m = minimum(maximum(s, zero), limit), minimum(maximum(m, zero), limit)
             step, c = s * d, zero - m * dmin
-            l1, l2, l3 = sums_for(x, w, j * size, size, step, c, top)
-            error = error_of(state, j, n, step, c, l1, l2, l3)
+            inverse = reciprocal(step)
+            l1, l2, l3 = sums(blocks, j, inverse, zero - c * inverse)
+            error = error_of(blocks, j, step, c, l1, l2, l3)
             better = error < best
             best = where(better, error, best)
             best_s, best_m = where(better, s, best_s), where(better, m, best_m)
             sl, sll, sxl = where(better, l1, sl), where(better, l2, sll), where(better, l3, sxl)
-    store_sums(state, j, n, sl, sll, sxl)
+    store_sums(blocks, j, sl, sll, sxl)
     store(state, WHOLE_D * n + j, best_s)
     store(state, WHOLE_M * n + j, best_m)
     store(state, D * n + j, best_s * d)
 
 
 @helper
-def true_error(x: Any, w: Any, state: Any, n: Any, size: Any, d: Any, dmin: Any, top: Any) -> Any:
+def true_error(blocks: Any, d: Any, dmin: Any) -> Any:
     """The block's weighted squared error, summed from the differences themselves."""
-    zero = splat(0.0)
+    state, n, size, zero = blocks.state, blocks.n, blocks.row.size, splat(0.0)
     error = zero
     for j in range(0, n, 16):
         step, c = load(state, WHOLE_D * n + j) * d, zero - load(state, WHOLE_M * n + j) * dmin
         inverse = reciprocal(step)
         for i in range(j * size, (j + 16) * size, 16):
-            value = load(x, i) - c
-            code = nearest(minimum(maximum(value * inverse, zero), top))
+            value = load(blocks.x, i) - c
+            code = nearest(minimum(maximum(value * inverse, zero), blocks.high))
             rest = value - step * code
-            error = error + load(w, i) * rest * rest
+            error = error + load(blocks.w, i) * rest * rest
     return error
 
 
 @helper
-def keep_plain(x: Any, w: Any, state: Any, n: Any, size: Any, d: Any, dmin: Any, top: Any, whole: Any) -> Any:
+def keep_plain(blocks: Any, d: Any, dmin: Any) -> Any:
     """Where the plain encoding (scales from the range alone) has less error, take it."""
+    state, n, whole = blocks.state, blocks.n, blocks.row.scale_high
     limit, one = splat(whole), splat(1.0)
-    error = true_error(x, w, state, n, size, d, dmin, top)
+    error = true_error(blocks, d, dmin)
     plain_d, plain_m = load(state, PLAIN_D * n), load(state, PLAIN_M * n)
     for j in range(16, n, 16):
         plain_d = maximum(plain_d, load(state, PLAIN_D * n + j))
@@ -279,7 +273,7 @@ def keep_plain(x: Any, w: Any, state: Any, n: Any, size: Any, d: Any, dmin: Any,
         store(state, WHOLE_M * n + j, plain_n)
         store(state, PLAIN_D * n + j, s)
         store(state, PLAIN_M * n + j, m)
-    plain = true_error(x, w, state, n, size, plain_d, plain_m, top) < error
+    plain = true_error(blocks, plain_d, plain_m) < error
     for j in range(0, n, 16):
         s, m = load(state, WHOLE_D * n + j), load(state, WHOLE_M * n + j)
         store(state, WHOLE_D * n + j, where(plain, s, load(state, PLAIN_D * n + j)))
@@ -288,109 +282,66 @@ def keep_plain(x: Any, w: Any, state: Any, n: Any, size: Any, d: Any, dmin: Any,
 
 
 @helper
-def search_block(
-    x: Any,
-    w: Any,
-    state: Any,
-    n: Any,
-    size: Any,
-    top: Any,
-    whole: Any,
-    starts: Any,
-    rounds: Any,
-    trials: Any,
-    passes: Any,
-    reach: Any,
-    guard: Any,
-) -> Any:
+def search_block(blocks: Any, search: Any) -> Any:
     """Leave the whole-number scales in the state and return d and dmin."""
-    free = whole == 0
-    if free:
-        reach = 0
+    state, n, whole = blocks.state, blocks.n, blocks.row.scale_high
+    reach = search.reach if whole > 0 else 0
     for j in range(0, n, 16):
-        search_part(x, w, state, j, n, size, top, starts, rounds, free)
+        search_part(blocks, j, search)
     d, dmin = load(state, D * n), splat(0.0) - load(state, C * n)
     for j in range(16, n, 16):
         d, dmin = maximum(d, load(state, D * n + j)), maximum(dmin, splat(0.0) - load(state, C * n + j))
-    if free:
+    if whole > 0:
+        d, dmin = choose_d(blocks, d / splat(whole), dmin / splat(whole), search.trials)
+    else:
         store(state, WHOLE_D * n, splat(1.0))
         store(state, WHOLE_M * n, splat(1.0))
         d, dmin = to_f16(d), to_f16(dmin)
-    else:
-        d, dmin = choose_d(state, n, d / splat(whole), dmin / splat(whole), splat(whole), trials)
-    for k in range(passes + 1):
+    for k in range(search.passes + 1):
         if k > 0:
             for j in range(0, n, 16):
-                new_codes(x, w, state, j, n, size, d, dmin, top, whole, reach)
-        choose_all(state, n, d, dmin, whole)
-        if passes > 0:
-            d, dmin = solve_block(state, n, d, dmin, free)
-    choose_all(state, n, d, dmin, whole)
-    if guard:
-        d, dmin = keep_plain(x, w, state, n, size, d, dmin, top, whole)
+                new_codes(blocks, j, d, dmin, reach)
+        choose_all(blocks, d, dmin)
+        if search.passes > 0:
+            d, dmin = solve_block(blocks, d, dmin)
+    choose_all(blocks, d, dmin)
+    if search.guard:
+        d, dmin = keep_plain(blocks, d, dmin)
     return d, dmin
 
 
 @helper
-def write_codes(x: Any, state: Any, n: Any, size: Any, d: Any, dmin: Any, top: Any, codes: Any) -> Any:
+def write_codes(blocks: Any, d: Any, dmin: Any, codes: Any) -> Any:
     """The codes nearest to (x + m) / d for the stored scales."""
-    zero = splat(0.0)
+    state, n, size, zero = blocks.state, blocks.n, blocks.row.size, splat(0.0)
     for j in range(0, n, 16):
         inverse = reciprocal(load(state, WHOLE_D * n + j) * d)
         m = load(state, WHOLE_M * n + j) * dmin
         for i in range(j * size, (j + 16) * size, 16):
-            store(codes, i, nearest(minimum(maximum((load(x, i) + m) * inverse, zero), top)))
+            store(codes, i, nearest(minimum(maximum((load(blocks.x, i) + m) * inverse, zero), blocks.high)))
+
+
+@helper
+def encode(blocks: Any, search: Any, codes: Any, tile: Any) -> Any:
+    """Search sixteen blocks and leave their bytes in ``tile``."""
+    d, dmin = search_block(blocks, search)
+    write_codes(blocks, d, dmin, codes)
+    state, n = blocks.state, blocks.n
+    pack_affine(blocks.row.layout, codes, state[WHOLE_D * n :], state[WHOLE_M * n :], d, dmin, tile)
 
 
 @kernel
 def quantize_affine(
-    x: Any,
-    columns: Any,
-    importance: Any,
-    layout: Any,
-    parts: Any,
-    size: Any,
-    top: Any,
-    whole: Any,
-    type_size: Any,
-    starts: Any,
-    rounds: Any,
-    trials: Any,
-    passes: Any,
-    reach: Any,
-    guard: Any,
-    scratch: Any,
-    tile: Any,
-    places: Any,
-    out: Any,
+    x: Any, columns: Any, importance: Any, row: Any, search: Any, scratch: Any, tile: Any, places: Any, out: Any
 ) -> Any:
     """Blocks of f32 x, one after another, to their bytes in ``out``.
 
-    ``importance`` is f32[columns], or empty for equal weights; ``columns`` the length of a row of x. To work in:
-    ``scratch`` f32[``Row.scratch``], ``tile`` u8[16 type_size], ``places`` i64[48].
+    ``importance`` is f32[columns], or empty for equal weights; ``columns`` the length of a row of x; ``row`` and
+    ``search`` as in ``rows.py``. To work in: ``scratch`` f32[``Row.scratch``], ``tile`` u8[16 type_size], ``places``
+    i64[48].
     """
-    length, n = parts * size, parts * 16
-    blocks = x.size // length
-    values, codes, weights = scratch, scratch[16 * length :], scratch[32 * length :]
-    state = scratch[48 * length :]
-    source, column, target = places, places[16:], places[32:]
-    for i in range(0, 16 * length, 16):
-        store(weights, i, splat(1.0))
-    for first in range(0, blocks, 16):
-        for lane in range(16):
-            block = min(first + lane, blocks - 1)
-            source[lane], target[lane] = block * length, block * type_size
-            column[lane] = block * length % columns
-        for i in range(0, length, 16):
-            load_transposed(x, source, i, values, 16 * i)
-            if importance.size:
-                load_transposed(importance, column, i, weights, 16 * i)
-        high = splat(top)
-        d, dmin = search_block(
-            values, weights, state, n, size, high, whole, starts, rounds, trials, passes, reach, guard
-        )
-        write_codes(values, state, n, size, d, dmin, high, codes)
-        pack_affine(layout, codes, state[WHOLE_D * n :], state[WHOLE_M * n :], d, dmin, tile)
-        for i in range(0, type_size, 16):
-            at = min(i, type_size - 16)
-            store_transposed(tile, 16 * at, out, target, at)
+    blocks, codes = sixteen_in(row, scratch)
+    for first in range(0, x.size // (row.parts * row.size), 16):
+        read(blocks, first, x, columns, importance, places, tile.size // 16)
+        encode(blocks, search, codes, tile)
+        write(tile, out, places)

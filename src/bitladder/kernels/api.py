@@ -167,25 +167,19 @@ def _block_encoder(form: BlockRow, look: ScaleSearch, columns: int, importance: 
     """A function that encodes blocks; each thread that calls it works in arrays of its own."""
     weights = np.empty(0, np.float32) if importance is None else importance
     type_size = QTYPES[form.name].type_size
-    search = look.starts, look.rounds, look.trials, look.passes, look.reach, look.guard
 
     def room() -> tuple[F32Array, U8Array, NDArray[np.int64]]:
         return np.empty(form.scratch, np.float32), np.empty(16 * type_size, np.uint8), np.empty(48, np.int64)
 
     def encode_plain(x: F32Array, out: U8Array) -> None:
-        _QUANTIZE_PLAIN(x, form.pack, form.low, form.high, type_size, *room(), out)
+        _QUANTIZE_PLAIN(x, form, *room(), out)
 
-    def encode_affine(x: F32Array, out: U8Array) -> None:
-        shape = form.pack, form.parts, form.size, form.high, form.scale_high, type_size
-        _QUANTIZE_AFFINE(x, columns, weights, *shape, *search, *room(), out)
+    kernel = _QUANTIZE_AFFINE if form.name in AFFINE else _QUANTIZE_SCALE
 
-    def encode_scale(x: F32Array, out: U8Array) -> None:
-        shape = form.pack, form.parts, form.size, form.low, form.high, form.table
-        _QUANTIZE_SCALE(x, columns, weights, *shape, form.scale_low, form.scale_high, type_size, *search, *room(), out)
+    def encode(x: F32Array, out: U8Array) -> None:
+        kernel(x, columns, weights, form, look, *room(), out)
 
-    if look.plain:
-        return encode_plain
-    return encode_affine if form.name in AFFINE else encode_scale
+    return encode_plain if look.plain else encode
 
 
 def _encode_f16(x: F32Array, out: U8Array) -> None:

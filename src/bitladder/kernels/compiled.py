@@ -38,7 +38,7 @@ import numpy as np
 import platformdirs
 
 _HERE = Path(__file__).parent
-SOURCES = ("affine", "compiled", "decode", "floats", "lanes", "pack", "plain", "scale")
+SOURCES = ("affine", "compiled", "decode", "floats", "lanes", "pack", "plain", "rows", "scale", "sixteen")
 """Modules that the kernels are made of."""
 _FREE = "NRT_MemInfo_call_dtor"
 """What numba calls to free an array that nobody holds any more. Ours are held by their caller: it is never called."""
@@ -57,7 +57,8 @@ class Compiled:
         self._held: tuple[Any, ...] = ()
 
     def __call__(self, *args: Any) -> int:
-        """Call it with contiguous arrays and whole numbers, of the same types every time; returns a whole number.
+        """Call it with contiguous arrays, whole numbers and named tuples of both, of the same types every time; returns
+        a whole number.
 
         Raises:
             TypeError: an array is not contiguous.
@@ -74,8 +75,7 @@ class Compiled:
         """Machine code for arguments of these types; one thread makes it ready, the others wait."""
         with _LOCK:
             if self._call is None:
-                kinds = " ".join(f"{a.dtype.str}{a.ndim}" if isinstance(a, np.ndarray) else "int" for a in args)
-                file_name = f"{self.name}-{_digest(self.module, kinds)[:24]}.o"
+                file_name = f"{self.name}-{_digest(self.module, _kinds(args))[:24]}.o"
                 machine = _machine()
                 code = _stored(file_name)
                 if code is None:
@@ -93,10 +93,8 @@ class Compiled:
 
     def _compile(self, args: tuple[Any, ...], machine: Any) -> bytes:
         """Let numba write the kernel's LLVM code, and translate it."""
-        from numba import typeof, types
-
         kernel = getattr(importlib.import_module(self.module), self.name)
-        signature = tuple(typeof(arg) if isinstance(arg, np.ndarray) else types.int64 for arg in args)
+        signature = tuple(_type_of(arg) for arg in args)
         kernel.compile(signature)
         module = llvm.parse_assembly(kernel.inspect_llvm(signature))
         module.link_in(llvm.parse_assembly(f"define void @{_FREE}(ptr %held) {{ ret void }}"))
@@ -108,6 +106,23 @@ class Compiled:
         return code
 
 
+def _kinds(args: tuple[Any, ...]) -> str:
+    """The types of arguments in words; those of a tuple are in its source."""
+    return " ".join(
+        f"{arg.dtype.str}{arg.ndim}" if isinstance(arg, np.ndarray) else "tuple" if isinstance(arg, tuple) else "int"
+        for arg in args
+    )
+
+
+def _type_of(arg: Any) -> Any:
+    """An argument's type in numba: what is neither array nor tuple is a whole number."""
+    from numba import typeof, types
+
+    if isinstance(arg, tuple):
+        return types.BaseTuple.from_types([_type_of(field) for field in arg], type(arg))
+    return typeof(arg) if isinstance(arg, np.ndarray) else types.int64
+
+
 def _flat(args: tuple[Any, ...]) -> list[int]:
     """Arguments as numba lays them out."""
     flat: list[int] = []
@@ -116,6 +131,8 @@ def _flat(args: tuple[Any, ...]) -> list[int]:
             if not arg.flags.c_contiguous:
                 raise TypeError(f"a kernel needs contiguous arrays. Got strides {arg.strides} instead.")
             flat += (0, 0, arg.size, arg.itemsize, arg.ctypes.data, *arg.shape, *arg.strides)
+        elif isinstance(arg, tuple):
+            flat += _flat(arg)
         else:
             flat.append(int(arg))
     return flat

@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 
 from bitladder.errors import UsageError
 from bitladder.formats.blocks import QTYPES
-from bitladder.kernels import affine, decode, lanes, pack, scale
-from bitladder.kernels.rows import AFFINE, SCALE, BlockRow, Effort, ScaleSearch, affine_search, scale_search
+from bitladder.kernels import affine, decode, lanes, scale
+from bitladder.kernels.rows import AFFINE, SCALE, STATE_ROWS, Effort, affine_search, scale_search
+from bitladder.kernels.sixteen import Sixteen
 
 CHUNK_WEIGHTS = 1 << 24
 """Weights per round: bounds the memory besides the tensors to about 16 bytes times this."""
@@ -137,15 +138,18 @@ def quantize(
     blocks = weights.reshape(-1, length)
     out = torch.empty(len(blocks), type_size, dtype=torch.uint8, device=weights.device)
     step = max(1, CHUNK_WEIGHTS // columns) * (columns // length)
+    encode = _retargeted((affine if qtype in AFFINE else scale).encode, weights.device)
     for start in range(0, len(blocks), step):
         values = blocks[start : start + step].T.clamp(-1e15, 1e15).contiguous()
         if importance is None:
             counted = torch.ones_like(values[:1]).expand(length, -1)
         else:
             counted = importance.reshape(-1, length).T.repeat(1, values.shape[1] * length // columns)
-        tile = _empty(type_size, values[0])
-        encode = _affine if qtype in AFFINE else _scale
-        encode(row, look, Tile(list(values)), Tile(list(counted)), tile)
+        low, high = (torch.tensor(float(code), device=values.device) for code in (row.low, row.high))
+        state = _empty(STATE_ROWS * row.parts, values[0])
+        lanes_of = Tile(list(values)), Tile(list(counted)), state, row.parts * lanes.LANES
+        tile, codes = _empty(type_size, values[0]), _empty(length, values[0])
+        encode(Sixteen(*lanes_of, low, high, row), look, codes, tile)
         out[start : start + step] = torch.stack(tile.rows, dim=1)
     return out.reshape(rows, -1)
 
@@ -180,38 +184,6 @@ def quantize_array(
         part = quantize(torch.from_numpy(chunk).to(device), qtype, importance=counted, effort=effort)
         out[start : start + step] = part.cpu().numpy()
     return out
-
-
-def _affine(row: BlockRow, look: ScaleSearch, x: Tile, w: Tile, tile: Tile) -> None:
-    """One round of ``affine.quantize_affine``."""
-    n = row.parts * lanes.LANES
-    device = x[0].device
-    top = torch.tensor(float(row.high), device=device)
-    state, codes = _empty(affine.ROWS * row.parts, x[0]), _empty(len(x.rows), x[0])
-    steps = affine.search_block, affine.write_codes, pack.pack_affine
-    search, write, to_bytes = (_retargeted(step, device) for step in steps)
-    d, dmin = search(
-        x, w, state, n, row.size, top, row.scale_high,
-        look.starts, look.rounds, look.trials, look.passes, look.reach, look.guard,
-    )  # fmt: skip
-    write(x, state, n, row.size, d, dmin, top, codes)
-    to_bytes(row.pack, codes, state[affine.WHOLE_D * n :], state[affine.WHOLE_M * n :], d, dmin, tile)
-
-
-def _scale(row: BlockRow, look: ScaleSearch, x: Tile, w: Tile, tile: Tile) -> None:
-    """One round of ``scale.quantize_scale``."""
-    n = row.parts * lanes.LANES
-    device = x[0].device
-    low, high = (torch.tensor(float(code), device=device) for code in (row.low, row.high))
-    state, codes = _empty(scale.ROWS * row.parts, x[0]), _empty(len(x.rows), x[0])
-    steps = scale.search_block, scale.write_codes, pack.pack_scale
-    search, write, to_bytes = (_retargeted(step, device) for step in steps)
-    d = search(
-        x, w, state, n, row.size, low, high, row.table, row.scale_low, row.scale_high,
-        look.starts, look.rounds, look.trials, look.passes, look.reach, look.guard,
-    )  # fmt: skip
-    write(x, state, n, row.size, d, low, high, row.table, codes)
-    to_bytes(row.pack, codes, state[scale.WHOLE * n :], d, tile)
 
 
 def dequantize(data: torch.Tensor, qtype: str) -> torch.Tensor:

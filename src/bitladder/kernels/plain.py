@@ -27,9 +27,9 @@ from bitladder.kernels.lanes import (
     to_f16,
     where,
 )
+from bitladder.kernels.rows import Layout
 
 SIZE = 32
-Q8 = 5  # ``Row.pack``
 
 
 @helper
@@ -52,17 +52,15 @@ def write_nibbles(a: Any, b: Any, fifth: Any, out: Any, at: Any) -> Any:
 
 
 @kernel
-def quantize_plain(
-    x: Any, layout: Any, code_low: Any, code_high: Any, type_size: Any, scratch: Any, tile: Any, places: Any, out: Any
-) -> Any:
+def quantize_plain(x: Any, row: Any, scratch: Any, tile: Any, places: Any, out: Any) -> Any:
     """Blocks of 32 f32 x, one after another, to their bytes in ``out``.
 
-    ``layout`` is ``Row.pack``; codes run from ``code_low``, 0 in formats with a minimum, to ``code_high``. To work in:
-    ``scratch`` f32[32], ``tile`` u8[64], ``places`` i64[16].
+    ``row`` as in ``rows.py``; its lowest code is 0 in formats with a minimum. To work in: ``scratch`` f32[32], ``tile``
+    u8[16 type_size], ``places`` i64[16].
     """
-    blocks = x.size // SIZE
-    low, high = splat(code_low), splat(code_high)
-    with_minimum, fifth = code_low == 0, (layout == 1) | (layout == 7)
+    blocks, type_size = x.size // SIZE, tile.size // 16
+    low, high = splat(row.low), splat(row.high)
+    with_minimum, fifth = row.low == 0, (row.layout == Layout.Q5_1) | (row.layout == Layout.Q5_0)
     header = 4 if with_minimum else 2
     for first in range(0, blocks, 16):
         for lane in range(16):
@@ -88,7 +86,7 @@ def quantize_plain(
                 a, b = a + lift, b + lift
             a = nearest(minimum(maximum(a * inverse, low), high))
             b = nearest(minimum(maximum(b * inverse, low), high))
-            if layout == Q8:
+            if row.layout == Layout.Q8_0:
                 store_u8(out, at + 2, a)
                 store_u8(out, at + 18, b)
             else:

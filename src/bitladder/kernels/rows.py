@@ -7,8 +7,8 @@ the super-block; in a block of 32 they are float16 themselves, which the searche
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from enum import IntEnum
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,17 +21,32 @@ STATE_ROWS = 12
 """Room for the values that a search keeps per sub-block."""
 
 
-@dataclass(frozen=True)
-class BlockRow:
-    """A format as the searches see it.
+class Layout(IntEnum):
+    """How a format lays its bytes out (``pack.py``)."""
+
+    Q4_1 = 0
+    Q5_1 = 1
+    Q2_K = 2
+    Q4_K = 3
+    Q5_K = 4
+    Q8_0 = 5
+    Q4_0 = 6
+    Q5_0 = 7
+    Q3_K = 8
+    Q6_K = 9
+    IQ4_NL = 10
+    IQ4_XS = 11
+
+
+class BlockRow(NamedTuple):
+    """A format as the searches see it; kernels take it as it is.
 
     ``size`` weights share a scale, ``parts`` such sub-blocks make a block. Codes run from ``low`` to ``high``, or, with
     ``table`` set, to the sixteen values of IQ4. The whole-number scales run from ``scale_low`` to ``scale_high``;
-    both 0 when the sub-block's scale is the float16 itself. ``pack`` numbers the layout in ``pack.py``.
+    both 0 when the sub-block's scale is the float16 itself.
     """
 
-    name: str
-    pack: int
+    layout: Layout
     parts: int
     size: int
     low: int
@@ -41,14 +56,18 @@ class BlockRow:
     table: bool = False
 
     @property
+    def name(self) -> str:
+        """The format's."""
+        return self.layout.name
+
+    @property
     def scratch(self) -> int:
         """How many float32 a search of sixteen blocks works in: weights, importance, codes, and a state per part."""
         return 16 * self.parts * (3 * self.size + STATE_ROWS)
 
 
-@dataclass(frozen=True)
-class ScaleSearch:
-    """How long to look.
+class ScaleSearch(NamedTuple):
+    """How long to look; kernels take it as it is.
 
     Attributes:
         starts: f32[n, 2], the first guesses per sub-block. With a minimum: (how many codes more than the format has
@@ -77,24 +96,24 @@ class ScaleSearch:
 AFFINE = {
     row.name: row
     for row in (
-        BlockRow("Q4_1", 0, 1, 32, 0, 15),
-        BlockRow("Q5_1", 1, 1, 32, 0, 31),
-        BlockRow("Q2_K", 2, 16, 16, 0, 3, 0, 15),
-        BlockRow("Q4_K", 3, 8, 32, 0, 15, 0, 63),
-        BlockRow("Q5_K", 4, 8, 32, 0, 31, 0, 63),
+        BlockRow(Layout.Q4_1, 1, 32, 0, 15),
+        BlockRow(Layout.Q5_1, 1, 32, 0, 31),
+        BlockRow(Layout.Q2_K, 16, 16, 0, 3, 0, 15),
+        BlockRow(Layout.Q4_K, 8, 32, 0, 15, 0, 63),
+        BlockRow(Layout.Q5_K, 8, 32, 0, 31, 0, 63),
     )
 }
 
 SCALE = {
     row.name: row
     for row in (
-        BlockRow("Q8_0", 5, 1, 32, -127, 127),
-        BlockRow("Q4_0", 6, 1, 32, -8, 7),
-        BlockRow("Q5_0", 7, 1, 32, -16, 15),
-        BlockRow("Q3_K", 8, 16, 16, -4, 3, -32, 31),
-        BlockRow("Q6_K", 9, 16, 16, -32, 31, -128, 127),
-        BlockRow("IQ4_NL", 10, 1, 32, -127, 113, table=True),
-        BlockRow("IQ4_XS", 11, 8, 32, -127, 113, -32, 31, table=True),
+        BlockRow(Layout.Q8_0, 1, 32, -127, 127),
+        BlockRow(Layout.Q4_0, 1, 32, -8, 7),
+        BlockRow(Layout.Q5_0, 1, 32, -16, 15),
+        BlockRow(Layout.Q3_K, 16, 16, -4, 3, -32, 31),
+        BlockRow(Layout.Q6_K, 16, 16, -32, 31, -128, 127),
+        BlockRow(Layout.IQ4_NL, 1, 32, -127, 113, table=True),
+        BlockRow(Layout.IQ4_XS, 8, 32, -127, 113, -32, 31, table=True),
     )
 }
 

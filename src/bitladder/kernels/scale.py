@@ -19,7 +19,6 @@ from bitladder.kernels.lanes import (
     helper,
     kernel,
     load,
-    load_transposed,
     magnitude,
     maximum,
     minimum,
@@ -27,11 +26,11 @@ from bitladder.kernels.lanes import (
     reciprocal,
     splat,
     store,
-    store_transposed,
     to_f16,
     where,
 )
 from bitladder.kernels.pack import pack_scale
+from bitladder.kernels.sixteen import read, sixteen_in, write
 
 # rows of the state: one value per lane for each of up to 16 sub-blocks
 SLL, SXL, D, WHOLE, PLAIN, ROWS = range(6)
@@ -64,45 +63,43 @@ def table_index(x: Any) -> Any:
 
 
 @helper
-def nearest_code(x: Any, low: Any, high: Any, table: Any) -> Any:
+def nearest_code(blocks: Any, x: Any) -> Any:
     """The nearest value a code can stand for, before scaling."""
-    if table:
+    if blocks.row.table:
         return table_value(x)
-    return nearest(minimum(maximum(x, low), high))
+    return nearest(minimum(maximum(x, blocks.low), blocks.high))
 
 
 @helper
-def sums(x: Any, w: Any, at: Any, size: Any, inverse: Any, low: Any, high: Any, table: Any) -> Any:
-    """Sll and Sxl of the codes nearest to x * inverse."""
+def sums(blocks: Any, j: Any, inverse: Any) -> Any:
+    """Sll and Sxl of the codes nearest to x * inverse in sub-block ``j`` (its place in a row of the state)."""
     sll, sxl = splat(0.0), splat(0.0)
-    for i in range(at, at + 16 * size, 16):
-        value = load(x, i)
-        code = nearest_code(value * inverse, low, high, table)
-        weighted = load(w, i) * code
+    for i in range(j * blocks.row.size, (j + 16) * blocks.row.size, 16):
+        value = load(blocks.x, i)
+        code = nearest_code(blocks, value * inverse)
+        weighted = load(blocks.w, i) * code
         sll = sll + weighted * code
         sxl = sxl + weighted * value
     return sll, sxl
 
 
 @helper
-def search_part(
-    x: Any, w: Any, state: Any, j: Any, n: Any, size: Any, low: Any, high: Any, table: Any, starts: Any, rounds: Any
-) -> Any:
-    """Fill the sub-block's sums and scale; ``j`` is its place in a row of the state, ``n`` the length of a row."""
-    at = j * size
+def search_part(blocks: Any, j: Any, search: Any) -> Any:
+    """Fill the sub-block's sums and scale."""
+    state, n, starts = blocks.state, blocks.n, search.starts
     lowest, highest = splat(0.0), splat(0.0)
-    for i in range(at, at + 16 * size, 16):
-        value = load(x, i)
+    for i in range(j * blocks.row.size, (j + 16) * blocks.row.size, 16):
+        value = load(blocks.x, i)
         lowest, highest = minimum(lowest, value), maximum(highest, value)
     largest = where(highest >= splat(0.0) - lowest, highest, lowest)
     over_largest = reciprocal(largest)
-    d, gain = largest / low, splat(-1.0)
+    d, gain = largest / blocks.low, splat(-1.0)
     store(state, PLAIN * n + j, d)
     sll, sxl = splat(0.0), splat(0.0)
-    guesses = starts.shape[0] + rounds if starts.shape[0] > 1 else 0
+    guesses = starts.shape[0] + search.rounds if starts.shape[0] > 1 else 0
     for k in range(guesses):
         inverse = splat(starts[k, 0]) * over_largest if k < starts.shape[0] else reciprocal(d)
-        ll, xl = sums(x, w, at, size, inverse, low, high, table)
+        ll, xl = sums(blocks, j, inverse)
         d1 = xl * reciprocal(ll)
         gain1 = d1 * xl
         better = gain1 > gain
@@ -114,36 +111,42 @@ def search_part(
 
 
 @helper
-def largest_scale(state: Any, row: Any, n: Any) -> Any:
-    """The sub-blocks' scale of largest magnitude, with its sign."""
-    d = load(state, row * n)
-    for j in range(16, n, 16):
-        other = load(state, row * n + j)
+def largest_scale(blocks: Any, at: Any) -> Any:
+    """The sub-blocks' scale of largest magnitude, with its sign; scales are row ``at`` of the state."""
+    d = load(blocks.state, at * blocks.n)
+    for j in range(16, blocks.n, 16):
+        other = load(blocks.state, at * blocks.n + j)
         d = where(magnitude(other) > magnitude(d), other, d)
     return d
 
 
 @helper
-def choose_whole(state: Any, row: Any, n: Any, d: Any, whole_low: Any, whole_high: Any) -> Any:
-    """Whole-number scales nearest to the best ones, which are in ``row`` (the error is a parabola around each)."""
-    inverse = reciprocal(d)
-    for j in range(0, n, 16):
-        s = minimum(maximum(load(state, row * n + j) * inverse, splat(whole_low)), splat(whole_high))
-        store(state, WHOLE * n + j, nearest(s))
+def whole_scale(blocks: Any, d: Any) -> Any:
+    """The whole number nearest to a scale that was divided, within what can be stored."""
+    return nearest(minimum(maximum(d, splat(blocks.row.scale_low)), splat(blocks.row.scale_high)))
 
 
 @helper
-def choose_d(state: Any, n: Any, d: Any, whole_low: Any, whole_high: Any, trials: Any) -> Any:
+def choose_whole(blocks: Any, at: Any, d: Any) -> Any:
+    """Whole-number scales, where there are any, nearest to the best ones in row ``at`` of the state (the error is a
+    parabola around each)."""
+    if blocks.row.scale_high > 0:
+        state, n, inverse = blocks.state, blocks.n, reciprocal(d)
+        for j in range(0, n, 16):
+            store(state, WHOLE * n + j, whole_scale(blocks, load(state, at * n + j) * inverse))
+
+
+@helper
+def choose_d(blocks: Any, d: Any, trials: Any) -> Any:
     """The float16 d, out of ``trials`` near the given one, whose multiples fit the sub-blocks' scales best."""
-    two = splat(2.0)
+    state, n, two = blocks.state, blocks.n, splat(2.0)
     best_d, best = to_f16(d), splat(3e38)
     for k in range(trials):
         trial = to_f16(d * splat(0.97 + 0.4 * k / trials if k > 0 else 1.0))
         inverse = reciprocal(trial)
         error = splat(0.0)
         for j in range(0, n, 16):
-            s = minimum(maximum(load(state, D * n + j) * inverse, splat(whole_low)), splat(whole_high))
-            step = nearest(s) * trial
+            step = whole_scale(blocks, load(state, D * n + j) * inverse) * trial
             error = error + step * (step * load(state, SLL * n + j) - two * load(state, SXL * n + j))
         better = error < best
         best, best_d = where(better, error, best), where(better, trial, best_d)
@@ -151,8 +154,9 @@ def choose_d(state: Any, n: Any, d: Any, whole_low: Any, whole_high: Any, trials
 
 
 @helper
-def solve_block(state: Any, n: Any, d: Any) -> Any:
+def solve_block(blocks: Any, d: Any) -> Any:
     """Best float16 d of the block for the present codes and whole numbers."""
+    state, n = blocks.state, blocks.n
     a, b = splat(0.0), splat(0.0)
     for j in range(0, n, 16):
         s = load(state, WHOLE * n + j)
@@ -163,31 +167,19 @@ def solve_block(state: Any, n: Any, d: Any) -> Any:
 
 
 @helper
-def new_codes(
-    x: Any,
-    w: Any,
-    state: Any,
-    n: Any,
-    size: Any,
-    d: Any,
-    low: Any,
-    high: Any,
-    table: Any,
-    whole_low: Any,
-    whole_high: Any,
-    reach: Any,
-) -> Any:
+def new_codes(blocks: Any, d: Any, reach: Any) -> Any:
     """Codes for the stored scales, or for whole-number scales up to ``reach`` away when those leave less error."""
-    two = splat(2.0)
+    state, n, two = blocks.state, blocks.n, splat(2.0)
+    least, most = splat(blocks.row.scale_low), splat(blocks.row.scale_high)
     for j in range(0, n, 16):
         s0 = load(state, WHOLE * n + j)
         best_s, best, sll, sxl = s0, splat(3e38), splat(0.0), splat(0.0)
         for a in range(-reach, reach + 1):
             s = s0 + splat(a)
             if reach > 0:
-                s = minimum(maximum(s, splat(whole_low)), splat(whole_high))
+                s = minimum(maximum(s, least), most)
             step = s * d
-            ll, xl = sums(x, w, j * size, size, reciprocal(step), low, high, table)
+            ll, xl = sums(blocks, j, reciprocal(step))
             error = step * (step * ll - two * xl)
             better = error < best
             best, best_s = where(better, error, best), where(better, s, best_s)
@@ -199,175 +191,91 @@ def new_codes(
 
 
 @helper
-def true_error(x: Any, w: Any, state: Any, n: Any, size: Any, d: Any, low: Any, high: Any, table: Any) -> Any:
+def true_error(blocks: Any, d: Any) -> Any:
     """The block's weighted squared error, summed from the differences themselves."""
-    error = splat(0.0)
+    n, size, error = blocks.n, blocks.row.size, splat(0.0)
     for j in range(0, n, 16):
-        step = load(state, WHOLE * n + j) * d
+        step = load(blocks.state, WHOLE * n + j) * d
         inverse = reciprocal(step)
         for i in range(j * size, (j + 16) * size, 16):
-            value = load(x, i)
-            code = nearest_code(value * inverse, low, high, table)
-            rest = value - step * code
-            error = error + load(w, i) * rest * rest
+            value = load(blocks.x, i)
+            rest = value - step * nearest_code(blocks, value * inverse)
+            error = error + load(blocks.w, i) * rest * rest
     return error
 
 
 @helper
-def keep_plain(
-    x: Any,
-    w: Any,
-    state: Any,
-    n: Any,
-    size: Any,
-    d: Any,
-    low: Any,
-    high: Any,
-    table: Any,
-    whole_low: Any,
-    whole_high: Any,
-) -> Any:
+def keep_plain(blocks: Any, d: Any) -> Any:
     """Where the plain encoding (scales from the largest weights alone) has less error, take it."""
-    error = true_error(x, w, state, n, size, d, low, high, table)
-    plain_d = largest_scale(state, PLAIN, n)
-    if whole_high > 0:
-        plain_d = plain_d / splat(whole_low)
+    state, n = blocks.state, blocks.n
+    error = true_error(blocks, d)
+    plain_d = largest_scale(blocks, PLAIN)
+    if blocks.row.scale_high > 0:
+        plain_d = plain_d / splat(blocks.row.scale_low)
     plain_d = to_f16(plain_d)
     for j in range(0, n, 16):
         store(state, D * n + j, load(state, WHOLE * n + j))
-    if whole_high > 0:
-        choose_whole(state, PLAIN, n, plain_d, whole_low, whole_high)
-    plain = true_error(x, w, state, n, size, plain_d, low, high, table) < error
+    choose_whole(blocks, PLAIN, plain_d)
+    plain = true_error(blocks, plain_d) < error
     for j in range(0, n, 16):
-        s = where(plain, load(state, WHOLE * n + j), load(state, D * n + j))
-        store(state, WHOLE * n + j, s)
+        store(state, WHOLE * n + j, where(plain, load(state, WHOLE * n + j), load(state, D * n + j)))
     return where(plain, plain_d, d)
 
 
 @helper
-def search_block(
-    x: Any,
-    w: Any,
-    state: Any,
-    n: Any,
-    size: Any,
-    low: Any,
-    high: Any,
-    table: Any,
-    whole_low: Any,
-    whole_high: Any,
-    starts: Any,
-    rounds: Any,
-    trials: Any,
-    passes: Any,
-    reach: Any,
-    guard: Any,
-) -> Any:
+def search_block(blocks: Any, search: Any) -> Any:
     """Leave the whole-number scales in the state and return d."""
-    if whole_high == 0:
-        reach = 0
+    n, row = blocks.n, blocks.row
+    reach = search.reach if row.scale_high > 0 else 0
     for j in range(0, n, 16):
-        search_part(x, w, state, j, n, size, low, high, table, starts, rounds)
-    d = largest_scale(state, D, n)
-    if whole_high > 0:
-        d = choose_d(state, n, d / splat(whole_low), whole_low, whole_high, trials)
+        search_part(blocks, j, search)
+    d = largest_scale(blocks, D)
+    if row.scale_high > 0:
+        d = choose_d(blocks, d / splat(row.scale_low), search.trials)
     else:
-        store(state, WHOLE * n, splat(1.0))
+        store(blocks.state, WHOLE * n, splat(1.0))
         d = to_f16(d)
-    for k in range(passes + 1):
+    for k in range(search.passes + 1):
         if k > 0:
-            new_codes(x, w, state, n, size, d, low, high, table, whole_low, whole_high, reach)
-        if whole_high > 0:
-            choose_whole(state, D, n, d, whole_low, whole_high)
-        if passes > 0:
-            d = solve_block(state, n, d)
-    if whole_high > 0:
-        choose_whole(state, D, n, d, whole_low, whole_high)
-    if guard:
-        d = keep_plain(x, w, state, n, size, d, low, high, table, whole_low, whole_high)
+            new_codes(blocks, d, reach)
+        choose_whole(blocks, D, d)
+        if search.passes > 0:
+            d = solve_block(blocks, d)
+    choose_whole(blocks, D, d)
+    if search.guard:
+        d = keep_plain(blocks, d)
     return d
 
 
 @helper
-def write_codes(x: Any, state: Any, n: Any, size: Any, d: Any, low: Any, high: Any, table: Any, codes: Any) -> Any:
+def write_codes(blocks: Any, d: Any, codes: Any) -> Any:
     """The codes nearest to x / d for the stored scales, counted from 0 up."""
+    n, size = blocks.n, blocks.row.size
     for j in range(0, n, 16):
-        inverse = reciprocal(load(state, WHOLE * n + j) * d)
+        inverse = reciprocal(load(blocks.state, WHOLE * n + j) * d)
         for i in range(j * size, (j + 16) * size, 16):
-            scaled = load(x, i) * inverse
-            if table:
+            scaled = load(blocks.x, i) * inverse
+            if blocks.row.table:
                 store(codes, i, table_index(scaled))
             else:
-                store(codes, i, nearest(minimum(maximum(scaled, low), high)) - low)
+                store(codes, i, nearest_code(blocks, scaled) - blocks.low)
+
+
+@helper
+def encode(blocks: Any, search: Any, codes: Any, tile: Any) -> Any:
+    """Search sixteen blocks and leave their bytes in ``tile``."""
+    d = search_block(blocks, search)
+    write_codes(blocks, d, codes)
+    pack_scale(blocks.row.layout, codes, blocks.state[WHOLE * blocks.n :], d, tile)
 
 
 @kernel
 def quantize_scale(
-    x: Any,
-    columns: Any,
-    importance: Any,
-    layout: Any,
-    parts: Any,
-    size: Any,
-    code_low: Any,
-    code_high: Any,
-    table: Any,
-    whole_low: Any,
-    whole_high: Any,
-    type_size: Any,
-    starts: Any,
-    rounds: Any,
-    trials: Any,
-    passes: Any,
-    reach: Any,
-    guard: Any,
-    scratch: Any,
-    tile: Any,
-    places: Any,
-    out: Any,
+    x: Any, columns: Any, importance: Any, row: Any, search: Any, scratch: Any, tile: Any, places: Any, out: Any
 ) -> Any:
-    """Blocks of f32 x, one after another, to their bytes in ``out``.
-
-    ``importance`` is f32[columns], or empty for equal weights; ``columns`` the length of a row of x. To work in:
-    ``scratch`` f32[``Row.scratch``], ``tile`` u8[16 type_size], ``places`` i64[48].
-    """
-    length, n = parts * size, parts * 16
-    blocks = x.size // length
-    values, codes, weights = scratch, scratch[16 * length :], scratch[32 * length :]
-    state = scratch[48 * length :]
-    source, column, target = places, places[16:], places[32:]
-    for i in range(0, 16 * length, 16):
-        store(weights, i, splat(1.0))
-    for first in range(0, blocks, 16):
-        for lane in range(16):
-            block = min(first + lane, blocks - 1)
-            source[lane], target[lane] = block * length, block * type_size
-            column[lane] = block * length % columns
-        for i in range(0, length, 16):
-            load_transposed(x, source, i, values, 16 * i)
-            if importance.size:
-                load_transposed(importance, column, i, weights, 16 * i)
-        low, high = splat(code_low), splat(code_high)
-        d = search_block(
-            values,
-            weights,
-            state,
-            n,
-            size,
-            low,
-            high,
-            table,
-            whole_low,
-            whole_high,
-            starts,
-            rounds,
-            trials,
-            passes,
-            reach,
-            guard,
-        )
-        write_codes(values, state, n, size, d, low, high, table, codes)
-        pack_scale(layout, codes, state[WHOLE * n :], d, tile)
-        for i in range(0, type_size, 16):
-            at = min(i, type_size - 16)
-            store_transposed(tile, 16 * at, out, target, at)
+    """Blocks of f32 x, one after another, to their bytes in ``out``; arguments as of ``affine.quantize_affine``."""
+    blocks, codes = sixteen_in(row, scratch)
+    for first in range(0, x.size // (row.parts * row.size), 16):
+        read(blocks, first, x, columns, importance, places, tile.size // 16)
+        encode(blocks, search, codes, tile)
+        write(tile, out, places)
