@@ -1,10 +1,22 @@
-"""Bytes, and how people write them."""
+"""Bytes, how people write them, and what a figure rests on."""
 
 from __future__ import annotations
 
 import re
+from enum import StrEnum
 
 from bitladder.errors import UsageError
+
+
+class Basis(StrEnum):
+    """What a figure rests on; a reader trusts the first most."""
+
+    MEASURED = "measured"
+    """It was measured on this machine, or earlier jobs here corrected it."""
+    DERIVED = "derived"
+    """From measured rates, or from a data sheet's peak figures."""
+    ASSUMED = "assumed"
+
 
 KiB = 1024
 MiB = 1024**2

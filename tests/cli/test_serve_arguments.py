@@ -10,7 +10,8 @@ from bitladder.cli.app import app
 from bitladder.cli.deploy import TierOptions, tiers_of
 from bitladder.errors import BitladderError
 from bitladder.files.gguf import GgufFile
-from bitladder.plan.ladder import DEFAULT_CTX, usable_context
+from bitladder.plan.ladder import usable_context
+from bitladder.records.plan import DEFAULT_CTX
 from bitladder.serve.settings import ServeSettings
 from bitladder.stages.job import Work
 from tiny_engine import TRAINED_CTX, write_tiny

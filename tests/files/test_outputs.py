@@ -1,5 +1,6 @@
 """Nothing of the user's is overwritten unasked, whatever verb writes and however the file is spelled."""
 
+import ast
 import json
 import os
 import stat
@@ -11,12 +12,14 @@ from typer.testing import CliRunner
 
 from bitladder.cli.app import app
 from bitladder.errors import OutputError, UsageError
-from bitladder.files import atomic
-from bitladder.files.atomic import write_whole, written_aside
+from bitladder.files import atomic, vector_file
+from bitladder.files.atomic import put_in_place, write_whole, written_aside
+from bitladder.files.folders import cache_key
 from bitladder.files.gguf import GgufFile
 from bitladder.files.gguf_header import read_file_header
 from bitladder.files.imatrix import ImportanceMatrix, made_from, write_imatrix
 from bitladder.files.outputs import check_output, holding, same_text
+from bitladder.files.vector_file import VectorFile
 from bitladder.report import check_html, check_run, report_beside, write_html, write_run
 from bitladder.serve.limits import add_key
 from bitladder.stages.write_levels import quantize_levels
@@ -140,6 +143,74 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path):
         raise KeyboardInterrupt
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["out.txt"]
     assert target.read_text() == "old"
+
+
+def _in_order(monkeypatch):
+    """What is flushed and renamed from now on, by name, in order."""
+    done, fsync, replace = [], os.fsync, Path.replace
+
+    def flushed(handle):
+        done.append(f"flush {Path(f'/proc/self/fd/{handle}').readlink().name}")
+        fsync(handle)
+
+    def renamed(self, target):
+        done.append(f"rename {Path(target).name}")
+        return replace(self, target)
+
+    monkeypatch.setattr(atomic.os, "fsync", flushed)
+    monkeypatch.setattr(Path, "replace", renamed)
+    return done
+
+
+def test_no_rename_outruns_the_contents_nor_is_lost(tmp_path, monkeypatch):
+    home = tmp_path / "home"
+    (home / "made" / "inner").mkdir(parents=True)
+    for name in ("made/inner/a", "made/b", "old", "new"):
+        (home / name).write_text(name)
+    (home / "made" / "link").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "link").symlink_to(home)
+    done = _in_order(monkeypatch)
+    put_in_place(home / "made", home / "folder")
+    assert set(done[:-2]) == {"flush made", "flush inner", "flush a", "flush b"}
+    assert done[-2:] == ["rename folder", "flush home"]
+    done.clear()
+    put_in_place(tmp_path / "link" / "new", tmp_path / "link" / "old")
+    assert (done, (home / "old").read_text()) == (["flush new", "rename old", "flush home"], "new")
+    done.clear()
+    write_whole(home / "old", "newer")
+    assert done[1:] == ["rename old", "flush home"]
+    assert done[0].endswith(".part")
+    with pytest.raises(OSError):
+        put_in_place(home / "old", home / "folder")  # no file takes a folder's place
+    assert (home / "folder" / "b").read_text() == "made/b"
+
+
+def test_a_cached_things_name_changes_with_whatever_it_depends_on(tmp_path, monkeypatch):
+    monkeypatch.setenv("BITLADDER_CACHE", str(tmp_path))
+    parts = ("1", "ab", "c", b"\xff", "")
+    others = [("1", "a", "bc", b"\xff", ""), parts[:-1], (*parts, ""), ("1", "c", "ab", b"\xff", ""), ("1", "abc")]
+    assert cache_key(*parts) == cache_key(*parts)
+    assert len({cache_key(*one) for one in (parts, *others)}) == 6
+    names = {VectorFile(*("AWQ-Q4_K_M", "source", "text"), settings).target for settings in ("", "128")}
+    monkeypatch.setattr(vector_file, "REVISION", "later")  # folds are found with the kernels' rounding
+    names.add(VectorFile("AWQ-Q4_K_M", "source", "text").target)
+    assert len(names) == 3
+
+
+def test_only_one_module_renames(tmp_path):
+    """Whatever is kept takes its name in ``files/atomic.py``: every other `replace` is one of text, or of a record."""
+    found = {}
+    for path in (Path(__file__).parents[2] / "src" / "bitladder").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                name, owner = node.func.attr, ast.unparse(node.func.value)
+                moves = name == "rename" or (name == "replace" and (len(node.args) == 1 or owner == "os"))
+                if moves and not node.keywords:
+                    found.setdefault(path.name, []).append(ast.unparse(node))
+    assert found.pop("atomic.py") == ["made.replace(path)"]
+    assert found.pop("checkpoint_folder.py") == ["self.target.replace(self.partial / 'replaced')"]  # out of the way
+    found.pop("compiled.py", None)  # kernels see no files; what they keep has its own hash
+    assert found == {}
 
 
 @pytest.mark.parametrize("suffix", [".partial", ".partial.journal"])

@@ -11,7 +11,7 @@ from scipy.optimize import minimize_scalar
 from bitladder.errors import UsageError
 from bitladder.plan.bar import parse_bar
 from bitladder.plan.decide import decide
-from bitladder.plan.front import pareto
+from bitladder.plan.front import Standpoint, pareto
 from bitladder.records.decision import Outcome
 from bitladder.stats.noninferiority import inputs_needed, loss_interval
 from ladder_examples import KL, MiB, fidelities, fidelity, plan, result, results
@@ -305,8 +305,9 @@ def test_pareto_front():
         ("fast", 6, 9, 0.5),
         ("lost", 5, 2, math.inf),
     ]
+    points = [Standpoint(*point) for point in points]
     assert pareto(points) == ("big", "slow", "fast")
-    assert pareto([("a", 5, math.nan, 0.5), ("b", 4, 3, 0.5)]) == ("b",)
+    assert pareto([Standpoint("a", 5, math.nan, 0.5), Standpoint("b", 4, 3, 0.5)]) == ("b",)
 
 
 def test_an_interval_that_cannot_be_estimated_asks_for_more_text():

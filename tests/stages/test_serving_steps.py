@@ -6,7 +6,8 @@ import pytest
 
 from bitladder.describe.cache import cache_bytes, layer_caches
 from bitladder.files.gguf import GgufFile
-from bitladder.stages.serve import MOST_SLOTS, memory_by_slots, slots_that_fit
+from bitladder.stages.run_facts import MOST_SLOTS
+from bitladder.stages.serve import memory_by_slots, slots_that_fit
 
 BIG, SMALL = (10, 12, 14, 16), (5, 6, 7, 8)
 

@@ -14,6 +14,7 @@ from bitladder.cli.grouped import grouped
 from bitladder.cli.terminal import JsonFlag, ModelArgument, print_json, progress_display, say, verb
 from bitladder.errors import UsageError
 from bitladder.files.probe import available_cores
+from bitladder.records.plan import DEFAULT_CTX
 from bitladder.units import human_bytes, parse_bytes
 
 if TYPE_CHECKING:
@@ -22,9 +23,10 @@ if TYPE_CHECKING:
     from bitladder.records.fidelity import Way
     from bitladder.stages.job import Build, Work
 
+_CONTEXT = f"{DEFAULT_CTX}, or the model's own if shorter"
 Context = Annotated[
     int | None,
-    typer.Option("--ctx", min=64, help="Context in tokens.", show_default="4096, or the model's own if shorter"),
+    typer.Option("--ctx", min=64, help="Context in tokens.", show_default=_CONTEXT),
 ]
 Levels = Annotated[
     str | None,

@@ -225,7 +225,8 @@ def _with_slots(specs: list[TierSpec], budget: int, slots: int | None) -> list[T
     """Tiers that know how many requests they compute at once, and the memory it takes. Endpoints stay as they are."""
     from dataclasses import replace
 
-    from bitladder.stages.serve import MOST_SLOTS, memory_by_slots, slots_that_fit
+    from bitladder.stages.run_facts import MOST_SLOTS
+    from bitladder.stages.serve import memory_by_slots, slots_that_fit
 
     asked = range(1, MOST_SLOTS + 1) if slots is None else (slots,)
     needs = {spec.path: memory_by_slots(spec.path, spec.n_ctx, asked) for spec in specs if spec.path is not None}

@@ -8,14 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from bitladder.formats.blocks import QTYPES
+from bitladder.units import Basis
 
 
 @dataclass(frozen=True)
 class PoolRates:
     """One memory pool (a GPU's memory, or RAM with its cores) and what works on it.
 
-    ``source`` is ``measured`` (the engine ran here), ``derived`` (from a data sheet's figures) or
-    ``assumed``.
+    ``source``: measured where the engine ran here, derived from a data sheet's figures, or assumed.
     """
 
     stream: Mapping[str, float]
@@ -34,7 +34,7 @@ class PoolRates:
     """Seconds a token costs beyond its layers: sampling, server, bookkeeping."""
     prompt_s: float
     """Seconds a prompt costs beyond its arithmetic."""
-    source: str
+    source: Basis
     row_s: Mapping[str, float] = field(default_factory=dict)
     """qtype -> seconds that a row of a matrix costs beyond its bytes, decoding: rows of small models are short."""
     prompt_row_s: Mapping[str, float] = field(default_factory=dict)
@@ -112,5 +112,5 @@ def from_data_sheet(bandwidth: float, flops: float, *, gpu: bool) -> PoolRates:
         layer_s=15e-6 if gpu else 20e-6,
         token_s=300e-6,
         prompt_s=10e-3,
-        source="derived",
+        source=Basis.DERIVED,
     )

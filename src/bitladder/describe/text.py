@@ -7,6 +7,11 @@ import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+CHARACTERS_PER_TOKEN = 4
+"""The usual estimate for English, where the tokenizer is not known: nobody outside knows a cloud's."""
+FEWEST_CHARACTERS_PER_TOKEN = 2
+"""A low guess, so that the room derived from it is enough for any text."""
+
 
 @dataclass(frozen=True)
 class Document:

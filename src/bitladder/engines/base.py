@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self, runtime_checkable
 
 from bitladder.errors import BadInput, EngineError
+from bitladder.records.plan import DEFAULT_CTX
 
 Message = Mapping[str, Any]
 """One chat message: ``{"role": "system" | "user" | "assistant", "content": "..."}``."""
@@ -114,7 +115,7 @@ class Launch:
 
     path: str | Path
     """A GGUF file, or a checkpoint folder."""
-    n_ctx: int = 4096
+    n_ctx: int = DEFAULT_CTX
     """Tokens of context *of one request*."""
     n_parallel: int = 1
     """Requests computed together."""

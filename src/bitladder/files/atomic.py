@@ -1,4 +1,5 @@
-"""Files written whole or not at all: aside under a name that nothing has, flushed to the disk, renamed."""
+"""Files written whole or not at all: aside under a name that nothing has, flushed to the disk, renamed, and the rename
+flushed. What a library or a longer job makes under a name of its own gets its place by ``put_in_place``."""
 
 from __future__ import annotations
 
@@ -33,7 +34,7 @@ def written_aside(path: Path) -> Iterator[BinaryIO]:
             with suppress(FileNotFoundError):
                 os.fchmod(written.fileno(), stat.S_IMODE(path.stat().st_mode))
             os.fsync(written.fileno())
-        part.replace(path)
+        _rename(part, path)
     except BaseException:
         with suppress(OSError):  # where nothing could be written, nothing can be removed either
             part.unlink()
@@ -52,3 +53,34 @@ def write_whole(path: Path, content: str | bytes, *, do: str = "Name another pla
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error.strerror or error}.", do=do) from error
     return path
+
+
+def put_in_place(made: Path, path: Path) -> Path:
+    """Give a finished file or folder its name, once its contents are on the disk; returns the path.
+
+    Both lie in one file system, and links in the folder are not followed. Over a file of that name, or an empty folder;
+    another folder must be moved away first.
+
+    Raises:
+        OSError: no space, no permission, or a folder with something in it lies there.
+    """
+    for inner in [*made.rglob("*"), made]:
+        if not inner.is_symlink() and (inner.is_file() or inner.is_dir()):
+            _sync(inner)
+    _rename(made, path)
+    return path
+
+
+def _rename(made: Path, path: Path) -> None:
+    made.replace(path)
+    with suppress(OSError):  # it has its name; a folder that nobody may list, or some file systems, cannot be flushed
+        _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    """Returns when the disk has a file's contents, or a folder's names."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

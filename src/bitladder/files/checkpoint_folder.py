@@ -7,13 +7,12 @@ and log come beside them, and the folder is renamed.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bitladder.files.atomic import written_aside
+from bitladder.files.atomic import put_in_place, written_aside
 from bitladder.files.hashing import folder_sha256
 from bitladder.files.layer_store import LayerStore, writing
 from bitladder.files.outputs import check_output
@@ -112,10 +111,8 @@ class CheckpointFolder(LayerStore):
             _write_json(ready / "config.json", config)
             _write_json(ready / MANIFEST, {**manifest, _SOURCE: self.source_sha256, "fingerprint": self.fingerprint})
             if self.target.exists():
-                old = self.partial / "replaced"
-                os.replace(self.target, old)  # noqa: PTH105 - a folder of ours: __init__ made sure
-            os.replace(ready, self.target)  # noqa: PTH105
-            _sync(self.target.parent)
+                self.target.replace(self.partial / "replaced")  # a folder of ours: __init__ made sure
+            put_in_place(ready, self.target)
             self.discard()
         return self.target
 
@@ -161,12 +158,3 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 def _write(path: Path, content: bytes) -> None:
     with written_aside(path) as file:
         file.write(content)
-
-
-def _sync(path: Path) -> None:
-    """Make sure that a rename does not outrun the contents."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -8,7 +8,6 @@ fence (``files/converter_child.py``).
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shutil
@@ -20,11 +19,12 @@ from pathlib import Path
 from bitladder.describe.rope_scaling import PLAIN, rope_kinds
 from bitladder.errors import BadInput, BitladderError, OutputError, UnknownArchitecture
 from bitladder.files import converter_child
+from bitladder.files.atomic import put_in_place
 from bitladder.files.checkpoint import Checkpoint, read_checkpoint
 from bitladder.files.converter import Converter, converter_at_hand, find_converter
 from bitladder.files.decoded import Decoding, decoded_bytes, decoding_of, write_decoded
 from bitladder.files.fence import ended_after, environment, fenced, memory_bound, package_folders
-from bitladder.files.folders import cache_folder
+from bitladder.files.folders import cache_folder, cache_key
 from bitladder.files.hashing import file_sha256, recall
 from bitladder.files.staging import data_files, stage_checkpoint
 from bitladder.levels.checkpoints.converter_formats import ReadAs
@@ -70,7 +70,7 @@ def convert_checkpoint(folder: Path, label: str, progress: Progress = silent) ->
         with tempfile.TemporaryDirectory(prefix=".converting-", dir=target) as work:
             made = _converted(converter, checkpoint, decoding, label, Path(work), progress)
             path = target / f"{label}.gguf"
-            made.replace(path)
+            put_in_place(made, path)
             _remember(target, folder)
     except OSError as error:
         raise OutputError(
@@ -133,10 +133,9 @@ def _remember(target: Path, folder: Path) -> None:
 
 def content_hash(checkpoint: Checkpoint, converter: Converter, progress: Progress = silent) -> str:
     """SHA-256 over all that a conversion depends on: the files' names and hashes, their staging, the converter."""
-    digest = hashlib.sha256(f"{STAGING} {converter.identity()}".encode())
-    for path in sorted({*data_files(checkpoint.folder), *checkpoint.shards}):
-        digest.update(f"\n{path.name} {file_sha256(path, progress)}".encode())
-    return digest.hexdigest()
+    files = sorted({*data_files(checkpoint.folder), *checkpoint.shards})
+    hashes = (part for path in files for part in (path.name, file_sha256(path, progress)))
+    return cache_key(str(STAGING), converter.identity(), *hashes)
 
 
 def outtype_of(checkpoint: Checkpoint) -> str:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bitladder.errors import BadInput, FetchError, OutputError
+from bitladder.files.atomic import put_in_place
 from bitladder.files.engine_package import ENGINE, engine_version
 from bitladder.files.folders import cache_folder
 from bitladder.files.package_index import fetch_file, pip_settings
@@ -163,7 +164,7 @@ def _install(archive: Path, folder: Path, scratch: Path) -> None:
             do=f"Name a checkout of llama.cpp in {VARIABLE}, or give a GGUF file.",
         )
     try:
-        fresh.replace(folder)
+        put_in_place(fresh, folder)
     except OSError:
         if not _complete(folder):
             raise

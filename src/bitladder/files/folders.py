@@ -4,6 +4,7 @@ keeping.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -24,3 +25,14 @@ def data_folder(*parts: str) -> Path:
     """
     root = os.environ.get("BITLADDER_DATA") or platformdirs.user_data_dir("bitladder", appauthor=False)
     return Path(root).expanduser().joinpath(*parts)
+
+
+def cache_key(*depends_on: str | bytes) -> str:
+    """Hash, in hex, of everything that something in the cache depends on: the model's and the text's hashes, settings,
+    and the version (``__version__``, the kernels' ``REVISION``) of what computed it. Each part counts with its length.
+    """
+    digest = hashlib.sha256()
+    for part in depends_on:
+        raw = part.encode("utf-8", "surrogateescape") if isinstance(part, str) else part
+        digest.update(len(raw).to_bytes(8, "little") + raw)
+    return digest.hexdigest()

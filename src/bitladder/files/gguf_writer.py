@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Self
 
 from bitladder.errors import OutputError
+from bitladder.files.atomic import put_in_place
 from bitladder.formats import gguf
 from bitladder.formats.blocks import QTYPES
 from bitladder.formats.tensors import TensorInfo
@@ -256,15 +257,9 @@ class GgufWriter:
             raise ValueError(f"the header has {len(header)} bytes, {len(self.plan.header)} were laid out")
         try:
             os.pwrite(self._file, header, 0)
-            os.fsync(self._file)
-            self.partial.replace(self.path)  # still locked: nobody may take the file up under its old name
+            put_in_place(self.partial, self.path)  # still locked: nobody may take the file up under its old name
             self.journal.unlink()
             self.close()
-            folder = os.open(self.path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
         except OSError as error:
             raise cannot_write(self.path, error, self.plan.size) from error
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from bitladder.errors import OutputError
 from bitladder.files.atomic import write_whole
-from bitladder.files.folders import cache_folder
+from bitladder.files.folders import cache_folder, cache_key
 from bitladder.files.regular import open_regular
 from bitladder.progress import Progress, silent
 
@@ -65,7 +65,7 @@ def _note(path: Path) -> tuple[Path, dict[str, object]]:
     time of modification as they like; a file's number and the time at which its entry changed they cannot set."""
     path = path.resolve()
     stat = path.stat()
-    note = cache_folder("hashes", hashlib.sha256(str(path).encode()).hexdigest()[:32] + ".json")
+    note = cache_folder("hashes", f"{cache_key(str(path))[:32]}.json")
     state = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "ctime_ns": stat.st_ctime_ns, "inode": stat.st_ino}
     return note, {"path": str(path), "device": stat.st_dev, **state}
 

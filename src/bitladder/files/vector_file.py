@@ -6,7 +6,6 @@ level, so that a second call need not walk again. Partial work is kept layer by 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -16,10 +15,11 @@ from numpy.typing import NDArray
 
 from bitladder import __version__
 from bitladder.errors import OutputError
-from bitladder.files.folders import cache_folder
+from bitladder.files.folders import cache_folder, cache_key
 from bitladder.files.imatrix import ImportanceMatrix
 from bitladder.files.layer_store import LayerStore, writing
 from bitladder.files.safetensors_writer import stored_tensors, write_safetensors
+from bitladder.kernels import REVISION
 from bitladder.kernels.awq import Fold
 from bitladder.levels.products import COUNT, SQUARES
 
@@ -36,8 +36,7 @@ class VectorFile(LayerStore):
         Raises:
             OutputError: the cache cannot be written.
         """
-        parts = "\n".join((__version__, level, source_sha256, text_hash, settings))
-        fingerprint = hashlib.sha256(parts.encode()).hexdigest()
+        fingerprint = cache_key(__version__, REVISION, level, source_sha256, text_hash, settings)
         target = cache_folder("vectors", f"{level}-{fingerprint[:24]}.safetensors")
         if target.is_file():
             self.target, self.fingerprint, self.partial = target, fingerprint, target
@@ -77,9 +76,8 @@ class VectorFile(LayerStore):
         """
         with writing(self.partial):
             parts = [stored_tensors(self.layer_file(entry.layer)) for entry in self.finished()]
-            whole = self.partial / "whole.safetensors"
-            write_safetensors(whole, [one for part in parts for one in part], {_MANIFEST: json.dumps(dict(manifest))})
-            whole.replace(self.target)
+            tensors = [one for part in parts for one in part]
+            write_safetensors(self.target, tensors, {_MANIFEST: json.dumps(dict(manifest))})
             self.discard()
 
 

@@ -5,7 +5,6 @@ from bitladder.levels.kinds import (
     FILE_ENGINES,
     WHOLE_ROW,
     CheckpointLevel,
-    Container,
     FeedbackLevel,
     FileLevel,
     FoldedLevel,
@@ -15,6 +14,7 @@ from bitladder.levels.kinds import (
     of_kinds,
 )
 from bitladder.levels.names import LADDER, parse_level, parse_levels
+from bitladder.records.plan import Container
 
 __all__ = [
     "CHECKPOINT_ENGINES", "FILE_ENGINES", "LADDER", "WHOLE_ROW", "CheckpointLevel", "Container", "FeedbackLevel",

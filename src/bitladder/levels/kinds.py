@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 from bitladder.errors import UsageError
 from bitladder.formats.recipes import RECIPES
 from bitladder.levels.methods import AWQ, Method
+from bitladder.records.plan import Container
 
 if TYPE_CHECKING:
     from bitladder.levels.checkpoints.base import CheckpointFormat
@@ -35,15 +36,6 @@ _L = TypeVar("_L", bound="Level")
 _WHOLE_TYPES = frozenset({"F32", "F16", "BF16"})
 _EXACT_TYPES = _WHOLE_TYPES | {"Q8_0"}
 """Types with nothing to search for: an importance matrix changes none of their bytes."""
-
-
-class Container(StrEnum):
-    """What a level is on the disk."""
-
-    FILE = "file"
-    """A GGUF file, or its numbered parts."""
-    FOLDER = "folder"
-    """A checkpoint folder with safetensors."""
 
 
 class Needs(StrEnum):

@@ -29,7 +29,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from bitladder.plan.bar import DEFAULT_BAR, DEFAULT_BAR_WITHOUT_KL, Bar, parse_bar
-from bitladder.plan.front import pareto
+from bitladder.plan.front import Standpoint, pareto
 from bitladder.plan.judge import MET, SAME_SPEED, UNKNOWN, Judged, Judgement, LevelEvidence, judge, pairs_of
 from bitladder.plan.reasons import Tiers, summary, verdict
 from bitladder.records.decision import Decision, Outcome, Pairing, TagStatus, TagVerdict
@@ -92,7 +92,7 @@ def decide(
         outcome=outcome,
         pair=tiers.pair,
         front=pareto(
-            (one.level, one.evidence.plan.file_bytes, one.speed, one.kl)
+            Standpoint(one.level, one.evidence.plan.file_bytes, one.speed, one.kl)
             for one in judged
             if one.evidence.plan.placement != ELSEWHERE
         ),

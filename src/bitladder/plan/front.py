@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import NamedTuple
 
 
-def pareto(points: Iterable[tuple[str, float, float, float]]) -> tuple[str, ...]:
+class Standpoint(NamedTuple):
+    """A level by what it takes and gives."""
+
+    name: str
+    bytes: int
+    tokens_per_s: float
+    """NaN: not known; it is compared by size and loss alone."""
+    loss: float
+    """Not finite: nothing is known in its favour, and it stays off the front."""
+
+
+def pareto(points: Iterable[Standpoint]) -> tuple[str, ...]:
     """Names of the points that no other beats: at most its size, at least its speed, at most its loss, and
-    better in one.
-
-    Each point is ``(name, bytes, tokens_per_s, loss)``. A speed of NaN is unknown: such a point is compared
-    by size and loss alone. A loss that is not finite keeps a point off the front: nothing is known in its
-    favour.
-    """
-    known = [point for point in points if math.isfinite(point[3])]
-    return tuple(name for name, *own in known if not any(_beats(other, own) for _, *other in known))
+    better in one."""
+    known = [point for point in points if math.isfinite(point.loss)]
+    return tuple(point.name for point in known if not any(_beats(other, point) for other in known))
 
 
-def _beats(other: list[float], own: list[float]) -> bool:
+def _beats(other: Standpoint, own: Standpoint) -> bool:
     """``other`` is nowhere worse than ``own``, and somewhere better."""
-    speeds_known = not (math.isnan(other[1]) or math.isnan(own[1]))
-    gains = [own[0] - other[0], own[2] - other[2]] + ([other[1] - own[1]] if speeds_known else [])
+    faster = other.tokens_per_s - own.tokens_per_s
+    gains = [own.bytes - other.bytes, own.loss - other.loss, *([] if math.isnan(faster) else [faster])]
     return all(gain >= 0 for gain in gains) and any(gain > 0 for gain in gains)

@@ -10,7 +10,7 @@ from enum import StrEnum
 from bitladder.plan.bar import UPPER, Bar, Clause, spoken
 from bitladder.records.evaluation import WorkloadResult
 from bitladder.records.fidelity import Fidelity
-from bitladder.records.plan import ELSEWHERE, FOLDER, LevelPlan
+from bitladder.records.plan import ELSEWHERE, Container, LevelPlan
 from bitladder.stats.multiplicity import beyond
 from bitladder.stats.noninferiority import inputs_needed, loss_interval, p_not_worse
 from bitladder.units import human_bytes
@@ -57,12 +57,12 @@ class LevelEvidence:
     @property
     def needs_engine(self) -> bool:
         """A checkpoint that nobody has answered the workload with: llama.cpp does not run it."""
-        return self.plan.container == FOLDER and self.result is None
+        return self.plan.container is Container.FOLDER and self.result is None
 
     @property
     def in_question(self) -> bool:
         """It fits this machine, or was measured although its engine would need another."""
-        return self.plan.fits or (self.plan.container == FOLDER and self.measured)
+        return self.plan.fits or (self.plan.container is Container.FOLDER and self.measured)
 
 
 @dataclass(frozen=True)

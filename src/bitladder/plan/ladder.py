@@ -15,9 +15,8 @@ from bitladder.plan.memory import compute_buffers
 from bitladder.plan.placement import Usage, describe_placement, place, usable_ram, usable_vram, whole_only
 from bitladder.plan.search import N_PROMPT, MachineRates, largest_context, shares_of
 from bitladder.plan.speed import anchor_factor, predict
-from bitladder.records.plan import ContextBytes, LevelPlan, Place, Plan
+from bitladder.records.plan import DEFAULT_CTX, ContextBytes, LevelPlan, Place, Plan
 
-DEFAULT_CTX = 4096
 """Tokens of context when nobody names a number and the model was trained for at least as many."""
 
 

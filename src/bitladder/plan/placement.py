@@ -15,7 +15,7 @@ from bitladder.describe.machine import Machine
 from bitladder.describe.model import Model
 from bitladder.plan.cost import LevelBytes
 from bitladder.plan.memory import ENGINE_BYTES, compute_buffers
-from bitladder.records.plan import Place
+from bitladder.records.plan import DEFAULT_CTX, Place
 from bitladder.units import MiB, human_bytes
 
 RAM_MARGIN = 512 * MiB
@@ -30,7 +30,7 @@ HOST_BUFFER = 32 * MiB
 class Usage:
     """How the model is to be run: context of one request, requests at once, types of the KV cache."""
 
-    n_ctx: int = 4096
+    n_ctx: int = DEFAULT_CTX
     n_seq: int = 1
     type_k: str = "F16"
     type_v: str = "F16"

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from bitladder.describe.machine import Machine
 from bitladder.errors import NothingFits
-from bitladder.units import GiB, MiB, human_bytes
+from bitladder.units import Basis, GiB, MiB, human_bytes
 
 QUANTIZE_RATE = {"Q8_0": 2e8, "F16": 3e8, "BF16": 3e8, "F32": 3e8}
 """Weights per second per core, where nothing was measured; every other type ``SEARCHED_RATE``."""
@@ -34,8 +34,8 @@ class JobNeed:
     vram_bytes: int
     disk_bytes: int
     seconds: float
-    label: str
-    """``measured`` when the rate was measured on this machine, else ``assumed``."""
+    label: Basis
+    """Measured when the rate was measured on this machine, else assumed."""
     kind: str = ""
     """Jobs of a kind are corrected by one another."""
 
@@ -54,7 +54,7 @@ def quantize_need(
     seconds = sum(count / (QUANTIZE_RATE.get(qtype, SEARCHED_RATE) * cores) for qtype, count in weights.items())
     seconds += QUANTIZE_START_S if file_bytes else 0.0
     ram = BASE_BYTES + cores * PIECES_BYTES
-    return JobNeed("quantize", ram, 0, sum(file_bytes), seconds, "assumed", f"quantize {effort}")
+    return JobNeed("quantize", ram, 0, sum(file_bytes), seconds, Basis.ASSUMED, f"quantize {effort}")
 
 
 def walk_need(
@@ -71,7 +71,7 @@ def walk_need(
     states = 4 * tokens * n_embd * (levels + 1)
     ram = 600 * MiB + 2 * layer_bytes + min(states, STATE_BYTES) + head_bytes
     rate = flops or 2.5e10 * machine.cores
-    label = "measured" if flops else "assumed"
+    label = Basis.MEASURED if flops else Basis.ASSUMED
     seconds = WALK_START_S + operations * (levels + 1) / rate
     return JobNeed("walk", ram, 0, max(0, states - STATE_BYTES), seconds, label, "walk")
 

@@ -29,12 +29,13 @@ from bitladder.describe.model import Model, ModelDims
 from bitladder.describe.rates import PoolRates
 from bitladder.formats.blocks import QTYPES
 from bitladder.records.plan import Figure, PlanSpeed
+from bitladder.units import Basis
 
 HOST_TO_DEVICE = 1.2e10
 """Bytes per second over PCIe that llama.cpp gets when it lends the GPU weights that lie in RAM, to compute a prompt."""
 LEND_FROM = 32
 """Tokens from which it does."""
-RANGES = {"measured": 1.15, "derived": 1.25, "assumed": 2.0}
+RANGES = {Basis.MEASURED: 1.15, Basis.DERIVED: 1.25, Basis.ASSUMED: 2.0}
 """Label -> factor of the range around a prediction, both ways, on a machine without noise: the errors that
 benchmarks/speed_prediction.py found.
 """
@@ -142,7 +143,7 @@ def predict(
     ``anchor`` is the factor by which the user's own runs of this model differ from the prediction
     (``anchor_factor``), 0 when there are none.
     """
-    label = "measured" if anchor else _label(shares)
+    label = Basis.MEASURED if anchor else _label(shares)
     noise = max(share.rates.noise for share in shares)
     factor = anchor or 1.0
     per_token = decode_seconds(shares, model, n_past) / factor
@@ -162,12 +163,12 @@ def anchor_factor(predicted: Sequence[float], measured: Sequence[float]) -> floa
     return math.exp(statistics.median(ratios)) if ratios else 0.0
 
 
-def _label(shares: Sequence[PoolShare]) -> str:
+def _label(shares: Sequence[PoolShare]) -> Basis:
     sources = {share.rates.source for share in shares}
-    return "derived" if sources == {"measured"} else "assumed"
+    return Basis.DERIVED if sources == {Basis.MEASURED} else Basis.ASSUMED
 
 
-def _figure(value: float, label: str, noise: float, binds: str) -> Figure:
+def _figure(value: float, label: Basis, noise: float, binds: str) -> Figure:
     """A speed with its range; other programs can only lower it."""
     factor = RANGES[label]
     return Figure(value, value / factor / noise, value * factor, label, binds)

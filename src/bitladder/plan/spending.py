@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from bitladder.describe.text import CHARACTERS_PER_TOKEN
 from bitladder.describe.workload import Input
-
-CHARACTERS_PER_TOKEN = 4
-"""The usual estimate for English; nobody outside knows a cloud's tokenizer."""
 
 
 @dataclass(frozen=True)

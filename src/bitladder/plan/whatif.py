@@ -9,7 +9,7 @@ from bitladder.describe.cache import padded_context
 from bitladder.errors import UsageError
 from bitladder.plan.decide import decide
 from bitladder.records.decision import Decision
-from bitladder.records.plan import ELSEWHERE, FOLDER, ContextBytes, LevelPlan, Plan
+from bitladder.records.plan import ELSEWHERE, Container, ContextBytes, LevelPlan, Plan
 from bitladder.records.run import RunRecord
 from bitladder.units import human_bytes
 
@@ -82,6 +82,6 @@ def _moved(level: LevelPlan, there: ContextBytes | None, budget: int) -> LevelPl
     total = level.total_bytes - level.kv_bytes - level.compute_bytes + kv + compute
     reason = f"{human_bytes(total)} of {human_bytes(budget)}"
     fits = total <= budget
-    if level.container == FOLDER and not level.fits:  # for want of a GPU, of which a budget says nothing
+    if level.container is Container.FOLDER and not level.fits:  # for want of a GPU, of which a budget says nothing
         fits, reason = False, level.reason
     return replace(level, kv_bytes=kv, compute_bytes=compute, total_bytes=total, fits=fits, reason=reason)

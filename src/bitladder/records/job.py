@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bitladder.records import Real
+from bitladder.units import Basis
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,8 @@ class JobOutcome:
     low_s: Real
     high_s: Real
     """Seconds that were predicted, and the range around them."""
-    label: str
-    """``measured`` when earlier jobs here corrected the prediction, else ``assumed``."""
+    label: Basis
+    """Measured when earlier jobs here corrected the prediction, else assumed."""
     took_s: Real
     ram_bytes: int
     """Peak memory that was predicted, bytes."""

@@ -7,6 +7,19 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from bitladder.records import Real
+from bitladder.units import Basis
+
+DEFAULT_CTX = 4096
+"""Tokens of context where nobody names any."""
+
+
+class Container(StrEnum):
+    """What a level is on the disk."""
+
+    FILE = "file"
+    """A GGUF file, or its numbered parts."""
+    FOLDER = "folder"
+    """A checkpoint folder with safetensors, which llama.cpp does not run."""
 
 
 class Place(StrEnum):
@@ -25,22 +38,20 @@ class Place(StrEnum):
 
 
 ELSEWHERE = Place.ELSEWHERE
-FILE, FOLDER = "file", "folder"
-"""What a level is on the disk: a GGUF file, or a checkpoint folder, which llama.cpp does not run."""
 
 
 @dataclass(frozen=True)
 class Figure:
     """A predicted number with its range, where it comes from, and what limits it.
 
-    ``label``: ``measured`` (anchored by the user's own runs), ``derived`` (from this machine's measured rates) or
-    ``assumed`` (from data sheets).
+    ``label``: measured where it is anchored by the user's own runs, derived from this machine's measured rates, or
+    assumed from data sheets.
     """
 
     value: Real
     low: Real
     high: Real
-    label: str
+    label: Basis
     binds: str
 
 
@@ -79,8 +90,7 @@ class LevelPlan:
     """None where no rates are known or nothing fits."""
     longest_ctx: int = 0
     """Tokens of context up to which it is placed no worse than this."""
-    container: str = FILE
-    """``FILE`` or ``FOLDER``."""
+    container: Container = Container.FILE
 
 
 def runs_elsewhere(name: str) -> LevelPlan:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import NamedTuple
 
 FLOOR = 1e-5
 """Nats. What is smaller is drawn at the floor: on a log scale zero is infinitely far down."""
@@ -232,21 +233,29 @@ def _labels(frame: _Frame, points: Sequence[Point]) -> list[str]:
     for point in sorted(points, key=lambda p: not p.mark):
         text = f"{point.label} · {point.mark}" if point.mark else point.label
         text = f"{point.label} · both tiers" if point.mark == "both" else text
-        box, anchor, at = _free_place(frame, point, len(text) * CHARACTER, taken)
-        taken.append(box)
-        parts.append(_text(f"label {point.mark}".rstrip(), *at, text, anchor))
+        place = _free_place(frame, point, len(text) * CHARACTER, taken)
+        taken.append(place.box)
+        parts.append(_text(f"label {point.mark}".rstrip(), *place.at, text, place.anchor))
     return parts
 
 
 _Box = tuple[float, float, float, float]
 
 
-def _free_place(
-    frame: _Frame, point: Point, wide: float, taken: Sequence[_Box]
-) -> tuple[_Box, str, tuple[float, float]]:
-    """Box, anchor and position of a label: right, left, or further up and down, whatever overlaps least."""
+class _Place(NamedTuple):
+    """Where a label may stand."""
+
+    cost: float
+    """How much it would overlap."""
+    box: _Box
+    anchor: str
+    at: tuple[float, float]
+
+
+def _free_place(frame: _Frame, point: Point, wide: float, taken: Sequence[_Box]) -> _Place:
+    """Where a label goes: right, left, or further up and down, whatever overlaps least."""
     x, y = frame.x(point.x), frame.y(point.loss)
-    best: tuple[float, _Box, str, tuple[float, float]] | None = None
+    best: _Place | None = None
     for rise in (0, -14, 14, -26, 26, -38, 38):
         for side in (1, -1):
             at = (x + side * 11, y + 4 + rise)
@@ -254,10 +263,10 @@ def _free_place(
             box = (left, at[1] - 11, left + wide, at[1] + 3)
             outside = max(0.0, frame.left - box[0]) + max(0.0, box[2] - frame.width) + max(0.0, frame.top - box[1])
             cost = sum(_overlap(box, other) for other in taken) + 50 * outside + abs(rise) * 0.5
-            if best is None or cost < best[0]:
-                best = (cost, box, "start" if side > 0 else "end", at)
+            if best is None or cost < best.cost:
+                best = _Place(cost, box, "start" if side > 0 else "end", at)
     assert best is not None  # the loops run
-    return best[1:]
+    return best
 
 
 def _overlap(one: _Box, other: _Box) -> float:

@@ -13,6 +13,7 @@ from collections import Counter as Tally
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -28,6 +29,17 @@ _EMPTY = (None, "", ())
 _to_json = json.JSONEncoder(default=str).encode
 
 
+class Outcome(StrEnum):
+    """What became of a request."""
+
+    COMPLETE = "complete"
+    REFUSED = "refused"
+    CLIENT_LEFT = "client left"
+    CUT = "cut"
+    """An error after the first byte."""
+    ERROR = "error"
+
+
 @dataclass
 class Record:
     """One request, without its text. Times in seconds; ``at`` is Unix time."""
@@ -41,12 +53,11 @@ class Record:
     level: str = ""
     reason: str = ""
     kind: str = ""
-    """Kind of the routing decision: header, model, level, rule, auto."""
+    """The ``router.Routing``; empty where the request was refused before."""
     key: str = ""
     stream: bool = False
     status: int = 0
-    outcome: str = "error"
-    """``complete``, ``refused``, ``client left``, ``cut`` (an error after the first byte) or ``error``."""
+    outcome: Outcome = Outcome.ERROR
     first_s: float | None = None
     """To the first byte of the answer."""
     total_s: float = 0.0
@@ -133,7 +144,7 @@ class Metrics:
         self._recent.append(record)
         self._kinds[record.kind] += 1
         self._by_tier[tier, record.outcome] += 1
-        level = logging.INFO if record.outcome in ("complete", "refused", "client left") else logging.WARNING
+        level = logging.WARNING if record.outcome in (Outcome.CUT, Outcome.ERROR) else logging.INFO
         if log.isEnabledFor(level):  # `log.log` would look for the line of code that logs, which no line shows
             log.handle(log.makeRecord(log.name, level, "", 0, "request", (), None, extra={"record": record}))
 
@@ -158,7 +169,7 @@ class Metrics:
         }
 
     def _tier(self, tier: Tier) -> dict[str, Any]:
-        mine = [record for record in self._recent if record.tier == tier.name and record.outcome == "complete"]
+        mine = [record for record in self._recent if record.tier == tier.name and record.outcome is Outcome.COMPLETE]
         firsts = [record.first_s for record in mine if record.first_s is not None]
         rates = [rate for record in mine if (rate := record.tokens_per_s) is not None]
         return {

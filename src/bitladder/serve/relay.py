@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from bitladder.engines import event_stream
 from bitladder.engines.names import same_model
@@ -259,26 +259,34 @@ async def _checked(stream: AsyncIterator[bytes], expected: str, secret: str) -> 
         raise UpstreamFailed("broken", "The upstream's stream ended before it was done.")
 
 
-def _good_part(data: bytes, expected: str, secret: str) -> tuple[int, bool, UpstreamFailed | None]:
-    """Bytes of ``data`` before ``[DONE]`` or the first bad event, whether it was ``[DONE]``, and what is bad."""
+class _Checked(NamedTuple):
+    """How much of a piece of a stream may be passed on."""
+
+    good: int
+    """Bytes before ``[DONE]`` or the first bad event."""
+    done: bool
+    """``[DONE]`` is what comes there."""
+    failure: UpstreamFailed | None
+    """What is bad there."""
+
+
+def _good_part(data: bytes, expected: str, secret: str) -> _Checked:
+    """Look through whole events, up to the end, ``[DONE]`` or the first bad one."""
     begins = 0
     try:
         for event, document in read_events(data):
             begins = event.begins
             if document is None:
-                return begins, True, None
+                return _Checked(begins, done=True, failure=None)
             if has_error(document):
-                return (
-                    begins,
-                    False,
-                    UpstreamFailed("status", f"The upstream reported an error{_words(document, secret)}."),
-                )
+                said = _words(document, secret)
+                return _Checked(begins, False, UpstreamFailed("status", f"The upstream reported an error{said}."))
             check_answer(document, expected)
     except BadEvent as error:
-        return error.begins, False, UpstreamFailed("garbage", f"The upstream sent garbage: {error}.")
+        return _Checked(error.begins, False, UpstreamFailed("garbage", f"The upstream sent garbage: {error}."))
     except UpstreamFailed as failure:
-        return begins, False, failure
-    return len(data), False, None
+        return _Checked(begins, False, failure)
+    return _Checked(len(data), False, None)
 
 
 def _words(document: dict[str, Any], secret: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 from bitladder.errors import UsageError
 
@@ -114,20 +115,31 @@ class AutoRule:
     """Where the speed tier lost: let it try first, and judge it by its token probabilities."""
 
 
+class Routing(StrEnum):
+    """What a choice of tier followed from."""
+
+    HEADER = "header"
+    MODEL = "model"
+    """The tier was asked for by its name."""
+    LEVEL = "level"
+    """A level was; no other may answer."""
+    RULE = "rule"
+    AUTO = "auto"
+
+
 @dataclass(frozen=True)
 class TierChoice:
     """A tier (or a level's name, lower case) and the reason, a phrase."""
 
     tier: str
     reason: str
-    kind: str
-    """``header``, ``model``, ``level``, ``rule`` or ``auto``."""
+    kind: Routing
     escalate: bool = False
 
     @property
     def may_fall_back(self) -> bool:
         """Whether another tier may answer instead: not when a level was asked for by its name."""
-        return self.kind != "level"
+        return self.kind is not Routing.LEVEL
 
 
 def choose(features: Features, levels: frozenset[str], rules: tuple[Rule, ...], auto: AutoRule) -> TierChoice | None:
@@ -137,44 +149,45 @@ def choose(features: Features, levels: frozenset[str], rules: tuple[Rule, ...], 
     """
     named = features.tier_header.strip().lower()
     if named:
-        return _named(named, levels, "header", "asked for in the header")
+        return _named(named, levels, Routing.HEADER, "asked for in the header")
     model = features.model.lower()
     if model != AUTO:
-        return _named(model, levels, "model", "asked for by name")
+        return _named(model, levels, Routing.MODEL, "asked for by name")
     for rule in rules:
         if rule.matches(features):
-            return TierChoice(rule.tier, f"rule: {rule}" if str(rule) else "rule: everything", "rule")
+            return TierChoice(rule.tier, f"rule: {rule}" if str(rule) else "rule: everything", Routing.RULE)
     return _auto(features, auto)
 
 
-def _named(name: str, levels: frozenset[str], kind: str, reason: str) -> TierChoice | None:
+def _named(name: str, levels: frozenset[str], kind: Routing, reason: str) -> TierChoice | None:
     if name in (QUALITY, SPEED):
         return TierChoice(name, f"{name} {reason}", kind)
-    return TierChoice(name, f"level {reason}", "level") if name in levels else None
+    return TierChoice(name, f"level {reason}", Routing.LEVEL) if name in levels else None
 
 
 def _auto(features: Features, auto: AutoRule) -> TierChoice:
     if auto.fixed:
-        return TierChoice(auto.fixed, f"auto: {auto.because}", "auto", auto.escalate and auto.fixed == SPEED)
+        return TierChoice(auto.fixed, f"auto: {auto.because}", Routing.AUTO, auto.escalate and auto.fixed == SPEED)
     if not auto.tags:
-        return TierChoice(QUALITY, f"auto: {auto.because}", "auto")
+        return TierChoice(QUALITY, f"auto: {auto.because}", Routing.AUTO)
     known = [tag for tag in features.tags if tag in auto.tags]
     if known:
         # With several tags the most careful one decides.
         careful = max(known, key=lambda tag: (auto.tags[tag].needs_quality, auto.tags[tag].lost))
         return _by_tag(careful, auto, "tag")
     if features.tags:
-        return TierChoice(QUALITY, f"auto: no evidence for tag {features.tags[0]}", "auto")
+        return TierChoice(QUALITY, f"auto: no evidence for tag {features.tags[0]}", Routing.AUTO)
     guess = auto.guess(features.asked()) if auto.guess else None
     if guess is None:
-        return TierChoice(QUALITY, "auto: unlike every input of the workload", "auto")
+        return TierChoice(QUALITY, "auto: unlike every input of the workload", Routing.AUTO)
     return _by_tag(guess.tag, auto, f"resembles {guess.input_id} ({guess.similarity:.2f}), tag")
 
 
 def _by_tag(tag: str, auto: AutoRule, how: str) -> TierChoice:
     seen = auto.tags[tag]
     if not seen.needs_quality:
-        return TierChoice(SPEED, f"auto: {how} {tag}: {seen}", "auto")
+        return TierChoice(SPEED, f"auto: {how} {tag}: {seen}", Routing.AUTO)
     if auto.escalate:
-        return TierChoice(SPEED, f"auto: {how} {tag}: speed first, judged by its probabilities", "auto", escalate=True)
-    return TierChoice(QUALITY, f"auto: {how} {tag}: {seen}", "auto")
+        reason = f"auto: {how} {tag}: speed first, judged by its probabilities"
+        return TierChoice(SPEED, reason, Routing.AUTO, escalate=True)
+    return TierChoice(QUALITY, f"auto: {how} {tag}: {seen}", Routing.AUTO)

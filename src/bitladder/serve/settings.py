@@ -11,6 +11,7 @@ from bitladder.engines.address import api_base
 from bitladder.engines.base import EngineKind
 from bitladder.errors import UsageError
 from bitladder.records.level_file import FileStanding
+from bitladder.records.plan import DEFAULT_CTX
 from bitladder.serve.router import AUTO, QUALITY, SPEED, AutoRule, Rule
 from bitladder.units import MiB
 
@@ -44,7 +45,7 @@ class TierSpec:
     """What the operator should know about the file."""
     slots: int = 1
     """Requests at the upstream at once; more wait in the queue."""
-    n_ctx: int = 4096
+    n_ctx: int = DEFAULT_CTX
     """Tokens one request may use, prompt and answer together. 0: unknown (an endpoint)."""
     memory_bytes: int = 0
     """What the plan says it needs when loaded."""

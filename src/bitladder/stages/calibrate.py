@@ -45,6 +45,7 @@ from bitladder.records.calibration import (
 )
 from bitladder.records.coverage import coverage, coverage_of_counts
 from bitladder.records.reading import from_json
+from bitladder.units import Basis
 from bitladder.walk.checkpoint_result import finish_folder, losses_of, proved
 from bitladder.walk.checkpoint_walk import FLOAT_TYPES, CalibrationWalk, Settings
 from bitladder.walk.layers import LayeredModel
@@ -167,7 +168,7 @@ class Calibration:
         names = ", ".join(level.name for level in self._missing)
         seen = self._predicted
         what = f"calibrate {names} on {self._tokens} tokens"
-        return JobNeed(what, seen.ram_bytes, 0, seen.disk_bytes, seen.seconds, "measured", "calibrate")
+        return JobNeed(what, seen.ram_bytes, 0, seen.disk_bytes, seen.seconds, Basis.MEASURED, "calibrate")
 
     def run(self, progress: Progress = silent) -> Calibrated:
         """Do what is not done yet, and read everything back.

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bitladder import __version__
 from bitladder.errors import EngineError, UnknownArchitecture
 from bitladder.records.fidelity import Way
 from bitladder.stages.engine_way import announce, engine_matrix, instead_of_walk, way_for
@@ -35,9 +36,10 @@ def calibration_texts(texts: Sequence[Path]) -> list[Document]:
 def importance_file(source: GgufFile, documents: Sequence[Document]) -> Path:
     """Where the importance matrix of a model and a text is kept."""
     from bitladder.describe.text import text_hash
-    from bitladder.files.folders import cache_folder
+    from bitladder.files.folders import cache_folder, cache_key
 
-    return cache_folder("importance", f"{source.sha256[:16]}-{text_hash(documents)[:16]}.gguf")
+    key = cache_key(__version__, source.sha256, text_hash(documents))
+    return cache_folder("importance", f"{key[:32]}.gguf")
 
 
 def importance_of(job: Job, build: Build) -> Importance | None:

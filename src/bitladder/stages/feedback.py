@@ -29,6 +29,7 @@ from bitladder.formats.roles import factor_name
 from bitladder.kernels import REVISION, quantize
 from bitladder.kernels.feedback import REVISION as FEEDBACK_REVISION
 from bitladder.kernels.feedback import takes_feedback
+from bitladder.plan.calibration_text import LEAST_TOKENS
 from bitladder.progress import Part, Progress, silent
 from bitladder.records.calibration import LinearLoss
 from bitladder.records.level_file import LevelFile
@@ -49,7 +50,6 @@ from bitladder.walk.opened import layered
 from bitladder.walk.states import Batch, States, batches_of
 from bitladder.walk.weights import FileWeights
 
-_LEAST_TOKENS = 1024
 _LEVEL = 1
 """The level's number in the stream; the source is the other."""
 _PIECE_WEIGHTS = 1 << 22
@@ -107,9 +107,9 @@ def write_with_feedback(
     settings = settings or FeedbackSettings()
     _refuse_factors(source, recipe)
     tokens = sum(len(window.tokens) for window in windows)
-    if tokens < _LEAST_TOKENS:
+    if tokens < LEAST_TOKENS:
         raise BadInput(
-            f"The calibration text has {tokens} tokens; error feedback needs at least {_LEAST_TOKENS}.",
+            f"The calibration text has {tokens} tokens; error feedback needs at least {LEAST_TOKENS}.",
             means="Codes fitted to so few inputs fit the text and not the model's work.",
             do="Give a longer text, 30,000 tokens of several kinds say, or leave it out to use the one that ships.",
         )

@@ -23,15 +23,13 @@ from bitladder.kernels import Effort
 from bitladder.levels.checkpoints import CheckpointFormat
 from bitladder.progress import LevelNews, Progress, silent
 from bitladder.records.fidelity import Fidelity
-from bitladder.stats.bootstrap import quantile_interval, ratio_interval
+from bitladder.stats.bootstrap import SEED, quantile_interval, ratio_interval
 from bitladder.units import GiB
 from bitladder.walk.checkpoint_weights import CheckpointWeights
 from bitladder.walk.fidelity import Ladder
 from bitladder.walk.head import TokenScores
 from bitladder.walk.opened import layered
 from bitladder.walk.weights import FileWeights, LevelWeights, MadeWeights, Quantizer
-
-_SEED = 20240229  # intervals are the same in every run on the same scores
 
 
 @dataclass(frozen=True)
@@ -207,7 +205,7 @@ def fidelity(level: str, own: TokenScores, reference: TokenScores, windows: Sequ
     """A level's figures and their intervals from the scores of every token (``docs/measure.md``)."""
     unit, cluster = _clusters(windows)
     units = int(cluster.max()) + 1
-    rng = np.random.default_rng(_SEED)
+    rng = np.random.default_rng(SEED)
 
     def sums(values: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.bincount(cluster, weights=values, minlength=units).astype(np.float64)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from bitladder.errors import OutputError
 from bitladder.stages.job import Build, Job, Journal
-from bitladder.units import human_bytes
+from bitladder.units import Basis, human_bytes
 
 if TYPE_CHECKING:
     from bitladder.describe.model import Model
@@ -63,7 +63,7 @@ def forecast(need: JobNeed, journal: Journal, folder: Path | None = None) -> Ite
         predicted_s=expected,
         low_s=expected / spread,
         high_s=expected * spread,
-        label="measured" if known.jobs else "assumed",
+        label=Basis.MEASURED if known.jobs else Basis.ASSUMED,
         took_s=took,
         ram_bytes=need.ram_bytes,
         disk_bytes=need.disk_bytes,

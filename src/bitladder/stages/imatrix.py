@@ -16,9 +16,11 @@ from pathlib import Path
 from bitladder import __version__
 from bitladder.describe.windows import Window, tokens_hash
 from bitladder.errors import BadInput
+from bitladder.files.folders import cache_key
 from bitladder.files.gguf import GgufFile
 from bitladder.files.imatrix import ImportanceMatrix
 from bitladder.files.vector_file import importance_of_vectors
+from bitladder.plan.calibration_text import LEAST_TOKENS
 from bitladder.progress import Progress, silent
 from bitladder.units import GiB
 from bitladder.walk.driver import Member, Stream, forward
@@ -29,7 +31,6 @@ from bitladder.walk.products import wants_half_products
 from bitladder.walk.states import CALIBRATION_TOKENS, batches_of
 from bitladder.walk.weights import FileWeights
 
-FEW_TOKENS = 1024
 """Below this many tokens an importance matrix is little better than none."""
 
 
@@ -71,13 +72,13 @@ def importance_matrix(
         raise BadInput(
             "There are no token windows to calibrate on.",
             means="The calibration text is empty or too short.",
-            do=f"Give a text of several thousand tokens; under {FEW_TOKENS} an importance matrix says little.",
+            do=f"Give a text of several thousand tokens; under {LEAST_TOKENS} an importance matrix says little.",
         )
     half = wants_half_products(half, device)
     weights = FileWeights(source, threads=threads)
     model = layered(source, weights, device=device)
     gathered = Importance(model)
-    key = f"importance {__version__} {source.sha256} {tokens_hash(windows)} {half}"
+    key = cache_key("importance", __version__, source.sha256, tokens_hash(windows), str(half))
     stream = Stream(
         model,
         [Member(weights, [gathered])],

@@ -32,7 +32,7 @@ from bitladder.files.measured import machine_key
 from bitladder.files.stub_gguf import N_VOCAB, write_stub
 from bitladder.formats.blocks import QTYPES
 from bitladder.progress import Progress, silent
-from bitladder.units import MiB
+from bitladder.units import Basis, MiB
 
 QTYPES_MEASURED = ("F16", "Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_0", "Q3_K", "Q2_K")
 """The types that the ladder's levels and their fallbacks are made of."""
@@ -162,7 +162,7 @@ def _rates(timer: _Timer) -> PoolRates:
         layer_s=fixed.layer_s,
         token_s=fixed.token_s,
         prompt_s=fixed.prompt_s,
-        source="measured",
+        source=Basis.MEASURED,
         row_s={qtype: row_s for qtype, (_, row_s) in decoding.items()},
         prompt_row_s={qtype: row_s for qtype, (_, row_s) in prompting.items()},
         heads_stream=kv_stream,

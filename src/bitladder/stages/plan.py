@@ -44,8 +44,8 @@ class PlanRequest:
     @property
     def wish(self) -> Usage:
         """As planning takes it. Raises UsageError for an unknown type of cache."""
-        from bitladder.plan.ladder import DEFAULT_CTX
         from bitladder.plan.placement import Usage
+        from bitladder.records.plan import DEFAULT_CTX
 
         if self.kv.lower() not in KV_TYPES:
             raise UsageError(f"The --kv must be one of {', '.join(KV_TYPES)}. Got '{self.kv}' instead.")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitladder.describe.model import Model
-from bitladder.describe.text import Document, text_hash
+from bitladder.describe.text import FEWEST_CHARACTERS_PER_TOKEN, Document, text_hash
 from bitladder.describe.workload import Workload
 from bitladder.engines.endpoint import EndpointSettings
 from bitladder.formats.recipes import FILE_TYPES
@@ -32,9 +32,10 @@ if TYPE_CHECKING:
 MATTERING_PACKAGES = ("xllamacpp", "torch", "transformers", "numba", "numpy")
 """Packages whose version can change a number."""
 MOST_SLOTS = 4
+"""Requests that a level computes together unless told otherwise, llama.cpp's own default. More share the
+arithmetic units without being served sooner on most machines, and each takes a whole context of memory.
+"""
 CONTEXT_STEP = 256
-CHARACTERS_PER_TOKEN = 2
-"""A low guess, so that the room derived from it is enough for any prompt."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,9 @@ def _without_tokens(level: LevelAnswers) -> LevelAnswers:
 def slots(workload: Workload, n_ctx: int) -> tuple[int, int]:
     """Context of one request, and requests at once, so that together they take no more context than was planned for."""
     longest = max(
-        sum(len(message["content"]) for message in one.messages) // CHARACTERS_PER_TOKEN + one.max_tokens + CONTEXT_STEP
+        sum(len(message["content"]) for message in one.messages) // FEWEST_CHARACTERS_PER_TOKEN
+        + one.max_tokens
+        + CONTEXT_STEP
         for one in workload.inputs
     )
     room = min(n_ctx, -(-longest // CONTEXT_STEP) * CONTEXT_STEP)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from bitladder import __version__
 from bitladder.describe.windows import Window, tokens_hash
 from bitladder.errors import BadInput
+from bitladder.files.folders import cache_key
 from bitladder.files.gguf import GgufFile
 from bitladder.formats.blocks import QTYPES
 from bitladder.formats.recipes import is_quantizable, types_for
@@ -20,6 +21,7 @@ from bitladder.formats.roles import EMBEDDING
 from bitladder.formats.tensors import TensorInfo
 from bitladder.kernels import REVISION, dequantize, quantize
 from bitladder.kernels.feedback import REVISION as FEEDBACK_REVISION
+from bitladder.plan.calibration_text import LEAST_TOKENS
 from bitladder.progress import Progress, silent
 from bitladder.records import to_json
 from bitladder.records.reading import read_json
@@ -39,7 +41,6 @@ F32 = NDArray[np.float32]
 
 _ROWS, _MATRICES = 512, 8
 """Rows of a matrix, and matrices of a stack, that stand for all: their mean error is known to a percent."""
-_FEW_TOKENS = 1024
 _LOSSES = "losses"
 """Among arrays that are kept, beside importances by the names of their tensors."""
 
@@ -90,9 +91,9 @@ def weigh(
         OutputError: no room for hidden states.
     """
     tokens = sum(len(window.tokens) for window in windows)
-    if tokens < _FEW_TOKENS:
+    if tokens < LEAST_TOKENS:
         raise BadInput(
-            f"The calibration text has {tokens} tokens; at least {_FEW_TOKENS} are needed to weigh tensors.",
+            f"The calibration text has {tokens} tokens; at least {LEAST_TOKENS} are needed to weigh tensors.",
             means="Sensitivities of so few tokens describe the text and not the model.",
             do="Give a longer text, or leave it out to use the one that ships.",
         )
@@ -100,8 +101,8 @@ def weigh(
     model = layered(source, weights, device=device)
     batches = batches_of(windows)
     half = wants_half_products(half, device)
-    made_by = f"{__version__} {REVISION} {FEEDBACK_REVISION}"
-    key = f"weigh {made_by} {source.sha256} {tokens_hash(windows)} {half}"
+    made_by = (__version__, REVISION, FEEDBACK_REVISION)
+    key = cache_key("weigh", *made_by, source.sha256, tokens_hash(windows), str(half))
     table = _Table(source, weights, threads)
     passes = SensitivityPass(
         model,

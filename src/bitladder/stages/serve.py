@@ -12,11 +12,6 @@ from bitladder.progress import Progress
 if TYPE_CHECKING:
     from bitladder.levels import FileLevel
 
-MOST_SLOTS = 4
-"""Requests that a level computes together unless told otherwise, llama.cpp's own default. More share the
-arithmetic units without being served sooner on most machines, and each takes a whole context of memory.
-"""
-
 
 def is_level(what: str) -> bool:
     """Whether a tier is a level of a model, and neither an endpoint nor a file.

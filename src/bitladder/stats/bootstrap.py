@@ -35,6 +35,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+SEED = 20240229
+"""Of whatever is drawn: a figure and its interval are the same in every run on the same scores."""
+
 F64 = NDArray[np.float64]
 
 DRAWS = 2000

@@ -204,7 +204,7 @@ class FedLevel(Builder):
         self.model, self._weights, self._qtypes, self._settings = model, weights, qtypes, settings
         self.source_inputs = SourceInputs(model, self._changed, batches, budget_bytes=budget_bytes, spill=spill)
         self._put, self._has = put, has
-        self._last: tuple[InputStatistics | None, Any] = (None, None)
+        self._last: tuple[InputStatistics, tuple[F32, gptq.Factor]] | None = None
 
     def holds(self, layers: int) -> bool:
         """As ``Resumable``."""
@@ -272,7 +272,7 @@ class FedLevel(Builder):
             data = quantize(weights, qtype, effort=self._settings.effort, threads=self._settings.threads)
             note = f"only {seen.tokens} calibration tokens: rounded plainly" if takes_feedback(qtype) else ""
             return Fitted(data, note=note)
-        if self._last[0] is not seen:  # tensors that share an input share its factor
+        if self._last is None or self._last[0] is not seen:  # tensors that share an input share its factor
             self._last = (seen, factor_of(name, seen, self._settings))
         return fit_matrix(qtype, weights, seen, self._last[1], self._settings)
 

@@ -6,7 +6,6 @@ next-token distributions of all meet (``head.py``).
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from bitladder.describe.windows import Window
+from bitladder.files.folders import cache_key
 from bitladder.progress import Part, Progress
 from bitladder.units import MiB
 from bitladder.walk.driver import Member, MemberGroup, Stream, forward, split
@@ -32,13 +32,7 @@ _HEAD_BYTES = 512 * MiB
 
 def walk_key(weights: Sequence[LevelWeights], tensors: Sequence[str], tokens: Sequence[bytes]) -> str:
     """A hash over every model's tensors (by identity), and over the windows."""
-    digest = hashlib.blake2b(digest_size=16)
-    for own in weights:
-        for name in tensors:
-            digest.update(repr((name, own.identity(name))).encode())
-    for window in tokens:
-        digest.update(len(window).to_bytes(8, "little") + window)
-    return digest.hexdigest()
+    return cache_key(*(repr((name, own.identity(name))) for own in weights for name in tensors), *tokens)
 
 
 class Ladder:

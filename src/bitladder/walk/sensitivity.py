@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from torch import nn
 
 from bitladder.formats.roles import Parameter, layer_tensor
 from bitladder.progress import Part, Progress
+from bitladder.stats.bootstrap import SEED
 from bitladder.walk.driver import Builder, Member, MemberGroup, Resumable, Stream, backward, forward
 from bitladder.walk.inputs import InputStatistics, InputWatch, Sums, Wants, merged
 from bitladder.walk.keep import Arrays, Keep
@@ -43,7 +44,6 @@ F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 
 _SLICE = 8192
-_SEED = 20240229
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,17 @@ class EmbeddingSensitivity:
 
 
 Take = Callable[[Sensitivity | EmbeddingSensitivity], None]
+
+
+class _Slice(NamedTuple):
+    """Some rows of the vocabulary, at all states."""
+
+    first: int
+    """The first row's number."""
+    logits: torch.Tensor
+    slope: torch.Tensor | None
+    """The logits' under a soft cap."""
+    weight: torch.Tensor
 
 
 class SensitivityPass:
@@ -103,7 +114,7 @@ class SensitivityPass:
         self._state_bytes, self._spill = state_bytes, spill
         self._keep, self._results = keep, results or Resumable()
         self.predictions = predictions_of(batches)
-        self._random = torch.Generator(device="cpu").manual_seed(_SEED)
+        self._random = torch.Generator(device="cpu").manual_seed(SEED)
 
     def run(self, take: Take, progress: Progress) -> None:
         """Hand every tensor's sensitivity to ``take``, the output matrix's first, the embedding's last."""
@@ -171,7 +182,7 @@ class SensitivityPass:
         """
         peak = torch.full((len(normed),), -torch.inf, device=normed.device)
         total = torch.zeros(len(normed), dtype=torch.float64, device=normed.device)
-        for _, logits, _, _ in self._logits(normed):
+        for logits in (piece.logits for piece in self._logits(normed)):
             higher = torch.maximum(peak, logits.max(dim=1).values)
             total = total * torch.exp((peak - higher).double()) + (logits - higher[:, None]).exp().sum(1).double()
             peak = higher
@@ -192,8 +203,8 @@ class SensitivityPass:
             gradient += (p if slope is None else p * slope) @ weight
         return gradient
 
-    def _logits(self, normed: torch.Tensor) -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None, torch.Tensor]]:
-        """Slices of the vocabulary: first row, logits, their slope under a soft cap, the weights."""
+    def _logits(self, normed: torch.Tensor) -> Iterator[_Slice]:
+        """The vocabulary in slices."""
         n_vocab, cap = self.model.model.dims.n_vocab, self.model.logit_softcap
         for first in range(0, n_vocab, _SLICE):
             rows = self._weights(self.model.output, slice(first, min(first + _SLICE, n_vocab)))
@@ -201,9 +212,9 @@ class SensitivityPass:
             logits = nn.functional.linear(normed, weight)
             if cap:
                 bent = torch.tanh(logits / cap)
-                yield first, bent * cap, 1 - bent * bent, weight
+                yield _Slice(first, bent * cap, 1 - bent * bent, weight)
             else:
-                yield first, logits, None, weight
+                yield _Slice(first, logits, None, weight)
 
     def _embedding(self, gradients: States) -> EmbeddingSensitivity:
         """Squared gradients at the embeddings, summed over the places where each token occurs."""
