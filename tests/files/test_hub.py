@@ -119,15 +119,6 @@ def test_a_checkpoint_is_planned_from_config_and_headers(server):
     assert server.sent < 5000 < len(raw)
 
 
-def test_what_sees_beside_the_language_model_is_noted(server):
-    layer = 2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 128 + 2 * 64
-    shapes = {"embedding": [N_VOCAB, 64], "rest": [2 * layer + 64], "vision_tower.patch": [1000, 1000]}
-    server.repos["org/tiny"] = {"config.json": json.dumps(CONFIG).encode(), "model.safetensors": safetensors(shapes)}
-    found = describe("hf:org/tiny")
-    assert found.model.elements == N_VOCAB * 64 + 2 * layer + 64
-    assert "0.001 billion weights of 1 tensors see or hear" in found.notes[0]
-
-
 def test_a_class_that_nobody_knows_is_estimated_from_its_headers(server):
     """No converter is here, and none is fetched: headers alone."""
     layer = {"mixer.strange": [128, 64], "mlp.down_proj": [64, 96], "norm": [64]}
@@ -154,6 +145,27 @@ def test_a_config_alone_is_planned_and_pickles_are_refused(server):
     server.repos["org/plan"]["pytorch_model.bin"] = b"x"
     with pytest.raises(BadInput, match="pickles"):
         describe("hf:org/plan")
+
+
+def test_what_is_beside_the_decoder_is_counted(server, hollow):
+    layer = 2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 128 + 2 * 64
+    decoder = {"embedding": [N_VOCAB, 64], "rest": [2 * layer + 64]}
+    plain = safetensors(decoder)
+    raw = safetensors(decoder | {"visual.merger.weight": [1000, 1000], "mtp.fc.weight": [64, 128]})
+    server.repos["org/tiny"] = {"config.json": json.dumps(CONFIG).encode(), "model.safetensors": raw}
+    found = describe("hf:org/tiny")
+    (note,) = found.notes
+    assert "what takes in pictures (1 tensors, " in note
+    assert "the head that predicts further tokens (MTP, 1 tensors, " in note
+    assert found.beside_bytes * 1.01 > len(raw) - len(plain) > found.beside_bytes
+    files = {"mmproj-F32.gguf": b"x" * 400, "mmproj-BF16.gguf": b"x" * 200, "mmproj-F16.gguf": b"x" * 201}
+    server.repos["org/eyes"] = {"tiny-F16.gguf": hollow, **files}
+    planned = describe("hf:org/eyes")
+    assert planned.beside_bytes == 200
+    assert "(mmproj-BF16.gguf, 200 B)" in planned.notes[0]
+    source = resolve("hf:org/eyes")
+    assert source.path.name == "tiny-F16.gguf"
+    assert "hf download org/eyes mmproj-BF16.gguf" in source.warnings[0]
 
 
 @pytest.mark.parametrize(

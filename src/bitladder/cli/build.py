@@ -168,6 +168,7 @@ def quantize(options: QuantizeOptions, json_output: JsonFlag = False) -> None:
             {
                 "files": [*built.files, *built.checkpoints],
                 "calibration": built.calibration,
+                "projector": built.projector,
                 "jobs": journal.jobs,
                 "warnings": journal.warnings,
             }

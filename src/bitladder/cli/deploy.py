@@ -290,7 +290,7 @@ def _file_tier(file: TierFile, n_ctx: int) -> TierSpec:
 
     return TierSpec(
         level=file.level, path=file.path, sha256=file.sha256, standing=file.standing, note=file.note,
-        n_ctx=n_ctx, memory_bytes=file.memory_bytes,
+        n_ctx=n_ctx, memory_bytes=file.memory_bytes, projector=file.projector,
     )  # fmt: skip
 
 

@@ -129,6 +129,8 @@ class Launch:
     host: str = "127.0.0.1"
     port: int = 0
     """0: any free one."""
+    projector: str | Path = ""
+    """A GGUF file that takes in pictures and sounds for the model; empty: none."""
 
     def __post_init__(self) -> None:
         for name, least in (("n_ctx", 16), ("n_parallel", 1), ("threads", 1)):
@@ -139,6 +141,16 @@ class Launch:
     def model_name(self) -> str:
         """The name the engine answers to."""
         return self.alias or Path(self.path).name.removesuffix(".gguf")
+
+
+@runtime_checkable
+class TakesProjectors(Protocol):
+    """An engine of which it is known whether it loads a projector beside a model."""
+
+    @property
+    def takes_projectors(self) -> bool:
+        """Whether it does."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,8 @@ class LlamaServer(ServedEngine):
         if self._program is not None:
             super()._start_process(timeout_s)
             return
-        given = dataclasses.asdict(self.settings) | {"path": str(self.launch.path), "alias": self.name}
+        paths = {"path": str(self.launch.path), "projector": str(self.launch.projector)}
+        given = dataclasses.asdict(self.settings) | paths | {"alias": self.name}
         del given["api_key"]
         command = ["bitladder.engines.llama_child", json.dumps(given)]
         version = self.process.start(command, self.environment(), timeout_s=timeout_s)

@@ -22,6 +22,8 @@ from bitladder.engines.parent_watch import die_with_starting_thread, follow_pare
 def _params(settings: dict[str, Any]) -> Any:
     params = xllamacpp.CommonParams()
     params.model.path = settings["path"]
+    if settings["projector"]:
+        params.mmproj.path = settings["projector"]
     params.model_alias = [settings["alias"]]
     params.hostnames = [settings["host"]]
     params.port = settings["port"]

@@ -47,6 +47,11 @@ class LlamaProgram:
         """Engine and version, as evidence and the live view name them."""
         return str(self.identity())
 
+    @property
+    def takes_projectors(self) -> bool:
+        """Builds since May 2025 do."""
+        return "--mmproj" in self.flags
+
     def missing(self) -> str:
         """Nothing: it was asked, and answered."""
         return ""
@@ -80,6 +85,8 @@ class LlamaProgram:
         }
         if settings.n_gpu_layers >= 0:
             pairs["--n-gpu-layers"] = settings.n_gpu_layers
+        if settings.projector:
+            pairs |= self._known({"--mmproj": str(settings.projector)})
         # Newer builds shrink the context to fit and keep 8 GiB of old prompts, unless told not to.
         pairs |= self._known({"--fit": "off", "--cache-ram": settings.prompt_cache_mib})
         switches = ["--metrics", "--no-kv-unified", "--no-webui"]

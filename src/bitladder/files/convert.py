@@ -14,13 +14,15 @@ import shutil
 import signal
 import tempfile
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bitladder.describe.rope_scaling import PLAIN, rope_kinds
 from bitladder.errors import BadInput, BitladderError, OutputError, UnknownArchitecture
 from bitladder.files import converter_child
 from bitladder.files.atomic import put_in_place
-from bitladder.files.checkpoint import Checkpoint, read_checkpoint
+from bitladder.files.beside import FURTHER, counts_layers, is_beside, parts_beside
+from bitladder.files.checkpoint import Checkpoint, CheckpointTensor, read_checkpoint
 from bitladder.files.converter import Converter, converter_at_hand, find_converter
 from bitladder.files.decoded import Decoding, decoded_bytes, decoding_of, write_decoded
 from bitladder.files.fence import ended_after, environment, fenced, memory_bound, package_folders
@@ -63,15 +65,56 @@ def convert_checkpoint(folder: Path, label: str, progress: Progress = silent) ->
         _remember(target, folder)
         return done[0]
     _check_rope(checkpoint, converter)
+    return _kept(_Conversion(converter, checkpoint, label, progress), target / f"{label}.gguf")
+
+
+def convert_projector(folder: Path, label: str, progress: Progress = silent) -> Path:
+    """The part of a checkpoint that takes in pictures and sounds as a GGUF file of its own (mmproj), in the types of
+    the checkpoint, made once per content and kept in the user's cache.
+
+    Raises:
+        BadInput: no usable checkpoint, it has no such part, or the converter cannot read it.
+        UnknownArchitecture: the converter does not know this part of the family.
+        FetchError, OutputError: as ``convert_checkpoint``.
+    """
+    checkpoint = read_checkpoint(folder)
+    towers = tuple(tensor for tensor in checkpoint.tensors if is_beside(tensor.name))
+    if not towers:
+        raise BadInput(
+            f"{folder} takes in neither pictures nor sounds.", do="Give the checkpoint of a model that does."
+        )
+    converter = find_converter(progress)
+    target = cache_folder("converted", content_hash(checkpoint, converter, progress)[:20], "projector")
+    done = sorted(target.glob("*.gguf"))
+    if done:
+        return done[0]
+    return _kept(_Conversion(converter, checkpoint, label, progress, towers), target / f"mmproj-{label}.gguf")
+
+
+@dataclass(frozen=True)
+class _Conversion:
+    """What is converted, and by what."""
+
+    converter: Converter
+    checkpoint: Checkpoint
+    label: str
+    progress: Progress
+    towers: tuple[CheckpointTensor, ...] = ()
+    """Only these, to a projector."""
+
+
+def _kept(job: _Conversion, path: Path) -> Path:
+    """The converted file, whole at ``path`` in the cache."""
+    checkpoint, target = job.checkpoint, path.parent
     decoding = decoding_of(checkpoint)
+    if job.towers and decoding is not None and decoding.by_converter is not ReadAs.IT_IS:
+        checkpoint = replace(checkpoint, tensors=job.towers)  # the decoder need not be decoded for it
     try:
         target.mkdir(parents=True, exist_ok=True)
         _require_space(target, checkpoint, decoding)
         with tempfile.TemporaryDirectory(prefix=".converting-", dir=target) as work:
-            made = _converted(converter, checkpoint, decoding, label, Path(work), progress)
-            path = target / f"{label}.gguf"
-            put_in_place(made, path)
-            _remember(target, folder)
+            put_in_place(_converted(replace(job, checkpoint=checkpoint), decoding, Path(work)), path)
+            _remember(target, job.checkpoint.folder)
     except OSError as error:
         raise OutputError(
             f"The converted model cannot be kept in {target}: {error.strerror or error}",
@@ -80,27 +123,20 @@ def convert_checkpoint(folder: Path, label: str, progress: Progress = silent) ->
     return path
 
 
-def _converted(
-    converter: Converter,
-    checkpoint: Checkpoint,
-    decoding: Decoding | None,
-    label: str,
-    work: Path,
-    progress: Progress,
-) -> Path:
+def _converted(job: _Conversion, decoding: Decoding | None, work: Path) -> Path:
     """The converter's file, in ``work``: of the checkpoint, or of its twin in floats where it cannot read that."""
     if decoding is None or decoding.by_converter is not ReadAs.FLOATS:
-        stage = work / "stage" / label
-        stage_checkpoint(checkpoint, stage)
+        stage = work / "stage" / job.label
+        stage_checkpoint(job.checkpoint, stage)
         try:
-            return _run_converter(converter, checkpoint, stage, work / "work", progress)
+            return _run_converter(job, stage, work / "work")
         except BadInput:
             if decoding is None or decoding.by_converter is ReadAs.IT_IS:
                 raise
-    twin = write_decoded(checkpoint, decoding, work / "decoded", progress)
-    stage = work / "stage-decoded" / label
+    twin = write_decoded(job.checkpoint, decoding, work / "decoded", job.progress)
+    stage = work / "stage-decoded" / job.label
     stage_checkpoint(twin, stage, decoded=True)
-    return _run_converter(converter, twin, stage, work / "work-decoded", progress)
+    return _run_converter(replace(job, checkpoint=twin), stage, work / "work-decoded")
 
 
 def converted_already(checkpoint: Checkpoint) -> Path | None:
@@ -148,17 +184,8 @@ def lacks_mtp(checkpoint: Checkpoint) -> bool:
 
     Some releases name such tensors ``mtp.*``, others number them as layers after the model's last.
     """
-    config = checkpoint.config
-    text = config.get("text_config")
-    layers = (text if isinstance(text, dict) else config).get("num_hidden_layers")
-    for tensor in checkpoint.tensors:
-        if re.search(r"(^|\.)(mtp|nextn)(\.|_)", tensor.name):
-            return False
-        number = re.search(r"(?:^|\.)layers\.(\d+)\.", tensor.name)
-        beside = re.search("vis|audio|encoder", tensor.name)
-        if number and not beside and (not isinstance(layers, int) or int(number[1]) >= layers):
-            return False
-    return True
+    named = FURTHER in parts_beside(checkpoint.tensors, checkpoint.config)
+    return not named and counts_layers(checkpoint.config)
 
 
 def _check_rope(checkpoint: Checkpoint, converter: Converter) -> None:
@@ -193,28 +220,36 @@ def _require_space(target: Path, checkpoint: Checkpoint, decoding: Decoding | No
         )
 
 
-def _run_converter(converter: Converter, checkpoint: Checkpoint, stage: Path, work: Path, progress: Progress) -> Path:
+def _run_converter(job: _Conversion, stage: Path, work: Path) -> Path:
     """Run the converter and pass its steps on; raise with its last lines when it fails."""
+    converter, checkpoint = job.converter, job.checkpoint
     work.mkdir()
     made = work / "out.gguf"
-    job: converter_child.Job = {
+    order: converter_child.Job = {
         "converter": converter.search_path,
         "packages": package_folders(),
         "work": str(work),
         "task": "convert",
-        "arguments": [str(stage), "--outfile", str(made), "--outtype", outtype_of(checkpoint)],
-        "without_mtp": lacks_mtp(checkpoint),
+        "arguments": [
+            str(stage),
+            "--outfile",
+            str(made),
+            "--outtype",
+            outtype_of(checkpoint),
+            *(["--mmproj"] if job.towers else []),
+        ],
+        "without_mtp": not job.towers and lacks_mtp(checkpoint),
         **_bounds(checkpoint),
     }
     seconds = _LEAST_SECONDS + checkpoint.nbytes / _SLOWEST
     lines: list[str] = []
-    seen, tensors = 0, len(checkpoint.tensors)
-    with fenced(job, environment(work), work) as child, ended_after(child, seconds) as late:
+    seen, tensors = 0, len(job.towers or checkpoint.tensors)
+    with fenced(order, environment(work), work) as child, ended_after(child, seconds) as late:
         for line in child.stdout or ():
             lines = [*lines[-199:], line.rstrip()[:400]]
             if _TENSOR_LINE.match(line):
                 seen += 1
-                progress("converting to GGUF", min(seen, tensors), tensors)
+                job.progress("converting to GGUF", min(seen, tensors), tensors)
         child.wait()
         in_time = late.is_alive()
     if not in_time:

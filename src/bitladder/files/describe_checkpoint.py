@@ -18,15 +18,17 @@ from typing import Any
 
 from bitladder.describe.config_keys import Config
 from bitladder.describe.contradiction import check_shapes
-from bitladder.describe.estimate import beside_language, elements_of, estimated, language_tensors
+from bitladder.describe.estimate import elements_of, estimated, language_tensors
 from bitladder.describe.hf_config import shape_of
 from bitladder.describe.model import Model
 from bitladder.describe.shapes import model_of
 from bitladder.errors import BadInput, UnknownArchitecture
+from bitladder.files.beside import FURTHER, beside_note, parts_beside, towers
 from bitladder.files.checkpoint import CheckpointTensor
 from bitladder.files.converter import converter_at_hand
 from bitladder.files.header_conversion import header_of
 from bitladder.files.remote import Offer
+from bitladder.formats.parts import nextn_blocks
 from bitladder.progress import Progress, silent
 
 
@@ -57,6 +59,8 @@ class Described:
     """transformers' word for its family."""
     converts: bool | None = None
     """Whether llama.cpp's converter reads it; None where it was not asked."""
+    beside_bytes: int = 0
+    """Of what takes in pictures and sounds beside the decoder."""
 
     @property
     def exact(self) -> bool:
@@ -90,10 +94,8 @@ def of_checkpoint(
         found = Described(row, label, basis=Basis.ROW)
     else:
         found = _of_converter(label, config, tensors, folder, progress)
-    beside = _beside(tensors)
-    return replace(
-        found, notes=(*beside, *found.notes), model_class=class_name(config) or "none", model_type=numbers.model_type
-    )
+    found = replace(found, model_class=class_name(config) or "none", model_type=numbers.model_type)
+    return with_beside(found, tensors, config)
 
 
 def class_name(config: Mapping[str, Any]) -> str:
@@ -173,13 +175,10 @@ def _in_short(error: BadInput) -> str:
     return lines[0] if len(lines) < 2 else f"{lines[0].removesuffix(':')} {lines[-1][:160]}"
 
 
-def _beside(tensors: Sequence[CheckpointTensor]) -> tuple[str, ...]:
-    """What a checkpoint holds beside the language model."""
-    towers = [tensor for tensor in tensors if beside_language(tensor.name)]
-    weights = sum(elements_of(tensor, 16) for tensor in towers)
-    if not weights:
-        return ()
-    return (
-        f"{weights / 1e9:.3g} billion weights of {len(towers)} tensors see or hear, beside the language model: "
-        "they are not in these sizes (at 16 bits two bytes each).",
-    )
+def with_beside(found: Described, tensors: Sequence[CheckpointTensor], config: Mapping[str, Any]) -> Described:
+    """What is known of a checkpoint, with what it holds beside the decoder."""
+    parts = parts_beside(tensors, config)
+    if nextn_blocks(tensor.name for tensor in found.model.tensors):
+        parts.pop(FURTHER, None)
+    note = beside_note(parts)
+    return replace(found, notes=(*([note] if note else []), *found.notes), beside_bytes=towers(parts).nbytes)

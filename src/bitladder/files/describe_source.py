@@ -11,13 +11,15 @@ from bitladder.describe.quantized import checkpoint_note, kept_note, quantized
 from bitladder.describe.shapes import model_of
 from bitladder.errors import BadInput
 from bitladder.files import catalogue, convert, demo, hub, local_stores, remote
+from bitladder.files.beside import projector_beside, projector_note
 from bitladder.files.checkpoint import WEIGHTS, has_weights, read_checkpoint, read_json
-from bitladder.files.describe_checkpoint import Basis, Described, class_name, of_checkpoint
+from bitladder.files.describe_checkpoint import Basis, Described, class_name, of_checkpoint, with_beside
 from bitladder.files.engine_package import engine_knows
 from bitladder.files.gguf import read_header
 from bitladder.files.sources import gguf_in_folder, no_such_model
 from bitladder.formats.families import FAMILIES
 from bitladder.progress import Progress, silent
+from bitladder.units import human_bytes
 
 _NO_WEIGHTS = "There are no weights beside config.json: this is a plan, and there is nothing to quantize."
 
@@ -65,7 +67,7 @@ def _on_disk(path: Path, progress: Progress) -> Described:
     """A GGUF file, a folder that holds one, or a checkpoint folder."""
     single = gguf_in_folder(path) if path.is_dir() else path
     if single is not None:
-        return _of_header(read_header(single), single.stem)
+        return _with_projector(_of_header(read_header(single), single.stem), single)
     label = path.resolve().name
     if not has_weights(path):
         config = read_json(path / "config.json")
@@ -74,16 +76,31 @@ def _on_disk(path: Path, progress: Progress) -> Described:
     check_config(label, checkpoint.config, checkpoint.tensors)
     twin = convert.converted_already(checkpoint)
     if twin is not None:
-        found = Described(
-            replace(read_header(twin), name=label),
-            label,
-            model_class=class_name(checkpoint.config) or "none",
-            converts=True,
-        )
+        model = replace(read_header(twin), name=label)
+        found = Described(model, label, model_class=class_name(checkpoint.config) or "none", converts=True)
+        found = with_beside(found, checkpoint.tensors, checkpoint.config)
     else:
         found = of_checkpoint(label, checkpoint.config, checkpoint.tensors, path, progress)
     dtypes = {tensor.dtype for tensor in checkpoint.tensors}
     return _noted(_noted(found, kept_note(found.model)), checkpoint_note(checkpoint.config, dtypes))
+
+
+def _with_projector(found: Described, path: Path) -> Described:
+    """A file with what lies beside it."""
+    projector = projector_beside(path)
+    if projector is None:
+        return found
+    noted = replace(found, notes=(*found.notes, projector_note(projector)))
+    return replace(noted, beside_bytes=projector.stat().st_size)
+
+
+def _with_remote_projector(found: Described, repo: hub.HubRepo) -> Described:
+    """A file of the hub with what its repository holds for pictures and sounds; of several the smallest of 16 bits."""
+    files = hub.projectors(repo)
+    if not files:
+        return found
+    note = f"The repository also holds what takes in pictures or sounds ({files[0].name}, {human_bytes(files[0].size)})"
+    return replace(found, notes=(*found.notes, f"{note}: counted in memory."), beside_bytes=files[0].size)
 
 
 def _of_header(model: Model, label: str) -> Described:
@@ -108,7 +125,8 @@ def _on_hub(name: hub.HubName, progress: Progress) -> Described:
             ggufs = hub.choose_gguf(repo) if name.file or len(ready) == 1 else _least_lossy(repo)
             if ggufs:
                 header = remote.remote_gguf(files, ggufs, progress)
-                return replace(_of_header(header, name.repo), licence=repo.licence, offers=ready)
+                described = replace(_of_header(header, name.repo), licence=repo.licence, offers=ready)
+                return _with_remote_projector(described, repo)
             hub.checkpoint_files(repo)  # says what is missing
         config = remote.remote_config(files)
         label = name.repo.split("/")[1]

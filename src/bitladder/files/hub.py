@@ -145,6 +145,12 @@ def gguf_models(repo: HubRepo) -> dict[str, tuple[HubFile, ...]]:
     return {stem: tuple(by_name[name] for name in names) for stem, names in group_shards(by_name).items()}
 
 
+def projectors(repo: HubRepo) -> tuple[HubFile, ...]:
+    """The repository's projectors (mmproj), those of 16 bits first, the smallest first."""
+    found = [file for file in repo.ending(".gguf") if "mmproj" in PurePosixPath(file.name).name.lower()]
+    return tuple(sorted(found, key=lambda file: ("16" not in PurePosixPath(file.name).name, file.size, file.name)))
+
+
 def group_shards(names: Iterable[str]) -> dict[str, list[str]]:
     """GGUF file names by model (name without ending and shard number), each model's shards in order."""
     groups: dict[str, list[str]] = {}

@@ -76,9 +76,18 @@ def _from_hub(model: str, progress: Progress) -> Source:
     ggufs = () if checkpoint else hub.choose_gguf(repo)
     if ggufs:
         first = hub.fetch(repo, ggufs, progress)[0]
-        return label_quantized(Source(first, first.stem, licence=repo.licence))
+        found = label_quantized(Source(first, first.stem, licence=repo.licence))
+        beside = hub.projectors(repo)
+        return replace(found, warnings=(*found.warnings, _not_fetched(beside[0].name, repo))) if beside else found
     files = hub.fetch(repo, hub.checkpoint_files(repo), progress)
     return _from_folder(files[0].parent, name.repo.split("/")[1], repo.licence, progress)
+
+
+def _not_fetched(projector: str, repo: hub.HubRepo) -> str:
+    return (
+        f"The repository also holds {projector}, which takes in pictures or sounds and serves every level as it is: it "
+        f"is not fetched (hf download {repo.name.repo} {projector}); put beside the levels it is served with them."
+    )
 
 
 def _from_folder(folder: Path, label: str, licence: str, progress: Progress) -> Source:
@@ -86,13 +95,16 @@ def _from_folder(folder: Path, label: str, licence: str, progress: Progress) -> 
     single = gguf_in_folder(folder)
     if single is not None:
         return label_quantized(Source(single, single.stem, licence=licence))
+    from bitladder.files.beside import left_out, parts_beside
     from bitladder.files.gguf import read_header
 
     path = convert.convert_checkpoint(folder, label, progress)
     checkpoint = read_checkpoint(folder)
     dtypes = {tensor.dtype for tensor in checkpoint.tensors}
-    kept = kept_note(read_header(path))
-    warnings = (*_checkpoint_warnings(folder, dtypes), *([kept] if kept else []))
+    model = read_header(path)
+    beside = left_out(parts_beside(checkpoint.tensors, checkpoint.config), model)
+    kept = kept_note(model)
+    warnings = (*_checkpoint_warnings(folder, dtypes), *([kept] if kept else []), *beside)
     packed = bool(checkpoint_note(checkpoint.config, dtypes))
     return Source(path, label, warnings, checkpoint=folder, licence=licence, quantized=packed)
 

@@ -13,7 +13,7 @@ from bitladder.describe.machine import Machine
 from bitladder.describe.model import Model
 from bitladder.plan.memory import ENGINE_BYTES, compute_buffers
 from bitladder.plan.preflight import BASE_BYTES, JobNeed
-from bitladder.units import human_bytes
+from bitladder.units import Basis, human_bytes
 
 START_S = 3.0
 FILE_SHARE = 0.8
@@ -64,4 +64,4 @@ def engine_need(
             f" ({human_bytes(mapped)} of files, of which {human_bytes(room)} stay in memory: the rest is read again)"
         )
     seconds = START_S + operations * len(file_bytes) / (_RATE * max(1, min(threads, machine.cores)))
-    return JobNeed(what, own + min(mapped, room), 0, 0, seconds, "assumed", "engine")
+    return JobNeed(what, own + min(mapped, room), 0, 0, seconds, Basis.ASSUMED, "engine")

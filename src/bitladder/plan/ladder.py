@@ -33,19 +33,20 @@ def make_plan(
     n_prompt: int = N_PROMPT,
     runs: Mapping[Level, float] | None = None,
     whole: bool = False,
+    beside_bytes: int = 0,
 ) -> Plan:
     """The ladder of ``model`` on ``machine``, largest level first.
 
     ``n_seq`` parallel sequences have ``n_ctx`` tokens of context each (None: `usable_context`); the KV cache holds
-    ``type_k`` and ``type_v``. Checkpoint levels, and all when the engine does not split models (``whole``), fit on the
-    GPUs or not at all.
+    ``type_k`` and ``type_v``; a projector of ``beside_bytes`` is loaded, too. Checkpoint levels, and all when the
+    engine does not split models (``whole``), fit on the GPUs or not at all.
 
     Raises:
         UsageError: a context beyond what the model was trained for, or none; a machine that cannot be.
     """
     n_ctx = usable_context(model, n_ctx)
     check_machine(machine)
-    wish = Usage(n_ctx, n_seq, type_k, type_v)
+    wish = Usage(n_ctx, n_seq, type_k, type_v, beside_bytes)
     anchor = run_anchor(model, machine, wish, rates, runs or {})
     rows = []
     for size in sorted((level_size(model, level) for level in levels), key=lambda size: -size.file_bytes):
@@ -89,6 +90,7 @@ def make_plan(
         budget_bytes=usable_ram(machine) + usable_vram(machine),
         levels=tuple(rows),
         contexts=_contexts(model, wish),
+        beside_bytes=beside_bytes,
     )
 
 

@@ -34,6 +34,8 @@ class Usage:
     n_seq: int = 1
     type_k: str = "F16"
     type_v: str = "F16"
+    beside_bytes: int = 0
+    """Of a projector that is loaded beside the model: to the GPU where layers are, else to RAM."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ class _Need:
 
     def __init__(self, model: Model, level: LevelBytes, wish: Usage) -> None:
         self.layers = model.dims.n_layer
-        self.level = level
+        self.level, self.beside = level, wish.beside_bytes
         self.kv = cache_bytes(
             layer_caches(model), wish.n_ctx, n_seq=wish.n_seq, type_k=wish.type_k, type_v=wish.type_v
         ).total
@@ -114,7 +116,7 @@ class _Need:
 
     def partly(self, layers: int) -> int:
         """Some layers with their cache on the GPU."""
-        return (self.blocks + self.kv) * layers // self.layers + self.compute
+        return (self.blocks + self.kv) * layers // self.layers + self.compute + self.beside
 
     def in_ram(self, gpu_layers: int, cpu_experts: int) -> int:
         """What stays in RAM when ``gpu_layers`` (of layers + 1) are on the GPU."""
@@ -124,7 +126,7 @@ class _Need:
         ram += self.experts * cpu_experts // self.layers
         if gpu_layers <= self.layers:
             ram += self.level.of("output") + self.compute
-        return ram + (HOST_BUFFER if gpu_layers else 0)
+        return ram + (HOST_BUFFER if gpu_layers else self.beside)
 
     def placed(self, kind: Place, gpu_layers: int, cpu_experts: int) -> Placement:
         inside = min(gpu_layers, self.layers)

@@ -119,3 +119,5 @@ class Plan:
     levels: tuple[LevelPlan, ...]
     contexts: tuple[ContextBytes, ...] = ()
     """What other contexts up to the trained one would take, shortest first; empty in older records."""
+    beside_bytes: int = 0
+    """Of what takes in pictures and sounds beside the decoder, in every level's memory."""

@@ -12,7 +12,7 @@ import secrets
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, replace
 
-from bitladder.engines.base import EngineKind, Launch, Running
+from bitladder.engines.base import EngineKind, Launch, Running, TakesProjectors
 from bitladder.engines.names import same_model
 from bitladder.errors import EngineError
 from bitladder.serve.backends import Complete, UpstreamFailed
@@ -47,6 +47,7 @@ def own_engine(spec: TierSpec, threads: int, kind: EngineKind | None = None) -> 
         threads=threads,
         alias=spec.served_name,
         api_key=spec.api_key,
+        projector=spec.projector or "",
     )
     return prepare(launch, kind if container_of(spec.path) is Container.FILE else None)
 
@@ -179,6 +180,7 @@ def _shadow(settings: ServeSettings, tiers: tuple[Tier, ...], metrics: Metrics) 
 
 def _notes(settings: ServeSettings, specs: list[TierSpec], turns: Turns | None) -> list[str]:
     notes = [spec.note for spec in specs if spec.note]
+    notes += [_projector_note(spec, settings) for spec in specs if spec.projector]
     if turns is not None:
         needed = human_bytes(sum(spec.memory_bytes for spec in specs if spec.path is not None))
         notes.append(
@@ -189,6 +191,14 @@ def _notes(settings: ServeSettings, specs: list[TierSpec], turns: Turns | None) 
         target = settings.auto.fixed or QUALITY
         notes.append(f"`auto` uses the {target} tier for everything: {settings.auto.because}.")
     return notes
+
+
+def _projector_note(spec: TierSpec, settings: ServeSettings) -> str:
+    assert spec.projector is not None
+    program = settings.program
+    if isinstance(program, TakesProjectors) and not program.takes_projectors:
+        return f"{spec.level} is served without {spec.projector.name}: this engine takes in no pictures or sounds."
+    return f"{spec.level} takes in pictures or sounds, too ({spec.projector.name}); none of that was measured."
 
 
 async def _known_endpoint(pool: ConnectionPool, spec: TierSpec) -> tuple[TierSpec, list[str]]:

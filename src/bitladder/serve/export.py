@@ -147,6 +147,8 @@ def llama_swap(settings: ServeSettings) -> str:
     models = {}
     for names, spec in roles:
         command = ["llama-server", "--port", "${PORT}", "--model", str(_file(spec)), "--alias", spec.level]
+        if spec.projector is not None:
+            command += ["--mmproj", str(spec.projector.absolute())]
         command += ["--ctx-size", str(spec.n_ctx * spec.slots), "--parallel", str(spec.slots)]
         command += ["--threads", str(settings.threads)]
         joined = " ".join(part if part == "${PORT}" else shlex.quote(_no_macro(part)) for part in command)

@@ -49,6 +49,8 @@ class TierSpec:
     """Tokens one request may use, prompt and answer together. 0: unknown (an endpoint)."""
     memory_bytes: int = 0
     """What the plan says it needs when loaded."""
+    projector: Path | None = None
+    """The file that takes in pictures and sounds for it."""
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.url is None):

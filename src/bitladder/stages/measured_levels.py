@@ -26,6 +26,7 @@ from bitladder.stages.known_files import (
     known_folders,
     model_sha256,
 )
+from bitladder.stages.projector import projector_of
 from bitladder.stages.serve import served_level
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ class TierFile:
     standing: FileStanding = FileStanding.UNMEASURED
     note: str = ""
     """What the operator should know of the file, where it is not the measured one."""
+    projector: Path | None = None
+    """What takes in pictures and sounds for it."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +135,9 @@ def tier_file(
             search = _Search(job, run, recorded, out or Path(f"{job.found.label}-ladder"))
             level = search.level_named(what)
             check_context(job.source.model, n_ctx)  # refused before anything is built
-            return _described(level, search.path_of(level), search.wanted(level), recorded, n_ctx, work.progress)
+            path = search.path_of(level)
+            projector = projector_of(job.found, job.journal, job.progress)
+            return _described(level, path, search.wanted(level), recorded, n_ctx, work.progress, projector)
 
 
 def _named_file(path: Path, run: LatestRun | None, recorded: Recorded, n_ctx: int, progress: Progress) -> TierFile:
@@ -143,8 +148,18 @@ def _named_file(path: Path, run: LatestRun | None, recorded: Recorded, n_ctx: in
     return _described(next(levels, path.stem), path, before[0] if before else "", recorded, n_ctx, progress)
 
 
-def _described(level: str, path: Path, wanted: str, recorded: Recorded, n_ctx: int, progress: Progress) -> TierFile:
-    """A file with what evidence says of it. ``wanted``: hash of the measured file that it stands for; may be empty."""
+def _described(
+    level: str,
+    path: Path,
+    wanted: str,
+    recorded: Recorded,
+    n_ctx: int,
+    progress: Progress,
+    projector: Path | None = None,
+) -> TierFile:
+    """A file with what evidence says of it. ``wanted``: hash of the measured file that it stands for; may be empty.
+    ``projector``: the model's, where none lies beside the file."""
+    from bitladder.files.beside import projector_beside
     from bitladder.files.gguf import GgufFile
     from bitladder.files.probe import probe_machine
     from bitladder.plan.ladder import file_memory
@@ -152,6 +167,8 @@ def _described(level: str, path: Path, wanted: str, recorded: Recorded, n_ctx: i
     sha256 = model_sha256(path, progress)
     with GgufFile.open(path) as opened:
         memory = file_memory(opened.model, probe_machine(), n_ctx=n_ctx)
+    projector = projector_beside(path) or projector
+    memory += projector.stat().st_size if projector else 0
     measured = recorded.is_measured(sha256)
     changed = bool(wanted) and sha256 != wanted
     standing = FileStanding.MEASURED if measured else FileStanding.CHANGED if changed else FileStanding.UNMEASURED
@@ -164,7 +181,7 @@ def _described(level: str, path: Path, wanted: str, recorded: Recorded, n_ctx: i
         )
     elif not measured:
         note = f"{level}: {path} (SHA-256 {sha256[:_SHOWN]}...) was never measured: there is no evidence about it."
-    return TierFile(level, path, sha256, memory, standing, note)
+    return TierFile(level, path, sha256, memory, standing, note, projector)
 
 
 @dataclass(frozen=True)

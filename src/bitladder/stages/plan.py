@@ -130,7 +130,7 @@ def plan_model(
     wish = request.wish
     machine, rates = the_machine(request.machine)
     found = describe(model, progress)
-    wish = replace(wish, n_ctx=usable_context(found.model, request.n_ctx))
+    wish = replace(wish, n_ctx=usable_context(found.model, request.n_ctx), beside_bytes=found.beside_bytes)
     runs = stored_runs(model, machine) if request.machine is None else {}
     whole = engine in LAUNCHED
     wanted = levels or (checkpoint_levels(found.model) if whole else LADDER)
@@ -143,6 +143,7 @@ def plan_model(
         n_seq=wish.n_seq,
         type_k=wish.type_k,
         type_v=wish.type_v,
+        beside_bytes=wish.beside_bytes,
         rates=rates,
         runs={RecipeLevel(level): speed for level, speed in runs.items() if level in RECIPES},
     )

@@ -14,6 +14,7 @@ from bitladder.stages.calibration import calibration_texts, importance_file, imp
 from bitladder.stages.forecast import building_need, forecast
 from bitladder.stages.job import AUTO, CPU, NONE, Build, Job, Work, opened
 from bitladder.stages.known_files import kept_by_evidence
+from bitladder.stages.projector import deliver_projector
 
 if TYPE_CHECKING:
     from bitladder.describe.text import Document
@@ -50,6 +51,8 @@ class Built:
     files: list[LevelFile] = field(default_factory=list)
     checkpoints: list[CheckpointReport] = field(default_factory=list)
     calibration: CalibrationReport | None = None
+    projector: Path | None = None
+    """What takes in pictures and sounds, beside the levels; None where the model has none, or none can be made."""
 
 
 def sort_levels(levels: Sequence[Level], imatrix: str = AUTO, split_max_bytes: int | None = None) -> SortedLevels:
@@ -118,9 +121,10 @@ def build_levels(model: str, levels: Sequence[Level], build: Build, work: Work) 
         calibrated = calibrate_levels(job, asked, build)
         importance = _importance(job, asked, build, calibrated)
         made = ladder_files(job, [*files, *asked.fitted], build, importance=importance, calibrated=calibrated)
+        projector = deliver_projector(job.found, build.out, job.journal, job.progress) if made else None
     if calibrated is None:
-        return Built(list(made.values()))
-    return Built(list(made.values()), calibrated.checkpoints, calibrated.report)
+        return Built(list(made.values()), projector=projector)
+    return Built(list(made.values()), calibrated.checkpoints, calibrated.report, projector)
 
 
 def _refuse_overwriting(source: GgufFile, asked: SortedLevels, build: Build) -> None:
