@@ -33,7 +33,7 @@ _MORE_KEYS: dict[str, dict[str, Any]] = {
     "deepseek2": {"expert_gating_func": 2, "expert_weights_norm": True},
     "command-r": {"logit_scale": 1.0},
 }
-_MAMBA2 = {
+_MAMBA2: dict[str, dict[str, Any]] = {
     "keys": {
         "context_length": 1024, "embedding_length": 256, "feed_forward_length": 0, "block_count": 2,
         "attention.head_count": 0, "attention.layer_norm_rms_epsilon": 1e-5, "ssm.conv_kernel": 4,
@@ -46,6 +46,29 @@ _MAMBA2 = {
     },
 }  # fmt: skip
 FAMILIES = (*SHAPES, "mamba2")
+_BERT: dict[str, dict[str, Any]] = {
+    "keys": {
+        "context_length": 512, "embedding_length": 256, "feed_forward_length": 512, "block_count": 2,
+        "attention.head_count": 4, "attention.layer_norm_epsilon": 1e-5, "attention.causal": False, "pooling_type": 1,
+    },
+    "layer": {
+        f"{name}.{kind}": shape if kind == "weight" else shape[:1]
+        for name, shape in {
+            "attn_q": (256, 256), "attn_k": (256, 256), "attn_v": (256, 256), "attn_output": (256, 256),
+            "attn_output_norm": (256,), "ffn_up": (512, 256), "ffn_down": (256, 512), "layer_output_norm": (256,),
+        }.items()
+        for kind in ("weight", "bias")
+    },
+    "outer": {"position_embd.weight": (512, 256), "token_types.weight": (2, 256), "token_embd_norm.weight": (256,),
+              "token_embd_norm.bias": (256,)},
+}  # fmt: skip
+_WRITTEN_OUT: dict[str, dict[str, dict[str, Any]]] = {
+    "mamba2": {**_MAMBA2, "outer": {"output_norm.weight": (256,)}},
+    "bert": _BERT,
+}
+"""Families whose shapes planning does not know; ``bert`` is an encoder, which predicts no next token."""
+_HALF = ("ssm_in.weight", "ssm_out.weight", "attn_q.weight", "attn_k.weight", "attn_v.weight", "attn_output.weight",
+         "ffn_up.weight", "ffn_down.weight")  # fmt: skip
 
 
 def write_family(
@@ -53,18 +76,14 @@ def write_family(
 ) -> Path:
     """Write a model of a family, matrices in F16. ``scaled``: tensors to rows from, to, and a factor on them. ``keys``
     are put in the place of the family's own."""
-    if architecture == "mamba2":
-        metadata = {"general.architecture": "mamba2"} | {
-            f"mamba2.{key}": value for key, value in _MAMBA2["keys"].items()
-        }
+    if architecture in _WRITTEN_OUT:
+        rows = _WRITTEN_OUT[architecture]
+        metadata = {f"{architecture}.{key}": value for key, value in rows["keys"].items()}
+        shapes = {"token_embd.weight": (N_VOCAB, 256), **rows["outer"]}
+        shapes |= {f"blk.{layer}.{name}": shape for layer in range(2) for name, shape in rows["layer"].items()}
         tensors = [
-            TensorInfo("token_embd.weight", (N_VOCAB, 256), "F16"),
-            TensorInfo("output_norm.weight", (256,), "F32"),
-        ]
-        tensors += [
-            TensorInfo(f"blk.{layer}.{name}", shape, "F16" if name in ("ssm_in.weight", "ssm_out.weight") else "F32")
-            for layer in range(2)
-            for name, shape in _MAMBA2["layer"].items()
+            TensorInfo(name, shape, "F16" if name.split(".", 2)[-1] in _HALF else "F32")
+            for name, shape in shapes.items()
         ]
     else:
         model = model_of(SHAPES[architecture])
@@ -76,6 +95,8 @@ def write_family(
         if key != "general.architecture":
             add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32, bool: writer.add_bool}
             add[type(value)](key, value)
+    if architecture == "bert":
+        writer.add_uint32("tokenizer.ggml.token_type_count", 2)
     byte_tokens(writer)
     rng = np.random.default_rng(0)
     for tensor in tensors:

@@ -229,6 +229,17 @@ def test_a_file_that_the_engine_does_not_load(tmp_path):
         list(answers(request, short, most=100))
 
 
+def test_a_model_that_predicts_no_next_token(tmp_path):
+    """An encoder's logits would be whatever lies in memory."""
+    path = write_family(tmp_path / "bert.gguf", "bert")
+    windows = windows_of(64, n_vocab=250)
+    with GgufFile.open(path) as source:
+        with pytest.raises(UnknownArchitecture, match=r"bert.gguf: .* does not predict one after another"):
+            engine_importance(source, windows, threads=1)
+        with pytest.raises(UnknownArchitecture, match=r"cannot measure"):
+            engine_scores(source, [source], windows, threads=1)
+
+
 def test_weights_that_are_not_finite(tmp_path):
     path = write_family(tmp_path / "nan.gguf", "granite", scaled={"blk.0.ffn_up.weight": (0, 1, np.nan)})
     windows = windows_of(64, n_vocab=250)

@@ -152,6 +152,14 @@ def test_quantizing_a_model_that_nobody_runs_starts_no_engine(model, tmp_path, m
     assert "it is of tomorrow" in warning
 
 
+def test_an_encoder_is_quantized_without_importance(tmp_path):
+    path = write_family(tmp_path / "bert.gguf", "bert")
+    journal = Journal()
+    built = build_levels(str(path), LEVELS[1:], tmp_path, threads=1, journal=journal, progress=quiet)
+    assert built.files[0].path.is_file()
+    assert any("without an importance matrix" in line and "an encoder" in line for line in journal.warnings)
+
+
 def test_an_engine_that_fails_says_how_to_go_without(tmp_path):
     path = write_family(tmp_path / "bad.gguf", "deepseek2", expert_gating_func=77)
     with pytest.raises(EngineError, match=r"--imatrix none"):

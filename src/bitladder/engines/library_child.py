@@ -11,7 +11,8 @@ the engine prints can reach; what it prints goes to stdout and stderr as it like
     {"kind": "sums", "file", "n_vocab",           "opened"; after each shard of windows from "done" on "shard" with
      "windows", "shard", "done", "threads",       for each tensor in order f64[matrices, columns] sums of squares and
      "tensors": {name: [matrices, columns]}}      f64[matrices] counts
-    both                                          at last "end", or "refused" with "what"
+    both                                          at last "end"; or "refused", or "unfit" of a model that predicts
+                                                  no next token, with "what"
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitladder.engines.activation_sums import ActivationSums
-from bitladder.engines.llama_library import Library, LibraryError, OpenModel
+from bitladder.engines.llama_library import Library, LibraryError, OpenModel, UnfitModel
 from bitladder.engines.logit_scores import distribution, divergence
 from bitladder.engines.messages import Sender
 from bitladder.engines.parent_watch import die_with_starting_thread, follow_parent
@@ -79,9 +80,11 @@ def _sum(library: Library, request: Mapping[str, Any], sender: Sender) -> None:
             model.clear()
             for at in range(0, len(tokens), model.piece):
                 piece = tokens[at : at + model.piece]
-                model.decode(piece, at, [True] * len(piece))
-                if sums.fault:
-                    raise LibraryError(f"the activations could not be read: {sums.fault}")
+                try:
+                    model.decode(piece, at, [True] * len(piece))
+                finally:  # a callback that gave up ends the computation
+                    if sums.fault:
+                        raise LibraryError(f"The activations could not be read: {sums.fault}")
         parts = [part.ravel() for name in request["tensors"] for part in (sums.squares[name], sums.counts[name])]
         sender.send("shard", np.concatenate(parts))
 
@@ -113,10 +116,12 @@ def main() -> None:
         follow_parent()
         try:
             {"score": _score, "sums": _sum}[request["kind"]](Library(), request, sender)
+        except UnfitModel as error:
+            sender.send("unfit", what=str(error))
         except LibraryError as error:
             sender.send("refused", what=str(error))
         except MemoryError:
-            sender.send("refused", what="there was not enough memory")
+            sender.send("refused", what="There was not enough memory")
         else:
             sender.send("end")
     os._exit(0)  # the process's end frees all; destructors of the library's threads may not

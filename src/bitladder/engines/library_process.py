@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitladder.engines.messages import BadMessage, Message, receive
-from bitladder.errors import EngineError, EngineGone
+from bitladder.errors import EngineError, EngineGone, UnknownArchitecture
 
 _LOG_LINES, _LOG_WIDTH, _LONGEST_LINE = 200, 500, 1 << 16
 _CHATTER = (
@@ -39,6 +39,7 @@ def answers(request: Mapping[str, Any], what: Path, *, most: int) -> Iterator[Me
         most: numbers that one message may hold.
 
     Raises:
+        UnknownArchitecture: the model is of a kind that predicts no next token.
         EngineError: the library refused, or the process died or sent nonsense; its last words are in the message.
     """
     with _running(request) as (process, results, log):
@@ -51,6 +52,12 @@ def answers(request: Mapping[str, Any], what: Path, *, most: int) -> Iterator[Me
                 raise _death(process, what, log)
             if message.kind == "end":
                 return
+            if message.kind == "unfit":
+                raise UnknownArchitecture(
+                    f"The engine cannot measure {what}: {str(message.note.get('what', ''))[:_LOG_WIDTH]}.",
+                    means="Fidelity and importance compare predictions of the next token.",
+                    do="Quantize with --imatrix none.",
+                )
             if message.kind == "refused":
                 raise EngineError(
                     f"{_capital(str(message.note.get('what', '')))[:_LOG_WIDTH]}.", means=_last_words(log),

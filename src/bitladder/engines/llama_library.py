@@ -13,6 +13,7 @@ A fault inside the library ends the process (``GGML_ABORT``), so this is for a c
 from __future__ import annotations
 
 import ctypes as c
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,10 @@ _SLACK = 256
 
 class LibraryError(Exception):
     """The library refused; the message says what was asked of it."""
+
+
+class UnfitModel(LibraryError):
+    """It loads, and predicts no next token: an encoder, say."""
 
 
 class _ModelParams(c.Structure):
@@ -217,7 +222,8 @@ class OpenModel:
         shown every node.
 
         Raises:
-            LibraryError: the model is not loaded, or is of a kind that predicts no next token.
+            LibraryError: the model is not loaded.
+            UnfitModel: it is of a kind that predicts no next token.
         """
         self._call, self._model, self._context = library.call, None, None
         self.n_vocab, self.piece = n_vocab, min(n_ctx, piece_length(n_vocab))
@@ -234,11 +240,11 @@ class OpenModel:
         self._no_devices = (c.c_void_p * 1)(None)
         params.devices = c.cast(self._no_devices, c.c_void_p)
         params.n_gpu_layers, params.use_extra_bufts = 0, False
-        self._model = self._call.llama_model_load_from_file(str(path).encode(), params)
+        self._model = self._call.llama_model_load_from_file(os.fsencode(path), params)
         if not self._model:
             raise LibraryError(f"llama.cpp did not load {path}")
         if self._call.llama_model_has_encoder(self._model) or self._call.llama_model_is_diffusion(self._model):
-            raise LibraryError(f"{path} holds a model that does not predict one token after another")
+            raise UnfitModel(f"{path} holds a model that does not predict one token after another")
         found = self._call.llama_vocab_n_tokens(self._call.llama_model_get_vocab(self._model))
         if found != self.n_vocab:
             raise LibraryError(f"{path} has {found} tokens in llama.cpp, not {self.n_vocab}")
@@ -259,6 +265,8 @@ class OpenModel:
         self._context = self._call.llama_init_from_model(self._model, params)
         if not self._context:
             raise LibraryError(f"llama.cpp made no context of {n_ctx} tokens")
+        if not self._call.llama_get_memory(self._context):
+            raise UnfitModel("The model keeps nothing of the tokens before: it does not predict one after another")
         for name, value in wanted.items():
             made = getattr(self._call, f"llama_{name}")(self._context)
             if made < value or (made != value and name != "n_ctx"):  # contexts are rounded up
@@ -266,9 +274,7 @@ class OpenModel:
 
     def clear(self) -> None:
         """Forget the tokens before: a new window begins."""
-        memory = self._call.llama_get_memory(self._context)
-        if memory:
-            self._call.llama_memory_clear(memory, True)
+        self._call.llama_memory_clear(self._call.llama_get_memory(self._context), True)
 
     def decode(self, tokens: Sequence[int], start: int, outputs: Sequence[bool]) -> NDArray[np.float32]:
         """The logits f32[wanted, n_vocab] of tokens at positions from ``start`` on, where ``outputs`` wants them; in
@@ -290,7 +296,7 @@ class OpenModel:
             return np.empty((0, self.n_vocab), np.float32)
         logits = self._call.llama_get_logits(self._context)
         if not logits:
-            raise LibraryError("the model gives no logits")
+            raise UnfitModel("The model gives no logits")
         return np.ctypeslib.as_array(logits, shape=(rows, self.n_vocab))
 
     def close(self) -> None:

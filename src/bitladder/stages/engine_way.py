@@ -45,7 +45,7 @@ def way_for(source: GgufFile, wanted: Way | None = None) -> Way:
         wanted = Way.WALK if row or checkpoint_of(source.path) is not None else None
     if wanted is Way.WALK:
         return Way.WALK
-    if why := engine_missing(dims.architecture):
+    if why := engine_missing(model):
         walk = "" if wanted else f"No layers are known for the architecture '{dims.architecture}', and "
         raise UnknownArchitecture(
             f"{walk}{'t' if walk else 'T'}he engine cannot measure it: {why}.",
@@ -55,13 +55,16 @@ def way_for(source: GgufFile, wanted: Way | None = None) -> Way:
     return Way.ENGINE
 
 
-def engine_missing(architecture: str) -> str:
-    """Why the engine's library cannot run an architecture; empty where nothing speaks against it."""
+def engine_missing(model: Model) -> str:
+    """Why the engine's library cannot measure a model; empty where nothing speaks against it. Starts nothing."""
     from bitladder.engines.llama_library import library_missing
     from bitladder.files.engine_package import ENGINE, engine_knows, engine_version
 
     if missing := library_missing():
         return missing
+    architecture = model.dims.architecture
+    if model.metadata.get(f"{architecture}.attention.causal") is False:
+        return "it is an encoder, which predicts no next token"
     if engine_knows(architecture) is False:
         return f"llama.cpp in {ENGINE} {engine_version()} does not know it"
     return ""
@@ -69,7 +72,7 @@ def engine_missing(architecture: str) -> str:
 
 def instead_of_walk(model: Model, refusal: UnknownArchitecture) -> Way:
     """The engine's way, after the walk refused a variant of a known family; raises the refusal where it cannot go."""
-    if engine_missing(model.dims.architecture):
+    if engine_missing(model):
         raise refusal
     return Way.ENGINE
 
