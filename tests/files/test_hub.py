@@ -8,7 +8,7 @@ import pytest
 from bitladder.describe.shapes import Shape
 from bitladder.errors import BadInput, FetchError, UsageError
 from bitladder.files import hub
-from bitladder.files.describe_checkpoint import Basis
+from bitladder.files.describe_checkpoint import SizeBasis
 from bitladder.files.describe_source import describe
 from bitladder.files.sources import resolve
 from bitladder.files.stub_gguf import N_VOCAB, write_stub
@@ -133,7 +133,7 @@ def test_a_class_that_nobody_knows_is_estimated_from_its_headers(server):
     assert found.model.elements == N_VOCAB * 64 + 2 * (128 * 64 + 64 * 96 + 64)
     assert any("Sizes are an estimate: llama.cpp's converter is not here yet" in note for note in found.notes)
     assert found.model.dims.head_dim_k == 16
-    assert found.basis is Basis.ESTIMATE
+    assert found.basis is SizeBasis.ESTIMATE
     assert server.sent < 5000
 
 

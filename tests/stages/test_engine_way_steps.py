@@ -155,7 +155,7 @@ def test_quantizing_a_model_that_nobody_runs_starts_no_engine(model, tmp_path, m
 def test_an_encoder_is_quantized_without_importance(tmp_path):
     path = write_family(tmp_path / "bert.gguf", "bert")
     journal = Journal()
-    built = build_levels(str(path), LEVELS[1:], tmp_path, threads=1, journal=journal, progress=quiet)
+    built = quantized(str(path), LEVELS[1:], tmp_path, journal=journal)
     assert built.files[0].path.is_file()
     assert any("without an importance matrix" in line and "an encoder" in line for line in journal.warnings)
 

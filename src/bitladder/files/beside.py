@@ -33,7 +33,7 @@ _LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)(?:\.|$)")
 
 
 @dataclass(frozen=True)
-class Part:
+class PartBeside:
     """The tensors of one part."""
 
     tensors: int = 0
@@ -43,15 +43,15 @@ class Part:
         return f"{self.tensors} tensors, {human_bytes(self.nbytes)}"
 
 
-def parts_beside(tensors: Iterable[CheckpointTensor], config: Mapping[str, Any]) -> dict[str, Part]:
+def parts_beside(tensors: Iterable[CheckpointTensor], config: Mapping[str, Any]) -> dict[str, PartBeside]:
     """What of a checkpoint is not its decoder, by what it is for: ``PICTURES``, ``SOUNDS``, ``FURTHER``."""
     layers = _layers(config)
-    found: dict[str, Part] = {}
+    found: dict[str, PartBeside] = {}
     for tensor in tensors:
         what = _part_of(tensor.name, layers)
         if what:
-            before = found.get(what, Part())
-            found[what] = Part(before.tensors + 1, before.nbytes + tensor.nbytes)
+            before = found.get(what, PartBeside())
+            found[what] = PartBeside(before.tensors + 1, before.nbytes + tensor.nbytes)
     return found
 
 
@@ -76,10 +76,10 @@ def is_beside(name: str) -> bool:
     return _part_of(name, None) in (PICTURES, SOUNDS)
 
 
-def towers(parts: Mapping[str, Part]) -> Part:
+def towers(parts: Mapping[str, PartBeside]) -> PartBeside:
     """Pictures and sounds together: what a projector holds."""
     both = [parts[what] for what in (PICTURES, SOUNDS) if what in parts]
-    return Part(sum(part.tensors for part in both), sum(part.nbytes for part in both))
+    return PartBeside(sum(part.tensors for part in both), sum(part.nbytes for part in both))
 
 
 def _part_of(name: str, layers: int | None) -> str:
@@ -94,7 +94,7 @@ def _part_of(name: str, layers: int | None) -> str:
     return FURTHER if numbered or _FURTHER.search(name) else ""
 
 
-def left_out(parts: Mapping[str, Part], model: Model) -> tuple[str, ...]:
+def left_out(parts: Mapping[str, PartBeside], model: Model) -> tuple[str, ...]:
     """Sentences about the parts of a checkpoint that its GGUF does not hold."""
     found = []
     seen = [what for what in (PICTURES, SOUNDS) if what in parts]
@@ -111,7 +111,7 @@ def left_out(parts: Mapping[str, Part], model: Model) -> tuple[str, ...]:
     return tuple(found)
 
 
-def beside_note(parts: Mapping[str, Part]) -> str:
+def beside_note(parts: Mapping[str, PartBeside]) -> str:
     """The sentence for a plan of a checkpoint that is not converted yet; "" where there is nothing beside the
     decoder."""
     seen = [what for what in (PICTURES, SOUNDS) if what in parts]

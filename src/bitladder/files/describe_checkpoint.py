@@ -32,7 +32,7 @@ from bitladder.formats.parts import nextn_blocks
 from bitladder.progress import Progress, silent
 
 
-class Basis(StrEnum):
+class SizeBasis(StrEnum):
     """What sizes follow from, the surest first."""
 
     FILE = "the file's header"
@@ -49,7 +49,7 @@ class Described:
     model: Model
     label: str
     licence: str = ""
-    basis: Basis = Basis.FILE
+    basis: SizeBasis = SizeBasis.FILE
     offers: tuple[Offer, ...] = ()
     """Levels that its repository has ready."""
     notes: tuple[str, ...] = ()
@@ -65,7 +65,7 @@ class Described:
     @property
     def exact(self) -> bool:
         """File sizes are exact to the byte; else the header's bytes, or more, are an estimate (see ``basis``)."""
-        return self.basis is Basis.FILE or (self.basis is Basis.CONVERTER and bool(self.model.raw_metadata))
+        return self.basis is SizeBasis.FILE or (self.basis is SizeBasis.CONVERTER and bool(self.model.raw_metadata))
 
 
 def of_checkpoint(
@@ -91,7 +91,7 @@ def of_checkpoint(
     numbers = Config(label, config)
     row = _of_row(label, config, tensors, numbers)
     if row is not None and (not tensors or numbers.packed or _agree(row, tensors, numbers)):
-        found = Described(row, label, basis=Basis.ROW)
+        found = Described(row, label, basis=SizeBasis.ROW)
     else:
         found = _of_converter(label, config, tensors, folder, progress)
     found = replace(found, model_class=class_name(config) or "none", model_type=numbers.model_type)
@@ -144,7 +144,7 @@ def _of_converter(
     return Described(
         made.model,
         label,
-        basis=Basis.CONVERTER if tensors else Basis.SHAPES,
+        basis=SizeBasis.CONVERTER if tensors else SizeBasis.SHAPES,
         notes=(unread,) if made.tokenizer else (),
         converts=not made.tokenizer,
     )
@@ -163,7 +163,7 @@ def _estimate(
     return Described(
         estimated(label, config, tensors),
         label,
-        basis=Basis.ESTIMATE,
+        basis=SizeBasis.ESTIMATE,
         notes=(f"Sizes are an estimate: {why}.",),
         converts=converts,
     )

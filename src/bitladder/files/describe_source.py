@@ -13,7 +13,7 @@ from bitladder.errors import BadInput
 from bitladder.files import catalogue, convert, demo, hub, local_stores, remote
 from bitladder.files.beside import projector_beside, projector_note
 from bitladder.files.checkpoint import WEIGHTS, has_weights, read_checkpoint, read_json
-from bitladder.files.describe_checkpoint import Basis, Described, class_name, of_checkpoint, with_beside
+from bitladder.files.describe_checkpoint import Described, SizeBasis, class_name, of_checkpoint, with_beside
 from bitladder.files.engine_package import engine_knows
 from bitladder.files.gguf import read_header
 from bitladder.files.sources import gguf_in_folder, no_such_model
@@ -60,7 +60,7 @@ def _described(model: str, progress: Progress) -> Described:
         row = catalogue.model_named(model)
     except BadInput as unknown:
         raise no_such_model(model, path, unknown.means) from unknown
-    return Described(model_of(row.shape), row.hub, row.licence, basis=Basis.ROW)
+    return Described(model_of(row.shape), row.hub, row.licence, basis=SizeBasis.ROW)
 
 
 def _on_disk(path: Path, progress: Progress) -> Described:

@@ -61,7 +61,7 @@ def package_folders() -> list[str]:
 
 
 @contextmanager
-def fenced(job: converter_child.Job, env: dict[str, str], folder: Path) -> Iterator[subprocess.Popen[str]]:
+def fenced(job: converter_child.ChildJob, env: dict[str, str], folder: Path) -> Iterator[subprocess.Popen[str]]:
     """The process with its output in one stream; ended when the caller is interrupted."""
     with subprocess.Popen(
         [sys.executable, "-I", "-B", "-X", "utf8", converter_child.__file__],

@@ -140,7 +140,7 @@ def _write_holes(path: Path, tensors: Sequence[CheckpointTensor]) -> None:
 
 def _run(stage: Path, checkpoint: Checkpoint, converter: Converter, work: Path) -> _Made:
     made = work / "header.gguf"
-    job: converter_child.Job = {
+    job: converter_child.ChildJob = {
         "converter": converter.search_path,
         "packages": package_folders(),
         "work": str(work),

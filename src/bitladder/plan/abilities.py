@@ -20,7 +20,7 @@ from bitladder.formats.families import family_of
 from bitladder.formats.roles import layer_tensor
 
 
-class Way(StrEnum):
+class Route(StrEnum):
     """How something is done for a model."""
 
     CONVERTER = "converter"
@@ -36,7 +36,7 @@ class Ability:
     """One thing that a model can have, or not."""
 
     what: str
-    way: Way
+    way: Route
     reason: str = ""
     """Why not, where the way is ``NONE``."""
 
@@ -57,23 +57,23 @@ class Facts:
     """transformers has its class, without code of the checkpoint's own."""
 
 
-BUILT: frozenset[Way] = frozenset({Way.WALK, Way.DERIVED, Way.ENGINE})
+BUILT: frozenset[Route] = frozenset({Route.WALK, Route.DERIVED, Route.ENGINE})
 """The ways that this version has."""
 
-_WAYS: dict[str, tuple[Way, ...]] = {
-    "GGUF file": (Way.CONVERTER,),
-    "K-quants": (Way.QUANTIZER,),
-    "proof": (Way.WALK, Way.DERIVED, Way.ENGINE),
-    "importance": (Way.WALK, Way.DERIVED, Way.ENGINE),
-    "calibration": (Way.WALK, Way.DERIVED),
-    "recipes": (Way.WALK, Way.DERIVED),
-    "workload": (Way.ENGINE,),
+_WAYS: dict[str, tuple[Route, ...]] = {
+    "GGUF file": (Route.CONVERTER,),
+    "K-quants": (Route.QUANTIZER,),
+    "proof": (Route.WALK, Route.DERIVED, Route.ENGINE),
+    "importance": (Route.WALK, Route.DERIVED, Route.ENGINE),
+    "calibration": (Route.WALK, Route.DERIVED),
+    "recipes": (Route.WALK, Route.DERIVED),
+    "workload": (Route.ENGINE,),
 }
 """What there is to have, and the ways to it, the best first. ``proof``: KL divergence, perplexity and top-1 agreement
 of levels. ``calibration``: GPTQ, AWQ, INT8, error feedback. ``workload``: answers through the real engine."""
 
 
-def abilities(facts: Facts, built: Collection[Way] = BUILT) -> tuple[Ability, ...]:
+def abilities(facts: Facts, built: Collection[Route] = BUILT) -> tuple[Ability, ...]:
     """Everything of ``_WAYS``, in its order.
 
     Args:
@@ -85,27 +85,27 @@ def abilities(facts: Facts, built: Collection[Way] = BUILT) -> tuple[Ability, ..
     for what, ways in _WAYS.items():
         open_to = [way for way in ways if way in built or way not in _BUILT_BY_US or what == "workload"]
         shut = {way: no_file or _shut(way, facts) for way in open_to}
-        way = next((way for way, reason in shut.items() if not reason), Way.NONE)
-        found.append(Ability(what, way, "" if way is not Way.NONE else "; ".join(dict.fromkeys(shut.values()))))
+        way = next((way for way, reason in shut.items() if not reason), Route.NONE)
+        found.append(Ability(what, way, "" if way is not Route.NONE else "; ".join(dict.fromkeys(shut.values()))))
     return tuple(found)
 
 
-_BUILT_BY_US = frozenset({Way.WALK, Way.DERIVED, Way.ENGINE})
+_BUILT_BY_US = frozenset({Route.WALK, Route.DERIVED, Route.ENGINE})
 
 
 def _no_file(facts: Facts) -> str:
     return "" if facts.is_gguf or facts.converts is not False else "llama.cpp's converter does not read the checkpoint"
 
 
-def _shut(way: Way, facts: Facts) -> str:
+def _shut(way: Route, facts: Facts) -> str:
     """Why a way is closed; "" where it is open."""
-    if way is Way.WALK:
+    if way is Route.WALK:
         return facts.walk_gap
-    if way is Way.ENGINE and facts.engine_knows is False:
+    if way is Route.ENGINE and facts.engine_knows is False:
         return "llama.cpp does not know the architecture"
-    if way is Way.DERIVED and facts.is_gguf:
+    if way is Route.DERIVED and facts.is_gguf:
         return "a GGUF file's header lacks what transformers needs to know; give the checkpoint's folder or hf:org/name"
-    if way is Way.DERIVED and facts.transformers_class is False:
+    if way is Route.DERIVED and facts.transformers_class is False:
         return "transformers does not know the class"
     return ""
 

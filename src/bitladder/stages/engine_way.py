@@ -45,7 +45,7 @@ def way_for(source: GgufFile, wanted: Way | None = None) -> Way:
         wanted = Way.WALK if row or checkpoint_of(source.path) is not None else None
     if wanted is Way.WALK:
         return Way.WALK
-    if why := engine_missing(model):
+    if why := engine_missing(source.model):
         walk = "" if wanted else f"No layers are known for the architecture '{dims.architecture}', and "
         raise UnknownArchitecture(
             f"{walk}{'t' if walk else 'T'}he engine cannot measure it: {why}.",

@@ -34,7 +34,7 @@ _CLOSE = 2e-6
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class TensorPart:
     """One tensor's share of a parameter: which of its rows are which of the parameter's."""
 
     shape: tuple[int, ...]
@@ -56,14 +56,14 @@ class Part:
 
 
 @dataclass(frozen=True, eq=False)
-class Layout:
+class ParameterLayout:
     """How a parameter is put together from tensors, and they are cut from it. Layouts that do the same are equal."""
 
     shape: tuple[int, ...]
     """The parameter's."""
     turned: bool
     """The parameter's last two axes are swapped before its rows are counted."""
-    parts: tuple[Part, ...]
+    parts: tuple[TensorPart, ...]
     function: str = "same"
 
     @cached_property
@@ -73,7 +73,7 @@ class Layout:
         return hashlib.blake2b(head + b"".join(part.digest() for part in self.parts), digest_size=16).digest()
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Layout) and self.key == other.key
+        return isinstance(other, ParameterLayout) and self.key == other.key
 
     def __hash__(self) -> int:
         return hash(self.key)
@@ -207,7 +207,7 @@ def correspond(
     *,
     rounded: Callable[[F32, str], F32] = lambda value, _: value,
     likely: Mapping[str, str] | None = None,
-) -> dict[str, tuple[tuple[str, ...], Layout]]:
+) -> dict[str, tuple[tuple[str, ...], ParameterLayout]]:
     """How each parameter is made of tensors.
 
     Args:
@@ -233,9 +233,9 @@ def _whole(
     tensors: Mapping[str, F32],
     rounded: Callable[[F32, str], F32],
     likely: Mapping[str, str],
-) -> dict[str, tuple[tuple[str, ...], Layout]]:
+) -> dict[str, tuple[tuple[str, ...], ParameterLayout]]:
     """Parameters that are one tensor, every value in its place."""
-    found: dict[str, tuple[tuple[str, ...], Layout]] = {}
+    found: dict[str, tuple[tuple[str, ...], ParameterLayout]] = {}
     for function in FUNCTIONS:
         taken = {name for names, _ in found.values() for name in names}
         free = {name: value for name, value in tensors.items() if name not in taken}
@@ -270,37 +270,37 @@ def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(size for size in shape if size != 1)
 
 
-def _identity(shape: tuple[int, ...], stored: tuple[int, ...], function: str) -> Layout:
+def _identity(shape: tuple[int, ...], stored: tuple[int, ...], function: str) -> ParameterLayout:
     if len(shape) < 2 or len(stored) < 2 or shape[-1] != stored[-1]:
         # rows are counted as those of the tensor or of single values, whichever both have
         size = int(np.prod(shape, dtype=int))
         flat = np.arange(size)
         if len(shape) < 2 and len(stored) < 2:
-            return Layout(shape, False, (Part(stored, False, flat, flat),), function)
-        return Reshaped(shape, False, (Part(stored, False, flat, flat),), function)
+            return ParameterLayout(shape, False, (TensorPart(stored, False, flat, flat),), function)
+        return Reshaped(shape, False, (TensorPart(stored, False, flat, flat),), function)
     rows = np.arange(int(np.prod(shape[:-1], dtype=int)))
-    return Layout(shape, False, (Part(stored, False, rows, rows),), function)
+    return ParameterLayout(shape, False, (TensorPart(stored, False, rows, rows),), function)
 
 
 @dataclass(frozen=True, eq=False)
-class Reshaped(Layout):
+class Reshaped(ParameterLayout):
     """A parameter that is one tensor with axes of length 1 added or left out."""
 
     def parameter(self, tensors: Sequence[F32]) -> F32:
-        """As ``Layout``."""
+        """As ``ParameterLayout``."""
         return FUNCTIONS[self.function][1](tensors[0]).reshape(self.shape)
 
     def tensor(self, number: int, parameter: F32) -> F32:
-        """As ``Layout``."""
+        """As ``ParameterLayout``."""
         return FUNCTIONS[self.function][0](parameter).reshape(self.parts[number].shape)
 
     def per_row(self, number: int, values: NDArray[np.float64]) -> NDArray[np.float64] | None:
-        """As ``Layout``."""
+        """As ``ParameterLayout``."""
         rows = int(np.prod(self.parts[number].shape[:-1], dtype=int))
         return values if rows == len(values) else None
 
     def keeps_columns(self, number: int, *, natural: bool) -> bool:
-        """As ``Layout``."""
+        """As ``ParameterLayout``."""
         return natural and self.parts[number].shape[-1:] == self.shape[-1:]
 
 
@@ -309,8 +309,8 @@ def _moved(
     value: F32,
     tensors: Mapping[str, Sought],
     rounded: Callable[[F32, str], F32],
-    found: Mapping[str, tuple[tuple[str, ...], Layout]],
-) -> tuple[tuple[str, ...], Layout] | None:
+    found: Mapping[str, tuple[tuple[str, ...], ParameterLayout]],
+) -> tuple[tuple[str, ...], ParameterLayout] | None:
     """A parameter whose rows lie elsewhere, maybe in several tensors."""
     if (one := _as_its_weight(path, value, tensors, found)) is not None:
         return one
@@ -331,8 +331,8 @@ def _moved(
 
 
 def _as_its_weight(
-    path: str, value: F32, tensors: Mapping[str, Sought], found: Mapping[str, tuple[tuple[str, ...], Layout]]
-) -> tuple[tuple[str, ...], Layout] | None:
+    path: str, value: F32, tensors: Mapping[str, Sought], found: Mapping[str, tuple[tuple[str, ...], ParameterLayout]]
+) -> tuple[tuple[str, ...], ParameterLayout] | None:
     """A bias in the order of its matrix's rows, wherever that says it all."""
     owner, _, leaf = path.rpartition(".")
     names, layout = found.get(f"{owner}.weight", ((), None))
@@ -342,10 +342,10 @@ def _as_its_weight(
     if any(name not in tensors for name in biases) or any(part.turned for part in layout.parts):
         return None
     parts = tuple(
-        Part(tensors[name].value.shape, False, part.ours, part.theirs)
+        TensorPart(tensors[name].value.shape, False, part.ours, part.theirs)
         for name, part in zip(biases, layout.parts, strict=True)
     )
-    made = Layout(value.shape, False, parts)
+    made = ParameterLayout(value.shape, False, parts)
     if sum(len(part.ours) for part in parts) != len(value):
         return None
     same = np.array_equal(made.parameter([tensors[name].value for name in biases]), value)
@@ -358,7 +358,7 @@ def _rows_in(
     turned: Sequence[bool],
     tensors: Mapping[str, Sought],
     rounded: Callable[[F32, str], F32],
-) -> tuple[tuple[str, ...], Layout] | None:
+) -> tuple[tuple[str, ...], ParameterLayout] | None:
     """All rows found among those of some tensors, each of which gives a share; ``turned``: in which orientations."""
     width = ours.rows.shape[1]
     theirs = [
@@ -381,26 +381,26 @@ def _rows_in(
         if not np.array_equal(mine.rows[rows], lines.rows[where]):  # two rows of one key
             return None
         names.append(one.name)
-        parts.append(Part(one.value.shape, lines.turned, rows, where))
+        parts.append(TensorPart(one.value.shape, lines.turned, rows, where))
     first = [int(part.ours.min()) for part in parts]
     order = sorted(range(len(parts)), key=first.__getitem__)
-    made = Layout(shape, ours.turned, tuple(parts[at] for at in order))
+    made = ParameterLayout(shape, ours.turned, tuple(parts[at] for at in order))
     return tuple(names[at] for at in order), _upright(made)
 
 
-def _upright(layout: Layout) -> Layout:
+def _upright(layout: ParameterLayout) -> ParameterLayout:
     """A matrix whose rows were found as a tensor's columns both ways round is that tensor with its columns moved."""
     part = layout.parts[0]
     if not layout.turned or len(layout.parts) > 1 or not part.turned or len(part.shape) != 2 or len(layout.shape) != 2:
         return layout
     rows, columns = np.arange(layout.shape[0]), np.empty(layout.shape[1], np.int64)
     columns[part.ours] = part.theirs
-    return Layout(layout.shape, False, (Part(part.shape, False, rows, rows, columns),), layout.function)
+    return ParameterLayout(layout.shape, False, (TensorPart(part.shape, False, rows, rows, columns),), layout.function)
 
 
 def _columns_in(
     shape: tuple[int, ...], ours: Lines, lines: Lines, one: Sought, rounded: Callable[[F32, str], F32]
-) -> tuple[tuple[str, ...], Layout] | None:
+) -> tuple[tuple[str, ...], ParameterLayout] | None:
     """Rows of one tensor whose values are in another order, the same for all rows."""
     if lines.rows.shape[1] != ours.rows.shape[1] or len(lines.rows) < len(ours.rows) or ours.rows.shape[1] < 2:
         return None
@@ -412,11 +412,13 @@ def _columns_in(
     columns = _found(_keys(np.ascontiguousarray(mine.rows.T)), _keys(np.ascontiguousarray(theirs.T)))
     if columns is None or not np.array_equal(theirs[:, columns], mine.rows):
         return None
-    part = Part(one.value.shape, lines.turned, np.arange(len(mine.rows)), place, columns)
-    return (one.name,), Layout(shape, ours.turned, (part,))
+    part = TensorPart(one.value.shape, lines.turned, np.arange(len(mine.rows)), place, columns)
+    return (one.name,), ParameterLayout(shape, ours.turned, (part,))
 
 
-def _values_in(value: F32, tensors: Mapping[str, Sought], function: str) -> tuple[tuple[str, ...], Layout] | None:
+def _values_in(
+    value: F32, tensors: Mapping[str, Sought], function: str
+) -> tuple[tuple[str, ...], ParameterLayout] | None:
     """A vector whose values went through a function and into another order."""
     with np.errstate(over="ignore"):
         made = FUNCTIONS[function][0](value)
@@ -430,6 +432,6 @@ def _values_in(value: F32, tensors: Mapping[str, Sought], function: str) -> tupl
         place = np.empty(len(value), np.int64)
         place[mine] = there
         if one.value.ndim < 2:
-            part = Part(one.value.shape, False, np.arange(len(value)), place)
-            return (one.name,), Layout(value.shape, False, (part,), function)
+            part = TensorPart(one.value.shape, False, np.arange(len(value)), place)
+            return (one.name,), ParameterLayout(value.shape, False, (part,), function)
     return None

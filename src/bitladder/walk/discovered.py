@@ -19,7 +19,7 @@ from torch import nn
 
 from bitladder.formats.families.family import LayerKind
 from bitladder.formats.roles import Parameter, SharedInput, Stop
-from bitladder.walk.correspondence import Layout
+from bitladder.walk.correspondence import ParameterLayout
 from bitladder.walk.inputs import PRODUCTS
 from bitladder.walk.layers import Entry
 from bitladder.walk.products_seen import Memory, Product, Products, expert_inputs, memory_of
@@ -30,13 +30,13 @@ _UNCHANGED = 1e-4
 """Share of the largest output by which scales that are taken up may change it in float32."""
 ROUTER = "ffn_gate_inp"
 """llama.cpp's name, in all families, for what weighs or chooses experts."""
-MadeOf = Mapping[str, tuple[tuple[str, ...], Layout | str]]
+MadeOf = Mapping[str, tuple[tuple[str, ...], ParameterLayout | str]]
 """By path of a parameter the roles that it is made of, and how."""
 Run = Callable[[nn.Module, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Kind:
+class FoundKind:
     """A kind of layer, and what is known of it beside its row."""
 
     row: LayerKind
@@ -69,7 +69,7 @@ def discover(
     width: int,
     made_of: MadeOf,
     value_channels: NDArray[np.intp],
-) -> Kind:
+) -> FoundKind:
     """Look at a filled layer.
 
     Args:
@@ -95,7 +95,7 @@ def discover(
     stops, entries = _stops(block, looked, inputs)
     held = [path for path, _ in (*block.named_parameters(), *block.named_buffers()) if path in block.state_dict()]
     kept = tuple(path for path in held if path not in made_of)
-    return Kind(LayerKind(parameters, tuple(inputs), stops), entries, routers, unseen, kept)
+    return FoundKind(LayerKind(parameters, tuple(inputs), stops), entries, routers, unseen, kept)
 
 
 def _look(block: nn.Module, run: Run, states: torch.Tensor) -> _Looked:

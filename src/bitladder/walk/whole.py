@@ -27,8 +27,8 @@ from bitladder.formats.families.family import DiskNames, LayerKind, Layers
 from bitladder.formats.roles import SharedInput, layer_tensor
 from bitladder.kernels.gpu import check_device
 from bitladder.walk.checkpoint_layers import CheckpointLayers
-from bitladder.walk.correspondence import Layout, Reshaped, correspond
-from bitladder.walk.discovered import Kind, MadeOf, discover
+from bitladder.walk.correspondence import ParameterLayout, Reshaped, correspond
+from bitladder.walk.discovered import FoundKind, MadeOf, discover
 from bitladder.walk.layers import Entry, LayeredModel, Weights, inference
 from bitladder.walk.rounding import QTypeOf, round_inputs
 from bitladder.walk.skeleton import Skeleton, refused
@@ -118,7 +118,7 @@ class WholeModel(LayeredModel):
         self.output = roles.OUTPUT if roles.OUTPUT in self._names else roles.EMBEDDING
         self._fill_top()
         self.logit_softcap, self._logit_scale = self._after_head()
-        self._kinds: list[Kind] = []
+        self._kinds: list[FoundKind] = []
         self._kind_of: dict[int, int] = {}
         self._experts: dict[str, tuple[str, ...]] = {}
         self._renamed: dict[str, str] = {}
@@ -246,7 +246,7 @@ class WholeModel(LayeredModel):
         for _, row in self.first_of_each_kind():
             for shared in row.inputs:
                 for parameter in quantized_parameters(self.family, shared):
-                    turned = isinstance(parameter.transform, Layout) and parameter.transform.turned
+                    turned = isinstance(parameter.transform, ParameterLayout) and parameter.transform.turned
                     if turned or (shared.kind != "linear" and parameter.path not in self._experts):
                         how = "lies transposed" if turned else "holds all experts in one tensor"
                         raise UnknownArchitecture(
@@ -366,7 +366,7 @@ class WholeModel(LayeredModel):
     def columns(self, layer: int, role: str) -> NDArray[np.int64] | None:
         """As ``LayeredModel``."""
         for parameter in self.kind(layer).parameters:
-            if role in parameter.roles and isinstance(parameter.transform, Layout):
+            if role in parameter.roles and isinstance(parameter.transform, ParameterLayout):
                 return parameter.transform.parts[parameter.roles.index(role)].columns
         return None
 
@@ -453,7 +453,7 @@ class WholeModel(LayeredModel):
         round_inputs(block, self.kind(layer), layer, qtype_of)
 
 
-def _named(layout: Layout) -> Layout | str:
+def _named(layout: ParameterLayout) -> ParameterLayout | str:
     """A layout by the name that rows have for it, where there is one."""
     part = layout.parts[0]
     whole = len(layout.parts) == 1 and part.shape == layout.shape and not part.turned and not layout.turned
