@@ -50,4 +50,6 @@ def main() -> None:
     atexit.register(gc.freeze)
     # OpenBLAS' threads, started with numpy, else spin for tens of milliseconds on cores that have other work
     os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
+    # its hints are to whoever writes the code around it
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     app()
