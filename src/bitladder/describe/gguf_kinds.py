@@ -61,7 +61,7 @@ def refuse_other_kinds(metadata: Mapping[str, Any], tensors: Sequence[TensorInfo
             f"It holds a vocabulary{_of(metadata)} and no weights."
             if "tokenizer.ggml.model" in metadata or "tokenizer.ggml.tokens" in metadata
             else "It holds no tensors.",
-            means="It was converted with --vocab-only, or is one part of a split model."
+            means="Only the vocabulary was converted, or it is one part of a split model."
             if "general.architecture" in metadata
             else "The conversion did not finish, or it is no model.",
             do=_OWN,
@@ -71,7 +71,7 @@ def refuse_other_kinds(metadata: Mapping[str, Any], tensors: Sequence[TensorInfo
     if heads and blocks == heads:
         raise BadInput(
             f"It is the head that predicts several tokens (MTP){_of(metadata)}, no whole model.",
-            means="It was converted with --mtp, to draft tokens for the model that it belongs to.",
+            means="It was converted to draft tokens for the model that it belongs to.",
             do=_OWN,
         )
     if towers := towers_in(tensors):

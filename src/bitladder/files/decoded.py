@@ -98,7 +98,7 @@ def write_decoded(checkpoint: Checkpoint, decoding: Decoding, folder: Path, prog
     done, count = [0], len(decoding.matrices)
 
     def decoded(matrix: PackedMatrix) -> Iterator[memoryview]:
-        yield memoryview(_floats(reader, checkpoint.folder, matrix, decoding.dtype).reshape(-1))
+        yield _floats(reader, checkpoint.folder, matrix, decoding.dtype).reshape(-1).data
         done[0] += 1
         progress("decoding quantized weights", done[0], count)
 

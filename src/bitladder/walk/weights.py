@@ -92,9 +92,9 @@ class FileWeights:
                 do="Convert the model again from its original checkpoint.",
             )
         if len(factors) == 1:
-            return values * factors[0]
+            return np.asarray(values * factors[0])
         each = np.repeat(factors, shape[-2])[:, None]
-        return values * (each.reshape(*shape[:-1], 1) if rows is None else each[rows])
+        return np.asarray(values * (each.reshape(*shape[:-1], 1) if rows is None else each[rows]))
 
     def identity(self, name: str) -> Hashable:
         """Type and hash of the stored bytes, so that equal tensors in different files are known to be
