@@ -10,6 +10,7 @@
           BadWorkload               exit 2   a workload file has a fault, with its line
       NothingFits                   exit 3   no level fits the machine
       BarNotMet                     exit 4   no level holds the quality bar
+      ImplementationsPart           exit 4   a self-check found that two ways of computing a model differ
       EngineError                   exit 8   the engine did not start, died or answered nonsense
         EngineGone                  exit 8   its process ended, or nobody listens at its address
         EngineTimeout               exit 8   no word from it in time
@@ -82,6 +83,12 @@ class NothingFits(BitladderError):
 
 class BarNotMet(BitladderError):
     """No level holds the quality bar."""
+
+    exit_code = 4
+
+
+class ImplementationsPart(BitladderError):
+    """Two ways of computing one model differ by more than rounding explains."""
 
     exit_code = 4
 

@@ -11,7 +11,10 @@ the engine prints can reach; what it prints goes to stdout and stderr as it like
     {"kind": "sums", "file", "n_vocab",           "opened"; after each shard of windows from "done" on "shard" with
      "windows", "shard", "done", "threads",       for each tensor in order f64[matrices, columns] sums of squares and
      "tensors": {name: [matrices, columns]}}      f64[matrices] counts
-    both                                          at last "end"; or "refused", or "unfit" of a model that predicts
+    {"kind": "states", "file", "n_vocab",         "opened"; for each window "layer" once per layer with f64[tokens,
+     "windows", "n_layer", "n_embd", "last",      n_embd] hidden states after it, none where the graph does not name
+     "threads"}                                   them, then "logits" f64[last, n_vocab] of its last tokens
+    all                                           at last "end"; or "refused", or "unfit" of a model that predicts
                                                   no next token, with "what"
 """
 
@@ -28,7 +31,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitladder.engines.activation_sums import ActivationSums
-from bitladder.engines.llama_library import Library, LibraryError, OpenModel, UnfitModel
+from bitladder.engines.layer_outputs import LayerOutputs
+from bitladder.engines.llama_library import Library, LibraryError, OpenModel, UnfitModel, Watch
 from bitladder.engines.logit_scores import distribution, divergence
 from bitladder.engines.messages import Sender
 from bitladder.engines.parent_watch import die_with_starting_thread, follow_parent
@@ -89,7 +93,28 @@ def _sum(library: Library, request: Mapping[str, Any], sender: Sender) -> None:
         sender.send("shard", np.concatenate(parts))
 
 
-def _open(library: Library, path: str, request: Mapping[str, Any], watch: ActivationSums | None = None) -> OpenModel:
+def _states(library: Library, request: Mapping[str, Any], sender: Sender) -> None:
+    """Logits are wanted at every position, else the last layer would drop the others."""
+    outputs = LayerOutputs(library, request["n_layer"], request["n_embd"])
+    model, last = _open(library, request["file"], request, outputs), request["last"]
+    sender.send("opened")
+    for tokens in request["windows"]:
+        model.clear()
+        outputs.clear()
+        logits = np.empty((0, model.n_vocab), np.float32)
+        for at in range(0, len(tokens), model.piece):
+            piece = tokens[at : at + model.piece]
+            found = model.decode(piece, at, [True] * len(piece))
+            logits = np.concatenate([logits, found[-last:]])[-last:]
+            if outputs.fault:
+                raise LibraryError(f"the layers' outputs could not be read: {outputs.fault}")
+        for layer in range(request["n_layer"]):
+            states = outputs.layer(layer, len(tokens))
+            sender.send("layer", None if states is None else states.ravel())
+        sender.send("logits", logits.ravel())
+
+
+def _open(library: Library, path: str, request: Mapping[str, Any], watch: Watch | None = None) -> OpenModel:
     longest = max(map(len, request["windows"]))
     return OpenModel(
         library, Path(path), n_ctx=longest, n_vocab=request["n_vocab"], threads=request["threads"], watch=watch
@@ -115,7 +140,7 @@ def main() -> None:
         request = _request()
         follow_parent()
         try:
-            {"score": _score, "sums": _sum}[request["kind"]](Library(), request, sender)
+            {"score": _score, "sums": _sum, "states": _states}[request["kind"]](Library(), request, sender)
         except UnfitModel as error:
             sender.send("unfit", what=str(error))
         except LibraryError as error:

@@ -132,7 +132,7 @@ class CheckpointLayers:
         settings = LoadStateDictConfig(dtype=torch.float32, weight_mapping=mapping, ignore_mismatched_sizes=True)
         empty = {path: value for path, value in skeleton.model.state_dict().items() if path in wanted}
         try:
-            with torch.inference_mode(False), torch.no_grad(), _silent():
+            with torch.inference_mode(False), torch.no_grad(), quiet_loading():
                 convert_and_load_state_dict_in_model(skeleton.model, read, settings)
             loaded = skeleton.model.state_dict()
             found = {path: _f32(loaded[path]) for path in wanted if not loaded[path].is_meta}
@@ -156,7 +156,7 @@ def _f32(value: torch.Tensor) -> F32:
 
 
 @contextmanager
-def _silent() -> Iterator[None]:
+def quiet_loading() -> Iterator[None]:
     """No bar of transformers' own while it loads a layer."""
     from transformers.utils import logging
 

@@ -61,6 +61,11 @@ def text_config(folder: Path) -> Any:
     except Exception as error:  # whatever a configuration's own checks raise
         why = f"transformers cannot read its config.json ({type(error).__name__}: {str(error).splitlines()[0][:120]})"
         raise refused(kind, why) from error
+    return usable(config)
+
+
+def usable(config: Any) -> Any:
+    """The configuration, set to what is compared and calibrated: one plain pass in 32-bit floats."""
     config.use_cache = False
     config.dtype = torch.float32
     # a soft cap on attention scores is in the plain formula alone; the loop over experts needs no fused kernels
