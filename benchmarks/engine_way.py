@@ -21,9 +21,8 @@ from bitladder.describe.windows import Window
 from bitladder.files.gguf import GgufFile
 from bitladder.files.sources import resolve
 from bitladder.records.fidelity import Fidelity
-from bitladder.stages.calibration import token_windows
 from bitladder.stages.engine_way import engine_fidelities, engine_matrix
-from bitladder.stages.job import Journal
+from bitladder.stages.job import Job, Work, opened
 from bitladder.stages.measure import documents
 
 LEVELS = ("Q8_0", "Q4_K_M")
@@ -31,22 +30,22 @@ LEVELS = ("Q8_0", "Q4_K_M")
 
 def one_pass(name: str, source: Path, files: list[Path], windows: int, threads: int) -> dict[str, object]:
     """Do one of the four, and say what it took."""
-    with GgufFile.open(source) as model:
-        text = token_windows(model, documents(()))[:windows]
-        kl = {level: one.kl_mean for level, one in zip(LEVELS, _done(name, model, files, text, threads), strict=False)}
+    with opened(str(source), Work(threads=threads)) as job:
+        text = job.windows(documents(()))[:windows]
+        kl = {level: one.kl_mean for level, one in zip(LEVELS, _done(name, job, files, text), strict=False)}
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     cpu = sum(one.ru_utime + one.ru_stime for one in used)
     tokens = sum(len(window.tokens) for window in text)
     return {"cpu": cpu, "peak": max(one.ru_maxrss for one in used) / 1024, "kl": kl, "tokens": tokens}
 
 
-def _done(name: str, model: GgufFile, files: list[Path], text: list[Window], threads: int) -> list[Fidelity]:
-    quiet = {"threads": threads, "journal": Journal(), "progress": lambda *_: None}
+def _done(name: str, job: Job, files: list[Path], text: list[Window]) -> list[Fidelity]:
+    model, threads = job.source, job.threads
     levels = list(zip(LEVELS, files, strict=True))
     if name == "fidelity, engine":
-        return list(engine_fidelities(model.path, levels, text, **quiet))
+        return list(engine_fidelities(job, model.path, levels, text))
     if name == "importance, engine":
-        engine_matrix(model, text, dataset="", **quiet)
+        engine_matrix(job, text, "")
         return []
     import torch
 

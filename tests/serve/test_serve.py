@@ -28,10 +28,10 @@ PROGRAM = """
 import json, sys
 from pathlib import Path
 from bitladder.serve.app import serve
-from bitladder.serve.settings import ServeSettings, TierSpec, Timeouts
+from bitladder.serve.settings import ServeSettings, TierSpec, UpstreamTimeouts
 told = json.loads(sys.argv[1])
 specs = {role: TierSpec(**{**spec, "path": spec.get("path") and Path(spec["path"])}) for role, spec in told.items()}
-settings = ServeSettings(**specs, port=0, threads=1, drain_s=float(sys.argv[2]), timeouts=Timeouts(restart=20))
+settings = ServeSettings(**specs, port=0, threads=1, drain_s=float(sys.argv[2]), timeouts=UpstreamTimeouts(restart=20))
 serve(settings, lambda address, _: print(json.dumps(address), flush=True))
 """
 PROMPT = [{"role": "user", "content": "Name three colours."}]

@@ -19,7 +19,6 @@ from bitladder.formats.recipes import is_quantizable
 from bitladder.formats.roles import layer_tensor
 from bitladder.levels.checkpoints import parse_checkpoint
 from bitladder.plan.recipe import Limits, choose
-from bitladder.stages.calibrate import quantize_checkpoints
 from bitladder.stages.feedback import write_with_feedback
 from bitladder.stages.fidelity import Candidate, file_candidate, folder_candidate, made_candidates, walk
 from bitladder.stages.imatrix import importance_matrix
@@ -31,7 +30,7 @@ from bitladder.walk.opened import layered
 from bitladder.walk.skeleton import Skeleton
 from bitladder.walk.weights import FileWeights, MadeWeights, Quantizer
 from bitladder.walk.whole import WholeModel
-from tiny_checkpoints import decoded, loaded, tiny, windows_of
+from tiny_checkpoints import decoded, loaded, run, tiny, windows_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EXACT = Settings(half=False)
@@ -115,10 +114,7 @@ def test_gptq_gives_the_bytes_that_rows_give(name, tmp_path, monkeypatch):
             if way == "found":
                 with_tables_of(LayeredModel(source.model, FileWeights(source)), monkeypatch)
                 monkeypatch.setattr("bitladder.walk.opened.LayeredModel", no_rows)
-            quantize_checkpoints(
-                source, ["GPTQ-4bit-g32"], tmp_path / way, windows_of(1, 16), name="tiny", checkpoint=checkpoint,
-                settings=EXACT,
-            )  # fmt: skip
+            run(gguf, ["GPTQ-4bit-g32"], tmp_path / way, checkpoint, windows=windows_of(1, 16), settings=EXACT)
         written[way] = decoded(tmp_path / way / "tiny-GPTQ-4bit-g32", "GPTQ-4bit-g32")
     assert written["rows"].keys() == written["found"].keys()
     for name_of, value in written["rows"].items():
@@ -152,9 +148,7 @@ def test_calibrated_levels_of_families_without_a_row(name, made, tmp_path):
     _, checkpoint, gguf = made[name]
     level = "GPTQ-4bit-g32"
     with GgufFile.open(gguf) as source:
-        written = quantize_checkpoints(
-            source, [level, "INT8-W8A8"], tmp_path, windows_of(1), name="tiny", checkpoint=checkpoint, settings=EXACT
-        )
+        written = run(gguf, [level, "INT8-W8A8"], tmp_path, checkpoint, settings=EXACT)
         folders = [Path(report.path) for report in written]
         candidates = [
             folder_candidate(source, folder, parse_checkpoint(one).format)
@@ -233,10 +227,8 @@ def test_recipes_and_error_feedback(name, made, tmp_path):
 @pytest.mark.parametrize("name", ["gpt-oss", "llama4", "gpt2"])
 def test_checkpoint_levels_without_a_layout_are_refused(name, made, tmp_path):
     _, checkpoint, gguf = made[name]
-    with GgufFile.open(gguf) as source, pytest.raises(UnknownArchitecture, match="lies transposed"):
-        quantize_checkpoints(
-            source, ["GPTQ-4bit-g32"], tmp_path / "out", windows_of(1), name="tiny", checkpoint=checkpoint
-        )
+    with pytest.raises(UnknownArchitecture, match="lies transposed"):
+        run(gguf, ["GPTQ-4bit-g32"], tmp_path / "out", checkpoint)
     assert not (tmp_path / "out").exists()
 
 

@@ -13,6 +13,7 @@ from bitladder.errors import BadInput, BadWeights, OutputError, UnknownLevel, Us
 from bitladder.files.gguf import GgufFile
 from bitladder.formats.roles import EMBEDDING, layer_tensor
 from bitladder.kernels import dequantize, quantize
+from bitladder.progress import StepsOnly
 from bitladder.stages.fidelity import Candidate, fidelity, file_candidate, made_candidates, token_scores, walk
 from bitladder.walk.fidelity import walk_key
 from bitladder.walk.head import HeadInput, TokenScores, compare
@@ -275,10 +276,10 @@ def test_a_killed_walk_goes_on_at_the_layer_it_kept(pair, tmp_path: Path, monkey
             raise Killed
 
     with pytest.raises(Killed):
-        token_scores(source, candidates, windows, progress=die_at_the_last_layer, keep=keep)
+        token_scores(source, candidates, windows, progress=StepsOnly(die_at_the_last_layer), keep=keep)
     assert {file.suffix for file in keep.iterdir()} == {".json", ".f32"}
     told = []
-    found = token_scores(source, candidates, windows, keep=keep, progress=lambda *step: told.append(step[0]))
+    found = token_scores(source, candidates, windows, keep=keep, progress=StepsOnly(lambda *step: told.append(step[0])))
     assert told[0] == "walk: layer 3 of 3"
     for one, same in zip(found, expected, strict=True):
         np.testing.assert_array_equal(one.kl, same.kl)
