@@ -29,6 +29,10 @@ _DELTA = {
     "linear_value_head_dim": 8,
 }  # fmt: skip
 _ALTERNATE = {"layer_types": ["conv", "full_attention", "conv", "full_attention"], "conv_L_cache": 3}
+_GEMMA = {
+    "head_dim": 16, "global_head_dim": 32, "sliding_window": 8, "num_hidden_layers": 6,
+    "layer_types": ["sliding_attention", "full_attention"] * 3,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,14 @@ FAMILIES = {
         {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16},
         {"rotary_dim": 16, "scoring_func": "sigmoid"},
     ),
+    "gemma4": Tiny("gemma4_text", {**_GEMMA, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}),
+    "gemma4 small": Tiny(  # inputs of each layer's own, and the last layers read keys and values of earlier ones
+        "gemma4_text",
+        {
+            **_GEMMA, "hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": 96, "num_kv_shared_layers": 2,
+            "use_double_wide_mlp": True,
+        },
+    ),
     "gpt2": Tiny("gpt2", {"n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 128}, {"n_ctx": 128}),
 }  # fmt: skip
 
@@ -112,7 +124,8 @@ def write_all(folder: Path, names: list[str]) -> dict[str, tuple[Any, Path, Path
         model, checkpoint, gguf = make(tiny), own / "checkpoint", own / "converted" / "model.gguf"
         model.save_pretrained(checkpoint)
         gguf.parent.mkdir()
-        (checkpoint / "tokenizer.json").write_text('{"model": {"type": "BPE", "vocab": {}, "merges": []}}')
+        vocabulary = {"type": "BPE", "vocab": {f"t{token}": token for token in range(N_VOCAB)}, "merges": []}
+        (checkpoint / "tokenizer.json").write_text(json.dumps({"model": vocabulary, "added_tokens": []}))
         config = json.loads((checkpoint / "config.json").read_text())
         (checkpoint / "config.json").write_text(json.dumps({**config, **tiny.keys}))
         (gguf.parent / ORIGIN).write_text(str(checkpoint.resolve()))

@@ -205,7 +205,7 @@ def test_importance_follows_columns_that_the_converter_moved(made):
     np.testing.assert_allclose(found[moved], squares, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["lfm2", "gpt-oss", "deepseek2", "qwen3.5"])
+@pytest.mark.parametrize("name", ["lfm2", "gpt-oss", "deepseek2", "gemma4 small"])
 def test_recipes_and_error_feedback(name, made, tmp_path):
     """Tensors are weighed, types chosen for a budget, codes fitted with feedback; that is better than plain rounding by
     the same recipe."""
@@ -214,13 +214,13 @@ def test_recipes_and_error_feedback(name, made, tmp_path):
         weighed = weigh(source, windows_of(1, 16), half=False)
         matrices = {info.name for info in source.model.tensors if is_quantizable(info)}
         unseen = matrices - set(weighed.table.losses)
-        assert all("attn_k_b" in one or "conv" in one for one in unseen), unseen
+        assert all("attn_k_b" in one or "conv" in one or "per_layer" in one for one in unseen), unseen
         recipe = choose(weighed.table, source.model, Limits(bpw=6.5))
         assert len(set(recipe.qtypes.values())) > 2
         fitted = write_with_feedback(source, recipe, tmp_path, windows_of(1, 16), settings=FeedbackSettings(half=False))
         plain = Candidate("plain", MadeWeights(Quantizer(FileWeights(source)), recipe.qtypes))
         with GgufFile.open(fitted.file.path) as file:
-            fed, rounded = walk(source, [file_candidate(source, file), plain], windows_of(2, 8))
+            fed, rounded = walk(source, [file_candidate(source, file), plain], windows_of(2, 16))
     assert 0 < fed.kl_mean < 1.2 * rounded.kl_mean  # random weights: what is lost is not what matters to them
 
 
@@ -230,6 +230,19 @@ def test_checkpoint_levels_without_a_layout_are_refused(name, made, tmp_path):
     with pytest.raises(UnknownArchitecture, match="lies transposed"):
         run(gguf, ["GPTQ-4bit-g32"], tmp_path / "out", checkpoint)
     assert not (tmp_path / "out").exists()
+
+
+def test_levels_that_differ_in_a_layers_own_inputs_part_at_the_start(made):
+    """Two levels with one embedding and two tables of per-layer inputs have states of their own."""
+    _, _, gguf = made["gemma4 small"]
+    with GgufFile.open(gguf) as source:
+        quantizer = Quantizer(FileWeights(source))
+        own = Candidate("own", MadeWeights(quantizer, {"per_layer_token_embd.weight": "Q4_0"}))
+        other = Candidate("other", MadeWeights(quantizer, {"per_layer_model_proj.weight": "Q4_0"}))
+        same = Candidate("same", MadeWeights(quantizer, {}))
+        table, projection, nothing = walk(source, [own, other, same], windows_of(2, 4))
+    assert table.kl_mean > 0 and projection.kl_mean > 0 and table.kl_mean != projection.kl_mean
+    assert nothing.kl_mean == 0
 
 
 def test_without_its_checkpoint_a_file_is_refused_with_the_reason(made, tmp_path):

@@ -56,7 +56,8 @@ def choose(table: SensitivityTable, model: Model, wish: Limits, *, header_bytes:
 
     Args:
         table: predicted losses of this model.
-        model: its tensors; those without losses keep their types.
+        model: its tensors; of those without losses matrices become Q8_0, whose loss hardly counts, others stay as
+            they are.
         wish: the limits.
         header_bytes: what the file holds beside tensors, counted against ``wish.bytes``.
 
@@ -67,7 +68,8 @@ def choose(table: SensitivityTable, model: Model, wish: Limits, *, header_bytes:
     check(model, wish, header_bytes=header_bytes)
     tensors = {tensor.name: tensor for tensor in model.tensors}
     groups = [_group(tensors[name], table, model, wish) for name in table.losses]
-    kept = sum(tensor.nbytes for tensor in model.tensors if tensor.name not in table.losses)
+    others = [tensor for tensor in model.tensors if tensor.name not in table.losses]
+    kept = sum(QTYPES[_unweighed(tensor)].nbytes(tensor.shape) for tensor in others)
     limits: dict[str, float] = {}
     if wish.least_decode and wish.rates:
         fixed = wish.rates.token_s + model.dims.n_layer * wish.rates.layer_s
@@ -198,6 +200,14 @@ def _group(tensor: TensorInfo, table: SensitivityTable, model: Model, wish: Limi
     return TensorGroup(tensor.name, tuple(TypeChoice(q, loss, _costs(tensor, q, model, wish)) for q, loss in offered))
 
 
+def _unweighed(tensor: TensorInfo) -> str:
+    """The type of a tensor that nothing is known of: what the walk does not run (heads that predict several tokens), or
+    does not see the inputs of."""
+    if not is_quantizable(tensor) or "Q8_0" not in types_for(tensor):
+        return tensor.qtype
+    return "Q8_0" if QTYPES["Q8_0"].nbytes(tensor.shape) < tensor.nbytes else tensor.qtype
+
+
 def _costs(tensor: TensorInfo, qtype: str, model: Model, wish: Limits) -> dict[str, float]:
     size = QTYPES[qtype].nbytes(tensor.shape)
     costs = {"bytes": float(size)}
@@ -232,7 +242,7 @@ def _is_tied(model: Model) -> bool:
 
 
 def _recipe(table: SensitivityTable, model: Model, wish: Limits, found: Allocation) -> Recipe:
-    qtypes = {tensor.name: found.qtypes.get(tensor.name, tensor.qtype) for tensor in model.tensors}
+    qtypes = {tensor.name: found.qtypes.get(tensor.name) or _unweighed(tensor) for tensor in model.tensors}
     size, bpw = recipe_bytes(model, qtypes)
     return Recipe(
         label=FeedbackLevel(bpw=round(bpw, 2)).name,

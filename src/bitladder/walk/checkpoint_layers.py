@@ -90,6 +90,13 @@ class CheckpointLayers:
         names = [name for name in self._top if name in leaves or name.removeprefix(f"{outside}.") in leaves]
         return self._loaded(names, set(wanted))
 
+    def rows(self, path: str, some: NDArray[np.int64]) -> F32:
+        """Some rows f32[rows, columns] of a table outside the layers."""
+        name = self.top_name(path)
+        if name not in self._names:
+            raise refused(self._skeleton.model_type, f"its checkpoint lacks '{path[-60:]}'")
+        return _f32(self._read([name])[name][torch.from_numpy(some)])
+
     def top_name(self, path: str) -> str:
         """What a parameter outside the layers is called on disk; its path where that is not known."""
         around, outside = self._skeleton.layers_path.rpartition(".")[0], self.prefix[:-1].rpartition(".")[0]

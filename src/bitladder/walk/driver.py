@@ -45,6 +45,10 @@ class Stages(Protocol):
     """The tensor that token ids are looked up in."""
 
     @property
+    def embedded(self) -> tuple[str, ...]:
+        """The tensors that decide what enters the first stage."""
+
+    @property
     def n_layer(self) -> int:
         """How many stages there are."""
 
@@ -225,7 +229,8 @@ class Stream:
                 weights = self.members[group.members[0]].weights
                 for batch in self.batches:
                     group.states.put(batch, self.stages.embed(batch.tokens, weights))
-                weights.forget(self.stages.embedding)
+                for name in self.stages.embedded:
+                    weights.forget(name)
         for number, one in enumerate(self.resumables):
             one.resume(self.layer, kept.of(number) if kept else {})
 
@@ -309,7 +314,8 @@ class Stream:
         everyone = range(len(self.members))
         if len({id(member.weights) for member in self.members}) == 1:
             return [list(everyone)]
-        return split(everyone, lambda one: self.members[one].weights.identity(self.stages.embedding))
+        names = self.stages.embedded
+        return split(everyone, lambda one: tuple(self.members[one].weights.identity(name) for name in names))
 
 
 def split(members: Sequence[int], key: Callable[[int], Hashable]) -> list[list[int]]:

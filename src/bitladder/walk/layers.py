@@ -333,6 +333,11 @@ class LayeredModel:
         round_inputs(block, self.kind(layer), layer, qtype_of)
 
     @property
+    def embedded(self) -> tuple[str, ...]:
+        """The file's tensors that decide what enters the first layer."""
+        return (self.embedding,)
+
+    @property
     def norm_names(self) -> tuple[str, ...]:
         """The file's tensors that the norm before the head is made of."""
         return (roles.OUTPUT_NORM,) if self.family.has_output_norm else ()

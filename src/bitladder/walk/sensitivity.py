@@ -157,7 +157,7 @@ class SensitivityPass:
         norm = self.model.norm(self._weights)
         n_vocab = self.model.model.dims.n_vocab
         rows = np.zeros(n_vocab)
-        sums = Sums(self.model.width, self.model.device, gram=True, largest=False)
+        sums = Sums(self.model.model.dims.n_embd, self.model.device, gram=True, largest=False)
         for batch in self._batches:
             predicting = _predicting(batch).to(self.model.device)
             with torch.enable_grad():
@@ -222,7 +222,7 @@ class SensitivityPass:
         ids = np.concatenate([batch.tokens[batch.valid] for batch in self._batches])
         squares = np.concatenate(
             [gradients.get(batch).cpu().numpy()[batch.valid].astype(np.float64) ** 2 for batch in self._batches]
-        )
+        )[:, : self.model.model.dims.n_embd]
         tokens, where = np.unique(ids, return_inverse=True)
         weights = np.zeros((len(tokens), squares.shape[1]))
         np.add.at(weights, where, squares * scale)

@@ -3,16 +3,17 @@
 What a layer is given beside the hidden states (masks, rotary tables, positions) depends on the family and on the length
 of the text, hardly ever on the text itself. So transformers' forward is run once for each length with layers that
 only note what they are called with; every layer can then be called alone, any number of times, by any member of a
-walk, with what transformers would have given it. Models whose layers pass on more than the hidden states, or read the
-text a second time, are refused with that reason.
+walk, with what transformers would have given it. What layers pass on beside the hidden states is carried with them
+(``carried.py``), or the model is refused with the reason.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import nn
 
 from bitladder.errors import UnknownArchitecture
 from bitladder.units import MiB, human_bytes
+from bitladder.walk.carried import Call, Carried, Given, Left, Place, is_store
 
 INSTEAD = "Judge its levels by a workload through the engine instead; K-quants need no walk."
 _BUFFERS = 256 * MiB
@@ -31,28 +33,6 @@ _TRIED = (2, 5)
 def refused(model_type: str, why: str) -> UnknownArchitecture:
     """The error for a model that cannot be walked by transformers' forward."""
     return UnknownArchitecture(f"The layers of '{model_type}' cannot be walked one by one: {why}.", do=INSTEAD)
-
-
-@dataclass(frozen=True)
-class Call:
-    """What a decoder layer is called with beside the hidden states, and how it answers."""
-
-    arguments: tuple[Any, ...]
-    """Those after the hidden states."""
-    options: Mapping[str, Any]
-    named: str
-    """The name by which hidden states are given; empty where they are the first argument."""
-
-    def __call__(self, block: nn.Module, states: torch.Tensor) -> torch.Tensor:
-        """The layer's answer f32[windows, n, width]."""
-        options = {name: type(value)() if _is_store(value) else value for name, value in self.options.items()}
-        if self.named:
-            out = block(*self.arguments, **{self.named: states}, **options)
-        else:
-            out = block(states, *self.arguments, **options)
-        if any(_is_store(value) and len(value) for value in options.values()):
-            raise refused(type(block).__name__[:40], "one leaves more for later ones than hidden states")
-        return out if isinstance(out, torch.Tensor) else out[0]
 
 
 class _Reached(Exception):
@@ -85,6 +65,9 @@ class Skeleton:
         self._calls: dict[tuple[int, int], list[Call]] = {}
         self._norm_path = ""
         self._tupled = False
+        self._by_ids = False
+        self.carried: Carried | None = None
+        self._tables = self._find_tables()
 
     @property
     def n_layer(self) -> int:
@@ -192,27 +175,125 @@ class Skeleton:
         """How each layer is called for a batch of this shape.
 
         Raises:
-            UnknownArchitecture: the layers are not called one after another with hidden states and what depends on
-                the shape alone.
+            UnknownArchitecture: the layers are not called one after another with hidden states, what depends on the
+                shape alone, and what can be carried beside the states.
         """
         if (windows, n) not in self._calls:
             with torch.inference_mode(False), torch.no_grad():
-                found = self._recorded(torch.zeros(windows, n, self.config.hidden_size))
-                if not self._calls:
-                    self._check_constant(found, windows, n)
-            moved = [Call(_moved(c.arguments, device), _moved(dict(c.options), device), c.named) for c in found]
+                found = self._recorded(windows, n)
+                if self.carried is None:
+                    self.carried = self._beside(found, self._recorded(windows, n), (windows, n))
+            carried = self.carried
+            moved = [
+                replace(
+                    call, arguments=_moved(call.arguments, device), options=_moved(dict(call.options), device),
+                    layer=layer, carried=carried,
+                )
+                for layer, call in enumerate(found)
+            ]  # fmt: skip
             self._calls = {**self._calls, (windows, n): moved} if len(self._calls) < 64 else {(windows, n): moved}
         return self._calls[windows, n]
 
-    def _check_constant(self, found: list[Call], windows: int, n: int) -> None:
-        """What layers are given besides the states may not depend on the states."""
-        other = self._recorded(torch.randn(windows, n, self.config.hidden_size))
-        for one, two in zip(found, other, strict=True):
-            if not _same((one.arguments, one.options), (two.arguments, two.options)):
-                raise refused(self.model_type, "its layers are given more of the text than the hidden states")
+    def _beside(self, one: list[Call], two: list[Call], shape: tuple[int, int]) -> Carried:
+        """What has to be carried: arguments that were others for another text, and what layers leave in stores."""
+        width = int(self.config.hidden_size)
+        places = [place for place in _places(one[0]) if any(map(partial(_differ, place), one, two))]
+        given, at = [], width
+        for place in places:
+            by_layer = {}
+            for layer, call in enumerate(one):
+                value = _argument(call, place)
+                if not isinstance(value, torch.Tensor) or value.ndim < 3 or not value.is_floating_point():
+                    raise refused(self.model_type, "its layers are given more of the text than the hidden states")
+                by_layer[layer] = Given(place, at, tuple(value.shape[2:]))
+                at = by_layer[layer].stop
+            given.append(by_layer)
+        return Carried(width, tuple(given), self._left(one, at, shape))
 
-    def _recorded(self, states: torch.Tensor) -> list[Call]:
+    def _left(self, calls: list[Call], at: int, shape: tuple[int, int]) -> tuple[Left, ...]:
+        """What layers leave in stores, tried on the meta device, where nothing is computed but shapes."""
+        found: dict[tuple[str, Hashable, int], Left] = {}
+        stores = {name: value for name, value in calls[0].options.items() if is_store(value)}
+        if not stores:
+            return ()
+        meta = torch.device("meta")
+        try:
+            for layer, call in enumerate(calls):
+                fresh = {name: type(value)(value) for name, value in stores.items()}
+                options = {**_moved(dict(call.options), meta), **fresh}
+                hidden = torch.empty(*shape, int(self.config.hidden_size), device=meta)
+                shaped = replace(call, arguments=_moved(call.arguments, meta), options=options)
+                block = self.copy_of(layer).to(meta)
+                block(*([] if call.named else [hidden]), *shaped.arguments,
+                      **({call.named: hidden} if call.named else {}), **shaped.options)  # fmt: skip
+                for name, store in fresh.items():
+                    for key, value in store.items():
+                        if value is stores[name].get(key):
+                            continue
+                        for number, left in enumerate(value):
+                            place = (name, key, number)
+                            heads, columns = left.shape[1], left.shape[3]
+                            old = found.get(place)
+                            start, layers = (at, frozenset[int]()) if old is None else (old.start, old.layers)
+                            found[place] = Left(name, key, number, start, heads, columns, layers | {layer})
+                            at += heads * columns if old is None else 0
+                        stores[name][key] = value
+        except Exception:  # experts choose by values, which are not there; whoever leaves something is noticed later
+            return ()
+        finally:
+            for value in stores.values():
+                value.clear()
+        return tuple(found.values())
+
+    def _forward(self, model: Any, states: torch.Tensor) -> Any:
+        """Run a model of transformers on embeddings ``states``, by whichever door it takes them."""
+        if not self._by_ids:
+            try:
+                return model(inputs_embeds=states, use_cache=False)
+            except (_Reached, UnknownArchitecture):
+                raise
+            except Exception:
+                self._by_ids = True
+        with self._tables_replaced(states):
+            return model(input_ids=torch.zeros(*states.shape[:2], dtype=torch.long), use_cache=False)
+
+    @contextmanager
+    def _tables_replaced(self, states: torch.Tensor) -> Iterator[None]:
+        """Inside, the embedding gives ``states``, and every other table outside the layers noise."""
+
+        with ExitStack() as replaced:
+            for table in self.tables().values():
+                given = states if table is self.embedding else torch.randn(*states.shape[:2], table.embedding_dim)
+                replaced.enter_context(_giving(table, given))
+            yield
+
+    def tables(self) -> dict[str, nn.Embedding]:
+        """The tables outside the layers that ids are looked up in, by path in the whole model."""
+        return self._tables
+
+    def _find_tables(self) -> dict[str, nn.Embedding]:
+        """Of all tables outside the layers those that are given the ids; others are looked up by position."""
+        every = {
+            path: module
+            for path, module in self.model.named_modules()
+            if isinstance(module, nn.Embedding) and not path.startswith(f"{self.layers_path}.")
+        }
+        ids, seen = torch.full(_TRIED, 3), set[str]()
+
+        def reached(*_: Any) -> Any:
+            raise _Reached
+
+        with ExitStack() as replaced, torch.no_grad():
+            for path, table in every.items():
+                replaced.enter_context(_giving(table, torch.zeros(*_TRIED, table.embedding_dim), path, ids, seen))
+            replaced.enter_context(self._layers_replaced(reached))
+            with suppress(Exception):  # what comes after the tables has no weights yet
+                self.base(input_ids=ids, use_cache=False)
+        return {path: table for path, table in every.items() if path in seen or table is self.embedding}
+
+    def _recorded(self, windows: int, n: int) -> list[Call]:
         """One run with layers that only note their calls, in both ways that layers answer."""
+        states = torch.randn(windows, n, self.config.hidden_size)
         for tupled in (False, True):
             calls, passed = self._run_noting(states, tupled=tupled)
             if passed:
@@ -228,8 +309,11 @@ class Skeleton:
 
         def noted(layer: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
             nonlocal whole
+            if layer == 0:  # a forward that was begun again
+                calls.clear()
+                given.clear()
             call, hidden = _call(self.model_type, arguments, options)
-            if layer != len(calls) or hidden.shape != states.shape or (given and hidden is not given[-1]):
+            if layer != len(calls) or hidden.shape != states.shape or (given and not torch.equal(hidden, given[-1])):
                 whole = False
                 raise _Reached
             calls.append(call)
@@ -239,34 +323,46 @@ class Skeleton:
         out: Any = None
         with self._layers_replaced(noted):
             try:
-                out = self.base(inputs_embeds=states, use_cache=False)
-            except _Reached:
-                pass
+                out = self._forward(self.base, states)
+            except (_Reached, UnknownArchitecture):
+                if not calls:
+                    raise
             except Exception as error:
-                if tupled or len(calls) < 1:
-                    why = f"its forward cannot be run on embeddings alone ({_words(error)})"
+                if tupled or not calls:
+                    why = f"its forward cannot be run without the layers ({_words(error)})"
                     raise refused(self.model_type, why) from error
                 whole = False
         return calls, whole and len(calls) == self.n_layer and out is not None
 
-    def embed(self, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        """What enters the first layer for ids int64[windows, n] that are places in ``table`` f32[rows, width]."""
+    def embed(self, ids: torch.Tensor, rows: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """What enters the first layer, and what is carried, for ids int64[windows, n] that are places in ``rows``: by
+        path of a table outside the layers f32[rows, columns]."""
         entered: list[torch.Tensor] = []
+        beside: list[torch.Tensor] = []
+        carried = self.carried or Carried(int(self.config.hidden_size))
 
-        def first(_layer: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
-            entered.append(_call(self.model_type, arguments, options)[1])
-            raise _Reached
+        def passing(layer: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+            call, hidden = _call(self.model_type, arguments, options)
+            entered.append(hidden)
+            beside.extend(_argument(call, by_layer[layer].place).flatten(2) for by_layer in carried.given)
+            if not carried.given:
+                raise _Reached
+            return (hidden,) if self._tupled else hidden
 
-        stored, padding = self.embedding.weight, self.embedding.padding_idx
-        self.embedding.weight, self.embedding.padding_idx = nn.Parameter(table, requires_grad=False), None
+        tables = self.tables()
+        stored = {path: (table.weight, table.padding_idx) for path, table in tables.items()}
         try:
-            with torch.no_grad(), self._layers_replaced(first):
+            for path, table in tables.items():
+                table.weight, table.padding_idx = nn.Parameter(rows[path], requires_grad=False), None
+            with torch.no_grad(), self._layers_replaced(passing):
                 self.base(input_ids=ids, use_cache=False)
         except _Reached:
             pass
         finally:
-            self.embedding.weight, self.embedding.padding_idx = stored, padding
-        return entered[0]
+            for path, (weight, padding) in stored.items():
+                tables[path].weight, tables[path].padding_idx = weight, padding
+        empty = entered[0].new_zeros(*ids.shape, sum(one.stop - one.start for one in carried.left))
+        return torch.cat([entered[0], *beside, empty], dim=-1) if carried.total > carried.width else entered[0]
 
     def find_tail(self) -> None:
         """Find the norm before the head. Parameters outside the layers must be there, but for embedding and head.
@@ -287,7 +383,7 @@ class Skeleton:
                 if not path.startswith(self._within_base) and not list(module.children()):
                     hooks.callback(module.register_forward_pre_hook(_noting(path, reads, last)).remove)
             hooks.enter_context(self._layers_replaced(passing))
-            out = self.base(inputs_embeds=torch.randn(*_TRIED, self.config.hidden_size), use_cache=False)
+            out = self._forward(self.base, torch.randn(*_TRIED, self.config.hidden_size))
         found = list(reads)
         states = out[0] if not hasattr(out, "last_hidden_state") else out.last_hidden_state
         if len(found) == 1:
@@ -323,7 +419,7 @@ class Skeleton:
         try:
             with torch.no_grad(), self._layers_replaced(self._passing):
                 states = torch.zeros(1, values.shape[1], self.config.hidden_size)
-                return self.model(inputs_embeds=states, use_cache=False).logits.float()  # type: ignore[no-any-return]
+                return self._forward(self.model, states).logits.float()  # type: ignore[no-any-return]
         finally:
             del self.head.forward
 
@@ -339,12 +435,34 @@ class Skeleton:
         self.head.forward, norm.forward = head, lambda _: values.clone()
         try:
             with torch.no_grad(), self._layers_replaced(self._passing):
-                self.model(inputs_embeds=torch.zeros_like(values), use_cache=False)
+                self._forward(self.model, torch.zeros_like(values))
         except _Reached:
             pass
         finally:
             del self.head.forward, norm.forward
         return seen[0]
+
+
+@contextmanager
+def _giving(
+    table: nn.Embedding,
+    values: torch.Tensor,
+    path: str = "",
+    ids: torch.Tensor | None = None,
+    seen: set[str] | None = None,
+) -> Iterator[None]:
+    """Inside, a table gives these values; a table that is given ``ids`` is ``seen``."""
+
+    def given(asked: torch.Tensor) -> torch.Tensor:
+        if seen is not None and ids is not None and asked.shape == ids.shape and torch.equal(asked, ids):
+            seen.add(path)
+        return values
+
+    table.__dict__["forward"] = given
+    try:
+        yield
+    finally:
+        del table.__dict__["forward"]
 
 
 @contextmanager
@@ -379,16 +497,11 @@ def _call(model_type: str, arguments: tuple[Any, ...], options: dict[str, Any]) 
         call, hidden = Call(arguments, rest, "hidden_states"), options["hidden_states"]
     else:
         raise refused(model_type, "its layers are not given hidden states first")
-    stores = [value for value in call.options.values() if _is_store(value) and not len(value)]
+    stores = [value for value in call.options.values() if is_store(value) and not len(value)]
     for value in (*call.arguments, *call.options.values()):
         if not _plain(value) and not any(value is one for one in stores):
             raise refused(model_type, f"its layers share a {type(value).__name__[:40]}")
     return call, hidden
-
-
-def _is_store(value: Any) -> bool:
-    """What layers could leave something in for later ones."""
-    return isinstance(value, MutableMapping)
 
 
 def _plain(value: Any) -> bool:
@@ -404,6 +517,18 @@ def _moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, dict):
         return {name: _moved(one, device) for name, one in value.items()}
     return type(value)(_moved(one, device) for one in value) if isinstance(value, (tuple, list)) else value
+
+
+def _places(call: Call) -> list[Place]:
+    return [*range(len(call.arguments)), *call.options]
+
+
+def _argument(call: Call, place: Place) -> Any:
+    return call.options[place] if isinstance(place, str) else call.arguments[place]
+
+
+def _differ(place: Place, one: Call, two: Call) -> bool:
+    return not _same(_argument(one, place), _argument(two, place))
 
 
 def _same(one: Any, two: Any) -> bool:

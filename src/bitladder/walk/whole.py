@@ -26,6 +26,7 @@ from bitladder.formats.disk_names import quantized_parameters
 from bitladder.formats.families.family import DiskNames, LayerKind, Layers
 from bitladder.formats.roles import SharedInput, layer_tensor
 from bitladder.kernels.gpu import check_device
+from bitladder.walk.carried import LeavesMore
 from bitladder.walk.checkpoint_layers import CheckpointLayers
 from bitladder.walk.correspondence import ParameterLayout, Reshaped, correspond
 from bitladder.walk.discovered import FoundKind, MadeOf, discover
@@ -115,13 +116,14 @@ class WholeModel(LayeredModel):
         self._skeleton = skeleton_of(self.config)
         self._checkpoint = CheckpointLayers(checkpoint, self._skeleton)
         self.n_layer: int = self._skeleton.n_layer
-        self.width: int = model.dims.n_embd
-        if self.config.hidden_size != self.width:
-            raise self._other_model(f"hidden states are {self.config.hidden_size} wide there, {self.width} here")
+        if self.config.hidden_size != model.dims.n_embd:
+            wide = f"hidden states are {self.config.hidden_size} wide there, {model.dims.n_embd} here"
+            raise self._other_model(wide)
         self._names = {tensor.name for tensor in model.tensors}
         self.embedding = roles.EMBEDDING
         self.output = roles.OUTPUT if roles.OUTPUT in self._names else roles.EMBEDDING
         self._fill_top()
+        self.width: int = self._skeleton.carried.total if self._skeleton.carried else model.dims.n_embd
         self.logit_softcap, self._logit_scale = self._after_head()
         self._kinds: list[FoundKind] = []
         self._kind_of: dict[int, int] = {}
@@ -161,7 +163,7 @@ class WholeModel(LayeredModel):
     def _fill_top(self) -> None:
         """Give the skeleton what it holds outside the layers, but for embedding and head, and find the last norm."""
         skeleton = self._skeleton
-        large = {f"{skeleton.path_of(one)}.weight" for one in (skeleton.embedding, skeleton.head)}
+        large = {f"{path}.weight" for path in (*skeleton.tables(), skeleton.path_of(skeleton.head))}
         wanted = {path: value for path, value in skeleton.top_parameters().items() if path not in large}
         held = self._checkpoint.top(wanted)
         for path, value in held.items():
@@ -170,20 +172,45 @@ class WholeModel(LayeredModel):
         skeleton.find_tail()
         if skeleton.head.bias is not None:
             raise refused(skeleton.model_type, "its head has a bias")
-        norm = {path.removeprefix(f"{skeleton.norm_path}."): value for path, value in held.items()
-                if path.startswith(f"{skeleton.norm_path}.")}  # fmt: skip
+        norm = f"{skeleton.norm_path}."
+        sizes = {value.size for value in held.values()}
         stored = {
-            name: self._source(name) for name in sorted(self._names)
-            if not name.startswith("blk.") and name not in (*_TOP, *roles.ROPE_TENSORS)
-            and max(self._shape(name), default=0) == int(np.prod(self._shape(name), dtype=int))
-        }  # fmt: skip
-        likely = {"weight": roles.OUTPUT_NORM, "bias": roles.OUTPUT_NORM.replace("weight", "bias")}
-        self._norm = correspond(norm, stored, likely=likely)
-        if set(self._norm) != set(norm):
+            name: self._source(name)
+            for name in sorted(self._names)
+            if not name.startswith("blk.")
+            and name not in (*_TOP, *roles.ROPE_TENSORS)
+            and int(np.prod(self._shape(name), dtype=int)) in sizes
+        }
+        likely = {f"{norm}weight": roles.OUTPUT_NORM, f"{norm}bias": roles.OUTPUT_NORM.replace("weight", "bias")}
+        found = correspond(held, stored, rounded=self._rounded, likely=likely)
+        self._norm = {path.removeprefix(norm): one for path, one in found.items() if path.startswith(norm)}
+        if any(path.startswith(norm) and path not in found for path in held):
             raise refused(skeleton.model_type, "the file has no tensor that is the norm before its head")
+        self._around = {path: one for path, one in found.items() if not path.startswith(norm) and held[path].ndim > 1}
+        self._tables = {path: self._table(path) for path in skeleton.tables()}
+
+    def _table(self, path: str) -> str:
+        """The file's tensor that a table of rows for ids is; other tables than the embedding by some of their rows."""
+        skeleton = self._skeleton
+        if skeleton.tables()[path] is skeleton.embedding:
+            return roles.EMBEDDING
+        rows, columns = skeleton.tables()[path].weight.shape
+        some = np.unique(np.linspace(0, rows - 1, 8).astype(np.int64))
+        wanted = self._checkpoint.rows(f"{path}.weight", some)
+        for name in sorted(self._names):
+            fits = not name.startswith("blk.") and self._shape(name)[-1:] == (columns,) and self._shape(name)[0] >= rows
+            if fits and np.array_equal(self._source(name, some), self._rounded(wanted, name)):
+                return name
+        raise refused(skeleton.model_type, f"the file has no tensor that is its table '{path[-40:]}'")
 
     def _shape(self, name: str) -> tuple[int, ...]:
         return next(tensor.shape for tensor in self.model.tensors if tensor.name == name)
+
+    @property
+    def embedded(self) -> tuple[str, ...]:
+        """As ``LayeredModel``."""
+        around = (name for names, _ in self._around.values() for name in names)
+        return tuple(dict.fromkeys((*self._tables.values(), *around)))
 
     @property
     def norm_names(self) -> tuple[str, ...]:
@@ -198,7 +225,7 @@ class WholeModel(LayeredModel):
         tried = torch.tensor([1e-3, -1e-3, 1.0, -2.0, 10.0, 30.0, -75.0, 1e6])
         values[0, 0, : len(tried)] = tried[:vocab]
         logits = skeleton.logits_of(values)[0, -1, : len(tried)]
-        read = skeleton.head_reads(torch.ones(1, 2, self.width))
+        read = skeleton.head_reads(torch.ones(1, 2, self.model.dims.n_embd))
         factor = float(read.reshape(-1)[0])
         scale = float(logits[0] / tried[0])
         if bool((read == read.reshape(-1)[0]).all()):
@@ -216,6 +243,9 @@ class WholeModel(LayeredModel):
         for path, (names, layout) in self._norm.items():
             value = layout.parameter([weights(name) for name in names])
             self._skeleton.fill(module, path, torch.from_numpy(np.ascontiguousarray(value)))
+        own = self.model.dims.n_embd
+        if self.width > own:  # what is carried beside the hidden states ends here
+            module.register_forward_pre_hook(lambda _module, given: (given[0][..., :own],))
         if self._logit_scale != 1:
             scale = self._logit_scale
             module.register_forward_hook(lambda _module, _given, out: out * scale)
@@ -224,16 +254,23 @@ class WholeModel(LayeredModel):
     def embed(self, tokens: NDArray[np.int64], weights: Weights) -> torch.Tensor:
         """As ``LayeredModel``: whatever transformers does between ids and the first layer."""
         used, where = np.unique(tokens, return_inverse=True)
-        table = torch.from_numpy(np.ascontiguousarray(weights(roles.EMBEDDING, used)))
+        rows = {}
+        for path, name in self._tables.items():
+            there = np.minimum(used, self._shape(name)[0] - 1)  # ids that stand for pictures and sounds have no row
+            rows[path] = torch.from_numpy(np.ascontiguousarray(weights(name, there)))
+        for path, (names, layout) in self._around.items():
+            value = layout.parameter([weights(name) for name in names])
+            self._skeleton.fill(self._skeleton.model, path, torch.from_numpy(np.ascontiguousarray(value)))
         with inference():
-            return self._skeleton.embed(torch.from_numpy(where.reshape(tokens.shape)), table).to(self.device)
+            return self._skeleton.embed(torch.from_numpy(where.reshape(tokens.shape)), rows).to(self.device)
 
     @property
     def embedding_energy(self) -> float:
         """The square of what embeddings are multiplied by."""
-        table = torch.randn(2, self.width)
-        entered = self._skeleton.embed(torch.tensor([[0, 1]]), table)[0]
-        return float(entered.square().sum() / table.square().sum())
+        own = self.model.dims.n_embd
+        tables = {path: torch.randn(2, table.embedding_dim) for path, table in self._skeleton.tables().items()}
+        entered = self._skeleton.embed(torch.tensor([[0, 1]]), tables)[0][..., :own]
+        return float(entered.square().sum() / tables[self._skeleton.path_of(self._skeleton.embedding)].square().sum())
 
     @property
     def beside(self) -> dict[str, torch.Tensor]:
@@ -392,8 +429,10 @@ class WholeModel(LayeredModel):
         return list(self.kind(layer).inputs)
 
     def entries(self, layer: int, block: nn.Module) -> list[Entry]:  # noqa: ARG002
-        """As ``LayeredModel``."""
-        return list(self._kinds[self._kind_of[layer]].entries)
+        """As ``LayeredModel``; none where what a pass would skip leaves something for later layers."""
+        carried = self._skeleton.carried
+        leaves = carried is not None and any(layer in one.layers for one in carried.left)
+        return [] if leaves else list(self._kinds[self._kind_of[layer]].entries)
 
     def shape(self, path: str, layer: int = 0) -> tuple[int, ...]:
         """As ``LayeredModel``."""
@@ -451,7 +490,12 @@ class WholeModel(LayeredModel):
     def forward(self, block: nn.Module, layer: int, states: torch.Tensor) -> torch.Tensor:
         """As ``LayeredModel``."""
         windows, n = states.shape[:2]
-        return self._skeleton.calls(windows, n, self.device)[layer](block, states)
+        try:
+            return self._skeleton.calls(windows, n, self.device)[layer](block, states)
+        except LeavesMore as error:
+            raise refused(
+                self._skeleton.model_type, "its layers leave more for later ones than hidden states"
+            ) from error
 
     def round_inputs(self, block: nn.Module, layer: int, qtype_of: QTypeOf) -> None:
         """As ``LayeredModel``."""
