@@ -10,12 +10,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from bitladder.engines.llama import LlamaServer
+from bitladder.engines.base import Launch
+from bitladder.engines.registry import start
 from bitladder.files.workloads import STARTER, load_workload
 from bitladder.records.evaluation import LevelAnswers
-from bitladder.stages.divergence import diverge
+from bitladder.serve.compare import Comparison, Parting
+from bitladder.serve.compare import compare as compare_answers
 from bitladder.stages.evaluate import answer_workload, compare, judge_answers, level_answers, measure_speed
-from bitladder.stages.wording import degeneration, wording_changes
+from bitladder.stages.wording import wording_changes
 from bitladder.units import human_bytes
 
 
@@ -31,15 +33,18 @@ def main() -> None:
     options = parser.parse_args()
     workload = load_workload(options.workload)
 
-    engine = {"n_ctx": 2048, "n_parallel": options.parallel, "threads": options.threads}
-    with LlamaServer(options.reference, **engine) as server:
+    first, second = (
+        Launch(path, n_ctx=2048, n_parallel=options.parallel, threads=options.threads)
+        for path in (options.reference, options.other)
+    )
+    with start(first) as server:
         answers = judge_answers(workload, answer_workload(server, workload))
         reference = level_answers(options.reference.stem, answers, measure_speed(server))
-    with LlamaServer(options.other, **engine) as server:
+        with start(second) as other_server:
+            partings = {one.id: compare_answers(server, other_server, one.messages) for one in workload.inputs}
+    with start(second) as server:
         answers = judge_answers(workload, answer_workload(server, workload), reference=reference.answers)
         other = level_answers(options.other.stem, answers, measure_speed(server))
-        said = {answer.input_id: answer for answer in reference.answers}
-        partings = [diverge(server, one, said[one.id]) for one in workload.inputs]
 
     costs = [
         describe(level, path, options.price_per_hour)
@@ -57,15 +62,14 @@ def main() -> None:
         if tag.lost or tag.gained:
             print(f"  {tag.tag}: {tag.passes} of {tag.inputs} pass, lost {tag.lost}, gained {tag.gained}")
 
-    kinds = {kind: sum(parting.kind == kind for parting in partings) for kind in ("identical", "tie-break", "diverged")}
-    print(
-        f"\nAnswers: {', '.join(f'{count} {kind}' for kind, count in kinds.items())}. First partings that are no tie:"
-    )
-    for parting in [parting for parting in partings if parting.kind == "diverged"][:5]:
-        place = next(departure for departure in parting.departures if not departure.tie)
+    kinds = [kind(found) for found in partings.values()]
+    counts = ", ".join(f"{kinds.count(one)} {one}" for one in ("identical", "tie-break", "diverged"))
+    print(f"\nAnswers: {counts}. First partings that are no tie:")
+    for name in [name for name, found in partings.items() if kind(found) == "diverged"][:5]:
+        at = next(place for place in places(partings[name]) if not place.is_tie)
         print(
-            f"  {parting.input_id}, token {place.position}: {place.reference_token!r} -> {place.level_token!r} "
-            f"(log-probability of its own word: {place.reference_logprob:.2f} there, {place.level_logprob:.2f} here)"
+            f"  {name}, token {at.index}: {at.token_a!r} -> {at.token_b!r} "
+            f"(probability of its own word: {at.a_of_a:.2f} there, {at.b_of_b:.2f} here)"
         )
 
     changes = wording_changes(workload, reference.answers, other.answers)
@@ -79,11 +83,19 @@ def main() -> None:
         print(f"  found {kept} of {changes.reference_items} items that the reference found; missing:")
         for name, item in changes.missing_items:
             print(f"    {name}: {item}")
-    for level in (reference, other):
-        worn = degeneration(level.answers)
-        print(
-            f"  {level.level}: {worn.repeated_share:.1%} of words repeated, {len(worn.looping)} answers end in a loop"
-        )
+    print(f"  end in a loop, and did not before: {', '.join(changes.looping) or 'none'}")
+
+
+def places(found: Comparison) -> list[Parting]:
+    """Every place where the other file prefers another token after the same words."""
+    return [found.parting, *(found.later or ())] if found.parting else []
+
+
+def kind(found: Comparison) -> str:
+    """What all of an answer's partings come to."""
+    if not places(found):
+        return "identical"
+    return "tie-break" if all(place.is_tie for place in places(found)) else "diverged"
 
 
 def describe(level: LevelAnswers, path: Path, price_per_hour: float) -> float:

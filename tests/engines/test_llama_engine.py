@@ -18,8 +18,8 @@ from bitladder.engines.chat_api import Timeouts
 from bitladder.engines.llama import LlamaServer, LlamaSettings
 from bitladder.errors import BadInput, EngineError, EngineGone, EngineReply, EngineTimeout
 from bitladder.files.workloads import load_workload
+from bitladder.serve.compare import first_difference, later_partings
 from bitladder.stages import evaluate
-from bitladder.stages.divergence import diverge
 from bitladder.stages.evaluate import answer_workload, judge_answers, measure_speed
 
 pytestmark = pytest.mark.model
@@ -75,11 +75,18 @@ def test_a_workload_and_a_level_that_is_the_reference(server):
     few = type(workload)("few", workload.inputs[:3])
     answers = judge_answers(few, answer_workload(server, few))
     assert answers[0].passed
-    for one, answer in zip(few.inputs, answers, strict=True):
-        found = diverge(server, one, answer)
-        # Batches of another shape round differently, so a tie may turn; damage it cannot be.
-        assert found.kind in ("identical", "tie-break")
-        assert found.compared_tokens == len(answer.tokens)
+
+
+def test_a_level_goes_on_as_itself_after_any_place(server):
+    said = server.chat(Chat(QUESTION, 24, logprobs=10)).tokens
+    prompt = server.tokenize(server.render(QUESTION), add_special=True)
+    first = first_difference(said[:1], server.chat(Chat(STORY, 1, logprobs=10)).tokens)
+    assert first is not None
+    # Batches of another shape round differently, so a tie may turn; damage it cannot be.
+    assert all(place.is_tie for place in later_partings(said, first, server, prompt))
+    ids = [choice.token_id for choice in said]
+    (end,) = server.continue_tokens(prompt + ids[:-1], max_tokens=1)
+    assert end.token_id == ids[-1] == 2  # where it would end is a token, too
 
 
 def test_a_prompt_longer_than_the_context_is_an_error_and_not_the_end(server):

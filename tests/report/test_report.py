@@ -13,11 +13,11 @@ from rich.console import Console
 from bitladder.errors import BadInput, OutputError
 from bitladder.records import to_json
 from bitladder.records.decision import Loss, Outcome, Pairing, Status, TagStatus
-from bitladder.records.divergence import Substitution, WordingChanges
 from bitladder.records.evaluation import Alternative, Answer, AnswerToken
 from bitladder.records.plan import Place
 from bitladder.records.reading import from_json
 from bitladder.records.run import InputFacts
+from bitladder.records.wording import Substitution, WordingChanges
 from bitladder.report import fidelity_table, plan_table, print_run, read_run, render_html, write_html, write_run
 from bitladder.report.answers import compared_answers
 from bitladder.report.chart import Axis, Point, find_cliff, loss_chart
@@ -425,7 +425,7 @@ CHANGES = WordingChanges(
     answers=3, changed_answers=2, words=60,
     substitutions=(Substitution("shall", "will", 4), Substitution("", "very", 3), Substitution("a", "the", 1)),
     changed_numbers=("pens", "<b>renewal</b>"), missing_items=(("lease", "indemnity"),), reference_items=99,
-    broken_format=("as-json",),
+    broken_format=("as-json",), looping=("story",),
 )  # fmt: skip
 
 
@@ -433,7 +433,7 @@ def test_what_changed_in_the_tiers_answers_is_said_and_kept(tmp_path):
     record = run_record(wording={"Q4_K_M": CHANGES, "Q2_K": CHANGES})
     said = (
         "found 98 of the 99 items that the reference found, not indemnity (lease); numbers changed in: pens, "
-        "<b>renewal</b>; JSON broken in: as-json; 'shall' became 'will' 4 times"
+        "<b>renewal</b>; JSON broken in: as-json; ends in a loop: story; 'shall' became 'will' 4 times"
     )
     assert record.decision.speed == "Q4_K_M"
     assert wording_lines(record) == {"Q4_K_M": said}
@@ -454,6 +454,7 @@ def test_answers_that_changed_in_nothing_that_counts_are_not_spoken_of():
         missing_items=(),
         reference_items=0,
         broken_format=(),
+        looping=(),
     )
     assert wording_notes(plain) == []
     assert wording_lines(run_record(wording={"Q4_K_M": plain})) == {}

@@ -7,7 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bitladder.engines.base import Completion, Timings, TokenChoice
-from bitladder.serve.compare import compare, compared, differences, first_difference
+from bitladder.serve.compare import MOST_LATER, compare, compared, differences, first_difference, later_partings
+
+HELLO = [{"role": "user", "content": "hello"}]
 
 
 def token(text: str, chance: float, **others: float) -> TokenChoice:
@@ -87,9 +89,84 @@ def test_both_engines_are_asked_the_same_greedily():
         def close(self) -> None: ...
 
     a, b = Engine("A"), Engine("B")
-    found = compare(a, b, "hello", max_tokens=7, system="be brief")
+    found = compare(a, b, [{"role": "system", "content": "be brief"}, *HELLO], max_tokens=7)
     assert a.asked == b.asked
     (chat,) = a.asked
     assert [message["role"] for message in chat.messages] == ["system", "user"]
     assert chat.max_tokens == 7 and chat.temperature == 0.0 and chat.logprobs > 0
     assert not found.same and found.parting is not None
+
+
+SAID = [1, 2, 3, 4, 5, 6]
+PROMPT = [100, 101]
+
+
+def known(token_id: int, chance: float = 0.9, other: int | None = None, its_chance: float = 0.05) -> TokenChoice:
+    top = [TokenChoice(f"t{token_id}", math.log(chance), token_id)]
+    top += [TokenChoice(f"t{other}", math.log(its_chance), other)] if other else []
+    return TokenChoice(f"t{token_id}", math.log(chance), token_id, tuple(top))
+
+
+class Follower:
+    """Goes on as the answer does except at some places: ``{index: (token, its chance, the answer's token's)}``."""
+
+    name, parallel = "B", 1
+
+    def __init__(self, departs, prompt=PROMPT):
+        self.departs, self.prompt, self.requests = departs, prompt, 0
+
+    def chat(self, _):
+        return completion("b", *self.continue_tokens(self.prompt, max_tokens=len(SAID), top=1))
+
+    def close(self): ...
+
+    def render(self, _):
+        return "prompt"
+
+    def tokenize(self, text, add_special=False):
+        return self.prompt
+
+    def continue_tokens(self, tokens, *, max_tokens, top):
+        self.requests += 1
+        start = len(tokens) - len(PROMPT)
+        assert list(tokens[len(PROMPT) :]) == SAID[:start]
+        choices = []
+        for place in range(start, start + max_tokens):
+            if place in self.departs:
+                other, chance, its_chance = self.departs[place]
+                return [*choices, known(other, chance, SAID[place], its_chance), known(999)]
+            choices.append(known(SAID[place]))
+        return choices
+
+
+def test_b_is_put_back_on_the_words_of_a_after_each_place():
+    departs = {0: (9, 0.9, 0.05), 3: (8, 0.5, 0.4), 5: (7, 0.9, 0.01)}
+    said = [known(one, 0.5, 8, 0.4) if one == SAID[3] else known(one) for one in SAID]
+    a, b = Follower({}), Follower(departs)
+    a.chat = lambda _: completion("a", *said)
+    found = compare(a, b, HELLO)
+    assert found.parting is not None and found.parting.index == 0 and not found.parting.is_tie
+    assert [(at.index, at.token_a, at.token_b, at.is_tie) for at in found.later] == [
+        (3, "t4", "t8", True),
+        (5, "t6", "t7", False),
+    ]
+    assert b.requests == 3  # the chat, and what follows each place but the last token
+
+
+def test_what_cannot_be_put_back_is_not():
+    same, other = Follower({}), Follower({0: (9, 0.9, 0.01)}, prompt=[100, 102])
+    assert compare(same, other, HELLO).later is None  # another tokenizer
+    assert (
+        later_partings([token("x", 0.9)], first_difference([known(1)], [known(2)]), same, PROMPT) is None
+    )  # ids are not told
+
+
+def test_the_search_for_places_has_a_limit():
+    said = [known(one) for one in range(1, 40)]
+
+    class Contrary(Follower):
+        def continue_tokens(self, tokens, *, max_tokens, top):
+            return [known(999)]
+
+    later = later_partings(said, first_difference(said, [known(999)]), Contrary({}), PROMPT)
+    assert [at.index for at in later] == list(range(1, 1 + MOST_LATER))

@@ -308,7 +308,7 @@ def compare(
     threads: Threads = ALL_CORES,
     json_output: JsonFlag = False,
 ) -> None:
-    """Ask two levels the same and mark where their answers part.
+    """Ask two levels the same and mark where their answers part; of two files, every place where B would.
 
     Levels of a model are the files that its latest run measured; one that is nowhere is built first.
     """
@@ -325,7 +325,7 @@ def compare(
             say(run.sentence)
         paths = [_compared(of, what, run, work) for what in (a, b)]
     with closing(_engine(paths[0], threads, keys)) as first, closing(_engine(paths[1], threads, keys)) as second:
-        found = compare_engines(first, second, prompt, max_tokens=max_tokens)
+        found = compare_engines(first, second, [{"role": "user", "content": prompt}], max_tokens=max_tokens)
     if json_output:
         print_json(found)
     else:
@@ -396,6 +396,15 @@ def _show(found: Comparison) -> None:
             f"(p {_p(at.a_of_a)}, gave {at.token_b!r} {_p(at.a_of_b)}); {found.b.level} chose {at.token_b!r} "
             f"(p {_p(at.b_of_b)}, gave {at.token_a!r} {_p(at.b_of_a)})."
         )
+        if found.later is not None:
+            ties = sum(at.is_tie for at in found.later)
+            out.print(
+                f"Put back on the words of {found.a.level}, places where {found.b.level} would go on otherwise: "
+                f"{len(found.later)} more, {ties} of them ties."
+            )
+        for at in found.later or ():
+            chose = f"{at.token_a!r} (p {_p(at.a_of_a)}) -> {at.token_b!r} (p {_p(at.b_of_b)})"
+            out.print(f"  token {at.index + 1}: {chose}{', a tie' if at.is_tie else ''}")
 
 
 def _p(chance: float) -> str:

@@ -242,6 +242,7 @@ class Running(Engine, Protocol):
     ) -> None: ...
 
 
+@runtime_checkable
 class Continuing(Protocol):
     """An engine that goes on from tokens, which comparing answers token by token needs."""
 

@@ -7,11 +7,11 @@ from typing import Any
 
 from bitladder.records import Real
 from bitladder.records.decision import Decision
-from bitladder.records.divergence import WordingChanges
 from bitladder.records.evaluation import LevelAnswers, WorkloadResult
 from bitladder.records.fidelity import Fidelity
 from bitladder.records.job import JobOutcome
 from bitladder.records.plan import Plan
+from bitladder.records.wording import WordingChanges
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,11 @@
-"""What changed in the words of a level's answers, in a sentence: missing items, numbers, JSON, substitutions."""
+"""What changed in the words of a level's answers, in a sentence: missing items, numbers, JSON, loops, substitutions."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bitladder.records.divergence import WordingChanges
 from bitladder.records.run import RunRecord
+from bitladder.records.wording import WordingChanges
 
 MOST_NAMED = 5
 """Inputs, items or substitutions that are named; of more the rest is counted."""
@@ -25,6 +25,8 @@ def wording_notes(changes: WordingChanges) -> list[str]:
         notes.append(f"numbers changed in: {_named(changes.changed_numbers)}")
     if changes.broken_format:
         notes.append(f"JSON broken in: {_named(changes.broken_format)}")
+    if changes.looping:
+        notes.append(f"ends in a loop: {_named(changes.looping)}")
     often = [each for each in changes.substitutions if each.count >= _OFTEN and each.before and each.after]
     if often:
         notes.append(_named([f"'{each.before}' became '{each.after}' {each.count} times" for each in often]))

@@ -4,6 +4,10 @@ Greedy answers of two levels of one model are equal up to the first token where 
 from there on they are two texts. So the one telling place is that token. Where both levels held both tokens
 within odds of two to one it was a tie, which any rounding can break; otherwise at least one was sure, and they
 really disagree.
+
+Two engines of our own with one tokenizer tell more: B is put back on A's words after each place, and goes on alone
+until it parts again. What remains is a list of places where both levels, given the *same* words, prefer different
+tokens. Each costs one request, whose prompt the engine has in its cache.
 """
 
 from __future__ import annotations
@@ -12,14 +16,15 @@ import difflib
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from bitladder.engines.base import Chat, Completion, Engine, Message, TokenChoice
-from bitladder.stages.divergence import TIE_NATS
+from bitladder.engines.base import Chat, Completion, Continuing, Engine, Message, TokenChoice
 
-TIE_RATIO = math.exp(-TIE_NATS)
+TIE_RATIO = 0.5
 """A tie: each level gave the other's token at least this share of its own one's probability."""
 TOP = 10
+MOST_LATER = 8
+"""Places after the first that are looked for."""
 _WORDS = re.compile(r"\s+|\w+|[^\w\s]")
 
 
@@ -37,8 +42,8 @@ class Side:
 
 @dataclass(frozen=True)
 class Parting:
-    """The first token where the answers differ. Probabilities 0 to 1; NaN: not among the ``TOP`` that were
-    told.
+    """A token where the levels, after the same words, differ. Probabilities 0 to 1; NaN: not among the ``TOP`` that
+    were told.
 
     ``a_of_a`` is what level A gave its own token there, ``a_of_b`` what it gave B's, and so on.
     """
@@ -73,8 +78,11 @@ class Comparison:
     a: Side
     b: Side
     parting: Parting | None
-    """None: token by token the same, or no probabilities were told."""
+    """The first place. None: token by token the same, or no probabilities were told."""
     spans: tuple[Span, ...]
+    later: tuple[Parting, ...] | None = None
+    """Where else B, put back on A's words, would go on otherwise. None where it cannot be: an engine is not of ours, or
+    the tokenizers differ."""
 
     @property
     def same(self) -> bool:
@@ -82,16 +90,47 @@ class Comparison:
         return self.a.text == self.b.text
 
 
-def compare(a: Engine, b: Engine, prompt: str, *, max_tokens: int = 256, system: str = "") -> Comparison:
+def compare(a: Engine, b: Engine, messages: Sequence[Message], *, max_tokens: int = 256) -> Comparison:
     """Ask both levels, one after the other so that neither slows the other down, greedily.
 
     Raises:
         EngineError: an engine failed.
     """
-    messages: list[Message] = [{"role": "system", "content": system}] if system else []
-    messages.append({"role": "user", "content": prompt})
     first, second = (engine.chat(Chat(messages, max_tokens, logprobs=TOP)) for engine in (a, b))
-    return compared(prompt, (a.name, first), (b.name, second))
+    found = compared(str(messages[-1]["content"]), (a.name, first), (b.name, second))
+    if found.parting is None or not (isinstance(a, Continuing) and isinstance(b, Continuing)):
+        return found
+    begin, same = (engine.tokenize(engine.render(messages), add_special=True) for engine in (a, b))
+    return replace(found, later=later_partings(first.tokens, found.parting, b, begin)) if begin == same else found
+
+
+def later_partings(
+    a: Sequence[TokenChoice], first: Parting, b: Continuing, prompt: Sequence[int]
+) -> tuple[Parting, ...] | None:
+    """The next ``MOST_LATER`` places where B, put back on A's words after each, would go on otherwise.
+
+    Args:
+        a: A's answer; None is returned where an id is not known.
+        first: where the free answers part.
+        b: is asked.
+        prompt: token ids before the answer.
+
+    Raises:
+        EngineError: the engine failed.
+    """
+    ids = [choice.token_id for choice in a if choice.token_id is not None]
+    if len(ids) < len(a):
+        return None
+    found: list[Parting] = []
+    start = first.index + 1
+    while start < len(ids) and len(found) < MOST_LATER:
+        choices = b.continue_tokens([*prompt, *ids[:start]], max_tokens=len(ids) - start, top=TOP)
+        place = first_difference(a[start:], choices)
+        if place is None:
+            break
+        found.append(replace(place, index=start + place.index))
+        start = found[-1].index + 1
+    return tuple(found)
 
 
 def compared(prompt: str, a: tuple[str, Completion], b: tuple[str, Completion]) -> Comparison:

@@ -41,7 +41,7 @@ from bitladder.stats.paired import mcnemar, sign_flip
 from bitladder.stats.power import smallest_visible_loss
 
 TOP = 5
-"""Likely tokens kept at each place of an answer, for ``stages.divergence``."""
+"""Likely tokens kept at each place of an answer."""
 MOST_FAILURES = 3
 """Inputs that an engine may fail before it is let go: one that is down fails them all, after long waits."""
 PREFILL_TOKENS, DECODE_TOKENS, REPEATS = 256, 64, 3

@@ -1,4 +1,4 @@
-"""What changed in the words: substitutions, numbers, missing items, broken format, and degeneration of long answers.
+"""What changed in the words: substitutions, numbers, missing items, broken format, answers that end in a loop.
 
 Words are compared as sequences (difflib's longest matching blocks), so that "shall pay" beside "will pay" is
 one substitution of "shall" by "will". Everything here is a function of texts.
@@ -8,22 +8,20 @@ from __future__ import annotations
 
 import collections
 import difflib
-import math
 import re
-import statistics
 from collections.abc import Sequence
 
 from bitladder.describe.criteria import extract_json, found_items, numbers
 from bitladder.describe.workload import Input, Workload
-from bitladder.records.divergence import Degeneration, Substitution, WordingChanges
 from bitladder.records.evaluation import Answer
+from bitladder.records.wording import Substitution, WordingChanges
 
 _MAX_SPAN = 4
 """Words of the longest substitution that counts as one; longer ones are rewriting."""
 MOST_SUBSTITUTIONS = 50
 """The most frequent ones are kept: an answer that shares nothing with the reference's has as many as words."""
-LONG_WORDS = 30
-"""Words from which an answer is long enough to speak of degeneration."""
+_LONG_WORDS = 30
+"""Words from which an answer is long enough to speak of a loop."""
 _LONGEST_LOOP = 60
 
 
@@ -48,7 +46,7 @@ def wording_changes(workload: Workload, reference: Sequence[Answer], level: Sequ
     ours = {(answer.input_id, answer.sample): answer.text for answer in level}
     inputs = {one.id: one for one in workload.inputs}
     counts: collections.Counter[tuple[str, str]] = collections.Counter()
-    changed_numbers, broken_format, missing_items = [], [], []
+    changed_numbers, broken_format, missing_items, looping = [], [], [], []
     compared = changed = total_words = reference_items = 0
     for answer in reference:
         text = ours.get((answer.input_id, answer.sample))
@@ -62,6 +60,8 @@ def wording_changes(workload: Workload, reference: Sequence[Answer], level: Sequ
             changed_numbers.append(answer.input_id)
         if _is_json(answer.text) and not _is_json(text):
             broken_format.append(answer.input_id)
+        if _ends_in_loop(text) and not _ends_in_loop(answer.text):
+            looping.append(answer.input_id)
         items, missing = _items(inputs[answer.input_id], answer.text, text)
         reference_items += items
         missing_items += [(answer.input_id, item) for item in missing]
@@ -77,47 +77,15 @@ def wording_changes(workload: Workload, reference: Sequence[Answer], level: Sequ
         missing_items=tuple(missing_items),
         reference_items=reference_items,
         broken_format=tuple(dict.fromkeys(broken_format)),
+        looping=tuple(dict.fromkeys(looping)),
     )
 
 
-def degeneration(answers: Sequence[Answer]) -> Degeneration:
-    """Repetition in the long answers (``LONG_WORDS`` words or more); NaN when there are none."""
-    long = [(answer, words(answer.text.lower())) for answer in answers]
-    long = [(answer, said) for answer, said in long if len(said) >= LONG_WORDS]
-    distinct = {n: [_distinct(said, n) for _, said in long] for n in (1, 2, 4)}
-    mean = {n: statistics.fmean(shares) if shares else math.nan for n, shares in distinct.items()}
-    repeated = [_repeated_words(said) / len(said) for _, said in long]
-    return Degeneration(
-        answers=len(long),
-        distinct_1=mean[1],
-        distinct_2=mean[2],
-        distinct_4=mean[4],
-        repeated_share=statistics.fmean(repeated) if repeated else math.nan,
-        looping=tuple(dict.fromkeys(answer.input_id for answer, said in long if _ends_in_loop(said))),
-    )
-
-
-def _distinct(said: Sequence[str], n: int) -> float:
-    grams = [tuple(said[i : i + n]) for i in range(len(said) - n + 1)]
-    return len(set(grams)) / len(grams)
-
-
-def _repeated_words(said: Sequence[str]) -> int:
-    """Words that belong to a span which repeats the span right before it; from left to right, shortest span first."""
-    repeated, place = 0, 1
-    while place < len(said):
-        longest = min(_LONGEST_LOOP, place, len(said) - place)
-        for size in range(1, longest + 1):
-            if said[place : place + size] == said[place - size : place]:
-                repeated, place = repeated + size, place + size
-                break
-        else:
-            place += 1
-    return repeated
-
-
-def _ends_in_loop(said: Sequence[str]) -> bool:
-    """Whether the end is one span three times over, a last one possibly cut short."""
+def _ends_in_loop(text: str) -> bool:
+    """Whether the end of a long answer is one span three times over, a last one possibly cut short."""
+    said = words(text.lower())
+    if len(said) < _LONG_WORDS:
+        return False
     for size in range(1, min(_LONGEST_LOOP, len(said) // 3) + 1):
         tail = said[-3 * size :]
         if all(tail[i] == tail[i - size] for i in range(size, len(tail))):
