@@ -5,6 +5,7 @@ Slow: transformers builds each, the real converter converts it. Run with ``-m sl
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -31,21 +32,30 @@ SIZES: dict[str, Any] = {
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "lfm2": ("lfm2", {"layer_types": ["conv", "conv", "full_attention", "conv"], "block_multiple_of": 32}),
-    "gpt-oss": ("gpt_oss", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 32}),
-    "glm4moe": ("glm4_moe", {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
-                             "n_shared_experts": 1, "first_k_dense_replace": 1, "num_nextn_predict_layers": 0}),
-    "ernie4_5": ("ernie4_5", {}),
+    "lfm2moe": ("lfm2_moe", {
+        "layer_types": ["conv", "conv", "full_attention", "conv"], "num_dense_layers": 1, **EXPERTS,
+    }),
+    "gpt-oss": ("gpt_oss", {
+        "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 32, "tie_word_embeddings": False,
+    }),
     "cohere2": ("cohere2", {"sliding_window": 32}),
     "granite": ("granite", {"residual_multiplier": 0.5, "logits_scaling": 2.0, "embedding_multiplier": 3.0}),
     "hunyuan-dense": ("hunyuan_v1_dense", {}),
-    "olmoe": ("olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
-    "mamba2": ("mamba2", {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 1, "expand": 2,
-                          "chunk_size": 32}),
-    "deepseek2": ("deepseek_v2", {"kv_lora_rank": 32, "q_lora_rank": 32, "qk_nope_head_dim": 16,
-                                  "qk_rope_head_dim": 16, "v_head_dim": 16, "n_routed_experts": 4,
-                                  "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_shared_experts": 1,
-                                  "first_k_dense_replace": 1, "num_key_value_heads": 4}),
+    "olmoe": ("olmoe", {"num_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": False}),
+    "seed_oss": ("seed_oss", {"tie_word_embeddings": False}),
+    "starcoder2": ("starcoder2", {"use_bias": True}),
+    "mamba2": ("mamba2", {
+        "num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 1, "expand": 2, "chunk_size": 32,
+        "intermediate_size": 128,
+    }),
+    "deepseek2": ("deepseek_v2", {
+        "kv_lora_rank": 32, "q_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16,
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_shared_experts": 1,
+        "first_k_dense_replace": 1, "num_key_value_heads": 4,
+    }),
 }  # fmt: skip
+HUB_KEYS = {"cohere2": {"rotary_pct": 1.0}}
+"""What config.json on the hub has and transformers does not write."""
 
 
 def checkpoint(family: str, folder: Path, demo_gguf: Path) -> torch.nn.Module:
@@ -56,7 +66,7 @@ def checkpoint(family: str, folder: Path, demo_gguf: Path) -> torch.nn.Module:
     config = transformers.AutoConfig.for_model(
         model_type, **{**SIZES, "vocab_size": vocab, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **fields}
     )
-    config.tie_word_embeddings = True
+    config.tie_word_embeddings = fields.get("tie_word_embeddings", True)
     torch.manual_seed(1)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
     with torch.no_grad():
@@ -64,6 +74,8 @@ def checkpoint(family: str, folder: Path, demo_gguf: Path) -> torch.nn.Module:
             if parameter.ndim > 1:
                 parameter.mul_(4.0)
     model.save_pretrained(folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | HUB_KEYS.get(family, {})))
     return model
 
 

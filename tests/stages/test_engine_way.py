@@ -9,10 +9,12 @@ import tiny_models
 from bitladder.describe.windows import Window
 from bitladder.engines import llama_library
 from bitladder.engines.library_process import answers
-from bitladder.engines.llama_library import Library, LibraryError, library_missing, piece_length
+from bitladder.engines.llama_library import Library, LibraryError, piece_length
 from bitladder.engines.logit_scores import distribution, divergence
 from bitladder.engines.messages import BadMessage, Sender, receive
 from bitladder.errors import BadInput, BadWeights, EngineError, EngineGone, UnknownArchitecture
+from bitladder.files import engine_package
+from bitladder.files.engine_package import library_missing
 from bitladder.files.gguf import GgufFile
 from bitladder.records.fidelity import Way
 from bitladder.stages.engine_importance import engine_importance
@@ -261,7 +263,7 @@ def test_another_models_file_and_folders_are_refused(tmp_path):
 
 def test_a_build_whose_structures_are_not_known(monkeypatch, tmp_path):
     path = write_family(tmp_path / "tiny.gguf", "gpt-oss")
-    monkeypatch.setattr(llama_library, "engine_version", lambda: "2031.1.20000")
+    monkeypatch.setattr(engine_package, "engine_version", lambda: "2031.1.20000")
     assert "2031.1.20000" in library_missing()
     with pytest.raises(LibraryError, match=r"2031.1.20000"):
         Library()

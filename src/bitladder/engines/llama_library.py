@@ -1,7 +1,8 @@
 """llama.cpp's library inside the engine's wheel, through ctypes: logits at any position, and a look at what every
 matrix multiplies.
 
-The wheel exports llama.cpp's C functions (llama.h, ggml.h of the build named in ``KNOWN_BUILDS``). Their structures
+The wheel exports llama.cpp's C functions (llama.h, ggml.h of the build named in
+``files.engine_package.KNOWN_BUILDS``). Their structures
 have no version of their own, and a field more or less would be read as another field. So only builds whose headers
 were read are used; beyond that the defaults that the library gives are compared with those the header states, and a
 context's sizes are read back after it was made.
@@ -21,10 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bitladder.files.engine_package import ENGINE, engine_libraries, engine_version
-
-KNOWN_BUILDS = ("2026.10.11549",)
-"""Versions of the wheel whose llama.h and ggml.h the structures here are written from."""
+from bitladder.files.engine_package import ENGINE, engine_libraries, engine_version, library_missing
 
 F32, I32 = 0, 26
 """ggml's numbers of these types, which files have, too."""
@@ -139,16 +137,6 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {  # name: result, arguments
     "ggml_nbytes": (c.c_size_t, c.POINTER(Tensor)),
     "ggml_backend_buffer_is_host": (c.c_bool, _P),
 }
-
-
-def library_missing() -> str:
-    """Why the library cannot be used here; empty where it can. Looks at versions alone and loads nothing."""
-    version = engine_version()
-    if not version:
-        return f"{ENGINE}, which carries llama.cpp, is not installed"
-    if version not in KNOWN_BUILDS:
-        return f"the structures of {ENGINE} {version} are not known here (known: {', '.join(KNOWN_BUILDS)})"
-    return ""
 
 
 class Library:

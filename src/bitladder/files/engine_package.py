@@ -12,6 +12,8 @@ import re
 from pathlib import Path
 
 ENGINE = "xllamacpp"
+KNOWN_BUILDS = ("2026.10.11549",)
+"""Versions of the wheel whose llama.h and ggml.h the structures in ``engines/llama_library.py`` are written from."""
 
 
 def engine_version() -> str:
@@ -20,6 +22,16 @@ def engine_version() -> str:
         return importlib.metadata.version(ENGINE).partition("+")[0]
     except importlib.metadata.PackageNotFoundError:
         return ""
+
+
+def library_missing() -> str:
+    """Why llama.cpp's functions in the wheel cannot be called from here; empty where they can."""
+    version = engine_version()
+    if not version:
+        return f"{ENGINE}, which carries llama.cpp, is not installed"
+    if version not in KNOWN_BUILDS:
+        return f"the structures of {ENGINE} {version} are not known here (known: {', '.join(KNOWN_BUILDS)})"
+    return ""
 
 
 @functools.cache

@@ -57,8 +57,7 @@ def way_for(source: GgufFile, wanted: Way | None = None) -> Way:
 
 def engine_missing(model: Model) -> str:
     """Why the engine's library cannot measure a model; empty where nothing speaks against it. Starts nothing."""
-    from bitladder.engines.llama_library import library_missing
-    from bitladder.files.engine_package import ENGINE, engine_knows, engine_version
+    from bitladder.files.engine_package import ENGINE, engine_knows, engine_version, library_missing
 
     if missing := library_missing():
         return missing
