@@ -5,7 +5,7 @@ import struct
 import numpy as np
 import pytest
 
-from bitladder.describe.text import Document, text_hash
+from bitladder.describe.text import Document
 from bitladder.describe.windows import Window
 from bitladder.errors import BadFile, BadInput
 from bitladder.files.imatrix import ImportanceMatrix, read_imatrix, write_imatrix
@@ -171,11 +171,11 @@ def test_texts_found_apart_are_not_tokenized_again(demo_gguf, tmp_path, matrix, 
         return [Window(texts[0].name, np.arange(start, start + 100))]
 
     monkeypatch.setattr(Job, "windows", windows)
-    mine = [Document("mine", "text")]
+    build = Build(out=tmp_path / "out", measured_on=[Document("mine", "text")])
     with opened(str(demo_gguf), Work()) as job:
-        texts = text_hash(calibrated.calibration_texts(()))[:16]
-        (tmp_path / "importance").mkdir()
-        write_imatrix(tmp_path / "importance" / f"{job.source.sha256[:16]}-{texts}.gguf", matrix)
+        kept = calibrated.importance_file(job.source, calibrated.calibration_texts(()))
+        kept.parent.mkdir()
+        write_imatrix(kept, matrix)
         for _ in range(2):
-            calibrated.importance_of(job, Build(out=tmp_path, measured_on=mine))
+            calibrated.importance_of(job, build)
     assert len(tokenized) == 2  # each text once

@@ -33,6 +33,7 @@ from bitladder.report import read_run, write_run
 from bitladder.stages.weighing import keep_table, read_table
 from bitladder.store import Evidence
 from bitladder.store.evidence import canonical
+from bitladder.store.recorded import Recorded, StoredDecision, Subject
 
 KEPT = Path(__file__).parents[1] / "fixtures" / "records"
 STORED = {"fidelity": Fidelity, "answer": Answer, "speed": Speed, "file": StoredFile}
@@ -206,3 +207,35 @@ def test_a_folder_that_says_what_nobody_wrote_is_refused(tmp_path, change):
     (folder.target / MANIFEST).write_text(json.dumps({**stored, **change}))
     with pytest.raises(OutputError, match=r"made says of itself what .*: Expected"):
         proved(folder, None, checkpoint=None, template=None, prompts={})
+
+
+@pytest.mark.parametrize("value", [[], {}, "text", 3, {"decision": 3}, {"decision": {}, "run": 1}])
+def test_stored_evidence_that_is_no_record_counts_as_none(value):
+    """Somebody else's export may hold anything; it is measured anew, and takes the row's place."""
+    subject, engine = Subject("source", "Q8_0", "method"), {"threads": 1}
+    with Evidence.open("sqlite:///:memory:") as store:
+        recorded = Recorded(store)
+        speed = Speed(1.0, math.nan, 2.0)
+        recorded.keep_speed(subject, engine, speed)
+        rows = [(row.kind, row.key) for row in store.find("speed")]
+        rows += [("decision", {"source": "source", "bar": "kl < 1"}), ("file", {"source": "source", "path": "p"})]
+        for kind, key in rows:
+            store.put(kind, key, value)
+        assert recorded.speed(subject, engine) is None
+        assert (recorded.decisions("source"), recorded.files("source")) == ([], [])
+        recorded.keep_speed(subject, engine, speed)
+        assert to_json(recorded.speed(subject, engine)) == to_json(speed)
+
+
+def test_a_decision_comes_back_with_its_run(tmp_path):
+    decision = read_run(KEPT / "run.json").decision
+    with Evidence.open("sqlite:///:memory:") as store:
+        recorded = Recorded(store)
+        recorded.keep_decision("source", StoredDecision(decision, tmp_path / "run.json", "2026-01-31", "here"))
+        (row,) = store.find("decision")
+        kept = {"decision": to_json(decision), "run": str(tmp_path / "run.json"), "created": "2026-01-31"}
+        assert row.value == {**kept, "machine": "here"}
+        assert recorded.decisions("source") == [StoredDecision(decision, tmp_path / "run.json", "2026-01-31", "here")]
+        store.put("decision", row.key, {"decision": kept["decision"], "run": kept["run"]})  # as earlier versions did
+        (found,) = recorded.decisions("source")
+        assert (found.created, found.machine) == (store.find("decision")[0].created, "")

@@ -7,7 +7,7 @@ import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bitladder.cli.terminal import Steps, log_lines, say
 from bitladder.progress import LevelNews, Progress, silent
@@ -16,6 +16,7 @@ from bitladder.units import human_bytes
 if TYPE_CHECKING:
     from rich.console import Console, Group
     from rich.live import Live
+    from rich.progress import TaskID
     from rich.table import Table
 
 _TIMES_A_SECOND = 4
@@ -96,7 +97,7 @@ class LiveRun(Progress):
             TimeRemainingColumn(),
             console=console,
         )
-        self._task: Any = None
+        self._task: TaskID | None = None
         self._live: Live | None = None
 
     @contextmanager

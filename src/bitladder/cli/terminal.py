@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 
 import typer
 from typer.core import TyperGroup
@@ -17,6 +17,9 @@ from bitladder.errors import BitladderError
 from bitladder.progress import Progress, StepsOnly, silent
 from bitladder.records import to_json
 from bitladder.report.visible import console, on_one_line, visible, visible_json
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -138,7 +141,7 @@ def _live_bar() -> Iterator[Progress]:
     )
     with Bars(*columns, console=console(stderr=True), transient=False) as bars:
         steps = Steps()
-        task: Any = None
+        task: TaskID | None = None
 
         def progress(what: str, done: float, total: float) -> None:
             nonlocal task

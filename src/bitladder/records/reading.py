@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from typing import Any, TypeVar
 
 from bitladder.records import Real
@@ -22,7 +23,7 @@ def from_json(kind: type[T], data: Any) -> T:
     import msgspec  # here, because `--help` reads nothing
 
     try:
-        return msgspec.convert(data, kind, dec_hook=_real)
+        return msgspec.convert(data, kind, dec_hook=_other)
     except (msgspec.ValidationError, OverflowError, RecursionError) as error:
         raise ValueError(str(error)) from error
 
@@ -40,8 +41,10 @@ def read_json(kind: type[T], text: str | bytes) -> T:
     return from_json(kind, data)
 
 
-def _real(kind: type, value: Any) -> float:
-    """A ``Real``; msgspec adds the place to what is raised."""
+def _other(kind: type, value: Any) -> float | Path:
+    """A ``Real`` or a path; msgspec adds the place to what is raised."""
+    if kind is Path and isinstance(value, str):
+        return Path(value)
     if kind is not Real or isinstance(value, bool) or not isinstance(value, int | float | None):
-        raise TypeError(f"Expected `float | null`, got `{type(value).__name__}`")
+        raise TypeError(f"Expected `{'str' if kind is Path else 'float | null'}`, got `{type(value).__name__}`")
     return math.nan if value is None else float(value)

@@ -209,13 +209,18 @@ def search_table(outcome: LadderOutcome, bar: str, console: Console | None = Non
     """What a search for the smallest level found, and how little it asked."""
     from rich.text import Text
 
+    from bitladder.stats.sequential import Standing
+
     out = console or _console()
     table = _plain_table()
     for title in ("level", "inputs asked", "standing"):
         table.add_column(title, justify="right" if title == "inputs asked" else "left")
     for level, used, standing in zip(outcome.levels, outcome.inputs_used, outcome.standings, strict=True):
-        said = {"open": "ran out of inputs" if used else "not asked", "unlikely": "unlikely to meet the bar"}
-        table.add_row(level, str(used or "\u2013"), said.get(standing, f"{standing} the bar"))
+        said = {
+            Standing.OPEN: "ran out of inputs" if used else "not asked",
+            Standing.UNLIKELY: "unlikely to meet the bar",
+        }
+        table.add_row(level, str(used or "\u2013"), said.get(Standing(standing), f"{standing} the bar"))
     out.print(table)
     asked = f"{sum(outcome.inputs_used)} inputs asked of {sum(map(bool, outcome.inputs_used))} levels"
     if outcome.chosen and outcome.decided:

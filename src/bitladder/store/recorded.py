@@ -10,15 +10,13 @@ subject, named by its hash.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from bitladder import __version__
 from bitladder.files.engine_package import ENGINE, engine_version
-from bitladder.records import to_json
 from bitladder.records.decision import Decision
 from bitladder.records.endpoint import Fingerprint
 from bitladder.records.evaluation import Answer, Speed
@@ -26,6 +24,8 @@ from bitladder.records.fidelity import Fidelity, Way
 from bitladder.records.level_file import StoredFile
 from bitladder.records.reading import from_json
 from bitladder.store.evidence import Evidence
+
+T = TypeVar("T")
 
 WALK_PROTOCOL = "512-token windows, second half scored, float32, intervals allow for the worst once more"
 
@@ -82,9 +82,9 @@ class StoredDecision:
     decision: Decision
     run: Path
     """The run's record, run.json; it may be gone, or another's by now."""
-    created: str
+    created: str = ""
     """When the run ended, as its record says it; ISO 8601."""
-    machine: str
+    machine: str = ""
     """``files.measured.machine_key`` of the machine decided for; empty in rows of earlier versions."""
 
 
@@ -106,8 +106,8 @@ class Recorded:
         self, subject: Subject, text: str, reference: Subject | None = None, *, way: Way = Way.WALK
     ) -> Fidelity | None:
         """A stored fidelity, under the name the caller uses for the level; against the source by default."""
-        found = self._store.get("fidelity", self._fidelity_key(subject, text, reference, way))
-        return None if found is None else replace(from_json(Fidelity, found), level=subject.level)
+        found = self._read(Fidelity, "fidelity", self._fidelity_key(subject, text, reference, way))
+        return None if found is None else replace(found, level=subject.level)
 
     def keep_fidelity(self, subject: Subject, text: str, fidelity: Fidelity, reference: Subject | None = None) -> None:
         """Store a fidelity under the way it was measured; ``text`` is the text's hash."""
@@ -115,8 +115,7 @@ class Recorded:
 
     def answer(self, subject: Subject | Remote, question: str, engine: Mapping[str, Any]) -> Answer | None:
         """A stored answer to a question (its hash) through an engine with these settings."""
-        found = self._store.get("answer", {**subject.key, "question": question, "engine": dict(engine)})
-        return None if found is None else from_json(Answer, found)
+        return self._read(Answer, "answer", {**subject.key, "question": question, "engine": dict(engine)})
 
     def answers(
         self, subject: Subject | Remote, questions: Sequence[str], engine: Mapping[str, Any]
@@ -135,8 +134,7 @@ class Recorded:
 
     def fingerprint(self, remote: Remote) -> Fingerprint | None:
         """By which the model behind an address was last known."""
-        found = self._store.get("endpoint", {"endpoint": remote.base_url, "model": remote.model})
-        return None if found is None else from_json(Fingerprint, found)
+        return self._read(Fingerprint, "endpoint", {"endpoint": remote.base_url, "model": remote.model})
 
     def keep_fingerprint(self, remote: Remote, fingerprint: Fingerprint) -> None:
         """Store by what the model behind an address is known from now on."""
@@ -144,8 +142,7 @@ class Recorded:
 
     def speed(self, subject: Subject | Remote, engine: Mapping[str, Any]) -> Speed | None:
         """A stored speed, measured on this machine (the engine's settings name its processor)."""
-        found = self._store.get("speed", {**subject.key, "engine": dict(engine)})
-        return None if found is None else from_json(Speed, found)
+        return self._read(Speed, "speed", {**subject.key, "engine": dict(engine)})
 
     def keep_speed(self, subject: Subject | Remote, engine: Mapping[str, Any], speed: Speed) -> None:
         """Store a speed."""
@@ -166,13 +163,8 @@ class Recorded:
 
     def _files(self, **partial: str) -> list[StoredFile]:
         """Files whose row's key holds these values; rows that are no files of ours (imported ones may be) are none."""
-        found = []
-        for row in self._store.find("file", **partial):
-            with contextlib.suppress(ValueError):
-                file = from_json(StoredFile, row.value)
-                if (file.sha256, file.path) == (row.key.get("sha256"), row.key.get("path")):
-                    found.append(file)
-        return found
+        rows = ((_record(StoredFile, row.value), row.key) for row in self._store.find("file", **partial))
+        return [file for file, key in rows if file and (file.sha256, file.path) == (key.get("sha256"), key.get("path"))]
 
     def hash_of(self, subject: Subject) -> str | None:
         """Hash of the file that the measurements of a subject are of; None when that was never stored."""
@@ -194,17 +186,24 @@ class Recorded:
 
     def keep_decision(self, source: str, stored: StoredDecision) -> None:
         """Store the latest decision for a model and a bar, and where the run's record lies."""
-        value = {**vars(stored), "decision": to_json(stored.decision), "run": str(stored.run.resolve())}
+        value = replace(stored, run=stored.run.resolve())
         self._store.put("decision", {"source": source, "bar": stored.decision.bar}, value)
 
     def decisions(self, source: str) -> list[StoredDecision]:
         """The decisions of runs of a model, the newest first, under any bar."""
-        return [
-            StoredDecision(
-                from_json(Decision, row.value["decision"]),
-                Path(row.value["run"]),
-                row.value.get("created", row.created),
-                row.value.get("machine", ""),
-            )
-            for row in self._store.find("decision", source=source)
-        ]
+        rows = (
+            (_record(StoredDecision, row.value), row.created) for row in self._store.find("decision", source=source)
+        )
+        return [replace(stored, created=stored.created or created) for stored, created in rows if stored]
+
+    def _read(self, kind: type[T], name: str, key: Mapping[str, Any]) -> T | None:
+        return _record(kind, self._store.get(name, key))
+
+
+def _record(kind: type[T], value: Any) -> T | None:
+    """A stored record; None where none was found, or what cannot be one (it was imported, or is of another version):
+    it is measured anew then, and stored in its place."""
+    try:
+        return None if value is None else from_json(kind, value)
+    except ValueError:
+        return None

@@ -27,12 +27,25 @@ from numpy.typing import NDArray
 
 from bitladder.errors import OutputError
 from bitladder.files.atomic import write_whole
+from bitladder.records import to_json
+from bitladder.records.reading import read_json
 from bitladder.walk.states import States
 
 SECONDS_BETWEEN = 30.0
 _NOTE = "walk.json"
 
 Arrays = Mapping[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class _Note:
+    """What ``walk.json`` says."""
+
+    key: str
+    layer: int
+    groups: list[list[int]]
+    files: list[str]
+    arrays: str | None
 
 
 @dataclass(frozen=True)
@@ -69,22 +82,16 @@ class Keep:
         """What an earlier run left, or None when there is nothing whole under this key, of states
         f32[tokens, width]."""
         try:
-            note = json.loads((self._folder / _NOTE).read_text(encoding="utf-8"))
-            files = [self._folder / Path(name).name for name in note["files"]]
-            if note["key"] != self._key or any(file.stat().st_size != tokens * width * 4 for file in files):
+            note = read_json(_Note, (self._folder / _NOTE).read_text(encoding="utf-8"))
+            files = [self._folder / Path(name).name for name in note.files]
+            if note.key != self._key or any(file.stat().st_size != tokens * width * 4 for file in files):
                 return None
             arrays: dict[str, NDArray[Any]] = {}
-            if note["arrays"]:
-                with (self._folder / Path(note["arrays"]).name).open("rb") as file:
+            if note.arrays:
+                with (self._folder / Path(note.arrays).name).open("rb") as file:
                     arrays = dict(np.load(file, allow_pickle=False))
-            return Kept(int(note["layer"]), [list(map(int, group)) for group in note["groups"]], files, arrays)
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            TypeError,
-            zipfile.BadZipFile,
-        ):  # none, or not ours: notes are replaced whole
+            return Kept(note.layer, note.groups, files, arrays)
+        except (OSError, ValueError, zipfile.BadZipFile):  # none, or not ours: notes are replaced whole
             return None
 
     def due(self) -> bool:
@@ -100,20 +107,14 @@ class Keep:
         arrays = {f"{number}.{name}": array for number, own in enumerate(owned) for name, array in own.items()}
         files = [f"layer{layer}-{number}.f32" for number in range(len(groups))]
         named = f"layer{layer}.npz" if arrays else None
-        note = {
-            "key": self._key,
-            "layer": layer,
-            "groups": [list(members) for members, _ in groups],
-            "files": files,
-            "arrays": named,
-        }
+        note = _Note(self._key, layer, [list(members) for members, _ in groups], files, named)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             for name, (_, states) in zip(files, groups, strict=True):
                 states.everything.numpy().tofile(self._folder / name)
             if named:
                 np.savez(self._folder / named, **arrays)  # type: ignore[arg-type]
-            write_whole(self._folder / _NOTE, json.dumps(note))
+            write_whole(self._folder / _NOTE, json.dumps(to_json(note)))
             self._remove(but={*files, named})
         except OSError as error:
             raise OutputError(
