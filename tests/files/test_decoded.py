@@ -15,8 +15,10 @@ from bitladder.errors import BadFile, BadInput
 from bitladder.files import convert
 from bitladder.files.checkpoint import read_checkpoint
 from bitladder.files.decoded import decoded_bytes, decoding_of, write_decoded
+from bitladder.files.gguf import GgufFile
 from bitladder.files.sources import resolve
 from bitladder.levels.checkpoints.converter_formats import ReadAs
+from bitladder.stages.write_levels import quantize_levels
 from packed_checkpoints import alternating, awq, fp8, gptq, groups, int8, mxfp4, nvfp4, packed, repack
 from tiny_checkpoints import write_tokenizer
 
@@ -251,3 +253,54 @@ def test_damaged_arrays_are_refused_and_leave_nothing(plain, tmp_path, monkeypat
         with pytest.raises(BadFile, match=match):
             resolve(str(folder))
     assert not [path for path in (tmp_path / "cache" / "converted").rglob("*") if path.is_file()]
+
+
+@pytest.mark.model
+def test_experts_published_in_mxfp4_stay_bit_for_bit(tmp_path, demo_gguf, monkeypatch):
+    """As in gpt-oss: codes and scales of stacked experts, gate and up in turn by rows."""
+    import transformers
+
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    config = transformers.GptOssConfig(
+        vocab_size=write_tokenizer(folder, demo_gguf), hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_local_experts=4, num_experts_per_tok=2,
+        max_position_embeddings=512, sliding_window=128,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.GptOssForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    stored, truth = {}, {}
+    for name, value in load_file(folder / "model.safetensors").items():
+        if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            stored[name] = value
+            continue
+        rows = value.float().numpy().swapaxes(1, 2)  # the file holds a row for each output
+        made = [mxfp4(np.ascontiguousarray(expert)) for expert in rows]
+        codes = torch.stack([arrays["weight_packed"] for arrays, _ in made])
+        stored[f"{name}_blocks"] = codes.reshape(*codes.shape[:2], -1, 16)
+        stored[f"{name}_scales"] = torch.stack([arrays["weight_scale"] for arrays, _ in made])
+        truth[name] = np.stack([means for _, means in made])
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    document = json.loads((folder / "config.json").read_text())
+    document["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
+    (folder / "config.json").write_text(json.dumps(document))
+    assert decoding_of(read_checkpoint(folder)) is None
+    monkeypatch.setenv("BITLADDER_CONVERTER", str(convert.find_converter().folder))
+    monkeypatch.setenv("BITLADDER_CACHE", str(tmp_path / "cache"))
+    source = resolve(str(folder))
+    assert source.quantized
+    assert [warning for warning in source.warnings if "of its weights are MXFP4" in warning]
+    with GgufFile.open(source.path) as opened:
+        sizes = {}
+        for level in quantize_levels(opened, ["F16", "Q8_0", "Q4_K_M"], tmp_path / "out", effort="fast"):
+            sizes[level.level] = level.bytes
+            with GgufFile.open(level.path) as file:
+                for layer in range(2):
+                    up = truth[f"model.layers.{layer}.mlp.experts.gate_up_proj"]
+                    for role, want in (
+                        ("ffn_gate_exps", up[:, ::2]), ("ffn_up_exps", up[:, 1::2]),
+                        ("ffn_down_exps", truth[f"model.layers.{layer}.mlp.experts.down_proj"]),
+                    ):  # fmt: skip
+                        assert file.info(f"blk.{layer}.{role}.weight").qtype == "MXFP4"
+                        np.testing.assert_array_equal(file.read(f"blk.{layer}.{role}.weight"), want)
+        assert sizes["Q4_K_M"] <= sizes["Q8_0"] < source.path.stat().st_size  # it was larger than its source
