@@ -21,7 +21,10 @@ from conversion.base import ModelBase, TextModel
 def set_vocab(self):
     self.gguf_writer.add_tokenizer_model("gpt2")
     size = self.hparams.get("vocab_size") or self.hparams["text_config"]["vocab_size"]
+    self.gguf_writer.add_tokenizer_pre("gpt-2")
     self.gguf_writer.add_token_list([f"t{token}" for token in range(size)])
+    self.gguf_writer.add_token_types([1] * size)
+    self.gguf_writer.add_token_merges(["t 0"])
 
 def below(one):
     return [one] + [deeper for child in one.__subclasses__() for deeper in below(child)]

@@ -46,7 +46,7 @@ class Sender:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._file.close()
 
-    def send(self, kind: str, numbers: NDArray[np.float64] | None = None, **note: str) -> None:
+    def send(self, kind: str, numbers: NDArray[np.floating] | None = None, **note: str) -> None:
         """Send one message at once."""
         words = json.dumps({"kind": kind, **note}).encode()[:_NOTE_BYTES]
         body = b"" if numbers is None else np.ascontiguousarray(numbers, "<f8").tobytes()

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+HEAD = -1
+"""In the place of a layer's number: the norm and the head behind the layers."""
+
 
 class Implementation(StrEnum):
     """Who computes the model's forward pass."""
@@ -43,7 +46,7 @@ class LayerGap:
     are Euclidean, over the channels of a token's state."""
 
     layer: int
-    """From 0; the number of layers stands for the norm and the head."""
+    """From 0, or ``HEAD``."""
     gap: float
     """Median over tokens: the length of the difference, as a share of what the layer changed."""
     bound: float
@@ -73,7 +76,7 @@ class Comparison:
     top1: float
     """Share of these tokens whose most likely next token is the same."""
     first: int | None
-    """The first layer where they part; None where none does."""
+    """The first layer where they part, or ``HEAD``; None where none does."""
     agrees: bool
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from bitladder.records.selfcheck import Comparison, SelfCheck, Trust
+from bitladder.records.selfcheck import HEAD, Comparison, SelfCheck, Trust
 from bitladder.report.visible import console as visible_console
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def selfcheck_table(check: SelfCheck, *, every: bool = False, console: Console |
         out.print(Text(f"{one.name.value:<13} {one.how or f'not compared: {one.missing}'}"))
     for made in check.comparisons:
         out.print()
-        out.print(Text(_verdict(made, check.n_layer), style="green" if made.agrees else "red"))
+        out.print(Text(_verdict(made), style="green" if made.agrees else "red"))
         out.print(Text(f"  bound: {made.bound}", style="dim"))
         shown = [gap for gap in made.layers if every or gap.parts]
         if shown:
@@ -36,7 +36,7 @@ def selfcheck_table(check: SelfCheck, *, every: bool = False, console: Console |
             for title in ("differs by", "may by", "tokens outside"):
                 table.add_column(title, justify="right")
             for gap in shown:
-                name = "head" if gap.layer == check.n_layer else str(gap.layer)
+                name = "head" if gap.layer == HEAD else str(gap.layer)
                 style = "red" if gap.parts else ""
                 table.add_row(name, _share(gap.gap), _share(gap.bound), f"{gap.outside:.0%}", style=style)
             out.print(table)
@@ -51,20 +51,18 @@ def selfcheck_table(check: SelfCheck, *, every: bool = False, console: Console |
         out.print(Text(note, style="dim"))
 
 
-def _verdict(made: Comparison, n_layer: int) -> str:
+def _verdict(made: Comparison) -> str:
     names = f"{made.one.value} and {made.other.value}"
-    same = f"predictions: KL {made.kl_mean:.2g}, the same next token {made.top1:.0%}"
+    same = f"KL of predictions {made.kl_mean:.2g}, the same next token {made.top1:.0%}"
     if not made.layers:
-        verdict = "agree" if made.agrees else "part"
-        return (
-            f"{names} {verdict}, by predictions alone ({made.unseen}); {same}; KL up to {made.kl_bound:.2g} is rounding"
-        )
+        verdict = f"{'agree' if made.agrees else 'part'}, by predictions alone ({made.unseen})"
+        return f"{names} {verdict}; {same}; rounding explains a KL up to {made.kl_bound:.2g}"
     if made.agrees:
-        widest = max(made.layers, key=lambda gap: gap.gap)
-        return f"{names} agree in all {len(made.layers)} places; widest {_share(widest.gap)} of what a layer changes; {same}"
-    parting = [gap for gap in made.layers if gap.parts]
-    where = "the head" if made.first == n_layer else f"layer {made.first}"
-    return f"{names} part at {where} first, in {len(parting)} of {len(made.layers)} places; {same}"
+        widest = _share(max(gap.gap for gap in made.layers))
+        return f"{names} agree in all {len(made.layers)} places, within {widest} of what a layer changes; {same}"
+    parting = sum(gap.parts for gap in made.layers)
+    where = "the head" if made.first == HEAD else f"layer {made.first}"
+    return f"{names} part at {where} first, in {parting} of {len(made.layers)} places; {same}"
 
 
 def _share(value: float) -> str:

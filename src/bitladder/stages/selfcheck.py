@@ -15,7 +15,7 @@ from bitladder.records.selfcheck import Compared, Comparison, Implementation, Se
 from bitladder.stages.engine_way import engine_missing, way_for
 from bitladder.stages.forecast import forecast, walking_need, weights_used
 from bitladder.stages.job import Job, Work, opened
-from bitladder.units import human_bytes
+from bitladder.units import Basis, human_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -88,7 +88,7 @@ class _Check:
 
     def run(self) -> SelfCheck:
         """All of it, within a forecast of what it takes."""
-        job, model = self.job, self.job.source.model
+        job = self.job
         self.checkpoint = self._usable_checkpoint()
         needs = self._needs()
         if len(needs) < 2:
@@ -97,14 +97,14 @@ class _Check:
         words = f"compare {' and '.join(needs)} on {total} tokens"
         need = replace(
             max(needs.values(), key=lambda one: one.ram_bytes),
-            what=words, kind="selfcheck", seconds=sum(one.seconds for one in needs.values()), label="assumed",
+            what=words, kind="selfcheck", seconds=sum(one.seconds for one in needs.values()), label=Basis.ASSUMED,
         )  # fmt: skip
         with forecast(need, job.journal):
             tokens, text = self._tokens()
             comparisons = self._compare(tokens, needs)
         if not comparisons:
             raise self._nothing()
-        return self._record(comparisons, text, model.dims.n_layer)
+        return self._record(comparisons, text)
 
     # Who can go
 
@@ -135,7 +135,7 @@ class _Check:
                 self.missing[name] = (
                     f"it needs {human_bytes(need.ram_bytes)} of memory, {human_bytes(machine.ram_available)} are free"
                 )
-            elif name is ENGINE and (why := engine_missing(self.job.source.model.dims.architecture)):
+            elif name is ENGINE and (why := engine_missing(self.job.source.model)):
                 self.missing[name] = why
             else:
                 needs[name] = need
@@ -190,7 +190,7 @@ class _Check:
         return UnknownArchitecture(
             f"There is nothing to compare for '{self.job.source.model.dims.architecture}': {alone}.",
             means="\n".join(reasons),
-            do="Give the model's checkpoint folder or hf:org/name instead of the file, which transformers can run, too.",
+            do="Give the model's checkpoint folder or hf:org/name instead of the file: transformers can run that, too.",
         )
 
     # The tokens
@@ -303,7 +303,7 @@ class _Check:
         return comparison(one, other, layers, bound, kl_mean=kl, kl_rounding=kl_rounding, top1=top1, unseen=unseen)
 
     def _weight_share(self) -> float:
-        """What rounding a checkpoint's weights to the file's type may change; nothing where they are read as they are."""
+        """What rounding a checkpoint's weights to the file's type may change; nothing where none were rounded."""
         from bitladder.files.checkpoint import read_checkpoint
         from bitladder.plan.selfcheck import WEIGHT_SHARES
 
@@ -315,7 +315,7 @@ class _Check:
 
     # What follows
 
-    def _record(self, comparisons: Sequence[Comparison], text: str, n_layer: int) -> SelfCheck:
+    def _record(self, comparisons: Sequence[Comparison], text: str) -> SelfCheck:
         from bitladder.plan.selfcheck import blind_spots, trust
 
         job, model = self.job, self.job.source.model
@@ -326,7 +326,7 @@ class _Check:
         return SelfCheck(
             model=job.found.label,
             architecture=model.dims.architecture,
-            n_layer=n_layer,
+            n_layer=model.dims.n_layer,
             windows=WINDOWS,
             tokens=self.n,
             text=text,
@@ -334,7 +334,7 @@ class _Check:
             comparisons=tuple(comparisons),
             trust=trust(
                 compared, comparisons, measured_by=self._measured_by(),
-                from_checkpoint=self.checkpoint is not None and TRANSFORMERS in self.traces, n_layer=n_layer,
+                from_checkpoint=self.checkpoint is not None and TRANSFORMERS in self.traces,
             ),
             notes=blind_spots(_sliding(job), self.n, model.dims.n_ctx_train),
             agrees=all(one.agrees for one in comparisons),
@@ -346,7 +346,7 @@ class _Check:
     def _measured_by(self) -> Implementation:
         """What fidelity and importance of this model come from, as ``measure`` chooses."""
         try:
-            way = way_for(self.job.source.model)
+            way = way_for(self.job.source)
         except UnknownArchitecture:
             way = Way.ENGINE
         return WALK if way is Way.WALK and WALK in self.traces else ENGINE

@@ -1,5 +1,5 @@
-"""transformers' own whole forward pass of a model: of a checkpoint, whose layers are loaded when the pass reaches them and
-dropped behind it; or of a GGUF file, which transformers reads whole.
+"""transformers' own whole forward pass of a model: of a checkpoint, whose layers are loaded when the pass reaches them
+and dropped behind it; or of a GGUF file, which transformers reads whole.
 
 Nothing here knows how the walk calls layers, or how a GGUF file's tensors become parameters: it is what the walk is
 compared with.
@@ -23,7 +23,6 @@ from bitladder.errors import BitladderError, UnknownArchitecture
 from bitladder.formats.blocks import QTYPES
 from bitladder.progress import Progress
 from bitladder.walk.checkpoint_layers import CheckpointLayers, quiet_loading
-from bitladder.walk.layers import inference
 from bitladder.walk.rounding import rounded_input
 from bitladder.walk.skeleton import Skeleton, refused
 from bitladder.walk.trace import Step, Trace, head_step, step
@@ -69,11 +68,11 @@ class OwnForward:
         _, rounded, loose = self._run(tokens, given.states, progress, qtype_of)
         steps = []
         for layer, after in given.states.items():
-            if layer in exact and (layer == 0 or layer - 1 in given.states):
+            if layer in exact and given.shows(layer):
                 steps.append(step(layer, before, after, exact[layer], rounded[layer]))
             before = after
         if steps and len(self.blocks) - 1 in given.states:
-            steps.append(head_step(len(self.blocks), given.logits, logits[:, -last:], loose[:, -last:]))
+            steps.append(head_step(given.logits, logits[:, -last:], loose[:, -last:]))
         return steps
 
     def _run(
@@ -111,7 +110,7 @@ class OwnForward:
 
             return hook
 
-        with ExitStack() as hooks, inference():
+        with ExitStack() as hooks, torch.no_grad():
             for layer, block in enumerate(self.blocks):
                 hooks.callback(block.register_forward_pre_hook(before(layer), with_kwargs=True).remove)
                 hooks.callback(block.register_forward_hook(behind(layer)).remove)
@@ -147,8 +146,8 @@ def _rounding(qtype: str) -> Callable[[nn.Module, tuple[Any, ...]], Any]:
 
 
 class CheckpointForward(OwnForward):
-    """Of a checkpoint folder: configuration and weights alone, no code. Memory: embedding, head and one layer, in 32-bit
-    floats.
+    """Of a checkpoint folder: configuration and weights alone, no code. Memory: embedding, head and one layer, in
+    32-bit floats.
 
     Raises:
         UnknownArchitecture: transformers does not know the class, or its layers cannot be loaded one by one.
@@ -198,7 +197,8 @@ class GgufForward(OwnForward):
                     alone, gguf_file=file.name, local_files_only=True, trust_remote_code=False
                 ).get_text_config(decoder=True)
                 skeleton = skeleton_of(usable(config))
-                found = load_gguf_checkpoint(str(file), return_tensors=True, model_to_load=skeleton.model)["tensors"]
+                read: Any = load_gguf_checkpoint
+                found = read(str(file), return_tensors=True, model_to_load=skeleton.model)["tensors"]
             except BitladderError:
                 raise
             except Exception as error:  # whatever its reader raises on a file that it does not know

@@ -1,8 +1,9 @@
 """One forward pass as every implementation can show it: hidden states after each layer and the last logits. And layers
 done again on another's states.
 
-A layer that is given what another implementation had before it, and is compared with what that one had after it, shows
-its own difference alone: nothing that came before adds to it, and every layer that differs is found, not just the first.
+A layer that is given what another implementation had before it, and is compared with what that one had after it,
+shows its own difference alone: nothing that came before adds to it, and every layer that differs is found, not just the
+first.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from bitladder.progress import Progress
-from bitladder.records.selfcheck import Implementation
+from bitladder.records.selfcheck import HEAD, Implementation
 from bitladder.walk.layers import LayeredModel, inference
 from bitladder.walk.rounding import rounded_input
 from bitladder.walk.weights import FileWeights
@@ -35,13 +36,17 @@ class Trace:
     logits: torch.Tensor
     """f32[windows, last, n_vocab] of the last tokens of each window."""
 
+    def shows(self, layer: int) -> bool:
+        """Whether the states before and after a layer are known; those before the first are everybody's."""
+        return layer in self.states and (layer == 0 or layer - 1 in self.states)
+
 
 @dataclass(frozen=True)
 class Step:
     """A layer done again on another implementation's states. All f64[tokens]: lengths of vectors."""
 
     layer: int
-    """The number of layers stands for the norm and the head."""
+    """Or ``HEAD``."""
     gap: Numbers
     """Of what differs: from the result with rounded inputs where there is one."""
     rounding: Numbers
@@ -62,9 +67,9 @@ def step(
     return Step(layer, _lengths(after - other), _lengths(rounding), _lengths(exact - before), _lengths(before))
 
 
-def head_step(n_layer: int, wanted: torch.Tensor, exact: torch.Tensor, rounded: torch.Tensor | None = None) -> Step:
+def head_step(wanted: torch.Tensor, exact: torch.Tensor, rounded: torch.Tensor | None = None) -> Step:
     """The same of logits f32[..., n_vocab]."""
-    return step(n_layer, exact.mean(-1, keepdim=True).expand_as(exact), wanted, exact, rounded)
+    return step(HEAD, exact.mean(-1, keepdim=True).expand_as(exact), wanted, exact, rounded)
 
 
 def _lengths(x: torch.Tensor) -> Numbers:
@@ -81,7 +86,7 @@ def walked(
     rounding: Collection[Implementation],
     last: int,
 ) -> tuple[Trace, torch.Tensor, dict[Implementation, list[Step]]]:
-    """The walk's own pass, the logits of one that rounds what matrices read, and its layers done again on others' states.
+    """The walk's own pass; the logits of one that rounds what matrices read; its layers done again on others' states.
 
     Args:
         model: the layers.
@@ -102,7 +107,7 @@ def walked(
     for layer in range(model.n_layer):
         progress("walk: layer by layer", layer, model.n_layer)
         block = model.layer(layer, weights)
-        seen = {name: trace.states[layer] for name, trace in given.items() if layer in trace.states}
+        seen = {name: trace.states[layer] for name, trace in given.items() if trace.shows(layer)}
         own = states[layer] = model.run(block, layer, own)
         exact = {name: model.run(block, layer, before[name]) for name in seen}
         rounded: dict[Implementation, torch.Tensor] = {}
@@ -120,7 +125,7 @@ def walked(
             at_end = before[name][:, -last:]
             exact_logits = _logits(model, weights, at_end, rounded=False)
             rounded_logits = _logits(model, weights, at_end, rounded=True) if name in rounding else None
-            steps[name].append(head_step(model.n_layer, trace.logits, exact_logits, rounded_logits))
+            steps[name].append(head_step(trace.logits, exact_logits, rounded_logits))
     progress("walk: layer by layer", model.n_layer, model.n_layer)
     plain = _logits(model, weights, own[:, -last:], rounded=False)
     return Trace(states, plain), _logits(model, weights, loose[:, -last:], rounded=True) if rounding else plain, steps
