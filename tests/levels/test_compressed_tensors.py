@@ -11,7 +11,16 @@ from tiny_checkpoints import decoded, difference, loaded, run, tiny
 
 pytest.importorskip("compressed_tensors")
 
-LEVELS = ["INT8-W8A8", "INT8-W8A8-smooth", "INT8-W8A16", "GPTQ-4bit-g32-ct", "AWQ-4bit-g32-ct"]
+LEVELS = [
+    "INT8-W8A8",
+    "INT8-W8A8-smooth",
+    "INT8-W8A16",
+    "W3A16-g32",
+    "W5A16-channel",
+    "W7A16-g64",
+    "GPTQ-4bit-g32-ct",
+    "AWQ-4bit-g32-ct",
+]
 
 
 @pytest.mark.filterwarnings("ignore")  # of the other package, and of transformers about what it was told
@@ -31,3 +40,46 @@ def test_the_weights_are_those_that_were_decoded(dequantize: bool, tmp_path: Pat
         activations = "W8A8" in level and not dequantize
         assert difference(expected, found) < (2e-2 if activations else 1e-9), level
         assert difference(model, found) < (0.03 if "INT8" in level else 0.6), level
+
+
+FLOATS = ["FP8-DYNAMIC", "FP8-BLOCK", "NVFP4", "NVFP4A16", "MXFP4", "MXFP4A16", "MXFP8", "MXFP8A16"]
+WIDE = {"hidden_size": 256, "intermediate_size": 384, "num_attention_heads": 2, "num_key_value_heads": 1}
+
+
+@pytest.fixture(scope="module")
+def floats(tmp_path_factory):
+    """A tiny model and all levels of small floats."""
+    folder = tmp_path_factory.mktemp("floats")
+    model, checkpoint, gguf = tiny("llama", folder, **WIDE)
+    run(gguf, FLOATS, folder / "out", checkpoint)
+    return model, folder / "out"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("level", FLOATS)
+def test_small_floats_are_those_that_were_decoded(level: str, floats):
+    """Every weight as its own reader decodes it, up to bfloat16, in which that computes some of them."""
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+    _, out = floats
+    folder = out / f"tiny-{level}"
+    config = CompressedTensorsConfig(dequantize=True)
+    found = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=config)
+    linears = {name: value for name, value in decoded(folder, level).items() if "_proj" in name}
+    assert len(linears) == 21
+    for name, expected in linears.items():
+        own = found.get_parameter(name).detach()
+        torch.testing.assert_close(own.float(), torch.from_numpy(expected), rtol=2**-7, atol=1e-7, msg=name)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("level", FLOATS)
+def test_small_floats_run_as_they_are(level: str, floats):
+    """Left compressed, inputs are rounded as the walk rounds them."""
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+    model, out = floats
+    folder = out / f"tiny-{level}"
+    config = CompressedTensorsConfig(dequantize=False)
+    found = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=config).eval()
+    assert difference(model, found) < 0.6, level

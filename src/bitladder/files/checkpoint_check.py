@@ -3,7 +3,7 @@ computed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,23 @@ class CheckpointReader:
                 f"{self.folder}: {prefix} contradicts itself: {error}", do="Write the level again."
             ) from error
 
+    def input_rounding(self, linear: str) -> Callable[[Any], Any] | None:
+        """What engines do to the inputs of a layer; None where it is not quantized, or they do nothing.
+
+        Raises:
+            BadFile: an array that says so is damaged.
+        """
+        if not self._is_quantized(linear):
+            return None
+        keys = {suffix: f"{linear}.{suffix}" for suffix in self.format.input_arrays}
+        arrays = {suffix: self._read(key) for suffix, key in keys.items() if key in self._where}
+        try:
+            return self.format.input_rounding(arrays)
+        except (ValueError, KeyError, TypeError) as error:
+            raise BadFile(
+                f"{self.folder}: {linear} contradicts itself: {error}", do="Write the level again."
+            ) from error
+
     def _is_quantized(self, prefix: str) -> bool:
         return all(f"{prefix}.{suffix}" in self._where for suffix in self.format.suffixes[:2])
 
@@ -98,8 +115,8 @@ def format_of_folder(folder: Path) -> CheckpointFormat:
         what = "has no quantization_config" if not found else "is quantized in a format or with options not read here"
         raise BadInput(
             f"{folder} {what}.",
-            means="GPTQ (both versions), AWQ (GEMM) and compressed-tensors (pack-quantized, int8 with dynamic inputs) "
-            "are read, with one scheme for all layers.",
+            means="GPTQ (both versions), AWQ (GEMM) and compressed-tensors (pack-quantized, int8, FP8, NVFP4, MXFP4 and "
+            "MXFP8, inputs rounded at run time) are read, with one scheme for all layers.",
             do="Give a folder in one of these formats, or a GGUF file.",
         )
     return form
@@ -119,4 +136,6 @@ def decoded_linears(folder: Path, level: CheckpointLevel) -> Iterator[tuple[str,
 def _array(tensor: Any) -> npt.NDArray[Any]:
     import torch
 
+    if tensor.dtype in (torch.float8_e4m3fn, torch.float8_e8m0fnu):
+        return np.asarray(tensor.view(torch.uint8).numpy())
     return np.asarray((tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy())

@@ -20,6 +20,9 @@ from numba import njit, prange
 
 F32 = npt.NDArray[np.float32]
 
+_SHORT = 32
+"""Tables up to this long are searched from end to end, which needs no branches."""
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -60,11 +63,26 @@ def contiguous_groups(columns: int, group_size: int) -> npt.NDArray[np.int32]:
 
 
 @njit(cache=True, inline="always")
+def _nearest_of_many(at: Any, table: F32) -> int:
+    """The same by halving: the entries left and right of ``at``, of which one is nearest."""
+    low, high = 0, table.size - 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        if table[middle] < at:
+            low = middle
+        else:
+            high = middle
+    return high if abs(at - table[high]) < abs(at - table[low]) else low
+
+
+@njit(cache=True, inline="always")
 def nearest_step(at: Any, lowest: int, highest: int, table: F32) -> int:
     """The code whose step is nearest to ``at``; ties go to the even code, or to the lower entry of a
     table."""
     if table.size == 0:
         return int(min(max(np.rint(at), lowest), highest))
+    if table.size > _SHORT:
+        return lowest + _nearest_of_many(at, table)
     best = 0
     for entry in range(1, table.size):
         if abs(at - table[entry]) < abs(at - table[best]):

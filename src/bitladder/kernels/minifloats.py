@@ -54,10 +54,20 @@ def e8m0(codes: U8) -> F32:
     return _E8M0[codes]
 
 
+def e2m1(codes: U8) -> F32:
+    """Values of E2M1 codes, one to a byte, in their shape."""
+    return _E2M1[codes]
+
+
 def e2m1_pairs(packed: U8) -> F32:
     """Values ``f32[..., 2 n]`` of E2M1 codes ``u8[..., n]``, two to a byte, the first in the low half."""
     codes = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
     return _E2M1[codes]
+
+
+def pair(codes: U8) -> U8:
+    """E2M1 codes ``u8[..., 2 n]``, two to a byte, the first in the low half: the inverse of unpacking."""
+    return np.ascontiguousarray(codes[..., ::2] | codes[..., 1::2] << 4)
 
 
 def spread(scales: F32, shape: tuple[int, int], block: tuple[int, int]) -> F32:

@@ -124,6 +124,10 @@ class Method(ABC):
             ValueError: it cannot be factored.
         """
 
+    def importance(self, seen: Prepared) -> F32 | None:  # noqa: ARG002
+        """What an error of each column costs where scales are searched, ``f32[columns]``; None: all the same."""
+        return None
+
     @abstractmethod
     def apply(
         self, form: CheckpointFormat, seen: Prepared, weights: F32, *, scale_dtype: str = "float16", device: str = "cpu"
@@ -164,8 +168,11 @@ class Rounding(Method):
         device: str = "cpu",  # noqa: ARG002
     ) -> Rounded:
         """As ``Method``."""
-        importance = None if seen.gram is None or not self._weighs else _energies(seen.gram)
-        return _rounded(form, importance, seen.gram, weights, scale_dtype)
+        return _rounded(form, self.importance(seen), seen.gram, weights, scale_dtype)
+
+    def importance(self, seen: Prepared) -> F32 | None:
+        """The inputs' energies, where the method reads a text."""
+        return None if seen.gram is None or not self._weighs else _energies(seen.gram)
 
 
 class Smoothing(Rounding):
@@ -243,6 +250,10 @@ class Feedback(Method):
         factor = gptq.prepare(gram, damp=damp, act_order=act_order, overwrite=overwrite)
         note = f"Hessian not positive definite: damping raised to {factor.damp:g}" if factor.rescued else ""
         return Prepared(factor=factor, damp=factor.damp, note=note)
+
+    def importance(self, seen: Prepared) -> F32 | None:
+        """What an error costs once the columns before are fixed."""
+        return None if seen.factor is None else seen.factor.importance
 
     def apply(
         self, form: CheckpointFormat, seen: Prepared, weights: F32, *, scale_dtype: str = "float16", device: str = "cpu"

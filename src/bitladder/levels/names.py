@@ -41,7 +41,7 @@ def parse_level(text: str) -> Level:
         kind, recipes = _WITH_RECIPES[prefix]
         return kind(_recipe(text, rest, f"{prefix}-", recipes))
     if prefix in checkpoints.prefixes():
-        if rest:
+        if rest or checkpoints.named(name) is not None:
             return checkpoints.parse_checkpoint(name)
         files = f"; a GGUF file {prefix}-Q4_K_M" if prefix in _WITH_RECIPES else ""
         raise UnknownLevel(

@@ -40,9 +40,8 @@ class CheckpointWeights:
         self._source, self._model = source, model
         self._family = layered(source.file, source).family
         self._reader = CheckpointReader(folder, form)
-        self._folder, self._format = folder, form
+        self._folder = folder
         self._identity = checkpoint_sha256(folder)
-        self._quantized = frozenset(self._reader.linears())
 
     def __call__(self, name: str, rows: Rows = None) -> F32:
         """As ``LevelWeights``; a decoder layer's tensors are the folder's, all others the source's."""
@@ -76,15 +75,13 @@ class CheckpointWeights:
     def qtype(self, name: str) -> InputType:
         """What a matrix's inputs meet at run time: the rounding of the level's format where it has one, else ``F32``,
         nothing."""
-        rounds = self._format.rounds_inputs
-        if rounds is None or not name.startswith("blk."):
+        if not name.startswith("blk."):
             return "F32"
         _, layer, role = name.split(".", 2)
         parameter, _ = _parameter_of(self._family, role)
         expert = 0 if parameter.path in self._family.experts else None
         linear = disk_names.disk_linears(self._family, parameter.path, expert)[0]
-        quantized = f"{self._family.disk.layers}{layer}.{linear.name}" in self._quantized
-        return rounds if quantized else "F32"
+        return self._reader.input_rounding(f"{self._family.disk.layers}{layer}.{linear.name}") or "F32"
 
     def identity(self, name: str) -> Hashable:
         """The folder's for layers, the source's for the rest."""

@@ -16,7 +16,7 @@ from bitladder.levels import CheckpointLevel
 from bitladder.levels.methods import Prepared
 from bitladder.walk.driver import Builder, Stream
 from bitladder.walk.folding import matrix, set_matrix
-from bitladder.walk.inputs import InputStatistics
+from bitladder.walk.inputs import InputStatistics, peak_of
 from bitladder.walk.layer_pass import LayerPass
 from bitladder.walk.layers import LayeredModel
 from bitladder.walk.made import SCALE_DTYPES, InStore, LayerOutput, floats_of, naming, too_few
@@ -61,10 +61,11 @@ class GptqLevel(InStore, Builder):
             parameters = quantized_parameters(self._model.family, shared)
             if not parameters:
                 continue
-            gathered = through.gather(shared)
+            gathered = through.gather(shared, largest=self._level.format.reads_peaks)
+            peak = peak_of(gathered)
             alone = len(gathered) == 1
             for expert in range(len(gathered)):
-                self._quantize(layer, block, parameters, None if alone else expert, gathered, output)
+                self._quantize(layer, block, parameters, None if alone else expert, gathered, peak, output)
         through.finish()
         output.floats = floats_of(self._model, block)
         self.put(layer, output, monotonic() - started)
@@ -76,22 +77,26 @@ class GptqLevel(InStore, Builder):
         parameters: Sequence[Parameter],
         expert: int | None,
         gathered: list[InputStatistics],
+        peak: float | None,
         output: LayerOutput,
     ) -> None:
         """Quantize what reads the first of ``gathered``, which is taken out: its Gram matrix may be as large as the
-        layer, and its factor takes its place."""
+        layer, and its factor takes its place. ``peak``: the largest magnitude of all."""
         method, statistics = self._level.method, gathered.pop(0)
         tokens, few = statistics.tokens, too_few(expert, statistics)
         with naming(layer, parameters[0].path):
             seen = method.prepare(statistics.gram, damp=self._damp, act_order=self._act_order, overwrite=True)
         del statistics
+        known = Prepared() if few else seen
+        with naming(layer, parameters[0].path):
+            matrices = (matrix(block, parameter, expert) for parameter in parameters)
+            form = self._level.format.joined(matrices, method.importance(known), peak)
         for parameter in parameters:
             weights = matrix(block, parameter, expert)
             with naming(layer, parameter.path):
                 found = method.apply(
-                    self._level.format, Prepared() if few else seen, weights, scale_dtype=self._scale_dtype,
-                    device=str(self._model.device),
-                )  # fmt: skip
+                    form, known, weights, scale_dtype=self._scale_dtype, device=str(self._model.device)
+                )
             set_matrix(block, parameter, expert, found.decoded)
             note = few or seen.note
             output.add(self._model, self._level, parameter, expert, found, tokens=tokens, note=note, damp=seen.damp)

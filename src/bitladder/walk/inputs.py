@@ -247,6 +247,12 @@ class InputWatch:
         return {shared: [_checked(shared, layer, one.result()) for one in own] for shared, own in self.sums.items()}
 
 
+def peak_of(statistics: Sequence[InputStatistics]) -> float | None:
+    """The largest magnitude in an input, of all experts together; None where nobody asked, or nothing came by."""
+    found = max((float(one.largest.max(initial=0)) for one in statistics), default=0.0)
+    return found if found > 0 else None
+
+
 def merged(parts: Sequence[InputWatch]) -> InputWatch:
     """What all shards saw, added in their order."""
     first, *others = parts

@@ -47,22 +47,30 @@ class LayerPass:
         self._passed: set[tuple[str, int]] = set()
         """Where a kept input, of a module and of the batch that begins there, has been replaced by the output."""
 
-    def gather(self, shared: SharedInput, original: States | None = None) -> list[InputStatistics]:
+    def gather(
+        self, shared: SharedInput, original: States | None = None, *, largest: bool = False
+    ) -> list[InputStatistics]:
         """Statistics of one shared input (one per expert for stacked experts); the pass ends where it is
         seen. Inputs are gathered in the order they are computed; what reads them must not change after the next
-        one was gathered. ``original``: what the source itself has there, of a linear layer's input.
+        one was gathered. ``original``: what the source itself has there, of a linear layer's input. ``largest``: largest magnitudes are asked for, too.
 
         Raises:
             BadWeights: the inputs are not finite.
         """
         whole = frozenset(self._kept)  # what this very pass begins to keep is there for the batches before, not after
-        parts = [self._gather(shared, shard, whole, original) for shard in self._stream.shards]
+        wants = Wants(gram=True, largest=largest)
+        parts = [self._gather(shared, shard, whole, original, wants) for shard in self._stream.shards]
         return merged(parts).results(self._layer)[shared]
 
     def _gather(
-        self, shared: SharedInput, shard: Sequence[Batch], whole: frozenset[str], original: States | None
+        self,
+        shared: SharedInput,
+        shard: Sequence[Batch],
+        whole: frozenset[str],
+        original: States | None,
+        wants: Wants,
     ) -> InputWatch:
-        watch = InputWatch([shared], Wants(gram=True), half=self._stream.half)
+        watch = InputWatch([shared], wants, half=self._stream.half)
         for batch in shard:
             exact = None if original is None else original.get(batch).to(self._stream.stages.device)
             with inference(), self._begun(batch, whole), watch.on(self._block, batch, exact), self._end(shared, batch):

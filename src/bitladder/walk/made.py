@@ -46,6 +46,8 @@ class LayerOutput:
     linears: dict[str, Encoded] = field(default_factory=dict)
     model_dtype: frozenset[str] = frozenset()
     """Suffixes of arrays of ``linears`` that are stored in the float type of the model."""
+    byte_types: Mapping[str, str] = field(default_factory=dict)
+    """torch's name for the type of those that are bytes here, by suffix."""
     floats: Mapping[str, F32] = field(default_factory=dict)
     losses: list[LinearLoss] = field(default_factory=list)
     digests: dict[str, str] = field(default_factory=dict)
@@ -62,7 +64,7 @@ class LayerOutput:
             count = len(found.codes) // linear.parts
             rows = slice(linear.part * count, (linear.part + 1) * count)
             self.linears[linear.name] = level.format.encode(found.codes[rows], found.parameters.rows(rows))
-            self.model_dtype = level.format.model_dtype
+            self.model_dtype, self.byte_types = level.format.model_dtype, level.format.byte_types
             self.digests[linear.name] = digest(found.decoded[rows])
             self.losses.append(LinearLoss(linear.name, found.loss, tokens, damp, note))
 
@@ -101,6 +103,8 @@ class InStore(Resumable):
             for suffix, array in arrays.items():
                 value = torch.from_numpy(np.ascontiguousarray(array))
                 own = value.to(self._dtype) if suffix in output.model_dtype else value
+                if suffix in output.byte_types:
+                    own = value.view(getattr(torch, output.byte_types[suffix]))
                 tensors[f"{prefix}{linear}.{suffix}"] = own
         return tensors | {name: torch.from_numpy(vector.copy()) for name, vector in output.vectors.items()}
 

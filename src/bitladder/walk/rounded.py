@@ -18,7 +18,7 @@ from bitladder.levels import CheckpointLevel
 from bitladder.walk import folding
 from bitladder.walk.driver import Seen
 from bitladder.walk.folding import matrix
-from bitladder.walk.inputs import InputStatistics, Wants
+from bitladder.walk.inputs import InputStatistics, Wants, peak_of
 from bitladder.walk.layers import LayeredModel
 from bitladder.walk.made import SCALE_DTYPES, LayerOutput, Made, floats_of, naming, too_few, unchanged
 
@@ -33,7 +33,7 @@ class RoundedLevel(Made):
         super().__init__(model, level.name, store, dtype)
         self._level, self._scale_dtype = level, SCALE_DTYPES[dtype]
         self._folds = level.method.statistics.needs_text
-        self.wants = Wants(gram=self._folds, largest=level.method.largest)
+        self.wants = Wants(gram=self._folds, largest=level.method.largest or level.format.reads_peaks)
 
     def make(self, layer: int, block: nn.Module, seen: Seen) -> LayerOutput:
         """As ``Made``. A level made without folding owes nothing to the text, and knows its losses only where a Gram
@@ -45,6 +45,7 @@ class RoundedLevel(Made):
                 for shared, statistics in seen.items()
             }
             for shared, statistics in seen.items():
+                peak = peak_of(statistics or ())
                 parameters, scale = quantized_parameters(self.model.family, shared), factors[shared]
                 for expert, own in _experts(statistics or [None] * self._matrices(shared)):
                     note = too_few(expert, own) if own is not None and self._folds else ""
@@ -52,10 +53,13 @@ class RoundedLevel(Made):
                     if gram is not None and scale is not None:
                         gram = gram / np.outer(scale, scale)
                     known = level.method.prepare(gram)
+                    with naming(layer, shared.module):
+                        matrices = (matrix(block, parameter, expert) for parameter in parameters)
+                        form = level.format.joined(matrices, level.method.importance(known), peak)
                     for parameter in parameters:
                         weights = matrix(block, parameter, expert)
                         with naming(layer, parameter.path):
-                            found = level.method.apply(level.format, known, weights, scale_dtype=self._scale_dtype)
+                            found = level.method.apply(form, known, weights, scale_dtype=self._scale_dtype)
                         tokens = own.tokens if own is not None else 0
                         output.add(self.model, level, parameter, expert, found, tokens=tokens, note=note)
             output.floats = floats_of(self.model, block)

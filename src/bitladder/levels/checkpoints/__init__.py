@@ -13,10 +13,13 @@ from bitladder.errors import UnknownLevel
 from bitladder.levels.checkpoints.awq import Awq
 from bitladder.levels.checkpoints.base import Arrays, CheckpointFormat, Parameters, Stored, digest
 from bitladder.levels.checkpoints.compressed_tensors import IntQuantized, PackQuantized
+from bitladder.levels.checkpoints.fp8 import Fp8
 from bitladder.levels.checkpoints.gptq import Gptq
+from bitladder.levels.checkpoints.mx import Mxfp4, Mxfp8
+from bitladder.levels.checkpoints.nvfp4 import Nvfp4
 from bitladder.levels.kinds import CheckpointLevel
 
-FORMATS: tuple[type[CheckpointFormat], ...] = (IntQuantized, PackQuantized, Gptq, Awq)
+FORMATS: tuple[type[CheckpointFormat], ...] = (IntQuantized, PackQuantized, Gptq, Awq, Fp8, Nvfp4, Mxfp4, Mxfp8)
 """All that are written, in the order in which their levels are offered."""
 
 
@@ -26,10 +29,14 @@ def parse_checkpoint(name: str) -> CheckpointLevel:
     Raises:
         UnknownLevel: no such level, or one that no engine can run.
     """
-    for form in FORMATS:
-        if (level := form.parse(name)) is not None:
-            return level
+    if (level := named(name)) is not None:
+        return level
     raise UnknownLevel(f"'{name}' is not a checkpoint level.", do=f"Levels look like {grammar()}.")
+
+
+def named(name: str) -> CheckpointLevel | None:
+    """As ``parse_checkpoint``; None where no format knows the name."""
+    return next((level for form in FORMATS if (level := form.parse(name)) is not None), None)
 
 
 def recognised(configuration: Mapping[str, Any]) -> CheckpointFormat | None:
@@ -53,6 +60,6 @@ def offered_names(rows: Collection[int]) -> tuple[str, ...]:
 
 
 __all__ = [
-    "FORMATS", "Arrays", "CheckpointFormat", "Parameters", "Stored", "digest", "grammar", "offered_names",
+    "FORMATS", "Arrays", "CheckpointFormat", "Parameters", "Stored", "digest", "grammar", "named", "offered_names",
     "parse_checkpoint", "prefixes", "recognised",
 ]  # fmt: skip

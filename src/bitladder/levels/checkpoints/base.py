@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from bitladder.levels.kinds import CHECKPOINT_ENGINES, WHOLE_ROW
@@ -58,6 +58,11 @@ class CheckpointFormat(ABC):
     """Bytes of each value of what stays float: embedding, head, norms, biases."""
     model_dtype: ClassVar[frozenset[str]] = frozenset()
     """Suffixes of f32 arrays that are stored in the float type of the model."""
+    byte_types: ClassVar[Mapping[str, str]] = {}
+    """By suffix, torch's name for the type of what is an array of bytes here: numpy has no such type."""
+
+    input_arrays: ClassVar[tuple[str, ...]] = ()
+    """Suffixes of what says how inputs are rounded."""
 
     group_size: int = WHOLE_ROW
     """Inputs of an output that share a scale; ``WHOLE_ROW``: all."""
@@ -108,6 +113,11 @@ class CheckpointFormat(ABC):
         return None
 
     @property
+    def reads_peaks(self) -> bool:
+        """Whether the largest magnitude of an input is stored beside the matrices that read it."""
+        return False
+
+    @property
     @abstractmethod
     def bpw(self) -> float:
         """Bits per weight of a layer with long rows, 16-bit scales (and packed zero points) included."""
@@ -131,6 +141,25 @@ class CheckpointFormat(ABC):
         Raises:
             UsageError: names the first layer that does not fit, and what would fit all.
         """
+
+    def joined(
+        self,
+        matrices: Iterable[F32],  # noqa: ARG002
+        importance: F32 | None,  # noqa: ARG002
+        peak: float | None,  # noqa: ARG002
+    ) -> CheckpointFormat:
+        """The format for matrices that read the same input, with what they must share: engines multiply them as one.
+
+        Args:
+            matrices: ``f32[rows, columns]`` each; looked at only where something is shared.
+            importance: As ``search``.
+            peak: The largest magnitude of the input; None where it is not known or not read.
+        """
+        return self
+
+    def input_rounding(self, arrays: Stored) -> Callable[[torch.Tensor], torch.Tensor] | None:  # noqa: ARG002
+        """``rounds_inputs`` of one layer, from those of its arrays that are named in ``input_arrays``."""
+        return self.rounds_inputs
 
     @abstractmethod
     def search(

@@ -1,7 +1,7 @@
 """compressed-tensors, as llm-compressor writes it. For N outputs, K inputs, G groups and b bits:
 
     pack-quantized
-    weight_packed       int32 [N, K*b/32]    codes, packed along the inputs
+    weight_packed       int32 [N, K*b/32]    codes of 2 to 8 bits, packed along the inputs
     weight_scale              [N, G]         in the float type of the model
     weight_zero_point   int32 [N*b/32, G]    packed along the outputs; only where zero is not in the middle
     weight_shape        int64 [2]            N, K
@@ -22,10 +22,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from bitladder.levels.checkpoints.base import Arrays, Stored, matrix_of
+from bitladder.levels.checkpoints.ct_config import arguments, configuration_of, scheme_in
 from bitladder.levels.checkpoints.grouped import parse_grouped
 from bitladder.levels.checkpoints.integers import IntegerFormat, group_size_in, words
 from bitladder.levels.kinds import WHOLE_ROW, CheckpointLevel
-from bitladder.levels.methods import ROUNDING, SMOOTHING
+from bitladder.levels.methods import GPTQ, ROUNDING, SMOOTHING
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
     from bitladder.kernels.grid import F32
     from bitladder.kernels.groups import Affine
+
+_WEIGHTS_ONLY = re.compile(r"W([2-8])A16(?:-(?:g(32|64|128)|(channel)))?", re.IGNORECASE | re.ASCII)
 
 
 def int8_tokens(x: torch.Tensor) -> torch.Tensor:
@@ -49,17 +52,22 @@ def int8_tokens(x: torch.Tensor) -> torch.Tensor:
 class PackQuantized(IntegerFormat):
     """Packed codes of any method; engines take the inputs as they are."""
 
-    prefixes: ClassVar[tuple[str, ...]] = ("GPTQ", "AWQ", "INT8")
-    grammar: ClassVar[str] = "INT8-W8A16"
+    prefixes: ClassVar[tuple[str, ...]] = ("GPTQ", "AWQ", "INT8", *(f"W{bits}A16" for bits in range(2, 9)))
+    grammar: ClassVar[str] = "INT8-W8A16, W{2,...,8}A16-{g32,g64,g128,channel}"
     suffixes: ClassVar[tuple[str, ...]] = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
     model_dtype: ClassVar[frozenset[str]] = frozenset({"weight_scale"})
     layout: ClassVar[str] = "pack-quantized"
 
     @classmethod
     def parse(cls, name: str) -> CheckpointLevel | None:
-        """``INT8-W8A16``, or a method's name with ``-ct``."""
+        """``INT8-W8A16``, ``W3A16-g64``, or a method's name with ``-ct``; ``W4A16`` has groups of 128, as the scheme of
+        that name."""
         if name.upper() == "INT8-W8A16":
             return CheckpointLevel("INT8-W8A16", cls(8), ROUNDING)
+        if (match := _WEIGHTS_ONLY.fullmatch(name)) is not None:
+            size = WHOLE_ROW if match[3] else int(match[2] or 128)
+            rest = f"g{size}" if size else "channel"
+            return CheckpointLevel(f"W{match[1]}A16-{rest}", cls(int(match[1]), size), GPTQ)
         found = parse_grouped(name)
         if found is None or found.layout != "ct":
             return None
@@ -68,10 +76,10 @@ class PackQuantized(IntegerFormat):
     @classmethod
     def recognise(cls, configuration: Mapping[str, Any]) -> PackQuantized | None:
         """As ``CheckpointFormat``: one scheme for all layers, inputs as they are."""
-        weights, inputs = _scheme(configuration, cls.layout)
+        weights, inputs = scheme_in(configuration, cls.layout, "int")
         sym, bits, strategy = weights.get("symmetric", True), weights.get("num_bits"), weights.get("strategy")
         size = group_size_in(weights) if strategy == "group" else WHOLE_ROW if strategy == "channel" else None
-        if inputs or size is None or type(sym) is not bool or type(bits) is not int or bits not in (2, 3, 4, 8):
+        if inputs or size is None or type(sym) is not bool or type(bits) is not int or not 2 <= bits <= 8:
             return None
         return None if weights.get("actorder") in ("group", True) else cls(bits, size, sym)
 
@@ -129,8 +137,17 @@ class PackQuantized(IntegerFormat):
     def configuration(self, *, ignored: tuple[str, ...]) -> dict[str, Any]:
         """As ``CheckpointFormat``."""
         strategy = "group" if self.group_size else "channel"
-        weights = _arguments(self.bits, strategy, group_size=self.group_size or None, symmetric=self.sym)
-        return _configuration(self.layout, ignored, weights, None)
+        weights = arguments(self.bits, strategy, group_size=self.group_size or None, symmetric=self.sym)
+        return configuration_of(self.layout, ignored, weights, None)
+
+    def slow_paths(self, engine: str) -> list[str]:
+        """As ``CheckpointFormat``."""
+        if self.bits in (4, 8):
+            return []
+        who = engine or "the engine"
+        return [
+            f"{who} may have no fast kernel for {self.bits}-bit weights: a GGUF level of that size runs at full speed"
+        ]
 
     def notes(self) -> tuple[str, ...]:
         """As vLLM 0.32 and transformers 5 behave."""
@@ -139,6 +156,10 @@ class PackQuantized(IntegerFormat):
             notes.append(
                 f"vLLM on CPUs has no {self.bits}-bit weight-only kernel; "
                 "transformers with compressed-tensors decodes it."
+            )
+        if self.bits not in (4, 8):
+            notes.append(
+                f"On GPUs vLLM runs {self.bits} bits since 0.33, with Humming's kernels (compute capability 7.5)."
             )
         if not self.sym:
             notes.append(
@@ -173,7 +194,7 @@ class IntQuantized(IntegerFormat):
     @classmethod
     def recognise(cls, configuration: Mapping[str, Any]) -> IntQuantized | None:
         """As ``CheckpointFormat``: a scale for each output channel, and one for each token of the inputs."""
-        weights, inputs = _scheme(configuration, cls.layout)
+        weights, inputs = scheme_in(configuration, cls.layout, "int")
         by_channel = weights.get("strategy") == "channel" and weights.get("symmetric", True) is True
         by_token = inputs.get("dynamic") is True and inputs.get("strategy", "token") == "token"
         eight = weights.get("num_bits") == inputs.get("num_bits") == 8
@@ -216,60 +237,5 @@ class IntQuantized(IntegerFormat):
 
     def configuration(self, *, ignored: tuple[str, ...]) -> dict[str, Any]:
         """As ``CheckpointFormat``."""
-        weights = _arguments(self.bits, "channel", symmetric=self.sym)
-        return _configuration(self.layout, ignored, weights, _arguments(self.bits, "token", dynamic=True))
-
-
-def _scheme(configuration: Mapping[str, Any], layout: str) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """How weights and inputs are quantized in a configuration from outside; empty where it is of another layout, or
-    layers differ."""
-    groups = configuration.get("config_groups")
-    of_layout = configuration.get("quant_method") == "compressed-tensors" and configuration.get("format") == layout
-    if not of_layout or not isinstance(groups, Mapping) or len(groups) != 1:
-        return {}, {}
-    (group,) = groups.values()
-    weights = group.get("weights") if isinstance(group, Mapping) else None
-    inputs = group.get("input_activations") if isinstance(group, Mapping) else None
-    if not isinstance(weights, Mapping) or not isinstance(inputs, Mapping | None) or weights.get("type") != "int":
-        return {}, {}
-    return weights, inputs or {}
-
-
-def _arguments(
-    bits: int, strategy: str, *, group_size: int | None = None, dynamic: bool = False, symmetric: bool = True
-) -> dict[str, Any]:
-    return {
-        "num_bits": bits,
-        "type": "int",
-        "symmetric": symmetric,
-        "strategy": strategy,
-        "group_size": group_size,
-        "block_structure": None,
-        "dynamic": dynamic,
-        "actorder": None,
-        "observer": None if dynamic else "minmax",
-        "observer_kwargs": {},
-    }
-
-
-def _configuration(
-    layout: str, ignored: tuple[str, ...], weights: dict[str, Any], inputs: dict[str, Any] | None
-) -> dict[str, Any]:
-    """``ignored`` holds whole paths, or patterns where a name is the end of one."""
-    return {
-        "quant_method": "compressed-tensors",
-        "format": layout,
-        "quantization_status": "compressed",
-        "global_compression_ratio": None,
-        "ignore": [f"re:.*{re.escape(name)}$" if "." in name else name for name in ignored],
-        "kv_cache_scheme": None,
-        "config_groups": {
-            "group_0": {
-                "targets": ["Linear"],
-                "weights": weights,
-                "input_activations": inputs,
-                "output_activations": None,
-                "format": layout,
-            }
-        },
-    }
+        weights = arguments(self.bits, "channel", symmetric=self.sym)
+        return configuration_of(self.layout, ignored, weights, arguments(self.bits, "token", dynamic=True))

@@ -7,6 +7,7 @@ integer of ``b`` bits, ``W[n, k] = (code - zero) * scale``, and codes lie in int
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 _QUICK_SHRINKS = (1.0, 0.92, 0.84, 0.75)
 """Enough candidate scales to rank versions of a matrix by; the final search takes all."""
 _LARGEST_GROUP = 1 << 20
-_STAND_INS = {8: "Q8_0", 4: "Q4_0", 3: "Q3_K", 2: "Q2_K"}
+_STAND_INS = {8: "Q8_0", 7: "Q8_0", 6: "Q6_K", 5: "Q5_0", 4: "Q4_0", 3: "Q3_K", 2: "Q2_K"}
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class IntegerFormat(CheckpointFormat):
 
     def check_shapes(self, level: str, shapes: Mapping[str, tuple[int, int]]) -> None:
         """As ``CheckpointFormat``: groups must divide every row, and codes fill words along both axes."""
-        words = 32 if self.bits == 3 else 32 // self.bits
+        words = 32 // math.gcd(32, self.bits)
         for name, (outputs, inputs) in shapes.items():
             if self.group_size and inputs % self.group_size:
                 raise self._undivided(level, name, inputs, shapes)
@@ -82,13 +83,15 @@ class IntegerFormat(CheckpointFormat):
     def _undivided(self, level: str, name: str, inputs: int, shapes: Mapping[str, tuple[int, int]]) -> UsageError:
         fitting = [size for size in GROUP_SIZES if all(row % size == 0 for _, row in shapes.values())]
         offers = ", ".join(f"g{size}" for size in fitting) or "none of g32, g64, g128"
-        own = SPELLINGS.get(level.partition("-")[0])
-        whole = own is not None and WHOLE_ROW in own.group_sizes
+        prefix = level.partition("-")[0]
+        own = SPELLINGS.get(prefix)
+        whole = "; GPTQ also takes whole rows (row)" if own is not None and WHOLE_ROW in own.group_sizes else ""
+        if prefix.endswith("A16"):
+            whole = "; channel, a scale for each whole row, always fits"
         return UsageError(
             f"{level}: {name} has rows of {inputs} weights, which groups of {self.group_size} do not divide.",
             means="Every weight must lie in a full group, or engines read the scales of the wrong one.",
-            do=f"Sizes that divide every row of this model: {offers}"
-            + ("; GPTQ also takes whole rows (row)." if whole else "."),
+            do=f"Sizes that divide every row of this model: {offers}{whole}.",
         )
 
     def search(
