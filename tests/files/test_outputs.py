@@ -200,7 +200,7 @@ def test_a_cached_things_name_changes_with_whatever_it_depends_on(tmp_path, monk
 def test_only_one_module_renames(tmp_path):
     """Whatever is kept takes its name in ``files/atomic.py``: every other `replace` is one of text, or of a record."""
     found = {}
-    for path in (Path(__file__).parents[2] / "src" / "bitladder").rglob("*.py"):
+    for path in Path(atomic.__file__).parents[1].rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
                 name, owner = node.func.attr, ast.unparse(node.func.value)

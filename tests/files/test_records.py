@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import ladder_examples
 from bitladder.describe.rates import MeasuredMachine
 from bitladder.errors import BadInput, OutputError
 from bitladder.files.checkpoint_folder import MANIFEST, CheckpointFolder
@@ -35,7 +36,7 @@ from bitladder.store import Evidence
 from bitladder.store.evidence import canonical
 from bitladder.store.recorded import Recorded, StoredDecision, Subject
 
-KEPT = Path(__file__).parents[1] / "fixtures" / "records"
+KEPT = Path(ladder_examples.__file__).parent / "fixtures" / "records"
 STORED = {"fidelity": Fidelity, "answer": Answer, "speed": Speed, "file": StoredFile}
 READ = [
     RunRecord, Fidelity, Answer, Speed, StoredFile, Decision, Fingerprint, SensitivityTable, JobOutcome,
