@@ -195,20 +195,30 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 """Name -> transformers' model type, and what its configuration has beside or instead of ``_BASE``."""
 
 
-def config_of(name: str) -> Any:
-    """The configuration, a ``transformers.PretrainedConfig``."""
+HUB_KEYS: dict[str, dict[str, Any]] = {
+    "cohere2": {"rotary_pct": 1.0},
+    "minimax_m2": {"scoring_func": "sigmoid"},
+}
+"""What the hub's config.json has and transformers leaves out when it saves one; converters ask for it."""
+
+
+def config_of(name: str, vocab: int = N_VOCAB) -> Any:
+    """The configuration, a ``transformers.PretrainedConfig``; ``vocab``: tokens."""
     import transformers
 
     model_type, own = CONFIGS[name]
-    fields = own if "text_config" in own else {**_BASE, **own}
+    fields = {key: dict(value) if isinstance(value, dict) else value for key, value in {**_BASE, **own}.items()}
+    if "text_config" in own:
+        fields = {key: fields[key] for key in own}
+    text = fields.get("text_config", fields)
+    text |= {key: vocab for key in ("vocab_size", "vocab_size_per_layer_input") if key in text}
     return transformers.AutoConfig.for_model(model_type, **fields)
 
 
-def class_of(name: str) -> Any:
+def class_of(config: Any) -> Any:
     """The class of the whole model."""
     import transformers
 
-    config = config_of(name)
     seeing = hasattr(config, "text_config")
     auto = transformers.AutoModelForImageTextToText if seeing else transformers.AutoModelForCausalLM
     return auto._model_mapping[type(config)]
@@ -217,16 +227,19 @@ def class_of(name: str) -> Any:
 def write_config(name: str, folder: Path) -> Path:
     """config.json alone, as a release has it."""
     folder.mkdir(parents=True, exist_ok=True)
-    written = config_of(name).to_dict()
-    written["architectures"] = [class_of(name).__name__]
+    config = config_of(name)
+    written = {**config.to_dict(), "architectures": [class_of(config).__name__], **HUB_KEYS.get(name, {})}
     (folder / "config.json").write_text(json.dumps(written, default=str))
     return folder
 
 
-def write_checkpoint(name: str, folder: Path) -> Path:
-    """A checkpoint of random weights in bfloat16, as transformers saves it, without a tokenizer."""
+def write_checkpoint(name: str, folder: Path, vocab: int = N_VOCAB) -> Path:
+    """A checkpoint of random weights in bfloat16, as transformers saves it, with the hub's keys and no tokenizer."""
     import torch
 
     torch.manual_seed(0)
-    class_of(name)(config_of(name)).to(torch.bfloat16).save_pretrained(folder)
+    config = config_of(name, vocab)
+    class_of(config)(config).to(torch.bfloat16).save_pretrained(folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **HUB_KEYS.get(name, {})}))
     return folder

@@ -57,16 +57,18 @@ def layer_caches(model: Model) -> tuple[LayerCache, ...]:
     """What the layers of a model keep, like layers together."""
     dims, metadata = model.dims, model.metadata
     keys = HeaderKeys(metadata, dims.architecture)
+    heads_for_more = keys.number("nextn_predict_layers", 0)  # the last layers, which have a context of their own
+    own = dims.n_layer - heads_for_more if heads_for_more < dims.n_layer else dims.n_layer
     rank = keys.number("attention.kv_lora_rank", 0)
     if rank:
         rope = keys.number("rope.dimension_count", 64)
-        return (LayerCache(k_width=rank + rope, count=dims.n_layer),)
+        return (LayerCache(k_width=rank + rope, count=own),)
     heads = keys.per_layer("attention.head_count_kv", dims.n_layer, dims.n_head_kv)
     family = family_of(dims.architecture)
     windows = _windows(family.windows, dims, keys)
     state = _state(dims, keys)
     recurrent = _recurrent(family.states, dims, keys, heads, state)
-    caching = dims.n_layer - keys.number("attention.shared_kv_layers", 0)  # the last ones use another layer's cache
+    caching = own - keys.number("attention.shared_kv_layers", 0)  # the last ones use another layer's cache
     kinds = Counter(zip(heads[:caching], windows[:caching], recurrent[:caching], strict=True))
     layers = []
     for (head_count, window, keeps_state), count in kinds.items():

@@ -24,6 +24,7 @@ _WORDS = {
     "global_attention",
 }
 """Kinds of layers that attend, in ``layer_types`` and its like."""
+_FEEDS = {"mlp", "moe"}
 _WINDOWED = {"sliding_attention", "chunked_attention", "local_attention"}
 
 
@@ -122,7 +123,17 @@ class Config:
         """Width of a key as it is cached."""
         if self.kv_rank:
             return self.kv_rank + self.number("qk_rope_head_dim")
-        return self.number("head_dim", "attention_head_dim") or (self.n_embd // self.n_head if self.n_head else 0)
+        own = self._whole_head_dim or self.number("head_dim", "attention_head_dim")
+        return own or (self.n_embd // self.n_head if self.n_head else 0)
+
+    @property
+    def _whole_head_dim(self) -> int:
+        """Width in layers that see everything where those with a window have another; 0 where all are alike."""
+        stated = self.number("global_head_dim")
+        layers = self.values.get("per_layer_config")  # how transformers spells it
+        rows = list(layers.values())[:MAX_LAYERS] if isinstance(layers, Mapping) else []
+        widths = [Config(self.name, row).number("head_dim") for row in rows if isinstance(row, Mapping)]
+        return stated or max(widths, default=0)
 
     @property
     def head_dim_v(self) -> int:
@@ -209,9 +220,15 @@ class Config:
             keys["rope.dimension_count"] = self.number("qk_rope_head_dim")
             keys["attention.key_length_mla"] = self.number("qk_nope_head_dim") + self.number("qk_rope_head_dim")
         if len(kinds) == n_layer:
-            keys["attention.head_count_kv"] = [self.n_head_kv if kind in _WORDS else 0 for kind in kinds]
+            whole = self.number("num_global_key_value_heads") or self.n_head_kv
+            heads = {kind: self.n_head_kv if kind in _WINDOWED else whole if kind in _WORDS else 0 for kind in kinds}
+            keys["attention.head_count_kv"] = [heads[kind] for kind in kinds]
+            if _FEEDS & set(kinds):  # a layer is one of state, attention and feed-forward
+                keys["feed_forward_length"] = [max(1, self.n_ff) if kind in _FEEDS else 0 for kind in kinds]
             if self.sliding_window:
                 keys["attention.sliding_window_pattern"] = [kind in _WINDOWED for kind in kinds]
+                if self._whole_head_dim:
+                    keys["attention.key_length_swa"] = keys["attention.value_length_swa"] = self.number("head_dim")
         shared = self.number("num_kv_shared_layers")
         if 0 < shared < n_layer:
             keys["attention.shared_kv_layers"] = shared

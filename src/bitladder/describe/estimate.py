@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from bitladder.describe.config_keys import Config, layer_number
 from bitladder.describe.model import Model, ModelDims
 from bitladder.errors import BadFile
+from bitladder.formats.families import FAMILIES
 from bitladder.formats.tensors import TensorInfo
 
 
@@ -115,7 +116,7 @@ def estimated(label: str, config: Mapping[str, Any], tensors: Sequence[Stored]) 
     n_layer = numbers.n_layer or 1 + max((layer_number(tensor.name) or 0 for tensor in tensors), default=0)
     n_embd = numbers.n_embd or (embedding.shape[-1] if embedding else 1)
     dims = ModelDims(
-        architecture=numbers.model_type,
+        architecture=_architecture(numbers.model_type),
         n_layer=n_layer,
         n_embd=n_embd,
         n_ff=numbers.n_ff,
@@ -132,6 +133,11 @@ def estimated(label: str, config: Mapping[str, Any], tensors: Sequence[Stored]) 
     keys = {f"{dims.architecture}.{key}": value for key, value in numbers.cache_keys(n_layer).items()}
     header = 40 * dims.n_vocab + 100 * len(listed)
     return Model(label, dims, listed, {"general.architecture": dims.architecture, **keys}, header_bytes=header)
+
+
+def _architecture(model_type: str) -> str:
+    """llama.cpp's word for the family where a row has it, which may be spelled with other strokes."""
+    return next((name for name in (model_type, model_type.replace("_", "-")) if name in FAMILIES), model_type)
 
 
 def _merged(numbers: Config, tensors: Sequence[Stored]) -> Iterator[TensorInfo]:

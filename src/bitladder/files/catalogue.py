@@ -11,7 +11,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -23,6 +24,7 @@ from bitladder.describe.dims import MAX_LAYERS
 from bitladder.describe.model import Model
 from bitladder.describe.shapes import Shape, model_of
 from bitladder.errors import BadInput
+from bitladder.files.catalogue_headers import expand, shipped_headers
 from bitladder.files.folders import data_folder
 from bitladder.formats.families import planned
 from bitladder.formats.parts import parts_of
@@ -41,9 +43,12 @@ class CatalogueModel:
     licence: str
     params: float
     """Billions of weights, as published."""
-    shape: Shape
+    shape: Shape | None
+    """The row's figures; None of a row that is stated as a config.json."""
     source: str
     """Where the shape was read, in words."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """What config.json has beside the defaults of its class in transformers; empty where there is a shape."""
 
     @property
     def name(self) -> str:
@@ -53,7 +58,21 @@ class CatalogueModel:
     @property
     def model(self) -> Model:
         """Dimensions and header keys, without tensors."""
-        return model_of(self.shape, tensors=False)
+        return self._model(tensors=False)
+
+    def whole(self) -> Model:
+        """The model with its tensors."""
+        return self._model(tensors=True)
+
+    def _model(self, *, tensors: bool) -> Model:
+        if self.shape is not None:
+            return model_of(self.shape, tensors=tensors)
+        return expand(self.name, shipped_headers()[self.hub], tensors=tensors)
+
+    @property
+    def architecture(self) -> str:
+        """llama.cpp's word for its family."""
+        return self.shape.architecture if self.shape is not None else self.model.dims.architecture
 
 
 def load_catalogue() -> tuple[CatalogueModel, ...]:
@@ -105,6 +124,8 @@ def _row(row: Any, number: int, where: Path, sources: dict[str, str]) -> Catalog
         raise BadInput(f"{at} has no hub name.", do="Give hub: org/name.")
     at += f" ({row['hub']})"
     own = {"hub", "licence", "params", "source"}
+    if "config" in row:
+        return _stated(row, at, sources)
     missing = sorted((_NEEDED | {"params"}) - row.keys())
     unknown = sorted(row.keys() - _NEEDED - _OPTIONAL - own)
     if missing or unknown:
@@ -130,13 +151,28 @@ def _row(row: Any, number: int, where: Path, sources: dict[str, str]) -> Catalog
     )
 
 
+def _stated(row: dict[str, Any], at: str, sources: dict[str, str]) -> CatalogueModel:
+    """A row that is stated as a config.json, whose header is shipped."""
+    config, params = row["config"], row.get("params")
+    if not isinstance(config, dict) or isinstance(params, bool) or not isinstance(params, (int, float)):
+        raise BadInput(f"{at}: config is no mapping, or params no number.")
+    if row["hub"] not in shipped_headers():
+        raise BadInput(
+            f"{at} has a config and no header made from it.",
+            do="Rows of your own have dimensions; a config.json is planned as it is: bitladder plan FOLDER.",
+        )
+    source = str(row.get("source", ""))
+    spelled = str(sources.get(source, source))
+    return CatalogueModel(row["hub"], str(row.get("licence", "")), float(params), None, spelled, config)
+
+
 def find_models(text: str) -> tuple[CatalogueModel, ...]:
     """Rows whose hub name, family or licence contains every word of ``text``; all rows for an empty one."""
     words = text.lower().split()
     return tuple(
         row
         for row in load_catalogue()
-        if all(word in f"{row.hub} {row.shape.architecture} {row.licence}".lower() for word in words)
+        if all(word in f"{row.hub} {row.architecture} {row.licence}".lower() for word in words)
     )
 
 
@@ -162,9 +198,8 @@ def model_named(name: str) -> CatalogueModel:
 
 def level_parts(row: CatalogueModel) -> dict[str, Parts]:
     """Level -> part -> qtype -> bytes, largest level first."""
-    key = shape_key(row.shape)
-    stored = _sizes().get(key)
-    return stored if stored is not None else compute_parts(row.shape)
+    stored = _sizes().get(size_key(row))
+    return stored if stored is not None else compute_parts(row.whole())
 
 
 @cache
@@ -173,15 +208,18 @@ def _sizes() -> dict[str, dict[str, Parts]]:
     return loaded
 
 
-def shape_key(shape: Shape) -> str:
-    """What sizes depend on: every field but the name and the context."""
+def size_key(row: CatalogueModel) -> str:
+    """What sizes depend on: every field of a shape but the name and the context, or the model itself."""
+    return _shape_key(row.shape) if row.shape is not None else row.hub
+
+
+def _shape_key(shape: Shape) -> str:
     values = dataclasses.asdict(shape)
     return " ".join(f"{value}" for key, value in values.items() if key not in ("name", "n_ctx"))
 
 
-def compute_parts(shape: Shape) -> dict[str, Parts]:
+def compute_parts(model: Model) -> dict[str, Parts]:
     """Sizes from the recipes, without the shipped table."""
-    model = model_of(shape)
     found = {}
     for level in LEVELS:
         chosen = assign(level, model.tensors, model.dims)

@@ -8,7 +8,6 @@ from pathlib import Path
 from bitladder.describe.contradiction import check_config
 from bitladder.describe.model import Model
 from bitladder.describe.quantized import checkpoint_note, kept_note, quantized
-from bitladder.describe.shapes import model_of
 from bitladder.errors import BadInput
 from bitladder.files import catalogue, convert, demo, hub, local_stores, remote
 from bitladder.files.beside import projector_beside, projector_note
@@ -60,7 +59,8 @@ def _described(model: str, progress: Progress) -> Described:
         row = catalogue.model_named(model)
     except BadInput as unknown:
         raise no_such_model(model, path, unknown.means) from unknown
-    return Described(model_of(row.shape), row.hub, row.licence, basis=SizeBasis.ROW)
+    basis = SizeBasis.ROW if row.shape is not None else SizeBasis.SHAPES
+    return Described(row.whole(), row.hub, row.licence, basis=basis)
 
 
 def _on_disk(path: Path, progress: Progress) -> Described:

@@ -1,0 +1,183 @@
+"""The table of docs/families.md: what each verb does with a tiny checkpoint of each architecture.
+
+Every row of ``tests/tiny_configs.py`` is a checkpoint of random weights, built from transformers' own configuration
+class, with SmolLM2's tokenizer. Every cell is a command, run as a user would run it; it works, or it names its reason.
+Takes minutes: python benchmarks/families.py [NAMES] [--folder DIR] [--out docs/families.md]
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+COLUMNS = {
+    "plan": ["plan", "{model}", "--ctx", "256"],
+    "convert": ["quantize", "{model}", "--to", "F16", "--imatrix", "none", "--out", "{out}/f16"],
+    "K-quants": ["quantize", "{model}", "--to", "Q4_K_M,Q8_0", "--imatrix", "none", "--out", "{out}/k"],
+    "importance": ["imatrix", "{model}", "--out", "{out}/importance.gguf", "--text", "{text}"],
+    "measure": ["measure", "{model}", "--levels", "Q8_0", "--imatrix", "none", "--text", "{text}"],
+    "run": [
+        "run", "{model}", "--levels", "Q8_0", "--imatrix", "none", "--text", "{text}", "--workload", "{workload}",
+        "--ctx", "256", "--out", "{out}/run",
+    ],
+    "GPTQ": ["quantize", "{model}", "--to", "GPTQ-4bit-g32", "--text", "{text}", "--out", "{out}/gptq"],
+    "recipe": ["recipe", "{model}", "--bpw", "6", "--text", "{text}", "--out", "{out}/recipe"],
+}  # fmt: skip
+"""Column -> the command that its cells run."""
+REASONS = (
+    (r"converter.*(failed|does not (know|read)|quantized with)", "converter"),
+    (r"does not know the tokenizer", "tokenizer"),
+    (r"No layers are known|has no place in the layers|has '.*'\.|rotates \d+ of", "layers"),
+    (r"KL inf|no fidelity|could not be measured", "layers"),
+    (r"engine|llama\.cpp|xllamacpp", "engine"),
+)
+"""What a message says, and the word for it in the table."""
+INTRODUCTION = """\
+# Families
+
+What each verb does with a tiny checkpoint of each architecture: random weights from transformers' own configuration
+class, in bfloat16, with SmolLM2's tokenizer. Every cell is a command that was run; it works, or its reason is beneath.
+Rows of 64 weights are too short for blocks of 256, so K-quants fall back to blocks of 32 here. Which of these a model
+of yours can have, [`plan`](plan.md) says at once.
+
+Made by `python benchmarks/families.py`, with {versions}.
+
+"""
+WORKLOAD = """\
+inputs:
+  - id: one
+    prompt: Say yes.
+    expect: {max_words: 500}
+  - id: two
+    prompt: Name a colour.
+    expect: {max_words: 500}
+"""
+SECONDS = 240
+
+
+def command(arguments: list[str], log: Path) -> tuple[int, str]:
+    """Run the command line in a fork, which has everything imported already: exit code, and what it printed."""
+    child = os.fork()
+    if child == 0:
+        with log.open("w") as sink:
+            os.dup2(sink.fileno(), 1)
+            os.dup2(sink.fileno(), 2)
+            code = 99
+            try:
+                from bitladder.cli.app import app
+
+                app(arguments, standalone_mode=True)
+                code = 0
+            except SystemExit as ended:
+                code = ended.code if isinstance(ended.code, int) else 1
+            except BaseException:
+                traceback.print_exc()
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+    ends = time.monotonic() + SECONDS
+    while time.monotonic() < ends:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status), log.read_text(errors="replace")
+        time.sleep(0.05)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return 124, f"not done after {SECONDS} seconds"
+
+
+def reason_of(text: str) -> tuple[str, str]:
+    """The word for the table and the message, shortened."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    at = next((number for number, line in enumerate(lines) if line.startswith("error:")), max(0, len(lines) - 3))
+    message = re.sub(r"\S*/tmp\S*/", "", " ".join(lines[at : at + 6]).removeprefix("error: "))[:400]
+    return next((word for pattern, word in REASONS if re.search(pattern, message)), "other"), message
+
+
+def row_of(name: str, work: Path, texts: dict[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+    """The cells of one architecture, and the message behind each that does not work."""
+    from test_convert import write_tokenizer
+
+    from bitladder.files import demo
+    from tiny_configs import write_checkpoint
+
+    model = work / name
+    try:
+        model.mkdir(parents=True)
+        vocab = write_tokenizer(model, demo.fetch_demo())
+        write_checkpoint(name, model, vocab)
+    except Exception as error:
+        return dict.fromkeys(COLUMNS, "transformers"), {"plan": f"{type(error).__name__}: {error}"[:200]}
+    cells, messages = {}, {}
+    for column, words in COLUMNS.items():
+        filled = [word.format(model=model, out=work / f"{name}-out", **texts) for word in words]
+        code, text = command(filled, work / f"{name}-{column}.log")
+        if code in (0, 3, 4) and "Traceback" not in text:
+            cells[column] = "yes"
+            continue
+        cells[column], messages[column] = reason_of(text)
+        if column == "convert":
+            rest = list(COLUMNS)[2:]
+            return {**cells, **dict.fromkeys(rest, cells[column])}, messages
+    return cells, messages
+
+
+def table(rows: dict[str, dict[str, str]], messages: dict[str, dict[str, str]], classes: dict[str, str]) -> str:
+    """The page's tables."""
+    lines = ["| architecture | class | " + " | ".join(COLUMNS) + " |", "|---|---|" + "---|" * len(COLUMNS)]
+    for name, cells in rows.items():
+        lines.append(f"| {name} | {classes[name]} | " + " | ".join(cells[column] for column in COLUMNS) + " |")
+    works = {column: sum(cells[column] == "yes" for cells in rows.values()) for column in COLUMNS}
+    lines.append(f"| of {len(rows)} | | " + " | ".join(str(works[column]) for column in COLUMNS) + " |")
+    lines += ["", "## Reasons", "", "| architecture | verb | what it said |", "|---|---|---|"]
+    for name, found in messages.items():
+        told: dict[str, list[str]] = {}
+        for column, message in found.items():
+            told.setdefault(message.replace("|", "/")[:240], []).append(column)
+        lines += [f"| {name} | {', '.join(columns)} | {message} |" for message, columns in told.items()]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Build the checkpoints, run the verbs, write the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--out", type=Path, default=ROOT / "docs/families.md")
+    arguments = parser.parse_args()
+    import transformers
+
+    from bitladder.files.engine_package import ENGINE, engine_version
+    from tiny_configs import CONFIGS, class_of, config_of
+
+    transformers.logging.set_verbosity_error()
+    with contextlib.ExitStack() as stack:
+        work = arguments.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        os.environ["BITLADDER_DATA"] = str(work / "data")
+        texts = {"text": str(work / "text.txt"), "workload": str(work / "workload.yaml")}
+        work.mkdir(exist_ok=True)
+        Path(texts["text"]).write_text((ROOT / "docs/architecture.md").read_text()[:6000])
+        Path(texts["workload"]).write_text(WORKLOAD)
+        rows, messages, classes = {}, {}, {}
+        for name in arguments.names or CONFIGS:
+            classes[name] = class_of(config_of(name)).__name__
+            rows[name], messages[name] = row_of(name, work, texts)
+            print(name, json.dumps(rows[name]), json.dumps(messages[name]), flush=True)
+        versions = f"transformers {transformers.__version__} and {ENGINE} {engine_version()}"
+        arguments.out.write_text(INTRODUCTION.format(versions=versions) + table(rows, messages, classes))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""Checkpoints of fifty architectures are planned from headers: as the converter would make them, or nearly so."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from test_convert import write_tokenizer
+
+import tiny_configs
+from bitladder.describe.cache import cache_bytes, layer_caches
+from bitladder.describe.contradiction import check_config
+from bitladder.describe.estimate import beside_language, estimated
+from bitladder.errors import BadFile, UnknownArchitecture
+from bitladder.files import converter_child, header_conversion
+from bitladder.files.checkpoint import read_checkpoint
+from bitladder.files.converter import find_converter
+from bitladder.files.describe_checkpoint import SizeBasis
+from bitladder.files.describe_source import describe
+from bitladder.files.gguf import read_header
+from bitladder.files.sources import resolve
+from bitladder.levels import parse_level
+from bitladder.plan.abilities import BUILT, Facts, Route, abilities, walk_gap
+from bitladder.plan.cost import level_size
+
+MADE = json.loads((Path(__file__).parents[1] / "fixtures" / "family_headers.json").read_text())
+"""What the converter makes of the same configurations (``fixtures/make_family_headers.py``)."""
+ODD_CACHES = {
+    "granitemoehybrid": "transformers 5.23 saves layer_types that the converter does not read: it sees no attention",
+    "nemotron_h": "a dense layer in a mixture, which no release has, is counted among the states by the converter",
+}
+
+
+@pytest.mark.parametrize("name", tiny_configs.CONFIGS)
+def test_headers_alone_give_sizes_and_caches(name, tmp_path):
+    """Shapes of transformers' class on the meta device, sizes by rules, against the converter on a saved checkpoint."""
+    converter_child._write_shapes(tiny_configs.write_config(name, tmp_path))
+    checkpoint = read_checkpoint(tmp_path)
+    check_config(name, checkpoint.config, checkpoint.tensors)
+    model = estimated(name, checkpoint.config, checkpoint.tensors)
+    assert model.dims.n_vocab == tiny_configs.N_VOCAB
+    for level in ("F16", "Q4_K_M", "Q2_K"):
+        assert level_size(model, parse_level(level)).file_bytes > 0
+    made = MADE[name]
+    if "refused" in made:
+        return
+    tables = made["elements"] - model.elements  # factors of rotations are computed by the converter
+    assert 0 <= tables <= 64
+    assert model.tensor_bytes == pytest.approx(made["bytes"], rel=0.012)
+    if name not in ODD_CACHES:
+        cache = cache_bytes(layer_caches(model), 512)
+        assert [cache.full, cache.window, cache.state] == made["cache"]
+
+
+def test_enough_families_are_tried():
+    assert len(tiny_configs.CONFIGS) >= 50
+    assert sum("refused" not in row for row in MADE.values()) >= 45
+    seeing = [name for name, (_, own) in tiny_configs.CONFIGS.items() if "vision_config" in own]
+    assert len(seeing) >= 3
+
+
+@pytest.mark.parametrize(
+    ("name", "beside"),
+    [
+        ("vision_tower.encoder.layers.0.attn.q.weight", True), ("model.visual.blocks.0.norm.weight", True),
+        ("multi_modal_projector.linear.weight", True), ("model.embed_vision.embedding.weight", True),
+        ("audio_tower.conv.weight", True), ("model.layers.0.mlp.down_proj.weight", False),
+        ("model.language_model.layers.0.self_attn.q_proj.weight", False), ("lm_head.weight", False),
+    ],
+)  # fmt: skip
+def test_what_sees_or_hears_is_told_apart(name, beside):
+    assert beside_language(name) is beside
+
+
+@pytest.mark.model
+def test_a_plan_is_what_a_conversion_makes(tmp_path, demo_gguf, monkeypatch):
+    """To the byte, tokenizer included, before a weight is converted; and afterwards the plan is the file's own."""
+    monkeypatch.setenv("BITLADDER_CONVERTER", str(find_converter().folder))
+    monkeypatch.setenv("BITLADDER_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "hybrid"
+    folder.mkdir()
+    tiny_configs.write_checkpoint("qwen3_next", folder, write_tokenizer(folder, demo_gguf))
+    planned = describe(str(folder))
+    assert planned.basis is SizeBasis.CONVERTER
+    assert planned.exact
+    assert planned.model.dims.architecture == "qwen3next"
+    assert not (tmp_path / "cache" / "converted").exists()
+    made = read_header(resolve(str(folder)).path)
+    for level in ("F16", "Q4_K_M"):
+        sizes = [level_size(model, parse_level(level)).file_bytes for model in (planned.model, made)]
+        assert sizes[0] == sizes[1]
+    assert planned.model.tensors == made.tensors
+    afterwards = describe(str(folder))
+    assert afterwards.basis is SizeBasis.FILE
+    assert afterwards.model.tensors == made.tensors
+    monkeypatch.setattr(header_conversion, "_made", None)  # what is in the cache is not made again
+    config = json.loads((folder / "config.json").read_text())
+    kept = header_conversion.header_of(
+        "hybrid", config, read_checkpoint(folder).tensors, find_converter(), folder=folder
+    )
+    assert kept.model.tensors == made.tensors
+
+
+@pytest.mark.model
+def test_a_config_alone_is_as_good_as_headers(tmp_path, monkeypatch):
+    monkeypatch.setenv("BITLADDER_CONVERTER", str(find_converter().folder))
+    tiny_configs.write_config("qwen3_5_moe", tmp_path)
+    found = describe(str(tmp_path))
+    assert found.basis is SizeBasis.SHAPES
+    assert (found.model.elements, found.model.tensor_bytes) == (
+        MADE["qwen3_5_moe"]["elements"],
+        MADE["qwen3_5_moe"]["bytes"],
+    )
+    assert "no weights" in found.notes[0]
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["NobodyForCausalLM"], "model_type": "nobody"}))
+    with pytest.raises(UnknownArchitecture, match="NobodyForCausalLM"):
+        describe(str(tmp_path))
+
+
+def test_a_contradiction_is_one_message(tmp_path):
+    tiny_configs.write_checkpoint("llama", tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    for change, match in (({"num_hidden_layers": 4}, "4 layers"), ({"intermediate_size": 128}, "down_proj|gate_proj")):
+        path.write_text(json.dumps({**config, **change}))
+        with pytest.raises(BadFile, match=match):
+            describe(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["qwen3", "deepseek_v3", "qwen3_next"])
+def test_heads_for_several_tokens_have_no_part_in_the_cache(name, tmp_path):
+    """llama.cpp gives the layers of a NextN head a context of their own, which nobody asks for here."""
+    converter_child._write_shapes(tiny_configs.write_config(name, tmp_path))
+    checkpoint = read_checkpoint(tmp_path)
+    model = estimated(name, checkpoint.config, checkpoint.tensors)
+    more = replace(
+        model,
+        dims=replace(model.dims, n_layer=model.dims.n_layer + 1),
+        metadata={
+            **{key: [*value, 1] if isinstance(value, list) else value for key, value in model.metadata.items()},
+            f"{model.dims.architecture}.nextn_predict_layers": 1,
+        },
+    )
+    assert layer_caches(more) == layer_caches(model)
+
+
+class TestAbilities:
+    KNOWN = Facts(is_gguf=True, converts=None, engine_knows=True, walk_gap="", transformers_class=True)
+    ALL = frozenset({Route.WALK, Route.ENGINE, Route.DERIVED})
+
+    @staticmethod
+    def ways(facts, built=BUILT):
+        return {found.what: found.way for found in abilities(facts, built)}
+
+    def test_a_known_family_can_have_everything_by_the_walk(self):
+        ways = self.ways(self.KNOWN)
+        assert Route.NONE not in ways.values()
+        assert {ways[what] for what in ("proof", "importance", "calibration", "recipes")} == {Route.WALK}
+
+    def test_an_unknown_one_by_what_is_built(self):
+        facts = Facts(True, None, True, "the layers of 'x' are not known here", True)
+        found = {one.what: one for one in abilities(facts)}
+        assert found["proof"].way is found["recipes"].way is Route.NONE
+        assert found["proof"].reason == "the layers of 'x' are not known here"
+        assert found["K-quants"].way is Route.QUANTIZER
+        ways = self.ways(facts, self.ALL)
+        assert (ways["proof"], ways["importance"]) == (Route.ENGINE, Route.ENGINE)
+        assert (ways["calibration"], ways["recipes"]) == (Route.DERIVED, Route.DERIVED)
+
+    def test_what_nobody_runs(self):
+        facts = Facts(False, None, False, "unknown layers", False)
+        found = {one.what: one for one in abilities(facts, self.ALL)}
+        assert found["workload"].way is Route.NONE
+        assert found["proof"].reason == (
+            "unknown layers; llama.cpp does not know the architecture; transformers does not know the class"
+        )
+
+    def test_what_does_not_convert_can_have_nothing(self):
+        found = abilities(Facts(False, False, None, "", True), self.ALL)
+        assert all(one.way is Route.NONE and "converter" in one.reason for one in found)
+
+    def test_variants_of_a_known_family(self, demo_gguf):
+        model = read_header(demo_gguf)
+        assert walk_gap(model) == ""
+        strange = replace(model.tensors[-1], name="blk.0.attn_sinks.weight")
+        assert "attn_sinks" in walk_gap(replace(model, tensors=(*model.tensors, strange)))
