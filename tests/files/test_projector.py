@@ -16,6 +16,8 @@ from bitladder.engines.llama import LlamaSettings
 from bitladder.engines.llama_program import LlamaProgram
 from bitladder.files.beside import FURTHER, PICTURES, SOUNDS, parts_beside, projector_beside, towers
 from bitladder.files.checkpoint import CheckpointTensor, read_checkpoint
+from bitladder.files.gguf import read_header
+from bitladder.formats.recipes import is_quantizable
 from bitladder.progress import silent
 from bitladder.serve.deploy import _notes, own_engine
 from bitladder.serve.settings import ServeSettings, TierSpec
@@ -232,3 +234,87 @@ def test_parts_are_told_by_the_words_in_their_names(name, what):
     found = parts_beside(tensors, {"text_config": {"num_hidden_layers": 4}})
     assert found.keys() == ({what} if what else set())
     assert sum(part.nbytes for part in found.values()) == (8 if what else 0)
+
+
+SIZES = {
+    "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}  # fmt: skip
+
+
+def with_head(folder, demo_gguf, family, extra, head, **sizes):
+    """A tiny checkpoint with a head for further tokens, which transformers' own class does not save."""
+    import transformers
+
+    folder.mkdir()
+    vocab = write_tokenizer(folder, demo_gguf) if demo_gguf else write_pieces(folder)
+    config = transformers.AutoConfig.for_model(family, vocab_size=vocab, **{**SIZES, **extra, **sizes})
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+    model.save_pretrained(folder)
+    stored = load_file(folder / "model.safetensors")
+    save_file(stored | head(stored), folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def write_pieces(folder):
+    """A tokenizer of sentencepiece; returns how many tokens it has."""
+    import io
+
+    import sentencepiece
+
+    text = ["The lamp stood in the window all winter, and each evening somebody lit it."] * 20
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text), model_writer=model, vocab_size=64, hard_vocab_limit=False, minloglevel=2
+    )
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).vocab_size()
+
+
+def drafting(stored):
+    """The last layer once more, and what joins it to the decoder, by the names of the release."""
+    layer = {
+        name.replace("model.layers.3.", "mtp.layers.0."): value.clone()
+        for name, value in stored.items()
+        if name.startswith("model.layers.3.")
+    }
+    norms = {f"mtp.{name}.weight": torch.ones(64, dtype=torch.bfloat16) for name in (
+        "norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden",
+    )}  # fmt: skip
+    return {**layer, **norms, "mtp.fc.weight": torch.ones(64, 128, dtype=torch.bfloat16)}
+
+
+@pytest.mark.model
+def test_a_head_for_further_tokens_is_kept_at_eight_bits(tmp_path, demo_gguf):
+    extra = {
+        "num_hidden_layers": 4, "head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+        "linear_key_head_dim": 16, "linear_value_head_dim": 16, "moe_intermediate_size": 32, "num_experts": 8,
+        "shared_expert_intermediate_size": 32, "num_experts_per_tok": 2,
+    }  # fmt: skip
+    folder = with_head(tmp_path / "drafts", demo_gguf, "qwen3_next", extra, drafting)
+    result = bitladder("quantize", folder, "--to", "Q4_0,F16", "--out", tmp_path / "out", *QUICK)
+    assert result.exit_code == 0, result.output
+    assert "left out" not in result.output
+    for level, wanted in (("Q4_0", "Q8_0"), ("F16", "F16")):
+        tensors = read_header(tmp_path / "out" / f"drafts-{level}.gguf").tensors
+        matrices = [one for one in tensors if one.name.startswith("blk.4.") and is_quantizable(one)]
+        assert {"blk.4.nextn.eh_proj.weight", "blk.4.attn_q.weight"} <= {one.name for one in matrices}
+        assert {one.qtype for one in matrices} == {wanted}
+
+
+@pytest.mark.model
+def test_a_head_for_which_there_is_no_place_is_named(tmp_path):
+    extra = {
+        "num_hidden_layers": 2, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32,
+        "moe_num_shared_experts": 1, "moe_layer_start_index": 1,
+    }  # fmt: skip
+
+    def head(_):
+        return {"model.mtp_linear_proj.0.weight": torch.ones(64, 128, dtype=torch.bfloat16)}
+
+    folder = with_head(tmp_path / "drafts", None, "ernie4_5_moe", extra, head)
+    result = bitladder("quantize", folder, "--to", "Q8_0", "--out", tmp_path / "out", *QUICK)
+    assert result.exit_code == 0, result.output
+    flat = " ".join(result.output.split())
+    assert "further tokens (MTP, 1 tensors, 16.0 KiB) is left out" in flat
