@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_convert import write_tokenizer
+from tiny_checkpoints import write_tokenizer
 
 import tiny_configs
 from bitladder.describe.cache import cache_bytes, layer_caches

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_convert import write_tokenizer
+from tiny_checkpoints import write_tokenizer
 from typer.testing import CliRunner
 
 from bitladder.cli.app import app
