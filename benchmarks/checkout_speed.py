@@ -29,10 +29,10 @@ COMMANDS = {
 }
 
 
-def seconds(checkout: Path, words: list[str], room: Path) -> float:
+def seconds(checkout: Path, words: list[str], model: Path, room: Path) -> float:
     """User and system time of one command, and of the engines that it starts."""
     with tempfile.TemporaryDirectory(dir=room) as out:
-        places = {"OUT": out, "TEXT": str(room / "text.txt")}
+        places = {"OUT": out, "MODEL": str(model), "TEXT": str(room / "text.txt")}
         arguments = [word.replace("OUT", out) if word.startswith("OUT/") else places.get(word, word) for word in words]
         environment = {
             **os.environ, "PYTHONPATH": str(checkout / "src"), "BITLADDER_DATA": f"{out}/data",
@@ -68,7 +68,7 @@ def main() -> int:
             rounds = []
             for number in range(options.rounds + 1):
                 sides = [options.before, ROOT] if number % 2 else [ROOT, options.before]
-                took = {side: seconds(side, command, Path(room)) for side in sides}
+                took = {side: seconds(side, command, options.model.resolve(), Path(room)) for side in sides}
                 rounds.append((took[options.before], took[ROOT]))
             del rounds[0]
             ratios = [after / before for before, after in rounds]
