@@ -108,9 +108,8 @@ def reason_of(text: str) -> tuple[str, str]:
 
 def row_of(name: str, work: Path, texts: dict[str, str]) -> tuple[dict[str, str], dict[str, str]]:
     """The cells of one architecture, and the message behind each that does not work."""
-    from tiny_checkpoints import write_tokenizer
-
     from bitladder.files import demo
+    from tiny_checkpoints import write_tokenizer
     from tiny_configs import write_checkpoint
 
     model = work / name

@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tiny_checkpoints import write_tokenizer
 
 import tiny_configs
 from bitladder.describe.cache import cache_bytes, layer_caches
@@ -22,6 +21,7 @@ from bitladder.files.sources import resolve
 from bitladder.levels import parse_level
 from bitladder.plan.abilities import BUILT, Facts, Route, abilities, walk_gap
 from bitladder.plan.cost import level_size
+from tiny_checkpoints import write_tokenizer
 
 MADE = json.loads((Path(__file__).parents[1] / "fixtures" / "family_headers.json").read_text())
 """What the converter makes of the same configurations (``fixtures/make_family_headers.py``)."""

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_checkpoints import write_tokenizer
 from typer.testing import CliRunner
 
 from bitladder.cli.app import app
@@ -23,6 +22,7 @@ from bitladder.serve.deploy import _notes, own_engine
 from bitladder.serve.settings import ServeSettings, TierSpec
 from bitladder.stages.measured_levels import tier_file
 from gguf_bytes import LLAMA_KEYS, string, strings, tiny_weights, u32, write_model
+from tiny_checkpoints import write_tokenizer
 
 PICTURE = (
     "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAIAAAACCAIAAAD91JpzAAAAEElEQVR4nGP4zwAE/xkgFAAb8gP91pby"
