@@ -41,7 +41,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere2": ("cohere2", {"sliding_window": 32}),
     "granite": ("granite", {"residual_multiplier": 0.5, "logits_scaling": 2.0, "embedding_multiplier": 3.0}),
     "hunyuan-dense": ("hunyuan_v1_dense", {}),
-    "olmoe": ("olmoe", {"num_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": False}),
+    "olmoe": ("olmoe", {
+        "num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 4, "tie_word_embeddings": False,
+    }),
     "seed_oss": ("seed_oss", {"tie_word_embeddings": False}),
     "starcoder2": ("starcoder2", {"use_bias": True}),
     "mamba2": ("mamba2", {
@@ -111,4 +113,4 @@ def test_perplexity_is_transformers(family, tmp_path, demo_gguf):
         }
     assert not same.kl.any()
     assert matrices - importance.counts.keys() == set()
-    np.testing.assert_allclose(own.nll, expected, rtol=1e-3)
+    np.testing.assert_allclose(own.nll, expected, rtol=3e-3)  # matrices were converted to 16 bits

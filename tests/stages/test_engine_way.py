@@ -1,21 +1,25 @@
 """Fidelity and importance through llama.cpp's library: beside the walk where both can go, alone where only it can."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import tiny_models
+from bitladder.describe.machine import Machine
 from bitladder.describe.windows import Window
 from bitladder.engines import llama_library
 from bitladder.engines.library_process import answers
 from bitladder.engines.llama_library import Library, LibraryError, piece_length
 from bitladder.engines.logit_scores import distribution, divergence
 from bitladder.engines.messages import BadMessage, Sender, receive
-from bitladder.errors import BadInput, BadWeights, EngineError, EngineGone, UnknownArchitecture
+from bitladder.errors import BadInput, BadWeights, EngineError, EngineGone, NothingFits, UnknownArchitecture
 from bitladder.files import engine_package
 from bitladder.files.engine_package import library_missing
 from bitladder.files.gguf import GgufFile
+from bitladder.plan.engine_need import engine_need, together
+from bitladder.plan.preflight import require
 from bitladder.records.fidelity import Way
 from bitladder.stages.engine_importance import engine_importance
 from bitladder.stages.engine_scores import engine_scores
@@ -24,6 +28,7 @@ from bitladder.stages.fidelity import fidelity, file_candidate, token_scores
 from bitladder.stages.imatrix import importance_matrix
 from bitladder.stages.job import Work, opened
 from bitladder.stages.write_levels import quantize_levels
+from bitladder.units import GiB
 from engine_models import FAMILIES, N_VOCAB, write_family
 
 pytestmark = pytest.mark.model
@@ -75,6 +80,30 @@ def test_both_ways_give_the_same_figures(pair):
     for name, value in vars(one).items():
         if isinstance(value, float):
             assert value == pytest.approx(vars(two)[name], rel=2e-3, abs=1e-6), name
+
+
+def test_the_engines_rounding_is_all_that_parts_the_ways(tmp_path):
+    """The walk that rounds inputs as the engine does gives its figures of quantized levels; without that it gives
+    less."""
+    case = tiny_models.CASES["qwen3"]
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64, "max_position_embeddings": 256}
+    wide = dataclasses.replace(case, keys={"attention.key_length": 64, "attention.value_length": 64})
+    model = tiny_models.make(case, **sizes)
+    with tiny_models.torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(0.25)  # of a size at which rounding is small beside what the weights lose
+    path = tiny_models.write(wide, model, tmp_path / "tiny.gguf", tokenizer=with_merges)
+    windows = windows_of(200, 200, 120)
+    with GgufFile.open(path) as source:
+        files = quantize_levels(source, ["Q8_0", "Q4_K_M"], tmp_path, threads=1)
+        levels = [GgufFile.open(file.path) for file in files]
+        candidates = [file_candidate(source, level) for level in levels]
+        plain = [one.kl.mean() for one in token_scores(source, candidates, windows)[1:]]
+        rounded = [one.kl.mean() for one in token_scores(source, candidates, windows, engine_rounding=True)[1:]]
+        found = [one.kl.mean() for one in engine_scores(source, levels, windows, threads=1)[1:]]
+    np.testing.assert_allclose(found, rounded, rtol=0.05)
+    assert found[0] > 1.1 * plain[0]
 
 
 def test_both_ways_gather_the_same_importance(pair):
@@ -156,6 +185,31 @@ def test_heads_of_latent_attention_are_kept_apart(tmp_path):
     assert found[0].shape == (4, 32)
     np.testing.assert_allclose(found[1][1] / found[0][1], 100, rtol=0.02)
     np.testing.assert_allclose(found[1][[0, 2, 3]], found[0][[0, 2, 3]], rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "free", "groups"),
+    [
+        ([4, 3, 2], 100, [(0, 3)]),  # all beside the reference of 10
+        ([4, 3, 2], 22, [(0, 2), (2, 3)]),
+        ([4, 3, 2], 1, [(0, 1), (1, 2), (2, 3)]),  # one at least, whatever is free
+        ([], 100, []),
+    ],
+)
+def test_as_many_levels_are_open_as_fit(sizes, free, groups):
+    assert [(one.start, one.stop) for one in together(sizes, 10, 0, free)] == groups
+
+
+def test_files_beyond_the_free_memory_are_not_refused_and_said():
+    machine = Machine("x", 4, (), 16 * GiB, 8 * GiB, 100 * GiB)
+    small = engine_need("measure Q8_0", [GiB, GiB], 0, 1e9, machine, 4)
+    large = engine_need("measure Q8_0", [20 * GiB, GiB], 0, 1e9, machine, 4)
+    assert small.ram_bytes > 2 * GiB
+    assert small.what == "measure Q8_0"
+    assert large.ram_bytes <= machine.ram_available
+    assert "21.0 GiB of files" in large.what
+    with pytest.raises(NothingFits):
+        require(engine_need("measure Q8_0", [GiB, GiB], 5 * GiB, 1e9, machine, 4), machine)
 
 
 # ---- what goes wrong

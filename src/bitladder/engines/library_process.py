@@ -23,7 +23,7 @@ from bitladder.errors import EngineError, EngineGone, UnknownArchitecture
 _LOG_LINES, _LOG_WIDTH, _LONGEST_LINE = 200, 500, 1 << 16
 _CHATTER = (
     "llama_model_loader:", "load_tensors:", "print_info:", "llama_kv_cache:", "llama_memory_recurrent:",
-    "llama_context:", "~llama_context:", "llama_graph_n_input_tensors:", "sched_reserve:",
+    "llama_context:", "~llama_context:", "llama_graph_n_input_tensors:", "sched_reserve:", "create_tensor: loading",
 )  # fmt: skip
 """Beginnings of lines that say how a model was loaded, and nothing of why it was not."""
 

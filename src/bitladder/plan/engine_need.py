@@ -59,7 +59,7 @@ def engine_need(
     own = BASE_BYTES + ENGINE_BYTES + len(file_bytes) * context
     mapped = sum(file_bytes)
     room = max(0, machine.ram_available - own)
-    if mapped > room:
+    if 0 < room < mapped:
         what += (
             f" ({human_bytes(mapped)} of files, of which {human_bytes(room)} stay in memory: the rest is read again)"
         )
