@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from bitladder.files.convert import ORIGIN
 from converted_by_llama import convert_all
@@ -42,6 +42,8 @@ class Tiny:
     model_type: str
     fields: dict[str, Any] = field(default_factory=dict)
     keys: dict[str, Any] = field(default_factory=dict)
+    vision: dict[str, Any] = field(default_factory=dict)
+    """The configuration of a tower that sees: ``fields`` are then those of the text model."""
 
 
 FAMILIES = {
@@ -61,6 +63,22 @@ FAMILIES = {
     "deepseek2": Tiny("deepseek_v2", {**_ROUTED, **_LATENT, "q_lora_rank": None, "topk_method": "greedy"}),
     "deepseek3": Tiny("deepseek_v3", {**_ROUTED, **_LATENT, "q_lora_rank": 32}),
     "qwen3.5": Tiny("qwen3_5_text", _DELTA),
+    "qwen3.5 that sees": Tiny(
+        "qwen3_5",
+        _DELTA,
+        vision={
+            "depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64,
+            "patch_size": 4, "num_position_embeddings": 16,
+        },
+    ),
+    "mistral3 that sees": Tiny(
+        "mistral3",
+        {"model_type": "ministral3", "head_dim": 16},
+        vision={
+            "model_type": "pixtral", "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 4,
+            "num_attention_heads": 2, "image_size": 16, "patch_size": 4, "head_dim": 16,
+        },
+    ),
     "qwen3 next": Tiny(
         "qwen3_next",
         {**_DELTA, **_EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 64, "decoder_sparse_step": 1},
@@ -99,8 +117,10 @@ FAMILIES = {
 
 def make(tiny: Tiny, seed: int = 0) -> Any:
     """A transformers model with random weights everywhere, norms and biases too, float32."""
-    config = AutoConfig.for_model(tiny.model_type, **{**SIZES, **tiny.fields})
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", experts_implementation="eager")
+    sizes = {"text_config": {**SIZES, **tiny.fields}, "vision_config": tiny.vision} if tiny.vision else None
+    config = AutoConfig.for_model(tiny.model_type, **(sizes or {**SIZES, **tiny.fields}))
+    kind = AutoModelForImageTextToText if tiny.vision else AutoModelForCausalLM
+    model = kind.from_config(config, attn_implementation="eager", experts_implementation="eager")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -1,6 +1,7 @@
 """Families without a row are walked through transformers' own whole forward, and rows are the judge of how."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -67,7 +68,7 @@ def test_logits_are_those_of_transformers_whole_model(name, made):
     with GgufFile.open(gguf) as source, torch.no_grad():
         weights = FileWeights(source)
         found = logits_of(layered(source, weights), weights, tokens)
-        wanted = model(torch.from_numpy(tokens)).logits
+        wanted = model(input_ids=torch.from_numpy(tokens)).logits
     assert_close(found, wanted)
 
 
@@ -222,6 +223,29 @@ def test_recipes_and_error_feedback(name, made, tmp_path):
         with GgufFile.open(fitted.file.path) as file:
             fed, rounded = walk(source, [file_candidate(source, file), plain], windows_of(2, 16))
     assert 0 < fed.kl_mean < 1.2 * rounded.kl_mean  # random weights: what is lost is not what matters to them
+
+
+@pytest.mark.parametrize("name", ["qwen3.5 that sees", "mistral3 that sees"])
+def test_a_level_holds_the_towers_of_its_source_as_they_are(name, made, tmp_path):
+    """Nothing is dropped, and engines are told that these parts are not quantized."""
+    _, checkpoint, gguf = made[name]
+    with GgufFile.open(gguf) as source:
+        (written,) = quantize_checkpoints(
+            source, ["GPTQ-4bit-g32-ct"], tmp_path, windows_of(1, 16), name="tiny", checkpoint=checkpoint,
+            settings=EXACT,
+        )  # fmt: skip
+    there, here = load_file(checkpoint / "model.safetensors"), load_file(Path(written.path) / "model.safetensors")
+    quantized = {name.removesuffix("_packed") for name in here if name.endswith(".weight_packed")}
+    assert quantized and quantized <= set(there)
+    for name_of, value in there.items():
+        if name_of not in quantized:
+            torch.testing.assert_close(here[name_of], value, msg=name_of)
+    config = json.loads((Path(written.path) / "config.json").read_text())
+    ignored = config["quantization_config"]["ignore"]
+    towers = [one for one in there if re.search("vis", one) and there[one].ndim > 1]
+    assert towers
+    for one in towers:
+        assert any(re.fullmatch(pattern.removeprefix("re:"), one.removesuffix(".weight")) for pattern in ignored), one
 
 
 @pytest.mark.parametrize("name", ["gpt-oss", "llama4", "gpt2"])

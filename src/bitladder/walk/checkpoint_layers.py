@@ -7,8 +7,9 @@ and apart in the other: transformers' own conversion does all that, here on the 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 from bitladder.errors import BadFile
 from bitladder.files.checkpoint import Checkpoint, read_checkpoint
+from bitladder.files.safetensors_writer import PiecewiseTensor
 from bitladder.walk.skeleton import Skeleton, refused
 
 F32 = NDArray[np.float32]
@@ -90,6 +92,21 @@ class CheckpointLayers:
         names = [name for name in self._top if name in leaves or name.removeprefix(f"{outside}.") in leaves]
         return self._loaded(names, set(wanted))
 
+    def others(self, used: Collection[str]) -> list[PiecewiseTensor]:
+        """What belongs neither to a layer nor to ``used`` names on disk, as it is stored: towers that see or hear,
+        heads that predict several tokens."""
+        layers = {name for layer in range(self._skeleton.n_layer) for name in self.disk_names(layer)}
+
+        def pieces(name: str) -> list[memoryview]:
+            stored = self._read([name])[name]
+            return [stored.contiguous().reshape(-1).view(torch.uint8).numpy().data]
+
+        return [
+            PiecewiseTensor(tensor.name, tensor.dtype, tensor.shape, partial(pieces, tensor.name))
+            for tensor in self.checkpoint.tensors
+            if tensor.name not in layers and tensor.name not in used
+        ]
+
     def rows(self, path: str, some: NDArray[np.int64]) -> F32:
         """Some rows f32[rows, columns] of a table outside the layers."""
         name = self.top_name(path)
@@ -101,7 +118,8 @@ class CheckpointLayers:
         """What a parameter outside the layers is called on disk; its path where that is not known."""
         around, outside = self._skeleton.layers_path.rpartition(".")[0], self.prefix[:-1].rpartition(".")[0]
         leaf = path.removeprefix(f"{around}.")
-        return next((name for name in (f"{outside}.{leaf}".removeprefix("."), path) if name in self._names), path)
+        likely = (f"{outside}.{leaf}", f"{outside.rpartition('.')[0]}.{leaf}", path)
+        return next((name.removeprefix(".") for name in likely if name.removeprefix(".") in self._names), path)
 
     def _read(self, names: list[str]) -> dict[str, torch.Tensor]:
         from safetensors import SafetensorError, safe_open

@@ -69,7 +69,8 @@ def _config(companions: Companions, level: CheckpointLevel, walk: CalibrationWal
     """The model's configuration with what engines need to know of its quantization."""
     model: LayeredModel = walk.model
     routers = model.family.routers
-    quantization = level.format.configuration(ignored=("lm_head", *routers))
+    copied = [one.name.removesuffix(".weight") for one in model.copied() if len(one.shape) > 1]
+    quantization = level.format.configuration(ignored=("lm_head", *routers, *copied))
     key = "torch_dtype" if "torch_dtype" in companions.config else "dtype"
     return {**companions.config, key: str(walk.dtype).removeprefix("torch."), "quantization_config": quantization}
 

@@ -130,7 +130,7 @@ class CalibrationWalk:
             tensors.append(_small(name, held, _TYPE_NAMES[self.dtype]))
         if self.model.output != self.model.embedding:
             tensors.append(self._rows_of(names.head, roles.OUTPUT))
-        return tensors
+        return tensors + self.model.copied()
 
     def shapes(self) -> dict[str, tuple[int, int]]:
         """``(outputs, inputs)`` of every matrix that will be quantized, by its place in the layer: of the first

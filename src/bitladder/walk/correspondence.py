@@ -171,10 +171,25 @@ def _found(wanted: NDArray[np.uint64], there: NDArray[np.uint64]) -> I64 | None:
 
 @dataclass(frozen=True, eq=False)
 class Lines:
-    """The rows of one array in one orientation, with their keys computed when they are wanted."""
+    """The rows of one array in one orientation, made when they are wanted: a turned copy may be as large as a layer."""
 
-    rows: F32
+    value: F32
     turned: bool
+
+    @property
+    def rows(self) -> F32:
+        """f32[rows, columns]."""
+        return rows_of(self.value, turned=self.turned)
+
+    @property
+    def columns(self) -> int:
+        """How many there are."""
+        return 1 if self.value.ndim < 2 else self.value.shape[-2 if self.turned else -1]
+
+    @property
+    def count(self) -> int:
+        """How many rows there are."""
+        return self.value.size // max(1, self.columns)
 
     @cached_property
     def keys(self) -> NDArray[np.uint64]:
@@ -196,9 +211,9 @@ class Sought:
     lines: list[Lines] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.lines = [Lines(rows_of(self.value, turned=False), turned=False)]
+        self.lines = [Lines(self.value, turned=False)]
         if self.value.ndim > 1 and 1 not in self.value.shape[-2:]:
-            self.lines.append(Lines(rows_of(self.value, turned=True), turned=True))
+            self.lines.append(Lines(self.value, turned=True))
 
 
 def correspond(
@@ -360,25 +375,26 @@ def _rows_in(
     rounded: Callable[[F32, str], F32],
 ) -> tuple[tuple[str, ...], ParameterLayout] | None:
     """All rows found among those of some tensors, each of which gives a share; ``turned``: in which orientations."""
-    width = ours.rows.shape[1]
     theirs = [
-        (one, lines) for one in tensors.values() for lines in one.lines
-        if lines.turned in turned and lines.rows.shape[1] == width
-    ]  # fmt: skip
+        (one, lines)
+        for one in tensors.values()
+        for lines in one.lines
+        if lines.turned in turned and lines.columns == ours.columns
+    ]
     if not theirs:
         return None
-    mine = Lines(rounded(ours.rows, theirs[0][0].name), turned=ours.turned)
-    place = _found(mine.keys, np.concatenate([lines.keys for _, lines in theirs]))
+    mine = rounded(ours.rows, theirs[0][0].name)
+    place = _found(_keys(mine), np.concatenate([lines.keys for _, lines in theirs]))
     if place is None:
         return None
-    ends = np.cumsum([len(lines.rows) for _, lines in theirs])
+    ends = np.cumsum([lines.count for _, lines in theirs])
     owner = np.searchsorted(ends, place, side="right")
     names, parts = [], []
     for number in np.unique(owner):
         one, lines = theirs[number]
         rows = np.flatnonzero(owner == number)
-        where = place[rows] - (ends[number] - len(lines.rows))
-        if not np.array_equal(mine.rows[rows], lines.rows[where]):  # two rows of one key
+        where = place[rows] - (ends[number] - lines.count)
+        if not np.array_equal(mine[rows], lines.rows[where]):  # two rows of one key
             return None
         names.append(one.name)
         parts.append(TensorPart(one.value.shape, lines.turned, rows, where))
@@ -402,17 +418,17 @@ def _columns_in(
     shape: tuple[int, ...], ours: Lines, lines: Lines, one: Sought, rounded: Callable[[F32, str], F32]
 ) -> tuple[tuple[str, ...], ParameterLayout] | None:
     """Rows of one tensor whose values are in another order, the same for all rows."""
-    if lines.rows.shape[1] != ours.rows.shape[1] or len(lines.rows) < len(ours.rows) or ours.rows.shape[1] < 2:
+    if lines.columns != ours.columns or lines.count < ours.count or ours.columns < 2:
         return None
-    mine = Lines(rounded(ours.rows, one.name), turned=ours.turned)
-    place = _found(mine.sorted_keys, lines.sorted_keys)
+    mine = rounded(ours.rows, one.name)
+    place = _found(_keys(np.sort(mine, axis=1)), lines.sorted_keys)
     if place is None:
         return None
     theirs = lines.rows[place]
-    columns = _found(_keys(np.ascontiguousarray(mine.rows.T)), _keys(np.ascontiguousarray(theirs.T)))
-    if columns is None or not np.array_equal(theirs[:, columns], mine.rows):
+    columns = _found(_keys(np.ascontiguousarray(mine.T)), _keys(np.ascontiguousarray(theirs.T)))
+    if columns is None or not np.array_equal(theirs[:, columns], mine):
         return None
-    part = TensorPart(one.value.shape, lines.turned, np.arange(len(mine.rows)), place, columns)
+    part = TensorPart(one.value.shape, lines.turned, np.arange(len(mine)), place, columns)
     return (one.name,), ParameterLayout(shape, ours.turned, (part,))
 
 

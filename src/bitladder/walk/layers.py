@@ -25,6 +25,7 @@ from torch import nn
 
 from bitladder.describe.model import Model
 from bitladder.errors import BadFile, UnknownArchitecture
+from bitladder.files.safetensors_writer import PiecewiseTensor
 from bitladder.formats import roles
 from bitladder.formats.disk_names import absorbing_parameters
 from bitladder.formats.families import family_of, walked
@@ -351,6 +352,10 @@ class LayeredModel:
     def beside(self) -> dict[str, torch.Tensor]:
         """What a checkpoint holds outside the layers, embedding, last norm and head apart, by name on disk."""
         return {}
+
+    def copied(self) -> list[PiecewiseTensor]:
+        """What a checkpoint holds of other parts than the text model, to be copied beside its levels."""
+        return []
 
     def check_disk_names(self) -> None:
         """Refuse checkpoint levels of a model whose matrices have no place of their own in a checkpoint."""

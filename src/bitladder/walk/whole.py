@@ -20,6 +20,7 @@ from torch import nn
 
 from bitladder.describe.model import Model
 from bitladder.errors import BadFile, BadInput, UnknownArchitecture
+from bitladder.files.safetensors_writer import PiecewiseTensor
 from bitladder.files.staging import clean_json
 from bitladder.formats import roles
 from bitladder.formats.disk_names import quantized_parameters
@@ -278,6 +279,12 @@ class WholeModel(LayeredModel):
         norm = f"{self._skeleton.norm_path}."
         others = {path: value for path, value in self._beside.items() if not path.startswith(norm)}
         return {self._checkpoint.top_name(path): torch.from_numpy(value) for path, value in others.items()}
+
+    def copied(self) -> list[PiecewiseTensor]:
+        """As ``LayeredModel``."""
+        names = self.family.disk
+        norm = {self._checkpoint.top_name(f"{self._skeleton.norm_path}.{leaf}") for leaf in ("weight", "bias")}
+        return self._checkpoint.others({names.embedding, names.head, *norm, *self.beside})
 
     def check_disk_names(self) -> None:
         """As ``LayeredModel``.
