@@ -23,11 +23,14 @@ from bitladder.files.gguf import read_header
 from bitladder.files.level_files import draft_level
 from bitladder.files.sources import resolve
 from bitladder.formats.recipes import LEVELS
-from bitladder.plan.memory import compute_buffers, mapped_bytes, repacked_bytes
+from bitladder.formats.tensors import TensorInfo
+from bitladder.plan.memory import compute_buffers
 from bitladder.units import MiB
 
 CONTEXTS = (512, 1024, 2048, 4096, 8192)
 CACHES = ("f16", "q8_0")
+REPACKED = frozenset({"Q4_0", "Q4_K", "IQ4_NL"})
+"""Types of which the engine makes a second copy for a CPU's vector units, interleaved by eight rows."""
 LOADER = """
 import sys, xllamacpp as xl
 p = xl.CommonParams()
@@ -70,6 +73,32 @@ def engine_report(path: Path, n_ctx: int, cache: str) -> dict[str, float]:
         "compute": sum(float(value) for value in re.findall(r"compute buffer size =\s+([\d.]+) MiB", last)),
     }
     return {**amounts, "total": sum(amounts.values())}
+
+
+def repacked_bytes(tensors: Sequence[TensorInfo]) -> int:
+    """Bytes of the second copy that a CPU engine keeps of layers' matrices in some types.
+
+    The originals stay mapped from the file and may be dropped by the system, so this is no more memory in the end,
+    but the engine reports both, and both are there while it loads.
+    """
+    return sum(tensor.nbytes for tensor in tensors if _is_repacked(tensor))
+
+
+def mapped_bytes(tensors: Sequence[TensorInfo]) -> int:
+    """Bytes from the first to the last tensor that a CPU engine uses straight from the file (tensors in file
+    order).
+    """
+    used = [number for number, tensor in enumerate(tensors) if not _is_repacked(tensor)]
+    return sum(tensor.nbytes for tensor in tensors[used[0] : used[-1] + 1]) if used else 0
+
+
+def _is_repacked(tensor: TensorInfo) -> bool:
+    return (
+        tensor.qtype in REPACKED
+        and len(tensor.shape) > 1
+        and tensor.shape[-2] % 8 == 0
+        and tensor.name != "token_embd.weight"
+    )
 
 
 def predicted(path: Path, n_ctx: int, cache: str) -> dict[str, float]:

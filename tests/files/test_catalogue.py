@@ -14,17 +14,20 @@ from bitladder.plan.inverse import GpuKind, gpus_needed
 from bitladder.plan.launch import launch
 from bitladder.plan.placement import VRAM_MARGIN, Placement, Usage, place
 from bitladder.plan.preflight import QUANTIZE_START_S, JobNeed, quantize_need, require, walk_need
-from bitladder.plan.search import MachineRates, largest_context, what_would_give
+from bitladder.plan.search import MachineRates, best_options, largest_context, option, what_would_give
 from bitladder.stages.search import (
     candidate_of,
     hardware_for,
     just_out_of_reach,
-    ladder_of,
     load_prices,
     machine_rates,
-    search_catalogue,
 )
 from bitladder.units import GiB
+
+
+def best_of(text, machine, rates, wish, **least):
+    """The options of the rows that match a text."""
+    return best_options([candidate_of(row) for row in catalogue.find_models(text)], machine, rates, wish, **least)
 
 
 def described(text):
@@ -160,7 +163,7 @@ class TestDevices:
 class TestSearch:
     def test_the_largest_first_and_all_fit(self):
         machine, rates = described("RTX 4090 + 64 GiB")
-        rows = search_catalogue(machine, rates, Usage(8192), least_decode=5, least_bits=3)
+        rows = best_of("", machine, rates, Usage(8192), least_decode=5, least_bits=3)
         sizes = [row.params for row in rows]
         assert sizes == sorted(sizes, reverse=True)
         assert all(row.speed.decode.value >= 5 and row.placement.kind != "none" for row in rows)
@@ -172,13 +175,13 @@ class TestSearch:
         machine, rates = described("RTX 4090 + 64 GiB")
         bytes_at = {}
         for least in (1, 10):
-            rows = search_catalogue(machine, rates, Usage(4096), text="qwen2.5-32b", least_decode=least)
+            rows = best_of("qwen2.5-32b", machine, rates, Usage(4096), least_decode=least)
             bytes_at[least] = rows[0].placement.weight_bytes
         assert bytes_at[10] < bytes_at[1]
 
     def test_nothing_fits_a_tiny_machine(self):
         machine, rates = described("2.5 GiB")
-        assert search_catalogue(machine, rates, Usage(4096), text="70b") == []
+        assert best_of("70b", machine, rates, Usage(4096)) == []
 
     def test_what_would_have_to_give(self):
         machine, rates = described("24 GiB")
@@ -206,7 +209,8 @@ class TestSearch:
 
     def test_a_ladder_has_every_level(self):
         machine, rates = described("16 GiB")
-        rows = ladder_of("Llama-2-13b-chat-hf", machine, rates, Usage(4096))
+        candidate = candidate_of(catalogue.model_named("Llama-2-13b-chat-hf"))
+        rows = [option(candidate, level, machine, rates, Usage(4096)) for level in candidate.levels]
         assert [row.level for row in rows][:2] == ["F16", "Q8_0"]
         assert rows[0].placement.kind == "none"
         assert rows[-1].placement.kind == "cpu"

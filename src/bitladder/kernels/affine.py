@@ -21,7 +21,6 @@ from typing import Any
 
 from bitladder.kernels.lanes import (
     helper,
-    kernel,
     load,
     maximum,
     minimum,
@@ -33,7 +32,7 @@ from bitladder.kernels.lanes import (
     where,
 )
 from bitladder.kernels.pack import pack_affine
-from bitladder.kernels.sixteen import read, sixteen_in, write
+from bitladder.kernels.sixteen import kernel_of
 
 # rows of the state: one value per lane for each of up to 16 sub-blocks
 S, SX, SL, SLL, SXL, D, C, WHOLE_D, WHOLE_M, PLAIN_D, PLAIN_M, ROWS = range(12)
@@ -330,18 +329,4 @@ def encode(blocks: Any, search: Any, codes: Any, tile: Any) -> Any:
     pack_affine(blocks.row.layout, codes, state[WHOLE_D * n :], state[WHOLE_M * n :], d, dmin, tile)
 
 
-@kernel
-def quantize_affine(
-    x: Any, columns: Any, importance: Any, row: Any, search: Any, scratch: Any, tile: Any, places: Any, out: Any
-) -> Any:
-    """Blocks of f32 x, one after another, to their bytes in ``out``.
-
-    ``importance`` is f32[columns], or empty for equal weights; ``columns`` the length of a row of x; ``row`` and
-    ``search`` as in ``rows.py``. To work in: ``scratch`` f32[``Row.scratch``], ``tile`` u8[16 type_size], ``places``
-    i64[48].
-    """
-    blocks, codes = sixteen_in(row, scratch)
-    for first in range(0, x.size // (row.parts * row.size), 16):
-        read(blocks, first, x, columns, importance, places, tile.size // 16)
-        encode(blocks, search, codes, tile)
-        write(tile, out, places)
+quantize_affine = kernel_of(encode)

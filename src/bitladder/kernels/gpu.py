@@ -113,7 +113,7 @@ def _retargeted(function: Any, device: torch.device) -> Callable[..., Any]:
         if compiled not in done:
             plain = compiled.py_func
             names = dict(plain.__globals__)
-            twin = FunctionType(plain.__code__, names, plain.__name__, plain.__defaults__)
+            twin = FunctionType(plain.__code__, names, plain.__name__, plain.__defaults__, plain.__closure__)
             done[compiled] = twin
             names.update(
                 {n: convert(v) for n, v in list(names.items()) if hasattr(v, "py_func") and n not in operations}

@@ -17,7 +17,6 @@ import numpy as np
 
 from bitladder.kernels.lanes import (
     helper,
-    kernel,
     load,
     magnitude,
     maximum,
@@ -30,7 +29,7 @@ from bitladder.kernels.lanes import (
     where,
 )
 from bitladder.kernels.pack import pack_scale
-from bitladder.kernels.sixteen import read, sixteen_in, write
+from bitladder.kernels.sixteen import kernel_of
 
 # rows of the state: one value per lane for each of up to 16 sub-blocks
 SLL, SXL, D, WHOLE, PLAIN, ROWS = range(6)
@@ -269,13 +268,4 @@ def encode(blocks: Any, search: Any, codes: Any, tile: Any) -> Any:
     pack_scale(blocks.row.layout, codes, blocks.state[WHOLE * blocks.n :], d, tile)
 
 
-@kernel
-def quantize_scale(
-    x: Any, columns: Any, importance: Any, row: Any, search: Any, scratch: Any, tile: Any, places: Any, out: Any
-) -> Any:
-    """Blocks of f32 x, one after another, to their bytes in ``out``; arguments as of ``affine.quantize_affine``."""
-    blocks, codes = sixteen_in(row, scratch)
-    for first in range(0, x.size // (row.parts * row.size), 16):
-        read(blocks, first, x, columns, importance, places, tile.size // 16)
-        encode(blocks, search, codes, tile)
-        write(tile, out, places)
+quantize_scale = kernel_of(encode)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from bitladder.kernels.lanes import helper, load_transposed, splat, store, store_transposed
+from bitladder.kernels.lanes import helper, kernel, load_transposed, splat, store, store_transposed
 from bitladder.kernels.rows import BlockRow
 
 
@@ -58,3 +58,25 @@ def write(tile: Any, out: Any, places: Any) -> Any:
     for i in range(0, type_size, 16):
         at = min(i, type_size - 16)
         store_transposed(tile, 16 * at, out, places[32:], at)
+
+
+def kernel_of(encode: Any) -> Any:
+    """The kernel of a helper ``encode(blocks, search, codes, tile)``, which leaves the bytes of sixteen blocks in
+    ``tile``.
+
+    It takes blocks of f32 x, one after another, to their bytes in ``out``. ``importance`` is f32[columns], or empty for
+    equal weights; ``columns`` the length of a row of x; ``row`` and ``search`` as in ``rows.py``. To work in:
+    ``scratch`` f32[``BlockRow.scratch``], ``tile`` u8[16 type_size], ``places`` i64[48].
+    """
+
+    @kernel
+    def quantize(
+        x: Any, columns: Any, importance: Any, row: Any, search: Any, scratch: Any, tile: Any, places: Any, out: Any
+    ) -> Any:
+        blocks, codes = sixteen_in(row, scratch)
+        for first in range(0, x.size // (row.parts * row.size), 16):
+            read(blocks, first, x, columns, importance, places, tile.size // 16)
+            encode(blocks, search, codes, tile)
+            write(tile, out, places)
+
+    return quantize

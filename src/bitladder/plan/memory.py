@@ -1,4 +1,4 @@
-"""Memory of a running model beside its weights and cache: what llama.cpp allocates to compute in, and keeps twice.
+"""Memory of a running model beside its weights and cache: what llama.cpp allocates to compute in.
 
 The engine computes ``n_ubatch`` tokens at once in one arena, whose size is the largest sum of tensors alive at a time.
 Which moment that is depends on the family (T tokens, D = n_embd, F = n_ff, u experts in use of F_e each, q and kv the
@@ -23,15 +23,12 @@ from dataclasses import dataclass
 from bitladder.describe.cache import LayerCache, layer_caches, padded_context
 from bitladder.describe.header_keys import HeaderKeys
 from bitladder.describe.model import Model
-from bitladder.formats.tensors import TensorInfo
 from bitladder.units import MiB
 
 N_UBATCH = 512
 """Tokens the engine computes at once, llama.cpp's default."""
 ENGINE_BYTES = 96 * MiB
 """What the engine's process takes besides model, cache and compute buffers: code, tokenizer, server."""
-REPACKED = frozenset({"Q4_0", "Q4_K", "IQ4_NL"})
-"""Types of which the engine makes a second copy for a CPU's vector units, interleaved by eight rows."""
 
 
 @dataclass(frozen=True)
@@ -83,29 +80,3 @@ def _widest_moment(model: Model) -> int:
         q, kv = dims.n_head * dims.head_dim_k, dims.n_head_kv * dims.head_dim_k
         moments.append(3 * q + 3 * wide + 2 * kv)
     return max(moments)
-
-
-def repacked_bytes(tensors: Sequence[TensorInfo]) -> int:
-    """Bytes of the second copy that a CPU engine keeps of layers' matrices in some types.
-
-    The originals stay mapped from the file and may be dropped by the system, so this is no more memory in the end,
-    but the engine reports both, and both are there while it loads.
-    """
-    return sum(tensor.nbytes for tensor in tensors if _is_repacked(tensor))
-
-
-def mapped_bytes(tensors: Sequence[TensorInfo]) -> int:
-    """Bytes from the first to the last tensor that a CPU engine uses straight from the file (tensors in file
-    order).
-    """
-    used = [number for number, tensor in enumerate(tensors) if not _is_repacked(tensor)]
-    return sum(tensor.nbytes for tensor in tensors[used[0] : used[-1] + 1]) if used else 0
-
-
-def _is_repacked(tensor: TensorInfo) -> bool:
-    return (
-        tensor.qtype in REPACKED
-        and len(tensor.shape) > 1
-        and tensor.shape[-2] % 8 == 0
-        and tensor.name != "token_embd.weight"
-    )

@@ -259,11 +259,14 @@ def _launch(
 
 def search(request: PlanRequest, *, text: str = "", least_decode: float = 0.0) -> SearchResult:
     """What of the catalogue runs: per model the largest level that fits and is fast enough, largest model first."""
-    from bitladder.stages.search import just_out_of_reach, search_catalogue
+    from bitladder.files.catalogue import find_models
+    from bitladder.plan.search import best_options
+    from bitladder.stages.search import candidate_of, just_out_of_reach
 
     wish = request.wish
     machine, rates = the_machine(request.machine)
-    options = search_catalogue(machine, rates, wish, text=text, least_decode=least_decode)
+    candidates = [candidate_of(row) for row in find_models(text)]
+    options = best_options(candidates, machine, rates, wish, least_decode=least_decode)
     beyond = just_out_of_reach(machine, rates, wish, options, text=text, least_decode=least_decode)
     return SearchResult(machine.summary, tuple(options), tuple(beyond))
 

@@ -16,7 +16,7 @@ from bitladder.files.folders import data_folder
 from bitladder.plan.cost import LevelBytes
 from bitladder.plan.inverse import HardwareNeed, hardware_needed, price_kinds
 from bitladder.plan.placement import Usage
-from bitladder.plan.search import CatalogueCandidate, MachineRates, Option, best_options, option, what_would_give
+from bitladder.plan.search import CatalogueCandidate, MachineRates, Option, what_would_give
 
 _ASSUMED_PER_CORE, _ASSUMED_RAM = 8e9, 40e9
 """Bytes per second from RAM when nothing was measured: what a core can ask for, what a desktop's memory gives."""
@@ -69,22 +69,6 @@ def candidate_of(row: CatalogueModel) -> CatalogueCandidate:
     return CatalogueCandidate(row.hub, row.licence, row.model, levels, row.params)
 
 
-def search_catalogue(
-    machine: Machine,
-    rates: MachineRates,
-    wish: Usage,
-    *,
-    text: str = "",
-    least_decode: float = 0.0,
-    least_bits: float = 0.0,
-) -> list[Option]:
-    """Per model of the catalogue that matches ``text`` the largest level that fits and is fast enough, largest model
-    first.
-    """
-    candidates = [candidate_of(row) for row in find_models(text)]
-    return best_options(candidates, machine, rates, wish, least_decode=least_decode, least_bits=least_bits)
-
-
 def just_out_of_reach(
     machine: Machine,
     rates: MachineRates,
@@ -109,16 +93,6 @@ def just_out_of_reach(
         for level in candidate.levels
         if level.level == "Q4_K_M"
     ]
-
-
-def ladder_of(name: str, machine: Machine, rates: MachineRates, wish: Usage) -> list[Option]:
-    """Every level of one model of the catalogue, largest first, whether it fits or not.
-
-    Raises:
-        BadInput: the catalogue has no such model; the nearest names are in the message.
-    """
-    candidate = candidate_of(model_named(name))
-    return [option(candidate, level, machine, rates, wish) for level in candidate.levels]
 
 
 def hardware_for(name: str, wish: Usage) -> list[HardwareNeed]:
