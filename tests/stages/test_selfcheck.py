@@ -13,12 +13,13 @@ import tiny_families
 import tiny_models
 from bitladder.cli.app import app
 from bitladder.engines import llama_library
-from bitladder.errors import BadInput, UnknownArchitecture
+from bitladder.errors import BadInput, NothingFits, UnknownArchitecture
+from bitladder.files import probe
 from bitladder.files.convert import ORIGIN
 from bitladder.plan.selfcheck import Bound, bound_of, comparison, layer_gap, trust
 from bitladder.records.selfcheck import HEAD, Compared, Comparison, Implementation, SelfCheck, Trust
-from bitladder.stages.job import Work
-from bitladder.stages.selfcheck import selfcheck_model
+from bitladder.stages.job import Work, opened
+from bitladder.stages.selfcheck import _Check, selfcheck_model
 from bitladder.walk.layers import LayeredModel
 from engine_models import write_family
 
@@ -226,6 +227,24 @@ def test_without_the_engine_the_others_are_compared(tmp_path, monkeypatch):
     assert check.agrees
     assert trusted(check)["workload"] is Trust.NO
     assert "2031.1.20000" in next(part.why for part in check.trust if part.what == "workload")
+
+
+def test_what_does_not_fit_takes_no_part(tmp_path, monkeypatch):
+    """Whoever needs most is left out where there is too little by a byte; without room for two nothing is begun."""
+    path = file_and_checkpoint("llama", tmp_path)
+    here = probe.probe_machine()
+    with opened(str(path), Work()) as job:
+        needs = {name: need.ram_bytes for name, need in _Check(job, 64)._needs().items()}
+        assert set(needs) == set(Implementation)
+        most = max(needs, key=lambda name: needs[name])
+        monkeypatch.setattr(probe, "probe_machine", lambda *_: replace(here, ram_available=needs[most] - 1))
+        short = _Check(job, 64)
+        assert set(short._needs()) == set(Implementation) - {most}
+        assert "of memory" in short.missing[most]
+    monkeypatch.setattr(probe, "probe_machine", lambda *_: replace(here, ram_available=100 << 20))
+    with pytest.raises(NothingFits, match=r"too little memory to compare anything") as error:
+        checked(path)
+    assert error.value.means.count("of memory, 100 MiB are free") == 3
 
 
 def test_more_tokens_than_the_model_was_trained_for(tmp_path):

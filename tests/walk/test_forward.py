@@ -229,11 +229,7 @@ def test_recipes_and_error_feedback(name, made, tmp_path):
 def test_a_level_holds_the_towers_of_its_source_as_they_are(name, made, tmp_path):
     """Nothing is dropped, and engines are told that these parts are not quantized."""
     _, checkpoint, gguf = made[name]
-    with GgufFile.open(gguf) as source:
-        (written,) = quantize_checkpoints(
-            source, ["GPTQ-4bit-g32-ct"], tmp_path, windows_of(1, 16), name="tiny", checkpoint=checkpoint,
-            settings=EXACT,
-        )  # fmt: skip
+    (written,) = run(gguf, ["GPTQ-4bit-g32-ct"], tmp_path, checkpoint, windows=windows_of(1, 16), settings=EXACT)
     there, here = load_file(checkpoint / "model.safetensors"), load_file(Path(written.path) / "model.safetensors")
     quantized = {name.removesuffix("_packed") for name in here if name.endswith(".weight_packed")}
     assert quantized and quantized <= set(there)

@@ -110,8 +110,8 @@ def _states(library: Library, request: Mapping[str, Any], sender: Sender) -> Non
                 raise LibraryError(f"the layers' outputs could not be read: {outputs.fault}")
         for layer in range(request["n_layer"]):
             states = outputs.layer(layer, len(tokens))
-            sender.send("layer", None if states is None else states.ravel())
-        sender.send("logits", logits.ravel())
+            sender.send("layer", None if states is None else states.ravel().astype(np.float64))
+        sender.send("logits", logits.ravel().astype(np.float64))
 
 
 def _open(library: Library, path: str, request: Mapping[str, Any], watch: Watch | None = None) -> OpenModel:

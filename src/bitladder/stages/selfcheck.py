@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bitladder.errors import BadInput, BitladderError, EngineError, UnknownArchitecture
+from bitladder.errors import BadInput, BitladderError, EngineError, NothingFits, UnknownArchitecture
 from bitladder.records.fidelity import Way
 from bitladder.records.selfcheck import Compared, Comparison, Implementation, SelfCheck
 from bitladder.stages.engine_way import engine_missing, way_for
@@ -43,6 +43,7 @@ def selfcheck_model(model: str, work: Work, *, tokens: int | None = None) -> Sel
 
     Raises:
         UnknownArchitecture: fewer than two implementations can compute it; the message says of each why.
+        NothingFits: the same, for lack of memory.
         BadInput: more tokens than it was trained for.
         BitladderError: the model is not found or not sound.
     """
@@ -85,6 +86,8 @@ class _Check:
     missing: dict[Implementation, str] = field(default_factory=dict)
     rounded: torch.Tensor | None = None
     """Logits of a pass of the walk that rounds as the engine does."""
+    checkpoint: Path | None = None
+    """The folder that transformers reads instead of the file."""
 
     def run(self) -> SelfCheck:
         """All of it, within a forecast of what it takes."""
@@ -183,10 +186,16 @@ class _Check:
         need = walk_need(0, 0, WINDOWS * self.n, model.dims.n_embd, 0, self._operations(), probe_machine())
         return replace(need, ram_bytes=2 * BASE_BYTES + 4 * held + 2 * whole + self._traces_bytes())
 
-    def _nothing(self) -> UnknownArchitecture:
+    def _nothing(self) -> BitladderError:
         reasons = [f"{name.value}: {why}" for name, why in self.missing.items()]
         able = [name.value for name in Implementation if name not in self.missing]
         alone = f"only {able[0]} can compute it" if able else "nothing here can compute it"
+        if any("of memory" in why for why in self.missing.values()):
+            return NothingFits(
+                f"There is too little memory to compare anything: {alone}.",
+                means="\n".join(reasons),
+                do="Close other programs, or compare on a larger machine.",
+            )
         return UnknownArchitecture(
             f"There is nothing to compare for '{self.job.source.model.dims.architecture}': {alone}.",
             means="\n".join(reasons),

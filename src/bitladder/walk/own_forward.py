@@ -185,8 +185,7 @@ class GgufForward(OwnForward):
     """
 
     def __init__(self, path: Path) -> None:
-        from transformers import AutoConfig
-        from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+        from transformers import AutoConfig, modeling_gguf_pytorch_utils
 
         # what lies beside a file is not read, and a bar for each tensor says nothing
         with TemporaryDirectory(prefix="bitladder-") as alone, quiet_loading(), redirect_stderr(io.StringIO()):
@@ -197,8 +196,9 @@ class GgufForward(OwnForward):
                     alone, gguf_file=file.name, local_files_only=True, trust_remote_code=False
                 ).get_text_config(decoder=True)
                 skeleton = skeleton_of(usable(config))
-                read: Any = load_gguf_checkpoint
-                found = read(str(file), return_tensors=True, model_to_load=skeleton.model)["tensors"]
+                reader: Any = modeling_gguf_pytorch_utils
+                parsed = reader.load_gguf_checkpoint(str(file), return_tensors=True, model_to_load=skeleton.model)
+                found = parsed["tensors"]
             except BitladderError:
                 raise
             except Exception as error:  # whatever its reader raises on a file that it does not know
