@@ -222,7 +222,7 @@ def test_an_input_scale_that_is_no_number_is_refused_where_it_is_read(written, t
 @pytest.mark.parametrize(("level", "family"), [("NVFP4", "qwen3moe"), ("MXFP4", "mixtral")])
 def test_experts(level, family, tmp_path):
     """Every expert's gate and up share a global scale; the folder holds what was made."""
-    model, checkpoint, gguf = tiny(family, tmp_path)
+    _, checkpoint, gguf = tiny(family, tmp_path)
     run(gguf, [level], tmp_path / "out", checkpoint)
     folder = tmp_path / "out" / f"tiny-{level}"
     assert inspect_folder(folder).truthful

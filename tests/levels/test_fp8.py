@@ -143,7 +143,7 @@ def test_weights_that_no_scale_reaches_are_refused(level):
     weights = np.full((128, 128), 1.0, np.float32)
     weights[3, 5] = 4e7
     form = parse_level(level).format
-    with pytest.raises(ValueError, match="a scale of 89285.7 does not fit float16"):
+    with pytest.raises(ValueError, match=r"a scale of 89285\.7 does not fit float16"):
         form.search(weights, None, scale_dtype="float16")
     found = form.search(weights, None, scale_dtype="bfloat16")
     assert np.isfinite(found.decode(found.grid().nearest(weights))).all()

@@ -53,7 +53,9 @@ def test_the_ladder_of_a_file_is_what_the_writer_writes(demo_gguf, tmp_path):
 def test_engines_of_checkpoints_get_a_ladder_of_checkpoints():
     """Sizes by hand: a code of 4 bits, 16 bits of scale and 4 of zero point for 128 weights, the rest in 16 bits."""
     model = model_of(LLAMA_8B)
-    assert [str(level) for level in checkpoint_levels(model)] == ["F16", "INT8-W8A8", "GPTQ-4bit-g128", "AWQ-4bit-g128"]
+    assert [str(level) for level in checkpoint_levels(model)] == [
+        "F16", "FP8-DYNAMIC", "INT8-W8A8", "GPTQ-4bit-g128", "AWQ-4bit-g128",
+    ]  # fmt: skip
     small = replace(LLAMA_8B, n_embd=576, n_ff=1536, n_head=9, n_head_kv=3)
     assert checkpoint_levels(model_of(small))[-1].name == "AWQ-4bit-g64"
     packed = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)

@@ -115,8 +115,8 @@ def format_of_folder(folder: Path) -> CheckpointFormat:
         what = "has no quantization_config" if not found else "is quantized in a format or with options not read here"
         raise BadInput(
             f"{folder} {what}.",
-            means="GPTQ (both versions), AWQ (GEMM) and compressed-tensors (pack-quantized, int8, FP8, NVFP4, MXFP4 and "
-            "MXFP8, inputs rounded at run time) are read, with one scheme for all layers.",
+            means="GPTQ (both versions), AWQ (GEMM) and compressed-tensors (pack-quantized, int8, FP8, NVFP4, MXFP4, "
+            "MXFP8; inputs rounded at run time or not at all) are read, with one scheme for all layers.",
             do="Give a folder in one of these formats, or a GGUF file.",
         )
     return form

@@ -52,7 +52,8 @@ class LayerPass:
     ) -> list[InputStatistics]:
         """Statistics of one shared input (one per expert for stacked experts); the pass ends where it is
         seen. Inputs are gathered in the order they are computed; what reads them must not change after the next
-        one was gathered. ``original``: what the source itself has there, of a linear layer's input. ``largest``: largest magnitudes are asked for, too.
+        one was gathered. ``original``: what the source itself has there, of a linear layer's input. ``largest``:
+        largest magnitudes are asked for, too.
 
         Raises:
             BadWeights: the inputs are not finite.

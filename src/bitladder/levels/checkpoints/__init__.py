@@ -19,7 +19,9 @@ from bitladder.levels.checkpoints.mx import Mxfp4, Mxfp8
 from bitladder.levels.checkpoints.nvfp4 import Nvfp4
 from bitladder.levels.kinds import CheckpointLevel
 
-FORMATS: tuple[type[CheckpointFormat], ...] = (IntQuantized, PackQuantized, Gptq, Awq, Fp8, Nvfp4, Mxfp4, Mxfp8)
+FORMATS: tuple[type[CheckpointFormat], ...] = (
+    Fp8, IntQuantized, PackQuantized, Gptq, Awq, Nvfp4, Mxfp4, Mxfp8,
+)  # fmt: skip
 """All that are written, in the order in which their levels are offered."""
 
 

@@ -73,7 +73,7 @@ def arguments(
         "block_structure": None if block is None else list(block),
         "dynamic": dynamic,
         "actorder": None,
-        "observer": {False: "minmax", True: None}.get(dynamic, "static_minmax"),  # type: ignore[call-overload]
+        "observer": "static_minmax" if isinstance(dynamic, str) else None if dynamic else "minmax",
         "observer_kwargs": {},
     }
     return found if scale_dtype is None else found | {"scale_dtype": scale_dtype, "zp_dtype": scale_dtype}

@@ -160,7 +160,7 @@ class Fp8(CheckpointFormat):
     def notes(self) -> tuple[str, ...]:
         """As vLLM 0.33 behaves."""
         note = (
-            "vLLM multiplies in FP8 on GPUs of compute capability 8.9 and above; from 7.5 on it decodes the weights and "
-            "leaves inputs as they are."
+            "vLLM multiplies in FP8 on GPUs of compute capability 8.9 and above; from 7.5 on it decodes the weights "
+            "and leaves inputs as they are."
         )
         return (note,)

@@ -70,7 +70,7 @@ class Microscaled(CheckpointFormat):
     method: ClassVar[Method]
     """How codes are chosen."""
     engines: ClassVar[tuple[str, ...]] = ("vllm", "transformers")
-    group_size: ClassVar[int] = GROUP
+    group_size = GROUP
 
     @classmethod
     def parse(cls, name: str) -> CheckpointLevel | None:

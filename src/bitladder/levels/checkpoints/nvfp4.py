@@ -35,8 +35,9 @@ _LARGEST = 6.0 * 448.0
 _MOST = 2.0**126
 """The largest number that divides scales: of matrices whose weights are all but zero."""
 _HEADROOM = (1.0, 1.06, 1.5, 1.6)
-"""By how much less the global scale may stretch the matrix. At 1 the group with the largest weight has the largest scale
-there is; from 1.5 on its largest weight may be the 4 of E2M1, too. What lies between moves scales against E4M3's steps."""
+"""By how much less the global scale may stretch the matrix. At 1 the group with the largest weight has the largest
+scale there is; from 1.5 on its largest weight may be the 4 of E2M1, too. What lies between moves scales against E4M3's
+steps."""
 _AROUND = tuple(range(-4, 7))
 """Codes of scales to try: from two thirds to 1.7 times what just holds the largest weight of a group."""
 
@@ -72,7 +73,7 @@ class Nvfp4(CheckpointFormat):
     engines: ClassVar[tuple[str, ...]] = ("vllm", "transformers")
     bpw: ClassVar[float] = 4 + 8 / GROUP
     stand_in: ClassVar[str] = "Q4_0"
-    group_size: ClassVar[int] = GROUP
+    group_size = GROUP
 
     @classmethod
     def parse(cls, name: str) -> CheckpointLevel | None:
@@ -188,8 +189,8 @@ class Nvfp4(CheckpointFormat):
         """As vLLM 0.33 behaves."""
         if self.inputs:
             return (
-                "vLLM multiplies in FP4 on GPUs of compute capability 10.0 and above (Blackwell); on older ones it decodes "
-                "the weights and leaves inputs as they are.",
+                "vLLM multiplies in FP4 on GPUs of compute capability 10.0 and above (Blackwell); on older ones it "
+                "decodes the weights and leaves inputs as they are.",
             )
         return ("vLLM runs it on GPUs of compute capability 7.5 and above, decoding the weights.",)
 
