@@ -106,12 +106,13 @@ class FloatScales:
 
     def stored(self, codes: npt.NDArray[np.integer]) -> U8:
         """Numbers of steps as the float type's own codes."""
-        return self.kind.bytes_of[codes]
+        return np.asarray(self.kind.bytes_of[codes], np.uint8)
 
 
 def peaks(weights: F32, group_size: int) -> F32:
     """The largest magnitude of each group ``f32[rows, groups]``."""
-    return np.abs(weights.reshape(len(weights), -1, group_size or weights.shape[1])).max(axis=2)
+    groups = weights.reshape(len(weights), -1, group_size or weights.shape[1])
+    return np.asarray(np.abs(groups).max(axis=2), np.float32)
 
 
 def free(
