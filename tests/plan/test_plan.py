@@ -85,7 +85,7 @@ def test_planning_loads_no_heavy_package(demo_gguf):
     code = (
         "import sys; from pathlib import Path\n"
         "from bitladder.files.gguf import read_header\nfrom bitladder.files.probe import probe_machine\n"
-        "from bitladder.plan.ladder import make_plan\nfrom bitladder.stages.search import search_catalogue\n"
+        "from bitladder.plan.ladder import make_plan\nfrom bitladder.stages.search import just_out_of_reach\n"
         "from bitladder.files.describe_source import describe\n"
         f"make_plan(read_header(Path({str(demo_gguf)!r})), probe_machine())\n"
         "print([name for name in ('torch', 'numba', 'transformers', 'scipy', 'xllamacpp', 'sqlalchemy') if name in "
