@@ -89,6 +89,7 @@ def main() -> int:
                 command += ["--threads", str(options.threads), "--one", name, str(source), *files]
                 done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
                 found.setdefault(name, []).append(json.loads(done.stdout.splitlines()[-1]))
+                print(f"{name}: {found[name][-1]}", file=sys.stderr, flush=True)
     print(f"{source.name}, {found['fidelity, walk'][0]['tokens']} tokens, {options.rounds} rounds in turns")
     for name, rounds in found.items():
         cpu = [float(one["cpu"]) for one in rounds]
