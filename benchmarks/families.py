@@ -169,13 +169,13 @@ def main() -> None:
         work.mkdir(exist_ok=True)
         Path(texts["text"]).write_text((ROOT / "docs/architecture.md").read_text()[:6000])
         Path(texts["workload"]).write_text(WORKLOAD)
+        versions = f"transformers {transformers.__version__} and {ENGINE} {engine_version()}"
         rows, messages, classes = {}, {}, {}
         for name in arguments.names or CONFIGS:
             classes[name] = class_of(config_of(name)).__name__
             rows[name], messages[name] = row_of(name, work, texts)
             print(name, json.dumps(rows[name]), json.dumps(messages[name]), flush=True)
-        versions = f"transformers {transformers.__version__} and {ENGINE} {engine_version()}"
-        arguments.out.write_text(INTRODUCTION.format(versions=versions) + table(rows, messages, classes))
+            arguments.out.write_text(INTRODUCTION.format(versions=versions) + table(rows, messages, classes))
 
 
 if __name__ == "__main__":
