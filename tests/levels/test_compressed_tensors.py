@@ -41,7 +41,7 @@ def test_the_weights_are_those_that_were_decoded(dequantize: bool, tmp_path: Pat
         found = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=config).eval()
         activations = "W8A8" in level and not dequantize
         assert difference(expected, found) < (2e-2 if activations else 1e-9), level
-        assert difference(model, found) < (0.03 if "INT8" in level else 0.6), level
+        assert difference(model, found) < (0.03 if "INT8" in level else 0.9), level
 
 
 FLOATS = ["FP8-DYNAMIC", "FP8-BLOCK", "NVFP4", "NVFP4A16", "MXFP4", "MXFP4A16", "MXFP8", "MXFP8A16"]
@@ -85,6 +85,8 @@ def test_small_floats_multiply_as_the_walk_has_them(level: str, floats):
     folder = out / f"tiny-{level}"
     config = CompressedTensorsConfig(dequantize=False)
     found = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=config).eval()
+    with torch.no_grad():
+        found(torch.zeros(1, 4, dtype=torch.long))  # layers are unpacked when the model first runs
     reader = CheckpointReader(folder, parse_level(level).format)
     for name in ("model.layers.1.self_attn.k_proj", "model.layers.2.mlp.down_proj"):
         weights = torch.from_numpy(reader.weights(f"{name}.weight"))
