@@ -173,7 +173,7 @@ class Microscaled(CheckpointFormat):
         notes = []
         if self.bits == 4:
             notes.append(
-                "Scales that are powers of two cost quality: NVFP4A16 and W4A16-g32 lose less at about the same size."
+                "Scales that are powers of two fit weights less closely than those of NVFP4A16 or W4A16-g32 do."
             )
         if self.inputs:
             notes.append(
