@@ -188,22 +188,26 @@ def quantize(options: QuantizeOptions, json_output: JsonFlag = False) -> None:
             say(f"  {note}")
 
 
+@dataclass(kw_only=True)
+class ImatrixOptions(WorkOptions):
+    """What ``imatrix`` is asked."""
+
+    model: ModelArgument
+    out: Annotated[Path, typer.Option("--out", help="File to write.")]
+    text: CalibrationTexts = None
+    through: Through = None
+    force: Force = False
+
+
 @verb
-def imatrix(
-    model: ModelArgument,
-    out: Annotated[Path, typer.Option("--out", help="File to write.")],
-    text: CalibrationTexts = None,
-    threads: Threads = ALL_CORES,
-    force: Force = False,
-    device: Device = CPU,
-    through: Through = None,
-    json_output: JsonFlag = False,
-) -> None:
+@grouped
+def imatrix(options: ImatrixOptions, json_output: JsonFlag = False) -> None:
     """Write llama.cpp's importance matrix of a model, which llama-quantize reads too."""
     from bitladder.stages.calibration import make_imatrix
 
-    with working(threads, device, quiet=json_output) as work:
-        path = make_imatrix(model, tuple(text or ()), out, work, force=force, through=way_named(through))
+    texts, through = tuple(options.text or ()), way_named(options.through)
+    with working(options.threads, options.device, quiet=json_output) as work:
+        path = make_imatrix(options.model, texts, options.out, work, force=options.force, through=through)
     if json_output:
         print_json({"path": str(path), "bytes": path.stat().st_size, "jobs": work.journal.jobs})
     else:

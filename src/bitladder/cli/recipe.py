@@ -2,60 +2,62 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from bitladder.cli.build import (
-    ALL_CORES,
-    CPU,
     CalibrationTexts,
     Context,
-    Device,
     EffortName,
     Force,
-    Threads,
+    WorkOptions,
     effort_named,
     working,
 )
+from bitladder.cli.grouped import grouped
 from bitladder.cli.terminal import JsonFlag, ModelArgument, print_json, put, say, verb
 from bitladder.errors import UsageError
 from bitladder.units import parse_bytes
 
 
-@verb
-def recipe(
-    model: ModelArgument,
+@dataclass(kw_only=True)
+class RecipeOptions(WorkOptions):
+    """What ``recipe`` is asked."""
+
+    model: ModelArgument
     budget: Annotated[
         str | None,
         typer.Option("--budget", metavar="SIZE", help="Largest file, as 4GiB."),
-    ] = None,
-    bpw: Annotated[float | None, typer.Option("--bpw", help="Bits per weight over all tensors.")] = None,
-    kl: Annotated[float | None, typer.Option("--kl", help="The smallest file that loses no more.")] = None,
-    fits: Annotated[bool, typer.Option("--fits", help="The largest that this machine holds.")] = False,
+    ] = None
+    bpw: Annotated[float | None, typer.Option("--bpw", help="Bits per weight over all tensors.")] = None
+    kl: Annotated[float | None, typer.Option("--kl", help="The smallest file that loses no more.")] = None
+    fits: Annotated[bool, typer.Option("--fits", help="The largest that this machine holds.")] = False
     level: Annotated[
         str | None,
         typer.Option("--level", metavar="LEVEL", help="llama.cpp's own types, like Q4_K_M."),
-    ] = None,
+    ] = None
     least_decode: Annotated[
         float | None,
         typer.Option("--tps", help="Also decode at least this many tokens a second."),
-    ] = None,
-    gpu_layers: Annotated[int, typer.Option("--ngl", min=0, help="Layers on the GPU, with --vram.")] = 0,
-    vram: Annotated[str | None, typer.Option("--vram", metavar="SIZE", help="What those may take.")] = None,
-    ctx: Context = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Write the file into this folder.")] = None,
+    ] = None
+    gpu_layers: Annotated[int, typer.Option("--ngl", min=0, help="Layers on the GPU, with --vram.")] = 0
+    vram: Annotated[str | None, typer.Option("--vram", metavar="SIZE", help="What those may take.")] = None
+    ctx: Context = None
+    out: Annotated[Path | None, typer.Option("--out", help="Write the file into this folder.")] = None
     apply: Annotated[
         str | None, typer.Option("--apply", metavar="MODEL", help="Make this model by the recipe of the file MODEL.")
-    ] = None,
-    text: CalibrationTexts = None,
-    effort: EffortName = "good",
-    threads: Threads = ALL_CORES,
-    force: Force = False,
-    device: Device = CPU,
-    json_output: JsonFlag = False,
-) -> None:
+    ] = None
+    text: CalibrationTexts = None
+    effort: EffortName = "good"
+    force: Force = False
+
+
+@verb
+@grouped
+def recipe(options: RecipeOptions, json_output: JsonFlag = False) -> None:
     """Choose a type for every tensor under a budget; with --out write the file, with error feedback.
 
     Without a limit: print the recipe of an existing file, or with --apply make another model by it.
@@ -66,33 +68,35 @@ def recipe(
     from bitladder.stages.job import Build
     from bitladder.stages.recipe import RecipeRequest, RecipeResult, make_recipe, read_recipe, reapply
 
-    limits = [
-        name
-        for name, value in (("--budget", budget), ("--bpw", bpw), ("--kl", kl), ("--level", level))
-        if value is not None
-    ]
-    limits += ["--fits"] if fits else []
+    given = {"--budget": options.budget, "--bpw": options.bpw, "--kl": options.kl, "--level": options.level}
+    limits = [name for name, value in given.items() if value is not None]
+    limits += ["--fits"] if options.fits else []
     if len(limits) > 1:
         raise UsageError(f"{' and '.join(limits)} were given together.", do="Give one of them.")
-    if (vram is None) != (gpu_layers == 0):
+    if (options.vram is None) != (options.gpu_layers == 0):
         raise UsageError("--vram and --ngl belong together.", do="Give both: how many layers, and what they may take.")
-    build = Build(out=out or Path(), effort=effort_named(effort), texts=tuple(text or ()), force=force)
-    with working(threads, device, quiet=json_output) as work:
-        if apply is not None:
-            if limits or out is None:
+    build = Build(
+        out=options.out or Path(), effort=effort_named(options.effort), texts=tuple(options.text or ()),
+        force=options.force,
+    )  # fmt: skip
+    with working(options.threads, options.device, quiet=json_output) as work:
+        if options.apply is not None:
+            if limits or options.out is None:
                 raise UsageError("--apply takes a finished file's recipe as it is.", do="Give --out, and no limit.")
-            result = reapply(Path(model), apply, build, work)
+            result = reapply(Path(options.model), options.apply, build, work)
         elif not limits:
-            result = RecipeResult(read_recipe(resolve(model, work.progress).path), float("nan"))
+            result = RecipeResult(read_recipe(resolve(options.model, work.progress).path), float("nan"))
         else:
             wish = Limits(
-                bytes=parse_bytes(budget) if budget else None, bpw=bpw, kl=kl, least_decode=least_decode,
-                gpu_layers=gpu_layers, vram_bytes=parse_bytes(vram) if vram else None,
+                bytes=parse_bytes(options.budget) if options.budget else None, bpw=options.bpw, kl=options.kl,
+                least_decode=options.least_decode, gpu_layers=options.gpu_layers,
+                vram_bytes=parse_bytes(options.vram) if options.vram else None,
             )  # fmt: skip
             request = RecipeRequest(
-                wish, level=level, fits=fits, n_ctx=ctx, build=build if out else None, texts=build.texts
-            )
-            result = make_recipe(model, request, work)
+                wish, level=options.level, fits=options.fits, n_ctx=options.ctx, build=build if options.out else None,
+                texts=build.texts,
+            )  # fmt: skip
+            result = make_recipe(options.model, request, work)
     if json_output:
         print_json({**vars(result), "jobs": work.journal.jobs, "warnings": work.journal.warnings})
         return

@@ -23,7 +23,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,6 +95,20 @@ def pieces_of(info: TensorInfo) -> Iterator[_Piece]:
             yield _Piece(info, matrix, first + start, first + min(start + step, rows))
 
 
+class Placing(TypedDict, total=False):
+    """Where levels go, and what they may take the place of; what is left out has the default named here."""
+
+    split_max_bytes: int | None
+    """Cut every level into parts of at most this many bytes of weights; None: a file each."""
+    force: bool | None
+    """Replace files of other kinds and sources, too; None where the user has no say."""
+    folders: Sequence[Path]
+    """Where else a level may lie already, under any name; nowhere."""
+    is_kept: Callable[[Path], bool]
+    """Whether a file must not be replaced; a level whose name it has is written beside it, as
+    ``<name>-<LEVEL>.<tag>.gguf``. No file is kept."""
+
+
 def quantize_levels(
     source: GgufFile,
     levels: Sequence[str],
@@ -105,12 +119,9 @@ def quantize_levels(
     effort: Effort = "good",
     threads: int = 1,
     device: str = "cpu",
-    split_max_bytes: int | None = None,
-    force: bool | None = None,
-    folders: Sequence[Path] = (),
-    is_kept: Callable[[Path], bool] = lambda _: False,
     requantize: bool = False,
     progress: Progress = silent,
+    **placing: Unpack[Placing],
 ) -> list[LevelFile]:
     """Write ``out_dir/<name>-<LEVEL>.gguf`` for every level, in the order asked for.
 
@@ -120,12 +131,8 @@ def quantize_levels(
         folds: per tensor the scales that AWQ multiplies into it or divides out of it; the levels are then called
             ``AWQ-<LEVEL>``.
         device: where scales are searched for, as ``kernels.quantize`` takes it. The bytes do not depend on it.
-        split_max_bytes: cut every level into parts of at most this many bytes of weights.
-        force: replace files of other kinds and sources, too; None where the user has no say.
-        folders: where else a level may lie already, under any name.
-        is_kept: whether a file must not be replaced; a level whose name it has is written beside it, as
-            ``<name>-<LEVEL>.<tag>.gguf``.
         requantize: weights in a type that models are trained in (MXFP4, NVFP4, ternary) get the level's types, too.
+        placing: ``Placing``.
 
     A file that is already there with the same header (source hash, recipe, method, version) is kept. What a
     killed run left is checked and gone on from.
@@ -147,7 +154,7 @@ def quantize_levels(
             label="" if folds is None else FoldedLevel(level_named(level)).name,
             method=method,
             has_importance=bool(importance),
-            split_max_bytes=split_max_bytes,
+            split_max_bytes=placing.get("split_max_bytes"),
             requantize=requantize,
         )
         for level in dict.fromkeys(levels)
@@ -155,9 +162,9 @@ def quantize_levels(
     fitted = _fitted(source, importance or {})
     if folds:
         fitted = {name: folds[name].importance(rows) if name in folds else rows for name, rows in fitted.items()}
-    refuse = partial(refuse_overwriting, [header.path for header in source.headers], force=force)
+    refuse = partial(refuse_overwriting, [header.path for header in source.headers], force=placing.get("force"))
     refuse(drafts, lambda: source.sha256)
-    drafts = [_placed(draft, source, folders, is_kept) for draft in drafts]
+    drafts = [_placed(draft, source, placing) for draft in drafts]
     missing = [draft for draft in drafts if not draft.is_written(lambda: source.sha256)]
     if missing:
         refuse(missing, lambda: source.sha256)
@@ -168,13 +175,11 @@ def quantize_levels(
     return [_record(draft, seconds, reused=draft not in missing) for draft in drafts]
 
 
-def _placed(
-    draft: LevelDraft, source: GgufFile, folders: Sequence[Path], is_kept: Callable[[Path], bool]
-) -> LevelDraft:
+def _placed(draft: LevelDraft, source: GgufFile, placing: Placing) -> LevelDraft:
     """A level where its file lies, or where it is to be written."""
-    places = possible_places(draft, folders)
+    places = possible_places(draft, placing.get("folders", ()))
     there = (place for place in places if place.is_written(lambda: source.sha256))
-    return next(there, None) or free_name(draft, is_kept)
+    return next(there, None) or free_name(draft, placing.get("is_kept", lambda _: False))
 
 
 def _record(draft: LevelDraft, seconds: float, *, reused: bool) -> LevelFile:
