@@ -17,7 +17,7 @@ from bitladder.errors import BadInput, NothingFits, UnknownArchitecture
 from bitladder.files import probe
 from bitladder.files.convert import ORIGIN
 from bitladder.plan.selfcheck import Bound, bound_of, comparison, layer_gap, trust
-from bitladder.records.selfcheck import HEAD, Compared, Comparison, Implementation, SelfCheck, Trust
+from bitladder.records.selfcheck import HEAD, ComparedPair, ComparedSide, Implementation, SelfCheck, Trust
 from bitladder.stages.job import Work, opened
 from bitladder.stages.selfcheck import _Check, selfcheck_model
 from bitladder.walk.layers import LayeredModel
@@ -50,7 +50,7 @@ def checked(path: Path) -> SelfCheck:
     return selfcheck_model(str(path), Work())
 
 
-def pairs(check: SelfCheck) -> dict[tuple[Implementation, Implementation], Comparison]:
+def pairs(check: SelfCheck) -> dict[tuple[Implementation, Implementation], ComparedPair]:
     return {(made.one, made.other): made for made in check.comparisons}
 
 
@@ -275,7 +275,7 @@ def test_bounds_follow_what_was_measured():
     assert isinstance(rounded, Bound)
 
 
-def made_of(one, other, *, first=None, layers=4, kl=0.0, kl_rounding=0.0) -> Comparison:
+def made_of(one, other, *, first=None, layers=4, kl=0.0, kl_rounding=0.0) -> ComparedPair:
     bound = bound_of(one, other, routed=False, weight_share=0.0)
     gaps = [
         layer_gap(at, np.full(9, 1.0 if at == first else 0.0), np.zeros(9), np.ones(9), np.ones(9), bound)
@@ -285,7 +285,7 @@ def made_of(one, other, *, first=None, layers=4, kl=0.0, kl_rounding=0.0) -> Com
 
 
 def verdicts(comparisons, missing=(), *, from_checkpoint=True):
-    compared = [Compared(name, "", "not there" if name in missing else "") for name in Implementation]
+    compared = [ComparedSide(name, "", "not there" if name in missing else "") for name in Implementation]
     found = trust(compared, comparisons, measured_by=WALK, from_checkpoint=from_checkpoint)
     return {part.what: (part.trust, part.why) for part in found}
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from bitladder.kernels.lanes import helper, load, nearest, splat, store_f16, store_u8
-from bitladder.kernels.rows import Layout
+from bitladder.kernels.rows import PackLayout
 
 
 @helper
@@ -181,26 +181,26 @@ def pack_q8(codes: Any, d: Any, tile: Any) -> Any:
 @helper
 def pack_affine(layout: Any, codes: Any, s: Any, m: Any, d: Any, dmin: Any, tile: Any) -> Any:
     """Bytes of the formats with a minimum. ``dmin`` is what is subtracted."""
-    if layout == Layout.Q2_K:
+    if layout == PackLayout.Q2_K:
         pack_q2(codes, s, m, d, dmin, tile)
-    elif layout == Layout.Q4_K:
+    elif layout == PackLayout.Q4_K:
         pack_q45(codes, s, m, d, dmin, False, tile)
-    elif layout == Layout.Q5_K:
+    elif layout == PackLayout.Q5_K:
         pack_q45(codes, s, m, d, dmin, True, tile)
     else:
-        pack_small(codes, d, splat(0.0) - dmin, True, layout == Layout.Q5_1, tile)
+        pack_small(codes, d, splat(0.0) - dmin, True, layout == PackLayout.Q5_1, tile)
 
 
 @helper
 def pack_scale(layout: Any, codes: Any, s: Any, d: Any, tile: Any) -> Any:
     """Bytes of the formats without a minimum."""
-    if layout == Layout.Q8_0:
+    if layout == PackLayout.Q8_0:
         pack_q8(codes, d, tile)
-    elif layout == Layout.Q3_K:
+    elif layout == PackLayout.Q3_K:
         pack_q3(codes, s, d, tile)
-    elif layout == Layout.Q6_K:
+    elif layout == PackLayout.Q6_K:
         pack_q6(codes, s, d, tile)
-    elif layout == Layout.IQ4_XS:
+    elif layout == PackLayout.IQ4_XS:
         pack_iq4_xs(codes, s, d, tile)
     else:
-        pack_small(codes, d, d, False, layout == Layout.Q5_0, tile)
+        pack_small(codes, d, d, False, layout == PackLayout.Q5_0, tile)

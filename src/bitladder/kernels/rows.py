@@ -21,7 +21,7 @@ STATE_ROWS = 12
 """Room for the values that a search keeps per sub-block."""
 
 
-class Layout(IntEnum):
+class PackLayout(IntEnum):
     """How a format lays its bytes out (``pack.py``)."""
 
     Q4_1 = 0
@@ -46,7 +46,7 @@ class BlockRow(NamedTuple):
     both 0 when the sub-block's scale is the float16 itself.
     """
 
-    layout: Layout
+    layout: PackLayout
     parts: int
     size: int
     low: int
@@ -96,24 +96,24 @@ class ScaleSearch(NamedTuple):
 AFFINE = {
     row.name: row
     for row in (
-        BlockRow(Layout.Q4_1, 1, 32, 0, 15),
-        BlockRow(Layout.Q5_1, 1, 32, 0, 31),
-        BlockRow(Layout.Q2_K, 16, 16, 0, 3, 0, 15),
-        BlockRow(Layout.Q4_K, 8, 32, 0, 15, 0, 63),
-        BlockRow(Layout.Q5_K, 8, 32, 0, 31, 0, 63),
+        BlockRow(PackLayout.Q4_1, 1, 32, 0, 15),
+        BlockRow(PackLayout.Q5_1, 1, 32, 0, 31),
+        BlockRow(PackLayout.Q2_K, 16, 16, 0, 3, 0, 15),
+        BlockRow(PackLayout.Q4_K, 8, 32, 0, 15, 0, 63),
+        BlockRow(PackLayout.Q5_K, 8, 32, 0, 31, 0, 63),
     )
 }
 
 SCALE = {
     row.name: row
     for row in (
-        BlockRow(Layout.Q8_0, 1, 32, -127, 127),
-        BlockRow(Layout.Q4_0, 1, 32, -8, 7),
-        BlockRow(Layout.Q5_0, 1, 32, -16, 15),
-        BlockRow(Layout.Q3_K, 16, 16, -4, 3, -32, 31),
-        BlockRow(Layout.Q6_K, 16, 16, -32, 31, -128, 127),
-        BlockRow(Layout.IQ4_NL, 1, 32, -127, 113, table=True),
-        BlockRow(Layout.IQ4_XS, 8, 32, -127, 113, -32, 31, table=True),
+        BlockRow(PackLayout.Q8_0, 1, 32, -127, 127),
+        BlockRow(PackLayout.Q4_0, 1, 32, -8, 7),
+        BlockRow(PackLayout.Q5_0, 1, 32, -16, 15),
+        BlockRow(PackLayout.Q3_K, 16, 16, -4, 3, -32, 31),
+        BlockRow(PackLayout.Q6_K, 16, 16, -32, 31, -128, 127),
+        BlockRow(PackLayout.IQ4_NL, 1, 32, -127, 113, table=True),
+        BlockRow(PackLayout.IQ4_XS, 8, 32, -127, 113, -32, 31, table=True),
     )
 }
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from bitladder.records.selfcheck import HEAD, Compared, Comparison, Implementation, LayerGap, Trust, TrustedPart
+from bitladder.records.selfcheck import HEAD, ComparedPair, ComparedSide, Implementation, LayerGap, Trust, TrustedPart
 
 Numbers = NDArray[np.float64]
 
@@ -82,13 +82,13 @@ def _finite(value: np.floating) -> float:
 def comparison(
     one: Implementation, other: Implementation, layers: Sequence[LayerGap], bound: Bound, *, kl_mean: float,
     kl_rounding: float, top1: float, unseen: str = "",
-) -> Comparison:  # fmt: skip
+) -> ComparedPair:  # fmt: skip
     """Two implementations part where a layer does; where none is seen, where predictions differ by more than rounding
     explains. ``kl_rounding``: KL that rounding alone makes."""
     first = next((gap.layer for gap in layers if gap.parts), None)
     kl_bound = KL_ROUNDINGS * kl_rounding + KL_FLOOR
     agrees = first is None if layers else kl_mean <= kl_bound
-    return Comparison(one, other, tuple(layers), unseen, bound.words, kl_mean, kl_bound, top1, first, agrees)
+    return ComparedPair(one, other, tuple(layers), unseen, bound.words, kl_mean, kl_bound, top1, first, agrees)
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class _Standing:
 
 
 def trust(
-    compared: Sequence[Compared], comparisons: Sequence[Comparison], *, measured_by: Implementation,
+    compared: Sequence[ComparedSide], comparisons: Sequence[ComparedPair], *, measured_by: Implementation,
     from_checkpoint: bool,
 ) -> tuple[TrustedPart, ...]:  # fmt: skip
     """What can be trusted.
@@ -137,7 +137,7 @@ def _conversion(own: _Standing) -> tuple[Trust, str]:
     return own.trust, own.why
 
 
-def _standing(one: Compared, comparisons: Sequence[Comparison]) -> _Standing:
+def _standing(one: ComparedSide, comparisons: Sequence[ComparedPair]) -> _Standing:
     if one.missing:
         return _Standing(Trust.NO, f"{_NAMES[one.name]} cannot go: {one.missing}")
     own = [made for made in comparisons if one.name in (made.one, made.other)]
@@ -157,7 +157,7 @@ _NAMES = {
 }  # fmt: skip
 
 
-def _partner(made: Comparison, name: Implementation) -> Implementation:
+def _partner(made: ComparedPair, name: Implementation) -> Implementation:
     return made.other if made.one is name else made.one
 
 

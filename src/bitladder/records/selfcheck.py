@@ -30,7 +30,7 @@ class Trust(StrEnum):
 
 
 @dataclass(frozen=True)
-class Compared:
+class ComparedSide:
     """One implementation, and why it took no part where it did not."""
 
     name: Implementation
@@ -58,7 +58,7 @@ class LayerGap:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ComparedPair:
     """Two implementations on the same tokens."""
 
     one: Implementation
@@ -103,8 +103,8 @@ class SelfCheck:
     """Of each window."""
     text: str
     """Where the tokens come from."""
-    compared: tuple[Compared, ...]
-    comparisons: tuple[Comparison, ...]
+    compared: tuple[ComparedSide, ...]
+    comparisons: tuple[ComparedPair, ...]
     trust: tuple[TrustedPart, ...]
     notes: tuple[str, ...]
     """What these tokens cannot show."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from bitladder.records.selfcheck import HEAD, Comparison, SelfCheck, Trust
+from bitladder.records.selfcheck import HEAD, ComparedPair, SelfCheck, Trust
 from bitladder.report.visible import console as visible_console
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def selfcheck_table(check: SelfCheck, *, every: bool = False, console: Console |
         out.print(Text(note, style="dim"))
 
 
-def _verdict(made: Comparison) -> str:
+def _verdict(made: ComparedPair) -> str:
     names = f"{made.one.value} and {made.other.value}"
     same = f"KL of predictions {made.kl_mean:.2g}, the same next token {made.top1:.0%}"
     if not made.layers:

@@ -10,7 +10,7 @@ from starlette.types import Send
 from bitladder.serve.backends import UpstreamFailed
 from bitladder.serve.events import stream_error
 from bitladder.serve.limits import let_go
-from bitladder.serve.metrics import Outcome, Record
+from bitladder.serve.metrics import Record, RequestOutcome
 from bitladder.serve.protocol import header_text
 from bitladder.serve.relay import Relayed
 from bitladder.serve.settings import UpstreamTimeouts
@@ -44,7 +44,7 @@ class Delivery:
         watch.phase("the client", self._timeouts.client)
         await self._start(answer, (*headers, (b"content-length", str(len(answer.head)).encode())))
         self.record.tokens = answer.tokens
-        self.record.outcome = Outcome.COMPLETE if answer.status < 400 else Outcome.REFUSED
+        self.record.outcome = RequestOutcome.COMPLETE if answer.status < 400 else RequestOutcome.REFUSED
         # In pieces, each when the client has taken the one before: its slot bounds how many large documents wait.
         for begins in range(0, len(answer.head) - _PIECE, _PIECE):
             piece = answer.head[begins : begins + _PIECE]
@@ -82,13 +82,13 @@ class Delivery:
                     await self._cut("stopped", "The gateway was stopped.")
                 raise cause or asyncio.CancelledError from None
             if not waiting_for_upstream:
-                record.outcome = Outcome.CLIENT_LEFT  # it takes nothing: returning now closes its connection
+                record.outcome = RequestOutcome.CLIENT_LEFT  # it takes nothing: returning now closes its connection
                 return
             if not self._started:
                 raise UpstreamFailed("stalled", str(cause)) from None
             await self._cut("stalled", f"The upstream stalled: {cause}.")
             return
-        record.outcome = Outcome.COMPLETE
+        record.outcome = RequestOutcome.COMPLETE
         await send({"type": "http.response.body", "body": b""})
 
     async def _start(self, answer: Relayed, headers: Headers) -> None:
@@ -110,7 +110,7 @@ class Delivery:
 
     async def _cut(self, phase: str, found: str) -> None:
         """Tell the client that its answer is not complete."""
-        self.record.outcome = Outcome.CUT
+        self.record.outcome = RequestOutcome.CUT
         self.record.failures += (f"{self.record.tier}: {phase}",)
         event = stream_error(f"{found} The answer above is not complete.", "upstream_failed")
         await self._send({"type": "http.response.body", "body": event, "more_body": True})

@@ -24,7 +24,7 @@ from bitladder.errors import EngineError
 from bitladder.serve.backends import UpstreamFailed, UpstreamRequest
 from bitladder.serve.delivery import Delivery, Headers
 from bitladder.serve.limits import BODY_S, ClientShare, RequestMemory, held_bytes, let_go, read_body, send_refusal
-from bitladder.serve.metrics import Metrics, Outcome, Record
+from bitladder.serve.metrics import Metrics, Record, RequestOutcome
 from bitladder.serve.protocol import CHAT, EMBEDDINGS, ModelRequest, Refused, count_values, parse_request
 from bitladder.serve.relay import Relayed, judge, read_answer
 from bitladder.serve.router import QUALITY, SPEED, AutoRule, Features, TierChoice, choose
@@ -94,11 +94,11 @@ class Gateway:
         except Refused as refused:
             let_go(refused)
             record.status = refused.status
-            record.outcome = Outcome.REFUSED if refused.status < 500 else Outcome.ERROR
+            record.outcome = RequestOutcome.REFUSED if refused.status < 500 else RequestOutcome.ERROR
             await send_refusal(send, refused)
         except ClientGone as gone:
             let_go(gone)
-            record.outcome = Outcome.CLIENT_LEFT
+            record.outcome = RequestOutcome.CLIENT_LEFT
         except Exception as error:
             log.exception("unexpected error", extra={"id": record.id})
             if record.first_s is not None:
@@ -145,7 +145,7 @@ class Gateway:
         else:
             failed = "; ".join(record.failures)
             raise Refused(503, f"No tier could answer: {failed}.", code="upstream_failed", retry_after_s=2)
-        wanted = record.tier == SPEED and record.outcome is Outcome.COMPLETE and request.path == CHAT
+        wanted = record.tier == SPEED and record.outcome is RequestOutcome.COMPLETE and request.path == CHAT
         if self._sample and wanted and len(request.text) <= _MAX_SAMPLED:
             self._sample(request)
 

@@ -29,7 +29,7 @@ _EMPTY = (None, "", ())
 _to_json = json.JSONEncoder(default=str).encode
 
 
-class Outcome(StrEnum):
+class RequestOutcome(StrEnum):
     """What became of a request."""
 
     COMPLETE = "complete"
@@ -57,7 +57,7 @@ class Record:
     key: str = ""
     stream: bool = False
     status: int = 0
-    outcome: Outcome = Outcome.ERROR
+    outcome: RequestOutcome = RequestOutcome.ERROR
     first_s: float | None = None
     """To the first byte of the answer."""
     total_s: float = 0.0
@@ -144,7 +144,7 @@ class Metrics:
         self._recent.append(record)
         self._kinds[record.kind] += 1
         self._by_tier[tier, record.outcome] += 1
-        level = logging.WARNING if record.outcome in (Outcome.CUT, Outcome.ERROR) else logging.INFO
+        level = logging.WARNING if record.outcome in (RequestOutcome.CUT, RequestOutcome.ERROR) else logging.INFO
         if log.isEnabledFor(level):  # `log.log` would look for the line of code that logs, which no line shows
             log.handle(log.makeRecord(log.name, level, "", 0, "request", (), None, extra={"record": record}))
 
@@ -169,7 +169,9 @@ class Metrics:
         }
 
     def _tier(self, tier: Tier) -> dict[str, Any]:
-        mine = [record for record in self._recent if record.tier == tier.name and record.outcome is Outcome.COMPLETE]
+        mine = [
+            record for record in self._recent if record.tier == tier.name and record.outcome is RequestOutcome.COMPLETE
+        ]
         firsts = [record.first_s for record in mine if record.first_s is not None]
         rates = [rate for record in mine if (rate := record.tokens_per_s) is not None]
         return {

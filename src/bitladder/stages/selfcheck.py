@@ -11,7 +11,7 @@ import numpy as np
 
 from bitladder.errors import BadInput, BitladderError, EngineError, NothingFits, UnknownArchitecture
 from bitladder.records.fidelity import Way
-from bitladder.records.selfcheck import Compared, Comparison, Implementation, SelfCheck
+from bitladder.records.selfcheck import ComparedPair, ComparedSide, Implementation, SelfCheck
 from bitladder.stages.engine_way import engine_missing, way_for
 from bitladder.stages.forecast import forecast, walking_need, weights_used
 from bitladder.stages.job import Job, Work, opened
@@ -220,7 +220,7 @@ class _Check:
 
     # Passes
 
-    def _compare(self, tokens: NDArray[np.int64], needs: Mapping[Implementation, JobNeed]) -> list[Comparison]:
+    def _compare(self, tokens: NDArray[np.int64], needs: Mapping[Implementation, JobNeed]) -> list[ComparedPair]:
         own = None
         if ENGINE in needs:
             self._engine(tokens)
@@ -263,7 +263,7 @@ class _Check:
             return None
         return own
 
-    def _walk(self, tokens: NDArray[np.int64]) -> list[Comparison]:
+    def _walk(self, tokens: NDArray[np.int64]) -> list[ComparedPair]:
         from bitladder.walk.opened import layered
         from bitladder.walk.trace import walked
         from bitladder.walk.weights import FileWeights
@@ -287,7 +287,7 @@ class _Check:
         others, self.traces[WALK] = list(self.traces), own
         return [self._comparison(WALK, other, steps[other], self.rounded) for other in others]
 
-    def _without_walk(self, own: OwnForward, tokens: NDArray[np.int64]) -> Comparison:
+    def _without_walk(self, own: OwnForward, tokens: NDArray[np.int64]) -> ComparedPair:
         """transformers beside the engine: where there is no walk, or it parts from one of them."""
         qtype_of, given = _LayerTypes(self.job), self.traces[ENGINE]
         steps = own.again(tokens, given, self.job.progress, qtype_of=qtype_of, last=LAST) if given.states else []
@@ -298,7 +298,7 @@ class _Check:
 
     def _comparison(
         self, one: Implementation, other: Implementation, steps: Sequence[Step], rounded: torch.Tensor
-    ) -> Comparison:
+    ) -> ComparedPair:
         from bitladder.plan.selfcheck import bound_of, comparison, layer_gap
         from bitladder.walk.trace import divergence
 
@@ -324,12 +324,12 @@ class _Check:
 
     # What follows
 
-    def _record(self, comparisons: Sequence[Comparison], text: str) -> SelfCheck:
+    def _record(self, comparisons: Sequence[ComparedPair], text: str) -> SelfCheck:
         from bitladder.plan.selfcheck import blind_spots, trust
 
         job, model = self.job, self.job.source.model
         compared = tuple(
-            Compared(name, self.how.get(name, "") if name in self.traces else "", self._why_not(name))
+            ComparedSide(name, self.how.get(name, "") if name in self.traces else "", self._why_not(name))
             for name in Implementation
         )
         return SelfCheck(
