@@ -154,7 +154,7 @@ def test_what_is_beside_the_decoder_is_counted(server, hollow):
     raw = safetensors(decoder | {"visual.merger.weight": [1000, 1000], "mtp.fc.weight": [64, 128]})
     server.repos["org/tiny"] = {"config.json": json.dumps(CONFIG).encode(), "model.safetensors": raw}
     found = describe("hf:org/tiny")
-    (note,) = found.notes
+    note = found.notes[0]
     assert "what takes in pictures (1 tensors, " in note
     assert "the head that predicts further tokens (MTP, 1 tensors, " in note
     assert found.beside_bytes * 1.01 > len(raw) - len(plain) > found.beside_bytes

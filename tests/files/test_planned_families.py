@@ -158,21 +158,24 @@ class TestAbilities:
         assert {ways[what] for what in ("proof", "importance", "calibration", "recipes")} == {Route.WALK}
 
     def test_an_unknown_one_by_what_is_built(self):
-        facts = Facts(True, None, True, "the layers of 'x' are not known here", True)
-        found = {one.what: one for one in abilities(facts)}
+        facts = Facts(True, None, True, "the layers of 'x' are not known here", None)
+        found = {one.what: one for one in abilities(facts, {Route.WALK})}
         assert found["proof"].way is found["recipes"].way is Route.NONE
         assert found["proof"].reason == "the layers of 'x' are not known here"
         assert found["K-quants"].way is Route.QUANTIZER
-        ways = self.ways(facts, self.ALL)
-        assert (ways["proof"], ways["importance"]) == (Route.ENGINE, Route.ENGINE)
-        assert (ways["calibration"], ways["recipes"]) == (Route.DERIVED, Route.DERIVED)
+        lone = {one.what: one for one in abilities(facts)}
+        assert {lone[what].way for what in ("proof", "importance", "workload")} == {Route.ENGINE}
+        assert {lone[what].way for what in ("calibration", "recipes")} == {Route.NONE}
+        assert "give the checkpoint's folder" in lone["recipes"].reason
+        ways = self.ways(replace(facts, is_gguf=False, transformers_class=True), self.ALL)
+        assert {ways[what] for what in ("proof", "importance", "calibration", "recipes")} == {Route.DERIVED}
 
     def test_what_nobody_runs(self):
         facts = Facts(False, None, False, "unknown layers", False)
         found = {one.what: one for one in abilities(facts, self.ALL)}
         assert found["workload"].way is Route.NONE
         assert found["proof"].reason == (
-            "unknown layers; llama.cpp does not know the architecture; transformers does not know the class"
+            "unknown layers; transformers does not know the class; llama.cpp does not know the architecture"
         )
 
     def test_what_does_not_convert_can_have_nothing(self):

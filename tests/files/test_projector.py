@@ -17,9 +17,9 @@ from bitladder.files.beside import FURTHER, PICTURES, SOUNDS, parts_beside, proj
 from bitladder.files.checkpoint import CheckpointTensor, read_checkpoint
 from bitladder.files.gguf import read_header
 from bitladder.formats.recipes import is_quantizable
-from bitladder.progress import silent
 from bitladder.serve.deploy import _notes, own_engine
 from bitladder.serve.settings import ServeSettings, TierSpec
+from bitladder.stages.job import Work
 from bitladder.stages.measured_levels import tier_file
 from gguf_bytes import LLAMA_KEYS, string, strings, tiny_weights, u32, write_model
 from tiny_checkpoints import write_tokenizer
@@ -133,7 +133,7 @@ def test_the_engine_loads_it_and_sees(seeing, tmp_path):
     out = tmp_path / "out"
     result = bitladder("quantize", seeing, "--to", "F16", "--out", out, *QUICK)
     assert result.exit_code == 0, result.output
-    file = tier_file("", str(out / "tiny-eyes-F16.gguf"), n_ctx=256, threads=1, progress=silent)
+    file = tier_file("", str(out / "tiny-eyes-F16.gguf"), n_ctx=256, work=Work(threads=1))
     assert file.projector == out / "mmproj-tiny-eyes.gguf"
     spec = TierSpec(file.level, file.path, n_ctx=256, memory_bytes=file.memory_bytes, projector=file.projector)
     with own_engine(spec, 1) as engine:

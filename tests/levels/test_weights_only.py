@@ -15,6 +15,7 @@ from bitladder.kernels import groups
 from bitladder.levels import WHOLE_ROW, parse_level
 from bitladder.levels.methods import GPTQ
 from bitladder.plan.cost import level_size
+from reference.plain_rounding import round_to_nearest
 from tiny_checkpoints import decoded, difference, loaded, run, tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -79,7 +80,7 @@ def test_searched_scales_cost_no_more_than_plain_ones(bits, size):
     weights = np.random.default_rng(bits).standard_t(4, (70, 192)).astype(np.float32)
     importance = np.random.default_rng(1).uniform(0.01, 10, 192).astype(np.float32)
     form = parse_level(f"W{bits}A16-{f'g{size}' if size else 'channel'}").format
-    codes, plain = groups.round_to_nearest(weights, bits, size)
+    codes, plain = round_to_nearest(weights, bits, size)
     found = form.search(weights, importance, scale_dtype="bfloat16")
     stored = groups.Affine(groups.store_scale(plain.scales, "bfloat16"), plain.zeros, bits, size, 192)
 

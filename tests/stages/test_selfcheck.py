@@ -12,9 +12,8 @@ from typer.testing import CliRunner
 import tiny_families
 import tiny_models
 from bitladder.cli.app import app
-from bitladder.engines import llama_library
 from bitladder.errors import BadInput, NothingFits, UnknownArchitecture
-from bitladder.files import probe
+from bitladder.files import engine_package, probe
 from bitladder.files.convert import ORIGIN
 from bitladder.plan.selfcheck import Bound, bound_of, comparison, layer_gap, trust
 from bitladder.records.selfcheck import HEAD, ComparedPair, ComparedSide, Implementation, SelfCheck, Trust
@@ -221,7 +220,7 @@ def test_one_implementation_alone_is_refused_with_reasons(tmp_path):
 
 
 def test_without_the_engine_the_others_are_compared(tmp_path, monkeypatch):
-    monkeypatch.setattr(llama_library, "engine_version", lambda: "2031.1.20000")
+    monkeypatch.setattr(engine_package, "engine_version", lambda: "2031.1.20000")
     check = checked(file_and_checkpoint("qwen3", tmp_path))
     assert set(pairs(check)) == {(WALK, TRANSFORMERS)}
     assert check.agrees

@@ -326,7 +326,7 @@ def encode(blocks: Any, search: Any, codes: Any, tile: Any) -> Any:
     d, dmin = search_block(blocks, search)
     write_codes(blocks, d, dmin, codes)
     state, n = blocks.state, blocks.n
-    pack_affine(blocks.row.layout, codes, state[WHOLE_D * n :], state[WHOLE_M * n :], d, dmin, tile)
+    pack_affine(blocks.row.packing, codes, state[WHOLE_D * n :], state[WHOLE_M * n :], d, dmin, tile)
 
 
 quantize_affine = kernel_of(encode)

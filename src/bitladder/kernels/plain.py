@@ -60,7 +60,7 @@ def quantize_plain(x: Any, row: Any, scratch: Any, tile: Any, places: Any, out: 
     """
     blocks, type_size = x.size // SIZE, tile.size // 16
     low, high = splat(row.low), splat(row.high)
-    with_minimum, fifth = row.low == 0, (row.layout == PackLayout.Q5_1) | (row.layout == PackLayout.Q5_0)
+    with_minimum, fifth = row.low == 0, (row.packing == PackLayout.Q5_1) | (row.packing == PackLayout.Q5_0)
     header = 4 if with_minimum else 2
     for first in range(0, blocks, 16):
         for lane in range(16):
@@ -86,7 +86,7 @@ def quantize_plain(x: Any, row: Any, scratch: Any, tile: Any, places: Any, out: 
                 a, b = a + lift, b + lift
             a = nearest(minimum(maximum(a * inverse, low), high))
             b = nearest(minimum(maximum(b * inverse, low), high))
-            if row.layout == PackLayout.Q8_0:
+            if row.packing == PackLayout.Q8_0:
                 store_u8(out, at + 2, a)
                 store_u8(out, at + 18, b)
             else:

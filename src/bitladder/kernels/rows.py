@@ -46,7 +46,7 @@ class BlockRow(NamedTuple):
     both 0 when the sub-block's scale is the float16 itself.
     """
 
-    layout: PackLayout
+    packing: PackLayout
     parts: int
     size: int
     low: int
@@ -58,7 +58,7 @@ class BlockRow(NamedTuple):
     @property
     def name(self) -> str:
         """The format's."""
-        return self.layout.name
+        return self.packing.name
 
     @property
     def scratch(self) -> int:

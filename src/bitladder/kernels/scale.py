@@ -265,7 +265,7 @@ def encode(blocks: Any, search: Any, codes: Any, tile: Any) -> Any:
     """Search sixteen blocks and leave their bytes in ``tile``."""
     d = search_block(blocks, search)
     write_codes(blocks, d, codes)
-    pack_scale(blocks.row.layout, codes, blocks.state[WHOLE * blocks.n :], d, tile)
+    pack_scale(blocks.row.packing, codes, blocks.state[WHOLE * blocks.n :], d, tile)
 
 
 quantize_scale = kernel_of(encode)
