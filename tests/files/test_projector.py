@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from bitladder.cli.app import app
+from bitladder.engines.base import Chat
 from bitladder.engines.llama import LlamaSettings
 from bitladder.engines.llama_program import LlamaProgram
 from bitladder.files.beside import FURTHER, PICTURES, SOUNDS, parts_beside, projector_beside, towers
@@ -143,7 +144,7 @@ def test_the_engine_loads_it_and_sees(seeing, tmp_path):
             parts = [{"type": "text", "text": "What is it?"}]
             if picture:
                 parts.append({"type": "image_url", "image_url": {"url": PICTURE}})
-            counts.append(engine.chat([{"role": "user", "content": parts}], max_tokens=2).prompt_tokens)
+            counts.append(engine.chat(Chat([{"role": "user", "content": parts}], max_tokens=2)).prompt_tokens)
         assert counts[1] - counts[0] >= 4  # a picture is four tokens of this model, and marks around it
     notes = _notes(ServeSettings(quality=spec), [spec], None)
     assert notes == [

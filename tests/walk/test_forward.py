@@ -206,7 +206,7 @@ def test_importance_follows_columns_that_the_converter_moved(made):
     np.testing.assert_allclose(found[moved], squares, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["lfm2", "gpt-oss", "deepseek2", "gemma4 small"])
+@pytest.mark.parametrize("name", ["lfm2", "gpt-oss", "deepseek2", "deepseek3", "gemma4 small"])
 def test_recipes_and_error_feedback(name, made, tmp_path):
     """Tensors are weighed, types chosen for a budget, codes fitted with feedback; that is better than plain rounding by
     the same recipe."""

@@ -30,7 +30,7 @@ from bitladder.kernels.feedback import chunk_of, quantize_with_feedback, takes_f
 from bitladder.walk.driver import Builder, Observer, Stream
 from bitladder.walk.inputs import InputStatistics
 from bitladder.walk.layer_pass import LayerPass
-from bitladder.walk.layers import LayeredModel
+from bitladder.walk.layers import LayeredModel, tensor_at
 from bitladder.walk.made import FEW_TOKENS
 from bitladder.walk.products import wants_half_products
 from bitladder.walk.states import Batch, StatePool, States
@@ -286,7 +286,7 @@ class FedLevel(Builder):
         heads = self.model.model.dims.n_head if "q_proj" in parameter.path else self.model.model.dims.n_head_kv
         value = np.ascontiguousarray(apply(parameter.transform, parts, heads))
         with torch.no_grad():
-            block.get_parameter(parameter.path).copy_(torch.from_numpy(value))
+            tensor_at(block, parameter.path).copy_(torch.from_numpy(value))
 
     def _decoded(self, tensor: FittedTensor) -> F32:
         shape = next(t.shape for t in self.model.model.tensors if t.name == tensor.name)

@@ -33,7 +33,7 @@ from bitladder.levels.methods import relative_error
 from bitladder.records.calibration import LinearLoss
 from bitladder.walk.driver import Seen
 from bitladder.walk.inputs import Wants
-from bitladder.walk.layers import LayeredModel
+from bitladder.walk.layers import LayeredModel, tensor_at
 from bitladder.walk.made import LayerOutput, Made, naming, unchanged
 from bitladder.walk.transforms import offset_of
 
@@ -83,7 +83,7 @@ def fold(block: nn.Module, place: FoldPlace, factors: F32) -> None:
         set_matrix(block, parameter, None, matrix(block, parameter) * factors)
     own = place.divisors(factors)
     for parameter in place.absorbers:
-        value = block.get_parameter(parameter.path).detach().cpu().numpy()
+        value = tensor_at(block, parameter.path).detach().cpu().numpy()
         one = np.float32(offset_of(parameter.transform))
         set_matrix(block, parameter, None, awq.absorb(own, value + one) - one)
 
@@ -204,12 +204,12 @@ def _value_channels(model: LayeredModel) -> NDArray[np.intp]:
 
 def matrix(block: nn.Module, parameter: Parameter, expert: int | None = None) -> F32:
     """A parameter of a layer (of one expert, where experts are stacked) as f32."""
-    value = block.get_parameter(parameter.path).detach()
+    value = tensor_at(block, parameter.path).detach()
     return np.asarray((value if expert is None else value[expert]).cpu().numpy(), np.float32)
 
 
 def set_matrix(block: nn.Module, parameter: Parameter, expert: int | None, value: F32) -> None:
     """Replace a parameter of a layer (of one expert)."""
-    target = block.get_parameter(parameter.path)
+    target = tensor_at(block, parameter.path)
     with no_grad():
         (target if expert is None else target[expert]).copy_(tensor_of(np.ascontiguousarray(value)))

@@ -69,6 +69,13 @@ def inference() -> Iterator[None]:
         yield
 
 
+def tensor_at(block: nn.Module, path: str) -> torch.Tensor:
+    """A parameter of a layer, or a buffer that its file holds."""
+    owner, _, leaf = path.rpartition(".")
+    found: torch.Tensor = getattr(block.get_submodule(owner), leaf)
+    return found
+
+
 def _keys(model: Model) -> dict[str, Any]:
     prefix = model.dims.architecture + "."
     return {key.removeprefix(prefix): value for key, value in model.metadata.items() if key.startswith(prefix)}
@@ -261,7 +268,7 @@ class LayeredModel:
 
     def shape(self, path: str, layer: int = 0) -> tuple[int, ...]:
         """Of a layer's parameter, as the header's dimensions say."""
-        return tuple(self._blocks[layer].get_parameter(path).shape)
+        return tuple(tensor_at(self._blocks[layer], path).shape)
 
     def embed(self, tokens: NDArray[np.int64], weights: Weights) -> torch.Tensor:
         """Embeddings f32[windows, n, n_embd] of token ids int64[windows, n]; only the rows that occur are

@@ -34,7 +34,7 @@ from bitladder.stats.bootstrap import SEED
 from bitladder.walk.driver import Builder, Member, MemberGroup, Resumable, Stream, backward, forward
 from bitladder.walk.inputs import InputStatistics, InputWatch, Sums, Wants, merged
 from bitladder.walk.keep import Arrays, Keep
-from bitladder.walk.layers import LayeredModel
+from bitladder.walk.layers import LayeredModel, tensor_at
 from bitladder.walk.products import products
 from bitladder.walk.states import Batch, States
 from bitladder.walk.transforms import permute
@@ -299,11 +299,11 @@ class Gradients(Builder):
     ) -> Iterator[tuple[str, F64]]:
         """Row weights f64[matrices, rows] of each GGUF tensor that a parameter is made of."""
         module, _, leaf = parameter.path.rpartition(".")
-        if leaf == "bias" or module not in energies:
+        if leaf == "bias" or module not in energies or tensor_at(block, parameter.path).ndim < 2:
             return
         whole = energies[module].cpu().numpy()
         if leaf != "weight":  # fused experts: only what all of them wrote together has a gradient of its own
-            rows = block.get_parameter(parameter.path).shape[-2] // len(parameter.roles)
+            rows = tensor_at(block, parameter.path).shape[-2] // len(parameter.roles)
             for part, role in enumerate(parameter.roles):
                 if not isinstance(parameter.transform, str):
                     rows = parameter.transform.shape_of(part)[-2]

@@ -31,7 +31,7 @@ from bitladder.walk.carried import LeavesMore
 from bitladder.walk.checkpoint_layers import CheckpointLayers
 from bitladder.walk.correspondence import ParameterLayout, Reshaped, correspond
 from bitladder.walk.discovered import FoundKind, MadeOf, discover
-from bitladder.walk.layers import Entry, LayeredModel, Weights, inference
+from bitladder.walk.layers import Entry, LayeredModel, Weights, inference, tensor_at
 from bitladder.walk.rounding import QTypeOf, round_inputs
 from bitladder.walk.skeleton import Skeleton, refused
 from bitladder.walk.transforms import apply
@@ -443,7 +443,7 @@ class WholeModel(LayeredModel):
 
     def shape(self, path: str, layer: int = 0) -> tuple[int, ...]:
         """As ``LayeredModel``."""
-        return tuple(self._skeleton.blocks[layer].get_parameter(path).shape)
+        return tuple(tensor_at(self._skeleton.blocks[layer], path).shape)
 
     def layer(self, layer: int, weights: Weights) -> nn.Module:
         """As ``LayeredModel``. The file's own weights are compared with the checkpoint's once.
