@@ -37,6 +37,7 @@ COLUMNS = {
 }  # fmt: skip
 """Column -> the command that its cells run."""
 REASONS = (
+    (r"Checkpoint levels of .* cannot be written", "layout"),
     (r"converter.*(failed|does not (know|read)|quantized with)", "converter"),
     (r"does not know the tokenizer", "tokenizer"),
     (r"No layers are known|has no place in the layers|has '.*'\.|rotates \d+ of", "layers"),
