@@ -14,7 +14,6 @@ from bitladder.records.level_file import LevelFile
 from bitladder.stages.forecast import building_need, forecast
 from bitladder.stages.job import Build, Job
 from bitladder.stages.known_files import kept_by_evidence
-from bitladder.stages.recipe import fitted_level
 from bitladder.stages.write_levels import method_name, quantize_levels
 from bitladder.store.recorded import Subject
 
@@ -99,6 +98,8 @@ class _Making:
     def fitted(self, level: FeedbackLevel) -> dict[Subject, LevelFile]:
         """Codes are chosen with error feedback; the file is called by the name that was asked for."""
         self.job.progress.on_level(LevelNews(level.name, "being written"))
+        from bitladder.stages.recipe import fitted_level  # brings the report's words, for these levels alone
+
         made = fitted_level(self.job, level, self.build)
         types = hashlib.sha256(repr(sorted(made.recipe.qtypes.items())).encode()).hexdigest()[:16]
         return self._written([replace(made.file, level=level.name)], f"{made.method}, types {types}")

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from bitladder.errors import UsageError
 from bitladder.levels import FeedbackLevel
 from bitladder.records.recipe import FittedLevel, Recipe, SensitivityTable
-from bitladder.report.recipe import note_lines
 from bitladder.stages.calibration import calibration_texts
 from bitladder.stages.forecast import forecast, walking_need
 from bitladder.stages.job import Build, Job, Journal, Work, opened
@@ -162,6 +161,8 @@ def _remove(old: RecipeResult, new: RecipeResult) -> None:
 
 def _written(job: Job, recipe: Recipe, parts: RecipeTexts, build: Build) -> RecipeResult:
     """The recipe's file, and its loss on text that nothing was fitted to."""
+    from bitladder.report.recipe import note_lines
+
     fitted = write_recipe(job, recipe, parts.fitting, build)
     job.journal.warn(*note_lines(fitted))
     return RecipeResult(recipe, float("nan"), fitted, measured_on(job, fitted.file.path, parts.held_out))
