@@ -13,6 +13,16 @@ _CHATML = (
 _WIDTH, _HIDDEN, _HEADS, _KV_HEADS, _LAYERS = 256, 512, 4, 2, 2
 
 
+WORKLOAD = """
+inputs:
+  - id: greeting
+    prompt: Hello
+    max_tokens: 4
+    expect: {max_words: 100}
+"""
+TEXT = "The lamp stood in the window all winter, and each evening somebody lit it. "
+
+
 def _tokens() -> list[str]:
     """The 256 byte tokens in order of bytes, a merged one, and the special ones."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]

@@ -277,3 +277,12 @@ def write(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def with_merges(writer, n_vocab):
+    """As many tokens as the tiny models have, of a tokenizer that llama.cpp loads."""
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([f"t{token}" for token in range(n_vocab)])
+    writer.add_token_types([1] * n_vocab)
+    writer.add_token_merges(["t 0"])

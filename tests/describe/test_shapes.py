@@ -88,6 +88,16 @@ def test_the_language_part_of_a_model_that_sees():
     assert (shape.architecture, shape.sliding_window, shape.n_layer) == ("gemma3", 1024, 16)
 
 
+def test_experts_have_the_type_that_config_json_says():
+    """gpt-oss is published in MXFP4; what was trained on from it, or saved anew, is in floats."""
+    config = {
+        "architectures": ["GptOssForCausalLM"], "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 64,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128, "num_local_experts": 4,
+    }  # fmt: skip
+    assert shape_of("x", config).expert_qtype == "F16"
+    assert shape_of("x", config | {"quantization_config": {"quant_method": "mxfp4"}}).expert_qtype == "MXFP4"
+
+
 def test_windows_that_llama_cpp_ignores_are_ignored():
     assert shape_of("m", {**LLAMA, "architectures": ["MistralForCausalLM"], "sliding_window": 4096}).sliding_window == 0
 

@@ -19,7 +19,7 @@ from bitladder.files.describe_source import describe
 from bitladder.files.gguf import read_header
 from bitladder.files.sources import resolve
 from bitladder.levels import parse_level
-from bitladder.plan.abilities import BUILT, Facts, Route, abilities, walk_gap
+from bitladder.plan.abilities import Facts, Route, abilities, walk_gap
 from bitladder.plan.cost import level_size
 from tiny_checkpoints import write_tokenizer
 
@@ -146,11 +146,10 @@ def test_heads_for_several_tokens_have_no_part_in_the_cache(name, tmp_path):
 
 class TestAbilities:
     KNOWN = Facts(is_gguf=True, converts=None, engine_knows=True, walk_gap="", transformers_class=True)
-    ALL = frozenset({Route.WALK, Route.ENGINE, Route.DERIVED})
 
     @staticmethod
-    def ways(facts, built=BUILT):
-        return {found.what: found.way for found in abilities(facts, built)}
+    def ways(facts):
+        return {found.what: found.way for found in abilities(facts)}
 
     def test_a_known_family_can_have_everything_by_the_walk(self):
         ways = self.ways(self.KNOWN)
@@ -159,27 +158,29 @@ class TestAbilities:
 
     def test_an_unknown_one_by_what_is_built(self):
         facts = Facts(True, None, True, "the layers of 'x' are not known here", None)
-        found = {one.what: one for one in abilities(facts, {Route.WALK})}
-        assert found["proof"].way is found["recipes"].way is Route.NONE
-        assert found["proof"].reason == "the layers of 'x' are not known here"
-        assert found["K-quants"].way is Route.QUANTIZER
         lone = {one.what: one for one in abilities(facts)}
         assert {lone[what].way for what in ("proof", "importance", "workload")} == {Route.ENGINE}
         assert {lone[what].way for what in ("calibration", "recipes")} == {Route.NONE}
+        assert lone["K-quants"].way is Route.QUANTIZER
+        assert "GGUF file" not in lone, "it is one"
+        unmeasured = {one.what: one for one in abilities(replace(facts, engine_gap="an encoder"))}
+        assert unmeasured["proof"].way is Route.NONE
+        assert "an encoder" in unmeasured["proof"].reason
+        assert unmeasured["workload"].way is Route.ENGINE
         assert "give the checkpoint's folder" in lone["recipes"].reason
-        ways = self.ways(replace(facts, is_gguf=False, transformers_class=True), self.ALL)
+        ways = self.ways(replace(facts, is_gguf=False, transformers_class=True))
         assert {ways[what] for what in ("proof", "importance", "calibration", "recipes")} == {Route.DERIVED}
 
     def test_what_nobody_runs(self):
         facts = Facts(False, None, False, "unknown layers", False)
-        found = {one.what: one for one in abilities(facts, self.ALL)}
+        found = {one.what: one for one in abilities(facts)}
         assert found["workload"].way is Route.NONE
         assert found["proof"].reason == (
             "unknown layers; transformers does not know the class; llama.cpp does not know the architecture"
         )
 
     def test_what_does_not_convert_can_have_nothing(self):
-        found = abilities(Facts(False, False, None, "", True), self.ALL)
+        found = abilities(Facts(False, False, None, "", True))
         assert all(one.way is Route.NONE and "converter" in one.reason for one in found)
 
     def test_variants_of_a_known_family(self, demo_gguf):

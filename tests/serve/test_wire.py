@@ -97,7 +97,12 @@ def test_a_client_that_leaves_is_told_at_once_even_after_a_body_that_paused_the_
 class Gone(Transport):
     """As uvloop's transports are once the connection is lost."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.reached = 0
+
     def refuse(self, *_: object) -> None:
+        self.reached += 1
         raise RuntimeError("unable to perform operation; the handler is closed")
 
     write = pause_reading = resume_reading = refuse
@@ -108,12 +113,14 @@ class Gone(Transport):
 
 def test_what_is_done_after_the_client_left_has_no_effect():
     async def run() -> None:
-        together = Together(Gone(), asyncio.get_running_loop())
+        gone = Gone()
+        together = Together(gone, asyncio.get_running_loop())
         together.write(b"late")
         together.pause_reading()
         together.resume_reading()
         together.flush()
         together.close()
+        assert gone.reached == 0
 
     asyncio.run(run())
 

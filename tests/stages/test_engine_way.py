@@ -39,26 +39,17 @@ def windows_of(*lengths: int, n_vocab: int = tiny_models.N_VOCAB) -> list[Window
     return [Window(f"text {at // 2}", rng.integers(1, n_vocab, n)) for at, n in enumerate(lengths)]
 
 
-def with_merges(writer, n_vocab):
-    """As many tokens as the tiny models have, of a tokenizer that llama.cpp loads."""
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list([f"t{token}" for token in range(n_vocab)])
-    writer.add_token_types([1] * n_vocab)
-    writer.add_token_merges(["t 0"])
-
-
 def tiny_pair(name: str, folder: Path) -> tuple[Path, Path]:
     """A tiny model and another that differs from it by a few percent, both in 32 bits: nothing is rounded on either
     way."""
     case = tiny_models.CASES[name]
     model = tiny_models.make(case)
-    source = tiny_models.write(case, model, folder / "source.gguf", tokenizer=with_merges)
+    source = tiny_models.write(case, model, folder / "source.gguf", tokenizer=tiny_models.with_merges)
     with tiny_models.torch.no_grad():
         generator = tiny_models.torch.Generator().manual_seed(9)
         for parameter in model.parameters():
             parameter.add_(0.02 * tiny_models.torch.randn(parameter.shape, generator=generator))
-    return source, tiny_models.write(case, model, folder / "other.gguf", tokenizer=with_merges)
+    return source, tiny_models.write(case, model, folder / "other.gguf", tokenizer=tiny_models.with_merges)
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen3", "qwen3moe"])
@@ -93,7 +84,7 @@ def test_the_engines_rounding_is_all_that_parts_the_ways(tmp_path):
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(0.25)  # of a size at which rounding is small beside what the weights lose
-    path = tiny_models.write(wide, model, tmp_path / "tiny.gguf", tokenizer=with_merges)
+    path = tiny_models.write(wide, model, tmp_path / "tiny.gguf", tokenizer=tiny_models.with_merges)
     windows = windows_of(200, 200, 120)
     with GgufFile.open(path) as source:
         files = quantize_levels(source, ["Q8_0", "Q4_K_M"], tmp_path, threads=1)

@@ -31,17 +31,9 @@ from bitladder.serve.settings import ServeSettings
 from bitladder.stages.write_levels import quantize_levels
 from bitladder.store.evidence import Evidence
 from bitladder.store.recorded import Recorded, Subject
-from engine_model import write_engine_model
+from engine_model import TEXT, WORKLOAD, write_engine_model
 from upstreams import CHAT, chat
 
-WORKLOAD = """
-inputs:
-  - id: greeting
-    prompt: Hello
-    max_tokens: 4
-    expect: {max_words: 100}
-"""
-TEXT = "The lamp stood in the window all winter, and each evening somebody lit it. "
 LEVELS = ("Q8_0", "Q4_K_M")
 SMALL = ("--ctx", "512", "--threads", "1")
 

@@ -10,16 +10,8 @@ from typer.testing import CliRunner
 from bitladder.cli.app import app
 from bitladder.describe.text import Document
 from cloud_server import serving
-from engine_model import write_engine_model
+from engine_model import TEXT, WORKLOAD, write_engine_model
 
-WORKLOAD = """
-inputs:
-  - id: greeting
-    prompt: Hello
-    max_tokens: 4
-    expect: {max_words: 100}
-"""
-TEXT = "The lamp stood in the window all winter, and each evening somebody lit it. "
 OTHER = "A cup of tea costs less than a train to the coast, said the woman in the red coat. "
 SMALL = ("--threads", "1")
 RECIPE, FITTED, FOLDED, CHECKPOINT = "Q8_0", "GPTQ-Q4_0", "AWQ-Q4_K_M", "GPTQ-4bit-g64"

@@ -26,15 +26,6 @@ pytestmark = [pytest.mark.model, pytest.mark.usefixtures("one_thread")]
 WALK, TRANSFORMERS, ENGINE = Implementation.WALK, Implementation.TRANSFORMERS, Implementation.ENGINE
 
 
-def with_merges(writer, n_vocab):
-    """As many tokens as the tiny models have, of a tokenizer that llama.cpp loads."""
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list([f"t{token}" for token in range(n_vocab)])
-    writer.add_token_types([1] * n_vocab)
-    writer.add_token_merges(["t 0"])
-
-
 def file_and_checkpoint(name: str, folder: Path, dtype: type = np.float32) -> Path:
     """A tiny model with its checkpoint beside it, as after a conversion."""
     case = tiny_models.CASES[name]
@@ -42,7 +33,7 @@ def file_and_checkpoint(name: str, folder: Path, dtype: type = np.float32) -> Pa
     (folder / "converted").mkdir(parents=True)
     model.save_pretrained(folder / "checkpoint")
     (folder / "converted" / ORIGIN).write_text(str((folder / "checkpoint").resolve()))
-    return tiny_models.write(case, model, folder / "converted" / "model.gguf", dtype, tokenizer=with_merges)
+    return tiny_models.write(case, model, folder / "converted" / "model.gguf", dtype, tokenizer=tiny_models.with_merges)
 
 
 def checked(path: Path) -> SelfCheck:

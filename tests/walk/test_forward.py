@@ -222,7 +222,7 @@ def test_recipes_and_error_feedback(name, made, tmp_path):
         plain = Candidate("plain", MadeWeights(Quantizer(FileWeights(source)), recipe.qtypes))
         with GgufFile.open(fitted.file.path) as file:
             fed, rounded = walk(source, [file_candidate(source, file), plain], windows_of(2, 16))
-    assert 0 < fed.kl_mean < 1.2 * rounded.kl_mean  # random weights: what is lost is not what matters to them
+    assert 0 < fed.kl_mean < rounded.kl_mean
 
 
 @pytest.mark.parametrize("name", ["qwen3.5 that sees", "mistral3 that sees"])

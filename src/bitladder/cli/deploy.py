@@ -373,7 +373,7 @@ def _show(found: Comparison) -> None:
     from rich.panel import Panel
     from rich.text import Text
 
-    from bitladder.report.visible import console
+    from bitladder.visible import console
 
     out = console(highlight=False)
     panels = []

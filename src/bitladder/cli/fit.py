@@ -13,8 +13,8 @@ from bitladder.cli.terminal import JsonFlag, print_json, progress_display, put, 
 from bitladder.errors import UsageError
 from bitladder.records import to_json
 from bitladder.records.plan import Place
-from bitladder.report.visible import console
 from bitladder.units import human_bytes, human_rate
+from bitladder.visible import console
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -30,7 +30,7 @@ def run_display(*, quiet: bool = False) -> Iterator[Progress]:
     if quiet:
         yield silent
     elif sys.stderr.isatty():
-        from bitladder.report.visible import console
+        from bitladder.visible import console
 
         with LiveRun(console(stderr=True)).shown() as live:
             yield live

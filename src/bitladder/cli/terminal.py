@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 from bitladder.errors import BitladderError
 from bitladder.progress import Progress, StepsOnly, silent
 from bitladder.records import to_json
-from bitladder.report.visible import console, on_one_line, visible, visible_json
+from bitladder.visible import console, on_one_line, visible, visible_json
 
 if TYPE_CHECKING:
     from rich.progress import TaskID

@@ -57,8 +57,13 @@ def shape_of(name: str, config: Mapping[str, Any]) -> Shape:
         qk_nope=numbers.get("qk_nope_head_dim"),
         qk_rope=numbers.get("qk_rope_head_dim"),
         v_head=numbers.get("v_head_dim"),
-        expert_qtype=family.checkpoint.expert_qtype,
+        expert_qtype=family.checkpoint.expert_qtype if _quantized(config) else "F16",
     )
+
+
+def _quantized(config: Mapping[str, Any]) -> bool:
+    """Whether config.json says that weights are stored in another type than a float's; a copy in floats is not."""
+    return isinstance(config.get("quantization_config"), dict)
 
 
 class _Numbers:

@@ -5,6 +5,7 @@ What one of them adds is its command, and the services that its own API has besi
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +21,7 @@ from bitladder.errors import BadInput, EngineError, EngineGone, EngineReply
 KEEPER = "bitladder.engines.keeper"
 
 
-class ServedEngine:
+class ServedEngine(ABC):
     """A server that ``command`` starts; an ``engines.base.Running``. Its methods may be called from several threads.
 
     A subclass gives `command`, `environment` where it reads its key from, and overrides `tokenize` and `time_tokens`
@@ -36,9 +37,9 @@ class ServedEngine:
         self._timeouts = timeouts or Timeouts(stall_s=1800.0)
         self._client: httpx.Client | None = None
 
+    @abstractmethod
     def command(self, port: int) -> Sequence[str]:
         """The program and its arguments; it listens on ``launch.host`` and this port."""
-        raise NotImplementedError
 
     def environment(self) -> dict[str, str | None]:
         """Variables that it is given beside ours; None takes one away."""

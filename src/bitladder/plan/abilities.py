@@ -10,14 +10,11 @@ Three ways lead there, and a model may be open to some of them:
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from enum import StrEnum
 
 from bitladder.describe.model import Model
-from bitladder.formats import roles
 from bitladder.formats.families import family_of
-from bitladder.formats.roles import layer_tensor
 
 
 class Route(StrEnum):
@@ -55,10 +52,9 @@ class Facts:
     """Why the rows here do not describe its layers; "" where they do (``walk_gap``)."""
     transformers_class: bool | None
     """transformers has its class, without code of the checkpoint's own."""
+    engine_gap: str = ""
+    """Why llama.cpp's library cannot measure it, though it may run; "" where it can."""
 
-
-BUILT: frozenset[Route] = frozenset({Route.WALK, Route.DERIVED, Route.ENGINE})
-"""The ways that this version has."""
 
 _WAYS: dict[str, tuple[Route, ...]] = {
     "GGUF file": (Route.CONVERTER,),
@@ -73,36 +69,31 @@ _WAYS: dict[str, tuple[Route, ...]] = {
 of levels. ``calibration``: GPTQ, AWQ, INT8, error feedback. ``workload``: answers through the real engine."""
 
 
-def abilities(facts: Facts, built: Collection[Route] = BUILT) -> tuple[Ability, ...]:
-    """Everything of ``_WAYS``, in its order.
-
-    Args:
-        facts: What is known of the model.
-        built: The ways that exist for proof, importance, calibration and recipes.
-    """
+def abilities(facts: Facts) -> tuple[Ability, ...]:
+    """Everything of ``_WAYS`` that is not there already, in its order."""
     found = []
     no_file = _no_file(facts)
     for what, ways in _WAYS.items():
-        open_to = [way for way in ways if way in built or way not in _BUILT_BY_US or what == "workload"]
-        shut = {way: no_file or _shut(way, facts) for way in open_to}
+        if facts.is_gguf and ways == (Route.CONVERTER,):
+            continue
+        shut = {way: no_file or _shut(what, way, facts) for way in ways}
         way = next((way for way, reason in shut.items() if not reason), Route.NONE)
         found.append(Ability(what, way, "" if way is not Route.NONE else "; ".join(dict.fromkeys(shut.values()))))
     return tuple(found)
-
-
-_BUILT_BY_US = frozenset({Route.WALK, Route.DERIVED, Route.ENGINE})
 
 
 def _no_file(facts: Facts) -> str:
     return "" if facts.is_gguf or facts.converts is not False else "llama.cpp's converter does not read the checkpoint"
 
 
-def _shut(way: Route, facts: Facts) -> str:
+def _shut(what: str, way: Route, facts: Facts) -> str:
     """Why a way is closed; "" where it is open."""
     if way is Route.WALK:
         return facts.walk_gap
     if way is Route.ENGINE and facts.engine_knows is False:
         return "llama.cpp does not know the architecture"
+    if way is Route.ENGINE and what != "workload" and facts.engine_gap:
+        return f"the engine cannot measure it: {facts.engine_gap}"
     if way is Route.DERIVED and facts.is_gguf:
         return "a GGUF file's header lacks what transformers needs to know; give the checkpoint's folder or hf:org/name"
     if way is Route.DERIVED and facts.transformers_class is False:
@@ -118,13 +109,7 @@ def walk_gap(model: Model) -> str:
         return f"the layers of '{architecture}' are not known here"
     prefix = architecture + "."
     keys = {key.removeprefix(prefix): value for key, value in model.metadata.items() if key.startswith(prefix)}
-    known = {
-        layer_tensor(layer, role)
-        for layer in range(model.dims.n_layer)
-        for parameter in layers.kind(keys, layer).parameters
-        for role in parameter.roles
-    } | {roles.EMBEDDING, roles.OUTPUT, roles.OUTPUT_NORM, *roles.ROPE_TENSORS}
-    strange = [t.name for t in model.tensors if t.name not in known and not t.name.endswith(roles.ROPE_TENSORS)]
+    strange = layers.unplaced(keys, model.dims.n_layer, (tensor.name for tensor in model.tensors))
     if strange:
         return f"'{strange[0][:60]}' has no place in the layers of '{architecture}' that are known here"
     odd = [key for key in layers.variant_keys if key in keys]

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from bitladder.records.inspection import FolderInspection, Inspection
 from bitladder.report.rows import percent
-from bitladder.report.visible import console as visible_console
 from bitladder.units import human_bytes
+from bitladder.visible import console as visible_console
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from bitladder.records.selfcheck import HEAD, ComparedPair, SelfCheck, Trust
-from bitladder.report.visible import console as visible_console
+from bitladder.visible import console as visible_console
 
 if TYPE_CHECKING:
     from rich.console import Console

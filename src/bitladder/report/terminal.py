@@ -14,9 +14,9 @@ from bitladder.records.plan import Plan, PlanSpeed
 from bitladder.records.run import RunRecord
 from bitladder.report.facts import warnings
 from bitladder.report.rows import LevelRow, interval, level_rows, number, percent, small
-from bitladder.report.visible import console as visible_console
 from bitladder.report.wording import wording_lines
 from bitladder.units import human_bytes, human_rate
+from bitladder.visible import console as visible_console
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -164,6 +164,7 @@ def plan_model(
 def _abilities(found: Described) -> tuple[Ability, ...]:
     from bitladder.files.engine_package import engine_knows, transformers_has
     from bitladder.plan.abilities import Facts, abilities, walk_gap
+    from bitladder.stages.engine_way import engine_missing
 
     facts = Facts(
         is_gguf=not found.model_class and bool(found.model.raw_metadata),
@@ -171,6 +172,7 @@ def _abilities(found: Described) -> tuple[Ability, ...]:
         engine_knows=engine_knows(found.model.dims.architecture) if found.converts is not False else None,
         walk_gap=walk_gap(found.model),
         transformers_class=transformers_has(found.model_type) if found.model_type else None,
+        engine_gap=engine_missing(found.model) if found.converts is not False else "",
     )
     return abilities(facts)
 

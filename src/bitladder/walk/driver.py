@@ -10,6 +10,7 @@ others' in the order of shards, so that a result does not depend on which was co
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
@@ -138,12 +139,12 @@ class Member(Resumable):
         return block
 
 
-class Builder(Member):
+class Builder(Member, ABC):
     """A level whose weights come to be while it passes: its states are its own from the first layer on."""
 
+    @abstractmethod
     def build(self, stream: Stream, layer: int, states: States) -> None:
         """Make a layer and replace the states that enter it by those that leave it."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -97,25 +97,13 @@ def _layers(model: Model) -> Layers:
 
 def _check_tensors(model: Model, family: Layers, keys: dict[str, Any]) -> None:
     """Refuse a file with a tensor that no row uses: its effect would silently be missing."""
-    known = {
-        layer_tensor(layer, role)
-        for layer in range(model.dims.n_layer)
-        for parameter in family.kind(keys, layer).parameters
-        for role in parameter.roles
-    }
-    top = {roles.EMBEDDING, roles.OUTPUT, *roles.ROPE_TENSORS} | (
-        {roles.OUTPUT_NORM} if family.has_output_norm else set()
-    )
-    for tensor in model.tensors:
-        name = tensor.name
-        factors = name.startswith("blk.") and name.endswith(roles.ROPE_TENSORS)
-        factors = factors or roles.factored(name) in {*known, roles.OUTPUT}
-        if name not in known and name not in top and not factors:
-            raise UnknownArchitecture(
-                f"The tensor '{name}' has no place in the layers of '{model.dims.architecture}'.",
-                means="The file is a variant of its family that these rows do not describe.",
-                do="Measure this model through the engine with a workload instead.",
-            )
+    unplaced = family.unplaced(keys, model.dims.n_layer, (tensor.name for tensor in model.tensors))
+    if unplaced:
+        raise UnknownArchitecture(
+            f"The tensor '{unplaced[0]}' has no place in the layers of '{model.dims.architecture}'.",
+            means="The file is a variant of its family that these rows do not describe.",
+            do="Measure this model through the engine with a workload instead.",
+        )
 
 
 def _config(model: Model, family: Layers, keys: dict[str, Any]) -> Any:

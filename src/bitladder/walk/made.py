@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -109,7 +110,7 @@ class InStore(Resumable):
         return tensors | {name: torch.from_numpy(vector.copy()) for name, vector in output.vectors.items()}
 
 
-class Made(InStore, Observer):
+class Made(InStore, Observer, ABC):
     """A level that is made of the reference's activations, layer by layer."""
 
     def __init__(self, model: LayeredModel, name: str, store: LayerStore, dtype: torch.dtype) -> None:
@@ -120,9 +121,9 @@ class Made(InStore, Observer):
         """Inputs of what is quantized: all but routers."""
         return bool(quantized_parameters(self.model.family, shared))
 
+    @abstractmethod
     def make(self, layer: int, block: nn.Module, seen: Seen) -> LayerOutput:
         """Its version of a layer. ``block`` is left as it is found."""
-        raise NotImplementedError
 
     def take(self, layer: int, block: nn.Module, seen: Seen) -> None:
         """As ``Observer``."""

@@ -13,11 +13,21 @@ for families nobody has a row for: every layer attends to everything, the header
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from bitladder.formats.roles import Parameter, SharedInput, Stop
+from bitladder.formats.roles import (
+    EMBEDDING,
+    OUTPUT,
+    OUTPUT_NORM,
+    ROPE_TENSORS,
+    Parameter,
+    SharedInput,
+    Stop,
+    factored,
+    layer_tensor,
+)
 
 Feature = Literal[
     "qkv_bias", "all_bias", "fused_qkv", "fused_gate", "latent", "sinks", "head_norms", "row_norms",
@@ -130,6 +140,10 @@ class DiskNames:
     head: str = "lm_head.weight"
 
 
+def _is_rope_table(name: str) -> bool:
+    return name in ROPE_TENSORS or (name.startswith("blk.") and name.endswith(ROPE_TENSORS))
+
+
 @dataclass(frozen=True)
 class Layers:
     """transformers' decoder layers of a family, and how a GGUF file fills them.
@@ -179,6 +193,19 @@ class Layers:
     def kind(self, keys: Mapping[str, Any], layer: int) -> LayerKind:
         """What a layer is made of; ``keys``: as ``KindOf``."""
         return self.kinds[self.kind_of(keys, layer)]
+
+    def unplaced(self, keys: Mapping[str, Any], n_layer: int, names: Iterable[str]) -> list[str]:
+        """Tensors of a file that no row places: their effect would silently be missing. ``keys``: as ``KindOf``."""
+        known = {
+            layer_tensor(layer, role)
+            for layer in range(n_layer)
+            for parameter in self.kind(keys, layer).parameters
+            for role in parameter.roles
+        }
+        known |= {EMBEDDING, OUTPUT} | ({OUTPUT_NORM} if self.has_output_norm else set())
+        return [
+            name for name in names if name not in known and factored(name) not in known and not _is_rope_table(name)
+        ]
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:

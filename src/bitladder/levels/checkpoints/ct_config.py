@@ -10,6 +10,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from bitladder.errors import UsageError
+
 
 def scheme_in(configuration: Mapping[str, Any], layout: str, kind: str) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     """How weights and inputs are quantized in a configuration from outside; empty where it is of another layout, its
@@ -100,3 +102,15 @@ def configuration_of(
             }
         },
     }
+
+
+def check_groups(level: str, shapes: Mapping[str, tuple[int, int]], group: int) -> None:
+    """Refuse matrices ``(outputs, inputs)`` whose rows a type's only size of groups does not divide; raises
+    UsageError."""
+    for name, (_, inputs) in shapes.items():
+        if inputs % group:
+            raise UsageError(
+                f"{level}: {name} has rows of {inputs} weights, which groups of {group} do not divide.",
+                means="The type has no other size of groups.",
+                do="Ask for FP8-DYNAMIC or W4A16-channel, which have a scale for each row.",
+            )

@@ -16,9 +16,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from bitladder.errors import UsageError
 from bitladder.levels.checkpoints.base import Arrays, CheckpointFormat, Stored, matrix_of
-from bitladder.levels.checkpoints.ct_config import agrees, arguments, configuration_of, scheme_in
+from bitladder.levels.checkpoints.ct_config import agrees, arguments, check_groups, configuration_of, scheme_in
 from bitladder.levels.kinds import CheckpointLevel
 from bitladder.levels.methods import GPTQ
 
@@ -111,13 +110,7 @@ class Nvfp4(CheckpointFormat):
 
     def check_shapes(self, level: str, shapes: Mapping[str, tuple[int, int]]) -> None:
         """As ``CheckpointFormat``: groups divide every row."""
-        for name, (_, inputs) in shapes.items():
-            if inputs % GROUP:
-                raise UsageError(
-                    f"{level}: {name} has rows of {inputs} weights, which groups of {GROUP} do not divide.",
-                    means="The type has no other size of groups.",
-                    do="Ask for FP8-DYNAMIC or W4A16-channel, which have a scale for each row.",
-                )
+        check_groups(level, shapes, GROUP)
 
     def joined(self, matrices: Iterable[F32], importance: F32 | None, peak: float | None) -> Nvfp4:
         """As ``CheckpointFormat``: one global scale, which costs least of several over all of them."""

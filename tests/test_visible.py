@@ -7,7 +7,7 @@ import pytest
 
 from bitladder.cli import terminal
 from bitladder.errors import BadInput
-from bitladder.report.visible import console, visible, visible_json
+from bitladder.visible import console, visible, visible_json
 
 HOSTILE = "es\x1b[31mc\x9b1m\x07\r\u202egnp\u2066\x7f\udc80\u2028end"
 STEERING = set("\x1b\x9b\x07\r\u202e\u2066\x7f\udc80\u2028")
