@@ -10,10 +10,12 @@ import tiny_models
 from bitladder.describe.machine import Machine
 from bitladder.describe.windows import Window
 from bitladder.engines import llama_library
+from bitladder.engines.base import Launch
 from bitladder.engines.library_process import answers
 from bitladder.engines.llama_library import Library, LibraryError, piece_length
 from bitladder.engines.logit_scores import distribution, divergence
 from bitladder.engines.messages import BadMessage, Sender, receive
+from bitladder.engines.registry import start
 from bitladder.errors import BadInput, BadWeights, EngineError, EngineGone, NothingFits, UnknownArchitecture
 from bitladder.files import engine_package
 from bitladder.files.engine_package import library_missing
@@ -264,6 +266,15 @@ def test_the_engines_abort_is_an_error_with_its_last_words(tmp_path):
         engine_importance(source, windows_of(64, n_vocab=250), threads=1)
     assert "fatal error" in error.value.means or "gating" in error.value.means.lower()
     assert "bad.gguf" in error.value.found
+
+
+def test_an_abort_of_the_server_says_why_and_shows_no_stack(tmp_path):
+    """A debugger on the machine prints a page of frames after the words; no debugger is started."""
+    path = write_family(tmp_path / "bad.gguf", "deepseek2", expert_gating_func=77)
+    with pytest.raises(EngineGone, match=r"SIGABRT") as error, start(Launch(path, n_ctx=64, threads=1)):
+        pytest.fail("it runs")
+    assert "fatal error" in error.value.means or "gating" in error.value.means.lower()
+    assert "#0" not in error.value.means
 
 
 def test_a_file_that_the_engine_does_not_load(tmp_path):

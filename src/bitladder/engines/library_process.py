@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitladder.engines.messages import BadMessage, Message, receive
+from bitladder.engines.process import KILLED, NO_DEBUGGER, ending
 from bitladder.errors import EngineError, EngineGone, UnknownArchitecture
 
 _LOG_LINES, _LOG_WIDTH, _LONGEST_LINE = 200, 500, 1 << 16
@@ -89,7 +90,7 @@ def _running(request: Mapping[str, Any]) -> Iterator[tuple[subprocess.Popen[byte
         try:
             process = subprocess.Popen(
                 [sys.executable, "-m", "bitladder.engines.library_child", str(theirs)],
-                env={**os.environ, "GGML_NO_BACKTRACE": "1"},  # else a crash starts a debugger, if there is one
+                env={**os.environ, **NO_DEBUGGER},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -125,13 +126,11 @@ def _death(process: subprocess.Popen[bytes], what: Path, log: collections.deque[
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(timeout=5.0)
     code = process.returncode
-    how = "closed its results before the end"
-    if code is not None:
-        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    how = "closed its results before the end" if code is None else ending(code)
     killed = code == -signal.SIGKILL
     return EngineGone(
         f"llama.cpp's process for {what} {how}.",
-        means="It was probably ended for using too much memory." if killed else _last_words(log),
+        means=KILLED if killed else _last_words(log),
         do="Close other programs, or name fewer levels."
         if killed
         else "Its last words say why; see with `bitladder inspect` whether the model is sound.",

@@ -25,6 +25,10 @@ from bitladder.engines.base import Launch
 from bitladder.engines.keeper import end_tree
 from bitladder.errors import EngineError, EngineGone, EngineTimeout
 
+NO_DEBUGGER = {"GGML_NO_BACKTRACE": "1"}
+"""For every process with llama.cpp in it: else a crash starts a debugger, if there is one, whose pages of stack frames
+push the words that say why out of the log."""
+KILLED = "It was probably ended for using too much memory."
 _LOG_LINES = 200
 _LOG_WIDTH = 500
 _LONGEST_LINE = 1 << 16
@@ -34,6 +38,11 @@ _OUT_OF_MEMORY = re.compile(
     re.IGNORECASE,
 )
 """How engines and their libraries say that memory did not suffice."""
+
+
+def ending(code: int) -> str:
+    """How a process ended, by its exit code (negative: the signal that ended it)."""
+    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
 
 class EngineProcess:
@@ -72,7 +81,7 @@ class EngineProcess:
             EngineTimeout: the model was not loaded in time.
         """
         began = time.monotonic()
-        wanted = {**os.environ, **environment}
+        wanted = {**os.environ, **NO_DEBUGGER, **environment}
         self._process = subprocess.Popen(
             [sys.executable, "-m", *command],
             env={name: value for name, value in wanted.items() if value is not None},
@@ -126,11 +135,10 @@ class EngineProcess:
         if code is None:
             return None
         self._join_readers()  # its last words may still be in the pipe
-        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        means = "It was probably ended for using too much memory." if code == -signal.SIGKILL else ""
+        means = KILLED if code == -signal.SIGKILL else ""
         memory = code == -signal.SIGKILL or any(_OUT_OF_MEMORY.search(line) for line in self._log)
         return EngineGone(
-            f"The engine for '{self._launch.model_name}' {how}.",
+            f"The engine for '{self._launch.model_name}' {ending(code)}.",
             means="\n".join(part for part in (means, "Its last words:", self.last_log()) if part),
             do="Try a smaller context or level."
             if memory
