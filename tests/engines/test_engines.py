@@ -15,7 +15,7 @@ from bitladder.engines import registry
 from bitladder.engines.base import Chat, Identity, Launch, Running
 from bitladder.engines.llama import LlamaServer
 from bitladder.engines.names import same_model
-from bitladder.engines.process import EngineProcess
+from bitladder.engines.process import EngineProcess, with_engine_variables
 from bitladder.engines.registry import engine_for, start
 from bitladder.engines.served import ServedEngine
 from bitladder.engines.vllm import Vllm
@@ -266,3 +266,13 @@ def test_a_file_changed_in_a_served_folder_is_noticed(folder):
 )
 def test_one_rule_of_names(wanted, served, same):
     assert same_model(wanted, served) is same
+
+
+@pytest.mark.parametrize(
+    ("given", "spins"),
+    [({}, "2000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "PASSIVE"}, None)],
+)
+def test_threads_of_the_engine_spin_briefly_unless_the_user_says_otherwise(given, spins):
+    wanted = with_engine_variables({"PATH": "/bin", **given})
+    assert wanted.get("GOMP_SPINCOUNT") == spins
+    assert wanted["PATH"] == "/bin" and wanted["GGML_NO_BACKTRACE"] == "1"

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitladder.engines.messages import BadMessage, Message, receive
-from bitladder.engines.process import KILLED, NO_DEBUGGER, ending
+from bitladder.engines.process import KILLED, ending, with_engine_variables
 from bitladder.errors import EngineError, EngineGone, UnknownArchitecture
 
 _LOG_LINES, _LOG_WIDTH, _LONGEST_LINE = 200, 500, 1 << 16
@@ -90,7 +90,7 @@ def _running(request: Mapping[str, Any]) -> Iterator[tuple[subprocess.Popen[byte
         try:
             process = subprocess.Popen(
                 [sys.executable, "-m", "bitladder.engines.library_child", str(theirs)],
-                env={**os.environ, **NO_DEBUGGER},
+                env=with_engine_variables(os.environ),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,

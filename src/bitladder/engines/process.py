@@ -25,9 +25,22 @@ from bitladder.engines.base import Launch
 from bitladder.engines.keeper import end_tree
 from bitladder.errors import EngineError, EngineGone, EngineTimeout
 
-NO_DEBUGGER = {"GGML_NO_BACKTRACE": "1"}
-"""For every process with llama.cpp in it: else a crash starts a debugger, if there is one, whose pages of stack frames
-push the words that say why out of the log."""
+_FOR_LLAMA_CPP = {"GGML_NO_BACKTRACE": "1", "GOMP_SPINCOUNT": "2000"}
+
+
+def with_engine_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment for a process with llama.cpp in it; what a user set stays.
+
+    A crash starts a debugger, if there is one, whose pages of stack frames push the words that say why out of the log:
+    not here. llama.cpp's threads (libgomp's) wait for each other by spinning; beside a busy process one that spins long
+    takes the core of the thread it waits for. 2000 turns cost nothing when it is quiet (``benchmarks/engine_spin.py``).
+    """
+    wanted = dict(environment)
+    if any(name in environment for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")):
+        return {**wanted, "GGML_NO_BACKTRACE": "1"}
+    return {**wanted, **_FOR_LLAMA_CPP}
+
+
 KILLED = "It was probably ended for using too much memory."
 _LOG_LINES = 200
 _LOG_WIDTH = 500
@@ -81,7 +94,7 @@ class EngineProcess:
             EngineTimeout: the model was not loaded in time.
         """
         began = time.monotonic()
-        wanted = {**os.environ, **NO_DEBUGGER, **environment}
+        wanted = {**with_engine_variables(os.environ), **environment}
         self._process = subprocess.Popen(
             [sys.executable, "-m", *command],
             env={name: value for name, value in wanted.items() if value is not None},
