@@ -56,3 +56,33 @@ def sign_flip(differences: ArrayLike, rng: np.random.Generator) -> float:
     signs = rng.integers(0, 2, size=(DRAWS, d.size), dtype=np.int8)
     extreme = np.count_nonzero(np.abs((1 - 2.0 * signs) @ d) >= observed)
     return float((extreme + 1) / (DRAWS + 1))
+
+
+def ratio_interval(first: ArrayLike, second: ArrayLike, *, confidence: float = 0.95) -> tuple[float, float, float]:
+    """Ratio of two positive figures measured in the same rounds, with its interval.
+
+    The geometric mean of the rounds' ratios, and Student's interval on their logarithms: what slows a whole round down
+    falls out of its ratio.
+
+    Args:
+        first: f64[rounds], positive.
+        second: the same rounds of the other.
+        confidence: of the interval.
+
+    Returns:
+        Ratio first / second, low and high; with fewer than two rounds the bounds are 0 and infinity.
+
+    Raises:
+        ValueError: the numbers of rounds differ.
+    """
+    a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    if a.shape != b.shape:
+        raise ValueError(f"rounds must be pairs, got {a.size} and {b.size}")
+    if a.size == 0 or not (np.all(a > 0) and np.all(b > 0)):
+        return math.nan, 0.0, math.inf
+    logs = np.log(a) - np.log(b)
+    ratio = math.exp(logs.mean())
+    if logs.size < 2:
+        return ratio, 0.0, math.inf
+    half = float(stats.t.ppf(0.5 + confidence / 2, logs.size - 1)) * float(logs.std(ddof=1)) / math.sqrt(logs.size)
+    return ratio, ratio * math.exp(-half), ratio * math.exp(half)
