@@ -7,16 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-import numpy as np
-
 from bitladder.plan.bar import UPPER, Bar, Clause, spoken
 from bitladder.records.evaluation import WorkloadResult
 from bitladder.records.fidelity import Fidelity
 from bitladder.records.plan import ELSEWHERE, Container, LevelPlan
-from bitladder.stats import bootstrap
 from bitladder.stats.multiplicity import beyond
 from bitladder.stats.noninferiority import inputs_needed, loss_interval, p_not_worse
-from bitladder.stats.paired import ratio_interval
+from bitladder.stats.paired import differs, ratio_interval
 from bitladder.units import human_bytes
 
 
@@ -144,10 +141,7 @@ class Judged:
         one, two = self.evidence.fidelity, other.evidence.fidelity
         if one is None or two is None or len(one.unit_kl) != len(two.unit_kl) or len(one.unit_kl) < 2:
             return True
-        weights = np.asarray(one.unit_tokens, dtype=np.float64)
-        differences = (np.asarray(one.unit_kl) - np.asarray(two.unit_kl)) * weights
-        found = bootstrap.ratio_interval(differences, weights, np.random.default_rng(bootstrap.SEED))
-        return not found.low <= 0 <= found.high
+        return differs(one.unit_kl, two.unit_kl, one.unit_tokens)
 
     @property
     def total(self) -> int:

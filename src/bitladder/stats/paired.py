@@ -9,6 +9,7 @@ permutation argument).
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -20,6 +21,7 @@ EXACT_UP_TO = 12
 DRAWS = 9999
 
 
+@functools.cache
 def mcnemar(lost: int, gained: int) -> float:
     """Two-sided p-value of McNemar's exact test; 1 when nothing differs.
 
@@ -58,6 +60,29 @@ def sign_flip(differences: ArrayLike, rng: np.random.Generator) -> float:
     return float((extreme + 1) / (DRAWS + 1))
 
 
+def differs(first: ArrayLike, second: ArrayLike, weights: ArrayLike, *, confidence: float = 0.95) -> bool:
+    """Whether two weighted means over the same units differ by more than chance: Student's test of the paired
+    differences, whose error is that of a ratio of sums.
+
+    Args:
+        first: f64[units].
+        second: f64[units], the same units.
+        weights: f64[units], positive.
+        confidence: one minus the chance to say so of means that are equal.
+    """
+    w = np.asarray(weights, dtype=np.float64)
+    differences = (np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)) * w
+    mean = differences.sum() / w.sum()
+    rest = differences - mean * w
+    error = math.sqrt(w.size / (w.size - 1) * float(rest @ rest)) / float(w.sum())
+    return abs(float(mean)) > _student(0.5 + confidence / 2, w.size - 1) * error
+
+
+@functools.cache
+def _student(share: float, freedom: int) -> float:
+    return float(stats.t.ppf(share, freedom))
+
+
 def ratio_interval(first: ArrayLike, second: ArrayLike, *, confidence: float = 0.95) -> tuple[float, float, float]:
     """Ratio of two positive figures measured in the same rounds, with its interval.
 
@@ -84,5 +109,5 @@ def ratio_interval(first: ArrayLike, second: ArrayLike, *, confidence: float = 0
     ratio = math.exp(logs.mean())
     if logs.size < 2:
         return ratio, 0.0, math.inf
-    half = float(stats.t.ppf(0.5 + confidence / 2, logs.size - 1)) * float(logs.std(ddof=1)) / math.sqrt(logs.size)
+    half = _student(0.5 + confidence / 2, logs.size - 1) * float(logs.std(ddof=1)) / math.sqrt(logs.size)
     return ratio, ratio * math.exp(-half), ratio * math.exp(half)
