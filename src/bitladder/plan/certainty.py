@@ -2,7 +2,7 @@
 
 What varies from run to run: which documents were measured, which inputs were asked, what the machine did in a round of
 timing. Documents and inputs are resampled with replacement (the bootstrap), the same for all levels, as they were
-measured together; rates are moved by their error.
+measured together; rates are drawn as another run might find them.
 
 A resample scatters around what was found, as what was found scatters around the truth; another run scatters by both. So
 each resample is drawn from a resample: a decision that is said to be chosen in 95 of 100 is the one that another run of
@@ -70,14 +70,12 @@ def _drawn(evidence: Evidence, rng: np.random.Generator) -> Evidence:
     most = max((one.inputs for one in evidence.results), default=0)
     inputs = _places(most, rng)
     numbers = {name: number for number, name in enumerate(names)}
-    factors = {
-        level: math.exp(error * rng.normal(0.0, math.sqrt(2))) for level, error in _speed_errors(evidence).items()
-    }
+    moved = _moved_rates(evidence, rng)
     return replace(
         evidence,
         fidelities=[_fidelity(one, documents, shift) for one in evidence.fidelities],
-        results=[_faster(_result(one, inputs, numbers), factors) for one in evidence.results],
-        speeds={level: _faster_speed(one, factors.get(level, 1.0)) for level, one in evidence.speeds.items()},
+        results=[_at_rates(_result(one, inputs, numbers), moved) for one in evidence.results],
+        speeds={level: _speed_at_rates(one, moved.get(level)) for level, one in evidence.speeds.items()},
     )
 
 
@@ -89,19 +87,28 @@ def _places(size: int, rng: np.random.Generator) -> NDArray[np.intp]:
 
 
 def _fidelity(one: Fidelity, documents: Mapping[int, NDArray[np.intp]], shift: float) -> Fidelity:
-    """Another mean KL; its interval moves along, on a logarithmic scale."""
+    """Another mean KL with its interval, whose width on a logarithmic scale goes with the spread of the units drawn."""
     if not one.kl_mean > 0 or not one.kl_low > 0 or not math.isfinite(one.kl_high):
         return one
+    wider = 1.0
     if len(one.unit_kl) > 1:
         at = documents[len(one.unit_kl)]
-        tokens = np.asarray(one.unit_tokens, dtype=np.float64)[at]
-        kl = np.asarray(one.unit_kl)[at]
+        all_kl, all_tokens = np.asarray(one.unit_kl), np.asarray(one.unit_tokens, dtype=np.float64)
+        kl, tokens = all_kl[at], all_tokens[at]
         mean = float((kl * tokens).sum() / tokens.sum())
+        wider = _error_of_log(kl, tokens) / max(_error_of_log(all_kl, all_tokens), 1e-12)
         one = replace(one, unit_kl=tuple(kl.tolist()), unit_tokens=tuple(tokens.astype(int).tolist()))
     else:  # measured before units were kept
         mean = one.kl_mean * math.exp(shift * math.log(one.kl_high / one.kl_low) / _WIDTH_95)
-    factor = mean / one.kl_mean
-    return replace(one, kl_mean=mean, kl_low=one.kl_low * factor, kl_high=one.kl_high * factor)
+    low, high = ((bound / one.kl_mean) ** wider for bound in (one.kl_low, one.kl_high))
+    return replace(one, kl_mean=mean, kl_low=mean * low, kl_high=mean * high)
+
+
+def _error_of_log(kl: NDArray[np.float64], tokens: NDArray[np.float64]) -> float:
+    """Standard error of the logarithm of the mean KL per token."""
+    total = float((kl * tokens).sum())
+    rest = (kl - total / tokens.sum()) * tokens
+    return math.sqrt(float(rest @ rest)) / total if total > 0 else 0.0
 
 
 def _result(one: WorkloadResult, inputs: NDArray[np.intp], numbers: Mapping[str, int]) -> WorkloadResult:
@@ -123,29 +130,37 @@ def _result(one: WorkloadResult, inputs: NDArray[np.intp], numbers: Mapping[str,
     return drawn
 
 
-def _speed_errors(evidence: Evidence) -> dict[str, float]:
-    """Level -> standard error of the logarithm of its rate, beside the others in the same rounds.
+def _moved_rates(evidence: Evidence, rng: np.random.Generator) -> dict[str, NDArray[np.float64]]:
+    """Level -> rates of its rounds as another run might find them.
 
-    Rounds are too few to be resampled: a draw of one round alone would have no spread.
+    Rounds are too few to be resampled: a draw of one round alone would have no spread. So the logarithms of a level's
+    rates beside the others in the same rounds are taken as normal, with a mean and a variance that are known as well as
+    so few rounds tell (the predictive distribution under the usual prior).
     """
     rounds = {one.level: one.decode_rounds for one in evidence.results}
     rounds |= {level: one.rounds for level, one in evidence.speeds.items()}
-    found: dict[str, float] = {}
+    found: dict[str, NDArray[np.float64]] = {}
     for size in sorted({len(own) for own in rounds.values() if len(own) > 1}):
         alike = {level: own for level, own in rounds.items() if len(own) == size and min(own) > 0}
-        if alike:
-            logs = np.log(np.array(list(alike.values())))
-            rest = logs - logs.mean(axis=0)
-            found |= dict(zip(alike, (rest.std(axis=1, ddof=1) / math.sqrt(size)).tolist(), strict=True))
+        logs = np.log(np.array(list(alike.values())).reshape(-1, size))
+        drift = logs.mean(axis=0)
+        means = (logs - drift).mean(axis=1, keepdims=True)
+        rest = logs - drift - means
+        error = np.sqrt((rest**2).sum(axis=1, keepdims=True) / rng.chisquare(size - 1, (len(alike), 1)))
+        shift = error * rng.normal(0.0, 1.0, error.shape) / math.sqrt(size)
+        anew = drift + means + shift + error * rng.normal(0.0, 1.0, rest.shape)
+        found |= dict(zip(alike, np.exp(anew), strict=True))
     return found
 
 
-def _faster(one: WorkloadResult, factors: Mapping[str, float]) -> WorkloadResult:
-    factor = factors.get(one.level, 1.0)
-    rounds = tuple(rate * factor for rate in one.decode_rounds)
-    return replace(one, decode_rounds=rounds, decode_tokens_per_s=one.decode_tokens_per_s * factor)
+def _at_rates(one: WorkloadResult, moved: Mapping[str, NDArray[np.float64]]) -> WorkloadResult:
+    rates = moved.get(one.level)
+    if rates is None:
+        return one
+    return replace(one, decode_rounds=tuple(rates.tolist()), decode_tokens_per_s=float(np.median(rates)))
 
 
-def _faster_speed(one: Speed, factor: float) -> Speed:
-    rounds = tuple(rate * factor for rate in one.rounds)
-    return replace(one, rounds=rounds, decode_tokens_per_s=one.decode_tokens_per_s * factor)
+def _speed_at_rates(one: Speed, rates: NDArray[np.float64] | None) -> Speed:
+    if rates is None:
+        return one
+    return replace(one, rounds=tuple(rates.tolist()), decode_tokens_per_s=float(np.median(rates)))
