@@ -97,6 +97,14 @@ FAMILIES = {
             "mamba_n_groups": 1, "mamba_chunk_size": 16,
         },
     ),
+    "granite hybrid": Tiny(
+        "granitemoehybrid",
+        {
+            "num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 96, "mamba_n_heads": 8,
+            "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_chunk_size": 16, "mamba_expand": 2,
+            "layer_types": ["mamba", "attention", "mamba", "attention"],
+        },
+    ),
     "cohere2": Tiny("cohere2", {"sliding_window": 8, "logit_scale": 0.25}, {"rotary_pct": 1.0}),
     "minimax m2": Tiny(
         "minimax_m2",

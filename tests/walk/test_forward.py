@@ -1,5 +1,6 @@
 """Families without a row are walked through transformers' own whole forward, and rows are the judge of how."""
 
+import copy
 import json
 import re
 import shutil
@@ -244,11 +245,85 @@ def test_a_level_holds_the_towers_of_its_source_as_they_are(name, made, tmp_path
         assert any(re.fullmatch(pattern.removeprefix("re:"), one.removesuffix(".weight")) for pattern in ignored), one
 
 
-@pytest.mark.parametrize("name", ["gpt-oss", "llama4", "gpt2"])
-def test_checkpoint_levels_without_a_layout_are_refused(name, made, tmp_path):
-    _, checkpoint, gguf = made[name]
+STACKS = {
+    # by family: where the stacks are in a layer, and what is there of one expert's gate, up and down f32[outputs, inputs]
+    "gpt-oss": ("mlp.experts", lambda gate, up: torch.stack([gate, up], 1).flatten(0, 1).T),
+    "llama4": ("feed_forward.experts", lambda gate, up: torch.cat([gate, up]).T),
+    "granite hybrid": ("block_sparse_moe.experts", lambda gate, up: torch.cat([gate, up])),
+}
+
+
+@pytest.mark.parametrize("level", ["GPTQ-4bit-g32", "AWQ-4bit-g32-ct", "INT8-W8A8"])
+@pytest.mark.parametrize("name", STACKS)
+def test_experts_in_stacks_become_linear_layers(name, level, made, tmp_path):
+    """Each with a row for each output, under the names that engines look for; put together again by hand they are a model
+    of transformers with the logits that the walk computes, close to the source."""
+    model, checkpoint, gguf = made[name]
+    with GgufFile.open(gguf) as source:
+        (written,) = run(gguf, [level], tmp_path, checkpoint, windows=windows_of(1, 40), settings=EXACT)
+        candidate = folder_candidate(source, Path(written.path), parse_checkpoint(level).format)
+        found, rounded = walk(source, [candidate, *made_candidates(source, ["Q4_0"])], windows_of(2, 4))
+        with torch.no_grad():
+            own = logits_of(layered(source, FileWeights(source)), candidate.weights, some_tokens())
+    assert found.kl_mean < rounded.kl_mean
+    weights = decoded(Path(written.path), level)
+    restack(weights, *STACKS[name])
+    other = copy.deepcopy(model)
+    other.load_state_dict({name_of: torch.as_tensor(value) for name_of, value in weights.items()}, strict=False)
+    with torch.no_grad():
+        assert_close(own, other(torch.from_numpy(some_tokens())).logits)
+
+
+def restack(weights: dict[str, torch.Tensor], owner: str, joined) -> None:
+    """What transformers holds, of the experts' linear layers."""
+    prefixes = {found[1] for name in weights if (found := re.match(rf"(.*\d+\.{re.escape(owner)}\.)\d+\.", name))}
+    assert prefixes
+    for prefix in prefixes:
+        gate, up, down = (taken(weights, prefix, f"{word}_proj.weight") for word in ("gate", "up", "down"))
+        assert set(map(len, (*gate, *up))) == {96} and set(map(len, down)) == {64}
+        made = [joined(*pair) for pair in zip(gate, up, strict=True)]
+        turned = len(made[0]) == 64
+        weights[f"{prefix}gate_up_proj"] = torch.stack(made)
+        weights[f"{prefix}down_proj"] = torch.stack([one.T if turned else one for one in down])
+        if biases := taken(weights, prefix, "gate_proj.bias"):
+            pairs = zip(biases, taken(weights, prefix, "up_proj.bias"), strict=True)
+            weights[f"{prefix}gate_up_proj_bias"] = torch.stack([joined(a[:, None], b[:, None])[0] for a, b in pairs])
+            weights[f"{prefix}down_proj_bias"] = torch.stack(taken(weights, prefix, "down_proj.bias"))
+
+
+def taken(weights: dict[str, torch.Tensor], prefix: str, leaf: str) -> list[torch.Tensor]:
+    """What all experts have of a name, in their order; it is there no more."""
+    return [
+        torch.as_tensor(weights.pop(name)) for expert in range(4) if (name := f"{prefix}{expert}.{leaf}") in weights
+    ]
+
+
+@pytest.mark.parametrize("level", ["GPTQ-4bit-g32", "AWQ-4bit-g32", "W4A16-g32"])
+def test_matrices_with_a_column_for_each_output_are_packed_upright(level, made, tmp_path):
+    """As engines read them, who multiply packed codes of GPT-2's Conv1D like those of any linear layer."""
+    model, checkpoint, gguf = made["gpt2"]
+    with GgufFile.open(gguf) as source:
+        (written,) = run(gguf, [level], tmp_path, checkpoint, windows=windows_of(1, 40), settings=EXACT)
+        candidate = folder_candidate(source, Path(written.path), parse_checkpoint(level).format)
+        found, rounded = walk(source, [candidate, *made_candidates(source, ["Q4_0"])], windows_of(2, 4))
+        with torch.no_grad():
+            own = logits_of(layered(source, FileWeights(source)), candidate.weights, some_tokens())
+    assert found.kl_mean < rounded.kl_mean
+    weights = decoded(Path(written.path), level)
+    assert weights["transformer.h.0.attn.c_attn.weight"].shape == (192, 64)
+    turned = {name: torch.as_tensor(value).T if re.search(r"c_\w+\.weight", name) else torch.as_tensor(value)
+              for name, value in weights.items()}
+    other = copy.deepcopy(model)
+    other.load_state_dict(turned, strict=False)
+    with torch.no_grad():
+        assert_close(own, other(torch.from_numpy(some_tokens())).logits)
+
+
+@pytest.mark.parametrize("level", ["INT8-W8A8", "FP8-DYNAMIC"])
+def test_matrices_that_readers_would_turn_are_refused(level, made, tmp_path):
+    _, checkpoint, gguf = made["gpt2"]
     with pytest.raises(UnknownArchitecture, match="lies transposed"):
-        run(gguf, ["GPTQ-4bit-g32"], tmp_path / "out", checkpoint)
+        run(gguf, [level], tmp_path / "out", checkpoint)
     assert not (tmp_path / "out").exists()
 
 

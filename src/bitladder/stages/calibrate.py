@@ -137,8 +137,7 @@ class Calibration:
         self._text = _checked_text(source, levels, reading)
         weights = FileWeights(source, threads=self._settings.threads)
         model = layered(source, weights, device=self._settings.device, checkpoint=checkpoint)
-        if any(isinstance(level, CheckpointLevel) for level in levels):
-            model.check_disk_names()
+        model.check_disk_names(level.format for level in levels if isinstance(level, CheckpointLevel))
         dtype = FLOAT_TYPES.get(read_checkpoint(checkpoint).main_dtype if checkpoint else "F16", torch.float16)
         self._stores: dict[Product, LayerStore] = {}
         inputs = [header.path for header in source.headers] + ([checkpoint] if checkpoint else [])

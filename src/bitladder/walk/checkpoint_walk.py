@@ -139,8 +139,10 @@ class CalibrationWalk:
         for layer, kind in self.model.first_of_each_kind():
             for shared in kind.inputs:
                 for parameter in disk_names.quantized_parameters(self.model.family, shared):
-                    rows, columns = self.model.shape(parameter.path, layer)[-2:]
-                    found.setdefault(parameter.path.removesuffix(".weight"), (int(rows), int(columns)))
+                    *_, rows, columns = (int(size) for size in self.model.shape(parameter.path, layer))
+                    outputs, inputs = (columns, rows) if parameter.turned else (rows, columns)
+                    sizes = outputs // len(self.model.family.experts.get(parameter.path, (1,))), inputs
+                    found.setdefault(parameter.path.removesuffix(".weight"), sizes)
         return found
 
     def _rows_of(self, name: str, source: str) -> PiecewiseTensor:

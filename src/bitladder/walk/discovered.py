@@ -246,7 +246,7 @@ class _Trial:
         ]  # fmt: skip
         if not readers or any(self._block.get_parameter(path).ndim != 2 for path in readers):
             return shared
-        columns = self._block.get_parameter(readers[0]).shape[-1]
+        columns = self._inputs_last(readers[0]).shape[-1]
         for path in before:
             own = [p for p in self._parameters if p.path in (f"{path}.weight", f"{path}.bias")]
             weight = next((p for p in own if p.path.endswith(".weight")), None)
@@ -259,6 +259,11 @@ class _Trial:
                 return SharedInput(shared.roles, shared.module, shared.kind, weight.roles[0])
         return shared
 
+    def _inputs_last(self, path: str) -> torch.Tensor:
+        """A matrix, or a view of it, with a row for each output."""
+        value = self._block.get_parameter(path)
+        return value.T if any(p.path == path and p.turned for p in self._parameters) else value
+
     def _same_with(self, readers: Sequence[str], absorbers: Sequence[Parameter], columns: int, *, values: bool) -> bool:
         rows = self._block.get_parameter(absorbers[0].path).shape[0]
         channels = self._channels if values else np.arange(columns)
@@ -270,7 +275,7 @@ class _Trial:
         changed |= {p.path: self._block.get_parameter(p.path).detach().clone() for p in absorbers}
         with torch.no_grad():
             for path in readers:
-                self._block.get_parameter(path).mul_(scales[torch.from_numpy(channels)].to(device))
+                self._inputs_last(path).mul_(scales[torch.from_numpy(channels)].to(device))
             for parameter in absorbers:
                 own = self._block.get_parameter(parameter.path)
                 offset = offset_of(parameter.transform)

@@ -9,7 +9,7 @@ checkpoint's before they are used.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,12 @@ from bitladder.formats.disk_names import quantized_parameters
 from bitladder.formats.families.family import DiskNames, LayerKind, Layers
 from bitladder.formats.roles import SharedInput, layer_tensor
 from bitladder.kernels.gpu import check_device
+from bitladder.levels.checkpoints import CheckpointFormat
 from bitladder.walk.carried import LeavesMore
 from bitladder.walk.checkpoint_layers import CheckpointLayers
 from bitladder.walk.correspondence import ParameterLayout, Reshaped, correspond
 from bitladder.walk.discovered import FoundKind, MadeOf, discover
+from bitladder.walk.expert_names import linear_experts, names_on_disk
 from bitladder.walk.layers import Entry, LayeredModel, Weights, inference, tensor_at
 from bitladder.walk.rounding import QTypeOf, round_inputs
 from bitladder.walk.skeleton import Skeleton, refused
@@ -129,6 +131,7 @@ class WholeModel(LayeredModel):
         self._kinds: list[FoundKind] = []
         self._kind_of: dict[int, int] = {}
         self._experts: dict[str, tuple[str, ...]] = {}
+        self._in_turn: set[str] = set()
         self._renamed: dict[str, str] = {}
         self._checked: set[int] = set()
         signatures: dict[Hashable, int] = {}
@@ -286,25 +289,34 @@ class WholeModel(LayeredModel):
         norm = {self._checkpoint.top_name(f"{self._skeleton.norm_path}.{leaf}") for leaf in ("weight", "bias")}
         return self._checkpoint.others({names.embedding, names.head, *norm, *self.beside})
 
-    def check_disk_names(self) -> None:
+    def check_disk_names(self, forms: Iterable[CheckpointFormat]) -> None:
         """As ``LayeredModel``.
 
         Raises:
-            UnknownArchitecture: matrices that would be quantized lie transposed, or experts in one tensor.
+            UnknownArchitecture: experts lie in one tensor, and nothing tells what their linear layers are; or a matrix
+                has a column for each output, and the format stores it under the name by which readers turn it.
         """
-        for _, row in self.first_of_each_kind():
+        forms = tuple(forms)
+        for _, row in self.first_of_each_kind() if forms else ():
             for shared in row.inputs:
                 for parameter in quantized_parameters(self.family, shared):
-                    turned = isinstance(parameter.transform, ParameterLayout) and parameter.transform.turned
-                    if turned or (shared.kind != "linear" and parameter.path not in self._experts):
-                        how = "lies transposed" if turned else "holds all experts in one tensor"
+                    if why := self._misplaced(parameter, shared, forms):
                         raise UnknownArchitecture(
                             f"Checkpoint levels of '{self._skeleton.model_type}' cannot be written: its "
-                            f"'{parameter.path}' {how} on disk.",
-                            means="GPTQ, AWQ and INT8 layouts have matrices with a row for each output, one for each "
-                            "expert, and no engine has other names for them.",
+                            f"'{parameter.path}' {why}.",
+                            means="Readers of such levels would find no matrix, or another one.",
                             do="Choose GGUF levels: K-quants, with error feedback too (GPTQ-Q4_K_M), and recipes work.",
                         )
+
+    def _misplaced(self, parameter: roles.Parameter, shared: SharedInput, forms: Iterable[CheckpointFormat]) -> str:
+        """Why a matrix has no place in a checkpoint of one of these formats; "" where it has."""
+        if parameter.path in self._experts:
+            return ""
+        if shared.kind != "linear":
+            return "holds all experts in one tensor, and nothing tells their gate, up and down apart"
+        if parameter.turned and (plain := next((form for form in forms if "weight" in form.suffixes), None)):
+            return f"lies transposed on disk, and readers would turn it there ('{plain.layout}')"
+        return ""
 
     # Layers
 
@@ -385,10 +397,17 @@ class WholeModel(LayeredModel):
                 if len(same) == 1:
                     self._renamed[path] = same[0]
         for path, value in values.items():
-            if value.ndim == 3 and path in made_of and path not in stored and path not in self._renamed:
-                names = _expert_names(path, value, stored)
-                if names:
-                    self._experts[path] = names
+            if value.ndim != 3 or path not in made_of:
+                continue
+            apart = path not in stored and path not in self._renamed
+            names = names_on_disk(path, value, stored) if apart else ()
+            found = (names, False) if names else linear_experts(path, value.shape[0], *made_of[path])
+            if found is None:
+                continue
+            for own, end in ((path, ""), (f"{path}_bias", ".bias")):
+                if own == path or own in values:
+                    self._experts[own] = tuple(f"{name}{end}" for name in found[0])
+                    self._in_turn |= {own} if found[1] else set()
 
     def _row(self) -> Layers:
         numbers = self._kind_of
@@ -398,6 +417,7 @@ class WholeModel(LayeredModel):
             tuple(kind.row for kind in self._kinds),
             lambda _keys, layer: numbers[layer],
             experts=self._experts,
+            in_turn=frozenset(self._in_turn),
             renamed=self._renamed,
             routers=tuple(dict.fromkeys(router for kind in self._kinds for router in kind.routers)),
             disk=DiskNames(
@@ -521,25 +541,3 @@ def _named(layout: ParameterLayout) -> ParameterLayout | str:
 
 def _squeezed(value: F32) -> F32:
     return value.reshape([size for size in value.shape if size != 1])
-
-
-def _expert_names(path: str, value: F32, stored: Mapping[str, F32]) -> tuple[str, ...]:
-    """The names on disk of one expert's share of a stack, ``{}`` for its number: equal runs of its rows, in order."""
-    names: dict[int, list[tuple[int, str]]] = {}
-    for name, one in stored.items():
-        if one.ndim != 2 or one.shape[-1] != value.shape[-1] or value.shape[1] % len(one):
-            continue
-        numbered = [at for at, word in enumerate(name.split(".")) if word.isdigit()]
-        if not numbered:
-            continue
-        expert = int(name.split(".")[numbered[-1]])
-        if expert >= len(value):
-            continue
-        for part in range(value.shape[1] // len(one)):
-            if np.array_equal(value[expert, part * len(one) : (part + 1) * len(one)], one):
-                words = name.removesuffix(".weight").split(".")
-                words[numbered[-1]] = "{}"
-                names.setdefault(expert, []).append((part, ".".join(words)))
-    shares = {tuple(name for _, name in sorted(own)) for own in names.values()}
-    whole = len(names) == len(value) and len(shares) == 1
-    return next(iter(shares)) if whole and "{}" not in path else ()
