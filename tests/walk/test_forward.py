@@ -33,6 +33,7 @@ from bitladder.walk.skeleton import Skeleton
 from bitladder.walk.weights import FileWeights, MadeWeights, Quantizer
 from bitladder.walk.whole import WholeModel
 from tiny_checkpoints import decoded, loaded, run, tiny, windows_of
+from walked import assert_close, logits_of, some_tokens
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EXACT = Settings(half=False)
@@ -42,24 +43,6 @@ EXACT = Settings(half=False)
 def made(tmp_path_factory):
     """Every family, converted in one go."""
     return tiny_families.write_all(tmp_path_factory.mktemp("families"), list(tiny_families.FAMILIES))
-
-
-def some_tokens(windows: int = 2, n: int = 21) -> np.ndarray:
-    return np.random.default_rng(3).integers(0, tiny_families.N_VOCAB, (windows, n))
-
-
-def logits_of(model: LayeredModel, weights: FileWeights, tokens: np.ndarray) -> torch.Tensor:
-    """As the walk computes them."""
-    states = model.embed(tokens, weights)
-    for layer in range(model.n_layer):
-        states = model.run(model.layer(layer, weights), layer, states)
-    with torch.inference_mode():
-        logits = torch.nn.functional.linear(model.norm(weights)(states), torch.from_numpy(weights(model.output)))
-        return torch.tanh(logits / model.logit_softcap) * model.logit_softcap if model.logit_softcap else logits
-
-
-def assert_close(found: torch.Tensor, wanted: torch.Tensor, share: float = 1e-4) -> None:
-    assert float((found - wanted).abs().max()) <= share * float(wanted.abs().max())
 
 
 @pytest.mark.parametrize("name", tiny_families.FAMILIES)
@@ -246,7 +229,7 @@ def test_a_level_holds_the_towers_of_its_source_as_they_are(name, made, tmp_path
 
 
 STACKS = {
-    # by family: where the stacks are in a layer, and what is there of one expert's gate, up and down f32[outputs, inputs]
+    # by family: where the stacks are in a layer, and what is there of one expert's gate and up f32[outputs, inputs]
     "gpt-oss": ("mlp.experts", lambda gate, up: torch.stack([gate, up], 1).flatten(0, 1).T),
     "llama4": ("feed_forward.experts", lambda gate, up: torch.cat([gate, up]).T),
     "granite hybrid": ("block_sparse_moe.experts", lambda gate, up: torch.cat([gate, up])),
@@ -256,8 +239,8 @@ STACKS = {
 @pytest.mark.parametrize("level", ["GPTQ-4bit-g32", "AWQ-4bit-g32-ct", "INT8-W8A8"])
 @pytest.mark.parametrize("name", STACKS)
 def test_experts_in_stacks_become_linear_layers(name, level, made, tmp_path):
-    """Each with a row for each output, under the names that engines look for; put together again by hand they are a model
-    of transformers with the logits that the walk computes, close to the source."""
+    """Each with a row for each output, under the names that engines look for; put together again by hand they are a
+    model of transformers with the logits that the walk computes, close to the source."""
     model, checkpoint, gguf = made[name]
     with GgufFile.open(gguf) as source:
         (written,) = run(gguf, [level], tmp_path, checkpoint, windows=windows_of(1, 40), settings=EXACT)

@@ -23,6 +23,7 @@ from bitladder.describe.windows import Window, tokens_hash
 from bitladder.files.checkpoint import read_checkpoint
 from bitladder.files.checkpoint_folder import CheckpointFolder, fingerprint_of
 from bitladder.files.companions import Companions, companions_of_folder, companions_of_gguf
+from bitladder.files.decoded import FloatView
 from bitladder.files.gguf import GgufFile
 from bitladder.files.imatrix import ImportanceMatrix
 from bitladder.files.layer_store import LayerStore
@@ -138,7 +139,8 @@ class Calibration:
         weights = FileWeights(source, threads=self._settings.threads)
         model = layered(source, weights, device=self._settings.device, checkpoint=checkpoint)
         model.check_disk_names(level.format for level in levels if isinstance(level, CheckpointLevel))
-        dtype = FLOAT_TYPES.get(read_checkpoint(checkpoint).main_dtype if checkpoint else "F16", torch.float16)
+        held = FloatView(read_checkpoint(checkpoint)).main_dtype if checkpoint else "F16"
+        dtype = FLOAT_TYPES.get(held, torch.float16)
         self._stores: dict[Product, LayerStore] = {}
         inputs = [header.path for header in source.headers] + ([checkpoint] if checkpoint else [])
         for level in levels:
