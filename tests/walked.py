@@ -18,7 +18,9 @@ def logits_of(model: LayeredModel, weights: FileWeights, tokens: np.ndarray) -> 
     for layer in range(model.n_layer):
         states = model.run(model.layer(layer, weights), layer, states)
     with torch.inference_mode():
-        logits = torch.nn.functional.linear(model.norm(weights)(states), torch.from_numpy(weights(model.output)))
+        bias = None if model.head_bias is None else torch.from_numpy(model.head_bias)
+        normed = model.norm(weights)(states)
+        logits = torch.nn.functional.linear(normed, torch.from_numpy(weights(model.output)), bias)
         return torch.tanh(logits / model.logit_softcap) * model.logit_softcap if model.logit_softcap else logits
 
 

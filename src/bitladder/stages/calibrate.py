@@ -46,6 +46,7 @@ from bitladder.records.calibration import (
 )
 from bitladder.records.coverage import coverage, coverage_of_counts
 from bitladder.records.reading import from_json
+from bitladder.stages.engine_way import route_of
 from bitladder.units import Basis
 from bitladder.walk.checkpoint_result import finish_folder, losses_of, proved
 from bitladder.walk.checkpoint_walk import FLOAT_TYPES, CalibrationWalk, Settings
@@ -273,7 +274,7 @@ def _place(usual: Path, fingerprint: str, folders: Sequence[Path], is_kept: Call
 def vector_file(source: GgufFile, level: Product, texts: str, settings: Settings | None = None) -> VectorFile:
     """Where the vectors of a level and a text (by its hash) are kept."""
     tokens = (settings or Settings()).reference_tokens
-    return VectorFile(level.name, source.sha256, texts, str(tokens))
+    return VectorFile(level.name, source.sha256, texts, f"{tokens} {route_of(source)}")
 
 
 def _needs_text(level: Product) -> bool:

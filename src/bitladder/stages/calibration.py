@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from bitladder import __version__
 from bitladder.errors import EngineError, UnknownArchitecture
 from bitladder.records.fidelity import Way
-from bitladder.stages.engine_way import announce, engine_matrix, instead_of_walk, way_for
+from bitladder.stages.engine_way import announce, engine_matrix, instead_of_walk, route_of, way_for
 from bitladder.stages.forecast import forecast, walking_need
 from bitladder.stages.job import AUTO, NONE, Build, Job, Work, opened
 
@@ -34,11 +34,11 @@ def calibration_texts(texts: Sequence[Path]) -> list[Document]:
 
 
 def importance_file(source: GgufFile, documents: Sequence[Document]) -> Path:
-    """Where the importance matrix of a model and a text is kept."""
+    """Where the importance matrix of a model and a text is kept, as it is gathered on the way that the model can go."""
     from bitladder.describe.text import text_hash
     from bitladder.files.folders import cache_folder, cache_key
 
-    key = cache_key(__version__, source.sha256, text_hash(documents))
+    key = cache_key(__version__, source.sha256, text_hash(documents), route_of(source))
     return cache_folder("importance", f"{key[:32]}.gguf")
 
 

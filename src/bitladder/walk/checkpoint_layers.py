@@ -25,7 +25,6 @@ from bitladder.walk.skeleton import Skeleton, refused
 
 F32 = NDArray[np.float32]
 _TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_NUMBERED = re.compile(r"\.(\d+)\.")
 
 
 class CheckpointLayers:
@@ -45,7 +44,7 @@ class CheckpointLayers:
         for name in self._names:
             if found := own.match(name):
                 self._by_layer.setdefault(int(found[1]), []).append(name)
-            elif not _NUMBERED.search(name):
+            else:
                 self._top.append(name)
 
     def _prefix(self) -> str:

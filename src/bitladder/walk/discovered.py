@@ -26,6 +26,8 @@ from bitladder.walk.products_seen import Memory, Product, Products, expert_input
 from bitladder.walk.transforms import offset_of
 
 _TOKENS = 24
+_NARROW = 32
+"""Rows or columns that fill no group of any format."""
 _UNCHANGED = 1e-4
 """Share of the largest output by which scales that are taken up may change it in float32."""
 ROUTER = "ffn_gate_inp"
@@ -83,19 +85,22 @@ def discover(
     looked = _look(block, run, states)
     parameters = tuple(Parameter(path, roles, layout) for path, (roles, layout) in made_of.items())
     inputs, unseen = _inputs(block, looked, made_of)
-    routers = tuple(
-        dict.fromkeys(
-            p.path.removesuffix(".weight")
-            for p in parameters
-            if p.roles[0].startswith(ROUTER) and p.roles[0].endswith(".weight")
-        )
-    )
+    routers = tuple(dict.fromkeys(p.path.removesuffix(".weight") for p in parameters if _decides(block, p)))
     trial = _Trial(block, run, states, parameters, routers, value_channels)
     inputs = [trial.absorbed(shared, _before(block, looked, shared)) for shared in inputs]
     stops, entries = _stops(block, looked, inputs)
     held = [path for path, _ in (*block.named_parameters(), *block.named_buffers()) if path in block.state_dict()]
     kept = tuple(path for path in held if path not in made_of)
     return FoundKind(LayerKind(parameters, tuple(inputs), stops), entries, routers, unseen, kept)
+
+
+def _decides(block: nn.Module, parameter: Parameter) -> bool:
+    """A router, or another matrix of a few rows or columns, whose few weights decide much."""
+    if parameter.path not in dict(block.named_parameters()) or not parameter.roles[0].endswith(".weight"):
+        return False
+    shape = block.get_parameter(parameter.path).shape
+    narrow = len(shape) == 2 and min(shape) < _NARROW
+    return narrow or parameter.roles[0].startswith(ROUTER)
 
 
 def _look(block: nn.Module, run: Run, states: torch.Tensor) -> _Looked:

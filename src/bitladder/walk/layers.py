@@ -164,6 +164,9 @@ class LayeredModel:
         UsageError: torch has no such device here.
     """
 
+    head_bias: F32 | None = None
+    """What is added to the head's outputs f32[n_vocab], of every level alike; None: nothing."""
+
     def __init__(self, model: Model, weights: Weights, *, device: str = "cpu") -> None:
         from transformers import AutoModelForCausalLM
 

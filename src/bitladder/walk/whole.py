@@ -174,24 +174,34 @@ class WholeModel(LayeredModel):
             skeleton.fill(skeleton.model, path, torch.from_numpy(value.copy()))
         self._beside = held
         skeleton.find_tail()
-        if skeleton.head.bias is not None:
-            raise refused(skeleton.model_type, "its head has a bias")
         norm = f"{skeleton.norm_path}."
-        sizes = {value.size for value in held.values()}
+        largest = sum(value.size for value in held.values())
         stored = {
             name: self._source(name)
             for name in sorted(self._names)
             if not name.startswith("blk.")
             and name not in (*_TOP, *roles.ROPE_TENSORS)
-            and int(np.prod(self._shape(name), dtype=int)) in sizes
+            and int(np.prod(self._shape(name), dtype=int)) <= largest
         }
         likely = {f"{norm}weight": roles.OUTPUT_NORM, f"{norm}bias": roles.OUTPUT_NORM.replace("weight", "bias")}
         found = correspond(held, stored, rounded=self._rounded, likely=likely)
         self._norm = {path.removeprefix(norm): one for path, one in found.items() if path.startswith(norm)}
         if any(path.startswith(norm) and path not in found for path in held):
             raise refused(skeleton.model_type, "the file has no tensor that is the norm before its head")
-        self._around = {path: one for path, one in found.items() if not path.startswith(norm) and held[path].ndim > 1}
+        plain = not skeleton.norm_path
+        self._around = {
+            path: one for path, one in found.items() if not path.startswith(norm) and (plain or held[path].ndim > 1)
+        }
+        self.head_bias = self._find_head_bias(held, found)
         self._tables = {path: self._table(path) for path in skeleton.tables()}
+
+    def _find_head_bias(self, held: Mapping[str, F32], found: Mapping[str, object]) -> F32 | None:
+        if self._skeleton.head.bias is None:
+            return None
+        path = f"{self._skeleton.path_of(self._skeleton.head)}.bias"
+        if path not in found:
+            raise refused(self._skeleton.model_type, "the file has no tensor that is the bias of its head")
+        return held[path]
 
     def _table(self, path: str) -> str:
         """The file's tensor that a table of rows for ids is; other tables than the embedding by some of their rows."""
@@ -219,7 +229,8 @@ class WholeModel(LayeredModel):
     @property
     def norm_names(self) -> tuple[str, ...]:
         """The file's tensors that the norm before the head is made of."""
-        return tuple(name for names, _ in self._norm.values() for name in names)
+        used = self._norm if self._skeleton.norm_path else self._around
+        return tuple(dict.fromkeys(name for names, _ in used.values() for name in names))
 
     def _after_head(self) -> tuple[float | None, float]:
         """The soft cap on logits, and what they (and what the head reads) are multiplied by."""
@@ -232,6 +243,8 @@ class WholeModel(LayeredModel):
         read = skeleton.head_reads(torch.ones(1, 2, self.model.dims.n_embd))
         factor = float(read.reshape(-1)[0])
         scale = float(logits[0] / tried[0])
+        if self.head_bias is not None:
+            self.head_bias = self.head_bias * np.float32(scale)
         if bool((read == read.reshape(-1)[0]).all()):
             if torch.allclose(logits, scale * tried[:vocab], rtol=1e-5):
                 return None, factor * scale
@@ -243,6 +256,8 @@ class WholeModel(LayeredModel):
     def norm(self, weights: Weights) -> nn.Module:
         """The norm before the head, filled; what the head gives of its outputs are the model's logits, a soft cap
         apart."""
+        if not self._skeleton.norm_path:
+            return self._scaled(self._skeleton.tail(self._around_layers(weights)))
         module = self._skeleton.norm_structure()
         for path, (names, layout) in self._norm.items():
             value = layout.parameter([weights(name) for name in names])
@@ -250,10 +265,20 @@ class WholeModel(LayeredModel):
         own = self.model.dims.n_embd
         if self.width > own:  # what is carried beside the hidden states ends here
             module.register_forward_pre_hook(lambda _module, given: (given[0][..., :own],))
+        return self._scaled(module)
+
+    def _scaled(self, module: nn.Module) -> nn.Module:
         if self._logit_scale != 1:
             scale = self._logit_scale
             module.register_forward_hook(lambda _module, _given, out: out * scale)
         return module.to(self.device)
+
+    def _around_layers(self, weights: Weights) -> dict[str, torch.Tensor]:
+        """Parameters outside the layers as a level has them, by path in the whole model."""
+        return {
+            path: torch.from_numpy(np.ascontiguousarray(layout.parameter([weights(name) for name in names])))
+            for path, (names, layout) in self._around.items()
+        }
 
     def embed(self, tokens: NDArray[np.int64], weights: Weights) -> torch.Tensor:
         """As ``LayeredModel``: whatever transformers does between ids and the first layer."""
@@ -262,9 +287,8 @@ class WholeModel(LayeredModel):
         for path, name in self._tables.items():
             there = np.minimum(used, self._shape(name)[0] - 1)  # ids that stand for pictures and sounds have no row
             rows[path] = torch.from_numpy(np.ascontiguousarray(weights(name, there)))
-        for path, (names, layout) in self._around.items():
-            value = layout.parameter([weights(name) for name in names])
-            self._skeleton.fill(self._skeleton.model, path, torch.from_numpy(np.ascontiguousarray(value)))
+        for path, value in self._around_layers(weights).items():
+            self._skeleton.fill(self._skeleton.model, path, value)
         with inference():
             return self._skeleton.embed(torch.from_numpy(where.reshape(tokens.shape)), rows).to(self.device)
 
@@ -279,7 +303,7 @@ class WholeModel(LayeredModel):
     @property
     def beside(self) -> dict[str, torch.Tensor]:
         """As ``LayeredModel``."""
-        norm = f"{self._skeleton.norm_path}."
+        norm = f"{self._skeleton.norm_path}."  # of a tail that is more than a norm nothing begins so
         others = {path: value for path, value in self._beside.items() if not path.startswith(norm)}
         return {self._checkpoint.top_name(path): torch.from_numpy(value) for path, value in others.items()}
 
@@ -343,7 +367,11 @@ class WholeModel(LayeredModel):
         for path, value in values.items():
             self._skeleton.fill(block, path, torch.from_numpy(value))
         block.to(self.device)
-        kind = discover(block, self._runner(layer), self.width, made_of, self._value_channels())
+        try:
+            kind = discover(block, self._runner(layer), self.width, made_of, self._value_channels())
+        except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+            words = f"{type(error).__name__}: {error}".splitlines()[0][:160]
+            raise refused(self._skeleton.model_type, f"layer {layer} cannot be run alone ({words})") from error
         self._find_disk_names(layer, values, made_of)
         self._kinds.append(kind)
         self._checked.add(layer)
