@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -14,17 +15,22 @@ from safetensors.torch import load_file, save_file
 
 import tiny_families
 import tiny_models
+from bitladder.describe.text import Document
 from bitladder.errors import BadFile, BadInput, BitladderError, UnknownArchitecture
 from bitladder.files.convert import ORIGIN
 from bitladder.files.gguf import GgufFile
 from bitladder.formats.recipes import is_quantizable
 from bitladder.formats.roles import layer_tensor
 from bitladder.levels.checkpoints import parse_checkpoint
+from bitladder.plan.abilities import Route
 from bitladder.plan.recipe import Limits, choose
+from bitladder.stages.calibration import importance_file
+from bitladder.stages.engine_way import route_of
 from bitladder.stages.feedback import write_with_feedback
 from bitladder.stages.fidelity import Candidate, file_candidate, folder_candidate, made_candidates, walk
 from bitladder.stages.imatrix import importance_matrix
 from bitladder.stages.sensitivity import weigh
+from bitladder.walk import discovered
 from bitladder.walk.checkpoint_walk import Settings
 from bitladder.walk.feedback import FeedbackSettings
 from bitladder.walk.layers import LayeredModel
@@ -160,6 +166,7 @@ def test_importance_and_counts_are_those_of_rows(name, tmp_path, monkeypatch):
             monkeypatch.setattr("bitladder.walk.opened.LayeredModel", no_rows)
         if way == "products":
             monkeypatch.setattr("bitladder.walk.discovered._usual_gate", lambda _: False)
+            monkeypatch.setattr("bitladder.walk.opened._KEPT", {})
         (gguf.parent / ORIGIN).write_text(str(checkpoint.resolve()))
         with GgufFile.open(gguf) as source:
             found.append(importance_matrix(source, windows_of(1, 4), half=False))
@@ -322,6 +329,45 @@ def test_levels_that_differ_in_a_layers_own_inputs_part_at_the_start(made):
         table, projection, nothing = walk(source, [own, other, same], windows_of(2, 4))
     assert table.kl_mean > 0 and projection.kl_mean > 0 and table.kl_mean != projection.kl_mean
     assert nothing.kl_mean == 0
+
+
+def test_layers_are_looked_at_once_as_long_as_nothing_changes(made, tmp_path, monkeypatch):
+    """A job opens its model many times; a file that was touched is looked at again, and compared again."""
+    gguf, checkpoint = copied(made, "glm4 moe", tmp_path)
+    looked = []
+    monkeypatch.setattr(
+        "bitladder.walk.whole.discover", lambda *given: (looked.append(1), discovered.discover(*given))[1]
+    )
+    with GgufFile.open(gguf) as source:
+        weights = FileWeights(source)
+        first = logits_of(layered(source, weights), weights, some_tokens())
+        count = len(looked)
+        again = layered(source, weights)
+        torch.testing.assert_close(logits_of(again, weights, some_tokens()), first, rtol=0, atol=0)
+        assert count == len(looked) == len(again.first_of_each_kind()) > 1
+        os.utime(checkpoint / "model.safetensors", ns=(1, 1))
+        layered(source, weights)
+        assert len(looked) == 2 * count
+        change(checkpoint / "model.safetensors", "model.layers.3.mlp.experts.0.up_proj.weight")
+        with pytest.raises((BadInput, UnknownArchitecture)):
+            logits_of(layered(source, weights), weights, some_tokens())
+
+
+def test_what_one_way_gathers_is_not_taken_for_anothers(made, tmp_path, monkeypatch):
+    """A file beside its checkpoint, and alone; a family with rows, and a variant that they do not describe."""
+    monkeypatch.setenv("BITLADDER_CACHE", str(tmp_path / "cache"))
+    _, _, gguf = made["granite"]
+    alone = tmp_path / "alone" / "model.gguf"
+    alone.parent.mkdir()
+    shutil.copy(gguf, alone)
+    _, _, known = tiny("llama", tmp_path)
+    text = [Document("text", "words")]
+    kept = {}
+    for path in (gguf, alone, known):
+        with GgufFile.open(path) as source:
+            kept[route_of(source)] = importance_file(source, text)
+    assert set(kept) == {Route.DERIVED, Route.ENGINE, Route.WALK}
+    assert len(set(kept.values())) == 3
 
 
 def test_without_its_checkpoint_a_file_is_refused_with_the_reason(made, tmp_path):

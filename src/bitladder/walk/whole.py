@@ -10,6 +10,7 @@ checkpoint's before they are used.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,19 @@ def skeleton_of(config: Any) -> Skeleton:
     return Skeleton(config)
 
 
+@dataclass
+class Findings:
+    """What was found by looking at the layers of a file and its checkpoint: the same as long as both are."""
+
+    kinds: list[FoundKind] = field(default_factory=list)
+    kind_of: dict[int, int] = field(default_factory=dict)
+    experts: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    in_turn: set[str] = field(default_factory=set)
+    renamed: dict[str, str] = field(default_factory=dict)
+    checked: set[int] = field(default_factory=set)
+    """Layers whose file was found to hold what the checkpoint does."""
+
+
 class WholeModel(LayeredModel):
     """A ``LayeredModel`` for a family without a row; nothing of how rows are used is inherited.
 
@@ -109,8 +123,16 @@ class WholeModel(LayeredModel):
         UsageError: torch has no such device here.
     """
 
-    def __init__(self, model: Model, weights: LevelWeights, checkpoint: Path, *, device: str = "cpu") -> None:
-        """``weights``: those of the file itself."""  # ``LayeredModel``'s own is about rows
+    def __init__(
+        self,
+        model: Model,
+        weights: LevelWeights,
+        checkpoint: Path,
+        *,
+        device: str = "cpu",
+        findings: Findings | None = None,
+    ) -> None:  # ``LayeredModel``'s own is about rows
+        """``weights``: those of the file itself. ``findings``: those of an earlier look at the very same two."""
         if device != "cpu":
             check_device(device)
         self.model, self.device, self._source = model, torch.device(device), weights
@@ -128,14 +150,11 @@ class WholeModel(LayeredModel):
         self._fill_top()
         self.width: int = self._skeleton.carried.total if self._skeleton.carried else model.dims.n_embd
         self.logit_softcap, self._logit_scale = self._after_head()
-        self._kinds: list[FoundKind] = []
-        self._kind_of: dict[int, int] = {}
-        self._experts: dict[str, tuple[str, ...]] = {}
-        self._in_turn: set[str] = set()
-        self._renamed: dict[str, str] = {}
-        self._checked: set[int] = set()
+        self.findings = own = findings or Findings()
+        self._kinds, self._kind_of, self._checked = own.kinds, own.kind_of, own.checked
+        self._experts, self._in_turn, self._renamed = own.experts, own.in_turn, own.renamed
         signatures: dict[Hashable, int] = {}
-        for layer in range(self.n_layer):
+        for layer in range(self.n_layer if findings is None else 0):
             signature = self._signature(layer)
             if signature not in signatures:
                 signatures[signature] = self._discovered(layer)
@@ -435,7 +454,7 @@ class WholeModel(LayeredModel):
             for own, end in ((path, ""), (f"{path}_bias", ".bias")):
                 if own == path or own in values:
                     self._experts[own] = tuple(f"{name}{end}" for name in found[0])
-                    self._in_turn |= {own} if found[1] else set()
+                    self._in_turn.update({own} if found[1] else ())
 
     def _row(self) -> Layers:
         numbers = self._kind_of
