@@ -24,11 +24,13 @@ from bitladder.formats.roles import layer_tensor
 from bitladder.levels.checkpoints import parse_checkpoint
 from bitladder.plan.abilities import Route
 from bitladder.plan.recipe import Limits, choose
+from bitladder.stages.calibrate import Calibration, Reading
 from bitladder.stages.calibration import importance_file
-from bitladder.stages.engine_way import route_of
 from bitladder.stages.feedback import write_with_feedback
 from bitladder.stages.fidelity import Candidate, file_candidate, folder_candidate, made_candidates, walk
+from bitladder.stages.forecast import largest_layer, walking_need
 from bitladder.stages.imatrix import importance_matrix
+from bitladder.stages.model_route import route_of
 from bitladder.stages.sensitivity import weigh
 from bitladder.walk import discovered
 from bitladder.walk.checkpoint_walk import Settings
@@ -302,8 +304,10 @@ def test_matrices_with_a_column_for_each_output_are_packed_upright(level, made, 
     assert found.kl_mean < rounded.kl_mean
     weights = decoded(Path(written.path), level)
     assert weights["transformer.h.0.attn.c_attn.weight"].shape == (192, 64)
-    turned = {name: torch.as_tensor(value).T if re.search(r"c_\w+\.weight", name) else torch.as_tensor(value)
-              for name, value in weights.items()}
+    turned = {
+        name: torch.as_tensor(value).T if re.search(r"c_\w+\.weight", name) else torch.as_tensor(value)
+        for name, value in weights.items()
+    }
     other = copy.deepcopy(model)
     other.load_state_dict(turned, strict=False)
     with torch.no_grad():
@@ -368,6 +372,24 @@ def test_what_one_way_gathers_is_not_taken_for_anothers(made, tmp_path, monkeypa
             kept[route_of(source)] = importance_file(source, text)
     assert set(kept) == {Route.DERIVED, Route.ENGINE, Route.WALK}
     assert len(set(kept.values())) == 3
+
+
+def test_what_looking_at_layers_takes_is_predicted(made, tmp_path):
+    """A file beside its checkpoint needs three layers more than one with rows; a stack of experts is all of them."""
+    _, checkpoint, gguf = made["gpt-oss"]
+    _, _, known = tiny("llama", tmp_path)
+    with GgufFile.open(gguf) as source, GgufFile.open(known) as other:
+        layer = 4 * largest_layer(source.model)
+        experts = sum(info.elements for info in source.model.tensors if info.name.startswith("blk.0.ffn"))
+        assert layer > 4 * experts > 0.8 * layer
+        need, plain = (walking_need(one, windows_of(1, 2), ()).ram_bytes for one in (source, other))
+        base = plain - 2 * 4 * largest_layer(other.model)
+        assert need == base + 5 * layer
+        levels = [parse_checkpoint("GPTQ-4bit-g32")]
+        job = Calibration(source, levels, Reading(windows_of(1)), out_dir=tmp_path, name="x", checkpoint=checkpoint)
+        assert job.need.disk_bytes > 4 * experts / 8 * len(job._walk.model._kind_of)
+    assert job._walk.shapes()["mlp.experts.gate_up_proj"] == (96, 64)
+    assert job._walk.counts()["mlp.experts.gate_up_proj"] == 8
 
 
 def test_without_its_checkpoint_a_file_is_refused_with_the_reason(made, tmp_path):

@@ -33,7 +33,7 @@ from bitladder.levels import CheckpointLevel, FoldedLevel
 from bitladder.levels.products import Product, statistics_of
 from bitladder.plan.calibration import CalibrationWork, predict
 from bitladder.plan.calibration_text import check_text
-from bitladder.plan.preflight import JobNeed
+from bitladder.plan.preflight import LOOKED_AT, JobNeed
 from bitladder.progress import Progress, silent
 from bitladder.records.calibration import (
     CalibrationReport,
@@ -46,13 +46,15 @@ from bitladder.records.calibration import (
 )
 from bitladder.records.coverage import coverage, coverage_of_counts
 from bitladder.records.reading import from_json
-from bitladder.stages.engine_way import route_of
+from bitladder.stages.forecast import largest_layer
+from bitladder.stages.model_route import route_of
 from bitladder.units import Basis
 from bitladder.walk.checkpoint_result import finish_folder, losses_of, proved
 from bitladder.walk.checkpoint_walk import FLOAT_TYPES, CalibrationWalk, Settings
 from bitladder.walk.layers import LayeredModel
 from bitladder.walk.opened import layered
 from bitladder.walk.weights import FileWeights
+from bitladder.walk.whole import WholeModel
 
 
 @dataclass(frozen=True)
@@ -201,6 +203,10 @@ class Calibration:
             tokens=self._tokens,
             reference_tokens=self._settings.reference_tokens,
             cores=self._settings.threads,
+            counts=self._walk.counts(),
+            routed=model.dims.n_expert_used / model.dims.n_expert if model.dims.n_expert else 1.0,
+            layer_weights=largest_layer(model),
+            looks=LOOKED_AT if isinstance(self._walk.model, WholeModel) else 0.0,
         )
         settings = self._settings
         own = torch.bfloat16 if settings.half_products else torch.float32

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 from bitladder import __version__
 from bitladder.errors import EngineError, UnknownArchitecture
 from bitladder.records.fidelity import Way
-from bitladder.stages.engine_way import announce, engine_matrix, instead_of_walk, route_of, way_for
+from bitladder.stages.engine_way import announce, engine_matrix, instead_of_walk, way_for
 from bitladder.stages.forecast import forecast, walking_need
 from bitladder.stages.job import AUTO, NONE, Build, Job, Work, opened
+from bitladder.stages.model_route import route_of
 
 if TYPE_CHECKING:
     import numpy as np

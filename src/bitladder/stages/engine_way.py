@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from bitladder.describe.windows import Window
     from bitladder.files.gguf import GgufFile
     from bitladder.files.imatrix import ImportanceMatrix
-    from bitladder.plan.abilities import Route
     from bitladder.plan.preflight import JobNeed
 
 KEPT = ("walks", "engine")
@@ -54,17 +53,6 @@ def way_for(source: GgufFile, wanted: Way | None = None) -> Way:
             do="Quantize with --imatrix none and judge levels by a workload; or install the engine that is known.",
         )
     return Way.ENGINE
-
-
-def route_of(source: GgufFile) -> Route:
-    """By what layers a model's statistics are gathered, as far as nothing refuses: each has sums of its own,
-    so what is kept of one is not another's."""
-    from bitladder.files.convert import checkpoint_of
-    from bitladder.plan.abilities import Route, walk_gap
-
-    if not walk_gap(source.model):
-        return Route.WALK
-    return Route.ENGINE if checkpoint_of(source.path) is None else Route.DERIVED
 
 
 def engine_missing(model: Model) -> str:

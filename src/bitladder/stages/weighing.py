@@ -14,9 +14,9 @@ from bitladder.records import to_json
 from bitladder.records.reading import read_json
 from bitladder.records.recipe import SensitivityTable
 from bitladder.stages.calibration import calibration_texts
-from bitladder.stages.engine_way import route_of
 from bitladder.stages.forecast import forecast, walking_need
 from bitladder.stages.job import Job
+from bitladder.stages.model_route import route_of
 
 if TYPE_CHECKING:
     from bitladder.describe.windows import Window

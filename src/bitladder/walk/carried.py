@@ -89,7 +89,7 @@ class Carried:
     def hidden(self, states: torch.Tensor) -> torch.Tensor:
         """The hidden states, as layers are given them."""
         own = states[..., : self.width]
-        return own.unflatten(-1, (self.streams, -1)).movedim(-2, 0) if self.streams else own
+        return own.reshape(*own.shape[:-1], self.streams, -1).movedim(-2, 0) if self.streams else own
 
     def columns(self, hidden: torch.Tensor) -> torch.Tensor:
         """What ``hidden`` undoes."""

@@ -132,6 +132,13 @@ class CalibrationWalk:
             tensors.append(self._rows_of(names.head, roles.OUTPUT))
         return tensors + self.model.copied()
 
+    def counts(self) -> dict[str, int]:
+        """How many matrices of each of ``shapes`` a layer has, where there are several: experts, or gate and up of
+        each."""
+        experts = self.model.model.dims.n_expert
+        stacks = self.model.family.experts.items()
+        return {path.removesuffix(".weight"): experts * len(names) for path, names in stacks}
+
     def shapes(self) -> dict[str, tuple[int, int]]:
         """``(outputs, inputs)`` of every matrix that will be quantized, by its place in the layer: of the first
         layer of each kind."""

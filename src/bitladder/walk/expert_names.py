@@ -76,15 +76,16 @@ def linear_experts(
     if len(words) == 1 and len(names) == 2:  # gate above up, as llama.cpp holds the two in one tensor
         part = layout.parts[0]
         return (names, False) if np.array_equal(part.ours, part.theirs) else None
-    found = {
+    ways = [
         in_turn
-        for number, part in enumerate(layout.parts)
         for in_turn in (False, True)
-        if np.array_equal(part.ours, _rows(experts, len(part.ours), number, len(layout.parts), in_turn=in_turn))
-        and np.array_equal(part.theirs, np.arange(len(part.theirs)))
-    }
-    alike = len(found) == 1 or (len(layout.parts) == 1 and found)
-    return (names, len(layout.parts) > 1 and found == {True}) if alike else None
+        if all(
+            np.array_equal(part.ours, _rows(experts, len(part.ours), number, len(layout.parts), in_turn=in_turn))
+            and np.array_equal(part.theirs, np.arange(len(part.theirs)))
+            for number, part in enumerate(layout.parts)
+        )
+    ]
+    return (names, ways[0]) if ways else None
 
 
 def _rows(experts: int, count: int, number: int, parts: int, *, in_turn: bool) -> NDArray[np.int64]:

@@ -514,11 +514,12 @@ class _Tail(nn.Module):
     def to(self, device: torch.device) -> _Tail:  # type: ignore[override]
         """Move what has weights."""
         for module in self._within[1].modules():
-            for held in (module._parameters, module._buffers):
-                for name, value in held.items():
-                    if value is not None and not value.is_meta:
-                        moved = value.to(device)
-                        held[name] = nn.Parameter(moved, requires_grad=False) if held is module._parameters else moved
+            for name, value in module._parameters.items():
+                if value is not None and not value.is_meta:
+                    module._parameters[name] = nn.Parameter(value.to(device), requires_grad=False)
+            for name, held in module._buffers.items():
+                if held is not None and not held.is_meta:
+                    module._buffers[name] = held.to(device)
         return self
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:

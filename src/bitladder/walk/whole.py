@@ -42,6 +42,7 @@ from bitladder.walk.weights import LevelWeights
 
 F32 = NDArray[np.float32]
 _TOP = ("token_embd.weight", "output.weight")
+_AT_ONCE = 1 << 20
 
 
 def text_config(folder: Path) -> Any:
@@ -549,12 +550,19 @@ class WholeModel(LayeredModel):
         expected = self._checkpoint.layer(layer)
         for parameter in self.kind(layer).parameters:
             value = self._made(layer, parameter, self._source)
-            wanted = self._rounded(expected[parameter.path], layer_tensor(layer, parameter.roles[0]))
-            if not np.allclose(value, wanted, rtol=1e-5, atol=1e-6):
+            if not self._alike(value, expected[parameter.path], layer_tensor(layer, parameter.roles[0])):
                 self._kind_of[layer] = self._discovered(layer)
                 self.family = self._row()
                 break
         self._checked.add(layer)
+
+    def _alike(self, value: F32, expected: F32, name: str) -> bool:
+        """Whether a parameter is the checkpoint's as the file's type holds it; some values at a time."""
+        own, wanted = value.reshape(-1), expected.reshape(-1)
+        return len(own) == len(wanted) and all(
+            np.allclose(own[at : at + _AT_ONCE], self._rounded(wanted[at : at + _AT_ONCE], name), rtol=1e-5, atol=1e-6)
+            for at in range(0, len(own), _AT_ONCE)
+        )
 
     def run(self, block: nn.Module, layer: int, states: torch.Tensor) -> torch.Tensor:
         """As ``LayeredModel``."""

@@ -306,9 +306,7 @@ def _stacked_blocks(
         weights = minifloats.e2m1_pairs(stored["blocks"]) * _scales(stored["scales"], "F8_E8M0")[..., None]
         return weights.reshape(experts, outputs, 32 * blocks).swapaxes(1, 2)
 
-    return PackedMatrix(
-        stack, "MXFP4", 4, (experts, 32 * blocks, outputs), {"blocks": name, "scales": scale}, decode
-    )
+    return PackedMatrix(stack, "MXFP4", 4, (experts, 32 * blocks, outputs), {"blocks": name, "scales": scale}, decode)
 
 
 _MAKERS = (
