@@ -89,6 +89,10 @@ class CheckpointReader:
                 f"{self.folder}: {linear} contradicts itself: {error}", do="Write the level again."
             ) from error
 
+    def is_quantized(self, name: str) -> bool:
+        """Whether a tensor, by its float name, is stored quantized."""
+        return self._is_quantized(name.removesuffix(".weight"))
+
     def _is_quantized(self, prefix: str) -> bool:
         return all(f"{prefix}.{suffix}" in self._where for suffix in self.format.suffixes[:2])
 

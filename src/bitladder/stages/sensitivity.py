@@ -102,7 +102,7 @@ def weigh(
     batches = batches_of(windows)
     half = wants_half_products(half, device)
     made_by = (__version__, REVISION, FEEDBACK_REVISION)
-    key = cache_key("weigh", *made_by, source.sha256, tokens_hash(windows), str(half))
+    key = cache_key("weigh", type(model).__name__, *made_by, source.sha256, tokens_hash(windows), str(half))
     table = _Table(source, weights, threads)
     passes = SensitivityPass(
         model,

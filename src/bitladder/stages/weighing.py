@@ -16,6 +16,7 @@ from bitladder.records.recipe import SensitivityTable
 from bitladder.stages.calibration import calibration_texts
 from bitladder.stages.forecast import forecast, walking_need
 from bitladder.stages.job import Job
+from bitladder.stages.model_route import route_of
 
 if TYPE_CHECKING:
     from bitladder.describe.windows import Window
@@ -69,7 +70,7 @@ def weighed_tensors(job: Job, parts: RecipeTexts, texts: Sequence[Path]) -> tupl
     from bitladder.stages.sensitivity import weigh
 
     source, text = job.source, text_hash(calibration_texts(texts))
-    key = cache_key(__version__, REVISION, FEEDBACK_REVISION, source.sha256, text)
+    key = cache_key(__version__, REVISION, FEEDBACK_REVISION, source.sha256, text, route_of(source))
     kept = cache_folder("sensitivity", f"{key[:32]}.json")
     if (table := read_table(kept)) is not None:
         job.journal.reuse("sensitivity", [source.model.name])
