@@ -230,10 +230,27 @@ def _readings(folder: str, texts: list[str]) -> dict[str, Any] | None:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         ids = [list(map(int, tokenizer(text)["input_ids"])) for text in texts]
     except Exception:  # whatever a tokenizer's own code raises
-        return None
+        return _pieces(Path(folder), texts)
     template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
     chats = [_chat(tokenizer, text) if tokenizer.chat_template else None for text in texts]
     return {"ids": ids, "template": template, "chats": chats}
+
+
+def _pieces(folder: Path, texts: list[str]) -> dict[str, Any] | None:
+    """Ids by sentencepiece itself, where transformers cannot read the folder; null without such a model. Words for
+    special tokens are text to it."""
+    try:
+        from sentencepiece import SentencePieceProcessor
+
+        model = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+        settings = folder / "tokenizer_config.json"
+        own: dict[str, Any] = json.loads(settings.read_bytes()) if settings.is_file() else {}
+        first = [model.bos_id()] if own.get("add_bos_token", True) and model.bos_id() >= 0 else []
+        last = [model.eos_id()] if own.get("add_eos_token", False) and model.eos_id() >= 0 else []
+        ids = [[*first, *model.encode(text), *last] for text in texts]
+    except Exception:  # no such file, or one that it cannot read
+        return None
+    return {"ids": ids, "template": None, "chats": [None] * len(texts)}
 
 
 def _chat(tokenizer: Any, text: str) -> str | None:
