@@ -1,4 +1,4 @@
-"""A model that the engine does not load: what needs no engine works from the checkpoint, the rest is refused at once."""
+"""A model that the engine does not load: what needs no engine works from the checkpoint, else it is refused at once."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,22 @@ from bitladder.stages.run_facts import RunSettings
 from engine_models import write_family
 
 pytestmark = pytest.mark.model
-WORDS = "the quick brown fox jumps over a lazy dog while seven boats drift slowly across the harbour".split()
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "a",
+    "lazy",
+    "dog",
+    "while",
+    "seven",
+    "boats",
+    "drift",
+    "home",
+]
 TEXTS = ["Hello, world! 1234", "Grüße aus Köln\n\n  and 日本語", "<|im_start|>user\nhi<|im_end|>"]
 
 
@@ -71,7 +86,7 @@ def test_measuring_importance_and_checkpoints_need_no_engine(checkpoint, text, t
     assert make_imatrix(str(checkpoint), [text], tmp_path / "imatrix.gguf", Work()).is_file()
     levels = parse_levels(["INT8-W8A8"])
     built = build_levels(str(checkpoint), levels, Build(out=tmp_path / "out", texts=[text]), Work())
-    assert (built.checkpoints[0].path / "tokenizer.json").is_file()
+    assert (Path(built.checkpoints[0].path) / "tokenizer.json").is_file()
 
 
 def test_what_another_tokenizer_read_is_kept_apart(checkpoint, monkeypatch):
@@ -90,7 +105,9 @@ def test_what_another_tokenizer_read_is_kept_apart(checkpoint, monkeypatch):
 @pytest.mark.parametrize("kind", ["checkpoint", "file"])
 def test_a_run_says_at_once_that_the_engine_does_not_load_the_model(kind, checkpoint, text, tmp_path, monkeypatch):
     monkeypatch.setattr("bitladder.pipeline.ladder_files", lambda *_, **__: pytest.fail("levels were built"))
-    model = checkpoint if kind == "checkpoint" else write_family(tmp_path / "a.gguf", "deepseek2", expert_gating_func=77)
+    model = (
+        checkpoint if kind == "checkpoint" else write_family(tmp_path / "a.gguf", "deepseek2", expert_gating_func=77)
+    )
     settings = RunSettings(
         model=str(model), levels=tuple(parse_levels(["Q8_0"])), texts=(text,), out=tmp_path / "out", n_ctx=256,
         imatrix="none",
@@ -118,8 +135,8 @@ def test_want_of_memory_is_no_refusal(checkpoint, monkeypatch):
 def test_a_sentencepiece_model(tmp_path):
     (tmp_path / "corpus.txt").write_text("\n".join(f"{a} {b} {a}{b}." for a in WORDS for b in WORDS))
     sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / "corpus.txt"), model_prefix=str(tmp_path / "tokenizer"), vocab_size=320, byte_fallback=True,
-        model_type="bpe", minloglevel=2, pad_id=-1,
+        input=str(tmp_path / "corpus.txt"), model_prefix=str(tmp_path / "tokenizer"), vocab_size=310,
+        byte_fallback=True, model_type="bpe", minloglevel=2, pad_id=-1,
     )  # fmt: skip
     folder = tmp_path / "model"
     folder.mkdir()
@@ -129,7 +146,7 @@ def test_a_sentencepiece_model(tmp_path):
                 "unk_token": "<unk>"}  # fmt: skip
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     own = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-    texts = ["the quick harbour", "Größe 7"]
+    texts = ["the quick boats", "Größe 7"]
     assert token_ids(folder, texts) == [[1, *own.encode(text)] for text in texts]
 
 

@@ -175,7 +175,7 @@ def token_ids(folder: Path, texts: Sequence[str]) -> list[list[int]]:
     if made is None:
         raise BadInput(
             f"transformers cannot read the tokenizer of {folder}.",
-            means="It is of a kind that needs code of its own, which never runs here, or some of its files are missing.",
+            means="It is of a kind that needs code of its own, which never runs here, or a file of it is missing.",
             do="Put the tokenizer.json of the model's original release beside it.",
         )
     found = [[int(token) for token in ids] for ids in made["ids"]]

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
     from bitladder.describe.text import Document
     from bitladder.describe.windows import Window
-    from bitladder.files.gguf import GgufFile
     from bitladder.files.imatrix import ImportanceMatrix
 
     Importance = Mapping[str, NDArray[np.float32]]

@@ -1,5 +1,6 @@
-"""Whether the engine loads a model's file, and whose tokenizer reads texts for it: the engine's, so that tokens are those
-that users get; the checkpoint's own where the engine does not load the file, whose layers may be walked all the same.
+"""Whether the engine loads a model's file, and whose tokenizer reads texts for it: the engine's, so that tokens are
+those that users get; the checkpoint's own where the engine does not load the file, whose layers may be walked all the
+same.
 
 What was found out is noted in the cache, for this file and this build of the engine.
 """
@@ -49,8 +50,8 @@ def refusal_of(source: GgufFile) -> str:
 
 
 def require_engine(source: GgufFile, label: str, *, instead: str) -> None:
-    """Refuse a model that the engine does not load, before anything is built for it. What is noted of a refusal is tried
-    again: the machine may have been at fault.
+    """Refuse a model that the engine does not load, before anything is built for it. What is noted of a refusal is
+    tried again: the machine may have been at fault.
 
     Args:
         source: the model.

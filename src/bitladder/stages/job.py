@@ -104,8 +104,8 @@ class Job(Work):
         return self._windows[digest]
 
     def tokens(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of texts by the engine's own tokenizer; by the checkpoint's where the engine does not load the model, which
-        is said.
+        """Ids of texts by the engine's own tokenizer; by the checkpoint's where the engine does not load the model,
+        which is said.
 
         Raises:
             EngineError: the engine does not load the model, and no checkpoint is at hand.
@@ -131,9 +131,9 @@ class Job(Work):
         require_engine(
             self.source,
             self.found.label,
-            instead="`measure`, `imatrix`, `recipe` and `quantize` work all the same: they walk the checkpoint's layers."
+            instead="`measure`, `imatrix`, `recipe` and `quantize` work: they walk the checkpoint's layers."
             if self.checkpoint
-            else "`quantize --imatrix none` works all the same; `measure` does with the model's checkpoint folder.",
+            else "`quantize --imatrix none` works; `measure` does with the model's checkpoint folder.",
         )
 
     def text_key(self, texts: Sequence[Document]) -> str:
@@ -161,8 +161,8 @@ class Job(Work):
         if not reason:
             return None
         line = (
-            f"The engine does not load {self.found.label} ({reason}): texts are read by the checkpoint's own tokenizer, "
-            "and nothing of it can be run here."
+            f"The engine does not load {self.found.label} ({reason}): texts are read by the checkpoint's own "
+            "tokenizer, and nothing of it can be run here."
         )
         if line not in self.journal.warnings:
             self.journal.warn(line)
@@ -177,11 +177,13 @@ def opened(model: str, work: Work, *, warn: bool = True) -> Iterator[Job]:
         BadInput, FetchError, OutputError: as ``files.sources.resolve``.
         BadFile: it is no sound GGUF file.
     """
+    from bitladder.describe.quantized import decoded_from
     from bitladder.files.gguf import GgufFile
     from bitladder.files.sources import resolve
 
     found = resolve(model, work.progress)
     with GgufFile.open(found.path) as source:
+        source.model = decoded_from(source.model, found.origin)
         if warn:
             work.journal.warn(*found.warnings)
         yield Job(**vars(work), source=source, found=found)
