@@ -5,13 +5,18 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+from typer.testing import CliRunner
 
 import tiny_checkpoints
 import tiny_configs
+from bitladder.cli.app import app
 from bitladder.errors import BadInput, EngineGone, ModelRefused
 from bitladder.files.companions import token_ids
+from bitladder.files.converter import find_converter
+from bitladder.files.texts import read_texts
 from bitladder.levels import parse_levels
 from bitladder.pipeline import run
+from bitladder.plan.recipe import Limits
 from bitladder.progress import silent
 from bitladder.records.fidelity import Way
 from bitladder.stages import engine_load
@@ -20,6 +25,7 @@ from bitladder.stages.engine_load import engine_ids
 from bitladder.stages.job import Build, Journal, Work, opened
 from bitladder.stages.measure import Measuring, measure_model
 from bitladder.stages.quantize import build_levels
+from bitladder.stages.recipe import RecipeRequest, make_recipe
 from bitladder.stages.run_facts import RunSettings
 from engine_models import write_family
 
@@ -130,6 +136,62 @@ def test_want_of_memory_is_no_refusal(checkpoint, monkeypatch):
     monkeypatch.setattr(engine_load, "engine_ids", killed)
     with opened(str(checkpoint), Work()) as job, pytest.raises(EngineGone, match="SIGKILL"):
         job.tokens(TEXTS)
+
+
+@pytest.fixture(scope="module", params=["llama", "glm4_moe"])
+def unread(request, tmp_path_factory, demo_gguf) -> Path:
+    """A checkpoint whose tokenizer llama.cpp's converter does not know: another rule of splitting text; one without the
+    tokens that its class asks for."""
+    folder = tmp_path_factory.mktemp("model") / request.param
+    folder.mkdir()
+    vocab = tiny_checkpoints.write_tokenizer(folder, demo_gguf)
+    path = folder / "tokenizer.json"
+    own = json.loads(path.read_text())
+    if request.param == "llama":
+        own["pre_tokenizer"]["pretokenizers"].insert(0, {"type": "Punctuation", "behavior": "Isolated"})
+    own["post_processor"] = {
+        "type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}},
+                                                 {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<|im_start|>"]}},
+    }  # fmt: skip
+    path.write_text(json.dumps(own))
+    return tiny_configs.write_checkpoint(request.param, folder, vocab)
+
+
+def test_a_tokenizer_that_the_converter_does_not_read(unread, text, tmp_path, monkeypatch):
+    """The weights are of use without: the walk and checkpoint levels work. Files that would run nowhere are refused."""
+    monkeypatch.setenv("BITLADDER_CONVERTER", str(find_converter().folder))
+    monkeypatch.setenv("BITLADDER_CACHE", str(unread.parent / "cache"))
+    planned = CliRunner().invoke(app, ["plan", str(unread), "--ctx", "64", "--json"])
+    assert planned.exit_code == 0, planned.output
+    journal = Journal()
+    with opened(str(unread), Work(journal=journal)) as job:
+        assert not [key for key in job.source.model.metadata if key.startswith("tokenizer.")]
+        windows = job.windows(read_texts([text]))
+        assert {int(window.tokens[0]) for window in windows} == {1}, "every window begins with the token that texts do"
+    assert sum("does not read its tokenizer" in line for line in journal.warnings) == 1
+    wanted = Measuring(levels=parse_levels(["Q4_K_M"]), imatrix="none", texts=[text])
+    assert 0 < measure_model(str(unread), wanted, Work())[0].kl_mean < 1
+    levels = parse_levels(["INT8-W8A8"])
+    built = build_levels(str(unread), levels, Build(out=tmp_path / "out", texts=[text]), Work())
+    written = json.loads((Path(built.checkpoints[0].path) / "tokenizer.json").read_text())
+    assert written == json.loads((unread / "tokenizer.json").read_text())
+    for refused in (
+        lambda: build_levels(str(unread), parse_levels(["Q8_0"]), Build(out=tmp_path / "gguf"), Work()),
+        lambda: make_recipe(str(unread), RecipeRequest(Limits(bpw=6.0)), Work()),
+        lambda: run(RunSettings(model=str(unread), levels=tuple(wanted.levels), out=tmp_path / "gguf"), silent),
+    ):
+        with pytest.raises(BadInput, match="does not read the tokenizer"):
+            refused()
+    assert not list(tmp_path.glob("gguf/*"))
+    again = json.loads(CliRunner().invoke(app, ["plan", str(unread), "--ctx", "64", "--json"]).stdout)
+    ways = {one["what"]: one["way"] for one in again["abilities"]}
+    assert {what: ways[what] for what in ("K-quants", "recipes", "workload")} == dict.fromkeys(
+        ("K-quants", "recipes", "workload"), "none"
+    )
+    assert ways["proof"] != "none"
+    assert ways["calibration"] != "none"
 
 
 def test_a_sentencepiece_model(tmp_path):

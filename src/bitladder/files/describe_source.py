@@ -78,7 +78,10 @@ def _on_disk(path: Path, progress: Progress) -> Described:
     twin = convert.converted_already(checkpoint)
     if twin is not None:
         model = replace(read_header(twin), name=label)
-        found = Described(model, label, model_class=class_name(checkpoint.config) or "none", converts=True)
+        gap = convert.unread_tokenizer(twin)
+        notes = (f"The converter does not read its tokenizer ({gap}).",) if gap else ()
+        named = class_name(checkpoint.config) or "none"
+        found = Described(model, label, notes=notes, model_class=named, converts=True, tokenizer_gap=gap)
         found = with_beside(found, checkpoint.tensors, checkpoint.config)
     else:
         found = of_checkpoint(label, checkpoint.config, checkpoint.tensors, path, progress)

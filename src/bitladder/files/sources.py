@@ -34,6 +34,8 @@ class Source:
     licence: str = ""
     quantized: bool = field(default=False)
     """The source itself is quantized: losses are relative to it, not to the original model."""
+    unread_tokenizer: str = ""
+    """Why the converter could not read a checkpoint's tokenizer, so that the file has none; "" where it has."""
     origin: str = ""
     """How a checkpoint's weights were quantized before they were converted; "" where they were not."""
 
@@ -106,11 +108,23 @@ def _from_folder(folder: Path, label: str, licence: str, progress: Progress) -> 
     model = read_header(path)
     beside = left_out(parts_beside(checkpoint.tensors, checkpoint.config), model)
     kept = kept_note(model)
+    unread = convert.unread_tokenizer(path)
     warnings = (*_checkpoint_warnings(folder, dtypes), *([kept] if kept else []), *beside)
+    warnings += (unread_note(unread),) if unread else ()
     origin = checkpoint_origin(checkpoint.config, dtypes)
     return Source(
-        path, label, warnings, checkpoint=folder, licence=licence, quantized=bool(origin), origin=origin
+        path, label, warnings, checkpoint=folder, licence=licence, quantized=bool(origin), origin=origin,
+        unread_tokenizer=unread,
     )  # fmt: skip
+
+
+def unread_note(reason: str) -> str:
+    """The sentence for a checkpoint whose tokenizer the converter cannot read."""
+    return (
+        f"llama.cpp's converter does not read its tokenizer ({reason}): no GGUF levels can be made of it, and nothing "
+        "of it can be run here. `measure`, `imatrix` and checkpoint levels (GPTQ, AWQ, INT8, FP8, ...) read texts by "
+        "the checkpoint's own tokenizer."
+    )
 
 
 def gguf_in_folder(folder: Path) -> Path | None:

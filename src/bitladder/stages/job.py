@@ -98,9 +98,11 @@ class Job(Work):
 
         digest = text_hash(texts)
         if digest not in self._windows:
-            read = [document.text for document in texts]
+            marks = [""] if self.found.unread_tokenizer else []  # what nothing begins with, where no header says it
+            read = [*marks, *(document.text for document in texts)]
             ids = dict(zip(read, self.tokens(read), strict=True))
-            self._windows[digest] = text_windows(texts, ids.__getitem__, self.source.model)
+            bos = ids[""][0] if marks and ids[""] else None
+            self._windows[digest] = text_windows(texts, ids.__getitem__, self.source.model, bos=bos)
         return self._windows[digest]
 
     def tokens(self, texts: Sequence[str]) -> list[list[int]]:
@@ -128,6 +130,7 @@ class Job(Work):
         """
         from bitladder.stages.engine_load import require_engine
 
+        self.require_tokenizer()
         require_engine(
             self.source,
             self.found.label,
@@ -135,6 +138,23 @@ class Job(Work):
             if self.checkpoint
             else "`quantize --imatrix none` works; `measure` does with the model's checkpoint folder.",
         )
+
+    def require_tokenizer(self) -> None:
+        """Refuse a checkpoint whose file has no tokenizer where files are wanted that an engine runs.
+
+        Raises:
+            BadInput: it has none.
+        """
+        from bitladder.errors import BadInput
+
+        if reason := self.found.unread_tokenizer:
+            raise BadInput(
+                f"llama.cpp's converter does not read the tokenizer of {self.found.label}: {reason}.",
+                means="The tokenizer is of a new kind, or was changed by fine-tuning; a GGUF file without one runs "
+                "nowhere.",
+                do="Put the original tokenizer files into the folder, or give a GGUF file of the model. `measure`, "
+                "`imatrix` and checkpoint levels (GPTQ, AWQ, INT8, FP8, ...) work as it is.",
+            )
 
     def text_key(self, texts: Sequence[Document]) -> str:
         """What tells the tokens of a text from those of others: its hash, and of the tokenizer where that is not the
@@ -155,8 +175,8 @@ class Job(Work):
         from bitladder.stages.engine_load import refusal_of
 
         folder = self.checkpoint
-        if folder is None:
-            return None
+        if folder is None or self.found.unread_tokenizer:  # which is said already
+            return folder
         reason = refusal_of(self.source)
         if not reason:
             return None

@@ -110,6 +110,8 @@ def build_levels(model: str, levels: Sequence[Level], build: Build, work: Work) 
 
         check_device(work.device)
     with opened(model, work) as job:
+        if asked.files or asked.folded or asked.fitted:
+            job.require_tokenizer()
         _refuse_overwriting(job.source, asked, build)
         job.source.hash_ahead()  # while the rest is imported, which takes as long as hashing a small model
         from bitladder.files.probe import probe_machine
