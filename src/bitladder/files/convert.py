@@ -17,6 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from bitladder.describe.contradiction import check_config
 from bitladder.describe.rope_scaling import PLAIN, rope_kinds
 from bitladder.errors import BadInput, BitladderError, OutputError, UnknownArchitecture
 from bitladder.files import converter_child
@@ -55,6 +56,7 @@ def convert_checkpoint(folder: Path, label: str, progress: Progress = silent) ->
     """The GGUF twin of a checkpoint, made once per content and kept in the user's cache.
 
     Raises:
+        BadFile: config.json contradicts the tensors.
         BadInput: no usable checkpoint, or one that the converter cannot read; its last lines are in the message.
         UnknownArchitecture: the converter does not know the model family.
         FetchError: the converter cannot be fetched.
@@ -67,6 +69,7 @@ def convert_checkpoint(folder: Path, label: str, progress: Progress = silent) ->
     if done:
         _remember(target, folder)
         return done[0]
+    check_config(label, checkpoint.config, checkpoint.tensors)
     _check_rope(checkpoint, converter)
     return _kept(_Conversion(converter, checkpoint, label, progress), target / f"{label}.gguf")
 
