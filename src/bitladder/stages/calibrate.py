@@ -71,11 +71,13 @@ class Reading:
     """Go on although calibration and measuring text overlap."""
     prompts: Mapping[str, Sequence[int]] = field(default_factory=dict)
     """Texts and their ids by the source's tokenizer, which a written folder's must give too."""
+    text_key: str = ""
+    """What tells the tokens of ``documents`` from others'; by default the documents' hash."""
 
     @property
     def hash(self) -> str:
         """What tells this text from others."""
-        return text_hash(self.documents) if self.documents else tokens_hash(self.windows)
+        return self.text_key or text_hash(self.documents) if self.documents else tokens_hash(self.windows)
 
 
 @dataclass(frozen=True)

@@ -283,9 +283,8 @@ class _Ways:
         self, subjects: Sequence[Subject], way: Way, refusal: UnknownArchitecture | None = None
     ) -> list[Fidelity]:
         """Fidelities of all subjects, measured in one way; each is stored when it is there."""
-        from bitladder.describe.text import text_hash
-
-        job, digest = self.job, text_hash(self.texts)
+        job = self.job
+        digest = job.text_key(self.texts)
         if way is Way.ENGINE:
             announce(job, "Fidelity is measured", refusal)
         stored = {one: self.recorded.fidelity(one, digest, self.reference, way=way) for one in subjects}

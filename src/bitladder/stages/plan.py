@@ -173,6 +173,7 @@ def _abilities(found: Described) -> tuple[Ability, ...]:
         walk_gap=walk_gap(found.model),
         transformers_class=transformers_has(found.model_type) if found.model_type else None,
         engine_gap=engine_missing(found.model) if found.converts is not False else "",
+        tokenizer_gap=found.tokenizer_gap,
     )
     return abilities(facts)
 

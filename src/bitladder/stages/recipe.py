@@ -68,6 +68,7 @@ def make_recipe(model: str, request: RecipeRequest, work: Work) -> RecipeResult:
         BadInput, BadWeights, UnknownArchitecture: the model cannot be weighed on this text.
     """
     with opened(model, work) as job:
+        job.require_tokenizer()
         return recipe_of(job, request)
 
 
@@ -195,6 +196,7 @@ def reapply(file: Path, model: str, build: Build, work: Work) -> RecipeResult:
 
     recipe = read_recipe(file)
     with opened(model, work) as job:
+        job.require_tokenizer()
         own = reapplied(recipe, job.source.model)
         return _written(job, own, parts_of_text(job.windows(calibration_texts(build.texts))), build)
 

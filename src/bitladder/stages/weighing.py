@@ -63,13 +63,12 @@ def parts_of_text(windows: Sequence[Window]) -> RecipeTexts:
 
 def weighed_tensors(job: Job, parts: RecipeTexts, texts: Sequence[Path]) -> tuple[SensitivityTable, Path]:
     """The table of predicted losses, checked against measured recipes, and where it is kept between runs."""
-    from bitladder.describe.text import text_hash
     from bitladder.files.folders import cache_folder, cache_key
     from bitladder.kernels import REVISION
     from bitladder.kernels.feedback import REVISION as FEEDBACK_REVISION
     from bitladder.stages.sensitivity import weigh
 
-    source, text = job.source, text_hash(calibration_texts(texts))
+    source, text = job.source, job.text_key(calibration_texts(texts))
     key = cache_key(__version__, REVISION, FEEDBACK_REVISION, source.sha256, text, route_of(source))
     kept = cache_folder("sensitivity", f"{key[:32]}.json")
     if (table := read_table(kept)) is not None:
