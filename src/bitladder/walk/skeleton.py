@@ -21,6 +21,7 @@ from torch import nn
 
 from bitladder.errors import UnknownArchitecture
 from bitladder.units import MiB, human_bytes
+from bitladder.walk import causal
 from bitladder.walk.carried import Call, Carried, Given, Left, Place, is_store
 
 INSTEAD = "Judge its levels by a workload through the engine instead; K-quants need no walk."
@@ -103,13 +104,8 @@ class Skeleton:
         return block
 
     def _built(self) -> Any:
-        from transformers import AutoModelForCausalLM
-
-        implementation = self.config._attn_implementation
         try:
-            model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                self.config, attn_implementation=implementation, trust_remote_code=False
-            )
+            model = causal.built(self.config)
         except Exception as error:
             raise refused(self.model_type, f"transformers cannot build it ({_words(error)})") from error
         for parameter in model.parameters():

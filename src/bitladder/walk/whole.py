@@ -29,6 +29,7 @@ from bitladder.formats.families.family import DiskNames, LayerKind, Layers
 from bitladder.formats.roles import SharedInput, layer_tensor
 from bitladder.kernels.gpu import check_device
 from bitladder.levels.checkpoints import CheckpointFormat
+from bitladder.walk import causal
 from bitladder.walk.carried import LeavesMore
 from bitladder.walk.checkpoint_layers import CheckpointLayers
 from bitladder.walk.correspondence import ParameterLayout, Reshaped, correspond
@@ -92,12 +93,9 @@ def _plain_floats(value: Any) -> Any:
 
 def skeleton_of(config: Any) -> Skeleton:
     """The model without weights, with attention by torch's own kernel where transformers has that for it."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-        if not getattr(model_class, "_supports_sdpa", False):
-            config._attn_implementation = "eager"
+    found = causal.class_of(config)
+    if found is not None and not getattr(found, "_supports_sdpa", False):
+        config._attn_implementation = "eager"
     return Skeleton(config)
 
 
