@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,7 +20,11 @@ from bitladder.cli.build import (
 from bitladder.cli.grouped import grouped
 from bitladder.cli.terminal import JsonFlag, ModelArgument, print_json, put, say, verb
 from bitladder.errors import UsageError
-from bitladder.units import parse_bytes
+from bitladder.units import human_bytes, parse_bytes
+
+if TYPE_CHECKING:
+    from bitladder.stages.job import Build, Work
+    from bitladder.stages.recipe import RecipeResult
 
 
 @dataclass(kw_only=True)
@@ -28,16 +32,25 @@ class RecipeOptions(WorkOptions):
     """What ``recipe`` is asked."""
 
     model: ModelArgument
+    to: Annotated[
+        str, typer.Option("--to", metavar="gguf|vllm", help="A GGUF file, or a checkpoint of mixed schemes.")
+    ] = "gguf"
     budget: Annotated[
         str | None,
         typer.Option("--budget", metavar="SIZE", help="Largest file, as 4GiB."),
     ] = None
-    bpw: Annotated[float | None, typer.Option("--bpw", help="Bits per weight over all tensors.")] = None
+    bpw: Annotated[
+        float | None,
+        typer.Option("--bpw", help="Bits per weight over all tensors; of a checkpoint: linear layers."),
+    ] = None
     kl: Annotated[float | None, typer.Option("--kl", help="The smallest file that loses no more.")] = None
     fits: Annotated[bool, typer.Option("--fits", help="The largest that this machine holds.")] = False
     level: Annotated[
         str | None,
         typer.Option("--level", metavar="LEVEL", help="llama.cpp's own types, like Q4_K_M."),
+    ] = None
+    schemes: Annotated[
+        str | None, typer.Option("--schemes", metavar="S1,S2", help="Of a checkpoint: choose among these only.")
     ] = None
     least_decode: Annotated[
         float | None,
@@ -68,6 +81,11 @@ def recipe(options: RecipeOptions, json_output: JsonFlag = False) -> None:
     from bitladder.stages.job import Build
     from bitladder.stages.recipe import RecipeRequest, RecipeResult, make_recipe, read_recipe, reapply
 
+    if options.to.lower() not in ("gguf", "vllm"):
+        raise UsageError(
+            f"Recipes are not made for '{options.to}'.",
+            do="Give --to gguf (llama.cpp, Ollama, LM Studio) or --to vllm (vLLM, SGLang, transformers).",
+        )
     given = {"--budget": options.budget, "--bpw": options.bpw, "--kl": options.kl, "--level": options.level}
     limits = [name for name, value in given.items() if value is not None]
     limits += ["--fits"] if options.fits else []
@@ -80,7 +98,9 @@ def recipe(options: RecipeOptions, json_output: JsonFlag = False) -> None:
         force=options.force,
     )  # fmt: skip
     with working(options.threads, options.device, quiet=json_output) as work:
-        if options.apply is not None:
+        if options.to.lower() == "vllm":
+            result = _mixed(options, build, limits, work)
+        elif options.apply is not None:
             if limits or options.out is None:
                 raise UsageError("--apply takes a finished file's recipe as it is.", do="Give --out, and no limit.")
             result = reapply(Path(options.model), options.apply, build, work)
@@ -104,13 +124,39 @@ def recipe(options: RecipeOptions, json_output: JsonFlag = False) -> None:
         put(line)
     if result.fitted is not None:
         took = "was already there" if result.fitted.file.reused else f"{result.fitted.file.seconds:.0f} s"
-        say(f"{result.fitted.file.path}  {took}, fitted to {result.fitted.tokens} tokens")
+        size = human_bytes(result.fitted.file.bytes)
+        say(f"{result.fitted.file.path}  {size}, {took}, fitted to {result.fitted.tokens} tokens")
     if result.held_out is not None:
         held = result.held_out
         say(
             f"On {held.tokens} tokens that nothing was fitted to: mean KL {held.kl_mean:.4f} "
             f"[{held.kl_low:.4f}, {held.kl_high:.4f}], same first choice {held.top1:.1%}."
         )
+
+
+def _mixed(options: RecipeOptions, build: Build, limits: list[str], work: Work) -> RecipeResult:
+    """A checkpoint of mixed schemes; raises UsageError for what only GGUF recipes know."""
+    from bitladder.levels.checkpoints.mixed import SCHEMES
+    from bitladder.plan.recipe import Limits
+    from bitladder.stages.mixed import MixRequest, make_mix
+
+    others = {
+        "--level": options.level, "--apply": options.apply, "--tps": options.least_decode, "--vram": options.vram,
+        "--fits": options.fits or None, "--ctx": options.ctx,
+    }  # fmt: skip
+    for name, value in others.items():
+        if value is not None:
+            raise UsageError(
+                f"{name} was given with --to vllm.",
+                means="It is about llama.cpp's types, or how it places and times them.",
+                do="Leave it out, or make a GGUF recipe.",
+            )
+    if not limits:
+        raise UsageError("A recipe needs a limit.", do="Give one of --budget, --bpw or --kl.")
+    wish = Limits(bytes=parse_bytes(options.budget) if options.budget else None, bpw=options.bpw, kl=options.kl)
+    schemes = tuple(options.schemes.split(",")) if options.schemes else SCHEMES
+    request = MixRequest(wish, schemes, build if options.out else None, build.texts)
+    return make_mix(options.model, request, work)
 
 
 def add_to(app: typer.Typer) -> None:
