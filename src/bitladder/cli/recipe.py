@@ -20,11 +20,14 @@ from bitladder.cli.build import (
 from bitladder.cli.grouped import grouped
 from bitladder.cli.terminal import JsonFlag, ModelArgument, print_json, put, say, verb
 from bitladder.errors import UsageError
-from bitladder.units import human_bytes, parse_bytes
+from bitladder.units import parse_bytes
 
 if TYPE_CHECKING:
     from bitladder.stages.job import Build, Work
     from bitladder.stages.recipe import RecipeResult
+
+GGUF, VLLM = "gguf", "vllm"
+"""What recipes are made for."""
 
 
 @dataclass(kw_only=True)
@@ -34,7 +37,7 @@ class RecipeOptions(WorkOptions):
     model: ModelArgument
     to: Annotated[
         str, typer.Option("--to", metavar="gguf|vllm", help="A GGUF file, or a checkpoint of mixed schemes.")
-    ] = "gguf"
+    ] = GGUF
     budget: Annotated[
         str | None,
         typer.Option("--budget", metavar="SIZE", help="Largest file, as 4GiB."),
@@ -73,7 +76,8 @@ class RecipeOptions(WorkOptions):
 def recipe(options: RecipeOptions, json_output: JsonFlag = False) -> None:
     """Choose a type for every tensor under a budget; with --out write the file, with error feedback.
 
-    Without a limit: print the recipe of an existing file, or with --apply make another model by it.
+    With --to vllm: a scheme for every linear layer of a checkpoint. Without a limit: print the recipe of an existing
+    file, or with --apply make another model by it.
     """
     from bitladder.files.sources import resolve
     from bitladder.plan.recipe import Limits
@@ -81,16 +85,7 @@ def recipe(options: RecipeOptions, json_output: JsonFlag = False) -> None:
     from bitladder.stages.job import Build
     from bitladder.stages.recipe import RecipeRequest, RecipeResult, make_recipe, read_recipe, reapply
 
-    if options.to.lower() not in ("gguf", "vllm"):
-        raise UsageError(
-            f"Recipes are not made for '{options.to}'.",
-            do="Give --to gguf (llama.cpp, Ollama, LM Studio) or --to vllm (vLLM, SGLang, transformers).",
-        )
-    given = {"--budget": options.budget, "--bpw": options.bpw, "--kl": options.kl, "--level": options.level}
-    limits = [name for name, value in given.items() if value is not None]
-    limits += ["--fits"] if options.fits else []
-    if len(limits) > 1:
-        raise UsageError(f"{' and '.join(limits)} were given together.", do="Give one of them.")
+    limits = _limits(options)
     if (options.vram is None) != (options.gpu_layers == 0):
         raise UsageError("--vram and --ngl belong together.", do="Give both: how many layers, and what they may take.")
     build = Build(
@@ -98,7 +93,7 @@ def recipe(options: RecipeOptions, json_output: JsonFlag = False) -> None:
         force=options.force,
     )  # fmt: skip
     with working(options.threads, options.device, quiet=json_output) as work:
-        if options.to.lower() == "vllm":
+        if options.to.lower() == VLLM:
             result = _mixed(options, build, limits, work)
         elif options.apply is not None:
             if limits or options.out is None:
@@ -122,16 +117,34 @@ def recipe(options: RecipeOptions, json_output: JsonFlag = False) -> None:
         return
     for line in recipe_lines(result.recipe, result.table_error):
         put(line)
+    if options.to.lower() == VLLM:
+        put("  bits are of the linear layers; embedding, head and norms stay 16 bits wide")
     if result.fitted is not None:
         took = "was already there" if result.fitted.file.reused else f"{result.fitted.file.seconds:.0f} s"
-        size = human_bytes(result.fitted.file.bytes)
-        say(f"{result.fitted.file.path}  {size}, {took}, fitted to {result.fitted.tokens} tokens")
+        say(f"{result.fitted.file.path}  {took}, fitted to {result.fitted.tokens} tokens")
     if result.held_out is not None:
         held = result.held_out
         say(
             f"On {held.tokens} tokens that nothing was fitted to: mean KL {held.kl_mean:.4f} "
             f"[{held.kl_low:.4f}, {held.kl_high:.4f}], same first choice {held.top1:.1%}."
         )
+
+
+def _limits(options: RecipeOptions) -> list[str]:
+    """The limits that were given, one at most; raises UsageError."""
+    if options.to.lower() not in (GGUF, VLLM):
+        raise UsageError(
+            f"Recipes are not made for '{options.to}'.",
+            do="Give --to gguf (llama.cpp, Ollama, LM Studio) or --to vllm (vLLM, SGLang, transformers).",
+        )
+    if options.schemes is not None and options.to.lower() != VLLM:
+        raise UsageError("--schemes are of checkpoints.", do="Give --to vllm, too, or leave it out.")
+    given = {"--budget": options.budget, "--bpw": options.bpw, "--kl": options.kl, "--level": options.level}
+    limits = [name for name, value in given.items() if value is not None]
+    limits += ["--fits"] if options.fits else []
+    if len(limits) > 1:
+        raise UsageError(f"{' and '.join(limits)} were given together.", do="Give one of them.")
+    return limits
 
 
 def _mixed(options: RecipeOptions, build: Build, limits: list[str], work: Work) -> RecipeResult:

@@ -151,7 +151,7 @@ def calibrate_levels(
         job: the model.
         levels: by their kinds.
         build: where to, and how.
-        windows: of the calibration text, those to read; all by default.
+        windows: of the calibration text, those to read, where others are held out to measure on; all by default.
 
     Raises:
         UsageError, NothingFits, BadInput, BadWeights, OutputError, UnknownArchitecture: as ``Calibration`` says.
@@ -171,7 +171,7 @@ def calibrate_levels(
     reading = Reading(
         job.windows(documents) if windows is None else windows,
         documents,
-        measuring=job.windows(build.measured_on or shipped_texts()),
+        measuring=job.windows(build.measured_on or shipped_texts()) if windows is None else (),
         prompts=_prompts(source, documents) if levels.checkpoints else {},
     )
     walk = Calibration(

@@ -26,8 +26,11 @@ from bitladder.walk.scheme_weights import SchemeWeights, rounded
 from bitladder.walk.weights import FileWeights
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from numpy.typing import NDArray
 
+    from bitladder.files.gguf import GgufFile
     from bitladder.records.recipe import Recipe, SensitivityTable
     from bitladder.walk.layers import LayeredModel
 
@@ -119,21 +122,32 @@ def _fits(scheme: str, form: CheckpointFormat, shapes: Mapping[str, tuple[int, i
 class SchemeStorage:
     """``Storage`` in a mixed checkpoint."""
 
-    def __init__(self, job: Job, schemes: Sequence[str] = SCHEMES) -> None:
-        """Raises UnknownArchitecture where nothing is known of the model's layers, UsageError where one of ``schemes``
-        is none that recipes choose from, or none fits a layer."""
-        self._job, weights = job, FileWeights(job.source, threads=job.threads)
-        model = layered(job.source, weights, device=job.device, checkpoint=job.found.checkpoint)
+    def __init__(
+        self,
+        source: GgufFile,
+        schemes: Sequence[str] = SCHEMES,
+        *,
+        checkpoint: Path | None = None,
+        threads: int = 1,
+    ) -> None:
+        """``checkpoint``: the folder that the source was converted from; by default the one that Bitladder converted.
+
+        Raises:
+            UnknownArchitecture: nothing is known of the model's layers.
+            UsageError: one of ``schemes`` is none that recipes choose from, or none fits a layer.
+        """
+        self._source, self._weights = source, FileWeights(source, threads=threads)
+        model = layered(source, self._weights, checkpoint=checkpoint)
         model.check_disk_names()
         self.linears = linears_of(model)
-        self.choices = SchemeChoices(job.source.model.tensors, self.linears, known_schemes(schemes))
+        self.choices = SchemeChoices(source.model.tensors, self.linears, known_schemes(schemes))
         self._check(schemes)
 
     def _check(self, schemes: Sequence[str]) -> None:
-        tensors = {tensor.name: tensor for tensor in self._job.source.model.tensors}
+        tensors = {tensor.name: tensor for tensor in self._source.model.tensors}
         bare = next((names[0] for names in self.linears.groups if not self.choices.of(tensors[names[0]])), None)
         if bare is not None:
-            every = SchemeChoices(self._job.source.model.tensors, self.linears, SCHEMES).of(tensors[bare])
+            every = SchemeChoices(self._source.model.tensors, self.linears, SCHEMES).of(tensors[bare])
             rows, columns = tensors[bare].shape[-2:]
             raise UsageError(
                 f"None of {', '.join(schemes)} can store {bare}, which is {rows} x {columns}.",
@@ -143,20 +157,20 @@ class SchemeStorage:
 
     def spread(self, table: SensitivityTable) -> list[Recipe]:
         """As ``Storage``."""
-        model, groups = self._job.source.model, self.linears.groups
+        model, groups = self._source.model, self.linears.groups
         least, most = least_bits(table, groups, model), 16.0
         sizes = [bits for bits in sizes_between(least, most) if least <= bits <= most]
         return [choose_schemes(table, groups, model, Limits(bpw=bits, feedback=False)) for bits in sizes]
 
     def candidates(self, recipes: Sequence[Recipe], weighed: Weighed) -> list[Candidate]:
         """As ``Storage``."""
-        weights, found = FileWeights(self._job.source, threads=self._job.threads), []
+        found = []
         for recipe in recipes:
-            forms = {name: form_of(recipe.qtypes[name]) for name in self.scheduled(recipe)}
-            found.append(Candidate(recipe.label, SchemeWeights(weights, forms, weighed.importance)))
+            forms = {name: form_of(recipe.qtypes[name]) for name in self.quantized(recipe)}
+            found.append(Candidate(recipe.label, SchemeWeights(self._weights, forms, weighed.importance)))
         return found
 
-    def scheduled(self, recipe: Recipe) -> list[str]:
+    def quantized(self, recipe: Recipe) -> list[str]:
         """Tensors that a recipe does not leave float."""
         names = [name for group in self.linears.groups for name in group]
         return [name for name in names if recipe.qtypes[name] != FLOAT]
@@ -195,7 +209,7 @@ def with_schemes(job: Job, level: CheckpointLevel, build: Build) -> CheckpointLe
         return level
     from bitladder.stages.calibration import calibration_texts
 
-    storage = SchemeStorage(job)
+    storage = SchemeStorage(job.source, checkpoint=job.found.checkpoint, threads=job.threads)
     table, _ = weighed_tensors(job, parts_of_text(job.windows(calibration_texts(build.texts))), build.texts, storage)
     recipe = choose_schemes(table, storage.linears.groups, job.source.model, Limits(bpw=form.bits))
     return storage.level(recipe, form.bits)
