@@ -149,8 +149,13 @@ class Mixed(FolderFormat):
         return whole(self.layout, [*ignored_names(ignored), *self.floats], groups)
 
     def notes(self) -> tuple[str, ...]:
-        """Those of all its schemes."""
-        return tuple(dict.fromkeys(note for group in self.groups for note in group.form.notes()))
+        """Those of all its schemes, and what transformers 5.19 makes of several."""
+        own = (
+            "transformers with compressed-tensors reads it as it is; with dequantize=True it takes all layers for the "
+            "first scheme's, and fails.",
+        )
+        notes = dict.fromkeys(note for group in self.groups for note in group.form.notes())
+        return (*notes, *(own if len(self.groups) > 1 else ()))
 
     def slow_paths(self, engine: str) -> list[str]:
         """Those of all its schemes."""
