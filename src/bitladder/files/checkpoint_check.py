@@ -13,7 +13,7 @@ import numpy.typing as npt
 from bitladder.errors import BadFile, BadInput, OutputError
 from bitladder.files.checkpoint import read_checkpoint, read_json
 from bitladder.levels import CheckpointLevel
-from bitladder.levels.checkpoints import CheckpointFormat, digest, recognised
+from bitladder.levels.checkpoints import CheckpointFormat, FolderFormat, digest, recognised
 
 
 def verify_folder(folder: Path, level: CheckpointLevel, expected: Mapping[str, str]) -> None:
@@ -42,7 +42,7 @@ def verify_folder(folder: Path, level: CheckpointLevel, expected: Mapping[str, s
 class CheckpointReader:
     """A checkpoint folder's tensors, decoded one at a time."""
 
-    def __init__(self, folder: Path, form: CheckpointFormat) -> None:
+    def __init__(self, folder: Path, form: FolderFormat) -> None:
         """Raises BadInput where there are no safetensors, BadFile where their headers contradict their files."""
         self.folder, self.format = folder, form
         checkpoint = read_checkpoint(folder)
@@ -50,9 +50,18 @@ class CheckpointReader:
 
     def linears(self) -> list[str]:
         """Names of the quantized linear layers."""
-        first = self.format.suffixes[0]
         split = [name.rpartition(".") for name in sorted(self._where)]
-        return [prefix for prefix, _, suffix in split if suffix == first and self._is_quantized(prefix)]
+        return [
+            prefix
+            for prefix, _, suffix in split
+            if (form := self.format_of(prefix)) is not None and suffix == form.suffixes[0]
+        ]
+
+    def format_of(self, linear: str) -> CheckpointFormat | None:
+        """The format of a layer whose arrays are there; None where it is not quantized."""
+        form = self.format.of(linear)
+        whole = form is not None and all(f"{linear}.{suffix}" in self._where for suffix in form.suffixes[:2])
+        return form if whole else None
 
     def weights(self, name: str) -> npt.NDArray[np.float32]:
         """A tensor by its float name (``....weight``), decoded where it is quantized.
@@ -61,12 +70,13 @@ class CheckpointReader:
             BadFile: it is missing, or its arrays contradict each other.
         """
         prefix = name.removesuffix(".weight")
-        if not self._is_quantized(prefix):
+        form = self.format_of(prefix)
+        if form is None:
             return np.asarray(self._read(name), np.float32)
-        keys = {suffix: f"{prefix}.{suffix}" for suffix in self.format.suffixes}
+        keys = {suffix: f"{prefix}.{suffix}" for suffix in form.suffixes}
         arrays = {suffix: self._read(key) for suffix, key in keys.items() if key in self._where}
         try:
-            return self.format.decode(arrays)
+            return form.decode(arrays)
         except (ValueError, KeyError, TypeError) as error:
             raise BadFile(
                 f"{self.folder}: {prefix} contradicts itself: {error}", do="Write the level again."
@@ -78,12 +88,13 @@ class CheckpointReader:
         Raises:
             BadFile: an array that says so is damaged.
         """
-        if not self._is_quantized(linear):
+        form = self.format_of(linear)
+        if form is None:
             return None
-        keys = {suffix: f"{linear}.{suffix}" for suffix in self.format.input_arrays}
+        keys = {suffix: f"{linear}.{suffix}" for suffix in form.input_arrays}
         arrays = {suffix: self._read(key) for suffix, key in keys.items() if key in self._where}
         try:
-            return self.format.input_rounding(arrays)
+            return form.input_rounding(arrays)
         except (ValueError, KeyError, TypeError) as error:
             raise BadFile(
                 f"{self.folder}: {linear} contradicts itself: {error}", do="Write the level again."
@@ -91,10 +102,7 @@ class CheckpointReader:
 
     def is_quantized(self, name: str) -> bool:
         """Whether a tensor, by its float name, is stored quantized."""
-        return self._is_quantized(name.removesuffix(".weight"))
-
-    def _is_quantized(self, prefix: str) -> bool:
-        return all(f"{prefix}.{suffix}" in self._where for suffix in self.format.suffixes[:2])
+        return self.format_of(name.removesuffix(".weight")) is not None
 
     def _read(self, key: str) -> npt.NDArray[Any]:
         from safetensors import safe_open
@@ -105,7 +113,7 @@ class CheckpointReader:
             return _array(file.get_tensor(key))
 
 
-def format_of_folder(folder: Path) -> CheckpointFormat:
+def format_of_folder(folder: Path) -> FolderFormat:
     """The format that a checkpoint folder's configuration names, whoever wrote it.
 
     Raises:
@@ -120,7 +128,7 @@ def format_of_folder(folder: Path) -> CheckpointFormat:
         raise BadInput(
             f"{folder} {what}.",
             means="GPTQ (both versions), AWQ (GEMM) and compressed-tensors (pack-quantized, int8, FP8, NVFP4, MXFP4, "
-            "MXFP8; inputs rounded at run time or not at all) are read, with one scheme for all layers.",
+            "MXFP8; inputs rounded at run time or not at all; one scheme for all layers, or a mix of them) are read.",
             do="Give a folder in one of these formats, or a GGUF file.",
         )
     return form

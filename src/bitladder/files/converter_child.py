@@ -215,7 +215,7 @@ def _keep_to_config(stage: Path) -> None:
     It reads config.json through transformers, which leaves out lists of layers in the words of a release, and adds
     numbers of experts by default; some classes then take a dense model for a mixture (NemotronHModel).
     """
-    from conversion.base import ModelBase
+    from conversion.base import ModelBase  # type: ignore[import-not-found]
 
     names = [name.lower() for path in stage.glob("*.safetensors") for name in _tensor_names(path)]
     mixture = not names or any(part in name for name in names for part in ("expert", "moe", "router"))
@@ -362,7 +362,7 @@ UNREAD = "tokenizer.txt"
 
 def _leave_out_unread_tokenizers(note: Path, *, has_tokenizer: bool) -> None:
     """Have the converter go on without a tokenizer that it cannot read, and note why."""
-    from conversion.base import TextModel  # type: ignore[import-not-found]
+    from conversion.base import TextModel
 
     prepare = TextModel.prepare_metadata
 

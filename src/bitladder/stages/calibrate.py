@@ -143,7 +143,9 @@ class Calibration:
         self._text = _checked_text(source, levels, reading)
         weights = FileWeights(source, threads=self._settings.threads)
         model = layered(source, weights, device=self._settings.device, checkpoint=checkpoint)
-        model.check_disk_names(level.format for level in levels if isinstance(level, CheckpointLevel))
+        model.check_disk_names(
+            form for level in levels if isinstance(level, CheckpointLevel) for form in level.format.forms
+        )
         held = FloatView(read_checkpoint(checkpoint)).main_dtype if checkpoint else "F16"
         dtype = FLOAT_TYPES.get(held, torch.float16)
         self._stores: dict[Product, LayerStore] = {}
@@ -334,6 +336,7 @@ def _fingerprint(
 ) -> str:
     """Everything that a level's bytes depend on."""
     parts = [__version__, source.sha256, level.name, str(dtype)]
+    parts += [level.format.signature] if level.format.signature else []
     if _needs_text(level):
         parts += [tokens_hash(windows), str(settings.reference_tokens), str(settings.damp), str(settings.act_order)]
         parts.append(str(settings.half_products))  # a run must not go on on another processor, half in bfloat16

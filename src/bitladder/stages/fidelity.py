@@ -20,7 +20,7 @@ from bitladder.files.gguf import GgufFile
 from bitladder.formats.recipes import assign
 from bitladder.formats.roles import factored
 from bitladder.kernels import Effort
-from bitladder.levels.checkpoints import CheckpointFormat
+from bitladder.levels.checkpoints import FolderFormat
 from bitladder.progress import LevelNews, Progress, silent
 from bitladder.records.fidelity import Fidelity
 from bitladder.stats.bootstrap import SEED, quantile_interval, ratio_interval
@@ -96,7 +96,7 @@ def file_candidate(source: GgufFile, file: GgufFile, *, level: str = "", threads
 
 
 def folder_candidate(
-    source: GgufFile, folder: Path, form: CheckpointFormat, *, level: str = "", threads: int = 1
+    source: GgufFile, folder: Path, form: FolderFormat, *, level: str = "", threads: int = 1
 ) -> Candidate:
     """A checkpoint folder of these weights as a level of the source, in the format ``form``; ``level``: its name here
     (default: the folder's). Embedding and head are the source's.

@@ -197,12 +197,12 @@ def built_candidate(source: GgufFile, file: LevelFile, stack: ExitStack) -> Cand
         BadInput, BadFile: it is another model's, or damaged.
     """
     # brings torch, for whose 1.5 s stored figures need not wait
+    from bitladder.files.checkpoint_check import format_of_folder
     from bitladder.files.gguf import GgufFile
-    from bitladder.levels.checkpoints import parse_checkpoint
     from bitladder.stages.fidelity import file_candidate, folder_candidate
 
     if file.path.is_dir():
-        return folder_candidate(source, file.path, parse_checkpoint(file.level).format, level=file.level)
+        return folder_candidate(source, file.path, format_of_folder(file.path), level=file.level)
     return file_candidate(source, stack.enter_context(GgufFile.open(file.path)), level=file.level)
 
 

@@ -19,7 +19,7 @@ from bitladder.formats import disk_names, roles
 from bitladder.formats.families.family import Layers
 from bitladder.formats.roles import Parameter
 from bitladder.kernels import first_nonfinite
-from bitladder.levels.checkpoints import CheckpointFormat
+from bitladder.levels.checkpoints import FolderFormat
 from bitladder.walk.matrices import as_module, in_turn
 from bitladder.walk.opened import layered
 from bitladder.walk.rounding import InputType
@@ -35,7 +35,7 @@ class CheckpointWeights:
     What the folder does not hold differently (embedding, head) is the source's own.
     """
 
-    def __init__(self, source: FileWeights, folder: Path, form: CheckpointFormat) -> None:
+    def __init__(self, source: FileWeights, folder: Path, form: FolderFormat) -> None:
         """Raises BadFile or BadInput where the folder is no sound checkpoint of the source's family."""
         model: Model = source.file.model
         self._source, self._model = source, model

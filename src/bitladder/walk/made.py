@@ -19,9 +19,8 @@ from bitladder.files.layer_store import LayerStore
 from bitladder.formats.disk_names import LAYERS, disk_linears, disk_name, quantized_parameters
 from bitladder.formats.families.family import Layers
 from bitladder.formats.roles import Parameter, SharedInput
-from bitladder.levels import CheckpointLevel
 from bitladder.levels.checkpoints import Arrays as Encoded
-from bitladder.levels.checkpoints import digest
+from bitladder.levels.checkpoints import CheckpointFormat, FolderFormat, digest
 from bitladder.levels.methods import Rounded
 from bitladder.records.calibration import LinearLoss
 from bitladder.walk.driver import Observer, Resumable, Seen
@@ -44,14 +43,11 @@ _TOLD = 8
 
 @dataclass
 class LayerOutput:
-    """One layer of one level: arrays of its quantized linears by disk name, and its float parameters, f32."""
+    """One layer of one level: its quantized linears by disk name, each with its format, and its float parameters,
+    f32."""
 
-    linears: dict[str, Encoded] = field(default_factory=dict)
-    model_dtype: frozenset[str] = frozenset()
-    """Suffixes of arrays of ``linears`` that are stored in the float type of the model."""
-    byte_types: Mapping[str, str] = field(default_factory=dict)
-    """torch's name for the type of those that are bytes here, by suffix."""
-    floats: Mapping[str, F32] = field(default_factory=dict)
+    linears: dict[str, tuple[CheckpointFormat, Encoded]] = field(default_factory=dict)
+    floats: dict[str, F32] = field(default_factory=dict)
     losses: list[LinearLoss] = field(default_factory=list)
     digests: dict[str, str] = field(default_factory=dict)
     """Hash of each linear layer's decoded weights, to compare with what is read back from the file."""
@@ -59,16 +55,20 @@ class LayerOutput:
     """What is gathered for GGUF levels, by tensor and kind: ``blk.0.attn_q.weight.columns``."""
 
     def add(
-        self, model: LayeredModel, level: CheckpointLevel, parameter: Parameter, expert: int | None, found: Rounded,
+        self, model: LayeredModel, form: CheckpointFormat, parameter: Parameter, expert: int | None, found: Rounded,
         *, tokens: int, note: str, damp: float = 0.0,
     ) -> None:  # fmt: skip
         """Take in a quantized parameter as the linear layers that it is on disk."""
         for linear in disk_linears(model.family, parameter.path, expert):
             rows = linear.rows(len(found.codes))
-            self.linears[linear.name] = level.format.encode(found.codes[rows], found.parameters.rows(rows))
-            self.model_dtype, self.byte_types = level.format.model_dtype, level.format.byte_types
+            self.linears[linear.name] = form, form.encode(found.codes[rows], found.parameters.rows(rows))
             self.digests[linear.name] = digest(found.decoded[rows])
             self.losses.append(LinearLoss(linear.name, found.loss, tokens, damp, note))
+
+    def keep(self, model: LayeredModel, parameter: Parameter, expert: int | None, weights: F32) -> None:
+        """Take in a parameter f32[rows, columns] that stays float among others that do not."""
+        for linear in disk_linears(model.family, parameter.path, expert):
+            self.floats[f"{linear.name}.weight"] = weights[linear.rows(len(weights))].copy()
 
 
 class InStore(Resumable):
@@ -101,12 +101,12 @@ class InStore(Resumable):
     def _tensors(self, layer: int, output: LayerOutput) -> dict[str, torch.Tensor]:
         prefix = f"{self._layers}{layer}."
         tensors = {f"{prefix}{name}": cast(value, self._dtype) for name, value in output.floats.items()}
-        for linear, arrays in output.linears.items():
+        for linear, (form, arrays) in output.linears.items():
             for suffix, array in arrays.items():
                 value = torch.from_numpy(np.ascontiguousarray(array))
-                own = value.to(self._dtype) if suffix in output.model_dtype else value
-                if suffix in output.byte_types:
-                    own = value.view(getattr(torch, output.byte_types[suffix]))
+                own = value.to(self._dtype) if suffix in form.model_dtype else value
+                if suffix in form.byte_types:
+                    own = value.view(getattr(torch, form.byte_types[suffix]))
                 tensors[f"{prefix}{linear}.{suffix}"] = own
         return tensors | {name: torch.from_numpy(vector.copy()) for name, vector in output.vectors.items()}
 
@@ -168,6 +168,12 @@ def _one_by_one(family: Layers, parameter: Parameter, stack: F32) -> dict[str, F
             share = lines[linear.rows(len(lines))]
             found[linear.tensor] = (share if own.ndim > 1 else share[:, 0]).copy()
     return found
+
+
+def format_of(model: LayeredModel, form: FolderFormat, layer: int, path: str) -> CheckpointFormat | None:
+    """The format of a parameter's matrices, by what the first of them is called on disk; None: they stay float."""
+    first = disk_linears(model.family, path, 0 if path in model.family.experts else None)[0]
+    return form.of(f"{model.family.disk.layers}{layer}.{first.name}")
 
 
 @contextmanager
