@@ -497,3 +497,44 @@ def test_a_forced_call_that_is_not_made_is_an_error(stream):
 def test_a_tool_choice_that_cannot_be_met_is_refused(tools, choice, status):
     body = chat("quality", tool_choice=choice, **({} if tools is None else {"tools": tools}))
     assert ask(says("x", "Q8_0"), FAST, body, CHAT).status_code == status
+
+
+CHOSEN = [
+    {"token": " and", "logprob": -0.5, "top_logprobs": [
+        {"token": " and", "logprob": -0.5}, {"token": " or", "logprob": -1},
+    ]},
+    {"token": " 4", "logprob": -0.25, "top_logprobs": []},
+]  # fmt: skip
+LISTS = {
+    "tokens": [" and", " 4"],
+    "token_logprobs": [-0.5, -0.25],
+    "top_logprobs": [{" and": -0.5, " or": -1}, {" 4": -0.25}],
+    "text_offset": [0, 4],
+}
+
+
+@pytest.mark.parametrize("told", [{"content": CHOSEN}, LISTS], ids=["llama.cpp's", "OpenAI's"])
+def test_text_completions_tell_log_probabilities_as_that_api_does(told):
+    asked = {"model": "quality", "prompt": "One, two,", "logprobs": 2}
+    body = {"model": "Q8_0", "choices": [{"index": 0, "text": " and 4", "logprobs": told, "finish_reason": "stop"}]}
+    reply = ask(replies(json.dumps(body).encode(), kind="application/json"), FAST, asked, "/v1/completions")
+    choice = openai_reading(reply.content, "application/json").completions.create(model="x", prompt="x").choices[0]
+    assert choice.logprobs.model_dump() == LISTS
+    pieces = [told] if told is LISTS else [{"content": [one]} for one in CHOSEN]
+    chunks = [{"model": "Q8_0", "choices": [{"index": 0, "text": "x", "logprobs": piece}]} for piece in pieces]
+    chunks += [{"model": "Q8_0", "choices": [{"index": 0, "text": "", "logprobs": None, "finish_reason": "stop"}]}]
+    sent = [b"data: " + json.dumps(chunk).encode() + b"\n\n" for chunk in chunks]
+    reply = ask(replies(*sent, DONE), FAST, {**asked, "stream": True}, "/v1/completions")
+    read = list(openai_reading(reply.content).completions.create(model="x", prompt="x", stream=True))
+    found = [chunk.choices[0].logprobs for chunk in read if chunk.choices[0].logprobs]
+    assert {name: [one for logprobs in found for one in getattr(logprobs, name)] for name in LISTS} == LISTS
+    assert reply.content.endswith(DONE)
+
+
+def test_models_tell_when_they_were_made():
+    async def run():
+        async with gateway(FAST, FAST) as (client, _):
+            return (await client.get("/v1/models")).json()["data"], (await client.get("/v1/models/speed")).json()
+
+    listed, speed = asyncio.run(run())
+    assert speed in listed and all(one["created"] > 1_600_000_000 for one in listed)

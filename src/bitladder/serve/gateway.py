@@ -24,6 +24,7 @@ from starlette.types import Receive, Scope, Send
 from bitladder.errors import EngineError
 from bitladder.serve.backends import UpstreamFailed, UpstreamRequest
 from bitladder.serve.delivery import Delivery, Headers
+from bitladder.serve.legacy_logprobs import in_own_shape
 from bitladder.serve.limits import BODY_S, ClientShare, RequestMemory, held_bytes, let_go, read_body, send_refusal
 from bitladder.serve.metrics import Metrics, Record, RequestOutcome
 from bitladder.serve.protocol import (
@@ -289,7 +290,7 @@ class Gateway:
             )
             if attempt.judged:
                 answer = await self._judged(answer, asked, record)
-            answer = with_calls(answer, asked)
+            answer = in_own_shape(with_calls(answer, asked), asked)
             if asked is not request:
                 answer = worded_for(request, answer)
             record.tier, record.level = tier.name, tier.spec.level
