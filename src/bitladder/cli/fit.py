@@ -29,7 +29,10 @@ Hardware = Annotated[
 MinSpeed = Annotated[
     float | None,
     typer.Option(
-        "--min-speed", min=0, help="Least expected tokens per second (0: any).", show_default="5, for code and extraction 10"
+        "--min-speed",
+        min=0,
+        help="Least expected tokens per second (0: any).",
+        show_default="5, for code and extraction 10",
     ),
 ]
 Slots = Annotated[int, typer.Option("--slots", min=1, help="Requests at once, each with its own context.")]

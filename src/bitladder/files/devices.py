@@ -45,7 +45,7 @@ class DescribedMachine:
     assumed: tuple[str, ...]
     """What had to be assumed, for people to see."""
     shareable: int
-    """Bytes of RAM that a model may take at most: all, or what the system lets a GPU have of a memory that both share."""
+    """Bytes of RAM that a model may take at most: all, or the part of a shared memory that a GPU may have."""
 
 
 @cache
@@ -115,8 +115,8 @@ _COUNTS = {
     "one": 1, "single": 1, "two": 2, "dual": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8,
 }  # fmt: skip
 _SAYS_NOTHING = re.compile(
-    r"\b(macbook( pro| air)?|mac( mini| studio| pro)?|imac|laptop|notebook|desktop|pc|computer|workstation|server|machine|gaming|"
-    r"my|an?|the|of|unified|memory|chip|total|ram)\b",
+    r"\b(macbook( pro| air)?|mac( mini| studio| pro)?|imac|laptop|notebook|desktop|pc|computer|workstation|server|"
+    r"machine|gaming|my|an?|the|of|unified|memory|chip|total|ram)\b",
     re.IGNORECASE,
 )
 """Words of everyday descriptions that decide nothing."""
@@ -127,7 +127,9 @@ def _pieces(text: str) -> list[str]:
     """What is joined by ``+``, a comma, ``and`` or ``with``; plurals and spoken units written out."""
     text = re.sub(r"(?<=\d)\s*(gigs?|gigabytes?|g)\b", " GB", text, flags=re.IGNORECASE)
     text = re.sub(r"(?<=\d)((?:\s?ti|\s?super|\s?xtx?)*)s\b", r"\1", text, flags=re.IGNORECASE)
-    return [piece.strip() for piece in re.split(r"\s*(?:\+|,|&|\band\b|\bwith\b|\bplus\b)\s*", text, flags=re.IGNORECASE)]
+    return [
+        piece.strip() for piece in re.split(r"\s*(?:\+|,|&|\band\b|\bwith\b|\bplus\b)\s*", text, flags=re.IGNORECASE)
+    ]
 
 
 @dataclass
@@ -275,7 +277,9 @@ def _gpu(row: dict[str, Any]) -> Gpu:
 def _memory(name: str) -> str:
     """The row of a memory or a machine by its name; of a kind without its speed (``DDR4``) the first one."""
     kind = _plain(name)
-    found = _chip(name) or next((known for known in known_memories() if len(kind) > 3 and _plain(known).startswith(kind)), "")
+    found = _chip(name) or next(
+        (known for known in known_memories() if len(kind) > 3 and _plain(known).startswith(kind)), ""
+    )
     if not found:
         raise _unknown(name)
     return found

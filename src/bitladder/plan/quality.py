@@ -7,11 +7,11 @@ Everything is in nats of loss per token, so that a larger model and a finer leve
     level    the published costs of a level, moved to another size by N^-0.23 and averaged as logarithms
              (the exponent: Ouyang et al., arXiv 2411.17691; the costs: ``data/quality/prior.yaml``)
 
-Effective weights are the geometric mean of those in the model and those that a token uses (a rule of thumb for mixtures of experts),
-doubled for every 16 months between releases: the compute that reaches a given loss halves every 8 months (Ho et al.,
-arXiv 2403.05812, with an interval of 5 to 14 months), and at the best split weights grow as its square root.
+Effective weights are the geometric mean of those in the model and those that a token uses (a rule of thumb for mixtures
+of experts), doubled for every 16 months between releases: the compute that reaches a given loss halves every 8 months
+(Ho et al., arXiv 2403.05812, interval 5 to 14 months), and at the best split weights grow as its square root.
 
-It knows nothing of data, of tuning, or of a task. It is there to keep a large model at 2 bits from leading a smaller one at 4;
+It knows nothing of data, tuning or a task. It is there to keep a large model at 2 bits from leading a smaller one at 4;
 only a measurement says more.
 """
 

@@ -3,10 +3,10 @@
 The rule, in order:
 
 1. Room is left for the system and other programs (``usual_reserve``); what remains is for the model.
-2. A model counts when it was taught to answer, was made for a context as long as is wanted, and decodes at the least speed or faster. Models made
-   for code count for code alone, and there like models of twice their weights.
-3. The model with the least expected loss (``plan.quality``: size, age and level weighed on one scale) is the answer, at the smallest of its levels that
-   is expected to lose no more than ``NEGLIGIBLE`` beyond its best one.
+2. A model counts when it was taught to answer, was made for a context as long as is wanted, and decodes at the least
+   speed or faster. Models made for code count for code alone, and there like models of twice their weights.
+3. Of each model the smallest level is taken that is expected to lose no more than ``NEGLIGIBLE`` beyond its best one.
+   The model with the least expected loss (``plan.quality``: size, age and level weighed on one scale) is the answer.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ USES: dict[str, Use] = {
     use.name: use
     for use in (
         Use("chat", DEFAULT_CTX, 5.0, 1.0, "5 tokens/s is about the pace of reading"),
-        Use("code", 16384, 10.0, 2.0, "files are long, waiting costs, and one wrong sign counts: a level's cost is doubled"),
+        Use("code", 16384, 10.0, 2.0, "files are long and one wrong sign counts, so that a level's cost is doubled"),
         Use("extraction", 8192, 10.0, 1.0, "many documents, short answers"),
         Use("long-context", LONG_CTX, 5.0, 1.0, "the whole document lies in the context"),
     )
@@ -92,7 +92,7 @@ class Rated:
     cost: LevelCost
     """Of the level, nats per token."""
     expected_loss: float
-    """Of size and level together, nats per token above what cannot be had; lower is better, and it serves to rank alone."""
+    """Of size and level together, nats per token above what no model avoids; it serves to rank alone."""
     effective: float
     """Weights of a dense model of today that is expected to be as able."""
 
@@ -175,26 +175,23 @@ def _counts(candidate: CatalogueCandidate, wish: Usage, use: Use) -> bool:
 
 
 def best_of(rows: Iterable[Rated], least_decode: float) -> Rated | None:
-    """The least expected loss among those fast enough, at the smallest level that is as good."""
-    fast = [row for row in rows if row.decode >= least_decode]
-    if not fast:
-        return None
-    top = min(fast, key=lambda row: (row.expected_loss, row.option.name))
-    as_good = [row for row in fast if row.option.name == top.option.name and _as_good(row, top)]
-    return min(as_good, key=lambda row: row.weight_bytes)
+    """The answer among those fast enough; None when there is none."""
+    return next(iter(best_per_model(rows, least_decode)), None)
 
 
-def _as_good(row: Rated, best: Rated) -> bool:
-    return row.expected_loss <= best.expected_loss + NEGLIGIBLE
-
-
-def best_per_model(rows: Sequence[Rated], least_decode: float) -> list[Rated]:
-    """Per model its best level that is fast enough, the least expected loss first."""
+def best_per_model(rows: Iterable[Rated], least_decode: float) -> list[Rated]:
+    """Per model the smallest level that is as good as its best one, of those fast enough; the most able first."""
     models: dict[str, list[Rated]] = {}
     for row in rows:
-        models.setdefault(row.option.name, []).append(row)
-    found = [best_of(levels, least_decode) for levels in models.values()]
-    return sorted((row for row in found if row), key=lambda row: (row.expected_loss, row.option.name))
+        if row.decode >= least_decode:
+            models.setdefault(row.option.name, []).append(row)
+    found = [_smallest_as_good(levels) for levels in models.values()]
+    return sorted(found, key=lambda row: (row.expected_loss, row.option.name))
+
+
+def _smallest_as_good(levels: Sequence[Rated]) -> Rated:
+    most = min(row.expected_loss for row in levels) + NEGLIGIBLE
+    return min((row for row in levels if row.expected_loss <= most), key=lambda row: row.weight_bytes)
 
 
 def alternatives(
@@ -222,8 +219,9 @@ def reasons(
     room = f"{human_bytes(ram)} of RAM" + (f" and {human_bytes(vram)} on the GPU" if vram else "")
     placement, decode = answer.option.placement, answer.option.speed.decode
     found = [
-        f"It needs {human_bytes(placement.total_bytes)}, {_where(answer, machine)}; {room} are left for a model when the system and "
-        f"other programs keep {human_bytes(reserve)} of {human_bytes(machine.ram_total)} (--reserve changes it)",
+        f"It needs {human_bytes(placement.total_bytes)}, {_where(answer, machine)}; {room} are left for a model when "
+        f"the system and other programs keep {human_bytes(reserve)} of {human_bytes(machine.ram_total)} "
+        "(--reserve changes it)",
         _level_reason(answer),
     ]
     table = best_per_model(rows, least_decode)
@@ -231,19 +229,20 @@ def reasons(
     if larger:
         rival = max(larger, key=lambda row: row.effective)
         found.append(
-            f"{rival.short_name} is larger and fits, too, at {rival.option.level}: that is expected to cost {cost_words(rival.cost)}, "
-            "more than its size is worth"
+            f"{rival.short_name} is larger and fits, too, at {rival.option.level}: that is expected to cost "
+            f"{cost_words(rival.cost)}, more than its size is worth"
         )
     equals = [row for row in table if row.option.name != answer.option.name]
     near = [row for row in equals if row.expected_loss <= answer.expected_loss + INDISTINCT]
     if near:
         names = ", ".join(f"{row.short_name} at {row.option.level}" for row in near[:3])
         found.append(
-            f"As able, as far as size, age and level can tell: {names}. Training and task are not part of this ranking: try two"
+            f"As able, as far as size, age and level can tell: {names}. Training and task are not part of this "
+            "ranking: try two"
         )
     found.append(
-        f"About {human_rate(decode.value)} tokens/s ({human_rate(decode.low)} to {human_rate(decode.high)}, {decode.label}); at least "
-        f"{least_decode:g} were wanted for {use.name}: {use.why}"
+        f"About {human_rate(decode.value)} tokens/s ({human_rate(decode.low)} to {human_rate(decode.high)}, "
+        f"{decode.label}); at least {least_decode:g} were wanted for {use.name}: {use.why}"
     )
     return tuple(found)
 

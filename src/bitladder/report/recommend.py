@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from bitladder.plan.quality import LevelCost
-from bitladder.plan.recommend import LONG_CTX, Rated, Recommendation, cost_words
+from bitladder.plan.recommend import Rated, Recommendation, cost_words
 from bitladder.records.plan import Place
 from bitladder.report.columns import Column, fitted_table
 from bitladder.report.terminal import terminal_console
@@ -64,7 +64,9 @@ def print_recommendation(
         out.print(Text(sentence))
     if found.answer:
         name = found.answer.short_name
-        out.print(Text(f'Next: bitladder search "{name} gguf", then bitladder pull hf:ORG/NAME:{found.answer.option.level}'))
+        out.print(
+            Text(f'Next: bitladder search "{name} gguf", then bitladder pull hf:ORG/NAME:{found.answer.option.level}')
+        )
 
 
 def headline(found: Recommendation) -> str:
@@ -78,11 +80,11 @@ def headline(found: Recommendation) -> str:
 
 
 def _in_words(row: Rated) -> str:
-    placement = row.option.placement
-    where = {Place.SPLIT: ", partly offloaded to the GPU", Place.EXPERTS_IN_RAM: ", its experts partly in RAM"}.get(placement.kind, "")
+    option = row.option
+    where = {Place.SPLIT: ", partly offloaded to the GPU", Place.EXPERTS_IN_RAM: ", its experts partly in RAM"}
     return (
-        f"{row.short_name} at {row.option.level}, {row.weight_bytes / 1e9:.1f} GB, about {human_rate(row.decode)} tokens/s{where} "
-        f"(licence {row.option.licence})."
+        f"{row.short_name} at {option.level}, {row.weight_bytes / 1e9:.1f} GB, about {human_rate(row.decode)} tokens/s"
+        f"{where.get(option.placement.kind, '')} (licence {option.licence})."
     )
 
 
@@ -120,9 +122,6 @@ def _footer(found: Recommendation, shown: int, left_out: Sequence[str]) -> str:
     narrow = f" Left out for width: {', '.join(left_out)}." if left_out else ""
     return (
         "GB: what is downloaded. tokens/s: expected when answering, at the middle of its range; below "
-        f"{found.least_decode:g} a level is not shown. loss: how much the level is expected to raise perplexity, from published "
-        f"measurements of other models.{rest}{narrow}"
+        f"{found.least_decode:g} a level is not shown. loss: how much the level is expected to raise perplexity, from "
+        f"published measurements of other models.{rest}{narrow}"
     )
-
-
-__all__ = ["COLUMNS", "LONG_CTX", "headline", "print_recommendation"]

@@ -20,7 +20,6 @@ from bitladder.visible import console as visible_console
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
     from bitladder.records.search import LadderOutcome
 
@@ -92,13 +91,17 @@ PLAN_COLUMNS: tuple[Column[LevelPlan], ...] = (
     Column("in memory", lambda row: human_bytes(row.total_bytes), 2),
     Column("tokens/s", lambda row: _expected(row.speed), 0),
     Column(
-        "fits", lambda row: "yes" if row.fits else "no", 0, right=False, style=lambda row: "green" if row.fits else "red"
+        "fits",
+        lambda row: "yes" if row.fits else "no",
+        0,
+        right=False,
+        style=lambda row: "green" if row.fits else "red",
     ),
     Column("why", lambda row: row.reason, 7, right=False, wraps=True),
 )
 PLAN_HEADS = {
     "bpw": "bpw: bits per weight, scales included.",
-    "on label": "on label: share of the weights that have the type in the level's name; the rest fell back or got more bits.",
+    "on label": "on label: weights that have the type in the level's name; the rest fell back or got more bits.",
     "KV cache": "KV cache: what the context takes.",
     "in memory": "in memory: weights, cache and buffers.",
     "tokens/s": "tokens/s: expected when answering.",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from bitladder.stages.plan import PlanRequest
@@ -22,7 +22,7 @@ class RecommendRequest:
     """What one wants to do, and where."""
 
     use: str = "chat"
-    run: PlanRequest = PlanRequest()
+    run: PlanRequest = field(default_factory=PlanRequest)
     """Context (None: the use's), requests at once, type of the cache, machine."""
     reserve: int | None = None
     """Bytes for the system and other programs; None: as a person would leave."""
@@ -65,7 +65,9 @@ def recommend(request: RecommendRequest) -> Recommended:
     rows = policy.rate_all(candidates, machine, rates, wish, use, published)
     answer = policy.best_of(rows, least)
     long_wish = replace(wish, n_ctx=policy.LONG_CTX)
-    long_rows = policy.rate_all(candidates, machine, rates, long_wish, use, published) if wish.n_ctx < policy.LONG_CTX else []
+    long_rows = (
+        policy.rate_all(candidates, machine, rates, long_wish, use, published) if wish.n_ctx < policy.LONG_CTX else []
+    )
     table = policy.best_per_model(rows, least)
     found = policy.Recommendation(
         machine=request.run.machine or f"this machine ({here.summary})",
