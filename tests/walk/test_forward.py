@@ -30,6 +30,7 @@ from bitladder.stages.feedback import write_with_feedback
 from bitladder.stages.fidelity import Candidate, file_candidate, folder_candidate, made_candidates, walk
 from bitladder.stages.forecast import largest_layer, walking_need
 from bitladder.stages.imatrix import importance_matrix
+from bitladder.stages.job import Work, opened
 from bitladder.stages.model_route import route_of
 from bitladder.stages.sensitivity import weigh
 from bitladder.walk import discovered
@@ -368,8 +369,8 @@ def test_what_one_way_gathers_is_not_taken_for_anothers(made, tmp_path, monkeypa
     text = [Document("text", "words")]
     kept = {}
     for path in (gguf, alone, known):
-        with GgufFile.open(path) as source:
-            kept[route_of(source)] = importance_file(source, text)
+        with opened(str(path), Work(threads=1)) as job:
+            kept[route_of(job.source)] = importance_file(job, text)
     assert set(kept) == {Route.DERIVED, Route.ENGINE, Route.WALK}
     assert len(set(kept.values())) == 3
 
