@@ -116,7 +116,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             **_MLA, **_MOE, **_FOUR, "q_lora_rank": None, "num_experts": 8, "num_shared_experts": 1,
             "num_experts_per_token": 2,
             "linear_attn_config": {
-                "full_attn_layers": [4], "kda_layers": [1, 2, 3], "head_dim": 16, "num_heads": 4,
+                "full_attn_layers": [4], "kda_layers": [1, 2, 3], "head_dim": 16, "num_heads": 8,
                 "short_conv_kernel_size": 4,
             },
         },
@@ -218,7 +218,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "text_config": {
                 **_BASE, **_HEAD, "rope_scaling": {"rope_type": "default", "mrope_section": [4, 2, 2]},
-                "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+                "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "tie_word_embeddings": False,
             },
             "vision_config": {
                 **_SIGHT, "depth": 1, "num_heads": 2, "out_hidden_size": 64, "deepstack_visual_indexes": [0],
@@ -275,13 +275,6 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "granitemoeshared", {"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 32}
     ),
     "minicpm3": ("minicpm3", {**_MLA, "dim_model_base": 32}),
-    "mimo_v2_flash": (
-        "mimo_v2_flash",
-        {
-            **_HEAD, **_FOUR, **_MOE, "v_head_dim": 16, "sliding_window": 128,
-            "layer_types": [_FAR, _NEAR, _NEAR, _FAR], "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
-        },
-    ),
     "apertus": ("apertus", {}),
     "arcee": ("arcee", _HEAD),
     "bamba": ("bamba", {**_MAMBA, **_FOUR, "attn_layer_indices": [2]}),
@@ -297,21 +290,23 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "jais2": ("jais2", _HEAD),
     "nemotron": ("nemotron", _HEAD),
     "stablelm": ("stablelm", {}),
-    "phi": ("phi", {}),
+    "phi": ("phi", {"num_key_value_heads": 4}),
     "falcon": ("falcon", {"ffn_hidden_size": 128, "new_decoder_architecture": True, "num_kv_heads": 2}),
-    "gpt_neox": ("gpt_neox", {"intermediate_size": 128}),
-    "gpt2": ("gpt2", {"n_positions": 512}),
-    "gpt_bigcode": ("gpt_bigcode", {"n_positions": 512}),
+    "gpt_neox": ("gpt_neox", {"intermediate_size": 128, "num_key_value_heads": None}),
+    "gpt2": ("gpt2", {"n_positions": 512, "num_key_value_heads": None}),
+    "gpt_bigcode": ("gpt_bigcode", {"n_positions": 512, "num_key_value_heads": None}),
 }  # fmt: skip
 """Name -> transformers' model type, and what its configuration has beside or instead of ``_BASE``."""
 
 
 HUB_KEYS: dict[str, dict[str, Any]] = {
     "cohere2": {"rotary_pct": 1.0},
+    "gpt2": {"n_ctx": 512},
+    "gpt_neox": {"rotary_pct": 0.25},
     "granitemoehybrid": {"layer_types": ["mamba", "mamba", "attention", "mamba"]},
     "kimi_linear": {"moe_router_activation_func": "sigmoid"},
     "minimax_m2": {"scoring_func": "sigmoid"},
-    "nemotron_h": {"hybrid_override_pattern": "M*-M", "layers_block_type": None, "num_experts_per_tok": None},
+    "nemotron_h": {"hybrid_override_pattern": "M*-M", "layers_block_type": None},
     "nemotron_h_moe": {"hybrid_override_pattern": "M*EM", "layers_block_type": None},
 }
 """What the hub's config.json has and transformers leaves out, or words otherwise, when it saves one; converters ask for

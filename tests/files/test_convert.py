@@ -293,7 +293,7 @@ def test_families_of_late_years(tmp_path, demo_gguf, family, architecture):
 @pytest.mark.model
 @pytest.mark.parametrize("architecture", ["nemotron_h", "nemotron_h_moe"])
 def test_a_model_without_experts_is_no_mixture(tmp_path, demo_gguf, architecture):
-    """transformers has a number of experts for both by default; config.json of the first has none."""
+    """transformers has a number of experts for both, and writes it; and has no word for lists of layers as released."""
     folder = tmp_path / architecture
     folder.mkdir()
     write_checkpoint(architecture, folder, write_tokenizer(folder, demo_gguf))

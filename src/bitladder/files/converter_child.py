@@ -21,7 +21,6 @@ import contextlib
 import ctypes
 import json
 import os
-import re
 import resource
 import signal
 import site
@@ -41,8 +40,6 @@ CHANGING_EVENTS = (
     "shutil.rmtree", "shutil.move",
 )  # fmt: skip
 """Events whose paths must lie in the work folder."""
-_LAYERS = re.compile("layer|pattern|block_type")
-"""Keys of a configuration that may list kinds of layers."""
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
@@ -210,10 +207,11 @@ def _convert(job: ChildJob) -> None:
 
 
 def _keep_to_config(stage: Path) -> None:
-    """Let the converter see what config.json says of layers and experts.
+    """Let the converter see all that config.json says, and no experts where there are none.
 
-    It reads config.json through transformers, which leaves out lists of layers in the words of a release, and adds
-    numbers of experts by default; some classes then take a dense model for a mixture (NemotronHModel).
+    It reads config.json through transformers, which leaves out keys that it has in other words now (NemotronHModel and
+    GPTNeoXModel ask for them), and adds numbers of experts by default, by which a dense model is taken for a mixture
+    (NemotronHModel).
     """
     from conversion.base import ModelBase  # type: ignore[import-not-found]
 
@@ -236,13 +234,15 @@ def _tensor_names(path: Path) -> list[str]:
 
 
 def _as_written(config: dict[str, Any], written: dict[str, Any], *, mixture: bool) -> dict[str, Any]:
-    """A configuration without numbers of experts that are not written, with lists of layers that are."""
-    lists = {key: value for key, value in written.items() if _LAYERS.search(key) and isinstance(value, (str, list))}
-    own = {key: value for key, value in config.items() if mixture or key in written or "expert" not in str(key)}
-    text, text_written = own.get("text_config"), written.get("text_config")
+    """A configuration with all keys that are written; without numbers of experts for a model that is no mixture."""
+    whole = {**written, **config}
+    text, text_written = whole.get("text_config"), written.get("text_config")
     if isinstance(text, dict) and isinstance(text_written, dict):
-        own["text_config"] = _as_written(text, text_written, mixture=mixture)
-    return {**lists, **own}
+        whole["text_config"] = _as_written(text, text_written, mixture=mixture)
+    counts = (
+        () if mixture else [key for key, value in whole.items() if "expert" in str(key) and value not in (None, 0, 1)]
+    )
+    return {key: value for key, value in whole.items() if key not in counts}
 
 
 def _asks_for_mtp(stage: Path) -> bool:
