@@ -19,6 +19,7 @@ from bitladder.files import staging
 from bitladder.files.checkpoint import read_checkpoint
 from bitladder.files.companions import companions_of_folder, companions_of_gguf, tokenizer_differences
 from bitladder.files.converter import Converter
+from bitladder.files.gguf import read_header
 from bitladder.files.gguf_header import read_file_header
 from bitladder.files.sources import resolve
 from engine_model import write_engine_model
@@ -409,9 +410,9 @@ def test_the_attack_end_to_end(tmp_path, monkeypatch, way):
     trace = tmp_path / "PWNED"
     (folder / "evil.py").write_text(EVIL.replace("'PWNED'", repr(str(trace))))
     plant(folder, way)
-    with pytest.raises(BadInput) as raised:
-        resolve(str(folder))
-    assert "failed on model" in str(raised.value)
+    source = resolve(str(folder))
+    assert source.unread_tokenizer, "the planted code is the only tokenizer that there is"
+    assert not [key for key in read_header(source.path).metadata if key.startswith("tokenizer.")]
     assert not trace.exists()
 
 
