@@ -74,9 +74,10 @@ def _differences(files: list[Path]) -> str:
     """How far the two importance matrices are apart, channel by channel."""
     engine, walk = (read_imatrix(_kept(f"importance, {way}", files)) for way in ("engine", "walk"))
     counts = all(np.array_equal(engine.counts[name], own) for name, own in walk.counts.items())
-    apart = [
-        np.abs(engine.mean_squares[name] / own - 1).ravel() for name, own in walk.mean_squares.items() if own.all()
-    ]
+    apart = []
+    for name, own in walk.mean_squares.items():
+        seen = own > 0.01 * own.mean()
+        apart.append(np.abs(engine.mean_squares[name][seen] / own[seen] - 1))
     every = np.concatenate(apart)
     return (
         f"importance of {len(apart)} tensors, {every.size} channels: apart by {np.median(every):.2%} at the median, "

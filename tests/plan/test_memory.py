@@ -148,6 +148,30 @@ REPORTED_RECURRENT = [
 ]
 
 
+def delta_net(wide, keys, values, size, architecture="qwen35", n_ff=256):
+    """A model with gated delta nets: heads of keys and of values, and the size of each."""
+    dims = ModelDims(architecture, 4, wide, n_ff, 8, 2, 64, 64, 1024, 8192)
+    header = {"ssm.conv_kernel": 4, "ssm.inner_size": values * size, "ssm.state_size": size, "ssm.group_count": keys,
+              "ssm.time_step_rank": values, "full_attention_interval": 4}  # fmt: skip
+    name = "ssm_ba" if architecture == "qwen3next" else "ssm_beta"
+    tensors = (TensorInfo(f"blk.0.{name}.weight", (values, wide), "F16"),)
+    return Model("d", dims, tensors, {f"{architecture}.{key}": value for key, value in header.items()})
+
+
+REPORTED_RECURRENT += [
+    (delta_net(1024, 8, 16, 128), 28.02),
+    (delta_net(2048, 8, 16, 128), 37.07),
+    (delta_net(1024, 8, 32, 128), 37.21),
+    (delta_net(1024, 16, 16, 128), 36.02),
+    (delta_net(1024, 16, 32, 128), 45.21),
+    (delta_net(1024, 16, 32, 64), 27.52),
+    (delta_net(2048, 16, 32, 128), 55.02),
+    (delta_net(1024, 4, 8, 128), 19.05),
+    (delta_net(1024, 8, 16, 128, n_ff=3072), 29.02),
+    (delta_net(1024, 8, 16, 128, "qwen3next"), 34.02),
+]
+
+
 @pytest.mark.parametrize(("model", "compute"), REPORTED_RECURRENT)
 def test_what_the_engine_reported_for_layers_with_states(model, compute):
     """Which tensors lie in holes that others left is the allocator's: an eighth more at most, and never less."""

@@ -138,7 +138,7 @@ def test_want_of_memory_is_no_refusal(checkpoint, monkeypatch):
         job.tokens(TEXTS)
 
 
-@pytest.fixture(scope="module", params=["llama", "glm4_moe"])
+@pytest.fixture(scope="module", params=["llama", pytest.param("glm4_moe", marks=pytest.mark.slow)])
 def unread(request, tmp_path_factory, demo_gguf) -> Path:
     """A checkpoint whose tokenizer llama.cpp's converter does not know: another rule of splitting text; one without the
     tokens that its class asks for."""

@@ -95,8 +95,8 @@ def _check_gap(label: str, config: Mapping[str, Any], tensors: Sequence[Stored])
     for tensor in tensors:
         number = layer_number(tensor.name)
         if number is not None:
-            own = tensor.name.partition(f".{number}.")[2]
-            stacks.setdefault(_stack(tensor.name), {}).setdefault(number, set()).add(own)
+            within = tensor.name.partition(f".{number}.")[2]
+            stacks.setdefault(_stack(tensor.name), {}).setdefault(number, set()).add(within)
     for layers in stacks.values():
         held = Counter(name for own in layers.values() for name in own)
         nearly = {name for name, count in held.items() if count == len(layers) - 1}

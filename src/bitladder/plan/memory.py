@@ -10,11 +10,13 @@ inputs; in 32-bit floats):
                        (2 F_e < D)
     attention          T (3 q + 3 D + 2 kv)
     latent attention   T (H (2 kv_rank + nope + 3 rope) + 5 D)
-    recurrent states   T (5 I + 3 B + 2 R + 4 D + min(D, I / 2)) + 2 N I S, and T D more where the layer attends, too
+    Mamba 2            T (5 I + 3 B + 2 R + 4 D + min(D, I / 2)) + 2 N I S, and T D more where the layer attends, too
+    gated delta net    T (2 I + 2 B + 4 R + 5 D) + N I S, and 3 T D more where two projections are one matrix
     in addition        a mask of 16-bit floats: T times the cells a sequence sees, once per kind of cache
 
-Source: fitted to what llama.cpp's allocator reports (build 11549, flash attention on) for 60 shapes of 12 families; it
-is exact to the report's rounding for all but small feed-forwards. benchmarks/memory_prediction.py measures it.
+Source: fitted to what llama.cpp's allocator reports (build 11549, flash attention on) for 90 shapes of 15 families; it
+is exact to the report's rounding for all but small feed-forwards and layers with states, where it is some percent more.
+benchmarks/memory_prediction.py measures it.
 """
 
 from __future__ import annotations
@@ -94,14 +96,18 @@ def _gated(model: Model) -> bool:
 
 
 def _recurrent_moment(model: Model, tokens: int, n_seq: int) -> int:
-    """Floats while a state space layer (Mamba 2) scans its tokens; 0 for models without one."""
+    """Floats while a layer with states takes in its tokens; 0 for models without one of a known kind."""
     dims = model.dims
     keys = HeaderKeys(model.metadata, dims.architecture)
     inner, rank = keys.number("ssm.inner_size", 0), keys.number("ssm.time_step_rank", 0)
     size, groups = keys.number("ssm.state_size", 0), keys.number("ssm.group_count", 0)
-    if not inner or not any(tensor.name.endswith(".ssm_in.weight") for tensor in model.tensors):
-        return 0
+    parts = {tensor.name.rpartition("ssm_")[2] for tensor in model.tensors if ".ssm_" in tensor.name}
     wide = dims.n_embd
-    floats = 5 * inner + 6 * size * groups + 2 * rank + 4 * wide + min(wide, inner // 2)
-    floats += wide if family_of(dims.architecture).states.beside_attention else 0
-    return tokens * floats + 2 * size * inner * n_seq
+    if parts & {"ba.weight", "beta.weight"}:
+        floats = 2 * inner + 4 * size * groups + 4 * rank + (8 if "ba.weight" in parts else 5) * wide
+        return tokens * floats + size * inner * n_seq
+    if "in.weight" in parts and inner:
+        floats = 5 * inner + 6 * size * groups + 2 * rank + 4 * wide + min(wide, inner // 2)
+        floats += wide if family_of(dims.architecture).states.beside_attention else 0
+        return tokens * floats + 2 * size * inner * n_seq
+    return 0

@@ -36,8 +36,12 @@ def refusal_of(source: GgufFile) -> str:
     """Why the engine does not load a file, in its words; empty where it does. It is tried where nothing is noted.
 
     Raises:
-        EngineError: that cannot be found out: no engine is installed, or it ended for want of memory or time.
+        EngineError: that cannot be found out: it ended for want of memory or time.
     """
+    from bitladder.files.engine_package import ENGINE, engine_version
+
+    if not engine_version():
+        return f"{ENGINE} is not installed"
     noted = _noted(source)
     if noted is None:
         try:

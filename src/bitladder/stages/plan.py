@@ -112,6 +112,7 @@ def plan_model(
     from bitladder.files.describe_source import describe
     from bitladder.formats.recipes import RECIPES
     from bitladder.levels import LADDER, RecipeLevel
+    from bitladder.plan.abilities import Route
     from bitladder.plan.cost import checkpoint_levels
     from bitladder.plan.ladder import make_plan, usable_context
     from bitladder.plan.launch import LAUNCHED
@@ -138,6 +139,9 @@ def plan_model(
         runs={RecipeLevel(level): speed for level, speed in runs.items() if level in RECIPES},
     )
     made = _fast_enough(made, least_decode)
+    able = _abilities(found)
+    files = whole or all(one.way is not Route.NONE for one in able if one.what == "K-quants")
+    advice = _advice(found.model, wanted, made, engine, machine, wish) if files else (None, ())
     return ModelPlan(
         made,
         found.exact,
@@ -145,9 +149,9 @@ def plan_model(
         found.offers,
         _pair(found.model, pair, machine, wish) if pair else None,
         _launch(found, model, wanted, made, engine, machine, wish) if engine else None,
-        *_advice(found.model, wanted, made, engine, machine, wish),
+        *advice,
         basis=found.basis.value,
-        abilities=_abilities(found),
+        abilities=able,
     )
 
 
