@@ -135,7 +135,7 @@ def _limits(options: RecipeOptions) -> list[str]:
     if options.to.lower() not in (GGUF, VLLM):
         raise UsageError(
             f"Recipes are not made for '{options.to}'.",
-            do="Give --to gguf (llama.cpp, Ollama, LM Studio) or --to vllm (vLLM, SGLang, transformers).",
+            do="Give --to gguf (llama.cpp, Ollama, LM Studio) or --to vllm (vLLM, transformers).",
         )
     if options.schemes is not None and options.to.lower() != VLLM:
         raise UsageError("--schemes are of checkpoints.", do="Give --to vllm, too, or leave it out.")

@@ -209,16 +209,23 @@ def _advice(
     model: Model, levels: Sequence[Level], plan: Plan, engine: str | None, machine: Machine, wish: Usage
 ) -> tuple[Advice | None, tuple[str, ...]]:
     """The format for the largest level that fits, and what would be slow about it; nothing where nothing fits."""
+    from bitladder.files.kernel_table import kernel_table
     from bitladder.plan.advice import Situation, advise
     from bitladder.plan.cost import level_size
+    from bitladder.plan.kernels import devices_of, kernel_warnings
     from bitladder.plan.placement import place
 
     level = _largest(levels, plan)
     if level is None:
         return None, ()
     placement = place(model, level_size(model, level).by_part, machine, wish)
+    known = [device for device in devices_of(machine) if device.capability]
+    weakest = min(known, key=lambda device: device.capability, default=None)
     advice = advise(Situation(machine, placement, engine or "", wish.n_seq))
-    return advice, tuple(level.slow_paths(engine or "", has_gpu=bool(machine.gpus), cpu_features=machine.features))
+    slow = level.slow_paths(engine or "", has_gpu=bool(machine.gpus), cpu_features=machine.features)
+    if weakest is not None:
+        slow += kernel_warnings(kernel_table(), levels, weakest, engine or "")
+    return advice, tuple(slow)
 
 
 def _launch(

@@ -98,6 +98,11 @@ class FolderFormat(ABC):
         return CHECKPOINT_ENGINES
 
     @property
+    def kernels(self) -> tuple[str, ...]:
+        """The schemes of ``data/kernels.yaml`` that an engine needs kernels for."""
+        return (self.layout,)
+
+    @property
     @abstractmethod
     def layout(self) -> str:
         """What readers call it."""

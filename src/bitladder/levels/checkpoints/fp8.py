@@ -59,6 +59,7 @@ class Fp8(CheckpointFormat):
     model_dtype: ClassVar[frozenset[str]] = frozenset({"weight_scale"})
     byte_types: ClassVar[Mapping[str, str]] = {"weight": "float8_e4m3fn"}
     layout: ClassVar[str] = "float-quantized"
+    kernels: ClassVar[tuple[str, ...]] = ("FP8",)
     bpw: ClassVar[float] = 8.0
     stand_in: ClassVar[str] = "Q8_0"
 

@@ -127,6 +127,11 @@ class Mixed(FolderFormat):
         return hashlib.sha256(said.encode()).hexdigest() if self.groups else ""
 
     @property
+    def kernels(self) -> tuple[str, ...]:
+        """Those of all its schemes; of a level without any yet, none are known."""
+        return tuple(dict.fromkeys(one for group in self.groups for one in group.form.kernels))
+
+    @property
     def reads_peaks(self) -> bool:
         """Where a scheme does."""
         return any(group.form.reads_peaks for group in self.groups)

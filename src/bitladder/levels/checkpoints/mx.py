@@ -96,6 +96,11 @@ class Microscaled(CheckpointFormat):
         return self._weights | {"dynamic": True, "observer": None} if self.inputs else None
 
     @property
+    def kernels(self) -> tuple[str, ...]:
+        """Its own."""
+        return (self.scheme,)
+
+    @property
     def scheme(self) -> str:
         """``MXFP4``, ``MXFP8A16``."""
         return f"MXFP{self.bits}" + ("" if self.inputs else "A16")
