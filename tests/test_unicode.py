@@ -112,7 +112,11 @@ def steps(before, after):
 
 
 def test_changes():
-    assert steps("a b c".split(), "a x c".split()) == [("equal", ["a"], ["a"]), ("replace", ["b"], ["x"]), ("equal", ["c"], ["c"])]
+    assert steps(["a", "b", "c"], ["a", "x", "c"]) == [
+        ("equal", ["a"], ["a"]),
+        ("replace", ["b"], ["x"]),
+        ("equal", ["c"], ["c"]),
+    ]
     assert steps(["a", "a"], ["a"]) == [("equal", ["a"], ["a"]), ("delete", ["a"], [])]
     assert steps([], []) == []
     assert [kind for kind, *_ in steps(["é"], ["e\u0301"])] == ["equal"]

@@ -121,7 +121,10 @@ def test_the_reason_names_what_is_missing(kind, value, text, detail):
 
 
 TREE = {"$defs": {"t": {"type": "object", "properties": {"c": {"$ref": "#/$defs/t"}}}}, "$ref": "#/$defs/t"}
-DOUBLING = {"$defs": {f"d{n}": {"allOf": [{"$ref": f"#/$defs/d{n + 1}"}] * 2} for n in range(40)} | {"d40": {}}, "$ref": "#/$defs/d0"}
+DOUBLING = {
+    "$defs": {f"d{n}": {"allOf": [{"$ref": f"#/$defs/d{n + 1}"}] * 2} for n in range(40)} | {"d40": {}},
+    "$ref": "#/$defs/d0",
+}
 HOSTILE = {
     "an ordinary pattern": ("regex", r"^(\w+\s?)+\.$", "yes " * 40),
     "a pattern of the attack": ("regex", "^(a+)+$", "a" * 5000 + "!"),
@@ -187,7 +190,9 @@ def test_two_fences_are_no_single_answer():
 @given(st.text("abcd .,'\n", max_size=60), st.text("abcd .,'\n", max_size=60))
 @settings(deadline=None, max_examples=60)
 def test_rouge_l_is_that_of_the_library_where_both_read_the_text(one, other):
-    scorer = pytest.importorskip("rouge_score.rouge_scorer", reason="needs the package rouge-score").RougeScorer(["rougeL"])
+    scorer = pytest.importorskip("rouge_score.rouge_scorer", reason="needs the package rouge-score").RougeScorer(
+        ["rougeL"]
+    )
     assert rouge_l(one, other) == pytest.approx(scorer.score(other, one)["rougeL"].fmeasure)
 
 

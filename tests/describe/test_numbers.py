@@ -51,7 +51,26 @@ def test_signs_by_locale(locale, value, text):
     assert numbers(text, locale)[-1] == pytest.approx(value, rel=1e-12)
 
 
-@pytest.mark.parametrize("text", ["", "none", "version 1.2.3", "192.168.0.1", "24.12.2024", "five", "½".replace("½", "half"), "...", "m²", "Ⅷ", "٫", "x^", "inf", "NaN", "-"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "none",
+        "version 1.2.3",
+        "192.168.0.1",
+        "24.12.2024",
+        "five",
+        "½".replace("½", "half"),
+        "...",
+        "m²",
+        "Ⅷ",
+        "٫",
+        "x^",
+        "inf",
+        "NaN",
+        "-",
+    ],
+)
 def test_no_numbers(text):
     assert numbers(text) == []
 

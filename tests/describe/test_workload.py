@@ -88,7 +88,10 @@ FAULTS = {
     "no inputs": ("name: x\n", "line 1: a workload needs a list 'inputs' with at least one input"),
     "empty file": ("", "line 1: a workload needs a list 'inputs'"),
     "broken yaml": ("inputs:\n  - prompt: 'a\n", "line 3: this is no YAML: found unexpected end of stream"),
-    "colon in a text": ("inputs:\n  - prompt: a: b\n", "line 2: this is no YAML: mapping values are not allowed in this context"),
+    "colon in a text": (
+        "inputs:\n  - prompt: a: b\n",
+        "line 2: this is no YAML: mapping values are not allowed in this context",
+    ),
     "unknown top field": (INPUT + "inptus: 3\n", "line 4: there is no field 'inptus' here.\nDid you mean 'inputs'?"),
     "unknown input field": (
         "inputs:\n  - prompt: p\n    expct: {exact: a}\n",
@@ -221,11 +224,19 @@ def test_texts_may_hold_what_other_tools_take_for_ends_of_lines(kind):
 
 
 def test_json_documents_name_lines_too():
-    text = json.dumps({"inputs": [{"prompt": "\ud83d\ude00 /", "expect": {"exact": "a"}}, {"prompt": "p", "expect": {"number": "x"}}]}, indent="\t")
+    text = json.dumps(
+        {
+            "inputs": [
+                {"prompt": "\ud83d\ude00 /", "expect": {"exact": "a"}},
+                {"prompt": "p", "expect": {"number": "x"}},
+            ]
+        },
+        indent="\t",
+    )
     with pytest.raises(BadWorkload, match=r"w\.yaml, line 12: number field 'value' needs a number, got 'x'"):
         parse(text, json=True)
     with pytest.raises(BadWorkload, match=r"line 2: this is no JSON: Expecting property name"):
-        parse('{\n  a: 1}', json=True)
+        parse("{\n  a: 1}", json=True)
     with pytest.raises(BadWorkload, match="stands here twice"):
         parse('{"inputs": [], "inputs": []}', json=True)
 

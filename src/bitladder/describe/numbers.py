@@ -181,7 +181,8 @@ _POWER = re.compile(_POWER_OF)
 _WORD = re.compile(r"[ \u00a0\u202f-]?([^\W\d_]{2,12})(?![^\W\d_])")
 _FREE_LETTERS = re.compile(r"(?:^|[^A-Za-z])(?:USD|EUR|GBP|CHF|JPY|CNY|INR|AUD|CAD|US|R|RM)$|\d[x×]$")
 _SIGN = re.compile(
-    rf"(?P<left>\S?)(?P<space>\s*)(?:[{_MINUS}](?P<gap>[ \u00a0]?)|\b(?:minus|negative)(?P<word> ))[$€£¥₹]?$", re.IGNORECASE
+    rf"(?P<left>\S?)(?P<space>\s*)(?:[{_MINUS}](?P<gap>[ \u00a0]?)|\b(?:minus|negative)(?P<word> ))[$€£¥₹]?$",
+    re.IGNORECASE,
 )
 
 

@@ -117,7 +117,9 @@ class _Translation:
             if test.get(name):
                 self.made.remark(f"'{name}' of tests is not imported")
         if test.get("threshold") not in (None, 1):
-            raise self.fault("'threshold' of a test has no counterpart here: all criteria must hold.", *path, "threshold")
+            raise self.fault(
+                "'threshold' of a test has no counterpart here: all criteria must hold.", *path, "threshold"
+            )
         options = test.get("options") or {}
         if not isinstance(options, dict):
             raise self.fault(f"options are a mapping, got {shortened(repr(options))}.", *path, "options")
@@ -125,7 +127,9 @@ class _Translation:
             if name == "provider":
                 self.made.remark("the provider that grades is not imported: name a judge with --judge")
             elif value not in (None, False, "", {}, []):
-                raise self.fault(f"the option '{shortened(name)}' of a test has no counterpart here.", *path, "options", name)
+                raise self.fault(
+                    f"the option '{shortened(name)}' of a test has no counterpart here.", *path, "options", name
+                )
 
     def _prompt(self, prompt: Any, prompts: Any) -> Iterator[tuple[str, dict[str, Any]]]:
         """The fields of an input that a prompt makes, with its label; a text file may hold several prompts."""
@@ -145,7 +149,11 @@ class _Translation:
 
     def _prompts_in(self, name: str, path: Where) -> list[str]:
         text = self._file(name, path, (".txt", ".md", ".json"))
-        return [text] if name.endswith(".json") else [one.strip() for one in re.split(r"(?m)^---\s*$", text) if one.strip()]
+        return (
+            [text]
+            if name.endswith(".json")
+            else [one.strip() for one in re.split(r"(?m)^---\s*$", text) if one.strip()]
+        )
 
     def _file(self, name: str, path: Where, kinds: tuple[str, ...]) -> str:
         place = name.removeprefix("file://")
@@ -170,17 +178,26 @@ class _Translation:
             plain = read_yaml(text).plain
         if plain is None:
             return {"prompt": text}
-        if not isinstance(plain, list) or not all(isinstance(one, dict) and set(one) == {"role", "content"} for one in plain):
+        if not isinstance(plain, list) or not all(
+            isinstance(one, dict) and set(one) == {"role", "content"} for one in plain
+        ):
             raise self.fault("a prompt in JSON is a list of messages with 'role' and 'content' here.", *path)
         return {"messages": plain}
 
     def _check_markup(self, text: str, path: Where) -> None:
         for match in _MARKUP.finditer(text):
             if not _VARIABLE.fullmatch(match[0]):
-                raise self.fault(f"the template {shortened(match[0])} has no counterpart here: only {{{{name}}}} is filled.", *path)
+                raise self.fault(
+                    f"the template {shortened(match[0])} has no counterpart here: only {{{{name}}}} is filled.", *path
+                )
 
     def _test(
-        self, index: int, test: Any, default: Mapping[str, Any], prompts: list[tuple[str, dict[str, Any]]], used: dict[str, int]
+        self,
+        index: int,
+        test: Any,
+        default: Mapping[str, Any],
+        prompts: list[tuple[str, dict[str, Any]]],
+        used: dict[str, int],
     ) -> None:
         here: Where = ("tests", index)
         if not isinstance(test, dict):
@@ -188,7 +205,9 @@ class _Translation:
         self._check_test(test, *here)
         assertions = [*self._part(default, "assert", list, "defaultTest"), *self._part(test, "assert", list, *here)]
         if not assertions:
-            raise self.fault(f"test {index + 1} asserts nothing, so nothing can be judged.", *here, do="Add an assertion.")
+            raise self.fault(
+                f"test {index + 1} asserts nothing, so nothing can be judged.", *here, do="Add an assertion."
+            )
         values = {**self._part(default, "vars", dict, "defaultTest"), **self._part(test, "vars", dict, *here)}
         identity = str(test.get("description") or f"test-{index + 1}")
         combined = list(self._combinations(values, here))
@@ -210,7 +229,9 @@ class _Translation:
     def _part(self, test: Mapping[str, Any], name: str, kind: type, *path: str | int) -> Any:
         value = test.get(name)
         if value is not None and not isinstance(value, kind):
-            raise self.fault(f"'{name}' is no {'list' if kind is list else 'mapping'}: {shortened(repr(value))}.", *path, name)
+            raise self.fault(
+                f"'{name}' is no {'list' if kind is list else 'mapping'}: {shortened(repr(value))}.", *path, name
+            )
         return kind() if value is None else value
 
     def _combinations(self, values: Mapping[str, Any], here: Where) -> Iterator[tuple[dict[str, str], dict[str, str]]]:
@@ -258,7 +279,11 @@ class _Translation:
             found = f"an assertion has no counterpart here: {shortened(repr(assertion), 120)}."
             raise self.fault(found, *path, do=f"Translate it by hand or remove it. Known: {', '.join(KNOWN)}.")
         for name, value in assertion.items():
-            if name not in _ASSERTION or (name == "weight" and value != 1) or (name == "threshold" and value is not None):
+            if (
+                name not in _ASSERTION
+                or (name == "weight" and value != 1)
+                or (name == "threshold" and value is not None)
+            ):
                 raise self.fault(f"'{shortened(str(name))}' of the assertion '{kind}' has no counterpart here.", *path)
         if assertion.get("metric"):
             self.made.remark("names of metrics are not imported")
@@ -308,7 +333,9 @@ class _Translation:
 
         def fill(match: re.Match[str]) -> str:
             if match[1] not in variables:
-                raise self.fault(f"the variable '{match[1]}' of the assertion '{kind}' has no value that is a text.", *path)
+                raise self.fault(
+                    f"the variable '{match[1]}' of the assertion '{kind}' has no value that is a text.", *path
+                )
             return variables[match[1]]
 
         return _VARIABLE.sub(fill, text)

@@ -161,7 +161,13 @@ def _object_input(plain: Mapping[str, Any], line: int, made: Imported) -> dict[s
     if not all(isinstance(one, str) and one.strip() for one in answers):
         raise Fault(f"what is expected must be a text or a list of texts, got {shortened(repr(answer))}.", line)
     made.remark("what is expected became one_of: case, quotes and a final full stop do not count")
-    fields = {"messages": question} if isinstance(question, list) else _asked(question) if isinstance(question, str) else None
+    fields = (
+        {"messages": question}
+        if isinstance(question, list)
+        else _asked(question)
+        if isinstance(question, str)
+        else None
+    )
     if fields is None:
         raise Fault(f"'{asked}' is no text and no list of messages.", line)
     return kept | _literal(fields) | {"expect": {"one_of": answers}}
@@ -202,7 +208,11 @@ def _lm_eval_input(sample: Mapping[str, Any], line: int, made: Imported) -> dict
     requests = sample["arguments"]
     if isinstance(requests, dict):
         requests = [list(one.values()) if isinstance(one, dict) else one for one in requests.values()]
-    if not isinstance(requests, list) or not requests or not all(isinstance(one, Sequence) and len(one) == 2 for one in requests):
+    if (
+        not isinstance(requests, list)
+        or not requests
+        or not all(isinstance(one, Sequence) and len(one) == 2 for one in requests)
+    ):
         raise Fault("'arguments' are not requests as lm-eval writes them.", line)
     if len(requests) > 1 or isinstance(requests[0][1], str):
         raise Fault(
@@ -231,7 +241,11 @@ def _lm_eval_asked(context: str) -> dict[str, Any]:
         except ValueError:
             messages = None
         if isinstance(messages, list):
-            chat = [{name: one[name] for name in ("role", "content") if name in one} for one in messages if isinstance(one, dict)]
+            chat = [
+                {name: one[name] for name in ("role", "content") if name in one}
+                for one in messages
+                if isinstance(one, dict)
+            ]
             return _literal({"messages": chat})
     return _asked(context)
 
@@ -245,9 +259,13 @@ def _lm_eval_expected(target: Any, line: int, made: Imported) -> dict[str, Any]:
     final = [one.rsplit("####", 1)[-1].strip() for one in texts]
     values = numbers(final[0]) if len(final) == 1 and re.fullmatch(r"[-+$\d.,%\s]+", final[0]) else []
     if len(values) == 1:
-        made.remark("a target that is a number is looked for as the last number of the answer, whatever the task's filter")
+        made.remark(
+            "a target that is a number is looked for as the last number of the answer, whatever the task's filter"
+        )
         return {"number": values[0]}
     if any(len(one) > _LONGEST_TARGET for one in final):
         raise Fault(f"a target of more than {_LONGEST_TARGET} characters has no counterpart here.", line)
-    made.remark("a target that is a text is compared with the whole answer (one_of), whatever the task's filter and metric")
+    made.remark(
+        "a target that is a text is compared with the whole answer (one_of), whatever the task's filter and metric"
+    )
     return {"one_of": final}

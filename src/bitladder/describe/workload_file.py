@@ -52,6 +52,7 @@ _MOST_SHOWN = 20
 _LONGEST_PROMPT = 4_000_000
 """Characters of a message with its variables filled in: a few lines can ask for one file a thousand times."""
 
+
 class _Document:
     """A parsed file: plain values with the line of each, and the faults found so far."""
 
@@ -163,9 +164,7 @@ def workload_of(read: Read, *, source: str, read_file: Callable[[str], str]) -> 
     if not isinstance(top, dict) or not isinstance(top.get("inputs"), list) or not top["inputs"]:
         if not document.faults:
             wanted = "a workload needs a list 'inputs' with at least one input."
-            document.faults.append(
-                document.fault(wanted, do="`bitladder workload new` writes one to start from.")
-            )
+            document.faults.append(document.fault(wanted, do="`bitladder workload new` writes one to start from."))
         document.check()
         raise AssertionError("faults end in an error")
     document.known(top, _TOP)
@@ -241,7 +240,9 @@ def _criteria(document: _Document, plain: Mapping[str, Any], path: Where) -> tup
             continue
         here = (*path, "expect", kind)
         before = len(document.faults)
-        parsed = document.attempt(lambda kind=kind, value=value, here=here: document.read(KINDS[kind].parse, value, *here))  # type: ignore[misc]
+        parsed = document.attempt(
+            lambda kind=kind, value=value, here=here: document.read(KINDS[kind].parse, value, *here)
+        )  # type: ignore[misc]
         if len(document.faults) == before:
             found.append(Criterion(kind, parsed, document.line(*here)))
     return tuple(found)
