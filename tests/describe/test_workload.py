@@ -198,7 +198,8 @@ def test_faults_without_end_are_counted():
 
 
 def test_every_broken_json_line_is_named():
-    text = '{"prompt": "a", "expect": {"exact": "b"}}\n{"prompt": \n{"prompt": "c", "expect": {"number": NaN}}\n{"prompt": 3}\n'
+    text = '{"prompt": "a", "expect": {"exact": "b"}}\n{"prompt": \n'
+    text += '{"prompt": "c", "expect": {"number": NaN}}\n{"prompt": 3}\n'
     with pytest.raises(BadWorkload) as caught:
         parse(text, json_lines=True)
     assert [line.split(":")[0][-1] for line in str(caught.value).splitlines()] == ["2", "3", "4", "4"]
@@ -242,10 +243,18 @@ def test_json_documents_name_lines_too():
 
 
 HALVES = [
-    {"prompt": "smile \ud83d here"}, {"id": "\udc00"}, {"tags": ["\ud83d"]}, {"system": "\ud83d"}, {"expect": {"exact": "\ud83d"}},
-    {"expect": {"json_schema": {"const": "\ud83d"}}}, {"expect": {"json_schema": {"properties": {"\ud83d": True}}}},
-    {"expect": {"regex": "\ud83d"}}, {"expect": {"set_recall": [["\ud83d"]]}}, {"variables": {"x": "\ud83d"}}, {"expect": {"judge": "\ud83d"}},
-]  # fmt: skip
+    {"prompt": "smile \ud83d here"},
+    {"id": "\udc00"},
+    {"tags": ["\ud83d"]},
+    {"system": "\ud83d"},
+    {"expect": {"exact": "\ud83d"}},
+    {"expect": {"json_schema": {"const": "\ud83d"}}},
+    {"expect": {"json_schema": {"properties": {"\ud83d": True}}}},
+    {"expect": {"regex": "\ud83d"}},
+    {"expect": {"set_recall": [["\ud83d"]]}},
+    {"variables": {"x": "\ud83d"}},
+    {"expect": {"judge": "\ud83d"}},
+]
 
 
 @pytest.mark.parametrize("change", HALVES)

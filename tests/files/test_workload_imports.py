@@ -54,19 +54,32 @@ def test_chats_in_json_keep_their_roles(tmp_path):
     chat = '[{"role": "system", "content": "Be brief"}, {"role": "user", "content": "{{x}}"}]'
     workload, _ = imported(tmp_path, config(TEA, chat))
     assert [dict(message) for message in workload.inputs[0].messages] == [
-        {"role": "system", "content": "Be brief"}, {"role": "user", "content": "tea"}
-    ]  # fmt: skip
+        {"role": "system", "content": "Be brief"},
+        {"role": "user", "content": "tea"},
+    ]
 
 
 MEANINGS = [
-    ("{type: contains, value: ing}", "a pricing", "PRICING"), ("{type: icontains, value: ING}", "a pricing", "price"), ("{type: contains, value: USA}", "USA", "usa"),
-    ("{type: contains-any, value: 'red, green'}", "green", "Red"), ("{type: contains-all, value: [a, b]}", "ab", "aB"), ("{type: not-contains, value: ing}", "ING", "pricing"),
-    ("{type: not-icontains-any, value: [x, y]}", "a", "aXb"), ("{type: icontains, value: '{{x}}'}", "TEA", "coffee"), ("{type: equals, value: 5}", "5", "5.0"),
-    ("{type: equals, value: {a: 1}}", '{"a": 1}', '{"a": 2}'), ("{type: starts-with, value: 'Yes.'}", "Yes. So", "So Yes."), ("{type: regex, value: 't.a'}", "tea", "Tea"),
-    ("{type: is-json}", "[1]", "so: [1]"), ("{type: is-json, value: '{\"type\": \"object\"}'}", "{}", "[]"), ("{type: is-json, value: {type: object}}", "{}", "[]"),
-    ("{type: contains, value: a}, {type: icontains, value: b}", "aB", "Ab"), ("{type: regex, value: a}, {type: regex, value: b}", "ba", "bb"),
-    ("{type: contains, value: a, weight: 1, metric: good}", "a", "b"), ("{type: icontains-all, value: 'A,b'}", "ba", "a"),
-]  # fmt: skip
+    ("{type: contains, value: ing}", "a pricing", "PRICING"),
+    ("{type: icontains, value: ING}", "a pricing", "price"),
+    ("{type: contains, value: USA}", "USA", "usa"),
+    ("{type: contains-any, value: 'red, green'}", "green", "Red"),
+    ("{type: contains-all, value: [a, b]}", "ab", "aB"),
+    ("{type: not-contains, value: ing}", "ING", "pricing"),
+    ("{type: not-icontains-any, value: [x, y]}", "a", "aXb"),
+    ("{type: icontains, value: '{{x}}'}", "TEA", "coffee"),
+    ("{type: equals, value: 5}", "5", "5.0"),
+    ("{type: equals, value: {a: 1}}", '{"a": 1}', '{"a": 2}'),
+    ("{type: starts-with, value: 'Yes.'}", "Yes. So", "So Yes."),
+    ("{type: regex, value: 't.a'}", "tea", "Tea"),
+    ("{type: is-json}", "[1]", "so: [1]"),
+    ('{type: is-json, value: \'{"type": "object"}\'}', "{}", "[]"),
+    ("{type: is-json, value: {type: object}}", "{}", "[]"),
+    ("{type: contains, value: a}, {type: icontains, value: b}", "aB", "Ab"),
+    ("{type: regex, value: a}, {type: regex, value: b}", "ba", "bb"),
+    ("{type: contains, value: a, weight: 1, metric: good}", "a", "b"),
+    ("{type: icontains-all, value: 'A,b'}", "ba", "a"),
+]
 
 
 @pytest.mark.parametrize(("assertions", "right", "wrong"), MEANINGS)
@@ -117,9 +130,15 @@ REFUSED = {
     "no YAML": ("prompts: [\n", "no YAML"),
     "a prompt that is a number": ("prompts: [3]\ntests: [{assert: [" + TEA + "]}]\n", "a prompt is a text"),
     "messages with names": (config(TEA, '[{"role": "user", "content": "a", "name": "b"}]'), "list of messages"),
-    "combinations without end": (config(TEA, variables="{" + ", ".join(f"v{n}: [a, b]" for n in range(40)) + "}"), "more than"),
-    "aliases without end": ("a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 40)), "too large"),
-}  # fmt: skip
+    "combinations without end": (
+        config(TEA, variables="{" + ", ".join(f"v{n}: [a, b]" for n in range(40)) + "}"),
+        "more than",
+    ),
+    "aliases without end": (
+        "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 40)),
+        "too large",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -166,7 +185,8 @@ def test_odd_texts_survive_the_writing(tmp_path):
 
 
 def test_csv(tmp_path):
-    text = '\ufeffid,prompt,expected,number,tags,max_words\r\ncap,"Capital of\nFrance, {{x}}?",Paris|paris,,facts;geo,5\r\nsum,2 + 2?,,4,,\r\n\r\n'
+    text = "\ufeffid,prompt,expected,number,tags,max_words\r\n"
+    text += 'cap,"Capital of\nFrance, {{x}}?",Paris|paris,,facts;geo,5\r\nsum,2 + 2?,,4,,\r\n\r\n'
     first, second = imported(tmp_path, text, "rows.csv")[0].inputs
     assert first.messages[0]["content"] == "Capital of\nFrance, {{x}}?"
     assert ({c.kind: c.value for c in first.criteria}, first.tags) == (
@@ -180,13 +200,23 @@ def test_csv(tmp_path):
 
 
 CSV_REFUSED = [
-    ("prompt,answer\na,b\n", "line 1: the column 'answer' means nothing here"), ("prompt,number\na,many\n", "line 2: number needs a number, got 'many'"),
-    ("prompt,number\na,nan\n", "line 2: number needs"), ("prompt,number\na,inf\n", "line 2: number needs"), ("prompt,number\na,1e999\n", "line 2: number needs"), ("prompt,number\na,1_0\n", "line 2: number"),
-    ("prompt,expected\na,b,c\n", "line 2: 3 cells, the header has 2"), ("prompt,expected,expected\na,b,c\n", "line 1: there are two columns"), ("id,expected\na,b\n", "line 1: there is no column 'prompt'"),
-    ("prompt,expected\n,b\n", "line 2: this row has no prompt"), ("prompt,expected\n\"a\nb\",c\nd,\n", "line 4: an input needs 'expect'"), ("prompt,expected\na,\"b\n", "line 2: this is no row"),
-    ("prompt,expected,one_of\na,b,c\n", "line 2: this row has both"), ("", "line 1: there is no column"), ("prompt,regex\na,(\n", "line 2: regex needs a regular expression"),
+    ("prompt,answer\na,b\n", "line 1: the column 'answer' means nothing here"),
+    ("prompt,number\na,many\n", "line 2: number needs a number, got 'many'"),
+    ("prompt,number\na,nan\n", "line 2: number needs"),
+    ("prompt,number\na,inf\n", "line 2: number needs"),
+    ("prompt,number\na,1e999\n", "line 2: number needs"),
+    ("prompt,number\na,1_0\n", "line 2: number"),
+    ("prompt,expected\na,b,c\n", "line 2: 3 cells, the header has 2"),
+    ("prompt,expected,expected\na,b,c\n", "line 1: there are two columns"),
+    ("id,expected\na,b\n", "line 1: there is no column 'prompt'"),
+    ("prompt,expected\n,b\n", "line 2: this row has no prompt"),
+    ('prompt,expected\n"a\nb",c\nd,\n', "line 4: an input needs 'expect'"),
+    ('prompt,expected\na,"b\n', "line 2: this is no row"),
+    ("prompt,expected,one_of\na,b,c\n", "line 2: this row has both"),
+    ("", "line 1: there is no column"),
+    ("prompt,regex\na,(\n", "line 2: regex needs a regular expression"),
     ("prompt,weight\na,0\n", "line 2: weight needs"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("text", "message"), CSV_REFUSED)
@@ -219,10 +249,17 @@ def test_json_of_several_kinds(tmp_path):
 
 
 JSON_REFUSED = [
-    ("{}", "a list of objects"), ("[]", "a list of objects"), ("[3]", "line 1: this is no object: 3"), ('[\n{"prompt": "a"}]', "line 2: an object with the fields prompt means nothing"),
-    ('[{"prompt": "a", "expected": "b", "mood": 1}]', "field 'mood' means nothing"), ('[{"prompt": "a", "expected": 3}]', "a text or a list of texts, got 3"), ("[NaN]", "NaN is no JSON"),
-    ('[{"messages": [{"role": "user", "content": "a"}]}]', "must end with what the assistant"), ('[{"prompt": 3, "expected": "b"}]', "no text and no list of messages"), ("[" * 5000, "nested too deeply"),
-]  # fmt: skip
+    ("{}", "a list of objects"),
+    ("[]", "a list of objects"),
+    ("[3]", "line 1: this is no object: 3"),
+    ('[\n{"prompt": "a"}]', "line 2: an object with the fields prompt means nothing"),
+    ('[{"prompt": "a", "expected": "b", "mood": 1}]', "field 'mood' means nothing"),
+    ('[{"prompt": "a", "expected": 3}]', "a text or a list of texts, got 3"),
+    ("[NaN]", "NaN is no JSON"),
+    ('[{"messages": [{"role": "user", "content": "a"}]}]', "must end with what the assistant"),
+    ('[{"prompt": 3, "expected": "b"}]', "no text and no list of messages"),
+    ("[" * 5000, "nested too deeply"),
+]
 
 
 @pytest.mark.parametrize(("text", "message"), JSON_REFUSED)
@@ -260,9 +297,16 @@ def test_samples_of_lm_eval_in_both_formats(tmp_path):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"arguments": [["a", " b"], ["a", " c"]]}, "compares likelihoods"), ({"arguments": {"gen_args_0": {"arg_0": "a", "arg_1": " b"}}}, "compares likelihoods"), ({"arguments": 3}, "not requests"),
-     ({"arguments": [[1, {}]]}, "not requests"), ({"target": "x" * 300}, "more than 200 characters"), ({"target": None}, "a target is a text"), ({"arguments": [["a", {"temperature": 0.7}]]}, "this task samples")],
-)  # fmt: skip
+    [
+        ({"arguments": [["a", " b"], ["a", " c"]]}, "compares likelihoods"),
+        ({"arguments": {"gen_args_0": {"arg_0": "a", "arg_1": " b"}}}, "compares likelihoods"),
+        ({"arguments": 3}, "not requests"),
+        ({"arguments": [[1, {}]]}, "not requests"),
+        ({"target": "x" * 300}, "more than 200 characters"),
+        ({"target": None}, "a target is a text"),
+        ({"arguments": [["a", {"temperature": 0.7}]]}, "this task samples"),
+    ],
+)
 def test_samples_that_cannot_be_asked_are_refused(tmp_path, change, message):
     with pytest.raises(BadWorkload, match=message):
         imported(tmp_path, json.dumps(OLD | change), "samples.jsonl")

@@ -97,7 +97,7 @@ def workload_import(
     out: Annotated[Path, typer.Option("--out", help="The workload to write.")] = Path("workload.yaml"),
     force: Force = False,
 ) -> None:
-    """Make a workload of another tool's file. What has no counterpart is refused; what is not quite the same is listed."""
+    """Make a workload of another tool's file: what has no counterpart is refused, what is not quite the same listed."""
     from bitladder.files.atomic import write_whole
     from bitladder.files.outputs import check_output, same_text
     from bitladder.files.workloads import import_workload, load_workload

@@ -3,8 +3,8 @@
     12km  15th  $1,250.00  -3  − 3  .5  1e3  6.02 × 10^23  3/4  1 1/2  ½  1.25 million  7️⃣  ４２  0x1F  1_000
 
 A locale says which signs part thousands and decimals; ``en`` is usual. Apostrophes and spaces that do not break are
-thousands in every locale. Numbers in words, dates and versions (``1.2.3``) are none. Where a spelling can be read in two
-ways (``2.5M``, a bullet before ``5``), both readings count, the likelier first.
+thousands in every locale. Numbers in words, dates and versions (``1.2.3``) are none. Where a spelling can be read in
+two ways (``2.5M``, a bullet before ``5``), both readings count, the likelier first.
 """
 
 from __future__ import annotations
@@ -41,9 +41,11 @@ _ANY_THOUSANDS = "'’\u00a0\u202f\u2009"
 _SCALES = {
     1e3: "thousand thousands tausend tsd mille",
     1e5: "lakh lakhs lac",
-    1e6: "million millions mio millionen millón millones milhão milhões milione milioni miljoen млн миллион миллиона миллионов",
+    1e6: "million millions mio millionen millón millones milhão milhões milione milioni miljoen "
+    "млн миллион миллиона миллионов",
     1e7: "crore crores",
-    1e9: "billion billions bn mrd milliarde milliarden milliard milliards miliardi miljard млрд миллиард миллиарда миллиардов",
+    1e9: "billion billions bn mrd milliarde milliarden milliard milliards miliardi miljard "
+    "млрд миллиард миллиарда миллиардов",
     1e12: "trillion trillions tn",
 }  # fmt: skip
 _SCALE = {word: scale for scale, listed in _SCALES.items() for word in listed.split()}

@@ -278,20 +278,8 @@ class _Translation:
         if not isinstance(kind, str) or kind not in KNOWN:
             found = f"an assertion has no counterpart here: {shortened(repr(assertion), 120)}."
             raise self.fault(found, *path, do=f"Translate it by hand or remove it. Known: {', '.join(KNOWN)}.")
-        for name, value in assertion.items():
-            if (
-                name not in _ASSERTION
-                or (name == "weight" and value != 1)
-                or (name == "threshold" and value is not None)
-            ):
-                raise self.fault(f"'{shortened(str(name))}' of the assertion '{kind}' has no counterpart here.", *path)
-        if assertion.get("metric"):
-            self.made.remark("names of metrics are not imported")
-        if assertion.get("provider"):
-            self.made.remark("the provider that grades is not imported: name a judge with --judge")
+        self._check_assertion(kind, assertion, path)
         value = assertion.get("value")
-        if isinstance(value, str) and value.startswith("file://"):
-            raise self.fault(f"the assertion '{kind}' reads a file, which has no counterpart here.", *path)
         if kind in _PARTS:
             self._parts(kind, value, variables, expect, path)
         elif kind == "is-json":
@@ -308,6 +296,19 @@ class _Translation:
                 self._add_pattern(expect, pattern)
                 if kind == "regex":
                     self.made.remark("regular expressions are read in Python's dialect, not JavaScript's")
+
+    def _check_assertion(self, kind: str, assertion: Mapping[str, Any], path: Where) -> None:
+        """Refuse what changes the meaning of an assertion."""
+        for name, value in assertion.items():
+            changes = (name == "weight" and value != 1) or (name == "threshold" and value is not None)
+            if name not in _ASSERTION or changes:
+                raise self.fault(f"'{shortened(str(name))}' of the assertion '{kind}' has no counterpart here.", *path)
+        if assertion.get("metric"):
+            self.made.remark("names of metrics are not imported")
+        if assertion.get("provider"):
+            self.made.remark("the provider that grades is not imported: name a judge with --judge")
+        if str(assertion.get("value")).startswith("file://"):
+            raise self.fault(f"the assertion '{kind}' reads a file, which has no counterpart here.", *path)
 
     def _parts(self, kind: str, value: Any, variables: Mapping[str, str], expect: dict[str, Any], path: Where) -> None:
         criterion, same_case = _PARTS[kind]

@@ -56,7 +56,7 @@ def from_csv(text: str) -> Imported:
 def _csv_rows(text: str) -> Iterator[tuple[int, list[str]]]:
     """Rows with the line where each begins."""
     header = text.split("\n", 1)[0]
-    delimiter = max(_DELIMITERS[:3], key=lambda sign: header.count(sign))
+    delimiter = max(_DELIMITERS[:3], key=header.count)
     before = csv.field_size_limit(max(len(text), 1))
     line = 1
     try:

@@ -11,7 +11,7 @@ from bitladder.describe import patterns
 from bitladder.unicode import half_character
 
 MOST_STEPS = 50_000
-"""Keywords that are evaluated, for one document: a schema of fifteen lines that refers to itself twice can mean billions."""
+"""Keywords that are evaluated for one document: a schema of fifteen lines can mean billions."""
 MOST_NODES = 2_000
 """Values that a schema holds."""
 _MOST_DEPTH = 100

@@ -1,4 +1,4 @@
-"""YAML, JSON and JSON lines of others as plain values, with the line of each: bounded, and with every fault by its line."""
+"""YAML, JSON and JSON lines of others as plain values with the line of each: bounded, every fault by its line."""
 
 from __future__ import annotations
 

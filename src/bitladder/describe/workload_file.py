@@ -20,6 +20,7 @@ filled from ``variables`` and ``files``; nothing else happens to a prompt.
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 from collections.abc import Callable, Mapping
 from pathlib import PurePath
@@ -240,9 +241,7 @@ def _criteria(document: _Document, plain: Mapping[str, Any], path: Where) -> tup
             continue
         here = (*path, "expect", kind)
         before = len(document.faults)
-        parsed = document.attempt(
-            lambda kind=kind, value=value, here=here: document.read(KINDS[kind].parse, value, *here)
-        )  # type: ignore[misc]
+        parsed = document.attempt(functools.partial(document.read, KINDS[kind].parse, value, *here))
         if len(document.faults) == before:
             found.append(Criterion(kind, parsed, document.line(*here)))
     return tuple(found)

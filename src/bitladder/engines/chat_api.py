@@ -224,9 +224,8 @@ def _events(url: str, pieces: Iterator[bytes]) -> Iterator[Any]:
     for event in events(held + b"\n\n"):
         _check_unknown(url, event.unknown)
         if event.data not in (b"", _DONE):
-            with contextlib.suppress(
-                ValueError, RecursionError
-            ):  # half an event: what it meant to say is missing, as will be found
+            # Half an event: what it meant to say is missing, as will be found.
+            with contextlib.suppress(ValueError, RecursionError):
                 yield json.loads(event.data)
 
 

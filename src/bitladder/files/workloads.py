@@ -166,7 +166,7 @@ def _as_yaml(plain: dict[str, Any]) -> str:
 class _Dumper(yaml.SafeDumper):
     """Writes what stands in two places twice, instead of an alias."""
 
-    def ignore_aliases(self, data: Any) -> bool:
+    def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002 - the name of the parent
         """Always."""
         return True
 

@@ -163,7 +163,7 @@ def differences(a: str, b: str) -> tuple[Span, ...]:
     """
     words_a, words_b = pieces(a), pieces(b)
     spans: list[Span] = []
-    for kind, of_a, of_b in changes(words_a, words_b):
+    for _, of_a, of_b in changes(words_a, words_b):
         one, other = "".join(words_a[of_a]), "".join(words_b[of_b])
         if one == other:
             spans.append(Span("both", one))

@@ -344,8 +344,9 @@ def _read_export(path: Path) -> Iterator[EvidenceRow]:
                 dict(data["host"]),
             )
         except (ValueError, KeyError, TypeError) as error:
+            why = f"{error} is missing" if isinstance(error, KeyError) else error
             raise BadInput(
-                f"Line {number} of {path} is not evidence: {f'{error} is missing' if isinstance(error, KeyError) else error}.",
+                f"Line {number} of {path} is not evidence: {why}.",
                 do="Use a file that `bitladder evidence export` wrote.",
             ) from error
     if not lines:
