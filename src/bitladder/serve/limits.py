@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from bitladder import unicode
 from bitladder.errors import BadInput
 from bitladder.files.atomic import write_whole
 from bitladder.serve.protocol import Refused, header_text
@@ -65,14 +66,14 @@ def read_keys(path: Path) -> tuple[Key, ...]:
         BadInput: no such file, no key in it, or a line is something else (a key in plain text, say).
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = unicode.decoded(path.read_bytes())
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(
             f"The key file '{path}' cannot be read: {getattr(error, 'strerror', None) or error}.",
             do="Check the path; `bitladder key NAME --file FILE` makes one.",
         ) from None
     keys = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(unicode.lines(text), 1):
         text = line.split("#", 1)[0].strip()
         if text:
             match = _LINE.fullmatch(text)
