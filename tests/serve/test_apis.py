@@ -4,11 +4,12 @@ and back; the same routing, headers and endings as chat completions have. Shapes
 
 import asyncio
 import json
+from types import SimpleNamespace
 
 import httpx
 import openai
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitladder.serve import responses_api
@@ -17,6 +18,7 @@ from bitladder.serve.limits import add_key
 from bitladder.serve.protocol import MESSAGES, RESPONSES, Refused, parse_request
 from bitladder.serve.relay import Relayed
 from bitladder.serve.rewording import as_chat, worded_for
+from bitladder.serve.tool_choice import tool_values, with_calls
 from upstreams import CHAT, DONE, FakeReply, Upstream, chat, event, fails, gateway, replies, says
 
 ASKED = {
@@ -259,6 +261,7 @@ ANYTHING = st.recursive(
 MEMBERS = st.sampled_from(["messages", "input", "tools", "tool_choice", "system", "text", "include", "metadata"])
 
 
+@settings(deadline=None)
 @given(ANYTHING, st.sampled_from([MESSAGES, RESPONSES]), MEMBERS)
 def test_any_body_is_worded_or_refused(value, path, member):
     try:
@@ -271,6 +274,7 @@ def test_any_body_is_worded_or_refused(value, path, member):
 CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Paris"}'}}
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.sampled_from(["a", " ", "é", "\u2028", '"}', "\n\n", "\U0001f600", "\ud83d"]), max_size=6),
     st.lists(st.sampled_from(["t", " h"]), max_size=3),
@@ -538,3 +542,104 @@ def test_models_tell_when_they_were_made():
 
     listed, speed = asyncio.run(run())
     assert speed in listed and all(one["created"] > 1_600_000_000 for one in listed)
+
+
+NESTED = {
+    "type": "object",
+    "properties": {"place": {"$ref": "#/$defs/Place"}},
+    "$defs": {"Place": {"type": "object", "properties": {"in": {"$ref": "#"}}}},
+}
+
+
+def engine_tier(**about):
+    """A tier that is an engine of our own, which knows whether its model takes tools."""
+    return SimpleNamespace(engine=SimpleNamespace(**{"takes_tools": True, **about}), spec=SimpleNamespace(level="Q8_0"))
+
+
+def chat_request(**more):
+    return parse_request(CHAT, json.dumps(chat("quality", **more)).encode())
+
+
+def test_a_forced_call_is_asked_of_our_own_engines_as_json():
+    other = {"type": "function", "function": {"name": "other", "parameters": NESTED}}
+    named = {"type": "function", "function": {"name": "weather"}}
+    values = tool_values(chat_request(tools=[*TOOLS, other], tool_choice=named), engine_tier())
+    schema = values["response_format"]["json_schema"]["schema"]
+    assert values["tool_choice"] == "none" and schema["properties"]["name"] == {"const": "weather"}
+    assert schema["$defs"] == {"tool0": WEATHER}
+    schema = tool_values(chat_request(tools=[*TOOLS, other], tool_choice="required"), engine_tier())
+    schema = schema["response_format"]["json_schema"]["schema"]
+    assert [one["properties"]["name"]["const"] for one in schema["anyOf"]] == ["weather", "other"]
+    moved = schema["$defs"]["tool1"]
+    assert moved["properties"]["place"] == {"$ref": "#/$defs/tool1/$defs/Place"}
+    assert moved["$defs"]["Place"]["properties"]["in"] == {"$ref": "#/$defs/tool1"}
+    for choice in ("auto", "none", None):
+        assert tool_values(chat_request(tools=TOOLS, tool_choice=choice), engine_tier()) == {}
+    for tools in ([{}], [{"type": "function", "function": {"parameters": 5}}], ["x"]):
+        with pytest.raises(Refused, match="functions"):
+            tool_values(chat_request(tools=tools, tool_choice="required"), engine_tier())
+
+
+@pytest.mark.parametrize("choice", ["auto", "required", None])
+def test_tools_that_the_template_cannot_tell_of_are_refused(choice):
+    with pytest.raises(Refused, match="does not support tools"):
+        tool_values(chat_request(tools=TOOLS, tool_choice=choice), engine_tier(takes_tools=False))
+    assert tool_values(chat_request(tools=TOOLS, tool_choice="none"), engine_tier(takes_tools=False)) == {}
+    if choice != "required":
+        assert tool_values(chat_request(tools=TOOLS, tool_choice=choice), engine_tier(takes_tools=None)) == {}
+
+
+ARGUMENTS = ["{}", '{"city": "Paris"}', '{"a": {"b": {}} }', '{"a": "}}"}', '[1, {"x": []}]', '"}"']
+
+
+@settings(deadline=None)
+@given(
+    st.sampled_from(ARGUMENTS),
+    st.sampled_from(['{"name":"weather","arguments":%s}', '{\n  "name" : "weather",\n "arguments": %s\n}\n ']),
+    st.integers(1, 9),
+    st.booleans(),
+)
+def test_the_json_of_a_call_becomes_the_call(arguments, frame, size, cut):
+    text = frame % arguments
+    text = text[: -len(text) // 3] if cut else text
+    finish = "length" if cut else "stop"
+    request = chat_request(tools=TOOLS, tool_choice="required")
+    pieces = [{"content": text[at : at + size]} for at in range(0, len(text), size)]
+    choices = [{"index": 0, "delta": delta, "finish_reason": None} for delta in pieces]
+    choices.append({"index": 0, "delta": {}, "finish_reason": finish})
+
+    async def stream():
+        for one in choices:
+            yield f"data: {json.dumps({'id': 'chatcmpl-1', 'choices': [one]})}\n\n".encode()
+        yield DONE
+
+    async def read():
+        answer = with_calls(Relayed(200, "text/event-stream", b"", stream()), request, engine_tier())
+        return b"".join([piece async for piece in answer.stream])
+
+    sent = asyncio.run(read())
+    chunks = list(openai_reading(sent).chat.completions.create(model="x", messages=[], stream=True))
+    calls = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or ()]
+    told = "".join(call.function.arguments for call in calls)
+    assert chunks[-1].choices[0].finish_reason == ("length" if cut else "tool_calls")
+    assert not any(chunk.choices[0].delta.content for chunk in chunks)
+    message = {"index": 0, "message": {"content": text}, "finish_reason": finish}
+    whole = Relayed(200, "application/json", json.dumps({"id": "chatcmpl-1", "choices": [message]}).encode())
+    found = json.loads(with_calls(whole, request, engine_tier()).head)["choices"][0]
+    assert found["finish_reason"] == ("length" if cut else "tool_calls") and found["message"]["content"] is None
+    if not cut:
+        assert [(call.function.name, call.id) for call in calls if call.id] == [("weather", "call_10")]
+        assert told == arguments == found["message"]["tool_calls"][0]["function"]["arguments"]
+    elif calls:
+        assert told == found["message"]["tool_calls"][0]["function"]["arguments"]
+        assert arguments.startswith(told.rstrip()) or told.startswith(arguments)
+
+
+@pytest.mark.parametrize("text", ["Sure!", "", '{"arguments": {}}', None])
+def test_what_should_be_a_call_and_is_none_goes_to_the_other_tier(text):
+    request = chat_request(tools=TOOLS, tool_choice="required")
+    message = {"index": 0, "message": {"content": text}, "finish_reason": "stop"}
+    with pytest.raises(UpstreamFailed, match="without the tool call"):
+        with_calls(
+            Relayed(200, "application/json", json.dumps({"choices": [message]}).encode()), request, engine_tier()
+        )

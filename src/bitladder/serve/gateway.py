@@ -290,7 +290,7 @@ class Gateway:
             )
             if attempt.judged:
                 answer = await self._judged(answer, asked, record)
-            answer = in_own_shape(with_calls(answer, asked), asked)
+            answer = in_own_shape(with_calls(answer, asked, tier), asked)
             if asked is not request:
                 answer = worded_for(request, answer)
             record.tier, record.level = tier.name, tier.spec.level
