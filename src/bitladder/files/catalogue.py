@@ -163,7 +163,7 @@ def _row(row: Any, number: int, where: Path, sources: dict[str, str]) -> Catalog
 MADE_FOR = ("chat", "code", "base")
 
 
-def _publication(row: dict[str, Any], at: str) -> dict[str, str]:
+def _publication(row: dict[str, Any], at: str) -> dict[str, Any]:
     """When a model was published and what it was made for: checked, and with their defaults."""
     released, made_for = row.get("released", ""), row.get("made_for", "chat")
     if released and not re.fullmatch(r"20\d\d-(0[1-9]|1[0-2])", str(released)):
@@ -173,7 +173,7 @@ def _publication(row: dict[str, Any], at: str) -> dict[str, str]:
     return {"released": str(released), "made_for": made_for}
 
 
-def _stated(row: dict[str, Any], at: str, sources: dict[str, str], publication: dict[str, str]) -> CatalogueModel:
+def _stated(row: dict[str, Any], at: str, sources: dict[str, str], publication: dict[str, Any]) -> CatalogueModel:
     """A row that is stated as a config.json, whose header is shipped."""
     config, params = row["config"], row.get("params")
     if not isinstance(config, dict) or isinstance(params, bool) or not isinstance(params, (int, float)):

@@ -55,6 +55,8 @@ class FolderFormat(ABC):
     """First words of its levels' names, in upper case."""
     grammar: ClassVar[str]
     """What names look like that no other format shows, for messages."""
+    about: ClassVar[str] = ""
+    """What it is and when to use it, in two or three sentences."""
     float_bytes: ClassVar[int] = 2
     """Bytes of each value of what stays float: embedding, head, norms, biases."""
 
