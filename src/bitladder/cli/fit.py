@@ -50,7 +50,7 @@ class PlanOptions:
         None
     )
     launch: Annotated[
-        str | None, typer.Option("--launch", help="Command for llama-server, ollama, lmstudio, vllm or tgi.")
+        str | None, typer.Option("--launch", help="Command for llama-server, ollama, lmstudio, vllm, tgi or mlx-lm.")
     ] = None
     needs: Annotated[bool, typer.Option("--needs", help="What hardware each level needs, and what it saves.")] = False
 

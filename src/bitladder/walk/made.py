@@ -45,6 +45,8 @@ class LayerOutput:
     """One layer of one level: arrays of its quantized linears by disk name, and its float parameters, f32."""
 
     linears: dict[str, Encoded] = field(default_factory=dict)
+    stacked: dict[str, tuple[str, int]] = field(default_factory=dict)
+    """Of ``linears`` that lie together in one layer's arrays: that layer's name, and the place of each."""
     model_dtype: frozenset[str] = frozenset()
     """Suffixes of arrays of ``linears`` that are stored in the float type of the model."""
     byte_types: Mapping[str, str] = field(default_factory=dict)
@@ -65,6 +67,8 @@ class LayerOutput:
             count = len(found.codes) // linear.parts
             rows = slice(linear.part * count, (linear.part + 1) * count)
             self.linears[linear.name] = level.format.encode(found.codes[rows], found.parameters.rows(rows))
+            if (place := level.format.stacked(linear.name)) is not None:
+                self.stacked[linear.name] = place
             self.model_dtype, self.byte_types = level.format.model_dtype, level.format.byte_types
             self.digests[linear.name] = digest(found.decoded[rows])
             self.losses.append(LinearLoss(linear.name, found.loss, tokens, damp, note))
@@ -100,14 +104,40 @@ class InStore(Resumable):
     def _tensors(self, layer: int, output: LayerOutput) -> dict[str, torch.Tensor]:
         prefix = f"{self._layers}{layer}."
         tensors = {f"{prefix}{name}": cast(value, self._dtype) for name, value in output.floats.items()}
+        stacks: dict[str, list[tuple[int, torch.Tensor]]] = {}
         for linear, arrays in output.linears.items():
             for suffix, array in arrays.items():
-                value = torch.from_numpy(np.ascontiguousarray(array))
-                own = value.to(self._dtype) if suffix in output.model_dtype else value
-                if suffix in output.byte_types:
-                    own = value.view(getattr(torch, output.byte_types[suffix]))
-                tensors[f"{prefix}{linear}.{suffix}"] = own
+                own = stored_array(suffix, array, output.model_dtype, output.byte_types, self._dtype)
+                if linear in output.stacked:
+                    name, place = output.stacked[linear]
+                    stacks.setdefault(f"{prefix}{name}.{suffix}", []).append((place, own))
+                else:
+                    tensors[f"{prefix}{linear}.{suffix}"] = own
+        for name, parts in stacks.items():
+            tensors[name] = _together([part for _, part in sorted(parts, key=lambda one: one[0])])
         return tensors | {name: torch.from_numpy(vector.copy()) for name, vector in output.vectors.items()}
+
+
+def stored_array(
+    suffix: str,
+    array: NDArray[Any],
+    model_dtype: frozenset[str],
+    byte_types: Mapping[str, str],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """An array of a quantized layer as it is stored. ``model_dtype``, ``byte_types``: as ``CheckpointFormat`` has them;
+    ``dtype``: the float type of the model."""
+    value = torch.from_numpy(np.ascontiguousarray(array))
+    if suffix in byte_types:
+        return value.view(getattr(torch, byte_types[suffix]))
+    return value.to(dtype) if suffix in model_dtype else value
+
+
+def _together(parts: list[torch.Tensor]) -> torch.Tensor:
+    """One above the other in a new first dimension; torch knows few operations on unsigned integers."""
+    if parts[0].dtype != torch.uint32:
+        return torch.stack(parts)
+    return torch.stack([part.view(torch.int32) for part in parts]).view(torch.uint32)
 
 
 class Made(InStore, Observer, ABC):
@@ -155,13 +185,13 @@ def floats_of(model: LayeredModel, block: nn.Module) -> dict[str, F32]:
 
 
 @contextmanager
-def naming(layer: int, place: str) -> Iterator[None]:
-    """What a kernel cannot take, in the user's terms."""
+def naming(layer: int | None, place: str) -> Iterator[None]:
+    """What a kernel cannot take, in the user's terms; ``layer`` is None outside the layers."""
     try:
         yield
     except ValueError as error:
         raise BadWeights(
-            f"layer {layer}, {place}: {error}.",
+            f"{place if layer is None else f'layer {layer}, {place}'}: {error}.",
             means="The weights or the activations of this layer overflow; the model is damaged or was scaled oddly.",
             do="Check the source's own answers first; GGUF levels may still work.",
         ) from error

@@ -11,16 +11,17 @@ from typing import Any
 
 from bitladder.errors import UnknownLevel
 from bitladder.levels.checkpoints.awq import Awq
-from bitladder.levels.checkpoints.base import Arrays, CheckpointFormat, Parameters, Stored, digest
+from bitladder.levels.checkpoints.base import Arrays, CheckpointFormat, Parameters, Stored, digest, digest_of_rows
 from bitladder.levels.checkpoints.compressed_tensors import IntQuantized, PackQuantized
 from bitladder.levels.checkpoints.fp8 import Fp8
 from bitladder.levels.checkpoints.gptq import Gptq
+from bitladder.levels.checkpoints.mlx import MlxAffine, MlxFloat
 from bitladder.levels.checkpoints.mx import Mxfp4, Mxfp8
 from bitladder.levels.checkpoints.nvfp4 import Nvfp4
 from bitladder.levels.kinds import CheckpointLevel
 
 FORMATS: tuple[type[CheckpointFormat], ...] = (
-    Fp8, IntQuantized, PackQuantized, Gptq, Awq, Nvfp4, Mxfp4, Mxfp8,
+    Fp8, IntQuantized, PackQuantized, Gptq, Awq, Nvfp4, Mxfp4, Mxfp8, MlxAffine, MlxFloat,
 )  # fmt: skip
 """All that are written, in the order in which their levels are offered."""
 
@@ -62,6 +63,6 @@ def offered_names(rows: Collection[int]) -> tuple[str, ...]:
 
 
 __all__ = [
-    "FORMATS", "Arrays", "CheckpointFormat", "Parameters", "Stored", "digest", "grammar", "named", "offered_names",
-    "parse_checkpoint", "prefixes", "recognised",
+    "FORMATS", "Arrays", "CheckpointFormat", "Parameters", "Stored", "digest", "digest_of_rows", "grammar", "named",
+    "offered_names", "parse_checkpoint", "prefixes", "recognised",
 ]  # fmt: skip
