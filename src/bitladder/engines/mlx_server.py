@@ -84,7 +84,7 @@ def _interpreter() -> str | None:
     except OSError:
         return None
     named = line.removeprefix("#!").strip()
-    return named if line.startswith("#!") and Path(named).is_file() else None
+    return shutil.which(named) if line.startswith("#!") and Path(named).is_absolute() else None
 
 
 @functools.cache
