@@ -131,7 +131,7 @@ def test_the_gateway_serves_it(served):
         async with deployed(ServeSettings(tier, threads=1)) as deployment:
             transport = httpx.ASGITransport(build_app(deployment))
             async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=120) as client:
-                reply = await client.post(CHAT, json=chat("quality"))
+                reply = await client.post(CHAT, json=chat("quality", max_tokens=8))
                 assert reply.json()["choices"][0]["message"]["content"]
 
     asyncio.run(run())
