@@ -109,15 +109,11 @@ def reason_of(text: str) -> tuple[str, str]:
 
 def row_of(name: str, work: Path, texts: dict[str, str]) -> tuple[dict[str, str], dict[str, str]]:
     """The cells of one architecture, and the message behind each that does not work."""
-    from bitladder.files import demo
-    from tiny_checkpoints import write_tokenizer
-    from tiny_configs import write_checkpoint
+    from tiny_configs import write_release
 
     model = work / name
     try:
-        model.mkdir(parents=True)
-        vocab = write_tokenizer(model, demo.fetch_demo())
-        write_checkpoint(name, model, vocab)
+        write_release(name, model)
     except Exception as error:
         return dict.fromkeys(COLUMNS, "transformers"), {"plan": f"{type(error).__name__}: {error}"[:200]}
     cells, messages = {}, {}
@@ -129,7 +125,7 @@ def row_of(name: str, work: Path, texts: dict[str, str]) -> tuple[dict[str, str]
             continue
         cells[column], messages[column] = reason_of(text)
         if column == "convert":
-            rest = list(COLUMNS)[2:]
+            rest = [other for other in COLUMNS if other not in cells]
             return {**cells, **dict.fromkeys(rest, cells[column])}, messages
     return cells, messages
 
@@ -161,14 +157,16 @@ def main() -> None:
 
     from bitladder.files.engine_package import ENGINE, engine_version
     from tiny_configs import CONFIGS, class_of, config_of
+    from tiny_tokenizers import converter_that_knows
 
     transformers.logging.set_verbosity_error()
     with contextlib.ExitStack() as stack:
         work = arguments.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         os.environ["BITLADDER_DATA"] = str(work / "data")
+        os.environ["BITLADDER_CONVERTER"] = str(converter_that_knows(work / "converter"))
         texts = {"text": str(work / "text.txt"), "workload": str(work / "workload.yaml")}
         work.mkdir(exist_ok=True)
-        Path(texts["text"]).write_text((ROOT / "docs/architecture.md").read_text()[:6000])
+        Path(texts["text"]).write_text((ROOT / "docs/architecture.md").read_text()[:3500])
         Path(texts["workload"]).write_text(WORKLOAD)
         versions = f"transformers {transformers.__version__} and {ENGINE} {engine_version()}"
         rows, messages, classes = {}, {}, {}

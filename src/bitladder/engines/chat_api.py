@@ -261,7 +261,7 @@ class _Answer:
         self.usage = event.get("usage") or self.usage
         self.timings = event.get("timings") or self.timings
         for choice in event.get("choices") or []:
-            piece = _text_of((choice.get("message" if whole else "delta") or {}).get("content"))
+            piece = text_of((choice.get("message" if whole else "delta") or {}).get("content"))
             if piece:
                 if math.isnan(self.first_token_s):
                     self.first_token_s = time.monotonic() - self.began
@@ -292,8 +292,8 @@ class _Answer:
         return Completion(
             text="".join(self.text),
             finish_reason=self.finish_reason,
-            prompt_tokens=_count(self.usage.get("prompt_tokens"), 0),
-            completion_tokens=_count(self.usage.get("completion_tokens"), len(self.tokens)),
+            prompt_tokens=count_of(self.usage.get("prompt_tokens"), 0),
+            completion_tokens=count_of(self.usage.get("completion_tokens"), len(self.tokens)),
             model=self.model or wanted_model,
             first_token_s=self.first_token_s,
             total_s=time.monotonic() - self.began,
@@ -302,7 +302,7 @@ class _Answer:
         )
 
 
-def _text_of(content: Any) -> str:
+def text_of(content: Any) -> str:
     """A message's content: a text, nothing, or a list of parts, of which those that are text count.
 
     Raises:
@@ -316,7 +316,7 @@ def _text_of(content: Any) -> str:
     return "".join(text for text in texts if isinstance(text, str))
 
 
-def _count(value: Any, otherwise: int) -> int:
+def count_of(value: Any, otherwise: int) -> int:
     """A number of tokens; ``otherwise`` where none is told, or one that cannot be.
 
     Raises:

@@ -14,7 +14,7 @@ from bitladder.describe.quantized import quantization_of
 from bitladder.errors import BadFile, BadInput, OutputError
 from bitladder.files.checkpoint import read_checkpoint, read_json
 from bitladder.levels import CheckpointLevel
-from bitladder.levels.checkpoints import CheckpointFormat, digest, digest_of_rows, recognised
+from bitladder.levels.checkpoints import CheckpointFormat, FolderFormat, digest, digest_of_rows, recognised
 
 _ROWS_AT_ONCE = 4096
 
@@ -44,7 +44,7 @@ def verify_folder(folder: Path, level: CheckpointLevel, expected: Mapping[str, s
 class CheckpointReader:
     """A checkpoint folder's tensors, decoded one at a time."""
 
-    def __init__(self, folder: Path, form: CheckpointFormat) -> None:
+    def __init__(self, folder: Path, form: FolderFormat) -> None:
         """Raises BadInput where there are no safetensors, BadFile where their headers contradict their files."""
         self.folder, self.format = folder, form
         checkpoint = read_checkpoint(folder)
@@ -52,9 +52,19 @@ class CheckpointReader:
 
     def linears(self) -> list[str]:
         """Names of the quantized linear layers; of experts that lie together, one name for all."""
-        first = self.format.suffixes[0]
         split = [name.rpartition(".") for name in sorted(self._where)]
-        return [prefix for prefix, _, suffix in split if suffix == first and self.is_quantized(prefix)]
+        return [
+            prefix
+            for prefix, _, suffix in split
+            if (form := self.format_of(prefix)) is not None and suffix == form.suffixes[0]
+        ]
+
+    def format_of(self, linear: str) -> CheckpointFormat | None:
+        """The format of a layer whose arrays are there; None where it is not quantized."""
+        form = self.format.of(linear)
+        place, _ = self.format.stacked(linear) or (linear, None)
+        whole = form is not None and all(f"{place}.{suffix}" in self._where for suffix in form.suffixes[:2])
+        return form if whole else None
 
     def weights(self, name: str) -> npt.NDArray[np.float32]:
         """A tensor by its float name (``....weight``), decoded where it is quantized: with a dimension more where
@@ -64,14 +74,15 @@ class CheckpointReader:
             BadFile: it is missing, or its arrays contradict each other.
         """
         prefix = name.removesuffix(".weight")
-        if not self.is_quantized(prefix):
+        form = self.format_of(prefix)
+        if form is None:
             return np.asarray(self._read(name), np.float32)
-        arrays = self._arrays(prefix, self.format.suffixes)
-        if arrays[self.format.suffixes[0]].ndim == 3:
+        arrays = self._arrays(prefix, form.suffixes)
+        if arrays[form.suffixes[0]].ndim == 3:
             count = min(len(array) for array in arrays.values())
             parts = [{suffix: array[at] for suffix, array in arrays.items()} for at in range(count)]
-            return np.stack([self._decoded(prefix, part) for part in parts])
-        return self._decoded(prefix, arrays)
+            return np.stack([self._decoded(form, prefix, part) for part in parts])
+        return self._decoded(form, prefix, arrays)
 
     def rows(self, name: str, rows: slice | npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         """Some rows of a matrix by its float name; of a quantized one where the format has a row of each array for each
@@ -81,28 +92,32 @@ class CheckpointReader:
             BadFile: as ``weights``.
         """
         prefix = name.removesuffix(".weight")
-        if not self.is_quantized(prefix):
+        form = self.format_of(prefix)
+        if form is None:
             return np.asarray(self._read(name, rows), np.float32)
-        return self._decoded(prefix, self._arrays(prefix, self.format.suffixes, rows))
+        return self._decoded(form, prefix, self._arrays(prefix, form.suffixes, rows))
 
     def digest(self, name: str) -> str:
-        """The hash of a quantized layer's decoded weights (``levels.checkpoints.digest``); a few rows at a time where
-        the format allows it, so that a large vocabulary does not lie in memory whole.
+        """The hash of a linear layer's weights (``levels.checkpoints.digest``); a few rows at a time where the format
+        allows it, so that a large vocabulary does not lie in memory whole.
 
         Raises:
             BadFile: as ``weights``.
         """
-        if not self.format.everywhere or self.format.stacked(name) is not None:
+        form = self.format_of(name)
+        if form is None or not self.format.everywhere or self.format.stacked(name) is not None:
             return digest(self.weights(f"{name}.weight"))
-        outputs = len(self._open(f"{name}.{self.format.suffixes[0]}"))
+        outputs = len(self._open(f"{name}.{form.suffixes[0]}"))
         starts = range(0, outputs, _ROWS_AT_ONCE)
         columns = self.rows(f"{name}.weight", slice(0, 1)).shape[1]
         parts = (self.rows(f"{name}.weight", slice(start, start + _ROWS_AT_ONCE)) for start in starts)
         return digest_of_rows((outputs, columns), parts)
 
-    def _decoded(self, prefix: str, arrays: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.float32]:
+    def _decoded(
+        self, form: CheckpointFormat, prefix: str, arrays: Mapping[str, npt.NDArray[Any]]
+    ) -> npt.NDArray[np.float32]:
         try:
-            return self.format.decode(arrays)
+            return form.decode(arrays)
         except (ValueError, KeyError, TypeError) as error:
             raise BadFile(
                 f"{self.folder}: {prefix} contradicts itself: {error}", do="Write the level again."
@@ -114,20 +129,20 @@ class CheckpointReader:
         Raises:
             BadFile: an array that says so is damaged.
         """
-        if not self.is_quantized(linear):
+        form = self.format_of(linear)
+        if form is None:
             return None
-        arrays = self._arrays(linear, self.format.input_arrays)
+        arrays = self._arrays(linear, form.input_arrays)
         try:
-            return self.format.input_rounding(arrays)
+            return form.input_rounding(arrays)
         except (ValueError, KeyError, TypeError) as error:
             raise BadFile(
                 f"{self.folder}: {linear} contradicts itself: {error}", do="Write the level again."
             ) from error
 
-    def is_quantized(self, prefix: str) -> bool:
-        """Whether a linear layer has the arrays of one that is quantized."""
-        place, _ = self.format.stacked(prefix) or (prefix, None)
-        return all(f"{place}.{suffix}" in self._where for suffix in self.format.suffixes[:2])
+    def is_quantized(self, name: str) -> bool:
+        """Whether a tensor, by its float name, is stored quantized."""
+        return self.format_of(name.removesuffix(".weight")) is not None
 
     def _arrays(
         self, prefix: str, suffixes: Sequence[str], rows: slice | npt.NDArray[np.int64] | None = None
@@ -161,7 +176,7 @@ class CheckpointReader:
             return file.get_tensor(key)
 
 
-def format_of_folder(folder: Path) -> CheckpointFormat:
+def format_of_folder(folder: Path) -> FolderFormat:
     """The format that a checkpoint folder's configuration names, whoever wrote it.
 
     Raises:
@@ -176,8 +191,8 @@ def format_of_folder(folder: Path) -> CheckpointFormat:
         raise BadInput(
             f"{folder} {what}.",
             means="GPTQ (both versions), AWQ (GEMM) and compressed-tensors (pack-quantized, int8, FP8, NVFP4, MXFP4, "
-            "MXFP8; inputs rounded at run time or not at all) are read, with one scheme for all layers, and MLX's "
-            "folders with one size of groups.",
+            "MXFP8; inputs rounded at run time or not at all; one scheme for all layers, or a mix of them) are read, "
+            "and MLX's folders with one size of groups.",
             do="Give a folder in one of these formats, or a GGUF file.",
         )
     return form

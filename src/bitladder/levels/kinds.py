@@ -23,7 +23,7 @@ from bitladder.levels.methods import AWQ, Method
 from bitladder.records.plan import Container
 
 if TYPE_CHECKING:
-    from bitladder.levels.checkpoints.base import CheckpointFormat
+    from bitladder.levels.checkpoints.base import FolderFormat
 
 FILE_ENGINES = ("llama-server", "ollama", "lmstudio")
 """Engines that run GGUF files."""
@@ -142,7 +142,7 @@ class CheckpointLevel(_Named):
     """A level that is stored as a checkpoint folder: in which format, and how its codes are chosen."""
 
     name: str
-    format: CheckpointFormat
+    format: FolderFormat
     method: Method
 
     container = Container.FOLDER

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from bitladder.files.layer_store import LayerStore
 from bitladder.levels import CheckpointLevel
-from bitladder.levels.checkpoints import Arrays, digest_of_rows
+from bitladder.levels.checkpoints import Arrays, CheckpointFormat, digest_of_rows
 from bitladder.levels.methods import Prepared
 from bitladder.walk.driver import Stream
 from bitladder.walk.inputs import Sums
@@ -73,12 +73,13 @@ def quantize_ends(
         is_head, linear = own == model.output, disk.removesuffix(".weight")
         with naming(None, linear):
             seen = level.method.prepare(gram, damp=damp, act_order=act_order) if is_head else Prepared()
-            made = _Made(level, SCALE_DTYPES[dtype], str(model.device))
+            form = level.format.of(linear)
+            assert form is not None
+            made = _Made(level, form, SCALE_DTYPES[dtype], str(model.device))
             shape = next(one.shape for one in model.model.tensors if one.name == own)
             hashed = digest_of_rows(shape, made.parts(weights, own, shape[0], seen))
         for suffix, array in made.arrays().items():
-            form = level.format
-            tensors[f"{linear}.{suffix}"] = stored_array(suffix, array, form.model_dtype, form.byte_types, dtype)
+            tensors[f"{linear}.{suffix}"] = stored_array(form, suffix, array, dtype)
         loss = made.loss if is_head else None
         note = {"loss": loss, "tokens": tokens if is_head else 0, "damp": seen.damp, "note": seen.note}
         notes.append({"tensor": linear, **note, "digest": hashed})
@@ -101,6 +102,7 @@ class _Made:
     """A matrix that is quantized some rows at a time."""
 
     level: CheckpointLevel
+    form: CheckpointFormat
     scale_dtype: str
     device: str
     _arrays: list[Arrays] = field(default_factory=list)
@@ -111,10 +113,8 @@ class _Made:
         for start in range(0, count, _ROWS_AT_ONCE):
             own = weights(name, slice(start, min(start + _ROWS_AT_ONCE, count)))
             weights.forget(name)
-            found = self.level.method.apply(
-                self.level.format, seen, own, scale_dtype=self.scale_dtype, device=self.device
-            )
-            self._arrays.append(self.level.format.encode(found.codes, found.parameters))
+            found = self.level.method.apply(self.form, seen, own, scale_dtype=self.scale_dtype, device=self.device)
+            self._arrays.append(self.form.encode(found.codes, found.parameters))
             self._losses.append((found.loss, len(own)))
             yield found.decoded
 

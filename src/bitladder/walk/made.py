@@ -17,10 +17,10 @@ from torch import nn
 from bitladder.errors import BadWeights
 from bitladder.files.layer_store import LayerStore
 from bitladder.formats.disk_names import LAYERS, disk_linears, disk_name, quantized_parameters
+from bitladder.formats.families.family import Layers
 from bitladder.formats.roles import Parameter, SharedInput
-from bitladder.levels import CheckpointLevel
 from bitladder.levels.checkpoints import Arrays as Encoded
-from bitladder.levels.checkpoints import digest
+from bitladder.levels.checkpoints import CheckpointFormat, FolderFormat, digest
 from bitladder.levels.methods import Rounded
 from bitladder.records.calibration import LinearLoss
 from bitladder.walk.driver import Observer, Resumable, Seen
@@ -28,6 +28,7 @@ from bitladder.walk.importance import vectors_of
 from bitladder.walk.inputs import InputStatistics
 from bitladder.walk.keep import Arrays
 from bitladder.walk.layers import LayeredModel
+from bitladder.walk.matrices import as_linears, in_runs
 
 F32 = NDArray[np.float32]
 
@@ -42,16 +43,11 @@ _TOLD = 8
 
 @dataclass
 class LayerOutput:
-    """One layer of one level: arrays of its quantized linears by disk name, and its float parameters, f32."""
+    """One layer of one level: its quantized linears by disk name, each with its format, and its float parameters,
+    f32."""
 
-    linears: dict[str, Encoded] = field(default_factory=dict)
-    stacked: dict[str, tuple[str, int]] = field(default_factory=dict)
-    """Of ``linears`` that lie together in one layer's arrays: that layer's name, and the place of each."""
-    model_dtype: frozenset[str] = frozenset()
-    """Suffixes of arrays of ``linears`` that are stored in the float type of the model."""
-    byte_types: Mapping[str, str] = field(default_factory=dict)
-    """torch's name for the type of those that are bytes here, by suffix."""
-    floats: Mapping[str, F32] = field(default_factory=dict)
+    linears: dict[str, tuple[CheckpointFormat, Encoded]] = field(default_factory=dict)
+    floats: dict[str, F32] = field(default_factory=dict)
     losses: list[LinearLoss] = field(default_factory=list)
     digests: dict[str, str] = field(default_factory=dict)
     """Hash of each linear layer's decoded weights, to compare with what is read back from the file."""
@@ -59,19 +55,20 @@ class LayerOutput:
     """What is gathered for GGUF levels, by tensor and kind: ``blk.0.attn_q.weight.columns``."""
 
     def add(
-        self, model: LayeredModel, level: CheckpointLevel, parameter: Parameter, expert: int | None, found: Rounded,
+        self, model: LayeredModel, form: CheckpointFormat, parameter: Parameter, expert: int | None, found: Rounded,
         *, tokens: int, note: str, damp: float = 0.0,
     ) -> None:  # fmt: skip
         """Take in a quantized parameter as the linear layers that it is on disk."""
         for linear in disk_linears(model.family, parameter.path, expert):
-            count = len(found.codes) // linear.parts
-            rows = slice(linear.part * count, (linear.part + 1) * count)
-            self.linears[linear.name] = level.format.encode(found.codes[rows], found.parameters.rows(rows))
-            if (place := level.format.stacked(linear.name)) is not None:
-                self.stacked[linear.name] = place
-            self.model_dtype, self.byte_types = level.format.model_dtype, level.format.byte_types
+            rows = linear.rows(len(found.codes))
+            self.linears[linear.name] = form, form.encode(found.codes[rows], found.parameters.rows(rows))
             self.digests[linear.name] = digest(found.decoded[rows])
             self.losses.append(LinearLoss(linear.name, found.loss, tokens, damp, note))
+
+    def keep(self, model: LayeredModel, parameter: Parameter, expert: int | None, weights: F32) -> None:
+        """Take in a parameter f32[rows, columns] that stays float among others that do not."""
+        for linear in disk_linears(model.family, parameter.path, expert):
+            self.floats[f"{linear.name}.weight"] = weights[linear.rows(len(weights))].copy()
 
 
 class InStore(Resumable):
@@ -105,11 +102,11 @@ class InStore(Resumable):
         prefix = f"{self._layers}{layer}."
         tensors = {f"{prefix}{name}": cast(value, self._dtype) for name, value in output.floats.items()}
         stacks: dict[str, list[tuple[int, torch.Tensor]]] = {}
-        for linear, arrays in output.linears.items():
+        for linear, (form, arrays) in output.linears.items():
             for suffix, array in arrays.items():
-                own = stored_array(suffix, array, output.model_dtype, output.byte_types, self._dtype)
-                if linear in output.stacked:
-                    name, place = output.stacked[linear]
+                own = stored_array(form, suffix, array, self._dtype)
+                if (together := form.stacked(linear)) is not None:
+                    name, place = together
                     stacks.setdefault(f"{prefix}{name}.{suffix}", []).append((place, own))
                 else:
                     tensors[f"{prefix}{linear}.{suffix}"] = own
@@ -118,19 +115,12 @@ class InStore(Resumable):
         return tensors | {name: torch.from_numpy(vector.copy()) for name, vector in output.vectors.items()}
 
 
-def stored_array(
-    suffix: str,
-    array: NDArray[Any],
-    model_dtype: frozenset[str],
-    byte_types: Mapping[str, str],
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """An array of a quantized layer as it is stored. ``model_dtype``, ``byte_types``: as ``CheckpointFormat`` has them;
-    ``dtype``: the float type of the model."""
+def stored_array(form: CheckpointFormat, suffix: str, array: NDArray[Any], dtype: torch.dtype) -> torch.Tensor:
+    """An array of a quantized layer as it is stored; ``dtype``: the float type of the model."""
     value = torch.from_numpy(np.ascontiguousarray(array))
-    if suffix in byte_types:
-        return value.view(getattr(torch, byte_types[suffix]))
-    return value.to(dtype) if suffix in model_dtype else value
+    if suffix in form.byte_types:
+        return value.view(getattr(torch, form.byte_types[suffix]))
+    return value.to(dtype) if suffix in form.model_dtype else value
 
 
 def _together(parts: list[torch.Tensor]) -> torch.Tensor:
@@ -176,12 +166,33 @@ class MadeImportance(Made):
 
 def floats_of(model: LayeredModel, block: nn.Module) -> dict[str, F32]:
     """Every parameter and stored buffer of a layer that is not quantized, f32, by disk name."""
-    quantized = {p.path for shared in model.family.inputs for p in quantized_parameters(model.family, shared)}
-    return {
-        disk_name(model.family, path): value.detach().cpu().numpy().copy()
-        for path, value in block.state_dict().items()
-        if path not in quantized
-    }
+    family = model.family
+    quantized = {p.path for shared in family.inputs for p in quantized_parameters(family, shared)}
+    rows = {parameter.path: parameter for parameter in family.parameters}
+    found: dict[str, F32] = {}
+    for path, value in block.state_dict().items():
+        if path not in quantized and path in family.experts:
+            found |= _one_by_one(family, rows.get(path, Parameter(path, ())), value.detach().cpu().numpy())
+        elif path not in quantized:
+            found[disk_name(family, path)] = value.detach().cpu().numpy().copy()
+    return found
+
+
+def _one_by_one(family: Layers, parameter: Parameter, stack: F32) -> dict[str, F32]:
+    """A stack of matrices or of biases as the experts' own, by disk name."""
+    found = {}
+    for expert, own in enumerate(stack):
+        lines = as_linears(family, parameter, own) if own.ndim > 1 else in_runs(family, parameter.path, own[:, None])
+        for linear in disk_linears(family, parameter.path, expert):
+            share = lines[linear.rows(len(lines))]
+            found[linear.tensor] = (share if own.ndim > 1 else share[:, 0]).copy()
+    return found
+
+
+def format_of(model: LayeredModel, form: FolderFormat, layer: int, path: str) -> CheckpointFormat | None:
+    """The format of a parameter's matrices, by what the first of them is called on disk; None: they stay float."""
+    first = disk_linears(model.family, path, 0 if path in model.family.experts else None)[0]
+    return form.of(f"{model.family.disk.layers}{layer}.{first.name}")
 
 
 @contextmanager

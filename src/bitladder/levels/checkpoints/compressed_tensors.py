@@ -84,6 +84,12 @@ class PackQuantized(IntegerFormat):
         return None if weights.get("actorder") in ("group", True) else cls(bits, size, sym)
 
     @property
+    def scheme(self) -> str:
+        """``W4A16-g128``."""
+        size = f"g{self.group_size}" if self.group_size else "channel"
+        return f"W{self.bits}A16-{size}" + ("" if self.sym else "-asym")
+
+    @property
     def stores_zeros(self) -> bool:
         """Only where zero is not in the middle of the codes."""
         return not self.sym
@@ -180,6 +186,7 @@ class IntQuantized(IntegerFormat):
     suffixes: ClassVar[tuple[str, ...]] = ("weight", "weight_scale")
     model_dtype: ClassVar[frozenset[str]] = frozenset({"weight_scale"})
     layout: ClassVar[str] = "int-quantized"
+    scheme: ClassVar[str] = "INT8-W8A8"
     packed: ClassVar[bool] = False
     signed_scales: ClassVar[bool] = False
     stores_zeros: ClassVar[bool] = False

@@ -95,6 +95,11 @@ class Fp8(CheckpointFormat):
         return arguments(8, strategy, kind="float", group_size=self.group_size or None, dynamic=True)
 
     @property
+    def scheme(self) -> str:
+        """``FP8-DYNAMIC`` or ``FP8-BLOCK``."""
+        return "FP8-BLOCK" if self.group_size else "FP8-DYNAMIC"
+
+    @property
     def rounds_inputs(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """``fp8_groups``."""
         return partial(fp8_groups, size=self.group_size) if self.group_size else fp8_groups

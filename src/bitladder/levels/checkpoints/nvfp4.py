@@ -96,6 +96,11 @@ class Nvfp4(CheckpointFormat):
         return self._weights | {"dynamic": "local", "observer": "static_minmax"} if self.inputs else None
 
     @property
+    def scheme(self) -> str:
+        """``NVFP4`` or ``NVFP4A16``."""
+        return "NVFP4" if self.inputs else "NVFP4A16"
+
+    @property
     def reads_peaks(self) -> bool:
         """Where inputs are rounded."""
         return self.inputs
