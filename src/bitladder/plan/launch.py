@@ -11,7 +11,7 @@ from bitladder.levels import FILE_ENGINES
 from bitladder.plan.placement import Placement, Usage
 from bitladder.records.plan import Place
 
-LAUNCHED = ("vllm", "sglang", "tgi")
+LAUNCHED = ("vllm", "sglang", "tgi", "mlx-lm")
 """Engines for checkpoints that are started by a command."""
 
 
@@ -38,7 +38,7 @@ def launch(
 ) -> LaunchCommand:
     """The command for ``path`` placed as planned.
 
-    ``path`` is a GGUF file, or for vLLM, SGLang and TGI a checkpoint folder, or a repository's name when it is
+    ``path`` is a GGUF file, or for vLLM, SGLang, TGI and mlx-lm a checkpoint folder, or a repository's name when it is
     ``on_hub``.
 
     Raises:
@@ -73,6 +73,9 @@ def launch(
         command = f"python -m sglang.launch_server --model-path {shlex.quote(path)} --served-model-name "
         command += f"{shlex.quote(name)} --context-length {length} --max-running-requests {max(1, wish.n_seq)}"
         return LaunchCommand(engine, command + (f" --tp {gpus}" if gpus > 1 else ""))
+    if engine == "mlx-lm":
+        command = f"mlx_lm.server --model {shlex.quote(path)} --port 8080 --decode-concurrency {max(1, wish.n_seq)}"
+        return LaunchCommand(engine, command)
     # docker takes a path that is not absolute for the name of a volume
     folder = shlex.quote(path) if path.startswith("/") else f'"$PWD"/{shlex.quote(path)}'
     volume, model = ("", shlex.quote(path)) if on_hub else (f"-v {folder}:/model ", "/model")
