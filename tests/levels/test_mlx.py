@@ -29,9 +29,9 @@ FLOATS = ["MLX-mxfp4", "MLX-mxfp8", "MLX-nvfp4"]
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 
 
-def in_bfloat16(name, folder, **sizes):
+def in_bfloat16(name, folder):
     """A tiny model whose checkpoint is in bfloat16, and its GGUF."""
-    model, checkpoint, _ = tiny(name, folder, **sizes)
+    model, checkpoint, _ = tiny(name, folder)
     model.to(torch.bfloat16).save_pretrained(checkpoint)
     return model.float(), checkpoint, tiny_models.write(tiny_models.CASES[name], model, folder / "source.gguf")
 
@@ -157,36 +157,41 @@ def test_feedback_reaches_the_head(tmp_path):
     assert error(mine) < 0.8 * error(nearest)
 
 
-@pytest.mark.parametrize(
-    ("name", "sizes", "router"),
-    [
-        ("qwen2moe", {"moe_intermediate_size": 64, "shared_expert_intermediate_size": 96}, "mlp.gate"),
-        ("mixtral", {}, "block_sparse_moe.gate"),
-    ],
-)
-def test_experts_lie_together_and_routers_stay_float(name, sizes, router, tmp_path):
-    _, checkpoint, gguf = in_bfloat16(name, tmp_path, **sizes)
+@pytest.mark.parametrize(("name", "layer", "leaf"), [("mixtral", 0, "w2"), ("ernie4_5moe", 1, "down_proj")])
+def test_experts_lie_together_and_routers_stay_float(name, layer, leaf, tmp_path):
+    _, checkpoint, gguf = in_bfloat16(name, tmp_path)
     level = "MLX-4bit-g32"
     run(gguf, [level], tmp_path, checkpoint)
     folder = tmp_path / f"tiny-{level}"
     tensors = load_file(folder / "model.safetensors")
-    block = router.partition(".")[0]
-    place = f"model.layers.0.{block}.switch_mlp.down_proj"
+    block = f"model.layers.{layer}.{'block_sparse_moe' if name == 'mixtral' else 'mlp'}"
+    place = f"{block}.switch_mlp.down_proj"
     assert tensors[f"{place}.weight"].ndim == tensors[f"{place}.biases"].ndim == 3
     assert not any(".experts." in one for one in tensors)
-    assert tensors[f"model.layers.0.{router}.weight"].dtype == torch.bfloat16
+    assert tensors[f"{block}.gate.weight"].dtype == torch.bfloat16
     reader = CheckpointReader(folder, parse_level(level).format)
     whole = reader.weights(f"{place}.weight")
-    leaf = "w2" if name == "mixtral" else "down_proj"
-    np.testing.assert_array_equal(reader.weights(f"model.layers.0.{block}.experts.1.{leaf}.weight"), whole[1])
+    np.testing.assert_array_equal(reader.weights(f"{block}.experts.1.{leaf}.weight"), whole[1])
     with pytest.raises(BadFile, match="experts"):
-        reader.weights(f"model.layers.0.{block}.experts.77.{leaf}.weight")
+        reader.weights(f"{block}.experts.77.{leaf}.weight")
     with GgufFile.open(gguf) as source:
         own = CheckpointWeights(FileWeights(source), folder, parse_level(level).format)
-        np.testing.assert_array_equal(own("blk.0.ffn_down_exps.weight"), whole)
+        np.testing.assert_array_equal(own(f"blk.{layer}.ffn_down_exps.weight"), whole)
         size = level_size(source.model, parse_level(level))
     assert size.tensor_bytes == sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     assert inspect_folder(folder).truthful
+
+
+def test_names_of_experts_are_mlx_lms():
+    form = parse_level("MLX-4bit-g64").format
+    for linear, wanted in (
+        ("model.layers.3.mlp.experts.17.up_proj", ("model.layers.3.mlp.switch_mlp.up_proj", 17)),
+        ("block_sparse_moe.experts.0.w3", ("block_sparse_moe.switch_mlp.up_proj", 0)),
+        ("mlp.shared_experts.up_proj", None),
+        ("mlp.gate", None),
+        ("self_attn.q_proj", None),
+    ):
+        assert form.stacked(linear) == wanted
 
 
 class Killed(Exception):
@@ -380,26 +385,25 @@ def test_positions_are_where_mlx_lm_looks(case):
 
 @needs_mlx
 @pytest.mark.parametrize(
-    ("name", "level", "sizes"),
+    ("name", "level"),
     [
-        ("llama", "MLX-4bit-g32", {}),
-        ("llama", "MLX-3bit-g32", {}),
-        ("llama", "MLX-mxfp4", {}),
-        ("llama", "MLX-nvfp4", {}),
-        ("llama 3 scaling", "MLX-4bit-g32", {}),
-        ("qwen2", "MLX-4bit-g32", {}),
-        ("qwen3", "MLX-4bit-g32", {}),
-        ("phi3", "MLX-4bit-g32", {}),
-        ("olmo2", "MLX-4bit-g32", {}),
-        ("glm4", "MLX-4bit-g32", {}),
-        ("gemma3", "MLX-4bit-g32", {}),
-        ("mixtral", "MLX-4bit-g32", {}),
-        ("qwen3moe", "MLX-4bit-g32", {"moe_intermediate_size": 64}),
+        ("llama", "MLX-4bit-g32"),
+        ("llama", "MLX-3bit-g32"),
+        ("llama", "MLX-mxfp4"),
+        ("llama", "MLX-nvfp4"),
+        ("llama 3 scaling", "MLX-4bit-g32"),
+        ("qwen2", "MLX-4bit-g32"),
+        ("qwen3", "MLX-4bit-g32"),
+        ("phi3", "MLX-4bit-g32"),
+        ("olmo2", "MLX-4bit-g32"),
+        ("glm4", "MLX-4bit-g32"),
+        ("gemma3", "MLX-4bit-g32"),
+        ("mixtral", "MLX-4bit-g32"),
     ],
 )
-def test_mlx_lm_predicts_what_the_walk_says(name, level, sizes, tmp_path):
+def test_mlx_lm_predicts_what_the_walk_says(name, level, tmp_path):
     """Arithmetic in float32: what is left is the order of sums. A choice of experts may tip, which few tokens do."""
-    _, checkpoint, gguf = tiny(name, tmp_path, **sizes)
+    _, checkpoint, gguf = tiny(name, tmp_path)
     run(gguf, [level], tmp_path, checkpoint)
     folder = tmp_path / f"tiny-{level}"
     tokens = np.stack([window.tokens for window in windows_of(3, count=2, n=24)])
@@ -407,5 +411,5 @@ def test_mlx_lm_predicts_what_the_walk_says(name, level, sizes, tmp_path):
     theirs = torch.from_numpy(mlx_here.logits(folder, tokens, tmp_path))
     kl = (mine.softmax(-1) * (mine.log_softmax(-1) - theirs.log_softmax(-1))).sum(-1).abs().flatten()
     assert float(kl.quantile(0.9)) < 1e-4
-    if not sizes and name != "mixtral":
+    if name != "mixtral":
         assert float(kl.max()) < 1e-3
