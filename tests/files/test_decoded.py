@@ -11,13 +11,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny_checkpoints
+from bitladder.describe.quantized import KEY_BEFORE
 from bitladder.errors import BadFile, BadInput
 from bitladder.files import convert
 from bitladder.files.checkpoint import read_checkpoint
 from bitladder.files.decoded import decoded_bytes, decoding_of, write_decoded
-from bitladder.files.gguf import GgufFile
+from bitladder.files.describe_source import describe
+from bitladder.files.gguf import GgufFile, read_header
+from bitladder.files.level_files import draft_level
 from bitladder.files.sources import resolve
+from bitladder.levels import parse_levels
 from bitladder.levels.checkpoints.converter_formats import ReadAs
+from bitladder.stages.inspect import inspect_file
+from bitladder.stages.job import Build, Work
+from bitladder.stages.quantize import build_levels
 from bitladder.stages.write_levels import quantize_levels
 from packed_checkpoints import alternating, awq, fp8, gptq, groups, int8, mxfp4, nvfp4, packed, repack
 from tiny_checkpoints import write_tokenizer
@@ -173,6 +180,28 @@ def test_the_converters_file(plain, tmp_path, name, monkeypatch):
     check_conversion(tmp_path / "packed", truth, monkeypatch)
 
 
+@pytest.mark.model
+@pytest.mark.parametrize(
+    ("name", "origin"),
+    [("awq", "awq-4bit"), ("fp8 in blocks", "fp8"), ("gptq", "gptq-4bit"), ("nvfp4 by ModelOpt", "NVFP4")],
+)
+def test_levels_carry_what_their_weights_were(plain, tmp_path, name, origin, monkeypatch):
+    """As levels of quantized GGUF files do; a plan counts the bytes that it takes."""
+    configuration, make, _ = FORMATS[name]
+    folder = tmp_path / "packed"
+    repack(plain, folder, configuration, make)
+    monkeypatch.setenv("BITLADDER_CONVERTER", str(convert.find_converter().folder))
+    monkeypatch.setenv("BITLADDER_CACHE", str(tmp_path / "cache"))
+    build = Build(out=tmp_path / "out", imatrix="none", effort="fast")
+    (file,) = build_levels(str(folder), parse_levels(["Q8_0"]), build, Work()).files
+    assert read_header(file.path).metadata[KEY_BEFORE] == origin
+    found = inspect_file(file.path)
+    assert found.made_from == origin
+    assert f"made from {origin}" in found.verdict
+    planned = draft_level(describe(str(folder)).model, "Q8_0")
+    assert planned.file_bytes == file.path.stat().st_size
+
+
 def check_conversion(folder, truth, monkeypatch):
     monkeypatch.setenv("BITLADDER_CACHE", str(folder.parent / "cache"))
     monkeypatch.setenv("BITLADDER_CONVERTER", str(convert.find_converter().folder))
@@ -284,7 +313,7 @@ def test_experts_published_in_mxfp4_stay_bit_for_bit(tmp_path, demo_gguf, monkey
     document = json.loads((folder / "config.json").read_text())
     document["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
     (folder / "config.json").write_text(json.dumps(document))
-    assert decoding_of(read_checkpoint(folder)) is None
+    assert decoding_of(read_checkpoint(folder)).by_converter is ReadAs.IT_IS
     monkeypatch.setenv("BITLADDER_CONVERTER", str(convert.find_converter().folder))
     monkeypatch.setenv("BITLADDER_CACHE", str(tmp_path / "cache"))
     source = resolve(str(folder))

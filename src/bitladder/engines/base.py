@@ -153,6 +153,15 @@ class TakesProjectors(Protocol):
         ...
 
 
+@runtime_checkable
+class TellsOfTools(Protocol):
+    """A running engine that knows whether its model can be told of tools."""
+
+    def takes_tools(self) -> bool | None:
+        """Whether the model's chat template has a place for tools; None where the engine does not say."""
+        ...
+
+
 @dataclass(frozen=True)
 class Identity:
     """Who answers: part of the key of all evidence that an engine gave."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from bitladder.engines.base import Chat, Completion, Identity, Launch, Message, TokenChoice
 from bitladder.engines.chat_api import ChatRequest, Timeouts
 from bitladder.engines.served import ServedEngine
-from bitladder.errors import BadInput
+from bitladder.errors import BadInput, EngineError
 from bitladder.files.engine_package import ENGINE, engine_version
 
 if TYPE_CHECKING:
@@ -126,6 +126,17 @@ class LlamaServer(ServedEngine):
         """What the engine says about the model and itself."""
         props: dict[str, Any] = self._request("GET", "/props")
         return props
+
+    def takes_tools(self) -> bool | None:
+        """Whether the chat template has a place for tools (``engines.base.TellsOfTools``). Where it has none, llama.cpp
+        leaves them out without a word.
+        """
+        try:
+            caps = self.props().get("chat_template_caps")
+        except EngineError:
+            return None
+        told = caps.get("supports_tools") if isinstance(caps, dict) else None
+        return told if isinstance(told, bool) else None
 
     def chat(self, chat: Chat) -> Completion:
         """Answer a chat through the model's own template (``engines.base.Engine.chat``).

@@ -100,6 +100,10 @@ class CheckpointReader:
                 f"{self.folder}: {linear} contradicts itself: {error}", do="Write the level again."
             ) from error
 
+    def is_quantized(self, name: str) -> bool:
+        """Whether a tensor, by its float name, is stored quantized."""
+        return self.format_of(name.removesuffix(".weight")) is not None
+
     def _read(self, key: str) -> npt.NDArray[Any]:
         from safetensors import safe_open
 

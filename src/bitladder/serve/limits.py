@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from bitladder import unicode
 from bitladder.errors import BadInput
 from bitladder.files.atomic import write_whole
 from bitladder.serve.protocol import Refused, header_text
@@ -65,14 +66,14 @@ def read_keys(path: Path) -> tuple[Key, ...]:
         BadInput: no such file, no key in it, or a line is something else (a key in plain text, say).
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = unicode.decoded(path.read_bytes())
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(
             f"The key file '{path}' cannot be read: {getattr(error, 'strerror', None) or error}.",
             do="Check the path; `bitladder key NAME --file FILE` makes one.",
         ) from None
     keys = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(unicode.lines(text), 1):
         text = line.split("#", 1)[0].strip()
         if text:
             match = _LINE.fullmatch(text)
@@ -134,13 +135,13 @@ class Doorman:
             try:
                 scope.setdefault("state", {})["key"] = self._check(scope)
             except Refused as refused:
-                await send_refusal(send, refused)
+                await send_refusal(send, refused, scope["path"])
                 return
         await self._app(scope, receive, send)
 
     def _check(self, scope: Scope) -> str:
         host: str | None = None
-        origin = site = authorization = ""
+        origin = site = authorization = own_key = ""
         for name, value in scope["headers"]:
             if name == b"host":
                 if host is not None:
@@ -152,6 +153,8 @@ class Doorman:
                 site = value.decode("latin-1")
             elif name == b"authorization":
                 authorization = value.decode("latin-1")
+            elif name == b"x-api-key":
+                own_key = value.decode("latin-1")
         if host is None or _host_name(host) not in self._hosts:
             raise Refused(421, f"This gateway does not answer for host '{header_text(host or '')}'.", code="wrong_host")
         if origin and origin not in self._origins and _network_location(origin) != host:
@@ -162,9 +165,15 @@ class Doorman:
         if not self._keys or not keyed:
             return ""
         scheme, _, secret = authorization.partition(" ")
-        name = key_name(secret.strip(), self._keys) if scheme.lower() == "bearer" else None
+        given = [secret] if scheme.lower() == "bearer" else []
+        given += [own_key] if own_key else []  # which is where Anthropic's clients send theirs
+        name = next((name for one in given if (name := key_name(one.strip(), self._keys)) is not None), None)
         if name is None:
-            raise Refused(401, "A valid API key is needed: 'Authorization: Bearer KEY'.", code="invalid_api_key")
+            raise Refused(
+                401,
+                "A valid API key is needed: 'Authorization: Bearer KEY', or 'x-api-key: KEY'.",
+                code="invalid_api_key",
+            )
         return name
 
 
@@ -182,15 +191,15 @@ def _network_location(origin: str) -> str:
         return ""
 
 
-async def send_refusal(send: Send, refused: Refused) -> None:
-    """Answer with a refusal's JSON document; the connection is closed, since the body may not have been
-    read.
+async def send_refusal(send: Send, refused: Refused, path: str = "") -> None:
+    """Answer with a refusal's JSON document as clients of ``path`` expect it; the connection is closed, since the body
+    may not have been read.
     """
-    headers = refused.fields
+    headers = refused.fields_for(path)
     if refused.status in (401, 403, 408, 413, 415, 421):
         headers.append((b"connection", b"close"))
     await send({"type": "http.response.start", "status": refused.status, "headers": headers})
-    await send({"type": "http.response.body", "body": refused.body})
+    await send({"type": "http.response.body", "body": refused.body_for(path)})
 
 
 async def read_body(scope: Scope, receive: Receive, limit: int, share: ClientShare) -> bytes | None:

@@ -211,6 +211,7 @@ def fidelity(level: str, own: TokenScores, reference: TokenScores, windows: Sequ
         return np.bincount(cluster, weights=values, minlength=units).astype(np.float64)
 
     tokens = sums(np.ones(len(cluster)))
+    unit_kl = sums(own.kl) / tokens
     kl = ratio_interval(sums(own.kl), tokens, rng, scale="log", worse="more")
     lost = ratio_interval(sums(own.nll - reference.nll), tokens, rng, worse="more")
     same = (own.top1 == reference.top1).astype(np.float64)
@@ -226,4 +227,5 @@ def fidelity(level: str, own: TokenScores, reference: TokenScores, windows: Sequ
         ppl_ratio=float(np.exp(lost.value)),
         ppl_ratio_low=float(np.exp(lost.low)), ppl_ratio_high=float(np.exp(lost.high)),
         top1=top1.value, top1_low=float(np.maximum(0, top1.low)), top1_high=float(np.minimum(1, top1.high)),
+        unit_kl=tuple(unit_kl.tolist()), unit_tokens=tuple(tokens.astype(int).tolist()),
     )  # fmt: skip

@@ -111,6 +111,8 @@ def build_levels(model: str, levels: Sequence[Level], build: Build, work: Work) 
 
         check_device(work.device)
     with opened(model, work) as job:
+        if asked.files or asked.folded or asked.fitted:
+            job.require_tokenizer()
         _refuse_overwriting(job.source, asked, build)
         job.source.hash_ahead()  # while the rest is imported, which takes as long as hashing a small model
         from bitladder.files.probe import probe_machine
@@ -166,13 +168,14 @@ def calibrate_levels(
 
     source, documents = job.source, calibration_texts(build.texts)
     wanted: list[Product] = [*(with_schemes(job, level, build) for level in levels.checkpoints), *levels.folded]
-    if build.imatrix == AUTO and levels.use_importance and not importance_file(source, documents).exists():
+    if build.imatrix == AUTO and levels.use_importance and not importance_file(job, documents).exists():
         wanted.append(ImportanceVectors())
     reading = Reading(
         job.windows(documents) if windows is None else windows,
         documents,
         measuring=job.windows(build.measured_on or shipped_texts()) if windows is None else (),
-        prompts=_prompts(source, documents) if levels.checkpoints else {},
+        prompts=_prompts(job, documents) if levels.checkpoints else {},
+        text_key=job.text_key(documents),
     )
     walk = Calibration(
         source, wanted, reading, out_dir=build.out, name=job.found.label, checkpoint=job.found.checkpoint,
@@ -182,7 +185,7 @@ def calibrate_levels(
     with forecast(walk.need, job.journal, build.out) if walk.need is not None else nullcontext():
         calibrated = walk.run(job.progress)
     if calibrated.importance is not None:
-        _keep(source, documents, calibrated.importance)
+        _keep(job, documents, calibrated.importance)
     return calibrated
 
 
@@ -195,22 +198,19 @@ def _importance(job: Job, asked: SortedLevels, build: Build, calibrated: Calibra
     return importance_of(job, build)
 
 
-def _keep(source: GgufFile, documents: Sequence[Document], matrix: ImportanceMatrix) -> None:
+def _keep(job: Job, documents: Sequence[Document], matrix: ImportanceMatrix) -> None:
     from bitladder.files.imatrix import write_imatrix
 
-    path = importance_file(source, documents)
+    path = importance_file(job, documents)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_imatrix(path, matrix)
 
 
-def _prompts(source: GgufFile, documents: Sequence[Document]) -> dict[str, list[int]]:
-    """Texts that a written tokenizer must read as the source's engine does: the starter workload's, and the beginning
-    of every calibration text."""
-    from bitladder.engines.base import Launch
-    from bitladder.engines.registry import start
+def _prompts(job: Job, documents: Sequence[Document]) -> dict[str, list[int]]:
+    """Texts that a written tokenizer must read as the source's does: the starter workload's, and the beginning of every
+    calibration text."""
     from bitladder.files.workloads import STARTER, load_workload
 
     starters = [str(message["content"]) for one in load_workload(STARTER).inputs for message in one.messages]
-    prompts = [*starters, *(document.text[:_PROMPT_CHARACTERS] for document in documents)]
-    with start(Launch(source.path, n_ctx=64, threads=1)) as engine:
-        return {prompt: list(engine.tokenize(prompt, add_special=True)) for prompt in dict.fromkeys(prompts)}
+    prompts = list(dict.fromkeys([*starters, *(document.text[:_PROMPT_CHARACTERS] for document in documents)]))
+    return dict(zip(prompts, job.tokens(prompts), strict=True))

@@ -16,6 +16,7 @@ from bitladder.stages.calibration import calibration_texts
 from bitladder.stages.forecast import forecast, walking_need
 from bitladder.stages.job import Build, Job, Journal, Work, opened
 from bitladder.stages.known_files import kept_by_evidence
+from bitladder.stages.projector import deliver_projector, projector_of
 from bitladder.stages.weighing import RecipeTexts, keep_table, parts_of_text, weighed_tensors
 
 if TYPE_CHECKING:
@@ -69,7 +70,11 @@ def make_recipe(model: str, request: RecipeRequest, work: Work) -> RecipeResult:
         BadInput, BadWeights, UnknownArchitecture: the model cannot be weighed on this text.
     """
     with opened(model, work) as job:
-        return recipe_of(job, request)
+        job.require_tokenizer()
+        result = recipe_of(job, request)
+        if request.build is not None:
+            deliver_projector(job.found, request.build.out, job.journal, job.progress)
+        return result
 
 
 def recipe_of(job: Job, request: RecipeRequest) -> RecipeResult:
@@ -78,7 +83,7 @@ def recipe_of(job: Job, request: RecipeRequest) -> RecipeResult:
 
     source = job.source
     if request.level is None:
-        request = replace(request, wish=_bounded(source, request))
+        request = replace(request, wish=_bounded(job, request))
     else:
         level_named(request.level)  # a name that is none is refused before any work
     parts = parts_of_text(job.windows(calibration_texts(request.texts)))
@@ -200,6 +205,7 @@ def reapply(file: Path, model: str, build: Build, work: Work) -> RecipeResult:
 
     recipe = read_recipe(file)
     with opened(model, work) as job:
+        job.require_tokenizer()
         own = reapplied(recipe, job.source.model)
         return _written(job, own, parts_of_text(job.windows(calibration_texts(build.texts))), build)
 
@@ -282,13 +288,15 @@ def measured_on(job: Job, file: Path, windows: Sequence[Window]) -> Fidelity:
         return walk(job.source, [candidate], windows, progress=job.progress, threads=job.threads, device=job.device)[0]
 
 
-def _bounded(source: GgufFile, request: RecipeRequest) -> Limits:
+def _bounded(job: Job, request: RecipeRequest) -> Limits:
     """The wish with what it needs of this machine, refused here if no table of losses is needed to refuse it."""
     from bitladder.plan.recipe import check
 
-    wish = request.wish
+    wish, source = request.wish, job.source
     if request.fits:
-        wish = replace(wish, bytes=room_for_weights(source, request.n_ctx))
+        projector = projector_of(job.found, job.journal, job.progress)
+        beside = projector.stat().st_size if projector else 0
+        wish = replace(wish, bytes=room_for_weights(source, request.n_ctx) - beside)
     if wish.least_decode:
         wish = replace(wish, rates=_rates())
     check(source.model, wish, header_bytes=_header_bytes(source))

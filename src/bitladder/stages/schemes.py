@@ -138,9 +138,10 @@ class SchemeStorage:
         """
         self._source, self._weights = source, FileWeights(source, threads=threads)
         model = layered(source, self._weights, checkpoint=checkpoint)
-        model.check_disk_names()
+        known = known_schemes(schemes)
+        model.check_disk_names(form for scheme in known for form in parse_checkpoint(scheme).format.forms)
         self.linears = linears_of(model)
-        self.choices = SchemeChoices(source.model.tensors, self.linears, known_schemes(schemes))
+        self.choices = SchemeChoices(source.model.tensors, self.linears, known)
         self._check(schemes)
 
     def _check(self, schemes: Sequence[str]) -> None:

@@ -145,7 +145,7 @@ def weigh(
     half = wants_half_products(half, device)
     made_by = (__version__, REVISION, FEEDBACK_REVISION)
     own = (choices.key,) if choices.key else ()
-    key = cache_key("weigh", *made_by, source.sha256, tokens_hash(windows), str(half), *own)
+    key = cache_key("weigh", type(model).__name__, *made_by, source.sha256, tokens_hash(windows), str(half), *own)
     table = _Table(source, weights, choices, threads)
     passes = SensitivityPass(
         model,

@@ -16,6 +16,7 @@ from bitladder.records.recipe import SensitivityTable
 from bitladder.stages.calibration import calibration_texts
 from bitladder.stages.forecast import forecast, walking_need
 from bitladder.stages.job import Job
+from bitladder.stages.model_route import route_of
 
 if TYPE_CHECKING:
     from bitladder.describe.windows import Window
@@ -116,15 +117,14 @@ def weighed_tensors(
 ) -> tuple[SensitivityTable, Path]:
     """The table of predicted losses, checked against measured recipes, and where it is kept between runs; ``storage``:
     a GGUF file by default."""
-    from bitladder.describe.text import text_hash
     from bitladder.files.folders import cache_folder, cache_key
     from bitladder.kernels import REVISION
     from bitladder.kernels.feedback import REVISION as FEEDBACK_REVISION
     from bitladder.stages.sensitivity import weigh
 
-    source, text, storage = job.source, text_hash(calibration_texts(texts)), storage or GgufStorage(job)
+    source, text, storage = job.source, job.text_key(calibration_texts(texts)), storage or GgufStorage(job)
     own = (storage.choices.key,) if storage.choices.key else ()
-    key = cache_key(__version__, REVISION, FEEDBACK_REVISION, source.sha256, text, *own)
+    key = cache_key(__version__, REVISION, FEEDBACK_REVISION, source.sha256, text, route_of(source), *own)
     kept = cache_folder("sensitivity", f"{key[:32]}.json")
     if (table := read_table(kept)) is not None:
         job.journal.reuse("sensitivity", [source.model.name])

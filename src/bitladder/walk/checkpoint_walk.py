@@ -132,6 +132,13 @@ class CalibrationWalk:
             tensors.append(self._rows_of(names.head, roles.OUTPUT))
         return tensors + self.model.copied()
 
+    def counts(self) -> dict[str, int]:
+        """How many matrices of each of ``shapes`` a layer has, where there are several: experts, or gate and up of
+        each."""
+        experts = self.model.model.dims.n_expert
+        stacks = self.model.family.experts.items()
+        return {path.removesuffix(".weight"): experts * len(names) for path, names in stacks}
+
     def shapes(self) -> dict[str, tuple[int, int]]:
         """``(outputs, inputs)`` of every matrix that will be quantized, by its place in the layer: of the first
         layer of each kind."""
@@ -139,8 +146,10 @@ class CalibrationWalk:
         for layer, kind in self.model.first_of_each_kind():
             for shared in kind.inputs:
                 for parameter in disk_names.quantized_parameters(self.model.family, shared):
-                    rows, columns = self.model.shape(parameter.path, layer)[-2:]
-                    found.setdefault(parameter.path.removesuffix(".weight"), (int(rows), int(columns)))
+                    *_, rows, columns = (int(size) for size in self.model.shape(parameter.path, layer))
+                    outputs, inputs = (columns, rows) if parameter.turned else (rows, columns)
+                    sizes = outputs // len(self.model.family.experts.get(parameter.path, (1,))), inputs
+                    found.setdefault(parameter.path.removesuffix(".weight"), sizes)
         return found
 
     def _rows_of(self, name: str, source: str) -> PiecewiseTensor:

@@ -20,6 +20,7 @@ from bitladder.formats.families.family import Layers
 from bitladder.formats.roles import Parameter
 from bitladder.kernels import first_nonfinite
 from bitladder.levels.checkpoints import FolderFormat
+from bitladder.walk.matrices import as_module, in_turn
 from bitladder.walk.opened import layered
 from bitladder.walk.rounding import InputType
 from bitladder.walk.transforms import stored
@@ -99,12 +100,19 @@ class CheckpointWeights:
             for expert in range(self._model.dims.n_expert):
                 linears = disk_names.disk_linears(self._family, parameter.path, expert)
                 chosen = linears if part is None else linears[part : part + 1]
-                own = [self._reader.weights(f"{prefix}{linear.name}.weight") for linear in chosen]
+                own = [self._reader.weights(prefix + linear.tensor) for linear in chosen]
                 stacked.append(own[0] if len(own) == 1 else np.concatenate(own))
             if len({one.shape for one in stacked}) > 1:
                 raise BadFile(f"{self._folder}: the experts of layer {layer} differ in shape.", do="Copy it again.")
-            return np.stack(stacked)
-        return self._reader.weights(prefix + disk_names.disk_name(self._family, parameter.path))
+            value = np.stack(stacked)
+        else:
+            name = prefix + disk_names.disk_name(self._family, parameter.path)
+            value = self._reader.weights(name)
+            if not self._reader.is_quantized(name):
+                return value
+        if value.ndim < 3 and parameter.path in self._family.experts:
+            return in_turn(self._family, parameter.path, value[..., None])[..., 0]
+        return as_module(self._family, parameter, value) if part is None and value.ndim > 1 else value
 
 
 def _parameter_of(family: Layers, role: str) -> tuple[Parameter, int]:

@@ -16,11 +16,11 @@ from bitladder.levels import CheckpointLevel
 from bitladder.levels.checkpoints import CheckpointFormat
 from bitladder.levels.methods import Prepared
 from bitladder.walk.driver import Builder, Stream
-from bitladder.walk.folding import matrix, set_matrix
 from bitladder.walk.inputs import InputStatistics, peak_of
 from bitladder.walk.layer_pass import LayerPass
 from bitladder.walk.layers import LayeredModel
 from bitladder.walk.made import SCALE_DTYPES, InStore, LayerOutput, floats_of, format_of, naming, too_few
+from bitladder.walk.matrices import matrix, set_matrix
 from bitladder.walk.states import States
 from bitladder.walk.weights import LevelWeights
 
@@ -82,7 +82,7 @@ class GptqLevel(InStore, Builder):
         alone = shared.kind == "linear"
         for expert in [None] if alone else range(self._model.model.dims.n_expert):
             for parameter in parameters:
-                output.keep(self._model, parameter, expert, matrix(block, parameter, expert))
+                output.keep(self._model, parameter, expert, matrix(self._model.family, block, parameter, expert))
 
     def _quantize(
         self,
@@ -97,21 +97,21 @@ class GptqLevel(InStore, Builder):
     ) -> None:
         """Quantize, as ``form`` stores it, what reads the first of ``gathered``, which is taken out: its Gram matrix
         may be as large as the layer, and its factor takes its place. ``peak``: the largest magnitude of all."""
-        method, statistics = self._level.method, gathered.pop(0)
+        method, statistics, family = self._level.method, gathered.pop(0), self._model.family
         tokens, few = statistics.tokens, too_few(expert, statistics)
         with naming(layer, parameters[0].path):
             seen = method.prepare(statistics.gram, damp=self._damp, act_order=self._act_order, overwrite=True)
         del statistics
         known = Prepared() if few else seen
         with naming(layer, parameters[0].path):
-            matrices = (matrix(block, parameter, expert) for parameter in parameters)
+            matrices = (matrix(family, block, parameter, expert) for parameter in parameters)
             form = form.joined(matrices, method.importance(known), peak)
         for parameter in parameters:
-            weights = matrix(block, parameter, expert)
+            weights = matrix(family, block, parameter, expert)
             with naming(layer, parameter.path):
                 found = method.apply(
                     form, known, weights, scale_dtype=self._scale_dtype, device=str(self._model.device)
                 )
-            set_matrix(block, parameter, expert, found.decoded)
+            set_matrix(family, block, parameter, expert, found.decoded)
             note = few or seen.note
             output.add(self._model, form, parameter, expert, found, tokens=tokens, note=note, damp=seen.damp)

@@ -17,6 +17,7 @@ from torch import nn
 from bitladder.errors import BadWeights
 from bitladder.files.layer_store import LayerStore
 from bitladder.formats.disk_names import LAYERS, disk_linears, disk_name, quantized_parameters
+from bitladder.formats.families.family import Layers
 from bitladder.formats.roles import Parameter, SharedInput
 from bitladder.levels.checkpoints import Arrays as Encoded
 from bitladder.levels.checkpoints import CheckpointFormat, FolderFormat, digest
@@ -27,6 +28,7 @@ from bitladder.walk.importance import vectors_of
 from bitladder.walk.inputs import InputStatistics
 from bitladder.walk.keep import Arrays
 from bitladder.walk.layers import LayeredModel
+from bitladder.walk.matrices import as_linears, in_runs
 
 F32 = NDArray[np.float32]
 
@@ -58,8 +60,7 @@ class LayerOutput:
     ) -> None:  # fmt: skip
         """Take in a quantized parameter as the linear layers that it is on disk."""
         for linear in disk_linears(model.family, parameter.path, expert):
-            count = len(found.codes) // linear.parts
-            rows = slice(linear.part * count, (linear.part + 1) * count)
+            rows = linear.rows(len(found.codes))
             self.linears[linear.name] = form, form.encode(found.codes[rows], found.parameters.rows(rows))
             self.digests[linear.name] = digest(found.decoded[rows])
             self.losses.append(LinearLoss(linear.name, found.loss, tokens, damp, note))
@@ -67,8 +68,7 @@ class LayerOutput:
     def keep(self, model: LayeredModel, parameter: Parameter, expert: int | None, weights: F32) -> None:
         """Take in a parameter f32[rows, columns] that stays float among others that do not."""
         for linear in disk_linears(model.family, parameter.path, expert):
-            count = len(weights) // linear.parts
-            self.floats[f"{linear.name}.weight"] = weights[linear.part * count : (linear.part + 1) * count].copy()
+            self.floats[f"{linear.name}.weight"] = weights[linear.rows(len(weights))].copy()
 
 
 class InStore(Resumable):
@@ -147,12 +147,27 @@ class MadeImportance(Made):
 
 def floats_of(model: LayeredModel, block: nn.Module) -> dict[str, F32]:
     """Every parameter and stored buffer of a layer that is not quantized, f32, by disk name."""
-    quantized = {p.path for shared in model.family.inputs for p in quantized_parameters(model.family, shared)}
-    return {
-        disk_name(model.family, path): value.detach().cpu().numpy().copy()
-        for path, value in block.state_dict().items()
-        if path not in quantized
-    }
+    family = model.family
+    quantized = {p.path for shared in family.inputs for p in quantized_parameters(family, shared)}
+    rows = {parameter.path: parameter for parameter in family.parameters}
+    found: dict[str, F32] = {}
+    for path, value in block.state_dict().items():
+        if path not in quantized and path in family.experts:
+            found |= _one_by_one(family, rows.get(path, Parameter(path, ())), value.detach().cpu().numpy())
+        elif path not in quantized:
+            found[disk_name(family, path)] = value.detach().cpu().numpy().copy()
+    return found
+
+
+def _one_by_one(family: Layers, parameter: Parameter, stack: F32) -> dict[str, F32]:
+    """A stack of matrices or of biases as the experts' own, by disk name."""
+    found = {}
+    for expert, own in enumerate(stack):
+        lines = as_linears(family, parameter, own) if own.ndim > 1 else in_runs(family, parameter.path, own[:, None])
+        for linear in disk_linears(family, parameter.path, expert):
+            share = lines[linear.rows(len(lines))]
+            found[linear.tensor] = (share if own.ndim > 1 else share[:, 0]).copy()
+    return found
 
 
 def format_of(model: LayeredModel, form: FolderFormat, layer: int, path: str) -> CheckpointFormat | None:

@@ -17,10 +17,10 @@ from bitladder.formats.roles import SharedInput
 from bitladder.levels import CheckpointLevel
 from bitladder.walk import folding
 from bitladder.walk.driver import Seen
-from bitladder.walk.folding import matrix
 from bitladder.walk.inputs import InputStatistics, Wants, peak_of
 from bitladder.walk.layers import LayeredModel
 from bitladder.walk.made import SCALE_DTYPES, LayerOutput, Made, floats_of, format_of, naming, too_few, unchanged
+from bitladder.walk.matrices import matrix
 
 F32 = NDArray[np.float32]
 _T = TypeVar("_T")
@@ -38,7 +38,7 @@ class RoundedLevel(Made):
     def make(self, layer: int, block: nn.Module, seen: Seen) -> LayerOutput:
         """As ``Made``. A level made without folding owes nothing to the text, and knows its losses only where a Gram
         matrix was summed for another."""
-        output, level = LayerOutput(), self._level
+        output, level, family = LayerOutput(), self._level, self.model.family
         with unchanged(block) if self._folds else nullcontext():
             factors = {
                 shared: self._fold(layer, block, shared, statistics[0]) if statistics and self._folds else None
@@ -46,7 +46,7 @@ class RoundedLevel(Made):
             }
             for shared, statistics in seen.items():
                 peak = peak_of(statistics or ())
-                parameters, scale = quantized_parameters(self.model.family, shared), factors[shared]
+                parameters, scale = quantized_parameters(family, shared), factors[shared]
                 stored = format_of(self.model, level.format, layer, parameters[0].path)
                 assert stored is not None  # what mixes formats, and floats, is made with feedback
                 for expert, own in _experts(statistics or [None] * self._matrices(shared)):
@@ -56,10 +56,10 @@ class RoundedLevel(Made):
                         gram = gram / np.outer(scale, scale)
                     known = level.method.prepare(gram)
                     with naming(layer, shared.module):
-                        matrices = (matrix(block, parameter, expert) for parameter in parameters)
+                        matrices = (matrix(family, block, parameter, expert) for parameter in parameters)
                         form = stored.joined(matrices, level.method.importance(known), peak)
                     for parameter in parameters:
-                        weights = matrix(block, parameter, expert)
+                        weights = matrix(family, block, parameter, expert)
                         with naming(layer, parameter.path):
                             found = level.method.apply(form, known, weights, scale_dtype=self._scale_dtype)
                         tokens = own.tokens if own is not None else 0
@@ -77,11 +77,11 @@ class RoundedLevel(Made):
         place = folding.place_of(self.model, block, shared)
         if place is None or not level.method.scales(into_norm=place.is_norm):
             return None
-        weights = [matrix(block, parameter) for parameter in place.parameters]
+        weights = [matrix(self.model.family, block, parameter) for parameter in place.parameters]
         form = format_of(self.model, level.format, layer, place.parameters[0].path)
         assert form is not None
         factors = level.method.factors(form, statistics.gram, statistics.largest, weights, tied=place.tied)
-        folding.fold(block, place, factors)
+        folding.fold(self.model, block, place, factors)
         return factors
 
 

@@ -55,6 +55,8 @@ class FolderFormat(ABC):
     """First words of its levels' names, in upper case."""
     grammar: ClassVar[str]
     """What names look like that no other format shows, for messages."""
+    about: ClassVar[str] = ""
+    """What it is and when to use it, in two or three sentences."""
     float_bytes: ClassVar[int] = 2
     """Bytes of each value of what stays float: embedding, head, norms, biases."""
 
@@ -81,6 +83,11 @@ class FolderFormat(ABC):
     @abstractmethod
     def of(self, linear: str) -> CheckpointFormat | None:
         """The format of one linear layer, by its whole name on disk; None: it stays float."""
+
+    @property
+    @abstractmethod
+    def forms(self) -> tuple[CheckpointFormat, ...]:
+        """The formats of its linear layers, as far as they are chosen."""
 
     @property
     def signature(self) -> str:
@@ -175,6 +182,11 @@ class CheckpointFormat(FolderFormat):
     def of(self, linear: str) -> CheckpointFormat:  # noqa: ARG002
         """As ``FolderFormat``: all alike."""
         return self
+
+    @property
+    def forms(self) -> tuple[CheckpointFormat, ...]:
+        """As ``FolderFormat``."""
+        return (self,)
 
     @property
     def scheme(self) -> str:

@@ -54,6 +54,10 @@ class PackQuantized(IntegerFormat):
 
     prefixes: ClassVar[tuple[str, ...]] = ("GPTQ", "AWQ", "INT8", *(f"W{bits}A16" for bits in range(2, 9)))
     grammar: ClassVar[str] = "INT8-W8A16, W{2,...,8}A16-{g32,g64,g128,channel}"
+    about: ClassVar[str] = (
+        "Whole numbers of so many bits (W4: 4) with a scale for each group or output; activations stay at 16 "
+        "bits (A16). For vLLM, where a width other than GPTQ's or AWQ's is wanted."
+    )
     suffixes: ClassVar[tuple[str, ...]] = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
     model_dtype: ClassVar[frozenset[str]] = frozenset({"weight_scale"})
     layout: ClassVar[str] = "pack-quantized"
@@ -193,6 +197,11 @@ class IntQuantized(IntegerFormat):
 
     prefixes: ClassVar[tuple[str, ...]] = ("INT8",)
     grammar: ClassVar[str] = "INT8-W8A8, INT8-W8A8-smooth"
+    about: ClassVar[str] = (
+        "Whole numbers of 8 bits with a scale for each output, and activations rounded to 8 bits as they "
+        "come. Nearly nothing is lost, and GPUs multiply 8-bit numbers twice as fast: for many requests at "
+        "once. Not llama.cpp's Q8_0, which rounds weights alone."
+    )
     suffixes: ClassVar[tuple[str, ...]] = ("weight", "weight_scale")
     model_dtype: ClassVar[frozenset[str]] = frozenset({"weight_scale"})
     layout: ClassVar[str] = "int-quantized"

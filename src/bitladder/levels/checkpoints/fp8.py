@@ -55,6 +55,11 @@ class Fp8(CheckpointFormat):
 
     prefixes: ClassVar[tuple[str, ...]] = ("FP8",)
     grammar: ClassVar[str] = "FP8-DYNAMIC, FP8-BLOCK"
+    about: ClassVar[str] = (
+        "Floating point of 8 bits (4 of exponent, 3 of fraction), weights and activations. Nearly nothing is "
+        "lost and no calibration is needed: for GPUs that multiply FP8, where INT8 would be taken on older "
+        "ones."
+    )
     suffixes: ClassVar[tuple[str, ...]] = ("weight", "weight_scale")
     model_dtype: ClassVar[frozenset[str]] = frozenset({"weight_scale"})
     byte_types: ClassVar[Mapping[str, str]] = {"weight": "float8_e4m3fn"}

@@ -40,6 +40,12 @@ class Gptq(IntegerFormat):
 
     prefixes: ClassVar[tuple[str, ...]] = ("GPTQ",)
     grammar: ClassVar[str] = SPELLINGS["GPTQ"].grammar
+    about: ClassVar[str] = (
+        "Whole numbers of 2, 3, 4 or 8 bits with a scale for each group of weights. Weights are rounded one "
+        "input after the other, and those that follow make up for the error, measured on calibration text. "
+        "For GPU servers that batch requests; 4 bits are the usual choice, 2 and 3 run slowly or not at all "
+        "there."
+    )
     suffixes: ClassVar[tuple[str, ...]] = ("qweight", "scales", "qzeros", "g_idx")
     stores_zeros: ClassVar[bool] = True
 

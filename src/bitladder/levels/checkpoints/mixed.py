@@ -103,6 +103,11 @@ class Mixed(FolderFormat):
         named = next((form for pattern, form in patterns if pattern.match(linear)), None)
         return named or exact.get(_LINEAR)
 
+    @property
+    def forms(self) -> tuple[CheckpointFormat, ...]:
+        """As ``FolderFormat``."""
+        return tuple(group.form for group in self.groups)
+
     @cached_property
     def _targets(self) -> tuple[dict[str, CheckpointFormat], list[tuple[re.Pattern[str], CheckpointFormat]]]:
         exact: dict[str, CheckpointFormat] = {}

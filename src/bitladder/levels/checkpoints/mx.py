@@ -192,6 +192,10 @@ class Mxfp4(Microscaled):
 
     prefixes: ClassVar[tuple[str, ...]] = ("MXFP4", "MXFP4A16")
     grammar: ClassVar[str] = "MXFP4[A16]"
+    about: ClassVar[str] = (
+        "Floating point of 4 bits in groups of 32 that share a power of two as their scale. For models that "
+        "were trained so, and for GPUs that multiply it."
+    )
     suffixes: ClassVar[tuple[str, ...]] = ("weight_packed", "weight_scale")
     layout: ClassVar[str] = "mxfp4-pack-quantized"
     stand_in: ClassVar[str] = "Q4_0"
@@ -205,6 +209,10 @@ class Mxfp8(Microscaled):
 
     prefixes: ClassVar[tuple[str, ...]] = ("MXFP8", "MXFP8A16")
     grammar: ClassVar[str] = "MXFP8[A16]"
+    about: ClassVar[str] = (
+        "Floating point of 8 bits in groups of 32 that share a power of two as their scale. For GPUs that "
+        "multiply it; elsewhere FP8 is as good."
+    )
     suffixes: ClassVar[tuple[str, ...]] = ("weight", "weight_scale")
     byte_types: ClassVar[Mapping[str, str]] = {"weight": "float8_e4m3fn"}
     layout: ClassVar[str] = "mxfp8-quantized"

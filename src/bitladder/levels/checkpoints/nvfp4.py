@@ -65,6 +65,11 @@ class Nvfp4(CheckpointFormat):
 
     prefixes: ClassVar[tuple[str, ...]] = ("NVFP4", "NVFP4A16")
     grammar: ClassVar[str] = "NVFP4, NVFP4A16"
+    about: ClassVar[str] = (
+        "Floating point of 4 bits in groups of 16 with a scale in FP8 and one for the whole matrix. For "
+        "NVIDIA GPUs from Blackwell on, which multiply it; A16 leaves activations as they are, and older GPUs "
+        "decode it."
+    )
     byte_types: ClassVar[Mapping[str, str]] = {"weight_scale": "float8_e4m3fn"}
     suffixes: ClassVar[tuple[str, ...]] = ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale")
     input_arrays: ClassVar[tuple[str, ...]] = ("input_global_scale",)

@@ -12,9 +12,10 @@ for every matrix by itself, so that layers may differ. A checkpoint of N outputs
     MXFP4              W_packed u8 [N, K/2], W_scale u8 [N, K/32] (E8M0)
     NVFP4              W_packed u8 [N, K/2], W_scale f8 [N, K/16], W_global_scale (divides), or
                        W u8, W_scale f8, W_scale_2 (multiplies)
+    MXFP4 in stacks    S_blocks u8 [E, N, K/32, 16], S_scales u8 [E, N, K/32] (gpt-oss), for S [E, K, N]
 
-P is a layer's path and W is ``P.weight``. Scales of integers and FP8 are one number, one for each output, one for each
-group of inputs, or one for each block.
+P is a layer's path, W is ``P.weight``, and S a stack of the matrices of E experts. Scales of integers and FP8 are one
+number, one for each output, one for each group of inputs, or one for each block.
 """
 
 from __future__ import annotations
@@ -42,7 +43,10 @@ BESIDE = re.compile(
     r"\.(?:(?:input|output|activation|q|k|v)_(?:scale|zero_point|global_scale)|.*activation_scale|.*input_scale)"
 )
 """Ends of the names of tensors about activations and caches: weights do not depend on them."""
-_OF_WEIGHTS = ("_scale", "_scale_inv", "_scale_2", "_global_scale", "_zero_point", "_shape", "_g_idx", "_packed")
+_OF_WEIGHTS = (
+    "_scale", "_scale_inv", "_scale_2", "_global_scale", "_zero_point", "_shape", "_g_idx", "_packed", "_blocks",
+    "_scales",
+)  # fmt: skip
 _GROUPED = ("qweight", "qzeros", "scales", "g_idx")
 _MAX_BLOCK = 1 << 16
 
@@ -71,12 +75,12 @@ class PackedMatrix:
     """What it is stored as: ``GPTQ``, ``AWQ``, ``packed``, ``int8``, ``FP8``, ``MXFP4``, ``NVFP4``."""
     bits: int
     """Of each code."""
-    shape: tuple[int, int]
-    """Outputs and inputs."""
+    shape: tuple[int, ...]
+    """Outputs and inputs; of a stack experts, inputs and outputs."""
     arrays: Mapping[str, str]
     """Its tensors by role."""
     decode: Callable[[Stored], F32] = field(compare=False)
-    """Weights ``f32[outputs, inputs]`` of its tensors' values; raises ValueError where they contradict one another."""
+    """Weights f32 of this shape of its tensors' values; raises ValueError where they contradict one another."""
 
 
 def packed_matrices(configuration: Mapping[str, Any], tensors: Tensors, read: Read) -> list[PackedMatrix]:
@@ -285,7 +289,29 @@ def _four_bit_floats(
     return PackedMatrix(weight, "NVFP4" if nvidia else "MXFP4", 4, shape, arrays, decode)
 
 
-_MAKERS = (_gptq, _awq, _packed_integers, _plain_integers, _eight_bit_floats, _four_bit_floats)
+def _stacked_blocks(
+    name: str, method: str, _configuration: Mapping[str, Any], tensors: Tensors, _read: Read
+) -> PackedMatrix | None:
+    stack, held = name.removesuffix("_blocks"), tensors[name]
+    if method != "mxfp4" or stack == name or held.dtype != "U8" or len(held.shape) != 4:
+        return None
+    scale = f"{stack}_scales"
+    if held.shape[-1] != 16 or 0 in held.shape or tensors[scale].shape != held.shape[:-1]:
+        raise ValueError(f"scales of shape {tensors[scale].shape} for blocks of shape {held.shape}")
+    experts, outputs, blocks, _ = held.shape
+
+    def decode(stored: Stored) -> F32:
+        from bitladder.kernels import minifloats
+
+        weights = minifloats.e2m1_pairs(stored["blocks"]) * _scales(stored["scales"], "F8_E8M0")[..., None]
+        return weights.reshape(experts, outputs, 32 * blocks).swapaxes(1, 2)
+
+    return PackedMatrix(stack, "MXFP4", 4, (experts, 32 * blocks, outputs), {"blocks": name, "scales": scale}, decode)
+
+
+_MAKERS = (
+    _gptq, _awq, _packed_integers, _plain_integers, _eight_bit_floats, _four_bit_floats, _stacked_blocks,
+)  # fmt: skip
 
 
 def _present(prefix: str, suffixes: tuple[str, ...], tensors: Tensors) -> dict[str, str]:
