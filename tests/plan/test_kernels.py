@@ -44,7 +44,8 @@ def test_every_format_that_is_written_needs_kernels_of_the_table():
         for engine in level.engines:  # whom the level names, the table knows
             known = [TABLE.of(engine, one) for one in level.format.kernels]
             assert all(known) or engine in ("tgi", "transformers", "sglang"), (name, engine)
-    assert {form for form in FORMATS if form.__name__ != "Mixed"} == covered
+    left = {form.__name__ for form in FORMATS} - {form.__name__ for form in covered}
+    assert left <= {"Mixed", "MlxAffine", "MlxFloat"}  # schemes of others; Macs alone
     assert parse_level("GPTQ-3bit-g64").format.kernels == ()  # nothing but transformers' packages runs it
 
 

@@ -23,9 +23,12 @@ from bitladder.levels.checkpoints.mixed import FLOAT, SCHEMES
 from bitladder.plan.cost import level_size
 from bitladder.plan.recipe import Limits
 from bitladder.plan.schemes import choose_schemes, least_bits
-from bitladder.records.recipe import SensitivityTable, TensorLoss
+from bitladder.records.level_file import LevelFile
+from bitladder.records.recipe import FittedLevel, Recipe, SensitivityTable, TensorLoss
+from bitladder.stages import recipe as recipes
 from bitladder.stages.inspect import inspect_folder
 from bitladder.stages.job import Job
+from bitladder.stages.recipe import RecipeResult
 from bitladder.stages.schemes import SchemeChoices, SchemeStorage, form_of, linears_of
 from bitladder.walk.checkpoint_weights import CheckpointWeights
 from bitladder.walk.opened import layered
@@ -183,8 +186,29 @@ def test_a_level_by_its_bits_has_the_same_schemes_and_mixtures_have_patterns(tmp
     assert all(target.startswith("re:^model") and r"\d+" in target for target in experts)
     held = sum(one.numel() * one.element_size() for one in load_file(folder / "model.safetensors").values())
     assert held <= planned.tensor_bytes < 1.05 * held
-    measured = CliRunner().invoke(app, ["measure", str(path), "--levels", "", "--file", str(folder), "--json"])
-    assert measured.exit_code in (0, 2), measured.output
+    measured = CliRunner().invoke(app, ["measure", str(path), "--file", str(folder), "--json"])
+    assert measured.exit_code == 0, measured.output
+    (found,) = json.loads(measured.stdout)["levels"]
+    assert found["level"] == folder.name
+    assert 0 < found["kl_mean"] < 2
+
+
+def test_what_another_folder_stands_in_for_is_removed(tmp_path):
+    """Of those made for --kl; never what an earlier call had made."""
+
+    def result(name, *, reused=False):
+        path = tmp_path / name
+        path.mkdir()
+        (path / "config.json").write_text("{}")
+        file = LevelFile(name, path, 1, 4.0, 1.0, reused)
+        recipe = Recipe(name, "llama", {}, 1, 4.0, None)
+        return RecipeResult(recipe, 0.0, FittedLevel(file, recipe, (), 1))
+
+    first, second, there = result("a"), result("b"), result("c", reused=True)
+    recipes._remove(first, second)
+    recipes._remove(there, second)
+    recipes._remove(second, second)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "c"]
 
 
 def test_names_and_refusals(tmp_path):

@@ -269,6 +269,7 @@ def formats(hardware: Hardware = None, json_output: JsonFlag = False) -> None:
     """Which engine runs which scheme on which device, by public documents, each with its date."""
     from bitladder.report.formats import formats_table
     from bitladder.stages.formats import formats as found
+    from bitladder.visible import console
 
     result = found(hardware)
     if json_output:
