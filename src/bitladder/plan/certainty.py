@@ -1,12 +1,10 @@
 """How sure a decision is: how often the same pair is chosen when its evidence is drawn anew.
 
 What varies from run to run: which documents were measured, which inputs were asked, what the machine did in a round of
-timing. Documents and inputs are resampled with replacement (the bootstrap), the same for all levels, as they were
-measured together; rates are drawn as another run might find them.
-
-A resample scatters around what was found, as what was found scatters around the truth; another run scatters by both. So
-each resample is drawn from a resample: a decision that is said to be chosen in 95 of 100 is the one that another run of
-this size would choose in about 95 of 100 (``benchmarks/decision_certainty.py``).
+timing. Another run scatters around the truth as this one does, so what it would find scatters around what was found by
+both: documents and rates are drawn from predictive distributions, inputs as a resample of a resample (the bootstrap),
+the same for all levels, as they were measured together. A decision that is said to be chosen in 95 of 100 cases is then
+one that another run of this size would choose about that often (``benchmarks/decision_certainty.py``).
 """
 
 from __future__ import annotations
@@ -24,6 +22,7 @@ from bitladder.records.decision import Certainty
 from bitladder.records.evaluation import Speed, WorkloadResult
 from bitladder.records.fidelity import Fidelity
 from bitladder.records.plan import LevelPlan
+from bitladder.stats.bootstrap import F64, ratio_interval, resampled_counts
 from bitladder.stats.paired import mcnemar
 
 RESAMPLES = 100
@@ -31,6 +30,8 @@ SEED = 20260131
 LEAST_SHARE = 0.02
 """Pairs chosen less often are not named."""
 _WIDTH_95 = 2 * 1.96
+INTERVAL_DRAWS = 200
+"""For the interval of a resample's KL."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,8 @@ def certainty(evidence: Evidence, choose: Callable[[Evidence], Pair]) -> tuple[C
 
 def _drawn(evidence: Evidence, rng: np.random.Generator) -> Evidence:
     units = {len(one.unit_kl) for one in evidence.fidelities if one.unit_kl}
-    documents = {size: _places(size, rng) for size in sorted(units)}
+    documents = _other_documents(evidence, rng)
+    counts = {size: resampled_counts(rng, size, INTERVAL_DRAWS) for size in sorted(units)}
     shift = rng.normal(0.0, math.sqrt(2))
     names = sorted({name for one in evidence.results for name in (*one.lost, *one.gained)})
     most = max((one.inputs for one in evidence.results), default=0)
@@ -73,7 +75,7 @@ def _drawn(evidence: Evidence, rng: np.random.Generator) -> Evidence:
     moved = _moved_rates(evidence, rng)
     return replace(
         evidence,
-        fidelities=[_fidelity(one, documents, shift) for one in evidence.fidelities],
+        fidelities=[_fidelity(one, documents, counts, shift) for one in evidence.fidelities],
         results=[_at_rates(_result(one, inputs, numbers), moved) for one in evidence.results],
         speeds={level: _speed_at_rates(one, moved.get(level)) for level, one in evidence.speeds.items()},
     )
@@ -86,29 +88,36 @@ def _places(size: int, rng: np.random.Generator) -> NDArray[np.intp]:
     return rng.integers(0, size, size)[rng.integers(0, size, size)]
 
 
-def _fidelity(one: Fidelity, documents: Mapping[int, NDArray[np.intp]], shift: float) -> Fidelity:
-    """Another mean KL with its interval, whose width on a logarithmic scale goes with the spread of the units drawn."""
+def _other_documents(evidence: Evidence, rng: np.random.Generator) -> dict[str, F64]:
+    """Level -> KL of each unit, f64[units], of units that another run might have.
+
+    Their logarithms are taken as jointly normal over levels, since a unit that is hard for one level is hard for
+    all, with mean and spread as well known as these units tell. Resampling the units themselves would never find one
+    worse than the worst here, and was too sure of itself.
+    """
+    found: dict[str, F64] = {}
+    known = {one.level: one.unit_kl for one in evidence.fidelities if len(one.unit_kl) > 1 and min(one.unit_kl) > 0}
+    for size in sorted({len(own) for own in known.values()}):
+        alike = {level: own for level, own in known.items() if len(own) == size}
+        logs = np.log(np.array(list(alike.values())))
+        means = logs.mean(axis=1, keepdims=True)
+        spread = (logs - means) / math.sqrt(rng.chisquare(size - 1))
+        shift = spread @ rng.normal(0.0, 1.0, (size, 1)) / math.sqrt(size)
+        found |= dict(zip(alike, np.exp(means + shift + spread @ rng.normal(0.0, 1.0, (size, size))), strict=True))
+    return found
+
+
+def _fidelity(one: Fidelity, documents: Mapping[str, F64], counts: Mapping[int, F64], shift: float) -> Fidelity:
+    """Another mean KL with its interval, as `stages.fidelity` takes it, from fewer draws."""
     if not one.kl_mean > 0 or not one.kl_low > 0 or not math.isfinite(one.kl_high):
         return one
-    wider = 1.0
-    if len(one.unit_kl) > 1:
-        at = documents[len(one.unit_kl)]
-        all_kl, all_tokens = np.asarray(one.unit_kl), np.asarray(one.unit_tokens, dtype=np.float64)
-        kl, tokens = all_kl[at], all_tokens[at]
-        mean = float((kl * tokens).sum() / tokens.sum())
-        wider = _error_of_log(kl, tokens) / max(_error_of_log(all_kl, all_tokens), 1e-12)
-        one = replace(one, unit_kl=tuple(kl.tolist()), unit_tokens=tuple(tokens.astype(int).tolist()))
-    else:  # measured before units were kept
-        mean = one.kl_mean * math.exp(shift * math.log(one.kl_high / one.kl_low) / _WIDTH_95)
-    low, high = ((bound / one.kl_mean) ** wider for bound in (one.kl_low, one.kl_high))
-    return replace(one, kl_mean=mean, kl_low=mean * low, kl_high=mean * high)
-
-
-def _error_of_log(kl: NDArray[np.float64], tokens: NDArray[np.float64]) -> float:
-    """Standard error of the logarithm of the mean KL per token."""
-    total = float((kl * tokens).sum())
-    rest = (kl - total / tokens.sum()) * tokens
-    return math.sqrt(float(rest @ rest)) / total if total > 0 else 0.0
+    kl = documents.get(one.level)
+    if kl is None:  # measured before units were kept, or on a single one
+        factor = math.exp(shift * math.log(one.kl_high / one.kl_low) / _WIDTH_95)
+        return replace(one, kl_mean=one.kl_mean * factor, kl_low=one.kl_low * factor, kl_high=one.kl_high * factor)
+    tokens, rng = np.asarray(one.unit_tokens, dtype=np.float64), np.random.default_rng(SEED)
+    found = ratio_interval(kl * tokens, tokens, rng, scale="log", worse="more", counts=counts[len(kl)])
+    return replace(one, kl_mean=found.value, kl_low=found.low, kl_high=found.high, unit_kl=tuple(kl.tolist()))
 
 
 def _result(one: WorkloadResult, inputs: NDArray[np.intp], numbers: Mapping[str, int]) -> WorkloadResult:

@@ -137,7 +137,7 @@ def how_sure(found: Sequence[Certainty]) -> tuple[str, ...]:
     if not found or found[0].quality is None:
         return ()
     first, *others = found
-    same = f"Drawn anew, the evidence chooses the same in {100 * first.share:.0f} of 100 cases"
+    same = f"Another run like this one would choose the same in {100 * first.share:.0f} of 100 cases"
     rest = ", ".join(f"{_pair_name(one)} in {100 * one.share:.0f}" for one in others[:2])
     return (f"{same}{f', {rest}' if rest else ''}.",)
 
