@@ -206,7 +206,7 @@ def _keep_to_config(stage: Path) -> None:
     GPTNeoXModel ask for them), and adds numbers of experts by default, by which a dense model is taken for a mixture
     (NemotronHModel).
     """
-    from conversion.base import ModelBase
+    from conversion.base import ModelBase  # type: ignore[import-not-found]
 
     names = [name.lower() for path in stage.glob("*.safetensors") for name in _tensor_names(path)]
     mixture = not names or any(part in name for name in names for part in ("expert", "moe", "router"))
@@ -315,7 +315,7 @@ def _header(job: ChildJob) -> None:
     if not has_tokenizer:
         _write_nobodys_tokenizer(stage)
     import gguf
-    from conversion.base import TextModel  # type: ignore[import-not-found]
+    from conversion.base import TextModel
 
     writer: Any = gguf.GGUFWriter
 
