@@ -232,10 +232,14 @@ def _as_written(config: dict[str, Any], written: dict[str, Any], *, mixture: boo
     text, text_written = whole.get("text_config"), written.get("text_config")
     if isinstance(text, dict) and isinstance(text_written, dict):
         whole["text_config"] = _as_written(text, text_written, mixture=mixture)
-    counts = (
-        () if mixture else [key for key, value in whole.items() if "expert" in str(key) and value not in (None, 0, 1)]
-    )
-    return {key: value for key, value in whole.items() if key not in counts}
+    if mixture:
+        return whole
+    return {key: value for key, value in whole.items() if not _counts_experts(str(key), value)}
+
+
+def _counts_experts(key: str, value: Any) -> bool:
+    """A configuration's key says that there are several experts, or groups of them."""
+    return ("expert" in key and value not in (None, 0, 1)) or (key in ("n_group", "topk_group") and bool(value))
 
 
 def _asks_for_mtp(stage: Path) -> bool:
