@@ -98,6 +98,14 @@ FAMILIES = {
             "mamba_n_groups": 1, "mamba_chunk_size": 16,
         },
     ),
+    "granite hybrid": Tiny(
+        "granitemoehybrid",
+        {
+            "num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 96, "mamba_n_heads": 8,
+            "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_chunk_size": 16, "mamba_expand": 2,
+            "layer_types": ["mamba", "attention", "mamba", "attention"],
+        },
+    ),
     "cohere2": Tiny("cohere2", {"sliding_window": 8, "logit_scale": 0.25}, {"rotary_pct": 1.0}),
     "minimax m2": Tiny(
         "minimax_m2",
@@ -112,6 +120,16 @@ FAMILIES = {
             "use_double_wide_mlp": True,
         },
     ),
+    "gemma3n": Tiny(  # several streams of states, inputs of each layer's own, shared keys, more than a norm at the end
+        "gemma3n_text",
+        {
+            "head_dim": 16, "num_hidden_layers": 5, "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 16,
+            "vocab_size_per_layer_input": 96, "laurel_rank": 8, "sliding_window": 8, "intermediate_size": [96] * 5,
+            "activation_sparsity_pattern": [0.5] + [0.0] * 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2 + ["full_attention"],
+        },
+    ),
+    "phi": Tiny("phi", {"num_key_value_heads": 4}),  # a head with a bias
     "qwen2.5 that sees": Tiny(  # of these transformers has no language model by itself
         "qwen2_5_vl",
         {"rope_scaling": {"type": "mrope", "mrope_section": [4, 2, 2]}},

@@ -167,7 +167,7 @@ def _run(stage: Path, checkpoint: Checkpoint, converter: Converter, work: Path) 
     if child.returncode != 0 or not made.is_file():
         raise converter_failure(stage.name, lines, child.returncode, converter)
     start = read_header(made).header_bytes
-    note = work / "tokenizer.txt"
+    note = work / converter_child.UNREAD
     with made.open("rb") as file:
         return file.read(start), made.stat().st_size, note.read_text() if note.is_file() else ""
 
