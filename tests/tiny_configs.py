@@ -89,7 +89,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo": ("olmo", {}),
     "olmo2": ("olmo2", {}),
     "olmo3": ("olmo3", {"sliding_window": 128, **_FOUR}),
-    "olmoe": ("olmoe", {"num_experts": 8, "num_experts_per_tok": 2}),
+    "olmoe": ("olmoe", {"num_experts": 8, "num_experts_per_tok": 2, "num_key_value_heads": 4}),
     "cohere": ("cohere", {}),
     "cohere2": ("cohere2", {**_HEAD, **_FOUR, "sliding_window": 128}),
     "granite": ("granite", {}),
@@ -114,6 +114,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "kimi_linear",
         {
             **_MLA, **_MOE, **_FOUR, "q_lora_rank": None, "num_experts": 8, "num_shared_experts": 1,
+            "num_attention_heads": 8, "num_key_value_heads": 8,
             "num_experts_per_token": 2,
             "linear_attn_config": {
                 "full_attn_layers": [4], "kda_layers": [1, 2, 3], "head_dim": 16, "num_heads": 8,

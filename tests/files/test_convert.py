@@ -299,5 +299,7 @@ def test_a_model_without_experts_is_no_mixture(tmp_path, demo_gguf, architecture
     write_checkpoint(architecture, folder, write_tokenizer(folder, demo_gguf))
     model = read_header(resolve(str(folder)).path)
     assert model.dims.architecture == architecture
+    experts = {key for key in model.metadata if ".expert_" in key}
+    assert bool(experts) == architecture.endswith("_moe")
     widths = model.metadata[f"{architecture}.feed_forward_length"]
     assert [width > 0 for width in widths] == [False, False, True, False]

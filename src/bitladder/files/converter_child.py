@@ -199,7 +199,8 @@ def _convert(job: ChildJob) -> None:
         with contextlib.suppress(ImportError):  # another converter: a tokenizer that it cannot read ends it
             _leave_out_unread_tokenizers(Path(job["work"], UNREAD), has_tokenizer=True)
     arguments = list(job["arguments"])
-    _keep_to_config(Path(arguments[0]))
+    with contextlib.suppress(ImportError):  # another converter
+        _keep_to_config(Path(arguments[0]))
     if job["without_mtp"] and _asks_for_mtp(Path(arguments[0])):
         arguments.append("--no-mtp")
     sys.argv = ["convert_hf_to_gguf.py", *arguments]
@@ -239,10 +240,14 @@ def _as_written(config: dict[str, Any], written: dict[str, Any], *, mixture: boo
     text, text_written = whole.get("text_config"), written.get("text_config")
     if isinstance(text, dict) and isinstance(text_written, dict):
         whole["text_config"] = _as_written(text, text_written, mixture=mixture)
-    counts = (
-        () if mixture else [key for key, value in whole.items() if "expert" in str(key) and value not in (None, 0, 1)]
-    )
-    return {key: value for key, value in whole.items() if key not in counts}
+    if mixture:
+        return whole
+    return {key: value for key, value in whole.items() if not _counts_experts(str(key), value)}
+
+
+def _counts_experts(key: str, value: Any) -> bool:
+    """A configuration's key says that there are several experts, or groups of them."""
+    return ("expert" in key and value not in (None, 0, 1)) or (key in ("n_group", "topk_group") and bool(value))
 
 
 def _asks_for_mtp(stage: Path) -> bool:
