@@ -209,6 +209,8 @@ def test_recipes_and_error_feedback(name, made, tmp_path):
         weighed = weigh(source, windows_of(1, 16), half=False)
         matrices = {info.name for info in source.model.tensors if is_quantizable(info)}
         unseen = matrices - set(weighed.table.losses)
+        if tiny_families.FAMILIES[name].unread:
+            unseen = {one for one in unseen if not re.match(r"blk\.[34]\.attn_[kv]\.weight", one)}
         assert all("attn_k_b" in one or "conv" in one or "per_layer" in one for one in unseen), unseen
         rows_of_16 = name == "gemma3n"  # which stay F16
         recipe = choose(weighed.table, source.model, Limits(bpw=13 if rows_of_16 else 6.5))

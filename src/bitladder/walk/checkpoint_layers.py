@@ -73,6 +73,11 @@ class CheckpointLayers:
         start = len(f"{self.prefix}{layer}.")
         return {name[start:]: _f32(value) for name, value in self._read(self.disk_names(layer)).items()}
 
+    def ignored(self, layer: int) -> dict[str, F32]:
+        """Those of them that transformers leaves out when it loads the model."""
+        stored = self.on_disk(layer)
+        return {name: value for name, value in stored.items() if self._skeleton.ignores(f"{self.prefix}{layer}.{name}")}
+
     def layer(self, layer: int) -> dict[str, F32]:
         """Parameters and stored buffers of a layer, f32, by path in it.
 

@@ -10,6 +10,7 @@ walk, with what transformers would have given it. What layers pass on beside the
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
@@ -88,6 +89,16 @@ class Skeleton:
     def layer_parameters(self, layer: int) -> dict[str, torch.Tensor]:
         """Parameters and stored buffers of a layer, by path in it, on the meta device."""
         return dict(self.blocks[layer].state_dict())
+
+    def ignores(self, name: str) -> bool:
+        """Whether transformers leaves out a checkpoint's tensor of this name when it loads the model: keys and values
+        of layers that read another layer's."""
+        patterns = {
+            pattern
+            for module in self.model.modules()
+            for pattern in getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()
+        }
+        return any(re.search(pattern, name) for pattern in patterns)
 
     def fill(self, module: nn.Module, path: str, value: torch.Tensor) -> None:
         """Put a value where a parameter or a buffer of ``module`` is."""

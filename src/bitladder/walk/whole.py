@@ -378,6 +378,10 @@ class WholeModel(LayeredModel):
         used = {name for names, _ in found.values() for name in names}
         lost = [name for name in stored if name not in used and min(self._matrix(name)) > 1]
         if lost:
+            own = self._checkpoint.ignored(layer)
+            unread = correspond(own, {name: stored[name] for name in lost}, rounded=self._rounded)
+            lost = [name for name in lost if not any(name in names for names, _ in unread.values())]
+        if lost:
             raise refused(
                 self._skeleton.model_type, f"nothing tells how llama.cpp's converter made '{lost[0]}' of its checkpoint"
             )
