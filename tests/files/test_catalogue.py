@@ -118,6 +118,21 @@ class TestDevices:
             ("NVIDIA A100 80GB + 256 GiB", ["A100 80GB"], 256, 76.8),
             ("32 GiB", [], 32, 76.8),
             ("Apple M4 Max 128 GiB", [], 128, 546),
+            ("16 GB laptop", [], 16, 76.8),
+            ("a laptop with 16 GB of RAM", [], 16, 76.8),
+            ("my gaming PC, 32 gigs", [], 32, 76.8),
+            ("MacBook Pro M4 32GB", [], 32, 120),
+            ("Mac Studio with M2 Ultra and 192GB of unified memory", [], 192, 800),
+            ("M3 Pro 18GB", [], 18, 150),
+            ("two 3090s", ["RTX 3090", "RTX 3090"], 48, 76.8),
+            ("2 x RTX 4090s and 128 GB DDR5-5600 dual", ["RTX 4090", "RTX 4090"], 128, 89.6),
+            ("2 3090 + 64GB", ["RTX 3090", "RTX 3090"], 64, 76.8),
+            ("workstation, 4070 Ti SUPER, 64 GB DDR4", ["RTX 4070 Ti SUPER"], 64, 51.2),
+            ("64 GB + 24 GB of VRAM", ["GPU"], 64, 76.8),
+            ("a workstation with 64 GB of RAM and a GPU with 24 GB VRAM", ["GPU"], 64, 76.8),
+            ("RTX 4090 with 24 GB of VRAM and 64 GB RAM", ["RTX 4090"], 64, 76.8),
+            ("GPU 24 GiB + 64 GiB 80 GB/s", ["GPU"], 64, 80),
+            ("RTX 4090", ["RTX 4090"], 24, 76.8),
         ],
     )
     def test_machines_in_words(self, text, gpus, ram, bandwidth):
@@ -131,13 +146,16 @@ class TestDevices:
         ("text", "match"),
         [
             ("RTX 4091 + 64 GiB", "RTX 4090"),
-            ("RTX 4090", "has no RAM"),
+            ("laptop", "has no RAM"),
+            ("MacBook Pro M4", "has no RAM"),
+            ("24 GB of VRAM", "has no RAM"),
+            ("two potatoes and 16 GB", "no known"),
+            ("16 GB of cheese", "no known"),
             ("100x RTX 4090 + 1 GiB", "100 GPUs"),
             ("", "no known"),
             ("-5 GiB", "no known"),
             ("64 GiB 1.2.3 GB/s", "no number"),
             ("9999999 TiB", "of RAM"),
-            ("GPU 24 GiB + 64 GiB 80 GB/s", "no known"),
         ],
     )
     def test_machines_nobody_knows(self, text, match):
@@ -154,6 +172,13 @@ class TestDevices:
         assert found.cpu.kv_stream == from_data_sheet(80e9, 1.0, gpu=False).kv_stream
         assert "memory is" not in " ".join(found.assumed)
         assert parse_machine("GPU 8 GiB 300 GB/s + 16 GiB").machine.gpus[0].flops == pytest.approx(2.1e13)
+
+    def test_what_was_not_said_is_assumed_aloud(self):
+        assert any("RAM is 48.0 GiB" in one for one in parse_machine("two 3090s").assumed)
+        described = parse_machine("64 GB + 24 GB of VRAM")
+        assert described.machine.gpus[0].vram_total == 24 * GiB
+        assert any("948 GB/s" in one for one in described.assumed)
+        assert parse_machine("MacBook Pro M4 32GB").shareable < 32 * GiB == parse_machine("32 GB").shareable
 
     def test_a_drivers_name_finds_its_row(self):
         assert gpu_figures("NVIDIA GeForce RTX 4090")["bandwidth"] == 1008
@@ -187,11 +212,11 @@ class TestSearch:
         machine, rates = described("24 GiB")
         row = candidate_of(catalogue.model_named("Llama-3.1-8B-Instruct"))
         f16 = row.levels[0]
-        assert what_would_give(row, f16, machine, rates, Usage(4096)) == "nothing: it fits"
-        assert what_would_give(row, f16, machine, rates, Usage(60000)) == "a KV cache in Q8_0"
-        assert what_would_give(row, f16, machine, rates, Usage(131072)) == "a KV cache in Q4_0"
+        assert what_would_give(row, f16, machine, rates, Usage(4096)) == "fits as it is"
+        assert what_would_give(row, f16, machine, rates, Usage(60000)) == "would need a KV cache in Q8_0"
+        assert what_would_give(row, f16, machine, rates, Usage(131072)) == "would need a KV cache in Q4_0"
         smaller, _ = described("19 GiB")
-        assert what_would_give(row, f16, smaller, rates, Usage(131072)) == "a context of 8192 tokens"
+        assert what_would_give(row, f16, smaller, rates, Usage(131072)) == "would need a context of 8192 tokens"
         seventy = candidate_of(catalogue.model_named("Llama-3.3-70B-Instruct"))
         assert what_would_give(seventy, seventy.levels[1], machine, rates, Usage(4096)).endswith("more memory")
         far = just_out_of_reach(machine, rates, Usage(4096), [], text="llama-3.3")
@@ -287,6 +312,11 @@ class TestLaunch:
         vllm = launch("vllm", "/m/a-AWQ", placed("gpu"), Usage(2048, 8), threads=8, gpus=2).command
         words = "--served-model-name a-AWQ --max-model-len 2048 --max-num-seqs 8 --tensor-parallel-size 2"
         assert vllm == f"vllm serve /m/a-AWQ {words}"
+        sglang = launch("sglang", "/m/a-AWQ", placed("gpu"), Usage(2048, 8), threads=8, gpus=2).command
+        words = "--served-model-name a-AWQ --context-length 2048 --max-running-requests 8 --tp 2"
+        assert sglang == f"python -m sglang.launch_server --model-path /m/a-AWQ {words}"
+        with pytest.raises(UsageError, match=r"vllm does not serve a GGUF file(.|\n)*vllm-gguf-plugin"):
+            launch("vllm", "/m/a.gguf", placed("gpu"), Usage(), threads=8)
         tgi = launch("tgi", "/m/a", placed("gpu"), Usage(2048), threads=8).command
         assert "-v /m/a:/model" in tgi
         assert "--max-total-tokens 2048" in tgi
@@ -314,9 +344,12 @@ class TestAdvice:
             ("RTX 4090 + 64 GiB", "split", "", 32, "GGUF"),
             ("RTX 4090 + 64 GiB", "gpu", "", 1, "GGUF"),
             ("RTX 4090 + 64 GiB", "gpu", "", 8, "AWQ or GPTQ, 4 bits"),
-            ("RTX 4090 + 64 GiB", "gpu", "", 64, "INT8"),
+            ("RTX 4090 + 64 GiB", "gpu", "", 64, "FP8"),
+            ("RTX 3090 + 64 GiB", "gpu", "", 64, "INT8"),
             ("RTX 4090 + 64 GiB", "gpu", "vllm", 1, "AWQ or GPTQ, 4 bits"),
-            ("RTX 4090 + 64 GiB", "gpu", "vllm", 64, "INT8"),
+            ("RTX 4090 + 64 GiB", "gpu", "vllm", 64, "FP8"),
+            ("RTX 3090 + 64 GiB", "gpu", "sglang", 64, "INT8"),
+            ("RTX 3090 + 64 GiB", "gpu", "tgi", 1, "AWQ or GPTQ, 4 bits"),
             ("RTX 4090 + 64 GiB", "gpu", "ollama", 64, "GGUF"),
             ("Apple M4 Max 128 GiB", "cpu", "", 8, "GGUF"),
         ],
@@ -331,9 +364,9 @@ class TestAdvice:
         def slow(name, engine, features=()):
             return parse_level(name).slow_paths(engine, has_gpu=False, cpu_features=features)
 
-        assert "slow way" in slow("Q4_K_M", "vllm")[0]
-        assert "slow way" in slow("AWQ-Q4_K_M", "vllm")[0]
-        assert "slow way" in slow("bpw4.5", "vllm")[0]
+        assert "slowly" in slow("Q4_K_M", "vllm")[0]
+        assert "slowly" in slow("AWQ-Q4_K_M", "vllm")[0]
+        assert "slowly" in slow("bpw4.5", "vllm")[0]
         assert "tables" in slow("IQ4_XS", "llama-server")[0]
         assert "no fast kernel" in slow("GPTQ-3bit-g128", "vllm")[0]
         assert "BF16" in slow("BF16", "llama-server")[0]

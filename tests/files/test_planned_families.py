@@ -25,10 +25,7 @@ from tiny_checkpoints import write_tokenizer
 
 MADE = json.loads((Path(__file__).parents[1] / "fixtures" / "family_headers.json").read_text())
 """What the converter makes of the same configurations (``fixtures/make_family_headers.py``)."""
-ODD_CACHES = {
-    "granitemoehybrid": "transformers 5.23 saves layer_types that the converter does not read: it sees no attention",
-    "nemotron_h": "a dense layer in a mixture, which no release has, is counted among the states by the converter",
-}
+ODD_CACHES: dict[str, str] = {}
 
 
 @pytest.mark.parametrize("name", tiny_configs.CONFIGS)
@@ -45,7 +42,8 @@ def test_headers_alone_give_sizes_and_caches(name, tmp_path):
     if "refused" in made:
         return
     tables = made["elements"] - model.elements  # factors of rotations are computed by the converter
-    assert 0 <= tables <= 64
+    unread = made["elements"] // 100 if name in tiny_configs.HUB_COPIES else 0
+    assert 0 <= tables <= 64 + unread
     assert model.tensor_bytes == pytest.approx(made["bytes"], rel=0.012)
     if name not in ODD_CACHES:
         cache = cache_bytes(layer_caches(model), 512)

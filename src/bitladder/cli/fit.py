@@ -1,4 +1,4 @@
-"""Verbs that start from the hardware: machine, plan, catalog."""
+"""Verbs that start from the hardware: recommend, plan, machine, catalog."""
 
 from __future__ import annotations
 
@@ -12,22 +12,31 @@ from bitladder.cli.grouped import grouped
 from bitladder.cli.terminal import JsonFlag, print_json, progress_display, put, say, verb
 from bitladder.errors import UsageError
 from bitladder.records import to_json
-from bitladder.records.plan import Place
-from bitladder.units import human_bytes, human_rate
-from bitladder.visible import console
+from bitladder.units import human_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from bitladder.plan.abilities import Ability
     from bitladder.plan.inverse import HardwareNeed
-    from bitladder.stages.plan import ModelPlan, PlanRequest, SearchResult
+    from bitladder.stages.plan import ModelPlan, PlanRequest
+    from bitladder.stages.recommend import RecommendRequest
 
-USABLE_SPEED = 5.0
-"""Tokens per second, about the pace of reading: what a search asks for when the user names no least speed."""
 Hardware = Annotated[
-    str | None, typer.Option("--as", metavar="MACHINE", help="Another machine in words, like 'RTX 4090 + 64 GiB'.")
+    str | None,
+    typer.Option("--as", metavar="MACHINE", help="Another machine in words: '16 GB laptop', 'RTX 4090 + 64 GiB'."),
 ]
+MinSpeed = Annotated[
+    float | None,
+    typer.Option(
+        "--min-speed",
+        min=0,
+        help="Least expected tokens per second (0: any).",
+        show_default="5, for code and extraction 10",
+    ),
+]
+Slots = Annotated[int, typer.Option("--slots", min=1, help="Requests at once, each with its own context.")]
+CacheType = Annotated[str, typer.Option("--kv", help="Precision of the KV cache: f16, q8_0 or q4_0.")]
 
 
 @dataclass(kw_only=True)
@@ -42,15 +51,21 @@ class PlanOptions:
     ] = None
     ctx: Context = None
     levels: Levels = None
-    slots: Annotated[int, typer.Option("--slots", min=1, help="Requests at once, each with its own context.")] = 1
-    kv: Annotated[str, typer.Option("--kv", help="Precision of the KV cache: f16, q8_0 or q4_0.")] = "f16"
+    slots: Slots = 1
+    kv: CacheType = "f16"
     hardware: Hardware = None
-    min_speed: Annotated[float, typer.Option("--min-speed", min=0, help="Least decoded tokens per second.")] = 0.0
+    min_speed: Annotated[
+        float | None,
+        typer.Option(
+            "--min-speed", min=0, help="Least expected tokens per second.", show_default="of a MODEL any, without one 5"
+        ),
+    ] = None
     pair: Annotated[str | None, typer.Option("--pair", metavar="QUALITY,SPEED", help="Place two levels together.")] = (
         None
     )
     launch: Annotated[
-        str | None, typer.Option("--launch", help="Command for llama-server, ollama, lmstudio, vllm or tgi.")
+        str | None,
+        typer.Option("--launch", help="Command for llama-server, ollama, lmstudio, vllm, sglang, tgi or mlx-lm."),
     ] = None
     needs: Annotated[bool, typer.Option("--needs", help="What hardware each level needs, and what it saves.")] = False
 
@@ -60,14 +75,16 @@ class PlanOptions:
 def plan(options: PlanOptions, json_output: JsonFlag = False) -> None:
     """Which levels fit, where they would lie and how fast they would be. Reads headers only.
 
-    Without MODEL: the largest models of the catalogue that run on the machine.
+    Without MODEL: what `recommend` says, with every model of the catalogue that runs on the machine.
     """
-    from bitladder.stages.plan import PlanRequest, plan_model, search
+    from bitladder.stages.plan import PlanRequest, plan_model
     from bitladder.stages.plan import needs as hardware_needs
 
     request = PlanRequest(options.ctx, options.slots, options.kv, options.hardware)
     if options.model is None:
-        _show_search(search(request, least_decode=options.min_speed or USABLE_SPEED), json_output)
+        from bitladder.stages.recommend import RecommendRequest
+
+        _recommend(RecommendRequest(run=request, least_decode=options.min_speed), json_output, every=True)
     elif options.needs:
         _show_needs(hardware_needs(options.model, request), json_output)
     else:
@@ -78,7 +95,7 @@ def plan(options: PlanOptions, json_output: JsonFlag = False) -> None:
                 levels=split_levels(options.levels),
                 pair=split_levels(options.pair) or (),
                 engine=options.launch,
-                least_decode=options.min_speed,
+                least_decode=options.min_speed or 0.0,
                 progress=progress,
             )
         _show_plan(made, request, json_output)
@@ -128,36 +145,61 @@ def _show_abilities(found: Sequence[Ability]) -> None:
         put(f"Cannot have: {', '.join(what)}: {reason}.")
 
 
-def _show_search(result: SearchResult, json_output: bool) -> None:
-    if json_output:
-        print_json(result)
-        return
-    from rich import box
-    from rich.table import Table
+@dataclass(kw_only=True)
+class RecommendOptions:
+    """What ``recommend`` is asked."""
 
-    out = console(highlight=False)
-    if not result.options:
-        put(f"{result.machine}: no model of the catalogue fits and is fast enough.")
-        for beyond in result.beyond:
-            put(f"For {beyond.name} at {beyond.level}: {beyond.gives}")
+    use: Annotated[str, typer.Option("--for", metavar="USE", help="chat, code, extraction or long-context.")] = "chat"
+    hardware: Hardware = None
+    min_speed: MinSpeed = None
+    reserve: Annotated[
+        str | None,
+        typer.Option(
+            "--reserve",
+            metavar="SIZE",
+            help="Memory for the system and other programs.",
+            show_default="a quarter, 2 to 8 GiB",
+        ),
+    ] = None
+    ctx: Annotated[
+        int | None, typer.Option("--ctx", min=64, help="Context in tokens.", show_default="by use, 4096 to 32768")
+    ] = None
+    slots: Slots = 1
+    kv: CacheType = "f16"
+    every: Annotated[bool, typer.Option("--all", help="Show every model of the catalogue that fits.")] = False
+
+
+@verb
+@grouped
+def recommend(options: RecommendOptions, json_output: JsonFlag = False) -> None:
+    """One model and level for this machine and your use, why, and what else would do.
+
+    Ranks by published measurements of what levels cost; `run` measures it on your own inputs.
+    """
+    from bitladder.stages.plan import PlanRequest
+    from bitladder.stages.recommend import RecommendRequest
+    from bitladder.units import parse_bytes
+
+    request = RecommendRequest(
+        use=options.use,
+        run=PlanRequest(options.ctx, options.slots, options.kv, options.hardware),
+        reserve=None if options.reserve is None else parse_bytes(options.reserve),
+        least_decode=options.min_speed,
+    )
+    _recommend(request, json_output, every=options.every)
+
+
+def _recommend(request: RecommendRequest, json_output: bool, *, every: bool) -> None:
+    from bitladder.stages.recommend import recommend
+
+    made = recommend(request)
+    if json_output:
+        print_json(made)
         return
-    out.print(f"{result.machine}: per model the largest level that fits, largest models first", markup=False)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for title in ("model", "level", "in memory", "where", "tokens/s"):
-        table.add_column(title, justify="right" if title == "in memory" else "left", no_wrap=True)
-    for row in result.options:
-        decode = row.speed.decode
-        where = f"split, -ngl {row.placement.n_gpu_layers}" if row.placement.kind == Place.SPLIT else row.placement.kind
-        table.add_row(
-            row.name.split("/")[-1],
-            row.level,
-            human_bytes(row.placement.total_bytes),
-            where,
-            f"{human_rate(decode.low)} to {human_rate(decode.high)}, {decode.label}",
-        )
-    out.print(table)
-    for beyond in result.beyond:
-        put(f"For {beyond.name} at {beyond.level}: {beyond.gives}")
+    from bitladder.report.recommend import print_recommendation
+
+    beyond = [f"Just out of reach: {one.name} at {one.level} {one.gives}." for one in made.beyond]
+    print_recommendation(made.found, assumed=made.assumed, notes=made.notes, beyond=beyond, every=every)
 
 
 def _show_needs(rows: list[HardwareNeed], json_output: bool) -> None:
@@ -222,7 +264,21 @@ def catalog(
         put(f"{count} {'row' if count == 1 else 'rows'} from {source or 'a source that is not named'}")
 
 
+@verb
+def formats(hardware: Hardware = None, json_output: JsonFlag = False) -> None:
+    """Which engine runs which scheme on which device, by public documents, each with its date."""
+    from bitladder.report.formats import formats_table
+    from bitladder.stages.formats import formats as found
+    from bitladder.visible import console
+
+    result = found(hardware)
+    if json_output:
+        print_json(result)
+    else:
+        formats_table(result.table, [device.name for device in result.devices], result.runs, console(highlight=False))
+
+
 def add_to(app: typer.Typer) -> None:
     """Register this module's verbs."""
-    for function in (plan, machine, catalog):
+    for function in (recommend, plan, machine, catalog, formats):
         app.command()(function)

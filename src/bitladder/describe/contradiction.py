@@ -100,9 +100,9 @@ def _check_gap(label: str, config: Mapping[str, Any], tensors: Sequence[Stored])
     for layers in stacks.values():
         held = Counter(name for own in layers.values() for name in own)
         nearly = {name for name, count in held.items() if count == len(layers) - 1}
-        for number, own in layers.items():
-            lost = nearly - own
-            if len(layers) > 2 and number > 0 and lost and all(held[name] == len(layers) for name in own):
+        for number, here in layers.items():
+            lost = nearly - here
+            if len(layers) > 2 and number > 0 and lost and all(held[name] == len(layers) for name in here):
                 raise BadFile(
                     f"{label}: layer {number} lacks {min(lost)}, which every other layer has.",
                     means="A shard or a tensor was lost: no engine would load what is made of the rest.",

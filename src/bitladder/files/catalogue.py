@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -49,6 +50,10 @@ class CatalogueModel:
     """Where the shape was read, in words."""
     config: Mapping[str, Any] = field(default_factory=dict)
     """What config.json has beside the defaults of its class in transformers; empty where there is a shape."""
+    released: str = ""
+    """Month of its first publication, ``2025-04``; empty where the row has none."""
+    made_for: str = "chat"
+    """``chat``, ``code`` or ``base`` (a model that was not taught to answer)."""
 
     @property
     def name(self) -> str:
@@ -124,15 +129,17 @@ def _row(row: Any, number: int, where: Path, sources: dict[str, str]) -> Catalog
         raise BadInput(f"{at} has no hub name.", do="Give hub: org/name.")
     at += f" ({row['hub']})"
     own = {"hub", "licence", "params", "source"}
+    publication = _publication(row, at)
     if "config" in row:
-        return _stated(row, at, sources)
+        return _stated(row, at, sources, publication)
     missing = sorted((_NEEDED | {"params"}) - row.keys())
-    unknown = sorted(row.keys() - _NEEDED - _OPTIONAL - own)
+    unknown = sorted(row.keys() - _NEEDED - _OPTIONAL - own - publication.keys())
     if missing or unknown:
         wrong = f"lacks {', '.join(missing)}" if missing else f"has unknown {', '.join(unknown)}"
         raise BadInput(
             f"{at} {wrong}.",
-            do=f"A row has {', '.join(sorted(_NEEDED | own))}, and may have {', '.join(sorted(_OPTIONAL))}.",
+            do=f"A row has {', '.join(sorted(_NEEDED | own))}, and may have "
+            f"{', '.join(sorted(_OPTIONAL | publication.keys()))}.",
         )
     if row["architecture"] not in planned():
         raise BadInput(f"{at}: architecture '{row['architecture']}' is not one of {', '.join(planned())}.")
@@ -144,14 +151,29 @@ def _row(row: Any, number: int, where: Path, sources: dict[str, str]) -> Catalog
         raise BadInput(f"{at}: {', '.join(wrong_numbers)} must be positive whole numbers.")
     if row["n_layer"] > MAX_LAYERS:
         raise BadInput(f"{at}: n_layer is {row['n_layer']}; at most {MAX_LAYERS} are read.")
-    shape = Shape(name=row["hub"].split("/")[-1], **{key: value for key, value in row.items() if key not in own})
+    dims = {key: value for key, value in row.items() if key not in own | publication.keys()}
+    shape = Shape(name=row["hub"].split("/")[-1], **dims)
     source = str(row.get("source", ""))
+    spelled = str(sources.get(source, source))
     return CatalogueModel(
-        row["hub"], str(row.get("licence", "")), float(row["params"]), shape, str(sources.get(source, source))
-    )
+        row["hub"], str(row.get("licence", "")), float(row["params"]), shape, spelled, **publication
+    )  # fmt: skip
 
 
-def _stated(row: dict[str, Any], at: str, sources: dict[str, str]) -> CatalogueModel:
+MADE_FOR = ("chat", "code", "base")
+
+
+def _publication(row: dict[str, Any], at: str) -> dict[str, Any]:
+    """When a model was published and what it was made for: checked, and with their defaults."""
+    released, made_for = row.get("released", ""), row.get("made_for", "chat")
+    if released and not re.fullmatch(r"20\d\d-(0[1-9]|1[0-2])", str(released)):
+        raise BadInput(f"{at}: released is '{released}', which is no month.", do="Write it as 2025-04.")
+    if made_for not in MADE_FOR:
+        raise BadInput(f"{at}: made_for is '{made_for}'.", do=f"It is one of {', '.join(MADE_FOR)}.")
+    return {"released": str(released), "made_for": made_for}
+
+
+def _stated(row: dict[str, Any], at: str, sources: dict[str, str], publication: dict[str, Any]) -> CatalogueModel:
     """A row that is stated as a config.json, whose header is shipped."""
     config, params = row["config"], row.get("params")
     if not isinstance(config, dict) or isinstance(params, bool) or not isinstance(params, (int, float)):
@@ -163,7 +185,7 @@ def _stated(row: dict[str, Any], at: str, sources: dict[str, str]) -> CatalogueM
         )
     source = str(row.get("source", ""))
     spelled = str(sources.get(source, source))
-    return CatalogueModel(row["hub"], str(row.get("licence", "")), float(params), None, spelled, config)
+    return CatalogueModel(row["hub"], str(row.get("licence", "")), float(params), None, spelled, config, **publication)
 
 
 def find_models(text: str) -> tuple[CatalogueModel, ...]:

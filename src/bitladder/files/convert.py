@@ -35,7 +35,7 @@ from bitladder.levels.checkpoints.converter_formats import ReadAs
 from bitladder.progress import Progress, silent
 from bitladder.units import GiB, human_bytes
 
-STAGING = "3"
+STAGING = "4"
 """Changes when other copies are staged of the same files."""
 ORIGIN = "checkpoint.txt"
 """Beside a converted file: where its checkpoint lies."""

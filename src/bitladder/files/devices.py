@@ -1,14 +1,18 @@
 """Machines that are not here: a table of known GPUs and memories, and machines described in words.
 
 RTX 4090 + 64 GiB        2x RTX 3090 + 128 GiB DDR4-3200 dual        Apple M4 Max 128 GiB        32 GiB
+16 GB laptop        MacBook Pro M4 32GB        two 3090s        64 GB of RAM and 24 GB of VRAM
 GPU 24 GiB 936 GB/s 71 TFLOP/s + 64 GiB 80 GB/s        (a GPU or memory that no table knows: its figures by hand)
+
+GB of memory are taken as they are sold, as GiB.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import dataclass
+import statistics
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 from typing import Any, NamedTuple
@@ -40,6 +44,8 @@ class DescribedMachine:
     gpu: PoolRates | None
     assumed: tuple[str, ...]
     """What had to be assumed, for people to see."""
+    shareable: int
+    """Bytes of RAM that a model may take at most: all, or the part of a shared memory that a GPU may have."""
 
 
 @cache
@@ -62,50 +68,35 @@ def _table(name: str) -> dict[str, Any]:
 
 
 def parse_machine(text: str) -> DescribedMachine:
-    """A machine from words: GPUs (``2x RTX 3090``) and RAM (``64 GiB``, with its kind if known), joined by
-    ``+``.
+    """A machine from words: GPUs (``2x RTX 3090``) and RAM (``64 GiB``, with its kind if known), joined by ``+``, a
+    comma, ``and`` or ``with``. Words that say nothing of memory (``laptop``) may stand beside them.
 
     Raises:
         UsageError: a part names nothing known (the nearest names are given), or there is no RAM.
     """
-    gpus: list[Gpu] = []
-    ram, memory, assumed = 0, "", []
-    by_hand = 0.0
-    for part in (piece.strip() for piece in text.split("+")):
-        rest, size, bandwidth, flops = _figures(part)
-        count_match = re.match(r"(\d+)\s*[x×]\s*(.+)", rest)
-        count, name = (int(count_match[1]), count_match[2].strip()) if count_match else (1, rest)
-        gpu = _find(part.split("x", 1)[-1].strip() if count_match else part, known_gpus()) or _find(name, known_gpus())
-        if gpu is None and name.upper() == "GPU" and size and bandwidth:
-            flops = flops or _FLOPS_PER_BYTE * bandwidth
-            gpu = {"name": "GPU", "memory": size / GiB, "bandwidth": bandwidth / 1e9, "fp16": flops / 1e12}
-        if gpu and not 1 <= count <= 64:
-            raise UsageError(f"'{text}' has {count} GPUs.", do="Give 1 to 64.")
-        if gpu:
-            gpus += [_gpu(gpu)] * count
-        elif size:
-            ram += size
-            by_hand = bandwidth or by_hand
-            memory = _memory(name) if name and name.lower() not in ("ram", "of ram") else memory
-        else:
-            raise _unknown(part)
+    words = _Words(text)
+    for piece in _pieces(text):
+        words.take(piece)
+    ram = words.ram or words.assume_ram()
     if ram <= 0:
         raise UsageError(f"'{text}' has no RAM.", do="Add its size, like '+ 64 GiB'.")
     if ram > MOST_RAM:
         raise UsageError(f"'{text}' has {human_bytes(ram)} of RAM.", do=f"Give {human_bytes(MOST_RAM)} or less.")
-    if not memory:
-        memory = DEFAULT_MEMORY
-        assumed += [] if by_hand else [f"memory is {memory}"]
+    gpus, assumed = words.all_gpus(), words.assumed
+    memory = words.memory or DEFAULT_MEMORY
+    if not words.memory and not words.ram_rate:
+        assumed.append(f"memory is {memory}")
     row = known_memories()[memory]
     assumed.append("rates from data sheets")
-    bandwidth = by_hand or row["bandwidth"] * 1e9
+    bandwidth = words.ram_rate or row["bandwidth"] * 1e9
     unified = "gpu_share" in row
+    shareable = int(ram * row.get("gpu_share", 1.0))
     machine = Machine(
         cpu=memory if unified else "a described machine",
         cores=8,
         features=(),
         ram_total=ram,
-        ram_available=max(0, min(ram - _SYSTEM, int(ram * row.get("gpu_share", 1.0)))),
+        ram_available=max(0, min(ram - _SYSTEM, shareable)),
         disk_free=1 << 40,
         gpus=tuple(gpus),
         unified=unified,
@@ -116,7 +107,115 @@ def parse_machine(text: str) -> DescribedMachine:
         from_data_sheet(bandwidth, _CPU_FLOPS * (8 if unified else 1), gpu=unified),
         from_data_sheet(slowest.bandwidth, slowest.flops, gpu=True) if slowest else None,
         tuple(assumed),
+        shareable,
     )
+
+
+_COUNTS = {
+    "one": 1, "single": 1, "two": 2, "dual": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8,
+}  # fmt: skip
+_SAYS_NOTHING = re.compile(
+    r"\b(macbook( pro| air)?|mac( mini| studio| pro)?|imac|laptop|notebook|desktop|pc|computer|workstation|server|"
+    r"machine|gaming|my|an?|the|of|unified|memory|chip|total|ram)\b",
+    re.IGNORECASE,
+)
+"""Words of everyday descriptions that decide nothing."""
+_VIDEO = re.compile(r"\b(vram|video|graphics( card)?|gpu( memory)?)\b", re.IGNORECASE)
+
+
+def _pieces(text: str) -> list[str]:
+    """What is joined by ``+``, a comma, ``and`` or ``with``; plurals and spoken units written out."""
+    text = re.sub(r"(?<=\d)\s*(gigs?|gigabytes?|g)\b", " GB", text, flags=re.IGNORECASE)
+    text = re.sub(r"(?<=\d)((?:\s?ti|\s?super|\s?xtx?)*)s\b", r"\1", text, flags=re.IGNORECASE)
+    return [
+        piece.strip() for piece in re.split(r"\s*(?:\+|,|&|\band\b|\bwith\b|\bplus\b)\s*", text, flags=re.IGNORECASE)
+    ]
+
+
+@dataclass
+class _Words:
+    """What the parts of a description add up to."""
+
+    text: str
+    gpus: list[Gpu] = field(default_factory=list)
+    ram: int = 0
+    ram_rate: float = 0.0
+    """Bytes per second, where they were given by hand."""
+    memory: str = ""
+    """A row of the table of memories."""
+    vram: int = 0
+    """Of a GPU that has a size and no name."""
+    assumed: list[str] = field(default_factory=list)
+
+    def take(self, part: str) -> None:
+        """One more part; raises UsageError when it says nothing."""
+        rest, size, bandwidth, flops = _figures(part)
+        count, name = _counted(rest)
+        gpu = _known_gpu(_counted(part)[1]) or _known_gpu(name)
+        if gpu is None and name.upper() == "GPU" and size and bandwidth:
+            flops = flops or _FLOPS_PER_BYTE * bandwidth
+            gpu = {"name": "GPU", "memory": size / GiB, "bandwidth": bandwidth / 1e9, "fp16": flops / 1e12}
+        plain = _SAYS_NOTHING.sub(" ", name).strip()
+        kind = _VIDEO.sub(" ", plain).strip()
+        if gpu:
+            self._add_gpus(gpu, count)
+        elif plain != kind and not kind:
+            self.vram += size * count
+        elif size:
+            self.ram += size
+            self.ram_rate = bandwidth or self.ram_rate
+            self.memory = _memory(plain) if plain else self.memory
+        elif chip := _chip(plain):
+            self.memory = chip
+        elif plain or not name:
+            raise _unknown(part)
+
+    def _add_gpus(self, row: dict[str, Any], count: int) -> None:
+        if not 1 <= count <= 64:
+            raise UsageError(f"'{self.text}' has {count} GPUs.", do="Give 1 to 64.")
+        self.gpus += [_gpu(row)] * count
+
+    def all_gpus(self) -> list[Gpu]:
+        """Those with a name; else one that has as much memory as was said, at the usual pace of such a GPU."""
+        if self.gpus or not self.vram:
+            return self.gpus
+        nearest = min(known_gpus().values(), key=lambda row: abs(row["memory"] - self.vram / GiB))["memory"]
+        alike = [row for row in known_gpus().values() if row["memory"] == nearest]
+        bandwidth, flops = (statistics.median(row[key] for row in alike) for key in ("bandwidth", "fp16"))
+        self.assumed.append(f"the GPU reads {bandwidth:g} GB/s, as those of {nearest} GiB usually do")
+        return [Gpu("GPU", self.vram, self.vram, bandwidth * 1e9, flops * 1e12)]
+
+    def assume_ram(self) -> int:
+        """RAM of a machine of which only GPUs were named: as much as they have."""
+        total = sum(gpu.vram_total for gpu in self.gpus)
+        if total:
+            self.assumed.append(f"RAM is {human_bytes(total)}, as much as the GPUs have")
+        return total
+
+
+def _counted(part: str) -> tuple[int, str]:
+    """``2x RTX 3090``, ``two 3090`` as a count and the rest."""
+    words = "|".join(_COUNTS)
+    match = re.match(rf"(?:(\d+)\s*[x×]\s*|(\d)\s+(?=[a-z]*\s?\d{{4}})|({words})\s+)(.+)", part, re.IGNORECASE)
+    if match is None:
+        return 1, part
+    digits = match[1] or match[2]
+    return int(digits) if digits else _COUNTS[match[3].lower()], match[4].strip()
+
+
+def _known_gpu(name: str) -> dict[str, Any] | None:
+    """The row of a GPU, with or without the name of its series (``3090``)."""
+    found = _find(name, known_gpus())
+    wanted = _plain(name)
+    if found is None and re.match(r"\d{4}", wanted):
+        return next((row for known, row in known_gpus().items() if _plain(known).endswith(wanted)), None)
+    return found
+
+
+def _chip(name: str) -> str:
+    """A machine of the table whose size was said elsewhere (``Apple M4``), or nothing."""
+    row = _find(re.sub(r"^(?=m\d)", "Apple ", name, flags=re.IGNORECASE), known_memories()) if name else None
+    return str(row["name"]) if row else ""
 
 
 class _Part(NamedTuple):
@@ -138,7 +237,7 @@ def _figures(part: str) -> _Part:
         part = (part[: match.start()] + part[match.end() :]).strip() if match else part
     size = re.search(r"(?<![\w.-])([\d.]+)\s*([GT]i?B)\b", part, re.IGNORECASE)
     rest = (part[: size.start()] + part[size.end() :]).strip() if size else part
-    return _Part(rest, parse_bytes(size[1] + size[2]) if size else 0, *found)
+    return _Part(rest, parse_bytes(size[1] + size[2][0] + "iB") if size else 0, *found)
 
 
 def _number(text: str) -> float:
@@ -151,6 +250,12 @@ def _number(text: str) -> float:
 def gpu_figures(name: str) -> dict[str, Any] | None:
     """The table's row for a GPU as its driver names it (``NVIDIA GeForce RTX 4090``), or None."""
     return _find(re.sub(r"^(NVIDIA|AMD|GeForce|Radeon|Tesla|\s)+", "", name), known_gpus())
+
+
+def capability_of(name: str) -> float | None:
+    """NVIDIA's compute capability of a GPU as its driver, or a table, names it; None where none is known."""
+    found = (gpu_figures(name) or {}).get("capability")
+    return float(found) if found is not None else None
 
 
 def _find(name: str, table: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
@@ -176,10 +281,14 @@ def _gpu(row: dict[str, Any]) -> Gpu:
 
 
 def _memory(name: str) -> str:
-    row = _find(name, known_memories())
-    if row is None:
+    """The row of a memory or a machine by its name; of a kind without its speed (``DDR4``) the first one."""
+    kind = _plain(name)
+    found = _chip(name) or next(
+        (known for known in known_memories() if len(kind) > 3 and _plain(known).startswith(kind)), ""
+    )
+    if not found:
         raise _unknown(name)
-    return str(row["name"])
+    return found
 
 
 def _unknown(part: str) -> UsageError:

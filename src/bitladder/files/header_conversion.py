@@ -32,7 +32,7 @@ from bitladder.files.staging import clean_config, data_files, stage_tokenizer
 from bitladder.progress import Progress, silent
 from bitladder.units import GiB
 
-_VERSION = "2"
+_VERSION = "3"
 """Changes when other headers are made of the same files."""
 _SECONDS = 900.0
 """Imports take ten on a busy machine, a hundred thousand tensors minutes."""

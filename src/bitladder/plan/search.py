@@ -38,6 +38,10 @@ class CatalogueCandidate:
     levels: tuple[LevelBytes, ...]
     params: float
     """Billions of weights."""
+    released: str = ""
+    """Month of its first publication, ``2025-04``; empty where nobody says."""
+    made_for: str = "chat"
+    """``chat``, ``code`` or ``base``."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,8 @@ class Option:
     level: str
     placement: Placement
     speed: PlanSpeed
+    n_layer: int = 0
+    """Layers of the model."""
 
 
 def shares_of(model: Model, level: LevelBytes, placement: Placement, rates: MachineRates) -> tuple[PoolShare, ...]:
@@ -100,7 +106,8 @@ def option(
     placement = place(candidate.model, level, machine, wish)
     shares = shares_of(candidate.model, level, placement, rates)
     speed = predict(shares, candidate.model, n_prompt=n_prompt, n_past=wish.n_ctx / 2)
-    return Option(candidate.name, candidate.licence, candidate.params, level.level, placement, speed)
+    n_layer = candidate.model.dims.n_layer
+    return Option(candidate.name, candidate.licence, candidate.params, level.level, placement, speed, n_layer)
 
 
 def best_options(
@@ -148,8 +155,8 @@ def what_would_give(
     *,
     least_decode: float = 0.0,
 ) -> str:
-    """The least sacrifice that makes a level fit: KV precision, then context, then the level itself; or what
-    is lacking.
+    """The least sacrifice that makes a level fit, as a clause after its name: KV precision, then context, then the
+    level itself; or what is lacking.
     """
     wish = fitting_wish(candidate, wish)
 
@@ -158,24 +165,24 @@ def what_would_give(
         return row.placement.kind != Place.NONE and row.speed.decode.value >= least_decode
 
     if works(wish, level):
-        return "nothing: it fits"
+        return "fits as it is"
     for qtype in ("Q8_0", "Q4_0"):
         if works(replace(wish, type_k=qtype, type_v=qtype), level):
-            return f"a KV cache in {qtype}"
+            return f"would need a KV cache in {qtype}"
     eight = replace(wish, type_k="Q8_0", type_v="Q8_0")
     for trial, also in ((wish, ""), (eight, " and a KV cache in Q8_0")):
         n_ctx = trial.n_ctx // 2
         while n_ctx >= 1024:
             if works(replace(trial, n_ctx=n_ctx), level):
-                return f"a context of {n_ctx} tokens{also}"
+                return f"would need a context of {n_ctx} tokens{also}"
             n_ctx //= 2
     for smaller in candidate.levels:
         if smaller.total < level.total and works(wish, smaller):
-            return f"the level: {smaller.level} fits"
+            return f"would fit at {smaller.level}"
     row = option(candidate, level, machine, rates, wish)
     if row.placement.kind == Place.NONE:
-        return f"{human_bytes(row.placement.missing_bytes)} more memory"
-    return f"speed: {row.speed.decode.value:.1f} tokens/s where {least_decode:g} are wanted"
+        return f"would need {human_bytes(row.placement.missing_bytes)} more memory"
+    return f"would be slow: {row.speed.decode.value:.1f} tokens/s where {least_decode:g} are wanted"
 
 
 def largest_context(model: Model, level: LevelBytes, machine: Machine, wish: Usage) -> int:

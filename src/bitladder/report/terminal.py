@@ -4,14 +4,14 @@ soup."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from bitladder.records.decision import Status
 from bitladder.records.fidelity import Fidelity
-from bitladder.records.plan import Plan, PlanSpeed
+from bitladder.records.plan import LevelPlan, Plan, PlanSpeed
 from bitladder.records.run import RunRecord
+from bitladder.report.columns import Column, fitted_table, plain_table
 from bitladder.report.facts import warnings
 from bitladder.report.rows import LevelRow, interval, level_rows, number, percent, small
 from bitladder.report.wording import wording_lines
@@ -20,7 +20,6 @@ from bitladder.visible import console as visible_console
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
     from bitladder.records.search import LadderOutcome
 
@@ -38,30 +37,20 @@ LOG_WIDTH = 150
 """Columns to write when the output is no terminal."""
 
 
-@dataclass(frozen=True)
-class Column:
-    """A column, its reader, and its rank: the highest ranks are left out first on a narrow terminal."""
-
-    title: str
-    read: Callable[[LevelRow], str]
-    rank: int
-    right: bool = True
-
-
-COLUMNS = (
-    Column("level", lambda row: row.level, 0, right=False),
+COLUMNS: tuple[Column[LevelRow], ...] = (
+    Column("level", lambda row: row.level, 0, right=False, style=lambda row: STYLES[row.verdict.status]),
     Column("file", lambda row: row.size, 0),
     Column("bpw", lambda row: row.bpw, 3),
     Column("on label", lambda row: row.on_label, 6),
     Column("memory", lambda row: row.memory, 4),
     Column("tok/s", lambda row: row.decode, 1),
     Column("KL", lambda row: row.kl, 0),
-    Column("95%", lambda row: row.kl_interval, 2, right=False),
+    Column("95%", lambda row: row.kl_interval, 2, right=False, spoken="KL interval"),
     Column("ppl ratio", lambda row: row.ppl_ratio, 5),
     Column("top-1", lambda row: row.top1, 3),
     Column("passes", lambda row: row.passes, 1),
-    Column("95% ", lambda row: row.pass_interval, 5, right=False),
-    Column("verdict", lambda row: row.verdict.status, 0, right=False),
+    Column("95% ", lambda row: row.pass_interval, 5, right=False, spoken="pass interval"),
+    Column("verdict", lambda row: row.verdict.status, 0, right=False, style=lambda row: STYLES[row.verdict.status]),
 )
 
 
@@ -70,14 +59,14 @@ def print_run(record: RunRecord, console: Console | None = None) -> None:
     from rich.padding import Padding
     from rich.text import Text
 
-    out = console or _console()
+    out = console or terminal_console()
     rows = level_rows(record)
     source = record.source
     out.print(Text(f"{source.name}  {source.level} source", style="bold"))
     out.print(Text(f"{record.plan.machine}, context {record.plan.n_ctx}, bar: {record.decision.bar}", style="dim"))
     for warning in warnings(record):
         out.print(Text(f"! {warning}", style="yellow"))
-    table, left_out = _level_table(rows, out.width)
+    table, left_out = fitted_table(COLUMNS, rows, out.width)
     out.print(table)
     if left_out:
         out.print(Text(f"Left out for width: {', '.join(left_out)}.", style="dim"))
@@ -93,73 +82,55 @@ def print_run(record: RunRecord, console: Console | None = None) -> None:
         out.print(Padding(Text(f"To find out more: {step}", style="dim"), (0, 0, 0, 2)))
 
 
-def _level_table(rows: Sequence[LevelRow], width: int) -> tuple[Table, list[str]]:
-    """As many columns as fit."""
-    from rich.text import Text
-
-    chosen, left_out = _columns_that_fit(rows, width)
-    table = _plain_table()
-    for column in chosen:
-        table.add_column(column.title, justify="right" if column.right else "left", no_wrap=True)
-    for row in rows:
-        style = STYLES[row.verdict.status]
-        table.add_row(
-            *(Text(column.read(row), style=style if column.title in ("level", "verdict") else "") for column in chosen)
-        )
-    return table, left_out
-
-
-def _columns_that_fit(rows: Sequence[LevelRow], width: int) -> tuple[list[Column], list[str]]:
-    """Leave out by rank until the table fits."""
-    chosen = list(COLUMNS)
-
-    def wide(column: Column) -> int:
-        return 3 + max([len(column.title), *(len(column.read(row)) for row in rows)])
-
-    while sum(map(wide, chosen)) + 1 > width and any(column.rank for column in chosen):
-        chosen.remove(max(chosen, key=lambda column: column.rank))
-    return chosen, [_spoken(column) for column in COLUMNS if column not in chosen]
-
-
-def _spoken(column: Column) -> str:
-    return {"95%": "KL interval", "95% ": "pass interval"}.get(column.title, column.title)
+PLAN_COLUMNS: tuple[Column[LevelPlan], ...] = (
+    Column("level", lambda row: row.level, 0, right=False),
+    Column("file", lambda row: human_bytes(row.file_bytes), 0),
+    Column("bpw", lambda row: f"{row.bpw:.2f}", 3),
+    Column("on label", lambda row: percent(row.on_label_share, 0), 5),
+    Column("KV cache", lambda row: human_bytes(row.kv_bytes), 4),
+    Column("in memory", lambda row: human_bytes(row.total_bytes), 2),
+    Column("tokens/s", lambda row: _expected(row.speed), 0),
+    Column(
+        "fits",
+        lambda row: "yes" if row.fits else "no",
+        0,
+        right=False,
+        style=lambda row: "green" if row.fits else "red",
+    ),
+    Column("why", lambda row: row.reason, 7, right=False, wraps=True),
+)
+PLAN_HEADS = {
+    "bpw": "bpw: bits per weight, scales included.",
+    "on label": "on label: weights that have the type in the level's name; the rest fell back or got more bits.",
+    "KV cache": "KV cache: what the context takes.",
+    "in memory": "in memory: weights, cache and buffers.",
+    "tokens/s": "tokens/s: expected when answering.",
+}
+"""What heads mean, for the lines beneath a table."""
 
 
 def plan_table(plan: Plan, console: Console | None = None) -> None:
     """What fits on this machine, and why."""
     from rich.text import Text
 
-    out = console or _console()
+    out = console or terminal_console()
     room = human_bytes(plan.budget_bytes)
     out.print(Text(f"{plan.model}  {plan.architecture}", style="bold"))
     out.print(Text(f"{plan.machine}, {room} for the model at a context of {plan.n_ctx} tokens", style="dim"))
-    table = _plain_table()
-    rates = any(level.speed for level in plan.levels)
-    for title in (
-        "level",
-        "file",
-        "bpw",
-        "on label",
-        "KV cache",
-        "in memory",
-        *(["tokens/s"] if rates else []),
-        "fits",
-    ):
-        table.add_column(title, justify="left" if title in ("level", "fits") else "right", no_wrap=True)
-    table.add_column("why")
-    for level in plan.levels:
-        table.add_row(
-            level.level,
-            human_bytes(level.file_bytes),
-            f"{level.bpw:.2f}",
-            percent(level.on_label_share, 0),
-            human_bytes(level.kv_bytes),
-            human_bytes(level.total_bytes),
-            *([_expected(level.speed)] if rates else []),
-            Text("yes", style="green") if level.fits else Text("no", style="red"),
-            level.reason,
-        )
+    columns = [one for one in PLAN_COLUMNS if one.title != "tokens/s" or any(level.speed for level in plan.levels)]
+    table, left_out = fitted_table(columns, plan.levels, out.width)
     out.print(table)
+    if "why" in left_out:
+        for row in plan.levels:
+            out.print(Text.assemble((f"{row.level:<9}", "bold"), row.reason))
+    out.print(Text(_heads(columns, left_out), style="dim"))
+
+
+def _heads(columns: Sequence[Column[LevelPlan]], left_out: Sequence[str]) -> str:
+    """What the heads that are shown mean, and which are not shown."""
+    shown = [PLAN_HEADS[one.title] for one in columns if one.title in PLAN_HEADS and one.title not in left_out]
+    hidden = [title for title in left_out if title != "why"]
+    return " ".join([*shown, *([f"Left out for width: {', '.join(hidden)}."] if hidden else [])])
 
 
 def _expected(speed: PlanSpeed | None) -> str:
@@ -169,8 +140,8 @@ def _expected(speed: PlanSpeed | None) -> str:
 
 def fidelity_table(fidelities: Sequence[Fidelity], console: Console | None = None) -> None:
     """Token-level losses of levels and files against the reference."""
-    out = console or _console()
-    table = _plain_table()
+    out = console or terminal_console()
+    table = plain_table()
     for title in (
         "level",
         "KL mean",
@@ -211,8 +182,8 @@ def search_table(outcome: LadderOutcome, bar: str, console: Console | None = Non
 
     from bitladder.stats.sequential import Standing
 
-    out = console or _console()
-    table = _plain_table()
+    out = console or terminal_console()
+    table = plain_table()
     for title in ("level", "inputs asked", "standing"):
         table.add_column(title, justify="right" if title == "inputs asked" else "left")
     for level, used, standing in zip(outcome.levels, outcome.inputs_used, outcome.standings, strict=True):
@@ -234,13 +205,7 @@ def search_table(outcome: LadderOutcome, bar: str, console: Console | None = Non
     out.print(Text(found, style="bold"))
 
 
-def _plain_table() -> Table:
-    from rich import box
-    from rich.table import Table
-
-    return Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold", padding=(0, 1, 0, 1))
-
-
-def _console() -> Console:
+def terminal_console() -> Console:
+    """As wide as the terminal; for a log as wide as everything needs."""
     found = visible_console(highlight=False)
     return found if found.is_terminal else visible_console(highlight=False, width=max(LOG_WIDTH, found.width))

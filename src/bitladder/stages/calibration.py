@@ -13,6 +13,7 @@ from bitladder.records.fidelity import Way
 from bitladder.stages.engine_way import announce, engine_matrix, instead_of_walk, way_for
 from bitladder.stages.forecast import forecast, walking_need
 from bitladder.stages.job import AUTO, NONE, Build, Job, Work, opened
+from bitladder.stages.model_route import route_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,10 +34,10 @@ def calibration_texts(texts: Sequence[Path]) -> list[Document]:
 
 
 def importance_file(job: Job, documents: Sequence[Document]) -> Path:
-    """Where the importance matrix of a model and a text is kept."""
+    """Where the importance matrix of a model and a text is kept, as it is gathered on the way that the model can go."""
     from bitladder.files.folders import cache_folder, cache_key
 
-    key = cache_key(__version__, job.source.sha256, job.text_key(documents))
+    key = cache_key(__version__, job.source.sha256, job.text_key(documents), route_of(job.source))
     return cache_folder("importance", f"{key[:32]}.gguf")
 
 

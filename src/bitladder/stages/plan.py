@@ -24,8 +24,7 @@ if TYPE_CHECKING:
     from bitladder.plan.launch import LaunchCommand
     from bitladder.plan.pair import PairPlan
     from bitladder.plan.placement import Usage
-    from bitladder.plan.search import MachineRates, Option
-    from bitladder.stages.search import GivesWay
+    from bitladder.plan.search import MachineRates
 
 KV_TYPES = ("f16", "q8_0", "q4_0")
 
@@ -70,15 +69,6 @@ class ModelPlan:
     """What sizes follow from, in words."""
     abilities: tuple[Ability, ...] = ()
     """What else the model can have, by which way, and why not the rest."""
-
-
-@dataclass(frozen=True)
-class SearchResult:
-    """What of the catalogue runs on a machine, and what would have to give for more."""
-
-    machine: str
-    options: tuple[Option, ...]
-    beyond: tuple[GivesWay, ...]
 
 
 def the_machine(words: str | None) -> tuple[Machine, MachineRates]:
@@ -134,7 +124,7 @@ def plan_model(
     wish = replace(wish, n_ctx=usable_context(found.model, request.n_ctx), beside_bytes=found.beside_bytes)
     runs = stored_runs(model, machine) if request.machine is None else {}
     whole = engine in LAUNCHED
-    wanted = levels or (checkpoint_levels(found.model) if whole else LADDER)
+    wanted = levels or (checkpoint_levels(found.model, engine or "") if whole else LADDER)
     made = make_plan(
         found.model,
         machine,
@@ -219,16 +209,23 @@ def _advice(
     model: Model, levels: Sequence[Level], plan: Plan, engine: str | None, machine: Machine, wish: Usage
 ) -> tuple[Advice | None, tuple[str, ...]]:
     """The format for the largest level that fits, and what would be slow about it; nothing where nothing fits."""
+    from bitladder.files.kernel_table import kernel_table
     from bitladder.plan.advice import Situation, advise
     from bitladder.plan.cost import level_size
+    from bitladder.plan.kernels import devices_of, kernel_warnings
     from bitladder.plan.placement import place
 
     level = _largest(levels, plan)
     if level is None:
         return None, ()
     placement = place(model, level_size(model, level).by_part, machine, wish)
+    known = [device for device in devices_of(machine) if device.capability]
+    weakest = min(known, key=lambda device: device.capability, default=None)
     advice = advise(Situation(machine, placement, engine or "", wish.n_seq))
-    return advice, tuple(level.slow_paths(engine or "", has_gpu=bool(machine.gpus), cpu_features=machine.features))
+    slow = level.slow_paths(engine or "", has_gpu=bool(machine.gpus), cpu_features=machine.features)
+    if weakest is not None:
+        slow += kernel_warnings(kernel_table(), levels, weakest, engine or "")
+    return advice, tuple(slow)
 
 
 def _launch(
@@ -262,20 +259,6 @@ def _launch(
     return launch(
         engine, path, placement, wish, threads=machine.cores, name=name, gpus=len(machine.gpus), on_hub=on_hub
     )
-
-
-def search(request: PlanRequest, *, text: str = "", least_decode: float = 0.0) -> SearchResult:
-    """What of the catalogue runs: per model the largest level that fits and is fast enough, largest model first."""
-    from bitladder.files.catalogue import find_models
-    from bitladder.plan.search import best_options
-    from bitladder.stages.search import candidate_of, just_out_of_reach
-
-    wish = request.wish
-    machine, rates = the_machine(request.machine)
-    candidates = [candidate_of(row) for row in find_models(text)]
-    options = best_options(candidates, machine, rates, wish, least_decode=least_decode)
-    beyond = just_out_of_reach(machine, rates, wish, options, text=text, least_decode=least_decode)
-    return SearchResult(machine.summary, tuple(options), tuple(beyond))
 
 
 def needs(model: str, request: PlanRequest) -> list[HardwareNeed]:

@@ -18,6 +18,7 @@ from bitladder.stages.projector import deliver_projector
 
 if TYPE_CHECKING:
     from bitladder.describe.text import Document
+    from bitladder.describe.windows import Window
     from bitladder.files.gguf import GgufFile
     from bitladder.files.imatrix import ImportanceMatrix
     from bitladder.levels.products import Product
@@ -142,9 +143,17 @@ def _refuse_overwriting(source: GgufFile, asked: SortedLevels, build: Build) -> 
     refuse_overwriting(inputs, drafts, lambda: source.sha256, force=build.force)
 
 
-def calibrate_levels(job: Job, levels: SortedLevels, build: Build) -> Calibrated | None:
+def calibrate_levels(
+    job: Job, levels: SortedLevels, build: Build, *, windows: Sequence[Window] | None = None
+) -> Calibrated | None:
     """What comes of one walk over the calibration text: checkpoints, scales of folded levels, and the importance matrix
     where one is wanted beside them. None where no level asks for more than an importance matrix.
+
+    Args:
+        job: the model.
+        levels: by their kinds.
+        build: where to, and how.
+        windows: of the calibration text, those to read, where others are held out to measure on; all by default.
 
     Raises:
         UsageError, NothingFits, BadInput, BadWeights, OutputError, UnknownArchitecture: as ``Calibration`` says.
@@ -155,16 +164,17 @@ def calibrate_levels(job: Job, levels: SortedLevels, build: Build) -> Calibrated
     from bitladder.files.texts import shipped_texts
     from bitladder.levels.products import ImportanceVectors
     from bitladder.stages.calibrate import Calibration, Reading
+    from bitladder.stages.schemes import with_schemes
     from bitladder.walk.checkpoint_walk import Settings
 
     source, documents = job.source, calibration_texts(build.texts)
-    wanted: list[Product] = [*levels.checkpoints, *levels.folded]
+    wanted: list[Product] = [*(with_schemes(job, level, build) for level in levels.checkpoints), *levels.folded]
     if build.imatrix == AUTO and levels.use_importance and not importance_file(job, documents).exists():
         wanted.append(ImportanceVectors())
     reading = Reading(
-        job.windows(documents),
+        job.windows(documents) if windows is None else windows,
         documents,
-        measuring=job.windows(build.measured_on or shipped_texts()),
+        measuring=job.windows(build.measured_on or shipped_texts()) if windows is None else (),
         prompts=_prompts(job, documents) if levels.checkpoints else {},
         text_key=job.text_key(documents),
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 _TRIES = 2
 """Files made again for --kl when one loses more than was asked for, or much less."""
-_AIM = 0.92
+AIM = 0.92
 """Share of the loss asked for that recipes are chosen for: predictions are off by some percent either way."""
 _NEAR = 0.8
 """Share of the loss asked for from which a file is not made smaller any more."""
@@ -103,12 +104,12 @@ def recipe_of(job: Job, request: RecipeRequest) -> RecipeResult:
     if request.wish.kl is None:
         return result
     wish = request.wish
-    return _held(
+    return held(
         request.wish.kl, result, table, kept, lambda table: write(table, _chosen(source, table, wish)), job.journal
     )
 
 
-def _held(
+def held(
     kl: float,
     result: RecipeResult,
     table: SensitivityTable,
@@ -160,9 +161,13 @@ def _corrected(table: SensitivityTable, result: RecipeResult, journal: Journal) 
 
 
 def _remove(old: RecipeResult, new: RecipeResult) -> None:
-    """Remove a file that another stands in for, unless an earlier call had made it."""
+    """Remove a file or folder that another stands in for, unless an earlier call had made it."""
     if old.fitted and old.fitted.file.path != _path(new) and not old.fitted.file.reused:
-        old.fitted.file.path.unlink()
+        path = old.fitted.file.path
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _written(job: Job, recipe: Recipe, parts: RecipeTexts, build: Build) -> RecipeResult:
@@ -268,13 +273,19 @@ def write_recipe(job: Job, recipe: Recipe, windows: Sequence[Window], build: Bui
 
 
 def measured_on(job: Job, file: Path, windows: Sequence[Window]) -> Fidelity:
-    """A file's fidelity on some windows."""
+    """The fidelity of a file or a checkpoint folder on some windows."""
+    from bitladder.files.checkpoint_check import format_of_folder
     from bitladder.files.gguf import GgufFile
-    from bitladder.stages.fidelity import file_candidate, walk
+    from bitladder.stages.fidelity import file_candidate, folder_candidate, walk
 
     need = walking_need(job.source, windows, (file.stem,))
-    with GgufFile.open(file) as level, forecast(need, job.journal):
-        candidate = file_candidate(job.source, level, threads=job.threads)
+    with ExitStack() as stack:
+        if file.is_dir():
+            candidate = folder_candidate(job.source, file, format_of_folder(file), threads=job.threads)
+        else:
+            level = stack.enter_context(GgufFile.open(file))
+            candidate = file_candidate(job.source, level, threads=job.threads)
+        stack.enter_context(forecast(need, job.journal))
         return walk(job.source, [candidate], windows, progress=job.progress, threads=job.threads, device=job.device)[0]
 
 
@@ -296,7 +307,7 @@ def _bounded(job: Job, request: RecipeRequest) -> Limits:
 def _chosen(source: GgufFile, table: SensitivityTable, wish: Limits) -> Recipe:
     from bitladder.plan.recipe import choose
 
-    return choose(table, source.model, replace(wish, aim=_AIM), header_bytes=_header_bytes(source))
+    return choose(table, source.model, replace(wish, aim=AIM), header_bytes=_header_bytes(source))
 
 
 def _header_bytes(source: GgufFile) -> int:

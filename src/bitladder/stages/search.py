@@ -66,7 +66,7 @@ def machine_rates(machine: Machine, measured: MeasuredMachine | None = None) -> 
 def candidate_of(row: CatalogueModel) -> CatalogueCandidate:
     """A catalogue row with its level sizes."""
     levels = tuple(LevelBytes(level, parts) for level, parts in level_parts(row).items())
-    return CatalogueCandidate(row.hub, row.licence, row.model, levels, row.params)
+    return CatalogueCandidate(row.hub, row.licence, row.model, levels, row.params, row.released, row.made_for)
 
 
 def just_out_of_reach(

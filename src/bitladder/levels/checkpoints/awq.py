@@ -35,9 +35,15 @@ class Awq(IntegerFormat):
 
     prefixes: ClassVar[tuple[str, ...]] = ("AWQ",)
     grammar: ClassVar[str] = SPELLINGS["AWQ"].grammar
+    about: ClassVar[str] = (
+        "Whole numbers of 4 bits with a scale and a zero point for each group of weights. Before rounding, "
+        "input channels with large activations are scaled up, so that they lose less. For GPU servers that "
+        "batch requests, as GPTQ; it overfits the calibration text less."
+    )
     suffixes: ClassVar[tuple[str, ...]] = ("qweight", "scales", "qzeros")
     stores_zeros: ClassVar[bool] = True
     layout: ClassVar[str] = "awq"
+    kernels: ClassVar[tuple[str, ...]] = ("AWQ",)
 
     @classmethod
     def parse(cls, name: str) -> CheckpointLevel | None:

@@ -55,10 +55,16 @@ class Fp8(CheckpointFormat):
 
     prefixes: ClassVar[tuple[str, ...]] = ("FP8",)
     grammar: ClassVar[str] = "FP8-DYNAMIC, FP8-BLOCK"
+    about: ClassVar[str] = (
+        "Floating point of 8 bits (4 of exponent, 3 of fraction), weights and activations. Nearly nothing is "
+        "lost and no calibration is needed: for GPUs that multiply FP8, where INT8 would be taken on older "
+        "ones."
+    )
     suffixes: ClassVar[tuple[str, ...]] = ("weight", "weight_scale")
     model_dtype: ClassVar[frozenset[str]] = frozenset({"weight_scale"})
     byte_types: ClassVar[Mapping[str, str]] = {"weight": "float8_e4m3fn"}
     layout: ClassVar[str] = "float-quantized"
+    kernels: ClassVar[tuple[str, ...]] = ("FP8",)
     bpw: ClassVar[float] = 8.0
     stand_in: ClassVar[str] = "Q8_0"
 
@@ -93,6 +99,11 @@ class Fp8(CheckpointFormat):
     def _inputs(self) -> dict[str, Any]:
         strategy = "group" if self.group_size else "token"
         return arguments(8, strategy, kind="float", group_size=self.group_size or None, dynamic=True)
+
+    @property
+    def scheme(self) -> str:
+        """``FP8-DYNAMIC`` or ``FP8-BLOCK``."""
+        return "FP8-BLOCK" if self.group_size else "FP8-DYNAMIC"
 
     @property
     def rounds_inputs(self) -> Callable[[torch.Tensor], torch.Tensor]:

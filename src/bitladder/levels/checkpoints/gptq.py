@@ -40,6 +40,12 @@ class Gptq(IntegerFormat):
 
     prefixes: ClassVar[tuple[str, ...]] = ("GPTQ",)
     grammar: ClassVar[str] = SPELLINGS["GPTQ"].grammar
+    about: ClassVar[str] = (
+        "Whole numbers of 2, 3, 4 or 8 bits with a scale for each group of weights. Weights are rounded one "
+        "input after the other, and those that follow make up for the error, measured on calibration text. "
+        "For GPU servers that batch requests; 4 bits are the usual choice, 2 and 3 run slowly or not at all "
+        "there."
+    )
     suffixes: ClassVar[tuple[str, ...]] = ("qweight", "scales", "qzeros", "g_idx")
     stores_zeros: ClassVar[bool] = True
 
@@ -77,9 +83,17 @@ class Gptq(IntegerFormat):
 
     @property
     def engines(self) -> tuple[str, ...]:
-        """vLLM 0.32 has kernels for symmetric 4 and 8 bits."""
-        in_vllm = self.sym and self.bits in (4, 8)
-        return tuple(engine for engine in CHECKPOINT_ENGINES if engine != "vllm" or in_vllm)
+        """vLLM 0.32, and SGLang with its kernels, have some for symmetric 4 and 8 bits."""
+        return tuple(one for one in CHECKPOINT_ENGINES if one not in ("vllm", "sglang") or self._is_usual)
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """Of the usual ones; others have none to speak of, as ``engines`` says."""
+        return ("GPTQ",) if self._is_usual else ()
+
+    @property
+    def _is_usual(self) -> bool:
+        return self.sym and self.bits in (4, 8)
 
     @property
     def least_zero(self) -> int:

@@ -96,6 +96,16 @@ class Microscaled(CheckpointFormat):
         return self._weights | {"dynamic": True, "observer": None} if self.inputs else None
 
     @property
+    def kernels(self) -> tuple[str, ...]:
+        """Its own."""
+        return (self.scheme,)
+
+    @property
+    def scheme(self) -> str:
+        """``MXFP4``, ``MXFP8A16``."""
+        return f"MXFP{self.bits}" + ("" if self.inputs else "A16")
+
+    @property
     def rounds_inputs(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
         """``mx_groups``."""
         return partial(mx_groups, bits=self.bits) if self.inputs else None
@@ -182,6 +192,10 @@ class Mxfp4(Microscaled):
 
     prefixes: ClassVar[tuple[str, ...]] = ("MXFP4", "MXFP4A16")
     grammar: ClassVar[str] = "MXFP4[A16]"
+    about: ClassVar[str] = (
+        "Floating point of 4 bits in groups of 32 that share a power of two as their scale. For models that "
+        "were trained so, and for GPUs that multiply it."
+    )
     suffixes: ClassVar[tuple[str, ...]] = ("weight_packed", "weight_scale")
     layout: ClassVar[str] = "mxfp4-pack-quantized"
     stand_in: ClassVar[str] = "Q4_0"
@@ -195,6 +209,10 @@ class Mxfp8(Microscaled):
 
     prefixes: ClassVar[tuple[str, ...]] = ("MXFP8", "MXFP8A16")
     grammar: ClassVar[str] = "MXFP8[A16]"
+    about: ClassVar[str] = (
+        "Floating point of 8 bits in groups of 32 that share a power of two as their scale. For GPUs that "
+        "multiply it; elsewhere FP8 is as good."
+    )
     suffixes: ClassVar[tuple[str, ...]] = ("weight", "weight_scale")
     byte_types: ClassVar[Mapping[str, str]] = {"weight": "float8_e4m3fn"}
     layout: ClassVar[str] = "mxfp8-quantized"

@@ -65,11 +65,16 @@ class Nvfp4(CheckpointFormat):
 
     prefixes: ClassVar[tuple[str, ...]] = ("NVFP4", "NVFP4A16")
     grammar: ClassVar[str] = "NVFP4, NVFP4A16"
+    about: ClassVar[str] = (
+        "Floating point of 4 bits in groups of 16 with a scale in FP8 and one for the whole matrix. For "
+        "NVIDIA GPUs from Blackwell on, which multiply it; A16 leaves activations as they are, and older GPUs "
+        "decode it."
+    )
     byte_types: ClassVar[Mapping[str, str]] = {"weight_scale": "float8_e4m3fn"}
     suffixes: ClassVar[tuple[str, ...]] = ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale")
     input_arrays: ClassVar[tuple[str, ...]] = ("input_global_scale",)
     layout: ClassVar[str] = "nvfp4-pack-quantized"
-    engines: ClassVar[tuple[str, ...]] = ("vllm", "transformers")
+    engines: ClassVar[tuple[str, ...]] = ("vllm", "sglang", "transformers")
     bpw: ClassVar[float] = 4 + 8 / GROUP
     stand_in: ClassVar[str] = "Q4_0"
     group_size = GROUP
@@ -94,6 +99,16 @@ class Nvfp4(CheckpointFormat):
     @property
     def _inputs(self) -> dict[str, Any] | None:
         return self._weights | {"dynamic": "local", "observer": "static_minmax"} if self.inputs else None
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """Its own."""
+        return (self.scheme,)
+
+    @property
+    def scheme(self) -> str:
+        """``NVFP4`` or ``NVFP4A16``."""
+        return "NVFP4" if self.inputs else "NVFP4A16"
 
     @property
     def reads_peaks(self) -> bool:

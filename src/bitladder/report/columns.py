@@ -1,0 +1,84 @@
+"""Tables that fit the terminal: columns have ranks, and those of the highest rank are left out first, never cut off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+R = TypeVar("R")
+BETWEEN = 2
+"""Columns of space that each column takes beside its text."""
+SHORTEST = 14
+"""What a column that gives way keeps of its text."""
+SENTENCE = 36
+"""Columns below which sentences in a column are hard to read."""
+
+
+@dataclass(frozen=True)
+class Column(Generic[R]):
+    """A column, its reader, and its rank: the highest ranks are left out first on a narrow terminal, rank 0 never."""
+
+    title: str
+    read: Callable[[R], str]
+    rank: int
+    right: bool = True
+    gives_way: bool = False
+    """Its text may be cut, with an ellipsis, so that the others stay whole."""
+    wraps: bool = False
+    """Its sentences break into lines in what the others leave."""
+    spoken: str = ""
+    """What to call it where it is left out; its title otherwise."""
+    style: Callable[[R], str] | None = None
+
+
+def plain_table() -> Table:
+    """The one look of tables on a terminal."""
+    from rich import box
+    from rich.table import Table
+
+    return Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold", padding=(0, 1, 0, 1))
+
+
+def fitted_table(columns: Sequence[Column[R]], rows: Sequence[R], width: int) -> tuple[Table, list[str]]:
+    """As many columns as fit into ``width``, and what those that do not are called."""
+    from rich.text import Text
+
+    chosen = columns_that_fit(columns, rows, width)
+    table = plain_table()
+    for column in chosen:
+        table.add_column(
+            column.title,
+            justify="right" if column.right else "left",
+            no_wrap=not column.wraps,
+            overflow="fold" if column.wraps else "ellipsis",
+            min_width=_least(column, rows),
+        )
+    for row in rows:
+        table.add_row(*(Text(column.read(row), style=column.style(row) if column.style else "") for column in chosen))
+    return table, [column.spoken or column.title for column in columns if column not in chosen]
+
+
+def columns_that_fit(columns: Sequence[Column[R]], rows: Sequence[R], width: int) -> list[Column[R]]:
+    """Left out by rank until the rest fits, columns that give way at their shortest."""
+    chosen = list(columns)
+
+    def needed() -> int:
+        return sum(BETWEEN + _least(one, rows) for one in chosen)
+
+    while needed() > width and any(column.rank for column in chosen):
+        chosen.remove(max(chosen, key=lambda column: column.rank))
+    return chosen
+
+
+def _least(column: Column[R], rows: Sequence[R]) -> int:
+    """Characters without which a column is not worth showing."""
+    whole = _text_width(column, rows)
+    return min(SHORTEST, whole) if column.gives_way else min(SENTENCE, whole) if column.wraps else whole
+
+
+def _text_width(column: Column[R], rows: Sequence[R]) -> int:
+    return max([len(column.title), *(len(column.read(row)) for row in rows)])
