@@ -161,7 +161,11 @@ CASES: dict[str, Case] = {
             "rope_factors_long.weight": np.full(8, 8, np.float32),
         },
     ),
-    "olmo": Case("olmo", "olmo", {"clip_qkv": 0.5}, {"attention.clamp_kqv": 0.5}, permuted=True),
+    "olmo": Case(
+        "olmo", "olmo", {"clip_qkv": 0.5},
+        {"attention.clamp_kqv": 0.5, "attention.layer_norm_epsilon": 1e-5},
+        permuted=True,
+    ),
     "olmo2": Case("olmo2", "olmo2"),
     "smollm3": Case("smollm3", "smollm3", {"num_hidden_layers": 5}, permuted=True),
     "ernie4_5moe": Case(  # the first layer dense; experts 48 wide happen to make a token that noise of 1e-6 turns over
@@ -173,7 +177,7 @@ CASES: dict[str, Case] = {
         },
         {
             "expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 64, "expert_shared_count": 2,
-            "leading_dense_block_count": 1, "interleave_moe_layer_step": 1,
+            "expert_shared_feed_forward_length": 128, "leading_dense_block_count": 1, "interleave_moe_layer_step": 1,
         },
     ),
     "glm4": Case(

@@ -152,6 +152,15 @@ def test_quantizing_a_model_that_nobody_runs_starts_no_engine(model, tmp_path, m
     assert "it is of tomorrow" in warning
 
 
+@pytest.mark.parametrize("level", ["GPTQ-4bit-g64", "AWQ-Q4_K_M", "GPTQ-Q4_K_M", "bpw4.5"])
+def test_what_needs_layers_is_refused_before_a_text_is_read(model, level, tmp_path, monkeypatch):
+    monkeypatch.setattr(Job, "windows", lambda *_: pytest.fail("the engine was started"))
+    with pytest.raises(UnknownArchitecture, match="No layers are known") as refused:
+        quantized(model, parse_levels([level]), tmp_path)
+    assert "checkpoint folder" in refused.value.do
+    assert not list(tmp_path.glob("*/*.gguf"))
+
+
 def test_an_encoder_is_quantized_without_importance(tmp_path):
     path = write_family(tmp_path / "bert.gguf", "bert")
     journal = Journal()

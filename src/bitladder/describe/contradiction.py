@@ -82,8 +82,8 @@ def _check_layers(label: str, numbers: Config, tensors: Sequence[Stored]) -> Non
 
 def _check_gap(label: str, config: Mapping[str, Any], tensors: Sequence[Stored]) -> None:
     """A layer that has nothing of its own and lacks what all the others have is one whose tensors were lost: hybrids'
-    layers of another kind have tensors of that kind. Layers that use the keys of others, or that were searched for one
-    by one, lack some by design.
+    layers of another kind have tensors of that kind. Layers that use the keys of others, that were searched for one by
+    one, and first layers (of ModernBERT, RWKV) lack some by design.
 
     Raises:
         BadFile: one does.
@@ -102,7 +102,7 @@ def _check_gap(label: str, config: Mapping[str, Any], tensors: Sequence[Stored])
         nearly = {name for name, count in held.items() if count == len(layers) - 1}
         for number, here in layers.items():
             lost = nearly - here
-            if lost and all(held[name] == len(layers) for name in here):
+            if len(layers) > 2 and number > 0 and lost and all(held[name] == len(layers) for name in here):
                 raise BadFile(
                     f"{label}: layer {number} lacks {min(lost)}, which every other layer has.",
                     means="A shard or a tensor was lost: no engine would load what is made of the rest.",

@@ -342,4 +342,4 @@ def _ended(how: str, label: str, text: str, code: int, converter: Converter) -> 
 
 
 def _last_lines(text: str, count: int) -> list[str]:
-    return [line.rstrip() for line in text.splitlines() if line.strip()][-count:]
+    return [line.rstrip() for line in text.splitlines() if line.strip(" \t^~")][-count:]

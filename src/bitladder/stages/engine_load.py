@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bitladder.errors import BitladderError, ModelRefused
+from bitladder.errors import BitladderError, EngineGone, EngineTimeout, ModelRefused
 
 if TYPE_CHECKING:
     from bitladder.files.gguf import GgufFile
@@ -55,7 +55,8 @@ def refusal_of(source: GgufFile) -> str:
 
 def require_engine(source: GgufFile, label: str, *, instead: str) -> None:
     """Refuse a model that the engine does not load, before anything is built for it. What is noted of a refusal is
-    tried again: the machine may have been at fault.
+    tried again: the machine may have been at fault. A source that is too large to be loaded is none: its levels may
+    not be.
 
     Args:
         source: the model.
@@ -64,7 +65,7 @@ def require_engine(source: GgufFile, label: str, *, instead: str) -> None:
 
     Raises:
         ModelRefused: the engine does not load it.
-        EngineError: as ``refusal_of``.
+        EngineError: no engine is installed.
     """
     if _noted(source) == "":
         return
@@ -78,6 +79,8 @@ def require_engine(source: GgufFile, label: str, *, instead: str) -> None:
             do=instead,
             reason=refusal.reason,
         ) from refusal
+    except (EngineGone, EngineTimeout):
+        return
     _note(source, "")
 
 

@@ -139,6 +139,17 @@ class Job(Work):
             else "`quantize --imatrix none` works; `measure` does with the model's checkpoint folder.",
         )
 
+    def require_layers(self) -> None:
+        """Refuse a file that cannot be walked, before its text is read.
+
+        Raises:
+            UnknownArchitecture: no row describes its layers, and there is no checkpoint.
+        """
+        from bitladder.describe.layers import layers_of
+
+        if self.checkpoint is None:
+            layers_of(self.source.model)
+
     def require_tokenizer(self) -> None:
         """Refuse a checkpoint whose file has no tokenizer where files are wanted that an engine runs.
 

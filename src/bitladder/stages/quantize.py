@@ -160,6 +160,7 @@ def calibrate_levels(
     """
     if not levels.folded and not levels.checkpoints:
         return None
+    job.require_layers()
     from bitladder.files.texts import shipped_texts
     from bitladder.levels.products import ImportanceVectors
     from bitladder.stages.calibrate import Calibration, Reading

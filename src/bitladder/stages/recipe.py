@@ -86,6 +86,7 @@ def recipe_of(job: Job, request: RecipeRequest) -> RecipeResult:
         request = replace(request, wish=_bounded(job, request))
     else:
         level_named(request.level)  # a name that is none is refused before any work
+    job.require_layers()
     parts = parts_of_text(job.windows(calibration_texts(request.texts)))
     build = request.build
     if request.level is not None:

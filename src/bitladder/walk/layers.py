@@ -23,12 +23,12 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from bitladder.describe.layers import layers_of
 from bitladder.describe.model import Model
 from bitladder.errors import BadFile, UnknownArchitecture
 from bitladder.files.safetensors_writer import PiecewiseTensor
 from bitladder.formats import roles
 from bitladder.formats.disk_names import absorbing_parameters
-from bitladder.formats.families import family_of, walked
 from bitladder.formats.families.family import LayerKind, Layers
 from bitladder.formats.roles import SharedInput, layer_tensor
 from bitladder.kernels.gpu import check_device
@@ -80,20 +80,6 @@ def tensor_at(block: nn.Module, path: str) -> torch.Tensor:
 def _keys(model: Model) -> dict[str, Any]:
     prefix = model.dims.architecture + "."
     return {key.removeprefix(prefix): value for key, value in model.metadata.items() if key.startswith(prefix)}
-
-
-def _layers(model: Model) -> Layers:
-    layers = family_of(model.dims.architecture).layers_of(model.dims.n_expert)
-    if layers is None:
-        known = ", ".join(sorted(walked()))
-        raise UnknownArchitecture(
-            f"No layers are known for the architecture '{model.dims.architecture}'.",
-            means="Layers of other families come from transformers, by the config.json that a GGUF file lacks. Without "
-            f"it walking layer by layer works for: {known}. Plans, K-quants and workloads need no layers.",
-            do="Give the model's checkpoint folder or hf:org/name instead of the file, or quantize with --imatrix none "
-            "and judge levels by a workload.",
-        )
-    return layers
 
 
 def _check_tensors(model: Model, family: Layers, keys: dict[str, Any]) -> None:
@@ -172,7 +158,7 @@ class LayeredModel:
 
         if device != "cpu":
             check_device(device)
-        self.model, self.family, self.device = model, _layers(model), torch.device(device)
+        self.model, self.family, self.device = model, layers_of(model), torch.device(device)
         self._keys = _keys(model)
         _check_tensors(model, self.family, self._keys)
         self.config = _config(model, self.family, self._keys)
