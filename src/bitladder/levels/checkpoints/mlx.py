@@ -229,7 +229,7 @@ class MlxFloat(MlxFormat):
     suffixes: ClassVar[tuple[str, ...]] = ("weight", "scales")
 
     @classmethod
-    def of(cls, mode: str) -> MlxFloat:
+    def in_mode(cls, mode: str) -> MlxFloat:
         """The format of a mode that is known."""
         return cls(mode=mode, bits=_MODES[mode].bits, group_size=_MODES[mode].group_size)
 
@@ -239,7 +239,7 @@ class MlxFloat(MlxFormat):
         prefix, _, mode = name.partition("-")
         if prefix.upper() != "MLX" or mode.lower() not in _MODES:
             return None
-        return CheckpointLevel(f"MLX-{mode.lower()}", cls.of(mode.lower()), GPTQ)
+        return CheckpointLevel(f"MLX-{mode.lower()}", cls.in_mode(mode.lower()), GPTQ)
 
     @classmethod
     def recognise(cls, configuration: Mapping[str, Any]) -> MlxFloat | None:
@@ -248,7 +248,7 @@ class MlxFloat(MlxFormat):
         apart = [entry for entry in configuration.values() if isinstance(entry, Mapping)]
         if not isinstance(mode, str) or mode not in _MODES or not _is_scheme(configuration, mode):
             return None
-        form = cls.of(mode)
+        form = cls.in_mode(mode)
         same = [{**configuration, **one} for one in (configuration, *apart)]
         return form if all(form._scheme().items() <= _plain(one).items() for one in same) else None
 
@@ -332,7 +332,7 @@ def format_of(configuration: Mapping[str, Any], *, has_biases: bool) -> MlxForma
         size = configuration.get("group_size")
         return MlxAffine(group_size=size) if type(size) is int and size in GROUP_SIZES else None
     mode = configuration.get("mode")
-    return MlxFloat.of(mode) if isinstance(mode, str) and mode in _MODES else None
+    return MlxFloat.in_mode(mode) if isinstance(mode, str) and mode in _MODES else None
 
 
 def _positions(config: Mapping[str, Any]) -> dict[str, Any]:
