@@ -31,9 +31,9 @@ from bitladder.kernels import dequantize, quantize
 from bitladder.levels.checkpoints import parse_checkpoint
 from bitladder.levels.methods import Statistics
 from bitladder.walk.driver import Member, Observer, Seen, Stream
-from bitladder.walk.matrices import matrix
 from bitladder.walk.inputs import InputStatistics, Wants
 from bitladder.walk.layers import LayeredModel
+from bitladder.walk.matrices import matrix
 from bitladder.walk.states import batches_of
 from bitladder.walk.weights import FileWeights
 

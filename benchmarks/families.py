@@ -56,13 +56,13 @@ INTRODUCTION = """\
 # Families
 
 What each verb does with a tiny checkpoint of each architecture: random weights from transformers' own configuration
-class, in bfloat16, with names and keys as on the hub and a small tokenizer of the kind that the family's converter
-reads. Every cell is a command that was run; it works, or its reason is beneath. Rows of 64 weights are too short for
-blocks of 256, so K-quants fall back to blocks of 32 here. Which of these a model of yours can have,
-[`plan`](plan.md) says at once.
+class, in bfloat16, with names and keys as on the hub and a tokenizer of the kind that the family's converter reads.
+Every cell is a command that was run; it works, or its reason is beneath. Rows of 64 weights are too short for blocks of
+256, so K-quants fall back to blocks of 32 here. Which of these a model of yours can have, [`plan`](plan.md) says at
+once.
 
-Made by `python benchmarks/families.py`, with {versions}. Converters know a byte-level tokenizer by a hash, and nobody's
-knows the small one: the converter is told that it is Qwen 2's.
+Made by `python benchmarks/families.py`, with {versions}. Converters know a byte-level tokenizer by a hash over its
+tokens, and none knows a small one: the converter is told that it is Qwen 2's.
 
 """
 WORKLOAD = """\

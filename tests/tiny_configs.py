@@ -106,7 +106,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4_moe": ("glm4_moe", {**_HEAD, **_MOE}),
     "glm_moe_dsa": (
         "glm_moe_dsa",
-        {**_MLA, **_MOE, "num_hidden_layers": 3, "index_topk": 64, "index_head_dim": 32, "index_n_heads": 2},
+        {**_MLA, **_MOE, "num_hidden_layers": 3, "index_topk": 64, "index_head_dim": 128, "index_n_heads": 2},
     ),
     "deepseek_v2": ("deepseek_v2", {**_MLA, **_MOE, "topk_method": "greedy"}),
     "deepseek_v3": ("deepseek_v3", {**_MLA, **_MOE, "n_group": 2}),

@@ -183,18 +183,21 @@ def _hangul(character: str) -> bool:
 def words(text: str) -> list[str]:
     """The words of a text, with apostrophes and hyphens inside, numbers with their points and commas, and single
     marks. Of scripts without spaces, each ideograph and each hiragana is one, of the others a run of letters."""
-    return _word().findall(text)
+    found: list[str] = _word().findall(text)
+    return found
 
 
 def bare_words(text: str) -> list[str]:
     """The words of a text in lower case, without any marks: what measures of overlap count."""
-    return _bare().findall(_normalized("NFC", text.lower()))
+    found: list[str] = _bare().findall(_normalized("NFC", text.lower()))
+    return found
 
 
 def pieces(text: str) -> list[str]:
     """A text cut where a reader would: white space, words, ideographs, what is seen as one character. Joined, they are
     the text."""
-    return _piece().findall(text)
+    found: list[str] = _piece().findall(text)
+    return found
 
 
 def count_words(text: str) -> int:

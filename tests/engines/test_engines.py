@@ -187,7 +187,9 @@ def test_what_llama_cpp_answered_before_is_still_found():
 
 def test_a_folder_without_an_engine_for_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(EngineError, match=r"No engine here runs a checkpoint folder: vllm is not installed") as refused:
+    with pytest.raises(
+        EngineError, match=r"No engine here runs a checkpoint folder: vllm, mlx-lm are not installed"
+    ) as refused:
         start(Launch(tmp_path))
     assert "Install vLLM" in refused.value.do
     assert isinstance(engine_for(Container.FILE).prepare(Launch("x.gguf")), LlamaServer)

@@ -26,7 +26,7 @@ from bitladder.stages.inspect import inspect_file
 from bitladder.stages.job import Build, Work
 from bitladder.stages.quantize import build_levels
 from bitladder.stages.write_levels import quantize_levels
-from packed_checkpoints import alternating, awq, fp8, gptq, groups, int8, mxfp4, nvfp4, packed, repack
+from packed_checkpoints import alternating, awq, fp8, gptq, groups, int8, mlx, mlx_mxfp4, mxfp4, nvfp4, packed, repack
 from tiny_checkpoints import write_tokenizer
 
 GROUP = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
@@ -123,6 +123,18 @@ FORMATS = {
     "mxfp4": (
         groups({"num_bits": 4, "type": "float"}, layout="mxfp4-pack-quantized"), lambda _, weights: mxfp4(weights),
         ReadAs.SOME,
+    ),
+    "mlx": ({"group_size": 64, "bits": 4}, lambda _, weights: mlx(weights, 4, 64), ReadAs.FLOATS),
+    "mlx, layers of several bits": (
+        {"group_size": 32, "bits": 4, "mode": "affine", "model.layers.0.mlp.up_proj": {"group_size": 32, "bits": 6}},
+        alternating(lambda weights: mlx(weights, 3, 32), lambda weights: mlx(weights, 6, 32)), ReadAs.FLOATS,
+    ),
+    "mlx, a layer of other groups": (
+        {"group_size": 32, "bits": 4, "model.layers.0.self_attn.q_proj": {"group_size": 64, "bits": 8}},
+        lambda layer, weights: mlx(weights, 8, 64) if "q_proj" in layer else mlx(weights, 4, 32), ReadAs.FLOATS,
+    ),
+    "mlx, mxfp4": (
+        {"group_size": 32, "bits": 4, "mode": "mxfp4"}, lambda _, weights: mlx_mxfp4(weights), ReadAs.FLOATS,
     ),
 }  # fmt: skip
 
@@ -223,6 +235,7 @@ def check_conversion(folder, truth, monkeypatch):
 OWN = (
     "GPTQ-4bit-g32", "GPTQ-8bit-row", "GPTQ-3bit-g32-asym", "GPTQ-4bit-g32-v2", "GPTQ-2bit-g32-ct", "AWQ-4bit-g32",
     "AWQ-4bit-g32-sym", "AWQ-4bit-g32-ct", "INT8-W8A8", "INT8-W8A16",
+    "MLX-3bit-g32", "MLX-nvfp4",
 )  # fmt: skip
 
 
@@ -236,9 +249,12 @@ def test_our_own_levels_are_sources(tmp_path):
         level = read_checkpoint(folder)
         decoding = decoding_of(level)
         want = tiny_checkpoints.decoded(folder, report.level)
-        quantized = {name for name in want if name.endswith("proj.weight")}
+        ends = {"model.embed_tokens.weight"} if report.level.startswith("MLX") else set()
+        quantized = {name for name in want if name.endswith("proj.weight")} | ends
         assert decoding.matrices.keys() == quantized
-        twin = load_file(write_decoded(level, decoding, tmp_path / "twins" / report.level).shards[0])
+        written = write_decoded(level, decoding, tmp_path / "twins" / report.level)
+        assert not {"quantization", "quantization_config"} & written.config.keys()
+        twin = load_file(written.shards[0])
         assert twin.keys() == want.keys()
         kind = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[decoding.dtype]
         for name, values in want.items():

@@ -64,7 +64,8 @@ class PlanOptions:
         None
     )
     launch: Annotated[
-        str | None, typer.Option("--launch", help="Command for llama-server, ollama, lmstudio, vllm, sglang or tgi.")
+        str | None,
+        typer.Option("--launch", help="Command for llama-server, ollama, lmstudio, vllm, sglang, tgi or mlx-lm."),
     ] = None
     needs: Annotated[bool, typer.Option("--needs", help="What hardware each level needs, and what it saves.")] = False
 

@@ -132,7 +132,7 @@ def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _quantization(config: Mapping[str, Any]) -> Any:
     for part in (config, config.get("text_config")):
-        for key in ("quantization_config", "compression_config"):
+        for key in ("quantization_config", "compression_config", "quantization"):
             found = part.get(key) if isinstance(part, Mapping) else None
             if found:
                 return found
@@ -143,4 +143,5 @@ def _method(found: Any) -> str:
     """A quantization_config's method in a word; it comes from outside."""
     names = (found.get(key) for key in ("quant_method", "quant_algo", "format")) if isinstance(found, Mapping) else ()
     words = (name for name in names if isinstance(name, str) and re.fullmatch(r"[\w.+-]{1,40}", name))
-    return next(words, "method not named")
+    of_mlx = isinstance(found, Mapping) and {"group_size", "bits"} <= found.keys()  # whose folders name no method
+    return next(words, "MLX" if of_mlx else "method not named")

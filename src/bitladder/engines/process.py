@@ -157,7 +157,7 @@ class EngineProcess:
             return None
         if code is None:
             return None
-        self._join_readers()  # its last words may still be in the pipe
+        self._join_readers(5.0)  # its last words may still be in the pipe, and this machine be busy
         means = KILLED if code == -signal.SIGKILL else ""
         memory = code == -signal.SIGKILL or any(_OUT_OF_MEMORY.search(line) for line in self._log)
         found = f"The engine for '{self._launch.model_name}' {ending(code)}."
@@ -186,9 +186,9 @@ class EngineProcess:
             if not reader.is_alive():  # else something it started still holds the pipe, and closing would wait for that
                 stream.close()
 
-    def _join_readers(self) -> None:
+    def _join_readers(self, timeout_s: float = 1.0) -> None:
         for reader in self._readers:
-            reader.join(timeout=1.0)
+            reader.join(timeout=timeout_s)
 
     def _keep_log(self, stream: IO[str]) -> None:
         while line := stream.readline(_LONGEST_LINE):

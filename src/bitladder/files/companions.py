@@ -60,6 +60,7 @@ def companions_of_folder(folder: Path) -> Companions:
     if not isinstance(config, dict):
         raise BadFile(f"{folder / 'config.json'} holds a {type(config).__name__}, not an object.")
     config.pop("quantization_config", None)
+    config.pop("quantization", None)
     files = {}
     for path in data_files(folder):
         content = None if path.name in _NOT_BESIDE else clean_bytes(path)

@@ -63,13 +63,13 @@ def convert_checkpoint(folder: Path, label: str, progress: Progress = silent) ->
         OutputError: the cache cannot be written or has not enough space.
     """
     checkpoint = read_checkpoint(folder)
+    check_config(label, checkpoint.config, checkpoint.tensors)
     converter = find_converter(progress)
     target = cache_folder("converted", content_hash(checkpoint, converter, progress)[:20])
     done = sorted(target.glob("*.gguf"))
     if done:
         _remember(target, folder)
         return done[0]
-    check_config(label, checkpoint.config, checkpoint.tensors)
     _check_rope(checkpoint, converter)
     return _kept(_Conversion(converter, checkpoint, label, progress), target / f"{label}.gguf")
 

@@ -29,6 +29,8 @@ FILE_ENGINES = ("llama-server", "ollama", "lmstudio")
 """Engines that run GGUF files."""
 CHECKPOINT_ENGINES = ("vllm", "sglang", "tgi", "transformers")
 """Engines that run checkpoint folders, and GGUF files slowly if at all."""
+MLX_ENGINES = ("mlx-lm", "lmstudio")
+"""Engines that run MLX's folders."""
 WHOLE_ROW = 0
 """Group size of one scale per output channel; files write it as -1 (GPTQ) or as ``strategy: channel``."""
 

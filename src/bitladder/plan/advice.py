@@ -8,14 +8,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from bitladder.describe.machine import Machine
-from bitladder.levels import CHECKPOINT_ENGINES, FILE_ENGINES
+from bitladder.levels import CHECKPOINT_ENGINES, FILE_ENGINES, MLX_ENGINES
 from bitladder.plan.kernels import devices_of
 from bitladder.plan.placement import Placement
 from bitladder.records.plan import Place
 
 FP8_FROM = 8.9
 """The compute capability from which GPUs multiply in FP8 (``data/kernels.yaml``)."""
-ENGINES = (*sorted(FILE_ENGINES), *sorted(CHECKPOINT_ENGINES))
+_MLX = tuple(engine for engine in MLX_ENGINES if engine not in FILE_ENGINES)
+ENGINES = (*sorted(FILE_ENGINES), *sorted(CHECKPOINT_ENGINES), *_MLX)
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,10 @@ def _always(situation: Situation) -> bool:  # noqa: ARG001
 
 
 RULES: tuple[_Rule, ...] = (
+    _Rule(
+        lambda s: s.engine in _MLX,
+        Advice("MLX, 4 to 8 bits", MLX_ENGINES, "the engine you use runs MLX's folders"),
+    ),
     _Rule(
         lambda s: s.engine in FILE_ENGINES,
         Advice("GGUF", FILE_ENGINES, "the engine you use runs GGUF files and nothing else"),

@@ -28,7 +28,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from bitladder.errors import EngineError, UsageError
 from bitladder.serve.deploy import Deployment, deployed
-from bitladder.serve.limits import Doorman, read_keys
+from bitladder.serve.limits import Doorman, KeyRing
 from bitladder.serve.metrics import JsonLines
 from bitladder.serve.page_app import PageFiles
 from bitladder.serve.protocol import TASK_MEMBER, error_body, header_text
@@ -151,7 +151,7 @@ def build_app(deployment: Deployment) -> ASGIApp:
         BadInput: the key file cannot be used.
     """
     settings = deployment.settings
-    keys = read_keys(settings.api_key_file) if settings.api_key_file else ()
+    keys = KeyRing(settings.api_key_file) if settings.api_key_file else None
     hosts = frozenset(host.lower() for host in (*LOOPBACK, settings.host, *settings.allowed_hosts))
     origins = frozenset(settings.allowed_origins)
     views = Starlette(

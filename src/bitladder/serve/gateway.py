@@ -117,7 +117,7 @@ class Gateway:
     ) -> None:
         self._settings = settings
         self._by_name: Mapping[str, Tier] = {name: tier for tier in tiers for name in tier.names}
-        self._levels = frozenset(tier.spec.level.lower() for tier in tiers)
+        self._levels = frozenset(self._by_name) - _ROLES
         self._of_its_own = {tier.spec.task: tier.spec.level.lower() for tier in tiers if tier.spec.task}
         alone = QUALITY in self._by_name and self._by_name[QUALITY] is self._by_name.get(SPEED)
         self._auto = AutoRule(fixed=QUALITY, because="one level serves everything") if alone else settings.auto
@@ -347,7 +347,8 @@ def _upstream_request(attempt: Attempt, request: ModelRequest, body: bytes) -> U
     """``body``: the request's, where it came from the client; it is sent as it came where nothing must differ."""
     values: dict[str, Any] = {}
     spec = attempt.tier.spec
-    if spec.url is not None and request.model != spec.served_name:
+    # llama.cpp answers as its alias, but to a request for vectors or ranks as whatever it was called there.
+    if (spec.url is not None or spec.task) and request.model != spec.served_name:
         values["model"] = spec.served_name
     if attempt.judged and not request.value("logprobs"):
         values["logprobs"] = True if request.path == CHAT else 1

@@ -162,7 +162,8 @@ class Calibration:
         self._shapes = self._walk.shapes()
         for level in levels:
             if isinstance(level, CheckpointLevel):
-                level.format.check_shapes(level.name, self._shapes)
+                ends = self._walk.ends() if level.format.everywhere else {}
+                level.format.check_shapes(level.name, self._shapes | ends)
         self._companions: Companions | None = None
         if any(isinstance(level, CheckpointLevel) for level in self._missing):
             self._companions = _companions(source, model, checkpoint)

@@ -351,7 +351,8 @@ def answers(subject: Subject, path: Path, workload: Workload, recorded: Recorded
     from bitladder.stages.run_facts import engine_facts, slots
 
     room, parallel = slots(workload, n_ctx)
-    engine = engine_facts(n_ctx=room, n_parallel=parallel, threads=work.threads, container=container_of(path))
+    stored_as = container_of(path)
+    engine = engine_facts(n_ctx=room, n_parallel=parallel, threads=work.threads, container=stored_as, path=path)
     questions = questions_of(workload)
     known = recorded.answers(subject, questions, engine)
     if len(known) == len(set(questions)):

@@ -124,7 +124,7 @@ def plan_model(
     wish = replace(wish, n_ctx=usable_context(found.model, request.n_ctx), beside_bytes=found.beside_bytes)
     runs = stored_runs(model, machine) if request.machine is None else {}
     whole = engine in LAUNCHED
-    wanted = levels or (checkpoint_levels(found.model) if whole else LADDER)
+    wanted = levels or (checkpoint_levels(found.model, engine or "") if whole else LADDER)
     made = make_plan(
         found.model,
         machine,

@@ -101,14 +101,33 @@ class InStore(Resumable):
     def _tensors(self, layer: int, output: LayerOutput) -> dict[str, torch.Tensor]:
         prefix = f"{self._layers}{layer}."
         tensors = {f"{prefix}{name}": cast(value, self._dtype) for name, value in output.floats.items()}
+        stacks: dict[str, list[tuple[int, torch.Tensor]]] = {}
         for linear, (form, arrays) in output.linears.items():
             for suffix, array in arrays.items():
-                value = torch.from_numpy(np.ascontiguousarray(array))
-                own = value.to(self._dtype) if suffix in form.model_dtype else value
-                if suffix in form.byte_types:
-                    own = value.view(getattr(torch, form.byte_types[suffix]))
-                tensors[f"{prefix}{linear}.{suffix}"] = own
+                own = stored_array(form, suffix, array, self._dtype)
+                if (together := form.stacked(linear)) is not None:
+                    name, place = together
+                    stacks.setdefault(f"{prefix}{name}.{suffix}", []).append((place, own))
+                else:
+                    tensors[f"{prefix}{linear}.{suffix}"] = own
+        for name, parts in stacks.items():
+            tensors[name] = _together([part for _, part in sorted(parts, key=lambda one: one[0])])
         return tensors | {name: torch.from_numpy(vector.copy()) for name, vector in output.vectors.items()}
+
+
+def stored_array(form: CheckpointFormat, suffix: str, array: NDArray[Any], dtype: torch.dtype) -> torch.Tensor:
+    """An array of a quantized layer as it is stored; ``dtype``: the float type of the model."""
+    value = torch.from_numpy(np.ascontiguousarray(array))
+    if suffix in form.byte_types:
+        return value.view(getattr(torch, form.byte_types[suffix]))
+    return value.to(dtype) if suffix in form.model_dtype else value
+
+
+def _together(parts: list[torch.Tensor]) -> torch.Tensor:
+    """One above the other in a new first dimension; torch knows few operations on unsigned integers."""
+    if parts[0].dtype != torch.uint32:
+        return torch.stack(parts)
+    return torch.stack([part.view(torch.int32) for part in parts]).view(torch.uint32)
 
 
 class Made(InStore, Observer, ABC):
@@ -177,13 +196,13 @@ def format_of(model: LayeredModel, form: FolderFormat, layer: int, path: str) ->
 
 
 @contextmanager
-def naming(layer: int, place: str) -> Iterator[None]:
-    """What a kernel cannot take, in the user's terms."""
+def naming(layer: int | None, place: str) -> Iterator[None]:
+    """What a kernel cannot take, in the user's terms; ``layer`` is None outside the layers."""
     try:
         yield
     except ValueError as error:
         raise BadWeights(
-            f"layer {layer}, {place}: {error}.",
+            f"{place if layer is None else f'layer {layer}, {place}'}: {error}.",
             means="The weights or the activations of this layer overflow; the model is damaged or was scaled oddly.",
             do="Check the source's own answers first; GGUF levels may still work.",
         ) from error

@@ -59,6 +59,8 @@ class FolderFormat(ABC):
     """What it is and when to use it, in two or three sentences."""
     float_bytes: ClassVar[int] = 2
     """Bytes of each value of what stays float: embedding, head, norms, biases."""
+    everywhere: ClassVar[bool] = False
+    """Embedding and head are quantized, too; every array has a row for each output then."""
 
     @classmethod
     @abstractmethod
@@ -146,6 +148,16 @@ class FolderFormat(ABC):
         Args:
             ignored: Linear layers that stay float: whole paths, or, where a name has a dot, the ends of paths.
         """
+
+    def entries(self, configuration: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG002
+        """What ``config.json`` has beside the model's own ``config``: where it carries a ``configuration``, and what
+        else readers look for."""
+        return {"quantization_config": dict(configuration)}
+
+    def stacked(self, linear: str) -> tuple[str, int] | None:  # noqa: ARG002
+        """The layer whose arrays hold those of a linear layer together with others of its kind, and its place there;
+        None where it has arrays of its own."""
+        return None
 
     def files(self, configuration: Mapping[str, Any]) -> dict[str, bytes]:  # noqa: ARG002
         """Files beside ``config.json`` that readers look for, by name."""
@@ -279,8 +291,14 @@ def matrix_of(arrays: Stored, suffix: str) -> npt.NDArray[Any]:
 
 def digest(weights: F32) -> str:
     """A hash of decoded weights, shape included."""
+    return digest_of_rows(weights.shape, [weights])
+
+
+def digest_of_rows(shape: tuple[int, ...], parts: Iterable[F32]) -> str:
+    """The hash of weights of this shape that come some rows at a time."""
     import numpy as np
 
-    found = hashlib.blake2b(repr(weights.shape).encode(), digest_size=16)
-    found.update(np.ascontiguousarray(weights, np.float32).data)
+    found = hashlib.blake2b(repr(tuple(shape)).encode(), digest_size=16)
+    for part in parts:
+        found.update(np.ascontiguousarray(part, np.float32).data)
     return found.hexdigest()
