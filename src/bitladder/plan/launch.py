@@ -64,26 +64,31 @@ def launch(
         command = f"lms import {shlex.quote(path)} && lms load {shlex.quote(name)}"
         command += f" --context-length {wish.n_ctx} --gpu {offload}"
         return LaunchCommand(engine, command)
-    length = wish.n_ctx
+    return LaunchCommand(engine, _of_a_folder(engine, path, wish, name=name, gpus=gpus, on_hub=on_hub))
+
+
+def _of_a_folder(engine: str, path: str, wish: Usage, *, name: str, gpus: int, on_hub: bool) -> str:
+    """The command of one of ``LAUNCHED``."""
+    length, slots = wish.n_ctx, max(1, wish.n_seq)
+    own, called = shlex.quote(path), shlex.quote(name)
     if engine == "vllm":
-        command = f"vllm serve {shlex.quote(path)} --served-model-name {shlex.quote(name)} --max-model-len {length}"
-        command += f" --max-num-seqs {max(1, wish.n_seq)}"
-        return LaunchCommand(engine, command + (f" --tensor-parallel-size {gpus}" if gpus > 1 else ""))
-    if engine == "sglang":
-        command = f"python -m sglang.launch_server --model-path {shlex.quote(path)} --served-model-name "
-        command += f"{shlex.quote(name)} --context-length {length} --max-running-requests {max(1, wish.n_seq)}"
-        return LaunchCommand(engine, command + (f" --tp {gpus}" if gpus > 1 else ""))
-    if engine == "mlx-lm":
-        command = f"mlx_lm.server --model {shlex.quote(path)} --port 8080 --decode-concurrency {max(1, wish.n_seq)}"
-        return LaunchCommand(engine, command)
-    # docker takes a path that is not absolute for the name of a volume
-    folder = shlex.quote(path) if path.startswith("/") else f'"$PWD"/{shlex.quote(path)}'
-    volume, model = ("", shlex.quote(path)) if on_hub else (f"-v {folder}:/model ", "/model")
-    command = (
-        f"docker run --gpus all -p 8080:80 {volume}ghcr.io/huggingface/text-generation-inference:latest "
-        f"--model-id {model} --max-total-tokens {length} --max-input-tokens {max(1, length - 512)}"
-    )
-    return LaunchCommand(engine, command + (f" --num-shard {gpus}" if gpus > 1 else ""))
+        several = f" --tensor-parallel-size {gpus}" if gpus > 1 else ""
+        command = f"vllm serve {own} --served-model-name {called} --max-model-len {length} --max-num-seqs {slots}"
+    elif engine == "sglang":
+        several = f" --tp {gpus}" if gpus > 1 else ""
+        command = f"python -m sglang.launch_server --model-path {own} --served-model-name {called}"
+        command += f" --context-length {length} --max-running-requests {slots}"
+    elif engine == "mlx-lm":
+        several = ""
+        command = f"mlx_lm.server --model {own} --port 8080 --decode-concurrency {slots}"
+    else:
+        several = f" --num-shard {gpus}" if gpus > 1 else ""
+        # docker takes a path that is not absolute for the name of a volume
+        folder = own if path.startswith("/") else f'"$PWD"/{own}'
+        volume, model = ("", own) if on_hub else (f"-v {folder}:/model ", "/model")
+        command = f"docker run --gpus all -p 8080:80 {volume}ghcr.io/huggingface/text-generation-inference:latest "
+        command += f"--model-id {model} --max-total-tokens {length} --max-input-tokens {max(1, length - 512)}"
+    return command + several
 
 
 def _llama_server(path: str, placement: Placement, wish: Usage, threads: int) -> str:

@@ -12,7 +12,7 @@ from bitladder.files.quality_prior import published_costs
 from bitladder.formats.blocks import QTYPES, TRAINED, QType
 from bitladder.formats.recipes import FALLBACKS, LEVELS, RECIPES
 from bitladder.levels import CheckpointLevel, FeedbackLevel, FoldedLevel, Level, Needs, RecipeLevel, parse_level
-from bitladder.levels.checkpoints import FORMATS
+from bitladder.levels.checkpoints import FORMATS, CheckpointFormat
 from bitladder.plan.cost import level_size
 from bitladder.plan.quality import level_cost
 from bitladder.plan.recommend import cost_words
@@ -143,7 +143,10 @@ def _recipe(level: RecipeLevel) -> Explanation:
         parts.append(
             ("Costs", f"about {cost_words(cost)} in a model of 8 billion weights; `bitladder run` measures yours")
         )
-    parts += [("When", WHEN[bits]), ("Beside it", _beside(level.recipe)), ("Runs in", ", ".join(level.engines))]
+    when = WHEN[bits]
+    if recipe.beside_experts:
+        when = "For mixtures where an engine multiplies MXFP4; IQ4_XS has as many bits and loses less"
+    parts += [("When", when), ("Beside it", _beside(level.recipe)), ("Runs in", ", ".join(level.engines))]
     what = "floating point, nothing rounded further" if bits == 16 else f"{bits} bits"
     return Explanation(level.recipe, f"A GGUF file, {what}", tuple((head, text) for head, text in parts if text))
 
@@ -171,7 +174,9 @@ def _suffix_words(name: str) -> list[str]:
 def mix_words(recipe: str) -> str:
     """Which tensors of the example get which type, by role: what the writer would do, counted."""
     model = model_named(EXAMPLE).whole()
-    main = RECIPES[recipe].qtype
+    main, beside = RECIPES[recipe].qtype, RECIPES[recipe].beside_experts
+    if beside:
+        return f"experts {main}; every other matrix {beside}, all of them where there are no experts"
     roles: dict[str, list[str]] = {}
     for tensor in level_size(model, RecipeLevel(recipe)).tensors:
         if len(tensor.shape) > 1:
@@ -208,7 +213,10 @@ def _beside(recipe: str) -> str:
 
 def _checkpoint(level: CheckpointLevel) -> Explanation:
     form = level.format
-    group = f"scales are shared in groups of {form.group_size}" if form.group_size > 0 else "a whole row shares a scale"
+    group = "each layer as its scheme has them"
+    if isinstance(form, CheckpointFormat):
+        size = form.group_size
+        group = f"scales are shared in groups of {size}" if size > 0 else "a whole row shares a scale"
     rest = f"embedding, head and norms stay at {8 * form.float_bytes}"
     parts = [
         ("What", form.about),

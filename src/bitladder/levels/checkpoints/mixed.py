@@ -65,6 +65,10 @@ class Mixed(FolderFormat):
 
     prefixes: ClassVar[tuple[str, ...]] = ("CT",)
     grammar: ClassVar[str] = "CT-bpw4.60"
+    about: ClassVar[str] = (
+        "A scheme for every linear layer, chosen so that all of them together lose least at so many bits per weight: "
+        "layers whose errors matter get more bits. One folder of several schemes, which vLLM reads."
+    )
     layout: ClassVar[str] = "mixed-precision"
     engines: ClassVar[tuple[str, ...]] = ("vllm", "transformers")
 
