@@ -203,7 +203,7 @@ class Kind(NamedTuple):
 
 def damaged_text(text: str, chance: random.Random) -> str:
     """A text with marks put in, parts taken out, doubled or moved."""
-    for _ in range(chance.choice((1, 1, 2, 5))):
+    for _ in range(chance.choice((1, 1, 1, 2, 5))):
         at, end = sorted(chance.randrange(len(text) + 1) for _ in range(2))
         end = min(end, at + chance.choice((1, 3, 30, 300)))
         action = chance.randrange(5)
@@ -251,8 +251,10 @@ def damaged_value(value: Any, chance: random.Random) -> Any:
         if not places:
             return copy.deepcopy(chance.choice(VALUES))
         holder, name = chance.choice(places)
-        action = chance.randrange(4)
-        if action == 0 and isinstance(holder, dict):
+        action = chance.randrange(7)
+        if action > 3:
+            holder[name] = _of_its_kind(holder[name], chance)
+        elif action == 0 and isinstance(holder, dict):
             holder[chance.choice(MARKS)] = holder.pop(name)
         elif action == 1:
             del holder[name]
@@ -265,6 +267,20 @@ def damaged_value(value: Any, chance: random.Random) -> Any:
     return value
 
 
+def _of_its_kind(value: Any, chance: random.Random) -> Any:
+    """Another value of the same kind."""
+    if isinstance(value, str):
+        return damaged_text(value, chance)
+    if isinstance(value, bool) or value is None:
+        return not value
+    if isinstance(value, int | float):
+        return chance.choice((0, 1, -1, 2, 3, 64, 2**20, 2**40, 0.5, value + 1, value * 2))
+    if isinstance(value, list):
+        more = [copy.deepcopy(chance.choice(VALUES))] if chance.random() < 0.5 else copy.deepcopy(value[:1])
+        return value + more * chance.choice((1, 1, 40))
+    return value | {chance.choice(("x", "id", "type", "value", "prompt", "")): copy.deepcopy(chance.choice(VALUES))}
+
+
 def _places(value: Any) -> Iterator[tuple[Any, Any]]:
     listed = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for name, child in listed:
@@ -273,8 +289,10 @@ def _places(value: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def damaged_json(value: Any, chance: random.Random) -> str:
-    """A document with damaged values, or a damaged document."""
-    if chance.random() < 0.7:
+    """A document with damaged values, or a damaged document, or now and then a sound one."""
+    if chance.random() < 0.15:
+        return json.dumps(value, ensure_ascii=False)
+    if chance.random() < 0.8:
         return json.dumps(damaged_value(value, chance), ensure_ascii=chance.random() < 0.5)
     return damaged_text(json.dumps(value), chance)
 
@@ -287,11 +305,16 @@ def written(path: Path, content: str | bytes) -> Path:
 # ---- files of models
 
 
-def gguf_file(chance: random.Random, folder: Path, keys: tuple[bytes, ...] = ()) -> bytes:
+NAMES = ("token_embd.weight", "blk.0.ffn_down.weight")
+
+
+def gguf_file(
+    chance: random.Random, folder: Path, keys: tuple[bytes, ...] = (), names: tuple[str, ...] = NAMES
+) -> bytes:
     chance_of = np.random.default_rng(0)
     weights = {
         name: chance_of.standard_normal(shape).astype(np.float16)
-        for name, shape in {"token_embd.weight": (32, 32), "blk.0.ffn_down.weight": (32, 64)}.items()
+        for name, shape in zip(names, ((32, 32), (32, 64)), strict=False)
     }
     tokens = gguf_bytes.strings("tokenizer.ggml.tokens", ["a", "b"] * 16)
     more = [
@@ -304,6 +327,8 @@ def gguf_file(chance: random.Random, folder: Path, keys: tuple[bytes, ...] = ())
     path = gguf_bytes.write_model(folder / "sound.gguf", weights, keys=more)
     data = path.read_bytes()
     path.unlink()
+    if chance.random() < 0.3:
+        return data
     head = 900
     return damaged_bytes(data[:head], chance) + data[head:] if chance.random() < 0.9 else damaged_bytes(data, chance)
 
@@ -314,13 +339,14 @@ def make_gguf(chance: random.Random, folder: Path) -> Path:
 
 def make_split(chance: random.Random, folder: Path) -> Path:
     for number in (1, 2):
-        split = struct.pack("<H", number - 1), struct.pack("<H", 2), struct.pack("<i", 2)
+        split = struct.pack("<H", number - 1), struct.pack("<H", 2), struct.pack("<i", 3)
         keys = (
             gguf_bytes.key("split.no", 2, split[0]),
             gguf_bytes.key("split.count", 2, split[1]),
             gguf_bytes.key("split.tensors.count", 5, split[2]),
         )
-        written(folder / f"model-0000{number}-of-00002.gguf", gguf_file(chance, folder, keys))
+        names = NAMES if number == 1 else ("output_norm.weight",)
+        written(folder / f"model-0000{number}-of-00002.gguf", gguf_file(chance, folder, keys, names))
     return folder / "model-00001-of-00002.gguf"
 
 
