@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import re
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,12 +40,46 @@ def visible_json(document: str) -> str:
 
 
 def _escaped(match: re.Match[str]) -> str:
-    code = ord(match[0])
-    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+    return _code(ord(match[0]))
+
+
+def _code(code: int) -> str:
+    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+PLAIN = "bitladder.plain"
+"""An error handler of codecs, for streams whose encoding lacks a character (``write_plainly``)."""
+_INSTEAD = str.maketrans(
+    {"–": "-", "—": "-", "−": "-", "…": "...", "×": "x", "→": "->", "≥": ">=", "≤": "<=", "≈": "~", "±": "+-", "µ": "u"}
+    | dict.fromkeys("‘’", "'") | dict.fromkeys("“”", '"') | dict.fromkeys("·•●", "*") | dict.fromkeys("█▇▆▅▄▃▂▁", "#")
+)  # fmt: skip
+
+
+def _plainly(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end].translate(_INSTEAD)
+    return "".join(one if one.isascii() else _code(ord(one)) for one in text), error.end
+
+
+codecs.register_error(PLAIN, _plainly)
+
+
+def takes_all(stream: TextIO) -> bool:
+    """Whether a stream's encoding has every character."""
+    return (getattr(stream, "encoding", None) or "utf-8").lower().replace("-", "").startswith("utf")
+
+
+def write_plainly(stream: TextIO) -> None:
+    """Have a stream write what its encoding lacks as plain marks or escapes, instead of an error: a terminal, a pipe or
+    a file of another locale than UTF-8."""
+    if isinstance(stream, io.TextIOWrapper) and not takes_all(stream):
+        stream.reconfigure(errors=PLAIN)
 
 
 def console(**options: Any) -> Console:
-    """A rich console that sends only its own control sequences, never those of a text that it prints."""
+    """A rich console that sends only its own control sequences, never those of a text that it prints, nor reads
+    rich's markup in one (``[bold]``, ``[link=...]``, ``:smile:``)."""
     from rich.console import Console
     from rich.segment import Segment
 
@@ -55,4 +91,4 @@ def console(**options: Any) -> Console:
             for segment in super().render(renderable, options):
                 yield segment if segment.control else segment._replace(text=visible(segment.text))
 
-    return Careful(**options)
+    return Careful(**{"markup": False, "emoji": False, **options})

@@ -380,3 +380,17 @@ def test_the_judges_own_error():
     assert error.rate == pytest.approx((0.0084, 0.9057), abs=1e-3)
     silent = judge_error(Judge(FakeJudge(lambda prompt: "hm")), workload)
     assert (silent.wrong, silent.undecided) == (3, 3)
+
+
+def test_halves_of_characters_are_joined_or_replaced():
+    sent = "".join(said(piece) for piece in ("a \ud83d", "\ude00 b \ud83d c")) + said("", "stop")
+    assert endpoint(stream(sent)).chat(Chat(HELLO, 5)).text == "a \U0001f600 b \ufffd c"
+
+
+@pytest.mark.parametrize(
+    "reply", ["[" * 100_000, '{"choices": 3}', '{"timings": {"predicted_n": 1e999}}', '{"usage": []}']
+)
+def test_json_that_is_no_completion(reply):
+    headers = {"content-type": "application/json"}
+    with pytest.raises(EngineReply):
+        endpoint(httpx.Response(200, text=reply, headers=headers), retries=0).chat(Chat(HELLO, 5))

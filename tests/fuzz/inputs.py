@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import io
 import json
+import os
 import random
 import resource
 import shutil
@@ -26,6 +28,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -61,16 +64,131 @@ _HANG_S = 60
 """After which an input is given up, whatever it does."""
 
 MARKS = [
-    "\u2028", "\u2029", "\x85", "\ufeff", "\r", "\n", "\r\n", "\0", "\x1b[31m", "\x0b", "\t", "\u202e", "\u0301" * 99, "\U0001f600", "’", "。", "９",
-    '"', "'", "`", "```json\n", "\\", "\\ud83d", "\\u0000", "{", "}", "[", "]", "[" * 300, "{" * 300, '{"a":' * 99, "(" * 300, ":", ": ", "- ", ",", "#", "&a ", "*a",
-    "<<: *a\n", "!!int ", "!!float ", "!!python/object ", "!!binary ", "!!set ", "| \n", "> \n", "? ", "---\n", "%YAML 9.9\n", "{{", "}}", "{{x}}", "{% x %}", "null", "~",
-    "true", "NaN", "-Infinity", "1e999", "-0", "0x1F", "9" * 400, "9" * 5000, "1_0", ".5", "1,5", "yes", "2026-01-01", "file://a.txt", "file://../x", "^(a+)+$", "a{9}{9}{9}",
-    "(?<=a)", "(?P<a>", "\\p{L}", "data:", "data: [DONE]\n\n", "error:", "event: x\n", ": \n", "id: 1\n",
-]  # fmt: skip
+    "\u2028",
+    "\u2029",
+    "\x85",
+    "\ufeff",
+    "\r",
+    "\n",
+    "\r\n",
+    "\0",
+    "\x1b[31m",
+    "\x0b",
+    "\t",
+    "\u202e",
+    "\u0301" * 99,
+    "\U0001f600",
+    "’",
+    "。",
+    "９",
+    '"',
+    "'",
+    "`",
+    "```json\n",
+    "\\",
+    "\\ud83d",
+    "\\u0000",
+    "{",
+    "}",
+    "[",
+    "]",
+    "[" * 300,
+    "{" * 300,
+    '{"a":' * 99,
+    "(" * 300,
+    ":",
+    ": ",
+    "- ",
+    ",",
+    "#",
+    "&a ",
+    "*a",
+    "<<: *a\n",
+    "!!int ",
+    "!!float ",
+    "!!python/object ",
+    "!!binary ",
+    "!!set ",
+    "| \n",
+    "> \n",
+    "? ",
+    "---\n",
+    "%YAML 9.9\n",
+    "{{",
+    "}}",
+    "{{x}}",
+    "{% x %}",
+    "null",
+    "~",
+    "true",
+    "NaN",
+    "-Infinity",
+    "1e999",
+    "-0",
+    "0x1F",
+    "9" * 400,
+    "9" * 5000,
+    "1_0",
+    ".5",
+    "1,5",
+    "yes",
+    "2026-01-01",
+    "file://a.txt",
+    "file://../x",
+    "^(a+)+$",
+    "a{9}{9}{9}",
+    "(?<=a)",
+    "(?P<a>",
+    "\\p{L}",
+    "data:",
+    "data: [DONE]\n\n",
+    "error:",
+    "event: x\n",
+    ": \n",
+    "id: 1\n",
+]
 VALUES: list[Any] = [
-    None, True, False, 0, -1, 1, 2**31, 2**63, -(2**63), 2**70, 10**400, 0.5, -0.0, 1e308, 1e-320, float("nan"), float("inf"), "", " ", "x", "0", "1" * 300, "x" * 10_000, "\ud83d", "\0",
-    "\u2028", "../x", "/etc/passwd", [], {}, [[]], [{}], {"a": {}}, [None], [0], ["x"], {"": 1}, ["x"] * 300, {"a": {"a": {"a": {"a": [[[[1]]]]}}}}, "\x1b[31m",
-]  # fmt: skip
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1,
+    2**31,
+    2**63,
+    -(2**63),
+    2**70,
+    10**400,
+    0.5,
+    -0.0,
+    1e308,
+    1e-320,
+    float("nan"),
+    float("inf"),
+    "",
+    " ",
+    "x",
+    "0",
+    "1" * 300,
+    "x" * 10_000,
+    "\ud83d",
+    "\0",
+    "\u2028",
+    "../x",
+    "/etc/passwd",
+    [],
+    {},
+    [[]],
+    [{}],
+    {"a": {}},
+    [None],
+    [0],
+    ["x"],
+    {"": 1},
+    ["x"] * 300,
+    {"a": {"a": {"a": {"a": [[[[1]]]]}}}},
+    "\x1b[31m",
+]
 
 
 class Kind(NamedTuple):
@@ -85,7 +203,7 @@ class Kind(NamedTuple):
 
 def damaged_text(text: str, chance: random.Random) -> str:
     """A text with marks put in, parts taken out, doubled or moved."""
-    for _ in range(chance.choice((1, 1, 2, 5))):
+    for _ in range(chance.choice((1, 1, 1, 2, 5))):
         at, end = sorted(chance.randrange(len(text) + 1) for _ in range(2))
         end = min(end, at + chance.choice((1, 3, 30, 300)))
         action = chance.randrange(5)
@@ -131,19 +249,36 @@ def damaged_value(value: Any, chance: random.Random) -> Any:
     for _ in range(chance.choice((1, 1, 2, 4))):
         places = list(_places(value))
         if not places:
-            return chance.choice(VALUES)
+            return copy.deepcopy(chance.choice(VALUES))
         holder, name = chance.choice(places)
-        action = chance.randrange(4)
-        if action == 0 and isinstance(holder, dict):
+        action = chance.randrange(7)
+        if action > 3:
+            holder[name] = _of_its_kind(holder[name], chance)
+        elif action == 0 and isinstance(holder, dict):
             holder[chance.choice(MARKS)] = holder.pop(name)
         elif action == 1:
             del holder[name]
         elif action == 2:
-            _, other = places[chance.randrange(len(places))]
-            holder[name] = other
+            at, key = chance.choice(places)
+            other = at[key]
+            holder[name] = copy.deepcopy(other)
         else:
-            holder[name] = chance.choice(VALUES)
+            holder[name] = copy.deepcopy(chance.choice(VALUES))
     return value
+
+
+def _of_its_kind(value: Any, chance: random.Random) -> Any:
+    """Another value of the same kind."""
+    if isinstance(value, str):
+        return damaged_text(value, chance)
+    if isinstance(value, bool) or value is None:
+        return not value
+    if isinstance(value, int | float):
+        return chance.choice((0, 1, -1, 2, 3, 64, 2**20, 2**40, 0.5, value + 1, value * 2))
+    if isinstance(value, list):
+        more = [copy.deepcopy(chance.choice(VALUES))] if chance.random() < 0.5 else copy.deepcopy(value[:1])
+        return value + more * chance.choice((1, 1, 40))
+    return value | {chance.choice(("x", "id", "type", "value", "prompt", "")): copy.deepcopy(chance.choice(VALUES))}
 
 
 def _places(value: Any) -> Iterator[tuple[Any, Any]]:
@@ -154,8 +289,10 @@ def _places(value: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def damaged_json(value: Any, chance: random.Random) -> str:
-    """A document with damaged values, or a damaged document."""
-    if chance.random() < 0.7:
+    """A document with damaged values, or a damaged document, or now and then a sound one."""
+    if chance.random() < 0.15:
+        return json.dumps(value, ensure_ascii=False)
+    if chance.random() < 0.8:
         return json.dumps(damaged_value(value, chance), ensure_ascii=chance.random() < 0.5)
     return damaged_text(json.dumps(value), chance)
 
@@ -168,17 +305,30 @@ def written(path: Path, content: str | bytes) -> Path:
 # ---- files of models
 
 
-def gguf_file(chance: random.Random, folder: Path, keys: tuple[bytes, ...] = ()) -> bytes:
+NAMES = ("token_embd.weight", "blk.0.ffn_down.weight")
+
+
+def gguf_file(
+    chance: random.Random, folder: Path, keys: tuple[bytes, ...] = (), names: tuple[str, ...] = NAMES
+) -> bytes:
     chance_of = np.random.default_rng(0)
     weights = {
         name: chance_of.standard_normal(shape).astype(np.float16)
-        for name, shape in {"token_embd.weight": (32, 32), "blk.0.ffn_down.weight": (32, 64)}.items()
+        for name, shape in zip(names, ((32, 32), (32, 64)), strict=False)
     }
     tokens = gguf_bytes.strings("tokenizer.ggml.tokens", ["a", "b"] * 16)
-    more = [*gguf_bytes.LLAMA_KEYS, tokens, gguf_bytes.flag("x.flag", value=True), gguf_bytes.ints("x.ints", [1, 2]), *keys]
+    more = [
+        *gguf_bytes.LLAMA_KEYS,
+        tokens,
+        gguf_bytes.flag("x.flag", value=True),
+        gguf_bytes.ints("x.ints", [1, 2]),
+        *keys,
+    ]
     path = gguf_bytes.write_model(folder / "sound.gguf", weights, keys=more)
     data = path.read_bytes()
     path.unlink()
+    if chance.random() < 0.3:
+        return data
     head = 900
     return damaged_bytes(data[:head], chance) + data[head:] if chance.random() < 0.9 else damaged_bytes(data, chance)
 
@@ -189,12 +339,14 @@ def make_gguf(chance: random.Random, folder: Path) -> Path:
 
 def make_split(chance: random.Random, folder: Path) -> Path:
     for number in (1, 2):
-        split = struct.pack("<H", number - 1), struct.pack("<H", 2), struct.pack("<i", 2)
+        split = struct.pack("<H", number - 1), struct.pack("<H", 2), struct.pack("<i", 3)
         keys = (
-            gguf_bytes.key("split.no", 2, split[0]), gguf_bytes.key("split.count", 2, split[1]),
+            gguf_bytes.key("split.no", 2, split[0]),
+            gguf_bytes.key("split.count", 2, split[1]),
             gguf_bytes.key("split.tensors.count", 5, split[2]),
-        )  # fmt: skip
-        written(folder / f"model-0000{number}-of-00002.gguf", gguf_file(chance, folder, keys))
+        )
+        names = NAMES if number == 1 else ("output_norm.weight",)
+        written(folder / f"model-0000{number}-of-00002.gguf", gguf_file(chance, folder, keys, names))
     return folder / "model-00001-of-00002.gguf"
 
 
@@ -210,16 +362,31 @@ def read_gguf(path: Path, chance: random.Random) -> None:
 
 
 CONFIG = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "vocab_size": 128, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}, "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
-    "torch_dtype": "bfloat16", "eos_token_id": [1, 2], "quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 64},
-}  # fmt: skip
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "num_hidden_layers": 2,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 128,
+    "rope_scaling": {"rope_type": "llama3", "factor": 8.0},
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "eos_token_id": [1, 2],
+    "quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 64},
+}
 TENSORS = {
     "model.embed_tokens.weight": {"dtype": "BF16", "shape": [128, 64], "data_offsets": [0, 16384]},
     "model.norm.weight": {"dtype": "F32", "shape": [64], "data_offsets": [16384, 16640]},
     "__metadata__": {"format": "pt"},
 }
-TOKENIZER = {"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}, "added_tokens": [{"id": 1, "content": "<s>"}]}
+TOKENIZER = {
+    "version": "1.0",
+    "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []},
+    "added_tokens": [{"id": 1, "content": "<s>"}],
+}
 INDEX = {"metadata": {"total_size": 16640}, "weight_map": dict.fromkeys(list(TENSORS)[:2], "model.safetensors")}
 
 
@@ -238,7 +405,10 @@ def make_folder(chance: random.Random, folder: Path) -> Path:
     config = {name: value for name, value in CONFIG.items() if chance.random() < 0.9}
     written(folder / "config.json", text("config", config))
     written(folder / "tokenizer.json", text("tokenizer", TOKENIZER))
-    written(folder / "tokenizer_config.json", text("tokenizer_config", {"chat_template": "{{ messages }}", "auto_map": {"a": "b"}}))
+    written(
+        folder / "tokenizer_config.json",
+        text("tokenizer_config", {"chat_template": "{{ messages }}", "auto_map": {"a": "b"}}),
+    )
     return folder
 
 
@@ -259,7 +429,11 @@ def make_imatrix(chance: random.Random, folder: Path) -> Path:
         data = body + struct.pack("<i", 2) + struct.pack("<i", 4) + b"text"
         return written(folder / "imatrix.dat", damaged_bytes(data, chance))
     arrays = {"blk.0.x.in_sum2": np.ones((1, 4), np.float32), "blk.0.x.counts": np.ones((1, 1), np.float32)}
-    keys = [gguf_bytes.string("general.type", "imatrix"), gguf_bytes.strings("imatrix.datasets", ["a"]), gguf_bytes.u32("imatrix.chunk_count", 3)]
+    keys = [
+        gguf_bytes.string("general.type", "imatrix"),
+        gguf_bytes.strings("imatrix.datasets", ["a"]),
+        gguf_bytes.u32("imatrix.chunk_count", 3),
+    ]
     sound = gguf_bytes.write_model(folder / "sound.gguf", arrays, keys=keys)
     return written(folder / "imatrix.gguf", damaged_bytes(sound.read_bytes(), chance))
 
@@ -267,12 +441,50 @@ def make_imatrix(chance: random.Random, folder: Path) -> Path:
 # ---- texts of people and other tools
 
 INPUTS: list[dict[str, Any]] = [
-    {"id": "a", "prompt": "Say {{x}}", "variables": {"x": "1,250"}, "tags": ["t"], "weight": 2, "max_tokens": 8, "expect": {"number": {"value": 5, "which": "any", "locale": "de"}, "max_words": 9}},
-    {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}], "expect": {"contains_all": [{"text": "a", "within_words": True}, "b"], "regex": r"^(\w+\s?)+\.$"}},
-    {"prompt": "p", "files": {"x": "a.txt"}, "system": "b", "expect": {"json_schema": {"type": "object", "properties": {"a": {"$ref": "#/$defs/d"}}, "$defs": {"d": {"pattern": "(a+)+$"}}}, "one_of": ["x", "y"]}},
-    {"prompt": "p", "expect": {"set_recall": {"items": [["a", "b"], "c"], "at_least": 0.5}, "judge": {"rubric": "r", "examples": [{"answer": "a", "passes": True}]}}},
-    {"prompt": "p", "expect": {"similarity": {"to": "a", "at_least": 0.5, "metric": "rouge_l"}, "exact": "x", "contains_none": "y", "contains_any": ["z"], "agrees_with_reference": True}},
-]  # fmt: skip
+    {
+        "id": "a",
+        "prompt": "Say {{x}}",
+        "variables": {"x": "1,250"},
+        "tags": ["t"],
+        "weight": 2,
+        "max_tokens": 8,
+        "expect": {"number": {"value": 5, "which": "any", "locale": "de"}, "max_words": 9},
+    },
+    {
+        "messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}],
+        "expect": {"contains_all": [{"text": "a", "within_words": True}, "b"], "regex": r"^(\w+\s?)+\.$"},
+    },
+    {
+        "prompt": "p",
+        "files": {"x": "a.txt"},
+        "system": "b",
+        "expect": {
+            "json_schema": {
+                "type": "object",
+                "properties": {"a": {"$ref": "#/$defs/d"}},
+                "$defs": {"d": {"pattern": "(a+)+$"}},
+            },
+            "one_of": ["x", "y"],
+        },
+    },
+    {
+        "prompt": "p",
+        "expect": {
+            "set_recall": {"items": [["a", "b"], "c"], "at_least": 0.5},
+            "judge": {"rubric": "r", "examples": [{"answer": "a", "passes": True}]},
+        },
+    },
+    {
+        "prompt": "p",
+        "expect": {
+            "similarity": {"to": "a", "at_least": 0.5, "metric": "rouge_l"},
+            "exact": "x",
+            "contains_none": "y",
+            "contains_any": ["z"],
+            "agrees_with_reference": True,
+        },
+    },
+]
 WORKLOAD = {"name": "w", "system": "s", "max_tokens": 9, "temperature": 0.5, "samples": 2, "inputs": INPUTS}
 YAML = """\
 name: w
@@ -296,18 +508,44 @@ PROMPTFOO = {
     "providers": ["a"],
     "defaultTest": {"vars": {"y": ["1", 2]}, "assert": [{"type": "contains", "value": "a"}]},
     "tests": [
-        {"description": "d", "vars": {"x": "tea", "z": True}, "assert": [{"type": "icontains-any", "value": "a, b"}, {"type": "regex", "value": "a+"}], "options": {}, "metadata": {"a": 1}},
-        {"vars": {"x": ["a", "b"], "f": "file://a.txt"}, "assert": [{"type": "is-json", "value": {"type": "object"}}, {"type": "equals", "value": 3, "weight": 1, "metric": "m"}]},
+        {
+            "description": "d",
+            "vars": {"x": "tea", "z": True},
+            "assert": [{"type": "icontains-any", "value": "a, b"}, {"type": "regex", "value": "a+"}],
+            "options": {},
+            "metadata": {"a": 1},
+        },
+        {
+            "vars": {"x": ["a", "b"], "f": "file://a.txt"},
+            "assert": [
+                {"type": "is-json", "value": {"type": "object"}},
+                {"type": "equals", "value": 3, "weight": 1, "metric": "m"},
+            ],
+        },
     ],
-}  # fmt: skip
+}
 CSV = 'id,prompt,expected,number,tags,weight\na,"Capital\nof ""x""?",Paris|paris,,facts;geo,2\nb,2 + 2?,,4,,\n'
 ROWS: list[dict[str, Any]] = [
-    {"prompt": "a {{x}}", "expected": ["b"]}, {"input": [{"role": "user", "content": "c"}], "ideal": "d"},
-    {"messages": [{"role": "user", "content": "e"}, {"role": "assistant", "content": "f"}]}, {"prompt": "p", "expect": {"number": 3}},
-    {"doc_id": 1, "target": "x #### 5", "arguments": {"gen_args_0": {"arg_0": "q", "arg_1": {"until": ["\n"], "max_gen_toks": 9}}}},
-    {"doc_id": 2, "target": ["a"], "arguments": [["[{\"role\": \"user\", \"content\": \"q\"}]", {"temperature": 0}]]},
-]  # fmt: skip
-ANSWERS = ["", "5", '{"a": "aaaaaaaaaaaaaaaaaaaaaaaaaaaa!"}', "yes " * 60, "北京是。", "a b c 1,250.5 3/4 - 5", "```json\n[1, NaN]\n```"]
+    {"prompt": "a {{x}}", "expected": ["b"]},
+    {"input": [{"role": "user", "content": "c"}], "ideal": "d"},
+    {"messages": [{"role": "user", "content": "e"}, {"role": "assistant", "content": "f"}]},
+    {"prompt": "p", "expect": {"number": 3}},
+    {
+        "doc_id": 1,
+        "target": "x #### 5",
+        "arguments": {"gen_args_0": {"arg_0": "q", "arg_1": {"until": ["\n"], "max_gen_toks": 9}}},
+    },
+    {"doc_id": 2, "target": ["a"], "arguments": [['[{"role": "user", "content": "q"}]', {"temperature": 0}]]},
+]
+ANSWERS = [
+    "",
+    "5",
+    '{"a": "aaaaaaaaaaaaaaaaaaaaaaaaaaaa!"}',
+    "yes " * 60,
+    "北京是。",
+    "a b c 1,250.5 3/4 - 5",
+    "```json\n[1, NaN]\n```",
+]
 
 
 def beside(folder: Path) -> Path:
@@ -381,10 +619,19 @@ def read_documents(path: Path, chance: random.Random) -> None:
 
 
 def make_evidence(chance: random.Random, folder: Path) -> Path:
-    row = {"kind": "speed", "key": {"source": "a", "n": 1}, "value": {"decode": 1.5, "text": "é"}, "created": "2026-01-01T00:00:00", "bitladder": "0.1", "host": {"cores": 2}}
+    row = {
+        "kind": "speed",
+        "key": {"source": "a", "n": 1},
+        "value": {"decode": 1.5, "text": "é"},
+        "created": "2026-01-01T00:00:00",
+        "bitladder": "0.1",
+        "host": {"cores": 2},
+    }
     head = {"format": "bitladder-evidence", "version": 1, "bitladder": "0.1"}
     lines = [json.dumps(head), *(damaged_json(row, chance) for _ in range(2))]
-    return written(folder / "e.jsonl", "\n".join(lines) if chance.random() < 0.8 else damaged_text("\n".join(lines), chance))
+    return written(
+        folder / "e.jsonl", "\n".join(lines) if chance.random() < 0.8 else damaged_text("\n".join(lines), chance)
+    )
 
 
 def read_evidence(path: Path, chance: random.Random) -> None:
@@ -396,7 +643,13 @@ def read_evidence(path: Path, chance: random.Random) -> None:
 
 
 def make_record(chance: random.Random, folder: Path) -> Path:
-    fields = {"source": {"name": "m"}, "levels": [], "decision": {"verdicts": [], "quality": "Q8_0"}, "answers": [], "inputs": []}
+    fields = {
+        "source": {"name": "m"},
+        "levels": [],
+        "decision": {"verdicts": [], "quality": "Q8_0"},
+        "answers": [],
+        "inputs": [],
+    }
     return written(folder / "run.json", damaged_json(fields, chance))
 
 
@@ -413,11 +666,23 @@ def make_reply(chance: random.Random, folder: Path) -> Path:
     timings = {"prompt_n": 5, "prompt_ms": 3.0, "predicted_n": 2, "predicted_ms": 4.5}
     if chance.random() < 0.3:
         message = {"role": "assistant", "content": [{"type": "text", "text": "a\u2028b"}]}
-        whole = {"model": "m", "choices": [{"message": message, "finish_reason": "stop", "logprobs": logprobs}], "usage": usage}
+        whole = {
+            "model": "m",
+            "choices": [{"message": message, "finish_reason": "stop", "logprobs": logprobs}],
+            "usage": usage,
+        }
         return written(folder / "reply.json", damaged_json(whole | {"timings": timings}, chance))
-    events = [_chunk({"role": "assistant"}), _chunk({"content": "a\u2028"}, logprobs=logprobs), _chunk({}, finish_reason="stop"), {"choices": [], "usage": usage, "timings": timings}]
+    events = [
+        _chunk({"role": "assistant"}),
+        _chunk({"content": "a\u2028"}, logprobs=logprobs),
+        _chunk({}, finish_reason="stop"),
+        {"choices": [], "usage": usage, "timings": timings},
+    ]
     which = chance.randrange(len(events))
-    lines = [damaged_json(one, chance) if number == which else json.dumps(one, ensure_ascii=False) for number, one in enumerate(events)]
+    lines = [
+        damaged_json(one, chance) if number == which else json.dumps(one, ensure_ascii=False)
+        for number, one in enumerate(events)
+    ]
     ends = chance.choice(("\n\n", "\r\n\r\n"))
     text = "".join(f"data: {line}{ends}" for line in [*lines, "[DONE]"])
     text = damaged_text(text, chance) if chance.random() < 0.4 else text
@@ -433,7 +698,11 @@ def read_reply(path: Path, chance: random.Random) -> None:
     pieces = [raw[a:b] for a, b in zip([0, *cuts], [*cuts, len(raw)], strict=True)]
 
     def reply(_request: httpx.Request) -> httpx.Response:
-        return httpx.Response(status, headers={"content-type": kind, "retry-after": chance.choice(("3", "x", "-1", "9" * 99))}, content=iter(pieces))
+        return httpx.Response(
+            status,
+            headers={"content-type": kind, "retry-after": chance.choice(("3", "x", "-1", "9" * 99))},
+            content=iter(pieces),
+        )
 
     with httpx.Client(transport=httpx.MockTransport(reply)) as client:
         done = send_chat(client, "http://engine/v1/chat/completions", ChatRequest("m", Chat.of("q", 8)))
@@ -499,7 +768,9 @@ def tried(kind: str, seed: int, folder: Path) -> Finding | None:
     signal.alarm(_HANG_S)
     began = time.process_time()
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
+        # An empty cache: without a converter nothing leaves this process.
+        empty = {"BITLADDER_CACHE": str(folder / "cache"), "BITLADDER_CONVERTER": ""}
+        with mock.patch.dict(os.environ, empty), contextlib.redirect_stdout(io.StringIO()):
             FUZZED[kind].read(path, chance)
     except BitladderError as error:
         if not error.found.strip():

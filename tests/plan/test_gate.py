@@ -38,7 +38,7 @@ def test_a_level_that_does_not_fit_fails():
 
 def test_junit():
     decision = gate(("F16", "Q8_0", "Q4_K_M", "Q2_K"), "kl < 0.074")
-    root = ElementTree.fromstring(junit(decision, model="a <b> & \x00c"))
+    root = ElementTree.fromstring(junit(decision, model="a <b> & \x00\ud800\uffffc"))
     suite = root.find("testsuite")
     assert {name: suite.get(name) for name in ("tests", "failures", "errors")} == {
         "tests": "4",
@@ -49,5 +49,5 @@ def test_junit():
     assert cases["Q2_K"].find("failure").get("message") == "KL 1.2 (1.08 to 1.32), limit 0.074"
     assert "more documents" in cases["Q4_K_M"].find("error").text
     assert cases["Q8_0"].find("failure") is None
-    assert cases["Q8_0"].get("classname") == "bitladder.a <b> & c"
+    assert cases["Q8_0"].get("classname") == "bitladder.a <b> & \\x00\\ud800\\uffffc"
     assert "kl < 0.074" in cases["Q8_0"].get("name")

@@ -259,6 +259,66 @@ def test_a_damaged_database(tmp_path):
         store.find("speed")
 
 
+@pytest.mark.parametrize("column", ["key", "value", "host"])
+@pytest.mark.parametrize("text", ["{", "[" * 100_000, "NaN", ""])
+def test_a_damaged_measurement(tmp_path, column, text):
+    path = tmp_path / "evidence.sqlite"
+    with Evidence.open(str(path)) as store:
+        store.put("speed", {"n": 1}, {"decode": 1})
+    with sqlite3.connect(path) as raw:
+        raw.execute(f"UPDATE evidence SET {column} = ?", (text,))
+    raw.close()
+    with Evidence.open(str(path)) as store:
+        with pytest.raises(BadInput, match="holds a measurement that is no JSON"):
+            store.find("speed")
+        with pytest.raises(BadInput, match="holds a measurement that is no JSON"):
+            list(store.lines())
+        if column == "value":
+            with pytest.raises(BadInput, match="holds a measurement that is no JSON"):
+                store.get("speed", {"n": 1})
+
+
+ROW = {"kind": "speed", "key": {"n": 1}, "value": {}, "created": "2026", "bitladder": "0", "host": {}}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "Expecting"),
+        ("3", "it is no object"),
+        ("{}", "'kind' is missing"),
+        ("[" * 100_000, "nested too deeply"),
+        (json.dumps(ROW | {"value": "\ud800"}), "half of a surrogate pair"),
+        (json.dumps(ROW | {"key": {"\udfff": 1}}), "half of a surrogate pair"),
+        (json.dumps(ROW | {"value": math.nan}), "NaN is no JSON"),
+        (json.dumps(ROW | {"kind": "mood"}), "kind must be one of"),
+    ],
+)
+def test_an_export_that_is_none(tmp_path, line, message):
+    path = tmp_path / "export.jsonl"
+    path.write_text(json.dumps({"format": "bitladder-evidence"}) + "\n" + line + "\n")
+    with Evidence.open(str(tmp_path / "e.sqlite")) as store, pytest.raises(BadInput, match=rf"Line 2 .*{message}"):
+        store.import_(path)
+
+
+def test_texts_of_any_characters_go_through_an_export(tmp_path):
+    value = {"text": "a\u2028b\x85c\u2029 \U0001f600 \x1b[31m\x0b\x1c"}
+    with Evidence.open(str(tmp_path / "a.sqlite")) as store:
+        store.put("answer", {"n": 1}, value)
+        assert store.export(tmp_path / "export.jsonl") == 1
+    with Evidence.open(str(tmp_path / "b.sqlite")) as store:
+        assert store.import_(tmp_path / "export.jsonl") == 1
+        assert store.get("answer", {"n": 1}) == value
+        with pytest.raises(ValueError, match="half of a surrogate pair"):
+            store.put("answer", {"n": 2}, {"text": "\ud800"})
+
+
+def test_a_loop_of_links(tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises((BadInput, OutputError)):
+        Evidence.open(str(tmp_path / "loop"))
+
+
 def test_a_database_that_stays_locked(tmp_path, monkeypatch):
     path = tmp_path / "evidence.sqlite"
     Evidence.open(str(path)).close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import gc
 import os
+import sys
 from typing import Annotated
 
 import typer
@@ -12,6 +13,7 @@ import typer
 from bitladder import __version__
 from bitladder.cli import build, check, deploy, evidence, explain, fit, hand_over, judge, recipe
 from bitladder.cli.terminal import Verbs
+from bitladder.visible import write_plainly
 
 app = typer.Typer(
     name="bitladder",
@@ -45,6 +47,8 @@ for module in (judge, fit, explain, build, recipe, deploy, hand_over, evidence, 
 
 def main() -> None:
     """Entry point of the ``bitladder`` command."""
+    write_plainly(sys.stdout)
+    write_plainly(sys.stderr)
     # what is imported and read stays: looking through it again and again, and once more at the end, takes 0.1 s
     gc.set_threshold(50_000)
     atexit.register(gc.freeze)

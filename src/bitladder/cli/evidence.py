@@ -12,7 +12,7 @@ import typer
 from bitladder.cli.build import Force
 from bitladder.cli.grouped import grouped
 from bitladder.cli.options import RunOptions, confirm_with
-from bitladder.cli.terminal import JsonFlag, Verbs, print_json, progress_display, put, say, verb
+from bitladder.cli.terminal import JsonFlag, Verbs, print_json, progress_display, put, put_json, say, verb
 from bitladder.errors import UsageError
 
 workload_app = typer.Typer(name="workload", cls=Verbs, help="Your inputs and criteria: start, check or import a file.")
@@ -140,7 +140,7 @@ def evidence_export(
     with Evidence.open() as store:
         if str(path) in ("-", "/dev/stdout"):
             for line in store.lines():
-                put(line)
+                put_json(line)
             return
         check_output(path, "an export of evidence", inputs=store.files(), ours=store.holds, force=force)
         say(f"Wrote {store.export(path)} measurements to {path}.")

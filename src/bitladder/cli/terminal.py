@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 from bitladder.errors import BitladderError
 from bitladder.progress import Progress, StepsOnly, silent
 from bitladder.records import to_json
-from bitladder.visible import console, on_one_line, visible, visible_json
+from bitladder.visible import console, on_one_line, takes_all, visible, visible_json
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -71,7 +71,7 @@ def show_error(error: BitladderError, *, as_json: bool) -> None:
 def print_error_json(kind: str, found: str, means: str = "", do: str = "") -> None:
     """An error on stdout, as the one document that a program gets instead of a record."""
     document = {"error": {"kind": kind, "found": found, "means": means, "do": do}}
-    print(visible_json(json.dumps(document, ensure_ascii=False)))
+    print(_json(document))
 
 
 _NOT_UNDERSTOOD: type[Exception] = typer.BadParameter.__mro__[1]
@@ -102,7 +102,17 @@ class Verbs(TyperGroup):
 
 def print_json(record: Any) -> None:
     """A record on stdout, as the JSON that other programs read."""
-    print(visible_json(json.dumps(to_json(record), indent=2, ensure_ascii=False)))
+    print(_json(to_json(record), indent=2))
+
+
+def put_json(document: str) -> None:
+    """A line of JSON on stdout, as it is but for what would steer a terminal."""
+    print(visible_json(document) if takes_all(sys.stdout) else _json(json.loads(document)))
+
+
+def _json(plain: Any, indent: int | None = None) -> str:
+    """JSON that stdout takes: where its encoding lacks characters, with JSON's own escapes."""
+    return visible_json(json.dumps(plain, indent=indent, ensure_ascii=not takes_all(sys.stdout)))
 
 
 def say(text: str) -> None:

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 from bitladder import json_text
 from bitladder.describe import criterion_values as values
 from bitladder.describe import patterns, schemas, similarity
-from bitladder.describe.numbers import spelled
+from bitladder.describe.numbers import numbers, spelled
 from bitladder.describe.workload import Criterion, Input
 from bitladder.unicode import canonical, count_words, has_text, has_words, same_text, short_answer
 
@@ -145,15 +145,18 @@ def _regex(value: str | list[str], text: str) -> Mark:
 
 
 def _number(value: dict[str, Any], text: str) -> Mark:
-    found = spelled(text, value.get("locale", "en"))
+    locale = value.get("locale", "en")
+    found = spelled(text, locale)
     if not found:
         return Mark(False, f"no number; expected {value['value']:g}")
     candidates = {"last": found[-1:], "first": found[:1], "any": found}[value["which"]]
     allowed = max(value["tolerance"], value["relative"] * abs(value["value"]), 1e-9 * abs(value["value"]))
     readings = [reading for number in candidates for reading in number.readings]
     nearest = min(readings, key=lambda reading: abs(reading - value["value"]))
-    right = abs(nearest - value["value"]) <= allowed
-    return Mark(right, f"{nearest if right else candidates[-1].readings[0]:g}, expected {value['value']:g}")
+    if abs(nearest - value["value"]) <= allowed:
+        return Mark(True, f"{nearest:g}, expected {value['value']:g}")
+    likeliest = numbers(text, locale)[0 if value["which"] == "first" else -1]
+    return Mark(False, f"{likeliest:g}, expected {value['value']:g}")
 
 
 def extract_json(text: str) -> Any:

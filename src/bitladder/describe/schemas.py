@@ -99,7 +99,9 @@ def _validator() -> Any:
         "uniqueItems": _unique_items,
     }
     keywords = {name: own.get(name, keyword) for name, keyword in Draft202012Validator.VALIDATORS.items()}
-    return validators.extend(Draft202012Validator, {name: _counted(keyword) for name, keyword in keywords.items()})
+    return validators.extend(  # type: ignore[no-untyped-call]
+        Draft202012Validator, {name: _counted(keyword) for name, keyword in keywords.items()}
+    )
 
 
 def _counted(keyword: Keyword) -> Keyword:

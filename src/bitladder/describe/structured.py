@@ -42,7 +42,9 @@ class Read:
 
 def read_json_lines(text: str) -> Read:
     """A list of what each line holds; empty lines are passed over. A line that is no JSON is a fault and no value."""
-    found, places, faults = [], {}, []
+    found: list[Any] = []
+    places: dict[Where, int] = {}
+    faults: list[Fault] = []
     for number, line in enumerate(lines(text), start=1):
         if not line.strip():
             continue
@@ -164,11 +166,11 @@ class _Counting(yaml.composer.Composer):
 
 if yaml.__with_libyaml__:
 
-    class _Loader(_Counting, yaml.cyaml.CParser, yaml.constructor.SafeConstructor, yaml.resolver.Resolver):
+    class _Loader(_Counting, yaml.cyaml.CParser, yaml.constructor.SafeConstructor, yaml.resolver.Resolver):  # type: ignore[misc, name-defined]
         """PyYAML's safe loader over libyaml's parser, ten times as fast."""
 
         def __init__(self, text: str) -> None:
-            yaml.cyaml.CParser.__init__(self, text)
+            yaml.cyaml.CParser.__init__(self, text)  # type: ignore[attr-defined]
             _Counting.__init__(self)
             yaml.constructor.SafeConstructor.__init__(self)
             yaml.resolver.Resolver.__init__(self)

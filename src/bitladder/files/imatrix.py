@@ -84,7 +84,8 @@ def _means(sums: F32Array, counts: F32Array) -> F32Array:
     """Sums of squares (f32[matrices, columns]) divided by their counts; 1 for what was never counted."""
     used = counts > 0
     means = np.ones_like(sums)
-    means[used] = sums[used] / counts[used, None]
+    with np.errstate(over="ignore"):  # what is infinite is refused by its name
+        means[used] = sums[used] / counts[used, None]
     return means
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from xml.etree import ElementTree
 
 from bitladder.records.decision import Decision, Status
+from bitladder.visible import visible
 
 EXIT_MET, EXIT_NOT_MET, EXIT_CANNOT_TELL = 0, 4, 5
 
@@ -38,7 +39,7 @@ def junit(decision: Decision, *, model: str) -> str:
         case = ElementTree.Element(
             "testcase",
             classname=f"bitladder.{_clean(model)}",
-            name=f"{verdict.level} holds {decision.bar}",
+            name=_clean(f"{verdict.level} holds {decision.bar}"),
             time="0",
         )
         if not verdict.status.holds:
@@ -66,9 +67,5 @@ def junit(decision: Decision, *, model: str) -> str:
 
 
 def _clean(text: str) -> str:
-    """Without the control characters that XML 1.0 cannot hold."""
-    return "".join(
-        character
-        for character in text
-        if character in "\t\n" or (ord(character) >= 32 and character not in "\ufffe\uffff")
-    )
+    """With control characters, which XML 1.0 cannot hold, as their escapes."""
+    return visible(text).replace("\ufffe", "\\ufffe").replace("\uffff", "\\uffff")

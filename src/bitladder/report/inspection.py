@@ -50,10 +50,9 @@ def inspection_table(inspection: Inspection, *, tensors: bool = False, console: 
 
 def folder_table(inspection: FolderInspection, *, tensors: bool = False, console: Console | None = None) -> None:
     """What a checkpoint folder holds, and whether configuration and tensors agree; on request what stays float."""
-    from rich.console import Console
     from rich.text import Text
 
-    out = console or Console(highlight=False)
+    out = console or visible_console(highlight=False)
     group = "whole rows" if inspection.group_size == -1 else f"groups of {inspection.group_size}"
     if inspection.group_size is None:
         group = ", ".join(f"{count} x {scheme}" for scheme, count in inspection.schemes.items())

@@ -1,0 +1,47 @@
+"""The user's own texts: lines, characters and marks of files as they occur."""
+
+import json
+
+import pytest
+
+from bitladder.errors import BadInput
+from bitladder.files.texts import read_texts
+
+
+def texts(path):
+    return [document.text for document in read_texts([path])]
+
+
+@pytest.mark.parametrize("name", ["t.jsonl", "t.ndjson"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_lines_of_json_hold_any_character(tmp_path, name, end):
+    wanted = ["a\u2028b", "c\x85d\u2029", "e \U0001f600"]
+    content = end.join(json.dumps({"text": text}, ensure_ascii=False) for text in wanted) + end
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content.encode())
+    assert texts(tmp_path / name) == wanted
+
+
+def test_text_files_have_one_kind_of_line_end_and_no_mark(tmp_path):
+    (tmp_path / "t.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\rthree\n\xe2\x80\xa8four")
+    assert texts(tmp_path / "t.txt") == ["one\ntwo\nthree\n\u2028four"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": "smile \\ud83d here"}', "line 2: the text holds half of a surrogate pair"),
+        ('{"text": 3}', "line 2 is no JSON object"),
+        ("[" * 100_000, "line 2 is no JSON object"),
+        ('{"text": "a', "line 2 is no JSON object"),
+    ],
+)
+def test_a_line_that_cannot_be_used_is_named(tmp_path, line, message):
+    (tmp_path / "t.jsonl").write_text('{"text": "a\u2028b"}\n' + line + "\n", encoding="utf-8")
+    with pytest.raises(BadInput, match=message):
+        texts(tmp_path / "t.jsonl")
+
+
+def test_another_encoding_is_named(tmp_path):
+    (tmp_path / "t.txt").write_bytes("text".encode("utf-16"))
+    with pytest.raises(BadInput, match="no UTF-8 text"):
+        texts(tmp_path / "t.txt")
