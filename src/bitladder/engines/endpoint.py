@@ -211,6 +211,8 @@ class Endpoint:
         self._sleep = sleep
         self._gate = _Gate(settings.requests_per_minute, sleep)
         self._served = ""
+        self._thought = False
+        self._unanswered = 0
         self._without = settings.without
         self._max_tokens_field = settings.max_tokens_field
         self._lock = threading.Lock()
@@ -300,14 +302,29 @@ class Endpoint:
                 self._sleep(wait_s)
             else:
                 self._same_as_before(completion.model)
+                with self._lock:
+                    self._thought |= completion.thought
+                    self._unanswered += (
+                        completion.thought and not completion.text and completion.finish_reason == "length"
+                    )
                 return completion
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What about its dialect bears on the answers."""
+        label = self.settings.label
+        found = []
         if "temperature" in self._without:
-            return (f"{self.settings.label} refuses a temperature: its answers are sampled, not greedy.",)
-        return ()
+            found.append(f"{label} refuses a temperature: its answers are sampled, not greedy.")
+        if self._thought:
+            found.append(
+                f"{label} thinks before it answers; what it thinks is not judged, and counts against max_tokens."
+            )
+        if self._unanswered:
+            found.append(
+                f"{self._unanswered} answers of {label} were cut while it still thought: raise their max_tokens."
+            )
+        return tuple(found)
 
     def _adapted(self, request: ChatRequest, error: EngineError) -> bool:
         """Whether the endpoint refused a field by its name, and later requests do without it."""
