@@ -23,6 +23,7 @@ from bitladder.engines.address import API, api_base
 from bitladder.engines.network import Proxy, proxy_for, tls_context
 from bitladder.errors import UsageError
 from bitladder.serve.backends import UpstreamFailed, UpstreamRequest
+from bitladder.serve.protocol import COUNT_TOKENS, MESSAGES
 from bitladder.units import KiB
 
 KEPT_S = 4.0
@@ -31,6 +32,7 @@ _MAX_HEAD = 64 * KiB
 _HIGH_WATER = 64 * KiB
 """Bytes that wait for a slow client before nothing more is read from the upstream."""
 _NO_BODY = (204, 304)
+_ANTHROPIC, _ANTHROPIC_VERSION = "anthropic.com", "2023-06-01"
 _STATUS = re.compile(rb"HTTP/1\.[01] (\d{3})[ \r]")
 
 
@@ -442,10 +444,20 @@ class HttpBackend:
     def __init__(self, pool: ConnectionPool, base_url: Callable[[], str | None], api_key: str = "") -> None:
         self._pool = pool
         self._base_url = base_url
-        self._fields = {"content-type": "application/json", "accept-encoding": "identity"}
-        if api_key:
-            self._fields["authorization"] = f"Bearer {api_key}"
+        self._key = api_key
         self._heads: dict[tuple[str, str], tuple[Address, bytes]] = {}
+
+    def _fields(self, address: Address, path: str) -> dict[str, str]:
+        """Header fields. Anthropic's API wants its key under another name, and no other one."""
+        fields = {"content-type": "application/json", "accept-encoding": "identity"}
+        is_anthropics = path in (MESSAGES, COUNT_TOKENS)
+        if is_anthropics:
+            fields["anthropic-version"] = _ANTHROPIC_VERSION
+        if self._key and is_anthropics:
+            fields["x-api-key"] = self._key
+        if self._key and not (is_anthropics and address.name.endswith(_ANTHROPIC)):
+            fields["authorization"] = f"Bearer {self._key}"
+        return fields
 
     async def complete(self, request: UpstreamRequest) -> HttpReply:
         """Send a request and wait for the head of the reply.
@@ -459,7 +471,10 @@ class HttpBackend:
         known = self._heads.get((base_url, request.path))
         if known is None:
             address = address_of(api_base(base_url))
-            known = address, request_head("POST", address, request.path.removeprefix(API), self._fields)
+            known = (
+                address,
+                request_head("POST", address, request.path.removeprefix(API), self._fields(address, request.path)),
+            )
             self._heads[base_url, request.path] = known
         address, head = known
         return await self._pool.send(address, head + b"content-length: %d\r\n\r\n" % len(request.body) + request.body)
