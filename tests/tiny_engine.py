@@ -25,7 +25,13 @@ def _byte_tokens() -> list[str]:
 
 
 def write_tiny(
-    path: Path, *, seed: int = 0, n_ctx: int = TRAINED_CTX, name: str = "Tiny", pooling: int | None = None
+    path: Path,
+    *,
+    seed: int = 0,
+    n_ctx: int = TRAINED_CTX,
+    name: str = "Tiny",
+    pooling: int | None = None,
+    template: str = _CHATML,
 ) -> Path:
     """A model of 1.4 million weights in F16, trained (so it says) for ``n_ctx`` tokens.
 
@@ -69,7 +75,7 @@ def write_tiny(
         u32("tokenizer.ggml.bos_token_id", 257),
         u32("tokenizer.ggml.eos_token_id", 259),
         flag("tokenizer.ggml.add_bos_token", value=False),
-        string("tokenizer.chat_template", _CHATML),
+        string("tokenizer.chat_template", template),
         *([] if pooling is None else [u32("llama.pooling_type", pooling)]),
     ]
     return write_model(path, tensors, keys=keys)

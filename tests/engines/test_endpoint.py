@@ -394,3 +394,36 @@ def test_json_that_is_no_completion(reply):
     headers = {"content-type": "application/json"}
     with pytest.raises(EngineReply):
         endpoint(httpx.Response(200, text=reply, headers=headers), retries=0).chat(Chat(HELLO, 5))
+
+
+@pytest.mark.parametrize(
+    ("whole", "text", "thought"),
+    [
+        ("<think>\nIs it 4 or 5?\n</think>\n\n4", "4", True),
+        ("Is it 4?</think>4", "4", True),
+        (" <thinking>hm</thinking> 4", "4", True),
+        ("<think></think>4", "4", True),
+        ("<think>Is it 5", "", True),
+        ("4", "4", False),
+        ("write <think> before it", "write <think> before it", False),
+        ("  indented", "  indented", False),
+        ("", "", False),
+    ],
+)
+def test_thoughts_are_no_answer(whole, text, thought):
+    done = endpoint(stream("".join(said(letter) for letter in whole) + said("", "stop"))).chat(Chat(HELLO, 99))
+    assert done.text == text
+    assert done.thought is thought
+
+
+def test_answers_that_were_cut_while_the_model_thought_are_told():
+    apart = event(choices=[{"delta": {"reasoning_content": "Is it 5"}, "finish_reason": "length"}])
+    for cut in (stream(said("<think>Is it 5", "length")), stream(apart)):
+        engine = endpoint(cut)
+        engine.chat(Chat(HELLO, 5))
+        assert [note.partition(":")[0] for note in engine.notes][
+            1
+        ] == "1 answers of m@fake were cut while it still thought"
+    plain = endpoint(stream(GOOD))
+    plain.chat(Chat(HELLO, 5))
+    assert plain.notes == ()

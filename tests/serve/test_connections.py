@@ -315,6 +315,21 @@ def test_the_backend_sends_its_key_and_no_more_than_it_was_given():
     assert "authorization: Bearer sk-1" in lines
 
 
+@pytest.mark.parametrize(
+    ("url", "path", "names"),
+    [
+        ("https://api.anthropic.com/v1", "/v1/messages", {"x-api-key", "anthropic-version"}),
+        ("https://api.anthropic.com/v1", "/v1/chat/completions", {"authorization"}),
+        ("http://models.lan/v1", "/v1/messages/count_tokens", {"x-api-key", "anthropic-version", "authorization"}),
+        ("http://models.lan/v1", "/v1/responses", {"authorization"}),
+    ],
+)
+def test_the_key_is_where_each_api_wants_it(url, path, names):
+    fields = HttpBackend(ConnectionPool(1.0), lambda: url, "sk-1")._fields(address_of(url), path)
+    assert set(fields) - {"content-type", "accept-encoding"} == names
+    assert {fields[name].removeprefix("Bearer ") for name in names if name != "anthropic-version"} == {"sk-1"}
+
+
 def test_addresses():
     address = address_of("https://models.lan/openai/")
     assert (address.name, address.port, address.tls, address.host) == ("models.lan", 443, True, "models.lan")
@@ -346,6 +361,5 @@ def test_https_is_spoken_and_a_certificate_that_nobody_vouches_for_is_refused(tm
     with pytest.raises(UpstreamFailed, match="certificate verify failed") as caught:
         asyncio.run(run())
     assert caught.value.phase == "connect"
-    trusting = ssl.create_default_context(cafile=str(certificate))
-    monkeypatch.setattr(ssl, "create_default_context", lambda: trusting)
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
     assert asyncio.run(run()) == [(200, b"hello")] * 2

@@ -103,6 +103,20 @@ def test_openai_client_completions_structured_output_and_probabilities(gateway):
     assert all(token.logprob <= 0 for token in reply.choices[0].logprobs.content)
 
 
+def test_responses_and_messages_from_the_real_engine(gateway):
+    asked = {"model": "quality", "input": "Name three colours.", "max_output_tokens": 12, "temperature": 0}
+    whole = gateway.client.responses.create(**asked)
+    assert (whole.status, whole.usage.output_tokens) == ("incomplete", 12)
+    stream = gateway.client.responses.create(stream=True, **asked)
+    assert "".join(one.delta for one in stream if one.type == "response.output_text.delta") == whole.output_text
+    message = {"model": "quality", "messages": PROMPT, "max_tokens": 12, "temperature": 0}
+    reply = httpx.post(f"{gateway.url}/v1/messages", json=message, timeout=120, trust_env=False)
+    assert reply.json()["content"] == [{"type": "text", "text": whole.output_text}]
+    assert (reply.json()["stop_reason"], reply.headers["x-bitladder-level"]) == ("max_tokens", "Q4_1")
+    counted = httpx.post(f"{gateway.url}/v1/messages/count_tokens", json=message, timeout=120, trust_env=False)
+    assert counted.json()["input_tokens"] == whole.usage.input_tokens
+
+
 def test_openai_client_meets_clear_errors(gateway):
     client = gateway.client
     with pytest.raises(openai.NotFoundError, match="There is: auto, q4_1, q4_1-twin, quality, speed"):
@@ -116,8 +130,9 @@ def test_openai_client_meets_clear_errors(gateway):
     picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}
     with pytest.raises(openai.BadRequestError, match="image"):
         client.chat.completions.create(model="auto", messages=[{"role": "user", "content": [picture]}])
-    with pytest.raises(openai.NotFoundError):
-        client.responses.create(model="auto", input="x")
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    with pytest.raises(openai.BadRequestError, match="does not support tools"):
+        client.chat.completions.create(model="auto", messages=PROMPT, tools=[tool], tool_choice="required")
     assert client.models.retrieve("speed").id == "speed"
     assert [model.id for model in client.models.list()] == ["auto", "quality", "Q4_1", "speed", "Q4_1-twin"]
 

@@ -1,7 +1,8 @@
-"""Embeddings and ranks: tiers of their own, which answer nothing else, as text tiers do not answer them."""
+"""Embeddings and ranks, tiers of their own, which answer nothing else; and calls that real engines must make."""
 
 import asyncio
 import json
+from pathlib import Path
 
 import httpx
 import pytest
@@ -101,3 +102,38 @@ def test_the_real_engine_embeds_in_a_tier_of_its_own(tmp_path):
     assert [len(one["embedding"]) for one in embedded.json()["data"]] == [256, 256]
     assert (by_text.status_code, ranked.status_code, said.status_code) == (501, 501, 200)
     assert "--embeddings" in by_text.json()["error"]["message"] and "--rerank" in ranked.json()["error"]["message"]
+
+
+WEATHER = {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"]}
+OTHER = {"type": "object", "properties": {}}
+FUNCTIONS = {"weather": WEATHER, "other": OTHER}
+TEMPLATE = Path(__file__).parents[2] / "scripts" / "tools.jinja"
+
+
+@pytest.mark.model
+def test_the_real_engine_makes_the_call_that_it_must(tmp_path):
+    tier = TierSpec("tiny", path=write_tiny(tmp_path / "tiny.gguf", template=TEMPLATE.read_text()), n_ctx=2048)
+    tools = [{"type": "function", "function": {"name": n, "parameters": p}} for n, p in FUNCTIONS.items()]
+    named = {"type": "function", "function": {"name": "weather"}}
+    message = {"model": "auto", "max_tokens": 200, "messages": [{"role": "user", "content": "x"}]}
+    message |= {"tools": [{"name": n, "input_schema": p} for n, p in FUNCTIONS.items()]}
+    message |= {"tool_choice": {"type": "tool", "name": "weather"}}
+    asked = chat("auto", tools=tools, tool_choice=named, max_tokens=200)
+
+    async def run():
+        async with deployed(ServeSettings(tier, threads=1)) as deployment:
+            transport = httpx.ASGITransport(build_app(deployment))
+            async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=120) as client:
+                return [
+                    await client.post(CHAT, json=asked),
+                    await client.post(CHAT, json={**asked, "tool_choice": "required"}),
+                    await client.post("/v1/messages", json=message),
+                    await client.post(CHAT, json={**asked, "tool_choice": "auto", "max_tokens": 2}),
+                ]
+
+    by_name, by_any, told, free = asyncio.run(run())
+    call = by_name.json()["choices"][0]["message"]["tool_calls"][0]["function"]
+    assert call["name"] == "weather" and json.loads(call["arguments"])["city"] in ("Paris", "Rome")
+    assert by_any.json()["choices"][0]["message"]["tool_calls"][0]["function"]["name"] in FUNCTIONS
+    assert (told.json()["stop_reason"], told.json()["content"][0]["name"]) == ("tool_use", "weather")
+    assert free.status_code == 200

@@ -83,6 +83,8 @@ class Completion:
     """Filled when log-probabilities were asked for."""
     timings: Timings | None = None
     """None where the engine does not report any."""
+    thought: bool = False
+    """Whether the model thought before it answered; what it thought is no part of the text."""
 
 
 class Engine(Protocol):

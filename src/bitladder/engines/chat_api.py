@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ _SHOWN = 300
 _LONGEST_EVENT = 4 * MiB
 _MOST_TOKENS = 1 << 40
 _DONE = b"[DONE]"
+_THINKS = re.compile(r"\s*<(think|thinking)>")
 _LONGEST_TOKEN = 256
 """Characters; vocabularies hold runs of spaces and dashes, none of them this long."""
 
@@ -250,6 +252,7 @@ class _Answer:
         self.usage: dict[str, Any] = {}
         self.timings: dict[str, Any] = {}
         self.fault = ""
+        self.thought = False
 
     def take(self, event: Any, *, whole: bool) -> None:
         """One event of the stream, or the ``whole`` reply of an engine that does not stream."""
@@ -263,7 +266,9 @@ class _Answer:
         self.usage = event.get("usage") or self.usage
         self.timings = event.get("timings") or self.timings
         for choice in event.get("choices") or []:
-            piece = text_of((choice.get("message" if whole else "delta") or {}).get("content"))
+            part = choice.get("message" if whole else "delta") or {}
+            self.thought |= bool(part.get("reasoning_content") or part.get("reasoning"))
+            piece = text_of(part.get("content"))
             if piece:
                 if math.isnan(self.first_token_s):
                     self.first_token_s = time.monotonic() - self.began
@@ -291,8 +296,11 @@ class _Answer:
                 means="The stream was cut short: the engine crashed, or a proxy has a limit of its own.",
                 do="Run again: what was answered before is kept.",
             )
+        whole = mended("".join(self.text))
+        text = answer_in(whole)
         return Completion(
-            text=mended("".join(self.text)),
+            text=text,
+            thought=text != whole or self.thought,
             finish_reason=self.finish_reason,
             prompt_tokens=count_of(self.usage.get("prompt_tokens"), 0),
             completion_tokens=count_of(self.usage.get("completion_tokens"), len(self.tokens)),
@@ -302,6 +310,20 @@ class _Answer:
             tokens=tuple(self.tokens),
             timings=_timings(self.timings) if self.timings else None,
         )
+
+
+def answer_in(text: str) -> str:
+    """What a model answered, where a server leaves its thoughts in the same text: ``<think>...</think>`` before it.
+
+    The first mark is missing where the chat template has set it; where the last one is, the answer was cut before it
+    began.
+    """
+    begins = _THINKS.match(text)
+    end = f"</{begins[1] if begins else 'think'}>"
+    _, mark, answer = text.partition(end)
+    if mark:
+        return answer.lstrip()
+    return "" if begins else text
 
 
 def text_of(content: Any) -> str:

@@ -36,6 +36,7 @@ from bitladder.engines.chat_api import (
     translated,
 )
 from bitladder.engines.names import same_model
+from bitladder.engines.network import proxy_for, tls_context
 from bitladder.errors import BadInput, EngineError, EngineGone, EngineReply, EngineTimeout, UsageError, WrongModel
 
 _TRY_AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
@@ -57,6 +58,7 @@ CLOUD_KEYS = {
     "api.together.xyz": "TOGETHER_API_KEY",
 }
 """The environment variables that these services' own pages name for their keys, by host."""
+_AZURE, _AZURE_KEY = (".openai.azure.com", ".services.ai.azure.com"), "AZURE_OPENAI_API_KEY"
 
 
 @dataclass(frozen=True)
@@ -133,8 +135,13 @@ def endpoint_at(address: str, *, key_env: str = "", requests_per_minute: float =
         UsageError: not an address.
     """
     url, model = split_address(address)
-    key = key_env or CLOUD_KEYS.get(urlsplit(url).hostname or "", "")
+    key = key_env or _cloud_key(urlsplit(url).hostname or "")
     return EndpointSettings(url, model=model, key_env=key, requests_per_minute=requests_per_minute)
+
+
+def _cloud_key(host: str) -> str:
+    """The variable that a well-known cloud's key is in; empty for other hosts."""
+    return _AZURE_KEY if host.endswith(_AZURE) else CLOUD_KEYS.get(host, "")
 
 
 def connected(settings: EndpointSettings) -> Endpoint:
@@ -196,6 +203,7 @@ class Endpoint:
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         key = settings.read_key()
+        proxy = proxy_for(settings.base_url) if transport is None else None
         self.settings = settings
         self.name = settings.model or settings.host
         self.parallel = settings.parallel
@@ -203,6 +211,8 @@ class Endpoint:
         self._sleep = sleep
         self._gate = _Gate(settings.requests_per_minute, sleep)
         self._served = ""
+        self._thought = False
+        self._unanswered = 0
         self._without = settings.without
         self._max_tokens_field = settings.max_tokens_field
         self._lock = threading.Lock()
@@ -210,6 +220,9 @@ class Endpoint:
             headers={"authorization": f"Bearer {key}"} if key else {},
             timeout=(timeouts or Timeouts()).for_httpx(),
             transport=transport,
+            trust_env=False,  # its rule would ask this machine through a proxy, too
+            proxy=proxy.url if proxy else None,
+            verify=tls_context() if transport is None else True,
         )
 
     def __repr__(self) -> str:
@@ -289,14 +302,29 @@ class Endpoint:
                 self._sleep(wait_s)
             else:
                 self._same_as_before(completion.model)
+                with self._lock:
+                    self._thought |= completion.thought
+                    self._unanswered += (
+                        completion.thought and not completion.text and completion.finish_reason == "length"
+                    )
                 return completion
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What about its dialect bears on the answers."""
+        label = self.settings.label
+        found = []
         if "temperature" in self._without:
-            return (f"{self.settings.label} refuses a temperature: its answers are sampled, not greedy.",)
-        return ()
+            found.append(f"{label} refuses a temperature: its answers are sampled, not greedy.")
+        if self._thought:
+            found.append(
+                f"{label} thinks before it answers; what it thinks is not judged, and counts against max_tokens."
+            )
+        if self._unanswered:
+            found.append(
+                f"{self._unanswered} answers of {label} were cut while it still thought: raise their max_tokens."
+            )
+        return tuple(found)
 
     def _adapted(self, request: ChatRequest, error: EngineError) -> bool:
         """Whether the endpoint refused a field by its name, and later requests do without it."""

@@ -3,15 +3,15 @@
 A gateway's request needs little of a client: one POST, its head and body written at once, and the reply's body handed
 on as it arrives. General clients spend more on a request than the rest of the gateway together, and aiohttp takes what
 comes unasked on a kept connection for the answer to the next request, which here would be somebody else's (docs/log.md
-has figures and the case). No proxies, cookies, redirects or decompression; HTTPS with the system's certificates.
+has figures and the case). No cookies, redirects or decompression; proxies and certificates as `engines.network` finds.
 """
 
 from __future__ import annotations
 
 import asyncio
 import functools
+import re
 import select
-import ssl
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Self, cast
@@ -20,7 +20,10 @@ from urllib.parse import urlsplit
 import httptools
 
 from bitladder.engines.address import API, api_base
+from bitladder.engines.network import Proxy, proxy_for, tls_context
+from bitladder.errors import UsageError
 from bitladder.serve.backends import UpstreamFailed, UpstreamRequest
+from bitladder.serve.protocol import COUNT_TOKENS, MESSAGES
 from bitladder.units import KiB
 
 KEPT_S = 4.0
@@ -29,6 +32,8 @@ _MAX_HEAD = 64 * KiB
 _HIGH_WATER = 64 * KiB
 """Bytes that wait for a slow client before nothing more is read from the upstream."""
 _NO_BODY = (204, 304)
+_ANTHROPIC, _ANTHROPIC_VERSION = "anthropic.com", "2023-06-01"
+_STATUS = re.compile(rb"HTTP/1\.[01] (\d{3})[ \r]")
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,13 @@ class Address:
     tls: bool
     host: str
     prefix: str
+    proxy: Proxy | None = None
+    """What stands between; requests in plain HTTP name the whole address there, those in TLS go through a tunnel."""
+
+    @property
+    def begins(self) -> str:
+        """What a request's target begins with."""
+        return f"http://{self.host}{self.prefix}" if self.proxy is not None and not self.tls else self.prefix
 
 
 @functools.lru_cache(maxsize=256)
@@ -47,7 +59,7 @@ def address_of(base_url: str) -> Address:
     """The address in a base URL, such as ``https://models.lan:8443/openai``.
 
     Raises:
-        UpstreamFailed: phase ``connect``, it is none.
+        UpstreamFailed: phase ``connect``, it is none, or its proxy cannot be used.
     """
     try:
         parts = urlsplit(base_url)
@@ -58,7 +70,11 @@ def address_of(base_url: str) -> Address:
     tls = parts.scheme == "https"
     if parts.scheme not in ("http", "https") or not name:
         raise UpstreamFailed("connect", f"'{base_url}' is no HTTP address.")
-    return Address(name, port or (443 if tls else 80), tls, host, parts.path.rstrip("/"))
+    try:
+        proxy = proxy_for(base_url)
+    except UsageError as error:
+        raise UpstreamFailed("connect", error.found) from None
+    return Address(name, port or (443 if tls else 80), tls, host, parts.path.rstrip("/"), proxy)
 
 
 class ConnectionPool:
@@ -67,7 +83,6 @@ class ConnectionPool:
     def __init__(self, connect_s: float) -> None:
         self._connect_s = connect_s
         self._idle: dict[Address, list[Connection]] = {}
-        self._tls: ssl.SSLContext | None = None
 
     async def __aenter__(self) -> Self:
         return self
@@ -134,20 +149,82 @@ class ConnectionPool:
 
     async def _connected(self, address: Address) -> Connection:
         loop = asyncio.get_running_loop()
-        if address.tls and self._tls is None:
-            self._tls = ssl.create_default_context()
-        tls = self._tls if address.tls else None
+        connection = Connection(self, address, loop)
         try:
             async with asyncio.timeout(self._connect_s):
-                make = functools.partial(Connection, self, address, loop)
-                _, connection = await loop.create_connection(make, address.name, address.port, ssl=tls)
+                if address.proxy is None:
+                    tls = tls_context() if address.tls else None
+                    await loop.create_connection(lambda: connection, address.name, address.port, ssl=tls)
+                else:
+                    await _through(address.proxy, address, connection)
         except TimeoutError:
             raise UpstreamFailed(
                 "connect", f"The upstream cannot be reached within {self._connect_s:g} s at {address.host}."
             ) from None
-        except (OSError, UnicodeError) as error:
+        except (OSError, UnicodeError, UsageError) as error:
             raise UpstreamFailed("connect", f"The upstream cannot be reached at {address.host}: {error}.") from None
         return connection
+
+
+async def _through(proxy: Proxy, address: Address, connection: Connection) -> None:
+    """Connect through a proxy: in plain HTTP it passes requests on, for TLS it is asked for a tunnel.
+
+    Raises:
+        OSError: it cannot be reached, or refuses.
+    """
+    loop = connection.loop
+    proxy_tls = tls_context() if proxy.tls else None
+    if not address.tls:
+        await loop.create_connection(lambda: connection, proxy.name, proxy.port, ssl=proxy_tls)
+        return
+    transport, tunnel = await loop.create_connection(_Tunnel, proxy.name, proxy.port, ssl=proxy_tls)
+    try:
+        place = f"{f'[{address.name}]' if ':' in address.name else address.name}:{address.port}"
+        lines = [f"CONNECT {place} HTTP/1.1", f"host: {place}"]
+        if proxy.authorization:
+            lines.append(f"proxy-authorization: {proxy.authorization}")
+        transport.write("".join(f"{line}\r\n" for line in (*lines, "")).encode("latin-1"))
+        status = await tunnel.opened
+        if not 200 <= status < 300:
+            raise OSError(f"the proxy at {proxy.place} answered with status {status}")
+        secured = await loop.start_tls(transport, connection, tls_context(), server_hostname=address.name)
+        if secured is None:
+            raise OSError("the connection was closed while TLS began")
+    except BaseException:
+        transport.abort()
+        raise
+    connection.connection_made(secured)
+
+
+class _Tunnel(asyncio.Protocol):
+    """What a proxy answers to CONNECT; ``opened`` is its status."""
+
+    def __init__(self) -> None:
+        self.opened: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._head = b""
+
+    def data_received(self, data: bytes) -> None:
+        """Wait for the end of the head."""
+        self._head += data
+        if self.opened.done():
+            return
+        if b"\r\n\r\n" in self._head:
+            found = _STATUS.match(self._head)
+            self._end(int(found[1]) if found else None)
+        elif len(self._head) > _MAX_HEAD:
+            self._end(None)
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
+        """It is gone."""
+        self._end(None)
+
+    def _end(self, status: int | None) -> None:
+        if self.opened.done():
+            return
+        if status is None:
+            self.opened.set_exception(OSError("the proxy does not answer as one"))
+        else:
+            self.opened.set_result(status)
 
 
 def request_head(method: str, address: Address, path: str, headers: Mapping[str, str]) -> bytes:
@@ -157,7 +234,9 @@ def request_head(method: str, address: Address, path: str, headers: Mapping[str,
         UpstreamFailed: phase ``connect``, a field holds a line break or a character beyond Latin-1.
     """
     fields = {"host": address.host, **headers}
-    lines = [f"{method} {address.prefix}{path} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items())]
+    if address.proxy is not None and address.proxy.authorization and not address.tls:
+        fields["proxy-authorization"] = address.proxy.authorization
+    lines = [f"{method} {address.begins}{path} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items())]
     if any("\r" in line or "\n" in line for line in lines):
         raise UpstreamFailed("connect", "A header field for the upstream holds a line break.")
     try:
@@ -365,10 +444,20 @@ class HttpBackend:
     def __init__(self, pool: ConnectionPool, base_url: Callable[[], str | None], api_key: str = "") -> None:
         self._pool = pool
         self._base_url = base_url
-        self._fields = {"content-type": "application/json", "accept-encoding": "identity"}
-        if api_key:
-            self._fields["authorization"] = f"Bearer {api_key}"
+        self._key = api_key
         self._heads: dict[tuple[str, str], tuple[Address, bytes]] = {}
+
+    def _fields(self, address: Address, path: str) -> dict[str, str]:
+        """Header fields. Anthropic's API wants its key under another name, and no other one."""
+        fields = {"content-type": "application/json", "accept-encoding": "identity"}
+        is_anthropics = path in (MESSAGES, COUNT_TOKENS)
+        if is_anthropics:
+            fields["anthropic-version"] = _ANTHROPIC_VERSION
+        if self._key and is_anthropics:
+            fields["x-api-key"] = self._key
+        if self._key and not (is_anthropics and address.name.endswith(_ANTHROPIC)):
+            fields["authorization"] = f"Bearer {self._key}"
+        return fields
 
     async def complete(self, request: UpstreamRequest) -> HttpReply:
         """Send a request and wait for the head of the reply.
@@ -382,7 +471,10 @@ class HttpBackend:
         known = self._heads.get((base_url, request.path))
         if known is None:
             address = address_of(api_base(base_url))
-            known = address, request_head("POST", address, request.path.removeprefix(API), self._fields)
+            known = (
+                address,
+                request_head("POST", address, request.path.removeprefix(API), self._fields(address, request.path)),
+            )
             self._heads[base_url, request.path] = known
         address, head = known
         return await self._pool.send(address, head + b"content-length: %d\r\n\r\n" % len(request.body) + request.body)

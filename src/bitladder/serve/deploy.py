@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 from bitladder.engines.base import EngineKind, EngineTask, Launch, Running, TakesProjectors
 from bitladder.engines.names import same_model
+from bitladder.engines.network import proxy_for, tls_context
 from bitladder.errors import EngineError
 from bitladder.serve.backends import Complete, UpstreamFailed
 from bitladder.serve.connections import ConnectionPool, HttpBackend
@@ -215,8 +216,12 @@ async def _known_endpoint(pool: ConnectionPool, spec: TierSpec) -> tuple[TierSpe
 
     Raises:
         EngineError: it lists its models without ours, or several when none was named.
+        UsageError: the environment names a proxy or certificates that cannot be used.
     """
     base_url, path = spec.url or "", "/models"
+    proxy_for(base_url)
+    if base_url.startswith("https:"):
+        tls_context()
     url = base_url + path
     headers = {"authorization": f"Bearer {spec.api_key}"} if spec.api_key else {}
     try:

@@ -189,6 +189,8 @@ def _error_of(body: bytes) -> tuple[str, str, str]:
         document = json.loads(body)
     except (ValueError, RecursionError):
         document = None
+    if isinstance(document, list) and len(document) == 1:  # Google's way
+        document = document[0]
     if not isinstance(document, dict):
         raise UpstreamFailed("garbage", f"The upstream refused with {len(body)} bytes that are not a JSON object.")
     error = document.get("error") or document
