@@ -12,7 +12,7 @@ from bitladder.cli.grouped import grouped
 from bitladder.cli.terminal import JsonFlag, print_json, progress_display, put, say, verb
 from bitladder.errors import UsageError
 from bitladder.records import to_json
-from bitladder.units import human_bytes
+from bitladder.units import human_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,6 +26,22 @@ Hardware = Annotated[
     str | None,
     typer.Option("--as", metavar="MACHINE", help="Another machine in words: '16 GB laptop', 'RTX 4090 + 64 GiB'."),
 ]
+Reserve = Annotated[
+    str | None,
+    typer.Option(
+        "--reserve",
+        metavar="SIZE",
+        help="Memory for the system and other programs.",
+        show_default="a quarter, 2 to 8 GiB",
+    ),
+]
+
+
+def reserve_named(text: str | None) -> int | None:
+    """Bytes; raises UsageError for what is no size."""
+    return None if text is None else parse_bytes(text)
+
+
 MinSpeed = Annotated[
     float | None,
     typer.Option(
@@ -151,15 +167,7 @@ class RecommendOptions:
     use: Annotated[str, typer.Option("--for", metavar="USE", help="chat, code, extraction or long-context.")] = "chat"
     hardware: Hardware = None
     min_speed: MinSpeed = None
-    reserve: Annotated[
-        str | None,
-        typer.Option(
-            "--reserve",
-            metavar="SIZE",
-            help="Memory for the system and other programs.",
-            show_default="a quarter, 2 to 8 GiB",
-        ),
-    ] = None
+    reserve: Reserve = None
     ctx: Annotated[
         int | None, typer.Option("--ctx", min=64, help="Context in tokens.", show_default="by use, 4096 to 32768")
     ] = None
@@ -177,12 +185,11 @@ def recommend(options: RecommendOptions, json_output: JsonFlag = False) -> None:
     """
     from bitladder.stages.plan import PlanRequest
     from bitladder.stages.recommend import RecommendRequest
-    from bitladder.units import parse_bytes
 
     request = RecommendRequest(
         use=options.use,
         run=PlanRequest(options.ctx, options.slots, options.kv, options.hardware),
-        reserve=None if options.reserve is None else parse_bytes(options.reserve),
+        reserve=reserve_named(options.reserve),
         least_decode=options.min_speed,
     )
     _recommend(request, json_output, every=options.every)
