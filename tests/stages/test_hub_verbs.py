@@ -14,8 +14,10 @@ from typer.testing import CliRunner
 from bitladder.cli.app import app
 from bitladder.cli.build import working
 from bitladder.cli.deploy import _compared as compared_path
+from bitladder.describe.shapes import Shape
 from bitladder.errors import BadInput, FetchError, NothingFits, UsageError
 from bitladder.files.sources import resolve
+from bitladder.files.stub_gguf import N_VOCAB, write_stub
 from bitladder.progress import silent
 from bitladder.report.hub import print_search
 from bitladder.stages.hub import pull, search_models
@@ -106,7 +108,8 @@ class TestSearch:
         print_search(answer.levels, answer.machine, answer.usable_bytes, out)
         text = out.file.getvalue()
         assert max(map(len, text.splitlines())) <= 80
-        assert re.search(r"maker/Mistral-Large\S*\s+Q4_K_M\s+0\.0\s+RAM\s+70,000", text)
+        assert re.search(r"maker/Mistral-Large-GGUF\s+Q4_K_M\s+0\.0\s+RAM\s+70,000", text)
+        assert "closed/mistral-large-gguf." in text.replace("\n", " ")
         assert "bitladder pull hf:maker/Mistral-Large-GGUF:Q4_K_M" in text
 
     def test_the_verb(self, server):
@@ -231,8 +234,11 @@ def test_the_advice_of_an_unknown_model_names_the_form(tmp_path):
     assert "hf:org/name:Q4_K_M" in str(error.value)
 
 
-def test_two_downloads_are_compared_by_their_names(server):
+def test_two_downloads_are_compared_by_their_names(server, tmp_path):
     """The files that a comparison starts engines for are fetched."""
+    stub = tmp_path / "stub.gguf"
+    write_stub(stub, Shape("tiny", "llama", 2, 64, 128, 4, 2, N_VOCAB, 2048, tied=True), "F16")
+    server.repos["org/tiny"] = {"tiny-F16.gguf": stub.read_bytes()}
     with working(1, quiet=True) as work:
-        path = compared_path(None, "hf:maker/Mistral-Large-GGUF:Q2_K", None, work)
-    assert Path(path).read_bytes() == MB
+        path = compared_path(None, "hf:org/tiny:F16", None, work)
+    assert Path(path).read_bytes() == stub.read_bytes()

@@ -101,7 +101,12 @@ def plan(options: PlanOptions, json_output: JsonFlag = False) -> None:
 
         _recommend(RecommendRequest(run=request, least_decode=options.min_speed), json_output, every=True)
     elif options.needs:
-        _show_needs(hardware_needs(options.model, request), json_output)
+        if options.hardware is not None:
+            raise UsageError(
+                "--needs asks which machine a model needs, and --as names one.",
+                do="Give one of the two: --as MACHINE says which levels fit there.",
+            )
+        _show_needs(options.model, hardware_needs(options.model, request), request.wish.n_ctx, json_output)
     else:
         with progress_display(quiet=json_output) as progress:
             made = plan_model(
@@ -208,13 +213,13 @@ def _recommend(request: RecommendRequest, json_output: bool, *, every: bool) -> 
     print_recommendation(made.found, assumed=made.assumed, notes=made.notes, beyond=beyond, every=every)
 
 
-def _show_needs(rows: list[HardwareNeed], json_output: bool) -> None:
+def _show_needs(model: str, rows: list[HardwareNeed], n_ctx: int, json_output: bool) -> None:
     if json_output:
         print_json({"levels": rows})
         return
-    for row in rows:
-        gpus = ", ".join(f"{need.count} x {need.name}" for need in row.gpus[:3])
-        put(f"{row.level:<8} {human_bytes(row.total_bytes):>9}  RAM of {row.ram_gib} GiB, or {gpus}")
+    from bitladder.report.needs import needs_table
+
+    needs_table(model, rows, n_ctx)
 
 
 @verb

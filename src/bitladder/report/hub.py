@@ -33,7 +33,7 @@ class Row(Protocol):
 
 
 COLUMNS: tuple[Column[Row], ...] = (
-    Column("repository", lambda row: row.repo, 0, right=False, gives_way=True),
+    Column("repository", lambda row: row.repo, 0, right=False, keeps=45),
     Column("level", lambda row: row.level or "?", 0, right=False),
     Column("GB", lambda row: f"{row.nbytes / 1e9:.1f}" if row.nbytes else "?", 0),
     Column("fits in", lambda row: row.fits or "?", 0, right=False),
@@ -51,7 +51,8 @@ def print_search(rows: Sequence[Row], machine: str, usable: int, console: Consol
     table, left_out = fitted_table(COLUMNS, rows, out.width)
     out.print(table)
     narrow = f" Left out for width: {', '.join(left_out)}." if left_out else ""
-    gated = " gated: its conditions have to be accepted on the hub first." if any(row.gated for row in rows) else ""
+    closed = [row.repo for row in rows if row.gated]
+    gated = f" Gated (accept the conditions on the hub first): {', '.join(closed)}." if closed else ""
     out.print(
         Text(
             f"GB: what is downloaded. fits in: by size, in the {human_bytes(usable)} that {machine} leaves for a "
