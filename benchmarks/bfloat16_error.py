@@ -31,9 +31,9 @@ from bitladder.kernels import dequantize, quantize
 from bitladder.levels.checkpoints import parse_checkpoint
 from bitladder.levels.methods import Statistics
 from bitladder.walk.driver import Member, Observer, Seen, Stream
-from bitladder.walk.folding import matrix
 from bitladder.walk.inputs import InputStatistics, Wants
 from bitladder.walk.layers import LayeredModel
+from bitladder.walk.matrices import matrix
 from bitladder.walk.states import batches_of
 from bitladder.walk.weights import FileWeights
 
@@ -119,7 +119,7 @@ def main() -> None:
                 live = own.squares > 0
                 apart += list(np.abs(moved.squares[live] / own.squares[live] - 1))
                 for parameter in quantized_parameters(model.family, shared) if layer % options.every == 0 else ():
-                    matrix_of = matrix(block, parameter)
+                    matrix_of = matrix(model.family, block, parameter)
                     for level, ratios in logs.items():
                         if level in QTYPES and matrix_of.shape[1] % QTYPES[level].block_size:
                             continue

@@ -80,9 +80,10 @@ class Texts:
         return self._cut([Document(path.stem, text)])[:count]
 
     def articles(self, path: Path, count: int) -> list[Window]:
-        """The first window of each of the first articles that fill one."""
+        """The first window of each of the first articles that fill one; of a text without headings, of each run of so
+        many characters."""
         text = path.read_text(encoding="utf-8")
-        starts = [found.start() for found in _ARTICLE.finditer(text)]
+        starts = [found.start() for found in _ARTICLE.finditer(text)] or list(range(0, len(text), 8 * WINDOW))
         parts = [text[at : at + 8 * WINDOW] for at in starts]
         firsts: dict[str, Window] = {}
         for window in self._cut([Document(f"article {n}", part) for n, part in enumerate(parts)]):

@@ -5,7 +5,8 @@
 Two levels are written first. Then each round measures them both ways and gathers an importance matrix both ways, each
 in a process of its own and in turns, so that other work on the machine meets all alike. Processor seconds of the
 process and its children, imports included; peak resident memory of the larger of the two, in which the engine's mapped
-files count. The figures of both ways stand beside each other: the engine's contain its rounding of inputs.
+files count. The figures of both ways stand beside each other, as rows of the table in docs/measure.md: the engine's
+contain its rounding of inputs. A round of the default takes some three minutes of one processor.
 """
 
 import argparse
@@ -17,36 +18,42 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
+
 from bitladder.describe.windows import Window
 from bitladder.files.gguf import GgufFile
+from bitladder.files.imatrix import ImportanceMatrix, read_imatrix, write_imatrix
 from bitladder.files.sources import resolve
 from bitladder.records.fidelity import Fidelity
 from bitladder.stages.engine_way import engine_fidelities, engine_matrix
-from bitladder.stages.job import Job, Work, opened
+from bitladder.stages.job import Build, Job, Work, opened
 from bitladder.stages.measure import documents
 
 LEVELS = ("Q8_0", "Q4_K_M")
 
 
 def one_pass(name: str, source: Path, files: list[Path], windows: int, threads: int) -> dict[str, object]:
-    """Do one of the four, and say what it took."""
+    """Do one of the four, and say what it took. An importance matrix is left beside the levels."""
     with opened(str(source), Work(threads=threads)) as job:
         text = job.windows(documents(()))[:windows]
-        kl = {level: one.kl_mean for level, one in zip(LEVELS, _done(name, job, files, text), strict=False)}
+        done = _done(name, job, files, text)
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     cpu = sum(one.ru_utime + one.ru_stime for one in used)
     tokens = sum(len(window.tokens) for window in text)
+    if isinstance(done, ImportanceMatrix):
+        write_imatrix(_kept(name, files), done)
+        done = []
+    kl = {level: one.kl_mean for level, one in zip(LEVELS, done, strict=False)}
     return {"cpu": cpu, "peak": max(one.ru_maxrss for one in used) / 1024, "kl": kl, "tokens": tokens}
 
 
-def _done(name: str, job: Job, files: list[Path], text: list[Window]) -> list[Fidelity]:
+def _done(name: str, job: Job, files: list[Path], text: list[Window]) -> list[Fidelity] | ImportanceMatrix:
     model, threads = job.source, job.threads
     levels = list(zip(LEVELS, files, strict=True))
     if name == "fidelity, engine":
         return list(engine_fidelities(job, model.path, levels, text))
     if name == "importance, engine":
-        engine_matrix(job, text, "")
-        return []
+        return engine_matrix(job, text, "")
     import torch
 
     from bitladder.stages.fidelity import file_candidate, walk
@@ -54,10 +61,29 @@ def _done(name: str, job: Job, files: list[Path], text: list[Window]) -> list[Fi
 
     torch.set_num_threads(threads)
     if name == "importance, walk":
-        importance_matrix(model, text, threads=threads)
-        return []
+        return importance_matrix(model, text, threads=threads)
     opened = [file_candidate(model, GgufFile.open(path), level=level) for level, path in levels]
     return walk(model, opened, text, threads=threads)
+
+
+def _kept(name: str, files: list[Path]) -> Path:
+    return files[0].parent / f"{name.replace(', ', '-')}.gguf"
+
+
+def _differences(files: list[Path]) -> str:
+    """How far the two importance matrices are apart, channel by channel."""
+    engine, walk = (read_imatrix(_kept(f"importance, {way}", files)) for way in ("engine", "walk"))
+    counts = all(np.array_equal(engine.counts[name], own) for name, own in walk.counts.items())
+    apart = []
+    for name, own in walk.mean_squares.items():
+        seen = own > 0.01 * own.mean()
+        apart.append(np.abs(engine.mean_squares[name][seen] / own[seen] - 1))
+    every = np.concatenate(apart)
+    return (
+        f"importance of {len(apart)} tensors, {every.size} channels: apart by {np.median(every):.2%} at the median, "
+        f"{np.quantile(every, 0.99):.2%} at the 99th percentile, {every.max():.2%} at most; counts "
+        f"{'equal' if counts else 'differ'}"
+    )
 
 
 def main() -> int:
@@ -77,10 +103,8 @@ def main() -> int:
 
     source = resolve(options.model).path
     with tempfile.TemporaryDirectory() as folder:
-        built = build_levels(
-            str(source), parse_levels(LEVELS), Path(folder), imatrix="none", threads=options.threads,
-            progress=lambda *_: None,
-        )  # fmt: skip
+        build = Build(out=Path(folder), imatrix="none")
+        built = build_levels(str(source), parse_levels(LEVELS), build, Work(threads=options.threads))
         files = [str(file.path) for file in built.files]
         found: dict[str, list[dict[str, object]]] = {}
         for _ in range(options.rounds):
@@ -90,12 +114,15 @@ def main() -> int:
                 done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
                 found.setdefault(name, []).append(json.loads(done.stdout.splitlines()[-1]))
                 print(f"{name}: {found[name][-1]}", file=sys.stderr, flush=True)
-    print(f"{source.name}, {found['fidelity, walk'][0]['tokens']} tokens, {options.rounds} rounds in turns")
+        apart = _differences(list(map(Path, files)))
+    print(f"{source.name}, {found['fidelity, walk'][0]['tokens']} tokens, {options.rounds} rounds in turns\n")
+    print("| | processor seconds | peak memory | KL |\n|---|---|---|---|")
     for name, rounds in found.items():
         cpu = [float(one["cpu"]) for one in rounds]
         kl = ", ".join(f"{level} {value:.5f}" for level, value in dict(rounds[0]["kl"]).items())
         peak = max(float(one["peak"]) for one in rounds)
-        print(f"{name}: {statistics.median(cpu):.1f} CPU s ({min(cpu):.1f} to {max(cpu):.1f}), {peak:.0f} MiB  {kl}")
+        print(f"| {name} | {statistics.median(cpu):.1f} ({min(cpu):.1f} to {max(cpu):.1f}) | {peak:.0f} MiB | {kl} |")
+    print(f"\n{apart}")
     for what in ("fidelity", "importance"):
         pairs = zip(found[f"{what}, engine"], found[f"{what}, walk"], strict=True)
         ratios = [float(one["cpu"]) / float(other["cpu"]) for one, other in pairs]

@@ -1,8 +1,12 @@
 """The table of docs/families.md: what each verb does with a tiny checkpoint of each architecture.
 
 Every row of ``tests/tiny_configs.py`` is a checkpoint of random weights, built from transformers' own configuration
-class, with SmolLM2's tokenizer. Every cell is a command, run as a user would run it; it works, or it names its reason.
-Takes minutes: python benchmarks/families.py [NAMES] [--folder DIR] [--out docs/families.md]
+class, with a small tokenizer of the kind that its converter reads. Every cell is a command, run as a user would run it;
+it works, or it names its reason. Half a minute to two for each row:
+
+    python benchmarks/families.py [NAMES] [--folder DIR] [--out docs/families.md]
+
+What a row gave is kept in DIR, and the page has all that are there: rows can be made one by one, or again.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import tempfile
@@ -37,7 +42,7 @@ COLUMNS = {
 }  # fmt: skip
 """Column -> the command that its cells run."""
 REASONS = (
-    (r"Checkpoint levels of .* cannot be written", "layout"),
+    (r"Checkpoint levels of .* cannot be written|codes of \d bits fill|which groups of \d+ do not divide", "layout"),
     (r"converter.*(failed|does not (know|read)|quantized with)", "converter"),
     (r"does not know the tokenizer", "tokenizer"),
     (r"No layers are known|has no place in the layers|has '.*'\.|rotates \d+ of", "layers"),
@@ -45,15 +50,19 @@ REASONS = (
     (r"engine|llama\.cpp|xllamacpp", "engine"),
 )
 """What a message says, and the word for it in the table."""
+CAUSE = r"error loading model: (.*)|(GGML_ASSERT.*)|(\b[A-Z]\w*Error: .*)"
+"""In the last words of another program: what it could not do."""
 INTRODUCTION = """\
 # Families
 
 What each verb does with a tiny checkpoint of each architecture: random weights from transformers' own configuration
-class, in bfloat16, with SmolLM2's tokenizer. Every cell is a command that was run; it works, or its reason is beneath.
-Rows of 64 weights are too short for blocks of 256, so K-quants fall back to blocks of 32 here. Which of these a model
-of yours can have, [`plan`](plan.md) says at once.
+class, in bfloat16, with names and keys as on the hub and a tokenizer of the kind that the family's converter reads.
+Every cell is a command that was run; it works, or its reason is beneath. Rows of 64 weights are too short for blocks of
+256, so K-quants fall back to blocks of 32 here. Which of these a model of yours can have, [`plan`](plan.md) says at
+once.
 
-Made by `python benchmarks/families.py`, with {versions}.
+Made by `python benchmarks/families.py`, with {versions}. Converters know a byte-level tokenizer by a hash over its
+tokens, and none knows a small one: the converter is told that it is Qwen 2's.
 
 """
 WORKLOAD = """\
@@ -100,24 +109,25 @@ def command(arguments: list[str], log: Path) -> tuple[int, str]:
 
 
 def reason_of(text: str) -> tuple[str, str]:
-    """The word for the table and the message, shortened."""
+    """The word for the table, and what was wrong in a sentence."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     at = next((number for number, line in enumerate(lines) if line.startswith("error:")), max(0, len(lines) - 3))
-    message = re.sub(r"\S*/tmp\S*/", "", " ".join(lines[at : at + 6]).removeprefix("error: "))[:400]
-    return next((word for pattern, word in REASONS if re.search(pattern, message)), "other"), message
+    said = [re.sub(r"\S*/tmp\S*/", "", line.removeprefix("error: ")) for line in lines[at:]]
+    message = " ".join(said)
+    word = next((word for pattern, word in REASONS if re.search(pattern, message)), "other")
+    causes = [found[found.lastindex] for line in said if (found := re.search(CAUSE, line))]
+    return word, causes[-1] if causes else re.split(r"(?<=\w)\.(?= |$)", message)[0][:300]
 
 
 def row_of(name: str, work: Path, texts: dict[str, str]) -> tuple[dict[str, str], dict[str, str]]:
     """The cells of one architecture, and the message behind each that does not work."""
-    from bitladder.files import demo
-    from tiny_checkpoints import write_tokenizer
-    from tiny_configs import write_checkpoint
+    from tiny_configs import write_release
 
     model = work / name
+    for old in (model, work / f"{name}-out"):
+        shutil.rmtree(old, ignore_errors=True)
     try:
-        model.mkdir(parents=True)
-        vocab = write_tokenizer(model, demo.fetch_demo())
-        write_checkpoint(name, model, vocab)
+        write_release(name, model)
     except Exception as error:
         return dict.fromkeys(COLUMNS, "transformers"), {"plan": f"{type(error).__name__}: {error}"[:200]}
     cells, messages = {}, {}
@@ -129,7 +139,7 @@ def row_of(name: str, work: Path, texts: dict[str, str]) -> tuple[dict[str, str]
             continue
         cells[column], messages[column] = reason_of(text)
         if column == "convert":
-            rest = list(COLUMNS)[2:]
+            rest = [other for other in COLUMNS if other not in cells]
             return {**cells, **dict.fromkeys(rest, cells[column])}, messages
     return cells, messages
 
@@ -141,13 +151,19 @@ def table(rows: dict[str, dict[str, str]], messages: dict[str, dict[str, str]], 
         lines.append(f"| {name} | {classes[name]} | " + " | ".join(cells[column] for column in COLUMNS) + " |")
     works = {column: sum(cells[column] == "yes" for cells in rows.values()) for column in COLUMNS}
     lines.append(f"| of {len(rows)} | | " + " | ".join(str(works[column]) for column in COLUMNS) + " |")
-    lines += ["", "## Reasons", "", "| architecture | verb | what it said |", "|---|---|---|"]
+    lines += ["", "## Reasons", "", "| architecture | verbs | reason |", "|---|---|---|"]
     for name, found in messages.items():
-        told: dict[str, list[str]] = {}
+        verbs: dict[str, list[str]] = {}
         for column, message in found.items():
-            told.setdefault(message.replace("|", "/")[:240], []).append(column)
-        lines += [f"| {name} | {', '.join(columns)} | {message} |" for message, columns in told.items()]
+            verbs.setdefault(message.replace("|", "/").strip(), []).append(column)
+        lines += [f"| {name} | {', '.join(columns)} | {message} |" for message, columns in verbs.items()]
     return "\n".join(lines) + "\n"
+
+
+def kept(path: Path) -> dict[str, dict[str, dict[str, str]]]:
+    """What rows gave, by name; the last of each counts."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {row["name"]: row for row in map(json.loads, lines)}
 
 
 def main() -> None:
@@ -161,22 +177,34 @@ def main() -> None:
 
     from bitladder.files.engine_package import ENGINE, engine_version
     from tiny_configs import CONFIGS, class_of, config_of
+    from tiny_tokenizers import converter_that_knows
 
     transformers.logging.set_verbosity_error()
     with contextlib.ExitStack() as stack:
         work = arguments.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         os.environ["BITLADDER_DATA"] = str(work / "data")
+        converter = work / "converter"
+        os.environ["BITLADDER_CONVERTER"] = str(converter if converter.exists() else converter_that_knows(converter))
         texts = {"text": str(work / "text.txt"), "workload": str(work / "workload.yaml")}
         work.mkdir(exist_ok=True)
-        Path(texts["text"]).write_text((ROOT / "docs/architecture.md").read_text()[:6000])
+        Path(texts["text"]).write_text((ROOT / "docs/architecture.md").read_text()[:3500])
         Path(texts["workload"]).write_text(WORKLOAD)
         versions = f"transformers {transformers.__version__} and {ENGINE} {engine_version()}"
-        rows, messages, classes = {}, {}, {}
-        for name in arguments.names or CONFIGS:
-            classes[name] = class_of(config_of(name)).__name__
-            rows[name], messages[name] = row_of(name, work, texts)
-            print(name, json.dumps(rows[name]), json.dumps(messages[name]), flush=True)
-            arguments.out.write_text(INTRODUCTION.format(versions=versions) + table(rows, messages, classes))
+        notes = work / "rows.jsonl"
+        for name in arguments.names or [name for name in CONFIGS if name not in kept(notes)]:
+            cells, messages = row_of(name, work, texts)
+            with notes.open("a") as file:
+                file.write(json.dumps({"name": name, "cells": cells, "messages": messages}) + "\n")
+            print(name, json.dumps(cells), json.dumps(messages), flush=True)
+            found = kept(notes)
+            rows = {name: found[name] for name in CONFIGS if name in found}
+            classes = {name: class_of(config_of(name)).__name__ for name in rows}
+            page = table(
+                {name: row["cells"] for name, row in rows.items()},
+                {name: row["messages"] for name, row in rows.items()},
+                classes,
+            )
+            arguments.out.write_text(INTRODUCTION.format(versions=versions) + page)
 
 
 if __name__ == "__main__":

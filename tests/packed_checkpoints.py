@@ -119,6 +119,25 @@ def mxfp4(weights: np.ndarray) -> Made:
     return _torch({"weight_packed": bytes_, "weight_scale": (exponents + 127).astype(np.uint8)}), means
 
 
+def mlx(weights: np.ndarray, bits: int, size: int) -> Made:
+    """mlx-lm's affine groups: a scale and a bias in bfloat16, plain rounding."""
+    grouped = weights.reshape(len(weights), -1, size)
+    low, high = grouped.min(-1), grouped.max(-1)
+    kept = [torch.from_numpy(one).to(torch.bfloat16) for one in ((high - low) / (2**bits - 1), low)]
+    scale, bias = (one.float().numpy()[..., None] for one in kept)
+    codes = np.clip(np.round((grouped - bias) / scale), 0, 2**bits - 1).astype(np.int64)
+    packed_codes = stream(codes.reshape(weights.shape), bits).view(np.uint32)
+    means = (codes.astype(np.float32) * scale + bias).reshape(weights.shape)
+    return {**_torch({"weight": packed_codes}), "scales": kept[0], "biases": kept[1]}, means
+
+
+def mlx_mxfp4(weights: np.ndarray) -> Made:
+    """The same weights as ``mxfp4``, as MLX lays them out."""
+    arrays, means = mxfp4(weights)
+    codes = arrays["weight_packed"].numpy().view(np.uint32)
+    return {**_torch({"weight": codes}), "scales": arrays["weight_scale"]}, means
+
+
 def groups(*weights: dict[str, Any], layout: str) -> dict[str, Any]:
     """A configuration of compressed-tensors."""
     return {

@@ -24,8 +24,13 @@ def _byte_tokens() -> list[str]:
     return [chr(byte) if byte in printable else chr(next(spare)) for byte in range(256)]
 
 
-def write_tiny(path: Path, *, seed: int = 0, n_ctx: int = TRAINED_CTX, name: str = "Tiny") -> Path:
-    """A model of 1.4 million weights in F16, trained (so it says) for ``n_ctx`` tokens."""
+def write_tiny(
+    path: Path, *, seed: int = 0, n_ctx: int = TRAINED_CTX, name: str = "Tiny", pooling: int | None = None
+) -> Path:
+    """A model of 1.4 million weights in F16, trained (so it says) for ``n_ctx`` tokens.
+
+    ``pooling``: what it says of how it makes one vector of many (4: a rank).
+    """
     rng = np.random.default_rng(seed)
 
     def matrix(rows: int, columns: int) -> np.ndarray:
@@ -65,5 +70,6 @@ def write_tiny(path: Path, *, seed: int = 0, n_ctx: int = TRAINED_CTX, name: str
         u32("tokenizer.ggml.eos_token_id", 259),
         flag("tokenizer.ggml.add_bos_token", value=False),
         string("tokenizer.chat_template", _CHATML),
+        *([] if pooling is None else [u32("llama.pooling_type", pooling)]),
     ]
     return write_model(path, tensors, keys=keys)

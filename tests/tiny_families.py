@@ -33,6 +33,7 @@ _GEMMA = {
     "head_dim": 16, "global_head_dim": 32, "sliding_window": 8, "num_hidden_layers": 6,
     "layer_types": ["sliding_attention", "full_attention"] * 3,
 }  # fmt: skip
+_PATCHES = {"depth": 1, "hidden_size": 32, "num_heads": 2, "patch_size": 4}
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,14 @@ FAMILIES = {
             "mamba_n_groups": 1, "mamba_chunk_size": 16,
         },
     ),
+    "granite hybrid": Tiny(
+        "granitemoehybrid",
+        {
+            "num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 96, "mamba_n_heads": 8,
+            "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_chunk_size": 16, "mamba_expand": 2,
+            "layer_types": ["mamba", "attention", "mamba", "attention"],
+        },
+    ),
     "cohere2": Tiny("cohere2", {"sliding_window": 8, "logit_scale": 0.25}, {"rotary_pct": 1.0}),
     "minimax m2": Tiny(
         "minimax_m2",
@@ -109,6 +118,42 @@ FAMILIES = {
         {
             **_GEMMA, "hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": 96, "num_kv_shared_layers": 2,
             "use_double_wide_mlp": True,
+        },
+    ),
+    "gemma3n": Tiny(  # several streams of states, inputs of each layer's own, shared keys, more than a norm at the end
+        "gemma3n_text",
+        {
+            "head_dim": 16, "num_hidden_layers": 5, "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 16,
+            "vocab_size_per_layer_input": 96, "laurel_rank": 8, "sliding_window": 8, "intermediate_size": [96] * 5,
+            "activation_sparsity_pattern": [0.5] + [0.0] * 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2 + ["full_attention"],
+        },
+    ),
+    "phi": Tiny("phi", {"num_key_value_heads": 4}),  # a head with a bias
+    "qwen2.5 that sees": Tiny(  # of these transformers has no language model by itself
+        "qwen2_5_vl",
+        {"rope_scaling": {"type": "mrope", "mrope_section": [4, 2, 2]}},
+        vision={**_PATCHES, "intermediate_size": 32, "fullatt_block_indexes": [0]},
+    ),
+    "qwen3 that sees": Tiny(
+        "qwen3_vl",
+        {"head_dim": 16, "rope_scaling": {"rope_type": "default", "mrope_section": [4, 2, 2]}},
+        vision={**_PATCHES, "intermediate_size": 32, "out_hidden_size": 64, "deepstack_visual_indexes": [0]},
+    ),
+    "qwen3 moe that sees": Tiny(
+        "qwen3_vl_moe",
+        {
+            **_EXPERTS, "head_dim": 16, "num_experts": 4,
+            "rope_scaling": {"rope_type": "default", "mrope_section": [4, 2, 2]},
+        },
+        vision={**_PATCHES, "intermediate_size": 32, "out_hidden_size": 64, "deepstack_visual_indexes": [0]},
+    ),
+    "mistral4 that sees": Tiny(
+        "mistral3",
+        {**_ROUTED, **_LATENT, "model_type": "mistral4", "q_lora_rank": 32},
+        vision={
+            "model_type": "pixtral", "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "image_size": 16, "patch_size": 4, "head_dim": 16,
         },
     ),
     "gpt2": Tiny("gpt2", {"n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 128}, {"n_ctx": 128}),

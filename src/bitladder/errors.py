@@ -13,6 +13,7 @@
       ImplementationsPart           exit 4   a self-check found that two ways of computing a model differ
       EngineError                   exit 8   the engine did not start, died or answered nonsense
         EngineGone                  exit 8   its process ended, or nobody listens at its address
+          ModelRefused              exit 8   it ended while it loaded the model, and not for want of memory
         EngineTimeout               exit 8   no word from it in time
         EngineReply                 exit 8   no completion came: an error status, broken JSON, a stream cut short
         WrongModel                  exit 8   it serves another model than the one asked for
@@ -101,6 +102,17 @@ class EngineError(BitladderError):
 
 class EngineGone(EngineError):
     """The engine's process ended, or nobody listens at its address."""
+
+
+class ModelRefused(EngineGone):
+    """The engine ended while it loaded the model, and not for want of memory: it does not run this file.
+
+    ``reason`` is the line of its last words that says why, without the places in its code.
+    """
+
+    def __init__(self, found: str, *, means: str = "", do: str = "", reason: str = "") -> None:
+        super().__init__(found, means=means, do=do)
+        self.reason = reason
 
 
 class EngineTimeout(EngineError):

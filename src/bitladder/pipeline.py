@@ -45,6 +45,7 @@ from bitladder.stages.job import Build, Job, Journal, Say, Work, opened
 from bitladder.stages.known_files import identified, known_folders, making_of
 from bitladder.stages.ladder_files import ladder_files
 from bitladder.stages.measure import built_candidate, documents, fidelities, fidelity_of_reference
+from bitladder.stages.projector import deliver, projector_of, unmeasured_note
 from bitladder.stages.quantize import calibrate_levels, sort_levels
 from bitladder.stages.run_facts import RunSettings, level_of
 from bitladder.stages.wording import wording_changes
@@ -123,13 +124,17 @@ def _assessed(given: _Given) -> RunRecord:
     """Plan, build, measure, test, decide."""
     job, timed = given.job, given.job.journal.timed
     plan = _planned(given)
+    levels = _levels_to_build(given, plan)
+    if _needs_engine(given, levels):
+        job.require_engine()
     with timed("calibrate"):
-        levels = _levels_to_build(given, plan)
         calibrated = calibrate_levels(job, sort_levels(levels), given.build)
         importance = importance_of(job, given.build)
     with timed("quantize"):
         built = ladder_files(job, levels, given.build, importance=importance, calibrated=calibrated)
         built = identified(built, making_of(job, given.build, importance), given.recorded, job)
+        if given.projector and any(file.path.parent == given.build.out for file in built.values()):
+            deliver(given.projector, given.build.out, job.journal)
     with timed("walk"):
         fidelities = _measured(given, built)
     with timed("workload"):
@@ -154,6 +159,8 @@ class _Given:
     """Where levels are written, and how."""
     bar: Bar | None
     recorded: Recorded
+    projector: Path | None
+    """What takes in pictures and sounds, as ``stages.projector`` made or found it."""
 
 
 @contextmanager
@@ -187,7 +194,10 @@ def _opened(settings: RunSettings, work: Work, confirm: Confirm) -> Iterator[_Gi
         work.journal.warn(*workload.warnings)
         machine = probe_machine(out)
         build = Build(out=out, imatrix=settings.imatrix, effort=settings.effort, measured_on=texts)
-        yield _Given(settings, job, machine, workload, context, texts, build, bar, recorded)
+        projector = projector_of(job.found, job.journal, job.progress)
+        if projector is not None:
+            job.journal.warn(unmeasured_note(projector))
+        yield _Given(settings, job, machine, workload, context, texts, build, bar, recorded, projector)
 
 
 def _checked_bar(settings: RunSettings) -> Bar | None:
@@ -246,7 +256,10 @@ def _planned(given: _Given) -> Plan:
     """The plan, when at least one level fits and what fits can be built. With a level as the reference, larger ones
     are left out."""
     reference, source = _named_reference(given.settings), given.job.source
-    plan = make_plan(source.model, given.machine, n_ctx=given.settings.n_ctx, levels=_wanted(given.settings))
+    plan = make_plan(
+        source.model, given.machine, n_ctx=given.settings.n_ctx, levels=_wanted(given.settings),
+        beside_bytes=given.projector.stat().st_size if given.projector else 0,
+    )  # fmt: skip
     if reference is not None:
         most = next(level.file_bytes for level in plan.levels if level.level == reference.name)
         plan = replace(plan, levels=tuple(level for level in plan.levels if level.file_bytes <= most))
@@ -274,6 +287,12 @@ def _levels_to_build(given: _Given, plan: Plan) -> list[Level]:
     rows = [row for row in plan.levels if row.level != own]
     levels = [(row, named[row.level]) for row in rows]
     return [level for row, level in levels if row.fits or level == reference or level.container is Container.FOLDER]
+
+
+def _needs_engine(given: _Given, levels: Sequence[Level]) -> bool:
+    """Whether the workload is to be answered by files, the source's or a level's."""
+    own = given.settings.reference is None or _reference_level(given) == level_of(given.job.source.model)
+    return own or any(level.container is Container.FILE for level in levels)
 
 
 def _measured(given: _Given, built: Mapping[Subject, LevelFile]) -> list[Fidelity]:

@@ -45,6 +45,35 @@ def test_files_and_endpoints_need_no_model(here):
     assert tiers("m-F16", "tiny-F16.gguf", name="other").name == "other"
 
 
+def test_a_file_that_no_run_knows_and_an_address_are_served_by_themselves(here):
+    alone = tiers("tiny-F16.gguf")
+    assert (alone.name, alone.quality.level, alone.speed) == ("tiny-F16", "tiny-F16", None)
+    assert alone.quality.path == Path("tiny-F16.gguf")
+    cloud = tiers("http://10.0.0.5:8000#big")
+    assert (cloud.name, cloud.quality.url, cloud.quality.model) == ("big", "http://10.0.0.5:8000/v1", "big")
+    assert tiers("http://10.0.0.5:8000").name == "10.0.0.5:8000"
+    with pytest.raises(BitladderError, match="no stored decision"):
+        (here / "folder").mkdir()
+        tiers("smollm2-135m")
+
+
+@pytest.mark.parametrize(
+    ("option", "what", "said"),
+    [
+        ("--embeddings", "Q8_0", "no file and no address"),
+        ("--embeddings", "none.gguf", "no file 'none.gguf'"),
+        ("--embeddings", "junk.gguf", "junk.gguf"),
+        ("--rerank", "tiny-F16.gguf", "no reranker"),
+        ("--rerank", "Q8_0", "no file and no address"),
+    ],
+)
+def test_what_cannot_embed_or_rank_is_refused_before_anything_starts(here, option, what, said):
+    (here / "junk.gguf").write_bytes(b"GGUF and then nothing")
+    done = bitladder("serve", "tiny-F16.gguf", option, what)
+    assert done.exit_code == 2, done.output
+    assert said in done.stderr
+
+
 def test_a_model_beside_files_still_counts_when_it_is_one(here):
     settings = tiers("tiny-F16.gguf", "http://h#big")
     assert (settings.name, settings.run_json) == ("tiny-F16", None)
@@ -74,7 +103,8 @@ def test_the_same_file_twice_is_one_level_and_files_of_one_name_are_two(here):
         (("--quality", "tiny-F16.gguf", "--speed", "Q8_0"), "No MODEL is named that 'Q8_0' is a level of"),
         ((), "No MODEL is named"),
         (("mine", "--quality", "Q8_0"), "no model 'mine'"),
-        (("tiny-F16.gguf",), "no stored decision"),
+        (("smollm2-135m", "--quality", "none.gguf"), "no file 'none.gguf'"),
+        (("http://h#m", "--quality", "Q8_0"), "an address has none"),
         (("tiny-F16.gguf", "--quality", "Q8_0", "--speed", "junk.gguf"), "junk.gguf"),
     ],
 )

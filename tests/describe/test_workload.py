@@ -9,8 +9,6 @@ from bitladder.describe.workload import question_hash
 from bitladder.describe.workload_file import parse_workload
 from bitladder.errors import BadInput, BadWorkload, OutputError, UsageError
 from bitladder.files.workloads import (
-    from_csv,
-    from_promptfoo,
     load_reference,
     load_workload,
     new_workload,
@@ -90,7 +88,10 @@ FAULTS = {
     "no inputs": ("name: x\n", "line 1: a workload needs a list 'inputs' with at least one input"),
     "empty file": ("", "line 1: a workload needs a list 'inputs'"),
     "broken yaml": ("inputs:\n  - prompt: 'a\n", "line 3: this is no YAML: found unexpected end of stream"),
-    "colon in a text": ("inputs:\n  - prompt: a: b\n", "line 2: this is no YAML: mapping values are not allowed here"),
+    "colon in a text": (
+        "inputs:\n  - prompt: a: b\n",
+        "line 2: this is no YAML: mapping values are not allowed in this context",
+    ),
     "unknown top field": (INPUT + "inptus: 3\n", "line 4: there is no field 'inptus' here.\nDid you mean 'inputs'?"),
     "unknown input field": (
         "inputs:\n  - prompt: p\n    expct: {exact: a}\n",
@@ -100,7 +101,7 @@ FAULTS = {
         expecting("contain_all: [a]"),
         "line 4: there is no field 'contain_all' here.\nDid you mean 'contains_all'?",
     ),
-    "field twice": ("inputs:\n  - prompt: p\n    prompt: q\n", "line 3: the field 'prompt' stands here twice"),
+    "field twice": (asking("prompt: p\n    prompt: q"), "line 3: the field 'prompt' stands here twice"),
     "no criterion": ("inputs:\n  - prompt: p\n", "line 2: an input needs 'expect' with at least one criterion"),
     "prompt and messages": (
         asking("prompt: p\n    messages: []"),
@@ -169,9 +170,139 @@ def test_every_fault_names_its_line(name):
     assert str(caught.value).startswith("w.yaml, " + message)
 
 
+def test_every_fault_of_a_file_is_named_in_the_order_of_lines():
+    text = """\
+        inputs:
+          - prompt: p
+            expct: {exact: a}
+            weight: heavy
+          - prompt: q
+            expect: {number: {value: x}, exact: [a], one_of: fine, contans: y}
+            prompt: twice
+          - prompt: '{{gone}}'
+            id: 3
+            expect: {regex: '('}
+          - {prompt: fine, expect: {exact: fine}}
+        inptus: 3
+        """
+    with pytest.raises(BadWorkload) as caught:
+        parse(text)
+    lines = str(caught.value).splitlines()
+    assert [int(line.split("line ")[1].split(":")[0]) for line in lines] == [3, 4, 6, 6, 6, 7, 8, 9, 10, 12]
+    assert all(line.startswith("w.yaml, line ") for line in lines)
+
+
+def test_faults_without_end_are_counted():
+    with pytest.raises(BadWorkload, match=r"\.\.\. and 80 more faults"):
+        parse("inputs:\n" + "  - prompt: p\n" * 100)
+
+
+def test_every_broken_json_line_is_named():
+    text = '{"prompt": "a", "expect": {"exact": "b"}}\n{"prompt": \n'
+    text += '{"prompt": "c", "expect": {"number": NaN}}\n{"prompt": 3}\n'
+    with pytest.raises(BadWorkload) as caught:
+        parse(text, json_lines=True)
+    assert [line.split(":")[0][-1] for line in str(caught.value).splitlines()] == ["2", "3", "4", "4"]
+
+
 def test_a_broken_json_line_is_named():
     with pytest.raises(BadWorkload, match=r"w\.yaml, line 2: this line is no JSON"):
         parse('{"prompt": "a", "expect": {"exact": "b"}}\n{"prompt": \n', json_lines=True)
+
+
+@pytest.mark.parametrize("kind", ["json lines", "yaml", "json"])
+def test_texts_may_hold_what_other_tools_take_for_ends_of_lines(kind):
+    odd = "one\u2028two\x85three\u2029four \U0001f600"
+    one = {"prompt": odd, "expect": {"exact": odd}}
+    text = {
+        "json lines": json.dumps(one, ensure_ascii=False),
+        "yaml": f"inputs:  # a remark \u2028 of one line\n  - prompt: '{odd}'\n    expect: {{exact: \"{odd}\"}}\n",
+        "json": json.dumps({"inputs": [one]}, ensure_ascii=False, indent="\t"),
+    }[kind]
+    workload = parse(text, json_lines=kind == "json lines", json=kind == "json")
+    assert workload.inputs[0].messages[0]["content"] == odd
+    assert workload.inputs[0].criteria[0].value == odd
+
+
+def test_json_documents_name_lines_too():
+    text = json.dumps(
+        {
+            "inputs": [
+                {"prompt": "\ud83d\ude00 /", "expect": {"exact": "a"}},
+                {"prompt": "p", "expect": {"number": "x"}},
+            ]
+        },
+        indent="\t",
+    )
+    with pytest.raises(BadWorkload, match=r"w\.yaml, line 12: number field 'value' needs a number, got 'x'"):
+        parse(text, json=True)
+    with pytest.raises(BadWorkload, match=r"line 2: this is no JSON: Expecting property name"):
+        parse("{\n  a: 1}", json=True)
+    with pytest.raises(BadWorkload, match="stands here twice"):
+        parse('{"inputs": [], "inputs": []}', json=True)
+
+
+HALVES = [
+    {"prompt": "smile \ud83d here"},
+    {"id": "\udc00"},
+    {"tags": ["\ud83d"]},
+    {"system": "\ud83d"},
+    {"expect": {"exact": "\ud83d"}},
+    {"expect": {"json_schema": {"const": "\ud83d"}}},
+    {"expect": {"json_schema": {"properties": {"\ud83d": True}}}},
+    {"expect": {"regex": "\ud83d"}},
+    {"expect": {"set_recall": [["\ud83d"]]}},
+    {"variables": {"x": "\ud83d"}},
+    {"expect": {"judge": "\ud83d"}},
+]
+
+
+@pytest.mark.parametrize("change", HALVES)
+def test_halves_of_characters_are_refused_by_their_line(change):
+    with pytest.raises(BadWorkload, match=r"w\.yaml, line 1: .*half of a surrogate pair"):
+        parse(json.dumps({"prompt": "p", "expect": {"exact": "a"}} | change), json_lines=True)
+
+
+HOSTILE = {
+    "a number of 400 digits": expecting(f"number: {'9' * 400}"),
+    "a number of 9,000 digits": expecting(f"number: {'9' * 9000}"),
+    "a repeat without end": expecting("regex: 'a{99999999999999999999}'"),
+    "parentheses": expecting(f"regex: '{'(' * 4000}{')' * 4000}'"),
+    "a long pattern": expecting(f"regex: '{'a' * 9000}'"),
+    "an empty integer": expecting('number: !!int ""'),
+    "a float of underscores": expecting('number: !!float "_"'),
+    "a truth that is none": expecting("exact: !!bool maybe"),
+    "a time that is none": expecting("exact: !!timestamp x"),
+    "an unknown tag": expecting("exact: !!python/object/apply:os.system [ls]"),
+    "deep flow": "inputs: " + "[" * 5000,
+    "deep blocks": "".join(" " * n + "a:\n" for n in range(2000)),
+    "many values": "inputs: [" + "1," * 600_000 + "1]",
+    "a large schema": expecting("json_schema: {enum: [" + "1," * 5000 + "2]}"),
+    "samples without end": INPUT + "samples: 99999999999\n",
+    "a control character": "inputs: [\x00]",
+    "a key that is a list": "? [a, b]\n: c\n",
+    "two documents": "inputs: []\n---\ninputs: []\n",
+    "an alias of nothing": "inputs: *a\n",
+    "itself": "inputs: &a [*a]\n",
+    "a merge of a text": "<<: text\ninputs: []\n",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_files_end_in_one_message(name):
+    with pytest.raises(BadWorkload, match=r"w\.yaml, line \d+: "):
+        parse(HOSTILE[name])
+
+
+def test_one_file_a_thousand_times_fills_no_memory():
+    text = "inputs:\n  - prompt: '" + "{{a}}" * 2000 + "'\n    files: {a: a.txt}\n    expect: {exact: a}\n"
+    with pytest.raises(BadWorkload, match="longer than"):
+        parse(text, {"a.txt": "x" * 100_000})
+
+
+def test_merge_keys():
+    text = "inputs:\n  - &a {prompt: p, max_tokens: 8, expect: {exact: a}}\n  - {<<: *a, id: b, max_tokens: 9}\n"
+    assert [one.max_tokens for one in parse(text).inputs] == [8, 9]
 
 
 def test_aliases_cannot_blow_up():
@@ -267,45 +398,6 @@ def test_own_functions_run_only_when_trusted(tmp_path):
     missing = pytest.raises(BadWorkload, match="line 3: 'my_checks_of_this_test:long' cannot be imported")
     with missing, trusted_functions(load_workload(path), tmp_path, trust=True):
         pass
-
-
-def test_csv_import(tmp_path):
-    path = tmp_path / "rows.csv"
-    path.write_text('id,prompt,expected,number,tags\ncap,"Capital of France?",Paris|paris,,facts;geo\nsum,2 + 2?,,4,\n')
-    (tmp_path / "w.yaml").write_text(from_csv(path))
-    first, second = load_workload(tmp_path / "w.yaml").inputs
-    assert (first.criteria[0].value, first.tags) == (["Paris", "paris"], ("facts", "geo"))
-    assert second.criteria[0].value["value"] == 4.0
-    path.write_text("prompt,answer\na,b\n")
-    with pytest.raises(BadWorkload, match="line 1: the column 'answer' means nothing here"):
-        from_csv(path)
-    path.write_text("prompt,number\na,many\n")
-    with pytest.raises(BadWorkload, match="line 2: number needs a number, got 'many'"):
-        from_csv(path)
-
-
-def test_promptfoo_import(tmp_path):
-    path = tmp_path / "promptfooconfig.yaml"
-    config = {
-        "prompts": ["Translate to French: {{text}}"],
-        "tests": [
-            {
-                "vars": {"text": "cat"},
-                "assert": [{"type": "icontains", "value": "chat"}, {"type": "not-contains", "value": "cat"}],
-            },
-            {"description": "json", "vars": {"text": "x"}, "assert": [{"type": "is-json"}]},
-        ],
-    }
-    path.write_text(json.dumps(config))
-    (tmp_path / "w.yaml").write_text(from_promptfoo(path))
-    first, second = load_workload(tmp_path / "w.yaml").inputs
-    assert first.messages[0]["content"] == "Translate to French: cat"
-    assert {c.kind: c.value for c in first.criteria} == {"contains_all": ["chat"], "contains_none": ["cat"]}
-    assert (second.id, second.criteria[0].kind) == ("json", "json_schema")
-    config["tests"][0]["assert"].append({"type": "latency", "threshold": 5})
-    path.write_text(json.dumps(config))
-    with pytest.raises(BadWorkload, match=r"test 1 has an assertion that has no counterpart here: .*latency"):
-        from_promptfoo(path)
 
 
 def test_stored_answers_as_a_reference(tmp_path):

@@ -29,6 +29,7 @@ from bitladder.serve.supervisor import EngineFingerprint
 from bitladder.stages.job import Work
 from bitladder.stages.measure import answers
 from bitladder.stages.run_facts import engine_facts, slots
+from bitladder.stages.speeds import measure_in_turns
 from bitladder.store.evidence import Evidence
 from bitladder.store.recorded import Recorded, Subject
 from upstreams import CHAT, chat
@@ -116,8 +117,9 @@ def test_an_engine_that_is_its_file_and_its_registration_measures_a_workload(fol
     subject = Subject("source", "GPTQ-4bit-g128", made="x")
     with Evidence.open() as store:
         recorded = Recorded(store)
-        found, speed, stored = answers(subject, folder, asked, recorded, n_ctx=512, work=Work(threads=1))
+        found, _, stored = answers(subject, folder, asked, recorded, n_ctx=512, work=Work(threads=1))
         assert [answer.text for answer in found] == ["A", "A"] and not stored
+        (speed,) = measure_in_turns([folder], Work(threads=1))
         assert speed.load_seconds > 0 and speed.others_share >= 0  # it runs here, whoever keeps its clock
         room, parallel = slots(asked, 512)
         facts = engine_facts(n_ctx=room, n_parallel=parallel, threads=1, container=Container.FOLDER)
@@ -185,7 +187,9 @@ def test_what_llama_cpp_answered_before_is_still_found():
 
 def test_a_folder_without_an_engine_for_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(EngineError, match=r"No engine here runs a checkpoint folder: vllm is not installed") as refused:
+    with pytest.raises(
+        EngineError, match=r"No engine here runs a checkpoint folder: vllm, mlx-lm are not installed"
+    ) as refused:
         start(Launch(tmp_path))
     assert "Install vLLM" in refused.value.do
     assert isinstance(engine_for(Container.FILE).prepare(Launch("x.gguf")), LlamaServer)

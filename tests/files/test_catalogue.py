@@ -351,6 +351,11 @@ class TestLaunch:
         vllm = launch("vllm", "/m/a-AWQ", placed("gpu"), Usage(2048, 8), threads=8, gpus=2).command
         words = "--served-model-name a-AWQ --max-model-len 2048 --max-num-seqs 8 --tensor-parallel-size 2"
         assert vllm == f"vllm serve /m/a-AWQ {words}"
+        sglang = launch("sglang", "/m/a-AWQ", placed("gpu"), Usage(2048, 8), threads=8, gpus=2).command
+        words = "--served-model-name a-AWQ --context-length 2048 --max-running-requests 8 --tp 2"
+        assert sglang == f"python -m sglang.launch_server --model-path /m/a-AWQ {words}"
+        with pytest.raises(UsageError, match=r"vllm does not serve a GGUF file(.|\n)*vllm-gguf-plugin"):
+            launch("vllm", "/m/a.gguf", placed("gpu"), Usage(), threads=8)
         tgi = launch("tgi", "/m/a", placed("gpu"), Usage(2048), threads=8).command
         assert "-v /m/a:/model" in tgi
         assert "--max-total-tokens 2048" in tgi
@@ -378,9 +383,12 @@ class TestAdvice:
             ("RTX 4090 + 64 GiB", "split", "", 32, "GGUF"),
             ("RTX 4090 + 64 GiB", "gpu", "", 1, "GGUF"),
             ("RTX 4090 + 64 GiB", "gpu", "", 8, "AWQ or GPTQ, 4 bits"),
-            ("RTX 4090 + 64 GiB", "gpu", "", 64, "INT8"),
+            ("RTX 4090 + 64 GiB", "gpu", "", 64, "FP8"),
+            ("RTX 3090 + 64 GiB", "gpu", "", 64, "INT8"),
             ("RTX 4090 + 64 GiB", "gpu", "vllm", 1, "AWQ or GPTQ, 4 bits"),
-            ("RTX 4090 + 64 GiB", "gpu", "vllm", 64, "INT8"),
+            ("RTX 4090 + 64 GiB", "gpu", "vllm", 64, "FP8"),
+            ("RTX 3090 + 64 GiB", "gpu", "sglang", 64, "INT8"),
+            ("RTX 3090 + 64 GiB", "gpu", "tgi", 1, "AWQ or GPTQ, 4 bits"),
             ("RTX 4090 + 64 GiB", "gpu", "ollama", 64, "GGUF"),
             ("Apple M4 Max 128 GiB", "cpu", "", 8, "GGUF"),
         ],
@@ -395,9 +403,9 @@ class TestAdvice:
         def slow(name, engine, features=()):
             return parse_level(name).slow_paths(engine, has_gpu=False, cpu_features=features)
 
-        assert "slow way" in slow("Q4_K_M", "vllm")[0]
-        assert "slow way" in slow("AWQ-Q4_K_M", "vllm")[0]
-        assert "slow way" in slow("bpw4.5", "vllm")[0]
+        assert "slowly" in slow("Q4_K_M", "vllm")[0]
+        assert "slowly" in slow("AWQ-Q4_K_M", "vllm")[0]
+        assert "slowly" in slow("bpw4.5", "vllm")[0]
         assert "tables" in slow("IQ4_XS", "llama-server")[0]
         assert "no fast kernel" in slow("GPTQ-3bit-g128", "vllm")[0]
         assert "BF16" in slow("BF16", "llama-server")[0]

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from bitladder.errors import BadFile, BadInput, BitladderError
+from bitladder.errors import BadFile, BitladderError
 from bitladder.files import fence as fence_module
 from bitladder.files import staging
 from bitladder.files.checkpoint import read_checkpoint
 from bitladder.files.companions import companions_of_folder, companions_of_gguf, tokenizer_differences
-from bitladder.files.converter import Converter
+from bitladder.files.converter import Converter, find_converter
+from bitladder.files.gguf import read_header
 from bitladder.files.gguf_header import read_file_header
 from bitladder.files.sources import resolve
 from engine_model import write_engine_model
@@ -404,14 +405,16 @@ def test_the_process_has_bounds(tmp_path, script, bounds, words):
 @pytest.mark.parametrize("way", ["escaped", "by path", "in config"])
 def test_the_attack_end_to_end(tmp_path, monkeypatch, way):
     """What ran the planted code before: the converter reads this family's tokenizer with trust_remote_code."""
+    monkeypatch.setenv("BITLADDER_CONVERTER", str(find_converter().folder))
+    monkeypatch.setenv("BITLADDER_CACHE", str(tmp_path / "cache"))  # a file that is there already tries nothing
     monkeypatch.chdir(tmp_path)
     folder = evil_folder(tmp_path / "model")
     trace = tmp_path / "PWNED"
     (folder / "evil.py").write_text(EVIL.replace("'PWNED'", repr(str(trace))))
     plant(folder, way)
-    with pytest.raises(BadInput) as raised:
-        resolve(str(folder))
-    assert "failed on model" in str(raised.value)
+    source = resolve(str(folder))
+    assert source.unread_tokenizer, "the planted code is the only tokenizer that there is"
+    assert not [key for key in read_header(source.path).metadata if key.startswith("tokenizer.")]
     assert not trace.exists()
 
 

@@ -14,6 +14,7 @@ from bitladder.files.converter import Converter, find_converter
 from bitladder.files.gguf import read_header
 from bitladder.files.sources import resolve
 from tiny_checkpoints import write_tokenizer
+from tiny_configs import write_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -287,3 +288,16 @@ def test_families_of_late_years(tmp_path, demo_gguf, family, architecture):
     model = read_header(resolve(str(folder)).path)
     assert model.dims.architecture == architecture
     assert model.dims.n_layer == config.num_hidden_layers
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("architecture", ["nemotron_h", "nemotron_h_moe"])
+def test_a_model_without_experts_is_no_mixture(tmp_path, demo_gguf, architecture):
+    """transformers has a number of experts for both, and writes it; and has no word for lists of layers as released."""
+    folder = tmp_path / architecture
+    folder.mkdir()
+    write_checkpoint(architecture, folder, write_tokenizer(folder, demo_gguf))
+    model = read_header(resolve(str(folder)).path)
+    assert model.dims.architecture == architecture
+    widths = model.metadata[f"{architecture}.feed_forward_length"]
+    assert [width > 0 for width in widths] == [False, False, True, False]

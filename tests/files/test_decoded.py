@@ -11,15 +11,22 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny_checkpoints
+from bitladder.describe.quantized import KEY_BEFORE
 from bitladder.errors import BadFile, BadInput
 from bitladder.files import convert
 from bitladder.files.checkpoint import read_checkpoint
 from bitladder.files.decoded import decoded_bytes, decoding_of, write_decoded
-from bitladder.files.gguf import GgufFile
+from bitladder.files.describe_source import describe
+from bitladder.files.gguf import GgufFile, read_header
+from bitladder.files.level_files import draft_level
 from bitladder.files.sources import resolve
+from bitladder.levels import parse_levels
 from bitladder.levels.checkpoints.converter_formats import ReadAs
+from bitladder.stages.inspect import inspect_file
+from bitladder.stages.job import Build, Work
+from bitladder.stages.quantize import build_levels
 from bitladder.stages.write_levels import quantize_levels
-from packed_checkpoints import alternating, awq, fp8, gptq, groups, int8, mxfp4, nvfp4, packed, repack
+from packed_checkpoints import alternating, awq, fp8, gptq, groups, int8, mlx, mlx_mxfp4, mxfp4, nvfp4, packed, repack
 from tiny_checkpoints import write_tokenizer
 
 GROUP = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
@@ -117,6 +124,18 @@ FORMATS = {
         groups({"num_bits": 4, "type": "float"}, layout="mxfp4-pack-quantized"), lambda _, weights: mxfp4(weights),
         ReadAs.SOME,
     ),
+    "mlx": ({"group_size": 64, "bits": 4}, lambda _, weights: mlx(weights, 4, 64), ReadAs.FLOATS),
+    "mlx, layers of several bits": (
+        {"group_size": 32, "bits": 4, "mode": "affine", "model.layers.0.mlp.up_proj": {"group_size": 32, "bits": 6}},
+        alternating(lambda weights: mlx(weights, 3, 32), lambda weights: mlx(weights, 6, 32)), ReadAs.FLOATS,
+    ),
+    "mlx, a layer of other groups": (
+        {"group_size": 32, "bits": 4, "model.layers.0.self_attn.q_proj": {"group_size": 64, "bits": 8}},
+        lambda layer, weights: mlx(weights, 8, 64) if "q_proj" in layer else mlx(weights, 4, 32), ReadAs.FLOATS,
+    ),
+    "mlx, mxfp4": (
+        {"group_size": 32, "bits": 4, "mode": "mxfp4"}, lambda _, weights: mlx_mxfp4(weights), ReadAs.FLOATS,
+    ),
 }  # fmt: skip
 
 
@@ -173,6 +192,28 @@ def test_the_converters_file(plain, tmp_path, name, monkeypatch):
     check_conversion(tmp_path / "packed", truth, monkeypatch)
 
 
+@pytest.mark.model
+@pytest.mark.parametrize(
+    ("name", "origin"),
+    [("awq", "awq-4bit"), ("fp8 in blocks", "fp8"), ("gptq", "gptq-4bit"), ("nvfp4 by ModelOpt", "NVFP4")],
+)
+def test_levels_carry_what_their_weights_were(plain, tmp_path, name, origin, monkeypatch):
+    """As levels of quantized GGUF files do; a plan counts the bytes that it takes."""
+    configuration, make, _ = FORMATS[name]
+    folder = tmp_path / "packed"
+    repack(plain, folder, configuration, make)
+    monkeypatch.setenv("BITLADDER_CONVERTER", str(convert.find_converter().folder))
+    monkeypatch.setenv("BITLADDER_CACHE", str(tmp_path / "cache"))
+    build = Build(out=tmp_path / "out", imatrix="none", effort="fast")
+    (file,) = build_levels(str(folder), parse_levels(["Q8_0"]), build, Work()).files
+    assert read_header(file.path).metadata[KEY_BEFORE] == origin
+    found = inspect_file(file.path)
+    assert found.made_from == origin
+    assert f"made from {origin}" in found.verdict
+    planned = draft_level(describe(str(folder)).model, "Q8_0")
+    assert planned.file_bytes == file.path.stat().st_size
+
+
 def check_conversion(folder, truth, monkeypatch):
     monkeypatch.setenv("BITLADDER_CACHE", str(folder.parent / "cache"))
     monkeypatch.setenv("BITLADDER_CONVERTER", str(convert.find_converter().folder))
@@ -194,6 +235,7 @@ def check_conversion(folder, truth, monkeypatch):
 OWN = (
     "GPTQ-4bit-g32", "GPTQ-8bit-row", "GPTQ-3bit-g32-asym", "GPTQ-4bit-g32-v2", "GPTQ-2bit-g32-ct", "AWQ-4bit-g32",
     "AWQ-4bit-g32-sym", "AWQ-4bit-g32-ct", "INT8-W8A8", "INT8-W8A16",
+    "MLX-3bit-g32", "MLX-nvfp4",
 )  # fmt: skip
 
 
@@ -207,9 +249,12 @@ def test_our_own_levels_are_sources(tmp_path):
         level = read_checkpoint(folder)
         decoding = decoding_of(level)
         want = tiny_checkpoints.decoded(folder, report.level)
-        quantized = {name for name in want if name.endswith("proj.weight")}
+        ends = {"model.embed_tokens.weight"} if report.level.startswith("MLX") else set()
+        quantized = {name for name in want if name.endswith("proj.weight")} | ends
         assert decoding.matrices.keys() == quantized
-        twin = load_file(write_decoded(level, decoding, tmp_path / "twins" / report.level).shards[0])
+        written = write_decoded(level, decoding, tmp_path / "twins" / report.level)
+        assert not {"quantization", "quantization_config"} & written.config.keys()
+        twin = load_file(written.shards[0])
         assert twin.keys() == want.keys()
         kind = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[decoding.dtype]
         for name, values in want.items():
@@ -284,7 +329,7 @@ def test_experts_published_in_mxfp4_stay_bit_for_bit(tmp_path, demo_gguf, monkey
     document = json.loads((folder / "config.json").read_text())
     document["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
     (folder / "config.json").write_text(json.dumps(document))
-    assert decoding_of(read_checkpoint(folder)) is None
+    assert decoding_of(read_checkpoint(folder)).by_converter is ReadAs.IT_IS
     monkeypatch.setenv("BITLADDER_CONVERTER", str(convert.find_converter().folder))
     monkeypatch.setenv("BITLADDER_CACHE", str(tmp_path / "cache"))
     source = resolve(str(folder))

@@ -17,11 +17,17 @@ from bitladder.engines.llama_program import LlamaProgram
 from bitladder.files.beside import FURTHER, PICTURES, SOUNDS, parts_beside, projector_beside, towers
 from bitladder.files.checkpoint import CheckpointTensor, read_checkpoint
 from bitladder.files.gguf import read_header
+from bitladder.files.probe import probe_machine
 from bitladder.formats.recipes import is_quantizable
+from bitladder.levels import parse_levels
+from bitladder.pipeline import run
+from bitladder.plan.ladder import make_plan
+from bitladder.progress import silent
 from bitladder.serve.deploy import _notes, own_engine
 from bitladder.serve.settings import ServeSettings, TierSpec
 from bitladder.stages.job import Work
 from bitladder.stages.measured_levels import tier_file
+from bitladder.stages.run_facts import RunSettings
 from gguf_bytes import LLAMA_KEYS, string, strings, tiny_weights, u32, write_model
 from tiny_checkpoints import write_tokenizer
 
@@ -108,6 +114,37 @@ def test_a_checkpoints_projector_is_written_once_beside_its_levels(seeing, tmp_p
     moved = bitladder("quantize", out, "--to", "Q4_K_M", "--out", tmp_path / "moved", *QUICK)
     assert moved.exit_code == 0, moved.output
     assert (tmp_path / "moved" / "mmproj-tiny-eyes.gguf").read_bytes() == (out / "mmproj-tiny-eyes.gguf").read_bytes()
+
+
+@pytest.mark.model
+def test_a_run_counts_writes_and_hands_it_on(seeing, tmp_path):
+    """As `plan`, `quantize` and `serve` do, and says that it was not measured."""
+    (tmp_path / "text.txt").write_text(
+        "The lamp stood in the window all winter, and each evening somebody lit it. " * 9
+    )
+    (tmp_path / "workload.yaml").write_text(
+        "name: short\nmax_tokens: 2\ninputs:\n"
+        "  - {id: one, prompt: abc, expect: {max_words: 100}}\n  - {id: two, prompt: def, expect: {max_words: 100}}\n"
+    )
+    out = tmp_path / "out"
+    settings = RunSettings(
+        model=str(seeing), levels=tuple(parse_levels(["Q8_0", "Q4_K_M"])), workload=tmp_path / "workload.yaml",
+        texts=(tmp_path / "text.txt",), imatrix="none", effort="fast", out=out, n_ctx=256,
+    )  # fmt: skip
+    record = run(settings, silent).record
+    written = out / "mmproj-tiny-eyes.gguf"
+    size = written.stat().st_size
+    assert record.plan.beside_bytes == size > 0
+    planned = {level.level: level for level in record.plan.levels}
+    bare = make_plan(read_header(out / "tiny-eyes-Q8_0.gguf"), probe_machine(out), n_ctx=256)
+    alone = next(level for level in bare.levels if level.level == "Q8_0")
+    assert planned["Q8_0"].total_bytes - planned["Q8_0"].file_bytes == pytest.approx(
+        size + alone.total_bytes - alone.file_bytes, abs=4096
+    )
+    assert [line for line in record.warnings if "its language part alone" in line]
+    served = tier_file(str(seeing), record.decision.quality or "Q8_0", n_ctx=256, out=out, work=Work(threads=1))
+    assert served.projector == written
+    assert served.memory_bytes > size
 
 
 @pytest.mark.model

@@ -7,9 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from bitladder.files.checkpoint_check import CheckpointReader
+import tiny_models
+from bitladder.files.checkpoint_check import CheckpointReader, format_of_folder
+from bitladder.files.gguf import GgufFile
 from bitladder.levels import parse_level
-from tiny_checkpoints import decoded, difference, loaded, run, tiny
+from bitladder.levels.checkpoints.mixed import FLOAT
+from bitladder.records.recipe import Recipe
+from bitladder.stages.calibrate import Calibration, Reading
+from bitladder.stages.schemes import SchemeStorage
+from tiny_checkpoints import decoded, difference, loaded, run, tiny, windows_of
 
 pytest.importorskip("compressed_tensors")
 
@@ -97,3 +103,38 @@ def test_small_floats_multiply_as_the_walk_has_them(level: str, floats):
         expected = (x.float() if rounds is None else rounds(x.float())) @ weights.T
         apart = (own - expected).square().sum() / expected.square().sum()
         assert apart < 1e-3, (name, apart)  # without rounding at run time 4 bits would be 1e-2 apart
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("first", [0, 7])
+def test_a_mix_of_schemes_is_read_module_by_module(first: int, tmp_path: Path):
+    """Every scheme that recipes choose from, side by side in one folder, whatever comes next to what."""
+    from compressed_tensors.compressors import decompress_module
+    from transformers import AutoModelForCausalLM
+
+    sizes = {"intermediate_size": 128}
+    model, checkpoint, _ = tiny("llama", tmp_path, **sizes)
+    model.to(torch.bfloat16).save_pretrained(checkpoint)
+    gguf = tiny_models.write(tiny_models.CASES["llama"], model.float(), tmp_path / "source.gguf")
+    with GgufFile.open(gguf) as source:
+        storage = SchemeStorage(source, checkpoint=checkpoint)
+        infos, qtypes = {tensor.name: tensor for tensor in source.model.tensors}, {}
+        for at, names in enumerate(storage.linears.groups):
+            offered = (*storage.choices.of(infos[names[0]]), FLOAT)
+            qtypes |= dict.fromkeys(names, offered[(first + at) % len(offered)])
+        level = storage.level(Recipe("", "llama", qtypes, 0, 4.6, None), 4.6)
+        job = Calibration(source, [level], Reading(windows_of(1)), out_dir=tmp_path, name="tiny", checkpoint=checkpoint)
+        job.run()
+    folder = tmp_path / f"tiny-{level.name}"
+    reader = CheckpointReader(folder, format_of_folder(folder))
+    found = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    schemes = set()
+    for name in reader.linears():
+        module = found.get_submodule(name)
+        decompress_module(module)
+        expected = torch.from_numpy(reader.weights(f"{name}.weight"))
+        torch.testing.assert_close(module.weight.float(), expected, rtol=2**-7, atol=1e-7, msg=name)
+        schemes.add(reader.format_of(name).scheme)
+    assert len(schemes) > 8
+    stays = [name for name, own in qtypes.items() if own == FLOAT]
+    assert len(reader.linears()) == 21 - len(stays)

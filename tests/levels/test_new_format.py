@@ -204,7 +204,10 @@ def test_nothing_else_knows_formats_by_name():
     anybody's checkpoints, whatever wrote them, knows the arrays of all."""
     source = Path(levels.__file__).parents[1]
     readers = {source / own for own in ("levels/stored.py", "levels/converter_formats.py", "describe/estimate.py")}
-    suffixes = {suffix for form in checkpoints.FORMATS for suffix in form.suffixes} - {"weight", "scales"}
+    suffixes = {suffix for form in checkpoints.FORMATS for suffix in getattr(form, "suffixes", ())} - {
+        "weight",
+        "scales",
+    }
     words = suffixes | {"gptq_v2", "pack-quantized", "int-quantized"}
     branch = re.compile(
         "|".join(f"[\"']{re.escape(word)}[\"']" for word in words)

@@ -13,8 +13,10 @@ from bitladder.plan.bar import parse_bar
 from bitladder.plan.decide import decide
 from bitladder.plan.front import Standpoint, pareto
 from bitladder.records.decision import Outcome
+from bitladder.records.evaluation import WorkloadResult
+from bitladder.records.fidelity import Fidelity
 from bitladder.stats.noninferiority import inputs_needed, loss_interval
-from ladder_examples import KL, MiB, fidelities, fidelity, plan, result, results
+from ladder_examples import KL, SIZES, MiB, fidelities, fidelity, plan, result, results
 
 
 def statuses(decision):
@@ -101,11 +103,11 @@ CASES = [
         {},
         {"Q6_K": 1},
         2048,
-        "Q8_0",
+        "Q6_K",
         "Q4_K_M",
         "met",
         "together",
-    ),  # an input lost on the workload breaks the tie of two that are near-lossless
+    ),  # an input lost on the workload is no evidence: the smaller of two that are near-lossless
     ("kl < 0.1", {}, {"Q6_K": 1, "Q8_0": 1}, 2048, "Q6_K", "Q4_K_M", "met", "together"),  # nothing to tell them apart
     ("kl < 0.1", {}, {"Q6_K": 9, "Q8_0": 9}, 2048, "Q8_0", "Q4_K_M", "met", "together"),  # a known loss is not near
     ("passes >= reference - 4 points", {}, {}, 2048, None, None, "cannot tell", ""),
@@ -144,10 +146,63 @@ def test_without_speeds_the_smallest_is_the_speed_tier():
     assert "smallest" in reason(decision, "Q3_K_M")
 
 
-def test_speeds_within_noise_count_as_equal():
+def timed(rates: dict[str, float], noise: float, rounds: int = 5, seed: int = 0) -> list[WorkloadResult]:
+    """Results with rates of rounds: each level's own, the round's drift, and noise."""
+    rng = random.Random(seed)
+    drift = [rng.gauss(0, 0.3) for _ in range(rounds)]
+    found = []
+    for level in SIZES:
+        own = tuple(rates.get(level, 50.0) * math.exp(each + rng.gauss(0, noise)) for each in drift)
+        found.append(
+            dataclasses.replace(result(level), decode_rounds=own, decode_tokens_per_s=sorted(own)[rounds // 2])
+        )
+    return found
+
+
+def test_without_a_surely_faster_level_one_serves_both():
     measured = [dataclasses.replace(result(level), decode_tokens_per_s=100 - n) for n, level in enumerate(KL)]
     decision = decide(plan(), fidelities(), measured, bar="kl < 0.1", reference="F16")
-    assert decision.speed == "Q4_K_M"
+    assert (decision.quality, decision.speed) == ("Q6_K", "Q6_K")
+    assert "no level that meets the bar is surely faster" in reason(decision, "Q6_K")
+    assert "not surely faster" in reason(decision, "Q4_K_M")
+
+
+def test_what_slows_whole_rounds_hides_no_difference_between_levels():
+    rates = {"Q6_K": 50, "Q5_K_M": 60, "Q4_K_M": 62}
+    decision = decide(plan(), fidelities(), timed(rates, 0.005), bar="kl < 0.1", reference="F16")
+    assert (decision.quality, decision.speed) == ("Q6_K", "Q4_K_M")
+    assert "times as fast" in decision.summary
+
+
+def test_a_difference_of_speed_that_may_be_chance_is_none():
+    rates = {"Q6_K": 50, "Q5_K_M": 60, "Q4_K_M": 62}
+    decision = decide(plan(), fidelities(), timed(rates, 0.3), bar="kl < 0.1", reference="F16")
+    assert (decision.quality, decision.speed) == ("Q6_K", "Q6_K")
+
+
+def test_levels_whose_kl_cannot_be_told_apart_are_equal_and_the_smaller_wins():
+    def with_units(level: str, mean: float, pattern: tuple[float, ...]) -> Fidelity:
+        units = tuple(mean * each for each in pattern)
+        return dataclasses.replace(fidelity(level, mean), unit_kl=units, unit_tokens=(300,) * len(units))
+
+    up, down = (0.5, 1.5) * 15, (1.5, 0.5) * 15
+    bar = "kl < 0.1"
+    apart = [with_units("Q8_0", 0.030, up), with_units("Q6_K", 0.040, up)]
+    assert decide(plan(), apart, bar=bar, reference="F16").quality == "Q8_0"
+    alike = [with_units("Q8_0", 0.030, up), with_units("Q6_K", 0.031, down)]
+    assert decide(plan(), alike, bar=bar, reference="F16").quality == "Q6_K"
+
+
+def test_a_decision_says_how_often_its_evidence_would_choose_the_same():
+    clear = decide(plan(), fidelities(), timed({"Q6_K": 50, "Q4_K_M": 80}, 0.005), bar="kl < 0.1", reference="F16")
+    assert (clear.certainty[0].quality, clear.certainty[0].speed) == (clear.quality, clear.speed)
+    assert clear.certainty[0].share > 0.95
+    assert "the same in" in clear.summary
+    near_the_bar = [fidelity(level, 0.09 if level == "Q4_K_M" else None) for level in KL]
+    open_one = decide(plan(), near_the_bar, timed({"Q4_K_M": 80}, 0.005), bar="kl < 0.1", reference="F16")
+    assert 0.2 < open_one.certainty[0].share < 0.95
+    assert len(open_one.certainty) > 1
+    assert open_one == decide(plan(), near_the_bar, timed({"Q4_K_M": 80}, 0.005), bar="kl < 0.1", reference="F16")
 
 
 def test_a_loss_not_seen_and_one_known_are_told_apart():

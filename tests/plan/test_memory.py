@@ -6,6 +6,7 @@ from bitladder.describe.cache import LayerCache, cache_bytes, cache_bytes_read, 
 from bitladder.describe.model import Model, ModelDims
 from bitladder.describe.shapes import Shape, model_of
 from bitladder.formats.families import planned
+from bitladder.formats.tensors import TensorInfo
 from bitladder.plan.memory import compute_buffers
 from bitladder.units import MiB
 
@@ -105,3 +106,80 @@ def test_every_family_has_a_shape():
     for family in planned():
         latent = LATENT if family == "deepseek2" else {}
         assert model_of(Shape("f", family, 2, 256, 512, 4, 2, 100, 1024, **latent)).elements > 0
+
+
+def recurrent(architecture, wide, inner, size, groups, rank, n_ff=0, heads=(), head=64):
+    """A model with layers of Mamba 2; ``heads``: of queries, of keys."""
+    q, kv = heads or (0, 0)
+    dims = ModelDims(architecture, 4, wide, n_ff, q, kv, head, head, 1024, 8192)
+    keys = {"ssm.conv_kernel": 4, "ssm.inner_size": inner, "ssm.state_size": size, "ssm.group_count": groups,
+            "ssm.time_step_rank": rank, "attention.head_count_kv": [kv, 0, kv, 0] if heads else 0}  # fmt: skip
+    tensors = [TensorInfo("blk.1.ssm_in.weight", (2 * inner + 2 * groups * size + rank, wide), "F16")]
+    if n_ff:
+        gate = architecture == "falcon-h1"
+        tensors += [
+            TensorInfo(f"blk.2.{name}.weight", (n_ff, wide), "F16") for name in ("ffn_up", "ffn_gate")[: 1 + gate]
+        ]
+    if architecture == "falcon-h1":
+        del keys["attention.head_count_kv"]
+    return Model("r", dims, tuple(tensors), {f"{architecture}.{key}": value for key, value in keys.items()})
+
+
+# a context of 1024 tokens: compute MiB as the engine printed them
+REPORTED_RECURRENT = [
+    (recurrent("mamba2", 512, 1024, 64, 1, 16), 15.80),
+    (recurrent("mamba2", 1024, 1024, 64, 1, 16), 18.80),
+    (recurrent("mamba2", 512, 2048, 64, 1, 16), 26.31),
+    (recurrent("mamba2", 512, 1024, 128, 1, 16), 16.55),
+    (recurrent("mamba2", 512, 1024, 64, 2, 16), 16.82),
+    (recurrent("mamba2", 512, 1024, 64, 4, 16), 18.32),
+    (recurrent("mamba2", 512, 1024, 64, 8, 16), 21.06),
+    (recurrent("mamba2", 512, 1024, 64, 1, 64), 15.90),
+    (recurrent("mamba2", 1024, 2048, 128, 8, 32), 42.12),
+    (recurrent("mamba2", 1024, 2048, 128, 4, 32), 37.14),
+    (recurrent("mamba2", 2048, 4096, 128, 1, 64), 63.68),
+    (recurrent("mamba2", 768, 1536, 128, 1, 24), 24.83),
+    (recurrent("mamba2", 2048, 1024, 16, 1, 16), 26.10),
+    (recurrent("nemotron_h", 512, 1024, 64, 1, 16, 1024, (8, 2)), 16.81),
+    (recurrent("nemotron_h", 512, 1024, 64, 1, 16, 8192, (8, 2)), 22.02),
+    (recurrent("nemotron_h", 512, 1024, 64, 1, 16, 16384, (8, 2)), 38.02),
+    (recurrent("nemotron_h", 1024, 2048, 128, 8, 32, 4096, (16, 2)), 43.13),
+    (recurrent("falcon-h1", 1024, 2048, 128, 1, 32, 3072, (16, 4)), 35.61),
+]
+
+
+def delta_net(wide, keys, values, size, architecture="qwen35", n_ff=256):
+    """A model with gated delta nets: heads of keys and of values, and the size of each."""
+    dims = ModelDims(architecture, 4, wide, n_ff, 8, 2, 64, 64, 1024, 8192)
+    header = {"ssm.conv_kernel": 4, "ssm.inner_size": values * size, "ssm.state_size": size, "ssm.group_count": keys,
+              "ssm.time_step_rank": values, "full_attention_interval": 4}  # fmt: skip
+    name = "ssm_ba" if architecture == "qwen3next" else "ssm_beta"
+    tensors = (TensorInfo(f"blk.0.{name}.weight", (values, wide), "F16"),)
+    return Model("d", dims, tensors, {f"{architecture}.{key}": value for key, value in header.items()})
+
+
+REPORTED_RECURRENT += [
+    (delta_net(1024, 8, 16, 128), 28.02),
+    (delta_net(2048, 8, 16, 128), 37.07),
+    (delta_net(1024, 8, 32, 128), 37.21),
+    (delta_net(1024, 16, 16, 128), 36.02),
+    (delta_net(1024, 16, 32, 128), 45.21),
+    (delta_net(1024, 16, 32, 64), 27.52),
+    (delta_net(2048, 16, 32, 128), 55.02),
+    (delta_net(1024, 4, 8, 128), 19.05),
+    (delta_net(1024, 8, 16, 128, n_ff=3072), 29.02),
+    (delta_net(1024, 8, 16, 128, "qwen3next"), 34.02),
+]
+
+
+@pytest.mark.parametrize(("model", "compute"), REPORTED_RECURRENT)
+def test_what_the_engine_reported_for_layers_with_states(model, compute):
+    """Which tensors lie in holes that others left is the allocator's: an eighth more at most, and never less."""
+    found = compute_buffers(model, 1024).compute / MiB
+    assert compute - COMPUTE_MIB <= found <= 1.13 * compute
+
+
+def test_sequences_have_states_each():
+    model = REPORTED_RECURRENT[0][0]
+    one, four = (compute_buffers(model, 1024, n_seq=n).compute for n in (1, 4))
+    assert four - one == 4 * 3 * 2 * 64 * 1024

@@ -69,6 +69,21 @@ def test_engines_of_checkpoints_get_a_ladder_of_checkpoints():
     assert (whole.fits, whole.placement) == (True, "cpu")
 
 
+def test_mlx_lm_gets_a_ladder_of_its_folders():
+    """Sizes by hand: a code of 4 bits and two numbers of 16 for 64 weights, embedding and head among them; norms in 16
+    bits."""
+    model = model_of(LLAMA_8B)
+    levels = checkpoint_levels(model, "mlx-lm")
+    assert [str(level) for level in levels][-4:] == ["MLX-8bit-g64", "MLX-6bit-g64", "MLX-5bit-g64", "MLX-4bit-g64"]
+    assert not {level.name for level in checkpoint_levels(model, "vllm")} & {level.name for level in levels[-4:]}
+    packed = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336) + 2 * 128256 * 4096
+    size = level_size(model, levels[-1])
+    assert size.tensor_bytes == packed * 4.5 / 8 + 2 * (65 * 4096 + 64)
+    assert size.on_label_share == 1.0
+    small = replace(LLAMA_8B, n_embd=480, n_ff=1536, n_head=10, n_head_kv=5)
+    assert checkpoint_levels(model_of(small), "mlx-lm")[-1].name == "MLX-4bit-g32"
+
+
 def test_a_header_with_a_hole_for_weights_is_enough(demo_gguf, tmp_path):
     model = read_header(demo_gguf)
     part = draft_level(model, "F16", tmp_path).parts[0]

@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitladder.engines.base import Completion, Timings, TokenChoice
@@ -49,6 +49,7 @@ def test_equal_answers_do_not_part():
     assert first_difference([token("x", 0.5)], []) is None
 
 
+@settings(deadline=None)
 @given(st.text("ab .,\n", max_size=40), st.text("ab .,\n", max_size=40))
 def test_the_runs_of_each_side_join_to_its_text(a, b):
     spans = differences(a, b)

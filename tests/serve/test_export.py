@@ -113,6 +113,38 @@ def test_lm_studio_gets_all_parts_and_both_files_of_one_name(tmp_path):
     assert (first.name, second.name) == ("m@a-00001-of-00002.gguf", "m@b-00001-of-00002.gguf")
 
 
+def mlx_folder(path: Path, weights: bytes = b"weights") -> Path:
+    path.mkdir()
+    scheme = {"group_size": 64, "bits": 4, "mode": "affine"}
+    (path / "config.json").write_text(json.dumps({"model_type": "llama", "quantization": scheme}))
+    (path / "model.safetensors").write_bytes(weights)
+    return path
+
+
+def test_lm_studio_gets_folders_of_mlx_whole(tmp_path):
+    specs = [TierSpec("MLX-4bit-g64", path=mlx_folder(tmp_path / "a")), TierSpec("Q8_0", path=tmp_path / "m.gguf")]
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    models = tmp_path / "models"
+    folder, file = place_for_lm_studio(models, "Tiny", specs)
+    assert folder == models / "bitladder" / "tiny-mlx-4bit-g64"
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+    assert (folder / "model.safetensors").samefile(tmp_path / "a" / "model.safetensors")
+    assert file == models / "bitladder" / "tiny-GGUF" / "m.gguf"
+    assert place_for_lm_studio(models, "Tiny", specs) == [folder, file]
+    (folder / "model-00001-of-00002.safetensors").write_bytes(b"of an older level")
+    with pytest.raises(UsageError, match="which is not of this level"):
+        place_for_lm_studio(models, "Tiny", specs)
+    other = TierSpec("MLX-4bit-g64", path=mlx_folder(tmp_path / "b", b"others"))
+    (folder / "model-00001-of-00002.safetensors").unlink()
+    with pytest.raises(UsageError, match="exists, and is not MLX-4bit-g64 of Tiny"):
+        place_for_lm_studio(models, "Tiny", [other])
+    gptq = mlx_folder(tmp_path / "gptq")
+    quantization = {"quant_method": "gptq", "bits": 4, "group_size": 64}
+    (gptq / "config.json").write_text(json.dumps({"quantization_config": quantization}))
+    with pytest.raises(UsageError, match="is stored as gptq"):
+        place_for_lm_studio(models, "Tiny", [TierSpec("GPTQ-4bit-g64", path=gptq)])
+
+
 def test_levels_of_one_name_are_told_apart_by_where_they_lie():
     def names(*specs: TierSpec) -> list[str]:
         return [spec.level for spec in with_distinct_names(specs)]

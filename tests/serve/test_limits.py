@@ -9,8 +9,11 @@ import types
 
 import httpx
 import pytest
+from typer.testing import CliRunner
 
+from bitladder.cli.app import app
 from bitladder.errors import BadInput, UsageError
+from bitladder.serve import limits
 from bitladder.serve.limits import (
     Gate,
     Refused,
@@ -422,3 +425,38 @@ def test_prompts_with_markup_and_templates_reach_the_engine_as_they_are():
     reply = asyncio.run(run())
     assert text.encode() in quality.asked[0].body
     assert reply.headers["content-type"] == "application/json"
+
+
+def test_a_revoked_key_is_refused_by_a_gateway_that_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(limits, "_LOOK_AGAIN_S", 0.0)
+    file = tmp_path / "keys"
+    alice, bob = (add_key(file, name) for name in ("alice", "bob"))
+    file.write_text(f"# clients\n{file.read_text()}")
+
+    async def run() -> list[int]:
+        async with gateway(says("x", "Q8_0"), says("x", "Q4_K_M"), api_key_file=file) as (client, _):
+
+            async def status(key: str) -> int:
+                headers = {"authorization": f"Bearer {key}"}
+                return (await client.get("/v1/models", headers=headers)).status_code
+
+            seen = [await status(alice), await status(bob)]
+            done = CliRunner().invoke(app, ["key", "revoke", "alice", "--file", str(file)])
+            assert done.exit_code == 0, done.output
+            seen += [await status(alice), await status(bob)]
+            carol = CliRunner().invoke(app, ["key", "carol", "--file", str(file)]).stdout.strip()
+            seen += [await status(carol)]
+            file.write_text("not a key\n")
+            return [*seen, await status(bob)]
+
+    assert asyncio.run(run()) == [200, 200, 401, 200, 200, 401]
+
+
+def test_only_a_key_that_is_there_is_revoked(tmp_path):
+    file = tmp_path / "keys"
+    add_key(file, "alice")
+    before = file.read_text()
+    for words in (["revoke", "bob"], ["revoke"], ["alice", "bob"]):
+        done = CliRunner().invoke(app, ["key", *words, "--file", str(file)])
+        assert done.exit_code == 2, done.output
+    assert file.read_text() == before

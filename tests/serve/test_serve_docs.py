@@ -44,6 +44,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict
     folder = tmp_path_factory.mktemp("user")
     model = write_tiny(folder / "model-F16.gguf")
     write_tiny(folder / "q4.gguf", seed=1)
+    write_tiny(folder / "nomic.gguf", seed=2)
+    write_tiny(folder / "bge.gguf", seed=3, pooling=4)
     (folder / "w.yaml").write_text(WORKLOAD)
     (folder / "text.txt").write_text("A text of some words that is measured on. " * 40)
     (folder / "big.key").write_text("sk-of-the-first\n")
@@ -84,7 +86,7 @@ def test_an_example_does_what_it_says(place, number, tmp_path):
         ["bash", "-c", line], cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr
-    if "bitladder key" in line:
+    if "bitladder key alice" in line:
         (folder / "secret").write_text(done.stdout.strip())
     if "> " in line:
         assert (folder / line.rpartition("> ")[2]).stat().st_size

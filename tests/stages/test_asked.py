@@ -14,8 +14,8 @@ from bitladder.stages.job import Journal, Work
 from bitladder.store.evidence import Evidence
 from bitladder.store.recorded import Recorded, Subject
 
-QUIET = Speed(100.0, 40.0, 0.5, others_share=MOST_OTHERS_SHARE)
-DISTURBED = Speed(60.0, 20.0, 0.5, others_share=0.4)
+QUIET = Speed(100.0, 40.0, 0.5, others_share=MOST_OTHERS_SHARE, rounds=(40.0, 41.0, 39.0), turns="first")
+DISTURBED = Speed(60.0, 20.0, 0.5, others_share=0.4, rounds=(20.0, 21.0, 19.0), turns="second")
 WORKLOAD = Workload(
     "w", (Input("a", ({"role": "user", "content": "a"},), (Criterion("exact", KINDS["exact"].parse("A")),)),)
 )
@@ -37,7 +37,7 @@ def ask(monkeypatch):
     monkeypatch.setattr("bitladder.engines.registry.start", lambda _: nullcontext(Engine()))
 
     def ask(speed):
-        monkeypatch.setattr("bitladder.stages.evaluate.measure_speed", lambda _: speed)
+        monkeypatch.setattr("bitladder.stages.speeds.measure_in_turns", lambda paths, _: [speed for _ in paths])
         journal = Journal()
         with Evidence.open() as store:
             asker = Asker(WORKLOAD, Context(), Recorded(store), 512, Work(journal=journal))
@@ -55,7 +55,7 @@ def test_a_disturbed_speed_is_told_with_what_to_do_and_measured_again(ask):
     assert "run again" in warning
     speed, journal = ask(QUIET)
     assert speed == QUIET
-    assert (journal.warnings, journal.reused) == ([], [])
+    assert (journal.warnings, journal.reused) == ([], ["answers of Q4_K_M"])
 
 
 def test_an_undisturbed_speed_is_reused(ask):

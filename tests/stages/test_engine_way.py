@@ -20,6 +20,7 @@ from bitladder.errors import BadInput, BadWeights, EngineError, EngineGone, Noth
 from bitladder.files import engine_package
 from bitladder.files.engine_package import library_missing
 from bitladder.files.gguf import GgufFile
+from bitladder.formats.families import walked
 from bitladder.plan.engine_need import engine_need, together
 from bitladder.plan.preflight import require
 from bitladder.records.fidelity import Way
@@ -59,17 +60,36 @@ def pair(request, tmp_path_factory) -> tuple[Path, Path]:
     return tiny_pair(request.param, tmp_path_factory.mktemp(request.param))
 
 
-def test_both_ways_give_the_same_figures(pair):
+TABLED = {
+    tiny_models.CASES[name].architecture: name
+    for name in (
+        "llama", "qwen2", "qwen2moe", "qwen3", "qwen3moe", "gemma2", "gemma3", "phi3", "olmo", "olmo2", "smollm3",
+        "ernie4_5moe", "glm4",
+    )
+}  # fmt: skip
+"""A case of each architecture that the walk has rows for."""
+
+
+@pytest.fixture(scope="module", params=[*TABLED.values(), "mixtral"])
+def every(request, tmp_path_factory) -> tuple[Path, Path]:
+    return tiny_pair(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def test_no_family_with_rows_is_left_out():
+    assert TABLED.keys() == set(walked())
+
+
+def test_both_ways_give_the_same_figures(every):
     windows = windows_of(100, 90, 64, 33)
-    with GgufFile.open(pair[0]) as source, GgufFile.open(pair[1]) as other:
-        walked = token_scores(source, [file_candidate(source, other)], windows)
+    with GgufFile.open(every[0]) as source, GgufFile.open(every[1]) as other:
+        own = token_scores(source, [file_candidate(source, other)], windows)
         found = engine_scores(source, [other], windows, threads=1)
-    assert walked[1].kl.mean() > 0.003
-    for ours, theirs in zip(found, walked, strict=True):
+    assert own[1].kl.mean() > 0.003
+    for ours, theirs in zip(found, own, strict=True):
         np.testing.assert_allclose(ours.nll, theirs.nll, rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(ours.kl, theirs.kl, rtol=2e-3, atol=1e-6)
         assert (ours.top1 == theirs.top1).mean() > 0.99
-    one, two = (fidelity("x", scores[1], scores[0], windows) for scores in (found, walked))
+    one, two = (fidelity("x", scores[1], scores[0], windows) for scores in (found, own))
     for name, value in vars(one).items():
         if isinstance(value, float):
             assert value == pytest.approx(vars(two)[name], rel=2e-3, abs=1e-6), name
@@ -99,15 +119,15 @@ def test_the_engines_rounding_is_all_that_parts_the_ways(tmp_path):
     assert found[0] > 1.1 * plain[0]
 
 
-def test_both_ways_gather_the_same_importance(pair):
+def test_both_ways_gather_the_same_importance(every):
     """Within a thousandth of each channel's mean square, experts' counts equal; the last layer sees all tokens."""
     windows = windows_of(100, 90, 64, 33)
-    with GgufFile.open(pair[0]) as source:
-        walked = importance_matrix(source, windows, half=False)
+    with GgufFile.open(every[0]) as source:
+        own = importance_matrix(source, windows, half=False)
         found = engine_importance(source, windows, dataset="words", threads=1)
-    assert found.mean_squares.keys() == walked.mean_squares.keys()
-    for name, means in walked.mean_squares.items():
-        np.testing.assert_array_equal(found.counts[name], walked.counts[name], err_msg=name)
+    assert found.mean_squares.keys() == own.mean_squares.keys()
+    for name, means in own.mean_squares.items():
+        np.testing.assert_array_equal(found.counts[name], own.counts[name], err_msg=name)
         np.testing.assert_allclose(found.mean_squares[name], means, rtol=1e-3, err_msg=name)
     assert (found.chunks, found.chunk_size, found.datasets) == (4, 100, ("words",))
 

@@ -80,6 +80,20 @@ def test_a_run_takes_every_kind(home):
     assert again["fidelities"] == record["fidelities"]
 
 
+def test_a_run_takes_a_mixed_checkpoint(home):
+    """Its schemes are chosen first, and the same again."""
+    mixed = "CT-bpw5.50"
+    record = run_of(home, RECIPE, mixed)
+    fidelities, files = by_level(record["fidelities"]), by_level(record["files"])
+    assert set(fidelities) == {RECIPE, mixed}
+    assert 0 < fidelities[mixed]["kl_mean"] < 9
+    config = json.loads((Path(files[mixed]["path"]) / "config.json").read_text())
+    assert len(config["quantization_config"]["config_groups"]) > 1
+    again = run_of(home, RECIPE, mixed)
+    assert by_level(again["files"])[mixed]["sha256"] == files[mixed]["sha256"]
+    assert any(f"fidelity of {RECIPE}, {mixed}" in line for line in again["reused"])
+
+
 def test_answers_through_an_address_are_those_of_the_level(home):
     with serving(lambda _: "Hello there") as cloud:
         record = run_of(home, RECIPE, also=(f"{CHECKPOINT}={cloud.url}#m",))

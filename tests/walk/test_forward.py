@@ -1,6 +1,8 @@
 """Families without a row are walked through transformers' own whole forward, and rows are the judge of how."""
 
+import copy
 import json
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -13,17 +15,25 @@ from safetensors.torch import load_file, save_file
 
 import tiny_families
 import tiny_models
+from bitladder.describe.text import Document
 from bitladder.errors import BadFile, BadInput, BitladderError, UnknownArchitecture
 from bitladder.files.convert import ORIGIN
 from bitladder.files.gguf import GgufFile
 from bitladder.formats.recipes import is_quantizable
 from bitladder.formats.roles import layer_tensor
 from bitladder.levels.checkpoints import parse_checkpoint
+from bitladder.plan.abilities import Route
 from bitladder.plan.recipe import Limits, choose
+from bitladder.stages.calibrate import Calibration, Reading
+from bitladder.stages.calibration import importance_file
 from bitladder.stages.feedback import write_with_feedback
 from bitladder.stages.fidelity import Candidate, file_candidate, folder_candidate, made_candidates, walk
+from bitladder.stages.forecast import largest_layer, walking_need
 from bitladder.stages.imatrix import importance_matrix
+from bitladder.stages.job import Work, opened
+from bitladder.stages.model_route import route_of
 from bitladder.stages.sensitivity import weigh
+from bitladder.walk import discovered
 from bitladder.walk.checkpoint_walk import Settings
 from bitladder.walk.feedback import FeedbackSettings
 from bitladder.walk.layers import LayeredModel
@@ -32,6 +42,7 @@ from bitladder.walk.skeleton import Skeleton
 from bitladder.walk.weights import FileWeights, MadeWeights, Quantizer
 from bitladder.walk.whole import WholeModel
 from tiny_checkpoints import decoded, loaded, run, tiny, windows_of
+from walked import assert_close, logits_of, some_tokens
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EXACT = Settings(half=False)
@@ -41,24 +52,6 @@ EXACT = Settings(half=False)
 def made(tmp_path_factory):
     """Every family, converted in one go."""
     return tiny_families.write_all(tmp_path_factory.mktemp("families"), list(tiny_families.FAMILIES))
-
-
-def some_tokens(windows: int = 2, n: int = 21) -> np.ndarray:
-    return np.random.default_rng(3).integers(0, tiny_families.N_VOCAB, (windows, n))
-
-
-def logits_of(model: LayeredModel, weights: FileWeights, tokens: np.ndarray) -> torch.Tensor:
-    """As the walk computes them."""
-    states = model.embed(tokens, weights)
-    for layer in range(model.n_layer):
-        states = model.run(model.layer(layer, weights), layer, states)
-    with torch.inference_mode():
-        logits = torch.nn.functional.linear(model.norm(weights)(states), torch.from_numpy(weights(model.output)))
-        return torch.tanh(logits / model.logit_softcap) * model.logit_softcap if model.logit_softcap else logits
-
-
-def assert_close(found: torch.Tensor, wanted: torch.Tensor, share: float = 1e-4) -> None:
-    assert float((found - wanted).abs().max()) <= share * float(wanted.abs().max())
 
 
 @pytest.mark.parametrize("name", tiny_families.FAMILIES)
@@ -142,7 +135,7 @@ def no_rows(*_: object, **__: object) -> LayeredModel:
     raise UnknownArchitecture("rows are left out")
 
 
-@pytest.mark.parametrize("name", ["lfm2", "glm4 moe", "deepseek3", "qwen3.5"])
+@pytest.mark.parametrize("name", ["lfm2", "glm4 moe", "deepseek3", "qwen3.5", "gemma3n", "phi"])
 def test_calibrated_levels_of_families_without_a_row(name, made, tmp_path):
     """The folder that GPTQ writes is a plain model of transformers, close to the source, and the walk measures it as
     transformers runs it."""
@@ -176,6 +169,7 @@ def test_importance_and_counts_are_those_of_rows(name, tmp_path, monkeypatch):
             monkeypatch.setattr("bitladder.walk.opened.LayeredModel", no_rows)
         if way == "products":
             monkeypatch.setattr("bitladder.walk.discovered._usual_gate", lambda _: False)
+            monkeypatch.setattr("bitladder.walk.opened._KEPT", {})
         (gguf.parent / ORIGIN).write_text(str(checkpoint.resolve()))
         with GgufFile.open(gguf) as source:
             found.append(importance_matrix(source, windows_of(1, 4), half=False))
@@ -206,7 +200,7 @@ def test_importance_follows_columns_that_the_converter_moved(made):
     np.testing.assert_allclose(found[moved], squares, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["lfm2", "gpt-oss", "deepseek2", "deepseek3", "gemma4 small"])
+@pytest.mark.parametrize("name", ["lfm2", "gpt-oss", "deepseek2", "deepseek3", "gemma4 small", "gemma3n", "phi"])
 def test_recipes_and_error_feedback(name, made, tmp_path):
     """Tensors are weighed, types chosen for a budget, codes fitted with feedback; that is better than plain rounding by
     the same recipe."""
@@ -216,7 +210,8 @@ def test_recipes_and_error_feedback(name, made, tmp_path):
         matrices = {info.name for info in source.model.tensors if is_quantizable(info)}
         unseen = matrices - set(weighed.table.losses)
         assert all("attn_k_b" in one or "conv" in one or "per_layer" in one for one in unseen), unseen
-        recipe = choose(weighed.table, source.model, Limits(bpw=6.5))
+        rows_of_16 = name == "gemma3n"  # which stay F16
+        recipe = choose(weighed.table, source.model, Limits(bpw=13 if rows_of_16 else 6.5))
         assert len(set(recipe.qtypes.values())) > 2
         fitted = write_with_feedback(source, recipe, tmp_path, windows_of(1, 16), settings=FeedbackSettings(half=False))
         plain = Candidate("plain", MadeWeights(Quantizer(FileWeights(source)), recipe.qtypes))
@@ -244,11 +239,87 @@ def test_a_level_holds_the_towers_of_its_source_as_they_are(name, made, tmp_path
         assert any(re.fullmatch(pattern.removeprefix("re:"), one.removesuffix(".weight")) for pattern in ignored), one
 
 
-@pytest.mark.parametrize("name", ["gpt-oss", "llama4", "gpt2"])
-def test_checkpoint_levels_without_a_layout_are_refused(name, made, tmp_path):
-    _, checkpoint, gguf = made[name]
+STACKS = {
+    # by family: where the stacks are in a layer, and what is there of one expert's gate and up f32[outputs, inputs]
+    "gpt-oss": ("mlp.experts", lambda gate, up: torch.stack([gate, up], 1).flatten(0, 1).T),
+    "llama4": ("feed_forward.experts", lambda gate, up: torch.cat([gate, up]).T),
+    "granite hybrid": ("block_sparse_moe.experts", lambda gate, up: torch.cat([gate, up])),
+}
+
+
+@pytest.mark.parametrize("level", ["GPTQ-4bit-g32", "AWQ-4bit-g32-ct", "INT8-W8A8"])
+@pytest.mark.parametrize("name", STACKS)
+def test_experts_in_stacks_become_linear_layers(name, level, made, tmp_path):
+    """Each with a row for each output, under the names that engines look for; put together again by hand they are a
+    model of transformers with the logits that the walk computes, close to the source."""
+    model, checkpoint, gguf = made[name]
+    with GgufFile.open(gguf) as source:
+        (written,) = run(gguf, [level], tmp_path, checkpoint, windows=windows_of(1, 40), settings=EXACT)
+        candidate = folder_candidate(source, Path(written.path), parse_checkpoint(level).format)
+        found, rounded = walk(source, [candidate, *made_candidates(source, ["Q4_0"])], windows_of(2, 4))
+        with torch.no_grad():
+            own = logits_of(layered(source, FileWeights(source)), candidate.weights, some_tokens())
+    assert found.kl_mean < rounded.kl_mean
+    weights = decoded(Path(written.path), level)
+    restack(weights, *STACKS[name])
+    other = copy.deepcopy(model)
+    other.load_state_dict({name_of: torch.as_tensor(value) for name_of, value in weights.items()}, strict=False)
+    with torch.no_grad():
+        assert_close(own, other(torch.from_numpy(some_tokens())).logits)
+
+
+def restack(weights: dict[str, torch.Tensor], owner: str, joined) -> None:
+    """What transformers holds, of the experts' linear layers."""
+    prefixes = {found[1] for name in weights if (found := re.match(rf"(.*\d+\.{re.escape(owner)}\.)\d+\.", name))}
+    assert prefixes
+    for prefix in prefixes:
+        gate, up, down = (taken(weights, prefix, f"{word}_proj.weight") for word in ("gate", "up", "down"))
+        assert set(map(len, (*gate, *up))) == {96} and set(map(len, down)) == {64}
+        made = [joined(*pair) for pair in zip(gate, up, strict=True)]
+        turned = len(made[0]) == 64
+        weights[f"{prefix}gate_up_proj"] = torch.stack(made)
+        weights[f"{prefix}down_proj"] = torch.stack([one.T if turned else one for one in down])
+        if biases := taken(weights, prefix, "gate_proj.bias"):
+            pairs = zip(biases, taken(weights, prefix, "up_proj.bias"), strict=True)
+            weights[f"{prefix}gate_up_proj_bias"] = torch.stack([joined(a[:, None], b[:, None])[0] for a, b in pairs])
+            weights[f"{prefix}down_proj_bias"] = torch.stack(taken(weights, prefix, "down_proj.bias"))
+
+
+def taken(weights: dict[str, torch.Tensor], prefix: str, leaf: str) -> list[torch.Tensor]:
+    """What all experts have of a name, in their order; it is there no more."""
+    return [
+        torch.as_tensor(weights.pop(name)) for expert in range(4) if (name := f"{prefix}{expert}.{leaf}") in weights
+    ]
+
+
+@pytest.mark.parametrize("level", ["GPTQ-4bit-g32", "AWQ-4bit-g32", "W4A16-g32"])
+def test_matrices_with_a_column_for_each_output_are_packed_upright(level, made, tmp_path):
+    """As engines read them, who multiply packed codes of GPT-2's Conv1D like those of any linear layer."""
+    model, checkpoint, gguf = made["gpt2"]
+    with GgufFile.open(gguf) as source:
+        (written,) = run(gguf, [level], tmp_path, checkpoint, windows=windows_of(1, 40), settings=EXACT)
+        candidate = folder_candidate(source, Path(written.path), parse_checkpoint(level).format)
+        found, rounded = walk(source, [candidate, *made_candidates(source, ["Q4_0"])], windows_of(2, 4))
+        with torch.no_grad():
+            own = logits_of(layered(source, FileWeights(source)), candidate.weights, some_tokens())
+    assert found.kl_mean < rounded.kl_mean
+    weights = decoded(Path(written.path), level)
+    assert weights["transformer.h.0.attn.c_attn.weight"].shape == (192, 64)
+    turned = {
+        name: torch.as_tensor(value).T if re.search(r"c_\w+\.weight", name) else torch.as_tensor(value)
+        for name, value in weights.items()
+    }
+    other = copy.deepcopy(model)
+    other.load_state_dict(turned, strict=False)
+    with torch.no_grad():
+        assert_close(own, other(torch.from_numpy(some_tokens())).logits)
+
+
+@pytest.mark.parametrize("level", ["INT8-W8A8", "FP8-DYNAMIC"])
+def test_matrices_that_readers_would_turn_are_refused(level, made, tmp_path):
+    _, checkpoint, gguf = made["gpt2"]
     with pytest.raises(UnknownArchitecture, match="lies transposed"):
-        run(gguf, ["GPTQ-4bit-g32"], tmp_path / "out", checkpoint)
+        run(gguf, [level], tmp_path / "out", checkpoint)
     assert not (tmp_path / "out").exists()
 
 
@@ -263,6 +334,63 @@ def test_levels_that_differ_in_a_layers_own_inputs_part_at_the_start(made):
         table, projection, nothing = walk(source, [own, other, same], windows_of(2, 4))
     assert table.kl_mean > 0 and projection.kl_mean > 0 and table.kl_mean != projection.kl_mean
     assert nothing.kl_mean == 0
+
+
+def test_layers_are_looked_at_once_as_long_as_nothing_changes(made, tmp_path, monkeypatch):
+    """A job opens its model many times; a file that was touched is looked at again, and compared again."""
+    gguf, checkpoint = copied(made, "glm4 moe", tmp_path)
+    looked = []
+    monkeypatch.setattr(
+        "bitladder.walk.whole.discover", lambda *given: (looked.append(1), discovered.discover(*given))[1]
+    )
+    with GgufFile.open(gguf) as source:
+        weights = FileWeights(source)
+        first = logits_of(layered(source, weights), weights, some_tokens())
+        count = len(looked)
+        again = layered(source, weights)
+        torch.testing.assert_close(logits_of(again, weights, some_tokens()), first, rtol=0, atol=0)
+        assert count == len(looked) == len(again.first_of_each_kind()) > 1
+        os.utime(checkpoint / "model.safetensors", ns=(1, 1))
+        layered(source, weights)
+        assert len(looked) == 2 * count
+        change(checkpoint / "model.safetensors", "model.layers.3.mlp.experts.0.up_proj.weight")
+        with pytest.raises((BadInput, UnknownArchitecture)):
+            logits_of(layered(source, weights), weights, some_tokens())
+
+
+def test_what_one_way_gathers_is_not_taken_for_anothers(made, tmp_path, monkeypatch):
+    """A file beside its checkpoint, and alone; a family with rows, and a variant that they do not describe."""
+    monkeypatch.setenv("BITLADDER_CACHE", str(tmp_path / "cache"))
+    _, _, gguf = made["granite"]
+    alone = tmp_path / "alone" / "model.gguf"
+    alone.parent.mkdir()
+    shutil.copy(gguf, alone)
+    _, _, known = tiny("llama", tmp_path)
+    text = [Document("text", "words")]
+    kept = {}
+    for path in (gguf, alone, known):
+        with opened(str(path), Work(threads=1)) as job:
+            kept[route_of(job.source)] = importance_file(job, text)
+    assert set(kept) == {Route.DERIVED, Route.ENGINE, Route.WALK}
+    assert len(set(kept.values())) == 3
+
+
+def test_what_looking_at_layers_takes_is_predicted(made, tmp_path):
+    """A file beside its checkpoint needs three layers more than one with rows; a stack of experts is all of them."""
+    _, checkpoint, gguf = made["gpt-oss"]
+    _, _, known = tiny("llama", tmp_path)
+    with GgufFile.open(gguf) as source, GgufFile.open(known) as other:
+        layer = 4 * largest_layer(source.model)
+        experts = sum(info.elements for info in source.model.tensors if info.name.startswith("blk.0.ffn"))
+        assert layer > 4 * experts > 0.8 * layer
+        need, plain = (walking_need(one, windows_of(1, 2), ()).ram_bytes for one in (source, other))
+        base = plain - 2 * 4 * largest_layer(other.model)
+        assert need == base + 5 * layer
+        levels = [parse_checkpoint("GPTQ-4bit-g32")]
+        job = Calibration(source, levels, Reading(windows_of(1)), out_dir=tmp_path, name="x", checkpoint=checkpoint)
+        assert job.need.disk_bytes > 4 * experts / 8 * len(job._walk.model._kind_of)
+    assert job._walk.shapes()["mlp.experts.gate_up_proj"] == (96, 64)
+    assert job._walk.counts()["mlp.experts.gate_up_proj"] == 8
 
 
 def test_without_its_checkpoint_a_file_is_refused_with_the_reason(made, tmp_path):

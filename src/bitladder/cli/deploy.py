@@ -83,6 +83,13 @@ class ServeOptions(TierOptions):
         int | None,
         typer.Option("--slots", min=1, max=256, help="Requests each tier computes at once.", show_default="what fits"),
     ] = None
+    embeddings: Annotated[
+        str | None,
+        typer.Option("--embeddings", help="What answers /v1/embeddings: a GGUF file, or URL[#MODEL]."),
+    ] = None
+    rerank: Annotated[
+        str | None, typer.Option("--rerank", help="What answers /v1/rerank: a reranker's GGUF file, or URL[#MODEL].")
+    ] = None
     engine: Annotated[
         str, typer.Option("--engine", help="built-in, a llama-server's path, or auto: one on the PATH if it will do.")
     ] = AUTO_ENGINE
@@ -94,7 +101,8 @@ class ServeOptions(TierOptions):
 def serve(options: ServeOptions) -> None:
     """Serve a quality tier and a speed tier behind one OpenAI-compatible endpoint.
 
-    Without --quality and --speed the tiers of the latest `bitladder run` of this model are taken.
+    Without --quality and --speed the tiers of the latest `bitladder run` of this model are taken; a file that no run
+    knows, or an address, is served by itself.
     """
     from dataclasses import replace
 
@@ -110,7 +118,9 @@ def serve(options: ServeOptions) -> None:
         read_keys(options.api_key_file)  # one that cannot be used is refused before engines are started
     rules = tuple(parse_rule(text) for text in options.rule or ())
     with working(options.threads) as work:
+        of_tasks = _checked_tasks(options)
         settings = tiers_of(options, work, slots=options.slots, out=options.out, with_keys=True)
+        settings = _with_tasks(options, settings, of_tasks, work)
     settings = replace(
         settings,
         host=options.host,
@@ -123,6 +133,48 @@ def serve(options: ServeOptions) -> None:
         program=program,
     )
     serve_settings(settings, on_ready=_ready)
+
+
+def _checked_tasks(options: ServeOptions) -> dict[str, str]:
+    """What answers each path that text tiers do not; what cannot is refused here, before anything is built."""
+    from bitladder.engines.address import is_address
+    from bitladder.serve.protocol import EMBEDDINGS, RERANK
+    from bitladder.stages.serve import check_reranker, is_level
+
+    found = {EMBEDDINGS: options.embeddings, RERANK: options.rerank}
+    for what in found.values():
+        if what is not None and is_address(what):
+            options.endpoint(what).read_key()
+        elif what is not None and is_level(what):
+            raise UsageError(f"'{what}' is no file and no address.", do="Give a GGUF file, or URL#MODEL.")
+    if options.rerank is not None and not is_address(options.rerank):
+        check_reranker(Path(options.rerank))
+    return {path: what for path, what in found.items() if what is not None}
+
+
+def _with_tasks(options: ServeOptions, settings: ServeSettings, of_tasks: dict[str, str], work: Work) -> ServeSettings:
+    """The settings with a tier for each path that text tiers do not answer."""
+    from dataclasses import replace
+
+    from bitladder.engines.address import is_address
+    from bitladder.serve.settings import TASK_OPTIONS
+    from bitladder.stages.measured_levels import tier_file
+    from bitladder.stages.serve import tier_context
+
+    taken = {spec.level.lower() for spec in (settings.quality, *([settings.speed] if settings.speed else []))}
+    extra = []
+    for path, what in of_tasks.items():
+        if is_address(what):
+            spec = _endpoint_tier(options, what, with_keys=True)
+        else:
+            n_ctx = tier_context("", what, None, work.progress)
+            spec = _file_tier(tier_file("", what, None, n_ctx=n_ctx, work=work), n_ctx)
+        level = (
+            spec.level if spec.level.lower() not in taken else f"{spec.level}@{TASK_OPTIONS[path].removeprefix('--')}"
+        )
+        taken.add(level.lower())
+        extra.append(replace(spec, level=level, task=path, projector=None))
+    return replace(settings, extra=(*settings.extra, *extra))
 
 
 def _ready(address: str, deployment: Deployment) -> None:
@@ -147,7 +199,9 @@ def tiers_of(
 
     model, quality, speed = options.model, options.quality, options.speed
     run = _run_of(model, [what for what in (quality, speed) if what is not None], work.progress)
-    if quality is None and speed is None:
+    if quality is None and speed is None and model is not None and _is_served_itself(model, run):
+        quality = model
+    elif quality is None and speed is None:
         if run is None or run.decision.quality is None:
             raise BadInput(
                 f"There is no stored decision for {model} that names tiers.",
@@ -177,9 +231,27 @@ def tiers_of(
         memory_budget_bytes=budget,
         run_json=run.path if run and run.record else None,
         name=options.name
-        or (run.record.source.name if run and run.record else Path(model).stem if model else specs[0].level),
+        or (run.record.source.name if run and run.record else _named(model) if model else specs[0].level),
     )
     return _routed(settings, run)
+
+
+def _named(model: str) -> str:
+    """What a deployment of a model is called: after its file or folder, or the model behind an address."""
+    from bitladder.engines.address import is_address, split_address
+
+    if not is_address(model):
+        return Path(model).stem
+    base, name = split_address(model)
+    return name or base.partition("://")[2].partition("/")[0]
+
+
+def _is_served_itself(model: str, run: LatestRun | None) -> bool:
+    """Whether MODEL is a file that no run has chosen tiers of, or an address: one tier that serves everything."""
+    from bitladder.engines.address import is_address
+
+    decided = run is not None and run.decision.quality is not None
+    return is_address(model) or (not decided and Path(model).is_file())
 
 
 def _name(model: str | None, run: LatestRun | None) -> str:
@@ -193,10 +265,15 @@ def _run_of(model: str | None, wanted: list[str], progress: Progress) -> LatestR
     Raises:
         UsageError: MODEL is needed, and left out.
     """
+    from bitladder.engines.address import is_address
     from bitladder.stages.measured_levels import latest_run
     from bitladder.stages.serve import is_level, is_only_a_name
 
     levels = [what for what in wanted if is_level(what)]
+    if model is not None and is_address(model):
+        if levels:
+            raise UsageError(f"'{levels[0]}' is a level, and an address has none.", do="Give addresses or files.")
+        return None
     if model is None and (levels or not wanted):
         raise UsageError(
             f"No MODEL is named that '{levels[0]}' is a level of." if levels else "No MODEL is named.",

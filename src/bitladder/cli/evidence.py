@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -65,10 +66,10 @@ def workload_new(
 @workload_app.command("check")
 @verb
 def workload_check(
-    path: Annotated[Path, typer.Argument(metavar="FILE", help="A workload, YAML or JSON lines.")],
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="A workload: YAML, JSON or JSON lines.")],
     json_output: JsonFlag = False,
 ) -> None:
-    """Read a workload and say what is wrong with it, with the line, or what it holds and can show."""
+    """Read a workload and say all that is wrong with it, with the lines, or what it holds and can show."""
     from bitladder.files.workloads import load_workload
     from bitladder.stats.power import smallest_visible_loss
 
@@ -78,7 +79,10 @@ def workload_check(
         print_json({"workload": found, "sha256": found.hash, "smallest_visible_loss": visible})
         return
     put(f"{found.name}: {len(found.inputs)} inputs, tags: {', '.join(found.tags) or 'none'}")
-    put(f"A drop of fewer than {100 * visible:.0f} points of the pass rate cannot be seen with so many inputs.")
+    if math.isnan(visible):
+        put("So few inputs can show no drop of the pass rate, however large: 20 to 30 are a beginning.")
+    else:
+        put(f"A drop of fewer than {100 * visible:.0f} points of the pass rate cannot be seen with so many inputs.")
     for warning in found.warnings:
         say(f"! {warning}")
 
@@ -86,18 +90,23 @@ def workload_check(
 @workload_app.command("import")
 @verb
 def workload_import(
-    source: Annotated[Path, typer.Argument(metavar="FILE", help="A promptfoo configuration (.yaml) or a .csv file.")],
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="FILE", help="A promptfoo configuration, a .csv file, JSON (lines), lm-eval's samples."),
+    ],
     out: Annotated[Path, typer.Option("--out", help="The workload to write.")] = Path("workload.yaml"),
     force: Force = False,
 ) -> None:
-    """Make a workload of a promptfoo configuration or of a CSV file."""
+    """Make a workload of another tool's file: what has no counterpart is refused, what is not quite the same listed."""
     from bitladder.files.atomic import write_whole
     from bitladder.files.outputs import check_output, same_text
-    from bitladder.files.workloads import from_csv, from_promptfoo, load_workload
+    from bitladder.files.workloads import import_workload, load_workload
 
-    text = from_csv(source) if source.suffix.lower() == ".csv" else from_promptfoo(source)
+    text, remarks = import_workload(source)
     check_output(out, "a workload", inputs=[source], ours=same_text(text), force=force)
     write_whole(out, text)
+    for remark in remarks:
+        say(f"! {remark}")
     say(f"Wrote {out} with {len(load_workload(out).inputs)} inputs.")
 
 

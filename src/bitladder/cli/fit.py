@@ -80,7 +80,8 @@ class PlanOptions:
         None
     )
     launch: Annotated[
-        str | None, typer.Option("--launch", help="Command for llama-server, ollama, lmstudio, vllm or tgi.")
+        str | None,
+        typer.Option("--launch", help="Command for llama-server, ollama, lmstudio, vllm, sglang, tgi or mlx-lm."),
     ] = None
     needs: Annotated[bool, typer.Option("--needs", help="What hardware each level needs, and what it saves.")] = False
 
@@ -275,7 +276,21 @@ def catalog(
         put(f"{count} {'row' if count == 1 else 'rows'} from {source or 'a source that is not named'}")
 
 
+@verb
+def formats(hardware: Hardware = None, json_output: JsonFlag = False) -> None:
+    """Which engine runs which scheme on which device, by public documents, each with its date."""
+    from bitladder.report.formats import formats_table
+    from bitladder.stages.formats import formats as found
+    from bitladder.visible import console
+
+    result = found(hardware)
+    if json_output:
+        print_json(result)
+    else:
+        formats_table(result.table, [device.name for device in result.devices], result.runs, console(highlight=False))
+
+
 def add_to(app: typer.Typer) -> None:
     """Register this module's verbs."""
-    for function in (recommend, plan, machine, catalog):
+    for function in (recommend, plan, machine, catalog, formats):
         app.command()(function)

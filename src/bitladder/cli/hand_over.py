@@ -13,6 +13,7 @@ from bitladder.cli.build import Force, working
 from bitladder.cli.deploy import TierOptions, tiers_of
 from bitladder.cli.grouped import grouped
 from bitladder.cli.terminal import put, say, verb
+from bitladder.errors import UsageError
 
 if TYPE_CHECKING:
     from bitladder.serve.host import ImageSource
@@ -98,13 +99,28 @@ def _write(to: Tool, settings: ServeSettings, folder: Path, image: ImageSource |
 
 @verb
 def key(
-    name: Annotated[str, typer.Argument(help="Whose key it is; it appears in logs and rules.")],
+    words: Annotated[
+        list[str],
+        typer.Argument(metavar="NAME | revoke NAME", help="Whose key it is; it appears in logs and rules."),
+    ],
     file: Annotated[Path, typer.Option("--file", help="The key file of `bitladder serve --api-key-file`.")],
 ) -> None:
-    """Make a key for a client: it is shown once, and only its hash is added to the key file."""
-    from bitladder.serve.limits import add_key
+    """Make a key for a client: it is shown once, and only its hash is added to the key file. Or revoke it.
 
-    put(add_key(file, name))
+    A gateway that runs follows the file.
+    """
+    from bitladder.serve.limits import add_key, revoke_key
+
+    match words:
+        case [name] if name != "revoke":
+            put(add_key(file, name))
+        case ["revoke", name]:
+            revoke_key(file, name)
+            say(f"The key of {name} is good no more.")
+        case _:
+            raise UsageError(
+                "One name is wanted.", do="`bitladder key NAME --file FILE`, or `bitladder key revoke NAME`."
+            )
 
 
 def add_to(app: typer.Typer) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,22 +22,38 @@ from bitladder.cli.terminal import JsonFlag, ModelArgument, print_json, put, say
 from bitladder.errors import UsageError
 from bitladder.units import parse_bytes
 
+if TYPE_CHECKING:
+    from bitladder.stages.job import Build, Work
+    from bitladder.stages.recipe import RecipeResult
+
+GGUF, VLLM = "gguf", "vllm"
+"""What recipes are made for."""
+
 
 @dataclass(kw_only=True)
 class RecipeOptions(WorkOptions):
     """What ``recipe`` is asked."""
 
     model: ModelArgument
+    to: Annotated[
+        str, typer.Option("--to", metavar="gguf|vllm", help="A GGUF file, or a checkpoint of mixed schemes.")
+    ] = GGUF
     budget: Annotated[
         str | None,
         typer.Option("--budget", metavar="SIZE", help="Largest file, as 4GiB."),
     ] = None
-    bpw: Annotated[float | None, typer.Option("--bpw", help="Bits per weight over all tensors.")] = None
+    bpw: Annotated[
+        float | None,
+        typer.Option("--bpw", help="Bits per weight over all tensors; of a checkpoint: linear layers."),
+    ] = None
     kl: Annotated[float | None, typer.Option("--kl", help="The smallest file that loses no more.")] = None
     fits: Annotated[bool, typer.Option("--fits", help="The largest that this machine holds.")] = False
     level: Annotated[
         str | None,
         typer.Option("--level", metavar="LEVEL", help="llama.cpp's own types, like Q4_K_M."),
+    ] = None
+    schemes: Annotated[
+        str | None, typer.Option("--schemes", metavar="S1,S2", help="Of a checkpoint: choose among these only.")
     ] = None
     least_decode: Annotated[
         float | None,
@@ -60,7 +76,8 @@ class RecipeOptions(WorkOptions):
 def recipe(options: RecipeOptions, json_output: JsonFlag = False) -> None:
     """Choose a type for every tensor under a budget; with --out write the file, with error feedback.
 
-    Without a limit: print the recipe of an existing file, or with --apply make another model by it.
+    With --to vllm: a scheme for every linear layer of a checkpoint. Without a limit: print the recipe of an existing
+    file, or with --apply make another model by it.
     """
     from bitladder.files.sources import resolve
     from bitladder.plan.recipe import Limits
@@ -68,11 +85,7 @@ def recipe(options: RecipeOptions, json_output: JsonFlag = False) -> None:
     from bitladder.stages.job import Build
     from bitladder.stages.recipe import RecipeRequest, RecipeResult, make_recipe, read_recipe, reapply
 
-    given = {"--budget": options.budget, "--bpw": options.bpw, "--kl": options.kl, "--level": options.level}
-    limits = [name for name, value in given.items() if value is not None]
-    limits += ["--fits"] if options.fits else []
-    if len(limits) > 1:
-        raise UsageError(f"{' and '.join(limits)} were given together.", do="Give one of them.")
+    limits = _limits(options)
     if (options.vram is None) != (options.gpu_layers == 0):
         raise UsageError("--vram and --ngl belong together.", do="Give both: how many layers, and what they may take.")
     build = Build(
@@ -80,7 +93,9 @@ def recipe(options: RecipeOptions, json_output: JsonFlag = False) -> None:
         force=options.force,
     )  # fmt: skip
     with working(options.threads, options.device, quiet=json_output) as work:
-        if options.apply is not None:
+        if options.to.lower() == VLLM:
+            result = _mixed(options, build, limits, work)
+        elif options.apply is not None:
             if limits or options.out is None:
                 raise UsageError("--apply takes a finished file's recipe as it is.", do="Give --out, and no limit.")
             result = reapply(Path(options.model), options.apply, build, work)
@@ -102,6 +117,8 @@ def recipe(options: RecipeOptions, json_output: JsonFlag = False) -> None:
         return
     for line in recipe_lines(result.recipe, result.table_error):
         put(line)
+    if options.to.lower() == VLLM:
+        put("  bits are of the linear layers; embedding, head and norms stay 16 bits wide")
     if result.fitted is not None:
         took = "was already there" if result.fitted.file.reused else f"{result.fitted.file.seconds:.0f} s"
         say(f"{result.fitted.file.path}  {took}, fitted to {result.fitted.tokens} tokens")
@@ -111,6 +128,48 @@ def recipe(options: RecipeOptions, json_output: JsonFlag = False) -> None:
             f"On {held.tokens} tokens that nothing was fitted to: mean KL {held.kl_mean:.4f} "
             f"[{held.kl_low:.4f}, {held.kl_high:.4f}], same first choice {held.top1:.1%}."
         )
+
+
+def _limits(options: RecipeOptions) -> list[str]:
+    """The limits that were given, one at most; raises UsageError."""
+    if options.to.lower() not in (GGUF, VLLM):
+        raise UsageError(
+            f"Recipes are not made for '{options.to}'.",
+            do="Give --to gguf (llama.cpp, Ollama, LM Studio) or --to vllm (vLLM, transformers).",
+        )
+    if options.schemes is not None and options.to.lower() != VLLM:
+        raise UsageError("--schemes are of checkpoints.", do="Give --to vllm, too, or leave it out.")
+    given = {"--budget": options.budget, "--bpw": options.bpw, "--kl": options.kl, "--level": options.level}
+    limits = [name for name, value in given.items() if value is not None]
+    limits += ["--fits"] if options.fits else []
+    if len(limits) > 1:
+        raise UsageError(f"{' and '.join(limits)} were given together.", do="Give one of them.")
+    return limits
+
+
+def _mixed(options: RecipeOptions, build: Build, limits: list[str], work: Work) -> RecipeResult:
+    """A checkpoint of mixed schemes; raises UsageError for what only GGUF recipes know."""
+    from bitladder.levels.checkpoints.mixed import SCHEMES
+    from bitladder.plan.recipe import Limits
+    from bitladder.stages.mixed import MixRequest, make_mix
+
+    others = {
+        "--level": options.level, "--apply": options.apply, "--tps": options.least_decode, "--vram": options.vram,
+        "--fits": options.fits or None, "--ctx": options.ctx,
+    }  # fmt: skip
+    for name, value in others.items():
+        if value is not None:
+            raise UsageError(
+                f"{name} was given with --to vllm.",
+                means="It is about llama.cpp's types, or how it places and times them.",
+                do="Leave it out, or make a GGUF recipe.",
+            )
+    if not limits:
+        raise UsageError("A recipe needs a limit.", do="Give one of --budget, --bpw or --kl.")
+    wish = Limits(bytes=parse_bytes(options.budget) if options.budget else None, bpw=options.bpw, kl=options.kl)
+    schemes = tuple(options.schemes.split(",")) if options.schemes else SCHEMES
+    request = MixRequest(wish, schemes, build if options.out else None, build.texts)
+    return make_mix(options.model, request, work)
 
 
 def add_to(app: typer.Typer) -> None:

@@ -60,10 +60,8 @@ def layer_caches(model: Model) -> tuple[LayerCache, ...]:
     heads_for_more = keys.number("nextn_predict_layers", 0)  # the last layers, which have a context of their own
     own = dims.n_layer - heads_for_more if heads_for_more < dims.n_layer else dims.n_layer
     rank = keys.number("attention.kv_lora_rank", 0)
-    if rank:
-        rope = keys.number("rope.dimension_count", 64)
-        return (LayerCache(k_width=rank + rope, count=own),)
-    heads = keys.per_layer("attention.head_count_kv", dims.n_layer, dims.n_head_kv)
+    latent = rank + keys.number("rope.dimension_count", 64) if rank else 0
+    heads = keys.per_layer("attention.head_count_kv", dims.n_layer, 1 if latent else dims.n_head_kv)
     family = family_of(dims.architecture)
     windows = _windows(family.windows, dims, keys)
     state = _state(dims, keys)
@@ -74,10 +72,11 @@ def layer_caches(model: Model) -> tuple[LayerCache, ...]:
     for (head_count, window, keeps_state), count in kinds.items():
         attends = head_count > 0 and (not keeps_state or family.states.beside_attention)
         k_head, v_head = _head_dims(dims, keys, bool(window))
+        k_width, v_width = (latent, 0) if latent else (head_count * k_head, head_count * v_head)
         layers.append(
             LayerCache(
-                k_width=head_count * k_head if attends else 0,
-                v_width=head_count * v_head if attends else 0,
+                k_width=k_width if attends else 0,
+                v_width=v_width if attends else 0,
                 window=window if attends else 0,
                 state=state if keeps_state else 0,
                 count=count,
@@ -177,6 +176,9 @@ def _state(dims: ModelDims, keys: HeaderKeys) -> int:
     size, groups = keys.number("ssm.state_size", 0), keys.number("ssm.group_count", 0)
     if inner:
         return max(0, conv - 1) * (inner + 2 * groups * size) + size * inner
+    head = keys.number("kda.head_dim", 0)
+    if head:  # convolutions of queries, keys and values, and a matrix for each head
+        return dims.n_head * head * (3 * max(0, conv - 1) + head)
     head = keys.number("wkv.head_size", 0)
     if head:
         shift = keys.number("token_shift_count", 2)

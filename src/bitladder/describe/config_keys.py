@@ -15,17 +15,15 @@ from bitladder.errors import BadFile
 
 _TEXT = ("text_config", "llm_config", "language_config", "lm_config", "thinker_config", "lfm")
 """Where models of several parts keep their language part."""
-_WORDS = {
-    "attention",
-    "full_attention",
-    "sliding_attention",
-    "chunked_attention",
-    "local_attention",
-    "global_attention",
-}
-"""Kinds of layers that attend, in ``layer_types`` and its like."""
+_STATES = {"linear_attention", "lightning_attention"}
+"""Kinds of layers that are called so and keep a state."""
 _FEEDS = {"mlp", "moe"}
 _WINDOWED = {"sliding_attention", "chunked_attention", "local_attention"}
+
+
+def _attends(kind: str) -> bool:
+    """A kind of layer, in ``layer_types`` and its like, that has keys and values: whole, windowed, sparse attention."""
+    return kind.endswith("attention") and kind not in _STATES
 
 
 def layer_number(name: str) -> int | None:
@@ -116,7 +114,8 @@ class Config:
     @property
     def n_head_kv(self) -> int:
         """Heads of keys and values."""
-        return self.number("num_key_value_heads", "n_head_kv", "num_kv_heads") or self.n_head
+        shared = 1 if self.values.get("multi_query") is True else 0
+        return self.number("num_key_value_heads", "n_head_kv", "num_kv_heads") or shared or self.n_head
 
     @property
     def head_dim(self) -> int:
@@ -184,7 +183,17 @@ class Config:
         pattern = self.values.get("hybrid_override_pattern")
         if isinstance(pattern, str) and 0 < len(pattern) <= MAX_LAYERS:
             return ["attention" if mark == "*" else "state" if mark == "M" else "mlp" for mark in pattern]
-        return []
+        places = self._attending
+        return ["attention" if layer in places else "state" for layer in range(self.n_layer)] if places else []
+
+    @property
+    def _attending(self) -> set[int]:
+        """The layers that attend in a model of states, where config.json lists them or gives their distance."""
+        listed = self.values.get("attn_layer_indices")
+        if isinstance(listed, list):
+            return {layer for layer in listed if isinstance(layer, int)}
+        every = self.number("attn_layer_period")
+        return set(range(self.number("attn_layer_offset"), self.n_layer, every)) if every else set()
 
     @property
     def tied(self) -> bool:
@@ -221,7 +230,7 @@ class Config:
             keys["attention.key_length_mla"] = self.number("qk_nope_head_dim") + self.number("qk_rope_head_dim")
         if len(kinds) == n_layer:
             whole = self.number("num_global_key_value_heads") or self.n_head_kv
-            heads = {kind: self.n_head_kv if kind in _WINDOWED else whole if kind in _WORDS else 0 for kind in kinds}
+            heads = {kind: self.n_head_kv if kind in _WINDOWED else whole if _attends(kind) else 0 for kind in kinds}
             keys["attention.head_count_kv"] = [heads[kind] for kind in kinds]
             if _FEEDS & set(kinds):  # a layer is one of state, attention and feed-forward
                 keys["feed_forward_length"] = [max(1, self.n_ff) if kind in _FEEDS else 0 for kind in kinds]
@@ -238,6 +247,13 @@ class Config:
 
     def _state_keys(self) -> dict[str, int]:
         """Sizes of recurrent states: gated delta nets, Mamba 2, short convolutions."""
+        linear = self.values.get("linear_attn_config")
+        if isinstance(linear, Mapping):  # Kimi's delta attention
+            own = Config(self.name, linear)
+            return {
+                "ssm.conv_kernel": own.number("short_conv_kernel_size") or 4,
+                "kda.head_dim": own.number("head_dim"),
+            }
         if heads := self.number("linear_num_value_heads"):
             return {
                 "ssm.conv_kernel": self.number("linear_conv_kernel_dim") or 4,
@@ -253,7 +269,7 @@ class Config:
                 "ssm.conv_kernel": self.number("mamba_d_conv", "conv_kernel") or 4,
                 "ssm.inner_size": inner,
                 "ssm.state_size": size,
-                "ssm.group_count": self.number("mamba_n_groups", "n_groups") or 1,
+                "ssm.group_count": self.number("mamba_n_groups", "n_groups") or (1 if heads else 0),  # Mamba 1: none
             }
         if "conv" in self.layer_types:
             return {"shortconv.l_cache": self.number("conv_L_cache") or 3}

@@ -12,7 +12,9 @@ from typing import Any
 
 from bitladder.describe.config_keys import Config, layer_number
 from bitladder.describe.estimate import Stored, language_tensors, llama_name
-from bitladder.errors import BadFile
+from bitladder.describe.hf_config import shape_of
+from bitladder.describe.shapes import model_of
+from bitladder.errors import BadFile, BadInput
 from bitladder.formats.tensors import TensorInfo
 
 _OTHER_WIDTHS = ("word_embed_proj_dim", "embedding_size", "embedding_hidden_size", "embedding_dim")
@@ -20,7 +22,8 @@ _OTHER_VOCABULARIES = ("padded_vocab_size", "tokenizer_vocab_size")
 
 
 def check_config(label: str, config: Mapping[str, Any], tensors: Sequence[Stored]) -> None:
-    """Compare the number of layers, the width and the vocabulary.
+    """Compare the number of layers, the width and the vocabulary; the layers with one another; and the matrices with
+    those that the family's row, where there is one, derives from config.json.
 
     Args:
         label: How to call the model.
@@ -35,6 +38,16 @@ def check_config(label: str, config: Mapping[str, Any], tensors: Sequence[Stored
     _check_layers(label, numbers, language)
     if not numbers.packed:
         _check_embedding(label, numbers, language)
+        _check_gap(label, config, language)
+        _check_row(label, config, tensors)
+
+
+def _check_row(label: str, config: Mapping[str, Any], tensors: Sequence[Stored]) -> None:
+    try:
+        implied = model_of(shape_of(label, config)).tensors
+    except BadInput:  # no row, or figures that it needs and the converter may not
+        return
+    check_shapes(label, implied, tensors)
 
 
 def check_shapes(label: str, implied: Sequence[TensorInfo], tensors: Sequence[Stored]) -> None:
@@ -65,6 +78,36 @@ def _check_layers(label: str, numbers: Config, tensors: Sequence[Stored]) -> Non
         raise _contradiction(label, f"config.json has {numbers.n_layer} layers, the weights have {there}")
     if there > numbers.n_layer + max(heads, _headed(tensors, main, numbers.n_layer)):
         raise _contradiction(label, f"config.json has {numbers.n_layer} layers, the weights have {there}")
+
+
+def _check_gap(label: str, config: Mapping[str, Any], tensors: Sequence[Stored]) -> None:
+    """A layer that has nothing of its own and lacks what all the others have is one whose tensors were lost: hybrids'
+    layers of another kind have tensors of that kind. Layers that use the keys of others, or that were searched for one
+    by one, lack some by design.
+
+    Raises:
+        BadFile: one does.
+    """
+    parts = [part for part in (config, config.get("text_config")) if isinstance(part, Mapping)]
+    if any(part.get(key) for part in parts for key in ("num_kv_shared_layers", "block_configs")):
+        return
+    stacks: dict[str, dict[int, set[str]]] = {}
+    for tensor in tensors:
+        number = layer_number(tensor.name)
+        if number is not None:
+            within = tensor.name.partition(f".{number}.")[2]
+            stacks.setdefault(_stack(tensor.name), {}).setdefault(number, set()).add(within)
+    for layers in stacks.values():
+        held = Counter(name for own in layers.values() for name in own)
+        nearly = {name for name, count in held.items() if count == len(layers) - 1}
+        for number, here in layers.items():
+            lost = nearly - here
+            if lost and all(held[name] == len(layers) for name in here):
+                raise BadFile(
+                    f"{label}: layer {number} lacks {min(lost)}, which every other layer has.",
+                    means="A shard or a tensor was lost: no engine would load what is made of the rest.",
+                    do="Fetch the weights again.",
+                )
 
 
 def _headed(tensors: Sequence[Stored], stack: str, n_layer: int) -> int:

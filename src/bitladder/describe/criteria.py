@@ -5,7 +5,7 @@
     contains_all           texts                   has all of these as whole words, in any case
     contains_any           texts                   has at least one
     contains_none          texts                   has none
-    regex                  pattern                 is matched somewhere by Python's re.search
+    regex                  pattern or patterns     is matched somewhere by each, in Python's dialect
     number                 value, tolerance, which has as its last (first, any) number one within the tolerance
     json_schema            schema                  is JSON, alone or in one code fence, that fits
     set_recall             items, at_least         names at least this share; an item may have several wordings
@@ -20,15 +20,17 @@ To add a kind, add a row to KINDS.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from bitladder import json_text
 from bitladder.describe import criterion_values as values
-from bitladder.describe import similarity
+from bitladder.describe import patterns, schemas, similarity
+from bitladder.describe.numbers import spelled
 from bitladder.describe.workload import Criterion, Input
+from bitladder.unicode import canonical, count_words, has_text, has_words, same_text, short_answer
 
 
 class Mark(NamedTuple):
@@ -80,27 +82,8 @@ def _outcome(criterion: Criterion, text: str, one: Input, context: Context) -> M
 def found_items(criterion: Criterion, text: str) -> tuple[str, ...]:
     """Which items of a ``set_recall`` an answer names, each by its first wording."""
     return tuple(
-        wordings[0] for wordings in criterion.value["items"] if any(_has(text, wording) for wording in wordings)
+        wordings[0] for wordings in criterion.value["items"] if any(has_words(text, wording) for wording in wordings)
     )
-
-
-def normal(text: str) -> str:
-    """For comparing short answers: lower case, single spaces, no quotes or marks around, no final punctuation."""
-    return " ".join(text.split()).strip("\"'`*“”‘’ ").rstrip(".!,;").strip("\"'`*“”‘’ ").casefold()
-
-
-def numbers(text: str) -> list[float]:
-    """The numbers in a text, in order; ``1,250.5`` is one number, ``$`` and ``%`` are ignored."""
-    found = re.findall(r"(?<![\w.])[-−+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?(?!\w|\.\d)", text)
-    return [float(number.replace(",", "").replace("−", "-")) for number in found]
-
-
-def _has(text: str, words: str) -> bool:
-    """Whether the words stand in the text as whole words, in any case and with any white space between them."""
-    pattern = r"\s+".join(re.escape(word) for word in words.split())
-    before = r"(?<!\w)" if words.strip()[:1].isalnum() else ""
-    after = r"(?!\w)" if words.strip()[-1:].isalnum() else ""
-    return re.search(before + pattern + after, text, re.IGNORECASE) is not None
 
 
 def _quote(text: str, width: int = 60) -> str:
@@ -109,77 +92,92 @@ def _quote(text: str, width: int = 60) -> str:
 
 
 def _exact(value: str, text: str) -> Mark:
-    same = text.strip() == value.strip()
+    same = same_text(text, value)
     return Mark(same, "the very text" if same else f"expected {_quote(value)}")
 
 
 def _one_of(value: list[str], text: str) -> Mark:
     for allowed in value:
-        if normal(text) == normal(allowed):
+        if short_answer(text) == short_answer(allowed):
             return Mark(True, f"is {_quote(allowed)}")
     return Mark(False, f"is none of {', '.join(map(_quote, value))}")
 
 
-def _contains_all(value: list[str], text: str) -> Mark:
-    missing = [words for words in value if not _has(text, words)]
-    return Mark(not missing, f"lacks {', '.join(map(_quote, missing))}" if missing else "contains all")
+def _holds(text: str, wanted: str | dict[str, Any]) -> bool:
+    """Whether words stand in a text, or what a mapping asks for: a part of a word, in the same case."""
+    if isinstance(wanted, str):
+        return has_words(text, wanted)
+    if wanted["within_words"]:
+        return has_text(text, wanted["text"], same_case=wanted["same_case"])
+    return has_words(text, wanted["text"], same_case=wanted["same_case"])
 
 
-def _contains_any(value: list[str], text: str) -> Mark:
-    found = [words for words in value if _has(text, words)]
-    return Mark(
-        bool(found),
-        f"contains {_quote(found[0])}" if found else f"contains none of {', '.join(map(_quote, value))}",
-    )
+def _named(wanted: list[str | dict[str, Any]]) -> str:
+    return ", ".join(_quote(one if isinstance(one, str) else one["text"]) for one in wanted)
 
 
-def _contains_none(value: list[str], text: str) -> Mark:
-    found = [words for words in value if _has(text, words)]
-    return Mark(not found, f"contains {', '.join(map(_quote, found))}" if found else "contains none of the unwanted")
+def _contains_all(value: list[str | dict[str, Any]], text: str) -> Mark:
+    missing = [wanted for wanted in value if not _holds(text, wanted)]
+    return Mark(not missing, f"lacks {_named(missing)}" if missing else "contains all")
 
 
-def _regex(value: str, text: str) -> Mark:
-    match = re.search(value, text)
-    return Mark(match is not None, f"matches at {_quote(match[0])}" if match else f"no match for {_quote(value)}")
+def _contains_any(value: list[str | dict[str, Any]], text: str) -> Mark:
+    found = [wanted for wanted in value if _holds(text, wanted)]
+    return Mark(bool(found), f"contains {_named(found[:1])}" if found else f"contains none of {_named(value)}")
+
+
+def _contains_none(value: list[str | dict[str, Any]], text: str) -> Mark:
+    found = [wanted for wanted in value if _holds(text, wanted)]
+    return Mark(not found, f"contains {_named(found)}" if found else "contains none of the unwanted")
+
+
+def _regex(value: str | list[str], text: str) -> Mark:
+    matched = ""
+    for pattern in [value] if isinstance(value, str) else value:
+        try:
+            match = patterns.search(pattern, canonical(text))
+        except TimeoutError as error:
+            return Mark(False, f"{_quote(pattern)}: {error}")
+        if match is None:
+            return Mark(False, f"no match for {_quote(pattern)}")
+        matched = match
+    return Mark(True, f"matches at {_quote(matched)}")
 
 
 def _number(value: dict[str, Any], text: str) -> Mark:
-    found = numbers(text)
+    found = spelled(text, value.get("locale", "en"))
     if not found:
         return Mark(False, f"no number; expected {value['value']:g}")
     candidates = {"last": found[-1:], "first": found[:1], "any": found}[value["which"]]
     allowed = max(value["tolerance"], value["relative"] * abs(value["value"]), 1e-9 * abs(value["value"]))
-    nearest = min(candidates, key=lambda number: abs(number - value["value"]))
-    return Mark(abs(nearest - value["value"]) <= allowed, f"{nearest:g}, expected {value['value']:g}")
+    readings = [reading for number in candidates for reading in number.readings]
+    nearest = min(readings, key=lambda reading: abs(reading - value["value"]))
+    right = abs(nearest - value["value"]) <= allowed
+    return Mark(right, f"{nearest if right else candidates[-1].readings[0]:g}, expected {value['value']:g}")
 
 
 def extract_json(text: str) -> Any:
-    """The JSON of an answer: the whole of it, or the content of its only code fence.
+    """The JSON of an answer: the whole of it, or the content of its only code fence. NaN and infinity are none.
 
     Raises:
-        ValueError: it is no JSON (json.JSONDecodeError says where).
+        ValueError: it is no JSON (the message says where).
     """
-    fences = re.findall(r"```(?:json)?\s*\n(.*?)```", text, re.DOTALL | re.IGNORECASE)
-    return json.loads(fences[0] if len(fences) == 1 else text)
+    text = text.removeprefix("\ufeff")
+    fences = _FENCE.findall(text) if len(text) <= _LONGEST_JSON else []
+    return json_text.read(fences[0] if len(fences) == 1 else text)
+
+
+_FENCE = re.compile(r"```(?:json)?[^\S\n]*\r?\n(.*?)```", re.DOTALL | re.IGNORECASE)
+_LONGEST_JSON = 4 << 20
 
 
 def _json_schema(value: Any, text: str) -> Mark:
-    from jsonschema import Draft202012Validator
-    from jsonschema.exceptions import best_match
-    from referencing import Registry
-    from referencing.exceptions import Unresolvable
-
     try:
         document = extract_json(text)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         return Mark(False, f"no JSON: {error}")
-    # An empty registry: a schema must not make us fetch things from the network.
-    validator = Draft202012Validator(value, registry=Registry())
-    try:
-        wrong = best_match(validator.iter_errors(document))
-    except Unresolvable as error:
-        return Mark(False, f"the schema refers to something outside itself: {error}")
-    return Mark(wrong is None, f"at {wrong.json_path}: {wrong.message}"[:200] if wrong else "fits the schema")
+    wrong = schemas.violation(value, document)
+    return Mark(wrong is None, wrong or "fits the schema")
 
 
 def _set_recall(value: dict[str, Any], text: str) -> Mark:
@@ -192,11 +190,13 @@ def _set_recall(value: dict[str, Any], text: str) -> Mark:
 
 
 def _max_words(value: int, text: str) -> Mark:
-    words = len(text.split())
+    words = count_words(text)
     return Mark(words <= value, f"{words} words, at most {value} allowed")
 
 
 def _similarity(value: dict[str, Any], text: str) -> Mark:
+    if max(len(text), len(value["to"])) > similarity.LONGEST:
+        return Mark(False, f"longer than the {similarity.LONGEST} characters that are compared")
     score = similarity.METRICS[value["metric"]](text, value["to"])
     return Mark(score >= value["at_least"], f"{value['metric']} {score:.2f}, at least {value['at_least']:g} wanted")
 
@@ -205,7 +205,7 @@ def _agrees(value: dict[str, Any], text: str, _one: Input, context: Context) -> 
     if context.reference is None:
         return Mark(True, "is the reference")
     if value["metric"] == "same":
-        same = text.strip() == context.reference.strip()
+        same = same_text(text, context.reference)
         return Mark(same, "same as the reference" if same else f"the reference says {_quote(context.reference)}")
     return _similarity({**value, "to": context.reference}, text)
 
@@ -226,9 +226,9 @@ def _ask_function(value: str, text: str, one: Input, context: Context) -> Mark:
 KINDS: dict[str, Kind] = {
     "exact": Kind(values.words, _exact),
     "one_of": Kind(values.several_words, _one_of),
-    "contains_all": Kind(values.several_words, _contains_all),
-    "contains_any": Kind(values.several_words, _contains_any),
-    "contains_none": Kind(values.several_words, _contains_none),
+    "contains_all": Kind(values.several_parts, _contains_all),
+    "contains_any": Kind(values.several_parts, _contains_any),
+    "contains_none": Kind(values.several_parts, _contains_none),
     "regex": Kind(values.pattern, _regex),
     "number": Kind(values.number, _number),
     "json_schema": Kind(values.json_schema, _json_schema),
@@ -257,13 +257,14 @@ def doubts(one: Input) -> list[tuple[int, str]]:
                 found.append((criterion.line, f"can never pass: what {criterion.kind} allows fails another criterion"))
         elif criterion.kind == "contains_all":
             unwanted = [other for other in others if other.kind == "contains_none"]
-            if not passes(" ".join(criterion.value), unwanted):
+            wanted = [one if isinstance(one, str) else one["text"] for one in criterion.value]
+            if not passes(" ".join(wanted), unwanted):
                 found.append((criterion.line, "can never pass: contains_all wants what contains_none forbids"))
         elif criterion.kind == "json_schema" and criterion.value is False:
             found.append((criterion.line, "can never pass: the schema accepts nothing"))
         elif criterion.kind in ("similarity", "agrees_with_reference") and criterion.value["at_least"] == 0:
             found.append((criterion.line, "can never fail: at_least is 0"))
-        elif criterion.kind == "regex" and re.search(criterion.value, "") is not None:
+        elif criterion.kind == "regex" and _regex(criterion.value, "").passed:
             found.append((criterion.line, "can never fail: the pattern matches an empty answer"))
     if len(alone) == len(one.criteria) and not found and passes("", alone):
         found.append((one.criteria[0].line, "passes even an empty answer: add a criterion that asks for something"))

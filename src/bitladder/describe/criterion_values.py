@@ -7,16 +7,29 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from bitladder.describe import patterns, schemas
+from bitladder.describe.numbers import LOCALES
 from bitladder.describe.similarity import METRICS
+from bitladder.unicode import half_character
 
 Reader = Callable[[Any], Any]
+MOST = 10_000_000
+"""Of anything that is counted: tokens, words, samples."""
 
 
 def a_string(value: Any) -> str:
     """Any text. Numbers and truth values are refused: YAML reads ``no`` and ``1.0`` as such, and few people know."""
     if not isinstance(value, str):
-        raise ValueError(f"needs a text, got {value!r}; put it in quotes if it is meant as a text")
+        raise ValueError(f"needs a text, got {_shown(value)}; put it in quotes if it is meant as a text")
+    if half_character(value) is not None:
+        raise ValueError("holds half of a surrogate pair, which is no character")
     return value
+
+
+def _shown(value: Any) -> str:
+    """A value as a message repeats it."""
+    shown = repr(value)
+    return shown if len(shown) <= 80 else shown[:80] + "..."
 
 
 def words(value: Any) -> str:
@@ -34,10 +47,19 @@ def several_words(value: Any) -> list[str]:
     return [words(item) for item in items]
 
 
+def several_parts(value: Any) -> list[str | dict[str, Any]]:
+    """Texts, or mappings ``{text: ing, within_words: true, same_case: true}``, one or a list of them, as a list."""
+    items = value if isinstance(value, list) else [value]
+    if not items:
+        raise ValueError("needs at least one text")
+    optional = {"within_words": (False, a_truth), "same_case": (False, a_truth)}
+    return [fields(item, {"text": words}, optional) if isinstance(item, dict) else words(item) for item in items]
+
+
 def fields(value: Any, required: Mapping[str, Reader], optional: Mapping[str, tuple[Any, Reader]]) -> dict[str, Any]:
     """A mapping with these fields and no others; optional ones are ``(default, reader)``."""
     if not isinstance(value, dict):
-        raise ValueError(f"needs the field{'s' * (len(required) > 1)} {', '.join(required)}, got {value!r}")
+        raise ValueError(f"needs the field{'s' * (len(required) > 1)} {', '.join(required)}, got {_shown(value)}")
     for name in value:
         if name not in required and name not in optional:
             raise ValueError(f"has no field '{name}'; it has {', '.join([*required, *optional])}")
@@ -59,15 +81,21 @@ def _field(name: str, read: Reader, value: Any) -> Any:
 
 def a_number(value: Any) -> float:
     """A finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"needs a number, got {value!r}")
-    return float(value)
+    try:
+        number = math.nan if isinstance(value, bool) or not isinstance(value, int | float) else float(value)
+    except OverflowError:
+        raise ValueError("needs a number, got one of more than 308 digits") from None
+    if not math.isfinite(number):
+        raise ValueError(f"needs a number, got {_shown(value)}")
+    return number
 
 
 def a_count(value: Any) -> int:
     """A whole number from 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"needs a whole number from 1, got {value!r}")
+        raise ValueError(f"needs a whole number from 1, got {_shown(value)}")
+    if value > MOST:
+        raise ValueError(f"needs a whole number of at most {MOST}")
     return value
 
 
@@ -90,7 +118,7 @@ def a_tolerance(value: Any) -> float:
 def a_truth(value: Any) -> bool:
     """True or false."""
     if not isinstance(value, bool):
-        raise ValueError(f"needs true or false, got {value!r}")
+        raise ValueError(f"needs true or false, got {_shown(value)}")
     return value
 
 
@@ -98,41 +126,47 @@ def choice(*allowed: str) -> Callable[[Any], str]:
     """One of these words."""
 
     def read(value: Any) -> str:
-        if value not in allowed:
-            raise ValueError(f"needs one of {', '.join(allowed)}, got {value!r}")
+        if not isinstance(value, str) or value not in allowed:
+            raise ValueError(f"needs one of {', '.join(allowed)}, got {_shown(value)}")
         return str(value)
 
     return read
 
 
-def pattern(value: Any) -> str:
-    """A regular expression in Python's dialect."""
+def pattern(value: Any) -> str | list[str]:
+    """A regular expression in Python's dialect, or a list of some that must all match."""
+    if isinstance(value, list):
+        return [_one_pattern(one) for one in (value or [None])]
+    return _one_pattern(value)
+
+
+def _one_pattern(value: Any) -> str:
     try:
-        re.compile(a_string(value))
-    except re.error as error:
-        raise ValueError(f"needs a regular expression; {value!r} is none: {error}") from error
+        patterns.check(a_string(value))
+    except ValueError as error:
+        if not isinstance(value, str):
+            raise
+        raise ValueError(f"needs a regular expression; {_shown(value)} is none: {error}") from error
     return str(value)
 
 
 def number(value: Any) -> dict[str, Any]:
-    """``42`` or ``{value: 42, tolerance: 0.5, relative: 0.01, which: last}``."""
+    """``42`` or ``{value: 42, tolerance: 0.5, relative: 0.01, which: last, locale: de}``."""
     plain = value if isinstance(value, dict) else {"value": value}
     which = choice("last", "first", "any")
     options = {"tolerance": (0.0, a_tolerance), "relative": (0.0, a_tolerance), "which": ("last", which)}
-    return fields(plain, {"value": a_number}, options)
+    found = fields(plain, {"value": a_number}, {**options, "locale": ("", choice(*LOCALES))})
+    if not found["locale"]:
+        del found["locale"]
+    return found
 
 
 def json_schema(value: Any) -> Any:
     """A JSON schema (draft 2020-12) that is itself correct."""
-    from jsonschema import Draft202012Validator
-    from jsonschema.exceptions import SchemaError
-
-    if not isinstance(value, dict | bool):
-        raise ValueError(f"needs a JSON schema, got {value!r}")
     try:
-        Draft202012Validator.check_schema(value)
-    except SchemaError as error:
-        raise ValueError(f"needs a JSON schema; this one is wrong at {error.json_path}: {error.message}") from error
+        schemas.check(value)
+    except ValueError as error:
+        raise ValueError(f"needs a JSON schema; {error}") from error
     return value
 
 
@@ -176,5 +210,5 @@ def judged(value: Any) -> dict[str, Any]:
 def import_path(value: Any) -> str:
     """``module:function``."""
     if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", a_string(value)):
-        raise ValueError(f"needs an import path like my_checks:is_polite, got {value!r}")
+        raise ValueError(f"needs an import path like my_checks:is_polite, got {_shown(value)}")
     return str(value)

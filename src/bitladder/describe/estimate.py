@@ -63,6 +63,8 @@ _INNER = (
     ("ssm_conv1d", r"conv1d|short_conv\.conv|conv\.conv|[qkv]_conv1d"),
 )  # fmt: skip
 """llama.cpp's name, and the last words of the names in checkpoints that mean it."""
+_WHOLE = re.compile(r"ssm_conv1d|ffn_gate_inp|A_log|(wpe|position_embeddings|embed_positions)\.weight$")
+"""Matrices that llama.cpp's converter leaves in 32 bits."""
 
 
 def beside_language(name: str) -> bool:
@@ -157,7 +159,7 @@ def _merged(numbers: Config, tensors: Sequence[Stored]) -> Iterator[TensorInfo]:
         while name in seen:
             name = _again(name)
         seen.add(name)
-        whole = len(shape) < 2 or "ssm_conv1d" in name or "ffn_gate_inp" in name
+        whole = len(shape) < 2 or _WHOLE.search(name) is not None
         yield TensorInfo(name, shape, "F32" if whole else "F16")
     for name, shapes in experts.items():
         yield TensorInfo(name, (len(shapes), *shapes[0]), "F16")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from bitladder.describe.model import Model
@@ -95,11 +95,33 @@ def checkpoint_note(config: Mapping[str, Any], dtypes: Iterable[str] = ()) -> st
     """The sentence for a checkpoint whose config.json says that it is quantized (FP8, MXFP4, GPTQ, AWQ, ...), or whose
     tensors have the types of one (``dtypes``, as safetensors calls them); "" where neither does.
     """
+    found = _checkpoint_method(config, dtypes)
+    return f"The checkpoint is itself quantized ({found}): {_CHECKPOINT_MEANS}" if found else ""
+
+
+def checkpoint_origin(config: Mapping[str, Any], dtypes: Iterable[str] = ()) -> str:
+    """How the weights of a checkpoint were quantized, in the word that files made of them record (``KEY_BEFORE``);
+    "" where neither config.json nor the types of its tensors say so."""
+    word = _checkpoint_method(config, dtypes)
+    bits = quantization_of(config).get("bits")
+    counted = isinstance(bits, int) and not isinstance(bits, bool) and 0 < bits < 16
+    word = f"{word}-{bits}bit" if word and counted else word
+    return word if _LEVELS.fullmatch(word) else "quantized" if word else ""
+
+
+def decoded_from(model: Model, origin: str) -> Model:
+    """The model of a checkpoint's converted file with the note of what its weights were before. The same where they are
+    quantized still, so that their types say it, and where ``origin`` is ""."""
+    if not origin or quantized(model) is not None:
+        return model
+    return replace(model, metadata={**model.metadata, KEY_BEFORE: origin})
+
+
+def _checkpoint_method(config: Mapping[str, Any], dtypes: Iterable[str]) -> str:
     found = _quantization(config)
-    eight = any(dtype.startswith(("F8_E4", "F8_E5")) for dtype in dtypes)
-    if not found and not eight:
-        return ""
-    return f"The checkpoint is itself quantized ({_method(found) if found else 'FP8'}): {_CHECKPOINT_MEANS}"
+    if found:
+        return _method(found)
+    return "FP8" if any(dtype.startswith(("F8_E4", "F8_E5")) for dtype in dtypes) else ""
 
 
 def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -110,7 +132,7 @@ def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _quantization(config: Mapping[str, Any]) -> Any:
     for part in (config, config.get("text_config")):
-        for key in ("quantization_config", "compression_config"):
+        for key in ("quantization_config", "compression_config", "quantization"):
             found = part.get(key) if isinstance(part, Mapping) else None
             if found:
                 return found
@@ -121,4 +143,5 @@ def _method(found: Any) -> str:
     """A quantization_config's method in a word; it comes from outside."""
     names = (found.get(key) for key in ("quant_method", "quant_algo", "format")) if isinstance(found, Mapping) else ()
     words = (name for name in names if isinstance(name, str) and re.fullmatch(r"[\w.+-]{1,40}", name))
-    return next(words, "method not named")
+    of_mlx = isinstance(found, Mapping) and {"group_size", "bits"} <= found.keys()  # whose folders name no method
+    return next(words, "MLX" if of_mlx else "method not named")

@@ -110,7 +110,12 @@ def tokens_hash(windows: Iterable[Window]) -> str:
 
 
 def text_windows(
-    documents: Sequence[Document], tokenize: Callable[[str], Sequence[int]], model: Model, *, n: int = WINDOW
+    documents: Sequence[Document],
+    tokenize: Callable[[str], Sequence[int]],
+    model: Model,
+    *,
+    n: int = WINDOW,
+    bos: int | None = None,
 ) -> list[Window]:
     """Tokenize documents as the engine does and cut them into windows.
 
@@ -119,12 +124,13 @@ def text_windows(
         tokenize: the engine's own tokenizer, special tokens added as the model asks for.
         model: says whether a BOS token starts every window, and bounds ``n`` by the trained context.
         n: tokens in a window.
+        bos: the BOS token of a model whose header has no tokenizer; by default the header's.
 
     Raises:
         BadInput: too little text to score anything.
     """
     ids = [(document.name, tokenize(document.text)) for document in documents]
-    bos = model.metadata.get("tokenizer.ggml.bos_token_id")
+    bos = model.metadata.get("tokenizer.ggml.bos_token_id", bos)
     adds_bos = bool(model.metadata.get("tokenizer.ggml.add_bos_token", False)) or any(
         len(tokens) > 0 and tokens[0] == bos for _, tokens in ids
     )

@@ -1,4 +1,4 @@
-"""Reading a workload from text: YAML or JSON lines, every fault named with its line.
+"""Reading a workload from text: YAML, JSON or JSON lines, every fault named with its line.
 
     name: my contracts
     system: You review contracts.          # optional, for every input
@@ -20,21 +20,19 @@ filled from ``variables`` and ``files``; nothing else happens to a prompt.
 from __future__ import annotations
 
 import difflib
-import json
+import functools
 import re
 from collections.abc import Callable, Mapping
 from pathlib import PurePath
-from typing import Any, NoReturn
-
-import yaml
+from typing import Any, TypeVar
 
 from bitladder.describe import criterion_values as values
 from bitladder.describe.criteria import KINDS, doubts
+from bitladder.describe.structured import Fault, Read, Where, read_json_file, read_json_lines, read_yaml
 from bitladder.describe.workload import Criterion, Input, Workload
 from bitladder.errors import BadWorkload
 
-_MAX_NODES = 500_000
-"""Of one YAML document with its aliases followed: a few lines of aliases can stand for billions of nodes."""
+T = TypeVar("T")
 _TOP = ("name", "description", "system", "max_tokens", "temperature", "samples", "inputs")
 _INPUT = (
     "id",
@@ -50,45 +48,90 @@ _INPUT = (
 )
 _ROLES = ("system", "user", "assistant")
 
-Path_ = tuple[str | int, ...]
-"""Where a value stands in a document: keys and positions from the top."""
+_MOST_SHOWN = 20
+"""Faults that one message lists."""
+_LONGEST_PROMPT = 4_000_000
+"""Characters of a message with its variables filled in: a few lines can ask for one file a thousand times."""
 
 
 class _Document:
-    """A parsed file: plain values, and the line of each by its path."""
+    """A parsed file: plain values with the line of each, and the faults found so far."""
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, read: Read) -> None:
         self.source = source
-        self.lines: dict[Path_, int] = {}
+        self.lines = read.lines
+        self.faults = list(read.faults)
 
     def line(self, *path: str | int) -> int:
         """The line of the value at a path, or of the nearest thing around it."""
-        while path and path not in self.lines:
-            path = path[:-1]
-        return self.lines.get(path, 1)
+        return line_of(self.lines, path)
 
-    def fault(self, found: str, *path: str | int, do: str = "") -> NoReturn:
-        """Raise BadWorkload with file and line."""
-        raise BadWorkload(f"{self.source}, line {self.line(*path)}: {found}", do=do)
+    def fault(self, found: str, *path: str | int, do: str = "") -> Fault:
+        """A fault at a path, to be raised."""
+        return Fault(found, self.line(*path), do)
 
-    def known(self, plain: Mapping[str, Any], allowed: tuple[str, ...], *path: str | int) -> None:
-        """No field but these."""
+    def attempt(self, read: Callable[[], T]) -> T | None:
+        """What is read, or None when a fault was found in it, which is kept."""
+        try:
+            return read()
+        except Fault as fault:
+            self.faults.append(fault)
+            return None
+
+    def known(self, plain: Mapping[str, Any], allowed: tuple[str, ...], *path: str | int) -> set[str]:
+        """Note every field but these as a fault. Returns those that were probably meant."""
+        meant = set()
         for name in plain:
             if name not in allowed:
-                near = difflib.get_close_matches(str(name), allowed, 1)
+                near = difflib.get_close_matches(str(name)[:80], allowed, 1)
+                meant |= set(near)
                 do = f"Did you mean '{near[0]}'?" if near else f"It may have: {', '.join(allowed)}."
-                self.fault(f"there is no field '{name}' here.", *path, name, do=do)
+                self.faults.append(self.fault(f"there is no field '{shortened(str(name))}' here.", *path, name, do=do))
+        return meant
 
     def read(self, reader: Callable[[Any], Any], plain: Any, *path: str | int) -> Any:
-        """A value through a reader of ``describe.criterion_values``; its complaint gets file, line and field."""
+        """A value through a reader of ``describe.criterion_values``; its complaint gets file, line and field.
+
+        Raises:
+            Fault: the reader does not take it.
+        """
         try:
             return reader(plain)
         except ValueError as error:
             what = path[-1] if isinstance(path[-1], str) else f"entry {path[-1] + 1} of {path[-2]}"
-            self.fault(f"{what} {error}.", *path)
+            raise self.fault(f"{what} {error}.", *path) from error
+
+    def check(self) -> None:
+        """Raise what was found, if anything was.
+
+        Raises:
+            BadWorkload: names the file, and every fault with its line.
+        """
+        faults = sorted(self.faults, key=lambda fault: fault.line)
+        if not faults:
+            return
+        if len(faults) == 1:
+            raise BadWorkload(f"{self.source}, line {faults[0].line}: {faults[0].found}", do=faults[0].do)
+        shown = [f"{self.source}, line {one.line}: {one.found} {one.do}".rstrip() for one in faults[:_MOST_SHOWN]]
+        more = [f"... and {len(faults) - _MOST_SHOWN} more faults."] if len(faults) > _MOST_SHOWN else []
+        raise BadWorkload("\n".join(shown + more))
 
 
-def parse_workload(text: str, *, source: str, read_file: Callable[[str], str], json_lines: bool = False) -> Workload:
+def line_of(lines: Mapping[Where, int], path: Where) -> int:
+    """The line of the value at a path, or of the nearest thing around it."""
+    while path and path not in lines:
+        path = path[:-1]
+    return lines.get(path, 1)
+
+
+def shortened(text: str, most: int = 80) -> str:
+    """A text of others as a message repeats it."""
+    return text if len(text) <= most else text[:most] + "..."
+
+
+def parse_workload(
+    text: str, *, source: str, read_file: Callable[[str], str], json_lines: bool = False, json: bool = False
+) -> Workload:
     """Read a workload.
 
     Args:
@@ -97,89 +140,122 @@ def parse_workload(text: str, *, source: str, read_file: Callable[[str], str], j
         read_file: content of a file that the workload names, relative to it (OSError and ValueError become
             faults).
         json_lines: one input in JSON per line instead of YAML.
+        json: one JSON document instead of YAML.
 
     Raises:
-        BadWorkload: names the file and the line.
+        BadWorkload: names the file, and every fault with its line.
     """
-    document = _Document(source)
-    top = _json_lines(document, text) if json_lines else _yaml(document, text)
+    reader = read_json_lines if json_lines else read_json_file if json else read_yaml
+    try:
+        read = reader(text)
+    except Fault as fault:
+        raise BadWorkload(f"{source}, line {fault.line}: {fault.found}", do=fault.do) from fault
+    if json_lines:
+        read = Read({"inputs": read.plain}, {("inputs", *path): line for path, line in read.lines.items()}, read.faults)
+    return workload_of(read, source=source, read_file=read_file)
+
+
+def workload_of(read: Read, *, source: str, read_file: Callable[[str], str]) -> Workload:
+    """A workload from values that are read already, with the lines that faults name.
+
+    Raises:
+        BadWorkload: names the file, and every fault with its line.
+    """
+    document, top = _Document(source, read), read.plain
     if not isinstance(top, dict) or not isinstance(top.get("inputs"), list) or not top["inputs"]:
-        document.fault(
-            "a workload needs a list 'inputs' with at least one input.",
-            do="`bitladder workload new` writes one to start from.",
-        )
+        if not document.faults:
+            wanted = "a workload needs a list 'inputs' with at least one input."
+            document.faults.append(document.fault(wanted, do="`bitladder workload new` writes one to start from."))
+        document.check()
+        raise AssertionError("faults end in an error")
     document.known(top, _TOP)
-    inputs = tuple(_input(document, top, index, read_file) for index in range(len(top["inputs"])))
+    found = [_input(document, top, index, read_file) for index in range(len(top["inputs"]))]
+    inputs = tuple(one for one in found if one is not None)
+    _check_ids(document, found)
+    name = document.attempt(lambda: document.read(values.words, top.get("name", PurePath(source).stem or "-"), "name"))
+    temperature = document.attempt(
+        lambda: document.read(values.a_tolerance, top.get("temperature", 0.0), "temperature")
+    )
+    samples = document.attempt(lambda: document.read(values.a_count, top.get("samples", 1), "samples"))
+    document.check()
+    assert name is not None and temperature is not None and samples is not None
+    warnings = [f"{source}, line {line}: input '{one.id}' {doubt}." for one in inputs for line, doubt in doubts(one)]
+    return Workload(name=name, inputs=inputs, temperature=temperature, samples=samples, warnings=tuple(warnings))
+
+
+def _check_ids(document: _Document, inputs: list[Input | None]) -> None:
     seen: dict[str, int] = {}
     for index, one in enumerate(inputs):
-        if one.id in seen:
-            document.fault(
-                f"two inputs have the id '{one.id}'; the other is in line {seen[one.id]}.",
-                "inputs",
-                index,
-                "id",
-            )
-        seen[one.id] = one.line
-    warnings = [f"{source}, line {line}: input '{one.id}' {doubt}." for one in inputs for line, doubt in doubts(one)]
-    return Workload(
-        name=document.read(values.words, top.get("name", PurePath(source).stem), "name"),
-        inputs=inputs,
-        temperature=document.read(values.a_tolerance, top.get("temperature", 0.0), "temperature"),
-        samples=document.read(values.a_count, top.get("samples", 1), "samples"),
-        warnings=tuple(warnings),
-    )
+        if one is not None and one.id in seen:
+            found = f"two inputs have the id '{shortened(one.id)}'; the other is in line {seen[one.id]}."
+            document.faults.append(document.fault(found, "inputs", index, "id"))
+        elif one is not None:
+            seen[one.id] = one.line
 
 
-def _input(document: _Document, top: Mapping[str, Any], index: int, read_file: Callable[[str], str]) -> Input:
-    path: Path_ = ("inputs", index)
+def _input(document: _Document, top: Mapping[str, Any], index: int, read_file: Callable[[str], str]) -> Input | None:
+    """One input; None when it has a fault, all of which are kept."""
+    path: Where = ("inputs", index)
     plain = top["inputs"][index]
+    before = len(document.faults)
     if not isinstance(plain, dict):
-        document.fault(f"an input needs fields like prompt and expect, got {plain!r}.", *path)
-    document.known(plain, _INPUT, *path)
-    weight = document.read(values.a_tolerance, plain.get("weight", 1.0), *path, "weight")
+        found = f"an input needs fields like prompt and expect, got {shortened(repr(plain))}."
+        document.faults.append(document.fault(found, *path))
+        return None
+    meant = document.known(plain, _INPUT, *path)
+
+    def field(reader: Callable[[Any], Any], value: Any, name: str) -> Any:
+        return document.attempt(lambda: document.read(reader, value, *path, name))
+
+    identity = field(values.words, plain.get("id", f"input-{index + 1}"), "id")
+    weight = field(_weight, plain.get("weight", 1.0), "weight")
+    max_tokens = field(values.a_count, plain.get("max_tokens", top.get("max_tokens", 256)), "max_tokens")
+    tags = field(values.several_words, plain["tags"], "tags") if plain.get("tags") else ()
+    messages = document.attempt(lambda: _messages(document, top, plain, path, read_file))
+    criteria = () if "expect" not in plain and "expect" in meant else _criteria(document, plain, path)
+    if len(document.faults) > before:
+        return None
+    assert messages is not None
+    line = document.line(*path)
+    return Input(identity, messages, criteria, tags=tuple(tags), weight=weight, max_tokens=max_tokens, line=line)
+
+
+def _weight(value: Any) -> float:
+    weight = values.a_tolerance(value)
     if weight == 0:
-        document.fault("weight needs a number above 0, got 0.", *path, "weight", do="Remove the input instead.")
-    max_tokens = plain.get("max_tokens", top.get("max_tokens", 256))
-    return Input(
-        id=document.read(values.words, plain.get("id", f"input-{index + 1}"), *path, "id"),
-        messages=_messages(document, top, plain, path, read_file),
-        criteria=_criteria(document, plain, path),
-        tags=tuple(document.read(values.several_words, plain["tags"], *path, "tags")) if plain.get("tags") else (),
-        weight=weight,
-        max_tokens=document.read(values.a_count, max_tokens, *path, "max_tokens"),
-        line=document.line(*path),
-    )
+        raise ValueError("needs a number above 0, got 0; remove the input instead")
+    return weight
 
 
-def _criteria(document: _Document, plain: Mapping[str, Any], path: Path_) -> tuple[Criterion, ...]:
+def _criteria(document: _Document, plain: Mapping[str, Any], path: Where) -> tuple[Criterion, ...]:
+    """The criteria of an input that have no fault; the others' faults are kept."""
     expect = plain.get("expect")
     if not isinstance(expect, dict) or not expect:
-        document.fault(
-            "an input needs 'expect' with at least one criterion.",
-            *path,
-            "expect",
-            do=f"Criteria: {', '.join(KINDS)}.",
-        )
+        wanted = "an input needs 'expect' with at least one criterion."
+        document.faults.append(document.fault(wanted, *path, "expect", do=f"Criteria: {', '.join(KINDS)}."))
+        return ()
     document.known(expect, tuple(KINDS), *path, "expect")
-    return tuple(
-        Criterion(
-            kind,
-            document.read(KINDS[kind].parse, value, *path, "expect", kind),
-            document.line(*path, "expect", kind),
-        )
-        for kind, value in expect.items()
-    )
+    found = []
+    for kind, value in expect.items():
+        if kind not in KINDS:
+            continue
+        here = (*path, "expect", kind)
+        before = len(document.faults)
+        parsed = document.attempt(functools.partial(document.read, KINDS[kind].parse, value, *here))
+        if len(document.faults) == before:
+            found.append(Criterion(kind, parsed, document.line(*here)))
+    return tuple(found)
 
 
 def _messages(
     document: _Document,
     top: Mapping[str, Any],
     plain: Mapping[str, Any],
-    path: Path_,
+    path: Where,
     read_file: Callable[[str], str],
 ) -> tuple[Mapping[str, str], ...]:
     if ("prompt" in plain) == ("messages" in plain):
-        document.fault("an input needs either 'prompt' or 'messages'.", *path)
+        raise document.fault("an input needs either 'prompt' or 'messages'.", *path)
     variables = _variables(document, plain, path, read_file)
 
     def fill(text: str, *where: str | int) -> str:
@@ -187,21 +263,14 @@ def _messages(
 
     if "prompt" in plain:
         system = plain.get("system", top.get("system"))
-        prompt = {
-            "role": "user",
-            "content": fill(document.read(values.words, plain["prompt"], *path, "prompt"), "prompt"),
-        }
+        content = fill(document.read(values.words, plain["prompt"], *path, "prompt"), "prompt")
+        prompt = {"role": "user", "content": content}
         if system is None:
             return (prompt,)
-        return (
-            {
-                "role": "system",
-                "content": fill(document.read(values.words, system, *path, "system"), "system"),
-            },
-            prompt,
-        )
+        instructions = fill(document.read(values.words, system, *path, "system"), "system")
+        return ({"role": "system", "content": instructions}, prompt)
     if not isinstance(plain["messages"], list) or not plain["messages"]:
-        document.fault("messages needs a list of messages that is not empty.", *path, "messages")
+        raise document.fault("messages needs a list of messages that is not empty.", *path, "messages")
     role = values.choice(*_ROLES)
     messages = []
     for place, message in enumerate(plain["messages"]):
@@ -211,101 +280,42 @@ def _messages(
         )
         messages.append({"role": fields["role"], "content": fill(fields["content"], "messages", place, "content")})
     if messages[-1]["role"] != "user":
-        document.fault("the last message must be the user's.", *path, "messages", len(messages) - 1)
+        raise document.fault("the last message must be the user's.", *path, "messages", len(messages) - 1)
     return tuple(messages)
 
 
 def _variables(
-    document: _Document, plain: Mapping[str, Any], path: Path_, read_file: Callable[[str], str]
+    document: _Document, plain: Mapping[str, Any], path: Where, read_file: Callable[[str], str]
 ) -> dict[str, str]:
     found: dict[str, str] = {}
     for section in ("variables", "files"):
         entries = plain.get(section, {})
         if not isinstance(entries, dict):
-            document.fault(f"{section} needs names with values, got {entries!r}.", *path, section)
+            raise document.fault(f"{section} needs names with values, got {shortened(repr(entries))}.", *path, section)
         for name, value in entries.items():
             found[name] = str(document.read(values.a_string, value, *path, section, name))
             if section == "files":
                 try:
                     found[name] = read_file(value)
                 except (OSError, ValueError) as error:
-                    document.fault(f"the file '{value}' cannot be read: {error}.", *path, section, name)
+                    why = error.strerror if isinstance(error, OSError) and error.strerror else error
+                    found_ = f"the file '{shortened(value)}' cannot be read: {why}."
+                    raise document.fault(found_, *path, section, name) from error
     return found
 
 
 def _fill(document: _Document, text: str, variables: Mapping[str, str], *path: str | int) -> str:
+    length = len(text)
+
     def value(match: re.Match[str]) -> str:
+        nonlocal length
         if match[1] not in variables:
             have = ", ".join(variables) or "none"
-            document.fault(f"the variable '{match[1]}' has no value.", *path, do=f"Variables of this input: {have}.")
+            do = f"Variables of this input: {shortened(have, 300)}."
+            raise document.fault(f"the variable '{shortened(match[1])}' has no value.", *path, do=do)
+        length += len(variables[match[1]])
+        if length > _LONGEST_PROMPT:
+            raise document.fault(f"filled in, this is longer than {_LONGEST_PROMPT} characters.", *path)
         return variables[match[1]]
 
-    return re.sub(r"\{\{\s*([\w.-]+)\s*\}\}", value, text)
-
-
-def _json_lines(document: _Document, text: str) -> dict[str, Any]:
-    inputs: list[Any] = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        if line.strip():
-            document.lines["inputs", len(inputs)] = number
-            try:
-                inputs.append(json.loads(line))
-            except (ValueError, RecursionError) as error:
-                document.fault(f"this line is no JSON: {error}.", "inputs", len(inputs))
-    return {"inputs": inputs}
-
-
-def _yaml(document: _Document, text: str) -> Any:
-    try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        document.lines[()] = mark.line + 1 if mark else 1
-        document.fault(
-            f"this is no YAML: {error.problem or error.context}.",
-            do="Texts with ': ' or '#' in them need quotes.",
-        )
-    except (yaml.YAMLError, RecursionError) as error:
-        document.fault(f"this is no YAML: {error}.")
-    if root is None:
-        return None
-    return _Builder(document).build(root, ())
-
-
-class _Builder:
-    """Turns YAML nodes into plain values and notes the line of each."""
-
-    def __init__(self, document: _Document) -> None:
-        self.document = document
-        self.nodes = 0
-        self.scalars = yaml.constructor.SafeConstructor()
-
-    def build(self, node: yaml.Node, path: Path_) -> Any:
-        self.nodes += 1
-        self.document.lines[path] = node.start_mark.line + 1
-        if self.nodes > _MAX_NODES or len(path) > 50:
-            self.document.fault(
-                f"this is too large: more than {_MAX_NODES} values, or nested more than 50 deep.", *path
-            )
-        if isinstance(node, yaml.MappingNode):
-            return self._mapping(node, path)
-        if isinstance(node, yaml.SequenceNode):
-            return [self.build(child, (*path, place)) for place, child in enumerate(node.value)]
-        try:
-            value = self.scalars.construct_object(node)
-        except (yaml.YAMLError, ValueError) as error:
-            self.document.fault(f"'{node.value}' cannot be read: {error}.", *path)
-        if value is None or isinstance(value, str | int | float):
-            return value
-        return node.value  # dates and the like are only text to us
-
-    def _mapping(self, node: yaml.MappingNode, path: Path_) -> dict[str, Any]:
-        result: dict[str, Any] = {}
-        for key_node, value_node in node.value:
-            key = str(key_node.value) if isinstance(key_node, yaml.ScalarNode) else "?"
-            if key in result:
-                self.document.lines[(*path, key)] = key_node.start_mark.line + 1
-                self.document.fault(f"the field '{key}' stands here twice.", *path, key)
-            result[key] = self.build(value_node, (*path, key))
-            self.document.lines[(*path, key)] = key_node.start_mark.line + 1
-        return result
+    return re.sub(r"\{\{\s{0,99}([\w.-]+)\s{0,99}\}\}", value, text)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self, runtime_checkable
@@ -109,6 +110,14 @@ class Unsupported(EngineError):
     """This engine has no such service: no tokenizer that can be asked, or no clock of its own."""
 
 
+class EngineTask(StrEnum):
+    """What an engine is started for; it does nothing else then."""
+
+    TEXT = "text"
+    EMBEDDINGS = "embeddings"
+    RERANK = "rerank"
+
+
 @dataclass(frozen=True)
 class Launch:
     """What an engine of our own is given: a model, and how to run it."""
@@ -131,6 +140,7 @@ class Launch:
     """0: any free one."""
     projector: str | Path = ""
     """A GGUF file that takes in pictures and sounds for the model; empty: none."""
+    task: EngineTask = EngineTask.TEXT
 
     def __post_init__(self) -> None:
         for name, least in (("n_ctx", 16), ("n_parallel", 1), ("threads", 1)):
@@ -150,6 +160,15 @@ class TakesProjectors(Protocol):
     @property
     def takes_projectors(self) -> bool:
         """Whether it does."""
+        ...
+
+
+@runtime_checkable
+class TellsOfTools(Protocol):
+    """A running engine that knows whether its model can be told of tools."""
+
+    def takes_tools(self) -> bool | None:
+        """Whether the model's chat template has a place for tools; None where the engine does not say."""
         ...
 
 

@@ -20,6 +20,7 @@ import httpx
 from bitladder.engines.base import Chat, Completion, Timings, TokenChoice
 from bitladder.engines.event_stream import BOM, events, whole_events
 from bitladder.errors import EngineGone, EngineReply, EngineTimeout
+from bitladder.unicode import mended
 from bitladder.units import MiB
 
 _SHOWN = 300
@@ -123,7 +124,7 @@ def send_chat(client: httpx.Client, url: str, request: ChatRequest) -> Completio
                     answer.take(event, whole=False)
                     answer.check_length(url, request.chat.max_tokens)
         return answer.finished(url, request.model)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise EngineReply(
             f"The engine at {url} answered with JSON that is no completion ({type(error).__name__}: {error}).",
             means="It speaks another protocol, or another version of this one.",
@@ -176,7 +177,7 @@ def parse_json(url: str, text: str) -> Any:
     """JSON, or an EngineReply that shows what came instead."""
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise EngineReply(
             f"The engine at {url} answered with something that is not JSON: {shorten(text)}",
             means="The address belongs to another kind of server, or a proxy answered in its place.",
@@ -223,7 +224,8 @@ def _events(url: str, pieces: Iterator[bytes]) -> Iterator[Any]:
     for event in events(held + b"\n\n"):
         _check_unknown(url, event.unknown)
         if event.data not in (b"", _DONE):
-            with contextlib.suppress(ValueError):  # half an event: what it meant to say is missing, as will be found
+            # Half an event: what it meant to say is missing, as will be found.
+            with contextlib.suppress(ValueError, RecursionError):
                 yield json.loads(event.data)
 
 
@@ -261,7 +263,7 @@ class _Answer:
         self.usage = event.get("usage") or self.usage
         self.timings = event.get("timings") or self.timings
         for choice in event.get("choices") or []:
-            piece = _text_of((choice.get("message" if whole else "delta") or {}).get("content"))
+            piece = text_of((choice.get("message" if whole else "delta") or {}).get("content"))
             if piece:
                 if math.isnan(self.first_token_s):
                     self.first_token_s = time.monotonic() - self.began
@@ -290,10 +292,10 @@ class _Answer:
                 do="Run again: what was answered before is kept.",
             )
         return Completion(
-            text="".join(self.text),
+            text=mended("".join(self.text)),
             finish_reason=self.finish_reason,
-            prompt_tokens=_count(self.usage.get("prompt_tokens"), 0),
-            completion_tokens=_count(self.usage.get("completion_tokens"), len(self.tokens)),
+            prompt_tokens=count_of(self.usage.get("prompt_tokens"), 0),
+            completion_tokens=count_of(self.usage.get("completion_tokens"), len(self.tokens)),
             model=self.model or wanted_model,
             first_token_s=self.first_token_s,
             total_s=time.monotonic() - self.began,
@@ -302,7 +304,7 @@ class _Answer:
         )
 
 
-def _text_of(content: Any) -> str:
+def text_of(content: Any) -> str:
     """A message's content: a text, nothing, or a list of parts, of which those that are text count.
 
     Raises:
@@ -316,7 +318,7 @@ def _text_of(content: Any) -> str:
     return "".join(text for text in texts if isinstance(text, str))
 
 
-def _count(value: Any, otherwise: int) -> int:
+def count_of(value: Any, otherwise: int) -> int:
     """A number of tokens; ``otherwise`` where none is told, or one that cannot be.
 
     Raises:

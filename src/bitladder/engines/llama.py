@@ -10,11 +10,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bitladder.engines.base import Chat, Completion, Identity, Launch, Message, TokenChoice
+from bitladder.engines.base import Chat, Completion, EngineTask, Identity, Launch, Message, TokenChoice
 from bitladder.engines.chat_api import ChatRequest, Timeouts
 from bitladder.engines.served import ServedEngine
-from bitladder.errors import BadInput
+from bitladder.errors import BadInput, EngineError
 from bitladder.files.engine_package import ENGINE, engine_version
+from bitladder.files.gguf import read_header
 
 if TYPE_CHECKING:
     from bitladder.engines.llama_program import LlamaProgram
@@ -88,7 +89,14 @@ class LlamaServer(ServedEngine):
     def command(self, port: int) -> Sequence[str]:
         """What starts the installed program."""
         assert self._program is not None
-        return self._program.command(self.settings, port)
+        return self._program.command(self.settings, port, pools_by_mean=self.pools_by_mean())
+
+    def pools_by_mean(self) -> bool:
+        """Whether vectors are the mean over the tokens because the model does not say how it makes one of many."""
+        if self.launch.task is not EngineTask.EMBEDDINGS:
+            return False
+        metadata = read_header(Path(self.launch.path)).metadata
+        return f"{metadata.get('general.architecture')}.pooling_type" not in metadata
 
     def environment(self) -> dict[str, str | None]:
         """Its key: not on the command line, where others can read it."""
@@ -101,7 +109,7 @@ class LlamaServer(ServedEngine):
             super()._start_process(timeout_s)
             return
         paths = {"path": str(self.launch.path), "projector": str(self.launch.projector)}
-        given = dataclasses.asdict(self.settings) | paths | {"alias": self.name}
+        given = dataclasses.asdict(self.settings) | paths | {"alias": self.name, "pools_by_mean": self.pools_by_mean()}
         del given["api_key"]
         command = ["bitladder.engines.llama_child", json.dumps(given)]
         version = self.process.start(command, self.environment(), timeout_s=timeout_s)
@@ -126,6 +134,17 @@ class LlamaServer(ServedEngine):
         """What the engine says about the model and itself."""
         props: dict[str, Any] = self._request("GET", "/props")
         return props
+
+    def takes_tools(self) -> bool | None:
+        """Whether the chat template has a place for tools (``engines.base.TellsOfTools``). Where it has none, llama.cpp
+        leaves them out without a word.
+        """
+        try:
+            caps = self.props().get("chat_template_caps")
+        except EngineError:
+            return None
+        told = caps.get("supports_tools") if isinstance(caps, dict) else None
+        return told if isinstance(told, bool) else None
 
     def chat(self, chat: Chat) -> Completion:
         """Answer a chat through the model's own template (``engines.base.Engine.chat``).

@@ -32,6 +32,14 @@ def _params(settings: dict[str, Any]) -> Any:
     params.n_parallel = settings["n_parallel"]
     params.n_batch = max(settings["n_batch"], settings["n_parallel"])
     params.n_ubatch = settings["n_batch"]
+    if settings["task"] != "text":
+        params.embedding = True
+        params.n_batch = params.n_ubatch = settings["n_ctx"]  # an input is computed in one go, or not at all
+        pooling = xllamacpp.llama_pooling_type
+        if settings["task"] == "rerank":
+            params.pooling_type = pooling.LLAMA_POOLING_TYPE_RANK
+        elif settings["pools_by_mean"]:
+            params.pooling_type = pooling.LLAMA_POOLING_TYPE_MEAN
     params.n_gpu_layers = settings["n_gpu_layers"]
     for pool in (params.cpuparams, params.cpuparams_batch):
         pool.n_threads = settings["threads"]

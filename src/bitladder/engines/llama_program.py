@@ -12,7 +12,7 @@ import subprocess
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from bitladder.engines.base import Identity, Launch
+from bitladder.engines.base import EngineTask, Identity, Launch
 from bitladder.errors import BadInput
 
 if TYPE_CHECKING:
@@ -66,8 +66,10 @@ class LlamaProgram:
 
         return LlamaServer(launch, self)
 
-    def command(self, settings: LlamaSettings, port: int) -> list[str]:
+    def command(self, settings: LlamaSettings, port: int, *, pools_by_mean: bool = False) -> list[str]:
         """What starts it with these settings; the same that the built-in engine gets."""
+        for_text = settings.task is EngineTask.TEXT
+        batch = settings.n_batch if for_text else settings.n_ctx  # an input is computed in one go, or not at all
         pairs = {
             "--model": str(settings.path),
             "--alias": settings.model_name,
@@ -76,8 +78,8 @@ class LlamaProgram:
             # llama.cpp divides its context among the slots; ours is what one request may use.
             "--ctx-size": settings.n_ctx * settings.n_parallel,
             "--parallel": settings.n_parallel,
-            "--batch-size": max(settings.n_batch, settings.n_parallel),
-            "--ubatch-size": settings.n_batch,
+            "--batch-size": max(batch, settings.n_parallel),
+            "--ubatch-size": batch,
             "--threads": settings.threads,
             "--threads-batch": settings.threads,
             "--cache-type-k": settings.cache_type_k,
@@ -92,6 +94,10 @@ class LlamaProgram:
         switches = ["--metrics", "--no-kv-unified", "--no-webui"]
         if settings.prompt_cache_mib == 0:
             switches.append("--no-cache-idle-slots")
+        if not for_text:
+            switches.append("--embeddings" if settings.task is EngineTask.EMBEDDINGS else "--reranking")
+        if pools_by_mean:
+            pairs["--pooling"] = "mean"
         words = [str(word) for pair in pairs.items() for word in pair]
         return [self.path, *words, *(switch for switch in switches if switch in self.flags)]
 

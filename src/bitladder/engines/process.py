@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import json
+import math
 import os
 import queue
 import re
@@ -16,14 +17,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import IO
 
 import httpx
 
 from bitladder.engines.base import Launch
 from bitladder.engines.keeper import end_tree
-from bitladder.errors import EngineError, EngineGone, EngineTimeout
+from bitladder.errors import EngineError, EngineGone, EngineTimeout, ModelRefused
 
 _FOR_LLAMA_CPP = {"GGML_NO_BACKTRACE": "1", "GOMP_SPINCOUNT": "2000"}
 
@@ -51,6 +52,14 @@ _OUT_OF_MEMORY = re.compile(
     re.IGNORECASE,
 )
 """How engines and their libraries say that memory did not suffice."""
+
+
+_REASONS = (
+    re.compile(r"error loading model: (.+)"),
+    re.compile(r"(GGML_ASSERT\(.+)"),
+    re.compile(r"(?:error|failed)\w*: (.+)", re.IGNORECASE),
+)
+"""Lines that say why a model was not loaded, the most telling first."""
 
 
 def ending(code: int) -> str:
@@ -90,7 +99,8 @@ class EngineProcess:
             The version that it printed; empty with a ``base_url``.
 
         Raises:
-            EngineGone: the engine ended instead; the message carries its last words.
+            ModelRefused: the engine ended instead; the message carries its last words.
+            EngineGone: it did, for want of memory.
             EngineTimeout: the model was not loaded in time.
         """
         began = time.monotonic()
@@ -147,16 +157,17 @@ class EngineProcess:
             return None
         if code is None:
             return None
-        self._join_readers()  # its last words may still be in the pipe
+        self._join_readers(5.0)  # its last words may still be in the pipe, and this machine be busy
         means = KILLED if code == -signal.SIGKILL else ""
         memory = code == -signal.SIGKILL or any(_OUT_OF_MEMORY.search(line) for line in self._log)
-        return EngineGone(
-            f"The engine for '{self._launch.model_name}' {ending(code)}.",
-            means="\n".join(part for part in (means, "Its last words:", self.last_log()) if part),
-            do="Try a smaller context or level."
-            if memory
-            else "Its last words say why; see with `bitladder inspect` whether the model is sound.",
-        )
+        found = f"The engine for '{self._launch.model_name}' {ending(code)}."
+        means = "\n".join(part for part in (means, "Its last words:", self.last_log()) if part)
+        if memory:
+            return EngineGone(found, means=means, do="Try a smaller context or level.")
+        do = "Its last words say why; see with `bitladder inspect` whether the model is sound."
+        if math.isnan(self.load_seconds):
+            return ModelRefused(found, means=means, do=do, reason=_reason(self._log) or ending(code))
+        return EngineGone(found, means=means, do=do)
 
     def stop(self, grace_s: float = 5.0) -> None:
         """End it: first by closing its stdin, then by force. Calling it twice does no harm."""
@@ -175,9 +186,9 @@ class EngineProcess:
             if not reader.is_alive():  # else something it started still holds the pipe, and closing would wait for that
                 stream.close()
 
-    def _join_readers(self) -> None:
+    def _join_readers(self, timeout_s: float = 1.0) -> None:
         for reader in self._readers:
-            reader.join(timeout=1.0)
+            reader.join(timeout=timeout_s)
 
     def _keep_log(self, stream: IO[str]) -> None:
         while line := stream.readline(_LONGEST_LINE):
@@ -225,6 +236,13 @@ class EngineProcess:
             means="Its last words:\n" + self.last_log(),
             do="Allow it longer, or look whether the disk or the memory is the bottleneck.",
         )
+
+
+def _reason(log: Iterable[str]) -> str:
+    """Why the model was not loaded, in the engine's words; empty where none of its lines says so."""
+    lines = list(log)
+    found = (match for pattern in _REASONS for line in lines if (match := pattern.search(line)))
+    return next((match[1].strip()[:200] for match in found), "")
 
 
 def _hello(line: str) -> dict[str, str] | None:

@@ -60,6 +60,7 @@ def companions_of_folder(folder: Path) -> Companions:
     if not isinstance(config, dict):
         raise BadFile(f"{folder / 'config.json'} holds a {type(config).__name__}, not an object.")
     config.pop("quantization_config", None)
+    config.pop("quantization", None)
     files = {}
     for path in data_files(folder):
         content = None if path.name in _NOT_BESIDE else clean_bytes(path)
@@ -162,6 +163,26 @@ def tokenizer_differences(
     if original is None and template and made["template"] != template:
         wrong.append("its chat template is another")
     return wrong
+
+
+def token_ids(folder: Path, texts: Sequence[str]) -> list[list[int]]:
+    """Ids of texts by a checkpoint's own tokenizer in transformers, special tokens added as it adds them.
+
+    Raises:
+        BadInput: transformers cannot read the tokenizer, or was ended at it.
+        BadFile: a file of the tokenizer is not what its name says.
+    """
+    (made,) = _readings([folder], list(texts))
+    if made is None:
+        raise BadInput(
+            f"transformers cannot read the tokenizer of {folder}.",
+            means="It is of a kind that needs code of its own, which never runs here, or a file of it is missing.",
+            do="Put the tokenizer.json of the model's original release beside it.",
+        )
+    found = [[int(token) for token in ids] for ids in made["ids"]]
+    if len(found) != len(texts) or any(token < 0 for ids in found for token in ids):
+        raise BadInput(f"The tokenizer of {folder} gives what are no tokens.", do="Fetch its files again.")
+    return found
 
 
 def _readings(folders: Sequence[Path], texts: list[str]) -> list[dict[str, Any] | None]:

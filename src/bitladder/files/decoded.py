@@ -8,6 +8,7 @@ decide which of both it is, and what neither can read is refused.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,6 +26,8 @@ from bitladder.progress import Progress, silent
 
 if TYPE_CHECKING:
     import numpy.typing as npt
+
+    from bitladder.kernels.grid import F32
 
 FLOATS = ("F32", "F16", "BF16")
 _NUMPY = {
@@ -133,7 +136,7 @@ def _twin(checkpoint: Checkpoint, decoding: Decoding) -> list[CheckpointTensor]:
     for tensor in checkpoint.tensors:
         matrix = owner.get(tensor.name)
         if matrix is not None:
-            size = DTYPE_BYTES[decoding.dtype] * matrix.shape[0] * matrix.shape[1]
+            size = DTYPE_BYTES[decoding.dtype] * math.prod(matrix.shape)
             found.setdefault(matrix.name, CheckpointTensor(matrix.name, decoding.dtype, matrix.shape, size))
         elif not belongs_to(tensor.name, decoding.matrices):
             found[tensor.name] = tensor
@@ -148,9 +151,15 @@ def _shard(name: str, checkpoint: Checkpoint, decoding: Decoding) -> str:
 
 def _floats(reader: _Reader, folder: Path, matrix: PackedMatrix, dtype: str) -> npt.NDArray[Any]:
     """A matrix's weights as bytes of ``dtype``, rounded to nearest."""
-    import numpy as np
-
     from bitladder.kernels import quantize
+
+    weights = _weights(reader, folder, matrix, dtype)
+    return quantize(weights.reshape(-1, weights.shape[-1]), dtype)
+
+
+def _weights(reader: _Reader, folder: Path, matrix: PackedMatrix, dtype: str) -> F32:
+    """A matrix's weights f32, all of which ``dtype`` can hold."""
+    import numpy as np
 
     try:
         with np.errstate(all="ignore"):  # what comes of damaged scales is looked at below
@@ -168,7 +177,7 @@ def _floats(reader: _Reader, folder: Path, matrix: PackedMatrix, dtype: str) -> 
             means="Its scales are damaged, or were made for another layout.",
             do="Fetch the checkpoint again.",
         )
-    return quantize(weights, dtype)
+    return np.ascontiguousarray(weights)
 
 
 def _float_type(tensors: Mapping[str, CheckpointTensor], matrices: Mapping[str, PackedMatrix]) -> str:
@@ -177,6 +186,40 @@ def _float_type(tensors: Mapping[str, CheckpointTensor], matrices: Mapping[str, 
         if tensor.dtype in held and not belongs_to(tensor.name, matrices):
             held[tensor.dtype] += tensor.nbytes
     return max(held, key=lambda dtype: held[dtype]) if any(held.values()) else "BF16"
+
+
+class FloatView:
+    """A checkpoint's tensors as its twin in floats has them, each decoded when it is read."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        """Raises as ``decoding_of``."""
+        self.checkpoint, self._decoding = checkpoint, decoding_of(checkpoint)
+        self._reader = _Reader(checkpoint)
+        self.tensors = checkpoint.tensors if self._decoding is None else tuple(_twin(checkpoint, self._decoding))
+        """In the order of the checkpoint's."""
+
+    @property
+    def main_dtype(self) -> str:
+        """The dtype that holds the most bytes."""
+        return self.checkpoint.main_dtype if self._decoding is None else self._decoding.dtype
+
+    def decoded(self, name: str) -> F32 | None:
+        """A matrix that is stored quantized as f32; None where a tensor is what it is. Values are as the converter has
+        them: rounded to the twin's type where it was given the twin.
+
+        Raises:
+            BadFile: its arrays contradict one another.
+        """
+        matrix = None if self._decoding is None else self._decoding.matrices.get(name)
+        if matrix is None or self._decoding is None:
+            return None
+        weights = _weights(self._reader, self.checkpoint.folder, matrix, self._decoding.dtype)
+        if self._decoding.by_converter is not ReadAs.FLOATS:
+            return weights
+        from bitladder.kernels import dequantize, quantize
+
+        lines = weights.reshape(-1, weights.shape[-1])
+        return dequantize(quantize(lines, self._decoding.dtype), self._decoding.dtype).reshape(weights.shape)
 
 
 class _Reader:

@@ -59,6 +59,8 @@ class Described:
     """transformers' word for its family."""
     converts: bool | None = None
     """Whether llama.cpp's converter reads it; None where it was not asked."""
+    tokenizer_gap: str = ""
+    """Why the converter does not read its tokenizer; "" where it does."""
     beside_bytes: int = 0
     """Of what takes in pictures and sounds beside the decoder."""
 
@@ -146,7 +148,8 @@ def _of_converter(
         label,
         basis=SizeBasis.CONVERTER if tensors else SizeBasis.SHAPES,
         notes=(unread,) if made.tokenizer else (),
-        converts=not made.tokenizer,
+        converts=True,
+        tokenizer_gap=made.tokenizer,
     )
 
 
@@ -164,7 +167,7 @@ def _estimate(
         estimated(label, config, tensors),
         label,
         basis=SizeBasis.ESTIMATE,
-        notes=(f"Sizes are an estimate: {why}.",),
+        notes=(f"Sizes are an estimate: {why.rstrip('.')}.",),
         converts=converts,
     )
 

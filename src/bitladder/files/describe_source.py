@@ -7,7 +7,8 @@ from pathlib import Path
 
 from bitladder.describe.contradiction import check_config
 from bitladder.describe.model import Model
-from bitladder.describe.quantized import checkpoint_note, kept_note, quantized
+from bitladder.describe.quantized import checkpoint_note, checkpoint_origin, decoded_from, kept_note, quantized
+from bitladder.describe.rope_scaling import rope_warnings
 from bitladder.errors import BadInput
 from bitladder.files import catalogue, convert, demo, hub, local_stores, remote
 from bitladder.files.beside import projector_beside, projector_note
@@ -77,11 +78,16 @@ def _on_disk(path: Path, progress: Progress) -> Described:
     twin = convert.converted_already(checkpoint)
     if twin is not None:
         model = replace(read_header(twin), name=label)
-        found = Described(model, label, model_class=class_name(checkpoint.config) or "none", converts=True)
+        gap = convert.unread_tokenizer(twin)
+        notes = (f"The converter does not read its tokenizer ({gap}).",) if gap else ()
+        named = class_name(checkpoint.config) or "none"
+        found = Described(model, label, notes=notes, model_class=named, converts=True, tokenizer_gap=gap)
         found = with_beside(found, checkpoint.tensors, checkpoint.config)
     else:
         found = of_checkpoint(label, checkpoint.config, checkpoint.tensors, path, progress)
     dtypes = {tensor.dtype for tensor in checkpoint.tensors}
+    found = replace(found, model=decoded_from(found.model, checkpoint_origin(checkpoint.config, dtypes)))
+    found = replace(found, notes=(*found.notes, *rope_warnings(checkpoint.config)))
     return _noted(_noted(found, kept_note(found.model)), checkpoint_note(checkpoint.config, dtypes))
 
 
@@ -133,7 +139,9 @@ def _on_hub(name: hub.HubName, progress: Progress) -> Described:
         tensors = remote.remote_safetensors(files, progress) if repo.ending(".safetensors") else []
     check_config(label, config, tensors)
     found = of_checkpoint(label, config, tensors, None, progress)
-    found = replace(found, label=name.repo, licence=repo.licence, offers=ready)
+    found = replace(found, model=decoded_from(found.model, checkpoint_origin(config)))
+    notes = (*found.notes, *rope_warnings(config))
+    found = replace(found, label=name.repo, licence=repo.licence, offers=ready, notes=notes)
     found = _noted(_noted(found, kept_note(found.model)), checkpoint_note(config))
     return _noted(found, "" if tensors else _NO_WEIGHTS)
 

@@ -252,6 +252,12 @@ def gpu_figures(name: str) -> dict[str, Any] | None:
     return _find(re.sub(r"^(NVIDIA|AMD|GeForce|Radeon|Tesla|\s)+", "", name), known_gpus())
 
 
+def capability_of(name: str) -> float | None:
+    """NVIDIA's compute capability of a GPU as its driver, or a table, names it; None where none is known."""
+    found = (gpu_figures(name) or {}).get("capability")
+    return float(found) if found is not None else None
+
+
 def _find(name: str, table: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
     """The row whose name says the same, whatever the case, spaces and maker's prefix; the most particular
     one first.

@@ -32,7 +32,7 @@ from bitladder.files.staging import clean_config, data_files, stage_tokenizer
 from bitladder.progress import Progress, silent
 from bitladder.units import GiB
 
-_VERSION = "2"
+_VERSION = "3"
 """Changes when other headers are made of the same files."""
 _SECONDS = 900.0
 """Imports take ten on a busy machine, a hundred thousand tensors minutes."""
@@ -167,7 +167,7 @@ def _run(stage: Path, checkpoint: Checkpoint, converter: Converter, work: Path) 
     if child.returncode != 0 or not made.is_file():
         raise converter_failure(stage.name, lines, child.returncode, converter)
     start = read_header(made).header_bytes
-    note = work / "tokenizer.txt"
+    note = work / converter_child.UNREAD
     with made.open("rb") as file:
         return file.read(start), made.stat().st_size, note.read_text() if note.is_file() else ""
 

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from bitladder.describe.quantized import checkpoint_note, kept_note, quantized
-from bitladder.describe.rope_scaling import rope_warning
+from bitladder.describe.quantized import checkpoint_note, checkpoint_origin, kept_note, quantized
+from bitladder.describe.rope_scaling import rope_warnings
 from bitladder.errors import BadInput
 from bitladder.files import convert, demo, hub, hub_download, local_stores
 from bitladder.files.checkpoint import read_checkpoint, read_json
@@ -34,6 +34,10 @@ class Source:
     licence: str = ""
     quantized: bool = field(default=False)
     """The source itself is quantized: losses are relative to it, not to the original model."""
+    unread_tokenizer: str = ""
+    """Why the converter could not read a checkpoint's tokenizer, so that the file has none; "" where it has."""
+    origin: str = ""
+    """How a checkpoint's weights were quantized before they were converted; "" where they were not."""
 
 
 def resolve(model: str, progress: Progress = silent) -> Source:
@@ -104,9 +108,23 @@ def _from_folder(folder: Path, label: str, licence: str, progress: Progress) -> 
     model = read_header(path)
     beside = left_out(parts_beside(checkpoint.tensors, checkpoint.config), model)
     kept = kept_note(model)
+    unread = convert.unread_tokenizer(path)
     warnings = (*_checkpoint_warnings(folder, dtypes), *([kept] if kept else []), *beside)
-    packed = bool(checkpoint_note(checkpoint.config, dtypes))
-    return Source(path, label, warnings, checkpoint=folder, licence=licence, quantized=packed)
+    warnings += (unread_note(unread),) if unread else ()
+    origin = checkpoint_origin(checkpoint.config, dtypes)
+    return Source(
+        path, label, warnings, checkpoint=folder, licence=licence, quantized=bool(origin), origin=origin,
+        unread_tokenizer=unread,
+    )  # fmt: skip
+
+
+def unread_note(reason: str) -> str:
+    """The sentence for a checkpoint whose tokenizer the converter cannot read."""
+    return (
+        f"llama.cpp's converter does not read its tokenizer ({reason}): no GGUF levels can be made of it, and nothing "
+        "of it can be run here. `measure`, `imatrix` and checkpoint levels (GPTQ, AWQ, INT8, FP8, ...) read texts by "
+        "the checkpoint's own tokenizer."
+    )
 
 
 def gguf_in_folder(folder: Path) -> Path | None:
@@ -122,7 +140,8 @@ def _checkpoint_warnings(folder: Path, dtypes: Iterable[str] = ()) -> tuple[str,
     and some scalings of positions have no counterpart. ``dtypes``: of its tensors.
     """
     config = read_json(folder / "config.json")
-    return tuple(warning for warning in (checkpoint_note(config, dtypes), rope_warning(config)) if warning)
+    note = checkpoint_note(config, dtypes)
+    return (*((note,) if note else ()), *rope_warnings(config))
 
 
 def label_quantized(source: Source) -> Source:

@@ -180,7 +180,7 @@ def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: without_quantization(value) if key == "text_config" and isinstance(value, dict) else value
         for key, value in config.items()
-        if key not in ("quantization_config", "compression_config")
+        if key not in ("quantization_config", "compression_config", "quantization")
     }
 
 

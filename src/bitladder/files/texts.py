@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 
+from bitladder import json_text, unicode
 from bitladder.describe.text import Document
 from bitladder.errors import BadInput
 
@@ -40,8 +40,8 @@ def _read(path: Path) -> Iterator[Document]:
     if path.is_dir():
         for file in sorted(path.glob("*.txt")):
             yield Document(file.stem, _text(file))
-    elif path.suffix == ".jsonl":
-        for number, line in enumerate(_text(path).splitlines(), 1):
+    elif path.suffix in (".jsonl", ".ndjson"):
+        for number, line in enumerate(unicode.lines(_text(path)), 1):
             if line.strip():
                 yield Document(f"{path.stem}:{number}", _text_field(path, number, line))
     else:
@@ -51,7 +51,7 @@ def _read(path: Path) -> Iterator[Document]:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return unicode.decoded(path.read_bytes()).replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise BadInput(
             f"{path} is no UTF-8 text: byte {error.start} cannot be read.",
@@ -64,12 +64,18 @@ def _text(path: Path) -> str:
 
 def _text_field(path: Path, number: int, line: str) -> str:
     try:
-        text = json.loads(line)["text"]
+        text = json_text.read(line)["text"]
     except (ValueError, KeyError, TypeError):
         text = None
     if not isinstance(text, str):
         raise BadInput(
             f'{path}, line {number} is no JSON object with a "text".',
             do='Write one document a line: {"text": "..."}.',
+        )
+    if unicode.half_character(text) is not None:
+        raise BadInput(
+            f"{path}, line {number}: the text holds half of a surrogate pair, which is no character.",
+            means="It was cut inside a character.",
+            do="Remove the escape \\ud800 to \\udfff that stands alone.",
         )
     return text

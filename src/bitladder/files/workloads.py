@@ -1,12 +1,9 @@
-"""Workloads on disk: read them, start a new one, bring others in from promptfoo and CSV."""
+"""Workloads on disk: read them, start a new one, bring others in from promptfoo, tables, JSON and lm-eval."""
 
 from __future__ import annotations
 
-import csv
 import importlib
 import importlib.resources
-import io
-import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,17 +12,22 @@ from typing import Any
 
 import yaml
 
+from bitladder import json_text, unicode
+from bitladder.describe.promptfoo import from_promptfoo
+from bitladder.describe.rows import from_csv, from_objects
+from bitladder.describe.structured import Fault, Read, read_json_file, read_json_lines, read_yaml
 from bitladder.describe.workload import Workload
-from bitladder.describe.workload_file import parse_workload
+from bitladder.describe.workload_file import parse_workload, workload_of
 from bitladder.errors import BadInput, BadWorkload, OutputError, UsageError
 from bitladder.records.evaluation import Answer
+from bitladder.visible import on_one_line
 
 STARTER = "starter"
 _MAX_BYTES = 16 * 1024**2
 
 
 def load_workload(path: str | Path = STARTER) -> Workload:
-    """Read a workload: a YAML file, a ``.jsonl`` file, or ``starter`` for the one that comes with Bitladder.
+    """Read a workload: a YAML, ``.json`` or ``.jsonl`` file, or ``starter`` for the one that comes with Bitladder.
 
     Raises:
         BadInput: there is no such file, or it is too large or no text.
@@ -38,7 +40,8 @@ def load_workload(path: str | Path = STARTER) -> Workload:
         _read(path),
         source=str(path),
         read_file=_beside(path),
-        json_lines=path.suffix in (".jsonl", ".ndjson"),
+        json_lines=path.suffix.lower() in (".jsonl", ".ndjson"),
+        json=path.suffix.lower() == ".json",
     )
 
 
@@ -82,8 +85,9 @@ def trusted_functions(workload: Workload, folder: Path, *, trust: bool) -> Itera
             module, _, attribute = name.partition(":")
             try:
                 functions[name] = getattr(importlib.import_module(module), attribute)
-            except (ImportError, AttributeError) as error:
-                raise BadWorkload(f"{workload.name}, line {line}: '{name}' cannot be imported: {error}.") from error
+            except (Exception, SystemExit) as error:
+                why = str(error) or type(error).__name__
+                raise BadWorkload(f"{workload.name}, line {line}: '{name}' cannot be imported: {why}.") from error
         yield functions
     finally:
         sys.path.remove(str(folder))
@@ -99,12 +103,12 @@ def load_reference(path: Path, workload: Workload) -> tuple[Answer, ...]:
     """
     known = {one.id for one in workload.inputs}
     answers: dict[str, Answer] = {}
-    for number, line in enumerate(_read(path).splitlines(), start=1):
+    for number, line in enumerate(unicode.lines(_read(path)), start=1):
         if not line.strip():
             continue
         try:
-            plain = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            plain = json_text.read(line)
+        except ValueError as error:
             raise BadWorkload(f"{path}, line {number}: this line is no JSON: {error}.") from error
         if not isinstance(plain, dict) or not all(isinstance(plain.get(key), str) for key in ("id", "text")):
             raise BadWorkload(f"{path}, line {number}: an answer needs the texts 'id' and 'text'.")
@@ -112,137 +116,84 @@ def load_reference(path: Path, workload: Workload) -> tuple[Answer, ...]:
             raise BadWorkload(f"{path}, line {number}: the workload has no input '{plain['id']}'.")
         if plain["id"] in answers:
             raise BadWorkload(f"{path}, line {number}: a second answer to '{plain['id']}'.")
-        answers[plain["id"]] = Answer(plain["id"], plain["text"], False, "not judged yet", "stop", 0, 0)
+        answers[plain["id"]] = Answer(plain["id"], unicode.mended(plain["text"]), False, "not judged yet", "stop", 0, 0)
     return tuple(answers.values())
 
 
-def from_csv(path: Path) -> str:
-    """A workload as YAML from a CSV file with a header.
+def import_workload(path: Path) -> tuple[str, list[str]]:
+    """A workload as YAML from another tool's file, and remarks on what was left out or is not quite the same.
 
-    Column ``prompt`` is asked; ``id``, ``tags`` (separated by ``;``) and ``weight`` are optional; every
-    column named like a criterion of plain text (``exact``, ``one_of``, ``contains_all``, ``contains_any``,
-    ``contains_none``, ``regex``: lists separated by ``|`` where a list is meant) or ``number`` is one.
-    ``expected`` means ``one_of``.
+    ``.csv`` and ``.tsv`` files are tables, ``.jsonl`` and lists in ``.json`` rows of objects or samples of
+    lm-evaluation-harness, all else configurations of promptfoo. See ``describe.rows`` and ``describe.promptfoo``.
 
     Raises:
-        BadWorkload: a column or a row cannot be used; the message names the line.
+        BadInput: there is no such file, or it is too large or no text.
+        BadWorkload: something in it has no counterpart here; the message names it and its line.
     """
-    rows = csv.DictReader(io.StringIO(_read(path)))
-    columns = rows.fieldnames or []
-    known = {"prompt", "id", "tags", "weight", "expected", "number", *_CSV_TEXTS, *_CSV_LISTS}
-    if "prompt" not in columns:
-        raise BadWorkload(f"{path}, line 1: there is no column 'prompt'; the columns are {', '.join(columns)}.")
-    for column in columns:
-        if column not in known:
-            allowed = ", ".join(sorted(known))
-            raise BadWorkload(f"{path}, line 1: the column '{column}' means nothing here.", do=f"Columns: {allowed}.")
-    inputs = [_csv_input(path, rows.line_num, {k: v for k, v in row.items() if v}) for row in rows]
-    return _as_yaml(path, inputs)
-
-
-_CSV_TEXTS = ("exact", "regex")
-_CSV_LISTS = ("one_of", "contains_all", "contains_any", "contains_none")
-
-
-def _csv_input(path: Path, line: int, row: dict[str, str]) -> dict[str, Any]:
-    one: dict[str, Any] = {name: row[name] for name in ("id", "prompt") if name in row}
-    if "tags" in row:
-        one["tags"] = [tag.strip() for tag in row["tags"].split(";") if tag.strip()]
-    expect: dict[str, Any] = {name: row[name] for name in _CSV_TEXTS if name in row}
-    expect |= {name: row[name].split("|") for name in _CSV_LISTS if name in row}
-    if "expected" in row:
-        expect["one_of"] = row["expected"].split("|")
-    for name, section in (("weight", one), ("number", expect)):
-        if name in row:
-            try:
-                section[name] = float(row[name])
-            except ValueError as error:
-                raise BadWorkload(f"{path}, line {line}: {name} needs a number, got '{row[name]}'.") from error
-    return one | {"expect": expect}
-
-
-def from_promptfoo(path: Path) -> str:
-    """A workload as YAML from a promptfoo configuration: every prompt with every test.
-
-    Assertions are translated where both tools mean the same: equals, contains, icontains, contains-any,
-    contains-all and their ``i`` forms, regex, is-json and contains-json with a schema, llm-rubric, and
-    ``not-contains`` forms.
-
-    Raises:
-        BadWorkload: something in it has no counterpart here; the message names it, so that nothing is dropped
-            quietly.
-    """
+    text, suffix = _read(path), path.suffix.lower()
     try:
-        config = yaml.safe_load(_read(path))
-    except yaml.YAMLError as error:
-        raise BadWorkload(f"{path}: this is no YAML: {error}.") from error
-    if not isinstance(config, dict) or not config.get("prompts") or not isinstance(config.get("tests"), list):
-        raise BadWorkload(f"{path}: a promptfoo configuration needs 'prompts' and a list of 'tests'.")
-    prompts = config["prompts"] if isinstance(config["prompts"], list) else [config["prompts"]]
-    default = config.get("defaultTest") or {}
-    inputs = []
-    for number, test in enumerate(config["tests"], start=1):
-        if not isinstance(test, dict):
-            raise BadWorkload(f"{path}: test {number} is no mapping: {test!r}.")
-        for place, prompt in enumerate(prompts, start=1):
-            text = prompt.get("raw") if isinstance(prompt, dict) else prompt
-            if not isinstance(text, str) or text.startswith("file://"):
-                raise BadWorkload(f"{path}: prompt {place} is no text: {prompt!r}.", do="Put its text here.")
-            expect: dict[str, Any] = {}
-            for assertion in [*default.get("assert", []), *test.get("assert", [])]:
-                _promptfoo_assertion(path, number, assertion, expect)
-            identity = test.get("description") or f"test-{number}"
-            inputs.append(
-                {
-                    "id": identity if len(prompts) == 1 else f"{identity} / prompt {place}",
-                    "prompt": text,
-                    "variables": {k: str(v) for k, v in ({**default.get("vars", {}), **test.get("vars", {})}).items()},
-                    "expect": expect,
-                }
-            )
-    return _as_yaml(path, inputs)
+        if suffix in (".csv", ".tsv"):
+            made = from_csv(text)
+        elif suffix in (".jsonl", ".ndjson"):
+            made = from_objects(_without_faults(read_json_lines(text)))
+        else:
+            read = _without_faults(read_json_file(text) if suffix == ".json" else read_yaml(text))
+            is_config = isinstance(read.plain, dict) and "prompts" in read.plain
+            is_promptfoo = suffix != ".json" or is_config
+            made = from_promptfoo(read, _beside(path)) if is_promptfoo else from_objects(read)
+    except Fault as fault:
+        raise BadWorkload(f"{path}, line {fault.line}: {fault.found}", do=fault.do) from fault
+    plain = {"name": path.stem or "imported", "inputs": made.inputs}
+    workload_of(Read(plain, made.lines), source=str(path), read_file=_beside(path))
+    return f"# Imported from {on_one_line(path.name)}.\n{_as_yaml(plain)}", made.remarks
 
 
-_PROMPTFOO = {
-    "equals": "exact", "contains": "contains_all", "icontains": "contains_all", "contains-all": "contains_all",
-    "icontains-all": "contains_all", "contains-any": "contains_any", "icontains-any": "contains_any",
-    "not-contains": "contains_none", "not-icontains": "contains_none", "not-contains-any": "contains_none",
-    "regex": "regex", "is-json": "json_schema", "contains-json": "json_schema", "llm-rubric": "judge",
-}  # fmt: skip
+def _without_faults(read: Read) -> Read:
+    if read.faults:
+        raise read.faults[0]
+    return read
 
 
-def _promptfoo_assertion(path: Path, number: int, assertion: Any, expect: dict[str, Any]) -> None:
-    kind = _PROMPTFOO.get(assertion.get("type", "")) if isinstance(assertion, dict) else None
-    if kind is None:
-        known = ", ".join(_PROMPTFOO)
-        raise BadWorkload(
-            f"{path}: test {number} has an assertion that has no counterpart here: {assertion!r}.",
-            do=f"Translate it by hand or remove it. Known: {known}.",
-        )
-    value = assertion.get("value")
-    if kind in ("contains_all", "contains_any", "contains_none"):
-        expect.setdefault(kind, []).extend(map(str, value if isinstance(value, list) else [value]))
-        return
-    if kind in expect:
-        raise BadWorkload(f"{path}: test {number} has two assertions that both become '{kind}'; an input can have one.")
-    expect[kind] = (value or True) if kind == "json_schema" else value if isinstance(value, dict) else str(value)
+def _as_yaml(plain: dict[str, Any]) -> str:
+    """YAML that is read back as what it was made of, or with escapes where raw characters are not."""
+    for raw in (True, False):
+        text = yaml.dump(plain, Dumper=_Dumper, sort_keys=False, allow_unicode=raw, width=100)
+        if read_yaml(text).plain == plain:
+            return text
+    raise BadWorkload("A text of it cannot be written as YAML.")
 
 
-def _as_yaml(path: Path, inputs: list[dict[str, Any]]) -> str:
-    text = yaml.safe_dump({"name": path.stem, "inputs": inputs}, sort_keys=False, allow_unicode=True, width=100)
-    parse_workload(text, source=f"{path} (imported)", read_file=_beside(path))
-    return f"# Imported from {path.name}.\n{text}"
+class _Dumper(yaml.SafeDumper):
+    """Writes what stands in two places twice, instead of an alias."""
+
+    def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002 - the name of the parent
+        """Always."""
+        return True
 
 
 def _read(path: Path) -> str:
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise BadInput(f"'{path}' is {path.stat().st_size} bytes; a workload has at most {_MAX_BYTES}.")
-        return path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise BadInput(f"'{path}' cannot be read: {error.strerror}.", do="Check the path.") from error
+        return unicode.decoded(_bounded(path))
     except UnicodeDecodeError as error:
-        raise BadInput(f"'{path}' is no UTF-8 text: byte {error.start} is {error.object[error.start]:#x}.") from error
+        found = f"'{path}' is no UTF-8 text: byte {error.start} is {error.object[error.start]:#x}."
+        raise BadInput(found, do="Save it as UTF-8.") from error
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise BadInput(f"'{path}' cannot be read: {why}.", do="Check the path.") from error
+
+
+def _bounded(path: Path) -> bytes:
+    """The content of a file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is larger than a workload may be, or its name is none.
+    """
+    with path.open("rb") as file:
+        raw = file.read(_MAX_BYTES + 1)
+    if len(raw) > _MAX_BYTES:
+        raise ValueError(f"it has more than {_MAX_BYTES} bytes")
+    return raw
 
 
 def _beside(path: Path) -> Callable[[str], str]:
@@ -253,7 +204,9 @@ def _beside(path: Path) -> Callable[[str], str]:
         target = (folder / name).resolve()
         if not target.is_relative_to(folder):
             raise ValueError(f"it lies outside the workload's folder {folder}")
-        return target.read_text(encoding="utf-8")
+        if not target.is_file():
+            raise ValueError("it is no file" if target.exists() else "No such file or directory")
+        return unicode.decoded(_bounded(target))
 
     return read
 

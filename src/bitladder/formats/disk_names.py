@@ -26,6 +26,16 @@ class DiskLinear:
     part: int = 0
     parts: int = 1
 
+    def rows(self, count: int) -> slice:
+        """Its rows, of so many in all of its parts."""
+        share = count // self.parts
+        return slice(self.part * share, (self.part + 1) * share)
+
+    @property
+    def tensor(self) -> str:
+        """What its floats are called."""
+        return self.name if self.name.endswith(".bias") else f"{self.name}.weight"
+
 
 def disk_name(family: Layers, path: str) -> str:
     """A parameter's name on disk, after the layer's prefix; for parameters that are not stacked experts."""

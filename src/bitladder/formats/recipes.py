@@ -114,6 +114,8 @@ class FileRecipe:
     rules: Mapping[str, tuple[_Rule, ...]] = field(default_factory=dict)
     attn_output_of_8_experts: bool = False
     """Whether attn_output gets Q5_K in a model of eight experts."""
+    beside_experts: str = ""
+    """What all but stacked experts get instead; empty where the recipe is for every matrix."""
 
 
 _RECIPES = (
@@ -126,6 +128,7 @@ _RECIPES = (
     FileRecipe("Q5_K_M", 17, "Q5_K", {"attn_v": ((_sensitive, "Q6_K"),), "ffn_down": ((_sensitive, "Q6_K"),)}),
     FileRecipe("Q5_K_S", 16, "Q5_K"),
     FileRecipe("Q5_0", 8, "Q5_0", {"ffn_down": ((_with_importance(_first(8)), "Q5_1"),)}),
+    FileRecipe("MXFP4_MOE", 38, "MXFP4", beside_experts="Q8_0"),
     FileRecipe("Q4_1", 3, "Q4_1"),
     FileRecipe(
         "Q4_K_M",
@@ -215,6 +218,7 @@ FALLBACKS = {
     "Q5_K": "Q5_1",
     "Q6_K": "Q8_0",
     "IQ4_XS": "IQ4_NL",
+    "MXFP4": "Q8_0",
 }
 
 # The role of a tensor is decided by the first of these found in its name.
@@ -377,7 +381,10 @@ def assign(
             chosen[tensor.name] = recipe.qtype
             continue
         role = _role(tensor.name)
-        if tensor.name == "output.weight" or (tied and tensor.name in _EMBEDDINGS):
+        if recipe.beside_experts and _layer_order(tensor)[0] not in heads:
+            stacked = len(tensor.shape) > 2 and tensor.shape[0] > 1
+            qtype = recipe.qtype if stacked else recipe.beside_experts
+        elif tensor.name == "output.weight" or (tied and tensor.name in _EMBEDDINGS):
             qtype = _table_type(recipe, tensor, dims)
         elif tensor.name in _EMBEDDINGS:
             qtype = recipe.qtype

@@ -51,6 +51,10 @@ class Rearrangement(Protocol):
     """A transform that no name here describes, found by looking at a file and its checkpoint."""
 
     @property
+    def turned(self) -> bool:
+        """The parameter has a column for each output, where the tensors have a row."""
+
+    @property
     def offset(self) -> float:
         """What the tensors have more than the parameter, in every value."""
 
@@ -77,6 +81,11 @@ class Parameter:
     transform: str | Rearrangement = "same"
     optional: bool = False
     """A bias that transformers' layer has and a file may lack: zeros then."""
+
+    @property
+    def turned(self) -> bool:
+        """A matrix with a column for each output: inputs meet its axis before the last."""
+        return not isinstance(self.transform, str) and self.transform.turned
 
 
 @dataclass(frozen=True)

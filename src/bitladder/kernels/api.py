@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitladder.formats.blocks import QTYPES, QType
+from bitladder.kernels import mxfp4
 from bitladder.kernels.compiled import Compiled
 from bitladder.kernels.rows import AFFINE, EFFORTS, SCALE, BlockRow, Effort, ScaleSearch, affine_search, scale_search
 
@@ -35,7 +36,7 @@ _ENCODE_BF16, _DECODE_F16, _DECODE_BF16, _ANY_NONFINITE = (
 _HALF = np.arange(65536, dtype=np.uint16).view(np.float16).astype(np.float32)
 """Every float16."""
 
-QUANTIZABLE: frozenset[str] = frozenset({"F32", "F16", "BF16", *AFFINE, *SCALE})
+QUANTIZABLE: frozenset[str] = frozenset({"F32", "F16", "BF16", "MXFP4", *AFFINE, *SCALE})
 
 
 def quantize(
@@ -78,7 +79,7 @@ def quantize(
     rows, columns = weights.shape
     out = _room(out, (rows, row.row_bytes(columns)), np.uint8)
     importance = _checked_importance(importance, columns)
-    if device != "cpu" and row.is_quantized:
+    if device != "cpu" and qtype in (*AFFINE, *SCALE):
         from bitladder.kernels import gpu  # torch is heavy, and most runs never need it here
 
         return gpu.quantize_array(weights, qtype, importance, effort, device, out)
@@ -156,6 +157,8 @@ def _encoder(row: QType, columns: int, importance: F32Array | None, effort: Effo
     if form is not None:
         search = affine_search if row.name in AFFINE else scale_search
         return _block_encoder(form, search(form, effort, weighted=importance is not None), columns, importance)
+    if row.name == "MXFP4":
+        return lambda x, out: mxfp4.encode(x.reshape(-1, columns), importance, out)
     if row.name == "F16":
         return _encode_f16
     if row.name == "BF16":

@@ -23,12 +23,14 @@ from bitladder.levels.methods import AWQ, Method
 from bitladder.records.plan import Container
 
 if TYPE_CHECKING:
-    from bitladder.levels.checkpoints.base import CheckpointFormat
+    from bitladder.levels.checkpoints.base import FolderFormat
 
 FILE_ENGINES = ("llama-server", "ollama", "lmstudio")
 """Engines that run GGUF files."""
-CHECKPOINT_ENGINES = ("vllm", "tgi", "transformers")
+CHECKPOINT_ENGINES = ("vllm", "sglang", "tgi", "transformers")
 """Engines that run checkpoint folders, and GGUF files slowly if at all."""
+MLX_ENGINES = ("mlx-lm", "lmstudio")
+"""Engines that run MLX's folders."""
 WHOLE_ROW = 0
 """Group size of one scale per output channel; files write it as -1 (GPTQ) or as ``strategy: channel``."""
 
@@ -76,7 +78,8 @@ class _File(_Named):
         who, qtype = engine or "the engine", RECIPES[self.recipe].qtype if self.recipe else ""
         found = []
         if engine in CHECKPOINT_ENGINES and qtype not in _WHOLE_TYPES:
-            found.append(f"{who} reads GGUF only in an experimental, slow way: use AWQ, GPTQ or INT8 there")
+            plugin = ", and since 0.24 only with vllm-gguf-plugin beside it" if engine == "vllm" else ""
+            found.append(f"{who} reads GGUF slowly if at all{plugin}: use FP8, AWQ, GPTQ or INT8 there")
         if qtype.startswith("IQ") and not has_gpu:
             found.append(f"{who} looks values up in tables on a CPU, often slower than the K-quant of like size")
         if qtype == "BF16" and not has_gpu and "avx512_bf16" not in cpu_features:
@@ -140,7 +143,7 @@ class CheckpointLevel(_Named):
     """A level that is stored as a checkpoint folder: in which format, and how its codes are chosen."""
 
     name: str
-    format: CheckpointFormat
+    format: FolderFormat
     method: Method
 
     container = Container.FOLDER

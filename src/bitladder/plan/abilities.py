@@ -54,6 +54,8 @@ class Facts:
     """transformers has its class, without code of the checkpoint's own."""
     engine_gap: str = ""
     """Why llama.cpp's library cannot measure it, though it may run; "" where it can."""
+    tokenizer_gap: str = ""
+    """Why the converter does not read its tokenizer; "" where it does."""
 
 
 _WAYS: dict[str, tuple[Route, ...]] = {
@@ -69,6 +71,9 @@ _WAYS: dict[str, tuple[Route, ...]] = {
 of levels. ``calibration``: GPTQ, AWQ, INT8, error feedback. ``workload``: answers through the real engine."""
 
 
+_FILES = ("GGUF file", "K-quants", "recipes")
+
+
 def abilities(facts: Facts) -> tuple[Ability, ...]:
     """Everything of ``_WAYS`` that is not there already, in its order."""
     found = []
@@ -76,7 +81,7 @@ def abilities(facts: Facts) -> tuple[Ability, ...]:
     for what, ways in _WAYS.items():
         if facts.is_gguf and ways == (Route.CONVERTER,):
             continue
-        shut = {way: no_file or _shut(what, way, facts) for way in ways}
+        shut = {way: no_file or _no_tokenizer(what, way, facts) or _shut(what, way, facts) for way in ways}
         way = next((way for way, reason in shut.items() if not reason), Route.NONE)
         found.append(Ability(what, way, "" if way is not Route.NONE else "; ".join(dict.fromkeys(shut.values()))))
     return tuple(found)
@@ -84,6 +89,12 @@ def abilities(facts: Facts) -> tuple[Ability, ...]:
 
 def _no_file(facts: Facts) -> str:
     return "" if facts.is_gguf or facts.converts is not False else "llama.cpp's converter does not read the checkpoint"
+
+
+def _no_tokenizer(what: str, way: Route, facts: Facts) -> str:
+    """What a file without a tokenizer is no use for: it runs nowhere; the walk reads texts by the checkpoint's own."""
+    gap = facts.tokenizer_gap if way is Route.ENGINE or what in _FILES else ""
+    return f"llama.cpp's converter does not read its tokenizer ({gap})" if gap else ""
 
 
 def _shut(what: str, way: Route, facts: Facts) -> str:

@@ -10,7 +10,7 @@ alone needs no statistics beyond the pass.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from bitladder.levels import CheckpointLevel, FoldedLevel
 from bitladder.levels.methods import Statistics
@@ -44,6 +44,25 @@ class CalibrationWork:
     reference_tokens: int
     """Tokens that everything else sees at most."""
     cores: int = 1
+    counts: Mapping[str, int] = field(default_factory=dict)
+    """How many matrices a layer has of a shape, by its name, where there are several: those of experts."""
+    routed: float = 1.0
+    """Share of the experts that a token is sent to."""
+    layer_weights: int = 0
+    """Weights of the largest layer, whatever they are; 0: those of ``shapes``."""
+    looks: float = 0.0
+    """Layers in 32-bit floats that are held at once while one is looked at before it is walked."""
+
+    def total(self, of: Mapping[str, int]) -> int:
+        """A sum over all matrices of a layer."""
+        return sum(value * self.counts.get(name, 1) for name, value in of.items())
+
+    def used(self, of: Mapping[str, int]) -> float:
+        """A sum over the matrices that a token is multiplied with."""
+        return sum(
+            value * self.counts.get(name, 1) * (self.routed if name in self.counts else 1.0)
+            for name, value in of.items()
+        )
 
 
 def predict(
@@ -64,9 +83,10 @@ def predict(
         pass_flops_per_s: What it does in those of the passes, where they are of another type.
     """
     shapes, n_embd, tokens = work.shapes, work.n_embd, work.tokens
-    layer_weights = sum(rows * columns for rows, columns in shapes.values())
-    statistics = sum(columns * (columns + 128) for _, columns in _inputs(shapes))
-    feedback = sum(rows * columns * columns for rows, columns in shapes.values())
+    sizes = {name: rows * columns for name, (rows, columns) in shapes.items()}
+    layer_weights, passed = work.total(sizes), work.used(sizes)
+    statistics = work.used({name: columns * (columns + 128) for name, columns in _inputs(shapes).items()})
+    feedback = work.total({name: rows * columns * columns for name, (rows, columns) in shapes.items()})
     wanted = [statistics_of(level) for level in levels]
     sequential = wanted.count(Statistics.FEEDBACK)
     needs_gram = Statistics.GRAM in wanted
@@ -74,8 +94,8 @@ def predict(
     trials = sum(level.method.trials for level in levels if isinstance(level, CheckpointLevel | FoldedLevel))
     packed = sum(level.method.trials + _K_QUANT_PASSES for level in levels if isinstance(level, FoldedLevel))
     seen = min(tokens, work.reference_tokens) if needs_pass else 0
-    passes = sequential * (tokens * (2 * layer_weights + statistics) + feedback)
-    passes += seen * (2 * layer_weights + (statistics if needs_gram else 0))
+    passes = sequential * (tokens * (2 * passed + statistics) + feedback)
+    passes += seen * (2 * passed + (statistics if needs_gram else 0))
     flops: float = passes * flops_per_s / (pass_flops_per_s or flops_per_s) + trials * 2 * feedback
     searched = packed * layer_weights / (SEARCHED_RATE * work.cores)
     seconds = work.n_layer * (flops / (REACHED * flops_per_s) + searched)
@@ -85,16 +105,18 @@ def predict(
     kept = tokens * (n_embd + widest) * 4 if sequential else 0
     kept_in_memory = min(kept, max(0, state_bytes - states))
     in_memory = min(states, state_bytes) + kept_in_memory
-    layer, square = layer_weights * 4, widest * widest * 4
+    layer, square = (work.layer_weights or layer_weights) * 4, widest * widest * 4
+    squares = {name: columns * columns * 4 for name, columns in _inputs(shapes).items()}
     passing = _BATCH_TOKENS * 4 * (n_embd + widest) * 4
-    grams = sum(columns * columns * 4 for _, columns in _inputs(shapes)) if needs_gram else 0
+    grams = work.total(squares) if needs_gram else 0
+    gathered = max(size * work.counts.get(name, 1) for name, size in squares.items())  # those of all experts at once
     # Each level starts from a copy of the layer.
     side_by_side = 2 * layer + grams + (3 * square if needs_gram else 0) + passing
     # GPTQ: the Gram matrix while tokens pass, beside its packed factor, then the coupling beside copies of one matrix.
     copies = 4 * 4 * max(rows * columns for rows, columns in shapes.values())
-    one_by_one = layer + square + max(passing, square, copies)
-    ram = _FIXED_BYTES + in_memory
-    ram += max(side_by_side if sequential < len(levels) else 0, one_by_one if sequential else 0)
+    one_by_one = layer + gathered + max(passing, square, copies)
+    beside = max(side_by_side if sequential < len(levels) else 0, one_by_one if sequential else 0)
+    ram = _FIXED_BYTES + in_memory + max(beside, int(work.looks * layer))
 
     folders = [
         work.n_layer * layer_weights * level.bpw / 8 + work.other_weights * 2
@@ -108,7 +130,8 @@ def predict(
     return Preflight(START_SECONDS + seconds if seconds else 0.0, int(ram), int(disk))
 
 
-def _inputs(shapes: Mapping[str, tuple[int, int]]) -> list[tuple[int, int]]:
-    """One matrix for each distinct input: query, key and value read the same, and so do gate and up."""
+def _inputs(shapes: Mapping[str, tuple[int, int]]) -> dict[str, int]:
+    """The width of each distinct input: query, key and value read the same, and so do gate and up. Each under the name
+    of the first that reads it."""
     shared = ("k_proj", "v_proj", "up_proj")
-    return [shape for name, shape in shapes.items() if not name.endswith(shared)]
+    return {name: columns for name, (_, columns) in shapes.items() if not name.endswith(shared)}

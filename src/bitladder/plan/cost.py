@@ -13,8 +13,18 @@ from bitladder.files.level_files import PLANNED_FIT, LevelDraft, draft_level
 from bitladder.formats.blocks import QTYPES
 from bitladder.formats.parts import PARTS, part_of, parts_of
 from bitladder.formats.recipes import RECIPES, assign, is_quantizable, nearest_level
+from bitladder.formats.roles import EMBEDDING, OUTPUT
 from bitladder.formats.tensors import TensorInfo
-from bitladder.levels import CheckpointLevel, FeedbackLevel, FoldedLevel, Level, Needs, RecipeLevel, parse_level
+from bitladder.levels import (
+    MLX_ENGINES,
+    CheckpointLevel,
+    FeedbackLevel,
+    FoldedLevel,
+    Level,
+    Needs,
+    RecipeLevel,
+    parse_level,
+)
 from bitladder.levels.checkpoints import offered_names
 
 
@@ -116,9 +126,12 @@ def level_size(model: Model, level: Level, *, has_importance: bool = False) -> L
 
 
 def _checkpoint_size(model: Model, level: CheckpointLevel) -> LevelSize:
-    """Matrices of the layers as the format stores them; all else, embedding and output included, in float."""
+    """Matrices of the layers as the format stores them, embedding and output where it does those, too; all else in
+    float."""
     form = level.format
     packed = {tensor.name: tensor for tensor in _layer_matrices(model)}
+    if form.everywhere:
+        packed |= {tensor.name: tensor for tensor in model.tensors if tensor.name in (EMBEDDING, OUTPUT)}
     form.check_shapes(level.name, {name: (tensor.shape[-2], tensor.shape[-1]) for name, tensor in packed.items()})
     parts: dict[str, dict[str, int]] = {}
     for tensor in model.tensors:
@@ -141,13 +154,16 @@ def _checkpoint_size(model: Model, level: CheckpointLevel) -> LevelSize:
     )
 
 
-def checkpoint_levels(model: Model) -> tuple[Level, ...]:
-    """The checkpoint levels to look at when none is named: what each format offers, and 16 bits where the source is
-    a checkpoint itself.
+def checkpoint_levels(model: Model, engine: str = "") -> tuple[Level, ...]:
+    """The checkpoint levels to look at when none is named: what each format offers that ``engine`` serves (empty: those
+    of GPU servers), and 16 bits where the source is a checkpoint itself.
     """
-    offered = offered_names({tensor.shape[-1] for tensor in _layer_matrices(model)})
-    whole = () if model.raw_metadata else ("F16",)
-    return tuple(parse_level(name) for name in (*whole, *offered))
+    offered = [parse_level(name) for name in offered_names({tensor.shape[-1] for tensor in _layer_matrices(model)})]
+    whole = () if model.raw_metadata else (parse_level("F16"),)
+    own = [
+        level for level in offered if (engine in level.engines if engine else not {*level.engines} <= {*MLX_ENGINES})
+    ]
+    return (*whole, *own)
 
 
 def _layer_matrices(model: Model) -> list[TensorInfo]:

@@ -8,13 +8,14 @@ The rule, in order:
    itself is never a candidate: it is what the others are compared with. Nor is a model behind an address: it is
    judged like the levels, but its size is unknown and its machine another. A checkpoint, which llama.cpp does not
    run, stays open until an engine for it has answered the workload; where it would not fit it is judged and not chosen.
-2. The *speed tier* is the fastest candidate by measured decode speed. Levels within five percent of the
-   fastest count as equally fast, and the smallest of them wins. Without speeds, decode is taken to be bound
-   by bytes: the smallest wins.
-3. The *quality tier* comes from the candidates whose loss cannot be told from zero: the upper bound of their
-   mean KL is under 0.02 nats and the workload proves no loss. Of these it is the one with the fewest net losses
-   on the workload, the smallest among equals. When no candidate is that close, it is the candidate with the
-   lowest KL. Never one with a higher KL than the speed tier's: then one level serves both.
+2. The *quality tier* comes from the candidates whose loss cannot be told from zero: the upper bound of their
+   mean KL is under 0.02 nats and the workload proves no loss. Of these it is the smallest: one input more or
+   less is no evidence. When no candidate is that close, it is the candidate with the lowest KL, or the smallest
+   of those whose KL cannot be told from the lowest on the same text.
+3. The *speed tier* is the smallest of the candidates that no other is surely faster than: by more than five
+   percent, and by the whole interval of the ratio over rounds in which both were timed. It must surely be faster
+   than the quality tier; without speeds, decode is taken to be bound by bytes, and it must be smaller. Else one level
+   serves both: the quality tier, or the speed tier where its KL is no higher.
 4. The two stand in memory *together* when their sum fits the budget; otherwise the gateway *swaps* them.
 
 Several levels give chance several tries. So the chance that any level is said to meet the bar which does not
@@ -29,13 +30,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from bitladder.plan.bar import DEFAULT_BAR, DEFAULT_BAR_WITHOUT_KL, Bar, parse_bar
+from bitladder.plan.certainty import Evidence, certainty
 from bitladder.plan.front import Standpoint, pareto
-from bitladder.plan.judge import MET, SAME_SPEED, UNKNOWN, Judged, Judgement, LevelEvidence, judge, pairs_of
-from bitladder.plan.reasons import Tiers, summary, verdict
+from bitladder.plan.judge import MET, UNKNOWN, Judged, Judgement, LevelEvidence, judge, pairs_of
+from bitladder.plan.reasons import Tiers, how_sure, summary, verdict
 from bitladder.records.decision import Decision, Outcome, Pairing, TagStatus, TagVerdict
 from bitladder.records.evaluation import Speed, WorkloadResult
 from bitladder.records.fidelity import Fidelity
-from bitladder.records.plan import ELSEWHERE, LevelPlan, Plan, runs_elsewhere
+from bitladder.records.plan import ELSEWHERE, Plan, runs_elsewhere
 from bitladder.stats.multiplicity import holm
 
 FALSE_MEETS = 0.05
@@ -72,23 +74,23 @@ def decide(
     if bar is None:
         bar = DEFAULT_BAR if fidelities else DEFAULT_BAR_WITHOUT_KL
     parsed = parse_bar(bar) if isinstance(bar, str) else bar
-    levels = (*plan.levels, *(runs_elsewhere(name) for name in elsewhere))
-    evidence = _join(levels, fidelities, results, reference=reference, speeds=speeds or {}, tags=tags or {})
-    judged = _corrected([Judged(one, judge(parsed, one)) for one in evidence], reference)
+    evidence = Evidence(
+        (*plan.levels, *(runs_elsewhere(name) for name in elsewhere)), fidelities, results, speeds or {}, tags or {}
+    )
+    judged = judged_levels(evidence, parsed, reference)
     everyone = [one for one in judged if one.level != reference and one.evidence.in_question]
     rivals = [one for one in everyone if one.can_be_chosen]
-    candidates = [one for one in rivals if one.outcome == MET]
-    speed = _speed_tier(candidates)
-    quality = _quality_tier(candidates, speed)
+    quality, speed = chosen(judged, reference)
     tiers = Tiers(quality, speed, _pair(quality, speed, plan.budget_bytes))
     outcomes = {one.outcome for one in rivals or everyone}
     outcome = Outcome.MET if MET in outcomes else Outcome.UNKNOWN if UNKNOWN in outcomes else Outcome.NOT_MET
+    sure = certainty(evidence, lambda drawn: _names(chosen(judged_levels(drawn, parsed, reference), reference)))
     return Decision(
         bar=parsed.text,
         quality=quality.level if quality else None,
         speed=speed.level if speed else None,
         verdicts=tuple(verdict(one, tiers, reference) for one in judged),
-        summary=summary(tiers, parsed, plan, outcome, everyone),
+        summary=" ".join((summary(tiers, parsed, plan, outcome, everyone), *how_sure(sure))),
         outcome=outcome,
         pair=tiers.pair,
         front=pareto(
@@ -98,7 +100,24 @@ def decide(
         ),
         tags=tuple(found for one in everyone for found in tag_verdicts(one.evidence)),
         next=_next([one for one in everyone if one.evidence.plan.placement != ELSEWHERE], quality),
+        certainty=sure,
     )
+
+
+def judged_levels(evidence: Evidence, bar: Bar, reference: str | None) -> list[Judged]:
+    """Every level with what the bar says about it, corrected for their number."""
+    return _corrected([Judged(one, judge(bar, one)) for one in _join(evidence, reference)], reference)
+
+
+def chosen(judged: Sequence[Judged], reference: str | None) -> tuple[Judged | None, Judged | None]:
+    """Quality and speed tier of the levels that can be chosen and meet the bar."""
+    here = (one for one in judged if one.level != reference and one.evidence.in_question and one.can_be_chosen)
+    return choose([one for one in here if one.outcome == MET])
+
+
+def _names(tiers: tuple[Judged | None, Judged | None]) -> tuple[str | None, str | None]:
+    quality, speed = tiers
+    return quality.level if quality else None, speed.level if speed else None
 
 
 def _corrected(judged: Sequence[Judged], reference: str | None) -> list[Judged]:
@@ -128,21 +147,15 @@ def _corrected(judged: Sequence[Judged], reference: str | None) -> list[Judged]:
     return [doubt(one) for one in judged]
 
 
-def _join(
-    levels: Sequence[LevelPlan],
-    fidelities: Sequence[Fidelity],
-    results: Sequence[WorkloadResult],
-    *,
-    reference: str | None,
-    speeds: Mapping[str, Speed],
-    tags: Mapping[str, tuple[str, ...]],
-) -> list[LevelEvidence]:
+def _join(evidence: Evidence, reference: str | None) -> list[LevelEvidence]:
     """Bring the measurements together by level, in the plan's order."""
-    fidelity_of = {fidelity.level: fidelity for fidelity in fidelities}
-    result_of = {result.level: result for result in results}
-    decode = {result.level: result.decode_tokens_per_s for result in results}
-    decode |= {level: speed.decode_tokens_per_s for level, speed in speeds.items()}
-    rivals = [result for result in results if result.level != reference]
+    fidelity_of = {fidelity.level: fidelity for fidelity in evidence.fidelities}
+    result_of = {result.level: result for result in evidence.results}
+    decode = {result.level: result.decode_tokens_per_s for result in evidence.results}
+    decode |= {level: speed.decode_tokens_per_s for level, speed in evidence.speeds.items()}
+    rounds = {result.level: result.decode_rounds for result in evidence.results}
+    rounds |= {level: speed.rounds for level, speed in evidence.speeds.items()}
+    rivals = [result for result in evidence.results if result.level != reference]
     names = [result.level for result in rivals]
     adjusted = dict(zip(names, holm([result.p_value for result in rivals]), strict=True))
     return [
@@ -151,37 +164,41 @@ def _join(
             fidelity=fidelity_of.get(level.level),
             result=result_of.get(level.level),
             decode_tokens_per_s=decode.get(level.level, math.nan),
+            decode_rounds=rounds.get(level.level, ()),
             p_adjusted=adjusted.get(level.level, math.nan),
-            tags=tags,
+            tags=evidence.tags,
         )
-        for level in levels
+        for level in evidence.levels
     ]
 
 
-def _speed_tier(candidates: Sequence[Judged]) -> Judged | None:
-    """The fastest; the smallest among equally fast ones, or when speed is unknown."""
+def choose(candidates: Sequence[Judged]) -> tuple[Judged | None, Judged | None]:
+    """Quality and speed tier; both None without candidates."""
     if not candidates:
-        return None
+        return None, None
+    quality = _quality_tier(candidates)
+    speed = _speed_tier(candidates, quality)
+    return (speed if speed.kl <= quality.kl and speed.kl_is_known else quality), speed
+
+
+def _quality_tier(candidates: Sequence[Judged]) -> Judged:
+    """The smallest near-lossless candidate; else the closest."""
+    near = [one for one in candidates if one.near_lossless]
+    if near:
+        return min(near, key=lambda one: (one.total, one.kl))
+    # Without any KL the larger level is presumed to be the closer one.
+    closest = min(candidates, key=lambda one: (one.kl, one.total if math.isfinite(one.kl) else -one.total))
+    equals = [one for one in candidates if one.kl_is_known and not one.kl_is_told_from(closest)]
+    return min(equals, key=lambda one: (one.total, one.kl), default=closest)
+
+
+def _speed_tier(candidates: Sequence[Judged], quality: Judged) -> Judged:
+    """The smallest of the fastest where that is faster than the quality tier, else that tier."""
     if any(math.isnan(one.speed) for one in candidates):
         return min(candidates, key=lambda one: (one.total, one.kl))
-    fastest = max(one.speed for one in candidates)
-    return min(
-        (one for one in candidates if one.speed >= (1 - SAME_SPEED) * fastest),
-        key=lambda one: (one.total, one.kl),
-    )
-
-
-def _quality_tier(candidates: Sequence[Judged], speed: Judged | None) -> Judged | None:
-    """The near-lossless candidate that lost least, the speed tier if it is among these; else the closest."""
-    near = [one for one in candidates if one.near_lossless]
-    fewest = min((one.net_losses for one in near), default=0)
-    least = [one for one in near if one.net_losses == fewest]
-    if speed is None or speed in least:
-        return speed
-    if least:
-        return min(least, key=lambda one: (one.total, one.kl))
-    # Without any KL the larger level is presumed to be the closer one.
-    return min(candidates, key=lambda one: (one.kl, one.total if math.isfinite(one.kl) else -one.total))
+    fastest = [one for one in candidates if not any(other.surely_faster_than(one) for other in candidates)]
+    faster = [one for one in fastest if one.surely_faster_than(quality)]
+    return min(faster, key=lambda one: (one.total, one.kl), default=quality)
 
 
 def _pair(quality: Judged | None, speed: Judged | None, budget: int) -> Pairing:

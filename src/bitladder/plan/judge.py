@@ -13,6 +13,7 @@ from bitladder.records.fidelity import Fidelity
 from bitladder.records.plan import ELSEWHERE, Container, LevelPlan
 from bitladder.stats.multiplicity import beyond
 from bitladder.stats.noninferiority import inputs_needed, loss_interval, p_not_worse
+from bitladder.stats.paired import differs, ratio_interval
 from bitladder.units import human_bytes
 
 
@@ -33,7 +34,7 @@ NEAR_LOSSLESS_KL = 0.02
 """Nats. A level whose mean KL is known to be under this counts as one whose loss cannot be told from zero: by
 Pinsker's inequality the probability of any answer then shifts by at most 10 points on average."""
 SAME_SPEED = 0.05
-"""Speeds closer than this are one speed: run-to-run noise of a busy machine."""
+"""Speeds closer than this are one speed: nobody would deploy another level for it."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class LevelEvidence:
     fidelity: Fidelity | None = None
     result: WorkloadResult | None = None
     decode_tokens_per_s: float = math.nan
+    decode_rounds: tuple[float, ...] = ()
+    """Rates round by round, where levels were timed in turns."""
     p_adjusted: float = math.nan
     """McNemar's p of `result`, adjusted by Holm for the number of levels looked at."""
     tags: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -123,6 +126,22 @@ class Judged:
     def speed(self) -> float:
         """Decoded tokens per second; NaN where not measured."""
         return self.evidence.decode_tokens_per_s
+
+    def surely_faster_than(self, other: Judged) -> bool:
+        """By more than `SAME_SPEED`, and not by chance: by the interval of the rounds' ratios where both were timed in
+        turns. False where a speed is not known."""
+        own, others = self.evidence.decode_rounds, other.evidence.decode_rounds
+        if len(own) == len(others) > 1:
+            return ratio_interval(own, others)[1] > 1 + SAME_SPEED
+        return self.speed > (1 + SAME_SPEED) * other.speed
+
+    def kl_is_told_from(self, other: Judged) -> bool:
+        """Whether the mean KL of both differs by more than chance on the same units of text; True where only the means
+        are known."""
+        one, two = self.evidence.fidelity, other.evidence.fidelity
+        if one is None or two is None or len(one.unit_kl) != len(two.unit_kl) or len(one.unit_kl) < 2:
+            return True
+        return differs(one.unit_kl, two.unit_kl, one.unit_tokens)
 
     @property
     def total(self) -> int:

@@ -11,7 +11,7 @@ from bitladder.levels import FILE_ENGINES
 from bitladder.plan.placement import Placement, Usage
 from bitladder.records.plan import Place
 
-LAUNCHED = ("vllm", "tgi")
+LAUNCHED = ("vllm", "sglang", "tgi", "mlx-lm")
 """Engines for checkpoints that are started by a command."""
 
 
@@ -38,7 +38,8 @@ def launch(
 ) -> LaunchCommand:
     """The command for ``path`` placed as planned.
 
-    ``path`` is a GGUF file, or for vLLM and TGI a checkpoint folder, or a repository's name when it is ``on_hub``.
+    ``path`` is a GGUF file, or for vLLM, SGLang, TGI and mlx-lm a checkpoint folder, or a repository's name when it is
+    ``on_hub``.
 
     Raises:
         UsageError: an unknown engine, or one that cannot run this kind of model.
@@ -49,7 +50,8 @@ def launch(
         raise UsageError(f"'{engine}' is no known engine.", do=f"Choose {', '.join((*FILE_ENGINES, *LAUNCHED))}.")
     if is_gguf != (engine in FILE_ENGINES):
         kind, other = ("a GGUF file", FILE_ENGINES) if is_gguf else ("a checkpoint folder", LAUNCHED)
-        raise UsageError(f"{engine} does not serve {kind}.", do=f"Choose {' or '.join(other)}.")
+        plugin = "Since 0.24 vLLM reads GGUF only with vllm-gguf-plugin beside it, slowly." if engine == "vllm" else ""
+        raise UsageError(f"{engine} does not serve {kind}.", means=plugin, do=f"Choose {' or '.join(other)}.")
     if engine == "llama-server":
         return LaunchCommand(engine, _llama_server(path, placement, wish, threads))
     if engine == "ollama":
@@ -67,6 +69,13 @@ def launch(
         command = f"vllm serve {shlex.quote(path)} --served-model-name {shlex.quote(name)} --max-model-len {length}"
         command += f" --max-num-seqs {max(1, wish.n_seq)}"
         return LaunchCommand(engine, command + (f" --tensor-parallel-size {gpus}" if gpus > 1 else ""))
+    if engine == "sglang":
+        command = f"python -m sglang.launch_server --model-path {shlex.quote(path)} --served-model-name "
+        command += f"{shlex.quote(name)} --context-length {length} --max-running-requests {max(1, wish.n_seq)}"
+        return LaunchCommand(engine, command + (f" --tp {gpus}" if gpus > 1 else ""))
+    if engine == "mlx-lm":
+        command = f"mlx_lm.server --model {shlex.quote(path)} --port 8080 --decode-concurrency {max(1, wish.n_seq)}"
+        return LaunchCommand(engine, command)
     # docker takes a path that is not absolute for the name of a volume
     folder = shlex.quote(path) if path.startswith("/") else f'"$PWD"/{shlex.quote(path)}'
     volume, model = ("", shlex.quote(path)) if on_hub else (f"-v {folder}:/model ", "/model")

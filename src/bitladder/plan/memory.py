@@ -1,18 +1,22 @@
 """Memory of a running model beside its weights and cache: what llama.cpp allocates to compute in.
 
 The engine computes ``n_ubatch`` tokens at once in one arena, whose size is the largest sum of tensors alive at a time.
-Which moment that is depends on the family (T tokens, D = n_embd, F = n_ff, u experts in use of F_e each, q and kv the
-widths of all heads, H heads; in 32-bit floats):
+Which moment that is depends on the family (T tokens of S sequences, D = n_embd, F = n_ff, u experts in use of F_e each,
+q and kv the widths of all heads, H heads, states of I channels and N numbers each, with R heads and B = 2 N groups of
+inputs; in 32-bit floats):
 
-    feed-forward       T (3 F + 5 D)
+    feed-forward       T (3 F + 5 D), without a gate T (F + 5 D)
     experts            T (3 u F_e + 5 D), and u D more where their outputs do not fit into what gate and up leave
                        (2 F_e < D)
     attention          T (3 q + 3 D + 2 kv)
     latent attention   T (H (2 kv_rank + nope + 3 rope) + 5 D)
+    Mamba 2            T (5 I + 3 B + 2 R + 4 D + min(D, I / 2)) + 2 N I S, and T D more where the layer attends, too
+    gated delta net    T (2 I + 2 B + 4 R + 5 D) + N I S, and 3 T D more where two projections are one matrix
     in addition        a mask of 16-bit floats: T times the cells a sequence sees, once per kind of cache
 
-Source: fitted to what llama.cpp's allocator reports (build 11549, flash attention on) for 60 shapes of 12 families; it
-is exact to the report's rounding for all but small feed-forwards. benchmarks/memory_prediction.py measures it.
+Source: fitted to what llama.cpp's allocator reports (build 11549, flash attention on) for 90 shapes of 15 families; it
+is exact to the report's rounding for all but small feed-forwards and layers with states, where it is some percent more.
+benchmarks/memory_prediction.py measures it.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from dataclasses import dataclass
 from bitladder.describe.cache import LayerCache, layer_caches, padded_context
 from bitladder.describe.header_keys import HeaderKeys
 from bitladder.describe.model import Model
+from bitladder.formats.families import family_of
 from bitladder.units import MiB
 
 N_UBATCH = 512
@@ -49,7 +54,8 @@ def compute_buffers(model: Model, n_ctx: int, *, n_seq: int = 1, n_ubatch: int =
     cells = padded_context(n_ctx)
     tokens = min(n_ubatch, cells * n_seq)
     masks = _mask_cells(layer_caches(model), cells, n_ubatch)
-    return Buffers(4 * tokens * _widest_moment(model) + 2 * tokens * masks, 4 * n_seq * model.dims.n_vocab)
+    floats = max(tokens * _widest_moment(model), _recurrent_moment(model, tokens, n_seq))
+    return Buffers(4 * floats + 2 * tokens * masks, 4 * n_seq * model.dims.n_vocab)
 
 
 def _mask_cells(layers: Sequence[LayerCache], cells: int, n_ubatch: int) -> int:
@@ -64,7 +70,7 @@ def _widest_moment(model: Model) -> int:
     dims = model.dims
     keys = HeaderKeys(model.metadata, dims.architecture)
     wide = dims.n_embd
-    moments = [3 * dims.n_ff + 5 * wide]
+    moments = [(3 if _gated(model) else 1) * dims.n_ff + 5 * wide]
     if dims.n_expert:
         own = keys.number("expert_feed_forward_length", 0) or dims.n_ff
         used = dims.n_expert_used
@@ -80,3 +86,28 @@ def _widest_moment(model: Model) -> int:
         q, kv = dims.n_head * dims.head_dim_k, dims.n_head_kv * dims.head_dim_k
         moments.append(3 * q + 3 * wide + 2 * kv)
     return max(moments)
+
+
+def _gated(model: Model) -> bool:
+    """Whether feed-forward layers multiply with a gate, as nearly all do: a matrix of its own, or one half of up."""
+    ups = [tensor.shape[-2] for tensor in model.tensors if tensor.name.endswith(".ffn_up.weight")]
+    gates = any(tensor.name.endswith(".ffn_gate.weight") for tensor in model.tensors)
+    return gates or not ups or max(ups) > model.dims.n_ff
+
+
+def _recurrent_moment(model: Model, tokens: int, n_seq: int) -> int:
+    """Floats while a layer with states takes in its tokens; 0 for models without one of a known kind."""
+    dims = model.dims
+    keys = HeaderKeys(model.metadata, dims.architecture)
+    inner, rank = keys.number("ssm.inner_size", 0), keys.number("ssm.time_step_rank", 0)
+    size, groups = keys.number("ssm.state_size", 0), keys.number("ssm.group_count", 0)
+    parts = {tensor.name.rpartition("ssm_")[2] for tensor in model.tensors if ".ssm_" in tensor.name}
+    wide = dims.n_embd
+    if parts & {"ba.weight", "beta.weight"}:
+        floats = 2 * inner + 4 * size * groups + 4 * rank + (8 if "ba.weight" in parts else 5) * wide
+        return tokens * floats + size * inner * n_seq
+    if "in.weight" in parts and inner:
+        floats = 5 * inner + 6 * size * groups + 2 * rank + 4 * wide + min(wide, inner // 2)
+        floats += wide if family_of(dims.architecture).states.beside_attention else 0
+        return tokens * floats + 2 * size * inner * n_seq
+    return 0

@@ -21,6 +21,8 @@ QUANTIZE_START_S, WALK_START_S = 2.0, 5.0
 """Loading libraries and compiled kernels, whatever the model's size."""
 BASE_BYTES = 250 * MiB
 """The process itself."""
+LOOKED_AT = 5.0
+"""Layers in 32-bit floats that the derived walk holds while it looks at one: the file's, the checkpoint's, copies."""
 STATE_BYTES = GiB
 """Hidden states that a walk keeps in memory."""
 
@@ -59,7 +61,7 @@ def quantize_need(
 
 def walk_need(
     layer_bytes: int, head_bytes: int, tokens: int, n_embd: int, levels: int, operations: float, machine: Machine,
-    *, flops: float = 0.0,
+    *, flops: float = 0.0, layers_held: float = 2.0,
 ) -> JobNeed:  # fmt: skip
     """Walking the ladder: one layer as 32-bit floats, hidden states of every level, and the widest matrix of
     the head.
@@ -67,9 +69,10 @@ def walk_need(
     ``operations`` are of one pass of the reference over the text (2 * weights * tokens); every level passes
     once more.
     ``flops``: measured operations per second, all cores. Hidden states beyond ``STATE_BYTES`` go to disk.
+    ``layers_held``: layers in memory at once.
     """
     states = 4 * tokens * n_embd * (levels + 1)
-    ram = 600 * MiB + 2 * layer_bytes + min(states, STATE_BYTES) + head_bytes
+    ram = 600 * MiB + int(layers_held * layer_bytes) + min(states, STATE_BYTES) + head_bytes
     rate = flops or 2.5e10 * machine.cores
     label = Basis.MEASURED if flops else Basis.ASSUMED
     seconds = WALK_START_S + operations * (levels + 1) / rate

@@ -11,12 +11,11 @@ from bitladder.plan.judge import (
     FAILED,
     MET,
     NEAR_LOSSLESS_KL,
-    SAME_SPEED,
     UNKNOWN,
     Judged,
     loss_is_known,
 )
-from bitladder.records.decision import Loss, Outcome, Pairing, Status, Verdict
+from bitladder.records.decision import Certainty, Loss, Outcome, Pairing, Status, Verdict
 from bitladder.records.plan import ELSEWHERE, Plan
 from bitladder.units import human_bytes
 
@@ -57,26 +56,29 @@ def _placed(one: Judged, tiers: Tiers) -> tuple[Status, str]:
     quality, speed = tiers.quality, tiers.speed
     assert quality is not None
     assert speed is not None  # a level met the bar, so both tiers are chosen
-    fastest = "the smallest that meets the bar"
-    if not math.isnan(speed.speed):
-        fastest = "the fastest that meets the bar"
     if one is quality and one is speed:
-        also = "none is closer to the reference" if one.kl_is_known else "no larger one does"
-        if one.near_lossless:
-            also = "its loss cannot be told from zero"
-        return Status.BOTH, f"{fastest}, and {also}; {one.say(MET)}"
+        rest = "no level that meets the bar is surely faster"
+        if math.isnan(one.speed):
+            rest = "no level that meets the bar is smaller"
+        return Status.BOTH, f"{_why_quality(one)}, and {rest}; {one.say(MET)}"
     if one is quality:
-        how = "the closest to the reference that meets the bar"
-        if not one.kl_is_known:
-            how = "the largest that meets the bar (its KL was not measured)"
-        if one.near_lossless:
-            how = "the smallest whose loss cannot be told from zero"
-        if one.near_lossless and one.evidence.result is not None:
-            how = "of those whose loss cannot be told from zero the smallest that lost no more inputs than any other"
-        return Status.QUALITY, f"{how}; {one.say(MET)}"
+        return Status.QUALITY, f"{_why_quality(one)}; {one.say(MET)}"
     if one is speed:
-        return Status.SPEED, f"{fastest}; {one.say(MET)}"
+        how = "the smallest that meets the bar"
+        if not math.isnan(one.speed):
+            how = (
+                f"the smallest of the fastest that meet the bar, {one.speed / quality.speed:.2f} times {quality.level}"
+            )
+        return Status.SPEED, f"{how}; {one.say(MET)}"
     return Status.MEETS, _passed_over(one, quality, speed)
+
+
+def _why_quality(one: Judged) -> str:
+    if one.near_lossless:
+        return "the smallest whose loss cannot be told from zero"
+    if one.kl_is_known:
+        return "the closest to the reference that meets the bar, or as close and smaller"
+    return "the largest that meets the bar (its KL was not measured)"
 
 
 def _passed_over(one: Judged, quality: Judged, speed: Judged) -> str:
@@ -84,17 +86,12 @@ def _passed_over(one: Judged, quality: Judged, speed: Judged) -> str:
     if one.near_lossless and quality.near_lossless and one.total >= quality.total:
         more = human_bytes(one.total - quality.total)
         return f"{more} larger than {quality.level}, whose loss cannot be told from zero either"
-    slower = speed.speed / one.speed - 1 if one.speed > 0 else math.nan
     size = one.total - speed.total
     against = f"{human_bytes(abs(size))} {'larger' if size >= 0 else 'smaller'} than {speed.level}"
-    if slower > SAME_SPEED:
+    if speed.surely_faster_than(one):
         against += f" and slower ({one.speed:.3g} against {speed.speed:.3g} tokens/s)"
-    elif not math.isnan(slower):
-        against += " and no faster"
-    result = one.evidence.result
-    if result is not None and one.net_losses > quality.net_losses and (one.near_lossless or one.kl < quality.kl):
-        # Close enough by its predictions, yet its answers say otherwise: that is why it is not the quality tier.
-        return f"{against}; its answers lost {len(result.lost)} inputs and gained {len(result.gained)}"
+    elif not math.isnan(one.speed) and not one.surely_faster_than(speed):
+        against += " and not surely faster"
     if not one.kl_is_known:
         return f"{against}; its KL was not measured"
     if one.kl < quality.kl:
@@ -124,8 +121,7 @@ def summary(tiers: Tiers, bar: Bar, plan: Plan, outcome: Outcome, rivals: Sequen
         closest = quality.kl_is_known and not quality.near_lossless
         also = "; no other candidate is closer to the reference" if closest else ""
         return f"Deploy {quality.level} alone: it holds the bar '{bar.text}' ({closeness}{also})."
-    ratio = speed.speed / quality.speed
-    faster = f", {ratio:.2f} times as fast" if ratio > 1 + SAME_SPEED else ""
+    faster = f", {speed.speed / quality.speed:.2f} times as fast" if speed.surely_faster_than(quality) else ""
     saved = f"{100 * (1 - speed.total / quality.total):.0f}% less memory"
     how = "They do not fit in memory together and are swapped."
     if tiers.pair == Pairing.TOGETHER:
@@ -134,6 +130,22 @@ def summary(tiers: Tiers, bar: Bar, plan: Plan, outcome: Outcome, rivals: Sequen
         f"Deploy {quality.level} for quality ({closeness}) and {speed.level} for speed "
         f"({_kl(speed)}, {saved}{faster}). {how}"
     )
+
+
+def how_sure(found: Sequence[Certainty]) -> tuple[str, ...]:
+    """How often resamples of the evidence choose the same pair, and what the others choose; empty without any."""
+    if not found or found[0].quality is None:
+        return ()
+    first, *others = found
+    same = f"Drawn anew, the evidence chooses the same in {100 * first.share:.0f} of 100 cases"
+    rest = ", ".join(f"{_pair_name(one)} in {100 * one.share:.0f}" for one in others[:2])
+    return (f"{same}{f', {rest}' if rest else ''}.",)
+
+
+def _pair_name(one: Certainty) -> str:
+    if one.quality is None or one.speed is None:
+        return "no level"
+    return f"{one.quality} alone" if one.quality == one.speed else f"{one.quality} with {one.speed}"
 
 
 def _kl(one: Judged) -> str:

@@ -85,14 +85,14 @@ def choose(table: SensitivityTable, model: Model, wish: Limits, *, header_bytes:
         limits["vram"] = wish.vram_bytes
     _check_limits(groups, limits)
     if wish.kl is not None:
-        found = fewest("bytes", groups, limits, loss=_allowed(groups, table, wish.kl, wish))
+        found = fewest("bytes", groups, limits, loss=allowed_loss(groups, table, wish.kl, wish))
     else:
         limits["bytes"] = _budget(model, wish, header_bytes) - kept
         found = least_loss(groups, limits)
     return _recipe(table, model, wish, found)
 
 
-def _allowed(groups: Sequence[TensorGroup], table: SensitivityTable, kl: float, wish: Limits) -> float:
+def allowed_loss(groups: Sequence[TensorGroup], table: SensitivityTable, kl: float, wish: Limits) -> float:
     """The sum of losses to stay under for a KL divergence."""
     sums = sum(min(choice.loss for choice in group.choices) for group in groups)
     least = table.expected(sums, feedback=wish.feedback)

@@ -97,6 +97,16 @@ class TagVerdict:
 
 
 @dataclass(frozen=True)
+class Certainty:
+    """How often a pair of tiers is chosen when the evidence is drawn anew."""
+
+    quality: str | None
+    speed: str | None
+    share: Real
+    """Of the resamples, 0 to 1."""
+
+
+@dataclass(frozen=True)
 class Decision:
     """A quality tier and a speed tier that fit the machine, or None where no level qualifies."""
 
@@ -112,5 +122,7 @@ class Decision:
     tags: tuple[TagVerdict, ...] = ()
     next: tuple[str, ...] = ()
     """What to measure next, where the evidence is not enough."""
+    certainty: tuple[Certainty, ...] = ()
+    """The pair chosen first, then others that resamples of the evidence chose, the most frequent first."""
     files: dict[str, str] = field(default_factory=dict)
     """SHA-256 of the file behind each level that lies on disk: the decision is about these files and no others."""

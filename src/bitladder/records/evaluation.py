@@ -59,6 +59,10 @@ class Speed:
     load_seconds: Real
     others_share: Real = float("nan")
     """Share of this machine's processor time that other programs took meanwhile; NaN where it says nothing."""
+    rounds: tuple[Real, ...] = ()
+    """Decode rates one by one, where levels were timed in turns."""
+    turns: str = ""
+    """Which turns: the same rounds of levels that bear the same one saw the same machine."""
 
     @property
     def disturbed(self) -> bool:
@@ -120,3 +124,5 @@ class WorkloadResult:
     smallest_visible_loss: Real = float("nan")
     """A true loss smaller than this (as a share) goes unseen by a workload of this size more than one time in five."""
     tags: tuple[TagResult, ...] = ()
+    decode_rounds: tuple[Real, ...] = ()
+    """Decode rates round by round, tokens per second, where levels were timed in turns."""

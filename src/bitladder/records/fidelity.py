@@ -52,5 +52,9 @@ class Fidelity:
     kl_median_high: Real = math.nan
     kl_p99_low: Real = math.nan
     kl_p99_high: Real = math.nan
+    unit_kl: tuple[Real, ...] = ()
+    """Mean KL of each unit, nats per token."""
+    unit_tokens: tuple[int, ...] = ()
+    """Scored tokens of each unit."""
     way: Way = Way.WALK
     """Figures of different ways are not compared with one another."""

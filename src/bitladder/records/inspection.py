@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from bitladder.formats.tensors import TensorInfo
@@ -62,8 +63,8 @@ class FolderInspection:
     """As readers call the layout: ``gptq``, ``awq``, ``pack-quantized``."""
     bits: int | None
     """Of a code; None of formats that have no integer codes."""
-    group_size: int
-    """Inputs that share a scale; -1: a whole row."""
+    group_size: int | None
+    """Inputs that share a scale; -1: a whole row; None where layers differ."""
     symmetric: bool | None
     """Whether zero lies in the middle of the codes."""
     file_bytes: int
@@ -84,3 +85,5 @@ class FolderInspection:
     verdict: str
     notes: tuple[str, ...]
     """Which engines refuse the format, and what Bitladder noted when it wrote the folder."""
+    schemes: Mapping[str, int] = field(default_factory=dict)
+    """Linear layers by how they are stored, most first: ``W4A16-g128``, ``NVFP4A16``."""

@@ -55,6 +55,8 @@ def folder_table(inspection: FolderInspection, *, tensors: bool = False, console
 
     out = console or Console(highlight=False)
     group = "whole rows" if inspection.group_size == -1 else f"groups of {inspection.group_size}"
+    if inspection.group_size is None:
+        group = ", ".join(f"{count} x {scheme}" for scheme, count in inspection.schemes.items())
     bits = "" if inspection.bits is None else f" {inspection.bits} bits,"
     sym = {True: ", symmetric", False: ", with zero points", None: ""}[inspection.symmetric]
     out.print(Text(f"{inspection.folder}  {inspection.architecture}", style="bold"))

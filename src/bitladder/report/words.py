@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
-import re
 from dataclasses import dataclass
 
-_TOKEN = re.compile(r"\s+|\w+|[^\w\s]", re.UNICODE)
-LONGEST = 4000
-"""Tokens. Matching is quadratic; beyond this, the common ends are kept and the middle is called different."""
+from bitladder.unicode import changes, pieces
 
 
 @dataclass(frozen=True)
@@ -24,26 +20,11 @@ def word_diff(reference: str, other: str) -> list[Segment]:
 
     Whitespace counts, but does not hold a change together: "a b" to "x y" is one change, not two around a common space.
     """
-    before, after = _TOKEN.findall(reference), _TOKEN.findall(other)
-    if max(len(before), len(after)) > LONGEST:
-        return _merged(_common_ends(before, after))
+    before, after = pieces(reference), pieces(other)
     steps = []
-    for operation, i, j, k, m in difflib.SequenceMatcher(None, before, after, autojunk=False).get_opcodes():
-        steps += [("same", after[k:m])] if operation == "equal" else [("removed", before[i:j]), ("added", after[k:m])]
+    for kind, old, new in changes(before, after):
+        steps += [("same", after[new])] if kind == "equal" else [("removed", before[old]), ("added", after[new])]
     return _merged(steps)
-
-
-def _common_ends(before: list[str], after: list[str]) -> list[tuple[str, list[str]]]:
-    """Common start, one difference, common end."""
-    shorter = min(len(before), len(after))
-    start = next((n for n in range(shorter) if before[n] != after[n]), shorter)
-    end = next((n for n in range(shorter - start) if before[-1 - n] != after[-1 - n]), shorter - start)
-    return [
-        ("same", after[:start]),
-        ("removed", before[start : len(before) - end]),
-        ("added", after[start : len(after) - end]),
-        ("same", after[len(after) - end :]),
-    ]
 
 
 def _merged(steps: list[tuple[str, list[str]]]) -> list[Segment]:

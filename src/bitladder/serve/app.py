@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from bitladder.errors import EngineError, UsageError
 from bitladder.serve.deploy import Deployment, deployed
-from bitladder.serve.limits import Doorman, read_keys
+from bitladder.serve.limits import Doorman, KeyRing
 from bitladder.serve.metrics import JsonLines
 from bitladder.serve.page_app import PageFiles
 from bitladder.serve.protocol import TASK_MEMBER, error_body, header_text
@@ -53,6 +54,15 @@ class _Views:
 
     def __init__(self, deployment: Deployment) -> None:
         self._here = deployment
+        self._started = int(time.time())
+        self._created = {tier.name: self._made(tier.spec.path) for tier in deployment.tiers}
+
+    def _made(self, path: Path | None) -> int:
+        """When a file was written, Unix time; of an endpoint's model only that it is served from now on is known."""
+        try:
+            return self._started if path is None else int(path.stat().st_mtime)
+        except OSError:
+            return self._started
 
     def routes(self) -> list[BaseRoute]:
         """Path by path."""
@@ -81,8 +91,8 @@ class _Views:
         raise HTTPException(404, f"No model '{header_text(name[:80])}' is served here.")
 
     def _listed(self) -> list[dict[str, object]]:
-        plain = {"object": "model", "created": 0, "owned_by": "bitladder"}
-        listed: list[dict[str, object]] = [{"id": AUTO, **plain}]
+        plain = {"object": "model", "owned_by": "bitladder"}
+        listed: list[dict[str, object]] = [{"id": AUTO, "created": self._started, **plain}]
         for tier in self._here.tiers:
             about = {
                 "tier": tier.name,
@@ -91,7 +101,8 @@ class _Views:
                 "evidence": tier.spec.standing,
             }
             names = (*tier.names[:-1], tier.spec.level)
-            listed += [{"id": name, **plain, "bitladder": about} for name in names]
+            created = self._created[tier.name]
+            listed += [{"id": name, "created": created, **plain, "bitladder": about} for name in names]
         return listed
 
     async def health(self, _: HttpRequest) -> Response:
@@ -140,7 +151,7 @@ def build_app(deployment: Deployment) -> ASGIApp:
         BadInput: the key file cannot be used.
     """
     settings = deployment.settings
-    keys = read_keys(settings.api_key_file) if settings.api_key_file else ()
+    keys = KeyRing(settings.api_key_file) if settings.api_key_file else None
     hosts = frozenset(host.lower() for host in (*LOOPBACK, settings.host, *settings.allowed_hosts))
     origins = frozenset(settings.allowed_origins)
     views = Starlette(
@@ -167,9 +178,13 @@ def _either(gateway: ASGIApp, views: ASGIApp) -> ASGIApp:
     return app
 
 
-async def _http_error(_: HttpRequest, error: Exception) -> Response:
+async def _http_error(request: HttpRequest, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    body = error_body(error.detail, _ERROR_CODES.get(error.status_code, "error"), error.status_code)
+    path = header_text(request.url.path[:80])
+    generic = {404: f"There is nothing at {path}.", 405: f"{path} does not take {header_text(request.method[:20])}."}
+    is_generic = error.detail in ("Not Found", "Method Not Allowed")
+    detail = generic.get(error.status_code, error.detail) if is_generic else error.detail
+    body = error_body(detail, _ERROR_CODES.get(error.status_code, "error"), error.status_code)
     return Response(body, error.status_code, headers=error.headers, media_type="application/json")
 
 

@@ -12,20 +12,18 @@ tokens. Each costs one request, whose prompt the engine has in its cache.
 
 from __future__ import annotations
 
-import difflib
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from bitladder.engines.base import Chat, Completion, Continuing, Engine, Message, TokenChoice
+from bitladder.unicode import changes, pieces
 
 TIE_RATIO = 0.5
 """A tie: each level gave the other's token at least this share of its own one's probability."""
 TOP = 10
 MOST_LATER = 8
 """Places after the first that are looked for."""
-_WORDS = re.compile(r"\s+|\w+|[^\w\s]")
 
 
 @dataclass(frozen=True)
@@ -163,15 +161,12 @@ def differences(a: str, b: str) -> tuple[Span, ...]:
     """Both texts as runs of words that are in both, or in one only. Joining the runs of one side gives its
     text.
     """
-    words_a, words_b = _WORDS.findall(a), _WORDS.findall(b)
+    words_a, words_b = pieces(a), pieces(b)
     spans: list[Span] = []
-    matcher = difflib.SequenceMatcher(None, words_a, words_b, autojunk=False)
-    for what, a_from, a_to, b_from, b_to in matcher.get_opcodes():
-        if what == "equal":
-            spans.append(Span("both", "".join(words_a[a_from:a_to])))
-            continue
-        if a_to > a_from:
-            spans.append(Span("a", "".join(words_a[a_from:a_to])))
-        if b_to > b_from:
-            spans.append(Span("b", "".join(words_b[b_from:b_to])))
+    for _, of_a, of_b in changes(words_a, words_b):
+        one, other = "".join(words_a[of_a]), "".join(words_b[of_b])
+        if one == other:
+            spans.append(Span("both", one))
+        else:
+            spans += [Span(side, text) for side, text in (("a", one), ("b", other)) if text]
     return tuple(spans)

@@ -8,6 +8,7 @@ import time
 from starlette.types import Send
 
 from bitladder.serve.backends import UpstreamFailed
+from bitladder.serve.dialects import DIALECTS
 from bitladder.serve.events import stream_error
 from bitladder.serve.limits import let_go
 from bitladder.serve.metrics import Record, RequestOutcome
@@ -30,6 +31,8 @@ class Delivery:
         self._began = began
         self._timeouts = timeouts
         self._started = False
+        self._events = 0
+        self._marks = DIALECTS[record.path].marks if record.path in DIALECTS else b"data:"
 
     async def deliver(self, answer: Relayed, headers: Headers, watch: Watch) -> None:
         """Send an answer.
@@ -66,7 +69,8 @@ class Delivery:
                     await self._start(answer, (*headers, (b"cache-control", b"no-store")))
                 # Returns at once unless the client is slow; while it waits, nothing is read upstream.
                 await send({"type": "http.response.body", "body": events, "more_body": True})
-                record.tokens += events.count(b"data:")
+                self._events += events.count(b"data:")
+                record.tokens += events.count(self._marks)
                 waiting_for_upstream = True
                 watch.phase("the next piece", between)
         except UpstreamFailed as failure:
@@ -112,6 +116,7 @@ class Delivery:
         """Tell the client that its answer is not complete."""
         self.record.outcome = RequestOutcome.CUT
         self.record.failures += (f"{self.record.tier}: {phase}",)
-        event = stream_error(f"{found} The answer above is not complete.", "upstream_failed")
+        said = f"{found} The answer above is not complete."
+        event = stream_error(said, "upstream_failed", self.record.path, self._events)
         await self._send({"type": "http.response.body", "body": event, "more_body": True})
         await self._send({"type": "http.response.body", "body": b""})

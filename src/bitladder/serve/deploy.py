@@ -12,7 +12,7 @@ import secrets
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, replace
 
-from bitladder.engines.base import EngineKind, Launch, Running, TakesProjectors
+from bitladder.engines.base import EngineKind, EngineTask, Launch, Running, TakesProjectors
 from bitladder.engines.names import same_model
 from bitladder.errors import EngineError
 from bitladder.serve.backends import Complete, UpstreamFailed
@@ -20,6 +20,7 @@ from bitladder.serve.connections import ConnectionPool, HttpBackend
 from bitladder.serve.gateway import Gateway
 from bitladder.serve.limits import Gate
 from bitladder.serve.metrics import Metrics
+from bitladder.serve.protocol import EMBEDDINGS, RERANK
 from bitladder.serve.router import QUALITY, SPEED
 from bitladder.serve.settings import ServeSettings, TierSpec
 from bitladder.serve.shadow import ShadowMode
@@ -30,6 +31,8 @@ from bitladder.units import human_bytes
 
 log = logging.getLogger("bitladder.serve")
 
+TASKS = {"": EngineTask.TEXT, EMBEDDINGS: EngineTask.EMBEDDINGS, RERANK: EngineTask.RERANK}
+"""What an engine is started for, by the only path that its tier answers."""
 MakeEngine = Callable[[TierSpec, int], Running]
 """``make(spec, threads)``: an engine for a file, not yet started."""
 
@@ -48,6 +51,7 @@ def own_engine(spec: TierSpec, threads: int, kind: EngineKind | None = None) -> 
         alias=spec.served_name,
         api_key=spec.api_key,
         projector=spec.projector or "",
+        task=TASKS[spec.task],
     )
     return prepare(launch, kind if container_of(spec.path) is Container.FILE else None)
 
@@ -77,7 +81,12 @@ def specs_by_role(settings: ServeSettings) -> list[tuple[tuple[str, ...], TierSp
         roles: list[tuple[tuple[str, ...], TierSpec]] = [((QUALITY, SPEED, quality.level.lower()), quality)]
     else:
         roles = [((QUALITY, quality.level.lower()), quality), ((SPEED, speed.level.lower()), speed)]
-    return roles + [((spec.level.lower(),), spec) for spec in settings.extra]
+    return roles + [(_names_of(spec), spec) for spec in settings.extra]
+
+
+def _names_of(spec: TierSpec) -> tuple[str, ...]:
+    """A level's name, after that of its task where it has one."""
+    return (*([TASKS[spec.task].value] if spec.task else []), spec.level.lower())
 
 
 def must_take_turns(specs: list[TierSpec], budget_bytes: int) -> bool:

@@ -6,11 +6,12 @@ and never reaches a client that would trip over it. What is passed on are the by
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from bitladder.engines.event_stream import BOM, Event, events, whole_events
-from bitladder.serve.protocol import error_body, strict_json
+from bitladder.serve.protocol import MESSAGES, RESPONSES, error_body, strict_json
 
 __all__ = [
     "BOM",
@@ -89,6 +90,10 @@ def has_error(document: Mapping[str, Any]) -> bool:
     return bool(error) or (error is not None and error not in ("", False) and "choices" not in document)
 
 
-def stream_error(message: str, code: str) -> bytes:
-    """An event that OpenAI clients raise as an error; stands after a whole event."""
-    return b"data: " + error_body(message, code, 502) + b"\n\n"
+def stream_error(message: str, code: str, path: str = "", number: int = 0) -> bytes:
+    """An event that clients of this path raise as an error; stands after ``number`` whole events."""
+    body = error_body(message, code, 502, path)
+    if path == RESPONSES:
+        about = {"type": "error", "code": code, "message": message, "param": None, "sequence_number": number}
+        body = json.dumps({**about, **json.loads(body)}).encode()
+    return (b"event: error\n" if path in (MESSAGES, RESPONSES) else b"") + b"data: " + body + b"\n\n"

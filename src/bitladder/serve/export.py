@@ -97,27 +97,59 @@ def ollama_command(name: str, spec: TierSpec, modelfile: Path) -> str:
 
 
 def lm_studio_places(models: Path, name: str, specs: Sequence[TierSpec], publisher: str = "bitladder") -> list[Path]:
-    """Where LM Studio looks for levels, each by its first file: ``models/publisher/name-GGUF/file.gguf``."""
-    folder = models / publisher / f"{_slug(name)}-GGUF"
-    return [folder / names[0] for names in _stored_names(specs)]
+    """Where LM Studio looks for levels: for a file ``models/publisher/name-GGUF/file.gguf``, its first one where it has
+    parts, for a folder ``models/publisher/name-level``.
+    """
+    own = models / publisher
+    files = iter(_stored_names([spec for spec in specs if not _file(spec).is_dir()]))
+    return [
+        own / _slug(f"{name}-{spec.level}") if _file(spec).is_dir() else own / f"{_slug(name)}-GGUF" / next(files)[0]
+        for spec in specs
+    ]
 
 
 def place_for_lm_studio(models: Path, name: str, specs: Sequence[TierSpec], *, force: bool | None = None) -> list[Path]:
     """Put levels' files where LM Studio finds them: as hard links, or as copies when that is another disk.
 
-    Returns the first file of each. A file that is there already is taken when it has the same bytes; another of that
-    name is replaced with ``force``.
+    Returns the first file of each, or the folder. A file that is there already is taken when it has the same bytes;
+    another of that name is replaced with ``force``.
 
     Raises:
-        UsageError: another file is there already.
+        UsageError: another file is there already, or a folder is not MLX's.
         OutputError: the folder cannot be written to.
     """
     targets = lm_studio_places(models, name, specs)
-    for spec, target, names in zip(specs, targets, _stored_names(specs), strict=True):
-        source = _file(spec)
-        for part, stored in zip(_parts(source), names, strict=True):
-            _place(source.with_name(part), target.with_name(stored), f"{spec.level} of {name}", force=force)
+    files = iter(_stored_names([spec for spec in specs if not _file(spec).is_dir()]))
+    for spec, target in zip(specs, targets, strict=True):
+        source, what = _file(spec), f"{spec.level} of {name}"
+        if source.is_dir():
+            _place_folder(source, target, what, force=force)
+            continue
+        for part, stored in zip(_parts(source), next(files), strict=True):
+            _place(source.with_name(part), target.with_name(stored), what, force=force)
     return targets
+
+
+def _place_folder(source: Path, target: Path, what: str, *, force: bool | None) -> None:
+    """The files of a folder that LM Studio runs."""
+    from bitladder.files.checkpoint_check import format_of_folder
+
+    if "lmstudio" not in (form := format_of_folder(source)).engines:
+        raise UsageError(
+            f"{source} is stored as {form.layout}.",
+            means="LM Studio runs GGUF files and MLX's folders.",
+            do="Make a level like Q4_K_M or MLX-4bit-g64 of the model, or serve this one with another engine.",
+        )
+    names = sorted(path.name for path in source.iterdir() if path.is_file())
+    others = sorted(path.name for path in target.iterdir() if path.name not in names) if target.is_dir() else []
+    if others:
+        raise UsageError(
+            f"{target} holds {others[0]}, which is not of this level.",
+            means="LM Studio would read the files of two levels as one.",
+            do="Delete that folder, or choose another with --folder.",
+        )
+    for name in names:
+        _place(source / name, target / name, what, force=force)
 
 
 def _place(source: Path, target: Path, what: str, *, force: bool | None) -> None:

@@ -16,6 +16,7 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from starlette.types import Receive, Scope, Send
@@ -23,13 +24,25 @@ from starlette.types import Receive, Scope, Send
 from bitladder.errors import EngineError
 from bitladder.serve.backends import UpstreamFailed, UpstreamRequest
 from bitladder.serve.delivery import Delivery, Headers
+from bitladder.serve.legacy_logprobs import in_own_shape
 from bitladder.serve.limits import BODY_S, ClientShare, RequestMemory, held_bytes, let_go, read_body, send_refusal
 from bitladder.serve.metrics import Metrics, Record, RequestOutcome
-from bitladder.serve.protocol import CHAT, EMBEDDINGS, ModelRequest, Refused, count_values, parse_request
+from bitladder.serve.protocol import (
+    CHAT,
+    COUNT_TOKENS,
+    EMBEDDINGS,
+    RERANK,
+    ModelRequest,
+    Refused,
+    count_values,
+    parse_request,
+)
 from bitladder.serve.relay import Relayed, judge, read_answer
-from bitladder.serve.router import QUALITY, SPEED, AutoRule, Features, TierChoice, choose
-from bitladder.serve.settings import LONGEST_TOKEN, ServeSettings
+from bitladder.serve.rewording import TRANSLATED, as_chat, worded_for
+from bitladder.serve.router import AUTO, QUALITY, SPEED, AutoRule, Features, Routing, TierChoice, choose
+from bitladder.serve.settings import LONGEST_TOKEN, TASK_OPTIONS, ServeSettings
 from bitladder.serve.tiers import Tier
+from bitladder.serve.tool_choice import tool_values, with_calls
 from bitladder.serve.watch import ClientGone, PhaseTimeout, Watch, Watchman
 from bitladder.units import MiB
 
@@ -38,6 +51,10 @@ log = logging.getLogger("bitladder.serve")
 _MAX_TAGS = 16
 _MAX_SAMPLED = 1 * MiB
 _ROLES = {QUALITY, SPEED}
+_OF_ONE_TIER = (EMBEDDINGS, RERANK, COUNT_TOKENS)
+_SELDOM_SPOKEN = (RERANK, COUNT_TOKENS)
+_UNKNOWN_PATH = (404, 405, 501)
+"""Statuses of servers that do not know a path."""
 
 Sampler = Callable[[ModelRequest], None]
 
@@ -53,8 +70,42 @@ class _NextAttempt(Exception):
     """This attempt gave no answer to keep; nothing has been sent."""
 
 
+class _NotSpoken(Exception):
+    """The upstream does not know the path that it was asked."""
+
+
+@dataclass
+class _Task:
+    """A request, and everything that its answer goes through."""
+
+    request: ModelRequest
+    body: bytes
+    delivery: Delivery
+    watch: Watch
+    share: ClientShare
+    chat: ModelRequest | None = None
+    """The request in chat completions, where it came so or had to be worded so."""
+
+    def __post_init__(self) -> None:
+        if self.request.path == CHAT:
+            self.chat = self.request
+
+    def as_chat(self) -> ModelRequest:
+        """The request in the words of chat completions.
+
+        Raises:
+            Refused: it cannot be said there, or there is no memory for it.
+        """
+        if self.chat is None:
+            chat = as_chat(self.request)
+            text = chat.text.encode()
+            self.share.grow_to(self.share.size + held_bytes(text, count_values(text)))
+            self.chat = chat
+        return self.chat
+
+
 class Gateway:
-    """Answers the three POST paths of the API, as an ASGI application."""
+    """Answers the POST paths of the API, as an ASGI application."""
 
     def __init__(
         self,
@@ -66,7 +117,8 @@ class Gateway:
     ) -> None:
         self._settings = settings
         self._by_name: Mapping[str, Tier] = {name: tier for tier in tiers for name in tier.names}
-        self._levels = frozenset(tier.spec.level.lower() for tier in tiers)
+        self._levels = frozenset(self._by_name) - _ROLES
+        self._of_its_own = {tier.spec.task: tier.spec.level.lower() for tier in tiers if tier.spec.task}
         alone = QUALITY in self._by_name and self._by_name[QUALITY] is self._by_name.get(SPEED)
         self._auto = AutoRule(fixed=QUALITY, because="one level serves everything") if alone else settings.auto
         self._metrics = metrics
@@ -90,12 +142,12 @@ class Gateway:
                 share.settle(held_bytes(body, count_values(body)))  # before it is parsed
                 request = parse_request(scope["path"], body)
                 watch.listen(scope, receive)
-                await self._answer(scope, request, body, delivery, watch)
+                await self._answer(scope, _Task(request, body, delivery, watch, share))
         except Refused as refused:
             let_go(refused)
             record.status = refused.status
             record.outcome = RequestOutcome.REFUSED if refused.status < 500 else RequestOutcome.ERROR
-            await send_refusal(send, refused)
+            await send_refusal(send, refused, scope["path"])
         except ClientGone as gone:
             let_go(gone)
             record.outcome = RequestOutcome.CLIENT_LEFT
@@ -105,7 +157,8 @@ class Gateway:
                 raise  # an answer has begun; closing its connection is the only way to say that it is not whole
             let_go(error)
             record.status = 500
-            await send_refusal(send, Refused(500, "Something went wrong inside the gateway.", code="internal"))
+            internal = Refused(500, "Something went wrong inside the gateway.", code="internal")
+            await send_refusal(send, internal, scope["path"])
         finally:
             record.total_s = time.monotonic() - began
             self._metrics.add(record)
@@ -124,8 +177,8 @@ class Gateway:
             raise ClientGone
         return body
 
-    async def _answer(self, scope: Scope, request: ModelRequest, body: bytes, delivery: Delivery, watch: Watch) -> None:
-        record = delivery.record
+    async def _answer(self, scope: Scope, task: _Task) -> None:
+        record, request = task.delivery.record, task.request
         record.asked_for, record.stream = request.model, request.stream
         choice = self._choose(scope, request, record.key)
         record.kind, record.reason = choice.kind, choice.reason
@@ -133,11 +186,12 @@ class Gateway:
             log.info("prompt", extra={"id": record.id, "asked": request.asked})
         attempts = self._attempts(choice, request)
         for attempt in attempts:
+            check_offered(request, attempt.tier)
             _check_context(request, attempt.tier)
             role = choice.tier if choice.tier in _ROLES & set(attempt.tier.names) else attempt.tier.name
             headers = (*attempt.tier.headers, (b"x-bitladder-tier", role.encode()))
             try:
-                await self._attempt(attempt, request, body, delivery, headers, watch, alone=attempt is attempts[-1])
+                await self._attempt(attempt, task, headers, alone=attempt is attempts[-1])
                 break
             except _NextAttempt as skipped:
                 let_go(skipped)
@@ -145,9 +199,9 @@ class Gateway:
         else:
             failed = "; ".join(record.failures)
             raise Refused(503, f"No tier could answer: {failed}.", code="upstream_failed", retry_after_s=2)
-        wanted = record.tier == SPEED and record.outcome is RequestOutcome.COMPLETE and request.path == CHAT
-        if self._sample and wanted and len(request.text) <= _MAX_SAMPLED:
-            self._sample(request)
+        wanted = record.tier == SPEED and record.outcome is RequestOutcome.COMPLETE
+        if self._sample and wanted and task.chat is not None and len(task.chat.text) <= _MAX_SAMPLED:
+            self._sample(task.chat)
 
     def _choose(self, scope: Scope, request: ModelRequest, key: str) -> TierChoice:
         header, tags = "", ""
@@ -158,6 +212,8 @@ class Gateway:
                 tags = value.decode("latin-1")
         split = tuple(tag.strip() for tag in tags.split(",")[:_MAX_TAGS] if tag.strip())
         features = Features(request.model, header, split, key, request.path, lambda: request.asked)
+        if request.path in self._of_its_own and request.model.lower() == AUTO and not header:
+            return TierChoice(self._of_its_own[request.path], "the only tier for this", Routing.LEVEL)
         choice = choose(features, self._levels, self._settings.rules, self._auto)
         if choice is None or choice.tier not in self._by_name:
             names = ", ".join(sorted({"auto", *self._by_name}))
@@ -169,30 +225,20 @@ class Gateway:
         """Whom to ask, in order."""
         tier = self._by_name[choice.tier]
         other = self._by_name.get(QUALITY if choice.tier == SPEED else SPEED, tier)
-        if request.path == EMBEDDINGS or other is tier or not choice.may_fall_back:
+        if request.path in _OF_ONE_TIER or other is tier or not choice.may_fall_back:
             # Vectors of two levels must not meet in one index, so embeddings never change their tier.
             return (Attempt(tier),)
         if choice.escalate and self._settings.escalation is not None:
             return Attempt(tier, judged=True), Attempt(other), Attempt(tier)
         return Attempt(tier), Attempt(other)
 
-    async def _attempt(
-        self,
-        attempt: Attempt,
-        request: ModelRequest,
-        body: bytes,
-        delivery: Delivery,
-        headers: Headers,
-        watch: Watch,
-        *,
-        alone: bool,
-    ) -> None:
+    async def _attempt(self, attempt: Attempt, task: _Task, headers: Headers, *, alone: bool) -> None:
         """Have this attempt's tier answer, its slot held until the answer is delivered.
 
         Raises:
             _NextAttempt: it gave no answer to keep, and nothing was sent.
         """
-        tier, record = attempt.tier, delivery.record
+        tier, record, watch, path = attempt.tier, task.delivery.record, task.watch, task.request.path
         try:
             if not tier.usable and tier.engine is not None:
                 await tier.engine.wait_ready(self._settings.timeouts.restart if alone else 0.0)
@@ -200,17 +246,14 @@ class Gateway:
                 if loaded:
                     record.reason += f"; {tier.spec.level} was loaded for this"
                 watch.phase("the first byte", self._settings.timeouts.first_byte)
-                reply = await tier.complete(_upstream_request(attempt, request, body))
-                try:
-                    answer = await read_answer(
-                        reply, tier.spec.served_name, stream=request.stream, secret=tier.spec.api_key
-                    )
-                    if attempt.judged:
-                        answer = await self._judged(answer, request, record)
-                    record.tier, record.level = tier.name, tier.spec.level
-                    await delivery.deliver(answer, headers, watch)
-                finally:
-                    reply.close()
+                if tier.speaks(path) and not (attempt.judged and path in TRANSLATED):
+                    try:
+                        await self._exchange(attempt, task.request, task, headers)
+                        return
+                    except _NotSpoken as unknown:
+                        let_go(unknown)
+                        tier.unspoken.add(path)
+                await self._exchange(attempt, task.as_chat(), task, headers)
         except UpstreamFailed as failure:
             raise self._failed(record, tier, failure.phase, failure.found) from None
         except EngineError as error:
@@ -220,6 +263,40 @@ class Gateway:
             if isinstance(cause, PhaseTimeout):
                 raise self._failed(record, tier, "stalled", str(cause)) from None
             raise cause or asyncio.CancelledError from None
+
+    async def _exchange(self, attempt: Attempt, asked: ModelRequest, task: _Task, headers: Headers) -> None:
+        """Ask the upstream, in the client's words or in those of chat completions, and deliver its answer.
+
+        Raises:
+            _NotSpoken: it does not know the API that the client speaks, but may know chat completions.
+        """
+        tier, record, request = attempt.tier, task.delivery.record, task.request
+        body = task.body if asked is request else b""
+        reply = await tier.complete(_upstream_request(attempt, asked, body))
+        try:
+            if asked is request and reply.status in _UNKNOWN_PATH:
+                if request.path in TRANSLATED:
+                    raise _NotSpoken
+                if request.path in _SELDOM_SPOKEN:
+                    found = f"What answers for {tier.spec.level} does not know {request.path}."
+                    raise Refused(501, found, code="not_supported")
+            answer = await read_answer(
+                reply,
+                tier.spec.served_name,
+                stream=request.stream,
+                secret=tier.spec.api_key,
+                path=asked.path,
+                client_path=request.path,
+            )
+            if attempt.judged:
+                answer = await self._judged(answer, asked, record)
+            answer = in_own_shape(with_calls(answer, asked, tier), asked)
+            if asked is not request:
+                answer = worded_for(request, answer)
+            record.tier, record.level = tier.name, tier.spec.level
+            await task.delivery.deliver(answer, headers, task.watch)
+        finally:
+            reply.close()
 
     async def _judged(self, answer: Relayed, request: ModelRequest, record: Record) -> Relayed:
         rule = self._settings.escalation
@@ -238,6 +315,24 @@ class Gateway:
         return _NextAttempt(f"{tier.name} failed ({phase})")
 
 
+def check_offered(request: ModelRequest, tier: Tier) -> None:
+    """Refuse what this tier is not for.
+
+    Raises:
+        Refused: 501, vectors or ranks from a model that is served for text; 400, the reverse.
+    """
+    task, path = tier.spec.task, request.path
+    if task and path != task:
+        raise Refused(400, f"{tier.spec.level} is served for {task} alone.", code="unsupported")
+    if not task and path in TASK_OPTIONS and tier.engine is not None:
+        raise Refused(
+            501,
+            f"{tier.spec.level} is served for text. {path} needs a tier of its own: start `bitladder serve` with "
+            f"{TASK_OPTIONS[path]} MODEL.",
+            code="not_supported",
+        )
+
+
 def _check_context(request: ModelRequest, tier: Tier) -> None:
     """Refuse what cannot fit whatever its tokens are; what remains the engine counts exactly, before
     computing.
@@ -249,10 +344,16 @@ def _check_context(request: ModelRequest, tier: Tier) -> None:
 
 
 def _upstream_request(attempt: Attempt, request: ModelRequest, body: bytes) -> UpstreamRequest:
+    """``body``: the request's, where it came from the client; it is sent as it came where nothing must differ."""
     values: dict[str, Any] = {}
     spec = attempt.tier.spec
-    if spec.url is not None and request.model != spec.served_name:
+    # llama.cpp answers as its alias, but to a request for vectors or ranks as whatever it was called there.
+    if (spec.url is not None or spec.task) and request.model != spec.served_name:
         values["model"] = spec.served_name
     if attempt.judged and not request.value("logprobs"):
         values["logprobs"] = True if request.path == CHAT else 1
-    return UpstreamRequest(request.path, request.with_values(values) if values else body, request.stream)
+    if request.path == CHAT:
+        values |= tool_values(request, attempt.tier)
+    return UpstreamRequest(
+        request.path, request.with_values(values) if values else body or request.text.encode(), request.stream
+    )

@@ -6,9 +6,11 @@ import asyncio
 import contextlib
 import hashlib
 import hmac
+import logging
 import math
 import re
 import secrets
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,14 +21,18 @@ from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from bitladder import unicode
 from bitladder.errors import BadInput
 from bitladder.files.atomic import write_whole
 from bitladder.serve.protocol import Refused, header_text
+
+log = logging.getLogger("bitladder.serve")
 
 _PORT = re.compile(r":\d+$")
 _LINE = re.compile(r"([\w.@-]{1,64}) sha256:([0-9a-f]{32}):([0-9a-f]{64})")
 BODY_S = 60.0
 """Seconds for the whole body of a request; the caller of `read_body` keeps the time."""
+_LOOK_AGAIN_S = 1.0
 _KEYED_PREFIXES = ("/v1/", "/bitladder/api/", "/metrics")
 
 
@@ -65,14 +71,14 @@ def read_keys(path: Path) -> tuple[Key, ...]:
         BadInput: no such file, no key in it, or a line is something else (a key in plain text, say).
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = unicode.decoded(path.read_bytes())
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(
             f"The key file '{path}' cannot be read: {getattr(error, 'strerror', None) or error}.",
             do="Check the path; `bitladder key NAME --file FILE` makes one.",
         ) from None
     keys = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(unicode.lines(text), 1):
         text = line.split("#", 1)[0].strip()
         if text:
             match = _LINE.fullmatch(text)
@@ -97,12 +103,64 @@ def add_key(path: Path, name: str) -> str:
     """
     known = read_keys(path) if path.exists() else ()
     if any(key.name == name for key in known):
-        raise BadInput(f"'{name}' has a key in '{path}' already.", do="Remove its line to replace it.")
+        raise BadInput(
+            f"'{name}' has a key in '{path}' already.", do=f"`bitladder key revoke {name} --file {path}` takes it away."
+        )
     secret, key = new_key(name)
     path = path.resolve()  # where the file is kept by a link, that stays one
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     write_whole(path, f"{text}{'' if text.endswith(chr(10)) or not text else chr(10)}{key}\n")
     return secret
+
+
+def revoke_key(path: Path, name: str) -> None:
+    """Take a client's key out of the key file; a gateway that runs refuses it from then on (`KeyRing`).
+
+    Raises:
+        BadInput: there is no key of that name, or the file is no key file.
+        OutputError: the file cannot be written.
+    """
+    known = [key.name for key in read_keys(path)]
+    if name not in known:
+        raise BadInput(f"'{name}' has no key in '{path}'.", do=f"There are keys of: {', '.join(known)}.")
+    path = path.resolve()
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    write_whole(path, "".join(line for line in lines if line.split("#", 1)[0].split(" ", 1)[0].strip() != name))
+
+
+class KeyRing:
+    """The keys of a file, read again when the file changes. A file that cannot be read lets nobody in."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._keys = read_keys(path)
+        self._seen = self._look()
+        self._looked = time.monotonic()
+
+    def keys(self) -> tuple[Key, ...]:
+        """Those that are good now; the file is looked at once in a second at most."""
+        now = time.monotonic()
+        if now - self._looked >= _LOOK_AGAIN_S:
+            self._looked = now
+            if (seen := self._look()) != self._seen:
+                self._seen = seen
+                self._read()
+        return self._keys
+
+    def _look(self) -> tuple[int, ...]:
+        try:
+            stat = self._path.stat()
+        except OSError:
+            return ()
+        return stat.st_mtime_ns, stat.st_size, stat.st_ino
+
+    def _read(self) -> None:
+        try:
+            self._keys = read_keys(self._path)
+            log.info("keys read again", extra={"keys": len(self._keys)})
+        except BadInput as error:
+            self._keys = ()
+            log.error("no key is good any more", extra={"error": error.found})
 
 
 def key_name(secret: str, keys: tuple[Key, ...]) -> str | None:
@@ -122,7 +180,7 @@ class Doorman:
     The key's name is left in ``scope["state"]["key"]``.
     """
 
-    def __init__(self, app: ASGIApp, hosts: frozenset[str], origins: frozenset[str], keys: tuple[Key, ...]) -> None:
+    def __init__(self, app: ASGIApp, hosts: frozenset[str], origins: frozenset[str], keys: KeyRing | None) -> None:
         self._app = app
         self._hosts = hosts
         self._origins = origins
@@ -134,13 +192,13 @@ class Doorman:
             try:
                 scope.setdefault("state", {})["key"] = self._check(scope)
             except Refused as refused:
-                await send_refusal(send, refused)
+                await send_refusal(send, refused, scope["path"])
                 return
         await self._app(scope, receive, send)
 
     def _check(self, scope: Scope) -> str:
         host: str | None = None
-        origin = site = authorization = ""
+        origin = site = authorization = own_key = ""
         for name, value in scope["headers"]:
             if name == b"host":
                 if host is not None:
@@ -152,6 +210,8 @@ class Doorman:
                 site = value.decode("latin-1")
             elif name == b"authorization":
                 authorization = value.decode("latin-1")
+            elif name == b"x-api-key":
+                own_key = value.decode("latin-1")
         if host is None or _host_name(host) not in self._hosts:
             raise Refused(421, f"This gateway does not answer for host '{header_text(host or '')}'.", code="wrong_host")
         if origin and origin not in self._origins and _network_location(origin) != host:
@@ -159,12 +219,19 @@ class Doorman:
         keyed = scope["path"].startswith(_KEYED_PREFIXES)
         if keyed and not origin and site == "cross-site":
             raise Refused(403, "Calls from other web sites are not allowed.", code="cross_origin")
-        if not self._keys or not keyed:
+        if self._keys is None or not keyed:
             return ""
+        known = self._keys.keys()
         scheme, _, secret = authorization.partition(" ")
-        name = key_name(secret.strip(), self._keys) if scheme.lower() == "bearer" else None
+        given = [secret] if scheme.lower() == "bearer" else []
+        given += [own_key] if own_key else []  # which is where Anthropic's clients send theirs
+        name = next((name for one in given if (name := key_name(one.strip(), known)) is not None), None)
         if name is None:
-            raise Refused(401, "A valid API key is needed: 'Authorization: Bearer KEY'.", code="invalid_api_key")
+            raise Refused(
+                401,
+                "A valid API key is needed: 'Authorization: Bearer KEY', or 'x-api-key: KEY'.",
+                code="invalid_api_key",
+            )
         return name
 
 
@@ -182,15 +249,15 @@ def _network_location(origin: str) -> str:
         return ""
 
 
-async def send_refusal(send: Send, refused: Refused) -> None:
-    """Answer with a refusal's JSON document; the connection is closed, since the body may not have been
-    read.
+async def send_refusal(send: Send, refused: Refused, path: str = "") -> None:
+    """Answer with a refusal's JSON document as clients of ``path`` expect it; the connection is closed, since the body
+    may not have been read.
     """
-    headers = refused.fields
+    headers = refused.fields_for(path)
     if refused.status in (401, 403, 408, 413, 415, 421):
         headers.append((b"connection", b"close"))
     await send({"type": "http.response.start", "status": refused.status, "headers": headers})
-    await send({"type": "http.response.body", "body": refused.body})
+    await send({"type": "http.response.body", "body": refused.body_for(path)})
 
 
 async def read_body(scope: Scope, receive: Receive, limit: int, share: ClientShare) -> bytes | None:

@@ -21,8 +21,16 @@ from typing import Any, NamedTuple
 from bitladder.units import KiB
 
 CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
-TASK_MEMBER = {CHAT: "messages", COMPLETIONS: "prompt", EMBEDDINGS: "input"}
+RESPONSES, RERANK = "/v1/responses", "/v1/rerank"
+MESSAGES, COUNT_TOKENS = "/v1/messages", "/v1/messages/count_tokens"
+TASK_MEMBER = {
+    CHAT: "messages", COMPLETIONS: "prompt", EMBEDDINGS: "input", RESPONSES: "input", MESSAGES: "messages",
+    COUNT_TOKENS: "messages", RERANK: "documents",
+}  # fmt: skip
 """The member without which a request to each path asks for nothing."""
+_OF_MESSAGES = (CHAT, MESSAGES, COUNT_TOKENS)
+_WITHOUT_STREAM = (EMBEDDINGS, RERANK, COUNT_TOKENS)
+_ANTHROPIC = (MESSAGES, COUNT_TOKENS)
 
 MAX_NAME = 256
 MAX_VALUES = 500_000
@@ -59,12 +67,20 @@ class Refused(Exception):
     @property
     def body(self) -> bytes:
         """The JSON document of the error."""
-        return error_body(self.message, self.code, self.status)
+        return self.body_for("")
+
+    def body_for(self, path: str) -> bytes:
+        """The same as clients of this path expect it."""
+        return error_body(self.message, self.code, self.status, path)
 
     @property
     def fields(self) -> list[tuple[bytes, bytes]]:
         """The header fields that go with the document."""
-        fields = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(self.body))]
+        return self.fields_for("")
+
+    def fields_for(self, path: str) -> list[tuple[bytes, bytes]]:
+        """The same as clients of this path expect it."""
+        fields = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(self.body_for(path)))]
         return fields + [(name.encode(), value.encode()) for name, value in self.headers.items()]
 
 
@@ -76,10 +92,20 @@ _KINDS = {
 }
 
 
-def error_body(message: str, code: str, status: int) -> bytes:
-    """``{"error": {...}}`` as OpenAI's API writes it."""
-    kind = _KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
-    return json.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}}).encode()
+_ANTHROPIC_KINDS = {413: "request_too_large", 503: "overloaded_error"}
+
+
+def error_kind(status: int, path: str = "") -> str:
+    """What an API calls an error of this status: OpenAI's words, or Anthropic's on its paths."""
+    if path in _ANTHROPIC and (status >= 500 or status in _ANTHROPIC_KINDS):
+        return _ANTHROPIC_KINDS.get(status, "api_error")
+    return _KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
+
+
+def error_body(message: str, code: str, status: int, path: str = "") -> bytes:
+    """``{"error": {...}}`` as OpenAI's API writes it; on Anthropic's paths it is marked as their API marks it, too."""
+    error = {"message": message, "type": error_kind(status, path), "param": None, "code": code}
+    return json.dumps({"type": "error", "error": error} if path in _ANTHROPIC else {"error": error}).encode()
 
 
 class JsonMember(NamedTuple):
@@ -210,20 +236,31 @@ class ModelRequest:
 
     @cached_property
     def asked(self) -> str:
-        """What is asked, to tell one kind of work from another: the last user message, or the prompt."""
-        task = self.value(TASK_MEMBER[self.path])
-        if self.path != CHAT:
-            return _plain(task)
-        said = [_plain(message.get("content")) for message in task if message.get("role") == "user"]
-        return said[-1] if said else ""
+        """What is asked, to tell one kind of work from another: the last user message, the prompt or the query."""
+        if self.path == RERANK:
+            return _plain(self.value("query"))
+        asked = [text for role, text in self._texts() if role == "user"]
+        return next((text for text in reversed(asked) if text), "")  # what tools answered may be a user's message
 
     @property
     def text_bytes(self) -> int:
-        """UTF-8 bytes of everything said in the request; images and the like do not count."""
+        """UTF-8 bytes of all text in the request; images and the like do not count."""
+        return sum(len(text.encode("utf-8", "replace")) for _, text in self._texts())
+
+    def _texts(self) -> list[tuple[str, str]]:
+        """Role and text of each message; a prompt and an input are the user's."""
         task = self.value(TASK_MEMBER[self.path])
-        if self.path == CHAT:
-            return sum(len(_plain(message.get("content")).encode("utf-8", "replace")) for message in task)
-        return len(_plain(task).encode("utf-8", "replace"))
+        if self.path in _OF_MESSAGES:
+            return [("system", _plain(self.value("system"))), *_of_messages(task)]
+        if self.path == RESPONSES:
+            asked = _of_messages(task) if isinstance(task, list) else [("user", _plain(task))]
+            return [("system", _plain(self.value("instructions"))), *asked]
+        return [("user", _plain(task))]
+
+
+def _of_messages(messages: list[Any]) -> list[tuple[str, str]]:
+    """Role and text of messages, and of what tools answered."""
+    return [(str(one.get("role")), _plain(one.get("content", one.get("output")))) for one in messages]
 
 
 def _plain(content: Any) -> str:
@@ -298,17 +335,58 @@ def _check(request: ModelRequest) -> None:
         raise _bad(f"'model' must be a name of 1 to {MAX_NAME} characters.")
     if not isinstance(request.value("stream"), bool | None):
         raise _bad("'stream' must be true or false.")
+    if request.stream and request.path in _WITHOUT_STREAM:
+        raise _bad(f"{request.path} answers with one document: 'stream' cannot be true.")
     wanted = TASK_MEMBER[request.path]
     task = request.value(wanted)
     if task is None:
         raise _bad(f"'{wanted}' is missing.")
     is_list = isinstance(task, list) and len(task) > 0
-    if request.path == CHAT and not (is_list and all(isinstance(item, dict) for item in task)):
+    of_objects = is_list and all(isinstance(item, dict) for item in task)
+    if request.path in _OF_MESSAGES and not of_objects:
         raise _bad("'messages' must be a list of at least one message object.")
-    for name in ("max_tokens", "max_completion_tokens", "n"):
+    if request.path == RESPONSES and not (of_objects or isinstance(task, str)):
+        raise _bad("'input' must be a text or a list of at least one item object.")
+    if request.path == RERANK and not (is_list and isinstance(request.value("query"), str)):
+        raise _bad("'query' must be a text and 'documents' a list of at least one.")
+    if request.path == CHAT:
+        _check_tools(request.value("tools"), request.value("tool_choice"))
+    for name in ("max_tokens", "max_completion_tokens", "max_output_tokens", "n"):
         number = request.value(name)
         if number is not None and (isinstance(number, bool) or not isinstance(number, int)):
             raise _bad(f"'{name}' must be a whole number.")
+
+
+def named_tool(choice: Any) -> str | None:
+    """The function that ``tool_choice`` names, None where it names none."""
+    function = choice.get("function") if isinstance(choice, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    return name if isinstance(name, str) else None
+
+
+def name_of_tool(tool: Any) -> Any:
+    """The name of the function that a tool is; None where it is none."""
+    function = tool.get("function") if isinstance(tool, dict) else None
+    return function.get("name") if isinstance(function, dict) else None
+
+
+def _check_tools(tools: Any, choice: Any) -> None:
+    """Refuse a ``tool_choice`` that cannot be met whatever the model does.
+
+    Raises:
+        Refused: 400.
+    """
+    if tools is not None and not isinstance(tools, list):
+        raise _bad("'tools' must be a list.")
+    if choice in (None, "none", "auto"):
+        return
+    if choice != "required" and not isinstance(choice, dict):
+        raise _bad("'tool_choice' must be none, auto, required, or name a function.")
+    if not tools:
+        raise _bad("'tool_choice' asks for a call, and 'tools' names none.")
+    name = named_tool(choice)
+    if name is not None and name not in map(name_of_tool, tools):
+        raise _bad(f"'tool_choice' names '{name[:64]}', which is not among the tools.")
 
 
 def _bad(message: str) -> Refused:

@@ -16,18 +16,18 @@ from typing import Any, NamedTuple
 from bitladder.engines import event_stream
 from bitladder.engines.names import same_model
 from bitladder.serve.backends import Reply, UpstreamFailed
+from bitladder.serve.dialects import DIALECTS, Dialect
 from bitladder.serve.escalation import is_sure, logprobs_of, score, without_logprobs
 from bitladder.serve.events import (
     BOM,
     DONE,
     BadEvent,
     first_event,
-    has_error,
     read_events,
     whole_events,
     without_empty,
 )
-from bitladder.serve.protocol import error_body, strict_json
+from bitladder.serve.protocol import CHAT, error_body, strict_json
 from bitladder.serve.settings import Escalation
 from bitladder.units import MiB
 
@@ -41,8 +41,6 @@ _CANNOT_SEE = re.compile(
 )
 _INVALID_REQUEST = "invalid_request_error"
 _OF_THE_KEY = (401, 402, 407)
-MAX_TOKENS = 1 << 40
-"""More completion tokens than any answer has: an upstream's count beyond it is not believed."""
 _NOT_SUPPORTED = 501  # llama.cpp's word for what it was not started for; another tier cannot do it either
 
 
@@ -67,7 +65,7 @@ class Unsure:
     lowest: float
 
 
-def check_answer(document: dict[str, Any], expected: str) -> None:
+def check_answer(document: dict[str, Any], expected: str, dialect: Dialect = DIALECTS[CHAT]) -> None:
     """Refuse what is no answer, or one of another model. A reply that names none is let through: there is nothing
     to compare.
 
@@ -77,7 +75,7 @@ def check_answer(document: dict[str, Any], expected: str) -> None:
     choices = document.get("choices", [])
     if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
         raise UpstreamFailed("garbage", "The upstream's choices are not a list of objects.")
-    told = document.get("model")
+    told = dialect.model(document)
     if not isinstance(told, str | None):
         raise UpstreamFailed("garbage", "The upstream's model is not a name.")
     if told and not same_model(expected, told):
@@ -85,12 +83,22 @@ def check_answer(document: dict[str, Any], expected: str) -> None:
         raise UpstreamFailed("wrong model", found)
 
 
-async def read_answer(reply: Reply, expected: str, *, stream: bool, secret: str = "") -> Relayed:
+async def read_answer(
+    reply: Reply, expected: str, *, stream: bool, secret: str = "", path: str = CHAT, client_path: str = ""
+) -> Relayed:
     """Read as much of a reply as is needed to know that it is one.
 
     Errors in the 400s belong to the client and are passed on in the gateway's own shape, and so does 501. Those about
     the key are ours, as the gateway's key was sent; ``secret``, should an error repeat it, is blotted out.
     A 500 that calls itself an invalid request is a 400, as is llama.cpp's for an image that its model cannot see.
+
+    Args:
+        reply: what came back.
+        expected: the model that must have answered.
+        stream: whether a stream was asked for.
+        secret: the key that was sent.
+        path: what was asked.
+        client_path: what the client asked, when that was something else; errors are worded for it.
 
     Raises:
         UpstreamFailed: a server error, garbage, a stream for a document or the reverse, another model, or the
@@ -98,27 +106,30 @@ async def read_answer(reply: Reply, expected: str, *, stream: bool, secret: str 
     """
     content_type = reply.headers.get("content-type", "application/json")
     if not 200 <= reply.status < 300:
-        return await _read_error(reply, secret)
+        return await _read_error(reply, secret, client_path or path)
+    dialect = DIALECTS[path]
     is_stream = content_type.startswith("text/event-stream")
     if is_stream is not stream:
         # A client that waits for the one kind takes the other for an empty answer.
         raise UpstreamFailed("garbage", f"The upstream answered with {content_type[:60]}, which was not asked for.")
     if not is_stream:
-        return await _read_document(reply, content_type, expected)
+        return await _read_document(reply, content_type, expected, dialect)
     pieces = reply.chunks()
     head = b""
     async for piece in pieces:
         head = (head + piece).removeprefix(BOM)
         event = _first_event(head)
         if event is not None:
-            if has_error(event):
+            if dialect.is_error(event):
                 raise UpstreamFailed("status", "The upstream began its stream with an error.")
-            check_answer(event, expected)
-            return Relayed(reply.status, content_type, b"", _checked(_whole_events(head, pieces), expected, secret))
+            check_answer(event, expected, dialect)
+            checked = _checked(_whole_events(head, pieces), expected, secret, dialect)
+            return Relayed(reply.status, content_type, b"", checked)
         if len(head) > _MAX_EVENT:
             raise UpstreamFailed("garbage", f"The stream's first {len(head)} bytes hold no event.")
     if _is_done(head):
-        return Relayed(reply.status, content_type, b"", _checked(_whole_events(head, pieces), expected, secret))
+        checked = _checked(_whole_events(head, pieces), expected, secret, dialect)
+        return Relayed(reply.status, content_type, b"", checked)
     raise UpstreamFailed("broken", f"The stream ended after {len(head)} bytes without an event.")
 
 
@@ -129,7 +140,7 @@ def _first_event(head: bytes) -> dict[str, Any] | None:
         raise UpstreamFailed("garbage", f"The upstream's stream is not one: {error}.") from None
 
 
-async def _read_document(reply: Reply, content_type: str, expected: str) -> Relayed:
+async def _read_document(reply: Reply, content_type: str, expected: str, dialect: Dialect) -> Relayed:
     body = b"".join([piece async for piece in _bounded(reply.chunks())])
     try:
         document = strict_json(body)
@@ -137,18 +148,15 @@ async def _read_document(reply: Reply, content_type: str, expected: str) -> Rela
         document = None
     if not isinstance(document, dict):
         raise UpstreamFailed("garbage", f"The upstream answered {len(body)} bytes that are not a JSON object.")
-    if has_error(document):
-        raise UpstreamFailed("status", "The upstream answered with an error under status 200.")
-    if not any(isinstance(document.get(name), list) for name in ("choices", "data")):
-        raise UpstreamFailed("garbage", "The upstream's document holds neither choices nor embeddings.")
-    check_answer(document, expected)
-    usage = document.get("usage")
-    tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
-    counted = tokens if type(tokens) is int and 0 < tokens <= MAX_TOKENS else 0
-    return Relayed(reply.status, content_type, body, tokens=counted)
+    if dialect.is_error(document):
+        raise UpstreamFailed("status", f"The upstream answered with an error under status 200{_words(document, '')}.")
+    if not dialect.is_answer(document):
+        raise UpstreamFailed("garbage", f"The upstream's document holds none of: {', '.join(dialect.answers)}.")
+    check_answer(document, expected, dialect)
+    return Relayed(reply.status, content_type, body, tokens=dialect.tokens(document))
 
 
-async def _read_error(reply: Reply, secret: str) -> Relayed:
+async def _read_error(reply: Reply, secret: str, path: str) -> Relayed:
     """An upstream's error that belongs to the client.
 
     Raises:
@@ -167,7 +175,7 @@ async def _read_error(reply: Reply, secret: str) -> Relayed:
     message = message[:_MAX_MESSAGE] or f"The upstream refused this with status {status}."
     later = reply.headers.get("retry-after", "")
     extra = ((b"retry-after", later.encode()),) if later.isascii() and later.isdigit() and len(later) < 10 else ()
-    body = error_body(message, code[:_MAX_CODE] or f"upstream_{status}", status)
+    body = error_body(message, code[:_MAX_CODE] or f"upstream_{status}", status, path)
     return Relayed(status, "application/json", body, extra=extra)
 
 
@@ -234,23 +242,23 @@ def _is_done(rest: bytes) -> bool:
     return [event.data for event in event_stream.events(rest + b"\n\n") if event.has_data][-1:] == [b"[DONE]"]
 
 
-async def _checked(stream: AsyncIterator[bytes], expected: str, secret: str) -> AsyncIterator[bytes]:
-    """Whole events up to and with ``[DONE]``, after each was read.
+async def _checked(stream: AsyncIterator[bytes], expected: str, secret: str, dialect: Dialect) -> AsyncIterator[bytes]:
+    """Whole events up to and with the one that ends an answer (``[DONE]``), after each was read.
 
     Raises:
         UpstreamFailed: an event is garbage, an error or another model's, after what came before it was given; or
-            the stream ended without ``[DONE]``.
+            the stream ended without its end.
     """
     done = False
     async for piece in stream:
         if done:
             continue  # to the end of the reply, so that its connection can be used again
-        good, done, failure = _good_part(piece, expected, secret)
+        good, done, failure = _good_part(piece, expected, secret, dialect)
         passed = piece if good == len(piece) else piece[:good]
         if _EMPTY_DATA.search(passed):
             passed = without_empty(passed)
         if done:
-            yield passed + DONE
+            yield passed if dialect.ends else passed + DONE
         elif passed:
             yield passed
         if failure is not None:
@@ -263,25 +271,27 @@ class _Checked(NamedTuple):
     """How much of a piece of a stream may be passed on."""
 
     good: int
-    """Bytes before ``[DONE]`` or the first bad event."""
+    """Bytes before ``[DONE]`` or the first bad event, or up to the end of another event that ends the answer."""
     done: bool
-    """``[DONE]`` is what comes there."""
+    """Whether the answer ends there."""
     failure: UpstreamFailed | None
     """What is bad there."""
 
 
-def _good_part(data: bytes, expected: str, secret: str) -> _Checked:
-    """Look through whole events, up to the end, ``[DONE]`` or the first bad one."""
+def _good_part(data: bytes, expected: str, secret: str, dialect: Dialect) -> _Checked:
+    """Look through whole events, up to the end, the one that ends the answer or the first bad one."""
     begins = 0
     try:
         for event, document in read_events(data):
             begins = event.begins
             if document is None:
-                return _Checked(begins, done=True, failure=None)
-            if has_error(document):
+                return _Checked(begins, done=not dialect.ends, failure=_too_early() if dialect.ends else None)
+            if dialect.is_error(document):
                 said = _words(document, secret)
                 return _Checked(begins, False, UpstreamFailed("status", f"The upstream reported an error{said}."))
-            check_answer(document, expected)
+            check_answer(document, expected, dialect)
+            if document.get("type") in dialect.ends:
+                return _Checked(event.ends, done=True, failure=None)
     except BadEvent as error:
         return _Checked(error.begins, False, UpstreamFailed("garbage", f"The upstream sent garbage: {error}."))
     except UpstreamFailed as failure:
@@ -289,9 +299,14 @@ def _good_part(data: bytes, expected: str, secret: str) -> _Checked:
     return _Checked(len(data), False, None)
 
 
+def _too_early() -> UpstreamFailed:
+    return UpstreamFailed("broken", "The upstream's stream ended before its answer was done.")
+
+
 def _words(document: dict[str, Any], secret: str) -> str:
     """What the upstream says about its error, if anything."""
-    error = document["error"]
+    inner = document.get("response")
+    error = document.get("error") or (inner if isinstance(inner, dict) else {}).get("error") or document
     said = error.get("message") if isinstance(error, dict) else error
     text = _clean(said, secret) if isinstance(said, str) else ""
     return f": {text[:200].rstrip('.')}" if text else ""

@@ -12,9 +12,12 @@ from bitladder.engines.base import EngineKind
 from bitladder.errors import UsageError
 from bitladder.records.level_file import FileStanding
 from bitladder.records.plan import DEFAULT_CTX
+from bitladder.serve.protocol import EMBEDDINGS, RERANK
 from bitladder.serve.router import AUTO, QUALITY, SPEED, AutoRule, Rule
 from bitladder.units import MiB
 
+TASK_OPTIONS = {EMBEDDINGS: "--embeddings", RERANK: "--rerank"}
+"""Paths that a tier of text does not answer, each with the option that names one which does."""
 ROLES = (AUTO, QUALITY, SPEED)
 """Model names that mean a role, and so cannot be a level's own."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -51,6 +54,8 @@ class TierSpec:
     """What the plan says it needs when loaded."""
     projector: Path | None = None
     """The file that takes in pictures and sounds for it."""
+    task: str = ""
+    """The only path that it answers (`TASK_OPTIONS`); empty for text."""
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.url is None):

@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
-from bitladder.engines.base import Running
+from bitladder.engines.base import Running, TellsOfTools
 from bitladder.errors import BitladderError, EngineError
 from bitladder.serve.backends import UpstreamFailed
 from bitladder.serve.connections import ConnectionPool
@@ -70,6 +70,8 @@ class Supervisor:
         self.last_error = ""
         self.engine = ""
         """Engine and version, once it ran."""
+        self.takes_tools: bool | None = None
+        """Whether its model can be told of tools; None while that is not known."""
         self._make = make
         self._pool = pool
         self._check_file = check_file
@@ -121,6 +123,8 @@ class Supervisor:
         began = time.monotonic()
         self._process = await asyncio.to_thread(self._make)  # an engine may have to be asked for its version
         await asyncio.to_thread(self._process.start)
+        if isinstance(self._process, TellsOfTools):
+            self.takes_tools = await asyncio.to_thread(self._process.takes_tools)
         self.state, self.engine = "ready", str(self._process.identity)
         self._ready.set()
         log.info(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from bitladder.serve.backends import Complete
 from bitladder.serve.limits import Gate
 from bitladder.serve.protocol import header_text
+from bitladder.serve.rewording import TRANSLATED
 from bitladder.serve.settings import TierSpec
 from bitladder.serve.supervisor import Supervisor, Turns
 
@@ -26,6 +27,9 @@ class Tier:
     """None for an endpoint by URL."""
     turns: Turns | None = None
     """When it shares the memory with another tier."""
+
+    unspoken: set[str] = field(default_factory=set)
+    """Paths that its endpoint was found not to know."""
 
     def __post_init__(self) -> None:
         self.headers = (
@@ -48,6 +52,15 @@ class Tier:
     def usable(self) -> bool:
         """Whether a request sent now has an engine to go to (perhaps after waiting for its turn)."""
         return self.engine is None or self.turns is not None or self.engine.state == "ready"
+
+    def speaks(self, path: str) -> bool:
+        """Whether a request to this path is sent on to it as it came.
+
+        llama.cpp answers Responses and Messages, too, but leaves out of their streams what OpenAI's own client needs
+        (``output_index``), and calls answers that were cut complete; chat completions lose nothing, since that is what
+        it makes of them itself.
+        """
+        return path not in self.unspoken and (self.engine is None or path not in TRANSLATED)
 
     @contextlib.asynccontextmanager
     async def hold(self) -> AsyncIterator[bool]:

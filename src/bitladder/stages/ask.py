@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from bitladder.engines.endpoint import EndpointSettings
 from bitladder.progress import LevelNews
+from bitladder.records.evaluation import Speed
 from bitladder.stages.endpoints import endpoint_answers
 from bitladder.stages.job import Work
 from bitladder.stages.measure import Replies, answers
@@ -35,6 +36,7 @@ class ServedLevel(NamedTuple):
     endpoint: EndpointSettings
 
 
+UNKNOWN_SPEED = Speed(math.nan, math.nan, math.nan)
 Contender = LevelToAsk | ServedLevel | EndpointSettings | Path
 """What answers a workload; a path holds stored answers."""
 
@@ -71,7 +73,8 @@ class Asker:
         from bitladder.stages.evaluate import judge_answers, level_answers
 
         asked: list[LevelAnswers] = []
-        reused = []
+        in_files: dict[str, LevelToAsk] = {}
+        stored_answers, stored_both = [], []
         for number, contender in enumerate(contenders):
             name = name_of(contender)
             self.work.progress(f"workload: {name}", number, len(contenders))
@@ -85,27 +88,48 @@ class Asker:
                 continue
             reference = asked[0].answers if asked else None
             said = judge_answers(self.workload, replies, reference=reference, context=self.context)
-            asked.append(level_answers(name, said, speed))
-            passes = sum(answer.passed for answer in said)
-            rate = speed.decode_tokens_per_s
-            self.work.progress.on_level(LevelNews(name, "answered", passes=passes, inputs=len(said), tokens_per_s=rate))
-            reused += [name] if stored and not isinstance(contender, Path) else []
+            asked.append(level_answers(name, said, speed or UNKNOWN_SPEED))
+            if isinstance(contender, LevelToAsk):
+                in_files[name] = contender
+                stored_answers += [name] if stored else []
+            elif stored and not isinstance(contender, Path):
+                stored_both.append(name)
+            self._tell_answered(asked[-1])
         self.work.progress("workload", len(contenders), len(contenders))
-        self.work.journal.reuse("answers and speed", reused)
+        asked, timed_before = self._timed(asked, in_files)
+        self.work.journal.reuse("answers and speed" if timed_before else "answers", stored_answers)
+        self.work.journal.reuse("answers and speed", stored_both)
         self._tell_doubts(asked)
         return asked
 
+    def _timed(
+        self, asked: Sequence[LevelAnswers], in_files: Mapping[str, LevelToAsk]
+    ) -> tuple[list[LevelAnswers], bool]:
+        """The same with the speeds of levels in files, and whether these were stored."""
+        from bitladder.stages.speeds import speeds_in_turns
+
+        speeds, stored = speeds_in_turns(list(in_files.values()), self.recorded, self.work)
+        speed_of = dict(zip(in_files, speeds, strict=True))
+        found = [replace(level, speed=speed_of.get(level.level, level.speed)) for level in asked]
+        for level in found:
+            self._tell_answered(level)
+        return found, stored
+
+    def _tell_answered(self, level: LevelAnswers) -> None:
+        passes, rate = sum(answer.passed for answer in level.answers), level.speed.decode_tokens_per_s
+        self.work.progress.on_level(
+            LevelNews(level.level, "answered", passes=passes, inputs=len(level.answers), tokens_per_s=rate)
+        )
+
     def _ask(self, contender: Contender, *, timed: bool) -> Replies:
         from bitladder.files.workloads import load_reference
-        from bitladder.records.evaluation import Speed
 
         if isinstance(contender, ServedLevel):
             contender = contender.endpoint
         if isinstance(contender, EndpointSettings):
             return endpoint_answers(contender, self.workload, self.recorded, self.work.journal, timed=timed)
         if isinstance(contender, Path):
-            unknown = Speed(math.nan, math.nan, math.nan)
-            return Replies(load_reference(contender, self.workload), unknown, stored=True)
+            return Replies(load_reference(contender, self.workload), UNKNOWN_SPEED, stored=True)
         subject, path = contender
         return answers(subject, path, self.workload, self.recorded, n_ctx=self.n_ctx, work=self.work)
 

@@ -23,6 +23,7 @@ from bitladder.describe.windows import Window, tokens_hash
 from bitladder.files.checkpoint import read_checkpoint
 from bitladder.files.checkpoint_folder import CheckpointFolder, fingerprint_of
 from bitladder.files.companions import Companions, companions_of_folder, companions_of_gguf
+from bitladder.files.decoded import FloatView
 from bitladder.files.gguf import GgufFile
 from bitladder.files.imatrix import ImportanceMatrix
 from bitladder.files.layer_store import LayerStore
@@ -32,7 +33,7 @@ from bitladder.levels import CheckpointLevel, FoldedLevel
 from bitladder.levels.products import Product, statistics_of
 from bitladder.plan.calibration import CalibrationWork, predict
 from bitladder.plan.calibration_text import check_text
-from bitladder.plan.preflight import JobNeed
+from bitladder.plan.preflight import LOOKED_AT, JobNeed
 from bitladder.progress import Progress, silent
 from bitladder.records.calibration import (
     CalibrationReport,
@@ -45,12 +46,15 @@ from bitladder.records.calibration import (
 )
 from bitladder.records.coverage import coverage, coverage_of_counts
 from bitladder.records.reading import from_json
+from bitladder.stages.forecast import largest_layer
+from bitladder.stages.model_route import route_of
 from bitladder.units import Basis
 from bitladder.walk.checkpoint_result import finish_folder, losses_of, proved
 from bitladder.walk.checkpoint_walk import FLOAT_TYPES, CalibrationWalk, Settings
 from bitladder.walk.layers import LayeredModel
 from bitladder.walk.opened import layered
 from bitladder.walk.weights import FileWeights
+from bitladder.walk.whole import WholeModel
 
 
 @dataclass(frozen=True)
@@ -67,11 +71,13 @@ class Reading:
     """Go on although calibration and measuring text overlap."""
     prompts: Mapping[str, Sequence[int]] = field(default_factory=dict)
     """Texts and their ids by the source's tokenizer, which a written folder's must give too."""
+    text_key: str = ""
+    """What tells the tokens of ``documents`` from others'; by default the documents' hash."""
 
     @property
     def hash(self) -> str:
         """What tells this text from others."""
-        return text_hash(self.documents) if self.documents else tokens_hash(self.windows)
+        return self.text_key or text_hash(self.documents) if self.documents else tokens_hash(self.windows)
 
 
 @dataclass(frozen=True)
@@ -137,9 +143,11 @@ class Calibration:
         self._text = _checked_text(source, levels, reading)
         weights = FileWeights(source, threads=self._settings.threads)
         model = layered(source, weights, device=self._settings.device, checkpoint=checkpoint)
-        if any(isinstance(level, CheckpointLevel) for level in levels):
-            model.check_disk_names()
-        dtype = FLOAT_TYPES.get(read_checkpoint(checkpoint).main_dtype if checkpoint else "F16", torch.float16)
+        model.check_disk_names(
+            form for level in levels if isinstance(level, CheckpointLevel) for form in level.format.forms
+        )
+        held = FloatView(read_checkpoint(checkpoint)).main_dtype if checkpoint else "F16"
+        dtype = FLOAT_TYPES.get(held, torch.float16)
         self._stores: dict[Product, LayerStore] = {}
         inputs = [header.path for header in source.headers] + ([checkpoint] if checkpoint else [])
         for level in levels:
@@ -154,7 +162,8 @@ class Calibration:
         self._shapes = self._walk.shapes()
         for level in levels:
             if isinstance(level, CheckpointLevel):
-                level.format.check_shapes(level.name, self._shapes)
+                ends = self._walk.ends() if level.format.everywhere else {}
+                level.format.check_shapes(level.name, self._shapes | ends)
         self._companions: Companions | None = None
         if any(isinstance(level, CheckpointLevel) for level in self._missing):
             self._companions = _companions(source, model, checkpoint)
@@ -199,6 +208,10 @@ class Calibration:
             tokens=self._tokens,
             reference_tokens=self._settings.reference_tokens,
             cores=self._settings.threads,
+            counts=self._walk.counts(),
+            routed=model.dims.n_expert_used / model.dims.n_expert if model.dims.n_expert else 1.0,
+            layer_weights=largest_layer(model),
+            looks=LOOKED_AT if isinstance(self._walk.model, WholeModel) else 0.0,
         )
         settings = self._settings
         own = torch.bfloat16 if settings.half_products else torch.float32
@@ -272,7 +285,7 @@ def _place(usual: Path, fingerprint: str, folders: Sequence[Path], is_kept: Call
 def vector_file(source: GgufFile, level: Product, texts: str, settings: Settings | None = None) -> VectorFile:
     """Where the vectors of a level and a text (by its hash) are kept."""
     tokens = (settings or Settings()).reference_tokens
-    return VectorFile(level.name, source.sha256, texts, str(tokens))
+    return VectorFile(level.name, source.sha256, texts, f"{tokens} {route_of(source)}")
 
 
 def _needs_text(level: Product) -> bool:
@@ -324,6 +337,7 @@ def _fingerprint(
 ) -> str:
     """Everything that a level's bytes depend on."""
     parts = [__version__, source.sha256, level.name, str(dtype)]
+    parts += [level.format.signature] if level.format.signature else []
     if _needs_text(level):
         parts += [tokens_hash(windows), str(settings.reference_tokens), str(settings.damp), str(settings.act_order)]
         parts.append(str(settings.half_products))  # a run must not go on on another processor, half in bfloat16

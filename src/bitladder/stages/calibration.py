@@ -13,6 +13,7 @@ from bitladder.records.fidelity import Way
 from bitladder.stages.engine_way import announce, engine_matrix, instead_of_walk, way_for
 from bitladder.stages.forecast import forecast, walking_need
 from bitladder.stages.job import AUTO, NONE, Build, Job, Work, opened
+from bitladder.stages.model_route import route_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
     from bitladder.describe.text import Document
     from bitladder.describe.windows import Window
-    from bitladder.files.gguf import GgufFile
     from bitladder.files.imatrix import ImportanceMatrix
 
     Importance = Mapping[str, NDArray[np.float32]]
@@ -33,12 +33,11 @@ def calibration_texts(texts: Sequence[Path]) -> list[Document]:
     return read_texts(texts) if texts else shipped_texts("calibration")
 
 
-def importance_file(source: GgufFile, documents: Sequence[Document]) -> Path:
-    """Where the importance matrix of a model and a text is kept."""
-    from bitladder.describe.text import text_hash
+def importance_file(job: Job, documents: Sequence[Document]) -> Path:
+    """Where the importance matrix of a model and a text is kept, as it is gathered on the way that the model can go."""
     from bitladder.files.folders import cache_folder, cache_key
 
-    key = cache_key(__version__, source.sha256, text_hash(documents))
+    key = cache_key(__version__, job.source.sha256, job.text_key(documents), route_of(job.source))
     return cache_folder("importance", f"{key[:32]}.gguf")
 
 
@@ -74,7 +73,7 @@ def _made_once(job: Job, build: Build) -> ImportanceMatrix:
     from bitladder.plan.calibration_text import check_overlap
 
     documents = calibration_texts(build.texts)
-    kept = importance_file(job.source, documents)
+    kept = importance_file(job, documents)
     apart = kept.with_name(f"{kept.stem}-{text_hash(build.measured_on)[:16]}.apart")
     with _saying_how_to_go_without():
         if not kept.exists() or (build.measured_on and not apart.exists()):  # both need the engine's tokenizer

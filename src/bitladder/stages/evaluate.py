@@ -44,7 +44,7 @@ TOP = 5
 """Likely tokens kept at each place of an answer."""
 MOST_FAILURES = 3
 """Inputs that an engine may fail before it is let go: one that is down fails them all, after long waits."""
-PREFILL_TOKENS, DECODE_TOKENS, REPEATS = 256, 64, 3
+PREFILL_TOKENS, DECODE_TOKENS, REPEATS = 192, 48, 3
 
 
 def answer_workload(
@@ -177,11 +177,11 @@ def judge_answers(
 def measure_speed(engine: Engine) -> Speed:
     """Prefill and decode speed with one request at a time: medians over repeats after one that warms up.
 
-    An engine of our own with a clock reports a prompt of 256 tokens computed anew and 64 tokens decoded after it.
+    An engine of our own with a clock reports a prompt of 192 tokens computed anew and 48 tokens decoded after it.
     Of others only the stream is seen: prefill then includes the network and the queue, and is a lower bound.
     """
     with OtherLoad() as others:
-        rates = [_rates(engine, repeat) for repeat in range(REPEATS + 1)]
+        rates = [decode_rates(engine, repeat) for repeat in range(REPEATS + 1)]
     prefill, decode = zip(*rates[1:], strict=True)
     return Speed(
         statistics.median(prefill),
@@ -231,6 +231,7 @@ def compare(reference: LevelAnswers, level: LevelAnswers, workload: Workload) ->
         pass_rate=rate.value,
         smallest_visible_loss=smallest_visible_loss(len(pairs)) if pairs else math.nan,
         tags=_tag_results(pairs, workload.tags),
+        decode_rounds=level.speed.rounds,
     )
 
 
@@ -313,7 +314,7 @@ _PROSE = (
 )
 
 
-def _rates(engine: Engine, repeat: int) -> tuple[float, float]:
+def decode_rates(engine: Engine, repeat: int) -> tuple[float, float]:
     """Prefill and decode rates of one request; ``repeat`` makes each prompt a new one, which no cache can serve."""
     if isinstance(engine, Running):
         with contextlib.suppress(Unsupported):

@@ -11,7 +11,16 @@ from bitladder.files.catalogue import model_named
 from bitladder.files.quality_prior import published_costs
 from bitladder.formats.blocks import QTYPES, TRAINED, QType
 from bitladder.formats.recipes import FALLBACKS, LEVELS, RECIPES
-from bitladder.levels import CheckpointLevel, FeedbackLevel, FoldedLevel, Level, Needs, RecipeLevel, parse_level
+from bitladder.levels import (
+    WHOLE_ROW,
+    CheckpointLevel,
+    FeedbackLevel,
+    FoldedLevel,
+    Level,
+    Needs,
+    RecipeLevel,
+    parse_level,
+)
 from bitladder.levels.checkpoints import FORMATS
 from bitladder.plan.cost import level_size
 from bitladder.plan.quality import level_cost
@@ -208,18 +217,22 @@ def _beside(recipe: str) -> str:
 
 def _checkpoint(level: CheckpointLevel) -> Explanation:
     form = level.format
-    group = f"scales are shared in groups of {form.group_size}" if form.group_size > 0 else "a whole row shares a scale"
-    rest = f"embedding, head and norms stay at {8 * form.float_bytes}"
+    sizes = sorted({one.group_size for one in form.forms})
+    shared = [
+        "a whole row shares a scale" if size == WHOLE_ROW else f"scales are shared in groups of {size}"
+        for size in sizes
+    ]
+    rest = "norms alone stay" if form.everywhere else "embedding, head and norms stay"
     parts = [
         ("What", form.about),
-        ("Bits", f"{form.bpw:.2f} per weight of the layers' matrices, scales included; {rest}"),
-        ("Groups", group),
+        ("Bits", f"{form.bpw:.2f} per weight of the matrices, scales included; {rest} at {8 * form.float_bytes}"),
+        ("Groups", "; ".join(shared)),
         ("Made by", "a walk over calibration text" if level.needs is Needs.CALIBRATION else "rounding alone"),
         ("Block", f"in a GGUF file {block_words(QTYPES[level.name])}" if level.name in QTYPES else ""),
         *[("Note", note.rstrip(".")) for note in form.notes()],
         ("Runs in", ", ".join(level.engines)),
     ]  # fmt: skip
-    summary = "A checkpoint folder (safetensors) for GPU servers; llama.cpp does not run it"
+    summary = f"A checkpoint folder (safetensors) for {', '.join(level.engines)}; llama.cpp does not run it"
     return Explanation(level.name, summary, tuple((head, text.rstrip(".")) for head, text in parts if text))
 
 

@@ -20,7 +20,7 @@ from bitladder.files.gguf import GgufFile
 from bitladder.formats.recipes import assign
 from bitladder.formats.roles import factored
 from bitladder.kernels import Effort
-from bitladder.levels.checkpoints import CheckpointFormat
+from bitladder.levels.checkpoints import FolderFormat
 from bitladder.progress import LevelNews, Progress, silent
 from bitladder.records.fidelity import Fidelity
 from bitladder.stats.bootstrap import SEED, quantile_interval, ratio_interval
@@ -96,7 +96,7 @@ def file_candidate(source: GgufFile, file: GgufFile, *, level: str = "", threads
 
 
 def folder_candidate(
-    source: GgufFile, folder: Path, form: CheckpointFormat, *, level: str = "", threads: int = 1
+    source: GgufFile, folder: Path, form: FolderFormat, *, level: str = "", threads: int = 1
 ) -> Candidate:
     """A checkpoint folder of these weights as a level of the source, in the format ``form``; ``level``: its name here
     (default: the folder's). Embedding and head are the source's.
@@ -211,6 +211,7 @@ def fidelity(level: str, own: TokenScores, reference: TokenScores, windows: Sequ
         return np.bincount(cluster, weights=values, minlength=units).astype(np.float64)
 
     tokens = sums(np.ones(len(cluster)))
+    unit_kl = sums(own.kl) / tokens
     kl = ratio_interval(sums(own.kl), tokens, rng, scale="log", worse="more")
     lost = ratio_interval(sums(own.nll - reference.nll), tokens, rng, worse="more")
     same = (own.top1 == reference.top1).astype(np.float64)
@@ -226,4 +227,5 @@ def fidelity(level: str, own: TokenScores, reference: TokenScores, windows: Sequ
         ppl_ratio=float(np.exp(lost.value)),
         ppl_ratio_low=float(np.exp(lost.low)), ppl_ratio_high=float(np.exp(lost.high)),
         top1=top1.value, top1_low=float(np.maximum(0, top1.low)), top1_high=float(np.minimum(1, top1.high)),
+        unit_kl=tuple(unit_kl.tolist()), unit_tokens=tuple(tokens.astype(int).tolist()),
     )  # fmt: skip

@@ -124,25 +124,33 @@ def walking_need(source: GgufFile, windows: Sequence[Window], levels: Sequence[s
     """What one pass over the layers will take: of the source and ``levels`` beside it."""
     from bitladder.files.measured import load_measured
     from bitladder.files.probe import probe_machine
-    from bitladder.plan.preflight import walk_need
+    from bitladder.plan.abilities import Route
+    from bitladder.plan.preflight import LOOKED_AT, walk_need
+    from bitladder.stages.model_route import route_of
 
     machine = probe_machine()
     measured = load_measured(machine)
-    layers: dict[str, int] = {}
-    for tensor in source.model.tensors:
-        if tensor.name.startswith("blk."):
-            layer = tensor.name.split(".", 2)[1]
-            layers[layer] = layers.get(layer, 0) + tensor.elements
     dims = source.model.dims
     tokens = sum(len(window.tokens) for window in windows)
     head = dims.n_vocab * dims.n_embd if levels else 0
     used = weights_used(source.model) + head
     need = walk_need(
-        4 * max(layers.values(), default=0), 4 * head, tokens, dims.n_embd, len(levels), 2 * used * tokens, machine,
+        4 * largest_layer(source.model), 4 * head, tokens, dims.n_embd, len(levels), 2 * used * tokens, machine,
         flops=measured.f32_matmul if measured else 0.0,
+        layers_held=LOOKED_AT if route_of(source) is Route.DERIVED else 2.0,
     )  # fmt: skip
     names = f"measure {', '.join(levels)}" if levels else "gather an importance matrix"
     return need.named(f"{names} on {tokens} tokens", kind)
+
+
+def largest_layer(model: Model) -> int:
+    """Weights of the largest layer."""
+    layers: dict[str, int] = {}
+    for tensor in model.tensors:
+        if tensor.name.startswith("blk."):
+            layer = tensor.name.split(".", 2)[1]
+            layers[layer] = layers.get(layer, 0) + tensor.elements
+    return max(layers.values(), default=0)
 
 
 def weights_used(model: Model) -> float:

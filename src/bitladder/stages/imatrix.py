@@ -78,7 +78,7 @@ def importance_matrix(
     weights = FileWeights(source, threads=threads)
     model = layered(source, weights, device=device)
     gathered = Importance(model)
-    key = cache_key("importance", __version__, source.sha256, tokens_hash(windows), str(half))
+    key = cache_key("importance", type(model).__name__, __version__, source.sha256, tokens_hash(windows), str(half))
     stream = Stream(
         model,
         [Member(weights, [gathered])],

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -101,12 +102,13 @@ def inspect_folder(folder: Path, progress: Progress = silent) -> FolderInspectio
         packed += found.size
         if (bad := first_nonfinite(found)) is not None:
             faults.append(f"{name} decodes to {found[bad]} in row {bad[0]}, column {bad[1]}.")
-    of_linears = {f"{name}.{suffix}" for name in linears for suffix in form.suffixes}
+    forms = {name: own for name in linears if (own := reader.format_of(name)) is not None}
+    of_linears = {f"{name}.{suffix}" for name, own in forms.items() for suffix in own.suffixes}
     rest = [tensor for tensor in checkpoint.tensors if tensor.name not in of_linears]
     faults += [
         f"{tensor.name} belongs to a quantized layer whose other arrays are missing."
         for tensor in rest
-        if tensor.name.rpartition(".")[2] in form.marks
+        if (own := form.of(tensor.name.rpartition(".")[0])) and tensor.name.rpartition(".")[2] in own.marks
     ]
     faults += [
         f"{tensor.name} holds integers ({tensor.dtype}) that the configuration does not explain."
@@ -118,12 +120,13 @@ def inspect_folder(folder: Path, progress: Progress = silent) -> FolderInspectio
     floats = [tensor for tensor in rest if tensor.dtype in _FLOATS]
     weights = packed + sum(math.prod(tensor.shape) for tensor in floats)
     integers = form if isinstance(form, IntegerFormat) else None
+    schemes = dict(Counter(own.scheme for own in forms.values()).most_common())
     return FolderInspection(
         folder=str(folder),
         architecture=str(checkpoint.config.get("model_type", "")),
         format=form.layout,
         bits=integers.bits if integers else None,
-        group_size=form.group_size or -1,
+        group_size=None if len(schemes) > 1 else next((own.group_size for own in forms.values()), 0) or -1,
         symmetric=integers.sym if integers else None,
         file_bytes=checkpoint_bytes(folder),
         weights=weights,
@@ -134,6 +137,7 @@ def inspect_folder(folder: Path, progress: Progress = silent) -> FolderInspectio
         faults=tuple(faults),
         truthful=not faults,
         verdict=faults[0] if faults else f"It is what its configuration says: {len(linears)} layers as {form.layout}.",
+        schemes=schemes,
         notes=tuple(dict.fromkeys((*form.notes(), *notes_of(folder)))),
     )
 

@@ -79,25 +79,114 @@ class Job(Work):
     """Where the model came from."""
     _windows: dict[str, list[Window]] = field(default_factory=dict, repr=False, compare=False)
 
+    @property
+    def checkpoint(self) -> Path | None:
+        """The checkpoint folder that the source was converted from, where it is at hand."""
+        from bitladder.files.convert import checkpoint_of
+
+        return self.found.checkpoint or checkpoint_of(self.source.path)
+
     def windows(self, texts: Sequence[Document]) -> list[Window]:
-        """Windows by the engine's own tokenizer, so that tokens are those that users get; nothing is computed there.
-        A text is tokenized once in a job.
+        """Windows of tokens, as ``tokens`` reads them. A text is tokenized once in a job.
 
         Raises:
-            EngineError: the engine does not load the model.
+            EngineError: the engine does not load the model, and no checkpoint is at hand.
             BadInput: too little text.
         """
         from bitladder.describe.text import text_hash
         from bitladder.describe.windows import text_windows
-        from bitladder.engines.base import Launch
-        from bitladder.engines.registry import start
 
         digest = text_hash(texts)
         if digest not in self._windows:
-            with start(Launch(self.source.path, n_ctx=64, threads=1)) as engine:
-                found = text_windows(texts, lambda text: engine.tokenize(text, add_special=True), self.source.model)
-            self._windows[digest] = found
+            marks = [""] if self.found.unread_tokenizer else []  # what nothing begins with, where no header says it
+            read = [*marks, *(document.text for document in texts)]
+            ids = dict(zip(read, self.tokens(read), strict=True))
+            bos = ids[""][0] if marks and ids[""] else None
+            self._windows[digest] = text_windows(texts, ids.__getitem__, self.source.model, bos=bos)
         return self._windows[digest]
+
+    def tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of texts by the engine's own tokenizer; by the checkpoint's where the engine does not load the model,
+        which is said.
+
+        Raises:
+            EngineError: the engine does not load the model, and no checkpoint is at hand.
+            BadInput: the checkpoint's tokenizer cannot be read either.
+        """
+        from bitladder.stages.engine_load import engine_ids
+
+        folder = self._own_tokenizer()
+        if folder is None:
+            return engine_ids(self.source, texts)
+        from bitladder.files.companions import token_ids
+
+        return token_ids(folder, texts)
+
+    def require_engine(self) -> None:
+        """Refuse a model that the engine does not load, at once and with what still works.
+
+        Raises:
+            EngineError: it does not load it, or that cannot be found out.
+        """
+        from bitladder.stages.engine_load import require_engine
+
+        self.require_tokenizer()
+        require_engine(
+            self.source,
+            self.found.label,
+            instead="`measure`, `imatrix`, `recipe` and `quantize` work: they walk the checkpoint's layers."
+            if self.checkpoint
+            else "`quantize --imatrix none` works; `measure` does with the model's checkpoint folder.",
+        )
+
+    def require_tokenizer(self) -> None:
+        """Refuse a checkpoint whose file has no tokenizer where files are wanted that an engine runs.
+
+        Raises:
+            BadInput: it has none.
+        """
+        from bitladder.errors import BadInput
+
+        if reason := self.found.unread_tokenizer:
+            raise BadInput(
+                f"llama.cpp's converter does not read the tokenizer of {self.found.label}: {reason}.",
+                means="The tokenizer is of a new kind, or was changed by fine-tuning; a GGUF file without one runs "
+                "nowhere.",
+                do="Put the original tokenizer files into the folder, or give a GGUF file of the model. `measure`, "
+                "`imatrix` and checkpoint levels (GPTQ, AWQ, INT8, FP8, ...) work as it is.",
+            )
+
+    def text_key(self, texts: Sequence[Document]) -> str:
+        """What tells the tokens of a text from those of others: its hash, and of the tokenizer where that is not the
+        engine's.
+
+        Raises:
+            EngineError: there is a checkpoint, and whether the engine loads the model cannot be found out.
+        """
+        from bitladder.describe.text import text_hash
+        from bitladder.files.folders import cache_key
+        from bitladder.stages.engine_load import tokenizer_key
+
+        folder, digest = self._own_tokenizer(), text_hash(texts)
+        return digest if folder is None else cache_key(digest, tokenizer_key(folder))
+
+    def _own_tokenizer(self) -> Path | None:
+        """The folder whose tokenizer reads texts, where it is not the engine's."""
+        from bitladder.stages.engine_load import refusal_of
+
+        folder = self.checkpoint
+        if folder is None or self.found.unread_tokenizer:  # which is said already
+            return folder
+        reason = refusal_of(self.source)
+        if not reason:
+            return None
+        line = (
+            f"The engine does not load {self.found.label} ({reason}): texts are read by the checkpoint's own "
+            "tokenizer, and nothing of it can be run here."
+        )
+        if line not in self.journal.warnings:
+            self.journal.warn(line)
+        return folder
 
 
 @contextmanager
@@ -108,11 +197,13 @@ def opened(model: str, work: Work, *, warn: bool = True) -> Iterator[Job]:
         BadInput, FetchError, OutputError: as ``files.sources.resolve``.
         BadFile: it is no sound GGUF file.
     """
+    from bitladder.describe.quantized import decoded_from
     from bitladder.files.gguf import GgufFile
     from bitladder.files.sources import resolve
 
     found = resolve(model, work.progress)
     with GgufFile.open(found.path) as source:
+        source.model = decoded_from(source.model, found.origin)
         if warn:
             work.journal.warn(*found.warnings)
         yield Job(**vars(work), source=source, found=found)

@@ -117,7 +117,7 @@ def making_of(job: Job, build: Build, importance: Importance | None) -> Making:
 
     digest = importance_hash(importance)
     if digest:
-        _keep_importance(job.source, build.imatrix, digest)
+        _keep_importance(job, build.imatrix, digest)
     given = build.imatrix if build.imatrix in (AUTO, NONE) else str(Path(build.imatrix).resolve())
     return Making(build.effort, given if digest else NONE, digest, job.threads)
 
@@ -128,12 +128,12 @@ def _kept_importance(digest: str) -> Path:
     return data_folder("importance", digest)
 
 
-def _keep_importance(source: GgufFile, choice: str, digest: str) -> None:
+def _keep_importance(job: Job, choice: str, digest: str) -> None:
     """Put an importance matrix by under the hash that methods call it by."""
     from bitladder.files.atomic import write_whole
 
     kept = _kept_importance(digest)
-    origin = importance_file(source, calibration_texts(())) if choice == AUTO else Path(choice)
+    origin = importance_file(job, calibration_texts(())) if choice == AUTO else Path(choice)
     if not kept.is_file():
         write_whole(kept, origin.read_bytes())
 

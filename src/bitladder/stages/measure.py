@@ -197,12 +197,12 @@ def built_candidate(source: GgufFile, file: LevelFile, stack: ExitStack) -> Cand
         BadInput, BadFile: it is another model's, or damaged.
     """
     # brings torch, for whose 1.5 s stored figures need not wait
+    from bitladder.files.checkpoint_check import format_of_folder
     from bitladder.files.gguf import GgufFile
-    from bitladder.levels.checkpoints import parse_checkpoint
     from bitladder.stages.fidelity import file_candidate, folder_candidate
 
     if file.path.is_dir():
-        return folder_candidate(source, file.path, parse_checkpoint(file.level).format, level=file.level)
+        return folder_candidate(source, file.path, format_of_folder(file.path), level=file.level)
     return file_candidate(source, stack.enter_context(GgufFile.open(file.path)), level=file.level)
 
 
@@ -283,9 +283,8 @@ class _Ways:
         self, subjects: Sequence[Subject], way: Way, refusal: UnknownArchitecture | None = None
     ) -> list[Fidelity]:
         """Fidelities of all subjects, measured in one way; each is stored when it is there."""
-        from bitladder.describe.text import text_hash
-
-        job, digest = self.job, text_hash(self.texts)
+        job = self.job
+        digest = job.text_key(self.texts)
         if way is Way.ENGINE:
             announce(job, "Fidelity is measured", refusal)
         stored = {one: self.recorded.fidelity(one, digest, self.reference, way=way) for one in subjects}
@@ -328,39 +327,36 @@ def fidelity_of_reference(measured: Fidelity, level: str) -> Fidelity:
     """What is true of the reference beside itself, on the tokens that another level was measured on."""
     zero = dict.fromkeys((name for name in vars(measured) if name.startswith("kl_")), 0.0)
     one = dict.fromkeys((name for name in vars(measured) if name.startswith(("ppl_ratio", "top1"))), 1.0)
-    return replace(measured, level=level, ppl=measured.ppl_reference, **zero, **one)  # type: ignore[arg-type]
+    units = (0.0,) * len(measured.unit_kl)
+    return replace(measured, level=level, ppl=measured.ppl_reference, unit_kl=units, **zero, **one)  # type: ignore[arg-type]
 
 
 class Replies(NamedTuple):
     """What a model answered to a workload."""
 
     answers: tuple[Answer, ...]
-    speed: Speed
+    speed: Speed | None
+    """None where it is measured beside others'."""
     stored: bool
     """Whether nothing had to be asked."""
 
 
 def answers(subject: Subject, path: Path, workload: Workload, recorded: Recorded, *, n_ctx: int, work: Work) -> Replies:
-    """Answers and speed of one level. Every new answer is stored as it comes.
-
-    A speed that other programs disturbed is measured again.
-    """
+    """Answers of one level, whose speed is measured beside the others' (``stages.speeds``). Every new answer is stored
+    as it comes."""
     from bitladder.describe.workload import questions_of
     from bitladder.engines.base import Launch
     from bitladder.engines.registry import container_of, start
-    from bitladder.stages.evaluate import answer_workload, measure_speed
+    from bitladder.stages.evaluate import answer_workload
     from bitladder.stages.run_facts import engine_facts, slots
 
     room, parallel = slots(workload, n_ctx)
-    engine = engine_facts(n_ctx=room, n_parallel=parallel, threads=work.threads, container=container_of(path))
+    stored_as = container_of(path)
+    engine = engine_facts(n_ctx=room, n_parallel=parallel, threads=work.threads, container=stored_as, path=path)
     questions = questions_of(workload)
     known = recorded.answers(subject, questions, engine)
-    speed = recorded.speed(subject, engine)
-    if speed is not None and speed.disturbed:
-        speed = None
-    stored = speed is not None and len(known) == len(set(questions))
-    if stored and speed is not None:
-        return Replies(tuple(known[question] for question in questions), speed, stored=True)
+    if len(known) == len(set(questions)):
+        return Replies(tuple(known[question] for question in questions), None, stored=True)
 
     def keep(answer: Answer) -> None:
         recorded.keep_answer(subject, answer.question, engine, answer)
@@ -369,7 +365,4 @@ def answers(subject: Subject, path: Path, workload: Workload, recorded: Recorded
 
     with start(Launch(path, n_ctx=room, n_parallel=parallel, threads=work.threads)) as server:
         found = answer_workload(server, workload, known=dict(known), on_answer=keep)
-        if speed is None:
-            speed = measure_speed(server)
-            recorded.keep_speed(subject, engine, speed)
-    return Replies(found, speed, stored=False)
+    return Replies(found, None, stored=False)

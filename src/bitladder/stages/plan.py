@@ -112,6 +112,7 @@ def plan_model(
     from bitladder.files.describe_source import describe
     from bitladder.formats.recipes import RECIPES
     from bitladder.levels import LADDER, RecipeLevel
+    from bitladder.plan.abilities import Route
     from bitladder.plan.cost import checkpoint_levels
     from bitladder.plan.ladder import make_plan, usable_context
     from bitladder.plan.launch import LAUNCHED
@@ -123,7 +124,7 @@ def plan_model(
     wish = replace(wish, n_ctx=usable_context(found.model, request.n_ctx), beside_bytes=found.beside_bytes)
     runs = stored_runs(model, machine) if request.machine is None else {}
     whole = engine in LAUNCHED
-    wanted = levels or (checkpoint_levels(found.model) if whole else LADDER)
+    wanted = levels or (checkpoint_levels(found.model, engine or "") if whole else LADDER)
     made = make_plan(
         found.model,
         machine,
@@ -138,6 +139,9 @@ def plan_model(
         runs={RecipeLevel(level): speed for level, speed in runs.items() if level in RECIPES},
     )
     made = _fast_enough(made, least_decode)
+    able = _abilities(found)
+    files = whole or all(one.way is not Route.NONE for one in able if one.what == "K-quants")
+    advice = _advice(found.model, wanted, made, engine, machine, wish) if files else (None, ())
     return ModelPlan(
         made,
         found.exact,
@@ -145,9 +149,9 @@ def plan_model(
         found.offers,
         _pair(found.model, pair, machine, wish) if pair else None,
         _launch(found, model, wanted, made, engine, machine, wish) if engine else None,
-        *_advice(found.model, wanted, made, engine, machine, wish),
+        *advice,
         basis=found.basis.value,
-        abilities=_abilities(found),
+        abilities=able,
     )
 
 
@@ -163,6 +167,7 @@ def _abilities(found: Described) -> tuple[Ability, ...]:
         walk_gap=walk_gap(found.model),
         transformers_class=transformers_has(found.model_type) if found.model_type else None,
         engine_gap=engine_missing(found.model) if found.converts is not False else "",
+        tokenizer_gap=found.tokenizer_gap,
     )
     return abilities(facts)
 
@@ -204,16 +209,23 @@ def _advice(
     model: Model, levels: Sequence[Level], plan: Plan, engine: str | None, machine: Machine, wish: Usage
 ) -> tuple[Advice | None, tuple[str, ...]]:
     """The format for the largest level that fits, and what would be slow about it; nothing where nothing fits."""
+    from bitladder.files.kernel_table import kernel_table
     from bitladder.plan.advice import Situation, advise
     from bitladder.plan.cost import level_size
+    from bitladder.plan.kernels import devices_of, kernel_warnings
     from bitladder.plan.placement import place
 
     level = _largest(levels, plan)
     if level is None:
         return None, ()
     placement = place(model, level_size(model, level).by_part, machine, wish)
+    known = [device for device in devices_of(machine) if device.capability]
+    weakest = min(known, key=lambda device: device.capability, default=None)
     advice = advise(Situation(machine, placement, engine or "", wish.n_seq))
-    return advice, tuple(level.slow_paths(engine or "", has_gpu=bool(machine.gpus), cpu_features=machine.features))
+    slow = level.slow_paths(engine or "", has_gpu=bool(machine.gpus), cpu_features=machine.features)
+    if weakest is not None:
+        slow += kernel_warnings(kernel_table(), levels, weakest, engine or "")
+    return advice, tuple(slow)
 
 
 def _launch(

@@ -26,8 +26,18 @@ def deliver_projector(found: Source, out: Path, journal: Journal, progress: Prog
         FetchError: the converter cannot be fetched.
     """
     made = projector_of(found, journal, progress)
-    if made is None:
-        return None
+    return None if made is None else deliver(made, out, journal)
+
+
+def deliver(made: Path, out: Path, journal: Journal) -> Path:
+    """Copy a projector that is there to ``out``; what was done is said.
+
+    Returns:
+        Where it lies.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
     target = out / made.name
     if target.exists() and target.samefile(made):
         journal.say(f"{target}  takes in pictures or sounds, and serves every level as it is")
@@ -40,6 +50,15 @@ def deliver_projector(found: Source, out: Path, journal: Journal, progress: Prog
     size = human_bytes(target.stat().st_size)
     journal.say(f"{target}  {size}, takes in pictures or sounds, and serves every level as it is")
     return target
+
+
+def unmeasured_note(projector: Path) -> str:
+    """The sentence for a run, whose text says nothing of pictures."""
+    size = human_bytes(projector.stat().st_size)
+    return (
+        f"The model takes in pictures or sounds, too ({projector.name}, {size}, counted in memory): what is measured "
+        "here is its language part alone."
+    )
 
 
 def projector_of(found: Source, journal: Journal, progress: Progress) -> Path | None:

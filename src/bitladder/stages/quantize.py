@@ -18,6 +18,7 @@ from bitladder.stages.projector import deliver_projector
 
 if TYPE_CHECKING:
     from bitladder.describe.text import Document
+    from bitladder.describe.windows import Window
     from bitladder.files.gguf import GgufFile
     from bitladder.files.imatrix import ImportanceMatrix
     from bitladder.levels.products import Product
@@ -110,6 +111,8 @@ def build_levels(model: str, levels: Sequence[Level], build: Build, work: Work) 
 
         check_device(work.device)
     with opened(model, work) as job:
+        if asked.files or asked.folded or asked.fitted:
+            job.require_tokenizer()
         _refuse_overwriting(job.source, asked, build)
         job.source.hash_ahead()  # while the rest is imported, which takes as long as hashing a small model
         from bitladder.files.probe import probe_machine
@@ -140,9 +143,17 @@ def _refuse_overwriting(source: GgufFile, asked: SortedLevels, build: Build) -> 
     refuse_overwriting(inputs, drafts, lambda: source.sha256, force=build.force)
 
 
-def calibrate_levels(job: Job, levels: SortedLevels, build: Build) -> Calibrated | None:
+def calibrate_levels(
+    job: Job, levels: SortedLevels, build: Build, *, windows: Sequence[Window] | None = None
+) -> Calibrated | None:
     """What comes of one walk over the calibration text: checkpoints, scales of folded levels, and the importance matrix
     where one is wanted beside them. None where no level asks for more than an importance matrix.
+
+    Args:
+        job: the model.
+        levels: by their kinds.
+        build: where to, and how.
+        windows: of the calibration text, those to read, where others are held out to measure on; all by default.
 
     Raises:
         UsageError, NothingFits, BadInput, BadWeights, OutputError, UnknownArchitecture: as ``Calibration`` says.
@@ -152,17 +163,19 @@ def calibrate_levels(job: Job, levels: SortedLevels, build: Build) -> Calibrated
     from bitladder.files.texts import shipped_texts
     from bitladder.levels.products import ImportanceVectors
     from bitladder.stages.calibrate import Calibration, Reading
+    from bitladder.stages.schemes import with_schemes
     from bitladder.walk.checkpoint_walk import Settings
 
     source, documents = job.source, calibration_texts(build.texts)
-    wanted: list[Product] = [*levels.checkpoints, *levels.folded]
-    if build.imatrix == AUTO and levels.use_importance and not importance_file(source, documents).exists():
+    wanted: list[Product] = [*(with_schemes(job, level, build) for level in levels.checkpoints), *levels.folded]
+    if build.imatrix == AUTO and levels.use_importance and not importance_file(job, documents).exists():
         wanted.append(ImportanceVectors())
     reading = Reading(
-        job.windows(documents),
+        job.windows(documents) if windows is None else windows,
         documents,
-        measuring=job.windows(build.measured_on or shipped_texts()),
-        prompts=_prompts(source, documents) if levels.checkpoints else {},
+        measuring=job.windows(build.measured_on or shipped_texts()) if windows is None else (),
+        prompts=_prompts(job, documents) if levels.checkpoints else {},
+        text_key=job.text_key(documents),
     )
     walk = Calibration(
         source, wanted, reading, out_dir=build.out, name=job.found.label, checkpoint=job.found.checkpoint,
@@ -172,7 +185,7 @@ def calibrate_levels(job: Job, levels: SortedLevels, build: Build) -> Calibrated
     with forecast(walk.need, job.journal, build.out) if walk.need is not None else nullcontext():
         calibrated = walk.run(job.progress)
     if calibrated.importance is not None:
-        _keep(source, documents, calibrated.importance)
+        _keep(job, documents, calibrated.importance)
     return calibrated
 
 
@@ -185,22 +198,19 @@ def _importance(job: Job, asked: SortedLevels, build: Build, calibrated: Calibra
     return importance_of(job, build)
 
 
-def _keep(source: GgufFile, documents: Sequence[Document], matrix: ImportanceMatrix) -> None:
+def _keep(job: Job, documents: Sequence[Document], matrix: ImportanceMatrix) -> None:
     from bitladder.files.imatrix import write_imatrix
 
-    path = importance_file(source, documents)
+    path = importance_file(job, documents)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_imatrix(path, matrix)
 
 
-def _prompts(source: GgufFile, documents: Sequence[Document]) -> dict[str, list[int]]:
-    """Texts that a written tokenizer must read as the source's engine does: the starter workload's, and the beginning
-    of every calibration text."""
-    from bitladder.engines.base import Launch
-    from bitladder.engines.registry import start
+def _prompts(job: Job, documents: Sequence[Document]) -> dict[str, list[int]]:
+    """Texts that a written tokenizer must read as the source's does: the starter workload's, and the beginning of every
+    calibration text."""
     from bitladder.files.workloads import STARTER, load_workload
 
     starters = [str(message["content"]) for one in load_workload(STARTER).inputs for message in one.messages]
-    prompts = [*starters, *(document.text[:_PROMPT_CHARACTERS] for document in documents)]
-    with start(Launch(source.path, n_ctx=64, threads=1)) as engine:
-        return {prompt: list(engine.tokenize(prompt, add_special=True)) for prompt in dict.fromkeys(prompts)}
+    prompts = list(dict.fromkeys([*starters, *(document.text[:_PROMPT_CHARACTERS] for document in documents)]))
+    return dict(zip(prompts, job.tokens(prompts), strict=True))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from bitladder.stages.calibration import calibration_texts
 from bitladder.stages.forecast import forecast, walking_need
 from bitladder.stages.job import Build, Job, Journal, Work, opened
 from bitladder.stages.known_files import kept_by_evidence
+from bitladder.stages.projector import deliver_projector, projector_of
 from bitladder.stages.weighing import RecipeTexts, keep_table, parts_of_text, weighed_tensors
 
 if TYPE_CHECKING:
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 
 _TRIES = 2
 """Files made again for --kl when one loses more than was asked for, or much less."""
-_AIM = 0.92
+AIM = 0.92
 """Share of the loss asked for that recipes are chosen for: predictions are off by some percent either way."""
 _NEAR = 0.8
 """Share of the loss asked for from which a file is not made smaller any more."""
@@ -68,7 +70,11 @@ def make_recipe(model: str, request: RecipeRequest, work: Work) -> RecipeResult:
         BadInput, BadWeights, UnknownArchitecture: the model cannot be weighed on this text.
     """
     with opened(model, work) as job:
-        return recipe_of(job, request)
+        job.require_tokenizer()
+        result = recipe_of(job, request)
+        if request.build is not None:
+            deliver_projector(job.found, request.build.out, job.journal, job.progress)
+        return result
 
 
 def recipe_of(job: Job, request: RecipeRequest) -> RecipeResult:
@@ -77,7 +83,7 @@ def recipe_of(job: Job, request: RecipeRequest) -> RecipeResult:
 
     source = job.source
     if request.level is None:
-        request = replace(request, wish=_bounded(source, request))
+        request = replace(request, wish=_bounded(job, request))
     else:
         level_named(request.level)  # a name that is none is refused before any work
     parts = parts_of_text(job.windows(calibration_texts(request.texts)))
@@ -97,12 +103,12 @@ def recipe_of(job: Job, request: RecipeRequest) -> RecipeResult:
     if request.wish.kl is None:
         return result
     wish = request.wish
-    return _held(
+    return held(
         request.wish.kl, result, table, kept, lambda table: write(table, _chosen(source, table, wish)), job.journal
     )
 
 
-def _held(
+def held(
     kl: float,
     result: RecipeResult,
     table: SensitivityTable,
@@ -154,9 +160,13 @@ def _corrected(table: SensitivityTable, result: RecipeResult, journal: Journal) 
 
 
 def _remove(old: RecipeResult, new: RecipeResult) -> None:
-    """Remove a file that another stands in for, unless an earlier call had made it."""
+    """Remove a file or folder that another stands in for, unless an earlier call had made it."""
     if old.fitted and old.fitted.file.path != _path(new) and not old.fitted.file.reused:
-        old.fitted.file.path.unlink()
+        path = old.fitted.file.path
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _written(job: Job, recipe: Recipe, parts: RecipeTexts, build: Build) -> RecipeResult:
@@ -195,6 +205,7 @@ def reapply(file: Path, model: str, build: Build, work: Work) -> RecipeResult:
 
     recipe = read_recipe(file)
     with opened(model, work) as job:
+        job.require_tokenizer()
         own = reapplied(recipe, job.source.model)
         return _written(job, own, parts_of_text(job.windows(calibration_texts(build.texts))), build)
 
@@ -261,23 +272,31 @@ def write_recipe(job: Job, recipe: Recipe, windows: Sequence[Window], build: Bui
 
 
 def measured_on(job: Job, file: Path, windows: Sequence[Window]) -> Fidelity:
-    """A file's fidelity on some windows."""
+    """The fidelity of a file or a checkpoint folder on some windows."""
+    from bitladder.files.checkpoint_check import format_of_folder
     from bitladder.files.gguf import GgufFile
-    from bitladder.stages.fidelity import file_candidate, walk
+    from bitladder.stages.fidelity import file_candidate, folder_candidate, walk
 
     need = walking_need(job.source, windows, (file.stem,))
-    with GgufFile.open(file) as level, forecast(need, job.journal):
-        candidate = file_candidate(job.source, level, threads=job.threads)
+    with ExitStack() as stack:
+        if file.is_dir():
+            candidate = folder_candidate(job.source, file, format_of_folder(file), threads=job.threads)
+        else:
+            level = stack.enter_context(GgufFile.open(file))
+            candidate = file_candidate(job.source, level, threads=job.threads)
+        stack.enter_context(forecast(need, job.journal))
         return walk(job.source, [candidate], windows, progress=job.progress, threads=job.threads, device=job.device)[0]
 
 
-def _bounded(source: GgufFile, request: RecipeRequest) -> Limits:
+def _bounded(job: Job, request: RecipeRequest) -> Limits:
     """The wish with what it needs of this machine, refused here if no table of losses is needed to refuse it."""
     from bitladder.plan.recipe import check
 
-    wish = request.wish
+    wish, source = request.wish, job.source
     if request.fits:
-        wish = replace(wish, bytes=room_for_weights(source, request.n_ctx))
+        projector = projector_of(job.found, job.journal, job.progress)
+        beside = projector.stat().st_size if projector else 0
+        wish = replace(wish, bytes=room_for_weights(source, request.n_ctx) - beside)
     if wish.least_decode:
         wish = replace(wish, rates=_rates())
     check(source.model, wish, header_bytes=_header_bytes(source))
@@ -287,7 +306,7 @@ def _bounded(source: GgufFile, request: RecipeRequest) -> Limits:
 def _chosen(source: GgufFile, table: SensitivityTable, wish: Limits) -> Recipe:
     from bitladder.plan.recipe import choose
 
-    return choose(table, source.model, replace(wish, aim=_AIM), header_bytes=_header_bytes(source))
+    return choose(table, source.model, replace(wish, aim=AIM), header_bytes=_header_bytes(source))
 
 
 def _header_bytes(source: GgufFile) -> int:

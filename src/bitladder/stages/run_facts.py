@@ -146,8 +146,11 @@ def slots(workload: Workload, n_ctx: int) -> tuple[int, int]:
     return room, max(1, min(MOST_SLOTS, n_ctx // room))
 
 
-def engine_facts(*, n_ctx: int, n_parallel: int, threads: int, container: Container = Container.FILE) -> dict[str, Any]:
-    """The engine that runs models stored so, and its settings: part of the key of every answer and speed.
+def engine_facts(
+    *, n_ctx: int, n_parallel: int, threads: int, container: Container = Container.FILE, path: Path | None = None
+) -> dict[str, Any]:
+    """The engine that runs models stored so (``path``: this one), and its settings: part of the key of every answer and
+    speed.
 
     The processor is among them: it decides speed and, by the order of its sums, near ties.
 
@@ -157,7 +160,7 @@ def engine_facts(*, n_ctx: int, n_parallel: int, threads: int, container: Contai
     from bitladder.engines.registry import engine_for
     from bitladder.files.probe import cpu_name
 
-    identity = engine_for(container).identity()
+    identity = engine_for(container, path).identity()
     return {
         "engine": identity.engine,
         "version": identity.version,

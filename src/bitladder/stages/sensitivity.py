@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +46,45 @@ _LOSSES = "losses"
 """Among arrays that are kept, beside importances by the names of their tensors."""
 
 
+class Choices(Protocol):
+    """What tensors may be stored as, and with what errors."""
+
+    @property
+    def key(self) -> str:
+        """What tells tables over different choices apart; empty for the block types of GGUF files."""
+
+    def of(self, info: TensorInfo) -> tuple[str, ...]:
+        """Names of what a tensor may become; none where it stays as it is."""
+
+    def nbytes(self, info: TensorInfo, choice: str) -> int:
+        """Bytes of a tensor as one of them."""
+
+    def errors(self, weights: F32, choice: str, importance: F32, threads: int) -> NDArray[np.float64]:
+        """Squared errors f64[rows, columns] of a quick encoding of some rows, codes to nearest."""
+
+
+class BlockTypes:
+    """``Choices`` of GGUF recipes."""
+
+    key = ""
+
+    def of(self, info: TensorInfo) -> tuple[str, ...]:
+        """As ``Choices``."""
+        return types_for(info) if is_quantizable(info) else ()
+
+    def nbytes(self, info: TensorInfo, choice: str) -> int:
+        """As ``Choices``."""
+        return QTYPES[choice].nbytes(info.shape)
+
+    def errors(self, weights: F32, choice: str, importance: F32, threads: int) -> NDArray[np.float64]:
+        """As ``Choices``."""
+        data = quantize(weights, choice, importance=importance, effort="fast", threads=threads)
+        return np.asarray((dequantize(data, choice, threads=threads) - weights).astype(np.float64) ** 2)
+
+
+BLOCK_TYPES = BlockTypes()
+
+
 @dataclass(frozen=True)
 class Weighed:
     """Predicted losses, and the mean squares of each tensor's inputs as quantizers take them: f32[columns], or
@@ -70,6 +110,7 @@ def weigh(
     keep: Path | None = None,
     progress: Progress = silent,
     half: bool | None = None,
+    choices: Choices = BLOCK_TYPES,
 ) -> Weighed:
     """Predict what every (tensor, type) costs, not yet compared with measurements.
 
@@ -84,6 +125,7 @@ def weigh(
             goes on from there, and removes them at its end. None keeps nothing.
         progress: told after each layer.
         half: whether to multiply in bfloat16; None: where the processor can.
+        choices: what tensors may be stored as.
 
     Raises:
         BadInput: too little text.
@@ -102,8 +144,9 @@ def weigh(
     batches = batches_of(windows)
     half = wants_half_products(half, device)
     made_by = (__version__, REVISION, FEEDBACK_REVISION)
-    key = cache_key("weigh", *made_by, source.sha256, tokens_hash(windows), str(half))
-    table = _Table(source, weights, threads)
+    own = (choices.key,) if choices.key else ()
+    key = cache_key("weigh", type(model).__name__, *made_by, source.sha256, tokens_hash(windows), str(half), *own)
+    table = _Table(source, weights, choices, threads)
     passes = SensitivityPass(
         model,
         weights,
@@ -122,9 +165,9 @@ def weigh(
 class _Table(Resumable):
     """Losses of every tensor and type, and importances, as sensitivities come in."""
 
-    def __init__(self, source: GgufFile, weights: FileWeights, threads: int) -> None:
+    def __init__(self, source: GgufFile, weights: FileWeights, choices: Choices, threads: int) -> None:
         self._tensors = {info.name: info for info in source.model.tensors if is_quantizable(info)}
-        self._weights, self._threads, self._pivots = weights, threads, _Pivots()
+        self._weights, self._choices, self._threads, self._pivots = weights, choices, threads, _Pivots()
         self.losses: dict[str, dict[str, TensorLoss]] = {}
         self.importance: dict[str, F32] = {}
 
@@ -135,9 +178,9 @@ class _Table(Resumable):
             return
         info = self._tensors[name]
         losses = (
-            _of_embedding(info, self._weights, sensitivity, self._threads)
+            _of_embedding(info, self._weights, sensitivity, self._choices, self._threads)
             if isinstance(sensitivity, EmbeddingSensitivity)
-            else _of_matrix(info, self._weights, sensitivity, self._pivots, self._threads)
+            else _of_matrix(info, self._weights, sensitivity, self._pivots, self._choices, self._threads)
         )
         if isinstance(sensitivity, Sensitivity):
             self.importance[name] = _importance(sensitivity)
@@ -178,13 +221,15 @@ class _Pivots:
 
 
 def _of_matrix(
-    info: TensorInfo, weights: FileWeights, seen: Sensitivity, pivots: _Pivots, threads: int
+    info: TensorInfo, weights: FileWeights, seen: Sensitivity, pivots: _Pivots, choices: Choices, threads: int
 ) -> dict[str, TensorLoss]:
     """Losses of a matrix or a stack of them, from the rows that weigh most and a sample of the others."""
     rows = info.shape[-2]
     matrices = int(np.prod(info.shape[:-2], dtype=int))
     sample = np.unique(np.linspace(0, matrices - 1, min(matrices, _MATRICES)).astype(int))
-    totals = {qtype: np.zeros(2) for qtype in types_for(info)}
+    totals = {qtype: np.zeros(2) for qtype in choices.of(info)}
+    if not totals:
+        return {}
     for matrix in sample:
         inputs = seen.inputs[matrix if len(seen.inputs) > 1 else 0]
         if not inputs.tokens:
@@ -196,11 +241,11 @@ def _of_matrix(
         energies = inputs.squares.astype(np.float32)
         plain = inputs.squares / inputs.tokens
         for qtype, total in totals.items():
-            error = _error(own, qtype, energies, threads)
+            error = choices.errors(own, qtype, energies, threads)
             total += [share @ (error @ plain), share @ (error @ fed)]
     scale = matrices / len(sample) / 2 / seen.predictions
     return {
-        qtype: TensorLoss(qtype, QTYPES[qtype].nbytes(info.shape), float(total[0] * scale), float(total[1] * scale))
+        qtype: TensorLoss(qtype, choices.nbytes(info, qtype), float(total[0] * scale), float(total[1] * scale))
         for qtype, total in totals.items()
     }
 
@@ -220,22 +265,17 @@ def _sampled(energy: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np
 
 
 def _of_embedding(
-    info: TensorInfo, weights: FileWeights, seen: EmbeddingSensitivity, threads: int
+    info: TensorInfo, weights: FileWeights, seen: EmbeddingSensitivity, choices: Choices, threads: int
 ) -> dict[str, TensorLoss]:
     """Losses of the rows that were looked up, each by its own gradients."""
     own = weights(info.name, seen.tokens)
     importance = seen.weights.sum(axis=0).astype(np.float32)
     losses = {}
-    for qtype in types_for(info):
-        loss = float(np.einsum("ij,ij->", seen.weights, _error(own, qtype, importance, threads))) / 2 / seen.predictions
-        losses[qtype] = TensorLoss(qtype, QTYPES[qtype].nbytes(info.shape), loss, loss)
+    for qtype in choices.of(info):
+        wrong = choices.errors(own, qtype, importance, threads)
+        loss = float(np.einsum("ij,ij->", seen.weights, wrong)) / 2 / seen.predictions
+        losses[qtype] = TensorLoss(qtype, choices.nbytes(info, qtype), loss, loss)
     return losses
-
-
-def _error(weights: F32, qtype: str, importance: F32, threads: int) -> NDArray[np.float64]:
-    """Squared errors of a quick plain encoding."""
-    data = quantize(weights, qtype, importance=importance, effort="fast", threads=threads)
-    return np.asarray((dequantize(data, qtype, threads=threads) - weights).astype(np.float64) ** 2)
 
 
 def _added(first: Mapping[str, TensorLoss], second: Mapping[str, TensorLoss]) -> dict[str, TensorLoss]:

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from bitladder.levels import FileLevel
 
 
+_POOLS_TO_A_RANK = 4  # llama.cpp's LLAMA_POOLING_TYPE_RANK
+
+
 def is_level(what: str) -> bool:
     """Whether a tier is a level of a model, and neither an endpoint nor a file.
 
@@ -84,6 +87,19 @@ def served_level(name: str) -> FileLevel:
         do="Build it with `bitladder quantize`, serve the folder with vLLM, and give the address: URL#MODEL.",
     )
     return cast("FileLevel", level)
+
+
+def check_reranker(path: Path) -> None:
+    """Raise BadInput for a file that is no reranker: llama.cpp ranks with any model, and the numbers mean nothing."""
+    from bitladder.files.gguf import read_header
+
+    header = read_header(path)
+    pooling = header.metadata.get(f"{header.metadata.get('general.architecture')}.pooling_type")
+    if pooling != _POOLS_TO_A_RANK and not any(tensor.name.startswith("cls.") for tensor in header.tensors):
+        raise BadInput(
+            f"'{path}' is no reranker: it has neither a head that ranks nor says that it is one.",
+            do="Give a reranker's GGUF file, such as bge-reranker-v2-m3's, or URL#MODEL.",
+        )
 
 
 def memory_by_slots(path: Path, n_ctx: int, slots: Sequence[int]) -> tuple[int, ...]:

@@ -77,6 +77,7 @@ def find_smallest(search: SmallestRequest, work: Work) -> LadderOutcome:
         job.journal.warn(*workload.warnings)
         n_ctx = usable_context(source.model, search.n_ctx)
         levels = _levels(source, search, n_ctx)
+        job.require_engine()
         out = search.out or Path(f"{job.found.label}-ladder")
         build = Build(out=out, imatrix=search.imatrix)
         calibrated = calibrate_levels(job, sort_levels(list(levels.values())), build)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from bitladder import __version__
 from bitladder.errors import BadInput
@@ -16,10 +16,13 @@ from bitladder.records.recipe import SensitivityTable
 from bitladder.stages.calibration import calibration_texts
 from bitladder.stages.forecast import forecast, walking_need
 from bitladder.stages.job import Job
+from bitladder.stages.model_route import route_of
 
 if TYPE_CHECKING:
     from bitladder.describe.windows import Window
-    from bitladder.stages.sensitivity import Weighed
+    from bitladder.records.recipe import Recipe
+    from bitladder.stages.fidelity import Candidate
+    from bitladder.stages.sensitivity import Choices, Weighed
 
 _WEIGHING_TOKENS = 4096
 """Tokens that sensitivities are taken from: row weights are means over all of them, so a few thousand do."""
@@ -38,6 +41,55 @@ class RecipeTexts:
     weighing: list[Window]
     fitting: list[Window]
     held_out: list[Window]
+
+
+class Storage(Protocol):
+    """What tensors are weighed for: the choices that they have, and whole recipes that predictions are checked by."""
+
+    @property
+    def choices(self) -> Choices:
+        """What each tensor may be stored as."""
+
+    def spread(self, table: SensitivityTable) -> list[Recipe]:
+        """Recipes from small to precise."""
+
+    def candidates(self, recipes: Sequence[Recipe], weighed: Weighed) -> list[Candidate]:
+        """The same, made on the fly with plain rounding."""
+
+
+class GgufStorage:
+    """``Storage`` in a GGUF file."""
+
+    def __init__(self, job: Job) -> None:
+        from bitladder.stages.sensitivity import BLOCK_TYPES
+
+        self._job, self.choices = job, BLOCK_TYPES
+
+    def spread(self, table: SensitivityTable) -> list[Recipe]:
+        """As ``Storage``."""
+        from bitladder.plan.recipe import Limits, bounds, choose
+
+        model = self._job.source.model
+        least, most = (8 * size / sum(t.elements for t in model.tensors) for size in bounds(model))
+        sizes = sizes_between(least, most)
+        return [choose(table, model, Limits(bpw=bpw, feedback=False)) for bpw in sizes if least <= bpw <= most]
+
+    def candidates(self, recipes: Sequence[Recipe], weighed: Weighed) -> list[Candidate]:
+        """As ``Storage``."""
+        from bitladder.stages.fidelity import Candidate
+        from bitladder.walk.weights import FileWeights, MadeWeights, Quantizer
+
+        threads, device = self._job.threads, self._job.device
+        exact = FileWeights(self._job.source, threads=threads)
+        quantizer = Quantizer(exact, importance=weighed.importance, effort="fast", threads=threads, device=device)
+        return [Candidate(recipe.label, MadeWeights(quantizer, recipe.qtypes)) for recipe in recipes]
+
+
+def sizes_between(least: float, most: float) -> list[float]:
+    """Bits per weight of recipes that predictions are scaled to."""
+    import numpy as np
+
+    return [float(size) for size in np.geomspace(_CHECKED[0] * least, min(_CHECKED[1], most), _CHECKED[2])]
 
 
 def parts_of_text(windows: Sequence[Window]) -> RecipeTexts:
@@ -60,16 +112,19 @@ def parts_of_text(windows: Sequence[Window]) -> RecipeTexts:
     return RecipeTexts(rest[::step], rest, held)
 
 
-def weighed_tensors(job: Job, parts: RecipeTexts, texts: Sequence[Path]) -> tuple[SensitivityTable, Path]:
-    """The table of predicted losses, checked against measured recipes, and where it is kept between runs."""
-    from bitladder.describe.text import text_hash
+def weighed_tensors(
+    job: Job, parts: RecipeTexts, texts: Sequence[Path], storage: Storage | None = None
+) -> tuple[SensitivityTable, Path]:
+    """The table of predicted losses, checked against measured recipes, and where it is kept between runs; ``storage``:
+    a GGUF file by default."""
     from bitladder.files.folders import cache_folder, cache_key
     from bitladder.kernels import REVISION
     from bitladder.kernels.feedback import REVISION as FEEDBACK_REVISION
     from bitladder.stages.sensitivity import weigh
 
-    source, text = job.source, text_hash(calibration_texts(texts))
-    key = cache_key(__version__, REVISION, FEEDBACK_REVISION, source.sha256, text)
+    source, text, storage = job.source, job.text_key(calibration_texts(texts)), storage or GgufStorage(job)
+    own = (storage.choices.key,) if storage.choices.key else ()
+    key = cache_key(__version__, REVISION, FEEDBACK_REVISION, source.sha256, text, route_of(source), *own)
     kept = cache_folder("sensitivity", f"{key[:32]}.json")
     if (table := read_table(kept)) is not None:
         job.journal.reuse("sensitivity", [source.model.name])
@@ -78,9 +133,10 @@ def weighed_tensors(job: Job, parts: RecipeTexts, texts: Sequence[Path]) -> tupl
     with forecast(need.named(f"weigh {source.model.name}'s tensors"), job.journal):
         keep = cache_folder("walks", "weigh")
         weighed = weigh(
-            source, parts.weighing, threads=job.threads, device=job.device, keep=keep, progress=job.progress
-        )
-    table = _checked(job, weighed, parts)
+            source, parts.weighing, threads=job.threads, device=job.device, keep=keep, progress=job.progress,
+            choices=storage.choices,
+        )  # fmt: skip
+    table = _checked(job, weighed, parts, storage)
     keep_table(kept, table)
     return table, kept
 
@@ -100,27 +156,18 @@ def read_table(kept: Path) -> SensitivityTable | None:
         return None
 
 
-def _checked(job: Job, weighed: Weighed, parts: RecipeTexts) -> SensitivityTable:
+def _checked(job: Job, weighed: Weighed, parts: RecipeTexts, storage: Storage) -> SensitivityTable:
     """Measure a few whole recipes, made on the fly, and scale the predictions to them.
 
     The walk may be in bfloat16: that adds 4% to a loss of 0.03 and less to larger ones (docs/log.md), and what is told
     of a file is measured in f32."""
-    import numpy as np
-
-    from bitladder.plan.recipe import Limits, bounds, choose, fitted, predicted
-    from bitladder.stages.fidelity import Candidate, walk
+    from bitladder.plan.recipe import fitted, predicted
+    from bitladder.stages.fidelity import walk
     from bitladder.walk.products import wants_half_products
-    from bitladder.walk.weights import FileWeights, MadeWeights, Quantizer
 
     table, source, threads, device = weighed.table, job.source, job.threads, job.device
-    exact = FileWeights(source, threads=threads)
-    quantizer = Quantizer(exact, importance=weighed.importance, effort="fast", threads=threads, device=device)
-    least, most = (8 * size / sum(t.elements for t in source.model.tensors) for size in bounds(source.model))
-    sizes = np.geomspace(_CHECKED[0] * least, min(_CHECKED[1], most), _CHECKED[2])
-    recipes = [
-        choose(table, source.model, Limits(bpw=float(bpw), feedback=False)) for bpw in sizes if least <= bpw <= most
-    ]
-    candidates = [Candidate(recipe.label, MadeWeights(quantizer, recipe.qtypes)) for recipe in recipes]
+    recipes = storage.spread(table)
+    candidates = storage.candidates(recipes, weighed)
     windows = parts.held_out
     with forecast(walking_need(source, windows, [recipe.label for recipe in recipes]), job.journal):
         half = wants_half_products(None, device)

@@ -7,14 +7,14 @@ one substitution of "shall" by "will". Everything here is a function of texts.
 from __future__ import annotations
 
 import collections
-import difflib
-import re
 from collections.abc import Sequence
 
-from bitladder.describe.criteria import extract_json, found_items, numbers
+from bitladder.describe.criteria import extract_json, found_items
+from bitladder.describe.numbers import numbers
 from bitladder.describe.workload import Input, Workload
 from bitladder.records.evaluation import Answer
 from bitladder.records.wording import Substitution, WordingChanges
+from bitladder.unicode import changes, words
 
 _MAX_SPAN = 4
 """Words of the longest substitution that counts as one; longer ones are rewriting."""
@@ -25,19 +25,13 @@ _LONG_WORDS = 30
 _LONGEST_LOOP = 60
 
 
-def words(text: str) -> list[str]:
-    """Words with apostrophes and hyphens, numbers with their points and commas, and single marks."""
-    return re.findall(r"\d+(?:[.,]\d+)*|\w+(?:['’-]\w+)*|[^\w\s]", text)
-
-
 def substitutions(before: str, after: str) -> list[tuple[str, str]]:
     """What replaced what, in order, in lower case; ("", x) was added, (x, "") left out."""
     old, new = [word.lower() for word in words(before)], [word.lower() for word in words(after)]
-    matcher = difflib.SequenceMatcher(None, old, new, autojunk=False)
     return [
-        (" ".join(old[a:b]), " ".join(new[c:d]))
-        for kind, a, b, c, d in matcher.get_opcodes()
-        if kind != "equal" and max(b - a, d - c) <= _MAX_SPAN
+        (" ".join(old[a]), " ".join(new[b]))
+        for kind, a, b in changes(old, new)
+        if kind != "equal" and max(a.stop - a.start, b.stop - b.start) <= _MAX_SPAN
     ]
 
 
@@ -96,7 +90,7 @@ def _ends_in_loop(text: str) -> bool:
 def _is_json(text: str) -> bool:
     try:
         return isinstance(extract_json(text), dict | list)
-    except (ValueError, RecursionError):
+    except ValueError:
         return False
 
 

@@ -9,6 +9,7 @@ permutation argument).
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -20,6 +21,7 @@ EXACT_UP_TO = 12
 DRAWS = 9999
 
 
+@functools.cache
 def mcnemar(lost: int, gained: int) -> float:
     """Two-sided p-value of McNemar's exact test; 1 when nothing differs.
 
@@ -56,3 +58,56 @@ def sign_flip(differences: ArrayLike, rng: np.random.Generator) -> float:
     signs = rng.integers(0, 2, size=(DRAWS, d.size), dtype=np.int8)
     extreme = np.count_nonzero(np.abs((1 - 2.0 * signs) @ d) >= observed)
     return float((extreme + 1) / (DRAWS + 1))
+
+
+def differs(first: ArrayLike, second: ArrayLike, weights: ArrayLike, *, confidence: float = 0.95) -> bool:
+    """Whether two weighted means over the same units differ by more than chance: Student's test of the paired
+    differences, whose error is that of a ratio of sums.
+
+    Args:
+        first: f64[units].
+        second: f64[units], the same units.
+        weights: f64[units], positive.
+        confidence: one minus the chance to say so of means that are equal.
+    """
+    w = np.asarray(weights, dtype=np.float64)
+    differences = (np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)) * w
+    mean = differences.sum() / w.sum()
+    rest = differences - mean * w
+    error = math.sqrt(w.size / (w.size - 1) * float(rest @ rest)) / float(w.sum())
+    return abs(float(mean)) > _student(0.5 + confidence / 2, w.size - 1) * error
+
+
+@functools.cache
+def _student(share: float, freedom: int) -> float:
+    return float(stats.t.ppf(share, freedom))
+
+
+def ratio_interval(first: ArrayLike, second: ArrayLike, *, confidence: float = 0.95) -> tuple[float, float, float]:
+    """Ratio of two positive figures measured in the same rounds, with its interval.
+
+    The geometric mean of the rounds' ratios, and Student's interval on their logarithms: what slows a whole round down
+    falls out of its ratio.
+
+    Args:
+        first: f64[rounds], positive.
+        second: the same rounds of the other.
+        confidence: of the interval.
+
+    Returns:
+        Ratio first / second, low and high; with fewer than two rounds the bounds are 0 and infinity.
+
+    Raises:
+        ValueError: the numbers of rounds differ.
+    """
+    a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    if a.shape != b.shape:
+        raise ValueError(f"rounds must be pairs, got {a.size} and {b.size}")
+    if a.size == 0 or not (np.all(a > 0) and np.all(b > 0)):
+        return math.nan, 0.0, math.inf
+    logs = np.log(a) - np.log(b)
+    ratio = math.exp(logs.mean())
+    if logs.size < 2:
+        return ratio, 0.0, math.inf
+    half = _student(0.5 + confidence / 2, logs.size - 1) * float(logs.std(ddof=1)) / math.sqrt(logs.size)
+    return ratio, ratio * math.exp(-half), ratio * math.exp(half)

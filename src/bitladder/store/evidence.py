@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bitladder import __version__
+from bitladder import __version__, json_text, unicode
 from bitladder.errors import BadInput, BitladderError, OutputError
 from bitladder.files.atomic import written_aside
 from bitladder.records import to_json
@@ -58,8 +58,19 @@ class EvidenceRow:
 
 
 def canonical(value: Any) -> str:
-    """JSON that is the same for the same data: keys sorted, no spaces, NaN refused."""
-    return json.dumps(to_json(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    """JSON that is the same for the same data: keys sorted, no spaces, NaN refused.
+
+    Raises:
+        ValueError: it holds NaN, infinity or half of a surrogate pair, or is nested too deeply.
+    """
+    try:
+        plain = to_json(value)
+        text = json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if unicode.half_character(text) is not None:
+        raise ValueError("a text holds half of a surrogate pair, which is no character")
+    return text
 
 
 def host_facts() -> dict[str, Any]:
@@ -129,7 +140,7 @@ class Evidence:
         query = text("SELECT value FROM evidence WHERE kind = :kind AND key_hash = :key_hash")
         with self._transaction(write=False) as connection:
             found = connection.execute(query, {"kind": _kind(kind), "key_hash": _hash(canonical(key))}).scalar()
-        return None if found is None else json.loads(found)
+            return None if found is None else self._json(found)
 
     def put(self, kind: str, key: Mapping[str, Any], value: Any) -> None:
         """Store a value under a key; a second time replaces it. Records are stored as their JSON; NaN as
@@ -147,17 +158,17 @@ class Evidence:
         )
         with self._transaction(write=False) as connection:
             # Keys are small and values may be large: only those of matching keys are read.
-            ids = [number for number, _ in _matching(connection, kind, partial)]
+            ids = [number for number, _ in self._matching(connection, kind, partial)]
             by_id: dict[int, EvidenceRow] = {}
             for start in range(0, len(ids), _AT_ONCE):
                 for number, *row in connection.execute(rows, {"ids": ids[start : start + _AT_ONCE]}):
-                    by_id[number] = _row(row)
+                    by_id[number] = self._row(row)
         return [by_id[number] for number in ids]
 
     def keys(self, kind: str, **partial: Any) -> list[dict[str, Any]]:
         """The keys of a kind that hold these values, newest first, without what was measured."""
         with self._transaction(write=False) as connection:
-            return [key for _, key in _matching(connection, kind, partial)]
+            return [key for _, key in self._matching(connection, kind, partial)]
 
     def count(self) -> dict[str, int]:
         """How many rows there are of each kind."""
@@ -191,7 +202,7 @@ class Evidence:
         yield json.dumps({"format": EXPORT_FORMAT, "version": 1, "bitladder": __version__})
         with self._transaction(write=False) as connection:
             for row in connection.execute(text(f"SELECT {_COLUMNS} FROM evidence ORDER BY created, id")):
-                yield json.dumps(to_json(_row(row)), sort_keys=True, ensure_ascii=False)
+                yield json.dumps(to_json(self._row(row)), sort_keys=True, ensure_ascii=False)
 
     def holds(self, path: Path) -> bool:
         """Whether a file is an export of which nothing would be lost with it: this store has every row's key."""
@@ -199,7 +210,7 @@ class Evidence:
 
         try:
             rows = {(row.kind, _hash(canonical(row.key))) for row in _read_export(path)}
-        except (BadInput, RecursionError):
+        except BadInput:
             return False
         with self._transaction(write=False) as connection:
             known = connection.execute(text("SELECT kind, key_hash FROM evidence"))
@@ -222,6 +233,40 @@ class Evidence:
         rows = list(_read_export(path))
         self._write([_parameters(row) for row in rows], _UPSERT_NEWER)
         return len(rows)
+
+    def _matching(
+        self, connection: Connection, kind: str, partial: Mapping[str, Any]
+    ) -> list[tuple[int, dict[str, Any]]]:
+        """Number and key of the rows of a kind whose key holds these values, newest first."""
+        from sqlalchemy import text
+
+        query = text("SELECT id, key FROM evidence WHERE kind = :kind ORDER BY created DESC, id DESC")
+        wanted = to_json(dict(partial)).items()
+        found = [(row.id, self._object(row.key)) for row in connection.execute(query, {"kind": _kind(kind)})]
+        return [(number, key) for number, key in found if all(name in key and key[name] == one for name, one in wanted)]
+
+    def _row(self, row: Any) -> EvidenceRow:
+        kind, key, value, created, version, host = row
+        return EvidenceRow(kind, self._object(key), self._json(value), created, version, self._object(host))
+
+    def _json(self, text: str) -> Any:
+        """What a column holds.
+
+        Raises:
+            BadInput: it is no JSON.
+        """
+        try:
+            return json_text.read(text)
+        except (ValueError, TypeError) as error:
+            raise BadInput(
+                f"{shown(self.url)} holds a measurement that is no JSON: {error}.",
+                means="The store is damaged, or another program wrote into it.",
+                do="Move it away; a new one is made, and measurements are repeated when they are needed.",
+            ) from error
+
+    def _object(self, text: str) -> dict[str, Any]:
+        found = self._json(text)
+        return found if isinstance(found, dict) else {}
 
     def _write(self, rows: list[dict[str, str]], statement: str) -> None:
         from sqlalchemy import text
@@ -253,16 +298,6 @@ def _kind(kind: str) -> str:
     return kind
 
 
-def _matching(connection: Connection, kind: str, partial: Mapping[str, Any]) -> list[tuple[int, dict[str, Any]]]:
-    """Number and key of the rows of a kind whose key holds these values, newest first."""
-    from sqlalchemy import text
-
-    query = text("SELECT id, key FROM evidence WHERE kind = :kind ORDER BY created DESC, id DESC")
-    wanted = to_json(dict(partial)).items()
-    found = [(row.id, json.loads(row.key)) for row in connection.execute(query, {"kind": _kind(kind)})]
-    return [(number, key) for number, key in found if all(name in key and key[name] == one for name, one in wanted)]
-
-
 def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -281,15 +316,10 @@ def _parameters(row: EvidenceRow) -> dict[str, str]:
     }
 
 
-def _row(row: Any) -> EvidenceRow:
-    kind, key, value, created, version, host = row
-    return EvidenceRow(kind, json.loads(key), json.loads(value), created, version, json.loads(host))
-
-
 def _read_export(path: Path) -> Iterator[EvidenceRow]:
     """Rows of an export, checked line by line."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = unicode.lines(unicode.decoded(path.read_bytes()))
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(
             f"{path} cannot be read as an export: {getattr(error, 'strerror', None) or error}.",
@@ -297,11 +327,14 @@ def _read_export(path: Path) -> Iterator[EvidenceRow]:
         ) from error
     for number, line in enumerate(lines, start=1):
         try:
-            data = json.loads(line)
+            data = json_text.read(line)
+            if not isinstance(data, dict):
+                raise ValueError("it is no object")
             if number == 1:
-                if data["format"] != EXPORT_FORMAT:
-                    raise ValueError(f"format is {data['format']!r}")
+                if data.get("format") != EXPORT_FORMAT:
+                    raise ValueError(f"its format is not {EXPORT_FORMAT}")
                 continue
+            canonical(data)
             yield EvidenceRow(
                 _kind(data["kind"]),
                 dict(data["key"]),
@@ -311,8 +344,9 @@ def _read_export(path: Path) -> Iterator[EvidenceRow]:
                 dict(data["host"]),
             )
         except (ValueError, KeyError, TypeError) as error:
+            why = f"{error} is missing" if isinstance(error, KeyError) else error
             raise BadInput(
-                f"Line {number} of {path} is not evidence: {error}.",
+                f"Line {number} of {path} is not evidence: {why}.",
                 do="Use a file that `bitladder evidence export` wrote.",
             ) from error
     if not lines:

@@ -3,7 +3,8 @@
 Two things occur: an input of each layer's own that depends on the text (Gemma's per-layer embeddings), and a store in
 which a layer leaves something for later ones (keys and values that several layers share). Both are laid behind the
 hidden states of every token, f32[windows, n, width + more], so that whatever keeps, spills, forks or resumes states
-needs to know nothing of them, and gradients pass through them, too.
+needs to know nothing of them, and gradients pass through them, too. Where layers pass on several streams of hidden
+states (Gemma 3n), these lie one behind the other.
 """
 
 from __future__ import annotations
@@ -76,12 +77,23 @@ def packed(value: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Carried:
-    """The columns behind the hidden states. ``width``: of those alone."""
+    """The columns behind the hidden states. ``width``: of those alone, all streams together."""
 
     width: int
+    streams: int = 0
+    """Layers are given f32[streams, windows, n, width / streams]; 0: f32[windows, n, width]."""
     given: tuple[Mapping[int, Given], ...] = ()
     """By layer; one mapping for each argument."""
     left: tuple[Left, ...] = ()
+
+    def hidden(self, states: torch.Tensor) -> torch.Tensor:
+        """The hidden states, as layers are given them."""
+        own = states[..., : self.width]
+        return own.reshape(*own.shape[:-1], self.streams, -1).movedim(-2, 0) if self.streams else own
+
+    def columns(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What ``hidden`` undoes."""
+        return hidden.movedim(0, -2).flatten(-2) if self.streams else hidden
 
     @property
     def total(self) -> int:
@@ -120,7 +132,7 @@ class Call:
             store.update(self._before(name, carried, states))
         before = {name: dict(store) for name, store in stores.items()}
         options |= stores
-        hidden = states[..., : carried.width]
+        hidden = carried.hidden(states)
         if self.named:
             out = block(*arguments, **{self.named: hidden}, **options)
         else:
@@ -131,6 +143,7 @@ class Call:
             unknown = [key for key in fresh if not any(self._leaves(one, name, key) for one in carried.left)]
             if unknown:
                 raise LeavesMore(str(unknown[0])[:40])
+        answer = carried.columns(answer)
         return answer if carried.total == carried.width else self._packed(carried, states, answer, stores)
 
     def _given(self, carried: Carried, states: torch.Tensor) -> tuple[list[Any], dict[str, Any]]:

@@ -19,11 +19,12 @@ from numpy.typing import NDArray
 
 from bitladder.errors import BadFile
 from bitladder.files.checkpoint import Checkpoint, read_checkpoint
+from bitladder.files.decoded import FloatView
 from bitladder.files.safetensors_writer import PiecewiseTensor
 from bitladder.walk.skeleton import Skeleton, refused
 
 F32 = NDArray[np.float32]
-_NUMBERED = re.compile(r"\.(\d+)\.")
+_TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class CheckpointLayers:
@@ -33,8 +34,9 @@ class CheckpointLayers:
         """Raises BadFile or BadInput where the folder is no sound checkpoint, UnknownArchitecture where its tensors are
         not those of transformers' model."""
         self.checkpoint: Checkpoint = read_checkpoint(folder)
+        self._view = FloatView(self.checkpoint)
         self._skeleton = skeleton
-        self._names = [tensor.name for tensor in self.checkpoint.tensors]
+        self._names = [tensor.name for tensor in self._view.tensors]
         self.prefix = self._prefix()
         own = re.compile(re.escape(self.prefix) + r"(\d+)\.")
         self._by_layer: dict[int, list[str]] = {}
@@ -42,7 +44,7 @@ class CheckpointLayers:
         for name in self._names:
             if found := own.match(name):
                 self._by_layer.setdefault(int(found[1]), []).append(name)
-            elif not _NUMBERED.search(name):
+            else:
                 self._top.append(name)
 
     def _prefix(self) -> str:
@@ -93,17 +95,18 @@ class CheckpointLayers:
         return self._loaded(names, set(wanted))
 
     def others(self, used: Collection[str]) -> list[PiecewiseTensor]:
-        """What belongs neither to a layer nor to ``used`` names on disk, as it is stored: towers that see or hear,
-        heads that predict several tokens."""
+        """What belongs neither to a layer nor to ``used`` names on disk, as it is stored (in floats where that is
+        quantized): towers that see or hear, heads that predict several tokens."""
         layers = {name for layer in range(self._skeleton.n_layer) for name in self.disk_names(layer)}
 
-        def pieces(name: str) -> list[memoryview]:
+        def pieces(name: str, dtype: str) -> list[memoryview]:
             stored = self._read([name])[name]
+            stored = stored.to(_TORCH.get(dtype, stored.dtype))
             return [stored.contiguous().reshape(-1).view(torch.uint8).numpy().data]
 
         return [
-            PiecewiseTensor(tensor.name, tensor.dtype, tensor.shape, partial(pieces, tensor.name))
-            for tensor in self.checkpoint.tensors
+            PiecewiseTensor(tensor.name, tensor.dtype, tensor.shape, partial(pieces, tensor.name, tensor.dtype))
+            for tensor in self._view.tensors
             if tensor.name not in layers and tensor.name not in used
         ]
 
@@ -129,6 +132,9 @@ class CheckpointLayers:
         values: dict[str, torch.Tensor] = {}
         with ExitStack() as files:
             for name in names:
+                if (own := self._view.decoded(name)) is not None:
+                    values[name] = torch.from_numpy(own)
+                    continue
                 shard = self.checkpoint.shard_of[name]
                 try:
                     if shard not in opened:
@@ -170,9 +176,7 @@ class CheckpointLayers:
                     skeleton.fill(skeleton.model, path, value)
         missing = sorted(path for path in wanted if path not in found)
         if missing:
-            quantized = "quantization_config" in self.checkpoint.config
-            packed = " (quantized sources are not read this way)" if quantized else ""
-            raise refused(skeleton.model_type, f"its checkpoint lacks '{missing[0][-60:]}'{packed}")
+            raise refused(skeleton.model_type, f"its checkpoint lacks '{missing[0][-60:]}'")
         return found
 
 

@@ -62,7 +62,7 @@ def finish_folder(
     digests = {note["tensor"]: note["digest"] for entry in folder.finished() for note in entry.tensors}
     manifest = {"version": __version__, "report": asdict(report), "digests": digests}
     beside = companions.files | level.format.files(config["quantization_config"])
-    folder.finish(walk.top(), config, beside, manifest)
+    folder.finish(walk.top(quantized=level.format.everywhere), config, beside, manifest)
 
 
 def _config(companions: Companions, level: CheckpointLevel, walk: CalibrationWalk) -> dict[str, Any]:
@@ -72,7 +72,11 @@ def _config(companions: Companions, level: CheckpointLevel, walk: CalibrationWal
     copied = [one.name.removesuffix(".weight") for one in model.copied() if len(one.shape) > 1]
     quantization = level.format.configuration(ignored=("lm_head", *routers, *copied))
     key = "torch_dtype" if "torch_dtype" in companions.config else "dtype"
-    return {**companions.config, key: str(walk.dtype).removeprefix("torch."), "quantization_config": quantization}
+    return {
+        **companions.config,
+        key: str(walk.dtype).removeprefix("torch."),
+        **level.format.entries(quantization, companions.config),
+    }
 
 
 def proved(

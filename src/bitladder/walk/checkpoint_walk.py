@@ -10,13 +10,14 @@ import torch
 from bitladder.describe.windows import Window
 from bitladder.files.layer_store import LayerStore
 from bitladder.files.safetensors_writer import PiecewiseTensor
-from bitladder.formats import disk_names, roles
+from bitladder.formats import disk_names
 from bitladder.levels import CheckpointLevel, FoldedLevel
 from bitladder.levels.methods import Statistics
 from bitladder.levels.products import ImportanceVectors, Product, statistics_of
 from bitladder.progress import Progress
 from bitladder.units import GiB
 from bitladder.walk.driver import Member, Stream, forward
+from bitladder.walk.ends import ends_of, quantize_ends
 from bitladder.walk.folding import FoldingScales
 from bitladder.walk.gptq import GptqLevel
 from bitladder.walk.keep import Keep
@@ -83,7 +84,17 @@ class CalibrationWalk:
         streams = [self._of_the_source(plain, windows)] if plain else []
         streams += [self._of_a_level(level, windows) for level in sequential if isinstance(level, CheckpointLevel)]
         forward(streams, progress)
+        for level, stream in zip(self._everywhere(sequential), streams[bool(plain) :], strict=True):
+            if level is not None:
+                progress(f"{level.name}: embedding and head", self.model.n_layer, self.model.n_layer)
+                damp, act_order = self.settings.damp, self.settings.act_order
+                store = self.stores[level]
+                quantize_ends(stream, self.model, level, store, self.dtype, damp=damp, act_order=act_order)
         progress("all layers quantized", 1, 1)
+
+    def _everywhere(self, levels: Sequence[Product]) -> list[CheckpointLevel | None]:
+        """Levels whose embedding and head are quantized; None in the place of others."""
+        return [level if isinstance(level, CheckpointLevel) and level.format.everywhere else None for level in levels]
 
     def _of_the_source(self, levels: Sequence[Product], windows: Sequence[Window]) -> Stream:
         needs_text = any(statistics_of(level).needs_text for level in levels)
@@ -119,18 +130,24 @@ class CalibrationWalk:
             half=half,
         )
 
-    def top(self) -> list[PiecewiseTensor]:
-        """What lies outside the layers, to be written: embedding, last norm, head where it has weights of its own."""
+    def top(self, *, quantized: bool = False) -> list[PiecewiseTensor]:
+        """What lies outside the layers, to be written: embedding, last norm, head where it has weights of its own.
+        ``quantized``: embedding and head were stored already (``walk/ends.py``)."""
         names = self.model.family.disk
-        tensors = [self._rows_of(names.embedding, roles.EMBEDDING)]
+        tensors = [] if quantized else [self._rows_of(disk, own) for own, disk in ends_of(self.model).items()]
         norm = self.model.norm(self.weights).named_parameters()
         small = {f"{names.norm.removesuffix('weight')}{leaf}": value for leaf, value in norm}
         for name, value in (small | self.model.beside).items():
             held = value.detach().cpu().to(self.dtype)
             tensors.append(_small(name, held, _TYPE_NAMES[self.dtype]))
-        if self.model.output != self.model.embedding:
-            tensors.append(self._rows_of(names.head, roles.OUTPUT))
         return tensors + self.model.copied()
+
+    def counts(self) -> dict[str, int]:
+        """How many matrices of each of ``shapes`` a layer has, where there are several: experts, or gate and up of
+        each."""
+        experts = self.model.model.dims.n_expert
+        stacks = self.model.family.experts.items()
+        return {path.removesuffix(".weight"): experts * len(names) for path, names in stacks}
 
     def shapes(self) -> dict[str, tuple[int, int]]:
         """``(outputs, inputs)`` of every matrix that will be quantized, by its place in the layer: of the first
@@ -139,9 +156,16 @@ class CalibrationWalk:
         for layer, kind in self.model.first_of_each_kind():
             for shared in kind.inputs:
                 for parameter in disk_names.quantized_parameters(self.model.family, shared):
-                    rows, columns = self.model.shape(parameter.path, layer)[-2:]
-                    found.setdefault(parameter.path.removesuffix(".weight"), (int(rows), int(columns)))
+                    *_, rows, columns = (int(size) for size in self.model.shape(parameter.path, layer))
+                    outputs, inputs = (columns, rows) if parameter.turned else (rows, columns)
+                    sizes = outputs // len(self.model.family.experts.get(parameter.path, (1,))), inputs
+                    found.setdefault(parameter.path.removesuffix(".weight"), sizes)
         return found
+
+    def ends(self) -> dict[str, tuple[int, int]]:
+        """``(outputs, inputs)`` of embedding and head, by name on disk."""
+        shapes = {disk: self.weights.file.info(own).shape for own, disk in ends_of(self.model).items()}
+        return {disk.removesuffix(".weight"): (int(rows), int(columns)) for disk, (rows, columns) in shapes.items()}
 
     def _rows_of(self, name: str, source: str) -> PiecewiseTensor:
         """A large matrix in the float type of the checkpoint, some rows at a time."""

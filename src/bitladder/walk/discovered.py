@@ -26,6 +26,8 @@ from bitladder.walk.products_seen import Memory, Product, Products, expert_input
 from bitladder.walk.transforms import offset_of
 
 _TOKENS = 24
+_NARROW = 32
+"""Rows or columns that fill no group of any format."""
 _UNCHANGED = 1e-4
 """Share of the largest output by which scales that are taken up may change it in float32."""
 ROUTER = "ffn_gate_inp"
@@ -83,19 +85,22 @@ def discover(
     looked = _look(block, run, states)
     parameters = tuple(Parameter(path, roles, layout) for path, (roles, layout) in made_of.items())
     inputs, unseen = _inputs(block, looked, made_of)
-    routers = tuple(
-        dict.fromkeys(
-            p.path.removesuffix(".weight")
-            for p in parameters
-            if p.roles[0].startswith(ROUTER) and p.roles[0].endswith(".weight")
-        )
-    )
+    routers = tuple(dict.fromkeys(p.path.removesuffix(".weight") for p in parameters if _decides(block, p)))
     trial = _Trial(block, run, states, parameters, routers, value_channels)
     inputs = [trial.absorbed(shared, _before(block, looked, shared)) for shared in inputs]
     stops, entries = _stops(block, looked, inputs)
     held = [path for path, _ in (*block.named_parameters(), *block.named_buffers()) if path in block.state_dict()]
     kept = tuple(path for path in held if path not in made_of)
     return FoundKind(LayerKind(parameters, tuple(inputs), stops), entries, routers, unseen, kept)
+
+
+def _decides(block: nn.Module, parameter: Parameter) -> bool:
+    """A router, or another matrix of a few rows or columns, whose few weights decide much."""
+    if parameter.path not in dict(block.named_parameters()) or not parameter.roles[0].endswith(".weight"):
+        return False
+    shape = block.get_parameter(parameter.path).shape
+    narrow = len(shape) == 2 and min(shape) < _NARROW
+    return narrow or parameter.roles[0].startswith(ROUTER)
 
 
 def _look(block: nn.Module, run: Run, states: torch.Tensor) -> _Looked:
@@ -246,7 +251,7 @@ class _Trial:
         ]  # fmt: skip
         if not readers or any(self._block.get_parameter(path).ndim != 2 for path in readers):
             return shared
-        columns = self._block.get_parameter(readers[0]).shape[-1]
+        columns = self._inputs_last(readers[0]).shape[-1]
         for path in before:
             own = [p for p in self._parameters if p.path in (f"{path}.weight", f"{path}.bias")]
             weight = next((p for p in own if p.path.endswith(".weight")), None)
@@ -259,6 +264,11 @@ class _Trial:
                 return SharedInput(shared.roles, shared.module, shared.kind, weight.roles[0])
         return shared
 
+    def _inputs_last(self, path: str) -> torch.Tensor:
+        """A matrix, or a view of it, with a row for each output."""
+        value = self._block.get_parameter(path)
+        return value.T if any(p.path == path and p.turned for p in self._parameters) else value
+
     def _same_with(self, readers: Sequence[str], absorbers: Sequence[Parameter], columns: int, *, values: bool) -> bool:
         rows = self._block.get_parameter(absorbers[0].path).shape[0]
         channels = self._channels if values else np.arange(columns)
@@ -270,7 +280,7 @@ class _Trial:
         changed |= {p.path: self._block.get_parameter(p.path).detach().clone() for p in absorbers}
         with torch.no_grad():
             for path in readers:
-                self._block.get_parameter(path).mul_(scales[torch.from_numpy(channels)].to(device))
+                self._inputs_last(path).mul_(scales[torch.from_numpy(channels)].to(device))
             for parameter in absorbers:
                 own = self._block.get_parameter(parameter.path)
                 offset = offset_of(parameter.transform)

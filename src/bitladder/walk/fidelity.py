@@ -107,7 +107,8 @@ class Ladder:
             inputs = [self._head_input(self.weights[members[0]], states, chunk) for members, states in distinct]
             targets = np.concatenate([self.windows[at].tokens[self.windows[at].first + 1 :] for at in order])
             n_vocab = self.model.model.dims.n_vocab
-            for number, scores in enumerate(compare(inputs, targets, n_vocab, softcap=self.model.logit_softcap)):
+            cap, bias = self.model.logit_softcap, self.model.head_bias
+            for number, scores in enumerate(compare(inputs, targets, n_vocab, softcap=cap, bias=bias)):
                 ends = np.cumsum([self.windows[at].scored for at in order])
                 found[number].update(zip(order, scores.split(ends), strict=True))
                 mean = float(np.concatenate([one.kl for one in found[number].values()]).mean())

@@ -35,6 +35,7 @@ from bitladder.walk.driver import Seen
 from bitladder.walk.inputs import Wants
 from bitladder.walk.layers import LayeredModel, tensor_at
 from bitladder.walk.made import LayerOutput, Made, naming, unchanged
+from bitladder.walk.matrices import matrix, set_matrix
 from bitladder.walk.transforms import offset_of
 
 F32 = NDArray[np.float32]
@@ -77,15 +78,19 @@ def place_of(model: LayeredModel, block: nn.Module, shared: SharedInput) -> Fold
     return FoldPlace(quantized_parameters(model.family, shared), absorbers, tied)
 
 
-def fold(block: nn.Module, place: FoldPlace, factors: F32) -> None:
+def fold(model: LayeredModel, block: nn.Module, place: FoldPlace, factors: F32) -> None:
     """Multiply the columns that read an input by ``factors`` f32[columns], and divide what comes before."""
     for parameter in place.parameters:
-        set_matrix(block, parameter, None, matrix(block, parameter) * factors)
+        set_matrix(model.family, block, parameter, None, matrix(model.family, block, parameter) * factors)
     own = place.divisors(factors)
     for parameter in place.absorbers:
-        value = tensor_at(block, parameter.path).detach().cpu().numpy()
+        target = tensor_at(block, parameter.path)
         one = np.float32(offset_of(parameter.transform))
-        set_matrix(block, parameter, None, awq.absorb(own, value + one) - one)
+        value = target.detach().cpu().numpy()
+        turned = value.ndim > 1 and parameter.turned
+        scaled = awq.absorb(own, (value.T if turned else value) + one) - one
+        with no_grad():
+            target.copy_(tensor_of(np.ascontiguousarray(scaled.T if turned else scaled)))
 
 
 def recipe_types(level: FoldedLevel, model: Model) -> dict[str, str]:
@@ -153,7 +158,7 @@ class KQuantFolder:
         before = [layer_tensor(self._layer, parameter.roles[0]) for parameter in place.absorbers]
         if any(self._qtypes.get(name) in TRAINED for name in (*names, *before)):
             return {}  # scales would move such weights off their grid
-        weights = [matrix(self._block, parameter) for parameter in place.parameters]
+        weights = [matrix(self._model.family, self._block, parameter) for parameter in place.parameters]
         qtypes = [self._qtypes[name] for name in names]
         group = max(QTYPES[qtype].block_size for qtype in qtypes)
         trips = [self._round_trip(qtype, "fast") for qtype in qtypes]
@@ -162,7 +167,7 @@ class KQuantFolder:
         folded = self._losses(weights, qtypes, gram, held_out, factors)
         if not _energy(folded, weights, held_out) < _energy(plain, weights, held_out):  # nor where nothing was held out
             return dict(zip(names, plain, strict=True))
-        fold(self._block, place, factors)
+        fold(self._model, self._block, place, factors)
         for name in names:
             self.folds[name] = Fold(factors, self.folds[name].rows if name in self.folds else None)
         for parameter in place.absorbers:
@@ -200,16 +205,3 @@ def _value_channels(model: LayeredModel) -> NDArray[np.intp]:
     channel = np.arange(dims.n_head * dims.head_dim_v)
     head, within = np.divmod(channel, dims.head_dim_v)
     return np.asarray(head // dims.n_gqa * dims.head_dim_v + within, np.intp)
-
-
-def matrix(block: nn.Module, parameter: Parameter, expert: int | None = None) -> F32:
-    """A parameter of a layer (of one expert, where experts are stacked) as f32."""
-    value = tensor_at(block, parameter.path).detach()
-    return np.asarray((value if expert is None else value[expert]).cpu().numpy(), np.float32)
-
-
-def set_matrix(block: nn.Module, parameter: Parameter, expert: int | None, value: F32) -> None:
-    """Replace a parameter of a layer (of one expert)."""
-    target = tensor_at(block, parameter.path)
-    with no_grad():
-        (target if expert is None else target[expert]).copy_(tensor_of(np.ascontiguousarray(value)))

@@ -11,15 +11,16 @@ from torch import nn
 
 from bitladder.files.layer_store import LayerStore
 from bitladder.formats.disk_names import quantized_parameters
-from bitladder.formats.roles import Parameter
+from bitladder.formats.roles import Parameter, SharedInput
 from bitladder.levels import CheckpointLevel
+from bitladder.levels.checkpoints import CheckpointFormat
 from bitladder.levels.methods import Prepared
 from bitladder.walk.driver import Builder, Stream
-from bitladder.walk.folding import matrix, set_matrix
 from bitladder.walk.inputs import InputStatistics, peak_of
 from bitladder.walk.layer_pass import LayerPass
 from bitladder.walk.layers import LayeredModel
-from bitladder.walk.made import SCALE_DTYPES, InStore, LayerOutput, floats_of, naming, too_few
+from bitladder.walk.made import SCALE_DTYPES, InStore, LayerOutput, floats_of, format_of, naming, too_few
+from bitladder.walk.matrices import matrix, set_matrix
 from bitladder.walk.states import States
 from bitladder.walk.weights import LevelWeights
 
@@ -61,42 +62,56 @@ class GptqLevel(InStore, Builder):
             parameters = quantized_parameters(self._model.family, shared)
             if not parameters:
                 continue
-            gathered = through.gather(shared, largest=self._level.format.reads_peaks)
+            form = format_of(self._model, self._level.format, layer, parameters[0].path)
+            if form is None:
+                self._keep(block, shared, parameters, output)
+                continue
+            gathered = through.gather(shared, largest=form.reads_peaks)
             peak = peak_of(gathered)
             alone = len(gathered) == 1
             for expert in range(len(gathered)):
-                self._quantize(layer, block, parameters, None if alone else expert, gathered, peak, output)
+                self._quantize(layer, block, form, parameters, None if alone else expert, gathered, peak, output)
         through.finish()
-        output.floats = floats_of(self._model, block)
+        output.floats |= floats_of(self._model, block)
         self.put(layer, output, monotonic() - started)
+
+    def _keep(
+        self, block: nn.Module, shared: SharedInput, parameters: Sequence[Parameter], output: LayerOutput
+    ) -> None:
+        """Take over what stays float."""
+        alone = shared.kind == "linear"
+        for expert in [None] if alone else range(self._model.model.dims.n_expert):
+            for parameter in parameters:
+                output.keep(self._model, parameter, expert, matrix(self._model.family, block, parameter, expert))
 
     def _quantize(
         self,
         layer: int,
         block: nn.Module,
+        form: CheckpointFormat,
         parameters: Sequence[Parameter],
         expert: int | None,
         gathered: list[InputStatistics],
         peak: float | None,
         output: LayerOutput,
     ) -> None:
-        """Quantize what reads the first of ``gathered``, which is taken out: its Gram matrix may be as large as the
-        layer, and its factor takes its place. ``peak``: the largest magnitude of all."""
-        method, statistics = self._level.method, gathered.pop(0)
+        """Quantize, as ``form`` stores it, what reads the first of ``gathered``, which is taken out: its Gram matrix
+        may be as large as the layer, and its factor takes its place. ``peak``: the largest magnitude of all."""
+        method, statistics, family = self._level.method, gathered.pop(0), self._model.family
         tokens, few = statistics.tokens, too_few(expert, statistics)
         with naming(layer, parameters[0].path):
             seen = method.prepare(statistics.gram, damp=self._damp, act_order=self._act_order, overwrite=True)
         del statistics
         known = Prepared() if few else seen
         with naming(layer, parameters[0].path):
-            matrices = (matrix(block, parameter, expert) for parameter in parameters)
-            form = self._level.format.joined(matrices, method.importance(known), peak)
+            matrices = (matrix(family, block, parameter, expert) for parameter in parameters)
+            form = form.joined(matrices, method.importance(known), peak)
         for parameter in parameters:
-            weights = matrix(block, parameter, expert)
+            weights = matrix(family, block, parameter, expert)
             with naming(layer, parameter.path):
                 found = method.apply(
                     form, known, weights, scale_dtype=self._scale_dtype, device=str(self._model.device)
                 )
-            set_matrix(block, parameter, expert, found.decoded)
+            set_matrix(family, block, parameter, expert, found.decoded)
             note = few or seen.note
-            output.add(self._model, self._level, parameter, expert, found, tokens=tokens, note=note, damp=seen.damp)
+            output.add(self._model, form, parameter, expert, found, tokens=tokens, note=note, damp=seen.damp)

@@ -105,15 +105,20 @@ class _Sums:
 class _Comparison:
     """All models on one set of tokens; ``models[0]`` is the reference."""
 
-    def __init__(self, models: Sequence[HeadInput], targets: NDArray[np.int64], softcap: float | None) -> None:
+    def __init__(
+        self, models: Sequence[HeadInput], targets: NDArray[np.int64], softcap: float | None, bias: F32 | None
+    ) -> None:
         device = models[0].states.device
-        self.models, self.softcap = models, softcap
+        self.models, self.softcap, self._bias = models, softcap, bias
+        self._added: torch.Tensor | None = None
         self.targets = torch.from_numpy(targets).to(device)
         self.sums = [_Sums(len(targets), device) for _ in models]
 
     def take_slice(self, rows: slice) -> None:
         """Account for a slice of the vocabulary: all tokens of all models, a block of tokens at a time."""
         heads: dict[Hashable, torch.Tensor] = {}
+        if self._bias is not None:
+            self._added = torch.from_numpy(self._bias[rows]).to(self.targets.device)
         for model in self.models:
             if model.identity not in heads:
                 heads[model.identity] = torch.from_numpy(model.rows(rows)).to(model.states.device)
@@ -137,7 +142,7 @@ class _Comparison:
             own.total[at] += logits.sub_(own.peak[at, None]).exp_().sum(dim=1, dtype=torch.float64)
 
     def _logits(self, states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        logits = states @ weight.T
+        logits = torch.nn.functional.linear(states, weight, self._added)
         return torch.tanh(logits / self.softcap) * self.softcap if self.softcap else logits
 
     def scores(self, number: int) -> TokenScores:
@@ -157,6 +162,7 @@ def compare(
     n_vocab: int,
     *,
     softcap: float | None = None,
+    bias: F32 | None = None,
     slice_rows: int = SLICE,
 ) -> list[TokenScores]:
     """Scores of every model against ``models[0]`` on the same tokens.
@@ -166,9 +172,10 @@ def compare(
         targets: int64[tokens], the token that really came next.
         n_vocab: rows of the output matrix.
         softcap: the cap on final logits, if the family has one.
+        bias: f32[n_vocab], what is added to the outputs of every model's head.
         slice_rows: rows of the output matrix in memory at once.
     """
-    comparison = _Comparison(models, targets, softcap)
+    comparison = _Comparison(models, targets, softcap, bias)
     with torch.inference_mode():
         for first in range(0, n_vocab, slice_rows):
             comparison.take_slice(slice(first, min(first + slice_rows, n_vocab)))

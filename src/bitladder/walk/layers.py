@@ -13,7 +13,7 @@ is nothing: the tests compare logits with transformers' own full model for every
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -32,6 +32,7 @@ from bitladder.formats.families import family_of, walked
 from bitladder.formats.families.family import LayerKind, Layers
 from bitladder.formats.roles import SharedInput, layer_tensor
 from bitladder.kernels.gpu import check_device
+from bitladder.levels.checkpoints import CheckpointFormat
 from bitladder.walk.rope import Rope, rope_from_header
 from bitladder.walk.rounding import QTypeOf, round_inputs
 from bitladder.walk.transforms import apply
@@ -162,6 +163,9 @@ class LayeredModel:
         BadInput: positions are scaled in a way that is not known here.
         UsageError: torch has no such device here.
     """
+
+    head_bias: F32 | None = None
+    """What is added to the head's outputs f32[n_vocab], of every level alike; None: nothing."""
 
     def __init__(self, model: Model, weights: Weights, *, device: str = "cpu") -> None:
         from transformers import AutoModelForCausalLM
@@ -352,8 +356,8 @@ class LayeredModel:
         """What a checkpoint holds of other parts than the text model, to be copied beside its levels."""
         return []
 
-    def check_disk_names(self) -> None:
-        """Refuse checkpoint levels of a model whose matrices have no place of their own in a checkpoint."""
+    def check_disk_names(self, forms: Iterable[CheckpointFormat]) -> None:
+        """Refuse checkpoint levels of a model whose matrices have no place of their own in a checkpoint of a format."""
 
     def columns(self, layer: int, role: str) -> NDArray[np.int64] | None:  # noqa: ARG002
         """Where each input of the linear layer that a tensor is meets the tensor: its column. None where inputs and

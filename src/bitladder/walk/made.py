@@ -17,10 +17,10 @@ from torch import nn
 from bitladder.errors import BadWeights
 from bitladder.files.layer_store import LayerStore
 from bitladder.formats.disk_names import LAYERS, disk_linears, disk_name, quantized_parameters
+from bitladder.formats.families.family import Layers
 from bitladder.formats.roles import Parameter, SharedInput
-from bitladder.levels import CheckpointLevel
 from bitladder.levels.checkpoints import Arrays as Encoded
-from bitladder.levels.checkpoints import digest
+from bitladder.levels.checkpoints import CheckpointFormat, FolderFormat, digest
 from bitladder.levels.methods import Rounded
 from bitladder.records.calibration import LinearLoss
 from bitladder.walk.driver import Observer, Resumable, Seen
@@ -28,6 +28,7 @@ from bitladder.walk.importance import vectors_of
 from bitladder.walk.inputs import InputStatistics
 from bitladder.walk.keep import Arrays
 from bitladder.walk.layers import LayeredModel
+from bitladder.walk.matrices import as_linears, in_runs
 
 F32 = NDArray[np.float32]
 
@@ -42,14 +43,11 @@ _TOLD = 8
 
 @dataclass
 class LayerOutput:
-    """One layer of one level: arrays of its quantized linears by disk name, and its float parameters, f32."""
+    """One layer of one level: its quantized linears by disk name, each with its format, and its float parameters,
+    f32."""
 
-    linears: dict[str, Encoded] = field(default_factory=dict)
-    model_dtype: frozenset[str] = frozenset()
-    """Suffixes of arrays of ``linears`` that are stored in the float type of the model."""
-    byte_types: Mapping[str, str] = field(default_factory=dict)
-    """torch's name for the type of those that are bytes here, by suffix."""
-    floats: Mapping[str, F32] = field(default_factory=dict)
+    linears: dict[str, tuple[CheckpointFormat, Encoded]] = field(default_factory=dict)
+    floats: dict[str, F32] = field(default_factory=dict)
     losses: list[LinearLoss] = field(default_factory=list)
     digests: dict[str, str] = field(default_factory=dict)
     """Hash of each linear layer's decoded weights, to compare with what is read back from the file."""
@@ -57,17 +55,20 @@ class LayerOutput:
     """What is gathered for GGUF levels, by tensor and kind: ``blk.0.attn_q.weight.columns``."""
 
     def add(
-        self, model: LayeredModel, level: CheckpointLevel, parameter: Parameter, expert: int | None, found: Rounded,
+        self, model: LayeredModel, form: CheckpointFormat, parameter: Parameter, expert: int | None, found: Rounded,
         *, tokens: int, note: str, damp: float = 0.0,
     ) -> None:  # fmt: skip
         """Take in a quantized parameter as the linear layers that it is on disk."""
         for linear in disk_linears(model.family, parameter.path, expert):
-            count = len(found.codes) // linear.parts
-            rows = slice(linear.part * count, (linear.part + 1) * count)
-            self.linears[linear.name] = level.format.encode(found.codes[rows], found.parameters.rows(rows))
-            self.model_dtype, self.byte_types = level.format.model_dtype, level.format.byte_types
+            rows = linear.rows(len(found.codes))
+            self.linears[linear.name] = form, form.encode(found.codes[rows], found.parameters.rows(rows))
             self.digests[linear.name] = digest(found.decoded[rows])
             self.losses.append(LinearLoss(linear.name, found.loss, tokens, damp, note))
+
+    def keep(self, model: LayeredModel, parameter: Parameter, expert: int | None, weights: F32) -> None:
+        """Take in a parameter f32[rows, columns] that stays float among others that do not."""
+        for linear in disk_linears(model.family, parameter.path, expert):
+            self.floats[f"{linear.name}.weight"] = weights[linear.rows(len(weights))].copy()
 
 
 class InStore(Resumable):
@@ -100,14 +101,33 @@ class InStore(Resumable):
     def _tensors(self, layer: int, output: LayerOutput) -> dict[str, torch.Tensor]:
         prefix = f"{self._layers}{layer}."
         tensors = {f"{prefix}{name}": cast(value, self._dtype) for name, value in output.floats.items()}
-        for linear, arrays in output.linears.items():
+        stacks: dict[str, list[tuple[int, torch.Tensor]]] = {}
+        for linear, (form, arrays) in output.linears.items():
             for suffix, array in arrays.items():
-                value = torch.from_numpy(np.ascontiguousarray(array))
-                own = value.to(self._dtype) if suffix in output.model_dtype else value
-                if suffix in output.byte_types:
-                    own = value.view(getattr(torch, output.byte_types[suffix]))
-                tensors[f"{prefix}{linear}.{suffix}"] = own
+                own = stored_array(form, suffix, array, self._dtype)
+                if (together := form.stacked(linear)) is not None:
+                    name, place = together
+                    stacks.setdefault(f"{prefix}{name}.{suffix}", []).append((place, own))
+                else:
+                    tensors[f"{prefix}{linear}.{suffix}"] = own
+        for name, parts in stacks.items():
+            tensors[name] = _together([part for _, part in sorted(parts, key=lambda one: one[0])])
         return tensors | {name: torch.from_numpy(vector.copy()) for name, vector in output.vectors.items()}
+
+
+def stored_array(form: CheckpointFormat, suffix: str, array: NDArray[Any], dtype: torch.dtype) -> torch.Tensor:
+    """An array of a quantized layer as it is stored; ``dtype``: the float type of the model."""
+    value = torch.from_numpy(np.ascontiguousarray(array))
+    if suffix in form.byte_types:
+        return value.view(getattr(torch, form.byte_types[suffix]))
+    return value.to(dtype) if suffix in form.model_dtype else value
+
+
+def _together(parts: list[torch.Tensor]) -> torch.Tensor:
+    """One above the other in a new first dimension; torch knows few operations on unsigned integers."""
+    if parts[0].dtype != torch.uint32:
+        return torch.stack(parts)
+    return torch.stack([part.view(torch.int32) for part in parts]).view(torch.uint32)
 
 
 class Made(InStore, Observer, ABC):
@@ -146,22 +166,43 @@ class MadeImportance(Made):
 
 def floats_of(model: LayeredModel, block: nn.Module) -> dict[str, F32]:
     """Every parameter and stored buffer of a layer that is not quantized, f32, by disk name."""
-    quantized = {p.path for shared in model.family.inputs for p in quantized_parameters(model.family, shared)}
-    return {
-        disk_name(model.family, path): value.detach().cpu().numpy().copy()
-        for path, value in block.state_dict().items()
-        if path not in quantized
-    }
+    family = model.family
+    quantized = {p.path for shared in family.inputs for p in quantized_parameters(family, shared)}
+    rows = {parameter.path: parameter for parameter in family.parameters}
+    found: dict[str, F32] = {}
+    for path, value in block.state_dict().items():
+        if path not in quantized and path in family.experts:
+            found |= _one_by_one(family, rows.get(path, Parameter(path, ())), value.detach().cpu().numpy())
+        elif path not in quantized:
+            found[disk_name(family, path)] = value.detach().cpu().numpy().copy()
+    return found
+
+
+def _one_by_one(family: Layers, parameter: Parameter, stack: F32) -> dict[str, F32]:
+    """A stack of matrices or of biases as the experts' own, by disk name."""
+    found = {}
+    for expert, own in enumerate(stack):
+        lines = as_linears(family, parameter, own) if own.ndim > 1 else in_runs(family, parameter.path, own[:, None])
+        for linear in disk_linears(family, parameter.path, expert):
+            share = lines[linear.rows(len(lines))]
+            found[linear.tensor] = (share if own.ndim > 1 else share[:, 0]).copy()
+    return found
+
+
+def format_of(model: LayeredModel, form: FolderFormat, layer: int, path: str) -> CheckpointFormat | None:
+    """The format of a parameter's matrices, by what the first of them is called on disk; None: they stay float."""
+    first = disk_linears(model.family, path, 0 if path in model.family.experts else None)[0]
+    return form.of(f"{model.family.disk.layers}{layer}.{first.name}")
 
 
 @contextmanager
-def naming(layer: int, place: str) -> Iterator[None]:
-    """What a kernel cannot take, in the user's terms."""
+def naming(layer: int | None, place: str) -> Iterator[None]:
+    """What a kernel cannot take, in the user's terms; ``layer`` is None outside the layers."""
     try:
         yield
     except ValueError as error:
         raise BadWeights(
-            f"layer {layer}, {place}: {error}.",
+            f"{place if layer is None else f'layer {layer}, {place}'}: {error}.",
             means="The weights or the activations of this layer overflow; the model is damaged or was scaled oddly.",
             do="Check the source's own answers first; GGUF levels may still work.",
         ) from error

@@ -17,10 +17,10 @@ from bitladder.formats.roles import SharedInput
 from bitladder.levels import CheckpointLevel
 from bitladder.walk import folding
 from bitladder.walk.driver import Seen
-from bitladder.walk.folding import matrix
 from bitladder.walk.inputs import InputStatistics, Wants, peak_of
 from bitladder.walk.layers import LayeredModel
-from bitladder.walk.made import SCALE_DTYPES, LayerOutput, Made, floats_of, naming, too_few, unchanged
+from bitladder.walk.made import SCALE_DTYPES, LayerOutput, Made, floats_of, format_of, naming, too_few, unchanged
+from bitladder.walk.matrices import matrix
 
 F32 = NDArray[np.float32]
 _T = TypeVar("_T")
@@ -38,15 +38,17 @@ class RoundedLevel(Made):
     def make(self, layer: int, block: nn.Module, seen: Seen) -> LayerOutput:
         """As ``Made``. A level made without folding owes nothing to the text, and knows its losses only where a Gram
         matrix was summed for another."""
-        output, level = LayerOutput(), self._level
+        output, level, family = LayerOutput(), self._level, self.model.family
         with unchanged(block) if self._folds else nullcontext():
             factors = {
-                shared: self._fold(block, shared, statistics[0]) if statistics and self._folds else None
+                shared: self._fold(layer, block, shared, statistics[0]) if statistics and self._folds else None
                 for shared, statistics in seen.items()
             }
             for shared, statistics in seen.items():
                 peak = peak_of(statistics or ())
-                parameters, scale = quantized_parameters(self.model.family, shared), factors[shared]
+                parameters, scale = quantized_parameters(family, shared), factors[shared]
+                stored = format_of(self.model, level.format, layer, parameters[0].path)
+                assert stored is not None  # what mixes formats, and floats, is made with feedback
                 for expert, own in _experts(statistics or [None] * self._matrices(shared)):
                     note = too_few(expert, own) if own is not None and self._folds else ""
                     gram = own.gram if own is not None and len(own.gram) and not note else None
@@ -54,30 +56,32 @@ class RoundedLevel(Made):
                         gram = gram / np.outer(scale, scale)
                     known = level.method.prepare(gram)
                     with naming(layer, shared.module):
-                        matrices = (matrix(block, parameter, expert) for parameter in parameters)
-                        form = level.format.joined(matrices, level.method.importance(known), peak)
+                        matrices = (matrix(family, block, parameter, expert) for parameter in parameters)
+                        form = stored.joined(matrices, level.method.importance(known), peak)
                     for parameter in parameters:
-                        weights = matrix(block, parameter, expert)
+                        weights = matrix(family, block, parameter, expert)
                         with naming(layer, parameter.path):
                             found = level.method.apply(form, known, weights, scale_dtype=self._scale_dtype)
                         tokens = own.tokens if own is not None else 0
-                        output.add(self.model, level, parameter, expert, found, tokens=tokens, note=note)
-            output.floats = floats_of(self.model, block)
+                        output.add(self.model, form, parameter, expert, found, tokens=tokens, note=note)
+            output.floats |= floats_of(self.model, block)
         return output
 
     def _matrices(self, shared: SharedInput) -> int:
         return 1 if shared.kind == "linear" else self.model.model.dims.n_expert
 
-    def _fold(self, block: nn.Module, shared: SharedInput, statistics: InputStatistics) -> F32 | None:
+    def _fold(self, layer: int, block: nn.Module, shared: SharedInput, statistics: InputStatistics) -> F32 | None:
         """Find this input's scales, multiply them into its columns and divide them out of what comes
         before."""
         level = self._level
         place = folding.place_of(self.model, block, shared)
         if place is None or not level.method.scales(into_norm=place.is_norm):
             return None
-        weights = [matrix(block, parameter) for parameter in place.parameters]
-        factors = level.method.factors(level.format, statistics.gram, statistics.largest, weights, tied=place.tied)
-        folding.fold(block, place, factors)
+        weights = [matrix(self.model.family, block, parameter) for parameter in place.parameters]
+        form = format_of(self.model, level.format, layer, place.parameters[0].path)
+        assert form is not None
+        factors = level.method.factors(form, statistics.gram, statistics.largest, weights, tied=place.tied)
+        folding.fold(self.model, block, place, factors)
         return factors
 
 

@@ -207,9 +207,10 @@ class SensitivityPass:
         """The vocabulary in slices."""
         n_vocab, cap = self.model.model.dims.n_vocab, self.model.logit_softcap
         for first in range(0, n_vocab, _SLICE):
-            rows = self._weights(self.model.output, slice(first, min(first + _SLICE, n_vocab)))
-            weight = torch.from_numpy(rows).to(normed.device)
-            logits = nn.functional.linear(normed, weight)
+            some = slice(first, min(first + _SLICE, n_vocab))
+            weight = torch.from_numpy(self._weights(self.model.output, some)).to(normed.device)
+            bias = None if self.model.head_bias is None else torch.from_numpy(self.model.head_bias[some]).to(weight)
+            logits = nn.functional.linear(normed, weight, bias)
             if cap:
                 bent = torch.tanh(logits / cap)
                 yield _Slice(first, bent * cap, 1 - bent * bent, weight)

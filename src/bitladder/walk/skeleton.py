@@ -21,6 +21,7 @@ from torch import nn
 
 from bitladder.errors import UnknownArchitecture
 from bitladder.units import MiB, human_bytes
+from bitladder.walk import causal
 from bitladder.walk.carried import Call, Carried, Given, Left, Place, is_store
 
 INSTEAD = "Judge its levels by a workload through the engine instead; K-quants need no walk."
@@ -64,7 +65,8 @@ class Skeleton:
             raise refused(self.model_type, "transformers does not say where its embedding and its head are")
         self._calls: dict[tuple[int, int], list[Call]] = {}
         self._norm_path = ""
-        self._tupled = False
+        self._streams = 0
+        self._items = 0
         self._by_ids = False
         self.carried: Carried | None = None
         self._tables = self._find_tables()
@@ -102,13 +104,8 @@ class Skeleton:
         return block
 
     def _built(self) -> Any:
-        from transformers import AutoModelForCausalLM
-
-        implementation = self.config._attn_implementation
         try:
-            model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                self.config, attn_implementation=implementation, trust_remote_code=False
-            )
+            model = causal.built(self.config)
         except Exception as error:
             raise refused(self.model_type, f"transformers cannot build it ({_words(error)})") from error
         for parameter in model.parameters():
@@ -117,7 +114,15 @@ class Skeleton:
 
     def _filled_buffers(self) -> bool:
         """Compute the buffers that no file holds, as transformers does when it loads a model; False where it cannot."""
-        owners = [module for module in self.model.modules() if any(b is not None for b in module._buffers.values())]
+        from transformers import PreTrainedModel
+
+        models = {path: one for path, one in self.model.named_modules() if isinstance(one, PreTrainedModel)}
+        paths = {
+            path: module
+            for path, module in self.model.named_modules()
+            if any(b is not None for b in module._buffers.values())
+        }
+        owners = list(paths.values())
         size = sum(b.numel() * b.element_size() for one in owners for b in one._buffers.values() if b is not None)
         if size > _BUFFERS:
             raise refused(self.model_type, f"its constants take {human_bytes(size)}")
@@ -126,8 +131,14 @@ class Skeleton:
                 if buffer is not None and buffer.is_meta:
                     unknown = float("nan") if buffer.is_floating_point() else 0
                     module._buffers[name] = torch.full(buffer.shape, unknown, dtype=buffer.dtype, device="cpu")
-            with torch.no_grad():
-                self.model._init_weights(module)
+        for path, module in paths.items():
+            around = (one for one in models if f"{path}.".startswith(f"{one}." if one else ""))
+            nearest: Any = models[max(around, key=len)]
+            try:
+                with torch.no_grad():
+                    nearest._init_weights(module)
+            except Exception:  # some need what is computed from weights
+                return False
         held = self.model.state_dict()  # what is stored is filled from the file
         return not any(path not in held and buffer.isnan().any() for path, buffer in self.model.named_buffers())
 
@@ -196,7 +207,7 @@ class Skeleton:
 
     def _beside(self, one: list[Call], two: list[Call], shape: tuple[int, int]) -> Carried:
         """What has to be carried: arguments that were others for another text, and what layers leave in stores."""
-        width = int(self.config.hidden_size)
+        width = int(self.config.hidden_size) * (self._streams or 1)
         places = [place for place in _places(one[0]) if any(map(partial(_differ, place), one, two))]
         given, at = [], width
         for place in places:
@@ -208,7 +219,7 @@ class Skeleton:
                 by_layer[layer] = Given(place, at, tuple(value.shape[2:]))
                 at = by_layer[layer].stop
             given.append(by_layer)
-        return Carried(width, tuple(given), self._left(one, at, shape))
+        return Carried(width, self._streams, tuple(given), self._left(one, at, shape))
 
     def _left(self, calls: list[Call], at: int, shape: tuple[int, int]) -> tuple[Left, ...]:
         """What layers leave in stores, tried on the meta device, where nothing is computed but shapes."""
@@ -221,7 +232,8 @@ class Skeleton:
             for layer, call in enumerate(calls):
                 fresh = {name: type(value)(value) for name, value in stores.items()}
                 options = {**_moved(dict(call.options), meta), **fresh}
-                hidden = torch.empty(*shape, int(self.config.hidden_size), device=meta)
+                streams = (self._streams,) if self._streams else ()
+                hidden = torch.empty(*streams, *shape, int(self.config.hidden_size), device=meta)
                 shaped = replace(call, arguments=_moved(call.arguments, meta), options=options)
                 block = self.copy_of(layer).to(meta)
                 block(*([] if call.named else [hidden]), *shaped.arguments,
@@ -292,17 +304,17 @@ class Skeleton:
         return {path: table for path, table in every.items() if path in seen or table is self.embedding}
 
     def _recorded(self, windows: int, n: int) -> list[Call]:
-        """One run with layers that only note their calls, in both ways that layers answer."""
+        """One run with layers that only note their calls, in all ways that layers answer."""
         states = torch.randn(windows, n, self.config.hidden_size)
-        for tupled in (False, True):
-            calls, passed = self._run_noting(states, tupled=tupled)
+        for items in (0, 1, 2):
+            calls, passed = self._run_noting(states, items)
             if passed:
-                self._tupled = tupled
+                self._items = items
                 return calls
         raise refused(self.model_type, "its layers pass on more than the hidden states")
 
-    def _run_noting(self, states: torch.Tensor, *, tupled: bool) -> tuple[list[Call], bool]:
-        """The calls, and whether each layer was given what the one before it gave."""
+    def _run_noting(self, states: torch.Tensor, items: int) -> tuple[list[Call], bool]:
+        """The calls, and whether each layer was given what the one before it gave. ``items``: as ``_answer``."""
         calls: list[Call] = []
         given: list[torch.Tensor] = []
         whole = True
@@ -313,12 +325,15 @@ class Skeleton:
                 calls.clear()
                 given.clear()
             call, hidden = _call(self.model_type, arguments, options)
-            if layer != len(calls) or hidden.shape != states.shape or (given and not torch.equal(hidden, given[-1])):
+            if layer == 0:
+                self._streams = len(hidden) if hidden.ndim == states.ndim + 1 else 0
+            strange = hidden.shape[-states.ndim :] != states.shape or hidden.ndim > states.ndim + 1
+            if layer != len(calls) or strange or (given and not torch.equal(hidden, given[-1])):
                 whole = False
                 raise _Reached
             calls.append(call)
             given.append(hidden + 1)
-            return (given[-1],) if tupled else given[-1]
+            return _answer(given[-1], items)
 
         out: Any = None
         with self._layers_replaced(noted):
@@ -328,7 +343,7 @@ class Skeleton:
                 if not calls:
                     raise
             except Exception as error:
-                if tupled or not calls:
+                if items == 2 or not calls:
                     why = f"its forward cannot be run without the layers ({_words(error)})"
                     raise refused(self.model_type, why) from error
                 whole = False
@@ -339,7 +354,7 @@ class Skeleton:
         path of a table outside the layers f32[rows, columns]."""
         entered: list[torch.Tensor] = []
         beside: list[torch.Tensor] = []
-        carried = self.carried or Carried(int(self.config.hidden_size))
+        carried = self.carried or Carried(int(self.config.hidden_size) * (self._streams or 1), self._streams)
 
         def passing(layer: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
             call, hidden = _call(self.model_type, arguments, options)
@@ -347,7 +362,7 @@ class Skeleton:
             beside.extend(_argument(call, by_layer[layer].place).flatten(2) for by_layer in carried.given)
             if not carried.given:
                 raise _Reached
-            return (hidden,) if self._tupled else hidden
+            return _answer(hidden, self._items)
 
         tables = self.tables()
         stored = {path: (table.weight, table.padding_idx) for path, table in tables.items()}
@@ -361,14 +376,16 @@ class Skeleton:
         finally:
             for path, (weight, padding) in stored.items():
                 tables[path].weight, tables[path].padding_idx = weight, padding
-        empty = entered[0].new_zeros(*ids.shape, sum(one.stop - one.start for one in carried.left))
-        return torch.cat([entered[0], *beside, empty], dim=-1) if carried.total > carried.width else entered[0]
+        hidden = carried.columns(entered[0])
+        empty = hidden.new_zeros(*ids.shape, sum(one.stop - one.start for one in carried.left))
+        return torch.cat([hidden, *beside, empty], dim=-1) if carried.total > carried.width else hidden
 
     def find_tail(self) -> None:
-        """Find the norm before the head. Parameters outside the layers must be there, but for embedding and head.
+        """Find what comes before the head: a norm, or more. Parameters outside the layers must be there, but for
+        embedding and head.
 
         Raises:
-            UnknownArchitecture: between the last layer and the head is more than a norm.
+            UnknownArchitecture: it depends on more than what the last layer gives.
         """
         self.calls(*_TRIED, torch.device("cpu"))
         last: list[torch.Tensor] = []
@@ -376,7 +393,7 @@ class Skeleton:
 
         def passing(_layer: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
             last[:] = [_call(self.model_type, arguments, options)[1] + 1]
-            return (last[0],) if self._tupled else last[0]
+            return _answer(last[0], self._items)
 
         with torch.no_grad(), ExitStack() as hooks:
             for path, module in self.base.named_modules():
@@ -392,12 +409,41 @@ class Skeleton:
                 again = self.norm_structure()(last[0])
             if torch.equal(again, states):
                 return
-        raise refused(self.model_type, "between its last layer and its head is more than a norm")
+        self._norm_path = ""
+        carried = self.carried or Carried(int(self.config.hidden_size))
+        with torch.no_grad():
+            if torch.equal(self.tail({})(carried.columns(last[0])), states):
+                return
+        raise refused(self.model_type, "what comes before its head reads more than its last layer gives")
 
     @property
     def norm_path(self) -> str:
-        """Where the norm before the head is, in the whole model."""
-        return f"{self.path_of(self.base)}.{self._norm_path}"
+        """Where the norm before the head is, in the whole model; "" where more comes before the head."""
+        return f"{self.path_of(self.base)}.{self._norm_path}" if self._norm_path else ""
+
+    def tail(self, values: Mapping[str, torch.Tensor]) -> nn.Module:
+        """What comes between the last layer and the head, whatever it is: states f32[windows, n, columns] to
+        f32[windows, n, n_embd]. ``values``: parameters by path in the whole model; others are as they are here."""
+        shared = {id(one): one for one in (*self.blocks, *self.tables().values())}
+        base: nn.Module = copy.deepcopy(self.base, shared)
+        within = f"{self.path_of(self.base)}."
+        for path, value in values.items():
+            if path.startswith(within):
+                self.fill(base, path.removeprefix(within), value)
+        return _Tail(self, base)
+
+    def after_layers(self, base: Any, states: torch.Tensor) -> torch.Tensor:
+        """What the model ``base`` makes of what its last layer gives, f32[windows, n, columns]."""
+        carried = self.carried or Carried(states.shape[-1])
+
+        def passing(layer: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+            last = layer == self.n_layer - 1
+            hidden = carried.hidden(states) if last else _call(self.model_type, arguments, options)[1]
+            return _answer(hidden, self._items)
+
+        with self._layers_replaced(passing):
+            out = self._forward(base, states.new_zeros(*states.shape[:-1], int(self.config.hidden_size)))
+        return out.last_hidden_state if hasattr(out, "last_hidden_state") else out[0]  # type: ignore[no-any-return]
 
     def norm_structure(self) -> nn.Module:
         """A copy of the norm before the head, with what it holds."""
@@ -411,7 +457,7 @@ class Skeleton:
     def _passing(self, _layer: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
         """The place of a layer that changes nothing."""
         hidden = _call(self.model_type, arguments, options)[1]
-        return (hidden,) if self._tupled else hidden
+        return _answer(hidden, self._items)
 
     def logits_of(self, values: torch.Tensor) -> torch.Tensor:
         """What the model makes of f32[1, n, vocab] that its head gives: a scale, a soft cap, or nothing."""
@@ -432,7 +478,8 @@ class Skeleton:
             raise _Reached
 
         norm = self.base.get_submodule(self._norm_path)
-        self.head.forward, norm.forward = head, lambda _: values.clone()
+        self.head.forward = head
+        norm.forward = lambda *_, **__: values.clone() if self._norm_path else _Answer(last_hidden_state=values.clone())
         try:
             with torch.no_grad(), self._layers_replaced(self._passing):
                 self._forward(self.model, torch.zeros_like(values))
@@ -441,6 +488,41 @@ class Skeleton:
         finally:
             del self.head.forward, norm.forward
         return seen[0]
+
+
+class _Answer(dict[str, Any]):
+    """What a model without a head answers, by name or in order."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self.get(name)
+
+    def __getitem__(self, place: Any) -> Any:
+        return list(self.values())[place] if isinstance(place, int) else super().__getitem__(place)
+
+
+class _Tail(nn.Module):
+    """``Skeleton.tail``; the model within is no part of it, for most of that has no weights."""
+
+    def __init__(self, skeleton: Skeleton, base: nn.Module) -> None:
+        super().__init__()
+        self._within = (skeleton, base)
+
+    def to(self, device: torch.device) -> _Tail:  # type: ignore[override]
+        """Move what has weights."""
+        for module in self._within[1].modules():
+            for name, value in module._parameters.items():
+                if value is not None and not value.is_meta:
+                    module._parameters[name] = nn.Parameter(value.to(device), requires_grad=False)
+            for name, held in module._buffers.items():
+                if held is not None and not held.is_meta:
+                    module._buffers[name] = held.to(device)
+        return self
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """As torch calls it; tokens alone are one window."""
+        skeleton, base = self._within
+        whole = states if states.ndim > 2 else states[None]
+        return skeleton.after_layers(base, whole).reshape(*states.shape[:-1], -1)
 
 
 @contextmanager
@@ -502,6 +584,12 @@ def _call(model_type: str, arguments: tuple[Any, ...], options: dict[str, Any]) 
         if not _plain(value) and not any(value is one for one in stores):
             raise refused(model_type, f"its layers share a {type(value).__name__[:40]}")
     return call, hidden
+
+
+def _answer(hidden: torch.Tensor, items: int) -> Any:
+    """What a layer gives: a tensor, or so many values of which it is the first. Others are left out; a layer that needs
+    them from the one before ends the walk when it is looked at."""
+    return (hidden, *[None] * (items - 1)) if items else hidden
 
 
 def _plain(value: Any) -> bool:

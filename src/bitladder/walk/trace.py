@@ -141,6 +141,8 @@ def _logits(model: LayeredModel, weights: FileWeights, states: torch.Tensor, *, 
             for start in range(0, rows, _HEAD_ROWS)
         ]
         logits = torch.cat(parts, dim=-1)
+        if model.head_bias is not None:
+            logits = logits + torch.from_numpy(model.head_bias).to(logits)
         return torch.tanh(logits / model.logit_softcap) * model.logit_softcap if model.logit_softcap else logits
 
 

@@ -9,7 +9,8 @@ checkpoint's before they are used.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,13 @@ from bitladder.formats.disk_names import quantized_parameters
 from bitladder.formats.families.family import DiskNames, LayerKind, Layers
 from bitladder.formats.roles import SharedInput, layer_tensor
 from bitladder.kernels.gpu import check_device
+from bitladder.levels.checkpoints import CheckpointFormat
+from bitladder.walk import causal
 from bitladder.walk.carried import LeavesMore
 from bitladder.walk.checkpoint_layers import CheckpointLayers
 from bitladder.walk.correspondence import ParameterLayout, Reshaped, correspond
 from bitladder.walk.discovered import FoundKind, MadeOf, discover
+from bitladder.walk.expert_names import linear_experts, names_on_disk
 from bitladder.walk.layers import Entry, LayeredModel, Weights, inference, tensor_at
 from bitladder.walk.rounding import QTypeOf, round_inputs
 from bitladder.walk.skeleton import Skeleton, refused
@@ -39,6 +43,7 @@ from bitladder.walk.weights import LevelWeights
 
 F32 = NDArray[np.float32]
 _TOP = ("token_embd.weight", "output.weight")
+_AT_ONCE = 1 << 20
 
 
 def text_config(folder: Path) -> Any:
@@ -88,13 +93,23 @@ def _plain_floats(value: Any) -> Any:
 
 def skeleton_of(config: Any) -> Skeleton:
     """The model without weights, with attention by torch's own kernel where transformers has that for it."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-        if not getattr(model_class, "_supports_sdpa", False):
-            config._attn_implementation = "eager"
+    found = causal.class_of(config)
+    if found is not None and not getattr(found, "_supports_sdpa", False):
+        config._attn_implementation = "eager"
     return Skeleton(config)
+
+
+@dataclass
+class Findings:
+    """What was found by looking at the layers of a file and its checkpoint: the same as long as both are."""
+
+    kinds: list[FoundKind] = field(default_factory=list)
+    kind_of: dict[int, int] = field(default_factory=dict)
+    experts: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    in_turn: set[str] = field(default_factory=set)
+    renamed: dict[str, str] = field(default_factory=dict)
+    checked: set[int] = field(default_factory=set)
+    """Layers whose file was found to hold what the checkpoint does."""
 
 
 class WholeModel(LayeredModel):
@@ -107,8 +122,16 @@ class WholeModel(LayeredModel):
         UsageError: torch has no such device here.
     """
 
-    def __init__(self, model: Model, weights: LevelWeights, checkpoint: Path, *, device: str = "cpu") -> None:
-        """``weights``: those of the file itself."""  # ``LayeredModel``'s own is about rows
+    def __init__(
+        self,
+        model: Model,
+        weights: LevelWeights,
+        checkpoint: Path,
+        *,
+        device: str = "cpu",
+        findings: Findings | None = None,
+    ) -> None:  # ``LayeredModel``'s own is about rows
+        """``weights``: those of the file itself. ``findings``: those of an earlier look at the very same two."""
         if device != "cpu":
             check_device(device)
         self.model, self.device, self._source = model, torch.device(device), weights
@@ -126,13 +149,11 @@ class WholeModel(LayeredModel):
         self._fill_top()
         self.width: int = self._skeleton.carried.total if self._skeleton.carried else model.dims.n_embd
         self.logit_softcap, self._logit_scale = self._after_head()
-        self._kinds: list[FoundKind] = []
-        self._kind_of: dict[int, int] = {}
-        self._experts: dict[str, tuple[str, ...]] = {}
-        self._renamed: dict[str, str] = {}
-        self._checked: set[int] = set()
+        self.findings = own = findings or Findings()
+        self._kinds, self._kind_of, self._checked = own.kinds, own.kind_of, own.checked
+        self._experts, self._in_turn, self._renamed = own.experts, own.in_turn, own.renamed
         signatures: dict[Hashable, int] = {}
-        for layer in range(self.n_layer):
+        for layer in range(self.n_layer if findings is None else 0):
             signature = self._signature(layer)
             if signature not in signatures:
                 signatures[signature] = self._discovered(layer)
@@ -171,24 +192,34 @@ class WholeModel(LayeredModel):
             skeleton.fill(skeleton.model, path, torch.from_numpy(value.copy()))
         self._beside = held
         skeleton.find_tail()
-        if skeleton.head.bias is not None:
-            raise refused(skeleton.model_type, "its head has a bias")
         norm = f"{skeleton.norm_path}."
-        sizes = {value.size for value in held.values()}
+        largest = sum(value.size for value in held.values())
         stored = {
             name: self._source(name)
             for name in sorted(self._names)
             if not name.startswith("blk.")
             and name not in (*_TOP, *roles.ROPE_TENSORS)
-            and int(np.prod(self._shape(name), dtype=int)) in sizes
+            and int(np.prod(self._shape(name), dtype=int)) <= largest
         }
         likely = {f"{norm}weight": roles.OUTPUT_NORM, f"{norm}bias": roles.OUTPUT_NORM.replace("weight", "bias")}
         found = correspond(held, stored, rounded=self._rounded, likely=likely)
         self._norm = {path.removeprefix(norm): one for path, one in found.items() if path.startswith(norm)}
         if any(path.startswith(norm) and path not in found for path in held):
             raise refused(skeleton.model_type, "the file has no tensor that is the norm before its head")
-        self._around = {path: one for path, one in found.items() if not path.startswith(norm) and held[path].ndim > 1}
+        plain = not skeleton.norm_path
+        self._around = {
+            path: one for path, one in found.items() if not path.startswith(norm) and (plain or held[path].ndim > 1)
+        }
+        self.head_bias = self._find_head_bias(held, found)
         self._tables = {path: self._table(path) for path in skeleton.tables()}
+
+    def _find_head_bias(self, held: Mapping[str, F32], found: Mapping[str, object]) -> F32 | None:
+        if self._skeleton.head.bias is None:
+            return None
+        path = f"{self._skeleton.path_of(self._skeleton.head)}.bias"
+        if path not in found:
+            raise refused(self._skeleton.model_type, "the file has no tensor that is the bias of its head")
+        return held[path]
 
     def _table(self, path: str) -> str:
         """The file's tensor that a table of rows for ids is; other tables than the embedding by some of their rows."""
@@ -216,7 +247,8 @@ class WholeModel(LayeredModel):
     @property
     def norm_names(self) -> tuple[str, ...]:
         """The file's tensors that the norm before the head is made of."""
-        return tuple(name for names, _ in self._norm.values() for name in names)
+        used = self._norm if self._skeleton.norm_path else self._around
+        return tuple(dict.fromkeys(name for names, _ in used.values() for name in names))
 
     def _after_head(self) -> tuple[float | None, float]:
         """The soft cap on logits, and what they (and what the head reads) are multiplied by."""
@@ -229,6 +261,8 @@ class WholeModel(LayeredModel):
         read = skeleton.head_reads(torch.ones(1, 2, self.model.dims.n_embd))
         factor = float(read.reshape(-1)[0])
         scale = float(logits[0] / tried[0])
+        if self.head_bias is not None:
+            self.head_bias = self.head_bias * np.float32(scale)
         if bool((read == read.reshape(-1)[0]).all()):
             if torch.allclose(logits, scale * tried[:vocab], rtol=1e-5):
                 return None, factor * scale
@@ -240,6 +274,8 @@ class WholeModel(LayeredModel):
     def norm(self, weights: Weights) -> nn.Module:
         """The norm before the head, filled; what the head gives of its outputs are the model's logits, a soft cap
         apart."""
+        if not self._skeleton.norm_path:
+            return self._scaled(self._skeleton.tail(self._around_layers(weights)))
         module = self._skeleton.norm_structure()
         for path, (names, layout) in self._norm.items():
             value = layout.parameter([weights(name) for name in names])
@@ -247,10 +283,20 @@ class WholeModel(LayeredModel):
         own = self.model.dims.n_embd
         if self.width > own:  # what is carried beside the hidden states ends here
             module.register_forward_pre_hook(lambda _module, given: (given[0][..., :own],))
+        return self._scaled(module)
+
+    def _scaled(self, module: nn.Module) -> nn.Module:
         if self._logit_scale != 1:
             scale = self._logit_scale
             module.register_forward_hook(lambda _module, _given, out: out * scale)
         return module.to(self.device)
+
+    def _around_layers(self, weights: Weights) -> dict[str, torch.Tensor]:
+        """Parameters outside the layers as a level has them, by path in the whole model."""
+        return {
+            path: torch.from_numpy(np.ascontiguousarray(layout.parameter([weights(name) for name in names])))
+            for path, (names, layout) in self._around.items()
+        }
 
     def embed(self, tokens: NDArray[np.int64], weights: Weights) -> torch.Tensor:
         """As ``LayeredModel``: whatever transformers does between ids and the first layer."""
@@ -259,9 +305,8 @@ class WholeModel(LayeredModel):
         for path, name in self._tables.items():
             there = np.minimum(used, self._shape(name)[0] - 1)  # ids that stand for pictures and sounds have no row
             rows[path] = torch.from_numpy(np.ascontiguousarray(weights(name, there)))
-        for path, (names, layout) in self._around.items():
-            value = layout.parameter([weights(name) for name in names])
-            self._skeleton.fill(self._skeleton.model, path, torch.from_numpy(np.ascontiguousarray(value)))
+        for path, value in self._around_layers(weights).items():
+            self._skeleton.fill(self._skeleton.model, path, value)
         with inference():
             return self._skeleton.embed(torch.from_numpy(where.reshape(tokens.shape)), rows).to(self.device)
 
@@ -276,7 +321,7 @@ class WholeModel(LayeredModel):
     @property
     def beside(self) -> dict[str, torch.Tensor]:
         """As ``LayeredModel``."""
-        norm = f"{self._skeleton.norm_path}."
+        norm = f"{self._skeleton.norm_path}."  # of a tail that is more than a norm nothing begins so
         others = {path: value for path, value in self._beside.items() if not path.startswith(norm)}
         return {self._checkpoint.top_name(path): torch.from_numpy(value) for path, value in others.items()}
 
@@ -286,25 +331,34 @@ class WholeModel(LayeredModel):
         norm = {self._checkpoint.top_name(f"{self._skeleton.norm_path}.{leaf}") for leaf in ("weight", "bias")}
         return self._checkpoint.others({names.embedding, names.head, *norm, *self.beside})
 
-    def check_disk_names(self) -> None:
+    def check_disk_names(self, forms: Iterable[CheckpointFormat]) -> None:
         """As ``LayeredModel``.
 
         Raises:
-            UnknownArchitecture: matrices that would be quantized lie transposed, or experts in one tensor.
+            UnknownArchitecture: experts lie in one tensor, and nothing tells what their linear layers are; or a matrix
+                has a column for each output, and the format stores it under the name by which readers turn it.
         """
-        for _, row in self.first_of_each_kind():
+        forms = tuple(forms)
+        for _, row in self.first_of_each_kind() if forms else ():
             for shared in row.inputs:
                 for parameter in quantized_parameters(self.family, shared):
-                    turned = isinstance(parameter.transform, ParameterLayout) and parameter.transform.turned
-                    if turned or (shared.kind != "linear" and parameter.path not in self._experts):
-                        how = "lies transposed" if turned else "holds all experts in one tensor"
+                    if why := self._misplaced(parameter, shared, forms):
                         raise UnknownArchitecture(
                             f"Checkpoint levels of '{self._skeleton.model_type}' cannot be written: its "
-                            f"'{parameter.path}' {how} on disk.",
-                            means="GPTQ, AWQ and INT8 layouts have matrices with a row for each output, one for each "
-                            "expert, and no engine has other names for them.",
+                            f"'{parameter.path}' {why}.",
+                            means="Readers of such levels would find no matrix, or another one.",
                             do="Choose GGUF levels: K-quants, with error feedback too (GPTQ-Q4_K_M), and recipes work.",
                         )
+
+    def _misplaced(self, parameter: roles.Parameter, shared: SharedInput, forms: Iterable[CheckpointFormat]) -> str:
+        """Why a matrix has no place in a checkpoint of one of these formats; "" where it has."""
+        if parameter.path in self._experts:
+            return ""
+        if shared.kind != "linear":
+            return "holds all experts in one tensor, and nothing tells their gate, up and down apart"
+        if parameter.turned and (plain := next((form for form in forms if "weight" in form.suffixes), None)):
+            return f"lies transposed on disk, and readers would turn it there ('{plain.layout}')"
+        return ""
 
     # Layers
 
@@ -331,7 +385,11 @@ class WholeModel(LayeredModel):
         for path, value in values.items():
             self._skeleton.fill(block, path, torch.from_numpy(value))
         block.to(self.device)
-        kind = discover(block, self._runner(layer), self.width, made_of, self._value_channels())
+        try:
+            kind = discover(block, self._runner(layer), self.width, made_of, self._value_channels())
+        except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+            words = f"{type(error).__name__}: {error}".splitlines()[0][:160]
+            raise refused(self._skeleton.model_type, f"layer {layer} cannot be run alone ({words})") from error
         self._find_disk_names(layer, values, made_of)
         self._kinds.append(kind)
         self._checked.add(layer)
@@ -385,10 +443,17 @@ class WholeModel(LayeredModel):
                 if len(same) == 1:
                     self._renamed[path] = same[0]
         for path, value in values.items():
-            if value.ndim == 3 and path in made_of and path not in stored and path not in self._renamed:
-                names = _expert_names(path, value, stored)
-                if names:
-                    self._experts[path] = names
+            if value.ndim != 3 or path not in made_of:
+                continue
+            apart = path not in stored and path not in self._renamed
+            names = names_on_disk(path, value, stored) if apart else ()
+            found = (names, False) if names else linear_experts(path, value.shape[0], *made_of[path])
+            if found is None:
+                continue
+            for own, end in ((path, ""), (f"{path}_bias", ".bias")):
+                if own == path or own in values:
+                    self._experts[own] = tuple(f"{name}{end}" for name in found[0])
+                    self._in_turn.update({own} if found[1] else ())
 
     def _row(self) -> Layers:
         numbers = self._kind_of
@@ -398,6 +463,7 @@ class WholeModel(LayeredModel):
             tuple(kind.row for kind in self._kinds),
             lambda _keys, layer: numbers[layer],
             experts=self._experts,
+            in_turn=frozenset(self._in_turn),
             renamed=self._renamed,
             routers=tuple(dict.fromkeys(router for kind in self._kinds for router in kind.routers)),
             disk=DiskNames(
@@ -482,12 +548,19 @@ class WholeModel(LayeredModel):
         expected = self._checkpoint.layer(layer)
         for parameter in self.kind(layer).parameters:
             value = self._made(layer, parameter, self._source)
-            wanted = self._rounded(expected[parameter.path], layer_tensor(layer, parameter.roles[0]))
-            if not np.allclose(value, wanted, rtol=1e-5, atol=1e-6):
+            if not self._alike(value, expected[parameter.path], layer_tensor(layer, parameter.roles[0])):
                 self._kind_of[layer] = self._discovered(layer)
                 self.family = self._row()
                 break
         self._checked.add(layer)
+
+    def _alike(self, value: F32, expected: F32, name: str) -> bool:
+        """Whether a parameter is the checkpoint's as the file's type holds it; some values at a time."""
+        own, wanted = value.reshape(-1), expected.reshape(-1)
+        return len(own) == len(wanted) and all(
+            np.allclose(own[at : at + _AT_ONCE], self._rounded(wanted[at : at + _AT_ONCE], name), rtol=1e-5, atol=1e-6)
+            for at in range(0, len(own), _AT_ONCE)
+        )
 
     def run(self, block: nn.Module, layer: int, states: torch.Tensor) -> torch.Tensor:
         """As ``LayeredModel``."""
@@ -521,25 +594,3 @@ def _named(layout: ParameterLayout) -> ParameterLayout | str:
 
 def _squeezed(value: F32) -> F32:
     return value.reshape([size for size in value.shape if size != 1])
-
-
-def _expert_names(path: str, value: F32, stored: Mapping[str, F32]) -> tuple[str, ...]:
-    """The names on disk of one expert's share of a stack, ``{}`` for its number: equal runs of its rows, in order."""
-    names: dict[int, list[tuple[int, str]]] = {}
-    for name, one in stored.items():
-        if one.ndim != 2 or one.shape[-1] != value.shape[-1] or value.shape[1] % len(one):
-            continue
-        numbered = [at for at, word in enumerate(name.split(".")) if word.isdigit()]
-        if not numbered:
-            continue
-        expert = int(name.split(".")[numbered[-1]])
-        if expert >= len(value):
-            continue
-        for part in range(value.shape[1] // len(one)):
-            if np.array_equal(value[expert, part * len(one) : (part + 1) * len(one)], one):
-                words = name.removesuffix(".weight").split(".")
-                words[numbered[-1]] = "{}"
-                names.setdefault(expert, []).append((part, ".".join(words)))
-    shares = {tuple(name for _, name in sorted(own)) for own in names.values()}
-    whole = len(names) == len(value) and len(shares) == 1
-    return next(iter(shares)) if whole and "{}" not in path else ()

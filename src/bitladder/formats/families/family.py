@@ -182,7 +182,10 @@ class Layers:
     """Keys of the header that only variants have which these layers would run wrongly."""
     experts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Stacked experts on disk: path of the parameter -> the names of one expert's linear layers, one for each equal
-    run of rows, ``{}`` for the expert's number. Dense layers are on disk as in the module."""
+    run of rows, ``{}`` for the expert's number. Dense layers are on disk as in the module. Of a stack of biases names
+    end with ``.bias``."""
+    in_turn: frozenset[str] = frozenset()
+    """Paths in ``experts`` whose rows belong to its linear layers in turn (gate, up, gate, up), not in runs."""
     renamed: Mapping[str, str] = field(default_factory=dict)
     """Path of a parameter -> its name on disk, where that differs."""
     disk: DiskNames = DiskNames()

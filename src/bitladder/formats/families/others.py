@@ -5,6 +5,7 @@ from __future__ import annotations
 from bitladder.formats.families.family import Family, Mix, StateTraits, Windows
 
 EXAONE4 = Family("exaone4", windows=Windows(4))
+AFMOE = Family("afmoe", windows=Windows(4))
 SMALLTHINKER = Family("smallthinker", windows=Windows(4, whole_first=True))
 PLAMO3 = Family("plamo3", windows=Windows(8))
 FALCON_H1 = Family("falcon-h1", states=StateTraits(beside_attention=True))

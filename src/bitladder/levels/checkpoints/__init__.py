@@ -11,16 +11,26 @@ from typing import Any
 
 from bitladder.errors import UnknownLevel
 from bitladder.levels.checkpoints.awq import Awq
-from bitladder.levels.checkpoints.base import Arrays, CheckpointFormat, Parameters, Stored, digest
+from bitladder.levels.checkpoints.base import (
+    Arrays,
+    CheckpointFormat,
+    FolderFormat,
+    Parameters,
+    Stored,
+    digest,
+    digest_of_rows,
+)
 from bitladder.levels.checkpoints.compressed_tensors import IntQuantized, PackQuantized
 from bitladder.levels.checkpoints.fp8 import Fp8
 from bitladder.levels.checkpoints.gptq import Gptq
+from bitladder.levels.checkpoints.mixed import Mixed
+from bitladder.levels.checkpoints.mlx import MlxAffine, MlxFloat
 from bitladder.levels.checkpoints.mx import Mxfp4, Mxfp8
 from bitladder.levels.checkpoints.nvfp4 import Nvfp4
 from bitladder.levels.kinds import CheckpointLevel
 
-FORMATS: tuple[type[CheckpointFormat], ...] = (
-    Fp8, IntQuantized, PackQuantized, Gptq, Awq, Nvfp4, Mxfp4, Mxfp8,
+FORMATS: tuple[type[FolderFormat], ...] = (
+    Fp8, IntQuantized, PackQuantized, Gptq, Awq, Nvfp4, Mxfp4, Mxfp8, Mixed, MlxAffine, MlxFloat,
 )  # fmt: skip
 """All that are written, in the order in which their levels are offered."""
 
@@ -41,7 +51,7 @@ def named(name: str) -> CheckpointLevel | None:
     return next((level for form in FORMATS if (level := form.parse(name)) is not None), None)
 
 
-def recognised(configuration: Mapping[str, Any]) -> CheckpointFormat | None:
+def recognised(configuration: Mapping[str, Any]) -> FolderFormat | None:
     """The format that a ``quantization_config`` describes, whoever wrote it; None where none of ours reads it."""
     return next((found for form in FORMATS if (found := form.recognise(configuration)) is not None), None)
 
@@ -62,6 +72,6 @@ def offered_names(rows: Collection[int]) -> tuple[str, ...]:
 
 
 __all__ = [
-    "FORMATS", "Arrays", "CheckpointFormat", "Parameters", "Stored", "digest", "grammar", "named", "offered_names",
-    "parse_checkpoint", "prefixes", "recognised",
+    "FORMATS", "Arrays", "CheckpointFormat", "FolderFormat", "Mixed", "Parameters", "Stored", "digest",
+    "digest_of_rows", "grammar", "named", "offered_names", "parse_checkpoint", "prefixes", "recognised",
 ]  # fmt: skip

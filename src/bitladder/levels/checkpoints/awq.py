@@ -43,6 +43,7 @@ class Awq(IntegerFormat):
     suffixes: ClassVar[tuple[str, ...]] = ("qweight", "scales", "qzeros")
     stores_zeros: ClassVar[bool] = True
     layout: ClassVar[str] = "awq"
+    kernels: ClassVar[tuple[str, ...]] = ("AWQ",)
 
     @classmethod
     def parse(cls, name: str) -> CheckpointLevel | None:

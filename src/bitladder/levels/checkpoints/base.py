@@ -8,7 +8,8 @@ makes both into arrays:
     weights --search--> Parameters --method--> codes --encode--> arrays --decode--> weights as a reader computes them
 
 An object is the format of one level: it holds bits, group size and the like, is compared by them, and knows nothing of
-how codes are chosen.
+how codes are chosen. What is said of a whole folder is a ``FolderFormat``; most folders store every layer alike, and
+their format is that of each layer, too (``CheckpointFormat``). One that mixes (``mixed.py``) has a format for each.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ class Parameters(Protocol):
         """Weights ``f32[rows, columns]`` of codes, exactly as a reader of the file computes them."""
 
 
-class CheckpointFormat(ABC):
-    """How the linear layers of one level are stored. Subclasses are frozen dataclasses of what may differ."""
+class FolderFormat(ABC):
+    """How a checkpoint folder of one level is stored. Subclasses are frozen dataclasses of what may differ."""
 
     prefixes: ClassVar[tuple[str, ...]]
     """First words of its levels' names, in upper case."""
@@ -58,16 +59,8 @@ class CheckpointFormat(ABC):
     """What it is and when to use it, in two or three sentences."""
     float_bytes: ClassVar[int] = 2
     """Bytes of each value of what stays float: embedding, head, norms, biases."""
-    model_dtype: ClassVar[frozenset[str]] = frozenset()
-    """Suffixes of f32 arrays that are stored in the float type of the model."""
-    byte_types: ClassVar[Mapping[str, str]] = {}
-    """By suffix, torch's name for the type of what is an array of bytes here: numpy has no such type."""
-
-    input_arrays: ClassVar[tuple[str, ...]] = ()
-    """Suffixes of what says how inputs are rounded."""
-
-    group_size: int = WHOLE_ROW
-    """Inputs of an output that share a scale; ``WHOLE_ROW``: all."""
+    everywhere: ClassVar[bool] = False
+    """Embedding and head are quantized, too; every array has a row for each output then."""
 
     @classmethod
     @abstractmethod
@@ -79,7 +72,7 @@ class CheckpointFormat(ABC):
         """
 
     @classmethod
-    def recognise(cls, configuration: Mapping[str, Any]) -> CheckpointFormat | None:  # noqa: ARG003
+    def recognise(cls, configuration: Mapping[str, Any]) -> FolderFormat | None:  # noqa: ARG003
         """The format of a folder whose ``config.json`` has this ``quantization_config``, whoever wrote it; None where
         it is another, or one that is not read exactly."""
         return None
@@ -89,30 +82,34 @@ class CheckpointFormat(ABC):
         """Names of levels that GPUs run fast, for a model whose matrices have ``rows`` of so many weights."""
         return ()
 
+    @abstractmethod
+    def of(self, linear: str) -> CheckpointFormat | None:
+        """The format of one linear layer, by its whole name on disk; None: it stays float."""
+
+    @property
+    @abstractmethod
+    def forms(self) -> tuple[CheckpointFormat, ...]:
+        """The formats of its linear layers, as far as they are chosen."""
+
+    @property
+    def signature(self) -> str:
+        """What a folder's bytes depend on beside the level's name; empty where the name says everything."""
+        return ""
+
     @property
     def engines(self) -> tuple[str, ...]:
         """Engines that serve it."""
         return CHECKPOINT_ENGINES
 
     @property
+    def kernels(self) -> tuple[str, ...]:
+        """The schemes of ``data/kernels.yaml`` that an engine needs kernels for."""
+        return (self.layout,)
+
+    @property
     @abstractmethod
     def layout(self) -> str:
         """What readers call it."""
-
-    @property
-    @abstractmethod
-    def suffixes(self) -> tuple[str, ...]:
-        """Of every array that a quantized layer may have; the first two are always there, and mark one."""
-
-    @property
-    def marks(self) -> frozenset[str]:
-        """Suffixes that no float tensor has: what bears one belongs to a quantized layer."""
-        return frozenset(self.suffixes) - {"weight"}
-
-    @property
-    def rounds_inputs(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
-        """What engines do to a layer's inputs before they multiply; None: they take them as they are."""
-        return None
 
     @property
     def reads_peaks(self) -> bool:
@@ -143,6 +140,85 @@ class CheckpointFormat(ABC):
         Raises:
             UsageError: names the first layer that does not fit, and what would fit all.
         """
+
+    @abstractmethod
+    def configuration(self, *, ignored: tuple[str, ...]) -> dict[str, Any]:
+        """What ``config.json`` carries as ``quantization_config``.
+
+        Args:
+            ignored: Linear layers that stay float: whole paths, or, where a name has a dot, the ends of paths.
+        """
+
+    def entries(self, configuration: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG002
+        """What ``config.json`` has beside the model's own ``config``: where it carries a ``configuration``, and what
+        else readers look for."""
+        return {"quantization_config": dict(configuration)}
+
+    def stacked(self, linear: str) -> tuple[str, int] | None:  # noqa: ARG002
+        """The layer whose arrays hold those of a linear layer together with others of its kind, and its place there;
+        None where it has arrays of its own."""
+        return None
+
+    def files(self, configuration: Mapping[str, Any]) -> dict[str, bytes]:  # noqa: ARG002
+        """Files beside ``config.json`` that readers look for, by name."""
+        return {}
+
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know before building such a level: which engines refuse it."""
+        return ()
+
+    def slow_paths(self, engine: str) -> list[str]:  # noqa: ARG002
+        """Warnings where an engine (empty: none is chosen yet) would run it, but slowly."""
+        return []
+
+
+class CheckpointFormat(FolderFormat):
+    """How a linear layer is stored, and a folder whose linear layers are all stored so."""
+
+    model_dtype: ClassVar[frozenset[str]] = frozenset()
+    """Suffixes of f32 arrays that are stored in the float type of the model."""
+    byte_types: ClassVar[Mapping[str, str]] = {}
+    """By suffix, torch's name for the type of what is an array of bytes here: numpy has no such type."""
+
+    input_arrays: ClassVar[tuple[str, ...]] = ()
+    """Suffixes of what says how inputs are rounded."""
+
+    group_size: int = WHOLE_ROW
+    """Inputs of an output that share a scale; ``WHOLE_ROW``: all."""
+
+    @classmethod
+    def recognise(cls, configuration: Mapping[str, Any]) -> CheckpointFormat | None:  # noqa: ARG003
+        """As ``FolderFormat``."""
+        return None
+
+    def of(self, linear: str) -> CheckpointFormat:  # noqa: ARG002
+        """As ``FolderFormat``: all alike."""
+        return self
+
+    @property
+    def forms(self) -> tuple[CheckpointFormat, ...]:
+        """As ``FolderFormat``."""
+        return (self,)
+
+    @property
+    def scheme(self) -> str:
+        """What the field calls it, in a word."""
+        return self.layout
+
+    @property
+    @abstractmethod
+    def suffixes(self) -> tuple[str, ...]:
+        """Of every array that a quantized layer may have; the first two are always there, and mark one."""
+
+    @property
+    def marks(self) -> frozenset[str]:
+        """Suffixes that no float tensor has: what bears one belongs to a quantized layer."""
+        return frozenset(self.suffixes) - {"weight"}
+
+    @property
+    def rounds_inputs(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """What engines do to a layer's inputs before they multiply; None: they take them as they are."""
+        return None
 
     def joined(
         self,
@@ -204,26 +280,6 @@ class CheckpointFormat(ABC):
             ValueError, KeyError: as ``shape``.
         """
 
-    @abstractmethod
-    def configuration(self, *, ignored: tuple[str, ...]) -> dict[str, Any]:
-        """What ``config.json`` carries as ``quantization_config``.
-
-        Args:
-            ignored: Linear layers that stay float: whole paths, or, where a name has a dot, the ends of paths.
-        """
-
-    def files(self, configuration: Mapping[str, Any]) -> dict[str, bytes]:  # noqa: ARG002
-        """Files beside ``config.json`` that readers look for, by name."""
-        return {}
-
-    def notes(self) -> tuple[str, ...]:
-        """What a user should know before building such a level: which engines refuse it."""
-        return ()
-
-    def slow_paths(self, engine: str) -> list[str]:  # noqa: ARG002
-        """Warnings where an engine (empty: none is chosen yet) would run it, but slowly."""
-        return []
-
 
 def matrix_of(arrays: Stored, suffix: str) -> npt.NDArray[Any]:
     """A two-dimensional array; raises KeyError where it is missing, ValueError where it has another rank."""
@@ -235,8 +291,14 @@ def matrix_of(arrays: Stored, suffix: str) -> npt.NDArray[Any]:
 
 def digest(weights: F32) -> str:
     """A hash of decoded weights, shape included."""
+    return digest_of_rows(weights.shape, [weights])
+
+
+def digest_of_rows(shape: tuple[int, ...], parts: Iterable[F32]) -> str:
+    """The hash of weights of this shape that come some rows at a time."""
     import numpy as np
 
-    found = hashlib.blake2b(repr(weights.shape).encode(), digest_size=16)
-    found.update(np.ascontiguousarray(weights, np.float32).data)
+    found = hashlib.blake2b(repr(tuple(shape)).encode(), digest_size=16)
+    for part in parts:
+        found.update(np.ascontiguousarray(part, np.float32).data)
     return found.hexdigest()

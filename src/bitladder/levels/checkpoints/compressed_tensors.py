@@ -25,7 +25,7 @@ from bitladder.levels.checkpoints.base import Arrays, Stored, matrix_of
 from bitladder.levels.checkpoints.ct_config import arguments, configuration_of, scheme_in
 from bitladder.levels.checkpoints.grouped import parse_grouped
 from bitladder.levels.checkpoints.integers import IntegerFormat, group_size_in, words
-from bitladder.levels.kinds import WHOLE_ROW, CheckpointLevel
+from bitladder.levels.kinds import CHECKPOINT_ENGINES, WHOLE_ROW, CheckpointLevel
 from bitladder.levels.methods import GPTQ, ROUNDING, SMOOTHING
 
 if TYPE_CHECKING:
@@ -86,6 +86,22 @@ class PackQuantized(IntegerFormat):
         if inputs or size is None or type(sym) is not bool or type(bits) is not int or not 2 <= bits <= 8:
             return None
         return None if weights.get("actorder") in ("group", True) else cls(bits, size, sym)
+
+    @property
+    def engines(self) -> tuple[str, ...]:
+        """Other numbers of bits than 4 and 8 run in vLLM alone, and wherever weights are decoded."""
+        return CHECKPOINT_ENGINES if self.bits in (4, 8) else ("vllm", "transformers")
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """4 and 8 bits have kernels of their own."""
+        return (f"W{self.bits}A16",) if self.bits in (4, 8) else ("WNA16",)
+
+    @property
+    def scheme(self) -> str:
+        """``W4A16-g128``."""
+        size = f"g{self.group_size}" if self.group_size else "channel"
+        return f"W{self.bits}A16-{size}" + ("" if self.sym else "-asym")
 
     @property
     def stores_zeros(self) -> bool:
@@ -189,6 +205,8 @@ class IntQuantized(IntegerFormat):
     suffixes: ClassVar[tuple[str, ...]] = ("weight", "weight_scale")
     model_dtype: ClassVar[frozenset[str]] = frozenset({"weight_scale"})
     layout: ClassVar[str] = "int-quantized"
+    scheme: ClassVar[str] = "INT8-W8A8"
+    kernels: ClassVar[tuple[str, ...]] = ("INT8",)
     packed: ClassVar[bool] = False
     signed_scales: ClassVar[bool] = False
     stores_zeros: ClassVar[bool] = False

@@ -39,7 +39,7 @@ def converter_reads(method: str, configuration: Mapping[str, Any], matrices: Mat
     """
     if any(matrix.kind == "NVFP4" and matrix.shape[1] % _NVFP4_BLOCK for matrix in matrices.values()):
         return ReadAs.FLOATS
-    if _kinds(matrices) == {"MXFP4"}:
+    if _kinds(matrices) == {"MXFP4"} and method != "mxfp4":
         return ReadAs.SOME
     reads = _READS.get(method)
     return ReadAs.IT_IS if reads is not None and reads(configuration, matrices, tensors) else ReadAs.FLOATS
@@ -94,6 +94,10 @@ def _modelopt(_configuration: Mapping[str, Any], matrices: Matrices, tensors: Te
     )
 
 
+def _mxfp4(_configuration: Mapping[str, Any], matrices: Matrices, _tensors: Tensors) -> bool:
+    return all("blocks" in matrix.arrays for matrix in matrices.values())
+
+
 def _only_group(configuration: Mapping[str, Any]) -> Mapping[str, Any]:
     """How the one group of layers has its weights; empty where there are several."""
     groups = configuration.get("config_groups")
@@ -111,5 +115,5 @@ def _by_output(matrix: PackedMatrix, tensors: Tensors) -> bool:
 
 
 _READS: dict[str, Callable[[Mapping[str, Any], Matrices, Tensors], bool]] = {
-    "gptq": _gptq, "fp8": _fp8, "compressed-tensors": _compressed_tensors, "modelopt": _modelopt,
+    "gptq": _gptq, "fp8": _fp8, "compressed-tensors": _compressed_tensors, "modelopt": _modelopt, "mxfp4": _mxfp4,
 }  # fmt: skip

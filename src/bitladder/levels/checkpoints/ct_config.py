@@ -1,7 +1,7 @@
 """The ``quantization_config`` of compressed-tensors folders, written and read.
 
-It has groups of layers, each with a *scheme*: how weights are quantized and how engines quantize inputs. Here one group
-holds every Linear that is not ignored.
+It has groups of layers, each with a *scheme*: how weights are quantized and how engines quantize inputs. In most
+folders one group holds every Linear that is not ignored; those of ``mixed.py`` have several.
 """
 
 from __future__ import annotations
@@ -84,23 +84,37 @@ def arguments(
 def configuration_of(
     layout: str, ignored: tuple[str, ...], weights: dict[str, Any], inputs: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """The whole; ``ignored`` holds whole paths, or patterns where a name is the end of one."""
+    """The whole of a folder whose layers are alike; ``ignored`` holds whole paths, or patterns where a name is the end
+    of one."""
+    return whole(layout, ignored_names(ignored), [group(layout, ["Linear"], weights, inputs)])
+
+
+def ignored_names(ignored: tuple[str, ...]) -> list[str]:
+    """Layers that stay float, as configurations name them: whole paths, or patterns where a name is the end of one."""
+    return [f"re:.*{re.escape(name)}$" if "." in name else name for name in ignored]
+
+
+def group(layout: str, targets: list[str], weights: dict[str, Any], inputs: dict[str, Any] | None) -> dict[str, Any]:
+    """Layers of one scheme: whole paths, patterns after ``re:``, or a class of modules."""
+    return {
+        "targets": targets,
+        "weights": weights,
+        "input_activations": inputs,
+        "output_activations": None,
+        "format": layout,
+    }
+
+
+def whole(layout: str, ignore: list[str], groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """A configuration of some groups."""
     return {
         "quant_method": "compressed-tensors",
         "format": layout,
         "quantization_status": "compressed",
         "global_compression_ratio": None,
-        "ignore": [f"re:.*{re.escape(name)}$" if "." in name else name for name in ignored],
+        "ignore": ignore,
         "kv_cache_scheme": None,
-        "config_groups": {
-            "group_0": {
-                "targets": ["Linear"],
-                "weights": weights,
-                "input_activations": inputs,
-                "output_activations": None,
-                "format": layout,
-            }
-        },
+        "config_groups": {f"group_{number}": one for number, one in enumerate(groups)},
     }
 
 

@@ -64,6 +64,7 @@ class Fp8(CheckpointFormat):
     model_dtype: ClassVar[frozenset[str]] = frozenset({"weight_scale"})
     byte_types: ClassVar[Mapping[str, str]] = {"weight": "float8_e4m3fn"}
     layout: ClassVar[str] = "float-quantized"
+    kernels: ClassVar[tuple[str, ...]] = ("FP8",)
     bpw: ClassVar[float] = 8.0
     stand_in: ClassVar[str] = "Q8_0"
 
@@ -98,6 +99,11 @@ class Fp8(CheckpointFormat):
     def _inputs(self) -> dict[str, Any]:
         strategy = "group" if self.group_size else "token"
         return arguments(8, strategy, kind="float", group_size=self.group_size or None, dynamic=True)
+
+    @property
+    def scheme(self) -> str:
+        """``FP8-DYNAMIC`` or ``FP8-BLOCK``."""
+        return "FP8-BLOCK" if self.group_size else "FP8-DYNAMIC"
 
     @property
     def rounds_inputs(self) -> Callable[[torch.Tensor], torch.Tensor]:

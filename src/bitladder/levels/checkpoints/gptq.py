@@ -83,9 +83,17 @@ class Gptq(IntegerFormat):
 
     @property
     def engines(self) -> tuple[str, ...]:
-        """vLLM 0.32 has kernels for symmetric 4 and 8 bits."""
-        in_vllm = self.sym and self.bits in (4, 8)
-        return tuple(engine for engine in CHECKPOINT_ENGINES if engine != "vllm" or in_vllm)
+        """vLLM 0.32, and SGLang with its kernels, have some for symmetric 4 and 8 bits."""
+        return tuple(one for one in CHECKPOINT_ENGINES if one not in ("vllm", "sglang") or self._is_usual)
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """Of the usual ones; others have none to speak of, as ``engines`` says."""
+        return ("GPTQ",) if self._is_usual else ()
+
+    @property
+    def _is_usual(self) -> bool:
+        return self.sym and self.bits in (4, 8)
 
     @property
     def least_zero(self) -> int:

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 _QUICK_SHRINKS = (1.0, 0.92, 0.84, 0.75)
 """Enough candidate scales to rank versions of a matrix by; the final search takes all."""
 _LARGEST_GROUP = 1 << 20
-_STAND_INS = {8: "Q8_0", 7: "Q8_0", 6: "Q6_K", 5: "Q5_0", 4: "Q4_0", 3: "Q3_K", 2: "Q2_K"}
+STAND_INS = {8: "Q8_0", 7: "Q8_0", 6: "Q6_K", 5: "Q5_0", 4: "Q4_0", 3: "Q3_K", 2: "Q2_K"}
+"""Block formats with as many bits."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class IntegerFormat(CheckpointFormat):
     @property
     def stand_in(self) -> str:
         """The block format with as many bits."""
-        return _STAND_INS[self.bits]
+        return STAND_INS[self.bits]
 
     def check_shapes(self, level: str, shapes: Mapping[str, tuple[int, int]]) -> None:
         """As ``CheckpointFormat``: groups must divide every row, and codes fill words along both axes."""

@@ -96,6 +96,16 @@ class Microscaled(CheckpointFormat):
         return self._weights | {"dynamic": True, "observer": None} if self.inputs else None
 
     @property
+    def kernels(self) -> tuple[str, ...]:
+        """Its own."""
+        return (self.scheme,)
+
+    @property
+    def scheme(self) -> str:
+        """``MXFP4``, ``MXFP8A16``."""
+        return f"MXFP{self.bits}" + ("" if self.inputs else "A16")
+
+    @property
     def rounds_inputs(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
         """``mx_groups``."""
         return partial(mx_groups, bits=self.bits) if self.inputs else None

@@ -74,7 +74,7 @@ class Nvfp4(CheckpointFormat):
     suffixes: ClassVar[tuple[str, ...]] = ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale")
     input_arrays: ClassVar[tuple[str, ...]] = ("input_global_scale",)
     layout: ClassVar[str] = "nvfp4-pack-quantized"
-    engines: ClassVar[tuple[str, ...]] = ("vllm", "transformers")
+    engines: ClassVar[tuple[str, ...]] = ("vllm", "sglang", "transformers")
     bpw: ClassVar[float] = 4 + 8 / GROUP
     stand_in: ClassVar[str] = "Q4_0"
     group_size = GROUP
@@ -99,6 +99,16 @@ class Nvfp4(CheckpointFormat):
     @property
     def _inputs(self) -> dict[str, Any] | None:
         return self._weights | {"dynamic": "local", "observer": "static_minmax"} if self.inputs else None
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """Its own."""
+        return (self.scheme,)
+
+    @property
+    def scheme(self) -> str:
+        """``NVFP4`` or ``NVFP4A16``."""
+        return "NVFP4" if self.inputs else "NVFP4A16"
 
     @property
     def reads_peaks(self) -> bool:

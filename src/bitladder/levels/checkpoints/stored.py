@@ -12,9 +12,11 @@ for every matrix by itself, so that layers may differ. A checkpoint of N outputs
     MXFP4              W_packed u8 [N, K/2], W_scale u8 [N, K/32] (E8M0)
     NVFP4              W_packed u8 [N, K/2], W_scale f8 [N, K/16], W_global_scale (divides), or
                        W u8, W_scale f8, W_scale_2 (multiplies)
+    MXFP4 in stacks    S_blocks u8 [E, N, K/32, 16], S_scales u8 [E, N, K/32] (gpt-oss), for S [E, K, N]
+    MLX                W u32, P.scales[, P.biases]                                  checkpoints/mlx.py
 
-P is a layer's path and W is ``P.weight``. Scales of integers and FP8 are one number, one for each output, one for each
-group of inputs, or one for each block.
+P is a layer's path, W is ``P.weight``, and S a stack of the matrices of E experts. Scales of integers and FP8 are one
+number, one for each output, one for each group of inputs, or one for each block.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from bitladder.levels.checkpoints.awq import Awq
 from bitladder.levels.checkpoints.compressed_tensors import PackQuantized
 from bitladder.levels.checkpoints.gptq import Gptq
 from bitladder.levels.checkpoints.integers import words
+from bitladder.levels.checkpoints.mlx import format_of
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -42,8 +45,13 @@ BESIDE = re.compile(
     r"\.(?:(?:input|output|activation|q|k|v)_(?:scale|zero_point|global_scale)|.*activation_scale|.*input_scale)"
 )
 """Ends of the names of tensors about activations and caches: weights do not depend on them."""
-_OF_WEIGHTS = ("_scale", "_scale_inv", "_scale_2", "_global_scale", "_zero_point", "_shape", "_g_idx", "_packed")
+_OF_WEIGHTS = (
+    "_scale", "_scale_inv", "_scale_2", "_global_scale", "_zero_point", "_shape", "_g_idx", "_packed", "_blocks",
+    "_scales",
+)  # fmt: skip
 _GROUPED = ("qweight", "qzeros", "scales", "g_idx")
+_BESIDE_PATHS = (*_GROUPED, "biases")
+"""Last words of names that go on from a layer's path."""
 _MAX_BLOCK = 1 << 16
 
 
@@ -68,15 +76,15 @@ class PackedMatrix:
     name: str
     """Of the float matrix that it stands for."""
     kind: str
-    """What it is stored as: ``GPTQ``, ``AWQ``, ``packed``, ``int8``, ``FP8``, ``MXFP4``, ``NVFP4``."""
+    """What it is stored as: ``GPTQ``, ``AWQ``, ``packed``, ``int8``, ``FP8``, ``MXFP4``, ``NVFP4``, ``MLX``."""
     bits: int
     """Of each code."""
-    shape: tuple[int, int]
-    """Outputs and inputs."""
+    shape: tuple[int, ...]
+    """Outputs and inputs; of a stack experts, inputs and outputs."""
     arrays: Mapping[str, str]
     """Its tensors by role."""
     decode: Callable[[Stored], F32] = field(compare=False)
-    """Weights ``f32[outputs, inputs]`` of its tensors' values; raises ValueError where they contradict one another."""
+    """Weights f32 of this shape of its tensors' values; raises ValueError where they contradict one another."""
 
 
 def packed_matrices(configuration: Mapping[str, Any], tensors: Tensors, read: Read) -> list[PackedMatrix]:
@@ -126,7 +134,7 @@ def belongs_to(name: str, matrices: Mapping[str, PackedMatrix]) -> bool:
     if BESIDE.search(name):
         return True
     prefix, _, last = name.rpartition(".")
-    if last in _GROUPED and f"{prefix}.weight" in matrices:
+    if last in _BESIDE_PATHS and f"{prefix}.weight" in matrices:
         return True
     return name in matrices or any(name.endswith(end) and name[: -len(end)] in matrices for end in _OF_WEIGHTS)
 
@@ -285,7 +293,50 @@ def _four_bit_floats(
     return PackedMatrix(weight, "NVFP4" if nvidia else "MXFP4", 4, shape, arrays, decode)
 
 
-_MAKERS = (_gptq, _awq, _packed_integers, _plain_integers, _eight_bit_floats, _four_bit_floats)
+def _mlx(
+    name: str, _method: str, configuration: Mapping[str, Any], tensors: Tensors, _read: Read
+) -> PackedMatrix | None:
+    prefix, _, last = name.rpartition(".")
+    scales, biases = f"{prefix}.scales", f"{prefix}.biases"
+    if last != "weight" or tensors[name].dtype != "U32" or scales not in tensors:
+        return None
+    own = configuration.get(prefix)
+    scheme = {**configuration, **own} if isinstance(own, Mapping) else configuration
+    form = format_of(scheme, has_biases=biases in tensors)
+    if form is None:
+        raise ValueError(f"groups of {str(scheme.get('group_size'))[:20]} in the mode {str(scheme.get('mode'))[:20]!r}")
+    arrays = {"weight": name, "scales": scales} | ({"biases": biases} if biases in tensors else {})
+    outputs, across = _matrix(tensors[name])
+    _, groups = _matrix(tensors[scales])
+    inputs = groups * form.group_size
+    if 32 * across % inputs:
+        raise ValueError(f"{across} words for {groups} groups of {form.group_size}")
+    return PackedMatrix(name, "MLX", 32 * across // inputs, (outputs, inputs), arrays, form.decode)
+
+
+def _stacked_blocks(
+    name: str, method: str, _configuration: Mapping[str, Any], tensors: Tensors, _read: Read
+) -> PackedMatrix | None:
+    stack, held = name.removesuffix("_blocks"), tensors[name]
+    if method != "mxfp4" or stack == name or held.dtype != "U8" or len(held.shape) != 4:
+        return None
+    scale = f"{stack}_scales"
+    if held.shape[-1] != 16 or 0 in held.shape or tensors[scale].shape != held.shape[:-1]:
+        raise ValueError(f"scales of shape {tensors[scale].shape} for blocks of shape {held.shape}")
+    experts, outputs, blocks, _ = held.shape
+
+    def decode(stored: Stored) -> F32:
+        from bitladder.kernels import minifloats
+
+        weights = minifloats.e2m1_pairs(stored["blocks"]) * _scales(stored["scales"], "F8_E8M0")[..., None]
+        return weights.reshape(experts, outputs, 32 * blocks).swapaxes(1, 2)
+
+    return PackedMatrix(stack, "MXFP4", 4, (experts, 32 * blocks, outputs), {"blocks": name, "scales": scale}, decode)
+
+
+_MAKERS = (
+    _gptq, _awq, _packed_integers, _plain_integers, _eight_bit_floats, _four_bit_floats, _mlx, _stacked_blocks,
+)  # fmt: skip
 
 
 def _present(prefix: str, suffixes: tuple[str, ...], tensors: Tensors) -> dict[str, str]:

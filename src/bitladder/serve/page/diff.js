@@ -1,6 +1,8 @@
 // Two texts, word by word, and the first token where two answers part.
 
-const WORDS = /\s+|[\p{L}\p{N}_]+|[^\s\p{L}\p{N}_]/gu;
+// White space, single ideographs and hiragana, words with their marks, other marks: as unicode.py cuts texts.
+const WORDS =
+  /\s+|[\p{Script=Han}\p{Script=Hiragana}\u3005-\u3007]\p{M}*|(?:(?![\p{Script=Han}\p{Script=Hiragana}])[\p{L}\p{M}\p{N}_])+|[^\s\p{L}\p{M}\p{N}_]/gu;
 const LONGEST = 2000; // tokens; the table is quadratic, and beyond this only the common ends are kept
 const TIE_NATS = Math.LN2; // odds of two to one: rounding alone can turn them. The same limit as in the reports
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def run(name: str, *options: str) -> tuple[int, str]:
-    command = [sys.executable, str(ROOT / "fuzz" / f"{name}.py"), *options]
+    command = [sys.executable, str(ROOT / "tests" / "fuzz" / f"{name}.py"), *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False, cwd=ROOT)
     return done.returncode, done.stdout + done.stderr
 

@@ -1,0 +1,166 @@
+"""How sure a decision is: how often the same pair is chosen when its evidence is drawn anew.
+
+What varies from run to run: which documents were measured, which inputs were asked, what the machine did in a round of
+timing. Documents and inputs are resampled with replacement (the bootstrap), the same for all levels, as they were
+measured together; rates are drawn as another run might find them.
+
+A resample scatters around what was found, as what was found scatters around the truth; another run scatters by both. So
+each resample is drawn from a resample: a decision that is said to be chosen in 95 of 100 is the one that another run of
+this size would choose in about 95 of 100 (``benchmarks/decision_certainty.py``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitladder.records.decision import Certainty
+from bitladder.records.evaluation import Speed, WorkloadResult
+from bitladder.records.fidelity import Fidelity
+from bitladder.records.plan import LevelPlan
+from bitladder.stats.paired import mcnemar
+
+RESAMPLES = 100
+SEED = 20260131
+LEAST_SHARE = 0.02
+"""Pairs chosen less often are not named."""
+_WIDTH_95 = 2 * 1.96
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a decision rests on, of all levels."""
+
+    levels: Sequence[LevelPlan]
+    fidelities: Sequence[Fidelity]
+    results: Sequence[WorkloadResult]
+    speeds: Mapping[str, Speed]
+    """By level, where not those of the results."""
+    tags: Mapping[str, tuple[str, ...]]
+    """Input to its tags."""
+
+
+Pair = tuple[str | None, str | None]
+
+
+def certainty(evidence: Evidence, choose: Callable[[Evidence], Pair]) -> tuple[Certainty, ...]:
+    """The pair chosen from the evidence with the share of resamples that choose it too, then the others'.
+
+    Empty where nothing was measured.
+    """
+    if not (evidence.fidelities or evidence.results):
+        return ()
+    first, rng = choose(evidence), np.random.default_rng(SEED)
+    counts = Counter(choose(_drawn(evidence, rng)) for _ in range(RESAMPLES))
+    others = [pair for pair, count in counts.most_common() if pair != first and count >= LEAST_SHARE * RESAMPLES]
+    return tuple(Certainty(*pair, counts[pair] / RESAMPLES) for pair in (first, *others))
+
+
+def _drawn(evidence: Evidence, rng: np.random.Generator) -> Evidence:
+    units = {len(one.unit_kl) for one in evidence.fidelities if one.unit_kl}
+    documents = {size: _places(size, rng) for size in sorted(units)}
+    shift = rng.normal(0.0, math.sqrt(2))
+    names = sorted({name for one in evidence.results for name in (*one.lost, *one.gained)})
+    most = max((one.inputs for one in evidence.results), default=0)
+    inputs = _places(most, rng)
+    numbers = {name: number for number, name in enumerate(names)}
+    moved = _moved_rates(evidence, rng)
+    return replace(
+        evidence,
+        fidelities=[_fidelity(one, documents, shift) for one in evidence.fidelities],
+        results=[_at_rates(_result(one, inputs, numbers), moved) for one in evidence.results],
+        speeds={level: _speed_at_rates(one, moved.get(level)) for level, one in evidence.speeds.items()},
+    )
+
+
+def _places(size: int, rng: np.random.Generator) -> NDArray[np.intp]:
+    """A resample of a resample of ``size`` things."""
+    if not size:
+        return np.zeros(0, np.intp)
+    return rng.integers(0, size, size)[rng.integers(0, size, size)]
+
+
+def _fidelity(one: Fidelity, documents: Mapping[int, NDArray[np.intp]], shift: float) -> Fidelity:
+    """Another mean KL with its interval, whose width on a logarithmic scale goes with the spread of the units drawn."""
+    if not one.kl_mean > 0 or not one.kl_low > 0 or not math.isfinite(one.kl_high):
+        return one
+    wider = 1.0
+    if len(one.unit_kl) > 1:
+        at = documents[len(one.unit_kl)]
+        all_kl, all_tokens = np.asarray(one.unit_kl), np.asarray(one.unit_tokens, dtype=np.float64)
+        kl, tokens = all_kl[at], all_tokens[at]
+        mean = float((kl * tokens).sum() / tokens.sum())
+        wider = _error_of_log(kl, tokens) / max(_error_of_log(all_kl, all_tokens), 1e-12)
+        one = replace(one, unit_kl=tuple(kl.tolist()), unit_tokens=tuple(tokens.astype(int).tolist()))
+    else:  # measured before units were kept
+        mean = one.kl_mean * math.exp(shift * math.log(one.kl_high / one.kl_low) / _WIDTH_95)
+    low, high = ((bound / one.kl_mean) ** wider for bound in (one.kl_low, one.kl_high))
+    return replace(one, kl_mean=mean, kl_low=mean * low, kl_high=mean * high)
+
+
+def _error_of_log(kl: NDArray[np.float64], tokens: NDArray[np.float64]) -> float:
+    """Standard error of the logarithm of the mean KL per token."""
+    total = float((kl * tokens).sum())
+    rest = (kl - total / tokens.sum()) * tokens
+    return math.sqrt(float(rest @ rest)) / total if total > 0 else 0.0
+
+
+def _result(one: WorkloadResult, inputs: NDArray[np.intp], numbers: Mapping[str, int]) -> WorkloadResult:
+    """Other inputs. Those that no level lost or gained are alike, and passed as often as they were."""
+    taken = inputs[inputs < one.inputs]
+    times = Counter(taken.tolist())
+    lost = tuple(chain.from_iterable([name] * times[numbers[name]] for name in one.lost))
+    gained = tuple(chain.from_iterable([name] * times[numbers[name]] for name in one.gained))
+    before = (one.passes + len(one.lost) - len(one.gained)) / one.inputs if one.inputs else 0.0
+    passes = min(len(taken), max(0, round(before * len(taken)) - len(lost) + len(gained)))
+    drawn = replace(
+        one, inputs=len(taken), passes=passes, lost=lost, gained=gained, p_value=mcnemar(len(lost), len(gained))
+    )
+    if one.inputs and taken.size:
+        moved = passes / len(taken) - one.passes / one.inputs
+        drawn = replace(drawn, pass_low=one.pass_low + moved, pass_high=one.pass_high + moved)
+        if not math.isnan(one.pass_rate):
+            drawn = replace(drawn, pass_rate=one.pass_rate + moved)
+    return drawn
+
+
+def _moved_rates(evidence: Evidence, rng: np.random.Generator) -> dict[str, NDArray[np.float64]]:
+    """Level -> rates of its rounds as another run might find them.
+
+    Rounds are too few to be resampled: a draw of one round alone would have no spread. So the logarithms of a level's
+    rates beside the others in the same rounds are taken as normal, with a mean and a variance that are known as well as
+    so few rounds tell (the predictive distribution under the usual prior).
+    """
+    rounds = {one.level: one.decode_rounds for one in evidence.results}
+    rounds |= {level: one.rounds for level, one in evidence.speeds.items()}
+    found: dict[str, NDArray[np.float64]] = {}
+    for size in sorted({len(own) for own in rounds.values() if len(own) > 1}):
+        alike = {level: own for level, own in rounds.items() if len(own) == size and min(own) > 0}
+        logs = np.log(np.array(list(alike.values())).reshape(-1, size))
+        drift = logs.mean(axis=0)
+        means = (logs - drift).mean(axis=1, keepdims=True)
+        rest = logs - drift - means
+        error = np.sqrt((rest**2).sum(axis=1, keepdims=True) / rng.chisquare(size - 1, (len(alike), 1)))
+        shift = error * rng.normal(0.0, 1.0, error.shape) / math.sqrt(size)
+        anew = drift + means + shift + error * rng.normal(0.0, 1.0, rest.shape)
+        found |= dict(zip(alike, np.exp(anew), strict=True))
+    return found
+
+
+def _at_rates(one: WorkloadResult, moved: Mapping[str, NDArray[np.float64]]) -> WorkloadResult:
+    rates = moved.get(one.level)
+    if rates is None:
+        return one
+    return replace(one, decode_rounds=tuple(rates.tolist()), decode_tokens_per_s=float(np.median(rates)))
+
+
+def _speed_at_rates(one: Speed, rates: NDArray[np.float64] | None) -> Speed:
+    if rates is None:
+        return one
+    return replace(one, rounds=tuple(rates.tolist()), decode_tokens_per_s=float(np.median(rates)))

@@ -1,0 +1,130 @@
+"""Embedding and head of a level that quantizes them, too: after its layers, from the states that leave them.
+
+A head reads what the last norm gives, so its codes are chosen with error feedback like any matrix's; the level's own
+states show what that is. The table of a model whose head is its embedding is the head's matrix and chosen as such: as
+embedding its errors enter once, and no later layer multiplies them. An embedding by itself reads nothing; its codes are
+the nearest on scales that are searched with all columns alike. Rows are taken some at a time: a vocabulary is large.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from time import monotonic
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from bitladder.files.layer_store import LayerStore
+from bitladder.levels import CheckpointLevel
+from bitladder.levels.checkpoints import Arrays, CheckpointFormat, digest_of_rows
+from bitladder.levels.methods import Prepared
+from bitladder.walk.driver import Stream
+from bitladder.walk.inputs import Sums
+from bitladder.walk.layers import LayeredModel, inference
+from bitladder.walk.made import SCALE_DTYPES, naming, stored_array
+from bitladder.walk.weights import LevelWeights
+
+F32 = NDArray[np.float32]
+
+_ROWS_AT_ONCE = 8192
+
+
+def ends_of(model: LayeredModel) -> dict[str, str]:
+    """Embedding, and head where it has weights of its own: the name on disk of each GGUF tensor."""
+    names = model.family.disk
+    ends = {model.embedding: names.embedding}
+    return ends if model.output == model.embedding else ends | {model.output: names.head}
+
+
+def quantize_ends(
+    stream: Stream,
+    model: LayeredModel,
+    level: CheckpointLevel,
+    store: LayerStore,
+    dtype: torch.dtype,
+    *,
+    damp: float,
+    act_order: bool,
+) -> None:
+    """Make embedding and head of a level whose layers are made, and keep them as one layer more.
+
+    Args:
+        stream: The level's, after the last layer.
+        model: Its layers.
+        level: What it is.
+        store: Where its layers are.
+        dtype: Of what stays float.
+        damp: As ``levels.methods.Method.prepare``.
+        act_order: The same.
+
+    Raises:
+        BadWeights: a weight is too large for the format, or states are not finite.
+        OutputError: no room.
+    """
+    started = monotonic()
+    weights = stream.members[0].weights
+    gram, tokens = _gram(stream, model, weights)
+    tensors: dict[str, torch.Tensor] = {}
+    notes = []
+    for own, disk in ends_of(model).items():
+        is_head, linear = own == model.output, disk.removesuffix(".weight")
+        with naming(None, linear):
+            seen = level.method.prepare(gram, damp=damp, act_order=act_order) if is_head else Prepared()
+            form = level.format.of(linear)
+            assert form is not None
+            made = _Made(level, form, SCALE_DTYPES[dtype], str(model.device))
+            shape = next(one.shape for one in model.model.tensors if one.name == own)
+            hashed = digest_of_rows(shape, made.parts(weights, own, shape[0], seen))
+        for suffix, array in made.arrays().items():
+            tensors[f"{linear}.{suffix}"] = stored_array(form, suffix, array, dtype)
+        loss = made.loss if is_head else None
+        note = {"loss": loss, "tokens": tokens if is_head else 0, "damp": seen.damp, "note": seen.note}
+        notes.append({"tensor": linear, **note, "digest": hashed})
+    store.put_layer(model.n_layer, tensors, notes, seconds=monotonic() - started)
+
+
+def _gram(stream: Stream, model: LayeredModel, weights: LevelWeights) -> tuple[F32, int]:
+    """``X^T X`` of what the head reads, and how many tokens that were."""
+    norm, states = model.norm(weights), stream.states_of(0)
+    sums = Sums(model.width, model.device, gram=True, largest=False)
+    for batch in stream.batches:
+        with inference():
+            x = norm(states.get(batch).to(model.device)).reshape(-1, model.width)
+            sums.add(x[torch.from_numpy(batch.valid.reshape(-1)).to(x.device)])
+    return sums.result().gram, sums.tokens
+
+
+@dataclass
+class _Made:
+    """A matrix that is quantized some rows at a time."""
+
+    level: CheckpointLevel
+    form: CheckpointFormat
+    scale_dtype: str
+    device: str
+    _arrays: list[Arrays] = field(default_factory=list)
+    _losses: list[tuple[float, int]] = field(default_factory=list)
+
+    def parts(self, weights: LevelWeights, name: str, count: int, seen: Prepared) -> Iterator[F32]:
+        """Quantize all rows of a tensor; gives what they decode to, run by run."""
+        for start in range(0, count, _ROWS_AT_ONCE):
+            own = weights(name, slice(start, min(start + _ROWS_AT_ONCE, count)))
+            weights.forget(name)
+            found = self.level.method.apply(self.form, seen, own, scale_dtype=self.scale_dtype, device=self.device)
+            self._arrays.append(self.form.encode(found.codes, found.parameters))
+            self._losses.append((found.loss, len(own)))
+            yield found.decoded
+
+    def arrays(self) -> Arrays:
+        """Those of the whole matrix."""
+        return {suffix: np.concatenate([one[suffix] for one in self._arrays]) for suffix in self._arrays[0]}
+
+    @property
+    def loss(self) -> float | None:
+        """Mean over the rows; None where it is not known."""
+        rows = sum(count for _, count in self._losses)
+        mean = sum(loss * count for loss, count in self._losses) / max(1, rows)
+        return None if math.isnan(mean) else mean

@@ -1,0 +1,127 @@
+"""Speeds of levels measured in turns, on engines whose clock is invented and on a machine that drifts."""
+
+import itertools
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bitladder.engines.base import Launch
+from bitladder.records.evaluation import Speed
+from bitladder.stages import speeds
+from bitladder.stages.ask import LevelToAsk
+from bitladder.stages.job import Work
+from bitladder.stages.speeds import LEAST_ROUNDS, MOST_ROUNDS, measure_in_turns, speeds_in_turns
+from bitladder.stats.paired import ratio_interval
+from bitladder.store.evidence import Evidence
+from bitladder.store.recorded import Recorded, Subject
+
+
+class Clocks:
+    """Engines by file name, each with its rate; ``machine`` gives the machine's speed and others' share, call by
+    call."""
+
+    def __init__(self, monkeypatch, rates, machine, *, memory=1 << 40):
+        self.asked, self.started, self.running, self.most = [], [], 0, 0
+        self._rates, self._machine, self._share = rates, iter(machine), 0.0
+        monkeypatch.setattr("bitladder.engines.registry.start", self._start)
+        monkeypatch.setattr(speeds, "OtherLoad", self._load)
+        monkeypatch.setattr(speeds, "decode_rates", self._decode)
+        monkeypatch.setattr(speeds, "probe_machine", type("M", (), {"gpus": (), "ram_available": memory}))
+
+    @contextmanager
+    def _start(self, launch: Launch):
+        self.started.append(Path(launch.path).name)
+        self.running += 1
+        self.most = max(self.most, self.running)
+        yield type("E", (), {"path": launch.path, "load_seconds": 0.5})()
+        self.running -= 1
+
+    @contextmanager
+    def _load(self):
+        found = type("L", (), {"share": 0.0})()
+        yield found
+        found.share = self._share
+
+    def _decode(self, engine, repeat):
+        if repeat < 0:
+            return 1.0, 1.0
+        factor, self._share = next(self._machine)
+        name = Path(engine.path).name
+        self.asked.append(name)
+        return 500.0, self._rates[name] * factor
+
+
+@pytest.fixture
+def files(tmp_path):
+    paths = [tmp_path / name for name in "abc"]
+    for path in paths:
+        path.write_bytes(bytes(1000))
+    return paths
+
+
+def quiet():
+    return itertools.repeat((1.0, 0.0))
+
+
+def test_levels_are_timed_in_turns_side_by_side(monkeypatch, files):
+    clocks = Clocks(monkeypatch, {"a": 10, "b": 20, "c": 30}, quiet())
+    found = measure_in_turns(files, Work())
+    assert "".join(clocks.asked) == "abc" * LEAST_ROUNDS
+    assert clocks.started == ["a", "b", "c"] and clocks.most == 3 and clocks.running == 0
+    assert [speed.decode_tokens_per_s for speed in found] == [10, 20, 30]
+    assert len({speed.turns for speed in found}) == 1 and all(len(speed.rounds) == LEAST_ROUNDS for speed in found)
+
+
+def test_where_memory_is_short_each_engine_has_it_alone(monkeypatch, files):
+    clocks = Clocks(monkeypatch, {"a": 10, "b": 20, "c": 30}, quiet(), memory=3500)
+    measure_in_turns(files, Work())
+    assert clocks.most == 1 and "".join(clocks.started) == "abc" * LEAST_ROUNDS
+
+
+def test_a_machine_that_drifts_changes_no_ratio(monkeypatch, files):
+    drift = np.repeat(np.random.default_rng(0).uniform(0.3, 1, 40), 3)
+    Clocks(monkeypatch, {"a": 10, "b": 12, "c": 12}, ((factor, 0.0) for factor in drift))
+    a, b, _ = measure_in_turns(files, Work())
+    assert ratio_interval(b.rounds, a.rounds) == pytest.approx((1.2, 1.2, 1.2))
+
+
+def test_rounds_that_others_disturbed_are_repeated_and_left_out(monkeypatch, files):
+    busy = [(0.2, 0.6), (0.9, 0.5), (0.4, 0.6)]
+    clocks = Clocks(monkeypatch, {"a": 10, "b": 20, "c": 30}, itertools.chain(busy, quiet()))
+    found = measure_in_turns(files, Work())
+    assert len(clocks.asked) == 3 * (LEAST_ROUNDS + 1)
+    assert [speed.rounds for speed in found] == [(10,) * 3, (20,) * 3, (30,) * 3]
+    assert not any(speed.disturbed for speed in found)
+
+
+def test_on_a_machine_that_is_never_quiet_there_is_an_end(monkeypatch, files):
+    clocks = Clocks(monkeypatch, {"a": 10, "b": 20, "c": 30}, itertools.repeat((0.5, 0.6)))
+    found = measure_in_turns(files, Work())
+    assert len(clocks.asked) == 3 * MOST_ROUNDS
+    assert all(speed.disturbed and len(speed.rounds) == MOST_ROUNDS for speed in found)
+
+
+def test_levels_that_noise_does_not_tell_apart_get_more_rounds(monkeypatch, files):
+    rng = np.random.default_rng(1)
+    clocks = Clocks(monkeypatch, {"a": 10, "b": 10.1, "c": 30}, ((rng.normal(1, 0.05), 0.0) for _ in range(999)))
+    measure_in_turns(files, Work())
+    assert len(clocks.asked) > 3 * LEAST_ROUNDS
+
+
+def test_stored_speeds_are_taken_when_all_are_of_the_same_turns(monkeypatch, files):
+    monkeypatch.setattr("bitladder.stages.run_facts.engine_facts", lambda **given: {"engine": "clock"})
+    levels = [LevelToAsk(Subject("source", path.name, made="x"), path) for path in files]
+    with Evidence.open() as store:
+        recorded = Recorded(store)
+        first = Clocks(monkeypatch, {"a": 10, "b": 20, "c": 30}, quiet())
+        found, stored = speeds_in_turns(levels[:2], recorded, Work())
+        assert not stored and len(first.asked) == 2 * LEAST_ROUNDS
+        again, stored = speeds_in_turns(levels[:2], recorded, Work())
+        assert stored and again == found
+        three, stored = speeds_in_turns(levels, recorded, Work())  # the third saw no round with the others
+        assert not stored and [speed.decode_tokens_per_s for speed in three] == [10, 20, 30]
+        recorded.keep_speed(levels[0].subject, {"engine": "clock"}, Speed(1.0, 99.0, 0.5))  # of an earlier version
+        anew, stored = speeds_in_turns(levels, recorded, Work())
+        assert not stored and anew[0].decode_tokens_per_s == 10
