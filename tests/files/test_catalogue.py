@@ -1,6 +1,8 @@
+import io
 import re
 
 import pytest
+from rich.console import Console
 
 from bitladder.describe.rates import from_data_sheet
 from bitladder.describe.shapes import Shape, model_of
@@ -15,6 +17,7 @@ from bitladder.plan.launch import launch
 from bitladder.plan.placement import VRAM_MARGIN, Placement, Usage, place
 from bitladder.plan.preflight import QUANTIZE_START_S, JobNeed, quantize_need, require, walk_need
 from bitladder.plan.search import MachineRates, best_options, largest_context, option, what_would_give
+from bitladder.report.needs import needs_table
 from bitladder.stages.search import (
     candidate_of,
     hardware_for,
@@ -273,6 +276,42 @@ class TestHardware:
         rows = {row.level: row for row in hardware_for("Llama-3.3-70B-Instruct", Usage(8192))}
         saving = next(saving for saving in rows["Q4_K_M"].savings if saving.gpu == "A100 80GB")
         assert (saving.purchase, saving.hourly) == (10000, 2)
+
+    def test_a_price_of_a_gpu_that_nobody_knows_is_not_ignored(self):
+        path = data_folder("prices.yaml")
+        path.parent.mkdir(parents=True)
+        path.write_text("gpus:\n  A100 80: {purchase: 10000, date: 2026-01-31, source: a quote}\n")
+        with pytest.raises(BadInput, match="price of 'A100 80'") as error:
+            load_prices()
+        assert "A100 80GB" in error.value.means
+
+    @pytest.mark.parametrize("prices", ["gpus: 5", "gpus: [a]"])
+    def test_prices_that_are_no_table(self, prices):
+        path = data_folder("prices.yaml")
+        path.parent.mkdir(parents=True)
+        path.write_text(prices)
+        with pytest.raises(BadInput, match="no table of prices"):
+            load_prices()
+
+    @pytest.mark.parametrize("width", [80, 160])
+    def test_needs_are_shown_with_money_and_savings(self, width):
+        """Two A100 for F16 and one for Q4_K_M: the price of one is saved."""
+        out = Console(file=io.StringIO(), width=width, highlight=False)
+        rows = hardware_for("Llama-3.3-70B-Instruct", Usage(8192))
+        needs_table("Llama-3.3-70B-Instruct", rows, 8192, out)
+        assert "so no money is shown" in out.file.getvalue().replace("\n", " ")
+        path = data_folder("prices.yaml")
+        path.parent.mkdir(parents=True)
+        path.write_text("gpus:\n  A100 80GB: {purchase: 10000, hourly: 2, date: 2026-01-31, source: a quote}\n")
+        out = Console(file=io.StringIO(), width=width, highlight=False)
+        needs_table("Llama-3.3-70B-Instruct", hardware_for("Llama-3.3-70B-Instruct", Usage(8192)), 8192, out)
+        text = out.file.getvalue()
+        line = next(line for line in text.splitlines() if line.strip().startswith("Q4_K_M"))
+        assert re.search(r"Q4_K_M\s+42\.\d GiB\s+48 GiB\s+1 x A100 80GB.*\s10,000, 2\.00/h \(1 for 2\)", line)
+        assert max(map(len, text.splitlines())) <= width
+        whole = next(line for line in text.splitlines() if line.strip().startswith("F16"))
+        assert whole.rstrip().endswith(" 0")
+        assert "what each level" in text.lower()
 
     @pytest.mark.parametrize("row", ["{purchase: 5}", "{purchase: cheap, date: 2026-01-31, source: x}", "5"])
     def test_prices_without_date_or_source_are_refused(self, row):

@@ -21,7 +21,7 @@ from bitladder.units import human_bytes
 DOCS = Path(__file__).parents[2] / "docs"
 CHECKPOINTS = [
     "GPTQ-4bit-g64", "GPTQ-2bit-row", "AWQ-4bit-g128", "INT8-W8A8", "INT8-W8A16", "FP8-DYNAMIC", "FP8-BLOCK", "NVFP4",
-    "NVFP4A16", "MXFP4", "MXFP8", "W3A16-g64", "CT-bpw4.60",
+    "NVFP4A16", "MXFP4", "MXFP8", "W3A16-g64", "MLX-4bit-g64", "MLX-mxfp4", "CT-bpw4.60",
 ]  # fmt: skip
 
 

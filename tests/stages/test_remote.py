@@ -215,6 +215,12 @@ def test_prices_are_the_users_table(tmp_path):
     table.write_text("gpt-x-mini: {in: 1, out: 2}\n'gpt-*': {in: 3, out: 4}\n")
     assert (price_of("org/GPT-x-mini", table).prompt, price_of("gpt-z", table).answer) == (1, 4)
     assert price_of("other", table) is None
+    gpus = "gpus:\n  A100 80GB: {purchase: 10000, hourly: 2.0, date: 2026-01-31, source: a quote}\n"
+    for text in (gpus + table.read_text(), table.read_text() + "\n" + gpus):  # plan's prices are in the same file
+        table.write_text(text)
+        assert price_of("org/GPT-x-mini", table).prompt == 1
+        assert price_of("other", table) is None
+    table.write_text(text.replace(gpus, ""))
     for fault in ("m: 3\n", "m: {in: 1}\n", "m: {in: -1, out: 2}\n", "m: {in: a, out: 2}\n", "- m\n", "m: {\n"):
         table.write_text(fault)
         with pytest.raises(BadInput):

@@ -371,10 +371,13 @@ def _file_tier(file: TierFile, n_ctx: int) -> TierSpec:
     )  # fmt: skip
 
 
+_SIDE = "A GGUF file, hf:org/name:LEVEL, URL[#MODEL], or with --of a level."
+
+
 @verb
 def compare(
-    a: Annotated[str, typer.Argument(metavar="A", help="A GGUF file, URL[#MODEL], or with --of a level.")],
-    b: Annotated[str, typer.Argument(metavar="B", help="A GGUF file, URL[#MODEL], or with --of a level.")],
+    a: Annotated[str, typer.Argument(metavar="A", help=_SIDE)],
+    b: Annotated[str, typer.Argument(metavar="B", help=_SIDE)],
     prompt: Annotated[str, typer.Argument(help="What to ask both.")],
     of: Annotated[
         str | None, typer.Option("--of", metavar="MODEL", help="The model that A and B are levels of.")
@@ -414,12 +417,17 @@ def _compared(model: str | None, what: str, run: LatestRun | None, work: Work) -
     from bitladder.stages.measured_levels import tier_file
     from bitladder.stages.serve import is_level, tier_context
 
+    if what.startswith(("hf:", "ollama:", "lmstudio:")):
+        from bitladder.files.sources import resolve
+
+        return str(resolve(what, work.progress).path)
     if not is_level(what):
         return what
     if model is None:
         raise UsageError(
             f"There is no file '{what}'.",
-            do="Give GGUF files, or URLs of OpenAI-compatible endpoints; for levels name their model with --of MODEL.",
+            do="Give GGUF files, hf:org/name:LEVEL, or URLs of OpenAI-compatible endpoints; for levels name their "
+            "model with --of MODEL.",
         )
     n_ctx = tier_context(model, what, None, work.progress)
     file = tier_file(model, what, run, n_ctx=n_ctx, work=work)

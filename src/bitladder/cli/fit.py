@@ -12,7 +12,7 @@ from bitladder.cli.grouped import grouped
 from bitladder.cli.terminal import JsonFlag, print_json, progress_display, put, say, verb
 from bitladder.errors import UsageError
 from bitladder.records import to_json
-from bitladder.units import human_bytes
+from bitladder.units import human_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,6 +26,22 @@ Hardware = Annotated[
     str | None,
     typer.Option("--as", metavar="MACHINE", help="Another machine in words: '16 GB laptop', 'RTX 4090 + 64 GiB'."),
 ]
+Reserve = Annotated[
+    str | None,
+    typer.Option(
+        "--reserve",
+        metavar="SIZE",
+        help="Memory for the system and other programs.",
+        show_default="a quarter, 2 to 8 GiB",
+    ),
+]
+
+
+def reserve_named(text: str | None) -> int | None:
+    """Bytes; raises UsageError for what is no size."""
+    return None if text is None else parse_bytes(text)
+
+
 MinSpeed = Annotated[
     float | None,
     typer.Option(
@@ -86,7 +102,12 @@ def plan(options: PlanOptions, json_output: JsonFlag = False) -> None:
 
         _recommend(RecommendRequest(run=request, least_decode=options.min_speed), json_output, every=True)
     elif options.needs:
-        _show_needs(hardware_needs(options.model, request), json_output)
+        if options.hardware is not None:
+            raise UsageError(
+                "--needs asks which machine a model needs, and --as names one.",
+                do="Give one of the two: --as MACHINE says which levels fit there.",
+            )
+        _show_needs(options.model, hardware_needs(options.model, request), request.wish.n_ctx, json_output)
     else:
         with progress_display(quiet=json_output) as progress:
             made = plan_model(
@@ -152,15 +173,7 @@ class RecommendOptions:
     use: Annotated[str, typer.Option("--for", metavar="USE", help="chat, code, extraction or long-context.")] = "chat"
     hardware: Hardware = None
     min_speed: MinSpeed = None
-    reserve: Annotated[
-        str | None,
-        typer.Option(
-            "--reserve",
-            metavar="SIZE",
-            help="Memory for the system and other programs.",
-            show_default="a quarter, 2 to 8 GiB",
-        ),
-    ] = None
+    reserve: Reserve = None
     ctx: Annotated[
         int | None, typer.Option("--ctx", min=64, help="Context in tokens.", show_default="by use, 4096 to 32768")
     ] = None
@@ -178,12 +191,11 @@ def recommend(options: RecommendOptions, json_output: JsonFlag = False) -> None:
     """
     from bitladder.stages.plan import PlanRequest
     from bitladder.stages.recommend import RecommendRequest
-    from bitladder.units import parse_bytes
 
     request = RecommendRequest(
         use=options.use,
         run=PlanRequest(options.ctx, options.slots, options.kv, options.hardware),
-        reserve=None if options.reserve is None else parse_bytes(options.reserve),
+        reserve=reserve_named(options.reserve),
         least_decode=options.min_speed,
     )
     _recommend(request, json_output, every=options.every)
@@ -202,13 +214,13 @@ def _recommend(request: RecommendRequest, json_output: bool, *, every: bool) -> 
     print_recommendation(made.found, assumed=made.assumed, notes=made.notes, beyond=beyond, every=every)
 
 
-def _show_needs(rows: list[HardwareNeed], json_output: bool) -> None:
+def _show_needs(model: str, rows: list[HardwareNeed], n_ctx: int, json_output: bool) -> None:
     if json_output:
         print_json({"levels": rows})
         return
-    for row in rows:
-        gpus = ", ".join(f"{need.count} x {need.name}" for need in row.gpus[:3])
-        put(f"{row.level:<8} {human_bytes(row.total_bytes):>9}  RAM of {row.ram_gib} GiB, or {gpus}")
+    from bitladder.report.needs import needs_table
+
+    needs_table(model, rows, n_ctx)
 
 
 @verb

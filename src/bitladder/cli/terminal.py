@@ -27,7 +27,9 @@ R = TypeVar("R")
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the record as JSON instead of a table.")]
 ModelArgument = Annotated[
     str,
-    typer.Argument(metavar="MODEL", help="A GGUF file, a checkpoint folder, hf:org/name[@revision], or smollm2-135m."),
+    typer.Argument(
+        metavar="MODEL", help="A GGUF file, a checkpoint folder, hf:org/name[@revision][:LEVEL], or smollm2-135m."
+    ),
 ]
 
 INTERRUPTED = 130

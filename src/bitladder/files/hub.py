@@ -12,13 +12,11 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 from bitladder.errors import BadInput, FetchError, UsageError
 from bitladder.files.checkpoint import PICKLES
-from bitladder.progress import Progress
-from bitladder.units import human_bytes
 
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 _LEVEL = re.compile(r"(?<![A-Z0-9])((?:IQ|TQ|Q)\d+(?:_[A-Z0-9]+)*|BF16|F16|F32|MXFP4(?:_MOE)?)(?![A-Z0-9])")
@@ -161,34 +159,6 @@ def group_shards(names: Iterable[str]) -> dict[str, list[str]]:
     return groups
 
 
-def fetch(repo: HubRepo, files: tuple[HubFile, ...], progress: Progress) -> list[Path]:
-    """Bring files into the hub's own cache (resuming what is there in part) and return their paths.
-
-    Raises:
-        BadInput: as ``list_repo``.
-        FetchError: the connection broke; what has arrived is kept and the next try goes on from there.
-    """
-    from huggingface_hub import hf_hub_download
-
-    total = sum(file.size for file in files)
-    done, paths = 0, []
-    for file in files:
-        what = f"fetching {file.name} ({human_bytes(file.size)})"
-        progress(what, done, total)
-        with hub_errors(repo.name):
-            path = hf_hub_download(
-                repo.name.repo,
-                file.name,
-                revision=repo.commit,
-                endpoint=endpoint(),
-                tqdm_class=_bar(progress, what, done, total),
-            )
-        done += file.size
-        paths.append(Path(path))
-    progress(f"fetched {repo.name.repo}", total, total)
-    return paths
-
-
 def checkpoint_files(repo: HubRepo) -> tuple[HubFile, ...]:
     """The files of a repository that its safetensors checkpoint consists of.
 
@@ -266,24 +236,3 @@ def level_of(stem: str) -> str:
         stem.upper(),
     )
     return found[-1] if found else ""
-
-
-def _bar(progress: Progress, what: str, before: int, total: int) -> type[Any]:
-    """The hub client reports through a class like tqdm; this one passes each step on to ``progress``."""
-    from tqdm.auto import tqdm
-
-    class Bar(tqdm):  # type: ignore[misc]
-        """Draws nothing; tells how many bytes of all have arrived."""
-
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            kwargs.pop("name", None)
-            kwargs["disable"] = True
-            super().__init__(*args, **kwargs)
-            self._arrived = float(kwargs.get("initial") or 0)
-
-        def update(self, n: float | None = 1) -> bool | None:
-            self._arrived += n or 0
-            progress(what, before + self._arrived, total)
-            return None
-
-    return Bar

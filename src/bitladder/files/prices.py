@@ -17,6 +17,8 @@ from bitladder.errors import BadInput
 from bitladder.files.folders import data_folder
 
 FILE = "prices.yaml"
+GPUS = "gpus"
+"""The key of the same file under which prices of GPUs stand (``stages/search.py``); no model's name."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ def price_of(model: str, path: Path | None = None) -> Price | None:
         raise BadInput(f"{path} needs a row for each model, like: gpt-4o-mini: {{in: 0.15, out: 0.60}}.")
     names = (model.lower(), model.lower().rsplit("/", 1)[-1])
     for pattern, row in rows.items():
+        if pattern == GPUS:  # machines, which plan reads
+            continue
         price = _price(path, pattern, row)
         if any(fnmatchcase(name, str(pattern).lower()) for name in names):
             return price

@@ -12,7 +12,7 @@ from pathlib import Path
 from bitladder.describe.quantized import checkpoint_note, checkpoint_origin, kept_note, quantized
 from bitladder.describe.rope_scaling import rope_warnings
 from bitladder.errors import BadInput
-from bitladder.files import convert, demo, hub, local_stores
+from bitladder.files import convert, demo, hub, hub_download, local_stores
 from bitladder.files.checkpoint import read_checkpoint, read_json
 from bitladder.progress import Progress, silent
 
@@ -44,8 +44,8 @@ def resolve(model: str, progress: Progress = silent) -> Source:
     """Find or fetch a model and make it a GGUF file.
 
     ``model`` is the path of a GGUF file or of a checkpoint folder (config.json and safetensors),
-    ``hf:org/name[@revision]``,
-    or ``smollm2-135m``, the small demo model.
+    ``hf:org/name[@revision]``, ``hf:org/name:Q4_K_M`` of a repository of GGUF files, ``ollama:name``,
+    ``lmstudio:publisher/repo``, or ``smollm2-135m``, the small demo model.
 
     Raises:
         BadInput: nothing usable is there; the message says what was found.
@@ -79,11 +79,11 @@ def _from_hub(model: str, progress: Progress) -> Source:
     )
     ggufs = () if checkpoint else hub.choose_gguf(repo)
     if ggufs:
-        first = hub.fetch(repo, ggufs, progress)[0]
+        first = hub_download.fetch(repo, ggufs, progress)[0]
         found = label_quantized(Source(first, first.stem, licence=repo.licence))
         beside = hub.projectors(repo)
         return replace(found, warnings=(*found.warnings, _not_fetched(beside[0].name, repo))) if beside else found
-    files = hub.fetch(repo, hub.checkpoint_files(repo), progress)
+    files = hub_download.fetch(repo, hub.checkpoint_files(repo), progress)
     return _from_folder(files[0].parent, name.repo.split("/")[1], repo.licence, progress)
 
 
@@ -171,4 +171,6 @@ def _advice(model: str, path: Path) -> str:
         return "Did you mean " + " or ".join(close) + "?"
     if model.count("/") == 1 and not model.startswith((".", "/", "~")):
         return f"For a model on the Hugging Face hub write hf:{model}"
-    return f"Give a GGUF file, a folder with config.json and safetensors, hf:org/name, or {' or '.join(DEMOS)}."
+    return (
+        f"Give a GGUF file, a folder with config.json and safetensors, hf:org/name, hf:org/name:Q4_K_M, or {DEMOS[0]}."
+    )

@@ -10,10 +10,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 R = TypeVar("R")
-BETWEEN = 2
-"""Columns of space that each column takes beside its text."""
-SHORTEST = 14
-"""What a column that gives way keeps of its text."""
+BETWEEN = 3
+"""Characters of space and rule that each column takes beside its text."""
 SENTENCE = 36
 """Columns below which sentences in a column are hard to read."""
 
@@ -26,8 +24,8 @@ class Column(Generic[R]):
     read: Callable[[R], str]
     rank: int
     right: bool = True
-    gives_way: bool = False
-    """Its text may be cut, with an ellipsis, so that the others stay whole."""
+    keeps: int = 0
+    """Characters to which its text may be cut, with an ellipsis, so that the others stay whole; 0: never."""
     wraps: bool = False
     """Its sentences break into lines in what the others leave."""
     spoken: str = ""
@@ -56,6 +54,7 @@ def fitted_table(columns: Sequence[Column[R]], rows: Sequence[R], width: int) ->
             no_wrap=not column.wraps,
             overflow="fold" if column.wraps else "ellipsis",
             min_width=_least(column, rows),
+            width=_given_way(column, chosen, rows, width) if column.keeps else None,
         )
     for row in rows:
         table.add_row(*(Text(column.read(row), style=column.style(row) if column.style else "") for column in chosen))
@@ -63,21 +62,27 @@ def fitted_table(columns: Sequence[Column[R]], rows: Sequence[R], width: int) ->
 
 
 def columns_that_fit(columns: Sequence[Column[R]], rows: Sequence[R], width: int) -> list[Column[R]]:
-    """Left out by rank until the rest fits, columns that give way at their shortest."""
+    """Left out by rank until the rest fits, columns that may be cut at their shortest."""
     chosen = list(columns)
 
     def needed() -> int:
         return sum(BETWEEN + _least(one, rows) for one in chosen)
 
-    while needed() > width and any(column.rank for column in chosen):
+    while needed() + 1 > width and any(column.rank for column in chosen):
         chosen.remove(max(chosen, key=lambda column: column.rank))
     return chosen
+
+
+def _given_way(column: Column[R], chosen: Sequence[Column[R]], rows: Sequence[R], width: int) -> int:
+    """Characters for a column that may be cut: its text, or what the others leave of the terminal."""
+    others = sum(BETWEEN + _least(one, rows) for one in chosen if one is not column)
+    return min(_text_width(column, rows), max(column.keeps, width - others - BETWEEN - 1))
 
 
 def _least(column: Column[R], rows: Sequence[R]) -> int:
     """Characters without which a column is not worth showing."""
     whole = _text_width(column, rows)
-    return min(SHORTEST, whole) if column.gives_way else min(SENTENCE, whole) if column.wraps else whole
+    return min(column.keeps, whole) if column.keeps else min(SENTENCE, whole) if column.wraps else whole
 
 
 def _text_width(column: Column[R], rows: Sequence[R]) -> int:

@@ -105,7 +105,7 @@ def _range(row: Rated) -> str:
 
 
 COLUMNS: tuple[Column[Rated], ...] = (
-    Column("model", lambda row: row.short_name, 0, right=False, gives_way=True),
+    Column("model", lambda row: row.short_name, 0, right=False, keeps=14),
     Column("level", lambda row: row.option.level, 0, right=False),
     Column("GB", lambda row: f"{row.weight_bytes / 1e9:.1f}", 0),
     Column("fits in", _place_word, 0, right=False),

@@ -11,8 +11,17 @@ from bitladder.files.catalogue import model_named
 from bitladder.files.quality_prior import published_costs
 from bitladder.formats.blocks import QTYPES, TRAINED, QType
 from bitladder.formats.recipes import FALLBACKS, LEVELS, RECIPES
-from bitladder.levels import CheckpointLevel, FeedbackLevel, FoldedLevel, Level, Needs, RecipeLevel, parse_level
-from bitladder.levels.checkpoints import FORMATS, CheckpointFormat
+from bitladder.levels import (
+    WHOLE_ROW,
+    CheckpointLevel,
+    FeedbackLevel,
+    FoldedLevel,
+    Level,
+    Needs,
+    RecipeLevel,
+    parse_level,
+)
+from bitladder.levels.checkpoints import FORMATS
 from bitladder.plan.cost import level_size
 from bitladder.plan.quality import level_cost
 from bitladder.plan.recommend import cost_words
@@ -143,10 +152,7 @@ def _recipe(level: RecipeLevel) -> Explanation:
         parts.append(
             ("Costs", f"about {cost_words(cost)} in a model of 8 billion weights; `bitladder run` measures yours")
         )
-    when = WHEN[bits]
-    if recipe.beside_experts:
-        when = "For mixtures where an engine multiplies MXFP4; IQ4_XS has as many bits and loses less"
-    parts += [("When", when), ("Beside it", _beside(level.recipe)), ("Runs in", ", ".join(level.engines))]
+    parts += [("When", WHEN[bits]), ("Beside it", _beside(level.recipe)), ("Runs in", ", ".join(level.engines))]
     what = "floating point, nothing rounded further" if bits == 16 else f"{bits} bits"
     return Explanation(level.recipe, f"A GGUF file, {what}", tuple((head, text) for head, text in parts if text))
 
@@ -174,9 +180,7 @@ def _suffix_words(name: str) -> list[str]:
 def mix_words(recipe: str) -> str:
     """Which tensors of the example get which type, by role: what the writer would do, counted."""
     model = model_named(EXAMPLE).whole()
-    main, beside = RECIPES[recipe].qtype, RECIPES[recipe].beside_experts
-    if beside:
-        return f"experts {main}; every other matrix {beside}, all of them where there are no experts"
+    main = RECIPES[recipe].qtype
     roles: dict[str, list[str]] = {}
     for tensor in level_size(model, RecipeLevel(recipe)).tensors:
         if len(tensor.shape) > 1:
@@ -213,21 +217,22 @@ def _beside(recipe: str) -> str:
 
 def _checkpoint(level: CheckpointLevel) -> Explanation:
     form = level.format
-    group = "each layer as its scheme has them"
-    if isinstance(form, CheckpointFormat):
-        size = form.group_size
-        group = f"scales are shared in groups of {size}" if size > 0 else "a whole row shares a scale"
-    rest = f"embedding, head and norms stay at {8 * form.float_bytes}"
+    sizes = sorted({one.group_size for one in form.forms})
+    shared = [
+        "a whole row shares a scale" if size == WHOLE_ROW else f"scales are shared in groups of {size}"
+        for size in sizes
+    ]
+    rest = "norms alone stay" if form.everywhere else "embedding, head and norms stay"
     parts = [
         ("What", form.about),
-        ("Bits", f"{form.bpw:.2f} per weight of the layers' matrices, scales included; {rest}"),
-        ("Groups", group),
+        ("Bits", f"{form.bpw:.2f} per weight of the matrices, scales included; {rest} at {8 * form.float_bytes}"),
+        ("Groups", "; ".join(shared)),
         ("Made by", "a walk over calibration text" if level.needs is Needs.CALIBRATION else "rounding alone"),
         ("Block", f"in a GGUF file {block_words(QTYPES[level.name])}" if level.name in QTYPES else ""),
         *[("Note", note.rstrip(".")) for note in form.notes()],
         ("Runs in", ", ".join(level.engines)),
     ]  # fmt: skip
-    summary = "A checkpoint folder (safetensors) for GPU servers; llama.cpp does not run it"
+    summary = f"A checkpoint folder (safetensors) for {', '.join(level.engines)}; llama.cpp does not run it"
     return Explanation(level.name, summary, tuple((head, text.rstrip(".")) for head, text in parts if text))
 
 

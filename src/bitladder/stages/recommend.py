@@ -57,7 +57,7 @@ def recommend(request: RecommendRequest) -> Recommended:
 
     use = policy.use_named(request.use)
     here, rates, shareable, assumed = _machine(request.run.machine)
-    reserve = policy.usual_reserve(here.ram_total) if request.reserve is None else request.reserve
+    reserve = _reserve(request.reserve, here)
     machine = policy.with_room(here, reserve, shareable)
     least = use.least_decode if request.least_decode is None else request.least_decode
     wish = replace(request.run.wish, n_ctx=request.run.n_ctx or use.n_ctx)
@@ -70,7 +70,7 @@ def recommend(request: RecommendRequest) -> Recommended:
     )
     table = policy.best_per_model(rows, least)
     found = policy.Recommendation(
-        machine=request.run.machine or f"this machine ({here.summary})",
+        machine=_called(request.run.machine, here),
         use=use.name,
         n_ctx=wish.n_ctx,
         least_decode=least,
@@ -86,6 +86,28 @@ def recommend(request: RecommendRequest) -> Recommended:
         machine, rates, wish, [row.option for row in table], text=request.text, least_decode=least
     )
     return Recommended(found, assumed, tuple(beyond), _now(answer, here) if request.run.machine is None else ())
+
+
+def roomy_machine(words: str | None, reserve: int | None) -> tuple[Machine, str]:
+    """A machine (None: this one) with room left for the system and other programs, and what to call it.
+
+    Raises:
+        UsageError: an unknown machine.
+    """
+    from bitladder.plan.recommend import with_room
+
+    here, _, shareable, _ = _machine(words)
+    return with_room(here, _reserve(reserve, here), shareable), _called(words, here)
+
+
+def _reserve(wanted: int | None, machine: Machine) -> int:
+    from bitladder.plan.recommend import usual_reserve
+
+    return usual_reserve(machine.ram_total) if wanted is None else wanted
+
+
+def _called(words: str | None, machine: Machine) -> str:
+    return words or f"this machine ({machine.summary})"
 
 
 def _machine(words: str | None) -> tuple[Machine, MachineRates, int, tuple[str, ...]]:

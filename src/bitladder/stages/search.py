@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from bitladder.describe.rates import MeasuredMachine, PoolRates, from_data_sheet
 from bitladder.errors import BadInput
 from bitladder.files.catalogue import CatalogueModel, find_models, level_parts, model_named
 from bitladder.files.devices import gpu_figures, known_gpus
-from bitladder.files.folders import data_folder
+from bitladder.files.prices import GPUS, price_file
 from bitladder.plan.cost import LevelBytes
 from bitladder.plan.inverse import HardwareNeed, hardware_needed, price_kinds
 from bitladder.plan.placement import Usage
@@ -115,15 +116,19 @@ def load_prices() -> dict[str, dict[str, float]]:
     Raises:
         BadInput: a row without date or source, or a price that is no number.
     """
-    path = data_folder("prices.yaml")
+    path = price_file()
     if not path.is_file():
         return {}
     try:
-        rows = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("gpus", {})
+        rows = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get(GPUS, {})
     except (yaml.YAMLError, AttributeError) as error:
         raise BadInput(
             f"{path} is no price table: {error}", do="Rows are 'NAME: {purchase, hourly, date, source}'."
         ) from error
+    if not isinstance(rows, dict):
+        raise BadInput(
+            f"{path}: '{GPUS}' is no table of prices.", do="Rows are 'NAME: {purchase, hourly, date, source}'."
+        )
     for name, row in rows.items():
         prices = [row.get(key) for key in ("purchase", "hourly")] if isinstance(row, dict) else []
         sound = all(price is None or (isinstance(price, int | float) and price >= 0) for price in prices)
@@ -134,4 +139,12 @@ def load_prices() -> dict[str, dict[str, float]]:
                 do="Write 'NAME: {purchase: 1500, hourly: 0.4, date: 2026-01-31, source: where}'; leave out what "
                 "you lack.",
             )
+    unknown = next((str(name) for name in rows if name not in known_gpus()), None)
+    if unknown is not None:
+        near = difflib.get_close_matches(unknown, known_gpus(), n=3, cutoff=0.4)
+        raise BadInput(
+            f"{path} has a price of '{unknown}', which no table of GPUs knows.",
+            means=f"Nearest known: {', '.join(near)}" if near else "",
+            do=f"Spell it as one of {', '.join(known_gpus())}.",
+        )
     return dict(rows)

@@ -66,8 +66,8 @@ class Mixed(FolderFormat):
     prefixes: ClassVar[tuple[str, ...]] = ("CT",)
     grammar: ClassVar[str] = "CT-bpw4.60"
     about: ClassVar[str] = (
-        "A scheme for every linear layer, chosen so that all of them together lose least at so many bits per weight: "
-        "layers whose errors matter get more bits. One folder of several schemes, which vLLM reads."
+        "Every layer gets the scheme with which the whole loses least under so many bits per weight: whole "
+        "numbers of 2 to 8 bits, FP8 or 4-bit floats. For vLLM, where no single width fits the memory well."
     )
     layout: ClassVar[str] = "mixed-precision"
     engines: ClassVar[tuple[str, ...]] = ("vllm", "transformers")

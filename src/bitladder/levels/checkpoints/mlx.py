@@ -102,6 +102,10 @@ class MlxAffine(MlxFormat):
     group_size: int = 64
 
     grammar: ClassVar[str] = "MLX-{2,3,4,5,6,8}bit-{g32,g64,g128}"
+    about: ClassVar[str] = (
+        "Whole numbers of so many bits with a scale and an offset for each group of weights, embedding and "
+        "head included. For mlx-lm on Apple silicon; 4 bits in groups of 64 are the usual choice there."
+    )
     suffixes: ClassVar[tuple[str, ...]] = ("weight", "scales", "biases")
     model_dtype: ClassVar[frozenset[str]] = frozenset({"scales", "biases"})
 
@@ -226,6 +230,10 @@ class MlxFloat(MlxFormat):
     group_size: int = 32
 
     grammar: ClassVar[str] = "MLX-{mxfp4,mxfp8,nvfp4}"
+    about: ClassVar[str] = (
+        "Floating point of 4 or 8 bits in groups of 16 or 32 that share a scale, embedding and head included. "
+        "For mlx-lm on Apple silicon, and for models that were trained so."
+    )
     suffixes: ClassVar[tuple[str, ...]] = ("weight", "scales")
 
     @classmethod
