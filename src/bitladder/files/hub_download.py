@@ -186,8 +186,9 @@ def _check(sink: BinaryIO, part: Path, etag: str, name: str) -> None:
     """The file's hash is what the hub named, where it names one that can be computed from the file alone."""
     if not re.fullmatch(r"[0-9a-f]{64}", etag):
         return
-    sink.seek(0)
-    found = hashlib.file_digest(sink, "sha256").hexdigest()
+    sink.flush()
+    with part.open("rb") as written:
+        found = hashlib.file_digest(written, "sha256").hexdigest()
     if found != etag:
         part.unlink(missing_ok=True)
         raise FetchError(

@@ -132,7 +132,8 @@ def _beside(values: F32, dtype: str, step: int) -> F32:
     if dtype == "float16":
         raw = values.astype(np.float16).view(np.int16)
         size = np.clip((raw & 0x7FFF) + step, 0x0400, 0x7BFF).astype(np.int16)  # no subnormals, no infinity
-        return (size | (raw & np.int16(-0x8000))).view(np.float16).astype(np.float32)
+        both: F32 = (size | (raw & np.int16(-0x8000))).view(np.float16).astype(np.float32)
+        return both
     raw = np.ascontiguousarray(values, np.float32).view(np.uint32)
     size = np.clip((raw >> 16 & 0x7FFF).astype(np.int64) + step, 0x0080, 0x7F7F).astype(np.uint32)
     return ((size << np.uint32(16)) | (raw & np.uint32(0x80000000))).view(np.float32)

@@ -111,6 +111,7 @@ def bits_of(qtype: str) -> int:
 
 
 def _level(level: Level) -> Explanation:
+    recipe: str | None
     match level:
         case RecipeLevel():
             return _recipe(level)
