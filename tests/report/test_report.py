@@ -461,3 +461,8 @@ def test_answers_that_changed_in_nothing_that_counts_are_not_spoken_of():
     assert wording_lines(run_record()) == {}
     many = dataclasses.replace(plain, changed_numbers=tuple(f"in{number}" for number in range(30)))
     assert wording_notes(many) == ["numbers changed in: in0, in1, in2, in3, in4 and 25 more"]
+
+
+def test_the_decision_stands_before_the_warnings(record):
+    text = render_html(dataclasses.replace(record, warnings=("Something to know.",)))
+    assert text.index("The decision") < text.index(record.decision.summary[:20]) < text.index("Something to know.")

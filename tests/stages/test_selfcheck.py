@@ -284,7 +284,7 @@ def test_of_two_that_part_neither_is_trusted():
     found = verdicts([made_of(WALK, ENGINE, first=HEAD)], [TRANSFORMERS], from_checkpoint=False)
     for what in ("fidelity", "calibration", "workload"):
         assert found[what][0] is Trust.NO
-        assert found[what][1].endswith("which of them is wrong cannot be told")
+        assert found[what][1].endswith("which of them is wrong is not known")
     assert "at the norm or the head" in found["fidelity"][1]
 
 

@@ -31,7 +31,7 @@ Context = Annotated[
 Levels = Annotated[
     str | None,
     typer.Option(
-        "--levels", metavar="L1,L2", help="Only these levels; all of the ladder by default (a gate must be told)."
+        "--levels", metavar="L1,L2", help="Only these levels; all of the ladder by default (a gate needs them)."
     ),
 ]
 Threads = Annotated[int, typer.Option("--threads", min=1, help="Worker threads.", show_default="all cores it may use")]

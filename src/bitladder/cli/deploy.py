@@ -467,7 +467,7 @@ def _show(found: Comparison) -> None:
         for span in found.spans:
             if span.where in ("both", own):
                 text.append(span.text, style=style if span.where == own else "")
-        rate = f"{side.decode_tokens_per_s:.1f} tok/s" if math.isfinite(side.decode_tokens_per_s) else "rate not told"
+        rate = f"{side.decode_tokens_per_s:.1f} tok/s" if math.isfinite(side.decode_tokens_per_s) else "rate not known"
         title = f"{side.level}  {rate}, first token after {side.first_token_s:.2f} s"
         panels.append(Panel(text, title=title, width=max(40, out.width // 2 - 1)))
     out.print(Columns(panels))

@@ -358,7 +358,7 @@ def _no_known_loss(clause: Clause, evidence: LevelEvidence) -> Judgement:
     where = f"{clause.tag}: " if clause.tag else ""
     if known:
         return Judgement(FAILED, f"{where}{seen}, more than chance")
-    return Judgement(MET, f"{where}{seen}, no loss proven")
+    return Judgement(MET, f"{where}{seen}, which does not prove a loss")
 
 
 def loss_is_known(evidence: LevelEvidence) -> bool:

@@ -75,17 +75,25 @@ def _placed(one: Judged, tiers: Tiers) -> tuple[Status, str]:
 
 def _why_quality(one: Judged) -> str:
     if one.near_lossless:
-        return "the smallest whose loss cannot be told from zero"
+        return f"the smallest that is {as_good(one)}"
     if one.kl_is_known:
         return "the closest to the reference that meets the bar, or as close and smaller"
     return "the largest that meets the bar (its KL was not measured)"
+
+
+def as_good(one: Judged) -> str:
+    """Of a level that shows no loss: what was looked at, so that nobody takes it for more."""
+    fidelity, result = one.evidence.fidelity, one.evidence.result
+    seen = [f"{result.inputs:,} inputs"] if result is not None else []
+    seen += [f"{fidelity.tokens:,} tokens"] if fidelity is not None else []
+    return f"as good as the original, as far as {' and '.join(seen)} can tell"
 
 
 def _passed_over(one: Judged, quality: Judged, speed: Judged) -> str:
     """Why a level that meets the bar is in neither tier."""
     if one.near_lossless and quality.near_lossless and one.total >= quality.total:
         more = human_bytes(one.total - quality.total)
-        return f"{more} larger than {quality.level}, whose loss cannot be told from zero either"
+        return f"{more} larger than {quality.level}, which is {as_good(quality)}, too"
     size = one.total - speed.total
     against = f"{human_bytes(abs(size))} {'larger' if size >= 0 else 'smaller'} than {speed.level}"
     if speed.surely_faster_than(one):
@@ -116,7 +124,7 @@ def summary(tiers: Tiers, bar: Bar, plan: Plan, outcome: Outcome, rivals: Sequen
     quality, speed = tiers.quality, tiers.speed
     if quality is None or speed is None:
         return _nothing_chosen(bar, plan, outcome, rivals)
-    closeness = "its loss cannot be told from zero" if quality.near_lossless else _kl(quality)
+    closeness = as_good(quality) if quality.near_lossless else _kl(quality)
     if quality is speed:
         closest = quality.kl_is_known and not quality.near_lossless
         also = "; no other candidate is closer to the reference" if closest else ""

@@ -148,7 +148,7 @@ def _standing(one: ComparedSide, comparisons: Sequence[ComparedPair]) -> _Standi
         return _Standing(Trust.YES, f"{_NAMES[one.name]} agrees with {' and '.join(agreeing)}")
     where = " and ".join(f"{_NAMES[_partner(made, one.name)]} {place(made.first)}" for made in own)
     alone = any(made.agrees for made in comparisons)
-    more = "" if alone else "; which of them is wrong cannot be told"
+    more = "" if alone else "; which of them is wrong is not known"
     return _Standing(Trust.NO, f"{_NAMES[one.name]} parts from {where}{more}")
 
 

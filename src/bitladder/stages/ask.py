@@ -152,8 +152,8 @@ class Asker:
         if impossible:
             shown = ", ".join(impossible[:5]) + (", ..." if len(impossible) > 5 else "")
             self.work.journal.warn(
-                f"{len(impossible)} of {len(self.workload.inputs)} inputs are passed by nobody, the reference among "
-                f"them ({shown}): they can show no loss. Their criteria may be wrong, or the work too hard."
+                f"Neither the reference nor any level passes {len(impossible)} of {len(self.workload.inputs)} inputs "
+                f"({shown}), so these cannot show a loss. Their criteria may be wrong, or the work too hard."
             )
         busy = [level for level in asked if level.speed.disturbed]
         if busy:

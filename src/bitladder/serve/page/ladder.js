@@ -9,9 +9,9 @@ import { whatIfForm } from "./whatif.js";
 
 const TIERS = { "quality tier": "quality", "speed tier": "speed", "both tiers": "both" };
 const LOSSES = {
-  "not told from zero": "loss not told from zero",
-  measurable: "measurable loss",
-  "known bad": "known bad",
+  "not told from zero": "no loss seen",
+  measurable: "a measurable loss",
+  "known bad": "known to be worse",
 };
 
 export async function showLadder(panel) {
@@ -88,11 +88,11 @@ function decisionView({ plan, decision }) {
       ` · context ${plan.n_ctx.toLocaleString("en")} · ${bytes(plan.budget_bytes)} of memory`,
     ),
     said &&
-      decision.next.length &&
+      decision.next.length > 0 &&
       h(
         "div",
         { class: "note" },
-        h("p", {}, "What would tell more:"),
+        h("p", {}, "To find out more:"),
         h("ul", {}, ...decision.next.map((step) => h("li", {}, step))),
       ),
   ];
