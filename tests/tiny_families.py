@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from bitladder.files.convert import ORIGIN
@@ -45,6 +46,8 @@ class Tiny:
     keys: dict[str, Any] = field(default_factory=dict)
     vision: dict[str, Any] = field(default_factory=dict)
     """The configuration of a tower that sees: ``fields`` are then those of the text model."""
+    unread: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Tensors that releases have and transformers has no module for, with their shapes."""
 
 
 FAMILIES = {
@@ -128,6 +131,7 @@ FAMILIES = {
             "activation_sparsity_pattern": [0.5] + [0.0] * 4,
             "layer_types": ["sliding_attention", "full_attention"] * 2 + ["full_attention"],
         },
+        unread={f"model.layers.{layer}.self_attn.{one}_proj.weight": (32, 64) for layer in (3, 4) for one in "kv"},
     ),
     "phi": Tiny("phi", {"num_key_value_heads": 4}),  # a head with a bias
     "qwen2.5 that sees": Tiny(  # of these transformers has no language model by itself
@@ -188,6 +192,11 @@ def write_all(folder: Path, names: list[str]) -> dict[str, tuple[Any, Path, Path
         tiny, own = FAMILIES[name], folder / name.replace(" ", "-")
         model, checkpoint, gguf = make(tiny), own / "checkpoint", own / "converted" / "model.gguf"
         model.save_pretrained(checkpoint)
+        if tiny.unread:
+            more = {path: 0.15 * torch.randn(shape) for path, shape in tiny.unread.items()}
+            save_file(
+                load_file(checkpoint / "model.safetensors") | more, checkpoint / "model.safetensors", {"format": "pt"}
+            )
         gguf.parent.mkdir()
         vocabulary = {"type": "BPE", "vocab": {f"t{token}": token for token in range(N_VOCAB)}, "merges": []}
         (checkpoint / "tokenizer.json").write_text(json.dumps({"model": vocabulary, "added_tokens": []}))

@@ -377,7 +377,7 @@ class WholeModel(LayeredModel):
         }
         used = {name for names, _ in found.values() for name in names}
         lost = [name for name in stored if name not in used and min(self._matrix(name)) > 1]
-        if lost:
+        if lost and not self._unread(layer, {name: stored[name] for name in lost}):
             raise refused(
                 self._skeleton.model_type, f"nothing tells how llama.cpp's converter made '{lost[0]}' of its checkpoint"
             )
@@ -394,6 +394,15 @@ class WholeModel(LayeredModel):
         self._kinds.append(kind)
         self._checked.add(layer)
         return len(self._kinds) - 1
+
+    def _unread(self, layer: int, stored: Mapping[str, F32]) -> bool:
+        """These tensors of the file lie in the checkpoint where transformers' layer has no module at all: keys of a
+        layer that takes another one's (Gemma 3n). Nothing that runs reads them."""
+        modules = {path for path, _ in self._skeleton.blocks[layer].named_modules()}
+        on_disk = self._checkpoint.on_disk(layer)
+        beside = {name: value for name, value in on_disk.items() if name.rpartition(".")[0] not in modules}
+        found = correspond(beside, stored, rounded=self._rounded, likely={}) if beside else {}
+        return set(stored) <= {name for names, _ in found.values() for name in names}
 
     def _matrix(self, name: str) -> tuple[int, ...]:
         """Rows and columns of a tensor; a vector has one column."""
