@@ -400,6 +400,34 @@ def test_own_functions_run_only_when_trusted(tmp_path):
         pass
 
 
+BROKEN_MODULES = {
+    "syntax": "def f(:\n",
+    "value": "raise ValueError('no')\n",
+    "exit": "import sys\nsys.exit(3)\n",
+    "recursion": "def g(): g()\ng()\n",
+    "nothing": "x = 1\n",
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_MODULES)
+def test_own_functions_whose_module_breaks_are_named(tmp_path, name):
+    (tmp_path / f"broken_{name}.py").write_text(BROKEN_MODULES[name])
+    path = tmp_path / "w.yaml"
+    path.write_text(f"inputs:\n  - prompt: p\n    expect: {{python: 'broken_{name}:f'}}\n")
+    with (
+        pytest.raises(BadWorkload, match=f"line 3: 'broken_{name}:f' cannot be imported"),
+        trusted_functions(load_workload(path), tmp_path, trust=True),
+    ):
+        pass
+
+
+def test_stored_answers_may_hold_any_character(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    path.write_bytes('\ufeff{"id": "input-1", "text": "a\u2028b\x85c \\ud83d"}\r\n'.encode())
+    [answer] = load_reference(path, parse(INPUT))
+    assert answer.text == "a\u2028b\x85c \ufffd"
+
+
 def test_stored_answers_as_a_reference(tmp_path):
     workload = parse(
         "inputs:\n  - {id: a, prompt: p, expect: {exact: x}}\n  - {id: b, prompt: p, expect: {exact: x}}\n"
