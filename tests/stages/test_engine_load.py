@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+import torch
+from transformers import AutoConfig
 from typer.testing import CliRunner
 
 import tiny_checkpoints
@@ -46,16 +48,25 @@ WORDS = [
     "drift",
     "home",
 ]
+MIXED = {
+    "head_dim": 16, "num_hidden_layers": 4, "hybrid_override_pattern": "M*E-",
+    "layers_block_type": ["mamba", "attention", "moe", "mlp"], "mamba_num_heads": 4, "mamba_head_dim": 16,
+    "n_groups": 1, "ssm_state_size": 16, "expand": 1, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32, "n_shared_experts": 1, "moe_shared_expert_intermediate_size": 32, "conv_kernel": 4,
+}  # fmt: skip
 TEXTS = ["Hello, world! 1234", "Grüße aus Köln\n\n  and 日本語", "<|im_start|>user\nhi<|im_end|>"]
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory, demo_gguf) -> Path:
-    """A hybrid whose layer of its own kind this build of the engine does not place."""
-    folder = tmp_path_factory.mktemp("model") / "nemotron_h"
+    """A hybrid with a layer that this build of the engine does not place: a dense one beside a layer of experts."""
+    folder = tmp_path_factory.mktemp("model") / "refused"
     folder.mkdir()
     vocab = tiny_checkpoints.write_tokenizer(folder, demo_gguf)
-    return tiny_configs.write_checkpoint("nemotron_h", folder, vocab)
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("nemotron_h", **{**tiny_configs._BASE, "vocab_size": vocab, **MIXED})
+    tiny_configs.class_of(config)(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture
