@@ -12,6 +12,7 @@ import typer
 from bitladder.cli.build import ALL_CORES, Context, Threads, working
 from bitladder.cli.grouped import grouped
 from bitladder.cli.options import KeyFiles, KeyNames, endpoint_named
+from bitladder.cli.settings_file import options_from
 from bitladder.cli.terminal import JsonFlag, print_json, say, verb
 from bitladder.errors import BadInput, UsageError
 
@@ -94,6 +95,13 @@ class ServeOptions(TierOptions):
         str, typer.Option("--engine", help="built-in, a llama-server's path, or auto: one on the PATH if it will do.")
     ] = AUTO_ENGINE
     out: Annotated[Path | None, typer.Option("--out", help="Folder for levels that must be built.")] = None
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config", is_eager=True, callback=options_from,
+            help="YAML with these options by their names; the command line goes before it.",
+        ),
+    ] = None  # fmt: skip
 
 
 @verb

@@ -30,7 +30,7 @@ _OURS = frozenset(
     | {"include", "store", "truncation", "metadata", "stream_options", "top_logprobs", "parallel_tool_calls"}
     | {"context_management"}
 )
-_ECHOED: dict[str, Any] = {
+_ECHOED: Mapping[str, Any] = {
     "instructions": None, "max_output_tokens": None, "metadata": {}, "parallel_tool_calls": True, "temperature": 1.0,
     "tool_choice": "auto", "tools": [], "top_p": 1.0, "truncation": "disabled", "user": None,
 }  # fmt: skip
