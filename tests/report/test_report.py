@@ -25,7 +25,7 @@ from bitladder.report.facts import facts
 from bitladder.report.rows import UNKNOWN, level_rows, number, small
 from bitladder.report.wording import wording_lines, wording_notes
 from bitladder.report.words import word_diff
-from bitladder.units import GiB
+from bitladder.units import GiB, human_bytes
 from ladder_examples import SPEED_TEXTS, answers, fidelities, run_record
 
 VOID = {"meta", "link", "br", "img"}
@@ -466,3 +466,17 @@ def test_answers_that_changed_in_nothing_that_counts_are_not_spoken_of():
 def test_the_decision_stands_before_the_warnings(record):
     text = render_html(dataclasses.replace(record, warnings=("Something to know.",)))
     assert text.index("The decision") < text.index(record.decision.summary[:20]) < text.index("Something to know.")
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 150])
+def test_a_plan_fits_the_terminal_with_level_size_speed_and_fit_whole(record, width):
+    """Reasons move beneath where there is no room beside; nothing is cut off."""
+    text = shown(plan_table, record.plan, width=width)
+    assert max(map(len, text.splitlines())) <= width
+    table = text[: text.index("in memory:")] if "in memory: weights" in text else text
+    assert "\u2026" not in text
+    for level in record.plan.levels:
+        line = next(line for line in table.splitlines() if line.split()[:1] == [level.level])
+        assert human_bytes(level.file_bytes) in line
+        assert re.search(r"\b(yes|no)\b", line)
+        assert all(word in text for word in level.reason.split())

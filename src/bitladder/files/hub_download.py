@@ -12,8 +12,9 @@ import hashlib
 import re
 import time
 from collections.abc import Callable
+from io import BufferedRandom
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import httpx
 
@@ -124,7 +125,7 @@ def fetch_blob(repo: HubRepo, file: HubFile, cache: Path, arrived: Callable[[int
     put_in_place(part, blob)
 
 
-def _claim(sink: BinaryIO, name: str) -> None:
+def _claim(sink: BufferedRandom, name: str) -> None:
     """This process alone writes the partial file; raises FetchError where another one does."""
     try:
         import fcntl
@@ -136,7 +137,9 @@ def _claim(sink: BinaryIO, name: str) -> None:
         raise FetchError(f"Another process is fetching {name} just now.", do="Wait for it, or end it.") from error
 
 
-def _all_ranges(client: httpx.Client, url: str, sink: BinaryIO, size: int, arrived: Callable[[int], None]) -> None:
+def _all_ranges(
+    client: httpx.Client, url: str, sink: BufferedRandom, size: int, arrived: Callable[[int], None]
+) -> None:
     """Ask for what is missing until nothing is."""
     idle = 0
     sink.seek(0, 2)
@@ -164,7 +167,7 @@ def _all_ranges(client: httpx.Client, url: str, sink: BinaryIO, size: int, arriv
 
 
 def _one_range(
-    client: httpx.Client, url: str, sink: BinaryIO, have: int, size: int, arrived: Callable[[int], None]
+    client: httpx.Client, url: str, sink: BufferedRandom, have: int, size: int, arrived: Callable[[int], None]
 ) -> None:
     """One request, written as it comes; what a server sends beyond the file is left aside."""
     wanted = {"Range": f"bytes={have}-{size - 1}", "Accept-Encoding": "identity"}
@@ -182,7 +185,7 @@ def _one_range(
         sink.flush()
 
 
-def _check(sink: BinaryIO, part: Path, etag: str, name: str) -> None:
+def _check(sink: BufferedRandom, part: Path, etag: str, name: str) -> None:
     """The file's hash is what the hub named, where it names one that can be computed from the file alone."""
     if not re.fullmatch(r"[0-9a-f]{64}", etag):
         return
