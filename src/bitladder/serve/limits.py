@@ -124,8 +124,9 @@ def revoke_key(path: Path, name: str) -> None:
     if name not in known:
         raise BadInput(f"'{name}' has no key in '{path}'.", do=f"There are keys of: {', '.join(known)}.")
     path = path.resolve()
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    write_whole(path, "".join(line for line in lines if line.split("#", 1)[0].split(" ", 1)[0].strip() != name))
+    lines = unicode.lines(unicode.decoded(path.read_bytes()))
+    kept = [line for line in lines if line.split("#", 1)[0].strip().split(" ", 1)[0] != name]
+    write_whole(path, "".join(f"{line}\n" for line in kept))
 
 
 class KeyRing:
