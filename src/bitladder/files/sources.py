@@ -12,7 +12,7 @@ from pathlib import Path
 from bitladder.describe.quantized import checkpoint_note, checkpoint_origin, kept_note, quantized
 from bitladder.describe.rope_scaling import rope_warnings
 from bitladder.errors import BadInput
-from bitladder.files import convert, demo, hub, hub_download, local_stores
+from bitladder.files import convert, demo, hub, local_stores
 from bitladder.files.checkpoint import read_checkpoint, read_json
 from bitladder.progress import Progress, silent
 
@@ -71,6 +71,8 @@ def resolve(model: str, progress: Progress = silent) -> Source:
 
 def _from_hub(model: str, progress: Progress) -> Source:
     """Fetch a GGUF file, or a checkpoint to convert, into the hub's cache."""
+    from bitladder.files.hub_download import fetch  # brings httpx, which files on the disk need not wait for
+
     name = hub.parse_name(model)
     progress(f"asking the hub for {name.repo}", 0, 1)
     repo = hub.list_repo(name)
@@ -79,11 +81,11 @@ def _from_hub(model: str, progress: Progress) -> Source:
     )
     ggufs = () if checkpoint else hub.choose_gguf(repo)
     if ggufs:
-        first = hub_download.fetch(repo, ggufs, progress)[0]
+        first = fetch(repo, ggufs, progress)[0]
         found = label_quantized(Source(first, first.stem, licence=repo.licence))
         beside = hub.projectors(repo)
         return replace(found, warnings=(*found.warnings, _not_fetched(beside[0].name, repo))) if beside else found
-    files = hub_download.fetch(repo, hub.checkpoint_files(repo), progress)
+    files = fetch(repo, hub.checkpoint_files(repo), progress)
     return _from_folder(files[0].parent, name.repo.split("/")[1], repo.licence, progress)
 
 

@@ -149,6 +149,8 @@ class _CallWriter:
     held: str = ""
     """What came and is not told yet: the beginning, or what may be the end."""
     name: str = ""
+    begun: bool = False
+    """Whether any of the arguments was told."""
 
     def take(self, text: str) -> tuple[bool, str]:
         """Whether the call begins here, and what can be told of its arguments."""
@@ -159,8 +161,11 @@ class _CallWriter:
             if found is None:
                 return False, ""
             self.name, self.held, begins = json.loads(found[1]), self.held[found.end() :], True
+        if not self.begun:
+            self.held = self.held.lstrip()  # of "arguments": {} the space may come by itself
         ending = _ENDING.search(self.held)
         told, self.held = self.held[: ending.start()], self.held[ending.start() :]  # type: ignore[union-attr]
+        self.begun = self.begun or bool(told)
         return begins, told
 
     def rest(self, *, cut: bool) -> str:
