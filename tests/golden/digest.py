@@ -26,6 +26,7 @@ _UNSTEADY = frozenset({
     "created", "when", "seconds", "by_formula_s", "predicted_s", "low_s", "high_s", "took_s", "timings", "jobs",
     "commands", "versions", "bitladder", "machine", "disk_free", "ram_available", "ram_total", "budget_bytes",
     "predicted", "measured", "decode_tokens_per_s", "prefill_tokens_per_s", "load_seconds", "others_share", "speed",
+    "decode_rounds", "rounds", "turns", "certainty",
     "reason", "summary", "warnings", "cpu", "pair", "front", "question", "needs", "usable", "prediction",
 })  # fmt: skip
 """Fields of records that a clock, the machine or its other programs decide."""
