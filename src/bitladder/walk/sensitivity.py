@@ -352,6 +352,8 @@ class _Energies:
             self.sums[name] = self.sums.get(name, 0) + squares
 
         def seen(_: nn.Module, __: Any, out: Any) -> None:
-            (out if isinstance(out, torch.Tensor) else out[0]).register_hook(arrived)
+            written = out if isinstance(out, torch.Tensor) else out[0]
+            if written.requires_grad:  # what only chooses places to look at (GLM-5's indexer) has no gradient
+                written.register_hook(arrived)
 
         return seen
