@@ -310,3 +310,19 @@ def test_samples_of_lm_eval_in_both_formats(tmp_path):
 def test_samples_that_cannot_be_asked_are_refused(tmp_path, change, message):
     with pytest.raises(BadWorkload, match=message):
         imported(tmp_path, json.dumps(OLD | change), "samples.jsonl")
+
+
+def test_a_table_that_is_refused_changes_nothing_of_how_others_are_read():
+    import csv
+
+    from bitladder.describe.rows import from_csv
+
+    before = csv.field_size_limit()
+    kept = []
+    for text in ("id,nonsense\n1,2\n", "prompt,expect\na,b,c\n", 'prompt\n"a\n'):
+        try:
+            from_csv(text)
+        except Exception as error:
+            kept.append(error)  # with its frames, as a caller that shows it does
+        assert csv.field_size_limit() == before
+    assert kept

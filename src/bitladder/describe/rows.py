@@ -54,23 +54,30 @@ def from_csv(text: str) -> Imported:
 
 
 def _csv_rows(text: str) -> Iterator[tuple[int, list[str]]]:
-    """Rows with the line where each begins."""
+    """Rows with the line where each begins.
+
+    The length that the csv module allows to a cell is one for the whole process: it is raised for this reading alone, all
+    of which is done before the first row is handed out.
+    """
     header = text.split("\n", 1)[0]
     delimiter = max(_DELIMITERS[:3], key=header.count)
-    before = csv.field_size_limit(max(len(text), 1))
+    found: list[tuple[int, list[str]]] = []
     line = 1
+    before = csv.field_size_limit()
+    csv.field_size_limit(max(before, len(text)))
     try:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         while True:
             line = reader.line_num + 1
             cells = next(reader, None)
             if cells is None:
-                return
-            yield line, [cell.strip() for cell in cells] if line == 1 else cells
+                break
+            found.append((line, [cell.strip() for cell in cells] if line == 1 else cells))
     except csv.Error as error:
         raise Fault(f"this is no row of a table: {error}.", line) from error
     finally:
         csv.field_size_limit(before)
+    return iter(found)
 
 
 def _csv_input(line: int, row: dict[str, str]) -> dict[str, Any]:
