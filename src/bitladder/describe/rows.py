@@ -56,8 +56,8 @@ def from_csv(text: str) -> Imported:
 def _csv_rows(text: str) -> Iterator[tuple[int, list[str]]]:
     """Rows with the line where each begins.
 
-    The length that the csv module allows to a cell is one for the whole process: it is raised for this reading alone, all
-    of which is done before the first row is handed out.
+    The csv module allows one length of cells to the whole process: it is raised for this reading alone, all of which is
+    done before the first row is handed out.
     """
     header = text.split("\n", 1)[0]
     delimiter = max(_DELIMITERS[:3], key=header.count)
