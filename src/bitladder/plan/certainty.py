@@ -22,7 +22,7 @@ from bitladder.records.decision import Certainty
 from bitladder.records.evaluation import Speed, WorkloadResult
 from bitladder.records.fidelity import Fidelity
 from bitladder.records.plan import LevelPlan
-from bitladder.stats.bootstrap import F64, ratio_interval, resampled_counts
+from bitladder.stats.bootstrap import F64
 from bitladder.stats.paired import mcnemar
 
 RESAMPLES = 100
@@ -30,8 +30,6 @@ SEED = 20260131
 LEAST_SHARE = 0.02
 """Pairs chosen less often are not named."""
 _WIDTH_95 = 2 * 1.96
-INTERVAL_DRAWS = 200
-"""For the interval of a resample's KL."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +62,7 @@ def certainty(evidence: Evidence, choose: Callable[[Evidence], Pair]) -> tuple[C
 
 
 def _drawn(evidence: Evidence, rng: np.random.Generator) -> Evidence:
-    units = {len(one.unit_kl) for one in evidence.fidelities if one.unit_kl}
     documents = _other_documents(evidence, rng)
-    counts = {size: resampled_counts(rng, size, INTERVAL_DRAWS) for size in sorted(units)}
     shift = rng.normal(0.0, math.sqrt(2))
     names = sorted({name for one in evidence.results for name in (*one.lost, *one.gained)})
     most = max((one.inputs for one in evidence.results), default=0)
@@ -75,7 +71,7 @@ def _drawn(evidence: Evidence, rng: np.random.Generator) -> Evidence:
     moved = _moved_rates(evidence, rng)
     return replace(
         evidence,
-        fidelities=[_fidelity(one, documents, counts, shift) for one in evidence.fidelities],
+        fidelities=[_fidelity(one, documents, shift) for one in evidence.fidelities],
         results=[_at_rates(_result(one, inputs, numbers), moved) for one in evidence.results],
         speeds={level: _speed_at_rates(one, moved.get(level)) for level, one in evidence.speeds.items()},
     )
@@ -107,17 +103,26 @@ def _other_documents(evidence: Evidence, rng: np.random.Generator) -> dict[str, 
     return found
 
 
-def _fidelity(one: Fidelity, documents: Mapping[str, F64], counts: Mapping[int, F64], shift: float) -> Fidelity:
-    """Another mean KL with its interval, as `stages.fidelity` takes it, from fewer draws."""
+def _fidelity(one: Fidelity, documents: Mapping[str, F64], shift: float) -> Fidelity:
+    """Another mean KL with its interval, as lopsided as the one found and as wide as its units make it."""
     if not one.kl_mean > 0 or not one.kl_low > 0 or not math.isfinite(one.kl_high):
         return one
     kl = documents.get(one.level)
     if kl is None:  # measured before units were kept, or on a single one
         factor = math.exp(shift * math.log(one.kl_high / one.kl_low) / _WIDTH_95)
         return replace(one, kl_mean=one.kl_mean * factor, kl_low=one.kl_low * factor, kl_high=one.kl_high * factor)
-    tokens, rng = np.asarray(one.unit_tokens, dtype=np.float64), np.random.default_rng(SEED)
-    found = ratio_interval(kl * tokens, tokens, rng, scale="log", worse="more", counts=counts[len(kl)])
-    return replace(one, kl_mean=found.value, kl_low=found.low, kl_high=found.high, unit_kl=tuple(kl.tolist()))
+    tokens = np.asarray(one.unit_tokens, dtype=np.float64)
+    mean = float((kl * tokens).sum() / tokens.sum())
+    wider = _error_of_log(kl, tokens) / max(_error_of_log(np.asarray(one.unit_kl), tokens), 1e-12)
+    low, high = (mean * (bound / one.kl_mean) ** wider for bound in (one.kl_low, one.kl_high))
+    return replace(one, kl_mean=mean, kl_low=low, kl_high=high, unit_kl=tuple(kl.tolist()))
+
+
+def _error_of_log(kl: F64, tokens: F64) -> float:
+    """Standard error of the logarithm of the mean KL per token."""
+    total = float((kl * tokens).sum())
+    rest = (kl - total / tokens.sum()) * tokens
+    return math.sqrt(float(rest @ rest)) / total if total > 0 else 0.0
 
 
 def _result(one: WorkloadResult, inputs: NDArray[np.intp], numbers: Mapping[str, int]) -> WorkloadResult:
