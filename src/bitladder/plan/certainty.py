@@ -4,7 +4,8 @@ What varies from run to run: which documents were measured, which inputs were as
 timing. Another run scatters around the truth as this one does, so what it would find scatters around what was found by
 both: documents and rates are drawn from predictive distributions, inputs as a resample of a resample (the bootstrap),
 the same for all levels, as they were measured together. A decision that is said to be chosen in 95 of 100 cases is then
-one that another run of this size would choose about that often (``benchmarks/decision_certainty.py``).
+one that another run of this size would choose about that often (``benchmarks/decision_certainty.py``). Perplexity,
+top-1 and the tail of KL stay as they were found: of a bar on these the certainty says too much.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _WIDTH_95 = 2 * 1.96
 
 
 @dataclass(frozen=True)
-class Evidence:
+class LadderEvidence:
     """What a decision rests on, of all levels."""
 
     levels: Sequence[LevelPlan]
@@ -48,20 +49,20 @@ class Evidence:
 Pair = tuple[str | None, str | None]
 
 
-def certainty(evidence: Evidence, choose: Callable[[Evidence], Pair]) -> tuple[Certainty, ...]:
-    """The pair chosen from the evidence with the share of resamples that choose it too, then the others'.
+def certainty(evidence: LadderEvidence, first: Pair, choose: Callable[[LadderEvidence], Pair]) -> tuple[Certainty, ...]:
+    """The pair chosen from the evidence, ``first``, with the share of other runs that choose it too, then theirs.
 
     Empty where nothing was measured.
     """
     if not (evidence.fidelities or evidence.results):
         return ()
-    first, rng = choose(evidence), np.random.default_rng(SEED)
+    rng = np.random.default_rng(SEED)
     counts = Counter(choose(_drawn(evidence, rng)) for _ in range(RESAMPLES))
     others = [pair for pair, count in counts.most_common() if pair != first and count >= LEAST_SHARE * RESAMPLES]
     return tuple(Certainty(*pair, counts[pair] / RESAMPLES) for pair in (first, *others))
 
 
-def _drawn(evidence: Evidence, rng: np.random.Generator) -> Evidence:
+def _drawn(evidence: LadderEvidence, rng: np.random.Generator) -> LadderEvidence:
     documents = _other_documents(evidence, rng)
     shift = rng.normal(0.0, math.sqrt(2))
     names = sorted({name for one in evidence.results for name in (*one.lost, *one.gained)})
@@ -84,7 +85,7 @@ def _places(size: int, rng: np.random.Generator) -> NDArray[np.intp]:
     return rng.integers(0, size, size)[rng.integers(0, size, size)]
 
 
-def _other_documents(evidence: Evidence, rng: np.random.Generator) -> dict[str, F64]:
+def _other_documents(evidence: LadderEvidence, rng: np.random.Generator) -> dict[str, F64]:
     """Level -> KL of each unit, f64[units], of units that another run might have.
 
     Their logarithms are taken as jointly normal over levels, since a unit that is hard for one level is hard for
@@ -144,7 +145,7 @@ def _result(one: WorkloadResult, inputs: NDArray[np.intp], numbers: Mapping[str,
     return drawn
 
 
-def _moved_rates(evidence: Evidence, rng: np.random.Generator) -> dict[str, NDArray[np.float64]]:
+def _moved_rates(evidence: LadderEvidence, rng: np.random.Generator) -> dict[str, NDArray[np.float64]]:
     """Level -> rates of its rounds as another run might find them.
 
     Rounds are too few to be resampled: a draw of one round alone would have no spread. So the logarithms of a level's

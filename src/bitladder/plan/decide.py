@@ -30,7 +30,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from bitladder.plan.bar import DEFAULT_BAR, DEFAULT_BAR_WITHOUT_KL, Bar, parse_bar
-from bitladder.plan.certainty import Evidence, certainty
+from bitladder.plan.certainty import LadderEvidence, certainty
 from bitladder.plan.front import Standpoint, pareto
 from bitladder.plan.judge import MET, UNKNOWN, Judged, Judgement, LevelEvidence, judge, pairs_of
 from bitladder.plan.reasons import Tiers, how_sure, summary, verdict
@@ -74,7 +74,7 @@ def decide(
     if bar is None:
         bar = DEFAULT_BAR if fidelities else DEFAULT_BAR_WITHOUT_KL
     parsed = parse_bar(bar) if isinstance(bar, str) else bar
-    evidence = Evidence(
+    evidence = LadderEvidence(
         (*plan.levels, *(runs_elsewhere(name) for name in elsewhere)), fidelities, results, speeds or {}, tags or {}
     )
     judged = judged_levels(evidence, parsed, reference)
@@ -84,7 +84,11 @@ def decide(
     tiers = Tiers(quality, speed, _pair(quality, speed, plan.budget_bytes))
     outcomes = {one.outcome for one in rivals or everyone}
     outcome = Outcome.MET if MET in outcomes else Outcome.UNKNOWN if UNKNOWN in outcomes else Outcome.NOT_MET
-    sure = certainty(evidence, lambda drawn: _names(chosen(judged_levels(drawn, parsed, reference), reference)))
+    sure = certainty(
+        evidence,
+        _names((quality, speed)),
+        lambda drawn: _names(chosen(judged_levels(drawn, parsed, reference), reference)),
+    )
     return Decision(
         bar=parsed.text,
         quality=quality.level if quality else None,
@@ -104,7 +108,7 @@ def decide(
     )
 
 
-def judged_levels(evidence: Evidence, bar: Bar, reference: str | None) -> list[Judged]:
+def judged_levels(evidence: LadderEvidence, bar: Bar, reference: str | None) -> list[Judged]:
     """Every level with what the bar says about it, corrected for their number."""
     return _corrected([Judged(one, judge(bar, one)) for one in _join(evidence, reference)], reference)
 
@@ -147,7 +151,7 @@ def _corrected(judged: Sequence[Judged], reference: str | None) -> list[Judged]:
     return [doubt(one) for one in judged]
 
 
-def _join(evidence: Evidence, reference: str | None) -> list[LevelEvidence]:
+def _join(evidence: LadderEvidence, reference: str | None) -> list[LevelEvidence]:
     """Bring the measurements together by level, in the plan's order."""
     fidelity_of = {fidelity.level: fidelity for fidelity in evidence.fidelities}
     result_of = {result.level: result for result in evidence.results}

@@ -29,7 +29,6 @@ One cluster has no spread to learn from: the interval is then NaN, "not estimabl
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -73,19 +72,14 @@ def resampled_counts(rng: np.random.Generator, clusters: int, draws: int) -> F64
     return rng.multinomial(clusters, np.full(clusters, 1 / clusters), size=draws).astype(np.float64)
 
 
-def _drawn(rng: np.random.Generator, clusters: int, draws: int) -> Iterator[F64]:
-    """Counts of so many draws, some at a time."""
-    step = max(1, _CHUNK // clusters)
-    for start in range(0, draws, step):
-        yield resampled_counts(rng, clusters, min(step, draws - start))
-
-
-def _studentised(x: F64, w: F64, drawn: Iterable[F64], *, log: bool) -> F64:
+def _studentised(x: F64, w: F64, rng: np.random.Generator, draws: int, *, log: bool) -> F64:
     """t* of the draws that hold at least two different clusters."""
     value = x.sum() / w.sum()
     parts = []
-    for every in drawn:
-        counts = every[(every > 0).sum(axis=1) > 1]
+    step = max(1, _CHUNK // len(x))
+    for start in range(0, draws, step):
+        counts = resampled_counts(rng, len(x), min(step, draws - start))
+        counts = counts[(counts > 0).sum(axis=1) > 1]
         ratio, error = _ratio_and_error(counts, x, w)
         usable = (error > 0) & ((ratio > 0) if log else np.isfinite(ratio))
         ratio, error = ratio[usable], error[usable]
@@ -102,7 +96,6 @@ def ratio_interval(
     worse: Literal["more", "less", ""] = "",
     level: float = 0.95,
     draws: int = DRAWS,
-    counts: F64 | None = None,
 ) -> Interval:
     """sum(x) / sum(w) with a bootstrap-t interval that resamples clusters.
 
@@ -114,7 +107,6 @@ def ratio_interval(
         worse: which direction is damage; that end allows for the worst cluster once more. Empty: neither.
         level: coverage.
         draws: bootstrap samples.
-        counts: f64[draws, clusters], samples that were drawn already (`resampled_counts`), for many intervals.
 
     Raises:
         ValueError: no cluster, or a weight that is not positive.
@@ -133,7 +125,7 @@ def ratio_interval(
         return Interval(value, value, value)
     tail = (1 - level) / 2
     normal = float(student.ppf(1 - tail, len(x) - 1))
-    t = _studentised(x, w, _drawn(rng, len(x), draws) if counts is None else [counts], log=log)
+    t = _studentised(x, w, rng, draws, log=log)
     high_t, low_t = np.quantile(t, [1 - tail, tail]) if len(t) else (normal, -normal)
     high_t = float(np.clip(high_t, normal, _WIDEST * normal))
     low_t = float(np.clip(low_t, -_WIDEST * normal, -normal))
