@@ -249,20 +249,26 @@ STACKS = {
 }
 
 
+def calibrated(gguf, checkpoint, level, folder):
+    """A checkpoint level that loses less than Q4_0: its decoded weights by name, and the logits that the walk computes
+    of them."""
+    with GgufFile.open(gguf) as source:
+        (written,) = run(gguf, [level], folder, checkpoint, windows=windows_of(1, 40), settings=EXACT)
+        candidate = folder_candidate(source, Path(written.path), parse_checkpoint(level).format)
+        found, rounded = walk(source, [candidate, *made_candidates(source, ["Q4_0"])], windows_of(2, 4))
+        with torch.no_grad():
+            own = logits_of(layered(source, FileWeights(source)), candidate.weights, some_tokens())
+    assert found.kl_mean < rounded.kl_mean
+    return decoded(Path(written.path), level), own
+
+
 @pytest.mark.parametrize("level", ["GPTQ-4bit-g32", "AWQ-4bit-g32-ct", "INT8-W8A8"])
 @pytest.mark.parametrize("name", STACKS)
 def test_experts_in_stacks_become_linear_layers(name, level, made, tmp_path):
     """Each with a row for each output, under the names that engines look for; put together again by hand they are a
     model of transformers with the logits that the walk computes, close to the source."""
     model, checkpoint, gguf = made[name]
-    with GgufFile.open(gguf) as source:
-        (written,) = run(gguf, [level], tmp_path, checkpoint, windows=windows_of(1, 40), settings=EXACT)
-        candidate = folder_candidate(source, Path(written.path), parse_checkpoint(level).format)
-        found, rounded = walk(source, [candidate, *made_candidates(source, ["Q4_0"])], windows_of(2, 4))
-        with torch.no_grad():
-            own = logits_of(layered(source, FileWeights(source)), candidate.weights, some_tokens())
-    assert found.kl_mean < rounded.kl_mean
-    weights = decoded(Path(written.path), level)
+    weights, own = calibrated(gguf, checkpoint, level, tmp_path)
     restack(weights, *STACKS[name])
     other = copy.deepcopy(model)
     other.load_state_dict({name_of: torch.as_tensor(value) for name_of, value in weights.items()}, strict=False)
@@ -298,14 +304,7 @@ def taken(weights: dict[str, torch.Tensor], prefix: str, leaf: str) -> list[torc
 def test_matrices_with_a_column_for_each_output_are_packed_upright(level, made, tmp_path):
     """As engines read them, who multiply packed codes of GPT-2's Conv1D like those of any linear layer."""
     model, checkpoint, gguf = made["gpt2"]
-    with GgufFile.open(gguf) as source:
-        (written,) = run(gguf, [level], tmp_path, checkpoint, windows=windows_of(1, 40), settings=EXACT)
-        candidate = folder_candidate(source, Path(written.path), parse_checkpoint(level).format)
-        found, rounded = walk(source, [candidate, *made_candidates(source, ["Q4_0"])], windows_of(2, 4))
-        with torch.no_grad():
-            own = logits_of(layered(source, FileWeights(source)), candidate.weights, some_tokens())
-    assert found.kl_mean < rounded.kl_mean
-    weights = decoded(Path(written.path), level)
+    weights, own = calibrated(gguf, checkpoint, level, tmp_path)
     assert weights["transformer.h.0.attn.c_attn.weight"].shape == (192, 64)
     turned = {
         name: torch.as_tensor(value).T if re.search(r"c_\w+\.weight", name) else torch.as_tensor(value)

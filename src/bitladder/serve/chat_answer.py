@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import secrets
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -170,3 +171,33 @@ def whole_answer(document: Mapping[str, Any]) -> ChatAnswer:
     for _ in answer.take(document):
         pass
     return answer
+
+
+class AnswerEvents(ABC):
+    """The chunks of a chat completion as the events of another API."""
+
+    def __init__(self, asked: Mapping[str, Any]) -> None:
+        self._asked = asked
+        self._answer = ChatAnswer()
+        self._open: Part | None = None
+
+    def take(self, chunk: Mapping[str, Any]) -> bytes:
+        """The events that a chunk makes.
+
+        Raises:
+            ValueError, TypeError, AttributeError, KeyError: it has another shape than OpenAI's.
+        """
+        pieces = list(self._answer.take(chunk))
+        return self._begin() + b"".join([self._piece(piece) for piece in pieces])
+
+    @abstractmethod
+    def finish(self) -> bytes:
+        """The events that end it."""
+
+    @abstractmethod
+    def _begin(self) -> bytes:
+        """What goes before all others; empty when it went."""
+
+    @abstractmethod
+    def _piece(self, piece: Piece) -> bytes:
+        """The events of what a chunk adds to a part, the beginning of a new one among them."""

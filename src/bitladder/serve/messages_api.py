@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from bitladder.serve.chat_answer import ChatAnswer, Part, PartKind, Piece, whole_answer
+from bitladder.serve.chat_answer import AnswerEvents, ChatAnswer, Part, PartKind, Piece, whole_answer
 from bitladder.serve.protocol import Refused
 from bitladder.serve.translation import as_list, as_object, as_text, chat_messages, json_event, refuse
 
@@ -247,25 +247,15 @@ def _delta(part: Part, text: str) -> dict[str, str]:
     return {"type": "text_delta", "text": text}
 
 
-class EventWriter:
+class EventWriter(AnswerEvents):
     """The chunks of a chat completion as the events of a message."""
 
-    def __init__(self, asked: Mapping[str, Any]) -> None:  # noqa: ARG002 - as of its like
-        self._answer = ChatAnswer()
-        self._open: Part | None = None
+    def __init__(self, asked: Mapping[str, Any]) -> None:
+        super().__init__(asked)
         self._begun = False
 
-    def take(self, chunk: Mapping[str, Any]) -> bytes:
-        """The events that a chunk makes.
-
-        Raises:
-            ValueError, TypeError, AttributeError, KeyError: it has another shape than OpenAI's.
-        """
-        pieces = list(self._answer.take(chunk))
-        return self._begin() + b"".join([self._piece(piece) for piece in pieces])
-
     def finish(self) -> bytes:
-        """The events that end it."""
+        """As ``AnswerEvents``."""
         ending = {"type": "message_delta", "delta": _stopped(self._answer), "usage": _usage(self._answer)}
         return self._begin() + self._done() + json_event(ending) + json_event({"type": "message_stop"})
 

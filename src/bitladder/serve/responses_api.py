@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from bitladder.serve.chat_answer import ChatAnswer, Part, PartKind, Piece, whole_answer
+from bitladder.serve.chat_answer import AnswerEvents, ChatAnswer, Part, PartKind, Piece, whole_answer
 from bitladder.serve.translation import (
     as_list,
     as_object,
@@ -249,26 +249,15 @@ _FIELDS = {
 """What the events of a part are called, and the member that has its text when it is done."""
 
 
-class EventWriter:
+class EventWriter(AnswerEvents):
     """The chunks of a chat completion as the events of a response."""
 
     def __init__(self, asked: Mapping[str, Any]) -> None:
-        self._asked = asked
-        self._answer = ChatAnswer()
+        super().__init__(asked)
         self._number = 0
-        self._open: Part | None = None
-
-    def take(self, chunk: Mapping[str, Any]) -> bytes:
-        """The events that a chunk makes.
-
-        Raises:
-            ValueError, TypeError, AttributeError, KeyError: it has another shape than OpenAI's.
-        """
-        pieces = list(self._answer.take(chunk))
-        return self._begin() + b"".join([self._piece(piece) for piece in pieces])
 
     def finish(self) -> bytes:
-        """The events that end it."""
+        """As ``AnswerEvents``."""
         status = _ending(self._answer)
         last = self._begin() + self._done()
         return last + self._event(status, response=_response(self._answer, self._asked, status))
