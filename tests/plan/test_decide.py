@@ -195,6 +195,24 @@ def test_levels_whose_kl_cannot_be_told_apart_are_equal_and_the_smaller_wins():
     assert decide(plan(), alike, bar=bar, reference="F16").quality == "Q6_K"
 
 
+@pytest.mark.parametrize(
+    ("units", "tokens", "rounds"),
+    [
+        ((0.1, 0.2), (300,), (50.0, math.nan)),
+        ((0.1, math.nan), (300, 300), (50.0, math.inf)),
+        ((0.1, 0.2), (0, 0), (50.0, -1.0)),
+        ((0.1,), (300,), (0.0, 0.0)),
+    ],
+)
+def test_units_and_rounds_that_make_no_sense_are_as_good_as_none(units, tokens, rounds):
+    odd = [dataclasses.replace(each, unit_kl=units, unit_tokens=tokens) for each in fidelities()]
+    measured = [dataclasses.replace(each, decode_rounds=rounds) for each in results()]
+    plain = [dataclasses.replace(each, decode_rounds=()) for each in results()]
+    found = decide(plan(), odd, measured, bar="kl < 0.1", reference="F16")
+    assert found.quality == decide(plan(), fidelities(), plain, bar="kl < 0.1", reference="F16").quality
+    assert len(found.certainty) >= 1
+
+
 def test_a_decision_says_how_often_its_evidence_would_choose_the_same():
     clear = decide(plan(), fidelities(), timed({"Q6_K": 50, "Q4_K_M": 80}, 0.005), bar="kl < 0.1", reference="F16")
     assert (clear.certainty[0].quality, clear.certainty[0].speed) == (clear.quality, clear.speed)

@@ -93,7 +93,7 @@ def _other_documents(evidence: LadderEvidence, rng: np.random.Generator) -> dict
     worse than the worst here, and was too sure of itself.
     """
     found: dict[str, F64] = {}
-    known = {one.level: one.unit_kl for one in evidence.fidelities if len(one.unit_kl) > 1 and min(one.unit_kl) > 0}
+    known = {one.level: one.unit_kl for one in evidence.fidelities if one.has_units and min(one.unit_kl) > 0}
     for size in sorted({len(own) for own in known.values()}):
         alike = {level: own for level, own in known.items() if len(own) == size}
         logs = np.log(np.array(list(alike.values())))
@@ -155,9 +155,10 @@ def _moved_rates(evidence: LadderEvidence, rng: np.random.Generator) -> dict[str
     rounds = {one.level: one.decode_rounds for one in evidence.results}
     rounds |= {level: one.rounds for level, one in evidence.speeds.items()}
     found: dict[str, NDArray[np.float64]] = {}
-    for size in sorted({len(own) for own in rounds.values() if len(own) > 1}):
-        alike = {level: own for level, own in rounds.items() if len(own) == size and min(own) > 0}
-        logs = np.log(np.array(list(alike.values())).reshape(-1, size))
+    known = {level: own for level, own in rounds.items() if len(own) > 1 and _are_rates(own)}
+    for size in sorted({len(own) for own in known.values()}):
+        alike = {level: own for level, own in known.items() if len(own) == size}
+        logs = np.log(np.array(list(alike.values())))
         drift = logs.mean(axis=0)
         means = (logs - drift).mean(axis=1, keepdims=True)
         rest = logs - drift - means
@@ -166,6 +167,10 @@ def _moved_rates(evidence: LadderEvidence, rng: np.random.Generator) -> dict[str
         anew = drift + means + shift + error * rng.normal(0.0, 1.0, rest.shape)
         found |= dict(zip(alike, np.exp(anew), strict=True))
     return found
+
+
+def _are_rates(rounds: Sequence[float]) -> bool:
+    return all(0 < rate < math.inf for rate in rounds)
 
 
 def _at_rates(one: WorkloadResult, moved: Mapping[str, NDArray[np.float64]]) -> WorkloadResult:

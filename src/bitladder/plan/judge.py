@@ -139,7 +139,7 @@ class Judged:
         """Whether the mean KL of both differs by more than chance on the same units of text; True where only the means
         are known."""
         one, two = self.evidence.fidelity, other.evidence.fidelity
-        if one is None or two is None or len(one.unit_kl) != len(two.unit_kl) or len(one.unit_kl) < 2:
+        if one is None or two is None or not (one.has_units and two.has_units) or one.unit_tokens != two.unit_tokens:
             return True
         return differs(one.unit_kl, two.unit_kl, one.unit_tokens)
 

@@ -58,3 +58,10 @@ class Fidelity:
     """Scored tokens of each unit."""
     way: Way = Way.WALK
     """Figures of different ways are not compared with one another."""
+
+    @property
+    def has_units(self) -> bool:
+        """Whether the figures of at least two units are there and make sense: earlier versions kept none, and a record
+        may come from anywhere."""
+        whole = 1 < len(self.unit_kl) == len(self.unit_tokens) and min(self.unit_tokens) > 0
+        return whole and all(0 <= kl < math.inf for kl in self.unit_kl)
