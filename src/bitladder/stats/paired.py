@@ -103,7 +103,7 @@ def ratio_interval(first: ArrayLike, second: ArrayLike, *, confidence: float = 0
     a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     if a.shape != b.shape:
         raise ValueError(f"rounds must be pairs, got {a.size} and {b.size}")
-    if a.size == 0 or not all(np.all((0 < one) & (one < np.inf)) for one in (a, b)):
+    if a.size == 0 or not all(np.all((one > 0) & (one < np.inf)) for one in (a, b)):
         return math.nan, 0.0, math.inf
     logs = np.log(a) - np.log(b)
     ratio = math.exp(logs.mean())
