@@ -133,6 +133,7 @@ def _assessed(given: _Given) -> RunRecord:
     with timed("quantize"):
         built = ladder_files(job, levels, given.build, importance=importance, calibrated=calibrated)
         built = identified(built, making_of(job, given.build, importance), given.recorded, job)
+        _tell_twins(given, built)
         if given.projector and any(file.path.parent == given.build.out for file in built.values()):
             deliver(given.projector, given.build.out, job.journal)
     with timed("walk"):
@@ -287,6 +288,15 @@ def _levels_to_build(given: _Given, plan: Plan) -> list[Level]:
     rows = [row for row in plan.levels if row.level != own]
     levels = [(row, named[row.level]) for row in rows]
     return [level for row, level in levels if row.fits or level == reference or level.container is Container.FOLDER]
+
+
+def _tell_twins(given: _Given, built: Mapping[Subject, LevelFile]) -> None:
+    """Say which levels are other levels byte for byte: a small model's rows fit few types."""
+    for subject, first in given.recorded.one_of_each(built).items():
+        if subject != first:
+            line = f"{subject.level} is {first.level} byte for byte: what is measured of one holds for both"
+            given.job.journal.reused.append(line)
+            given.job.journal.say(f"{line}.")
 
 
 def _needs_engine(given: _Given, levels: Sequence[Level]) -> bool:

@@ -125,3 +125,15 @@ def test_stored_speeds_are_taken_when_all_are_of_the_same_turns(monkeypatch, fil
         recorded.keep_speed(levels[0].subject, {"engine": "clock"}, Speed(1.0, 99.0, 0.5))  # of an earlier version
         anew, stored = speeds_in_turns(levels, recorded, Work())
         assert not stored and anew[0].decode_tokens_per_s == 10
+
+
+def test_of_equal_files_one_is_timed(monkeypatch, files):
+    monkeypatch.setattr("bitladder.stages.run_facts.engine_facts", lambda **given: {"engine": "clock"})
+    clocks = Clocks(monkeypatch, {"a": 10, "b": 20, "c": 30}, quiet())
+    levels = [
+        LevelToAsk(Subject("source", path.name, file=sha256), path) for path, sha256 in zip(files, "xyx", strict=True)
+    ]
+    with Evidence.open() as store:
+        found, _ = speeds_in_turns(levels, Recorded(store), Work())
+    assert [speed.decode_tokens_per_s for speed in found] == [10, 20, 10]
+    assert clocks.started == ["a", "b"]

@@ -289,16 +289,19 @@ class _Ways:
             announce(job, "Fidelity is measured", refusal)
         stored = {one: self.recorded.fidelity(one, digest, self.reference, way=way) for one in subjects}
         found = {subject: fidelity for subject, fidelity in stored.items() if fidelity is not None}
-        missing = [subject for subject in subjects if subject not in found]
         job.journal.reuse("fidelity", [subject.level for subject in found])
-        for subject in missing:
-            job.progress.on_level(LevelNews(subject.level, "measuring"))
+        for subject in subjects:
+            if subject not in found:
+                job.progress.on_level(LevelNews(subject.level, "measuring"))
+        same = self.recorded.one_of_each([subject for subject in subjects if subject not in found])
+        missing = [subject for subject in same if same[subject] == subject]
         if missing:
             windows = job.windows(self.texts)
             measured = self._in_engine(missing, windows) if way is Way.ENGINE else self._walked(missing, windows)
             for subject, fidelity in zip(missing, measured, strict=True):
                 self.recorded.keep_fidelity(subject, digest, fidelity, self.reference)
                 found[subject] = fidelity
+        found |= {subject: replace(found[one], level=subject.level) for subject, one in same.items() if one != subject}
         for subject in subjects:
             job.progress.on_level(LevelNews(subject.level, "measured", kl_mean=found[subject].kl_mean))
         return [found[subject] for subject in subjects]

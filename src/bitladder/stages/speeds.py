@@ -71,7 +71,10 @@ def speeds_in_turns(levels: Sequence[LevelToAsk], recorded: Recorded, work: Work
     known = [speed for speed in stored if speed is not None and speed.turns and not speed.disturbed]
     if len(known) == len(levels) and len({speed.turns for speed in known}) == 1:
         return known, True
-    speeds = measure_in_turns([level.path for level in levels], work)
+    same = recorded.one_of_each([level.subject for level in levels])
+    timed = {level.subject: level.path for level in levels if same[level.subject] == level.subject}
+    speed_of = dict(zip(timed, measure_in_turns(list(timed.values()), work), strict=True))
+    speeds = [speed_of[same[level.subject]] for level in levels]
     for level, fact, speed in zip(levels, facts, speeds, strict=True):
         recorded.keep_speed(level.subject, fact, speed)
     return speeds, False
