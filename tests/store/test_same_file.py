@@ -3,14 +3,17 @@
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
+from bitladder.describe.windows import Window
 from bitladder.records.evaluation import Answer, Speed
 from bitladder.records.level_file import Making, StoredFile
 from bitladder.stages import measure
 from bitladder.stages.job import Work
 from bitladder.store.evidence import Evidence
 from bitladder.store.recorded import Recorded, Subject
+from bitladder.walk.head import TokenScores
 from ladder_examples import fidelity
 
 ENGINE = {"engine": "fake"}
@@ -81,15 +84,15 @@ def test_rows_that_others_wrote_name_nothing(recorded):
 def test_of_equal_files_one_is_measured(recorded, monkeypatch):
     keep(recorded, A, "f" * 64)
     keep(recorded, B, "f" * 64)
-    walked = []
+    walked, windows = [], [Window("a", np.arange(7))]
 
     def walk(self, missing, windows):
         walked.append([one.level for one in missing])
-        return [fidelity(one.level, 0.2) for one in missing]
+        return [(TokenScores(np.ones(3), np.ones(3), np.zeros(3)),) * 2 for _ in missing]
 
-    monkeypatch.setattr(measure._Ways, "_walked", walk)
+    monkeypatch.setattr(measure.Ways, "_walked", walk)
     monkeypatch.setattr(measure, "way_for", lambda *_: measure.Way.WALK)
-    job = SimpleNamespace(**vars(Work()), source=None, text_key=lambda _: "text", windows=lambda _: [])
+    job = SimpleNamespace(**vars(Work()), source=None, text_key=lambda _: "text", windows=lambda _: windows)
     for subjects in ([C, A, B], [B], [B, A]):
         found = measure.fidelities(job, subjects, None, [], recorded, files=None)
         assert [one.level for one in found] == [one.level for one in subjects]
