@@ -16,10 +16,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from bitladder.records.decision import Decision, Loss, Status
+
 SHARE_TRUSTED = 0.95
 """A pair of tiers that so many resamples of the evidence choose is settled."""
-LEAST_SHARE = 0.02
-"""Of the resamples, below which another pair is no rival."""
 
 
 class Kind(StrEnum):
@@ -105,6 +105,21 @@ def next_piece(
         if piece := _affordable(kind, names, start, stop, cost, left):
             return piece
     return None
+
+
+def open_levels(decision: Decision, sizes: Mapping[str, int]) -> set[str]:
+    """Levels whose place may still change: the tiers themselves, which are what is deployed; those of other pairs that
+    resamples choose; and those of which it cannot be told whether they hold the bar, unless they are larger than a
+    quality tier without a loss that can be told. ``sizes``: bytes by level."""
+    found = {decision.quality, decision.speed}
+    first, *others = decision.certainty or (None,)
+    if first is not None and first.share < SHARE_TRUSTED:
+        found |= {name for pair in others if pair for name in (pair.quality, pair.speed)}
+    lossless = {one.level for one in decision.verdicts if one.loss is Loss.NOT_SEEN}
+    limit = sizes.get(decision.quality or "", math.inf) if decision.quality in lossless else math.inf
+    unknown = (one.level for one in decision.verdicts if one.status is Status.UNKNOWN)
+    found |= {level for level in unknown if sizes.get(level, 0) < limit}
+    return {level for level in found if level is not None}
 
 
 def _share(kind: Kind, seen: Sequence[Seen], totals: Mapping[Kind, int], still_open: Collection[str]) -> float:

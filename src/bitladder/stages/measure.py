@@ -261,10 +261,7 @@ def fidelities(
         UnknownArchitecture: neither way can go.
         BitladderError: anything else a user can meet.
     """
-    if not subjects:
-        return []
-    measuring = Ways(job, candidates, files, texts, recorded, reference)
-    return measuring.tried(lambda way, refusal: measuring.all_of(subjects, way, refusal), through)
+    return Ways(job, candidates, files, texts, recorded, reference).fidelities(subjects, through)
 
 
 @dataclass(frozen=True)
@@ -277,6 +274,12 @@ class Ways:
     texts: Sequence[Document]
     recorded: Recorded
     reference: Subject | None
+
+    def fidelities(self, subjects: Sequence[Subject], through: Way | None = None) -> list[Fidelity]:
+        """As the function of this name."""
+        if not subjects:
+            return []
+        return self.tried(lambda way, refusal: self.all_of(subjects, way, refusal), through)
 
     def tried(self, measure: Callable[[Way, UnknownArchitecture | None], T], through: Way | None = None) -> T:
         """What ``measure`` gives on the way ``through``; by default on the walk where it can go, else in the engine,

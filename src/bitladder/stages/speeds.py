@@ -83,8 +83,8 @@ def speeds_in_turns(levels: Sequence[LevelToAsk], recorded: Recorded, work: Work
     return speeds, False
 
 
-def measure_in_turns(paths: Sequence[Path], work: Work) -> list[Speed]:
-    """Speeds of models in files or folders, measured in turns.
+def measure_in_turns(paths: Sequence[Path], work: Work, *, most: int = MOST_ROUNDS) -> list[Speed]:
+    """Speeds of models in files or folders, measured in turns, in at most so many rounds.
 
     Raises:
         EngineError: an engine failed.
@@ -93,12 +93,12 @@ def measure_in_turns(paths: Sequence[Path], work: Work) -> list[Speed]:
     rounds: list[list[_Round]] = []
     with ExitStack() as stack:
         engines = _Engines(paths, work, stack)
-        for number in range(MOST_ROUNDS):
-            work.progress("speeds, rounds", number, MOST_ROUNDS)
+        for number in range(most):
+            work.progress("speeds, rounds", number, most)
             rounds.append([engines.rates(at, number) for at in range(len(paths))])
             if _enough(rounds, time.monotonic() - began):
                 break
-    work.progress("speeds, rounds", MOST_ROUNDS, MOST_ROUNDS)
+    work.progress("speeds, rounds", most, most)
     prefills = [_prefill(own) for own in zip(*rounds, strict=True)]
     kept = zip(*_kept(rounds), strict=True)
     return [_speed(own, prefill, turns) for own, prefill in zip(kept, prefills, strict=True)]
