@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import typer
 from bitladder.cli.grouped import grouped
 from bitladder.cli.terminal import JsonFlag, ModelArgument, print_json, progress_display, say, verb
 from bitladder.errors import UsageError
-from bitladder.files.probe import available_cores
+from bitladder.files.probe import available_cores, bound_cores
 from bitladder.records.plan import DEFAULT_CTX
 from bitladder.units import human_bytes, parse_bytes
 
@@ -98,12 +99,28 @@ def way_named(text: str | None) -> Way | None:
 
 
 @contextmanager
+def _libraries_keep_to(threads: int) -> Iterator[None]:
+    """Torch and BLAS, which are loaded within, start no more threads than that, nor do child processes. Left to
+    themselves they look at the affinity mask and not at quotas. The user's own ``OMP_NUM_THREADS`` wins.
+    """
+    name = "OMP_NUM_THREADS"
+    if name in os.environ or threads >= bound_cores():
+        yield
+        return
+    os.environ[name] = str(threads)
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)
+
+
+@contextmanager
 def working(threads: int, device: str = CPU, *, quiet: bool = False) -> Iterator[Work]:
     """Work that shows where it is and says what it has to say, unless ``quiet``; raises UsageError for a device that
     is not here."""
     from bitladder.stages.job import Journal, Work
 
-    with progress_display(quiet=quiet) as progress:
+    with _libraries_keep_to(threads), progress_display(quiet=quiet) as progress:
         journal = Journal() if quiet else Journal(say)
         yield Work(threads=threads, device=known_device(device), progress=progress, journal=journal)
 

@@ -120,7 +120,8 @@ def _machine(words: str | None) -> tuple[Machine, MachineRates, int, tuple[str, 
         described = parse_machine(words)
         return described.machine, MachineRates(described.cpu, described.gpu), described.shareable, described.assumed
     machine, rates = the_machine(None)
-    share = next(share for most, share in _UNIFIED_SHARE if machine.ram_total <= most) if machine.unified else 1.0
+    apple = machine.unified and not machine.gpus  # NVIDIA's share all of it
+    share = next(share for most, share in _UNIFIED_SHARE if machine.ram_total <= most) if apple else 1.0
     return machine, rates, int(machine.ram_total * share), ()
 
 
