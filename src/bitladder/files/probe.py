@@ -15,7 +15,9 @@ import subprocess
 from pathlib import Path
 from typing import Self
 
+from bitladder import system
 from bitladder.describe.machine import Gpu, Machine
+from bitladder.files import probe_commands
 from bitladder.files.folders import cache_folder
 from bitladder.units import MiB
 
@@ -39,6 +41,7 @@ def probe_machine(folder: Path | None = None) -> Machine:
     limit, used = cgroup_memory()
     if limit:
         total, available = min(total, limit), min(available, max(0, limit - used))
+    unified = system.MACOS and platform.machine() == "arm64"
     return Machine(
         cpu=name,
         cores=available_cores(),
@@ -46,8 +49,8 @@ def probe_machine(folder: Path | None = None) -> Machine:
         ram_total=total,
         ram_available=available,
         disk_free=disk_free(folder or cache_folder()),
-        gpus=probe_gpus(),
-        unified=platform.system() == "Darwin" and platform.machine() == "arm64",
+        gpus=(*probe_gpus(), *_other_gpus(total, available)),
+        unified=unified,
     )
 
 
@@ -186,6 +189,16 @@ def probe_gpus() -> tuple[Gpu, ...]:
     return parse_nvidia_smi(done.stdout) if done.returncode == 0 else ()
 
 
+def _other_gpus(total: int, available: int) -> tuple[Gpu, ...]:
+    """GPUs that macOS and Windows know of, but for NVIDIA's. Arguments: bytes of RAM, in all and available."""
+    found: tuple[Gpu, ...] = ()
+    if system.MACOS:
+        found = probe_commands.mac_gpus(total, available)
+    elif system.WINDOWS:
+        found = probe_commands.windows_gpus()
+    return tuple(gpu for gpu in found if "nvidia" not in gpu.name.lower())
+
+
 def parse_nvidia_smi(text: str) -> tuple[Gpu, ...]:
     """Rows of ``name, total MiB, free MiB``. Rows without numbers ("[N/A]": memory shared with the CPU) are
     left out.
@@ -204,6 +217,10 @@ def cpu_name() -> str:
 
 def _cpu() -> tuple[str, tuple[str, ...]]:
     """The processor's name and those of its vector features that matter here."""
+    if system.MACOS and (found := probe_commands.mac_processor())[0]:
+        return found
+    if system.WINDOWS and (windows := probe_commands.windows_processor()):
+        return windows, ()
     fields: dict[str, str] = {}
     for line in _read(_CPUINFO).splitlines():
         key, _, value = line.partition(":")
