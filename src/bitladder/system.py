@@ -171,7 +171,8 @@ def peak_memory() -> int:
     if resource is None:
         import psutil
 
-        return int(psutil.Process().memory_info().peak_wset)
+        found: Any = psutil.Process().memory_info()  # peak_wset is Windows' own
+        return int(found.peak_wset)
     return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * (1 if MACOS else 1024)
 
 
