@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from bitladder.cli.completion import level_names
 from bitladder.cli.grouped import grouped
 from bitladder.cli.terminal import JsonFlag, ModelArgument, print_json, progress_display, say, verb
 from bitladder.errors import UsageError
@@ -32,7 +33,10 @@ Context = Annotated[
 Levels = Annotated[
     str | None,
     typer.Option(
-        "--levels", metavar="L1,L2", help="Only these levels; all of the ladder by default (a gate needs them)."
+        "--levels",
+        metavar="L1,L2",
+        help="Only these levels; all of the ladder by default (a gate needs them).",
+        autocompletion=level_names,
     ),
 ]
 Threads = Annotated[int, typer.Option("--threads", min=1, help="Worker threads.", show_default="all cores it may use")]
@@ -138,7 +142,7 @@ class QuantizeOptions(WorkOptions):
     """What ``quantize`` is asked."""
 
     model: ModelArgument
-    to: Annotated[str, typer.Option("--to", metavar="L1,L2", help="The levels to write.")]
+    to: Annotated[str, typer.Option("--to", metavar="L1,L2", help="The levels to write.", autocompletion=level_names)]
     out: Annotated[Path, typer.Option("--out", help="Folder to write into.")] = Path()
     imatrix: Importance = "auto"
     text: CalibrationTexts = None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bitladder.cli.build import ALL_CORES, Context, Threads, working
+from bitladder.cli.completion import level_names, model_names
 from bitladder.cli.grouped import grouped
 from bitladder.cli.options import KeyFiles, KeyNames, endpoint_named
 from bitladder.cli.settings_file import options_from
@@ -30,12 +31,14 @@ if TYPE_CHECKING:
 AUTO_ENGINE = "auto"
 _ENDPOINT_SLOTS = 64  # requests at once to an endpoint, which has a queue of its own
 
+_TIER = "A level, a GGUF file, or URL[#MODEL]."
 TierModel = Annotated[
     str | None,
     typer.Argument(
         metavar="[MODEL]",
         help="What levels are levels of: a GGUF file, a checkpoint folder, hf:org/name[@revision], or smollm2-135m. "
         "Not needed when every tier is a file or an endpoint.",
+        autocompletion=model_names,
     ),
 ]
 
@@ -45,8 +48,8 @@ class TierOptions:
     """Which two tiers a deployment has."""
 
     model: TierModel = None
-    quality: Annotated[str | None, typer.Option("--quality", help="A level, a GGUF file, or URL[#MODEL].")] = None
-    speed: Annotated[str | None, typer.Option("--speed", help="A level, a GGUF file, or URL[#MODEL].")] = None
+    quality: Annotated[str | None, typer.Option("--quality", help=_TIER, autocompletion=level_names)] = None
+    speed: Annotated[str | None, typer.Option("--speed", help=_TIER, autocompletion=level_names)] = None
     name: Annotated[
         str | None, typer.Option("--name", help="What the deployment is called.", show_default="the model's name")
     ] = None
@@ -384,8 +387,8 @@ _SIDE = "A GGUF file, hf:org/name:LEVEL, URL[#MODEL], or with --of a level."
 
 @verb
 def compare(
-    a: Annotated[str, typer.Argument(metavar="A", help=_SIDE)],
-    b: Annotated[str, typer.Argument(metavar="B", help=_SIDE)],
+    a: Annotated[str, typer.Argument(metavar="A", help=_SIDE, autocompletion=level_names)],
+    b: Annotated[str, typer.Argument(metavar="B", help=_SIDE, autocompletion=level_names)],
     prompt: Annotated[str, typer.Argument(help="What to ask both.")],
     of: Annotated[
         str | None, typer.Option("--of", metavar="MODEL", help="The model that A and B are levels of.")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bitladder.cli.build import Context, Levels, split_levels
+from bitladder.cli.completion import planned_names
 from bitladder.cli.grouped import grouped
 from bitladder.cli.terminal import JsonFlag, print_json, progress_display, put, say, verb
 from bitladder.errors import UsageError
@@ -62,7 +63,9 @@ class PlanOptions:
     model: Annotated[
         str | None,
         typer.Argument(
-            metavar="[MODEL]", help="A file, a folder, hf:, ollama:, lmstudio: or a catalogue name; none searches."
+            metavar="[MODEL]",
+            help="A file, a folder, hf:, ollama:, lmstudio: or a catalogue name; none searches.",
+            autocompletion=planned_names,
         ),
     ] = None
     ctx: Context = None

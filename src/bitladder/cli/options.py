@@ -21,6 +21,7 @@ from bitladder.cli.build import (
     known_device,
     split_levels,
 )
+from bitladder.cli.completion import level_names
 from bitladder.cli.terminal import ModelArgument, say
 from bitladder.errors import UsageError
 
@@ -66,6 +67,7 @@ class RunOptions(WorkOptions):
             "--reference",
             metavar="LEVEL|FILE.jsonl|URL#MODEL",
             help="What answers are compared with, instead of the source: a level, stored answers, or an endpoint.",
+            autocompletion=level_names,
         ),
     ] = None
     also: Annotated[
