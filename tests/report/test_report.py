@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import itertools
 import json
 import math
 import re
@@ -26,7 +27,7 @@ from bitladder.report.rows import UNKNOWN, level_rows, number, small
 from bitladder.report.wording import wording_lines, wording_notes
 from bitladder.report.words import word_diff
 from bitladder.units import GiB, human_bytes
-from ladder_examples import SPEED_TEXTS, answers, fidelities, run_record
+from ladder_examples import CROWDS, SPEED_TEXTS, answers, fidelities, run_record
 
 VOID = {"meta", "link", "br", "img"}
 
@@ -243,10 +244,9 @@ def test_dots_stand_where_their_numbers_say():
     curve = numbers(r"([\d.]+),([\d.]+)", re.search(r'class="curve" points="([^"]+)"', svg)[1])
     assert [x for x, _ in curve] == sorted(x for x, _ in curve)
     by_level = dict(zip([p.label for p in sorted(POINTS, key=lambda p: p.x)], curve, strict=True))
-    # linear across: 40 MiB are as wide between 160 and 200 as they are anywhere
-    per_mib = (by_level["Q8_0"][0] - by_level["Q6_K"][0]) / 40
-    assert by_level["Q6_K"][0] - by_level["Q4_K_M"][0] == pytest.approx(36 * per_mib, abs=0.2)
-    # logarithmic down: equal factors are equal heights
+    # logarithmic across and down: equal factors are equally far apart
+    per_factor = (by_level["Q8_0"][0] - by_level["Q6_K"][0]) / math.log(200 / 160)
+    assert by_level["Q6_K"][0] - by_level["Q4_K_M"][0] == pytest.approx(math.log(160 / 124) * per_factor, abs=0.2)
     per_e_fold = (by_level["Q8_0"][1] - by_level["Q6_K"][1]) / math.log(0.013 / 0.004)
     assert by_level["Q3_K_M"][1] - by_level["Q2_K"][1] == pytest.approx(math.log(10) * per_e_fold, abs=0.3)
     limit = float(re.search(r'class="limit"[^>]* y1="([\d.]+)"', svg)[1])
@@ -261,26 +261,53 @@ def test_whiskers_span_the_interval():
     assert (low + high) / 2 == pytest.approx(dot[1], abs=0.2)
 
 
-def test_labels_do_not_overlap_and_stay_inside():
-    crowd = [Point(f"Q{n}_K_M", 100 + n * 3, 0.05 * 1.1**-n, 0.04, 0.06) for n in range(8)]
-    for width in (360, 420, 600):
-        boxes = []
-        svg = loss_chart(crowd, SIZE, width=width, height=380)
-        for x, y, anchor, text in re.findall(
-            r'class="label[^"]*" x="([\d.]+)" y="([\d.]+)" text-anchor="(\w+)">([^<]+)', svg
-        ):
-            wide = len(text) * 6.7
-            left = float(x) - (wide if anchor == "end" else 0)
-            boxes.append((left, float(y) - 11, left + wide, float(y) + 3))
-        assert len(boxes) == 8
-        assert all(box[0] >= 0 and box[2] <= width for box in boxes)
-        overlapping = [
-            (a, b)
-            for n, a in enumerate(boxes)
-            for b in boxes[n + 1 :]
-            if min(a[2], b[2]) - max(a[0], b[0]) > 2 and min(a[3], b[3]) - max(a[1], b[1]) > 2
-        ]
-        assert not overlapping
+def covered(svg):
+    """Boxes of marks and intervals, and boxes of texts inside the plot."""
+    marks = [
+        (x - 4.5, y - 4.5, x + 4.5, y + 4.5)
+        for x, y in numbers(r'<circle class="dot" cx="([\d.]+)" cy="([\d.]+)"', svg)
+    ]
+    marks += [(x, y, x + 12, y + 12) for x, y in numbers(r'<rect class="dot \w+" x="([\d.]+)" y="([\d.]+)"', svg)]
+    marks += [(x - 8, y, x + 8, y + 16) for x, y in numbers(r'<path class="dot speed" d="M([\d.]+) ([\d.]+)l', svg)]
+    bars = numbers(r'class="whisker[^"]*" d="M([\d.]+) ([\d.]+)V([\d.]+)', svg)
+    marks += [(x - 4, high, x + 4, low) for x, low, high in bars]
+    found = re.findall(
+        r'class="((?:cliff-|limit-)?label[^"]*)" x="([\d.]+)" y="([\d.]+)" text-anchor="(\w+)">([^<]+)', svg
+    )
+    texts = []
+    for kind, x, y, anchor, text in found:
+        wide = len(text) * (8.0 if " " in kind else 7.2)
+        left = float(x) - {"start": 0, "middle": wide / 2, "end": wide}[anchor]
+        texts.append((left, float(y) - 10, left + wide, float(y) + 2))
+    return marks, texts
+
+
+def overlap(one, other):
+    return min(one[2], other[2]) > max(one[0], other[0]) and min(one[3], other[3]) > max(one[1], other[1])
+
+
+@pytest.mark.parametrize("width", [360, 420, 600])
+@pytest.mark.parametrize("crowd", CROWDS)
+def test_names_cover_no_dot_no_bar_and_no_other_name(crowd, width):
+    svg = loss_chart(CROWDS[crowd], SIZE, limit=0.1, width=width, height=380)
+    marks, texts = covered(svg)
+    assert len(marks) == 2 * len(CROWDS[crowd])
+    assert not [(one, other) for one in texts for other in marks if overlap(one, other)]
+    assert not [(one, other) for one, other in itertools.combinations(texts, 2) if overlap(one, other)]
+    assert all(box[0] >= 0 and box[2] <= width and box[3] <= 380 - 44 for box in texts)
+    names = re.findall(r'class="label[^>]*>([^<]+)', svg)
+    assert len(names) == len(CROWDS[crowd]), "every level finds a place for its name"
+
+
+def test_a_name_far_from_its_dot_is_joined_to_it_and_one_without_a_place_is_left_out():
+    crowd = CROWDS["in a row"]
+    assert '<line class="leader"' in loss_chart(crowd, SIZE, width=360)
+    assert '<line class="leader"' not in loss_chart(crowd[:1], SIZE, width=360)
+    heap = [Point(f"Q4_K_{n:03}", 100, 0.05, 0.01, 0.2, "speed" if n == 60 else "") for n in range(100)]
+    names = re.findall(r'class="label[^>]*>([^<]+)', loss_chart(heap, SIZE, width=360))
+    assert names[0].startswith("Q4_K_060")
+    assert 5 < len(names) < 100
+    assert loss_chart(heap, SIZE, width=360).count('class="dot"') == 99
 
 
 def test_the_cliff_is_the_steepest_step_that_matters():

@@ -18,9 +18,11 @@ from bitladder.levels import parse_levels
 from bitladder.plan.ladder import make_plan
 from bitladder.plan.whatif import what_if
 from bitladder.records import to_json
+from bitladder.report import render_html
+from bitladder.report.chart import Axis, loss_chart
 from bitladder.serve.page_app import PAGE, build_page
 from bitladder.units import GiB, MiB
-from ladder_examples import run_record
+from ladder_examples import CROWDS, crowded_record, run_record
 from page_gateway import EVIL, Fake, gateway_app, serving
 
 SWITCHES = (
@@ -455,6 +457,66 @@ def test_words_are_matched_like_in_the_report(page):
     assert [s["text"] for s in told] == ["called ", "Rayleigh Blood", "atmospheric light", ", so"]
     told = page.evaluate(script, [["The fee shall be $100.", "The fee will be $120 now."]])[0]
     assert [s["kind"] for s in told] == ["same", "removed", "added", "same", "removed", "added", "same"]
+
+
+@pytest.mark.parametrize("ladder", [True, False], ids=["size", "speed"])
+@pytest.mark.parametrize("crowd", CROWDS)
+def test_names_in_charts_stand_where_the_report_has_them(page, crowd, ladder):
+    script = """async ([points, options]) => {
+        const { lossChart } = await import('/chart.js');
+        const svg = lossChart(points, options);
+        const words = (one, names) => names.map((name) => one.getAttribute(name).trim());
+        const places = (one, names) => names.map((name) => Number(one.getAttribute(name)));
+        return [
+            ...[...svg.querySelectorAll('text:not(.title)')].map((one) =>
+                [[...words(one, ['class', 'text-anchor']), one.textContent], places(one, ['x', 'y'])]),
+            ...[...svg.querySelectorAll('.leader')].map((one) =>
+                [words(one, ['class']), places(one, ['x1', 'y1', 'x2', 'y2'])]),
+        ];
+    }"""
+    for width in (340, 560, 1090):
+        options = {"title": "size, MiB", "width": width, "limit": 0.1, "ladder": ladder}
+        here = page.evaluate(script, [[dataclasses.asdict(point) for point in CROWDS[crowd]], options])
+        svg = loss_chart(CROWDS[crowd], Axis("size", "MiB", ladder=ladder), limit=0.1, width=width)
+        texts = re.findall(r'<text class="(.*?)" x="(.*?)" y="(.*?)" text-anchor="(.*?)">(.*?)</text>', svg)
+        there = [[[kind, anchor, text], [float(x), float(y)]] for kind, x, y, anchor, text in texts if kind != "title"]
+        leaders = re.findall(r'<line class="leader" x1="(.*?)" y1="(.*?)" x2="(.*?)" y2="(.*?)"/>', svg)
+        there += [[["leader"], [*map(float, leader)]] for leader in leaders]
+        assert len(here) == len(there) > len(CROWDS[crowd])
+        for (words, places), (same_words, same_places) in zip(sorted(here), sorted(there), strict=True):
+            assert words == same_words
+            assert places == pytest.approx(same_places, abs=0.11), words
+
+
+COVERED = """() => [...document.querySelectorAll('svg.chart')].filter((svg) => svg.checkVisibility()).map((svg) => {
+    const boxes = (kinds) => [...svg.querySelectorAll(kinds)].map((one) => {
+        const { x, y, width, height } = one.getBBox();
+        return [x, y, x + width, y + height, one.textContent];
+    });
+    const common = (a, b, from) => Math.min(a[from + 2], b[from + 2]) - Math.max(a[from], b[from]);
+    const hit = (a, b) => common(a, b, 0) > 0.5 && common(a, b, 1) > 1;
+    const texts = boxes('.label, .limit-label, .cliff-label');
+    const marks = boxes('.dot, .whisker');
+    const { width } = svg.viewBox.baseVal;
+    return {
+        names: texts.length,
+        over: texts.flatMap((a, n) =>
+            [...marks, ...texts.slice(n + 1)].filter((b) => hit(a, b)).map((b) => [a[4], b[4]])),
+        out: texts.filter((a) => a[0] < 0 || a[2] > width).map((a) => a[4]),
+    };
+})"""
+
+
+@pytest.mark.parametrize("width", [1366, 390])
+def test_the_reports_charts_are_clear_and_nothing_runs_off_the_page(browser, width):
+    opened = browser.new_page(viewport={"width": width, "height": 900})
+    opened.set_content(render_html(crowded_record()))
+    charts = opened.evaluate(COVERED)
+    assert [chart["names"] >= 10 for chart in charts] == [True, True]
+    assert [(chart["over"], chart["out"]) for chart in charts] == [([], []), ([], [])]
+    opened.evaluate("document.querySelectorAll('details').forEach((one) => one.open = true)")
+    assert opened.evaluate("document.documentElement.scrollWidth") <= width
+    opened.close()
 
 
 # ---- what stands behind it
