@@ -7,6 +7,7 @@ import json
 import math
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -22,12 +23,13 @@ from bitladder.records.wording import Substitution, WordingChanges
 from bitladder.report import fidelity_table, plan_table, print_run, read_run, render_html, write_html, write_run
 from bitladder.report.answers import compared_answers
 from bitladder.report.chart import Axis, Point, find_cliff, loss_chart
-from bitladder.report.facts import facts
+from bitladder.report.facts import NAMES, facts
+from bitladder.report.meanings import HEADS, VERDICTS
 from bitladder.report.rows import UNKNOWN, level_rows, number, small
 from bitladder.report.wording import wording_lines, wording_notes
 from bitladder.report.words import word_diff
 from bitladder.units import GiB, human_bytes
-from ladder_examples import CROWDS, SPEED_TEXTS, answers, fidelities, run_record
+from ladder_examples import CROWDS, SPEED_TEXTS, answers, crowded_record, fidelities, run_record
 
 VOID = {"meta", "link", "br", "img"}
 
@@ -88,6 +90,14 @@ def test_the_file_is_whole_and_loads_nothing(record):
     assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in page.find("meta")
     assert all("scope" in attrs for attrs in page.find("th"))
     assert all(attrs.get("role") == "img" and "aria-labelledby" in attrs for attrs in page.find("svg"))
+
+
+def test_heads_and_verdicts_say_what_they_mean(record):
+    page = Page(render_html(record))
+    titles = [attrs["title"] for attrs in page.find("abbr")]
+    assert titles == [*HEADS.values()]
+    assert {attrs["title"] for attrs in page.find("strong") if "title" in attrs} <= {*VERDICTS.values()}
+    assert [*VERDICTS] == [*Status]
 
 
 def test_it_says_everything_the_table_needs(record):
@@ -172,11 +182,38 @@ def test_writing_is_whole_or_not_at_all(record, tmp_path):
         write_html(record, tmp_path / "file" / "report.html")
 
 
-def test_settings_are_told_in_words():
-    told = facts(
-        {"ram_total": 8 * GiB, "engine": {"n_ctx": 512, "cpu": None}, "features": ["avx2", "fma"], "unified": False}
-    )
-    assert told == [("ram total", "8.00 GiB"), ("engine", "n ctx 512"), ("features", "avx2; fma")]
+FACTS = {
+    "cpu": "a CPU", "cores": 2, "ram_total": 8 * GiB, "features": ["avx2", "fma"], "unified": False,
+    "gpus": [{"name": "RTX 4090", "vram_total": 24 * GiB, "vram_free": 20 * GiB, "bandwidth": 1e12, "flops": 0.0}],
+    "text": {"documents": ["essay", "code"], "sha256": "ab"},
+    "engine": {
+        "engine": "xllamacpp", "version": "1", "n_ctx": 512, "n_parallel": 4, "threads": 2, "cpu": "a CPU",
+    },
+    "temperature": 0.0, "some_thing": {"n_ctx": 3, "none": None}, "nothing": None, "constructor": 1,
+}  # fmt: skip
+
+
+def test_settings_are_written_in_words():
+    found = dict(facts(FACTS))
+    assert found == {
+        "Processor": "a CPU", "Cores": "2", "Memory": "8.00 GiB", "Instruction sets": "avx2; fma",
+        "GPUs": "RTX 4090, 24.0 GiB, of which 20.0 GiB free", "Text measured on": "essay; code; SHA-256 ab",
+        "Engine": "xllamacpp 1, 512 tokens for each request, requests at once: 4, threads: 2",
+        "Temperature": "0", "Some thing": "n ctx 3", "Constructor": "1",
+    }  # fmt: skip
+    old = dict(facts({"engine": {"n_ctx": 512, "cpu": None}}))
+    assert old == {"Engine": "n ctx 512"}, "a record of another version"
+
+
+def test_every_fact_of_a_machine_and_of_a_run_has_a_name_in_words():
+    from bitladder.describe.machine import Machine
+
+    run = json.loads((Path(__file__).parents[1] / "fixtures" / "records" / "run.json").read_text())
+    fields = {field.name for field in dataclasses.fields(Machine)} | run["settings"].keys()
+    assert fields <= NAMES.keys()
+    text = render_html(run_record(machine=run["machine"], settings=run["settings"]))
+    assert "<dt>Processor</dt>" in text
+    assert "n ctx" not in text
 
 
 # ---- records and back
@@ -379,7 +416,22 @@ def test_answers_with_another_outcome_come_first(record):
 
 def test_an_input_without_every_answer_is_still_shown(record):
     partial = dataclasses.replace(record, answers=(record.answers[0], answers("Q4_K_M", {"pens": SPEED_TEXTS["pens"]})))
-    assert [len(one.told) for one in compared_answers(partial)] == [2, 1, 1]
+    assert [len(one.shown) for one in compared_answers(partial)] == [2, 1, 1]
+
+
+def test_answers_of_levels_in_no_tier_are_there_too_and_the_same_words_once():
+    record = crowded_record()
+    assert (record.decision.quality, record.decision.speed) == ("Q5_K_M", "Q5_K_S")
+    first = compared_answers(record)[0]
+    assert [one.level for one in first.shown] == ["F16", "Q5_K_M", "Q5_K_S"]
+    assert [one.level for one in first.others] == [
+        "Q8_0", "Q6_K", "Q4_K_M", "Q4_K_S", "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K",
+    ]  # fmt: skip
+    text = render_html(record)
+    Page(text)
+    assert text.count("<del>8</del>") == 10, "every level's answer, with its differences"
+    assert text.count("Canberra.</p>") == 1, "what ten levels said alike is written once"
+    assert text.count("The very same words as the reference.") == 10
 
 
 # ---- the terminal
@@ -410,7 +462,13 @@ def test_plan_and_fidelity_tables(record):
     assert "KV cache" in planned
     measured = shown(fidelity_table, fidelities(), width=160)
     assert "0.0630–0.0770" in measured
-    assert "resample 30 documents" in measured
+    assert "over 30 documents" in measured
+    for head in ("KL: how far", "ppl ratio: perplexity", "top-1: how often"):
+        assert head in measured
+    assert "KL: how far" in (run := shown(print_run, record, width=160))
+    assert "passes: inputs" in run
+    one = dataclasses.replace(fidelities()[0], units=1, unit="window")
+    assert "One window is too little for intervals" in shown(fidelity_table, [one], width=160)
 
 
 @pytest.mark.parametrize(

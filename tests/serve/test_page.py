@@ -20,6 +20,8 @@ from bitladder.plan.whatif import what_if
 from bitladder.records import to_json
 from bitladder.report import render_html
 from bitladder.report.chart import Axis, loss_chart
+from bitladder.report.facts import facts
+from bitladder.report.meanings import HEADS, LOSSES, VERDICTS
 from bitladder.serve.page_app import PAGE, build_page
 from bitladder.units import GiB, MiB
 from ladder_examples import CROWDS, crowded_record, run_record
@@ -282,6 +284,49 @@ def test_every_number_opens_its_evidence(page):
     assert texts(page, "#evidence ins") == ["12"], "the answer behind the lost input"
 
 
+def test_heads_and_verdicts_say_what_they_mean(page):
+    open_ladder(page)
+    heads = page.locator("table.levels thead th")
+    assert [heads.nth(n).get_attribute("title") for n in range(9)] == [
+        HEADS[name] for name in ("level", "file", "memory", "tokens/s", "KL", "ppl ratio", "top-1", "passes", "verdict")
+    ]
+    verdicts = page.locator("table.levels .verdict strong")
+    found = [(one.inner_text(), one.get_attribute("title")) for one in verdicts.all()]
+    assert ("speed tier", VERDICTS["speed tier"]) in found
+    assert all(VERDICTS[verdict] == title for verdict, title in found)
+
+
+def test_words_and_facts_are_those_of_the_report(page):
+    script = """async (values) => {
+        const { HEADS, VERDICTS, LOSSES } = await import('/meanings.js');
+        const { facts } = await import('/facts.js');
+        return [HEADS, VERDICTS, LOSSES, ...values.map(facts)];
+    }"""
+    run = json.loads((Path(__file__).parents[1] / "fixtures" / "records" / "run.json").read_text())
+    gpus = {
+        "gpus": [{"name": "a", "vram_total": 24 * GiB, "vram_free": 20 * GiB}],
+        "temperature": 0.7,
+        "constructor": 1,
+    }
+    values = [run["machine"], run["settings"], gpus, {"engine": {"n_ctx": 512, "cpu": None}, "some_thing": None}]
+    heads, verdicts, losses, *told = page.evaluate(script, values)
+    assert (heads, verdicts, losses) == (HEADS, VERDICTS, LOSSES)
+    assert told == [[list(pair) for pair in facts(one)] for one in values]
+
+
+def test_commands_wrap_and_can_be_copied(page):
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    open_ladder(page)
+    page.locator("table.levels .number").first.click()
+    box = page.locator("#evidence pre")
+    assert box.evaluate(
+        "(one) => { one.textContent += ' --text ' + 'long'.repeat(80); return one.scrollWidth <= one.clientWidth; }"
+    )
+    page.click("#evidence button:has-text('Copy')")
+    assert_told(page, "Copied")
+    assert page.evaluate("navigator.clipboard.readText()") == "bitladder run reference-f16.gguf"
+
+
 def test_a_kind_of_work_opens_its_evidence(page):
     open_ladder(page)
     page.click("table.tags button[aria-label^='arithmetic at Q4_K_M']")
@@ -341,7 +386,12 @@ def test_live_tells_what_each_tier_does(page):
     assert texts(page, ".tier .level") == ["Q6_K", "Q4_K_M"]
     assert "44.5" in page.inner_text(".tier.speed")
     assert "75%" in page.inner_text(".shares")
-    assert "92% the very same answer (80% to 97%)" in page.inner_text("#live")
+    assert "chosen here (auto)" in page.inner_text(".shares")
+    assert "In 92% of cases both tiers gave the very same answer (80% to 97%)" in page.inner_text("#live")
+    assert "broke off" in page.inner_text(".recent .odd")
+    assert "`" not in page.inner_text("#live")
+    titles = page.locator(".tier.speed dl div").evaluate_all("(all) => all.map((one) => one.title)")
+    assert len(titles) == 8 and all(titles)
     assert "tag 'recall' lost nothing" in page.inner_text(".recent")
     assert page.locator("[role=alert]:visible").count() == 0
 

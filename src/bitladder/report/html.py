@@ -15,6 +15,7 @@ from bitladder.records.run import RunRecord
 from bitladder.report.answers import compared_answers
 from bitladder.report.chart import Axis, Point, find_cliff, loss_chart
 from bitladder.report.facts import facts, warnings
+from bitladder.report.meanings import HEADS, LOSSES, VERDICTS
 from bitladder.report.reading import RUN_JSON
 from bitladder.report.rows import LevelRow, level_rows
 from bitladder.report.wording import wording_lines
@@ -78,6 +79,9 @@ def render_html(record: RunRecord) -> str:
         human_bytes=human_bytes,
         sentence=lambda text: text[:1].upper() + text[1:],
         facts=facts,
+        heads=HEADS,
+        verdicts=VERDICTS,
+        losses=LOSSES,
         warnings=warnings(record),
     )
 

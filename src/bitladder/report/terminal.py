@@ -13,6 +13,7 @@ from bitladder.records.plan import LevelPlan, Plan, PlanSpeed
 from bitladder.records.run import RunRecord
 from bitladder.report.columns import Column, fitted_table, plain_table
 from bitladder.report.facts import warnings
+from bitladder.report.meanings import heads_in_words
 from bitladder.report.rows import LevelRow, interval, level_rows, number, percent, small
 from bitladder.report.wording import wording_lines
 from bitladder.units import human_bytes, human_rate
@@ -68,6 +69,8 @@ def print_run(record: RunRecord, console: Console | None = None) -> None:
         out.print(Text(f"! {warning}", style="yellow"))
     table, left_out = fitted_table(COLUMNS, rows, out.width)
     out.print(table)
+    for line in heads_in_words(("KL", "ppl ratio", "top-1", "passes")):
+        out.print(Text(line, style="dim"))
     if left_out:
         out.print(Text(f"Left out for width: {', '.join(left_out)}.", style="dim"))
     wide = max((len(row.level) for row in rows), default=0) + 2
@@ -100,8 +103,7 @@ PLAN_COLUMNS: tuple[Column[LevelPlan], ...] = (
     Column("why", lambda row: row.reason, 7, right=False, wraps=True),
 )
 PLAN_HEADS = {
-    "bpw": "bpw: bits per weight, scales included.",
-    "on label": "on label: weights that have the type in the level's name; the rest fell back or got more bits.",
+    **{name: heads_in_words([name])[0] for name in ("bpw", "on label")},
     "KV cache": "KV cache: what the context takes.",
     "in memory": "in memory: weights, cache and buffers.",
     "tokens/s": "tokens/s: expected when answering.",
@@ -171,9 +173,14 @@ def fidelity_table(fidelities: Sequence[Fidelity], console: Console | None = Non
             f"{one.tokens:,}",
         )
     out.print(table)
+    for line in heads_in_words(("KL", "ppl ratio", "top-1")):
+        out.print(line, style="dim")
     if fidelities:
         one = fidelities[0]
-        out.print(f"Intervals resample {one.units} {one.unit}s, not tokens.", style="dim")
+        line = f"95%: intervals over {one.units} {one.unit}s, not over tokens."
+        if one.units < 2:
+            line = f"One {one.unit} is too little for intervals: measure on more text."
+        out.print(line, style="dim")
 
 
 def search_table(outcome: LadderOutcome, bar: str, console: Console | None = None) -> None:

@@ -199,7 +199,7 @@ def _notes(settings: ServeSettings, specs: list[TierSpec], turns: Turns | None) 
         )
     if settings.speed not in (None, settings.quality) and (settings.auto.fixed or not settings.auto.tags):
         target = settings.auto.fixed or QUALITY
-        notes.append(f"`auto` uses the {target} tier for everything: {settings.auto.because}.")
+        notes.append(f"The model name 'auto' uses the {target} tier for everything: {settings.auto.because}.")
     return notes
 
 

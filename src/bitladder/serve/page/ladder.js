@@ -5,14 +5,10 @@ import { lossChart } from "./chart.js";
 import { announce, h } from "./dom.js";
 import { showEvidence, showTagEvidence } from "./evidence.js";
 import { bytes, DASH, fixed, percent, range, small } from "./format.js";
+import { HEADS, LOSSES, VERDICTS } from "./meanings.js";
 import { whatIfForm } from "./whatif.js";
 
 const TIERS = { "quality tier": "quality", "speed tier": "speed", "both tiers": "both" };
-const LOSSES = {
-  "not told from zero": "no loss seen",
-  measurable: "a measurable loss",
-  "known bad": "known to be worse",
-};
 
 export async function showLadder(panel) {
   const run = await getJson("/bitladder/api/run");
@@ -169,8 +165,9 @@ function chartView(run, view) {
 
 function levelTable(run, view) {
   const columns = ["Level", "File", "Memory", "Tokens/s", "KL", "PPL ratio", "Top-1", "Passes", "Verdict"];
+  const means = (name) => HEADS[name] ?? HEADS[name.toLowerCase()];
   const rows = view.plan.levels.map(({ level }) => levelRow(run, levelFacts(run, view, level)));
-  const heads = columns.map((name) => h("th", { role: "columnheader", scope: "col" }, name));
+  const heads = columns.map((name) => h("th", { role: "columnheader", scope: "col", title: means(name) }, name));
   // The roles are those of the elements; a narrow page lays the table out as cards, which would drop them.
   return h(
     "div",
@@ -220,7 +217,7 @@ function levelRow(run, row) {
     h(
       "td",
       { role: "cell", class: "verdict" },
-      h("strong", {}, verdict.status),
+      h("strong", { title: VERDICTS[verdict.status] }, verdict.status),
       h("small", {}, LOSSES[verdict.loss] ?? ""),
     ),
   ];
