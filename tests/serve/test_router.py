@@ -31,15 +31,18 @@ CASES = [
     (Features("auto", tags=("bulk",), path="/v1/completions"), AUTO, "speed", "rule", "rule: tag bulk"),
     (Features("auto", key="legal", tags=("extraction",)), AUTO, "quality", "rule", "rule: key legal"),
     # evidence by tag; of several tags the most careful one
-    (Features("auto", tags=("extraction",)), AUTO, "speed", "auto", "auto: tag extraction: the speed tier lost 0 of 4 inputs"),
+    (Features("auto", tags=("extraction",)), AUTO, "speed", "auto",
+     "auto: tag extraction: the speed tier lost 0 of 4 inputs"),
     (Features("auto", tags=("logic",)), AUTO, "quality", "auto", "auto: tag logic: the speed tier lost 2 of 3 inputs"),
-    (Features("auto", tags=("extraction", "style")), AUTO, "quality", "auto", "auto: tag style: the speed tier lost 1 of 5 inputs"),
+    (Features("auto", tags=("extraction", "style")), AUTO, "quality", "auto",
+     "auto: tag style: the speed tier lost 1 of 5 inputs"),
     (Features("auto", tags=("poetry",)), AUTO, "quality", "auto", "auto: no evidence for tag poetry"),
     # without a tag: what it resembles
     (Features("auto"), AUTO, "quality", "auto", "auto: unlike every input of your workload"),
     (Features("auto", asked=lambda: "an invoice"), GUESSING, "speed", "auto",
      "auto: like your input invoice (0.61), tag extraction: the speed tier lost 0 of 4 inputs"),
-    (Features("auto", asked=lambda: "a poem"), GUESSING, "quality", "auto", "auto: unlike every input of your workload"),
+    (Features("auto", asked=lambda: "a poem"), GUESSING, "quality", "auto",
+     "auto: unlike every input of your workload"),
     # no evidence, or evidence that routing gains nothing
     (Features("auto"), AutoRule(), "quality", "auto", "auto: nothing was measured of these two tiers"),
     (Features("auto", tags=("logic",)), FIXED, "speed", "auto", "auto: speed lost nothing on 25 inputs"),
