@@ -19,14 +19,14 @@ from bitladder.records.evaluation import Alternative, Answer, AnswerToken
 from bitladder.records.plan import Place
 from bitladder.records.reading import from_json
 from bitladder.records.run import InputFacts
-from bitladder.records.wording import Substitution, WordingChanges
+from bitladder.records.wording import Parting, Substitution, WordingChanges
 from bitladder.report import fidelity_table, plan_table, print_run, read_run, render_html, write_html, write_run
 from bitladder.report.answers import compared_answers
 from bitladder.report.chart import Axis, Point, find_cliff, loss_chart
 from bitladder.report.facts import NAMES, facts
 from bitladder.report.meanings import HEADS, VERDICTS
 from bitladder.report.rows import UNKNOWN, level_rows, number, small
-from bitladder.report.wording import wording_lines, wording_notes
+from bitladder.report.wording import ANSWERS_COLUMNS, answers_columns, answers_rows, wording_lines, wording_notes
 from bitladder.report.words import word_diff
 from bitladder.units import GiB, human_bytes
 from ladder_examples import CROWDS, SPEED_TEXTS, answers, crowded_record, fidelities, run_record
@@ -511,41 +511,68 @@ CHANGES = WordingChanges(
     substitutions=(Substitution("shall", "will", 4), Substitution("", "very", 3), Substitution("a", "the", 1)),
     changed_numbers=("pens", "<b>renewal</b>"), missing_items=(("lease", "indemnity"),), reference_items=99,
     broken_format=("as-json",), looping=("story",),
+    partings={
+        "pens": Parting(4, "8", "<i>", 0.8, 0.05, 0.06, 0.7), "lease": Parting(9, " a", " the", 0.5, 0.4, 0.4, 0.5),
+        "story": Parting(1, "x", "y", 0.6, math.nan, 0.1, 0.5),
+    },
 )  # fmt: skip
+SAID = (
+    "catches 99.0% of what F16 catches (98 of 99 items, 95% interval 94.5% to 99.8%), not indemnity (lease); "
+    "numbers changed in: pens, <b>renewal</b>; JSON broken in: as-json; ends in a loop: story; "
+    "'shall' became 'will' 4 times; 2 of 3 answers differ: 1 at near ties, 2 by a clear change, "
+    "most clearly at token 5 of pens: '8' (80% likely) became '<i>' (70%)"
+)
 
 
-def test_what_changed_in_the_tiers_answers_is_said_and_kept(tmp_path):
-    record = run_record(wording={"Q4_K_M": CHANGES, "Q2_K": CHANGES})
-    said = (
-        "found 98 of the 99 items that the reference found, not indemnity (lease); numbers changed in: pens, "
-        "<b>renewal</b>; JSON broken in: as-json; ends in a loop: story; 'shall' became 'will' 4 times"
-    )
+def with_changes(**wording):
+    record = run_record(wording=wording)
+    results = [
+        dataclasses.replace(one, items=99, items_kept=98, recall_low=0.945, recall_high=0.998) for one in record.results
+    ]
+    return dataclasses.replace(record, results=tuple(results))
+
+
+def test_what_changed_in_the_answers_stands_everywhere_and_is_kept(tmp_path):
+    record = with_changes(Q4_K_M=CHANGES, Q2_K=CHANGES)
     assert record.decision.speed == "Q4_K_M"
-    assert wording_lines(record) == {"Q4_K_M": said}
-    console = Console(file=io.StringIO(), width=400)
-    print_run(record, console)
-    assert f"answers: {said}" in console.file.getvalue()
+    assert wording_lines(record) == {"Q4_K_M": SAID}
+    for width in (80, 160):
+        text = shown(print_run, record, width=width)
+        for row in ("Q4_K_M", "Q2_K"):
+            assert re.search(rf"^ {row} +1/3 +1 +2 +98/99", text, re.MULTILINE)
+        assert "near ties: answers that first differ" in text
+        assert " ".join(SAID.split()) in " ".join(text.split())
+        assert max(map(len, text.splitlines())) <= width
     page = render_html(record)
-    assert "found 98 of the 99 items" in page
-    assert "<b>renewal" not in page
+    Page(page)
+    for count in ("<td>1/3</td>", "<td>98/99</td>", "<td>94%–100%</td>"):
+        assert page.count(count) == 2
+    assert page.count("98 of 99 items") == 2, "of every level"
+    assert "<b>renewal" not in page and "<i>&#39;" not in page
     assert read_run(write_run(record, tmp_path / "run.json")).wording == record.wording
 
 
 def test_answers_that_changed_in_nothing_that_counts_are_not_spoken_of():
-    plain = dataclasses.replace(
-        CHANGES,
-        substitutions=CHANGES.substitutions[1:],
-        changed_numbers=(),
-        missing_items=(),
-        reference_items=0,
-        broken_format=(),
-        looping=(),
-    )
+    plain = WordingChanges(3, 0, 60, CHANGES.substitutions[1:], (), (), 0, ())
     assert wording_notes(plain) == []
     assert wording_lines(run_record(wording={"Q4_K_M": plain})) == {}
     assert wording_lines(run_record()) == {}
+    assert "What changed in the answers" not in render_html(run_record())
     many = dataclasses.replace(plain, changed_numbers=tuple(f"in{number}" for number in range(30)))
     assert wording_notes(many) == ["numbers changed in: in0, in1, in2, in3, in4 and 25 more"]
+    columns = [column.title for column in answers_columns(answers_rows(run_record(wording={"Q4_K_M": many})))]
+    assert columns == ["same words", "numbers"]
+
+
+def test_where_answers_part_is_not_guessed():
+    """An address tells no tokens, an older record has none."""
+    unknown = WordingChanges(3, 2, 60, (), (), (), 0, ())
+    assert wording_notes(unknown) == ["2 of 3 answers differ"]
+    row = answers_rows(run_record(wording={"Q4_K_M": unknown}))[0]
+    cells = {column.title: column.read(row) for column in ANSWERS_COLUMNS}
+    assert (cells["near ties"], cells["clear changes"], cells["recall"]) == (UNKNOWN, UNKNOWN, UNKNOWN)
+    ties = dataclasses.replace(unknown, partings={"lease": CHANGES.partings["lease"]})
+    assert wording_notes(ties) == ["2 of 3 answers differ: 1 at near ties, 0 by a clear change"]
 
 
 def test_the_decision_stands_before_the_warnings(record):

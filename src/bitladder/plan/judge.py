@@ -80,7 +80,7 @@ class Judgement:
     or these inputs, which no other text or input can turn."""
 
 
-_ON_PASSES = ("no known loss", "no loss", "passes")
+_ON_ANSWERS = ("no known loss", "no loss", "passes", "recall")
 """What clauses on answers are about."""
 _NO_ENGINE = Judgement(
     UNKNOWN,
@@ -174,7 +174,7 @@ def judge(bar: Bar, evidence: LevelEvidence) -> tuple[Judgement, ...]:
     """Every clause of the bar for one level; of a checkpoint without answers also that these are missing."""
     if not evidence.needs_engine:
         return tuple(_judge_clause(clause, evidence) for clause in bar.clauses)
-    rest = (clause for clause in bar.clauses if clause.metric not in _ON_PASSES)
+    rest = (clause for clause in bar.clauses if clause.metric not in _ON_ANSWERS)
     return (*(_judge_clause(clause, evidence) for clause in rest), _NO_ENGINE)
 
 
@@ -209,9 +209,9 @@ def pairs_of(result: WorkloadResult, tags: Mapping[str, tuple[str, ...]], tag: s
 def _judge_clause(clause: Clause, evidence: LevelEvidence) -> Judgement:
     """Dispatch on what the clause is about."""
     passes = _not_worse if clause.relative else _pass_rate
-    on_passes = dict(zip(_ON_PASSES, (_no_known_loss, _no_loss, passes), strict=True))
-    if clause.metric in on_passes:
-        return on_passes[clause.metric](clause, evidence)
+    on_answers = dict(zip(_ON_ANSWERS, (_no_known_loss, _no_loss, passes, _recall), strict=True))
+    if clause.metric in on_answers:
+        return on_answers[clause.metric](clause, evidence)
     if evidence.plan.placement == ELSEWHERE and clause.metric in ("memory", "size"):
         return Judgement(UNKNOWN, f"its {clause.metric} is not known, since it runs elsewhere")
     if clause.metric in ("memory", "size"):
@@ -292,6 +292,22 @@ def _pass_rate(clause: Clause, evidence: LevelEvidence) -> Judgement:
     # Wilson's bound lies z errors from the limit's own error: the nearest normal statement is through its width.
     chance = beyond(share - clause.value, share - found.pass_low) if judged.outcome == MET else 0.0
     return Judgement(judged.outcome, judged.reason, need, chance)
+
+
+def _recall(clause: Clause, evidence: LevelEvidence) -> Judgement:
+    """A clause on the items that the reference catches."""
+    found = evidence.result
+    if found is None:
+        return Judgement(UNKNOWN, "no workload was run", "run a workload")
+    if not found.items:
+        what = "the reference catches no item of a 'set_recall' criterion"
+        return Judgement(UNKNOWN, what, "add inputs with items to the workload")
+    judged = _compare(clause, found.recall, found.recall_low, found.recall_high, _percent)
+    reason = f"{judged.reason}, {found.items_kept} of {found.items} items"
+    if judged.outcome == UNKNOWN:
+        return Judgement(UNKNOWN, reason, f"add inputs with items to the workload ({found.items} items so far)")
+    chance = beyond(found.recall - clause.value, found.recall - found.recall_low) if judged.outcome == MET else 0.0
+    return Judgement(judged.outcome, reason, p_value=chance)
 
 
 def _not_worse(clause: Clause, evidence: LevelEvidence) -> Judgement:

@@ -15,7 +15,7 @@ from bitladder.report.columns import Column, fitted_table, plain_table
 from bitladder.report.facts import warnings
 from bitladder.report.meanings import heads_in_words
 from bitladder.report.rows import LevelRow, interval, level_rows, number, percent, small
-from bitladder.report.wording import wording_lines
+from bitladder.report.wording import AnswersRow, answers_columns, answers_rows, wording_lines
 from bitladder.units import human_bytes, human_rate
 from bitladder.visible import console as visible_console
 
@@ -77,12 +77,31 @@ def print_run(record: RunRecord, console: Console | None = None) -> None:
     for row in rows:
         line = Text.assemble((f"{row.level:<{wide}}", "bold"), (row.verdict.status, STYLES[row.verdict.status]))
         out.print(line.append(f": {row.verdict.reason}"))
+    _print_answers(record, out)
     for level, notes in wording_lines(record).items():
         out.print(Text.assemble((f"{level:<{wide}}", "bold"), ("answers", "dim")).append(f": {notes}"))
     out.print()
     out.print(Text(record.decision.summary, style="bold"))
     for step in record.decision.next:
         out.print(Padding(Text(f"To find out more: {step}", style="dim"), (0, 0, 0, 2)))
+
+
+def _print_answers(record: RunRecord, out: Console) -> None:
+    """What changed in the answers of every level."""
+    from rich.text import Text
+
+    rows = answers_rows(record)
+    if not rows:
+        return
+    shown = answers_columns(rows)
+    columns: list[Column[AnswersRow]] = [Column("answers of", lambda row: row.level, 0, right=False)]
+    columns += [Column(one.title, one.read, rank) for rank, one in enumerate(shown)]
+    table, left_out = fitted_table(columns, rows, out.width)
+    out.print()
+    out.print(table)
+    for one in shown:
+        if one.title not in left_out:
+            out.print(Text(f"{one.title}: {one.means}.", style="dim"))
 
 
 PLAN_COLUMNS: tuple[Column[LevelPlan], ...] = (
