@@ -18,10 +18,12 @@ from bitladder.levels import parse_levels
 from bitladder.plan.ladder import make_plan
 from bitladder.plan.whatif import what_if
 from bitladder.records import to_json
+from bitladder.records.wording import Substitution, WordingChanges
 from bitladder.report import render_html
 from bitladder.report.chart import Axis, loss_chart
 from bitladder.report.facts import facts
 from bitladder.report.meanings import HEADS, LOSSES, VERDICTS
+from bitladder.report.wording import answers_view
 from bitladder.serve.page_app import PAGE, build_page
 from bitladder.units import GiB, MiB
 from ladder_examples import CROWDS, crowded_record, run_record
@@ -334,6 +336,28 @@ def test_a_kind_of_work_opens_its_evidence(page):
     assert "loss seen" in shown
     assert "1: pens" in shown
     assert texts(page, "#evidence ins") == ["12"]
+
+
+def test_what_changed_in_the_answers_is_the_reports_own(browser, tmp_path):
+    path = tmp_path / "run.json"
+    changes = WordingChanges(3, 2, 60, (Substitution("shall", "will", 4),), ("pens",), (("pens", EVIL),), 99, ())
+    record = run_record(wording={"Q4_K_M": changes})
+    path.write_text(json.dumps(to_json(record)))
+    with serving(build_page(path)) as url:
+        opened = browser.new_page(viewport={"width": 390, "height": 800})
+        opened.goto(url)
+        opened.wait_for_selector("table.changes")
+        heads = opened.locator("table.changes thead th[title]")
+        assert [one.inner_text() for one in heads.all()] == [one["title"] for one in answers_view(record)["columns"]]
+        assert [one.get_attribute("title") for one in heads.all()] == [
+            one["means"] for one in answers_view(record)["columns"]
+        ]
+        assert texts(opened, "table.changes tbody td")[:-1] == answers_view(record)["rows"][0]["cells"]
+        assert EVIL in opened.inner_text("table.changes .why")
+        assert "'shall' became 'will' 4 times" in opened.inner_text("table.changes .why")
+        assert opened.locator("table.changes img").count() == 0
+        assert opened.evaluate("document.documentElement.scrollWidth") <= 390
+        opened.close()
 
 
 def test_what_if_decides_again(page):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from bitladder.records.evaluation import WorkloadResult
 from bitladder.records.run import RunRecord
@@ -134,6 +135,19 @@ def answers_rows(record: RunRecord) -> list[AnswersRow]:
 def answers_columns(rows: Sequence[AnswersRow]) -> list[AnswersColumn]:
     """Those that say something of any level."""
     return [column for column in ANSWERS_COLUMNS if any(column.counts(row.changes) for row in rows)]
+
+
+def answers_view(record: RunRecord) -> dict[str, Any]:
+    """The table as plain data: ``columns`` with title and meaning, ``rows`` with level, cells and the sentence."""
+    rows = answers_rows(record)
+    columns = answers_columns(rows)
+    return {
+        "reference": record.compared_with,
+        "columns": [{"title": column.title, "means": column.means} for column in columns],
+        "rows": [
+            {"level": row.level, "cells": [column.read(row) for column in columns], "notes": row.notes} for row in rows
+        ],
+    }
 
 
 def wording_notes(

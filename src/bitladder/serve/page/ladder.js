@@ -27,6 +27,7 @@ export async function showLadder(panel) {
   const decision = h("div", { class: "decision" });
   const chart = h("div");
   const table = h("div");
+  const answers = h("section", { "aria-labelledby": "answers-title" });
   const show = (view) => {
     decision.replaceChildren(...decisionView(view));
     chart.replaceChildren(chartView(run, view));
@@ -57,7 +58,41 @@ export async function showLadder(panel) {
       table,
     ),
     ...tagView(run),
+    answers,
   );
+  answers.replaceChildren(...answersView(await getJson("/bitladder/api/answers")));
+}
+
+/** What changed in the answers, in the report's own words. */
+function answersView({ reference, columns, rows }) {
+  if (!rows.length) return [];
+  const heads = columns.map(({ title, means }) => h("th", { scope: "col", title: means }, title));
+  return [
+    h("h2", { id: "answers-title" }, "What changed in the answers"),
+    h("p", { class: "soft" }, `Each level's answers beside those of ${reference}, over the whole workload.`),
+    h(
+      "div",
+      { class: "scroll", tabindex: 0, role: "region", "aria-label": "What changed in the answers" },
+      h(
+        "table",
+        { class: "changes" },
+        h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "level"), ...heads)),
+        ...rows.map(({ level, cells, notes }) =>
+          h(
+            "tbody",
+            {},
+            h("tr", {}, h("th", { scope: "rowgroup" }, level), ...cells.map((cell) => h("td", {}, cell))),
+            notes && h("tr", { class: "why" }, h("td", { colspan: columns.length + 1 }, `${notes}.`)),
+          ),
+        ),
+      ),
+    ),
+    h(
+      "dl",
+      { class: "words small soft" },
+      ...columns.map(({ title, means }) => h("div", {}, h("dt", {}, title), h("dd", {}, means))),
+    ),
+  ];
 }
 
 /** That the source is itself quantized is always among them when it is. */
