@@ -18,7 +18,7 @@ from bitladder.records.decision import Loss, Outcome, Pairing, Status, TagStatus
 from bitladder.records.evaluation import Alternative, Answer, AnswerToken
 from bitladder.records.plan import Place
 from bitladder.records.reading import from_json
-from bitladder.records.run import InputFacts
+from bitladder.records.run import InputFacts, LevelCost
 from bitladder.records.wording import Parting, Substitution, WordingChanges
 from bitladder.report import fidelity_table, plan_table, print_run, read_run, render_html, write_html, write_run
 from bitladder.report.answers import compared_answers
@@ -95,7 +95,7 @@ def test_the_file_is_whole_and_loads_nothing(record):
 def test_heads_and_verdicts_say_what_they_mean(record):
     page = Page(render_html(record))
     titles = [attrs["title"] for attrs in page.find("abbr")]
-    assert titles == [*HEADS.values()]
+    assert titles == [means for name, means in HEADS.items() if name not in ("cost", "saved")]
     assert {attrs["title"] for attrs in page.find("strong") if "title" in attrs} <= {*VERDICTS.values()}
     assert [*VERDICTS] == [*Status]
 
@@ -573,6 +573,29 @@ def test_where_answers_part_is_not_guessed():
     assert (cells["near ties"], cells["clear changes"], cells["recall"]) == (UNKNOWN, UNKNOWN, UNKNOWN)
     ties = dataclasses.replace(unknown, partings={"lease": CHANGES.partings["lease"]})
     assert wording_notes(ties) == ["2 of 3 answers differ: 1 at near ties, 0 by a clear change"]
+
+
+def test_money_saved_stands_beside_the_levels_where_there_are_prices():
+    hour = "this machine at 1 an hour (2026-01-31, a quote)"
+    costs = (LevelCost("F16", 7.68, hour), LevelCost("Q6_K", 8.0, hour), LevelCost("Q4_K_M", 6.02, hour))
+    record = run_record(costs=costs)
+    lines = (
+        "A million answer tokens cost 8.00 with Q6_K, 4% more than with F16 (7.68).",
+        "A million answer tokens cost 6.02 with Q4_K_M, 22% less than with F16 (7.68).",
+        f"Prices: {hour}.",
+    )
+    text = " ".join(shown(print_run, record, width=160).split())
+    page = render_html(record)
+    Page(page)
+    for line in lines:
+        assert line in text
+        assert line in page
+    assert re.search(r"Q4_K_M [^\n]*6\.02 +22% +speed tier", shown(print_run, record, width=160))
+    assert '<td role="cell" data-label="Saved">22%</td>' in page
+    assert [attrs["title"] for attrs in Page(page).find("abbr")] == [*HEADS.values()]
+    assert "saved" not in shown(print_run, run_record(), width=160)
+    unpriced = shown(print_run, run_record(costs=costs[2:]), width=160)
+    assert "A million answer tokens cost 6.02 with Q4_K_M." in unpriced, "the reference has no price"
 
 
 def test_the_decision_stands_before_the_warnings(record):

@@ -17,7 +17,7 @@ from bitladder.report.chart import Axis, Point, find_cliff, loss_chart
 from bitladder.report.facts import facts, warnings
 from bitladder.report.meanings import HEADS, LOSSES, VERDICTS
 from bitladder.report.reading import RUN_JSON
-from bitladder.report.rows import LevelRow, level_rows
+from bitladder.report.rows import LevelRow, cost_lines, level_rows
 from bitladder.report.wording import answers_columns, answers_rows
 from bitladder.units import GiB, MiB, human_bytes
 
@@ -79,6 +79,7 @@ def render_html(record: RunRecord) -> str:
         human_bytes=human_bytes,
         sentence=lambda text: text[:1].upper() + text[1:],
         facts=facts,
+        costs=cost_lines(record),
         heads=HEADS,
         verdicts=VERDICTS,
         losses=LOSSES,

@@ -14,7 +14,7 @@ from bitladder.records.run import RunRecord
 from bitladder.report.columns import Column, fitted_table, plain_table
 from bitladder.report.facts import warnings
 from bitladder.report.meanings import heads_in_words
-from bitladder.report.rows import LevelRow, interval, level_rows, number, percent, small
+from bitladder.report.rows import LevelRow, cost_lines, interval, level_rows, number, percent, small
 from bitladder.report.wording import AnswersRow, answers_columns, answers_rows, wording_lines
 from bitladder.units import human_bytes, human_rate
 from bitladder.visible import console as visible_console
@@ -51,6 +51,8 @@ COLUMNS: tuple[Column[LevelRow], ...] = (
     Column("top-1", lambda row: row.top1, 3),
     Column("passes", lambda row: row.passes, 1),
     Column("95% ", lambda row: row.pass_interval, 5, right=False, spoken="pass interval"),
+    Column("cost", lambda row: row.cost, 2),
+    Column("saved", lambda row: row.saved, 2),
     Column("verdict", lambda row: row.verdict.status, 0, right=False, style=lambda row: STYLES[row.verdict.status]),
 )
 
@@ -67,9 +69,11 @@ def print_run(record: RunRecord, console: Console | None = None) -> None:
     out.print(Text(f"{record.plan.machine}, context {record.plan.n_ctx}, bar: {record.decision.bar}", style="dim"))
     for warning in warnings(record):
         out.print(Text(f"! {warning}", style="yellow"))
-    table, left_out = fitted_table(COLUMNS, rows, out.width)
+    money = ("cost", "saved")
+    columns = [column for column in COLUMNS if record.costs or column.title not in money]
+    table, left_out = fitted_table(columns, rows, out.width)
     out.print(table)
-    for line in heads_in_words(("KL", "ppl ratio", "top-1", "passes")):
+    for line in heads_in_words(("KL", "ppl ratio", "top-1", "passes", *(money if record.costs else ()))):
         out.print(Text(line, style="dim"))
     if left_out:
         out.print(Text(f"Left out for width: {', '.join(left_out)}.", style="dim"))
@@ -82,6 +86,8 @@ def print_run(record: RunRecord, console: Console | None = None) -> None:
         out.print(Text.assemble((f"{level:<{wide}}", "bold"), ("answers", "dim")).append(f": {notes}"))
     out.print()
     out.print(Text(record.decision.summary, style="bold"))
+    for line in cost_lines(record):
+        out.print(Text(line))
     for step in record.decision.next:
         out.print(Padding(Text(f"To find out more: {step}", style="dim"), (0, 0, 0, 2)))
 
