@@ -167,8 +167,8 @@ def test_without_a_surely_faster_level_one_serves_both():
     measured = [dataclasses.replace(result(level), decode_tokens_per_s=100 - n) for n, level in enumerate(KL)]
     decision = decide(plan(), fidelities(), measured, bar="kl < 0.1", reference="F16")
     assert (decision.quality, decision.speed) == ("Q6_K", "Q6_K")
-    assert "no level that meets the bar is surely faster" in reason(decision, "Q6_K")
-    assert "not surely faster" in reason(decision, "Q4_K_M")
+    assert "no level that meets the bar is measurably faster" in reason(decision, "Q6_K")
+    assert "not measurably faster" in reason(decision, "Q4_K_M")
 
 
 def test_what_slows_whole_rounds_hides_no_difference_between_levels():

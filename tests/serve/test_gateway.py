@@ -58,13 +58,13 @@ def test_reply_names_what_served_it():
     assert reply.headers["x-bitladder-tier"] == "speed"
     assert reply.headers["x-bitladder-level"] == "Q4_K_M"
     assert reply.headers["x-bitladder-file-sha256"] == "b" * 64
-    assert reply.headers["x-bitladder-reason"] == "speed asked for by name"
+    assert reply.headers["x-bitladder-reason"] == "speed named in the request"
 
 
 def test_level_by_name_names_its_tier_too():
     reply = ask(GOOD, FAST, chat("q8_0"))
     assert reply.headers["x-bitladder-tier"] == "quality"
-    assert reply.headers["x-bitladder-reason"] == "level asked for by name"
+    assert reply.headers["x-bitladder-reason"] == "level named in the request"
 
 
 def test_stream_passes_byte_by_byte():

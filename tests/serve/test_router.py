@@ -19,14 +19,14 @@ RULES = (
 
 CASES = [
     # explicit choices
-    (Features("quality"), AUTO, "quality", "model", "quality asked for by name"),
-    (Features("SPEED"), AUTO, "speed", "model", "speed asked for by name"),
-    (Features("Q4_K_M"), AUTO, "q4_k_m", "level", "level asked for by name"),
-    (Features("auto", tier_header="speed"), AUTO, "speed", "header", "speed asked for in the header"),
-    (Features("quality", tier_header=" Speed "), AUTO, "speed", "header", "speed asked for in the header"),
-    (Features("auto", tier_header="q8_0"), AUTO, "q8_0", "level", "level asked for in the header"),
+    (Features("quality"), AUTO, "quality", "model", "quality named in the request"),
+    (Features("SPEED"), AUTO, "speed", "model", "speed named in the request"),
+    (Features("Q4_K_M"), AUTO, "q4_k_m", "level", "level named in the request"),
+    (Features("auto", tier_header="speed"), AUTO, "speed", "header", "speed named in a header of the request"),
+    (Features("quality", tier_header=" Speed "), AUTO, "speed", "header", "speed named in a header of the request"),
+    (Features("auto", tier_header="q8_0"), AUTO, "q8_0", "level", "level named in a header of the request"),
     # an explicit choice beats the rules, the rules beat the evidence, the first rule that matches decides
-    (Features("quality", tags=("bulk",)), AUTO, "quality", "model", "quality asked for by name"),
+    (Features("quality", tags=("bulk",)), AUTO, "quality", "model", "quality named in the request"),
     (Features("auto", tags=("bulk",)), AUTO, "speed", "rule", "rule: tag bulk"),
     (Features("auto", tags=("bulk",), path="/v1/completions"), AUTO, "speed", "rule", "rule: tag bulk"),
     (Features("auto", key="legal", tags=("extraction",)), AUTO, "quality", "rule", "rule: key legal"),

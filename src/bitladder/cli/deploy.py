@@ -485,21 +485,21 @@ def _show(found: Comparison) -> None:
         out.print("The same answer.")
     elif found.parting:
         at = found.parting
-        kind = "a tie that rounding breaks" if at.is_tie else "a real disagreement"
+        kind = "a near tie, which rounding alone can turn" if at.is_tie else "a clear difference"
         out.print(
-            f"They part at token {at.index + 1}, {kind}: {found.a.level} chose {at.token_a!r} "
+            f"The answers first differ at token {at.index + 1}, {kind}: {found.a.level} chose {at.token_a!r} "
             f"({_p(at.a_of_a)}; {at.token_b!r} {_p(at.a_of_b)}); {found.b.level} chose {at.token_b!r} "
             f"({_p(at.b_of_b)}; {at.token_a!r} {_p(at.b_of_a)})."
         )
         if found.later is not None:
             ties = sum(at.is_tie for at in found.later)
             out.print(
-                f"Put back on the words of {found.a.level}, places where {found.b.level} would go on otherwise: "
-                f"{len(found.later)} more, {ties} of them ties."
+                f"Given {found.a.level}'s own words up to there, {found.b.level} would choose another token at "
+                f"{len(found.later)} further places, {ties} of them near ties."
             )
         for at in found.later or ():
             chose = f"{at.token_a!r} ({_p(at.a_of_a)}) -> {at.token_b!r} ({_p(at.b_of_b)})"
-            out.print(f"  token {at.index + 1}: {chose}{', a tie' if at.is_tie else ''}")
+            out.print(f"  token {at.index + 1}: {chose}{', a near tie' if at.is_tie else ''}")
 
 
 def _p(chance: float) -> str:

@@ -269,7 +269,7 @@ def _more_text(clause: Clause, value: float, low: float, high: float, found: Fid
     holding = value < clause.value if upper else value > clause.value
     width = (high - value if upper else value - low) if holding else (value - low if upper else high - value)
     if distance <= 0.02 * max(width, 1e-12):
-        return f"{spoken(clause.metric)} lies at the limit itself: no amount of text will tell"
+        return f"{spoken(clause.metric)} lies at the limit itself: more text will not decide it"
     factor = (width / distance) ** 2
     units = math.ceil(found.units * max(factor, 1.1))
     more = f"{units - found.units} more {found.unit}s ({found.units} so far)"
@@ -331,12 +331,12 @@ def _not_worse(clause: Clause, evidence: LevelEvidence) -> Judgement:
         return Judgement(FAILED, f"{seen}, more than {_points(margin)}")
     changed = (pairs.lost + pairs.gained) / pairs.inputs
     needed = inputs_needed(margin, loss, changed)
-    reason = f"{seen}, which cannot be told from {_points(margin)}"
+    reason = f"{seen}, which may be on either side of {_points(margin)}"
     if needed is None:
         return Judgement(
             UNKNOWN,
             reason,
-            f"{where}the loss seen is not under {_points(margin)}: more inputs may only prove it",
+            f"{where}the loss seen is not under {_points(margin)}: more inputs may only confirm it",
         )
     return Judgement(
         UNKNOWN, reason, f"{where}about {max(1, needed - pairs.inputs)} more inputs ({pairs.inputs} so far)"
@@ -373,8 +373,8 @@ def _no_known_loss(clause: Clause, evidence: LevelEvidence) -> Judgement:
     known = pairs.interval[0] > 0 if clause.tag else loss_is_known(evidence)
     where = f"{clause.tag}: " if clause.tag else ""
     if known:
-        return Judgement(FAILED, f"{where}{seen}, more than chance")
-    return Judgement(MET, f"{where}{seen}, which does not prove a loss")
+        return Judgement(FAILED, f"{where}{seen}, more than chance explains")
+    return Judgement(MET, f"{where}{seen}{', which may be chance' if pairs.lost else ''}")
 
 
 def loss_is_known(evidence: LevelEvidence) -> bool:
@@ -386,7 +386,7 @@ def loss_is_known(evidence: LevelEvidence) -> bool:
 def _compare(clause: Clause, value: float, low: float, high: float, show: Callable[[float], str]) -> Judgement:
     """An interval against a limit."""
     if math.isnan(value) or math.isnan(low) or math.isnan(high):
-        return Judgement(UNKNOWN, f"{spoken(clause.metric)} is not estimable", f"measure {spoken(clause.metric)}")
+        return Judgement(UNKNOWN, f"{spoken(clause.metric)} could not be estimated", f"measure {spoken(clause.metric)}")
     seen = f"{spoken(clause.metric)} {show(value)}" + (f" ({show(low)} to {show(high)})" if low != high else "")
     limit, inclusive, upper = clause.value, "=" in clause.op, clause.metric in UPPER
     worst, best = (high, low) if upper else (-low, -high)
@@ -395,7 +395,9 @@ def _compare(clause: Clause, value: float, low: float, high: float, show: Callab
         return Judgement(MET, seen)
     if best > edge or (not inclusive and best == edge):
         return Judgement(FAILED, f"{seen}, limit {show(limit)}")
-    return Judgement(UNKNOWN, f"{seen} straddles {show(limit)}", f"measure {spoken(clause.metric)} longer")
+    return Judgement(
+        UNKNOWN, f"{seen}; the limit {show(limit)} lies within that range", f"measure {spoken(clause.metric)} longer"
+    )
 
 
 def _short(value: float) -> str:

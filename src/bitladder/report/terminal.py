@@ -216,24 +216,24 @@ def search_table(outcome: LadderOutcome, bar: str, console: Console | None = Non
 
     out = console or terminal_console()
     table = plain_table()
-    for title in ("level", "inputs asked", "standing"):
-        table.add_column(title, justify="right" if title == "inputs asked" else "left")
+    for title in ("level", "inputs used", "standing"):
+        table.add_column(title, justify="right" if title == "inputs used" else "left")
     for level, used, standing in zip(outcome.levels, outcome.inputs_used, outcome.standings, strict=True):
         said = {
-            Standing.OPEN: "ran out of inputs" if used else "not asked",
+            Standing.OPEN: "ran out of inputs" if used else "not tried",
             Standing.UNLIKELY: "unlikely to meet the bar",
         }
         table.add_row(level, str(used or "\u2013"), said.get(Standing(standing), f"{standing} the bar"))
     out.print(table)
-    asked = f"{sum(outcome.inputs_used)} inputs asked of {sum(map(bool, outcome.inputs_used))} levels"
+    used = f"{sum(outcome.inputs_used)} answers of {sum(map(bool, outcome.inputs_used))} levels were needed"
     if outcome.chosen and outcome.decided:
-        found = f"{outcome.chosen} is the smallest level known to hold '{bar}' ({asked})."
+        found = f"{outcome.chosen} is the smallest level known to hold '{bar}' ({used})."
     elif outcome.chosen:
-        found = f"{outcome.chosen} holds '{bar}'; a smaller one might, with more inputs ({asked})."
+        found = f"{outcome.chosen} holds '{bar}'; a smaller one might, which more inputs would show ({used})."
     elif outcome.decided:
-        found = f"No level holds '{bar}' ({asked})."
+        found = f"No level holds '{bar}' ({used})."
     else:
-        found = f"The workload has too few inputs to tell whether a level holds '{bar}' ({asked})."
+        found = f"The workload has too few inputs to decide whether a level holds '{bar}' ({used})."
     out.print(Text(found, style="bold"))
 
 

@@ -150,10 +150,10 @@ def choose(features: Features, levels: frozenset[str], rules: tuple[Rule, ...], 
     """
     named = features.tier_header.strip().lower()
     if named:
-        return _named(named, levels, Routing.HEADER, "asked for in the header")
+        return _named(named, levels, Routing.HEADER, "named in a header of the request")
     model = features.model.lower()
     if model != AUTO:
-        return _named(model, levels, Routing.MODEL, "asked for by name")
+        return _named(model, levels, Routing.MODEL, "named in the request")
     for rule in rules:
         if rule.matches(features):
             return TierChoice(rule.tier, f"rule: {rule}" if str(rule) else "rule: everything", Routing.RULE)

@@ -105,9 +105,6 @@ const facts = (run) =>
   [run.source.architecture, `${run.source.level} source`, run.plan.machine, run.created.slice(0, 10)].join(" · ");
 
 function decisionView({ plan, decision }) {
-  const said = { met: "", "not met": "No level holds the bar.", "cannot tell": "The evidence cannot tell." }[
-    decision.outcome
-  ];
   return [
     h("p", { class: "kicker" }, "The decision"),
     h("p", { class: "summary" }, decision.summary),
@@ -118,7 +115,7 @@ function decisionView({ plan, decision }) {
       h("code", {}, decision.bar),
       ` · context ${plan.n_ctx.toLocaleString("en")} · ${bytes(plan.budget_bytes)} of memory`,
     ),
-    said &&
+    decision.outcome !== "met" &&
       decision.next.length > 0 &&
       h(
         "div",
