@@ -213,6 +213,6 @@ def refuse_elsewhere(reference: Level | Path | EndpointSettings | None) -> Level
         return reference
     raise UsageError(
         "Only the source or one of its levels can be the reference of token figures.",
-        means="KL divergence needs the whole distribution at every token, which no address and no file tells.",
+        means="KL divergence needs whole distributions, which neither an address nor a file of answers has.",
         do="Compare answers with it instead: bitladder run MODEL --workload FILE --reference ...",
     )

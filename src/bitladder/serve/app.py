@@ -32,7 +32,7 @@ from bitladder.serve.page_app import PageFiles
 from bitladder.serve.protocol import TASK_MEMBER, error_body, header_text
 from bitladder.serve.router import AUTO
 from bitladder.serve.settings import LOOPBACK, ServeSettings
-from bitladder.serve.whatif import answer_what_if
+from bitladder.serve.whatif import answer_changes, answer_what_if
 from bitladder.serve.wire import MAX_CONNECTIONS, CarefulProtocol, Shared
 from bitladder.units import KiB
 
@@ -73,6 +73,7 @@ class _Views:
             "/bitladder/api/live": self.live,
             "/bitladder/api/run": self.run,
             "/bitladder/api/what-if": self.what_if,
+            "/bitladder/api/answers": self.answers,
         }
         return [Route(path, view, methods=["GET"]) for path, view in views.items()]
 
@@ -134,6 +135,10 @@ class _Views:
     async def what_if(self, request: HttpRequest) -> Response:
         """The run's decision with another memory, context or bar."""
         return JSONResponse(await answer_what_if(self._run_json(), request.query_params))
+
+    async def answers(self, _: HttpRequest) -> Response:
+        """What changed in the answers of each level of the run."""
+        return JSONResponse(await answer_changes(self._run_json()))
 
     def _run_json(self) -> Path:
         path = self._here.settings.run_json

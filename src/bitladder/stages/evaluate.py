@@ -35,6 +35,7 @@ from bitladder.records.evaluation import (
     TagResult,
     WorkloadResult,
 )
+from bitladder.stages.wording import item_recall
 from bitladder.stats.intervals import weighted_wilson, wilson
 from bitladder.stats.multiplicity import holm
 from bitladder.stats.paired import mcnemar, sign_flip
@@ -216,6 +217,7 @@ def compare(reference: LevelAnswers, level: LevelAnswers, workload: Workload) ->
         p_value = mcnemar(len(lost), len(gained)) if pairs else math.nan
     else:
         p_value = sign_flip(weights * (shares - before), np.random.default_rng(0))
+    items, kept, recall = item_recall(workload, reference.answers, level.answers)
     return WorkloadResult(
         level=level.level,
         passes=sum(pair.level >= 0.5 for pair in pairs),
@@ -232,6 +234,10 @@ def compare(reference: LevelAnswers, level: LevelAnswers, workload: Workload) ->
         smallest_visible_loss=smallest_visible_loss(len(pairs)) if pairs else math.nan,
         tags=_tag_results(pairs, workload.tags),
         decode_rounds=level.speed.rounds,
+        items=items,
+        items_kept=kept,
+        recall_low=recall.low,
+        recall_high=recall.high,
     )
 
 
