@@ -92,6 +92,10 @@ class RunOptions(WorkOptions):
     ] = None
     imatrix: Importance = "auto"
     effort: EffortName = "good"
+    within: Annotated[
+        str | None,
+        typer.Option("--within", metavar="TIME", help="Decide in 30s, 10m, 2h: measure what the decision needs most."),
+    ] = None
     judge: Annotated[
         str | None,
         typer.Option("--judge", metavar="URL[#MODEL]", help="OpenAI-compatible endpoint of a judge model."),
@@ -110,6 +114,7 @@ class RunOptions(WorkOptions):
         """
         from bitladder.levels import parse_level
         from bitladder.stages.run_facts import RunSettings
+        from bitladder.units import parse_duration
 
         also = [served_address(text) for text in self.also or ()]
 
@@ -133,6 +138,7 @@ class RunOptions(WorkOptions):
             effort=effort_named(self.effort),
             judge=self._judge(),
             trust_python=self.trust_python,
+            within=parse_duration(self.within) if self.within else None,
         )
 
     def _judge(self) -> EndpointSettings | None:

@@ -68,6 +68,8 @@ class RunSettings:
     """The judge model, for workloads that ask one."""
     trust_python: bool = False
     """Whether functions that the workload names may run."""
+    within: float | None = None
+    """Seconds in which a decision must be there, from when the model lies on the disk; None: as long as it takes."""
 
 
 def level_of(model: Model) -> str:
@@ -184,6 +186,7 @@ def settings_facts(
         "temperature": workload.temperature,
         "effort": settings.effort,
         "importance": settings.imatrix,
+        **({"within_s": settings.within} if settings.within is not None else {}),
         **({"device": settings.device} if settings.device != "cpu" else {}),
         **({"endpoints": addresses} if (addresses := [one.address for one in _endpoints(settings)]) else {}),
     }
@@ -226,6 +229,8 @@ def commands(settings: RunSettings, n_ctx: int, out: Path) -> tuple[str, ...]:
         words += ["--bar", settings.bar]
     for text in settings.texts:
         words += ["--text", str(text)]
+    if settings.within is not None:
+        words += ["--within", f"{settings.within:g}s"]
     words += [
         "--imatrix",
         settings.imatrix,
