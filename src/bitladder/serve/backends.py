@@ -15,7 +15,7 @@ from bitladder.errors import EngineError
 class UpstreamFailed(EngineError):
     """An upstream gave no usable answer.
 
-    ``phase`` says when: ``down``, ``connect``, ``first byte``, ``stalled``, ``broken``, ``status``,
+    ``phase`` says when: ``down``, ``connect``, ``first byte``, ``stalled``, ``broken``, ``status``, ``busy``,
     ``garbage`` or ``wrong model``.
     """
 
