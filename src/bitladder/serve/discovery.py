@@ -1,12 +1,13 @@
 """Which replicas there are, and whether they answer: names are resolved again and again, addresses are probed.
 
-A probe asks for the list of models, which every OpenAI-compatible server has. Any answer under 500 counts: a server that
-wants another key for it, or does not know the path, is alive.
+A probe asks for the list of models, which every OpenAI-compatible server has. Any answer under 500 counts: a server
+that wants another key for it, or does not know the path, is alive.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import ipaddress
 import logging
 import socket
@@ -101,10 +102,13 @@ class Discovery:
                     if replica.name not in self._probing and replica.state is not ReplicaState.LEAVING:
                         task = asyncio.create_task(self._probe(replica))
                         self._probing[replica.name] = task
-                        task.add_done_callback(lambda _, name=replica.name: self._probing.pop(name, None))
+                        task.add_done_callback(functools.partial(self._probed, replica.name))
         finally:
             for task in self._probing.values():
                 task.cancel()
+
+    def _probed(self, name: str, _: asyncio.Task[None]) -> None:
+        self._probing.pop(name, None)
 
     def _maker(self, place: _Place) -> Callable[[], Replica]:
         return lambda: self._replica(place)
@@ -122,7 +126,7 @@ class Discovery:
             ips = await self._resolved(spec) if _may_have_several(spec) else []
             if len(ips) > 1:
                 self._had_several.add(spec.url)
-            # The last one of several is still the replica that it was; a name that never had more is left to the system.
+            # The last one of several is the replica that it was; a name that never had more is left to the system.
             for place in [_Place(spec, ip) for ip in ips if spec.url in self._had_several] or [_Place(spec)]:
                 places.setdefault(place.name, place)
         return dict(list(places.items())[:MOST_REPLICAS])

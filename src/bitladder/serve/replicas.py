@@ -3,8 +3,8 @@
     affinity   the beginning of a conversation has a preferred replica, whose prefix cache knows it, while that one has
                no more than `BOUND` times the mean of requests outstanding; else the next in the same order
     load       what has no beginning goes to the replica with the fewest requests outstanding
-    slow       one that takes `SLOW` times as long as the others to begin its answers has its load counted as many times,
-               and gets no conversation; a single request every `TRIAL_S` shows when it is fast again
+    slow       one that takes `SLOW` times as long as the others to begin its answers has its load counted as many
+               times, and gets no conversation; a single request every `TRIAL_S` shows when it is fast again
     out        one that refuses connections, fails `MOST_IN_A_ROW` times in a row or does not answer probes gets nothing
                until it answers one; what waits there for a first byte is asked of another
 

@@ -211,6 +211,8 @@ class ServeSettings:
     host: str = "127.0.0.1"
     port: int = 8077
     """0: any free one."""
+    processes: int = 1
+    """Gateway processes behind the port; more than one only before endpoints."""
     threads: int = 2
     """Of each engine that we run."""
     memory_budget_bytes: int = 0
@@ -261,9 +263,17 @@ class ServeSettings:
                 means="Anyone who reaches this machine could use the models.",
                 do="Give an API key file, listen on 127.0.0.1, or say that it should be open to all.",
             )
+        specs = (self.quality, *self.extra, *([self.speed] if self.speed else []))
+        own = next((spec.level for spec in specs if spec.path is not None), None)
+        if self.processes > 1 and own is not None:
+            raise UsageError(
+                f"{self.processes} processes cannot share the engine of {own}.",
+                means="Each process of the gateway would start an engine of its own for a file.",
+                do="Serve the file with one process, and give the others its address with --quality URL.",
+            )
         if not 0.0 <= self.shadow.share <= 1.0:
             raise UsageError(f"The shadow share must be between 0 and 1. Got {self.shadow.share} instead.")
-        names = [spec.level.lower() for spec in (self.quality, *self.extra, *([self.speed] if self.speed else []))]
+        names = [spec.level.lower() for spec in specs]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice and not (self.speed == self.quality and not self.extra):
             raise UsageError(f"The level '{twice[0]}' is served twice.", do="Give each level once.")
