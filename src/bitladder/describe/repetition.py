@@ -6,6 +6,7 @@ case.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 from bitladder.unicode import words
@@ -28,7 +29,7 @@ def loop_start(text: str) -> int | None:
     A loop is one span of at most 60 words three times over, the last one possibly cut short. The word counted to is
     the first that the span repeats, so a text that says something once and then loops on it begins to loop there.
     """
-    found = [word.lower() for word in words(text[-LONGEST:])]
+    found = _words(text)
     if len(found) < LEAST_WORDS:
         return None
     for size in range(1, min(LONGEST_SPAN, len(found) // LEAST_TIMES) + 1):
@@ -36,6 +37,12 @@ def loop_start(text: str) -> int | None:
         if all(tail[place] == tail[place - size] for place in range(size, len(tail))):
             return _first_repeated(found, size)
     return None
+
+
+@functools.lru_cache(maxsize=512)
+def _words(text: str) -> tuple[str, ...]:
+    """In lower case; of the reference's answers they are wanted once for each level."""
+    return tuple(word.lower() for word in words(text[-LONGEST:]))
 
 
 def _first_repeated(found: Sequence[str], size: int) -> int:
@@ -48,8 +55,8 @@ def _first_repeated(found: Sequence[str], size: int) -> int:
 
 def repeated_shares(text: str) -> list[float]:
     """For each whole stretch of 50 words, the share of its 4-grams that stood in the text before."""
-    found = [word.lower() for word in words(text[-LONGEST:])]
-    grams = [tuple(found[place : place + GRAM]) for place in range(len(found) - GRAM + 1)]
+    found = _words(text)
+    grams = [found[place : place + GRAM] for place in range(len(found) - GRAM + 1)]
     seen: set[tuple[str, ...]] = set()
     shares = []
     for start in range(0, len(found) - WINDOW + 1, WINDOW):

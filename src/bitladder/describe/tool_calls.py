@@ -201,7 +201,8 @@ def _fits(wanted: Mapping[str, Any], call: Call, schema_of: Mapping[str, Any]) -
     if missing:
         return Verdict(MISSING, f"{call.name} lacks {', '.join(map(repr, missing[:5]))}")
     wrong = _wrong_argument(wanted, arguments)
-    violated = wrong or schemas.violation(schema, arguments) or schemas.violation(wanted.get("schema", True), arguments)
+    asked = [each for each in (schema, wanted.get("schema")) if each]
+    violated = wrong or next(filter(None, (schemas.violation(each, arguments) for each in asked)), None)
     return Verdict(WRONG, f"{call.name}: {violated}") if violated else Verdict("", "fits")
 
 

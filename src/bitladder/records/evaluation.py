@@ -173,6 +173,13 @@ class Thinking:
     """Thoughts that end in a loop."""
 
 
+class Difference(NamedTuple):
+    """An input with the level's pass share minus the reference's."""
+
+    input_id: str
+    share: Real
+
+
 @dataclass(frozen=True)
 class WorkloadResult:
     """Passes of a level, compared pair by pair with the reference's on the same inputs.
@@ -214,6 +221,5 @@ class WorkloadResult:
     answers that reach so far. Empty where none is long."""
     reference_repetition: tuple[Real, ...] = field(default=(), metadata=OPTIONAL)
     """The same of the reference."""
-    differences: dict[str, Real] | None = field(default=None, metadata=OPTIONAL)
-    """Input to its pass share minus the reference's, where each was answered several times and they differ; None
-    where each was answered once."""
+    differences: tuple[Difference, ...] | None = field(default=None, metadata=OPTIONAL)
+    """Of inputs whose pass shares differ, where each was answered several times; None where each was answered once."""

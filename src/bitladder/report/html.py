@@ -13,6 +13,7 @@ from bitladder.files.outputs import check_output, holding
 from bitladder.records.decision import Status
 from bitladder.records.run import RunRecord
 from bitladder.report.answers import compared_answers
+from bitladder.report.behaviour import behaviour_lines
 from bitladder.report.chart import Axis, Point, find_cliff, loss_chart
 from bitladder.report.facts import facts, warnings
 from bitladder.report.reading import RUN_JSON
@@ -75,6 +76,8 @@ def render_html(record: RunRecord) -> str:
         tags=_tag_table(record),
         compared=compared_answers(record),
         wording=wording_lines(record),
+        behaviour=behaviour_lines(record),
+        repetition=[result for result in record.results if result.repetition or result.reference_repetition],
         human_bytes=human_bytes,
         sentence=lambda text: text[:1].upper() + text[1:],
         facts=facts,

@@ -21,7 +21,7 @@ from bitladder.stats.intervals import weighted_wilson
 from bitladder.stats.paired import more_often
 
 LOOP, THOUGHT_LOOP, UNFINISHED = "loop", "looping thought", "unfinished thought"
-FAULTS = (LOOP, THOUGHT_LOOP, UNFINISHED, *CALL_FAULTS)
+FAULTS = (*CALL_FAULTS, UNFINISHED, THOUGHT_LOOP, LOOP)
 """Every fault that is counted."""
 _LONG_ANSWER_WINDOWS = 3
 """Stretches from which repetition along an answer is worth telling."""

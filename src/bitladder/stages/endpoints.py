@@ -109,7 +109,7 @@ def _spending(
     if not settings.wants_key and price is None:
         return None
     if answer_tokens is not None:
-        asked = [dataclasses.replace(one, max_tokens=answer_tokens) for one in asked]
+        asked = [dataclasses.replace(one, max_tokens=answer_tokens, max_thought_tokens=None) for one in asked]
     return expected_spending(
         settings.label,
         asked,

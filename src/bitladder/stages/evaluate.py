@@ -30,6 +30,7 @@ from bitladder.records.evaluation import (
     Alternative,
     Answer,
     AnswerToken,
+    Difference,
     LevelAnswers,
     Reply,
     Speed,
@@ -245,8 +246,8 @@ def compare(reference: LevelAnswers, level: LevelAnswers, workload: Workload) ->
     )
 
 
-def _differences(pairs: Sequence[_Pair]) -> dict[str, float]:
-    return {pair.one.id: pair.level - pair.reference for pair in pairs if pair.level != pair.reference}
+def _differences(pairs: Sequence[_Pair]) -> tuple[Difference, ...]:
+    return tuple(Difference(pair.one.id, pair.level - pair.reference) for pair in pairs if pair.level != pair.reference)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -347,6 +347,7 @@ def answers(subject: Subject, path: Path, workload: Workload, recorded: Recorded
     from bitladder.describe.workload import questions_of
     from bitladder.engines.base import Launch
     from bitladder.engines.registry import container_of, start
+    from bitladder.stages.as_deployed import refuse_unheard_tools
     from bitladder.stages.evaluate import answer_workload
     from bitladder.stages.run_facts import engine_facts, slots
 
@@ -364,5 +365,6 @@ def answers(subject: Subject, path: Path, workload: Workload, recorded: Recorded
         work.progress.on_level(LevelNews(subject.level, answered=len(known), inputs=len(questions)))
 
     with start(Launch(path, n_ctx=room, n_parallel=parallel, threads=work.threads)) as server:
+        refuse_unheard_tools(workload, server)
         found = answer_workload(server, workload, known=dict(known), on_answer=keep)
     return Replies(found, None, stored=False)
