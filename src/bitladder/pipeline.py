@@ -37,6 +37,7 @@ from bitladder.records.plan import Plan
 from bitladder.records.run import RunRecord
 from bitladder.report import RUN_JSON, check_html, check_run, report_beside, write_html, write_run
 from bitladder.stages import run_facts as facts
+from bitladder.stages.as_deployed import as_deployed
 from bitladder.stages.ask import Asker, LevelToAsk, ServedLevel, name_of
 from bitladder.stages.calibration import importance_need, importance_of
 from bitladder.stages.costs import Prices, level_costs, prices_of
@@ -327,6 +328,7 @@ def _opened(settings: RunSettings, work: Work, confirm: Confirm) -> Iterator[_Gi
         with work.journal.timed("fetch"):
             job = stack.enter_context(opened(settings.model, work))
         source = job.source
+        workload = as_deployed(workload, source.metadata, job.checkpoint)
         settings = replace(settings, n_ctx=usable_context(source.model, settings.n_ctx))
         out = settings.out or Path(f"{job.found.label}-ladder")
         check_run(out / RUN_JSON, source_sha256=lambda: source.sha256)

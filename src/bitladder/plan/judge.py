@@ -8,12 +8,12 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from bitladder.plan.bar import UPPER, Bar, Clause, spoken
-from bitladder.records.evaluation import WorkloadResult
+from bitladder.records.evaluation import FaultCount, WorkloadResult
 from bitladder.records.fidelity import Fidelity
 from bitladder.records.plan import ELSEWHERE, Container, LevelPlan
 from bitladder.stats.multiplicity import beyond
-from bitladder.stats.noninferiority import inputs_needed, loss_interval, p_not_worse
-from bitladder.stats.paired import differs, ratio_interval
+from bitladder.stats.noninferiority import inputs_needed, loss_interval, p_not_worse, repeated_counts
+from bitladder.stats.paired import differs, more_often, ratio_interval
 from bitladder.units import human_bytes
 
 
@@ -51,6 +51,9 @@ class LevelEvidence:
     """McNemar's p of `result`, adjusted by Holm for the number of levels looked at."""
     tags: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Input to its tags."""
+    known_faults: tuple[FaultCount, ...] = ()
+    """Faults that the level's answers surely have more often than the reference's, corrected for the number of levels
+    and faults looked at."""
 
     @property
     def measured(self) -> bool:
@@ -191,19 +194,38 @@ class Pairs:
     inputs: int
     lost: int
     gained: int
+    differences: tuple[float, ...] | None = None
+    """The reference's pass share minus the level's, of inputs where they differ; None where each was answered once."""
+
+    @property
+    def counts(self) -> tuple[float, float, float]:
+        """Lost, gained and inputs as the statistics count them."""
+        if self.differences is None:
+            return self.lost, self.gained, self.inputs
+        return repeated_counts(self.differences, self.inputs)
+
+    @property
+    def loss(self) -> float:
+        """In pass rate."""
+        lost, gained, inputs = self.counts
+        return (lost - gained) / inputs
 
     @property
     def interval(self) -> tuple[float, float]:
         """95% interval of the loss in pass rate."""
-        return loss_interval(self.lost, self.gained, self.inputs)
+        return loss_interval(*self.counts)
 
 
 def pairs_of(result: WorkloadResult, tags: Mapping[str, tuple[str, ...]], tag: str = "") -> Pairs:
     """Counts over the whole workload, or over the inputs that carry ``tag``."""
+    found = result.differences
     if not tag:
-        return Pairs(result.inputs, len(result.lost), len(result.gained))
+        differences = None if found is None else tuple(-one.share for one in found)
+        return Pairs(result.inputs, len(result.lost), len(result.gained), differences)
     chosen = {name for name, own in tags.items() if tag in own}
-    return Pairs(len(chosen), len(chosen.intersection(result.lost)), len(chosen.intersection(result.gained)))
+    differences = None if found is None else tuple(-one.share for one in found if one.input_id in chosen)
+    lost, gained = (len(chosen.intersection(side)) for side in (result.lost, result.gained))
+    return Pairs(len(chosen), lost, gained, differences)
 
 
 def _judge_clause(clause: Clause, evidence: LevelEvidence) -> Judgement:
@@ -318,14 +340,14 @@ def _not_worse(clause: Clause, evidence: LevelEvidence) -> Judgement:
     if pairs.inputs == 0:
         return Judgement(UNKNOWN, f"no input carries the tag '{clause.tag}'", f"add inputs tagged '{clause.tag}'")
     low, high = pairs.interval
-    loss, margin = (pairs.lost - pairs.gained) / pairs.inputs, clause.value
+    loss, margin = pairs.loss, clause.value
     where = f"{clause.tag}: " if clause.tag else ""
     seen = (
         f"{where}{pairs.lost} lost and {pairs.gained} gained of {pairs.inputs}; "
         f"loss {_points(loss)} ({100 * low:.1f} to {100 * high:.1f})"
     )
     if high < margin or (high == margin and clause.op == ">="):
-        chance = p_not_worse(pairs.lost, pairs.gained, pairs.inputs, margin)
+        chance = p_not_worse(*pairs.counts, margin)
         return Judgement(MET, f"{seen}, within {_points(margin)}", p_value=chance)
     if low > margin:
         return Judgement(FAILED, f"{seen}, more than {_points(margin)}")
@@ -351,6 +373,9 @@ def _no_loss(clause: Clause, evidence: LevelEvidence) -> Judgement:
     where = f"{clause.tag}: " if clause.tag else ""
     if pairs.inputs == 0:
         return Judgement(UNKNOWN, f"no input carries the tag '{clause.tag}'", f"add inputs tagged '{clause.tag}'")
+    faults = faults_with_tag(evidence, clause.tag) if clause.tag else evidence.known_faults
+    if faults:
+        return Judgement(FAILED, where + "; ".join(map(spoken_fault, faults)))
     low, high = pairs.interval
     if pairs.lost == 0:
         return Judgement(
@@ -370,14 +395,44 @@ def _no_known_loss(clause: Clause, evidence: LevelEvidence) -> Judgement:
     if pairs.inputs == 0:
         return Judgement(MET, f"no input carries the tag '{clause.tag}'")
     seen = f"{pairs.lost} lost and {pairs.gained} gained of {pairs.inputs} inputs"
-    known = pairs.interval[0] > 0 if clause.tag else loss_is_known(evidence)
+    known = pairs.interval[0] > 0 if clause.tag else passes_are_lost(evidence)
     where = f"{clause.tag}: " if clause.tag else ""
+    faults = faults_with_tag(evidence, clause.tag) if clause.tag else evidence.known_faults
+    if faults:
+        return Judgement(FAILED, where + "; ".join(map(spoken_fault, faults)))
     if known:
         return Judgement(FAILED, f"{where}{seen}, more than chance explains")
     return Judgement(MET, f"{where}{seen}{', which may be chance' if pairs.lost else ''}")
 
 
+def faults_with_tag(evidence: LevelEvidence, tag: str) -> tuple[FaultCount, ...]:
+    """Faults that a level has more often than the reference on the inputs with a tag, by the sign test on these alone,
+    as a tag's losses are judged."""
+    chosen = {name for name, own in evidence.tags.items() if tag in own}
+    found = []
+    for fault in evidence.result.faults if evidence.result is not None else ():
+        appeared = tuple(name for name in fault.appeared if name in chosen)
+        vanished = tuple(name for name in fault.vanished if name in chosen)
+        p_value = more_often(len(appeared), len(vanished))
+        if p_value <= KNOWN_LOSS_P / 2:
+            found.append(replace(fault, appeared=appeared, vanished=vanished, p_value=p_value))
+    return tuple(found)
+
+
+def spoken_fault(fault: FaultCount) -> str:
+    """A fault that is surely there, in a phrase."""
+    after = f", after about {fault.begins} words" if fault.begins is not None else ""
+    where = f"{len(fault.appeared)} inputs" + (f" ({len(fault.vanished)} the other way)" if fault.vanished else "")
+    seen = f"{fault.fault} in {fault.level} of {fault.answers} answers, {fault.reference} of the reference's{after}"
+    return f"{seen}: more often on {where}, which is no chance"
+
+
 def loss_is_known(evidence: LevelEvidence) -> bool:
+    """The workload proves that this level passes fewer inputs than the reference, or has a fault more often."""
+    return bool(evidence.known_faults) or passes_are_lost(evidence)
+
+
+def passes_are_lost(evidence: LevelEvidence) -> bool:
     """The workload proves that this level passes fewer inputs than the reference."""
     found = evidence.result
     return found is not None and len(found.lost) > len(found.gained) and evidence.p_adjusted <= KNOWN_LOSS_P

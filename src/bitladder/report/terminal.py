@@ -11,6 +11,7 @@ from bitladder.records.decision import Status
 from bitladder.records.fidelity import Fidelity
 from bitladder.records.plan import LevelPlan, Plan, PlanSpeed
 from bitladder.records.run import RunRecord
+from bitladder.report.behaviour import behaviour_lines
 from bitladder.report.columns import Column, fitted_table, plain_table
 from bitladder.report.facts import warnings
 from bitladder.report.meanings import heads_in_words
@@ -84,6 +85,8 @@ def print_run(record: RunRecord, console: Console | None = None) -> None:
     _print_answers(record, out)
     for level, notes in wording_lines(record).items():
         out.print(Text.assemble((f"{level:<{wide}}", "bold"), ("answers", "dim")).append(f": {notes}"))
+    for level, notes in behaviour_lines(record).items():
+        out.print(Text.assemble((f"{level:<{wide}}", "bold"), ("behaviour", "dim")).append(f": {notes}"))
     out.print()
     out.print(Text(record.decision.summary, style="bold"))
     for line in cost_lines(record):

@@ -378,6 +378,7 @@ def answers(
     from bitladder.describe.workload import questions_of
     from bitladder.engines.base import Launch
     from bitladder.engines.registry import container_of, start
+    from bitladder.stages.as_deployed import refuse_unheard_tools
     from bitladder.stages.evaluate import answer_workload
     from bitladder.stages.run_facts import engine_facts, slots
 
@@ -397,5 +398,6 @@ def answers(
         work.progress.on_level(LevelNews(subject.level, answered=len(known), inputs=len(questions)))
 
     with start(Launch(path, n_ctx=room, n_parallel=parallel, threads=work.threads)) as server:
+        refuse_unheard_tools(workload, server)
         found = answer_workload(server, workload, known=dict(known), on_answer=keep)
     return Replies(found, None, stored=False)
