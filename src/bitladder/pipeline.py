@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from bitladder import __version__
 from bitladder.engines.endpoint import EndpointSettings
 from bitladder.errors import NothingFits, UnknownArchitecture, UsageError
-from bitladder.executors.places import devices_named, executor_of
+from bitladder.executors.places import executor_of, own_device
 from bitladder.files.measured import machine_key
 from bitladder.files.probe import probe_machine
 from bitladder.files.workloads import STARTER, load_reference, load_workload
@@ -118,8 +118,7 @@ def assess(
 
 
 def _work(settings: RunSettings, progress: Progress, say: Say) -> Work:
-    device = devices_named(settings.device)[0]
-    return Work(threads=settings.threads, device=device, progress=progress, journal=Journal(say))
+    return Work(threads=settings.threads, device=settings.device, progress=progress, journal=Journal(say))
 
 
 def _assessed(given: _Given) -> RunRecord:
@@ -189,7 +188,8 @@ def _opened(settings: RunSettings, work: Work, confirm: Confirm) -> Iterator[_Gi
         executor = executor_of(settings.on, settings.device, settings.unit_needs)
         if executor is not None:
             work.journal.warn(*executor.warnings)
-            work = replace(work, executor=stack.enter_context(executor))
+            own = own_device(executor, settings.device)
+            work = replace(work, device=own, executor=stack.enter_context(executor))
         with work.journal.timed("fetch"):
             job = stack.enter_context(opened(settings.model, work))
         source = job.source

@@ -1,7 +1,6 @@
 """A real Ray cluster of two workers on this machine: the same bytes as here, whatever happens to workers."""
 
 import os
-import signal
 from pathlib import Path
 
 import pytest
@@ -18,8 +17,8 @@ ray = pytest.importorskip("ray")
 @pytest.fixture(scope="module")
 def cluster():
     """Two workers of one core."""
-    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False, object_store_memory=200 << 20)
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False,
+             object_store_memory=200 << 20)  # fmt: skip
     with on_ray.connect(None, "cpu", Needs()) as found:
         yield found
     ray.shutdown()

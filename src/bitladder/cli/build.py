@@ -121,7 +121,7 @@ def working(
 ) -> Iterator[Work]:
     """Work that shows where it is and says what it has to say, unless ``quiet``; raises UsageError for a device that
     is not here, and as ``executors.places.executor_of`` does."""
-    from bitladder.executors.places import executor_of
+    from bitladder.executors.places import executor_of, own_device
     from bitladder.stages.job import Journal, Work
 
     with progress_display(quiet=quiet) as progress:
@@ -130,9 +130,8 @@ def working(
         executor = executor_of(on, device, unit_needs)
         with executor or nullcontext():
             journal.warn(*(executor.warnings if executor else ()))
-            yield Work(
-                threads=threads, device=devices_named(device)[0], executor=executor, progress=progress, journal=journal
-            )
+            own = own_device(executor, device)
+            yield Work(threads=threads, device=own, executor=executor, progress=progress, journal=journal)
 
 
 @dataclass(kw_only=True)

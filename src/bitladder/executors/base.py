@@ -66,6 +66,8 @@ class Executor(ABC):
 
     slots: int
     """How many units of one thread are computed at a time."""
+    device: str = "cpu"
+    """Of a lane, and not a CPU if there is another: what arithmetic is chosen for."""
     warnings: Sequence[str] = ()
     """What its user should know of it."""
     here: tuple[str, ...] = ()

@@ -36,6 +36,7 @@ class Devices(Executor):
         self._pools = [ThreadPoolExecutor(1, thread_name_prefix=f"lane {lane.number}") for lane in self._lanes]
         self._next = itertools.count()
         self.slots, self.here = len(self._lanes), tuple(devices)
+        self.device = next((device for device in devices if device != "cpu"), "cpu")
 
     def start(self, task: Task, unit: Any, *held: Handle, place: int | None = None) -> _Started:
         """As ``Executor``."""

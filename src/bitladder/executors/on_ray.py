@@ -130,7 +130,7 @@ class Ray(Executor):
     def __init__(self, device: str, needs: Needs, *, own: bool) -> None:
         import ray
 
-        self._ray, self._device, self._needs, self._own = ray, device, needs, own
+        self._ray, self.device, self._needs, self._own = ray, device, needs, own
         self._run = ray.remote(_run)
         self._tasks: dict[int, tuple[Task, Any]] = {}
         self.slots = max(1, int(self._cluster().get("CPU", 1)))
@@ -156,7 +156,7 @@ class Ray(Executor):
         options = self._options(task.threads)
         with _translated():
             small, large = self._run.options(num_returns=2, max_retries=_RETRIES, **options).remote(
-                self._sent(task), self._device, unit, *held
+                self._sent(task), self.device, unit, *held
             )
         return _Started(self, options, small, large)
 
@@ -210,7 +210,7 @@ class Ray(Executor):
     def _options(self, threads: int) -> dict[str, Any]:
         needs = self._needs
         cores = min(float(threads), max((node.get("CPU", 0.0) for node in self._nodes()), default=1.0))
-        gpus = needs.gpus if needs.gpus is not None else float(self._device.startswith("cuda"))
+        gpus = needs.gpus if needs.gpus is not None else float(self.device.startswith("cuda"))
         return {
             "num_cpus": cores if needs.cpus is None else needs.cpus,
             **({"num_gpus": gpus} if gpus else {}),

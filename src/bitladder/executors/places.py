@@ -22,6 +22,11 @@ def devices_named(text: str) -> tuple[str, ...]:
     return found
 
 
+def own_device(executor: Executor | None, device: str) -> str:
+    """Where this process computes what is no unit: on the first device that it was given, if it was given any."""
+    return devices_named(device)[0] if executor is None or executor.here else "cpu"
+
+
 def executor_of(on: str, device: str, unit_needs: str = "") -> Executor | None:
     """Where units are computed; None for right here, one after another.
 
