@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from bitladder import __version__
 from bitladder.engines.endpoint import EndpointSettings
 from bitladder.errors import NothingFits, UnknownArchitecture, UsageError
+from bitladder.executors.places import executor_of, own_device
 from bitladder.files.measured import machine_key
 from bitladder.files.probe import probe_machine
 from bitladder.files.workloads import STARTER, load_reference, load_workload
@@ -325,6 +326,11 @@ def _opened(settings: RunSettings, work: Work, confirm: Confirm) -> Iterator[_Gi
             journal=work.journal,
         )
         context = stack.enter_context(helpers)
+        executor = executor_of(settings.on, settings.device, settings.unit_needs)
+        if executor is not None:
+            work.journal.warn(*executor.warnings)
+            own = own_device(executor, settings.device)
+            work = replace(work, device=own, executor=stack.enter_context(executor))
         with work.journal.timed("fetch"):
             job = stack.enter_context(opened(settings.model, work))
         source = job.source

@@ -257,6 +257,7 @@ def write_recipe(job: Job, recipe: Recipe, windows: Sequence[Window], build: Bui
     """
     from bitladder.stages.feedback import write_with_feedback
     from bitladder.walk.feedback import FeedbackSettings
+    from bitladder.walk.products import half_for
 
     need = replace(
         walking_need(job.source, windows, (recipe.label,), kind="fit"),
@@ -265,10 +266,12 @@ def write_recipe(job: Job, recipe: Recipe, windows: Sequence[Window], build: Bui
     )
     there = (build.out / f"{job.source.model.name}-{recipe.label}.gguf").exists()
     with nullcontext() if there else forecast(need, job.journal, build.out):
-        settings = FeedbackSettings(effort=build.effort, threads=job.threads, device=job.device)
+        settings = FeedbackSettings(
+            effort=build.effort, threads=job.threads, device=job.device, half=half_for(job.executor)
+        )
         return write_with_feedback(
             job.source, recipe, build.out, windows, settings=settings, force=build.force, folders=build.folders,
-            is_kept=kept_by_evidence(job.journal), progress=job.progress,
+            is_kept=kept_by_evidence(job.journal), progress=job.progress, executor=job.executor, warn=job.journal.warn,
         )  # fmt: skip
 
 

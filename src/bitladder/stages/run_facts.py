@@ -60,7 +60,10 @@ class RunSettings:
     out: Path | None = None
     threads: int = 2
     device: str = "cpu"
-    """Where walks compute and scales are searched for, as torch names it."""
+    """Where walks compute and scales are searched for, as torch names it; several with commas between."""
+    on: str = "local"
+    """Who computes units: as ``executors.places.executor_of`` takes it."""
+    unit_needs: str = ""
     effort: Effort = "good"
     """How long to search for scales."""
     imatrix: str = "auto"
@@ -253,6 +256,8 @@ def commands(settings: RunSettings, n_ctx: int, out: Path) -> tuple[str, ...]:
         str(settings.threads),
         *(["--effort", settings.effort] if settings.effort != RunSettings.effort else []),
         *(["--device", settings.device] if settings.device != "cpu" else []),
+        *(["--on", settings.on] if settings.on != RunSettings.on else []),
+        *(["--unit-needs", settings.unit_needs] if settings.unit_needs else []),
         "--out",
         str(out),
     ]
