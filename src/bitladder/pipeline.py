@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from bitladder import __version__
 from bitladder.engines.endpoint import EndpointSettings
 from bitladder.errors import NothingFits, UnknownArchitecture, UsageError
+from bitladder.executors.places import executor_of, own_device
 from bitladder.files.measured import machine_key
 from bitladder.files.probe import probe_machine
 from bitladder.files.workloads import STARTER, load_reference, load_workload
@@ -37,8 +38,10 @@ from bitladder.records.plan import Plan
 from bitladder.records.run import RunRecord
 from bitladder.report import RUN_JSON, check_html, check_run, report_beside, write_html, write_run
 from bitladder.stages import run_facts as facts
+from bitladder.stages.as_deployed import as_deployed
 from bitladder.stages.ask import Asker, LevelToAsk, ServedLevel, name_of
 from bitladder.stages.calibration import importance_need, importance_of
+from bitladder.stages.costs import Prices, level_costs, prices_of
 from bitladder.stages.criteria_help import criteria_help
 from bitladder.stages.endpoints import agree_to_spend
 from bitladder.stages.engine_way import way_for
@@ -304,6 +307,7 @@ class _Given:
     recorded: Recorded
     projector: Path | None
     """What takes in pictures and sounds, as ``stages.projector`` made or found it."""
+    prices: Prices
 
 
 @contextmanager
@@ -327,20 +331,27 @@ def _opened(settings: RunSettings, work: Work, confirm: Confirm) -> Iterator[_Gi
             journal=work.journal,
         )
         context = stack.enter_context(helpers)
+        executor = executor_of(settings.on, settings.device, settings.unit_needs)
+        if executor is not None:
+            work.journal.warn(*executor.warnings)
+            own = own_device(executor, settings.device)
+            work = replace(work, device=own, executor=stack.enter_context(executor))
         with work.journal.timed("fetch"):
             job = stack.enter_context(opened(settings.model, work))
         source = job.source
+        workload = as_deployed(workload, source.metadata, job.checkpoint)
         settings = replace(settings, n_ctx=usable_context(source.model, settings.n_ctx))
         out = settings.out or Path(f"{job.found.label}-ladder")
         check_run(out / RUN_JSON, source_sha256=lambda: source.sha256)
         check_html(report_beside(out / RUN_JSON), source_sha256=lambda: source.sha256)
         work.journal.warn(*workload.warnings)
         machine = probe_machine(out)
+        prices = prices_of(machine, _answering(settings))
         build = Build(out=out, imatrix=settings.imatrix, effort=settings.effort, measured_on=texts)
         projector = projector_of(job.found, job.journal, job.progress)
         if projector is not None:
             job.journal.warn(unmeasured_note(projector))
-        yield _Given(settings, job, machine, workload, context, texts, build, bar, recorded, projector)
+        yield _Given(settings, job, machine, workload, context, texts, build, bar, recorded, projector, prices)
 
 
 def _checked_bar(settings: RunSettings) -> Bar | None:
@@ -389,6 +400,11 @@ def _endpoints(settings: RunSettings) -> list[EndpointSettings]:
     """Every model behind an address that is asked the workload."""
     reference, served = settings.reference, [endpoint for _, endpoint in settings.served]
     return [*([reference] if isinstance(reference, EndpointSettings) else []), *served, *settings.also]
+
+
+def _answering(settings: RunSettings) -> dict[str, EndpointSettings]:
+    """Who answers behind an address, by the name that tables call it."""
+    return {one.label: one for one in _endpoints(settings)} | {level.name: one for level, one in settings.served}
 
 
 def _reference_level(given: _Given) -> str | None:
@@ -571,6 +587,7 @@ def _record(
         wording={
             level.level: wording_changes(given.workload, answers[0].answers, level.answers) for level in answers[1:]
         },
+        costs=level_costs(answers, given.prices),
         settings=facts.settings_facts(
             settings, plan.n_ctx, given.texts, given.workload, way=fidelities[0].way if fidelities else Way.WALK
         ),

@@ -125,7 +125,7 @@ def test_a_stall_is_noticed(demo_gguf):
     with LlamaServer(Launch(demo_gguf, n_ctx=512, threads=1), timeouts=Timeouts(stall_s=1.0)) as running:
         os.kill(running.process.pid, signal.SIGSTOP)
         try:
-            with pytest.raises(EngineTimeout, match="nothing in time while waiting for its reply"):
+            with pytest.raises(EngineTimeout, match="not answer in time while waiting for its reply"):
                 running.chat(Chat(QUESTION, 4))
         finally:
             os.kill(running.process.pid, signal.SIGCONT)

@@ -21,6 +21,7 @@ from bitladder.cli.build import (
     known_device,
     split_levels,
 )
+from bitladder.cli.completion import level_names
 from bitladder.cli.terminal import ModelArgument, say
 from bitladder.errors import UsageError
 
@@ -66,6 +67,7 @@ class RunOptions(WorkOptions):
             "--reference",
             metavar="LEVEL|FILE.jsonl|URL#MODEL",
             help="What answers are compared with, instead of the source: a level, stored answers, or an endpoint.",
+            autocompletion=level_names,
         ),
     ] = None
     also: Annotated[
@@ -131,7 +133,9 @@ class RunOptions(WorkOptions):
             texts=tuple(self.text or ()),
             out=self.out,
             threads=self.threads,
-            device=known_device(self.device),
+            device=known_device(self.device, self.on),
+            on=self.on,
+            unit_needs=self.unit_needs,
             imatrix=self.imatrix,
             effort=effort_named(self.effort),
             judge=self._judge(),
@@ -217,6 +221,6 @@ def refuse_elsewhere(reference: Level | Path | EndpointSettings | None) -> Level
         return reference
     raise UsageError(
         "Only the source or one of its levels can be the reference of token figures.",
-        means="KL divergence needs the whole distribution at every token, which no address and no file tells.",
+        means="KL divergence needs whole distributions, which neither an address nor a file of answers has.",
         do="Compare answers with it instead: bitladder run MODEL --workload FILE --reference ...",
     )

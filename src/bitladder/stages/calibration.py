@@ -127,7 +127,8 @@ def _walked(job: Job, windows: Sequence[Window], dataset: str) -> ImportanceMatr
 
     with forecast(walking_need(job.source, windows, (), kind="importance"), job.journal):
         return importance_matrix(
-            job.source, windows, dataset=dataset, threads=job.threads, device=job.device,
+            job.source, windows, dataset=dataset, threads=job.threads, device=job.device, executor=job.executor,
+            warn=job.journal.warn,
             keep=cache_folder("walks", "importance"), progress=job.progress,
         )  # fmt: skip
 

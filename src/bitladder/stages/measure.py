@@ -378,6 +378,7 @@ def answers(
     as it comes. ``inputs``: those of the workload to ask; all by default."""
     from bitladder.describe.workload import questions_of
     from bitladder.engines.registry import start
+    from bitladder.stages.as_deployed import refuse_unheard_tools
     from bitladder.stages.evaluate import answer_workload
 
     engine, launch = engine_of(path, workload, n_ctx=n_ctx, work=work)
@@ -394,6 +395,7 @@ def answers(
         work.progress.on_level(LevelNews(subject.level, answered=len(known), inputs=len(questions)))
 
     with start(launch) as server:
+        refuse_unheard_tools(workload, server)
         found = answer_workload(server, workload, known=dict(known), on_answer=keep)
     return Replies(found, None, stored=False)
 

@@ -171,6 +171,10 @@ class Recorded:
         """Files that were measured and lay at this place, the newest first."""
         return self._files(path=str(path))
 
+    def every_file(self) -> list[StoredFile]:
+        """Measured files of all models, the newest first; they may have changed since."""
+        return self._files()
+
     def _files(self, **partial: str) -> list[StoredFile]:
         """Files whose row's key holds these values; rows that are no files of ours (imported ones may be) are none."""
         rows = ((_record(StoredFile, row.value), row.key) for row in self._store.find("file", **partial))
@@ -219,10 +223,22 @@ class Recorded:
 
     def decisions(self, source: str) -> list[StoredDecision]:
         """The decisions of runs of a model, the newest first, under any bar."""
-        rows = (
-            (_record(StoredDecision, row.value), row.created) for row in self._store.find("decision", source=source)
-        )
-        return [replace(stored, created=stored.created or created) for stored, created in rows if stored]
+        return [stored for _, stored in self._decisions(source=source)]
+
+    def every_decision(self) -> dict[str, list[StoredDecision]]:
+        """The decisions of all runs by the hash of their model, the newest first."""
+        found: dict[str, list[StoredDecision]] = {}
+        for source, stored in self._decisions():
+            found.setdefault(source, []).append(stored)
+        return found
+
+    def _decisions(self, **partial: str) -> list[tuple[str, StoredDecision]]:
+        rows = [(row, _record(StoredDecision, row.value)) for row in self._store.find("decision", **partial)]
+        return [
+            (str(row.key.get("source", "")), replace(stored, created=stored.created or row.created))
+            for row, stored in rows
+            if stored
+        ]
 
     def _read(self, kind: type[T], name: str, key: Mapping[str, Any]) -> T | None:
         return _record(kind, self._store.get(name, key))

@@ -17,6 +17,8 @@ import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from bitladder.executors import Executor
+
 _FEWEST = 2**16
 """Weights of a matrix below which nothing is won: routers, which should not be rounded either."""
 _QUERIES = 64
@@ -99,6 +101,11 @@ def products(*, half: bool) -> Iterator[None]:
 def wants_half_products(asked: bool | None, device: str) -> bool:
     """What was asked for; where nothing was, whether it pays on this processor."""
     return device == "cpu" and half_products_pay() if asked is None else asked
+
+
+def half_for(executor: Executor | None) -> bool | None:
+    """For ``wants_half_products``: what an executor's devices want; None without one."""
+    return None if executor is None else wants_half_products(None, executor.device)
 
 
 @cache
