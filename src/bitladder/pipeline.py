@@ -163,7 +163,7 @@ def _assessed(given: _Given) -> RunRecord:
 def _assessed_in_whole(given: _Given) -> RunRecord:
     job, timed = given.job, given.job.journal.timed
     plan = _planned(given)
-    levels = _levels_in_time(given, plan, _levels_to_build(given, plan))
+    given, levels = _in_time(given, plan, _levels_to_build(given, plan))
     if _needs_engine(given, levels):
         job.require_engine()
     with timed("calibrate"):
@@ -185,44 +185,70 @@ def _assessed_in_whole(given: _Given) -> RunRecord:
     return _judged(given, plan, built, fidelities, answers)
 
 
-def _levels_in_time(given: _Given, plan: Plan, levels: Sequence[Level]) -> list[Level]:
-    """All of them, or, within a limit, those that there is time to look at, evenly spread over the ladder.
+_BUILDING_SHARE = 0.5
+"""Of the time, for the importance matrix and for building levels."""
+_IMPORTANCE_SHARE = 0.2
+"""Of the time, for the importance matrix: what it is gathered on is cut to it."""
+
+
+def _in_time(given: _Given, plan: Plan, levels: Sequence[Level]) -> tuple[_Given, list[Level]]:
+    """All that was asked for; within a limit the levels that there is time to build, evenly spread over the ladder,
+    and calibration text that there is time for.
 
     Raises:
-        TooLittleTime: not even for the smallest.
+        TooLittleTime: not even for the smallest level.
     """
     job, countdown = given.job, given.job.progress
     if not isinstance(countdown, Countdown) or not levels:
-        return list(levels)
+        return given, list(levels)
     named = {level.name: level for level in levels}
     reference = _named_reference(given.settings)
     candidates = [row.level for row in plan.levels if row.level in named and named[row.level] != reference]
     wanted = material(job.windows(given.texts), given.workload.inputs)
     costs = Costs(wanted, job.source, plan.levels, reference.name if reference else level_of(job.source.model))
-    gathering = importance_need(job, given.build)
-    first = corrected_seconds(gathering) if gathering else 0.0
+    given = _with_less_calibration(given, _IMPORTANCE_SHARE * countdown.usable)
+    first = _importance_seconds(given)
     known = {file.level for file in given.recorded.files(job.source.sha256)}  # an earlier run got to them
 
-    def cost(some: Sequence[str]) -> float:
-        building = building_need(job, [named[name] for name in some], given.build)
-        return first + corrected_seconds(building) + costs.shortest_look([name for name in some if name not in known])
+    def building(some: Sequence[str]) -> float:
+        return first + corrected_seconds(building_need(job, [named[name] for name in some], given.build))
 
-    chosen = spread(candidates, cost, countdown.left)
-    if not chosen:
-        smallest = candidates[-1]
-        least = (countdown.passed + cost([smallest])) * countdown.seconds / countdown.usable
+    smallest = candidates[-1:]
+    least = building(smallest) + costs.shortest_look([name for name in smallest if name not in known])
+    if smallest and least > countdown.left:
+        least = (countdown.passed + least) * countdown.seconds / countdown.usable
         rest = "; --imatrix none does without the importance matrix" if first else ""
         raise TooLittleTime(
-            f"{human_duration(countdown.seconds)} are too short for one look at {smallest}, the smallest level.",
+            f"{human_duration(countdown.seconds)} are too short for one look at {smallest[0]}, the smallest level.",
             means=f"About {human_duration(least)} are needed: {human_duration(first)} for the importance matrix, the "
             "rest to build the level and to look at it beside the reference.",
             do=f"Write --within {math.ceil(least * 1.1)}s or more{rest}.",
         )
+    chosen = spread(candidates, building, _BUILDING_SHARE * countdown.left) or tuple(smallest)
     left_out = [name for name in candidates if name not in chosen]
     if left_out:
-        job.journal.warn(f"There is no time to look at {', '.join(left_out)}: a longer --within takes them in.")
+        job.journal.warn(f"There is no time to build {', '.join(left_out)}: a longer --within takes them in.")
     countdown.watch()
-    return [level for level in levels if level.name in chosen or level == reference]
+    return given, [level for level in levels if level.name in chosen or level == reference]
+
+
+def _importance_seconds(given: _Given) -> float:
+    need = importance_need(given.job, given.build)
+    return corrected_seconds(need) if need else 0.0
+
+
+def _with_less_calibration(given: _Given, seconds: float) -> _Given:
+    """The importance matrix gathered on as much text as these seconds suffice for, where it is not there."""
+    whole = _importance_seconds(given)
+    if whole <= seconds:
+        return given
+    less = replace(given, build=replace(given.build, calibration_share=seconds / whole))
+    saved = whole - _importance_seconds(less)
+    given.job.journal.warn(
+        f"The importance matrix is gathered on {100 * seconds / whole:.0f}% of the calibration text: the whole of it "
+        f"would take about {human_duration(saved)} more."
+    )
+    return less
 
 
 def _looked(given: _Given, plan: Plan, built: Mapping[Subject, LevelFile], countdown: Countdown) -> RunRecord:
@@ -242,7 +268,7 @@ def _looked(given: _Given, plan: Plan, built: Mapping[Subject, LevelFile], count
                 done = countdown.passed
                 evidence = looks.evidence()
                 looks.news(evidence)
-                if looks.has_seen_all:
+                if looks.has_something:
                     decision = _judged(given, plan, built, evidence.fidelities, evidence.answers).decision
                     still_open = open_levels(decision, sizes) | undecided_on_passes(
                         decision.bar, evidence.answers, wanted

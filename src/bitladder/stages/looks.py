@@ -270,12 +270,6 @@ class Looks:
         """Whether anything was measured of a level."""
         return any(self._scores.values()) or any(one.inputs for one in self.seen)
 
-    @property
-    def has_seen_all(self) -> bool:
-        """Whether each level was looked at, as far as there is anything to look at."""
-        totals = self.totals
-        return all(one.of(kind) for one in self.seen for kind in Kind if totals[kind])
-
     def next_piece(self, still_open: set[str], left: float) -> Piece | None:
         """What comes next (``plan.schedule``)."""
         named = {self._twins.get(level, level) for level in still_open}
