@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bitladder import __version__
+from bitladder.describe.text import CHARACTERS_PER_TOKEN
 from bitladder.engines.endpoint import EndpointSettings
-from bitladder.errors import NothingFits, UnknownArchitecture, UsageError
+from bitladder.errors import BitladderError, NothingFits, UnknownArchitecture, UsageError
 from bitladder.executors.places import executor_of, own_device
 from bitladder.files.measured import machine_key
 from bitladder.files.probe import probe_machine
@@ -28,7 +29,7 @@ from bitladder.plan.bar import Bar, parse_bar
 from bitladder.plan.decide import decide
 from bitladder.plan.ladder import make_plan, usable_context
 from bitladder.plan.preflight import require
-from bitladder.plan.schedule import open_levels, spread
+from bitladder.plan.schedule import Kind, Piece, open_levels, spread
 from bitladder.progress import LevelNews, Progress
 from bitladder.records import to_json
 from bitladder.records.decision import Decision
@@ -46,7 +47,7 @@ from bitladder.stages.criteria_help import criteria_help
 from bitladder.stages.endpoints import agree_to_spend
 from bitladder.stages.engine_way import way_for
 from bitladder.stages.evaluate import compare
-from bitladder.stages.forecast import building_need, corrected_seconds
+from bitladder.stages.forecast import building_need, corrected_seconds, walking_need
 from bitladder.stages.job import Build, Job, Journal, Say, Work, opened
 from bitladder.stages.known_files import identified, known_folders, making_of
 from bitladder.stages.ladder_files import ladder_files
@@ -64,6 +65,7 @@ from bitladder.stages.measure import Ways, built_candidate, documents, fidelity_
 from bitladder.stages.projector import deliver, projector_of, unmeasured_note
 from bitladder.stages.quantize import calibrate_levels, sort_levels
 from bitladder.stages.run_facts import RunSettings, level_of
+from bitladder.stages.speeds import LEAST_ROUNDS
 from bitladder.stages.wording import wording_changes
 from bitladder.store.evidence import Evidence
 from bitladder.store.recorded import Recorded, StoredDecision, Subject
@@ -199,8 +201,11 @@ def _in_time(given: _Given, plan: Plan, levels: Sequence[Level]) -> tuple[_Given
         TooLittleTime: not even for the smallest level.
     """
     job, countdown = given.job, given.job.progress
-    if not isinstance(countdown, Countdown) or not levels:
+    if not isinstance(countdown, Countdown):
+        _say_estimate(given, plan, levels)
         return given, list(levels)
+    if not levels:
+        return given, []
     named = {level.name: level for level in levels}
     reference = _named_reference(given.settings)
     candidates = [row.level for row in plan.levels if row.level in named and named[row.level] != reference]
@@ -230,6 +235,31 @@ def _in_time(given: _Given, plan: Plan, levels: Sequence[Level]) -> tuple[_Given
         job.journal.warn(f"There is no time to build {', '.join(left_out)}: a longer --within takes them in.")
     countdown.watch()
     return given, [level for level in levels if level.name in chosen or level == reference]
+
+
+_WORTH_SAYING_S = 30.0
+
+
+def _say_estimate(given: _Given, plan: Plan, levels: Sequence[Level]) -> None:
+    """How long the whole run may take, where nothing of it was done yet and all of it can be predicted."""
+    job = given.job
+    known = {file.level for file in given.recorded.files(job.source.sha256)}
+    missing = [level.name for level in levels if level.name not in known]
+    if not missing or _endpoints(given.settings) or not all(isinstance(level, RecipeLevel) for level in levels):
+        return
+    costs = Costs(material((), given.workload.inputs), job.source, plan.levels, level_of(job.source.model))
+    asking = [Piece(Kind.INPUTS, tuple(missing), 0, len(given.workload.inputs))]
+    timing = [Piece(Kind.ROUNDS, tuple(missing), 0, LEAST_ROUNDS)]
+    tokens = sum(len(text.text) for text in given.texts) // CHARACTERS_PER_TOKEN
+    try:
+        seconds = _importance_seconds(given) + corrected_seconds(building_need(job, levels, given.build))
+        seconds += corrected_seconds(walking_need(job.source, tokens, missing)) + sum(map(costs, asking + timing))
+    except BitladderError:  # told where it matters
+        return
+    if seconds >= _WORTH_SAYING_S:
+        job.journal.say(
+            f"About {human_duration(seconds)} on this machine, by what is known of it; --within bounds the time."
+        )
 
 
 def _importance_seconds(given: _Given) -> float:
@@ -269,7 +299,10 @@ def _looked(given: _Given, plan: Plan, built: Mapping[Subject, LevelFile], count
                 evidence = looks.evidence()
                 looks.news(evidence)
                 if looks.has_something:
-                    decision = _judged(given, plan, built, evidence.fidelities, evidence.answers).decision
+                    results = _results(given, evidence.answers)
+                    decision = _decided(
+                        given, plan, built, evidence.fidelities, results, reference=evidence.answers[0].level
+                    )
                     still_open = open_levels(decision, sizes) | undecided_on_passes(
                         decision.bar, evidence.answers, wanted
                     )
@@ -310,8 +343,8 @@ def _judged(
     fidelities: Sequence[Fidelity],
     answers: Sequence[LevelAnswers],
 ) -> RunRecord:
-    """The decision that this evidence leads to, and all that it rests on. Levels that nobody asked have no result."""
-    results = [compare(answers[0], level, given.workload) for level in answers[1:] if level.answers]
+    """The decision that this evidence leads to, and all that it rests on."""
+    results = _results(given, answers)
     decision = _decided(given, plan, built, fidelities, results, reference=answers[0].level)
     return _record(given, plan, built, fidelities, answers, results, decision)
 
@@ -505,6 +538,11 @@ def _needs_engine(given: _Given, levels: Sequence[Level]) -> bool:
     """Whether the workload is to be answered by files, the source's or a level's."""
     own = given.settings.reference is None or _reference_level(given) == level_of(given.job.source.model)
     return own or any(level.container is Container.FILE for level in levels)
+
+
+def _results(given: _Given, answers: Sequence[LevelAnswers]) -> list[WorkloadResult]:
+    """Each level beside the reference, which is the first; levels that nobody asked have no result."""
+    return [compare(answers[0], level, given.workload) for level in answers[1:] if level.answers]
 
 
 def _ways(given: _Given, built: Mapping[Subject, LevelFile], stack: ExitStack) -> Ways:

@@ -155,8 +155,11 @@ def _is_there(out: Path, name: str) -> bool:
     return (out / f"{name}.gguf").exists() or any(out.glob(f"{glob.escape(name)}-00001-of-*.gguf"))
 
 
-def walking_need(source: GgufFile, windows: Sequence[Window], levels: Sequence[str], *, kind: str = "walk") -> JobNeed:
-    """What one pass over the layers will take: of the source and ``levels`` beside it."""
+def walking_need(
+    source: GgufFile, windows: Sequence[Window] | int, levels: Sequence[str], *, kind: str = "walk"
+) -> JobNeed:
+    """What one pass over the layers will take: of the source and ``levels`` beside it, on windows or a number of tokens
+    that is estimated."""
     from bitladder.files.measured import load_measured
     from bitladder.files.probe import probe_machine
     from bitladder.plan.abilities import Route
@@ -166,7 +169,7 @@ def walking_need(source: GgufFile, windows: Sequence[Window], levels: Sequence[s
     machine = probe_machine()
     measured = load_measured(machine)
     dims = source.model.dims
-    tokens = sum(len(window.tokens) for window in windows)
+    tokens = windows if isinstance(windows, int) else sum(len(window.tokens) for window in windows)
     head = dims.n_vocab * dims.n_embd if levels else 0
     used = weights_used(source.model) + head
     need = walk_need(
