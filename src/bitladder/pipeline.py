@@ -269,7 +269,7 @@ def _importance_seconds(given: _Given) -> float:
 
 def _with_less_calibration(given: _Given, seconds: float) -> _Given:
     """The importance matrix gathered on as much text as these seconds suffice for, where it is not there."""
-    whole = _importance_seconds(given)
+    whole, seconds = _importance_seconds(given), max(0.0, seconds)
     if whole <= seconds:
         return given
     less = replace(given, build=replace(given.build, calibration_share=seconds / whole))
@@ -312,7 +312,8 @@ def _looked(given: _Given, plan: Plan, built: Mapping[Subject, LevelFile], count
                 raise
         countdown.end()
         evidence = looks.evidence(still_open)
-        asker.tell_doubts([level for level in evidence.answers if level.answers])
+        if evidence.answers[0].answers:
+            asker.tell_doubts([level for level in evidence.answers if level.answers])
         record = _judged(given, plan, built, evidence.fidelities, evidence.answers)
         more = looks.remaining(still_open)
     if not more:
