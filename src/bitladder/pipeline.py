@@ -51,6 +51,7 @@ from bitladder.stages.job import Build, Job, Journal, Say, Work, opened
 from bitladder.stages.known_files import identified, known_folders, making_of
 from bitladder.stages.ladder_files import ladder_files
 from bitladder.stages.looks import (
+    RESERVED_DECISIONS,
     Costs,
     Countdown,
     Looks,
@@ -200,10 +201,11 @@ def _levels_in_time(given: _Given, plan: Plan, levels: Sequence[Level]) -> list[
     costs = Costs(wanted, job.source, plan.levels, reference.name if reference else level_of(job.source.model))
     gathering = importance_need(job, given.build)
     first = corrected_seconds(gathering) if gathering else 0.0
+    known = {file.level for file in given.recorded.files(job.source.sha256)}  # an earlier run got to them
 
     def cost(some: Sequence[str]) -> float:
         building = building_need(job, [named[name] for name in some], given.build)
-        return first + corrected_seconds(building) + costs.shortest_look(some)
+        return first + corrected_seconds(building) + costs.shortest_look([name for name in some if name not in known])
 
     chosen = spread(candidates, cost, countdown.left)
     if not chosen:
@@ -219,6 +221,7 @@ def _levels_in_time(given: _Given, plan: Plan, levels: Sequence[Level]) -> list[
     left_out = [name for name in candidates if name not in chosen]
     if left_out:
         job.journal.warn(f"There is no time to look at {', '.join(left_out)}: a longer --within takes them in.")
+    countdown.watch()
     return [level for level in levels if level.name in chosen or level == reference]
 
 
@@ -236,6 +239,7 @@ def _looked(given: _Given, plan: Plan, built: Mapping[Subject, LevelFile], count
         try:
             while (piece := looks.next_piece(still_open, countdown.left)) is not None:
                 looks.do(piece)
+                done = countdown.passed
                 evidence = looks.evidence()
                 looks.news(evidence)
                 if looks.has_seen_all:
@@ -243,6 +247,7 @@ def _looked(given: _Given, plan: Plan, built: Mapping[Subject, LevelFile], count
                     still_open = open_levels(decision, sizes) | undecided_on_passes(
                         decision.bar, evidence.answers, wanted
                     )
+                countdown.reserve(RESERVED_DECISIONS * (countdown.passed - done))
         except TimeIsUp:
             if not looks.has_something:
                 raise

@@ -144,6 +144,24 @@ class Asker:
         subject, path = contender
         return answers(subject, path, self.workload, self.recorded, n_ctx=self.n_ctx, work=self.work, inputs=inputs)
 
+    def stored(self, contender: Contender) -> set[str] | None:
+        """Inputs that a level in a file has answered already, in all samples; None of others: a file of answers costs
+        nothing to read."""
+        from bitladder.describe.workload import question_hash
+        from bitladder.stages.measure import engine_of
+
+        if not isinstance(contender, LevelToAsk):
+            return None
+        workload = self.workload
+        questions = {
+            one.id: [question_hash(one, workload.temperature, sample) for sample in range(workload.samples)]
+            for one in workload.inputs
+        }
+        engine, _ = engine_of(contender.path, workload, n_ctx=self.n_ctx, work=self.work)
+        flat = [question for each in questions.values() for question in each]
+        known = self.recorded.answers(contender.subject, flat, engine)
+        return {name for name, each in questions.items() if all(question in known for question in each)}
+
     def tell_doubts(self, asked: Sequence[LevelAnswers]) -> None:
         """What makes answers or speeds worth less than they look."""
         wanted = len(self.workload.inputs) * self.workload.samples

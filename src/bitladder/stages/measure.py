@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from bitladder.errors import BadInput, UnknownArchitecture
 from bitladder.progress import LevelNews
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from bitladder.describe.text import Document
     from bitladder.describe.windows import Window
     from bitladder.describe.workload import Input, Workload
+    from bitladder.engines.base import Launch
     from bitladder.files.gguf import GgufFile
     from bitladder.kernels import Effort
     from bitladder.levels import Level
@@ -376,15 +377,11 @@ def answers(
     """Answers of one level, whose speed is measured beside the others' (``stages.speeds``). Every new answer is stored
     as it comes. ``inputs``: those of the workload to ask; all by default."""
     from bitladder.describe.workload import questions_of
-    from bitladder.engines.base import Launch
-    from bitladder.engines.registry import container_of, start
+    from bitladder.engines.registry import start
     from bitladder.stages.as_deployed import refuse_unheard_tools
     from bitladder.stages.evaluate import answer_workload
-    from bitladder.stages.run_facts import engine_facts, slots
 
-    room, parallel = slots(workload, n_ctx)
-    stored_as = container_of(path)
-    engine = engine_facts(n_ctx=room, n_parallel=parallel, threads=work.threads, container=stored_as, path=path)
+    engine, launch = engine_of(path, workload, n_ctx=n_ctx, work=work)
     if inputs is not None:
         workload = replace(workload, inputs=tuple(inputs))
     questions = questions_of(workload)
@@ -397,7 +394,19 @@ def answers(
         known[answer.question] = answer
         work.progress.on_level(LevelNews(subject.level, answered=len(known), inputs=len(questions)))
 
-    with start(Launch(path, n_ctx=room, n_parallel=parallel, threads=work.threads)) as server:
+    with start(launch) as server:
         refuse_unheard_tools(workload, server)
         found = answer_workload(server, workload, known=dict(known), on_answer=keep)
     return Replies(found, None, stored=False)
+
+
+def engine_of(path: Path, workload: Workload, *, n_ctx: int, work: Work) -> tuple[dict[str, Any], Launch]:
+    """The engine that a file answers a workload through: what answers are stored under, and how it is started."""
+    from bitladder.engines.base import Launch
+    from bitladder.engines.registry import container_of
+    from bitladder.stages.run_facts import engine_facts, slots
+
+    room, parallel = slots(workload, n_ctx)
+    stored_as = container_of(path)
+    facts = engine_facts(n_ctx=room, n_parallel=parallel, threads=work.threads, container=stored_as, path=path)
+    return facts, Launch(path, n_ctx=room, n_parallel=parallel, threads=work.threads)

@@ -126,7 +126,7 @@ class Recorded:
     ) -> dict[str, Answer]:
         """The stored answers among those to the questions, by question."""
         found: dict[str, Answer] = {}
-        for name in self._names(subject):
+        for name in [subject] if isinstance(subject, Remote) else self._names(subject):
             missing = [question for question in questions if question not in found]
             stored = ((question, self.answer(name, question, engine)) for question in missing)
             found |= {question: answer for question, answer in stored if answer is not None}
@@ -150,7 +150,8 @@ class Recorded:
 
     def speed(self, subject: Subject | Remote, engine: Mapping[str, Any]) -> Speed | None:
         """A stored speed, measured on this machine (the engine's settings name its processor)."""
-        stored = (self._read(Speed, "speed", {**one.key, "engine": dict(engine)}) for one in self._names(subject))
+        names = [subject] if isinstance(subject, Remote) else self._names(subject)
+        stored = (self._read(Speed, "speed", {**one.key, "engine": dict(engine)}) for one in names)
         return next((speed for speed in stored if speed is not None), None)
 
     def keep_speed(self, subject: Subject | Remote, engine: Mapping[str, Any], speed: Speed) -> None:
@@ -190,11 +191,11 @@ class Recorded:
         files = {one: one.file or self.hash_of(one) for one in subjects}
         return {one: first.setdefault(sha256, one) if sha256 else one for one, sha256 in files.items()}
 
-    def _names(self, subject: Subject | Remote) -> Iterator[Subject | Remote]:
+    def _names(self, subject: Subject) -> Iterator[Subject]:
         """A subject, then the other names that its file was measured under by this version."""
         yield subject
-        sha256 = None if isinstance(subject, Remote) else subject.file or self.hash_of(subject)
-        if isinstance(subject, Remote) or not sha256:
+        sha256 = subject.file or self.hash_of(subject)
+        if not sha256:
             return
         others = [Subject(subject.source, subject.level, file=sha256)]
         for key in self._store.keys("file", source=subject.source, sha256=sha256):
