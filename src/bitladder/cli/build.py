@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -10,11 +11,12 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from bitladder.cli.completion import level_names
 from bitladder.cli.grouped import grouped
 from bitladder.cli.terminal import JsonFlag, ModelArgument, print_json, progress_display, say, verb
 from bitladder.errors import UsageError
 from bitladder.executors.places import LOCAL, devices_named
-from bitladder.files.probe import available_cores
+from bitladder.files.probe import available_cores, bound_cores
 from bitladder.records.plan import DEFAULT_CTX
 from bitladder.units import human_bytes, parse_bytes
 
@@ -32,7 +34,10 @@ Context = Annotated[
 Levels = Annotated[
     str | None,
     typer.Option(
-        "--levels", metavar="L1,L2", help="Only these levels; all of the ladder by default (a gate needs them)."
+        "--levels",
+        metavar="L1,L2",
+        help="Only these levels; all of the ladder by default (a gate needs them).",
+        autocompletion=level_names,
     ),
 ]
 Threads = Annotated[int, typer.Option("--threads", min=1, help="Worker threads.", show_default="all cores it may use")]
@@ -116,6 +121,22 @@ def way_named(text: str | None) -> Way | None:
 
 
 @contextmanager
+def _libraries_keep_to(threads: int) -> Iterator[None]:
+    """Torch and BLAS, which are loaded within, start no more threads than that, nor do child processes. Left to
+    themselves they look at the affinity mask and not at quotas. The user's own ``OMP_NUM_THREADS`` wins.
+    """
+    name = "OMP_NUM_THREADS"
+    if name in os.environ or threads >= bound_cores():
+        yield
+        return
+    os.environ[name] = str(threads)
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)
+
+
+@contextmanager
 def working(
     threads: int, device: str = CPU, *, on: str = LOCAL, unit_needs: str = "", quiet: bool = False
 ) -> Iterator[Work]:
@@ -124,7 +145,7 @@ def working(
     from bitladder.executors.places import executor_of, own_device
     from bitladder.stages.job import Journal, Work
 
-    with progress_display(quiet=quiet) as progress:
+    with _libraries_keep_to(threads), progress_display(quiet=quiet) as progress:
         journal = Journal() if quiet else Journal(say)
         known_device(device, on)
         executor = executor_of(on, device, unit_needs)
@@ -153,7 +174,7 @@ class QuantizeOptions(WorkOptions):
     """What ``quantize`` is asked."""
 
     model: ModelArgument
-    to: Annotated[str, typer.Option("--to", metavar="L1,L2", help="The levels to write.")]
+    to: Annotated[str, typer.Option("--to", metavar="L1,L2", help="The levels to write.", autocompletion=level_names)]
     out: Annotated[Path, typer.Option("--out", help="Folder to write into.")] = Path()
     imatrix: Importance = "auto"
     text: CalibrationTexts = None

@@ -20,6 +20,7 @@ from bitladder.cli.build import (
     split_levels,
     way_named,
 )
+from bitladder.cli.completion import level_names
 from bitladder.cli.grouped import grouped
 from bitladder.cli.live import run_display
 from bitladder.cli.options import (
@@ -108,7 +109,13 @@ class MeasureOptions(WorkOptions):
         typer.Option("--file", help="An existing GGUF or checkpoint folder to measure, too; repeatable."),
     ] = None
     reference: Annotated[
-        str | None, typer.Option("--reference", metavar="LEVEL", help="Compare with this level, not with the source.")
+        str | None,
+        typer.Option(
+            "--reference",
+            metavar="LEVEL",
+            help="Compare with this level, not with the source.",
+            autocompletion=level_names,
+        ),
     ] = None
     text: Texts = None
     imatrix: Importance = "auto"

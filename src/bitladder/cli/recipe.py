@@ -16,6 +16,7 @@ from bitladder.cli.build import (
     WorkOptions,
     effort_named,
 )
+from bitladder.cli.completion import level_names
 from bitladder.cli.grouped import grouped
 from bitladder.cli.terminal import JsonFlag, ModelArgument, print_json, put, say, verb
 from bitladder.errors import UsageError
@@ -49,7 +50,9 @@ class RecipeOptions(WorkOptions):
     fits: Annotated[bool, typer.Option("--fits", help="The largest that this machine holds.")] = False
     level: Annotated[
         str | None,
-        typer.Option("--level", metavar="LEVEL", help="llama.cpp's own types, like Q4_K_M."),
+        typer.Option(
+            "--level", metavar="LEVEL", help="llama.cpp's own types, like Q4_K_M.", autocompletion=level_names
+        ),
     ] = None
     schemes: Annotated[
         str | None, typer.Option("--schemes", metavar="S1,S2", help="Of a checkpoint: choose among these only.")

@@ -21,6 +21,9 @@ from bitladder.plan.allocate import Allocation, TensorGroup, TypeChoice, fewest,
 from bitladder.records.recipe import Recipe, SensitivityTable
 from bitladder.units import human_bytes
 
+LOW_BITS = 3.2
+"""Below so many bits per weight recipes choose from codebook types, too."""
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -126,7 +129,7 @@ def check(model: Model, wish: Limits, *, header_bytes: int = 0) -> None:
             raise UsageError(f"A KL divergence of {wish.kl:g} is asked for; it must be above 0.", do="Try --kl 0.05.")
         return
     budget = _budget(model, wish, header_bytes)
-    least, _ = bounds(model)
+    least, _ = bounds(model, low=True)
     if least > budget:
         raise NothingFits(
             f"The budget leaves {human_bytes(max(0, budget))} for the tensors; in their smallest types they take "
@@ -148,7 +151,7 @@ def evenly(model: Model, bpw: float) -> dict[str, str]:
     qtypes = {tensor.name: tensor.qtype for tensor in model.tensors}
     steps = []
     for number, tensor in enumerate(model.tensors):
-        ladder = sorted(_sizes(tensor).items(), key=lambda one: one[1])
+        ladder = sorted(_sizes(tensor, low=bpw < LOW_BITS).items(), key=lambda one: one[1])
         qtypes[tensor.name] = ladder[0][0]
         left -= ladder[0][1]
         for (_, below), (qtype, size) in itertools.pairwise(ladder):
@@ -163,15 +166,23 @@ def evenly(model: Model, bpw: float) -> dict[str, str]:
     return qtypes
 
 
-def bounds(model: Model) -> tuple[int, int]:
-    """Bytes of all tensors in their smallest types, and as the source has them."""
-    least = sum(min(_sizes(tensor).values()) for tensor in model.tensors)
+def wants_low(model: Model, wish: Limits) -> bool:
+    """Whether a file is to be so small that codebook types are worth their slower decoding."""
+    if wish.kl is not None:
+        return False
+    bpw = wish.bpw if wish.bpw is not None else 8 * (wish.bytes or 0) / max(1, sum(t.elements for t in model.tensors))
+    return bpw < LOW_BITS
+
+
+def bounds(model: Model, *, low: bool = False) -> tuple[int, int]:
+    """Bytes of all tensors in their smallest types (``low``: codebooks among them), and as the source has them."""
+    least = sum(min(_sizes(tensor, low=low).values()) for tensor in model.tensors)
     return least, sum(tensor.nbytes for tensor in model.tensors)
 
 
-def _sizes(tensor: TensorInfo) -> dict[str, int]:
+def _sizes(tensor: TensorInfo, *, low: bool) -> dict[str, int]:
     """Bytes of a tensor in each type that it may get and that is smaller than its own, and in its own."""
-    offered = types_for(tensor) if is_quantizable(tensor) else ()
+    offered = types_for(tensor, low=low) if is_quantizable(tensor) else ()
     sizes = {qtype: QTYPES[qtype].nbytes(tensor.shape) for qtype in offered}
     return {**{qtype: size for qtype, size in sizes.items() if size < tensor.nbytes}, tensor.qtype: tensor.nbytes}
 

@@ -9,7 +9,6 @@ finished. Before a folder is reported it is opened again, decoded and compared w
 from __future__ import annotations
 
 import hashlib
-import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from bitladder import __version__
+from bitladder import __version__, system
 from bitladder.describe.text import Document, text_hash
 from bitladder.describe.windows import Window, tokens_hash
 from bitladder.executors import Executor
@@ -243,11 +242,11 @@ class Calibration:
                     store, level, self._walk, self._companions,
                     text=self._text if _needs_text(level) else None,
                     predicted=predicted,
-                    measured=Preflight(time.monotonic() - started, _peak_bytes(), partial),
+                    measured=Preflight(time.monotonic() - started, system.peak_memory(), partial),
                     from_gguf=self._checkpoint is None,
                 )  # fmt: skip
                 largest = max(largest, _size(store.target))
-        return Preflight(time.monotonic() - started, _peak_bytes(), partial + largest)
+        return Preflight(time.monotonic() - started, system.peak_memory(), partial + largest)
 
     def _collected(self, measured: Preflight | None, progress: Progress) -> Calibrated:
         """Everything that was asked for, read back from where it lies."""
@@ -328,11 +327,6 @@ def _product_rate(device: str, dtype: torch.dtype) -> float:
     for _ in range(4):
         float(torch.mm(matrix, matrix)[0, 0])
     return 4 * 2 * n**3 / (time.perf_counter() - started)
-
-
-def _peak_bytes() -> int:
-    """The most memory that this process has held."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _size(path: Path) -> int:

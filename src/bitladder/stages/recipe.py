@@ -17,7 +17,7 @@ from bitladder.stages.forecast import forecast, walking_need
 from bitladder.stages.job import Build, Job, Journal, Work, opened
 from bitladder.stages.known_files import kept_by_evidence
 from bitladder.stages.projector import deliver_projector, projector_of
-from bitladder.stages.weighing import RecipeTexts, keep_table, parts_of_text, weighed_tensors
+from bitladder.stages.weighing import GgufStorage, RecipeTexts, keep_table, parts_of_text, weighed_tensors
 
 if TYPE_CHECKING:
     from bitladder.describe.rates import PoolRates
@@ -80,6 +80,7 @@ def make_recipe(model: str, request: RecipeRequest, work: Work) -> RecipeResult:
 def recipe_of(job: Job, request: RecipeRequest) -> RecipeResult:
     """As ``make_recipe``, of a model that is open already."""
     from bitladder.formats.recipes import level_named
+    from bitladder.plan.recipe import wants_low
 
     source = job.source
     if request.level is None:
@@ -92,7 +93,8 @@ def recipe_of(job: Job, request: RecipeRequest) -> RecipeResult:
     if request.level is not None:
         recipe = named_recipe(source, request.level)
         return RecipeResult(recipe, float("nan")) if build is None else _written(job, recipe, parts, build)
-    table, kept = weighed_tensors(job, parts, request.texts)
+    storage = GgufStorage(job, low=wants_low(source.model, request.wish))
+    table, kept = weighed_tensors(job, parts, request.texts, storage)
     recipe = _chosen(source, table, request.wish)
     if build is None:
         return RecipeResult(recipe, table.error)

@@ -8,7 +8,6 @@ scored.
 from __future__ import annotations
 
 import mmap
-import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bitladder import system
 from bitladder.describe.windows import Window
 from bitladder.errors import OutputError
 from bitladder.units import human_bytes
@@ -111,7 +111,7 @@ class States:
         try:
             with tempfile.TemporaryFile(dir=spill) as file:
                 # Room is taken now, so that a full disk is an error here and not a crash on a later write.
-                os.posix_fallocate(file.fileno(), 0, tokens * width * 4)
+                system.reserve(file.fileno(), tokens * width * 4)
                 self._mapped = mmap.mmap(file.fileno(), tokens * width * 4)
         except OSError as error:
             raise OutputError(
@@ -135,7 +135,7 @@ class States:
         first, length = self._resident
         aligned = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE
         if length > aligned - first:
-            self._mapped.madvise(mmap.MADV_DONTNEED, aligned, length - (aligned - first))
+            system.drop_pages(self._mapped, aligned, length - (aligned - first))
         self._resident = (start, size)
 
     @property
