@@ -46,8 +46,9 @@ class Task(Protocol):
 class Started(Protocol):
     """A unit under way."""
 
-    held: Handle
-    """What will stay of it."""
+    @property
+    def held(self) -> Handle:
+        """What will stay of it."""
 
     def result(self) -> Any:
         """Wait for what goes back; raises what ``Task.compute`` raised, or ClusterError."""
