@@ -82,6 +82,8 @@ def test_documents_and_inputs_have_one_order_whatever_the_callers():
     again = material([window for unit in by_document for window in unit], shuffled)
     assert again.inputs == first.inputs
     assert [[id(one) for one in unit] for unit in again.units] == [[id(one) for one in unit] for unit in first.units]
+    names = [unit[0].document for unit in first.units]
+    assert names == ["abcdefg"[place] for place in first.places] == ["gfedcba"[place] for place in again.places]
     assert len(material(windows[:2], inputs).units) == 2  # a single document is cut into its windows
 
 
@@ -194,6 +196,15 @@ def test_a_run_cut_off_decides_on_what_it_has_and_the_next_goes_on(home, monkeyp
     assert {level for names, _ in scored[known:] for level in names} == set(LEVELS) - done
     same = {one.level: one.kl_mean for one in free.fidelities}
     assert all(one.kl_mean == pytest.approx(same[one.level]) for one in whole.fidelities if one.level in done)
+
+    known = len(scored)
+    again = pipeline.run(settings(home, 1000.0), Heard()).record  # all is in the evidence: nothing is measured
+    assert len(scored) == known and {one.units for one in again.fidelities} == {DOCUMENTS}
+    by_level = {one.level: one for one in whole.fidelities}
+    for one in again.fidelities:
+        if one.level in done:  # documents come in the same order from the evidence
+            assert one.unit_tokens == by_level[one.level].unit_tokens
+            assert one.unit_kl == pytest.approx(by_level[one.level].unit_kl)
 
 
 def test_too_little_time_is_refused_with_the_least_that_is_needed(home):
