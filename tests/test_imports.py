@@ -12,7 +12,7 @@ ROWS = [
     {"units", "progress", "visible", "unicode", "json_text", "system"},
     {"formats"},
     {"records", "describe", "kernels", "stats"},
-    {"levels"},
+    {"levels", "executors"},
     {"files"},
     {"plan", "engines", "walk", "store"},
     {"report"},

@@ -15,7 +15,6 @@ from bitladder.cli.build import (
     Force,
     WorkOptions,
     effort_named,
-    working,
 )
 from bitladder.cli.completion import level_names
 from bitladder.cli.grouped import grouped
@@ -95,7 +94,7 @@ def recipe(options: RecipeOptions, json_output: JsonFlag = False) -> None:
         out=options.out or Path(), effort=effort_named(options.effort), texts=tuple(options.text or ()),
         force=options.force,
     )  # fmt: skip
-    with working(options.threads, options.device, quiet=json_output) as work:
+    with options.working(quiet=json_output) as work:
         if options.to.lower() == VLLM:
             result = _mixed(options, build, limits, work)
         elif options.apply is not None:

@@ -51,5 +51,8 @@ class Machine:
     def summary(self) -> str:
         """One line: what decides whether a model fits."""
         parts = [f"{self.cores} cores", f"{human_bytes(self.ram_total)} RAM"]
-        parts += [f"{gpu.name} {human_bytes(gpu.vram_total)}" for gpu in self.gpus]
+        parts += [
+            f"{gpu.name} in the same memory" if self.unified else f"{gpu.name} {human_bytes(gpu.vram_total)}"
+            for gpu in self.gpus
+        ]
         return ", ".join(parts)

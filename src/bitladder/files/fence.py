@@ -14,11 +14,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import psutil
-
 from bitladder.errors import BadInput
 from bitladder.files import converter_child
-from bitladder.files.probe import cgroup_memory
+from bitladder.files.probe import memory
 from bitladder.system import HAS_PROCESS_LIMITS
 
 _PACKAGES = ("torch", "transformers", "numpy", "safetensors", "sentencepiece", "google.protobuf", "yaml", "tqdm")
@@ -29,8 +27,7 @@ _INHERITED = ("LD_LIBRARY_PATH", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 def memory_bound(wanted: int) -> int:
     """The bytes a child may take: what it can need, at most nine tenths of the machine or container."""
-    installed, (limit, _) = psutil.virtual_memory().total, cgroup_memory()
-    return min(int(0.9 * min(installed, limit or installed)), wanted)
+    return min(int(0.9 * memory()[0]), wanted)
 
 
 def environment(work: Path) -> dict[str, str]:

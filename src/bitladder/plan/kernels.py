@@ -48,7 +48,7 @@ def usual_devices() -> tuple[Device, ...]:
 
 def devices_of(machine: Machine) -> tuple[Device, ...]:
     """What of a machine the table knows: its GPUs, each once, and its CPU."""
-    if machine.unified:
+    if machine.unified and not machine.gpus:
         return (Device(machine.cpu, kind="apple"),)
     names = dict.fromkeys(gpu.name for gpu in machine.gpus)
     known = [Device(name, capability) for name in names if (capability := capability_of(name))]

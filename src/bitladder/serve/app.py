@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gc
 import logging
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,10 +31,11 @@ from bitladder.serve.deploy import Deployment, deployed
 from bitladder.serve.limits import Doorman, KeyRing
 from bitladder.serve.metrics import JsonLines
 from bitladder.serve.page_app import PageFiles
+from bitladder.serve.processes import Sibling, in_processes
 from bitladder.serve.protocol import TASK_MEMBER, error_body, header_text
 from bitladder.serve.router import AUTO
 from bitladder.serve.settings import LOOPBACK, ServeSettings
-from bitladder.serve.whatif import answer_what_if
+from bitladder.serve.whatif import answer_changes, answer_what_if
 from bitladder.serve.wire import MAX_CONNECTIONS, CarefulProtocol, Shared
 from bitladder.units import KiB
 
@@ -50,8 +53,9 @@ _GC_ALLOCATIONS = 20_000  # between two looks for cycles; requests leave few
 class _Views:
     """What can be read: one method per GET path."""
 
-    def __init__(self, deployment: Deployment) -> None:
+    def __init__(self, deployment: Deployment, sibling: Sibling | None = None) -> None:
         self._here = deployment
+        self._sibling = sibling
         self._started = int(time.time())
         self._created = {tier.name: self._made(tier.spec.path) for tier in deployment.tiers}
 
@@ -73,6 +77,7 @@ class _Views:
             "/bitladder/api/live": self.live,
             "/bitladder/api/run": self.run,
             "/bitladder/api/what-if": self.what_if,
+            "/bitladder/api/answers": self.answers,
         }
         return [Route(path, view, methods=["GET"]) for path, view in views.items()]
 
@@ -117,6 +122,8 @@ class _Views:
     async def metrics(self, _: HttpRequest) -> Response:
         """Prometheus text."""
         text = self._here.metrics.text(self._here.tiers)
+        if self._sibling is not None:
+            text = await self._sibling.together(text)
         return Response(text, headers={"content-type": "text/plain; version=0.0.4; charset=utf-8"})
 
     async def live(self, _: HttpRequest) -> Response:
@@ -124,6 +131,7 @@ class _Views:
         here = self._here
         told = here.metrics.live(here.tiers)
         told |= {"name": here.settings.name, "ready": here.ready, "notes": here.notes}
+        told["process"] = None if self._sibling is None else self._sibling.number
         told["shadow"] = here.shadow.live() if here.shadow else None
         return JSONResponse(told, headers={"cache-control": "no-store"})
 
@@ -135,6 +143,10 @@ class _Views:
         """The run's decision with another memory, context or bar."""
         return JSONResponse(await answer_what_if(self._run_json(), request.query_params))
 
+    async def answers(self, _: HttpRequest) -> Response:
+        """What changed in the answers of each level of the run."""
+        return JSONResponse(await answer_changes(self._run_json()))
+
     def _run_json(self) -> Path:
         path = self._here.settings.run_json
         if path is None or not path.is_file():
@@ -142,8 +154,8 @@ class _Views:
         return path
 
 
-def build_app(deployment: Deployment) -> ASGIApp:
-    """The application over a running deployment.
+def build_app(deployment: Deployment, sibling: Sibling | None = None) -> ASGIApp:
+    """The application over a running deployment, in one of several processes where ``sibling`` says so.
 
     Raises:
         BadInput: the key file cannot be used.
@@ -153,7 +165,7 @@ def build_app(deployment: Deployment) -> ASGIApp:
     hosts = frozenset(host.lower() for host in (*LOOPBACK, settings.host, *settings.allowed_hosts))
     origins = frozenset(settings.allowed_origins)
     views = Starlette(
-        routes=_Views(deployment).routes(),
+        routes=_Views(deployment, sibling).routes(),
         exception_handlers={HTTPException: _http_error, Exception: _unexpected},
     )
     views.router.default = PageFiles()  # a mount would take other methods than GET from the paths above
@@ -205,9 +217,41 @@ def serve(settings: ServeSettings, on_ready: Callable[[str, Deployment], None] |
     log_to_stderr()
     _allow_files()
     _give_back_large_buffers()
-    listener = _listen(settings.host, settings.port)
-    with listener, asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(_serve(settings, listener, on_ready))
+    with _listen(settings.host, settings.port) as listener:
+        if settings.processes == 1:
+            _run(settings, listener, on_ready)
+            return
+        with tempfile.TemporaryDirectory(prefix="bitladder-") as folder:
+            siblings = [Sibling(Path(folder), number, settings.processes) for number in range(settings.processes)]
+            in_processes(siblings, functools.partial(_run_sibling, settings, listener, on_ready))
+
+
+def _run_sibling(
+    settings: ServeSettings,
+    listener: socket.socket,
+    on_ready: Callable[[str, Deployment], None] | None,
+    sibling: Sibling,
+    ready: Callable[[], None],
+) -> None:
+    """One of several processes: the first one says where it serves."""
+    first_started = sibling.number == 0 and not sibling.place(0).exists()
+
+    def served(address: str, deployment: Deployment) -> None:
+        ready()
+        if on_ready is not None and first_started:
+            on_ready(address, deployment)
+
+    _run(settings, listener, served, sibling)
+
+
+def _run(
+    settings: ServeSettings,
+    listener: socket.socket,
+    on_ready: Callable[[str, Deployment], None] | None,
+    sibling: Sibling | None = None,
+) -> None:
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        runner.run(_serve(settings, listener, on_ready, sibling))
 
 
 def log_to_stderr() -> None:
@@ -258,11 +302,19 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 async def _serve(
-    settings: ServeSettings, listener: socket.socket, on_ready: Callable[[str, Deployment], None] | None
+    settings: ServeSettings,
+    listener: socket.socket,
+    on_ready: Callable[[str, Deployment], None] | None,
+    sibling: Sibling | None,
 ) -> None:
-    async with deployed(settings) as deployment:
+    async with contextlib.AsyncExitStack() as stack:
+        deployment = await stack.enter_async_context(deployed(settings))
+        if sibling is not None:
+            sibling.follow_parent()
+            counted = functools.partial(deployment.metrics.text, deployment.tiers)
+            await stack.enter_async_context(sibling.telling(counted))
         config = uvicorn.Config(
-            build_app(deployment),
+            build_app(deployment, sibling),
             http=CarefulProtocol,
             ws="none",
             lifespan="off",

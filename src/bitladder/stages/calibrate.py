@@ -19,6 +19,7 @@ import torch
 from bitladder import __version__, system
 from bitladder.describe.text import Document, text_hash
 from bitladder.describe.windows import Window, tokens_hash
+from bitladder.executors import Executor
 from bitladder.files.checkpoint import read_checkpoint
 from bitladder.files.checkpoint_folder import CheckpointFolder, fingerprint_of
 from bitladder.files.companions import Companions, companions_of_folder, companions_of_gguf
@@ -52,6 +53,7 @@ from bitladder.walk.checkpoint_result import finish_folder, losses_of, proved
 from bitladder.walk.checkpoint_walk import FLOAT_TYPES, CalibrationWalk, Settings
 from bitladder.walk.layers import LayeredModel
 from bitladder.walk.opened import layered
+from bitladder.walk.spread import spread_over
 from bitladder.walk.weights import FileWeights
 from bitladder.walk.whole import WholeModel
 
@@ -114,6 +116,8 @@ class Calibration:
         force: bool | None = None,
         folders: Sequence[Path] = (),
         is_kept: Callable[[Path], bool] = lambda _: False,
+        executor: Executor | None = None,
+        warn: Callable[[str], None] = lambda _: None,
     ) -> None:
         """Check everything that can be checked before the work.
 
@@ -129,6 +133,8 @@ class Calibration:
             folders: Where else checkpoint levels may lie already, under any name.
             is_kept: Whether a checkpoint folder must not be replaced; a level whose name it has is written beside it,
                 as ``<name>-<LEVEL>.<tag>``.
+            executor: Computes the walk's units; they are computed here by default. The bytes do not depend on it.
+            warn: Told where workers cannot read the source.
 
         Raises:
             UsageError: a level does not fit the model's shapes, or a folder is there that is not ours or of another
@@ -137,6 +143,7 @@ class Calibration:
             BadFile, UnknownArchitecture: the model cannot be walked.
         """
         self.source, self.reading, self._checkpoint = source, reading, checkpoint
+        self._executor, self._warn = executor, warn
         self._settings = settings or Settings()
         levels = list(dict.fromkeys(wanted))
         self._text = _checked_text(source, levels, reading)
@@ -188,7 +195,8 @@ class Calibration:
         measured = None
         if self._predicted is not None:
             started = time.monotonic()
-            self._walk.run(self.reading.windows, progress)
+            with spread_over(self._executor, self.source, self._checkpoint, self._warn) as spread:
+                self._walk.run(self.reading.windows, progress, spread)
             measured = self._finished(self._predicted, started)
         return self._collected(measured, progress)
 

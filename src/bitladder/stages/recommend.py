@@ -109,6 +109,7 @@ def _called(words: str | None, machine: Machine) -> str:
 
 def _machine(words: str | None) -> tuple[Machine, MachineRates, int, tuple[str, ...]]:
     """The machine, its rates, what of its memory may be shared with a GPU, and what was assumed."""
+    from bitladder import system
     from bitladder.describe.machine import unified_share
     from bitladder.files.devices import parse_machine
     from bitladder.plan.search import MachineRates
@@ -118,7 +119,7 @@ def _machine(words: str | None) -> tuple[Machine, MachineRates, int, tuple[str, 
         described = parse_machine(words)
         return described.machine, MachineRates(described.cpu, described.gpu), described.shareable, described.assumed
     machine, rates = the_machine(None)
-    share = unified_share(machine.ram_total) if machine.unified else 1.0
+    share = unified_share(machine.ram_total) if machine.unified and system.MACOS else 1.0  # NVIDIA's share all of it
     return machine, rates, int(machine.ram_total * share), ()
 
 

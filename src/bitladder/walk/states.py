@@ -26,6 +26,8 @@ BATCH_TOKENS = 2048
 """Enough for matrix products at full speed, little enough that activations stay small beside a layer."""
 CALIBRATION_TOKENS = 1024
 """For passes that gather statistics: activations stay in the caches' reach, 5% less time than with 2,048."""
+SHARD_TOKENS = 4096
+"""A shard of a text is about so long. Sums are rounded shard by shard, so this is part of what bytes depend on."""
 _PADDING_ALLOWED = 0.2
 
 
@@ -85,6 +87,11 @@ def shards_of(batches: Sequence[Batch], count: int = 1) -> list[list[Batch]]:
     return [shard for shard in shards if shard] or [[]]
 
 
+def shard_count(batches: Sequence[Batch]) -> int:
+    """Into how many shards a text is cut, whatever computes them."""
+    return max(1, sum(batch.tokens.size for batch in batches) // SHARD_TOKENS)
+
+
 class States:
     """Hidden states f32[tokens, width] of all batches of one model."""
 
@@ -139,6 +146,10 @@ class States:
     def put(self, batch: Batch, states: torch.Tensor) -> None:
         """Replace a batch's states."""
         self.get(batch).copy_(states)
+
+    def copy_from(self, other: States) -> None:
+        """Replace all states by those of another."""
+        self.everything.copy_(other.everything)
 
 
 class StatePool:
