@@ -17,6 +17,8 @@ QUANTIZE_RATE = {"Q8_0": 2e8, "F16": 3e8, "BF16": 3e8, "F32": 3e8}
 SEARCHED_RATE = 4e7
 PIECES_BYTES = 24 * MiB
 """Memory of a thread that quantizes: a piece as 32-bit floats, its search, its result."""
+ASSUMED_FLOPS = 2.5e10
+"""Operations per second per core of products in f32, where nothing was measured."""
 QUANTIZE_START_S, WALK_START_S = 2.0, 5.0
 """Loading libraries and compiled kernels, whatever the model's size."""
 BASE_BYTES = 250 * MiB
@@ -73,7 +75,7 @@ def walk_need(
     """
     states = 4 * tokens * n_embd * (levels + 1)
     ram = 600 * MiB + int(layers_held * layer_bytes) + min(states, STATE_BYTES) + head_bytes
-    rate = flops or 2.5e10 * machine.cores
+    rate = flops or ASSUMED_FLOPS * machine.cores
     label = Basis.MEASURED if flops else Basis.ASSUMED
     seconds = WALK_START_S + operations * (levels + 1) / rate
     return JobNeed("walk", ram, 0, max(0, states - STATE_BYTES), seconds, label, "walk")
