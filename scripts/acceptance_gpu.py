@@ -31,6 +31,7 @@ from bitladder.describe.windows import Window  # noqa: E402
 from bitladder.executors.devices import Devices  # noqa: E402
 from bitladder.files.gguf import GgufFile  # noqa: E402
 from bitladder.formats.recipes import is_quantizable  # noqa: E402
+from bitladder.formats.tensors import TensorInfo  # noqa: E402
 from bitladder.kernels import dequantize, gptq, gpu, quantize  # noqa: E402
 from bitladder.kernels.codes import grid_of  # noqa: E402
 from bitladder.kernels.feedback import chunk_of, quantize_with_feedback  # noqa: E402
@@ -42,7 +43,7 @@ from bitladder.stages.calibrate import Calibration, Reading  # noqa: E402
 from bitladder.stages.feedback import write_with_feedback  # noqa: E402
 from bitladder.stages.fidelity import made_candidates, walk  # noqa: E402
 from bitladder.stages.imatrix import importance_matrix  # noqa: E402
-from bitladder.stages.sensitivity import weigh  # noqa: E402
+from bitladder.stages.sensitivity import BlockTypes, weigh  # noqa: E402
 from bitladder.stages.write_levels import quantize_levels  # noqa: E402
 from bitladder.walk.checkpoint_walk import Settings  # noqa: E402
 from bitladder.walk.driver import Member, Stream, forward  # noqa: E402
@@ -94,7 +95,7 @@ class Given:
         return place
 
 
-def timed(device: str, work: Callable[..., Any], *given: Any, repeats: int = 1, **options: Any) -> tuple[float, Any]:
+def timed(device: str, work: Callable[..., Any], /, *given: Any, repeats: int = 1, **options: Any) -> tuple[float, Any]:
     """Seconds of the fastest run, and what came of the last."""
     best, found = float("inf"), None
     for _ in range(repeats):
@@ -139,7 +140,7 @@ def block_formats(given: Given) -> Iterator[Check]:
     """Encoding and decoding of every block format."""
     weights = matrix(8 if given.small else 2048, 512 if given.small else 4096)
     counted = np.abs(matrix(1, weights.shape[1], 1))[0]
-    for qtype in sorted({*AFFINE, *SCALE}):
+    for qtype in ("IQ4_NL", "Q4_K", "Q5_0") if given.small else sorted({*AFFINE, *SCALE}):
         options = {"importance": counted, "effort": "fast" if given.small else "good"}
         here, wanted = timed("cpu", quantize, weights, qtype, **options)
         there, found = timed(given.device, quantize, weights, qtype, repeats=2, device=given.device, **options)
@@ -195,9 +196,9 @@ def gathered(given: Given, device: str) -> dict[str, np.ndarray]:
 
 
 def weighed(given: Given, device: str) -> np.ndarray:
-    """Predicted losses of every tensor in every type."""
+    """Predicted losses of every tensor."""
     with GgufFile.open(given.source) as file:
-        table = weigh(file, given.windows, device=device, half=False).table
+        table = weigh(file, given.windows, device=device, half=False, choices=OneType()).table
     return np.array([one.plain for own in table.losses.values() for one in own])
 
 
@@ -283,6 +284,14 @@ def levels(given: Given) -> Iterator[Check]:
     here, wanted = timed("cpu", written, given, "cpu", places[2])
     there, found = timed(given.device, written, given, given.device, places[3])
     yield Check("write Q4_K_M and Q5_0", "files that differ", float(found != wanted), 0.0, here, there)
+
+
+class OneType(BlockTypes):
+    """What is encoded does not depend on the device."""
+
+    def of(self, info: TensorInfo) -> tuple[str, ...]:
+        """As ``Choices``."""
+        return ("Q4_0",) if is_quantizable(info) else ()
 
 
 GROUPS = (block_formats, gptq_codes, walks, levels)
