@@ -19,7 +19,6 @@ filled from ``variables`` and ``files``; nothing else happens to a prompt.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import re
 from collections.abc import Callable, Mapping
@@ -28,6 +27,7 @@ from typing import Any, TypeVar
 
 from bitladder.describe import criterion_values as values
 from bitladder.describe.criteria import KINDS, doubts
+from bitladder.describe.document import Document, shortened
 from bitladder.describe.structured import Fault, Read, Where, read_json_file, read_json_lines, read_yaml
 from bitladder.describe.workload import Criterion, Input, Workload
 from bitladder.errors import BadWorkload
@@ -48,85 +48,8 @@ _INPUT = (
 )
 _ROLES = ("system", "user", "assistant")
 
-_MOST_SHOWN = 20
-"""Faults that one message lists."""
 _LONGEST_PROMPT = 4_000_000
 """Characters of a message with its variables filled in: a few lines can ask for one file a thousand times."""
-
-
-class _Document:
-    """A parsed file: plain values with the line of each, and the faults found so far."""
-
-    def __init__(self, source: str, read: Read) -> None:
-        self.source = source
-        self.lines = read.lines
-        self.faults = list(read.faults)
-
-    def line(self, *path: str | int) -> int:
-        """The line of the value at a path, or of the nearest thing around it."""
-        return line_of(self.lines, path)
-
-    def fault(self, found: str, *path: str | int, do: str = "") -> Fault:
-        """A fault at a path, to be raised."""
-        return Fault(found, self.line(*path), do)
-
-    def attempt(self, read: Callable[[], T]) -> T | None:
-        """What is read, or None when a fault was found in it, which is kept."""
-        try:
-            return read()
-        except Fault as fault:
-            self.faults.append(fault)
-            return None
-
-    def known(self, plain: Mapping[str, Any], allowed: tuple[str, ...], *path: str | int) -> set[str]:
-        """Note every field but these as a fault. Returns those that were probably meant."""
-        meant = set()
-        for name in plain:
-            if name not in allowed:
-                near = difflib.get_close_matches(str(name)[:80], allowed, 1)
-                meant |= set(near)
-                do = f"Did you mean '{near[0]}'?" if near else f"It may have: {', '.join(allowed)}."
-                self.faults.append(self.fault(f"there is no field '{shortened(str(name))}' here.", *path, name, do=do))
-        return meant
-
-    def read(self, reader: Callable[[Any], Any], plain: Any, *path: str | int) -> Any:
-        """A value through a reader of ``describe.criterion_values``; its complaint gets file, line and field.
-
-        Raises:
-            Fault: the reader does not take it.
-        """
-        try:
-            return reader(plain)
-        except ValueError as error:
-            what = path[-1] if isinstance(path[-1], str) else f"entry {path[-1] + 1} of {path[-2]}"
-            raise self.fault(f"{what} {error}.", *path) from error
-
-    def check(self) -> None:
-        """Raise what was found, if anything was.
-
-        Raises:
-            BadWorkload: names the file, and every fault with its line.
-        """
-        faults = sorted(self.faults, key=lambda fault: fault.line)
-        if not faults:
-            return
-        if len(faults) == 1:
-            raise BadWorkload(f"{self.source}, line {faults[0].line}: {faults[0].found}", do=faults[0].do)
-        shown = [f"{self.source}, line {one.line}: {one.found} {one.do}".rstrip() for one in faults[:_MOST_SHOWN]]
-        more = [f"... and {len(faults) - _MOST_SHOWN} more faults."] if len(faults) > _MOST_SHOWN else []
-        raise BadWorkload("\n".join(shown + more))
-
-
-def line_of(lines: Mapping[Where, int], path: Where) -> int:
-    """The line of the value at a path, or of the nearest thing around it."""
-    while path and path not in lines:
-        path = path[:-1]
-    return lines.get(path, 1)
-
-
-def shortened(text: str, most: int = 80) -> str:
-    """A text of others as a message repeats it."""
-    return text if len(text) <= most else text[:most] + "..."
 
 
 def parse_workload(
@@ -161,7 +84,7 @@ def workload_of(read: Read, *, source: str, read_file: Callable[[str], str]) -> 
     Raises:
         BadWorkload: names the file, and every fault with its line.
     """
-    document, top = _Document(source, read), read.plain
+    document, top = Document(source, read, BadWorkload), read.plain
     if not isinstance(top, dict) or not isinstance(top.get("inputs"), list) or not top["inputs"]:
         if not document.faults:
             wanted = "a workload needs a list 'inputs' with at least one input."
@@ -183,7 +106,7 @@ def workload_of(read: Read, *, source: str, read_file: Callable[[str], str]) -> 
     return Workload(name=name, inputs=inputs, temperature=temperature, samples=samples, warnings=tuple(warnings))
 
 
-def _check_ids(document: _Document, inputs: list[Input | None]) -> None:
+def _check_ids(document: Document, inputs: list[Input | None]) -> None:
     seen: dict[str, int] = {}
     for index, one in enumerate(inputs):
         if one is not None and one.id in seen:
@@ -193,7 +116,7 @@ def _check_ids(document: _Document, inputs: list[Input | None]) -> None:
             seen[one.id] = one.line
 
 
-def _input(document: _Document, top: Mapping[str, Any], index: int, read_file: Callable[[str], str]) -> Input | None:
+def _input(document: Document, top: Mapping[str, Any], index: int, read_file: Callable[[str], str]) -> Input | None:
     """One input; None when it has a fault, all of which are kept."""
     path: Where = ("inputs", index)
     plain = top["inputs"][index]
@@ -227,7 +150,7 @@ def _weight(value: Any) -> float:
     return weight
 
 
-def _criteria(document: _Document, plain: Mapping[str, Any], path: Where) -> tuple[Criterion, ...]:
+def _criteria(document: Document, plain: Mapping[str, Any], path: Where) -> tuple[Criterion, ...]:
     """The criteria of an input that have no fault; the others' faults are kept."""
     expect = plain.get("expect")
     if not isinstance(expect, dict) or not expect:
@@ -248,7 +171,7 @@ def _criteria(document: _Document, plain: Mapping[str, Any], path: Where) -> tup
 
 
 def _messages(
-    document: _Document,
+    document: Document,
     top: Mapping[str, Any],
     plain: Mapping[str, Any],
     path: Where,
@@ -285,7 +208,7 @@ def _messages(
 
 
 def _variables(
-    document: _Document, plain: Mapping[str, Any], path: Where, read_file: Callable[[str], str]
+    document: Document, plain: Mapping[str, Any], path: Where, read_file: Callable[[str], str]
 ) -> dict[str, str]:
     found: dict[str, str] = {}
     for section in ("variables", "files"):
@@ -304,7 +227,7 @@ def _variables(
     return found
 
 
-def _fill(document: _Document, text: str, variables: Mapping[str, str], *path: str | int) -> str:
+def _fill(document: Document, text: str, variables: Mapping[str, str], *path: str | int) -> str:
     length = len(text)
 
     def value(match: re.Match[str]) -> str:
