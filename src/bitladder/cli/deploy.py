@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bitladder.cli.build import ALL_CORES, Context, Threads, working
+from bitladder.cli.completion import level_names, model_names
 from bitladder.cli.grouped import grouped
 from bitladder.cli.options import KeyFiles, KeyNames, endpoint_named
 from bitladder.cli.settings_file import options_from
@@ -37,6 +38,7 @@ TierModel = Annotated[
         metavar="[MODEL]",
         help="What levels are levels of: a GGUF file, a checkpoint folder, hf:org/name[@revision], or smollm2-135m. "
         "Not needed when every tier is a file or an endpoint.",
+        autocompletion=model_names,
     ),
 ]
 
@@ -46,8 +48,8 @@ class TierOptions:
     """Which two tiers a deployment has."""
 
     model: TierModel = None
-    quality: Annotated[list[str] | None, typer.Option("--quality", help=_TIER)] = None
-    speed: Annotated[list[str] | None, typer.Option("--speed", help=_TIER)] = None
+    quality: Annotated[list[str] | None, typer.Option("--quality", help=_TIER, autocompletion=level_names)] = None
+    speed: Annotated[list[str] | None, typer.Option("--speed", help=_TIER, autocompletion=level_names)] = None
     name: Annotated[
         str | None, typer.Option("--name", help="What the deployment is called.", show_default="the model's name")
     ] = None
@@ -433,8 +435,8 @@ _SIDE = "A GGUF file, hf:org/name:LEVEL, URL[#MODEL], or with --of a level."
 
 @verb
 def compare(
-    a: Annotated[str, typer.Argument(metavar="A", help=_SIDE)],
-    b: Annotated[str, typer.Argument(metavar="B", help=_SIDE)],
+    a: Annotated[str, typer.Argument(metavar="A", help=_SIDE, autocompletion=level_names)],
+    b: Annotated[str, typer.Argument(metavar="B", help=_SIDE, autocompletion=level_names)],
     prompt: Annotated[str, typer.Argument(help="What to ask both.")],
     of: Annotated[
         str | None, typer.Option("--of", metavar="MODEL", help="The model that A and B are levels of.")
@@ -512,6 +514,7 @@ def _engine(what: str, threads: int, keys: tuple[list[str] | None, list[str] | N
 def _show(found: Comparison) -> None:
     """Both answers with what only one of them says marked, then where they part."""
     from rich.columns import Columns
+    from rich.console import Group
     from rich.panel import Panel
     from rich.text import Text
 
@@ -525,32 +528,33 @@ def _show(found: Comparison) -> None:
             if span.where in ("both", own):
                 text.append(span.text, style=style if span.where == own else "")
         rate = f"{side.decode_tokens_per_s:.1f} tok/s" if math.isfinite(side.decode_tokens_per_s) else "rate not known"
-        title = f"{side.level}  {rate}, first token after {side.first_token_s:.2f} s"
-        panels.append(Panel(text, title=title, width=max(40, out.width // 2 - 1)))
+        facts = Text(f"{rate}, first token after {side.first_token_s:.2f} s\n", style="dim")
+        # No title of the panel: it would be cut off where the name of a file is long.
+        panels.append(Panel(Group(Text(side.level, style="bold"), facts, text), width=max(40, out.width // 2 - 1)))
     out.print(Columns(panels))
     if found.same:
         out.print("The same answer.")
     elif found.parting:
         at = found.parting
-        kind = "a tie that rounding breaks" if at.is_tie else "a real disagreement"
+        kind = "a near tie, which rounding alone can turn" if at.is_tie else "a clear difference"
         out.print(
-            f"They part at token {at.index + 1}, {kind}: {found.a.level} chose {at.token_a!r} "
-            f"(p {_p(at.a_of_a)}, gave {at.token_b!r} {_p(at.a_of_b)}); {found.b.level} chose {at.token_b!r} "
-            f"(p {_p(at.b_of_b)}, gave {at.token_a!r} {_p(at.b_of_a)})."
+            f"The answers first differ at token {at.index + 1}, {kind}: {found.a.level} chose {at.token_a!r} "
+            f"({_p(at.a_of_a)}; {at.token_b!r} {_p(at.a_of_b)}); {found.b.level} chose {at.token_b!r} "
+            f"({_p(at.b_of_b)}; {at.token_a!r} {_p(at.b_of_a)})."
         )
         if found.later is not None:
             ties = sum(at.is_tie for at in found.later)
             out.print(
-                f"Put back on the words of {found.a.level}, places where {found.b.level} would go on otherwise: "
-                f"{len(found.later)} more, {ties} of them ties."
+                f"Given {found.a.level}'s own words up to there, {found.b.level} would choose another token at "
+                f"{len(found.later)} further places, {ties} of them near ties."
             )
         for at in found.later or ():
-            chose = f"{at.token_a!r} (p {_p(at.a_of_a)}) -> {at.token_b!r} (p {_p(at.b_of_b)})"
-            out.print(f"  token {at.index + 1}: {chose}{', a tie' if at.is_tie else ''}")
+            chose = f"{at.token_a!r} ({_p(at.a_of_a)}) -> {at.token_b!r} ({_p(at.b_of_b)})"
+            out.print(f"  token {at.index + 1}: {chose}{', a near tie' if at.is_tie else ''}")
 
 
 def _p(chance: float) -> str:
-    return f"{chance:.2f}" if math.isfinite(chance) else "not among the likeliest"
+    return f"probability {chance:.2f}" if math.isfinite(chance) else "was not among its likeliest"
 
 
 def add_to(app: typer.Typer) -> None:

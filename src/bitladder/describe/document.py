@@ -1,23 +1,26 @@
-"""A parsed file whose faults are gathered, so that one message names all of them, each with its line."""
+"""A document of somebody's, read to plain values, with the faults found in it: each with its line."""
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from bitladder.describe.structured import Fault, Read, Where
-from bitladder.errors import BadInput
+from bitladder.errors import BadInput, BadWorkload
 
 T = TypeVar("T")
 _MOST_SHOWN = 20
 """Faults that one message lists."""
+LONGEST_TEXT = 4_000_000
+"""Characters of a message with its variables filled in: a few lines can ask for one file a thousand times."""
 
 
 class Document:
     """A parsed file: plain values with the line of each, and the faults found so far."""
 
-    def __init__(self, source: str, read: Read, error: type[BadInput]) -> None:
+    def __init__(self, source: str, read: Read, error: type[BadInput] = BadWorkload) -> None:
         self.source = source
         self.error = error
         self.lines = read.lines
@@ -88,3 +91,25 @@ def line_of(lines: Mapping[Where, int], path: Where) -> int:
 def shortened(text: str, most: int = 80) -> str:
     """A text of others as a message repeats it."""
     return text if len(text) <= most else text[:most] + "..."
+
+
+def filled(document: Document, text: str, variables: Mapping[str, str], *path: str | int) -> str:
+    """A text with ``{{name}}`` filled in from variables.
+
+    Raises:
+        Fault: one has no value, or the text becomes too long.
+    """
+    length = len(text)
+
+    def value(match: re.Match[str]) -> str:
+        nonlocal length
+        if match[1] not in variables:
+            have = ", ".join(variables) or "none"
+            do = f"Variables of this input: {shortened(have, 300)}."
+            raise document.fault(f"the variable '{shortened(match[1])}' has no value.", *path, do=do)
+        length += len(variables[match[1]])
+        if length > LONGEST_TEXT:
+            raise document.fault(f"filled in, this is longer than {LONGEST_TEXT} characters.", *path)
+        return variables[match[1]]
+
+    return re.sub(r"\{\{\s{0,99}([\w.-]+)\s{0,99}\}\}", value, text)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from bitladder.describe.machine import Machine
 from bitladder.errors import NothingFits
 from bitladder.formats.blocks import QTYPES
-from bitladder.plan.cost import LevelBytes
+from bitladder.plan.cost import LevelSize
 from bitladder.units import Basis, GiB, MiB, human_bytes
 
 QUANTIZE_RATE = {"Q8_0": 2e8, "F16": 3e8, "BF16": 3e8, "F32": 3e8}
@@ -48,7 +48,7 @@ class JobNeed:
         return replace(self, what=what, kind=kind or self.kind)
 
 
-def weights_to_convert(sizes: Sequence[LevelBytes]) -> dict[str, int]:
+def weights_to_convert(sizes: Sequence[LevelSize]) -> dict[str, int]:
     """qtype -> weights to convert for levels of one model, each (tensor, qtype) once, however many levels want it."""
     work = {
         (tensor.name, tensor.qtype): tensor.elements

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import functools
 import gc
 import logging
-import resource
 import signal
 import socket
 import sys
@@ -19,7 +17,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import uvicorn
-import uvloop
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -28,6 +25,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from bitladder import system
 from bitladder.errors import EngineError, UsageError
 from bitladder.serve.deploy import Deployment, deployed
 from bitladder.serve.limits import Doorman, KeyRing
@@ -37,7 +35,7 @@ from bitladder.serve.processes import Sibling, in_processes
 from bitladder.serve.protocol import TASK_MEMBER, error_body, header_text
 from bitladder.serve.router import AUTO
 from bitladder.serve.settings import LOOPBACK, ServeSettings
-from bitladder.serve.whatif import answer_what_if
+from bitladder.serve.whatif import answer_changes, answer_what_if
 from bitladder.serve.wire import MAX_CONNECTIONS, CarefulProtocol, Shared
 from bitladder.units import KiB
 
@@ -79,6 +77,7 @@ class _Views:
             "/bitladder/api/live": self.live,
             "/bitladder/api/run": self.run,
             "/bitladder/api/what-if": self.what_if,
+            "/bitladder/api/answers": self.answers,
         }
         return [Route(path, view, methods=["GET"]) for path, view in views.items()]
 
@@ -143,6 +142,10 @@ class _Views:
     async def what_if(self, request: HttpRequest) -> Response:
         """The run's decision with another memory, context or bar."""
         return JSONResponse(await answer_what_if(self._run_json(), request.query_params))
+
+    async def answers(self, _: HttpRequest) -> Response:
+        """What changed in the answers of each level of the run."""
+        return JSONResponse(await answer_changes(self._run_json()))
 
     def _run_json(self) -> Path:
         path = self._here.settings.run_json
@@ -247,7 +250,7 @@ def _run(
     on_ready: Callable[[str, Deployment], None] | None,
     sibling: Sibling | None = None,
 ) -> None:
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.run(_serve(settings, listener, on_ready, sibling))
 
 
@@ -265,18 +268,23 @@ def log_to_stderr() -> None:
 
 def _allow_files() -> None:
     """Let this process have as many open files as its connections need, if it may: two for each request, and more."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 2 * MAX_CONNECTIONS + _OTHER_FILES
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    system.allow_open_files(2 * MAX_CONNECTIONS + _OTHER_FILES)
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop's event loop, where there is one for this system; asyncio's own (None) elsewhere."""
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
 
 
 def _give_back_large_buffers() -> None:
     """Have glibc map every large buffer by itself. It raises the size from which on it does so to that of the largest
     one freed, up to 32 MiB, and keeps smaller ones in a heap that cannot shrink below the last one in use.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    mallopt = getattr(system.c_library(), "mallopt", None)  # other C libraries have none
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, _LARGE)
 
@@ -350,13 +358,20 @@ class _Server(uvicorn.Server):
         """Stop in order on the first signal, at once on a second Ctrl-C."""
         loop = asyncio.get_running_loop()
         signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+        before = {}
         for number in signals:
-            loop.add_signal_handler(number, self.handle_exit, number, None)
+            try:
+                loop.add_signal_handler(number, self.handle_exit, number, None)
+            except NotImplementedError:  # Windows: the server looks every tenth of a second whether it should stop
+                before[number] = signal.signal(number, self.handle_exit)
         try:
             yield
         finally:
             for number in signals:
-                loop.remove_signal_handler(number)
+                if number in before:
+                    signal.signal(number, before[number])
+                else:
+                    loop.remove_signal_handler(number)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Accept nothing new, wait for what runs, and count what must be cut."""

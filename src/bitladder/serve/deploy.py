@@ -216,7 +216,7 @@ def _notes(settings: ServeSettings, specs: list[TierSpec], turns: Turns | None) 
         )
     if settings.speed not in (None, settings.quality) and (settings.auto.fixed or not settings.auto.tags):
         target = settings.auto.fixed or QUALITY
-        notes.append(f"`auto` uses the {target} tier for everything: {settings.auto.because}.")
+        notes.append(f"The model name 'auto' uses the {target} tier for everything: {settings.auto.because}.")
     return notes
 
 
@@ -259,7 +259,7 @@ async def _known_endpoint(pool: ConnectionPool, spec: TierSpec) -> tuple[TierSpe
         status, body = await pool.get(base_url, path, 5.0, headers)
         listed = json.loads(body) if status == 200 else None
     except (UpstreamFailed, TimeoutError, ValueError, RecursionError) as error:
-        return spec, [f"{url} cannot be asked for its models yet: {str(error).rstrip('.') or type(error).__name__}."]
+        return spec, [f"{url} does not list its models yet: {str(error).rstrip('.') or type(error).__name__}."]
     data = listed.get("data") if isinstance(listed, dict) else None
     names = [str(item.get("id")) for item in data if isinstance(item, dict)] if isinstance(data, list) else []
     if not names:
@@ -271,7 +271,7 @@ async def _known_endpoint(pool: ConnectionPool, spec: TierSpec) -> tuple[TierSpe
     shown = ", ".join(names[:8])
     raise EngineError(
         f"{url} serves {shown}, and not '{spec.served_name}'.",
-        means="The level would be answered by another model." if spec.model else "Which one is meant was not said.",
+        means="The level would be answered by another model." if spec.model else "It is not clear which one is meant.",
         do="Give the name that the endpoint uses, as in http://host:8000#name.",
     )
 

@@ -389,7 +389,7 @@ def systemd_unit(settings: ServeSettings, program: Sequence[str], owner: Owner |
     keys = [f"LoadCredential={name}:{_systemd_path(path)}" for path, name in secrets.items()]
     if variables := _variables(settings):
         file = f"/etc/bitladder/{_slug(settings.name)}.env"
-        keys += [f"# A line {name}=... there, which nobody but root need read:" for name in variables]
+        keys += [f"# A line {name}=... there, which only root needs to read:" for name in variables]
         keys.append(f"EnvironmentFile={file}")
     # Its own /tmp hides the real one, and with it what lies there.
     hidden = [path for path in model_files(settings) if path.is_relative_to("/tmp") or path.is_relative_to("/var/tmp")]

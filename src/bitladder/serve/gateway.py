@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from starlette.types import Receive, Scope, Send
 
 from bitladder.errors import EngineError
-from bitladder.serve.backends import UpstreamFailed, UpstreamRequest
+from bitladder.serve.backends import PHASES, UpstreamFailed, UpstreamRequest
 from bitladder.serve.delivery import Delivery, Headers
 from bitladder.serve.legacy_logprobs import in_own_shape
 from bitladder.serve.limits import BODY_S, ClientShare, RequestMemory, held_bytes, let_go, read_body, send_refusal
@@ -382,7 +382,7 @@ class Gateway:
     def _failed(record: Record, tier: Tier, phase: str, found: str) -> _NextAttempt:
         record.failures += (f"{tier.name}: {phase}",)
         log.warning("attempt failed", extra={"id": record.id, "tier": tier.name, "phase": phase, "found": found})
-        return _NextAttempt(f"{tier.name} failed ({phase})")
+        return _NextAttempt(f"the {tier.name} tier {PHASES.get(phase, f'failed ({phase})')}")
 
 
 def check_offered(request: ModelRequest, tier: Tier) -> None:
