@@ -32,6 +32,8 @@ def gate(
     from bitladder.pipeline import assess
     from bitladder.plan.gate import gate_exit
     from bitladder.plan.gate import junit as junit_of
+    from bitladder.records import to_json
+    from bitladder.report.wording import answers_rows
 
     if not options.levels and not options.also:
         raise UsageError("The gate needs to know what must hold the bar.", do="Name levels with --levels Q6_K,Q4_K_M.")
@@ -41,13 +43,16 @@ def gate(
         check_output(junit, "a JUnit document", inputs=inputs, ours=holding("<testsuite", "bitladder"))
     with progress_display(quiet=json_output) as progress:
         record = assess(settings, progress, say=say, confirm=confirm_with(yes=options.yes))
+    notes = {row.level: row.notes for row in answers_rows(record) if row.notes}
     if junit:
-        write_whole(junit, junit_of(record.decision, model=record.source.name))
+        write_whole(junit, junit_of(record.decision, model=record.source.name, notes=notes))
     if json_output:
-        print_json(record.decision)
+        print_json({**to_json(record.decision), "wording": to_json(record.wording)})
     else:
         for verdict in record.decision.verdicts:
             put(f"{verdict.level}: {verdict.status}. {verdict.reason}")
+            if verdict.level in notes:
+                put(f"  answers: {notes[verdict.level]}")
     raise typer.Exit(gate_exit(record.decision))
 
 

@@ -266,8 +266,9 @@ class Running(Engine, Protocol):
         """
         ...
 
-    def time_tokens(self, tokens: Sequence[int], *, max_tokens: int) -> Mapping[str, float]:
-        """Compute a prompt anew and decode exactly ``max_tokens`` after it, on the engine's own clock.
+    def time_tokens(self, tokens: Sequence[int], *, max_tokens: int, again: bool = False) -> Mapping[str, float]:
+        """Compute a prompt anew and decode exactly ``max_tokens`` after it, on the engine's own clock. ``again``: what
+        the engine still holds of the prompt need not be computed once more.
 
         Returns ``prompt_n``, ``prompt_ms``, ``predicted_n``, ``predicted_ms``: tokens, and milliseconds.
 

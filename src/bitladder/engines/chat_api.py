@@ -111,7 +111,7 @@ _STATUS_MEANS = {
     401: ("The key is missing or wrong.", "Set the key in the environment variable that the endpoint names."),
     403: ("The key has no right to this model.", ""),
     404: ("Nothing answers there, or the model has another name.", "Check the URL and the model."),
-    429: ("The endpoint limits how often it may be asked.", "Ask for less in parallel, or wait."),
+    429: ("The endpoint limits how many requests it takes.", "Ask for less in parallel, or wait."),
 }  # fmt: skip
 
 
@@ -166,7 +166,7 @@ class translated:  # noqa: N801 - reads as a word where it is used
                 "write": "sending the request",
             }.get(phase, phase)
             raise EngineTimeout(
-                f"The engine at {self.url} said nothing in time while {what}.",
+                f"The engine at {self.url} did not answer in time while {what}.",
                 means="It is overloaded, stalled, or needs longer for a prompt of this length.",
                 do="Allow more time, ask for less in parallel, or look at the engine's own log.",
             ) from error

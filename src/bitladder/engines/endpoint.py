@@ -166,7 +166,7 @@ def connected(settings: EndpointSettings) -> Endpoint:
         shown = ", ".join(models[:8]) + (", ..." if len(models) > 8 else "")
         raise UsageError(
             f"{settings.base_url} serves {len(models)} models: {shown}.",
-            means="Which one is meant was not said.",
+            means="It is not clear which one is meant.",
             do=f"Name it: {settings.base_url}#{models[0]}",
         )
     return Endpoint(dataclasses.replace(settings, model=models[0]))

@@ -70,10 +70,11 @@ def _drawn(evidence: LadderEvidence, rng: np.random.Generator) -> LadderEvidence
     inputs = _places(most, rng)
     numbers = {name: number for number, name in enumerate(names)}
     moved = _moved_rates(evidence, rng)
+    item_shift = rng.normal(0.0, math.sqrt(2)) if any(one.items for one in evidence.results) else 0.0
     return replace(
         evidence,
         fidelities=[_fidelity(one, documents, shift) for one in evidence.fidelities],
-        results=[_at_rates(_result(one, inputs, numbers), moved) for one in evidence.results],
+        results=[_with_items(_at_rates(_result(one, inputs, numbers), moved), item_shift) for one in evidence.results],
         speeds={level: _speed_at_rates(one, moved.get(level)) for level, one in evidence.speeds.items()},
     )
 
@@ -166,6 +167,15 @@ def _result(one: WorkloadResult, inputs: NDArray[np.intp], numbers: Mapping[str,
         if not math.isnan(one.pass_rate):
             drawn = replace(drawn, pass_rate=one.pass_rate + moved)
     return drawn
+
+
+def _with_items(one: WorkloadResult, shift: float) -> WorkloadResult:
+    """Another share of items caught, ``shift`` errors away, with its interval as wide as it was."""
+    if not one.items or math.isnan(one.recall_low):
+        return one
+    moved = shift * (one.recall_high - one.recall_low) / _WIDTH_95
+    low, high, share = (min(1.0, max(0.0, value + moved)) for value in (one.recall_low, one.recall_high, one.recall))
+    return replace(one, items_kept=round(share * one.items), recall_low=low, recall_high=high)
 
 
 def _moved_rates(evidence: LadderEvidence, rng: np.random.Generator) -> dict[str, NDArray[np.float64]]:

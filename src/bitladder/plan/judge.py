@@ -83,7 +83,7 @@ class Judgement:
     or these inputs, which no other text or input can turn."""
 
 
-_ON_PASSES = ("no known loss", "no loss", "passes")
+_ON_ANSWERS = ("no known loss", "no loss", "passes", "recall")
 """What clauses on answers are about."""
 _NO_ENGINE = Judgement(
     UNKNOWN,
@@ -177,7 +177,7 @@ def judge(bar: Bar, evidence: LevelEvidence) -> tuple[Judgement, ...]:
     """Every clause of the bar for one level; of a checkpoint without answers also that these are missing."""
     if not evidence.needs_engine:
         return tuple(_judge_clause(clause, evidence) for clause in bar.clauses)
-    rest = (clause for clause in bar.clauses if clause.metric not in _ON_PASSES)
+    rest = (clause for clause in bar.clauses if clause.metric not in _ON_ANSWERS)
     return (*(_judge_clause(clause, evidence) for clause in rest), _NO_ENGINE)
 
 
@@ -231,9 +231,9 @@ def pairs_of(result: WorkloadResult, tags: Mapping[str, tuple[str, ...]], tag: s
 def _judge_clause(clause: Clause, evidence: LevelEvidence) -> Judgement:
     """Dispatch on what the clause is about."""
     passes = _not_worse if clause.relative else _pass_rate
-    on_passes = dict(zip(_ON_PASSES, (_no_known_loss, _no_loss, passes), strict=True))
-    if clause.metric in on_passes:
-        return on_passes[clause.metric](clause, evidence)
+    on_answers = dict(zip(_ON_ANSWERS, (_no_known_loss, _no_loss, passes, _recall), strict=True))
+    if clause.metric in on_answers:
+        return on_answers[clause.metric](clause, evidence)
     if evidence.plan.placement == ELSEWHERE and clause.metric in ("memory", "size"):
         return Judgement(UNKNOWN, f"its {clause.metric} is not known, since it runs elsewhere")
     if clause.metric in ("memory", "size"):
@@ -291,7 +291,7 @@ def _more_text(clause: Clause, value: float, low: float, high: float, found: Fid
     holding = value < clause.value if upper else value > clause.value
     width = (high - value if upper else value - low) if holding else (value - low if upper else high - value)
     if distance <= 0.02 * max(width, 1e-12):
-        return f"{spoken(clause.metric)} lies at the limit itself: no amount of text will tell"
+        return f"{spoken(clause.metric)} lies at the limit itself: more text will not decide it"
     factor = (width / distance) ** 2
     units = math.ceil(found.units * max(factor, 1.1))
     more = f"{units - found.units} more {found.unit}s ({found.units} so far)"
@@ -316,6 +316,22 @@ def _pass_rate(clause: Clause, evidence: LevelEvidence) -> Judgement:
     return Judgement(judged.outcome, judged.reason, need, chance)
 
 
+def _recall(clause: Clause, evidence: LevelEvidence) -> Judgement:
+    """A clause on the items that the reference catches."""
+    found = evidence.result
+    if found is None:
+        return Judgement(UNKNOWN, "no workload was run", "run a workload")
+    if not found.items:
+        what = "the reference catches no item of a 'set_recall' criterion"
+        return Judgement(UNKNOWN, what, "add inputs with items to the workload")
+    judged = _compare(clause, found.recall, found.recall_low, found.recall_high, _percent)
+    reason = f"{judged.reason}, {found.items_kept} of {found.items} items"
+    if judged.outcome == UNKNOWN:
+        return Judgement(UNKNOWN, reason, f"add inputs with items to the workload ({found.items} items so far)")
+    chance = beyond(found.recall - clause.value, found.recall - found.recall_low) if judged.outcome == MET else 0.0
+    return Judgement(judged.outcome, reason, p_value=chance)
+
+
 def _not_worse(clause: Clause, evidence: LevelEvidence) -> Judgement:
     """Non-inferiority: the upper bound of the paired loss lies under the margin."""
     if evidence.result is None:
@@ -337,12 +353,12 @@ def _not_worse(clause: Clause, evidence: LevelEvidence) -> Judgement:
         return Judgement(FAILED, f"{seen}, more than {_points(margin)}")
     changed = (pairs.lost + pairs.gained) / pairs.inputs
     needed = inputs_needed(margin, loss, changed)
-    reason = f"{seen}, which cannot be told from {_points(margin)}"
+    reason = f"{seen}, which may be on either side of {_points(margin)}"
     if needed is None:
         return Judgement(
             UNKNOWN,
             reason,
-            f"{where}the loss seen is not under {_points(margin)}: more inputs may only prove it",
+            f"{where}the loss seen is not under {_points(margin)}: more inputs may only confirm it",
         )
     return Judgement(
         UNKNOWN, reason, f"{where}about {max(1, needed - pairs.inputs)} more inputs ({pairs.inputs} so far)"
@@ -385,8 +401,8 @@ def _no_known_loss(clause: Clause, evidence: LevelEvidence) -> Judgement:
     if faults:
         return Judgement(FAILED, where + "; ".join(map(spoken_fault, faults)))
     if known:
-        return Judgement(FAILED, f"{where}{seen}, more than chance")
-    return Judgement(MET, f"{where}{seen}, which does not prove a loss")
+        return Judgement(FAILED, f"{where}{seen}, more than chance explains")
+    return Judgement(MET, f"{where}{seen}{', which may be chance' if pairs.lost else ''}")
 
 
 def faults_with_tag(evidence: LevelEvidence, tag: str) -> tuple[FaultCount, ...]:
@@ -425,7 +441,7 @@ def passes_are_lost(evidence: LevelEvidence) -> bool:
 def _compare(clause: Clause, value: float, low: float, high: float, show: Callable[[float], str]) -> Judgement:
     """An interval against a limit."""
     if math.isnan(value) or math.isnan(low) or math.isnan(high):
-        return Judgement(UNKNOWN, f"{spoken(clause.metric)} is not estimable", f"measure {spoken(clause.metric)}")
+        return Judgement(UNKNOWN, f"{spoken(clause.metric)} could not be estimated", f"measure {spoken(clause.metric)}")
     seen = f"{spoken(clause.metric)} {show(value)}" + (f" ({show(low)} to {show(high)})" if low != high else "")
     limit, inclusive, upper = clause.value, "=" in clause.op, clause.metric in UPPER
     worst, best = (high, low) if upper else (-low, -high)
@@ -434,7 +450,9 @@ def _compare(clause: Clause, value: float, low: float, high: float, show: Callab
         return Judgement(MET, seen)
     if best > edge or (not inclusive and best == edge):
         return Judgement(FAILED, f"{seen}, limit {show(limit)}")
-    return Judgement(UNKNOWN, f"{seen} straddles {show(limit)}", f"measure {spoken(clause.metric)} longer")
+    return Judgement(
+        UNKNOWN, f"{seen}; the limit {show(limit)} lies within that range", f"measure {spoken(clause.metric)} longer"
+    )
 
 
 def _short(value: float) -> str:

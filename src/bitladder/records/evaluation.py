@@ -212,6 +212,20 @@ class WorkloadResult:
     tags: tuple[TagResult, ...] = ()
     decode_rounds: tuple[Real, ...] = ()
     """Decode rates round by round, tokens per second, where levels were timed in turns."""
+    items: int = 0
+    """Items of ``set_recall`` criteria that the reference's answers name."""
+    items_kept: int = 0
+    """Those of them that this level's answers name, too."""
+    recall_low: Real = float("nan")
+    recall_high: Real = float("nan")
+    """95% interval of ``items_kept / items``: Wilson's, at the effective number of items: those of one input
+    are no independent evidence."""
+
+    @property
+    def recall(self) -> float:
+        """Share of what the reference catches that this level catches; NaN where there are no items."""
+        return self.items_kept / self.items if self.items else float("nan")
+
     faults: tuple[FaultCount, ...] = field(default=(), metadata=OPTIONAL)
     """Faults that the level's answers or the reference's have; one that neither has is left out."""
     thinking: Thinking | None = field(default=None, metadata=OPTIONAL)

@@ -80,8 +80,8 @@ def agree_to_spend(
     paid = [one for one in planned if one is not None]
     if paid and not confirm("\n".join(one.sentence for one in paid)):
         raise UsageError(
-            "Nothing was asked, since nobody agreed to the cost: " + "; ".join(one.sentence for one in paid) + ".",
-            do=f"Agree when asked, or say --yes. Prices are rows of {_price_file()}.",
+            "No request was sent, because the cost was not agreed to: " + "; ".join(one.sentence for one in paid) + ".",
+            do=f"Agree when you are asked, or give --yes. Prices are rows of {_price_file()}.",
         )
     for one, asked in missing.items():
         if asked:
@@ -207,7 +207,7 @@ def _refuse_exchanged(
     raise WrongModel(
         f"{engine.settings.label} no longer answers as it did when this run began.",
         means="Its model was exchanged on the way, under the same name.",
-        do="Measure again: what it said in this run is forgotten.",
+        do="Measure again: its answers of this run are discarded.",
     )
 
 
@@ -228,7 +228,7 @@ def recognised(
     found = take_fingerprint(engine)
     if known is not None:
         journal.warn(
-            f"{settings.label} answers differently than when it was last asked: it is another model under the same "
+            f"{settings.label} answers differently than last time: it is another model under the same "
             "name, or another version. Its stored answers are not used."
         )
     if not found.repeats:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from bitladder.files.gguf import GgufFile
     from bitladder.files.imatrix import ImportanceMatrix
     from bitladder.plan.preflight import JobNeed
+    from bitladder.walk.head import TokenScores
 
 KEPT = ("walks", "engine")
 """Where in the cache a killed measurement leaves what it has."""
@@ -89,7 +90,18 @@ def announce(job: Job, what: str, refusal: UnknownArchitecture | None = None) ->
 def engine_fidelities(
     job: Job, reference: Path, levels: Sequence[tuple[str, Path]], windows: Sequence[Window]
 ) -> Iterator[Fidelity]:
-    """Fidelity of files (by level) against the reference's file, in order; as many at a time as fit into memory.
+    """Fidelity of files (by level) against the reference's file, in order. Raises as ``scores_in_engine``."""
+    from bitladder.stages.fidelity import fidelity
+
+    for (name, _), (own, beside) in zip(levels, scores_in_engine(job, reference, levels, windows), strict=True):
+        yield replace(fidelity(name, own, beside, windows), way=Way.ENGINE)
+
+
+def scores_in_engine(
+    job: Job, reference: Path, levels: Sequence[tuple[str, Path]], windows: Sequence[Window]
+) -> Iterator[tuple[TokenScores, TokenScores]]:
+    """Scores of files (by level) and of the reference's file beside them, in order; as many at a time as fit into
+    memory.
 
     Raises:
         BadInput: a level is no file, or of another model.
@@ -102,7 +114,7 @@ def engine_fidelities(
     from bitladder.files.probe import probe_machine
     from bitladder.plan.engine_need import context_bytes, together
     from bitladder.stages.engine_scores import engine_scores
-    from bitladder.stages.fidelity import fidelity, file_candidate
+    from bitladder.stages.fidelity import file_candidate
 
     with ExitStack() as stack:
         source = stack.enter_context(GgufFile.open(reference))
@@ -128,8 +140,7 @@ def engine_fidelities(
                     source, files[group], windows, threads=job.threads, keep=cache_folder(*KEPT),
                     progress=_part(job.progress, group, len(files)), so_far=so_far,
                 )  # fmt: skip
-            for name, one in zip(names, scores, strict=True):
-                yield replace(fidelity(name, one, own, windows), way=Way.ENGINE)
+            yield from ((one, own) for one in scores)
 
 
 def engine_matrix(job: Job, windows: Sequence[Window], dataset: str) -> ImportanceMatrix:

@@ -39,6 +39,7 @@ from bitladder.records.evaluation import (
 )
 from bitladder.stages.behaviour import faults_of, repetition_of, thinking_of
 from bitladder.stages.chats import chat_through, first_chat, judge_chat
+from bitladder.stages.wording import item_recall
 from bitladder.stats.intervals import weighted_wilson, wilson
 from bitladder.stats.multiplicity import holm
 from bitladder.stats.paired import mcnemar, sign_flip
@@ -222,6 +223,7 @@ def compare(reference: LevelAnswers, level: LevelAnswers, workload: Workload) ->
         p_value = mcnemar(len(lost), len(gained)) if pairs else math.nan
     else:
         p_value = sign_flip(weights * (shares - before), np.random.default_rng(0))
+    items, kept, recall = item_recall(workload, reference.answers, level.answers)
     return WorkloadResult(
         level=level.level,
         passes=sum(pair.level >= 0.5 for pair in pairs),
@@ -238,6 +240,10 @@ def compare(reference: LevelAnswers, level: LevelAnswers, workload: Workload) ->
         smallest_visible_loss=smallest_visible_loss(len(pairs)) if pairs else math.nan,
         tags=_tag_results(pairs, workload.tags),
         decode_rounds=level.speed.rounds,
+        items=items,
+        items_kept=kept,
+        recall_low=recall.low,
+        recall_high=recall.high,
         faults=faults_of(theirs, ours, workload),
         thinking=thinking_of(theirs, ours),
         repetition=repetition_of(ours, theirs),
@@ -343,18 +349,32 @@ _PROSE = (
 )
 
 
-def decode_rates(engine: Engine, repeat: int) -> tuple[float, float]:
-    """Prefill and decode rates of one request; ``repeat`` makes each prompt a new one, which no cache can serve."""
+def decode_rates(engine: Engine, repeat: int, *, again: bool = False) -> tuple[float, float]:
+    """Prefill and decode rates of one request; ``repeat`` makes each prompt a new one, which no cache can serve.
+
+    ``again``: the last request had the same ``repeat``; an engine of our own with a clock then decodes after the prompt
+    that it holds, in a third of the time, and the prefill rate is NaN.
+    """
     if isinstance(engine, Running):
         with contextlib.suppress(Unsupported):
-            return _clock_rates(engine, repeat)
+            prefill, decode = _clock_rates(engine, repeat, again=again)
+            return math.nan if again else prefill, decode
     return _stream_rates(engine, repeat)
 
 
-def _clock_rates(engine: Running, repeat: int) -> tuple[float, float]:
+def warm_up(engine: Engine) -> None:
+    """A short request, so that weights, threads and the clock of the processor are as they stay."""
+    if isinstance(engine, Running):
+        with contextlib.suppress(Unsupported):
+            engine.time_tokens(engine.tokenize(_PROSE, add_special=True)[:16], max_tokens=8)
+            return
+    engine.chat(Chat.of(_PROSE, 8))
+
+
+def _clock_rates(engine: Running, repeat: int, *, again: bool) -> tuple[float, float]:
     room = engine.launch.n_ctx - DECODE_TOKENS - 8
     tokens = engine.tokenize(f"{repeat + 1}. " + _PROSE * 4, add_special=True)[: max(8, min(PREFILL_TOKENS, room))]
-    timings = engine.time_tokens(tokens, max_tokens=min(DECODE_TOKENS, max(2, room)))
+    timings = engine.time_tokens(tokens, max_tokens=min(DECODE_TOKENS, max(2, room)), again=again)
     if timings["prompt_ms"] <= 0 or timings["predicted_ms"] <= 0 or timings["predicted_n"] < 2:
         raise EngineReply(f"The engine's timings make no sense: {dict(timings)}.")
     # The first decoded token comes out of the prefill, so n tokens are n - 1 steps.

@@ -60,7 +60,10 @@ class RunSettings:
     out: Path | None = None
     threads: int = 2
     device: str = "cpu"
-    """Where walks compute and scales are searched for, as torch names it."""
+    """Where walks compute and scales are searched for, as torch names it; several with commas between."""
+    on: str = "local"
+    """Who computes units: as ``executors.places.executor_of`` takes it."""
+    unit_needs: str = ""
     effort: Effort = "good"
     """How long to search for scales."""
     imatrix: str = "auto"
@@ -69,6 +72,8 @@ class RunSettings:
     """The judge model, for workloads that ask one."""
     trust_python: bool = False
     """Whether functions that the workload names may run."""
+    within: float | None = None
+    """Seconds in which a decision must be there, from when the model lies on the disk; None: as long as it takes."""
 
 
 def level_of(model: Model) -> str:
@@ -197,6 +202,7 @@ def settings_facts(
         **({"sampling": dict(workload.sampling)} if workload.sampling else {}),
         "effort": settings.effort,
         "importance": settings.imatrix,
+        **({"within_s": settings.within} if settings.within is not None else {}),
         **({"device": settings.device} if settings.device != "cpu" else {}),
         **({"endpoints": addresses} if (addresses := [one.address for one in _endpoints(settings)]) else {}),
     }
@@ -239,6 +245,8 @@ def commands(settings: RunSettings, n_ctx: int, out: Path) -> tuple[str, ...]:
         words += ["--bar", settings.bar]
     for text in settings.texts:
         words += ["--text", str(text)]
+    if settings.within is not None:
+        words += ["--within", f"{settings.within:g}s"]
     words += [
         "--imatrix",
         settings.imatrix,
@@ -248,6 +256,8 @@ def commands(settings: RunSettings, n_ctx: int, out: Path) -> tuple[str, ...]:
         str(settings.threads),
         *(["--effort", settings.effort] if settings.effort != RunSettings.effort else []),
         *(["--device", settings.device] if settings.device != "cpu" else []),
+        *(["--on", settings.on] if settings.on != RunSettings.on else []),
+        *(["--unit-needs", settings.unit_needs] if settings.unit_needs else []),
         "--out",
         str(out),
     ]

@@ -106,8 +106,7 @@ def find_smallest(search: SmallestRequest, work: Work) -> LadderOutcome:
                 yield server
 
         def known(level: str) -> dict[str, Answer]:
-            stored = {one.question: recorded.answer(opened_as[level], one.question, engine) for one in replies}
-            return {question: answer for question, answer in stored.items() if answer is not None}
+            return recorded.answers(opened_as[level], [one.question for one in replies], engine)
 
         return smallest_level(
             list(levels),
