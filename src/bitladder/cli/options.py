@@ -25,6 +25,7 @@ from bitladder.cli.terminal import ModelArgument, say
 from bitladder.errors import UsageError
 
 if TYPE_CHECKING:
+    from bitladder.describe.cache_types import CacheTypes
     from bitladder.engines.endpoint import EndpointSettings
     from bitladder.levels import Level
     from bitladder.stages.run_facts import RunSettings
@@ -50,6 +51,23 @@ KeyFiles = Annotated[
     list[str] | None,
     typer.Option("--key-file", metavar="[HOST=]FILE", help="File with the key of an endpoint; repeatable."),
 ]
+
+
+CacheTypesList = Annotated[
+    str | None,
+    typer.Option(
+        "--kv",
+        metavar="T1,T2",
+        help="Types of the KV cache: f16, q8_0, q5_1, q4_0, ...; keys and values apart as q8_0/q4_0.",
+    ),
+]
+
+
+def caches_named(text: str | None) -> tuple[CacheTypes, ...]:
+    """Types of a KV cache; none where none is named. Raises UsageError for what is none."""
+    from bitladder.describe.cache_types import parse_caches
+
+    return () if text is None else parse_caches(text)
 
 
 @dataclass(kw_only=True)

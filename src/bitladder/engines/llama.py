@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bitladder.describe.cache_types import CACHE_TYPES
 from bitladder.engines.base import Chat, Completion, EngineTask, Identity, Launch, Message, TokenChoice
 from bitladder.engines.chat_api import ChatRequest, Timeouts
 from bitladder.engines.served import ServedEngine
@@ -20,7 +21,6 @@ from bitladder.files.gguf import read_header
 if TYPE_CHECKING:
     from bitladder.engines.llama_program import LlamaProgram
 
-CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 KEY_VARIABLE = "LLAMA_API_KEY"
 """Where llama.cpp's server looks for its key."""
 

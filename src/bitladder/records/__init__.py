@@ -16,10 +16,19 @@ else:
     the program runs, so that ``reading.from_json`` can tell it from a float that must be there."""
 
 
+LEFT_OUT = {"left_out": True}
+"""Metadata of a field that stands in JSON only where it is not its default: what few records have."""
+
+
 def to_json(record: Any) -> Any:
     """A record (or a container of records) as JSON-able data; what is undefined (NaN) becomes null, never 0."""
     if dataclasses.is_dataclass(record) and not isinstance(record, type):
-        return {field.name: to_json(getattr(record, field.name)) for field in dataclasses.fields(record)}
+        fields = ((field, getattr(record, field.name)) for field in dataclasses.fields(record))
+        return {
+            field.name: to_json(value)
+            for field, value in fields
+            if not (field.metadata.get("left_out") and value == field.default)
+        }
     if isinstance(record, dict):
         return {str(key): to_json(value) for key, value in record.items()}
     if isinstance(record, list | tuple | set | frozenset):

@@ -6,12 +6,15 @@ own library does the same for every architecture that llama.cpp runs, with its o
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bitladder.describe.cache_types import F16_CACHE
+from bitladder.describe.windows import tokens_in_common
 from bitladder.errors import BadInput, UnknownArchitecture
 from bitladder.progress import LevelNews, Part, Progress
 from bitladder.records.fidelity import Fidelity, Way
@@ -19,11 +22,14 @@ from bitladder.stages.forecast import forecast, weights_used
 from bitladder.stages.job import Job
 
 if TYPE_CHECKING:
+    from bitladder.describe.cache_types import CacheTypes
+    from bitladder.describe.depths import DepthWindows
     from bitladder.describe.model import Model
     from bitladder.describe.windows import Window
     from bitladder.files.gguf import GgufFile
     from bitladder.files.imatrix import ImportanceMatrix
     from bitladder.plan.preflight import JobNeed
+    from bitladder.walk.head import TokenScores
 
 KEPT = ("walks", "engine")
 """Where in the cache a killed measurement leaves what it has."""
@@ -96,40 +102,72 @@ def engine_fidelities(
         NothingFits: too little memory for the engine's buffers.
         BadFile, BadWeights, EngineError, OutputError: as ``stages.engine_scores``.
     """
+    from bitladder.stages.fidelity import fidelity
+
+    named = [(level, path, None) for level, path in levels]
+    for level, own, reference_scores in _scored(job, reference, named, windows):
+        yield replace(fidelity(level, own, reference_scores, windows), way=Way.ENGINE)
+
+
+def deployed_fidelities(
+    job: Job, levels: Sequence[tuple[str, Path, CacheTypes]], windows: Sequence[DepthWindows]
+) -> Iterator[Fidelity]:
+    """Fidelity by depth of files that are each run with a KV cache, against the source with a 16-bit one. Raises as
+    ``engine_fidelities``."""
+    from bitladder.stages.fidelity import fidelity_by_depth
+
+    every = [window for one in windows for window in one.windows]
+    for level, own, reference_scores in _scored(job, job.source.path, levels, every):
+        yield fidelity_by_depth(level, own, reference_scores, windows)
+
+
+def _scored(
+    job: Job,
+    reference: Path,
+    levels: Sequence[tuple[str, Path, CacheTypes | None]],
+    windows: Sequence[Window],
+) -> Iterator[tuple[str, TokenScores, TokenScores]]:
+    """Each level with its scores and the reference's. Of a file that is run with several caches one copy is in memory."""
     from bitladder.engines.llama_library import piece_length
     from bitladder.files.folders import cache_folder
     from bitladder.files.gguf import GgufFile
     from bitladder.files.probe import probe_machine
     from bitladder.plan.engine_need import context_bytes, together
     from bitladder.stages.engine_scores import engine_scores
-    from bitladder.stages.fidelity import fidelity, file_candidate
+    from bitladder.stages.fidelity import file_candidate
 
     with ExitStack() as stack:
         source = stack.enter_context(GgufFile.open(reference))
-        files = []
-        for level, path in levels:
+        files, sizes, opened = [], [], {reference: source}
+        for level, path, _ in levels:
             if path.is_dir():
                 raise BadInput(f"{level} is a folder, and the engine measures GGUF files.", do="Leave it out.")
-            files.append(stack.enter_context(GgufFile.open(path)))
-            file_candidate(source, files[-1], level=level)  # refuses another model's
-        longest = max(len(window.tokens) for window in windows)
-        context = context_bytes(source.model, longest, piece_length(source.model.dims.n_vocab))
-        sizes = [_bytes(file) for file in files]
+            sizes.append(0 if path in opened else 1)
+            if path not in opened:
+                opened[path] = stack.enter_context(GgufFile.open(path))
+                file_candidate(source, opened[path], level=level)  # refuses another model's
+            files.append(opened[path])
+        sizes = [once * _bytes(file) for once, file in zip(sizes, files, strict=True)]
+        longest, piece = max(len(window.tokens) for window in windows), piece_length(source.model.dims.n_vocab)
+        caches = [cache or F16_CACHE for *_, cache in levels]
+        context = max(context_bytes(source.model, longest, piece, cache) for cache in (F16_CACHE, *caches))
         groups = together(sizes, _bytes(source), context, probe_machine().ram_available)
         for group in groups:
-            names = [level for level, _ in levels[group]]
+            names = [level for level, *_ in levels[group]]
 
             def so_far(number: int, mean: float, names: Sequence[str] = names) -> None:
                 job.progress.on_level(LevelNews(names[number], kl_mean=mean))
 
             need = _need(f"measure {', '.join(names)}", [source, *files[group]], windows, context, job.threads)
+            deployed = any(cache for *_, cache in levels)
             with forecast(need, job.journal):
                 own, *scores = engine_scores(
                     source, files[group], windows, threads=job.threads, keep=cache_folder(*KEPT),
                     progress=_part(job.progress, group, len(files)), so_far=so_far,
+                    caches=[F16_CACHE, *caches[group]] if deployed else None,
                 )  # fmt: skip
             for name, one in zip(names, scores, strict=True):
-                yield replace(fidelity(name, one, own, windows), way=Way.ENGINE)
+                yield name, one, own
 
 
 def engine_matrix(job: Job, windows: Sequence[Window], dataset: str) -> ImportanceMatrix:
@@ -159,7 +197,11 @@ def _need(what: str, files: Sequence[GgufFile], windows: Sequence[Window], conte
     from bitladder.plan.engine_need import engine_need
 
     model = files[0].model
-    tokens = sum(len(window.tokens) for window in windows)
+    tokens = 0
+    for one, window in itertools.pairwise([None, *windows]):
+        assert window is not None
+        kept = tokens_in_common(one.tokens.tolist(), window.tokens.tolist(), window.first) if one else 0
+        tokens += len(window.tokens) - kept
     used = weights_used(model) + model.dims.n_vocab * model.dims.n_embd
     what = f"{what} on {tokens} tokens in the engine"
     return engine_need(what, [_bytes(file) for file in files], context, 2 * used * tokens, probe_machine(), threads)

@@ -9,15 +9,23 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, NamedTuple
 
-from bitladder.errors import BadInput, UnknownArchitecture
+from bitladder.errors import BadInput, UnknownArchitecture, UsageError
 from bitladder.progress import LevelNews
 from bitladder.records.fidelity import Fidelity, Way
 from bitladder.stages.calibration import importance_of
-from bitladder.stages.engine_way import announce, engine_fidelities, instead_of_walk, way_for
+from bitladder.stages.engine_way import (
+    announce,
+    deployed_fidelities,
+    engine_fidelities,
+    engine_missing,
+    instead_of_walk,
+    way_for,
+)
 from bitladder.stages.forecast import forecast, walking_need
 from bitladder.stages.job import AUTO, Build, Job, Work, opened
 
 if TYPE_CHECKING:
+    from bitladder.describe.cache_types import CacheTypes
     from bitladder.describe.text import Document
     from bitladder.describe.windows import Window
     from bitladder.describe.workload import Workload
@@ -37,7 +45,7 @@ class Measuring:
     """What ``measure_model`` compares."""
 
     levels: Sequence[Level] | None = None
-    """None: the ladder, where no files are named."""
+    """None: the ladder, where no files are named; by depth the model itself."""
     reference: Level | None = None
     """None: the model itself."""
     files: Sequence[Path] = ()
@@ -48,17 +56,22 @@ class Measuring:
     effort: Effort = "good"
     through: Way | None = None
     """The way; None for the walk where it can go, else the engine."""
+    caches: Sequence[CacheTypes] = ()
+    """Types of the KV cache that every level is run with, by the engine; none for what the weights alone cost."""
+    depths: Sequence[int] = ()
+    """Tokens of context to measure behind; of caches the usual ones by default."""
 
 
 def measure_model(model: str, wanted: Measuring, work: Work) -> list[Fidelity]:
-    """Fidelity of levels, and of files and checkpoint folders that exist, against the model or one of its levels.
+    """Fidelity of levels, and of files and checkpoint folders that exist, against the model or one of its levels; or by
+    depth of context, of each with every cache.
 
     llama.cpp's mixes of types are made on the fly, tensor by tensor. Levels that need calibration are taken where
     evidence knows them, or built in a folder that goes when they are measured; so are all that the engine measures.
     Only evidence is written.
 
     Raises:
-        UsageError: an option that a level would not follow.
+        UsageError: an option that a level would not follow; a cache that the model cannot have.
         BadInput: a file is no level of this model, or a folder is in a format that is not read.
         BitladderError: anything else a user can meet.
     """
@@ -67,14 +80,40 @@ def measure_model(model: str, wanted: Measuring, work: Work) -> list[Fidelity]:
     from bitladder.store.evidence import Evidence
     from bitladder.store.recorded import Recorded
 
-    chosen = LADDER if wanted.levels is None and not wanted.files else wanted.levels or ()
+    everything = wanted.levels is None and not wanted.files
+    by_depth = bool(wanted.caches or wanted.depths)
+    chosen = LADDER if everything and not by_depth else wanted.levels or ()
     every = dict.fromkeys([*chosen, *([wanted.reference] if wanted.reference else [])])
     levels = sort_levels(list(every), wanted.imatrix)
     texts = documents(wanted.texts)
     with ExitStack() as stack:
         recorded = Recorded(stack.enter_context(Evidence.open()))
         job = stack.enter_context(opened(model, work, warn=False))
+        if by_depth:
+            wanted = _checked_depths(job, wanted)
         return _Comparison(job, recorded, stack, wanted, texts).fidelities(chosen, levels)
+
+
+def _checked_depths(job: Job, wanted: Measuring) -> Measuring:
+    """The same with what it leaves open; what cannot be measured by depth is refused before any work."""
+    from bitladder.describe.cache_types import F16_CACHE, check_cache
+    from bitladder.describe.depths import DEPTHS, check_depths
+
+    if wanted.through is Way.WALK or wanted.reference is not None:
+        option = "--reference" if wanted.through is not Way.WALK else "--through walk"
+        raise UsageError(
+            f"{option} does not go with --kv and --depth.",
+            means="A cache is the engine's, which compares with the source in its 16-bit cache.",
+            do=f"Leave out {option}.",
+        )
+    if why := engine_missing(job.source.model):
+        raise UnknownArchitecture(f"The engine cannot measure it: {why}.", do="Leave out --kv and --depth.")
+    trained = job.source.model.dims.n_ctx_train
+    usual = [depth for depth in DEPTHS if not trained or depth <= trained] or [trained]
+    caches = tuple(wanted.caches) or (F16_CACHE,)
+    for cache in caches:
+        check_cache(job.source.model, cache)
+    return replace(wanted, caches=caches, depths=check_depths(wanted.depths or usual, trained))
 
 
 @dataclass(frozen=True)
@@ -123,13 +162,19 @@ class _Comparison:
             return [ready[subject] for subject in missing]
 
         def files(missing: Sequence[Subject]) -> list[Path]:
-            lying = {subject.level: file.path for subject, file in built.items()}
+            lying = {level_of(source.model): source.path} if not (chosen or given) else {}
+            lying |= {subject.level: file.path for subject, file in built.items()}
             lying |= {subject.level: path for subject, path in zip(given, self.wanted.files, strict=True)}
             absent = {subject.level for subject in missing} - set(lying)
             lying |= self._written([level for level in levels.files if level.name in absent], importance)
             return [lying[subject.level] for subject in missing]
 
         subjects = [of_level[level.name] for level in chosen if level != reference] + list(given)
+        if self.wanted.caches:
+            if not subjects:  # what the caches cost, whatever the level
+                subjects = [Subject(source.sha256, level_of(source.model), file=source.sha256)]
+            pairs = [(subject, cache) for subject in subjects for cache in self.wanted.caches]
+            return fidelities_by_depth(job, pairs, self.texts, self.recorded, files=files, depths=self.wanted.depths)
         return fidelities(
             job, subjects, candidates, self.texts, self.recorded, files=files, reference=higher,
             through=self.wanted.through,
@@ -268,6 +313,69 @@ def fidelities(
         return measuring.all_of(subjects, instead_of_walk(job.source.model, refusal), refusal)
 
 
+def fidelities_by_depth(
+    job: Job,
+    pairs: Sequence[tuple[Subject, CacheTypes]],
+    texts: Sequence[Document],
+    recorded: Recorded,
+    *,
+    files: Callable[[Sequence[Subject]], Sequence[Path]],
+    depths: Sequence[int],
+) -> list[Fidelity]:
+    """Stored fidelities by depth of levels that are run with a cache, and those that are missing, from the engine.
+
+    Args:
+        job: the model.
+        pairs: the levels, each with the cache that it is run with.
+        texts: what is measured on.
+        recorded: the evidence.
+        files: gives levels as files.
+        depths: tokens of context, rising.
+
+    Raises:
+        BitladderError: whatever a user can meet.
+    """
+    from bitladder.describe.text import text_hash
+    from bitladder.files.folders import cache_key
+    from bitladder.stages.job import filler_texts
+
+    run_with = {subject.with_cache(cache): (subject, cache) for subject, cache in pairs}
+
+    def measure(missing: Sequence[Subject]) -> Iterable[Fidelity]:
+        bare = dict.fromkeys(run_with[one][0] for one in missing)
+        paths = dict(zip(bare, files(list(bare)), strict=True))
+        levels = [(one.level, paths[run_with[one][0]], run_with[one][1]) for one in missing]
+        return deployed_fidelities(job, levels, job.depth_windows(texts, depths))
+
+    digest = cache_key(job.text_key(texts), "depths", *map(str, depths), text_hash(filler_texts()))
+    return _stored_or_measured(job, list(run_with), digest, recorded, None, Way.DEPLOYED, measure)
+
+
+def _stored_or_measured(
+    job: Job,
+    subjects: Sequence[Subject],
+    digest: str,
+    recorded: Recorded,
+    reference: Subject | None,
+    way: Way,
+    measure: Callable[[Sequence[Subject]], Iterable[Fidelity]],
+) -> list[Fidelity]:
+    """What is known of the subjects on a text with this digest, the rest measured; each is stored when it is there."""
+    stored = {one: recorded.fidelity(one, digest, reference, way=way) for one in subjects}
+    found = {subject: fidelity for subject, fidelity in stored.items() if fidelity is not None}
+    missing = [subject for subject in subjects if subject not in found]
+    job.journal.reuse("fidelity", [subject.level for subject in found])
+    for subject in missing:
+        job.progress.on_level(LevelNews(subject.level, "measuring"))
+    if missing:
+        for subject, fidelity in zip(missing, measure(missing), strict=True):
+            recorded.keep_fidelity(subject, digest, fidelity, reference)
+            found[subject] = fidelity
+    for subject in subjects:
+        job.progress.on_level(LevelNews(subject.level, "measured", kl_mean=found[subject].kl_mean))
+    return [found[subject] for subject in subjects]
+
+
 @dataclass(frozen=True)
 class _Ways:
     """What one call of ``fidelities`` measures with."""
@@ -282,26 +390,17 @@ class _Ways:
     def all_of(
         self, subjects: Sequence[Subject], way: Way, refusal: UnknownArchitecture | None = None
     ) -> list[Fidelity]:
-        """Fidelities of all subjects, measured in one way; each is stored when it is there."""
+        """Fidelities of all subjects, measured in one way."""
         job = self.job
-        digest = job.text_key(self.texts)
         if way is Way.ENGINE:
             announce(job, "Fidelity is measured", refusal)
-        stored = {one: self.recorded.fidelity(one, digest, self.reference, way=way) for one in subjects}
-        found = {subject: fidelity for subject, fidelity in stored.items() if fidelity is not None}
-        missing = [subject for subject in subjects if subject not in found]
-        job.journal.reuse("fidelity", [subject.level for subject in found])
-        for subject in missing:
-            job.progress.on_level(LevelNews(subject.level, "measuring"))
-        if missing:
+
+        def measure(missing: Sequence[Subject]) -> Iterable[Fidelity]:
             windows = job.windows(self.texts)
-            measured = self._in_engine(missing, windows) if way is Way.ENGINE else self._walked(missing, windows)
-            for subject, fidelity in zip(missing, measured, strict=True):
-                self.recorded.keep_fidelity(subject, digest, fidelity, self.reference)
-                found[subject] = fidelity
-        for subject in subjects:
-            job.progress.on_level(LevelNews(subject.level, "measured", kl_mean=found[subject].kl_mean))
-        return [found[subject] for subject in subjects]
+            return self._in_engine(missing, windows) if way is Way.ENGINE else self._walked(missing, windows)
+
+        digest = job.text_key(self.texts)
+        return _stored_or_measured(job, subjects, digest, self.recorded, self.reference, way, measure)
 
     def _walked(self, missing: Sequence[Subject], windows: Sequence[Window]) -> Iterable[Fidelity]:
         from bitladder.files.folders import cache_folder

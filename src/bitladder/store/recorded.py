@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from bitladder import __version__
+from bitladder.describe.cache_types import CacheTypes, split_name
 from bitladder.files.engine_package import ENGINE, engine_version
 from bitladder.records.decision import Decision
 from bitladder.records.endpoint import Fingerprint
@@ -34,6 +35,11 @@ def protocol(way: Way) -> str:
     """All that figures depend on besides the files and the text: how they are measured, and by which engine."""
     if way is Way.WALK:
         return WALK_PROTOCOL
+    if way is Way.DEPLOYED:
+        return (
+            f"the same tokens behind contexts of several lengths, 16-bit cache of the reference, llama.cpp of {ENGINE} "
+            f"{engine_version()} on the CPU, intervals allow for the worst once more"
+        )
     return (
         f"512-token windows, second half scored, llama.cpp of {ENGINE} {engine_version()} on the CPU, "
         "intervals allow for the worst once more"
@@ -48,13 +54,23 @@ class Subject:
     level: str
     made: str = ""
     file: str = ""
+    cache: str = ""
+    """Types of its KV cache where it is run with another than llama.cpp's own; ``level`` names them, too."""
 
     @property
     def key(self) -> dict[str, Any]:
-        """The part of a key that names the weights."""
+        """The part of a key that names the weights, and the cache that they are run with."""
+        cache = {"cache": self.cache} if self.cache else {}
         if self.file:
-            return {"source": self.source, "file": self.file}
-        return {"source": self.source, "level": self.level, "method": self.made, "bitladder": __version__}
+            return {"source": self.source, "file": self.file, **cache}
+        level = split_name(self.level)[0] if self.cache else self.level
+        return {"source": self.source, "level": level, "method": self.made, "bitladder": __version__, **cache}
+
+    def with_cache(self, cache: CacheTypes) -> Subject:
+        """The same weights run with this cache."""
+        if cache.is_default:
+            return self
+        return replace(self, level=cache.named(self.level), cache=str(cache))
 
 
 @dataclass(frozen=True)
