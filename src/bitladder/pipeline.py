@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bitladder import __version__
+from bitladder.describe.cache_types import F16_CACHE, check_cache, split_name
+from bitladder.describe.depths import usual_depths
 from bitladder.engines.endpoint import EndpointSettings
 from bitladder.errors import NothingFits, UnknownArchitecture, UsageError
 from bitladder.files.measured import machine_key
@@ -24,14 +26,14 @@ from bitladder.files.workloads import STARTER, load_reference, load_workload
 from bitladder.levels import LADDER, CheckpointLevel, Container, Level, of_kinds
 from bitladder.plan.bar import Bar, parse_bar
 from bitladder.plan.decide import decide
-from bitladder.plan.ladder import make_plan, usable_context
+from bitladder.plan.ladder import make_plan, over_caches, usable_context
 from bitladder.plan.preflight import require
 from bitladder.progress import LevelNews, Progress
 from bitladder.records import to_json
 from bitladder.records.decision import Decision
 from bitladder.records.evaluation import LevelAnswers, WorkloadResult
 from bitladder.records.fidelity import Fidelity, Way
-from bitladder.records.plan import Plan
+from bitladder.records.plan import DEFAULT_CTX, Plan
 from bitladder.records.run import RunRecord
 from bitladder.report import RUN_JSON, check_html, check_run, report_beside, write_html, write_run
 from bitladder.stages import run_facts as facts
@@ -44,7 +46,13 @@ from bitladder.stages.forecast import building_need
 from bitladder.stages.job import Build, Job, Journal, Say, Work, opened
 from bitladder.stages.known_files import identified, known_folders, making_of
 from bitladder.stages.ladder_files import ladder_files
-from bitladder.stages.measure import built_candidate, documents, fidelities, fidelity_of_reference
+from bitladder.stages.measure import (
+    built_candidate,
+    documents,
+    fidelities,
+    fidelities_by_depth,
+    fidelity_of_reference,
+)
 from bitladder.stages.projector import deliver, projector_of, unmeasured_note
 from bitladder.stages.quantize import calibrate_levels, sort_levels
 from bitladder.stages.run_facts import RunSettings, level_of
@@ -135,12 +143,16 @@ def _assessed(given: _Given) -> RunRecord:
         built = identified(built, making_of(job, given.build, importance), given.recorded, job)
         if given.projector and any(file.path.parent == given.build.out for file in built.values()):
             deliver(given.projector, given.build.out, job.journal)
+    runs = _runs(given, plan, built)
     with timed("walk"):
-        fidelities = _measured(given, built)
+        fidelities = _measured(given, built, runs)
     with timed("workload"):
-        answers = _asked(given, plan, built)
+        answers = _asked(given, plan, runs)
     results = [compare(answers[0], level, given.workload) for level in answers[1:]]
-    decision = _decided(given, plan, built, fidelities, results, reference=answers[0].level)
+    files = {level_of(given.job.source.model): given.job.source.sha256}
+    files |= {name_of(run): built[run.bare].sha256 if run.bare in built else run.subject.file for run in runs}
+    files |= {file.level: file.sha256 for file in built.values()}
+    decision = _decided(given, plan, files, fidelities, results, reference=answers[0].level)
     return _record(given, plan, built, fidelities, answers, results, decision)
 
 
@@ -203,6 +215,7 @@ def _opened(settings: RunSettings, work: Work, confirm: Confirm) -> Iterator[_Gi
 def _checked_bar(settings: RunSettings) -> Bar | None:
     """The bar; a bad one, options that a level would not follow, and levels that nobody could ask are refused before
     any work is done."""
+    _check_caches(settings)
     sort_levels(_wanted(settings), settings.imatrix)
     of_kinds(
         [level for level, _ in settings.served],
@@ -222,6 +235,25 @@ def _checked_bar(settings: RunSettings) -> Bar | None:
             do=f"Serve it with vLLM and name the address: --also {reference}=URL#MODEL.",
         )
     return parse_bar(settings.bar) if settings.bar else None
+
+
+def _check_caches(settings: RunSettings) -> None:
+    """Refuse what cannot be run, or compared, with several types of KV cache."""
+    if not settings.caches:
+        return
+    of_kinds(
+        [level for level in _wanted(settings) if isinstance(level, CheckpointLevel)],
+        (),
+        what="--kv",
+        why="Types of a KV cache are llama.cpp's, which does not run checkpoints.",
+        do="Leave out the checkpoint levels, or --kv.",
+    )
+    if _named_reference(settings) is not None:
+        raise UsageError(
+            f"--reference {settings.reference} does not go with --kv.",
+            means="Losses by cache are measured against the source in its 16-bit cache.",
+            do="Leave out --reference, or compare with an endpoint's or stored answers.",
+        )
 
 
 def _endpoints(settings: RunSettings) -> list[EndpointSettings]:
@@ -256,10 +288,17 @@ def _planned(given: _Given) -> Plan:
     """The plan, when at least one level fits and what fits can be built. With a level as the reference, larger ones
     are left out."""
     reference, source = _named_reference(given.settings), given.job.source
-    plan = make_plan(
-        source.model, given.machine, n_ctx=given.settings.n_ctx, levels=_wanted(given.settings),
-        beside_bytes=given.projector.stat().st_size if given.projector else 0,
-    )  # fmt: skip
+    for cache in given.settings.caches:
+        check_cache(source.model, cache)
+    plans = {
+        cache: make_plan(
+            source.model, given.machine, n_ctx=given.settings.n_ctx, levels=_wanted(given.settings),
+            beside_bytes=given.projector.stat().st_size if given.projector else 0,
+            type_k=cache.k.upper(), type_v=cache.v.upper(),
+        )
+        for cache in given.settings.caches or (F16_CACHE,)
+    }  # fmt: skip
+    plan = over_caches(plans)
     if reference is not None:
         most = next(level.file_bytes for level in plan.levels if level.level == reference.name)
         plan = replace(plan, levels=tuple(level for level in plan.levels if level.file_bytes <= most))
@@ -284,9 +323,25 @@ def _levels_to_build(given: _Given, plan: Plan) -> list[Level]:
     file of its own level."""
     named = {level.name: level for level in _wanted(given.settings)}
     own, reference = level_of(given.job.source.model), _named_reference(given.settings)
-    rows = [row for row in plan.levels if row.level != own]
-    levels = [(row, named[row.level]) for row in rows]
-    return [level for row, level in levels if row.fits or level == reference or level.container is Container.FOLDER]
+    levels = [(row, named[level]) for row in plan.levels if (level := split_name(row.level)[0]) != own]
+    kept = (level for row, level in levels if row.fits or level == reference or level.container is Container.FOLDER)
+    return list(dict.fromkeys(kept))
+
+
+def _runs(given: _Given, plan: Plan, built: Mapping[Subject, LevelFile]) -> list[LevelToAsk]:
+    """Every level in a file with every cache that it is run with, in the order of the plan; the source with the caches
+    beside llama.cpp's own, with which it is what the others are compared with."""
+    caches = given.settings.caches or (F16_CACHE,)
+    source, fits = given.job.source, {row.level for row in plan.levels if row.fits}
+    files = {subject: file.path for subject, file in built.items() if not file.path.is_dir()}
+    own = Subject(source.sha256, level_of(source.model), file=source.sha256)
+    runs = [
+        LevelToAsk(subject.with_cache(cache), path, cache)
+        for subject, path in (files | {own: source.path}).items()
+        for cache in caches
+        if not (subject == own and cache.is_default)
+    ]
+    return [run for run in runs if not given.settings.caches or name_of(run) in fits]
 
 
 def _needs_engine(given: _Given, levels: Sequence[Level]) -> bool:
@@ -295,8 +350,10 @@ def _needs_engine(given: _Given, levels: Sequence[Level]) -> bool:
     return own or any(level.container is Container.FILE for level in levels)
 
 
-def _measured(given: _Given, built: Mapping[Subject, LevelFile]) -> list[Fidelity]:
+def _measured(given: _Given, built: Mapping[Subject, LevelFile], runs: Sequence[LevelToAsk]) -> list[Fidelity]:
     """Fidelity of the files that were written; none, and a warning, where neither the walk nor the engine can go."""
+    if given.settings.caches:
+        return _measured_by_depth(given, runs)
     named = _named_reference(given.settings)
     reference = next((subject for subject in built if named is not None and subject.level == named.name), None)
     with ExitStack() as stack:
@@ -321,20 +378,32 @@ def _measured(given: _Given, built: Mapping[Subject, LevelFile]) -> list[Fidelit
             return []
 
 
-def _asked(given: _Given, plan: Plan, built: Mapping[Subject, LevelFile]) -> list[LevelAnswers]:
+def _measured_by_depth(given: _Given, runs: Sequence[LevelToAsk]) -> list[Fidelity]:
+    """Fidelity of every level with every cache, at depths up to the context."""
+    paths = {run.bare: run.path for run in runs}
+    return fidelities_by_depth(
+        given.job,
+        [(run.bare, run.cache) for run in runs],
+        given.texts,
+        given.recorded,
+        files=lambda missing: [paths[subject] for subject in missing],
+        depths=usual_depths(given.settings.n_ctx or DEFAULT_CTX),
+    )
+
+
+def _asked(given: _Given, plan: Plan, runs: Sequence[LevelToAsk]) -> list[LevelAnswers]:
     """The workload through everyone: the reference first, the levels, then models behind addresses."""
     asker = Asker(given.workload, given.context, given.recorded, plan.n_ctx, given.job)
-    return asker.ask_all(_contenders(given, plan, built))
+    return asker.ask_all(_contenders(given, plan, runs))
 
 
-def _contenders(given: _Given, plan: Plan, built: Mapping[Subject, LevelFile]) -> list[Contender]:
+def _contenders(given: _Given, plan: Plan, runs: Sequence[LevelToAsk]) -> list[Contender]:
     """Who answers the workload, the reference first."""
     settings, source = given.settings, given.job.source
     own = LevelToAsk(Subject(source.sha256, level_of(source.model), file=source.sha256), source.path)
     served = {level.name: endpoint for level, endpoint in settings.served}
-    files = [LevelToAsk(subject, file.path) for subject, file in built.items() if not file.path.is_dir()]
     folders = [ServedLevel(name, endpoint) for name, endpoint in served.items()]
-    levels: list[LevelToAsk | ServedLevel] = [*files, *folders]
+    levels: list[LevelToAsk | ServedLevel] = [*runs, *folders]
     named = _reference_level(given)
     if named is None:  # the source is a level like the others
         fits = any(level.fits and level.level == own.subject.level for level in plan.levels)
@@ -347,7 +416,7 @@ def _contenders(given: _Given, plan: Plan, built: Mapping[Subject, LevelFile]) -
 def _decided(
     given: _Given,
     plan: Plan,
-    built: Mapping[Subject, LevelFile],
+    files: Mapping[str, str],
     fidelities: Sequence[Fidelity],
     results: Sequence[WorkloadResult],
     *,
@@ -364,8 +433,7 @@ def _decided(
         elsewhere=[one.label for one in given.settings.also if one.label in answering],
         tags={one.id: one.tags for one in given.workload.inputs},
     )
-    files = {level_of(given.job.source.model): given.job.source.sha256}
-    return replace(decision, files=files | {file.level: file.sha256 for file in built.values()})
+    return replace(decision, files=dict(files))
 
 
 def _known_of_source(given: _Given, plan: Plan, fidelities: Sequence[Fidelity]) -> list[Fidelity]:

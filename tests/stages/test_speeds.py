@@ -44,7 +44,7 @@ class Clocks:
         yield found
         found.share = self._share
 
-    def _decode(self, engine, repeat):
+    def _decode(self, engine, repeat, past=0):
         if repeat < 0:
             return 1.0, 1.0
         factor, self._share = next(self._machine)

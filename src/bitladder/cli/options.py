@@ -101,6 +101,7 @@ class RunOptions(WorkOptions):
     ] = 0.0
     yes: Yes = False
     ctx: Context = None
+    kv: CacheTypesList = None
     text: Texts = None
     out: Annotated[
         Path | None,
@@ -149,6 +150,7 @@ class RunOptions(WorkOptions):
             effort=effort_named(self.effort),
             judge=self._judge(),
             trust_python=self.trust_python,
+            caches=caches_named(self.kv),
         )
 
     def _judge(self) -> EndpointSettings | None:

@@ -245,8 +245,9 @@ class Running(Engine, Protocol):
         """
         ...
 
-    def time_tokens(self, tokens: Sequence[int], *, max_tokens: int) -> Mapping[str, float]:
-        """Compute a prompt anew and decode exactly ``max_tokens`` after it, on the engine's own clock.
+    def time_tokens(self, tokens: Sequence[int], *, max_tokens: int, keep: bool = False) -> Mapping[str, float]:
+        """Compute a prompt anew and decode exactly ``max_tokens`` after it, on the engine's own clock. ``keep``: what
+        the prompt has in common with the one before it need not be computed again.
 
         Returns ``prompt_n``, ``prompt_ms``, ``predicted_n``, ``predicted_ms``: tokens, and milliseconds.
 

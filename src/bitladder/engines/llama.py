@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bitladder.describe.cache_types import CACHE_TYPES
+from bitladder.describe.cache_types import CACHE_TYPES, CacheTypes
 from bitladder.engines.base import Chat, Completion, EngineTask, Identity, Launch, Message, TokenChoice
 from bitladder.engines.chat_api import ChatRequest, Timeouts
 from bitladder.engines.served import ServedEngine
@@ -48,6 +48,14 @@ class LlamaSettings(Launch):
                 raise BadInput(
                     f"The {name} of an engine must be one of {allowed}. Got '{getattr(self, name)}' instead."
                 )
+
+
+def with_cache(launch: Launch, cache: CacheTypes) -> Launch:
+    """The same launch with a KV cache of these types; unchanged where they are llama.cpp's own."""
+    if cache.is_default:
+        return launch
+    own = launch if isinstance(launch, LlamaSettings) else LlamaSettings(**vars(launch))
+    return dataclasses.replace(own, cache_type_k=cache.k, cache_type_v=cache.v)
 
 
 @dataclass(frozen=True)
@@ -188,7 +196,7 @@ class LlamaServer(ServedEngine):
             for choice in choices
         ]
 
-    def time_tokens(self, tokens: Sequence[int], *, max_tokens: int) -> Mapping[str, float]:
+    def time_tokens(self, tokens: Sequence[int], *, max_tokens: int, keep: bool = False) -> Mapping[str, float]:
         """The engine's own ``timings`` for computing a prompt anew and decoding exactly ``max_tokens`` after it."""
         body = {
             "prompt": list(tokens),
@@ -196,7 +204,7 @@ class LlamaServer(ServedEngine):
             "temperature": 0,
             "top_k": 1,
             "ignore_eos": True,
-            "cache_prompt": False,
+            "cache_prompt": keep,
         }
         timings: Mapping[str, float] = self._post("/completion", body)["timings"]
         return timings

@@ -247,9 +247,7 @@ class OpenModel:
         if found != self.n_vocab:
             raise LibraryError(f"{path} has {found} tokens in llama.cpp, not {self.n_vocab}")
 
-    def _make_context(
-        self, n_ctx: int, threads: int, watch: Watch | None, cache: tuple[int, int] | None
-    ) -> None:
+    def _make_context(self, n_ctx: int, threads: int, watch: Watch | None, cache: tuple[int, int] | None) -> None:
         params = self._call.llama_context_default_params()
         wanted = {"n_ctx": n_ctx, "n_batch": self.piece, "n_ubatch": self.piece, "n_seq_max": 1, "n_threads": threads}
         for name, value in wanted.items():

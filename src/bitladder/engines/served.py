@@ -126,7 +126,7 @@ class ServedEngine(ABC):
             f"{self.identity.engine} cannot be asked for the tokens of a text.", do="Use an engine that tells them."
         )
 
-    def time_tokens(self, tokens: Sequence[int], *, max_tokens: int) -> Mapping[str, float]:  # noqa: ARG002
+    def time_tokens(self, tokens: Sequence[int], *, max_tokens: int, keep: bool = False) -> Mapping[str, float]:  # noqa: ARG002
         """The engine's own clock (``engines.base.Running.time_tokens``)."""
         raise Unsupported(f"{self.identity.engine} does not tell what its own clock says.")
 

@@ -75,7 +75,10 @@ def engine_scores(
     rows = np.empty((len(levels), _ROWS, int(ends[-1])))
     for row, one in zip(rows, kept, strict=True):
         row[:, : ends[done]] = one.rows[:, : ends[done]]
-    files = [reference, *levels]
+    keys = [(file.path, cache) for file, cache in zip([reference, *levels], each, strict=True)]
+    distinct = list(dict.fromkeys(keys))  # the same file with the same cache is computed once
+    place = [distinct.index(key) for key in keys]
+    files = [[reference, *levels][place.index(at)] for at in range(len(distinct))]
     request = {
         "kind": "score",
         "files": [str(file.path) for file in files],
@@ -84,7 +87,7 @@ def engine_scores(
         "first": [window.first for window in windows],
         "done": done,
         "threads": threads,
-        "caches": [_numbers(cache) for cache in caches] if caches else None,
+        "caches": [_numbers(cache) for _, cache in distinct if cache] or None,
     }
     most = 3 * len(files) * max(window.scored for window in windows)
     progress("engine: reading the models", done, len(windows))
@@ -94,7 +97,7 @@ def engine_scores(
         shape = (len(files), 3, windows[done].scored)
         scores = _finite(numbers_of(message, math.prod(shape), reference.path).reshape(shape), files)
         at, done = slice(ends[done], ends[done + 1]), done + 1
-        rows[:, :3, at], rows[:, 3:, at] = scores[1:], scores[0, 1:]
+        rows[:, :3, at], rows[:, 3:, at] = scores[place[1:]], scores[0, 1:]
         for number, row in enumerate(rows):
             so_far(number, float(row[0, : ends[done]].mean()))
         progress("engine: comparing predictions", done, len(windows))

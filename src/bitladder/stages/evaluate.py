@@ -314,18 +314,22 @@ _PROSE = (
 )
 
 
-def decode_rates(engine: Engine, repeat: int) -> tuple[float, float]:
-    """Prefill and decode rates of one request; ``repeat`` makes each prompt a new one, which no cache can serve."""
+def decode_rates(engine: Engine, repeat: int, past: int = 0) -> tuple[float, float]:
+    """Prefill and decode rates of one request; ``repeat`` makes each prompt a new one, which no cache can serve.
+    ``past``: tokens of context before it, which the engine keeps from one repeat to the next."""
     if isinstance(engine, Running):
         with contextlib.suppress(Unsupported):
-            return _clock_rates(engine, repeat)
+            return _clock_rates(engine, repeat, past)
     return _stream_rates(engine, repeat)
 
 
-def _clock_rates(engine: Running, repeat: int) -> tuple[float, float]:
-    room = engine.launch.n_ctx - DECODE_TOKENS - 8
+def _clock_rates(engine: Running, repeat: int, past: int) -> tuple[float, float]:
+    room = engine.launch.n_ctx - past - DECODE_TOKENS - 8
     tokens = engine.tokenize(f"{repeat + 1}. " + _PROSE * 4, add_special=True)[: max(8, min(PREFILL_TOKENS, room))]
-    timings = engine.time_tokens(tokens, max_tokens=min(DECODE_TOKENS, max(2, room)))
+    if past:
+        once = engine.tokenize(_PROSE)
+        tokens = [*(once * -(-past // max(1, len(once))))[:past], *tokens]
+    timings = engine.time_tokens(tokens, max_tokens=min(DECODE_TOKENS, max(2, room)), keep=bool(past))
     if timings["prompt_ms"] <= 0 or timings["predicted_ms"] <= 0 or timings["predicted_n"] < 2:
         raise EngineReply(f"The engine's timings make no sense: {dict(timings)}.")
     # The first decoded token comes out of the prefill, so n tokens are n - 1 steps.

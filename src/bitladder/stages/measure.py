@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, NamedTuple
 
+from bitladder.describe.cache_types import F16_CACHE, CacheTypes
 from bitladder.errors import BadInput, UnknownArchitecture, UsageError
 from bitladder.progress import LevelNews
 from bitladder.records.fidelity import Fidelity, Way
@@ -25,7 +26,6 @@ from bitladder.stages.forecast import forecast, walking_need
 from bitladder.stages.job import AUTO, Build, Job, Work, opened
 
 if TYPE_CHECKING:
-    from bitladder.describe.cache_types import CacheTypes
     from bitladder.describe.text import Document
     from bitladder.describe.windows import Window
     from bitladder.describe.workload import Workload
@@ -96,7 +96,7 @@ def measure_model(model: str, wanted: Measuring, work: Work) -> list[Fidelity]:
 
 def _checked_depths(job: Job, wanted: Measuring) -> Measuring:
     """The same with what it leaves open; what cannot be measured by depth is refused before any work."""
-    from bitladder.describe.cache_types import F16_CACHE, check_cache
+    from bitladder.describe.cache_types import check_cache
     from bitladder.describe.depths import DEPTHS, check_depths
 
     if wanted.through is Way.WALK or wanted.reference is not None:
@@ -427,7 +427,7 @@ def fidelity_of_reference(measured: Fidelity, level: str) -> Fidelity:
     zero = dict.fromkeys((name for name in vars(measured) if name.startswith("kl_")), 0.0)
     one = dict.fromkeys((name for name in vars(measured) if name.startswith(("ppl_ratio", "top1"))), 1.0)
     units = (0.0,) * len(measured.unit_kl)
-    return replace(measured, level=level, ppl=measured.ppl_reference, unit_kl=units, **zero, **one)  # type: ignore[arg-type]
+    return replace(measured, level=level, ppl=measured.ppl_reference, unit_kl=units, depths=(), **zero, **one)  # type: ignore[arg-type]
 
 
 class Replies(NamedTuple):
@@ -440,11 +440,21 @@ class Replies(NamedTuple):
     """Whether nothing had to be asked."""
 
 
-def answers(subject: Subject, path: Path, workload: Workload, recorded: Recorded, *, n_ctx: int, work: Work) -> Replies:
-    """Answers of one level, whose speed is measured beside the others' (``stages.speeds``). Every new answer is stored
-    as it comes."""
+def answers(
+    subject: Subject,
+    path: Path,
+    workload: Workload,
+    recorded: Recorded,
+    *,
+    n_ctx: int,
+    work: Work,
+    cache: CacheTypes = F16_CACHE,
+) -> Replies:
+    """Answers of one level run with a KV cache, whose speed is measured beside the others' (``stages.speeds``). Every
+    new answer is stored as it comes."""
     from bitladder.describe.workload import questions_of
     from bitladder.engines.base import Launch
+    from bitladder.engines.llama import with_cache
     from bitladder.engines.registry import container_of, start
     from bitladder.stages.evaluate import answer_workload
     from bitladder.stages.run_facts import engine_facts, slots
@@ -462,6 +472,7 @@ def answers(subject: Subject, path: Path, workload: Workload, recorded: Recorded
         known[answer.question] = answer
         work.progress.on_level(LevelNews(subject.level, answered=len(known), inputs=len(questions)))
 
-    with start(Launch(path, n_ctx=room, n_parallel=parallel, threads=work.threads)) as server:
+    launch = Launch(path, n_ctx=room, n_parallel=parallel, threads=work.threads)
+    with start(with_cache(launch, cache)) as server:
         found = answer_workload(server, workload, known=dict(known), on_answer=keep)
     return Replies(found, None, stored=False)

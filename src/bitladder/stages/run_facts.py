@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bitladder.describe.cache_types import CacheTypes
 from bitladder.describe.model import Model
 from bitladder.describe.text import FEWEST_CHARACTERS_PER_TOKEN, Document, text_hash
 from bitladder.describe.workload import Workload
@@ -68,6 +69,8 @@ class RunSettings:
     """The judge model, for workloads that ask one."""
     trust_python: bool = False
     """Whether functions that the workload names may run."""
+    caches: tuple[CacheTypes, ...] = ()
+    """Types of the KV cache that every level is run with, each pair a candidate; none for llama.cpp's own alone."""
 
 
 def level_of(model: Model) -> str:
@@ -184,6 +187,7 @@ def settings_facts(
         "temperature": workload.temperature,
         "effort": settings.effort,
         "importance": settings.imatrix,
+        **({"kv": [str(cache) for cache in settings.caches]} if settings.caches else {}),
         **({"device": settings.device} if settings.device != "cpu" else {}),
         **({"endpoints": addresses} if (addresses := [one.address for one in _endpoints(settings)]) else {}),
     }
@@ -224,6 +228,8 @@ def commands(settings: RunSettings, n_ctx: int, out: Path) -> tuple[str, ...]:
         words += ["--trust-python"]
     if settings.bar:
         words += ["--bar", settings.bar]
+    if settings.caches:
+        words += ["--kv", ",".join(map(str, settings.caches))]
     for text in settings.texts:
         words += ["--text", str(text)]
     words += [

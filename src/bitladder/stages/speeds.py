@@ -18,12 +18,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bitladder.describe.cache_types import F16_CACHE
 from bitladder.files.probe import OtherLoad, probe_machine
 from bitladder.records.evaluation import MOST_OTHERS_SHARE, Speed
 from bitladder.stages.evaluate import DECODE_TOKENS, PREFILL_TOKENS, decode_rates
 from bitladder.stats.paired import ratio_interval
 
 if TYPE_CHECKING:
+    from bitladder.describe.cache_types import CacheTypes
     from bitladder.engines.base import Running
     from bitladder.stages.ask import LevelToAsk
     from bitladder.stages.job import Work
@@ -35,6 +37,8 @@ LONG_S = 60.0
 CLOSE = 1.04
 """A ratio known to within this factor both ways needs no further rounds."""
 ROOM = -(-(PREFILL_TOKENS + DECODE_TOKENS + 16) // 256) * 256
+MOST_PAST = 2048
+"""Tokens of context at most that decoding is timed behind, where caches are compared: they are computed first."""
 SHARE_OF_MEMORY = 0.7
 """Of what is free, that engines kept side by side may take with their files."""
 
@@ -49,8 +53,11 @@ class _Round:
     load_seconds: float
 
 
-def speeds_in_turns(levels: Sequence[LevelToAsk], recorded: Recorded, work: Work) -> tuple[list[Speed], bool]:
-    """Speeds of levels in files, in their order, and whether all were stored already.
+def speeds_in_turns(
+    levels: Sequence[LevelToAsk], recorded: Recorded, work: Work, *, past: int = 0
+) -> tuple[list[Speed], bool]:
+    """Speeds of levels in files, in their order, and whether all were stored already. ``past``: tokens of context
+    that decoding is timed behind.
 
     Stored ones are taken when all of them were measured in the same turns and other programs left them alone; else all
     are measured anew, since rounds of another time say nothing of their order.
@@ -64,21 +71,27 @@ def speeds_in_turns(levels: Sequence[LevelToAsk], recorded: Recorded, work: Work
     if not levels:
         return [], True
     facts = [
-        engine_facts(n_ctx=ROOM, n_parallel=1, threads=work.threads, container=container_of(level.path))
+        engine_facts(n_ctx=_room(past), n_parallel=1, threads=work.threads, container=container_of(level.path))
         for level in levels
     ]
     stored = [recorded.speed(level.subject, fact) for level, fact in zip(levels, facts, strict=True)]
     known = [speed for speed in stored if speed is not None and speed.turns and not speed.disturbed]
     if len(known) == len(levels) and len({speed.turns for speed in known}) == 1:
         return known, True
-    speeds = measure_in_turns([level.path for level in levels], work)
+    speeds = measure_in_turns([level.path for level in levels], work, [level.cache for level in levels], past)
     for level, fact, speed in zip(levels, facts, speeds, strict=True):
         recorded.keep_speed(level.subject, fact, speed)
     return speeds, False
 
 
-def measure_in_turns(paths: Sequence[Path], work: Work) -> list[Speed]:
-    """Speeds of models in files or folders, measured in turns.
+def _room(past: int) -> int:
+    return ROOM + -(-past // 256) * 256
+
+
+def measure_in_turns(
+    paths: Sequence[Path], work: Work, caches: Sequence[CacheTypes] = (), past: int = 0
+) -> list[Speed]:
+    """Speeds of models in files or folders, measured in turns, each with its KV cache and behind so many tokens.
 
     Raises:
         EngineError: an engine failed.
@@ -86,7 +99,7 @@ def measure_in_turns(paths: Sequence[Path], work: Work) -> list[Speed]:
     turns, began = datetime.now(UTC).isoformat(timespec="milliseconds"), time.monotonic()
     rounds: list[list[_Round]] = []
     with ExitStack() as stack:
-        engines = _Engines(paths, work, stack)
+        engines = _Engines(paths, work, stack, caches or [F16_CACHE] * len(paths), past)
         for number in range(MOST_ROUNDS):
             work.progress("speeds, rounds", number, MOST_ROUNDS)
             rounds.append([_timed(engines, at, number) for at in range(len(paths))])
@@ -99,8 +112,10 @@ def measure_in_turns(paths: Sequence[Path], work: Work) -> list[Speed]:
 class _Engines:
     """Engines side by side where memory allows, else one after the other."""
 
-    def __init__(self, paths: Sequence[Path], work: Work, stack: ExitStack) -> None:
-        self._paths, self._work, self._stack = paths, work, stack
+    def __init__(
+        self, paths: Sequence[Path], work: Work, stack: ExitStack, caches: Sequence[CacheTypes], past: int
+    ) -> None:
+        self._paths, self._work, self._stack, self._caches, self.past = paths, work, stack, caches, past
         sizes = [sum(file.stat().st_size for file in _files(path)) for path in paths]
         machine = probe_machine()
         free = sum(gpu.vram_free for gpu in machine.gpus) if machine.gpus else machine.ram_available
@@ -121,10 +136,12 @@ class _Engines:
 
     def _start(self, at: int, stack: ExitStack) -> Running:
         from bitladder.engines.base import Launch
+        from bitladder.engines.llama import with_cache
         from bitladder.engines.registry import start
 
-        engine = stack.enter_context(start(Launch(self._paths[at], n_ctx=ROOM, threads=self._work.threads)))
-        decode_rates(engine, -1)
+        launch = Launch(self._paths[at], n_ctx=_room(self.past), threads=self._work.threads)
+        engine = stack.enter_context(start(with_cache(launch, self._caches[at])))
+        decode_rates(engine, -1, self.past)
         return engine
 
 
@@ -134,7 +151,7 @@ def _files(path: Path) -> list[Path]:
 
 def _timed(engines: _Engines, at: int, number: int) -> _Round:
     with engines.turn(at) as engine, OtherLoad() as others:
-        prefill, decode = decode_rates(engine, number)
+        prefill, decode = decode_rates(engine, number, engines.past)
     return _Round(prefill, decode, others.share, engine.load_seconds)
 
 
