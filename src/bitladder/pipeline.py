@@ -150,8 +150,8 @@ def _assessed(given: _Given) -> RunRecord:
         answers = _asked(given, plan, runs)
     results = [compare(answers[0], level, given.workload) for level in answers[1:]]
     files = {level_of(given.job.source.model): given.job.source.sha256}
-    files |= {name_of(run): built[run.bare].sha256 if run.bare in built else run.subject.file for run in runs}
     files |= {file.level: file.sha256 for file in built.values()}
+    files |= {name_of(run): files[run.bare.level] for run in runs}
     decision = _decided(given, plan, files, fidelities, results, reference=answers[0].level)
     return _record(given, plan, built, fidelities, answers, results, decision)
 

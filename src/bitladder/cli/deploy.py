@@ -17,6 +17,7 @@ from bitladder.cli.terminal import JsonFlag, print_json, say, verb
 from bitladder.errors import BadInput, UsageError
 
 if TYPE_CHECKING:
+    from bitladder.describe.cache_types import CacheTypes
     from bitladder.engines.base import Engine
     from bitladder.engines.endpoint import EndpointSettings
     from bitladder.progress import Progress
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 AUTO_ENGINE = "auto"
 _ENDPOINT_SLOTS = 64  # requests at once to an endpoint, which has a queue of its own
 
+_TIER = "A level or a GGUF file, with its KV cache as in Q4_K_M+q8_0, or URL[#MODEL]."
 TierModel = Annotated[
     str | None,
     typer.Argument(
@@ -45,14 +47,18 @@ class TierOptions:
     """Which two tiers a deployment has."""
 
     model: TierModel = None
-    quality: Annotated[str | None, typer.Option("--quality", help="A level, a GGUF file, or URL[#MODEL].")] = None
-    speed: Annotated[str | None, typer.Option("--speed", help="A level, a GGUF file, or URL[#MODEL].")] = None
+    quality: Annotated[str | None, typer.Option("--quality", help=_TIER)] = None
+    speed: Annotated[str | None, typer.Option("--speed", help=_TIER)] = None
     name: Annotated[
         str | None, typer.Option("--name", help="What the deployment is called.", show_default="the model's name")
     ] = None
     key_env: KeyNames = None
     key_file: KeyFiles = None
     ctx: Context = None
+    kv: Annotated[
+        str | None,
+        typer.Option("--kv", metavar="TYPE", help="Type of the KV cache of tiers that name none.", show_default="f16"),
+    ] = None
     threads: Threads = ALL_CORES
     api_key_file: Annotated[Path | None, typer.Option("--api-key-file", help="Keys that clients need.")] = None
 
@@ -222,12 +228,13 @@ def tiers_of(
     first, second = quality or speed or "", speed if quality else None
     wanted = [first] if second in (None, first) else [first, str(second)]
     # All that can be refused is refused before the first level is built.
-    contexts = [_checked(options, what, work.progress, with_keys=with_keys) for what in wanted]
+    parts = [_with_usual_cache(options, what) for what in wanted]
+    contexts = [_checked(options, what, cache, work.progress, with_keys=with_keys) for what, cache in parts]
     specs = [
         _endpoint_tier(options, what, with_keys=with_keys)
         if is_address(what)
-        else _file_tier(tier_file(model or "", what, run, n_ctx=n_ctx, out=out, work=work), n_ctx)
-        for what, n_ctx in zip(wanted, contexts, strict=True)
+        else _file_tier(tier_file(model or "", what, run, n_ctx=n_ctx, out=out, work=work, cache=cache), n_ctx, cache)
+        for (what, cache), n_ctx in zip(parts, contexts, strict=True)
     ]
     machine = probe_machine()
     budget = usable_ram(machine) + usable_vram(machine)
@@ -275,9 +282,9 @@ def _run_of(model: str | None, wanted: list[str], progress: Progress) -> LatestR
     """
     from bitladder.engines.address import is_address
     from bitladder.stages.measured_levels import latest_run
-    from bitladder.stages.serve import is_level, is_only_a_name
+    from bitladder.stages.serve import is_level, is_only_a_name, split_tier
 
-    levels = [what for what in wanted if is_level(what)]
+    levels = [what for what in wanted if is_level(split_tier(what)[0])]
     if model is not None and is_address(model):
         if levels:
             raise UsageError(f"'{levels[0]}' is a level, and an address has none.", do="Give addresses or files.")
@@ -293,7 +300,17 @@ def _run_of(model: str | None, wanted: list[str], progress: Progress) -> LatestR
     return latest_run(model, progress)
 
 
-def _checked(options: TierOptions, what: str, progress: Progress, *, with_keys: bool) -> int:
+def _with_usual_cache(options: TierOptions, what: str) -> tuple[str, CacheTypes]:
+    """What a tier is of, and the KV cache that it names, else the one of all tiers; raises UsageError for no cache."""
+    from bitladder.describe.cache_types import parse_cache
+    from bitladder.stages.serve import split_tier
+
+    usual = parse_cache(options.kv or "f16")
+    what, cache = split_tier(what)
+    return what, cache or usual
+
+
+def _checked(options: TierOptions, what: str, cache: CacheTypes, progress: Progress, *, with_keys: bool) -> int:
     """The context of a tier, 0 for an endpoint; raises for what cannot be served."""
     from bitladder.engines.address import is_address
     from bitladder.stages.serve import tier_context
@@ -303,7 +320,7 @@ def _checked(options: TierOptions, what: str, progress: Progress, *, with_keys: 
         if with_keys:
             endpoint.read_key()
         return 0
-    return tier_context(options.model or "", what, options.ctx, progress)
+    return tier_context(options.model or "", what, options.ctx, progress, cache)
 
 
 def _with_slots(specs: list[TierSpec], budget: int, slots: int | None) -> list[TierSpec]:
@@ -314,13 +331,18 @@ def _with_slots(specs: list[TierSpec], budget: int, slots: int | None) -> list[T
     from bitladder.stages.serve import memory_by_slots, slots_that_fit
 
     asked = range(1, MOST_SLOTS + 1) if slots is None else (slots,)
-    needs = {spec.path: memory_by_slots(spec.path, spec.n_ctx, asked) for spec in specs if spec.path is not None}
+    needs = {
+        (spec.path, spec.cache): memory_by_slots(spec.path, spec.n_ctx, asked, spec.cache)
+        for spec in specs
+        if spec.path is not None
+    }
     fitting = dict(zip(needs, slots_that_fit(tuple(needs.values()), budget), strict=True))
     return [
         spec
         if spec.path is None
-        else replace(spec, slots=slots or fitting[spec.path], memory_bytes=needs[spec.path][fitting[spec.path] - 1])
+        else replace(spec, slots=slots or fitting[key], memory_bytes=needs[key][fitting[key] - 1])
         for spec in specs
+        for key in [(spec.path, spec.cache)]
     ]
 
 
@@ -369,13 +391,15 @@ def _endpoint_tier(options: TierOptions, address: str, *, with_keys: bool) -> Ti
     )
 
 
-def _file_tier(file: TierFile, n_ctx: int) -> TierSpec:
+def _file_tier(file: TierFile, n_ctx: int, cache: CacheTypes | None = None) -> TierSpec:
     """A level's file as a tier: the measured file where it is, built when it is nowhere."""
+    from bitladder.describe.cache_types import F16_CACHE
     from bitladder.serve.settings import TierSpec
 
     return TierSpec(
         level=file.level, path=file.path, sha256=file.sha256, standing=file.standing, note=file.note,
         n_ctx=n_ctx, memory_bytes=file.memory_bytes, projector=file.projector,
+        cache=cache or F16_CACHE,
     )  # fmt: skip
 
 

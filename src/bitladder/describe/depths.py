@@ -105,8 +105,8 @@ def depth_windows(
 def _window(
     name: str, part: NDArray[np.int64], before: NDArray[np.int64], depth: int, scored: int, bos: int | None
 ) -> Window:
-    """``depth`` tokens that end with the part, its last ones scored. Filler is taken from its beginning, and a part that
-    is too long loses its own."""
+    """``depth`` tokens that end with the part, its last ones scored. Filler is taken from its beginning; a part that is
+    too long loses its own."""
     room = depth - (bos is not None)
     own = part[-room:]
     start = [] if bos is None else [bos]

@@ -77,8 +77,8 @@ def _scores(models: Sequence[OpenModel], tokens: NDArray[np.int64], first: int, 
 
 
 def _pieces(first: int, last: int, length: int, begin: int = 0) -> Iterator[tuple[slice, list[bool]]]:
-    """A window from ``begin`` on in pieces, with which of their positions lie from ``first`` up to before ``last``. What
-    is never wanted behind ``last`` is not computed."""
+    """A window from ``begin`` on in pieces, with which of their positions lie from ``first`` up to before ``last``.
+    What is never wanted behind ``last`` is not computed."""
     for start in range(begin, last, length):
         stop = min(start + length, last)
         yield slice(start, stop), [first <= at < last for at in range(start, stop)]

@@ -200,8 +200,8 @@ def depth_table(fidelities: Sequence[Fidelity], out: Console) -> None:
         deepest = one.depths[-1] if one.depths else None
         if deepest is not None and deepest.rises:
             out.print(
-                f"{one.level}: its loss rises with depth, {number(deepest.rise, 3)} times from {one.depths[0].depth:,} to "
-                f"{deepest.depth:,} tokens ({deepest.rise_low:.3g} to {deepest.rise_high:.3g})."
+                f"{one.level}: its loss rises with depth, {number(deepest.rise, 3)} times from {one.depths[0].depth:,} "
+                f"to {deepest.depth:,} tokens ({deepest.rise_low:.3g} to {deepest.rise_high:.3g})."
             )
 
 

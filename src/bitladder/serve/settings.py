@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
+from bitladder.describe.cache_types import F16_CACHE, CacheTypes
 from bitladder.engines.address import api_base
 from bitladder.engines.base import EngineKind
 from bitladder.errors import UsageError
@@ -56,6 +57,8 @@ class TierSpec:
     """The file that takes in pictures and sounds for it."""
     task: str = ""
     """The only path that it answers (`TASK_OPTIONS`); empty for text."""
+    cache: CacheTypes = F16_CACHE
+    """Types of the KV cache that our engine runs it with; its level's name says them, too."""
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.url is None):
@@ -96,7 +99,7 @@ def with_distinct_names(specs: Sequence[TierSpec]) -> list[TierSpec]:
 
     A level that is called like a role (``quality.gguf``) is renamed too. Levels given twice stay what they are.
     """
-    places = {(spec.path, spec.url, spec.model): spec for spec in specs}
+    places = {(spec.path, spec.url, spec.model, spec.cache): spec for spec in specs}
     groups: dict[str, list[TierSpec]] = {}
     for spec in places.values():
         groups.setdefault(spec.level.lower(), []).append(spec)
@@ -112,7 +115,7 @@ def with_distinct_names(specs: Sequence[TierSpec]) -> list[TierSpec]:
         else:
             found = [f"{spec.level}@{number}" for number, spec in enumerate(group, 1)]
         names |= dict(zip(group, found, strict=True))
-    return [replace(spec, level=names[places[spec.path, spec.url, spec.model]]) for spec in specs]
+    return [replace(spec, level=names[places[spec.path, spec.url, spec.model, spec.cache]]) for spec in specs]
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,7 @@ def _scored(
     levels: Sequence[tuple[str, Path, CacheTypes | None]],
     windows: Sequence[Window],
 ) -> Iterator[tuple[str, TokenScores, TokenScores]]:
-    """Each level with its scores and the reference's. Of a file that is run with several caches one copy is in memory."""
+    """Each level with its scores and the reference's. Of a file that is run with several caches one is in memory."""
     from bitladder.engines.llama_library import piece_length
     from bitladder.files.folders import cache_folder
     from bitladder.files.gguf import GgufFile
