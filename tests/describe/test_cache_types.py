@@ -61,5 +61,5 @@ def test_a_head_that_does_not_divide_into_blocks_is_told_before_any_work(tmp_pat
     gap = cache_gap(model, parse_cache(cache))
     assert gap.startswith(what) and bool(gap) == bool(what)
     if what:
-        with pytest.raises(UsageError, match="llama.cpp refuses"):
+        with pytest.raises(UsageError, match="refuses to start so"):
             check_cache(model, parse_cache(cache))

@@ -71,7 +71,7 @@ def test_depths_grow_up_to_the_context():
 
 def test_few_tokens_in_common_are_none():
     ids = np.arange(500).tolist()
-    assert tokens_in_common(ids, ids[:100] + [9999] + ids[101:], 250) == 0
-    assert tokens_in_common(ids, ids[:200] + [9999] + ids[201:], 250) == 200
+    assert tokens_in_common(ids, [*ids[:100], 9999, *ids[101:]], 250) == 0
+    assert tokens_in_common(ids, [*ids[:200], 9999, *ids[201:]], 250) == 200
     assert tokens_in_common(ids, ids, 250) == 250
     assert tokens_in_common([], ids, 250) == 0
