@@ -139,7 +139,7 @@ def tier_file(
     with Evidence.open() as store:
         recorded = Recorded(store)
         if Path(what).is_file():
-            return _with_cache(_named_file(Path(what), run, recorded, n_ctx, work.progress), n_ctx, cache)
+            return _with_cache(_named_file(Path(what), run, recorded, n_ctx, work.progress), run, n_ctx, cache)
         with opened(model, work, warn=False) as job:
             search = _Search(job, run, recorded, out or Path(f"{job.found.label}-ladder"))
             level = search.level_named(what)
@@ -147,17 +147,22 @@ def tier_file(
             path = search.path_of(level)
             projector = projector_of(job.found, job.journal, job.progress)
             file = _described(level, path, search.wanted(level), recorded, n_ctx, work.progress, projector)
-            return _with_cache(file, n_ctx, cache)
+            return _with_cache(file, run, n_ctx, cache)
 
 
-def _with_cache(file: TierFile, n_ctx: int, cache: CacheTypes) -> TierFile:
-    """The same file run with another cache: another deployment of the level, with another need of memory."""
+def _with_cache(file: TierFile, run: LatestRun | None, n_ctx: int, cache: CacheTypes) -> TierFile:
+    """The same file run with another cache: another deployment of the level, with another need of memory. What was
+    measured holds for it where the run measured it so."""
     if cache.is_default:
         return file
     from bitladder.stages.serve import memory_by_slots
 
     (memory,), (usual,) = (memory_by_slots(file.path, n_ctx, (1,), each) for each in (cache, F16_CACHE))
-    return replace(file, level=cache.named(file.level), memory_bytes=file.memory_bytes + memory - usual)
+    named = replace(file, level=cache.named(file.level), memory_bytes=file.memory_bytes + memory - usual)
+    if file.standing is not FileStanding.MEASURED or (run is not None and run.is_about(named.level, file.sha256)):
+        return named
+    note = f"{named.level}: the file was measured, and not with a KV cache of {cache}."
+    return replace(named, standing=FileStanding.UNMEASURED, note=note)
 
 
 def _named_file(path: Path, run: LatestRun | None, recorded: Recorded, n_ctx: int, progress: Progress) -> TierFile:
