@@ -59,6 +59,14 @@ class TierOptions:
         str | None,
         typer.Option("--kv", metavar="TYPE", help="Type of the KV cache of tiers that name none.", show_default="f16"),
     ] = None
+    speculate: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--speculate",
+            metavar="[TIER=]ngram|draft:FILE|auto",
+            help="Guess tokens ahead; auto: where `bitladder speculate` found that it surely pays. Repeatable.",
+        ),
+    ] = None
     threads: Threads = ALL_CORES
     api_key_file: Annotated[Path | None, typer.Option("--api-key-file", help="Keys that clients need.")] = None
 
@@ -228,6 +236,7 @@ def tiers_of(
     first, second = quality or speed or "", speed if quality else None
     wanted = [first] if second in (None, first) else [first, str(second)]
     # All that can be refused is refused before the first level is built.
+    guesses = _guesses(options)
     parts = [_with_usual_cache(options, what) for what in wanted]
     contexts = [_checked(options, what, cache, work.progress, with_keys=with_keys) for what, cache in parts]
     specs = [
@@ -235,6 +244,11 @@ def tiers_of(
         if is_address(what)
         else _file_tier(tier_file(model or "", what, run, n_ctx=n_ctx, out=out, work=work, cache=cache), n_ctx, cache)
         for (what, cache), n_ctx in zip(parts, contexts, strict=True)
+    ]
+    names = ["quality", "speed"] if quality or len(specs) > 1 else ["speed"]
+    specs = [
+        _with_guesses(spec, guesses.get(name, guesses.get("", "")), work)
+        for spec, name in zip(specs, names, strict=False)
     ]
     machine = probe_machine()
     budget = usable_ram(machine) + usable_vram(machine)
@@ -300,6 +314,40 @@ def _run_of(model: str | None, wanted: list[str], progress: Progress) -> LatestR
     return latest_run(model, progress)
 
 
+def _guesses(options: TierOptions) -> dict[str, str]:
+    """What each tier guesses with, by its role; empty role: both. What is no way to guess is refused."""
+    from bitladder.engines.speculation import parse_speculation
+
+    found = {}
+    for text in options.speculate or ():
+        role, equals, words = text.partition("=")
+        if not equals or role not in ("quality", "speed"):
+            role, words = "", text
+        if words != AUTO_ENGINE:
+            parse_speculation(words)
+        found[role] = words
+    return found
+
+
+def _with_guesses(spec: TierSpec, words: str, work: Work) -> TierSpec:
+    """The tier with guesses; of ``auto`` only those that were measured to pay on this machine."""
+    from dataclasses import replace
+
+    from bitladder.engines.speculation import check_draft, parse_speculation
+    from bitladder.stages.speculate import known_to_pay
+
+    if not words or spec.path is None:
+        return spec
+    if words != AUTO_ENGINE:
+        speculation = parse_speculation(words)
+        check_draft(spec.path, speculation)
+        return replace(spec, speculate=speculation)
+    speculation = known_to_pay(spec.path, work.threads)
+    said = f"guesses with {speculation}" if speculation else "does not guess: nothing that was measured surely pays"
+    say(f"{spec.level} {said}.")
+    return replace(spec, speculate=speculation)
+
+
 def _with_usual_cache(options: TierOptions, what: str) -> tuple[str, CacheTypes]:
     """What a tier is of, and the KV cache that it names, else the one of all tiers; raises UsageError for no cache."""
     from bitladder.describe.cache_types import parse_cache
@@ -328,11 +376,20 @@ def _with_slots(specs: list[TierSpec], budget: int, slots: int | None) -> list[T
     from dataclasses import replace
 
     from bitladder.stages.run_facts import MOST_SLOTS
-    from bitladder.stages.serve import memory_by_slots, slots_that_fit
+    from bitladder.stages.serve import draft_bytes, memory_by_slots, slots_that_fit
 
     asked = range(1, MOST_SLOTS + 1) if slots is None else (slots,)
     needs = {
-        (spec.path, spec.cache): memory_by_slots(spec.path, spec.n_ctx, asked, spec.cache)
+        (spec.path, spec.cache, spec.speculate): tuple(
+            map(
+                sum,
+                zip(
+                    memory_by_slots(spec.path, spec.n_ctx, asked, spec.cache),
+                    draft_bytes(spec.speculate, spec.n_ctx, asked),
+                    strict=True,
+                ),
+            )
+        )
         for spec in specs
         if spec.path is not None
     }
@@ -342,7 +399,7 @@ def _with_slots(specs: list[TierSpec], budget: int, slots: int | None) -> list[T
         if spec.path is None
         else replace(spec, slots=slots or fitting[key], memory_bytes=needs[key][fitting[key] - 1])
         for spec in specs
-        for key in [(spec.path, spec.cache)]
+        for key in [(spec.path, spec.cache, spec.speculate)]
     ]
 
 

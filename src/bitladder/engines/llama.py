@@ -20,6 +20,7 @@ from bitladder.files.gguf import read_header
 
 if TYPE_CHECKING:
     from bitladder.engines.llama_program import LlamaProgram
+    from bitladder.engines.speculation import Speculation
 
 KEY_VARIABLE = "LLAMA_API_KEY"
 """Where llama.cpp's server looks for its key."""
@@ -35,6 +36,10 @@ class LlamaSettings(Launch):
     """Tokens of a prompt computed in one go."""
     cache_type_k: str = "f16"
     cache_type_v: str = "f16"
+    speculate: str = ""
+    """``ngram`` or ``draft``; empty: one token after the other."""
+    draft: str = ""
+    """The small model's file."""
     prompt_cache_mib: int = 0
     """Memory for prompts that left their slot. llama.cpp's own default is 8 GiB, which no plan has counted."""
 
@@ -56,6 +61,14 @@ def with_cache(launch: Launch, cache: CacheTypes) -> Launch:
         return launch
     own = launch if isinstance(launch, LlamaSettings) else LlamaSettings(**vars(launch))
     return dataclasses.replace(own, cache_type_k=cache.k, cache_type_v=cache.v)
+
+
+def with_speculation(launch: Launch, speculation: Speculation | None) -> Launch:
+    """The same launch with guesses from there; unchanged for None."""
+    if speculation is None:
+        return launch
+    own = launch if isinstance(launch, LlamaSettings) else LlamaSettings(**vars(launch))
+    return dataclasses.replace(own, speculate=speculation.kind, draft=str(speculation.draft or ""))
 
 
 @dataclass(frozen=True)

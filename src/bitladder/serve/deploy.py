@@ -40,7 +40,7 @@ MakeEngine = Callable[[TierSpec, int], Running]
 
 def own_engine(spec: TierSpec, threads: int, kind: EngineKind | None = None) -> Running:
     """The engine of a tier, not yet started; ``kind``: what runs files; None, and for folders: what is registered."""
-    from bitladder.engines.llama import with_cache
+    from bitladder.engines.llama import with_cache, with_speculation
     from bitladder.engines.registry import container_of, prepare
     from bitladder.levels import Container
 
@@ -55,7 +55,7 @@ def own_engine(spec: TierSpec, threads: int, kind: EngineKind | None = None) -> 
         projector=spec.projector or "",
         task=TASKS[spec.task],
     )
-    launch = with_cache(launch, spec.cache)
+    launch = with_speculation(with_cache(launch, spec.cache), spec.speculate)
     return prepare(launch, kind if container_of(spec.path) is Container.FILE else None)
 
 

@@ -200,6 +200,9 @@ def llama_swap(settings: ServeSettings) -> str:
         command += ["--threads", str(settings.threads)]
         if not spec.cache.is_default:
             command += ["--cache-type-k", spec.cache.k, "--cache-type-v", spec.cache.v]
+        if spec.speculate is not None:
+            guesses = spec.speculate.draft
+            command += ["--model-draft", str(guesses.absolute())] if guesses else ["--spec-type", "ngram-cache"]
         joined = " ".join(part if part == "${PORT}" else shlex.quote(_no_macro(part)) for part in command)
         models[spec.level] = {"cmd": joined, "aliases": list(names[:-1]), "checkEndpoint": "/health"}
     levels = [spec.level for _, spec in roles]
@@ -245,6 +248,11 @@ def serve_command(
     contexts = {spec.n_ctx for spec in tiers.values() if spec.path is not None}
     if len(contexts) == 1:  # else each has its own model's length, as it has without --ctx
         command += ["--ctx", str(contexts.pop())]
+    for name, option in (("quality", "--quality"), ("speed", "--speed")):
+        guesses = tiers[option].speculate if option in tiers else None
+        if guesses is not None:
+            words = f"draft:{path(guesses.draft)}" if guesses.draft else guesses.kind
+            command += ["--speculate", f"{name}={words}"]
     command += ["--threads", str(settings.threads), *keys]
     if settings.api_key_file is not None:
         command += ["--api-key-file", path(settings.api_key_file)]

@@ -10,6 +10,7 @@ from urllib.parse import quote, urlsplit
 from bitladder.describe.cache_types import F16_CACHE, CacheTypes
 from bitladder.engines.address import api_base
 from bitladder.engines.base import EngineKind
+from bitladder.engines.speculation import Speculation
 from bitladder.errors import UsageError
 from bitladder.records.level_file import FileStanding
 from bitladder.records.plan import DEFAULT_CTX
@@ -59,6 +60,8 @@ class TierSpec:
     """The only path that it answers (`TASK_OPTIONS`); empty for text."""
     cache: CacheTypes = F16_CACHE
     """Types of the KV cache that our engine runs it with; its level's name says them, too."""
+    speculate: Speculation | None = None
+    """Where guesses of the next tokens come from; None: nowhere."""
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.url is None):

@@ -11,6 +11,7 @@ from bitladder.errors import BadInput
 from bitladder.progress import Progress
 
 if TYPE_CHECKING:
+    from bitladder.engines.speculation import Speculation
     from bitladder.levels import FileLevel
 
 
@@ -131,6 +132,16 @@ def memory_by_slots(path: Path, n_ctx: int, slots: Sequence[int], cache: CacheTy
     machine = probe_machine()
     with GgufFile.open(path) as opened:
         return tuple(file_memory(opened.model, machine, n_ctx=n_ctx, n_seq=number, cache=cache) for number in slots)
+
+
+def draft_bytes(speculation: Speculation | None, n_ctx: int, slots: Sequence[int]) -> tuple[int, ...]:
+    """Bytes that a draft takes beside its model with so many requests, for every number in ``slots``; n-grams take
+    next to none."""
+    from bitladder.plan.memory import ENGINE_BYTES
+
+    if speculation is None or speculation.draft is None:
+        return (0,) * len(slots)
+    return tuple(need - ENGINE_BYTES for need in memory_by_slots(speculation.draft, n_ctx, slots))
 
 
 def slots_that_fit(needs: Sequence[Sequence[int]], budget_bytes: int) -> tuple[int, ...]:

@@ -29,7 +29,7 @@ from bitladder.store.location import store_url
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine
 
-KINDS = ("fidelity", "answer", "speed", "file", "machine", "decision", "endpoint")
+KINDS = ("fidelity", "answer", "speed", "file", "machine", "decision", "endpoint", "speculation")
 EXPORT_FORMAT = "bitladder-evidence"
 
 _UPSERT = """

@@ -24,6 +24,7 @@ from bitladder.records.evaluation import Answer, Speed
 from bitladder.records.fidelity import Fidelity, Way
 from bitladder.records.level_file import StoredFile
 from bitladder.records.reading import from_json
+from bitladder.records.speculation import SpeculationResult
 from bitladder.store.evidence import Evidence
 
 T = TypeVar("T")
@@ -163,6 +164,27 @@ class Recorded:
     def keep_speed(self, subject: Subject | Remote, engine: Mapping[str, Any], speed: Speed) -> None:
         """Store a speed."""
         self._store.put("speed", {**subject.key, "engine": dict(engine)}, speed)
+
+    def keep_speculation(
+        self, file: str, draft: str, workload: str, engine: Mapping[str, Any], result: SpeculationResult
+    ) -> None:
+        """Store what guesses gain for a file (its hash), by a draft's hash, on a workload's."""
+        kind = result.mode.partition(":")[0]
+        key = {"file": file, "speculate": kind, "draft": draft, "workload": workload, "engine": dict(engine)}
+        self._store.put("speculation", key, result)
+
+    def speculations(self, file: str, *, cpu: str, threads: int) -> list[tuple[SpeculationResult, str]]:
+        """What is known of guesses for a file on such a processor with so many threads, newest first, each with the
+        hash of its draft."""
+        rows = self._store.find("speculation", file=file)
+        found = ((_record(SpeculationResult, row.value), row.key) for row in rows)
+        return [
+            (result, str(key.get("draft", "")))
+            for result, key in found
+            if result
+            and isinstance(own := key.get("engine"), Mapping)
+            and (own.get("cpu"), own.get("threads")) == (cpu, threads)
+        ]
 
     def keep_file(self, subject: Subject, file: StoredFile) -> None:
         """Store which file the measurements of a subject are of, and where it lies; each place is a row."""
