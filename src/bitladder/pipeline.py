@@ -7,6 +7,7 @@ last thing it stored.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -20,14 +21,16 @@ from bitladder.describe.cache_types import F16_CACHE, check_cache, split_name
 from bitladder.describe.depths import usual_depths
 from bitladder.engines.endpoint import EndpointSettings
 from bitladder.errors import NothingFits, UnknownArchitecture, UsageError
+from bitladder.executors.places import executor_of, own_device
 from bitladder.files.measured import machine_key
 from bitladder.files.probe import probe_machine
 from bitladder.files.workloads import STARTER, load_reference, load_workload
-from bitladder.levels import LADDER, CheckpointLevel, Container, Level, of_kinds
+from bitladder.levels import LADDER, CheckpointLevel, Container, Level, RecipeLevel, of_kinds
 from bitladder.plan.bar import Bar, parse_bar
 from bitladder.plan.decide import decide
 from bitladder.plan.ladder import make_plan, over_caches, usable_context
 from bitladder.plan.preflight import require
+from bitladder.plan.schedule import open_levels, spread
 from bitladder.progress import LevelNews, Progress
 from bitladder.records import to_json
 from bitladder.records.decision import Decision
@@ -37,29 +40,36 @@ from bitladder.records.plan import DEFAULT_CTX, Plan
 from bitladder.records.run import RunRecord
 from bitladder.report import RUN_JSON, check_html, check_run, report_beside, write_html, write_run
 from bitladder.stages import run_facts as facts
+from bitladder.stages.as_deployed import as_deployed
 from bitladder.stages.ask import Asker, LevelToAsk, ServedLevel, name_of
-from bitladder.stages.calibration import importance_of
+from bitladder.stages.calibration import importance_need, importance_of
+from bitladder.stages.costs import Prices, level_costs, prices_of
 from bitladder.stages.criteria_help import criteria_help
 from bitladder.stages.endpoints import agree_to_spend
+from bitladder.stages.engine_way import way_for
 from bitladder.stages.evaluate import compare
-from bitladder.stages.forecast import building_need
+from bitladder.stages.forecast import building_need, corrected_seconds
 from bitladder.stages.job import Build, Job, Journal, Say, Work, opened
 from bitladder.stages.known_files import identified, known_folders, making_of
 from bitladder.stages.ladder_files import ladder_files
-from bitladder.stages.measure import (
-    built_candidate,
-    documents,
-    fidelities,
-    fidelities_by_depth,
-    fidelity_of_reference,
+from bitladder.stages.looks import (
+    RESERVED_DECISIONS,
+    Costs,
+    Countdown,
+    Looks,
+    TimeIsUp,
+    TooLittleTime,
+    material,
+    undecided_on_passes,
 )
+from bitladder.stages.measure import Ways, built_candidate, documents, fidelities_by_depth, fidelity_of_reference
 from bitladder.stages.projector import deliver, projector_of, unmeasured_note
 from bitladder.stages.quantize import calibrate_levels, sort_levels
 from bitladder.stages.run_facts import RunSettings, level_of
 from bitladder.stages.wording import wording_changes
 from bitladder.store.evidence import Evidence
 from bitladder.store.recorded import Recorded, StoredDecision, Subject
-from bitladder.units import human_bytes
+from bitladder.units import human_bytes, human_duration
 
 if TYPE_CHECKING:
     from bitladder.describe.criteria import Context
@@ -125,14 +135,37 @@ def assess(
 
 
 def _work(settings: RunSettings, progress: Progress, say: Say) -> Work:
+    if settings.within is not None:
+        progress = Countdown(progress, settings.within)
     return Work(threads=settings.threads, device=settings.device, progress=progress, journal=Journal(say))
 
 
 def _assessed(given: _Given) -> RunRecord:
-    """Plan, build, measure, test, decide."""
+    """Plan, build, measure, test, decide; within the time, where there is a limit.
+
+    Raises:
+        TooLittleTime: it was over before anything was known of a level.
+    """
+    countdown = given.job.progress
+    if not isinstance(countdown, Countdown):
+        return _assessed_in_whole(given)
+    countdown.begin()
+    try:
+        return _assessed_in_whole(given)
+    except TimeIsUp:
+        raise TooLittleTime(
+            f"{human_duration(countdown.seconds)} were over before anything was known of a level.",
+            means="Work took longer than was predicted: the machine may be busy. What was done is kept.",
+            do="Run it again: it goes on from there.",
+        ) from None
+    finally:
+        countdown.end()
+
+
+def _assessed_in_whole(given: _Given) -> RunRecord:
     job, timed = given.job, given.job.journal.timed
     plan = _planned(given)
-    levels = _levels_to_build(given, plan)
+    levels = _levels_in_time(given, plan, _levels_to_build(given, plan))
     if _needs_engine(given, levels):
         job.require_engine()
     with timed("calibrate"):
@@ -141,18 +174,121 @@ def _assessed(given: _Given) -> RunRecord:
     with timed("quantize"):
         built = ladder_files(job, levels, given.build, importance=importance, calibrated=calibrated)
         built = identified(built, making_of(job, given.build, importance), given.recorded, job)
+        _tell_twins(given, built)
         if given.projector and any(file.path.parent == given.build.out for file in built.values()):
             deliver(given.projector, given.build.out, job.journal)
-    runs = _runs(given, plan, built)
+    if isinstance(job.progress, Countdown):
+        with timed("looks"):
+            return _looked(given, plan, built, job.progress)
     with timed("walk"):
-        fidelities = _measured(given, built, runs)
+        fidelities = _measured(given, plan, built)
     with timed("workload"):
-        answers = _asked(given, plan, runs)
-    results = [compare(answers[0], level, given.workload) for level in answers[1:]]
-    files = {level_of(given.job.source.model): given.job.source.sha256}
-    files |= {file.level: file.sha256 for file in built.values()}
-    files |= {name_of(run): files[run.bare.level] for run in runs}
-    decision = _decided(given, plan, files, fidelities, results, reference=answers[0].level)
+        answers = _asked(given, plan, built)
+    return _judged(given, plan, built, fidelities, answers)
+
+
+def _levels_in_time(given: _Given, plan: Plan, levels: Sequence[Level]) -> list[Level]:
+    """All of them, or, within a limit, those that there is time to look at, evenly spread over the ladder.
+
+    Raises:
+        TooLittleTime: not even for the smallest.
+    """
+    job, countdown = given.job, given.job.progress
+    if not isinstance(countdown, Countdown) or not levels:
+        return list(levels)
+    named = {level.name: level for level in levels}
+    reference = _named_reference(given.settings)
+    candidates = [row.level for row in plan.levels if row.level in named and named[row.level] != reference]
+    wanted = material(job.windows(given.texts), given.workload.inputs)
+    costs = Costs(wanted, job.source, plan.levels, reference.name if reference else level_of(job.source.model))
+    gathering = importance_need(job, given.build)
+    first = corrected_seconds(gathering) if gathering else 0.0
+    known = {file.level for file in given.recorded.files(job.source.sha256)}  # an earlier run got to them
+
+    def cost(some: Sequence[str]) -> float:
+        building = building_need(job, [named[name] for name in some], given.build)
+        return first + corrected_seconds(building) + costs.shortest_look([name for name in some if name not in known])
+
+    chosen = spread(candidates, cost, countdown.left)
+    if not chosen:
+        smallest = candidates[-1]
+        least = (countdown.passed + cost([smallest])) * countdown.seconds / countdown.usable
+        rest = "; --imatrix none does without the importance matrix" if first else ""
+        raise TooLittleTime(
+            f"{human_duration(countdown.seconds)} are too short for one look at {smallest}, the smallest level.",
+            means=f"About {human_duration(least)} are needed: {human_duration(first)} for the importance matrix, the "
+            "rest to build the level and to look at it beside the reference.",
+            do=f"Write --within {math.ceil(least * 1.1)}s or more{rest}.",
+        )
+    left_out = [name for name in candidates if name not in chosen]
+    if left_out:
+        job.journal.warn(f"There is no time to look at {', '.join(left_out)}: a longer --within takes them in.")
+    countdown.watch()
+    return [level for level in levels if level.name in chosen or level == reference]
+
+
+def _looked(given: _Given, plan: Plan, built: Mapping[Subject, LevelFile], countdown: Countdown) -> RunRecord:
+    """Look after look until the time is over, or nothing is open that looking could settle."""
+    contenders = [one for one in _contenders(given, plan, built) if isinstance(one, LevelToAsk | Path)]
+    asker = Asker(given.workload, given.context, given.recorded, plan.n_ctx, given.job)
+    wanted = material(given.job.windows(given.texts), given.workload.inputs)
+    with ExitStack() as stack:
+        ways = _ways(given, built, stack)
+        subjects = [subject for subject in built if subject != ways.reference]
+        looks = Looks(asker, ways, _measurable(given, subjects), contenders, plan.levels, wanted)
+        still_open = {level.level for level in plan.levels}
+        sizes = {level.level: level.file_bytes for level in plan.levels}
+        try:
+            while (piece := looks.next_piece(still_open, countdown.left)) is not None:
+                looks.do(piece)
+                done = countdown.passed
+                evidence = looks.evidence()
+                looks.news(evidence)
+                if looks.has_seen_all:
+                    decision = _judged(given, plan, built, evidence.fidelities, evidence.answers).decision
+                    still_open = open_levels(decision, sizes) | undecided_on_passes(
+                        decision.bar, evidence.answers, wanted
+                    )
+                countdown.reserve(RESERVED_DECISIONS * (countdown.passed - done))
+        except TimeIsUp:
+            if not looks.has_something:
+                raise
+        countdown.end()
+        evidence = looks.evidence(still_open)
+        asker.tell_doubts([level for level in evidence.answers if level.answers])
+        record = _judged(given, plan, built, evidence.fidelities, evidence.answers)
+        more = looks.remaining(still_open)
+    if not more:
+        return record
+    return replace(record, decision=replace(record.decision, next=(*record.decision.next, more)))
+
+
+def _measurable(given: _Given, subjects: Sequence[Subject]) -> list[Subject]:
+    """Those whose fidelity can be measured; none, and a warning, where neither the walk nor the engine can go."""
+    try:
+        way_for(given.job.source)
+    except UnknownArchitecture as error:
+        _warn_of_no_fidelity(given, error)
+        return []
+    return list(subjects)
+
+
+def _warn_of_no_fidelity(given: _Given, error: UnknownArchitecture) -> None:
+    given.job.journal.warn(
+        f"No fidelity was measured: {error.found} {error.means} The decision rests on the workload alone."
+    )
+
+
+def _judged(
+    given: _Given,
+    plan: Plan,
+    built: Mapping[Subject, LevelFile],
+    fidelities: Sequence[Fidelity],
+    answers: Sequence[LevelAnswers],
+) -> RunRecord:
+    """The decision that this evidence leads to, and all that it rests on. Levels that nobody asked have no result."""
+    results = [compare(answers[0], level, given.workload) for level in answers[1:] if level.answers]
+    decision = _decided(given, plan, built, fidelities, results, reference=answers[0].level)
     return _record(given, plan, built, fidelities, answers, results, decision)
 
 
@@ -173,6 +309,7 @@ class _Given:
     recorded: Recorded
     projector: Path | None
     """What takes in pictures and sounds, as ``stages.projector`` made or found it."""
+    prices: Prices
 
 
 @contextmanager
@@ -196,20 +333,27 @@ def _opened(settings: RunSettings, work: Work, confirm: Confirm) -> Iterator[_Gi
             journal=work.journal,
         )
         context = stack.enter_context(helpers)
+        executor = executor_of(settings.on, settings.device, settings.unit_needs)
+        if executor is not None:
+            work.journal.warn(*executor.warnings)
+            own = own_device(executor, settings.device)
+            work = replace(work, device=own, executor=stack.enter_context(executor))
         with work.journal.timed("fetch"):
             job = stack.enter_context(opened(settings.model, work))
         source = job.source
+        workload = as_deployed(workload, source.metadata, job.checkpoint)
         settings = replace(settings, n_ctx=usable_context(source.model, settings.n_ctx))
         out = settings.out or Path(f"{job.found.label}-ladder")
         check_run(out / RUN_JSON, source_sha256=lambda: source.sha256)
         check_html(report_beside(out / RUN_JSON), source_sha256=lambda: source.sha256)
         work.journal.warn(*workload.warnings)
         machine = probe_machine(out)
+        prices = prices_of(machine, _answering(settings))
         build = Build(out=out, imatrix=settings.imatrix, effort=settings.effort, measured_on=texts)
         projector = projector_of(job.found, job.journal, job.progress)
         if projector is not None:
             job.journal.warn(unmeasured_note(projector))
-        yield _Given(settings, job, machine, workload, context, texts, build, bar, recorded, projector)
+        yield _Given(settings, job, machine, workload, context, texts, build, bar, recorded, projector, prices)
 
 
 def _checked_bar(settings: RunSettings) -> Bar | None:
@@ -234,6 +378,8 @@ def _checked_bar(settings: RunSettings) -> Bar | None:
             means="Every level's answers are compared with the reference's.",
             do=f"Serve it with vLLM and name the address: --also {reference}=URL#MODEL.",
         )
+    if settings.within is not None:
+        _check_within(settings)
     return parse_bar(settings.bar) if settings.bar else None
 
 
@@ -256,10 +402,36 @@ def _check_caches(settings: RunSettings) -> None:
         )
 
 
+def _check_within(settings: RunSettings) -> None:
+    """Refuse what no time can be predicted of."""
+    if settings.caches:
+        raise UsageError(
+            "--within cannot be kept with --kv: how long measuring by depth of context takes is not predicted.",
+            do="Leave out one of the two.",
+        )
+    if _endpoints(settings):
+        raise UsageError(
+            "--within cannot be kept with models behind addresses, which answer when they like.",
+            do="Leave out --within, or the addresses.",
+        )
+    of_kinds(
+        _wanted(settings),
+        (RecipeLevel,),
+        what="--within",
+        why="how long calibrating takes is not predicted.",
+        do="Leave out --within, or these levels.",
+    )
+
+
 def _endpoints(settings: RunSettings) -> list[EndpointSettings]:
     """Every model behind an address that is asked the workload."""
     reference, served = settings.reference, [endpoint for _, endpoint in settings.served]
     return [*([reference] if isinstance(reference, EndpointSettings) else []), *served, *settings.also]
+
+
+def _answering(settings: RunSettings) -> dict[str, EndpointSettings]:
+    """Who answers behind an address, by the name that tables call it."""
+    return {one.label: one for one in _endpoints(settings)} | {level.name: one for level, one in settings.served}
 
 
 def _reference_level(given: _Given) -> str | None:
@@ -344,46 +516,54 @@ def _runs(given: _Given, plan: Plan, built: Mapping[Subject, LevelFile]) -> list
     return [run for run in runs if not given.settings.caches or name_of(run) in fits]
 
 
+def _tell_twins(given: _Given, built: Mapping[Subject, LevelFile]) -> None:
+    """Say which levels are other levels byte for byte: a small model's rows fit few types."""
+    for subject, first in given.recorded.one_of_each(built).items():
+        if subject != first:
+            line = f"{subject.level} is {first.level} byte for byte: what is measured of one holds for both"
+            given.job.journal.reused.append(line)
+            given.job.journal.say(f"{line}.")
+
+
 def _needs_engine(given: _Given, levels: Sequence[Level]) -> bool:
     """Whether the workload is to be answered by files, the source's or a level's."""
     own = given.settings.reference is None or _reference_level(given) == level_of(given.job.source.model)
     return own or any(level.container is Container.FILE for level in levels)
 
 
-def _measured(given: _Given, built: Mapping[Subject, LevelFile], runs: Sequence[LevelToAsk]) -> list[Fidelity]:
-    """Fidelity of the files that were written; none, and a warning, where neither the walk nor the engine can go."""
-    if given.settings.caches:
-        return _measured_by_depth(given, runs)
+def _ways(given: _Given, built: Mapping[Subject, LevelFile], stack: ExitStack) -> Ways:
+    """How fidelity of the files that were written is measured; they stay open as long as ``stack``."""
     named = _named_reference(given.settings)
     reference = next((subject for subject in built if named is not None and subject.level == named.name), None)
+
+    def candidates(missing: Sequence[Subject]) -> list[Candidate]:
+        return [built_candidate(given.job.source, built[subject], stack) for subject in missing]
+
+    def files(missing: Sequence[Subject]) -> list[Path]:
+        return [built[subject].path for subject in missing]
+
+    return Ways(given.job, candidates, files, given.texts, given.recorded, reference)
+
+
+def _measured(given: _Given, plan: Plan, built: Mapping[Subject, LevelFile]) -> list[Fidelity]:
+    """Fidelity of the files that were written; none, and a warning, where neither the walk nor the engine can go."""
+    if given.settings.caches:
+        return _measured_by_depth(given, _runs(given, plan, built))
     with ExitStack() as stack:
-
-        def candidates(missing: Sequence[Subject]) -> list[Candidate]:
-            return [built_candidate(given.job.source, built[subject], stack) for subject in missing]
-
+        ways = _ways(given, built, stack)
         try:
-            return fidelities(
-                given.job,
-                [subject for subject in built if subject != reference],
-                candidates,
-                given.texts,
-                given.recorded,
-                files=lambda missing: [built[subject].path for subject in missing],
-                reference=reference,
-            )
+            return ways.fidelities([subject for subject in built if subject != ways.reference])
         except UnknownArchitecture as error:
-            given.job.journal.warn(
-                f"No fidelity was measured: {error.found} {error.means} The decision rests on the workload alone."
-            )
+            _warn_of_no_fidelity(given, error)
             return []
 
 
 def _measured_by_depth(given: _Given, runs: Sequence[LevelToAsk]) -> list[Fidelity]:
     """Fidelity of every level with every cache, at depths up to the context."""
-    paths = {run.bare: run.path for run in runs}
+    paths = {run.subject.bare: run.path for run in runs}
     return fidelities_by_depth(
         given.job,
-        [(run.bare, run.cache) for run in runs],
+        [(run.subject.bare, run.cache) for run in runs],
         given.texts,
         given.recorded,
         files=lambda missing: [paths[subject] for subject in missing],
@@ -391,19 +571,19 @@ def _measured_by_depth(given: _Given, runs: Sequence[LevelToAsk]) -> list[Fideli
     )
 
 
-def _asked(given: _Given, plan: Plan, runs: Sequence[LevelToAsk]) -> list[LevelAnswers]:
+def _asked(given: _Given, plan: Plan, built: Mapping[Subject, LevelFile]) -> list[LevelAnswers]:
     """The workload through everyone: the reference first, the levels, then models behind addresses."""
     asker = Asker(given.workload, given.context, given.recorded, plan.n_ctx, given.job)
-    return asker.ask_all(_contenders(given, plan, runs))
+    return asker.ask_all(_contenders(given, plan, built))
 
 
-def _contenders(given: _Given, plan: Plan, runs: Sequence[LevelToAsk]) -> list[Contender]:
+def _contenders(given: _Given, plan: Plan, built: Mapping[Subject, LevelFile]) -> list[Contender]:
     """Who answers the workload, the reference first."""
     settings, source = given.settings, given.job.source
     own = LevelToAsk(Subject(source.sha256, level_of(source.model), file=source.sha256), source.path)
     served = {level.name: endpoint for level, endpoint in settings.served}
     folders = [ServedLevel(name, endpoint) for name, endpoint in served.items()]
-    levels: list[LevelToAsk | ServedLevel] = [*runs, *folders]
+    levels: list[LevelToAsk | ServedLevel] = [*_runs(given, plan, built), *folders]
     named = _reference_level(given)
     if named is None:  # the source is a level like the others
         fits = any(level.fits and level.level == own.subject.level for level in plan.levels)
@@ -416,7 +596,7 @@ def _contenders(given: _Given, plan: Plan, runs: Sequence[LevelToAsk]) -> list[C
 def _decided(
     given: _Given,
     plan: Plan,
-    files: Mapping[str, str],
+    built: Mapping[Subject, LevelFile],
     fidelities: Sequence[Fidelity],
     results: Sequence[WorkloadResult],
     *,
@@ -433,7 +613,10 @@ def _decided(
         elsewhere=[one.label for one in given.settings.also if one.label in answering],
         tags={one.id: one.tags for one in given.workload.inputs},
     )
-    return replace(decision, files=dict(files))
+    files = {level_of(given.job.source.model): given.job.source.sha256}
+    files |= {file.level: file.sha256 for file in built.values()}
+    files |= {name_of(run): files[run.subject.bare.level] for run in _runs(given, plan, built)}
+    return replace(decision, files=files)
 
 
 def _known_of_source(given: _Given, plan: Plan, fidelities: Sequence[Fidelity]) -> list[Fidelity]:
@@ -470,6 +653,7 @@ def _record(
         wording={
             level.level: wording_changes(given.workload, answers[0].answers, level.answers) for level in answers[1:]
         },
+        costs=level_costs(answers, given.prices),
         settings=facts.settings_facts(
             settings, plan.n_ctx, given.texts, given.workload, way=fidelities[0].way if fidelities else Way.WALK
         ),

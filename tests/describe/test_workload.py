@@ -110,11 +110,11 @@ FAULTS = {
     "input is a text": ("inputs:\n  - hello\n", "line 2: an input needs fields like prompt and expect, got 'hello'"),
     "bad role": (
         asking("messages:\n      - {role: boss, content: c}"),
-        "line 3: entry 1 of messages field 'role' needs one of system, user, assistant, got 'boss'",
+        "line 3: entry 1 of messages field 'role' needs one of system, user, assistant, tool, got 'boss'",
     ),
     "assistant last": (
         asking("messages:\n      - {role: user, content: c}\n      - {role: assistant, content: c}"),
-        "line 4: the last message must be the user's",
+        "line 4: the last message must be the user's, or a tool's result",
     ),
     "no value for a variable": (
         asking("prompt: 'a {{b}}'\n    variables: {c: d}"),

@@ -160,9 +160,9 @@ FAULTS = {
     "wrong key": (httpx.Response(401, text="no"), EngineReply, "key is missing or wrong"),
     "nobody there": (httpx.ConnectError("refused"), EngineGone, "cannot be reached: refused"),
     "broken off": (httpx.RemoteProtocolError("peer closed"), EngineReply, "broke off in the middle"),
-    "slow to connect": (httpx.ConnectTimeout("t"), EngineTimeout, "nothing in time while connecting"),
-    "stalled": (httpx.ReadTimeout("t"), EngineTimeout, "nothing in time while waiting for its reply"),
-    "slow to take": (httpx.WriteTimeout("t"), EngineTimeout, "nothing in time while sending"),
+    "slow to connect": (httpx.ConnectTimeout("t"), EngineTimeout, "not answer in time while connecting"),
+    "stalled": (httpx.ReadTimeout("t"), EngineTimeout, "not answer in time while waiting for its reply"),
+    "slow to take": (httpx.WriteTimeout("t"), EngineTimeout, "not answer in time while sending"),
 }
 
 

@@ -111,7 +111,7 @@ def test_a_config_that_lies(tmp_path, classes, key, value):
 @pytest.mark.parametrize("classes", [3, {"a": 1}, [], [{}], [None], "LlamaForCausalLM", ["x" * 10_000]])
 def test_classes_of_any_kind(tmp_path, classes):
     (tmp_path / "config.json").write_text(json.dumps({**LLAMA, "architectures": classes}))
-    with pytest.raises(BitladderError, match="shapes nobody here knows"):
+    with pytest.raises(BitladderError, match="shapes are not known here"):
         describe(str(tmp_path))
 
 

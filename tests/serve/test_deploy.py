@@ -99,7 +99,7 @@ def test_an_endpoint_that_is_down_does_not_keep_the_gateway_from_starting():
         async with deployed(ServeSettings(TierSpec("Q8_0", url="http://127.0.0.1:9"))) as deployment:
             return deployment.notes
 
-    assert "cannot be asked for its models yet" in asyncio.run(run())[0]
+    assert "does not list its models yet" in asyncio.run(run())[0]
 
 
 def test_one_level_has_both_roles_and_two_cannot_share_a_name(tmp_path):

@@ -184,7 +184,7 @@ def test_nothing_is_spent_without_consent(recorded, tmp_path, monkeypatch):
 
     with serving(upper) as cloud:
         paid = settings(cloud, key_env="MY_KEY")
-        with pytest.raises(UsageError, match="nobody agreed"):
+        with pytest.raises(UsageError, match="the cost was not agreed to"):
             agree_to_spend([paid], WORKLOAD, recorded, refuse)
         assert cloud.asked == []
         assert "price table" in shown[0]

@@ -19,8 +19,8 @@ from bitladder.cli.build import (
     effort_named,
     split_levels,
     way_named,
-    working,
 )
+from bitladder.cli.completion import level_names
 from bitladder.cli.grouped import grouped
 from bitladder.cli.live import run_display
 from bitladder.cli.options import (
@@ -90,7 +90,7 @@ def smallest(options: SmallestOptions, json_output: JsonFlag = False) -> None:
         options.model, options.bar, options.workload, split_levels(options.levels), options.ctx, options.out,
         options.imatrix, options.trust_python,
     )  # fmt: skip
-    with working(options.threads, options.device, quiet=json_output) as work:
+    with options.working(quiet=json_output) as work:
         work.journal.say = say  # what is built is said in any case: this may take hours
         outcome = find_smallest(search, work)
     if json_output:
@@ -111,7 +111,13 @@ class MeasureOptions(WorkOptions):
         typer.Option("--file", help="An existing GGUF or checkpoint folder to measure, too; repeatable."),
     ] = None
     reference: Annotated[
-        str | None, typer.Option("--reference", metavar="LEVEL", help="Compare with this level, not with the source.")
+        str | None,
+        typer.Option(
+            "--reference",
+            metavar="LEVEL",
+            help="Compare with this level, not with the source.",
+            autocompletion=level_names,
+        ),
     ] = None
     text: Texts = None
     imatrix: Importance = "auto"
@@ -145,7 +151,7 @@ def measure(options: MeasureOptions, json_output: JsonFlag = False) -> None:
         caches=caches_named(options.kv),
         depths=_depths_named(options.depth),
     )
-    with working(options.threads, options.device, quiet=json_output) as work:
+    with options.working(quiet=json_output) as work:
         fidelities = measure_model(options.model, wanted, work)
     if json_output:
         print_json({"levels": fidelities, "jobs": work.journal.jobs, "warnings": work.journal.warnings})

@@ -209,15 +209,15 @@ class LlamaServer(ServedEngine):
             for choice in choices
         ]
 
-    def time_tokens(self, tokens: Sequence[int], *, max_tokens: int, keep: bool = False) -> Mapping[str, float]:
-        """The engine's own ``timings`` for computing a prompt anew and decoding exactly ``max_tokens`` after it."""
+    def time_tokens(self, tokens: Sequence[int], *, max_tokens: int, again: bool = False) -> Mapping[str, float]:
+        """The engine's own ``timings`` for computing a prompt and decoding exactly ``max_tokens`` after it."""
         body = {
             "prompt": list(tokens),
             "n_predict": max_tokens,
             "temperature": 0,
             "top_k": 1,
             "ignore_eos": True,
-            "cache_prompt": keep,
+            "cache_prompt": again,
         }
         timings: Mapping[str, float] = self._post("/completion", body)["timings"]
         return timings

@@ -132,7 +132,7 @@ def find_program(where: str = NAME) -> LlamaProgram:
     version, flags = _VERSION.search(_said(path, "--version")), frozenset(_FLAG.findall(_said(path, "--help")))
     lacking = [flag for flag in _NEEDED if flag not in flags]
     if version is None or lacking:
-        found = f"has no flag {lacking[0]}" if version else "does not tell a version as llama.cpp does"
+        found = f"has no flag {lacking[0]}" if version else "prints no version as llama.cpp does"
         raise BadInput(f"'{path}' is no llama-server that will do: it {found}.", do="Install a newer one.")
     build = int(version[1] or version[2])
     if build < _SHALLOW:
@@ -140,7 +140,7 @@ def find_program(where: str = NAME) -> LlamaProgram:
     elif build < LEAST_BUILD:
         raise BadInput(
             f"'{path}' is build {build} of llama.cpp; at least {LEAST_BUILD} is needed.",
-            means="Older ones do not tell the log-probabilities of tokens that escalation and comparing rest on.",
+            means="Older ones do not report the log-probabilities of tokens that escalation and comparing rest on.",
             do="Update it, or use --engine built-in.",
         )
     return LlamaProgram(path, build, flags)

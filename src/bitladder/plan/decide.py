@@ -36,13 +36,14 @@ from bitladder.describe.cache_types import split_name
 from bitladder.plan.bar import DEFAULT_BAR, DEFAULT_BAR_WITHOUT_KL, Bar, parse_bar
 from bitladder.plan.certainty import LadderEvidence, certainty
 from bitladder.plan.front import Standpoint, pareto
-from bitladder.plan.judge import MET, UNKNOWN, Judged, Judgement, LevelEvidence, judge, pairs_of
+from bitladder.plan.judge import KNOWN_LOSS_P, MET, UNKNOWN, Judged, Judgement, LevelEvidence, judge, pairs_of
 from bitladder.plan.reasons import Tiers, how_sure, summary, verdict
 from bitladder.records.decision import Decision, Outcome, Pairing, TagStatus, TagVerdict
-from bitladder.records.evaluation import Speed, WorkloadResult
+from bitladder.records.evaluation import FaultCount, Speed, WorkloadResult
 from bitladder.records.fidelity import Fidelity
 from bitladder.records.plan import ELSEWHERE, Plan, runs_elsewhere
-from bitladder.stats.multiplicity import holm
+from bitladder.stats.multiplicity import holm, tarone
+from bitladder.stats.paired import more_often
 
 FALSE_MEETS = 0.05
 """Chance that any level at all is said to meet the bar which in truth does not."""
@@ -167,6 +168,7 @@ def _join(evidence: LadderEvidence, reference: str | None) -> list[LevelEvidence
     rivals = [result for result in evidence.results if result.level != reference]
     names = [result.level for result in rivals]
     adjusted = dict(zip(names, holm([result.p_value for result in rivals]), strict=True))
+    faults = _known_faults(rivals)
     return [
         LevelEvidence(
             plan=level,
@@ -176,9 +178,23 @@ def _join(evidence: LadderEvidence, reference: str | None) -> list[LevelEvidence
             decode_rounds=rounds.get(level.level, ()),
             p_adjusted=adjusted.get(level.level, math.nan),
             tags=evidence.tags,
+            known_faults=faults.get(level.level, ()),
         )
         for level in evidence.levels
     ]
+
+
+def _known_faults(rivals: Sequence[WorkloadResult]) -> dict[str, tuple[FaultCount, ...]]:
+    """Faults that levels surely have more often than the reference. The chance of any false one among all levels and
+    faults is `KNOWN_LOSS_P`; those that too few inputs differ in to be found take no part in it (Tarone)."""
+    tests = [(result.level, fault) for result in rivals for fault in result.faults]
+    p_values = [more_often(len(fault.appeared), len(fault.vanished)) for _, fault in tests]
+    least = [0.5 ** (len(fault.appeared) + len(fault.vanished)) for _, fault in tests]
+    found: dict[str, tuple[FaultCount, ...]] = {}
+    for (level, fault), p_value in zip(tests, tarone(p_values, least, level=KNOWN_LOSS_P), strict=True):
+        if p_value <= KNOWN_LOSS_P:
+            found[level] = (*found.get(level, ()), fault)
+    return found
 
 
 def choose(candidates: Sequence[Judged]) -> tuple[Judged | None, Judged | None]:

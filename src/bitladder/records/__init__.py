@@ -16,18 +16,19 @@ else:
     the program runs, so that ``reading.from_json`` can tell it from a float that must be there."""
 
 
-LEFT_OUT = {"left_out": True}
-"""Metadata of a field that stands in JSON only where it is not its default: what few records have."""
+_LEFT_OUT = "left out"
+OPTIONAL = {_LEFT_OUT: True}
+"""Metadata of a field that most records do without: it is left out of the JSON where it has its default."""
 
 
 def to_json(record: Any) -> Any:
     """A record (or a container of records) as JSON-able data; what is undefined (NaN) becomes null, never 0."""
     if dataclasses.is_dataclass(record) and not isinstance(record, type):
-        fields = ((field, getattr(record, field.name)) for field in dataclasses.fields(record))
+        values = {field: getattr(record, field.name) for field in dataclasses.fields(record)}
         return {
             field.name: to_json(value)
-            for field, value in fields
-            if not (field.metadata.get("left_out") and value == field.default)
+            for field, value in values.items()
+            if _LEFT_OUT not in field.metadata or value != field.default
         }
     if isinstance(record, dict):
         return {str(key): to_json(value) for key, value in record.items()}

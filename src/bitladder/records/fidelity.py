@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from bitladder.records import LEFT_OUT, Real
+from bitladder.records import OPTIONAL, Real
 
 
 class Way(StrEnum):
@@ -88,7 +88,7 @@ class Fidelity:
     """Scored tokens of each unit."""
     way: Way = Way.WALK
     """Figures of different ways are not compared with one another."""
-    depths: tuple[AtDepth, ...] = field(default=(), metadata=LEFT_OUT)
+    depths: tuple[AtDepth, ...] = field(default=(), metadata=OPTIONAL)
     """By depth, the shallowest first, where it was measured so; the figures above are over all of them then."""
 
     @property

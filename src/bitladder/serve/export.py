@@ -238,12 +238,13 @@ def serve_command(
         if spec.path is not None:
             command += [option, spec.cache.named(path(spec.path))]
             continue
-        command += [option, url(spec.address)]
-        at = urlsplit(url(spec.address)).netloc
-        if spec.key_file is not None:
-            keys += ["--key-file", f"{at}={path(spec.key_file)}"]
-        elif spec.key_env:
-            keys += ["--key-env", f"{at}={spec.key_env}"]
+        for one, address in zip(spec.keyed, map(url, spec.addresses), strict=True):
+            command += [option, address]
+            at = urlsplit(address).netloc
+            if one.key_file is not None:
+                keys += ["--key-file", f"{at}={path(one.key_file)}"]
+            elif one.key_env:
+                keys += ["--key-env", f"{at}={one.key_env}"]
     command += ["--host", host or settings.host, "--port", str(settings.port)]
     contexts = {spec.n_ctx for spec in tiers.values() if spec.path is not None}
     if len(contexts) == 1:  # else each has its own model's length, as it has without --ctx
@@ -261,16 +262,19 @@ def serve_command(
 
 def _secrets(settings: ServeSettings) -> dict[Path, str]:
     """Files that hold keys, with the names that they get where the gateway runs."""
-    named = {settings.quality.key_file: "quality-key", settings.api_key_file: "client-keys"}
-    if settings.speed is not None:
-        named = {settings.speed.key_file: "speed-key"} | named
-    return {path: name for path, name in named.items() if path is not None}
+    named: dict[Path, str] = {} if settings.api_key_file is None else {settings.api_key_file: "client-keys"}
+    tiers = {"quality-key": settings.quality, **({"speed-key": settings.speed} if settings.speed else {})}
+    for name, spec in tiers.items():
+        for number, one in enumerate(spec.keyed):
+            if one.key_file is not None:
+                named.setdefault(one.key_file, name if number == 0 else f"{name}-{number + 1}")
+    return named
 
 
 def _variables(settings: ServeSettings) -> list[str]:
     """Environment variables that keys come from."""
     specs = [settings.quality, *([settings.speed] if settings.speed else [])]
-    return sorted({spec.key_env for spec in specs if spec.url is not None and spec.key_env and not spec.key_file})
+    return sorted({one.key_env for spec in specs for one in spec.keyed if one.key_env and not one.key_file})
 
 
 def model_files(settings: ServeSettings) -> list[Path]:
@@ -410,7 +414,7 @@ def systemd_unit(settings: ServeSettings, program: Sequence[str], owner: Owner |
     keys = [f"LoadCredential={name}:{_systemd_path(path)}" for path, name in secrets.items()]
     if variables := _variables(settings):
         file = f"/etc/bitladder/{_slug(settings.name)}.env"
-        keys += [f"# A line {name}=... there, which nobody but root need read:" for name in variables]
+        keys += [f"# A line {name}=... there, which only root needs to read:" for name in variables]
         keys.append(f"EnvironmentFile={file}")
     # Its own /tmp hides the real one, and with it what lies there.
     hidden = [path for path in model_files(settings) if path.is_relative_to("/tmp") or path.is_relative_to("/var/tmp")]

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from bitladder.describe.text import Document
     from bitladder.describe.windows import Window
     from bitladder.files.imatrix import ImportanceMatrix
+    from bitladder.plan.preflight import JobNeed
 
     Importance = Mapping[str, NDArray[np.float32]]
 
@@ -65,6 +66,14 @@ def importance_of(job: Job, build: Build) -> Importance | None:
     except UnknownArchitecture as error:
         job.journal.warn(f"Levels are made without an importance matrix: {error.found}")
         return None
+
+
+def importance_need(job: Job, build: Build) -> JobNeed | None:
+    """What gathering the importance matrix will take; None where that need not be done."""
+    documents = calibration_texts(build.texts)
+    if build.imatrix != AUTO or importance_file(job, documents).exists():
+        return None
+    return walking_need(job.source, job.windows(documents), (), kind="importance")
 
 
 def _made_once(job: Job, build: Build) -> ImportanceMatrix:
@@ -118,7 +127,8 @@ def _walked(job: Job, windows: Sequence[Window], dataset: str) -> ImportanceMatr
 
     with forecast(walking_need(job.source, windows, (), kind="importance"), job.journal):
         return importance_matrix(
-            job.source, windows, dataset=dataset, threads=job.threads, device=job.device,
+            job.source, windows, dataset=dataset, threads=job.threads, device=job.device, executor=job.executor,
+            warn=job.journal.warn,
             keep=cache_folder("walks", "importance"), progress=job.progress,
         )  # fmt: skip
 

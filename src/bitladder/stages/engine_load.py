@@ -74,7 +74,7 @@ def require_engine(source: GgufFile, label: str, *, instead: str) -> None:
     except ModelRefused as refusal:
         _note(source, refusal.reason)
         raise ModelRefused(
-            f"The engine does not load {label}: {refusal.reason}. Nobody here could answer a workload.",
+            f"The engine does not load {label}: {refusal.reason}. So no workload can be answered with it.",
             means="This build of the engine lacks the architecture, or a variant of it, or cannot read its tokenizer.",
             do=instead,
             reason=refusal.reason,

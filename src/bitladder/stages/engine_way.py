@@ -95,39 +95,41 @@ def announce(job: Job, what: str, refusal: UnknownArchitecture | None = None) ->
 def engine_fidelities(
     job: Job, reference: Path, levels: Sequence[tuple[str, Path]], windows: Sequence[Window]
 ) -> Iterator[Fidelity]:
-    """Fidelity of files (by level) against the reference's file, in order; as many at a time as fit into memory.
+    """Fidelity of files (by level) against the reference's file, in order. Raises as ``scores_in_engine``."""
+    from bitladder.stages.fidelity import fidelity
+
+    for (name, _), (own, beside) in zip(levels, scores_in_engine(job, reference, levels, windows), strict=True):
+        yield replace(fidelity(name, own, beside, windows), way=Way.ENGINE)
+
+
+def deployed_fidelities(
+    job: Job, levels: Sequence[tuple[str, Path]], caches: Sequence[CacheTypes], windows: Sequence[DepthWindows]
+) -> Iterator[Fidelity]:
+    """Fidelity by depth of files that are each run with a KV cache, against the source with a 16-bit one. Raises as
+    ``scores_in_engine``."""
+    from bitladder.stages.fidelity import fidelity_by_depth
+
+    every = [window for one in windows for window in one.windows]
+    scored = scores_in_engine(job, job.source.path, levels, every, caches)
+    for (name, _), (own, beside) in zip(levels, scored, strict=True):
+        yield fidelity_by_depth(name, own, beside, windows)
+
+
+def scores_in_engine(
+    job: Job,
+    reference: Path,
+    levels: Sequence[tuple[str, Path]],
+    windows: Sequence[Window],
+    caches: Sequence[CacheTypes] | None = None,
+) -> Iterator[tuple[TokenScores, TokenScores]]:
+    """Scores of files (by level) and of the reference's file beside them, in order; as many at a time as fit into
+    memory. ``caches``: types of the KV cache of each, the reference's has 16 bits then; None for 32 bits of all.
 
     Raises:
         BadInput: a level is no file, or of another model.
         NothingFits: too little memory for the engine's buffers.
         BadFile, BadWeights, EngineError, OutputError: as ``stages.engine_scores``.
     """
-    from bitladder.stages.fidelity import fidelity
-
-    named = [(level, path, None) for level, path in levels]
-    for level, own, reference_scores in _scored(job, reference, named, windows):
-        yield replace(fidelity(level, own, reference_scores, windows), way=Way.ENGINE)
-
-
-def deployed_fidelities(
-    job: Job, levels: Sequence[tuple[str, Path, CacheTypes]], windows: Sequence[DepthWindows]
-) -> Iterator[Fidelity]:
-    """Fidelity by depth of files that are each run with a KV cache, against the source with a 16-bit one. Raises as
-    ``engine_fidelities``."""
-    from bitladder.stages.fidelity import fidelity_by_depth
-
-    every = [window for one in windows for window in one.windows]
-    for level, own, reference_scores in _scored(job, job.source.path, levels, every):
-        yield fidelity_by_depth(level, own, reference_scores, windows)
-
-
-def _scored(
-    job: Job,
-    reference: Path,
-    levels: Sequence[tuple[str, Path, CacheTypes | None]],
-    windows: Sequence[Window],
-) -> Iterator[tuple[str, TokenScores, TokenScores]]:
-    """Each level with its scores and the reference's. Of a file that is run with several caches one is in memory."""
     from bitladder.engines.llama_library import piece_length
     from bitladder.files.folders import cache_folder
     from bitladder.files.gguf import GgufFile
@@ -138,36 +140,34 @@ def _scored(
 
     with ExitStack() as stack:
         source = stack.enter_context(GgufFile.open(reference))
-        files, sizes, opened = [], [], {reference: source}
-        for level, path, _ in levels:
+        files, sizes, opened = [], [], {reference: source}  # of a file that is run with several caches one is in memory
+        for level, path in levels:
             if path.is_dir():
                 raise BadInput(f"{level} is a folder, and the engine measures GGUF files.", do="Leave it out.")
-            sizes.append(0 if path in opened else 1)
-            if path not in opened:
+            first = path not in opened
+            if first:
                 opened[path] = stack.enter_context(GgufFile.open(path))
                 file_candidate(source, opened[path], level=level)  # refuses another model's
             files.append(opened[path])
-        sizes = [once * _bytes(file) for once, file in zip(sizes, files, strict=True)]
+            sizes.append(_bytes(files[-1]) if first else 0)
         longest, piece = max(len(window.tokens) for window in windows), piece_length(source.model.dims.n_vocab)
-        caches = [cache or F16_CACHE for *_, cache in levels]
-        context = max(context_bytes(source.model, longest, piece, cache) for cache in (F16_CACHE, *caches))
+        each = caches or [F16_CACHE] * len(levels)
+        context = max(context_bytes(source.model, longest, piece, cache) for cache in (F16_CACHE, *each))
         groups = together(sizes, _bytes(source), context, probe_machine().ram_available)
         for group in groups:
-            names = [level for level, *_ in levels[group]]
+            names = [level for level, _ in levels[group]]
 
             def so_far(number: int, mean: float, names: Sequence[str] = names) -> None:
                 job.progress.on_level(LevelNews(names[number], kl_mean=mean))
 
             need = _need(f"measure {', '.join(names)}", [source, *files[group]], windows, context, job.threads)
-            deployed = any(cache for *_, cache in levels)
             with forecast(need, job.journal):
                 own, *scores = engine_scores(
                     source, files[group], windows, threads=job.threads, keep=cache_folder(*KEPT),
                     progress=_part(job.progress, group, len(files)), so_far=so_far,
-                    caches=[F16_CACHE, *caches[group]] if deployed else None,
+                    caches=[F16_CACHE, *each[group]] if caches else None,
                 )  # fmt: skip
-            for name, one in zip(names, scores, strict=True):
-                yield name, one, own
+            yield from ((one, own) for one in scores)
 
 
 def engine_matrix(job: Job, windows: Sequence[Window], dataset: str) -> ImportanceMatrix:

@@ -202,8 +202,11 @@ def _clusters(windows: Sequence[Window]) -> tuple[str, NDArray[np.int64]]:
     return "window", np.concatenate([np.full(w.scored, at) for at, w in enumerate(windows)])
 
 
-def fidelity(level: str, own: TokenScores, reference: TokenScores, windows: Sequence[Window]) -> Fidelity:
-    """A level's figures and their intervals from the scores of every token (``docs/measure.md``)."""
+def fidelity(
+    level: str, own: TokenScores, reference: TokenScores, windows: Sequence[Window], *, coverage: float = 0.95
+) -> Fidelity:
+    """A level's figures and their intervals from the scores of every token (``docs/measure.md``); ``coverage`` is the
+    intervals', higher where they are looked at several times."""
     unit, cluster = _clusters(windows)
     units = int(cluster.max()) + 1
     rng = np.random.default_rng(SEED)
@@ -213,12 +216,12 @@ def fidelity(level: str, own: TokenScores, reference: TokenScores, windows: Sequ
 
     tokens = sums(np.ones(len(cluster)))
     unit_kl = sums(own.kl) / tokens
-    kl = ratio_interval(sums(own.kl), tokens, rng, scale="log", worse="more")
-    lost = ratio_interval(sums(own.nll - reference.nll), tokens, rng, worse="more")
+    kl = ratio_interval(sums(own.kl), tokens, rng, scale="log", worse="more", level=coverage)
+    lost = ratio_interval(sums(own.nll - reference.nll), tokens, rng, worse="more", level=coverage)
     same = (own.top1 == reference.top1).astype(np.float64)
-    top1 = ratio_interval(sums(same), tokens, rng, worse="less")
-    median = quantile_interval(own.kl, cluster, 0.5, rng)
-    p99 = quantile_interval(own.kl, cluster, 0.99, rng)
+    top1 = ratio_interval(sums(same), tokens, rng, worse="less", level=coverage)
+    median = quantile_interval(own.kl, cluster, 0.5, rng, level=coverage)
+    p99 = quantile_interval(own.kl, cluster, 0.99, rng, level=coverage)
     return Fidelity(
         level=level, tokens=len(cluster), units=units, unit=unit,
         kl_mean=kl.value, kl_low=kl.low, kl_high=kl.high,

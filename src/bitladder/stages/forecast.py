@@ -77,6 +77,16 @@ def forecast(need: JobNeed, journal: Journal, folder: Path | None = None) -> Ite
         journal.warn(error.found)
 
 
+def corrected_seconds(need: JobNeed) -> float:
+    """What a job will take, corrected by what earlier ones of its kind took on this machine."""
+    from bitladder.files.job_log import correction, read_jobs
+    from bitladder.files.probe import probe_machine
+
+    if need.seconds <= 0:
+        return 0.0
+    return need.seconds * correction(read_jobs(probe_machine()), need.kind, need.seconds).factor
+
+
 def _seconds(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from bitladder.describe.depths import DepthWindows
     from bitladder.describe.text import Document
     from bitladder.describe.windows import Window
+    from bitladder.executors import Executor
     from bitladder.files.gguf import GgufFile
     from bitladder.files.sources import Source
     from bitladder.kernels import Effort
@@ -66,7 +67,9 @@ class Work:
 
     threads: int = 1
     device: str = CPU
-    """Where walks compute and scales are searched for, as torch names it."""
+    """Where walks compute and scales are searched for, as torch names it; with an executor, where each unit does."""
+    executor: Executor | None = None
+    """Computes units of calibrating walks and of writing levels; None: they are computed right here."""
     progress: Progress = silent
     journal: Journal = field(default_factory=Journal)
 

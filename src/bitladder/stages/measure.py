@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from bitladder.describe.cache_types import F16_CACHE, CacheTypes
 from bitladder.errors import BadInput, UnknownArchitecture, UsageError
@@ -17,9 +17,9 @@ from bitladder.stages.calibration import importance_of
 from bitladder.stages.engine_way import (
     announce,
     deployed_fidelities,
-    engine_fidelities,
     engine_missing,
     instead_of_walk,
+    scores_in_engine,
     way_for,
 )
 from bitladder.stages.forecast import forecast, walking_need
@@ -28,7 +28,8 @@ from bitladder.stages.job import AUTO, Build, Job, Work, opened
 if TYPE_CHECKING:
     from bitladder.describe.text import Document
     from bitladder.describe.windows import Window
-    from bitladder.describe.workload import Workload
+    from bitladder.describe.workload import Input, Workload
+    from bitladder.engines.base import Launch
     from bitladder.files.gguf import GgufFile
     from bitladder.kernels import Effort
     from bitladder.levels import Level
@@ -38,6 +39,11 @@ if TYPE_CHECKING:
     from bitladder.stages.fidelity import Candidate
     from bitladder.stages.quantize import SortedLevels
     from bitladder.store.recorded import Recorded, Subject
+    from bitladder.walk.head import TokenScores
+
+    Scored = tuple[TokenScores, TokenScores]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -301,16 +307,7 @@ def fidelities(
         UnknownArchitecture: neither way can go.
         BitladderError: anything else a user can meet.
     """
-    if not subjects:
-        return []
-    measuring = _Ways(job, candidates, files, texts, recorded, reference)
-    way = way_for(job.source, through)
-    try:
-        return measuring.all_of(subjects, way)
-    except UnknownArchitecture as refusal:
-        if through is not None or way is Way.ENGINE:
-            raise
-        return measuring.all_of(subjects, instead_of_walk(job.source.model, refusal), refusal)
+    return Ways(job, candidates, files, texts, recorded, reference).fidelities(subjects, through)
 
 
 def fidelities_by_depth(
@@ -344,8 +341,9 @@ def fidelities_by_depth(
     def measure(missing: Sequence[Subject]) -> Iterable[Fidelity]:
         bare = dict.fromkeys(run_with[one][0] for one in missing)
         paths = dict(zip(bare, files(list(bare)), strict=True))
-        levels = [(one.level, paths[run_with[one][0]], run_with[one][1]) for one in missing]
-        return deployed_fidelities(job, levels, job.depth_windows(texts, depths))
+        levels = [(one.level, paths[run_with[one][0]]) for one in missing]
+        caches = [run_with[one][1] for one in missing]
+        return deployed_fidelities(job, levels, caches, job.depth_windows(texts, depths))
 
     digest = cache_key(job.text_key(texts), "depths", *map(str, depths), text_hash(filler_texts()))
     return _stored_or_measured(job, list(run_with), digest, recorded, None, Way.DEPLOYED, measure)
@@ -360,25 +358,29 @@ def _stored_or_measured(
     way: Way,
     measure: Callable[[Sequence[Subject]], Iterable[Fidelity]],
 ) -> list[Fidelity]:
-    """What is known of the subjects on a text with this digest, the rest measured; each is stored when it is there."""
+    """What is known of the subjects on a text with this digest, the rest measured; each is stored when it is there.
+    What is the same file, run in the same way, is measured once."""
     stored = {one: recorded.fidelity(one, digest, reference, way=way) for one in subjects}
     found = {subject: fidelity for subject, fidelity in stored.items() if fidelity is not None}
-    missing = [subject for subject in subjects if subject not in found]
     job.journal.reuse("fidelity", [subject.level for subject in found])
-    for subject in missing:
-        job.progress.on_level(LevelNews(subject.level, "measuring"))
+    for subject in subjects:
+        if subject not in found:
+            job.progress.on_level(LevelNews(subject.level, "measuring"))
+    same = recorded.one_of_each([subject for subject in subjects if subject not in found])
+    missing = [subject for subject in same if same[subject] == subject]
     if missing:
         for subject, fidelity in zip(missing, measure(missing), strict=True):
-            recorded.keep_fidelity(subject, digest, fidelity, reference)
             found[subject] = fidelity
+            recorded.keep_fidelity(subject, digest, fidelity, reference)
+    found |= {subject: replace(found[one], level=subject.level) for subject, one in same.items() if one != subject}
     for subject in subjects:
         job.progress.on_level(LevelNews(subject.level, "measured", kl_mean=found[subject].kl_mean))
     return [found[subject] for subject in subjects]
 
 
 @dataclass(frozen=True)
-class _Ways:
-    """What one call of ``fidelities`` measures with."""
+class Ways:
+    """What fidelity is measured with, by walking or in the engine."""
 
     job: Job
     candidates: Callable[[Sequence[Subject]], Sequence[Candidate]]
@@ -386,6 +388,23 @@ class _Ways:
     texts: Sequence[Document]
     recorded: Recorded
     reference: Subject | None
+
+    def fidelities(self, subjects: Sequence[Subject], through: Way | None = None) -> list[Fidelity]:
+        """As the function of this name."""
+        if not subjects:
+            return []
+        return self.tried(lambda way, refusal: self.all_of(subjects, way, refusal), through)
+
+    def tried(self, measure: Callable[[Way, UnknownArchitecture | None], T], through: Way | None = None) -> T:
+        """What ``measure`` gives on the way ``through``; by default on the walk where it can go, else in the engine,
+        which is told why the walk refused."""
+        way = way_for(self.job.source, through)
+        try:
+            return measure(way, None)
+        except UnknownArchitecture as refusal:
+            if through is not None or way is Way.ENGINE:
+                raise
+            return measure(instead_of_walk(self.job.source.model, refusal), refusal)
 
     def all_of(
         self, subjects: Sequence[Subject], way: Way, refusal: UnknownArchitecture | None = None
@@ -395,16 +414,23 @@ class _Ways:
         if way is Way.ENGINE:
             announce(job, "Fidelity is measured", refusal)
 
-        def measure(missing: Sequence[Subject]) -> Iterable[Fidelity]:
+        def measure(missing: Sequence[Subject]) -> Iterator[Fidelity]:
+            from bitladder.stages.fidelity import fidelity  # brings torch, which stored figures need not wait for
+
             windows = job.windows(self.texts)
-            return self._in_engine(missing, windows) if way is Way.ENGINE else self._walked(missing, windows)
+            for subject, (own, beside) in zip(missing, self.scored(missing, windows, way), strict=True):
+                yield replace(fidelity(subject.level, own, beside, windows), way=way)
 
         digest = job.text_key(self.texts)
         return _stored_or_measured(job, subjects, digest, self.recorded, self.reference, way, measure)
 
-    def _walked(self, missing: Sequence[Subject], windows: Sequence[Window]) -> Iterable[Fidelity]:
+    def scored(self, missing: Sequence[Subject], windows: Sequence[Window], way: Way) -> Iterable[Scored]:
+        """Scores of every token of each, and of the reference beside it."""
+        return self._in_engine(missing, windows) if way is Way.ENGINE else self._walked(missing, windows)
+
+    def _walked(self, missing: Sequence[Subject], windows: Sequence[Window]) -> Iterable[Scored]:
         from bitladder.files.folders import cache_folder
-        from bitladder.stages.fidelity import WalkOptions, walk  # brings torch, which stored figures need not wait for
+        from bitladder.stages.fidelity import WalkOptions, token_scores
 
         job = self.job
         options = WalkOptions(progress=job.progress, threads=job.threads, device=job.device)
@@ -413,13 +439,14 @@ class _Ways:
         if self.reference is not None:  # made together with the others, so that what they hold alike is made once
             options["reference"] = walked.pop(0)
         with forecast(walking_need(job.source, windows, [candidate.level for candidate in walked]), job.journal):
-            return walk(job.source, walked, windows, **options)
+            beside, *scores = token_scores(job.source, walked, windows, **options)
+        return [(own, beside) for own in scores]
 
-    def _in_engine(self, missing: Sequence[Subject], windows: Sequence[Window]) -> Iterable[Fidelity]:
+    def _in_engine(self, missing: Sequence[Subject], windows: Sequence[Window]) -> Iterable[Scored]:
         paths = list(self.files([*([self.reference] if self.reference else []), *missing]))
         first = paths.pop(0) if self.reference is not None else self.job.source.path
         levels = [(subject.level, path) for subject, path in zip(missing, paths, strict=True)]
-        return engine_fidelities(self.job, first, levels, windows)
+        return scores_in_engine(self.job, first, levels, windows)
 
 
 def fidelity_of_reference(measured: Fidelity, level: str) -> Fidelity:
@@ -449,19 +476,19 @@ def answers(
     n_ctx: int,
     work: Work,
     cache: CacheTypes = F16_CACHE,
+    inputs: Sequence[Input] | None = None,
 ) -> Replies:
     """Answers of one level run with a KV cache, whose speed is measured beside the others' (``stages.speeds``). Every
-    new answer is stored as it comes."""
+    new answer is stored as it comes. ``inputs``: those of the workload to ask; all by default."""
     from bitladder.describe.workload import questions_of
-    from bitladder.engines.base import Launch
     from bitladder.engines.llama import with_cache
-    from bitladder.engines.registry import container_of, start
+    from bitladder.engines.registry import start
+    from bitladder.stages.as_deployed import refuse_unheard_tools
     from bitladder.stages.evaluate import answer_workload
-    from bitladder.stages.run_facts import engine_facts, slots
 
-    room, parallel = slots(workload, n_ctx)
-    stored_as = container_of(path)
-    engine = engine_facts(n_ctx=room, n_parallel=parallel, threads=work.threads, container=stored_as, path=path)
+    engine, launch = engine_of(path, workload, n_ctx=n_ctx, work=work)
+    if inputs is not None:
+        workload = replace(workload, inputs=tuple(inputs))
     questions = questions_of(workload)
     known = recorded.answers(subject, questions, engine)
     if len(known) == len(set(questions)):
@@ -472,7 +499,19 @@ def answers(
         known[answer.question] = answer
         work.progress.on_level(LevelNews(subject.level, answered=len(known), inputs=len(questions)))
 
-    launch = Launch(path, n_ctx=room, n_parallel=parallel, threads=work.threads)
     with start(with_cache(launch, cache)) as server:
+        refuse_unheard_tools(workload, server)
         found = answer_workload(server, workload, known=dict(known), on_answer=keep)
     return Replies(found, None, stored=False)
+
+
+def engine_of(path: Path, workload: Workload, *, n_ctx: int, work: Work) -> tuple[dict[str, Any], Launch]:
+    """The engine that a file answers a workload through: what answers are stored under, and how it is started."""
+    from bitladder.engines.base import Launch
+    from bitladder.engines.registry import container_of
+    from bitladder.stages.run_facts import engine_facts, slots
+
+    room, parallel = slots(workload, n_ctx)
+    stored_as = container_of(path)
+    facts = engine_facts(n_ctx=room, n_parallel=parallel, threads=work.threads, container=stored_as, path=path)
+    return facts, Launch(path, n_ctx=room, n_parallel=parallel, threads=work.threads)

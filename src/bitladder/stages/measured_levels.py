@@ -7,7 +7,7 @@ as it was built then. Whatever is served, `TierFile.standing` says what evidence
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -33,7 +33,7 @@ from bitladder.stages.serve import served_level
 if TYPE_CHECKING:
     from bitladder.kernels import Effort
     from bitladder.records.run import RunRecord
-    from bitladder.store.recorded import Recorded
+    from bitladder.store.recorded import Recorded, StoredDecision
 
 _SHOWN = 12
 """Digits of a hash in a sentence."""
@@ -79,17 +79,23 @@ class LatestRun:
 
 def latest_run(model: str, progress: Progress) -> LatestRun | None:
     """The newest run of a model on this machine; None when there is none."""
-    from bitladder.files.measured import machine_key
-    from bitladder.files.probe import probe_machine
     from bitladder.store.evidence import Evidence
     from bitladder.store.recorded import Recorded
 
     with opened(model, Work(progress=progress)) as job, Evidence.open() as store:
         sha256 = job.source.sha256
         stored = Recorded(store).decisions(sha256)
+    return latest_of(stored, sha256)
+
+
+def latest_of(stored: Iterable[StoredDecision], source: str) -> LatestRun | None:
+    """The first of a model's decisions, newest first, that was made for this machine or whose record is here."""
+    from bitladder.files.measured import machine_key
+    from bitladder.files.probe import probe_machine
+
     here = machine_key(probe_machine())
     for one in stored:
-        record = _record_of(one.run, sha256, one.created if one.machine else "")
+        record = _record_of(one.run, source, one.created if one.machine else "")
         if record is not None or one.machine == here:
             return LatestRun(one.decision, record.created if record else one.created, one.run, record)
     return None

@@ -307,6 +307,16 @@ def catalogue(text: str) -> tuple[CatalogueModel, ...]:
     return find_models(text)
 
 
+def unusable_gpus() -> list[str]:
+    """What is to be known of GPUs that are here and cannot be planned on, a line each."""
+    from bitladder.files.nvidia import visible_gpus
+
+    found = visible_gpus()
+    silent = [f"{gpu.name} reports no memory ({gpu.remark}): nothing is planned on it." for gpu in found if gpu.silent]
+    beside = [gpu for gpu in found if gpu.shares_memory] if any(gpu.total for gpu in found) else []
+    return silent + [f"{gpu.name} shares the processor's memory and is left out beside the other." for gpu in beside]
+
+
 def describe_machine(*, measure: bool, progress: Progress) -> tuple[Machine, MeasuredMachine | None]:
     """This machine, and what was measured on it; measured anew on request, and kept."""
     from bitladder.files.measured import load_measured, save_measured

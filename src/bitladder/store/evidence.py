@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from bitladder import __version__, json_text, unicode
 from bitladder.errors import BadInput, BitladderError, OutputError
 from bitladder.files.atomic import written_aside
+from bitladder.files.probe import available_cores
 from bitladder.records import to_json
 from bitladder.store.connect import explain, make_engine, one_at_a_time, shown
 from bitladder.store.location import store_url
@@ -79,7 +79,7 @@ def host_facts() -> dict[str, Any]:
         "python": platform.python_version(),
         "system": platform.system(),
         "machine": platform.machine(),
-        "cores": os.cpu_count(),
+        "cores": available_cores(),
     }
 
 

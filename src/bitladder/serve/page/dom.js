@@ -29,3 +29,19 @@ export function saveJson(name, data) {
   h("a", { href: address, download: name }).click();
   setTimeout(() => URL.revokeObjectURL(address), 1000);
 }
+
+/** A button that copies `text`, and says so. */
+export function copyButton(text) {
+  const button = h("button", { type: "button", class: "quiet", onclick: copy }, "Copy");
+  async function copy() {
+    try {
+      await navigator.clipboard.writeText(text);
+      button.textContent = "Copied";
+    } catch {
+      button.textContent = "Copying is not allowed here";
+    }
+    announce(button.textContent);
+    setTimeout(() => (button.textContent = "Copy"), 2000);
+  }
+  return button;
+}

@@ -5,14 +5,10 @@ import { lossChart } from "./chart.js";
 import { announce, h } from "./dom.js";
 import { showEvidence, showTagEvidence } from "./evidence.js";
 import { bytes, DASH, fixed, percent, range, small } from "./format.js";
+import { HEADS, LOSSES, VERDICTS } from "./meanings.js";
 import { whatIfForm } from "./whatif.js";
 
 const TIERS = { "quality tier": "quality", "speed tier": "speed", "both tiers": "both" };
-const LOSSES = {
-  "not told from zero": "no loss seen",
-  measurable: "a measurable loss",
-  "known bad": "known to be worse",
-};
 
 export async function showLadder(panel) {
   const run = await getJson("/bitladder/api/run");
@@ -31,6 +27,7 @@ export async function showLadder(panel) {
   const decision = h("div", { class: "decision" });
   const chart = h("div");
   const table = h("div");
+  const answers = h("section", { "aria-labelledby": "answers-title" });
   const show = (view) => {
     decision.replaceChildren(...decisionView(view));
     chart.replaceChildren(chartView(run, view));
@@ -61,7 +58,41 @@ export async function showLadder(panel) {
       table,
     ),
     ...tagView(run),
+    answers,
   );
+  answers.replaceChildren(...answersView(await getJson("/bitladder/api/answers")));
+}
+
+/** What changed in the answers, in the report's own words. */
+function answersView({ reference, columns, rows }) {
+  if (!rows.length) return [];
+  const heads = columns.map(({ title, means }) => h("th", { scope: "col", title: means }, title));
+  return [
+    h("h2", { id: "answers-title" }, "What changed in the answers"),
+    h("p", { class: "soft" }, `Each level's answers beside those of ${reference}, over the whole workload.`),
+    h(
+      "div",
+      { class: "scroll", tabindex: 0, role: "region", "aria-label": "What changed in the answers" },
+      h(
+        "table",
+        { class: "changes" },
+        h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "level"), ...heads)),
+        ...rows.map(({ level, cells, notes }) =>
+          h(
+            "tbody",
+            {},
+            h("tr", {}, h("th", { scope: "rowgroup" }, level), ...cells.map((cell) => h("td", {}, cell))),
+            notes && h("tr", { class: "why" }, h("td", { colspan: columns.length + 1 }, `${notes}.`)),
+          ),
+        ),
+      ),
+    ),
+    h(
+      "dl",
+      { class: "words small soft" },
+      ...columns.map(({ title, means }) => h("div", {}, h("dt", {}, title), h("dd", {}, means))),
+    ),
+  ];
 }
 
 /** That the source is itself quantized is always among them when it is. */
@@ -74,9 +105,6 @@ const facts = (run) =>
   [run.source.architecture, `${run.source.level} source`, run.plan.machine, run.created.slice(0, 10)].join(" · ");
 
 function decisionView({ plan, decision }) {
-  const said = { met: "", "not met": "No level holds the bar.", "cannot tell": "The evidence cannot tell." }[
-    decision.outcome
-  ];
   return [
     h("p", { class: "kicker" }, "The decision"),
     h("p", { class: "summary" }, decision.summary),
@@ -87,7 +115,7 @@ function decisionView({ plan, decision }) {
       h("code", {}, decision.bar),
       ` · context ${plan.n_ctx.toLocaleString("en")} · ${bytes(plan.budget_bytes)} of memory`,
     ),
-    said &&
+    decision.outcome !== "met" &&
       decision.next.length > 0 &&
       h(
         "div",
@@ -169,8 +197,9 @@ function chartView(run, view) {
 
 function levelTable(run, view) {
   const columns = ["Level", "File", "Memory", "Tokens/s", "KL", "PPL ratio", "Top-1", "Passes", "Verdict"];
+  const means = (name) => HEADS[name] ?? HEADS[name.toLowerCase()];
   const rows = view.plan.levels.map(({ level }) => levelRow(run, levelFacts(run, view, level)));
-  const heads = columns.map((name) => h("th", { role: "columnheader", scope: "col" }, name));
+  const heads = columns.map((name) => h("th", { role: "columnheader", scope: "col", title: means(name) }, name));
   // The roles are those of the elements; a narrow page lays the table out as cards, which would drop them.
   return h(
     "div",
@@ -220,7 +249,7 @@ function levelRow(run, row) {
     h(
       "td",
       { role: "cell", class: "verdict" },
-      h("strong", {}, verdict.status),
+      h("strong", { title: VERDICTS[verdict.status] }, verdict.status),
       h("small", {}, LOSSES[verdict.loss] ?? ""),
     ),
   ];
