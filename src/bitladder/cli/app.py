@@ -23,6 +23,7 @@ from bitladder.cli import (
     hub,
     judge,
     recipe,
+    speculate,
     sweep,
 )
 from bitladder.cli.terminal import Verbs
@@ -54,7 +55,9 @@ def _root(
     pass
 
 
-for module in (judge, sweep, fit, hub, explain, build, recipe, deploy, hand_over, evidence, check, housekeeping):
+for module in (
+    judge, sweep, fit, hub, explain, build, recipe, speculate, deploy, hand_over, evidence, check, housekeeping,
+):  # fmt: skip
     module.add_to(app)
 
 

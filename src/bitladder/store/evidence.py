@@ -30,7 +30,7 @@ from bitladder.store.location import store_url
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine
 
-KINDS = ("fidelity", "answer", "speed", "file", "machine", "decision", "endpoint", "sweep")
+KINDS = ("fidelity", "answer", "speed", "file", "machine", "decision", "endpoint", "sweep", "speculation")
 EXPORT_FORMAT = "bitladder-evidence"
 
 _UPSERT = """
