@@ -53,7 +53,9 @@ def test_a_gateway_without_uvloop_and_handlers_of_signals(tmp_path):
         command = [*program, "serve", f"{cloud.url}#m", "--port", "0"]
         with started(command, tmp_path, own_environment(tmp_path / "data"), tmp_path / "log") as url:
             reply = ask(url).json()
+        several = subprocess.run([*command, "--processes", "2"], capture_output=True, text=True, check=False)
     assert reply["choices"][0]["message"]["content"] == "You said Hello"
+    assert several.returncode == 2 and "one process" in several.stderr
 
 
 class TestStandIns:
