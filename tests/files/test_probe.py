@@ -4,9 +4,12 @@ import sys
 
 import psutil
 import pytest
+from typer.testing import CliRunner
 
-from bitladder.describe.machine import Gpu
+from bitladder.cli.app import app
 from bitladder.files import probe
+from bitladder.files.control_groups import group_memory
+from bitladder.plan.ladder import check_machine
 from bitladder.units import GiB, MiB
 
 
@@ -26,84 +29,95 @@ def test_this_machine_is_described():
     assert f"{machine.cores} cores" in machine.summary
 
 
-def test_a_cpu_quota_cuts_cores(tmp_path, monkeypatch):
-    monkeypatch.setattr(probe.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    assert probe.available_cores(tmp_path) == 8
-    write(tmp_path, {"cpu.max": "max 100000"})
-    assert probe.available_cores(tmp_path) == 8
-    write(tmp_path, {"cpu.max": "250000 100000"})
-    assert probe.available_cores(tmp_path) == 2
-    write(tmp_path, {"cpu.max": "10000 100000"})
-    assert probe.available_cores(tmp_path) == 1
-
-
-def test_version_1_quota(tmp_path, monkeypatch):
-    monkeypatch.setattr(probe.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    write(tmp_path, {"cpu/cpu.cfs_quota_us": "400000", "cpu/cpu.cfs_period_us": "100000"})
-    assert probe.available_cores(tmp_path) == 4
-    write(tmp_path, {"cpu/cpu.cfs_quota_us": "-1"})
-    assert probe.available_cores(tmp_path) == 8
-
-
-def test_memory_limit_of_a_container(tmp_path):
-    assert probe.cgroup_memory(tmp_path) == (0, 0)
-    write(tmp_path, {"memory.max": "max"})
-    assert probe.cgroup_memory(tmp_path) == (0, 0)
-    used = {"memory.current": str(3 * GiB), "memory.stat": f"anon 5\ninactive_file {GiB}"}
-    write(tmp_path, {"memory.max": str(4 * GiB), **used})
-    assert probe.cgroup_memory(tmp_path) == (4 * GiB, 2 * GiB)
-
-
-def test_page_cache_is_given_back_whether_active_or_not(tmp_path):
-    stat = f"anon {GiB // 4}\ninactive_file 0\nactive_file {7 * GiB // 4}"
-    write(tmp_path, {"memory.max": str(2 * GiB), "memory.current": str(2 * GiB - 4096), "memory.stat": stat})
-    assert probe.cgroup_memory(tmp_path) == (2 * GiB, GiB // 4 - 4096)
-
-
+VERSION_2 = "30 23 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate"
+VERSION_1 = """31 23 0:28 / /sys/fs/cgroup rw - tmpfs tmpfs rw,mode=755
+32 31 0:29 / /sys/fs/cgroup/cpu,cpuacct rw shared:9 - cgroup cgroup rw,cpu,cpuacct
+35 31 0:32 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory
+41 31 0:38 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw"""
+OF_A_CONTAINER = "35 31 0:32 /docker/abc /sys/fs/cgroup/memory ro - cgroup cgroup rw,memory"
+ELSEWHERE = "35 31 0:32 / /dev/control\\040groups rw - cgroup none rw,memory,cpu"
 UNLIMITED_1 = "9223372036854771712"
 
 
+def recorded(root, mounts, own, files):
+    """A tree as a kernel shows it: ``files`` lie where control groups are mounted."""
+    where = "dev/control groups" if mounts == ELSEWHERE else "sys/fs/cgroup"
+    write(root, {"proc/self/mountinfo": mounts, "proc/self/cgroup": own})
+    write(root / where, files)
+    return root
+
+
 @pytest.mark.parametrize(
-    ("own", "files", "expected"),
+    ("mounts", "own", "files", "expected"),
     [
-        ("0::/user.slice/job.scope", {"memory.max": "max", "user.slice/job.scope/memory.max": str(2 * GiB),
-                                      "user.slice/job.scope/memory.current": str(MiB)}, (2 * GiB, MiB)),
-        ("0::/s/job_7", {"s/job_7/memory.max": str(2 * GiB)}, (2 * GiB, 0)),  # a host's root has no such file
-        ("0::/s/job_7", {"s/job_7/memory.max": "max", "s/memory.max": str(3 * GiB)}, (3 * GiB, 0)),
+        (VERSION_2, "0::/", {}, (0, 0)),
+        (VERSION_2, "0::/", {"memory.max": "max"}, (0, 0)),
+        (VERSION_2, "0::/user.slice/job.scope", {
+            "memory.max": "max", "user.slice/job.scope/memory.max": str(2 * GiB),
+            "user.slice/job.scope/memory.current": str(MiB)}, (2 * GiB, MiB)),
+        (VERSION_2, "0::/s/job_7", {"s/job_7/memory.max": str(2 * GiB)}, (2 * GiB, 0)),  # a root has no such file
+        (VERSION_2, "0::/s/job_7", {"s/job_7/memory.max": "max", "s/memory.max": str(3 * GiB)}, (3 * GiB, 0)),
         # others in the group above leave less than our own limit
-        ("0::/s/job_7", {"s/job_7/memory.max": str(2 * GiB), "s/memory.max": str(4 * GiB),
-                         "s/memory.current": str(3 * GiB)}, (2 * GiB, GiB)),
-        ("0::/docker/abc", {"memory.max": str(GiB), "memory.current": str(MiB)}, (GiB, MiB)),  # the host's path
-        ("0::/../../other", {"memory.max": str(GiB), "other/memory.max": str(MiB)}, (GiB, 0)),
-        ("4:memory:/slurm/uid_1000/job_7\n1:cpu:/", {
+        (VERSION_2, "0::/s/job_7", {"s/job_7/memory.max": str(2 * GiB), "s/memory.max": str(4 * GiB),
+                                    "s/memory.current": str(3 * GiB)}, (2 * GiB, GiB)),
+        # throttled from there on
+        (VERSION_2, "0::/s", {"s/memory.max": str(4 * GiB), "s/memory.high": str(GiB)}, (GiB, 0)),
+        # cache, active or not, and caches of the kernel are given back
+        (VERSION_2, "0::/s", {"s/memory.max": str(4 * GiB), "s/memory.current": str(3 * GiB), "s/memory.stat":
+                              f"anon 5\ninactive_file {GiB}\nactive_file {MiB}\nslab_reclaimable {MiB}"},
+         (4 * GiB, 2 * GiB - 2 * MiB)),
+        (VERSION_2, "0::/docker/abc", {"memory.max": str(GiB), "memory.current": str(MiB)}, (GiB, MiB)),  # the host's
+        (VERSION_2, "0::/../../other", {"memory.max": str(GiB), "other/memory.max": str(MiB)}, (GiB, 0)),
+        (VERSION_2, "not what a kernel writes", {"memory.max": "lots"}, (0, 0)),
+        (VERSION_2, "0::/s", {"s/memory.max": "9" * 4000}, (0, 0)),
+        (VERSION_1, "4:memory:/slurm/uid_1000/job_7\n1:cpu,cpuacct:/\n0::/", {
             "memory/memory.limit_in_bytes": UNLIMITED_1,
             "memory/slurm/uid_1000/job_7/memory.limit_in_bytes": str(2 * GiB),
             "memory/slurm/uid_1000/job_7/memory.usage_in_bytes": str(GiB),
             "memory/slurm/uid_1000/job_7/memory.stat": f"total_inactive_file {MiB}\ntotal_active_file {2 * MiB}",
         }, (2 * GiB, GiB - 3 * MiB)),
-        ("not what a kernel writes", {"memory.max": "lots"}, (0, 0)),
+        # the limit of a group above that is not seen from within
+        (VERSION_1, "4:memory:/", {"memory/memory.limit_in_bytes": UNLIMITED_1,
+                                   "memory/memory.stat": f"hierarchical_memory_limit {GiB}"}, (GiB, 0)),
+        # a group within a container, told by the host's path
+        (OF_A_CONTAINER, "4:memory:/docker/abc/part", {
+            "memory/memory.limit_in_bytes": str(2 * GiB), "memory/part/memory.limit_in_bytes": str(GiB)}, (GiB, 0)),
+        (OF_A_CONTAINER, "4:memory:/", {"memory/memory.limit_in_bytes": str(2 * GiB)}, (2 * GiB, 0)),
+        (ELSEWHERE, "4:cpu,memory:/a", {"a/memory.limit_in_bytes": str(GiB)}, (GiB, 0)),
+        ("", "", {"memory.max": str(GiB)}, (GiB, 0)),
+        ("", "", {"memory/memory.limit_in_bytes": str(GiB)}, (GiB, 0)),
     ],
 )  # fmt: skip
-def test_limits_of_every_group_hold(tmp_path, own, files, expected):
-    write(tmp_path, {f"mounted/{name}": text for name, text in files.items()} | {"own": own})
-    assert probe.cgroup_memory(tmp_path / "mounted", tmp_path / "own") == expected
+def test_memory_limits_of_every_group_hold(tmp_path, mounts, own, files, expected):
+    root = recorded(tmp_path, mounts, own, files)
+    assert group_memory(root) == expected
+    write(root, {"proc/meminfo": "MemTotal: 8388608 kB\nMemFree: 1 kB\nMemAvailable:  6291456 kB"})
+    limit, used = expected
+    assert probe.memory(root) == ((limit, limit - used) if limit else (8 * GiB, 6 * GiB))
 
 
 @pytest.mark.parametrize(
-    ("own", "files", "expected"),
+    ("mounts", "own", "files", "expected"),
     [
-        ("0::/a/b", {"a/b/cpu.max": "max 100000", "a/cpu.max": "300000 100000"}, 3),
-        ("0::/a/b", {"a/b/cpu.max": "200000 100000", "a/cpu.max": "300000 100000"}, 2),
-        ("3:cpu,cpuacct:/job\n0::/", {"cpu,cpuacct/job/cpu.cfs_quota_us": "400000",
-                                      "cpu,cpuacct/job/cpu.cfs_period_us": "100000"}, 4),
-        ("3:cpu,cpuacct:/job", {"cpu/job/cpu.cfs_quota_us": "100000", "cpu/job/cpu.cfs_period_us": "100000"}, 1),
-        ("", {}, 8),
+        (VERSION_2, "0::/", {}, 8),
+        (VERSION_2, "0::/", {"cpu.max": "max 100000"}, 8),
+        (VERSION_2, "0::/", {"cpu.max": "250000 100000"}, 2),
+        (VERSION_2, "0::/", {"cpu.max": "10000 100000"}, 1),
+        (VERSION_2, "0::/a/b", {"a/b/cpu.max": "max 100000", "a/cpu.max": "300000 100000"}, 3),
+        (VERSION_2, "0::/a/b", {"a/b/cpu.max": "200000 100000", "a/cpu.max": "300000 100000"}, 2),
+        (VERSION_2, "0::/", {"cpu.max": "6400000 100000"}, 8),
+        (VERSION_1, "3:cpu,cpuacct:/job\n0::/", {"cpu,cpuacct/job/cpu.cfs_quota_us": "400000",
+                                                 "cpu,cpuacct/job/cpu.cfs_period_us": "100000"}, 4),
+        (VERSION_1, "3:cpu,cpuacct:/", {"cpu,cpuacct/cpu.cfs_quota_us": "-1",
+                                        "cpu,cpuacct/cpu.cfs_period_us": "100000"}, 8),
+        (ELSEWHERE, "3:memory,cpu:/a/b", {"a/cpu.cfs_quota_us": "150000", "a/cpu.cfs_period_us": "50000"}, 3),
+        ("", "3:cpu:/job", {"cpu/job/cpu.cfs_quota_us": "100000", "cpu/job/cpu.cfs_period_us": "100000"}, 1),
+        ("", "", {}, 8),
     ],
 )  # fmt: skip
-def test_quotas_of_every_group_hold(tmp_path, monkeypatch, own, files, expected):
-    monkeypatch.setattr(probe.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    write(tmp_path, {f"mounted/{name}": text for name, text in files.items()} | {"own": own})
-    assert probe.available_cores(tmp_path / "mounted", tmp_path / "own") == expected
+def test_quotas_of_every_group_hold(tmp_path, monkeypatch, mounts, own, files, expected):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    assert probe.available_cores(recorded(tmp_path, mounts, own, files)) == expected
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system binds no process to cores")
@@ -118,26 +132,161 @@ print(ALL_CORES)
     assert done.stdout.split() == ["1"]
 
 
-def test_a_limit_bounds_what_is_available(tmp_path, monkeypatch):
-    monkeypatch.setattr(probe, "cgroup_memory", lambda: (600 * MiB, 200 * MiB))
+def test_libraries_start_no_more_threads_than_the_command():
+    """Torch looks at neither ``--threads`` nor a quota."""
+    code = """
+import os
+from bitladder.cli.build import working
+with working(1):
+    import torch
+    print(torch.get_num_threads())
+print("OMP_NUM_THREADS" in os.environ)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.split() == ["1", "False"]
+    own = {**environment, "OMP_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=own)
+    assert done.stdout.split() == ["2", "True"]
+
+
+def test_a_machine_is_what_its_tree_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))  # no nvidia-smi
+    root = recorded(tmp_path, VERSION_2, "0::/job", {
+        "job/memory.max": str(600 * MiB), "job/memory.current": str(200 * MiB), "job/cpu.max": "100000 100000"
+    })  # fmt: skip
+    write(root, {"proc/meminfo": "MemTotal: 8388608 kB\nMemAvailable:  6291456 kB"})
+    machine = probe.probe_machine(root=root)
+    assert (machine.ram_total, machine.ram_available, machine.cores) == (600 * MiB, 400 * MiB, 1)
+
+
+def test_without_linux_files_psutil_says_what_memory_there_is(tmp_path):
+    assert probe.memory(tmp_path / "nowhere")[0] == psutil.virtual_memory().total
+
+
+TWO = """NVIDIA GeForce GTX 1080 Ti, 11264, 11000, GPU-11aa, [N/A]
+NVIDIA GeForce RTX 4090, 24564, 23000, GPU-22bb, [N/A]
+"""
+ALIKE = "".join(f"NVIDIA A100-SXM4-80GB, 81920, 8100{at}, GPU-{at}{at}-1, Disabled\n" for at in range(4))
+CUT = """NVIDIA A100-SXM4-40GB, 40960, 40000, GPU-11aa, Enabled
+NVIDIA A100-SXM4-40GB, 40960, 40000, GPU-22bb, Enabled
+"""
+CUT_LIST = """GPU 0: NVIDIA A100-SXM4-40GB (UUID: GPU-11aa)
+  MIG 3g.20gb     Device  0: (UUID: MIG-aa1)
+  MIG 1g.5gb+me   Device  1: (UUID: MIG-aa2)
+GPU 1: NVIDIA A100-SXM4-40GB (UUID: GPU-22bb)
+"""
+
+
+@pytest.fixture
+def driver(tmp_path, monkeypatch):
+    """A driver's program that answers as recorded: ``driver(query, listing, old=False)``."""
+
+    def set_up(query, listing="", *, old=False):
+        write(tmp_path, {"query": query.rstrip("\n"), "listing": listing.rstrip("\n")})
+        program = tmp_path / "bin" / "nvidia-smi"
+        program.parent.mkdir(exist_ok=True)
+        refused = '*mig.mode*) echo "Field is not a valid field to query."; exit 2;;' if old else ""
+        answer = f"case $1 in {refused} -L) cat {tmp_path}/listing;; *) cat {tmp_path}/query;; esac"
+        program.write_text(f"#!/bin/sh\nPATH=/usr/bin:/bin\n{answer}\n")
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", str(program.parent))
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+
+    return set_up
+
+
+def free(machine):
+    return [gpu.vram_free // MiB for gpu in machine.gpus]
+
+
+@pytest.mark.parametrize(
+    ("wish", "expected"),
+    [
+        (None, [81000, 81001, 81002, 81003]),
+        ("2", [81002]),
+        ("3,1", [81003, 81001]),
+        (" 1 , 0 ", [81001, 81000]),
+        ("", []),
+        ("-1", []),
+        ("NoDevFiles", []),
+        ("0,9,1", [81000]),  # the first that is not there ends the list
+        ("0,x,1", [81000]),
+        ("1,1", []),  # named twice: none
+        ("GPU-22", [81002]),
+        ("GPU-33-1,0", [81003, 81000]),
+        ("GPU-", []),  # of several
+        ("٣", []),
+        ("9" * 5000, []),
+    ],
+)
+def test_gpus_are_those_that_cuda_shows(driver, monkeypatch, wish, expected):
+    driver(ALIKE)
+    if wish is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", wish)
     machine = probe.probe_machine()
-    assert (machine.ram_total, machine.ram_available) == (600 * MiB, 400 * MiB)
+    assert free(machine) == expected
+    assert not machine.unified
 
 
-def test_memory_is_what_linux_or_psutil_say(tmp_path, monkeypatch):
-    write(tmp_path, {"meminfo": "MemTotal:  4096 kB\nMemFree: 1 kB\nMemAvailable:   3072 kB"})
-    monkeypatch.setattr(probe, "_MEMINFO", tmp_path / "meminfo")
-    assert probe._memory() == (4 * MiB, 3 * MiB)
-    monkeypatch.setattr(probe, "_MEMINFO", tmp_path / "nowhere")
-    assert probe._memory()[0] == psutil.virtual_memory().total
+def test_numbers_of_unlike_gpus_follow_cudas_order(driver, monkeypatch):
+    driver(TWO)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert free(probe.probe_machine()) == [11000]
+    monkeypatch.delenv("CUDA_DEVICE_ORDER")  # the fastest first, where the tables know both
+    assert free(probe.probe_machine()) in ([23000], [11000])
+    driver(TWO.replace("GTX 1080 Ti", "RTX 3090"))
+    monkeypatch.delenv("CUDA_DEVICE_ORDER")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert [gpu.name for gpu in probe.probe_machine().gpus] == ["NVIDIA GeForce RTX 4090"]
 
 
-def test_nvidia_smi_rows():
-    text = "NVIDIA GeForce RTX 4090, 24564, 23000\nNVIDIA A100-SXM4-80GB, 81920, 81000\nOrin, [N/A], [N/A]\nbroken\n"
-    assert probe.parse_nvidia_smi(text) == (
-        Gpu("NVIDIA GeForce RTX 4090", 24564 * MiB, 23000 * MiB),
-        Gpu("NVIDIA A100-SXM4-80GB", 81920 * MiB, 81000 * MiB),
+@pytest.mark.parametrize(
+    ("wish", "expected"),
+    [(None, 20), ("MIG-aa2", 5), ("MIG-aa1,MIG-aa2", 20), ("0", 20), ("1", None), ("GPU-22bb", None)],
+)
+def test_of_a_divided_gpu_one_instance_is_seen(driver, monkeypatch, wish, expected):
+    driver(CUT, CUT_LIST)
+    if wish is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", wish)
+    assert [gpu.vram_total for gpu in probe.probe_machine().gpus] == ([expected * GiB] if expected else [])
+
+
+def test_drivers_that_know_no_instances(driver):
+    driver("Tesla K80, 11441, 11000, GPU-1", old=True)
+    assert free(probe.probe_machine()) == [11000]
+
+
+@pytest.mark.parametrize("name", ["NVIDIA GB10", "Orin (nvgpu)"])
+def test_a_gpu_that_shares_the_memory_is_planned_within_it(driver, name):
+    driver(f"{name}, [N/A], [N/A], GPU-1, [N/A]")
+    machine = probe.probe_machine()
+    assert machine.unified
+    assert [(gpu.name, gpu.vram_total) for gpu in machine.gpus] == [(name, machine.ram_total)]
+    assert machine.vram_total == 0
+    assert f"{name} in the same memory" in machine.summary
+    check_machine(machine)
+    shown = CliRunner().invoke(app, ["machine"]).output
+    assert "in the same memory as the processor" in shown
+    assert "!" not in shown
+
+
+@pytest.mark.parametrize("word", ["[Unknown Error]", "[GPU is lost]", "ERR!", "[Insufficient Permissions]", ""])
+def test_a_gpu_that_reports_nothing_is_told(driver, word):
+    driver(f"NVIDIA L4, {word}, {word}, GPU-1, [N/A]\nNVIDIA A10, 23028, 22000, GPU-2, [N/A]\nbroken\n")
+    machine = probe.probe_machine()
+    assert free(machine) == [22000]
+    assert not machine.unified
+    assert f"NVIDIA L4 reports no memory ({word})" in CliRunner().invoke(app, ["machine"]).output
+
+
+def test_a_driver_that_fails(driver, tmp_path):
+    driver("")
+    (tmp_path / "bin" / "nvidia-smi").write_text(
+        "#!/bin/sh\necho 'has failed because it could not communicate'; exit 9"
     )
+    assert probe.probe_machine().gpus == ()
 
 
 def test_free_space_of_a_folder_that_is_not_there_yet(tmp_path):

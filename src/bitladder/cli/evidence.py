@@ -72,13 +72,20 @@ def workload_new(
 @verb
 def workload_check(
     path: Annotated[Path, typer.Argument(metavar="FILE", help="A workload: YAML, JSON or JSON lines.")],
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="A model here: whether it can be told of the tools, and how it samples."),
+    ] = None,
     json_output: JsonFlag = False,
 ) -> None:
     """Read a workload and say all that is wrong with it, with the lines, or what it holds and can show."""
     from bitladder.files.workloads import load_workload
+    from bitladder.stages.as_deployed import for_model
     from bitladder.stats.power import smallest_visible_loss
 
     found = load_workload(path)
+    if model is not None:
+        found = for_model(found, model)
     visible = smallest_visible_loss(len(found.inputs))
     if json_output:
         print_json({"workload": found, "sha256": found.hash, "smallest_visible_loss": visible})

@@ -8,10 +8,8 @@ fence (``files/converter_child.py``).
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import signal
 import tempfile
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -29,10 +27,12 @@ from bitladder.files.decoded import Decoding, decoded_bytes, decoding_of, write_
 from bitladder.files.fence import ended_after, environment, fenced, memory_bound, package_folders
 from bitladder.files.folders import cache_folder, cache_key
 from bitladder.files.hashing import file_sha256, recall
+from bitladder.files.probe import available_cores
 from bitladder.files.regular import read_regular
 from bitladder.files.staging import data_files, stage_checkpoint
 from bitladder.levels.checkpoints.converter_formats import ReadAs
 from bitladder.progress import Progress, silent
+from bitladder.system import ended_by
 from bitladder.units import GiB, human_bytes
 
 STAGING = "5"
@@ -283,7 +283,7 @@ def _run_converter(job: _Conversion, stage: Path, work: Path) -> Path:
 def _bounds(checkpoint: Checkpoint) -> converter_child.ChildBounds:
     """What a conversion of this size can need: the largest stacked tensors in f32 and twice, 4-bit weights in 16."""
     memory = memory_bound(4 * GiB + 4 * checkpoint.nbytes)
-    cpu = (_LEAST_SECONDS + checkpoint.nbytes // _SLOWEST) * (os.cpu_count() or 1)
+    cpu = (_LEAST_SECONDS + checkpoint.nbytes // _SLOWEST) * available_cores()
     return {"data_bytes": memory, "file_bytes": 8 * checkpoint.nbytes + GiB, "cpu_seconds": cpu}
 
 
@@ -323,11 +323,7 @@ def _ended(how: str, label: str, text: str, code: int, converter: Converter) -> 
             means="It has a tokenizer or configuration only as Python code, or is an attack: no such code runs here.",
             do=GIVE_GGUF,
         )
-    if (
-        "MemoryError" in text
-        or "not enough memory" in text
-        or code in (-signal.SIGABRT, -signal.SIGKILL, -signal.SIGXCPU)
-    ):
+    if "MemoryError" in text or "not enough memory" in text or ended_by(code, "SIGABRT", "SIGKILL", "SIGXCPU"):
         return BadInput(
             f"Converting {label} ended at its bounds of memory or time {how}",
             means="The machine is too small for the largest tensors of this model, or a file asks for absurdly much.",

@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bitladder import system
 from bitladder.describe.dims import dims_from_metadata
 from bitladder.describe.gguf_kinds import refuse_other_kinds
 from bitladder.describe.model import Model
@@ -224,7 +225,7 @@ class GgufFile:
         start = (tensor.offset + first * width) // mmap.PAGESIZE * mmap.PAGESIZE
         length = tensor.offset + last * width - start
         if last > first:
-            self._maps[tensor.shard].madvise(mmap.MADV_DONTNEED, start, length)
+            system.drop_pages(self._maps[tensor.shard], start, length)
 
     def hash_ahead(self) -> FollowingHash:
         """Begin to hash the files, a little ahead of who reads them; the same hash at every call."""

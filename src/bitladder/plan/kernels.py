@@ -22,6 +22,14 @@ GENERATIONS = (
 _AMD = re.compile(r"\b(AMD|Radeon|Instinct|RX \d|MI\d)", re.IGNORECASE)
 
 
+_INTEL = re.compile(r"\b(Intel|Arc [AB]\d)", re.IGNORECASE)
+
+
+def is_nvidia(name: str) -> bool:
+    """Whether a GPU is NVIDIA's, by its name: what no other maker's name says is taken for theirs."""
+    return _AMD.search(name) is None and _INTEL.search(name) is None
+
+
 @dataclass(frozen=True)
 class Device:
     """What an engine would run on. ``capability`` is NVIDIA's compute capability, 0 of others."""
@@ -40,7 +48,7 @@ def usual_devices() -> tuple[Device, ...]:
 
 def devices_of(machine: Machine) -> tuple[Device, ...]:
     """What of a machine the table knows: its GPUs, each once, and its CPU."""
-    if machine.unified:
+    if machine.unified and not machine.gpus:
         return (Device(machine.cpu, kind="apple"),)
     names = dict.fromkeys(gpu.name for gpu in machine.gpus)
     known = [Device(name, capability) for name in names if (capability := capability_of(name))]

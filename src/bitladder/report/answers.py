@@ -84,8 +84,19 @@ def _shown_levels(record: RunRecord) -> list[tuple[str, str]]:
 
 def _sides(present: Sequence[tuple[str, str, Answer]]) -> list[Shown]:
     """The first is what the others are compared with."""
-    base = present[0][2].text
+    base = _shown_text(present[0][2])
     return [
-        Shown(level, role, answer, tuple(word_diff(base, answer.text) if number else [Segment("same", answer.text)]))
+        Shown(
+            level,
+            role,
+            answer,
+            tuple(word_diff(base, _shown_text(answer)) if number else [Segment("same", base)]),
+        )
         for number, (level, role, answer) in enumerate(present)
     ]
+
+
+def _shown_text(answer: Answer) -> str:
+    """What it says, and its calls of tools."""
+    calls = (f"{call.name}({call.arguments})" for call in answer.calls)
+    return "\n".join(part for part in (answer.text, *calls) if part)

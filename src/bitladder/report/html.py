@@ -13,6 +13,7 @@ from bitladder.files.outputs import check_output, holding
 from bitladder.records.decision import Status
 from bitladder.records.run import RunRecord
 from bitladder.report.answers import compared_answers
+from bitladder.report.behaviour import behaviour_lines
 from bitladder.report.chart import Axis, Point, find_cliff, loss_chart
 from bitladder.report.facts import facts, warnings
 from bitladder.report.meanings import HEADS, LOSSES, VERDICTS
@@ -76,6 +77,8 @@ def render_html(record: RunRecord) -> str:
         tags=_tag_table(record),
         compared=compared_answers(record),
         answers={"rows": answers_rows(record), "columns": answers_columns(answers_rows(record))},
+        behaviour=behaviour_lines(record),
+        repetition=[result for result in record.results if result.repetition or result.reference_repetition],
         human_bytes=human_bytes,
         sentence=lambda text: text[:1].upper() + text[1:],
         facts=facts,

@@ -11,6 +11,7 @@ from bitladder.records.decision import Status
 from bitladder.records.fidelity import Fidelity
 from bitladder.records.plan import LevelPlan, Plan, PlanSpeed
 from bitladder.records.run import RunRecord
+from bitladder.report.behaviour import behaviour_lines
 from bitladder.report.columns import Column, fitted_table, plain_table
 from bitladder.report.facts import warnings
 from bitladder.report.meanings import heads_in_words
@@ -84,6 +85,8 @@ def print_run(record: RunRecord, console: Console | None = None) -> None:
     _print_answers(record, out)
     for level, notes in wording_lines(record).items():
         out.print(Text.assemble((f"{level:<{wide}}", "bold"), ("answers", "dim")).append(f": {notes}"))
+    for level, notes in behaviour_lines(record).items():
+        out.print(Text.assemble((f"{level:<{wide}}", "bold"), ("behaviour", "dim")).append(f": {notes}"))
     out.print()
     out.print(Text(record.decision.summary, style="bold"))
     for line in cost_lines(record):
@@ -200,12 +203,41 @@ def fidelity_table(fidelities: Sequence[Fidelity], console: Console | None = Non
     out.print(table)
     for line in heads_in_words(("KL", "ppl ratio", "top-1")):
         out.print(line, style="dim")
+    if any(one.depths for one in fidelities):
+        depth_table(fidelities, out)
     if fidelities:
         one = fidelities[0]
         line = f"95%: intervals over {one.units} {one.unit}s, not over tokens."
         if one.units < 2:
             line = f"One {one.unit} is too little for intervals: measure on more text."
         out.print(line, style="dim")
+
+
+def depth_table(fidelities: Sequence[Fidelity], out: Console) -> None:
+    """Losses by depth of context, and what they rise by."""
+    table = plain_table()
+    for title in ("level", "depth", "KL mean", "95%", "times shallowest", "95%", "ppl ratio", "top-1"):
+        table.add_column(title, justify="left" if title in ("level", "95%") else "right", no_wrap=True)
+    for one in fidelities:
+        for at in one.depths:
+            table.add_row(
+                one.level if at is one.depths[0] else "",
+                f"{at.depth:,}",
+                small(at.kl_mean),
+                interval(at.kl_low, at.kl_high, small),
+                number(at.rise, 3),
+                interval(at.rise_low, at.rise_high, lambda ratio: f"{ratio:.3g}"),
+                f"{at.ppl_ratio:.4f}" if math.isfinite(at.ppl_ratio) else "–",
+                percent(at.top1, 1),
+            )
+    out.print(table)
+    for one in fidelities:
+        deepest = one.depths[-1] if one.depths else None
+        if deepest is not None and deepest.rises:
+            out.print(
+                f"{one.level}: its loss rises with depth, {number(deepest.rise, 3)} times from {one.depths[0].depth:,} "
+                f"to {deepest.depth:,} tokens ({deepest.rise_low:.3g} to {deepest.rise_high:.3g})."
+            )
 
 
 def search_table(outcome: LadderOutcome, bar: str, console: Console | None = None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from bitladder.records.evaluation import WorkloadResult
@@ -164,14 +164,14 @@ def wording_notes(
     if changes.reference_items:
         notes.append(_recall_note(changes, result, reference))
     if changes.changed_numbers:
-        notes.append(f"numbers changed in: {_named(changes.changed_numbers)}")
+        notes.append(f"numbers changed in: {named(changes.changed_numbers)}")
     if changes.broken_format:
-        notes.append(f"JSON broken in: {_named(changes.broken_format)}")
+        notes.append(f"JSON broken in: {named(changes.broken_format)}")
     if changes.looping:
-        notes.append(f"ends in a loop: {_named(changes.looping)}")
+        notes.append(f"ends in a loop: {named(changes.looping)}")
     often = [each for each in changes.substitutions if each.count >= _OFTEN and each.before and each.after]
     if often:
-        notes.append(_named([f"'{each.before}' became '{each.after}' {each.count} times" for each in often]))
+        notes.append(named([f"'{each.before}' became '{each.after}' {each.count} times" for each in often]))
     if changes.changed_answers:
         notes.append(_parting_note(changes))
     return notes
@@ -179,7 +179,12 @@ def wording_notes(
 
 def wording_lines(record: RunRecord) -> dict[str, str]:
     """A sentence for each chosen tier of which there is something to say, the quality tier first."""
-    rows = {row.level: row for row in answers_rows(record)}
+    looping = {result.level for result in record.results if any(fault.fault == "loop" for fault in result.faults)}
+    rows = {
+        # `behaviour_lines` says more of loops
+        row.level: replace(row, changes=replace(row.changes, looping=())) if row.level in looping else row
+        for row in answers_rows(record)
+    }
     tiers = dict.fromkeys(level for level in (record.decision.quality, record.decision.speed) if level in rows)
     return {level: rows[level].notes for level in tiers if level and rows[level].notes}
 
@@ -191,7 +196,7 @@ def _recall_note(changes: WordingChanges, result: WorkloadResult | None, referen
         known += f", 95% interval {percent(result.recall_low, 1)} to {percent(result.recall_high, 1)}"
     note = f"catches {percent(found / changes.reference_items, 1)} of what {reference} catches ({known})"
     missing = [f"{item} ({input_id})" for input_id, item in changes.missing_items]
-    return f"{note}, not {_named(missing)}" if missing else note
+    return f"{note}, not {named(missing)}" if missing else note
 
 
 def _parting_note(changes: WordingChanges) -> str:
@@ -215,7 +220,7 @@ def _sureness(place: Parting) -> float:
     return min(place.a_of_a, place.b_of_b)
 
 
-def _named(names: Sequence[str]) -> str:
+def named(names: Sequence[str]) -> str:
     """The first few, and how many more there are."""
     more = len(names) - MOST_NAMED
     return ", ".join(names[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")

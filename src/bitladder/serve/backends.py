@@ -18,6 +18,7 @@ PHASES = {
     "stalled": "did not answer in time",
     "broken": "broke off",
     "status": "answered with an error",
+    "busy": "is busy",
     "garbage": "answered with something that is no answer",
     "wrong model": "answered as another model",
     "no tool call": "called no tool",

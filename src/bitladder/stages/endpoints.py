@@ -37,13 +37,11 @@ def remote_of(settings: EndpointSettings, recorded: Recorded) -> Remote:
 
 def missing_inputs(remote: Remote, workload: Workload, recorded: Recorded) -> list[Input]:
     """Inputs whose answer is not stored, once for each sample."""
-    from bitladder.describe.workload import question_hash
-
     return [
         one
         for one in workload.inputs
         for sample in range(workload.samples)
-        if recorded.answer(remote, question_hash(one, workload.temperature, sample), REMOTE_ENGINE) is None
+        if recorded.answer(remote, workload.question(one, sample), REMOTE_ENGINE) is None
     ]
 
 
@@ -111,7 +109,7 @@ def _spending(
     if not settings.wants_key and price is None:
         return None
     if answer_tokens is not None:
-        asked = [dataclasses.replace(one, max_tokens=answer_tokens) for one in asked]
+        asked = [dataclasses.replace(one, max_tokens=answer_tokens, max_thought_tokens=None) for one in asked]
     return expected_spending(
         settings.label,
         asked,

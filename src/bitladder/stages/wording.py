@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from bitladder.describe.criteria import extract_json, found_items
 from bitladder.describe.numbers import numbers
+from bitladder.describe.repetition import loop_start
 from bitladder.describe.workload import Input, Workload
 from bitladder.records.evaluation import Answer, AnswerToken
 from bitladder.records.wording import Parting, Substitution, WordingChanges
@@ -22,9 +23,6 @@ _MAX_SPAN = 4
 """Words of the longest substitution that counts as one; longer ones are rewriting."""
 MOST_SUBSTITUTIONS = 50
 """The most frequent ones are kept: an answer that shares nothing with the reference's has as many as words."""
-_LONG_WORDS = 30
-"""Words from which an answer is long enough to speak of a loop."""
-_LONGEST_LOOP = 60
 
 
 def substitutions(before: str, after: str) -> list[tuple[str, str]]:
@@ -54,7 +52,7 @@ def wording_changes(workload: Workload, reference: Sequence[Answer], level: Sequ
             changed_numbers.append(answer.input_id)
         if _is_json(answer.text) and not _is_json(text):
             broken_format.append(answer.input_id)
-        if _ends_in_loop(text) and not _ends_in_loop(answer.text):
+        if loop_start(text) is not None and loop_start(answer.text) is None:
             looping.append(answer.input_id)
         items, missing = _items(inputs[answer.input_id], answer.text, text)
         reference_items += items
@@ -123,18 +121,6 @@ def _pairs(reference: Sequence[Answer], level: Sequence[Answer]) -> Iterator[tup
     """Answers of both to the same input and sample."""
     ours: Mapping[tuple[str, int], Answer] = {(answer.input_id, answer.sample): answer for answer in level}
     return ((one, ours[one.input_id, one.sample]) for one in reference if (one.input_id, one.sample) in ours)
-
-
-def _ends_in_loop(text: str) -> bool:
-    """Whether the end of a long answer is one span three times over, a last one possibly cut short."""
-    said = words(text.lower())
-    if len(said) < _LONG_WORDS:
-        return False
-    for size in range(1, min(_LONGEST_LOOP, len(said) // 3) + 1):
-        tail = said[-3 * size :]
-        if all(tail[i] == tail[i - size] for i in range(size, len(tail))):
-            return True
-    return False
 
 
 def _is_json(text: str) -> bool:

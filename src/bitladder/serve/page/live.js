@@ -67,8 +67,25 @@ function tierCard(tier) {
     tier.last_error && h("p", { class: "bad small" }, tier.last_error),
     tier.file_sha256 && h("p", { class: "soft small hash" }, `SHA-256 ${tier.file_sha256}`),
     evidence(tier),
+    tier.replicas?.length ? replicas(tier.replicas) : null,
   );
 }
+
+// A line for each address of a tier that has several.
+const replicas = (all) =>
+  h(
+    "ul",
+    { class: "soft small" },
+    ...all.map((one) =>
+      h(
+        "li",
+        { class: one.state === "up" ? "" : "bad" },
+        `${one.replica}: ${one.state}, ${one.running} running, ${one.answered} answered` +
+          (one.first_byte_s == null ? "" : `, first byte ${seconds(one.first_byte_s)}`) +
+          (one.state === "out" && one.last_error ? ` (${one.last_error})` : ""),
+      ),
+    ),
+  );
 
 // What evidence there is of the very file that is served; its note stands at the top.
 function evidence(tier) {
