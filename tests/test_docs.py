@@ -101,8 +101,8 @@ def test_the_changelog_knows_this_version():
 
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
-OTHER_PROGRAMS = {"--merge", "--output", "--mtp", "--vocab-only"}
-"""Options in advice that belong to other programs: llama-gguf-split's and the converter's."""
+OTHER_PROGRAMS = {"--merge", "--output", "--mtp", "--vocab-only", "--head", "--address", "--object-store-memory"}
+"""Options in advice that belong to other programs: llama-gguf-split's, the converter's and Ray's."""
 
 
 def all_options() -> set[str]:
