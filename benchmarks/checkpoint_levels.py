@@ -12,7 +12,8 @@ windows, then walks source, levels and peers' folders over the first window of e
 halves scored), and over the texts that ship to measure on, which are of other kinds. Prints seconds, CPU seconds and
 peak memory of the build, then mean KL and perplexity of each with intervals over articles, and for each ``--against``
 ratio and difference of KL to the peer and the ratio of perplexities, paired by article. A peer's folder is any
-checkpoint of the same weights in a format of levels/checkpoints without activation order in its groups. Inputs of W8A8
+checkpoint of the same weights in a format of levels/checkpoints without activation order in its groups; with
+``--levels ''`` nothing is built, and levels made before are named as peers. Inputs of W8A8
 layers are rounded to int8 per token as engines do, unless ``--exact-inputs``; all other inputs and the source's stay
 f32. Model and texts are not shipped. ``--prepare`` wants accelerate beside transformers.
 """
@@ -154,7 +155,7 @@ def judged(
     """Prints the figures of all candidates on one text, and each pair's."""
     scores = token_scores(
         source, list(candidates), windows, reference=reference, engine_rounding=not options.exact_inputs,
-        progress=say, threads=options.threads,
+        threads=options.threads,
     )  # fmt: skip
     by_name = dict(zip([candidate.level for candidate in candidates], scores[1:], strict=True))
     print(f"\n{text}: {len(windows)} documents, {sum(window.scored for window in windows)} scored tokens")
@@ -181,7 +182,7 @@ def main() -> None:
     if options.prepare:
         prepare(options.model, calibration, options.prepare)
         return
-    folders = build(source, options, calibration, measuring)
+    folders = build(source, options, calibration, measuring) if options.levels else []
     folders += [(name, level, Path(path)) for name, level, path in (peer.split("=", 2) for peer in options.peer)]
     reference = UnroundedSource(source, threads=options.threads)
     candidates = [

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import typer.main
+import yaml
 
 from bitladder import __version__
 from bitladder.cli.app import app
@@ -93,6 +94,16 @@ def test_every_page_of_docs_is_linked_from_the_readme_or_the_index():
     }
     names = {Path(target).name for target in linked}
     assert {page.name for page in (ROOT / "docs").glob("*.md")} <= names
+
+
+def test_the_site_has_every_page():
+    def pages(entries):
+        for entry in entries:
+            for one in entry.values() if isinstance(entry, dict) else [entry]:
+                yield from pages(one) if isinstance(one, list) else [one]
+
+    config = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+    assert {page.name for page in (ROOT / "docs").glob("*.md")} <= set(pages(config["nav"]))
 
 
 def test_the_changelog_knows_this_version():

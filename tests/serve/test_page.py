@@ -269,6 +269,24 @@ def test_the_ladder_shows_the_run(page):
     assert texts(page, "table.tags tbody th")[0].startswith("arithmetic")
 
 
+STRAY = re.compile(r"^(false|true|null|undefined|NaN|0)$", re.MULTILINE)
+"""What a condition leaves behind where it is taken for text."""
+
+
+@pytest.mark.parametrize("bar", [None, "kl < 0.0001", "passes >= reference - 4 points", "no loss"])
+def test_nothing_that_a_condition_left_out_stands_on_the_page(page, bar):
+    open_ladder(page)
+    if bar:
+        page.fill("#if-bar", bar)
+        page.wait_for_function("(bar) => document.querySelector('.decision code').textContent === bar", arg=bar)
+    assert not STRAY.search(page.inner_text("#ladder"))
+
+
+def test_only_one_place_of_the_page_puts_children_in():
+    for file in PAGE.glob("*.js"):
+        assert file.name == "dom.js" or "replaceChildren" not in file.read_text(), file.name
+
+
 def test_every_number_opens_its_evidence(page):
     open_ladder(page)
     numbers = page.locator("table.levels tbody.speed .number")
@@ -389,6 +407,18 @@ def test_what_if_decides_again(page):
     page.keyboard.press("End")
     assert_told(page, "131,072")
     assert_told(page, "does not fit")
+
+
+def test_warnings_stand_after_the_decision(browser, tmp_path):
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(to_json(run_record(warnings=("Something to know.",)))))
+    with serving(build_page(path)) as url:
+        opened = browser.new_page()
+        opened.goto(url)
+        opened.wait_for_selector("table.levels")
+        text = opened.inner_text("#ladder")
+        assert text.index("Deploy Q6_K for quality") < text.index("Something to know.") < text.index("What if")
+        opened.close()
 
 
 def test_without_a_gateway_there_is_the_ladder_alone(browser, run_json):

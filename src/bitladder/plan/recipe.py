@@ -13,7 +13,7 @@ from bitladder.describe.model import Model
 from bitladder.describe.rates import PoolRates
 from bitladder.errors import NothingFits, UsageError
 from bitladder.formats.blocks import QTYPES
-from bitladder.formats.recipes import is_quantizable, types_for
+from bitladder.formats.recipes import assign, is_quantizable, types_for
 from bitladder.formats.roles import EMBEDDING, OUTPUT
 from bitladder.formats.tensors import TensorInfo
 from bitladder.levels import FeedbackLevel
@@ -21,8 +21,8 @@ from bitladder.plan.allocate import Allocation, TensorGroup, TypeChoice, fewest,
 from bitladder.records.recipe import Recipe, SensitivityTable
 from bitladder.units import human_bytes
 
-LOW_BITS = 3.2
-"""Below so many bits per weight recipes choose from codebook types, too."""
+_LOW_LEVEL = "Q3_K_S"
+"""At no more bytes than this level of a model, recipes choose from codebook types, too."""
 
 
 @dataclass(frozen=True)
@@ -147,11 +147,11 @@ def evenly(model: Model, bpw: float) -> dict[str, str]:
         NothingFits, UsageError: the bits are too few or too many.
     """
     check(model, Limits(bpw=bpw))
-    left = _budget(model, Limits(bpw=bpw), 0)
+    left, low = _budget(model, Limits(bpw=bpw), 0), wants_low(model, Limits(bpw=bpw))
     qtypes = {tensor.name: tensor.qtype for tensor in model.tensors}
     steps = []
     for number, tensor in enumerate(model.tensors):
-        ladder = sorted(_sizes(tensor, low=bpw < LOW_BITS).items(), key=lambda one: one[1])
+        ladder = sorted(_sizes(tensor, low=low).items(), key=lambda one: one[1])
         qtypes[tensor.name] = ladder[0][0]
         left -= ladder[0][1]
         for (_, below), (qtype, size) in itertools.pairwise(ladder):
@@ -170,8 +170,8 @@ def wants_low(model: Model, wish: Limits) -> bool:
     """Whether a file is to be so small that codebook types are worth their slower decoding."""
     if wish.kl is not None:
         return False
-    bpw = wish.bpw if wish.bpw is not None else 8 * (wish.bytes or 0) / max(1, sum(t.elements for t in model.tensors))
-    return bpw < LOW_BITS
+    limit, _ = recipe_bytes(model, assign(_LOW_LEVEL, model.tensors, model.dims))
+    return _budget(model, wish, 0) <= limit
 
 
 def bounds(model: Model, *, low: bool = False) -> tuple[int, int]:

@@ -20,6 +20,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 import yaml
 
+from bitladder.describe.cache_types import CacheTypes
 from bitladder.errors import OutputError, UsageError
 from bitladder.files.atomic import written_aside
 from bitladder.files.outputs import check_output, same_place
@@ -88,7 +89,21 @@ def ollama_modelfile(spec: TierSpec) -> str:
         )
     if path != path.strip():  # the parser trims what is not quoted
         path = f'"{path}"'
-    return f"# {spec.level}, sha256 {spec.sha256 or 'unknown'}\nFROM {path}\nPARAMETER num_ctx {spec.n_ctx}\n"
+    cache = "" if spec.cache.is_default else f"# {_ollama_cache(spec.cache)}\n"
+    return f"# {spec.level}, sha256 {spec.sha256 or 'unknown'}\n{cache}FROM {path}\nPARAMETER num_ctx {spec.n_ctx}\n"
+
+
+def _ollama_cache(cache: CacheTypes) -> str:
+    """How Ollama gets a KV cache of other types: a setting of the server, for all its models.
+
+    Raises:
+        UsageError: it has no such cache.
+    """
+    if cache.k != cache.v or cache.k not in ("q8_0", "q4_0"):
+        raise UsageError(
+            f"Ollama has no KV cache of {cache}.", do="Choose f16, q8_0 or q4_0, or export to a tool that has it."
+        )
+    return f"Start Ollama with OLLAMA_FLASH_ATTENTION=1 OLLAMA_KV_CACHE_TYPE={cache}"
 
 
 def ollama_command(name: str, spec: TierSpec, modelfile: Path) -> str:
@@ -183,6 +198,11 @@ def llama_swap(settings: ServeSettings) -> str:
             command += ["--mmproj", str(spec.projector.absolute())]
         command += ["--ctx-size", str(spec.n_ctx * spec.slots), "--parallel", str(spec.slots)]
         command += ["--threads", str(settings.threads)]
+        if not spec.cache.is_default:
+            command += ["--cache-type-k", spec.cache.k, "--cache-type-v", spec.cache.v]
+        if spec.speculate is not None:
+            guesses = spec.speculate.draft
+            command += ["--model-draft", str(guesses.absolute())] if guesses else ["--spec-type", "ngram-cache"]
         joined = " ".join(part if part == "${PORT}" else shlex.quote(_no_macro(part)) for part in command)
         models[spec.level] = {"cmd": joined, "aliases": list(names[:-1]), "checkEndpoint": "/health"}
     levels = [spec.level for _, spec in roles]
@@ -216,7 +236,7 @@ def serve_command(
     keys = []
     for option, spec in tiers.items():
         if spec.path is not None:
-            command += [option, path(spec.path)]
+            command += [option, spec.cache.named(path(spec.path))]
             continue
         for one, address in zip(spec.keyed, map(url, spec.addresses), strict=True):
             command += [option, address]
@@ -229,6 +249,11 @@ def serve_command(
     contexts = {spec.n_ctx for spec in tiers.values() if spec.path is not None}
     if len(contexts) == 1:  # else each has its own model's length, as it has without --ctx
         command += ["--ctx", str(contexts.pop())]
+    for name, option in (("quality", "--quality"), ("speed", "--speed")):
+        guesses = tiers[option].speculate if option in tiers else None
+        if guesses is not None:
+            words = f"draft:{path(guesses.draft)}" if guesses.draft else guesses.kind
+            command += ["--speculate", f"{name}={words}"]
     command += ["--threads", str(settings.threads), *keys]
     if settings.api_key_file is not None:
         command += ["--api-key-file", path(settings.api_key_file)]

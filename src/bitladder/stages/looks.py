@@ -7,6 +7,7 @@ clock that is set, and hours in which the machine sleeps, change nothing.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -43,8 +44,8 @@ if TYPE_CHECKING:
 
 MARGIN = 1.25
 """What a piece is allowed to take over its prediction before it would end too late."""
-RESERVED_S, RESERVED_SHARE = 2.0, 0.03
-"""Of the time, for the last decision and the report."""
+RESERVED_S, RESERVED_SHARE, RESERVED_DECISIONS = 2.0, 0.03, 3.0
+"""Of the time, for the last decision and the report: at least so many times what a decision took on the way."""
 
 
 class TimeIsUp(Exception):
@@ -65,14 +66,24 @@ class Countdown(Progress):
         """``seconds`` from ``begin`` on; before, and after ``end``, it passes on what it is told."""
         self._inner, self.seconds, self._clock = inner, seconds, clock
         self._began: float | None = None
+        self._watched = False
+        self._reserved = max(RESERVED_S, RESERVED_SHARE * seconds)
 
     def begin(self) -> None:
         """The time runs from now on."""
         self._began = self._clock()
 
+    def watch(self) -> None:
+        """From now on whatever works is ended when the time is over."""
+        self._watched = True
+
+    def reserve(self, seconds: float) -> None:
+        """Keep at least so much for what follows the last piece of work."""
+        self._reserved = max(self._reserved, seconds)
+
     def end(self) -> None:
         """What is still to do may be finished."""
-        self._began = None
+        self._began, self._watched = None, False
 
     @property
     def passed(self) -> float:
@@ -82,7 +93,7 @@ class Countdown(Progress):
     @property
     def usable(self) -> float:
         """Seconds of the time that may be worked."""
-        return self.seconds - max(RESERVED_S, RESERVED_SHARE * self.seconds)
+        return self.seconds - self._reserved
 
     @property
     def left(self) -> float:
@@ -103,7 +114,7 @@ class Countdown(Progress):
         self._check()
 
     def _check(self) -> None:
-        if self._began is not None and self.left < 0:
+        if self._watched and self.left < 0:
             raise TimeIsUp
 
 
@@ -173,7 +184,7 @@ class Costs:
 
     def shortest_look(self, levels: Sequence[str]) -> float:
         """Seconds that the least look at some levels takes, at every kind of evidence."""
-        totals = self._material.totals
+        totals = self._material.totals if levels else dict.fromkeys(Kind, 0)
         pieces = [Piece(kind, tuple(levels), 0, min(LEAST[kind], totals[kind])) for kind in Kind if totals[kind]]
         return sum(map(self, pieces))
 
@@ -183,7 +194,8 @@ class Costs:
             return corrected_seconds(walking_need(self._source, windows, piece.levels))
         tokens = _ROUND_TOKENS * (piece.stop - piece.start)
         if piece.kind is Kind.INPUTS:
-            tokens = sum(one.max_tokens for one in self._material.inputs[piece.start : piece.stop])
+            asked = self._material.inputs[piece.start : piece.stop]
+            tokens = sum(one.most_tokens * (1 + len(one.turns)) for one in asked)
         return sum(_engine_seconds(self._plan.get(name), tokens) for name in (self._reference, *piece.levels))
 
 
@@ -242,6 +254,7 @@ class Looks:
         }
         self._way = way_for(ways.job.source) if subjects else Way.WALK
         self.costs = Costs(wanted, ways.job.source, plan, self.reference)
+        self._ready = {Kind.DOCUMENTS: self._ready_documents(), Kind.INPUTS: self._ready_inputs(), Kind.ROUNDS: {}}
 
     @property
     def seen(self) -> list[Seen]:
@@ -258,16 +271,10 @@ class Looks:
         """Whether anything was measured of a level."""
         return any(self._scores.values()) or any(one.inputs for one in self.seen)
 
-    @property
-    def has_seen_all(self) -> bool:
-        """Whether each level was looked at, as far as there is anything to look at."""
-        totals = self.totals
-        return all(one.of(kind) for one in self.seen for kind in Kind if totals[kind])
-
     def next_piece(self, still_open: set[str], left: float) -> Piece | None:
         """What comes next (``plan.schedule``)."""
         named = {self._twins.get(level, level) for level in still_open}
-        return next_piece(self.seen, self.totals, named, self.costs, left)
+        return next_piece(self.seen, self.totals, named, self._cost, left)
 
     def do(self, piece: Piece) -> None:
         """Do a piece of work.
@@ -284,11 +291,8 @@ class Looks:
     def evidence(self, still_open: set[str] | None = None) -> Evidence:
         """What is known now. ``still_open``: the levels that are not known well enough at the end, when no look
         follows; None while others may."""
-        fidelities = [
-            self._fidelity(name, last=still_open is not None and name in still_open)
-            for name, scores in self._scores.items()
-            if scores
-        ]
+        last = {self._twins.get(level, level) for level in still_open or ()}
+        fidelities = [self._fidelity(name, last=name in last) for name, scores in self._scores.items() if scores]
         answered: list[LevelAnswers] = []
         for name in self._contenders:
             first = self._twins.get(name, name)
@@ -325,6 +329,31 @@ class Looks:
         if not parts:
             return ""
         return f"{', '.join(names)}: {' and '.join(parts)} that there are, about {human_duration(seconds)} more time"
+
+    def _cost(self, piece: Piece) -> float:
+        """Seconds of a piece, of which only what earlier runs did not leave is to be done."""
+        ready = self._ready[piece.kind]
+        missing = tuple(name for name in piece.levels if ready.get(name, 0) < piece.stop)
+        if not missing and ready.get(self.reference, piece.stop) >= piece.stop:
+            return 0.0
+        return self.costs(replace(piece, levels=missing))
+
+    def _ready_documents(self) -> dict[str, int]:
+        """How many documents' scores earlier runs left of each level."""
+        found = {}
+        for name in self._subjects:
+            there = (self._array(name, unit).is_there() for unit in self._material.units)
+            found[name] = sum(1 for _ in itertools.takewhile(bool, there))
+        return found
+
+    def _ready_inputs(self) -> dict[str, int]:
+        """How many inputs earlier runs asked each contender."""
+        wanted, found = self._material.inputs, {}
+        for name in (self.reference, *self._seen):
+            stored = self._asker.stored(self._contenders[name])
+            there = (stored is None or one.id in stored for one in wanted)
+            found[name] = sum(1 for _ in itertools.takewhile(bool, there))
+        return found
 
     def _fidelity(self, name: str, *, last: bool) -> Fidelity:
         from bitladder.stages.fidelity import fidelity
