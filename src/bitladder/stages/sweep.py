@@ -62,7 +62,14 @@ class SweepJob:
 
 
 def sweep_jobs(
-    sweep: SweepFile, out: Path, *, threads: int, device: str, progress: Progress = silent
+    sweep: SweepFile,
+    out: Path,
+    *,
+    threads: int,
+    device: str,
+    on: str = RunSettings.on,
+    unit_needs: str = RunSettings.unit_needs,
+    progress: Progress = silent,
 ) -> list[SweepJob]:
     """The jobs of a sweep, those of one model together, so that what the first one builds and measures the others find.
 
@@ -93,7 +100,7 @@ def sweep_jobs(
         settings = RunSettings(
             model=model, levels=ladder, workload=None if workload == STARTER else Path(workload), bar=bar,
             n_ctx=sweep.n_ctx, texts=sweep.texts, out=out / f"{_slug(model)}-{identities[model][:8]}",
-            threads=threads, device=device, effort=sweep.effort, imatrix=sweep.imatrix,
+            threads=threads, device=device, on=on, unit_needs=unit_needs, effort=sweep.effort, imatrix=sweep.imatrix,
         )  # fmt: skip
         row = SweepRow(digest, model, levels, workloads[workload].name, bar or "")
         made.append(SweepJob(key, row, settings))
