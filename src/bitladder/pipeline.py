@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bitladder import __version__
+from bitladder.describe.cache_types import F16_CACHE, check_cache, split_name
+from bitladder.describe.depths import usual_depths
 from bitladder.describe.text import CHARACTERS_PER_TOKEN
 from bitladder.engines.endpoint import EndpointSettings
 from bitladder.errors import BitladderError, NothingFits, UnknownArchitecture, UsageError
@@ -27,7 +29,7 @@ from bitladder.files.workloads import STARTER, load_reference, load_workload
 from bitladder.levels import LADDER, CheckpointLevel, Container, Level, RecipeLevel, of_kinds
 from bitladder.plan.bar import Bar, parse_bar
 from bitladder.plan.decide import decide
-from bitladder.plan.ladder import make_plan, usable_context
+from bitladder.plan.ladder import make_plan, over_caches, usable_context
 from bitladder.plan.preflight import require
 from bitladder.plan.schedule import Kind, Piece, open_levels, spread
 from bitladder.progress import LevelNews, Progress
@@ -35,7 +37,7 @@ from bitladder.records import to_json
 from bitladder.records.decision import Decision
 from bitladder.records.evaluation import LevelAnswers, WorkloadResult
 from bitladder.records.fidelity import Fidelity, Way
-from bitladder.records.plan import Plan
+from bitladder.records.plan import DEFAULT_CTX, Plan
 from bitladder.records.run import RunRecord
 from bitladder.report import RUN_JSON, check_html, check_run, report_beside, write_html, write_run
 from bitladder.stages import run_facts as facts
@@ -61,7 +63,7 @@ from bitladder.stages.looks import (
     material,
     undecided_on_passes,
 )
-from bitladder.stages.measure import Ways, built_candidate, documents, fidelity_of_reference
+from bitladder.stages.measure import Ways, built_candidate, documents, fidelities_by_depth, fidelity_of_reference
 from bitladder.stages.projector import deliver, projector_of, unmeasured_note
 from bitladder.stages.quantize import calibrate_levels, sort_levels
 from bitladder.stages.run_facts import RunSettings, level_of
@@ -181,7 +183,7 @@ def _assessed_in_whole(given: _Given) -> RunRecord:
         with timed("looks"):
             return _looked(given, plan, built, job.progress)
     with timed("walk"):
-        fidelities = _measured(given, built)
+        fidelities = _measured(given, plan, built)
     with timed("workload"):
         answers = _asked(given, plan, built)
     return _judged(given, plan, built, fidelities, answers)
@@ -417,6 +419,7 @@ def _opened(settings: RunSettings, work: Work, confirm: Confirm) -> Iterator[_Gi
 def _checked_bar(settings: RunSettings) -> Bar | None:
     """The bar; a bad one, options that a level would not follow, and levels that nobody could ask are refused before
     any work is done."""
+    _check_caches(settings)
     sort_levels(_wanted(settings), settings.imatrix)
     of_kinds(
         [level for level, _ in settings.served],
@@ -440,8 +443,32 @@ def _checked_bar(settings: RunSettings) -> Bar | None:
     return parse_bar(settings.bar) if settings.bar else None
 
 
+def _check_caches(settings: RunSettings) -> None:
+    """Refuse what cannot be run, or compared, with several types of KV cache."""
+    if not settings.caches:
+        return
+    of_kinds(
+        [level for level in _wanted(settings) if isinstance(level, CheckpointLevel)],
+        (),
+        what="--kv",
+        why="Types of a KV cache are llama.cpp's, which does not run checkpoints.",
+        do="Leave out the checkpoint levels, or --kv.",
+    )
+    if _named_reference(settings) is not None:
+        raise UsageError(
+            f"--reference {settings.reference} does not go with --kv.",
+            means="Losses by cache are measured against the source in its 16-bit cache.",
+            do="Leave out --reference, or compare with an endpoint's or stored answers.",
+        )
+
+
 def _check_within(settings: RunSettings) -> None:
     """Refuse what no time can be predicted of."""
+    if settings.caches:
+        raise UsageError(
+            "--within cannot be kept with --kv: how long measuring by depth of context takes is not predicted.",
+            do="Leave out one of the two.",
+        )
     if _endpoints(settings):
         raise UsageError(
             "--within cannot be kept with models behind addresses, which answer when they like.",
@@ -493,10 +520,17 @@ def _planned(given: _Given) -> Plan:
     """The plan, when at least one level fits and what fits can be built. With a level as the reference, larger ones
     are left out."""
     reference, source = _named_reference(given.settings), given.job.source
-    plan = make_plan(
-        source.model, given.machine, n_ctx=given.settings.n_ctx, levels=_wanted(given.settings),
-        beside_bytes=given.projector.stat().st_size if given.projector else 0,
-    )  # fmt: skip
+    for cache in given.settings.caches:
+        check_cache(source.model, cache)
+    plans = {
+        cache: make_plan(
+            source.model, given.machine, n_ctx=given.settings.n_ctx, levels=_wanted(given.settings),
+            beside_bytes=given.projector.stat().st_size if given.projector else 0,
+            type_k=cache.k.upper(), type_v=cache.v.upper(),
+        )
+        for cache in given.settings.caches or (F16_CACHE,)
+    }  # fmt: skip
+    plan = over_caches(plans)
     if reference is not None:
         most = next(level.file_bytes for level in plan.levels if level.level == reference.name)
         plan = replace(plan, levels=tuple(level for level in plan.levels if level.file_bytes <= most))
@@ -521,9 +555,25 @@ def _levels_to_build(given: _Given, plan: Plan) -> list[Level]:
     file of its own level."""
     named = {level.name: level for level in _wanted(given.settings)}
     own, reference = level_of(given.job.source.model), _named_reference(given.settings)
-    rows = [row for row in plan.levels if row.level != own]
-    levels = [(row, named[row.level]) for row in rows]
-    return [level for row, level in levels if row.fits or level == reference or level.container is Container.FOLDER]
+    levels = [(row, named[level]) for row in plan.levels if (level := split_name(row.level)[0]) != own]
+    kept = (level for row, level in levels if row.fits or level == reference or level.container is Container.FOLDER)
+    return list(dict.fromkeys(kept))
+
+
+def _runs(given: _Given, plan: Plan, built: Mapping[Subject, LevelFile]) -> list[LevelToAsk]:
+    """Every level in a file with every cache that it is run with, in the order of the plan; the source with the caches
+    beside llama.cpp's own, with which it is what the others are compared with."""
+    caches = given.settings.caches or (F16_CACHE,)
+    source, fits = given.job.source, {row.level for row in plan.levels if row.fits}
+    files = {subject: file.path for subject, file in built.items() if not file.path.is_dir()}
+    own = Subject(source.sha256, level_of(source.model), file=source.sha256)
+    runs = [
+        LevelToAsk(subject.with_cache(cache), path, cache)
+        for subject, path in (files | {own: source.path}).items()
+        for cache in caches
+        if not (subject == own and cache.is_default)
+    ]
+    return [run for run in runs if not given.settings.caches or name_of(run) in fits]
 
 
 def _tell_twins(given: _Given, built: Mapping[Subject, LevelFile]) -> None:
@@ -560,8 +610,10 @@ def _ways(given: _Given, built: Mapping[Subject, LevelFile], stack: ExitStack) -
     return Ways(given.job, candidates, files, given.texts, given.recorded, reference)
 
 
-def _measured(given: _Given, built: Mapping[Subject, LevelFile]) -> list[Fidelity]:
+def _measured(given: _Given, plan: Plan, built: Mapping[Subject, LevelFile]) -> list[Fidelity]:
     """Fidelity of the files that were written; none, and a warning, where neither the walk nor the engine can go."""
+    if given.settings.caches:
+        return _measured_by_depth(given, _runs(given, plan, built))
     with ExitStack() as stack:
         ways = _ways(given, built, stack)
         try:
@@ -569,6 +621,19 @@ def _measured(given: _Given, built: Mapping[Subject, LevelFile]) -> list[Fidelit
         except UnknownArchitecture as error:
             _warn_of_no_fidelity(given, error)
             return []
+
+
+def _measured_by_depth(given: _Given, runs: Sequence[LevelToAsk]) -> list[Fidelity]:
+    """Fidelity of every level with every cache, at depths up to the context."""
+    paths = {run.subject.bare: run.path for run in runs}
+    return fidelities_by_depth(
+        given.job,
+        [(run.subject.bare, run.cache) for run in runs],
+        given.texts,
+        given.recorded,
+        files=lambda missing: [paths[subject] for subject in missing],
+        depths=usual_depths(given.settings.n_ctx or DEFAULT_CTX),
+    )
 
 
 def _asked(given: _Given, plan: Plan, built: Mapping[Subject, LevelFile]) -> list[LevelAnswers]:
@@ -582,9 +647,8 @@ def _contenders(given: _Given, plan: Plan, built: Mapping[Subject, LevelFile]) -
     settings, source = given.settings, given.job.source
     own = LevelToAsk(Subject(source.sha256, level_of(source.model), file=source.sha256), source.path)
     served = {level.name: endpoint for level, endpoint in settings.served}
-    files = [LevelToAsk(subject, file.path) for subject, file in built.items() if not file.path.is_dir()]
     folders = [ServedLevel(name, endpoint) for name, endpoint in served.items()]
-    levels: list[LevelToAsk | ServedLevel] = [*files, *folders]
+    levels: list[LevelToAsk | ServedLevel] = [*_runs(given, plan, built), *folders]
     named = _reference_level(given)
     if named is None:  # the source is a level like the others
         fits = any(level.fits and level.level == own.subject.level for level in plan.levels)
@@ -615,7 +679,9 @@ def _decided(
         tags={one.id: one.tags for one in given.workload.inputs},
     )
     files = {level_of(given.job.source.model): given.job.source.sha256}
-    return replace(decision, files=files | {file.level: file.sha256 for file in built.values()})
+    files |= {file.level: file.sha256 for file in built.values()}
+    files |= {name_of(run): files[run.subject.bare.level] for run in _runs(given, plan, built)}
+    return replace(decision, files=files)
 
 
 def _known_of_source(given: _Given, plan: Plan, fidelities: Sequence[Fidelity]) -> list[Fidelity]:

@@ -68,7 +68,10 @@ CASES = {
     "a shorter look": (ladder(NOTHING, NOTHING), "", 8, (DOCUMENTS, "AB", 0, 2)),
     "a look at some, the smallest among them": (ladder(*[NOTHING] * 5), "", 12, (DOCUMENTS, "ACE", 0, 2)),
     "the others when it turns out quicker": (
-        ladder((2, 0, 0), NOTHING, (2, 0, 0), NOTHING, (2, 0, 0)), "", 12, (DOCUMENTS, "BD", 0, 3),
+        ladder((2, 0, 0), NOTHING, (2, 0, 0), NOTHING, (2, 0, 0)),
+        "",
+        12,
+        (DOCUMENTS, "BD", 0, 3),
     ),
     "a look at what fits": (ladder(NOTHING, NOTHING), "", 2, (ROUNDS, "B", 0, 1)),
     "a shorter piece": (ladder(LOOKED), "A", 2, (DOCUMENTS, "A", 3, 5)),

@@ -47,7 +47,7 @@ class Clocks:
         yield found
         found.share = self._share
 
-    def _decode(self, engine, repeat, *, again):
+    def _decode(self, engine, repeat, *, again, past=0):
         self.prompts.append((Path(engine.path).name, repeat, again))
         factor, self._share = next(self._machine)
         name = Path(engine.path).name

@@ -18,6 +18,7 @@ from bitladder.cli.terminal import JsonFlag, print_json, say, verb
 from bitladder.errors import BadInput, UsageError
 
 if TYPE_CHECKING:
+    from bitladder.describe.cache_types import CacheTypes
     from bitladder.engines.base import Engine
     from bitladder.engines.endpoint import EndpointSettings
     from bitladder.progress import Progress
@@ -29,7 +30,10 @@ if TYPE_CHECKING:
 
 
 AUTO_ENGINE = "auto"
-_TIER = "A level, a GGUF file, or URL[#MODEL]; repeat it with more URLs of the same model for replicas."
+_TIER = (
+    "A level or a GGUF file, with its KV cache as in Q4_K_M+q8_0, or URL[#MODEL]; repeat it with more URLs of the same "
+    "model for replicas."
+)
 _ENDPOINT_SLOTS = 64  # requests at once to an endpoint, which has a queue of its own
 
 TierModel = Annotated[
@@ -56,6 +60,18 @@ class TierOptions:
     key_env: KeyNames = None
     key_file: KeyFiles = None
     ctx: Context = None
+    kv: Annotated[
+        str | None,
+        typer.Option("--kv", metavar="TYPE", help="Type of the KV cache of tiers that name none.", show_default="f16"),
+    ] = None
+    speculate: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--speculate",
+            metavar="[TIER=]ngram|draft:FILE|auto",
+            help="Guess tokens ahead; auto: where `bitladder speculate` found that it surely pays. Repeatable.",
+        ),
+    ] = None
     threads: Threads = ALL_CORES
     api_key_file: Annotated[Path | None, typer.Option("--api-key-file", help="Keys that clients need.")] = None
 
@@ -262,12 +278,21 @@ def tiers_of(
         say(run.sentence)
     wanted = list(dict.fromkeys(places for places in (quality, speed) if places))
     # All that can be refused is refused before the first level is built.
-    contexts = [_checked(options, places, work.progress, with_keys=with_keys) for places in wanted]
+    guesses = _guesses(options)
+    parts = [_with_usual_cache(options, places) for places in wanted]
+    contexts = [_checked(options, places, cache, work.progress, with_keys=with_keys) for places, cache in parts]
     specs = [
         _endpoint_tier(options, places, with_keys=with_keys)
         if is_address(places[0])
-        else _file_tier(tier_file(model or "", places[0], run, n_ctx=n_ctx, out=out, work=work), n_ctx)
-        for places, n_ctx in zip(wanted, contexts, strict=True)
+        else _file_tier(
+            tier_file(model or "", places[0], run, n_ctx=n_ctx, out=out, work=work, cache=cache), n_ctx, cache
+        )
+        for (places, cache), n_ctx in zip(parts, contexts, strict=True)
+    ]
+    names = ["quality", "speed"] if quality or len(specs) > 1 else ["speed"]
+    specs = [
+        _with_guesses(spec, guesses.get(name, guesses.get("", "")), work)
+        for spec, name in zip(specs, names, strict=False)
     ]
     machine = probe_machine()
     budget = usable_ram(machine) + usable_vram(machine)
@@ -315,9 +340,9 @@ def _run_of(model: str | None, wanted: list[str], progress: Progress) -> LatestR
     """
     from bitladder.engines.address import is_address
     from bitladder.stages.measured_levels import latest_run
-    from bitladder.stages.serve import is_level, is_only_a_name
+    from bitladder.stages.serve import is_level, is_only_a_name, split_tier
 
-    levels = [what for what in wanted if is_level(what)]
+    levels = [what for what in wanted if is_level(split_tier(what)[0])]
     if model is not None and is_address(model):
         if levels:
             raise UsageError(f"'{levels[0]}' is a level, and an address has none.", do="Give addresses or files.")
@@ -333,13 +358,59 @@ def _run_of(model: str | None, wanted: list[str], progress: Progress) -> LatestR
     return latest_run(model, progress)
 
 
-def _checked(options: TierOptions, places: tuple[str, ...], progress: Progress, *, with_keys: bool) -> int:
+def _guesses(options: TierOptions) -> dict[str, str]:
+    """What each tier guesses with, by its role; empty role: both. What is no way to guess is refused."""
+    from bitladder.engines.speculation import parse_speculation
+
+    found = {}
+    for text in options.speculate or ():
+        role, equals, words = text.partition("=")
+        if not equals or role not in ("quality", "speed"):
+            role, words = "", text
+        if words != AUTO_ENGINE:
+            parse_speculation(words)
+        found[role] = words
+    return found
+
+
+def _with_guesses(spec: TierSpec, words: str, work: Work) -> TierSpec:
+    """The tier with guesses; of ``auto`` only those that were measured to pay on this machine."""
+    from dataclasses import replace
+
+    from bitladder.engines.speculation import check_draft, parse_speculation
+    from bitladder.stages.speculate import known_to_pay
+
+    if not words or spec.path is None:
+        return spec
+    if words != AUTO_ENGINE:
+        speculation = parse_speculation(words)
+        check_draft(spec.path, speculation)
+        return replace(spec, speculate=speculation)
+    known = known_to_pay(spec.path, work.threads)
+    what = f"guesses with {known}" if known else "does not guess: nothing that was measured surely pays"
+    say(f"{spec.level} {what}.")
+    return replace(spec, speculate=known)
+
+
+def _with_usual_cache(options: TierOptions, places: tuple[str, ...]) -> tuple[tuple[str, ...], CacheTypes]:
+    """What a tier is of, and the KV cache that it names, else the one of all tiers; raises UsageError for no cache."""
+    from bitladder.describe.cache_types import parse_cache
+    from bitladder.stages.serve import split_tier
+
+    usual = parse_cache(options.kv or "f16")
+    what, cache = split_tier(places[0])
+    return (what, *places[1:]), cache or usual
+
+
+def _checked(
+    options: TierOptions, places: tuple[str, ...], cache: CacheTypes, progress: Progress, *, with_keys: bool
+) -> int:
     """The context of a tier, 0 for an endpoint; raises for what cannot be served."""
     from bitladder.engines.address import is_address
     from bitladder.stages.serve import tier_context
 
     if not is_address(places[0]):
-        return tier_context(options.model or "", places[0], options.ctx, progress)
+        return tier_context(options.model or "", places[0], options.ctx, progress, cache)
     for endpoint in map(options.endpoint, places):
         if with_keys:
             endpoint.read_key()
@@ -351,16 +422,30 @@ def _with_slots(specs: list[TierSpec], budget: int, slots: int | None) -> list[T
     from dataclasses import replace
 
     from bitladder.stages.run_facts import MOST_SLOTS
-    from bitladder.stages.serve import memory_by_slots, slots_that_fit
+    from bitladder.stages.serve import draft_bytes, memory_by_slots, slots_that_fit
 
     asked = range(1, MOST_SLOTS + 1) if slots is None else (slots,)
-    needs = {spec.path: memory_by_slots(spec.path, spec.n_ctx, asked) for spec in specs if spec.path is not None}
+    needs = {
+        (spec.path, spec.cache, spec.speculate): tuple(
+            map(
+                sum,
+                zip(
+                    memory_by_slots(spec.path, spec.n_ctx, asked, spec.cache),
+                    draft_bytes(spec.speculate, spec.n_ctx, asked),
+                    strict=True,
+                ),
+            )
+        )
+        for spec in specs
+        if spec.path is not None
+    }
     fitting = dict(zip(needs, slots_that_fit(tuple(needs.values()), budget), strict=True))
     return [
         spec
         if spec.path is None
-        else replace(spec, slots=slots or fitting[spec.path], memory_bytes=needs[spec.path][fitting[spec.path] - 1])
+        else replace(spec, slots=slots or fitting[key], memory_bytes=needs[key][fitting[key] - 1])
         for spec in specs
+        for key in [(spec.path, spec.cache, spec.speculate)]
     ]
 
 
@@ -420,13 +505,15 @@ def _endpoint_tier(options: TierOptions, addresses: tuple[str, ...], *, with_key
     )
 
 
-def _file_tier(file: TierFile, n_ctx: int) -> TierSpec:
+def _file_tier(file: TierFile, n_ctx: int, cache: CacheTypes | None = None) -> TierSpec:
     """A level's file as a tier: the measured file where it is, built when it is nowhere."""
+    from bitladder.describe.cache_types import F16_CACHE
     from bitladder.serve.settings import TierSpec
 
     return TierSpec(
         level=file.level, path=file.path, sha256=file.sha256, standing=file.standing, note=file.note,
         n_ctx=n_ctx, memory_bytes=file.memory_bytes, projector=file.projector,
+        cache=cache or F16_CACHE,
     )  # fmt: skip
 
 

@@ -53,7 +53,14 @@ MinSpeed = Annotated[
     ),
 ]
 Slots = Annotated[int, typer.Option("--slots", min=1, help="Requests at once, each with its own context.")]
-CacheType = Annotated[str, typer.Option("--kv", help="Precision of the KV cache: f16, q8_0 or q4_0.")]
+CacheType = Annotated[
+    str,
+    typer.Option(
+        "--kv",
+        help="Type of the KV cache: f16, q8_0, q5_1, q4_0, ...; keys and values apart as q8_0/q4_0. `plan MODEL` takes "
+        "several.",
+    ),
+]
 
 
 @dataclass(kw_only=True)

@@ -24,16 +24,18 @@ from bitladder.cli.completion import level_names
 from bitladder.cli.grouped import grouped
 from bitladder.cli.live import run_display
 from bitladder.cli.options import (
+    CacheTypesList,
     RunOptions,
     Texts,
     TrustPython,
     WorkloadFile,
+    caches_named,
     confirm_with,
     reference_named,
     refuse_elsewhere,
 )
 from bitladder.cli.terminal import JsonFlag, ModelArgument, print_json, say, verb
-from bitladder.errors import BarNotMet
+from bitladder.errors import BarNotMet, UsageError
 
 
 @verb
@@ -121,6 +123,14 @@ class MeasureOptions(WorkOptions):
     imatrix: Importance = "auto"
     effort: EffortName = "good"
     through: Through = None
+    kv: CacheTypesList = None
+    depth: Annotated[
+        str | None,
+        typer.Option(
+            "--depth", metavar="N1,N2", help="Measure in the engine, behind so many tokens of context.",
+            show_default="with --kv 512,4096",
+        ),
+    ] = None  # fmt: skip
 
 
 @verb
@@ -138,6 +148,8 @@ def measure(options: MeasureOptions, json_output: JsonFlag = False) -> None:
         imatrix=options.imatrix,
         effort=effort_named(options.effort),
         through=way_named(options.through),
+        caches=caches_named(options.kv),
+        depths=_depths_named(options.depth),
     )
     with options.working(quiet=json_output) as work:
         fidelities = measure_model(options.model, wanted, work)
@@ -145,6 +157,19 @@ def measure(options: MeasureOptions, json_output: JsonFlag = False) -> None:
         print_json({"levels": fidelities, "jobs": work.journal.jobs, "warnings": work.journal.warnings})
     else:
         fidelity_table(fidelities)
+
+
+def _depths_named(text: str | None) -> tuple[int, ...]:
+    """``"512,4k"`` as tokens; raises UsageError for what is no number."""
+    found = []
+    for part in (text or "").lower().split(","):
+        digits, thousand = part.strip().removesuffix("k"), part.strip().endswith("k")
+        if not digits and text is None:
+            continue
+        if not (digits.isascii() and digits.isdigit() and len(digits) < 10):
+            raise UsageError(f"'{part.strip()[:40]}' is no depth in tokens.", do="Write --depth 512,4096.")
+        found.append(int(digits) * (1024 if thousand else 1))
+    return tuple(found)
 
 
 @verb

@@ -26,6 +26,7 @@ from bitladder.cli.terminal import ModelArgument, say
 from bitladder.errors import UsageError
 
 if TYPE_CHECKING:
+    from bitladder.describe.cache_types import CacheTypes
     from bitladder.engines.endpoint import EndpointSettings
     from bitladder.levels import Level
     from bitladder.stages.run_facts import RunSettings
@@ -51,6 +52,23 @@ KeyFiles = Annotated[
     list[str] | None,
     typer.Option("--key-file", metavar="[HOST=]FILE", help="File with the key of an endpoint; repeatable."),
 ]
+
+
+CacheTypesList = Annotated[
+    str | None,
+    typer.Option(
+        "--kv",
+        metavar="T1,T2",
+        help="Types of the KV cache: f16, q8_0, q5_1, q4_0, ...; keys and values apart as q8_0/q4_0.",
+    ),
+]
+
+
+def caches_named(text: str | None) -> tuple[CacheTypes, ...]:
+    """Types of a KV cache; none where none is named. Raises UsageError for what is none."""
+    from bitladder.describe.cache_types import parse_caches
+
+    return () if text is None else parse_caches(text)
 
 
 @dataclass(kw_only=True)
@@ -85,6 +103,7 @@ class RunOptions(WorkOptions):
     ] = 0.0
     yes: Yes = False
     ctx: Context = None
+    kv: CacheTypesList = None
     text: Texts = None
     out: Annotated[
         Path | None,
@@ -140,6 +159,7 @@ class RunOptions(WorkOptions):
             effort=effort_named(self.effort),
             judge=self._judge(),
             trust_python=self.trust_python,
+            caches=caches_named(self.kv),
             within=parse_duration(self.within) if self.within else None,
         )
 

@@ -73,6 +73,9 @@ class Timings:
     prefill_tokens_per_s: float
     decode_tokens: int
     decode_tokens_per_s: float
+    drafted: int = 0
+    """Tokens guessed by speculative decoding, and those of them that were right."""
+    accepted: int = 0
 
 
 @dataclass(frozen=True)

@@ -409,4 +409,6 @@ def _timings(timings: Mapping[str, Any]) -> Timings:
         prefill_tokens_per_s=prompt / prompt_s if prompt and prompt_s > 0 else math.nan,
         decode_tokens=decoded,
         decode_tokens_per_s=steps / decode_s if steps > 0 and decode_s > 0 else math.nan,
+        drafted=int(timings.get("draft_n", 0)),
+        accepted=int(timings.get("draft_n_accepted", 0)),
     )

@@ -91,6 +91,7 @@ class LlamaProgram:
             pairs |= self._known({"--mmproj": str(settings.projector)})
         # Newer builds shrink the context to fit and keep 8 GiB of old prompts, unless told not to.
         pairs |= self._known({"--fit": "off", "--cache-ram": settings.prompt_cache_mib})
+        pairs |= self._speculation(settings)
         switches = ["--metrics", "--no-kv-unified", "--no-webui"]
         if settings.prompt_cache_mib == 0:
             switches.append("--no-cache-idle-slots")
@@ -100,6 +101,17 @@ class LlamaProgram:
             pairs["--pooling"] = "mean"
         words = [str(word) for pair in pairs.items() for word in pair]
         return [self.path, *words, *(switch for switch in switches if switch in self.flags)]
+
+    def _speculation(self, settings: LlamaSettings) -> dict[str, object]:
+        """How guesses are asked for; raises BadInput where this build takes none of the kind."""
+        if not settings.speculate:
+            return {}
+        flag, value = ("--model-draft", settings.draft) if settings.draft else ("--spec-type", "ngram-cache")
+        if flag not in self.flags:
+            raise BadInput(
+                f"'{self.path}' cannot speculate so: it has no flag {flag}.", do="Update it, or use --engine built-in."
+            )
+        return {flag: value}
 
     def _known(self, pairs: dict[str, object]) -> dict[str, object]:
         return {flag: value for flag, value in pairs.items() if flag in self.flags}

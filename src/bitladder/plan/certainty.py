@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from bitladder.records.decision import Certainty
 from bitladder.records.evaluation import Speed, WorkloadResult
-from bitladder.records.fidelity import Fidelity
+from bitladder.records.fidelity import AtDepth, Fidelity
 from bitladder.records.plan import LevelPlan
 from bitladder.stats.bootstrap import F64
 from bitladder.stats.paired import mcnemar
@@ -119,12 +119,22 @@ def _fidelity(one: Fidelity, documents: Mapping[str, F64], shift: float) -> Fide
     kl = documents.get(one.level)
     if kl is None:  # measured before units were kept, or on a single one
         factor = math.exp(shift * math.log(one.kl_high / one.kl_low) / _WIDTH_95)
-        return replace(one, kl_mean=one.kl_mean * factor, kl_low=one.kl_low * factor, kl_high=one.kl_high * factor)
+        low, high = one.kl_low * factor, one.kl_high * factor
+        return replace(one, kl_mean=one.kl_mean * factor, kl_low=low, kl_high=high, depths=_depths(one, factor))
     tokens = np.asarray(one.unit_tokens, dtype=np.float64)
     mean = float((kl * tokens).sum() / tokens.sum())
     wider = _error_of_log(kl, tokens) / max(_error_of_log(np.asarray(one.unit_kl), tokens), 1e-12)
     low, high = (mean * (bound / one.kl_mean) ** wider for bound in (one.kl_low, one.kl_high))
-    return replace(one, kl_mean=mean, kl_low=low, kl_high=high, unit_kl=tuple(kl.tolist()))
+    depths = _depths(one, mean / one.kl_mean)
+    return replace(one, kl_mean=mean, kl_low=low, kl_high=high, unit_kl=tuple(kl.tolist()), depths=depths)
+
+
+def _depths(one: Fidelity, factor: float) -> tuple[AtDepth, ...]:
+    """The figures by depth of context, which other documents move as they move the mean over all."""
+    return tuple(
+        replace(at, kl_mean=at.kl_mean * factor, kl_low=at.kl_low * factor, kl_high=at.kl_high * factor)
+        for at in one.depths
+    )
 
 
 def _error_of_log(kl: F64, tokens: F64) -> float:

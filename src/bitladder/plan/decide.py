@@ -16,6 +16,9 @@ The rule, in order:
    percent, and by the whole interval of the ratio over rounds in which both were timed. It must surely be faster
    than the quality tier; without speeds, decode is taken to be bound by bytes, and it must be smaller. Else one level
    serves both: the quality tier, or the speed tier where its KL is no higher.
+   Of levels that are run with several types of KV cache each pair is a candidate, by its bytes in memory at the
+   context: a smaller level with a 16-bit cache may be taken before a larger one with four. Where losses were measured
+   by depth of context, a clause on them holds when it holds at every depth.
 4. The two stand in memory *together* when their sum fits the budget; otherwise the gateway *swaps* them.
 
 Several levels give chance several tries. So the chance that any level is said to meet the bar which does not
@@ -29,6 +32,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from bitladder.describe.cache_types import split_name
 from bitladder.plan.bar import DEFAULT_BAR, DEFAULT_BAR_WITHOUT_KL, Bar, parse_bar
 from bitladder.plan.certainty import LadderEvidence, certainty
 from bitladder.plan.front import Standpoint, pareto
@@ -85,6 +89,7 @@ def decide(
     tiers = Tiers(quality, speed, _pair(quality, speed, plan.budget_bytes))
     outcomes = {one.outcome for one in rivals or everyone}
     outcome = Outcome.MET if MET in outcomes else Outcome.UNKNOWN if UNKNOWN in outcomes else Outcome.NOT_MET
+    with_cache = any(split_name(level.level)[1] for level in plan.levels)
     sure = certainty(
         evidence,
         _names((quality, speed)),
@@ -99,7 +104,7 @@ def decide(
         outcome=outcome,
         pair=tiers.pair,
         front=pareto(
-            Standpoint(one.level, one.evidence.plan.file_bytes, one.speed, one.kl)
+            Standpoint(one.level, one.total if with_cache else one.evidence.plan.file_bytes, one.speed, one.kl)
             for one in judged
             if one.evidence.plan.placement != ELSEWHERE
         ),

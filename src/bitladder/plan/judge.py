@@ -9,7 +9,7 @@ from enum import StrEnum
 
 from bitladder.plan.bar import UPPER, Bar, Clause, spoken
 from bitladder.records.evaluation import FaultCount, WorkloadResult
-from bitladder.records.fidelity import Fidelity
+from bitladder.records.fidelity import AtDepth, Fidelity
 from bitladder.records.plan import ELSEWHERE, Container, LevelPlan
 from bitladder.stats.multiplicity import beyond
 from bitladder.stats.noninferiority import inputs_needed, loss_interval, p_not_worse, repeated_counts
@@ -155,7 +155,10 @@ class Judged:
     def near_lossless(self) -> bool:
         """KL known to be under `NEAR_LOSSLESS_KL`, and no loss proven by the workload."""
         fidelity = self.evidence.fidelity
-        return fidelity is not None and fidelity.kl_high < NEAR_LOSSLESS_KL and not loss_is_known(self.evidence)
+        if fidelity is None:
+            return False
+        bounds = (fidelity.kl_high, *(at.kl_high for at in fidelity.depths))
+        return all(high < NEAR_LOSSLESS_KL for high in bounds) and not loss_is_known(self.evidence)
 
     @property
     def net_losses(self) -> int:
@@ -252,6 +255,29 @@ def _fidelity(clause: Clause, evidence: LevelEvidence) -> Judgement:
         return Judgement(UNKNOWN, f"{spoken(clause.metric)} cannot be measured through an address")
     if found is None:
         return Judgement(UNKNOWN, f"{spoken(clause.metric)} was not measured", f"measure {spoken(clause.metric)}")
+    if not found.depths:
+        return _at(clause, found, found.units, found.unit)
+    judged = [(at, _at(clause, at, found.units, found.unit)) for at in found.depths]
+    return _over_depths(clause, judged)
+
+
+def _over_depths(clause: Clause, judged: Sequence[tuple[AtDepth, Judgement]]) -> Judgement:
+    """A clause holds when it holds at every depth of context, which needs no correction for their number; the depth
+    that is nearest to failing speaks for all."""
+    outcome = overall([one for _, one in judged])
+    of_outcome = [(at, one) for at, one in judged if one.outcome == outcome]
+    at, worst = max(of_outcome, key=lambda pair: pair[1].p_value) if outcome == MET else of_outcome[-1]
+    rise = ""
+    if clause.metric == "kl" and at.rises:
+        rise = (
+            f", {_short(at.rise)} times ({_short(at.rise_low)} to {_short(at.rise_high)}) as much as at "
+            f"{judged[0][0].depth:,}"
+        )
+    return replace(worst, reason=f"{worst.reason} at {at.depth:,} tokens of context{rise}")
+
+
+def _at(clause: Clause, found: Fidelity | AtDepth, units: int, unit: str) -> Judgement:
+    """The clause on these figures, whose intervals resample so many units."""
     value, low, high = {
         "kl": (found.kl_mean, found.kl_low, found.kl_high),
         "kl p99": (found.kl_p99, found.kl_p99, found.kl_p99),
@@ -261,10 +287,10 @@ def _fidelity(clause: Clause, evidence: LevelEvidence) -> Judgement:
     show = _percent if clause.metric == "top1" else _short
     judged = _compare(clause, value, low, high, show)
     if judged.outcome == MET:
-        return replace(judged, p_value=_chance(clause, value, low, high, found.units))
+        return replace(judged, p_value=_chance(clause, value, low, high, units))
     if judged.outcome != UNKNOWN or math.isnan(value):
         return judged
-    return Judgement(UNKNOWN, judged.reason, _more_text(clause, value, low, high, found))
+    return Judgement(UNKNOWN, judged.reason, _more_text(clause, value, low, high, units, unit))
 
 
 def _chance(clause: Clause, value: float, low: float, high: float, units: int) -> float:
@@ -281,11 +307,11 @@ def _chance(clause: Clause, value: float, low: float, high: float, units: int) -
     return beyond(math.log(clause.value / value), math.log(high / value), units - 1)
 
 
-def _more_text(clause: Clause, value: float, low: float, high: float, found: Fidelity) -> str:
+def _more_text(clause: Clause, value: float, low: float, high: float, count: int, unit: str) -> str:
     """How much more text would move the interval off the limit: its width shrinks with the root of the
     units."""
     if math.isnan(low) or math.isnan(high):
-        return f"measure {spoken(clause.metric)} on more text: {found.units} {found.unit}(s) give no interval"
+        return f"measure {spoken(clause.metric)} on more text: {count} {unit}(s) give no interval"
     upper = clause.metric in UPPER
     distance = abs(clause.value - value)
     holding = value < clause.value if upper else value > clause.value
@@ -293,8 +319,8 @@ def _more_text(clause: Clause, value: float, low: float, high: float, found: Fid
     if distance <= 0.02 * max(width, 1e-12):
         return f"{spoken(clause.metric)} lies at the limit itself: more text will not decide it"
     factor = (width / distance) ** 2
-    units = math.ceil(found.units * max(factor, 1.1))
-    more = f"{units - found.units} more {found.unit}s ({found.units} so far)"
+    units = math.ceil(count * max(factor, 1.1))
+    more = f"{units - count} more {unit}s ({count} so far)"
     return f"measure {spoken(clause.metric)} on about {more}"
 
 

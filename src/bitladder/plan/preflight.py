@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 
 from bitladder.describe.machine import Machine
 from bitladder.errors import NothingFits
+from bitladder.formats.blocks import QTYPES
+from bitladder.plan.cost import LevelSize
 from bitladder.units import Basis, GiB, MiB, human_bytes
 
 QUANTIZE_RATE = {"Q8_0": 2e8, "F16": 3e8, "BF16": 3e8, "F32": 3e8}
@@ -46,6 +48,20 @@ class JobNeed:
     def named(self, what: str, kind: str = "") -> JobNeed:
         """The same in words that name the levels or the text, and of another kind where one is given."""
         return replace(self, what=what, kind=kind or self.kind)
+
+
+def weights_to_convert(sizes: Sequence[LevelSize]) -> dict[str, int]:
+    """qtype -> weights to convert for levels of one model, each (tensor, qtype) once, however many levels want it."""
+    work = {
+        (tensor.name, tensor.qtype): tensor.elements
+        for size in sizes
+        for tensor in size.tensors
+        if QTYPES[tensor.qtype].is_quantized
+    }
+    weights: dict[str, int] = {}
+    for (_, qtype), count in work.items():
+        weights[qtype] = weights.get(qtype, 0) + count
+    return weights
 
 
 def quantize_need(

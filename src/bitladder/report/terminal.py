@@ -74,7 +74,7 @@ def print_run(record: RunRecord, console: Console | None = None) -> None:
     columns = [column for column in COLUMNS if record.costs or column.title not in money]
     table, left_out = fitted_table(columns, rows, out.width)
     out.print(table)
-    for line in heads_in_words(("KL", "ppl ratio", "top-1", "passes", *(money if record.costs else ()))):
+    for line in heads_in_words(("KL", "ppl ratio", "top-1", "passes", *(("cost",) if record.costs else ()))):
         out.print(Text(line, style="dim"))
     if left_out:
         out.print(Text(f"Left out for width: {', '.join(left_out)}.", style="dim"))
@@ -203,12 +203,41 @@ def fidelity_table(fidelities: Sequence[Fidelity], console: Console | None = Non
     out.print(table)
     for line in heads_in_words(("KL", "ppl ratio", "top-1")):
         out.print(line, style="dim")
+    if any(one.depths for one in fidelities):
+        depth_table(fidelities, out)
     if fidelities:
         one = fidelities[0]
         line = f"95%: intervals over {one.units} {one.unit}s, not over tokens."
         if one.units < 2:
             line = f"One {one.unit} is too little for intervals: measure on more text."
         out.print(line, style="dim")
+
+
+def depth_table(fidelities: Sequence[Fidelity], out: Console) -> None:
+    """Losses by depth of context, and what they rise by."""
+    table = plain_table()
+    for title in ("level", "depth", "KL mean", "95%", "times shallowest", "95%", "ppl ratio", "top-1"):
+        table.add_column(title, justify="left" if title in ("level", "95%") else "right", no_wrap=True)
+    for one in fidelities:
+        for at in one.depths:
+            table.add_row(
+                one.level if at is one.depths[0] else "",
+                f"{at.depth:,}",
+                small(at.kl_mean),
+                interval(at.kl_low, at.kl_high, small),
+                number(at.rise, 3),
+                interval(at.rise_low, at.rise_high, lambda ratio: f"{ratio:.3g}"),
+                f"{at.ppl_ratio:.4f}" if math.isfinite(at.ppl_ratio) else "–",
+                percent(at.top1, 1),
+            )
+    out.print(table)
+    for one in fidelities:
+        deepest = one.depths[-1] if one.depths else None
+        if deepest is not None and deepest.rises:
+            out.print(
+                f"{one.level}: its loss rises with depth, {number(deepest.rise, 3)} times from {one.depths[0].depth:,} "
+                f"to {deepest.depth:,} tokens ({deepest.rise_low:.3g} to {deepest.rise_high:.3g})."
+            )
 
 
 def search_table(outcome: LadderOutcome, bar: str, console: Console | None = None) -> None:

@@ -42,6 +42,7 @@ MakeEngine = Callable[[TierSpec, int], Running]
 
 def own_engine(spec: TierSpec, threads: int, kind: EngineKind | None = None) -> Running:
     """The engine of a tier, not yet started; ``kind``: what runs files; None, and for folders: what is registered."""
+    from bitladder.engines.llama import with_cache, with_speculation
     from bitladder.engines.registry import container_of, prepare
     from bitladder.levels import Container
 
@@ -56,6 +57,7 @@ def own_engine(spec: TierSpec, threads: int, kind: EngineKind | None = None) -> 
         projector=spec.projector or "",
         task=TASKS[spec.task],
     )
+    launch = with_speculation(with_cache(launch, spec.cache), spec.speculate)
     return prepare(launch, kind if container_of(spec.path) is Container.FILE else None)
 
 

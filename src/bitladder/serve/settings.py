@@ -7,8 +7,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
+from bitladder.describe.cache_types import F16_CACHE, CacheTypes
 from bitladder.engines.address import api_base
 from bitladder.engines.base import EngineKind
+from bitladder.engines.speculation import Speculation
 from bitladder.errors import UsageError
 from bitladder.records.level_file import FileStanding
 from bitladder.records.plan import DEFAULT_CTX
@@ -71,6 +73,10 @@ class TierSpec:
     """The file that takes in pictures and sounds for it."""
     task: str = ""
     """The only path that it answers (`TASK_OPTIONS`); empty for text."""
+    cache: CacheTypes = F16_CACHE
+    """Types of the KV cache that our engine runs it with; its level's name says them, too."""
+    speculate: Speculation | None = None
+    """Where guesses of the next tokens come from; None: nowhere."""
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.url is None):
@@ -149,7 +155,7 @@ def with_distinct_names(specs: Sequence[TierSpec]) -> list[TierSpec]:
 
 
 def _place(spec: TierSpec) -> tuple[object, ...]:
-    return spec.path, tuple(one.url for one in spec.keyed), spec.model
+    return spec.path, tuple(one.url for one in spec.keyed), spec.model, spec.cache
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from bitladder.describe.cache_types import F16_CACHE, CacheTypes
 from bitladder.engines.endpoint import EndpointSettings
 from bitladder.progress import LevelNews
 from bitladder.records.evaluation import Speed
@@ -23,10 +24,11 @@ if TYPE_CHECKING:
 
 
 class LevelToAsk(NamedTuple):
-    """A level in a file."""
+    """A level in a file, and the KV cache that it is run with."""
 
     subject: Subject
     path: Path
+    cache: CacheTypes = F16_CACHE
 
 
 class ServedLevel(NamedTuple):
@@ -115,9 +117,11 @@ class Asker:
         self, asked: Sequence[LevelAnswers], in_files: Mapping[str, LevelToAsk]
     ) -> tuple[list[LevelAnswers], bool]:
         """The same with the speeds of levels in files, and whether these were stored."""
-        from bitladder.stages.speeds import speeds_in_turns
+        from bitladder.stages.speeds import MOST_PAST, speeds_in_turns
 
-        speeds, stored = speeds_in_turns(list(in_files.values()), self.recorded, self.work)
+        levels = list(in_files.values())
+        past = 0 if all(level.cache.is_default for level in levels) else min(self.n_ctx // 2, MOST_PAST)
+        speeds, stored = speeds_in_turns(levels, self.recorded, self.work, past=past)
         speed_of = dict(zip(in_files, speeds, strict=True))
         found = [replace(level, speed=speed_of.get(level.level, level.speed)) for level in asked]
         for level in found:
@@ -141,8 +145,10 @@ class Asker:
             return endpoint_answers(contender, self.workload, self.recorded, self.work.journal, timed=timed)
         if isinstance(contender, Path):
             return Replies(load_reference(contender, self.workload), UNKNOWN_SPEED, stored=True)
-        subject, path = contender
-        return answers(subject, path, self.workload, self.recorded, n_ctx=self.n_ctx, work=self.work, inputs=inputs)
+        subject, path, cache = contender
+        return answers(
+            subject, path, self.workload, self.recorded, n_ctx=self.n_ctx, work=self.work, inputs=inputs, cache=cache
+        )
 
     def stored(self, contender: Contender) -> set[str] | None:
         """Inputs that a level in a file has answered already, in all samples; None of others: a file of answers costs

@@ -349,15 +349,16 @@ _PROSE = (
 )
 
 
-def decode_rates(engine: Engine, repeat: int, *, again: bool = False) -> tuple[float, float]:
+def decode_rates(engine: Engine, repeat: int, *, again: bool = False, past: int = 0) -> tuple[float, float]:
     """Prefill and decode rates of one request; ``repeat`` makes each prompt a new one, which no cache can serve.
 
     ``again``: the last request had the same ``repeat``; an engine of our own with a clock then decodes after the prompt
-    that it holds, in a third of the time, and the prefill rate is NaN.
+    that it holds, in a third of the time, and the prefill rate is NaN. ``past``: tokens of context before the prompt,
+    which the engine keeps from one request to the next.
     """
     if isinstance(engine, Running):
         with contextlib.suppress(Unsupported):
-            prefill, decode = _clock_rates(engine, repeat, again=again)
+            prefill, decode = _clock_rates(engine, repeat, again=again, past=past)
             return math.nan if again else prefill, decode
     return _stream_rates(engine, repeat)
 
@@ -371,10 +372,14 @@ def warm_up(engine: Engine) -> None:
     engine.chat(Chat.of(_PROSE, 8))
 
 
-def _clock_rates(engine: Running, repeat: int, *, again: bool) -> tuple[float, float]:
-    room = engine.launch.n_ctx - DECODE_TOKENS - 8
+def _clock_rates(engine: Running, repeat: int, *, again: bool, past: int) -> tuple[float, float]:
+    room = engine.launch.n_ctx - past - DECODE_TOKENS - 8
     tokens = engine.tokenize(f"{repeat + 1}. " + _PROSE * 4, add_special=True)[: max(8, min(PREFILL_TOKENS, room))]
-    timings = engine.time_tokens(tokens, max_tokens=min(DECODE_TOKENS, max(2, room)), again=again)
+    if past:
+        once = engine.tokenize(_PROSE)
+        tokens = [*(once * -(-past // max(1, len(once))))[:past], *tokens]
+    held = again or past > 0
+    timings = engine.time_tokens(tokens, max_tokens=min(DECODE_TOKENS, max(2, room)), again=held)
     if timings["prompt_ms"] <= 0 or timings["predicted_ms"] <= 0 or timings["predicted_n"] < 2:
         raise EngineReply(f"The engine's timings make no sense: {dict(timings)}.")
     # The first decoded token comes out of the prefill, so n tokens are n - 1 steps.

@@ -124,9 +124,8 @@ def _room(need: JobNeed) -> str:
 def building_need(job: Job, levels: Sequence[Level], build: Build) -> JobNeed:
     """What writing those of the levels will take that are not there yet, where they are written or in other folders."""
     from bitladder.files.probe import probe_machine
-    from bitladder.formats.blocks import QTYPES
     from bitladder.plan.cost import level_size
-    from bitladder.plan.preflight import quantize_need
+    from bitladder.plan.preflight import quantize_need, weights_to_convert
 
     source, places = job.source, [build.out, *build.folders]
     missing = [
@@ -135,17 +134,12 @@ def building_need(job: Job, levels: Sequence[Level], build: Build) -> JobNeed:
         if not any(_is_there(place, f"{source.model.name}-{level}") for place in places)
     ]
     sizes = [level_size(source.model, level) for level in missing]
-    work = {
-        (tensor.name, tensor.qtype): tensor.elements  # once, however many levels want it
-        for size in sizes
-        for tensor in size.tensors
-        if QTYPES[tensor.qtype].is_quantized
-    }
-    weights: dict[str, int] = {}
-    for (_, qtype), count in work.items():
-        weights[qtype] = weights.get(qtype, 0) + count
     need = quantize_need(
-        weights, [size.file_bytes for size in sizes], probe_machine(build.out), threads=job.threads, effort=build.effort
+        weights_to_convert(sizes),
+        [size.file_bytes for size in sizes],
+        probe_machine(build.out),
+        threads=job.threads,
+        effort=build.effort,
     )
     return need.named(f"quantize {', '.join(map(str, missing)) or 'nothing'}")
 

@@ -13,6 +13,7 @@ from bitladder.progress import Progress, silent
 from bitladder.records.job import JobOutcome
 
 if TYPE_CHECKING:
+    from bitladder.describe.depths import DepthWindows
     from bitladder.describe.text import Document
     from bitladder.describe.windows import Window
     from bitladder.executors import Executor
@@ -108,6 +109,23 @@ class Job(Work):
             self._windows[digest] = text_windows(texts, ids.__getitem__, self.source.model, bos=bos)
         return self._windows[digest]
 
+    def depth_windows(self, texts: Sequence[Document], depths: Sequence[int]) -> list[DepthWindows]:
+        """Windows of these depths, with the calibration text that ships before documents that are shorter.
+
+        Raises:
+            EngineError, BadInput: as ``windows``.
+        """
+        from bitladder.describe.depths import depth_windows
+        from bitladder.describe.windows import bos_in_front
+
+        marks = [""] if self.found.unread_tokenizer else []
+        filler = filler_texts()
+        ids = self.tokens([*marks, *(document.text for document in (*texts, *filler))])
+        first = ids.pop(0)[0] if marks and ids[0] else None
+        bos = bos_in_front(self.source.model, ids, first)
+        named = [(document.name, one) for document, one in zip(texts, ids, strict=False)]
+        return depth_windows(named, ids[len(texts) :], depths, bos=bos)
+
     def tokens(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of texts by the engine's own tokenizer; by the checkpoint's where the engine does not load the model,
         which is said.
@@ -201,6 +219,13 @@ class Job(Work):
         if line not in self.journal.warnings:
             self.journal.warn(line)
         return folder
+
+
+def filler_texts() -> list[Document]:
+    """What stands before a document that is shorter than the context it is measured in: never what is measured on."""
+    from bitladder.files.texts import shipped_texts
+
+    return shipped_texts("calibration")
 
 
 @contextmanager

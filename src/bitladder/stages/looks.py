@@ -197,7 +197,8 @@ class Costs:
             return corrected_seconds(walking_need(self._source, windows, piece.levels))
         tokens = _ROUND_TOKENS * (piece.stop - piece.start)
         if piece.kind is Kind.INPUTS:
-            tokens = sum(one.max_tokens for one in self._material.inputs[piece.start : piece.stop])
+            asked = self._material.inputs[piece.start : piece.stop]
+            tokens = sum(one.most_tokens * (1 + len(one.turns)) for one in asked)
         return sum(_engine_seconds(self._plan.get(name), tokens) for name in (self._reference, *piece.levels))
 
 

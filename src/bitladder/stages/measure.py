@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from bitladder.errors import BadInput, UnknownArchitecture
+from bitladder.describe.cache_types import F16_CACHE, CacheTypes
+from bitladder.errors import BadInput, UnknownArchitecture, UsageError
 from bitladder.progress import LevelNews
 from bitladder.records.fidelity import Fidelity, Way
 from bitladder.stages.calibration import importance_of
-from bitladder.stages.engine_way import announce, instead_of_walk, scores_in_engine, way_for
+from bitladder.stages.engine_way import (
+    announce,
+    deployed_fidelities,
+    engine_missing,
+    instead_of_walk,
+    scores_in_engine,
+    way_for,
+)
 from bitladder.stages.forecast import forecast, walking_need
 from bitladder.stages.job import AUTO, Build, Job, Work, opened
 
@@ -43,7 +51,7 @@ class Measuring:
     """What ``measure_model`` compares."""
 
     levels: Sequence[Level] | None = None
-    """None: the ladder, where no files are named."""
+    """None: the ladder, where no files are named; by depth the model itself."""
     reference: Level | None = None
     """None: the model itself."""
     files: Sequence[Path] = ()
@@ -54,17 +62,22 @@ class Measuring:
     effort: Effort = "good"
     through: Way | None = None
     """The way; None for the walk where it can go, else the engine."""
+    caches: Sequence[CacheTypes] = ()
+    """Types of the KV cache that every level is run with, by the engine; none for what the weights alone cost."""
+    depths: Sequence[int] = ()
+    """Tokens of context to measure behind; of caches the usual ones by default."""
 
 
 def measure_model(model: str, wanted: Measuring, work: Work) -> list[Fidelity]:
-    """Fidelity of levels, and of files and checkpoint folders that exist, against the model or one of its levels.
+    """Fidelity of levels, and of files and checkpoint folders that exist, against the model or one of its levels; or by
+    depth of context, of each with every cache.
 
     llama.cpp's mixes of types are made on the fly, tensor by tensor. Levels that need calibration are taken where
     evidence knows them, or built in a folder that goes when they are measured; so are all that the engine measures.
     Only evidence is written.
 
     Raises:
-        UsageError: an option that a level would not follow.
+        UsageError: an option that a level would not follow; a cache that the model cannot have.
         BadInput: a file is no level of this model, or a folder is in a format that is not read.
         BitladderError: anything else a user can meet.
     """
@@ -73,14 +86,40 @@ def measure_model(model: str, wanted: Measuring, work: Work) -> list[Fidelity]:
     from bitladder.store.evidence import Evidence
     from bitladder.store.recorded import Recorded
 
-    chosen = LADDER if wanted.levels is None and not wanted.files else wanted.levels or ()
+    everything = wanted.levels is None and not wanted.files
+    by_depth = bool(wanted.caches or wanted.depths)
+    chosen = LADDER if everything and not by_depth else wanted.levels or ()
     every = dict.fromkeys([*chosen, *([wanted.reference] if wanted.reference else [])])
     levels = sort_levels(list(every), wanted.imatrix)
     texts = documents(wanted.texts)
     with ExitStack() as stack:
         recorded = Recorded(stack.enter_context(Evidence.open()))
         job = stack.enter_context(opened(model, work, warn=False))
+        if by_depth:
+            wanted = _checked_depths(job, wanted)
         return _Comparison(job, recorded, stack, wanted, texts).fidelities(chosen, levels)
+
+
+def _checked_depths(job: Job, wanted: Measuring) -> Measuring:
+    """The same with what it leaves open; what cannot be measured by depth is refused before any work."""
+    from bitladder.describe.cache_types import check_cache
+    from bitladder.describe.depths import DEPTHS, check_depths
+
+    if wanted.through is Way.WALK or wanted.reference is not None:
+        option = "--reference" if wanted.through is not Way.WALK else "--through walk"
+        raise UsageError(
+            f"{option} does not go with --kv and --depth.",
+            means="A cache is the engine's, which compares with the source in its 16-bit cache.",
+            do=f"Leave out {option}.",
+        )
+    if why := engine_missing(job.source.model):
+        raise UnknownArchitecture(f"The engine cannot measure it: {why}.", do="Leave out --kv and --depth.")
+    trained = job.source.model.dims.n_ctx_train
+    usual = [depth for depth in DEPTHS if not trained or depth <= trained] or [trained]
+    caches = tuple(wanted.caches) or (F16_CACHE,)
+    for cache in caches:
+        check_cache(job.source.model, cache)
+    return replace(wanted, caches=caches, depths=check_depths(wanted.depths or usual, trained))
 
 
 @dataclass(frozen=True)
@@ -129,13 +168,19 @@ class _Comparison:
             return [ready[subject] for subject in missing]
 
         def files(missing: Sequence[Subject]) -> list[Path]:
-            lying = {subject.level: file.path for subject, file in built.items()}
+            lying = {level_of(source.model): source.path} if not (chosen or given) else {}
+            lying |= {subject.level: file.path for subject, file in built.items()}
             lying |= {subject.level: path for subject, path in zip(given, self.wanted.files, strict=True)}
             absent = {subject.level for subject in missing} - set(lying)
             lying |= self._written([level for level in levels.files if level.name in absent], importance)
             return [lying[subject.level] for subject in missing]
 
         subjects = [of_level[level.name] for level in chosen if level != reference] + list(given)
+        if self.wanted.caches:
+            if not subjects:  # what the caches cost, whatever the level
+                subjects = [Subject(source.sha256, level_of(source.model), file=source.sha256)]
+            pairs = [(subject, cache) for subject in subjects for cache in self.wanted.caches]
+            return fidelities_by_depth(job, pairs, self.texts, self.recorded, files=files, depths=self.wanted.depths)
         return fidelities(
             job, subjects, candidates, self.texts, self.recorded, files=files, reference=higher,
             through=self.wanted.through,
@@ -265,6 +310,74 @@ def fidelities(
     return Ways(job, candidates, files, texts, recorded, reference).fidelities(subjects, through)
 
 
+def fidelities_by_depth(
+    job: Job,
+    pairs: Sequence[tuple[Subject, CacheTypes]],
+    texts: Sequence[Document],
+    recorded: Recorded,
+    *,
+    files: Callable[[Sequence[Subject]], Sequence[Path]],
+    depths: Sequence[int],
+) -> list[Fidelity]:
+    """Stored fidelities by depth of levels that are run with a cache, and those that are missing, from the engine.
+
+    Args:
+        job: the model.
+        pairs: the levels, each with the cache that it is run with.
+        texts: what is measured on.
+        recorded: the evidence.
+        files: gives levels as files.
+        depths: tokens of context, rising.
+
+    Raises:
+        BitladderError: whatever a user can meet.
+    """
+    from bitladder.describe.text import text_hash
+    from bitladder.files.folders import cache_key
+    from bitladder.stages.job import filler_texts
+
+    run_with = {subject.with_cache(cache): (subject, cache) for subject, cache in pairs}
+
+    def measure(missing: Sequence[Subject]) -> Iterable[Fidelity]:
+        bare = dict.fromkeys(run_with[one][0] for one in missing)
+        paths = dict(zip(bare, files(list(bare)), strict=True))
+        levels = [(one.level, paths[run_with[one][0]]) for one in missing]
+        caches = [run_with[one][1] for one in missing]
+        return deployed_fidelities(job, levels, caches, job.depth_windows(texts, depths))
+
+    digest = cache_key(job.text_key(texts), "depths", *map(str, depths), text_hash(filler_texts()))
+    return _stored_or_measured(job, list(run_with), digest, recorded, None, Way.DEPLOYED, measure)
+
+
+def _stored_or_measured(
+    job: Job,
+    subjects: Sequence[Subject],
+    digest: str,
+    recorded: Recorded,
+    reference: Subject | None,
+    way: Way,
+    measure: Callable[[Sequence[Subject]], Iterable[Fidelity]],
+) -> list[Fidelity]:
+    """What is known of the subjects on a text with this digest, the rest measured; each is stored when it is there.
+    What is the same file, run in the same way, is measured once."""
+    stored = {one: recorded.fidelity(one, digest, reference, way=way) for one in subjects}
+    found = {subject: fidelity for subject, fidelity in stored.items() if fidelity is not None}
+    job.journal.reuse("fidelity", [subject.level for subject in found])
+    for subject in subjects:
+        if subject not in found:
+            job.progress.on_level(LevelNews(subject.level, "measuring"))
+    same = recorded.one_of_each([subject for subject in subjects if subject not in found])
+    missing = [subject for subject in same if same[subject] == subject]
+    if missing:
+        for subject, fidelity in zip(missing, measure(missing), strict=True):
+            found[subject] = fidelity
+            recorded.keep_fidelity(subject, digest, fidelity, reference)
+    found |= {subject: replace(found[one], level=subject.level) for subject, one in same.items() if one != subject}
+    for subject in subjects:
+        job.progress.on_level(LevelNews(subject.level, "measured", kl_mean=found[subject].kl_mean))
+    return [found[subject] for subject in subjects]
+
+
 @dataclass(frozen=True)
 class Ways:
     """What fidelity is measured with, by walking or in the engine."""
@@ -296,30 +409,20 @@ class Ways:
     def all_of(
         self, subjects: Sequence[Subject], way: Way, refusal: UnknownArchitecture | None = None
     ) -> list[Fidelity]:
-        """Fidelities of all subjects, measured in one way; each is stored when it is there."""
+        """Fidelities of all subjects, measured in one way."""
         job = self.job
-        digest = job.text_key(self.texts)
         if way is Way.ENGINE:
             announce(job, "Fidelity is measured", refusal)
-        stored = {one: self.recorded.fidelity(one, digest, self.reference, way=way) for one in subjects}
-        found = {subject: fidelity for subject, fidelity in stored.items() if fidelity is not None}
-        job.journal.reuse("fidelity", [subject.level for subject in found])
-        for subject in subjects:
-            if subject not in found:
-                job.progress.on_level(LevelNews(subject.level, "measuring"))
-        same = self.recorded.one_of_each([subject for subject in subjects if subject not in found])
-        missing = [subject for subject in same if same[subject] == subject]
-        if missing:
+
+        def measure(missing: Sequence[Subject]) -> Iterator[Fidelity]:
             from bitladder.stages.fidelity import fidelity  # brings torch, which stored figures need not wait for
 
             windows = job.windows(self.texts)
             for subject, (own, beside) in zip(missing, self.scored(missing, windows, way), strict=True):
-                found[subject] = replace(fidelity(subject.level, own, beside, windows), way=way)
-                self.recorded.keep_fidelity(subject, digest, found[subject], self.reference)
-        found |= {subject: replace(found[one], level=subject.level) for subject, one in same.items() if one != subject}
-        for subject in subjects:
-            job.progress.on_level(LevelNews(subject.level, "measured", kl_mean=found[subject].kl_mean))
-        return [found[subject] for subject in subjects]
+                yield replace(fidelity(subject.level, own, beside, windows), way=way)
+
+        digest = job.text_key(self.texts)
+        return _stored_or_measured(job, subjects, digest, self.recorded, self.reference, way, measure)
 
     def scored(self, missing: Sequence[Subject], windows: Sequence[Window], way: Way) -> Iterable[Scored]:
         """Scores of every token of each, and of the reference beside it."""
@@ -351,7 +454,7 @@ def fidelity_of_reference(measured: Fidelity, level: str) -> Fidelity:
     zero = dict.fromkeys((name for name in vars(measured) if name.startswith("kl_")), 0.0)
     one = dict.fromkeys((name for name in vars(measured) if name.startswith(("ppl_ratio", "top1"))), 1.0)
     units = (0.0,) * len(measured.unit_kl)
-    return replace(measured, level=level, ppl=measured.ppl_reference, unit_kl=units, **zero, **one)  # type: ignore[arg-type]
+    return replace(measured, level=level, ppl=measured.ppl_reference, unit_kl=units, depths=(), **zero, **one)  # type: ignore[arg-type]
 
 
 class Replies(NamedTuple):
@@ -372,11 +475,13 @@ def answers(
     *,
     n_ctx: int,
     work: Work,
+    cache: CacheTypes = F16_CACHE,
     inputs: Sequence[Input] | None = None,
 ) -> Replies:
-    """Answers of one level, whose speed is measured beside the others' (``stages.speeds``). Every new answer is stored
-    as it comes. ``inputs``: those of the workload to ask; all by default."""
+    """Answers of one level run with a KV cache, whose speed is measured beside the others' (``stages.speeds``). Every
+    new answer is stored as it comes. ``inputs``: those of the workload to ask; all by default."""
     from bitladder.describe.workload import questions_of
+    from bitladder.engines.llama import with_cache
     from bitladder.engines.registry import start
     from bitladder.stages.as_deployed import refuse_unheard_tools
     from bitladder.stages.evaluate import answer_workload
@@ -394,7 +499,7 @@ def answers(
         known[answer.question] = answer
         work.progress.on_level(LevelNews(subject.level, answered=len(known), inputs=len(questions)))
 
-    with start(launch) as server:
+    with start(with_cache(launch, cache)) as server:
         refuse_unheard_tools(workload, server)
         found = answer_workload(server, workload, known=dict(known), on_answer=keep)
     return Replies(found, None, stored=False)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from bitladder.describe.cache_types import F16_CACHE, CacheTypes
 from bitladder.errors import BadInput
 from bitladder.progress import Progress
 from bitladder.records.decision import Decision
@@ -112,7 +113,14 @@ def _record_of(path: Path, source: str, created: str) -> RunRecord | None:
 
 
 def tier_file(
-    model: str, what: str, run: LatestRun | None = None, *, n_ctx: int, out: Path | None = None, work: Work
+    model: str,
+    what: str,
+    run: LatestRun | None = None,
+    *,
+    n_ctx: int,
+    out: Path | None = None,
+    work: Work,
+    cache: CacheTypes = F16_CACHE,
 ) -> TierFile:
     """``what`` as a file to serve: a GGUF file, or a level of the model, which is built when it is nowhere.
 
@@ -123,6 +131,7 @@ def tier_file(
         n_ctx: tokens of a request.
         out: the folder to build into; ``<name>-ladder`` by default.
         work: of building.
+        cache: types of the KV cache that it is run with; a part of its level's name.
 
     Raises:
         UnknownLevel: neither a file nor a level.
@@ -136,14 +145,30 @@ def tier_file(
     with Evidence.open() as store:
         recorded = Recorded(store)
         if Path(what).is_file():
-            return _named_file(Path(what), run, recorded, n_ctx, work.progress)
+            return _with_cache(_named_file(Path(what), run, recorded, n_ctx, work.progress), run, n_ctx, cache)
         with opened(model, work, warn=False) as job:
             search = _Search(job, run, recorded, out or Path(f"{job.found.label}-ladder"))
             level = search.level_named(what)
             check_context(job.source.model, n_ctx)  # refused before anything is built
             path = search.path_of(level)
             projector = projector_of(job.found, job.journal, job.progress)
-            return _described(level, path, search.wanted(level), recorded, n_ctx, work.progress, projector)
+            file = _described(level, path, search.wanted(level), recorded, n_ctx, work.progress, projector)
+            return _with_cache(file, run, n_ctx, cache)
+
+
+def _with_cache(file: TierFile, run: LatestRun | None, n_ctx: int, cache: CacheTypes) -> TierFile:
+    """The same file run with another cache: another deployment of the level, with another need of memory. What was
+    measured holds for it where the run measured it so."""
+    if cache.is_default:
+        return file
+    from bitladder.stages.serve import memory_by_slots
+
+    (memory,), (usual,) = (memory_by_slots(file.path, n_ctx, (1,), each) for each in (cache, F16_CACHE))
+    named = replace(file, level=cache.named(file.level), memory_bytes=file.memory_bytes + memory - usual)
+    if file.standing is not FileStanding.MEASURED or (run is not None and run.is_about(named.level, file.sha256)):
+        return named
+    note = f"{named.level}: the file was measured, and not with a KV cache of {cache}."
+    return replace(named, standing=FileStanding.UNMEASURED, note=note)
 
 
 def _named_file(path: Path, run: LatestRun | None, recorded: Recorded, n_ctx: int, progress: Progress) -> TierFile:

@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bitladder.describe.cache_types import CacheTypes
 from bitladder.describe.model import Model
 from bitladder.describe.text import FEWEST_CHARACTERS_PER_TOKEN, Document, text_hash
 from bitladder.describe.workload import Input, Workload
@@ -72,6 +73,8 @@ class RunSettings:
     """The judge model, for workloads that ask one."""
     trust_python: bool = False
     """Whether functions that the workload names may run."""
+    caches: tuple[CacheTypes, ...] = ()
+    """Types of the KV cache that every level is run with, each pair a candidate; none for llama.cpp's own alone."""
     within: float | None = None
     """Seconds in which a decision must be there, from when the model lies on the disk; None: as long as it takes."""
 
@@ -202,6 +205,7 @@ def settings_facts(
         **({"sampling": dict(workload.sampling)} if workload.sampling else {}),
         "effort": settings.effort,
         "importance": settings.imatrix,
+        **({"kv": [str(cache) for cache in settings.caches]} if settings.caches else {}),
         **({"within_s": settings.within} if settings.within is not None else {}),
         **({"device": settings.device} if settings.device != "cpu" else {}),
         **({"endpoints": addresses} if (addresses := [one.address for one in _endpoints(settings)]) else {}),
@@ -243,6 +247,7 @@ def commands(settings: RunSettings, n_ctx: int, out: Path) -> tuple[str, ...]:
         words += ["--trust-python"]
     if settings.bar:
         words += ["--bar", settings.bar]
+    words += ["--kv", ",".join(map(str, settings.caches))] if settings.caches else []
     for text in settings.texts:
         words += ["--text", str(text)]
     if settings.within is not None:

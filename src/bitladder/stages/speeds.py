@@ -20,12 +20,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bitladder.describe.cache_types import F16_CACHE
 from bitladder.files.probe import OtherLoad, probe_machine
 from bitladder.records.evaluation import MOST_OTHERS_SHARE, Speed
 from bitladder.stages.evaluate import DECODE_TOKENS, PREFILL_TOKENS, decode_rates, warm_up
 from bitladder.stats.paired import ratio_interval
 
 if TYPE_CHECKING:
+    from bitladder.describe.cache_types import CacheTypes
     from bitladder.engines.base import Running
     from bitladder.stages.ask import LevelToAsk
     from bitladder.stages.job import Work
@@ -37,6 +39,8 @@ LONG_S = 45.0
 CLOSE = 1.04
 """A ratio known to within this factor both ways needs no further rounds."""
 ROOM = -(-(PREFILL_TOKENS + DECODE_TOKENS + 16) // 256) * 256
+MOST_PAST = 2048
+"""Tokens of context at most that decoding is timed behind, where caches are compared: they are computed first."""
 SHARE_OF_MEMORY = 0.7
 """Of what is free, that engines kept side by side may take with their files."""
 
@@ -52,8 +56,11 @@ class _Round:
     load_seconds: float
 
 
-def speeds_in_turns(levels: Sequence[LevelToAsk], recorded: Recorded, work: Work) -> tuple[list[Speed], bool]:
-    """Speeds of levels in files, in their order, and whether all were stored already.
+def speeds_in_turns(
+    levels: Sequence[LevelToAsk], recorded: Recorded, work: Work, *, past: int = 0
+) -> tuple[list[Speed], bool]:
+    """Speeds of levels in files, in their order, and whether all were stored already. ``past``: tokens of context
+    that decoding is timed behind.
 
     Stored ones are taken when all of them were measured in the same turns and other programs left them alone; else all
     are measured anew, since rounds of another time say nothing of their order.
@@ -67,7 +74,7 @@ def speeds_in_turns(levels: Sequence[LevelToAsk], recorded: Recorded, work: Work
     if not levels:
         return [], True
     facts = [
-        engine_facts(n_ctx=ROOM, n_parallel=1, threads=work.threads, container=container_of(level.path))
+        engine_facts(n_ctx=_room(past), n_parallel=1, threads=work.threads, container=container_of(level.path))
         for level in levels
     ]
     stored = [recorded.speed(level.subject, fact) for level, fact in zip(levels, facts, strict=True)]
@@ -75,16 +82,31 @@ def speeds_in_turns(levels: Sequence[LevelToAsk], recorded: Recorded, work: Work
     if len(known) == len(levels) and len({speed.turns for speed in known}) == 1:
         return known, True
     same = recorded.one_of_each([level.subject for level in levels])
-    timed = {level.subject: level.path for level in levels if same[level.subject] == level.subject}
-    speed_of = dict(zip(timed, measure_in_turns(list(timed.values()), work), strict=True))
+    timed = [level for level in levels if same[level.subject] == level.subject]
+    measured = measure_in_turns(
+        [level.path for level in timed], work, caches=[level.cache for level in timed], past=past
+    )
+    speed_of = dict(zip((level.subject for level in timed), measured, strict=True))
     speeds = [speed_of[same[level.subject]] for level in levels]
     for level, fact, speed in zip(levels, facts, speeds, strict=True):
         recorded.keep_speed(level.subject, fact, speed)
     return speeds, False
 
 
-def measure_in_turns(paths: Sequence[Path], work: Work, *, most: int = MOST_ROUNDS) -> list[Speed]:
-    """Speeds of models in files or folders, measured in turns, in at most so many rounds.
+def _room(past: int) -> int:
+    return ROOM + -(-past // 256) * 256
+
+
+def measure_in_turns(
+    paths: Sequence[Path],
+    work: Work,
+    *,
+    most: int = MOST_ROUNDS,
+    caches: Sequence[CacheTypes] = (),
+    past: int = 0,
+) -> list[Speed]:
+    """Speeds of models in files or folders, measured in turns, in at most so many rounds, each with its KV cache and
+    behind so many tokens of context.
 
     Raises:
         EngineError: an engine failed.
@@ -92,7 +114,7 @@ def measure_in_turns(paths: Sequence[Path], work: Work, *, most: int = MOST_ROUN
     turns, began = datetime.now(UTC).isoformat(timespec="milliseconds"), time.monotonic()
     rounds: list[list[_Round]] = []
     with ExitStack() as stack:
-        engines = _Engines(paths, work, stack)
+        engines = _Engines(paths, work, stack, caches or [F16_CACHE] * len(paths), past)
         for number in range(most):
             work.progress("speeds, rounds", number, most)
             rounds.append([engines.rates(at, number) for at in range(len(paths))])
@@ -107,8 +129,10 @@ def measure_in_turns(paths: Sequence[Path], work: Work, *, most: int = MOST_ROUN
 class _Engines:
     """Engines side by side where memory allows, else one after the other."""
 
-    def __init__(self, paths: Sequence[Path], work: Work, stack: ExitStack) -> None:
-        self._paths, self._work, self._stack = paths, work, stack
+    def __init__(
+        self, paths: Sequence[Path], work: Work, stack: ExitStack, caches: Sequence[CacheTypes], past: int
+    ) -> None:
+        self._paths, self._work, self._stack, self._caches, self.past = paths, work, stack, caches, past
         sizes = [sum(file.stat().st_size for file in _files(path)) for path in paths]
         machine = probe_machine()
         free = sum(gpu.vram_free for gpu in machine.gpus) if machine.gpus else machine.ram_available
@@ -120,7 +144,8 @@ class _Engines:
         """One level in round ``number``."""
         known = self._prompts.get(at)
         with self.turn(at) as engine, OtherLoad() as others:
-            prefill, decode = decode_rates(engine, number if known is None else known, again=known is not None)
+            repeat = number if known is None else known
+            prefill, decode = decode_rates(engine, repeat, again=known is not None, past=self.past)
         if self._side_by_side and not others.share > MOST_OTHERS_SHARE:
             self._prompts.setdefault(at, number)
         return _Round(prefill, decode, others.share, engine.load_seconds)
@@ -139,10 +164,15 @@ class _Engines:
 
     def _start(self, at: int, stack: ExitStack) -> Running:
         from bitladder.engines.base import Launch
+        from bitladder.engines.llama import with_cache
         from bitladder.engines.registry import start
 
-        engine = stack.enter_context(start(Launch(self._paths[at], n_ctx=ROOM, threads=self._work.threads)))
-        warm_up(engine)
+        launch = Launch(self._paths[at], n_ctx=_room(self.past), threads=self._work.threads)
+        engine = stack.enter_context(start(with_cache(launch, self._caches[at])))
+        if self.past:
+            decode_rates(engine, -1, again=False, past=self.past)
+        else:
+            warm_up(engine)
         return engine
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from bitladder import __version__
+from bitladder.describe.cache_types import CacheTypes, split_name
 from bitladder.files.engine_package import ENGINE, engine_version
 from bitladder.records.decision import Decision
 from bitladder.records.endpoint import Fingerprint
@@ -24,6 +25,7 @@ from bitladder.records.evaluation import Answer, Speed
 from bitladder.records.fidelity import Fidelity, Way
 from bitladder.records.level_file import StoredFile
 from bitladder.records.reading import from_json
+from bitladder.records.speculation import SpeculationResult
 from bitladder.store.evidence import Evidence
 
 T = TypeVar("T")
@@ -35,6 +37,11 @@ def protocol(way: Way) -> str:
     """All that figures depend on besides the files and the text: how they are measured, and by which engine."""
     if way is Way.WALK:
         return WALK_PROTOCOL
+    if way is Way.DEPLOYED:
+        return (
+            f"the same tokens behind contexts of several lengths, 16-bit cache of the reference, llama.cpp of {ENGINE} "
+            f"{engine_version()} on the CPU, intervals allow for the worst once more"
+        )
     return (
         f"512-token windows, second half scored, llama.cpp of {ENGINE} {engine_version()} on the CPU, "
         "intervals allow for the worst once more"
@@ -49,13 +56,28 @@ class Subject:
     level: str
     made: str = ""
     file: str = ""
+    cache: str = ""
+    """Types of its KV cache where it is run with another than llama.cpp's own; ``level`` names them, too."""
 
     @property
     def key(self) -> dict[str, Any]:
-        """The part of a key that names the weights."""
+        """The part of a key that names the weights, and the cache that they are run with."""
+        cache = {"cache": self.cache} if self.cache else {}
         if self.file:
-            return {"source": self.source, "file": self.file}
-        return {"source": self.source, "level": self.level, "method": self.made, "bitladder": __version__}
+            return {"source": self.source, "file": self.file, **cache}
+        level = split_name(self.level)[0] if self.cache else self.level
+        return {"source": self.source, "level": level, "method": self.made, "bitladder": __version__, **cache}
+
+    @property
+    def bare(self) -> Subject:
+        """The weights by themselves, whatever cache they are run with."""
+        return replace(self, level=split_name(self.level)[0], cache="") if self.cache else self
+
+    def with_cache(self, cache: CacheTypes) -> Subject:
+        """The same weights run with this cache."""
+        if cache.is_default:
+            return self
+        return replace(self, level=cache.named(self.level), cache=str(cache))
 
 
 @dataclass(frozen=True)
@@ -158,6 +180,27 @@ class Recorded:
         """Store a speed."""
         self._store.put("speed", {**subject.key, "engine": dict(engine)}, speed)
 
+    def keep_speculation(
+        self, file: str, draft: str, workload: str, engine: Mapping[str, Any], result: SpeculationResult
+    ) -> None:
+        """Store what guesses gain for a file (its hash), by a draft's hash, on a workload's."""
+        kind = result.mode.partition(":")[0]
+        key = {"file": file, "speculate": kind, "draft": draft, "workload": workload, "engine": dict(engine)}
+        self._store.put("speculation", key, result)
+
+    def speculations(self, file: str, *, cpu: str, threads: int) -> list[tuple[SpeculationResult, str]]:
+        """What is known of guesses for a file on such a processor with so many threads, newest first, each with the
+        hash of its draft."""
+        rows = self._store.find("speculation", file=file)
+        found = ((_record(SpeculationResult, row.value), row.key) for row in rows)
+        return [
+            (result, str(key.get("draft", "")))
+            for result, key in found
+            if result
+            and isinstance(own := key.get("engine"), Mapping)
+            and (own.get("cpu"), own.get("threads")) == (cpu, threads)
+        ]
+
     def keep_file(self, subject: Subject, file: StoredFile) -> None:
         """Store which file the measurements of a subject are of, and where it lies; each place is a row."""
         self._store.put("file", {**subject.key, "level": file.level, "sha256": file.sha256, "path": file.path}, file)
@@ -186,21 +229,23 @@ class Recorded:
         return str(keys[0]["sha256"]) if keys else None
 
     def one_of_each(self, subjects: Iterable[Subject]) -> dict[Subject, Subject]:
-        """Subject -> the first of those that are the same file; itself where nothing is known of its file."""
-        first: dict[str, Subject] = {}
-        files = {one: one.file or self.hash_of(one) for one in subjects}
-        return {one: first.setdefault(sha256, one) if sha256 else one for one, sha256 in files.items()}
+        """Subject -> the first of those that are the same file, run with the same cache; itself where nothing is known
+        of its file."""
+        first: dict[tuple[str, str], Subject] = {}
+        files = {one: one.file or self.hash_of(one.bare) for one in subjects}
+        return {one: first.setdefault((sha256, one.cache), one) if sha256 else one for one, sha256 in files.items()}
 
     def _names(self, subject: Subject) -> Iterator[Subject]:
         """A subject, then the other names that its file was measured under by this version."""
         yield subject
-        sha256 = subject.file or self.hash_of(subject)
+        sha256 = subject.file or self.hash_of(subject.bare)
         if not sha256:
             return
-        others = [Subject(subject.source, subject.level, file=sha256)]
+        others = [Subject(subject.source, subject.level, file=sha256, cache=subject.cache)]
         for key in self._store.keys("file", source=subject.source, sha256=sha256):
             if key.get("bitladder") == __version__:
-                others.append(Subject(subject.source, str(key.get("level")), made=str(key.get("method"))))
+                level, made = str(key.get("level")), str(key.get("method"))
+                others.append(Subject(subject.source, level, made=made, cache=subject.cache))
         yield from (one for one in dict.fromkeys(others) if one.key != subject.key)
 
     def points_to(self, sha256: str) -> bool:
