@@ -14,12 +14,21 @@ from bitladder.describe.windows import Window
 from bitladder.describe.workload import Input
 from bitladder.errors import UsageError
 from bitladder.levels import parse_level
-from bitladder.plan.schedule import Kind
+from bitladder.plan.schedule import Kind, Piece
 from bitladder.progress import LevelNews, Progress
 from bitladder.records.evaluation import Answer, LevelAnswers
 from bitladder.stages import measure
 from bitladder.stages.ask import UNKNOWN_SPEED
-from bitladder.stages.looks import Countdown, TimeIsUp, TooLittleTime, coverage, material, undecided_on_passes
+from bitladder.stages.looks import (
+    MARGIN,
+    Costs,
+    Countdown,
+    TimeIsUp,
+    TooLittleTime,
+    coverage,
+    material,
+    undecided_on_passes,
+)
 from bitladder.stages.run_facts import RunSettings
 from bitladder.units import human_duration, parse_duration
 from engine_model import write_engine_model
@@ -93,6 +102,20 @@ def test_looks_share_the_error_rate_and_the_last_takes_what_is_left():
     ends = ([3], [3, 6], [3, 6, 12])
     assert sum(1 - coverage(each, 12, last=False) for each in ends) == pytest.approx(0.05)
     assert coverage([3, 6], 12, last=True) == pytest.approx(1 - 0.05 * 15 / 16)
+
+
+def test_predictions_follow_what_pieces_took_kind_by_kind():
+    inputs = [Input(str(n), ({"role": "user", "content": str(n)},), (), max_tokens=10) for n in range(8)]
+    costs = Costs(material((), inputs), None, [], "F16")
+    few, many = (Piece(Kind.INPUTS, ("Q8_0",), 0, count) for count in (2, 8))
+    ratio, timing = costs(many) / costs(few), costs(Piece(Kind.ROUNDS, ("Q8_0",), 0, 1))
+    assert 1 < ratio < 4
+    costs.learn(few, 100)
+    assert costs(few) == pytest.approx(100 * MARGIN) and costs(many) == pytest.approx(100 * MARGIN * ratio)
+    costs.learn(few, 25)
+    assert costs(few) == pytest.approx(50 * MARGIN)
+    assert costs(Piece(Kind.ROUNDS, ("Q8_0",), 0, 1)) == timing
+    assert costs.shortest_look([]) == 0 < costs.shortest_look(["Q8_0"]) < costs.shortest_look(["Q8_0", "Q4_K_M"])
 
 
 def answered(level, passed):
