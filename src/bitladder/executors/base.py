@@ -26,9 +26,10 @@ class Lane:
 class Task(Protocol):
     """Work on many units: a value that can be pickled. It opens what it needs where it is computed, once in a lane."""
 
-    threads: int
-    """Cores that a unit keeps busy. Products of matrices are rounded differently by other numbers of threads, so a unit
-    has the same number everywhere."""
+    @property
+    def threads(self) -> int:
+        """Cores that a unit keeps busy. Products of matrices are rounded differently by other numbers of threads, so a
+        unit has the same number everywhere."""
 
     def compute(self, lane: Lane, unit: Any, *held: Any) -> tuple[Any, Any]:
         """Compute a unit.

@@ -27,7 +27,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypedDict, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict, TypeVar, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -425,7 +425,7 @@ class _Encoding:
     path: str
     """Of the source, where workers can read it; else empty."""
     search: _Search
-    threads: ClassVar[int] = 1
+    threads: int = 1
 
     def compute(self, lane: Lane, unit: _Unit, *held: object) -> tuple[Sequence[tuple[str, NDArray[np.uint8]]], None]:  # noqa: ARG002
         """As ``executors.Task``."""
