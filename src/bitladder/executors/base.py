@@ -66,8 +66,6 @@ def weights_travel(lacking: str) -> str:
 class Executor(ABC):
     """Computes units, several at a time. Its methods may be called from any thread. Use as a context manager."""
 
-    slots: int
-    """How many units of one thread are computed at a time."""
     device: str = "cpu"
     """Of a lane, and not a CPU if there is another: what arithmetic is chosen for."""
     warnings: Sequence[str] = ()
@@ -87,6 +85,10 @@ class Executor(ABC):
             place: units of the same number are computed on the same kind of device, whatever else is under way; None
                 where results do not depend on the device.
         """
+
+    @abstractmethod
+    def at_once(self, task: Task) -> int:
+        """How many units of a task are computed at a time, at least one."""
 
     @abstractmethod
     def put(self, value: Any) -> Handle:

@@ -397,7 +397,7 @@ class _MadeElsewhere:
     """By an executor's workers; the threads that ask wait for them, and write."""
 
     def __init__(self, source: GgufFile, executor: Executor, task: _Encoding) -> None:
-        self.threads = 2 * executor.slots  # one computed, one on its way
+        self.threads = 2 * executor.at_once(task)  # one computed, one on its way
         self._source, self._executor, self._task = source, executor, task
 
     def blocks(self, piece: _Piece, qtypes: Sequence[str]) -> Blocks:
