@@ -9,7 +9,6 @@ started again goes on where it was.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import math
 import re
@@ -35,6 +34,7 @@ from bitladder.stages.run_facts import RunSettings
 from bitladder.stages.sweep_file import SweepFile
 from bitladder.store.claims import LEASE_S
 from bitladder.store.evidence import Evidence, canonical
+from bitladder.system import lock_alone
 
 if TYPE_CHECKING:
     from bitladder.describe.machine import Machine
@@ -313,12 +313,7 @@ def _folder_alone(folder: Path | None) -> Iterator[bool]:
     except OSError as error:
         raise OutputError(f"'{folder}' cannot be written: {error.strerror}.", do="Name another --out.") from None
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
+        yield lock_alone(file.fileno())
 
 
 def _done(job: SweepJob, out: Path, run: RunJob, progress: Progress, say: Say) -> SweepRow:
