@@ -18,6 +18,7 @@ from bitladder.levels import parse_levels
 from bitladder.plan.ladder import make_plan
 from bitladder.plan.whatif import what_if
 from bitladder.records import to_json
+from bitladder.records.run import LevelCost
 from bitladder.records.wording import Substitution, WordingChanges
 from bitladder.report import render_html
 from bitladder.report.chart import Axis, loss_chart
@@ -614,12 +615,18 @@ COVERED = """() => [...document.querySelectorAll('svg.chart')].filter((svg) => s
 @pytest.mark.parametrize("width", [1366, 390])
 def test_the_reports_charts_are_clear_and_nothing_runs_off_the_page(browser, width):
     opened = browser.new_page(viewport={"width": width, "height": 900})
-    opened.set_content(render_html(crowded_record()))
+    record = crowded_record()
+    costs = tuple(LevelCost(row.level, 7.25, "this machine at 1 an hour") for row in record.plan.levels)
+    changes = WordingChanges(20, 12, 900, (), ("price",), (("lease", "indemnity"),), 69, ("a",), ("b",))
+    wording = {row.level: changes for row in record.plan.levels}
+    opened.set_content(render_html(dataclasses.replace(record, costs=costs, wording=wording)))
     charts = opened.evaluate(COVERED)
     assert [chart["names"] >= 10 for chart in charts] == [True, True]
     assert [(chart["over"], chart["out"]) for chart in charts] == [([], []), ([], [])]
     opened.evaluate("document.querySelectorAll('details').forEach((one) => one.open = true)")
     assert opened.evaluate("document.documentElement.scrollWidth") <= width
+    wide = "[...document.querySelectorAll('.scroll')].filter((one) => one.scrollWidth > one.clientWidth).length"
+    assert opened.evaluate(wide) == 0, "with every column, tables need no scrolling of their own"
     opened.close()
 
 
