@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/checkpoint_levels.py --model MODEL.gguf --calibrate valid.txt --prepare DIR
     PEER/bin/python benchmarks/checkpoint_peer.py gptqmodel DIR OUT [--bits 4] [--group 64] [--windows 64]
     PEER/bin/python benchmarks/checkpoint_peer.py llmcompressor-{gptq,awq,w8a8,w8a8-smooth} DIR OUT [...]
-    PEER/bin/python benchmarks/checkpoint_peer.py llmcompressor-SCHEME DIR OUT    (FP8_DYNAMIC, NVFP4A16, MXFP4, ...)
+    PEER/bin/python benchmarks/checkpoint_peer.py llmcompressor-[gptq-]SCHEME DIR OUT   (FP8_DYNAMIC, NVFP4A16, ...)
     PEER/bin/python benchmarks/checkpoint_peer.py autoround-SCHEME DIR OUT [--steps 200]    (NVFP4, MXFP4, W4A16, ...)
 
 ``--prepare`` leaves the model as a float checkpoint and the calibration tokens, whole windows of 512. Each peer
@@ -61,6 +61,8 @@ def llmcompressor_recipe(method: str, bits: int, group: int) -> list[Any]:
     if method.startswith("w8a8"):
         rounding = QuantizationModifier(targets="Linear", scheme="W8A8", ignore=["lm_head"])
         return [SmoothQuantModifier(smoothing_strength=0.8), rounding] if "smooth" in method else [rounding]
+    if method.startswith("gptq-"):
+        return [GPTQModifier(targets="Linear", scheme=method.removeprefix("gptq-"), ignore=["lm_head"])]
     if method not in ("awq", "gptq"):
         return [QuantizationModifier(targets="Linear", scheme=method, ignore=["lm_head"])]
     awq = method == "awq"

@@ -2,11 +2,11 @@
 within twice that of the undisturbed gateway, and the load of the others is even within 10%.
 
 Eight fake engines stand behind a gateway process; a request has one of some hundred conversations' beginnings, so that
-affinity is at work. In the disturbed run one engine takes ten times as long for its first token, and two are killed by
-SIGKILL after a tenth of the requests. Half of the requests are streams; every token is numbered (`gateway_faults`). A
-stream that had begun when its engine was killed cannot be saved, and must say so; those are counted apart. `--processes
-N` puts N gateway processes behind the port. Prints a table, and JSON as the last line; ends with 1 when a request was
-lost.
+affinity is at work. In the disturbed run one engine takes ten times as long for its first token, and two are killed
+with SIGKILL after a tenth of the requests. Half of the requests are streams; every token is numbered, as in
+`gateway_faults`. A stream that had begun when its engine was killed cannot be saved, and must say so; those are counted
+apart. `--processes N` puts N gateway processes behind the port. Prints a table, and JSON as the last line; ends with 1
+when a request was lost.
 """
 
 from __future__ import annotations

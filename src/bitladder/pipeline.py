@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING
 from bitladder import __version__
 from bitladder.describe.cache_types import F16_CACHE, check_cache, split_name
 from bitladder.describe.depths import usual_depths
+from bitladder.describe.text import CHARACTERS_PER_TOKEN
 from bitladder.engines.endpoint import EndpointSettings
-from bitladder.errors import NothingFits, UnknownArchitecture, UsageError
+from bitladder.errors import BitladderError, NothingFits, UnknownArchitecture, UsageError
 from bitladder.executors.places import executor_of, own_device
 from bitladder.files.measured import machine_key
 from bitladder.files.probe import probe_machine
@@ -30,7 +31,7 @@ from bitladder.plan.bar import Bar, parse_bar
 from bitladder.plan.decide import decide
 from bitladder.plan.ladder import make_plan, over_caches, usable_context
 from bitladder.plan.preflight import require
-from bitladder.plan.schedule import open_levels, spread
+from bitladder.plan.schedule import Kind, Piece, open_levels, spread
 from bitladder.progress import LevelNews, Progress
 from bitladder.records import to_json
 from bitladder.records.decision import Decision
@@ -48,7 +49,7 @@ from bitladder.stages.criteria_help import criteria_help
 from bitladder.stages.endpoints import agree_to_spend
 from bitladder.stages.engine_way import way_for
 from bitladder.stages.evaluate import compare
-from bitladder.stages.forecast import building_need, corrected_seconds
+from bitladder.stages.forecast import building_need, corrected_seconds, walking_need
 from bitladder.stages.job import Build, Job, Journal, Say, Work, opened
 from bitladder.stages.known_files import identified, known_folders, making_of
 from bitladder.stages.ladder_files import ladder_files
@@ -66,6 +67,7 @@ from bitladder.stages.measure import Ways, built_candidate, documents, fidelitie
 from bitladder.stages.projector import deliver, projector_of, unmeasured_note
 from bitladder.stages.quantize import calibrate_levels, sort_levels
 from bitladder.stages.run_facts import RunSettings, level_of
+from bitladder.stages.speeds import LEAST_ROUNDS
 from bitladder.stages.wording import wording_changes
 from bitladder.store.evidence import Evidence
 from bitladder.store.recorded import Recorded, StoredDecision, Subject
@@ -165,7 +167,7 @@ def _assessed(given: _Given) -> RunRecord:
 def _assessed_in_whole(given: _Given) -> RunRecord:
     job, timed = given.job, given.job.journal.timed
     plan = _planned(given)
-    levels = _levels_in_time(given, plan, _levels_to_build(given, plan))
+    given, levels = _in_time(given, plan, _levels_to_build(given, plan))
     if _needs_engine(given, levels):
         job.require_engine()
     with timed("calibrate"):
@@ -187,44 +189,98 @@ def _assessed_in_whole(given: _Given) -> RunRecord:
     return _judged(given, plan, built, fidelities, answers)
 
 
-def _levels_in_time(given: _Given, plan: Plan, levels: Sequence[Level]) -> list[Level]:
-    """All of them, or, within a limit, those that there is time to look at, evenly spread over the ladder.
+_BUILDING_SHARE = 0.5
+"""Of the time, for the importance matrix and for building levels."""
+_IMPORTANCE_SHARE = 0.2
+"""Of the time, for the importance matrix: what it is gathered on is cut to it."""
+
+
+def _in_time(given: _Given, plan: Plan, levels: Sequence[Level]) -> tuple[_Given, list[Level]]:
+    """All that was asked for; within a limit the levels that there is time to build, evenly spread over the ladder,
+    and calibration text that there is time for.
 
     Raises:
-        TooLittleTime: not even for the smallest.
+        TooLittleTime: not even for the smallest level.
     """
     job, countdown = given.job, given.job.progress
-    if not isinstance(countdown, Countdown) or not levels:
-        return list(levels)
+    if not isinstance(countdown, Countdown):
+        _say_estimate(given, plan, levels)
+        return given, list(levels)
+    if not levels:
+        return given, []
     named = {level.name: level for level in levels}
     reference = _named_reference(given.settings)
     candidates = [row.level for row in plan.levels if row.level in named and named[row.level] != reference]
     wanted = material(job.windows(given.texts), given.workload.inputs)
     costs = Costs(wanted, job.source, plan.levels, reference.name if reference else level_of(job.source.model))
-    gathering = importance_need(job, given.build)
-    first = corrected_seconds(gathering) if gathering else 0.0
+    given = _with_less_calibration(given, _IMPORTANCE_SHARE * countdown.usable)
+    first = _importance_seconds(given)
     known = {file.level for file in given.recorded.files(job.source.sha256)}  # an earlier run got to them
 
-    def cost(some: Sequence[str]) -> float:
-        building = building_need(job, [named[name] for name in some], given.build)
-        return first + corrected_seconds(building) + costs.shortest_look([name for name in some if name not in known])
+    def building(some: Sequence[str]) -> float:
+        return first + corrected_seconds(building_need(job, [named[name] for name in some], given.build))
 
-    chosen = spread(candidates, cost, countdown.left)
-    if not chosen:
-        smallest = candidates[-1]
-        least = (countdown.passed + cost([smallest])) * countdown.seconds / countdown.usable
+    smallest = candidates[-1:]
+    least = building(smallest) + costs.shortest_look([name for name in smallest if name not in known])
+    if smallest and least > countdown.left:
+        least = (countdown.passed + least) * countdown.seconds / countdown.usable
         rest = "; --imatrix none does without the importance matrix" if first else ""
         raise TooLittleTime(
-            f"{human_duration(countdown.seconds)} are too short for one look at {smallest}, the smallest level.",
+            f"{human_duration(countdown.seconds)} are too short for one look at {smallest[0]}, the smallest level.",
             means=f"About {human_duration(least)} are needed: {human_duration(first)} for the importance matrix, the "
             "rest to build the level and to look at it beside the reference.",
             do=f"Write --within {math.ceil(least * 1.1)}s or more{rest}.",
         )
+    chosen = spread(candidates, building, _BUILDING_SHARE * countdown.left) or tuple(smallest)
     left_out = [name for name in candidates if name not in chosen]
     if left_out:
-        job.journal.warn(f"There is no time to look at {', '.join(left_out)}: a longer --within takes them in.")
+        job.journal.warn(f"There is no time to build {', '.join(left_out)}: a longer --within takes them in.")
     countdown.watch()
-    return [level for level in levels if level.name in chosen or level == reference]
+    return given, [level for level in levels if level.name in chosen or level == reference]
+
+
+_WORTH_SAYING_S = 30.0
+
+
+def _say_estimate(given: _Given, plan: Plan, levels: Sequence[Level]) -> None:
+    """How long the whole run may take, where nothing of it was done yet and all of it can be predicted."""
+    job = given.job
+    known = {file.level for file in given.recorded.files(job.source.sha256)}
+    missing = [level.name for level in levels if level.name not in known]
+    if not missing or _endpoints(given.settings) or not all(isinstance(level, RecipeLevel) for level in levels):
+        return
+    costs = Costs(material((), given.workload.inputs), job.source, plan.levels, level_of(job.source.model))
+    asking = [Piece(Kind.INPUTS, tuple(missing), 0, len(given.workload.inputs))]
+    timing = [Piece(Kind.ROUNDS, tuple(missing), 0, LEAST_ROUNDS)]
+    tokens = sum(len(text.text) for text in given.texts) // CHARACTERS_PER_TOKEN
+    try:
+        seconds = _importance_seconds(given) + corrected_seconds(building_need(job, levels, given.build))
+        seconds += corrected_seconds(walking_need(job.source, tokens, missing)) + sum(map(costs, asking + timing))
+    except BitladderError:  # told where it matters
+        return
+    if seconds >= _WORTH_SAYING_S:
+        job.journal.say(
+            f"About {human_duration(seconds)} on this machine, by what is known of it; --within bounds the time."
+        )
+
+
+def _importance_seconds(given: _Given) -> float:
+    need = importance_need(given.job, given.build)
+    return corrected_seconds(need) if need else 0.0
+
+
+def _with_less_calibration(given: _Given, seconds: float) -> _Given:
+    """The importance matrix gathered on as much text as these seconds suffice for, where it is not there."""
+    whole, seconds = _importance_seconds(given), max(0.0, seconds)
+    if whole <= seconds:
+        return given
+    less = replace(given, build=replace(given.build, calibration_share=seconds / whole))
+    saved = whole - _importance_seconds(less)
+    given.job.journal.warn(
+        f"The importance matrix is gathered on {100 * seconds / whole:.0f}% of the calibration text: the whole of it "
+        f"would take about {human_duration(saved)} more."
+    )
+    return less
 
 
 def _looked(given: _Given, plan: Plan, built: Mapping[Subject, LevelFile], countdown: Countdown) -> RunRecord:
@@ -244,8 +300,11 @@ def _looked(given: _Given, plan: Plan, built: Mapping[Subject, LevelFile], count
                 done = countdown.passed
                 evidence = looks.evidence()
                 looks.news(evidence)
-                if looks.has_seen_all:
-                    decision = _judged(given, plan, built, evidence.fidelities, evidence.answers).decision
+                if looks.has_something:
+                    results = _results(given, evidence.answers)
+                    decision = _decided(
+                        given, plan, built, evidence.fidelities, results, reference=evidence.answers[0].level
+                    )
                     still_open = open_levels(decision, sizes) | undecided_on_passes(
                         decision.bar, evidence.answers, wanted
                     )
@@ -255,7 +314,8 @@ def _looked(given: _Given, plan: Plan, built: Mapping[Subject, LevelFile], count
                 raise
         countdown.end()
         evidence = looks.evidence(still_open)
-        asker.tell_doubts([level for level in evidence.answers if level.answers])
+        if evidence.answers[0].answers:
+            asker.tell_doubts([level for level in evidence.answers if level.answers])
         record = _judged(given, plan, built, evidence.fidelities, evidence.answers)
         more = looks.remaining(still_open)
     if not more:
@@ -286,8 +346,8 @@ def _judged(
     fidelities: Sequence[Fidelity],
     answers: Sequence[LevelAnswers],
 ) -> RunRecord:
-    """The decision that this evidence leads to, and all that it rests on. Levels that nobody asked have no result."""
-    results = [compare(answers[0], level, given.workload) for level in answers[1:] if level.answers]
+    """The decision that this evidence leads to, and all that it rests on."""
+    results = _results(given, answers)
     decision = _decided(given, plan, built, fidelities, results, reference=answers[0].level)
     return _record(given, plan, built, fidelities, answers, results, decision)
 
@@ -529,6 +589,11 @@ def _needs_engine(given: _Given, levels: Sequence[Level]) -> bool:
     """Whether the workload is to be answered by files, the source's or a level's."""
     own = given.settings.reference is None or _reference_level(given) == level_of(given.job.source.model)
     return own or any(level.container is Container.FILE for level in levels)
+
+
+def _results(given: _Given, answers: Sequence[LevelAnswers]) -> list[WorkloadResult]:
+    """Each level beside the reference, which is the first; levels that nobody asked have no result."""
+    return [compare(answers[0], level, given.workload) for level in answers[1:] if level.answers]
 
 
 def _ways(given: _Given, built: Mapping[Subject, LevelFile], stack: ExitStack) -> Ways:

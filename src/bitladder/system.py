@@ -33,6 +33,7 @@ except ImportError:
 WINDOWS = sys.platform == "win32"
 MACOS = sys.platform == "darwin"
 LINUX = sys.platform.startswith("linux")
+CAN_FORK = hasattr(os, "fork")
 HAS_PROCESS_LIMITS = resource is not None
 """A process can bound its own memory, time and files for good."""
 

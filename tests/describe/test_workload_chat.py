@@ -3,12 +3,14 @@
 import hashlib
 import json
 import textwrap
+from pathlib import Path
 
 import pytest
 
 from bitladder.describe.workload import question_hash
 from bitladder.describe.workload_file import parse_workload
 from bitladder.errors import BadWorkload
+from bitladder.files.workloads import load_workload
 
 
 def parse(text):
@@ -108,6 +110,12 @@ def test_a_needle_in_a_haystack():
     assert content(1).endswith("The code is 7431. Code?")
     assert content(0.5, ", text: t.txt").startswith("One. Two. Three. One.")
     assert text == content(0.5)
+
+
+def test_the_example_is_sound():
+    found = load_workload(Path(__file__).parents[2] / "examples" / "assistant" / "assistant.yaml")
+    assert found.tags == ("tools", "turns", "JSON by grammar", "JSON free", "retrieval")
+    assert found.warnings == ()
 
 
 PLAIN = "inputs:\n  - {prompt: p, expect: {exact: a}}\n"

@@ -65,8 +65,15 @@ CASES = {
     "an unknown open level": (ladder(LOOKED), "Z", EVER, None),
     # time
     "no time": (ladder(NOTHING, NOTHING), "", 0, None),
-    "a shorter look": (ladder(NOTHING, NOTHING), "", 5, (DOCUMENTS, "AB", 0, 2)),
-    "a look at what fits": (ladder(NOTHING, NOTHING), "", 2, (ROUNDS, "AB", 0, 1)),
+    "a shorter look": (ladder(NOTHING, NOTHING), "", 8, (DOCUMENTS, "AB", 0, 2)),
+    "a look at some, the smallest among them": (ladder(*[NOTHING] * 5), "", 12, (DOCUMENTS, "ACE", 0, 2)),
+    "the others when it turns out quicker": (
+        ladder((2, 0, 0), NOTHING, (2, 0, 0), NOTHING, (2, 0, 0)),
+        "",
+        12,
+        (DOCUMENTS, "BD", 0, 3),
+    ),
+    "a look at what fits": (ladder(NOTHING, NOTHING), "", 2, (ROUNDS, "B", 0, 1)),
     "a shorter piece": (ladder(LOOKED), "A", 2, (DOCUMENTS, "A", 3, 5)),
     "another kind where one does not fit": (ladder((6, 12, 1)), "A", 1, (ROUNDS, "A", 1, 2)),
     "not even one": (ladder(LOOKED), "A", 0.5, None),

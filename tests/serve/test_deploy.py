@@ -78,7 +78,7 @@ def test_the_model_of_an_endpoint_is_found_and_asked_for_by_its_name(models, nam
 @pytest.mark.parametrize(
     ("models", "name", "means"),
     [
-        (("a", "b"), "", "Which one is meant was not said"),
+        (("a", "b"), "", "It is not clear which one is meant"),
         (("a",), "b", "answered by another model"),
     ],
 )

@@ -18,6 +18,7 @@ from bitladder.levels import parse_levels
 from bitladder.plan.ladder import make_plan
 from bitladder.plan.whatif import what_if
 from bitladder.records import to_json
+from bitladder.records.run import LevelCost
 from bitladder.records.wording import Substitution, WordingChanges
 from bitladder.report import render_html
 from bitladder.report.chart import Axis, loss_chart
@@ -269,6 +270,24 @@ def test_the_ladder_shows_the_run(page):
     assert texts(page, "table.tags tbody th")[0].startswith("arithmetic")
 
 
+STRAY = re.compile(r"^(false|true|null|undefined|NaN|0)$", re.MULTILINE)
+"""What a condition leaves behind where it is taken for text."""
+
+
+@pytest.mark.parametrize("bar", [None, "kl < 0.0001", "passes >= reference - 4 points", "no loss"])
+def test_nothing_that_a_condition_left_out_stands_on_the_page(page, bar):
+    open_ladder(page)
+    if bar:
+        page.fill("#if-bar", bar)
+        page.wait_for_function("(bar) => document.querySelector('.decision code').textContent === bar", arg=bar)
+    assert not STRAY.search(page.inner_text("#ladder"))
+
+
+def test_only_one_place_of_the_page_puts_children_in():
+    for file in PAGE.glob("*.js"):
+        assert file.name == "dom.js" or "replaceChildren" not in file.read_text(), file.name
+
+
 def test_every_number_opens_its_evidence(page):
     open_ladder(page)
     numbers = page.locator("table.levels tbody.speed .number")
@@ -389,6 +408,18 @@ def test_what_if_decides_again(page):
     page.keyboard.press("End")
     assert_told(page, "131,072")
     assert_told(page, "does not fit")
+
+
+def test_warnings_stand_after_the_decision(browser, tmp_path):
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(to_json(run_record(warnings=("Something to know.",)))))
+    with serving(build_page(path)) as url:
+        opened = browser.new_page()
+        opened.goto(url)
+        opened.wait_for_selector("table.levels")
+        text = opened.inner_text("#ladder")
+        assert text.index("Deploy Q6_K for quality") < text.index("Something to know.") < text.index("What if")
+        opened.close()
 
 
 def test_without_a_gateway_there_is_the_ladder_alone(browser, run_json):
@@ -584,12 +615,18 @@ COVERED = """() => [...document.querySelectorAll('svg.chart')].filter((svg) => s
 @pytest.mark.parametrize("width", [1366, 390])
 def test_the_reports_charts_are_clear_and_nothing_runs_off_the_page(browser, width):
     opened = browser.new_page(viewport={"width": width, "height": 900})
-    opened.set_content(render_html(crowded_record()))
+    record = crowded_record()
+    costs = tuple(LevelCost(row.level, 7.25, "this machine at 1 an hour") for row in record.plan.levels)
+    changes = WordingChanges(20, 12, 900, (), ("price",), (("lease", "indemnity"),), 69, ("a",), ("b",))
+    wording = {row.level: changes for row in record.plan.levels}
+    opened.set_content(render_html(dataclasses.replace(record, costs=costs, wording=wording)))
     charts = opened.evaluate(COVERED)
     assert [chart["names"] >= 10 for chart in charts] == [True, True]
     assert [(chart["over"], chart["out"]) for chart in charts] == [([], []), ([], [])]
     opened.evaluate("document.querySelectorAll('details').forEach((one) => one.open = true)")
     assert opened.evaluate("document.documentElement.scrollWidth") <= width
+    wide = "[...document.querySelectorAll('.scroll')].filter((one) => one.scrollWidth > one.clientWidth).length"
+    assert opened.evaluate(wide) == 0, "with every column, tables need no scrolling of their own"
     opened.close()
 
 

@@ -9,6 +9,7 @@ LEVELS = frozenset({"q8_0", "q4_k_m"})
 TAGS = {"extraction": TagEvidence(4, 0), "logic": TagEvidence(3, 2), "style": TagEvidence(5, 1)}
 AUTO = AutoRule(tags=TAGS)
 GUESSING = AutoRule(tags=TAGS, guess=lambda text: Guess("extraction", "invoice", 0.61) if "invoice" in text else None)
+CALLING = AutoRule(tags=TAGS | {"tools": TagEvidence(9, 3)}, guess=lambda text: Guess("extraction", "invoice", 0.9))
 JUDGED = AutoRule(tags=TAGS, escalate=True)
 FIXED = AutoRule(tags=TAGS, fixed="speed", because="speed lost nothing on 25 inputs")
 RULES = (
@@ -37,6 +38,11 @@ CASES = [
     (Features("auto", tags=("extraction", "style")), AUTO, "quality", "auto",
      "auto: tag style: the speed tier lost 1 of 5 inputs"),
     (Features("auto", tags=("poetry",)), AUTO, "quality", "auto", "auto: no evidence for tag poetry"),
+    # without a tag: a request with tools by what the evidence says of tools, which a tag outranks
+    (Features("auto", gives_tools=True), CALLING, "quality", "auto", "auto: gives tools, tag tools: speed lost 3 of 9"),
+    (Features("auto", tags=("extraction",), gives_tools=True), CALLING, "speed", "auto",
+     "auto: tag extraction: speed lost 0 of 4"),
+    (Features("auto", gives_tools=True), AUTO, "quality", "auto", "auto: unlike every input of the workload"),
     # without a tag: what it resembles
     (Features("auto"), AUTO, "quality", "auto", "auto: unlike every input of your workload"),
     (Features("auto", asked=lambda: "an invoice"), GUESSING, "speed", "auto",

@@ -65,7 +65,7 @@ def test_another_model_under_the_same_name_is_noticed_next_time(recorded):
         journal = Journal()
         longer = Workload("w", (*WORKLOAD.inputs, one("elder")))
         said, _, _ = ask(cloud, recorded, journal, longer)
-        assert "answers differently than when it was last asked" in journal.warnings[0]
+        assert "answers differently than last time" in journal.warnings[0]
         assert [answer.text for answer in said] == ["Apple", "Berry", "Cherry", "Damson", "Elder"]
 
 

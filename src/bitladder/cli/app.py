@@ -24,6 +24,7 @@ from bitladder.cli import (
     judge,
     recipe,
     speculate,
+    sweep,
 )
 from bitladder.cli.terminal import Verbs
 from bitladder.visible import write_plainly
@@ -54,7 +55,9 @@ def _root(
     pass
 
 
-for module in (judge, fit, hub, explain, build, recipe, speculate, deploy, hand_over, evidence, check, housekeeping):
+for module in (
+    judge, sweep, fit, hub, explain, build, recipe, speculate, deploy, hand_over, evidence, check, housekeeping,
+):  # fmt: skip
     module.add_to(app)
 
 

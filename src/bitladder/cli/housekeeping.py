@@ -1,8 +1,9 @@
-"""Verbs about what is kept: list, clean."""
+"""Verbs about what is kept and what comes with Bitladder: list, clean, examples."""
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -58,7 +59,19 @@ def clean(
         put(f"Nothing was deleted: {human_bytes(size)} would be. --yes deletes without asking.")
 
 
+@verb
+def examples(
+    folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="A new folder.")] = Path("bitladder-examples"),
+) -> None:
+    """Copy the examples that come with Bitladder into a folder, to be read and changed."""
+    from bitladder.files.examples import copy_examples
+
+    for path in copy_examples(folder):
+        put(str(path))
+
+
 def add_to(app: typer.Typer) -> None:
     """Register this module's verbs."""
     app.command("list")(list_kept)
-    app.command("clean")(clean)
+    for function in (clean, examples):
+        app.command()(function)

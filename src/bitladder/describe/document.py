@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from bitladder.describe.structured import Fault, Read, Where
-from bitladder.errors import BadWorkload
+from bitladder.errors import BadInput, BadWorkload
 
 T = TypeVar("T")
 _MOST_SHOWN = 20
@@ -20,8 +20,9 @@ LONGEST_TEXT = 4_000_000
 class Document:
     """A parsed file: plain values with the line of each, and the faults found so far."""
 
-    def __init__(self, source: str, read: Read) -> None:
+    def __init__(self, source: str, read: Read, error: type[BadInput] = BadWorkload) -> None:
         self.source = source
+        self.error = error
         self.lines = read.lines
         self.faults = list(read.faults)
 
@@ -68,16 +69,16 @@ class Document:
         """Raise what was found, if anything was.
 
         Raises:
-            BadWorkload: names the file, and every fault with its line.
+            BadInput: of the kind that was asked for; names the file, and every fault with its line.
         """
         faults = sorted(self.faults, key=lambda fault: fault.line)
         if not faults:
             return
         if len(faults) == 1:
-            raise BadWorkload(f"{self.source}, line {faults[0].line}: {faults[0].found}", do=faults[0].do)
+            raise self.error(f"{self.source}, line {faults[0].line}: {faults[0].found}", do=faults[0].do)
         shown = [f"{self.source}, line {one.line}: {one.found} {one.do}".rstrip() for one in faults[:_MOST_SHOWN]]
         more = [f"... and {len(faults) - _MOST_SHOWN} more faults."] if len(faults) > _MOST_SHOWN else []
-        raise BadWorkload("\n".join(shown + more))
+        raise self.error("\n".join(shown + more))
 
 
 def line_of(lines: Mapping[Where, int], path: Where) -> int:

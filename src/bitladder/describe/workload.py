@@ -8,6 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+TOOLS_TAG, TURNS_TAG, GRAMMAR_TAG, FREE_TAG = "tools", "turns", "JSON by grammar", "JSON free"
+"""Tags that inputs get by what they ask: results tell these kinds of work apart without a word of the user."""
+
 
 @dataclass(frozen=True)
 class Criterion:

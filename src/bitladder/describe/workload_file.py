@@ -31,7 +31,15 @@ from bitladder.describe.document import Document, shortened
 from bitladder.describe.haystack import haystack, haystack_fields
 from bitladder.describe.structured import Fault, Read, Where, read_json_file, read_json_lines, read_yaml
 from bitladder.describe.tool_calls import dict_of, read_tools, unknown_tools
-from bitladder.describe.workload import Criterion, Input, Workload
+from bitladder.describe.workload import (
+    FREE_TAG,
+    GRAMMAR_TAG,
+    TOOLS_TAG,
+    TURNS_TAG,
+    Criterion,
+    Input,
+    Workload,
+)
 from bitladder.describe.workload_chat import Chat, ChatReader
 from bitladder.errors import BadWorkload
 
@@ -52,8 +60,6 @@ _SAMPLING: dict[str, tuple[Any, Callable[[Any], Any]]] = {
     "frequency_penalty": (None, values.a_number),
 }
 RECOMMENDED = "recommended"
-TOOLS_TAG, TURNS_TAG, GRAMMAR_TAG, FREE_TAG = "tools", "turns", "JSON by grammar", "JSON free"
-"""Tags that inputs get by what they ask: results tell these kinds of work apart without a word of the user."""
 
 
 def parse_workload(

@@ -7,6 +7,8 @@ both measured on is always the beginning of it. The number of units doubles from
 and intervals pay little for them (``stats.sequential.spent``).
 
 A piece is begun only when its predicted cost fits into the time that is left; a smaller one is tried where it does not.
+Where there is no time to look at all levels at once, some are looked at, spread over the ladder, and the others as
+soon as that has shown how long it takes.
 """
 
 from __future__ import annotations
@@ -34,6 +36,8 @@ LEAST = {Kind.DOCUMENTS: 2, Kind.INPUTS: 4, Kind.ROUNDS: 1}
 """Units below which a look shows nothing: one document has no interval."""
 FIRST_SHARE = 0.25
 """Of all units, in the first look."""
+LOOK_SHARE = 0.5
+"""Of the time left, that a first look at one kind of evidence may take."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,7 @@ def next_piece(
     for kind in Kind:
         first = looks(kind, totals[kind])[:1]
         fresh = [one.level for one in seen if first and one.of(kind) == 0]
-        if fresh and (piece := _affordable(kind, fresh, 0, first[0], cost, left)):
+        if fresh and (piece := _first_look(kind, fresh, first[0], cost, LOOK_SHARE * left)):
             return piece
     by_share = sorted(Kind, key=lambda kind: _share(kind, seen, totals, still_open))
     for kind in by_share:
@@ -135,6 +139,15 @@ def _affordable(kind: Kind, levels: Sequence[str], start: int, stop: int, cost: 
         if cost(piece) <= left:
             return piece
     return None
+
+
+def _first_look(kind: Kind, levels: Sequence[str], stop: int, cost: Cost, seconds: float) -> Piece | None:
+    """At all levels, a short one where there is no time for a longer, else at some of them."""
+    if piece := _affordable(kind, levels, 0, stop, cost, seconds):
+        return piece
+    least = min(LEAST[kind], stop)
+    some = spread(levels, lambda chosen: cost(Piece(kind, tuple(chosen), 0, least)), seconds)
+    return Piece(kind, some, 0, least) if some else None
 
 
 def spread(levels: Sequence[str], cost: Callable[[Sequence[str]], float], seconds: float) -> tuple[str, ...]:

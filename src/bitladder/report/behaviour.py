@@ -17,7 +17,7 @@ _WINDOW = 50
 
 def behaviour_notes(result: WorkloadResult, tags: Mapping[str, tuple[str, ...]]) -> list[str]:
     """What is worth knowing of a level; ``tags``: input to its tags."""
-    notes = [_of_fault(fault, tags) for fault in result.faults if fault.level > 0 or fault.appeared]
+    notes = [_of_fault(fault, tags) for fault in result.faults if fault.appeared]
     if result.thinking is not None:
         notes.append(_of_thoughts(result.thinking))
     return notes + _of_repetition(result.repetition, result.reference_repetition)
@@ -34,8 +34,6 @@ def _of_fault(fault: FaultCount, tags: Mapping[str, tuple[str, ...]]) -> str:
     """With the inputs, or with the kinds of work that they belong to where there are many."""
     after = f" after about {fault.begins} words" if fault.begins is not None else ""
     note = f"{fault.fault}{after} in {fault.level} of {fault.answers} answers (reference {fault.reference})"
-    if not fault.appeared:
-        return note
     by_tag: dict[str, int] = {}
     for name in fault.appeared:
         for tag in tags.get(name, ()):

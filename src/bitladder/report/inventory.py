@@ -33,10 +33,10 @@ RUNS: tuple[Column[KeptRun], ...] = (
     Column("bar", lambda run: run.bar, 3, right=False),
 )
 LEVELS: tuple[Column[KeptFile], ...] = (
-    Column("level", lambda file: file.name, 0, right=False, keeps=34),
+    Column("level", lambda file: file.name, 0, right=False, keeps=31),
     Column("size", lambda file: human_bytes(file.bytes), 0),
-    Column("used", lambda file: file.used[:10], 0, right=False),
-    Column("kept by", _reasons, 1, right=False, keeps=22),
+    Column("used", lambda file: file.used[:10], 1, right=False),
+    Column("kept by", _reasons, 0, right=False, keeps=23),
     Column("file", lambda file: _near(Path(file.path)), 2, right=False, keeps=30),
 )
 GROUPS: tuple[Column[tuple[str, int, int, str]], ...] = (

@@ -20,8 +20,7 @@ HEADS = {
     "ppl ratio": "perplexity over the source's on the same text; 1.02 is 2% worse at predicting it",
     "top-1": "how often it finds the same next token most likely as the source does",
     "passes": "inputs of the workload whose answer met its criteria",
-    "cost": "of a million answer tokens, in the currency of your prices",
-    "saved": "of what the reference costs",
+    "cost": "of a million answer tokens, in the currency of your prices, and what is saved beside the reference",
     "verdict": "what becomes of the level under the bar",
 }
 VERDICTS = {

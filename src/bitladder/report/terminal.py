@@ -74,7 +74,7 @@ def print_run(record: RunRecord, console: Console | None = None) -> None:
     columns = [column for column in COLUMNS if record.costs or column.title not in money]
     table, left_out = fitted_table(columns, rows, out.width)
     out.print(table)
-    for line in heads_in_words(("KL", "ppl ratio", "top-1", "passes", *(money if record.costs else ()))):
+    for line in heads_in_words(("KL", "ppl ratio", "top-1", "passes", *(("cost",) if record.costs else ()))):
         out.print(Text(line, style="dim"))
     if left_out:
         out.print(Text(f"Left out for width: {', '.join(left_out)}.", style="dim"))

@@ -98,8 +98,8 @@ ANSWERS_COLUMNS = (
         lambda changes: changes.reference_items,
     ),
     AnswersColumn(
-        "95%",
-        "interval of the share of these items, inputs taken as they are: not as independent items",
+        "recall 95%",
+        "interval of the share of these items, where items of one input are no independent evidence",
         lambda row: row.recall_interval,
         lambda changes: changes.reference_items,
     ),

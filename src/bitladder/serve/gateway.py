@@ -223,7 +223,8 @@ class Gateway:
             elif name == b"x-bitladder-tag":
                 tags = value.decode("latin-1")
         split = tuple(tag.strip() for tag in tags.split(",")[:_MAX_TAGS] if tag.strip())
-        features = Features(request.model, header, split, key, request.path, lambda: request.asked)
+        tools = bool(request.value("tools"))
+        features = Features(request.model, header, split, key, request.path, lambda: request.asked, tools)
         if request.path in self._of_its_own and request.model.lower() == AUTO and not header:
             return TierChoice(self._of_its_own[request.path], "the only tier for this", Routing.LEVEL)
         choice = choose(features, self._levels, self._settings.rules, self._auto)

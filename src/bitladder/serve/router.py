@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from bitladder.describe.workload import TOOLS_TAG
 from bitladder.errors import UsageError
 
 QUALITY, SPEED, AUTO = "quality", "speed", "auto"
@@ -30,6 +31,8 @@ class Features:
     path: str = ""
     asked: Callable[[], str] = str
     """Gives the last user message or the prompt; a function, because most requests need no look at it."""
+    gives_tools: bool = False
+    """Whether the model may call tools."""
 
 
 @dataclass(frozen=True)
@@ -171,11 +174,12 @@ def _auto(features: Features, auto: AutoRule) -> TierChoice:
         return TierChoice(auto.fixed, f"auto: {auto.because}", Routing.AUTO, auto.escalate and auto.fixed == SPEED)
     if not auto.tags:
         return TierChoice(QUALITY, f"auto: {auto.because}", Routing.AUTO)
-    known = [tag for tag in features.tags if tag in auto.tags]
+    by_tools = features.gives_tools and not features.tags
+    known = [tag for tag in ((TOOLS_TAG,) if by_tools else features.tags) if tag in auto.tags]
     if known:
         # With several tags the most careful one decides.
         careful = max(known, key=lambda tag: (auto.tags[tag].needs_quality, auto.tags[tag].lost))
-        return _by_tag(careful, auto, "tag")
+        return _by_tag(careful, auto, "gives tools, tag" if by_tools else "tag")
     if features.tags:
         return TierChoice(QUALITY, f"auto: no evidence for tag {features.tags[0]}", Routing.AUTO)
     guess = auto.guess(features.asked()) if auto.guess else None

@@ -153,15 +153,13 @@ class Asker:
     def stored(self, contender: Contender) -> set[str] | None:
         """Inputs that a level in a file has answered already, in all samples; None of others: a file of answers costs
         nothing to read."""
-        from bitladder.describe.workload import question_hash
         from bitladder.stages.measure import engine_of
 
         if not isinstance(contender, LevelToAsk):
             return None
         workload = self.workload
         questions = {
-            one.id: [question_hash(one, workload.temperature, sample) for sample in range(workload.samples)]
-            for one in workload.inputs
+            one.id: [workload.question(one, sample) for sample in range(workload.samples)] for one in workload.inputs
         }
         engine, _ = engine_of(contender.path, workload, n_ctx=self.n_ctx, work=self.work)
         flat = [question for each in questions.values() for question in each]

@@ -72,12 +72,12 @@ class _Known:
     def pointing_to(self, sha256: str) -> tuple[str, ...]:
         """What names a file with this hash, in words."""
         runs = [
-            f"the run of {record.created[:16]} ({path})"
+            f"run of {_minute(record.created)} ({path})"
             for path, record in self.records.items()
             if sha256 in {file.sha256 for file in record.files} | set(record.decision.files.values())
         ]
         decided = [
-            f"the decision of the run of {one.created[:16]}, whose record is gone"
+            f"run of {_minute(one.created)}, whose record is gone"
             for decisions in self.decisions.values()
             for one in decisions
             if one.run not in self.records and sha256 in one.decision.files.values()
@@ -218,6 +218,10 @@ def _levels(known: _Known) -> Iterator[KeptFile]:
             kept_by = (*kept_by, "it was made elsewhere")
         for part in parts:
             yield _kept(Place.LEVEL, f"{stored.level} of {name}", part, kept_by)
+
+
+def _minute(created: str) -> str:
+    return created[:16].replace("T", " ")
 
 
 def _hash_known(path: Path) -> tuple[list[Path], str]:

@@ -259,6 +259,8 @@ class Build:
     """How long to search for scales and codes."""
     texts: Sequence[Path] = ()
     """The user's calibration texts; those that ship by default."""
+    calibration_share: float = 1.0
+    """Of the calibration text, that an importance matrix is gathered on: less where there is no time for more."""
     measured_on: Sequence[Document] = ()
     """Texts that levels will be measured on, which calibration must not have seen; none are checked by default."""
     folders: Sequence[Path] = ()

@@ -194,7 +194,8 @@ class Costs:
             return corrected_seconds(walking_need(self._source, windows, piece.levels))
         tokens = _ROUND_TOKENS * (piece.stop - piece.start)
         if piece.kind is Kind.INPUTS:
-            tokens = sum(one.max_tokens for one in self._material.inputs[piece.start : piece.stop])
+            asked = self._material.inputs[piece.start : piece.stop]
+            tokens = sum(one.most_tokens * (1 + len(one.turns)) for one in asked)
         return sum(_engine_seconds(self._plan.get(name), tokens) for name in (self._reference, *piece.levels))
 
 
@@ -270,12 +271,6 @@ class Looks:
         """Whether anything was measured of a level."""
         return any(self._scores.values()) or any(one.inputs for one in self.seen)
 
-    @property
-    def has_seen_all(self) -> bool:
-        """Whether each level was looked at, as far as there is anything to look at."""
-        totals = self.totals
-        return all(one.of(kind) for one in self.seen for kind in Kind if totals[kind])
-
     def next_piece(self, still_open: set[str], left: float) -> Piece | None:
         """What comes next (``plan.schedule``)."""
         named = {self._twins.get(level, level) for level in still_open}
@@ -296,11 +291,8 @@ class Looks:
     def evidence(self, still_open: set[str] | None = None) -> Evidence:
         """What is known now. ``still_open``: the levels that are not known well enough at the end, when no look
         follows; None while others may."""
-        fidelities = [
-            self._fidelity(name, last=still_open is not None and name in still_open)
-            for name, scores in self._scores.items()
-            if scores
-        ]
+        last = {self._twins.get(level, level) for level in still_open or ()}
+        fidelities = [self._fidelity(name, last=name in last) for name, scores in self._scores.items() if scores]
         answered: list[LevelAnswers] = []
         for name in self._contenders:
             first = self._twins.get(name, name)

@@ -1,7 +1,7 @@
 // What stands behind a number: its definition, its interval, what it was measured on, and how to get it again.
 
 import { wordDiff } from "./diff.js";
-import { copyButton, h } from "./dom.js";
+import { copyButton, h, refill } from "./dom.js";
 import { facts } from "./facts.js";
 import { bytes, DASH, fixed, percent, range, small } from "./format.js";
 
@@ -116,7 +116,8 @@ export function showTagEvidence(run, { tag, level, inputs, lost, gained, loss_lo
 
 function open(run, title, means, content) {
   const dialog = document.getElementById("evidence");
-  dialog.replaceChildren(
+  refill(
+    dialog,
     h("form", { method: "dialog", class: "close" }, h("button", { "aria-label": "Close" }, "×")),
     h("h2", { id: "evidence-title" }, title),
     h("p", { class: "soft" }, means),

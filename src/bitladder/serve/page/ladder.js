@@ -2,7 +2,7 @@
 
 import { getJson } from "./api.js";
 import { lossChart } from "./chart.js";
-import { announce, h } from "./dom.js";
+import { announce, h, refill } from "./dom.js";
 import { showEvidence, showTagEvidence } from "./evidence.js";
 import { bytes, DASH, fixed, percent, range, small } from "./format.js";
 import { HEADS, LOSSES, VERDICTS } from "./meanings.js";
@@ -13,7 +13,8 @@ const TIERS = { "quality tier": "quality", "speed tier": "speed", "both tiers": 
 export async function showLadder(panel) {
   const run = await getJson("/bitladder/api/run");
   if (!run) {
-    panel.replaceChildren(
+    refill(
+      panel,
       h(
         "p",
         { class: "note" },
@@ -29,9 +30,9 @@ export async function showLadder(panel) {
   const table = h("div");
   const answers = h("section", { "aria-labelledby": "answers-title" });
   const show = (view) => {
-    decision.replaceChildren(...decisionView(view));
-    chart.replaceChildren(chartView(run, view));
-    table.replaceChildren(levelTable(run, view), ...frontView(view.decision.front));
+    refill(decision, ...decisionView(view));
+    refill(chart, chartView(run, view));
+    refill(table, levelTable(run, view), ...frontView(view.decision.front));
   };
   const given = { plan: run.plan, decision: run.decision };
   const form = whatIfForm(run, (view, changed) => {
@@ -39,10 +40,11 @@ export async function showLadder(panel) {
     if (changed) announce((view ?? given).decision.summary);
   });
   show(given);
-  panel.replaceChildren(
+  refill(
+    panel,
     h("header", { class: "page-head" }, h("h1", {}, run.source.name), h("p", { class: "soft" }, facts(run))),
-    ...warnings(run).map((warning) => h("p", { class: "note warn" }, warning)),
     decision,
+    ...warnings(run).map((warning) => h("p", { class: "note warn" }, warning)),
     form,
     h(
       "section",
@@ -60,13 +62,13 @@ export async function showLadder(panel) {
     ...tagView(run),
     answers,
   );
-  answers.replaceChildren(...answersView(await getJson("/bitladder/api/answers")));
+  refill(answers, ...answersView(await getJson("/bitladder/api/answers")));
 }
 
 /** What changed in the answers, in the report's own words. */
 function answersView({ reference, columns, rows }) {
   if (!rows.length) return [];
-  const heads = columns.map(({ title, means }) => h("th", { scope: "col", title: means }, title));
+  const heads = columns.map(({ title, means }) => h("th", { role: "columnheader", scope: "col", title: means }, title));
   return [
     h("h2", { id: "answers-title" }, "What changed in the answers"),
     h("p", { class: "soft" }, `Each level's answers beside those of ${reference}, over the whole workload.`),
@@ -75,14 +77,28 @@ function answersView({ reference, columns, rows }) {
       { class: "scroll", tabindex: 0, role: "region", "aria-label": "What changed in the answers" },
       h(
         "table",
-        { class: "changes" },
-        h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "level"), ...heads)),
+        { class: "changes", role: "table" },
+        h(
+          "thead",
+          { role: "rowgroup" },
+          h("tr", { role: "row" }, h("th", { role: "columnheader", scope: "col" }, "level"), ...heads),
+        ),
         ...rows.map(({ level, cells, notes }) =>
           h(
             "tbody",
-            {},
-            h("tr", {}, h("th", { scope: "rowgroup" }, level), ...cells.map((cell) => h("td", {}, cell))),
-            notes && h("tr", { class: "why" }, h("td", { colspan: columns.length + 1 }, `${notes}.`)),
+            { role: "rowgroup" },
+            h(
+              "tr",
+              { role: "row" },
+              h("th", { role: "rowheader", scope: "rowgroup" }, level),
+              ...cells.map((cell, n) => h("td", { role: "cell", "data-label": columns[n].title }, cell)),
+            ),
+            notes &&
+              h(
+                "tr",
+                { role: "row", class: "why" },
+                h("td", { role: "cell", colspan: columns.length + 1 }, `${notes}.`),
+              ),
           ),
         ),
       ),
@@ -164,7 +180,8 @@ function chartView(run, view) {
       mark: TIERS[row.verdict.status] ?? "",
     }));
     const width = Math.min(1090, Math.max(340, holder.clientWidth - 32 || 760));
-    plot.replaceChildren(
+    refill(
+      plot,
       lossChart(points, { title, width, limit: Number.isFinite(limit) ? limit : null, ladder }) ??
         h("p", { class: "soft" }, "Not measured."),
     );

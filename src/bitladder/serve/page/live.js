@@ -1,21 +1,21 @@
 // What each tier is doing now. Asks only while it is seen.
 
 import { getJson } from "./api.js";
-import { h } from "./dom.js";
+import { h, refill } from "./dom.js";
 import { ago, DASH, fixed, percent, seconds } from "./format.js";
 
 const EVERY_MS = 2000;
 
 export async function showLive(panel) {
   const body = h("div");
-  panel.replaceChildren(h("h2", { class: "visually-hidden" }, "Live"), body);
-  body.replaceChildren(...view(await getJson("/bitladder/api/live")));
+  refill(panel, h("h2", { class: "visually-hidden" }, "Live"), body);
+  refill(body, ...view(await getJson("/bitladder/api/live")));
   setInterval(async () => {
     if (panel.hidden || document.hidden) return;
     try {
-      body.replaceChildren(...view(await getJson("/bitladder/api/live", { quiet: true })));
+      refill(body, ...view(await getJson("/bitladder/api/live", { quiet: true })));
     } catch (error) {
-      body.replaceChildren(h("p", { class: "note bad" }, `The gateway does not answer: ${error.message}`));
+      refill(body, h("p", { class: "note bad" }, `The gateway does not answer: ${error.message}`));
     }
   }, EVERY_MS);
 }
