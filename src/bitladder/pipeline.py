@@ -50,7 +50,7 @@ from bitladder.stages.endpoints import agree_to_spend
 from bitladder.stages.engine_way import way_for
 from bitladder.stages.evaluate import compare
 from bitladder.stages.forecast import building_need, corrected_seconds, walking_need
-from bitladder.stages.job import Build, Job, Journal, Say, Work, opened
+from bitladder.stages.job import AUTO, Build, Job, Journal, Say, Work, opened
 from bitladder.stages.known_files import identified, known_folders, making_of
 from bitladder.stages.ladder_files import ladder_files
 from bitladder.stages.looks import (
@@ -269,18 +269,24 @@ def _importance_seconds(given: _Given) -> float:
     return corrected_seconds(need) if need else 0.0
 
 
+_CALIBRATION_SHARES = (1.0, 0.5, 0.25, 0.125)
+"""Few, so that a later run with another bound finds the matrix of an earlier one, and the levels made with it."""
+
+
 def _with_less_calibration(given: _Given, seconds: float) -> _Given:
-    """The importance matrix gathered on as much text as these seconds suffice for, where it is not there."""
-    whole, seconds = _importance_seconds(given), max(0.0, seconds)
-    if whole <= seconds:
+    """The importance matrix as an earlier run gathered it, on the most text that one did; else gathered on as much as
+    these seconds suffice for."""
+    if given.build.imatrix != AUTO:
         return given
-    less = replace(given, build=replace(given.build, calibration_share=seconds / whole))
-    saved = whole - _importance_seconds(less)
-    given.job.journal.warn(
-        f"The importance matrix is gathered on {100 * seconds / whole:.0f}% of the calibration text: the whole of it "
-        f"would take about {human_duration(saved)} more."
-    )
-    return less
+    parts = [replace(given, build=replace(given.build, calibration_share=share)) for share in _CALIBRATION_SHARES]
+    times = [_importance_seconds(part) for part in parts]
+    there = (part for part, time in zip(parts, times, strict=True) if not time)
+    in_time = (part for part, time in zip(parts, times, strict=True) if time <= seconds)
+    chosen = next(there, None) or next(in_time, parts[-1])
+    if chosen is not parts[0]:
+        share = chosen.build.calibration_share
+        given.job.journal.warn(f"The importance matrix is gathered on {100 * share:.3g}% of the calibration text.")
+    return chosen
 
 
 def _looked(given: _Given, plan: Plan, built: Mapping[Subject, LevelFile], countdown: Countdown) -> RunRecord:
@@ -312,8 +318,9 @@ def _looked(given: _Given, plan: Plan, built: Mapping[Subject, LevelFile], count
                     )
                 countdown.reserve(RESERVED_DECISIONS * (countdown.passed - done))
         except TimeIsUp:
-            if not looks.has_something:
-                raise
+            pass
+        if not looks.has_something:
+            raise TimeIsUp
         countdown.end()
         evidence = looks.evidence(still_open)
         if evidence.answers[0].answers:

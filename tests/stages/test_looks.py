@@ -21,6 +21,7 @@ from bitladder.progress import LevelNews, Progress
 from bitladder.records.evaluation import Answer, LevelAnswers
 from bitladder.stages import measure
 from bitladder.stages.ask import UNKNOWN_SPEED
+from bitladder.stages.job import Build, Journal
 from bitladder.stages.looks import (
     MARGIN,
     Costs,
@@ -251,3 +252,20 @@ def test_what_no_time_can_be_predicted_of_is_refused(home):
         done = CliRunner().invoke(app, ["run", "m-F16.gguf", "--within", "5m", *more])
         assert done.exit_code == 2 and "--within" in done.stderr
     assert CliRunner().invoke(app, ["run", "m-F16.gguf", "--within", "soon"]).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("there", "seconds", "expected"),
+    [((), 100, 1), ((), 60, 0.5), ((), 30, 0.25), ((), 0, 0.125), ((0.25,), 100, 0.25), ((0.5, 0.125), 0, 0.5)],
+)
+def test_a_matrix_that_an_earlier_run_gathered_is_taken_whatever_the_time(monkeypatch, there, seconds, expected):
+    def needed(given):
+        share = given.build.calibration_share
+        return 0.0 if share in there else 100 * share
+
+    given = pipeline._Given(*[None] * (len(pipeline._Given.__dataclass_fields__)))
+    given = replace(given, build=Build(out=None), job=SimpleNamespace(journal=Journal()))
+    monkeypatch.setattr(pipeline, "_importance_seconds", needed)
+    found = pipeline._with_less_calibration(given, seconds)
+    assert found.build.calibration_share == expected
+    assert bool(given.job.journal.warnings) is (expected < 1)
