@@ -27,7 +27,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypedDict, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict, TypeVar, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -397,7 +397,7 @@ class _MadeElsewhere:
     """By an executor's workers; the threads that ask wait for them, and write."""
 
     def __init__(self, source: GgufFile, executor: Executor, task: _Encoding) -> None:
-        self.threads = 2 * executor.slots  # one computed, one on its way
+        self.threads = 2 * executor.at_once(task)  # one computed, one on its way
         self._source, self._executor, self._task = source, executor, task
 
     def blocks(self, piece: _Piece, qtypes: Sequence[str]) -> Blocks:
@@ -425,7 +425,7 @@ class _Encoding:
     path: str
     """Of the source, where workers can read it; else empty."""
     search: _Search
-    threads: ClassVar[int] = 1
+    threads: int = 1
 
     def compute(self, lane: Lane, unit: _Unit, *held: object) -> tuple[Sequence[tuple[str, NDArray[np.uint8]]], None]:  # noqa: ARG002
         """As ``executors.Task``."""
