@@ -27,7 +27,7 @@ from bitladder.files.measured import machine_key
 from bitladder.files.probe import probe_machine
 from bitladder.files.workloads import STARTER, load_reference, load_workload
 from bitladder.levels import LADDER, CheckpointLevel, Container, Level, RecipeLevel, of_kinds
-from bitladder.plan.bar import Bar, parse_bar
+from bitladder.plan.bar import DEFAULT_BAR, Bar, parse_bar
 from bitladder.plan.decide import decide
 from bitladder.plan.ladder import make_plan, over_caches, usable_context
 from bitladder.plan.preflight import require
@@ -290,8 +290,10 @@ def _looked(given: _Given, plan: Plan, built: Mapping[Subject, LevelFile], count
     wanted = material(given.job.windows(given.texts), given.workload.inputs)
     with ExitStack() as stack:
         ways = _ways(given, built, stack)
-        subjects = [subject for subject in built if subject != ways.reference]
-        looks = Looks(asker, ways, _measurable(given, subjects), contenders, plan.levels, wanted)
+        subjects = _measurable(given, [subject for subject in built if subject != ways.reference])
+        if subjects and given.bar is None:  # also where there turns out to be no time for KL
+            given = replace(given, bar=parse_bar(DEFAULT_BAR))
+        looks = Looks(asker, ways, subjects, contenders, plan.levels, wanted)
         still_open = {level.level for level in plan.levels}
         sizes = {level.level: level.file_bytes for level in plan.levels}
         try:

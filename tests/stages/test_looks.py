@@ -2,6 +2,7 @@
 that is cut off, gone on with, and refused."""
 
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +15,7 @@ from bitladder.describe.windows import Window
 from bitladder.describe.workload import Input
 from bitladder.errors import UsageError
 from bitladder.levels import parse_level
+from bitladder.plan.bar import DEFAULT_BAR
 from bitladder.plan.schedule import Kind, Piece
 from bitladder.progress import LevelNews, Progress
 from bitladder.records.evaluation import Answer, LevelAnswers
@@ -33,6 +35,7 @@ from bitladder.stages.run_facts import RunSettings
 from bitladder.units import human_duration, parse_duration
 from engine_model import write_engine_model
 
+INPUTS_ONLY = Piece(Kind.INPUTS, ("Q2_K",), 0, 4)
 LEVELS = ("Q8_0", "Q4_K_M", "Q2_K")
 DOCUMENTS, INPUTS = 8, 8
 
@@ -228,6 +231,13 @@ def test_a_run_cut_off_decides_on_what_it_has_and_the_next_goes_on(home, monkeyp
         if one.level in done:  # documents come in the same order from the evidence
             assert one.unit_tokens == by_level[one.level].unit_tokens
             assert one.unit_kl == pytest.approx(by_level[one.level].unit_kl)
+
+
+def test_without_time_for_kl_the_bar_stays_and_nothing_is_said_to_meet_it(home, monkeypatch):
+    monkeypatch.setattr(pipeline.Looks, "next_piece", lambda looks, *_: None if looks.has_something else INPUTS_ONLY)
+    record = pipeline.run(replace(settings(home, 1000.0), bar=None), Heard()).record
+    assert record.decision.bar == DEFAULT_BAR and record.decision.quality is None
+    assert {one.level: one.inputs for one in record.results} == {"Q2_K": 4}
 
 
 def test_too_little_time_is_refused_with_the_least_that_is_needed(home):
