@@ -47,7 +47,7 @@ from bitladder.stages.calibration import importance_need, importance_of
 from bitladder.stages.costs import Prices, level_costs, prices_of
 from bitladder.stages.criteria_help import criteria_help
 from bitladder.stages.endpoints import agree_to_spend
-from bitladder.stages.engine_way import way_for
+from bitladder.stages.engine_way import engine_missing, way_for
 from bitladder.stages.evaluate import compare
 from bitladder.stages.forecast import building_need, corrected_seconds, walking_need
 from bitladder.stages.job import Build, Job, Journal, Say, Work, opened
@@ -524,6 +524,12 @@ def _planned(given: _Given) -> Plan:
     reference, source = _named_reference(given.settings), given.job.source
     for cache in given.settings.caches:
         check_cache(source.model, cache)
+    if given.settings.caches and (why := engine_missing(source.model)):
+        raise UnknownArchitecture(
+            f"Losses by cache cannot be measured: {why}.",
+            means="They come from llama.cpp's own library.",
+            do="Leave out --kv.",
+        )
     plans = {
         cache: make_plan(
             source.model, given.machine, n_ctx=given.settings.n_ctx, levels=_wanted(given.settings),
