@@ -30,8 +30,8 @@ _QUANTIZE_AFFINE = Compiled("bitladder.kernels.affine", "quantize_affine")
 _QUANTIZE_SCALE = Compiled("bitladder.kernels.scale", "quantize_scale")
 _QUANTIZE_PLAIN = Compiled("bitladder.kernels.plain", "quantize_plain")
 _DECODE = {name: Compiled("bitladder.kernels.decode", f"decode_{name.lower()}") for name in (*AFFINE, *SCALE)}
-_ENCODE_BF16, _DECODE_F16, _DECODE_BF16, _ANY_NONFINITE = (
-    Compiled("bitladder.kernels.floats", name) for name in ("encode_bf16", "decode_f16", "decode_bf16", "any_nonfinite")
+_ENCODE_BF16, _DECODE_F16, _DECODE_BF16, _LARGEST_BITS = (
+    Compiled("bitladder.kernels.floats", name) for name in ("encode_bf16", "decode_f16", "decode_bf16", "largest_bits")
 )
 _HALF = np.arange(65536, dtype=np.uint16).view(np.float16).astype(np.float32)
 """Every float16."""
@@ -125,9 +125,15 @@ def dequantize(data: U8Array, qtype: str, *, threads: int = 1, out: F32Array | N
     return out
 
 
+def largest_magnitude(weights: F32Array) -> float:
+    """The largest magnitude of any weight, 0 of none; infinity or NaN where one is that."""
+    bits = _LARGEST_BITS(np.require(weights, np.float32, ["C", "W"]).reshape(-1).view(np.uint32))
+    return float(np.uint32(bits).view(np.float32))
+
+
 def first_nonfinite(weights: F32Array) -> tuple[int, int] | None:
     """Row and column of the first NaN or infinity, or None when all are finite."""
-    if not _ANY_NONFINITE(np.require(weights, np.float32, ["C", "W"]).reshape(-1).view(np.uint32)):
+    if np.isfinite(largest_magnitude(weights)):
         return None
     row, column = np.argwhere(~np.isfinite(weights))[0]
     return int(row), int(column)

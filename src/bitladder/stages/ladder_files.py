@@ -90,7 +90,7 @@ class _Making:
                 job.source, recipes, build.out, importance=self.importance, folds=folds, effort=build.effort,
                 threads=job.threads, device=job.device, split_max_bytes=build.split_max_bytes, force=build.force,
                 folders=build.folders, is_kept=kept_by_evidence(job.journal),
-                requantize=build.requantize and folds is None, progress=job.progress,
+                requantize=build.requantize and folds is None, progress=job.progress, warn=job.journal.warn,
             )  # fmt: skip
         method = method_name(build.effort, self.importance, folds)
         return self._written(files, method)

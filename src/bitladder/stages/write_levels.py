@@ -23,12 +23,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeVar, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bitladder.errors import BadInput, BadWeights, BitladderError
+from bitladder.errors import BadInput, BitladderError
 from bitladder.files.following import AHEAD, FollowingHash
 from bitladder.files.gguf import GgufFile, joined_sha256
 from bitladder.files.gguf_writer import Flusher, GgufWriter, allow_files, piece_digest
@@ -44,8 +44,9 @@ from bitladder.files.level_files import (
 from bitladder.formats.blocks import QTYPES
 from bitladder.formats.recipes import level_named
 from bitladder.formats.tensors import TensorInfo
-from bitladder.kernels import REVISION, Effort, dequantize, first_nonfinite, quantize
+from bitladder.kernels import REVISION, Effort, dequantize, quantize
 from bitladder.levels import FoldedLevel
+from bitladder.levels.held import require_held, vanishes
 from bitladder.progress import Progress, silent
 from bitladder.records.level_file import LevelFile
 
@@ -55,7 +56,6 @@ if TYPE_CHECKING:
 PIECE_WEIGHTS = 1 << 20
 """Weights a thread works on at a time: 4 MiB as f32, near what a core's own caches hold."""
 
-_LARGEST_F16 = 65504.0
 F32Array = NDArray[np.float32]
 Importance = Mapping[str, F32Array]
 Scalar = TypeVar("Scalar", bound=np.generic)
@@ -75,11 +75,25 @@ class _Piece:
 
 @dataclass
 class _Work:
-    """A tensor to be made: which files want it in which qtype, and the hashes of its finished pieces."""
+    """A tensor to be made: which files want it in which qtype, and its finished pieces."""
 
     info: TensorInfo
     targets: dict[str, list[tuple[GgufWriter, int]]] = field(default_factory=dict)
-    digests: dict[str, list[bytes]] = field(default_factory=dict)
+    made: dict[str, list[_Made]] = field(default_factory=dict)
+
+    def vanished(self, qtype: str) -> bool:
+        """Whether nothing but zeros is left of it."""
+        fates = {piece.lives for piece in self.made[qtype]}
+        return False in fates and True not in fates
+
+
+class _Made(NamedTuple):
+    """A piece in one qtype."""
+
+    digest: bytes
+    """SHA-256."""
+    lives: bool | None
+    """Whether any weight is left; None of zeros that were zeros before."""
 
 
 def pieces_of(info: TensorInfo) -> Iterator[_Piece]:
@@ -121,6 +135,7 @@ def quantize_levels(
     device: str = "cpu",
     requantize: bool = False,
     progress: Progress = silent,
+    warn: Callable[[str], None] = lambda _: None,
     **placing: Unpack[Placing],
 ) -> list[LevelFile]:
     """Write ``out_dir/<name>-<LEVEL>.gguf`` for every level, in the order asked for.
@@ -132,6 +147,7 @@ def quantize_levels(
             ``AWQ-<LEVEL>``.
         device: where scales are searched for, as ``kernels.quantize`` takes it. The bytes do not depend on it.
         requantize: weights in a type that models are trained in (MXFP4, NVFP4, ternary) get the level's types, too.
+        warn: is called with what is to be known of tensors of which nothing is left.
         placing: ``Placing``.
 
     A file that is already there with the same header (source hash, recipe, method, version) is kept. What a
@@ -141,7 +157,7 @@ def quantize_levels(
         UnknownLevel: no level has this name.
         UsageError: a level would overwrite the source, or a file that is not the same level of the same source.
         BadInput: an importance vector does not fit its tensor.
-        BadWeights: a tensor holds NaN or infinity, or a weight too large for F16.
+        BadWeights: a tensor holds NaN or infinity, or a weight beyond what a type holds.
         OutputError: no space or no permission; what was begun is removed.
     """
     started = time.monotonic()
@@ -170,7 +186,7 @@ def quantize_levels(
         refuse(missing, lambda: source.sha256)
         check_space(missing, out_dir)
         search = _Search(fitted, folds or {}, effort, device)
-        _write(source, missing, search, threads=threads, progress=progress)
+        _write(source, missing, search, threads=threads, progress=progress, warn=warn)
     seconds = time.monotonic() - started
     return [_record(draft, seconds, reused=draft not in missing) for draft in drafts]
 
@@ -236,6 +252,7 @@ def _write(
     *,
     threads: int,
     progress: Progress,
+    warn: Callable[[str], None],
 ) -> None:
     """Make all parts of all drafts; on an error of ours remove them, on anything else leave them to a later
     run.
@@ -249,7 +266,7 @@ def _write(
                 part.plan.header + repr((following.states, PIECE_WEIGHTS)).encode()
             ).hexdigest()
             writers.append((GgufWriter(part.path, part.plan, fingerprint), part.header))
-        _Pass(source, search, following, progress).run([writer for writer, _ in writers], threads)
+        _Pass(source, search, following, progress, warn).run([writer for writer, _ in writers], threads)
         sha256 = joined_sha256(following.result())
         for writer, header in reversed(writers):  # a split model appears with its first part, last
             writer.finish(header(sha256))
@@ -308,6 +325,7 @@ class _Pass:
     search: _Search
     following: FollowingHash
     progress: Progress
+    warn: Callable[[str], None]
     rooms: _Rooms = field(default_factory=_Rooms)
 
     def run(self, writers: Sequence[GgufWriter], threads: int) -> None:
@@ -315,16 +333,18 @@ class _Pass:
         works = self._unfinished(writers)
         total = sum(work.info.nbytes for work in works)
         done = 0
-        pending: deque[tuple[_Work, bool, Future[dict[str, bytes]]]] = deque()
+        pending: deque[tuple[_Work, bool, Future[dict[str, _Made]]]] = deque()
 
         def collect() -> None:
             work, is_last, future = pending.popleft()
-            for qtype, digest in future.result().items():
-                work.digests[qtype].append(digest)
+            for qtype, piece in future.result().items():
+                work.made[qtype].append(piece)
             if is_last:
                 for qtype, targets in work.targets.items():
+                    if work.vanished(qtype):
+                        self.warn(_dead(work.info.name, qtype))
                     for writer, number in targets:
-                        writer.done(number, piece_digest(work.digests[qtype]))
+                        writer.done(number, piece_digest([piece.digest for piece in work.made[qtype]]))
                         flusher.wrote(writer, writer.plan.tensors[number].nbytes)
 
         with ThreadPoolExecutor(threads, thread_name_prefix="quantize") as pool, Flusher() as flusher:
@@ -353,37 +373,45 @@ class _Pass:
                 if not _is_finished(writer, number):
                     work = works[tensor.name]
                     work.targets.setdefault(tensor.qtype, []).append((writer, number))
-                    work.digests[tensor.qtype] = []
+                    work.made[tensor.qtype] = []
         wanted = [work for work in works.values() if work.targets]
         places = {work.info.name: self.source.place(work.info.name) for work in wanted}
         return sorted(wanted, key=lambda work: (places[work.info.name].shard, places[work.info.name].offset))
 
-    def _make(self, work: _Work, piece: _Piece) -> dict[str, bytes]:
-        """Make one piece in every wanted qtype and write it; returns the SHA-256 of its bytes per qtype."""
+    def _make(self, work: _Work, piece: _Piece) -> dict[str, _Made]:
+        """Make one piece in every wanted qtype and write it."""
         info = piece.info
         rows = slice(piece.start, piece.stop)
-        raw = self.source.raw(info.name)[rows]
+        raw = self.source.raw(info.name, rows)
         columns = info.shape[-1] if info.shape else 1
-        weights = None
+        weights, largest = None, math.inf
         if not _holds_integers(info):
             weights = dequantize(raw, info.qtype, out=self.rooms.take((len(raw), columns), np.float32))
         if weights is not None:
             weights = self.search.folded(weights, info, rows)
-            _check_finite(weights, piece, work.targets)
-        digests = {}
+            changed = [qtype for qtype in work.targets if qtype != info.qtype or info.name in self.search.folds]
+            largest = require_held(weights, changed, info.name, piece.start)
+        made = {}
         for qtype, targets in work.targets.items():
             if weights is None or (qtype == info.qtype and info.name not in self.search.folds):
-                data = raw
+                data, lives = raw, True
             else:
                 room = self.rooms.take((len(raw), QTYPES[qtype].row_bytes(columns)), np.uint8)
                 data = self.search.quantize(weights, qtype, piece, room)
+                lives = not vanishes(data, qtype, largest) if largest else None
             view = np.ascontiguousarray(data).reshape(-1).data
             at = piece.start * QTYPES[qtype].row_bytes(columns)
             for writer, number in targets:
                 writer.write(number, at, view)
-            digests[qtype] = hashlib.sha256(view).digest()
-        self.source.release(info.name, rows)
-        return digests
+            made[qtype] = _Made(hashlib.sha256(view).digest(), lives)
+        return made
+
+
+def _dead(name: str, qtype: str) -> str:
+    return (
+        f"{name} becomes zeros in {qtype}: its weights are smaller than what that type's scales hold. The model was "
+        "trained with another type, or this tensor is one that it does without."
+    )
 
 
 def _holds_integers(info: TensorInfo) -> bool:
@@ -400,22 +428,3 @@ def _is_finished(writer: GgufWriter, number: int) -> bool:
         return piece_digest([hashlib.sha256(part).digest() for part in parts])
 
     return tensor.elements == 0 or writer.finished(number, digest)
-
-
-def _check_finite(weights: F32Array, piece: _Piece, targets: Mapping[str, object]) -> None:
-    bad = first_nonfinite(weights)
-    if bad is not None:
-        row, column = bad
-        raise BadWeights(
-            f"{piece.info.name} holds {weights[row, column]} in row {piece.start + row}, column {column}.",
-            means="The model was damaged while training, converting or copying; no level of it can work.",
-            do="Get the original weights again.",
-        )
-    if "F16" in targets and piece.info.qtype != "F16":
-        largest = float(np.abs(weights).max())
-        if largest > _LARGEST_F16:
-            raise BadWeights(
-                f"{piece.info.name} holds a weight of {largest:.6g}; F16 ends at {_LARGEST_F16:.0f}.",
-                means="The model was made for a type with a wider range.",
-                do="Ask for BF16 or F32 instead of F16.",
-            )
