@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from bitladder.formats.blocks import QTYPES, QType
 from bitladder.kernels import mxfp4
 from bitladder.kernels.compiled import Compiled
-from bitladder.kernels.rows import AFFINE, EFFORTS, SCALE, BlockRow, Effort, ScaleSearch, affine_search, scale_search
+from bitladder.kernels.rows import AFFINE, EFFORTS, SCALE, BlockRow, Effort, Ladder, searches
 
 CHUNK_WEIGHTS = 1 << 17
 """Weights handed to a kernel at once where threads share the rows: half a megabyte of float32."""
@@ -161,8 +161,7 @@ def _encoder(row: QType, columns: int, importance: F32Array | None, effort: Effo
     """A function that encodes whole rows, given flat, into flat bytes."""
     form = AFFINE.get(row.name) or SCALE.get(row.name)
     if form is not None:
-        search = affine_search if row.name in AFFINE else scale_search
-        return _block_encoder(form, search(form, effort, weighted=importance is not None), columns, importance)
+        return _block_encoder(form, searches(form, effort, weighted=importance is not None), columns, importance)
     if row.name == "MXFP4":
         return lambda x, out: mxfp4.encode(x.reshape(-1, columns), importance, out)
     if row.name == "F16":
@@ -172,7 +171,7 @@ def _encoder(row: QType, columns: int, importance: F32Array | None, effort: Effo
     return lambda x, out: np.copyto(out, x.view(np.uint8))
 
 
-def _block_encoder(form: BlockRow, look: ScaleSearch, columns: int, importance: F32Array | None) -> Encode:
+def _block_encoder(form: BlockRow, look: Ladder, columns: int, importance: F32Array | None) -> Encode:
     """A function that encodes blocks; each thread that calls it works in arrays of its own."""
     weights = np.empty(0, np.float32) if importance is None else importance
     type_size = QTYPES[form.name].type_size
@@ -188,7 +187,7 @@ def _block_encoder(form: BlockRow, look: ScaleSearch, columns: int, importance: 
     def encode(x: F32Array, out: U8Array) -> None:
         kernel(x, columns, weights, form, look, *room(), out)
 
-    return encode_plain if look.plain else encode
+    return encode_plain if look.first.plain else encode
 
 
 def _encode_f16(x: F32Array, out: U8Array) -> None:
