@@ -9,11 +9,13 @@ time and memory.
 ``--prepare`` writes what peers need: the weights as a float checkpoint and the calibration windows, 512 tokens
 each; ``benchmarks/checkpoint_peer.py`` makes peers' folders of them. Without it: builds the levels from the same
 windows, then walks source, levels and peers' folders over the first window of each of the text's articles (second
-halves scored). Prints seconds, CPU seconds and peak memory of the build, then mean KL and perplexity of each with
-intervals over articles, and for each ``--against`` the ratio of perplexities and the difference of KL to the peer,
-paired by article. A peer's folder is any checkpoint of the same weights in a format of levels/checkpoints without
-activation order in its groups. Inputs of W8A8 layers are rounded to int8 per token as engines do, unless
-``--exact-inputs``; all other inputs and the source's stay f32. Model and texts are not shipped.
+halves scored), and over the texts that ship to measure on, which are of other kinds. Prints seconds, CPU seconds and
+peak memory of the build, then mean KL and perplexity of each with intervals over articles, and for each ``--against``
+ratio and difference of KL to the peer and the ratio of perplexities, paired by article. A peer's folder is any
+checkpoint of the same weights in a format of levels/checkpoints without activation order in its groups; with
+``--levels ''`` nothing is built, and levels made before are named as peers. Inputs of W8A8
+layers are rounded to int8 per token as engines do, unless ``--exact-inputs``; all other inputs and the source's stay
+f32. Model and texts are not shipped. ``--prepare`` wants accelerate beside transformers.
 """
 
 import argparse
@@ -26,12 +28,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from level_texts import first_windows
 
 from bitladder.describe.text import Document
 from bitladder.describe.windows import WINDOW, Window, text_windows
 from bitladder.engines.base import Launch
 from bitladder.engines.llama import LlamaServer
 from bitladder.files.gguf import GgufFile
+from bitladder.files.texts import shipped_texts
 from bitladder.levels.checkpoints import parse_checkpoint
 from bitladder.stages.calibrate import Calibration, Reading
 from bitladder.stages.fidelity import Candidate, fidelity, token_scores
@@ -130,14 +134,40 @@ def build(source: GgufFile, options: argparse.Namespace, calibration: Sequence[W
 
 
 def compare(own: TokenScores, peer: TokenScores, windows: Sequence[Window]) -> str:
-    """KL of ours less the peer's, and ratio of perplexities, each with its interval over articles."""
+    """KL of ours as a share of the peer's and less it, ratio of perplexities, each with its interval over articles."""
     cluster = np.concatenate([np.full(window.scored, at) for at, window in enumerate(windows)])
-    sums = lambda values: np.bincount(cluster, weights=values)  # noqa: E731 - two uses, one line
+    sums = lambda values: np.bincount(cluster, weights=values)  # noqa: E731 - four uses, one line
     rng = np.random.default_rng(0)
     kl = ratio_interval(sums(own.kl - peer.kl), sums(np.ones(len(cluster))), rng)
+    share = ratio_interval(sums(own.kl), sums(peer.kl), rng, scale="log")
     ppl = ratio_interval(sums(own.nll - peer.nll), sums(np.ones(len(cluster))), rng)
     low, value, high = np.exp([ppl.low, ppl.value, ppl.high])
-    return f"KL {kl.value:+.4f} [{kl.low:+.4f}, {kl.high:+.4f}], perplexity x {value:.4f} [{low:.4f}, {high:.4f}]"
+    return (
+        f"KL x {share.value:.3f} [{share.low:.3f}, {share.high:.3f}], {kl.value:+.4f} [{kl.low:+.4f}, {kl.high:+.4f}], "
+        f"perplexity x {value:.4f} [{low:.4f}, {high:.4f}]"
+    )
+
+
+def judged(
+    source: GgufFile, candidates: Sequence[Candidate], reference: Candidate, windows: Sequence[Window],
+    text: str, options: argparse.Namespace,
+) -> None:  # fmt: skip
+    """Prints the figures of all candidates on one text, and each pair's."""
+    scores = token_scores(
+        source, list(candidates), windows, reference=reference, engine_rounding=not options.exact_inputs,
+        threads=options.threads,
+    )  # fmt: skip
+    by_name = dict(zip([candidate.level for candidate in candidates], scores[1:], strict=True))
+    print(f"\n{text}: {len(windows)} documents, {sum(window.scored for window in windows)} scored tokens")
+    print(f"{'level':24} {'mean KL':>8} {'95% interval':>18} {'perplexity':>10} {'(source)':>9} {'top-1':>6}")
+    for name, own in by_name.items():
+        found = fidelity(name, own, scores[0], windows)
+        print(
+            f"{found.level:24} {found.kl_mean:8.4f} {found.kl_low:8.4f}..{found.kl_high:8.4f} {found.ppl:10.2f} "
+            f"{found.ppl_reference:9.2f} {found.top1:6.1%}"
+        )
+    for ours, peer in (pair.split("=", 1) for pair in options.against):
+        print(f"{ours} against {peer}: {compare(by_name[ours], by_name[peer], windows)}", flush=True)
 
 
 def main() -> None:
@@ -148,35 +178,19 @@ def main() -> None:
         texts = Texts(source, server)
         calibration = texts.beginning(options.calibrate, options.calibration_windows)
         measuring = texts.articles(options.text, options.documents) if options.text else []
+        other = first_windows(server, source, shipped_texts())
     if options.prepare:
         prepare(options.model, calibration, options.prepare)
         return
-    folders = build(source, options, calibration, measuring)
+    folders = build(source, options, calibration, measuring) if options.levels else []
     folders += [(name, level, Path(path)) for name, level, path in (peer.split("=", 2) for peer in options.peer)]
     reference = UnroundedSource(source, threads=options.threads)
     candidates = [
         Candidate(name, CheckpointWeights(reference, path, parse_checkpoint(level).format))
         for name, level, path in folders
     ]
-    scores = token_scores(
-        source,
-        candidates,
-        measuring,
-        reference=Candidate("source", reference),
-        engine_rounding=not options.exact_inputs,
-        progress=say,
-        threads=options.threads,
-    )
-    by_name = dict(zip([candidate.level for candidate in candidates], scores[1:], strict=True))
-    print(f"\n{'level':24} {'mean KL':>8} {'95% interval':>18} {'perplexity':>10} {'(source)':>9} {'top-1':>6}")
-    for name, own in by_name.items():
-        found = fidelity(name, own, scores[0], measuring)
-        print(
-            f"{found.level:24} {found.kl_mean:8.4f} {found.kl_low:8.4f}..{found.kl_high:8.4f} {found.ppl:10.2f} "
-            f"{found.ppl_reference:9.2f} {found.top1:6.1%}"
-        )
-    for ours, peer in (pair.split("=", 1) for pair in options.against):
-        print(f"{ours} against {peer}: {compare(by_name[ours], by_name[peer], measuring)}")
+    for text, windows in (("in domain", measuring), ("other domain", other)):
+        judged(source, candidates, Candidate("source", reference), windows, text, options)
 
 
 if __name__ == "__main__":

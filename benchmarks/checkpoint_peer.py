@@ -1,8 +1,10 @@
-"""The peers of checkpoint_levels: GPTQModel's GPTQ and llm-compressor's levels, on the same weights and tokens.
+"""The peers of checkpoint_levels: GPTQModel's, llm-compressor's and AutoRound's levels, on the same weights and tokens.
 
     .venv/bin/python benchmarks/checkpoint_levels.py --model MODEL.gguf --calibrate valid.txt --prepare DIR
     PEER/bin/python benchmarks/checkpoint_peer.py gptqmodel DIR OUT [--bits 4] [--group 64] [--windows 64]
     PEER/bin/python benchmarks/checkpoint_peer.py llmcompressor-{gptq,awq,w8a8,w8a8-smooth} DIR OUT [...]
+    PEER/bin/python benchmarks/checkpoint_peer.py llmcompressor-[gptq-]SCHEME DIR OUT   (FP8_DYNAMIC, NVFP4A16, ...)
+    PEER/bin/python benchmarks/checkpoint_peer.py autoround-SCHEME DIR OUT [--steps 200]    (NVFP4, MXFP4, W4A16, ...)
 
 ``--prepare`` leaves the model as a float checkpoint and the calibration tokens, whole windows of 512. Each peer
 lives in an environment of its own:
@@ -15,9 +17,13 @@ lives in an environment of its own:
     python -m venv llmcompressor && . llmcompressor/bin/activate
     pip install 'torch<=2.14' 'transformers<=5.17' llmcompressor==0.14.0.1
 
+    python -m venv autoround && . autoround/bin/activate
+    pip install 'torch<=2.14' 'transformers<=5.17' auto-round compressed-tensors==0.19.0
+
 Settings are each tool's own defaults except bits, group size and windows: GPTQModel damps by 0.05 and orders
 columns within groups, llm-compressor damps by 0.01 and leaves them in order; its AWQ has zero points and searches
-over 20 exponents; its W8A8 is its preset of that name, its SmoothQuant has the strength 0.8 of its own recipes.
+over 20 exponents; its W8A8 is its preset of that name, its SmoothQuant has the strength 0.8 of its own recipes. A
+SCHEME is a preset of llm-compressor's, or one of AutoRound's, tuned for so many steps a block (its default is 200).
 Prints seconds, CPU seconds and peak memory of the quantization with saving.
 """
 
@@ -34,6 +40,7 @@ import numpy as np
 import torch
 
 METHODS = ("gptqmodel", *(f"llmcompressor-{method}" for method in ("gptq", "awq", "w8a8", "w8a8-smooth")))
+PRESETS = ("llmcompressor-", "autoround-")
 
 
 def gptqmodel(source: Path, out: Path, tokens: Any, bits: int, group: int) -> None:
@@ -54,6 +61,10 @@ def llmcompressor_recipe(method: str, bits: int, group: int) -> list[Any]:
     if method.startswith("w8a8"):
         rounding = QuantizationModifier(targets="Linear", scheme="W8A8", ignore=["lm_head"])
         return [SmoothQuantModifier(smoothing_strength=0.8), rounding] if "smooth" in method else [rounding]
+    if method.startswith("gptq-"):
+        return [GPTQModifier(targets="Linear", scheme=method.removeprefix("gptq-"), ignore=["lm_head"])]
+    if method not in ("awq", "gptq"):
+        return [QuantizationModifier(targets="Linear", scheme=method, ignore=["lm_head"])]
     awq = method == "awq"
     weights = QuantizationArgs(num_bits=bits, type="int", symmetric=not awq, strategy="group", group_size=group)
     scheme = {"group": QuantizationScheme(targets=["Linear"], weights=weights)}
@@ -73,20 +84,37 @@ def llmcompressor(source: Path, out: Path, tokens: Any, recipe: list[Any]) -> No
     model.to(torch.float16).save_pretrained(out, save_compressed=True)
 
 
+def autoround(source: Path, out: Path, tokens: Any, scheme: str, steps: int) -> None:
+    from auto_round import AutoRound
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    tuner = AutoRound(
+        model, AutoTokenizer.from_pretrained(source), scheme=scheme, iters=steps, nsamples=len(tokens),
+        seqlen=tokens.shape[1], batch_size=4, dataset=[torch.from_numpy(row.astype(np.int64))[None] for row in tokens],
+        enable_torch_compile=False, low_gpu_mem_usage=False, device_map="cpu",
+    )  # fmt: skip
+    tuner.quantize_and_save(str(out), format="llm_compressor" if "FP" in scheme else "auto_gptq")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("method", choices=METHODS)
+    parser.add_argument("method", help=f"one of {', '.join(METHODS)}, or {'SCHEME or '.join(PRESETS)}SCHEME")
     parser.add_argument("prepared", type=Path)
     parser.add_argument("out", type=Path)
-    for name, default in (("--bits", 4), ("--group", 64), ("--windows", 64), ("--threads", 1)):
+    for name, default in (("--bits", 4), ("--group", 64), ("--windows", 64), ("--threads", 1), ("--steps", 200)):
         parser.add_argument(name, type=int, default=default)
     options = parser.parse_args()
+    if not options.method.startswith((*METHODS, *PRESETS)):
+        parser.error(f"{options.method!r} is none of these methods")
     torch.set_num_threads(options.threads)
     tokens = np.load(options.prepared / "tokens.npy")[: options.windows]
     source = options.prepared / "float"
     started, cpu = time.monotonic(), time.process_time()
     if options.method == "gptqmodel":
         gptqmodel(source, options.out, tokens, options.bits, options.group)
+    elif options.method.startswith("autoround-"):
+        autoround(source, options.out, tokens, options.method.removeprefix("autoround-"), options.steps)
     else:
         recipe = llmcompressor_recipe(options.method.removeprefix("llmcompressor-"), options.bits, options.group)
         llmcompressor(source, options.out, tokens, recipe)

@@ -61,6 +61,14 @@ def our_gateway(
     return running([sys.executable, str(HERE / "gateway_process.py"), str(slots), *urls], log)
 
 
+def our_replicas(
+    *urls: str, processes: int = 1
+) -> contextlib.AbstractContextManager[tuple[str, subprocess.Popen[str]]]:
+    """`bitladder.serve` before engines that are replicas of one tier."""
+    script = str(HERE / "gateway_process.py")
+    return running([sys.executable, script, "4096", *urls, "--replicas", f"--processes={processes}", "--quiet"])
+
+
 @contextlib.contextmanager
 def litellm_proxy(url: str, port: int = 4077) -> Iterator[str]:
     """LiteLLM's proxy before the same engine, with its logging off."""

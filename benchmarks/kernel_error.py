@@ -83,6 +83,8 @@ def main() -> None:
     found: list[dict[str, Any]] = []
     for qtype in chosen.formats.split(","):
         for weighted in (False, True):
+            if not weighted and libgguf.quantize_requires_imatrix(libgguf.GGMLQuantizationType[qtype]):
+                continue
             shares: dict[tuple[str, str], list[tuple[float, float, str]]] = {}
             for name, x, drawn in samples:
                 importance = drawn if weighted else None

@@ -6,7 +6,8 @@
 
 Both sides see the same calibration tokens. Theirs: llama.cpp's mix of types (all 96 recorded mixes are reproduced
 tensor by tensor, tests/formats/test_recipes.py), quantized by ggml's own reference code (libgguf) under an importance
-matrix of those tokens. Ours: a recipe of at most as many bytes, or a share of them, codes chosen with error feedback.
+matrix of those tokens. Ours: a recipe of at most as many bytes, or a share of them, codes chosen with error feedback;
+with levels whose names begin with IQ it chooses from codebook types, too.
 KL against the 16-bit source on the first window of each of several articles of the test text, and of texts of another
 kind (the ones that ship to measure on); ratios of mean KL with paired intervals over documents. ``--ablate`` adds
 each ingredient alone.
@@ -36,7 +37,7 @@ from bitladder.records.recipe import Recipe
 from bitladder.stages.feedback import write_with_feedback
 from bitladder.stages.fidelity import Candidate, file_candidate, token_scores
 from bitladder.stages.imatrix import importance_matrix
-from bitladder.stages.sensitivity import sensitivity_table
+from bitladder.stages.sensitivity import BlockTypes, weigh
 from bitladder.stats.bootstrap import ratio_interval
 from bitladder.walk.feedback import FeedbackSettings
 from bitladder.walk.weights import FileWeights, MadeWeights, Quantizer
@@ -72,7 +73,8 @@ def candidates(
     theirs = GgmlQuantizer(weights, importance)
     ours = Quantizer(weights, importance=importance, threads=options.threads)
     started = time.perf_counter()
-    table = sensitivity_table(source, windows[:: max(1, len(windows) // 8)], threads=options.threads)
+    some, choices = windows[:: max(1, len(windows) // 8)], BlockTypes(low=options.levels.startswith("IQ"))
+    table = weigh(source, some, threads=options.threads, choices=choices).table
     print(f"sensitivities: {time.perf_counter() - started:.0f} s", flush=True)
     found = []
     for level in options.levels.split(","):

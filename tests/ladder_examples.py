@@ -10,6 +10,7 @@ from bitladder.records.evaluation import Answer, LevelAnswers, Speed, WorkloadRe
 from bitladder.records.fidelity import Fidelity
 from bitladder.records.plan import LevelPlan, Plan
 from bitladder.records.run import FileFacts, InputFacts, RunRecord, SourceFacts
+from bitladder.report.chart import Point
 from bitladder.units import MiB
 
 SIZES = {"F16": 384, "Q8_0": 205, "Q6_K": 158, "Q5_K_M": 141, "Q4_K_M": 124, "Q3_K_M": 107, "Q2_K": 89}
@@ -62,7 +63,7 @@ def answers(level: str, texts: dict[str, str], *, failed: tuple[str, ...] = ()) 
         Answer(name, text, name not in failed, "not 8" if name in failed else "", "stop", 20, len(text.split()))
         for name, text in texts.items()
     )
-    return LevelAnswers(level, made, Speed(200, SPEEDS[level], 1.0))
+    return LevelAnswers(level, made, Speed(200, SPEEDS.get(level, 100), 1.0))
 
 
 REFERENCE_TEXTS = {"pens": "So they cost $8.", "capital": "Canberra.", "formal": "The file shall be sent."}
@@ -108,3 +109,51 @@ def run_record(bar: str = "kl < 0.1 and no known loss", **changed: object) -> Ru
         timings={"walk": 12.5},
     )
     return dataclasses.replace(record, **changed)
+
+
+CROWDS = {
+    "in a row": [Point(f"Q{n}_K_M", 100 + n * 3, 0.05 * 1.1**-n, 0.04, 0.06) for n in range(8)],
+    "pairs": [
+        Point(f"Q{n}_K_{kind}", 90 * 1.2**n + at, 2 * 3.0**-n * (1 + at / 40), 1.6 * 3.0**-n, 2.6 * 3.0**-n, mark)
+        for n in range(2, 7)
+        for kind, at, mark in (("S", 0, ""), ("M", 3, "speed" if n == 4 else "quality" if n == 5 else ""))
+    ],
+    "at the bar": [Point(f"Q{n}_K_M", 100 + 20 * n, 0.1, 0.09, 0.11, "both" if n == 7 else "") for n in range(8)],
+}
+"""Levels that leave little room for their names, in a chart."""
+
+
+def crowded_record() -> RunRecord:
+    """A run of ten levels, many of nearly the same size, that were measured in two ways and kept all their answers."""
+    kl = {
+        "Q8_0": 0.0013, "Q6_K": 0.0044, "Q5_K_M": 0.0147, "Q5_K_S": 0.0172, "Q4_K_M": 0.051, "Q4_K_S": 0.068,
+        "Q3_K_L": 0.156, "Q3_K_M": 0.195, "Q3_K_S": 0.46, "Q2_K": 1.05,
+    }  # fmt: skip
+    sizes = {
+        "F16": 258, "Q8_0": 138, "Q6_K": 132, "Q5_K_M": 107, "Q5_K_S": 105, "Q4_K_M": 101, "Q4_K_S": 98,
+        "Q3_K_L": 93, "Q3_K_M": 89, "Q3_K_S": 84, "Q2_K": 84.2,
+    }  # fmt: skip
+    base = run_record()
+    rows = tuple(
+        dataclasses.replace(
+            base.plan.levels[0], level=level, file_bytes=round(size * MiB), total_bytes=round((size + 70) * MiB)
+        )
+        for level, size in sizes.items()
+    )
+    plan = dataclasses.replace(base.plan, levels=rows)
+    measured = [fidelity(level, loss, width=0.2) for level, loss in kl.items()]
+    found = [
+        dataclasses.replace(result("Q4_K_M", inputs=3), level=level, lost=(), decode_tokens_per_s=30 + 4 * (n % 5))
+        for n, level in enumerate(sizes)
+    ]
+    decision = decide(plan, measured, found, bar="kl < 0.1", reference="F16")
+    given = [answers("F16", REFERENCE_TEXTS), *(answers(level, SPEED_TEXTS) for level in kl)]
+    return dataclasses.replace(
+        base,
+        plan=plan,
+        decision=decision,
+        fidelities=tuple(measured),
+        results=tuple(found),
+        files=(),
+        answers=tuple(given),
+    )

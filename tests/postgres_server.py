@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import pwd
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 SETTINGS = {"listen_addresses": "", "fsync": "off", "full_page_writes": "off", "synchronous_commit": "off"}
 
@@ -31,39 +33,56 @@ def unprivileged() -> str | None:
     return next(name for name in ("postgres", "nobody") if name in known)
 
 
+class Server:
+    """A server with an empty database that can be stopped and started again."""
+
+    def __init__(self, folder_of_binaries: Path) -> None:
+        self._binaries = folder_of_binaries
+        user = unprivileged()
+        self._folder = Path(tempfile.mkdtemp(prefix="bitladder-pg-"))  # short: a socket's path has at most 107 bytes
+        if user:
+            shutil.chown(self._folder, user)
+        self._as_user: dict[str, Any] = {"user": user, "cwd": self._folder} if user else {"cwd": self._folder}
+        options = ["-U", "ladder", "-A", "trust", "--no-sync", "-E", "UTF8"]
+        initdb = [folder_of_binaries / "initdb", "-D", self._folder / "data", *options]
+        subprocess.run(initdb, check=True, capture_output=True, **self._as_user)
+        self.url = f"postgresql://ladder@/postgres?host={self._folder}"
+        self.start()
+
+    def start(self) -> None:
+        """Start it, and wait until it answers."""
+        options = [part for name, value in SETTINGS.items() for part in ("-c", f"{name}={value}")]
+        command = [self._binaries / "postgres", "-D", self._folder / "data", "-k", self._folder, *options]
+        with (self._folder / "log").open("wb") as log:
+            self._process = subprocess.Popen(command, stdout=log, stderr=log, **self._as_user)
+        _wait(self._binaries, self._folder, self._process)
+
+    def stop(self) -> None:
+        """Stop it at once; its data stay."""
+        self._process.send_signal(signal.SIGINT)
+        self._process.wait(timeout=30)
+
+    def remove(self) -> None:
+        """Stop it, and delete what it kept."""
+        self.stop()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+@contextmanager
+def serving(folder_of_binaries: Path) -> Iterator[Server]:
+    """A server of one's own; gone afterwards."""
+    server = Server(folder_of_binaries)
+    try:
+        yield server
+    finally:
+        server.remove()
+
+
 @contextmanager
 def running(folder_of_binaries: Path) -> Iterator[str]:
     """The URL of an empty database; the server is gone afterwards."""
-    user = unprivileged()
-    folder = Path(tempfile.mkdtemp(prefix="bitladder-pg-"))  # short: a socket's path has at most 107 bytes
-    if user:
-        shutil.chown(folder, user)
-    data = folder / "data"
-    as_user = {"user": user, "cwd": folder} if user else {"cwd": folder}
-    initdb = [
-        folder_of_binaries / "initdb",
-        "-D",
-        data,
-        "-U",
-        "ladder",
-        "-A",
-        "trust",
-        "--no-sync",
-        "-E",
-        "UTF8",
-    ]
-    subprocess.run(initdb, check=True, capture_output=True, **as_user)
-    options = [part for name, value in SETTINGS.items() for part in ("-c", f"{name}={value}")]
-    command = [folder_of_binaries / "postgres", "-D", data, "-k", folder, *options]
-    with (folder / "log").open("wb") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log, **as_user)
-    try:
-        _wait(folder_of_binaries, folder, server)
-        yield f"postgresql://ladder@/postgres?host={folder}"
-    finally:
-        server.terminate()
-        server.wait(timeout=30)
-        shutil.rmtree(folder, ignore_errors=True)
+    with serving(folder_of_binaries) as server:
+        yield server.url
 
 
 def _wait(folder_of_binaries: Path, folder: Path, server: subprocess.Popen[bytes]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import typer.main
+import yaml
 
 from bitladder import __version__
 from bitladder.cli.app import app
@@ -95,14 +96,24 @@ def test_every_page_of_docs_is_linked_from_the_readme_or_the_index():
     assert {page.name for page in (ROOT / "docs").glob("*.md")} <= names
 
 
+def test_the_site_has_every_page():
+    def pages(entries):
+        for entry in entries:
+            for one in entry.values() if isinstance(entry, dict) else [entry]:
+                yield from pages(one) if isinstance(one, list) else [one]
+
+    config = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+    assert {page.name for page in (ROOT / "docs").glob("*.md")} <= set(pages(config["nav"]))
+
+
 def test_the_changelog_knows_this_version():
     assert f"## {__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
-OTHER_PROGRAMS = {"--merge", "--output", "--mtp", "--vocab-only"}
-"""Options in advice that belong to other programs: llama-gguf-split's and the converter's."""
+OTHER_PROGRAMS = {"--merge", "--output", "--mtp", "--vocab-only", "--head", "--address", "--object-store-memory"}
+"""Options in advice that belong to other programs: llama-gguf-split's, the converter's and Ray's."""
 
 
 def all_options() -> set[str]:

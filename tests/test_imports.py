@@ -9,10 +9,10 @@ SRC = Path(__file__).parents[1] / "src" / "bitladder"
 # The drawing, bottom to top. A module imports only from rows beneath its own, or from its own package.
 ROWS = [
     {"__init__", "errors"},
-    {"units", "progress", "visible", "unicode", "json_text"},
+    {"units", "progress", "visible", "unicode", "json_text", "system"},
     {"formats"},
     {"records", "describe", "kernels", "stats"},
-    {"levels"},
+    {"levels", "executors"},
     {"files"},
     {"plan", "engines", "walk", "store"},
     {"report"},

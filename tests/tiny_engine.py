@@ -32,6 +32,7 @@ def write_tiny(
     name: str = "Tiny",
     pooling: int | None = None,
     template: str = _CHATML,
+    heads: int = 4,
 ) -> Path:
     """A model of 1.4 million weights in F16, trained (so it says) for ``n_ctx`` tokens.
 
@@ -63,8 +64,8 @@ def write_tiny(
         u32("llama.embedding_length", width),
         u32("llama.feed_forward_length", hidden),
         u32("llama.block_count", layers),
-        u32("llama.attention.head_count", 4),
-        u32("llama.attention.head_count_kv", 2),
+        u32("llama.attention.head_count", heads),
+        u32("llama.attention.head_count_kv", heads // 2),
         f32("llama.attention.layer_norm_rms_epsilon", 1e-5),
         f32("llama.rope.freq_base", 10000.0),
         string("tokenizer.ggml.model", "gpt2"),

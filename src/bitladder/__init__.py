@@ -1,3 +1,3 @@
 """Bitladder finds, builds, proves and serves the right quantization of a large language model."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

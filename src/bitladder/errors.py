@@ -17,6 +17,7 @@
         EngineTimeout               exit 8   no word from it in time
         EngineReply                 exit 8   no completion came: an error status, broken JSON, a stream cut short
         WrongModel                  exit 8   it serves another model than the one asked for
+      ClusterError                  exit 8   the cluster is not there, or lost what it was computing for good
       OutputError                   exit 6   no space, no permission, cannot write
       FetchError                    exit 7   a download failed or its hash differs
 
@@ -125,6 +126,12 @@ class EngineReply(EngineError):
 
 class WrongModel(EngineError):
     """The engine serves another model than the one asked for."""
+
+
+class ClusterError(BitladderError):
+    """The cluster that should compute is not there, has no node that can, or lost a unit for good."""
+
+    exit_code = 8
 
 
 class OutputError(BitladderError):

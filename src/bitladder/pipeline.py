@@ -7,6 +7,7 @@ last thing it stored.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,42 +17,61 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bitladder import __version__
+from bitladder.describe.cache_types import F16_CACHE, check_cache, split_name
+from bitladder.describe.depths import usual_depths
+from bitladder.describe.text import CHARACTERS_PER_TOKEN
 from bitladder.engines.endpoint import EndpointSettings
-from bitladder.errors import NothingFits, UnknownArchitecture, UsageError
+from bitladder.errors import BitladderError, NothingFits, UnknownArchitecture, UsageError
+from bitladder.executors.places import executor_of, own_device
 from bitladder.files.measured import machine_key
 from bitladder.files.probe import probe_machine
 from bitladder.files.workloads import STARTER, load_reference, load_workload
-from bitladder.levels import LADDER, CheckpointLevel, Container, Level, of_kinds
+from bitladder.levels import LADDER, CheckpointLevel, Container, Level, RecipeLevel, of_kinds
 from bitladder.plan.bar import Bar, parse_bar
 from bitladder.plan.decide import decide
-from bitladder.plan.ladder import make_plan, usable_context
+from bitladder.plan.ladder import make_plan, over_caches, usable_context
 from bitladder.plan.preflight import require
+from bitladder.plan.schedule import Kind, Piece, open_levels, spread
 from bitladder.progress import LevelNews, Progress
 from bitladder.records import to_json
 from bitladder.records.decision import Decision
 from bitladder.records.evaluation import LevelAnswers, WorkloadResult
 from bitladder.records.fidelity import Fidelity, Way
-from bitladder.records.plan import Plan
+from bitladder.records.plan import DEFAULT_CTX, Plan
 from bitladder.records.run import RunRecord
 from bitladder.report import RUN_JSON, check_html, check_run, report_beside, write_html, write_run
 from bitladder.stages import run_facts as facts
+from bitladder.stages.as_deployed import as_deployed
 from bitladder.stages.ask import Asker, LevelToAsk, ServedLevel, name_of, require_room
-from bitladder.stages.calibration import importance_of
+from bitladder.stages.calibration import importance_need, importance_of
+from bitladder.stages.costs import Prices, level_costs, prices_of
 from bitladder.stages.criteria_help import criteria_help
 from bitladder.stages.endpoints import agree_to_spend
+from bitladder.stages.engine_way import way_for
 from bitladder.stages.evaluate import compare
-from bitladder.stages.forecast import building_need
+from bitladder.stages.forecast import building_need, corrected_seconds, walking_need
 from bitladder.stages.job import Build, Job, Journal, Say, Work, opened
 from bitladder.stages.known_files import identified, known_folders, making_of
 from bitladder.stages.ladder_files import ladder_files
-from bitladder.stages.measure import built_candidate, documents, fidelities, fidelity_of_reference
+from bitladder.stages.looks import (
+    RESERVED_DECISIONS,
+    Costs,
+    Countdown,
+    Looks,
+    TimeIsUp,
+    TooLittleTime,
+    material,
+    undecided_on_passes,
+)
+from bitladder.stages.measure import Ways, built_candidate, documents, fidelities_by_depth, fidelity_of_reference
 from bitladder.stages.projector import deliver, projector_of, unmeasured_note
 from bitladder.stages.quantize import calibrate_levels, sort_levels
 from bitladder.stages.run_facts import RunSettings, level_of
+from bitladder.stages.speeds import LEAST_ROUNDS
 from bitladder.stages.wording import wording_changes
 from bitladder.store.evidence import Evidence
 from bitladder.store.recorded import Recorded, StoredDecision, Subject
-from bitladder.units import human_bytes
+from bitladder.units import human_bytes, human_duration
 
 if TYPE_CHECKING:
     from bitladder.describe.criteria import Context
@@ -117,14 +137,37 @@ def assess(
 
 
 def _work(settings: RunSettings, progress: Progress, say: Say) -> Work:
+    if settings.within is not None:
+        progress = Countdown(progress, settings.within)
     return Work(threads=settings.threads, device=settings.device, progress=progress, journal=Journal(say))
 
 
 def _assessed(given: _Given) -> RunRecord:
-    """Plan, build, measure, test, decide."""
+    """Plan, build, measure, test, decide; within the time, where there is a limit.
+
+    Raises:
+        TooLittleTime: it was over before anything was known of a level.
+    """
+    countdown = given.job.progress
+    if not isinstance(countdown, Countdown):
+        return _assessed_in_whole(given)
+    countdown.begin()
+    try:
+        return _assessed_in_whole(given)
+    except TimeIsUp:
+        raise TooLittleTime(
+            f"{human_duration(countdown.seconds)} were over before anything was known of a level.",
+            means="Work took longer than was predicted: the machine may be busy. What was done is kept.",
+            do="Run it again: it goes on from there.",
+        ) from None
+    finally:
+        countdown.end()
+
+
+def _assessed_in_whole(given: _Given) -> RunRecord:
     job, timed = given.job, given.job.journal.timed
     plan = _planned(given)
-    levels = _levels_to_build(given, plan)
+    given, levels = _in_time(given, plan, _levels_to_build(given, plan))
     if _needs_engine(given, levels):
         job.require_engine()
         require_room(given.workload, plan.n_ctx, job)
@@ -134,13 +177,178 @@ def _assessed(given: _Given) -> RunRecord:
     with timed("quantize"):
         built = ladder_files(job, levels, given.build, importance=importance, calibrated=calibrated)
         built = identified(built, making_of(job, given.build, importance), given.recorded, job)
+        _tell_twins(given, built)
         if given.projector and any(file.path.parent == given.build.out for file in built.values()):
             deliver(given.projector, given.build.out, job.journal)
+    if isinstance(job.progress, Countdown):
+        with timed("looks"):
+            return _looked(given, plan, built, job.progress)
     with timed("walk"):
-        fidelities = _measured(given, built)
+        fidelities = _measured(given, plan, built)
     with timed("workload"):
         answers = _asked(given, plan, built)
-    results = [compare(answers[0], level, given.workload) for level in answers[1:]]
+    return _judged(given, plan, built, fidelities, answers)
+
+
+_BUILDING_SHARE = 0.5
+"""Of the time, for the importance matrix and for building levels."""
+_IMPORTANCE_SHARE = 0.2
+"""Of the time, for the importance matrix: what it is gathered on is cut to it."""
+
+
+def _in_time(given: _Given, plan: Plan, levels: Sequence[Level]) -> tuple[_Given, list[Level]]:
+    """All that was asked for; within a limit the levels that there is time to build, evenly spread over the ladder,
+    and calibration text that there is time for.
+
+    Raises:
+        TooLittleTime: not even for the smallest level.
+    """
+    job, countdown = given.job, given.job.progress
+    if not isinstance(countdown, Countdown):
+        _say_estimate(given, plan, levels)
+        return given, list(levels)
+    if not levels:
+        return given, []
+    named = {level.name: level for level in levels}
+    reference = _named_reference(given.settings)
+    candidates = [row.level for row in plan.levels if row.level in named and named[row.level] != reference]
+    wanted = material(job.windows(given.texts), given.workload.inputs)
+    costs = Costs(wanted, job.source, plan.levels, reference.name if reference else level_of(job.source.model))
+    given = _with_less_calibration(given, _IMPORTANCE_SHARE * countdown.usable)
+    first = _importance_seconds(given)
+    known = {file.level for file in given.recorded.files(job.source.sha256)}  # an earlier run got to them
+
+    def building(some: Sequence[str]) -> float:
+        return first + corrected_seconds(building_need(job, [named[name] for name in some], given.build))
+
+    smallest = candidates[-1:]
+    least = building(smallest) + costs.shortest_look([name for name in smallest if name not in known])
+    if smallest and least > countdown.left:
+        least = (countdown.passed + least) * countdown.seconds / countdown.usable
+        rest = "; --imatrix none does without the importance matrix" if first else ""
+        raise TooLittleTime(
+            f"{human_duration(countdown.seconds)} are too short for one look at {smallest[0]}, the smallest level.",
+            means=f"About {human_duration(least)} are needed: {human_duration(first)} for the importance matrix, the "
+            "rest to build the level and to look at it beside the reference.",
+            do=f"Write --within {math.ceil(least * 1.1)}s or more{rest}.",
+        )
+    chosen = spread(candidates, building, _BUILDING_SHARE * countdown.left) or tuple(smallest)
+    left_out = [name for name in candidates if name not in chosen]
+    if left_out:
+        job.journal.warn(f"There is no time to build {', '.join(left_out)}: a longer --within takes them in.")
+    countdown.watch()
+    return given, [level for level in levels if level.name in chosen or level == reference]
+
+
+_WORTH_SAYING_S = 30.0
+
+
+def _say_estimate(given: _Given, plan: Plan, levels: Sequence[Level]) -> None:
+    """How long the whole run may take, where nothing of it was done yet and all of it can be predicted."""
+    job = given.job
+    known = {file.level for file in given.recorded.files(job.source.sha256)}
+    missing = [level.name for level in levels if level.name not in known]
+    if not missing or _endpoints(given.settings) or not all(isinstance(level, RecipeLevel) for level in levels):
+        return
+    costs = Costs(material((), given.workload.inputs), job.source, plan.levels, level_of(job.source.model))
+    asking = [Piece(Kind.INPUTS, tuple(missing), 0, len(given.workload.inputs))]
+    timing = [Piece(Kind.ROUNDS, tuple(missing), 0, LEAST_ROUNDS)]
+    tokens = sum(len(text.text) for text in given.texts) // CHARACTERS_PER_TOKEN
+    try:
+        seconds = _importance_seconds(given) + corrected_seconds(building_need(job, levels, given.build))
+        seconds += corrected_seconds(walking_need(job.source, tokens, missing)) + sum(map(costs, asking + timing))
+    except BitladderError:  # told where it matters
+        return
+    if seconds >= _WORTH_SAYING_S:
+        job.journal.say(
+            f"About {human_duration(seconds)} on this machine, by what is known of it; --within bounds the time."
+        )
+
+
+def _importance_seconds(given: _Given) -> float:
+    need = importance_need(given.job, given.build)
+    return corrected_seconds(need) if need else 0.0
+
+
+def _with_less_calibration(given: _Given, seconds: float) -> _Given:
+    """The importance matrix gathered on as much text as these seconds suffice for, where it is not there."""
+    whole, seconds = _importance_seconds(given), max(0.0, seconds)
+    if whole <= seconds:
+        return given
+    less = replace(given, build=replace(given.build, calibration_share=seconds / whole))
+    saved = whole - _importance_seconds(less)
+    given.job.journal.warn(
+        f"The importance matrix is gathered on {100 * seconds / whole:.0f}% of the calibration text: the whole of it "
+        f"would take about {human_duration(saved)} more."
+    )
+    return less
+
+
+def _looked(given: _Given, plan: Plan, built: Mapping[Subject, LevelFile], countdown: Countdown) -> RunRecord:
+    """Look after look until the time is over, or nothing is open that looking could settle."""
+    contenders = [one for one in _contenders(given, plan, built) if isinstance(one, LevelToAsk | Path)]
+    asker = Asker(given.workload, given.context, given.recorded, plan.n_ctx, given.job)
+    wanted = material(given.job.windows(given.texts), given.workload.inputs)
+    with ExitStack() as stack:
+        ways = _ways(given, built, stack)
+        subjects = [subject for subject in built if subject != ways.reference]
+        looks = Looks(asker, ways, _measurable(given, subjects), contenders, plan.levels, wanted)
+        still_open = {level.level for level in plan.levels}
+        sizes = {level.level: level.file_bytes for level in plan.levels}
+        try:
+            while (piece := looks.next_piece(still_open, countdown.left)) is not None:
+                looks.do(piece)
+                done = countdown.passed
+                evidence = looks.evidence()
+                looks.news(evidence)
+                if looks.has_something:
+                    results = _results(given, evidence.answers)
+                    decision = _decided(
+                        given, plan, built, evidence.fidelities, results, reference=evidence.answers[0].level
+                    )
+                    still_open = open_levels(decision, sizes) | undecided_on_passes(
+                        decision.bar, evidence.answers, wanted
+                    )
+                countdown.reserve(RESERVED_DECISIONS * (countdown.passed - done))
+        except TimeIsUp:
+            if not looks.has_something:
+                raise
+        countdown.end()
+        evidence = looks.evidence(still_open)
+        if evidence.answers[0].answers:
+            asker.tell_doubts([level for level in evidence.answers if level.answers])
+        record = _judged(given, plan, built, evidence.fidelities, evidence.answers)
+        more = looks.remaining(still_open)
+    if not more:
+        return record
+    return replace(record, decision=replace(record.decision, next=(*record.decision.next, more)))
+
+
+def _measurable(given: _Given, subjects: Sequence[Subject]) -> list[Subject]:
+    """Those whose fidelity can be measured; none, and a warning, where neither the walk nor the engine can go."""
+    try:
+        way_for(given.job.source)
+    except UnknownArchitecture as error:
+        _warn_of_no_fidelity(given, error)
+        return []
+    return list(subjects)
+
+
+def _warn_of_no_fidelity(given: _Given, error: UnknownArchitecture) -> None:
+    given.job.journal.warn(
+        f"No fidelity was measured: {error.found} {error.means} The decision rests on the workload alone."
+    )
+
+
+def _judged(
+    given: _Given,
+    plan: Plan,
+    built: Mapping[Subject, LevelFile],
+    fidelities: Sequence[Fidelity],
+    answers: Sequence[LevelAnswers],
+) -> RunRecord:
+    """The decision that this evidence leads to, and all that it rests on."""
+    results = _results(given, answers)
     decision = _decided(given, plan, built, fidelities, results, reference=answers[0].level)
     return _record(given, plan, built, fidelities, answers, results, decision)
 
@@ -162,6 +370,7 @@ class _Given:
     recorded: Recorded
     projector: Path | None
     """What takes in pictures and sounds, as ``stages.projector`` made or found it."""
+    prices: Prices
 
 
 @contextmanager
@@ -185,25 +394,33 @@ def _opened(settings: RunSettings, work: Work, confirm: Confirm) -> Iterator[_Gi
             journal=work.journal,
         )
         context = stack.enter_context(helpers)
+        executor = executor_of(settings.on, settings.device, settings.unit_needs)
+        if executor is not None:
+            work.journal.warn(*executor.warnings)
+            own = own_device(executor, settings.device)
+            work = replace(work, device=own, executor=stack.enter_context(executor))
         with work.journal.timed("fetch"):
             job = stack.enter_context(opened(settings.model, work))
         source = job.source
+        workload = as_deployed(workload, source.metadata, job.checkpoint)
         settings = replace(settings, n_ctx=usable_context(source.model, settings.n_ctx))
         out = settings.out or Path(f"{job.found.label}-ladder")
         check_run(out / RUN_JSON, source_sha256=lambda: source.sha256)
         check_html(report_beside(out / RUN_JSON), source_sha256=lambda: source.sha256)
         work.journal.warn(*workload.warnings)
         machine = probe_machine(out)
+        prices = prices_of(machine, _answering(settings))
         build = Build(out=out, imatrix=settings.imatrix, effort=settings.effort, measured_on=texts)
         projector = projector_of(job.found, job.journal, job.progress)
         if projector is not None:
             job.journal.warn(unmeasured_note(projector))
-        yield _Given(settings, job, machine, workload, context, texts, build, bar, recorded, projector)
+        yield _Given(settings, job, machine, workload, context, texts, build, bar, recorded, projector, prices)
 
 
 def _checked_bar(settings: RunSettings) -> Bar | None:
     """The bar; a bad one, options that a level would not follow, and levels that nobody could ask are refused before
     any work is done."""
+    _check_caches(settings)
     sort_levels(_wanted(settings), settings.imatrix)
     of_kinds(
         [level for level, _ in settings.served],
@@ -222,13 +439,60 @@ def _checked_bar(settings: RunSettings) -> Bar | None:
             means="Every level's answers are compared with the reference's.",
             do=f"Serve it with vLLM and name the address: --also {reference}=URL#MODEL.",
         )
+    if settings.within is not None:
+        _check_within(settings)
     return parse_bar(settings.bar) if settings.bar else None
+
+
+def _check_caches(settings: RunSettings) -> None:
+    """Refuse what cannot be run, or compared, with several types of KV cache."""
+    if not settings.caches:
+        return
+    of_kinds(
+        [level for level in _wanted(settings) if isinstance(level, CheckpointLevel)],
+        (),
+        what="--kv",
+        why="Types of a KV cache are llama.cpp's, which does not run checkpoints.",
+        do="Leave out the checkpoint levels, or --kv.",
+    )
+    if _named_reference(settings) is not None:
+        raise UsageError(
+            f"--reference {settings.reference} does not go with --kv.",
+            means="Losses by cache are measured against the source in its 16-bit cache.",
+            do="Leave out --reference, or compare with an endpoint's or stored answers.",
+        )
+
+
+def _check_within(settings: RunSettings) -> None:
+    """Refuse what no time can be predicted of."""
+    if settings.caches:
+        raise UsageError(
+            "--within cannot be kept with --kv: how long measuring by depth of context takes is not predicted.",
+            do="Leave out one of the two.",
+        )
+    if _endpoints(settings):
+        raise UsageError(
+            "--within cannot be kept with models behind addresses, which answer when they like.",
+            do="Leave out --within, or the addresses.",
+        )
+    of_kinds(
+        _wanted(settings),
+        (RecipeLevel,),
+        what="--within",
+        why="how long calibrating takes is not predicted.",
+        do="Leave out --within, or these levels.",
+    )
 
 
 def _endpoints(settings: RunSettings) -> list[EndpointSettings]:
     """Every model behind an address that is asked the workload."""
     reference, served = settings.reference, [endpoint for _, endpoint in settings.served]
     return [*([reference] if isinstance(reference, EndpointSettings) else []), *served, *settings.also]
+
+
+def _answering(settings: RunSettings) -> dict[str, EndpointSettings]:
+    """Who answers behind an address, by the name that tables call it."""
+    return {one.label: one for one in _endpoints(settings)} | {level.name: one for level, one in settings.served}
 
 
 def _reference_level(given: _Given) -> str | None:
@@ -257,10 +521,17 @@ def _planned(given: _Given) -> Plan:
     """The plan, when at least one level fits and what fits can be built. With a level as the reference, larger ones
     are left out."""
     reference, source = _named_reference(given.settings), given.job.source
-    plan = make_plan(
-        source.model, given.machine, n_ctx=given.settings.n_ctx, levels=_wanted(given.settings),
-        beside_bytes=given.projector.stat().st_size if given.projector else 0,
-    )  # fmt: skip
+    for cache in given.settings.caches:
+        check_cache(source.model, cache)
+    plans = {
+        cache: make_plan(
+            source.model, given.machine, n_ctx=given.settings.n_ctx, levels=_wanted(given.settings),
+            beside_bytes=given.projector.stat().st_size if given.projector else 0,
+            type_k=cache.k.upper(), type_v=cache.v.upper(),
+        )
+        for cache in given.settings.caches or (F16_CACHE,)
+    }  # fmt: skip
+    plan = over_caches(plans)
     if reference is not None:
         most = next(level.file_bytes for level in plan.levels if level.level == reference.name)
         plan = replace(plan, levels=tuple(level for level in plan.levels if level.file_bytes <= most))
@@ -285,9 +556,34 @@ def _levels_to_build(given: _Given, plan: Plan) -> list[Level]:
     file of its own level."""
     named = {level.name: level for level in _wanted(given.settings)}
     own, reference = level_of(given.job.source.model), _named_reference(given.settings)
-    rows = [row for row in plan.levels if row.level != own]
-    levels = [(row, named[row.level]) for row in rows]
-    return [level for row, level in levels if row.fits or level == reference or level.container is Container.FOLDER]
+    levels = [(row, named[level]) for row in plan.levels if (level := split_name(row.level)[0]) != own]
+    kept = (level for row, level in levels if row.fits or level == reference or level.container is Container.FOLDER)
+    return list(dict.fromkeys(kept))
+
+
+def _runs(given: _Given, plan: Plan, built: Mapping[Subject, LevelFile]) -> list[LevelToAsk]:
+    """Every level in a file with every cache that it is run with, in the order of the plan; the source with the caches
+    beside llama.cpp's own, with which it is what the others are compared with."""
+    caches = given.settings.caches or (F16_CACHE,)
+    source, fits = given.job.source, {row.level for row in plan.levels if row.fits}
+    files = {subject: file.path for subject, file in built.items() if not file.path.is_dir()}
+    own = Subject(source.sha256, level_of(source.model), file=source.sha256)
+    runs = [
+        LevelToAsk(subject.with_cache(cache), path, cache)
+        for subject, path in (files | {own: source.path}).items()
+        for cache in caches
+        if not (subject == own and cache.is_default)
+    ]
+    return [run for run in runs if not given.settings.caches or name_of(run) in fits]
+
+
+def _tell_twins(given: _Given, built: Mapping[Subject, LevelFile]) -> None:
+    """Say which levels are other levels byte for byte: a small model's rows fit few types."""
+    for subject, first in given.recorded.one_of_each(built).items():
+        if subject != first:
+            line = f"{subject.level} is {first.level} byte for byte: what is measured of one holds for both"
+            given.job.journal.reused.append(line)
+            given.job.journal.say(f"{line}.")
 
 
 def _needs_engine(given: _Given, levels: Sequence[Level]) -> bool:
@@ -296,30 +592,49 @@ def _needs_engine(given: _Given, levels: Sequence[Level]) -> bool:
     return own or any(level.container is Container.FILE for level in levels)
 
 
-def _measured(given: _Given, built: Mapping[Subject, LevelFile]) -> list[Fidelity]:
-    """Fidelity of the files that were written; none, and a warning, where neither the walk nor the engine can go."""
+def _results(given: _Given, answers: Sequence[LevelAnswers]) -> list[WorkloadResult]:
+    """Each level beside the reference, which is the first; levels that nobody asked have no result."""
+    return [compare(answers[0], level, given.workload) for level in answers[1:] if level.answers]
+
+
+def _ways(given: _Given, built: Mapping[Subject, LevelFile], stack: ExitStack) -> Ways:
+    """How fidelity of the files that were written is measured; they stay open as long as ``stack``."""
     named = _named_reference(given.settings)
     reference = next((subject for subject in built if named is not None and subject.level == named.name), None)
+
+    def candidates(missing: Sequence[Subject]) -> list[Candidate]:
+        return [built_candidate(given.job.source, built[subject], stack) for subject in missing]
+
+    def files(missing: Sequence[Subject]) -> list[Path]:
+        return [built[subject].path for subject in missing]
+
+    return Ways(given.job, candidates, files, given.texts, given.recorded, reference)
+
+
+def _measured(given: _Given, plan: Plan, built: Mapping[Subject, LevelFile]) -> list[Fidelity]:
+    """Fidelity of the files that were written; none, and a warning, where neither the walk nor the engine can go."""
+    if given.settings.caches:
+        return _measured_by_depth(given, _runs(given, plan, built))
     with ExitStack() as stack:
-
-        def candidates(missing: Sequence[Subject]) -> list[Candidate]:
-            return [built_candidate(given.job.source, built[subject], stack) for subject in missing]
-
+        ways = _ways(given, built, stack)
         try:
-            return fidelities(
-                given.job,
-                [subject for subject in built if subject != reference],
-                candidates,
-                given.texts,
-                given.recorded,
-                files=lambda missing: [built[subject].path for subject in missing],
-                reference=reference,
-            )
+            return ways.fidelities([subject for subject in built if subject != ways.reference])
         except UnknownArchitecture as error:
-            given.job.journal.warn(
-                f"No fidelity was measured: {error.found} {error.means} The decision rests on the workload alone."
-            )
+            _warn_of_no_fidelity(given, error)
             return []
+
+
+def _measured_by_depth(given: _Given, runs: Sequence[LevelToAsk]) -> list[Fidelity]:
+    """Fidelity of every level with every cache, at depths up to the context."""
+    paths = {run.subject.bare: run.path for run in runs}
+    return fidelities_by_depth(
+        given.job,
+        [(run.subject.bare, run.cache) for run in runs],
+        given.texts,
+        given.recorded,
+        files=lambda missing: [paths[subject] for subject in missing],
+        depths=usual_depths(given.settings.n_ctx or DEFAULT_CTX),
+    )
 
 
 def _asked(given: _Given, plan: Plan, built: Mapping[Subject, LevelFile]) -> list[LevelAnswers]:
@@ -333,9 +648,8 @@ def _contenders(given: _Given, plan: Plan, built: Mapping[Subject, LevelFile]) -
     settings, source = given.settings, given.job.source
     own = LevelToAsk(Subject(source.sha256, level_of(source.model), file=source.sha256), source.path)
     served = {level.name: endpoint for level, endpoint in settings.served}
-    files = [LevelToAsk(subject, file.path) for subject, file in built.items() if not file.path.is_dir()]
     folders = [ServedLevel(name, endpoint) for name, endpoint in served.items()]
-    levels: list[LevelToAsk | ServedLevel] = [*files, *folders]
+    levels: list[LevelToAsk | ServedLevel] = [*_runs(given, plan, built), *folders]
     named = _reference_level(given)
     if named is None:  # the source is a level like the others
         fits = any(level.fits and level.level == own.subject.level for level in plan.levels)
@@ -366,7 +680,9 @@ def _decided(
         tags={one.id: one.tags for one in given.workload.inputs},
     )
     files = {level_of(given.job.source.model): given.job.source.sha256}
-    return replace(decision, files=files | {file.level: file.sha256 for file in built.values()})
+    files |= {file.level: file.sha256 for file in built.values()}
+    files |= {name_of(run): files[run.subject.bare.level] for run in _runs(given, plan, built)}
+    return replace(decision, files=files)
 
 
 def _known_of_source(given: _Given, plan: Plan, fidelities: Sequence[Fidelity]) -> list[Fidelity]:
@@ -403,6 +719,7 @@ def _record(
         wording={
             level.level: wording_changes(given.workload, answers[0].answers, level.answers) for level in answers[1:]
         },
+        costs=level_costs(answers, given.prices),
         settings=facts.settings_facts(
             settings, plan.n_ctx, given.texts, given.workload, way=fidelities[0].way if fidelities else Way.WALK
         ),

@@ -58,3 +58,27 @@ def parse_bytes(text: str) -> int:
     if match is None or match[2].lower() not in _FACTORS:
         raise UsageError(f"'{text}' is not a size.", do="Write a number and a unit, like 4.2GiB or 800MB.")
     return int(float(match[1]) * _FACTORS[match[2].lower()])
+
+
+_SECONDS = {"s": 1, "m": 60, "min": 60, "h": 3600}
+
+
+def parse_duration(text: str) -> float:
+    """``"90s"``, ``"10m"``, ``"1.5h"`` or ``"1h30m"`` in seconds.
+
+    Raises:
+        UsageError: the text is no duration above zero.
+    """
+    parts = re.findall(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(s|min|m|h)", text.replace(" ", "").lower())
+    whole = "".join(f"{number}{unit}" for number, unit in parts)
+    seconds = sum(float(number) * _SECONDS[unit] for number, unit in parts)
+    if whole != text.replace(" ", "").lower() or not seconds:
+        raise UsageError(f"'{text}' is not a duration.", do="Write a number and a unit, like 30s, 10m or 2h.")
+    return seconds
+
+
+def human_duration(seconds: float) -> str:
+    """``45 s``, ``12 min``, ``3.5 h``."""
+    if seconds < 119.5:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 119.5 * 60 else f"{seconds / 3600:.1f} h"

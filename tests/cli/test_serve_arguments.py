@@ -30,8 +30,10 @@ def bitladder(*arguments: object) -> Result:
 
 
 def tiers(model: str | None, quality: str | None = None, speed: str | None = None, **more) -> ServeSettings:
+    """``quality`` and ``speed``: what each option is given, several separated by spaces."""
     slots = more.pop("slots", None)
-    return tiers_of(TierOptions(model=model, quality=quality, speed=speed, threads=1, **more), Work(), slots=slots)
+    given = {"quality": quality and quality.split(), "speed": speed and speed.split()}
+    return tiers_of(TierOptions(model=model, threads=1, **given, **more), Work(), slots=slots)
 
 
 def test_files_and_endpoints_need_no_model(here):
@@ -43,6 +45,27 @@ def test_files_and_endpoints_need_no_model(here):
     assert tiers(None, None, "tiny-F16.gguf").quality.level == "tiny-F16"
     assert tiers("mine", "http://h#big", "tiny-F16.gguf").name == "mine"
     assert tiers("m-F16", "tiny-F16.gguf", name="other").name == "other"
+
+
+def test_an_option_that_is_repeated_names_replicas(here, monkeypatch):
+    monkeypatch.setenv("KEY_OF_B", "sk-b")
+    two = tiers(None, "http://a:1#big http://b:1/v1#big", "http://c:1#small", name="pair", key_env=["b:1=KEY_OF_B"])
+    assert (two.quality.level, two.quality.addresses) == ("big", ("http://a:1/v1#big", "http://b:1/v1#big"))
+    assert [one.key_env for one in two.quality.keyed] == ["", "KEY_OF_B"]
+    assert two.speed is not None and two.speed.replicas == ()
+    assert tiers(None, "http://a:1 http://a:1").quality.replicas == ()
+    for wrong, said in (
+        ("http://a:1#big tiny-F16.gguf", "is no address"),
+        ("tiny-F16.gguf http://a:1#big", "is no address"),
+        ("http://a:1#big http://b:1#small", "different models"),
+        ("http://a:1#big http://b:1", "different models"),
+        ("http://a:1#big http://a:1/v1/#big", "twice"),
+    ):
+        with pytest.raises(BitladderError, match=said):
+            tiers(None, wrong)
+    (here / "s.yaml").write_text("quality: [http://a:1#big, tiny-F16.gguf]\n")
+    done = bitladder("serve", "--config", "s.yaml")
+    assert done.exit_code == 2 and "is no address" in done.stderr
 
 
 def test_a_file_that_no_run_knows_and_an_address_are_served_by_themselves(here):

@@ -14,6 +14,7 @@ from bitladder.files.workloads import (
     new_workload,
     trusted_functions,
 )
+from bitladder.stages.evaluate import judge_answers
 
 
 def parse(text, files=None, **options):
@@ -110,11 +111,11 @@ FAULTS = {
     "input is a text": ("inputs:\n  - hello\n", "line 2: an input needs fields like prompt and expect, got 'hello'"),
     "bad role": (
         asking("messages:\n      - {role: boss, content: c}"),
-        "line 3: entry 1 of messages field 'role' needs one of system, user, assistant, got 'boss'",
+        "line 3: entry 1 of messages field 'role' needs one of system, user, assistant, tool, got 'boss'",
     ),
     "assistant last": (
         asking("messages:\n      - {role: user, content: c}\n      - {role: assistant, content: c}"),
-        "line 4: the last message must be the user's",
+        "line 4: the last message must be the user's, or a tool's result",
     ),
     "no value for a variable": (
         asking("prompt: 'a {{b}}'\n    variables: {c: d}"),
@@ -440,7 +441,18 @@ def test_stored_answers_as_a_reference(tmp_path):
         '["b"]': "line 2: an answer needs the texts",
         '{"id": "c", "text": "x"}': "line 2: the workload has no input 'c'",
         '{"id": "b", "text": "y"}': "line 2: a second answer to 'b'",
+        '{"id": "a", "text": "", "tool_calls": [{"name": 7}]}': "line 2: tool_calls needs calls",
     }.items():
         path.write_text('{"id": "b", "text": "x"}\n' + line)
         with pytest.raises(BadWorkload, match=message):
             load_reference(path, workload)
+
+
+def test_stored_answers_hold_calls_and_are_none_of_several_turns(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    path.write_text('{"id": "a", "text": "", "tool_calls": [{"name": "clock", "arguments": "{}"}]}\n')
+    workload = parse("inputs: [{id: a, prompt: p, tools: [{name: clock}], expect: {tool_call: clock}}]")
+    (answer,) = load_reference(path, workload)
+    assert judge_answers(workload, [answer])[0].passed
+    with pytest.raises(BadWorkload, match="line 1: 'a' is a chat of several turns"):
+        load_reference(path, parse("inputs: [{id: a, turns: [p, q], expect: {exact: x}}]"))

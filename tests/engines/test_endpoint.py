@@ -160,9 +160,9 @@ FAULTS = {
     "wrong key": (httpx.Response(401, text="no"), EngineReply, "key is missing or wrong"),
     "nobody there": (httpx.ConnectError("refused"), EngineGone, "cannot be reached: refused"),
     "broken off": (httpx.RemoteProtocolError("peer closed"), EngineReply, "broke off in the middle"),
-    "slow to connect": (httpx.ConnectTimeout("t"), EngineTimeout, "nothing in time while connecting"),
-    "stalled": (httpx.ReadTimeout("t"), EngineTimeout, "nothing in time while waiting for its reply"),
-    "slow to take": (httpx.WriteTimeout("t"), EngineTimeout, "nothing in time while sending"),
+    "slow to connect": (httpx.ConnectTimeout("t"), EngineTimeout, "not answer in time while connecting"),
+    "stalled": (httpx.ReadTimeout("t"), EngineTimeout, "not answer in time while waiting for its reply"),
+    "slow to take": (httpx.WriteTimeout("t"), EngineTimeout, "not answer in time while sending"),
 }
 
 
@@ -427,3 +427,75 @@ def test_answers_that_were_cut_while_the_model_thought_are_told():
     plain = endpoint(stream(GOOD))
     plain.chat(Chat(HELLO, 5))
     assert plain.notes == ()
+
+
+CALLS = [("weather", '{"city": "Oslo"}'), ("clock", "{}")]
+
+
+def streamed_calls():
+    """As servers stream them: name first, arguments in pieces, each call under its place."""
+    pieces = [
+        {"index": 0, "id": "a", "function": {"name": "weather", "arguments": ""}},
+        {"index": 0, "function": {"arguments": '{"city": '}},
+        {"index": 1, "id": "b", "function": {"name": "clock", "arguments": "{}"}},
+        {"index": 0, "function": {"arguments": '"Oslo"}'}},
+    ]
+    events = [event(choices=[{"delta": {"tool_calls": [piece]}}]) for piece in pieces]
+    return stream("".join(events) + event(choices=[{"delta": {}, "finish_reason": "tool_calls"}]))
+
+
+def whole_calls(arguments):
+    calls = [{"id": "a", "type": "function", "function": {"name": "weather", "arguments": arguments}}]
+    calls.append({"id": "b", "type": "function", "function": {"name": "clock"}})
+    message = {"role": "assistant", "content": None, "tool_calls": calls}
+    return httpx.Response(200, json={"model": "m", "choices": [{"message": message, "finish_reason": "tool_calls"}]})
+
+
+@pytest.mark.parametrize(
+    ("reply", "calls"),
+    [
+        (streamed_calls(), CALLS),
+        (whole_calls('{"city": "Oslo"}'), [CALLS[0], ("clock", "")]),
+        (whole_calls({"city": "Oslo"}), [CALLS[0], ("clock", "")]),  # the object itself
+    ],
+)
+def test_calls_of_tools_in_every_dialect(reply, calls):
+    done = endpoint(reply).chat(Chat(HELLO, 99))
+    assert [(call.name, call.arguments) for call in done.calls] == calls
+    assert (done.text, done.finish_reason, done.thought) == ("", "tool_calls", False)
+
+
+@pytest.mark.parametrize(
+    "calls",
+    ["x", [7], [{"function": 7}], [{"function": {"name": 7}}], [{"index": None}], [{"index": n} for n in range(200)]],
+)
+def test_calls_that_are_none_end_in_one_error(calls):
+    reply = event(choices=[{"delta": {"tool_calls": calls}, "finish_reason": "stop"}])
+    with pytest.raises(EngineReply, match="JSON that is no completion"):
+        endpoint(stream(reply)).chat(Chat(HELLO, 99))
+
+
+def test_a_thought_is_kept_with_its_length():
+    apart = event(choices=[{"delta": {"reasoning_content": "Is it 4? Yes. "}}]) + said("4444", "stop")
+    usage = {"prompt_tokens": 1, "completion_tokens": 18}
+    done = endpoint(stream(apart + event(choices=[], usage=usage))).chat(Chat(HELLO, 99))
+    assert (done.text, done.reasoning, done.thought_tokens) == ("4444", "Is it 4? Yes. ", 14)  # by its characters
+    counted = {**usage, "completion_tokens_details": {"reasoning_tokens": 11}}
+    done = endpoint(stream(apart + event(choices=[], usage=counted))).chat(Chat(HELLO, 99))
+    assert done.thought_tokens == 11
+    marked = endpoint(stream(said("[THINK]Is it 5?[/THINK]5", "stop"))).chat(Chat(HELLO, 99))
+    assert (marked.text, marked.reasoning) == ("5", "Is it 5?")
+    assert not endpoint(stream(GOOD)).chat(Chat(HELLO, 99)).reasoning
+
+
+def test_what_an_endpoint_refuses_of_a_thoughts_limit_and_of_sampling_is_told():
+    engine = endpoint(refusal("thinking_budget_tokens"), refusal("top_k"), stream(GOOD))
+    engine.chat(Chat(HELLO, 5, temperature=0.6, sampling={"top_k": 20, "top_p": 0.9}, max_thought_tokens=3))
+    sent = [json.loads(request.content) for request in engine.asked]
+    assert [set(sent[0]) - set(body) for body in sent[1:]] == [
+        {"thinking_budget_tokens"}, {"thinking_budget_tokens", "top_k"},
+    ]  # fmt: skip
+    assert sent[2]["top_p"] == 0.9
+    said_of = " ".join(engine.notes)
+    assert "refuses top_k: it samples otherwise than the levels" in said_of
+    assert "takes no limit for a thought" in said_of

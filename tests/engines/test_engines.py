@@ -149,7 +149,7 @@ def test_what_an_engine_of_our_own_is(folder):
         assert isinstance(engine, Running)
         assert (engine.poll(), engine.name, engine.identity) == (None, "m", Identity("toy", "7", "m"))
         assert "loading m 64" in engine.last_log()
-        with pytest.raises(EngineError, match="toy cannot be asked for the tokens"):
+        with pytest.raises(EngineError, match="toy does not give the tokens"):
             engine.tokenize("text")
     assert engine.poll() is not None
 

@@ -1,5 +1,6 @@
 """The real llama.cpp in its child process: what it answers, and every way it can end."""
 
+import math
 import os
 import signal
 import struct
@@ -20,7 +21,7 @@ from bitladder.errors import BadInput, EngineError, EngineGone, EngineReply, Eng
 from bitladder.files.workloads import load_workload
 from bitladder.serve.compare import first_difference, later_partings
 from bitladder.stages import evaluate
-from bitladder.stages.evaluate import answer_workload, judge_answers, measure_speed
+from bitladder.stages.evaluate import answer_workload, decode_rates, judge_answers, measure_speed, warm_up
 
 pytestmark = pytest.mark.model
 
@@ -70,6 +71,18 @@ def test_speed_is_measured_with_one_request(server, monkeypatch):
     assert speed.load_seconds > 0
 
 
+def test_a_prompt_that_the_engine_holds_is_decoded_after_and_not_computed(server):
+    tokens = server.tokenize("The harbour was quiet in the early morning. " * 4, add_special=True)
+    anew, again = server.time_tokens(tokens, max_tokens=4), server.time_tokens(tokens, max_tokens=4, again=True)
+    assert anew["prompt_n"] == len(tokens) and again["prompt_n"] < len(tokens) // 4
+    assert anew["predicted_n"] == again["predicted_n"] == 4
+    assert server.time_tokens(tokens, max_tokens=4)["prompt_n"] == len(tokens)
+    warm_up(server)
+    decode_rates(server, 0)
+    prefill, decode = decode_rates(server, 0, again=True)
+    assert math.isnan(prefill) and decode > 0
+
+
 def test_a_workload_and_a_level_that_is_the_reference(server):
     workload = load_workload()
     few = type(workload)("few", workload.inputs[:3])
@@ -112,7 +125,7 @@ def test_a_stall_is_noticed(demo_gguf):
     with LlamaServer(Launch(demo_gguf, n_ctx=512, threads=1), timeouts=Timeouts(stall_s=1.0)) as running:
         os.kill(running.process.pid, signal.SIGSTOP)
         try:
-            with pytest.raises(EngineTimeout, match="nothing in time while waiting for its reply"):
+            with pytest.raises(EngineTimeout, match="not answer in time while waiting for its reply"):
                 running.chat(Chat(QUESTION, 4))
         finally:
             os.kill(running.process.pid, signal.SIGCONT)

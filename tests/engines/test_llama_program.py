@@ -88,7 +88,7 @@ def test_its_build_is_read_in_every_form(tmp_path, version, build):
     ("version", "told", "complaint"),
     [
         (f"version: {LEAST_BUILD - 1} (abc)", HELP, f"is build {LEAST_BUILD - 1} of llama.cpp; at least {LEAST_BUILD}"),
-        ("nginx/1.25", HELP, "does not tell a version"),
+        ("nginx/1.25", HELP, "prints no version"),
         (NEW, HELP.replace("--parallel", ""), "has no flag --parallel"),
         ("version: 1 (abc)", HELP.replace("--jinja", ""), "has no flag --jinja"),
     ],

@@ -39,6 +39,10 @@ import gguf_bytes
 from bitladder.describe.cache import cache_bytes, layer_caches
 from bitladder.describe.criteria import KINDS, judge
 from bitladder.describe.numbers import numbers
+from bitladder.describe.repetition import loop_start
+from bitladder.describe.structured import read_yaml
+from bitladder.describe.thoughts import parted
+from bitladder.describe.tool_calls import judged_calls
 from bitladder.describe.workload import Criterion, Input
 from bitladder.engines.base import Chat
 from bitladder.engines.chat_api import ChatRequest, send_chat
@@ -52,6 +56,7 @@ from bitladder.files.workloads import import_workload, load_reference, load_work
 from bitladder.levels import LADDER
 from bitladder.plan.cost import level_size
 from bitladder.plan.memory import compute_buffers
+from bitladder.records.evaluation import ToolCall
 from bitladder.report.reading import read_run
 from bitladder.stages.inspect import inspect_file
 from bitladder.store.evidence import Evidence
@@ -548,6 +553,9 @@ ANSWERS = [
 ]
 
 
+ASSISTANT = (Path(__file__).parents[2] / "examples" / "assistant" / "assistant.yaml").read_text(encoding="utf-8")
+
+
 def beside(folder: Path) -> Path:
     written(folder / "a.txt", "contents")
     return folder
@@ -555,9 +563,12 @@ def beside(folder: Path) -> Path:
 
 def make_workload(chance: random.Random, folder: Path) -> Path:
     folder = beside(folder)
-    kind = chance.randrange(4)
+    kind = chance.randrange(6)
     if kind == 0:
         return written(folder / "w.yaml", damaged_text(YAML, chance))
+    if kind > 3:
+        damaged = damaged_text(ASSISTANT, chance) if kind == 4 else damaged_json(read_yaml(ASSISTANT).plain, chance)
+        return written(folder / ("w.yaml" if kind == 4 else "w.json"), damaged)
     if kind == 1:
         lines = [json.dumps(one, ensure_ascii=False) for one in INPUTS]
         lines[chance.randrange(len(lines))] = damaged_json(chance.choice(INPUTS), chance)
@@ -571,7 +582,13 @@ def read_workload(path: Path, chance: random.Random) -> None:
     assert len(workload.hash) == 64
     for one in workload.inputs:
         own = tuple(criterion for criterion in one.criteria if KINDS[criterion.kind].check)
-        judge(Input(one.id, one.messages, own), damaged_text(chance.choice(ANSWERS), chance))
+        said = parted(damaged_text(f"<think>{chance.choice(ANSWERS)}</think>{chance.choice(ANSWERS)}", chance))
+        assert loop_start(said.thought) is None or len(said.thought) > 30
+        judge(Input(one.id, one.messages, own), said.answer)
+        for criterion in one.every_criterion:
+            if criterion.kind == "tool_call":
+                made = [ToolCall("book_room", damaged_text('{"nights": 3, "guests": [1e9, null]}', chance))]
+                assert judged_calls(criterion.value, made, one.tools).detail
 
 
 def make_import(chance: random.Random, folder: Path) -> Path:

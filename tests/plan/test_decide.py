@@ -45,6 +45,8 @@ def reason(decision, level):
         ("passes at least the reference", ("passes", ">=", 0, True, "")),
         ("arithmetic: no loss", ("no loss", "", 0, False, "arithmetic")),
         ("no known loss", ("no known loss", "", 0, False, "")),
+        ("recall >= 98%", ("recall", ">=", 0.98, False, "")),
+        ("item recall at least 0.9", ("recall", ">=", 0.9, False, "")),
         ("speed >= 20 tok/s", ("speed", ">=", 20, False, "")),
         ("memory < 6GiB", ("memory", "<", 6 * 1024**3, False, "")),
     ],
@@ -138,7 +140,7 @@ def test_a_near_lossless_speed_tier_serves_both():
     decision = decide(plan(), fidelities(Q5_K_M=0.012), results(), bar="kl < 0.05", reference="F16")
     assert (decision.quality, decision.speed) == ("Q5_K_M", "Q5_K_M")
     said = reason(decision, "Q6_K")
-    assert re.search(r"larger than Q5_K_M, which is as good as the original, as far as .* tokens can tell, too", said)
+    assert "larger than Q5_K_M, which shows no loss either" in said
     assert re.search(r"as good as the original, as far as \d+ inputs and [\d,]+ tokens can tell", decision.summary)
 
 
@@ -165,8 +167,8 @@ def test_without_a_surely_faster_level_one_serves_both():
     measured = [dataclasses.replace(result(level), decode_tokens_per_s=100 - n) for n, level in enumerate(KL)]
     decision = decide(plan(), fidelities(), measured, bar="kl < 0.1", reference="F16")
     assert (decision.quality, decision.speed) == ("Q6_K", "Q6_K")
-    assert "no level that meets the bar is surely faster" in reason(decision, "Q6_K")
-    assert "not surely faster" in reason(decision, "Q4_K_M")
+    assert "no level that meets the bar is measurably faster" in reason(decision, "Q6_K")
+    assert "not measurably faster" in reason(decision, "Q4_K_M")
 
 
 def test_what_slows_whole_rounds_hides_no_difference_between_levels():
@@ -449,3 +451,40 @@ def test_a_level_without_kl_beside_levels_with_it():
     )
     assert "its KL was not measured" in reason(decision, "Q5_K_M")
     assert "reference" not in reason(decision, "Q5_K_M")
+
+
+def caught(level, kept, low, high):
+    return dataclasses.replace(result(level), items=99, items_kept=kept, recall_low=low, recall_high=high)
+
+
+@pytest.mark.parametrize(
+    ("bar", "one", "status", "said"),
+    [
+        (
+            "recall >= 90%",
+            caught("Q6_K", 98, 0.945, 0.998),
+            "both tiers",
+            "item recall 99.0% (94.5% to 99.8%), 98 of 99",
+        ),
+        ("recall >= 90%", caught("Q6_K", 80, 0.72, 0.87), "fails the bar", "80 of 99 items"),
+        ("recall >= 97%", caught("Q6_K", 98, 0.945, 0.998), "cannot tell", "add inputs with items"),
+        ("recall >= 90%", result("Q6_K"), "cannot tell", "no item of a 'set_recall' criterion"),
+        ("recall >= 90%", None, "cannot tell", "no workload was run"),
+    ],
+)
+def test_a_bar_on_items_is_judged_by_their_interval(bar, one, status, said):
+    found = decide(plan(levels=("F16", "Q6_K")), fidelities(), [one] if one else [], bar=bar, reference="F16")
+    assert statuses(found)["Q6_K"] == status
+    assert said in reason(found, "Q6_K") + found.summary
+
+
+def test_how_sure_a_decision_on_items_is_depends_on_their_interval():
+    def share(low, high):
+        results = [caught("Q8_0", 99, 0.99, 1.0), caught("Q6_K", 95, low, high)]
+        found = decide(
+            plan(levels=("F16", "Q8_0", "Q6_K")), fidelities(), results, bar="recall >= 90%", reference="F16"
+        )
+        return found.certainty[0].share
+
+    assert share(0.955, 0.962) > 0.95
+    assert share(0.905, 0.99) < 0.9

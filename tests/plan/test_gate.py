@@ -51,3 +51,15 @@ def test_junit():
     assert cases["Q8_0"].find("failure") is None
     assert cases["Q8_0"].get("classname") == "bitladder.a <b> & \\x00\\ud800\\uffffc"
     assert "kl < 0.074" in cases["Q8_0"].get("name")
+
+
+def test_junit_has_what_changed_in_the_answers():
+    decision = gate(("F16", "Q8_0", "Q2_K"), "kl < 0.074")
+    notes = {"Q8_0": "'shall' became 'will' 4 times", "Q2_K": "catches 61.0% of what F16 catches \x00"}
+    cases = {
+        case.get("name").split()[0]: case for case in ElementTree.fromstring(junit(decision, model="a", notes=notes))[0]
+    }
+    assert cases["Q8_0"].find("system-out").text.endswith("; answers: 'shall' became 'will' 4 times")
+    assert cases["Q2_K"].find("system-out").text == "answers: catches 61.0% of what F16 catches \\x00"
+    assert cases["Q2_K"].find("failure") is not None
+    assert "answers" not in cases["F16"].find("system-out").text

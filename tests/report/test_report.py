@@ -2,10 +2,12 @@
 
 import dataclasses
 import io
+import itertools
 import json
 import math
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -16,17 +18,18 @@ from bitladder.records.decision import Loss, Outcome, Pairing, Status, TagStatus
 from bitladder.records.evaluation import Alternative, Answer, AnswerToken
 from bitladder.records.plan import Place
 from bitladder.records.reading import from_json
-from bitladder.records.run import InputFacts
-from bitladder.records.wording import Substitution, WordingChanges
+from bitladder.records.run import InputFacts, LevelCost
+from bitladder.records.wording import Parting, Substitution, WordingChanges
 from bitladder.report import fidelity_table, plan_table, print_run, read_run, render_html, write_html, write_run
 from bitladder.report.answers import compared_answers
 from bitladder.report.chart import Axis, Point, find_cliff, loss_chart
-from bitladder.report.facts import facts
+from bitladder.report.facts import NAMES, facts
+from bitladder.report.meanings import HEADS, VERDICTS
 from bitladder.report.rows import UNKNOWN, level_rows, number, small
-from bitladder.report.wording import wording_lines, wording_notes
+from bitladder.report.wording import ANSWERS_COLUMNS, answers_columns, answers_rows, wording_lines, wording_notes
 from bitladder.report.words import word_diff
 from bitladder.units import GiB, human_bytes
-from ladder_examples import SPEED_TEXTS, answers, fidelities, run_record
+from ladder_examples import CROWDS, SPEED_TEXTS, answers, crowded_record, fidelities, run_record
 
 VOID = {"meta", "link", "br", "img"}
 
@@ -87,6 +90,14 @@ def test_the_file_is_whole_and_loads_nothing(record):
     assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in page.find("meta")
     assert all("scope" in attrs for attrs in page.find("th"))
     assert all(attrs.get("role") == "img" and "aria-labelledby" in attrs for attrs in page.find("svg"))
+
+
+def test_heads_and_verdicts_say_what_they_mean(record):
+    page = Page(render_html(record))
+    titles = [attrs["title"] for attrs in page.find("abbr")]
+    assert titles == [means for name, means in HEADS.items() if name != "cost"]
+    assert {attrs["title"] for attrs in page.find("strong") if "title" in attrs} <= {*VERDICTS.values()}
+    assert [*VERDICTS] == [*Status]
 
 
 def test_it_says_everything_the_table_needs(record):
@@ -171,11 +182,38 @@ def test_writing_is_whole_or_not_at_all(record, tmp_path):
         write_html(record, tmp_path / "file" / "report.html")
 
 
-def test_settings_are_told_in_words():
-    told = facts(
-        {"ram_total": 8 * GiB, "engine": {"n_ctx": 512, "cpu": None}, "features": ["avx2", "fma"], "unified": False}
-    )
-    assert told == [("ram total", "8.00 GiB"), ("engine", "n ctx 512"), ("features", "avx2; fma")]
+FACTS = {
+    "cpu": "a CPU", "cores": 2, "ram_total": 8 * GiB, "features": ["avx2", "fma"], "unified": False,
+    "gpus": [{"name": "RTX 4090", "vram_total": 24 * GiB, "vram_free": 20 * GiB, "bandwidth": 1e12, "flops": 0.0}],
+    "text": {"documents": ["essay", "code"], "sha256": "ab"},
+    "engine": {
+        "engine": "xllamacpp", "version": "1", "n_ctx": 512, "n_parallel": 4, "threads": 2, "cpu": "a CPU",
+    },
+    "temperature": 0.0, "some_thing": {"n_ctx": 3, "none": None}, "nothing": None, "constructor": 1,
+}  # fmt: skip
+
+
+def test_settings_are_written_in_words():
+    found = dict(facts(FACTS))
+    assert found == {
+        "Processor": "a CPU", "Cores": "2", "Memory": "8.00 GiB", "Instruction sets": "avx2; fma",
+        "GPUs": "RTX 4090, 24.0 GiB, of which 20.0 GiB free", "Text measured on": "essay; code; SHA-256 ab",
+        "Engine": "xllamacpp 1, 512 tokens for each request, requests at once: 4, threads: 2",
+        "Temperature": "0", "Some thing": "n ctx 3", "Constructor": "1",
+    }  # fmt: skip
+    old = dict(facts({"engine": {"n_ctx": 512, "cpu": None}}))
+    assert old == {"Engine": "n ctx 512"}, "a record of another version"
+
+
+def test_every_fact_of_a_machine_and_of_a_run_has_a_name_in_words():
+    from bitladder.describe.machine import Machine
+
+    run = json.loads((Path(__file__).parents[1] / "fixtures" / "records" / "run.json").read_text())
+    fields = {field.name for field in dataclasses.fields(Machine)} | run["settings"].keys()
+    assert fields <= NAMES.keys()
+    text = render_html(run_record(machine=run["machine"], settings=run["settings"]))
+    assert "<dt>Processor</dt>" in text
+    assert "n ctx" not in text
 
 
 # ---- records and back
@@ -243,10 +281,9 @@ def test_dots_stand_where_their_numbers_say():
     curve = numbers(r"([\d.]+),([\d.]+)", re.search(r'class="curve" points="([^"]+)"', svg)[1])
     assert [x for x, _ in curve] == sorted(x for x, _ in curve)
     by_level = dict(zip([p.label for p in sorted(POINTS, key=lambda p: p.x)], curve, strict=True))
-    # linear across: 40 MiB are as wide between 160 and 200 as they are anywhere
-    per_mib = (by_level["Q8_0"][0] - by_level["Q6_K"][0]) / 40
-    assert by_level["Q6_K"][0] - by_level["Q4_K_M"][0] == pytest.approx(36 * per_mib, abs=0.2)
-    # logarithmic down: equal factors are equal heights
+    # logarithmic across and down: equal factors are equally far apart
+    per_factor = (by_level["Q8_0"][0] - by_level["Q6_K"][0]) / math.log(200 / 160)
+    assert by_level["Q6_K"][0] - by_level["Q4_K_M"][0] == pytest.approx(math.log(160 / 124) * per_factor, abs=0.2)
     per_e_fold = (by_level["Q8_0"][1] - by_level["Q6_K"][1]) / math.log(0.013 / 0.004)
     assert by_level["Q3_K_M"][1] - by_level["Q2_K"][1] == pytest.approx(math.log(10) * per_e_fold, abs=0.3)
     limit = float(re.search(r'class="limit"[^>]* y1="([\d.]+)"', svg)[1])
@@ -261,26 +298,53 @@ def test_whiskers_span_the_interval():
     assert (low + high) / 2 == pytest.approx(dot[1], abs=0.2)
 
 
-def test_labels_do_not_overlap_and_stay_inside():
-    crowd = [Point(f"Q{n}_K_M", 100 + n * 3, 0.05 * 1.1**-n, 0.04, 0.06) for n in range(8)]
-    for width in (360, 420, 600):
-        boxes = []
-        svg = loss_chart(crowd, SIZE, width=width, height=380)
-        for x, y, anchor, text in re.findall(
-            r'class="label[^"]*" x="([\d.]+)" y="([\d.]+)" text-anchor="(\w+)">([^<]+)', svg
-        ):
-            wide = len(text) * 6.7
-            left = float(x) - (wide if anchor == "end" else 0)
-            boxes.append((left, float(y) - 11, left + wide, float(y) + 3))
-        assert len(boxes) == 8
-        assert all(box[0] >= 0 and box[2] <= width for box in boxes)
-        overlapping = [
-            (a, b)
-            for n, a in enumerate(boxes)
-            for b in boxes[n + 1 :]
-            if min(a[2], b[2]) - max(a[0], b[0]) > 2 and min(a[3], b[3]) - max(a[1], b[1]) > 2
-        ]
-        assert not overlapping
+def covered(svg):
+    """Boxes of marks and intervals, and boxes of texts inside the plot."""
+    marks = [
+        (x - 4.5, y - 4.5, x + 4.5, y + 4.5)
+        for x, y in numbers(r'<circle class="dot" cx="([\d.]+)" cy="([\d.]+)"', svg)
+    ]
+    marks += [(x, y, x + 12, y + 12) for x, y in numbers(r'<rect class="dot \w+" x="([\d.]+)" y="([\d.]+)"', svg)]
+    marks += [(x - 8, y, x + 8, y + 16) for x, y in numbers(r'<path class="dot speed" d="M([\d.]+) ([\d.]+)l', svg)]
+    bars = numbers(r'class="whisker[^"]*" d="M([\d.]+) ([\d.]+)V([\d.]+)', svg)
+    marks += [(x - 4, high, x + 4, low) for x, low, high in bars]
+    found = re.findall(
+        r'class="((?:cliff-|limit-)?label[^"]*)" x="([\d.]+)" y="([\d.]+)" text-anchor="(\w+)">([^<]+)', svg
+    )
+    texts = []
+    for kind, x, y, anchor, text in found:
+        wide = len(text) * (8.0 if " " in kind else 7.2)
+        left = float(x) - {"start": 0, "middle": wide / 2, "end": wide}[anchor]
+        texts.append((left, float(y) - 10, left + wide, float(y) + 2))
+    return marks, texts
+
+
+def overlap(one, other):
+    return min(one[2], other[2]) > max(one[0], other[0]) and min(one[3], other[3]) > max(one[1], other[1])
+
+
+@pytest.mark.parametrize("width", [360, 420, 600])
+@pytest.mark.parametrize("crowd", CROWDS)
+def test_names_cover_no_dot_no_bar_and_no_other_name(crowd, width):
+    svg = loss_chart(CROWDS[crowd], SIZE, limit=0.1, width=width, height=380)
+    marks, texts = covered(svg)
+    assert len(marks) == 2 * len(CROWDS[crowd])
+    assert not [(one, other) for one in texts for other in marks if overlap(one, other)]
+    assert not [(one, other) for one, other in itertools.combinations(texts, 2) if overlap(one, other)]
+    assert all(box[0] >= 0 and box[2] <= width and box[3] <= 380 - 44 for box in texts)
+    names = re.findall(r'class="label[^>]*>([^<]+)', svg)
+    assert len(names) == len(CROWDS[crowd]), "every level finds a place for its name"
+
+
+def test_a_name_far_from_its_dot_is_joined_to_it_and_one_without_a_place_is_left_out():
+    crowd = CROWDS["in a row"]
+    assert '<line class="leader"' in loss_chart(crowd, SIZE, width=360)
+    assert '<line class="leader"' not in loss_chart(crowd[:1], SIZE, width=360)
+    heap = [Point(f"Q4_K_{n:03}", 100, 0.05, 0.01, 0.2, "speed" if n == 60 else "") for n in range(100)]
+    names = re.findall(r'class="label[^>]*>([^<]+)', loss_chart(heap, SIZE, width=360))
+    assert names[0].startswith("Q4_K_060")
+    assert 5 < len(names) < 100
+    assert loss_chart(heap, SIZE, width=360).count('class="dot"') == 99
 
 
 def test_the_cliff_is_the_steepest_step_that_matters():
@@ -352,7 +416,22 @@ def test_answers_with_another_outcome_come_first(record):
 
 def test_an_input_without_every_answer_is_still_shown(record):
     partial = dataclasses.replace(record, answers=(record.answers[0], answers("Q4_K_M", {"pens": SPEED_TEXTS["pens"]})))
-    assert [len(one.told) for one in compared_answers(partial)] == [2, 1, 1]
+    assert [len(one.shown) for one in compared_answers(partial)] == [2, 1, 1]
+
+
+def test_answers_of_levels_in_no_tier_are_there_too_and_the_same_words_once():
+    record = crowded_record()
+    assert (record.decision.quality, record.decision.speed) == ("Q5_K_M", "Q5_K_S")
+    first = compared_answers(record)[0]
+    assert [one.level for one in first.shown] == ["F16", "Q5_K_M", "Q5_K_S"]
+    assert [one.level for one in first.others] == [
+        "Q8_0", "Q6_K", "Q4_K_M", "Q4_K_S", "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K",
+    ]  # fmt: skip
+    text = render_html(record)
+    Page(text)
+    assert text.count("<del>8</del>") == 10, "every level's answer, with its differences"
+    assert text.count("Canberra.</p>") == 1, "what ten levels said alike is written once"
+    assert text.count("The very same words as the reference.") == 10
 
 
 # ---- the terminal
@@ -383,7 +462,13 @@ def test_plan_and_fidelity_tables(record):
     assert "KV cache" in planned
     measured = shown(fidelity_table, fidelities(), width=160)
     assert "0.0630–0.0770" in measured
-    assert "resample 30 documents" in measured
+    assert "over 30 documents" in measured
+    for head in ("KL: how far", "ppl ratio: perplexity", "top-1: how often"):
+        assert head in measured
+    assert "KL: how far" in (run := shown(print_run, record, width=160))
+    assert "passes: inputs" in run
+    one = dataclasses.replace(fidelities()[0], units=1, unit="window")
+    assert "One window is too little for intervals" in shown(fidelity_table, [one], width=160)
 
 
 @pytest.mark.parametrize(
@@ -426,41 +511,91 @@ CHANGES = WordingChanges(
     substitutions=(Substitution("shall", "will", 4), Substitution("", "very", 3), Substitution("a", "the", 1)),
     changed_numbers=("pens", "<b>renewal</b>"), missing_items=(("lease", "indemnity"),), reference_items=99,
     broken_format=("as-json",), looping=("story",),
+    partings={
+        "pens": Parting(4, "8", "<i>", 0.8, 0.05, 0.06, 0.7), "lease": Parting(9, " a", " the", 0.5, 0.4, 0.4, 0.5),
+        "story": Parting(1, "x", "y", 0.6, math.nan, 0.1, 0.5),
+    },
 )  # fmt: skip
+SAID = (
+    "catches 99.0% of what F16 catches (98 of 99 items, 95% interval 94.5% to 99.8%), not indemnity (lease); "
+    "numbers changed in: pens, <b>renewal</b>; JSON broken in: as-json; ends in a loop: story; "
+    "'shall' became 'will' 4 times; 2 of 3 answers differ: 1 at near ties, 2 by a clear change, "
+    "most clearly at token 5 of pens: '8' (80% likely) became '<i>' (70%)"
+)
 
 
-def test_what_changed_in_the_tiers_answers_is_said_and_kept(tmp_path):
-    record = run_record(wording={"Q4_K_M": CHANGES, "Q2_K": CHANGES})
-    said = (
-        "found 98 of the 99 items that the reference found, not indemnity (lease); numbers changed in: pens, "
-        "<b>renewal</b>; JSON broken in: as-json; ends in a loop: story; 'shall' became 'will' 4 times"
-    )
+def with_changes(**wording):
+    record = run_record(wording=wording)
+    results = [
+        dataclasses.replace(one, items=99, items_kept=98, recall_low=0.945, recall_high=0.998) for one in record.results
+    ]
+    return dataclasses.replace(record, results=tuple(results))
+
+
+def test_what_changed_in_the_answers_stands_everywhere_and_is_kept(tmp_path):
+    record = with_changes(Q4_K_M=CHANGES, Q2_K=CHANGES)
     assert record.decision.speed == "Q4_K_M"
-    assert wording_lines(record) == {"Q4_K_M": said}
-    console = Console(file=io.StringIO(), width=400)
-    print_run(record, console)
-    assert f"answers: {said}" in console.file.getvalue()
+    assert wording_lines(record) == {"Q4_K_M": SAID}
+    for width in (80, 160):
+        text = shown(print_run, record, width=width)
+        for row in ("Q4_K_M", "Q2_K"):
+            assert re.search(rf"^ {row} +1/3 +1 +2 +98/99", text, re.MULTILINE)
+        assert "near ties: answers that first differ" in text
+        assert " ".join(SAID.split()) in " ".join(text.split())
+        assert max(map(len, text.splitlines())) <= width
     page = render_html(record)
-    assert "found 98 of the 99 items" in page
-    assert "<b>renewal" not in page
+    Page(page)
+    for count in (">1/3</td>", ">98/99</td>", ">94%–100%</td>"):
+        assert page.count(count) == 2
+    assert page.count("98 of 99 items") == 2, "of every level"
+    assert "<b>renewal" not in page and "<i>&#39;" not in page
     assert read_run(write_run(record, tmp_path / "run.json")).wording == record.wording
 
 
 def test_answers_that_changed_in_nothing_that_counts_are_not_spoken_of():
-    plain = dataclasses.replace(
-        CHANGES,
-        substitutions=CHANGES.substitutions[1:],
-        changed_numbers=(),
-        missing_items=(),
-        reference_items=0,
-        broken_format=(),
-        looping=(),
-    )
+    plain = WordingChanges(3, 0, 60, CHANGES.substitutions[1:], (), (), 0, ())
     assert wording_notes(plain) == []
     assert wording_lines(run_record(wording={"Q4_K_M": plain})) == {}
     assert wording_lines(run_record()) == {}
+    assert "What changed in the answers" not in render_html(run_record())
     many = dataclasses.replace(plain, changed_numbers=tuple(f"in{number}" for number in range(30)))
     assert wording_notes(many) == ["numbers changed in: in0, in1, in2, in3, in4 and 25 more"]
+    columns = [column.title for column in answers_columns(answers_rows(run_record(wording={"Q4_K_M": many})))]
+    assert columns == ["same words", "numbers"]
+
+
+def test_where_answers_part_is_not_guessed():
+    """An address tells no tokens, an older record has none."""
+    unknown = WordingChanges(3, 2, 60, (), (), (), 0, ())
+    assert wording_notes(unknown) == ["2 of 3 answers differ"]
+    row = answers_rows(run_record(wording={"Q4_K_M": unknown}))[0]
+    cells = {column.title: column.read(row) for column in ANSWERS_COLUMNS}
+    assert (cells["near ties"], cells["clear changes"], cells["recall"]) == (UNKNOWN, UNKNOWN, UNKNOWN)
+    ties = dataclasses.replace(unknown, partings={"lease": CHANGES.partings["lease"]})
+    assert wording_notes(ties) == ["2 of 3 answers differ: 1 at near ties, 0 by a clear change"]
+
+
+def test_money_saved_stands_beside_the_levels_where_there_are_prices():
+    hour = "this machine at 1 an hour (2026-01-31, a quote)"
+    costs = (LevelCost("F16", 7.68, hour), LevelCost("Q6_K", 8.0, hour), LevelCost("Q4_K_M", 6.02, hour))
+    record = run_record(costs=costs)
+    lines = (
+        "A million answer tokens cost 8.00 with Q6_K, 4% more than with F16 (7.68).",
+        "A million answer tokens cost 6.02 with Q4_K_M, 22% less than with F16 (7.68).",
+        f"Prices: {hour}.",
+    )
+    text = " ".join(shown(print_run, record, width=160).split())
+    page = render_html(record)
+    Page(page)
+    for line in lines:
+        assert line in text
+        assert line in page
+    assert re.search(r"Q4_K_M [^\n]*6\.02 +22% +speed tier", shown(print_run, record, width=160))
+    assert '<td role="cell" data-label="Cost">6.02<small>22% saved</small></td>' in page
+    assert [attrs["title"] for attrs in Page(page).find("abbr")] == [*HEADS.values()]
+    assert "saved" not in shown(print_run, run_record(), width=160)
+    unpriced = shown(print_run, run_record(costs=costs[2:]), width=160)
+    assert "A million answer tokens cost 6.02 with Q4_K_M." in unpriced, "the reference has no price"
 
 
 def test_the_decision_stands_before_the_warnings(record):

@@ -78,7 +78,7 @@ def test_the_model_of_an_endpoint_is_found_and_asked_for_by_its_name(models, nam
 @pytest.mark.parametrize(
     ("models", "name", "means"),
     [
-        (("a", "b"), "", "Which one is meant was not said"),
+        (("a", "b"), "", "It is not clear which one is meant"),
         (("a",), "b", "answered by another model"),
     ],
 )
@@ -99,7 +99,7 @@ def test_an_endpoint_that_is_down_does_not_keep_the_gateway_from_starting():
         async with deployed(ServeSettings(TierSpec("Q8_0", url="http://127.0.0.1:9"))) as deployment:
             return deployment.notes
 
-    assert "cannot be asked for its models yet" in asyncio.run(run())[0]
+    assert "does not list its models yet" in asyncio.run(run())[0]
 
 
 def test_one_level_has_both_roles_and_two_cannot_share_a_name(tmp_path):

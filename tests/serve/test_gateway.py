@@ -9,7 +9,7 @@ import openai
 import pytest
 
 from bitladder.serve.app import build_app
-from bitladder.serve.backends import UpstreamFailed
+from bitladder.serve.backends import PHASES, UpstreamFailed
 from bitladder.serve.deploy import deployed
 from bitladder.serve.router import AutoRule, TagEvidence
 from bitladder.serve.settings import Escalation, ServeSettings, TierSpec, UpstreamTimeouts
@@ -58,13 +58,13 @@ def test_reply_names_what_served_it():
     assert reply.headers["x-bitladder-tier"] == "speed"
     assert reply.headers["x-bitladder-level"] == "Q4_K_M"
     assert reply.headers["x-bitladder-file-sha256"] == "b" * 64
-    assert reply.headers["x-bitladder-reason"] == "speed asked for by name"
+    assert reply.headers["x-bitladder-reason"] == "speed named in the request"
 
 
 def test_level_by_name_names_its_tier_too():
     reply = ask(GOOD, FAST, chat("q8_0"))
     assert reply.headers["x-bitladder-tier"] == "quality"
-    assert reply.headers["x-bitladder-reason"] == "level asked for by name"
+    assert reply.headers["x-bitladder-reason"] == "level named in the request"
 
 
 def test_stream_passes_byte_by_byte():
@@ -88,7 +88,7 @@ def test_rules_of_the_evidence_decide_for_auto():
     hard = ask(GOOD, FAST, chat("auto"), {"x-bitladder-tag": "hard"}, auto=auto)
     assert easy.headers["x-bitladder-level"] == "Q4_K_M"
     assert hard.headers["x-bitladder-level"] == "Q8_0"
-    assert hard.headers["x-bitladder-reason"] == "auto: tag hard: speed lost 3 of 5"
+    assert hard.headers["x-bitladder-reason"] == "auto: tag hard: the speed tier lost 3 of 5 inputs"
 
 
 JSON = "application/json"
@@ -141,7 +141,7 @@ def test_before_the_first_byte_the_other_tier_answers(name, upstream, phase, str
     words = text_of(reply.content) if stream else reply.json()["choices"][0]["message"]["content"]
     assert words == "the fast answer"
     assert reply.headers["x-bitladder-tier"] == "speed"
-    assert f"quality failed ({phase})" in reply.headers["x-bitladder-reason"]
+    assert f"the quality tier {PHASES[phase]}" in reply.headers["x-bitladder-reason"]
     assert all(given.closed for given in upstream.replies)
 
 
@@ -483,7 +483,7 @@ def test_odd_log_probabilities_are_garbage_and_the_other_tier_answers(odd, strea
     body, headers = chat("auto", stream=stream), {"x-bitladder-tag": "hard"}
     reply = ask(GOOD, speed, body, headers, auto=HARD, escalation=Escalation(threshold=-1.0))
     assert reply.headers["x-bitladder-level"] == "Q8_0"
-    assert "speed failed (garbage)" in reply.headers["x-bitladder-reason"]
+    assert "the speed tier answered with something that is no answer" in reply.headers["x-bitladder-reason"]
 
 
 def test_log_probabilities_that_were_asked_for_stay():
@@ -499,7 +499,7 @@ def test_when_quality_is_down_an_unsure_answer_is_better_than_none():
     rule = Escalation(threshold=-1.0)
     reply = ask(fails(), speed, chat("auto"), {"x-bitladder-tag": "hard"}, auto=HARD, escalation=rule)
     assert reply.json()["choices"][0]["message"]["content"] == "the fast answer"
-    assert "quality failed (connect)" in reply.headers["x-bitladder-reason"]
+    assert "the quality tier cannot be reached" in reply.headers["x-bitladder-reason"]
 
 
 def test_metrics_and_live_tell_what_happened():

@@ -18,9 +18,16 @@ from bitladder.levels import parse_levels
 from bitladder.plan.ladder import make_plan
 from bitladder.plan.whatif import what_if
 from bitladder.records import to_json
+from bitladder.records.run import LevelCost
+from bitladder.records.wording import Substitution, WordingChanges
+from bitladder.report import render_html
+from bitladder.report.chart import Axis, loss_chart
+from bitladder.report.facts import facts
+from bitladder.report.meanings import HEADS, LOSSES, VERDICTS
+from bitladder.report.wording import answers_view
 from bitladder.serve.page_app import PAGE, build_page
 from bitladder.units import GiB, MiB
-from ladder_examples import run_record
+from ladder_examples import CROWDS, crowded_record, run_record
 from page_gateway import EVIL, Fake, gateway_app, serving
 
 SWITCHES = (
@@ -263,6 +270,24 @@ def test_the_ladder_shows_the_run(page):
     assert texts(page, "table.tags tbody th")[0].startswith("arithmetic")
 
 
+STRAY = re.compile(r"^(false|true|null|undefined|NaN|0)$", re.MULTILINE)
+"""What a condition leaves behind where it is taken for text."""
+
+
+@pytest.mark.parametrize("bar", [None, "kl < 0.0001", "passes >= reference - 4 points", "no loss"])
+def test_nothing_that_a_condition_left_out_stands_on_the_page(page, bar):
+    open_ladder(page)
+    if bar:
+        page.fill("#if-bar", bar)
+        page.wait_for_function("(bar) => document.querySelector('.decision code').textContent === bar", arg=bar)
+    assert not STRAY.search(page.inner_text("#ladder"))
+
+
+def test_only_one_place_of_the_page_puts_children_in():
+    for file in PAGE.glob("*.js"):
+        assert file.name == "dom.js" or "replaceChildren" not in file.read_text(), file.name
+
+
 def test_every_number_opens_its_evidence(page):
     open_ladder(page)
     numbers = page.locator("table.levels tbody.speed .number")
@@ -280,6 +305,49 @@ def test_every_number_opens_its_evidence(page):
     assert texts(page, "#evidence ins") == ["12"], "the answer behind the lost input"
 
 
+def test_heads_and_verdicts_say_what_they_mean(page):
+    open_ladder(page)
+    heads = page.locator("table.levels thead th")
+    assert [heads.nth(n).get_attribute("title") for n in range(9)] == [
+        HEADS[name] for name in ("level", "file", "memory", "tokens/s", "KL", "ppl ratio", "top-1", "passes", "verdict")
+    ]
+    verdicts = page.locator("table.levels .verdict strong")
+    found = [(one.inner_text(), one.get_attribute("title")) for one in verdicts.all()]
+    assert ("speed tier", VERDICTS["speed tier"]) in found
+    assert all(VERDICTS[verdict] == title for verdict, title in found)
+
+
+def test_words_and_facts_are_those_of_the_report(page):
+    script = """async (values) => {
+        const { HEADS, VERDICTS, LOSSES } = await import('/meanings.js');
+        const { facts } = await import('/facts.js');
+        return [HEADS, VERDICTS, LOSSES, ...values.map(facts)];
+    }"""
+    run = json.loads((Path(__file__).parents[1] / "fixtures" / "records" / "run.json").read_text())
+    gpus = {
+        "gpus": [{"name": "a", "vram_total": 24 * GiB, "vram_free": 20 * GiB}],
+        "temperature": 0.7,
+        "constructor": 1,
+    }
+    values = [run["machine"], run["settings"], gpus, {"engine": {"n_ctx": 512, "cpu": None}, "some_thing": None}]
+    heads, verdicts, losses, *told = page.evaluate(script, values)
+    assert (heads, verdicts, losses) == (HEADS, VERDICTS, LOSSES)
+    assert told == [[list(pair) for pair in facts(one)] for one in values]
+
+
+def test_commands_wrap_and_can_be_copied(page):
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    open_ladder(page)
+    page.locator("table.levels .number").first.click()
+    box = page.locator("#evidence pre")
+    assert box.evaluate(
+        "(one) => { one.textContent += ' --text ' + 'long'.repeat(80); return one.scrollWidth <= one.clientWidth; }"
+    )
+    page.click("#evidence button:has-text('Copy')")
+    assert_told(page, "Copied")
+    assert page.evaluate("navigator.clipboard.readText()") == "bitladder run reference-f16.gguf"
+
+
 def test_a_kind_of_work_opens_its_evidence(page):
     open_ladder(page)
     page.click("table.tags button[aria-label^='arithmetic at Q4_K_M']")
@@ -287,6 +355,28 @@ def test_a_kind_of_work_opens_its_evidence(page):
     assert "loss seen" in shown
     assert "1: pens" in shown
     assert texts(page, "#evidence ins") == ["12"]
+
+
+def test_what_changed_in_the_answers_is_the_reports_own(browser, tmp_path):
+    path = tmp_path / "run.json"
+    changes = WordingChanges(3, 2, 60, (Substitution("shall", "will", 4),), ("pens",), (("pens", EVIL),), 99, ())
+    record = run_record(wording={"Q4_K_M": changes})
+    path.write_text(json.dumps(to_json(record)))
+    with serving(build_page(path)) as url:
+        opened = browser.new_page(viewport={"width": 390, "height": 800})
+        opened.goto(url)
+        opened.wait_for_selector("table.changes")
+        heads = opened.locator("table.changes thead th[title]")
+        assert [one.inner_text() for one in heads.all()] == [one["title"] for one in answers_view(record)["columns"]]
+        assert [one.get_attribute("title") for one in heads.all()] == [
+            one["means"] for one in answers_view(record)["columns"]
+        ]
+        assert texts(opened, "table.changes tbody td")[:-1] == answers_view(record)["rows"][0]["cells"]
+        assert EVIL in opened.inner_text("table.changes .why")
+        assert "'shall' became 'will' 4 times" in opened.inner_text("table.changes .why")
+        assert opened.locator("table.changes img").count() == 0
+        assert opened.evaluate("document.documentElement.scrollWidth") <= 390
+        opened.close()
 
 
 def test_what_if_decides_again(page):
@@ -320,6 +410,18 @@ def test_what_if_decides_again(page):
     assert_told(page, "does not fit")
 
 
+def test_warnings_stand_after_the_decision(browser, tmp_path):
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(to_json(run_record(warnings=("Something to know.",)))))
+    with serving(build_page(path)) as url:
+        opened = browser.new_page()
+        opened.goto(url)
+        opened.wait_for_selector("table.levels")
+        text = opened.inner_text("#ladder")
+        assert text.index("Deploy Q6_K for quality") < text.index("Something to know.") < text.index("What if")
+        opened.close()
+
+
 def test_without_a_gateway_there_is_the_ladder_alone(browser, run_json):
     with serving(build_page(run_json)) as url:
         context = browser.new_context()
@@ -339,7 +441,12 @@ def test_live_tells_what_each_tier_does(page):
     assert texts(page, ".tier .level") == ["Q6_K", "Q4_K_M"]
     assert "44.5" in page.inner_text(".tier.speed")
     assert "75%" in page.inner_text(".shares")
-    assert "92% the very same answer (80% to 97%)" in page.inner_text("#live")
+    assert "chosen here (auto)" in page.inner_text(".shares")
+    assert "In 92% of cases both tiers gave the very same answer (80% to 97%)" in page.inner_text("#live")
+    assert "broke off" in page.inner_text(".recent .odd")
+    assert "`" not in page.inner_text("#live")
+    titles = page.locator(".tier.speed dl div").evaluate_all("(all) => all.map((one) => one.title)")
+    assert len(titles) == 8 and all(titles)
     assert "tag 'recall' lost nothing" in page.inner_text(".recent")
     assert page.locator("[role=alert]:visible").count() == 0
 
@@ -455,6 +562,72 @@ def test_words_are_matched_like_in_the_report(page):
     assert [s["text"] for s in told] == ["called ", "Rayleigh Blood", "atmospheric light", ", so"]
     told = page.evaluate(script, [["The fee shall be $100.", "The fee will be $120 now."]])[0]
     assert [s["kind"] for s in told] == ["same", "removed", "added", "same", "removed", "added", "same"]
+
+
+@pytest.mark.parametrize("ladder", [True, False], ids=["size", "speed"])
+@pytest.mark.parametrize("crowd", CROWDS)
+def test_names_in_charts_stand_where_the_report_has_them(page, crowd, ladder):
+    script = """async ([points, options]) => {
+        const { lossChart } = await import('/chart.js');
+        const svg = lossChart(points, options);
+        const words = (one, names) => names.map((name) => one.getAttribute(name).trim());
+        const places = (one, names) => names.map((name) => Number(one.getAttribute(name)));
+        return [
+            ...[...svg.querySelectorAll('text:not(.title)')].map((one) =>
+                [[...words(one, ['class', 'text-anchor']), one.textContent], places(one, ['x', 'y'])]),
+            ...[...svg.querySelectorAll('.leader')].map((one) =>
+                [words(one, ['class']), places(one, ['x1', 'y1', 'x2', 'y2'])]),
+        ];
+    }"""
+    for width in (340, 560, 1090):
+        options = {"title": "size, MiB", "width": width, "limit": 0.1, "ladder": ladder}
+        here = page.evaluate(script, [[dataclasses.asdict(point) for point in CROWDS[crowd]], options])
+        svg = loss_chart(CROWDS[crowd], Axis("size", "MiB", ladder=ladder), limit=0.1, width=width)
+        texts = re.findall(r'<text class="(.*?)" x="(.*?)" y="(.*?)" text-anchor="(.*?)">(.*?)</text>', svg)
+        there = [[[kind, anchor, text], [float(x), float(y)]] for kind, x, y, anchor, text in texts if kind != "title"]
+        leaders = re.findall(r'<line class="leader" x1="(.*?)" y1="(.*?)" x2="(.*?)" y2="(.*?)"/>', svg)
+        there += [[["leader"], [*map(float, leader)]] for leader in leaders]
+        assert len(here) == len(there) > len(CROWDS[crowd])
+        for (words, places), (same_words, same_places) in zip(sorted(here), sorted(there), strict=True):
+            assert words == same_words
+            assert places == pytest.approx(same_places, abs=0.11), words
+
+
+COVERED = """() => [...document.querySelectorAll('svg.chart')].filter((svg) => svg.checkVisibility()).map((svg) => {
+    const boxes = (kinds) => [...svg.querySelectorAll(kinds)].map((one) => {
+        const { x, y, width, height } = one.getBBox();
+        return [x, y, x + width, y + height, one.textContent];
+    });
+    const common = (a, b, from) => Math.min(a[from + 2], b[from + 2]) - Math.max(a[from], b[from]);
+    const hit = (a, b) => common(a, b, 0) > 0.5 && common(a, b, 1) > 1;
+    const texts = boxes('.label, .limit-label, .cliff-label');
+    const marks = boxes('.dot, .whisker');
+    const { width } = svg.viewBox.baseVal;
+    return {
+        names: texts.length,
+        over: texts.flatMap((a, n) =>
+            [...marks, ...texts.slice(n + 1)].filter((b) => hit(a, b)).map((b) => [a[4], b[4]])),
+        out: texts.filter((a) => a[0] < 0 || a[2] > width).map((a) => a[4]),
+    };
+})"""
+
+
+@pytest.mark.parametrize("width", [1366, 390])
+def test_the_reports_charts_are_clear_and_nothing_runs_off_the_page(browser, width):
+    opened = browser.new_page(viewport={"width": width, "height": 900})
+    record = crowded_record()
+    costs = tuple(LevelCost(row.level, 7.25, "this machine at 1 an hour") for row in record.plan.levels)
+    changes = WordingChanges(20, 12, 900, (), ("price",), (("lease", "indemnity"),), 69, ("a",), ("b",))
+    wording = {row.level: changes for row in record.plan.levels}
+    opened.set_content(render_html(dataclasses.replace(record, costs=costs, wording=wording)))
+    charts = opened.evaluate(COVERED)
+    assert [chart["names"] >= 10 for chart in charts] == [True, True]
+    assert [(chart["over"], chart["out"]) for chart in charts] == [([], []), ([], [])]
+    opened.evaluate("document.querySelectorAll('details').forEach((one) => one.open = true)")
+    assert opened.evaluate("document.documentElement.scrollWidth") <= width
+    wide = "[...document.querySelectorAll('.scroll')].filter((one) => one.scrollWidth > one.clientWidth).length"
+    assert opened.evaluate(wide) == 0, "with every column, tables need no scrolling of their own"
+    opened.close()
 
 
 # ---- what stands behind it

@@ -61,8 +61,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict
     with ExitStack() as stack:
         big = stack.enter_context(serving(lambda prompt: "big", model="big"))
         small = stack.enter_context(serving(lambda prompt: "small", model="small"))
-        hosts = [cloud.url.removeprefix("http://").removesuffix("/v1") for cloud in (big, small)]
-        elsewhere = {"10.0.0.5:8000": hosts[0], "10.0.0.6:8000": hosts[1], "smollm2-135m": "model-F16.gguf"}
+        also_big = stack.enter_context(serving(lambda prompt: "big", model="big"))
+        hosts = [cloud.url.removeprefix("http://").removesuffix("/v1") for cloud in (big, small, also_big)]
+        elsewhere = {f"10.0.0.{last}:8000": host for last, host in zip((5, 6, 7), hosts, strict=True)}
+        elsewhere["smollm2-135m"] = "model-F16.gguf"
         yield folder, environment, elsewhere
 
 

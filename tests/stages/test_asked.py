@@ -37,7 +37,7 @@ def ask(monkeypatch):
     monkeypatch.setattr("bitladder.engines.registry.start", lambda _: nullcontext(Engine()))
 
     def ask(speed):
-        monkeypatch.setattr("bitladder.stages.speeds.measure_in_turns", lambda paths, _: [speed for _ in paths])
+        monkeypatch.setattr("bitladder.stages.speeds.measure_in_turns", lambda paths, *_, **__: [speed for _ in paths])
         journal = Journal()
         with Evidence.open() as store:
             asker = Asker(WORKLOAD, Context(), Recorded(store), 512, Work(journal=journal))

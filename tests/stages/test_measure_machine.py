@@ -39,7 +39,7 @@ class FakeServer:
     def __exit__(self, *_):
         pass
 
-    def time_tokens(self, tokens, *, max_tokens):
+    def time_tokens(self, tokens, *, max_tokens, again=False):
         dims, count = self.model.dims, len(tokens)
         layers = [t for t in self.model.tensors if t.name.startswith("blk.") and len(t.shape) > 1]
         last = [t for t in layers if t.name.startswith(f"blk.{dims.n_layer - 1}.ffn")]

@@ -1,6 +1,7 @@
 """Speeds of levels measured in turns, on engines whose clock is invented and on a machine that drifts."""
 
 import itertools
+import math
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,10 +25,12 @@ class Clocks:
 
     def __init__(self, monkeypatch, rates, machine, *, memory=1 << 40):
         self.asked, self.started, self.running, self.most = [], [], 0, 0
+        self.warm, self.prompts = [], []
         self._rates, self._machine, self._share = rates, iter(machine), 0.0
         monkeypatch.setattr("bitladder.engines.registry.start", self._start)
         monkeypatch.setattr(speeds, "OtherLoad", self._load)
         monkeypatch.setattr(speeds, "decode_rates", self._decode)
+        monkeypatch.setattr(speeds, "warm_up", lambda engine: self.warm.append(Path(engine.path).name))
         monkeypatch.setattr(speeds, "probe_machine", type("M", (), {"gpus": (), "ram_available": memory}))
 
     @contextmanager
@@ -44,13 +47,12 @@ class Clocks:
         yield found
         found.share = self._share
 
-    def _decode(self, engine, repeat):
-        if repeat < 0:
-            return 1.0, 1.0
+    def _decode(self, engine, repeat, *, again, past=0):
+        self.prompts.append((Path(engine.path).name, repeat, again))
         factor, self._share = next(self._machine)
         name = Path(engine.path).name
         self.asked.append(name)
-        return 500.0, self._rates[name] * factor
+        return math.nan if again else 500.0 * factor, self._rates[name] * factor
 
 
 @pytest.fixture
@@ -78,6 +80,23 @@ def test_where_memory_is_short_each_engine_has_it_alone(monkeypatch, files):
     clocks = Clocks(monkeypatch, {"a": 10, "b": 20, "c": 30}, quiet(), memory=3500)
     measure_in_turns(files, Work())
     assert clocks.most == 1 and "".join(clocks.started) == "abc" * LEAST_ROUNDS
+
+
+def test_a_prompt_is_computed_once_in_a_quiet_round_and_then_decoded_after(monkeypatch, files):
+    busy = [(0.2, 0.6), (1.0, 0.0), (0.4, 0.6)]
+    clocks = Clocks(monkeypatch, {"a": 10, "b": 20, "c": 30}, itertools.chain(busy, quiet()))
+    found = measure_in_turns(files, Work())
+    computed = [(name, repeat) for name, repeat, again in clocks.prompts if not again]
+    assert computed == [("a", 0), ("b", 0), ("c", 0), ("a", 1), ("c", 1)]
+    assert {(name, repeat) for name, repeat, again in clocks.prompts if again} == {("a", 1), ("b", 0), ("c", 1)}
+    assert [speed.prefill_tokens_per_s for speed in found] == [500] * 3
+
+
+def test_an_engine_that_is_started_anew_computes_its_prompt_anew(monkeypatch, files):
+    clocks = Clocks(monkeypatch, {"a": 10, "b": 20, "c": 30}, quiet(), memory=3500)
+    assert [speed.prefill_tokens_per_s for speed in measure_in_turns(files, Work())] == [500] * 3
+    assert not any(again for _, _, again in clocks.prompts)
+    assert "".join(clocks.warm) == "abc" * LEAST_ROUNDS
 
 
 def test_a_machine_that_drifts_changes_no_ratio(monkeypatch, files):
@@ -125,3 +144,15 @@ def test_stored_speeds_are_taken_when_all_are_of_the_same_turns(monkeypatch, fil
         recorded.keep_speed(levels[0].subject, {"engine": "clock"}, Speed(1.0, 99.0, 0.5))  # of an earlier version
         anew, stored = speeds_in_turns(levels, recorded, Work())
         assert not stored and anew[0].decode_tokens_per_s == 10
+
+
+def test_of_equal_files_one_is_timed(monkeypatch, files):
+    monkeypatch.setattr("bitladder.stages.run_facts.engine_facts", lambda **given: {"engine": "clock"})
+    clocks = Clocks(monkeypatch, {"a": 10, "b": 20, "c": 30}, quiet())
+    levels = [
+        LevelToAsk(Subject("source", path.name, file=sha256), path) for path, sha256 in zip(files, "xyx", strict=True)
+    ]
+    with Evidence.open() as store:
+        found, _ = speeds_in_turns(levels, Recorded(store), Work())
+    assert [speed.decode_tokens_per_s for speed in found] == [10, 20, 10]
+    assert clocks.started == ["a", "b"]

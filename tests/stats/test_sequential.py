@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from bitladder.describe.workload import Input
 from bitladder.plan.halving import measure_ladder
@@ -12,6 +13,7 @@ from bitladder.stats.sequential import (
     Standing,
     confidence_sequence,
     log_wealth_above,
+    spent,
     standing,
 )
 
@@ -155,3 +157,28 @@ def test_the_same_seed_asks_in_the_same_order():
 def test_a_margin_of_nothing_is_refused():
     with pytest.raises(ValueError, match="margin"):
         measure_ladder(["a"], INPUTS, ladder({"a": 0.0}), margin=0.0)
+
+
+def test_looks_together_spend_the_error_rate_and_the_last_most_of_it():
+    shares = (0.25, 0.5, 1.0)
+    rates = np.diff([0.0, *(spent(share) for share in shares)])
+    assert rates.sum() == pytest.approx(0.05) and rates[-1] > 0.7 * 0.05
+    with pytest.raises(ValueError, match="share"):
+        spent(1.1)
+
+
+def test_intervals_looked_at_until_one_likes_them_hold_as_often_as_they_say():
+    """Documents with lognormal KL, looked at after 3, 6 and 12 of them; the worst look counts."""
+    rng, shares = np.random.default_rng(5), np.array([3, 6, 12]) / 12
+    spending = np.diff([0.0, *map(spent, shares)])
+    misses = {True: 0, False: 0}
+    for _ in range(600):
+        logs = rng.normal(0.0, 0.5, 12)
+        for spends, rates in ((True, spending), (False, [0.05] * 3)):
+            halves = [
+                stats.t.ppf(1 - rate / 2, count - 1) * logs[:count].std(ddof=1) / math.sqrt(count)
+                for count, rate in zip((3, 6, 12), rates, strict=True)
+            ]
+            off = [abs(logs[:count].mean()) for count in (3, 6, 12)]
+            misses[spends] += any(one > half for one, half in zip(off, halves, strict=True))
+    assert misses[True] / 600 < 0.06 < misses[False] / 600

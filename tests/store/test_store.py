@@ -6,6 +6,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import sqlalchemy
@@ -42,7 +43,7 @@ def url(request, tmp_path):
     server = request.getfixturevalue("postgres")
     engine = sqlalchemy.create_engine(store_url(server))
     with engine.begin() as connection:
-        connection.exec_driver_sql("DROP TABLE IF EXISTS evidence, bitladder_schema")
+        connection.exec_driver_sql("DROP TABLE IF EXISTS evidence, claims, bitladder_schema")
     engine.dispose()
     return server
 
@@ -221,7 +222,8 @@ def test_from_blank_and_from_oldest_end_in_the_same_schema(tmp_path):
 
 
 def test_released_migrations_are_never_edited_or_reordered():
-    assert [step.__name__ for step in MIGRATIONS] == ["create_evidence", "add_provenance", "index_by_time"]
+    names = ["create_evidence", "add_provenance", "index_by_time", "create_claims"]
+    assert [step.__name__ for step in MIGRATIONS] == names
 
 
 def test_a_store_from_the_future_is_left_alone(url):
@@ -230,7 +232,7 @@ def test_a_store_from_the_future_is_left_alone(url):
     with engine.begin() as connection:
         connection.exec_driver_sql("UPDATE bitladder_schema SET number = 99")
     engine.dispose()
-    with pytest.raises(BadInput, match="schema 99 is newer than 3"):
+    with pytest.raises(BadInput, match="schema 99 is newer than 4"):
         Evidence.open(url)
 
 
@@ -376,3 +378,54 @@ def test_canonical_keys():
     assert canonical({"b": 1, "a": [1.0, "é"]}) == '{"a":[1.0,"é"],"b":1}'
     assert canonical({"a": math.inf}) == '{"a":null}'
     assert json.loads(canonical({})) == {}
+
+
+# ---- claims
+
+
+def test_one_of_many_gets_a_claim_and_another_when_it_is_given_back(url):
+    with Evidence.open(url) as store:
+        claims = store.claims()
+        taken: list = []
+        threads = [threading.Thread(target=lambda: taken.append(claims.take("job"))) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        (lease,) = [one for one in taken if one is not None]
+        assert claims.take("other") is not None
+        assert claims.held(["job", "other", "third"]) == {"job", "other"}
+        claims.release(lease)
+        assert claims.held(["job", "other"]) == {"other"}
+        assert claims.take("job") is not None
+
+
+def test_a_claim_of_one_who_died_is_free_when_its_lease_ends_and_is_not_given_back_by_the_dead(url):
+    with Evidence.open(url) as store:
+        claims = store.claims(lease_s=0.3)
+        dead = claims.take("job")
+        assert claims.take("job") is None
+        time.sleep(0.4)
+        assert claims.held(["job"]) == set()
+        heir = claims.take("job")
+        assert heir is not None
+        assert not claims.renew(dead)
+        claims.release(dead)
+        assert claims.take("job") is None
+        assert claims.renew(heir)
+
+
+def test_who_works_for_longer_than_a_lease_keeps_the_claim(url):
+    with Evidence.open(url) as store:
+        claims = store.claims(lease_s=0.6)
+        with claims.holding("job") as lease:
+            assert lease is not None
+            for _ in range(6):
+                time.sleep(0.2)
+                with claims.holding("job") as other:
+                    assert other is None
+            assert not lease.lost.is_set()
+        assert claims.held(["job"]) == set()
+        with pytest.raises(KeyError), claims.holding("job"):
+            raise KeyError
+        assert claims.take("job") is not None

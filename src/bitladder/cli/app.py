@@ -11,7 +11,21 @@ from typing import Annotated
 import typer
 
 from bitladder import __version__
-from bitladder.cli import build, check, deploy, evidence, explain, fit, hand_over, hub, judge, recipe
+from bitladder.cli import (
+    build,
+    check,
+    deploy,
+    evidence,
+    explain,
+    fit,
+    hand_over,
+    housekeeping,
+    hub,
+    judge,
+    recipe,
+    speculate,
+    sweep,
+)
 from bitladder.cli.terminal import Verbs
 from bitladder.visible import write_plainly
 
@@ -41,7 +55,9 @@ def _root(
     pass
 
 
-for module in (judge, fit, hub, explain, build, recipe, deploy, hand_over, evidence, check):
+for module in (
+    judge, sweep, fit, hub, explain, build, recipe, speculate, deploy, hand_over, evidence, check, housekeeping,
+):  # fmt: skip
     module.add_to(app)
 
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from bitladder.cli.completion import level_names
 from bitladder.cli.grouped import grouped
 from bitladder.cli.terminal import JsonFlag, ModelArgument, print_json, progress_display, say, verb
 from bitladder.errors import UsageError
+from bitladder.executors.places import LOCAL, devices_named
 from bitladder.files.probe import available_cores, bound_cores
 from bitladder.records.plan import DEFAULT_CTX
 from bitladder.units import human_bytes, parse_bytes
@@ -32,12 +34,30 @@ Context = Annotated[
 Levels = Annotated[
     str | None,
     typer.Option(
-        "--levels", metavar="L1,L2", help="Only these levels; all of the ladder by default (a gate needs them)."
+        "--levels",
+        metavar="L1,L2",
+        help="Only these levels; all of the ladder by default (a gate needs them).",
+        autocompletion=level_names,
     ),
 ]
 Threads = Annotated[int, typer.Option("--threads", min=1, help="Worker threads.", show_default="all cores it may use")]
 Device = Annotated[
-    str, typer.Option("--device", help="Where walks compute and scales are searched for: cpu, cuda, cuda:1.")
+    str,
+    typer.Option(
+        "--device", metavar="D1,D2", help="Where walks compute and scales are searched for: cpu, cuda, cuda:0,cuda:1."
+    ),
+]
+On = Annotated[
+    str,
+    typer.Option(
+        "--on",
+        metavar="local|ray|ADDRESS",
+        help="Who computes units of calibrating and quantizing: this process, or a Ray cluster (ray://HEAD:10001).",
+    ),
+]
+UnitNeeds = Annotated[
+    str,
+    typer.Option("--unit-needs", metavar="N=A,...", help="What a unit takes of a Ray node, like GPU=0.5,memory=8GB."),
 ]
 Importance = Annotated[
     str,
@@ -64,12 +84,14 @@ ALL_CORES = available_cores()
 CPU = "cpu"
 
 
-def known_device(name: str) -> str:
-    """The name, where torch has such a device here; raises UsageError elsewhere, before any work."""
-    if name != CPU:
-        from bitladder.kernels.gpu import check_device
+def known_device(name: str, on: str = LOCAL) -> str:
+    """The name (or names, with commas between), where torch has such devices here; raises UsageError elsewhere, before
+    any work. What a cluster has, its nodes know."""
+    for device in devices_named(name) if on == LOCAL else ():
+        if device != CPU:
+            from bitladder.kernels.gpu import check_device
 
-        check_device(name)
+            check_device(device)
     return name
 
 
@@ -115,14 +137,22 @@ def _libraries_keep_to(threads: int) -> Iterator[None]:
 
 
 @contextmanager
-def working(threads: int, device: str = CPU, *, quiet: bool = False) -> Iterator[Work]:
+def working(
+    threads: int, device: str = CPU, *, on: str = LOCAL, unit_needs: str = "", quiet: bool = False
+) -> Iterator[Work]:
     """Work that shows where it is and says what it has to say, unless ``quiet``; raises UsageError for a device that
-    is not here."""
+    is not here, and as ``executors.places.executor_of`` does."""
+    from bitladder.executors.places import executor_of, own_device
     from bitladder.stages.job import Journal, Work
 
     with _libraries_keep_to(threads), progress_display(quiet=quiet) as progress:
         journal = Journal() if quiet else Journal(say)
-        yield Work(threads=threads, device=known_device(device), progress=progress, journal=journal)
+        known_device(device, on)
+        executor = executor_of(on, device, unit_needs)
+        with executor or nullcontext():
+            journal.warn(*(executor.warnings if executor else ()))
+            own = own_device(executor, device)
+            yield Work(threads=threads, device=own, executor=executor, progress=progress, journal=journal)
 
 
 @dataclass(kw_only=True)
@@ -131,6 +161,12 @@ class WorkOptions:
 
     threads: Threads = ALL_CORES
     device: Device = CPU
+    on: On = LOCAL
+    unit_needs: UnitNeeds = ""
+
+    def working(self, *, quiet: bool) -> AbstractContextManager[Work]:
+        """As the function of this name."""
+        return working(self.threads, self.device, on=self.on, unit_needs=self.unit_needs, quiet=quiet)
 
 
 @dataclass(kw_only=True)
@@ -138,7 +174,7 @@ class QuantizeOptions(WorkOptions):
     """What ``quantize`` is asked."""
 
     model: ModelArgument
-    to: Annotated[str, typer.Option("--to", metavar="L1,L2", help="The levels to write.")]
+    to: Annotated[str, typer.Option("--to", metavar="L1,L2", help="The levels to write.", autocompletion=level_names)]
     out: Annotated[Path, typer.Option("--out", help="Folder to write into.")] = Path()
     imatrix: Importance = "auto"
     text: CalibrationTexts = None
@@ -177,7 +213,7 @@ def quantize(options: QuantizeOptions, json_output: JsonFlag = False) -> None:
     levels = split_levels(options.to)
     if not levels:
         raise UsageError("--to names no level.", do="Name one or several, like --to Q8_0,Q4_K_M.")
-    with working(options.threads, options.device, quiet=json_output) as work:
+    with options.working(quiet=json_output) as work:
         built = build_levels(options.model, levels, options.build(), work)
     journal = work.journal
     if json_output:
@@ -223,7 +259,7 @@ def imatrix(options: ImatrixOptions, json_output: JsonFlag = False) -> None:
     from bitladder.stages.calibration import make_imatrix
 
     texts, through = tuple(options.text or ()), way_named(options.through)
-    with working(options.threads, options.device, quiet=json_output) as work:
+    with options.working(quiet=json_output) as work:
         path = make_imatrix(options.model, texts, options.out, work, force=options.force, through=through)
     if json_output:
         print_json({"path": str(path), "bytes": path.stat().st_size, "jobs": work.journal.jobs})

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bitladder.cli.build import ALL_CORES, Context, Threads, working
+from bitladder.cli.completion import level_names, model_names
 from bitladder.cli.grouped import grouped
 from bitladder.cli.options import KeyFiles, KeyNames, endpoint_named
 from bitladder.cli.settings_file import options_from
@@ -17,6 +18,7 @@ from bitladder.cli.terminal import JsonFlag, print_json, say, verb
 from bitladder.errors import BadInput, UsageError
 
 if TYPE_CHECKING:
+    from bitladder.describe.cache_types import CacheTypes
     from bitladder.engines.base import Engine
     from bitladder.engines.endpoint import EndpointSettings
     from bitladder.progress import Progress
@@ -28,6 +30,10 @@ if TYPE_CHECKING:
 
 
 AUTO_ENGINE = "auto"
+_TIER = (
+    "A level or a GGUF file, with its KV cache as in Q4_K_M+q8_0, or URL[#MODEL]; repeat it with more URLs of the same "
+    "model for replicas."
+)
 _ENDPOINT_SLOTS = 64  # requests at once to an endpoint, which has a queue of its own
 
 TierModel = Annotated[
@@ -36,6 +42,7 @@ TierModel = Annotated[
         metavar="[MODEL]",
         help="What levels are levels of: a GGUF file, a checkpoint folder, hf:org/name[@revision], or smollm2-135m. "
         "Not needed when every tier is a file or an endpoint.",
+        autocompletion=model_names,
     ),
 ]
 
@@ -45,14 +52,26 @@ class TierOptions:
     """Which two tiers a deployment has."""
 
     model: TierModel = None
-    quality: Annotated[str | None, typer.Option("--quality", help="A level, a GGUF file, or URL[#MODEL].")] = None
-    speed: Annotated[str | None, typer.Option("--speed", help="A level, a GGUF file, or URL[#MODEL].")] = None
+    quality: Annotated[list[str] | None, typer.Option("--quality", help=_TIER, autocompletion=level_names)] = None
+    speed: Annotated[list[str] | None, typer.Option("--speed", help=_TIER, autocompletion=level_names)] = None
     name: Annotated[
         str | None, typer.Option("--name", help="What the deployment is called.", show_default="the model's name")
     ] = None
     key_env: KeyNames = None
     key_file: KeyFiles = None
     ctx: Context = None
+    kv: Annotated[
+        str | None,
+        typer.Option("--kv", metavar="TYPE", help="Type of the KV cache of tiers that name none.", show_default="f16"),
+    ] = None
+    speculate: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--speculate",
+            metavar="[TIER=]ngram|draft:FILE|auto",
+            help="Guess tokens ahead; auto: where `bitladder speculate` found that it surely pays. Repeatable.",
+        ),
+    ] = None
     threads: Threads = ALL_CORES
     api_key_file: Annotated[Path | None, typer.Option("--api-key-file", help="Keys that clients need.")] = None
 
@@ -67,6 +86,9 @@ class ServeOptions(TierOptions):
 
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port; 0 takes any free one.")] = 8077
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1"
+    processes: Annotated[
+        int, typer.Option("--processes", min=1, max=64, help="Gateway processes behind the port, before endpoints.")
+    ] = 1
     shadow: Annotated[
         float, typer.Option("--shadow", min=0.0, max=1.0, help="Share of speed-tier requests to check.")
     ] = 0.0
@@ -85,11 +107,12 @@ class ServeOptions(TierOptions):
         typer.Option("--slots", min=1, max=256, help="Requests each tier computes at once.", show_default="what fits"),
     ] = None
     embeddings: Annotated[
-        str | None,
-        typer.Option("--embeddings", help="What answers /v1/embeddings: a GGUF file, or URL[#MODEL]."),
+        list[str] | None,
+        typer.Option("--embeddings", help="What answers /v1/embeddings: a GGUF file, or URL[#MODEL]; repeatable."),
     ] = None
     rerank: Annotated[
-        str | None, typer.Option("--rerank", help="What answers /v1/rerank: a reranker's GGUF file, or URL[#MODEL].")
+        list[str] | None,
+        typer.Option("--rerank", help="What answers /v1/rerank: a reranker's GGUF file, or URL[#MODEL]; repeatable."),
     ] = None
     engine: Annotated[
         str, typer.Option("--engine", help="built-in, a llama-server's path, or auto: one on the PATH if it will do.")
@@ -133,6 +156,7 @@ def serve(options: ServeOptions) -> None:
         settings,
         host=options.host,
         port=options.port,
+        processes=options.processes,
         api_key_file=options.api_key_file,
         shadow=replace(settings.shadow, share=options.shadow),
         rules=rules,
@@ -143,24 +167,55 @@ def serve(options: ServeOptions) -> None:
     serve_settings(settings, on_ready=_ready)
 
 
-def _checked_tasks(options: ServeOptions) -> dict[str, str]:
+def _checked_tasks(options: ServeOptions) -> dict[str, tuple[str, ...]]:
     """What answers each path that text tiers do not; what cannot is refused here, before anything is built."""
     from bitladder.engines.address import is_address
     from bitladder.serve.protocol import EMBEDDINGS, RERANK
     from bitladder.stages.serve import check_reranker, is_level
 
-    found = {EMBEDDINGS: options.embeddings, RERANK: options.rerank}
-    for what in found.values():
-        if what is not None and is_address(what):
-            options.endpoint(what).read_key()
-        elif what is not None and is_level(what):
-            raise UsageError(f"'{what}' is no file and no address.", do="Give a GGUF file, or URL#MODEL.")
-    if options.rerank is not None and not is_address(options.rerank):
-        check_reranker(Path(options.rerank))
-    return {path: what for path, what in found.items() if what is not None}
+    found = {EMBEDDINGS: _places("--embeddings", options.embeddings), RERANK: _places("--rerank", options.rerank)}
+    for path, places in found.items():
+        for what in places:
+            if is_address(what):
+                options.endpoint(what).read_key()
+            elif is_level(what):
+                raise UsageError(f"'{what}' is no file and no address.", do="Give a GGUF file, or URL#MODEL.")
+            elif path == RERANK:
+                check_reranker(Path(what))
+    return {path: places for path, places in found.items() if places}
 
 
-def _with_tasks(options: ServeOptions, settings: ServeSettings, of_tasks: dict[str, str], work: Work) -> ServeSettings:
+def _places(option: str, given: list[str] | None) -> tuple[str, ...]:
+    """What answers for a tier: one level or file, or addresses of one model.
+
+    Raises:
+        UsageError: several that are not all addresses, or of models with different names.
+    """
+    from bitladder.engines.address import is_address, split_address
+
+    places = tuple(dict.fromkeys(given or ()))
+    if len(places) < 2:
+        return places
+    wrong = next((what for what in places if not is_address(what)), None)
+    if wrong is not None:
+        raise UsageError(
+            f"{option} is given {len(places)} times, and '{wrong}' is no address.",
+            means="Replicas of a tier are addresses that answer for the same model.",
+            do="Give one level or file, or addresses alone.",
+        )
+    models = sorted({split_address(what)[1] for what in places})
+    if len(models) > 1:
+        raise UsageError(
+            f"The addresses of {option} name different models: {', '.join(name or 'none' for name in models)}.",
+            means="Whoever asks for a level must get it, whichever replica answers.",
+            do="Name the same model behind each #, or leave all of them out.",
+        )
+    return places
+
+
+def _with_tasks(
+    options: ServeOptions, settings: ServeSettings, of_tasks: dict[str, tuple[str, ...]], work: Work
+) -> ServeSettings:
     """The settings with a tier for each path that text tiers do not answer."""
     from dataclasses import replace
 
@@ -171,12 +226,12 @@ def _with_tasks(options: ServeOptions, settings: ServeSettings, of_tasks: dict[s
 
     taken = {spec.level.lower() for spec in (settings.quality, *([settings.speed] if settings.speed else []))}
     extra = []
-    for path, what in of_tasks.items():
-        if is_address(what):
-            spec = _endpoint_tier(options, what, with_keys=True)
+    for path, places in of_tasks.items():
+        if is_address(places[0]):
+            spec = _endpoint_tier(options, places, with_keys=True)
         else:
-            n_ctx = tier_context("", what, None, work.progress)
-            spec = _file_tier(tier_file("", what, None, n_ctx=n_ctx, work=work), n_ctx)
+            n_ctx = tier_context("", places[0], None, work.progress)
+            spec = _file_tier(tier_file("", places[0], None, n_ctx=n_ctx, work=work), n_ctx)
         level = (
             spec.level if spec.level.lower() not in taken else f"{spec.level}@{TASK_OPTIONS[path].removeprefix('--')}"
         )
@@ -205,29 +260,39 @@ def tiers_of(
     from bitladder.serve.settings import ServeSettings, with_distinct_names
     from bitladder.stages.measured_levels import tier_file
 
-    model, quality, speed = options.model, options.quality, options.speed
-    run = _run_of(model, [what for what in (quality, speed) if what is not None], work.progress)
-    if quality is None and speed is None and model is not None and _is_served_itself(model, run):
-        quality = model
-    elif quality is None and speed is None:
+    model = options.model
+    quality, speed = _places("--quality", options.quality), _places("--speed", options.speed)
+    run = _run_of(model, [*quality, *speed], work.progress)
+    if not quality and not speed and model is not None and _is_served_itself(model, run):
+        quality = (model,)
+    elif not quality and not speed:
         if run is None or run.decision.quality is None:
             raise BadInput(
                 f"There is no stored decision for {model} that names tiers.",
                 means="`bitladder run` was not run on it here, or no level met its bar.",
                 do="Run `bitladder run` first, or name the tiers with --quality and --speed: a level, a file, a URL.",
             )
-        quality, speed = run.decision.quality, run.decision.speed
+        quality = (run.decision.quality,)
+        speed = (run.decision.speed,) if run.decision.speed else ()
     if run is not None:
         say(run.sentence)
-    first, second = quality or speed or "", speed if quality else None
-    wanted = [first] if second in (None, first) else [first, str(second)]
+    wanted = list(dict.fromkeys(places for places in (quality, speed) if places))
     # All that can be refused is refused before the first level is built.
-    contexts = [_checked(options, what, work.progress, with_keys=with_keys) for what in wanted]
+    guesses = _guesses(options)
+    parts = [_with_usual_cache(options, places) for places in wanted]
+    contexts = [_checked(options, places, cache, work.progress, with_keys=with_keys) for places, cache in parts]
     specs = [
-        _endpoint_tier(options, what, with_keys=with_keys)
-        if is_address(what)
-        else _file_tier(tier_file(model or "", what, run, n_ctx=n_ctx, out=out, work=work), n_ctx)
-        for what, n_ctx in zip(wanted, contexts, strict=True)
+        _endpoint_tier(options, places, with_keys=with_keys)
+        if is_address(places[0])
+        else _file_tier(
+            tier_file(model or "", places[0], run, n_ctx=n_ctx, out=out, work=work, cache=cache), n_ctx, cache
+        )
+        for (places, cache), n_ctx in zip(parts, contexts, strict=True)
+    ]
+    names = ["quality", "speed"] if quality or len(specs) > 1 else ["speed"]
+    specs = [
+        _with_guesses(spec, guesses.get(name, guesses.get("", "")), work)
+        for spec, name in zip(specs, names, strict=False)
     ]
     machine = probe_machine()
     budget = usable_ram(machine) + usable_vram(machine)
@@ -275,9 +340,9 @@ def _run_of(model: str | None, wanted: list[str], progress: Progress) -> LatestR
     """
     from bitladder.engines.address import is_address
     from bitladder.stages.measured_levels import latest_run
-    from bitladder.stages.serve import is_level, is_only_a_name
+    from bitladder.stages.serve import is_level, is_only_a_name, split_tier
 
-    levels = [what for what in wanted if is_level(what)]
+    levels = [what for what in wanted if is_level(split_tier(what)[0])]
     if model is not None and is_address(model):
         if levels:
             raise UsageError(f"'{levels[0]}' is a level, and an address has none.", do="Give addresses or files.")
@@ -293,17 +358,63 @@ def _run_of(model: str | None, wanted: list[str], progress: Progress) -> LatestR
     return latest_run(model, progress)
 
 
-def _checked(options: TierOptions, what: str, progress: Progress, *, with_keys: bool) -> int:
+def _guesses(options: TierOptions) -> dict[str, str]:
+    """What each tier guesses with, by its role; empty role: both. What is no way to guess is refused."""
+    from bitladder.engines.speculation import parse_speculation
+
+    found = {}
+    for text in options.speculate or ():
+        role, equals, words = text.partition("=")
+        if not equals or role not in ("quality", "speed"):
+            role, words = "", text
+        if words != AUTO_ENGINE:
+            parse_speculation(words)
+        found[role] = words
+    return found
+
+
+def _with_guesses(spec: TierSpec, words: str, work: Work) -> TierSpec:
+    """The tier with guesses; of ``auto`` only those that were measured to pay on this machine."""
+    from dataclasses import replace
+
+    from bitladder.engines.speculation import check_draft, parse_speculation
+    from bitladder.stages.speculate import known_to_pay
+
+    if not words or spec.path is None:
+        return spec
+    if words != AUTO_ENGINE:
+        speculation = parse_speculation(words)
+        check_draft(spec.path, speculation)
+        return replace(spec, speculate=speculation)
+    known = known_to_pay(spec.path, work.threads)
+    what = f"guesses with {known}" if known else "does not guess: nothing that was measured surely pays"
+    say(f"{spec.level} {what}.")
+    return replace(spec, speculate=known)
+
+
+def _with_usual_cache(options: TierOptions, places: tuple[str, ...]) -> tuple[tuple[str, ...], CacheTypes]:
+    """What a tier is of, and the KV cache that it names, else the one of all tiers; raises UsageError for no cache."""
+    from bitladder.describe.cache_types import parse_cache
+    from bitladder.stages.serve import split_tier
+
+    usual = parse_cache(options.kv or "f16")
+    what, cache = split_tier(places[0])
+    return (what, *places[1:]), cache or usual
+
+
+def _checked(
+    options: TierOptions, places: tuple[str, ...], cache: CacheTypes, progress: Progress, *, with_keys: bool
+) -> int:
     """The context of a tier, 0 for an endpoint; raises for what cannot be served."""
     from bitladder.engines.address import is_address
     from bitladder.stages.serve import tier_context
 
-    if is_address(what):
-        endpoint = options.endpoint(what)
+    if not is_address(places[0]):
+        return tier_context(options.model or "", places[0], options.ctx, progress, cache)
+    for endpoint in map(options.endpoint, places):
         if with_keys:
             endpoint.read_key()
-        return 0
-    return tier_context(options.model or "", what, options.ctx, progress)
+    return 0
 
 
 def _with_slots(specs: list[TierSpec], budget: int, slots: int | None) -> list[TierSpec]:
@@ -311,16 +422,30 @@ def _with_slots(specs: list[TierSpec], budget: int, slots: int | None) -> list[T
     from dataclasses import replace
 
     from bitladder.stages.run_facts import MOST_SLOTS
-    from bitladder.stages.serve import memory_by_slots, slots_that_fit
+    from bitladder.stages.serve import draft_bytes, memory_by_slots, slots_that_fit
 
     asked = range(1, MOST_SLOTS + 1) if slots is None else (slots,)
-    needs = {spec.path: memory_by_slots(spec.path, spec.n_ctx, asked) for spec in specs if spec.path is not None}
+    needs = {
+        (spec.path, spec.cache, spec.speculate): tuple(
+            map(
+                sum,
+                zip(
+                    memory_by_slots(spec.path, spec.n_ctx, asked, spec.cache),
+                    draft_bytes(spec.speculate, spec.n_ctx, asked),
+                    strict=True,
+                ),
+            )
+        )
+        for spec in specs
+        if spec.path is not None
+    }
     fitting = dict(zip(needs, slots_that_fit(tuple(needs.values()), budget), strict=True))
     return [
         spec
         if spec.path is None
-        else replace(spec, slots=slots or fitting[spec.path], memory_bytes=needs[spec.path][fitting[spec.path] - 1])
+        else replace(spec, slots=slots or fitting[key], memory_bytes=needs[key][fitting[key] - 1])
         for spec in specs
+        for key in [(spec.path, spec.cache, spec.speculate)]
     ]
 
 
@@ -352,30 +477,43 @@ def _routed(settings: ServeSettings, run: LatestRun | None) -> ServeSettings:
     return replace(settings, auto=advice.rule, escalation=escalation, shadow=expected)
 
 
-def _endpoint_tier(options: TierOptions, address: str, *, with_keys: bool) -> TierSpec:
-    """A model behind an address as a tier."""
-    from bitladder.serve.settings import TierSpec
+def _endpoint_tier(options: TierOptions, addresses: tuple[str, ...], *, with_keys: bool) -> TierSpec:
+    """A model behind an address, or several, as a tier."""
+    from bitladder.serve.settings import ReplicaSpec, TierSpec
 
-    endpoint = options.endpoint(address)
+    endpoints = [options.endpoint(address) for address in addresses]
+    keyed = [
+        ReplicaSpec(
+            endpoint.base_url,
+            endpoint.read_key() if with_keys else "",
+            endpoint.key_env,
+            Path(endpoint.key_file) if endpoint.key_file else None,
+        )
+        for endpoint in endpoints
+    ]
+    first = keyed[0]
     return TierSpec(
-        level=endpoint.model or endpoint.host,
-        url=endpoint.base_url,
-        model=endpoint.model,
-        api_key=endpoint.read_key() if with_keys else "",
-        key_env=endpoint.key_env,
-        key_file=Path(endpoint.key_file) if endpoint.key_file else None,
+        level=endpoints[0].model or endpoints[0].host,
+        url=first.url,
+        replicas=tuple(keyed[1:]),
+        model=endpoints[0].model,
+        api_key=first.api_key,
+        key_env=first.key_env,
+        key_file=first.key_file,
         slots=_ENDPOINT_SLOTS,
         n_ctx=0,
     )
 
 
-def _file_tier(file: TierFile, n_ctx: int) -> TierSpec:
+def _file_tier(file: TierFile, n_ctx: int, cache: CacheTypes | None = None) -> TierSpec:
     """A level's file as a tier: the measured file where it is, built when it is nowhere."""
+    from bitladder.describe.cache_types import F16_CACHE
     from bitladder.serve.settings import TierSpec
 
     return TierSpec(
         level=file.level, path=file.path, sha256=file.sha256, standing=file.standing, note=file.note,
         n_ctx=n_ctx, memory_bytes=file.memory_bytes, projector=file.projector,
+        cache=cache or F16_CACHE,
     )  # fmt: skip
 
 
@@ -384,8 +522,8 @@ _SIDE = "A GGUF file, hf:org/name:LEVEL, URL[#MODEL], or with --of a level."
 
 @verb
 def compare(
-    a: Annotated[str, typer.Argument(metavar="A", help=_SIDE)],
-    b: Annotated[str, typer.Argument(metavar="B", help=_SIDE)],
+    a: Annotated[str, typer.Argument(metavar="A", help=_SIDE, autocompletion=level_names)],
+    b: Annotated[str, typer.Argument(metavar="B", help=_SIDE, autocompletion=level_names)],
     prompt: Annotated[str, typer.Argument(help="What to ask both.")],
     of: Annotated[
         str | None, typer.Option("--of", metavar="MODEL", help="The model that A and B are levels of.")
@@ -463,6 +601,7 @@ def _engine(what: str, threads: int, keys: tuple[list[str] | None, list[str] | N
 def _show(found: Comparison) -> None:
     """Both answers with what only one of them says marked, then where they part."""
     from rich.columns import Columns
+    from rich.console import Group
     from rich.panel import Panel
     from rich.text import Text
 
@@ -476,32 +615,33 @@ def _show(found: Comparison) -> None:
             if span.where in ("both", own):
                 text.append(span.text, style=style if span.where == own else "")
         rate = f"{side.decode_tokens_per_s:.1f} tok/s" if math.isfinite(side.decode_tokens_per_s) else "rate not known"
-        title = f"{side.level}  {rate}, first token after {side.first_token_s:.2f} s"
-        panels.append(Panel(text, title=title, width=max(40, out.width // 2 - 1)))
+        facts = Text(f"{rate}, first token after {side.first_token_s:.2f} s\n", style="dim")
+        # No title of the panel: it would be cut off where the name of a file is long.
+        panels.append(Panel(Group(Text(side.level, style="bold"), facts, text), width=max(40, out.width // 2 - 1)))
     out.print(Columns(panels))
     if found.same:
         out.print("The same answer.")
     elif found.parting:
         at = found.parting
-        kind = "a tie that rounding breaks" if at.is_tie else "a real disagreement"
+        kind = "a near tie, which rounding alone can turn" if at.is_tie else "a clear difference"
         out.print(
-            f"They part at token {at.index + 1}, {kind}: {found.a.level} chose {at.token_a!r} "
-            f"(p {_p(at.a_of_a)}, gave {at.token_b!r} {_p(at.a_of_b)}); {found.b.level} chose {at.token_b!r} "
-            f"(p {_p(at.b_of_b)}, gave {at.token_a!r} {_p(at.b_of_a)})."
+            f"The answers first differ at token {at.index + 1}, {kind}: {found.a.level} chose {at.token_a!r} "
+            f"({_p(at.a_of_a)}; {at.token_b!r} {_p(at.a_of_b)}); {found.b.level} chose {at.token_b!r} "
+            f"({_p(at.b_of_b)}; {at.token_a!r} {_p(at.b_of_a)})."
         )
         if found.later is not None:
             ties = sum(at.is_tie for at in found.later)
             out.print(
-                f"Put back on the words of {found.a.level}, places where {found.b.level} would go on otherwise: "
-                f"{len(found.later)} more, {ties} of them ties."
+                f"Given {found.a.level}'s own words up to there, {found.b.level} would choose another token at "
+                f"{len(found.later)} further places, {ties} of them near ties."
             )
         for at in found.later or ():
-            chose = f"{at.token_a!r} (p {_p(at.a_of_a)}) -> {at.token_b!r} (p {_p(at.b_of_b)})"
-            out.print(f"  token {at.index + 1}: {chose}{', a tie' if at.is_tie else ''}")
+            chose = f"{at.token_a!r} ({_p(at.a_of_a)}) -> {at.token_b!r} ({_p(at.b_of_b)})"
+            out.print(f"  token {at.index + 1}: {chose}{', a near tie' if at.is_tie else ''}")
 
 
 def _p(chance: float) -> str:
-    return f"{chance:.2f}" if math.isfinite(chance) else "not among the likeliest"
+    return f"probability {chance:.2f}" if math.isfinite(chance) else "was not among its likeliest"
 
 
 def add_to(app: typer.Typer) -> None:

@@ -32,6 +32,8 @@ def gate(
     from bitladder.pipeline import assess
     from bitladder.plan.gate import gate_exit
     from bitladder.plan.gate import junit as junit_of
+    from bitladder.records import to_json
+    from bitladder.report.wording import answers_rows
 
     if not options.levels and not options.also:
         raise UsageError("The gate needs to know what must hold the bar.", do="Name levels with --levels Q6_K,Q4_K_M.")
@@ -41,13 +43,16 @@ def gate(
         check_output(junit, "a JUnit document", inputs=inputs, ours=holding("<testsuite", "bitladder"))
     with progress_display(quiet=json_output) as progress:
         record = assess(settings, progress, say=say, confirm=confirm_with(yes=options.yes))
+    notes = {row.level: row.notes for row in answers_rows(record) if row.notes}
     if junit:
-        write_whole(junit, junit_of(record.decision, model=record.source.name))
+        write_whole(junit, junit_of(record.decision, model=record.source.name, notes=notes))
     if json_output:
-        print_json(record.decision)
+        print_json({**to_json(record.decision), "wording": to_json(record.wording)})
     else:
         for verdict in record.decision.verdicts:
             put(f"{verdict.level}: {verdict.status}. {verdict.reason}")
+            if verdict.level in notes:
+                put(f"  answers: {notes[verdict.level]}")
     raise typer.Exit(gate_exit(record.decision))
 
 
@@ -67,13 +72,20 @@ def workload_new(
 @verb
 def workload_check(
     path: Annotated[Path, typer.Argument(metavar="FILE", help="A workload: YAML, JSON or JSON lines.")],
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="A model here: whether it can be told of the tools, and how it samples."),
+    ] = None,
     json_output: JsonFlag = False,
 ) -> None:
     """Read a workload and say all that is wrong with it, with the lines, or what it holds and can show."""
     from bitladder.files.workloads import load_workload
+    from bitladder.stages.as_deployed import for_model
     from bitladder.stats.power import smallest_visible_loss
 
     found = load_workload(path)
+    if model is not None:
+        found = for_model(found, model)
     visible = smallest_visible_loss(len(found.inputs))
     if json_output:
         print_json({"workload": found, "sha256": found.hash, "smallest_visible_loss": visible})

@@ -6,13 +6,19 @@ from typing import Annotated
 
 import typer
 
+from bitladder.cli.completion import level_names
 from bitladder.cli.terminal import JsonFlag, print_json, put, verb
 
 
 @verb
 def explain(
     name: Annotated[
-        str, typer.Argument(metavar="NAME", help="A level, block format or method: Q4_K_M, AWQ-4bit-g64, GPTQ.")
+        str,
+        typer.Argument(
+            metavar="NAME",
+            help="A level, block format or method: Q4_K_M, AWQ-4bit-g64, GPTQ.",
+            autocompletion=level_names,
+        ),
     ],
     json_output: JsonFlag = False,
 ) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bitladder.cli.build import Context, Levels, split_levels
+from bitladder.cli.completion import planned_names
 from bitladder.cli.grouped import grouped
 from bitladder.cli.terminal import JsonFlag, print_json, progress_display, put, say, verb
 from bitladder.errors import UsageError
@@ -52,7 +53,14 @@ MinSpeed = Annotated[
     ),
 ]
 Slots = Annotated[int, typer.Option("--slots", min=1, help="Requests at once, each with its own context.")]
-CacheType = Annotated[str, typer.Option("--kv", help="Precision of the KV cache: f16, q8_0 or q4_0.")]
+CacheType = Annotated[
+    str,
+    typer.Option(
+        "--kv",
+        help="Type of the KV cache: f16, q8_0, q5_1, q4_0, ...; keys and values apart as q8_0/q4_0. `plan MODEL` takes "
+        "several.",
+    ),
+]
 
 
 @dataclass(kw_only=True)
@@ -62,7 +70,9 @@ class PlanOptions:
     model: Annotated[
         str | None,
         typer.Argument(
-            metavar="[MODEL]", help="A file, a folder, hf:, ollama:, lmstudio: or a catalogue name; none searches."
+            metavar="[MODEL]",
+            help="A file, a folder, hf:, ollama:, lmstudio: or a catalogue name; none searches.",
+            autocompletion=planned_names,
         ),
     ] = None
     ctx: Context = None

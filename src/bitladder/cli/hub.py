@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from bitladder.cli.completion import level_names
 from bitladder.cli.fit import Hardware, Reserve, reserve_named
 from bitladder.cli.terminal import JsonFlag, print_json, progress_display, put, verb
 from bitladder.units import human_bytes
@@ -19,7 +20,10 @@ def search(
     text: Annotated[
         str, typer.Argument(metavar="TEXT", help="Words of a model's name, or hf:org/name for all its levels.")
     ],
-    level: Annotated[str, typer.Option("--level", help="The level to show of each repository.")] = "Q4_K_M",
+    level: Annotated[
+        str,
+        typer.Option("--level", help="The level to show of each repository.", autocompletion=level_names),
+    ] = "Q4_K_M",
     hardware: Hardware = None,
     reserve: Reserve = None,
     limit: Annotated[int, typer.Option("--limit", min=1, max=50, help="Repositories.")] = 10,

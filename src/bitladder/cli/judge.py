@@ -19,21 +19,23 @@ from bitladder.cli.build import (
     effort_named,
     split_levels,
     way_named,
-    working,
 )
+from bitladder.cli.completion import level_names
 from bitladder.cli.grouped import grouped
 from bitladder.cli.live import run_display
 from bitladder.cli.options import (
+    CacheTypesList,
     RunOptions,
     Texts,
     TrustPython,
     WorkloadFile,
+    caches_named,
     confirm_with,
     reference_named,
     refuse_elsewhere,
 )
 from bitladder.cli.terminal import JsonFlag, ModelArgument, print_json, say, verb
-from bitladder.errors import BarNotMet
+from bitladder.errors import BarNotMet, UsageError
 
 
 @verb
@@ -88,7 +90,7 @@ def smallest(options: SmallestOptions, json_output: JsonFlag = False) -> None:
         options.model, options.bar, options.workload, split_levels(options.levels), options.ctx, options.out,
         options.imatrix, options.trust_python,
     )  # fmt: skip
-    with working(options.threads, options.device, quiet=json_output) as work:
+    with options.working(quiet=json_output) as work:
         work.journal.say = say  # what is built is said in any case: this may take hours
         outcome = find_smallest(search, work)
     if json_output:
@@ -109,12 +111,26 @@ class MeasureOptions(WorkOptions):
         typer.Option("--file", help="An existing GGUF or checkpoint folder to measure, too; repeatable."),
     ] = None
     reference: Annotated[
-        str | None, typer.Option("--reference", metavar="LEVEL", help="Compare with this level, not with the source.")
+        str | None,
+        typer.Option(
+            "--reference",
+            metavar="LEVEL",
+            help="Compare with this level, not with the source.",
+            autocompletion=level_names,
+        ),
     ] = None
     text: Texts = None
     imatrix: Importance = "auto"
     effort: EffortName = "good"
     through: Through = None
+    kv: CacheTypesList = None
+    depth: Annotated[
+        str | None,
+        typer.Option(
+            "--depth", metavar="N1,N2", help="Measure in the engine, behind so many tokens of context.",
+            show_default="with --kv 512,4096",
+        ),
+    ] = None  # fmt: skip
 
 
 @verb
@@ -132,13 +148,28 @@ def measure(options: MeasureOptions, json_output: JsonFlag = False) -> None:
         imatrix=options.imatrix,
         effort=effort_named(options.effort),
         through=way_named(options.through),
+        caches=caches_named(options.kv),
+        depths=_depths_named(options.depth),
     )
-    with working(options.threads, options.device, quiet=json_output) as work:
+    with options.working(quiet=json_output) as work:
         fidelities = measure_model(options.model, wanted, work)
     if json_output:
         print_json({"levels": fidelities, "jobs": work.journal.jobs, "warnings": work.journal.warnings})
     else:
         fidelity_table(fidelities)
+
+
+def _depths_named(text: str | None) -> tuple[int, ...]:
+    """``"512,4k"`` as tokens; raises UsageError for what is no number."""
+    found = []
+    for part in (text or "").lower().split(","):
+        digits, thousand = part.strip().removesuffix("k"), part.strip().endswith("k")
+        if not digits and text is None:
+            continue
+        if not (digits.isascii() and digits.isdigit() and len(digits) < 10):
+            raise UsageError(f"'{part.strip()[:40]}' is no depth in tokens.", do="Write --depth 512,4096.")
+        found.append(int(digits) * (1024 if thousand else 1))
+    return tuple(found)
 
 
 @verb

@@ -21,10 +21,12 @@ from bitladder.cli.build import (
     known_device,
     split_levels,
 )
+from bitladder.cli.completion import level_names
 from bitladder.cli.terminal import ModelArgument, say
 from bitladder.errors import UsageError
 
 if TYPE_CHECKING:
+    from bitladder.describe.cache_types import CacheTypes
     from bitladder.engines.endpoint import EndpointSettings
     from bitladder.levels import Level
     from bitladder.stages.run_facts import RunSettings
@@ -52,6 +54,23 @@ KeyFiles = Annotated[
 ]
 
 
+CacheTypesList = Annotated[
+    str | None,
+    typer.Option(
+        "--kv",
+        metavar="T1,T2",
+        help="Types of the KV cache: f16, q8_0, q5_1, q4_0, ...; keys and values apart as q8_0/q4_0.",
+    ),
+]
+
+
+def caches_named(text: str | None) -> tuple[CacheTypes, ...]:
+    """Types of a KV cache; none where none is named. Raises UsageError for what is none."""
+    from bitladder.describe.cache_types import parse_caches
+
+    return () if text is None else parse_caches(text)
+
+
 @dataclass(kw_only=True)
 class RunOptions(WorkOptions):
     """What ``run`` and ``gate`` are asked."""
@@ -66,6 +85,7 @@ class RunOptions(WorkOptions):
             "--reference",
             metavar="LEVEL|FILE.jsonl|URL#MODEL",
             help="What answers are compared with, instead of the source: a level, stored answers, or an endpoint.",
+            autocompletion=level_names,
         ),
     ] = None
     also: Annotated[
@@ -83,6 +103,7 @@ class RunOptions(WorkOptions):
     ] = 0.0
     yes: Yes = False
     ctx: Context = None
+    kv: CacheTypesList = None
     text: Texts = None
     out: Annotated[
         Path | None,
@@ -90,6 +111,10 @@ class RunOptions(WorkOptions):
     ] = None
     imatrix: Importance = "auto"
     effort: EffortName = "good"
+    within: Annotated[
+        str | None,
+        typer.Option("--within", metavar="TIME", help="Decide in 30s, 10m, 2h: measure what the decision needs most."),
+    ] = None
     judge: Annotated[
         str | None,
         typer.Option("--judge", metavar="URL[#MODEL]", help="OpenAI-compatible endpoint of a judge model."),
@@ -108,6 +133,7 @@ class RunOptions(WorkOptions):
         """
         from bitladder.levels import parse_level
         from bitladder.stages.run_facts import RunSettings
+        from bitladder.units import parse_duration
 
         also = [served_address(text) for text in self.also or ()]
 
@@ -126,11 +152,15 @@ class RunOptions(WorkOptions):
             texts=tuple(self.text or ()),
             out=self.out,
             threads=self.threads,
-            device=known_device(self.device),
+            device=known_device(self.device, self.on),
+            on=self.on,
+            unit_needs=self.unit_needs,
             imatrix=self.imatrix,
             effort=effort_named(self.effort),
             judge=self._judge(),
             trust_python=self.trust_python,
+            caches=caches_named(self.kv),
+            within=parse_duration(self.within) if self.within else None,
         )
 
     def _judge(self) -> EndpointSettings | None:
@@ -211,6 +241,6 @@ def refuse_elsewhere(reference: Level | Path | EndpointSettings | None) -> Level
         return reference
     raise UsageError(
         "Only the source or one of its levels can be the reference of token figures.",
-        means="KL divergence needs the whole distribution at every token, which no address and no file tells.",
+        means="KL divergence needs whole distributions, which neither an address nor a file of answers has.",
         do="Compare answers with it instead: bitladder run MODEL --workload FILE --reference ...",
     )

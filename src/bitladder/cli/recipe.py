@@ -15,8 +15,8 @@ from bitladder.cli.build import (
     Force,
     WorkOptions,
     effort_named,
-    working,
 )
+from bitladder.cli.completion import level_names
 from bitladder.cli.grouped import grouped
 from bitladder.cli.terminal import JsonFlag, ModelArgument, print_json, put, say, verb
 from bitladder.errors import UsageError
@@ -50,7 +50,9 @@ class RecipeOptions(WorkOptions):
     fits: Annotated[bool, typer.Option("--fits", help="The largest that this machine holds.")] = False
     level: Annotated[
         str | None,
-        typer.Option("--level", metavar="LEVEL", help="llama.cpp's own types, like Q4_K_M."),
+        typer.Option(
+            "--level", metavar="LEVEL", help="llama.cpp's own types, like Q4_K_M.", autocompletion=level_names
+        ),
     ] = None
     schemes: Annotated[
         str | None, typer.Option("--schemes", metavar="S1,S2", help="Of a checkpoint: choose among these only.")
@@ -92,7 +94,7 @@ def recipe(options: RecipeOptions, json_output: JsonFlag = False) -> None:
         out=options.out or Path(), effort=effort_named(options.effort), texts=tuple(options.text or ()),
         force=options.force,
     )  # fmt: skip
-    with working(options.threads, options.device, quiet=json_output) as work:
+    with options.working(quiet=json_output) as work:
         if options.to.lower() == VLLM:
             result = _mixed(options, build, limits, work)
         elif options.apply is not None:

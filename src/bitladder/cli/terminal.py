@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 import typer
 from typer.core import TyperGroup
 
+from bitladder.cli.completion import model_names
 from bitladder.errors import BitladderError
 from bitladder.progress import Progress, StepsOnly, silent
 from bitladder.records import to_json
@@ -28,7 +29,9 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print the record as JSON
 ModelArgument = Annotated[
     str,
     typer.Argument(
-        metavar="MODEL", help="A GGUF file, a checkpoint folder, hf:org/name[@revision][:LEVEL], or smollm2-135m."
+        metavar="MODEL",
+        help="A GGUF file, a checkpoint folder, hf:org/name[@revision][:LEVEL], or smollm2-135m.",
+        autocompletion=model_names,
     ),
 ]
 

@@ -14,6 +14,7 @@
     agrees_with_reference  metric, at_least        the same with the reference's answer; ``same``: the same text
     judge                  rubric                  is found good by a judge model (``engines.judge``)
     python                 module:function         pleases the user's own function, if the user trusts the file
+    tool_call              calls, or none          calls the tools that are wanted, with their arguments, in any order
 
 To add a kind, add a row to KINDS.
 """
@@ -21,13 +22,13 @@ To add a kind, add a row to KINDS.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from bitladder import json_text
 from bitladder.describe import criterion_values as values
-from bitladder.describe import patterns, schemas, similarity
+from bitladder.describe import patterns, schemas, similarity, tool_calls
 from bitladder.describe.numbers import numbers, spelled
 from bitladder.describe.workload import Criterion, Input
 from bitladder.unicode import canonical, count_words, has_text, has_words, same_text, short_answer
@@ -50,6 +51,8 @@ class Context:
     """``judge(input, value, answer, reference)``."""
     functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     """The user's own functions by ``module:function``."""
+    calls: Sequence[tool_calls.Call] = ()
+    """The calls of tools that the answer holds."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +67,11 @@ class Kind:
     ask: Callable[[Any, str, Input, Context], Mark] | None = None
 
 
-def judge(one: Input, text: str, context: Context | None = None) -> Mark:
-    """Judge an answer by all criteria of its input: it passes when all pass; the first failure is the reason."""
-    outcomes = [_outcome(criterion, text, one, context or Context()) for criterion in one.criteria]
+def judge(one: Input, text: str, context: Context | None = None, criteria: Sequence[Criterion] | None = None) -> Mark:
+    """Judge an answer by all criteria of its input, or by these: it passes when all pass; the first failure is the
+    reason."""
+    chosen = one.criteria if criteria is None else criteria
+    outcomes = [_outcome(criterion, text, one, context or Context()) for criterion in chosen]
     failed = [outcome for outcome in outcomes if not outcome.passed]
     return failed[0] if failed else Mark(True, "; ".join(outcome.detail for outcome in outcomes))
 
@@ -226,6 +231,11 @@ def _ask_function(value: str, text: str, one: Input, context: Context) -> Mark:
     return Mark(bool(answer), f"{value} says {'yes' if answer else 'no'}")
 
 
+def _tool_call(value: dict[str, Any], _text: str, one: Input, context: Context) -> Mark:
+    verdict = tool_calls.judged_calls(value, context.calls, one.tools)
+    return Mark(not verdict.fault, verdict.detail)
+
+
 KINDS: dict[str, Kind] = {
     "exact": Kind(values.words, _exact),
     "one_of": Kind(values.several_words, _one_of),
@@ -241,6 +251,7 @@ KINDS: dict[str, Kind] = {
     "agrees_with_reference": Kind(values.agreement, ask=_agrees),
     "judge": Kind(values.judged, ask=_ask_judge),
     "python": Kind(values.import_path, ask=_ask_function),
+    "tool_call": Kind(tool_calls.wanted_calls, ask=_tool_call),
 }
 
 

@@ -99,6 +99,11 @@ def a_count(value: Any) -> int:
     return value
 
 
+def a_whole(value: Any) -> int:
+    """A whole number from 0."""
+    return 0 if value == 0 and not isinstance(value, bool) else a_count(value)
+
+
 def a_share(value: Any) -> float:
     """A number from 0 to 1."""
     share = a_number(value)

@@ -6,6 +6,14 @@ from dataclasses import dataclass
 
 from bitladder.units import human_bytes
 
+UNIFIED_SHARE = ((36 << 30, 2 / 3), (1 << 62, 3 / 4))
+"""Up to so many bytes of memory, the part that macOS lets its GPU have unless it is told otherwise."""
+
+
+def unified_share(total: int) -> float:
+    """The part of a shared memory of ``total`` bytes that macOS lets its GPU have."""
+    return next(share for most, share in UNIFIED_SHARE if total <= most)
+
 
 @dataclass(frozen=True)
 class Gpu:

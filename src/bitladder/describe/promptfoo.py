@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from bitladder import json_text
+from bitladder.describe.document import line_of, shortened
 from bitladder.describe.structured import Fault, Read, Where, read_yaml
-from bitladder.describe.workload_file import line_of, shortened
 
 _MOST_TESTS = 20_000
 _VARIABLE = re.compile(r"\{\{-?\s*([A-Za-z_]\w*)\s*-?\}\}")

@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from bitladder import json_text
+from bitladder.describe.document import line_of, shortened
 from bitladder.describe.numbers import numbers
 from bitladder.describe.promptfoo import Imported
 from bitladder.describe.structured import Fault, Read
-from bitladder.describe.workload_file import line_of, shortened
 
 _TEXTS = ("exact", "regex")
 _LISTS = ("one_of", "contains_all", "contains_any", "contains_none")

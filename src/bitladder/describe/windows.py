@@ -22,6 +22,7 @@ from bitladder.errors import BadInput
 
 WINDOW = 512
 SHORTEST = 64
+WORTH_KEEPING = 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,11 +31,13 @@ class Window:
 
     document: str
     tokens: NDArray[np.int64]
+    begin: int = 0
+    """The first position whose next token is scored, where that is not half the window; 0 for half."""
 
     @property
     def first(self) -> int:
         """The first position whose next token is scored."""
-        return len(self.tokens) // 2
+        return self.begin or len(self.tokens) // 2
 
     @property
     def scored(self) -> int:
@@ -68,6 +71,16 @@ def cut(
                 part[0] = bos
             windows.append(Window(name, part))
     return windows
+
+
+def tokens_in_common(before: Sequence[int], tokens: Sequence[int], first: int) -> int:
+    """Tokens in front of the ``first`` scored one that a window has in common with the one before it, and that need not
+    be computed again; 0 where they are few, so that windows of one text are each computed from their beginning."""
+    one, other = (np.asarray(ids, np.int64) for ids in (before[:first], tokens[:first]))
+    length = min(len(one), len(other))
+    differ = np.flatnonzero(one[:length] != other[:length])
+    same = int(differ[0]) if len(differ) else length
+    return same if same >= WORTH_KEEPING else 0
 
 
 def check_tokens(windows: Sequence[Window], n_vocab: int) -> None:
@@ -106,6 +119,8 @@ def tokens_hash(windows: Iterable[Window]) -> str:
     digest = hashlib.sha256()
     for window in windows:
         digest.update(len(window.tokens).to_bytes(4, "little") + window.tokens.tobytes())
+        if window.begin:
+            digest.update(b"from" + window.begin.to_bytes(4, "little"))
     return digest.hexdigest()
 
 
@@ -130,11 +145,8 @@ def text_windows(
         BadInput: too little text to score anything.
     """
     ids = [(document.name, tokenize(document.text)) for document in documents]
-    bos = model.metadata.get("tokenizer.ggml.bos_token_id", bos)
-    adds_bos = bool(model.metadata.get("tokenizer.ggml.add_bos_token", False)) or any(
-        len(tokens) > 0 and tokens[0] == bos for _, tokens in ids
-    )
-    windows = cut(ids, n=min(n, model.dims.n_ctx_train), bos=bos if adds_bos else None)
+    bos = bos_in_front(model, [tokens for _, tokens in ids], bos)
+    windows = cut(ids, n=min(n, model.dims.n_ctx_train), bos=bos)
     if not windows:
         longest = max((len(tokens) for _, tokens in ids), default=0)
         raise BadInput(
@@ -144,3 +156,13 @@ def text_windows(
             do="Give a longer text, a few thousand words say, or leave out --text to use the one that ships.",
         )
     return windows
+
+
+def bos_in_front(model: Model, ids: Iterable[Sequence[int]], bos: int | None = None) -> int | None:
+    """The token that a window begins with; None where the tokenizer adds none. ``ids``: of whole documents. ``bos``: of
+    a model whose header has no tokenizer."""
+    bos = model.metadata.get("tokenizer.ggml.bos_token_id", bos)
+    adds_bos = bool(model.metadata.get("tokenizer.ggml.add_bos_token", False)) or any(
+        len(tokens) > 0 and tokens[0] == bos for tokens in ids
+    )
+    return bos if adds_bos else None

@@ -19,114 +19,47 @@ filled from ``variables`` and ``files``; nothing else happens to a prompt.
 
 from __future__ import annotations
 
-import difflib
 import functools
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import PurePath
-from typing import Any, TypeVar
+from typing import Any
 
 from bitladder.describe import criterion_values as values
 from bitladder.describe.criteria import KINDS, doubts
+from bitladder.describe.document import Document, shortened
+from bitladder.describe.haystack import haystack, haystack_fields
 from bitladder.describe.structured import Fault, Read, Where, read_json_file, read_json_lines, read_yaml
-from bitladder.describe.workload import Criterion, Input, Workload
+from bitladder.describe.tool_calls import dict_of, read_tools, unknown_tools
+from bitladder.describe.workload import (
+    FREE_TAG,
+    GRAMMAR_TAG,
+    TOOLS_TAG,
+    TURNS_TAG,
+    Criterion,
+    Input,
+    Workload,
+)
+from bitladder.describe.workload_chat import Chat, ChatReader
 from bitladder.errors import BadWorkload
 
-T = TypeVar("T")
-_TOP = ("name", "description", "system", "max_tokens", "temperature", "samples", "inputs")
-_INPUT = (
-    "id",
-    "prompt",
-    "messages",
-    "system",
-    "variables",
-    "files",
-    "tags",
-    "weight",
-    "max_tokens",
-    "expect",
-)
-_ROLES = ("system", "user", "assistant")
-
-_MOST_SHOWN = 20
-"""Faults that one message lists."""
-_LONGEST_PROMPT = 4_000_000
-"""Characters of a message with its variables filled in: a few lines can ask for one file a thousand times."""
-
-
-class _Document:
-    """A parsed file: plain values with the line of each, and the faults found so far."""
-
-    def __init__(self, source: str, read: Read) -> None:
-        self.source = source
-        self.lines = read.lines
-        self.faults = list(read.faults)
-
-    def line(self, *path: str | int) -> int:
-        """The line of the value at a path, or of the nearest thing around it."""
-        return line_of(self.lines, path)
-
-    def fault(self, found: str, *path: str | int, do: str = "") -> Fault:
-        """A fault at a path, to be raised."""
-        return Fault(found, self.line(*path), do)
-
-    def attempt(self, read: Callable[[], T]) -> T | None:
-        """What is read, or None when a fault was found in it, which is kept."""
-        try:
-            return read()
-        except Fault as fault:
-            self.faults.append(fault)
-            return None
-
-    def known(self, plain: Mapping[str, Any], allowed: tuple[str, ...], *path: str | int) -> set[str]:
-        """Note every field but these as a fault. Returns those that were probably meant."""
-        meant = set()
-        for name in plain:
-            if name not in allowed:
-                near = difflib.get_close_matches(str(name)[:80], allowed, 1)
-                meant |= set(near)
-                do = f"Did you mean '{near[0]}'?" if near else f"It may have: {', '.join(allowed)}."
-                self.faults.append(self.fault(f"there is no field '{shortened(str(name))}' here.", *path, name, do=do))
-        return meant
-
-    def read(self, reader: Callable[[Any], Any], plain: Any, *path: str | int) -> Any:
-        """A value through a reader of ``describe.criterion_values``; its complaint gets file, line and field.
-
-        Raises:
-            Fault: the reader does not take it.
-        """
-        try:
-            return reader(plain)
-        except ValueError as error:
-            what = path[-1] if isinstance(path[-1], str) else f"entry {path[-1] + 1} of {path[-2]}"
-            raise self.fault(f"{what} {error}.", *path) from error
-
-    def check(self) -> None:
-        """Raise what was found, if anything was.
-
-        Raises:
-            BadWorkload: names the file, and every fault with its line.
-        """
-        faults = sorted(self.faults, key=lambda fault: fault.line)
-        if not faults:
-            return
-        if len(faults) == 1:
-            raise BadWorkload(f"{self.source}, line {faults[0].line}: {faults[0].found}", do=faults[0].do)
-        shown = [f"{self.source}, line {one.line}: {one.found} {one.do}".rstrip() for one in faults[:_MOST_SHOWN]]
-        more = [f"... and {len(faults) - _MOST_SHOWN} more faults."] if len(faults) > _MOST_SHOWN else []
-        raise BadWorkload("\n".join(shown + more))
-
-
-def line_of(lines: Mapping[Where, int], path: Where) -> int:
-    """The line of the value at a path, or of the nearest thing around it."""
-    while path and path not in lines:
-        path = path[:-1]
-    return lines.get(path, 1)
-
-
-def shortened(text: str, most: int = 80) -> str:
-    """A text of others as a message repeats it."""
-    return text if len(text) <= most else text[:most] + "..."
+_SHARED = ("system", "max_tokens", "max_thought_tokens", "tools")
+"""Fields of inputs that may stand at the top, for every input without its own."""
+_TOP = ("name", "description", *_SHARED, "temperature", "samples", "repeat", "sampling", "inputs")
+_CHAT = ("prompt", "messages", "turns")
+_FILLED = ("variables", "files", "haystack")
+_INPUT = ("id", *_CHAT, *_SHARED, *_FILLED, "tags", "weight", "response_format", "expect", "throughout")
+_FORMATS = ("json_object", "json_schema")
+_SAMPLING: dict[str, tuple[Any, Callable[[Any], Any]]] = {
+    "temperature": (None, values.a_tolerance),
+    "top_p": (None, values.a_share),
+    "top_k": (None, values.a_whole),
+    "min_p": (None, values.a_share),
+    "repeat_penalty": (None, values.a_tolerance),
+    "presence_penalty": (None, values.a_number),
+    "frequency_penalty": (None, values.a_number),
+}
+RECOMMENDED = "recommended"
 
 
 def parse_workload(
@@ -161,7 +94,7 @@ def workload_of(read: Read, *, source: str, read_file: Callable[[str], str]) -> 
     Raises:
         BadWorkload: names the file, and every fault with its line.
     """
-    document, top = _Document(source, read), read.plain
+    document, top = Document(source, read), read.plain
     if not isinstance(top, dict) or not isinstance(top.get("inputs"), list) or not top["inputs"]:
         if not document.faults:
             wanted = "a workload needs a list 'inputs' with at least one input."
@@ -173,17 +106,60 @@ def workload_of(read: Read, *, source: str, read_file: Callable[[str], str]) -> 
     inputs = tuple(one for one in found if one is not None)
     _check_ids(document, found)
     name = document.attempt(lambda: document.read(values.words, top.get("name", PurePath(source).stem or "-"), "name"))
-    temperature = document.attempt(
-        lambda: document.read(values.a_tolerance, top.get("temperature", 0.0), "temperature")
-    )
-    samples = document.attempt(lambda: document.read(values.a_count, top.get("samples", 1), "samples"))
+    sampling = document.attempt(lambda: _sampling(document, top))
+    samples = document.attempt(lambda: _samples(document, top))
     document.check()
-    assert name is not None and temperature is not None and samples is not None
+    assert name is not None and sampling is not None and samples is not None
     warnings = [f"{source}, line {line}: input '{one.id}' {doubt}." for one in inputs for line, doubt in doubts(one)]
-    return Workload(name=name, inputs=inputs, temperature=temperature, samples=samples, warnings=tuple(warnings))
+    return Workload(
+        name=name,
+        inputs=_told_apart(inputs),
+        temperature=sampling.pop("temperature", 0.0),
+        samples=samples,
+        sampling=sampling,
+        recommended=top.get("sampling") == RECOMMENDED,
+        warnings=tuple(warnings),
+    )
 
 
-def _check_ids(document: _Document, inputs: list[Input | None]) -> None:
+def _samples(document: Document, top: Mapping[str, Any]) -> int:
+    """How often each input is asked: ``samples``, or ``repeat``, which says the same."""
+    if "samples" in top and "repeat" in top:
+        raise document.fault("'repeat' and 'samples' say the same thing.", "repeat", do="Leave out one of them.")
+    name = "repeat" if "repeat" in top else "samples"
+    return int(document.read(values.a_count, top.get(name, 1), name))
+
+
+def _sampling(document: Document, top: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of the sampler by name; empty where they are the model's own, or none are given."""
+    plain = top.get("sampling", {})
+    if plain == RECOMMENDED:
+        found: dict[str, Any] = {}
+    elif isinstance(plain, str):
+        raise document.fault(f"sampling is '{RECOMMENDED}' or names settings.", "sampling")
+    else:
+        read = document.read(lambda value: values.fields(value, {}, _SAMPLING), plain, "sampling")
+        found = {name: value for name, value in read.items() if value is not None}
+    if "temperature" not in top:
+        return found
+    if "temperature" in found or plain == RECOMMENDED:
+        raise document.fault("the temperature stands in 'sampling', too.", "temperature", do="Leave out one of them.")
+    return {**found, "temperature": document.read(values.a_tolerance, top["temperature"], "temperature")}
+
+
+def _told_apart(inputs: tuple[Input, ...]) -> tuple[Input, ...]:
+    """Inputs with the tags of what they ask. JSON is told apart where some of it is written under a grammar."""
+    by_grammar = any(one.response_format is not None for one in inputs)
+
+    def tags(one: Input) -> list[str]:
+        free = by_grammar and any(criterion.kind == "json_schema" for criterion in one.every_criterion)
+        json = GRAMMAR_TAG if one.response_format is not None else FREE_TAG if free else ""
+        return [TOOLS_TAG] * bool(one.tools) + [TURNS_TAG] * bool(one.turns) + [json] * bool(json)
+
+    return tuple(replace(one, tags=tuple(dict.fromkeys((*one.tags, *tags(one))))) for one in inputs)
+
+
+def _check_ids(document: Document, inputs: list[Input | None]) -> None:
     seen: dict[str, int] = {}
     for index, one in enumerate(inputs):
         if one is not None and one.id in seen:
@@ -193,7 +169,7 @@ def _check_ids(document: _Document, inputs: list[Input | None]) -> None:
             seen[one.id] = one.line
 
 
-def _input(document: _Document, top: Mapping[str, Any], index: int, read_file: Callable[[str], str]) -> Input | None:
+def _input(document: Document, top: Mapping[str, Any], index: int, read_file: Callable[[str], str]) -> Input | None:
     """One input; None when it has a fault, all of which are kept."""
     path: Where = ("inputs", index)
     plain = top["inputs"][index]
@@ -210,14 +186,83 @@ def _input(document: _Document, top: Mapping[str, Any], index: int, read_file: C
     identity = field(values.words, plain.get("id", f"input-{index + 1}"), "id")
     weight = field(_weight, plain.get("weight", 1.0), "weight")
     max_tokens = field(values.a_count, plain.get("max_tokens", top.get("max_tokens", 256)), "max_tokens")
+    thought = plain.get("max_thought_tokens", top.get("max_thought_tokens"))
+    thought = None if thought is None else field(values.a_count, thought, "max_thought_tokens")
     tags = field(values.several_words, plain["tags"], "tags") if plain.get("tags") else ()
-    messages = document.attempt(lambda: _messages(document, top, plain, path, read_file))
-    criteria = () if "expect" not in plain and "expect" in meant else _criteria(document, plain, path)
+    tools = plain.get("tools", top.get("tools"))
+    tools = () if tools is None or (tools == [] and "tools" in plain) else field(read_tools, tools, "tools")
+    chat = document.attempt(lambda: _chat(document, top, plain, path, tools or (), read_file))
+    mistyped = "expect" not in plain and "expect" in meant
+    criteria = () if mistyped else _last_criteria(document, plain, path, chat, tools or ())
+    shape = document.attempt(lambda: _response_format(document, plain, criteria, path))
     if len(document.faults) > before:
         return None
-    assert messages is not None
-    line = document.line(*path)
-    return Input(identity, messages, criteria, tags=tuple(tags), weight=weight, max_tokens=max_tokens, line=line)
+    assert chat is not None
+    throughout = tuple(one for one in _optional_criteria(document, plain, path, "throughout", tools or ()))
+    return Input(
+        identity,
+        chat.messages,
+        criteria,
+        tags=tuple(tags),
+        weight=weight,
+        max_tokens=max_tokens,
+        line=document.line(*path),
+        tools=tuple(tools),
+        response_format=shape,
+        max_thought_tokens=thought,
+        turns=tuple(replace(turn, criteria=(*turn.criteria, *throughout)) for turn in chat.turns),
+    )
+
+
+def _chat(
+    document: Document,
+    top: Mapping[str, Any],
+    plain: Mapping[str, Any],
+    path: Where,
+    tools: Sequence[Mapping[str, Any]],
+    read_file: Callable[[str], str],
+) -> Chat:
+    variables = _variables(document, plain, path, read_file)
+    if "haystack" in plain:
+        asked = document.read(haystack_fields, plain["haystack"], *path, "haystack")
+        text = _content(document, asked["text"], read_file, *path, "haystack", "text") if asked["text"] else ""
+        variables["haystack"] = haystack(asked["needle"], asked["tokens"], asked["depth"], text)
+    reader = ChatReader(
+        document,
+        path,
+        variables,
+        plain.get("system", top.get("system")),
+        frozenset(tool["function"]["name"] for tool in tools),
+        lambda turn, where: _criteria(document, turn, where, tools, earlier=True),
+    )
+    return reader.read(plain)
+
+
+def _response_format(
+    document: Document, plain: Mapping[str, Any], criteria: Sequence[Criterion], path: Where
+) -> Mapping[str, Any] | None:
+    """In OpenAI's form. ``json_schema`` alone stands for the schema of the input's criterion."""
+    value = plain.get("response_format")
+    if value is None:
+        return None
+    where = (*path, "response_format")
+    if isinstance(value, str):
+        kind = document.read(values.choice(*_FORMATS), value, *where)
+        if kind == "json_object":
+            return {"type": kind}
+        schema = next((one.value for one in criteria if one.kind == "json_schema"), None)
+        if schema is None:
+            raise document.fault("response_format json_schema needs the criterion 'json_schema'.", *where)
+        value = {"type": kind, "json_schema": {"schema": {} if schema is True else schema}}
+    kinds = {"type": values.choice(*_FORMATS)}
+    found = document.read(lambda one: values.fields(one, kinds, {"json_schema": (None, dict_of)}), value, *where)
+    if found["type"] == "json_object":
+        return {"type": "json_object"}
+    shape = found["json_schema"] or {}
+    schema = document.read(values.json_schema, shape.get("schema"), *where, "json_schema")
+    if not isinstance(schema, dict):
+        raise document.fault("response_format needs a schema that is an object.", *where)
+    return {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, **shape, "schema": schema}}
 
 
 def _weight(value: Any) -> float:
@@ -227,65 +272,76 @@ def _weight(value: Any) -> float:
     return weight
 
 
-def _criteria(document: _Document, plain: Mapping[str, Any], path: Where) -> tuple[Criterion, ...]:
-    """The criteria of an input that have no fault; the others' faults are kept."""
-    expect = plain.get("expect")
+def _last_criteria(
+    document: Document, plain: Mapping[str, Any], path: Where, chat: Chat | None, tools: Sequence[Mapping[str, Any]]
+) -> tuple[Criterion, ...]:
+    """What the last answer must satisfy: by its turn, by the input, and by what must hold throughout."""
+    own = chat.criteria if chat is not None else ()
+    throughout = _optional_criteria(document, plain, path, "throughout", tools)
+    if "throughout" in plain and "turns" not in plain:
+        document.faults.append(document.fault("'throughout' is of several turns.", *path, "throughout"))
+    if "expect" in plain or not (own or throughout):
+        return (*own, *_criteria(document, plain, path, tools), *throughout)
+    return (*own, *throughout)
+
+
+def _optional_criteria(
+    document: Document, plain: Mapping[str, Any], path: Where, name: str, tools: Sequence[Mapping[str, Any]]
+) -> tuple[Criterion, ...]:
+    return _criteria(document, plain, path, tools, name=name, earlier=True) if name in plain else ()
+
+
+def _criteria(
+    document: Document,
+    plain: Mapping[str, Any],
+    path: Where,
+    tools: Sequence[Mapping[str, Any]] = (),
+    *,
+    name: str = "expect",
+    earlier: bool = False,
+) -> tuple[Criterion, ...]:
+    """The criteria of an input that have no fault; the others' faults are kept. Those of ``earlier`` answers cannot
+    compare with the reference's."""
+    expect = plain.get(name)
     if not isinstance(expect, dict) or not expect:
-        wanted = "an input needs 'expect' with at least one criterion."
-        document.faults.append(document.fault(wanted, *path, "expect", do=f"Criteria: {', '.join(KINDS)}."))
+        wanted = f"an input needs '{name}' with at least one criterion."
+        document.faults.append(document.fault(wanted, *path, name, do=f"Criteria: {', '.join(KINDS)}."))
         return ()
-    document.known(expect, tuple(KINDS), *path, "expect")
+    document.known(expect, tuple(KINDS), *path, name)
     found = []
     for kind, value in expect.items():
         if kind not in KINDS:
             continue
-        here = (*path, "expect", kind)
+        here = (*path, name, kind)
         before = len(document.faults)
         parsed = document.attempt(functools.partial(document.read, KINDS[kind].parse, value, *here))
+        if len(document.faults) == before:
+            document.attempt(functools.partial(_check_fits, document, kind, parsed, tools, here, earlier))
         if len(document.faults) == before:
             found.append(Criterion(kind, parsed, document.line(*here)))
     return tuple(found)
 
 
-def _messages(
-    document: _Document,
-    top: Mapping[str, Any],
-    plain: Mapping[str, Any],
-    path: Where,
-    read_file: Callable[[str], str],
-) -> tuple[Mapping[str, str], ...]:
-    if ("prompt" in plain) == ("messages" in plain):
-        raise document.fault("an input needs either 'prompt' or 'messages'.", *path)
-    variables = _variables(document, plain, path, read_file)
-
-    def fill(text: str, *where: str | int) -> str:
-        return _fill(document, text, variables, *path, *where)
-
-    if "prompt" in plain:
-        system = plain.get("system", top.get("system"))
-        content = fill(document.read(values.words, plain["prompt"], *path, "prompt"), "prompt")
-        prompt = {"role": "user", "content": content}
-        if system is None:
-            return (prompt,)
-        instructions = fill(document.read(values.words, system, *path, "system"), "system")
-        return ({"role": "system", "content": instructions}, prompt)
-    if not isinstance(plain["messages"], list) or not plain["messages"]:
-        raise document.fault("messages needs a list of messages that is not empty.", *path, "messages")
-    role = values.choice(*_ROLES)
-    messages = []
-    for place, message in enumerate(plain["messages"]):
-        here = (*path, "messages", place)
-        fields = document.read(
-            lambda value: values.fields(value, {"role": role, "content": values.words}, {}), message, *here
+def _check_fits(
+    document: Document, kind: str, value: Any, tools: Sequence[Mapping[str, Any]], here: Where, earlier: bool
+) -> None:
+    """Refuse criteria that cannot be judged where they stand."""
+    if earlier and kind in ("agrees_with_reference", "judge"):
+        raise document.fault(f"{kind} judges the last answer of a chat only.", *here)
+    if kind != "tool_call":
+        return
+    if not tools:
+        raise document.fault("tool_call needs an input with 'tools'.", *here)
+    unknown = unknown_tools(value, tools)
+    if unknown:
+        names = ", ".join(tool["function"]["name"] for tool in tools)
+        raise document.fault(
+            f"there is no tool '{shortened(unknown[0])}'.", *here, do=f"Tools of this input: {shortened(names, 300)}."
         )
-        messages.append({"role": fields["role"], "content": fill(fields["content"], "messages", place, "content")})
-    if messages[-1]["role"] != "user":
-        raise document.fault("the last message must be the user's.", *path, "messages", len(messages) - 1)
-    return tuple(messages)
 
 
 def _variables(
-    document: _Document, plain: Mapping[str, Any], path: Where, read_file: Callable[[str], str]
+    document: Document, plain: Mapping[str, Any], path: Where, read_file: Callable[[str], str]
 ) -> dict[str, str]:
     found: dict[str, str] = {}
     for section in ("variables", "files"):
@@ -295,27 +351,13 @@ def _variables(
         for name, value in entries.items():
             found[name] = str(document.read(values.a_string, value, *path, section, name))
             if section == "files":
-                try:
-                    found[name] = read_file(value)
-                except (OSError, ValueError) as error:
-                    why = error.strerror if isinstance(error, OSError) and error.strerror else error
-                    found_ = f"the file '{shortened(value)}' cannot be read: {why}."
-                    raise document.fault(found_, *path, section, name) from error
+                found[name] = _content(document, value, read_file, *path, section, name)
     return found
 
 
-def _fill(document: _Document, text: str, variables: Mapping[str, str], *path: str | int) -> str:
-    length = len(text)
-
-    def value(match: re.Match[str]) -> str:
-        nonlocal length
-        if match[1] not in variables:
-            have = ", ".join(variables) or "none"
-            do = f"Variables of this input: {shortened(have, 300)}."
-            raise document.fault(f"the variable '{shortened(match[1])}' has no value.", *path, do=do)
-        length += len(variables[match[1]])
-        if length > _LONGEST_PROMPT:
-            raise document.fault(f"filled in, this is longer than {_LONGEST_PROMPT} characters.", *path)
-        return variables[match[1]]
-
-    return re.sub(r"\{\{\s{0,99}([\w.-]+)\s{0,99}\}\}", value, text)
+def _content(document: Document, name: str, read_file: Callable[[str], str], *path: str | int) -> str:
+    try:
+        return read_file(name)
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise document.fault(f"the file '{shortened(name)}' cannot be read: {why}.", *path) from error

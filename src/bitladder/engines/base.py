@@ -16,10 +16,12 @@ from types import TracebackType
 from typing import Any, Protocol, Self, runtime_checkable
 
 from bitladder.errors import BadInput, EngineError
+from bitladder.records.evaluation import ToolCall
 from bitladder.records.plan import DEFAULT_CTX
 
 Message = Mapping[str, Any]
-"""One chat message: ``{"role": "system" | "user" | "assistant", "content": "..."}``."""
+"""One chat message: ``{"role": "system" | "user" | "assistant" | "tool", "content": "..."}``, and what belongs to calls
+of tools."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,14 @@ class Chat:
     logprobs: int = 0
     """Most likely tokens wanted at each place."""
     stop: Sequence[str] = ()
+    tools: Sequence[Mapping[str, Any]] = ()
+    """What the model may call, in OpenAI's form."""
+    response_format: Mapping[str, Any] | None = None
+    """In OpenAI's form: what the engine holds the answer to with a grammar."""
+    sampling: Mapping[str, float] = field(default_factory=dict)
+    """Further settings of the sampler: ``top_p``, ``top_k``, ``min_p``, ``repeat_penalty``, ..."""
+    max_thought_tokens: int | None = None
+    """Tokens that a thought may have; they are among ``max_tokens``. None: as many as there are."""
 
     @classmethod
     def of(cls, prompt: str, max_tokens: int) -> Self:
@@ -63,6 +73,9 @@ class Timings:
     prefill_tokens_per_s: float
     decode_tokens: int
     decode_tokens_per_s: float
+    drafted: int = 0
+    """Tokens guessed by speculative decoding, and those of them that were right."""
+    accepted: int = 0
 
 
 @dataclass(frozen=True)
@@ -85,6 +98,17 @@ class Completion:
     """None where the engine does not report any."""
     thought: bool = False
     """Whether the model thought before it answered; what it thought is no part of the text."""
+    reasoning: str = ""
+    """What it thought, where the engine tells."""
+    thought_tokens: int = 0
+    """Length of the thought, among ``completion_tokens``; by its share of the characters where nobody counted."""
+    calls: tuple[ToolCall, ...] = ()
+    """Calls of tools, as the engine's own parser found them."""
+
+    @property
+    def unfinished_thought(self) -> bool:
+        """Whether it was cut before an answer began."""
+        return self.thought and not self.text and not self.calls and self.finish_reason == "length"
 
 
 class Engine(Protocol):
@@ -248,8 +272,9 @@ class Running(Engine, Protocol):
         """
         ...
 
-    def time_tokens(self, tokens: Sequence[int], *, max_tokens: int) -> Mapping[str, float]:
-        """Compute a prompt anew and decode exactly ``max_tokens`` after it, on the engine's own clock.
+    def time_tokens(self, tokens: Sequence[int], *, max_tokens: int, again: bool = False) -> Mapping[str, float]:
+        """Compute a prompt anew and decode exactly ``max_tokens`` after it, on the engine's own clock. ``again``: what
+        the engine still holds of the prompt need not be computed once more.
 
         Returns ``prompt_n``, ``prompt_ms``, ``predicted_n``, ``predicted_ms``: tokens, and milliseconds.
 

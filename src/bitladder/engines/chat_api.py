@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,9 +17,11 @@ from typing import Any
 
 import httpx
 
+from bitladder.describe.thoughts import parted
 from bitladder.engines.base import Chat, Completion, Timings, TokenChoice
 from bitladder.engines.event_stream import BOM, events, whole_events
 from bitladder.errors import EngineGone, EngineReply, EngineTimeout
+from bitladder.records.evaluation import ToolCall
 from bitladder.unicode import mended
 from bitladder.units import MiB
 
@@ -29,7 +30,12 @@ _SHOWN = 300
 _LONGEST_EVENT = 4 * MiB
 _MOST_TOKENS = 1 << 40
 _DONE = b"[DONE]"
-_THINKS = re.compile(r"\s*<(think|thinking)>")
+THOUGHT_BUDGET = "thinking_budget_tokens"
+"""llama.cpp's field for the tokens of a thought: when they are spent, it ends the thought."""
+MOST_CALLS = 128
+"""Calls of tools in one answer."""
+_LONGEST_THOUGHT = 8 * MiB
+"""Characters: some services do not count thoughts among the tokens they are allowed."""
 _LONGEST_TOKEN = 256
 """Characters; vocabularies hold runs of spaces and dashes, none of them this long."""
 
@@ -76,6 +82,13 @@ class ChatRequest:
             body |= {"logprobs": True, "top_logprobs": chat.logprobs}
         if chat.stop:
             body["stop"] = list(chat.stop)
+        if chat.tools:
+            body["tools"] = [dict(tool) for tool in chat.tools]
+        if chat.response_format is not None:
+            body["response_format"] = dict(chat.response_format)
+        if chat.max_thought_tokens is not None:
+            body[THOUGHT_BUDGET] = chat.max_thought_tokens
+        body |= chat.sampling
         body |= self.extra
         refused = {*self.without} | ({"model"} if not self.model else set())
         return {name: value for name, value in body.items() if name not in refused}
@@ -98,7 +111,7 @@ _STATUS_MEANS = {
     401: ("The key is missing or wrong.", "Set the key in the environment variable that the endpoint names."),
     403: ("The key has no right to this model.", ""),
     404: ("Nothing answers there, or the model has another name.", "Check the URL and the model."),
-    429: ("The endpoint limits how often it may be asked.", "Ask for less in parallel, or wait."),
+    429: ("The endpoint limits how many requests it takes.", "Ask for less in parallel, or wait."),
 }  # fmt: skip
 
 
@@ -153,7 +166,7 @@ class translated:  # noqa: N801 - reads as a word where it is used
                 "write": "sending the request",
             }.get(phase, phase)
             raise EngineTimeout(
-                f"The engine at {self.url} said nothing in time while {what}.",
+                f"The engine at {self.url} did not answer in time while {what}.",
                 means="It is overloaded, stalled, or needs longer for a prompt of this length.",
                 do="Allow more time, ask for less in parallel, or look at the engine's own log.",
             ) from error
@@ -252,7 +265,10 @@ class _Answer:
         self.usage: dict[str, Any] = {}
         self.timings: dict[str, Any] = {}
         self.fault = ""
-        self.thought = False
+        self.reasoning: list[str] = []
+        self.thought_characters = 0
+        self.calls: dict[int, list[str]] = {}
+        """By its place: name and arguments."""
 
     def take(self, event: Any, *, whole: bool) -> None:
         """One event of the stream, or the ``whole`` reply of an engine that does not stream."""
@@ -267,7 +283,8 @@ class _Answer:
         self.timings = event.get("timings") or self.timings
         for choice in event.get("choices") or []:
             part = choice.get("message" if whole else "delta") or {}
-            self.thought |= bool(part.get("reasoning_content") or part.get("reasoning"))
+            self._take_thought(part.get("reasoning_content") or part.get("reasoning"))
+            self._take_calls(part.get("tool_calls") or [])
             piece = text_of(part.get("content"))
             if piece:
                 if math.isnan(self.first_token_s):
@@ -277,6 +294,27 @@ class _Answer:
             for token in (choice.get("logprobs") or {}).get("content") or []:
                 self.tokens.append(_token(token))
             self.finish_reason = choice.get("finish_reason") or self.finish_reason
+
+    def _take_thought(self, thought: Any) -> None:
+        if isinstance(thought, str) and thought:
+            self.reasoning.append(thought)
+            self.thought_characters += len(thought)
+            if self.thought_characters > _LONGEST_THOUGHT:
+                raise ValueError(f"a thought of more than {_LONGEST_THOUGHT} characters")
+
+    def _take_calls(self, calls: Sequence[Mapping[str, Any]]) -> None:
+        """Calls, or pieces of some: of a stream each piece names the place of its call."""
+        for place, call in enumerate(calls):
+            own = self.calls.setdefault(int(call.get("index", place)), ["", ""])
+            if len(self.calls) > MOST_CALLS:
+                raise ValueError(f"more than {MOST_CALLS} calls of tools")
+            function = call.get("function") or {}
+            arguments = function.get("arguments") or ""
+            if not isinstance(arguments, str):  # some servers send the object itself
+                arguments = json.dumps(arguments, ensure_ascii=False)
+            own[0] += function.get("name") or ""
+            own[1] += arguments
+            self.characters += len(arguments)
 
     def check_length(self, url: str, max_tokens: int) -> None:
         """Refuse a stream that goes on and on: no token is as long as that."""
@@ -296,14 +334,19 @@ class _Answer:
                 means="The stream was cut short: the engine crashed, or a proxy has a limit of its own.",
                 do="Run again: what was answered before is kept.",
             )
-        whole = mended("".join(self.text))
-        text = answer_in(whole)
+        found = parted(mended("".join(self.text)))
+        reasoning = mended("".join(self.reasoning)) or found.thought
+        calls = tuple(ToolCall(mended(name), mended(arguments)) for _, (name, arguments) in sorted(self.calls.items()))
+        completion_tokens = count_of(self.usage.get("completion_tokens"), len(self.tokens))
         return Completion(
-            text=text,
-            thought=text != whole or self.thought,
+            text=found.answer,
+            thought=found.thinks or bool(self.reasoning),
+            reasoning=reasoning,
+            thought_tokens=self._thought_tokens(reasoning, found.answer, calls, completion_tokens),
+            calls=calls,
             finish_reason=self.finish_reason,
             prompt_tokens=count_of(self.usage.get("prompt_tokens"), 0),
-            completion_tokens=count_of(self.usage.get("completion_tokens"), len(self.tokens)),
+            completion_tokens=completion_tokens,
             model=self.model or wanted_model,
             first_token_s=self.first_token_s,
             total_s=time.monotonic() - self.began,
@@ -311,19 +354,14 @@ class _Answer:
             timings=_timings(self.timings) if self.timings else None,
         )
 
-
-def answer_in(text: str) -> str:
-    """What a model answered, where a server leaves its thoughts in the same text: ``<think>...</think>`` before it.
-
-    The first mark is missing where the chat template has set it; where the last one is, the answer was cut before it
-    began.
-    """
-    begins = _THINKS.match(text)
-    end = f"</{begins[1] if begins else 'think'}>"
-    _, mark, answer = text.partition(end)
-    if mark:
-        return answer.lstrip()
-    return "" if begins else text
+    def _thought_tokens(self, thought: str, text: str, calls: Sequence[ToolCall], tokens: int) -> int:
+        """As the engine counts them, or by the thought's share of all characters."""
+        details = self.usage.get("completion_tokens_details")
+        counted = details.get("reasoning_tokens") if isinstance(details, dict) else None
+        if counted:
+            return min(tokens, count_of(counted, 0))
+        rest = len(text) + sum(len(call.name) + len(call.arguments) for call in calls)
+        return round(tokens * len(thought) / (len(thought) + rest)) if thought else 0
 
 
 def text_of(content: Any) -> str:
@@ -371,4 +409,6 @@ def _timings(timings: Mapping[str, Any]) -> Timings:
         prefill_tokens_per_s=prompt / prompt_s if prompt and prompt_s > 0 else math.nan,
         decode_tokens=decoded,
         decode_tokens_per_s=steps / decode_s if steps > 0 and decode_s > 0 else math.nan,
+        drafted=int(timings.get("draft_n", 0)),
+        accepted=int(timings.get("draft_n_accepted", 0)),
     )

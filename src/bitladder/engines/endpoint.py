@@ -27,6 +27,7 @@ import httpx
 from bitladder.engines.address import api_base, split_address
 from bitladder.engines.base import Chat, Completion
 from bitladder.engines.chat_api import (
+    THOUGHT_BUDGET,
     ChatRequest,
     ReplyStatus,
     Timeouts,
@@ -44,8 +45,12 @@ _LONGEST_WAIT_S = 60.0
 _MOST_STALLS = 2
 """Tries that may end in silence: each costs the whole patience of ``Timeouts``."""
 _LONGEST_KEY = 4096
-_NOT_ESSENTIAL = ("seed", "stream_options", "temperature")
+_NOT_ESSENTIAL = (
+    "seed", "stream_options", "temperature", THOUGHT_BUDGET, "top_k", "min_p", "repeat_penalty", "top_p",
+    "presence_penalty", "frequency_penalty",
+)  # fmt: skip
 """Fields that some endpoints refuse and an answer can do without."""
+_SAMPLERS = _NOT_ESSENTIAL[4:]
 
 CLOUD_KEYS = {
     "api.openai.com": "OPENAI_API_KEY",
@@ -161,7 +166,7 @@ def connected(settings: EndpointSettings) -> Endpoint:
         shown = ", ".join(models[:8]) + (", ..." if len(models) > 8 else "")
         raise UsageError(
             f"{settings.base_url} serves {len(models)} models: {shown}.",
-            means="Which one is meant was not said.",
+            means="It is not clear which one is meant.",
             do=f"Name it: {settings.base_url}#{models[0]}",
         )
     return Endpoint(dataclasses.replace(settings, model=models[0]))
@@ -304,9 +309,7 @@ class Endpoint:
                 self._same_as_before(completion.model)
                 with self._lock:
                     self._thought |= completion.thought
-                    self._unanswered += (
-                        completion.thought and not completion.text and completion.finish_reason == "length"
-                    )
+                    self._unanswered += completion.unfinished_thought
                 return completion
 
     @property
@@ -316,6 +319,10 @@ class Endpoint:
         found = []
         if "temperature" in self._without:
             found.append(f"{label} refuses a temperature: its answers are sampled, not greedy.")
+        if refused := [name for name in _SAMPLERS if name in self._without]:
+            found.append(f"{label} refuses {', '.join(refused)}: it samples otherwise than the levels.")
+        if THOUGHT_BUDGET in self._without:
+            found.append(f"{label} takes no limit for a thought: its thoughts share the limit of the answer.")
         if self._thought:
             found.append(
                 f"{label} thinks before it answers; what it thinks is not judged, and counts against max_tokens."

@@ -51,7 +51,7 @@ class Judge:
         Raises:
             EngineError: the judge cannot be asked.
         """
-        question = "\n".join(f"{message['role']}: {message['content']}" for message in one.messages)
+        question = "\n".join(f"{message['role']}: {message['content']}" for message in one.everything_asked)
         if value["against"] == "reference":
             if reference is None:
                 return Mark(True, "is the reference")

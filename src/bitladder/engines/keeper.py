@@ -8,9 +8,7 @@ killed, Linux's parent-death signal ends the server; elsewhere the server would 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -18,18 +16,13 @@ import threading
 
 import psutil
 
-
-def _die_with_parent() -> None:
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+from bitladder import system
 
 
 def _follow_parent(parent: int, server: subprocess.Popen[bytes]) -> None:
-    while True:
-        readable, _, _ = select.select([0], [], [], 1.0)
-        if (readable and not os.read(0, 4096)) or os.getppid() != parent:
-            end_tree(server.pid)
-            os._exit(0)
+    system.wait_for_parent(parent)
+    end_tree(server.pid)
+    os._exit(0)
 
 
 def end_tree(pid: int) -> None:
@@ -50,7 +43,7 @@ def main() -> None:
         sys.argv[1:],
         stdin=subprocess.DEVNULL,
         stdout=sys.stderr,
-        preexec_fn=_die_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509 - there is one thread yet
+        preexec_fn=system.die_with_parent if system.LINUX else None,  # noqa: PLW1509 - there is one thread yet
     )
     threading.Thread(target=_follow_parent, args=(parent, server), daemon=True).start()
     code = server.wait()

@@ -7,7 +7,8 @@ the engine prints can reach; what it prints goes to stdout and stderr as it like
     request                                       messages
     {"kind": "score", "files": [reference,        "opened"; for each window from "done" on "window" with
      levels...], "n_vocab", "windows": [[id]],    f64[files, 3, scored]: KL to the reference in nats, negative
-     "first": [position], "done", "threads"}      log-likelihood in nats, likeliest token
+     "first": [position], "done", "threads",      log-likelihood in nats, likeliest token. "caches": for each file the
+     "caches": [[type, type]]}                    types of keys and values as ggml numbers them; null for 32 bits
     {"kind": "sums", "file", "n_vocab",           "opened"; after each shard of windows from "done" on "shard" with
      "windows", "shard", "done", "threads",       for each tensor in order f64[matrices, columns] sums of squares and
      "tensors": {name: [matrices, columns]}}      f64[matrices] counts
@@ -30,6 +31,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bitladder.describe.windows import tokens_in_common
 from bitladder.engines.activation_sums import ActivationSums
 from bitladder.engines.layer_outputs import LayerOutputs
 from bitladder.engines.llama_library import Library, LibraryError, OpenModel, UnfitModel, Watch
@@ -40,19 +42,29 @@ from bitladder.engines.parent_watch import die_with_starting_thread, follow_pare
 
 def _score(library: Library, request: Mapping[str, Any], sender: Sender) -> None:
     """Every model computes a piece of a window, then the pieces' logits meet; no more of them is ever there."""
-    models = [_open(library, path, request) for path in request["files"]]
+    caches = request["caches"] or [None] * len(request["files"])
+    models = [
+        _open(library, path, request, cache=cache and (cache[0], cache[1]))
+        for path, cache in zip(request["files"], caches, strict=True)
+    ]
     sender.send("opened")
+    before: list[int] = []
     for at in range(request["done"], len(request["windows"])):
         tokens, first = request["windows"][at], request["first"][at]
-        sender.send("window", _scores(models, np.asarray(tokens, np.int64), first))
+        kept = tokens_in_common(before, tokens, first)
+        before = tokens
+        sender.send("window", _scores(models, np.asarray(tokens, np.int64), first, kept))
 
 
-def _scores(models: Sequence[OpenModel], tokens: NDArray[np.int64], first: int) -> NDArray[np.float64]:
-    """f64[models, 3, scored] of one window, whose positions from ``first`` to the last but one are scored."""
-    for model in models:
-        model.clear()
+def _scores(models: Sequence[OpenModel], tokens: NDArray[np.int64], first: int, kept: int) -> NDArray[np.float64]:
+    """f64[models, 3, scored] of one window, whose positions from ``first`` to the last but one are scored. The models
+    know its first ``kept`` tokens from the window before."""
+    start = min([model.clear(kept) for model in models])
+    if start < kept:  # one of them cannot go back
+        for model in models:
+            model.clear()
     parts = []
-    for piece, wanted in _pieces(first, len(tokens) - 1, models[0].piece):
+    for piece, wanted in _pieces(first, len(tokens) - 1, models[0].piece, start):
         logits = [model.decode(tokens[piece].tolist(), piece.start, wanted) for model in models]
         if not any(wanted):
             continue
@@ -64,10 +76,10 @@ def _scores(models: Sequence[OpenModel], tokens: NDArray[np.int64], first: int) 
     return np.concatenate(parts, axis=2)
 
 
-def _pieces(first: int, last: int, length: int) -> Iterator[tuple[slice, list[bool]]]:
-    """A window in pieces, with which of their positions lie from ``first`` up to before ``last``. What is never wanted
-    behind ``last`` is not computed."""
-    for start in range(0, last, length):
+def _pieces(first: int, last: int, length: int, begin: int = 0) -> Iterator[tuple[slice, list[bool]]]:
+    """A window from ``begin`` on in pieces, with which of their positions lie from ``first`` up to before ``last``.
+    What is never wanted behind ``last`` is not computed."""
+    for start in range(begin, last, length):
         stop = min(start + length, last)
         yield slice(start, stop), [first <= at < last for at in range(start, stop)]
 
@@ -114,11 +126,18 @@ def _states(library: Library, request: Mapping[str, Any], sender: Sender) -> Non
         sender.send("logits", logits.ravel().astype(np.float64))
 
 
-def _open(library: Library, path: str, request: Mapping[str, Any], watch: Watch | None = None) -> OpenModel:
+def _open(
+    library: Library,
+    path: str,
+    request: Mapping[str, Any],
+    watch: Watch | None = None,
+    cache: tuple[int, int] | None = None,
+) -> OpenModel:
     longest = max(map(len, request["windows"]))
     return OpenModel(
-        library, Path(path), n_ctx=longest, n_vocab=request["n_vocab"], threads=request["threads"], watch=watch
-    )
+        library, Path(path), n_ctx=longest, n_vocab=request["n_vocab"], threads=request["threads"], watch=watch,
+        cache=cache,
+    )  # fmt: skip
 
 
 def _request() -> dict[str, Any]:

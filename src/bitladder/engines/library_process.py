@@ -6,7 +6,6 @@ import collections
 import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 from bitladder.engines.messages import BadMessage, Message, receive
 from bitladder.engines.process import KILLED, ending, with_engine_variables
 from bitladder.errors import EngineError, EngineGone, UnknownArchitecture
+from bitladder.system import WINDOWS, ended_by
 
 _LOG_LINES, _LOG_WIDTH, _LONGEST_LINE = 200, 500, 1 << 16
 _CHATTER = (
@@ -84,6 +84,12 @@ def _nonsense(what: Path, found: str, means: str = "") -> EngineError:
 
 @contextlib.contextmanager
 def _running(request: Mapping[str, Any]) -> Iterator[tuple[subprocess.Popen[bytes], IO[bytes], collections.deque[str]]]:
+    if WINDOWS:
+        raise EngineError(
+            "On Windows llama.cpp's library cannot be asked for a model's numbers.",
+            means="They come through a pipe that its process is given, which Windows does not do.",
+            do="Leave out --through engine, or run this command in WSL.",
+        )
     log: collections.deque[str] = collections.deque(maxlen=_LOG_LINES)
     ours, theirs = os.pipe()
     with os.fdopen(ours, "rb") as results:
@@ -127,7 +133,7 @@ def _death(process: subprocess.Popen[bytes], what: Path, log: collections.deque[
         process.wait(timeout=5.0)
     code = process.returncode
     how = "closed its results before the end" if code is None else ending(code)
-    killed = code == -signal.SIGKILL
+    killed = ended_by(code, "SIGKILL")
     return EngineGone(
         f"llama.cpp's process for {what} {how}.",
         means=KILLED if killed else _last_words(log),

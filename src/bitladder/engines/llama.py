@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bitladder.describe.cache_types import CACHE_TYPES, CacheTypes
 from bitladder.engines.base import Chat, Completion, EngineTask, Identity, Launch, Message, TokenChoice
 from bitladder.engines.chat_api import ChatRequest, Timeouts
 from bitladder.engines.served import ServedEngine
@@ -19,8 +20,8 @@ from bitladder.files.gguf import read_header
 
 if TYPE_CHECKING:
     from bitladder.engines.llama_program import LlamaProgram
+    from bitladder.engines.speculation import Speculation
 
-CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 KEY_VARIABLE = "LLAMA_API_KEY"
 """Where llama.cpp's server looks for its key."""
 
@@ -35,6 +36,10 @@ class LlamaSettings(Launch):
     """Tokens of a prompt computed in one go."""
     cache_type_k: str = "f16"
     cache_type_v: str = "f16"
+    speculate: str = ""
+    """``ngram`` or ``draft``; empty: one token after the other."""
+    draft: str = ""
+    """The small model's file."""
     prompt_cache_mib: int = 0
     """Memory for prompts that left their slot. llama.cpp's own default is 8 GiB, which no plan has counted."""
 
@@ -48,6 +53,22 @@ class LlamaSettings(Launch):
                 raise BadInput(
                     f"The {name} of an engine must be one of {allowed}. Got '{getattr(self, name)}' instead."
                 )
+
+
+def with_cache(launch: Launch, cache: CacheTypes) -> Launch:
+    """The same launch with a KV cache of these types; unchanged where they are llama.cpp's own."""
+    if cache.is_default:
+        return launch
+    own = launch if isinstance(launch, LlamaSettings) else LlamaSettings(**vars(launch))
+    return dataclasses.replace(own, cache_type_k=cache.k, cache_type_v=cache.v)
+
+
+def with_speculation(launch: Launch, speculation: Speculation | None) -> Launch:
+    """The same launch with guesses from there; unchanged for None."""
+    if speculation is None:
+        return launch
+    own = launch if isinstance(launch, LlamaSettings) else LlamaSettings(**vars(launch))
+    return dataclasses.replace(own, speculate=speculation.kind, draft=str(speculation.draft or ""))
 
 
 @dataclass(frozen=True)
@@ -188,15 +209,15 @@ class LlamaServer(ServedEngine):
             for choice in choices
         ]
 
-    def time_tokens(self, tokens: Sequence[int], *, max_tokens: int) -> Mapping[str, float]:
-        """The engine's own ``timings`` for computing a prompt anew and decoding exactly ``max_tokens`` after it."""
+    def time_tokens(self, tokens: Sequence[int], *, max_tokens: int, again: bool = False) -> Mapping[str, float]:
+        """The engine's own ``timings`` for computing a prompt and decoding exactly ``max_tokens`` after it."""
         body = {
             "prompt": list(tokens),
             "n_predict": max_tokens,
             "temperature": 0,
             "top_k": 1,
             "ignore_eos": True,
-            "cache_prompt": False,
+            "cache_prompt": again,
         }
         timings: Mapping[str, float] = self._post("/completion", body)["timings"]
         return timings

@@ -48,6 +48,8 @@ def _params(settings: dict[str, Any]) -> Any:
     params.cache_type_v = types[settings["cache_type_v"]]
     if not settings["chats"]:
         params.chat_template = "chatml"  # any that it has: the model's own is not read then
+    if settings["speculate"]:
+        _speculate(params.speculative, settings)
     # The plan has decided what fits; the engine must not quietly shrink the context to make it so.
     params.fit_params = False
     params.cache_ram_mib = settings["prompt_cache_mib"]
@@ -57,6 +59,18 @@ def _params(settings: dict[str, Any]) -> Any:
     if key := os.environ.get("LLAMA_API_KEY"):
         params.api_keys = [key]
     return params
+
+
+def _speculate(speculative: Any, settings: dict[str, Any]) -> None:
+    kinds = xllamacpp.common_speculative_type
+    if settings["speculate"] == "ngram":
+        speculative.types = [kinds.COMMON_SPECULATIVE_TYPE_NGRAM_CACHE]
+        return
+    speculative.types = [kinds.COMMON_SPECULATIVE_TYPE_DRAFT_SIMPLE]
+    speculative.draft.mparams.path = settings["draft"]
+    speculative.draft.n_gpu_layers = settings["n_gpu_layers"]
+    for pool in (speculative.draft.cpuparams, speculative.draft.cpuparams_batch):
+        pool.n_threads = settings["threads"]
 
 
 def main() -> None:

@@ -129,6 +129,7 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {  # name: result, arguments
     "llama_n_threads": (_I, _P),
     "llama_get_memory": (_P, _P),
     "llama_memory_clear": (None, _P, c.c_bool),
+    "llama_memory_seq_rm": (c.c_bool, _P, _I, _I, _I),
     "llama_batch_init": (_Batch, _I, _I, _I),
     "llama_batch_free": (None, _Batch),
     "llama_decode": (_I, _P, _Batch),
@@ -199,15 +200,24 @@ def piece_length(n_vocab: int) -> int:
 class OpenModel:
     """A model with a context for one window; close it. One user at a time.
 
-    Keys and values are kept in 32 bits, since what a cache loses is no level's loss. Weights stay in the mapped file,
-    where a second copy for the processor's vector units would double the memory.
+    Keys and values are kept in 32 bits, since what a cache loses is no level's loss; or in the types of a ``cache``,
+    with the attention that a server would compute over it. Weights stay in the mapped file, where a second copy for
+    the processor's vector units would double the memory.
     """
 
     def __init__(
-        self, library: Library, path: Path, *, n_ctx: int, n_vocab: int, threads: int, watch: Watch | None = None
+        self,
+        library: Library,
+        path: Path,
+        *,
+        n_ctx: int,
+        n_vocab: int,
+        threads: int,
+        watch: Watch | None = None,
+        cache: tuple[int, int] | None = None,
     ) -> None:
         """``n_ctx``: tokens of the longest window. ``n_vocab``: the vocabulary that the model must have. ``watch`` is
-        shown every node.
+        shown every node. ``cache``: ggml's numbers of the types of keys and values; None for 32 bits.
 
         Raises:
             LibraryError: the model is not loaded.
@@ -217,7 +227,7 @@ class OpenModel:
         self.n_vocab, self.piece = n_vocab, min(n_ctx, piece_length(n_vocab))
         try:
             self._open(path)
-            self._make_context(n_ctx, threads, watch)
+            self._make_context(n_ctx, threads, watch, cache)
         except BaseException:
             self.close()
             raise
@@ -237,15 +247,16 @@ class OpenModel:
         if found != self.n_vocab:
             raise LibraryError(f"{path} has {found} tokens in llama.cpp, not {self.n_vocab}")
 
-    def _make_context(self, n_ctx: int, threads: int, watch: Watch | None) -> None:
+    def _make_context(self, n_ctx: int, threads: int, watch: Watch | None, cache: tuple[int, int] | None) -> None:
         params = self._call.llama_context_default_params()
         wanted = {"n_ctx": n_ctx, "n_batch": self.piece, "n_ubatch": self.piece, "n_seq_max": 1, "n_threads": threads}
         for name, value in wanted.items():
             setattr(params, name, value)
         params.n_threads_batch, params.n_outputs_max = threads, self.piece
         params.n_outputs_max_per_seq = self.piece  # the default is 1
-        params.type_k = params.type_v = F32
-        params.flash_attn_type = _FLASH_OFF  # it would round keys and values to 16 bits all the same
+        params.type_k, params.type_v = cache or (F32, F32)
+        if cache is None:
+            params.flash_attn_type = _FLASH_OFF  # it would round keys and values to 16 bits all the same
         params.offload_kqv = params.op_offload = False
         if watch is not None:
             self._watch = _EvalCallback(lambda node, ask, _: watch(node, ask))
@@ -260,9 +271,14 @@ class OpenModel:
             if made < value or (made != value and name != "n_ctx"):  # contexts are rounded up
                 raise LibraryError(f"llama.cpp made a context with {name} = {made}, not {value}")
 
-    def clear(self) -> None:
-        """Forget the tokens before: a new window begins."""
-        self._call.llama_memory_clear(self._call.llama_get_memory(self._context), True)
+    def clear(self, keep: int = 0) -> int:
+        """Forget the tokens before, since a new window begins, but for the first ``keep``; how many are left, which is
+        0 where the model's memory cannot go back (a recurrent state)."""
+        memory = self._call.llama_get_memory(self._context)
+        if keep and self._call.llama_memory_seq_rm(memory, 0, keep, -1):
+            return keep
+        self._call.llama_memory_clear(memory, True)
+        return 0
 
     def decode(self, tokens: Sequence[int], start: int, outputs: Sequence[bool]) -> NDArray[np.float32]:
         """The logits f32[wanted, n_vocab] of tokens at positions from ``start`` on, where ``outputs`` wants them; in

@@ -93,6 +93,7 @@ class LlamaProgram:
             pairs |= self._known({"--chat-template": "chatml"})
         # Newer builds shrink the context to fit and keep 8 GiB of old prompts, unless told not to.
         pairs |= self._known({"--fit": "off", "--cache-ram": settings.prompt_cache_mib})
+        pairs |= self._speculation(settings)
         switches = ["--metrics", "--no-kv-unified", "--no-webui"]
         if settings.prompt_cache_mib == 0:
             switches.append("--no-cache-idle-slots")
@@ -102,6 +103,17 @@ class LlamaProgram:
             pairs["--pooling"] = "mean"
         words = [str(word) for pair in pairs.items() for word in pair]
         return [self.path, *words, *(switch for switch in switches if switch in self.flags)]
+
+    def _speculation(self, settings: LlamaSettings) -> dict[str, object]:
+        """How guesses are asked for; raises BadInput where this build takes none of the kind."""
+        if not settings.speculate:
+            return {}
+        flag, value = ("--model-draft", settings.draft) if settings.draft else ("--spec-type", "ngram-cache")
+        if flag not in self.flags:
+            raise BadInput(
+                f"'{self.path}' cannot speculate so: it has no flag {flag}.", do="Update it, or use --engine built-in."
+            )
+        return {flag: value}
 
     def _known(self, pairs: dict[str, object]) -> dict[str, object]:
         return {flag: value for flag, value in pairs.items() if flag in self.flags}
@@ -122,7 +134,7 @@ def find_program(where: str = NAME) -> LlamaProgram:
     version, flags = _VERSION.search(_said(path, "--version")), frozenset(_FLAG.findall(_said(path, "--help")))
     lacking = [flag for flag in _NEEDED if flag not in flags]
     if version is None or lacking:
-        found = f"has no flag {lacking[0]}" if version else "does not tell a version as llama.cpp does"
+        found = f"has no flag {lacking[0]}" if version else "prints no version as llama.cpp does"
         raise BadInput(f"'{path}' is no llama-server that will do: it {found}.", do="Install a newer one.")
     build = int(version[1] or version[2])
     if build < _SHALLOW:
@@ -130,7 +142,7 @@ def find_program(where: str = NAME) -> LlamaProgram:
     elif build < LEAST_BUILD:
         raise BadInput(
             f"'{path}' is build {build} of llama.cpp; at least {LEAST_BUILD} is needed.",
-            means="Older ones do not tell the log-probabilities of tokens that escalation and comparing rest on.",
+            means="Older ones do not report the log-probabilities of tokens that escalation and comparing rest on.",
             do="Update it, or use --engine built-in.",
         )
     return LlamaProgram(path, build, flags)

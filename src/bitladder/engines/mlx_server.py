@@ -94,5 +94,5 @@ def _version(python: str) -> str:
             [python, "-c", _VERSION], stdin=subprocess.DEVNULL, capture_output=True, timeout=_ASK_S, check=True, cwd="/"
         )
     except (OSError, subprocess.SubprocessError) as error:
-        raise EngineError(f"'{python}' cannot be asked for the version of mlx-lm: {error}.") from None
+        raise EngineError(f"The version of mlx-lm cannot be read with '{python}': {error}.") from None
     return done.stdout.decode(errors="replace").strip()[:40]

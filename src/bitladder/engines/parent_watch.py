@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import select
-import signal
-import sys
 import threading
+
+from bitladder import system
 
 
 def follow_parent() -> None:
@@ -18,10 +16,8 @@ def follow_parent() -> None:
 
 
 def _follow(parent: int) -> None:
-    while True:
-        readable, _, _ = select.select([0], [], [], 1.0)
-        if (readable and not os.read(0, 4096)) or os.getppid() != parent:
-            os._exit(0)
+    system.wait_for_parent(parent)
+    os._exit(0)
 
 
 def die_with_starting_thread(on: bool) -> None:
@@ -29,6 +25,4 @@ def die_with_starting_thread(on: bool) -> None:
 
     It fires when the *thread* that started us ends: on only while that thread waits for us.
     """
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL if on else 0)
+    system.die_with_parent(on)

@@ -25,6 +25,7 @@ import httpx
 from bitladder.engines.base import Launch
 from bitladder.engines.keeper import end_tree
 from bitladder.errors import EngineError, EngineGone, EngineTimeout, ModelRefused
+from bitladder.system import ended_by
 
 _FOR_LLAMA_CPP = {"GGML_NO_BACKTRACE": "1", "GOMP_SPINCOUNT": "2000"}
 
@@ -159,8 +160,8 @@ class EngineProcess:
         if code is None:
             return None
         self._join_readers(5.0)  # its last words may still be in the pipe, and this machine be busy
-        means = KILLED if code == -signal.SIGKILL else ""
-        memory = code == -signal.SIGKILL or any(_OUT_OF_MEMORY.search(line) for line in self._log)
+        means = KILLED if ended_by(code, "SIGKILL") else ""
+        memory = bool(means) or any(_OUT_OF_MEMORY.search(line) for line in self._log)
         found = f"The engine for '{self._launch.model_name}' {ending(code)}."
         means = "\n".join(part for part in (means, "Its last words:", self.last_log()) if part)
         if memory:

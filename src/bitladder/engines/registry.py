@@ -48,7 +48,7 @@ def engine_for(container: Container, path: str | Path | None = None) -> EngineKi
     raise EngineError(
         f"No engine here runs {what}: {', '.join(name for name, _ in missing)} "
         f"{'is' if len(missing) == 1 else 'are'} not installed.",
-        means="It can be planned, built and measured in the walk, and not be asked for answers.",
+        means="It can be planned, built and measured in the walk, but it cannot answer prompts.",
         do=" ".join(advice for _, advice in missing),
     )
 

@@ -122,13 +122,17 @@ class ServedEngine(ABC):
 
     def tokenize(self, text: str, add_special: bool = False) -> list[int]:  # noqa: ARG002
         """Token ids (``engines.base.Running.tokenize``)."""
-        raise Unsupported(
-            f"{self.identity.engine} cannot be asked for the tokens of a text.", do="Use an engine that tells them."
-        )
+        raise Unsupported(f"{self.identity.engine} does not give the tokens of a text.", do="Use an engine that does.")
 
-    def time_tokens(self, tokens: Sequence[int], *, max_tokens: int) -> Mapping[str, float]:  # noqa: ARG002
+    def time_tokens(
+        self,
+        tokens: Sequence[int],  # noqa: ARG002
+        *,
+        max_tokens: int,  # noqa: ARG002
+        again: bool = False,  # noqa: ARG002
+    ) -> Mapping[str, float]:
         """The engine's own clock (``engines.base.Running.time_tokens``)."""
-        raise Unsupported(f"{self.identity.engine} does not tell what its own clock says.")
+        raise Unsupported(f"{self.identity.engine} does not report its own timings.")
 
     def _chat(self, request: ChatRequest) -> Completion:
         try:

@@ -82,10 +82,10 @@ def _version(program: str) -> str:
             [program, "--version"], stdin=subprocess.DEVNULL, capture_output=True, timeout=_ASK_S, check=False
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise EngineError(f"'{program}' cannot be asked for its version: {error}.") from None
+        raise EngineError(f"The version of '{program}' cannot be read: {error}.") from None
     for line in reversed(done.stdout.decode(errors="replace").splitlines()):
         if found := _VERSION.search(line):
             return found[1]
     raise EngineError(
-        f"'{program}' does not tell a version as vLLM does.", do="See what `vllm --version` prints, or install it anew."
+        f"'{program}' prints no version as vLLM does.", do="See what `vllm --version` prints, or install it anew."
     )

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from bitladder import system
 from bitladder.errors import OutputError
 
 
@@ -30,9 +31,9 @@ def written_aside(path: Path) -> Iterator[BinaryIO]:
     try:
         with part.open("xb") as file:  # x: neither a file nor a link may be there
             yield file
-        with part.open("rb") as written:  # again: a library may have put another file under the name
+        with part.open("r+b") as written:  # again: a library may have put another file under the name
             with suppress(FileNotFoundError):
-                os.fchmod(written.fileno(), stat.S_IMODE(path.stat().st_mode))
+                system.copy_mode(written.fileno(), stat.S_IMODE(path.stat().st_mode))
             os.fsync(written.fileno())
         _rename(part, path)
     except BaseException:
@@ -66,7 +67,7 @@ def put_in_place(made: Path, path: Path) -> Path:
     """
     for inner in [*made.rglob("*"), made]:
         if not inner.is_symlink() and (inner.is_file() or inner.is_dir()):
-            _sync(inner)
+            system.flush_entry(inner)
     _rename(made, path)
     return path
 
@@ -74,13 +75,4 @@ def put_in_place(made: Path, path: Path) -> Path:
 def _rename(made: Path, path: Path) -> None:
     made.replace(path)
     with suppress(OSError):  # it has its name; a folder that nobody may list, or some file systems, cannot be flushed
-        _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    """Returns when the disk has a file's contents, or a folder's names."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        system.flush_entry(path.parent)

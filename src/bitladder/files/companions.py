@@ -19,6 +19,7 @@ from bitladder.errors import BadFile, BadInput
 from bitladder.files.fence import ended_after, environment, fenced, memory_bound, package_folders
 from bitladder.files.regular import MAX_TEXT, read_regular
 from bitladder.files.staging import PIECES, VOCABULARIES, clean_bytes, clean_json, data_files, stage_tokenizer
+from bitladder.system import refer_to
 from bitladder.units import GiB
 
 _NOT_BESIDE = frozenset({"config.json", "hf_quant_config.json", "README.md"})
@@ -92,7 +93,7 @@ def companions_of_gguf(path: Path, *, pre: str, tied: bool) -> Companions:
     with tempfile.TemporaryDirectory(prefix="bitladder-") as held:
         alone, work = Path(held, "gguf"), Path(held, "work")
         alone.mkdir()
-        (alone / "model.gguf").symlink_to(path.resolve())
+        refer_to(path.resolve(), alone / "model.gguf")
         output = _fenced("from_gguf", work, [str(alone), str(work / "made")])
         made = work / "made"
         if output is not None or not (made / "config.json").is_file():

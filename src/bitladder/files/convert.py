@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import signal
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -35,6 +34,7 @@ from bitladder.files.regular import read_regular
 from bitladder.files.staging import data_files, stage_checkpoint
 from bitladder.levels.checkpoints.converter_formats import ReadAs
 from bitladder.progress import Progress, silent
+from bitladder.system import ended_by
 from bitladder.units import GiB, human_bytes
 
 STAGING = "5"
@@ -338,11 +338,7 @@ def _ended(how: str, label: str, text: str, code: int, converter: Converter) -> 
             means="It has a tokenizer or configuration only as Python code, or is an attack: no such code runs here.",
             do=GIVE_GGUF,
         )
-    if (
-        "MemoryError" in text
-        or "not enough memory" in text
-        or code in (-signal.SIGABRT, -signal.SIGKILL, -signal.SIGXCPU)
-    ):
+    if "MemoryError" in text or "not enough memory" in text or ended_by(code, "SIGABRT", "SIGKILL", "SIGXCPU"):
         return BadInput(
             f"Converting {label} ended at its bounds of memory or time {how}",
             means="The machine is too small for the largest tensors of this model, or a file asks for absurdly much.",

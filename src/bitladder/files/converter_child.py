@@ -21,7 +21,6 @@ import contextlib
 import ctypes
 import json
 import os
-import resource
 import signal
 import site
 import sys
@@ -140,6 +139,8 @@ class _Fence:
 
 def _limit(job: ChildJob) -> None:
     """Bounds that neither this process nor what it loads can lift again."""
+    import resource  # the parent starts no such process where there is none
+
     for what, bound in (
         (resource.RLIMIT_DATA, job["data_bytes"]),
         (resource.RLIMIT_FSIZE, job["file_bytes"]),

@@ -158,7 +158,7 @@ def _estimate(
 ) -> Described:
     if not tensors:
         raise UnknownArchitecture(
-            f"{label} is a {class_name(config) or 'model of no class'}, whose shapes nobody here knows, and there are "
+            f"{label} is a {class_name(config) or 'model of no class'}, whose shapes are not known here, and there are "
             "no weights.",
             means=f"{why[0].upper()}{why[1:]}.",
             do="Fetch the safetensors files (their headers are enough), or plan a GGUF file of it.",

@@ -270,6 +270,12 @@ def _find(name: str, table: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
     return min(starts, key=lambda row: row["memory"]) if starts and len(wanted) >= 4 and "memory" in starts[0] else None
 
 
+def known_gpu(name: str) -> str | None:
+    """The table's name of a GPU that a driver calls ``name``; None where it is not known."""
+    row = _find(name, known_gpus())
+    return None if row is None else str(row["name"])
+
+
 def _plain(name: str) -> str:
     text = re.sub(r"[\s_-]|gib|gb", "", name.lower())
     return re.sub(r"^(nvidia|geforce|radeon|tesla)+", "", text)

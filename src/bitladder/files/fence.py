@@ -14,8 +14,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from bitladder.errors import BadInput
 from bitladder.files import converter_child
 from bitladder.files.probe import memory
+from bitladder.system import HAS_PROCESS_LIMITS
 
 _PACKAGES = ("torch", "transformers", "numpy", "safetensors", "sentencepiece", "google.protobuf", "yaml", "tqdm")
 """What the children import; the folders they lie in are their search path."""
@@ -59,7 +61,17 @@ def package_folders() -> list[str]:
 
 @contextmanager
 def fenced(job: converter_child.ChildJob, env: dict[str, str], folder: Path) -> Iterator[subprocess.Popen[str]]:
-    """The process with its output in one stream; ended when the caller is interrupted."""
+    """The process with its output in one stream; ended when the caller is interrupted.
+
+    Raises:
+        BadInput: this system has no limits to put it under (Windows).
+    """
+    if not HAS_PROCESS_LIMITS:
+        raise BadInput(
+            "A checkpoint is converted, and its tokenizer read, by a process under limits; this system has none.",
+            means="Its files are a stranger's: without bounds on memory, time and files they are not given to it.",
+            do="Give a GGUF file, or run this command in Linux (on Windows in WSL) or macOS.",
+        )
     with subprocess.Popen(
         [sys.executable, "-I", "-B", "-X", "utf8", converter_child.__file__],
         env=env,

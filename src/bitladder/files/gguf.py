@@ -8,13 +8,13 @@ process with a signal (SIGBUS), where a read ends with an error.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bitladder import system
 from bitladder.describe.dims import dims_from_metadata
 from bitladder.describe.gguf_kinds import refuse_other_kinds
 from bitladder.describe.model import Model
@@ -230,7 +230,7 @@ class GgufFile:
         path = self.headers[shard].path
         while left:
             try:
-                count = os.preadv(self._files[shard].fileno(), [left], offset)
+                count = system.read_into(self._files[shard].fileno(), left, offset)
             except OSError as error:
                 raise BadFile(f"{path} cannot be read: {error.strerror}.", do="Check the disk it lies on.") from error
             if not count:
@@ -245,19 +245,7 @@ class GgufFile:
         """A tensor's weights as f32 in its own shape, or f32[rows, columns] of the flattened rows in ``rows``. Raises
         as ``raw`` does.
         """
-        import numpy as np
-
-        from bitladder.kernels import dequantize
-
-        info = self.info(name)
-        if rows is not None:
-            return dequantize(self.raw(name, rows), info.qtype, threads=threads)
-        count, _ = row_bytes(info)
-        columns = info.shape[-1] if info.shape else 1
-        values = np.empty((count, columns), np.float32)
-        for part in row_pieces(info, _READ_AT_ONCE):
-            dequantize(self.raw(name, part), info.qtype, threads=threads, out=values[part])
-        return values.reshape(info.shape)
+        return read_weights(self, name, rows, threads=threads)
 
     def place(self, name: str) -> StoredTensor:
         """Where a tensor lies: its part (from 0) and the offset of its first byte there."""
@@ -278,6 +266,22 @@ class GgufFile:
         if self._hash is not None:
             return joined_sha256(self._hash.result())
         return joined_sha256([file_sha256(header.path) for header in self.headers])
+
+
+def read_weights(file: GgufFile, name: str, rows: Rows, *, threads: int) -> NDArray[np.float32]:
+    """As ``GgufFile.read``, of anything that has ``info`` and ``raw``."""
+    import numpy as np
+
+    from bitladder.kernels import dequantize
+
+    info = file.info(name)
+    if rows is not None:
+        return dequantize(file.raw(name, rows), info.qtype, threads=threads)
+    count, _ = row_bytes(info)
+    values = np.empty((count, info.shape[-1] if info.shape else 1), np.float32)
+    for part in row_pieces(info, _READ_AT_ONCE):
+        dequantize(file.raw(name, part), info.qtype, threads=threads, out=values[part])
+    return values.reshape(info.shape)
 
 
 def joined_sha256(digests: list[str]) -> str:

@@ -12,10 +12,8 @@ journal removed.
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import os
-import resource
 import stat
 import struct
 from collections import Counter
@@ -25,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from bitladder import system
 from bitladder.errors import OutputError
 from bitladder.files.atomic import put_in_place
 from bitladder.formats import gguf
@@ -94,7 +93,7 @@ def cannot_write(path: Path, error: OSError, needed: int = 0) -> OutputError:
     )
 
 
-def _open_own(path: Path, flags: int) -> int:
+def _open_own(path: Path, *flags: str) -> int:
     """Open a file in the making, or make it. In a folder that others can write to, a link of its name may lead
     anywhere: none is followed, and a file that has a second name is somebody's.
 
@@ -108,7 +107,7 @@ def _open_own(path: Path, flags: int) -> int:
         do="Remove it, or choose another folder with --out.",
     )
     try:
-        handle = os.open(path, flags | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        handle = system.open_file(path, *flags, "O_CREAT", "O_NOFOLLOW", "O_NONBLOCK")
     except OSError as error:
         if path.is_symlink() or (os.path.lexists(path) and not path.is_file()):
             raise strange from error
@@ -127,15 +126,13 @@ def allow_files(count: int) -> None:
         OutputError: the system's own limit is lower.
     """
     needed = count + _OTHER_FILES
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard != resource.RLIM_INFINITY and needed > hard:
+    may = system.allow_open_files(needed)
+    if may < needed:
         raise OutputError(
-            f"{count} files are to be written at once; this system lets a process have {hard}.",
+            f"{count} files are to be written at once; this system lets a process have {may}.",
             means="Every part of a split model is a file. Nothing was written.",
             do="Give a larger --split-max-size, write fewer levels at once, or raise the limit (ulimit -n).",
         )
-    if soft != resource.RLIM_INFINITY and needed > soft:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 class GgufWriter:
@@ -158,7 +155,7 @@ class GgufWriter:
         self._file = -1
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = _open_own(self.partial, os.O_RDWR)
+            self._file = _open_own(self.partial, "O_RDWR")
             self._claim_alone()
             self._begin()
         except OSError as error:
@@ -187,11 +184,8 @@ class GgufWriter:
 
     def _claim_alone(self) -> None:
         """Two processes must not write one file: the second is told so."""
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            is_ours = self.partial.exists() and self.partial.stat().st_ino == os.fstat(self._file).st_ino
-        except BlockingIOError:
-            is_ours = False
+        is_ours = system.lock_alone(self._file)
+        is_ours &= self.partial.exists() and self.partial.stat().st_ino == os.fstat(self._file).st_ino
         if not is_ours:  # in use, or just finished and renamed by its owner
             os.close(self._file)
             raise OutputError(
@@ -221,7 +215,7 @@ class GgufWriter:
         if number not in self._claims:
             return False
         offset = self.plan.offsets[number]
-        return digest_of(lambda at, count: os.pread(self._file, count, offset + at)) == self._claims[number]
+        return digest_of(lambda at, count: system.read_at(self._file, count, offset + at)) == self._claims[number]
 
     def write(self, number: int, at: int, data: Buffer) -> None:
         """Write a piece of tensor ``number``, ``at`` bytes from its start."""
@@ -229,7 +223,7 @@ class GgufWriter:
         position = self.plan.offsets[number] + at
         try:
             while view:
-                written = os.pwrite(self._file, view, position)
+                written = system.write_at(self._file, view, position)
                 view, position = view[written:], position + written
         except OSError as error:
             raise cannot_write(self.path, error, self.plan.size) from error
@@ -238,7 +232,7 @@ class GgufWriter:
         """Note that tensor ``number`` is complete and has this hash."""
         try:
             with os.fdopen(
-                _open_own(self.journal, os.O_WRONLY | os.O_APPEND), "w"
+                _open_own(self.journal, "O_WRONLY", "O_APPEND"), "w"
             ) as log:  # not kept open: a split model has thousands of parts
                 log.write(f"{number} {digest}\n")
         except OSError as error:
@@ -247,7 +241,7 @@ class GgufWriter:
     def flush(self) -> None:
         """Ask the system to put what was written so far on the disk; returns when it has."""
         try:
-            os.fdatasync(self._file)
+            system.flush_data(self._file)
         except OSError as error:
             raise cannot_write(self.path, error, self.plan.size) from error
 
@@ -256,7 +250,9 @@ class GgufWriter:
         if len(header) != len(self.plan.header):
             raise ValueError(f"the header has {len(header)} bytes, {len(self.plan.header)} were laid out")
         try:
-            os.pwrite(self._file, header, 0)
+            system.write_at(self._file, header, 0)
+            if system.WINDOWS:  # which renames no open file
+                self.close()
             put_in_place(self.partial, self.path)  # still locked: nobody may take the file up under its old name
             self.journal.unlink()
             self.close()

@@ -22,6 +22,7 @@ from bitladder.errors import FetchError, OutputError
 from bitladder.files.atomic import put_in_place
 from bitladder.files.hub import HubFile, HubRepo, endpoint, hub_errors
 from bitladder.progress import Progress
+from bitladder.system import lock_alone
 from bitladder.units import human_bytes
 
 RESUMED_FROM = 1_000_000
@@ -127,14 +128,8 @@ def fetch_blob(repo: HubRepo, file: HubFile, cache: Path, arrived: Callable[[int
 
 def _claim(sink: BufferedRandom, name: str) -> None:
     """This process alone writes the partial file; raises FetchError where another one does."""
-    try:
-        import fcntl
-    except ImportError:  # no such locks here: the hash tells when two have written
-        return
-    try:
-        fcntl.flock(sink, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise FetchError(f"Another process is fetching {name} just now.", do="Wait for it, or end it.") from error
+    if not lock_alone(sink.fileno()):
+        raise FetchError(f"Another process is fetching {name} just now.", do="Wait for it, or end it.")
 
 
 def _all_ranges(

@@ -24,6 +24,10 @@ class KeptArray:
         self._path = None if folder is None else folder / f"{name}.npy"
         self._saved = time.monotonic()
 
+    def is_there(self) -> bool:
+        """Whether an earlier job left something."""
+        return self._path is not None and self._path.exists()
+
     def load(self) -> NDArray[np.float64] | None:
         """What an earlier job left, or None where there is nothing whole."""
         if self._path is None:

@@ -1,12 +1,15 @@
-"""What clouds charge: a table that the user keeps, since prices change and differ by contract.
+"""What clouds and machines cost: a table that the user keeps, since prices change and differ by contract.
 
 # prices.yaml in the data folder: per million tokens, in your currency
 gpt-4o-mini: {in: 0.15, out: 0.60}
 claude-*:    {in: 3, out: 15}
+# an hour of the machine that Bitladder runs on
+machine:     {hourly: 0.40, date: 2026-01-31, source: a quote}
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -19,6 +22,8 @@ from bitladder.files.folders import data_folder
 FILE = "prices.yaml"
 GPUS = "gpus"
 """The key of the same file under which prices of GPUs stand (``stages/search.py``); no model's name."""
+MACHINE = "machine"
+"""The key under which the price of an hour of this machine stands; no model's name."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,14 @@ class Price:
 
     prompt: float
     answer: float
+
+
+@dataclass(frozen=True)
+class Hourly:
+    """An hour of a machine, in the user's currency, with what the price is of, when and where it was read."""
+
+    price: float
+    basis: str
 
 
 def price_file() -> Path:
@@ -41,22 +54,49 @@ def price_of(model: str, path: Path | None = None) -> Price | None:
         BadInput: the table has a fault.
     """
     path = path or price_file()
-    if not path.exists():
+    rows = _rows(path)
+    names = (model.lower(), model.lower().rsplit("/", 1)[-1])
+    for pattern, row in rows.items():
+        if pattern in (GPUS, MACHINE):  # machines, which have another kind of price
+            continue
+        price = _price(path, pattern, row)
+        if any(fnmatchcase(name, str(pattern).lower()) for name in names):
+            return price
+    return None
+
+
+def machine_price(path: Path | None = None) -> Hourly | None:
+    """An hour of this machine; None when the table has none.
+
+    Raises:
+        BadInput: the table has a fault.
+    """
+    path = path or price_file()
+    row = _rows(path).get(MACHINE)
+    if row is None:
         return None
+    price = row.get("hourly") if isinstance(row, dict) else None
+    sound = isinstance(price, int | float) and not isinstance(price, bool) and 0 <= price < math.inf
+    if not sound or not row.get("date") or not row.get("source"):
+        raise BadInput(
+            f"{path}: the price of the '{MACHINE}' is not complete, got {row!r}.",
+            means="A price without a date and a source cannot be trusted later.",
+            do="Write 'machine: {hourly: 0.4, date: 2026-01-31, source: where}'.",
+        )
+    return Hourly(float(price), f"this machine at {float(price):g} an hour ({row['date']}, {row['source']})")
+
+
+def _rows(path: Path) -> dict[object, object]:
+    """The table; empty without a file."""
+    if not path.exists():
+        return {}
     try:
         rows = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise BadInput(f"The prices in {path} cannot be read: {error}.") from error
     if not isinstance(rows, dict):
         raise BadInput(f"{path} needs a row for each model, like: gpt-4o-mini: {{in: 0.15, out: 0.60}}.")
-    names = (model.lower(), model.lower().rsplit("/", 1)[-1])
-    for pattern, row in rows.items():
-        if pattern == GPUS:  # machines, which plan reads
-            continue
-        price = _price(path, pattern, row)
-        if any(fnmatchcase(name, str(pattern).lower()) for name in names):
-            return price
-    return None
+    return rows
 
 
 def _price(path: Path, pattern: object, row: object) -> Price:

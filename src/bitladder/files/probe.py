@@ -12,7 +12,9 @@ import shutil
 from pathlib import Path
 from typing import Self
 
-from bitladder.describe.machine import Machine
+from bitladder import system
+from bitladder.describe.machine import Gpu, Machine
+from bitladder.files import probe_commands
 from bitladder.files.control_groups import ROOT, cpu_quota, group_memory, read
 from bitladder.files.folders import cache_folder
 
@@ -39,8 +41,8 @@ def probe_machine(folder: Path | None = None, root: Path = ROOT) -> Machine:
         ram_total=total,
         ram_available=available,
         disk_free=disk_free(folder or cache_folder()),
-        gpus=gpus,
-        unified=shared or (platform.system() == "Darwin" and platform.machine() == "arm64"),
+        gpus=(*gpus, *_other_gpus(total, available)),
+        unified=shared or (system.MACOS and platform.machine() == "arm64"),
     )
 
 
@@ -119,6 +121,16 @@ def disk_free(folder: Path) -> int:
     return shutil.disk_usage(at).free
 
 
+def _other_gpus(total: int, available: int) -> tuple[Gpu, ...]:
+    """GPUs that macOS and Windows know of, but for NVIDIA's. Arguments: bytes of RAM, in all and available."""
+    found: tuple[Gpu, ...] = ()
+    if system.MACOS:
+        found = probe_commands.mac_gpus(total, available)
+    elif system.WINDOWS:
+        found = probe_commands.windows_gpus()
+    return tuple(gpu for gpu in found if "nvidia" not in gpu.name.lower())
+
+
 def cpu_name() -> str:
     """The processor's name, as it calls itself."""
     return _cpu()[0]
@@ -126,6 +138,10 @@ def cpu_name() -> str:
 
 def _cpu() -> tuple[str, tuple[str, ...]]:
     """The processor's name and those of its vector features that matter here."""
+    if system.MACOS and (found := probe_commands.mac_processor())[0]:
+        return found
+    if system.WINDOWS and (windows := probe_commands.windows_processor()):
+        return windows, ()
     fields: dict[str, str] = {}
     for line in read(ROOT / "proc/cpuinfo").splitlines():
         key, _, value = line.partition(":")

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from bitladder import system
 from bitladder.errors import BadFile
 
 MAX_TEXT = 512 << 20
@@ -30,7 +31,7 @@ def open_regular(path: Path) -> Iterator[BinaryIO]:
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # before it is opened: opening alone makes some devices act
             raise _no_file(path)
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        handle = system.open_file(path, "O_RDONLY", "O_NONBLOCK")
         with os.fdopen(handle, "rb") as file:
             if not stat.S_ISREG(os.fstat(handle).st_mode):  # exchanged in between
                 raise _no_file(path)

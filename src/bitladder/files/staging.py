@@ -18,6 +18,7 @@ from typing import Any
 from bitladder.errors import BadFile
 from bitladder.files.checkpoint import Checkpoint, read_json_text
 from bitladder.files.regular import read_regular
+from bitladder.system import refer_to
 
 CONFIGURATIONS = (
     "config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.json",
@@ -111,7 +112,7 @@ def _stage_weights(checkpoint: Checkpoint, stage: Path) -> None:
     names = {}
     for number, shard in enumerate(checkpoint.shards, 1):
         names[shard.name] = "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
-        (stage / names[shard.name]).symlink_to(shard.resolve(strict=True))
+        refer_to(shard.resolve(strict=True), stage / names[shard.name])
     weight_map = {tensor.name: names[shard] for shard, tensor in checkpoint.placed()}
     (stage / INDEX).write_text(json.dumps({"metadata": {"total_size": checkpoint.nbytes}, "weight_map": weight_map}))
 

@@ -19,7 +19,8 @@ from bitladder.describe.structured import Fault, Read, read_json_file, read_json
 from bitladder.describe.workload import Workload
 from bitladder.describe.workload_file import parse_workload, workload_of
 from bitladder.errors import BadInput, BadWorkload, OutputError, UsageError
-from bitladder.records.evaluation import Answer
+from bitladder.records.evaluation import Answer, ToolCall
+from bitladder.records.reading import from_json
 from bitladder.visible import on_one_line
 
 STARTER = "starter"
@@ -94,7 +95,8 @@ def trusted_functions(workload: Workload, folder: Path, *, trust: bool) -> Itera
 
 
 def load_reference(path: Path, workload: Workload) -> tuple[Answer, ...]:
-    """Stored answers as a reference: a ``.jsonl`` file of ``{"id": ..., "text": ...}``, one line per input.
+    """Stored answers as a reference: a ``.jsonl`` file of ``{"id": ..., "text": ...}``, one line per input, with
+    ``tool_calls`` (each ``{"name": ..., "arguments": JSON}``) where there are some.
 
     Inputs without a line are left out of every comparison.
 
@@ -102,6 +104,7 @@ def load_reference(path: Path, workload: Workload) -> tuple[Answer, ...]:
         BadWorkload: a line cannot be used; the message names it.
     """
     known = {one.id for one in workload.inputs}
+    chats = {one.id for one in workload.inputs if one.turns}
     answers: dict[str, Answer] = {}
     for number, line in enumerate(unicode.lines(_read(path)), start=1):
         if not line.strip():
@@ -116,8 +119,23 @@ def load_reference(path: Path, workload: Workload) -> tuple[Answer, ...]:
             raise BadWorkload(f"{path}, line {number}: the workload has no input '{plain['id']}'.")
         if plain["id"] in answers:
             raise BadWorkload(f"{path}, line {number}: a second answer to '{plain['id']}'.")
-        answers[plain["id"]] = Answer(plain["id"], unicode.mended(plain["text"]), False, "not judged yet", "stop", 0, 0)
+        if plain["id"] in chats:
+            raise BadWorkload(
+                f"{path}, line {number}: '{plain['id']}' is a chat of several turns, and a stored answer is one.",
+                do="Take the line out, or let a model be the reference.",
+            )
+        answers[plain["id"]] = Answer(
+            plain["id"], unicode.mended(plain["text"]), False, "not judged yet", "stop", 0, 0,
+            calls=_stored_calls(plain.get("tool_calls", []), f"{path}, line {number}"),
+        )  # fmt: skip
     return tuple(answers.values())
+
+
+def _stored_calls(plain: Any, where: str) -> tuple[ToolCall, ...]:
+    try:
+        return from_json(tuple[ToolCall, ...], plain)
+    except ValueError as error:
+        raise BadWorkload(f"{where}: tool_calls needs calls with the texts 'name' and 'arguments': {error}.") from error
 
 
 def import_workload(path: Path) -> tuple[str, list[str]]:

@@ -100,6 +100,24 @@ def _with_importance(condition: _Condition) -> _Condition:
     return lambda place: place.has_importance and condition(place)
 
 
+def _shared_or_experts(place: _Place) -> bool:
+    """attn_v is small beside the rest: shared by four heads, or in a mixture."""
+    return _grouped(place) or place.dims.n_expert >= 4
+
+
+def _experts_and(condition: _Condition) -> _Condition:
+    return lambda place: place.dims.n_expert == 8 and condition(place)
+
+
+def _middle(place: _Place) -> bool:
+    """All but the first and last eighth of the layers."""
+    return place.total // 8 <= place.index < 7 * place.total // 8
+
+
+def _few_experts(place: _Place) -> bool:
+    return place.dims.n_expert != 8
+
+
 def _dense(place: _Place) -> bool:
     return not place.light_down and place.dims.n_expert != 8
 
@@ -116,6 +134,28 @@ class FileRecipe:
     """Whether attn_output gets Q5_K in a model of eight experts."""
     beside_experts: str = ""
     """What all but stacked experts get instead; empty where the recipe is for every matrix."""
+    output: str = "Q6_K"
+    """What the output matrix gets, or an embedding that doubles as one."""
+    embedding: str = ""
+    """What an embedding gets that is nothing else; ``qtype`` where empty."""
+    plain_exceptions: bool = True
+    """Whether the cases of eight experts and of 80 layers are those that most recipes share."""
+
+
+def _under_three_bits(
+    level: str, file_type: int, qtype: str, *, better: str, embedding: str, attn_output: str = ""
+) -> FileRecipe:
+    """One of llama.cpp's six smallest mixes, which have exceptions of their own: ``better`` for what is delicate."""
+    outputs: tuple[_Rule, ...] = ((_experts_and(_always), "Q5_K"),)
+    if attn_output:
+        outputs += ((_few_experts, attn_output),)
+    rules = {
+        "attn_v": ((_shared_or_experts, "Q4_K"), (_always, better)),
+        "attn_k": ((_experts_and(_always), "Q4_K"),),
+        "ffn_down": ((_first(8), better),),
+        "attn_output": outputs,
+    }
+    return FileRecipe(level, file_type, qtype, rules, output="Q5_K", embedding=embedding, plain_exceptions=False)
 
 
 _RECIPES = (
@@ -187,7 +227,47 @@ _RECIPES = (
         },
         attn_output_of_8_experts=True,
     ),
+    FileRecipe(
+        "IQ3_M",
+        27,
+        "IQ3_S",
+        {
+            "attn_v": ((_always, "Q4_K"),),
+            "ffn_down": ((_first(8), "Q4_K"), (_experts_and(_sensitive), "Q4_K")),
+            "attn_output": ((_dense, "Q4_K"),),
+        },
+        attn_output_of_8_experts=True,
+    ),
     FileRecipe("Q3_K_S", 11, "Q3_K", attn_output_of_8_experts=True),
+    FileRecipe("IQ3_S", 26, "IQ3_S", {"attn_v": ((_grouped, "Q4_K"),)}, attn_output_of_8_experts=True),
+    FileRecipe(
+        "IQ3_XS",
+        22,
+        "IQ3_S",
+        {
+            "attn_v": ((_grouped, "Q4_K"),),
+            "attn_k": ((_always, "IQ3_XXS"),),
+            "attn_q": ((_always, "IQ3_XXS"),),
+            "ffn_gate": ((_middle, "IQ3_XXS"),),
+            "ffn_up": ((_middle, "IQ3_XXS"),),
+        },
+        attn_output_of_8_experts=True,
+    ),
+    FileRecipe(
+        "IQ3_XXS",
+        23,
+        "IQ3_XXS",
+        {
+            "attn_v": ((_grouped, "Q4_K"), (_no_importance(_always), "IQ3_S")),
+            "attn_k": ((_always, "IQ2_S"),),
+            "attn_q": ((_always, "IQ2_S"),),
+            "ffn_down": ((_no_importance(_first(8)), "Q4_K"), (_no_importance(_always), "Q3_K")),
+            "attn_output": ((_dense, "IQ3_S"),),
+        },
+        attn_output_of_8_experts=True,
+        output="Q5_K",
+        embedding="IQ3_S",
+    ),
     FileRecipe(
         "Q2_K",
         10,
@@ -199,6 +279,13 @@ _RECIPES = (
         },
         attn_output_of_8_experts=True,
     ),
+    FileRecipe("Q2_K_S", 21, "Q2_K", {"attn_v": ((_grouped, "Q4_K"),), "ffn_down": ((_first(8), "Q4_K"),)}),
+    _under_three_bits("IQ2_M", 29, "IQ2_S", better="IQ3_S", embedding="IQ3_S", attn_output="IQ3_S"),
+    _under_three_bits("IQ2_S", 28, "IQ2_XS", better="IQ3_S", embedding="IQ3_S", attn_output="IQ3_S"),
+    _under_three_bits("IQ2_XS", 20, "IQ2_XS", better="Q2_K", embedding="Q2_K"),
+    _under_three_bits("IQ2_XXS", 19, "IQ2_XXS", better="Q2_K", embedding="Q2_K"),
+    _under_three_bits("IQ1_M", 31, "IQ1_M", better="Q2_K", embedding="Q2_K", attn_output="IQ2_XXS"),
+    _under_three_bits("IQ1_S", 24, "IQ1_S", better="Q2_K", embedding="Q2_K", attn_output="IQ2_XXS"),
 )
 
 RECIPES: dict[str, FileRecipe] = {recipe.level: recipe for recipe in _RECIPES}
@@ -217,7 +304,7 @@ FALLBACKS = {
     "Q4_K": "Q5_0",
     "Q5_K": "Q5_1",
     "Q6_K": "Q8_0",
-    "IQ4_XS": "IQ4_NL",
+    **dict.fromkeys(("IQ4_XS", "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S"), "IQ4_NL"),
     "MXFP4": "Q8_0",
 }
 
@@ -227,7 +314,10 @@ _ROLES = (
     ("attn_kv_b.weight", "attn_v"),
     ("attn_v.weight", "attn_v"),
     ("attn_k.weight", "attn_k"),
+    ("attn_q.weight", "attn_q"),
     ("attn_output.weight", "attn_output"),
+    ("ffn_up", "ffn_up"),
+    ("ffn_gate", "ffn_gate"),
     ("ffn_down", "ffn_down"),
 )
 NEXTN_TYPE = "Q8_0"
@@ -291,20 +381,22 @@ def is_quantizable(tensor: TensorInfo) -> bool:
     return name.endswith("weight") and name not in _NEVER_WHOLE and not any(part in name for part in _NEVER)
 
 
+LOW_CHOICES = ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
+"""What recipes of our own choose from as well where bits are few: half of a K-quant's speed on a CPU."""
 CHOICES = ("Q2_K", "Q3_K", "IQ4_XS", "IQ4_NL", "Q4_0", "Q4_K", "Q4_1", "Q5_K", "Q5_0", "Q5_1", "Q6_K", "Q8_0")
 """What recipes of our own choose from."""
 
 
-def types_for(info: TensorInfo) -> tuple[str, ...]:
+def types_for(info: TensorInfo, *, low: bool = False) -> tuple[str, ...]:
     """The types a tensor may get: K-quants where its rows divide into 256, else those with blocks of 32; none instead
-    of a type that models are trained in."""
+    of a type that models are trained in. ``low``: codebooks too, for files of few bits."""
     if info.qtype in TRAINED:
         return ()
     columns = info.shape[-1]
     wide = columns % 256 == 0
     return tuple(
         name
-        for name in CHOICES
+        for name in (LOW_CHOICES if low else ()) + CHOICES
         if columns % QTYPES[name].block_size == 0 and (not wide or QTYPES[name].block_size == 256 or name == "Q8_0")
     )
 
@@ -328,18 +420,20 @@ def _layer_order(tensor: TensorInfo) -> tuple[int, str]:
 
 
 def _table_type(recipe: FileRecipe, tensor: TensorInfo, dims: RecipeDims) -> str:
-    """The output matrix (or the embedding that doubles as one) gets Q6_K, or Q8_0 where that is asked or rows
-    do not divide.
+    """The output matrix (or the embedding that doubles as one) gets the recipe's type for it, or Q8_0 where that is
+    asked or rows do not divide.
     """
     if family_of(dims.architecture).mix.light_down or tensor.shape[-1] % QTYPES[recipe.qtype].block_size:
         return "Q8_0"
-    return recipe.qtype if recipe.qtype == "Q8_0" else "Q6_K"
+    return recipe.qtype if recipe.qtype == "Q8_0" else recipe.output
 
 
 def _role_type(recipe: FileRecipe, role: str, place: _Place) -> str:
     """What the rules say for a tensor of a role, before fallbacks."""
     dims = place.dims
     qtype = next((qtype for holds, qtype in recipe.rules.get(role, ()) if holds(place)), recipe.qtype)
+    if not recipe.plain_exceptions:
+        return qtype
     seventy = family_of(dims.architecture).mix.seventy_layers == dims.n_layer and dims.n_gqa > 1
     if role == "attn_v" and seventy and qtype in ("Q3_K", "Q4_K"):
         qtype = "Q5_K"  # eight query heads share attn_v there: more bits cost almost nothing
@@ -371,7 +465,7 @@ def assign(
     tied = "output.weight" not in names
     heads = nextn_blocks(names)
     total_attn_v = sum(_role(name) == "attn_v" for name in names)
-    counted = {"attn_v": 0, "ffn_down": 0}
+    counted = dict.fromkeys(("attn_v", "ffn_down", "ffn_up", "ffn_gate"), 0)
     chosen: dict[str, str] = {}
     for tensor in sorted(tensors, key=_layer_order):
         if not is_quantizable(tensor) or (tensor.qtype in TRAINED and not requantize):
@@ -387,13 +481,13 @@ def assign(
         elif tensor.name == "output.weight" or (tied and tensor.name in _EMBEDDINGS):
             qtype = _table_type(recipe, tensor, dims)
         elif tensor.name in _EMBEDDINGS:
-            qtype = recipe.qtype
+            qtype = recipe.embedding or recipe.qtype
         elif _layer_order(tensor)[0] in heads:
             qtype = NEXTN_TYPE if QTYPES[tensor.qtype].bpw > QTYPES[NEXTN_TYPE].bpw else tensor.qtype
         else:
             index = counted.get(role, 0)
-            if role == "ffn_down" and dims.n_expert > 1:
-                index = _layer_order(tensor)[0]  # several ffn_down tensors a layer: count layers instead
+            if role.startswith("ffn_") and dims.n_expert > 1 and recipe.plain_exceptions:
+                index = _layer_order(tensor)[0]  # several such tensors a layer: count layers instead
             total = total_attn_v if role == "attn_v" else dims.n_layer
             qtype = _role_type(recipe, role, _Place(index, total, dims, has_importance))
         if role in counted:

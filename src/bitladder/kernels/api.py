@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitladder.formats.blocks import QTYPES, QType
-from bitladder.kernels import mxfp4
+from bitladder.kernels import codebook_search, mxfp4
+from bitladder.kernels.codebook_rows import CODEBOOK
 from bitladder.kernels.compiled import Compiled
 from bitladder.kernels.rows import AFFINE, EFFORTS, SCALE, BlockRow, Effort, Ladder, searches
 
@@ -36,7 +37,7 @@ _ENCODE_BF16, _DECODE_F16, _DECODE_BF16, _LARGEST_BITS = (
 _HALF = np.arange(65536, dtype=np.uint16).view(np.float16).astype(np.float32)
 """Every float16."""
 
-QUANTIZABLE: frozenset[str] = frozenset({"F32", "F16", "BF16", "MXFP4", *AFFINE, *SCALE})
+QUANTIZABLE: frozenset[str] = frozenset({"F32", "F16", "BF16", "MXFP4", *AFFINE, *SCALE, *CODEBOOK})
 
 
 def quantize(
@@ -162,6 +163,8 @@ def _encoder(row: QType, columns: int, importance: F32Array | None, effort: Effo
     form = AFFINE.get(row.name) or SCALE.get(row.name)
     if form is not None:
         return _block_encoder(form, searches(form, effort, weighted=importance is not None), columns, importance)
+    if row.name in CODEBOOK:
+        return lambda x, out: codebook_search.encode(x, columns, row.name, importance, effort, out)
     if row.name == "MXFP4":
         return lambda x, out: mxfp4.encode(x.reshape(-1, columns), importance, out)
     if row.name == "F16":

@@ -38,7 +38,7 @@ import numpy as np
 import platformdirs
 
 _HERE = Path(__file__).parent
-SOURCES = ("affine", "compiled", "decode", "floats", "lanes", "pack", "plain", "rows", "scale", "sixteen")
+SOURCES = ("affine", "codebook", "compiled", "decode", "floats", "lanes", "pack", "plain", "rows", "scale", "sixteen")
 """Modules that the kernels are made of."""
 _FREE = "NRT_MemInfo_call_dtor"
 """What numba calls to free an array that nobody holds any more. Ours are held by their caller: it is never called."""

@@ -9,14 +9,16 @@ llama.cpp reads the result. At last codes and scales are improved in turns under
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from bitladder.formats.blocks import QTYPES
-from bitladder.kernels import gptq, gptq_device
+from bitladder.kernels import codebook_search, gptq, gptq_device
 from bitladder.kernels.api import dequantize, quantize
+from bitladder.kernels.codebook_rows import CODEBOOK, pack, values_of
 from bitladder.kernels.codes import CODE_BITS, grid_of, with_codes
 from bitladder.kernels.grid import F32
 from bitladder.kernels.refine import refine
@@ -46,7 +48,7 @@ class Blocks:
 
 def takes_feedback(qtype: str) -> bool:
     """Whether the codes of a format can be chosen apart from its scales: all block formats, no floats."""
-    return qtype in CODE_BITS
+    return qtype in CODE_BITS or qtype in CODEBOOK
 
 
 def chunk_of(columns: int) -> int:
@@ -83,7 +85,7 @@ def quantize_with_feedback(
     """
     plain = quantize(weights, qtype, importance=importance, effort=effort, threads=threads, device=device)
     fed = _fed(weights, qtype, factor, importance, effort, threads, device)
-    if _SWEEPS[effort]:
+    if _SWEEPS[effort] and qtype in CODE_BITS:
         chunk = chunk_of(weights.shape[1])
         fed = refine(fed, qtype, weights, hessian, ridge=factor.ridge, chunk=chunk, sweeps=_SWEEPS[effort])
     cost, plain_cost = (
@@ -114,10 +116,38 @@ def _fed(
             pulled = factor.coupling[:start, own].T @ errors[:start]
             within = part.coupling.T + np.eye(chunk, dtype=np.float32)
             targets[:, part.order] -= solve_triangular(within, pulled, lower=True, unit_diagonal=True).T
-        data = quantize(targets, qtype, importance=importance[stored], effort=effort, threads=threads, device=device)
-        grid = grid_of(data, qtype)
-        codes, _ = choose(part, targets, grid)
-        at = slice(kind.row_bytes(first), kind.row_bytes(first + chunk))
-        out[:, at] = with_codes(data, qtype, codes)
-        errors[own] = (grid.values(codes) - weights[:, stored])[:, part.order].T
+        if qtype in CODEBOOK:
+            data, values = _entries(part, targets, qtype, importance[stored], effort, threads)
+        else:
+            data = quantize(
+                targets, qtype, importance=importance[stored], effort=effort, threads=threads, device=device
+            )
+            grid = grid_of(data, qtype)
+            codes, _ = choose(part, targets, grid)
+            data, values = with_codes(data, qtype, codes), grid.values(codes)
+        out[:, kind.row_bytes(first) : kind.row_bytes(first + chunk)] = data
+        errors[own] = (values - weights[:, stored])[:, part.order].T
     return out
+
+
+def _entries(
+    part: gptq.Factor, targets: F32, qtype: str, importance: F32, effort: Effort, threads: int
+) -> tuple[U8, F32]:
+    """A block of each row in a codebook format, and what it stands for. An entry holds neighbours, so columns are
+    handled in storage order: the factor is made anew of the chunk's own Hessian, all columns before it fixed."""
+    unit = part.coupling + np.eye(len(part.order), dtype=np.float32)
+    square = np.empty_like(unit)
+    square[np.ix_(part.order, part.order)] = (unit * part.pivots.astype(np.float32)) @ unit.T
+    stored = gptq.prepare(square, damp=0, act_order=False)
+    pivots = stored.pivots.astype(np.float32)
+
+    def rows(start: int, stop: int) -> tuple[U8, F32]:
+        own = np.ascontiguousarray(targets[start:stop])
+        found = codebook_search.find(own.reshape(-1), own.shape[1], qtype, importance, effort)
+        found = codebook_search.feed(qtype, found, own, stored.coupling, pivots)
+        return pack(qtype, found), values_of(qtype, found)
+
+    step = max(1, len(targets) // max(4 * threads, 1))
+    with ThreadPoolExecutor(max_workers=max(threads, 1)) as pool:
+        parts = list(pool.map(rows, range(0, len(targets), step), range(step, len(targets) + step, step)))
+    return np.concatenate([data for data, _ in parts]), np.concatenate([values for _, values in parts])

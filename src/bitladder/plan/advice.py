@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from bitladder.describe.machine import Machine
 from bitladder.levels import CHECKPOINT_ENGINES, FILE_ENGINES, MLX_ENGINES
-from bitladder.plan.kernels import devices_of
+from bitladder.plan.kernels import devices_of, is_nvidia
 from bitladder.plan.placement import Placement
 from bitladder.records.plan import Place
 
@@ -32,8 +32,8 @@ class Situation:
 
     @property
     def nvidia(self) -> bool:
-        """There is a GPU, and not one that shares the CPU's memory."""
-        return bool(self.machine.gpus) and not self.machine.unified
+        """There is a GPU of NVIDIA's, and none that shares the CPU's memory."""
+        return any(is_nvidia(gpu.name) for gpu in self.machine.gpus) and not self.machine.unified
 
     @property
     def fast_fp8(self) -> bool:

@@ -10,6 +10,7 @@ A bar is one or more clauses joined by "and":
     passes >= reference - 4 points     not worse than the reference by four points
     no loss                            every input that the reference passed is passed
     no known loss                      the workload does not prove a loss
+    recall >= 98%                      items that the reference catches and the level, too (``set_recall``)
     arithmetic: no loss                any clause on passes, for the inputs with this tag
     speed >= 20                        decoded tokens per second
     memory < 6GiB, size < 4GiB         at the context; of the file
@@ -36,13 +37,14 @@ DEFAULT_BAR_WITHOUT_KL = "no loss"
 """Where no KL could be measured the workload must carry the decision alone, and a veto is not enough."""
 
 UPPER = ("kl", "kl p99", "ppl ratio", "memory", "size")
-LOWER = ("top1", "passes", "speed")
+LOWER = ("top1", "passes", "recall", "speed")
 _NAMES = {
     "kl": "kl", "kld": "kl", "mean kl": "kl", "kl mean": "kl", "kl divergence": "kl",
     "kl p99": "kl p99", "p99 kl": "kl p99", "99% kl": "kl p99",
     "ppl": "ppl ratio", "ppl ratio": "ppl ratio", "perplexity": "ppl ratio", "perplexity ratio": "ppl ratio",
     "top1": "top1", "top-1": "top1", "top 1": "top1", "top1 agreement": "top1",
     "passes": "passes", "pass rate": "passes", "passed": "passes",
+    "recall": "recall", "item recall": "recall", "items": "recall",
     "speed": "speed", "decode": "speed", "tok/s": "speed", "tokens/s": "speed",
     "memory": "memory", "size": "size", "file": "size",
 }  # fmt: skip
@@ -139,7 +141,7 @@ def _value(name: str, written: str, text: str) -> float:
     number = float(match["number"])
     if name == "ppl ratio":
         return 1 + number / 100 if match["unit"] == "%" else number
-    if name in ("top1", "passes"):
+    if name in ("top1", "passes", "recall"):
         share = number / 100 if match["unit"] == "%" or number > 1 else number
         if share > 1:
             raise UsageError(
@@ -151,7 +153,13 @@ def _value(name: str, written: str, text: str) -> float:
 
 def spoken(metric: str) -> str:
     """A metric's name as sentences write it."""
-    return {"kl": "KL", "kl p99": "KL p99", "ppl ratio": "perplexity ratio", "top1": "top-1"}.get(metric, metric)
+    return {
+        "kl": "KL",
+        "kl p99": "KL p99",
+        "ppl ratio": "perplexity ratio",
+        "top1": "top-1",
+        "recall": "item recall",
+    }.get(metric, metric)
 
 
 def _known() -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from bitladder.records.decision import Certainty
 from bitladder.records.evaluation import Speed, WorkloadResult
-from bitladder.records.fidelity import Fidelity
+from bitladder.records.fidelity import AtDepth, Fidelity
 from bitladder.records.plan import LevelPlan
 from bitladder.stats.bootstrap import F64
 from bitladder.stats.paired import mcnemar
@@ -65,17 +65,25 @@ def certainty(evidence: LadderEvidence, first: Pair, choose: Callable[[LadderEvi
 def _drawn(evidence: LadderEvidence, rng: np.random.Generator) -> LadderEvidence:
     documents = _other_documents(evidence, rng)
     shift = rng.normal(0.0, math.sqrt(2))
-    names = sorted({name for one in evidence.results for name in (*one.lost, *one.gained)})
+    names = sorted({name for one in evidence.results for name in _changed(one)})
     most = max((one.inputs for one in evidence.results), default=0)
     inputs = _places(most, rng)
     numbers = {name: number for number, name in enumerate(names)}
     moved = _moved_rates(evidence, rng)
+    item_shift = rng.normal(0.0, math.sqrt(2)) if any(one.items for one in evidence.results) else 0.0
     return replace(
         evidence,
         fidelities=[_fidelity(one, documents, shift) for one in evidence.fidelities],
-        results=[_at_rates(_result(one, inputs, numbers), moved) for one in evidence.results],
+        results=[_with_items(_at_rates(_result(one, inputs, numbers), moved), item_shift) for one in evidence.results],
         speeds={level: _speed_at_rates(one, moved.get(level)) for level, one in evidence.speeds.items()},
     )
+
+
+def _changed(one: WorkloadResult) -> Iterator[str]:
+    """Inputs that tell a level from the reference."""
+    yield from (*one.lost, *one.gained, *(each.input_id for each in one.differences or ()))
+    for fault in one.faults:
+        yield from (*fault.appeared, *fault.vanished)
 
 
 def _places(size: int, rng: np.random.Generator) -> NDArray[np.intp]:
@@ -111,12 +119,22 @@ def _fidelity(one: Fidelity, documents: Mapping[str, F64], shift: float) -> Fide
     kl = documents.get(one.level)
     if kl is None:  # measured before units were kept, or on a single one
         factor = math.exp(shift * math.log(one.kl_high / one.kl_low) / _WIDTH_95)
-        return replace(one, kl_mean=one.kl_mean * factor, kl_low=one.kl_low * factor, kl_high=one.kl_high * factor)
+        low, high = one.kl_low * factor, one.kl_high * factor
+        return replace(one, kl_mean=one.kl_mean * factor, kl_low=low, kl_high=high, depths=_depths(one, factor))
     tokens = np.asarray(one.unit_tokens, dtype=np.float64)
     mean = float((kl * tokens).sum() / tokens.sum())
     wider = _error_of_log(kl, tokens) / max(_error_of_log(np.asarray(one.unit_kl), tokens), 1e-12)
     low, high = (mean * (bound / one.kl_mean) ** wider for bound in (one.kl_low, one.kl_high))
-    return replace(one, kl_mean=mean, kl_low=low, kl_high=high, unit_kl=tuple(kl.tolist()))
+    depths = _depths(one, mean / one.kl_mean)
+    return replace(one, kl_mean=mean, kl_low=low, kl_high=high, unit_kl=tuple(kl.tolist()), depths=depths)
+
+
+def _depths(one: Fidelity, factor: float) -> tuple[AtDepth, ...]:
+    """The figures by depth of context, which other documents move as they move the mean over all."""
+    return tuple(
+        replace(at, kl_mean=at.kl_mean * factor, kl_low=at.kl_low * factor, kl_high=at.kl_high * factor)
+        for at in one.depths
+    )
 
 
 def _error_of_log(kl: F64, tokens: F64) -> float:
@@ -130,12 +148,28 @@ def _result(one: WorkloadResult, inputs: NDArray[np.intp], numbers: Mapping[str,
     """Other inputs. Those that no level lost or gained are alike, and passed as often as they were."""
     taken = inputs[inputs < one.inputs]
     times = Counter(taken.tolist())
-    lost = tuple(chain.from_iterable([name] * times[numbers[name]] for name in one.lost))
-    gained = tuple(chain.from_iterable([name] * times[numbers[name]] for name in one.gained))
+
+    def drawn_of(names: Sequence[str]) -> tuple[str, ...]:
+        return tuple(chain.from_iterable([name] * times[numbers[name]] for name in names))
+
+    lost, gained = drawn_of(one.lost), drawn_of(one.gained)
     before = (one.passes + len(one.lost) - len(one.gained)) / one.inputs if one.inputs else 0.0
     passes = min(len(taken), max(0, round(before * len(taken)) - len(lost) + len(gained)))
+    faults = tuple(
+        replace(fault, appeared=drawn_of(fault.appeared), vanished=drawn_of(fault.vanished)) for fault in one.faults
+    )
+    differences = one.differences
+    if differences is not None:
+        differences = tuple(each for each in differences for _ in range(times[numbers[each.input_id]]))
     drawn = replace(
-        one, inputs=len(taken), passes=passes, lost=lost, gained=gained, p_value=mcnemar(len(lost), len(gained))
+        one,
+        inputs=len(taken),
+        passes=passes,
+        lost=lost,
+        gained=gained,
+        p_value=mcnemar(len(lost), len(gained)),
+        faults=faults,
+        differences=differences,
     )
     if one.inputs and taken.size:
         moved = passes / len(taken) - one.passes / one.inputs
@@ -143,6 +177,15 @@ def _result(one: WorkloadResult, inputs: NDArray[np.intp], numbers: Mapping[str,
         if not math.isnan(one.pass_rate):
             drawn = replace(drawn, pass_rate=one.pass_rate + moved)
     return drawn
+
+
+def _with_items(one: WorkloadResult, shift: float) -> WorkloadResult:
+    """Another share of items caught, ``shift`` errors away, with its interval as wide as it was."""
+    if not one.items or math.isnan(one.recall_low):
+        return one
+    moved = shift * (one.recall_high - one.recall_low) / _WIDTH_95
+    low, high, share = (min(1.0, max(0.0, value + moved)) for value in (one.recall_low, one.recall_high, one.recall))
+    return replace(one, items_kept=round(share * one.items), recall_low=low, recall_high=high)
 
 
 def _moved_rates(evidence: LadderEvidence, rng: np.random.Generator) -> dict[str, NDArray[np.float64]]:

@@ -16,6 +16,9 @@ The rule, in order:
    percent, and by the whole interval of the ratio over rounds in which both were timed. It must surely be faster
    than the quality tier; without speeds, decode is taken to be bound by bytes, and it must be smaller. Else one level
    serves both: the quality tier, or the speed tier where its KL is no higher.
+   Of levels that are run with several types of KV cache each pair is a candidate, by its bytes in memory at the
+   context: a smaller level with a 16-bit cache may be taken before a larger one with four. Where losses were measured
+   by depth of context, a clause on them holds when it holds at every depth.
 4. The two stand in memory *together* when their sum fits the budget; otherwise the gateway *swaps* them.
 
 Several levels give chance several tries. So the chance that any level is said to meet the bar which does not
@@ -29,16 +32,18 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from bitladder.describe.cache_types import split_name
 from bitladder.plan.bar import DEFAULT_BAR, DEFAULT_BAR_WITHOUT_KL, Bar, parse_bar
 from bitladder.plan.certainty import LadderEvidence, certainty
 from bitladder.plan.front import Standpoint, pareto
-from bitladder.plan.judge import MET, UNKNOWN, Judged, Judgement, LevelEvidence, judge, pairs_of
+from bitladder.plan.judge import KNOWN_LOSS_P, MET, UNKNOWN, Judged, Judgement, LevelEvidence, judge, pairs_of
 from bitladder.plan.reasons import Tiers, how_sure, summary, verdict
 from bitladder.records.decision import Decision, Outcome, Pairing, TagStatus, TagVerdict
-from bitladder.records.evaluation import Speed, WorkloadResult
+from bitladder.records.evaluation import FaultCount, Speed, WorkloadResult
 from bitladder.records.fidelity import Fidelity
 from bitladder.records.plan import ELSEWHERE, Plan, runs_elsewhere
-from bitladder.stats.multiplicity import holm
+from bitladder.stats.multiplicity import holm, tarone
+from bitladder.stats.paired import more_often
 
 FALSE_MEETS = 0.05
 """Chance that any level at all is said to meet the bar which in truth does not."""
@@ -84,6 +89,7 @@ def decide(
     tiers = Tiers(quality, speed, _pair(quality, speed, plan.budget_bytes))
     outcomes = {one.outcome for one in rivals or everyone}
     outcome = Outcome.MET if MET in outcomes else Outcome.UNKNOWN if UNKNOWN in outcomes else Outcome.NOT_MET
+    with_cache = any(split_name(level.level)[1] for level in plan.levels)
     sure = certainty(
         evidence,
         _names((quality, speed)),
@@ -98,7 +104,7 @@ def decide(
         outcome=outcome,
         pair=tiers.pair,
         front=pareto(
-            Standpoint(one.level, one.evidence.plan.file_bytes, one.speed, one.kl)
+            Standpoint(one.level, one.total if with_cache else one.evidence.plan.file_bytes, one.speed, one.kl)
             for one in judged
             if one.evidence.plan.placement != ELSEWHERE
         ),
@@ -162,6 +168,7 @@ def _join(evidence: LadderEvidence, reference: str | None) -> list[LevelEvidence
     rivals = [result for result in evidence.results if result.level != reference]
     names = [result.level for result in rivals]
     adjusted = dict(zip(names, holm([result.p_value for result in rivals]), strict=True))
+    faults = _known_faults(rivals)
     return [
         LevelEvidence(
             plan=level,
@@ -171,9 +178,23 @@ def _join(evidence: LadderEvidence, reference: str | None) -> list[LevelEvidence
             decode_rounds=rounds.get(level.level, ()),
             p_adjusted=adjusted.get(level.level, math.nan),
             tags=evidence.tags,
+            known_faults=faults.get(level.level, ()),
         )
         for level in evidence.levels
     ]
+
+
+def _known_faults(rivals: Sequence[WorkloadResult]) -> dict[str, tuple[FaultCount, ...]]:
+    """Faults that levels surely have more often than the reference. The chance of any false one among all levels and
+    faults is `KNOWN_LOSS_P`; those that too few inputs differ in to be found take no part in it (Tarone)."""
+    tests = [(result.level, fault) for result in rivals for fault in result.faults]
+    p_values = [more_often(len(fault.appeared), len(fault.vanished)) for _, fault in tests]
+    least = [0.5 ** (len(fault.appeared) + len(fault.vanished)) for _, fault in tests]
+    found: dict[str, tuple[FaultCount, ...]] = {}
+    for (level, fault), p_value in zip(tests, tarone(p_values, least, level=KNOWN_LOSS_P), strict=True):
+        if p_value <= KNOWN_LOSS_P:
+            found[level] = (*found.get(level, ()), fault)
+    return found
 
 
 def choose(candidates: Sequence[Judged]) -> tuple[Judged | None, Judged | None]:

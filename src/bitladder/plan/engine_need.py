@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from bitladder.describe.cache import cache_bytes, layer_caches
+from bitladder.describe.cache_types import F16_CACHE, CacheTypes
 from bitladder.describe.machine import Machine
 from bitladder.describe.model import Model
 from bitladder.plan.memory import ENGINE_BYTES, compute_buffers
@@ -22,12 +23,13 @@ _RATE = 1.5e10
 """Operations per second and core, where nothing was measured."""
 
 
-def context_bytes(model: Model, window: int, piece: int) -> int:
+def context_bytes(model: Model, window: int, piece: int, cache: CacheTypes = F16_CACHE) -> int:
     """Bytes that the engine allocates for one model: its cache for a window of tokens, its compute buffers, and the
     logits of a piece, once in the graph and once handed out."""
+    types = {"type_k": cache.k.upper(), "type_v": cache.v.upper()}
     logits = 2 * 4 * piece * model.dims.n_vocab
     buffers = compute_buffers(model, window, n_ubatch=piece)
-    return cache_bytes(layer_caches(model), window, n_ubatch=piece).total + buffers.total + logits
+    return cache_bytes(layer_caches(model), window, n_ubatch=piece, **types).total + buffers.total + logits
 
 
 def together(file_bytes: Sequence[int], reference_bytes: int, context: int, free: int) -> list[slice]:

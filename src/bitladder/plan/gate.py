@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from xml.etree import ElementTree
 
 from bitladder.records.decision import Decision, Status
@@ -31,9 +32,15 @@ def search_exit(chosen: str | None, *, decided: bool) -> int:
     return EXIT_MET if chosen else EXIT_NOT_MET
 
 
-def junit(decision: Decision, *, model: str) -> str:
+def junit(decision: Decision, *, model: str, notes: Mapping[str, str] | None = None) -> str:
     """The verdicts as a JUnit document: one test case per level, a failure where the bar fails, an error
-    where none can tell."""
+    where the evidence is not enough.
+
+    Args:
+        decision: the verdicts.
+        model: its name.
+        notes: level to what changed in its answers, for its output.
+    """
     cases = []
     for verdict in decision.verdicts:
         case = ElementTree.Element(
@@ -46,8 +53,11 @@ def junit(decision: Decision, *, model: str) -> str:
             kind = "error" if verdict.status == Status.UNKNOWN else "failure"
             outcome = ElementTree.SubElement(case, kind, message=_clean(verdict.reason), type=verdict.status)
             outcome.text = _clean(f"{verdict.level}: {verdict.reason}")
-        else:
-            ElementTree.SubElement(case, "system-out").text = _clean(f"{verdict.status}: {verdict.reason}")
+        lines = [f"{verdict.status}: {verdict.reason}"] if verdict.status.holds else []
+        if notes and verdict.level in notes:
+            lines.append(f"answers: {notes[verdict.level]}")
+        if lines:
+            ElementTree.SubElement(case, "system-out").text = _clean("; ".join(lines))
         cases.append(case)
     failures = sum(case.find("failure") is not None for case in cases)
     errors = sum(case.find("error") is not None for case in cases)

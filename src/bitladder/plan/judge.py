@@ -8,12 +8,12 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from bitladder.plan.bar import UPPER, Bar, Clause, spoken
-from bitladder.records.evaluation import WorkloadResult
-from bitladder.records.fidelity import Fidelity
+from bitladder.records.evaluation import FaultCount, WorkloadResult
+from bitladder.records.fidelity import AtDepth, Fidelity
 from bitladder.records.plan import ELSEWHERE, Container, LevelPlan
 from bitladder.stats.multiplicity import beyond
-from bitladder.stats.noninferiority import inputs_needed, loss_interval, p_not_worse
-from bitladder.stats.paired import differs, ratio_interval
+from bitladder.stats.noninferiority import inputs_needed, loss_interval, p_not_worse, repeated_counts
+from bitladder.stats.paired import differs, more_often, ratio_interval
 from bitladder.units import human_bytes
 
 
@@ -51,6 +51,9 @@ class LevelEvidence:
     """McNemar's p of `result`, adjusted by Holm for the number of levels looked at."""
     tags: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Input to its tags."""
+    known_faults: tuple[FaultCount, ...] = ()
+    """Faults that the level's answers surely have more often than the reference's, corrected for the number of levels
+    and faults looked at."""
 
     @property
     def measured(self) -> bool:
@@ -80,7 +83,7 @@ class Judgement:
     or these inputs, which no other text or input can turn."""
 
 
-_ON_PASSES = ("no known loss", "no loss", "passes")
+_ON_ANSWERS = ("no known loss", "no loss", "passes", "recall")
 """What clauses on answers are about."""
 _NO_ENGINE = Judgement(
     UNKNOWN,
@@ -152,7 +155,10 @@ class Judged:
     def near_lossless(self) -> bool:
         """KL known to be under `NEAR_LOSSLESS_KL`, and no loss proven by the workload."""
         fidelity = self.evidence.fidelity
-        return fidelity is not None and fidelity.kl_high < NEAR_LOSSLESS_KL and not loss_is_known(self.evidence)
+        if fidelity is None:
+            return False
+        bounds = (fidelity.kl_high, *(at.kl_high for at in fidelity.depths))
+        return all(high < NEAR_LOSSLESS_KL for high in bounds) and not loss_is_known(self.evidence)
 
     @property
     def net_losses(self) -> int:
@@ -174,7 +180,7 @@ def judge(bar: Bar, evidence: LevelEvidence) -> tuple[Judgement, ...]:
     """Every clause of the bar for one level; of a checkpoint without answers also that these are missing."""
     if not evidence.needs_engine:
         return tuple(_judge_clause(clause, evidence) for clause in bar.clauses)
-    rest = (clause for clause in bar.clauses if clause.metric not in _ON_PASSES)
+    rest = (clause for clause in bar.clauses if clause.metric not in _ON_ANSWERS)
     return (*(_judge_clause(clause, evidence) for clause in rest), _NO_ENGINE)
 
 
@@ -191,27 +197,46 @@ class Pairs:
     inputs: int
     lost: int
     gained: int
+    differences: tuple[float, ...] | None = None
+    """The reference's pass share minus the level's, of inputs where they differ; None where each was answered once."""
+
+    @property
+    def counts(self) -> tuple[float, float, float]:
+        """Lost, gained and inputs as the statistics count them."""
+        if self.differences is None:
+            return self.lost, self.gained, self.inputs
+        return repeated_counts(self.differences, self.inputs)
+
+    @property
+    def loss(self) -> float:
+        """In pass rate."""
+        lost, gained, inputs = self.counts
+        return (lost - gained) / inputs
 
     @property
     def interval(self) -> tuple[float, float]:
         """95% interval of the loss in pass rate."""
-        return loss_interval(self.lost, self.gained, self.inputs)
+        return loss_interval(*self.counts)
 
 
 def pairs_of(result: WorkloadResult, tags: Mapping[str, tuple[str, ...]], tag: str = "") -> Pairs:
     """Counts over the whole workload, or over the inputs that carry ``tag``."""
+    found = result.differences
     if not tag:
-        return Pairs(result.inputs, len(result.lost), len(result.gained))
+        differences = None if found is None else tuple(-one.share for one in found)
+        return Pairs(result.inputs, len(result.lost), len(result.gained), differences)
     chosen = {name for name, own in tags.items() if tag in own}
-    return Pairs(len(chosen), len(chosen.intersection(result.lost)), len(chosen.intersection(result.gained)))
+    differences = None if found is None else tuple(-one.share for one in found if one.input_id in chosen)
+    lost, gained = (len(chosen.intersection(side)) for side in (result.lost, result.gained))
+    return Pairs(len(chosen), lost, gained, differences)
 
 
 def _judge_clause(clause: Clause, evidence: LevelEvidence) -> Judgement:
     """Dispatch on what the clause is about."""
     passes = _not_worse if clause.relative else _pass_rate
-    on_passes = dict(zip(_ON_PASSES, (_no_known_loss, _no_loss, passes), strict=True))
-    if clause.metric in on_passes:
-        return on_passes[clause.metric](clause, evidence)
+    on_answers = dict(zip(_ON_ANSWERS, (_no_known_loss, _no_loss, passes, _recall), strict=True))
+    if clause.metric in on_answers:
+        return on_answers[clause.metric](clause, evidence)
     if evidence.plan.placement == ELSEWHERE and clause.metric in ("memory", "size"):
         return Judgement(UNKNOWN, f"its {clause.metric} is not known, since it runs elsewhere")
     if clause.metric in ("memory", "size"):
@@ -230,6 +255,29 @@ def _fidelity(clause: Clause, evidence: LevelEvidence) -> Judgement:
         return Judgement(UNKNOWN, f"{spoken(clause.metric)} cannot be measured through an address")
     if found is None:
         return Judgement(UNKNOWN, f"{spoken(clause.metric)} was not measured", f"measure {spoken(clause.metric)}")
+    if not found.depths:
+        return _at(clause, found, found.units, found.unit)
+    judged = [(at, _at(clause, at, found.units, found.unit)) for at in found.depths]
+    return _over_depths(clause, judged)
+
+
+def _over_depths(clause: Clause, judged: Sequence[tuple[AtDepth, Judgement]]) -> Judgement:
+    """A clause holds when it holds at every depth of context, which needs no correction for their number; the depth
+    that is nearest to failing speaks for all."""
+    outcome = overall([one for _, one in judged])
+    of_outcome = [(at, one) for at, one in judged if one.outcome == outcome]
+    at, worst = max(of_outcome, key=lambda pair: pair[1].p_value) if outcome == MET else of_outcome[-1]
+    rise = ""
+    if clause.metric == "kl" and at.rises:
+        rise = (
+            f", {_short(at.rise)} times ({_short(at.rise_low)} to {_short(at.rise_high)}) as much as at "
+            f"{judged[0][0].depth:,}"
+        )
+    return replace(worst, reason=f"{worst.reason} at {at.depth:,} tokens of context{rise}")
+
+
+def _at(clause: Clause, found: Fidelity | AtDepth, units: int, unit: str) -> Judgement:
+    """The clause on these figures, whose intervals resample so many units."""
     value, low, high = {
         "kl": (found.kl_mean, found.kl_low, found.kl_high),
         "kl p99": (found.kl_p99, found.kl_p99, found.kl_p99),
@@ -239,10 +287,10 @@ def _fidelity(clause: Clause, evidence: LevelEvidence) -> Judgement:
     show = _percent if clause.metric == "top1" else _short
     judged = _compare(clause, value, low, high, show)
     if judged.outcome == MET:
-        return replace(judged, p_value=_chance(clause, value, low, high, found.units))
+        return replace(judged, p_value=_chance(clause, value, low, high, units))
     if judged.outcome != UNKNOWN or math.isnan(value):
         return judged
-    return Judgement(UNKNOWN, judged.reason, _more_text(clause, value, low, high, found))
+    return Judgement(UNKNOWN, judged.reason, _more_text(clause, value, low, high, units, unit))
 
 
 def _chance(clause: Clause, value: float, low: float, high: float, units: int) -> float:
@@ -259,20 +307,20 @@ def _chance(clause: Clause, value: float, low: float, high: float, units: int) -
     return beyond(math.log(clause.value / value), math.log(high / value), units - 1)
 
 
-def _more_text(clause: Clause, value: float, low: float, high: float, found: Fidelity) -> str:
+def _more_text(clause: Clause, value: float, low: float, high: float, count: int, unit: str) -> str:
     """How much more text would move the interval off the limit: its width shrinks with the root of the
     units."""
     if math.isnan(low) or math.isnan(high):
-        return f"measure {spoken(clause.metric)} on more text: {found.units} {found.unit}(s) give no interval"
+        return f"measure {spoken(clause.metric)} on more text: {count} {unit}(s) give no interval"
     upper = clause.metric in UPPER
     distance = abs(clause.value - value)
     holding = value < clause.value if upper else value > clause.value
     width = (high - value if upper else value - low) if holding else (value - low if upper else high - value)
     if distance <= 0.02 * max(width, 1e-12):
-        return f"{spoken(clause.metric)} lies at the limit itself: no amount of text will tell"
+        return f"{spoken(clause.metric)} lies at the limit itself: more text will not decide it"
     factor = (width / distance) ** 2
-    units = math.ceil(found.units * max(factor, 1.1))
-    more = f"{units - found.units} more {found.unit}s ({found.units} so far)"
+    units = math.ceil(count * max(factor, 1.1))
+    more = f"{units - count} more {unit}s ({count} so far)"
     return f"measure {spoken(clause.metric)} on about {more}"
 
 
@@ -294,6 +342,22 @@ def _pass_rate(clause: Clause, evidence: LevelEvidence) -> Judgement:
     return Judgement(judged.outcome, judged.reason, need, chance)
 
 
+def _recall(clause: Clause, evidence: LevelEvidence) -> Judgement:
+    """A clause on the items that the reference catches."""
+    found = evidence.result
+    if found is None:
+        return Judgement(UNKNOWN, "no workload was run", "run a workload")
+    if not found.items:
+        what = "the reference catches no item of a 'set_recall' criterion"
+        return Judgement(UNKNOWN, what, "add inputs with items to the workload")
+    judged = _compare(clause, found.recall, found.recall_low, found.recall_high, _percent)
+    reason = f"{judged.reason}, {found.items_kept} of {found.items} items"
+    if judged.outcome == UNKNOWN:
+        return Judgement(UNKNOWN, reason, f"add inputs with items to the workload ({found.items} items so far)")
+    chance = beyond(found.recall - clause.value, found.recall - found.recall_low) if judged.outcome == MET else 0.0
+    return Judgement(judged.outcome, reason, p_value=chance)
+
+
 def _not_worse(clause: Clause, evidence: LevelEvidence) -> Judgement:
     """Non-inferiority: the upper bound of the paired loss lies under the margin."""
     if evidence.result is None:
@@ -302,25 +366,25 @@ def _not_worse(clause: Clause, evidence: LevelEvidence) -> Judgement:
     if pairs.inputs == 0:
         return Judgement(UNKNOWN, f"no input carries the tag '{clause.tag}'", f"add inputs tagged '{clause.tag}'")
     low, high = pairs.interval
-    loss, margin = (pairs.lost - pairs.gained) / pairs.inputs, clause.value
+    loss, margin = pairs.loss, clause.value
     where = f"{clause.tag}: " if clause.tag else ""
     seen = (
         f"{where}{pairs.lost} lost and {pairs.gained} gained of {pairs.inputs}; "
         f"loss {_points(loss)} ({100 * low:.1f} to {100 * high:.1f})"
     )
     if high < margin or (high == margin and clause.op == ">="):
-        chance = p_not_worse(pairs.lost, pairs.gained, pairs.inputs, margin)
+        chance = p_not_worse(*pairs.counts, margin)
         return Judgement(MET, f"{seen}, within {_points(margin)}", p_value=chance)
     if low > margin:
         return Judgement(FAILED, f"{seen}, more than {_points(margin)}")
     changed = (pairs.lost + pairs.gained) / pairs.inputs
     needed = inputs_needed(margin, loss, changed)
-    reason = f"{seen}, which cannot be told from {_points(margin)}"
+    reason = f"{seen}, which may be on either side of {_points(margin)}"
     if needed is None:
         return Judgement(
             UNKNOWN,
             reason,
-            f"{where}the loss seen is not under {_points(margin)}: more inputs may only prove it",
+            f"{where}the loss seen is not under {_points(margin)}: more inputs may only confirm it",
         )
     return Judgement(
         UNKNOWN, reason, f"{where}about {max(1, needed - pairs.inputs)} more inputs ({pairs.inputs} so far)"
@@ -335,6 +399,9 @@ def _no_loss(clause: Clause, evidence: LevelEvidence) -> Judgement:
     where = f"{clause.tag}: " if clause.tag else ""
     if pairs.inputs == 0:
         return Judgement(UNKNOWN, f"no input carries the tag '{clause.tag}'", f"add inputs tagged '{clause.tag}'")
+    faults = faults_with_tag(evidence, clause.tag) if clause.tag else evidence.known_faults
+    if faults:
+        return Judgement(FAILED, where + "; ".join(map(spoken_fault, faults)))
     low, high = pairs.interval
     if pairs.lost == 0:
         return Judgement(
@@ -354,14 +421,44 @@ def _no_known_loss(clause: Clause, evidence: LevelEvidence) -> Judgement:
     if pairs.inputs == 0:
         return Judgement(MET, f"no input carries the tag '{clause.tag}'")
     seen = f"{pairs.lost} lost and {pairs.gained} gained of {pairs.inputs} inputs"
-    known = pairs.interval[0] > 0 if clause.tag else loss_is_known(evidence)
+    known = pairs.interval[0] > 0 if clause.tag else passes_are_lost(evidence)
     where = f"{clause.tag}: " if clause.tag else ""
+    faults = faults_with_tag(evidence, clause.tag) if clause.tag else evidence.known_faults
+    if faults:
+        return Judgement(FAILED, where + "; ".join(map(spoken_fault, faults)))
     if known:
-        return Judgement(FAILED, f"{where}{seen}, more than chance")
-    return Judgement(MET, f"{where}{seen}, which does not prove a loss")
+        return Judgement(FAILED, f"{where}{seen}, more than chance explains")
+    return Judgement(MET, f"{where}{seen}{', which may be chance' if pairs.lost else ''}")
+
+
+def faults_with_tag(evidence: LevelEvidence, tag: str) -> tuple[FaultCount, ...]:
+    """Faults that a level has more often than the reference on the inputs with a tag, by the sign test on these alone,
+    as a tag's losses are judged."""
+    chosen = {name for name, own in evidence.tags.items() if tag in own}
+    found = []
+    for fault in evidence.result.faults if evidence.result is not None else ():
+        appeared = tuple(name for name in fault.appeared if name in chosen)
+        vanished = tuple(name for name in fault.vanished if name in chosen)
+        p_value = more_often(len(appeared), len(vanished))
+        if p_value <= KNOWN_LOSS_P / 2:
+            found.append(replace(fault, appeared=appeared, vanished=vanished, p_value=p_value))
+    return tuple(found)
+
+
+def spoken_fault(fault: FaultCount) -> str:
+    """A fault that is surely there, in a phrase."""
+    after = f", after about {fault.begins} words" if fault.begins is not None else ""
+    where = f"{len(fault.appeared)} inputs" + (f" ({len(fault.vanished)} the other way)" if fault.vanished else "")
+    seen = f"{fault.fault} in {fault.level} of {fault.answers} answers, {fault.reference} of the reference's{after}"
+    return f"{seen}: more often on {where}, which is no chance"
 
 
 def loss_is_known(evidence: LevelEvidence) -> bool:
+    """The workload proves that this level passes fewer inputs than the reference, or has a fault more often."""
+    return bool(evidence.known_faults) or passes_are_lost(evidence)
+
+
+def passes_are_lost(evidence: LevelEvidence) -> bool:
     """The workload proves that this level passes fewer inputs than the reference."""
     found = evidence.result
     return found is not None and len(found.lost) > len(found.gained) and evidence.p_adjusted <= KNOWN_LOSS_P
@@ -370,7 +467,7 @@ def loss_is_known(evidence: LevelEvidence) -> bool:
 def _compare(clause: Clause, value: float, low: float, high: float, show: Callable[[float], str]) -> Judgement:
     """An interval against a limit."""
     if math.isnan(value) or math.isnan(low) or math.isnan(high):
-        return Judgement(UNKNOWN, f"{spoken(clause.metric)} is not estimable", f"measure {spoken(clause.metric)}")
+        return Judgement(UNKNOWN, f"{spoken(clause.metric)} could not be estimated", f"measure {spoken(clause.metric)}")
     seen = f"{spoken(clause.metric)} {show(value)}" + (f" ({show(low)} to {show(high)})" if low != high else "")
     limit, inclusive, upper = clause.value, "=" in clause.op, clause.metric in UPPER
     worst, best = (high, low) if upper else (-low, -high)
@@ -379,7 +476,9 @@ def _compare(clause: Clause, value: float, low: float, high: float, show: Callab
         return Judgement(MET, seen)
     if best > edge or (not inclusive and best == edge):
         return Judgement(FAILED, f"{seen}, limit {show(limit)}")
-    return Judgement(UNKNOWN, f"{seen} straddles {show(limit)}", f"measure {spoken(clause.metric)} longer")
+    return Judgement(
+        UNKNOWN, f"{seen}; the limit {show(limit)} lies within that range", f"measure {spoken(clause.metric)} longer"
+    )
 
 
 def _short(value: float) -> str:

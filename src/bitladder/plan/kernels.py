@@ -22,6 +22,14 @@ GENERATIONS = (
 _AMD = re.compile(r"\b(AMD|Radeon|Instinct|RX \d|MI\d)", re.IGNORECASE)
 
 
+_INTEL = re.compile(r"\b(Intel|Arc [AB]\d)", re.IGNORECASE)
+
+
+def is_nvidia(name: str) -> bool:
+    """Whether a GPU is NVIDIA's, by its name: what no other maker's name says is taken for theirs."""
+    return _AMD.search(name) is None and _INTEL.search(name) is None
+
+
 @dataclass(frozen=True)
 class Device:
     """What an engine would run on. ``capability`` is NVIDIA's compute capability, 0 of others."""

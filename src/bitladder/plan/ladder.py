@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from bitladder.describe.cache import cache_bytes, layer_caches
+from bitladder.describe.cache_types import F16_CACHE, CacheTypes
 from bitladder.describe.machine import Machine
 from bitladder.describe.model import Model
 from bitladder.errors import UsageError
@@ -94,14 +96,27 @@ def make_plan(
     )
 
 
-def file_memory(model: Model, machine: Machine, *, n_ctx: int, n_seq: int = 1) -> int:
-    """Bytes that a file takes as it is, whatever its types: weights, cache and buffers.
+def over_caches(plans: Mapping[CacheTypes, Plan]) -> Plan:
+    """One ladder of levels and caches from a ladder for each cache: every level with every cache, under the name of the
+    two, largest file first. What other contexts take is told of the first cache."""
+    first = next(iter(plans.values()))
+    rows = [
+        replace(row, level=cache.named(row.level))
+        for at in range(len(first.levels))
+        for cache, row in ((cache, plan.levels[at]) for cache, plan in plans.items())
+    ]
+    return replace(first, levels=tuple(rows))
+
+
+def file_memory(model: Model, machine: Machine, *, n_ctx: int, n_seq: int = 1, cache: CacheTypes = F16_CACHE) -> int:
+    """Bytes that a file takes as it is, whatever its types: weights, KV cache and buffers.
 
     Raises:
         UsageError: as ``make_plan``.
     """
     check_context(model, n_ctx)
-    return place(model, LevelBytes(model.name, parts_of(model.tensors)), machine, Usage(n_ctx, n_seq)).total_bytes
+    wish = Usage(n_ctx, n_seq, cache.k.upper(), cache.v.upper())
+    return place(model, LevelBytes(model.name, parts_of(model.tensors)), machine, wish).total_bytes
 
 
 def _contexts(model: Model, wish: Usage) -> tuple[ContextBytes, ...]:

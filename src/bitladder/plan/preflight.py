@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 
 from bitladder.describe.machine import Machine
 from bitladder.errors import NothingFits
+from bitladder.formats.blocks import QTYPES
+from bitladder.plan.cost import LevelSize
 from bitladder.units import Basis, GiB, MiB, human_bytes
 
 QUANTIZE_RATE = {"Q8_0": 2e8, "F16": 3e8, "BF16": 3e8, "F32": 3e8}
@@ -17,6 +19,8 @@ QUANTIZE_RATE = {"Q8_0": 2e8, "F16": 3e8, "BF16": 3e8, "F32": 3e8}
 SEARCHED_RATE = 4e7
 PIECES_BYTES = 24 * MiB
 """Memory of a thread that quantizes: a piece as 32-bit floats, its search, its result."""
+ASSUMED_FLOPS = 2.5e10
+"""Operations per second per core of products in f32, where nothing was measured."""
 QUANTIZE_START_S, WALK_START_S = 2.0, 5.0
 """Loading libraries and compiled kernels, whatever the model's size."""
 BASE_BYTES = 250 * MiB
@@ -46,6 +50,20 @@ class JobNeed:
         return replace(self, what=what, kind=kind or self.kind)
 
 
+def weights_to_convert(sizes: Sequence[LevelSize]) -> dict[str, int]:
+    """qtype -> weights to convert for levels of one model, each (tensor, qtype) once, however many levels want it."""
+    work = {
+        (tensor.name, tensor.qtype): tensor.elements
+        for size in sizes
+        for tensor in size.tensors
+        if QTYPES[tensor.qtype].is_quantized
+    }
+    weights: dict[str, int] = {}
+    for (_, qtype), count in work.items():
+        weights[qtype] = weights.get(qtype, 0) + count
+    return weights
+
+
 def quantize_need(
     weights: Mapping[str, int], file_bytes: Sequence[int], machine: Machine, *, threads: int, effort: str = "good"
 ) -> JobNeed:
@@ -73,7 +91,7 @@ def walk_need(
     """
     states = 4 * tokens * n_embd * (levels + 1)
     ram = 600 * MiB + int(layers_held * layer_bytes) + min(states, STATE_BYTES) + head_bytes
-    rate = flops or 2.5e10 * machine.cores
+    rate = flops or ASSUMED_FLOPS * machine.cores
     label = Basis.MEASURED if flops else Basis.ASSUMED
     seconds = WALK_START_S + operations * (levels + 1) / rate
     return JobNeed("walk", ram, 0, max(0, states - STATE_BYTES), seconds, label, "walk")

@@ -57,7 +57,7 @@ def _placed(one: Judged, tiers: Tiers) -> tuple[Status, str]:
     assert quality is not None
     assert speed is not None  # a level met the bar, so both tiers are chosen
     if one is quality and one is speed:
-        rest = "no level that meets the bar is surely faster"
+        rest = "no level that meets the bar is measurably faster"
         if math.isnan(one.speed):
             rest = "no level that meets the bar is smaller"
         return Status.BOTH, f"{_why_quality(one)}, and {rest}; {one.say(MET)}"
@@ -93,13 +93,13 @@ def _passed_over(one: Judged, quality: Judged, speed: Judged) -> str:
     """Why a level that meets the bar is in neither tier."""
     if one.near_lossless and quality.near_lossless and one.total >= quality.total:
         more = human_bytes(one.total - quality.total)
-        return f"{more} larger than {quality.level}, which is {as_good(quality)}, too"
+        return f"{more} larger than {quality.level}, which shows no loss either"
     size = one.total - speed.total
     against = f"{human_bytes(abs(size))} {'larger' if size >= 0 else 'smaller'} than {speed.level}"
     if speed.surely_faster_than(one):
         against += f" and slower ({one.speed:.3g} against {speed.speed:.3g} tokens/s)"
     elif not math.isnan(one.speed) and not one.surely_faster_than(speed):
-        against += " and not surely faster"
+        against += " and not measurably faster"
     if not one.kl_is_known:
         return f"{against}; its KL was not measured"
     if one.kl < quality.kl:
@@ -175,4 +175,4 @@ def _nothing_chosen(bar: Bar, plan: Plan, outcome: Outcome, rivals: Sequence[Jud
         best = min(rivals, key=lambda one: (one.kl, -one.total))
         how = "closest" if best.kl_is_known else "largest"
         return f"No level that fits holds the bar '{bar.text}'. The {how} is {best.level}: {best.say(FAILED)}."
-    return f"The evidence cannot tell whether a level holds the bar '{bar.text}'."
+    return f"The measurements are not enough to say whether a level holds the bar '{bar.text}'."

@@ -13,13 +13,16 @@ from bitladder.describe.model import Model
 from bitladder.describe.rates import PoolRates
 from bitladder.errors import NothingFits, UsageError
 from bitladder.formats.blocks import QTYPES
-from bitladder.formats.recipes import is_quantizable, types_for
+from bitladder.formats.recipes import assign, is_quantizable, types_for
 from bitladder.formats.roles import EMBEDDING, OUTPUT
 from bitladder.formats.tensors import TensorInfo
 from bitladder.levels import FeedbackLevel
 from bitladder.plan.allocate import Allocation, TensorGroup, TypeChoice, fewest, least_loss
 from bitladder.records.recipe import Recipe, SensitivityTable
 from bitladder.units import human_bytes
+
+_LOW_LEVEL = "Q3_K_S"
+"""At no more bytes than this level of a model, recipes choose from codebook types, too."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,7 @@ def check(model: Model, wish: Limits, *, header_bytes: int = 0) -> None:
             raise UsageError(f"A KL divergence of {wish.kl:g} is asked for; it must be above 0.", do="Try --kl 0.05.")
         return
     budget = _budget(model, wish, header_bytes)
-    least, _ = bounds(model)
+    least, _ = bounds(model, low=True)
     if least > budget:
         raise NothingFits(
             f"The budget leaves {human_bytes(max(0, budget))} for the tensors; in their smallest types they take "
@@ -144,11 +147,11 @@ def evenly(model: Model, bpw: float) -> dict[str, str]:
         NothingFits, UsageError: the bits are too few or too many.
     """
     check(model, Limits(bpw=bpw))
-    left = _budget(model, Limits(bpw=bpw), 0)
+    left, low = _budget(model, Limits(bpw=bpw), 0), wants_low(model, Limits(bpw=bpw))
     qtypes = {tensor.name: tensor.qtype for tensor in model.tensors}
     steps = []
     for number, tensor in enumerate(model.tensors):
-        ladder = sorted(_sizes(tensor).items(), key=lambda one: one[1])
+        ladder = sorted(_sizes(tensor, low=low).items(), key=lambda one: one[1])
         qtypes[tensor.name] = ladder[0][0]
         left -= ladder[0][1]
         for (_, below), (qtype, size) in itertools.pairwise(ladder):
@@ -163,15 +166,23 @@ def evenly(model: Model, bpw: float) -> dict[str, str]:
     return qtypes
 
 
-def bounds(model: Model) -> tuple[int, int]:
-    """Bytes of all tensors in their smallest types, and as the source has them."""
-    least = sum(min(_sizes(tensor).values()) for tensor in model.tensors)
+def wants_low(model: Model, wish: Limits) -> bool:
+    """Whether a file is to be so small that codebook types are worth their slower decoding."""
+    if wish.kl is not None:
+        return False
+    limit, _ = recipe_bytes(model, assign(_LOW_LEVEL, model.tensors, model.dims))
+    return _budget(model, wish, 0) <= limit
+
+
+def bounds(model: Model, *, low: bool = False) -> tuple[int, int]:
+    """Bytes of all tensors in their smallest types (``low``: codebooks among them), and as the source has them."""
+    least = sum(min(_sizes(tensor, low=low).values()) for tensor in model.tensors)
     return least, sum(tensor.nbytes for tensor in model.tensors)
 
 
-def _sizes(tensor: TensorInfo) -> dict[str, int]:
+def _sizes(tensor: TensorInfo, *, low: bool) -> dict[str, int]:
     """Bytes of a tensor in each type that it may get and that is smaller than its own, and in its own."""
-    offered = types_for(tensor) if is_quantizable(tensor) else ()
+    offered = types_for(tensor, low=low) if is_quantizable(tensor) else ()
     sizes = {qtype: QTYPES[qtype].nbytes(tensor.shape) for qtype in offered}
     return {**{qtype: size for qtype, size in sizes.items() if size < tensor.nbytes}, tensor.qtype: tensor.nbytes}
 

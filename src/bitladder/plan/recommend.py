@@ -237,7 +237,7 @@ def reasons(
     if near:
         names = ", ".join(f"{row.short_name} at {row.option.level}" for row in near[:3])
         found.append(
-            f"As able, as far as size, age and level can tell: {names}. Training and task are not part of this "
+            f"About as able, judged by size, age and level: {names}. Training and task are not part of this "
             "ranking: try two"
         )
     found.append(

@@ -41,10 +41,18 @@ def expected_spending(
         prices: of a million prompt tokens and of a million answer tokens; None when unknown.
         extra_requests: short ones beside the inputs, counted but too small to price.
     """
-    characters = sum(len(message["content"]) for one in asked for message in one.messages)
-    prompt_tokens = -(-characters // CHARACTERS_PER_TOKEN)
-    answer_tokens = sum(one.max_tokens for one in asked)
+    requests = extra_requests + sum(1 + len(one.turns) for one in asked)
+    prompt_tokens = sum(map(_prompt_tokens, asked))
+    answer_tokens = sum(one.most_tokens * (1 + len(one.turns)) for one in asked)
     money = None
     if prices is not None:
         money = (prompt_tokens * prices[0] + answer_tokens * prices[1]) / 1e6
-    return Spending(who, len(asked) + extra_requests, prompt_tokens, answer_tokens, money)
+    return Spending(who, requests, prompt_tokens, answer_tokens, money)
+
+
+def _prompt_tokens(one: Input) -> int:
+    """Of a chat of several turns each request repeats all that was said before."""
+    turns = len(one.turns)
+    tools = sum(len(str(tool)) for tool in one.tools)
+    characters = tools + sum(len(message["content"]) for message in one.everything_asked)
+    return (1 + turns) * -(-characters // CHARACTERS_PER_TOKEN) + one.most_tokens * turns * (turns + 1) // 2

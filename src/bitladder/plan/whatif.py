@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from bitladder.describe.cache import padded_context
+from bitladder.describe.cache_types import split_name
 from bitladder.errors import UsageError
 from bitladder.plan.decide import decide
 from bitladder.records.decision import Decision
@@ -30,7 +31,8 @@ def what_if(
     budget = plan.budget_bytes if budget_bytes is None else budget_bytes
     if (context, budget) != (plan.n_ctx, plan.budget_bytes):
         there = None if context == plan.n_ctx else _context_bytes(plan, context)
-        levels = tuple(_moved(level, there, budget) for level in plan.levels)
+        usual = None if there is None else _context_bytes(plan, plan.n_ctx).kv_bytes
+        levels = tuple(_moved(level, there, budget, usual) for level in plan.levels)
         plan = replace(plan, n_ctx=context, budget_bytes=budget, levels=levels)
     decision = decide(
         plan,
@@ -74,11 +76,14 @@ def _context_bytes(plan: Plan, n_ctx: int) -> ContextBytes:
     )
 
 
-def _moved(level: LevelPlan, there: ContextBytes | None, budget: int) -> LevelPlan:
-    """A level at another context (None: the same) under another budget."""
+def _moved(level: LevelPlan, there: ContextBytes | None, budget: int, usual: int | None = None) -> LevelPlan:
+    """A level at another context (None: the same) under another budget. ``usual``: bytes of the cache that ``there``
+    speaks of at the plan's context; a level with a cache of other types keeps its share of them."""
     if level.placement == ELSEWHERE:
         return level
     kv, compute = (there.kv_bytes, there.compute_bytes) if there else (level.kv_bytes, level.compute_bytes)
+    if there and usual and level.level != split_name(level.level)[0]:
+        kv = round(kv * level.kv_bytes / usual)
     total = level.total_bytes - level.kv_bytes - level.compute_bytes + kv + compute
     reason = f"{human_bytes(total)} of {human_bytes(budget)}"
     fits = total <= budget

@@ -16,10 +16,20 @@ else:
     the program runs, so that ``reading.from_json`` can tell it from a float that must be there."""
 
 
+_LEFT_OUT = "left out"
+OPTIONAL = {_LEFT_OUT: True}
+"""Metadata of a field that most records do without: it is left out of the JSON where it has its default."""
+
+
 def to_json(record: Any) -> Any:
     """A record (or a container of records) as JSON-able data; what is undefined (NaN) becomes null, never 0."""
     if dataclasses.is_dataclass(record) and not isinstance(record, type):
-        return {field.name: to_json(getattr(record, field.name)) for field in dataclasses.fields(record)}
+        values = {field: getattr(record, field.name) for field in dataclasses.fields(record)}
+        return {
+            field.name: to_json(value)
+            for field, value in values.items()
+            if _LEFT_OUT not in field.metadata or value != field.default
+        }
     if isinstance(record, dict):
         return {str(key): to_json(value) for key, value in record.items()}
     if isinstance(record, list | tuple | set | frozenset):

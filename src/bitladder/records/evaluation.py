@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from bitladder.records import Real
+from bitladder.records import OPTIONAL, Real
 
 
 class Alternative(NamedTuple):
@@ -27,8 +27,29 @@ class AnswerToken:
 
 
 @dataclass(frozen=True)
+class ToolCall:
+    """A call of a tool as the engine's parser found it in what the model wrote."""
+
+    name: str
+    arguments: str
+    """JSON, as far as the model kept to it."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer in a chat before its last one."""
+
+    text: str
+    finish_reason: str
+    completion_tokens: int
+    thought: str = field(default="", metadata=OPTIONAL)
+    thought_tokens: int = field(default=0, metadata=OPTIONAL)
+    calls: tuple[ToolCall, ...] = field(default=(), metadata=OPTIONAL)
+
+
+@dataclass(frozen=True)
 class Answer:
-    """A level's answer to one input of a workload."""
+    """A level's answer to one input of a workload; of a chat of several turns the last one."""
 
     input_id: str
     text: str
@@ -44,6 +65,22 @@ class Answer:
     """SHA-256 of what was asked (``describe.workload.question_hash``): what an answer can be found again by."""
     tokens: tuple[AnswerToken, ...] = ()
     """Empty where the engine does not tell token ids and probabilities."""
+    thought: str = field(default="", metadata=OPTIONAL)
+    """What the model thought before it answered; no part of ``text``, and never judged."""
+    thought_tokens: int = field(default=0, metadata=OPTIONAL)
+    """Its length, one of ``completion_tokens``; where the engine does not count it, by its share of the characters."""
+    calls: tuple[ToolCall, ...] = field(default=(), metadata=OPTIONAL)
+    """Calls of tools, in their order."""
+    earlier: tuple[Reply, ...] = field(default=(), metadata=OPTIONAL)
+    """The model's own answers to the turns before; fewer than the chat has turns where it could not go on."""
+
+    @property
+    def replies(self) -> tuple[Reply, ...]:
+        """Every answer of the chat, the last one among them."""
+        last = Reply(
+            self.text, self.finish_reason, self.completion_tokens, self.thought, self.thought_tokens, self.calls
+        )
+        return (*self.earlier, last)
 
 
 MOST_OTHERS_SHARE = 0.15
@@ -95,6 +132,55 @@ class TagResult:
 
 
 @dataclass(frozen=True)
+class FaultCount:
+    """How often a level's answers have a fault that needs no criterion, or make a tool call in one wrong way, beside
+    the reference's to the same inputs."""
+
+    fault: str
+    """A name of ``stages.behaviour.FAULTS``."""
+    answers: int
+    """Answers of the level in which it could show itself."""
+    level: int
+    """Those that have it."""
+    reference: int
+    """Those of the reference that have it."""
+    appeared: tuple[str, ...]
+    """Inputs of whose answers more have it than of the reference's."""
+    vanished: tuple[str, ...]
+    """Inputs of whose answers fewer have it."""
+    p_value: Real
+    """One-sided sign test over these inputs: chance of so many that it appeared in if neither had it more often."""
+    low: Real = float("nan")
+    """95% interval of the share of the level's answers that have it, over inputs (Wilson, effective number)."""
+    high: Real = float("nan")
+    begins: int | None = field(default=None, metadata=OPTIONAL)
+    """Of loops: words after which they begin, the median over answers; None for other faults."""
+
+
+@dataclass(frozen=True)
+class Thinking:
+    """What a level thought before its answers, beside the reference's thoughts about the same inputs."""
+
+    thoughts: int
+    """Answers that a thought came before."""
+    tokens: Real
+    """Mean length of the level's thoughts."""
+    reference_tokens: Real
+    """Mean length of the reference's."""
+    unfinished: int
+    """Thoughts that were cut before an answer began."""
+    looping: int
+    """Thoughts that end in a loop."""
+
+
+class Difference(NamedTuple):
+    """An input with the level's pass share minus the reference's."""
+
+    input_id: str
+    share: Real
+
+
+@dataclass(frozen=True)
 class WorkloadResult:
     """Passes of a level, compared pair by pair with the reference's on the same inputs.
 
@@ -126,3 +212,28 @@ class WorkloadResult:
     tags: tuple[TagResult, ...] = ()
     decode_rounds: tuple[Real, ...] = ()
     """Decode rates round by round, tokens per second, where levels were timed in turns."""
+    items: int = 0
+    """Items of ``set_recall`` criteria that the reference's answers name."""
+    items_kept: int = 0
+    """Those of them that this level's answers name, too."""
+    recall_low: Real = float("nan")
+    recall_high: Real = float("nan")
+    """95% interval of ``items_kept / items``: Wilson's, at the effective number of items: those of one input
+    are no independent evidence."""
+
+    @property
+    def recall(self) -> float:
+        """Share of what the reference catches that this level catches; NaN where there are no items."""
+        return self.items_kept / self.items if self.items else float("nan")
+
+    faults: tuple[FaultCount, ...] = field(default=(), metadata=OPTIONAL)
+    """Faults that the level's answers or the reference's have; one that neither has is left out."""
+    thinking: Thinking | None = field(default=None, metadata=OPTIONAL)
+    """None where neither thought."""
+    repetition: tuple[Real, ...] = field(default=(), metadata=OPTIONAL)
+    """Share of 4-grams that stood in the answer before, in its words 0 to 50, 50 to 100 and so on: the mean over
+    answers that reach so far. Empty where none is long."""
+    reference_repetition: tuple[Real, ...] = field(default=(), metadata=OPTIONAL)
+    """The same of the reference."""
+    differences: tuple[Difference, ...] | None = field(default=None, metadata=OPTIONAL)
+    """Of inputs whose pass shares differ, where each was answered several times; None where each was answered once."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
-from bitladder.records import Real
+from bitladder.records import OPTIONAL, Real
 
 
 class Way(StrEnum):
@@ -16,6 +16,36 @@ class Way(StrEnum):
     """Layers one by one in 32-bit floats: what the weights alone cost."""
     ENGINE = "engine"
     """llama.cpp on the files as they run, its rounding of inputs included."""
+    DEPLOYED = "deployed"
+    """The same with the KV cache and the attention that a server has, deep in a context; the reference with 16 bits."""
+
+
+@dataclass(frozen=True)
+class AtDepth:
+    """The figures of ``Fidelity`` at one depth: the same scored tokens behind a longer or a shorter context."""
+
+    depth: int
+    """Tokens of context, the scored ones included."""
+    tokens: int
+    kl_mean: Real
+    kl_low: Real
+    kl_high: Real
+    kl_p99: Real
+    ppl_ratio: Real
+    ppl_ratio_low: Real
+    ppl_ratio_high: Real
+    top1: Real
+    top1_low: Real
+    top1_high: Real
+    rise: Real = math.nan
+    """KL here over the KL at the shallowest depth, paired by document; NaN there."""
+    rise_low: Real = math.nan
+    rise_high: Real = math.nan
+
+    @property
+    def rises(self) -> bool:
+        """Whether the loss is surely larger here than at the shallowest depth."""
+        return self.rise_low > 1
 
 
 @dataclass(frozen=True)
@@ -58,6 +88,8 @@ class Fidelity:
     """Scored tokens of each unit."""
     way: Way = Way.WALK
     """Figures of different ways are not compared with one another."""
+    depths: tuple[AtDepth, ...] = field(default=(), metadata=OPTIONAL)
+    """By depth, the shallowest first, where it was measured so; the figures above are over all of them then."""
 
     @property
     def has_units(self) -> bool:

@@ -58,6 +58,17 @@ class InputFacts:
 
 
 @dataclass(frozen=True)
+class LevelCost:
+    """What a million answer tokens cost, in the currency of the user's prices."""
+
+    level: str
+    per_million: Real
+    """Here one request at a time: several at once cost less."""
+    basis: str
+    """The price that it follows from, with its date and source."""
+
+
+@dataclass(frozen=True)
 class RunRecord:
     """Everything a run found out, and everything needed to repeat it."""
 
@@ -78,6 +89,8 @@ class RunRecord:
     """Every level's answers, the reference's among them."""
     wording: dict[str, WordingChanges] = field(default_factory=dict)
     """Level to what changed in the words of its answers; empty in older records."""
+    costs: tuple[LevelCost, ...] = ()
+    """Of whatever has a price; empty where the user gave none."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Texts and their hashes, window length, seeds, threads, engine settings: whatever changes a number."""
     versions: dict[str, str] = field(default_factory=dict)

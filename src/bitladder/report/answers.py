@@ -1,4 +1,4 @@
-"""The workload's answers side by side: the reference's beside the chosen tiers', differences marked."""
+"""The workload's answers side by side: the reference's, the chosen tiers' and all other levels', differences marked."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from bitladder.report.words import Segment, word_diff
 
 
 @dataclass(frozen=True)
-class Told:
+class Shown:
     """One level's answer to one input, as segments against the reference's."""
 
     level: str
     role: str
-    """``reference``, ``quality``, ``speed`` or ``both``."""
+    """``reference``, ``quality``, ``speed``, ``both``, or empty for a level in no tier."""
     answer: Answer
     segments: tuple[Segment, ...]
 
@@ -28,29 +28,41 @@ class Told:
 
 @dataclass(frozen=True)
 class Compared:
-    """One input with every shown level's answer, the reference first."""
+    """One input with every level's answer."""
 
     input: InputFacts
-    told: tuple[Told, ...]
+    shown: tuple[Shown, ...]
+    """The reference first, then the tiers."""
+    others: tuple[Shown, ...] = ()
+    """All other levels that answered, in the plan's order."""
 
     @property
     def kind(self) -> str:
-        """``flipped`` (passes here, fails there), ``differs`` (in words only) or ``same``."""
-        if len({one.answer.passed for one in self.told}) > 1:
+        """Of the answers shown first: ``flipped`` (passes here, fails there), ``differs`` (only in words), ``same``."""
+        if len({one.answer.passed for one in self.shown}) > 1:
             return "flipped"
-        return "same" if all(one.same for one in self.told) else "differs"
+        return "same" if all(one.same for one in self.shown) else "differs"
 
 
 def compared_answers(record: RunRecord) -> list[Compared]:
     """Inputs with flips first, then those that differ, then the same; in the workload's order within each."""
     shown = _shown_levels(record)
+    first = {level for level, _ in shown}
+    levels = [*shown, *((one.level, "") for one in record.answers if one.level not in first)]
     # The first of several answers to an input is the one shown.
     answers = {one.level: {answer.input_id: answer for answer in reversed(one.answers)} for one in record.answers}
     compared = []
     for item in record.inputs:
-        present = [(level, role, answers[level][item.id]) for level, role in shown if item.id in answers[level]]
-        if present:
-            compared.append(Compared(item, _told(present)))
+        present = [(level, role, answers[level][item.id]) for level, role in levels if item.id in answers[level]]
+        if any(level in first for level, _, _ in present):
+            sides = _sides(present)
+            compared.append(
+                Compared(
+                    item,
+                    tuple(one for one in sides if one.level in first),
+                    tuple(one for one in sides if one.level not in first),
+                )
+            )
     order = {"flipped": 0, "differs": 1, "same": 2}
     return sorted(compared, key=lambda one: order[one.kind])
 
@@ -70,15 +82,21 @@ def _shown_levels(record: RunRecord) -> list[tuple[str, str]]:
     return [(level, role) for level, role in shown if level in answered]
 
 
-def _told(present: Sequence[tuple[str, str, Answer]]) -> tuple[Told, ...]:
+def _sides(present: Sequence[tuple[str, str, Answer]]) -> list[Shown]:
     """The first is what the others are compared with."""
-    base = present[0][2].text
-    return tuple(
-        Told(
+    base = _shown_text(present[0][2])
+    return [
+        Shown(
             level,
             role,
             answer,
-            tuple(word_diff(base, answer.text) if number else [Segment("same", answer.text)]),
+            tuple(word_diff(base, _shown_text(answer)) if number else [Segment("same", base)]),
         )
         for number, (level, role, answer) in enumerate(present)
-    )
+    ]
+
+
+def _shown_text(answer: Answer) -> str:
+    """What it says, and its calls of tools."""
+    calls = (f"{call.name}({call.arguments})" for call in answer.calls)
+    return "\n".join(part for part in (answer.text, *calls) if part)

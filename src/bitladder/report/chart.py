@@ -1,5 +1,7 @@
 """Loss against size (or speed) as SVG markup: log scale for KL, intervals as bars, the pair marked, the cliff named.
 
+The page's ``chart.js`` draws the same, name by name in the same places (``placement.py``).
+
 Colours come from the page's CSS through classes, so that light and dark are one drawing. Shapes differ as well as
 colours: the quality tier is a square, the speed tier a diamond, every other level a dot.
 """
@@ -11,12 +13,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import NamedTuple
+
+from bitladder.report.placement import BESIDE, BOLD, CHARACTER, LINE, Box, Place, first_free, place_of, places_around
 
 FLOOR = 1e-5
 """Nats. What is smaller is drawn at the floor: on a log scale zero is infinitely far down."""
-CHARACTER = 6.7
-"""Width of a label's character, in the drawing's units, at 12 units type size."""
+TICK_ROOM = 48
+"""Units that the number under a tick takes."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,8 @@ class Axis:
     title: str
     unit: str
     ladder: bool = True
-    """Whether the levels follow one another along it: then a line joins them, and there may be a cliff."""
+    """Whether the levels follow one another along it: then a line joins them, there may be a cliff, and the axis is
+    logarithmic: levels differ by factors, most crowd at the small end, and the source may be far off."""
 
 
 @dataclass(frozen=True)
@@ -57,20 +61,27 @@ class _Frame:
     width: float
     height: float
     x_range: tuple[float, float]
+    x_log: bool
     y_range: tuple[float, float]
-    left: float = 52
-    right: float = 20
-    top: float = 18
-    bottom: float = 46
+    left: float = 50
+    right: float = 18
+    top: float = 22
+    bottom: float = 44
 
     def x(self, value: float) -> float:
         low, high = self.x_range
-        return self.left + (value - low) / (high - low) * (self.width - self.left - self.right)
+        share = math.log(value / low) / math.log(high / low) if self.x_log else (value - low) / (high - low)
+        return self.left + share * (self.width - self.left - self.right)
 
     def y(self, value: float) -> float:
-        low, high = map(math.log10, self.y_range)
-        place = (math.log10(max(value, self.y_range[0])) - low) / (high - low)
-        return self.height - self.bottom - place * (self.height - self.top - self.bottom)
+        low, high = self.y_range
+        share = math.log(max(value, low) / low) / math.log(high / low)
+        return self.height - self.bottom - share * (self.height - self.top - self.bottom)
+
+    @property
+    def area(self) -> Box:
+        """Where names may stand."""
+        return (self.left, self.top - 4, self.width, self.height - self.bottom)
 
 
 def find_cliff(points: Sequence[Point]) -> Cliff | None:
@@ -100,7 +111,7 @@ def loss_chart(
     *,
     limit: float | None = None,
     width: float = 720,
-    height: float = 400,
+    height: float = 380,
     name: str = "chart",
 ) -> str:
     """An ``<svg>`` element, or an empty text when nothing was measured.
@@ -116,35 +127,53 @@ def loss_chart(
     known = sorted((p for p in points if math.isfinite(p.loss) and math.isfinite(p.x)), key=lambda p: p.x)
     if not known:
         return ""
-    frame = _frame(known, limit, width, height)
+    frame = _frame(known, limit, width, height, log=axis.ladder and known[0].x > 0)
     cliff = find_cliff(known) if axis.ladder else None
+    taken = [box for point in known for box in _covered(frame, point)]
+    if limit and frame.y_range[0] <= limit <= frame.y_range[1]:
+        taken.append((frame.left, frame.y(limit) - 2, frame.width - frame.right, frame.y(limit) + 2))
     parts = [
         f'<svg class="chart" viewBox="0 0 {width:g} {height:g}" role="img" aria-labelledby="{name}-t {name}-d">',
         f'<title id="{name}-t">Loss against {escape(axis.title)}</title>',
         f'<desc id="{name}-d">{escape(_described(known, axis, cliff))}</desc>',
         *_grid(frame, axis),
-        *_limit_line(frame, limit, at_right=axis.ladder),
-        *_cliff_band(frame, known, cliff),
+        *_limit_line(frame, limit, taken, at_right=axis.ladder),
+        *_cliff_band(frame, known, cliff, taken),
         _curve(frame, known) if axis.ladder else "",
         *(_whisker(frame, p) for p in known),
         *(_dot(frame, p) for p in known),
-        *_labels(frame, known),
+        *_labels(frame, known, taken),
         "</svg>",
     ]
     return "\n".join(part for part in parts if part)
 
 
-def _frame(points: Sequence[Point], limit: float | None, width: float, height: float) -> _Frame:
+def _frame(points: Sequence[Point], limit: float | None, width: float, height: float, *, log: bool) -> _Frame:
     """Ranges with some air."""
-    xs = [p.x for p in points]
-    span = (max(xs) - min(xs)) or max(abs(xs[0]), 1.0)
+    least, most = points[0].x, points[-1].x
+    if log:
+        factor = (most / least) ** 0.1 if most > least else 1.1
+        x_range = (least / factor, most * factor * 1.02)
+    else:
+        room = (most - least) or abs(least) or 1.0
+        x_range = (least - 0.07 * room, most + 0.12 * room)
     losses = [max(FLOOR, value) for p in points for value in (p.low, p.loss, p.high) if math.isfinite(value)]
     if limit and min(losses) / 30 <= limit <= max(losses) * 30:  # a bar far off would squeeze the levels together
         losses.append(limit)
     low, high = min(losses) / 1.6, max(losses) * 1.6
     if high / low < 30:
         low, high = low / 3, high * 3
-    return _Frame(width, height, (min(xs) - 0.07 * span, max(xs) + 0.1 * span), (low, high))
+    return _Frame(width, height, x_range, log, (low, high))
+
+
+def _covered(frame: _Frame, point: Point) -> list[Box]:
+    """The boxes of a level's mark and of its interval."""
+    x, y = frame.x(point.x), frame.y(point.loss)
+    around = 8 if point.mark else 6
+    boxes = [(x - around, y - around, x + around, y + around)]
+    if math.isfinite(point.low) and math.isfinite(point.high):
+        boxes.append((x - 5, frame.y(point.high) - 1, x + 5, frame.y(point.low) + 1))
+    return boxes
 
 
 def _grid(frame: _Frame, axis: Axis) -> list[str]:
@@ -155,13 +184,18 @@ def _grid(frame: _Frame, axis: Axis) -> list[str]:
     for value in _log_ticks(*frame.y_range):
         y = frame.y(value)
         parts.append(f'<line class="grid" {across} y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(_text("tick", left - 8, y + 4, f"{value:g}", "end"))
-    for value in _linear_ticks(*frame.x_range, count=max(3, int(frame.width // 110))):
+        parts.append(_text("tick", left - 8, y + 4, _shortly(value), "end"))
+    for value in _apart(_linear_ticks(*frame.x_range, count=max(4, int(frame.width // 90))), frame):
         parts.append(_text("tick", frame.x(value), bottom + 18, f"{value:,g}", "middle"))
     parts.append(f'<line class="axis" {across} y1="{bottom:g}" y2="{bottom:g}"/>')
     parts.append(_text("title", (left + right) / 2, frame.height - 6, f"{axis.title}, {axis.unit}", "middle"))
-    parts.append(_text("title", 4, 10, "mean KL, nats per token (log scale)", "start"))
+    parts.append(_text("title", 2, 11, "mean KL, nats per token (log scale)", "start"))
     return parts
+
+
+def _shortly(value: float) -> str:
+    """0.01, but 1e-5: what fits left of the axis."""
+    return f"{value:.0e}".replace("e-0", "e-") if value < 1e-3 else f"{value:g}"
 
 
 def _text(kind: str, x: float, y: float, text: str, anchor: str) -> str:
@@ -169,35 +203,40 @@ def _text(kind: str, x: float, y: float, text: str, anchor: str) -> str:
     return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
-def _limit_line(frame: _Frame, limit: float | None, *, at_right: bool) -> list[str]:
-    """The bar, named at the end where few levels are."""
+def _limit_line(frame: _Frame, limit: float | None, taken: list[Box], *, at_right: bool) -> list[str]:
+    """The bar, named where it is free, first on the line at the end where few levels are."""
     if not limit or not frame.y_range[0] <= limit <= frame.y_range[1]:
         return []
-    y = frame.y(limit)
-    right = frame.width - frame.right
-    return [
-        f'<line class="limit" x1="{frame.left:g}" x2="{right:g}" y1="{y:.1f}" y2="{y:.1f}"/>',
-        _text(
-            "limit-label",
-            right if at_right else frame.left,
-            y - 6,
-            f"bar: {limit:g}",
-            "end" if at_right else "start",
-        ),
-    ]
+    y, right = frame.y(limit), frame.width - frame.right
+    text = f"bar: {limit:g}"
+    wide = len(text) * CHARACTER
+    steps = [40.0 * step for step in range(int((right - frame.left - wide) // 40) + 1)]
+    ends = [(right - step, "end") if at_right else (frame.left + step, "start") for step in steps]
+    heights = (-6, 15, -20, 29, -34, 43)
+    place, _ = first_free((place_of(x, y + dy, end, wide) for dy in heights for x, end in ends), taken, frame.area)
+    taken.append(place.box)
+    line = f'<line class="limit" x1="{frame.left:g}" x2="{right:g}" y1="{y:.1f}" y2="{y:.1f}"/>'
+    return [line, _placed("limit-label", place, text)]
 
 
-def _cliff_band(frame: _Frame, points: Sequence[Point], cliff: Cliff | None) -> list[str]:
-    """A quiet band over the steepest step."""
+def _cliff_band(frame: _Frame, points: Sequence[Point], cliff: Cliff | None, taken: list[Box]) -> list[str]:
+    """A quiet band over the steepest step, named beside it or in it."""
     if cliff is None:
         return []
-    ends = sorted(frame.x(p.x) for p in points if p.label in (cliff.upper, cliff.lower))
+    left, right = sorted(frame.x(p.x) for p in points if p.label in (cliff.upper, cliff.lower))
     top, bottom = frame.top, frame.height - frame.bottom
-    place = f'x="{ends[0]:.1f}" y="{top:g}" width="{ends[1] - ends[0]:.1f}" height="{bottom - top:g}"'
-    return [
-        f'<rect class="cliff" {place}/>',
-        _text("cliff-label", ends[1] + 6, top + 14, f"the cliff: ×{cliff.times:.1f}", "start"),
-    ]
+    text = f"the cliff: \u00d7{cliff.times:.1f}"
+    wide = len(text) * CHARACTER
+    heights = [top + 12 + 16 * step for step in range(int((bottom - top) // 16))]
+    sides = [(right + 6, "start"), (left - 6, "end"), ((left + right) / 2, "middle")]
+    place, _ = first_free((place_of(x, y, end, wide) for y in heights for x, end in sides), taken, frame.area)
+    taken.append(place.box)
+    band = f'x="{left:.1f}" y="{top:g}" width="{right - left:.1f}" height="{bottom - top:g}"'
+    return [f'<rect class="cliff" {band}/>', _placed("cliff-label", place, text)]
+
+
+def _placed(kind: str, place: Place, text: str) -> str:
+    return _text(kind, place.x, place.y, text, place.anchor)
 
 
 def _curve(frame: _Frame, points: Sequence[Point]) -> str:
@@ -226,53 +265,35 @@ def _dot(frame: _Frame, point: Point) -> str:
     return f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="4.5">{tip}</circle>'
 
 
-def _labels(frame: _Frame, points: Sequence[Point]) -> list[str]:
-    """Names beside the dots: each takes the first place that is free, the chosen levels first."""
-    taken = [(frame.x(p.x) - 6, frame.y(p.loss) - 6, frame.x(p.x) + 6, frame.y(p.loss) + 6) for p in points]
+def _labels(frame: _Frame, points: Sequence[Point], taken: list[Box]) -> list[str]:
+    """Names beside the dots, the chosen levels' first; one that stands further off is joined to its dot by a line.
+
+    A name that finds no free place is left out: the table below has it, and so has the dot's own title.
+    """
     parts = []
     for point in sorted(points, key=lambda p: not p.mark):
-        text = f"{point.label} · {point.mark}" if point.mark else point.label
-        text = f"{point.label} · both tiers" if point.mark == "both" else text
-        place = _free_place(frame, point, len(text) * CHARACTER, taken)
-        taken.append(place.box)
-        parts.append(_text(f"label {point.mark}".rstrip(), *place.at, text, place.anchor))
+        text = (
+            f"{point.label} \u00b7 {'both tiers' if point.mark == 'both' else point.mark}"
+            if point.mark
+            else point.label
+        )
+        x, y = frame.x(point.x), frame.y(point.loss)
+        wide = len(text) * (BOLD if point.mark else CHARACTER)
+        place, free = first_free(places_around(x, y, wide), taken, frame.area)
+        if free or point.mark:
+            taken.append(place.box)
+            parts += [*_leader(x, y, place), _placed(f"label {point.mark}".rstrip(), place, text)]
     return parts
 
 
-_Box = tuple[float, float, float, float]
-
-
-class _Place(NamedTuple):
-    """Where a label may stand."""
-
-    cost: float
-    """How much it would overlap."""
-    box: _Box
-    anchor: str
-    at: tuple[float, float]
-
-
-def _free_place(frame: _Frame, point: Point, wide: float, taken: Sequence[_Box]) -> _Place:
-    """Where a label goes: right, left, or further up and down, whatever overlaps least."""
-    x, y = frame.x(point.x), frame.y(point.loss)
-    best: _Place | None = None
-    for rise in (0, -14, 14, -26, 26, -38, 38):
-        for side in (1, -1):
-            at = (x + side * 11, y + 4 + rise)
-            left = at[0] if side > 0 else at[0] - wide
-            box = (left, at[1] - 11, left + wide, at[1] + 3)
-            outside = max(0.0, frame.left - box[0]) + max(0.0, box[2] - frame.width) + max(0.0, frame.top - box[1])
-            cost = sum(_overlap(box, other) for other in taken) + 50 * outside + abs(rise) * 0.5
-            if best is None or cost < best.cost:
-                best = _Place(cost, box, "start" if side > 0 else "end", at)
-    assert best is not None  # the loops run
-    return best
-
-
-def _overlap(one: _Box, other: _Box) -> float:
-    wide = min(one[2], other[2]) - max(one[0], other[0])
-    tall = min(one[3], other[3]) - max(one[1], other[1])
-    return wide * tall if wide > 0 and tall > 0 else 0.0
+def _leader(x: float, y: float, place: Place) -> list[str]:
+    """A line from a dot to a name that does not touch it."""
+    rise = place.y - 4 - y
+    if abs(rise) < LINE + 1 and abs(place.x - x) < BESIDE + 1:
+        return []
+    end = place.box[3] - 1 if rise < 0 else place.box[1] + 1 if rise > 0 else y
+    start = y + math.copysign(8, rise) if rise else y
+    return [f'<line class="leader" x1="{x:.1f}" y1="{start:.1f}" x2="{place.x:.1f}" y2="{end:.1f}"/>']
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
@@ -291,8 +312,17 @@ def _linear_ticks(low: float, high: float, *, count: int) -> list[float]:
     return [round(step * n, 10) for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
+def _apart(ticks: Sequence[float], frame: _Frame) -> list[float]:
+    """Ticks that leave room for their numbers."""
+    kept: list[float] = []
+    for tick in ticks:
+        if not kept or frame.x(tick) - frame.x(kept[-1]) >= TICK_ROOM:
+            kept.append(tick)
+    return kept
+
+
 def _described(points: Sequence[Point], axis: Axis, cliff: Cliff | None) -> str:
-    """The drawing in words, for those who hear it."""
+    """The drawing in words, for screen readers."""
     listed = "; ".join(f"{p.label} {p.x:.4g} {axis.unit}, KL {p.loss:.3g}" for p in sorted(points, key=lambda p: -p.x))
     fall = (
         f" The steepest step is from {cliff.upper} to {cliff.lower}: {cliff.times:.1f} times the loss." if cliff else ""

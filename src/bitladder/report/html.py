@@ -13,11 +13,13 @@ from bitladder.files.outputs import check_output, holding
 from bitladder.records.decision import Status
 from bitladder.records.run import RunRecord
 from bitladder.report.answers import compared_answers
+from bitladder.report.behaviour import behaviour_lines
 from bitladder.report.chart import Axis, Point, find_cliff, loss_chart
 from bitladder.report.facts import facts, warnings
+from bitladder.report.meanings import HEADS, LOSSES, VERDICTS
 from bitladder.report.reading import RUN_JSON
-from bitladder.report.rows import LevelRow, level_rows
-from bitladder.report.wording import wording_lines
+from bitladder.report.rows import LevelRow, cost_lines, level_rows
+from bitladder.report.wording import answers_columns, answers_rows
 from bitladder.units import GiB, MiB, human_bytes
 
 
@@ -74,10 +76,16 @@ def render_html(record: RunRecord) -> str:
         cliff=find_cliff(_points(rows, "size", GiB)),
         tags=_tag_table(record),
         compared=compared_answers(record),
-        wording=wording_lines(record),
+        answers={"rows": answers_rows(record), "columns": answers_columns(answers_rows(record))},
+        behaviour=behaviour_lines(record),
+        repetition=[result for result in record.results if result.repetition or result.reference_repetition],
         human_bytes=human_bytes,
         sentence=lambda text: text[:1].upper() + text[1:],
         facts=facts,
+        costs=cost_lines(record),
+        heads=HEADS,
+        verdicts=VERDICTS,
+        losses=LOSSES,
         warnings=warnings(record),
     )
 

@@ -10,7 +10,7 @@ from bitladder.records.decision import Status, Verdict
 from bitladder.records.evaluation import WorkloadResult
 from bitladder.records.fidelity import Fidelity
 from bitladder.records.plan import ELSEWHERE, LevelPlan, runs_elsewhere
-from bitladder.records.run import FileFacts, RunRecord
+from bitladder.records.run import FileFacts, LevelCost, RunRecord
 from bitladder.units import human_bytes
 
 UNKNOWN = "–"
@@ -26,6 +26,10 @@ class LevelRow:
     fidelity: Fidelity | None
     result: WorkloadResult | None
     file: FileFacts | None
+    million: LevelCost | None = None
+    """What a million answer tokens cost."""
+    reference_cost: float = math.nan
+    """Of the same with the reference."""
 
     @property
     def level(self) -> str:
@@ -107,6 +111,18 @@ class LevelRow:
         )
 
     @property
+    def cost(self) -> str:
+        """Of a million answer tokens."""
+        return number(self.million.per_million, 3) if self.million else UNKNOWN
+
+    @property
+    def saved(self) -> str:
+        """Of the reference's cost; less than nothing where the level costs more."""
+        if self.million is None or self.verdict.status == Status.REFERENCE or not self.reference_cost > 0:
+            return UNKNOWN
+        return percent(1 - self.million.per_million / self.reference_cost, 0)
+
+    @property
     def flips(self) -> str:
         """Inputs lost and gained against the reference."""
         if self.result is None or self.verdict.status == Status.REFERENCE:
@@ -120,6 +136,8 @@ def level_rows(record: RunRecord) -> list[LevelRow]:
     fidelities = {fidelity.level: fidelity for fidelity in record.fidelities}
     results = {result.level: result for result in record.results}
     files = {file.level: file for file in record.files}
+    costs = {cost.level: cost for cost in record.costs}
+    reference = costs.get(record.compared_with)
     here = [plan.level for plan in record.plan.levels]
     elsewhere = [runs_elsewhere(name) for name in verdicts if name not in here]
     return [
@@ -129,6 +147,8 @@ def level_rows(record: RunRecord) -> list[LevelRow]:
             fidelity=fidelities.get(plan.level),
             result=results.get(plan.level),
             file=files.get(plan.level),
+            million=costs.get(plan.level),
+            reference_cost=reference.per_million if reference else math.nan,
         )
         for plan in (*record.plan.levels, *elsewhere)
     ]
@@ -163,3 +183,24 @@ def interval(low: float, high: float, show: Callable[[float], str]) -> str:
     if not (math.isfinite(low) and math.isfinite(high)):
         return ""
     return f"{show(low)}–{show(high)}"
+
+
+def cost_lines(record: RunRecord) -> list[str]:
+    """What each tier costs and saves beside the reference, and by which prices; empty where there are none."""
+    costs = {cost.level: cost for cost in record.costs}
+    reference = costs.get(record.compared_with)
+    lines = []
+    for level in dict.fromkeys((record.decision.quality, record.decision.speed)):
+        if level is None or level not in costs:
+            continue
+        cost = costs[level].per_million
+        line = f"A million answer tokens cost {number(cost, 3)} with {level}"
+        if reference is not None and reference.per_million > 0:
+            change = 1 - cost / reference.per_million
+            less = f"{percent(abs(change), 0)} {'less' if change >= 0 else 'more'}"
+            line += f", {less} than with {reference.level} ({number(reference.per_million, 3)})"
+        lines.append(f"{line}.")
+    if lines:
+        named = dict.fromkeys(cost.basis for cost in record.costs)
+        lines.append(f"Prices: {'; '.join(named)}. Here one request at a time: several at once cost less.")
+    return lines

@@ -11,10 +11,12 @@ from bitladder.records.decision import Status
 from bitladder.records.fidelity import Fidelity
 from bitladder.records.plan import LevelPlan, Plan, PlanSpeed
 from bitladder.records.run import RunRecord
+from bitladder.report.behaviour import behaviour_lines
 from bitladder.report.columns import Column, fitted_table, plain_table
 from bitladder.report.facts import warnings
-from bitladder.report.rows import LevelRow, interval, level_rows, number, percent, small
-from bitladder.report.wording import wording_lines
+from bitladder.report.meanings import heads_in_words
+from bitladder.report.rows import LevelRow, cost_lines, interval, level_rows, number, percent, small
+from bitladder.report.wording import AnswersRow, answers_columns, answers_rows, wording_lines
 from bitladder.units import human_bytes, human_rate
 from bitladder.visible import console as visible_console
 
@@ -50,6 +52,8 @@ COLUMNS: tuple[Column[LevelRow], ...] = (
     Column("top-1", lambda row: row.top1, 3),
     Column("passes", lambda row: row.passes, 1),
     Column("95% ", lambda row: row.pass_interval, 5, right=False, spoken="pass interval"),
+    Column("cost", lambda row: row.cost, 2),
+    Column("saved", lambda row: row.saved, 2),
     Column("verdict", lambda row: row.verdict.status, 0, right=False, style=lambda row: STYLES[row.verdict.status]),
 )
 
@@ -66,20 +70,47 @@ def print_run(record: RunRecord, console: Console | None = None) -> None:
     out.print(Text(f"{record.plan.machine}, context {record.plan.n_ctx}, bar: {record.decision.bar}", style="dim"))
     for warning in warnings(record):
         out.print(Text(f"! {warning}", style="yellow"))
-    table, left_out = fitted_table(COLUMNS, rows, out.width)
+    money = ("cost", "saved")
+    columns = [column for column in COLUMNS if record.costs or column.title not in money]
+    table, left_out = fitted_table(columns, rows, out.width)
     out.print(table)
+    for line in heads_in_words(("KL", "ppl ratio", "top-1", "passes", *(("cost",) if record.costs else ()))):
+        out.print(Text(line, style="dim"))
     if left_out:
         out.print(Text(f"Left out for width: {', '.join(left_out)}.", style="dim"))
     wide = max((len(row.level) for row in rows), default=0) + 2
     for row in rows:
         line = Text.assemble((f"{row.level:<{wide}}", "bold"), (row.verdict.status, STYLES[row.verdict.status]))
         out.print(line.append(f": {row.verdict.reason}"))
+    _print_answers(record, out)
     for level, notes in wording_lines(record).items():
         out.print(Text.assemble((f"{level:<{wide}}", "bold"), ("answers", "dim")).append(f": {notes}"))
+    for level, notes in behaviour_lines(record).items():
+        out.print(Text.assemble((f"{level:<{wide}}", "bold"), ("behaviour", "dim")).append(f": {notes}"))
     out.print()
     out.print(Text(record.decision.summary, style="bold"))
+    for line in cost_lines(record):
+        out.print(Text(line))
     for step in record.decision.next:
         out.print(Padding(Text(f"To find out more: {step}", style="dim"), (0, 0, 0, 2)))
+
+
+def _print_answers(record: RunRecord, out: Console) -> None:
+    """What changed in the answers of every level."""
+    from rich.text import Text
+
+    rows = answers_rows(record)
+    if not rows:
+        return
+    shown = answers_columns(rows)
+    columns: list[Column[AnswersRow]] = [Column("answers of", lambda row: row.level, 0, right=False)]
+    columns += [Column(one.title, one.read, rank) for rank, one in enumerate(shown)]
+    table, left_out = fitted_table(columns, rows, out.width)
+    out.print()
+    out.print(table)
+    for one in shown:
+        if one.title not in left_out:
+            out.print(Text(f"{one.title}: {one.means}.", style="dim"))
 
 
 PLAN_COLUMNS: tuple[Column[LevelPlan], ...] = (
@@ -100,8 +131,7 @@ PLAN_COLUMNS: tuple[Column[LevelPlan], ...] = (
     Column("why", lambda row: row.reason, 7, right=False, wraps=True),
 )
 PLAN_HEADS = {
-    "bpw": "bpw: bits per weight, scales included.",
-    "on label": "on label: weights that have the type in the level's name; the rest fell back or got more bits.",
+    **{name: heads_in_words([name])[0] for name in ("bpw", "on label")},
     "KV cache": "KV cache: what the context takes.",
     "in memory": "in memory: weights, cache and buffers.",
     "tokens/s": "tokens/s: expected when answering.",
@@ -171,9 +201,43 @@ def fidelity_table(fidelities: Sequence[Fidelity], console: Console | None = Non
             f"{one.tokens:,}",
         )
     out.print(table)
+    for line in heads_in_words(("KL", "ppl ratio", "top-1")):
+        out.print(line, style="dim")
+    if any(one.depths for one in fidelities):
+        depth_table(fidelities, out)
     if fidelities:
         one = fidelities[0]
-        out.print(f"Intervals resample {one.units} {one.unit}s, not tokens.", style="dim")
+        line = f"95%: intervals over {one.units} {one.unit}s, not over tokens."
+        if one.units < 2:
+            line = f"One {one.unit} is too little for intervals: measure on more text."
+        out.print(line, style="dim")
+
+
+def depth_table(fidelities: Sequence[Fidelity], out: Console) -> None:
+    """Losses by depth of context, and what they rise by."""
+    table = plain_table()
+    for title in ("level", "depth", "KL mean", "95%", "times shallowest", "95%", "ppl ratio", "top-1"):
+        table.add_column(title, justify="left" if title in ("level", "95%") else "right", no_wrap=True)
+    for one in fidelities:
+        for at in one.depths:
+            table.add_row(
+                one.level if at is one.depths[0] else "",
+                f"{at.depth:,}",
+                small(at.kl_mean),
+                interval(at.kl_low, at.kl_high, small),
+                number(at.rise, 3),
+                interval(at.rise_low, at.rise_high, lambda ratio: f"{ratio:.3g}"),
+                f"{at.ppl_ratio:.4f}" if math.isfinite(at.ppl_ratio) else "–",
+                percent(at.top1, 1),
+            )
+    out.print(table)
+    for one in fidelities:
+        deepest = one.depths[-1] if one.depths else None
+        if deepest is not None and deepest.rises:
+            out.print(
+                f"{one.level}: its loss rises with depth, {number(deepest.rise, 3)} times from {one.depths[0].depth:,} "
+                f"to {deepest.depth:,} tokens ({deepest.rise_low:.3g} to {deepest.rise_high:.3g})."
+            )
 
 
 def search_table(outcome: LadderOutcome, bar: str, console: Console | None = None) -> None:
@@ -184,24 +248,24 @@ def search_table(outcome: LadderOutcome, bar: str, console: Console | None = Non
 
     out = console or terminal_console()
     table = plain_table()
-    for title in ("level", "inputs asked", "standing"):
-        table.add_column(title, justify="right" if title == "inputs asked" else "left")
+    for title in ("level", "inputs used", "standing"):
+        table.add_column(title, justify="right" if title == "inputs used" else "left")
     for level, used, standing in zip(outcome.levels, outcome.inputs_used, outcome.standings, strict=True):
         said = {
-            Standing.OPEN: "ran out of inputs" if used else "not asked",
+            Standing.OPEN: "ran out of inputs" if used else "not tried",
             Standing.UNLIKELY: "unlikely to meet the bar",
         }
         table.add_row(level, str(used or "\u2013"), said.get(Standing(standing), f"{standing} the bar"))
     out.print(table)
-    asked = f"{sum(outcome.inputs_used)} inputs asked of {sum(map(bool, outcome.inputs_used))} levels"
+    used = f"{sum(outcome.inputs_used)} answers of {sum(map(bool, outcome.inputs_used))} levels were needed"
     if outcome.chosen and outcome.decided:
-        found = f"{outcome.chosen} is the smallest level known to hold '{bar}' ({asked})."
+        found = f"{outcome.chosen} is the smallest level known to hold '{bar}' ({used})."
     elif outcome.chosen:
-        found = f"{outcome.chosen} holds '{bar}'; a smaller one might, with more inputs ({asked})."
+        found = f"{outcome.chosen} holds '{bar}'; a smaller one might, which more inputs would show ({used})."
     elif outcome.decided:
-        found = f"No level holds '{bar}' ({asked})."
+        found = f"No level holds '{bar}' ({used})."
     else:
-        found = f"The workload has too few inputs to tell whether a level holds '{bar}' ({asked})."
+        found = f"The workload has too few inputs to decide whether a level holds '{bar}' ({used})."
     out.print(Text(found, style="bold"))
 
 

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
+import functools
 import gc
 import logging
-import resource
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import uvicorn
-import uvloop
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -26,15 +25,17 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from bitladder import system
 from bitladder.errors import EngineError, UsageError
 from bitladder.serve.deploy import Deployment, deployed
 from bitladder.serve.limits import Doorman, KeyRing
 from bitladder.serve.metrics import JsonLines
 from bitladder.serve.page_app import PageFiles
+from bitladder.serve.processes import Sibling, in_processes
 from bitladder.serve.protocol import TASK_MEMBER, error_body, header_text
 from bitladder.serve.router import AUTO
 from bitladder.serve.settings import LOOPBACK, ServeSettings
-from bitladder.serve.whatif import answer_what_if
+from bitladder.serve.whatif import answer_changes, answer_what_if
 from bitladder.serve.wire import MAX_CONNECTIONS, CarefulProtocol, Shared
 from bitladder.units import KiB
 
@@ -52,8 +53,9 @@ _GC_ALLOCATIONS = 20_000  # between two looks for cycles; requests leave few
 class _Views:
     """What can be read: one method per GET path."""
 
-    def __init__(self, deployment: Deployment) -> None:
+    def __init__(self, deployment: Deployment, sibling: Sibling | None = None) -> None:
         self._here = deployment
+        self._sibling = sibling
         self._started = int(time.time())
         self._created = {tier.name: self._made(tier.spec.path) for tier in deployment.tiers}
 
@@ -75,6 +77,7 @@ class _Views:
             "/bitladder/api/live": self.live,
             "/bitladder/api/run": self.run,
             "/bitladder/api/what-if": self.what_if,
+            "/bitladder/api/answers": self.answers,
         }
         return [Route(path, view, methods=["GET"]) for path, view in views.items()]
 
@@ -119,6 +122,8 @@ class _Views:
     async def metrics(self, _: HttpRequest) -> Response:
         """Prometheus text."""
         text = self._here.metrics.text(self._here.tiers)
+        if self._sibling is not None:
+            text = await self._sibling.together(text)
         return Response(text, headers={"content-type": "text/plain; version=0.0.4; charset=utf-8"})
 
     async def live(self, _: HttpRequest) -> Response:
@@ -126,6 +131,7 @@ class _Views:
         here = self._here
         told = here.metrics.live(here.tiers)
         told |= {"name": here.settings.name, "ready": here.ready, "notes": here.notes}
+        told["process"] = None if self._sibling is None else self._sibling.number
         told["shadow"] = here.shadow.live() if here.shadow else None
         return JSONResponse(told, headers={"cache-control": "no-store"})
 
@@ -137,6 +143,10 @@ class _Views:
         """The run's decision with another memory, context or bar."""
         return JSONResponse(await answer_what_if(self._run_json(), request.query_params))
 
+    async def answers(self, _: HttpRequest) -> Response:
+        """What changed in the answers of each level of the run."""
+        return JSONResponse(await answer_changes(self._run_json()))
+
     def _run_json(self) -> Path:
         path = self._here.settings.run_json
         if path is None or not path.is_file():
@@ -144,8 +154,8 @@ class _Views:
         return path
 
 
-def build_app(deployment: Deployment) -> ASGIApp:
-    """The application over a running deployment.
+def build_app(deployment: Deployment, sibling: Sibling | None = None) -> ASGIApp:
+    """The application over a running deployment, in one of several processes where ``sibling`` says so.
 
     Raises:
         BadInput: the key file cannot be used.
@@ -155,7 +165,7 @@ def build_app(deployment: Deployment) -> ASGIApp:
     hosts = frozenset(host.lower() for host in (*LOOPBACK, settings.host, *settings.allowed_hosts))
     origins = frozenset(settings.allowed_origins)
     views = Starlette(
-        routes=_Views(deployment).routes(),
+        routes=_Views(deployment, sibling).routes(),
         exception_handlers={HTTPException: _http_error, Exception: _unexpected},
     )
     views.router.default = PageFiles()  # a mount would take other methods than GET from the paths above
@@ -201,15 +211,49 @@ def serve(settings: ServeSettings, on_ready: Callable[[str, Deployment], None] |
     ``on_ready`` is told the address once requests are accepted.
 
     Raises:
-        UsageError: the address cannot be listened on.
+        UsageError: the address cannot be listened on; several processes where the system has none that share a socket.
         EngineError: an engine does not start, an endpoint serves another model, or answers had to be cut at the end.
     """
+    if settings.processes > 1 and not system.CAN_FORK:
+        raise UsageError("On Windows a gateway is one process.", do="Leave out --processes.")
     log_to_stderr()
     _allow_files()
     _give_back_large_buffers()
-    listener = _listen(settings.host, settings.port)
-    with listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_serve(settings, listener, on_ready))
+    with _listen(settings.host, settings.port) as listener:
+        if settings.processes == 1:
+            _run(settings, listener, on_ready)
+            return
+        with tempfile.TemporaryDirectory(prefix="bitladder-") as folder:
+            siblings = [Sibling(Path(folder), number, settings.processes) for number in range(settings.processes)]
+            in_processes(siblings, functools.partial(_run_sibling, settings, listener, on_ready))
+
+
+def _run_sibling(
+    settings: ServeSettings,
+    listener: socket.socket,
+    on_ready: Callable[[str, Deployment], None] | None,
+    sibling: Sibling,
+    ready: Callable[[], None],
+) -> None:
+    """One of several processes: the first one says where it serves."""
+    first_started = sibling.number == 0 and not sibling.place(0).exists()
+
+    def served(address: str, deployment: Deployment) -> None:
+        ready()
+        if on_ready is not None and first_started:
+            on_ready(address, deployment)
+
+    _run(settings, listener, served, sibling)
+
+
+def _run(
+    settings: ServeSettings,
+    listener: socket.socket,
+    on_ready: Callable[[str, Deployment], None] | None,
+    sibling: Sibling | None = None,
+) -> None:
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        runner.run(_serve(settings, listener, on_ready, sibling))
 
 
 def log_to_stderr() -> None:
@@ -226,18 +270,23 @@ def log_to_stderr() -> None:
 
 def _allow_files() -> None:
     """Let this process have as many open files as its connections need, if it may: two for each request, and more."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 2 * MAX_CONNECTIONS + _OTHER_FILES
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    system.allow_open_files(2 * MAX_CONNECTIONS + _OTHER_FILES)
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop's event loop, where there is one for this system; asyncio's own (None) elsewhere."""
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
 
 
 def _give_back_large_buffers() -> None:
     """Have glibc map every large buffer by itself. It raises the size from which on it does so to that of the largest
     one freed, up to 32 MiB, and keeps smaller ones in a heap that cannot shrink below the last one in use.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    mallopt = getattr(system.c_library(), "mallopt", None)  # other C libraries have none
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, _LARGE)
 
@@ -255,11 +304,19 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 async def _serve(
-    settings: ServeSettings, listener: socket.socket, on_ready: Callable[[str, Deployment], None] | None
+    settings: ServeSettings,
+    listener: socket.socket,
+    on_ready: Callable[[str, Deployment], None] | None,
+    sibling: Sibling | None,
 ) -> None:
-    async with deployed(settings) as deployment:
+    async with contextlib.AsyncExitStack() as stack:
+        deployment = await stack.enter_async_context(deployed(settings))
+        if sibling is not None:
+            sibling.follow_parent()
+            counted = functools.partial(deployment.metrics.text, deployment.tiers)
+            await stack.enter_async_context(sibling.telling(counted))
         config = uvicorn.Config(
-            build_app(deployment),
+            build_app(deployment, sibling),
             http=CarefulProtocol,
             ws="none",
             lifespan="off",
@@ -303,13 +360,20 @@ class _Server(uvicorn.Server):
         """Stop in order on the first signal, at once on a second Ctrl-C."""
         loop = asyncio.get_running_loop()
         signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+        before = {}
         for number in signals:
-            loop.add_signal_handler(number, self.handle_exit, number, None)
+            try:
+                loop.add_signal_handler(number, self.handle_exit, number, None)
+            except NotImplementedError:  # Windows: the server looks every tenth of a second whether it should stop
+                before[number] = signal.signal(number, self.handle_exit)
         try:
             yield
         finally:
             for number in signals:
-                loop.remove_signal_handler(number)
+                if number in before:
+                    signal.signal(number, before[number])
+                else:
+                    loop.remove_signal_handler(number)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Accept nothing new, wait for what runs, and count what must be cut."""

@@ -11,12 +11,25 @@ from typing import Protocol
 
 from bitladder.errors import EngineError
 
+PHASES = {
+    "down": "is not running",
+    "connect": "cannot be reached",
+    "first byte": "did not answer in time",
+    "stalled": "did not answer in time",
+    "broken": "broke off",
+    "status": "answered with an error",
+    "busy": "is busy",
+    "garbage": "answered with something that is no answer",
+    "wrong model": "answered as another model",
+    "no tool call": "called no tool",
+}
+"""What became of an upstream, in words, by the phase in which it failed."""
+
 
 class UpstreamFailed(EngineError):
     """An upstream gave no usable answer.
 
-    ``phase`` says when: ``down``, ``connect``, ``first byte``, ``stalled``, ``broken``, ``status``,
-    ``garbage`` or ``wrong model``.
+    ``phase`` says when: a name of ``PHASES``.
     """
 
     def __init__(self, phase: str, found: str) -> None:

@@ -17,10 +17,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from bitladder.engines.base import Chat, Completion, Continuing, Engine, Message, TokenChoice
+from bitladder.records.wording import Parting
 from bitladder.unicode import changes, pieces
 
-TIE_RATIO = 0.5
-"""A tie: each level gave the other's token at least this share of its own one's probability."""
 TOP = 10
 MOST_LATER = 8
 """Places after the first that are looked for."""
@@ -36,28 +35,6 @@ class Side:
     tokens: int
     first_token_s: float
     decode_tokens_per_s: float
-
-
-@dataclass(frozen=True)
-class Parting:
-    """A token where the levels, after the same words, differ. Probabilities 0 to 1; NaN: not among the ``TOP`` that
-    were told.
-
-    ``a_of_a`` is what level A gave its own token there, ``a_of_b`` what it gave B's, and so on.
-    """
-
-    index: int
-    token_a: str
-    token_b: str
-    a_of_a: float
-    a_of_b: float
-    b_of_a: float
-    b_of_b: float
-
-    @property
-    def is_tie(self) -> bool:
-        """Whether both levels were as good as undecided."""
-        return self.a_of_b >= TIE_RATIO * self.a_of_a and self.b_of_a >= TIE_RATIO * self.b_of_b
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import functools
 import re
 import select
 from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self, cast
 from urllib.parse import urlsplit
 
@@ -438,11 +438,14 @@ class HttpReply:
 
 class HttpBackend:
     """An OpenAI-compatible endpoint. ``base_url`` gives its address as `api_base` takes it, or None while nothing
-    listens there.
+    listens there; ``at``: one of the IP addresses of its name, to connect to.
     """
 
-    def __init__(self, pool: ConnectionPool, base_url: Callable[[], str | None], api_key: str = "") -> None:
+    def __init__(
+        self, pool: ConnectionPool, base_url: Callable[[], str | None], api_key: str = "", *, at: str = ""
+    ) -> None:
         self._pool = pool
+        self._at = at
         self._base_url = base_url
         self._key = api_key
         self._heads: dict[tuple[str, str], tuple[Address, bytes]] = {}
@@ -470,7 +473,7 @@ class HttpBackend:
             raise UpstreamFailed("down", "The engine is not running.")
         known = self._heads.get((base_url, request.path))
         if known is None:
-            address = address_of(api_base(base_url))
+            address = self._address(base_url)
             known = (
                 address,
                 request_head("POST", address, request.path.removeprefix(API), self._fields(address, request.path)),
@@ -478,3 +481,24 @@ class HttpBackend:
             self._heads[base_url, request.path] = known
         address, head = known
         return await self._pool.send(address, head + b"content-length: %d\r\n\r\n" % len(request.body) + request.body)
+
+    async def alive(self, seconds: float) -> int:
+        """Status of what it answers when asked for its models, read no further.
+
+        Raises:
+            UpstreamFailed: it cannot be connected to, or breaks off.
+            TimeoutError: no answer within ``seconds``.
+        """
+        base_url = self._base_url()
+        if base_url is None:
+            raise UpstreamFailed("down", "The engine is not running.")
+        address = self._address(base_url)
+        headers = {"authorization": f"Bearer {self._key}"} if self._key else {}
+        async with asyncio.timeout(seconds):
+            reply = await self._pool.send(address, request_head("GET", address, "/models", headers) + b"\r\n")
+            reply.close()
+        return reply.status
+
+    def _address(self, base_url: str) -> Address:
+        address = address_of(api_base(base_url))
+        return replace(address, name=self._at) if self._at else address

@@ -18,10 +18,12 @@ from bitladder.engines.network import proxy_for, tls_context
 from bitladder.errors import EngineError
 from bitladder.serve.backends import Complete, UpstreamFailed
 from bitladder.serve.connections import ConnectionPool, HttpBackend
+from bitladder.serve.discovery import Discovery, Resolve, resolve_name
 from bitladder.serve.gateway import Gateway
 from bitladder.serve.limits import Gate
 from bitladder.serve.metrics import Metrics
 from bitladder.serve.protocol import EMBEDDINGS, RERANK
+from bitladder.serve.replicas import Replica, ReplicaSet
 from bitladder.serve.router import QUALITY, SPEED
 from bitladder.serve.settings import ServeSettings, TierSpec
 from bitladder.serve.shadow import ShadowMode
@@ -40,6 +42,7 @@ MakeEngine = Callable[[TierSpec, int], Running]
 
 def own_engine(spec: TierSpec, threads: int, kind: EngineKind | None = None) -> Running:
     """The engine of a tier, not yet started; ``kind``: what runs files; None, and for folders: what is registered."""
+    from bitladder.engines.llama import with_cache, with_speculation
     from bitladder.engines.registry import container_of, prepare
     from bitladder.levels import Container
 
@@ -54,6 +57,7 @@ def own_engine(spec: TierSpec, threads: int, kind: EngineKind | None = None) -> 
         projector=spec.projector or "",
         task=TASKS[spec.task],
     )
+    launch = with_speculation(with_cache(launch, spec.cache), spec.speculate)
     return prepare(launch, kind if container_of(spec.path) is Container.FILE else None)
 
 
@@ -102,11 +106,12 @@ async def deployed(
     *,
     make_engine: MakeEngine | None = None,
     upstreams: Mapping[str, Complete] | None = None,
+    resolve: Resolve = resolve_name,
 ) -> AsyncIterator[Deployment]:
     """Start everything, and stop it at the end.
 
-    ``make_engine`` and ``upstreams`` replace the engines, and the upstream of a level by a function; a test hands in
-    its own.
+    ``make_engine`` and ``upstreams`` replace the engines, and the upstream of a level by a function, ``resolve`` the
+    system's resolver of names; a test hands in its own.
 
     Raises:
         EngineError: an engine does not start, or an endpoint serves another model.
@@ -117,11 +122,14 @@ async def deployed(
         notes: list[str] = []
         for names, spec in specs_by_role(settings):
             if spec.url is not None and spec.level not in (upstreams or {}):
-                spec, said = await _known_endpoint(pool, spec)  # noqa: PLW2901 - the same level, its model known
+                spec, said = await _known_replicas(pool, spec)  # noqa: PLW2901 - the same level, its model known
                 notes += said
             roles.append((names, spec))
         specs = [spec for _, spec in roles]
         turns = Turns() if must_take_turns(specs, settings.memory_budget_bytes) else None
+        found = {spec.level: Discovery(spec, pool, settings.timeouts, resolve) for spec in specs if spec.url}
+        looked_after = {level: one for level, one in found.items() if one.needed and level not in (upstreams or {})}
+        addresses = {level: await discovery.start() for level, discovery in looked_after.items()}
         tiers = tuple(
             _tier(
                 names,
@@ -131,6 +139,7 @@ async def deployed(
                 make_engine=make_engine or functools.partial(own_engine, kind=settings.program),
                 turns=turns,
                 upstream=(upstreams or {}).get(spec.level),
+                replicas=addresses.get(spec.level),
             )
             for names, spec in roles
         )
@@ -147,7 +156,8 @@ async def deployed(
         for tier in tiers:
             if tier.engine is not None and turns is None:
                 await tier.engine.start()
-        for work in (watchman.run, *([shadow.run] if shadow else [])):
+        kept = [discovery.run for discovery in looked_after.values()]
+        for work in (watchman.run, *kept, *([shadow.run] if shadow else [])):
             task = asyncio.create_task(work())
             stack.push_async_callback(_cancel, task)
         yield Deployment(settings, tiers, metrics, gateway, shadow, tuple(notes))
@@ -162,13 +172,16 @@ def _tier(
     make_engine: MakeEngine,
     turns: Turns | None,
     upstream: Complete | None,
+    replicas: ReplicaSet | None,
 ) -> Tier:
     gate = Gate(spec.slots, settings.max_queue)
+    if replicas is not None:
+        return Tier(names, spec, replicas, gate)
     if upstream is not None:
-        return Tier(names, spec, upstream, gate)
+        return Tier(names, spec, _alone(spec, upstream), gate)
     if spec.path is None:
         url = spec.url
-        return Tier(names, spec, HttpBackend(pool, lambda: url, spec.api_key).complete, gate)
+        return Tier(names, spec, _alone(spec, HttpBackend(pool, lambda: url, spec.api_key).complete), gate)
     # Only the gateway may ask its engines: they listen on a port too, and check neither host nor origin.
     check_file = EngineFingerprint(spec.path).check
     spec = replace(spec, api_key=secrets.token_urlsafe(24))
@@ -178,7 +191,13 @@ def _tier(
         pool,
         check_file=check_file,
     )
-    return Tier(names, spec, HttpBackend(pool, engine.address, spec.api_key).complete, gate, engine, turns)
+    backend = HttpBackend(pool, engine.address, spec.api_key)
+    return Tier(names, spec, _alone(spec, backend.complete), gate, engine, turns)
+
+
+def _alone(spec: TierSpec, complete: Complete) -> ReplicaSet:
+    """The only one that answers for a tier."""
+    return ReplicaSet([Replica(spec.level, complete, spec.api_key)])
 
 
 def _shadow(settings: ServeSettings, tiers: tuple[Tier, ...], metrics: Metrics) -> ShadowMode | None:
@@ -199,7 +218,7 @@ def _notes(settings: ServeSettings, specs: list[TierSpec], turns: Turns | None) 
         )
     if settings.speed not in (None, settings.quality) and (settings.auto.fixed or not settings.auto.tags):
         target = settings.auto.fixed or QUALITY
-        notes.append(f"`auto` uses the {target} tier for everything: {settings.auto.because}.")
+        notes.append(f"The model name 'auto' uses the {target} tier for everything: {settings.auto.because}.")
     return notes
 
 
@@ -209,6 +228,20 @@ def _projector_note(spec: TierSpec, settings: ServeSettings) -> str:
     if isinstance(program, TakesProjectors) and not program.takes_projectors:
         return f"{spec.level} is served without {spec.projector.name}: this engine takes in no pictures or sounds."
     return f"{spec.level} takes in pictures or sounds, too ({spec.projector.name}); none of that was measured."
+
+
+async def _known_replicas(pool: ConnectionPool, spec: TierSpec) -> tuple[TierSpec, list[str]]:
+    """As `_known_endpoint`, asked of every address: all must serve the same model.
+
+    Raises:
+        EngineError, UsageError: as there.
+    """
+    notes: list[str] = []
+    for one in spec.keyed:
+        known, said = await _known_endpoint(pool, replace(spec, url=one.url, api_key=one.api_key, replicas=()))
+        spec = replace(spec, model=known.model)
+        notes += said
+    return spec, notes
 
 
 async def _known_endpoint(pool: ConnectionPool, spec: TierSpec) -> tuple[TierSpec, list[str]]:
@@ -228,7 +261,7 @@ async def _known_endpoint(pool: ConnectionPool, spec: TierSpec) -> tuple[TierSpe
         status, body = await pool.get(base_url, path, 5.0, headers)
         listed = json.loads(body) if status == 200 else None
     except (UpstreamFailed, TimeoutError, ValueError, RecursionError) as error:
-        return spec, [f"{url} cannot be asked for its models yet: {str(error).rstrip('.') or type(error).__name__}."]
+        return spec, [f"{url} does not list its models yet: {str(error).rstrip('.') or type(error).__name__}."]
     data = listed.get("data") if isinstance(listed, dict) else None
     names = [str(item.get("id")) for item in data if isinstance(item, dict)] if isinstance(data, list) else []
     if not names:
@@ -240,7 +273,7 @@ async def _known_endpoint(pool: ConnectionPool, spec: TierSpec) -> tuple[TierSpe
     shown = ", ".join(names[:8])
     raise EngineError(
         f"{url} serves {shown}, and not '{spec.served_name}'.",
-        means="The level would be answered by another model." if spec.model else "Which one is meant was not said.",
+        means="The level would be answered by another model." if spec.model else "It is not clear which one is meant.",
         do="Give the name that the endpoint uses, as in http://host:8000#name.",
     )
 

@@ -214,7 +214,7 @@ def advise(inputs: Sequence[RoutedInput], generator: np.random.Generator) -> Rou
     best.
     """
     if not inputs:
-        return RoutingAdvice("No evidence: `auto` uses the quality tier.", AutoRule())
+        return RoutingAdvice("No evidence: 'auto' uses the quality tier.", AutoRule())
     lost = sum(item.lost for item in inputs)
     net = sum(item.quality_passed - item.speed_passed for item in inputs)
     speed_s, quality_s = sum(item.speed_s for item in inputs), sum(item.quality_s for item in inputs)
@@ -240,7 +240,7 @@ def advise(inputs: Sequence[RoutedInput], generator: np.random.Generator) -> Rou
         everything = _one_tier(QUALITY, f"{numbers}, no less than the quality tier for everything")
         return replace(everything, by_tag=tags, by_escalation=sure)
     goal = f"{MIN_RECOVERED:.0%} for {MAX_EXTRA_COST:+.0%}"
-    sentence = f"Routing cannot reach {goal} here: {numbers}. `auto` still errs on the side of quality."
+    sentence = f"Routing cannot reach {goal} here: {numbers}. In doubt 'auto' uses the quality tier."
     return RoutingAdvice(sentence, rule, tags, sure, threshold)
 
 
@@ -248,21 +248,22 @@ def _without_net_loss(inputs: Sequence[RoutedInput], generator: np.random.Genera
     """Where the speed tier gained in one kind of work what it lost in another, sending only the latter to the quality
     tier may pass more than either tier does alone.
     """
-    because = f"the speed tier lost nothing net on {len(inputs)} inputs"
+    lost = sum(item.lost for item in inputs)
+    because = f"the speed tier passes no fewer of your {len(inputs)} inputs than the quality tier"
+    if not lost:
+        because = f"no loss measured on your {len(inputs)} inputs"
     if not any(seen.needs_quality for seen in tag_table(inputs).values()):
         return _one_tier(SPEED, because)
     tags = held_out(inputs, by_tag, generator, twice=False)
     gained = f"{100 * tags.gained:+.1f} inputs of 100"
     if tags.gained_low > 0 and tags.extra_cost <= MAX_EXTRA_COST:
         sentence = (
-            f"Routing pays: {because}, but kinds of work it did lose; on held-out halves, routing by tags passes "
+            f"Routing pays: {because}, and yet loses some kinds of work; on held-out halves, routing by tags passes "
             f"{gained} for {tags.extra_cost:+.0%} of its cost."
         )
         return RoutingAdvice(sentence, AutoRule(tags=tag_table(inputs), guess=_similarity(inputs).guess), tags)
-    unsure = (
-        f"nor does routing by tags surely pass more (held-out halves: {gained}, {100 * tags.gained_low:+.1f} in the"
-    )
-    return replace(_one_tier(SPEED, f"{because}, {unsure} worst twentieth)"), by_tag=tags)
+    unsure = f"{gained} on average over held-out halves, {100 * tags.gained_low:+.1f} in the worst twentieth of them"
+    return replace(_one_tier(SPEED, because, f", and routing by tags may not pass more ({unsure})"), by_tag=tags)
 
 
 def _share(recovered: float) -> str:
@@ -270,8 +271,11 @@ def _share(recovered: float) -> str:
     return "all" if recovered >= 1 else f"{recovered:.0%}"
 
 
-def _one_tier(tier: str, because: str) -> RoutingAdvice:
-    sentence = f"Routing gains nothing: {because}. Deploy the {tier} tier alone; `auto` uses it for everything."
+def _one_tier(tier: str, because: str, numbers: str = "") -> RoutingAdvice:
+    """One tier for everything. ``because`` stands in every answer's header, ``numbers`` only where it is decided."""
+    sentence = (
+        f"Routing gains nothing: {because}{numbers}. Deploy the {tier} tier alone; 'auto' uses it for everything."
+    )
     return RoutingAdvice(sentence, AutoRule(fixed=tier, because=because))
 
 

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from starlette.types import Receive, Scope, Send
 
 from bitladder.errors import EngineError
-from bitladder.serve.backends import UpstreamFailed, UpstreamRequest
+from bitladder.serve.backends import PHASES, UpstreamFailed, UpstreamRequest
 from bitladder.serve.delivery import Delivery, Headers
 from bitladder.serve.legacy_logprobs import in_own_shape
 from bitladder.serve.limits import BODY_S, ClientShare, RequestMemory, held_bytes, let_go, read_body, send_refusal
@@ -35,9 +35,11 @@ from bitladder.serve.protocol import (
     ModelRequest,
     Refused,
     count_values,
+    header_text,
     parse_request,
 )
 from bitladder.serve.relay import Relayed, judge, read_answer
+from bitladder.serve.replicas import MOST_SENT, Replica, affinity_key
 from bitladder.serve.rewording import TRANSLATED, as_chat, worded_for
 from bitladder.serve.router import AUTO, QUALITY, SPEED, AutoRule, Features, Routing, TierChoice, choose
 from bitladder.serve.settings import LONGEST_TOKEN, TASK_OPTIONS, ServeSettings
@@ -53,6 +55,7 @@ _MAX_SAMPLED = 1 * MiB
 _ROLES = {QUALITY, SPEED}
 _OF_ONE_TIER = (EMBEDDINGS, RERANK, COUNT_TOKENS)
 _SELDOM_SPOKEN = (RERANK, COUNT_TOKENS)
+_BUSY = 429
 _UNKNOWN_PATH = (404, 405, 501)
 """Statuses of servers that do not know a path."""
 
@@ -64,6 +67,15 @@ class Attempt(NamedTuple):
 
     tier: Tier
     judged: bool = False
+
+
+class _Try(NamedTuple):
+    """A replica to ask for an attempt."""
+
+    attempt: Attempt
+    replica: Replica
+    last: bool
+    """Whether no other replica would be asked after it."""
 
 
 class _NextAttempt(Exception):
@@ -211,7 +223,8 @@ class Gateway:
             elif name == b"x-bitladder-tag":
                 tags = value.decode("latin-1")
         split = tuple(tag.strip() for tag in tags.split(",")[:_MAX_TAGS] if tag.strip())
-        features = Features(request.model, header, split, key, request.path, lambda: request.asked)
+        tools = bool(request.value("tools"))
+        features = Features(request.model, header, split, key, request.path, lambda: request.asked, tools)
         if request.path in self._of_its_own and request.model.lower() == AUTO and not header:
             return TierChoice(self._of_its_own[request.path], "the only tier for this", Routing.LEVEL)
         choice = choose(features, self._levels, self._settings.rules, self._auto)
@@ -238,22 +251,14 @@ class Gateway:
         Raises:
             _NextAttempt: it gave no answer to keep, and nothing was sent.
         """
-        tier, record, watch, path = attempt.tier, task.delivery.record, task.watch, task.request.path
+        tier, record, watch = attempt.tier, task.delivery.record, task.watch
         try:
             if not tier.usable and tier.engine is not None:
                 await tier.engine.wait_ready(self._settings.timeouts.restart if alone else 0.0)
             async with tier.hold() as loaded:
                 if loaded:
                     record.reason += f"; {tier.spec.level} was loaded for this"
-                watch.phase("the first byte", self._settings.timeouts.first_byte)
-                if tier.speaks(path) and not (attempt.judged and path in TRANSLATED):
-                    try:
-                        await self._exchange(attempt, task.request, task, headers)
-                        return
-                    except _NotSpoken as unknown:
-                        let_go(unknown)
-                        tier.unspoken.add(path)
-                await self._exchange(attempt, task.as_chat(), task, headers)
+                await self._ask_replicas(attempt, task, headers)
         except UpstreamFailed as failure:
             raise self._failed(record, tier, failure.phase, failure.found) from None
         except EngineError as error:
@@ -264,15 +269,73 @@ class Gateway:
                 raise self._failed(record, tier, "stalled", str(cause)) from None
             raise cause or asyncio.CancelledError from None
 
-    async def _exchange(self, attempt: Attempt, asked: ModelRequest, task: _Task, headers: Headers) -> None:
+    async def _ask_replicas(self, attempt: Attempt, task: _Task, headers: Headers) -> None:
+        """Have one replica of the tier after another try, until one answers.
+
+        A request that was sent and failed may be what makes them fail, so it is sent to `MOST_SENT` at most; those that
+        could not be connected to never saw it.
+
+        Raises:
+            UpstreamFailed: none of them did.
+        """
+        replicas, record = attempt.tier.replicas, task.delivery.record
+        key = affinity_key(task.request) if replicas.several else b""
+        tried: frozenset[str] = frozenset()
+        sent = 0
+        while True:
+            replica = replicas.choose(key, tried)
+            assert replica is not None  # the last one's failure is raised
+            tried |= {replica.name}
+            last = sent + 1 >= MOST_SENT or not replicas.others(tried)
+            try:
+                with replicas.asking(replica, task.watch):
+                    await self._ask_replica(_Try(attempt, replica, last), task, headers)
+                return
+            except UpstreamFailed as failure:
+                replicas.failed(replica, failure)
+                sent += failure.phase != "connect"
+                if sent >= MOST_SENT or not replicas.others(tried):
+                    raise
+                record.retries += (f"{replica.name}: {failure.phase}",)
+                record.reason += f"; {replica.name} failed ({failure.phase})"
+                let_go(failure)
+
+    async def _ask_replica(self, one: _Try, task: _Task, headers: Headers) -> None:
+        """Have this replica answer, in the words that it understands.
+
+        Raises:
+            UpstreamFailed: it gave no answer to keep, and nothing was sent.
+        """
+        tier, path, watch = one.attempt.tier, task.request.path, task.watch
+        watch.phase("the first byte", self._settings.timeouts.first_byte)
+        try:
+            if tier.speaks(path) and not (one.attempt.judged and path in TRANSLATED):
+                try:
+                    await self._exchange(one, task.request, task, headers)
+                    return
+                except _NotSpoken as unknown:
+                    let_go(unknown)
+                    tier.unspoken.add(path)
+            await self._exchange(one, task.as_chat(), task, headers)
+        except asyncio.CancelledError:
+            cause = watch.cause()
+            if isinstance(cause, PhaseTimeout):
+                if task.delivery.record.first_s is not None:
+                    raise ClientGone from None  # it takes nothing of a document
+                raise UpstreamFailed("stalled", str(cause)) from None
+            raise cause or asyncio.CancelledError from None
+
+    async def _exchange(self, one: _Try, asked: ModelRequest, task: _Task, headers: Headers) -> None:
         """Ask the upstream, in the client's words or in those of chat completions, and deliver its answer.
 
         Raises:
             _NotSpoken: it does not know the API that the client speaks, but may know chat completions.
         """
+        attempt, replica, _ = one
         tier, record, request = attempt.tier, task.delivery.record, task.request
         body = task.body if asked is request else b""
-        reply = await tier.complete(_upstream_request(attempt, asked, body))
+        began = time.monotonic()
+        reply = await replica.complete(_upstream_request(attempt, asked, body))
         try:
             if asked is request and reply.status in _UNKNOWN_PATH:
                 if request.path in TRANSLATED:
@@ -284,17 +347,25 @@ class Gateway:
                 reply,
                 tier.spec.served_name,
                 stream=request.stream,
-                secret=tier.spec.api_key,
+                secret=replica.secret,
                 path=asked.path,
                 client_path=request.path,
             )
+            if answer.status == _BUSY and not one.last:
+                raise UpstreamFailed("busy", "The upstream has too many requests.")
             if attempt.judged:
                 answer = await self._judged(answer, asked, record)
             answer = in_own_shape(with_calls(answer, asked, tier), asked)
             if asked is not request:
                 answer = worded_for(request, answer)
             record.tier, record.level = tier.name, tier.spec.level
+            tier.replicas.answers(replica, task.watch, time.monotonic() - began)
+            if tier.replicas.several:
+                record.replica = replica.name
+                headers = (*headers, (b"x-bitladder-replica", header_text(replica.name).encode()))
             await task.delivery.deliver(answer, headers, task.watch)
+            if record.outcome is RequestOutcome.CUT:
+                tier.replicas.failed(replica, UpstreamFailed("broken", "It broke off in the middle of an answer."))
         finally:
             reply.close()
 
@@ -312,7 +383,7 @@ class Gateway:
     def _failed(record: Record, tier: Tier, phase: str, found: str) -> _NextAttempt:
         record.failures += (f"{tier.name}: {phase}",)
         log.warning("attempt failed", extra={"id": record.id, "tier": tier.name, "phase": phase, "found": found})
-        return _NextAttempt(f"{tier.name} failed ({phase})")
+        return _NextAttempt(f"the {tier.name} tier {PHASES.get(phase, f'failed ({phase})')}")
 
 
 def check_offered(request: ModelRequest, tier: Tier) -> None:

@@ -5,8 +5,6 @@ it can be built from.
 from __future__ import annotations
 
 import json
-import os
-import pwd
 import re
 import stat
 import sys
@@ -18,6 +16,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import bitladder
+from bitladder import system
 from bitladder.errors import BadInput, UsageError
 
 _WHEEL = re.compile(r"bitladder-[\w.+]+(-[\w.]+)?-[\w.]+-[\w.]+-[\w.]+\.whl")
@@ -57,8 +56,8 @@ def reader_of(paths: Iterable[Path]) -> Owner | None:
     """Who must read these files: None when everyone may, else the user who runs this."""
     if all(_everyone_reads(one) for path in paths for one in {path.absolute(), path.resolve()}):
         return None
-    found = pwd.getpwuid(os.getuid())
-    return Owner(found.pw_name, found.pw_uid, found.pw_gid)
+    found = system.user()
+    return Owner(*found) if found else None
 
 
 def _everyone_reads(path: Path) -> bool:

@@ -465,8 +465,17 @@ class Gate:
         self._usual_s += 0.1 * (seconds - self._usual_s)
         self._hand_over()
 
+    def resize(self, slots: int) -> None:
+        """Have so many slots from now on; where there are fewer, requests that run go on."""
+        self.slots = slots
+        while self._waiting and self.running < self.slots:
+            turn = self._waiting.popleft()
+            if not turn.done():
+                self.running += 1
+                turn.set_result(None)
+
     def _hand_over(self) -> None:
-        while self._waiting:
+        while self._waiting and self.running <= self.slots:
             turn = self._waiting.popleft()
             if not turn.done():
                 turn.set_result(None)

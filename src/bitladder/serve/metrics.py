@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import math
 import statistics
 import time
 from collections import Counter as Tally
@@ -18,6 +19,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from bitladder.serve.replicas import Replica, ReplicaState
 from bitladder.serve.tiers import Tier
 
 log = logging.getLogger("bitladder.serve")
@@ -25,6 +27,7 @@ log = logging.getLogger("bitladder.serve")
 _FIRST_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _RATE_BUCKETS = (1, 2, 5, 10, 20, 30, 50, 75, 100, 150, 200, 300, 500, 1000)
 RECENT = 100
+_KEPT_REPLICAS = 1024
 _EMPTY = (None, "", ())
 _to_json = json.JSONEncoder(default=str).encode
 
@@ -63,6 +66,10 @@ class Record:
     total_s: float = 0.0
     tokens: int = 0
     """Of a document as the upstream counted them; of a stream its events."""
+    replica: str = ""
+    """Which of a tier's addresses answered, where it has several."""
+    retries: tuple[str, ...] = ()
+    """Replicas that were tried before, with the phase they failed in."""
     failures: tuple[str, ...] = ()
     """Tiers that were tried before, with the phase they failed in."""
     escalated: bool = False
@@ -113,12 +120,28 @@ class Metrics:
         self.restarts = Gauge(
             "bitladder_engine_restarts", "Times the engine was started again", ["tier"], registry=registry
         )
+        self.replica_answers = Counter(
+            "bitladder_replica_answers", "Answers of each replica", ["tier", "replica"], registry=registry
+        )
+        self.replica_retries = Counter(
+            "bitladder_replica_retries",
+            "Requests that a replica failed and another one got",
+            ["replica", "phase"],
+            registry=registry,
+        )
+        self.replica_running = Gauge(
+            "bitladder_replica_running", "Requests at each replica", ["tier", "replica"], registry=registry
+        )
+        self.replica_up = Gauge(
+            "bitladder_replica_up", "1 while the replica gets requests", ["tier", "replica"], registry=registry
+        )
         self.shadowed = Counter(
             "bitladder_shadow_compared", "Answers compared in idle time", ["same"], registry=registry
         )
         self.alarm = Gauge("bitladder_shadow_alarm", "1 while the tiers agree less than the bar", registry=registry)
         # Looking a child up by its labels costs more than counting.
         self._of_request = functools.cache(self.requests.labels)
+        self._of_replica = functools.lru_cache(_KEPT_REPLICAS)(self.replica_answers.labels)
         self._of_tier = functools.cache(
             lambda tier: (self.first.labels(tier), self.tokens.labels(tier), self.rate.labels(tier))
         )
@@ -139,6 +162,10 @@ class Metrics:
             rates.observe(rate)
         for failure in record.failures:
             self.failures.labels(*failure.split(": ", 1)).inc()
+        for retry in record.retries:
+            self.replica_retries.labels(*retry.rsplit(": ", 1)).inc()
+        if record.replica:
+            self._of_replica(tier, record.replica).inc()
         if record.escalated:
             self.escalations.inc()
         self._recent.append(record)
@@ -156,6 +183,12 @@ class Metrics:
             self.slots.labels(tier.name).set(tier.gate.slots)
             self.up.labels(tier.name).set(tier.usable)
             self.restarts.labels(tier.name).set(tier.engine.restarts if tier.engine else 0)
+        self.replica_running.clear()  # those that left leave no line
+        self.replica_up.clear()
+        for tier in tiers:
+            for replica in tier.replicas if tier.replicas.several else ():
+                self.replica_running.labels(tier.name, replica.name).set(replica.outstanding)
+                self.replica_up.labels(tier.name, replica.name).set(replica.state is ReplicaState.UP)
         return generate_latest(self._registry)
 
     def live(self, tiers: Sequence[Tier]) -> dict[str, Any]:
@@ -189,6 +222,7 @@ class Metrics:
             "restarts": tier.engine.restarts if tier.engine else 0,
             "engine": tier.engine.engine if tier.engine else "",
             "last_error": tier.engine.last_error if tier.engine else "",
+            "replicas": [_replica(one) for one in tier.replicas] if tier.replicas.several else [],
             "outcomes": {outcome: n for (name, outcome), n in self._by_tier.items() if name == tier.name},
             "first_byte_s": _middle(firsts),
             "tokens_per_s": _middle(rates),
@@ -198,6 +232,19 @@ class Metrics:
     def _line(record: Record) -> dict[str, Any]:
         rate = record.tokens_per_s
         return {**vars(record), "tokens_per_s": None if rate is None else round(rate, 2)}
+
+
+def _replica(replica: Replica) -> dict[str, Any]:
+    usual = replica.log_time
+    return {
+        "replica": replica.name,
+        "state": replica.state,
+        "running": replica.outstanding,
+        "answered": replica.answered,
+        "failed": replica.failed,
+        "first_byte_s": None if usual is None else round(math.exp(usual), 4),
+        "last_error": replica.last_error,
+    }
 
 
 def _middle(values: Sequence[float]) -> dict[str, float] | None:

@@ -18,7 +18,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
 from bitladder.errors import UsageError
-from bitladder.serve.whatif import answer_what_if, stored_run
+from bitladder.serve.whatif import answer_changes, answer_what_if, stored_run
 
 PAGE = Path(__file__).parent / "page"
 PAGE_HEADERS = {
@@ -60,10 +60,14 @@ def build_page(run_json: Path) -> Starlette:
     async def what_if(request: Request) -> Response:
         return JSONResponse(await answer_what_if(run_json, request.query_params))
 
+    async def answers(_: Request) -> Response:
+        return JSONResponse(await answer_changes(run_json))
+
     return Starlette(
         routes=[
             Route("/bitladder/api/run", run),
             Route("/bitladder/api/what-if", what_if),
+            Route("/bitladder/api/answers", answers),
             Mount("/", PageFiles()),
         ],
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])],

@@ -43,6 +43,8 @@ _AFTER_VALUE = re.compile(r"[ \t\n\r]*([,}])[ \t\n\r]*")
 _WHOLE_TEXT = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
 _TEXT = re.compile(_WHOLE_TEXT[:-1] + rb'(?:"|\\?\Z)', re.DOTALL)
 _WHOLE_TEXTS = re.compile(rb'(?:[^"]*+%b)*+[^"]*+' % _WHOLE_TEXT, re.DOTALL)
+_PROMPT_BEGINS = 1024
+"""Characters that tell one prompt from another."""
 _UNPRINTABLE = re.compile(r"[^\x20-\x7e]")
 
 
@@ -241,6 +243,19 @@ class ModelRequest:
             return _plain(self.value("query"))
         asked = [text for role, text in self._texts() if role == "user"]
         return next((text for text in reversed(asked) if text), "")  # what tools answered may be a user's message
+
+    @property
+    def beginning(self) -> str:
+        """What the next request of the same conversation begins with, too: the system's words and the user's first
+        message, or the first kilobyte of a prompt; empty where there is no conversation.
+        """
+        if self.path in (EMBEDDINGS, RERANK):
+            return ""
+        texts = self._texts()
+        if self.path == COMPLETIONS:
+            return texts[0][1][:_PROMPT_BEGINS]
+        first = next((number for number, (role, _) in enumerate(texts) if role == "user"), len(texts) - 1)
+        return "\0".join(text for _, text in texts[: first + 1])
 
     @property
     def text_bytes(self) -> int:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from bitladder.describe.workload import TOOLS_TAG
 from bitladder.errors import UsageError
 
 QUALITY, SPEED, AUTO = "quality", "speed", "auto"
@@ -30,6 +31,8 @@ class Features:
     path: str = ""
     asked: Callable[[], str] = str
     """Gives the last user message or the prompt; a function, because most requests need no look at it."""
+    gives_tools: bool = False
+    """Whether the model may call tools."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,8 @@ class TagEvidence:
         return self.lost > 0 and not self.spared
 
     def __str__(self) -> str:
-        return f"speed lost {self.lost}{f' and gained {self.gained}' if self.gained else ''} of {self.inputs}"
+        gained = f" and gained {self.gained}" if self.gained else ""
+        return f"the speed tier lost {self.lost}{gained} of {self.inputs} inputs"
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,7 @@ class AutoRule:
     tags: Mapping[str, TagEvidence] = field(default_factory=dict)
     fixed: str = ""
     """One tier for everything, when the evidence says that routing gains nothing."""
-    because: str = "no evidence is stored for these two tiers"
+    because: str = "nothing was measured of these two tiers"
     """The reason for ``fixed``, or for the quality tier when there is no evidence."""
     guess: Callable[[str], Guess | None] | None = None
     """Classifies work that came without a tag; None when it resembles nothing known."""
@@ -149,10 +153,10 @@ def choose(features: Features, levels: frozenset[str], rules: tuple[Rule, ...], 
     """
     named = features.tier_header.strip().lower()
     if named:
-        return _named(named, levels, Routing.HEADER, "asked for in the header")
+        return _named(named, levels, Routing.HEADER, "named in a header of the request")
     model = features.model.lower()
     if model != AUTO:
-        return _named(model, levels, Routing.MODEL, "asked for by name")
+        return _named(model, levels, Routing.MODEL, "named in the request")
     for rule in rules:
         if rule.matches(features):
             return TierChoice(rule.tier, f"rule: {rule}" if str(rule) else "rule: everything", Routing.RULE)
@@ -170,17 +174,18 @@ def _auto(features: Features, auto: AutoRule) -> TierChoice:
         return TierChoice(auto.fixed, f"auto: {auto.because}", Routing.AUTO, auto.escalate and auto.fixed == SPEED)
     if not auto.tags:
         return TierChoice(QUALITY, f"auto: {auto.because}", Routing.AUTO)
-    known = [tag for tag in features.tags if tag in auto.tags]
+    by_tools = features.gives_tools and not features.tags
+    known = [tag for tag in ((TOOLS_TAG,) if by_tools else features.tags) if tag in auto.tags]
     if known:
         # With several tags the most careful one decides.
         careful = max(known, key=lambda tag: (auto.tags[tag].needs_quality, auto.tags[tag].lost))
-        return _by_tag(careful, auto, "tag")
+        return _by_tag(careful, auto, "gives tools, tag" if by_tools else "tag")
     if features.tags:
         return TierChoice(QUALITY, f"auto: no evidence for tag {features.tags[0]}", Routing.AUTO)
     guess = auto.guess(features.asked()) if auto.guess else None
     if guess is None:
-        return TierChoice(QUALITY, "auto: unlike every input of the workload", Routing.AUTO)
-    return _by_tag(guess.tag, auto, f"resembles {guess.input_id} ({guess.similarity:.2f}), tag")
+        return TierChoice(QUALITY, "auto: unlike every input of your workload", Routing.AUTO)
+    return _by_tag(guess.tag, auto, f"like your input {guess.input_id} ({guess.similarity:.2f}), tag")
 
 
 def _by_tag(tag: str, auto: AutoRule, how: str) -> TierChoice:
@@ -188,6 +193,6 @@ def _by_tag(tag: str, auto: AutoRule, how: str) -> TierChoice:
     if not seen.needs_quality:
         return TierChoice(SPEED, f"auto: {how} {tag}: {seen}", Routing.AUTO)
     if auto.escalate:
-        reason = f"auto: {how} {tag}: speed first, judged by its probabilities"
+        reason = f"auto: {how} {tag}: speed tier first, judged by its own probabilities"
         return TierChoice(SPEED, reason, Routing.AUTO, escalate=True)
     return TierChoice(QUALITY, f"auto: {how} {tag}: {seen}", Routing.AUTO)

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
+from bitladder.describe.cache_types import F16_CACHE, CacheTypes
 from bitladder.engines.address import api_base
 from bitladder.engines.base import EngineKind
+from bitladder.engines.speculation import Speculation
 from bitladder.errors import UsageError
 from bitladder.records.level_file import FileStanding
 from bitladder.records.plan import DEFAULT_CTX
@@ -24,6 +26,19 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(frozen=True)
+class ReplicaSpec:
+    """A further address that answers for a level as its first one does."""
+
+    url: str
+    api_key: str = field(default="", repr=False)
+    key_env: str = ""
+    key_file: Path | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "url", api_base(self.url))
+
+
+@dataclass(frozen=True)
 class TierSpec:
     """One level, and what answers for it: a file or folder that we run, or an endpoint that somebody else runs."""
 
@@ -32,6 +47,8 @@ class TierSpec:
     path: Path | None = None
     url: str | None = None
     """Address of an OpenAI-compatible endpoint, kept as `engines.address.api_base` gives it."""
+    replicas: tuple[ReplicaSpec, ...] = ()
+    """More addresses of the same model; each gets a share of the requests."""
     model: str = ""
     """What the endpoint calls the model; empty: its only model, or the level's name. Replies must name it too."""
     api_key: str = field(default="", repr=False)
@@ -47,7 +64,7 @@ class TierSpec:
     note: str = ""
     """What the operator should know about the file."""
     slots: int = 1
-    """Requests at the upstream at once; more wait in the queue."""
+    """Requests at the upstream at once, at each replica; more wait in the queue."""
     n_ctx: int = DEFAULT_CTX
     """Tokens one request may use, prompt and answer together. 0: unknown (an endpoint)."""
     memory_bytes: int = 0
@@ -56,6 +73,10 @@ class TierSpec:
     """The file that takes in pictures and sounds for it."""
     task: str = ""
     """The only path that it answers (`TASK_OPTIONS`); empty for text."""
+    cache: CacheTypes = F16_CACHE
+    """Types of the KV cache that our engine runs it with; its level's name says them, too."""
+    speculate: Speculation | None = None
+    """Where guesses of the next tokens come from; None: nowhere."""
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.url is None):
@@ -66,6 +87,12 @@ class TierSpec:
             )
         if self.url is not None:
             object.__setattr__(self, "url", api_base(self.url))
+        addresses = [replica.url for replica in self.replicas]
+        if self.url is None and addresses:
+            raise UsageError(f"Level '{self.level}' is a file, and has replicas.", do="Give addresses alone.")
+        twice = next((one for one in addresses if [self.url, *addresses].count(one) > 1), None)
+        if twice is not None:
+            raise UsageError(f"Level '{self.level}' has the address {twice} twice.", do="Give each address once.")
         if self.slots < 1:
             raise UsageError(f"The slots of level '{self.level}' must be at least 1. Got {self.slots} instead.")
 
@@ -82,6 +109,18 @@ class TierSpec:
         return f"{self.url}#{quote(self.model, safe='/:@')}" if self.model else str(self.url)
 
     @property
+    def addresses(self) -> tuple[str, ...]:
+        """Its address, and those of its replicas, as the command line takes them."""
+        return (self.address, *(replace(self, url=one.url, replicas=()).address for one in self.replicas))
+
+    @property
+    def keyed(self) -> tuple[ReplicaSpec, ...]:
+        """All addresses of an endpoint, each with its key."""
+        if self.url is None:
+            return ()
+        return (ReplicaSpec(self.url, self.api_key, self.key_env, self.key_file), *self.replicas)
+
+    @property
     def places(self) -> tuple[str, ...]:
         """Where it lies, each longer than the last: what tells it from another level of the same name."""
         if self.path is not None:
@@ -96,7 +135,7 @@ def with_distinct_names(specs: Sequence[TierSpec]) -> list[TierSpec]:
 
     A level that is called like a role (``quality.gguf``) is renamed too. Levels given twice stay what they are.
     """
-    places = {(spec.path, spec.url, spec.model): spec for spec in specs}
+    places = {_place(spec): spec for spec in specs}
     groups: dict[str, list[TierSpec]] = {}
     for spec in places.values():
         groups.setdefault(spec.level.lower(), []).append(spec)
@@ -112,7 +151,11 @@ def with_distinct_names(specs: Sequence[TierSpec]) -> list[TierSpec]:
         else:
             found = [f"{spec.level}@{number}" for number, spec in enumerate(group, 1)]
         names |= dict(zip(group, found, strict=True))
-    return [replace(spec, level=names[places[spec.path, spec.url, spec.model]]) for spec in specs]
+    return [replace(spec, level=names[places[_place(spec)]]) for spec in specs]
+
+
+def _place(spec: TierSpec) -> tuple[object, ...]:
+    return spec.path, tuple(one.url for one in spec.keyed), spec.model, spec.cache
 
 
 @dataclass(frozen=True)
@@ -128,6 +171,12 @@ class UpstreamTimeouts:
     """A client that takes nothing for so long is given up."""
     restart: float = 10.0
     """How long a request waits for an engine that is just starting again, when no other tier can answer."""
+    probe: float = 5.0
+    """A replica that does not answer two probes in a row within so long gets no more requests."""
+    probe_every: float = 2.0
+    """Between two probes of a replica."""
+    resolve_every: float = 5.0
+    """Between two looks at what a name resolves to."""
 
 
 @dataclass(frozen=True)
@@ -168,6 +217,8 @@ class ServeSettings:
     host: str = "127.0.0.1"
     port: int = 8077
     """0: any free one."""
+    processes: int = 1
+    """Gateway processes behind the port; more than one only before endpoints."""
     threads: int = 2
     """Of each engine that we run."""
     memory_budget_bytes: int = 0
@@ -218,9 +269,17 @@ class ServeSettings:
                 means="Anyone who reaches this machine could use the models.",
                 do="Give an API key file, listen on 127.0.0.1, or say that it should be open to all.",
             )
+        specs = (self.quality, *self.extra, *([self.speed] if self.speed else []))
+        own = next((spec.level for spec in specs if spec.path is not None), None)
+        if self.processes > 1 and own is not None:
+            raise UsageError(
+                f"{self.processes} processes cannot share the engine of {own}.",
+                means="Each process of the gateway would start an engine of its own for a file.",
+                do="Serve the file with one process, and give the others its address with --quality URL.",
+            )
         if not 0.0 <= self.shadow.share <= 1.0:
             raise UsageError(f"The shadow share must be between 0 and 1. Got {self.shadow.share} instead.")
-        names = [spec.level.lower() for spec in (self.quality, *self.extra, *([self.speed] if self.speed else []))]
+        names = [spec.level.lower() for spec in specs]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice and not (self.speed == self.quality and not self.extra):
             raise UsageError(f"The level '{twice[0]}' is served twice.", do="Give each level once.")

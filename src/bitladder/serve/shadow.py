@@ -25,6 +25,7 @@ from bitladder.serve.backends import UpstreamFailed, UpstreamRequest
 from bitladder.serve.metrics import Metrics
 from bitladder.serve.protocol import ModelRequest, Refused
 from bitladder.serve.relay import read_answer
+from bitladder.serve.replicas import affinity_key
 from bitladder.serve.settings import Shadow
 from bitladder.serve.tiers import Tier
 from bitladder.stats.sequential import confidence_sequence
@@ -109,12 +110,15 @@ class ShadowMode:
         }
         if tier.spec.url is not None:
             wanted["model"] = tier.spec.served_name
+        replica = tier.replicas.choose(affinity_key(request))
+        assert replica is not None  # a tier has at least one
         async with asyncio.timeout(120), tier.hold():
-            reply = await tier.complete(UpstreamRequest(request.path, request.with_values(wanted), stream=False))
-            try:
-                answer = await read_answer(reply, tier.spec.served_name, stream=False)
-            finally:
-                reply.close()
+            with tier.replicas.asking(replica):
+                reply = await replica.complete(UpstreamRequest(request.path, request.with_values(wanted), stream=False))
+                try:
+                    answer = await read_answer(reply, tier.spec.served_name, stream=False)
+                finally:
+                    reply.close()
         if answer.status >= 300:
             raise UpstreamFailed("status", f"The {tier.name} tier answered with status {answer.status}.")
         choices = json.loads(answer.head).get("choices") or [{}]

@@ -7,9 +7,9 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
-from bitladder.serve.backends import Complete
 from bitladder.serve.limits import Gate
 from bitladder.serve.protocol import header_text
+from bitladder.serve.replicas import ReplicaSet
 from bitladder.serve.rewording import TRANSLATED
 from bitladder.serve.settings import TierSpec
 from bitladder.serve.supervisor import Supervisor, Turns
@@ -21,7 +21,8 @@ class Tier:
 
     names: tuple[str, ...]
     spec: TierSpec
-    complete: Complete
+    replicas: ReplicaSet
+    """What answers for it: one engine of our own, or the addresses of an endpoint."""
     gate: Gate
     engine: Supervisor | None = None
     """None for an endpoint by URL."""
@@ -32,11 +33,17 @@ class Tier:
     """Paths that its endpoint was found not to know."""
 
     def __post_init__(self) -> None:
+        self.replicas.on_change = self._resize
+        self._resize()
         self.headers = (
             (b"x-bitladder-level", header_text(self.spec.level).encode()),
             (b"x-bitladder-file-sha256", header_text(self.spec.sha256 or "unknown").encode()),
             (b"x-bitladder-evidence", (self.spec.standing or "unknown").encode()),
         )
+
+    def _resize(self) -> None:
+        """Each replica computes as many requests at once as the spec says."""
+        self.gate.resize(self.spec.slots * max(1, self.replicas.up))
 
     @property
     def name(self) -> str:
@@ -51,7 +58,9 @@ class Tier:
     @property
     def usable(self) -> bool:
         """Whether a request sent now has an engine to go to (perhaps after waiting for its turn)."""
-        return self.engine is None or self.turns is not None or self.engine.state == "ready"
+        if self.engine is None:
+            return not self.replicas.several or self.replicas.up > 0
+        return self.turns is not None or self.engine.state == "ready"
 
     def speaks(self, path: str) -> bool:
         """Whether a request to this path is sent on to it as it came.

@@ -1,4 +1,8 @@
-"""``/bitladder/api/what-if``: the decision again, with another memory, context or bar, by the program's own policy."""
+"""What the page asks of a run beside its record.
+
+``/bitladder/api/what-if``: the decision again, with another memory, context or bar, by the program's own policy.
+``/bitladder/api/answers``: what changed in each level's answers, in the report's own words.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,7 @@ from bitladder.plan.whatif import what_if
 from bitladder.records import to_json
 from bitladder.records.run import RunRecord
 from bitladder.report.reading import read_run
+from bitladder.report.wording import answers_view
 
 _MOST = {"memory": 1 << 50, "ctx": 1 << 27}
 _LONGEST_BAR = 500
@@ -38,6 +43,18 @@ async def answer_what_if(run_json: Path, query: Mapping[str, str]) -> dict[str, 
     except UsageError as error:
         raise HTTPException(400, str(error)) from None
     return {"plan": to_json(plan), "decision": to_json(decision)}
+
+
+async def answer_changes(run_json: Path) -> dict[str, Any]:
+    """What changed in the answers of each level, as ``report.wording`` writes it.
+
+    Raises:
+        HTTPException: 404 when the run cannot be read.
+    """
+    try:
+        return answers_view(await asyncio.to_thread(stored_run, run_json))
+    except BadInput as error:
+        raise HTTPException(404, str(error)) from None
 
 
 def stored_run(run_json: Path) -> RunRecord:

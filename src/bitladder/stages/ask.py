@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from bitladder.describe.cache_types import F16_CACHE, CacheTypes
 from bitladder.engines.endpoint import EndpointSettings
 from bitladder.errors import BadWorkload
 from bitladder.progress import LevelNews
@@ -18,16 +19,17 @@ from bitladder.stages.measure import Replies, answers
 
 if TYPE_CHECKING:
     from bitladder.describe.criteria import Context
-    from bitladder.describe.workload import Workload
-    from bitladder.records.evaluation import LevelAnswers
+    from bitladder.describe.workload import Input, Workload
+    from bitladder.records.evaluation import Answer, LevelAnswers
     from bitladder.store.recorded import Recorded, Subject
 
 
 class LevelToAsk(NamedTuple):
-    """A level in a file."""
+    """A level in a file, and the KV cache that it is run with."""
 
     subject: Subject
     path: Path
+    cache: CacheTypes = F16_CACHE
 
 
 class ServedLevel(NamedTuple):
@@ -98,7 +100,6 @@ class Asker:
             UsageError, BadWorkload: stored answers cannot be used.
         """
         from bitladder.errors import EngineError
-        from bitladder.stages.evaluate import judge_answers, level_answers
 
         asked: list[LevelAnswers] = []
         in_files: dict[str, LevelToAsk] = {}
@@ -108,15 +109,13 @@ class Asker:
             self.work.progress(f"workload: {name}", number, len(contenders))
             self.work.progress.on_level(LevelNews(name, "answering"))
             try:
-                replies, speed, stored = self._ask(contender, timed=number > 0)
+                replies, speed, stored = self.replies(contender, timed=number > 0)
             except EngineError as error:
                 if number == 0 or not isinstance(contender, EndpointSettings | ServedLevel):
                     raise
                 self.work.journal.warn(f"{name} is left out: {error.found}")
                 continue
-            reference = asked[0].answers if asked else None
-            said = judge_answers(self.workload, replies, reference=reference, context=self.context)
-            asked.append(level_answers(name, said, speed or UNKNOWN_SPEED))
+            asked.append(self.judged(name, replies, speed or UNKNOWN_SPEED, asked[0] if asked else None))
             if isinstance(contender, LevelToAsk):
                 in_files[name] = contender
                 stored_answers += [name] if stored else []
@@ -127,16 +126,30 @@ class Asker:
         asked, timed_before = self._timed(asked, in_files)
         self.work.journal.reuse("answers and speed" if timed_before else "answers", stored_answers)
         self.work.journal.reuse("answers and speed", stored_both)
-        self._tell_doubts(asked)
+        self.tell_doubts(asked)
         return asked
+
+    def judged(
+        self, name: str, replies: Iterable[Answer], speed: Speed, reference: LevelAnswers | None
+    ) -> LevelAnswers:
+        """Answers of one contender, judged, in the workload's order; ``reference`` is None for the reference itself."""
+        from bitladder.stages.evaluate import judge_answers, level_answers
+
+        place = {one.id: at for at, one in enumerate(self.workload.inputs)}
+        ordered = sorted(replies, key=lambda answer: (place[answer.input_id], answer.sample))
+        beside = reference.answers if reference else None
+        said = judge_answers(self.workload, ordered, reference=beside, context=self.context)
+        return level_answers(name, said, speed)
 
     def _timed(
         self, asked: Sequence[LevelAnswers], in_files: Mapping[str, LevelToAsk]
     ) -> tuple[list[LevelAnswers], bool]:
         """The same with the speeds of levels in files, and whether these were stored."""
-        from bitladder.stages.speeds import speeds_in_turns
+        from bitladder.stages.speeds import MOST_PAST, speeds_in_turns
 
-        speeds, stored = speeds_in_turns(list(in_files.values()), self.recorded, self.work)
+        levels = list(in_files.values())
+        past = 0 if all(level.cache.is_default for level in levels) else min(self.n_ctx // 2, MOST_PAST)
+        speeds, stored = speeds_in_turns(levels, self.recorded, self.work, past=past)
         speed_of = dict(zip(in_files, speeds, strict=True))
         found = [replace(level, speed=speed_of.get(level.level, level.speed)) for level in asked]
         for level in found:
@@ -149,7 +162,9 @@ class Asker:
             LevelNews(level.level, "answered", passes=passes, inputs=len(level.answers), tokens_per_s=rate)
         )
 
-    def _ask(self, contender: Contender, *, timed: bool) -> Replies:
+    def replies(self, contender: Contender, *, timed: bool = False, inputs: Sequence[Input] | None = None) -> Replies:
+        """What one contender answers to the workload, or to these inputs of it; of files of answers all they hold.
+        ``timed``: an endpoint's speed is measured, too."""
         from bitladder.files.workloads import load_reference
 
         if isinstance(contender, ServedLevel):
@@ -158,10 +173,28 @@ class Asker:
             return endpoint_answers(contender, self.workload, self.recorded, self.work.journal, timed=timed)
         if isinstance(contender, Path):
             return Replies(load_reference(contender, self.workload), UNKNOWN_SPEED, stored=True)
-        subject, path = contender
-        return answers(subject, path, self.workload, self.recorded, n_ctx=self.n_ctx, work=self.work)
+        subject, path, cache = contender
+        return answers(
+            subject, path, self.workload, self.recorded, n_ctx=self.n_ctx, work=self.work, inputs=inputs, cache=cache
+        )
 
-    def _tell_doubts(self, asked: Sequence[LevelAnswers]) -> None:
+    def stored(self, contender: Contender) -> set[str] | None:
+        """Inputs that a level in a file has answered already, in all samples; None of others: a file of answers costs
+        nothing to read."""
+        from bitladder.stages.measure import engine_of
+
+        if not isinstance(contender, LevelToAsk):
+            return None
+        workload = self.workload
+        questions = {
+            one.id: [workload.question(one, sample) for sample in range(workload.samples)] for one in workload.inputs
+        }
+        engine, _ = engine_of(contender.path, workload, n_ctx=self.n_ctx, work=self.work)
+        flat = [question for each in questions.values() for question in each]
+        known = self.recorded.answers(contender.subject, flat, engine)
+        return {name for name, each in questions.items() if all(question in known for question in each)}
+
+    def tell_doubts(self, asked: Sequence[LevelAnswers]) -> None:
         """What makes answers or speeds worth less than they look."""
         wanted = len(self.workload.inputs) * self.workload.samples
         if len(asked[0].answers) < wanted:

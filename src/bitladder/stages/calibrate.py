@@ -9,7 +9,6 @@ finished. Before a folder is reported it is opened again, decoded and compared w
 from __future__ import annotations
 
 import hashlib
-import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,9 +16,10 @@ from pathlib import Path
 
 import torch
 
-from bitladder import __version__
+from bitladder import __version__, system
 from bitladder.describe.text import Document, text_hash
 from bitladder.describe.windows import Window, tokens_hash
+from bitladder.executors import Executor
 from bitladder.files.checkpoint import read_checkpoint
 from bitladder.files.checkpoint_folder import CheckpointFolder, fingerprint_of
 from bitladder.files.companions import Companions, companions_of_folder, companions_of_gguf
@@ -53,6 +53,8 @@ from bitladder.walk.checkpoint_result import finish_folder, losses_of, proved
 from bitladder.walk.checkpoint_walk import FLOAT_TYPES, CalibrationWalk, Settings
 from bitladder.walk.layers import LayeredModel
 from bitladder.walk.opened import layered
+from bitladder.walk.spread import spread_over
+from bitladder.walk.states import SHARD_TOKENS
 from bitladder.walk.weights import FileWeights
 from bitladder.walk.whole import WholeModel
 
@@ -115,6 +117,8 @@ class Calibration:
         force: bool | None = None,
         folders: Sequence[Path] = (),
         is_kept: Callable[[Path], bool] = lambda _: False,
+        executor: Executor | None = None,
+        warn: Callable[[str], None] = lambda _: None,
     ) -> None:
         """Check everything that can be checked before the work.
 
@@ -130,6 +134,8 @@ class Calibration:
             folders: Where else checkpoint levels may lie already, under any name.
             is_kept: Whether a checkpoint folder must not be replaced; a level whose name it has is written beside it,
                 as ``<name>-<LEVEL>.<tag>``.
+            executor: Computes the walk's units; they are computed here by default. The bytes do not depend on it.
+            warn: Told where workers cannot read the source.
 
         Raises:
             UsageError: a level does not fit the model's shapes, or a folder is there that is not ours or of another
@@ -138,6 +144,7 @@ class Calibration:
             BadFile, UnknownArchitecture: the model cannot be walked.
         """
         self.source, self.reading, self._checkpoint = source, reading, checkpoint
+        self._executor, self._warn = executor, warn
         self._settings = settings or Settings()
         levels = list(dict.fromkeys(wanted))
         self._text = _checked_text(source, levels, reading)
@@ -189,7 +196,8 @@ class Calibration:
         measured = None
         if self._predicted is not None:
             started = time.monotonic()
-            self._walk.run(self.reading.windows, progress)
+            with spread_over(self._executor, self.source, self._checkpoint, self._warn) as spread:
+                self._walk.run(self.reading.windows, progress, spread)
             measured = self._finished(self._predicted, started)
         return self._collected(measured, progress)
 
@@ -212,6 +220,7 @@ class Calibration:
             routed=model.dims.n_expert_used / model.dims.n_expert if model.dims.n_expert else 1.0,
             layer_weights=largest_layer(model),
             looks=LOOKED_AT if isinstance(self._walk.model, WholeModel) else 0.0,
+            shards=self._tokens // SHARD_TOKENS,
         )
         settings = self._settings
         own = torch.bfloat16 if settings.half_products else torch.float32
@@ -235,11 +244,11 @@ class Calibration:
                     store, level, self._walk, self._companions,
                     text=self._text if _needs_text(level) else None,
                     predicted=predicted,
-                    measured=Preflight(time.monotonic() - started, _peak_bytes(), partial),
+                    measured=Preflight(time.monotonic() - started, system.peak_memory(), partial),
                     from_gguf=self._checkpoint is None,
                 )  # fmt: skip
                 largest = max(largest, _size(store.target))
-        return Preflight(time.monotonic() - started, _peak_bytes(), partial + largest)
+        return Preflight(time.monotonic() - started, system.peak_memory(), partial + largest)
 
     def _collected(self, measured: Preflight | None, progress: Progress) -> Calibrated:
         """Everything that was asked for, read back from where it lies."""
@@ -320,11 +329,6 @@ def _product_rate(device: str, dtype: torch.dtype) -> float:
     for _ in range(4):
         float(torch.mm(matrix, matrix)[0, 0])
     return 4 * 2 * n**3 / (time.perf_counter() - started)
-
-
-def _peak_bytes() -> int:
-    """The most memory that this process has held."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _size(path: Path) -> int:

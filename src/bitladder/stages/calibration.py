@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from bitladder.describe.text import Document
     from bitladder.describe.windows import Window
     from bitladder.files.imatrix import ImportanceMatrix
+    from bitladder.plan.preflight import JobNeed
 
     Importance = Mapping[str, NDArray[np.float32]]
 
@@ -31,6 +32,25 @@ def calibration_texts(texts: Sequence[Path]) -> list[Document]:
     from bitladder.files.texts import read_texts, shipped_texts
 
     return read_texts(texts) if texts else shipped_texts("calibration")
+
+
+def calibration_documents(build: Build) -> list[Document]:
+    """The calibration texts of a build, or as many of them, in an order that their hashes fix, as its share asks for
+    and an importance matrix needs."""
+    from bitladder.describe.text import CHARACTERS_PER_TOKEN, text_hash
+    from bitladder.plan.calibration_text import LEAST_TOKENS
+
+    whole = calibration_texts(build.texts)
+    if build.calibration_share >= 1:
+        return whole
+    wanted = max(
+        build.calibration_share * sum(len(one.text) for one in whole), 2.0 * LEAST_TOKENS * CHARACTERS_PER_TOKEN
+    )
+    taken: list[Document] = []
+    for document in sorted(whole, key=lambda one: text_hash([one])):
+        if sum(len(one.text) for one in taken) < wanted:
+            taken.append(document)
+    return [document for document in whole if document in taken]
 
 
 def importance_file(job: Job, documents: Sequence[Document]) -> Path:
@@ -67,12 +87,20 @@ def importance_of(job: Job, build: Build) -> Importance | None:
         return None
 
 
+def importance_need(job: Job, build: Build) -> JobNeed | None:
+    """What gathering the importance matrix will take; None where that need not be done."""
+    documents = calibration_documents(build)
+    if build.imatrix != AUTO or importance_file(job, documents).exists():
+        return None
+    return walking_need(job.source, job.windows(documents), (), kind="importance")
+
+
 def _made_once(job: Job, build: Build) -> ImportanceMatrix:
     from bitladder.describe.text import text_hash
     from bitladder.files.imatrix import read_imatrix, write_imatrix
     from bitladder.plan.calibration_text import check_overlap
 
-    documents = calibration_texts(build.texts)
+    documents = calibration_documents(build)
     kept = importance_file(job, documents)
     apart = kept.with_name(f"{kept.stem}-{text_hash(build.measured_on)[:16]}.apart")
     with _saying_how_to_go_without():
@@ -118,7 +146,8 @@ def _walked(job: Job, windows: Sequence[Window], dataset: str) -> ImportanceMatr
 
     with forecast(walking_need(job.source, windows, (), kind="importance"), job.journal):
         return importance_matrix(
-            job.source, windows, dataset=dataset, threads=job.threads, device=job.device,
+            job.source, windows, dataset=dataset, threads=job.threads, device=job.device, executor=job.executor,
+            warn=job.journal.warn,
             keep=cache_folder("walks", "importance"), progress=job.progress,
         )  # fmt: skip
 

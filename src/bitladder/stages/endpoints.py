@@ -37,13 +37,11 @@ def remote_of(settings: EndpointSettings, recorded: Recorded) -> Remote:
 
 def missing_inputs(remote: Remote, workload: Workload, recorded: Recorded) -> list[Input]:
     """Inputs whose answer is not stored, once for each sample."""
-    from bitladder.describe.workload import question_hash
-
     return [
         one
         for one in workload.inputs
         for sample in range(workload.samples)
-        if recorded.answer(remote, question_hash(one, workload.temperature, sample), REMOTE_ENGINE) is None
+        if recorded.answer(remote, workload.question(one, sample), REMOTE_ENGINE) is None
     ]
 
 
@@ -82,8 +80,8 @@ def agree_to_spend(
     paid = [one for one in planned if one is not None]
     if paid and not confirm("\n".join(one.sentence for one in paid)):
         raise UsageError(
-            "Nothing was asked, since nobody agreed to the cost: " + "; ".join(one.sentence for one in paid) + ".",
-            do=f"Agree when asked, or say --yes. Prices are rows of {_price_file()}.",
+            "No request was sent, because the cost was not agreed to: " + "; ".join(one.sentence for one in paid) + ".",
+            do=f"Agree when you are asked, or give --yes. Prices are rows of {_price_file()}.",
         )
     for one, asked in missing.items():
         if asked:
@@ -111,7 +109,7 @@ def _spending(
     if not settings.wants_key and price is None:
         return None
     if answer_tokens is not None:
-        asked = [dataclasses.replace(one, max_tokens=answer_tokens) for one in asked]
+        asked = [dataclasses.replace(one, max_tokens=answer_tokens, max_thought_tokens=None) for one in asked]
     return expected_spending(
         settings.label,
         asked,
@@ -209,7 +207,7 @@ def _refuse_exchanged(
     raise WrongModel(
         f"{engine.settings.label} no longer answers as it did when this run began.",
         means="Its model was exchanged on the way, under the same name.",
-        do="Measure again: what it said in this run is forgotten.",
+        do="Measure again: its answers of this run are discarded.",
     )
 
 
@@ -230,7 +228,7 @@ def recognised(
     found = take_fingerprint(engine)
     if known is not None:
         journal.warn(
-            f"{settings.label} answers differently than when it was last asked: it is another model under the same "
+            f"{settings.label} answers differently than last time: it is another model under the same "
             "name, or another version. Its stored answers are not used."
         )
     if not found.repeats:

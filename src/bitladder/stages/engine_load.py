@@ -83,7 +83,7 @@ def require_engine(source: GgufFile, label: str, *, instead: str) -> None:
         if not template:
             _note(source, refusal.reason)
         raise ModelRefused(
-            f"The engine does not load {label}: {refusal.reason}. Nobody here could answer a workload.",
+            f"The engine does not load {label}: {refusal.reason}. So no workload can be answered with it.",
             means="Its chat template was written for another program (Ollama's are in Go), is newer than this build of "
             "the engine, or was cut short."
             if template

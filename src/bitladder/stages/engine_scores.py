@@ -16,12 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitladder import __version__
+from bitladder.describe.cache_types import CacheTypes
 from bitladder.describe.windows import Window, check_tokens, tokens_hash
 from bitladder.engines.library_process import answers, numbers_of
 from bitladder.errors import BadWeights
 from bitladder.files.engine_package import engine_version
 from bitladder.files.gguf import GgufFile
 from bitladder.files.kept_array import KeptArray
+from bitladder.formats.blocks import QTYPES
 from bitladder.progress import Progress, silent
 from bitladder.walk.head import TokenScores
 
@@ -37,6 +39,7 @@ def engine_scores(
     windows: Sequence[Window],
     *,
     threads: int,
+    caches: Sequence[CacheTypes] | None = None,
     keep: Path | None = None,
     progress: Progress = silent,
     so_far: SoFar = lambda _level, _mean: None,
@@ -48,6 +51,7 @@ def engine_scores(
         levels: files of the same model, at least one.
         windows: token windows of the text.
         threads: of the engine.
+        caches: types of the KV cache of the reference and of each level; None for 32 bits, of which no level loses any.
         keep: a folder in which a killed call leaves the windows it has done, a file for each level; one over the same
             files and text goes on from there, and removes them at its end. None keeps nothing.
         progress: told after each window.
@@ -62,12 +66,19 @@ def engine_scores(
     check_tokens(windows, reference.model.dims.n_vocab)
     ends = np.cumsum([0, *(window.scored for window in windows)])
     text = tokens_hash(windows)
-    kept = [_Kept(keep, reference, level, text, ends) for level in levels]
+    each = caches or [None] * (1 + len(levels))
+    kept = [
+        _Kept(keep, reference, level, text, ends, caches and (each[0], cache))
+        for level, cache in zip(levels, each[1:], strict=True)
+    ]
     done = min(one.windows for one in kept)
     rows = np.empty((len(levels), _ROWS, int(ends[-1])))
     for row, one in zip(rows, kept, strict=True):
         row[:, : ends[done]] = one.rows[:, : ends[done]]
-    files = [reference, *levels]
+    keys = [(file.path, cache) for file, cache in zip([reference, *levels], each, strict=True)]
+    distinct = list(dict.fromkeys(keys))  # the same file with the same cache is computed once
+    place = [distinct.index(key) for key in keys]
+    files = [[reference, *levels][place.index(at)] for at in range(len(distinct))]
     request = {
         "kind": "score",
         "files": [str(file.path) for file in files],
@@ -76,6 +87,7 @@ def engine_scores(
         "first": [window.first for window in windows],
         "done": done,
         "threads": threads,
+        "caches": [_numbers(cache) for _, cache in distinct if cache] or None,
     }
     most = 3 * len(files) * max(window.scored for window in windows)
     progress("engine: reading the models", done, len(windows))
@@ -85,7 +97,7 @@ def engine_scores(
         shape = (len(files), 3, windows[done].scored)
         scores = _finite(numbers_of(message, math.prod(shape), reference.path).reshape(shape), files)
         at, done = slice(ends[done], ends[done + 1]), done + 1
-        rows[:, :3, at], rows[:, 3:, at] = scores[1:], scores[0, 1:]
+        rows[:, :3, at], rows[:, 3:, at] = scores[place[1:]], scores[0, 1:]
         for number, row in enumerate(rows):
             so_far(number, float(row[0, : ends[done]].mean()))
         progress("engine: comparing predictions", done, len(windows))
@@ -97,6 +109,10 @@ def engine_scores(
     own = np.zeros_like(rows[0, :3])
     own[1:] = rows[0, 3:]
     return [_token_scores(one) for one in (own, *rows)]
+
+
+def _numbers(cache: CacheTypes) -> tuple[int, int]:
+    return QTYPES[cache.k.upper()].ggml_type, QTYPES[cache.v.upper()].ggml_type
 
 
 def _token_scores(rows: NDArray[np.float64]) -> TokenScores:
@@ -118,9 +134,16 @@ class _Kept:
     """What a killed call left of one level: ``rows`` f64[5, tokens] of its first ``windows``."""
 
     def __init__(
-        self, folder: Path | None, reference: GgufFile, level: GgufFile, text: str, ends: NDArray[np.int64]
+        self,
+        folder: Path | None,
+        reference: GgufFile,
+        level: GgufFile,
+        text: str,
+        ends: NDArray[np.int64],
+        caches: object = None,
     ) -> None:
         key = ("scores", __version__, engine_version(), reference.sha256, level.sha256, text) if folder else ()
+        key += (str(caches),) if folder and caches else ()
         self.array = KeptArray(folder, *key)
         self.rows, self.windows = np.empty((_ROWS, 0)), 0
         found = self.array.load()

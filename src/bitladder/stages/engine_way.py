@@ -6,12 +6,15 @@ own library does the same for every architecture that llama.cpp runs, with its o
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bitladder.describe.cache_types import F16_CACHE
+from bitladder.describe.windows import tokens_in_common
 from bitladder.errors import BadInput, UnknownArchitecture
 from bitladder.progress import LevelNews, Part, Progress
 from bitladder.records.fidelity import Fidelity, Way
@@ -19,11 +22,14 @@ from bitladder.stages.forecast import forecast, weights_used
 from bitladder.stages.job import Job
 
 if TYPE_CHECKING:
+    from bitladder.describe.cache_types import CacheTypes
+    from bitladder.describe.depths import DepthWindows
     from bitladder.describe.model import Model
     from bitladder.describe.windows import Window
     from bitladder.files.gguf import GgufFile
     from bitladder.files.imatrix import ImportanceMatrix
     from bitladder.plan.preflight import JobNeed
+    from bitladder.walk.head import TokenScores
 
 KEPT = ("walks", "engine")
 """Where in the cache a killed measurement leaves what it has."""
@@ -89,7 +95,35 @@ def announce(job: Job, what: str, refusal: UnknownArchitecture | None = None) ->
 def engine_fidelities(
     job: Job, reference: Path, levels: Sequence[tuple[str, Path]], windows: Sequence[Window]
 ) -> Iterator[Fidelity]:
-    """Fidelity of files (by level) against the reference's file, in order; as many at a time as fit into memory.
+    """Fidelity of files (by level) against the reference's file, in order. Raises as ``scores_in_engine``."""
+    from bitladder.stages.fidelity import fidelity
+
+    for (name, _), (own, beside) in zip(levels, scores_in_engine(job, reference, levels, windows), strict=True):
+        yield replace(fidelity(name, own, beside, windows), way=Way.ENGINE)
+
+
+def deployed_fidelities(
+    job: Job, levels: Sequence[tuple[str, Path]], caches: Sequence[CacheTypes], windows: Sequence[DepthWindows]
+) -> Iterator[Fidelity]:
+    """Fidelity by depth of files that are each run with a KV cache, against the source with a 16-bit one. Raises as
+    ``scores_in_engine``."""
+    from bitladder.stages.fidelity import fidelity_by_depth
+
+    every = [window for one in windows for window in one.windows]
+    scored = scores_in_engine(job, job.source.path, levels, every, caches)
+    for (name, _), (own, beside) in zip(levels, scored, strict=True):
+        yield fidelity_by_depth(name, own, beside, windows)
+
+
+def scores_in_engine(
+    job: Job,
+    reference: Path,
+    levels: Sequence[tuple[str, Path]],
+    windows: Sequence[Window],
+    caches: Sequence[CacheTypes] | None = None,
+) -> Iterator[tuple[TokenScores, TokenScores]]:
+    """Scores of files (by level) and of the reference's file beside them, in order; as many at a time as fit into
+    memory. ``caches``: types of the KV cache of each, the reference's has 16 bits then; None for 32 bits of all.
 
     Raises:
         BadInput: a level is no file, or of another model.
@@ -102,19 +136,23 @@ def engine_fidelities(
     from bitladder.files.probe import probe_machine
     from bitladder.plan.engine_need import context_bytes, together
     from bitladder.stages.engine_scores import engine_scores
-    from bitladder.stages.fidelity import fidelity, file_candidate
+    from bitladder.stages.fidelity import file_candidate
 
     with ExitStack() as stack:
         source = stack.enter_context(GgufFile.open(reference))
-        files = []
+        files, sizes, opened = [], [], {reference: source}  # of a file that is run with several caches one is in memory
         for level, path in levels:
             if path.is_dir():
                 raise BadInput(f"{level} is a folder, and the engine measures GGUF files.", do="Leave it out.")
-            files.append(stack.enter_context(GgufFile.open(path)))
-            file_candidate(source, files[-1], level=level)  # refuses another model's
-        longest = max(len(window.tokens) for window in windows)
-        context = context_bytes(source.model, longest, piece_length(source.model.dims.n_vocab))
-        sizes = [_bytes(file) for file in files]
+            first = path not in opened
+            if first:
+                opened[path] = stack.enter_context(GgufFile.open(path))
+                file_candidate(source, opened[path], level=level)  # refuses another model's
+            files.append(opened[path])
+            sizes.append(_bytes(files[-1]) if first else 0)
+        longest, piece = max(len(window.tokens) for window in windows), piece_length(source.model.dims.n_vocab)
+        each = caches or [F16_CACHE] * len(levels)
+        context = max(context_bytes(source.model, longest, piece, cache) for cache in (F16_CACHE, *each))
         groups = together(sizes, _bytes(source), context, probe_machine().ram_available)
         for group in groups:
             names = [level for level, _ in levels[group]]
@@ -127,9 +165,9 @@ def engine_fidelities(
                 own, *scores = engine_scores(
                     source, files[group], windows, threads=job.threads, keep=cache_folder(*KEPT),
                     progress=_part(job.progress, group, len(files)), so_far=so_far,
+                    caches=[F16_CACHE, *each[group]] if caches else None,
                 )  # fmt: skip
-            for name, one in zip(names, scores, strict=True):
-                yield replace(fidelity(name, one, own, windows), way=Way.ENGINE)
+            yield from ((one, own) for one in scores)
 
 
 def engine_matrix(job: Job, windows: Sequence[Window], dataset: str) -> ImportanceMatrix:
@@ -159,7 +197,11 @@ def _need(what: str, files: Sequence[GgufFile], windows: Sequence[Window], conte
     from bitladder.plan.engine_need import engine_need
 
     model = files[0].model
-    tokens = sum(len(window.tokens) for window in windows)
+    tokens = 0
+    for one, window in itertools.pairwise([None, *windows]):
+        assert window is not None
+        kept = tokens_in_common(one.tokens.tolist(), window.tokens.tolist(), window.first) if one else 0
+        tokens += len(window.tokens) - kept
     used = weights_used(model) + model.dims.n_vocab * model.dims.n_embd
     what = f"{what} on {tokens} tokens in the engine"
     return engine_need(what, [_bytes(file) for file in files], context, 2 * used * tokens, probe_machine(), threads)

@@ -19,9 +19,9 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 
 import numpy as np
 
-from bitladder.describe.criteria import Context, judge
+from bitladder.describe.criteria import Context
 from bitladder.describe.similarity import METRICS
-from bitladder.describe.workload import Input, Workload, question_hash
+from bitladder.describe.workload import Input, Workload
 from bitladder.engines.base import Chat, Completion, Engine, Running, Unsupported
 from bitladder.errors import EngineError, EngineReply, UsageError, WrongModel
 from bitladder.files.probe import OtherLoad
@@ -30,11 +30,16 @@ from bitladder.records.evaluation import (
     Alternative,
     Answer,
     AnswerToken,
+    Difference,
     LevelAnswers,
+    Reply,
     Speed,
     TagResult,
     WorkloadResult,
 )
+from bitladder.stages.behaviour import faults_of, repetition_of, thinking_of
+from bitladder.stages.chats import chat_through, first_chat, judge_chat
+from bitladder.stages.wording import item_recall
 from bitladder.stats.intervals import weighted_wilson, wilson
 from bitladder.stats.multiplicity import holm
 from bitladder.stats.paired import mcnemar, sign_flip
@@ -75,16 +80,16 @@ def answer_workload(
     """
     known = known or {}
     wanted = [(one, sample) for one in workload.inputs for sample in range(workload.samples)]
-    questions = {(one.id, sample): question_hash(one, workload.temperature, sample) for one, sample in wanted}
+    questions = {(one.id, sample): workload.question(one, sample) for one, sample in wanted}
     answers = {key: known[question] for key, question in questions.items() if question in known}
     missing = [(one, sample) for one, sample in wanted if (one.id, sample) not in answers]
     # Longest first, so that no slot is left with a long answer when the others have run dry.
-    missing.sort(key=lambda item: -item[0].max_tokens)
+    missing.sort(key=lambda item: -item[0].most_tokens * (1 + len(item[0].turns)))
     progress("answers", len(answers), len(wanted))
 
     def ask(one: Input, sample: int) -> Answer:
-        chat = Chat(one.messages, one.max_tokens, workload.temperature, seed=sample, logprobs=logprobs)
-        return _answer(one, sample, questions[one.id, sample], engine.chat(chat))
+        asked = first_chat(one, workload, sample, logprobs)
+        return _answer(one, sample, questions[one.id, sample], chat_through(engine, asked, one))
 
     pool = ThreadPoolExecutor(max_workers=max(1, engine.parallel), thread_name_prefix="workload")
     failures = 0
@@ -114,7 +119,7 @@ def in_order(workload: Workload, answers: Mapping[str, Answer]) -> tuple[Answer,
     found = []
     for one in workload.inputs:
         for sample in range(workload.samples):
-            answer = answers.get(question_hash(one, workload.temperature, sample))
+            answer = answers.get(workload.question(one, sample))
             if answer is not None:
                 found.append(dataclasses.replace(answer, input_id=one.id, sample=sample))
     return tuple(found)
@@ -169,7 +174,7 @@ def judge_answers(
     judged = []
     for answer in answers:
         about = dataclasses.replace(context or Context(), reference=said.get((answer.input_id, answer.sample)))
-        outcome = judge(inputs[answer.input_id], answer.text, about)
+        outcome = judge_chat(inputs[answer.input_id], answer, about)
         judged.append(dataclasses.replace(answer, passed=outcome.passed, detail=outcome.detail))
     return tuple(judged)
 
@@ -206,6 +211,8 @@ def compare(reference: LevelAnswers, level: LevelAnswers, workload: Workload) ->
     Inputs that either has not answered (a run cut short) are left out, never counted as failed.
     """
     pairs = _pairs(reference, level, workload)
+    both = {pair.one.id for pair in pairs}
+    theirs, ours = ([one for one in side.answers if one.input_id in both] for side in (reference, level))
     shares = np.array([pair.level for pair in pairs])
     before = np.array([pair.reference for pair in pairs])
     weights = np.array([pair.one.weight for pair in pairs])
@@ -216,6 +223,7 @@ def compare(reference: LevelAnswers, level: LevelAnswers, workload: Workload) ->
         p_value = mcnemar(len(lost), len(gained)) if pairs else math.nan
     else:
         p_value = sign_flip(weights * (shares - before), np.random.default_rng(0))
+    items, kept, recall = item_recall(workload, reference.answers, level.answers)
     return WorkloadResult(
         level=level.level,
         passes=sum(pair.level >= 0.5 for pair in pairs),
@@ -232,7 +240,20 @@ def compare(reference: LevelAnswers, level: LevelAnswers, workload: Workload) ->
         smallest_visible_loss=smallest_visible_loss(len(pairs)) if pairs else math.nan,
         tags=_tag_results(pairs, workload.tags),
         decode_rounds=level.speed.rounds,
+        items=items,
+        items_kept=kept,
+        recall_low=recall.low,
+        recall_high=recall.high,
+        faults=faults_of(theirs, ours, workload),
+        thinking=thinking_of(theirs, ours),
+        repetition=repetition_of(ours, theirs),
+        reference_repetition=repetition_of(theirs, ours),
+        differences=_differences(pairs) if workload.samples > 1 else None,
     )
+
+
+def _differences(pairs: Sequence[_Pair]) -> tuple[Difference, ...]:
+    return tuple(Difference(pair.one.id, pair.level - pair.reference) for pair in pairs if pair.level != pair.reference)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,11 +282,16 @@ def _pairs(reference: LevelAnswers, level: LevelAnswers, workload: Workload) -> 
             one,
             before[one.id],
             after[one.id],
-            [answer.text for answer in theirs[one.id]] == [answer.text for answer in ours[one.id]],
+            [_said(answer) for answer in theirs[one.id]] == [_said(answer) for answer in ours[one.id]],
         )
         for one in workload.inputs
         if one.id in theirs and one.id in ours
     ]
+
+
+def _said(answer: Answer) -> list[tuple[str, object]]:
+    """What a user sees of an answer: texts and calls."""
+    return [(reply.text, reply.calls) for reply in answer.replies]
 
 
 def _by_input(answers: Iterable[Answer]) -> dict[str, list[Answer]]:
@@ -287,7 +313,8 @@ def _tag_results(pairs: Sequence[_Pair], tags: Sequence[str]) -> tuple[TagResult
     return tuple(results)
 
 
-def _answer(one: Input, sample: int, question: str, completion: Completion) -> Answer:
+def _answer(one: Input, sample: int, question: str, completions: Sequence[Completion]) -> Answer:
+    *earlier, completion = completions
     tokens = []
     for token in completion.tokens:
         top = [Alternative(other.token_id, other.logprob) for other in token.top if other.token_id is not None]
@@ -304,7 +331,15 @@ def _answer(one: Input, sample: int, question: str, completion: Completion) -> A
         sample=sample,
         question=question,
         tokens=tuple(tokens),
+        thought=completion.reasoning,
+        thought_tokens=completion.thought_tokens,
+        calls=completion.calls,
+        earlier=tuple(_reply(done) for done in earlier),
     )
+
+
+def _reply(done: Completion) -> Reply:
+    return Reply(done.text, done.finish_reason, done.completion_tokens, done.reasoning, done.thought_tokens, done.calls)
 
 
 _PROSE = (
@@ -314,18 +349,37 @@ _PROSE = (
 )
 
 
-def decode_rates(engine: Engine, repeat: int) -> tuple[float, float]:
-    """Prefill and decode rates of one request; ``repeat`` makes each prompt a new one, which no cache can serve."""
+def decode_rates(engine: Engine, repeat: int, *, again: bool = False, past: int = 0) -> tuple[float, float]:
+    """Prefill and decode rates of one request; ``repeat`` makes each prompt a new one, which no cache can serve.
+
+    ``again``: the last request had the same ``repeat``; an engine of our own with a clock then decodes after the prompt
+    that it holds, in a third of the time, and the prefill rate is NaN. ``past``: tokens of context before the prompt,
+    which the engine keeps from one request to the next.
+    """
     if isinstance(engine, Running):
         with contextlib.suppress(Unsupported):
-            return _clock_rates(engine, repeat)
+            prefill, decode = _clock_rates(engine, repeat, again=again, past=past)
+            return math.nan if again else prefill, decode
     return _stream_rates(engine, repeat)
 
 
-def _clock_rates(engine: Running, repeat: int) -> tuple[float, float]:
-    room = engine.launch.n_ctx - DECODE_TOKENS - 8
+def warm_up(engine: Engine) -> None:
+    """A short request, so that weights, threads and the clock of the processor are as they stay."""
+    if isinstance(engine, Running):
+        with contextlib.suppress(Unsupported):
+            engine.time_tokens(engine.tokenize(_PROSE, add_special=True)[:16], max_tokens=8)
+            return
+    engine.chat(Chat.of(_PROSE, 8))
+
+
+def _clock_rates(engine: Running, repeat: int, *, again: bool, past: int) -> tuple[float, float]:
+    room = engine.launch.n_ctx - past - DECODE_TOKENS - 8
     tokens = engine.tokenize(f"{repeat + 1}. " + _PROSE * 4, add_special=True)[: max(8, min(PREFILL_TOKENS, room))]
-    timings = engine.time_tokens(tokens, max_tokens=min(DECODE_TOKENS, max(2, room)))
+    if past:
+        once = engine.tokenize(_PROSE)
+        tokens = [*(once * -(-past // max(1, len(once))))[:past], *tokens]
+    held = again or past > 0
+    timings = engine.time_tokens(tokens, max_tokens=min(DECODE_TOKENS, max(2, room)), again=held)
     if timings["prompt_ms"] <= 0 or timings["predicted_ms"] <= 0 or timings["predicted_n"] < 2:
         raise EngineReply(f"The engine's timings make no sense: {dict(timings)}.")
     # The first decoded token comes out of the prefill, so n tokens are n - 1 steps.

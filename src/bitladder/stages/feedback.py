@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from bitladder.describe.windows import Window, tokens_hash
 from bitladder.errors import BadInput, BitladderError
+from bitladder.executors import Executor
 from bitladder.files.gguf import GgufFile, row_pieces
 from bitladder.files.gguf_writer import GgufWriter
 from bitladder.files.level_files import LevelDraft, draft_level, free_name, possible_places, refuse_overwriting
@@ -36,7 +37,7 @@ from bitladder.records.calibration import LinearLoss
 from bitladder.records.level_file import LevelFile
 from bitladder.records.recipe import FittedLevel, Recipe
 from bitladder.units import GiB
-from bitladder.walk.driver import Member, Stream, forward
+from bitladder.walk.driver import Member, Spread, Stream, forward
 from bitladder.walk.feedback import (
     FedLevel,
     FeedbackSettings,
@@ -48,7 +49,8 @@ from bitladder.walk.inputs import InputStatistics, Sums
 from bitladder.walk.keep import Keep
 from bitladder.walk.layers import LayeredModel, inference
 from bitladder.walk.opened import layered
-from bitladder.walk.states import Batch, States, batches_of
+from bitladder.walk.spread import spread_over
+from bitladder.walk.states import Batch, States, batches_of, shard_count
 from bitladder.walk.weights import FileWeights
 
 _LEVEL = 1
@@ -81,6 +83,8 @@ def write_with_feedback(
     folders: Sequence[Path] = (),
     is_kept: Callable[[Path], bool] = lambda _: False,
     progress: Progress = silent,
+    executor: Executor | None = None,
+    warn: Callable[[str], None] = lambda _: None,
 ) -> FittedLevel:
     """Write ``out_dir/<name>-<label>.gguf`` by a recipe, with error feedback.
 
@@ -95,6 +99,8 @@ def write_with_feedback(
         folders: where else the file may lie already, under any name.
         is_kept: whether a file must not be replaced, see ``stages.write_levels.quantize_levels``.
         progress: told after each layer.
+        executor: computes units of the walk; they are computed here by default. The bytes do not depend on it.
+        warn: told where workers cannot read the source.
 
     A file that is already there with the same header (source, recipe, text, settings, version; what was expected of it
     apart) is kept.
@@ -129,7 +135,8 @@ def write_with_feedback(
         weights = FileWeights(source, threads=settings.threads)
         model = layered(source, weights, device=settings.device)
         job = _Job(source, weights, model, recipe, settings, batches_of(windows), progress)
-        losses = _write(job, draft, state_bytes)
+        with spread_over(executor, source, warn=warn) as spread:
+            losses = _write(job, draft, state_bytes, spread)
     seconds = time.monotonic() - started
     file = LevelFile(recipe.label, draft.parts[0].path, draft.file_bytes, recipe.bpw, seconds, reused)
     return FittedLevel(file, recipe, tuple(losses), tokens, method)
@@ -179,7 +186,7 @@ def method_name(windows: Sequence[Window], settings: FeedbackSettings) -> str:
     return f"feedback {settings.effort}, kernels {revision}, damp {settings.damp:g}, passes {passes}, text {text}"
 
 
-def _write(job: _Job, draft: LevelDraft, state_bytes: int) -> list[LinearLoss]:
+def _write(job: _Job, draft: LevelDraft, state_bytes: int, spread: Spread | None) -> list[LinearLoss]:
     """Make the file; on an error of ours remove it, on anything else leave it to a later run."""
     part = draft.parts[0]
     fingerprint = hashlib.sha256(part.header(job.source.sha256)).hexdigest()
@@ -187,7 +194,7 @@ def _write(job: _Job, draft: LevelDraft, state_bytes: int) -> list[LinearLoss]:
     folder = part.path.with_name(part.path.name + ".partial.states")
     n_layer = job.model.n_layer
     try:
-        stream = _stream(job, out, part.path.parent, Keep(folder, fingerprint), state_bytes)
+        stream = _stream(job, out, part.path.parent, Keep(folder, fingerprint), state_bytes, spread)
         forward([stream], Part(job.progress, 0, n_layer, n_layer + 1.0), "fitting ")
         job.progress("fitting the output matrix", n_layer, n_layer + 1.0)
         for name in out.unfinished():
@@ -204,7 +211,7 @@ def _write(job: _Job, draft: LevelDraft, state_bytes: int) -> list[LinearLoss]:
     return out.losses
 
 
-def _stream(job: _Job, out: _Out, folder: Path, keep: Keep, state_bytes: int) -> Stream:
+def _stream(job: _Job, out: _Out, folder: Path, keep: Keep, state_bytes: int, spread: Spread | None) -> Stream:
     """The source, and the level behind it; of what either reads in a layer half of ``state_bytes`` stays in memory."""
     level = FedLevel(
         job.model, job.weights, job.recipe.qtypes, job.settings, job.batches, out.take, out.has,
@@ -213,6 +220,7 @@ def _stream(job: _Job, out: _Out, folder: Path, keep: Keep, state_bytes: int) ->
     return Stream(
         job.model, [Member(job.weights, [level.source_inputs]), level], job.batches,
         state_bytes=state_bytes, spill=folder, keep=keep, half=job.settings.half_products,
+        shards=shard_count(job.batches), spread=spread,
     )  # fmt: skip
 
 

@@ -7,13 +7,14 @@ logits file. ``docs/measure.md`` defines each figure.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TypedDict, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bitladder.describe.depths import DepthWindows, by_depth
 from bitladder.describe.windows import Window, check_tokens
 from bitladder.errors import BadInput
 from bitladder.files.gguf import GgufFile
@@ -22,7 +23,7 @@ from bitladder.formats.roles import factored
 from bitladder.kernels import Effort
 from bitladder.levels.checkpoints import FolderFormat
 from bitladder.progress import LevelNews, Progress, silent
-from bitladder.records.fidelity import Fidelity
+from bitladder.records.fidelity import AtDepth, Fidelity, Way
 from bitladder.stats.bootstrap import SEED, quantile_interval, ratio_interval
 from bitladder.units import GiB
 from bitladder.walk.checkpoint_weights import CheckpointWeights
@@ -201,8 +202,11 @@ def _clusters(windows: Sequence[Window]) -> tuple[str, NDArray[np.int64]]:
     return "window", np.concatenate([np.full(w.scored, at) for at, w in enumerate(windows)])
 
 
-def fidelity(level: str, own: TokenScores, reference: TokenScores, windows: Sequence[Window]) -> Fidelity:
-    """A level's figures and their intervals from the scores of every token (``docs/measure.md``)."""
+def fidelity(
+    level: str, own: TokenScores, reference: TokenScores, windows: Sequence[Window], *, coverage: float = 0.95
+) -> Fidelity:
+    """A level's figures and their intervals from the scores of every token (``docs/measure.md``); ``coverage`` is the
+    intervals', higher where they are looked at several times."""
     unit, cluster = _clusters(windows)
     units = int(cluster.max()) + 1
     rng = np.random.default_rng(SEED)
@@ -212,12 +216,12 @@ def fidelity(level: str, own: TokenScores, reference: TokenScores, windows: Sequ
 
     tokens = sums(np.ones(len(cluster)))
     unit_kl = sums(own.kl) / tokens
-    kl = ratio_interval(sums(own.kl), tokens, rng, scale="log", worse="more")
-    lost = ratio_interval(sums(own.nll - reference.nll), tokens, rng, worse="more")
+    kl = ratio_interval(sums(own.kl), tokens, rng, scale="log", worse="more", level=coverage)
+    lost = ratio_interval(sums(own.nll - reference.nll), tokens, rng, worse="more", level=coverage)
     same = (own.top1 == reference.top1).astype(np.float64)
-    top1 = ratio_interval(sums(same), tokens, rng, worse="less")
-    median = quantile_interval(own.kl, cluster, 0.5, rng)
-    p99 = quantile_interval(own.kl, cluster, 0.99, rng)
+    top1 = ratio_interval(sums(same), tokens, rng, worse="less", level=coverage)
+    median = quantile_interval(own.kl, cluster, 0.5, rng, level=coverage)
+    p99 = quantile_interval(own.kl, cluster, 0.99, rng, level=coverage)
     return Fidelity(
         level=level, tokens=len(cluster), units=units, unit=unit,
         kl_mean=kl.value, kl_low=kl.low, kl_high=kl.high,
@@ -229,3 +233,36 @@ def fidelity(level: str, own: TokenScores, reference: TokenScores, windows: Sequ
         top1=top1.value, top1_low=float(np.maximum(0, top1.low)), top1_high=float(np.minimum(1, top1.high)),
         unit_kl=tuple(unit_kl.tolist()), unit_tokens=tuple(tokens.astype(int).tolist()),
     )  # fmt: skip
+
+
+def fidelity_by_depth(
+    level: str, own: TokenScores, reference: TokenScores, windows: Sequence[DepthWindows]
+) -> Fidelity:
+    """The same over all depths, whose windows stand one after the other, and with the figures of each. What the loss
+    rises by is paired: a document's tokens are the same at every depth."""
+    places = by_depth(windows)
+    every = [window for one in windows for window in one.windows]
+    ends = np.cumsum([window.scored for window in every])
+    parts = list(zip(own.split(ends), reference.split(ends), strict=True))
+    found = []
+    for one in windows:
+        mine, theirs = (TokenScores.joined(list(side)) for side in zip(*parts[places[one.depth]], strict=True))
+        found.append(fidelity(level, mine, theirs, one.windows))
+    names = [each.name for each in fields(AtDepth) if each.name in vars(found[0])]
+    depths = tuple(
+        AtDepth(depth=one.depth, **{name: getattr(figures, name) for name in names}, **_rise(figures, found[0]))
+        for one, figures in zip(windows, found, strict=True)
+    )
+    return replace(fidelity(level, own, reference, every), way=Way.DEPLOYED, depths=depths)
+
+
+def _rise(deep: Fidelity, shallow: Fidelity) -> dict[str, float]:
+    """By which the loss of the same tokens is larger behind a longer context."""
+    if deep is shallow or not shallow.kl_mean > 0:
+        return {}
+    weights = np.asarray(deep.unit_tokens, np.float64)
+    x, w = (np.asarray(one.unit_kl) * weights for one in (deep, shallow))
+    if not (w > 0).all():
+        return {}
+    ratio = ratio_interval(x, w, np.random.default_rng(SEED), scale="log")
+    return {"rise": ratio.value, "rise_low": ratio.low, "rise_high": ratio.high}

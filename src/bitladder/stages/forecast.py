@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import glob
 import time
 from collections.abc import Iterator, Sequence
@@ -77,6 +78,40 @@ def forecast(need: JobNeed, journal: Journal, folder: Path | None = None) -> Ite
         journal.warn(error.found)
 
 
+def corrected_seconds(need: JobNeed) -> float:
+    """What a job will take, corrected by what earlier ones of its kind took on this machine; a walk, where there was
+    none and no rate is measured, by what a moment of multiplying tells."""
+    from bitladder.files.job_log import correction, read_jobs
+    from bitladder.files.probe import probe_machine
+    from bitladder.plan.preflight import ASSUMED_FLOPS, WALK_START_S
+
+    if need.seconds <= 0:
+        return 0.0
+    machine = probe_machine()
+    known = correction(read_jobs(machine), need.kind, need.seconds)
+    if known.jobs or need.kind not in ("walk", "importance") or need.label is not Basis.ASSUMED:
+        return need.seconds * known.factor
+    operations = (need.seconds - WALK_START_S) * ASSUMED_FLOPS * machine.cores
+    return WALK_START_S + operations / (_WALK_SHARE * _rate_of_products())
+
+
+_WALK_SHARE = 0.6
+"""Of the rate of large products, that a walk reaches."""
+
+
+@functools.cache
+def _rate_of_products() -> float:
+    """Operations per second of products f32[1024, 1024], the best of a few."""
+    import torch
+
+    one, best = torch.ones(1024, 1024), 0.0
+    for _ in range(4):
+        began = time.perf_counter()
+        one @ one
+        best = max(best, 2 * 1024**3 / (time.perf_counter() - began))
+    return best
+
+
 def _seconds(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
@@ -89,9 +124,8 @@ def _room(need: JobNeed) -> str:
 def building_need(job: Job, levels: Sequence[Level], build: Build) -> JobNeed:
     """What writing those of the levels will take that are not there yet, where they are written or in other folders."""
     from bitladder.files.probe import probe_machine
-    from bitladder.formats.blocks import QTYPES
     from bitladder.plan.cost import level_size
-    from bitladder.plan.preflight import quantize_need
+    from bitladder.plan.preflight import quantize_need, weights_to_convert
 
     source, places = job.source, [build.out, *build.folders]
     missing = [
@@ -100,17 +134,12 @@ def building_need(job: Job, levels: Sequence[Level], build: Build) -> JobNeed:
         if not any(_is_there(place, f"{source.model.name}-{level}") for place in places)
     ]
     sizes = [level_size(source.model, level) for level in missing]
-    work = {
-        (tensor.name, tensor.qtype): tensor.elements  # once, however many levels want it
-        for size in sizes
-        for tensor in size.tensors
-        if QTYPES[tensor.qtype].is_quantized
-    }
-    weights: dict[str, int] = {}
-    for (_, qtype), count in work.items():
-        weights[qtype] = weights.get(qtype, 0) + count
     need = quantize_need(
-        weights, [size.file_bytes for size in sizes], probe_machine(build.out), threads=job.threads, effort=build.effort
+        weights_to_convert(sizes),
+        [size.file_bytes for size in sizes],
+        probe_machine(build.out),
+        threads=job.threads,
+        effort=build.effort,
     )
     return need.named(f"quantize {', '.join(map(str, missing)) or 'nothing'}")
 
@@ -120,8 +149,11 @@ def _is_there(out: Path, name: str) -> bool:
     return (out / f"{name}.gguf").exists() or any(out.glob(f"{glob.escape(name)}-00001-of-*.gguf"))
 
 
-def walking_need(source: GgufFile, windows: Sequence[Window], levels: Sequence[str], *, kind: str = "walk") -> JobNeed:
-    """What one pass over the layers will take: of the source and ``levels`` beside it."""
+def walking_need(
+    source: GgufFile, windows: Sequence[Window] | int, levels: Sequence[str], *, kind: str = "walk"
+) -> JobNeed:
+    """What one pass over the layers will take: of the source and ``levels`` beside it, on windows or a number of tokens
+    that is estimated."""
     from bitladder.files.measured import load_measured
     from bitladder.files.probe import probe_machine
     from bitladder.plan.abilities import Route
@@ -131,7 +163,7 @@ def walking_need(source: GgufFile, windows: Sequence[Window], levels: Sequence[s
     machine = probe_machine()
     measured = load_measured(machine)
     dims = source.model.dims
-    tokens = sum(len(window.tokens) for window in windows)
+    tokens = windows if isinstance(windows, int) else sum(len(window.tokens) for window in windows)
     head = dims.n_vocab * dims.n_embd if levels else 0
     used = weights_used(source.model) + head
     need = walk_need(

@@ -9,13 +9,14 @@ costs about the bare forward pass, in bfloat16 where the processor can (``walk/p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from bitladder import __version__
 from bitladder.describe.windows import Window, tokens_hash
 from bitladder.errors import BadInput
+from bitladder.executors import Executor
 from bitladder.files.folders import cache_key
 from bitladder.files.gguf import GgufFile
 from bitladder.files.imatrix import ImportanceMatrix
@@ -27,8 +28,9 @@ from bitladder.walk.driver import Member, Stream, forward
 from bitladder.walk.importance import Importance
 from bitladder.walk.keep import Keep
 from bitladder.walk.opened import layered
-from bitladder.walk.products import wants_half_products
-from bitladder.walk.states import CALIBRATION_TOKENS, batches_of
+from bitladder.walk.products import half_for, wants_half_products
+from bitladder.walk.spread import spread_over
+from bitladder.walk.states import CALIBRATION_TOKENS, batches_of, shard_count
 from bitladder.walk.weights import FileWeights
 
 """Below this many tokens an importance matrix is little better than none."""
@@ -46,6 +48,8 @@ def importance_matrix(
     spill: Path | None = None,
     keep: Path | None = None,
     half: bool | None = None,
+    executor: Executor | None = None,
+    warn: Callable[[str], None] = lambda _: None,
 ) -> ImportanceMatrix:
     """Gather an importance matrix.
 
@@ -61,6 +65,8 @@ def importance_matrix(
         keep: a folder in which a killed walk leaves its states and what it has gathered; one over the same model and
             text goes on from there, and removes them at its end. None keeps nothing.
         half: whether to multiply in bfloat16; None: where the processor can.
+        executor: computes units of the walk; they are computed here by default. Numbers do not depend on it.
+        warn: told where workers cannot read the source.
 
     Raises:
         BadInput: no windows.
@@ -74,21 +80,25 @@ def importance_matrix(
             means="The calibration text is empty or too short.",
             do=f"Give a text of several thousand tokens; under {LEAST_TOKENS} an importance matrix says little.",
         )
-    half = wants_half_products(half, device)
+    half = wants_half_products(half_for(executor) if half is None else half, device)
+    batches = batches_of(windows, batch_tokens=CALIBRATION_TOKENS)
     weights = FileWeights(source, threads=threads)
     model = layered(source, weights, device=device)
     gathered = Importance(model)
     key = cache_key("importance", type(model).__name__, __version__, source.sha256, tokens_hash(windows), str(half))
-    stream = Stream(
-        model,
-        [Member(weights, [gathered])],
-        batches_of(windows, batch_tokens=CALIBRATION_TOKENS),
-        state_bytes=state_bytes,
-        spill=spill,
-        keep=Keep(keep, key) if keep else None,
-        half=half,
-    )
-    forward([stream], progress, "importance: ")
+    with spread_over(executor, source, warn=warn) as spread:
+        stream = Stream(
+            model,
+            [Member(weights, [gathered])],
+            batches,
+            state_bytes=state_bytes,
+            spill=spill,
+            keep=Keep(keep, key) if keep else None,
+            half=half,
+            shards=shard_count(batches),
+            spread=spread,
+        )
+        forward([stream], progress, "importance: ")
     stream.finished()
     progress("importance", model.n_layer, model.n_layer)
     found = importance_of_vectors(gathered.vectors, dataset=dataset)

@@ -13,8 +13,10 @@ from bitladder.progress import Progress, silent
 from bitladder.records.job import JobOutcome
 
 if TYPE_CHECKING:
+    from bitladder.describe.depths import DepthWindows
     from bitladder.describe.text import Document
     from bitladder.describe.windows import Window
+    from bitladder.executors import Executor
     from bitladder.files.gguf import GgufFile
     from bitladder.files.sources import Source
     from bitladder.kernels import Effort
@@ -65,7 +67,9 @@ class Work:
 
     threads: int = 1
     device: str = CPU
-    """Where walks compute and scales are searched for, as torch names it."""
+    """Where walks compute and scales are searched for, as torch names it; with an executor, where each unit does."""
+    executor: Executor | None = None
+    """Computes units of calibrating walks and of writing levels; None: they are computed right here."""
     progress: Progress = silent
     journal: Journal = field(default_factory=Journal)
 
@@ -104,6 +108,23 @@ class Job(Work):
             bos = ids[""][0] if marks and ids[""] else None
             self._windows[digest] = text_windows(texts, ids.__getitem__, self.source.model, bos=bos)
         return self._windows[digest]
+
+    def depth_windows(self, texts: Sequence[Document], depths: Sequence[int]) -> list[DepthWindows]:
+        """Windows of these depths, with the calibration text that ships before documents that are shorter.
+
+        Raises:
+            EngineError, BadInput: as ``windows``.
+        """
+        from bitladder.describe.depths import depth_windows
+        from bitladder.describe.windows import bos_in_front
+
+        marks = [""] if self.found.unread_tokenizer else []
+        filler = filler_texts()
+        ids = self.tokens([*marks, *(document.text for document in (*texts, *filler))])
+        first = ids.pop(0)[0] if marks and ids[0] else None
+        bos = bos_in_front(self.source.model, ids, first)
+        named = [(document.name, one) for document, one in zip(texts, ids, strict=False)]
+        return depth_windows(named, ids[len(texts) :], depths, bos=bos)
 
     def tokens(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of texts by the engine's own tokenizer; by the checkpoint's where the engine does not load the model,
@@ -200,6 +221,13 @@ class Job(Work):
         return folder
 
 
+def filler_texts() -> list[Document]:
+    """What stands before a document that is shorter than the context it is measured in: never what is measured on."""
+    from bitladder.files.texts import shipped_texts
+
+    return shipped_texts("calibration")
+
+
 @contextmanager
 def opened(model: str, work: Work, *, warn: bool = True) -> Iterator[Job]:
     """The model found (or fetched) and open; what the user should know of it is told, unless not to ``warn``.
@@ -231,6 +259,8 @@ class Build:
     """How long to search for scales and codes."""
     texts: Sequence[Path] = ()
     """The user's calibration texts; those that ship by default."""
+    calibration_share: float = 1.0
+    """Of the calibration text, that an importance matrix is gathered on: less where there is no time for more."""
     measured_on: Sequence[Document] = ()
     """Texts that levels will be measured on, which calibration must not have seen; none are checked by default."""
     folders: Sequence[Path] = ()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from bitladder.errors import BadInput, BitladderError
 from bitladder.progress import Progress, silent
 from bitladder.records.level_file import LevelFile, Making, StoredFile
-from bitladder.stages.calibration import calibration_texts, importance_file, importance_of
+from bitladder.stages.calibration import calibration_documents, importance_file, importance_of
 from bitladder.stages.job import AUTO, NONE, Build, Job, Journal, Work
 from bitladder.store.recorded import Subject
 
@@ -117,7 +117,7 @@ def making_of(job: Job, build: Build, importance: Importance | None) -> Making:
 
     digest = importance_hash(importance)
     if digest:
-        _keep_importance(job, build.imatrix, digest)
+        _keep_importance(job, build, digest)
     given = build.imatrix if build.imatrix in (AUTO, NONE) else str(Path(build.imatrix).resolve())
     return Making(build.effort, given if digest else NONE, digest, job.threads)
 
@@ -128,12 +128,12 @@ def _kept_importance(digest: str) -> Path:
     return data_folder("importance", digest)
 
 
-def _keep_importance(job: Job, choice: str, digest: str) -> None:
+def _keep_importance(job: Job, build: Build, digest: str) -> None:
     """Put an importance matrix by under the hash that methods call it by."""
     from bitladder.files.atomic import write_whole
 
     kept = _kept_importance(digest)
-    origin = importance_file(job, calibration_texts(())) if choice == AUTO else Path(choice)
+    origin = importance_file(job, calibration_documents(build)) if build.imatrix == AUTO else Path(build.imatrix)
     if not kept.is_file():
         write_whole(kept, origin.read_bytes())
 

@@ -88,9 +88,10 @@ class _Making:
         with forecast(need, job.journal, build.out):
             files = quantize_levels(
                 job.source, recipes, build.out, importance=self.importance, folds=folds, effort=build.effort,
-                threads=job.threads, device=job.device, split_max_bytes=build.split_max_bytes, force=build.force,
+                threads=job.threads, device=job.device, executor=job.executor, warn=job.journal.warn,
+                split_max_bytes=build.split_max_bytes, force=build.force,
                 folders=build.folders, is_kept=kept_by_evidence(job.journal),
-                requantize=build.requantize and folds is None, progress=job.progress, warn=job.journal.warn,
+                requantize=build.requantize and folds is None, progress=job.progress,
             )  # fmt: skip
         method = method_name(build.effort, self.importance, folds)
         return self._written(files, method)

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from bitladder.errors import BadInput, UnknownArchitecture
+from bitladder.describe.cache_types import F16_CACHE, CacheTypes
+from bitladder.errors import BadInput, UnknownArchitecture, UsageError
 from bitladder.progress import LevelNews
 from bitladder.records.fidelity import Fidelity, Way
 from bitladder.stages.calibration import importance_of
-from bitladder.stages.engine_way import announce, engine_fidelities, instead_of_walk, way_for
+from bitladder.stages.engine_way import (
+    announce,
+    deployed_fidelities,
+    engine_missing,
+    instead_of_walk,
+    scores_in_engine,
+    way_for,
+)
 from bitladder.stages.forecast import forecast, walking_need
 from bitladder.stages.job import AUTO, Build, Job, Work, opened
 
 if TYPE_CHECKING:
     from bitladder.describe.text import Document
     from bitladder.describe.windows import Window
-    from bitladder.describe.workload import Workload
+    from bitladder.describe.workload import Input, Workload
+    from bitladder.engines.base import Launch
     from bitladder.files.gguf import GgufFile
     from bitladder.kernels import Effort
     from bitladder.levels import Level
@@ -30,6 +39,11 @@ if TYPE_CHECKING:
     from bitladder.stages.fidelity import Candidate
     from bitladder.stages.quantize import SortedLevels
     from bitladder.store.recorded import Recorded, Subject
+    from bitladder.walk.head import TokenScores
+
+    Scored = tuple[TokenScores, TokenScores]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -37,7 +51,7 @@ class Measuring:
     """What ``measure_model`` compares."""
 
     levels: Sequence[Level] | None = None
-    """None: the ladder, where no files are named."""
+    """None: the ladder, where no files are named; by depth the model itself."""
     reference: Level | None = None
     """None: the model itself."""
     files: Sequence[Path] = ()
@@ -48,17 +62,22 @@ class Measuring:
     effort: Effort = "good"
     through: Way | None = None
     """The way; None for the walk where it can go, else the engine."""
+    caches: Sequence[CacheTypes] = ()
+    """Types of the KV cache that every level is run with, by the engine; none for what the weights alone cost."""
+    depths: Sequence[int] = ()
+    """Tokens of context to measure behind; of caches the usual ones by default."""
 
 
 def measure_model(model: str, wanted: Measuring, work: Work) -> list[Fidelity]:
-    """Fidelity of levels, and of files and checkpoint folders that exist, against the model or one of its levels.
+    """Fidelity of levels, and of files and checkpoint folders that exist, against the model or one of its levels; or by
+    depth of context, of each with every cache.
 
     llama.cpp's mixes of types are made on the fly, tensor by tensor. Levels that need calibration are taken where
     evidence knows them, or built in a folder that goes when they are measured; so are all that the engine measures.
     Only evidence is written.
 
     Raises:
-        UsageError: an option that a level would not follow.
+        UsageError: an option that a level would not follow; a cache that the model cannot have.
         BadInput: a file is no level of this model, or a folder is in a format that is not read.
         BitladderError: anything else a user can meet.
     """
@@ -67,14 +86,40 @@ def measure_model(model: str, wanted: Measuring, work: Work) -> list[Fidelity]:
     from bitladder.store.evidence import Evidence
     from bitladder.store.recorded import Recorded
 
-    chosen = LADDER if wanted.levels is None and not wanted.files else wanted.levels or ()
+    everything = wanted.levels is None and not wanted.files
+    by_depth = bool(wanted.caches or wanted.depths)
+    chosen = LADDER if everything and not by_depth else wanted.levels or ()
     every = dict.fromkeys([*chosen, *([wanted.reference] if wanted.reference else [])])
     levels = sort_levels(list(every), wanted.imatrix)
     texts = documents(wanted.texts)
     with ExitStack() as stack:
         recorded = Recorded(stack.enter_context(Evidence.open()))
         job = stack.enter_context(opened(model, work, warn=False))
+        if by_depth:
+            wanted = _checked_depths(job, wanted)
         return _Comparison(job, recorded, stack, wanted, texts).fidelities(chosen, levels)
+
+
+def _checked_depths(job: Job, wanted: Measuring) -> Measuring:
+    """The same with what it leaves open; what cannot be measured by depth is refused before any work."""
+    from bitladder.describe.cache_types import check_cache
+    from bitladder.describe.depths import DEPTHS, check_depths
+
+    if wanted.through is Way.WALK or wanted.reference is not None:
+        option = "--reference" if wanted.through is not Way.WALK else "--through walk"
+        raise UsageError(
+            f"{option} does not go with --kv and --depth.",
+            means="A cache is the engine's, which compares with the source in its 16-bit cache.",
+            do=f"Leave out {option}.",
+        )
+    if why := engine_missing(job.source.model):
+        raise UnknownArchitecture(f"The engine cannot measure it: {why}.", do="Leave out --kv and --depth.")
+    trained = job.source.model.dims.n_ctx_train
+    usual = [depth for depth in DEPTHS if not trained or depth <= trained] or [trained]
+    caches = tuple(wanted.caches) or (F16_CACHE,)
+    for cache in caches:
+        check_cache(job.source.model, cache)
+    return replace(wanted, caches=caches, depths=check_depths(wanted.depths or usual, trained))
 
 
 @dataclass(frozen=True)
@@ -123,13 +168,19 @@ class _Comparison:
             return [ready[subject] for subject in missing]
 
         def files(missing: Sequence[Subject]) -> list[Path]:
-            lying = {subject.level: file.path for subject, file in built.items()}
+            lying = {level_of(source.model): source.path} if not (chosen or given) else {}
+            lying |= {subject.level: file.path for subject, file in built.items()}
             lying |= {subject.level: path for subject, path in zip(given, self.wanted.files, strict=True)}
             absent = {subject.level for subject in missing} - set(lying)
             lying |= self._written([level for level in levels.files if level.name in absent], importance)
             return [lying[subject.level] for subject in missing]
 
         subjects = [of_level[level.name] for level in chosen if level != reference] + list(given)
+        if self.wanted.caches:
+            if not subjects:  # what the caches cost, whatever the level
+                subjects = [Subject(source.sha256, level_of(source.model), file=source.sha256)]
+            pairs = [(subject, cache) for subject in subjects for cache in self.wanted.caches]
+            return fidelities_by_depth(job, pairs, self.texts, self.recorded, files=files, depths=self.wanted.depths)
         return fidelities(
             job, subjects, candidates, self.texts, self.recorded, files=files, reference=higher,
             through=self.wanted.through,
@@ -256,21 +307,80 @@ def fidelities(
         UnknownArchitecture: neither way can go.
         BitladderError: anything else a user can meet.
     """
-    if not subjects:
-        return []
-    measuring = _Ways(job, candidates, files, texts, recorded, reference)
-    way = way_for(job.source, through)
-    try:
-        return measuring.all_of(subjects, way)
-    except UnknownArchitecture as refusal:
-        if through is not None or way is Way.ENGINE:
-            raise
-        return measuring.all_of(subjects, instead_of_walk(job.source.model, refusal), refusal)
+    return Ways(job, candidates, files, texts, recorded, reference).fidelities(subjects, through)
+
+
+def fidelities_by_depth(
+    job: Job,
+    pairs: Sequence[tuple[Subject, CacheTypes]],
+    texts: Sequence[Document],
+    recorded: Recorded,
+    *,
+    files: Callable[[Sequence[Subject]], Sequence[Path]],
+    depths: Sequence[int],
+) -> list[Fidelity]:
+    """Stored fidelities by depth of levels that are run with a cache, and those that are missing, from the engine.
+
+    Args:
+        job: the model.
+        pairs: the levels, each with the cache that it is run with.
+        texts: what is measured on.
+        recorded: the evidence.
+        files: gives levels as files.
+        depths: tokens of context, rising.
+
+    Raises:
+        BitladderError: whatever a user can meet.
+    """
+    from bitladder.describe.text import text_hash
+    from bitladder.files.folders import cache_key
+    from bitladder.stages.job import filler_texts
+
+    run_with = {subject.with_cache(cache): (subject, cache) for subject, cache in pairs}
+
+    def measure(missing: Sequence[Subject]) -> Iterable[Fidelity]:
+        bare = dict.fromkeys(run_with[one][0] for one in missing)
+        paths = dict(zip(bare, files(list(bare)), strict=True))
+        levels = [(one.level, paths[run_with[one][0]]) for one in missing]
+        caches = [run_with[one][1] for one in missing]
+        return deployed_fidelities(job, levels, caches, job.depth_windows(texts, depths))
+
+    digest = cache_key(job.text_key(texts), "depths", *map(str, depths), text_hash(filler_texts()))
+    return _stored_or_measured(job, list(run_with), digest, recorded, None, Way.DEPLOYED, measure)
+
+
+def _stored_or_measured(
+    job: Job,
+    subjects: Sequence[Subject],
+    digest: str,
+    recorded: Recorded,
+    reference: Subject | None,
+    way: Way,
+    measure: Callable[[Sequence[Subject]], Iterable[Fidelity]],
+) -> list[Fidelity]:
+    """What is known of the subjects on a text with this digest, the rest measured; each is stored when it is there.
+    What is the same file, run in the same way, is measured once."""
+    stored = {one: recorded.fidelity(one, digest, reference, way=way) for one in subjects}
+    found = {subject: fidelity for subject, fidelity in stored.items() if fidelity is not None}
+    job.journal.reuse("fidelity", [subject.level for subject in found])
+    for subject in subjects:
+        if subject not in found:
+            job.progress.on_level(LevelNews(subject.level, "measuring"))
+    same = recorded.one_of_each([subject for subject in subjects if subject not in found])
+    missing = [subject for subject in same if same[subject] == subject]
+    if missing:
+        for subject, fidelity in zip(missing, measure(missing), strict=True):
+            found[subject] = fidelity
+            recorded.keep_fidelity(subject, digest, fidelity, reference)
+    found |= {subject: replace(found[one], level=subject.level) for subject, one in same.items() if one != subject}
+    for subject in subjects:
+        job.progress.on_level(LevelNews(subject.level, "measured", kl_mean=found[subject].kl_mean))
+    return [found[subject] for subject in subjects]
 
 
 @dataclass(frozen=True)
-class _Ways:
-    """What one call of ``fidelities`` measures with."""
+class Ways:
+    """What fidelity is measured with, by walking or in the engine."""
 
     job: Job
     candidates: Callable[[Sequence[Subject]], Sequence[Candidate]]
@@ -279,33 +389,48 @@ class _Ways:
     recorded: Recorded
     reference: Subject | None
 
+    def fidelities(self, subjects: Sequence[Subject], through: Way | None = None) -> list[Fidelity]:
+        """As the function of this name."""
+        if not subjects:
+            return []
+        return self.tried(lambda way, refusal: self.all_of(subjects, way, refusal), through)
+
+    def tried(self, measure: Callable[[Way, UnknownArchitecture | None], T], through: Way | None = None) -> T:
+        """What ``measure`` gives on the way ``through``; by default on the walk where it can go, else in the engine,
+        which is told why the walk refused."""
+        way = way_for(self.job.source, through)
+        try:
+            return measure(way, None)
+        except UnknownArchitecture as refusal:
+            if through is not None or way is Way.ENGINE:
+                raise
+            return measure(instead_of_walk(self.job.source.model, refusal), refusal)
+
     def all_of(
         self, subjects: Sequence[Subject], way: Way, refusal: UnknownArchitecture | None = None
     ) -> list[Fidelity]:
-        """Fidelities of all subjects, measured in one way; each is stored when it is there."""
+        """Fidelities of all subjects, measured in one way."""
         job = self.job
-        digest = job.text_key(self.texts)
         if way is Way.ENGINE:
             announce(job, "Fidelity is measured", refusal)
-        stored = {one: self.recorded.fidelity(one, digest, self.reference, way=way) for one in subjects}
-        found = {subject: fidelity for subject, fidelity in stored.items() if fidelity is not None}
-        missing = [subject for subject in subjects if subject not in found]
-        job.journal.reuse("fidelity", [subject.level for subject in found])
-        for subject in missing:
-            job.progress.on_level(LevelNews(subject.level, "measuring"))
-        if missing:
-            windows = job.windows(self.texts)
-            measured = self._in_engine(missing, windows) if way is Way.ENGINE else self._walked(missing, windows)
-            for subject, fidelity in zip(missing, measured, strict=True):
-                self.recorded.keep_fidelity(subject, digest, fidelity, self.reference)
-                found[subject] = fidelity
-        for subject in subjects:
-            job.progress.on_level(LevelNews(subject.level, "measured", kl_mean=found[subject].kl_mean))
-        return [found[subject] for subject in subjects]
 
-    def _walked(self, missing: Sequence[Subject], windows: Sequence[Window]) -> Iterable[Fidelity]:
+        def measure(missing: Sequence[Subject]) -> Iterator[Fidelity]:
+            from bitladder.stages.fidelity import fidelity  # brings torch, which stored figures need not wait for
+
+            windows = job.windows(self.texts)
+            for subject, (own, beside) in zip(missing, self.scored(missing, windows, way), strict=True):
+                yield replace(fidelity(subject.level, own, beside, windows), way=way)
+
+        digest = job.text_key(self.texts)
+        return _stored_or_measured(job, subjects, digest, self.recorded, self.reference, way, measure)
+
+    def scored(self, missing: Sequence[Subject], windows: Sequence[Window], way: Way) -> Iterable[Scored]:
+        """Scores of every token of each, and of the reference beside it."""
+        return self._in_engine(missing, windows) if way is Way.ENGINE else self._walked(missing, windows)
+
+    def _walked(self, missing: Sequence[Subject], windows: Sequence[Window]) -> Iterable[Scored]:
         from bitladder.files.folders import cache_folder
-        from bitladder.stages.fidelity import WalkOptions, walk  # brings torch, which stored figures need not wait for
+        from bitladder.stages.fidelity import WalkOptions, token_scores
 
         job = self.job
         options = WalkOptions(progress=job.progress, threads=job.threads, device=job.device)
@@ -314,13 +439,14 @@ class _Ways:
         if self.reference is not None:  # made together with the others, so that what they hold alike is made once
             options["reference"] = walked.pop(0)
         with forecast(walking_need(job.source, windows, [candidate.level for candidate in walked]), job.journal):
-            return walk(job.source, walked, windows, **options)
+            beside, *scores = token_scores(job.source, walked, windows, **options)
+        return [(own, beside) for own in scores]
 
-    def _in_engine(self, missing: Sequence[Subject], windows: Sequence[Window]) -> Iterable[Fidelity]:
+    def _in_engine(self, missing: Sequence[Subject], windows: Sequence[Window]) -> Iterable[Scored]:
         paths = list(self.files([*([self.reference] if self.reference else []), *missing]))
         first = paths.pop(0) if self.reference is not None else self.job.source.path
         levels = [(subject.level, path) for subject, path in zip(missing, paths, strict=True)]
-        return engine_fidelities(self.job, first, levels, windows)
+        return scores_in_engine(self.job, first, levels, windows)
 
 
 def fidelity_of_reference(measured: Fidelity, level: str) -> Fidelity:
@@ -328,7 +454,7 @@ def fidelity_of_reference(measured: Fidelity, level: str) -> Fidelity:
     zero = dict.fromkeys((name for name in vars(measured) if name.startswith("kl_")), 0.0)
     one = dict.fromkeys((name for name in vars(measured) if name.startswith(("ppl_ratio", "top1"))), 1.0)
     units = (0.0,) * len(measured.unit_kl)
-    return replace(measured, level=level, ppl=measured.ppl_reference, unit_kl=units, **zero, **one)  # type: ignore[arg-type]
+    return replace(measured, level=level, ppl=measured.ppl_reference, unit_kl=units, depths=(), **zero, **one)  # type: ignore[arg-type]
 
 
 class Replies(NamedTuple):
@@ -341,18 +467,28 @@ class Replies(NamedTuple):
     """Whether nothing had to be asked."""
 
 
-def answers(subject: Subject, path: Path, workload: Workload, recorded: Recorded, *, n_ctx: int, work: Work) -> Replies:
-    """Answers of one level, whose speed is measured beside the others' (``stages.speeds``). Every new answer is stored
-    as it comes."""
+def answers(
+    subject: Subject,
+    path: Path,
+    workload: Workload,
+    recorded: Recorded,
+    *,
+    n_ctx: int,
+    work: Work,
+    cache: CacheTypes = F16_CACHE,
+    inputs: Sequence[Input] | None = None,
+) -> Replies:
+    """Answers of one level run with a KV cache, whose speed is measured beside the others' (``stages.speeds``). Every
+    new answer is stored as it comes. ``inputs``: those of the workload to ask; all by default."""
     from bitladder.describe.workload import questions_of
-    from bitladder.engines.base import Launch
-    from bitladder.engines.registry import container_of, start
+    from bitladder.engines.llama import with_cache
+    from bitladder.engines.registry import start
+    from bitladder.stages.as_deployed import refuse_unheard_tools
     from bitladder.stages.evaluate import answer_workload
-    from bitladder.stages.run_facts import engine_facts, slots
 
-    room, parallel = slots(workload, n_ctx)
-    stored_as = container_of(path)
-    engine = engine_facts(n_ctx=room, n_parallel=parallel, threads=work.threads, container=stored_as, path=path)
+    engine, launch = engine_of(path, workload, n_ctx=n_ctx, work=work)
+    if inputs is not None:
+        workload = replace(workload, inputs=tuple(inputs))
     questions = questions_of(workload)
     known = recorded.answers(subject, questions, engine)
     if len(known) == len(set(questions)):
@@ -363,6 +499,19 @@ def answers(subject: Subject, path: Path, workload: Workload, recorded: Recorded
         known[answer.question] = answer
         work.progress.on_level(LevelNews(subject.level, answered=len(known), inputs=len(questions)))
 
-    with start(Launch(path, n_ctx=room, n_parallel=parallel, threads=work.threads)) as server:
+    with start(with_cache(launch, cache)) as server:
+        refuse_unheard_tools(workload, server)
         found = answer_workload(server, workload, known=dict(known), on_answer=keep)
     return Replies(found, None, stored=False)
+
+
+def engine_of(path: Path, workload: Workload, *, n_ctx: int, work: Work) -> tuple[dict[str, Any], Launch]:
+    """The engine that a file answers a workload through: what answers are stored under, and how it is started."""
+    from bitladder.engines.base import Launch
+    from bitladder.engines.registry import container_of
+    from bitladder.stages.run_facts import engine_facts, slots
+
+    room, parallel = slots(workload, n_ctx)
+    stored_as = container_of(path)
+    facts = engine_facts(n_ctx=room, n_parallel=parallel, threads=work.threads, container=stored_as, path=path)
+    return facts, Launch(path, n_ctx=room, n_parallel=parallel, threads=work.threads)

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from bitladder import system
 from bitladder.describe.machine import Machine
 from bitladder.describe.rates import MeasuredMachine, PoolRates
 from bitladder.describe.shapes import Shape
@@ -294,8 +295,7 @@ def _disk_read(folder: Path) -> float:
         file.flush()
         os.fsync(file.fileno())
     with path.open("rb", buffering=0) as file:
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        system.drop_cached(file.fileno())
         began = time.perf_counter()
         while file.read(4 * MiB):
             pass

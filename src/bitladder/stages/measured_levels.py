@@ -7,11 +7,12 @@ as it was built then. Whatever is served, `TierFile.standing` says what evidence
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from bitladder.describe.cache_types import F16_CACHE, CacheTypes
 from bitladder.errors import BadInput
 from bitladder.progress import Progress
 from bitladder.records.decision import Decision
@@ -32,7 +33,7 @@ from bitladder.stages.serve import served_level
 if TYPE_CHECKING:
     from bitladder.kernels import Effort
     from bitladder.records.run import RunRecord
-    from bitladder.store.recorded import Recorded
+    from bitladder.store.recorded import Recorded, StoredDecision
 
 _SHOWN = 12
 """Digits of a hash in a sentence."""
@@ -78,17 +79,23 @@ class LatestRun:
 
 def latest_run(model: str, progress: Progress) -> LatestRun | None:
     """The newest run of a model on this machine; None when there is none."""
-    from bitladder.files.measured import machine_key
-    from bitladder.files.probe import probe_machine
     from bitladder.store.evidence import Evidence
     from bitladder.store.recorded import Recorded
 
     with opened(model, Work(progress=progress)) as job, Evidence.open() as store:
         sha256 = job.source.sha256
         stored = Recorded(store).decisions(sha256)
+    return latest_of(stored, sha256)
+
+
+def latest_of(stored: Iterable[StoredDecision], source: str) -> LatestRun | None:
+    """The first of a model's decisions, newest first, that was made for this machine or whose record is here."""
+    from bitladder.files.measured import machine_key
+    from bitladder.files.probe import probe_machine
+
     here = machine_key(probe_machine())
     for one in stored:
-        record = _record_of(one.run, sha256, one.created if one.machine else "")
+        record = _record_of(one.run, source, one.created if one.machine else "")
         if record is not None or one.machine == here:
             return LatestRun(one.decision, record.created if record else one.created, one.run, record)
     return None
@@ -106,7 +113,14 @@ def _record_of(path: Path, source: str, created: str) -> RunRecord | None:
 
 
 def tier_file(
-    model: str, what: str, run: LatestRun | None = None, *, n_ctx: int, out: Path | None = None, work: Work
+    model: str,
+    what: str,
+    run: LatestRun | None = None,
+    *,
+    n_ctx: int,
+    out: Path | None = None,
+    work: Work,
+    cache: CacheTypes = F16_CACHE,
 ) -> TierFile:
     """``what`` as a file to serve: a GGUF file, or a level of the model, which is built when it is nowhere.
 
@@ -117,6 +131,7 @@ def tier_file(
         n_ctx: tokens of a request.
         out: the folder to build into; ``<name>-ladder`` by default.
         work: of building.
+        cache: types of the KV cache that it is run with; a part of its level's name.
 
     Raises:
         UnknownLevel: neither a file nor a level.
@@ -130,14 +145,30 @@ def tier_file(
     with Evidence.open() as store:
         recorded = Recorded(store)
         if Path(what).is_file():
-            return _named_file(Path(what), run, recorded, n_ctx, work.progress)
+            return _with_cache(_named_file(Path(what), run, recorded, n_ctx, work.progress), run, n_ctx, cache)
         with opened(model, work, warn=False) as job:
             search = _Search(job, run, recorded, out or Path(f"{job.found.label}-ladder"))
             level = search.level_named(what)
             check_context(job.source.model, n_ctx)  # refused before anything is built
             path = search.path_of(level)
             projector = projector_of(job.found, job.journal, job.progress)
-            return _described(level, path, search.wanted(level), recorded, n_ctx, work.progress, projector)
+            file = _described(level, path, search.wanted(level), recorded, n_ctx, work.progress, projector)
+            return _with_cache(file, run, n_ctx, cache)
+
+
+def _with_cache(file: TierFile, run: LatestRun | None, n_ctx: int, cache: CacheTypes) -> TierFile:
+    """The same file run with another cache: another deployment of the level, with another need of memory. What was
+    measured holds for it where the run measured it so."""
+    if cache.is_default:
+        return file
+    from bitladder.stages.serve import memory_by_slots
+
+    (memory,), (usual,) = (memory_by_slots(file.path, n_ctx, (1,), each) for each in (cache, F16_CACHE))
+    named = replace(file, level=cache.named(file.level), memory_bytes=file.memory_bytes + memory - usual)
+    if file.standing is not FileStanding.MEASURED or (run is not None and run.is_about(named.level, file.sha256)):
+        return named
+    note = f"{named.level}: the file was measured, and not with a KV cache of {cache}."
+    return replace(named, standing=FileStanding.UNMEASURED, note=note)
 
 
 def _named_file(path: Path, run: LatestRun | None, recorded: Recorded, n_ctx: int, progress: Progress) -> TierFile:

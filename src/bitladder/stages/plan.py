@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from bitladder.describe.cache_types import CacheTypes, check_cache, slow_on_gpu, split_name
 from bitladder.errors import UsageError
 from bitladder.progress import Progress
 from bitladder.records.plan import Plan
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
     from bitladder.plan.placement import Usage
     from bitladder.plan.search import MachineRates
 
-KV_TYPES = ("f16", "q8_0", "q4_0")
-
 
 @dataclass(frozen=True)
 class PlanRequest:
@@ -37,18 +36,33 @@ class PlanRequest:
     """None: the usual number of tokens, or a model's own when that is less."""
     slots: int = 1
     kv: str = "f16"
+    """Types of the KV cache as ``describe.cache_types`` spells them; several for a ladder of levels and caches."""
     machine: str | None = None
     """A machine in words (``RTX 4090 + 64 GiB``); None for this one."""
 
     @property
+    def caches(self) -> tuple[CacheTypes, ...]:
+        """The KV caches. Raises UsageError for a type that is none."""
+        from bitladder.describe.cache_types import parse_caches
+
+        return parse_caches(self.kv)
+
+    @property
     def wish(self) -> Usage:
-        """As planning takes it. Raises UsageError for an unknown type of cache."""
+        """As planning takes it. Raises UsageError for an unknown type of cache, or several."""
+        if len(self.caches) > 1:
+            raise UsageError(
+                f"Only one type of KV cache can be named here. Got '{self.kv}' instead.",
+                do="Several are compared by `bitladder plan MODEL --kv ...` and `bitladder run MODEL --kv ...`.",
+            )
+        return self.wish_with(self.caches[0])
+
+    def wish_with(self, cache: CacheTypes) -> Usage:
+        """As planning takes it, with this cache."""
         from bitladder.plan.placement import Usage
         from bitladder.records.plan import DEFAULT_CTX
 
-        if self.kv.lower() not in KV_TYPES:
-            raise UsageError(f"The --kv must be one of {', '.join(KV_TYPES)}. Got '{self.kv}' instead.")
-        return Usage(self.n_ctx or DEFAULT_CTX, self.slots, self.kv.upper(), self.kv.upper())
+        return Usage(self.n_ctx or DEFAULT_CTX, self.slots, cache.k.upper(), cache.v.upper())
 
 
 @dataclass(frozen=True)
@@ -114,34 +128,48 @@ def plan_model(
     from bitladder.levels import LADDER, RecipeLevel
     from bitladder.plan.abilities import Route
     from bitladder.plan.cost import checkpoint_levels
-    from bitladder.plan.ladder import make_plan, usable_context
+    from bitladder.plan.kernels import devices_of
+    from bitladder.plan.ladder import make_plan, over_caches, usable_context
     from bitladder.plan.launch import LAUNCHED
     from bitladder.stages.anchors import stored_runs
 
-    wish = request.wish
+    caches = request.caches
     machine, rates = the_machine(request.machine)
     found = describe(model, progress)
-    wish = replace(wish, n_ctx=usable_context(found.model, request.n_ctx), beside_bytes=found.beside_bytes)
+    if engine not in LAUNCHED:
+        for cache in caches:
+            check_cache(found.model, cache)
+    usual = {"n_ctx": usable_context(found.model, request.n_ctx), "beside_bytes": found.beside_bytes}
+    wishes = {cache: replace(request.wish_with(cache), **usual) for cache in caches}
     runs = stored_runs(model, machine) if request.machine is None else {}
     whole = engine in LAUNCHED
     wanted = levels or (checkpoint_levels(found.model, engine or "") if whole else LADDER)
-    made = make_plan(
-        found.model,
-        machine,
-        n_ctx=wish.n_ctx,
-        levels=wanted,
-        whole=whole,
-        n_seq=wish.n_seq,
-        type_k=wish.type_k,
-        type_v=wish.type_v,
-        beside_bytes=wish.beside_bytes,
-        rates=rates,
-        runs={RecipeLevel(level): speed for level, speed in runs.items() if level in RECIPES},
-    )
+    plans = {
+        cache: make_plan(
+            found.model,
+            machine,
+            n_ctx=wish.n_ctx,
+            levels=wanted,
+            whole=whole,
+            n_seq=wish.n_seq,
+            type_k=wish.type_k,
+            type_v=wish.type_v,
+            beside_bytes=wish.beside_bytes,
+            rates=rates,
+            runs={RecipeLevel(level): speed for level, speed in runs.items() if level in RECIPES},
+        )
+        for cache, wish in wishes.items()
+    }
+    made = over_caches(plans) if len(plans) > 1 else plans[caches[0]]
     made = _fast_enough(made, least_decode)
+    largest = _largest(wanted, made)
+    chosen = largest[1] if largest and largest[1] in wishes else caches[0]
+    wish = wishes[chosen]
     able = _abilities(found)
     files = whole or all(one.way is not Route.NONE for one in able if one.what == "K-quants")
-    advice = _advice(found.model, wanted, made, engine, machine, wish) if files else (None, ())
+    advice, slow = _advice(found.model, wanted, made, engine, machine, wish) if files else (None, ())
+    if engine not in LAUNCHED and any(device.kind == "nvidia" for device in devices_of(machine)):
+        slow += tuple(filter(None, map(slow_on_gpu, caches)))
     return ModelPlan(
         made,
         found.exact,
@@ -149,7 +177,8 @@ def plan_model(
         found.offers,
         _pair(found.model, pair, machine, wish) if pair else None,
         _launch(found, model, wanted, made, engine, machine, wish) if engine else None,
-        *advice,
+        advice,
+        slow,
         basis=found.basis.value,
         abilities=able,
     )
@@ -199,10 +228,11 @@ def _pair(model: Model, levels: Sequence[Level], machine: Machine, wish: Usage) 
     return plan_pair(model, quality, speed, machine, wish)
 
 
-def _largest(levels: Sequence[Level], plan: Plan) -> Level | None:
-    """The largest level that fits."""
+def _largest(levels: Sequence[Level], plan: Plan) -> tuple[Level, CacheTypes | None] | None:
+    """The largest level that fits, and the KV cache that its row names."""
     names = {level.name: level for level in levels}
-    return next((names[row.level] for row in plan.levels if row.fits), None)
+    found = next((split_name(row.level) for row in plan.levels if row.fits), None)
+    return (names[found[0]], found[1]) if found else None
 
 
 def _advice(
@@ -215,9 +245,10 @@ def _advice(
     from bitladder.plan.kernels import devices_of, kernel_warnings
     from bitladder.plan.placement import place
 
-    level = _largest(levels, plan)
-    if level is None:
+    largest = _largest(levels, plan)
+    if largest is None:
         return None, ()
+    level = largest[0]
     placement = place(model, level_size(model, level).by_part, machine, wish)
     known = [device for device in devices_of(machine) if device.capability]
     weakest = min(known, key=lambda device: device.capability, default=None)
@@ -239,9 +270,10 @@ def _launch(
     from bitladder.plan.launch import LAUNCHED, launch
     from bitladder.plan.placement import place
 
-    level = _largest(levels, plan)
-    if level is None:
+    largest = _largest(levels, plan)
+    if largest is None:
         raise NothingFits("No level fits, so there is nothing to launch.", do="Look at the reasons without --launch.")
+    level = largest[0]
     if isinstance(level, CheckpointLevel) and engine in LAUNCHED and engine not in level.engines:
         raise UsageError(
             f"{engine} does not serve {level}.",

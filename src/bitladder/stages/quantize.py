@@ -166,6 +166,7 @@ def calibrate_levels(
     from bitladder.stages.calibrate import Calibration, Reading
     from bitladder.stages.schemes import with_schemes
     from bitladder.walk.checkpoint_walk import Settings
+    from bitladder.walk.products import half_for
 
     source, documents = job.source, calibration_texts(build.texts)
     wanted: list[Product] = [*(with_schemes(job, level, build) for level in levels.checkpoints), *levels.folded]
@@ -180,8 +181,8 @@ def calibrate_levels(
     )
     walk = Calibration(
         source, wanted, reading, out_dir=build.out, name=job.found.label, checkpoint=job.found.checkpoint,
-        settings=Settings(threads=job.threads, device=job.device), force=build.force, folders=build.folders,
-        is_kept=kept_by_evidence(job.journal),
+        settings=Settings(threads=job.threads, device=job.device, half=half_for(job.executor)), force=build.force,
+        folders=build.folders, is_kept=kept_by_evidence(job.journal), executor=job.executor, warn=job.journal.warn,
     )  # fmt: skip
     with forecast(walk.need, job.journal, build.out) if walk.need is not None else nullcontext():
         calibrated = walk.run(job.progress)

@@ -17,7 +17,7 @@ from bitladder.stages.forecast import forecast, walking_need
 from bitladder.stages.job import Build, Job, Journal, Work, opened
 from bitladder.stages.known_files import kept_by_evidence
 from bitladder.stages.projector import deliver_projector, projector_of
-from bitladder.stages.weighing import RecipeTexts, keep_table, parts_of_text, weighed_tensors
+from bitladder.stages.weighing import GgufStorage, RecipeTexts, keep_table, parts_of_text, weighed_tensors
 
 if TYPE_CHECKING:
     from bitladder.describe.rates import PoolRates
@@ -80,6 +80,7 @@ def make_recipe(model: str, request: RecipeRequest, work: Work) -> RecipeResult:
 def recipe_of(job: Job, request: RecipeRequest) -> RecipeResult:
     """As ``make_recipe``, of a model that is open already."""
     from bitladder.formats.recipes import level_named
+    from bitladder.plan.recipe import wants_low
 
     source = job.source
     if request.level is None:
@@ -92,7 +93,8 @@ def recipe_of(job: Job, request: RecipeRequest) -> RecipeResult:
     if request.level is not None:
         recipe = named_recipe(source, request.level)
         return RecipeResult(recipe, float("nan")) if build is None else _written(job, recipe, parts, build)
-    table, kept = weighed_tensors(job, parts, request.texts)
+    storage = GgufStorage(job, low=wants_low(source.model, request.wish))
+    table, kept = weighed_tensors(job, parts, request.texts, storage)
     recipe = _chosen(source, table, request.wish)
     if build is None:
         return RecipeResult(recipe, table.error)
@@ -257,6 +259,7 @@ def write_recipe(job: Job, recipe: Recipe, windows: Sequence[Window], build: Bui
     """
     from bitladder.stages.feedback import write_with_feedback
     from bitladder.walk.feedback import FeedbackSettings
+    from bitladder.walk.products import half_for
 
     need = replace(
         walking_need(job.source, windows, (recipe.label,), kind="fit"),
@@ -265,10 +268,12 @@ def write_recipe(job: Job, recipe: Recipe, windows: Sequence[Window], build: Bui
     )
     there = (build.out / f"{job.source.model.name}-{recipe.label}.gguf").exists()
     with nullcontext() if there else forecast(need, job.journal, build.out):
-        settings = FeedbackSettings(effort=build.effort, threads=job.threads, device=job.device)
+        settings = FeedbackSettings(
+            effort=build.effort, threads=job.threads, device=job.device, half=half_for(job.executor)
+        )
         return write_with_feedback(
             job.source, recipe, build.out, windows, settings=settings, force=build.force, folders=build.folders,
-            is_kept=kept_by_evidence(job.journal), progress=job.progress,
+            is_kept=kept_by_evidence(job.journal), progress=job.progress, executor=job.executor, warn=job.journal.warn,
         )  # fmt: skip
 
 

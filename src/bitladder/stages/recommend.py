@@ -13,9 +13,6 @@ if TYPE_CHECKING:
     from bitladder.plan.search import MachineRates
     from bitladder.stages.search import GivesWay
 
-_UNIFIED_SHARE = ((36 << 30, 2 / 3), (1 << 62, 3 / 4))
-"""Up to so many bytes of memory, the part that macOS lets its GPU have unless it is told otherwise."""
-
 
 @dataclass(frozen=True)
 class RecommendRequest:
@@ -112,6 +109,8 @@ def _called(words: str | None, machine: Machine) -> str:
 
 def _machine(words: str | None) -> tuple[Machine, MachineRates, int, tuple[str, ...]]:
     """The machine, its rates, what of its memory may be shared with a GPU, and what was assumed."""
+    from bitladder import system
+    from bitladder.describe.machine import unified_share
     from bitladder.files.devices import parse_machine
     from bitladder.plan.search import MachineRates
     from bitladder.stages.plan import the_machine
@@ -120,8 +119,7 @@ def _machine(words: str | None) -> tuple[Machine, MachineRates, int, tuple[str, 
         described = parse_machine(words)
         return described.machine, MachineRates(described.cpu, described.gpu), described.shareable, described.assumed
     machine, rates = the_machine(None)
-    apple = machine.unified and not machine.gpus  # NVIDIA's share all of it
-    share = next(share for most, share in _UNIFIED_SHARE if machine.ram_total <= most) if apple else 1.0
+    share = unified_share(machine.ram_total) if machine.unified and system.MACOS else 1.0  # NVIDIA's share all of it
     return machine, rates, int(machine.ram_total * share), ()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,9 +11,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bitladder.describe.cache_types import CacheTypes
 from bitladder.describe.model import Model
 from bitladder.describe.text import FEWEST_CHARACTERS_PER_TOKEN, Document, text_hash
-from bitladder.describe.workload import Workload
+from bitladder.describe.workload import Input, Workload
 from bitladder.engines.endpoint import EndpointSettings
 from bitladder.formats.recipes import FILE_TYPES
 from bitladder.levels import Container
@@ -59,7 +61,10 @@ class RunSettings:
     out: Path | None = None
     threads: int = 2
     device: str = "cpu"
-    """Where walks compute and scales are searched for, as torch names it."""
+    """Where walks compute and scales are searched for, as torch names it; several with commas between."""
+    on: str = "local"
+    """Who computes units: as ``executors.places.executor_of`` takes it."""
+    unit_needs: str = ""
     effort: Effort = "good"
     """How long to search for scales."""
     imatrix: str = "auto"
@@ -68,6 +73,10 @@ class RunSettings:
     """The judge model, for workloads that ask one."""
     trust_python: bool = False
     """Whether functions that the workload names may run."""
+    caches: tuple[CacheTypes, ...] = ()
+    """Types of the KV cache that every level is run with, each pair a candidate; none for llama.cpp's own alone."""
+    within: float | None = None
+    """Seconds in which a decision must be there, from when the model lies on the disk; None: as long as it takes."""
 
 
 def level_of(model: Model) -> str:
@@ -108,12 +117,19 @@ def input_facts(workload: Workload) -> tuple[InputFacts, ...]:
     return tuple(
         InputFacts(
             one.id,
-            prompt="\n\n".join(message["content"] for message in one.messages),
-            criterion="; ".join(f"{criterion.kind}: {_spoken(criterion.value)}" for criterion in one.criteria),
+            prompt="\n\n".join(_shown_message(message) for message in one.everything_asked),
+            criterion="; ".join(f"{criterion.kind}: {_spoken(criterion.value)}" for criterion in one.every_criterion),
             tags=one.tags,
         )
         for one in workload.inputs
     )
+
+
+def _shown_message(message: Mapping[str, Any]) -> str:
+    """A message's text, and its calls of tools."""
+    functions = (call["function"] for call in message.get("tool_calls", ()))
+    calls = (f"{function['name']}({function['arguments']})" for function in functions)
+    return "\n".join(part for part in (message["content"], *calls) if part)
 
 
 def _spoken(value: Any) -> str:
@@ -137,13 +153,17 @@ def _without_tokens(level: LevelAnswers) -> LevelAnswers:
 def slots(workload: Workload, n_ctx: int) -> tuple[int, int]:
     """Context of one request, and requests at once, so that together they take no more context than was planned for."""
     longest = max(
-        sum(len(message["content"]) for message in one.messages) // FEWEST_CHARACTERS_PER_TOKEN
-        + one.max_tokens
-        + CONTEXT_STEP
+        _characters(one) // FEWEST_CHARACTERS_PER_TOKEN + one.most_tokens * (1 + len(one.turns)) + CONTEXT_STEP
         for one in workload.inputs
     )
     room = min(n_ctx, -(-longest // CONTEXT_STEP) * CONTEXT_STEP)
     return room, max(1, min(MOST_SLOTS, n_ctx // room))
+
+
+def _characters(one: Input) -> int:
+    """Of all that is asked, tools among it."""
+    tools = sum(len(json.dumps(tool)) for tool in one.tools)
+    return tools + sum(len(_shown_message(message)) for message in one.everything_asked)
 
 
 def engine_facts(
@@ -182,8 +202,11 @@ def settings_facts(
         "workload": {"name": workload.name, "inputs": len(workload.inputs), "sha256": workload.hash},
         "engine": engine_facts(n_ctx=room, n_parallel=parallel, threads=settings.threads),
         "temperature": workload.temperature,
+        **({"sampling": dict(workload.sampling)} if workload.sampling else {}),
         "effort": settings.effort,
         "importance": settings.imatrix,
+        **({"kv": [str(cache) for cache in settings.caches]} if settings.caches else {}),
+        **({"within_s": settings.within} if settings.within is not None else {}),
         **({"device": settings.device} if settings.device != "cpu" else {}),
         **({"endpoints": addresses} if (addresses := [one.address for one in _endpoints(settings)]) else {}),
     }
@@ -224,8 +247,11 @@ def commands(settings: RunSettings, n_ctx: int, out: Path) -> tuple[str, ...]:
         words += ["--trust-python"]
     if settings.bar:
         words += ["--bar", settings.bar]
+    words += ["--kv", ",".join(map(str, settings.caches))] if settings.caches else []
     for text in settings.texts:
         words += ["--text", str(text)]
+    if settings.within is not None:
+        words += ["--within", f"{settings.within:g}s"]
     words += [
         "--imatrix",
         settings.imatrix,
@@ -235,6 +261,8 @@ def commands(settings: RunSettings, n_ctx: int, out: Path) -> tuple[str, ...]:
         str(settings.threads),
         *(["--effort", settings.effort] if settings.effort != RunSettings.effort else []),
         *(["--device", settings.device] if settings.device != "cpu" else []),
+        *(["--on", settings.on] if settings.on != RunSettings.on else []),
+        *(["--unit-needs", settings.unit_needs] if settings.unit_needs else []),
         "--out",
         str(out),
     ]

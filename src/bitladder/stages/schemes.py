@@ -19,7 +19,7 @@ from bitladder.plan.recipe import Limits
 from bitladder.plan.schemes import choose_schemes, least_bits
 from bitladder.stages.fidelity import Candidate
 from bitladder.stages.job import Build, Job
-from bitladder.stages.sensitivity import Weighed
+from bitladder.stages.sensitivity import ROWS, Weighed
 from bitladder.stages.weighing import parts_of_text, sizes_between, weighed_tensors
 from bitladder.walk.opened import layered
 from bitladder.walk.scheme_weights import SchemeWeights, rounded
@@ -98,6 +98,10 @@ class SchemeChoices:
         """As ``Choices``."""
         *stacked, outputs, inputs = info.shape
         return int(np.prod(stacked, dtype=int)) * self._forms[choice].stored_bytes(outputs, inputs)
+
+    def rows(self, choice: str) -> int:  # noqa: ARG002 - the same for all
+        """As ``Choices``."""
+        return ROWS
 
     def errors(self, weights: F32, choice: str, importance: F32, threads: int) -> NDArray[np.float64]:  # noqa: ARG002
         """As ``Choices``."""

@@ -17,7 +17,7 @@ from bitladder.errors import BadInput
 from bitladder.files.folders import cache_key
 from bitladder.files.gguf import GgufFile
 from bitladder.formats.blocks import QTYPES
-from bitladder.formats.recipes import is_quantizable, types_for
+from bitladder.formats.recipes import LOW_CHOICES, is_quantizable, types_for
 from bitladder.formats.roles import EMBEDDING
 from bitladder.formats.tensors import TensorInfo
 from bitladder.kernels import REVISION, dequantize, quantize
@@ -40,8 +40,10 @@ from bitladder.walk.weights import FileWeights
 
 F32 = NDArray[np.float32]
 
-_ROWS, _MATRICES = 512, 8
+ROWS, _MATRICES = 512, 8
 """Rows of a matrix, and matrices of a stack, that stand for all: their mean error is known to a percent."""
+_FEW_ROWS = 64
+"""The same where encoding a row takes fifty times as long."""
 _LOSSES = "losses"
 """Among arrays that are kept, beside importances by the names of their tensors."""
 
@@ -56,6 +58,9 @@ class Choices(Protocol):
     def of(self, info: TensorInfo) -> tuple[str, ...]:
         """Names of what a tensor may become; none where it stays as it is."""
 
+    def rows(self, choice: str) -> int:
+        """How many rows of a matrix stand for all: fewer where encoding takes long."""
+
     def nbytes(self, info: TensorInfo, choice: str) -> int:
         """Bytes of a tensor as one of them."""
 
@@ -64,13 +69,18 @@ class Choices(Protocol):
 
 
 class BlockTypes:
-    """``Choices`` of GGUF recipes."""
+    """``Choices`` of GGUF recipes; ``low``: codebook types among them."""
 
-    key = ""
+    def __init__(self, *, low: bool = False) -> None:
+        self._low, self.key = low, "codebooks" if low else ""
 
     def of(self, info: TensorInfo) -> tuple[str, ...]:
         """As ``Choices``."""
-        return types_for(info) if is_quantizable(info) else ()
+        return types_for(info, low=self._low) if is_quantizable(info) else ()
+
+    def rows(self, choice: str) -> int:
+        """As ``Choices``."""
+        return _FEW_ROWS if choice in LOW_CHOICES else ROWS
 
     def nbytes(self, info: TensorInfo, choice: str) -> int:
         """As ``Choices``."""
@@ -235,13 +245,14 @@ def _of_matrix(
         if not inputs.tokens:
             continue
         energy = seen.rows[matrix if len(seen.rows) > 1 else 0]
-        chosen, share = _sampled(energy)
-        own = weights(info.name, chosen + matrix * rows)
+        samples = {count: _sampled(energy, count) for count in {choices.rows(qtype) for qtype in totals}}
+        own = {count: weights(info.name, chosen + matrix * rows) for count, (chosen, _) in samples.items()}
         fed = pivots.of(info.name, inputs)
         energies = inputs.squares.astype(np.float32)
         plain = inputs.squares / inputs.tokens
         for qtype, total in totals.items():
-            error = choices.errors(own, qtype, energies, threads)
+            count = choices.rows(qtype)
+            error, share = choices.errors(own[count], qtype, energies, threads), samples[count][1]
             total += [share @ (error @ plain), share @ (error @ fed)]
     scale = matrices / len(sample) / 2 / seen.predictions
     return {
@@ -250,13 +261,13 @@ def _of_matrix(
     }
 
 
-def _sampled(energy: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+def _sampled(energy: NDArray[np.float64], count: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Rows to try, half of them the heaviest, and the weight with which each counts so that all rows are covered."""
-    if len(energy) <= _ROWS:
+    if len(energy) <= count:
         return np.arange(len(energy)), energy
     order = np.argsort(-energy, kind="stable")
-    heavy, rest = order[: _ROWS // 2], order[_ROWS // 2 :]
-    spread = rest[np.linspace(0, len(rest) - 1, _ROWS // 2).astype(int)]
+    heavy, rest = order[: count // 2], order[count // 2 :]
+    spread = rest[np.linspace(0, len(rest) - 1, count // 2).astype(int)]
     stretch = energy[rest].sum() / max(float(energy[spread].sum()), np.finfo(np.float64).tiny)
     chosen = np.concatenate([heavy, spread])
     share = np.concatenate([energy[heavy], energy[spread] * stretch])

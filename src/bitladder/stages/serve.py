@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from bitladder.describe.cache_types import F16_CACHE, CacheTypes
 from bitladder.errors import BadInput
 from bitladder.progress import Progress
 
 if TYPE_CHECKING:
+    from bitladder.engines.speculation import Speculation
     from bitladder.levels import FileLevel
 
 
@@ -43,7 +45,16 @@ def is_only_a_name(model: str) -> bool:
     return not spelled and not Path(model).exists()
 
 
-def tier_context(model: str, what: str, n_ctx: int | None, progress: Progress) -> int:
+def split_tier(what: str) -> tuple[str, CacheTypes | None]:
+    """A tier as it is named, ``Q4_K_M+q8_0`` or ``file.gguf+q8_0/q4_0``: what it is of, and its KV cache; None where it
+    names none. A file or an address that is called so is itself."""
+    from bitladder.describe.cache_types import split_name
+    from bitladder.engines.address import is_address
+
+    return (what, None) if is_address(what) or Path(what).exists() else split_name(what)
+
+
+def tier_context(model: str, what: str, n_ctx: int | None, progress: Progress, cache: CacheTypes = F16_CACHE) -> int:
     """The context in tokens that a tier gets; what cannot be served is refused here, before anything is built.
 
     Args:
@@ -51,20 +62,25 @@ def tier_context(model: str, what: str, n_ctx: int | None, progress: Progress) -
         what: a GGUF file, or a level.
         n_ctx: the context asked for; None: `usable_context`.
         progress: hears about a fetched model.
+        cache: types of the KV cache that it is run with.
 
     Raises:
         UnknownLevel: neither a file nor a level.
         BadInput: a file that is no model, or a model that is not there.
-        UsageError: the model was not trained for such a context.
+        UsageError: the model was not trained for such a context, or cannot have such a cache.
     """
+    from bitladder.describe.cache_types import check_cache
     from bitladder.files.gguf import read_header
     from bitladder.files.sources import resolve
     from bitladder.plan.ladder import usable_context
     from bitladder.stages.run_facts import level_of
 
     if not is_level(what):
-        return usable_context(read_header(Path(what)), n_ctx)
+        header = read_header(Path(what))
+        check_cache(header, cache)
+        return usable_context(header, n_ctx)
     source = read_header(resolve(model, progress).path)
+    check_cache(source, cache)
     if what.upper() != level_of(source):
         served_level(what)
     return usable_context(source, n_ctx)
@@ -102,7 +118,7 @@ def check_reranker(path: Path) -> None:
         )
 
 
-def memory_by_slots(path: Path, n_ctx: int, slots: Sequence[int]) -> tuple[int, ...]:
+def memory_by_slots(path: Path, n_ctx: int, slots: Sequence[int], cache: CacheTypes = F16_CACHE) -> tuple[int, ...]:
     """Bytes that a GGUF file takes with so many requests of ``n_ctx`` tokens each, for every number in ``slots``.
 
     Raises:
@@ -115,7 +131,17 @@ def memory_by_slots(path: Path, n_ctx: int, slots: Sequence[int]) -> tuple[int, 
 
     machine = probe_machine()
     with GgufFile.open(path) as opened:
-        return tuple(file_memory(opened.model, machine, n_ctx=n_ctx, n_seq=number) for number in slots)
+        return tuple(file_memory(opened.model, machine, n_ctx=n_ctx, n_seq=number, cache=cache) for number in slots)
+
+
+def draft_bytes(speculation: Speculation | None, n_ctx: int, slots: Sequence[int]) -> tuple[int, ...]:
+    """Bytes that a draft takes beside its model with so many requests, for every number in ``slots``; n-grams take
+    next to none."""
+    from bitladder.plan.memory import ENGINE_BYTES
+
+    if speculation is None or speculation.draft is None:
+        return (0,) * len(slots)
+    return tuple(need - ENGINE_BYTES for need in memory_by_slots(speculation.draft, n_ctx, slots))
 
 
 def slots_that_fit(needs: Sequence[Sequence[int]], budget_bytes: int) -> tuple[int, ...]:

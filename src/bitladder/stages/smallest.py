@@ -62,6 +62,7 @@ def find_smallest(search: SmallestRequest, work: Work) -> LadderOutcome:
     from bitladder.engines.registry import start
     from bitladder.files.workloads import STARTER, load_workload
     from bitladder.plan.ladder import usable_context
+    from bitladder.stages.as_deployed import as_deployed, refuse_unheard_tools
     from bitladder.stages.evaluate import judge_answers
     from bitladder.stages.run_facts import engine_facts, level_of, slots
     from bitladder.store.evidence import Evidence
@@ -74,6 +75,7 @@ def find_smallest(search: SmallestRequest, work: Work) -> LadderOutcome:
         context = stack.enter_context(criteria_help(workload, folder, trust_python=search.trust_python))
         job = stack.enter_context(opened(search.model, work))
         source = job.source
+        workload = as_deployed(workload, source.metadata, job.checkpoint)
         recorded = Recorded(stack.enter_context(Evidence.open()))
         job.journal.warn(*workload.warnings)
         n_ctx = usable_context(source.model, search.n_ctx)
@@ -102,11 +104,11 @@ def find_smallest(search: SmallestRequest, work: Work) -> LadderOutcome:
             ((opened_as[level], file),) = identified(built, making, recorded, job).items()
             job.progress(f"workload: {level}", 0, 1)
             with start(Launch(file.path, n_ctx=room, n_parallel=parallel, threads=job.threads)) as server:
+                refuse_unheard_tools(workload, server)
                 yield server
 
         def known(level: str) -> dict[str, Answer]:
-            stored = {one.question: recorded.answer(opened_as[level], one.question, engine) for one in replies}
-            return {question: answer for question, answer in stored.items() if answer is not None}
+            return recorded.answers(opened_as[level], [one.question for one in replies], engine)
 
         return smallest_level(
             list(levels),

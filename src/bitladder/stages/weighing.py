@@ -58,19 +58,19 @@ class Storage(Protocol):
 
 
 class GgufStorage:
-    """``Storage`` in a GGUF file."""
+    """``Storage`` in a GGUF file; ``low``: of so few bits that codebook types are chosen from, too."""
 
-    def __init__(self, job: Job) -> None:
-        from bitladder.stages.sensitivity import BLOCK_TYPES
+    def __init__(self, job: Job, *, low: bool = False) -> None:
+        from bitladder.stages.sensitivity import BlockTypes
 
-        self._job, self.choices = job, BLOCK_TYPES
+        self._job, self._low, self.choices = job, low, BlockTypes(low=low)
 
     def spread(self, table: SensitivityTable) -> list[Recipe]:
         """As ``Storage``."""
         from bitladder.plan.recipe import Limits, bounds, choose
 
         model = self._job.source.model
-        least, most = (8 * size / sum(t.elements for t in model.tensors) for size in bounds(model))
+        least, most = (8 * size / sum(t.elements for t in model.tensors) for size in bounds(model, low=self._low))
         sizes = sizes_between(least, most)
         return [choose(table, model, Limits(bpw=bpw, feedback=False)) for bpw in sizes if least <= bpw <= most]
 

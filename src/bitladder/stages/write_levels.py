@@ -7,6 +7,9 @@ so some are written while others are computed. A piece depends on nothing but it
 known beforehand: the bytes do not depend on the number of threads, and memory does not depend on the model's
 size.
 
+With an executor that computes elsewhere, workers read a piece where they are (or are sent its bytes, where they cannot
+read the file), and send its blocks; threads here write them.
+
 The source's SHA-256, which every file records, comes from a thread that reads a little ahead, so the disk is
 asked once.
 """
@@ -14,6 +17,7 @@ asked once.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import threading
 import time
@@ -21,14 +25,16 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypedDict, TypeVar, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bitladder.errors import BadInput, BitladderError
+from bitladder.executors import Executor
+from bitladder.executors.base import Lane, weights_travel
 from bitladder.files.following import AHEAD, FollowingHash
 from bitladder.files.gguf import GgufFile, joined_sha256
 from bitladder.files.gguf_writer import Flusher, GgufWriter, allow_files, piece_digest
@@ -71,6 +77,16 @@ class _Piece:
     matrix: int
     start: int
     stop: int
+
+    @property
+    def rows(self) -> slice:
+        """Its rows."""
+        return slice(self.start, self.stop)
+
+    @property
+    def columns(self) -> int:
+        """Of its tensor."""
+        return self.info.shape[-1] if self.info.shape else 1
 
 
 @dataclass
@@ -133,9 +149,10 @@ def quantize_levels(
     effort: Effort = "good",
     threads: int = 1,
     device: str = "cpu",
+    executor: Executor | None = None,
+    warn: Callable[[str], None] = lambda _: None,
     requantize: bool = False,
     progress: Progress = silent,
-    warn: Callable[[str], None] = lambda _: None,
     **placing: Unpack[Placing],
 ) -> list[LevelFile]:
     """Write ``out_dir/<name>-<LEVEL>.gguf`` for every level, in the order asked for.
@@ -146,8 +163,10 @@ def quantize_levels(
         folds: per tensor the scales that AWQ multiplies into it or divides out of it; the levels are then called
             ``AWQ-<LEVEL>``.
         device: where scales are searched for, as ``kernels.quantize`` takes it. The bytes do not depend on it.
+        executor: where pieces are computed; here by default. The bytes do not depend on it either.
+        warn: is called where workers cannot read the source, whose weights then travel, and with what is to be known of
+            tensors of which nothing is left.
         requantize: weights in a type that models are trained in (MXFP4, NVFP4, ternary) get the level's types, too.
-        warn: is called with what is to be known of tensors of which nothing is left.
         placing: ``Placing``.
 
     A file that is already there with the same header (source hash, recipe, method, version) is kept. What a
@@ -186,7 +205,7 @@ def quantize_levels(
         refuse(missing, lambda: source.sha256)
         check_space(missing, out_dir)
         search = _Search(fitted, folds or {}, effort, device)
-        _write(source, missing, search, threads=threads, progress=progress, warn=warn)
+        _write(source, missing, _Pieces(search, threads, executor, warn), progress=progress)
     seconds = time.monotonic() - started
     return [_record(draft, seconds, reused=draft not in missing) for draft in drafts]
 
@@ -248,11 +267,9 @@ def _fitted(source: GgufFile, importance: Importance) -> dict[str, F32Array]:
 def _write(
     source: GgufFile,
     drafts: Sequence[LevelDraft],
-    search: _Search,
+    pieces: _Pieces,
     *,
-    threads: int,
     progress: Progress,
-    warn: Callable[[str], None],
 ) -> None:
     """Make all parts of all drafts; on an error of ours remove them, on anything else leave them to a later
     run.
@@ -266,7 +283,7 @@ def _write(
                 part.plan.header + repr((following.states, PIECE_WEIGHTS)).encode()
             ).hexdigest()
             writers.append((GgufWriter(part.path, part.plan, fingerprint), part.header))
-        _Pass(source, search, following, progress, warn).run([writer for writer, _ in writers], threads)
+        _Pass(source, pieces.begun(source), following, progress, pieces.warn).run([writer for writer, _ in writers])
         sha256 = joined_sha256(following.result())
         for writer, header in reversed(writers):  # a split model appears with its first part, last
             writer.finish(header(sha256))
@@ -279,6 +296,17 @@ def _write(
             writer.close()
 
 
+class _Blocks(NamedTuple):
+    """A piece in one qtype: uint8[rows, row_bytes]; ``lives`` as in ``_Made``."""
+
+    qtype: str
+    data: NDArray[np.uint8]
+    lives: bool | None
+
+
+Blocks = Iterator[_Blocks]
+
+
 @dataclass(frozen=True)
 class _Search:
     """How weights become blocks."""
@@ -288,11 +316,34 @@ class _Search:
     effort: Effort
     device: str
 
-    def quantize(self, weights: F32Array, qtype: str, piece: _Piece, out: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """A piece's blocks, written to ``out``."""
+    def encoded(
+        self, piece: _Piece, qtypes: Sequence[str], raw: NDArray[np.uint8], rooms: _Rooms, device: str
+    ) -> Blocks:
+        """A piece, given as it is stored uint8[rows, row_bytes], in each qtype; what comes is overwritten by what comes
+        next.
+
+        Raises:
+            BadWeights: a weight is NaN, infinite or beyond what a type holds.
+        """
+        info, columns = piece.info, piece.columns
+        weights, largest = None, math.inf
+        if not _holds_integers(info):
+            weights = dequantize(raw, info.qtype, out=rooms.take((len(raw), columns), np.float32))
+            weights = self.folded(weights, info, piece.rows)
+            changed = [qtype for qtype in qtypes if qtype != info.qtype or info.name in self.folds]
+            largest = require_held(weights, changed, info.name, piece.start)
+        for qtype in qtypes:
+            if weights is None or (qtype == info.qtype and info.name not in self.folds):
+                yield _Blocks(qtype, raw, True)
+            else:
+                room = rooms.take((len(raw), QTYPES[qtype].row_bytes(columns)), np.uint8)
+                importance = self._importance_of(piece)
+                data = quantize(weights, qtype, importance=importance, effort=self.effort, device=device, out=room)
+                yield _Blocks(qtype, data, not vanishes(data, qtype, largest) if largest else None)
+
+    def _importance_of(self, piece: _Piece) -> F32Array | None:
         rows = self.importance.get(piece.info.name)
-        importance = None if rows is None else rows[piece.matrix if len(rows) > 1 else 0]
-        return quantize(weights, qtype, importance=importance, effort=self.effort, device=self.device, out=out)
+        return None if rows is None else rows[piece.matrix if len(rows) > 1 else 0]
 
     def folded(self, weights: F32Array, info: TensorInfo, rows: slice) -> F32Array:
         """Rows of a tensor with the scales of its fold; a vector is a single row of them."""
@@ -317,20 +368,116 @@ class _Rooms(threading.local):
         return room[:size].reshape(shape)
 
 
+@dataclass(frozen=True)
+class _Pieces:
+    """How pieces are computed, and by whom."""
+
+    search: _Search
+    threads: int
+    executor: Executor | None
+    warn: Callable[[str], None]
+
+    def begun(self, source: GgufFile) -> _Making:
+        """On the pieces of a source; asks places elsewhere whether they can read it."""
+        executor = self.executor
+        if executor is None or executor.here:
+            devices = executor.here if executor else (self.search.device,)
+            return _MadeHere(source, self.search, max(self.threads, len(devices)), devices)
+        lacking = executor.lacking([header.path for header in source.headers])
+        if lacking:
+            self.warn(weights_travel(lacking))
+        task = _Encoding(str(source.path) if not lacking else "", self.search)
+        return _MadeElsewhere(source, executor, task)
+
+
+class _Making(Protocol):
+    """Computes pieces."""
+
+    threads: int
+    """How many it is asked for at a time."""
+
+    def blocks(self, piece: _Piece, qtypes: Sequence[str]) -> Blocks:
+        """A piece in each qtype; what comes is overwritten by what comes next."""
+
+
+class _MadeHere:
+    """By the threads that ask, on devices in turn."""
+
+    def __init__(self, source: GgufFile, search: _Search, threads: int, devices: Sequence[str]) -> None:
+        self.threads = threads
+        self._source, self._search, self._devices = source, search, itertools.cycle(devices)
+        self._rooms = _Rooms()
+
+    def blocks(self, piece: _Piece, qtypes: Sequence[str]) -> Blocks:
+        """As ``_Making``."""
+        raw = self._source.raw(piece.info.name, piece.rows)
+        yield from self._search.encoded(piece, qtypes, raw, self._rooms, next(self._devices))
+
+
+class _MadeElsewhere:
+    """By an executor's workers; the threads that ask wait for them, and write."""
+
+    def __init__(self, source: GgufFile, executor: Executor, task: _Encoding) -> None:
+        self.threads = 2 * executor.slots  # one computed, one on its way
+        self._source, self._executor, self._task = source, executor, task
+
+    def blocks(self, piece: _Piece, qtypes: Sequence[str]) -> Blocks:
+        """As ``_Making``."""
+        raw = None if self._task.path else self._source.raw(piece.info.name, piece.rows)
+        done: Sequence[_Blocks]
+        done = self._executor.start(self._task, _Unit(piece, tuple(qtypes), raw)).result()
+        yield from done
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """A piece to be encoded; ``raw`` as it is stored, where workers cannot read the file."""
+
+    piece: _Piece
+    qtypes: tuple[str, ...]
+    raw: NDArray[np.uint8] | None
+
+
+@dataclass(frozen=True)
+class _Encoding:
+    """Pieces of one source, for an executor."""
+
+    path: str
+    """Of the source, where workers can read it; else empty."""
+    search: _Search
+    threads: ClassVar[int] = 1
+
+    def compute(self, lane: Lane, unit: _Unit, *held: object) -> tuple[Sequence[_Blocks], None]:  # noqa: ARG002
+        """As ``executors.Task``."""
+        raw, piece = unit.raw, unit.piece
+        if raw is None:
+            raw = _opened(self.path, Path(self.path).stat().st_mtime_ns).raw(piece.info.name, piece.rows)
+        made = self.search.encoded(piece, unit.qtypes, raw, _HERE, lane.device)
+        return [one._replace(data=one.data.copy()) for one in made], None
+
+
+_HERE = _Rooms()
+
+
+@lru_cache(1)
+def _opened(path: str, changed: int) -> GgufFile:  # noqa: ARG001
+    """A file that a worker reads for as long as it is asked for pieces of it, and it is not ``changed``."""
+    return GgufFile.open(Path(path))
+
+
 @dataclass
 class _Pass:
     """One pass over the source."""
 
     source: GgufFile
-    search: _Search
+    making: _Making
     following: FollowingHash
     progress: Progress
     warn: Callable[[str], None]
-    rooms: _Rooms = field(default_factory=_Rooms)
 
-    def run(self, writers: Sequence[GgufWriter], threads: int) -> None:
+    def run(self, writers: Sequence[GgufWriter]) -> None:
         """Make every tensor that the writers lack."""
-        works = self._unfinished(writers)
+        works, threads = self._unfinished(writers), self.making.threads
         total = sum(work.info.nbytes for work in works)
         done = 0
         pending: deque[tuple[_Work, bool, Future[dict[str, _Made]]]] = deque()
@@ -380,28 +527,11 @@ class _Pass:
 
     def _make(self, work: _Work, piece: _Piece) -> dict[str, _Made]:
         """Make one piece in every wanted qtype and write it."""
-        info = piece.info
-        rows = slice(piece.start, piece.stop)
-        raw = self.source.raw(info.name, rows)
-        columns = info.shape[-1] if info.shape else 1
-        weights, largest = None, math.inf
-        if not _holds_integers(info):
-            weights = dequantize(raw, info.qtype, out=self.rooms.take((len(raw), columns), np.float32))
-        if weights is not None:
-            weights = self.search.folded(weights, info, rows)
-            changed = [qtype for qtype in work.targets if qtype != info.qtype or info.name in self.search.folds]
-            largest = require_held(weights, changed, info.name, piece.start)
         made = {}
-        for qtype, targets in work.targets.items():
-            if weights is None or (qtype == info.qtype and info.name not in self.search.folds):
-                data, lives = raw, True
-            else:
-                room = self.rooms.take((len(raw), QTYPES[qtype].row_bytes(columns)), np.uint8)
-                data = self.search.quantize(weights, qtype, piece, room)
-                lives = not vanishes(data, qtype, largest) if largest else None
+        for qtype, data, lives in self.making.blocks(piece, list(work.targets)):
             view = np.ascontiguousarray(data).reshape(-1).data
-            at = piece.start * QTYPES[qtype].row_bytes(columns)
-            for writer, number in targets:
+            at = piece.start * QTYPES[qtype].row_bytes(piece.columns)
+            for writer, number in work.targets[qtype]:
                 writer.write(number, at, view)
             made[qtype] = _Made(hashlib.sha256(view).digest(), lives)
         return made

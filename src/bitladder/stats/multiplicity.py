@@ -30,6 +30,28 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
+def tarone(p_values: Sequence[float], least: Sequence[float], *, level: float = 0.05) -> list[float]:
+    """Adjusted p-values of tests with few possible outcomes, corrected only for those that could find something.
+
+    A test whose smallest possible p-value lies above ``level / k`` can never be found among k, so it takes no part in
+    the correction: k is the smallest number for which at most k tests could be found at ``level / k`` (R. E. Tarone,
+    Biometrics 46 (1990) 515-522). The chance of any false finding at this level stays under it.
+
+    Args:
+        p_values: of each test.
+        least: the smallest p-value that each test could have given what it is conditioned on.
+        level: that the adjusted values are held against.
+
+    Returns:
+        f64[tests]: p times k, at most 1; 1 for tests that take no part.
+    """
+    smallest = sorted(least)
+    k = 1
+    while k < len(smallest) and smallest[k] <= level / k:
+        k += 1
+    return [min(1.0, k * p) if one <= level / k else 1.0 for p, one in zip(p_values, least, strict=True)]
+
+
 def beyond(distance: float, half_width: float, freedom: float = math.inf) -> float:
     """One-sided p value of a limit that lies ``distance`` from the estimate, from a 95% interval's half width.
 

@@ -19,18 +19,35 @@ design).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from statistics import NormalDist
 
 
-def loss_interval(lost: int, gained: int, inputs: int, *, confidence: float = 0.95) -> tuple[float, float]:
+def repeated_counts(differences: Iterable[float], inputs: int) -> tuple[float, float, float]:
+    """Lost, gained and inputs for `loss_interval` and `p_not_worse` where each input was answered several times.
+
+    What varies independently is the input. The counts are those of a workload of single answers whose loss is the mean
+    of the differences and whose spread is theirs: sum(d^2) / sum(|d|) inputs stand for one. One more input that lost
+    all is counted into that ratio, since a few small differences do not rule out an input with a large one.
+
+    Args:
+        differences: the reference's pass share minus the level's, of the inputs where they differ.
+        inputs: all of them.
+    """
+    found = list(differences)
+    one = (1 + sum(d * d for d in found)) / (1 + sum(map(abs, found)))
+    lost, gained = sum(d for d in found if d > 0), -sum(d for d in found if d < 0)
+    return lost / one, gained / one, inputs / one
+
+
+def loss_interval(lost: float, gained: float, inputs: float, *, confidence: float = 0.95) -> tuple[float, float]:
     """Two-sided interval of the loss, as shares of the inputs; negative is a gain. ``(nan, nan)`` for no
     inputs.
 
     Raises:
         ValueError: counts are negative or more than the inputs.
     """
-    if min(lost, gained) < 0 or lost + gained > inputs:
+    if min(lost, gained) < 0 or lost + gained > inputs * (1 + 1e-9):
         raise ValueError(f"lost ({lost}) and gained ({gained}) must be counts among {inputs} inputs")
     if inputs == 0:
         return math.nan, math.nan
@@ -41,7 +58,7 @@ def loss_interval(lost: int, gained: int, inputs: int, *, confidence: float = 0.
     return low, high
 
 
-def p_not_worse(lost: int, gained: int, inputs: int, margin: float) -> float:
+def p_not_worse(lost: float, gained: float, inputs: float, margin: float) -> float:
     """One-sided p value of the claim that the loss is ``margin`` or more; small when it is known to be less."""
     return NormalDist().cdf(_score(lost, gained, inputs, margin))
 
@@ -66,7 +83,7 @@ def inputs_needed(margin: float, loss: float, changed: float, *, confidence: flo
     return low
 
 
-def _score(lost: float, gained: float, inputs: int, delta: float) -> float:
+def _score(lost: float, gained: float, inputs: float, delta: float) -> float:
     """Tango's statistic; falls as ``delta`` rises."""
     b = -lost - gained + (2 * inputs - lost + gained) * delta
     c = -gained * delta * (1 - delta)

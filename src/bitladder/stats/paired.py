@@ -35,6 +35,21 @@ def mcnemar(lost: int, gained: int) -> float:
     return float(stats.binomtest(lost, lost + gained, 0.5).pvalue)
 
 
+@functools.cache
+def more_often(appeared: int, vanished: int) -> float:
+    """One-sided p-value of the sign test: chance of so many inputs that something appeared in, among those where it
+    appeared or vanished, if either were as likely; 1 when nothing differs.
+
+    Raises:
+        ValueError: a count is negative.
+    """
+    if min(appeared, vanished) < 0:
+        raise ValueError(f"appeared and vanished must be counts, got {appeared} and {vanished}")
+    if appeared == 0:
+        return 1.0
+    return float(stats.binom.sf(appeared - 1, appeared + vanished, 0.5))
+
+
 def sign_flip(differences: ArrayLike, rng: np.random.Generator) -> float:
     """Two-sided p-value of the paired permutation test of mean difference 0; NaN without any difference to look at.
 

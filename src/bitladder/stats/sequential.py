@@ -11,8 +11,8 @@ does, and reject the claim. We hold a fixed portfolio of four stakes lambda and 
 not be known. The claim "at least m" is bet against with 1 - x. Source: Waudby-Smith and Ramdas, JRSS B 86 (2024)
 1-27.
 
-Exact for bounded values (passes, pass shares, top-1 agreement). KL divergence has no bound, and is measured on
-the whole text in one pass, so there is nothing to stop.
+Exact for bounded values (passes, pass shares, top-1 agreement). KL divergence has no bound: where a run looks at its
+intervals more than once, each look spends a part of the error rate (``spent``), planned by how much of the text it saw.
 """
 
 from __future__ import annotations
@@ -43,6 +43,22 @@ class Standing(StrEnum):
     UNLIKELY = "unlikely"
     """Not known to fail, but to go on would hardly ever show that it meets."""
     OPEN = "open"
+
+
+def spent(share: float, alpha: float = 0.05) -> float:
+    """How much of an error rate all looks up to a share of the evidence, 0 to 1, may use: ``alpha * share**2``.
+
+    A look at ``share`` has an interval of coverage ``1 - (spent(share) - spent(the look before))``. By Bonferroni's
+    inequality the chance that any interval of any look misses is at most ``alpha``, whatever the figure, and whenever
+    one stops. Early looks use little, so the last one's interval is hardly wider than a single look's. Source: Kim and
+    DeMets, Biometrika 74 (1987) 149-154, with power 2.
+
+    Raises:
+        ValueError: the share is not between 0 and 1.
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"a share lies between 0 and 1, got {share}")
+    return alpha * share**2
 
 
 def log_wealth_above(values: ArrayLike, mean: float) -> F64:

@@ -23,13 +23,14 @@ from bitladder.errors import BadInput, BitladderError, OutputError
 from bitladder.files.atomic import written_aside
 from bitladder.files.probe import available_cores
 from bitladder.records import to_json
+from bitladder.store.claims import LEASE_S, Claims
 from bitladder.store.connect import explain, make_engine, one_at_a_time, shown
 from bitladder.store.location import store_url
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine
 
-KINDS = ("fidelity", "answer", "speed", "file", "machine", "decision", "endpoint")
+KINDS = ("fidelity", "answer", "speed", "file", "machine", "decision", "endpoint", "sweep", "speculation")
 EXPORT_FORMAT = "bitladder-evidence"
 
 _UPSERT = """
@@ -132,6 +133,10 @@ class Evidence:
     def close(self) -> None:
         """Give back connections and files."""
         self._engine.dispose()
+
+    def claims(self, lease_s: float = LEASE_S) -> Claims:
+        """Claims on work that is shared between processes and machines."""
+        return Claims(self._transaction, lease_s)
 
     def get(self, kind: str, key: Mapping[str, Any]) -> Any | None:
         """The value under this very key, or None."""

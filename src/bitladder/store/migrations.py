@@ -50,7 +50,22 @@ def index_by_time(connection: Connection) -> None:
     connection.execute(text("CREATE INDEX evidence_kind_created ON evidence (kind, created)"))
 
 
-MIGRATIONS: tuple[Migration, ...] = (create_evidence, add_provenance, index_by_time)
+def create_claims(connection: Connection) -> None:
+    """4: who works on what, until when (Unix seconds of the database's clock), so that nothing is done twice."""
+    from sqlalchemy import text
+
+    connection.execute(
+        text("""
+        CREATE TABLE claims (
+            name CHAR(64) NOT NULL PRIMARY KEY,
+            owner VARCHAR(64) NOT NULL,
+            expires DOUBLE PRECISION NOT NULL,
+            taken INTEGER NOT NULL
+        )""")
+    )
+
+
+MIGRATIONS: tuple[Migration, ...] = (create_evidence, add_provenance, index_by_time, create_claims)
 
 
 def migrate(connection: Connection, *, upto: int | None = None) -> int:

@@ -5,17 +5,19 @@ file is named by its own hash. Change one of these, the text, or the engine, and
 
 Rows of the kind ``file`` tie such a name to the hash of the one file that was measured under it, and say where that
 file lies. A file that should be the same and is not (edited since, or made where sums come in another order) is another
-subject, named by its hash.
+subject, named by its hash. What was measured under one name of a file is found under every other: a level whose bytes
+are another's is not measured again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from bitladder import __version__
+from bitladder.describe.cache_types import CacheTypes, split_name
 from bitladder.files.engine_package import ENGINE, engine_version
 from bitladder.records.decision import Decision
 from bitladder.records.endpoint import Fingerprint
@@ -23,6 +25,7 @@ from bitladder.records.evaluation import Answer, Speed
 from bitladder.records.fidelity import Fidelity, Way
 from bitladder.records.level_file import StoredFile
 from bitladder.records.reading import from_json
+from bitladder.records.speculation import SpeculationResult
 from bitladder.store.evidence import Evidence
 
 T = TypeVar("T")
@@ -34,6 +37,11 @@ def protocol(way: Way) -> str:
     """All that figures depend on besides the files and the text: how they are measured, and by which engine."""
     if way is Way.WALK:
         return WALK_PROTOCOL
+    if way is Way.DEPLOYED:
+        return (
+            f"the same tokens behind contexts of several lengths, 16-bit cache of the reference, llama.cpp of {ENGINE} "
+            f"{engine_version()} on the CPU, intervals allow for the worst once more"
+        )
     return (
         f"512-token windows, second half scored, llama.cpp of {ENGINE} {engine_version()} on the CPU, "
         "intervals allow for the worst once more"
@@ -48,13 +56,28 @@ class Subject:
     level: str
     made: str = ""
     file: str = ""
+    cache: str = ""
+    """Types of its KV cache where it is run with another than llama.cpp's own; ``level`` names them, too."""
 
     @property
     def key(self) -> dict[str, Any]:
-        """The part of a key that names the weights."""
+        """The part of a key that names the weights, and the cache that they are run with."""
+        cache = {"cache": self.cache} if self.cache else {}
         if self.file:
-            return {"source": self.source, "file": self.file}
-        return {"source": self.source, "level": self.level, "method": self.made, "bitladder": __version__}
+            return {"source": self.source, "file": self.file, **cache}
+        level = split_name(self.level)[0] if self.cache else self.level
+        return {"source": self.source, "level": level, "method": self.made, "bitladder": __version__, **cache}
+
+    @property
+    def bare(self) -> Subject:
+        """The weights by themselves, whatever cache they are run with."""
+        return replace(self, level=split_name(self.level)[0], cache="") if self.cache else self
+
+    def with_cache(self, cache: CacheTypes) -> Subject:
+        """The same weights run with this cache."""
+        if cache.is_default:
+            return self
+        return replace(self, level=cache.named(self.level), cache=str(cache))
 
 
 @dataclass(frozen=True)
@@ -106,8 +129,11 @@ class Recorded:
         self, subject: Subject, text: str, reference: Subject | None = None, *, way: Way = Way.WALK
     ) -> Fidelity | None:
         """A stored fidelity, under the name the caller uses for the level; against the source by default."""
-        found = self._read(Fidelity, "fidelity", self._fidelity_key(subject, text, reference, way))
-        return None if found is None else replace(found, level=subject.level)
+        for name in self._names(subject):
+            found = self._read(Fidelity, "fidelity", self._fidelity_key(name, text, reference, way))
+            if found is not None:
+                return replace(found, level=subject.level)
+        return None
 
     def keep_fidelity(self, subject: Subject, text: str, fidelity: Fidelity, reference: Subject | None = None) -> None:
         """Store a fidelity under the way it was measured; ``text`` is the text's hash."""
@@ -121,8 +147,12 @@ class Recorded:
         self, subject: Subject | Remote, questions: Sequence[str], engine: Mapping[str, Any]
     ) -> dict[str, Answer]:
         """The stored answers among those to the questions, by question."""
-        found = ((question, self.answer(subject, question, engine)) for question in questions)
-        return {question: answer for question, answer in found if answer is not None}
+        found: dict[str, Answer] = {}
+        for name in [subject] if isinstance(subject, Remote) else self._names(subject):
+            missing = [question for question in questions if question not in found]
+            stored = ((question, self.answer(name, question, engine)) for question in missing)
+            found |= {question: answer for question, answer in stored if answer is not None}
+        return found
 
     def keep_answer(self, subject: Subject | Remote, question: str, engine: Mapping[str, Any], answer: Answer) -> None:
         """Store an answer."""
@@ -142,11 +172,34 @@ class Recorded:
 
     def speed(self, subject: Subject | Remote, engine: Mapping[str, Any]) -> Speed | None:
         """A stored speed, measured on this machine (the engine's settings name its processor)."""
-        return self._read(Speed, "speed", {**subject.key, "engine": dict(engine)})
+        names = [subject] if isinstance(subject, Remote) else self._names(subject)
+        stored = (self._read(Speed, "speed", {**one.key, "engine": dict(engine)}) for one in names)
+        return next((speed for speed in stored if speed is not None), None)
 
     def keep_speed(self, subject: Subject | Remote, engine: Mapping[str, Any], speed: Speed) -> None:
         """Store a speed."""
         self._store.put("speed", {**subject.key, "engine": dict(engine)}, speed)
+
+    def keep_speculation(
+        self, file: str, draft: str, workload: str, engine: Mapping[str, Any], result: SpeculationResult
+    ) -> None:
+        """Store what guesses gain for a file (its hash), by a draft's hash, on a workload's."""
+        kind = result.mode.partition(":")[0]
+        key = {"file": file, "speculate": kind, "draft": draft, "workload": workload, "engine": dict(engine)}
+        self._store.put("speculation", key, result)
+
+    def speculations(self, file: str, *, cpu: str, threads: int) -> list[tuple[SpeculationResult, str]]:
+        """What is known of guesses for a file on such a processor with so many threads, newest first, each with the
+        hash of its draft."""
+        rows = self._store.find("speculation", file=file)
+        found = ((_record(SpeculationResult, row.value), row.key) for row in rows)
+        return [
+            (result, str(key.get("draft", "")))
+            for result, key in found
+            if result
+            and isinstance(own := key.get("engine"), Mapping)
+            and (own.get("cpu"), own.get("threads")) == (cpu, threads)
+        ]
 
     def keep_file(self, subject: Subject, file: StoredFile) -> None:
         """Store which file the measurements of a subject are of, and where it lies; each place is a row."""
@@ -161,6 +214,10 @@ class Recorded:
         """Files that were measured and lay at this place, the newest first."""
         return self._files(path=str(path))
 
+    def every_file(self) -> list[StoredFile]:
+        """Measured files of all models, the newest first; they may have changed since."""
+        return self._files()
+
     def _files(self, **partial: str) -> list[StoredFile]:
         """Files whose row's key holds these values; rows that are no files of ours (imported ones may be) are none."""
         rows = ((_record(StoredFile, row.value), row.key) for row in self._store.find("file", **partial))
@@ -170,6 +227,26 @@ class Recorded:
         """Hash of the file that the measurements of a subject are of; None when that was never stored."""
         keys = self._store.keys("file", **subject.key)
         return str(keys[0]["sha256"]) if keys else None
+
+    def one_of_each(self, subjects: Iterable[Subject]) -> dict[Subject, Subject]:
+        """Subject -> the first of those that are the same file, run with the same cache; itself where nothing is known
+        of its file."""
+        first: dict[tuple[str, str], Subject] = {}
+        files = {one: one.file or self.hash_of(one.bare) for one in subjects}
+        return {one: first.setdefault((sha256, one.cache), one) if sha256 else one for one, sha256 in files.items()}
+
+    def _names(self, subject: Subject) -> Iterator[Subject]:
+        """A subject, then the other names that its file was measured under by this version."""
+        yield subject
+        sha256 = subject.file or self.hash_of(subject.bare)
+        if not sha256:
+            return
+        others = [Subject(subject.source, subject.level, file=sha256, cache=subject.cache)]
+        for key in self._store.keys("file", source=subject.source, sha256=sha256):
+            if key.get("bitladder") == __version__:
+                level, made = str(key.get("level")), str(key.get("method"))
+                others.append(Subject(subject.source, level, made=made, cache=subject.cache))
+        yield from (one for one in dict.fromkeys(others) if one.key != subject.key)
 
     def points_to(self, sha256: str) -> bool:
         """Whether anything stored is about the file with this hash, be it only where it lies."""
@@ -191,10 +268,22 @@ class Recorded:
 
     def decisions(self, source: str) -> list[StoredDecision]:
         """The decisions of runs of a model, the newest first, under any bar."""
-        rows = (
-            (_record(StoredDecision, row.value), row.created) for row in self._store.find("decision", source=source)
-        )
-        return [replace(stored, created=stored.created or created) for stored, created in rows if stored]
+        return [stored for _, stored in self._decisions(source=source)]
+
+    def every_decision(self) -> dict[str, list[StoredDecision]]:
+        """The decisions of all runs by the hash of their model, the newest first."""
+        found: dict[str, list[StoredDecision]] = {}
+        for source, stored in self._decisions():
+            found.setdefault(source, []).append(stored)
+        return found
+
+    def _decisions(self, **partial: str) -> list[tuple[str, StoredDecision]]:
+        rows = [(row, _record(StoredDecision, row.value)) for row in self._store.find("decision", **partial)]
+        return [
+            (str(row.key.get("source", "")), replace(stored, created=stored.created or row.created))
+            for row, stored in rows
+            if stored
+        ]
 
     def _read(self, kind: type[T], name: str, key: Mapping[str, Any]) -> T | None:
         return _record(kind, self._store.get(name, key))

@@ -16,7 +16,7 @@ from bitladder.levels.methods import Statistics
 from bitladder.levels.products import ImportanceVectors, Product, statistics_of
 from bitladder.progress import Progress
 from bitladder.units import GiB
-from bitladder.walk.driver import Member, Stream, forward
+from bitladder.walk.driver import Member, Spread, Stream, forward
 from bitladder.walk.ends import ends_of, quantize_ends
 from bitladder.walk.folding import FoldingScales
 from bitladder.walk.gptq import GptqLevel
@@ -25,7 +25,7 @@ from bitladder.walk.layers import LayeredModel
 from bitladder.walk.made import Made, MadeImportance, cast
 from bitladder.walk.products import wants_half_products
 from bitladder.walk.rounded import RoundedLevel
-from bitladder.walk.states import CALIBRATION_TOKENS, batches_of
+from bitladder.walk.states import CALIBRATION_TOKENS, batches_of, shard_count
 from bitladder.walk.weights import FileWeights
 
 _ROWS_AT_ONCE = 4096
@@ -67,16 +67,18 @@ class CalibrationWalk:
         settings: Settings,
     ) -> None:
         """``stores``: where each thing asked for is kept. ``dtype``: of everything that stays float."""
+        self._spread: Spread | None = None
         self.model, self.weights, self.stores = model, weights, stores
         self.dtype, self.settings = dtype, settings
 
-    def run(self, windows: Sequence[Window], progress: Progress) -> None:
-        """Do the layers that are not done yet.
+    def run(self, windows: Sequence[Window], progress: Progress, spread: Spread | None = None) -> None:
+        """Do the layers that are not done yet; ``spread`` computes units elsewhere.
 
         Raises:
             BadWeights: weights or activations are not finite.
             OutputError: no room for states or finished layers.
         """
+        self._spread = spread
         for store in self.stores.values():
             store.begin()
         sequential = [level for level in self.stores if statistics_of(level) is Statistics.FEEDBACK]
@@ -120,14 +122,17 @@ class CalibrationWalk:
     def _stream(self, member: Member, level: Product, windows: Sequence[Window]) -> Stream:
         """A stream of its own, kept where its (first) level is."""
         store, half = self.stores[level], self.settings.half_products
+        batches = batches_of(windows, batch_tokens=CALIBRATION_TOKENS)
         return Stream(
             self.model,
             [member],
-            batches_of(windows, batch_tokens=CALIBRATION_TOKENS),
+            batches,
             state_bytes=self.settings.state_bytes,
             spill=store.partial,
             keep=Keep(store.partial / "states", f"{store.fingerprint} {half}"),
             half=half,
+            shards=shard_count(batches),
+            spread=self._spread if batches else None,
         )
 
     def top(self, *, quantized: bool = False) -> list[PiecewiseTensor]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import reduce
 from operator import or_
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -34,6 +34,9 @@ from bitladder.walk.products import products
 from bitladder.walk.rounding import QTypeOf
 from bitladder.walk.states import Batch, Shelf, States, shards_of
 from bitladder.walk.weights import LevelWeights
+
+if TYPE_CHECKING:
+    from bitladder.walk.layer_pass import Pass
 
 Seen = Mapping[SharedInput, list[InputStatistics]]
 """Statistics of a layer's inputs, one per expert for stacked experts."""
@@ -120,6 +123,13 @@ class Observer(Resumable):
         """Hooks of its own, for the time that a batch takes."""
         return nullcontext()
 
+    def keeps(self, layer: int, block: nn.Module) -> list[str]:  # noqa: ARG002
+        """Modules whose inputs it keeps by its hooks: where units are computed elsewhere, these are kept there."""
+        return []
+
+    def kept(self, inputs: Mapping[str, HeldInputs]) -> None:
+        """What was kept elsewhere of what somebody ``keeps``, by module."""
+
     def take(self, layer: int, block: nn.Module, seen: Seen) -> None:
         """The whole text has gone through a layer. ``block`` is left as it is found."""
 
@@ -145,6 +155,38 @@ class Builder(Member, ABC):
     @abstractmethod
     def build(self, stream: Stream, layer: int, states: States) -> None:
         """Make a layer and replace the states that enter it by those that leave it."""
+
+
+class HeldInputs(Protocol):
+    """Inputs of some modules of a layer, held where units are computed."""
+
+
+class Spread(Protocol):
+    """Computes a stream's units elsewhere (``spread.py``)."""
+
+    def hold(self, states: States, shards: Sequence[Sequence[Batch]]) -> States:
+        """States that are held where units are computed, shard by shard."""
+
+    def empty(self, like: States) -> States:
+        """Such states with undefined contents."""
+
+    def through(
+        self, stream: Stream, layer: int, observers: Sequence[Observer], watched: Watched, entering: States,
+        leaving: States,
+    ) -> Iterator[InputWatch]:  # fmt: skip
+        """Do all units of a layer with the source's weights; gives what was seen of each shard, in their order."""
+
+    def passing(self, stream: Stream, layer: int, block: nn.Module, states: States) -> Pass:
+        """Passes through a layer that is built."""
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What of a layer someone wants to see."""
+
+    inputs: Sequence[SharedInput]
+    wants: Wants
+    keeps: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -181,6 +223,7 @@ class Stream:
         shards: int = 1,
         remember: bool = False,
         back: bool = False,
+        spread: Spread | None = None,
     ) -> None:
         """
         Args:
@@ -194,6 +237,7 @@ class Stream:
             shards: into how many units a layer is cut.
             remember: leave the states that entered each layer in ``entered``, for a way back.
             back: it goes from the last layer to the first.
+            spread: computes units elsewhere, with the weights of ``stages``' own file; None: here, in their order.
         """
         self.stages, self.members, self.batches, self.half = stages, members, batches, half
         self.shards = shards_of(batches, shards)
@@ -203,6 +247,7 @@ class Stream:
         self.layer = stages.n_layer if back else 0
         """The layer that its states enter, or with ``back`` have left."""
         self._keep, self._remember, self._back = keep, remember, back
+        self.spread = spread
 
     @property
     def resumables(self) -> list[Resumable]:
@@ -232,6 +277,9 @@ class Stream:
                     group.states.put(batch, self.stages.embed(batch.tokens, weights))
                 for name in self.stages.embedded:
                     weights.forget(name)
+        if self.spread is not None:
+            for group in self.groups:
+                group.states = self.spread.hold(group.states, self.shards)
         for number, one in enumerate(self.resumables):
             one.resume(self.layer, kept.of(number) if kept else {})
 
@@ -247,7 +295,7 @@ class Stream:
             for number, members in enumerate(parts):
                 # The last part to go may overwrite the states that all parts start from.
                 last = number == len(parts) - 1 and not self._remember
-                states = group.states if last else self.shelf.take()
+                states = group.states if last else self._room(group.states)
                 self._pass(layer, members, group.states, states)
                 groups.append(MemberGroup(members, states))
         if self._remember:
@@ -261,10 +309,8 @@ class Stream:
         self, unit: Unit, block: nn.Module, observers: Sequence[Observer], entering: States, leaving: States
     ) -> InputWatch:
         """Do a unit; returns what was seen of its shard. ``leaving`` may be ``entering``."""
-        inputs = [
-            shared for shared in self.stages.inputs(unit.layer, block) if any(one.reads(shared) for one in observers)
-        ]
-        watch = InputWatch(inputs, reduce(or_, (one.wants for one in observers), Wants()), half=self.half)
+        watched = self._watched(unit.layer, block, observers)
+        watch = InputWatch(watched.inputs, watched.wants, half=self.half)
         for batch in self.shards[unit.shard]:
             with inference(), products(half=self.half), ExitStack() as looking:
                 looking.enter_context(watch.on(block, batch))
@@ -287,16 +333,28 @@ class Stream:
         lead = self.members[members[0]]
         if isinstance(lead, Builder):
             if leaving is not entering:
-                leaving.everything.copy_(entering.everything)
+                leaving.copy_from(entering)
             lead.build(self, layer, leaving)
             return
         block = lead.load(self.stages, layer)
         observers = [one for member in members for one in self.members[member].observers]
-        units = [Unit(layer, members[0], shard) for shard in range(len(self.shards))]
-        parts = [self.compute(unit, block, observers, entering, leaving) for unit in units]
+        if self.spread is not None:
+            watched = self._watched(layer, block, observers)
+            parts = self.spread.through(self, layer, observers, watched, entering, leaving)
+        else:
+            units = (Unit(layer, members[0], shard) for shard in range(len(self.shards)))
+            parts = (self.compute(unit, block, observers, entering, leaving) for unit in units)
         seen = merged(parts).results(layer)
         for one in observers:
             one.take(layer, block, {shared: found for shared, found in seen.items() if one.reads(shared)})
+
+    def _watched(self, layer: int, block: nn.Module, observers: Sequence[Observer]) -> Watched:
+        inputs = [shared for shared in self.stages.inputs(layer, block) if any(one.reads(shared) for one in observers)]
+        wants = reduce(or_, (one.wants for one in observers), Wants())
+        return Watched(inputs, wants, [module for one in observers for module in one.keeps(layer, block)])
+
+    def _room(self, like: States) -> States:
+        return self.shelf.take() if self.spread is None else self.spread.empty(like)
 
     def _alike(self, members: Sequence[int], layer: int) -> Iterator[list[int]]:
         """Members whose version of a layer is the same, together; builders each alone."""

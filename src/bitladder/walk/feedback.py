@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,9 +27,9 @@ from bitladder.formats.roles import Parameter, SharedInput, layer_tensor
 from bitladder.kernels import Effort, dequantize, gptq, quantize
 from bitladder.kernels.feedback import chunk_of, quantize_with_feedback, takes_feedback
 from bitladder.levels.held import require_held
-from bitladder.walk.driver import Builder, Observer, Stream
-from bitladder.walk.inputs import InputStatistics
-from bitladder.walk.layer_pass import LayerPass
+from bitladder.walk.driver import Builder, HeldInputs, Observer, Stream
+from bitladder.walk.inputs import InputStatistics, keeping
+from bitladder.walk.layer_pass import Original, passing
 from bitladder.walk.layers import LayeredModel, tensor_at
 from bitladder.walk.made import FEW_TOKENS
 from bitladder.walk.products import wants_half_products
@@ -155,31 +154,32 @@ class SourceInputs(Observer):
         self._room = StatePool(0, spill)
         self._layer, self._modules = -1, list[str]()
         self._kept: dict[str, States] = {}
+        self._held: dict[str, HeldInputs] = {}
 
-    def pop(self, shared: SharedInput) -> States | None:
+    def pop(self, shared: SharedInput) -> Original | None:
         """What was read of an input in the layer that went by last; its room is free afterwards."""
-        return self._kept.pop(shared.module, None)
+        return self._held.pop(shared.module, None) or self._kept.pop(shared.module, None)
+
+    def keeps(self, layer: int, block: nn.Module) -> list[str]:
+        """As ``Observer``."""
+        linear = [shared for shared in self._model.inputs(layer, block) if shared.kind == "linear"]
+        return [shared.module for shared in linear if self._changed(layer, shared.roles)]
+
+    def kept(self, inputs: Mapping[str, HeldInputs]) -> None:
+        """As ``Observer``."""
+        self._held = dict(inputs)
 
     def on(self, layer: int, block: nn.Module, batch: Batch) -> ExitStack:
         """As ``Observer``."""
         if layer != self._layer:
-            linear = [shared for shared in self._model.inputs(layer, block) if shared.kind == "linear"]
-            self._modules = [shared.module for shared in linear if self._changed(layer, shared.roles)]
+            self._modules = self.keeps(layer, block)
             self._layer, self._kept, self._room = layer, {}, StatePool(self._budget, self._spill)
-        hooks = ExitStack()
-        for module in self._modules:
-            hook = self._keeping(module, batch)
-            hooks.callback(block.get_submodule(module).register_forward_pre_hook(hook).remove)
-        return hooks
+        return keeping(block, self._modules, batch, self._put)
 
-    def _keeping(self, module: str, batch: Batch) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def seen(_: nn.Module, arguments: tuple[Any, ...]) -> None:
-            x = arguments[0].reshape(*batch.tokens.shape, -1)
-            if module not in self._kept:
-                self._kept[module] = self._room.states(self._batches, x.shape[-1])
-            self._kept[module].put(batch, x)
-
-        return seen
+    def _put(self, module: str, batch: Batch, x: torch.Tensor) -> None:
+        if module not in self._kept:
+            self._kept[module] = self._room.states(self._batches, x.shape[-1])
+        self._kept[module].put(batch, x)
 
 
 class FedLevel(Builder):
@@ -224,7 +224,7 @@ class FedLevel(Builder):
             BadWeights: weights or activations are not finite.
         """
         block = self.load(self.model, layer)
-        through = LayerPass(stream, layer, block, states)
+        through = passing(stream, layer, block, states)
         for shared in self.model.inputs(layer, block):
             names = self._changed(layer, shared.roles)
             if not names:
@@ -235,6 +235,7 @@ class FedLevel(Builder):
                 self._put(tensor)
             for parameter in self._readers(layer, shared):
                 self._fill(block, layer, parameter, found)
+                through.changed(parameter.path)
         through.finish()
 
     def _readers(self, layer: int, shared: SharedInput) -> Iterator[Parameter]:

@@ -17,7 +17,7 @@ from bitladder.levels.checkpoints import CheckpointFormat
 from bitladder.levels.methods import Prepared
 from bitladder.walk.driver import Builder, Stream
 from bitladder.walk.inputs import InputStatistics, peak_of
-from bitladder.walk.layer_pass import LayerPass
+from bitladder.walk.layer_pass import passing
 from bitladder.walk.layers import LayeredModel
 from bitladder.walk.made import SCALE_DTYPES, InStore, LayerOutput, floats_of, format_of, naming, too_few
 from bitladder.walk.matrices import matrix, set_matrix
@@ -56,7 +56,7 @@ class GptqLevel(InStore, Builder):
         block = self.load(self._model, layer)
         for tensor in self._model.layer_names(layer):  # the file's own pages need not stay beside the weights
             self.weights.forget(tensor)
-        through = LayerPass(stream, layer, block, states)
+        through = passing(stream, layer, block, states)
         output = LayerOutput()
         for shared in self._model.inputs(layer, block):
             parameters = quantized_parameters(self._model.family, shared)
@@ -71,6 +71,8 @@ class GptqLevel(InStore, Builder):
             alone = len(gathered) == 1
             for expert in range(len(gathered)):
                 self._quantize(layer, block, form, parameters, None if alone else expert, gathered, peak, output)
+            for parameter in parameters:
+                through.changed(parameter.path)
         through.finish()
         output.floats |= floats_of(self._model, block)
         self.put(layer, output, monotonic() - started)

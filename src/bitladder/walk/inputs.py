@@ -6,7 +6,7 @@ which was computed first, or where.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -139,6 +139,19 @@ class Sums:
             torch.maximum(self.largest, later.largest, out=self.largest)
             self.tokens += later.tokens
 
+    def to_cpu(self) -> None:
+        """Move to main memory."""
+        vars(self).update({name: one.cpu() for name, one in vars(self).items() if isinstance(one, torch.Tensor)})
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickling: arrays, which travel without being copied."""
+        return {name: one.numpy() if isinstance(one, torch.Tensor) else one for name, one in vars(self).items()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Back again; what travelled may be shared with others, so it is copied."""
+        own = {name: torch.from_numpy(one.copy()) for name, one in state.items() if isinstance(one, np.ndarray)}
+        vars(self).update(state | own)
+
     def _multiply(self, x: torch.Tensor, gram: torch.Tensor, squares: torch.Tensor) -> None:
         if self._half and len(gram):
             _add_half(gram, x, squares.topk(_LOUD).indices)
@@ -230,6 +243,13 @@ class InputWatch:
         wants = self._wants
         return Sums(x.shape[1], x.device, gram=wants.gram, largest=wants.largest, half=self._half, apart=apart)
 
+    def on_the_cpu(self) -> InputWatch:
+        """The same, its sums in main memory."""
+        for own in self.sums.values():
+            for one in own:
+                one.to_cpu()
+        return self
+
     def merge(self, later: InputWatch) -> None:
         """Add what a later shard saw."""
         for shared, others in later.sums.items():
@@ -247,16 +267,31 @@ class InputWatch:
         return {shared: [_checked(shared, layer, one.result()) for one in own] for shared, own in self.sums.items()}
 
 
+def keeping(
+    block: nn.Module, modules: Sequence[str], batch: Batch, put: Callable[[str, Batch, torch.Tensor], None]
+) -> ExitStack:
+    """Hooks that hand what modules read, f32[windows, n, columns], to ``put``, for the time that a batch takes."""
+    hooks = ExitStack()
+
+    def hook(module: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        return lambda _, arguments: put(module, batch, arguments[0].reshape(*batch.tokens.shape, -1))
+
+    for module in modules:
+        hooks.callback(block.get_submodule(module).register_forward_pre_hook(hook(module)).remove)
+    return hooks
+
+
 def peak_of(statistics: Sequence[InputStatistics]) -> float | None:
     """The largest magnitude in an input, of all experts together; None where nobody asked, or nothing came by."""
     found = max((float(one.largest.max(initial=0)) for one in statistics), default=0.0)
     return found if found > 0 else None
 
 
-def merged(parts: Sequence[InputWatch]) -> InputWatch:
-    """What all shards saw, added in their order."""
-    first, *others = parts
-    for later in others:
+def merged(parts: Iterable[InputWatch]) -> InputWatch:
+    """What all shards saw, added in their order, as they come."""
+    each = iter(parts)
+    first = next(each)
+    for later in each:
         first.merge(later)
     return first
 

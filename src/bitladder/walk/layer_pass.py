@@ -15,23 +15,48 @@ pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from bitladder.formats.roles import SharedInput
-from bitladder.walk.driver import Stream
+from bitladder.walk.driver import HeldInputs, Stream
 from bitladder.walk.inputs import InputStatistics, InputWatch, Wants, merged
 from bitladder.walk.layers import Entry, inference
 from bitladder.walk.products import products
 from bitladder.walk.states import Batch, States
 
+Original = States | HeldInputs
+"""What the source has as an input: here, or where units are computed."""
+
 
 class _Reached(Exception):
     """The input that a pass was after has been seen; the rest of the layer need not run."""
+
+
+class Pass(Protocol):
+    """A layer of a level that is built while it passes, wherever its units are computed."""
+
+    def gather(
+        self, shared: SharedInput, original: Original | None = None, *, largest: bool = False
+    ) -> list[InputStatistics]:
+        """As ``LayerPass``."""
+
+    def changed(self, path: str) -> None:
+        """A parameter of the block has its final value."""
+
+    def finish(self) -> None:
+        """As ``LayerPass``."""
+
+
+def passing(stream: Stream, layer: int, block: nn.Module, states: States) -> Pass:
+    """Passes through a layer of a level that is built, where the stream's units are computed."""
+    if stream.spread is not None:
+        return stream.spread.passing(stream, layer, block, states)
+    return LayerPass(stream, layer, block, states)
 
 
 class LayerPass:
@@ -48,7 +73,7 @@ class LayerPass:
         """Where a kept input, of a module and of the batch that begins there, has been replaced by the output."""
 
     def gather(
-        self, shared: SharedInput, original: States | None = None, *, largest: bool = False
+        self, shared: SharedInput, original: Original | None = None, *, largest: bool = False
     ) -> list[InputStatistics]:
         """Statistics of one shared input (one per expert for stacked experts); the pass ends where it is
         seen. Inputs are gathered in the order they are computed; what reads them must not change after the next
@@ -60,10 +85,11 @@ class LayerPass:
         """
         whole = frozenset(self._kept)  # what this very pass begins to keep is there for the batches before, not after
         wants = Wants(gram=True, largest=largest)
-        parts = [self._gather(shared, shard, whole, original, wants) for shard in self._stream.shards]
+        assert original is None or isinstance(original, States)
+        parts = (self.see(shared, shard, whole, original, wants) for shard in self._stream.shards)
         return merged(parts).results(self._layer)[shared]
 
-    def _gather(
+    def see(
         self,
         shared: SharedInput,
         shard: Sequence[Batch],
@@ -71,6 +97,7 @@ class LayerPass:
         original: States | None,
         wants: Wants,
     ) -> InputWatch:
+        """What a shard shows of an input. ``whole``: the modules whose input was kept by passes before."""
         watch = InputWatch([shared], wants, half=self._stream.half)
         for batch in shard:
             exact = None if original is None else original.get(batch).to(self._stream.stages.device)
@@ -80,6 +107,18 @@ class LayerPass:
                 except _Reached:
                     continue
         return watch
+
+    def changed(self, path: str) -> None:
+        """As ``Pass``: the block is the one that passes run through."""
+
+    @property
+    def progress(self) -> tuple[dict[str, States], set[tuple[str, int]]]:
+        """What is kept between passes: inputs, and which of them have been replaced by outputs."""
+        return self._kept, self._passed
+
+    def go_on(self, kept: Mapping[str, States], passed: Collection[tuple[str, int]]) -> None:
+        """Take up what another pass over the same text kept."""
+        self._kept, self._passed = dict(kept), set(passed)
 
     def finish(self) -> None:
         """Replace the states by what leaves the layer with its present weights."""

@@ -22,6 +22,7 @@ from torch import nn
 from bitladder.errors import BitladderError, UnknownArchitecture
 from bitladder.formats.blocks import QTYPES
 from bitladder.progress import Progress
+from bitladder.system import refer_to
 from bitladder.walk.checkpoint_layers import CheckpointLayers, quiet_loading
 from bitladder.walk.rounding import rounded_input
 from bitladder.walk.skeleton import Skeleton, refused
@@ -190,7 +191,7 @@ class GgufForward(OwnForward):
         # what lies beside a file is not read, and a bar for each tensor says nothing
         with TemporaryDirectory(prefix="bitladder-") as alone, quiet_loading(), redirect_stderr(io.StringIO()):
             file = Path(alone) / "model.gguf"
-            file.symlink_to(path.resolve())
+            refer_to(path.resolve(), file)
             try:
                 config = AutoConfig.from_pretrained(
                     alone, gguf_file=file.name, local_files_only=True, trust_remote_code=False

@@ -17,6 +17,8 @@ import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from bitladder.executors import Executor
+
 _FEWEST = 2**16
 """Weights of a matrix below which nothing is won: routers, which should not be rounded either."""
 _QUERIES = 64
@@ -101,8 +103,16 @@ def wants_half_products(asked: bool | None, device: str) -> bool:
     return device == "cpu" and half_products_pay() if asked is None else asked
 
 
+def half_for(executor: Executor | None) -> bool | None:
+    """For ``wants_half_products``: what an executor's devices want; None without one."""
+    return None if executor is None else wants_half_products(None, executor.device)
+
+
 @cache
 def half_products_pay() -> bool:
-    """Whether this processor has instructions for bfloat16 products; others would imitate them, and be slower."""
+    """Whether this processor multiplies in bfloat16 faster than in f32: with AMX, or with AVX512_BF16 where that is no
+    Intel's. Intel's vector units are slower at it (81 GF/s a core against 135, torch 2.13, matrices of the demo model),
+    AMD's twice as fast; others would imitate the instructions."""
     found: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # older torch does not tell
-    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+    vectors = found.get("avx512_bf16") and not str(found.get("cpu_name", "")).startswith("Intel")
+    return bool(found.get("amx_bf16") or vectors)

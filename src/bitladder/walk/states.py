@@ -8,7 +8,6 @@ scored.
 from __future__ import annotations
 
 import mmap
-import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bitladder import system
 from bitladder.describe.windows import Window
 from bitladder.errors import OutputError
 from bitladder.units import human_bytes
@@ -26,6 +26,8 @@ BATCH_TOKENS = 2048
 """Enough for matrix products at full speed, little enough that activations stay small beside a layer."""
 CALIBRATION_TOKENS = 1024
 """For passes that gather statistics: activations stay in the caches' reach, 5% less time than with 2,048."""
+SHARD_TOKENS = 4096
+"""A shard of a text is about so long. Sums are rounded shard by shard, so this is part of what bytes depend on."""
 _PADDING_ALLOWED = 0.2
 
 
@@ -85,6 +87,11 @@ def shards_of(batches: Sequence[Batch], count: int = 1) -> list[list[Batch]]:
     return [shard for shard in shards if shard] or [[]]
 
 
+def shard_count(batches: Sequence[Batch]) -> int:
+    """Into how many shards a text is cut, whatever computes them."""
+    return max(1, sum(batch.tokens.size for batch in batches) // SHARD_TOKENS)
+
+
 class States:
     """Hidden states f32[tokens, width] of all batches of one model."""
 
@@ -104,7 +111,7 @@ class States:
         try:
             with tempfile.TemporaryFile(dir=spill) as file:
                 # Room is taken now, so that a full disk is an error here and not a crash on a later write.
-                os.posix_fallocate(file.fileno(), 0, tokens * width * 4)
+                system.reserve(file.fileno(), tokens * width * 4)
                 self._mapped = mmap.mmap(file.fileno(), tokens * width * 4)
         except OSError as error:
             raise OutputError(
@@ -128,7 +135,7 @@ class States:
         first, length = self._resident
         aligned = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE
         if length > aligned - first:
-            self._mapped.madvise(mmap.MADV_DONTNEED, aligned, length - (aligned - first))
+            system.drop_pages(self._mapped, aligned, length - (aligned - first))
         self._resident = (start, size)
 
     @property
@@ -139,6 +146,10 @@ class States:
     def put(self, batch: Batch, states: torch.Tensor) -> None:
         """Replace a batch's states."""
         self.get(batch).copy_(states)
+
+    def copy_from(self, other: States) -> None:
+        """Replace all states by those of another."""
+        self.everything.copy_(other.everything)
 
 
 class StatePool:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitladder.errors import BadFile, BadWeights
-from bitladder.files.gguf import GgufFile, row_pieces
+from bitladder.files.gguf import GgufFile, read_weights, row_pieces
 from bitladder.formats.roles import factor_name
 from bitladder.kernels import Effort, dequantize, first_nonfinite, quantize
 from bitladder.levels.held import require_held
@@ -45,7 +45,7 @@ class LevelWeights(Protocol):
 
 def _read(file: GgufFile, name: str, rows: Rows, threads: int) -> F32:
     """Weights without the factor that the file may have beside them."""
-    info, values = file.info(name), file.read(name, rows, threads=threads)
+    info, values = file.info(name), read_weights(file, name, rows, threads=threads)
     columns = info.shape[-1] if info.shape else 1
     flat = values.reshape(values.size // columns if columns else 0, columns)
     wrong = first_nonfinite(flat)

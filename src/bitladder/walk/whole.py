@@ -355,7 +355,7 @@ class WholeModel(LayeredModel):
         if parameter.path in self._experts:
             return ""
         if shared.kind != "linear":
-            return "holds all experts in one tensor, and nothing tells their gate, up and down apart"
+            return "holds all experts in one tensor, and nothing says which part of it is gate, up or down"
         if parameter.turned and (plain := next((form for form in forms if "weight" in form.suffixes), None)):
             return f"lies transposed on disk, and readers would turn it there ('{plain.layout}')"
         return ""
@@ -383,7 +383,8 @@ class WholeModel(LayeredModel):
             lost = [name for name in lost if not any(name in names for names, _ in unread.values())]
         if lost:
             raise refused(
-                self._skeleton.model_type, f"nothing tells how llama.cpp's converter made '{lost[0]}' of its checkpoint"
+                self._skeleton.model_type,
+                f"it is not known how llama.cpp's converter made '{lost[0]}' of its checkpoint",
             )
         block = self._skeleton.copy_of(layer)
         for path, value in values.items():

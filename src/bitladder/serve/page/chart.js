@@ -1,13 +1,13 @@
 // Loss against size or speed: log scale for KL, intervals as bars, the chosen pair marked, the cliff named.
+// The report's chart.py draws the same, name by name in the same places.
 
 import { s } from "./dom.js";
 import { small } from "./format.js";
+import { BESIDE, BOLD, CHARACTER, firstFree, LINE, placeOf, placesAround } from "./placement.js";
 
 const FRAME = { left: 50, right: 18, top: 22, bottom: 44 };
 const FLOOR = 1e-5; // nats; on a log scale zero is infinitely far down
-const CHARACTER = 7.6; // units of the drawing: capitals and underscores, which names of levels are made of, are wide
 const TICK_ROOM = 48;
-const TOO_CLOSE = 60; // square pixels of overlap
 const MATTERS = 0.02; // nats; growing from nothing to next to nothing is no cliff
 
 /**
@@ -22,6 +22,9 @@ export function lossChart(points, { title, width, limit = null, ladder = true })
   const cliff = ladder ? findCliff(known) : null;
   const right = width - FRAME.right;
   const bottom = height - FRAME.bottom;
+  const area = [FRAME.left, FRAME.top - 4, width, bottom];
+  const taken = known.flatMap((p) => covered(p, scale));
+  if (scale.limit) taken.push([FRAME.left, scale.y(limit) - 2, right, scale.y(limit) + 2]);
   const text = (kind, x, y, said, anchor = "start") => s("text", { class: kind, x, y, "text-anchor": anchor }, said);
   return s(
     "svg",
@@ -45,21 +48,77 @@ export function lossChart(points, { title, width, limit = null, ladder = true })
       s("polyline", { class: "curve", points: known.map((p) => `${scale.x(p.x)},${scale.y(p.loss)}`).join(" ") }),
     ...known.map((p) => whisker(p, scale)),
     ...known.map((p) => dot(p, scale)),
-    ...labels(known, scale, width, scale.limit ? [[FRAME.left, scale.y(limit) - 2, right, scale.y(limit) + 2]] : []),
+    ...labels(known),
   );
 
+  /** On the line where it is free, first at the end where few levels are. */
   function limitLabel() {
-    const anchor = ladder ? "end" : "start";
-    return text("limit-label", ladder ? right : FRAME.left, scale.y(limit) - 6, `bar: ${limit}`, anchor);
+    const said = `bar: ${limit}`;
+    const wide = said.length * CHARACTER;
+    const steps = Array.from({ length: Math.floor((right - FRAME.left - wide) / 40) + 1 }, (_, step) => 40 * step);
+    const places = [-6, 15, -20, 29, -34, 43].flatMap((dy) =>
+      steps.map((step) =>
+        ladder
+          ? placeOf(right - step, scale.y(limit) + dy, "end", wide)
+          : placeOf(FRAME.left + step, scale.y(limit) + dy, "start", wide),
+      ),
+    );
+    return placed("limit-label", said, firstFree(places, taken, area));
   }
 
   function cliffBand({ above, below, times }) {
     const [from, to] = [scale.x(below.x), scale.x(above.x)];
+    const said = `the cliff: ×${times.toFixed(1)}`;
+    const wide = said.length * CHARACTER;
+    const heights = Array.from({ length: Math.floor((bottom - FRAME.top) / 16) }, (_, step) => FRAME.top + 12 + 16 * step);
+    const places = heights.flatMap((y) => [
+      placeOf(to + 6, y, "start", wide),
+      placeOf(from - 6, y, "end", wide),
+      placeOf((from + to) / 2, y, "middle", wide),
+    ]);
     return [
       s("rect", { class: "cliff", x: from, y: FRAME.top, width: to - from, height: bottom - FRAME.top }),
-      text("cliff-label", to + 6, FRAME.top + 12, `the cliff: ×${times.toFixed(1)}`),
+      placed("cliff-label", said, firstFree(places, taken, area)),
     ];
   }
+
+  /**
+   * Names beside the dots, the chosen levels' first; one that stands further off is joined to its dot by a line. A name
+   * that finds no free place is left out; the table below has it, and so has the dot's own title.
+   */
+  function labels(points) {
+    return [...points]
+      .sort((a, b) => Boolean(b.mark) - Boolean(a.mark))
+      .flatMap((p) => {
+        const said = p.mark ? `${p.label} · ${p.mark === "both" ? "both tiers" : p.mark}` : p.label;
+        const [x, y] = [scale.x(p.x), scale.y(p.loss)];
+        const place = firstFree(placesAround(x, y, said.length * (p.mark ? BOLD : CHARACTER)), taken, area);
+        if (!p.mark && !place.free) return [];
+        return [leader(x, y, place), placed(`label ${p.mark}`, said, place)];
+      });
+  }
+
+  function placed(kind, said, place) {
+    taken.push(place.box);
+    return text(kind, place.x, place.y, said, place.anchor);
+  }
+}
+
+/** A line from a dot to a name that does not touch it. */
+function leader(x, y, place) {
+  const rise = place.y - 4 - y;
+  if (Math.abs(rise) < LINE + 1 && Math.abs(place.x - x) < BESIDE + 1) return null;
+  const end = rise < 0 ? place.box[3] - 1 : rise > 0 ? place.box[1] + 1 : y;
+  return s("line", { class: "leader", x1: x, y1: y + 8 * Math.sign(rise), x2: place.x, y2: end });
+}
+
+/** The boxes of a level's mark and of its interval. */
+function covered(p, scale) {
+  const [x, y] = [scale.x(p.x), scale.y(p.loss)];
+  const around = p.mark ? 8 : 6;
+  const dot = [x - around, y - around, x + around, y + around];
+  if (!Number.isFinite(p.low) || !Number.isFinite(p.high)) return [dot];
+  return [dot, [x - 5, scale.y(p.high) - 1, x + 5, scale.y(p.low) + 1]];
 }
 
 /** Sizes on a log scale, since levels differ by factors: most crowd at the small end, and the source may be far off. */
@@ -68,7 +127,7 @@ function scales(points, { limit, width, height, ladder }) {
   const [least, most] = [Math.min(...xs), Math.max(...xs)];
   const room = most - least || Math.abs(least) || 1;
   const log = ladder && least > 0;
-  const factor = (most / least) ** 0.1 || 1.1;
+  const factor = most > least ? (most / least) ** 0.1 : 1.1;
   const span = log ? [least / factor, most * factor * 1.02] : [least - 0.07 * room, most + 0.12 * room];
   const along = log ? Math.log : (value) => value;
   const losses = points
@@ -118,50 +177,6 @@ function dot(p, scale) {
     return s("rect", { class: `dot ${p.mark}`, x: x - 6, y: y - 6, width: 12, height: 12, rx: 2 }, tip);
   if (p.mark === "speed") return s("path", { class: "dot speed", d: `M${x} ${y - 8}l8 8l-8 8l-8 -8z` }, tip);
   return s("circle", { class: "dot", cx: x, cy: y, r: 4.5 }, tip);
-}
-
-/**
- * Names beside the dots: each takes the place that overlaps dots, intervals and `lines` least, chosen levels first. A
- * name that finds no free place is left out; the table below has it, and so has the dot's own title.
- */
-function labels(points, scale, width, lines) {
-  const marks = points.flatMap((p) => {
-    const [x, y] = [scale.x(p.x), scale.y(p.loss)];
-    const dot = [x - 6, y - 6, x + 6, y + 6];
-    return Number.isFinite(p.low) && Number.isFinite(p.high)
-      ? [dot, [x - 4, scale.y(p.high), x + 4, scale.y(p.low)]]
-      : [dot];
-  });
-  const taken = [...lines, ...marks];
-  return [...points]
-    .sort((a, b) => Boolean(b.mark) - Boolean(a.mark))
-    .map((p) => {
-      const said = p.mark ? `${p.label} · ${p.mark === "both" ? "both tiers" : p.mark}` : p.label;
-      const wide = said.length * CHARACTER;
-      const places = [0, -14, 14, -26, 26].flatMap((rise) =>
-        [1, -1].map((side) => place(p, wide, rise, side)),
-      );
-      const best = places.reduce((one, other) => (other.cost < one.cost ? other : one));
-      if (!p.mark && best.cost > TOO_CLOSE) return null;
-      taken.push(best.box);
-      return s("text", { class: `label ${p.mark}`, x: best.x, y: best.y, "text-anchor": best.anchor }, said);
-    });
-
-  function place(p, wide, rise, side) {
-    const x = scale.x(p.x) + side * 11;
-    const y = scale.y(p.loss) + 4 + rise;
-    const left = side > 0 ? x : x - wide;
-    const box = [left, y - 11, left + wide, y + 3];
-    const outside = Math.max(0, FRAME.left - box[0], box[2] - width, FRAME.top - box[1]);
-    const cost = taken.reduce((sum, other) => sum + overlap(box, other), 0) + 50 * outside + Math.abs(rise) / 2;
-    return { x, y, box, cost, anchor: side > 0 ? "start" : "end" };
-  }
-}
-
-function overlap(one, other) {
-  const wide = Math.min(one[2], other[2]) - Math.max(one[0], other[0]);
-  const tall = Math.min(one[3], other[3]) - Math.max(one[1], other[1]);
-  return wide > 0 && tall > 0 ? wide * tall : 0;
 }
 
 function logTicks(low, high) {

@@ -1,7 +1,7 @@
 // One level's answer while it streams, and afterwards with its differences marked.
 
 import { wordDiff } from "./diff.js";
-import { h } from "./dom.js";
+import { h, refill } from "./dom.js";
 import { fixed, seconds } from "./format.js";
 
 const PAINT_EVERY_MS = 200; // readable, and far cheaper than painting every token
@@ -38,7 +38,7 @@ export class Column {
 
   /** Show what has come since the last time. */
   paint() {
-    if (this.live.parentNode !== this.text) this.text.replaceChildren(this.live);
+    if (this.live.parentNode !== this.text) refill(this.text, this.live);
     this.live.appendData(this.waiting);
     this.waiting = "";
   }
@@ -49,7 +49,7 @@ export class Column {
     const marks = { same: (text) => text, added: (text) => h("ins", {}, text), removed: (text) => h("del", {}, text) };
     const { answer } = this;
     const segments = base ? wordDiff(base.text, answer.text) : [{ kind: "same", text: answer.text }];
-    this.text.replaceChildren(...segments.map(({ kind, text }) => marks[kind](text)));
+    refill(this.text, ...segments.map(({ kind, text }) => marks[kind](text)));
     if (answer.error)
       this.text.append(h("span", { class: "bad", role: "alert" }, `${answer.text ? " " : ""}${answer.error}`));
     else if (!answer.text) this.text.append(h("span", { class: "soft" }, "(no text)"));

@@ -3,7 +3,7 @@
 import { getJson, streamChat } from "./api.js";
 import { Column } from "./column.js";
 import { parting } from "./diff.js";
-import { announce, h } from "./dom.js";
+import { announce, h, refill } from "./dom.js";
 import { CompareForm } from "./form.js";
 import { historyView, keep } from "./history.js";
 import { blindName, showRecord } from "./record.js";
@@ -16,7 +16,7 @@ export async function showCompare(panel) {
   const form = new CompareForm(levels);
   const results = h("div", { class: "results" });
   const past = h("section", { class: "past", "aria-labelledby": "past-title" });
-  const refresh = () => past.replaceChildren(...historyView({ show: (record) => replay(record), changed: refresh }));
+  const refresh = () => refill(past, ...historyView({ show: (record) => replay(record), changed: refresh }));
   const replay = (record) => {
     form.fill(record);
     showRecord(results, record, refresh);
@@ -38,7 +38,8 @@ export async function showCompare(panel) {
     try {
       replay(readRecord(JSON.parse(await opener.files[0].text())));
     } catch (error) {
-      results.replaceChildren(
+      refill(
+        results,
         h("p", { class: "note bad", role: "alert" }, `This file is no comparison: ${error.message}`),
       );
     }
@@ -47,14 +48,15 @@ export async function showCompare(panel) {
   form.element
     .querySelector(".actions")
     .append(h("label", { for: "open-file", class: "button quiet" }, "Open a saved one"), opener);
-  panel.replaceChildren(h("h2", { class: "visually-hidden" }, "Compare"), form.element, results, past);
+  refill(panel, h("h2", { class: "visually-hidden" }, "Compare"), form.element, results, past);
   refresh();
   const follow = async () => {
     try {
       const shared = await readLink(location.hash);
       if (shared) replay(shared);
     } catch (error) {
-      results.replaceChildren(
+      refill(
+        results,
         h("p", { class: "note bad", role: "alert" }, `The link holds no comparison: ${error.message}`),
       );
     }
@@ -90,7 +92,7 @@ async function compare(results, asked, form, refresh) {
     parting: null,
   }));
   const columns = record.answers.map((answer, n) => new Column(asked.blind ? blindName(n) : answer.level, answer));
-  results.replaceChildren(h("div", { class: "columns" }, ...columns.map((column) => column.element)));
+  refill(results, h("div", { class: "columns" }, ...columns.map((column) => column.element)));
   stop = new AbortController();
   form.running(true);
   announce("Answers are arriving.");

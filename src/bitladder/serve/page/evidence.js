@@ -1,7 +1,8 @@
 // What stands behind a number: its definition, its interval, what it was measured on, and how to get it again.
 
 import { wordDiff } from "./diff.js";
-import { h } from "./dom.js";
+import { copyButton, h, refill } from "./dom.js";
+import { facts } from "./facts.js";
 import { bytes, DASH, fixed, percent, range, small } from "./format.js";
 
 const WINDOWED = "Every token of the text gets a probability from both models, on the very same tokens.";
@@ -12,8 +13,8 @@ const KINDS = {
     means: "Bytes of the file as written, metadata and tokenizer included.",
     rows: ({ plan, file }) => [
       ["Bits per weight", fixed(file?.bpw ?? plan.bpw, 3)],
-      ["On label", percent(plan.on_label_share, 1)],
-      ["Fallbacks", plan.fallbacks],
+      ["Weights of the named type", percent(plan.on_label_share, 1)],
+      ["Tensors that do not divide that way", plan.fallbacks],
       ["Path", file?.path],
       ["SHA-256", file?.sha256],
     ],
@@ -115,20 +116,21 @@ export function showTagEvidence(run, { tag, level, inputs, lost, gained, loss_lo
 
 function open(run, title, means, content) {
   const dialog = document.getElementById("evidence");
-  const repeat = Object.entries(run.settings).map(([name, value]) => [name.replaceAll("_", " "), said(value)]);
-  dialog.replaceChildren(
+  refill(
+    dialog,
     h("form", { method: "dialog", class: "close" }, h("button", { "aria-label": "Close" }, "×")),
     h("h2", { id: "evidence-title" }, title),
     h("p", { class: "soft" }, means),
     ...content,
     h("h3", {}, "How to get it again"),
     h("pre", { tabindex: 0 }, run.commands.join("\n")),
+    h("p", { class: "actions" }, copyButton(run.commands.join("\n"))),
     list([
       ["Source", run.source.location],
       ["SHA-256 of the source", run.source.sha256],
       ["Measured", run.created],
       ["Bitladder", run.bitladder],
-      ...repeat,
+      ...facts(run.settings),
       [
         "Versions",
         Object.entries(run.versions)
@@ -149,17 +151,6 @@ const list = (rows) =>
       .filter(([, value]) => value !== undefined && value !== "" && value !== null)
       .map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, String(value ?? DASH)))),
   );
-
-/** A setting in words; nested ones in one line. */
-function said(value) {
-  if (Array.isArray(value)) return value.map(said).filter(Boolean).join("; ");
-  if (value === null || typeof value !== "object") return value === null || value === false ? "" : String(value);
-  const inner = Object.entries(value).map(([name, one]) => [name.replaceAll("_", " "), said(one)]);
-  return inner
-    .filter(([, text]) => text)
-    .map((pair) => pair.join(" "))
-    .join(", ");
-}
 
 /** The answers behind lost and gained inputs, where the run kept them. */
 function flips(run, level, ids) {

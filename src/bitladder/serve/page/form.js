@@ -10,7 +10,7 @@ export class CompareForm {
   constructor(levels) {
     this.levels = levels;
     this.prompt = h("textarea", { id: "prompt", rows: 4, required: true });
-    this.prompt.placeholder = "Ask something that your deployment will be asked.";
+    this.prompt.placeholder = "A prompt like those that your deployment will get.";
     this.system = h("textarea", { id: "system", rows: 2 });
     this.tokens = h("input", { type: "number", id: "tokens", min: 1, max: 8192, value: 256 });
     this.temperature = h("input", { type: "number", id: "temperature", min: 0, max: 2, step: 0.1, value: 0 });

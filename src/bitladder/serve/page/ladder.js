@@ -2,22 +2,19 @@
 
 import { getJson } from "./api.js";
 import { lossChart } from "./chart.js";
-import { announce, h } from "./dom.js";
+import { announce, h, refill } from "./dom.js";
 import { showEvidence, showTagEvidence } from "./evidence.js";
 import { bytes, DASH, fixed, percent, range, small } from "./format.js";
+import { HEADS, LOSSES, VERDICTS } from "./meanings.js";
 import { whatIfForm } from "./whatif.js";
 
 const TIERS = { "quality tier": "quality", "speed tier": "speed", "both tiers": "both" };
-const LOSSES = {
-  "not told from zero": "no loss seen",
-  measurable: "a measurable loss",
-  "known bad": "known to be worse",
-};
 
 export async function showLadder(panel) {
   const run = await getJson("/bitladder/api/run");
   if (!run) {
-    panel.replaceChildren(
+    refill(
+      panel,
       h(
         "p",
         { class: "note" },
@@ -31,10 +28,11 @@ export async function showLadder(panel) {
   const decision = h("div", { class: "decision" });
   const chart = h("div");
   const table = h("div");
+  const answers = h("section", { "aria-labelledby": "answers-title" });
   const show = (view) => {
-    decision.replaceChildren(...decisionView(view));
-    chart.replaceChildren(chartView(run, view));
-    table.replaceChildren(levelTable(run, view), ...frontView(view.decision.front));
+    refill(decision, ...decisionView(view));
+    refill(chart, chartView(run, view));
+    refill(table, levelTable(run, view), ...frontView(view.decision.front));
   };
   const given = { plan: run.plan, decision: run.decision };
   const form = whatIfForm(run, (view, changed) => {
@@ -42,10 +40,11 @@ export async function showLadder(panel) {
     if (changed) announce((view ?? given).decision.summary);
   });
   show(given);
-  panel.replaceChildren(
+  refill(
+    panel,
     h("header", { class: "page-head" }, h("h1", {}, run.source.name), h("p", { class: "soft" }, facts(run))),
-    ...warnings(run).map((warning) => h("p", { class: "note warn" }, warning)),
     decision,
+    ...warnings(run).map((warning) => h("p", { class: "note warn" }, warning)),
     form,
     h(
       "section",
@@ -61,7 +60,55 @@ export async function showLadder(panel) {
       table,
     ),
     ...tagView(run),
+    answers,
   );
+  refill(answers, ...answersView(await getJson("/bitladder/api/answers")));
+}
+
+/** What changed in the answers, in the report's own words. */
+function answersView({ reference, columns, rows }) {
+  if (!rows.length) return [];
+  const heads = columns.map(({ title, means }) => h("th", { role: "columnheader", scope: "col", title: means }, title));
+  return [
+    h("h2", { id: "answers-title" }, "What changed in the answers"),
+    h("p", { class: "soft" }, `Each level's answers beside those of ${reference}, over the whole workload.`),
+    h(
+      "div",
+      { class: "scroll", tabindex: 0, role: "region", "aria-label": "What changed in the answers" },
+      h(
+        "table",
+        { class: "changes", role: "table" },
+        h(
+          "thead",
+          { role: "rowgroup" },
+          h("tr", { role: "row" }, h("th", { role: "columnheader", scope: "col" }, "level"), ...heads),
+        ),
+        ...rows.map(({ level, cells, notes }) =>
+          h(
+            "tbody",
+            { role: "rowgroup" },
+            h(
+              "tr",
+              { role: "row" },
+              h("th", { role: "rowheader", scope: "rowgroup" }, level),
+              ...cells.map((cell, n) => h("td", { role: "cell", "data-label": columns[n].title }, cell)),
+            ),
+            notes &&
+              h(
+                "tr",
+                { role: "row", class: "why" },
+                h("td", { role: "cell", colspan: columns.length + 1 }, `${notes}.`),
+              ),
+          ),
+        ),
+      ),
+    ),
+    h(
+      "dl",
+      { class: "words small soft" },
+      ...columns.map(({ title, means }) => h("div", {}, h("dt", {}, title), h("dd", {}, means))),
+    ),
+  ];
 }
 
 /** That the source is itself quantized is always among them when it is. */
@@ -74,9 +121,6 @@ const facts = (run) =>
   [run.source.architecture, `${run.source.level} source`, run.plan.machine, run.created.slice(0, 10)].join(" · ");
 
 function decisionView({ plan, decision }) {
-  const said = { met: "", "not met": "No level holds the bar.", "cannot tell": "The evidence cannot tell." }[
-    decision.outcome
-  ];
   return [
     h("p", { class: "kicker" }, "The decision"),
     h("p", { class: "summary" }, decision.summary),
@@ -87,7 +131,7 @@ function decisionView({ plan, decision }) {
       h("code", {}, decision.bar),
       ` · context ${plan.n_ctx.toLocaleString("en")} · ${bytes(plan.budget_bytes)} of memory`,
     ),
-    said &&
+    decision.outcome !== "met" &&
       decision.next.length > 0 &&
       h(
         "div",
@@ -136,7 +180,8 @@ function chartView(run, view) {
       mark: TIERS[row.verdict.status] ?? "",
     }));
     const width = Math.min(1090, Math.max(340, holder.clientWidth - 32 || 760));
-    plot.replaceChildren(
+    refill(
+      plot,
       lossChart(points, { title, width, limit: Number.isFinite(limit) ? limit : null, ladder }) ??
         h("p", { class: "soft" }, "Not measured."),
     );
@@ -169,8 +214,9 @@ function chartView(run, view) {
 
 function levelTable(run, view) {
   const columns = ["Level", "File", "Memory", "Tokens/s", "KL", "PPL ratio", "Top-1", "Passes", "Verdict"];
+  const means = (name) => HEADS[name] ?? HEADS[name.toLowerCase()];
   const rows = view.plan.levels.map(({ level }) => levelRow(run, levelFacts(run, view, level)));
-  const heads = columns.map((name) => h("th", { role: "columnheader", scope: "col" }, name));
+  const heads = columns.map((name) => h("th", { role: "columnheader", scope: "col", title: means(name) }, name));
   // The roles are those of the elements; a narrow page lays the table out as cards, which would drop them.
   return h(
     "div",
@@ -220,7 +266,7 @@ function levelRow(run, row) {
     h(
       "td",
       { role: "cell", class: "verdict" },
-      h("strong", {}, verdict.status),
+      h("strong", { title: VERDICTS[verdict.status] }, verdict.status),
       h("small", {}, LOSSES[verdict.loss] ?? ""),
     ),
   ];

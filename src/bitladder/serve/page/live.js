@@ -1,21 +1,21 @@
 // What each tier is doing now. Asks only while it is seen.
 
 import { getJson } from "./api.js";
-import { h } from "./dom.js";
+import { h, refill } from "./dom.js";
 import { ago, DASH, fixed, percent, seconds } from "./format.js";
 
 const EVERY_MS = 2000;
 
 export async function showLive(panel) {
   const body = h("div");
-  panel.replaceChildren(h("h2", { class: "visually-hidden" }, "Live"), body);
-  body.replaceChildren(...view(await getJson("/bitladder/api/live")));
+  refill(panel, h("h2", { class: "visually-hidden" }, "Live"), body);
+  refill(body, ...view(await getJson("/bitladder/api/live")));
   setInterval(async () => {
     if (panel.hidden || document.hidden) return;
     try {
-      body.replaceChildren(...view(await getJson("/bitladder/api/live", { quiet: true })));
+      refill(body, ...view(await getJson("/bitladder/api/live", { quiet: true })));
     } catch (error) {
-      body.replaceChildren(h("p", { class: "note bad" }, `The gateway does not answer: ${error.message}`));
+      refill(body, h("p", { class: "note bad" }, `The gateway does not answer: ${error.message}`));
     }
   }, EVERY_MS);
 }
@@ -42,33 +42,50 @@ function view(live) {
 }
 
 const alarm = (shadow) =>
-  `The tiers agree on ${percent(shadow.agreement, 0)} of shadowed answers, under the ` +
-  `${percent(shadow.bar, 0)} that the evidence promised. The work has drifted from the workload.`;
+  `The tiers gave the very same answer in ${percent(shadow.agreement, 0)} of the cases compared, fewer than the ` +
+  `${percent(shadow.bar, 0)} expected from the workload: the work has drifted from the workload.`;
 
 function tierCard(tier) {
   const facts = [
-    ["State", tier.state],
-    ["Running", `${tier.running} of ${tier.slots}`],
-    ["Waiting", tier.queued],
-    ["First byte", seconds(tier.first_byte_s?.p50)],
-    ["95th percentile", seconds(tier.first_byte_s?.p95)],
-    ["Tokens/s", fixed(tier.tokens_per_s?.p50, 1)],
-    ["Answered", tier.outcomes?.complete ?? 0],
-    ["Restarts", tier.restarts],
+    ["State", tier.state, "ready, loading, stopped or failed"],
+    ["Running", `${tier.running} of ${tier.slots}`, "requests that are being answered, of those possible at once"],
+    ["Waiting", tier.queued, "requests in the queue"],
+    ["First byte", seconds(tier.first_byte_s?.p50), "time to the first byte of an answer: half of the answers are faster"],
+    ["95% within", seconds(tier.first_byte_s?.p95), "time in which 95 of 100 answers send their first byte"],
+    ["Tokens/s", fixed(tier.tokens_per_s?.p50, 1), "while answering: half of the answers are faster"],
+    ["Answered", tier.outcomes?.complete ?? 0, "requests answered to their end"],
+    ["Restarts", tier.restarts, "how often the engine was started again"],
   ];
   return h(
     "article",
     { class: `tier ${tier.tier}` },
     h("h3", {}, h("span", { class: "mark", "aria-hidden": "true" }), `${tier.tier} tier`),
     h("p", { class: "level" }, tier.level),
-    h("dl", {}, ...facts.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, String(value))))),
+    h("dl", {}, ...facts.map(([name, value, means]) => h("div", { title: means }, h("dt", {}, name), h("dd", {}, String(value))))),
     h("p", { class: "soft small" }, tier.resident ? "Stays in memory." : "Takes turns in memory."),
     tier.engine && h("p", { class: "soft small" }, `Engine: ${tier.engine}`),
     tier.last_error && h("p", { class: "bad small" }, tier.last_error),
     tier.file_sha256 && h("p", { class: "soft small hash" }, `SHA-256 ${tier.file_sha256}`),
     evidence(tier),
+    tier.replicas?.length ? replicas(tier.replicas) : null,
   );
 }
+
+// A line for each address of a tier that has several.
+const replicas = (all) =>
+  h(
+    "ul",
+    { class: "soft small" },
+    ...all.map((one) =>
+      h(
+        "li",
+        { class: one.state === "up" ? "" : "bad" },
+        `${one.replica}: ${one.state}, ${one.running} running, ${one.answered} answered` +
+          (one.first_byte_s == null ? "" : `, first byte ${seconds(one.first_byte_s)}`) +
+          (one.state === "out" && one.last_error ? ` (${one.last_error})` : ""),
+      ),
+    ),
+  );
 
 // What evidence there is of the very file that is served; its note stands at the top.
 function evidence(tier) {
@@ -77,6 +94,22 @@ function evidence(tier) {
   if (tier.evidence === "unmeasured") return h("p", { class: "bad small" }, "This file was never measured.");
   return null;
 }
+
+const ROUTED = {
+  header: "tier named in a header",
+  model: "tier named as the model",
+  level: "level named as the model",
+  rule: "your rule",
+  auto: "chosen here (auto)",
+  "": "refused: malformed, without a valid key, or from a foreign page",
+};
+const OUTCOMES = {
+  complete: "answered",
+  refused: "refused",
+  "client left": "client left",
+  cut: "broke off",
+  error: "failed",
+};
 
 function routing(live) {
   const kinds = Object.entries(live.routing ?? {});
@@ -93,7 +126,7 @@ function routing(live) {
           h(
             "tr",
             {},
-            h("th", { scope: "row" }, kind || "refused before routing"),
+            h("th", { scope: "row" }, ROUTED[kind] ?? kind),
             h("td", {}, requests.toLocaleString("en")),
             h("td", {}, h("span", { class: "share", style: `--share: ${share}` }, percent(share, 0))),
           ),
@@ -108,9 +141,9 @@ function shadowView(shadow) {
   const agreement =
     shadow.agreement === null
       ? "Nothing compared yet."
-      : `${percent(shadow.agreement, 0)} the very same answer${between}.`;
+      : `In ${percent(shadow.agreement, 0)} of cases both tiers gave the very same answer${between}.`;
   const about =
-    `${percent(shadow.share, 0)} of the speed tier's requests are asked again in idle time; ` +
+    `${percent(shadow.share, 0)} of the speed tier's requests are sent to the quality tier as well, in idle time; ` +
     `${shadow.compared} compared, ${shadow.waiting} waiting. The alarm is at ${percent(shadow.bar, 0)}.`;
   return h(
     "section",
@@ -140,7 +173,7 @@ function recent(list) {
         ),
         h("td", {}, seconds(line.first_s)),
         h("td", {}, fixed(line.tokens_per_s, 1)),
-        h("td", {}, line.outcome),
+        h("td", {}, OUTCOMES[line.outcome] ?? line.outcome),
       ),
     );
   const head = h("thead", {}, h("tr", {}, ...columns.map((name) => h("th", { scope: "col" }, name))));

@@ -1,7 +1,7 @@
 // Tabs, and what each one shows. The address says which tab is open: #compare, #ladder, #live.
 
 import { getJson } from "./api.js";
-import { h } from "./dom.js";
+import { h, refill } from "./dom.js";
 
 const TABS = ["compare", "ladder", "live"];
 const started = {};
@@ -22,7 +22,7 @@ function open(name, { focus = false } = {}) {
   }
   document.title = `${name[0].toUpperCase()}${name.slice(1)} · Bitladder`;
   started[name] ??= start[name](document.getElementById(name)).catch((error) => {
-    document.getElementById(name).replaceChildren(h("p", { class: "note bad", role: "alert" }, error.message));
+    refill(document.getElementById(name), h("p", { class: "note bad", role: "alert" }, error.message));
     delete started[name];
   });
 }

@@ -21,7 +21,7 @@ export function partingView(oneName, otherName, one, other) {
     const same = one.text === other.text;
     const said = same
       ? "The same answer, word for word."
-      : "The engine told no token probabilities, so the place is not known.";
+      : "The engine gave no token probabilities, so the place is not known.";
     return h("article", { class: "card" }, title, h("p", {}, said));
   }
   const { at, tokens, chances, kind } = other.parting;

@@ -1,7 +1,7 @@
 // A finished comparison: answers with their differences, the vote, where they part, and how to share it.
 
 import { Column } from "./column.js";
-import { h, saveJson } from "./dom.js";
+import { h, refill, saveJson } from "./dom.js";
 import { keep, tally } from "./history.js";
 import { partingView } from "./parting.js";
 import { toLink } from "./share.js";
@@ -21,7 +21,8 @@ export function showRecord(results, record, refresh) {
   const parted = record.answers
     .slice(1)
     .map((answer, n) => partingView(names[0], names[n + 1], record.answers[0], answer));
-  results.replaceChildren(
+  refill(
+    results,
     h("div", { class: "columns" }, ...columns.map((column) => column.element)),
     ...(record.blind
       ? [voteView(record, names, () => (keep(record), showRecord(results, record, refresh), refresh()))]
@@ -57,7 +58,7 @@ function shareView(record) {
       await navigator.clipboard.writeText(link);
       said.textContent = "Copied. It holds the prompt and the answers, and nothing is stored on a server.";
     } catch {
-      said.replaceChildren("Copy this: ", h("a", { href: link }, "link"));
+      refill(said, "Copy this: ", h("a", { href: link }, "link"));
     }
   };
   return h(

@@ -1,0 +1,463 @@
+"""Units of a walk computed elsewhere: on several devices, or by workers of a cluster.
+
+A worker opens the model where it lies (or is sent a layer's tensors, where it cannot read the file), fills a layer,
+and pushes a shard of the text through it with the code that a walk here uses. States and inputs that are kept between
+passes stay where units are computed, shard by shard; sums come back, and are added here in the order of the shards. A
+level that is built while it passes sends the matrices that it has changed after each shared input.
+
+    through   a shard through a layer as the source has it      -> sums; states that leave it, inputs that are kept
+    gather    a shard up to one shared input                    -> sums; what the next pass begins with
+    finish    a shard through what is left of the layer         -> states that leave it
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from bitladder.describe.model import Model
+from bitladder.errors import ClusterError
+from bitladder.executors import Executor, Handle
+from bitladder.executors.base import Lane, weights_travel
+from bitladder.files.convert import checkpoint_of
+from bitladder.files.gguf import GgufFile
+from bitladder.files.staging import data_files
+from bitladder.formats.families import family_of
+from bitladder.formats.roles import ROPE_TENSORS, SharedInput
+from bitladder.formats.tensors import TensorInfo
+from bitladder.walk.allocator import keep_freed_memory
+from bitladder.walk.driver import HeldInputs, Member, Observer, Stream, Unit, Watched
+from bitladder.walk.inputs import InputStatistics, InputWatch, Wants, keeping, merged
+from bitladder.walk.layer_pass import LayerPass, Original
+from bitladder.walk.layers import LayeredModel, tensor_at
+from bitladder.walk.opened import layered
+from bitladder.walk.states import Batch, States
+from bitladder.walk.weights import FileWeights, Rows
+
+F32 = NDArray[np.float32]
+U8 = NDArray[np.uint8]
+
+_ALL = 1 << 62
+"""Bytes of states in memory: a worker has those of a shard only."""
+
+
+@dataclass(frozen=True)
+class ModelAt:
+    """Where workers find a model."""
+
+    path: str
+    checkpoint: str | None
+    changed: int
+    """When the file was, as the system counts it."""
+    sent: Model | None = None
+    """Its header, where they cannot read the file: tensors come with units."""
+    tables: Mapping[str, U8] = field(default_factory=dict)
+    """The tensors that a header without a file lacks before the first layer."""
+
+
+@dataclass(frozen=True)
+class LayerUnit:
+    """One shard's part of a layer."""
+
+    layer: int
+    batches: tuple[Batch, ...]
+    """Of the shard, laid out from 0."""
+    half: bool
+    of: str
+    """Whose layer it is: levels change it each in their own way."""
+    watched: Watched | None = None
+    shared: SharedInput | None = None
+    wants: Wants | None = None
+    module: str = ""
+    """Whose input of the source comes as well."""
+    changes: tuple[str, ...] = ()
+    """Paths of the parameters that come as well."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """What stays of a unit: arrays f32[tokens, columns] of a shard."""
+
+    states: F32 | None = None
+    inputs: Mapping[str, F32] = field(default_factory=dict)
+    """What modules read, by path."""
+    passed: frozenset[tuple[str, int]] = frozenset()
+    """As ``LayerPass.progress``."""
+
+
+@dataclass(frozen=True)
+class LayerTask:
+    """Units of a model's layers, for an executor."""
+
+    model: ModelAt
+    threads: int
+    """Of torch, in every unit."""
+
+    def compute(self, lane: Lane, unit: LayerUnit, *held: Any) -> tuple[InputWatch | None, Held]:
+        """As ``executors.Task``. ``held``: the states that enter, what passes kept, the source's inputs (both of one
+        unit, or None), changed parameters in their order, the layer's tensors where they are sent."""
+        if lane.own_process:
+            torch.set_num_threads(self.threads)
+        bench = _bench(lane, self.model)
+        entering, kept, source, *rest = held
+        changes = list(zip(unit.changes, rest, strict=False))
+        sent = rest[len(unit.changes)] if self.model.sent else None
+        block = bench.block(unit, changes, sent)
+        return bench.done(block, unit, entering, kept, source)
+
+
+class _Sent:
+    """What ``FileWeights`` reads, of tensors that were sent."""
+
+    def __init__(self, at: ModelAt) -> None:
+        assert at.sent is not None
+        self.model, self.path = at.sent, Path(at.path)
+        self.tensors: dict[str, U8] = dict(at.tables)
+        self._infos = {tensor.name: tensor for tensor in at.sent.tensors}
+
+    def info(self, name: str) -> TensorInfo:
+        """As ``GgufFile``."""
+        return self._infos[name]
+
+    def raw(self, name: str, rows: Rows = None) -> U8:
+        """As ``GgufFile``."""
+        return self.tensors[name] if rows is None else self.tensors[name][rows]
+
+
+class _Bench:
+    """A model that is open in a lane, and the layer that units were computed with last."""
+
+    def __init__(self, at: ModelAt, device: str) -> None:
+        file = cast("GgufFile", _Sent(at)) if at.sent else GgufFile.open(Path(at.path))
+        self._file, self.weights = file, FileWeights(file)
+        folder = Path(at.checkpoint) if at.checkpoint else None
+        if at.sent:
+            self.model = LayeredModel(at.sent, self.weights, device=device)
+        else:
+            self.model = layered(file, self.weights, device=device, checkpoint=folder)
+        self._of: tuple[int, str] | None = None
+        self._block: nn.Module | None = None
+        self._changed = 0
+
+    def block(self, unit: LayerUnit, changes: Sequence[tuple[str, F32]], sent: Mapping[str, U8] | None) -> nn.Module:
+        """The layer with these changes; what it was filled with before is not read again."""
+        of = unit.layer, unit.of
+        if self._block is None or self._of != of or self._changed > len(changes):
+            self._block = None  # room for the next
+            if sent is not None:
+                cast(_Sent, self._file).tensors = dict(sent)
+            self._block, self._of, self._changed = self.model.layer(unit.layer, self.weights), of, 0
+            for name in self.model.layer_names(unit.layer):
+                self.weights.forget(name)
+        with torch.no_grad():
+            for path, value in changes[self._changed :]:
+                tensor_at(self._block, path).copy_(_tensor(value))
+        self._changed = len(changes)
+        return self._block
+
+    def done(
+        self, block: nn.Module, unit: LayerUnit, entering: Held, kept: Held | None, source: Held | None
+    ) -> tuple[InputWatch | None, Held]:
+        """Compute a unit."""
+        stream = Stream(self.model, [Member(self.weights)], unit.batches, state_bytes=_ALL, half=unit.half)
+        states = _states(unit.batches, entering.states)
+        if unit.watched is not None:
+            return _through(stream, block, unit, unit.watched, states)
+        passing = LayerPass(stream, unit.layer, block, states)
+        if kept is not None:
+            own = {module: _states(unit.batches, one) for module, one in kept.inputs.items()}
+            passing.go_on(own, kept.passed)
+        if unit.shared is None:
+            passing.finish()
+            return None, Held(_array(states))
+        assert unit.wants is not None
+        begun, passed = passing.progress
+        original = None if source is None else _states(unit.batches, source.inputs[unit.module])
+        watch = passing.see(unit.shared, unit.batches, frozenset(begun), original, unit.wants)
+        begun, passed = passing.progress
+        inputs = {module: _array(one) for module, one in begun.items()}
+        return watch.on_the_cpu(), Held(inputs=inputs, passed=frozenset(passed))
+
+
+def _through(
+    stream: Stream, block: nn.Module, unit: LayerUnit, watched: Watched, entering: States
+) -> tuple[InputWatch, Held]:
+    keeper = _Keeper(stream.batches, watched)
+    leaving = States(stream.batches, entering.width, spill=None)
+    watch = stream.compute(Unit(unit.layer, 0, 0), block, [keeper], entering, leaving)
+    return watch.on_the_cpu(), Held(_array(leaving), {name: _array(one) for name, one in keeper.inputs.items()})
+
+
+class _Keeper(Observer):
+    """Watches what several observers elsewhere want to see, and keeps inputs."""
+
+    def __init__(self, batches: Sequence[Batch], watched: Watched) -> None:
+        self._batches, self._watched, self.wants = batches, watched, watched.wants
+        self.inputs: dict[str, States] = {}
+
+    def reads(self, shared: SharedInput) -> bool:
+        """As ``Observer``."""
+        return shared in self._watched.inputs
+
+    def on(self, layer: int, block: nn.Module, batch: Batch) -> Any:  # noqa: ARG002
+        """As ``Observer``."""
+        return keeping(block, self._watched.keeps, batch, self._put)
+
+    def _put(self, module: str, batch: Batch, x: torch.Tensor) -> None:
+        if module not in self.inputs:
+            self.inputs[module] = States(self._batches, x.shape[-1], spill=None)
+        self.inputs[module].put(batch, x)
+
+
+_BENCHES: dict[int, tuple[tuple[object, ...], _Bench]] = {}
+_OPENING = threading.Lock()
+
+
+def _bench(lane: Lane, at: ModelAt) -> _Bench:
+    """The model that is open in a lane: one, until another is asked for."""
+    known, key = _BENCHES.get(lane.number), (at.path, at.checkpoint, at.changed, lane.device)
+    if known is None or known[0] != key:
+        with _OPENING:  # transformers' tables of classes are filled when they are first asked for
+            keep_freed_memory()
+            known = _BENCHES[lane.number] = key, _Bench(at, lane.device)
+    return known[1]
+
+
+def _tensor(array: F32) -> torch.Tensor:
+    """Of an array that may be shared with others: it is not written to."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that it cannot be written to
+        return torch.from_numpy(array)
+
+
+def _states(batches: Sequence[Batch], array: F32 | None) -> States:
+    """A copy that can be written to."""
+    assert array is not None
+    states = States(batches, array.shape[-1], spill=None)
+    states.everything.copy_(_tensor(array))
+    return states
+
+
+def _array(states: States) -> F32:
+    found: F32 = states.everything.numpy()
+    return found
+
+
+class HeldStates(States):
+    """States of a text that are held where units are computed: a handle for each shard."""
+
+    def __init__(self, executor: Executor, shards: Sequence[Sequence[Batch]], width: int) -> None:
+        self._executor, self._shards, self.width = executor, shards, width
+        self.handles: list[Handle] = []
+
+    @property
+    def everything(self) -> torch.Tensor:
+        """A copy."""
+        return torch.cat([self._shard(number) for number in range(len(self._shards))])
+
+    def get(self, batch: Batch) -> torch.Tensor:
+        """As ``States``; a copy."""
+        number = next(number for number, shard in enumerate(self._shards) if batch in _starts(shard))
+        start = batch.start - self._shards[number][0].start
+        own = self._shard(number)[start : start + batch.tokens.size]
+        return own.view(*batch.tokens.shape, self.width)
+
+    def put(self, batch: Batch, states: torch.Tensor) -> None:
+        """They are replaced where they are, by units."""
+        raise NotImplementedError
+
+    def copy_from(self, other: States) -> None:
+        """As ``States``: what is held is never changed, so it can be shared."""
+        assert isinstance(other, HeldStates)
+        self.handles = list(other.handles)
+
+    def _shard(self, number: int) -> torch.Tensor:
+        held: Held = self._executor.fetch(self.handles[number])
+        assert held.states is not None
+        return _tensor(held.states)
+
+
+class _starts:  # noqa: N801
+    """Whether a batch is one of a shard's, by where it begins."""
+
+    def __init__(self, shard: Sequence[Batch]) -> None:
+        self._starts = {batch.start for batch in shard}
+
+    def __contains__(self, batch: Batch) -> bool:
+        return batch.start in self._starts
+
+
+@dataclass(frozen=True)
+class KeptInputs(HeldInputs):
+    """Inputs of a module of the source's layer, for each shard in what stayed of it."""
+
+    module: str
+    handles: Sequence[Handle]
+
+
+class SpreadUnits:
+    """As ``driver.Spread``: a walk's units on an executor."""
+
+    def __init__(self, executor: Executor, source: GgufFile, at: ModelAt) -> None:
+        self.executor, self._source = executor, source
+        self.task = LayerTask(at, torch.get_num_threads())
+        self._sent: tuple[int, Handle] | None = None
+        self._nothing = executor.put(None)
+
+    def hold(self, states: States, shards: Sequence[Sequence[Batch]]) -> HeldStates:
+        """As ``driver.Spread``."""
+        held = HeldStates(self.executor, shards, states.width)
+        for shard in shards:
+            start, stop = shard[0].start, shard[-1].start + shard[-1].tokens.size
+            held.handles.append(self.executor.put(Held(states.everything[start:stop].numpy().copy())))
+        return held
+
+    def empty(self, like: States) -> HeldStates:
+        """As ``driver.Spread``."""
+        assert isinstance(like, HeldStates)
+        return HeldStates(self.executor, like._shards, like.width)
+
+    def through(
+        self, stream: Stream, layer: int, observers: Sequence[Observer], watched: Watched, entering: States,
+        leaving: States,
+    ) -> Iterator[InputWatch]:  # fmt: skip
+        """As ``driver.Spread``."""
+        assert isinstance(entering, HeldStates)
+        assert isinstance(leaving, HeldStates)
+        units = [replace(unit, watched=watched) for unit in self.units(stream, layer, "source")]
+        begun = [self.start(unit, number, entering, None, None) for number, unit in enumerate(units)]
+        leaving.handles = [one.held for one in begun]
+        for one in observers:
+            one.kept({module: KeptInputs(module, leaving.handles) for module in watched.keeps})
+        for one in begun:
+            yield one.result()
+
+    def units(self, stream: Stream, layer: int, of: str) -> list[LayerUnit]:
+        """One for each shard of a stream."""
+        return [
+            LayerUnit(layer, tuple(replace(one, start=one.start - shard[0].start) for one in shard), stream.half, of)
+            for shard in stream.shards
+        ]
+
+    def start(
+        self, unit: LayerUnit, number: int, entering: HeldStates, kept: Handle, source: Handle,
+        changes: Sequence[Handle] = (),
+    ) -> Any:  # fmt: skip
+        """Begin a shard's unit."""
+        optional = (self._nothing if one is None else one for one in (kept, source))
+        held = [entering.handles[number], *optional, *changes]
+        if self.task.model.sent is not None:
+            held.append(self._tensors(unit.layer))
+        return self.executor.start(self.task, unit, *held, place=number)
+
+    def passing(self, stream: Stream, layer: int, block: nn.Module, states: States) -> SpreadPass:
+        """As ``driver.Spread``."""
+        return SpreadPass(self, stream, layer, block, states)
+
+    def _tensors(self, layer: int) -> Handle:
+        """A layer's tensors as they are stored, sent once."""
+        if self._sent is None or self._sent[0] != layer:
+            names = self._names(layer)
+            self._sent = layer, self.executor.put({name: np.array(self._source.raw(name)) for name in names})
+        return self._sent[1]
+
+    def _names(self, layer: int) -> list[str]:
+        prefix = f"blk.{layer}."
+        return [tensor.name for tensor in self._source.model.tensors if tensor.name.startswith(prefix)]
+
+
+@contextmanager
+def spread_over(
+    executor: Executor | None, source: GgufFile, checkpoint: Path | None = None,
+    warn: Callable[[str], None] = lambda _: None,
+) -> Iterator[SpreadUnits | None]:  # fmt: skip
+    """A model's units on an executor; None without one.
+
+    Args:
+        executor: where.
+        source: the model.
+        checkpoint: the folder it was converted from, where that is known.
+        warn: told where weights have to travel.
+
+    Raises:
+        ClusterError: workers lack files that cannot be sent.
+    """
+    if executor is None:
+        yield None
+        return
+    folder = checkpoint or checkpoint_of(source.path)
+    files = [header.path for header in source.headers]
+    lacking = executor.lacking(files)
+    by_row = family_of(source.model.dims.architecture).layers_of(source.model.dims.n_expert) is not None
+    missing = lacking or ("" if folder is None or by_row else executor.lacking([*files, *data_files(folder)]))
+    if missing and not by_row:
+        raise ClusterError(
+            f"Workers cannot read {missing}.",
+            means="This family has no row of its own: workers make its layers of its checkpoint folder.",
+            do="Put both into a folder that all nodes have under the same path.",
+        )
+    changed = source.path.stat().st_mtime_ns
+    if lacking:
+        warn(weights_travel(lacking))
+        names = {tensor.name for tensor in source.model.tensors}
+        tables = {name: np.array(source.raw(name)) for name in ROPE_TENSORS if name in names}
+        at = ModelAt(str(source.path), None, changed, source.model, tables)
+    else:
+        at = ModelAt(str(source.path.absolute()), str(folder.absolute()) if folder else None, changed)
+    try:
+        yield SpreadUnits(executor, source, at)
+    finally:
+        _BENCHES.clear()
+
+
+class SpreadPass:
+    """As ``LayerPass``, with each shard's passes where units are computed."""
+
+    def __init__(self, spread: SpreadUnits, stream: Stream, layer: int, block: nn.Module, states: States) -> None:
+        assert isinstance(states, HeldStates)
+        self._spread, self._layer, self._block, self._states = spread, layer, block, states
+        self._units = spread.units(stream, layer, f"level {id(stream)}")
+        self._kept: list[Handle] = [None] * len(self._units)
+        self._changed: list[tuple[str, Handle]] = []
+
+    def gather(
+        self, shared: SharedInput, original: Original | None = None, *, largest: bool = False
+    ) -> list[InputStatistics]:
+        """As ``LayerPass``."""
+        assert original is None or isinstance(original, KeptInputs)
+        wants = Wants(gram=True, largest=largest)
+        module = "" if original is None else original.module
+        units = [self._now(unit, shared=shared, wants=wants, module=module) for unit in self._units]
+        begun = [self._start(unit, number, original) for number, unit in enumerate(units)]
+        self._kept = [one.held for one in begun]
+        return merged(one.result() for one in begun).results(self._layer)[shared]
+
+    def changed(self, path: str) -> None:
+        """As ``Pass``."""
+        value = tensor_at(self._block, path).detach().cpu().numpy().copy()
+        self._changed.append((path, self._spread.executor.put(value)))
+
+    def finish(self) -> None:
+        """As ``LayerPass``."""
+        begun = [self._start(self._now(unit), number, None) for number, unit in enumerate(self._units)]
+        for one in begun:
+            one.result()
+        self._states.handles = [one.held for one in begun]
+
+    def _now(self, unit: LayerUnit, **what: Any) -> LayerUnit:
+        return replace(unit, changes=tuple(path for path, _ in self._changed), **what)
+
+    def _start(self, unit: LayerUnit, number: int, original: KeptInputs | None) -> Any:
+        source = None if original is None else original.handles[number]
+        changes = [handle for _, handle in self._changed]
+        return self._spread.start(unit, number, self._states, self._kept[number], source, changes)

@@ -1,0 +1,197 @@
+"""A real Ray cluster on this machine: the bytes that are made here, whatever happens to workers."""
+
+import os
+import signal
+import threading
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+import tiny_checkpoints
+from bitladder.errors import ClusterError, OutputError, UsageError
+from bitladder.executors import on_ray
+from bitladder.executors.needs import Needs
+from bitladder.files.gguf import GgufFile
+from bitladder.stages.write_levels import quantize_levels
+from spread_walks import checkpoints, fitted, short_shards, squares
+
+ray = pytest.importorskip("ray")
+
+LANES = 6
+
+
+@pytest.fixture(scope="module")
+def started():
+    """A cluster whose units take one of six lanes or several: so many of them are computed at a time."""
+    ray.init(
+        num_cpus=3, resources={"lane": LANES}, include_dashboard=False, log_to_driver=False, configure_logging=False,
+        object_store_memory=200 << 20,
+    )  # fmt: skip
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def in_shards(monkeypatch, one_thread):
+    short_shards(monkeypatch)
+
+
+def workers(count: int) -> on_ray.Ray:
+    return on_ray.connect(None, "cpu", Needs(cpus=0, custom={"lane": LANES // count}))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> tuple[Path, Path]:
+    """A checkpoint folder and its GGUF."""
+    _, folder, source = tiny_checkpoints.tiny("llama", tmp_path_factory.mktemp("model"))
+    return folder, source
+
+
+@pytest.fixture(scope="module")
+def here(model, tmp_path_factory) -> dict[str, bytes]:
+    """What is written without Ray."""
+    with pytest.MonkeyPatch.context() as patched:
+        short_shards(patched)
+        return everything(model, tmp_path_factory.mktemp("here"))
+
+
+def written(source: Path, out: Path, executor=None, **options) -> dict[str, bytes]:
+    with GgufFile.open(source) as file:
+        made = quantize_levels(file, ["Q8_0", "Q4_K_M", "F16"], out, executor=executor, **options)
+    return {one.path.name: one.path.read_bytes() for one in made}
+
+
+def everything(model, out: Path, executor=None, **options) -> dict[str, bytes]:
+    """GGUF levels, a GPTQ and an AWQ level, a fitted level, an importance matrix."""
+    folder, source = model
+    levels = ["GPTQ-4bit-g32", "AWQ-4bit-g32"]
+    return {
+        **written(source, out / "plain", executor, **options),
+        **checkpoints(source, folder, out / "levels", executor, levels, **options),
+        **fitted(source, out / "fitted", executor, **options),
+        **{name: values.tobytes() for name, values in squares(source, executor, **options).items()},
+    }
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_bytes_are_those_made_here(count, started, model, here, tmp_path):
+    with workers(count) as cluster:
+        found = everything(model, tmp_path, cluster)
+    assert found.keys() == here.keys()
+    assert [name for name in here if found[name] != here[name]] == []
+
+
+def test_workers_that_are_killed(started, model, here, tmp_path):
+    """Any of them, at any time, with what they were computing."""
+    killed: list[int] = []
+    done = threading.Event()
+
+    def kill() -> None:
+        """Three times; a unit is tried six times, and starting a worker may take long."""
+        while len(killed) < 3 and not done.wait(0.5):
+            everyone = psutil.Process().children(recursive=True)
+            busy = [one for one in everyone if "ray::_run" in " ".join(one.cmdline())]
+            for one in busy[:1]:
+                os.kill(one.pid, signal.SIGKILL)
+                killed.append(one.pid)
+
+    killer = threading.Thread(target=kill)
+    with workers(2) as cluster:
+        killer.start()
+        try:
+            found = everything(model, tmp_path, cluster)
+        finally:
+            done.set()
+            killer.join()
+    assert killed
+    assert [name for name in here if found[name] != here[name]] == []
+
+
+def test_weights_are_sent_to_workers_that_cannot_read_them(started, model, here, tmp_path, monkeypatch):
+    """As a file of the same name and another length on a worker's machine is another file."""
+    look = on_ray._look
+    monkeypatch.setattr(on_ray, "_look", lambda path: (look(path)[0] + 1, look(path)[1]))
+    said: list[str] = []
+    with workers(2) as cluster:
+        assert cluster.lacking([model[1]]) == f"{model[1]} on {cluster._alive()[0]['NodeManagerHostname']}"
+        found = everything(model, tmp_path, cluster, warn=said.append)
+    assert len(said) == 4
+    assert all(str(model[1]) in one for one in said)
+    assert [name for name in here if found[name] != here[name]] == []
+
+
+@pytest.mark.parametrize("name", ["Python", "Ray", "Bitladder", "kernels"])
+def test_other_versions_are_refused(name, started, monkeypatch):
+    versions = on_ray._versions
+    monkeypatch.setattr(on_ray, "_versions", lambda: versions() | {name: "0.0.1"})
+    with pytest.raises(UsageError, match=rf"{name} is .* and 0\.0\.1 here"):
+        workers(1)
+
+
+def test_other_processors_are_named(started, monkeypatch):
+    versions = on_ray._versions
+    monkeypatch.setattr(on_ray, "_versions", lambda: versions() | {"processor": "VAX"})
+    with workers(1) as cluster:
+        assert any("VAX here" in one for one in cluster.warnings)
+
+
+def test_a_unit_that_no_node_can_take(started, monkeypatch):
+    with pytest.raises(ClusterError, match=r"(?s)nothing.*There is: .*lane 6"):
+        on_ray.connect(None, "cpu", Needs(custom={"nothing": 1}))
+    monkeypatch.setattr(on_ray, "_LOOK_EVERY", 0.1)
+    monkeypatch.setattr(on_ray, "_PATIENCE", 0.1)
+    with workers(1) as cluster:
+        cluster._needs = Needs(custom={"lost": 1})  # as when the only node that had it is gone
+        with pytest.raises(ClusterError, match="lost"):
+            cluster.start(Doing("nothing"), None).result()
+
+
+class Doing:
+    """What goes wrong in a unit."""
+
+    threads = 1
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def compute(self, lane, unit, *held):
+        if self.what == "dies":
+            os._exit(1)
+        if self.what == "lacks memory":
+            raise MemoryError("cannot allocate")
+        if self.what == "fails":
+            raise ZeroDivisionError("by zero")
+        return unit, np.arange(3)
+
+
+def test_what_goes_wrong_in_a_unit(started, monkeypatch):
+    monkeypatch.setattr(on_ray, "_RETRIES", 0)
+    with workers(1) as cluster:
+        for what, words in (("dies", "ended its worker"), ("lacks memory", "too little memory"), ("fails", "by zero")):
+            begun = cluster.start(Doing(what), 7)
+            with pytest.raises(ClusterError, match=words):
+                begun.result()
+            with pytest.raises(ClusterError, match=words):
+                cluster.start(Doing("nothing"), 8, begun.held).result()
+        begun = cluster.start(Doing("nothing"), 9)
+        assert begun.result() == 9
+        assert cluster.fetch(begun.held).tolist() == [0, 1, 2]
+
+
+def test_a_full_object_store_and_nodes_that_are_lost():
+    theirs = ray.exceptions
+    assert isinstance(on_ray._in_our_words(theirs.ObjectStoreFullError("full"), ""), OutputError)
+    assert isinstance(on_ray._in_our_words(theirs.OutOfDiskError("full"), ""), OutputError)
+    for error in (theirs.NodeDiedError("gone"), theirs.RaySystemError("gone"), theirs.GetTimeoutError("late")):
+        assert "goes on where it was" in on_ray._in_our_words(error, "").do
+    missing = on_ray._in_our_words(RuntimeError("ModuleNotFoundError: No module named 'bitladder'"), "on node7")
+    assert isinstance(missing, UsageError)
+    assert "on node7" in missing.found
+
+
+def test_nobody_at_the_address():
+    for address in ("ray://127.0.0.1:1", "127.0.0.1:1", "[::1]:1", "127.0.0.1:99999"):
+        with pytest.raises(ClusterError, match="Nobody answers"):
+            on_ray._require_listener(address)

@@ -1,0 +1,153 @@
+"""What a bounded run does next, as a table of cases; and a whole run on a simulated clock."""
+
+import math
+
+import numpy as np
+import pytest
+
+from bitladder.plan.schedule import LEAST, Kind, Piece, Seen, looks, next_piece, spread
+
+DOCUMENTS, INPUTS, ROUNDS = Kind
+TOTALS = {DOCUMENTS: 12, INPUTS: 24, ROUNDS: 3}
+EVER = math.inf
+
+
+def free(_):
+    return 0.0
+
+
+def a_second_each(piece):
+    return (piece.stop - piece.start) * len(piece.levels)
+
+
+def ladder(*counts, names="ABCDEF"):
+    return [Seen(name, *count) for name, count in zip(names, counts, strict=False)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "total", "ends"),
+    [
+        (DOCUMENTS, 12, (3, 6, 12)),
+        (DOCUMENTS, 13, (4, 8, 13)),
+        (DOCUMENTS, 2, (2,)),
+        (DOCUMENTS, 1, (1,)),
+        (DOCUMENTS, 0, ()),
+        (DOCUMENTS, 3, (2, 3)),
+        (INPUTS, 25, (7, 14, 25)),
+        (INPUTS, 3, (3,)),
+        (INPUTS, 4000, (1000, 2000, 4000)),
+        (ROUNDS, 3, (1, 3)),
+        (ROUNDS, 1, (1,)),
+        (ROUNDS, 0, ()),
+    ],
+)
+def test_looks_double(kind, total, ends):
+    assert looks(kind, total) == ends
+
+
+NOTHING, LOOKED, MORE, ALL = (0, 0, 0), (3, 6, 1), (6, 6, 1), (12, 24, 3)
+CASES = {
+    # first a look at everything, all levels, open or not
+    "documents first": (ladder(NOTHING, NOTHING), "", EVER, (DOCUMENTS, "AB", 0, 3)),
+    "then inputs": (ladder((3, 0, 0), (3, 0, 0)), "", EVER, (INPUTS, "AB", 0, 6)),
+    "then a round": (ladder((3, 6, 0), (3, 6, 0)), "", EVER, (ROUNDS, "AB", 0, 1)),
+    "those that lack it": (ladder(LOOKED, (0, 6, 1)), "A", EVER, (DOCUMENTS, "B", 0, 3)),
+    # then what is open
+    "nothing open": (ladder(LOOKED, LOOKED), "", EVER, None),
+    "an open level": (ladder(LOOKED, LOOKED, LOOKED), "B", EVER, (DOCUMENTS, "B", 3, 6)),
+    "what least was seen of": (ladder(MORE, MORE), "AB", EVER, (INPUTS, "AB", 6, 12)),
+    "rounds when it is their turn": (ladder((6, 12, 1)), "A", EVER, (ROUNDS, "A", 1, 3)),
+    "the level that is behind": (ladder((6, 12, 3), LOOKED), "AB", EVER, (DOCUMENTS, "B", 3, 6)),
+    "an uneven beginning": (ladder((4, 6, 1)), "A", EVER, (INPUTS, "A", 6, 12)),
+    "goes on to the usual end": (ladder((4, 24, 3)), "A", EVER, (DOCUMENTS, "A", 4, 6)),
+    "a kind that is used up": (ladder((12, 24, 1)), "A", EVER, (ROUNDS, "A", 1, 3)),
+    "all used up": (ladder(ALL, LOOKED), "A", EVER, None),
+    "an unknown open level": (ladder(LOOKED), "Z", EVER, None),
+    # time
+    "no time": (ladder(NOTHING, NOTHING), "", 0, None),
+    "a shorter look": (ladder(NOTHING, NOTHING), "", 8, (DOCUMENTS, "AB", 0, 2)),
+    "a look at some, the smallest among them": (ladder(*[NOTHING] * 5), "", 12, (DOCUMENTS, "ACE", 0, 2)),
+    "the others when it turns out quicker": (
+        ladder((2, 0, 0), NOTHING, (2, 0, 0), NOTHING, (2, 0, 0)),
+        "",
+        12,
+        (DOCUMENTS, "BD", 0, 3),
+    ),
+    "a look at what fits": (ladder(NOTHING, NOTHING), "", 2, (ROUNDS, "B", 0, 1)),
+    "a shorter piece": (ladder(LOOKED), "A", 2, (DOCUMENTS, "A", 3, 5)),
+    "another kind where one does not fit": (ladder((6, 12, 1)), "A", 1, (ROUNDS, "A", 1, 2)),
+    "not even one": (ladder(LOOKED), "A", 0.5, None),
+}
+
+
+@pytest.mark.parametrize(("seen", "still_open", "left", "expected"), CASES.values(), ids=CASES)
+def test_what_comes_next(seen, still_open, left, expected):
+    found = next_piece(seen, TOTALS, set(still_open), a_second_each, left)
+    assert found == (expected and Piece(expected[0], tuple(expected[1]), *expected[2:]))
+
+
+def test_a_kind_there_is_nothing_of_is_left_out():
+    totals = {DOCUMENTS: 0, INPUTS: 4, ROUNDS: 0}
+    assert next_piece([Seen("A")], totals, {"A"}, free, EVER) == Piece(INPUTS, ("A",), 0, 4)
+    assert next_piece([Seen("A", inputs=4)], totals, {"A"}, free, EVER) is None
+
+
+def run(totals, names, is_open, cost, seconds):
+    """All pieces of a run on a clock of its own, with the seconds each took."""
+    seen, spent, pieces = {name: Seen(name) for name in names}, 0.0, []
+    while piece := next_piece(list(seen.values()), totals, is_open(seen), cost, seconds - spent):
+        spent += cost(piece)
+        pieces.append(piece)
+        for name in piece.levels:
+            before = {kind: seen[name].of(kind) for kind in Kind}
+            assert before[piece.kind] == piece.start < piece.stop <= totals[piece.kind]
+            seen[name] = Seen(
+                name, **{kind.value: count for kind, count in (before | {piece.kind: piece.stop}).items()}
+            )
+    return seen, spent, pieces
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_runs_end_in_time_and_waste_none(seed):
+    rng = np.random.default_rng(seed)
+    names = "ABCDEFGH"[: rng.integers(1, 9)]
+    totals = {kind: int(rng.integers(0, 40)) for kind in Kind}
+    each = {kind: rng.uniform(0.1, 3) for kind in Kind}
+    seconds = rng.uniform(0, 400)
+    contested = set(rng.choice(list(names), size=rng.integers(0, len(names) + 1), replace=False).tolist())
+
+    def cost(piece):
+        return 0.5 + each[piece.kind] * (piece.stop - piece.start) * len(piece.levels)
+
+    seen, spent, pieces = run(totals, names, lambda _: contested, cost, seconds)
+    assert spent <= seconds
+    for name, own in seen.items():
+        for kind in Kind:
+            first = looks(kind, totals[kind])[:1]
+            assert name in contested or own.of(kind) <= (first[0] if first else 0)
+            if spent + cost(Piece(kind, tuple(names), 0, max(totals[kind], 1))) <= seconds and name in contested:
+                assert own.of(kind) == totals[kind]  # there was time, so nothing open is left
+    assert len(pieces) == len(set(pieces))
+
+
+def test_of_a_ladder_as_many_levels_as_there_is_time_for():
+    names = "ABCDEFG"
+
+    def cost(some):
+        return 10.0 * len(some)
+
+    assert spread(names, cost, 100) == tuple(names)
+    assert spread(names, cost, 40) == ("A", "C", "E", "G")
+    assert spread(names, cost, 39) == ("A", "D", "G")
+    assert spread(names, cost, 20) == ("A", "G")
+    assert spread(names, cost, 19) == ("G",)
+    assert spread(names, cost, 9) == () == spread((), cost, 9)
+    for count in range(1, 30):
+        ladder_ = tuple(range(count))
+        for wanted in range(1, count + 1):
+            found = spread(ladder_, len, wanted)
+            assert found[-1] == count - 1 and len(found) <= wanted
+
+
+def test_a_look_always_shows_something():
+    assert all(looks(kind, 50)[0] >= LEAST[kind] for kind in Kind)

@@ -1,0 +1,209 @@
+"""Runs that must end in time: the clock, the order of what is looked at, intervals at any stop, and a tiny model's run
+that is cut off, gone on with, and refused."""
+
+import random
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from bitladder import pipeline
+from bitladder.cli.app import app
+from bitladder.describe.windows import Window
+from bitladder.describe.workload import Input
+from bitladder.errors import UsageError
+from bitladder.levels import parse_level
+from bitladder.plan.schedule import Kind
+from bitladder.progress import LevelNews, Progress
+from bitladder.records.evaluation import Answer, LevelAnswers
+from bitladder.stages import measure
+from bitladder.stages.ask import UNKNOWN_SPEED
+from bitladder.stages.looks import Countdown, TimeIsUp, TooLittleTime, coverage, material, undecided_on_passes
+from bitladder.stages.run_facts import RunSettings
+from bitladder.units import human_duration, parse_duration
+from engine_model import write_engine_model
+
+LEVELS = ("Q8_0", "Q4_K_M", "Q2_K")
+DOCUMENTS, INPUTS = 8, 8
+
+
+class Heard(Progress):
+    """What a progress was told; ``at`` is done when a step of such a name is first heard of."""
+
+    def __init__(self, name="", at=lambda: None):
+        self.steps, self.levels, self._name, self._at = [], [], name, at
+
+    def __call__(self, what, done, total):
+        self.steps.append((what, done, total))
+        if self._name and what.startswith(self._name):
+            self._at()
+
+    def on_level(self, news):
+        self.levels.append(news)
+
+
+def test_a_countdown_shows_the_whole_run_and_ends_what_works_on():
+    clock, heard = SimpleNamespace(now=1e6), Heard()
+    countdown = Countdown(heard, 100, lambda: clock.now)
+    clock.now += 500  # nothing counts before it begins
+    countdown("fetch", 1, 2)
+    countdown.begin()
+    clock.now += 40
+    countdown("walk", 1, 2)
+    clock.now += 100
+    countdown("plan", 1, 2)  # nobody is watched yet
+    clock.now -= 100
+    countdown.watch()
+    assert heard.steps == [("fetch", 1, 2), ("walk", 40, 100), ("plan", 100, 100)]
+    assert countdown.left == 100 - 3 - 40
+    countdown.reserve(20)
+    countdown.reserve(1)
+    assert countdown.left == 40
+    clock.now += 41
+    for tell in (lambda: countdown("walk", 2, 2), lambda: countdown.on_level(LevelNews("A"))):
+        with pytest.raises(TimeIsUp):
+            tell()
+    countdown.end()
+    countdown("report", 1, 2)
+    assert heard.steps[-1] == ("report", 1, 2) and heard.levels == [LevelNews("A")]
+
+
+def test_documents_and_inputs_have_one_order_whatever_the_callers():
+    rng = random.Random(0)
+    windows = [Window(name, np.arange(at, at + 9)) for at, name in enumerate("aabbbcdefg")]
+    inputs = [Input(str(at), ({"role": "user", "content": str(at)},), ()) for at in range(20)]
+    first = material(windows, inputs)
+    assert [len(unit) for unit in first.units] != [2, 3, 1, 1, 1, 1, 1] and len(first.units) == 7
+    assert first.totals == {Kind.DOCUMENTS: 7, Kind.INPUTS: 20, Kind.ROUNDS: 3}
+    assert [one.id for one in first.inputs] != [one.id for one in inputs]
+    by_document = [[one for one in windows if one.document == name] for name in "gfedcba"]
+    shuffled = rng.sample(inputs, 20)
+    again = material([window for unit in by_document for window in unit], shuffled)
+    assert again.inputs == first.inputs
+    assert [[id(one) for one in unit] for unit in again.units] == [[id(one) for one in unit] for unit in first.units]
+    assert len(material(windows[:2], inputs).units) == 2  # a single document is cut into its windows
+
+
+def test_looks_share_the_error_rate_and_the_last_takes_what_is_left():
+    assert coverage([12], 12, last=True) == coverage([3], 12, last=True) == pytest.approx(0.95)
+    assert coverage([3], 12, last=False) == pytest.approx(1 - 0.05 / 16)
+    ends = ([3], [3, 6], [3, 6, 12])
+    assert sum(1 - coverage(each, 12, last=False) for each in ends) == pytest.approx(0.05)
+    assert coverage([3, 6], 12, last=True) == pytest.approx(1 - 0.05 * 15 / 16)
+
+
+def answered(level, passed):
+    return LevelAnswers(
+        level, tuple(Answer(f"i{n}", "", one, "", "stop", 1, 1) for n, one in enumerate(passed)), UNKNOWN_SPEED
+    )
+
+
+def test_a_bar_on_passes_keeps_levels_open_until_evidence_for_any_time_settles_them():
+    inputs = [Input(f"i{n}", ({"role": "user", "content": str(n)},), ()) for n in range(400)]
+    wanted = material([Window("a", np.arange(9))], inputs)
+    well, badly = [True] * 400, [n % 2 == 0 for n in range(400)]
+    answers = [answered("F16", well), answered("Q8_0", well), answered("Q2_K", badly), answered("Q4_K_M", well[:20])]
+    bar = "passes >= reference - 5 points"
+    assert undecided_on_passes(bar, answers, wanted) == {"Q4_K_M"}
+    assert undecided_on_passes("no loss", answers, wanted) == {"Q8_0", "Q2_K", "Q4_K_M"}
+    assert undecided_on_passes("kl < 0.1 and no known loss", answers, wanted) == set()
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("30s", 30), ("10m", 600), ("1.5 h", 5400), ("1h30m", 5400), ("2min", 120), ("2H", 7200)]
+)
+def test_durations(text, seconds):
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize(
+    "text", ["", "10", "m", "-5s", "1e9s", "5d", "0s", "5s junk", "10m;", "1s" * 99999 + "x", "nan"]
+)
+def test_what_is_no_duration(text):
+    with pytest.raises(UsageError, match="duration"):
+        parse_duration(text)
+
+
+def test_durations_in_words():
+    assert [human_duration(one) for one in (0.4, 119, 150, 3600 * 5)] == ["0 s", "119 s", "2 min", "5.0 h"]
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A tiny model with texts and a workload, in a folder with evidence and a cache of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BITLADDER_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("BITLADDER_CACHE", str(tmp_path / "cache"))
+    write_engine_model(tmp_path / "m-F16.gguf")
+    rng = random.Random(1)
+    for number in range(DOCUMENTS):
+        words = rng.choices(["river", "stone", "lamp", "winter", "bread", "window", "garden", "letter"], k=20)
+        (tmp_path / f"t{number}.txt").write_text(" ".join(words))
+    lines = [f"  - {{id: i{n}, prompt: Hello {n}, max_tokens: 2, expect: {{max_words: 99}}}}" for n in range(INPUTS)]
+    (tmp_path / "w.yaml").write_text("\n".join(["inputs:", *lines]))
+    return tmp_path
+
+
+def settings(home, within, **more):
+    return RunSettings(
+        str(home / "m-F16.gguf"), levels=tuple(map(parse_level, LEVELS)), workload=home / "w.yaml", bar="kl < 0.02",
+        n_ctx=512, texts=tuple(sorted(home.glob("t*.txt"))), out=home / "out", threads=1, imatrix="none",
+        within=within, **more,
+    )  # fmt: skip
+
+
+def test_a_run_cut_off_decides_on_what_it_has_and_the_next_goes_on(home, monkeypatch):
+    clock, scored, kept = SimpleNamespace(ahead=0.0), [], measure.Ways.scored
+
+    class Clocked(Countdown):
+        def __init__(self, inner, seconds):
+            super().__init__(inner, seconds, lambda: clock.ahead)
+
+    def counted(self, missing, windows, way):
+        scored.append((sorted(one.level for one in missing), len({window.document for window in windows})))
+        return kept(self, missing, windows, way)
+
+    def jump():
+        clock.ahead = 1e9
+
+    monkeypatch.setattr(pipeline, "Countdown", Clocked)
+    monkeypatch.setattr(measure.Ways, "scored", counted)
+
+    cut = pipeline.run(settings(home, 1000.0), Heard("workload: Q8_0", jump)).record
+    assert scored == [(sorted(LEVELS), 2)]  # a quarter of eight documents
+    assert {one.level: one.units for one in cut.fidelities} == dict.fromkeys(LEVELS, 2)
+    assert cut.results == () and cut.decision.bar == "kl < 0.02"
+    assert "more documents and" in cut.decision.next[-1]
+    assert cut.settings["within_s"] == 1000 and "--within 1000s" in cut.commands[0]
+
+    clock.ahead = 0.0
+    whole = pipeline.run(settings(home, 1000.0), Heard()).record
+    assert scored[1:] and all(documents in (2, 4) for _, documents in scored[1:])  # the first two are kept
+    units = {one.level: one.units for one in whole.fidelities}
+    tiers = {whole.decision.quality, whole.decision.speed}
+    assert tiers <= set(LEVELS) and all(units[tier] == DOCUMENTS for tier in tiers)
+    assert {one.level for one in whole.results} == set(LEVELS)
+    assert all(one.inputs == INPUTS for one in whole.results if one.level in tiers)
+    spread = {one.level: one.kl_high / one.kl_low for one in whole.fidelities}
+    assert all(np.isfinite(one) for one in spread.values())
+
+    known = len(scored)
+    free = pipeline.run(settings(home, None), Heard()).record
+    done = {level for level, count in units.items() if count == DOCUMENTS}
+    assert {level for names, _ in scored[known:] for level in names} == set(LEVELS) - done
+    same = {one.level: one.kl_mean for one in free.fidelities}
+    assert all(one.kl_mean == pytest.approx(same[one.level]) for one in whole.fidelities if one.level in done)
+
+
+def test_too_little_time_is_refused_with_the_least_that_is_needed(home):
+    with pytest.raises(TooLittleTime, match="Q2_K, the smallest level") as refused:
+        pipeline.run(settings(home, 0.5), Heard())
+    assert "--within" in refused.value.do and not (home / "out").exists()
+
+
+def test_what_no_time_can_be_predicted_of_is_refused(home):
+    for more in (("--also", "http://127.0.0.1:9/v1#m"), ("--levels", "GPTQ-4bit-g64")):
+        done = CliRunner().invoke(app, ["run", "m-F16.gguf", "--within", "5m", *more])
+        assert done.exit_code == 2 and "--within" in done.stderr
+    assert CliRunner().invoke(app, ["run", "m-F16.gguf", "--within", "soon"]).exit_code == 2

@@ -1,0 +1,112 @@
+"""A walk whose units are computed on several devices writes the bytes of one that goes on here."""
+
+import numpy as np
+import pytest
+import torch
+
+import tiny_checkpoints
+import tiny_models
+from bitladder.errors import BadWeights
+from bitladder.executors.devices import Devices
+from bitladder.files.gguf import GgufFile
+from bitladder.levels.checkpoints import parse_checkpoint
+from bitladder.stages.calibrate import Calibration, Reading
+from spread_walks import LEVELS, checkpoints, files_of, fitted, short_shards, squares
+
+
+@pytest.fixture(autouse=True)
+def in_shards(monkeypatch, one_thread):
+    short_shards(monkeypatch)
+
+
+@pytest.fixture
+def devices():
+    with Devices(["cpu", "cpu", "cpu"]) as three:
+        yield three
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2moe"])
+def test_checkpoint_levels(name, devices, tmp_path):
+    _, folder, source = tiny_checkpoints.tiny(name, tmp_path)
+    levels = LEVELS if name == "llama" else ["GPTQ-4bit-row"]
+    here = checkpoints(source, folder, tmp_path / "here", levels=levels)
+    assert checkpoints(source, folder, tmp_path / "there", devices, levels=levels) == here
+    assert len(here) == len(levels)
+
+
+def test_fitted_levels(devices, tmp_path):
+    _, _, source = tiny_checkpoints.tiny("llama", tmp_path)
+    assert fitted(source, tmp_path / "there", devices) == fitted(source, tmp_path / "here")
+
+
+@pytest.mark.parametrize("name", ["gemma2", "phi3 longrope, part of a head"])
+def test_importance_matrices(name, devices, tmp_path):
+    _, _, source = tiny_checkpoints.tiny(name, tmp_path)
+    here, there = squares(source), squares(source, devices)
+    assert here
+    for tensor, values in here.items():
+        np.testing.assert_array_equal(there[tensor], values)
+
+
+class Blind(Devices):
+    """Whose lanes cannot read any file."""
+
+    def lacking(self, paths):
+        return f"{paths[0]} on another machine"
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3 longrope, part of a head"])
+def test_weights_travel_where_workers_cannot_read_them(name, tmp_path):
+    _, folder, source = tiny_checkpoints.tiny(name, tmp_path)
+    said: list[str] = []
+    with Blind(["cpu", "cpu"]) as blind:
+        there = checkpoints(source, folder, tmp_path / "there", blind, LEVELS[:1], warn=said.append)
+    assert there == checkpoints(source, folder, tmp_path / "here", levels=LEVELS[:1])
+    [warning] = said
+    assert str(source) in warning
+    assert "another machine" in warning
+
+
+def test_what_a_unit_raises_reaches_the_user(devices, tmp_path):
+    """In the words that a walk here has for it."""
+    model, folder, source = tiny_checkpoints.tiny("llama", tmp_path)
+    with torch.no_grad():
+        model.model.layers[1].input_layernorm.weight.mul_(1e38)
+    tiny_models.write(tiny_models.CASES["llama"], model, source)
+    for executor in (None, devices):
+        with pytest.raises(BadWeights, match="in layer 1 are not finite"):
+            checkpoints(source, folder, tmp_path / "out", executor, LEVELS[:1])
+
+
+class Killed(Exception):
+    """Stands for a kill."""
+
+
+@pytest.mark.parametrize("begun_here", [True, False])
+def test_a_killed_walk_goes_on_elsewhere(begun_here, devices, tmp_path, monkeypatch):
+    """The states that were kept are the same, wherever they were computed."""
+    monkeypatch.setattr("bitladder.walk.keep.SECONDS_BETWEEN", 0.0)
+    _, folder, source = tiny_checkpoints.tiny("llama", tmp_path)
+    first, second = (None, devices) if begun_here else (devices, None)
+    begun: list[int] = []
+
+    def until(end: int):
+        def progress(what, layer, total):
+            begun.append(layer)
+            if layer == end:
+                raise Killed
+
+        return progress
+
+    def walked(executor, progress):
+        with GgufFile.open(source) as file:
+            text, wanted = Reading(tiny_checkpoints.windows_of(1)), [parse_checkpoint(LEVELS[0])]
+            options = {"out_dir": tmp_path / "out", "name": "tiny", "checkpoint": folder, "executor": executor}
+            Calibration(file, wanted, text, **options).run(progress)
+
+    with pytest.raises(Killed):
+        walked(first, until(2))
+    begun.clear()
+    walked(second, until(99))
+    assert begun[0] == 2
+    assert files_of(tmp_path / "out") == checkpoints(source, folder, tmp_path / "whole", levels=LEVELS[:1])
