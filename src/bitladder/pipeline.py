@@ -42,7 +42,7 @@ from bitladder.records.run import RunRecord
 from bitladder.report import RUN_JSON, check_html, check_run, report_beside, write_html, write_run
 from bitladder.stages import run_facts as facts
 from bitladder.stages.as_deployed import as_deployed
-from bitladder.stages.ask import Asker, LevelToAsk, ServedLevel, name_of
+from bitladder.stages.ask import Asker, LevelToAsk, ServedLevel, name_of, require_room
 from bitladder.stages.calibration import importance_need, importance_of
 from bitladder.stages.costs import Prices, level_costs, prices_of
 from bitladder.stages.criteria_help import criteria_help
@@ -170,6 +170,7 @@ def _assessed_in_whole(given: _Given) -> RunRecord:
     given, levels = _in_time(given, plan, _levels_to_build(given, plan))
     if _needs_engine(given, levels):
         job.require_engine()
+        require_room(given.workload, plan.n_ctx, job)
     with timed("calibrate"):
         calibrated = calibrate_levels(job, sort_levels(levels), given.build)
         importance = importance_of(job, given.build)
