@@ -290,7 +290,7 @@ class Ray(Executor):
 def _wanted(options: dict[str, Any]) -> dict[str, float]:
     """What a unit takes, as nodes count it."""
     own = {"CPU": options["num_cpus"], "GPU": options.get("num_gpus", 0), "memory": options.get("memory", 0)}
-    return own | options.get("resources", {})
+    return {**own, **options.get("resources", {})}
 
 
 @dataclass(frozen=True)

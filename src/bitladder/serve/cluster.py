@@ -139,7 +139,7 @@ def _engine(name: str, service: EngineService, replicas: int, claim: str) -> lis
     projector = f"/models/{spec.projector.name}" if spec.projector else ""
     probe: dict[str, Any] = {"httpGet": {"path": "/health", "port": ENGINE_PORT}, "periodSeconds": 5}
     memory = f"{-(-spec.memory_bytes // MiB)}Mi" if spec.memory_bytes else ""
-    container = {
+    container: dict[str, Any] = {
         "name": "engine",
         "image": ENGINE_IMAGE,
         "args": service.arguments(f"/models/{spec.path.name}", projector),
@@ -196,7 +196,7 @@ def _gateway(
         items = [{"key": key, "path": place} for key, place in secrets.items()]
         mounts.append({"name": "keys", "mountPath": "/keys"})
         volumes.append({"name": "keys", "secret": {"secretName": f"{name}-keys", "items": items}})
-    container = {
+    container: dict[str, Any] = {
         "name": "gateway",
         "image": image,
         "command": list(command),
