@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-Rows = "slice | NDArray[np.int64] | None"
+    Rows = slice | NDArray[np.int64] | None
+
 _READ_AT_ONCE = 1 << 24
 """Weights: what is stored of a large tensor need not lie in memory beside all that it decodes to."""
 _TYPE_SUFFIX = re.compile(r"[-._](?:f32|f16|fp16|bf16|i?q\d\w*|tq\d_\d|mxfp4\w*)$", re.IGNORECASE)
@@ -226,7 +227,7 @@ class GgufFile:
 
     def _fill(self, shard: int, offset: int, data: NDArray[np.uint8]) -> None:
         """Read as many bytes as ``data`` has room for."""
-        left = memoryview(data).cast("B") if data.size else memoryview(b"")
+        left = data.data.cast("B") if data.size else memoryview(b"")
         path = self.headers[shard].path
         while left:
             try:
