@@ -324,10 +324,10 @@ def search_ladder(blocks: Any, ladder: Any) -> Any:
     searches = (ladder.first, ladder.second, ladder.third)
     best_d, best_m, best = splat(0.0), splat(0.0), splat(3e38)
     state, n = blocks.state, blocks.n
-    for k in range(ladder.tried):
+    for k in range(ladder.rungs):
         d, dmin = search_block(blocks, searches[k])
         better = splat(0.0) < splat(1.0)
-        if ladder.tried > 1:
+        if ladder.rungs > 1:
             error = true_error(blocks, d, dmin)
             better = error < best
             best = where(better, error, best)
@@ -337,7 +337,7 @@ def search_ladder(blocks: Any, ladder: Any) -> Any:
                 store(state, KEPT_D * n + j, kept_d)
                 store(state, KEPT_M * n + j, kept_m)
         best_d, best_m = where(better, d, best_d), where(better, dmin, best_m)
-    if ladder.tried > 1:
+    if ladder.rungs > 1:
         for j in range(0, n, 16):
             store(state, WHOLE_D * n + j, load(state, KEPT_D * n + j))
             store(state, WHOLE_M * n + j, load(state, KEPT_M * n + j))

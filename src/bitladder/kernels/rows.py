@@ -100,13 +100,13 @@ class Ladder(NamedTuple):
         first: the effort's own.
         second, third: those of the efforts below, which find more in some blocks of heavy tails or of lopsided
             importance. So no effort is worse than one below it.
-        tried: how many of the three there are.
+        rungs: how many of the three there are.
     """
 
     first: ScaleSearch
     second: ScaleSearch
     third: ScaleSearch
-    tried: int
+    rungs: int
 
 
 AFFINE = {
@@ -198,5 +198,5 @@ def searches(row: BlockRow, effort: Effort, *, weighted: bool) -> Ladder:
     at = EFFORTS.index(effort)
     first, *below = (search(row, EFFORTS[k], weighted=weighted) for k in range(at, -1, -1))
     below = [] if first.plain else [look for look in below if not (look.plain and first.guard)]
-    second, third = [*below, first, first][:2]
+    second, third, *_ = [*below, first, first]
     return Ladder(first, second, third, 1 + len(below))

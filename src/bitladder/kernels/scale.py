@@ -262,10 +262,10 @@ def search_ladder(blocks: Any, ladder: Any) -> Any:
     searches = (ladder.first, ladder.second, ladder.third)
     best_d, best = splat(0.0), splat(3e38)
     state, n = blocks.state, blocks.n
-    for k in range(ladder.tried):
+    for k in range(ladder.rungs):
         d = search_block(blocks, searches[k])
         better = splat(0.0) < splat(1.0)
-        if ladder.tried > 1:
+        if ladder.rungs > 1:
             error = true_error(blocks, d)
             better = error < best
             best = where(better, error, best)
@@ -273,7 +273,7 @@ def search_ladder(blocks: Any, ladder: Any) -> Any:
                 kept = where(better, load(state, WHOLE * n + j), load(state, KEPT * n + j))
                 store(state, KEPT * n + j, kept)
         best_d = where(better, d, best_d)
-    if ladder.tried > 1:
+    if ladder.rungs > 1:
         for j in range(0, n, 16):
             store(state, WHOLE * n + j, load(state, KEPT * n + j))
     return best_d
