@@ -1,5 +1,8 @@
 """Run Bitladder as macOS, then as Windows would, as far as Python can pretend: modules and functions that are not there
-are taken away, and ``sys.platform`` says otherwise. Run as ``python as_another_system.py FOLDER MODEL.gguf``.
+are taken away, and ``sys.platform`` says otherwise.
+
+    python as_another_system.py FOLDER MODEL.gguf
+    python as_another_system.py serve ARGUMENTS...     a gateway on Windows
 
 What others import is imported first, as on Linux: they are not what is tried.
 """
@@ -87,6 +90,21 @@ def verbs(folder: Path, model: str) -> list[list[str]]:
     ]  # fmt: skip
 
 
+def serve() -> None:
+    """The verb, on an event loop that takes no handlers of signals."""
+    import asyncio
+
+    for name in ("bitladder.cli.app", "bitladder.serve.app", "bitladder.stages.measured_levels"):
+        importlib.import_module(name)
+
+    def refused(*_):
+        raise NotImplementedError
+
+    pretend("win32")
+    asyncio.SelectorEventLoop.add_signal_handler = refused
+    importlib.import_module("bitladder.cli.app").app(sys.argv[1:])
+
+
 def main() -> None:
     folder, model = Path(sys.argv[1]), sys.argv[2]
     for name in every_module():
@@ -111,4 +129,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    serve() if sys.argv[1] == "serve" else main()

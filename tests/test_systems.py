@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from bitladder import system
+from cloud_server import serving
 from engine_model import write_engine_model
+from serving_process import ask, own_environment, started
 
 SRC = Path(system.__file__).parent
 OF_ONE_SYSTEM = {"fcntl", "resource", "pwd", "grp", "msvcrt", "winreg", "termios"}
@@ -43,6 +45,17 @@ def test_the_verbs_run_as_on_another_system(tmp_path):
     assert "all of it runs" in done.stdout
     written = {name: (tmp_path / name / "tiny-Q4_0.gguf").read_bytes() for name in ("darwin", "win32")}
     assert written["darwin"] == written["win32"] and not list(tmp_path.rglob("*.part*"))
+
+
+def test_a_gateway_without_uvloop_and_handlers_of_signals(tmp_path):
+    program = [sys.executable, str(Path(__file__).parent / "as_another_system.py")]
+    with serving(lambda prompt: f"You said {prompt}") as cloud:
+        command = [*program, "serve", f"{cloud.url}#m", "--port", "0"]
+        with started(command, tmp_path, own_environment(tmp_path / "data"), tmp_path / "log") as url:
+            reply = ask(url).json()
+        several = subprocess.run([*command, "--processes", "2"], capture_output=True, text=True, check=False)
+    assert reply["choices"][0]["message"]["content"] == "You said Hello"
+    assert several.returncode == 2 and "one process" in several.stderr
 
 
 class TestStandIns:

@@ -33,6 +33,7 @@ except ImportError:
 WINDOWS = sys.platform == "win32"
 MACOS = sys.platform == "darwin"
 LINUX = sys.platform.startswith("linux")
+CAN_FORK = hasattr(os, "fork")
 HAS_PROCESS_LIMITS = resource is not None
 """A process can bound its own memory, time and files for good."""
 
@@ -91,6 +92,15 @@ def read_at(handle: int, count: int, offset: int) -> bytes:
     with _seeking:
         os.lseek(handle, offset, os.SEEK_SET)
         return os.read(handle, count)
+
+
+def read_into(handle: int, room: memoryview, offset: int) -> int:
+    """Read an open file from ``offset`` on into ``room``, as far as it goes; returns how many bytes came."""
+    if hasattr(os, "preadv"):
+        return os.preadv(handle, [room], offset)
+    found = read_at(handle, len(room), offset)
+    room[: len(found)] = found
+    return len(found)
 
 
 def write_at(handle: int, data: bytes | memoryview, offset: int) -> int:

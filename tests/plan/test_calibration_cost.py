@@ -1,5 +1,7 @@
 """The prediction before a calibration, against sums done by hand for SmolLM2-135M."""
 
+from dataclasses import replace
+
 import pytest
 
 from bitladder.levels import parse_level
@@ -91,3 +93,13 @@ def test_an_8b_shaped_layer_fits_4_gb():
     )
     need = predict([parse_checkpoint("GPTQ-4bit-g64")], work, flops_per_s=1e11, state_bytes=GiB // 4).ram_bytes
     assert 3.0e9 < need < 4.0e9
+
+
+@pytest.mark.parametrize(("name", "more"), [("GPTQ-4bit-g64", 1536**2), ("AWQ-4bit-g64", 3 * 576**2 + 1536**2)])
+def test_sums_of_a_shard_lie_beside_those_of_the_shards_before(name, more):
+    work = CalibrationWork(SHAPES, n_layer=30, n_embd=576, other_weights=0, tokens=32768, reference_tokens=16384)
+    ram = [
+        predict([level(name)], replace(work, shards=shards), flops_per_s=1e11, state_bytes=1 << 30).ram_bytes
+        for shards in (1, 8)
+    ]
+    assert ram[1] - ram[0] == 4 * more

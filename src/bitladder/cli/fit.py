@@ -93,6 +93,14 @@ class PlanOptions:
         str | None,
         typer.Option("--launch", help="Command for llama-server, ollama, lmstudio, vllm, sglang, tgi or mlx-lm."),
     ] = None
+    job: Annotated[
+        str | None,
+        typer.Option(
+            "--job",
+            metavar="calibrate|gptq|recipe|run",
+            help="What such a job takes on GPUs and nodes, of the kind that --as names (default H100).",
+        ),
+    ] = None
     needs: Annotated[bool, typer.Option("--needs", help="What hardware each level needs, and what it saves.")] = False
 
 
@@ -107,7 +115,11 @@ def plan(options: PlanOptions, json_output: JsonFlag = False) -> None:
     from bitladder.stages.plan import needs as hardware_needs
 
     request = PlanRequest(options.ctx, options.slots, options.kv, options.hardware)
-    if options.model is None:
+    if options.job is not None:
+        if options.model is None:
+            raise UsageError("--job is about one model.", do="Name it: `bitladder plan MODEL --job gptq`.")
+        _show_job(options.model, options.job, options.hardware, json_output)
+    elif options.model is None:
         from bitladder.stages.recommend import RecommendRequest
 
         _recommend(RecommendRequest(run=request, least_decode=options.min_speed), json_output, every=True)
@@ -161,6 +173,18 @@ def _show_plan(made: ModelPlan, request: PlanRequest, json_output: bool) -> None
         put(made.launch.command)
         if made.launch.file_text:
             put(f"\n{made.launch.file_name}:\n{made.launch.file_text}")
+
+
+def _show_job(model: str, job: str, hardware: str | None, json_output: bool) -> None:
+    from bitladder.report.scale import print_job_costs
+    from bitladder.stages.plan import job_costs
+
+    with progress_display(quiet=json_output) as progress:
+        costs = job_costs(model, job, hardware, progress)
+    if json_output:
+        print_json(costs)
+    else:
+        print_job_costs(model, job, costs)
 
 
 def _show_abilities(found: Sequence[Ability]) -> None:

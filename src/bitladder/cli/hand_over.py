@@ -28,6 +28,8 @@ class Tool(StrEnum):
     LLAMA_SWAP = "llama-swap"
     COMPOSE = "compose"
     SYSTEMD = "systemd"
+    K8S = "k8s"
+    RAY_SERVE = "ray-serve"
 
 
 @dataclass(kw_only=True)
@@ -44,6 +46,16 @@ class ExportOptions(TierOptions):
         Path | None,
         typer.Option("--from", help="compose: the wheel or checkout of Bitladder that its image is built from."),
     ] = None
+    replicas: Annotated[
+        int,
+        typer.Option("--replicas", min=1, max=256, help="compose, k8s, ray-serve: engines for each file or folder."),
+    ] = 1
+    image: Annotated[
+        str | None, typer.Option("--image", help="k8s: the gateway's image, one of Bitladder in your registry.")
+    ] = None
+    volume: Annotated[str, typer.Option("--volume", help="k8s: the volume claim that holds the models' files.")] = (
+        "models"
+    )
 
 
 @verb
@@ -55,21 +67,62 @@ def export(options: ExportOptions) -> None:
     from bitladder.serve.host import image_source
     from bitladder.serve.limits import read_keys
 
+    if options.to is Tool.RAY_SERVE:
+        put(_ray_serve(options), end="")
+        return
+    if options.to is Tool.K8S and not options.image:
+        raise UsageError(
+            "A cluster needs an image of Bitladder.",
+            means="None is published: it is built from your checkout or wheel and pushed to your registry.",
+            do="Build one (`bitladder export --to compose` has the Dockerfile), and name it with --image.",
+        )
+    if options.replicas > 1 and options.to not in (Tool.COMPOSE, Tool.K8S):
+        raise UsageError(f"--replicas means nothing to {options.to}.", do="Use --to compose, k8s or ray-serve.")
     with working(options.threads) as work:
         found = image_source(options.source) if options.to is Tool.COMPOSE else None
         if options.api_key_file is not None:
             read_keys(options.api_key_file)
         settings = tiers_of(options, work)
     settings = replace(settings, port=options.port, api_key_file=options.api_key_file)
-    _write(options.to, settings, options.folder, found, force=options.force)
+    _write(options, settings, found)
 
 
-def _write(to: Tool, settings: ServeSettings, folder: Path, image: ImageSource | None, *, force: bool) -> None:
+def _ray_serve(options: ExportOptions) -> str:
+    from bitladder.serve.cluster import ray_serve
+
+    sources = list(dict.fromkeys([*(options.quality or ()), *(options.speed or ())])) or [options.model or ""]
+    if sources == [""]:
+        raise UsageError("No folder is named.", do="Give --quality FOLDER, and --speed FOLDER where there are two.")
+    name = options.name or options.model or Path(sources[0]).name
+    return ray_serve(name, sources, replicas=options.replicas, n_ctx=options.ctx)
+
+
+def _kubernetes(options: ExportOptions, settings: ServeSettings) -> str:
+    from bitladder.serve import export as words
+    from bitladder.serve.cluster import dns_name, kubernetes, with_engine_services
+
+    files = words.model_files(settings)
+    files += [spec.projector for spec in (settings.quality, settings.speed) if spec and spec.projector]
+    behind, services = with_engine_services(settings, dns_name(settings.name))
+    secrets = words.secret_files(behind)
+    places = {path.absolute(): f"/keys/{name}" for path, name in secrets.items()}
+    command = words.serve_command(behind, host="0.0.0.0", path=lambda path: places[path.absolute()])
+    command += ["--allow-host", dns_name(settings.name)]
+    if settings.api_key_file is None:
+        command.append("--open-to-all")  # within the cluster, which its own policies guard
+    return kubernetes(
+        behind, command, services, image=options.image or "", replicas=options.replicas, claim=options.volume,
+        files=files, secrets={name: name for name in secrets.values()}, variables=words.key_variables(behind),
+    )  # fmt: skip
+
+
+def _write(options: ExportOptions, settings: ServeSettings, image: ImageSource | None) -> None:
     from bitladder.files.atomic import write_whole
     from bitladder.files.outputs import check_output, same_text
     from bitladder.serve import export as words
     from bitladder.serve.host import own_files, program, reader_of
 
+    to, folder, force = options.to, options.folder, options.force
     specs = [settings.quality, *([settings.speed] if settings.speed else [])]
     for spec in specs:
         if spec.note:  # that a file is not the measured one, or was never measured
@@ -91,7 +144,9 @@ def _write(to: Tool, settings: ServeSettings, folder: Path, image: ImageSource |
         case Tool.COMPOSE:
             assert image is not None  # found before anything was built
             owner = reader_of([*words.model_files(settings), *words.key_files(settings)])
-            put(words.docker_compose(settings, image, owner), end="")
+            put(words.docker_compose(settings, image, owner, replicas=options.replicas), end="")
+        case Tool.K8S:
+            put(_kubernetes(options, settings), end="")
         case Tool.SYSTEMD:
             owner = reader_of([*own_files(), *words.model_files(settings)])
             put(words.systemd_unit(settings, program(), owner), end="")

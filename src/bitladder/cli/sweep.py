@@ -61,7 +61,10 @@ def sweep(options: SweepOptions, json_output: JsonFlag = False) -> None:
     wanted = read_sweep(options.jobs)
     out = options.out or Path(f"{wanted.name}-sweep")
     check_sweep(out)
-    jobs = sweep_jobs(wanted, out, threads=options.threads, device=known_device(options.device))
+    jobs = sweep_jobs(
+        wanted, out, threads=options.threads, device=known_device(options.device, options.on), on=options.on,
+        unit_needs=options.unit_needs,
+    )  # fmt: skip
     with Evidence.open() as store:
         known = stored_rows(store, jobs)
     rows = {job.row.key: known.get(job.row.key, job.row) for job in jobs}

@@ -19,7 +19,7 @@ LEAST_TIMES = 3
 WINDOW = 50
 """Words of a stretch."""
 GRAM = 4
-LONGEST = 200_000
+LONGEST = 50_000
 """Characters that are looked at, from the end."""
 
 
@@ -39,7 +39,7 @@ def loop_start(text: str) -> int | None:
     return None
 
 
-@functools.lru_cache(maxsize=512)
+@functools.lru_cache(maxsize=128)
 def _words(text: str) -> tuple[str, ...]:
     """In lower case; of the reference's answers they are wanted once for each level."""
     return tuple(word.lower() for word in words(text[-LONGEST:]))

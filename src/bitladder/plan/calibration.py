@@ -52,6 +52,8 @@ class CalibrationWork:
     """Weights of the largest layer, whatever they are; 0: those of ``shapes``."""
     looks: float = 0.0
     """Layers in 32-bit floats that are held at once while one is looked at before it is walked."""
+    shards: int = 1
+    """Into how many the text is cut that GPTQ sees; sums of several are held twice."""
 
     def total(self, of: Mapping[str, int]) -> int:
         """A sum over all matrices of a layer."""
@@ -108,8 +110,10 @@ def predict(
     layer, square = (work.layer_weights or layer_weights) * 4, widest * widest * 4
     squares = {name: columns * columns * 4 for name, columns in _inputs(shapes).items()}
     passing = _BATCH_TOKENS * 4 * (n_embd + widest) * 4
-    grams = work.total(squares) if needs_gram else 0
-    gathered = max(size * work.counts.get(name, 1) for name, size in squares.items())  # those of all experts at once
+    sums = 2 if work.shards > 1 else 1  # a shard's, beside those of the shards before it
+    grams = sums * work.total(squares) if needs_gram else 0
+    # those of all experts at once
+    gathered = sums * max(size * work.counts.get(name, 1) for name, size in squares.items())
     # Each level starts from a copy of the layer.
     side_by_side = 2 * layer + grams + (3 * square if needs_gram else 0) + passing
     # GPTQ: the Gram matrix while tokens pass, beside its packed factor, then the coupling beside copies of one matrix.

@@ -211,9 +211,11 @@ def serve(settings: ServeSettings, on_ready: Callable[[str, Deployment], None] |
     ``on_ready`` is told the address once requests are accepted.
 
     Raises:
-        UsageError: the address cannot be listened on.
+        UsageError: the address cannot be listened on; several processes where the system has none that share a socket.
         EngineError: an engine does not start, an endpoint serves another model, or answers had to be cut at the end.
     """
+    if settings.processes > 1 and not system.CAN_FORK:
+        raise UsageError("On Windows a gateway is one process.", do="Leave out --processes.")
     log_to_stderr()
     _allow_files()
     _give_back_large_buffers()

@@ -25,6 +25,7 @@ from bitladder.errors import OutputError, UsageError
 from bitladder.files.atomic import written_aside
 from bitladder.files.outputs import check_output, same_place
 from bitladder.formats.gguf import parse_split_name
+from bitladder.serve.cluster import ENGINE_IMAGE, EngineService, with_engine_services
 from bitladder.serve.deploy import must_take_turns, specs_by_role
 from bitladder.serve.host import ImageSource, Owner
 from bitladder.serve.settings import LOOPBACK, ServeSettings, TierSpec
@@ -260,7 +261,7 @@ def serve_command(
     return command
 
 
-def _secrets(settings: ServeSettings) -> dict[Path, str]:
+def secret_files(settings: ServeSettings) -> dict[Path, str]:
     """Files that hold keys, with the names that they get where the gateway runs."""
     named: dict[Path, str] = {} if settings.api_key_file is None else {settings.api_key_file: "client-keys"}
     tiers = {"quality-key": settings.quality, **({"speed-key": settings.speed} if settings.speed else {})}
@@ -271,7 +272,7 @@ def _secrets(settings: ServeSettings) -> dict[Path, str]:
     return named
 
 
-def _variables(settings: ServeSettings) -> list[str]:
+def key_variables(settings: ServeSettings) -> list[str]:
     """Environment variables that keys come from."""
     specs = [settings.quality, *([settings.speed] if settings.speed else [])]
     return sorted({one.key_env for spec in specs for one in spec.keyed if one.key_env and not one.key_file})
@@ -285,11 +286,16 @@ def model_files(settings: ServeSettings) -> list[Path]:
 
 def key_files(settings: ServeSettings) -> list[Path]:
     """Every file that a key is read from."""
-    return [path.absolute() for path in _secrets(settings)]
+    return [path.absolute() for path in secret_files(settings)]
 
 
-def docker_compose(settings: ServeSettings, image: ImageSource, owner: Owner | None = None) -> str:
+def docker_compose(
+    settings: ServeSettings, image: ImageSource, owner: Owner | None = None, *, replicas: int = 1
+) -> str:
     """A compose file that builds an image from a wheel or a checkout and serves the files, read-only.
+
+    With more than one of ``replicas`` each file is run by so many containers of llama.cpp's own image, and the gateway
+    asks them; with one the gateway runs the files itself.
 
     The port is published on the host's loopback only; keys are needed when the settings name a key file. Endpoints on
     the host's own loopback are asked by the name that containers know the host by.
@@ -298,22 +304,32 @@ def docker_compose(settings: ServeSettings, image: ImageSource, owner: Owner | N
         settings: what to serve.
         image: what the image is built from.
         owner: who the gateway runs as; None for nobody, who can read what everyone can.
+        replicas: engines for each file.
     """
     specs = [spec for _, spec in specs_by_role(settings) if spec.path is not None]
     places: dict[Path, str] = {}
-    volumes = []
+    volumes_of: dict[Path, list[dict[str, object]]] = {}
     for spec, names in zip(specs, _stored_names(specs), strict=True):
         places[_file(spec)] = f"/models/{names[0]}"
-        for part, stored in zip(_parts(_file(spec)), names, strict=True):
-            volumes.append(_bound(_file(spec).with_name(part), f"/models/{stored}"))
-    secrets = _secrets(settings)
+        parts = zip(_parts(_file(spec)), names, strict=True)
+        volumes_of[_file(spec)] = [_bound(_file(spec).with_name(part), f"/models/{stored}") for part, stored in parts]
+    engines: dict[str, object] = {}
+    volumes = [volume for found in volumes_of.values() for volume in found]
+    if replicas > 1:
+        settings, services = with_engine_services(settings, "")
+        engines = {
+            one.name: _engine_service(one, places[_file(one.spec)], volumes_of[_file(one.spec)], owner, replicas)
+            for one in services
+        }
+        volumes = []
+    secrets = secret_files(settings)
     places |= {path.absolute(): f"/run/secrets/{name}" for path, name in secrets.items()}
     command = serve_command(settings, host="0.0.0.0", path=lambda path: places[path.absolute()], url=_from_container)
     if settings.api_key_file is None:
         command.append("--open-to-all")  # the container's only door is the host's loopback
     probe = f"import urllib.request as u; u.urlopen('http://127.0.0.1:{settings.port}/ready')"
     asks_host = any(urlsplit(word).hostname == _HOST_OF_DOCKER for word in command)
-    variables = _variables(settings)
+    variables = key_variables(settings)
     env_file = f"{_slug(settings.name)}.env"
     service = {
         "build": {"context": str(image.context), "dockerfile_inline": _dockerfile(image)},
@@ -323,7 +339,8 @@ def docker_compose(settings: ServeSettings, image: ImageSource, owner: Owner | N
         **({"user": f"{owner.uid}:{owner.gid}"} if owner else {}),
         "ports": [f"127.0.0.1:{settings.port}:{settings.port}"],
         **({"extra_hosts": [f"{_HOST_OF_DOCKER}:host-gateway"]} if asks_host else {}),
-        "volumes": volumes,
+        **({"volumes": volumes} if volumes or not engines else {}),
+        **({"depends_on": list(engines)} if engines else {}),
         **({"secrets": list(secrets.values())} if secrets else {}),
         "read_only": True,
         "tmpfs": ["/tmp"],
@@ -331,7 +348,7 @@ def docker_compose(settings: ServeSettings, image: ImageSource, owner: Owner | N
         "restart": "unless-stopped",
         "healthcheck": {"test": ["CMD", "python", "-c", probe], "interval": "10s", "start_period": "120s"},
     }
-    document = {"services": {_slug(settings.name): service}}
+    document: dict[str, object] = {"services": {_slug(settings.name): service, **engines}}
     if secrets:
         document["secrets"] = {name: {"file": str(path.absolute())} for path, name in secrets.items()}
     notes = ["docker compose up --build"]
@@ -343,6 +360,26 @@ def docker_compose(settings: ServeSettings, image: ImageSource, owner: Owner | N
         notes.append(f"An engine on this host must listen where containers reach it: {_HOST_OF_DOCKER}.")
     head = "".join(f"# {note}\n" for note in notes)
     return head + yaml.safe_dump(_without_variables(document), sort_keys=False, width=1000)
+
+
+def _engine_service(
+    service: EngineService, model: str, volumes: list[dict[str, object]], owner: Owner | None, replicas: int
+) -> dict[str, object]:
+    """Containers that run one file. They publish no port: only what is in the same network reaches them."""
+    projector = service.spec.projector
+    inside = "/models/projector.gguf" if projector else ""
+    if projector is not None:
+        volumes = [*volumes, _bound(projector.absolute(), inside)]
+    return {
+        "image": ENGINE_IMAGE,
+        "command": service.arguments(model, inside),
+        **({"user": f"{owner.uid}:{owner.gid}"} if owner else {}),
+        "volumes": volumes,
+        "read_only": True,
+        "tmpfs": ["/tmp"],
+        "restart": "unless-stopped",
+        "deploy": {"replicas": replicas},
+    }
 
 
 def _bound(source: Path, target: str) -> dict[str, object]:
@@ -401,7 +438,7 @@ def systemd_unit(settings: ServeSettings, program: Sequence[str], owner: Owner |
     Raises:
         UsageError: an argument with a line break.
     """
-    secrets = {path.absolute(): name for path, name in _secrets(settings).items()}
+    secrets = {path.absolute(): name for path, name in secret_files(settings).items()}
 
     def place(path: Path) -> str:
         name = secrets.get(path.absolute())
@@ -412,7 +449,7 @@ def systemd_unit(settings: ServeSettings, program: Sequence[str], owner: Owner |
     quoted = quoted.replace(_CREDENTIALS, "${CREDENTIALS_DIRECTORY}")
     user = "DynamicUser=yes" if owner is None else f"User={owner.name}"
     keys = [f"LoadCredential={name}:{_systemd_path(path)}" for path, name in secrets.items()]
-    if variables := _variables(settings):
+    if variables := key_variables(settings):
         file = f"/etc/bitladder/{_slug(settings.name)}.env"
         keys += [f"# A line {name}=... there, which only root needs to read:" for name in variables]
         keys.append(f"EnvironmentFile={file}")

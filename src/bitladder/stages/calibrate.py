@@ -54,6 +54,7 @@ from bitladder.walk.checkpoint_walk import FLOAT_TYPES, CalibrationWalk, Setting
 from bitladder.walk.layers import LayeredModel
 from bitladder.walk.opened import layered
 from bitladder.walk.spread import spread_over
+from bitladder.walk.states import SHARD_TOKENS
 from bitladder.walk.weights import FileWeights
 from bitladder.walk.whole import WholeModel
 
@@ -219,6 +220,7 @@ class Calibration:
             routed=model.dims.n_expert_used / model.dims.n_expert if model.dims.n_expert else 1.0,
             layer_weights=largest_layer(model),
             looks=LOOKED_AT if isinstance(self._walk.model, WholeModel) else 0.0,
+            shards=self._tokens // SHARD_TOKENS,
         )
         settings = self._settings
         own = torch.bfloat16 if settings.half_products else torch.float32

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from bitladder.plan.launch import LaunchCommand
     from bitladder.plan.pair import PairPlan
     from bitladder.plan.placement import Usage
+    from bitladder.plan.scale import ScaleCost
     from bitladder.plan.search import MachineRates
 
 
@@ -100,6 +101,37 @@ def the_machine(words: str | None) -> tuple[Machine, MachineRates]:
     return machine, machine_rates(machine, load_measured(machine))
 
 
+def job_costs(model: str, job: str, machine: str | None, progress: Progress) -> list[ScaleCost]:
+    """What a long job on a model takes on one GPU, several, and nodes of them; without GPUs on machines like it.
+
+    Args:
+        model: whatever `describe` takes.
+        job: ``calibrate``, ``gptq``, ``recipe`` or ``run``.
+        machine: in words (``8x A100 80GB``); None for nodes with eight H100.
+        progress: told what is read.
+
+    Raises:
+        UsageError: there is no such job.
+    """
+    from bitladder.files.describe_source import describe
+    from bitladder.files.devices import known_gpus, parse_machine
+    from bitladder.plan.scale import CPU_FLOPS, ScaleJob, cpu_workers, gpu_workers, scale_cost
+
+    if job not in tuple(ScaleJob):
+        raise UsageError(f"The --job must be one of {', '.join(ScaleJob)}. Got '{job}' instead.")
+    name = "H100 SXM"
+    found = None if machine is None else parse_machine(machine).machine
+    if found is not None and found.gpus:
+        name = found.gpus[0].name
+    if found is None or found.gpus:
+        row = known_gpus()[name]
+        workers = gpu_workers(name, row["fp16"], row["memory"])
+    else:
+        workers = cpu_workers(str(machine), found.cores, CPU_FLOPS * found.cores, found.ram_total)
+    described = describe(model, progress).model
+    return [scale_cost(described, ScaleJob(job), one) for one in workers]
+
+
 def plan_model(
     model: str,
     request: PlanRequest,
@@ -139,8 +171,10 @@ def plan_model(
     if engine not in LAUNCHED:
         for cache in caches:
             check_cache(found.model, cache)
-    usual = {"n_ctx": usable_context(found.model, request.n_ctx), "beside_bytes": found.beside_bytes}
-    wishes = {cache: replace(request.wish_with(cache), **usual) for cache in caches}
+    n_ctx = usable_context(found.model, request.n_ctx)
+    wishes = {
+        cache: replace(request.wish_with(cache), n_ctx=n_ctx, beside_bytes=found.beside_bytes) for cache in caches
+    }
     runs = stored_runs(model, machine) if request.machine is None else {}
     whole = engine in LAUNCHED
     wanted = levels or (checkpoint_levels(found.model, engine or "") if whole else LADDER)

@@ -9,7 +9,6 @@ started again goes on where it was.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import math
 import re
@@ -35,6 +34,7 @@ from bitladder.stages.run_facts import RunSettings
 from bitladder.stages.sweep_file import SweepFile
 from bitladder.store.claims import LEASE_S
 from bitladder.store.evidence import Evidence, canonical
+from bitladder.system import lock_alone
 
 if TYPE_CHECKING:
     from bitladder.describe.machine import Machine
@@ -62,7 +62,14 @@ class SweepJob:
 
 
 def sweep_jobs(
-    sweep: SweepFile, out: Path, *, threads: int, device: str, progress: Progress = silent
+    sweep: SweepFile,
+    out: Path,
+    *,
+    threads: int,
+    device: str,
+    on: str = RunSettings.on,
+    unit_needs: str = RunSettings.unit_needs,
+    progress: Progress = silent,
 ) -> list[SweepJob]:
     """The jobs of a sweep, those of one model together, so that what the first one builds and measures the others find.
 
@@ -93,7 +100,7 @@ def sweep_jobs(
         settings = RunSettings(
             model=model, levels=ladder, workload=None if workload == STARTER else Path(workload), bar=bar,
             n_ctx=sweep.n_ctx, texts=sweep.texts, out=out / f"{_slug(model)}-{identities[model][:8]}",
-            threads=threads, device=device, effort=sweep.effort, imatrix=sweep.imatrix,
+            threads=threads, device=device, on=on, unit_needs=unit_needs, effort=sweep.effort, imatrix=sweep.imatrix,
         )  # fmt: skip
         row = SweepRow(digest, model, levels, workloads[workload].name, bar or "")
         made.append(SweepJob(key, row, settings))
@@ -306,12 +313,7 @@ def _folder_alone(folder: Path | None) -> Iterator[bool]:
     except OSError as error:
         raise OutputError(f"'{folder}' cannot be written: {error.strerror}.", do="Name another --out.") from None
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
+        yield lock_alone(file.fileno())
 
 
 def _done(job: SweepJob, out: Path, run: RunJob, progress: Progress, say: Say) -> SweepRow:

@@ -1,0 +1,117 @@
+"""Claim: levels of one model differ in the tool calls that they make, and the faults of each are named.
+
+Every file is shown two calls with their results and asked for another, once for each city, through its own chat
+template and the engine's own parser: name and arguments must be the wanted ones. The first file is the reference. A
+model of any size will do whose chat template has a place for tools; --template gives one to a file that has none.
+
+    scripts/bench tool_calls REFERENCE.gguf LEVEL.gguf ... [--calls 30] [--threads 2]
+    scripts/bench tool_calls --template MODEL.gguf OUT.gguf
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from bitladder.describe.workload import Workload
+from bitladder.describe.workload_file import parse_workload
+from bitladder.engines.base import Launch
+from bitladder.engines.llama import LlamaServer
+from bitladder.records.evaluation import LevelAnswers, Speed
+from bitladder.stages.as_deployed import refuse_unheard_tools
+from bitladder.stages.evaluate import answer_workload, compare, judge_answers, level_answers
+
+CITIES = (
+    "Paris", "Lima", "Cairo", "Oslo", "Quito", "Dakar", "Hanoi", "Sofia", "Minsk", "Accra",
+    "Turin", "Leeds", "Osaka", "Perth", "Delhi", "Kyoto", "Malmo", "Porto", "Tunis", "Basel",
+    "Riga", "Split", "Ghent", "Tampa", "Fargo", "Davos", "Kazan", "Pune", "Cork", "Graz",
+)  # fmt: skip
+TEMPLATE = """\
+{% if tools %}<|im_start|>system
+Tools:
+<tools>{% for tool in tools %}
+{{ tool | tojson }}{% endfor %}
+</tools>
+Call one by JSON within tags:
+<tool_call>
+{"name": <function-name>, "arguments": <args-json-object>}
+</tool_call><|im_end|>
+{% endif %}{% for m in messages %}{% if m.role == 'tool' %}<|im_start|>user
+<tool_response>
+{{ m.content }}
+</tool_response><|im_end|>
+{% elif m.tool_calls %}<|im_start|>assistant
+{% for c in m.tool_calls %}<tool_call>
+{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}
+</tool_call>
+{% endfor %}<|im_end|>
+{% else %}<|im_start|>{{ m.role }}
+{{ m.content }}<|im_end|>
+{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+def calls(number: int) -> Workload:
+    """A call for each city, after two others."""
+
+    def question(city: str, days: int) -> dict[str, object]:
+        return {"role": "user", "content": f"Weather in {city} for {days} days?"}
+
+    def shown(city: str, days: int) -> list[dict[str, object]]:
+        arguments = {"city": city, "days": days}
+        made = {"role": "assistant", "tool_calls": [{"name": "get_weather", "arguments": arguments}]}
+        return [question(city, days), made, {"role": "tool", "content": "ok"}]
+
+    properties = {"city": {"type": "string"}, "days": {"type": "integer"}}
+    parameters = {"type": "object", "properties": properties, "required": ["city", "days"]}
+    inputs = []
+    for place, city in enumerate(CITIES[:number]):
+        wanted = {"name": "get_weather", "arguments": {"city": city, "days": place % 6 + 2}, "exact": True}
+        messages = [*shown("Berlin", 2), *shown("Rome", 5), question(city, place % 6 + 2)]
+        inputs.append({"id": city, "messages": messages, "max_tokens": 48, "expect": {"tool_call": wanted}})
+    tool = {"name": "get_weather", "description": "Weather of a city", "parameters": parameters}
+    text = json.dumps({"tools": [tool], "inputs": inputs})
+    return parse_workload(text, source="calls.json", read_file=str, json=True)
+
+
+def answered(path: Path, workload: Workload, threads: int) -> LevelAnswers:
+    """One file's calls, judged."""
+    with LlamaServer(Launch(path, n_ctx=768, n_parallel=1, threads=threads)) as server:
+        refuse_unheard_tools(workload, server)
+        made = judge_answers(workload, answer_workload(server, workload, logprobs=0))
+    return level_answers(path.stem, made, Speed(float("nan"), float("nan"), float("nan")))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("files", nargs="+", type=Path)
+    parser.add_argument("--calls", type=int, default=len(CITIES))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--template", action="store_true", help="write the first file with a place for tools")
+    options = parser.parse_args()
+    if options.template:
+        source, out = map(str, options.files)
+        command = [sys.executable, "-m", "gguf.scripts.gguf_new_metadata", "--chat-template", TEMPLATE, source, out]
+        raise SystemExit(subprocess.run(command, check=False).returncode)
+    workload = calls(options.calls)
+    reference = answered(options.files[0], workload, options.threads)
+    passes = sum(answer.passed for answer in reference.answers)
+    print(f"{reference.level}: {passes} of {len(reference.answers)} calls right (the reference)", flush=True)
+    for path in options.files[1:]:
+        result = compare(reference, answered(path, workload, options.threads), workload)
+        faults = {fault.fault: [fault.level, fault.reference] for fault in result.faults}
+        row = {"level": result.level, "right": result.passes, "of": result.inputs, "faults": faults}
+        row |= {
+            "low": result.pass_low,
+            "high": result.pass_high,
+            "lost": len(result.lost),
+            "gained": len(result.gained),
+        }
+        print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()

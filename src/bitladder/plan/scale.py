@@ -1,0 +1,266 @@
+"""What a long job on a large model takes on one GPU, on several, on nodes: on paper, before anybody rents any.
+
+A walk takes a layer at a time. Shards of the text go through it on all workers (`walk/states.SHARD_TOKENS` each); what
+needs all shards is done by the process that drives the walk, and while it does the workers wait. For T tokens and a
+layer of matrices (R outputs, K inputs; of experts those that a token is sent to):
+
+    forward      2 T R K                                on workers; to measure, once for each level more
+    sums         T K (K + 128) for each input           on workers: GPTQ and error feedback; an importance matrix T K
+    codes        R K^2 for each matrix                  by the driver: GPTQ and error feedback
+    weighing     forward and twice as much back         by the driver
+    encoding     weights at `SEARCHED_RATE` a core      on the nodes of workers that have a shard
+    moved        the layer's weights to every node, sums of each shard to the driver (f32[K, K] for each input)
+    memory       a worker: the layer, its shard's states and the widest input, sums of the inputs at hand
+
+so that workers help until the shards run out or the driver's part is what remains. Rates are of data sheets: products
+at `REACHED` of a GPU's share (`describe.rates.MATMUL_EFFICIENCY`), PCIe and the network at what they usually give. Good
+to a factor of `RANGE`; benchmarks/scale_cost.py holds one worker against a measured run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from bitladder.describe.model import Model
+from bitladder.describe.rates import MATMUL_EFFICIENCY
+from bitladder.formats.parts import parts_of
+from bitladder.formats.tensors import TensorInfo
+from bitladder.plan.calibration import REACHED, START_SECONDS
+from bitladder.plan.preflight import SEARCHED_RATE
+from bitladder.units import GiB
+
+SHARD_TOKENS = 4096
+"""As ``walk.states`` cuts a text."""
+RANGE = 2.0
+"""Factor either way around the predicted time."""
+PROCESS_BYTES = 600 * 1024**2
+TOKENS = 32_768
+"""64 windows of 512, what calibrated levels read of a text at most unless told otherwise."""
+_IMPORTANCE_TOKENS, _WEIGHING_TOKENS, _MEASURED_TOKENS = 16_384, 4096, 4096
+_RUN_LEVELS = 10
+"""Levels of the usual ladder beside the source."""
+_RECIPE_WALKS = 5
+"""Recipes that predictions are scaled to, and the written one measured."""
+_SHARED_INPUT = ("attn_k", "attn_v", "attn_kv_a_mqa", "ffn_up", "ffn_up_exps", "ffn_up_shexp")
+"""Matrices that read what the one before them reads."""
+
+
+class ScaleJob(StrEnum):
+    """A job that is planned."""
+
+    CALIBRATE = "calibrate"
+    """An importance matrix."""
+    GPTQ = "gptq"
+    """One GPTQ level."""
+    RECIPE = "recipe"
+    """Weighing, choosing, and a file with error feedback."""
+    RUN = "run"
+    """The usual ladder, built and measured; its workload comes on top."""
+
+
+@dataclass(frozen=True)
+class Workers:
+    """What computes. Rates are of one worker: a GPU, or all cores of a node that has none."""
+
+    name: str
+    count: int
+    per_node: int
+    flops: float
+    """Operations per second of large products, as a data sheet's share or as measured."""
+    memory_bytes: int
+    weights_bytes: float
+    """Bytes of a weight where products are made: 4 on a CPU, 2 on a GPU in bfloat16."""
+    cores: int = 16
+    """Of the process that drives the walk, and of each worker."""
+    host_flops: float = 1e12
+    """Operations per second of the driver, where it computes by itself: its GPU's on a node that has one."""
+    network: float = 1.25e9
+    """Bytes per second between nodes: 10 Gbit/s."""
+    host_link: float = 1.2e10
+    """Bytes per second from RAM to a GPU, llama.cpp's measured share of PCIe 4."""
+    disk: float = 1.5e9
+    """Bytes per second that a layer is read with."""
+    codes_reached: float = REACHED
+    """Share of ``host_flops`` that choosing codes reaches: column after column, which a GPU is poor at."""
+    is_gpu: bool = True
+
+    @property
+    def nodes(self) -> int:
+        """Machines."""
+        return max(1, math.ceil(self.count / self.per_node))
+
+
+CPU_FLOPS = 2.5e10
+"""Operations per second of a core in large products, where nobody measured."""
+GPUS, NODES, PER_NODE = (1, 4, 8), (2, 8, 32), 8
+"""What is compared: GPUs of one machine, then machines with ``PER_NODE`` each."""
+_CODES_ON_GPU = 0.05
+
+
+def gpu_workers(name: str, fp16_tflops: float, memory_gib: float) -> list[Workers]:
+    """GPUs of one kind, one machine's and several machines', as a row of ``data/devices/gpus.yaml`` describes them."""
+    rate = fp16_tflops * 1e12 * MATMUL_EFFICIENCY
+    memory = int(memory_gib * GiB)
+    counts = [(count, f"{count} GPU" if count == 1 else f"{count} GPUs") for count in GPUS]
+    counts += [(count * PER_NODE, f"{count} nodes of {PER_NODE}") for count in NODES]
+    return [
+        Workers(f"{words} {name}", count, PER_NODE, rate, memory, 2, host_flops=rate, codes_reached=_CODES_ON_GPU)
+        for count, words in counts
+    ]
+
+
+def cpu_workers(name: str, cores: int, flops: float, memory_bytes: int) -> list[Workers]:
+    """Machines without a GPU. ``flops``: operations per second of large products, all cores."""
+    counts = [(count, "1 machine" if count == 1 else f"{count} machines") for count in (1, *NODES)]
+    return [
+        Workers(f"{words} ({name})", count, 1, flops, memory_bytes, 4, cores=cores, host_flops=flops, is_gpu=False)
+        for count, words in counts
+    ]
+
+
+@dataclass(frozen=True)
+class ScaleCost:
+    """A job on some workers. Bytes, seconds, operations."""
+
+    workers: str
+    count: int
+    flops: float
+    memory_bytes: int
+    """Of each worker."""
+    busy: int
+    """Workers that have a shard; the text has no more."""
+    fits: bool
+    moved_bytes: int
+    """Between nodes, or between the driver and its GPUs."""
+    disk_bytes: int
+    seconds: float
+    low_s: float
+    high_s: float
+    waiting_share: float
+    """Of the time, in which the driver computes alone."""
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """Matrices of one shape in a layer."""
+
+    rows: int
+    columns: int
+    count: int
+    """How many there are: 1, or as many as experts."""
+    used: float
+    """How many of them a token meets."""
+    own_input: bool
+
+
+def _matrices(tensors: Sequence[TensorInfo], model: Model) -> list[_Matrix]:
+    """The matrices of a layer."""
+    dims = model.dims
+    found = []
+    for tensor in tensors:
+        if len(tensor.shape) < 2:
+            continue
+        count = tensor.shape[0] if len(tensor.shape) == 3 else 1
+        is_expert = "experts" in parts_of([tensor])
+        used = count * (dims.n_expert_used / dims.n_expert) if is_expert and dims.n_expert else float(count)
+        own = tensor.name.split(".")[2] not in _SHARED_INPUT
+        found.append(_Matrix(tensor.shape[-2], tensor.shape[-1], count, used, own))
+    return found
+
+
+@dataclass(frozen=True)
+class _LayerCost:
+    """One layer: operations of all workers together, of choosing codes, and of what else the driver does; bytes."""
+
+    shared: float
+    codes: float
+    alone: float
+    weights: int
+    sums: int
+    """Bytes of the sums of one shard."""
+    widest: int
+
+
+def _layer(matrices: Sequence[_Matrix], job: ScaleJob, tokens: int) -> _LayerCost:
+    weights = sum(one.rows * one.columns * one.count for one in matrices)
+    forward = sum(2 * one.rows * one.columns * one.used for one in matrices)
+    squares = sum(one.columns * (one.columns + 128) * one.used for one in matrices if one.own_input)
+    codes = sum(one.rows * one.columns**2 * one.count for one in matrices)
+    held = sum(4 * one.columns**2 * one.count for one in matrices if one.own_input)
+    diagonal = sum(4 * one.columns * one.count for one in matrices if one.own_input)
+    widest = max((one.columns for one in matrices), default=0)
+    match job:
+        case ScaleJob.CALIBRATE:
+            return _LayerCost(tokens * forward, 0.0, 0.0, weights, diagonal, widest)
+        case ScaleJob.GPTQ:
+            return _LayerCost(tokens * (forward + squares), codes, 0.0, weights, held, widest)
+        case ScaleJob.RECIPE:
+            weighing = 3 * _WEIGHING_TOKENS * forward + _RECIPE_WALKS * _MEASURED_TOKENS * forward
+            return _LayerCost(tokens * (forward + squares), codes, weighing, weights, held, widest)
+        case ScaleJob.RUN:
+            measuring = (_RUN_LEVELS + 1) * _MEASURED_TOKENS * forward
+            return _LayerCost(tokens * forward, 0.0, measuring, weights, diagonal, widest)
+
+
+_ENCODED = {ScaleJob.CALIBRATE: 0, ScaleJob.GPTQ: 0, ScaleJob.RECIPE: 1, ScaleJob.RUN: _RUN_LEVELS}
+"""Times that all weights are encoded."""
+_WRITTEN_BITS = {ScaleJob.CALIBRATE: 0.0, ScaleJob.GPTQ: 4.5, ScaleJob.RECIPE: 4.5, ScaleJob.RUN: 60.0}
+"""Bits on the disk for each weight, all levels together."""
+
+
+def scale_cost(model: Model, job: ScaleJob, workers: Workers, *, tokens: int = TOKENS) -> ScaleCost:
+    """What a job takes on some workers.
+
+    Args:
+        model: from its headers, or a shape's.
+        job: which one.
+        workers: what computes.
+        tokens: of the text; an importance matrix reads `_IMPORTANCE_TOKENS` of them at most.
+    """
+    if job in (ScaleJob.CALIBRATE, ScaleJob.RUN):
+        tokens = min(tokens, _IMPORTANCE_TOKENS)
+    layers = _layers(model)
+    shards = max(1, tokens // SHARD_TOKENS)
+    busy = min(shards, workers.count)
+    nodes = math.ceil(busy / workers.per_node)
+    per_worker = math.ceil(shards / busy)  # shards that one worker does of a layer
+    flops = seconds = waiting = 0.0
+    moved = memory = 0
+    for tensors in layers:
+        cost = _layer(_matrices(tensors, model), job, tokens)
+        flops += cost.shared + cost.codes + cost.alone
+        stored = sum(tensor.nbytes for tensor in tensors)
+        to_workers = stored * (nodes - 1) + (busy * int(cost.weights * workers.weights_bytes) if workers.is_gpu else 0)
+        back = cost.sums * shards
+        moved += to_workers + (back if busy > 1 or workers.is_gpu else 0)
+        computing = cost.shared * per_worker / shards / (REACHED * workers.flops)
+        driving = cost.codes / (workers.codes_reached * workers.host_flops) + cost.alone / (
+            REACHED * workers.host_flops
+        )
+        encoding = _ENCODED[job] * cost.weights / (SEARCHED_RATE * workers.cores * nodes)
+        reading = stored / workers.disk + stored * (nodes > 1) / workers.network
+        link = workers.network if nodes > 1 else workers.host_link
+        carrying = cost.weights * workers.weights_bytes + back if workers.is_gpu or nodes > 1 else 0.0
+        seconds += computing + driving + encoding + reading + carrying / link
+        waiting += driving
+        states = per_worker * SHARD_TOKENS * (model.dims.n_embd + cost.widest) * 4
+        memory = max(memory, int(cost.weights * max(workers.weights_bytes, 2)) + cost.sums + 2 * states)
+    total = sum(tensor.elements for tensor in model.tensors)
+    disk = int(total * _WRITTEN_BITS[job] / 8) + 2 * tokens * model.dims.n_embd * 4
+    whole = START_SECONDS + seconds
+    memory += PROCESS_BYTES
+    return ScaleCost(
+        workers.name, workers.count, flops, memory, busy, memory <= workers.memory_bytes, int(moved), disk, whole,
+        whole / RANGE, whole * RANGE, waiting / whole,
+    )  # fmt: skip
+
+
+def _layers(model: Model) -> list[list[TensorInfo]]:
+    layers: dict[str, list[TensorInfo]] = {}
+    for tensor in model.tensors:
+        if tensor.name.startswith("blk."):
+            layers.setdefault(tensor.name.split(".", 2)[1], []).append(tensor)
+    return list(layers.values())
