@@ -27,8 +27,8 @@ LANES = 6
 def started():
     """A cluster whose units take one of six lanes or several: so many of them are computed at a time."""
     ray.init(
-        "local", num_cpus=3, resources={"lane": LANES}, include_dashboard=False, log_to_driver=False, configure_logging=False,
-        object_store_memory=200 << 20,
+        "local", num_cpus=3, resources={"lane": LANES}, include_dashboard=False, log_to_driver=False,
+        configure_logging=False, object_store_memory=200 << 20,
     )  # fmt: skip
     yield
     ray.shutdown()

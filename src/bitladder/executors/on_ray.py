@@ -120,8 +120,8 @@ def _initialised(address: str | None) -> None:
         raise ClusterError(
             f"Ray does not connect to {address or 'a cluster'}: {text}",
             means="The cluster is not in order, has another version, asks for a token, or this is no address of Ray's.",
-            do="Look whether `ray status` works here; addresses are those of ray.init: local, auto, HOST:6379, "
-            "ray://HOST:10001.",
+            do="Look whether `ray status` works here. Addresses are those of ray.init: auto, HOST:6379, ray://HOST:10001. "
+            "A cluster that asks for a token needs RAY_AUTH_MODE=token and its token here, as Ray's documentation says.",
         ) from error
 
 
