@@ -33,9 +33,11 @@ def write_tiny(
     pooling: int | None = None,
     template: str = _CHATML,
     heads: int = 4,
+    tokens_more: int = 0,
 ) -> Path:
     """A model of 1.4 million weights in F16, trained (so it says) for ``n_ctx`` tokens.
 
+    ``heads``: of attention, each of 256 / ``heads`` weights. ``tokens_more``: of another vocabulary.
     ``pooling``: what it says of how it makes one vector of many (4: a rank).
     """
     rng = np.random.default_rng(seed)
@@ -43,7 +45,7 @@ def write_tiny(
     def matrix(rows: int, columns: int) -> np.ndarray:
         return (0.02 * rng.standard_normal((rows, columns))).astype(np.float16)
 
-    tokens = [*_byte_tokens(), "\u0120t", *_SPECIAL]
+    tokens = [*_byte_tokens(), "\u0120t", *_SPECIAL, *(f"more{number}" for number in range(tokens_more))]
     width, hidden, layers = 256, 512, 2
     tensors: dict[str, Any] = {
         "token_embd.weight": matrix(len(tokens), width),

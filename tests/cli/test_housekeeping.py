@@ -1,9 +1,11 @@
 """`list` and `clean`: what is kept, what points to it, and that nothing else is deleted."""
 
+import contextlib
 import dataclasses
 import hashlib
 import io
 import json
+import mmap
 import os
 import time
 from pathlib import Path
@@ -48,6 +50,21 @@ def hashed_long_ago(path: Path) -> str:
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     remember(aged(path), digest)
     return digest
+
+
+@contextlib.contextmanager
+def open_file(path: Path):
+    with path.open("rb"):
+        yield
+
+
+@contextlib.contextmanager
+def mapped_file(path: Path):
+    """As engines hold a model: mapped, the file itself closed again."""
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+    with mapped:
+        yield
 
 
 def aged(path: Path) -> Path:
@@ -140,11 +157,16 @@ class TestClean:
         ]  # fmt: skip
         assert "Nothing is stale" in run("clean", "--yes")
 
-    def test_what_a_program_has_open_stays(self, kept):
-        with (kept / "tiny-Q2_K.gguf").open("rb"):
-            said = run("clean", "--yes")
-        assert f"tiny-Q2_K.gguf stays: process {os.getpid()}" in said.replace("\n", "")
-        assert (kept / "tiny-Q2_K.gguf").exists() and not (kept / "tiny-Q3_K_M.gguf").exists()
+    def test_what_a_program_has_open_or_maps_stays(self, kept):
+        for held in (open_file, mapped_file):
+            with held(kept / "tiny-Q2_K.gguf"):
+                hashed_long_ago(kept / "tiny-Q2_K.gguf")  # which neither opening nor mapping leave it
+                said = run("clean", "--yes")
+            assert f"tiny-Q2_K.gguf stays: process {os.getpid()}" in said.replace("\n", "")
+            assert (kept / "tiny-Q2_K.gguf").exists() and not (kept / "tiny-Q3_K_M.gguf").exists()
+        hashed_long_ago(kept / "tiny-Q2_K.gguf")
+        run("clean", "--yes")
+        assert not (kept / "tiny-Q2_K.gguf").exists()
 
     def test_leftovers_and_the_cache(self, kept, tmp_path):
         cache, mine = tmp_path / "cache", kept / "notes.partial"

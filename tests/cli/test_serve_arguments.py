@@ -12,6 +12,8 @@ from bitladder.errors import BitladderError
 from bitladder.files.gguf import GgufFile
 from bitladder.plan.ladder import usable_context
 from bitladder.records.plan import DEFAULT_CTX
+from bitladder.serve.deploy import own_engine
+from bitladder.serve.export import llama_swap, ollama_modelfile, serve_command
 from bitladder.serve.settings import ServeSettings
 from bitladder.stages.job import Work
 from tiny_engine import TRAINED_CTX, write_tiny
@@ -173,3 +175,42 @@ def test_run_smallest_and_compare_without_ctx(here):
     assert found.exit_code in (0, 4, 5), found.output
     same = bitladder("compare", "tiny-F16.gguf", "tiny-F16.gguf", "Hello", "--max-tokens", 4, "--threads", 1)
     assert same.exit_code == 0, same.output
+
+
+def test_a_tiers_cache_is_a_part_of_its_name_its_memory_and_its_export(here):
+    both = tiers(None, "tiny-F16.gguf", "tiny-F16.gguf+q8_0/q4_0", ctx=1024, slots=1)
+    assert (both.quality.level, str(both.quality.cache)) == ("tiny-F16", "f16")
+    assert both.speed is not None
+    assert (both.speed.level, str(both.speed.cache)) == ("tiny-F16+q8_0/q4_0", "q8_0/q4_0")
+    assert both.speed.memory_bytes < both.quality.memory_bytes
+    assert both.speed.standing == "unmeasured"
+    usual = tiers(None, "tiny-F16.gguf", "tiny-F16.gguf+f16", kv="q8_0")
+    assert (str(usual.quality.cache), usual.speed and str(usual.speed.cache)) == ("q8_0", "f16")
+    command = serve_command(both)
+    assert command[command.index("--speed") + 1].endswith("/tiny-F16.gguf+q8_0/q4_0")
+    assert "--cache-type-k q8_0 --cache-type-v q4_0" in llama_swap(both)
+    engine = own_engine(both.speed, 1)
+    assert (engine.settings.cache_type_k, engine.settings.cache_type_v) == ("q8_0", "q4_0")
+    with pytest.raises(BitladderError, match="no type of a KV cache"):
+        tiers(None, "tiny-F16.gguf", kv="q9")
+    with pytest.raises(BitladderError, match="Ollama has no KV cache of q8_0/q4_0"):
+        ollama_modelfile(both.speed)
+    assert "OLLAMA_KV_CACHE_TYPE=q8_0" in ollama_modelfile(usual.quality)
+
+
+def test_guesses_are_given_to_tiers_and_counted_and_a_strange_draft_is_refused(here):
+    plain = tiers(None, "tiny-F16.gguf", slots=1)
+    for words in (["ngram"], ["quality=ngram"]):
+        assert str(tiers(None, "tiny-F16.gguf", speculate=words).quality.speculate) == "ngram"
+    assert tiers(None, "tiny-F16.gguf", speculate=["speed=ngram"]).quality.speculate is None
+    assert tiers(None, "tiny-F16.gguf", speculate=["auto"]).quality.speculate is None  # nothing was measured
+    drafted = tiers(None, "tiny-F16.gguf", speculate=["draft:tiny-F16.gguf"], slots=1)
+    assert drafted.quality.memory_bytes > plain.quality.memory_bytes + (here / "tiny-F16.gguf").stat().st_size
+    assert "quality=draft:" in " ".join(serve_command(drafted))
+    assert own_engine(drafted.quality, 1).settings.draft == "tiny-F16.gguf"
+    write_tiny(here / "other.gguf", tokens_more=200)
+    with pytest.raises(BitladderError, match="cannot draft"):
+        tiers(None, "tiny-F16.gguf", speculate=["draft:other.gguf"])
+    for wrong in ("mtp", "draft:", "quality=x"):
+        with pytest.raises(BitladderError, match="no way to speculate"):
+            tiers(None, "tiny-F16.gguf", speculate=[wrong])

@@ -113,7 +113,7 @@ class TestWindows:
     def test_nvidias_are_counted_once(self, monkeypatch):
         monkeypatch.setattr(system, "WINDOWS", True)
         answer = RADEON_PC.replace("AMD Radeon RX 7900 XTX", "NVIDIA GeForce RTX 4090")
-        smi = "NVIDIA GeForce RTX 4090, 24564, 23000\n"
+        smi = "NVIDIA GeForce RTX 4090, 24564, 23000, GPU-abc, [N/A]\n"
         here = probed(monkeypatch, {"powershell": answer, "nvidia-smi": smi})
         assert [gpu.name for gpu in here.gpus] == ["NVIDIA GeForce RTX 4090"]
 
@@ -130,8 +130,9 @@ def probed(monkeypatch, answers):
     def ran(command, **_):
         return Done(answers.get(command[0].removeprefix("C:\\").removesuffix(".exe"), ""))
 
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(subprocess, "run", ran)
-    monkeypatch.setattr(shutil, "which", lambda name: f"C:\\{name}.exe")
+    monkeypatch.setattr(shutil, "which", lambda name, **_: f"C:\\{name}.exe")
     for asked in (probe_commands._mac_processor, probe_commands._mac_displays, probe_commands._windows):
         asked.cache_clear()
     try:

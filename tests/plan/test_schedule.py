@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from bitladder.plan.schedule import LEAST, Kind, Piece, Seen, looks, next_piece, spread
+from bitladder.plan.schedule import LEAST, Kind, Piece, Seen, looks, next_piece, open_levels, spread
+from bitladder.records.decision import Certainty, Decision, Loss, Status, Verdict
 
 DOCUMENTS, INPUTS, ROUNDS = Kind
 TOTALS = {DOCUMENTS: 12, INPUTS: 24, ROUNDS: 3}
@@ -151,3 +152,36 @@ def test_of_a_ladder_as_many_levels_as_there_is_time_for():
 
 def test_a_look_always_shows_something():
     assert all(looks(kind, 50)[0] >= LEAST[kind] for kind in Kind)
+
+
+def decided(quality, speed, pairs, **verdicts):
+    """A decision; verdicts by level: status, and whether no loss can be told."""
+    found = tuple(
+        Verdict(level, status, "", Loss.NOT_SEEN if lossless else Loss.MEASURABLE)
+        for level, (status, lossless) in verdicts.items()
+    )
+    sure = tuple(Certainty(*pair, share) for pair, share in pairs)
+    return Decision("kl < 0.1", quality, speed, found, "", certainty=sure)
+
+
+MEETS, FAILS, UNKNOWN = (Status.MEETS, False), (Status.FAILS, False), (Status.UNKNOWN, False)
+NEAR = (Status.BOTH, True)
+SIZES = {"F": 9, "E": 8, "D": 7, "C": 6, "B": 5, "A": 4}
+OPEN = {
+    "nothing known": (decided(None, None, [], E=UNKNOWN, A=UNKNOWN), "AE"),
+    "all fail": (decided(None, None, [((None, None), 1.0)], E=FAILS, A=FAILS), ""),
+    "the tiers stay": (decided("D", "B", [(("D", "B"), 1.0)], E=MEETS, D=NEAR, B=MEETS, A=FAILS), "DB"),
+    "a rival pair": (decided("D", "D", [(("D", "D"), 0.9), (("D", "B"), 0.1)], D=NEAR, B=MEETS, A=FAILS), "DB"),
+    "a sure pair's rivals": (decided("D", "D", [(("D", "D"), 0.96), (("E", "B"), 0.04)], D=NEAR, B=MEETS), "D"),
+    "no level as a rival": (decided("D", "D", [(("D", "D"), 0.9), ((None, None), 0.1)], D=NEAR), "D"),
+    "smaller and open": (decided("D", "D", [(("D", "D"), 1.0)], E=UNKNOWN, D=NEAR, A=UNKNOWN), "DA"),
+    "larger and open, where the tier has a loss": (
+        decided("D", "D", [(("D", "D"), 1.0)], E=UNKNOWN, D=MEETS, A=FAILS), "DE",
+    ),
+    "what does not fit": (decided("D", "D", [(("D", "D"), 1.0)], D=NEAR, A=(Status.DOES_NOT_FIT, False)), "D"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("decision", "expected"), OPEN.values(), ids=OPEN)
+def test_which_levels_are_open(decision, expected):
+    assert open_levels(decision, SIZES) == set(expected)

@@ -7,7 +7,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitladder.engines.base import Completion, Timings, TokenChoice
-from bitladder.serve.compare import MOST_LATER, compare, compared, differences, first_difference, later_partings
+from bitladder.records.wording import Parting
+from bitladder.serve.compare import (
+    MOST_LATER,
+    Comparison,
+    Side,
+    compare,
+    compared,
+    differences,
+    first_difference,
+    later_partings,
+)
 
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -171,3 +181,20 @@ def test_the_search_for_places_has_a_limit():
 
     later = later_partings(said, first_difference(said, [known(999)]), Contrary({}), PROMPT)
     assert [at.index for at in later] == list(range(1, 1 + MOST_LATER))
+
+
+def test_names_and_speeds_are_whole_on_a_narrow_terminal(monkeypatch, capsys):
+    from bitladder.cli.deploy import _show
+
+    monkeypatch.setenv("COLUMNS", "80")
+    one = Side("SmolLM2-135M-Instruct-with-a-long-name-Q8_0", "It is 8.", "stop", 5, 0.051, 22.31)
+    other = Side("SmolLM2-135M-Instruct-with-a-long-name-Q4_K_M", "It is 12.", "stop", 5, 0.042, 31.24)
+    place = Parting(3, " 8", " 12", 0.8, math.nan, 0.06, 0.7)
+    _show(Comparison("How many?", one, other, place, differences("It is 8.", "It is 12."), (place,)))
+    shown = " ".join(capsys.readouterr().out.replace("\u2502", " ").split())
+    flat = shown.replace(" ", "")
+    for side in (one, other):
+        assert side.level in flat
+        assert f"{side.decode_tokens_per_s:.1f}tok/s,firsttokenafter{side.first_token_s:.2f}s" in flat
+    assert "' 12' was not among its likeliest" in shown
+    assert "at 1 further places, 0 of them near ties" in shown

@@ -3,16 +3,20 @@
 import asyncio
 import json
 import logging
+from pathlib import Path
 
 import httpx
 import openai
 import pytest
 
+from bitladder.records.wording import Substitution, WordingChanges
+from bitladder.report import write_run
 from bitladder.serve.app import build_app
 from bitladder.serve.backends import PHASES, UpstreamFailed
 from bitladder.serve.deploy import deployed
 from bitladder.serve.router import AutoRule, TagEvidence
 from bitladder.serve.settings import Escalation, ServeSettings, TierSpec, UpstreamTimeouts
+from ladder_examples import run_record
 from upstreams import (
     CHAT,
     DONE,
@@ -564,3 +568,20 @@ def test_models_health_and_unknown_paths():
     assert [item["id"] for item in models.json()["data"]] == ["auto", "quality", "Q8_0", "speed", "Q4_K_M"]
     assert (health.status_code, ready.status_code) == (200, 200)
     assert (nothing.status_code, run_reply.status_code, get_chat.status_code) == (404, 404, 405)
+
+
+def test_the_run_behind_a_gateway_is_shown_with_what_changed_in_its_answers(tmp_path):
+    changes = WordingChanges(3, 2, 60, (Substitution("shall", "will", 4),), (), (), 0, ())
+    record = run_record(wording={"Q4_K_M": changes})
+    path = write_run(record, tmp_path / "run.json")
+
+    async def run(run_json: Path | None) -> list[httpx.Response]:
+        async with gateway(GOOD, FAST, run_json=run_json) as (client, _):
+            return [await client.get(f"/bitladder/api/{view}") for view in ("run", "what-if?bar=kl+%3C+1", "answers")]
+
+    whole, what_if, answers = asyncio.run(run(path))
+    assert whole.json()["wording"].keys() == {"Q4_K_M"}
+    assert what_if.json()["decision"]["bar"] == "kl < 1"
+    assert [row["level"] for row in answers.json()["rows"]] == ["Q4_K_M"]
+    assert "'shall' became 'will' 4 times" in answers.json()["rows"][0]["notes"]
+    assert [reply.status_code for reply in asyncio.run(run(None))] == [404, 404, 404]

@@ -39,10 +39,11 @@ CASES = [
      "auto: tag style: the speed tier lost 1 of 5 inputs"),
     (Features("auto", tags=("poetry",)), AUTO, "quality", "auto", "auto: no evidence for tag poetry"),
     # without a tag: a request with tools by what the evidence says of tools, which a tag outranks
-    (Features("auto", gives_tools=True), CALLING, "quality", "auto", "auto: gives tools, tag tools: speed lost 3 of 9"),
+    (Features("auto", gives_tools=True), CALLING, "quality", "auto",
+     "auto: gives tools, tag tools: the speed tier lost 3 of 9 inputs"),
     (Features("auto", tags=("extraction",), gives_tools=True), CALLING, "speed", "auto",
-     "auto: tag extraction: speed lost 0 of 4"),
-    (Features("auto", gives_tools=True), AUTO, "quality", "auto", "auto: unlike every input of the workload"),
+     "auto: tag extraction: the speed tier lost 0 of 4 inputs"),
+    (Features("auto", gives_tools=True), AUTO, "quality", "auto", "auto: unlike every input of your workload"),
     # without a tag: what it resembles
     (Features("auto"), AUTO, "quality", "auto", "auto: unlike every input of your workload"),
     (Features("auto", asked=lambda: "an invoice"), GUESSING, "speed", "auto",

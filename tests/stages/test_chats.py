@@ -195,6 +195,11 @@ def test_the_sampling_that_a_model_recommends(tmp_path, metadata, config, temper
     assert (found.temperature, found.sampling, found.samples, found.recommended) == (temperature, sampling, 2, False)
 
 
+def test_nothing_is_asked_greedily_instead():
+    with pytest.raises(UsageError, match="which is not looked up here"):
+        answer_workload(Recorded({}), RECOMMENDED)
+
+
 @pytest.mark.parametrize("config", [None, "[1]", "{", '{"temperature": "hot"}', '{"temperature": 1e999}'])
 def test_a_model_that_recommends_nothing_is_told(tmp_path, config):
     if config is not None:

@@ -14,7 +14,7 @@ from bitladder.pipeline import run
 from bitladder.progress import silent
 from bitladder.records.fidelity import Way
 from bitladder.stages import calibration as calibrated
-from bitladder.stages import engine_way, known_files
+from bitladder.stages import engine_way
 from bitladder.stages.calibration import make_imatrix
 from bitladder.stages.job import Build, Job, Journal, Work
 from bitladder.stages.measure import Measuring, measure_model
@@ -48,8 +48,7 @@ def own_cache(tmp_path: Path, monkeypatch):
     """Importance matrices of these models are nobody's; the text to calibrate on is short."""
     monkeypatch.setenv("BITLADDER_CACHE", str(tmp_path / "cache"))
     short = [Document("short", " ".join(str(n * n) for n in range(300)))]
-    for module in (calibrated, known_files):
-        monkeypatch.setattr(module, "calibration_texts", lambda _: short)
+    monkeypatch.setattr(calibrated, "calibration_texts", lambda _: short)
 
 
 @pytest.fixture(scope="module")

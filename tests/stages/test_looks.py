@@ -2,6 +2,7 @@
 that is cut off, gone on with, and refused."""
 
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,16 +15,27 @@ from bitladder.describe.windows import Window
 from bitladder.describe.workload import Input
 from bitladder.errors import UsageError
 from bitladder.levels import parse_level
-from bitladder.plan.schedule import Kind
+from bitladder.plan.bar import DEFAULT_BAR
+from bitladder.plan.schedule import Kind, Piece
 from bitladder.progress import LevelNews, Progress
 from bitladder.records.evaluation import Answer, LevelAnswers
 from bitladder.stages import measure
 from bitladder.stages.ask import UNKNOWN_SPEED
-from bitladder.stages.looks import Countdown, TimeIsUp, TooLittleTime, coverage, material, undecided_on_passes
+from bitladder.stages.looks import (
+    MARGIN,
+    Costs,
+    Countdown,
+    TimeIsUp,
+    TooLittleTime,
+    coverage,
+    material,
+    undecided_on_passes,
+)
 from bitladder.stages.run_facts import RunSettings
 from bitladder.units import human_duration, parse_duration
 from engine_model import write_engine_model
 
+INPUTS_ONLY = Piece(Kind.INPUTS, ("Q2_K",), 0, 4)
 LEVELS = ("Q8_0", "Q4_K_M", "Q2_K")
 DOCUMENTS, INPUTS = 8, 8
 
@@ -82,6 +94,8 @@ def test_documents_and_inputs_have_one_order_whatever_the_callers():
     again = material([window for unit in by_document for window in unit], shuffled)
     assert again.inputs == first.inputs
     assert [[id(one) for one in unit] for unit in again.units] == [[id(one) for one in unit] for unit in first.units]
+    names = [unit[0].document for unit in first.units]
+    assert names == ["abcdefg"[place] for place in first.places] == ["gfedcba"[place] for place in again.places]
     assert len(material(windows[:2], inputs).units) == 2  # a single document is cut into its windows
 
 
@@ -91,6 +105,20 @@ def test_looks_share_the_error_rate_and_the_last_takes_what_is_left():
     ends = ([3], [3, 6], [3, 6, 12])
     assert sum(1 - coverage(each, 12, last=False) for each in ends) == pytest.approx(0.05)
     assert coverage([3, 6], 12, last=True) == pytest.approx(1 - 0.05 * 15 / 16)
+
+
+def test_predictions_follow_what_pieces_took_kind_by_kind():
+    inputs = [Input(str(n), ({"role": "user", "content": str(n)},), (), max_tokens=10) for n in range(8)]
+    costs = Costs(material((), inputs), None, [], "F16")
+    few, many = (Piece(Kind.INPUTS, ("Q8_0",), 0, count) for count in (2, 8))
+    ratio, timing = costs(many) / costs(few), costs(Piece(Kind.ROUNDS, ("Q8_0",), 0, 1))
+    assert 1 < ratio < 4
+    costs.learn(few, 100)
+    assert costs(few) == pytest.approx(100 * MARGIN) and costs(many) == pytest.approx(100 * MARGIN * ratio)
+    costs.learn(few, 25)
+    assert costs(few) == pytest.approx(50 * MARGIN)
+    assert costs(Piece(Kind.ROUNDS, ("Q8_0",), 0, 1)) == timing
+    assert costs.shortest_look([]) == 0 < costs.shortest_look(["Q8_0"]) < costs.shortest_look(["Q8_0", "Q4_K_M"])
 
 
 def answered(level, passed):
@@ -194,6 +222,22 @@ def test_a_run_cut_off_decides_on_what_it_has_and_the_next_goes_on(home, monkeyp
     assert {level for names, _ in scored[known:] for level in names} == set(LEVELS) - done
     same = {one.level: one.kl_mean for one in free.fidelities}
     assert all(one.kl_mean == pytest.approx(same[one.level]) for one in whole.fidelities if one.level in done)
+
+    known = len(scored)
+    again = pipeline.run(settings(home, 1000.0), Heard()).record  # all is in the evidence: nothing is measured
+    assert len(scored) == known and {one.units for one in again.fidelities} == {DOCUMENTS}
+    by_level = {one.level: one for one in whole.fidelities}
+    for one in again.fidelities:
+        if one.level in done:  # documents come in the same order from the evidence
+            assert one.unit_tokens == by_level[one.level].unit_tokens
+            assert one.unit_kl == pytest.approx(by_level[one.level].unit_kl)
+
+
+def test_without_time_for_kl_the_bar_stays_and_nothing_is_said_to_meet_it(home, monkeypatch):
+    monkeypatch.setattr(pipeline.Looks, "next_piece", lambda looks, *_: None if looks.has_something else INPUTS_ONLY)
+    record = pipeline.run(replace(settings(home, 1000.0), bar=None), Heard()).record
+    assert record.decision.bar == DEFAULT_BAR and record.decision.quality is None
+    assert {one.level: one.inputs for one in record.results} == {"Q2_K": 4}
 
 
 def test_too_little_time_is_refused_with_the_least_that_is_needed(home):

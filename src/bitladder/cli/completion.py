@@ -9,8 +9,9 @@ _ROWS = (4096, 4096 + 64)
 def level_names(incomplete: str) -> list[str]:
     """Levels that begin so, in small letters where they are typed so; of a list like ``Q8_0,q4`` the last one is
     completed."""
+    from bitladder.formats.recipes import RECIPES
     from bitladder.levels.checkpoints import offered_names
-    from bitladder.levels.names import LADDER, RECIPES
+    from bitladder.levels.names import LADDER
 
     before, comma, begun = incomplete.rpartition(",")
     taken = before.upper().split(",")

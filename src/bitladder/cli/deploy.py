@@ -18,6 +18,8 @@ from bitladder.cli.terminal import JsonFlag, print_json, say, verb
 from bitladder.errors import BadInput, UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from bitladder.describe.cache_types import CacheTypes
     from bitladder.engines.base import Engine
     from bitladder.engines.endpoint import EndpointSettings
@@ -422,31 +424,34 @@ def _with_slots(specs: list[TierSpec], budget: int, slots: int | None) -> list[T
     from dataclasses import replace
 
     from bitladder.stages.run_facts import MOST_SLOTS
-    from bitladder.stages.serve import draft_bytes, memory_by_slots, slots_that_fit
+    from bitladder.stages.serve import slots_that_fit
 
     asked = range(1, MOST_SLOTS + 1) if slots is None else (slots,)
-    needs = {
-        (spec.path, spec.cache, spec.speculate): tuple(
-            map(
-                sum,
-                zip(
-                    memory_by_slots(spec.path, spec.n_ctx, asked, spec.cache),
-                    draft_bytes(spec.speculate, spec.n_ctx, asked),
-                    strict=True,
-                ),
-            )
-        )
-        for spec in specs
-        if spec.path is not None
-    }
+    needs = {_deployed(spec): _memory(spec, asked) for spec in specs if spec.path is not None}
     fitting = dict(zip(needs, slots_that_fit(tuple(needs.values()), budget), strict=True))
-    return [
-        spec
-        if spec.path is None
-        else replace(spec, slots=slots or fitting[key], memory_bytes=needs[key][fitting[key] - 1])
-        for spec in specs
-        for key in [(spec.path, spec.cache, spec.speculate)]
-    ]
+    found = []
+    for spec in specs:
+        key = _deployed(spec)
+        if key in needs:
+            memory = needs[key][fitting[key] - 1]
+            found.append(replace(spec, slots=slots or fitting[key], memory_bytes=memory))
+        else:
+            found.append(spec)
+    return found
+
+
+def _deployed(spec: TierSpec) -> tuple[object, ...]:
+    """What tells a file as it is run from others in memory."""
+    return spec.path, spec.cache, spec.speculate
+
+
+def _memory(spec: TierSpec, slots: Sequence[int]) -> tuple[int, ...]:
+    """Bytes of a file with its KV cache and its draft, for every number of requests in ``slots``."""
+    from bitladder.stages.serve import draft_bytes, memory_by_slots
+
+    assert spec.path is not None
+    own = memory_by_slots(spec.path, spec.n_ctx, slots, spec.cache)
+    return tuple(map(sum, zip(own, draft_bytes(spec.speculate, spec.n_ctx, slots), strict=True)))
 
 
 def _routed(settings: ServeSettings, run: LatestRun | None) -> ServeSettings:

@@ -33,6 +33,7 @@ def gate(
     from bitladder.plan.gate import gate_exit
     from bitladder.plan.gate import junit as junit_of
     from bitladder.records import to_json
+    from bitladder.report.behaviour import behaviour_lines
     from bitladder.report.wording import answers_rows
 
     if not options.levels and not options.also:
@@ -44,15 +45,21 @@ def gate(
     with progress_display(quiet=json_output) as progress:
         record = assess(settings, progress, say=say, confirm=confirm_with(yes=options.yes))
     notes = {row.level: row.notes for row in answers_rows(record) if row.notes}
+    behaviour = behaviour_lines(record)
     if junit:
-        write_whole(junit, junit_of(record.decision, model=record.source.name, notes=notes))
+        told = {level: "; ".join(filter(None, (notes.get(level), behaviour.get(level)))) for level in notes | behaviour}
+        write_whole(junit, junit_of(record.decision, model=record.source.name, notes=told))
     if json_output:
-        print_json({**to_json(record.decision), "wording": to_json(record.wording)})
+        faults = {result.level: to_json(result.faults) for result in record.results if result.faults}
+        found = {"wording": to_json(record.wording), **({"faults": faults} if faults else {})}
+        print_json({**to_json(record.decision), **found})
     else:
         for verdict in record.decision.verdicts:
             put(f"{verdict.level}: {verdict.status}. {verdict.reason}")
             if verdict.level in notes:
                 put(f"  answers: {notes[verdict.level]}")
+            if verdict.level in behaviour:
+                put(f"  behaviour: {behaviour[verdict.level]}")
     raise typer.Exit(gate_exit(record.decision))
 
 

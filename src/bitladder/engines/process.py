@@ -58,6 +58,7 @@ _OUT_OF_MEMORY = re.compile(
 _REASONS = (
     re.compile(r"error loading model: (.+)"),
     re.compile(r"(GGML_ASSERT\(.+)"),
+    re.compile(r"(chat template parsing error)"),
     re.compile(r"(?:error|failed)\w*: (.+)", re.IGNORECASE),
 )
 """Lines that say why a model was not loaded, the most telling first."""

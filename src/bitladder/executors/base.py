@@ -26,9 +26,10 @@ class Lane:
 class Task(Protocol):
     """Work on many units: a value that can be pickled. It opens what it needs where it is computed, once in a lane."""
 
-    threads: int
-    """Cores that a unit keeps busy. Products of matrices are rounded differently by other numbers of threads, so a unit
-    has the same number everywhere."""
+    @property
+    def threads(self) -> int:
+        """Cores that a unit keeps busy. Products of matrices are rounded differently by other numbers of threads, so a
+        unit has the same number everywhere."""
 
     def compute(self, lane: Lane, unit: Any, *held: Any) -> tuple[Any, Any]:
         """Compute a unit.
@@ -65,8 +66,6 @@ def weights_travel(lacking: str) -> str:
 class Executor(ABC):
     """Computes units, several at a time. Its methods may be called from any thread. Use as a context manager."""
 
-    slots: int
-    """How many units of one thread are computed at a time."""
     device: str = "cpu"
     """Of a lane, and not a CPU if there is another: what arithmetic is chosen for."""
     warnings: Sequence[str] = ()
@@ -86,6 +85,10 @@ class Executor(ABC):
             place: units of the same number are computed on the same kind of device, whatever else is under way; None
                 where results do not depend on the device.
         """
+
+    @abstractmethod
+    def at_once(self, task: Task) -> int:
+        """How many units of a task are computed at a time, at least one."""
 
     @abstractmethod
     def put(self, value: Any) -> Handle:

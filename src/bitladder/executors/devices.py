@@ -35,7 +35,7 @@ class Devices(Executor):
         self._lanes = [Lane(number, device, own_process=False) for number, device in enumerate(devices)]
         self._pools = [ThreadPoolExecutor(1, thread_name_prefix=f"lane {lane.number}") for lane in self._lanes]
         self._next = itertools.count()
-        self.slots, self.here = len(self._lanes), tuple(devices)
+        self.here = tuple(devices)
         self.device = next((device for device in devices if device != "cpu"), "cpu")
 
     def start(self, task: Task, unit: Any, *held: Handle, place: int | None = None) -> _Started:
@@ -47,6 +47,10 @@ class Devices(Executor):
             return task.compute(self._lanes[number], unit, *(self.fetch(one) for one in held))
 
         return _Started(self._pools[number].submit(computed))
+
+    def at_once(self, task: Task) -> int:  # noqa: ARG002
+        """As ``Executor``: one for each lane."""
+        return len(self._lanes)
 
     def put(self, value: Any) -> Handle:
         """As ``Executor``."""

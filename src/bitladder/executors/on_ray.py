@@ -7,7 +7,9 @@ worker.
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import socket
 import sys
 from collections.abc import Iterator, Sequence
@@ -29,6 +31,7 @@ _PATIENCE = 120.0
 _CONNECT = 5.0
 _PROBED = 120.0
 _CLIENT = "ray://"
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ def connect(address: str | None, device: str, needs: Needs) -> Ray:
             do="pip install 'bitladder[ray]'",
         ) from error
     own = not ray.is_initialized()
+    _quieten()
     if own:
         where = address or os.environ.get("RAY_ADDRESS") or None
         _require_listener(where)
@@ -94,6 +98,15 @@ def _require_listener(address: str | None) -> None:
         ) from error
 
 
+def _quieten() -> None:
+    """Ray prints notices of workers that died to standard output, where our results belong; errors are ours to say."""
+    from ray._private import worker
+
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    if hasattr(worker, "print_to_stdstream"):  # there is no public switch
+        worker.print_to_stdstream = lambda *_, **__: None
+
+
 def _initialised(address: str | None) -> None:
     import ray
 
@@ -121,7 +134,7 @@ def _other_versions(found: str) -> UsageError:
 
 
 def _first_words(error: BaseException) -> str:
-    return " ".join(str(error).split())[:400] or type(error).__name__
+    return " ".join(_COLOUR.sub("", str(error)).split())[:400] or type(error).__name__
 
 
 class Ray(Executor):
@@ -133,7 +146,7 @@ class Ray(Executor):
         self._ray, self.device, self._needs, self._own = ray, device, needs, own
         self._run = ray.remote(_run)
         self._tasks: dict[int, tuple[Task, Any]] = {}
-        self.slots = max(1, int(self._cluster().get("CPU", 1)))
+        self._known: dict[int, dict[str, Any]] = {}
         self.warnings: list[str] = []
 
     def check(self) -> None:
@@ -159,6 +172,14 @@ class Ray(Executor):
                 self._sent(task), self.device, unit, *held
             )
         return _Started(self, options, small, large)
+
+    def at_once(self, task: Task) -> int:
+        """As ``Executor``: as many as the nodes could take if they were idle."""
+        wanted = {name: amount for name, amount in _wanted(self._options(task.threads)).items() if amount}
+        taken = [
+            min((node.get(name, 0) // amount for name, amount in wanted.items()), default=1) for node in self._nodes()
+        ]
+        return max(1, int(sum(taken)))
 
     def put(self, value: Any) -> Handle:
         """As ``Executor``."""
@@ -208,6 +229,12 @@ class Ray(Executor):
         return known[1]
 
     def _options(self, threads: int) -> dict[str, Any]:
+        known = self._known.get(threads)
+        if known is None:
+            known = self._known[threads] = self._options_now(threads)
+        return known
+
+    def _options_now(self, threads: int) -> dict[str, Any]:
         needs = self._needs
         cores = min(float(threads), max((node.get("CPU", 0.0) for node in self._nodes()), default=1.0))
         gpus = needs.gpus if needs.gpus is not None else float(self.device.startswith("cuda"))
@@ -218,10 +245,6 @@ class Ray(Executor):
             **({"resources": dict(needs.custom)} if needs.custom else {}),
         }
 
-    def _cluster(self) -> dict[str, float]:
-        found: dict[str, float] = self._ray.cluster_resources()
-        return found
-
     def _alive(self) -> list[dict[str, Any]]:
         return [node for node in self._ray.nodes() if node["Alive"]]
 
@@ -230,8 +253,7 @@ class Ray(Executor):
 
     def _fits(self, options: dict[str, Any]) -> bool:
         """Whether some node, were it idle, could take a unit."""
-        wanted = {"CPU": options["num_cpus"], "GPU": options.get("num_gpus", 0), "memory": options.get("memory", 0)}
-        wanted |= options.get("resources", {})
+        wanted = _wanted(options)
         return any(all(node.get(name, 0) >= amount for name, amount in wanted.items()) for node in self._nodes())
 
     def _infeasible(self, options: dict[str, Any]) -> ClusterError:
@@ -263,6 +285,12 @@ class Ray(Executor):
             with _translated(f"on {node['NodeManagerHostname']}"):
                 found.append(self._ray.get(reference, timeout=_PROBED))
         return found
+
+
+def _wanted(options: dict[str, Any]) -> dict[str, float]:
+    """What a unit takes, as nodes count it."""
+    own = {"CPU": options["num_cpus"], "GPU": options.get("num_gpus", 0), "memory": options.get("memory", 0)}
+    return own | options.get("resources", {})
 
 
 @dataclass(frozen=True)
@@ -358,9 +386,10 @@ def _in_our_words(error: Exception, where: str) -> BitladderError:
     from ray import exceptions as theirs
 
     words = _first_words(error)
-    if "No module named 'bitladder" in str(error):
+    missing = re.search(r"No module named '?([\w.]+)", str(error))
+    if missing is not None:
         return UsageError(
-            f"There is no Bitladder {where or 'on a node of the cluster'}.",
+            f"There is no Python package '{missing[1]}' {where or 'on a node of the cluster'}.",
             means="Workers import what they compute with.",
             do=f"pip install 'bitladder[ray]=={__version__}' on every node, into the Python that Ray runs with.",
         )

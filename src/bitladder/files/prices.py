@@ -75,15 +75,16 @@ def machine_price(path: Path | None = None) -> Hourly | None:
     row = _rows(path).get(MACHINE)
     if row is None:
         return None
-    price = row.get("hourly") if isinstance(row, dict) else None
-    sound = isinstance(price, int | float) and not isinstance(price, bool) and 0 <= price < math.inf
-    if not sound or not row.get("date") or not row.get("source"):
+    values = row if isinstance(row, dict) else {}
+    price, date, source = (values.get(name) for name in ("hourly", "date", "source"))
+    number = isinstance(price, int | float) and not isinstance(price, bool)
+    if price is None or not number or not 0 <= price < math.inf or not date or not source:
         raise BadInput(
             f"{path}: the price of the '{MACHINE}' is not complete, got {row!r}.",
             means="A price without a date and a source cannot be trusted later.",
             do="Write 'machine: {hourly: 0.4, date: 2026-01-31, source: where}'.",
         )
-    return Hourly(float(price), f"this machine at {float(price):g} an hour ({row['date']}, {row['source']})")
+    return Hourly(float(price), f"this machine at {float(price):g} an hour ({date}, {source})")
 
 
 def _rows(path: Path) -> dict[object, object]:

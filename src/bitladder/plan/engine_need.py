@@ -26,10 +26,10 @@ _RATE = 1.5e10
 def context_bytes(model: Model, window: int, piece: int, cache: CacheTypes = F16_CACHE) -> int:
     """Bytes that the engine allocates for one model: its cache for a window of tokens, its compute buffers, and the
     logits of a piece, once in the graph and once handed out."""
-    types = {"type_k": cache.k.upper(), "type_v": cache.v.upper()}
     logits = 2 * 4 * piece * model.dims.n_vocab
     buffers = compute_buffers(model, window, n_ubatch=piece)
-    return cache_bytes(layer_caches(model), window, n_ubatch=piece, **types).total + buffers.total + logits
+    kept = cache_bytes(layer_caches(model), window, n_ubatch=piece, type_k=cache.k.upper(), type_v=cache.v.upper())
+    return kept.total + buffers.total + logits
 
 
 def together(file_bytes: Sequence[int], reference_bytes: int, context: int, free: int) -> list[slice]:

@@ -212,9 +212,9 @@ class WorkloadResult:
     tags: tuple[TagResult, ...] = ()
     decode_rounds: tuple[Real, ...] = ()
     """Decode rates round by round, tokens per second, where levels were timed in turns."""
-    items: int = 0
+    items: int = field(default=0, metadata=OPTIONAL)
     """Items of ``set_recall`` criteria that the reference's answers name."""
-    items_kept: int = 0
+    items_kept: int = field(default=0, metadata=OPTIONAL)
     """Those of them that this level's answers name, too."""
     recall_low: Real = float("nan")
     recall_high: Real = float("nan")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from bitladder.records import Real
+from bitladder.records import OPTIONAL, Real
 from bitladder.records.decision import Decision
 from bitladder.records.evaluation import LevelAnswers, WorkloadResult
 from bitladder.records.fidelity import Fidelity
@@ -89,7 +89,7 @@ class RunRecord:
     """Every level's answers, the reference's among them."""
     wording: dict[str, WordingChanges] = field(default_factory=dict)
     """Level to what changed in the words of its answers; empty in older records."""
-    costs: tuple[LevelCost, ...] = ()
+    costs: tuple[LevelCost, ...] = field(default=(), metadata=OPTIONAL)
     """Of whatever has a price; empty where the user gave none."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Texts and their hashes, window length, seeds, threads, engine settings: whatever changes a number."""

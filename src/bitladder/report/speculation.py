@@ -5,8 +5,8 @@ from __future__ import annotations
 from rich.console import Console
 
 from bitladder.records.speculation import SpeculationReport
+from bitladder.report.columns import plain_table
 from bitladder.report.rows import interval, number, percent
-from bitladder.report.terminal import plain_table
 from bitladder.units import human_bytes
 from bitladder.visible import console as terminal_console
 

@@ -18,6 +18,7 @@ from bitladder.errors import BadInput, UsageError
 from bitladder.plan.whatif import what_if
 from bitladder.records import to_json
 from bitladder.records.run import RunRecord
+from bitladder.report.behaviour import behaviour_lines
 from bitladder.report.reading import read_run
 from bitladder.report.wording import answers_view
 
@@ -46,15 +47,19 @@ async def answer_what_if(run_json: Path, query: Mapping[str, str]) -> dict[str, 
 
 
 async def answer_changes(run_json: Path) -> dict[str, Any]:
-    """What changed in the answers of each level, as ``report.wording`` writes it.
+    """What changed in the answers of each level, as ``report.wording`` and ``report.behaviour`` write it.
 
     Raises:
         HTTPException: 404 when the run cannot be read.
     """
     try:
-        return answers_view(await asyncio.to_thread(stored_run, run_json))
+        run = await asyncio.to_thread(stored_run, run_json)
     except BadInput as error:
         raise HTTPException(404, str(error)) from None
+    view, behaviour = answers_view(run), behaviour_lines(run)
+    for row in view["rows"]:
+        row["notes"] = "; ".join(filter(None, (row["notes"], behaviour.get(row["level"]))))
+    return view
 
 
 def stored_run(run_json: Path) -> RunRecord:

@@ -66,7 +66,7 @@ def engine_scores(
     check_tokens(windows, reference.model.dims.n_vocab)
     ends = np.cumsum([0, *(window.scored for window in windows)])
     text = tokens_hash(windows)
-    each = caches or [None] * (1 + len(levels))
+    each: Sequence[CacheTypes | None] = caches or [None] * (1 + len(levels))
     kept = [
         _Kept(keep, reference, level, text, ends, caches and (each[0], cache))
         for level, cache in zip(levels, each[1:], strict=True)
@@ -142,8 +142,8 @@ class _Kept:
         ends: NDArray[np.int64],
         caches: object = None,
     ) -> None:
-        key = ("scores", __version__, engine_version(), reference.sha256, level.sha256, text) if folder else ()
-        key += (str(caches),) if folder and caches else ()
+        key = ["scores", __version__, engine_version(), reference.sha256, level.sha256, text] if folder else []
+        key += [str(caches)] if folder and caches else []
         self.array = KeptArray(folder, *key)
         self.rows, self.windows = np.empty((_ROWS, 0)), 0
         found = self.array.load()

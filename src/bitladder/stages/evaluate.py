@@ -75,9 +75,15 @@ def answer_workload(
         progress: hears how many answers there are.
 
     Raises:
+        UsageError: it wants the model's own sampling, which nobody has filled in (``stages.as_deployed``).
         WrongModel: the engine answers as another model than before.
         EngineError: the engine failed; every answer it gave before was handed to ``on_answer``.
     """
+    if workload.recommended:
+        raise UsageError(
+            "The workload wants the sampling that the model recommends, which is not looked up here.",
+            do="Write the settings into it, like: sampling: {temperature: 0.7, top_p: 0.95}.",
+        )
     known = known or {}
     wanted = [(one, sample) for one in workload.inputs for sample in range(workload.samples)]
     questions = {(one.id, sample): workload.question(one, sample) for one, sample in wanted}

@@ -6,8 +6,9 @@ logits file. ``docs/measure.md`` defines each figure.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypedDict, Unpack
 
@@ -24,7 +25,7 @@ from bitladder.kernels import Effort
 from bitladder.levels.checkpoints import FolderFormat
 from bitladder.progress import LevelNews, Progress, silent
 from bitladder.records.fidelity import AtDepth, Fidelity, Way
-from bitladder.stats.bootstrap import SEED, quantile_interval, ratio_interval
+from bitladder.stats.bootstrap import SEED, Interval, quantile_interval, ratio_interval
 from bitladder.units import GiB
 from bitladder.walk.checkpoint_weights import CheckpointWeights
 from bitladder.walk.fidelity import Ladder
@@ -248,21 +249,27 @@ def fidelity_by_depth(
     for one in windows:
         mine, theirs = (TokenScores.joined(list(side)) for side in zip(*parts[places[one.depth]], strict=True))
         found.append(fidelity(level, mine, theirs, one.windows))
-    names = [each.name for each in fields(AtDepth) if each.name in vars(found[0])]
-    depths = tuple(
-        AtDepth(depth=one.depth, **{name: getattr(figures, name) for name in names}, **_rise(figures, found[0]))
-        for one, figures in zip(windows, found, strict=True)
-    )
+    depths = tuple(_at_depth(one.depth, figures, found[0]) for one, figures in zip(windows, found, strict=True))
     return replace(fidelity(level, own, reference, every), way=Way.DEPLOYED, depths=depths)
 
 
-def _rise(deep: Fidelity, shallow: Fidelity) -> dict[str, float]:
-    """By which the loss of the same tokens is larger behind a longer context."""
+def _at_depth(depth: int, own: Fidelity, shallow: Fidelity) -> AtDepth:
+    rise = _rise(own, shallow)
+    return AtDepth(
+        depth=depth, tokens=own.tokens, kl_mean=own.kl_mean, kl_low=own.kl_low, kl_high=own.kl_high,
+        kl_p99=own.kl_p99, ppl_ratio=own.ppl_ratio, ppl_ratio_low=own.ppl_ratio_low,
+        ppl_ratio_high=own.ppl_ratio_high, top1=own.top1, top1_low=own.top1_low, top1_high=own.top1_high,
+        rise=rise.value, rise_low=rise.low, rise_high=rise.high,
+    )  # fmt: skip
+
+
+def _rise(deep: Fidelity, shallow: Fidelity) -> Interval:
+    """By which the loss of the same tokens is larger behind a longer context; NaN where nothing is lost at all."""
+    none = Interval(math.nan, math.nan, math.nan)
     if deep is shallow or not shallow.kl_mean > 0:
-        return {}
+        return none
     weights = np.asarray(deep.unit_tokens, np.float64)
     x, w = (np.asarray(one.unit_kl) * weights for one in (deep, shallow))
     if not (w > 0).all():
-        return {}
-    ratio = ratio_interval(x, w, np.random.default_rng(SEED), scale="log")
-    return {"rise": ratio.value, "rise_low": ratio.low, "rise_high": ratio.high}
+        return none
+    return ratio_interval(x, w, np.random.default_rng(SEED), scale="log")

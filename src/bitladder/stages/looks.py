@@ -133,6 +133,8 @@ class Material:
 
     units: tuple[tuple[Window, ...], ...]
     """Documents, each of its windows; of a single document its windows one by one."""
+    places: tuple[int, ...]
+    """Where each unit stands in the text."""
     inputs: tuple[Input, ...]
 
     @property
@@ -150,8 +152,9 @@ def material(windows: Sequence[Window], inputs: Sequence[Input]) -> Material:
     for window in windows:
         documents.setdefault(window.document, []).append(window)
     whole = list(documents.values()) if len(documents) > 1 else [[window] for window in windows]
-    units = sorted((tuple(unit) for unit in whole), key=tokens_hash)
-    return Material(tuple(units), tuple(sorted(inputs, key=lambda one: question_hash(one, 0.0, 0))))
+    places = sorted(range(len(whole)), key=lambda place: tokens_hash(whole[place]))
+    ordered = sorted(inputs, key=lambda one: question_hash(one, 0.0, 0))
+    return Material(tuple(tuple(whole[place]) for place in places), tuple(places), tuple(ordered))
 
 
 def coverage(ends: Sequence[int], total: int, *, last: bool) -> float:
@@ -246,13 +249,13 @@ class Looks:
         self._ends: dict[str, list[int]] = {name: [] for name in self._subjects}
         self._answers: dict[str, dict[tuple[str, int], Answer]] = {name: {} for name in self._contenders}
         self._speeds: dict[str, Speed] = {}
-        totals = wanted.totals
+        self._way = way_for(ways.job.source) if subjects else Way.WALK
+        self._whole = self._stored()
         self._seen = {
-            one.level: Seen(one.level, documents=0 if one.level in self._subjects else totals[Kind.DOCUMENTS])
+            one.level: Seen(one.level, documents=0 if one.level in self._to_measure else wanted.totals[Kind.DOCUMENTS])
             for one in files
             if one.level not in self._twins
         }
-        self._way = way_for(ways.job.source) if subjects else Way.WALK
         self.costs = Costs(wanted, ways.job.source, plan, self.reference)
         self._ready = {Kind.DOCUMENTS: self._ready_documents(), Kind.INPUTS: self._ready_inputs(), Kind.ROUNDS: {}}
 
@@ -269,7 +272,7 @@ class Looks:
     @property
     def has_something(self) -> bool:
         """Whether anything was measured of a level."""
-        return any(self._scores.values()) or any(one.inputs for one in self.seen)
+        return bool(self._whole) or any(self._scores.values()) or any(one.inputs for one in self.seen)
 
     def next_piece(self, still_open: set[str], left: float) -> Piece | None:
         """What comes next (``plan.schedule``)."""
@@ -292,7 +295,11 @@ class Looks:
         """What is known now. ``still_open``: the levels that are not known well enough at the end, when no look
         follows; None while others may."""
         last = {self._twins.get(level, level) for level in still_open or ()}
-        fidelities = [self._fidelity(name, last=name in last) for name, scores in self._scores.items() if scores]
+        fidelities = [
+            self._whole[name] if name in self._whole else self._fidelity(name, last=name in last)
+            for name, scores in self._scores.items()
+            if scores or name in self._whole
+        ]
         answered: list[LevelAnswers] = []
         for name in self._contenders:
             first = self._twins.get(name, name)
@@ -330,6 +337,28 @@ class Looks:
             return ""
         return f"{', '.join(names)}: {' and '.join(parts)} that there are, about {human_duration(seconds)} more time"
 
+    @property
+    def _to_measure(self) -> set[str]:
+        """Levels of whose fidelity not everything is known."""
+        return self._subjects.keys() - self._whole.keys()
+
+    def _stored(self) -> dict[str, Fidelity]:
+        """What runs have measured on the whole text, its units in the order of the looks."""
+        if not self._subjects:
+            return {}
+        ways, places = self._ways, self._material.places
+        digest, found = ways.job.text_key(ways.texts), {}
+        for name, subject in self._subjects.items():
+            stored = ways.recorded.fidelity(subject, digest, ways.reference, way=self._way)
+            if stored is not None and len(stored.unit_kl) == len(stored.unit_tokens) == len(places):
+                found[name] = replace(
+                    stored,
+                    unit_kl=tuple(stored.unit_kl[place] for place in places),
+                    unit_tokens=tuple(stored.unit_tokens[place] for place in places),
+                )
+        ways.job.journal.reuse("fidelity", list(found))
+        return found
+
     def _cost(self, piece: Piece) -> float:
         """Seconds of a piece, of which only what earlier runs did not leave is to be done."""
         ready = self._ready[piece.kind]
@@ -341,7 +370,7 @@ class Looks:
     def _ready_documents(self) -> dict[str, int]:
         """How many documents' scores earlier runs left of each level."""
         found = {}
-        for name in self._subjects:
+        for name in self._to_measure:
             there = (self._array(name, unit).is_there() for unit in self._material.units)
             found[name] = sum(1 for _ in itertools.takewhile(bool, there))
         return found
@@ -404,12 +433,12 @@ class Looks:
             parts: list[Scored | None] = [None] * len(windows)
             for unit, (own, beside) in zip(self._material.units, self._scores[name], strict=True):
                 ends = np.cumsum([window.scored for window in unit])
-                for window, *pair in zip(unit, own.split(ends), beside.split(ends), strict=True):
-                    parts[place[id(window)]] = (pair[0], pair[1])
-            own, beside = zip(*(part for part in parts if part is not None), strict=True)
-            whole = fidelity(name, TokenScores.joined(own), TokenScores.joined(beside), windows)
+                for window, one, other in zip(unit, own.split(ends), beside.split(ends), strict=True):
+                    parts[place[id(window)]] = one, other
+            pairs = [part for part in parts if part is not None]
+            joined = TokenScores.joined([pair[0] for pair in pairs]), TokenScores.joined([pair[1] for pair in pairs])
             digest = self._ways.job.text_key(self._ways.texts)
-            found = replace(whole, way=self._way)
+            found = replace(fidelity(name, *joined, windows), way=self._way)
             self._ways.recorded.keep_fidelity(self._subjects[name], digest, found, self._ways.reference)
 
     def _array(self, name: str, unit: Sequence[Window]) -> KeptArray:

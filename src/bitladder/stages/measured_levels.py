@@ -69,7 +69,7 @@ class LatestRun:
     @property
     def sentence(self) -> str:
         """Which run it is, and when it was made."""
-        gone = "" if self.record else ", whose record is gone: `auto` knows no evidence"
+        gone = "" if self.record else ", whose record is gone: the name 'auto' has no evidence to go by"
         return f"The run of {self.created} ({self.path}){gone}."
 
     def is_about(self, level: str, sha256: str) -> bool:

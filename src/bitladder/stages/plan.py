@@ -171,8 +171,10 @@ def plan_model(
     if engine not in LAUNCHED:
         for cache in caches:
             check_cache(found.model, cache)
-    usual = {"n_ctx": usable_context(found.model, request.n_ctx), "beside_bytes": found.beside_bytes}
-    wishes = {cache: replace(request.wish_with(cache), **usual) for cache in caches}
+    n_ctx = usable_context(found.model, request.n_ctx)
+    wishes = {
+        cache: replace(request.wish_with(cache), n_ctx=n_ctx, beside_bytes=found.beside_bytes) for cache in caches
+    }
     runs = stored_runs(model, machine) if request.machine is None else {}
     whole = engine in LAUNCHED
     wanted = levels or (checkpoint_levels(found.model, engine or "") if whole else LADDER)

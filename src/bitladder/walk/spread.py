@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -27,7 +28,7 @@ from torch import nn
 
 from bitladder.describe.model import Model
 from bitladder.errors import ClusterError
-from bitladder.executors import Executor, Handle
+from bitladder.executors import Executor, Handle, Started
 from bitladder.executors.base import Lane, weights_travel
 from bitladder.files.convert import checkpoint_of
 from bitladder.files.gguf import GgufFile
@@ -42,7 +43,7 @@ from bitladder.walk.layer_pass import LayerPass, Original
 from bitladder.walk.layers import LayeredModel, tensor_at
 from bitladder.walk.opened import layered
 from bitladder.walk.states import Batch, States
-from bitladder.walk.weights import FileWeights
+from bitladder.walk.weights import FileWeights, Rows
 
 F32 = NDArray[np.float32]
 U8 = NDArray[np.uint8]
@@ -129,12 +130,9 @@ class _Sent:
         """As ``GgufFile``."""
         return self._infos[name]
 
-    def raw(self, name: str) -> U8:
+    def raw(self, name: str, rows: Rows = None) -> U8:
         """As ``GgufFile``."""
-        return self.tensors[name]
-
-    def release(self, name: str) -> None:
-        """As ``GgufFile``."""
+        return self.tensors[name] if rows is None else self.tensors[name][rows]
 
 
 class _Bench:
@@ -338,12 +336,24 @@ class SpreadUnits:
         assert isinstance(entering, HeldStates)
         assert isinstance(leaving, HeldStates)
         units = [replace(unit, watched=watched) for unit in self.units(stream, layer, "source")]
-        begun = [self.start(unit, number, entering, None, None) for number, unit in enumerate(units)]
-        leaving.handles = [one.held for one in begun]
+        handles: list[Handle] = []
+        yield from self.results(
+            lambda number: self.start(units[number], number, entering, None, None), len(units), handles
+        )
+        leaving.handles = handles
         for one in observers:
-            one.kept({module: KeptInputs(module, leaving.handles) for module in watched.keeps})
-        for one in begun:
-            yield one.result()
+            one.kept({module: KeptInputs(module, handles) for module in watched.keeps})
+
+    def results(self, start: Callable[[int], Started], count: int, handles: list[Handle]) -> Iterator[Any]:
+        """What comes back of so many units, in their order; ``handles`` gets what stays of each. Sums may be as large
+        as a layer, so no more units are begun than keep everyone busy."""
+        ahead = self.executor.at_once(self.task) + 1
+        begun: deque[Started] = deque()
+        for number in range(count):
+            while len(handles) < min(count, number + ahead):
+                begun.append(start(len(handles)))
+                handles.append(begun[-1].held)
+            yield begun.popleft().result()
 
     def units(self, stream: Stream, layer: int, of: str) -> list[LayerUnit]:
         """One for each shard of a stream."""
@@ -355,7 +365,7 @@ class SpreadUnits:
     def start(
         self, unit: LayerUnit, number: int, entering: HeldStates, kept: Handle, source: Handle,
         changes: Sequence[Handle] = (),
-    ) -> Any:  # fmt: skip
+    ) -> Started:  # fmt: skip
         """Begin a shard's unit."""
         optional = (self._nothing if one is None else one for one in (kept, source))
         held = [entering.handles[number], *optional, *changes]
@@ -441,9 +451,11 @@ class SpreadPass:
         wants = Wants(gram=True, largest=largest)
         module = "" if original is None else original.module
         units = [self._now(unit, shared=shared, wants=wants, module=module) for unit in self._units]
-        begun = [self._start(unit, number, original) for number, unit in enumerate(units)]
-        self._kept = [one.held for one in begun]
-        return merged(one.result() for one in begun).results(self._layer)[shared]
+        handles: list[Handle] = []
+        seen = self._spread.results(lambda number: self._start(units[number], number, original), len(units), handles)
+        found = merged(seen).results(self._layer)[shared]
+        self._kept = handles
+        return found
 
     def changed(self, path: str) -> None:
         """As ``Pass``."""
@@ -452,15 +464,15 @@ class SpreadPass:
 
     def finish(self) -> None:
         """As ``LayerPass``."""
-        begun = [self._start(self._now(unit), number, None) for number, unit in enumerate(self._units)]
-        for one in begun:
-            one.result()
-        self._states.handles = [one.held for one in begun]
+        units, handles = [self._now(unit) for unit in self._units], list[Handle]()
+        for _ in self._spread.results(lambda number: self._start(units[number], number, None), len(units), handles):
+            pass
+        self._states.handles = handles
 
     def _now(self, unit: LayerUnit, **what: Any) -> LayerUnit:
         return replace(unit, changes=tuple(path for path, _ in self._changed), **what)
 
-    def _start(self, unit: LayerUnit, number: int, original: KeptInputs | None) -> Any:
+    def _start(self, unit: LayerUnit, number: int, original: KeptInputs | None) -> Started:
         source = None if original is None else original.handles[number]
         changes = [handle for _, handle in self._changed]
         return self._spread.start(unit, number, self._states, self._kept[number], source, changes)

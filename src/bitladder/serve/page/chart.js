@@ -70,7 +70,8 @@ export function lossChart(points, { title, width, limit = null, ladder = true })
     const [from, to] = [scale.x(below.x), scale.x(above.x)];
     const said = `the cliff: ×${times.toFixed(1)}`;
     const wide = said.length * CHARACTER;
-    const heights = Array.from({ length: Math.floor((bottom - FRAME.top) / 16) }, (_, step) => FRAME.top + 12 + 16 * step);
+    const rows = Math.floor((bottom - FRAME.top) / 16);
+    const heights = Array.from({ length: rows }, (_, row) => FRAME.top + 12 + 16 * row);
     const places = heights.flatMap((y) => [
       placeOf(to + 6, y, "start", wide),
       placeOf(from - 6, y, "end", wide),

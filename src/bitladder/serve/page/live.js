@@ -50,7 +50,7 @@ function tierCard(tier) {
     ["State", tier.state, "ready, loading, stopped or failed"],
     ["Running", `${tier.running} of ${tier.slots}`, "requests that are being answered, of those possible at once"],
     ["Waiting", tier.queued, "requests in the queue"],
-    ["First byte", seconds(tier.first_byte_s?.p50), "time to the first byte of an answer: half of the answers are faster"],
+    ["First byte", seconds(tier.first_byte_s?.p50), "time to the first byte: half of the answers are faster"],
     ["95% within", seconds(tier.first_byte_s?.p95), "time in which 95 of 100 answers send their first byte"],
     ["Tokens/s", fixed(tier.tokens_per_s?.p50, 1), "while answering: half of the answers are faster"],
     ["Answered", tier.outcomes?.complete ?? 0, "requests answered to their end"],
@@ -61,7 +61,13 @@ function tierCard(tier) {
     { class: `tier ${tier.tier}` },
     h("h3", {}, h("span", { class: "mark", "aria-hidden": "true" }), `${tier.tier} tier`),
     h("p", { class: "level" }, tier.level),
-    h("dl", {}, ...facts.map(([name, value, means]) => h("div", { title: means }, h("dt", {}, name), h("dd", {}, String(value))))),
+    h(
+      "dl",
+      {},
+      ...facts.map(([name, value, means]) =>
+        h("div", { title: means }, h("dt", {}, name), h("dd", {}, String(value))),
+      ),
+    ),
     h("p", { class: "soft small" }, tier.resident ? "Stays in memory." : "Takes turns in memory."),
     tier.engine && h("p", { class: "soft small" }, `Engine: ${tier.engine}`),
     tier.last_error && h("p", { class: "bad small" }, tier.last_error),

@@ -1,7 +1,8 @@
 // Where the names in a chart go: each takes the nearest place that is free. The report's placement.py is the same.
 // Boxes are [left, top, right, bottom], y downwards; text is 12 units high.
 
-export const CHARACTER = 7.6; // units of the drawing: capitals and underscores, which names of levels are made of, are wide
+// Units of the drawing: capitals and underscores, which names of levels are made of, are wide.
+export const CHARACTER = 7.6;
 export const BOLD = 8.2; // of the chosen levels' names
 export const BESIDE = 11; // from the middle of a mark to a name beside it
 export const LINE = 14;
