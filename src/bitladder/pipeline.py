@@ -42,12 +42,12 @@ from bitladder.records.run import RunRecord
 from bitladder.report import RUN_JSON, check_html, check_run, report_beside, write_html, write_run
 from bitladder.stages import run_facts as facts
 from bitladder.stages.as_deployed import as_deployed
-from bitladder.stages.ask import Asker, LevelToAsk, ServedLevel, name_of
+from bitladder.stages.ask import Asker, LevelToAsk, ServedLevel, name_of, require_room
 from bitladder.stages.calibration import importance_need, importance_of
 from bitladder.stages.costs import Prices, level_costs, prices_of
 from bitladder.stages.criteria_help import criteria_help
 from bitladder.stages.endpoints import agree_to_spend
-from bitladder.stages.engine_way import way_for
+from bitladder.stages.engine_way import engine_missing, way_for
 from bitladder.stages.evaluate import compare
 from bitladder.stages.forecast import building_need, corrected_seconds, walking_need
 from bitladder.stages.job import AUTO, Build, Job, Journal, Say, Work, opened
@@ -170,6 +170,7 @@ def _assessed_in_whole(given: _Given) -> RunRecord:
     given, levels = _in_time(given, plan, _levels_to_build(given, plan))
     if _needs_engine(given, levels):
         job.require_engine()
+        require_room(given.workload, plan.n_ctx, job)
     with timed("calibrate"):
         calibrated = calibrate_levels(job, sort_levels(levels), given.build)
         importance = importance_of(job, given.build)
@@ -531,6 +532,12 @@ def _planned(given: _Given) -> Plan:
     reference, source = _named_reference(given.settings), given.job.source
     for cache in given.settings.caches:
         check_cache(source.model, cache)
+    if given.settings.caches and (why := engine_missing(source.model)):
+        raise UnknownArchitecture(
+            f"Losses by cache cannot be measured: {why}.",
+            means="They come from llama.cpp's own library.",
+            do="Leave out --kv.",
+        )
     plans = {
         cache: make_plan(
             source.model, given.machine, n_ctx=given.settings.n_ctx, levels=_wanted(given.settings),

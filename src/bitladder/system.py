@@ -94,6 +94,15 @@ def read_at(handle: int, count: int, offset: int) -> bytes:
         return os.read(handle, count)
 
 
+def read_into(handle: int, room: memoryview, offset: int) -> int:
+    """Read an open file from ``offset`` on into ``room``, as far as it goes; returns how many bytes came."""
+    if hasattr(os, "preadv"):
+        return os.preadv(handle, [room], offset)
+    found = read_at(handle, len(room), offset)
+    room[: len(found)] = found
+    return len(found)
+
+
 def write_at(handle: int, data: bytes | memoryview, offset: int) -> int:
     """Write bytes at ``offset`` of an open file, whatever other threads write; returns how many were written."""
     if hasattr(os, "pwrite"):

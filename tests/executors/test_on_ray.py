@@ -27,8 +27,8 @@ LANES = 6
 def started():
     """A cluster whose units take one of six lanes or several: so many of them are computed at a time."""
     ray.init(
-        num_cpus=3, resources={"lane": LANES}, include_dashboard=False, log_to_driver=False, configure_logging=False,
-        object_store_memory=200 << 20,
+        "local", num_cpus=3, resources={"lane": LANES}, include_dashboard=False, log_to_driver=False,
+        configure_logging=False, object_store_memory=200 << 20,
     )  # fmt: skip
     yield
     ray.shutdown()
@@ -90,8 +90,8 @@ def test_workers_that_are_killed(started, model, here, tmp_path, capsys):
     done = threading.Event()
 
     def kill() -> None:
-        """Three times; a unit is tried six times, and starting a worker may take long."""
-        while len(killed) < 3 and not done.wait(0.5):
+        """Twice; a unit is tried six times, and starting a worker takes long."""
+        while len(killed) < 2 and not done.wait(0.5):
             everyone = psutil.Process().children(recursive=True)
             with suppress(psutil.Error, ProcessLookupError):  # it ended by itself
                 for one in everyone:

@@ -11,6 +11,7 @@ from bitladder.errors import BadFile, BadInput, UnknownArchitecture
 from bitladder.files import convert
 from bitladder.files.checkpoint import read_checkpoint
 from bitladder.files.converter import Converter, find_converter
+from bitladder.files.describe_source import describe
 from bitladder.files.gguf import read_header
 from bitladder.files.sources import resolve
 from tiny_checkpoints import write_tokenizer
@@ -303,3 +304,31 @@ def test_a_model_without_experts_is_no_mixture(tmp_path, demo_gguf, architecture
     assert bool(experts) == architecture.endswith("_moe")
     widths = model.metadata[f"{architecture}.feed_forward_length"]
     assert [width > 0 for width in widths] == [False, False, True, False]
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("ties", [{}, {"tie_word_embeddings": False}])
+def test_a_head_beside_an_embedding_that_is_said_to_be_it(checkpoint, tmp_path, ties):
+    """Passed over, as transformers and vLLM do, and told; kept where config.json says nothing of the kind."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "tied"
+    shutil.copytree(checkpoint, folder)
+    vocab, width = next(tensor.shape for tensor in read_checkpoint(folder).tensors if "embed_tokens" in tensor.name)
+    for shard in folder.glob("*.safetensors*"):
+        shard.unlink()
+    weights = {}
+    for shard in read_checkpoint(checkpoint).shards:
+        weights |= load_file(shard)
+    save_file(
+        weights | {"lm_head.weight": torch.ones(vocab, width, dtype=torch.bfloat16)}, folder / "model.safetensors"
+    )
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | ties))
+    source = resolve(str(folder))
+    model, planned = read_header(source.path), describe(str(folder)).model
+    heads = [tensor.name for tensor in model.tensors if tensor.name == "output.weight"]
+    assert heads == (["output.weight"] if ties else [])
+    assert {(tensor.name, tensor.shape) for tensor in planned.tensors} == {(t.name, t.shape) for t in model.tensors}
+    assert any("the weights hold lm_head.weight: it is left out" in line for line in source.warnings) == (not ties)

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from bitladder.errors import BadFile, BadInput, UnknownArchitecture
-from bitladder.files import engine_package
+from bitladder.files import engine_package, gguf
 from bitladder.files.describe_source import describe
 from bitladder.files.engine_package import engine_knows
 from bitladder.files.gguf import GgufFile, base_name, part_paths, read_header
 from bitladder.files.gguf_header import read_file_header
+from bitladder.walk.weights import FileWeights
 from gguf_bytes import (
     ARRAY,
     F16,
@@ -79,19 +80,31 @@ def test_weights_come_back(tiny):
         )
 
 
-def test_released_pages_can_be_read_again(tiny):
+def test_rows_are_read_by_number(tiny):
+    weights = tiny_weights()["token_embd.weight"]
     with GgufFile.open(tiny) as file:
-        view = file.raw("token_embd.weight")
-        before = view.tobytes()
-        file.release("token_embd.weight")
-        file.release("token_embd.weight", slice(5, 9))
-        assert view.tobytes() == before
+        for rows in (slice(None), slice(5, 9), slice(9, 5), slice(-3, None), slice(0, 9, 4), np.array([7, 0, 7])):
+            assert file.raw("token_embd.weight", rows).tobytes() == weights[rows].tobytes()
+            np.testing.assert_array_equal(file.read("token_embd.weight", rows), weights[rows].astype(np.float32))
+        held = file.raw("token_embd.weight")
+    assert held.tobytes() == weights.tobytes()  # what was read outlives the file
 
 
-def test_views_outlive_the_file(tiny):
+def test_a_large_tensor_is_read_a_part_at_a_time(tiny, monkeypatch):
+    monkeypatch.setattr(gguf, "_READ_AT_ONCE", 100)
     with GgufFile.open(tiny) as file:
-        view = file.raw("token_embd.weight")
-    assert view.tobytes() == tiny_weights()["token_embd.weight"].tobytes()
+        for name, array in tiny_weights().items():
+            np.testing.assert_array_equal(file.read(name), array.astype(np.float32))
+
+
+@pytest.mark.parametrize("left", [0, 600, 0.5, 0.999])
+def test_a_file_that_shrinks_while_it_is_read_is_an_error(tiny, left):
+    with GgufFile.open(tiny) as file:
+        last = list(tiny_weights())[-1]
+        os.truncate(tiny, int(left * tiny.stat().st_size) if left < 1 else left)
+        for read in (file.raw, file.read, FileWeights(file), FileWeights(file).identity):
+            with pytest.raises(BadFile, match="has become shorter while it was read: nothing is left at byte"):
+                read(last)
 
 
 def test_the_model_is_described(tiny):

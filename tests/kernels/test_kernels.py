@@ -295,6 +295,54 @@ def test_importance_shifts_error_to_columns_that_matter_less() -> None:
                                   quantize(x, "Q2_K", importance=importance))  # fmt: skip
 
 
+HARD = {
+    "normal": lambda rng, shape: rng.standard_normal(shape),
+    "cauchy": lambda rng, shape: rng.standard_cauchy(shape),
+    "student": lambda rng, shape: rng.standard_t(1.5, shape),
+    "one in a block": lambda rng, shape: np.where(rng.random(shape) < 1 / 256, 1.0, 1e-3 * rng.standard_normal(shape)),
+    "columns of all sizes": lambda rng, shape: rng.standard_normal(shape) * 10.0 ** rng.uniform(-4, 4, shape[1]),
+    "one sign": lambda rng, shape: np.abs(rng.standard_cauchy(shape)),
+    "near the smallest scale": lambda rng, shape: 3e-7 * rng.standard_normal(shape),
+}
+LOPSIDED = {
+    "none": None,
+    "mild": np.random.default_rng(5).uniform(0.5, 2, 1024),
+    "wide": 10.0 ** np.random.default_rng(5).uniform(-6, 0, 1024),
+    "one column of each block": np.where(np.arange(1024) % 256 == 7, 1.0, 1e-7),
+}
+
+
+@pytest.mark.parametrize("kind", HARD)
+@pytest.mark.parametrize("qtype", BLOCK_FORMATS)
+def test_no_effort_is_worse_than_one_below_it(qtype: str, kind: str) -> None:
+    """By the error that all of them minimise, heavy tails and lopsided importance included."""
+    x = HARD[kind](np.random.default_rng(1), (16, 1024)).astype(np.float32)
+    for name, importance in LOPSIDED.items():
+        counted = None if importance is None else importance.astype(np.float32)
+        floored = None if counted is None else np.maximum(counted / counted.max(), np.float32(1e-9))
+        errors = [
+            squared_error(x, restored(x, qtype, importance=counted, effort=effort), floored) for effort in EFFORTS
+        ]
+        assert errors[1] <= errors[0] * (1 + 1e-6), f"good, importance {name}: {errors[1] / errors[0]}"
+        assert errors[2] <= errors[1] * (1 + 1e-6), f"best, importance {name}: {errors[2] / errors[1]}"
+
+
+@pytest.mark.parametrize("effort", EFFORTS)
+@pytest.mark.parametrize("qtype", BLOCK_FORMATS)
+def test_small_weights_do_not_vanish_with_their_scale(qtype: str, effort: str) -> None:
+    """A step of 2^-24 is the smallest that a float16 scale gives: what is larger comes back to within half of it, as
+    far as the codes reach, and nothing is ever worse than zeros."""
+    bell = np.random.default_rng(2).standard_normal((16, 1024)).astype(np.float32)
+    for size in (1e-9, 1e-8, 3e-8, 1e-7, 3e-7, 1e-6, 3e-6, 1e-5):
+        for x in (bell * np.float32(size), -np.abs(bell) * np.float32(size), np.full_like(bell, size)):
+            for importance in (None, np.ones(1024, np.float32)):
+                error = squared_error(x, restored(x, qtype, importance=importance, effort=effort), None)
+                assert error <= squared_error(x, 0 * x, None) * (1 + 1e-6), size
+    steps = 2 if qtype.startswith("IQ4") else 1  # those of its table are ten apart
+    x = bell * np.float32(1e-5)
+    assert squared_error(x, restored(x, qtype, effort=effort), None) < 0.1 * steps * squared_error(x, 0 * x, None)
+
+
 def test_columns_of_no_importance_still_come_back() -> None:
     x, importance = sample("even"), np.ones(512, np.float32)
     importance[:256] = 0

@@ -15,7 +15,7 @@ from bitladder.serve.backends import UpstreamFailed
 from bitladder.serve.connections import ConnectionPool
 from bitladder.serve.deploy import deployed
 from bitladder.serve.settings import ServeSettings, TierSpec
-from bitladder.serve.supervisor import EngineFingerprint, Supervisor, Turns
+from bitladder.serve.supervisor import EngineFingerprint, Supervisor, Turns, guess_counters
 from upstreams import CHAT, chat
 
 
@@ -227,3 +227,15 @@ def test_a_gateway_whose_tiers_do_not_fit_together_loads_the_one_that_is_asked_f
     assert [reply.json()["model"] for reply in replies] == ["Q8_0", "Q8_0", "Q4_K_M", "Q8_0"]
     told = ["was loaded for this" in reply.headers["x-bitladder-reason"] for reply in replies]
     assert told == [True, False, True, True]
+
+
+def test_how_good_guesses_are_is_read_from_the_engines_counters():
+    text = (
+        "# TYPE llamacpp:spec_decode_num_draft_tokens_total counter\n"
+        "llamacpp:spec_decode_num_draft_tokens_total 44\nllamacpp:spec_decode_num_accepted_tokens_total 8\n"
+    )
+    assert guess_counters(text) == (44, 8)
+    assert guess_counters("") is None
+    assert guess_counters("llamacpp:spec_decode_num_draft_tokens_total 44\n") is None
+    assert guess_counters(text.replace("44", "many")) is None
+    assert guess_counters(text.replace("44", "9" * 50)) is None

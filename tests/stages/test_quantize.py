@@ -25,6 +25,7 @@ from bitladder.kernels import REVISION, dequantize, quantize
 from bitladder.levels import parse_levels
 from bitladder.stages import write_levels as stage
 from bitladder.stages.write_levels import method_name, quantize_levels
+from bitladder.walk.weights import FileWeights, Quantizer
 from gguf_bytes import LLAMA_KEYS, strings, tiny_weights, write_model
 
 TOKENS = strings("tokenizer.ggml.tokens", [f"token {number} ü" for number in range(96)])
@@ -261,12 +262,36 @@ def test_weights_that_are_no_numbers_are_named(tmp_path, value, name, level, sma
     assert files_in(tmp_path / "out") == []
 
 
-def test_weights_too_large_for_f16(tmp_path):
-    source = write_model(tmp_path / "wide.gguf", {"blk.0.attn_q.weight": np.full((32, 32), 1e5, np.float32)})
+@pytest.mark.parametrize(
+    ("level", "value", "end"), [("F16", 1e5, "65504"), ("Q8_0", -1e7, "-8.31901e+06"), ("Q4_1", -1e5, "-65504")]
+)
+def test_weights_too_large_for_a_type(tmp_path, level, value, end):
+    """Refused alike in a level that is written and in one that is only measured, and nothing is left."""
+    weights = np.zeros((32, 32), np.float32)
+    weights[3, 5] = value
+    source = write_model(tmp_path / "wide.gguf", {"blk.0.ffn_up.weight": weights})
     with GgufFile.open(source) as opened:
-        with pytest.raises(BadWeights, match=r"holds a weight of 100000; F16 ends at 65504"):
-            quantize_levels(opened, ["F16"], tmp_path / "out")
+        message = rf"blk\.0\.ffn_up\.weight holds a weight of {value:.6g}; {level} ends at {end}\.".replace("+", r"\+")
+        with pytest.raises(BadWeights, match=message):
+            quantize_levels(opened, [level], tmp_path / "out")
+        with pytest.raises(BadWeights, match=message):
+            Quantizer(FileWeights(opened)).read("blk.0.ffn_up.weight", level)
+        assert files_in(tmp_path / "out") == []
         quantize_levels(opened, ["BF16"], tmp_path / "out")
+
+
+def test_a_tensor_that_dies_is_told(tmp_path):
+    """Once for each type, and not of zeros that were zeros, nor of a tensor of which something is left."""
+    rows = np.full((40, 64), 1e-12, np.float32)
+    some = rows.copy()
+    some[39, 63] = 1.0
+    weights = {"blk.0.ffn_up.weight": rows, "blk.0.ffn_gate.weight": some, "blk.0.ffn_down.weight": 0 * rows}
+    said = []
+    with GgufFile.open(write_model(tmp_path / "small-F32.gguf", weights)) as opened:
+        quantize_levels(opened, ["BF16", "Q8_0", "Q4_0"], tmp_path / "out", warn=said.append)
+    assert sorted(line.partition(":")[0] for line in said) == [
+        "blk.0.ffn_up.weight becomes zeros in Q4_0", "blk.0.ffn_up.weight becomes zeros in Q8_0",
+    ]  # fmt: skip
 
 
 def test_no_space_is_refused_before_the_first_byte(tmp_path, tiny, monkeypatch):
@@ -351,6 +376,21 @@ def test_a_source_that_changes_under_our_hands(tmp_path, tiny, monkeypatch):
     monkeypatch.setattr(stage, "quantize", meddling)
     with GgufFile.open(tiny) as source, pytest.raises(BadInput, match="changed while it was read"):
         quantize_levels(source, ["Q8_0"], tmp_path / "out")
+    assert files_in(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("left", [0, 0.5, 0.99])
+def test_a_source_that_shrinks_under_our_hands(tmp_path, tiny, monkeypatch, left):
+    """An error, no file, and no signal that ends the process."""
+
+    def meddling(weights, qtype, **more):
+        os.truncate(tiny, int(left * size))
+        return quantize(weights, qtype, **more)
+
+    size = tiny.stat().st_size
+    monkeypatch.setattr(stage, "quantize", meddling)
+    with GgufFile.open(tiny) as source, pytest.raises(BadInput, match=r"while it was read"):
+        quantize_levels(source, ["Q8_0", "Q4_0"], tmp_path / "out", threads=2)
     assert files_in(tmp_path / "out") == []
 
 

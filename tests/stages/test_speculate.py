@@ -1,5 +1,6 @@
 """Speculative decoding: what guesses gain, when they are called lossless and paying, and the real engine's guesses."""
 
+import asyncio
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,8 @@ from bitladder.files.gguf import read_header
 from bitladder.records import to_json
 from bitladder.records.reading import from_json
 from bitladder.records.speculation import SpeculationResult
+from bitladder.serve.deploy import deployed
+from bitladder.serve.settings import ServeSettings, TierSpec
 from bitladder.stages.job import Work
 from bitladder.stages.speculate import Asked, SpeculateRequest, known_to_pay, report_of, try_speculation
 from tiny_engine import write_tiny
@@ -168,3 +171,23 @@ def test_the_verb_measures_stores_and_auto_takes_only_what_pays(model, tmp_path,
     best = known_to_pay(model, threads=1)
     assert (str(best) if best else None) == (found.best.mode if found.best else None)
     assert known_to_pay(model, threads=99) is None
+
+
+@pytest.mark.model
+def test_a_tier_that_guesses_tells_how_good_its_guesses_are(model):
+    async def served():
+        spec = TierSpec(level="tiny", path=model, n_ctx=512, speculate=Speculation("draft", model))
+        async with deployed(ServeSettings(quality=spec, port=0, threads=1)) as deployment:
+            (tier,) = deployment.tiers
+            for _ in range(40):
+                process = tier.engine._process
+                await asyncio.to_thread(process.chat, Chat.of("abcabcabc", 24))
+                await asyncio.sleep(0.5)
+                (told,) = deployment.metrics.live(deployment.tiers)["tiers"]
+                if told["guesses"]["guessed"]:
+                    return told["guesses"], deployment.metrics.text(deployment.tiers).decode()
+            return None
+
+    guesses, text = asyncio.run(served())
+    assert guesses["from"] == "draft" and guesses["acceptance"] > 0.5
+    assert 'bitladder_guessed_tokens{tier="quality"}' in text

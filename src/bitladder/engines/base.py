@@ -167,6 +167,9 @@ class Launch:
     projector: str | Path = ""
     """A GGUF file that takes in pictures and sounds for the model; empty: none."""
     task: EngineTask = EngineTask.TEXT
+    chats: bool = True
+    """False: nothing is asked that needs the model's chat template, so that one which the engine cannot read does not
+    matter."""
 
     def __post_init__(self) -> None:
         for name, least in (("n_ctx", 16), ("n_parallel", 1), ("threads", 1)):

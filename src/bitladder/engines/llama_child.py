@@ -46,6 +46,8 @@ def _params(settings: dict[str, Any]) -> Any:
     types = {kind.name.removeprefix("GGML_TYPE_").lower(): kind for kind in xllamacpp.ggml_type}
     params.cache_type_k = types[settings["cache_type_k"]]
     params.cache_type_v = types[settings["cache_type_v"]]
+    if not settings["chats"]:
+        params.chat_template = "chatml"  # any that it has: the model's own is not read then
     if settings["speculate"]:
         _speculate(params.speculative, settings)
     # The plan has decided what fits; the engine must not quietly shrink the context to make it so.

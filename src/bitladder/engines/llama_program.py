@@ -89,6 +89,8 @@ class LlamaProgram:
             pairs["--n-gpu-layers"] = settings.n_gpu_layers
         if settings.projector:
             pairs |= self._known({"--mmproj": str(settings.projector)})
+        if not settings.chats:
+            pairs |= self._known({"--chat-template": "chatml"})
         # Newer builds shrink the context to fit and keep 8 GiB of old prompts, unless told not to.
         pairs |= self._known({"--fit": "off", "--cache-ram": settings.prompt_cache_mib})
         pairs |= self._speculation(settings)

@@ -58,6 +58,7 @@ _OUT_OF_MEMORY = re.compile(
 _REASONS = (
     re.compile(r"error loading model: (.+)"),
     re.compile(r"(GGML_ASSERT\(.+)"),
+    re.compile(r"(chat template parsing error)"),
     re.compile(r"(?:error|failed)\w*: (.+)", re.IGNORECASE),
 )
 """Lines that say why a model was not loaded, the most telling first."""
@@ -158,7 +159,7 @@ class EngineProcess:
             return None
         if code is None:
             return None
-        self._join_readers(5.0)  # its last words may still be in the pipe, and this machine be busy
+        self._join_readers(30.0)  # its last words may still be in the pipe, and this machine be busy
         means = KILLED if ended_by(code, "SIGKILL") else ""
         memory = bool(means) or any(_OUT_OF_MEMORY.search(line) for line in self._log)
         found = f"The engine for '{self._launch.model_name}' {ending(code)}."

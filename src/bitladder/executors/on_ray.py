@@ -120,8 +120,9 @@ def _initialised(address: str | None) -> None:
         raise ClusterError(
             f"Ray does not connect to {address or 'a cluster'}: {text}",
             means="The cluster is not in order, has another version, asks for a token, or this is no address of Ray's.",
-            do="Look whether `ray status` works here; addresses are those of ray.init: local, auto, HOST:6379, "
-            "ray://HOST:10001.",
+            do="Look whether `ray status` works here. Addresses are those of ray.init: auto, HOST:6379, "
+            "ray://HOST:10001. A cluster that asks for a token needs RAY_AUTH_MODE=token here, and its token where Ray "
+            "looks for it.",
         ) from error
 
 
@@ -289,8 +290,8 @@ class Ray(Executor):
 
 def _wanted(options: dict[str, Any]) -> dict[str, float]:
     """What a unit takes, as nodes count it."""
-    own = {"CPU": options["num_cpus"], "GPU": options.get("num_gpus", 0), "memory": options.get("memory", 0)}
-    return own | options.get("resources", {})
+    own: dict[str, float] = {"CPU": options["num_cpus"], **options.get("resources", {})}
+    return own | {"GPU": options.get("num_gpus", 0), "memory": options.get("memory", 0)}
 
 
 @dataclass(frozen=True)

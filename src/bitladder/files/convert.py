@@ -11,9 +11,11 @@ from __future__ import annotations
 import re
 import shutil
 import tempfile
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from bitladder.describe.contradiction import check_config
 from bitladder.describe.rope_scaling import PLAIN, rope_kinds
@@ -192,7 +194,7 @@ def content_hash(checkpoint: Checkpoint, converter: Converter, progress: Progres
     """SHA-256 over all that a conversion depends on: the files' names and hashes, their staging, the converter."""
     files = sorted({*data_files(checkpoint.folder), *checkpoint.shards})
     hashes = (part for path in files for part in (path.name, file_sha256(path, progress)))
-    return cache_key(str(STAGING), converter.identity(), *hashes)
+    return cache_key(str(STAGING), converter.identity(), *hashes, *unused_head(checkpoint.config, checkpoint.tensors))
 
 
 def outtype_of(checkpoint: Checkpoint) -> str:
@@ -207,6 +209,18 @@ def lacks_mtp(checkpoint: Checkpoint) -> bool:
     """
     named = FURTHER in parts_beside(checkpoint.tensors, checkpoint.config)
     return not named and counts_layers(checkpoint.config)
+
+
+def unused_head(config: Mapping[str, Any], tensors: Sequence[CheckpointTensor]) -> list[str]:
+    """The name of a stored head that config.json says is the embedding: transformers and vLLM pass over it, so a file
+    that holds it would be another model, or the embedding twice. None where there is no such head.
+    """
+    owners = [own for own in (config, config.get("text_config")) if isinstance(own, Mapping)]
+    ties = [own.get("tie_word_embeddings") for own in owners]
+    names = {tensor.name for tensor in tensors}
+    if True not in ties or False in ties or not any(name.endswith("embed_tokens.weight") for name in names):
+        return []
+    return sorted(name for name in names if name.endswith("lm_head.weight"))
 
 
 def _check_rope(checkpoint: Checkpoint, converter: Converter) -> None:
@@ -260,6 +274,7 @@ def _run_converter(job: _Conversion, stage: Path, work: Path) -> Path:
             *(["--mmproj"] if job.towers else []),
         ],
         "without_mtp": not job.towers and lacks_mtp(checkpoint),
+        "left_out": unused_head(checkpoint.config, checkpoint.tensors),
         **_bounds(checkpoint),
     }
     seconds = _LEAST_SECONDS + checkpoint.nbytes / _SLOWEST

@@ -27,7 +27,7 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn, TypedDict
+from typing import Any, NoReturn, NotRequired, TypedDict
 
 CLOSED_EVENTS = (
     "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.forkpty", "pty.spawn",
@@ -70,6 +70,8 @@ class ChildJob(ChildBounds):
     "header": those of "convert"."""
     without_mtp: bool
     """The checkpoint has no multi-token-prediction tensors: say so to converters that ask."""
+    left_out: NotRequired[list[str]]
+    """Tensors of the checkpoint that the converter is not to see."""
 
 
 class Fenced(PermissionError):
@@ -202,6 +204,7 @@ def _convert(job: ChildJob) -> None:
     arguments = list(job["arguments"])
     with contextlib.suppress(ImportError):  # another converter
         _keep_to_config(Path(arguments[0]))
+        _leave_out(frozenset(job.get("left_out", ())))
     if job["without_mtp"] and _asks_for_mtp(Path(arguments[0])):
         arguments.append("--no-mtp")
     sys.argv = ["convert_hf_to_gguf.py", *arguments]
@@ -227,6 +230,18 @@ def _keep_to_config(stage: Path) -> None:
         return _as_written(config, written, mixture=mixture) if isinstance(written, dict) else config
 
     ModelBase.load_hparams = staticmethod(loaded)
+
+
+def _leave_out(names: frozenset[str]) -> None:
+    """Let the converter see all tensors but these."""
+    from conversion.base import ModelBase
+
+    listed = ModelBase.index_tensors
+
+    def others(*arguments: Any, **options: Any) -> dict[str, Any]:
+        return {name: value for name, value in listed(*arguments, **options).items() if name not in names}
+
+    ModelBase.index_tensors = others
 
 
 def _tensor_names(path: Path) -> list[str]:

@@ -1,15 +1,16 @@
-"""A model in a GGUF file, or in the parts of a split one: its header as a ``Model``, its tensors mapped into
-memory.
+"""A model in a GGUF file, or in the parts of a split one: its header as a ``Model``, its tensors read when they are
+asked for.
 
-Nothing is read before it is asked for. ``release`` gives mapped pages back, so that one pass over a large
-file does not count the whole of it as this process's memory.
+They are read, not mapped into memory: a file that shrinks meanwhile, or a disk that fails, would otherwise end the
+process with a signal (SIGBUS), where a read ends with an error.
 """
 
 from __future__ import annotations
 
 import hashlib
-import mmap
 import re
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    Rows = slice | NDArray[np.int64] | None
+
+_READ_AT_ONCE = 1 << 24
+"""Weights: what is stored of a large tensor need not lie in memory beside all that it decodes to."""
 _TYPE_SUFFIX = re.compile(r"[-._](?:f32|f16|fp16|bf16|i?q\d\w*|tq\d_\d|mxfp4\w*)$", re.IGNORECASE)
 
 
@@ -140,6 +145,14 @@ def read_header(path: Path) -> Model:
     return _model(headers, _merged(headers))
 
 
+def row_pieces(info: TensorInfo, weights: int) -> Iterator[slice]:
+    """A tensor's flattened rows, at most so many weights at a time, but at least a row."""
+    count, _ = row_bytes(info)
+    step = max(1, weights // max(1, info.shape[-1] if info.shape else 1))
+    for start in range(0, count, step):
+        yield slice(start, min(start + step, count))
+
+
 def part_paths(path: Path) -> list[Path]:
     """Every file of the model that ``path`` belongs to, in order. Raises as ``read_header`` does."""
     return [header.path for header in _parts(path)]
@@ -160,10 +173,9 @@ class GgufFile:
         self._stored = _merged(self.headers)
         self.model = _model(self.headers, self._stored)
         self._hash: FollowingHash | None = None
-        self._maps: list[mmap.mmap] = []
-        for header in self.headers:
-            with open_regular(header.path) as file:
-                self._maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        with ExitStack() as opened:
+            self._files = [opened.enter_context(open_regular(header.path)) for header in self.headers]
+            self._open = opened.pop_all()
 
     @classmethod
     def open(cls, path: Path) -> GgufFile:
@@ -177,8 +189,8 @@ class GgufFile:
         self.close()
 
     def close(self) -> None:
-        """Let go of the mappings; arrays still in use keep theirs until they go."""
-        self._maps = []
+        """Close the files; what was read stays."""
+        self._open.close()
         if self._hash is not None:
             self._hash.abandon()
 
@@ -191,41 +203,54 @@ class GgufFile:
         """A tensor's shape and type. Raises KeyError for a name that is not there."""
         return self._stored[name].info
 
-    def raw(self, name: str) -> NDArray[np.uint8]:
-        """A tensor's stored bytes, mapped: uint8[rows, row_bytes], leading dimensions flattened into rows."""
+    def raw(self, name: str, rows: Rows = None) -> NDArray[np.uint8]:
+        """A tensor's stored bytes, or those of some of its rows: uint8[rows, row_bytes], leading dimensions flattened
+        into rows.
+
+        Raises:
+            BadFile: the file has become shorter since it was opened, or cannot be read.
+        """
         import numpy as np  # loaded by the first who needs it: hashing need not wait for it
 
         tensor = self._stored[name]
-        rows, width = row_bytes(tensor.info)
-        flat = np.frombuffer(self._maps[tensor.shard], np.uint8, rows * width, tensor.offset)
-        return flat.reshape(rows, width)
+        count, width = row_bytes(tensor.info)
+        if rows is None or (isinstance(rows, slice) and rows.step in (None, 1)):
+            first, last, _ = (rows or slice(None)).indices(count)
+            data = np.empty((max(0, last - first), width), np.uint8)
+            self._fill(tensor.shard, tensor.offset + first * width, data)
+            return data
+        wanted = np.arange(count)[rows]
+        data = np.empty((len(wanted), width), np.uint8)
+        for at, row in enumerate(wanted.tolist()):
+            self._fill(tensor.shard, tensor.offset + row * width, data[at])
+        return data
 
-    def read(self, name: str, rows: slice | None = None) -> NDArray[np.float32]:
-        """A tensor's weights as f32 in its own shape, or f32[rows, columns] of the flattened rows in
-        ``rows``.
+    def _fill(self, shard: int, offset: int, data: NDArray[np.uint8]) -> None:
+        """Read as many bytes as ``data`` has room for."""
+        left = data.data.cast("B") if data.size else memoryview(b"")
+        path = self.headers[shard].path
+        while left:
+            try:
+                count = system.read_into(self._files[shard].fileno(), left, offset)
+            except OSError as error:
+                raise BadFile(f"{path} cannot be read: {error.strerror}.", do="Check the disk it lies on.") from error
+            if not count:
+                raise BadFile(
+                    f"{path} has become shorter while it was read: nothing is left at byte {offset}.",
+                    means="Another program writes to it, or it is still being copied.",
+                    do="Wait until it is complete and try again.",
+                )
+            left, offset = left[count:], offset + count
+
+    def read(self, name: str, rows: Rows = None, *, threads: int = 1) -> NDArray[np.float32]:
+        """A tensor's weights as f32 in its own shape, or f32[rows, columns] of the flattened rows in ``rows``. Raises
+        as ``raw`` does.
         """
-        from bitladder.kernels import dequantize
-
-        info = self.info(name)
-        data = self.raw(name) if rows is None else self.raw(name)[rows]
-        values: NDArray[np.float32] = dequantize(data, info.qtype)
-        return values.reshape(info.shape) if rows is None else values
+        return read_weights(self, name, rows, threads=threads)
 
     def place(self, name: str) -> StoredTensor:
         """Where a tensor lies: its part (from 0) and the offset of its first byte there."""
         return self._stored[name]
-
-    def release(self, name: str, rows: slice = slice(None)) -> None:
-        """Give back the mapped pages of a tensor's rows. They can be read again; the system's cache keeps
-        what it can.
-        """
-        tensor = self._stored[name]
-        count, width = row_bytes(tensor.info)
-        first, last, _ = rows.indices(count)
-        start = (tensor.offset + first * width) // mmap.PAGESIZE * mmap.PAGESIZE
-        length = tensor.offset + last * width - start
-        if last > first:
-            system.drop_pages(self._maps[tensor.shard], start, length)
 
     def hash_ahead(self) -> FollowingHash:
         """Begin to hash the files, a little ahead of who reads them; the same hash at every call."""
@@ -242,6 +267,22 @@ class GgufFile:
         if self._hash is not None:
             return joined_sha256(self._hash.result())
         return joined_sha256([file_sha256(header.path) for header in self.headers])
+
+
+def read_weights(file: GgufFile, name: str, rows: Rows, *, threads: int) -> NDArray[np.float32]:
+    """As ``GgufFile.read``, of anything that has ``info`` and ``raw``."""
+    import numpy as np
+
+    from bitladder.kernels import dequantize
+
+    info = file.info(name)
+    if rows is not None:
+        return dequantize(file.raw(name, rows), info.qtype, threads=threads)
+    count, _ = row_bytes(info)
+    values = np.empty((count, info.shape[-1] if info.shape else 1), np.float32)
+    for part in row_pieces(info, _READ_AT_ONCE):
+        dequantize(file.raw(name, part), info.qtype, threads=threads, out=values[part])
+    return values.reshape(info.shape)
 
 
 def joined_sha256(digests: list[str]) -> str:

@@ -23,7 +23,7 @@ from bitladder.errors import BadFile, BadInput, BitladderError, OutputError
 from bitladder.files import converter_child
 from bitladder.files.atomic import write_whole
 from bitladder.files.checkpoint import Checkpoint, CheckpointTensor
-from bitladder.files.convert import converter_failure, lacks_mtp, outtype_of
+from bitladder.files.convert import converter_failure, lacks_mtp, outtype_of, unused_head
 from bitladder.files.converter import Converter
 from bitladder.files.fence import ended_after, environment, fenced, memory_bound, package_folders
 from bitladder.files.folders import cache_folder
@@ -153,6 +153,7 @@ def _run(stage: Path, checkpoint: Checkpoint, converter: Converter, work: Path) 
             outtype_of(checkpoint) if checkpoint.tensors else "auto",
         ],
         "without_mtp": lacks_mtp(checkpoint),
+        "left_out": unused_head(checkpoint.config, checkpoint.tensors),
         "data_bytes": memory_bound(_MEMORY),
         "file_bytes": 2 * _LARGEST_FILE,
         "cpu_seconds": int(_SECONDS),
@@ -191,9 +192,8 @@ def _key(
 ) -> str:
     """Over everything that the header depends on."""
     shapes = sorted((tensor.name, tensor.dtype, tensor.shape) for tensor in tensors)
-    digest = hashlib.sha256(
-        json.dumps([_VERSION, label, converter.identity(), config, shapes], sort_keys=True, default=str).encode()
-    )
+    parts = [_VERSION, label, converter.identity(), config, shapes, *unused_head(config, tensors)]
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
     for path in data_files(folder) if folder else ():
         stat = path.stat()
         digest.update(f"\n{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino}".encode())

@@ -32,10 +32,18 @@ from bitladder.kernels.lanes import (
     where,
 )
 from bitladder.kernels.pack import pack_affine
-from bitladder.kernels.sixteen import kernel_of
+from bitladder.kernels.sixteen import kernel_of, scale_f16
 
 # rows of the state: one value per lane for each of up to 16 sub-blocks
-S, SX, SL, SLL, SXL, D, C, WHOLE_D, WHOLE_M, PLAIN_D, PLAIN_M, ROWS = range(12)
+S, SX, SL, SLL, SXL, D, C, WHOLE_D, WHOLE_M, PLAIN_D, PLAIN_M, KEPT_D, KEPT_M, ROWS = range(14)
+
+
+@helper
+def minimum_f16(blocks: Any, m: Any) -> Any:
+    """What is stored of a minimum: a scale of whole numbers, or the float16 nearest to the minimum itself."""
+    if blocks.row.scale_high > 0:
+        return scale_f16(m)
+    return to_f16(m)
 
 
 @helper
@@ -166,12 +174,12 @@ def choose_all(blocks: Any, d: Any, dmin: Any) -> Any:
 @helper
 def choose_d(blocks: Any, d: Any, dmin: Any, trials: Any) -> Any:
     """The float16 d and dmin, out of some near the given ones, whose multiples fit the sub-blocks best."""
-    best_d, best_m, best = to_f16(d), to_f16(dmin), splat(3e38)
+    best_d, best_m, best = scale_f16(d), scale_f16(dmin), splat(3e38)
     for k in range(2 * trials):
         if k < trials:
-            trial_d, trial_m = to_f16(d * splat(0.97 + 0.3 * k / trials if k > 0 else 1.0)), best_m
+            trial_d, trial_m = scale_f16(d * splat(0.97 + 0.3 * k / trials if k > 0 else 1.0)), best_m
         else:
-            trial_d, trial_m = best_d, to_f16(dmin * splat(0.97 + 0.3 * (k - trials) / trials))
+            trial_d, trial_m = best_d, scale_f16(dmin * splat(0.97 + 0.3 * (k - trials) / trials))
         error = splat(0.0)
         for j in range(0, blocks.n, 16):
             error = error + choose_whole(blocks, j, trial_d, trial_m)
@@ -198,12 +206,12 @@ def solve_block(blocks: Any, d: Any, dmin: Any) -> Any:
     r = reciprocal(det)
     alone_d, alone_m = where(a22 > zero, d, b1 * reciprocal(a11)), where(a11 > zero, dmin, b2 * reciprocal(a22))
     new_d = where(sound, (a22 * b1 - a12 * b2) * r, alone_d)
-    new_d = to_f16(where(new_d > zero, new_d, d))
+    new_d = scale_f16(where(new_d > zero, new_d, d))
     # dmin for the d that is stored: a weight of overwhelming importance stays exact but for one rounding
     new_m = where(sound, (b2 - a12 * new_d) * reciprocal(a22), alone_m)
     if blocks.row.scale_high > 0:
         new_m = where(new_m > zero, new_m, zero)
-    return new_d, to_f16(new_m)
+    return new_d, minimum_f16(blocks, new_m)
 
 
 @helper
@@ -261,7 +269,7 @@ def keep_plain(blocks: Any, d: Any, dmin: Any) -> Any:
         plain_m = maximum(plain_m, load(state, PLAIN_M * n + j))
     if whole > 0:
         plain_d, plain_m = plain_d / limit, plain_m / limit
-    plain_d, plain_m = to_f16(plain_d), to_f16(plain_m)
+    plain_d, plain_m = scale_f16(plain_d), minimum_f16(blocks, plain_m)
     for j in range(0, n, 16):
         s, m = load(state, WHOLE_D * n + j), load(state, WHOLE_M * n + j)
         plain_s, plain_n = one, one
@@ -295,7 +303,7 @@ def search_block(blocks: Any, search: Any) -> Any:
     else:
         store(state, WHOLE_D * n, splat(1.0))
         store(state, WHOLE_M * n, splat(1.0))
-        d, dmin = to_f16(d), to_f16(dmin)
+        d, dmin = scale_f16(d), to_f16(dmin)
     for k in range(search.passes + 1):
         if k > 0:
             for j in range(0, n, 16):
@@ -310,6 +318,33 @@ def search_block(blocks: Any, search: Any) -> Any:
 
 
 @helper
+def search_ladder(blocks: Any, ladder: Any) -> Any:
+    """Leave the whole-number scales of the search with the least error in the state and return its d and dmin; of
+    equals the first's."""
+    searches = (ladder.first, ladder.second, ladder.third)
+    best_d, best_m, best = splat(0.0), splat(0.0), splat(3e38)
+    state, n = blocks.state, blocks.n
+    for k in range(ladder.rungs):
+        d, dmin = search_block(blocks, searches[k])
+        better = splat(0.0) < splat(1.0)
+        if ladder.rungs > 1:
+            error = true_error(blocks, d, dmin)
+            better = error < best
+            best = where(better, error, best)
+            for j in range(0, n, 16):
+                kept_d = where(better, load(state, WHOLE_D * n + j), load(state, KEPT_D * n + j))
+                kept_m = where(better, load(state, WHOLE_M * n + j), load(state, KEPT_M * n + j))
+                store(state, KEPT_D * n + j, kept_d)
+                store(state, KEPT_M * n + j, kept_m)
+        best_d, best_m = where(better, d, best_d), where(better, dmin, best_m)
+    if ladder.rungs > 1:
+        for j in range(0, n, 16):
+            store(state, WHOLE_D * n + j, load(state, KEPT_D * n + j))
+            store(state, WHOLE_M * n + j, load(state, KEPT_M * n + j))
+    return best_d, best_m
+
+
+@helper
 def write_codes(blocks: Any, d: Any, dmin: Any, codes: Any) -> Any:
     """The codes nearest to (x + m) / d for the stored scales."""
     state, n, size, zero = blocks.state, blocks.n, blocks.row.size, splat(0.0)
@@ -321,9 +356,9 @@ def write_codes(blocks: Any, d: Any, dmin: Any, codes: Any) -> Any:
 
 
 @helper
-def encode(blocks: Any, search: Any, codes: Any, tile: Any) -> Any:
+def encode(blocks: Any, ladder: Any, codes: Any, tile: Any) -> Any:
     """Search sixteen blocks and leave their bytes in ``tile``."""
-    d, dmin = search_block(blocks, search)
+    d, dmin = search_ladder(blocks, ladder)
     write_codes(blocks, d, dmin, codes)
     state, n = blocks.state, blocks.n
     pack_affine(blocks.row.packing, codes, state[WHOLE_D * n :], state[WHOLE_M * n :], d, dmin, tile)

@@ -13,7 +13,7 @@ from bitladder.formats.blocks import QTYPES, QType
 from bitladder.kernels import codebook_search, mxfp4
 from bitladder.kernels.codebook_rows import CODEBOOK
 from bitladder.kernels.compiled import Compiled
-from bitladder.kernels.rows import AFFINE, EFFORTS, SCALE, BlockRow, Effort, ScaleSearch, affine_search, scale_search
+from bitladder.kernels.rows import AFFINE, EFFORTS, SCALE, BlockRow, Effort, Ladder, searches
 
 CHUNK_WEIGHTS = 1 << 17
 """Weights handed to a kernel at once where threads share the rows: half a megabyte of float32."""
@@ -31,8 +31,8 @@ _QUANTIZE_AFFINE = Compiled("bitladder.kernels.affine", "quantize_affine")
 _QUANTIZE_SCALE = Compiled("bitladder.kernels.scale", "quantize_scale")
 _QUANTIZE_PLAIN = Compiled("bitladder.kernels.plain", "quantize_plain")
 _DECODE = {name: Compiled("bitladder.kernels.decode", f"decode_{name.lower()}") for name in (*AFFINE, *SCALE)}
-_ENCODE_BF16, _DECODE_F16, _DECODE_BF16, _ANY_NONFINITE = (
-    Compiled("bitladder.kernels.floats", name) for name in ("encode_bf16", "decode_f16", "decode_bf16", "any_nonfinite")
+_ENCODE_BF16, _DECODE_F16, _DECODE_BF16, _LARGEST_BITS = (
+    Compiled("bitladder.kernels.floats", name) for name in ("encode_bf16", "decode_f16", "decode_bf16", "largest_bits")
 )
 _HALF = np.arange(65536, dtype=np.uint16).view(np.float16).astype(np.float32)
 """Every float16."""
@@ -126,9 +126,15 @@ def dequantize(data: U8Array, qtype: str, *, threads: int = 1, out: F32Array | N
     return out
 
 
+def largest_magnitude(weights: F32Array) -> float:
+    """The largest magnitude of any weight, 0 of none; infinity or NaN where one is that."""
+    bits = _LARGEST_BITS(np.require(weights, np.float32, ["C", "W"]).reshape(-1).view(np.uint32))
+    return float(np.uint32(bits).view(np.float32))
+
+
 def first_nonfinite(weights: F32Array) -> tuple[int, int] | None:
     """Row and column of the first NaN or infinity, or None when all are finite."""
-    if not _ANY_NONFINITE(np.require(weights, np.float32, ["C", "W"]).reshape(-1).view(np.uint32)):
+    if np.isfinite(largest_magnitude(weights)):
         return None
     row, column = np.argwhere(~np.isfinite(weights))[0]
     return int(row), int(column)
@@ -156,8 +162,7 @@ def _encoder(row: QType, columns: int, importance: F32Array | None, effort: Effo
     """A function that encodes whole rows, given flat, into flat bytes."""
     form = AFFINE.get(row.name) or SCALE.get(row.name)
     if form is not None:
-        search = affine_search if row.name in AFFINE else scale_search
-        return _block_encoder(form, search(form, effort, weighted=importance is not None), columns, importance)
+        return _block_encoder(form, searches(form, effort, weighted=importance is not None), columns, importance)
     if row.name in CODEBOOK:
         return lambda x, out: codebook_search.encode(x, columns, row.name, importance, effort, out)
     if row.name == "MXFP4":
@@ -169,7 +174,7 @@ def _encoder(row: QType, columns: int, importance: F32Array | None, effort: Effo
     return lambda x, out: np.copyto(out, x.view(np.uint8))
 
 
-def _block_encoder(form: BlockRow, look: ScaleSearch, columns: int, importance: F32Array | None) -> Encode:
+def _block_encoder(form: BlockRow, look: Ladder, columns: int, importance: F32Array | None) -> Encode:
     """A function that encodes blocks; each thread that calls it works in arrays of its own."""
     weights = np.empty(0, np.float32) if importance is None else importance
     type_size = QTYPES[form.name].type_size
@@ -185,7 +190,7 @@ def _block_encoder(form: BlockRow, look: ScaleSearch, columns: int, importance: 
     def encode(x: F32Array, out: U8Array) -> None:
         kernel(x, columns, weights, form, look, *room(), out)
 
-    return encode_plain if look.plain else encode
+    return encode_plain if look.first.plain else encode
 
 
 def _encode_f16(x: F32Array, out: U8Array) -> None:

@@ -1,4 +1,4 @@
-"""Plain floats, F16 and BF16, and the search for weights that are none."""
+"""Plain floats, F16 and BF16, and the largest of them."""
 
 from __future__ import annotations
 
@@ -42,9 +42,10 @@ def decode_f16(data: Any, bits: Any) -> None:
 
 
 @kernel
-def any_nonfinite(bits: Any) -> Any:
-    """1 if ``bits``, f32 as uint32, hold NaN or infinity: all exponent bits set; else 0."""
+def largest_bits(bits: Any) -> Any:
+    """The largest of ``bits``, f32 as uint32, without their signs: magnitudes are ordered as their bits are, infinity
+    and NaN above all others."""
     found = np.uint32(0)
     for i in range(bits.size):
-        found |= np.uint32((bits[i] & np.uint32(0x7F800000)) == np.uint32(0x7F800000))
+        found = max(found, bits[i] & np.uint32(0x7FFFFFFF))
     return np.int64(found)

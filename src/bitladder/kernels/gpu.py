@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from bitladder.errors import UsageError
 from bitladder.formats.blocks import QTYPES
 from bitladder.kernels import affine, decode, lanes, scale
-from bitladder.kernels.rows import AFFINE, SCALE, STATE_ROWS, Effort, affine_search, scale_search
+from bitladder.kernels.rows import AFFINE, SCALE, STATE_ROWS, Effort, searches
 from bitladder.kernels.sixteen import Sixteen
 
 CHUNK_WEIGHTS = 1 << 24
@@ -134,7 +134,7 @@ def quantize(
     rows, columns = weights.shape
     row = AFFINE.get(qtype) or SCALE[qtype]
     length, type_size = row.parts * row.size, QTYPES[qtype].type_size
-    look = (affine_search if qtype in AFFINE else scale_search)(row, effort, weighted=importance is not None)
+    look = searches(row, effort, weighted=importance is not None)
     blocks = weights.reshape(-1, length)
     out = torch.empty(len(blocks), type_size, dtype=torch.uint8, device=weights.device)
     step = max(1, CHUNK_WEIGHTS // columns) * (columns // length)

@@ -28,6 +28,7 @@ from bitladder.kernels.lanes import (
     where,
 )
 from bitladder.kernels.rows import PackLayout
+from bitladder.kernels.sixteen import scale_f16
 
 SIZE = 32
 
@@ -67,11 +68,11 @@ def quantize_plain(x: Any, row: Any, scratch: Any, tile: Any, places: Any, out: 
             places[lane] = SIZE * min(first + lane, blocks - 1)
         lowest, highest = held(lowest_of_rows(x, places)), held(highest_of_rows(x, places))
         if with_minimum:
-            d, m = to_f16((highest - lowest) / high), to_f16(splat(0.0) - lowest)
+            d, m = scale_f16((highest - lowest) / high), to_f16(splat(0.0) - lowest)
             store_f16(tile, 32, splat(0.0) - m)
         else:
             largest = where(highest >= splat(0.0) - lowest, highest, lowest)
-            d, m = to_f16(largest / low), splat(0.0)
+            d, m = scale_f16(largest / low), splat(0.0)
         store_f16(tile, 0, d)
         store(scratch, 0, reciprocal(d))
         store(scratch, 16, m)

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 Effort = Literal["fast", "good", "best"]
 EFFORTS: tuple[Effort, ...] = ("fast", "good", "best")
-REVISION = "0002"
+REVISION = "0003"
 """Raised whenever the kernels' bytes change: files name it, and one made by another revision is made again."""
-STATE_ROWS = 12
+STATE_ROWS = 14
 """Room for the values that a search keeps per sub-block."""
 
 
@@ -91,6 +91,22 @@ class ScaleSearch(NamedTuple):
     def plain(self) -> bool:
         """Whether there is nothing to search."""
         return len(self.starts) == 1
+
+
+class Ladder(NamedTuple):
+    """Searches of one block, of which the best result is stored; kernels take it as it is.
+
+    Attributes:
+        first: the effort's own.
+        second, third: those of the efforts below, which find more in some blocks of heavy tails or of lopsided
+            importance. So no effort is worse than one below it.
+        rungs: how many of the three there are.
+    """
+
+    first: ScaleSearch
+    second: ScaleSearch
+    third: ScaleSearch
+    rungs: int
 
 
 AFFINE = {
@@ -170,3 +186,17 @@ def scale_search(row: BlockRow, effort: Effort, *, weighted: bool) -> ScaleSearc
     if cuts:
         return ScaleSearch(ends(3.0, 1.0, 7, 4), rounds=1, trials=16, passes=1, guard=False)
     return ScaleSearch(ends(0.5, 1.2, 6, 0), rounds=1, trials=16, passes=1, guard=False)
+
+
+def searches(row: BlockRow, effort: Effort, *, weighted: bool) -> Ladder:
+    """All searches of a format at an effort; ``weighted`` when there is an importance.
+
+    Those below that can find nothing more are left out: the plain encoding, where the effort's own search compares
+    with it already.
+    """
+    search = affine_search if row.name in AFFINE else scale_search
+    at = EFFORTS.index(effort)
+    first, *below = (search(row, EFFORTS[k], weighted=weighted) for k in range(at, -1, -1))
+    below = [] if first.plain else [look for look in below if not (look.plain and first.guard)]
+    second, third, *_ = [*below, first, first]
+    return Ladder(first, second, third, 1 + len(below))

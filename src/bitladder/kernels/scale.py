@@ -29,10 +29,10 @@ from bitladder.kernels.lanes import (
     where,
 )
 from bitladder.kernels.pack import pack_scale
-from bitladder.kernels.sixteen import kernel_of
+from bitladder.kernels.sixteen import kernel_of, scale_f16
 
 # rows of the state: one value per lane for each of up to 16 sub-blocks
-SLL, SXL, D, WHOLE, PLAIN, ROWS = range(6)
+SLL, SXL, D, WHOLE, PLAIN, KEPT, ROWS = range(7)
 
 # the values of IQ4_NL and IQ4_XS (kvalues_iq4nl in ggml-common.h), as midpoints and the steps taken there
 IQ4_VALUES = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
@@ -67,6 +67,15 @@ def nearest_code(blocks: Any, x: Any) -> Any:
     if blocks.row.table:
         return table_value(x)
     return nearest(minimum(maximum(x, blocks.low), blocks.high))
+
+
+@helper
+def stored_scale(blocks: Any, d: Any) -> Any:
+    """The float16 of a block's scale. IQ4_NL has no code for zero, so there the smallest scale would add more than it
+    keeps."""
+    if blocks.row.table & (blocks.row.scale_high == 0):
+        return to_f16(d)
+    return scale_f16(d)
 
 
 @helper
@@ -139,9 +148,9 @@ def choose_whole(blocks: Any, at: Any, d: Any) -> Any:
 def choose_d(blocks: Any, d: Any, trials: Any) -> Any:
     """The float16 d, out of ``trials`` near the given one, whose multiples fit the sub-blocks' scales best."""
     state, n, two = blocks.state, blocks.n, splat(2.0)
-    best_d, best = to_f16(d), splat(3e38)
+    best_d, best = stored_scale(blocks, d), splat(3e38)
     for k in range(trials):
-        trial = to_f16(d * splat(0.97 + 0.4 * k / trials if k > 0 else 1.0))
+        trial = stored_scale(blocks, d * splat(0.97 + 0.4 * k / trials if k > 0 else 1.0))
         inverse = reciprocal(trial)
         error = splat(0.0)
         for j in range(0, n, 16):
@@ -162,7 +171,7 @@ def solve_block(blocks: Any, d: Any) -> Any:
         a = a + s * s * load(state, SLL * n + j)
         b = b + s * load(state, SXL * n + j)
     best = b * reciprocal(a)
-    return to_f16(where(magnitude(best) > splat(0.0), best, d))
+    return stored_scale(blocks, where(magnitude(best) > splat(0.0), best, d))
 
 
 @helper
@@ -211,7 +220,7 @@ def keep_plain(blocks: Any, d: Any) -> Any:
     plain_d = largest_scale(blocks, PLAIN)
     if blocks.row.scale_high > 0:
         plain_d = plain_d / splat(blocks.row.scale_low)
-    plain_d = to_f16(plain_d)
+    plain_d = stored_scale(blocks, plain_d)
     for j in range(0, n, 16):
         store(state, D * n + j, load(state, WHOLE * n + j))
     choose_whole(blocks, PLAIN, plain_d)
@@ -233,7 +242,7 @@ def search_block(blocks: Any, search: Any) -> Any:
         d = choose_d(blocks, d / splat(row.scale_low), search.trials)
     else:
         store(blocks.state, WHOLE * n, splat(1.0))
-        d = to_f16(d)
+        d = stored_scale(blocks, d)
     for k in range(search.passes + 1):
         if k > 0:
             new_codes(blocks, d, reach)
@@ -244,6 +253,30 @@ def search_block(blocks: Any, search: Any) -> Any:
     if search.guard:
         d = keep_plain(blocks, d)
     return d
+
+
+@helper
+def search_ladder(blocks: Any, ladder: Any) -> Any:
+    """Leave the whole-number scales of the search with the least error in the state and return its d; of equals the
+    first's."""
+    searches = (ladder.first, ladder.second, ladder.third)
+    best_d, best = splat(0.0), splat(3e38)
+    state, n = blocks.state, blocks.n
+    for k in range(ladder.rungs):
+        d = search_block(blocks, searches[k])
+        better = splat(0.0) < splat(1.0)
+        if ladder.rungs > 1:
+            error = true_error(blocks, d)
+            better = error < best
+            best = where(better, error, best)
+            for j in range(0, n, 16):
+                kept = where(better, load(state, WHOLE * n + j), load(state, KEPT * n + j))
+                store(state, KEPT * n + j, kept)
+        best_d = where(better, d, best_d)
+    if ladder.rungs > 1:
+        for j in range(0, n, 16):
+            store(state, WHOLE * n + j, load(state, KEPT * n + j))
+    return best_d
 
 
 @helper
@@ -261,9 +294,9 @@ def write_codes(blocks: Any, d: Any, codes: Any) -> Any:
 
 
 @helper
-def encode(blocks: Any, search: Any, codes: Any, tile: Any) -> Any:
+def encode(blocks: Any, ladder: Any, codes: Any, tile: Any) -> Any:
     """Search sixteen blocks and leave their bytes in ``tile``."""
-    d = search_block(blocks, search)
+    d = search_ladder(blocks, ladder)
     write_codes(blocks, d, codes)
     pack_scale(blocks.row.packing, codes, blocks.state[WHOLE * blocks.n :], d, tile)
 

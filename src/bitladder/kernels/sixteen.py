@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from bitladder.kernels.lanes import helper, kernel, load_transposed, splat, store, store_transposed
+from bitladder.kernels.lanes import (
+    helper,
+    kernel,
+    load_transposed,
+    magnitude,
+    splat,
+    store,
+    store_transposed,
+    to_f16,
+    where,
+)
 from bitladder.kernels.rows import BlockRow
 
 
@@ -22,6 +32,15 @@ class Sixteen(NamedTuple):
     high: Any
     """The lowest and the highest code, in lanes."""
     row: BlockRow
+
+
+@helper
+def scale_f16(x: Any) -> Any:
+    """The float16 nearest to a scale; the smallest there is instead of zero where the scale is none: all weights of the
+    block would vanish with it."""
+    stored, zero, least = to_f16(x), splat(0.0), splat(2.0**-24)
+    lifted = where(x > zero, least, where(x < zero, zero - least, zero))
+    return where(magnitude(stored) > zero, stored, lifted)
 
 
 @helper
@@ -61,22 +80,22 @@ def write(tile: Any, out: Any, places: Any) -> Any:
 
 
 def kernel_of(encode: Any) -> Any:
-    """The kernel of a helper ``encode(blocks, search, codes, tile)``, which leaves the bytes of sixteen blocks in
+    """The kernel of a helper ``encode(blocks, ladder, codes, tile)``, which leaves the bytes of sixteen blocks in
     ``tile``.
 
     It takes blocks of f32 x, one after another, to their bytes in ``out``. ``importance`` is f32[columns], or empty for
-    equal weights; ``columns`` the length of a row of x; ``row`` and ``search`` as in ``rows.py``. To work in:
+    equal weights; ``columns`` the length of a row of x; ``row`` and ``ladder`` as in ``rows.py``. To work in:
     ``scratch`` f32[``BlockRow.scratch``], ``tile`` u8[16 type_size], ``places`` i64[48].
     """
 
     @kernel
     def quantize(
-        x: Any, columns: Any, importance: Any, row: Any, search: Any, scratch: Any, tile: Any, places: Any, out: Any
+        x: Any, columns: Any, importance: Any, row: Any, ladder: Any, scratch: Any, tile: Any, places: Any, out: Any
     ) -> Any:
         blocks, codes = sixteen_in(row, scratch)
         for first in range(0, x.size // (row.parts * row.size), 16):
             read(blocks, first, x, columns, importance, places, tile.size // 16)
-            encode(blocks, search, codes, tile)
+            encode(blocks, ladder, codes, tile)
             write(tile, out, places)
 
     return quantize

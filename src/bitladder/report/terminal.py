@@ -74,8 +74,8 @@ def print_run(record: RunRecord, console: Console | None = None) -> None:
     columns = [column for column in COLUMNS if record.costs or column.title not in money]
     table, left_out = fitted_table(columns, rows, out.width)
     out.print(table)
-    for line in heads_in_words(("KL", "ppl ratio", "top-1", "passes", *(("cost",) if record.costs else ()))):
-        out.print(Text(line, style="dim"))
+    for words in heads_in_words(("KL", "ppl ratio", "top-1", "passes", *(("cost",) if record.costs else ()))):
+        out.print(Text(words, style="dim"))
     if left_out:
         out.print(Text(f"Left out for width: {', '.join(left_out)}.", style="dim"))
     wide = max((len(row.level) for row in rows), default=0) + 2
@@ -89,8 +89,8 @@ def print_run(record: RunRecord, console: Console | None = None) -> None:
         out.print(Text.assemble((f"{level:<{wide}}", "bold"), ("behaviour", "dim")).append(f": {notes}"))
     out.print()
     out.print(Text(record.decision.summary, style="bold"))
-    for line in cost_lines(record):
-        out.print(Text(line))
+    for sentence in cost_lines(record):
+        out.print(Text(sentence))
     for step in record.decision.next:
         out.print(Padding(Text(f"To find out more: {step}", style="dim"), (0, 0, 0, 2)))
 
@@ -257,15 +257,15 @@ def search_table(outcome: LadderOutcome, bar: str, console: Console | None = Non
         }
         table.add_row(level, str(used or "\u2013"), said.get(Standing(standing), f"{standing} the bar"))
     out.print(table)
-    used = f"{sum(outcome.inputs_used)} answers of {sum(map(bool, outcome.inputs_used))} levels were needed"
+    needed = f"{sum(outcome.inputs_used)} answers of {sum(map(bool, outcome.inputs_used))} levels were needed"
     if outcome.chosen and outcome.decided:
-        found = f"{outcome.chosen} is the smallest level known to hold '{bar}' ({used})."
+        found = f"{outcome.chosen} is the smallest level known to hold '{bar}' ({needed})."
     elif outcome.chosen:
-        found = f"{outcome.chosen} holds '{bar}'; a smaller one might, which more inputs would show ({used})."
+        found = f"{outcome.chosen} holds '{bar}'; a smaller one might, which more inputs would show ({needed})."
     elif outcome.decided:
-        found = f"No level holds '{bar}' ({used})."
+        found = f"No level holds '{bar}' ({needed})."
     else:
-        found = f"The workload has too few inputs to decide whether a level holds '{bar}' ({used})."
+        found = f"The workload has too few inputs to decide whether a level holds '{bar}' ({needed})."
     out.print(Text(found, style="bold"))
 
 

@@ -137,9 +137,9 @@ def _engine(name: str, service: EngineService, replicas: int, claim: str) -> lis
     assert spec.path is not None
     labels = _labels(name, "engine") | {"bitladder/tier": service.name}
     projector = f"/models/{spec.projector.name}" if spec.projector else ""
-    probe = {"httpGet": {"path": "/health", "port": ENGINE_PORT}, "periodSeconds": 5}
+    probe: dict[str, Any] = {"httpGet": {"path": "/health", "port": ENGINE_PORT}, "periodSeconds": 5}
     memory = f"{-(-spec.memory_bytes // MiB)}Mi" if spec.memory_bytes else ""
-    container = {
+    container: dict[str, Any] = {
         "name": "engine",
         "image": ENGINE_IMAGE,
         "args": service.arguments(f"/models/{spec.path.name}", projector),
@@ -164,7 +164,7 @@ def _engine(name: str, service: EngineService, replicas: int, claim: str) -> lis
     ]
 
 
-_SECURE = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+_SECURE: dict[str, Any] = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
 
 
 def _deployment(name: str, labels: Mapping[str, str], pod: Mapping[str, Any], replicas: int) -> dict[str, Any]:
@@ -196,7 +196,7 @@ def _gateway(
         items = [{"key": key, "path": place} for key, place in secrets.items()]
         mounts.append({"name": "keys", "mountPath": "/keys"})
         volumes.append({"name": "keys", "secret": {"secretName": f"{name}-keys", "items": items}})
-    container = {
+    container: dict[str, Any] = {
         "name": "gateway",
         "image": image,
         "command": list(command),
@@ -255,7 +255,7 @@ def ray_serve(name: str, sources: Sequence[str], *, replicas: int, n_ctx: int | 
     Raises:
         UsageError: a GGUF file, an address, or a folder that is no checkpoint.
     """
-    configs = []
+    configs: list[dict[str, Any]] = []
     for source in sources:
         model_id, place = _ray_source(source)
         engine = {} if n_ctx is None else {"engine_kwargs": {"max_model_len": n_ctx}}

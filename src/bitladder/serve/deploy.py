@@ -190,6 +190,7 @@ def _tier(
         lambda: make_engine(spec, settings.threads),
         pool,
         check_file=check_file,
+        guesses_key=spec.api_key if spec.speculate else None,
     )
     backend = HttpBackend(pool, engine.address, spec.api_key)
     return Tier(names, spec, _alone(spec, backend.complete), gate, engine, turns)

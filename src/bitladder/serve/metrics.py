@@ -120,6 +120,10 @@ class Metrics:
         self.restarts = Gauge(
             "bitladder_engine_restarts", "Times the engine was started again", ["tier"], registry=registry
         )
+        self.guessed = Gauge(
+            "bitladder_guessed_tokens", "Tokens guessed ahead since the engine started", ["tier"], registry=registry
+        )
+        self.accepted = Gauge("bitladder_accepted_tokens", "Guesses that were right", ["tier"], registry=registry)
         self.replica_answers = Counter(
             "bitladder_replica_answers", "Answers of each replica", ["tier", "replica"], registry=registry
         )
@@ -183,6 +187,9 @@ class Metrics:
             self.slots.labels(tier.name).set(tier.gate.slots)
             self.up.labels(tier.name).set(tier.usable)
             self.restarts.labels(tier.name).set(tier.engine.restarts if tier.engine else 0)
+            if tier.engine and tier.engine.guesses:
+                self.guessed.labels(tier.name).set(tier.engine.guesses[0])
+                self.accepted.labels(tier.name).set(tier.engine.guesses[1])
         self.replica_running.clear()  # those that left leave no line
         self.replica_up.clear()
         for tier in tiers:
@@ -226,12 +233,23 @@ class Metrics:
             "outcomes": {outcome: n for (name, outcome), n in self._by_tier.items() if name == tier.name},
             "first_byte_s": _middle(firsts),
             "tokens_per_s": _middle(rates),
+            **_guesses(tier),
         }
 
     @staticmethod
     def _line(record: Record) -> dict[str, Any]:
         rate = record.tokens_per_s
         return {**vars(record), "tokens_per_s": None if rate is None else round(rate, 2)}
+
+
+def _guesses(tier: Tier) -> dict[str, Any]:
+    """How good a tier's guesses are; nothing of one that does not guess."""
+    if tier.spec.speculate is None:
+        return {}
+    guessed, accepted = (tier.engine.guesses if tier.engine else None) or (0, 0)
+    share = round(accepted / guessed, 4) if guessed else None
+    kind = tier.spec.speculate.kind
+    return {"guesses": {"from": kind, "guessed": guessed, "accepted": accepted, "acceptance": share}}
 
 
 def _replica(replica: Replica) -> dict[str, Any]:

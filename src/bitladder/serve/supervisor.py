@@ -50,6 +50,21 @@ class EngineFingerprint:
             )
 
 
+_GUESSED = "llamacpp:spec_decode_num_draft_tokens_total"
+_ACCEPTED = "llamacpp:spec_decode_num_accepted_tokens_total"
+
+
+def guess_counters(text: str) -> tuple[int, int] | None:
+    """Tokens that llama.cpp guessed, and those of them that were right, from its ``/metrics``; None where it says
+    neither."""
+    found: dict[str, int] = {}
+    for line in text.splitlines():
+        name, _, value = line.partition(" ")
+        if name in (_GUESSED, _ACCEPTED) and value.strip().isdigit() and len(value) < 20:
+            found[name] = int(value)
+    return (found[_GUESSED], found[_ACCEPTED]) if len(found) == 2 else None
+
+
 class Supervisor:
     """Keeps one engine running. States: ``stopped``, ``starting``, ``ready``, ``waiting`` (to restart)."""
 
@@ -63,7 +78,9 @@ class Supervisor:
         health_every_s: float = 2.0,
         health_timeout_s: float = 5.0,
         health_misses: int = 2,
+        guesses_key: str | None = None,
     ) -> None:
+        """``guesses_key``: the key that the engine tells by how good its guesses are; None where it does not guess."""
         self.name = name
         self.state = "stopped"
         self.restarts = 0
@@ -72,6 +89,9 @@ class Supervisor:
         """Engine and version, once it ran."""
         self.takes_tools: bool | None = None
         """Whether its model can be told of tools; None while that is not known."""
+        self.guesses: tuple[int, int] | None = None
+        """Tokens guessed ahead since the engine started, and those that were right; None where it does not guess."""
+        self._guesses_key = guesses_key
         self._make = make
         self._pool = pool
         self._check_file = check_file
@@ -168,8 +188,18 @@ class Supervisor:
                 missed = 0 if await self._healthy(self._process.base_url) else missed + 1
                 if missed >= self._misses:
                     return f"it did not answer /health {missed} times"
+                await self._look_at_guesses(self._process.base_url)
                 next_health = time.monotonic() + self._every
         return f"it ended with code {code}: {self._process.last_log()}"
+
+    async def _look_at_guesses(self, base_url: str) -> None:
+        if self._guesses_key is None:
+            return
+        headers = {"authorization": f"Bearer {self._guesses_key}"}
+        with contextlib.suppress(UpstreamFailed, TimeoutError):
+            status, body = await self._pool.get(base_url, "/metrics", self._health_timeout_s, headers)
+            if status == 200:
+                self.guesses = guess_counters(body.decode(errors="replace"))
 
     async def _healthy(self, base_url: str) -> bool:
         try:

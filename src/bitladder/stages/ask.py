@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from bitladder.describe.cache_types import F16_CACHE, CacheTypes
 from bitladder.engines.endpoint import EndpointSettings
+from bitladder.errors import BadWorkload
 from bitladder.progress import LevelNews
 from bitladder.records.evaluation import Speed
 from bitladder.stages.endpoints import endpoint_answers
-from bitladder.stages.job import Work
+from bitladder.stages.job import Job, Work
 from bitladder.stages.measure import Replies, answers
 
 if TYPE_CHECKING:
@@ -50,6 +51,33 @@ def name_of(contender: Contender) -> str:
     if isinstance(contender, ServedLevel):
         return contender.level
     return contender.label if isinstance(contender, EndpointSettings) else contender.name
+
+
+def require_room(workload: Workload, n_ctx: int, job: Job) -> None:
+    """Refuse inputs that no context of ``n_ctx`` tokens holds, before anything is built for them.
+
+    Only those are counted that have as many bytes as there is room for tokens; the chat template's own tokens are not.
+
+    Raises:
+        BadWorkload: an input is too long, which is named.
+        EngineError: the engine does not load the model, and no checkpoint is at hand.
+    """
+    texts = {one.id: "\n".join(message["content"] for message in one.messages) for one in workload.inputs}
+    long = [one for one in workload.inputs if len(texts[one.id].encode("utf-8", "replace")) >= n_ctx]
+    if not long:
+        return
+    counts = [len(ids) for ids in job.tokens([texts[one.id] for one in long])]
+    over = [(one, count) for one, count in zip(long, counts, strict=True) if count >= n_ctx]
+    if over:
+        most = max(count for _, count in over)
+        raise BadWorkload(
+            "; ".join(f"Input '{one.id}' (line {one.line}) has {count:,} tokens" for one, count in over[:5])
+            + (f"; and {len(over) - 5} more" if len(over) > 5 else "")
+            + f". A request has room for {n_ctx:,}.",
+            means="The chat template's tokens and the answer need room beside them.",
+            do=f"Give --ctx {most + 2 * max(one.max_tokens for one, _ in over):,} or so".replace(",", "")
+            + ", if the model was trained for it, or shorten them.",
+        )
 
 
 @dataclass(frozen=True)

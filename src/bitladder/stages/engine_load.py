@@ -17,6 +17,8 @@ from bitladder.errors import BitladderError, EngineGone, EngineTimeout, ModelRef
 if TYPE_CHECKING:
     from bitladder.files.gguf import GgufFile
 
+_CHATS = "and reads its chat template"
+
 
 def engine_ids(source: GgufFile, texts: Sequence[str]) -> list[list[int]]:
     """Ids of texts by the engine's tokenizer, special tokens added as the model asks for. Nothing is computed there.
@@ -28,12 +30,13 @@ def engine_ids(source: GgufFile, texts: Sequence[str]) -> list[list[int]]:
     from bitladder.engines.base import Launch
     from bitladder.engines.registry import start
 
-    with start(Launch(source.path, n_ctx=64, threads=1)) as engine:
+    with start(Launch(source.path, n_ctx=64, threads=1, chats=False)) as engine:
         return [list(engine.tokenize(text, add_special=True)) for text in texts]
 
 
 def refusal_of(source: GgufFile) -> str:
-    """Why the engine does not load a file, in its words; empty where it does. It is tried where nothing is noted.
+    """Why the engine does not load a file, in its words; empty where it does, whether or not it can read the chat
+    template. It is tried where nothing is noted.
 
     Raises:
         EngineError: that cannot be found out: it ended for want of memory or time.
@@ -67,21 +70,34 @@ def require_engine(source: GgufFile, label: str, *, instead: str) -> None:
         ModelRefused: the engine does not load it.
         EngineError: no engine is installed.
     """
-    if _noted(source) == "":
+    from bitladder.engines.base import Launch
+    from bitladder.engines.registry import start
+
+    if _noted(source, _CHATS) == "":
         return
     try:
-        engine_ids(source, ())
+        with start(Launch(source.path, n_ctx=64, threads=1)):
+            pass
     except ModelRefused as refusal:
-        _note(source, refusal.reason)
+        template = "chat template" in refusal.reason
+        if not template:
+            _note(source, refusal.reason)
         raise ModelRefused(
             f"The engine does not load {label}: {refusal.reason}. So no workload can be answered with it.",
-            means="This build of the engine lacks the architecture, or a variant of it, or cannot read its tokenizer.",
-            do=instead,
+            means="Its chat template was written for another program (Ollama's are in Go), is newer than this build of "
+            "the engine, or was cut short."
+            if template
+            else "This build of the engine lacks the architecture, or a variant of it, or cannot read its tokenizer.",
+            do="Put the original's template into the file (tokenizer.chat_template). `plan`, `quantize`, `measure` and "
+            "`recipe` work without one."
+            if template
+            else instead,
             reason=refusal.reason,
         ) from refusal
     except (EngineGone, EngineTimeout):
         return
     _note(source, "")
+    _note(source, "", _CHATS)
 
 
 def tokenizer_key(folder: Path) -> str:
@@ -96,22 +112,23 @@ def tokenizer_key(folder: Path) -> str:
     return cache_key("checkpoint's tokenizer", metadata.version("transformers"), *files)
 
 
-def _noted(source: GgufFile) -> str | None:
-    """Why the engine does not load the file, "" where it does; None where nothing is noted."""
+def _noted(source: GgufFile, what: str = "") -> str | None:
+    """Why the engine does not load the file, "" where it does; None where nothing is noted. ``what``: of the model with
+    its chat template."""
     with suppress(OSError, ValueError):
-        return _note_path(source).read_text(encoding="utf-8")
+        return _note_path(source, what).read_text(encoding="utf-8")
     return None
 
 
-def _note(source: GgufFile, reason: str) -> None:
+def _note(source: GgufFile, reason: str, what: str = "") -> None:
     from bitladder.files.atomic import write_whole
 
     with suppress(BitladderError, OSError):  # without a cache it is tried again
-        write_whole(_note_path(source), reason)
+        write_whole(_note_path(source, what), reason)
 
 
-def _note_path(source: GgufFile) -> Path:
+def _note_path(source: GgufFile, what: str) -> Path:
     from bitladder.files.engine_package import engine_version
     from bitladder.files.folders import cache_folder, cache_key
 
-    return cache_folder("engine-loads", cache_key(source.sha256, engine_version())[:32] + ".txt")
+    return cache_folder("engine-loads", cache_key(source.sha256, engine_version(), *filter(None, [what]))[:32] + ".txt")

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from bitladder.describe.windows import Window, tokens_hash
 from bitladder.errors import BadInput, BitladderError
 from bitladder.executors import Executor
-from bitladder.files.gguf import GgufFile
+from bitladder.files.gguf import GgufFile, row_pieces
 from bitladder.files.gguf_writer import GgufWriter
 from bitladder.files.level_files import LevelDraft, draft_level, free_name, possible_places, refuse_overwriting
 from bitladder.formats.gguf import PROVENANCE
@@ -30,6 +30,7 @@ from bitladder.formats.roles import factor_name
 from bitladder.kernels import REVISION, quantize
 from bitladder.kernels.feedback import REVISION as FEEDBACK_REVISION
 from bitladder.kernels.feedback import takes_feedback
+from bitladder.levels.held import require_held
 from bitladder.plan.calibration_text import LEAST_TOKENS
 from bitladder.progress import Part, Progress, silent
 from bitladder.records.calibration import LinearLoss
@@ -265,18 +266,18 @@ def _other(job: _Job, name: str, states: States) -> Iterator[NDArray[np.uint8]]:
     """A tensor outside the layers' linear ones, a few rows at a time: kept, or the output matrix, or rounded."""
     info = job.source.info(name)
     qtype = job.recipe.qtypes.get(name, info.qtype)
-    raw = job.source.raw(name)
-    step = max(1, _PIECE_WEIGHTS // max(1, info.shape[-1] if info.shape else 1))
     seen = _at_the_head(job, states) if name == job.model.output and takes_feedback(qtype) else None
     factored = factor_of(name, seen, job.settings) if seen else None
-    for start in range(0, len(raw), step):
-        rows = slice(start, min(start + step, len(raw)))
+    for rows in row_pieces(info, _PIECE_WEIGHTS):
         if qtype == info.qtype:
-            yield raw[rows]
-        elif seen and factored:
-            yield fit_matrix(qtype, job.weights(name, rows), seen, factored, job.settings).data
+            yield job.source.raw(name, rows)
+            continue
+        weights = job.weights(name, rows)
+        require_held(weights, [qtype], name, rows.start)
+        if seen and factored:
+            yield fit_matrix(qtype, weights, seen, factored, job.settings).data
         else:
-            yield quantize(job.weights(name, rows), qtype, effort=job.settings.effort, threads=job.settings.threads)
+            yield quantize(weights, qtype, effort=job.settings.effort, threads=job.settings.threads)
 
 
 def _at_the_head(job: _Job, states: States) -> InputStatistics:

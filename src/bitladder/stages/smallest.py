@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bitladder.errors import NothingFits, UsageError
+from bitladder.stages.ask import require_room
 from bitladder.stages.calibration import importance_of
 from bitladder.stages.criteria_help import criteria_help
 from bitladder.stages.job import AUTO, Build, Work, opened
@@ -80,6 +81,7 @@ def find_smallest(search: SmallestRequest, work: Work) -> LadderOutcome:
         n_ctx = usable_context(source.model, search.n_ctx)
         levels = _levels(source, search, n_ctx)
         job.require_engine()
+        require_room(workload, n_ctx, job)
         out = search.out or Path(f"{job.found.label}-ladder")
         build = Build(out=out, imatrix=search.imatrix)
         calibrated = calibrate_levels(job, sort_levels(list(levels.values())), build)

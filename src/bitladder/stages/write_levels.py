@@ -27,12 +27,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypedDict, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypedDict, TypeVar, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bitladder.errors import BadInput, BadWeights, BitladderError
+from bitladder.errors import BadInput, BitladderError
 from bitladder.executors import Executor
 from bitladder.executors.base import Lane, weights_travel
 from bitladder.files.following import AHEAD, FollowingHash
@@ -50,8 +50,9 @@ from bitladder.files.level_files import (
 from bitladder.formats.blocks import QTYPES
 from bitladder.formats.recipes import level_named
 from bitladder.formats.tensors import TensorInfo
-from bitladder.kernels import REVISION, Effort, dequantize, first_nonfinite, quantize
+from bitladder.kernels import REVISION, Effort, dequantize, quantize
 from bitladder.levels import FoldedLevel
+from bitladder.levels.held import require_held, vanishes
 from bitladder.progress import Progress, silent
 from bitladder.records.level_file import LevelFile
 
@@ -61,7 +62,6 @@ if TYPE_CHECKING:
 PIECE_WEIGHTS = 1 << 20
 """Weights a thread works on at a time: 4 MiB as f32, near what a core's own caches hold."""
 
-_LARGEST_F16 = 65504.0
 F32Array = NDArray[np.float32]
 Importance = Mapping[str, F32Array]
 Scalar = TypeVar("Scalar", bound=np.generic)
@@ -91,11 +91,25 @@ class _Piece:
 
 @dataclass
 class _Work:
-    """A tensor to be made: which files want it in which qtype, and the hashes of its finished pieces."""
+    """A tensor to be made: which files want it in which qtype, and its finished pieces."""
 
     info: TensorInfo
     targets: dict[str, list[tuple[GgufWriter, int]]] = field(default_factory=dict)
-    digests: dict[str, list[bytes]] = field(default_factory=dict)
+    made: dict[str, list[_Made]] = field(default_factory=dict)
+
+    def vanished(self, qtype: str) -> bool:
+        """Whether nothing but zeros is left of it."""
+        fates = {piece.lives for piece in self.made[qtype]}
+        return False in fates and True not in fates
+
+
+class _Made(NamedTuple):
+    """A piece in one qtype."""
+
+    digest: bytes
+    """SHA-256."""
+    lives: bool | None
+    """Whether any weight is left; None of zeros that were zeros before."""
 
 
 def pieces_of(info: TensorInfo) -> Iterator[_Piece]:
@@ -150,7 +164,8 @@ def quantize_levels(
             ``AWQ-<LEVEL>``.
         device: where scales are searched for, as ``kernels.quantize`` takes it. The bytes do not depend on it.
         executor: where pieces are computed; here by default. The bytes do not depend on it either.
-        warn: told where workers cannot read the source, whose weights then travel.
+        warn: is called where workers cannot read the source, whose weights then travel, and with what is to be known of
+            tensors of which nothing is left.
         requantize: weights in a type that models are trained in (MXFP4, NVFP4, ternary) get the level's types, too.
         placing: ``Placing``.
 
@@ -161,7 +176,7 @@ def quantize_levels(
         UnknownLevel: no level has this name.
         UsageError: a level would overwrite the source, or a file that is not the same level of the same source.
         BadInput: an importance vector does not fit its tensor.
-        BadWeights: a tensor holds NaN or infinity, or a weight too large for F16.
+        BadWeights: a tensor holds NaN or infinity, or a weight beyond what a type holds.
         OutputError: no space or no permission; what was begun is removed.
     """
     started = time.monotonic()
@@ -268,7 +283,7 @@ def _write(
                 part.plan.header + repr((following.states, PIECE_WEIGHTS)).encode()
             ).hexdigest()
             writers.append((GgufWriter(part.path, part.plan, fingerprint), part.header))
-        _Pass(source, pieces.begun(source), following, progress).run([writer for writer, _ in writers])
+        _Pass(source, pieces.begun(source), following, progress, pieces.warn).run([writer for writer, _ in writers])
         sha256 = joined_sha256(following.result())
         for writer, header in reversed(writers):  # a split model appears with its first part, last
             writer.finish(header(sha256))
@@ -279,6 +294,17 @@ def _write(
     finally:
         for writer, _ in writers:
             writer.close()
+
+
+class _Blocks(NamedTuple):
+    """A piece in one qtype: uint8[rows, row_bytes]; ``lives`` as in ``_Made``."""
+
+    qtype: str
+    data: NDArray[np.uint8]
+    lives: bool | None
+
+
+Blocks = Iterator[_Blocks]
 
 
 @dataclass(frozen=True)
@@ -292,29 +318,28 @@ class _Search:
 
     def encoded(
         self, piece: _Piece, qtypes: Sequence[str], raw: NDArray[np.uint8], rooms: _Rooms, device: str
-    ) -> Iterator[tuple[str, NDArray[np.uint8]]]:
-        """A piece, given as it is stored uint8[rows, row_bytes], in each qtype, uint8[rows, row_bytes]; what comes is
-        overwritten by what comes next.
+    ) -> Blocks:
+        """A piece, given as it is stored uint8[rows, row_bytes], in each qtype; what comes is overwritten by what comes
+        next.
 
         Raises:
-            BadWeights: a weight is NaN, infinite or too large for F16.
+            BadWeights: a weight is NaN, infinite or beyond what a type holds.
         """
         info, columns = piece.info, piece.columns
-        weights = None
+        weights, largest = None, math.inf
         if not _holds_integers(info):
             weights = dequantize(raw, info.qtype, out=rooms.take((len(raw), columns), np.float32))
             weights = self.folded(weights, info, piece.rows)
-            _check_finite(weights, piece, qtypes)
+            changed = [qtype for qtype in qtypes if qtype != info.qtype or info.name in self.folds]
+            largest = require_held(weights, changed, info.name, piece.start)
         for qtype in qtypes:
             if weights is None or (qtype == info.qtype and info.name not in self.folds):
-                yield qtype, raw
+                yield _Blocks(qtype, raw, True)
             else:
                 room = rooms.take((len(raw), QTYPES[qtype].row_bytes(columns)), np.uint8)
                 importance = self._importance_of(piece)
-                yield (
-                    qtype,
-                    quantize(weights, qtype, importance=importance, effort=self.effort, device=device, out=room),
-                )
+                data = quantize(weights, qtype, importance=importance, effort=self.effort, device=device, out=room)
+                yield _Blocks(qtype, data, not vanishes(data, qtype, largest) if largest else None)
 
     def _importance_of(self, piece: _Piece) -> F32Array | None:
         rows = self.importance.get(piece.info.name)
@@ -365,9 +390,6 @@ class _Pieces:
         return _MadeElsewhere(source, executor, task)
 
 
-Blocks = Iterator[tuple[str, NDArray[np.uint8]]]
-
-
 class _Making(Protocol):
     """Computes pieces."""
 
@@ -388,9 +410,8 @@ class _MadeHere:
 
     def blocks(self, piece: _Piece, qtypes: Sequence[str]) -> Blocks:
         """As ``_Making``."""
-        raw = self._source.raw(piece.info.name)[piece.rows]
+        raw = self._source.raw(piece.info.name, piece.rows)
         yield from self._search.encoded(piece, qtypes, raw, self._rooms, next(self._devices))
-        self._source.release(piece.info.name, piece.rows)
 
 
 class _MadeElsewhere:
@@ -402,10 +423,9 @@ class _MadeElsewhere:
 
     def blocks(self, piece: _Piece, qtypes: Sequence[str]) -> Blocks:
         """As ``_Making``."""
-        raw = None if self._task.path else np.array(self._source.raw(piece.info.name)[piece.rows])
-        done: Sequence[tuple[str, NDArray[np.uint8]]]
+        raw = None if self._task.path else self._source.raw(piece.info.name, piece.rows)
+        done: Sequence[_Blocks]
         done = self._executor.start(self._task, _Unit(piece, tuple(qtypes), raw)).result()
-        self._source.release(piece.info.name, piece.rows)
         yield from done
 
 
@@ -427,13 +447,13 @@ class _Encoding:
     search: _Search
     threads: int = 1
 
-    def compute(self, lane: Lane, unit: _Unit, *held: object) -> tuple[Sequence[tuple[str, NDArray[np.uint8]]], None]:  # noqa: ARG002
+    def compute(self, lane: Lane, unit: _Unit, *held: object) -> tuple[Sequence[_Blocks], None]:  # noqa: ARG002
         """As ``executors.Task``."""
         raw, piece = unit.raw, unit.piece
         if raw is None:
-            raw = _opened(self.path, Path(self.path).stat().st_mtime_ns).raw(piece.info.name)[piece.rows]
+            raw = _opened(self.path, Path(self.path).stat().st_mtime_ns).raw(piece.info.name, piece.rows)
         made = self.search.encoded(piece, unit.qtypes, raw, _HERE, lane.device)
-        return [(qtype, blocks.copy()) for qtype, blocks in made], None
+        return [one._replace(data=one.data.copy()) for one in made], None
 
 
 _HERE = _Rooms()
@@ -453,22 +473,25 @@ class _Pass:
     making: _Making
     following: FollowingHash
     progress: Progress
+    warn: Callable[[str], None]
 
     def run(self, writers: Sequence[GgufWriter]) -> None:
         """Make every tensor that the writers lack."""
         works, threads = self._unfinished(writers), self.making.threads
         total = sum(work.info.nbytes for work in works)
         done = 0
-        pending: deque[tuple[_Work, bool, Future[dict[str, bytes]]]] = deque()
+        pending: deque[tuple[_Work, bool, Future[dict[str, _Made]]]] = deque()
 
         def collect() -> None:
             work, is_last, future = pending.popleft()
-            for qtype, digest in future.result().items():
-                work.digests[qtype].append(digest)
+            for qtype, piece in future.result().items():
+                work.made[qtype].append(piece)
             if is_last:
                 for qtype, targets in work.targets.items():
+                    if work.vanished(qtype):
+                        self.warn(_dead(work.info.name, qtype))
                     for writer, number in targets:
-                        writer.done(number, piece_digest(work.digests[qtype]))
+                        writer.done(number, piece_digest([piece.digest for piece in work.made[qtype]]))
                         flusher.wrote(writer, writer.plan.tensors[number].nbytes)
 
         with ThreadPoolExecutor(threads, thread_name_prefix="quantize") as pool, Flusher() as flusher:
@@ -497,21 +520,28 @@ class _Pass:
                 if not _is_finished(writer, number):
                     work = works[tensor.name]
                     work.targets.setdefault(tensor.qtype, []).append((writer, number))
-                    work.digests[tensor.qtype] = []
+                    work.made[tensor.qtype] = []
         wanted = [work for work in works.values() if work.targets]
         places = {work.info.name: self.source.place(work.info.name) for work in wanted}
         return sorted(wanted, key=lambda work: (places[work.info.name].shard, places[work.info.name].offset))
 
-    def _make(self, work: _Work, piece: _Piece) -> dict[str, bytes]:
-        """Make one piece in every wanted qtype and write it; returns the SHA-256 of its bytes per qtype."""
-        digests = {}
-        for qtype, data in self.making.blocks(piece, list(work.targets)):
+    def _make(self, work: _Work, piece: _Piece) -> dict[str, _Made]:
+        """Make one piece in every wanted qtype and write it."""
+        made = {}
+        for qtype, data, lives in self.making.blocks(piece, list(work.targets)):
             view = np.ascontiguousarray(data).reshape(-1).data
             at = piece.start * QTYPES[qtype].row_bytes(piece.columns)
             for writer, number in work.targets[qtype]:
                 writer.write(number, at, view)
-            digests[qtype] = hashlib.sha256(view).digest()
-        return digests
+            made[qtype] = _Made(hashlib.sha256(view).digest(), lives)
+        return made
+
+
+def _dead(name: str, qtype: str) -> str:
+    return (
+        f"{name} becomes zeros in {qtype}: its weights are smaller than what that type's scales hold. The model was "
+        "trained with another type, or this tensor is one that it does without."
+    )
 
 
 def _holds_integers(info: TensorInfo) -> bool:
@@ -528,22 +558,3 @@ def _is_finished(writer: GgufWriter, number: int) -> bool:
         return piece_digest([hashlib.sha256(part).digest() for part in parts])
 
     return tensor.elements == 0 or writer.finished(number, digest)
-
-
-def _check_finite(weights: F32Array, piece: _Piece, targets: Sequence[str]) -> None:
-    bad = first_nonfinite(weights)
-    if bad is not None:
-        row, column = bad
-        raise BadWeights(
-            f"{piece.info.name} holds {weights[row, column]} in row {piece.start + row}, column {column}.",
-            means="The model was damaged while training, converting or copying; no level of it can work.",
-            do="Get the original weights again.",
-        )
-    if "F16" in targets and piece.info.qtype != "F16":
-        largest = float(np.abs(weights).max())
-        if largest > _LARGEST_F16:
-            raise BadWeights(
-                f"{piece.info.name} holds a weight of {largest:.6g}; F16 ends at {_LARGEST_F16:.0f}.",
-                means="The model was made for a type with a wider range.",
-                do="Ask for BF16 or F32 instead of F16.",
-            )

@@ -26,6 +26,7 @@ from bitladder.errors import BadWeights
 from bitladder.formats.roles import Parameter, SharedInput, layer_tensor
 from bitladder.kernels import Effort, dequantize, gptq, quantize
 from bitladder.kernels.feedback import chunk_of, quantize_with_feedback, takes_feedback
+from bitladder.levels.held import require_held
 from bitladder.walk.driver import Builder, HeldInputs, Observer, Stream
 from bitladder.walk.inputs import InputStatistics, keeping
 from bitladder.walk.layer_pass import Original, passing
@@ -269,6 +270,7 @@ class FedLevel(Builder):
         )
 
     def _fit_matrix(self, name: str, qtype: str, weights: F32, seen: InputStatistics) -> Fitted:
+        require_held(weights, [qtype], name)
         if seen.tokens < FEW_TOKENS or not takes_feedback(qtype):
             data = quantize(weights, qtype, effort=self._settings.effort, threads=self._settings.threads)
             note = f"only {seen.tokens} calibration tokens: rounded plainly" if takes_feedback(qtype) else ""

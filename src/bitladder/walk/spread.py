@@ -43,7 +43,7 @@ from bitladder.walk.layer_pass import LayerPass, Original
 from bitladder.walk.layers import LayeredModel, tensor_at
 from bitladder.walk.opened import layered
 from bitladder.walk.states import Batch, States
-from bitladder.walk.weights import FileWeights
+from bitladder.walk.weights import FileWeights, Rows
 
 F32 = NDArray[np.float32]
 U8 = NDArray[np.uint8]
@@ -130,12 +130,9 @@ class _Sent:
         """As ``GgufFile``."""
         return self._infos[name]
 
-    def raw(self, name: str) -> U8:
+    def raw(self, name: str, rows: Rows = None) -> U8:
         """As ``GgufFile``."""
-        return self.tensors[name]
-
-    def release(self, name: str) -> None:
-        """As ``GgufFile``."""
+        return self.tensors[name] if rows is None else self.tensors[name][rows]
 
 
 class _Bench:

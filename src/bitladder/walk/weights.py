@@ -15,13 +15,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitladder.errors import BadFile, BadWeights
-from bitladder.files.gguf import GgufFile
+from bitladder.files.gguf import GgufFile, read_weights, row_pieces
 from bitladder.formats.roles import factor_name
 from bitladder.kernels import Effort, dequantize, first_nonfinite, quantize
+from bitladder.levels.held import require_held
 from bitladder.walk.rounding import InputType
 
 F32 = NDArray[np.float32]
 Rows = slice | NDArray[np.int64] | None
+_HASHED_AT_ONCE = 1 << 22
+"""Weights."""
 
 
 class LevelWeights(Protocol):
@@ -42,18 +45,18 @@ class LevelWeights(Protocol):
 
 def _read(file: GgufFile, name: str, rows: Rows, threads: int) -> F32:
     """Weights without the factor that the file may have beside them."""
-    info = file.info(name)
-    data = file.raw(name) if rows is None else file.raw(name)[rows]
-    values = dequantize(np.ascontiguousarray(data), info.qtype, threads=threads)
-    wrong = first_nonfinite(values)
+    info, values = file.info(name), read_weights(file, name, rows, threads=threads)
+    columns = info.shape[-1] if info.shape else 1
+    flat = values.reshape(values.size // columns if columns else 0, columns)
+    wrong = first_nonfinite(flat)
     if wrong is not None:
         raise BadWeights(
-            f"{file.path}: the tensor '{name}' holds {values[wrong]} at row {wrong[0]}, column {wrong[1]}"
+            f"{file.path}: the tensor '{name}' holds {flat[wrong]} at row {wrong[0]}, column {wrong[1]}"
             + (" of the rows read." if rows is not None else "."),
             means="The model was damaged in training, conversion or transfer; every prediction would be NaN.",
             do="Download or convert the model again.",
         )
-    return values.reshape(info.shape) if rows is None else values
+    return values
 
 
 class FileWeights:
@@ -100,11 +103,11 @@ class FileWeights:
         """Type and hash of the stored bytes, so that equal tensors in different files are known to be
         equal."""
         if name not in self._digests:
-            digest = hashlib.blake2b(self.file.raw(name).data, digest_size=16)
-            if factor_name(name) in self._names:
-                digest.update(self.file.raw(factor_name(name)).data)
+            digest = hashlib.blake2b(digest_size=16)
+            for part in (one for one in (name, factor_name(name)) if one in self._names):
+                for rows in row_pieces(self.file.info(part), _HASHED_AT_ONCE):
+                    digest.update(self.file.raw(part, rows).data)
             self._digests[name] = digest.digest()
-            self.file.release(name)
         return self.file.info(name).qtype, self._digests[name]
 
     def qtype(self, name: str) -> str:
@@ -112,8 +115,7 @@ class FileWeights:
         return self.file.info(name).qtype
 
     def forget(self, name: str) -> None:
-        """Give the mapped pages back to the system."""
-        self.file.release(name)
+        """Nothing of it is kept."""
 
 
 class Quantizer:
@@ -148,7 +150,11 @@ class Quantizer:
         return self.source.identity(name), qtype, self._effort, self._settings.get(name)
 
     def read(self, name: str, qtype: str, rows: Rows = None) -> F32:
-        """Weights of a tensor (or of some rows) as they come out of quantizing and dequantizing."""
+        """Weights of a tensor (or of some rows) as they come out of quantizing and dequantizing.
+
+        Raises:
+            BadWeights: the type does not hold them.
+        """
         if rows is not None:
             packed = self._pack(name, self.source.stored(name, rows), qtype, rows)
             return self.source.times_factor(name, dequantize(packed, qtype, threads=self._threads), rows)
@@ -161,6 +167,8 @@ class Quantizer:
 
     def _pack(self, name: str, weights: F32, qtype: str, rows: Rows) -> NDArray[np.uint8]:
         importance = self._importance.get(name)
+        if qtype != self.source.qtype(name):
+            require_held(weights.reshape(-1, weights.shape[-1]), [qtype], name)
 
         def packed(matrix: F32, own: F32 | None) -> NDArray[np.uint8]:
             return quantize(
