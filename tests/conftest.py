@@ -7,6 +7,9 @@ import pytest
 
 from bitladder.files import demo
 from bitladder.files.sources import resolve
+from bitladder.stages import speeds
+
+speeds.LONG_S = 3.0  # what tests run is decided by no speed; three rounds are timed anyway
 
 
 @pytest.fixture(autouse=True)

@@ -51,6 +51,16 @@ def words_of(command: golden.Command, sources: Path, work: Path, own: Path) -> l
     return [*found, *threads, "--json"]
 
 
+def _alike_everywhere() -> None:
+    """Passes in f32 on every processor: which ones multiply in bfloat16 is theirs, and moves what they gather. Speeds,
+    which nothing here depends on, are timed for a moment."""
+    from bitladder.stages import speeds
+    from bitladder.walk import products
+
+    products.half_products_pay = lambda: False  # type: ignore[assignment]
+    speeds.LONG_S = 1.0
+
+
 def product(command: golden.Command, sources: Path, work: Path) -> dict[str, Any]:
     """What a command writes and prints, its clock apart."""
     own = work / command.folder
@@ -100,6 +110,7 @@ def main() -> None:
         for one in golden.commands()
         if (not tested or one.tested) and (not names or any(name in one.name for name in names))
     ]
+    _alike_everywhere()
     found: dict[str, Any] = {}
     for one in chosen:
         found[one.name] = product(one, Path(sources).absolute(), root)

@@ -79,7 +79,7 @@ def test_sketches_tell_files_apart():
     assert all(digest.far(one, other) > FAR for one, other in pairs if one != other)
 
 
-@pytest.mark.parametrize("cpu", ["haswell", "generic"])
+@pytest.mark.parametrize("cpu", ["haswell"])  # test_kernels.py has the oldest
 def test_kernels_give_the_same_bytes_for_other_processors(made, tmp_path, cpu):
     environment = {
         **os.environ, "NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(tmp_path / "code"),

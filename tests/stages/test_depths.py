@@ -97,6 +97,6 @@ def test_a_run_decides_over_levels_and_caches(model, text, tmp_path):
     assert [one["level"] for one in record["fidelities"]] == names
     assert {one["level"] for one in record["answers"]} == {"F16", *names}
     assert record["decision"]["files"]["Q8_0"] == record["decision"]["files"]["Q8_0+q4_0"]
-    assert record["decision"]["quality"] == "Q8_0+q4_0"  # the smaller of two that are near-lossless
+    assert record["decision"]["quality"] in names  # both are near-lossless: which is faster decides
     assert record["settings"]["kv"] == ["f16", "q4_0"]
     assert "--kv f16,q4_0" in record["commands"][0]

@@ -148,7 +148,7 @@ def test_pieces_of_a_window_give_what_the_whole_gives(pair, monkeypatch):
             llama_library.OpenModel(library, file.path, n_ctx=61, n_vocab=tiny_models.N_VOCAB, threads=1)
             for file in (source, other)
         ]
-        parts = [_scores(models, window.tokens, window.first) for window in windows]
+        parts = [_scores(models, window.tokens, window.first, 0) for window in windows]
         for model in models:
             model.close()
     pieces = np.concatenate(parts, axis=2)
@@ -305,7 +305,7 @@ def test_a_file_that_the_engine_does_not_load(tmp_path):
     short = tmp_path / "short.gguf"
     short.write_bytes(path.read_bytes()[:-100_000])
     request = {"kind": "score", "files": [str(short)], "n_vocab": N_VOCAB, "windows": [[1, 2, 3]], "first": [1],
-               "done": 0, "threads": 1}  # fmt: skip
+               "done": 0, "threads": 1, "caches": None}  # fmt: skip
     with pytest.raises(EngineError, match=r"did not load .*short.gguf"):
         list(answers(request, short, most=100))
 

@@ -12,12 +12,11 @@ from bitladder.describe.cache import layer_caches
 from bitladder.describe.model import Model
 from bitladder.errors import UsageError
 from bitladder.formats.blocks import QTYPES
+from bitladder.formats.families import family_of
 
 CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 """What llama.cpp keeps keys and values in."""
 PLUS = "+"
-_NO_FLASH = frozenset({"grok"})
-"""Architectures whose attention llama.cpp computes without its flash kernel, which quantized values need."""
 _CUDA_PAIRS = frozenset({("f16", "f16"), ("bf16", "bf16"), ("q8_0", "q8_0"), ("q4_0", "q4_0")})
 """Pairs that a usual CUDA build of llama.cpp has a flash kernel for; others need GGML_CUDA_FA_ALL_QUANTS."""
 
@@ -99,7 +98,7 @@ def cache_gap(model: Model, cache: CacheTypes) -> str:
         block = QTYPES[kind.upper()].block_size
         if width % block:
             return f"{what} of {width} weights a head do not divide into {kind}'s blocks of {block}"
-    if dims.architecture in _NO_FLASH and QTYPES[cache.v.upper()].block_size > 1:
+    if not family_of(dims.architecture).flash_attention and QTYPES[cache.v.upper()].block_size > 1:
         return f"llama.cpp attends without its flash kernel in '{dims.architecture}', and quantized values need it"
     return ""
 

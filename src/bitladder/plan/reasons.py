@@ -84,8 +84,9 @@ def _why_quality(one: Judged) -> str:
 def as_good(one: Judged) -> str:
     """Of a level that shows no loss: what was looked at, so that nobody takes it for more."""
     fidelity, result = one.evidence.fidelity, one.evidence.result
-    seen = [f"{result.inputs:,} inputs"] if result is not None else []
-    seen += [f"{fidelity.tokens:,} tokens"] if fidelity is not None else []
+    counts = [(result.inputs, "input")] if result is not None else []
+    counts += [(fidelity.tokens, "token")] if fidelity is not None else []
+    seen = [f"{count:,} {what}{'s' * (count != 1)}" for count, what in counts]
     return f"as good as the original, as far as {' and '.join(seen)} can tell"
 
 

@@ -37,7 +37,7 @@ _ROWS = (
     deepseek.DEEPSEEK2,
     gpt_oss.GPT_OSS,
     others.EXAONE4, others.SMALLTHINKER, others.PLAMO3, others.FALCON_H1, others.NEMOTRON_H, others.NEMOTRON_H_MOE,
-    others.JAIS2, others.FALCON, others.AFMOE,
+    others.JAIS2, others.FALCON, others.GROK, others.AFMOE,
 )  # fmt: skip
 
 FAMILIES: dict[str, Family] = {row.architecture: row for row in _ROWS}

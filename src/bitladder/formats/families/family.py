@@ -233,6 +233,8 @@ class Family:
     states: StateTraits = StateTraits()
     mix: Mix = Mix()
     layers: Layers | None = None
+    flash_attention: bool = True
+    """Whether llama.cpp attends with its flash kernel, which quantized values in the cache need."""
     expert_layers: Layers | None = None
     """The layers of a file with experts, where that is another model of transformers (Mixtral is llama with
     experts)."""
