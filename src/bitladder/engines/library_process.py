@@ -83,14 +83,13 @@ def _nonsense(what: Path, found: str, means: str = "") -> EngineError:
 
 
 @contextlib.contextmanager
-def _running(request: Mapping[str, Any]) -> Iterator[tuple[subprocess.Popen[bytes], IO[bytes], collections.deque[str]]]:
+def _running(request: Mapping[str, Any]) -> Iterator[tuple[subprocess.Popen[bytes], IO[bytes], _Log]]:
     if WINDOWS:
         raise EngineError(
             "On Windows llama.cpp's library cannot be asked for a model's numbers.",
             means="They come through a pipe that its process is given, which Windows does not do.",
             do="Leave out --through engine, or run this command in WSL.",
         )
-    log: collections.deque[str] = collections.deque(maxlen=_LOG_LINES)
     ours, theirs = os.pipe()
     with os.fdopen(ours, "rb") as results:
         try:
@@ -105,8 +104,7 @@ def _running(request: Mapping[str, Any]) -> Iterator[tuple[subprocess.Popen[byte
         finally:
             os.close(theirs)
         assert process.stdin is not None and process.stdout is not None
-        reader = threading.Thread(target=_keep, args=(process.stdout, log), daemon=True)
-        reader.start()
+        log = _Log(process.stdout)
         try:
             with contextlib.suppress(BrokenPipeError):  # it died already; what it left says why
                 process.stdin.write(json.dumps(request).encode() + b"\n")
@@ -115,22 +113,39 @@ def _running(request: Mapping[str, Any]) -> Iterator[tuple[subprocess.Popen[byte
         finally:
             process.kill()
             process.wait()
-            reader.join(timeout=1.0)
+            log.wait(1.0)
             with contextlib.suppress(BrokenPipeError):
                 process.stdin.close()
             process.stdout.close()
 
 
-def _keep(stream: IO[bytes], log: collections.deque[str]) -> None:
-    while line := stream.readline(_LONGEST_LINE):
-        text = line.decode(errors="replace").rstrip()[:_LOG_WIDTH]
-        if text.strip(" .") and not text.startswith(_CHATTER):
-            log.append(text)
+class _Log:
+    """The last lines that a process prints, read by a thread of their own."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._lines: collections.deque[str] = collections.deque(maxlen=_LOG_LINES)
+        self._reader = threading.Thread(target=self._read, args=(stream,), daemon=True)
+        self._reader.start()
+
+    def _read(self, stream: IO[bytes]) -> None:
+        while line := stream.readline(_LONGEST_LINE):
+            text = line.decode(errors="replace").rstrip()[:_LOG_WIDTH]
+            if text.strip(" .") and not text.startswith(_CHATTER):
+                self._lines.append(text)
+
+    def wait(self, seconds: float) -> None:
+        """Until all is read that a process that ended has printed, or so long."""
+        self._reader.join(timeout=seconds)
+
+    def last(self, count: int) -> list[str]:
+        """The last lines."""
+        return list(self._lines)[-count:]
 
 
-def _death(process: subprocess.Popen[bytes], what: Path, log: collections.deque[str]) -> EngineGone:
+def _death(process: subprocess.Popen[bytes], what: Path, log: _Log) -> EngineGone:
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(timeout=5.0)
+        log.wait(30.0)  # its last words may still be in the pipe, and this machine be busy
     code = process.returncode
     how = "closed its results before the end" if code is None else ending(code)
     killed = ended_by(code, "SIGKILL")
@@ -143,8 +158,8 @@ def _death(process: subprocess.Popen[bytes], what: Path, log: collections.deque[
     )
 
 
-def _last_words(log: collections.deque[str]) -> str:
-    return "Its last words:\n" + "\n".join(list(log)[-6:])
+def _last_words(log: _Log) -> str:
+    return "Its last words:\n" + "\n".join(log.last(6))
 
 
 def _capital(text: str) -> str:
