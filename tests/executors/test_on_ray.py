@@ -26,10 +26,13 @@ LANES = 6
 @pytest.fixture(scope="module")
 def started():
     """A cluster whose units take one of six lanes or several: so many of them are computed at a time."""
-    ray.init(
-        "local", num_cpus=3, resources={"lane": LANES}, include_dashboard=False, log_to_driver=False,
-        configure_logging=False, object_store_memory=200 << 20,
-    )  # fmt: skip
+    try:
+        ray.init(
+            "local", num_cpus=3, resources={"lane": LANES}, include_dashboard=False, log_to_driver=False,
+            configure_logging=False, object_store_memory=200 << 20,
+        )  # fmt: skip
+    except (RuntimeError, OSError, TimeoutError) as error:  # no shared memory, no ports: containers differ
+        pytest.skip(f"Ray does not start here: {error}")
     yield
     ray.shutdown()
 
