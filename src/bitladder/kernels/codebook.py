@@ -39,6 +39,21 @@ def sums_of(table: Any, form: Any, variant: Any, y: Any, w: Any, start: Any, wor
 
 
 @helper
+def first_least(best: Any, index: Any, tile: Any, at: Any) -> Any:
+    """The entry of the least of sixteen costs, of equals the first; its cost is left in ``tile[at + 32]``. A lane holds
+    the entry ``index`` and its own number."""
+    store(tile, at, best)
+    store(tile, at + 16, index)
+    found, value = np.int64(tile[at + 16]), tile[at]
+    for lane in range(1, 16):
+        entry = np.int64(tile[at + 16 + lane]) + lane
+        if tile[at + lane] < value or (tile[at + lane] == value and entry < found):
+            found, value = entry, tile[at + lane]
+    tile[at + 32] = value
+    return found
+
+
+@helper
 def least_of(work: Any, at: Any, entries: Any, q: Any, tile: Any) -> Any:
     """The entry of least ``q q B - 2 q A``; its value is left in ``tile[32]``, of equals the first is taken."""
     square, twice = splat(q * q), splat(np.float32(2) * q)
@@ -47,15 +62,7 @@ def least_of(work: Any, at: Any, entries: Any, q: Any, tile: Any) -> Any:
         cost = square * load(work, at + entries + k) - twice * load(work, at + k)
         index = where(cost < best, splat(np.float32(k)), index)
         best = minimum(cost, best)
-    store(tile, 0, best)
-    store(tile, 16, index)
-    found, value = np.int64(tile[16]), tile[0]
-    for lane in range(1, 16):
-        entry = np.int64(tile[16 + lane]) + lane
-        if tile[lane] < value or (tile[lane] == value and entry < found):
-            found, value = entry, tile[lane]
-    tile[32] = value
-    return found
+    return first_least(best, index, tile, 0)
 
 
 @helper
@@ -147,13 +154,13 @@ def nearest_odd(q: Any, unit: Any, form: Any) -> Any:
 
 
 @helper
-def fit_whole(steps: Any, part_sums: Any, form: Any, look: Any, d: Any) -> Any:
+def fit_whole(steps: Any, part_sums: Any, form: Any, look: Any) -> Any:
     """Of ``look.trials`` float16s the one that costs least over all sub-blocks, entries as they are."""
     parts = BLOCK // form.size
     largest = np.float32(0)
     for part in range(parts):
         largest = max(largest, steps[part])
-    best, least = d, np.float32(3e38)
+    best, least = np.float32(0), np.float32(3e38)
     for trial in range(look.trials):
         share = np.float32(0.7) + np.float32(0.7) * np.float32(trial) / np.float32(max(look.trials - 1, 1))
         tried = float16(largest / (np.float32(2 * form.scales - 1) * np.float32(form.unit) / np.float32(8)) * share)
@@ -257,7 +264,7 @@ def quantize_codebook(
         largest = best_steps(table, form, look, work, small, trial)
         best = np.float32(0)
         if largest > 0:
-            best = fit_whole(small[672:704], part_sums, form, look, np.float32(0))
+            best = fit_whole(small[672:704], part_sums, form, look)
         total = settle(work, form, look, best, steps, part_sums, tile, trial, own, own_whole, own_variants)
         for _ in range(look.passes):
             over, under = np.float32(0), np.float32(0)
@@ -297,14 +304,7 @@ def nearest_entry(
             cost = cost + splat(pivots[at + i]) * (moved * moved)
         index = where(cost < best, splat(np.float32(k)), index)
         best = minimum(cost, best)
-    store(tile, 128, best)
-    store(tile, 144, index)
-    found, value = np.int64(tile[144]), tile[128]
-    for lane in range(1, 16):
-        entry = np.int64(tile[144 + lane]) + lane
-        if tile[128 + lane] < value or (tile[128 + lane] == value and entry < found):
-            found, value = entry, tile[128 + lane]
-    return found
+    return first_least(best, index, tile, 128)
 
 
 @helper
@@ -339,7 +339,7 @@ def feed_codebook(
         form: a ``CodebookRow``.
         scale: f32[rows].
         whole, variants: i64[rows * parts].
-        tile: f32[160].
+        tile: f32[176].
         room: f32[512].
         entries: i64[rows * 256 / width], out.
         signs: u8[rows * 32], out.

@@ -65,6 +65,6 @@ def feed(qtype: str, found: Found, weights: F32, coupling: F32, pivots: F32) -> 
         np.ascontiguousarray(weights, np.float32).reshape(-1), np.ascontiguousarray(coupling, np.float32).reshape(-1),
         np.ascontiguousarray(pivots, np.float32), table_of(qtype).reshape(-1), row,
         found.scale, found.whole.reshape(-1), found.variants.reshape(-1),
-        np.empty(160, np.float32), np.empty(2 * BLOCK, np.float32), entries.reshape(-1), signs.reshape(-1),
+        np.empty(176, np.float32), np.empty(2 * BLOCK, np.float32), entries.reshape(-1), signs.reshape(-1),
     )  # fmt: skip
     return replace(found, entries=entries, signs=signs)
