@@ -37,11 +37,13 @@ def main() -> None:
     with ExitStack() as stack:
         source = stack.enter_context(GgufFile.open(args.model))
         with LlamaServer(Launch(args.model, n_ctx=512, threads=args.threads)) as engine:
-            windows = text_windows(
-                shipped_texts(), lambda text: engine.tokenize(text, add_special=True), source.model
-            )[: args.windows]
+            windows = text_windows(shipped_texts(), lambda text: engine.tokenize(text, add_special=True), source.model)[
+                : args.windows
+            ]
         levels = [file_candidate(source, stack.enter_context(GgufFile.open(path))) for path in args.level]
-        print(f"matrix instructions for bfloat16: {differences_pay()}; {sum(len(one.tokens) for one in windows)} tokens")
+        print(
+            f"matrix instructions for bfloat16: {differences_pay()}; {sum(len(one.tokens) for one in windows)} tokens"
+        )
         for number in range(args.rounds):
             found, seconds = {}, {}
             for way in (False, True):

@@ -113,7 +113,11 @@ class RunOptions(WorkOptions):
     effort: EffortName = "good"
     within: Annotated[
         str | None,
-        typer.Option("--within", metavar="TIME", help="Decide in 30s, 10m, 2h: measure what the decision needs most."),
+        typer.Option(
+            "--within",
+            metavar="TIME",
+            help="Decide in 30s, 10m, 2h: what it needs most; all: measure everything.",
+        ),
     ] = None
     judge: Annotated[
         str | None,
@@ -160,7 +164,7 @@ class RunOptions(WorkOptions):
             judge=self._judge(),
             trust_python=self.trust_python,
             caches=caches_named(self.kv),
-            within=parse_duration(self.within) if self.within else None,
+            within=parse_duration(self.within) if self.within and self.within != "all" else None,
         )
 
     def _judge(self) -> EndpointSettings | None:

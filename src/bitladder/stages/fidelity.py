@@ -28,8 +28,8 @@ from bitladder.records.fidelity import AtDepth, Fidelity, Way
 from bitladder.stats.bootstrap import SEED, Interval, quantile_interval, ratio_interval
 from bitladder.units import GiB
 from bitladder.walk.checkpoint_weights import CheckpointWeights
-from bitladder.walk.fidelity import Ladder
 from bitladder.walk.differences import differences_for
+from bitladder.walk.fidelity import Ladder
 from bitladder.walk.head import TokenScores
 from bitladder.walk.opened import layered
 from bitladder.walk.weights import FileWeights, LevelWeights, MadeWeights, Quantizer

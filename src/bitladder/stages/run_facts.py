@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from bitladder.describe.cache_types import CacheTypes
 from bitladder.describe.model import Model
@@ -38,6 +38,9 @@ MOST_SLOTS = 4
 arithmetic units without being served sooner on most machines, and each takes a whole context of memory.
 """
 CONTEXT_STEP = 256
+
+
+AUTO_TIME: Literal["auto"] = "auto"
 
 
 @dataclass(frozen=True)
@@ -75,8 +78,9 @@ class RunSettings:
     """Whether functions that the workload names may run."""
     caches: tuple[CacheTypes, ...] = ()
     """Types of the KV cache that every level is run with, each pair a candidate; none for llama.cpp's own alone."""
-    within: float | None = None
-    """Seconds in which a decision must be there, from when the model lies on the disk; None: as long as it takes."""
+    within: float | Literal["auto"] | None = None
+    """Seconds in which a decision must be there, from when the model lies on the disk; ``auto``: derived from model and
+    machine, where that can be; None: everything of every level is measured, as long as it takes."""
 
 
 def level_of(model: Model) -> str:
@@ -250,8 +254,8 @@ def commands(settings: RunSettings, n_ctx: int, out: Path) -> tuple[str, ...]:
     words += ["--kv", ",".join(map(str, settings.caches))] if settings.caches else []
     for text in settings.texts:
         words += ["--text", str(text)]
-    if settings.within is not None:
-        words += ["--within", f"{settings.within:g}s"]
+    if settings.within != AUTO_TIME:
+        words += ["--within", "all" if settings.within is None else f"{settings.within:g}s"]
     words += [
         "--imatrix",
         settings.imatrix,

@@ -6,9 +6,9 @@ A level's linear layer reads nearly what the reference's reads, with nearly its 
     (x + d) (W + D)  =  y  +  d (W + D)  +  x D
 
 Only the last two terms are multiplied anew. They are as small as what the level loses, so what bfloat16 rounds off them
-(a few thousandths, without bias) moves a loss by some thousandths of itself, be it 1e-6 or 1 nat
-(``benchmarks/walk_differences.py``). Both are one product of twice the length, which processors with matrix instructions
-do several times as fast as the one in f32. Everything between linear layers is computed in f32 as ever.
+moves a loss by some thousandths of itself at most, be it 1e-6 or 1 nat (``benchmarks/walk_differences.py``). Both are
+one product of twice the length, which processors with matrix instructions do several times as fast as the one in f32.
+Everything between linear layers is computed in f32 as ever.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ HELD_BYTES = 2 * GiB
 
 
 class _Call(NamedTuple):
-    """One linear layer of the reference on one batch: f32[windows, n, in], the same in bfloat16, f32[windows, n, out]."""
+    """A linear layer of the reference on one batch: f32[windows, n, in], that in bfloat16, f32[windows, n, out]."""
 
     x: torch.Tensor
     half: torch.Tensor
