@@ -4,8 +4,8 @@
 
 Walks levels over the first windows of the shipped text, each round both ways in turns. Prints processor seconds (what
 other programs take does not count) of each round, and for each level the loss both ways and the median over tokens of
-what they differ by. Where the processor has no matrix instructions for bfloat16 the walk is in f32 anyway, and this says
-what it would have been.
+what they differ by. Where the processor has no matrix instructions for bfloat16 a run walks in f32, and this says what
+it would have been.
 """
 
 import argparse

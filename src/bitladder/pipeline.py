@@ -156,6 +156,9 @@ def _assessed_in_whole(given: Given) -> RunRecord:
     job, timed = given.job, given.job.journal.timed
     plan = _planned(given)
     levels = _levels_to_build(given, plan)
+    if _needs_engine(given, levels):
+        job.require_engine()
+        require_room(given.workload, plan.n_ctx, job)
     if isinstance(job.progress, Countdown) and given.settings.within == AUTO_TIME:
         job.progress.allow(default_time(given, plan, levels))
         job.journal.say(
@@ -163,9 +166,6 @@ def _assessed_in_whole(given: Given) -> RunRecord:
             "clearly in or out are measured less. --within bounds the time; --within all measures all of every level."
         )
     given, levels = in_time(given, plan, levels)
-    if _needs_engine(given, levels):
-        job.require_engine()
-        require_room(given.workload, plan.n_ctx, job)
     with timed("calibrate"):
         calibrated = calibrate_levels(job, sort_levels(levels), given.build)
         importance = importance_of(job, given.build)
@@ -221,7 +221,7 @@ def _looked(given: Given, plan: Plan, built: Mapping[Subject, LevelFile], countd
         countdown.end()
         evidence = looks.evidence(still_open)
         if evidence.answers[0].answers:
-            asker.tell_doubts([level for level in evidence.answers if level.answers])
+            asker.tell_doubts([level for level in evidence.answers if level.answers], asked_all=False)
         record = _judged(given, plan, built, evidence.fidelities, evidence.answers)
         more = looks.remaining(still_open)
     if not more:

@@ -249,17 +249,19 @@ def test_too_little_time_is_refused_with_the_least_that_is_needed(home):
 
 
 def test_where_nobody_bounds_the_time_levels_that_are_clearly_out_are_measured_less(home, monkeypatch):
-    """The usual time is derived and said; a second run measures nothing; `all` measures the rest."""
+    """The usual time is derived and said; `all` measures the rest, and decides the same."""
     told = []
     monkeypatch.setattr(in_time, "_LEAST_DEFAULT_S", 1000.0)
-    first = pipeline.run(settings(home, AUTO_TIME), Heard(), say=told.append).record
+    wanted = replace(settings(home, AUTO_TIME), bar="kl < 0.001")
+    first = pipeline.run(wanted, Heard(), say=told.append).record
     assert any(line.startswith("Up to 17 min") and "--within all" in line for line in told)
     assert not any("--within" in word for word in first.commands)
     units = {one.level: one.units for one in first.fidelities}
     tiers = {first.decision.quality, first.decision.speed}
     assert tiers <= set(LEVELS) and all(units[tier] == DOCUMENTS for tier in tiers)
     assert units["Q2_K"] < DOCUMENTS  # far above the bar
-    whole = pipeline.run(settings(home, None), Heard()).record
+    assert not any("of 8 answers" in line for line in told)
+    whole = pipeline.run(replace(wanted, within=None), Heard()).record
     assert {one.units for one in whole.fidelities} == {DOCUMENTS}
     assert {one.inputs for one in whole.results} == {INPUTS}
     assert (whole.decision.quality, whole.decision.speed) == (first.decision.quality, first.decision.speed)
