@@ -55,10 +55,8 @@ def main() -> None:
         for at, level in enumerate(levels, 1):
             exact, other = found[False][at].kl, found[True][at].kl
             apart = np.median(np.abs(other - exact) / np.maximum(exact, 1e-12))
-            print(
-                f"{level.level}: KL {exact.mean():.6g} and {other.mean():.6g} ({other.mean() / exact.mean() - 1:+.2%}), "
-                f"tokens apart by {apart:.2%}"
-            )
+            moved = other.mean() / exact.mean() - 1
+            print(f"{level.level}: KL {exact.mean():.6g}, {other.mean():.6g} ({moved:+.2%}); tokens {apart:.2%} apart")
 
 
 if __name__ == "__main__":
