@@ -7,7 +7,8 @@
 Both sides see the same calibration tokens. Theirs: llama.cpp's mix of types (all 96 recorded mixes are reproduced
 tensor by tensor, tests/formats/test_recipes.py), quantized by ggml's own reference code (libgguf) under an importance
 matrix of those tokens. Ours: a recipe of at most as many bytes, or a share of them, codes chosen with error feedback;
-with levels whose names begin with IQ it chooses from codebook types, too.
+with levels whose names begin with IQ it chooses from codebook types, too. A killed run goes on from what ``--keep``
+holds.
 KL against the 16-bit source on the first window of each of several articles of the test text, and of texts of another
 kind (the ones that ship to measure on); ratios of mean KL with paired intervals over documents. ``--ablate`` adds
 each ingredient alone.
@@ -26,14 +27,19 @@ from level_texts import articles, first_windows, fitting_windows, parsed, parser
 from libgguf_here import libgguf_or_exit
 from numpy.typing import NDArray
 
-from bitladder.describe.windows import WINDOW, Window
+from bitladder.describe.windows import WINDOW, Window, tokens_hash
 from bitladder.engines.base import Launch
 from bitladder.engines.llama import LlamaServer
+from bitladder.files.atomic import write_whole, written_aside
+from bitladder.files.folders import cache_key
 from bitladder.files.gguf import GgufFile
+from bitladder.files.imatrix import read_imatrix, write_imatrix
 from bitladder.files.texts import read_texts, shipped_texts
 from bitladder.formats.recipes import assign
 from bitladder.plan.recipe import Limits, choose, recipe_bytes
-from bitladder.records.recipe import Recipe
+from bitladder.records import to_json
+from bitladder.records.reading import read_json
+from bitladder.records.recipe import Recipe, SensitivityTable
 from bitladder.stages.feedback import write_with_feedback
 from bitladder.stages.fidelity import Candidate, file_candidate, token_scores
 from bitladder.stages.imatrix import importance_matrix
@@ -47,21 +53,48 @@ LEVELS = "Q4_K_M,Q4_K_S,Q3_K_M,Q3_K_S,Q2_K"
 
 
 class GgmlQuantizer(Quantizer):
-    """Tensors in the bytes of ggml's own code."""
+    """Tensors in the bytes of ggml's own code, kept in a folder: its codebook types take minutes."""
 
-    def __init__(self, source: FileWeights, importance: Mapping[str, F32]) -> None:
+    def __init__(self, source: FileWeights, importance: Mapping[str, F32], keep: Path) -> None:
         super().__init__(source, importance=importance)
-        self.libgguf = libgguf_or_exit()
+        self.libgguf, self.keep = libgguf_or_exit(), keep
 
     def identity(self, name: str, qtype: str) -> Any:
         """Not to be taken for our bytes."""
         return "ggml", *super().identity(name, qtype)
 
     def _pack(self, name: str, weights: F32, qtype: str, rows: Any) -> NDArray[np.uint8]:
-        del rows
+        kept = self.keep / f"{cache_key(name, qtype, repr(self.identity(name, qtype)))[:32]}.npy"
+        if rows is None and kept.exists():
+            return np.asarray(np.load(kept), np.uint8)
         kind = self.libgguf.GGMLQuantizationType[qtype]
         stored = self.libgguf.quantize_rows(weights, kind, imatrix=self._importance.get(name))
-        return np.asarray(stored, np.uint8).reshape(len(weights), -1)
+        made = np.asarray(stored, np.uint8).reshape(len(weights), -1)
+        if rows is None:
+            with written_aside(kept) as file:
+                np.save(file, made)
+        return made
+
+
+def kept_importance(source: GgufFile, windows: Sequence[Window], options: argparse.Namespace) -> Mapping[str, F32]:
+    """The importance matrix of these tokens, gathered once."""
+    kept = options.keep / f"importance-{cache_key(source.sha256, tokens_hash(windows))[:16]}.gguf"
+    if not kept.exists():
+        write_imatrix(kept, importance_matrix(source, windows, threads=options.threads, keep=options.keep / "walks"))
+    return read_imatrix(kept).vectors()
+
+
+def kept_table(
+    source: GgufFile, windows: Sequence[Window], choices: BlockTypes, options: argparse.Namespace
+) -> SensitivityTable:
+    """Sensitivities by these tokens, found once."""
+    kept = options.keep / f"table-{cache_key(source.sha256, tokens_hash(windows), choices.key)[:16]}.json"
+    if not kept.exists():
+        started = time.perf_counter()
+        own = weigh(source, windows, threads=options.threads, choices=choices, keep=options.keep / "walks").table
+        write_whole(kept, json.dumps(to_json(own)))
+        print(f"sensitivities: {time.perf_counter() - started:.0f} s", flush=True)
+    return read_json(SensitivityTable, kept.read_bytes())
 
 
 def candidates(
@@ -69,13 +102,11 @@ def candidates(
 ) -> list[tuple[str, str, Candidate]]:
     """(level, side, weights) of everything that is compared; files of ours are made in ``--keep``."""
     weights = FileWeights(source, threads=options.threads)
-    importance = importance_matrix(source, windows, threads=options.threads).vectors()
-    theirs = GgmlQuantizer(weights, importance)
+    importance = kept_importance(source, windows, options)
+    theirs = GgmlQuantizer(weights, importance, options.keep / "ggml")
     ours = Quantizer(weights, importance=importance, threads=options.threads)
-    started = time.perf_counter()
     some, choices = windows[:: max(1, len(windows) // 8)], BlockTypes(low=options.levels.startswith("IQ"))
-    table = weigh(source, some, threads=options.threads, choices=choices).table
-    print(f"sensitivities: {time.perf_counter() - started:.0f} s", flush=True)
+    table = kept_table(source, some, choices, options)
     found = []
     for level in options.levels.split(","):
         mix = assign(level, source.model.tensors, source.model.dims, has_importance=True)
@@ -101,9 +132,14 @@ def candidates(
 
 
 def compare(
-    source: GgufFile, all_of: Sequence[tuple[str, str, Candidate]], windows: Sequence[Window], name: str, threads: int
+    source: GgufFile,
+    all_of: Sequence[tuple[str, str, Candidate]],
+    windows: Sequence[Window],
+    name: str,
+    options: argparse.Namespace,
 ) -> list[dict[str, Any]]:
-    scores = token_scores(source, [one for *_, one in all_of], windows, threads=threads)[1:]
+    members = [one for *_, one in all_of]
+    scores = token_scores(source, members, windows, threads=options.threads, keep=options.keep / "walks")[1:]
     kl = [per_document(one.kl, windows) for one in scores]
     tokens = per_document(np.ones(len(scores[0].kl)), windows)
     theirs = {level: own for (level, side, _), own in zip(all_of, kl, strict=True) if side == "llama.cpp"}
@@ -145,7 +181,7 @@ def main() -> int:
         if options.in_domain_only:
             del texts["other domain"]
         all_of = candidates(source, fitting, options, opened)
-        rows = [row for name, own in texts.items() for row in compare(source, all_of, own, name, options.threads)]
+        rows = [row for name, own in texts.items() for row in compare(source, all_of, own, name, options)]
     for file in opened:
         file.close()
     if options.json:
