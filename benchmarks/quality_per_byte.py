@@ -2,19 +2,21 @@
 
     scripts/bench quality_per_byte --model reference-f16.gguf --calibrate wikitext2-valid.txt
         --text wikitext2-test.txt [--other TEXT_OR_FOLDER] [--levels Q4_K_M,...] [--fit-tokens 12288]
-        [--documents 16] [--share 1] [--threads 2] [--keep DIR] [--json FILE]
+        [--documents 16] [--share 1] [--layers N] [--threads 2] [--keep DIR] [--json FILE]
 
 Both sides see the same calibration tokens. Theirs: llama.cpp's mix of types (all 96 recorded mixes are reproduced
 tensor by tensor, tests/formats/test_recipes.py), quantized by ggml's own reference code (libgguf) under an importance
 matrix of those tokens. Ours: a recipe of at most as many bytes, or a share of them, codes chosen with error feedback;
 with levels whose names begin with IQ it chooses from codebook types, too. A killed run goes on from what ``--keep``
-holds.
+holds. With ``--layers N`` only N layers, spread evenly, are quantized on both sides and all else stays 16 bits: for
+types that take long to write.
 KL against the 16-bit source on the first window of each of several articles of the test text, and of texts of another
 kind (the ones that ship to measure on); ratios of mean KL with paired intervals over documents. ``--ablate`` adds
 each ingredient alone.
 """
 
 import argparse
+import dataclasses
 import json
 import sys
 import time
@@ -27,6 +29,7 @@ from level_texts import articles, first_windows, fitting_windows, parsed, parser
 from libgguf_here import libgguf_or_exit
 from numpy.typing import NDArray
 
+from bitladder.describe.model import Model
 from bitladder.describe.windows import WINDOW, Window, tokens_hash
 from bitladder.engines.base import Launch
 from bitladder.engines.llama import LlamaServer
@@ -36,6 +39,7 @@ from bitladder.files.gguf import GgufFile
 from bitladder.files.imatrix import read_imatrix, write_imatrix
 from bitladder.files.texts import read_texts, shipped_texts
 from bitladder.formats.recipes import assign
+from bitladder.formats.tensors import TensorInfo
 from bitladder.plan.recipe import Limits, choose, recipe_bytes
 from bitladder.records import to_json
 from bitladder.records.reading import read_json
@@ -76,6 +80,28 @@ class GgmlQuantizer(Quantizer):
         return made
 
 
+class SomeTypes(BlockTypes):
+    """Block types of some tensors; the others are not weighed."""
+
+    def __init__(self, names: frozenset[str], *, low: bool) -> None:
+        super().__init__(low=low)
+        self.names = names
+        self.key += f"-{cache_key(*sorted(names))[:8]}"
+
+    def of(self, info: TensorInfo) -> tuple[str, ...]:
+        """As ``Choices``."""
+        return super().of(info) if info.name in self.names else ()
+
+
+def part_of(model: Model, layers: int) -> Model:
+    """The model without all tensors but those of so many layers, spread evenly; 0: all of it."""
+    if not layers:
+        return model
+    chosen = set(np.linspace(0, model.dims.n_layer - 1, layers).astype(int).tolist())
+    own = tuple(one for one in model.tensors if one.name.startswith("blk.") and int(one.name.split(".")[1]) in chosen)
+    return dataclasses.replace(model, tensors=own)
+
+
 def kept_importance(source: GgufFile, windows: Sequence[Window], options: argparse.Namespace) -> Mapping[str, F32]:
     """The importance matrix of these tokens, gathered once."""
     kept = options.keep / f"importance-{cache_key(source.sha256, tokens_hash(windows))[:16]}.gguf"
@@ -105,14 +131,18 @@ def candidates(
     importance = kept_importance(source, windows, options)
     theirs = GgmlQuantizer(weights, importance, options.keep / "ggml")
     ours = Quantizer(weights, importance=importance, threads=options.threads)
-    some, choices = windows[:: max(1, len(windows) // 8)], BlockTypes(low=options.levels.startswith("IQ"))
-    table = kept_table(source, some, choices, options)
+    part, low = part_of(source.model, options.layers), options.levels.startswith("IQ")
+    names = frozenset(one.name for one in part.tensors)
+    choices = SomeTypes(names, low=low) if options.layers else BlockTypes(low=low)
+    table = kept_table(source, windows[:: max(1, len(windows) // 8)], choices, options)
+    table = dataclasses.replace(table, losses={name: own for name, own in table.losses.items() if own})
     found = []
     for level in options.levels.split(","):
         mix = assign(level, source.model.tensors, source.model.dims, has_importance=True)
-        size, bpw = recipe_bytes(source.model, mix)
+        mix = {name: qtype for name, qtype in mix.items() if name in names}
+        size, bpw = recipe_bytes(part, mix)
         named = Recipe(f"{level}-fed", source.model.dims.architecture, mix, size, bpw, None, (), True)
-        chosen = choose(table, source.model, Limits(bytes=int(size * options.share)))
+        chosen = choose(table, part, Limits(bytes=int(size * options.share)))
         found.append((level, "llama.cpp", Candidate(f"{level} llama.cpp", MadeWeights(theirs, mix))))
         fed = [("ours", chosen)]
         if options.ablate:
@@ -165,6 +195,7 @@ def main() -> int:
     parser.add_argument("--part", type=int, default=0, help="which stretch of the calibration text to fit to")
     parser.add_argument("--in-domain-only", action="store_true")
     parser.add_argument("--share", type=float, default=1.0, help="our bytes as a share of theirs")
+    parser.add_argument("--layers", type=int, default=0, help="quantize only so many; 0: all, and the embedding")
     parser.add_argument("--documents", type=int, default=16)
     parser.add_argument("--ablate", action="store_true")
     parser.add_argument("--keep", type=Path, default=Path("quality-per-byte"), help="folder for the files made")

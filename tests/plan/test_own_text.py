@@ -1,11 +1,12 @@
 """What of a text that a model wrote is fit to calibrate on."""
 
+import numpy as np
 import pytest
 
 from bitladder.describe.seed import Seed
 from bitladder.describe.text import Document, languages_of
 from bitladder.files.texts import shipped_seeds, shipped_texts
-from bitladder.plan.own_text import LEAST_TOKENS, loop_start, refusal, sound_part
+from bitladder.plan.own_text import LEAST_TOKENS, circling_start, loop_start, refusal, sound_part
 
 ENGLISH = Seed("en-x", ("ask",), "begin")
 WORDS = "a text in plain words that says nothing twice and goes on for long enough"
@@ -34,6 +35,22 @@ def test_a_text_is_kept_up_to_its_loop():
     assert (found.tokens, found.reason) == (62, "")
 
 
+def test_a_text_that_goes_round_in_circles_is_kept_up_to_there():
+    """Variations of one sentence, never twice the same: no loop, and nothing new either."""
+    rng = np.random.default_rng(0)
+    sentence = list(range(100, 120))
+    circles = [token for _ in range(16) for token in [*sentence[: int(rng.integers(10, 20))], int(rng.integers(9))]]
+    ids = [*range(200, 264), *circles]
+    assert loop_start(ids) == len(ids)
+    assert circling_start(ids) == 128
+    assert sound_part(ids, WORDS, ENGLISH).tokens == 128
+
+
+def test_code_and_tables_may_repeat_their_frame():
+    rows = [token for row in range(40) for token in [1, 2, 1000 + row, 3, 4, 2000 + row, 5, 6]]
+    assert circling_start(rows) == len(rows)
+
+
 @pytest.mark.parametrize(
     ("ids", "text", "seed", "reason"),
     [
@@ -42,7 +59,7 @@ def test_a_text_is_kept_up_to_its_loop():
         (list(range(LEAST_TOKENS - 1)), WORDS, ENGLISH, "too short"),
         ([5] * 100, WORDS, ENGLISH, "a loop"),
         ([5, 6, 7] * 100, WORDS, ENGLISH, "a loop"),
-        ([*[5] * 60, *range(40)], WORDS, ENGLISH, "one token over and over"),
+        ([token for one in range(60) for token in (5, 5, 100 + one)], WORDS, ENGLISH, "one token over and over"),
         (list(range(60)), "все слова здесь по-русски, и ни одного английского", ENGLISH, "not in Latin script"),
         (list(range(60)), WORDS, Seed("ru-x", (), "", script="Cyrillic"), "not in Cyrillic script"),
         (

@@ -212,8 +212,10 @@ class LlamaServer(ServedEngine):
             for choice in choices
         ]
 
-    def sample(self, tokens: Sequence[int], *, max_tokens: int, seed: int, sampling: Mapping[str, float]) -> list[int]:
-        """A sampled continuation of a prompt given as token ids: ids, the token that ends an answer among them.
+    def sample(
+        self, tokens: Sequence[int], *, max_tokens: int, seed: int, sampling: Mapping[str, float]
+    ) -> tuple[list[int], bool]:
+        """A sampled continuation of a prompt given as token ids: ids, and whether the last of them ends the answer.
         ``sampling``: ``temperature``, ``top_p``, ``min_p``, ...
 
         Raises:
@@ -227,10 +229,11 @@ class LlamaServer(ServedEngine):
             "return_tokens": True,
             "cache_prompt": False,
         }
-        found = self._post("/completion", body).get("tokens")
+        reply = self._post("/completion", body)
+        found = reply.get("tokens")
         if not isinstance(found, list) or not all(isinstance(one, int) for one in found):
             raise EngineReply("The engine did not say which tokens it sampled.")
-        return found
+        return found, bool(found) and reply.get("stop_type") == "eos"
 
     def time_tokens(self, tokens: Sequence[int], *, max_tokens: int, again: bool = False) -> Mapping[str, float]:
         """The engine's own ``timings`` for computing a prompt and decoding exactly ``max_tokens`` after it."""

@@ -3,7 +3,8 @@ little.
 
 A damaged, tiny or unwilling model writes one word over and over, or in another script than it was asked in. Statistics
 of such text describe a state that good use never reaches, so it is dropped; of a text that ends in a loop the part
-before it is kept. Only tokens and letters are looked at: whether a text is true or sensible is of no account here.
+before it is kept, and of one that goes round in circles what it said first. Only tokens and letters are looked at:
+whether a text is true or sensible is of no account here.
 """
 
 from __future__ import annotations
@@ -27,6 +28,10 @@ _LONGEST_SPAN = 64
 """Tokens of the longest span whose repetition counts as a loop."""
 _LEAST_LOOP = 24
 """Tokens from which three times the same span is a loop and no list."""
+_STRETCH, _GRAM, _MOST_SEEN = 64, 4, 0.7
+"""Tokens of a stretch, of a piece of it, and the share of pieces that stood in the text before from which a text goes
+round in circles without saying the very same each time: what goes on saying something has less than half, code and
+tables included."""
 _LEAST_LETTERS = 20
 _MOST_BROKEN = 0.02
 """Of the characters: tokens of bytes that make none, as random or damaged weights write them."""
@@ -52,7 +57,7 @@ def sound_part(ids: Sequence[int], text: str, seed: Seed, *, least: int = LEAST_
     """
     if not text.strip():
         return Sound(0, "empty")
-    end = loop_start(ids)
+    end = min(loop_start(ids), circling_start(ids))
     if end < least:
         return Sound(0, "a loop" if end < len(ids) else "too short")
     if _most_frequent(ids[:end]) > 0.5:
@@ -79,6 +84,20 @@ def loop_start(ids: Sequence[int]) -> int:
         if len(ids) - (start - size) >= max(3 * size, _LEAST_LOOP):
             best = min(best, start)
     return best
+
+
+def circling_start(ids: Sequence[int]) -> int:
+    """Tokens before the first stretch of 64 that hardly says anything new; all where there is none."""
+    seen: set[tuple[int, ...]] = set()
+    for start in range(0, len(ids), _STRETCH):
+        grams = [tuple(ids[at : at + _GRAM]) for at in range(start, min(start + _STRETCH, len(ids) - _GRAM + 1))]
+        known = 0
+        for gram in grams:
+            known += gram in seen
+            seen.add(gram)
+        if len(grams) >= _STRETCH // 2 and known > _MOST_SEEN * len(grams):
+            return start
+    return len(ids)
 
 
 def refusal(kept: int, asked: int) -> str:

@@ -7,11 +7,12 @@ added to the list is the only one that is measured.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bitladder import __version__
+from bitladder.describe.text import text_hash
 from bitladder.errors import BadInput, BitladderError
 from bitladder.records.bench import BenchFigure, BenchRecord, BenchText, Rival
 from bitladder.stages.bench_file import Bench
@@ -55,7 +56,7 @@ def run_bench(bench: Bench, work: Work) -> BenchRecord:
         work.journal.say(f"On {name}: {len(read[name])} documents.")
         wanted = Measuring(files=[Path(one.path) for one in ordered], texts=paths)
         found = dict(zip((one.name for one in ordered), measure_model(bench.model, wanted, work), strict=True))
-        figures.append(BenchText(name, _hash(read[name]), compared(found, against)))
+        figures.append(BenchText(name, text_hash(read[name]), compared(found, against)))
     return BenchRecord(label, sha256, tuple(ordered), tuple(figures), against, left_out, __version__)
 
 
@@ -132,9 +133,3 @@ def _require_same_tokens(source: GgufFile, file: GgufFile) -> None:
         means="Its predictions are about other pieces of text, so nothing compares them token by token.",
         do="Compare files that were made from the same model.",
     )
-
-
-def _hash(texts: Sequence) -> str:
-    from bitladder.describe.text import text_hash
-
-    return text_hash(texts)

@@ -9,7 +9,6 @@ batches differ in their last bits, so another machine may get other words; what 
 from __future__ import annotations
 
 import json
-import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -41,9 +40,7 @@ _AT_A_TIME = 8
 _CONTEXT = 1024
 """Tokens of a chat: question and answers."""
 _SAMPLING = {"temperature": TEMPERATURE, "top_p": TOP_P, "min_p": MIN_P, "top_k": 0}
-_SPECIAL = re.compile(r"<\|?[a-z_/]{2,24}\|?>")
-"""What ends an answer, which the template writes itself when the answer is put back into the chat."""
-_DECODING = 4.0
+_DECODING = 1.5
 """By which an operation takes longer for a few tokens at a time than for a prompt, until it was measured."""
 _REVISION = 1
 """Of all that a text depends on and the key does not see."""
@@ -129,45 +126,49 @@ def _written(job: Job, seeds: Sequence[Seed], folder: Path, total: int, *, plain
                     found[one.name] = one
                     job.progress(what, done + len(found), total)
             finally:
-                pool.shutdown(cancel_futures=True)
+                pool.shutdown(wait=False, cancel_futures=True)  # the engine's end ends what still waits for it
     return found
 
 
 def _one(server: LlamaServer, seed: Seed, n_ctx: int, *, plain: bool, tools: bool) -> OwnText:
     """What the model makes of one seed."""
     if plain:
-        return _answered(server, seed, seed.begin, n_ctx, 1)
+        return _answered(server, seed, seed.begin, n_ctx)[0]
     messages = [{"role": "system", "content": seed.system}] if seed.system else []
     before = 0
     for turn, asked in enumerate(seed.ask[:-1], start=1):
         messages.append({"role": "user", "content": asked})
         prompt = server.render(messages, seed.tools if tools else ())
-        written = _answered(server, seed, prompt, n_ctx, len(seed.ask) - turn + 1, least=1)
+        written, answer = _answered(server, seed, prompt, n_ctx, turns=len(seed.ask) - turn + 1, least=1)
         if written.dropped:
             return written
         before += written.tokens
-        answer = _SPECIAL.sub("", written.text.removeprefix(prompt)).strip()
         messages.append({"role": "assistant", "content": answer})
     messages.append({"role": "user", "content": seed.ask[-1]})
     prompt = server.render(messages, seed.tools if tools else ())
-    last = _answered(server, seed, prompt, n_ctx, 1, least=max(1, LEAST_TOKENS - before))
+    last, _ = _answered(server, seed, prompt, n_ctx, least=max(1, LEAST_TOKENS - before))
     return last if last.dropped else replace(last, tokens=before + last.tokens)
 
 
 def _answered(
-    server: LlamaServer, seed: Seed, prompt: str, n_ctx: int, turns: int, least: int = LEAST_TOKENS
-) -> OwnText:
-    """A text that begins with ``prompt``, as far as it is sound; ``turns`` that share what the context has left."""
+    server: LlamaServer, seed: Seed, prompt: str, n_ctx: int, *, turns: int = 1, least: int = LEAST_TOKENS
+) -> tuple[OwnText, str]:
+    """A text that begins with ``prompt``, as far as it is sound, and the answer in it without the token that ends it;
+    ``turns`` that share what the context has left."""
     asked = server.tokenize(prompt, add_special=True)
     most = min(MOST_TOKENS, (n_ctx - len(asked)) // turns - 1)
     if most < 1:
-        return OwnText(seed.name, "", 0, f"no room for an answer in {n_ctx} tokens")
-    ids = server.sample(asked, max_tokens=most, seed=_seed_number(seed.name), sampling=_SAMPLING)
+        return OwnText(seed.name, "", 0, f"no room for an answer in {n_ctx} tokens"), ""
+    ids, ended = server.sample(asked, max_tokens=most, seed=_seed_number(seed.name), sampling=_SAMPLING)
     sound = sound_part(ids, server.detokenize(ids), seed, least=least)
     if sound.reason:
-        return OwnText(seed.name, "", 0, sound.reason)
-    text = unicode.mended(server.detokenize(ids[: sound.tokens])).rstrip("\ufffd")  # cut within a character
-    return OwnText(seed.name, prompt + text, sound.tokens)
+        return OwnText(seed.name, "", 0, sound.reason), ""
+    used = ids[: sound.tokens]
+    text, answer = (
+        unicode.mended(server.detokenize(part)).rstrip("\ufffd")  # cut within a character
+        for part in (used, used[:-1] if ended and len(used) == len(ids) else used)
+    )
+    return OwnText(seed.name, prompt + text, sound.tokens), answer.strip()
 
 
 def _seed_number(name: str) -> int:
