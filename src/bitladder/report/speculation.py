@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
+from bitladder.plan.speculation import paying
 from bitladder.records.speculation import SpeculationReport
 from bitladder.report.columns import plain_table
 from bitladder.report.rows import interval, number, percent
@@ -30,15 +31,15 @@ def speculation_table(report: SpeculationReport, console: Console | None = None)
                 interval(gain.low, gain.high, lambda ratio: f"{ratio:.3g}"),
             )
     out.print(table)
+    best = paying(report.results)
     for one in report.results:
         same = "the same answers"
         if not one.lossless:
             shown = ", ".join(one.differing[:5]) + (", ..." if len(one.differing) > 5 else "")
             same = f"other answers to {len(one.differing)} of {report.inputs} inputs ({shown})"
         memory = f", {human_bytes(one.extra_bytes)} more memory" if one.extra_bytes else ""
-        out.print(f"{one.mode}: {same}{memory}; {'surely pays' if one.pays else 'is not known to pay'}")
+        out.print(f"{one.mode}: {same}{memory}; {'surely pays' if one in best else 'is not known to pay'}")
     if report.unstable:
         out.print(f"Not the same twice without guesses, and left out of this: {', '.join(report.unstable[:5])}")
-    best = report.best
-    said = f"--speculate {best.mode} (or auto)" if best else "no guesses"
+    said = f"--speculate {best[0].mode} (or auto)" if best else "no guesses"
     out.print(f"\nServe it with {said}.")
