@@ -17,7 +17,7 @@ from bitladder.report.tables import evidence_tables, table_notes
 from bitladder.serve.whatif import answer_changes
 from ladder_examples import run_record
 
-SHALLOW = AtDepth(512, 3000, 0.005, 0.004, 0.007, 0.1, 1.001, 1.0, 1.002, 0.97, 0.96, 0.98)
+SHALLOW = AtDepth(3000, 0.005, 0.004, 0.007, 0.1, 1.001, 1.0, 1.002, 0.97, 0.96, 0.98, depth=512)
 DEEP = dataclasses.replace(
     SHALLOW, depth=4096, kl_mean=0.41, kl_low=0.33, kl_high=0.53, top1=0.61, rise=82.0, rise_low=70.0, rise_high=97.0
 )
