@@ -150,9 +150,12 @@ def _check_caches(settings: RunSettings) -> None:
 
 def check_within(settings: RunSettings) -> None:
     """Refuse what no time can be predicted of."""
-    if settings.caches:
+    if settings.caches or settings.speculate:
+        option, what = (
+            ("--kv", "measuring by depth of context") if settings.caches else ("--speculate", "trying guesses")
+        )
         raise UsageError(
-            "--within cannot be kept with --kv: how long measuring by depth of context takes is not predicted.",
+            f"--within cannot be kept with {option}: how long {what} takes is not predicted.",
             do="Leave out one of the two.",
         )
     if endpoints_of(settings):
