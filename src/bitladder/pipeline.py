@@ -42,7 +42,7 @@ from bitladder.stages.costs import level_costs
 from bitladder.stages.engine_way import engine_missing, way_for
 from bitladder.stages.evaluate import compare
 from bitladder.stages.forecast import building_need
-from bitladder.stages.in_time import can_be_bounded, default_time, in_time
+from bitladder.stages.in_time import default_time, in_time
 from bitladder.stages.job import Journal, Say, Work
 from bitladder.stages.known_files import identified, known_folders, making_of, tell_same_weights
 from bitladder.stages.ladder_files import ladder_files
@@ -125,15 +125,13 @@ def assess(
 
 
 def _work(settings: RunSettings, progress: Progress, say: Say) -> Work:
-    if settings.within is not None and can_be_bounded(settings):
-        seconds = settings.within if isinstance(settings.within, float) else None
-        progress = Countdown(progress, seconds)
+    if settings.within is not None:
+        progress = Countdown(progress, None if settings.within == AUTO_TIME else settings.within)
     return Work(threads=settings.threads, device=settings.device, progress=progress, journal=Journal(say))
 
 
 def _assessed(given: Given) -> RunRecord:
-    """Plan, build, measure, test, decide; within the time, where there is a limit: one that was asked for, or the
-    usual one of this model and machine.
+    """Plan, build, measure, test, decide; within the time, where there is a limit.
 
     Raises:
         TooLittleTime: it was over before anything was known of a level.
@@ -165,7 +163,7 @@ def _assessed_in_whole(given: Given) -> RunRecord:
         job.progress.allow(default_time(given, plan, levels))
         job.journal.say(
             f"Up to {human_duration(job.progress.seconds)} on this machine, by what is known of it: levels that are "
-            "clearly in or out are measured less. --within bounds the time; --within all measures all of every level."
+            "clearly in or out are measured less."
         )
     given, levels = in_time(given, plan, levels)
     with timed("calibrate"):

@@ -248,14 +248,14 @@ def test_too_little_time_is_refused_with_the_least_that_is_needed(home):
     assert "--within" in refused.value.do and not (home / "out").exists()
 
 
-def test_where_nobody_bounds_the_time_levels_that_are_clearly_out_are_measured_less(home, monkeypatch):
-    """The usual time is derived and said; `all` measures the rest, and decides the same."""
+def test_in_the_usual_time_levels_that_are_clearly_out_are_measured_less(home, monkeypatch):
+    """The usual time is derived and said; a whole run measures the rest, and decides the same."""
     told = []
     monkeypatch.setattr(in_time, "_LEAST_DEFAULT_S", 1000.0)
     wanted = replace(settings(home, AUTO_TIME), bar="kl < 0.001")
     first = pipeline.run(wanted, Heard(), say=told.append).record
-    assert any(line.startswith("Up to 17 min") and "--within all" in line for line in told)
-    assert not any("--within" in word for word in first.commands)
+    assert any(line.startswith("Up to 17 min") for line in told)
+    assert "--within auto" in first.commands[0]
     units = {one.level: one.units for one in first.fidelities}
     tiers = {first.decision.quality, first.decision.speed}
     assert tiers <= set(LEVELS) and all(units[tier] == DOCUMENTS for tier in tiers)
@@ -265,7 +265,6 @@ def test_where_nobody_bounds_the_time_levels_that_are_clearly_out_are_measured_l
     assert {one.units for one in whole.fidelities} == {DOCUMENTS}
     assert {one.inputs for one in whole.results} == {INPUTS}
     assert (whole.decision.quality, whole.decision.speed) == (first.decision.quality, first.decision.speed)
-    assert "--within all" in whole.commands[0]
 
 
 def test_what_no_time_can_be_predicted_of_is_refused(home):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -45,13 +45,9 @@ def run(options: RunOptions, json_output: JsonFlag = False) -> None:
     from bitladder.pipeline import run as run_pipeline
     from bitladder.records.decision import Outcome
     from bitladder.report import print_run
-    from bitladder.stages.run_facts import AUTO_TIME
 
-    settings = options.settings()
-    if options.within is None:
-        settings = replace(settings, within=AUTO_TIME)
     with run_display(quiet=json_output) as progress:
-        result = run_pipeline(settings, progress, say=say, confirm=confirm_with(yes=options.yes))
+        result = run_pipeline(options.settings(), progress, say=say, confirm=confirm_with(yes=options.yes))
     if json_output:
         print_json(result.record)
     else:

@@ -6,16 +6,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from bitladder.errors import UsageError
-from bitladder.levels import Level
+from bitladder.describe.text import CHARACTERS_PER_TOKEN
+from bitladder.errors import BitladderError
+from bitladder.levels import Level, RecipeLevel
 from bitladder.plan.schedule import Kind, Piece, looks, spread
 from bitladder.records.plan import Plan
 from bitladder.stages.calibration import importance_need
-from bitladder.stages.forecast import building_need, corrected_seconds
+from bitladder.stages.forecast import building_need, corrected_seconds, walking_need
 from bitladder.stages.job import AUTO
 from bitladder.stages.looks import Costs, Countdown, TooLittleTime, material
-from bitladder.stages.run_facts import AUTO_TIME, RunSettings, level_of
-from bitladder.stages.run_given import Given, check_within, named_reference
+from bitladder.stages.run_facts import AUTO_TIME, level_of
+from bitladder.stages.run_given import Given, endpoints_of, named_reference
+from bitladder.stages.speeds import LEAST_ROUNDS
 from bitladder.units import human_duration
 
 _BUILDING_SHARE = 0.5
@@ -33,6 +35,7 @@ def in_time(given: Given, plan: Plan, levels: Sequence[Level]) -> tuple[Given, l
     """
     job, countdown = given.job, given.job.progress
     if not isinstance(countdown, Countdown):
+        _say_estimate(given, plan, levels)
         return given, list(levels)
     if not levels:
         return given, []
@@ -68,22 +71,37 @@ def in_time(given: Given, plan: Plan, levels: Sequence[Level]) -> tuple[Given, l
     return given, [level for level in levels if level.name in chosen or level == reference]
 
 
-_LEAST_DEFAULT_S, _TIMES_FIRST_LOOK = 300.0, 3.0
-"""What a run may take where nobody says: building, and so many times the first look at everything, at least 5
-minutes."""
+_WORTH_SAYING_S = 30.0
 
 
-def can_be_bounded(settings: RunSettings) -> bool:
-    """Whether the time of all that was asked for can be predicted."""
+def _say_estimate(given: Given, plan: Plan, levels: Sequence[Level]) -> None:
+    """How long the whole run may take, where nothing of it was done yet and all of it can be predicted."""
+    job = given.job
+    known = {file.level for file in given.recorded.files(job.source.sha256)}
+    missing = [level.name for level in levels if level.name not in known]
+    if not missing or endpoints_of(given.settings) or not all(isinstance(level, RecipeLevel) for level in levels):
+        return
+    costs = Costs(material((), given.workload.inputs), job.source, plan.levels, level_of(job.source.model))
+    asking = [Piece(Kind.INPUTS, tuple(missing), 0, len(given.workload.inputs))]
+    timing = [Piece(Kind.ROUNDS, tuple(missing), 0, LEAST_ROUNDS)]
+    tokens = sum(len(text.text) for text in given.texts) // CHARACTERS_PER_TOKEN
     try:
-        check_within(settings)
-    except UsageError:
-        return False
-    return True
+        seconds = importance_seconds(given) + corrected_seconds(building_need(job, levels, given.build))
+        seconds += corrected_seconds(walking_need(job.source, tokens, missing)) + sum(map(costs, asking + timing))
+    except BitladderError:  # told where it matters
+        return
+    if seconds >= _WORTH_SAYING_S:
+        job.journal.say(
+            f"About {human_duration(seconds)} on this machine, by what is known of it; --within bounds the time."
+        )
+
+
+_LEAST_DEFAULT_S, _TIMES_FIRST_LOOK = 120.0, 3.0
+"""What ``--within auto`` is: building, and so many times the first look at everything, at least two minutes."""
 
 
 def default_time(given: Given, plan: Plan, levels: Sequence[Level]) -> float:
-    """Seconds that a run may take where nobody says how many: from what is known of the model and the machine."""
+    """Seconds of ``--within auto``: from what is known of the model and the machine."""
     job = given.job
     wanted = material(job.windows(given.texts), given.workload.inputs)
     costs = Costs(wanted, job.source, plan.levels, level_of(job.source.model))

@@ -82,7 +82,7 @@ class RunSettings:
     """Ways to guess tokens ahead that are tried on the tiers chosen, as ``stages.speculate.check_ways`` takes them."""
     within: float | Literal["auto"] | None = None
     """Seconds in which a decision must be there, from when the model lies on the disk; ``auto``: derived from model and
-    machine, where that can be; None: everything of every level is measured, as long as it takes."""
+    machine; None: as long as it takes."""
 
 
 def level_of(model: Model) -> str:
@@ -258,8 +258,8 @@ def commands(settings: RunSettings, n_ctx: int, out: Path) -> tuple[str, ...]:
     words += ["--speculate", ",".join(settings.speculate)] if settings.speculate else []
     for text in settings.texts:
         words += ["--text", str(text)]
-    if settings.within != AUTO_TIME:
-        words += ["--within", "all" if settings.within is None else f"{settings.within:g}s"]
+    if settings.within is not None:
+        words += ["--within", AUTO_TIME if settings.within == AUTO_TIME else f"{settings.within:g}s"]
     words += [
         "--imatrix",
         settings.imatrix,

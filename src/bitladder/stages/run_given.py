@@ -26,7 +26,7 @@ from bitladder.stages.job import Build, Job, Work, opened
 from bitladder.stages.measure import documents
 from bitladder.stages.projector import projector_of, unmeasured_note
 from bitladder.stages.quantize import sort_levels
-from bitladder.stages.run_facts import AUTO_TIME, RunSettings, level_of
+from bitladder.stages.run_facts import RunSettings, level_of
 from bitladder.store.evidence import Evidence
 from bitladder.store.recorded import Recorded
 
@@ -124,8 +124,8 @@ def _checked_bar(settings: RunSettings) -> Bar | None:
             means="Every level's answers are compared with the reference's.",
             do=f"Serve it with vLLM and name the address: --also {reference}=URL#MODEL.",
         )
-    if settings.within not in (None, AUTO_TIME):
-        check_within(settings)
+    if settings.within is not None:
+        _check_within(settings)
     return parse_bar(settings.bar) if settings.bar else None
 
 
@@ -148,7 +148,7 @@ def _check_caches(settings: RunSettings) -> None:
         )
 
 
-def check_within(settings: RunSettings) -> None:
+def _check_within(settings: RunSettings) -> None:
     """Refuse what no time can be predicted of."""
     if settings.caches or settings.speculate:
         option, what = (
