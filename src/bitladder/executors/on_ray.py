@@ -189,25 +189,34 @@ class Ray(Executor):
 
     def fetch(self, handle: Handle) -> Any:
         """As ``Executor``."""
-        return self.wait(handle, self._options(1))
+        return self.value(handle, self._options(1))
 
-    def wait(self, reference: Any, options: dict[str, Any]) -> Any:
+    def value(self, reference: Any, options: dict[str, Any]) -> Any:
         """The value of a reference.
 
         Raises:
             ClusterError: it cannot be computed any more, or no node has been able to for minutes.
             OutputError: the object store is full.
         """
-        without = 0.0
+        self.wait(reference, options)
         with _translated():
-            while not self._ray.wait([reference], num_returns=1, timeout=_LOOK_EVERY)[0]:
-                without = 0.0 if self._fits(options) else without + _LOOK_EVERY
-                if without >= _PATIENCE:
-                    raise self._infeasible(options)
             found = self._ray.get(reference)
         if isinstance(found, _Failed):
             raise found.error
         return found
+
+    def wait(self, reference: Any, options: dict[str, Any]) -> None:
+        """Wait until there is a value of a reference, or an error.
+
+        Raises:
+            ClusterError: no node has been able to compute it for minutes.
+        """
+        without = 0.0
+        with _translated():
+            while not self._ray.wait([reference], num_returns=1, timeout=_LOOK_EVERY, fetch_local=False)[0]:
+                without = 0.0 if self._fits(options) else without + _LOOK_EVERY
+                if without >= _PATIENCE:
+                    raise self._infeasible(options)
 
     def lacking(self, paths: Sequence[Path]) -> str:
         """As ``Executor``."""
@@ -303,7 +312,16 @@ class _Started:
 
     def result(self) -> Any:
         """As ``Started``."""
-        return self.cluster.wait(self.small, self.options)
+        return self.cluster.value(self.small, self.options)
+
+    @property
+    def answer(self) -> Handle:
+        """As ``Started``."""
+        return self.small
+
+    def wait(self) -> None:
+        """As ``Started``."""
+        self.cluster.wait(self.small, self.options)
 
 
 def _run(task: Task, device: str, unit: Any, *held: Any) -> tuple[Any, Any]:

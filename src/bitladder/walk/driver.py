@@ -176,7 +176,7 @@ class Spread(Protocol):
     ) -> Iterator[InputWatch]:  # fmt: skip
         """Do all units of a layer with the source's weights; gives what was seen of each shard, in their order."""
 
-    def passing(self, stream: Stream, layer: int, block: nn.Module, states: States) -> Pass:
+    def passing(self, stream: Stream, layer: int, states: States) -> Pass:
         """Passes through a layer that is built."""
 
 
