@@ -12,6 +12,7 @@ import os
 import re
 import socket
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ _LOOK_EVERY = 10.0
 _PATIENCE = 120.0
 """Seconds in which a cluster may come back to having a node that can take a unit: a node restarted, an autoscaler."""
 _CONNECT = 5.0
+_HEAD_TRIES, _HEAD_PAUSE = 3, 3.0
 _PROBED = 120.0
 _CLIENT = "ray://"
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
@@ -69,11 +71,12 @@ def connect(address: str | None, device: str, needs: Needs) -> Ray:
         ) from error
     own = not ray.is_initialized()
     _quieten()
+    where = address or os.environ.get("RAY_ADDRESS") or ""
     if own:
-        where = address or os.environ.get("RAY_ADDRESS") or None
         _require_listener(where)
-        _initialised(where)
-    cluster = Ray(device, needs, own=own)
+        _initialised(where or None)
+    head = where if where.startswith(_CLIENT) else ray.get_runtime_context().gcs_address
+    cluster = Ray(device, needs, own=own, head=head)
     try:
         cluster.check()
     except BaseException:
@@ -82,9 +85,9 @@ def connect(address: str | None, device: str, needs: Needs) -> Ray:
     return cluster
 
 
-def _require_listener(address: str | None) -> None:
+def _require_listener(address: str) -> None:
     """Ray waits for minutes where nobody listens; raises ClusterError after seconds."""
-    host, colon, port = (address or "").removeprefix(_CLIENT).rpartition(":")
+    host, colon, port = address.removeprefix(_CLIENT).rpartition(":")
     if not colon or not port.isdigit():  # Ray's own words: local, auto
         return
     try:
@@ -141,13 +144,15 @@ def _first_words(error: BaseException) -> str:
 class Ray(Executor):
     """A cluster that is connected. ``close`` disconnects if this object connected; what it holds goes in any case."""
 
-    def __init__(self, device: str, needs: Needs, *, own: bool) -> None:
+    def __init__(self, device: str, needs: Needs, *, own: bool, head: str) -> None:
+        """``own``: whether it is this object's to disconnect. ``head``: where its head listens."""
         import ray
 
         self._ray, self.device, self._needs, self._own = ray, device, needs, own
         self._run = ray.remote(_run)
         self._tasks: dict[int, tuple[Task, Any]] = {}
         self._known: dict[int, dict[str, Any]] = {}
+        self._head = head
         self.warnings: list[str] = []
 
     def check(self) -> None:
@@ -214,6 +219,7 @@ class Ray(Executor):
         without = 0.0
         with _translated():
             while not self._ray.wait([reference], num_returns=1, timeout=_LOOK_EVERY, fetch_local=False)[0]:
+                self._require_head()
                 without = 0.0 if self._fits(options) else without + _LOOK_EVERY
                 if without >= _PATIENCE:
                     raise self._infeasible(options)
@@ -228,6 +234,20 @@ class Ray(Executor):
         self._tasks.clear()
         if self._own:
             self._ray.shutdown()
+
+    def _require_head(self) -> None:
+        """Ray ends this very process a minute after its head is gone; raises ClusterError before that."""
+        for _ in range(_HEAD_TRIES):
+            try:
+                _require_listener(self._head)
+                return
+            except ClusterError:
+                time.sleep(_HEAD_PAUSE)
+        raise ClusterError(
+            f"The cluster's head at {self._head} is gone.",
+            means="It was stopped or restarted, or the network is down. What was finished is kept here.",
+            do=_GO_ON,
+        )
 
     def _sent(self, task: Task) -> Any:
         """A task travels once, however many units it has."""
