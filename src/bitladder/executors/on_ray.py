@@ -152,7 +152,7 @@ class Ray(Executor):
         self._run = ray.remote(_run)
         self._tasks: dict[int, tuple[Task, Any]] = {}
         self._known: dict[int, dict[str, Any]] = {}
-        self._head = head
+        self._head, self._looked = head, time.monotonic()
         self.warnings: list[str] = []
 
     def check(self) -> None:
@@ -172,6 +172,7 @@ class Ray(Executor):
 
     def start(self, task: Task, unit: Any, *held: Handle, place: int | None = None) -> _Started:  # noqa: ARG002
         """As ``Executor``: all nodes are taken for alike."""
+        self._require_head()
         options = self._options(task.threads)
         with _translated():
             small, large = self._run.options(num_returns=2, max_retries=_RETRIES, **options).remote(
@@ -189,6 +190,7 @@ class Ray(Executor):
 
     def put(self, value: Any) -> Handle:
         """As ``Executor``."""
+        self._require_head()
         with _translated():
             return self._ray.put(value)
 
@@ -236,13 +238,21 @@ class Ray(Executor):
             self._ray.shutdown()
 
     def _require_head(self) -> None:
-        """Ray ends this very process a minute after its head is gone; raises ClusterError before that."""
+        """Where the head is gone most calls of Ray's wait for it, and a minute later Ray ends this very process.
+
+        Raises:
+            ClusterError: nobody listens there.
+        """
+        if time.monotonic() - self._looked < _HEAD_PAUSE:
+            return
         for _ in range(_HEAD_TRIES):
             try:
                 _require_listener(self._head)
-                return
             except ClusterError:
                 time.sleep(_HEAD_PAUSE)
+            else:
+                self._looked = time.monotonic()
+                return
         raise ClusterError(
             f"The cluster's head at {self._head} is gone.",
             means="It was stopped or restarted, or the network is down. What was finished is kept here.",
@@ -276,6 +286,7 @@ class Ray(Executor):
         }
 
     def _alive(self) -> list[dict[str, Any]]:
+        self._require_head()
         return [node for node in self._ray.nodes() if node["Alive"]]
 
     def _nodes(self) -> list[dict[str, float]]:

@@ -147,6 +147,8 @@ class SourceInputs(Observer):
     """Keeps what the source's linear modules read in a layer, of those that a level changes, until its builder takes
     it."""
 
+    reads_weights = False
+
     def __init__(
         self, model: LayeredModel, changed: Changed, batches: Sequence[Batch], *, budget_bytes: int, spill: Path | None
     ) -> None:
@@ -225,7 +227,7 @@ class FedLevel(Builder):
         Raises:
             BadWeights: weights or activations are not finite.
         """
-        block = self.load(self.model, layer)
+        block = self.model.outline(layer) if stream.spread is not None else self.load(self.model, layer)
         through = passing(stream, layer, block, states, self._weights)
         for shared in self.model.inputs(layer, block):
             names = self._changed(layer, shared.roles)

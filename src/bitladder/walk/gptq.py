@@ -130,7 +130,7 @@ class GptqLevel(InStore, Builder):
             BadWeights: activations are not finite.
         """
         started = monotonic()
-        block = self.load(self._model, layer)
+        block = self.load(self._model, layer) if stream.spread is None else self._floats_alone(layer)
         for tensor in self._model.layer_names(layer):  # the file's own pages need not stay beside the weights
             self.weights.forget(tensor)
         through = passing(stream, layer, block, states, self.weights)
@@ -152,6 +152,16 @@ class GptqLevel(InStore, Builder):
         through.finish()
         output.floats |= floats_of(self._model, block)
         self.put(layer, output, monotonic() - started)
+
+    def _floats_alone(self, layer: int) -> nn.Module:
+        """The layer without what workers quantize."""
+        quantized = {
+            parameter.path
+            for shared in self._model.inputs(layer, self._model.outline(layer))
+            for parameter in quantized_parameters(self._model.family, shared)
+            if format_of(self._model, self._level.format, layer, parameter.path) is not None
+        }
+        return self._model.layer(layer, self.weights, without=quantized)
 
     def _keep(
         self, block: nn.Module, shared: SharedInput, parameters: Sequence[Parameter], output: LayerOutput

@@ -13,7 +13,7 @@ is nothing: the tests compare logits with transformers' own full model for every
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -256,8 +256,13 @@ class LayeredModel:
         states = torch.from_numpy(table[where.reshape(tokens.shape)]).to(self.device)
         return states * self.config.hidden_size**0.5 if self.family.scaled_embedding else states
 
-    def layer(self, layer: int, weights: Weights) -> nn.Module:
-        """A decoder layer filled with weights, ready for ``run``.
+    def outline(self, layer: int) -> nn.Module:
+        """As ``driver.Stages``."""
+        block: nn.Module = self._blocks[layer]
+        return block
+
+    def layer(self, layer: int, weights: Weights, *, without: Collection[str] = ()) -> nn.Module:
+        """A decoder layer filled with weights, ready for ``run``. ``without``: parameters that stay empty, if they can.
 
         Raises:
             BadFile: a tensor is missing or has another shape than the header's dimensions say.
@@ -265,12 +270,14 @@ class LayeredModel:
         block = _copy_structure(self._blocks[layer])
         rows = {parameter.path: parameter for parameter in self.kind(layer).parameters}
         for path, empty in list(block.named_parameters()):
+            if path in without:
+                continue
             parameter = rows[path]
             parts = [weights(name) for name in self._parts(layer, parameter)]
             heads = self.model.dims.n_head if "q_proj" in path else self.model.dims.n_head_kv
             value = apply(parameter.transform, parts, heads) if parts else np.zeros(tuple(empty.shape), np.float32)
             self._fill(block, path, value, parameter.roles)
-        return block.to(self.device)
+        return block if without else block.to(self.device)  # what is empty goes nowhere
 
     def _parts(self, layer: int, parameter: roles.Parameter) -> list[str]:
         names = [layer_tensor(layer, role) for role in parameter.roles]

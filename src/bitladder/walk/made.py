@@ -162,6 +162,8 @@ class Made(InStore, Observer, ABC):
 class MadeImportance(Made):
     """An importance matrix beside other levels."""
 
+    reads_weights = False
+
     def reads(self, shared: SharedInput) -> bool:  # noqa: ARG002
         """Routers are quantized in GGUF levels."""
         return True

@@ -9,7 +9,7 @@ checkpoint's before they are used.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -516,7 +516,11 @@ class WholeModel(LayeredModel):
         """As ``LayeredModel``."""
         return tuple(tensor_at(self._skeleton.blocks[layer], path).shape)
 
-    def layer(self, layer: int, weights: Weights) -> nn.Module:
+    def outline(self, layer: int) -> nn.Module:
+        """As ``LayeredModel``."""
+        return self._skeleton.copy_of(layer)
+
+    def layer(self, layer: int, weights: Weights, *, without: Collection[str] = ()) -> nn.Module:  # noqa: ARG002
         """As ``LayeredModel``. The file's own weights are compared with the checkpoint's once.
 
         Raises:
