@@ -2,18 +2,21 @@
 
     scripts/bench quality_per_byte --model reference-f16.gguf --calibrate wikitext2-valid.txt
         --text wikitext2-test.txt [--other TEXT_OR_FOLDER] [--levels Q4_K_M,...] [--fit-tokens 12288]
-        [--documents 16] [--share 1] [--threads 2] [--keep DIR] [--json FILE]
+        [--documents 16] [--share 1] [--layers N] [--threads 2] [--keep DIR] [--json FILE]
 
 Both sides see the same calibration tokens. Theirs: llama.cpp's mix of types (all 96 recorded mixes are reproduced
 tensor by tensor, tests/formats/test_recipes.py), quantized by ggml's own reference code (libgguf) under an importance
 matrix of those tokens. Ours: a recipe of at most as many bytes, or a share of them, codes chosen with error feedback;
-with levels whose names begin with IQ it chooses from codebook types, too.
+with levels whose names begin with IQ it chooses from codebook types, too. A killed run goes on from what ``--keep``
+holds. With ``--layers N`` only N layers, spread evenly, are quantized on both sides and all else stays 16 bits: for
+types that take long to write.
 KL against the 16-bit source on the first window of each of several articles of the test text, and of texts of another
 kind (the ones that ship to measure on); ratios of mean KL with paired intervals over documents. ``--ablate`` adds
 each ingredient alone.
 """
 
 import argparse
+import dataclasses
 import json
 import sys
 import time
@@ -26,14 +29,21 @@ from level_texts import articles, first_windows, fitting_windows, parsed, parser
 from libgguf_here import libgguf_or_exit
 from numpy.typing import NDArray
 
-from bitladder.describe.windows import WINDOW, Window
+from bitladder.describe.model import Model
+from bitladder.describe.windows import WINDOW, Window, tokens_hash
 from bitladder.engines.base import Launch
 from bitladder.engines.llama import LlamaServer
+from bitladder.files.atomic import write_whole, written_aside
+from bitladder.files.folders import cache_key
 from bitladder.files.gguf import GgufFile
+from bitladder.files.imatrix import read_imatrix, write_imatrix
 from bitladder.files.texts import read_texts, shipped_texts
 from bitladder.formats.recipes import assign
+from bitladder.formats.tensors import TensorInfo
 from bitladder.plan.recipe import Limits, choose, recipe_bytes
-from bitladder.records.recipe import Recipe
+from bitladder.records import to_json
+from bitladder.records.reading import read_json
+from bitladder.records.recipe import Recipe, SensitivityTable
 from bitladder.stages.feedback import write_with_feedback
 from bitladder.stages.fidelity import Candidate, file_candidate, token_scores
 from bitladder.stages.imatrix import importance_matrix
@@ -47,21 +57,70 @@ LEVELS = "Q4_K_M,Q4_K_S,Q3_K_M,Q3_K_S,Q2_K"
 
 
 class GgmlQuantizer(Quantizer):
-    """Tensors in the bytes of ggml's own code."""
+    """Tensors in the bytes of ggml's own code, kept in a folder: its codebook types take minutes."""
 
-    def __init__(self, source: FileWeights, importance: Mapping[str, F32]) -> None:
+    def __init__(self, source: FileWeights, importance: Mapping[str, F32], keep: Path) -> None:
         super().__init__(source, importance=importance)
-        self.libgguf = libgguf_or_exit()
+        self.libgguf, self.keep = libgguf_or_exit(), keep
 
     def identity(self, name: str, qtype: str) -> Any:
         """Not to be taken for our bytes."""
         return "ggml", *super().identity(name, qtype)
 
     def _pack(self, name: str, weights: F32, qtype: str, rows: Any) -> NDArray[np.uint8]:
-        del rows
+        kept = self.keep / f"{cache_key(name, qtype, repr(self.identity(name, qtype)))[:32]}.npy"
+        if rows is None and kept.exists():
+            return np.asarray(np.load(kept), np.uint8)
         kind = self.libgguf.GGMLQuantizationType[qtype]
         stored = self.libgguf.quantize_rows(weights, kind, imatrix=self._importance.get(name))
-        return np.asarray(stored, np.uint8).reshape(len(weights), -1)
+        made = np.asarray(stored, np.uint8).reshape(len(weights), -1)
+        if rows is None:
+            with written_aside(kept) as file:
+                np.save(file, made)
+        return made
+
+
+class SomeTypes(BlockTypes):
+    """Block types of some tensors; the others are not weighed."""
+
+    def __init__(self, names: frozenset[str], *, low: bool) -> None:
+        super().__init__(low=low)
+        self.names = names
+        self.key += f"-{cache_key(*sorted(names))[:8]}"
+
+    def of(self, info: TensorInfo) -> tuple[str, ...]:
+        """As ``Choices``."""
+        return super().of(info) if info.name in self.names else ()
+
+
+def part_of(model: Model, layers: int) -> Model:
+    """The model without all tensors but those of so many layers, spread evenly; 0: all of it."""
+    if not layers:
+        return model
+    chosen = set(np.linspace(0, model.dims.n_layer - 1, layers).astype(int).tolist())
+    own = tuple(one for one in model.tensors if one.name.startswith("blk.") and int(one.name.split(".")[1]) in chosen)
+    return dataclasses.replace(model, tensors=own)
+
+
+def kept_importance(source: GgufFile, windows: Sequence[Window], options: argparse.Namespace) -> Mapping[str, F32]:
+    """The importance matrix of these tokens, gathered once."""
+    kept = options.keep / f"importance-{cache_key(source.sha256, tokens_hash(windows))[:16]}.gguf"
+    if not kept.exists():
+        write_imatrix(kept, importance_matrix(source, windows, threads=options.threads, keep=options.keep / "walks"))
+    return read_imatrix(kept).vectors()
+
+
+def kept_table(
+    source: GgufFile, windows: Sequence[Window], choices: BlockTypes, options: argparse.Namespace
+) -> SensitivityTable:
+    """Sensitivities by these tokens, found once."""
+    kept = options.keep / f"table-{cache_key(source.sha256, tokens_hash(windows), choices.key)[:16]}.json"
+    if not kept.exists():
+        started = time.perf_counter()
+        own = weigh(source, windows, threads=options.threads, choices=choices, keep=options.keep / "walks").table
+        write_whole(kept, json.dumps(to_json(own)))
+        print(f"sensitivities: {time.perf_counter() - started:.0f} s", flush=True)
+    return read_json(SensitivityTable, kept.read_bytes())
 
 
 def candidates(
@@ -69,19 +128,21 @@ def candidates(
 ) -> list[tuple[str, str, Candidate]]:
     """(level, side, weights) of everything that is compared; files of ours are made in ``--keep``."""
     weights = FileWeights(source, threads=options.threads)
-    importance = importance_matrix(source, windows, threads=options.threads).vectors()
-    theirs = GgmlQuantizer(weights, importance)
+    importance = kept_importance(source, windows, options)
+    theirs = GgmlQuantizer(weights, importance, options.keep / "ggml")
     ours = Quantizer(weights, importance=importance, threads=options.threads)
-    started = time.perf_counter()
-    some, choices = windows[:: max(1, len(windows) // 8)], BlockTypes(low=options.levels.startswith("IQ"))
-    table = weigh(source, some, threads=options.threads, choices=choices).table
-    print(f"sensitivities: {time.perf_counter() - started:.0f} s", flush=True)
+    part, low = part_of(source.model, options.layers), options.levels.startswith("IQ")
+    names = frozenset(one.name for one in part.tensors)
+    choices = SomeTypes(names, low=low) if options.layers else BlockTypes(low=low)
+    table = kept_table(source, windows[:: max(1, len(windows) // 8)], choices, options)
+    table = dataclasses.replace(table, losses={name: own for name, own in table.losses.items() if own})
     found = []
     for level in options.levels.split(","):
         mix = assign(level, source.model.tensors, source.model.dims, has_importance=True)
-        size, bpw = recipe_bytes(source.model, mix)
+        mix = {name: qtype for name, qtype in mix.items() if name in names}
+        size, bpw = recipe_bytes(part, mix)
         named = Recipe(f"{level}-fed", source.model.dims.architecture, mix, size, bpw, None, (), True)
-        chosen = choose(table, source.model, Limits(bytes=int(size * options.share)))
+        chosen = choose(table, part, Limits(bytes=int(size * options.share)))
         found.append((level, "llama.cpp", Candidate(f"{level} llama.cpp", MadeWeights(theirs, mix))))
         fed = [("ours", chosen)]
         if options.ablate:
@@ -101,9 +162,14 @@ def candidates(
 
 
 def compare(
-    source: GgufFile, all_of: Sequence[tuple[str, str, Candidate]], windows: Sequence[Window], name: str, threads: int
+    source: GgufFile,
+    all_of: Sequence[tuple[str, str, Candidate]],
+    windows: Sequence[Window],
+    name: str,
+    options: argparse.Namespace,
 ) -> list[dict[str, Any]]:
-    scores = token_scores(source, [one for *_, one in all_of], windows, threads=threads)[1:]
+    members = [one for *_, one in all_of]
+    scores = token_scores(source, members, windows, threads=options.threads, keep=options.keep / "walks")[1:]
     kl = [per_document(one.kl, windows) for one in scores]
     tokens = per_document(np.ones(len(scores[0].kl)), windows)
     theirs = {level: own for (level, side, _), own in zip(all_of, kl, strict=True) if side == "llama.cpp"}
@@ -129,6 +195,7 @@ def main() -> int:
     parser.add_argument("--part", type=int, default=0, help="which stretch of the calibration text to fit to")
     parser.add_argument("--in-domain-only", action="store_true")
     parser.add_argument("--share", type=float, default=1.0, help="our bytes as a share of theirs")
+    parser.add_argument("--layers", type=int, default=0, help="quantize only so many; 0: all, and the embedding")
     parser.add_argument("--documents", type=int, default=16)
     parser.add_argument("--ablate", action="store_true")
     parser.add_argument("--keep", type=Path, default=Path("quality-per-byte"), help="folder for the files made")
@@ -145,7 +212,7 @@ def main() -> int:
         if options.in_domain_only:
             del texts["other domain"]
         all_of = candidates(source, fitting, options, opened)
-        rows = [row for name, own in texts.items() for row in compare(source, all_of, own, name, options.threads)]
+        rows = [row for name, own in texts.items() for row in compare(source, all_of, own, name, options)]
     for file in opened:
         file.close()
     if options.json:

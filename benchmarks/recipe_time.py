@@ -71,7 +71,7 @@ def main() -> int:
         out = (options.keep or Path(scratch)).resolve()
         out.mkdir(parents=True, exist_ok=True)
         os.environ["BITLADDER_CACHE"] = str(out)  # nothing that an earlier run has kept elsewhere
-        clock, texts = Clock(out, one=options.one), calibration_texts(())
+        clock, texts = Clock(out, one=options.one), calibration_texts(job)
         windows = job.windows(texts)
         tokens = sum(len(window.tokens) for window in windows)
         parts = parts_of_text(windows)

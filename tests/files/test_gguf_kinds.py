@@ -52,6 +52,10 @@ KINDS = {
     "tower in the model's file": (
         list(LLAMA_KEYS), {**WEIGHTS, **TOWER}, "it holds tensors for pictures and their projection, 4.00 KiB",
     ),
+    "another model's vocabulary": (
+        [*LLAMA_KEYS, strings("tokenizer.ggml.tokens", ["a", "b", "c"])], WEIGHTS,
+        f"Its vocabulary lists 3 tokens, its embedding has {len(WEIGHTS['token_embd.weight'])} rows",
+    ),
 }  # fmt: skip
 
 
@@ -65,7 +69,7 @@ def test_what_it_is(tmp_path, kind):
     assert "thing.gguf: " in str(error.value)
 
 
-@pytest.mark.parametrize("kind", ["mmproj", "adapter", "imatrix", "vocabulary"])
+@pytest.mark.parametrize("kind", ["mmproj", "adapter", "imatrix", "vocabulary", "another model's vocabulary"])
 @pytest.mark.parametrize(
     "verb",
     [

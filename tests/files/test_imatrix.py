@@ -173,7 +173,7 @@ def test_texts_found_apart_are_not_tokenized_again(demo_gguf, tmp_path, matrix, 
     monkeypatch.setattr(Job, "windows", windows)
     build = Build(out=tmp_path / "out", measured_on=[Document("mine", "text")])
     with opened(str(demo_gguf), Work()) as job:
-        kept = calibrated.importance_file(job, calibrated.calibration_texts(()))
+        kept = calibrated.importance_file(job, calibrated.calibration_texts(job))
         kept.parent.mkdir()
         write_imatrix(kept, matrix)
         for _ in range(2):

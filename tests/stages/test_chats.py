@@ -162,11 +162,19 @@ def test_tools_for_a_model_without_a_place_for_them_are_refused(metadata):
     with pytest.raises(BadInput, match="1 inputs give tools \\(trip\\), and this model's chat template has no place"):
         as_deployed(CHAT, metadata)
     plain = parse("inputs: [{prompt: p, expect: {exact: a}}]")
-    assert as_deployed(plain, metadata) is plain
+    assert as_deployed(plain, metadata) == plain
 
 
 def test_the_engine_has_the_last_word_on_tools():
     assert as_deployed(CHAT, {"tokenizer.chat_template": "{% if tools %}{{ tools }}{% endif %}"}) is CHAT
+
+
+@pytest.mark.parametrize("metadata", [{}, {"tokenizer.chat_template": ""}])
+def test_a_model_without_a_template_is_asked_in_one_it_never_saw(metadata):
+    plain = parse("inputs: [{id: a, prompt: Hi, expect: {exact: a}}]")
+    told = as_deployed(plain, metadata)
+    assert "ChatML" in told.warnings[-1] and told.hash == plain.hash
+    assert as_deployed(told, metadata).warnings == told.warnings
     engine = SimpleNamespace(takes_tools=lambda: False)
     with pytest.raises(BadInput, match="has no place for them"):
         refuse_unheard_tools(CHAT, engine)

@@ -48,7 +48,7 @@ def own_cache(tmp_path: Path, monkeypatch):
     """Importance matrices of these models are nobody's; the text to calibrate on is short."""
     monkeypatch.setenv("BITLADDER_CACHE", str(tmp_path / "cache"))
     short = [Document("short", " ".join(str(n * n) for n in range(300)))]
-    monkeypatch.setattr(calibrated, "calibration_texts", lambda _: short)
+    monkeypatch.setattr(calibrated, "calibration_texts", lambda *_: short)
 
 
 @pytest.fixture(scope="module")

@@ -195,7 +195,7 @@ class TestFactors:
 
         factors = np.linspace(1, 2, count).astype(np.float32)
         stack = np.arange(3 * 4 * 32, dtype=np.float32).reshape(3, 4, 32)
-        weights = {"token_embd.weight": np.ones((8, 64), np.float16), "blk.0.ffn_up_exps.weight": stack}
+        weights = {"token_embd.weight": np.ones((96, 64), np.float16), "blk.0.ffn_up_exps.weight": stack}
         path = gguf_bytes.write_model(tmp_path / "m.gguf", weights | {"blk.0.ffn_up_exps.scale": factors}, keys=KEYS)
         want = stack * factors[:, None, None]
         with GgufFile.open(path) as file:

@@ -12,6 +12,7 @@ import typer
 
 from bitladder import __version__
 from bitladder.cli import (
+    bench,
     build,
     check,
     deploy,
@@ -56,7 +57,7 @@ def _root(
 
 
 for module in (
-    judge, sweep, fit, hub, explain, build, recipe, speculate, deploy, hand_over, evidence, check, housekeeping,
+    judge, bench, sweep, fit, hub, explain, build, recipe, speculate, deploy, hand_over, evidence, check, housekeeping,
 ):  # fmt: skip
     module.add_to(app)
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from bitladder.kernels import Effort
     from bitladder.levels import Level
     from bitladder.records.fidelity import Way
-    from bitladder.stages.job import Build, Work
+    from bitladder.stages.job import Build, CalibrationPart, Work
 
 _CONTEXT = f"{DEFAULT_CTX}, or the model's own if shorter"
 Context = Annotated[
@@ -63,8 +63,15 @@ Importance = Annotated[
     str,
     typer.Option("--imatrix", metavar="FILE|auto|none", help="Importance matrix: a file, or made here."),
 ]
-CalibrationTexts = Annotated[
-    list[Path] | None, typer.Option("--text", help="Calibrate on this text instead of the shipped one; repeatable.")
+Calibrate = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--calibrate",
+        "--text",
+        metavar="self|shipped|FILE",
+        help="Calibrate on text that the model writes itself, the one that ships, or a file; repeat it for a mix.",
+        show_default="shipped",
+    ),
 ]
 EffortName = Annotated[
     str, typer.Option("--effort", metavar="fast|good|best", help="How long to search for scales and codes.")
@@ -107,6 +114,13 @@ def effort_named(text: str) -> Effort:
     if text not in ("fast", "good", "best"):
         raise UsageError(f"The --effort must be fast, good or best. Got '{text}' instead.")
     return cast("Effort", text)
+
+
+def calibration_named(parts: list[str] | None) -> tuple[CalibrationPart, ...]:
+    """What to calibrate on; a file called ``self`` is ``./self``."""
+    from bitladder.stages.job import SELF, SHIPPED
+
+    return tuple(one if one in (SELF, SHIPPED) else Path(one) for one in parts or ())
 
 
 def way_named(text: str | None) -> Way | None:
@@ -177,7 +191,7 @@ class QuantizeOptions(WorkOptions):
     to: Annotated[str, typer.Option("--to", metavar="L1,L2", help="The levels to write.", autocompletion=level_names)]
     out: Annotated[Path, typer.Option("--out", help="Folder to write into.")] = Path()
     imatrix: Importance = "auto"
-    text: CalibrationTexts = None
+    calibrate: Calibrate = None
     effort: EffortName = "good"
     split_max_size: Annotated[
         str | None,
@@ -194,8 +208,8 @@ class QuantizeOptions(WorkOptions):
         from bitladder.stages.job import Build
 
         return Build(
-            out=self.out, imatrix=self.imatrix, effort=effort_named(self.effort), texts=tuple(self.text or ()),
-            force=self.force, requantize=self.requantize,
+            out=self.out, imatrix=self.imatrix, effort=effort_named(self.effort),
+            texts=calibration_named(self.calibrate), force=self.force, requantize=self.requantize,
             split_max_bytes=parse_bytes(self.split_max_size) if self.split_max_size else None,
         )  # fmt: skip
 
@@ -247,7 +261,7 @@ class ImatrixOptions(WorkOptions):
 
     model: ModelArgument
     out: Annotated[Path, typer.Option("--out", help="File to write.")]
-    text: CalibrationTexts = None
+    calibrate: Calibrate = None
     through: Through = None
     force: Force = False
 
@@ -258,7 +272,7 @@ def imatrix(options: ImatrixOptions, json_output: JsonFlag = False) -> None:
     """Write llama.cpp's importance matrix of a model, which llama-quantize reads too."""
     from bitladder.stages.calibration import make_imatrix
 
-    texts, through = tuple(options.text or ()), way_named(options.through)
+    texts, through = calibration_named(options.calibrate), way_named(options.through)
     with options.working(quiet=json_output) as work:
         path = make_imatrix(options.model, texts, options.out, work, force=options.force, through=through)
     if json_output:

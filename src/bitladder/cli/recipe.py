@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bitladder.cli.build import (
-    CalibrationTexts,
+    Calibrate,
     Context,
     EffortName,
     Force,
     WorkOptions,
+    calibration_named,
     effort_named,
 )
 from bitladder.cli.completion import level_names
@@ -68,7 +69,7 @@ class RecipeOptions(WorkOptions):
     apply: Annotated[
         str | None, typer.Option("--apply", metavar="MODEL", help="Make this model by the recipe of the file MODEL.")
     ] = None
-    text: CalibrationTexts = None
+    calibrate: Calibrate = None
     effort: EffortName = "good"
     force: Force = False
 
@@ -91,7 +92,7 @@ def recipe(options: RecipeOptions, json_output: JsonFlag = False) -> None:
     if (options.vram is None) != (options.gpu_layers == 0):
         raise UsageError("--vram and --ngl belong together.", do="Give both: how many layers, and what they may take.")
     build = Build(
-        out=options.out or Path(), effort=effort_named(options.effort), texts=tuple(options.text or ()),
+        out=options.out or Path(), effort=effort_named(options.effort), texts=calibration_named(options.calibrate),
         force=options.force,
     )  # fmt: skip
     with options.working(quiet=json_output) as work:

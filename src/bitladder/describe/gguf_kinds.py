@@ -51,7 +51,8 @@ def refuse_other_kinds(metadata: Mapping[str, Any], tensors: Sequence[TensorInfo
     """Say what a file is that is no language model.
 
     Raises:
-        BadInput: it is one of those above, holds no weights, or holds a tower that no engine of ours loads from there.
+        BadInput: it is one of those above, holds no weights, holds a tower that no engine of ours loads from there, or
+            has a vocabulary of another size than its embedding, which llama.cpp loads for no architecture.
     """
     kind = kind_of(metadata, tensors)
     if kind:
@@ -82,6 +83,20 @@ def refuse_other_kinds(metadata: Mapping[str, Any], tensors: Sequence[TensorInfo
             "files are Ollama's.",
             do="Give the model as llama.cpp's converter writes it, or its checkpoint folder or hf:org/name.",
         )
+    _refuse_other_vocabulary(metadata, tensors)
+
+
+def _refuse_other_vocabulary(metadata: Mapping[str, Any], tensors: Sequence[TensorInfo]) -> None:
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    shapes = [tensor.shape for tensor in tensors if tensor.name == "token_embd.weight"]
+    if not isinstance(tokens, list) or not tokens or not shapes or len(shapes[0]) != 2 or shapes[0][0] == len(tokens):
+        return
+    raise BadInput(
+        f"Its vocabulary lists {len(tokens):,} tokens, its embedding has {shapes[0][0]:,} rows.",
+        means="No llama.cpp loads it. It was converted with another model's tokenizer, or tokens were added to one of "
+        "the two only.",
+        do="Convert the model again with the tokenizer it was trained with: the converter fills up missing tokens.",
+    )
 
 
 def _projector(metadata: Mapping[str, Any], tensors: Sequence[TensorInfo]) -> BadInput:

@@ -66,12 +66,20 @@ def languages_of(document: Document) -> tuple[str, ...]:
     named = _named_languages(document)
     if named:
         return named
+    counts = scripts_of(document.text)
+    letters = sum(counts.values())
+    return tuple(sorted(name for name, count in counts.items() if count >= _LEAST_SHARE * letters))
+
+
+def scripts_of(text: str) -> dict[str, int]:
+    """How many of the first 20,000 characters are letters of each script, by the first word of their names in Unicode
+    (``Latin``, ``Cjk``, ``Hiragana``)."""
     counts: dict[str, int] = {}
-    letters = [one for one in document.text[:20_000] if one.isalpha()]
-    for letter in letters:
-        script = unicodedata.name(letter, "other").split()[0].capitalize()
-        counts[script] = counts.get(script, 0) + 1
-    return tuple(sorted(name for name, count in counts.items() if count >= _LEAST_SHARE * len(letters)))
+    for letter in text[:20_000]:
+        if letter.isalpha():
+            script = unicodedata.name(letter, "other").split()[0].capitalize()
+            counts[script] = counts.get(script, 0) + 1
+    return counts
 
 
 def subject_of(document: Document) -> str:

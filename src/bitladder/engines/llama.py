@@ -14,7 +14,7 @@ from bitladder.describe.cache_types import CACHE_TYPES, CacheTypes
 from bitladder.engines.base import Chat, Completion, EngineTask, Identity, Launch, Message, TokenChoice
 from bitladder.engines.chat_api import ChatRequest, Timeouts
 from bitladder.engines.served import ServedEngine
-from bitladder.errors import BadInput, EngineError
+from bitladder.errors import BadInput, EngineError, EngineReply
 from bitladder.files.engine_package import ENGINE, engine_version
 from bitladder.files.gguf import read_header
 
@@ -146,9 +146,12 @@ class LlamaServer(ServedEngine):
         text: str = self._post("/detokenize", {"tokens": list(tokens)})["content"]
         return text
 
-    def render(self, messages: Sequence[Message]) -> str:
-        """The prompt that the model's own chat template makes of a chat."""
-        prompt: str = self._post("/apply-template", {"messages": [dict(message) for message in messages]})["prompt"]
+    def render(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> str:
+        """The prompt that the model's own chat template makes of a chat; ``tools`` in OpenAI's form."""
+        body: dict[str, Any] = {"messages": [dict(message) for message in messages]}
+        if tools:
+            body["tools"] = [dict(tool) for tool in tools]
+        prompt: str = self._post("/apply-template", body)["prompt"]
         return prompt
 
     def props(self) -> dict[str, Any]:
@@ -208,6 +211,29 @@ class LlamaServer(ServedEngine):
             )
             for choice in choices
         ]
+
+    def sample(
+        self, tokens: Sequence[int], *, max_tokens: int, seed: int, sampling: Mapping[str, float]
+    ) -> tuple[list[int], bool]:
+        """A sampled continuation of a prompt given as token ids: ids, and whether the last of them ends the answer.
+        ``sampling``: ``temperature``, ``top_p``, ``min_p``, ...
+
+        Raises:
+            EngineError: the engine died, stalled or answered nonsense.
+        """
+        body = {
+            **sampling,
+            "prompt": list(tokens),
+            "n_predict": max_tokens,
+            "seed": seed,
+            "return_tokens": True,
+            "cache_prompt": False,
+        }
+        reply = self._post("/completion", body)
+        found = reply.get("tokens")
+        if not isinstance(found, list) or not all(isinstance(one, int) for one in found):
+            raise EngineReply("The engine did not say which tokens it sampled.")
+        return found, bool(found) and reply.get("stop_type") == "eos"
 
     def time_tokens(self, tokens: Sequence[int], *, max_tokens: int, again: bool = False) -> Mapping[str, float]:
         """The engine's own ``timings`` for computing a prompt and decoding exactly ``max_tokens`` after it."""

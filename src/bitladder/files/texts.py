@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cache
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from bitladder import json_text, unicode
+from bitladder.describe.seed import Seed
 from bitladder.describe.text import Document
 from bitladder.errors import BadInput
 
@@ -19,6 +22,27 @@ def shipped_texts(folder: str = "texts") -> list[Document]:
         for file in sorted(files, key=lambda one: one.name)
         if file.name.endswith(".txt")
     ]
+
+
+@cache
+def shipped_seeds() -> tuple[Seed, ...]:
+    """What models are asked when they write their own calibration text, as it ships."""
+    import yaml  # here, because most jobs need none
+
+    text = resources.files("bitladder").joinpath("data/calibration/seeds.yaml").read_text(encoding="utf-8")
+    loaded: dict[str, Any] = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    tools = {name: {"type": "function", "function": {"name": name, **one}} for name, one in loaded["tools"].items()}
+    return tuple(
+        Seed(
+            name=one["name"],
+            ask=(one["ask"],) if isinstance(one["ask"], str) else tuple(one["ask"]),
+            begin=one["begin"],
+            system=one.get("system", ""),
+            tools=tuple(tools[name] for name in one.get("tools", ())),
+            script=one.get("script", "Latin"),
+        )
+        for one in loaded["seeds"]
+    )
 
 
 def read_texts(paths: Sequence[Path]) -> list[Document]:

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 TEMPLATE = "tokenizer.chat_template"
 _WORDS_OF_TOOLS = ("tool", "function")
 """A chat template that has a place for tools names them."""
+_UNTAUGHT = (
+    "The model has no chat template: the engine asks it in ChatML, which it may never have seen (a base model has seen "
+    "none). Its answers say less of it than of others; fidelity does not depend on templates."
+)
 _IN_HEADERS = {
     "temperature": "temp", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p", "repeat_penalty": "penalty_repeat",
 }  # fmt: skip
@@ -45,10 +49,12 @@ def as_deployed(workload: Workload, metadata: Mapping[str, Any], checkpoint: Pat
         BadInput: it gives tools, and the model's chat template has no place for them.
         UsageError: it wants the sampling that the model recommends, and it recommends none.
     """
-    if any(one.tools for one in workload.inputs):
-        template = metadata.get(TEMPLATE)
-        if not isinstance(template, str) or not any(word in template.lower() for word in _WORDS_OF_TOOLS):
-            raise no_tools(workload)
+    stored = metadata.get(TEMPLATE)
+    template = stored.lower() if isinstance(stored, str) else ""
+    if not template and _UNTAUGHT not in workload.warnings:
+        workload = dataclasses.replace(workload, warnings=(*workload.warnings, _UNTAUGHT))
+    if any(one.tools for one in workload.inputs) and not any(word in template for word in _WORDS_OF_TOOLS):
+        raise no_tools(workload)
     return _with_recommended(workload, metadata, checkpoint) if workload.recommended else workload
 
 

@@ -12,8 +12,20 @@ from bitladder.errors import EngineError, UnknownArchitecture
 from bitladder.records.fidelity import Way
 from bitladder.stages.engine_way import announce, engine_matrix, instead_of_walk, way_for
 from bitladder.stages.forecast import forecast, walking_need
-from bitladder.stages.job import AUTO, NONE, Build, Job, Work, opened
+from bitladder.stages.job import (
+    AUTO,
+    DEFAULT_CALIBRATION,
+    NONE,
+    SELF,
+    SHIPPED,
+    Build,
+    CalibrationPart,
+    Job,
+    Work,
+    opened,
+)
 from bitladder.stages.model_route import route_of
+from bitladder.stages.own_text import own_documents
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,20 +39,33 @@ if TYPE_CHECKING:
     Importance = Mapping[str, NDArray[np.float32]]
 
 
-def calibration_texts(texts: Sequence[Path]) -> list[Document]:
-    """The user's calibration texts, or the ones that ship: several domains, languages and code."""
+def calibration_texts(job: Job, parts: Sequence[CalibrationPart] = ()) -> list[Document]:
+    """What is calibrated on: the user's texts, those that ship (several domains, languages and code), those that the
+    model writes itself, in the order in which they are named. Where it writes too little that can be used, and nothing
+    else is named, those that ship.
+
+    Raises:
+        BadInput: a file cannot be read.
+        EngineError, NothingFits, OutputError: the model cannot write (``stages.own_text``).
+    """
     from bitladder.files.texts import read_texts, shipped_texts
 
-    return read_texts(texts) if texts else shipped_texts("calibration")
+    found: list[Document] = []
+    for part in dict.fromkeys(parts or DEFAULT_CALIBRATION):
+        if part == SELF:
+            found += job.once(SELF, lambda: own_documents(job))
+        else:
+            found += shipped_texts("calibration") if part == SHIPPED else read_texts([Path(part)])
+    return found or shipped_texts("calibration")
 
 
-def calibration_documents(build: Build) -> list[Document]:
+def calibration_documents(job: Job, build: Build) -> list[Document]:
     """The calibration texts of a build, or as many of them, in an order that their hashes fix, as its share asks for
     and an importance matrix needs."""
     from bitladder.describe.text import CHARACTERS_PER_TOKEN, text_hash
     from bitladder.plan.calibration_text import LEAST_TOKENS
 
-    whole = calibration_texts(build.texts)
+    whole = calibration_texts(job, build.texts)
     if build.calibration_share >= 1:
         return whole
     wanted = max(
@@ -89,7 +114,7 @@ def importance_of(job: Job, build: Build) -> Importance | None:
 
 def importance_need(job: Job, build: Build) -> JobNeed | None:
     """What gathering the importance matrix will take; None where that need not be done."""
-    documents = calibration_documents(build)
+    documents = calibration_documents(job, build)
     if build.imatrix != AUTO or importance_file(job, documents).exists():
         return None
     return walking_need(job.source, job.windows(documents), (), kind="importance")
@@ -100,7 +125,7 @@ def _made_once(job: Job, build: Build) -> ImportanceMatrix:
     from bitladder.files.imatrix import read_imatrix, write_imatrix
     from bitladder.plan.calibration_text import check_overlap
 
-    documents = calibration_documents(build)
+    documents = calibration_documents(job, build)
     kept = importance_file(job, documents)
     apart = kept.with_name(f"{kept.stem}-{text_hash(build.measured_on)[:16]}.apart")
     with _saying_how_to_go_without():
@@ -153,9 +178,15 @@ def _walked(job: Job, windows: Sequence[Window], dataset: str) -> ImportanceMatr
 
 
 def make_imatrix(
-    model: str, texts: Sequence[Path], out: Path, work: Work, *, force: bool = False, through: Way | None = None
+    model: str,
+    texts: Sequence[CalibrationPart],
+    out: Path,
+    work: Work,
+    *,
+    force: bool = False,
+    through: Way | None = None,
 ) -> Path:
-    """Write llama.cpp's importance matrix of a model for a text (or for the one that ships); returns the path.
+    """Write llama.cpp's importance matrix of a model for a text (or for the default one); returns the path.
 
     ``force``: replace whatever file is there. ``through``: the way it is gathered; None for the walk where it can go,
     else the engine.
@@ -168,16 +199,17 @@ def make_imatrix(
     from bitladder.files.imatrix import made_from, write_imatrix
     from bitladder.files.outputs import check_output
 
-    documents = calibration_texts(texts)
+    files = [Path(text) for text in texts if text not in (SELF, SHIPPED)]
     with opened(model, work) as job:
         source = job.source
         check_output(
             out,
             "an importance matrix",
-            inputs=[*(header.path for header in source.headers), *texts],
+            inputs=[*(header.path for header in source.headers), *files],
             ours=lambda path: made_from(path, source.sha256),
             force=force,
         )
+        documents = calibration_texts(job, texts)
         way_for(source, through)
         dataset = ", ".join(str(text) for text in texts) or "bitladder calibration text"
         write_imatrix(out, _gathered(job, job.windows(documents), dataset, through), source_sha256=source.sha256)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from bitladder.progress import Progress, silent
 from bitladder.records.job import JobOutcome
@@ -26,6 +26,13 @@ CPU = "cpu"
 AUTO = "auto"
 """Make an importance matrix from the calibration text."""
 NONE = "none"
+SELF, SHIPPED = "self", "shipped"
+"""Calibration text that the model writes itself, and the one that comes with the package."""
+DEFAULT_CALIBRATION = (SHIPPED,)
+"""What measured best on other text (docs/calibrate.md)."""
+CalibrationPart = str | Path
+"""A file or folder of texts, ``SELF`` or ``SHIPPED``."""
+T = TypeVar("T")
 
 
 @dataclass
@@ -82,6 +89,7 @@ class Job(Work):
     found: Source
     """Where the model came from."""
     _windows: dict[str, list[Window]] = field(default_factory=dict, repr=False, compare=False)
+    _found: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def checkpoint(self) -> Path | None:
@@ -89,6 +97,13 @@ class Job(Work):
         from bitladder.files.convert import checkpoint_of
 
         return self.found.checkpoint or checkpoint_of(self.source.path)
+
+    def once(self, what: str, find: Callable[[], T]) -> T:
+        """What ``find`` gives, called once in a job for each ``what``."""
+        if what not in self._found:
+            self._found[what] = find()
+        found: T = self._found[what]
+        return found
 
     def windows(self, texts: Sequence[Document]) -> list[Window]:
         """Windows of tokens, as ``tokens`` reads them. A text is tokenized once in a job.
@@ -257,8 +272,8 @@ class Build:
     """A file, ``auto`` (made here, where a level's bytes depend on it) or ``none``."""
     effort: Effort = "good"
     """How long to search for scales and codes."""
-    texts: Sequence[Path] = ()
-    """The user's calibration texts; those that ship by default."""
+    texts: Sequence[CalibrationPart] = ()
+    """What is calibrated on; ``DEFAULT_CALIBRATION`` where nothing is named."""
     calibration_share: float = 1.0
     """Of the calibration text, that an importance matrix is gathered on: less where there is no time for more."""
     measured_on: Sequence[Document] = ()

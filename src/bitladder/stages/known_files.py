@@ -133,7 +133,7 @@ def _keep_importance(job: Job, build: Build, digest: str) -> None:
     from bitladder.files.atomic import write_whole
 
     kept = _kept_importance(digest)
-    origin = importance_file(job, calibration_documents(build)) if build.imatrix == AUTO else Path(build.imatrix)
+    origin = importance_file(job, calibration_documents(job, build)) if build.imatrix == AUTO else Path(build.imatrix)
     if not kept.is_file():
         write_whole(kept, origin.read_bytes())
 

@@ -13,7 +13,7 @@ from bitladder.plan.schemes import choose_schemes
 from bitladder.records.level_file import LevelFile
 from bitladder.records.recipe import FittedLevel, Recipe
 from bitladder.stages.calibration import calibration_texts
-from bitladder.stages.job import NONE, Build, Job, Work, opened
+from bitladder.stages.job import NONE, Build, CalibrationPart, Job, Work, opened
 from bitladder.stages.quantize import SortedLevels, calibrate_levels
 from bitladder.stages.recipe import AIM, RecipeResult, held, measured_on
 from bitladder.stages.schemes import SchemeStorage
@@ -33,8 +33,8 @@ class MixRequest:
     schemes: Sequence[str] = SCHEMES
     build: Build | None = None
     """Where the folder is written; None: the recipe alone is wanted."""
-    texts: Sequence[Path] = ()
-    """The user's calibration texts; those that ship by default."""
+    texts: Sequence[CalibrationPart] = ()
+    """As ``Build`` has them."""
 
 
 def make_mix(model: str, request: MixRequest, work: Work) -> RecipeResult:
@@ -53,7 +53,7 @@ def make_mix(model: str, request: MixRequest, work: Work) -> RecipeResult:
 def mix_of(job: Job, request: MixRequest) -> RecipeResult:
     """As ``make_mix``, of a model that is open already."""
     storage = SchemeStorage(job.source, request.schemes, checkpoint=job.found.checkpoint, threads=job.threads)
-    parts = parts_of_text(job.windows(calibration_texts(request.texts)))
+    parts = parts_of_text(job.windows(calibration_texts(job, request.texts)))
     table, kept = weighed_tensors(job, parts, request.texts, storage)
 
     def chosen(table: SensitivityTable) -> Recipe:

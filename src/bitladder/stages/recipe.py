@@ -14,7 +14,7 @@ from bitladder.levels import FeedbackLevel
 from bitladder.records.recipe import FittedLevel, Recipe, SensitivityTable
 from bitladder.stages.calibration import calibration_texts
 from bitladder.stages.forecast import forecast, walking_need
-from bitladder.stages.job import Build, Job, Journal, Work, opened
+from bitladder.stages.job import Build, CalibrationPart, Job, Journal, Work, opened
 from bitladder.stages.known_files import kept_by_evidence
 from bitladder.stages.projector import deliver_projector, projector_of
 from bitladder.stages.weighing import GgufStorage, RecipeTexts, keep_table, parts_of_text, weighed_tensors
@@ -57,8 +57,8 @@ class RecipeRequest:
     """Tokens of that context; None: as `usable_context`."""
     build: Build | None = None
     """Where the file is written, and how; None: the recipe alone is wanted."""
-    texts: Sequence[Path] = ()
-    """The user's calibration texts; those that ship by default."""
+    texts: Sequence[CalibrationPart] = ()
+    """As ``Build`` has them."""
 
 
 def make_recipe(model: str, request: RecipeRequest, work: Work) -> RecipeResult:
@@ -88,7 +88,7 @@ def recipe_of(job: Job, request: RecipeRequest) -> RecipeResult:
     else:
         level_named(request.level)  # a name that is none is refused before any work
     job.require_layers()
-    parts = parts_of_text(job.windows(calibration_texts(request.texts)))
+    parts = parts_of_text(job.windows(calibration_texts(job, request.texts)))
     build = request.build
     if request.level is not None:
         recipe = named_recipe(source, request.level)
@@ -210,7 +210,7 @@ def reapply(file: Path, model: str, build: Build, work: Work) -> RecipeResult:
     with opened(model, work) as job:
         job.require_tokenizer()
         own = reapplied(recipe, job.source.model)
-        return _written(job, own, parts_of_text(job.windows(calibration_texts(build.texts))), build)
+        return _written(job, own, parts_of_text(job.windows(calibration_texts(job, build.texts))), build)
 
 
 def read_recipe(file: Path) -> Recipe:

@@ -215,6 +215,7 @@ def with_schemes(job: Job, level: CheckpointLevel, build: Build) -> CheckpointLe
     from bitladder.stages.calibration import calibration_texts
 
     storage = SchemeStorage(job.source, checkpoint=job.found.checkpoint, threads=job.threads)
-    table, _ = weighed_tensors(job, parts_of_text(job.windows(calibration_texts(build.texts))), build.texts, storage)
+    parts = parts_of_text(job.windows(calibration_texts(job, build.texts)))
+    table, _ = weighed_tensors(job, parts, build.texts, storage)
     recipe = choose_schemes(table, storage.linears.groups, job.source.model, Limits(bpw=form.bits))
     return storage.level(recipe, form.bits)

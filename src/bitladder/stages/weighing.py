@@ -15,7 +15,7 @@ from bitladder.records.reading import read_json
 from bitladder.records.recipe import SensitivityTable
 from bitladder.stages.calibration import calibration_texts
 from bitladder.stages.forecast import forecast, walking_need
-from bitladder.stages.job import Job
+from bitladder.stages.job import CalibrationPart, Job
 from bitladder.stages.model_route import route_of
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def parts_of_text(windows: Sequence[Window]) -> RecipeTexts:
 
 
 def weighed_tensors(
-    job: Job, parts: RecipeTexts, texts: Sequence[Path], storage: Storage | None = None
+    job: Job, parts: RecipeTexts, texts: Sequence[CalibrationPart], storage: Storage | None = None
 ) -> tuple[SensitivityTable, Path]:
     """The table of predicted losses, checked against measured recipes, and where it is kept between runs; ``storage``:
     a GGUF file by default."""
@@ -122,7 +122,7 @@ def weighed_tensors(
     from bitladder.kernels.feedback import REVISION as FEEDBACK_REVISION
     from bitladder.stages.sensitivity import weigh
 
-    source, text, storage = job.source, job.text_key(calibration_texts(texts)), storage or GgufStorage(job)
+    source, text, storage = job.source, job.text_key(calibration_texts(job, texts)), storage or GgufStorage(job)
     own = (storage.choices.key,) if storage.choices.key else ()
     key = cache_key(__version__, REVISION, FEEDBACK_REVISION, source.sha256, text, route_of(source), *own)
     kept = cache_folder("sensitivity", f"{key[:32]}.json")

@@ -1,0 +1,34 @@
+"""One text that a model wrote to be calibrated on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class OwnText:
+    """Of one seed: what can be used of it."""
+
+    name: str
+    text: str
+    """The question in the model's chat template and the answer, or a plain text; empty where it was dropped."""
+    tokens: int
+    """That the model wrote, as far as they are used."""
+    dropped: str = ""
+    """Why nothing of it is used."""
+
+
+@dataclass(frozen=True)
+class OwnTexts:
+    """All that one model wrote, in the order of the seeds."""
+
+    texts: tuple[OwnText, ...]
+    plain: bool
+    """Whether it wrote on from openings, for want of a chat template."""
+    refused: str = ""
+    """Why none of it is calibrated on; empty where it is."""
+
+    @property
+    def kept(self) -> tuple[OwnText, ...]:
+        """Texts that can be used."""
+        return tuple(one for one in self.texts if not one.dropped)

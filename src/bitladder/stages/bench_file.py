@@ -1,0 +1,107 @@
+"""A bench's file: a model, rival files of it, and texts to measure on; every fault by its line.
+
+    model: hf:org/name                            # what losses are relative to
+    rivals:
+      llama.cpp Q4_K_M: hf:org/name-GGUF:Q4_K_M   # the first one is what ratios are to
+      ours: levels/name-bpw4.50.gguf
+    texts:                                        # optional: the ones that ship
+      wiki: wiki-test.txt
+      code: [server.py, client.py]
+
+Paths are relative to the file.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bitladder import unicode
+from bitladder.describe import criterion_values as values
+from bitladder.describe.document import Document, shortened
+from bitladder.describe.structured import Fault, read_yaml
+from bitladder.errors import BadInput
+from bitladder.units import KiB
+
+_LARGEST = 64 * KiB
+MOST_RIVALS = 64
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What is compared."""
+
+    model: str
+    rivals: Mapping[str, str]
+    """Name -> a path, or a name on the hub, as ``files.sources.resolve`` takes it."""
+    texts: Mapping[str, tuple[Path, ...]]
+    """Name -> files; none: the ones that ship."""
+
+
+def read_bench(path: Path) -> Bench:
+    """Read a bench's file.
+
+    Raises:
+        BadInput: it cannot be read, or has faults: all of them, each with its line.
+    """
+    try:
+        with path.open("rb") as file:
+            raw = file.read(_LARGEST + 1)
+        text = unicode.decoded(raw)
+    except (OSError, ValueError) as error:
+        raise BadInput(
+            f"'{path}' cannot be read: {getattr(error, 'strerror', None) or error}.", do="Check the path."
+        ) from None
+    if len(raw) > _LARGEST:
+        raise BadInput(f"'{path}' has more than {_LARGEST} bytes.", do="Give a file of a model, rivals and texts.")
+    try:
+        read = read_yaml(text)
+    except Fault as fault:
+        raise BadInput(f"{path.name}, line {fault.line}: {fault.found}", do=fault.do) from None
+    document, top = Document(path.name, read, BadInput), read.plain
+    if not isinstance(top, dict) or not {"model", "rivals"} <= set(top):
+        raise BadInput(
+            f"{path.name} lacks a model or rivals.", do="Write `model: FILE` and `rivals: {name: FILE, ...}`."
+        )
+    document.known(top, ("model", "rivals", "texts"))
+    place = functools.partial(_place, folder=path.parent)
+    model = document.attempt(lambda: document.read(place, top["model"], "model"))
+    rivals = _each(document, top["rivals"], "rivals", place)
+    texts = _each(document, top.get("texts") or {}, "texts", functools.partial(_files, folder=path.parent))
+    document.check()
+    return Bench(str(model), rivals, texts)
+
+
+def _each(document: Document, plain: Any, name: str, read: Any) -> dict[str, Any]:
+    """The values of a mapping by their names; faults are noted."""
+    if not isinstance(plain, dict) or (not plain and name == "rivals") or len(plain) > MOST_RIVALS:
+        do = f"Write a name and a place in each line, {MOST_RIVALS} at most."
+        document.faults.append(document.fault(f"{name} must be places by their names.", name, do=do))
+        return {}
+    found = {}
+    for key, value in plain.items():
+        made = document.attempt(functools.partial(document.read, read, value, name, key))
+        if made is not None:
+            found[shortened(str(key))] = made
+    return found
+
+
+def _place(value: Any, folder: Path) -> str:
+    """A model or a rival: a file beside the bench's own by its path, anything else as it is."""
+    text = values.a_string(value)
+    beside = folder / Path(text).expanduser()
+    return str(beside) if beside.exists() else text
+
+
+def _files(value: Any, folder: Path) -> tuple[Path, ...]:
+    named = value if isinstance(value, list) else [value]
+    paths = tuple(folder / Path(values.a_string(one)).expanduser() for one in named)
+    for path in paths:
+        if not path.exists():
+            raise ValueError(f"names '{path}', which is not there")
+    if not paths:
+        raise ValueError("names no file")
+    return paths
