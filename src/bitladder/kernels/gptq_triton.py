@@ -4,7 +4,7 @@ some six hundred small launches, one after another.
 A program has a tile of rows, whose 64 targets it holds in registers; columns go one at a time, as in ``gptq_gpu``.
 """
 
-# mypy: disallow-untyped-defs=False
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
 from __future__ import annotations
 
