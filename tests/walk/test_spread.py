@@ -11,7 +11,7 @@ from bitladder.executors.devices import Devices
 from bitladder.files.gguf import GgufFile
 from bitladder.levels.checkpoints import parse_checkpoint
 from bitladder.stages.calibrate import Calibration, Reading
-from bitladder.walk import coding
+from bitladder.walk import coding, spread
 from bitladder.walk.inputs import InputWatch
 from spread_walks import LEVELS, checkpoints, files_of, fitted, short_shards, squares
 
@@ -76,6 +76,27 @@ def test_importance_matrices(name, devices, tmp_path):
     assert here
     for tensor, values in here.items():
         np.testing.assert_array_equal(there[tensor], values)
+
+
+def test_of_large_layers_workers_have_what_a_unit_needs(devices, tmp_path, monkeypatch):
+    """Parameters come and go; those that were coded come back as they were coded."""
+    _, folder, source = tiny_checkpoints.tiny("llama", tmp_path)
+    here = checkpoints(source, folder, tmp_path / "here", levels=LEVELS[:1])
+    fed = fitted(source, tmp_path / "fed")
+    most: list[int] = []
+    fill = spread._Bench.fill
+
+    def watched(self, *given):
+        block = fill(self, *given)
+        filled = sum(value.numel() for value in block.parameters() if not value.is_meta)
+        most.append(100 * filled // sum(value.numel() for value in block.parameters()))
+        return block
+
+    monkeypatch.setattr(spread._Bench, "fill", watched)
+    monkeypatch.setattr(spread, "KEPT_BYTES", 0)
+    assert checkpoints(source, folder, tmp_path / "there", devices, LEVELS[:1]) == here
+    assert max(most) < 70
+    assert fitted(source, tmp_path / "fed there", devices) == fed
 
 
 class Blind(Devices):

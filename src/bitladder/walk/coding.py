@@ -87,6 +87,9 @@ class Coder(Protocol):
             What whoever builds the level wants, and a change, for ``fill``.
         """
 
+    def paths(self, model: LayeredModel) -> list[str]:
+        """The layer's parameters that ``fill`` changes, and ``code`` reads if it asks for the block."""
+
     def fill(self, bench: Bench, changes: Sequence[Any]) -> None:
         """Put changes, in the order of their shares, into the block."""
 

@@ -302,12 +302,18 @@ class FedCoder:
                     found[name].append(fitting.fit(name, qtype, weights, columns))
         return found, {name: np.concatenate([one.data for one in fitted]) for name, fitted in found.items()}
 
+    def paths(self, model: LayeredModel) -> list[str]:
+        """As ``Coder``."""
+        return [parameter.path for parameter in self._parameters(model)]
+
     def fill(self, bench: Bench, changes: Sequence[_Change]) -> None:
         """As ``Coder``: decoded weights, where the layer's next inputs come from."""
         names = dict(self.tensors)
-        for parameter in bench.model.kind(self.layer).parameters:
-            if set(parameter.roles) & set(self.shared.roles):
-                self._fill(bench, parameter, names, changes)
+        for parameter in self._parameters(bench.model):
+            self._fill(bench, parameter, names, changes)
+
+    def _parameters(self, model: LayeredModel) -> list[Parameter]:
+        return [one for one in model.kind(self.layer).parameters if set(one.roles) & set(self.shared.roles)]
 
     def _fill(self, bench: Bench, parameter: Parameter, qtypes: Mapping[str, str], changes: Sequence[_Change]) -> None:
         model = bench.model

@@ -61,6 +61,10 @@ class GptqCoder:
             self._quantize(bench, share, expert, next(gathered), peak, output, change)
         return output, change
 
+    def paths(self, model: LayeredModel) -> list[str]:
+        """As ``Coder``."""
+        return [parameter.path for parameter in quantized_parameters(model.family, self.shared)]
+
     def fill(self, bench: Bench, changes: Sequence[_Change]) -> None:
         """As ``Coder``."""
         parameters = self._parameters(bench)
@@ -161,7 +165,10 @@ class GptqLevel(InStore, Builder):
             for parameter in quantized_parameters(self._model.family, shared)
             if format_of(self._model, self._level.format, layer, parameter.path) is not None
         }
-        return self._model.layer(layer, self.weights, without=quantized)
+        block = self._model.empty(layer)
+        floats = [path for path, _ in block.named_parameters() if path not in quantized]
+        self._model.fill(block, layer, self.weights, floats)
+        return block
 
     def _keep(
         self, block: nn.Module, shared: SharedInput, parameters: Sequence[Parameter], output: LayerOutput

@@ -150,6 +150,26 @@ class LayerPass:
         """Take up what another pass over the same text kept."""
         self._kept, self._passed = dict(kept), set(passed)
 
+    def runs(self, shared: SharedInput | None) -> list[str]:
+        """The block's parameters that a pass up to an input reads, or one to the end: neither what reads this input and
+        later ones, nor what has gone by and is kept."""
+        inputs = self._stream.stages.inputs(self._layer, self._block)
+        later = [] if shared is None else inputs[inputs.index(shared) :]
+        left = [one.module for one in later if one.kind == "linear"]  # a stack's inputs are found with its weights
+        begun = [entry for entry in self._entries.values() if entry.linear in self._kept]
+        batches = {batch.start for batch in self._stream.batches}
+
+        def is_run(path: str) -> bool:
+            if any(_within(path, module) for module in left):
+                return False
+            for entry in begun:
+                if _within(path, entry.module):
+                    passed = {start for linear, start in self._passed if linear == entry.linear} >= batches
+                    return _within(path, entry.linear) and not passed
+            return True
+
+        return [path for path, _ in self._block.named_parameters() if is_run(path)]
+
     def finish(self) -> None:
         """Replace the states by what leaves the layer with its present weights."""
         for batch in self._stream.batches:
@@ -214,6 +234,10 @@ class LayerPass:
             return (out, None) if entry.pair else out
 
         return forward
+
+
+def _within(path: str, module: str) -> bool:
+    return path.startswith(f"{module}.")
 
 
 def _unchanged(x: torch.Tensor) -> torch.Tensor:

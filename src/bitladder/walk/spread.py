@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -46,14 +46,17 @@ from bitladder.walk.coding import Bench, Coder, Share, groups_of, shares_of
 from bitladder.walk.driver import HeldInputs, Member, Observer, Stream, Unit, Watched
 from bitladder.walk.inputs import InputWatch, Wants, keeping, merged, readable
 from bitladder.walk.layer_pass import LayerPass, Original
-from bitladder.walk.layers import LayeredModel
+from bitladder.walk.layers import LayeredModel, tensor_at
 from bitladder.walk.opened import layered
 from bitladder.walk.states import Batch, States
 from bitladder.walk.weights import FileWeights, Rows
+from bitladder.walk.whole import WholeModel
 
 F32 = NDArray[np.float32]
 U8 = NDArray[np.uint8]
 
+KEPT_BYTES = 256 * 1024**2
+"""Of a layer's weights in f32: of a larger one a worker has only what the unit at hand needs."""
 _ALL = 1 << 62
 """Bytes of states in memory: a worker has those of a shard only."""
 
@@ -90,6 +93,7 @@ class AddUnit:
 class CodeUnit:
     """The codes of a share of what reads an input."""
 
+    layer: int
     of: str
     coder: Coder
     share: Share
@@ -162,7 +166,7 @@ class LayerTask:
             bench.take(rest[-1])
         if isinstance(unit, CodeUnit):
             return bench.coded(unit, rest, own[0], self.threads)
-        return bench.done(bench.block(unit.layer, unit.of, unit.changes, rest), unit, *own)
+        return bench.done(unit, rest, *own)
 
 
 class _Sent:
@@ -196,23 +200,50 @@ class _Bench:
             self.model = layered(file, self.weights, device=device, checkpoint=folder)
         self._of: tuple[int, str] | None = None
         self._block: nn.Module | None = None
+        self._filled: set[str] = set()
         self._changed = 0
+        self._whole = isinstance(self.model, WholeModel)
+        """Whether a layer is always filled as a whole."""
 
     def take(self, tensors: Mapping[str, U8]) -> None:
         """A layer's tensors as they are stored, where they are sent."""
         cast(_Sent, self._file).tensors = dict(tensors)
 
-    def block(self, layer: int, of: str, changes: Sequence[Changed], values: Sequence[Any]) -> nn.Module:
-        """The layer with these changes; what it was filled with before is not read again."""
-        if self._block is None or self._of != (layer, of) or self._changed > len(changes):
+    def block(self, unit: LayerUnit | CodeUnit) -> nn.Module:
+        """The layer that a unit is about, as far as it is filled."""
+        of = unit.layer, unit.of
+        if self._block is None or self._of != of or self._changed > len(unit.changes):
             self._block = None  # room for the next
-            self._block, self._of, self._changed = self.model.layer(layer, self.weights), (layer, of), 0
+            self._block, self._of, self._filled, self._changed = self.model.empty(unit.layer), of, set(), 0
+            if self._whole:
+                self._block = self.model.layer(unit.layer, self.weights)
+                self._filled = {path for path, _ in self._block.named_parameters()}
+        return self._block
+
+    def fill(self, unit: LayerUnit | CodeUnit, values: Sequence[Any], paths: Collection[str]) -> nn.Module:
+        """The layer with these parameters, and the changes that came of them; what was filled before is not read again.
+        Of a large layer what is not asked for is let go of."""
+        block, layer = self.block(unit), unit.layer
+        if sum(value.numel() for value in block.parameters()) * 4 > KEPT_BYTES and not self._whole:
+            for path in self._filled - set(paths):
+                owner, _, leaf = path.rpartition(".")
+                gone = nn.Parameter(torch.empty_like(tensor_at(block, path), device="meta"), requires_grad=False)
+                setattr(block.get_submodule(owner), leaf, gone)
+            self._filled &= set(paths)
+        missing = set(paths) - self._filled
+        if missing:
+            self.model.fill(block, layer, self.weights, missing)
+            self._filled |= missing
             for name in self.model.layer_names(layer):
                 self.weights.forget(name)
-        block, at = self._block, sum(one.count for one in changes[: self._changed])
-        for one in changes[self._changed :]:
-            one.coder.fill(Bench(self.model, self.weights, lambda: block), values[at : at + one.count])
-            at, self._changed = at + one.count, self._changed + 1
+        at = 0
+        for number, one in enumerate(unit.changes):
+            own = one.coder.paths(self.model)
+            if missing.intersection(own) or (number >= self._changed and self._filled.intersection(own)):
+                bench = Bench(self.model, self.weights, lambda: block)
+                one.coder.fill(bench, values[at : at + one.count])
+            at += one.count
+        self._changed = len(unit.changes)
         return block
 
     def coded(self, unit: CodeUnit, values: Sequence[Any], summed: InputWatch, threads: int) -> tuple[Any, Any]:
@@ -223,22 +254,25 @@ class _Bench:
         if unit.share.experts is not None:
             assert unit.summed is not None
             some = slice(unit.share.experts.start - unit.summed.start, unit.share.experts.stop - unit.summed.start)
-        layer = partial(self.block, coder.layer, unit.of, unit.changes, values)
-        bench = Bench(self.model, self.weights, layer, threads)
+        bench = Bench(self.model, self.weights, partial(self.fill, unit, values, coder.paths(self.model)), threads)
+        self.fill(unit, values, ())  # the factor may need the room
         return coder.code(bench, unit.share, own.statistics(coder.layer, coder.shared, some), peak)
 
     def done(
-        self, block: nn.Module, unit: LayerUnit, entering: Held, kept: Held | None, source: Held | None
+        self, unit: LayerUnit, values: Sequence[Any], entering: Held, kept: Held | None, source: Held | None
     ) -> tuple[InputWatch | None, Held]:
-        """Compute a unit."""
+        """Compute a shard's unit. ``values``: of changes."""
         stream = Stream(self.model, [Member(self.weights)], unit.batches, state_bytes=_ALL, half=unit.half)
         states = _states(unit.batches, entering.states)
+        block = self.block(unit)
         if unit.watched is not None:
+            self.fill(unit, values, [path for path, _ in block.named_parameters()])
             return _through(stream, block, unit, unit.watched, states)
         passing = LayerPass(stream, unit.layer, block, states)
         if kept is not None:
             own = {module: _states(unit.batches, one) for module, one in kept.inputs.items()}
             passing.go_on(own, kept.passed)
+        self.fill(unit, values, passing.runs(unit.shared))
         if unit.shared is None:
             passing.finish()
             return None, Held(_array(states))
@@ -522,7 +556,7 @@ class SpreadPass:
         for experts in groups:
             summed = self._summed(coder, original, wants, experts)
             for number, share in enumerate(shares_of(coder.readers, experts, at_once)):
-                unit = CodeUnit(self._of, coder, share, experts, peak, tuple(self._changed))
+                unit = CodeUnit(self._layer, self._of, coder, share, experts, peak, tuple(self._changed))
                 begun.append(self._spread.start_codes(unit, number, summed, self._values))
                 values.append(begun[-1].held)
             del summed  # what holds it may let go of it

@@ -520,7 +520,20 @@ class WholeModel(LayeredModel):
         """As ``LayeredModel``."""
         return self._skeleton.copy_of(layer)
 
-    def layer(self, layer: int, weights: Weights, *, without: Collection[str] = ()) -> nn.Module:  # noqa: ARG002
+    def empty(self, layer: int) -> nn.Module:
+        """As ``LayeredModel``."""
+        return self._skeleton.copy_of(layer)
+
+    def fill(self, block: nn.Module, layer: int, weights: Weights, paths: Collection[str]) -> None:  # noqa: ARG002
+        """As ``LayeredModel``, but always all parameters: several may come of one tensor."""
+        whole = self.layer(layer, weights)
+        for path, value in whole.named_parameters():
+            self._skeleton.fill(block, path, value.detach())
+        for path, value in whole.named_buffers():
+            owner, _, leaf = path.rpartition(".")
+            setattr(block.get_submodule(owner), leaf, value)
+
+    def layer(self, layer: int, weights: Weights) -> nn.Module:
         """As ``LayeredModel``. The file's own weights are compared with the checkpoint's once.
 
         Raises:
