@@ -184,13 +184,19 @@ class Driver:
 
     def go_on(self) -> None:
         """Past the layer that it waits at."""
+        assert self._process.poll() is None, self.error
         self._process.stdin.write("\n")
         self._process.stdin.flush()
 
     def ended(self) -> int:
         """Its exit status; a driver whose cluster is gone must not wait for it for ever."""
         self.read()
-        return self._process.wait(timeout=90)
+        try:
+            return self._process.wait(timeout=90)
+        finally:
+            self._process.kill()
+            self._process.stdin.close()
+            self._process.stdout.close()
 
 
 def another_cluster(**options):
