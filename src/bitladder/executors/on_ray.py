@@ -152,6 +152,7 @@ class Ray(Executor):
         self._run = ray.remote(_run)
         self._tasks: dict[int, tuple[Task, Any]] = {}
         self._known: dict[int, dict[str, Any]] = {}
+        self._at_once: dict[int, tuple[float, int]] = {}
         self._head, self._looked = head, time.monotonic()
         self.warnings: list[str] = []
 
@@ -181,12 +182,16 @@ class Ray(Executor):
         return _Started(self, options, small, large)
 
     def at_once(self, task: Task) -> int:
-        """As ``Executor``: as many as the nodes could take if they were idle."""
+        """As ``Executor``: as many as the nodes could take if they were idle; asked of the head now and then."""
+        known = self._at_once.get(task.threads)
+        if known is not None and time.monotonic() - known[0] < _LOOK_EVERY:
+            return known[1]
         wanted = {name: amount for name, amount in _wanted(self._options(task.threads)).items() if amount}
         taken = [
             min((node.get(name, 0) // amount for name, amount in wanted.items()), default=1) for node in self._nodes()
         ]
-        return max(1, int(sum(taken)))
+        self._at_once[task.threads] = time.monotonic(), max(1, int(sum(taken)))
+        return self._at_once[task.threads][1]
 
     def put(self, value: Any) -> Handle:
         """As ``Executor``."""

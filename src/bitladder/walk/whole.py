@@ -529,9 +529,9 @@ class WholeModel(LayeredModel):
         whole = self.layer(layer, weights)
         for path, value in whole.named_parameters():
             self._skeleton.fill(block, path, value.detach())
-        for path, value in whole.named_buffers():
+        for path, buffer in whole.named_buffers():
             owner, _, leaf = path.rpartition(".")
-            setattr(block.get_submodule(owner), leaf, value)
+            setattr(block.get_submodule(owner), leaf, buffer)
 
     def layer(self, layer: int, weights: Weights) -> nn.Module:
         """As ``LayeredModel``. The file's own weights are compared with the checkpoint's once.
