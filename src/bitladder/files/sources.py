@@ -69,6 +69,15 @@ def resolve(model: str, progress: Progress = silent) -> Source:
     raise no_such_model(model, path)
 
 
+def checkpoint_folder(model: str) -> tuple[Path, str] | None:
+    """The folder of a model that is a checkpoint on this machine, and what it is called; None of anything else. Nothing
+    is fetched or converted."""
+    path = Path(model).expanduser()
+    if ":" in model.partition("/")[0] or not (path / "config.json").is_file():
+        return None
+    return path, path.resolve().name
+
+
 def _from_hub(model: str, progress: Progress) -> Source:
     """Fetch a GGUF file, or a checkpoint to convert, into the hub's cache."""
     from bitladder.files.hub_download import fetch  # brings httpx, which files on the disk need not wait for
