@@ -116,9 +116,10 @@ def test_what_has_no_kernel_is_not_launched():
     plan = ["plan", "Llama-3.1-8B-Instruct", "--as", "T4 + 64 GiB", "--launch", "vllm", "--ctx", "2048"]
     made = CliRunner().invoke(app, [*plan, "--levels", "MXFP8,NVFP4A16"])
     assert made.exit_code == 0, made.output
-    assert "vLLM has no kernel for MXFP8 on T4" in " ".join(made.stdout.split())
-    assert "-NVFP4A16 --served" in made.stdout
+    shown = " ".join(made.stdout.split())
+    assert "vLLM has no" in shown and "vllm serve" in shown
+    assert "MXFP8" not in shown.split("vllm serve")[1] and "NVFP4A16" in shown.split("vllm serve")[1]
     bare = CliRunner().invoke(app, [*plan, "--levels", "MXFP8"])
-    assert bare.exit_code != 0 and "vLLM has no kernel for MXFP8 on T4" in bare.output
+    assert bare.exit_code != 0 and "no kernel for MXFP8 on T4" in " ".join(bare.output.split())
     assert not no_kernel(TABLE, parse_level("MXFP8"), Device("B200", 10.0), "vllm")
     assert not no_kernel(TABLE, parse_level("Q4_K_M"), Device("T4", 7.5), "vllm")

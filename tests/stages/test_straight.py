@@ -21,7 +21,7 @@ from tiny_checkpoints import run, tiny
 pytestmark = pytest.mark.usefixtures("one_thread")
 WIDE = {"hidden_size": 256, "intermediate_size": 384, "num_attention_heads": 2, "num_key_value_heads": 1}
 LEVELS = ["FP8-DYNAMIC", "FP8-BLOCK", "MXFP8A16", "INT8-W8A8"]
-SHARDS = "200KB"
+SHARDS = "60KB"
 
 
 def source(name: str, folder: Path, dtype: torch.dtype = torch.bfloat16, **sizes) -> tuple[Path, Path]:
@@ -63,8 +63,6 @@ def test_gives_the_bytes_of_a_walk(name, dtype, tmp_path):
             assert (found[key].dtype, found[key].shape) == (value.dtype, value.shape)
             torch.testing.assert_close(found[key].view(torch.uint8), value.view(torch.uint8), rtol=0, atol=0)
         assert json.loads((folder / "config.json").read_text()) == json.loads((walked / "config.json").read_text())
-        made, other = (json.loads((one / "bitladder.json").read_text()) for one in (folder, walked))
-        assert made["digests"] == other["digests"]
         assert fingerprint_of(folder) == fingerprint_of(walked)
         index = json.loads((folder / "model.safetensors.index.json").read_text())
         assert index["weight_map"].keys() == found.keys()

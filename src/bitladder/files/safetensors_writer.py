@@ -7,6 +7,7 @@ that each begins at a multiple of its element's size, as readers that map the fi
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from typing import BinaryIO
 
 from bitladder.files.atomic import written_aside
 from bitladder.files.checkpoint import DTYPE_BYTES, CheckpointTensor, read_safetensors_header
+from bitladder.files.regular import open_regular
 
 _AT_ONCE = 2**22
 _ALIGNED = 8
@@ -119,6 +121,24 @@ def stored_tensors(path: Path) -> list[PiecewiseTensor]:
         found.append(PiecewiseTensor(tensor.name, tensor.dtype, tensor.shape, pieces))
         at += tensor.nbytes
     return found
+
+
+def tensor_hashes(path: Path) -> Iterator[tuple[str, str]]:
+    """The name of every tensor of a file, and the BLAKE2b hash (16 bytes, hex) of its bytes.
+
+    Raises:
+        BadFile: the file contradicts itself, or cannot be read.
+    """
+    headers = read_safetensors_header(path)
+    room = memoryview(bytearray(_AT_ONCE))
+    with open_regular(path) as file:
+        file.seek(path.stat().st_size - sum(tensor.nbytes for tensor in headers))
+        for tensor in headers:
+            found, left = hashlib.blake2b(digest_size=16), tensor.nbytes
+            while left and (count := file.readinto(room[: min(left, len(room))])):  # type: ignore[attr-defined]
+                found.update(room[:count])
+                left -= count
+            yield tensor.name, found.hexdigest()
 
 
 def _read(path: Path, start: int, nbytes: int) -> Iterator[bytes]:

@@ -25,6 +25,7 @@ U8 = npt.NDArray[np.uint8]
 
 _LANES = 16
 _ROWS_AT_ONCE = 256
+_AT_ONCE = 1 << 14
 _ZERO = 126
 """The number of E4M3's step 0."""
 
@@ -117,7 +118,9 @@ class FloatScales:
 
     def stored(self, codes: npt.NDArray[np.integer]) -> U8:
         """Numbers of steps as the float type's own codes."""
-        return np.asarray(self.kind.bytes_of[codes], np.uint8)
+        out = np.empty(codes.shape, np.uint8)
+        _looked_up(codes.reshape(-1), self.kind.bytes_of, out.reshape(-1))
+        return out
 
 
 def peaks(weights: F32, group_size: int) -> F32:
@@ -345,6 +348,16 @@ def _numbered(wide: F32, raw: npt.NDArray[np.int32], weights: F32, numbers: npt.
             small = np.int32(np.rint(values[k] * np.float32(512)))
             code = small if values[k] < np.float32(0.015625) else normal
             out[k] = np.int16(_ZERO - code) if own[k] < 0 else np.int16(_ZERO + code)
+
+
+@njit(cache=True, parallel=True, nogil=True)
+def _looked_up(codes: npt.NDArray[np.integer], table: U8, out: U8) -> None:
+    parts = (len(codes) + _AT_ONCE - 1) // _AT_ONCE
+    for part in prange(parts):
+        first = part * _AT_ONCE
+        own, made = codes[first : first + _AT_ONCE], out[first : first + _AT_ONCE]
+        for k in range(len(own)):
+            made[k] = table[own[k]]
 
 
 @njit(cache=True, parallel=True, nogil=True)

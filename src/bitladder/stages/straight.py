@@ -45,10 +45,10 @@ from bitladder.files.convert import unused_head
 from bitladder.files.following import FollowingHash
 from bitladder.files.layer_store import writing
 from bitladder.files.regular import open_regular
-from bitladder.files.safetensors_writer import PlacedTensors, placed_safetensors
+from bitladder.files.safetensors_writer import PlacedTensors, placed_safetensors, tensor_hashes
 from bitladder.levels import CheckpointLevel
 from bitladder.levels.checkpoints import CheckpointFormat
-from bitladder.levels.methods import Prepared, Statistics
+from bitladder.levels.methods import Statistics
 from bitladder.plan.preflight import BASE_BYTES, WALK_START_S, JobNeed
 from bitladder.progress import Progress
 from bitladder.records.calibration import CheckpointReport, LinearLoss, Preflight
@@ -57,6 +57,7 @@ from bitladder.stages.forecast import forecast
 from bitladder.stages.job import CPU, Build, Work
 from bitladder.stages.known_files import kept_by_evidence
 from bitladder.units import Basis, MiB
+from bitladder.walk.allocator import keep_freed_memory
 from bitladder.walk.checkpoint_layers import CheckpointLayers
 from bitladder.walk.checkpoint_result import manifest_of, proved, same_reading, with_quantization
 from bitladder.walk.checkpoint_walk import FLOAT_TYPES
@@ -234,6 +235,7 @@ class _Straight:
 
     def run(self, progress: Progress) -> None:
         """Write what is missing."""
+        keep_freed_memory()
         started, checkpoint = time.monotonic(), self._plain.checkpoint
         targets = []
         for level, folder in self.missing.items():
@@ -244,6 +246,7 @@ class _Straight:
         hashing = FollowingHash(checkpoint.shards)
         total, passed = checkpoint.nbytes, 0
         names: dict[CheckpointLevel, list[list[str]]] = {target.level: [] for target in targets}
+        checked = _Background(1)
         try:
             for number, shard in enumerate(checkpoint.shards):
                 if number < done:
@@ -252,13 +255,19 @@ class _Straight:
                         names[target.level].append([one.name for one in held])
                 else:
                     what = f"{', '.join(level.name for level in self.missing)}: shard {number + 1}"
-                    self._shard(number, shard, targets, progress, (what, passed, total))
+                    began, at = time.monotonic(), passed
+                    for size in self._shard(number, shard, targets):
+                        hashing.advance(number, size)
+                        progress(what, at + size, total)
                     for target in targets:
                         names[target.level].append(list(target.hashes))
+                        checked.do(self._check, number, shard, target, target.hashes, began)
                 passed += sum(tensor.nbytes for tensor in read_safetensors_header(shard))
                 hashing.advance(number + 1, 0)
+            checked.wait()
             hashing.result()
         finally:
+            checked.close()
             hashing.abandon()
         self._identity = self._identity or identity_of_files(checkpoint, progress)
         for target in targets:
@@ -275,20 +284,17 @@ class _Straight:
             target.folder.truncate(done)
         return done
 
-    def _shard(
-        self, number: int, shard: Path, targets: Sequence[_Target], progress: Progress, said: tuple[str, int, int]
-    ) -> None:
-        """Write what a shard becomes in every level."""
-        started, (what, passed, total) = time.monotonic(), said
-        notes: dict[CheckpointLevel, list[dict[str, Any]]] = {target.level: [] for target in targets}
+    def _shard(self, number: int, shard: Path, targets: Sequence[_Target]) -> Iterator[int]:
+        """Write what a shard becomes in every level; gives the bytes of its tensors that are done."""
+        done = 0
         with ExitStack() as stack:
             for target in targets:
                 stack.enter_context(writing(target.folder.partial))
                 outputs = list(self._outputs(shard, target))
                 target.hashes = {one.name: hashlib.blake2b(digest_size=16) for one in outputs}
                 target.places = stack.enter_context(placed_safetensors(target.folder.layer_file(number), outputs))
-            writer = stack.enter_context(_Background())
-            digests: dict[tuple[CheckpointLevel, str], Any] = {}
+            writer = _Background()
+            stack.callback(writer.close)
             for tensor, start, raw in _ahead(_pieces(shard, self._plain)):
                 if tensor.name not in self._plain.linears:
                     for target in targets:
@@ -296,20 +302,14 @@ class _Straight:
                 else:
                     weights = _f32(raw, tensor)
                     for target in targets:
-                        key = target.level, tensor.name
-                        if key not in digests:
-                            digests[key] = hashlib.blake2b(repr(tuple(tensor.shape)).encode(), digest_size=16)
-                        self._round(target, tensor, start, weights, digests[key], writer)
-                passed += raw.nbytes
-                progress(what, passed, total)
+                        self._round(target, tensor, start, weights, writer)
+                done += raw.nbytes
+                yield done
             writer.wait()
-            for (level, name), found in digests.items():
-                note = {"tensor": name.removesuffix(".weight"), "loss": None, "tokens": 0, "damp": 0.0, "note": ""}
-                notes[level].append({**note, "digest": found.hexdigest()})
-        for target in targets:
-            self._check(number, target)
-            with writing(target.folder.partial):
-                target.folder.note_layer(number, notes[target.level], seconds=time.monotonic() - started)
+
+    def _linears_of(self, shard: Path) -> list[str]:
+        names = (tensor.name for tensor in self._plain.tensors(shard))
+        return [name.removesuffix(".weight") for name in names if name in self._plain.linears]
 
     def _outputs(self, shard: Path, target: _Target) -> Iterator[CheckpointTensor]:
         """The tensors of a level's shard, from the shapes alone: a few rows of zeros show how arrays look."""
@@ -322,31 +322,28 @@ class _Straight:
                 continue
             outputs, inputs = self._plain.linears[tensor.name]
             if inputs not in looks:
-                arrays = self._arrays(target, np.zeros((together, inputs), np.float32))[0]
+                arrays = self._arrays(target, np.zeros((together, inputs), np.float32))
                 looks[inputs] = [(suffix, _type_of(one), tuple(one.shape)) for suffix, one in arrays.items()]
             for suffix, kind, (rows, *rest) in looks[inputs]:
                 shape = (rows * outputs // together, *rest)
                 name = f"{tensor.name.removesuffix('.weight')}.{suffix}"
                 yield CheckpointTensor(name, kind, shape, math.prod(shape) * DTYPE_BYTES[kind])
 
-    def _arrays(self, target: _Target, weights: F32) -> tuple[dict[str, torch.Tensor], F32]:
-        """Some rows as they are stored, and as they are read."""
+    def _arrays(self, target: _Target, weights: F32) -> dict[str, torch.Tensor]:
+        """Some rows as they are stored: codes to nearest on searched scales, as ``levels.methods.ROUNDING`` has it."""
         dtype = FLOAT_TYPES[self._plain.dtype]
-        found = target.level.method.apply(target.form, Prepared(), weights, scale_dtype=SCALE_DTYPES[dtype])
-        arrays = target.form.encode(found.codes, found.parameters)
-        return {suffix: stored_array(target.form, suffix, one, dtype) for suffix, one in arrays.items()}, found.decoded
+        found = target.form.search(weights, None, scale_dtype=SCALE_DTYPES[dtype])
+        arrays = target.form.encode(found.nearest(weights), found)
+        return {suffix: stored_array(target.form, suffix, one, dtype) for suffix, one in arrays.items()}
 
-    def _round(
-        self, target: _Target, tensor: CheckpointTensor, start: int, weights: F32, digest: Any, writer: _Background
-    ) -> None:
+    def _round(self, target: _Target, tensor: CheckpointTensor, start: int, weights: F32, writer: _Background) -> None:
         linear = tensor.name.removesuffix(".weight")
         with naming(None, linear):
-            arrays, decoded = self._arrays(target, weights)
+            arrays = self._arrays(target, weights)
         for suffix, one in arrays.items():
             data = one.contiguous().view(torch.uint8).numpy().reshape(-1)
             at = start * data.nbytes // len(weights)
             writer.do(self._put, target, f"{linear}.{suffix}", at, data)
-        writer.do(digest.update, np.ascontiguousarray(decoded).data)
 
     def _keep(self, target: _Target, tensor: CheckpointTensor, start: int, raw: NDArray[np.uint8]) -> None:
         """What stays float, in the float type of the level."""
@@ -362,16 +359,23 @@ class _Straight:
         target.places.write(name, at, data.data)
         target.hashes[name].update(data.data)
 
-    def _check(self, number: int, target: _Target) -> None:
-        """Read a shard back; raises OutputError where it is not what was written."""
-        path = target.folder.layer_file(number)
-        for name, found in _hashes(path):
-            if found != target.hashes[name].hexdigest():
-                raise OutputError(
-                    f"{path}: {name} does not hold what was computed.",
-                    means="The disk or the memory of this machine made an error, or the file was changed meanwhile.",
-                    do="Run again; if it happens twice, check the disk.",
-                )
+    def _check(self, number: int, shard: Path, target: _Target, hashes: Mapping[str, Any], began: float) -> None:
+        """Read a shard back and note that it is done; raises OutputError where it is not what was written."""
+        path, made = target.folder.layer_file(number), {name: one.hexdigest() for name, one in hashes.items()}
+        wrong = next((name for name, found in tensor_hashes(path) if made[name] != found), None)
+        if wrong is not None:
+            raise OutputError(
+                f"{path}: {wrong} does not hold what was computed.",
+                means="The disk or the memory of this machine made an error, or the file was changed meanwhile.",
+                do="Run again; if it happens twice, check the disk.",
+            )
+        notes = []
+        for name in self._linears_of(shard):
+            prefix = f"{name}."
+            stored = {key.removeprefix(prefix): found for key, found in made.items() if key.startswith(prefix)}
+            notes.append({"tensor": name, "loss": None, "tokens": 0, "damp": 0.0, "note": "", "stored": stored})
+        with writing(target.folder.partial):
+            target.folder.note_layer(number, notes, seconds=time.monotonic() - began)
 
     def _finish(self, target: _Target, names: Sequence[Sequence[str]], measured: Preflight) -> None:
         folder, level = target.folder, target.level
@@ -434,7 +438,7 @@ def _pieces(shard: Path, plain: PlainCheckpoint) -> Iterator[tuple[CheckpointTen
 
 def _f32(raw: NDArray[np.uint8], tensor: CheckpointTensor) -> F32:
     values = torch.from_numpy(raw).view(FLOAT_TYPES[tensor.dtype]).float().numpy().reshape(-1, tensor.shape[-1])
-    if not np.isfinite(values).all():
+    if not np.isfinite(values.sum()) and not np.isfinite(values).all():
         raise BadWeights(
             f"{tensor.name} holds NaN or infinity.",
             means="The checkpoint is damaged, or was saved while training diverged.",
@@ -448,20 +452,6 @@ def _type_of(tensor: torch.Tensor) -> str:
     name = str(tensor.dtype).removeprefix("torch.")
     floats = {str(dtype).removeprefix("torch."): own for own, dtype in FLOAT_TYPES.items()}
     return ({**_STORED, **_TORCH} | floats)[name]
-
-
-def _hashes(path: Path) -> Iterator[tuple[str, str]]:
-    """The hash of every tensor's bytes in a file."""
-    headers = read_safetensors_header(path)
-    room = memoryview(bytearray(4 * MiB))
-    with open_regular(path) as file:
-        file.seek(path.stat().st_size - sum(tensor.nbytes for tensor in headers))
-        for tensor in headers:
-            found, left = hashlib.blake2b(digest_size=16), tensor.nbytes
-            while left and (count := file.readinto(room[: min(left, len(room))])):  # type: ignore[attr-defined]
-                found.update(room[:count])
-                left -= count
-            yield tensor.name, found.hexdigest()
 
 
 def _ahead(items: Iterable[_T]) -> Iterator[_T]:
@@ -482,10 +472,8 @@ class _Background:
         self._pool, self._most = ThreadPoolExecutor(1), most
         self._waiting: deque[Future[Any]] = deque()
 
-    def __enter__(self) -> _Background:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """What has not begun is left out."""
         self._pool.shutdown(cancel_futures=True)
 
     def do(self, call: Any, *arguments: Any) -> None:

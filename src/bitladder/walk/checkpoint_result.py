@@ -12,7 +12,7 @@ import torch
 
 from bitladder import __version__
 from bitladder.errors import OutputError
-from bitladder.files.checkpoint_check import verify_folder
+from bitladder.files.checkpoint_check import verify_folder, verify_stored
 from bitladder.files.checkpoint_folder import CheckpointFolder
 from bitladder.files.companions import Companions, tokenizer_differences
 from bitladder.files.layer_store import FinishedLayer, LayerStore
@@ -80,8 +80,10 @@ def manifest_of(
         level.name, str(folder.target), 0, level.bpw, measured.seconds, text, linears, tuple(told),
         coverage(linears), predicted, measured,
     )  # fmt: skip
-    digests = {note["tensor"]: note["digest"] for entry in layers for note in entry.tensors}
-    return {"version": __version__, "report": asdict(report), "digests": digests}
+    own = [note for entry in layers for note in entry.tensors]
+    digests = {note["tensor"]: note["digest"] for note in own if "digest" in note}
+    stored = {f"{note['tensor']}.{suffix}": found for note in own for suffix, found in note.get("stored", {}).items()}
+    return {"version": __version__, "report": asdict(report), "digests": digests, "stored": stored}
 
 
 def with_quantization(
@@ -117,8 +119,9 @@ def proved(
     Raises:
         OutputError: weights, tokenizer or chat template are not what they should be.
     """
-    _, digests = _stored(folder)
+    _, digests, stored = _stored(folder)
     verify_folder(folder.target, level, digests)
+    verify_stored(folder.target, stored)
     return same_reading(folder, checkpoint=checkpoint, template=template, prompts=prompts)
 
 
@@ -130,7 +133,7 @@ def same_reading(
     Raises:
         OutputError: tokenizer or chat template are not what they should be.
     """
-    stored, _ = _stored(folder)
+    stored, *_ = _stored(folder)
     notes = list(stored.notes)
     wrong = tokenizer_differences(folder.target, prompts, checkpoint=checkpoint, template=template)
     if wrong and checkpoint is not None:
@@ -148,12 +151,13 @@ def same_reading(
     return replace(stored, bytes=size, path=str(folder.target), notes=tuple(notes))
 
 
-def _stored(folder: CheckpointFolder) -> tuple[CheckpointReport, dict[str, str]]:
-    """The report that lies in a folder, and its tensors' digests."""
+def _stored(folder: CheckpointFolder) -> tuple[CheckpointReport, dict[str, str], dict[str, str]]:
+    """The report that lies in a folder, hashes of its matrices as they decode, and of arrays as they are stored."""
     manifest = folder.manifest()
     try:
         digests = from_json(dict[str, str], manifest.get("digests"))
-        return from_json(CheckpointReport, manifest.get("report")), digests
+        stored = from_json(dict[str, str], manifest.get("stored", {}))
+        return from_json(CheckpointReport, manifest.get("report")), digests, stored
     except ValueError as error:
         raise OutputError(
             f"{folder.target} says of itself what Bitladder does not write: {error}.",
