@@ -122,7 +122,7 @@ def _from_folder(folder: Path, label: str, licence: str, progress: Progress) -> 
     unread = convert.unread_tokenizer(path)
     warnings = (*_checkpoint_warnings(folder, dtypes), *([kept] if kept else []), *beside)
     warnings += (unread_note(unread),) if unread else ()
-    warnings += tuple(_unused(name) for name in convert.unused_head(checkpoint.config, checkpoint.tensors))
+    warnings += tuple(unused_note(name) for name in convert.unused_head(checkpoint.config, checkpoint.tensors))
     origin = checkpoint_origin(checkpoint.config, dtypes)
     return Source(
         path, label, warnings, checkpoint=folder, licence=licence, quantized=bool(origin), origin=origin,
@@ -130,7 +130,8 @@ def _from_folder(folder: Path, label: str, licence: str, progress: Progress) -> 
     )  # fmt: skip
 
 
-def _unused(head: str) -> str:
+def unused_note(head: str) -> str:
+    """The sentence for a stored head that config.json says is the embedding."""
     return (
         f"config.json says that the head is the embedding (tie_word_embeddings), and the weights hold {head}: it is "
         "left out, as transformers and vLLM pass over it. If it was trained, set tie_word_embeddings to false."

@@ -46,6 +46,7 @@ from bitladder.files.following import FollowingHash
 from bitladder.files.layer_store import writing
 from bitladder.files.regular import open_regular
 from bitladder.files.safetensors_writer import PlacedTensors, placed_safetensors, tensor_hashes
+from bitladder.files.sources import unused_note
 from bitladder.levels import CheckpointLevel
 from bitladder.levels.checkpoints import CheckpointFormat
 from bitladder.levels.methods import Statistics
@@ -168,6 +169,7 @@ def write_straight(
     """
     for level in levels:
         level.format.check_shapes(level.name, plain.places)
+    work.journal.warn(*map(unused_note, sorted(plain.left_out)))
     job = _Straight(plain, label, levels, build, work)
     if job.missing:
         with forecast(job.need, work.journal, build.out):
@@ -430,7 +432,7 @@ def _pieces(shard: Path, plain: PlainCheckpoint) -> Iterator[tuple[CheckpointTen
                     size = min(step, rows - start) * columns * DTYPE_BYTES[tensor.dtype]
                     file.seek(at + start * columns * DTYPE_BYTES[tensor.dtype])
                     raw = np.empty(size, np.uint8)
-                    if file.readinto(raw.data) != size:
+                    if file.readinto(raw.data) != size:  # type: ignore[attr-defined]
                         raise BadFile(f"{shard} ends within '{tensor.name}'.", do="Fetch the file again.")
                     yield tensor, start, raw
             at += tensor.nbytes
