@@ -16,6 +16,7 @@ from bitladder.files.gguf import GgufFile
 from bitladder.formats.roles import EMBEDDING, layer_tensor
 from bitladder.kernels import dequantize, quantize
 from bitladder.progress import StepsOnly
+from bitladder.stages import forecast
 from bitladder.stages.fidelity import Candidate, fidelity, file_candidate, made_candidates, token_scores, walk
 from bitladder.walk import differences, head
 from bitladder.walk.fidelity import walk_key
@@ -78,6 +79,17 @@ def test_differences_beyond_what_memory_holds_are_multiplied_in_f32(pair, monkey
     monkeypatch.setattr(head, "HeadBeside", lambda: None)
     exact, found = (walk(source, [level], windows, differences=asked)[0] for asked in (False, True))
     assert exact == found
+
+
+def test_differences_are_taken_where_what_they_hold_fits(pair, monkeypatch):
+    _, source, _ = pair
+    plain = forecast.walking_need(source, 1000, ["Q8_0"]).ram_bytes
+    monkeypatch.setattr(differences, "differences_pay", lambda: True)
+    assert forecast.beside_fits(source, 1000)
+    assert forecast.walking_need(source, 1000, ["Q8_0"]).ram_bytes > plain
+    monkeypatch.setattr(forecast, "_beside_bytes", lambda *_: 1 << 60)
+    assert not forecast.beside_fits(source, 1000)
+    assert forecast.walking_need(source, 1000, ["Q8_0"]).ram_bytes == plain
 
 
 @pytest.mark.parametrize("own", [nn.Linear(256, 128), nn.Linear(256, 128, bias=False)])
