@@ -137,6 +137,7 @@ def candidates(
     table = kept_table(source, windows[:: max(1, len(windows) // 8)], choices, options)
     table = dataclasses.replace(table, losses={name: own for name, own in table.losses.items() if own})
     found = []
+    stored = {one.name: one.qtype for one in source.model.tensors}
     for level in options.levels.split(","):
         mix = assign(level, source.model.tensors, source.model.dims, has_importance=True)
         mix = {name: qtype for name, qtype in mix.items() if name in names}
@@ -151,9 +152,9 @@ def candidates(
             fed.append(("feedback", named))
         for side, recipe in fed:
             started = time.perf_counter()
-            fitted = write_with_feedback(
-                source, recipe, options.keep / level, windows, settings=FeedbackSettings(threads=options.threads)
-            )
+            whole = dataclasses.replace(recipe, qtypes={**stored, **recipe.qtypes})
+            settings = FeedbackSettings(threads=options.threads)
+            fitted = write_with_feedback(source, whole, options.keep / level, windows, settings=settings)
             took = f"{time.perf_counter() - started:.0f} s" + (", was there" if fitted.file.reused else "")
             print(f"{level} {side}: {recipe.label}, {recipe.bytes:,} of {size:,} bytes, {took}", flush=True)
             opened.append(GgufFile.open(fitted.file.path))

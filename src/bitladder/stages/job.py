@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from bitladder.files.gguf import GgufFile
     from bitladder.files.sources import Source
     from bitladder.kernels import Effort
+    from bitladder.records.own_text import OwnTextReport
 
 Say = Callable[[str], None]
 CPU = "cpu"
@@ -44,6 +45,8 @@ class Journal:
     reused: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     jobs: list[JobOutcome] = field(default_factory=list)
+    own_text: OwnTextReport | None = None
+    """Of calibration text that the model wrote itself, where that was asked for."""
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
