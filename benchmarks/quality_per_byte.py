@@ -25,11 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from level_texts import articles, first_windows, fitting_windows, parsed, parser_of, per_document
+from level_texts import articles, first_windows, fitting_windows, parsed, parser_of, part_of, per_document
 from libgguf_here import libgguf_or_exit
 from numpy.typing import NDArray
 
-from bitladder.describe.model import Model
 from bitladder.describe.windows import WINDOW, Window, tokens_hash
 from bitladder.engines.base import Launch
 from bitladder.engines.llama import LlamaServer
@@ -91,15 +90,6 @@ class SomeTypes(BlockTypes):
     def of(self, info: TensorInfo) -> tuple[str, ...]:
         """As ``Choices``."""
         return super().of(info) if info.name in self.names else ()
-
-
-def part_of(model: Model, layers: int) -> Model:
-    """The model without all tensors but those of so many layers, spread evenly; 0: all of it."""
-    if not layers:
-        return model
-    chosen = set(np.linspace(0, model.dims.n_layer - 1, layers).astype(int).tolist())
-    own = tuple(one for one in model.tensors if one.name.startswith("blk.") and int(one.name.split(".")[1]) in chosen)
-    return dataclasses.replace(model, tensors=own)
 
 
 def kept_importance(source: GgufFile, windows: Sequence[Window], options: argparse.Namespace) -> Mapping[str, F32]:
