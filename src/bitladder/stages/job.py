@@ -58,10 +58,11 @@ class Journal:
             self.timings[stage] = self.timings.get(stage, 0.0) + time.monotonic() - start
 
     def warn(self, *warnings: str) -> None:
-        """Say it now, and again in the report."""
+        """Say it now, once, and again in the report."""
         for warning in warnings:
-            self.warnings.append(warning)
-            self.say(f"! {warning}")
+            if warning not in self.warnings:
+                self.warnings.append(warning)
+                self.say(f"! {warning}")
 
     def reuse(self, what: str, levels: Sequence[str]) -> None:
         """Say what is not done again."""
@@ -234,8 +235,7 @@ class Job(Work):
             f"The engine does not load {self.found.label} ({reason}): texts are read by the checkpoint's own "
             "tokenizer, and nothing of it can be run here."
         )
-        if line not in self.journal.warnings:
-            self.journal.warn(line)
+        self.journal.warn(line)
         return folder
 
 
