@@ -34,7 +34,7 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     import ray
 
-    ray.init(num_cpus=options.threads, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=options.threads, include_dashboard=False, log_to_driver=False)
     ratios: dict[str, list[float]] = {"lane": [], "ray": []}
     with GgufFile.open(options.model) as source, connect(None, "cpu", Needs()) as cluster, Devices(["cpu"]) as lane:
         rng = np.random.default_rng(0)

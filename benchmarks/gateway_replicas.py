@@ -5,8 +5,8 @@ Eight fake engines stand behind a gateway process; a request has one of some hun
 affinity is at work. In the disturbed run one engine takes ten times as long for its first token, and two are killed
 with SIGKILL after a tenth of the requests. Half of the requests are streams; every token is numbered, as in
 `gateway_faults`. A stream that had begun when its engine was killed cannot be saved, and must say so; those are counted
-apart. `--processes N` puts N gateway processes behind the port. Prints a table, and JSON as the last line; ends with 1
-when a request was lost.
+apart. `late` counts what took more than twice the median, by where and when. `--processes N` puts N gateway processes
+behind the port. Prints a table, and JSON as the last line; ends with 1 when a request was lost.
 """
 
 from __future__ import annotations
@@ -58,6 +58,8 @@ async def measure(requests: int, clients: int, processes: int, *, disturbed: boo
     shares: collections.Counter[str] = collections.Counter()
     homes: dict[int, set[str]] = collections.defaultdict(set)
     firsts: list[float] = []
+    asked: list[tuple[float, str]] = []
+    killed_at = 0.0
     numbers = iter(range(requests))
     with contextlib.ExitStack() as stack:
         engines: list[tuple[str, subprocess.Popen[str]]] = []
@@ -71,15 +73,18 @@ async def measure(requests: int, clients: int, processes: int, *, disturbed: boo
             done = 0
 
             async def work() -> None:
-                nonlocal done
+                nonlocal done, killed_at
                 for number in numbers:
+                    asked_at = time.perf_counter() - began
                     outcome, replica, first = await ask(client, gateway, number)
                     outcomes[outcome] += 1
                     shares[replica] += 1
                     homes[number * 7919 % CONVERSATIONS].add(replica)
                     firsts.append(first)
+                    asked.append((asked_at, replica))
                     done += 1
                     if disturbed and done == requests // 10:
+                        killed_at = time.perf_counter() - began
                         for _, process in engines[-2:]:
                             process.kill()
 
@@ -89,6 +94,13 @@ async def measure(requests: int, clients: int, processes: int, *, disturbed: boo
     whole = [url.partition("://")[2] for url in urls[1:-2]]  # those that nothing happened to
     counts = np.array([shares[name] for name in whole])
     times = np.array(firsts) * 1e3
+    slow_one = urls[0].partition("://")[2]
+    late: collections.Counter[str] = collections.Counter()
+    for (at, replica), spent in zip(asked, times, strict=True):
+        if spent > 2 * np.median(times):
+            began_with = "in the first second" if at < 1 else "later"
+            near = "around the kill" if killed_at and killed_at - 0.5 < at < killed_at + 0.5 else began_with
+            late["at the slow one" if disturbed and replica == slow_one else near] += 1
     return {
         "disturbed": disturbed,
         "requests": requests,
@@ -98,6 +110,7 @@ async def measure(requests: int, clients: int, processes: int, *, disturbed: boo
         "first_ms_p50": round(float(np.median(times)), 1),
         "first_ms_p99": round(float(np.quantile(times, 0.99)), 1),
         "first_ms_max": round(float(times.max()), 1),
+        "late": dict(late),
         "uneven": round(float(np.abs(counts / counts.mean() - 1).max()), 3),
         "slow_share": round(shares[urls[0].partition("://")[2]] / requests, 4),
         "replicas_per_conversation": round(float(np.mean([len(found) for found in homes.values()])), 2),

@@ -1,28 +1,37 @@
-"""Claim: the cost model of long jobs (`plan MODEL --job`) is within its factor of 2 of what a job takes on one worker.
+"""Claim: the cost model of long jobs (`plan MODEL --job`) is within its factor of 2 of what a job takes.
 
 Makes a GPTQ level of the demo model with one thread in a process of its own, and compares processor seconds with the
 prediction from this machine's measured rate of 32-bit products, both in processor seconds, so that other work on the
-machine counts less. `--table` prints the model's figures for 8B, 70B, 405B, a mixture of 671B and one of a trillion
-instead. JSON is the last line.
+machine counts less. `--workers 1,2,4` takes the seconds a layer of the same level takes on so many Ray workers with a
+thread each, against the phases of a layer (`plan/scale.layer_phases`) on them; of more workers than cores, each is
+counted as slower by as much. `--table` prints the model's figures for 8B, 70B, 405B, a mixture of 671B and one of a
+trillion instead. JSON is the last line.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
+
 from bitladder.describe.shapes import Shape, model_of
+from bitladder.describe.windows import WINDOW, Window
 from bitladder.files.catalogue import model_named
 from bitladder.files.demo import fetch_demo
-from bitladder.files.gguf import read_header
-from bitladder.plan.scale import TOKENS, ScaleJob, Workers, gpu_workers, scale_cost
+from bitladder.files.gguf import GgufFile, read_header
+from bitladder.levels.checkpoints import parse_checkpoint
+from bitladder.plan.scale import TOKENS, ScaleJob, Workers, gpu_workers, layer_phases, scale_cost, spread_seconds
+from bitladder.stages.calibrate import Calibration, Reading
 
 MODELS = (
     "meta-llama/Llama-3.1-8B-Instruct", "meta-llama/Llama-3.3-70B-Instruct", "meta-llama/Llama-3.1-405B-Instruct",
@@ -62,6 +71,57 @@ def measured_seconds(model: Path) -> float:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
+class _Enough(Exception):
+    """So many layers are timed."""
+
+
+def layer_seconds(model: Path, workers: int, layers: int, tokens: int) -> float:
+    """Median seconds of a layer on Ray workers; the first layer, in which they open the model, is not counted."""
+    import ray
+
+    from bitladder.executors.needs import Needs
+    from bitladder.executors.on_ray import connect
+
+    began: list[float] = []
+
+    def progress(_what: str, layer: float, _total: float) -> None:
+        began.append(time.perf_counter())
+        if layer > layers:
+            raise _Enough
+
+    rng = np.random.default_rng(0)
+    ray.init("local", num_cpus=workers, include_dashboard=False, log_to_driver=False)
+    try:
+        with GgufFile.open(model) as file, connect(None, "cpu", Needs()) as cluster:
+            ids = rng.integers(0, file.model.dims.n_vocab, (tokens // WINDOW, WINDOW))
+            text, level = Reading([Window("text", one) for one in ids]), parse_checkpoint("GPTQ-4bit-g64")
+            with tempfile.TemporaryDirectory() as out:
+                work = Calibration(file, [level], text, out_dir=Path(out), name="timed", executor=cluster)
+                with contextlib.suppress(_Enough):
+                    work.run(progress)
+    finally:
+        ray.shutdown()
+    return float(statistics.median(np.diff(began)[1 : layers + 1]))
+
+
+def on_workers(path: Path, counts: list[int], layers: int, tokens: int) -> list[dict[str, object]]:
+    import torch
+
+    rate = product_rate()
+    torch.set_num_threads(1)
+    rows: list[dict[str, object]] = []
+    for count in counts:
+        each = rate * min(1.0, len(os.sched_getaffinity(0)) / count)
+        shape = Workers("here", count, 1, each, 1 << 40, 4, cores=1, host_flops=each, is_gpu=False)
+        phases = layer_phases(read_header(path), 1, ScaleJob.GPTQ, shape, tokens=tokens)
+        predicted = sum(spread_seconds(units, count) for units in phases)
+        took = layer_seconds(path, count, layers, tokens)
+        row = {"workers": count, "predicted_s": round(predicted, 2), "seconds": round(took, 2)}
+        rows.append(row | {"ratio": round(took / predicted, 2)})
+        print(rows[-1], flush=True)
+    return rows
+
+
 def table() -> list[dict[str, object]]:
     models = [*(model_named(name).whole() for name in MODELS), model_of(TRILLION, tensors=True)]
     rows: list[dict[str, object]] = []
@@ -82,11 +142,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=13_284, help="of the calibration text that ships, for the demo")
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--workers", default="", help="Ray workers to time a layer on: 1,2,4")
+    parser.add_argument("--layers", type=int, default=5, help="that are timed")
     options = parser.parse_args()
     if options.table:
         print(json.dumps({"tokens": TOKENS, "rows": table()}))
         return
     path = fetch_demo()
+    if options.workers:
+        counts = [int(one) for one in options.workers.split(",")]
+        rows = on_workers(path, counts, options.layers, options.tokens)
+        print(json.dumps({"tokens": options.tokens, "rows": rows}))
+        return
     rate = product_rate()
     worker = Workers("this machine", 1, 1, rate, 1 << 40, 4, cores=1, host_flops=rate, is_gpu=False)
     predicted = scale_cost(read_header(path), ScaleJob.GPTQ, worker, tokens=options.tokens)

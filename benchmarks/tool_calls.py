@@ -1,6 +1,6 @@
 """Claim: levels of one model differ in the tool calls that they make, and the faults of each are named.
 
-Every file is shown two calls with their results and asked for another, once for each city, through its own chat
+Every file is shown four calls with their results and asked for another, once for each city, through its own chat
 template and the engine's own parser: name and arguments must be the wanted ones. The first file is the reference. A
 model of any size will do whose chat template has a place for tools; --template gives one to a file that has none.
 
@@ -29,33 +29,13 @@ CITIES = (
     "Turin", "Leeds", "Osaka", "Perth", "Delhi", "Kyoto", "Malmo", "Porto", "Tunis", "Basel",
     "Riga", "Split", "Ghent", "Tampa", "Fargo", "Davos", "Kazan", "Pune", "Cork", "Graz",
 )  # fmt: skip
-TEMPLATE = """\
-{% if tools %}<|im_start|>system
-Tools:
-<tools>{% for tool in tools %}
-{{ tool | tojson }}{% endfor %}
-</tools>
-Call one by JSON within tags:
-<tool_call>
-{"name": <function-name>, "arguments": <args-json-object>}
-</tool_call><|im_end|>
-{% endif %}{% for m in messages %}{% if m.role == 'tool' %}<|im_start|>user
-<tool_response>
-{{ m.content }}
-</tool_response><|im_end|>
-{% elif m.tool_calls %}<|im_start|>assistant
-{% for c in m.tool_calls %}<tool_call>
-{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}
-</tool_call>
-{% endfor %}<|im_end|>
-{% else %}<|im_start|>{{ m.role }}
-{{ m.content }}<|im_end|>
-{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
-{% endif %}"""
+SHOWN = (("Berlin", 2), ("Rome", 5), ("Bergen", 1), ("Bern", 4))
+"""Calls that stand before the question: a model of 135 million weights makes none that it was not shown."""
+TEMPLATE = Path(__file__).parents[1] / "scripts" / "tools.jinja"
 
 
 def calls(number: int) -> Workload:
-    """A call for each city, after two others."""
+    """A call for each city, after four others."""
 
     def question(city: str, days: int) -> dict[str, object]:
         return {"role": "user", "content": f"Weather in {city} for {days} days?"}
@@ -70,16 +50,22 @@ def calls(number: int) -> Workload:
     inputs = []
     for place, city in enumerate(CITIES[:number]):
         wanted = {"name": "get_weather", "arguments": {"city": city, "days": place % 6 + 2}, "exact": True}
-        messages = [*shown("Berlin", 2), *shown("Rome", 5), question(city, place % 6 + 2)]
+        messages = [*(one for pair in SHOWN for one in shown(*pair)), question(city, place % 6 + 2)]
         inputs.append({"id": city, "messages": messages, "max_tokens": 48, "expect": {"tool_call": wanted}})
     tool = {"name": "get_weather", "description": "Weather of a city", "parameters": parameters}
     text = json.dumps({"tools": [tool], "inputs": inputs})
     return parse_workload(text, source="calls.json", read_file=str, json=True)
 
 
+def with_template(source: Path, out: Path, template: Path) -> int:
+    """Write a file with another chat template; gives the exit code."""
+    command = [sys.executable, "-m", "gguf.scripts.gguf_new_metadata", "--chat-template-file", str(template)]
+    return subprocess.run([*command, str(source), str(out)], check=False).returncode
+
+
 def answered(path: Path, workload: Workload, threads: int) -> LevelAnswers:
-    """One file's calls, judged."""
-    with LlamaServer(Launch(path, n_ctx=768, n_parallel=1, threads=threads)) as server:
+    """One file's answers, judged."""
+    with LlamaServer(Launch(path, n_ctx=1024, n_parallel=1, threads=threads)) as server:
         refuse_unheard_tools(workload, server)
         made = judge_answers(workload, answer_workload(server, workload, logprobs=0))
     return level_answers(path.stem, made, Speed(float("nan"), float("nan"), float("nan")))
@@ -93,9 +79,7 @@ def main() -> None:
     parser.add_argument("--template", action="store_true", help="write the first file with a place for tools")
     options = parser.parse_args()
     if options.template:
-        source, out = map(str, options.files)
-        command = [sys.executable, "-m", "gguf.scripts.gguf_new_metadata", "--chat-template", TEMPLATE, source, out]
-        raise SystemExit(subprocess.run(command, check=False).returncode)
+        raise SystemExit(with_template(*options.files, TEMPLATE))
     workload = calls(options.calls)
     reference = answered(options.files[0], workload, options.threads)
     passes = sum(answer.passed for answer in reference.answers)

@@ -8,6 +8,7 @@ import pytest
 from bitladder.files import demo
 from bitladder.files.sources import resolve
 from bitladder.stages import speeds
+from postgres_server import postgres  # noqa: F401 (a fixture)
 
 speeds.LONG_S = 3.0  # what tests run is decided by no speed; three rounds are timed anyway
 

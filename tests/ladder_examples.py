@@ -34,8 +34,10 @@ def fidelity(level: str, kl: float | None = None, *, width: float = 0.1) -> Fide
     low, high = kl * (1 - width), kl * (1 + width)
     top1 = max(0.0, 1 - 0.35 * math.sqrt(kl))
     return Fidelity(
-        level, 9000, 30, "document", kl, low, high, kl / 2, kl * 9, kl * 50,
-        30 * (1 + kl), 30, 1 + kl, 1 + low, 1 + high, top1, top1 - 0.01, min(1, top1 + 0.01),
+        level=level, tokens=9000, units=30, unit="document",
+        kl_mean=kl, kl_low=low, kl_high=high, kl_median=kl / 2, kl_p99=kl * 9, kl_max=kl * 50,
+        ppl=30 * (1 + kl), ppl_reference=30, ppl_ratio=1 + kl, ppl_ratio_low=1 + low, ppl_ratio_high=1 + high,
+        top1=top1, top1_low=top1 - 0.01, top1_high=min(1, top1 + 0.01),
     )  # fmt: skip
 
 

@@ -10,9 +10,10 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 SETTINGS = {"listen_addresses": "", "fsync": "off", "full_page_writes": "off", "synchronous_commit": "off"}
 
@@ -68,21 +69,18 @@ class Server:
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
-@contextmanager
-def serving(folder_of_binaries: Path) -> Iterator[Server]:
-    """A server of one's own; gone afterwards."""
-    server = Server(folder_of_binaries)
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[Server]:
+    """A server for a module's tests; those that ask for it are skipped where there is none."""
+    found = binaries()
+    if found is None:
+        pytest.skip("PostgreSQL is not installed (Debian: apt-get install postgresql)")
+    pytest.importorskip("psycopg", reason="the PostgreSQL driver is not installed (pip install 'bitladder[postgres]')")
+    server = Server(found)
     try:
         yield server
     finally:
         server.remove()
-
-
-@contextmanager
-def running(folder_of_binaries: Path) -> Iterator[str]:
-    """The URL of an empty database; the server is gone afterwards."""
-    with serving(folder_of_binaries) as server:
-        yield server.url
 
 
 def _wait(folder_of_binaries: Path, folder: Path, server: subprocess.Popen[bytes]) -> None:

@@ -45,7 +45,8 @@ def checkpoints(source: Path, folder: Path, out: Path, executor=None, levels=LEV
 
 def fitted(source: Path, out: Path, executor=None, **options) -> dict[str, bytes]:
     with GgufFile.open(source) as file:
-        qtypes = {one.name: "Q4_0" if is_quantizable(one) else one.qtype for one in file.model.tensors}
+        whole = {one.name for one in file.model.tensors if is_quantizable(one) and one.shape[-1] % 32 == 0}
+        qtypes = {one.name: "Q4_0" if one.name in whole else one.qtype for one in file.model.tensors}
         recipe = Recipe("test", "llama", qtypes, 0, math.nan, 0.25)
         settings = FeedbackSettings(effort="fast")
         windows = tiny_checkpoints.windows_of(2)

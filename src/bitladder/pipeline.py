@@ -32,9 +32,10 @@ from bitladder.plan.decide import decide
 from bitladder.plan.ladder import make_plan, over_caches, usable_context
 from bitladder.plan.preflight import require
 from bitladder.plan.schedule import Kind, Piece, open_levels, spread
+from bitladder.plan.speculation import TierRoom, guesses_of_tiers, in_words
 from bitladder.progress import LevelNews, Progress
 from bitladder.records import to_json
-from bitladder.records.decision import Decision
+from bitladder.records.decision import Decision, Pairing
 from bitladder.records.evaluation import LevelAnswers, WorkloadResult
 from bitladder.records.fidelity import Fidelity, Way
 from bitladder.records.plan import DEFAULT_CTX, Plan
@@ -67,6 +68,7 @@ from bitladder.stages.measure import Ways, built_candidate, documents, fidelitie
 from bitladder.stages.projector import deliver, projector_of, unmeasured_note
 from bitladder.stages.quantize import calibrate_levels, sort_levels
 from bitladder.stages.run_facts import RunSettings, level_of
+from bitladder.stages.speculate import Tried, check_ways, measured, ways_of
 from bitladder.stages.speeds import LEAST_ROUNDS
 from bitladder.stages.wording import wording_changes
 from bitladder.store.evidence import Evidence
@@ -187,7 +189,13 @@ def _assessed_in_whole(given: _Given) -> RunRecord:
         fidelities = _measured(given, plan, built)
     with timed("workload"):
         answers = _asked(given, plan, built)
-    return _judged(given, plan, built, fidelities, answers)
+    record = _judged(given, plan, built, fidelities, answers)
+    if not given.settings.speculate:
+        return record
+    with timed("speculate"):
+        record = _with_guesses(given, plan, built, record)
+    journal = job.journal
+    return replace(record, timings=journal.timings, reused=tuple(journal.reused), warnings=tuple(journal.warnings))
 
 
 _BUILDING_SHARE = 0.5
@@ -362,6 +370,30 @@ def _judged(
     return _record(given, plan, built, fidelities, answers, results, decision)
 
 
+def _with_guesses(given: _Given, plan: Plan, built: Mapping[Subject, LevelFile], record: RunRecord) -> RunRecord:
+    """The record with what guessing ahead gains on the tiers chosen, and the decision that they do so where it pays."""
+    chosen = list(dict.fromkeys(level for level in (record.decision.quality, record.decision.speed) if level))
+    source = given.job.source
+    own = LevelToAsk(Subject(source.sha256, level_of(source.model), file=source.sha256), source.path)
+    runs = {name_of(run): run for run in (own, *_runs(given, plan, built))}
+    files = {subject.level: file.path for subject, file in built.items() if not file.path.is_dir()}
+    tiers = [runs[level] for level in chosen if level in runs]
+    reports = [
+        measured(
+            Tried(run.path, ways_of(given.settings.speculate, run.path, files), name_of(run), run.cache),
+            given.workload, given.recorded, n_ctx=plan.n_ctx, work=given.job,
+        )
+        for run in tiers
+    ]  # fmt: skip
+    total = {level.level: level.total_bytes for level in plan.levels}
+    rooms = [TierRoom(name_of(run), total[name_of(run)]) for run in tiers]
+    together = record.decision.pair is not Pairing.SWAP
+    guesses = guesses_of_tiers(rooms, reports, plan.budget_bytes, together=together)
+    summary = " ".join(part for part in (record.decision.summary, in_words(guesses)) if part)
+    decision = replace(record.decision, speculate=guesses, summary=summary)
+    return replace(record, speculation=tuple(reports), decision=decision)
+
+
 @dataclass(frozen=True)
 class _Given:
     """What every step of a run is given: what was asked for, what was found, where things are kept and told."""
@@ -474,9 +506,12 @@ def _check_caches(settings: RunSettings) -> None:
 
 def _check_within(settings: RunSettings) -> None:
     """Refuse what no time can be predicted of."""
-    if settings.caches:
+    if settings.caches or settings.speculate:
+        option, what = (
+            ("--kv", "measuring by depth of context") if settings.caches else ("--speculate", "trying guesses")
+        )
         raise UsageError(
-            "--within cannot be kept with --kv: how long measuring by depth of context takes is not predicted.",
+            f"--within cannot be kept with {option}: how long {what} takes is not predicted.",
             do="Leave out one of the two.",
         )
     if _endpoints(settings):
@@ -532,6 +567,8 @@ def _planned(given: _Given) -> Plan:
     reference, source = _named_reference(given.settings), given.job.source
     for cache in given.settings.caches:
         check_cache(source.model, cache)
+    if given.settings.speculate:
+        check_ways(given.settings.speculate, source.path, [level.name for level in _wanted(given.settings)])
     if given.settings.caches and (why := engine_missing(source.model)):
         raise UnknownArchitecture(
             f"Losses by cache cannot be measured: {why}.",

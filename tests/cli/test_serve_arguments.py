@@ -1,22 +1,26 @@
 """Tiers, MODEL and contexts as serve and export take them; what can be refused is refused before anything is built."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
 
 from bitladder.cli.app import app
-from bitladder.cli.deploy import TierOptions, tiers_of
+from bitladder.cli.deploy import TierOptions, _with_guesses, tiers_of
 from bitladder.errors import BitladderError
 from bitladder.files.gguf import GgufFile
 from bitladder.plan.ladder import usable_context
+from bitladder.records.decision import Decision, TierGuesses
 from bitladder.records.plan import DEFAULT_CTX
 from bitladder.serve.deploy import own_engine
 from bitladder.serve.export import llama_swap, ollama_modelfile, serve_command
 from bitladder.serve.settings import ServeSettings
 from bitladder.stages.job import Work
-from tiny_engine import TRAINED_CTX, write_tiny
+from bitladder.stages.known_files import model_sha256
+from bitladder.stages.measured_levels import LatestRun
+from tiny_engine import TRAINED_CTX, write_tiny, write_tiny_with_head
 
 
 @pytest.fixture
@@ -211,6 +215,28 @@ def test_guesses_are_given_to_tiers_and_counted_and_a_strange_draft_is_refused(h
     write_tiny(here / "other.gguf", tokens_more=200)
     with pytest.raises(BitladderError, match="cannot draft"):
         tiers(None, "tiny-F16.gguf", speculate=["draft:other.gguf"])
-    for wrong in ("mtp", "draft:", "quality=x"):
+    for wrong in ("mtpx", "draft:", "quality=x"):
         with pytest.raises(BitladderError, match="no way to speculate"):
             tiers(None, "tiny-F16.gguf", speculate=[wrong])
+    with pytest.raises(BitladderError, match="holds no heads"):
+        tiers(None, "tiny-F16.gguf", speculate=["mtp"])
+    heads = write_tiny_with_head(here / "heads.gguf")
+    guessing = tiers(None, str(heads), speculate=["mtp"], slots=1).quality
+    assert guessing.memory_bytes > tiers(None, str(heads), slots=1).quality.memory_bytes
+    assert own_engine(guessing, 1).settings.speculate == "mtp"
+    assert "`--speculate mtp`" in bitladder("plan", heads).output.replace("\n", " ")
+    assert "--speculate" not in bitladder("plan", "tiny-F16.gguf").output
+
+
+def test_tiers_guess_as_the_run_decided_with_the_same_draft_and_file_alone(here):
+    draft = write_tiny(here / "draft.gguf", seed=5)
+    spec = tiers(None, "tiny-F16.gguf", slots=1).quality
+    told = TierGuesses(spec.level, f"draft:{draft}", 1.4, 1.2, 1.6, model_sha256(draft))
+    decision = Decision("", spec.level, spec.level, (), "", files={spec.level: spec.sha256}, speculate=(told,))
+    latest = LatestRun(decision, "today", here / "run.json", None)
+    assert _with_guesses(spec, "", Work(), latest).speculate.draft == draft
+    assert _with_guesses(spec, "none", Work(), latest).speculate is None
+    assert _with_guesses(spec, "ngram", Work(), latest).speculate.kind == "ngram"
+    assert _with_guesses(replace(spec, sha256="0" * 64), "", Work(), latest).speculate is None
+    write_tiny(draft, seed=6)  # another file under the same name
+    assert _with_guesses(spec, "", Work(), latest).speculate is None

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -14,40 +15,9 @@ from bitladder.stages.as_deployed import as_deployed, refuse_unheard_tools
 from bitladder.stages.evaluate import answer_workload, judge_answers
 from tiny_engine import write_tiny
 
-CALLS = """\
-{% if tools %}<|im_start|>system
-Tools:
-<tools>{% for tool in tools %}
-{{ tool | tojson }}{% endfor %}
-</tools>
-Call one by JSON within tags:
-<tool_call>
-{"name": <function-name>, "arguments": <args-json-object>}
-</tool_call><|im_end|>
-{% endif %}{% for m in messages %}{% if m.role == 'tool' %}<|im_start|>user
-<tool_response>
-{{ m.content }}
-</tool_response><|im_end|>
-{% elif m.tool_calls %}<|im_start|>assistant
-{% for c in m.tool_calls %}<tool_call>
-{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}
-</tool_call>
-{% endfor %}<|im_end|>
-{% else %}<|im_start|>{{ m.role }}
-{{ m.content }}<|im_end|>
-{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
-{% endif %}"""
+CALLS = Path(__file__).parents[2] / "scripts" / "tools.jinja"
 """Close to what Hermes and Qwen have."""
-THINKS = """\
-{% for m in messages %}<|im_start|>{{ m.role }}
-{% if m.reasoning_content %}<think>
-{{ m.reasoning_content }}
-</think>
-
-{% endif %}{{ m.content }}<|im_end|>
-{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
-<think>
-{% endif %}"""
+THINKS = (Path(__file__).parents[2] / "scripts" / "thinks.jinja").read_text()
 WORKLOAD = """
 tools:
   - name: get_weather
@@ -86,7 +56,7 @@ def workload_of_calls():
 def test_a_call_by_a_real_model_through_the_template_and_the_engines_parser(demo_gguf, tmp_path):
     """A model of 135 million weights that was never trained for it makes the call when it was shown four."""
     path = tmp_path / "calls.gguf"
-    script = [sys.executable, "-m", "gguf.scripts.gguf_new_metadata", "--chat-template", CALLS]
+    script = [sys.executable, "-m", "gguf.scripts.gguf_new_metadata", "--chat-template-file", str(CALLS)]
     subprocess.run([*script, str(demo_gguf), str(path)], check=True, capture_output=True)
     workload = as_deployed(workload_of_calls(), read_header(path).metadata)
     with LlamaServer(Launch(path, n_ctx=1024, n_parallel=1, threads=1)) as server:

@@ -1,7 +1,10 @@
 """A real Ray cluster on this machine: the bytes that are made here, whatever happens to workers."""
 
+import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +19,7 @@ from bitladder.executors import on_ray
 from bitladder.executors.needs import Needs
 from bitladder.files.gguf import GgufFile
 from bitladder.stages.write_levels import quantize_levels
-from spread_walks import checkpoints, fitted, short_shards, squares
+from spread_walks import checkpoints, files_of, fitted, short_shards, squares
 
 ray = pytest.importorskip("ray")
 
@@ -115,6 +118,129 @@ def test_workers_that_are_killed(started, model, here, tmp_path, capsys):
     assert killed
     assert capsys.readouterr().out == ""
     assert [name for name in here if found[name] != here[name]] == []
+
+
+def dying_once_in_each_phase(cluster: on_ray.Ray, folder: Path) -> None:
+    """Each kind of unit kills its worker with SIGKILL once, when all is computed and nothing was given back yet."""
+    start = cluster.start
+    wrapped = {}
+
+    class Dying:
+        def __init__(self, task):
+            self.task, self.threads = task, task.threads
+
+        def compute(self, lane, unit, *held):
+            found = self.task.compute(lane, unit, *held)
+            phase = type(unit).__name__
+            if phase == "LayerUnit":
+                phase = "through" if unit.watched is not None else "finish" if unit.shared is None else "gather"
+            with suppress(FileExistsError):
+                (folder / phase).touch(exist_ok=False)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return found
+
+    def dying(task, unit, *held, place=None):
+        return start(wrapped.setdefault(id(task), Dying(task)), unit, *held, place=place)
+
+    cluster.start = dying
+
+
+def test_a_worker_is_killed_in_every_phase(started, model, here, tmp_path):
+    folder = tmp_path / "phases"
+    folder.mkdir()
+    with workers(2) as cluster:
+        dying_once_in_each_phase(cluster, folder)
+        found = everything(model, tmp_path, cluster)
+    phases = {one.name for one in folder.iterdir()}
+    assert {"through", "gather", "AddUnit", "CodeUnit", "finish"} < phases
+    assert len(phases) == 6  # and pieces of GGUF levels
+    assert [name for name in here if found[name] != here[name]] == []
+
+
+class Driver:
+    """``ray_driver.py`` in a process of its own."""
+
+    def __init__(self, address: str, model: tuple[Path, Path], out: Path, waits_at: int, *resource: str) -> None:
+        folder, source = model
+        script = Path(__file__).parents[1] / "ray_driver.py"
+        command = [sys.executable, script, address, source, folder, out, waits_at, *resource]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self._process = subprocess.Popen(
+            [str(one) for one in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            text=True, env=environment,
+        )  # fmt: skip
+        self.layers: list[int] = []
+        self.error: dict[str, str] = {}
+
+    def read(self, until: int | None = None) -> None:
+        """Lines, until a layer is begun or the process ends."""
+        for line in self._process.stdout:
+            if line.startswith("layer "):
+                self.layers.append(int(line.split()[1]))
+                if self.layers[-1] == until:
+                    return
+            elif line.startswith("{"):
+                self.error = json.loads(line)
+
+    def go_on(self) -> None:
+        """Past the layer that it waits at."""
+        assert self._process.poll() is None, self.error
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+
+    def ended(self) -> int:
+        """Its exit status; a driver whose cluster is gone must not wait for it for ever."""
+        self.read()
+        try:
+            return self._process.wait(timeout=90)
+        finally:
+            self._process.kill()
+            self._process.stdin.close()
+            self._process.stdout.close()
+
+
+def another_cluster(**options):
+    """A cluster beside the one that this process is connected to."""
+    from ray.cluster_utils import Cluster
+
+    head = {"include_dashboard": False, "object_store_memory": 100 << 20, **options}
+    return Cluster(initialize_head=True, head_node_args=head)
+
+
+def test_the_head_is_lost_and_started_again(started, model, here, tmp_path):
+    cluster = another_cluster(num_cpus=1, resources={"lane": 2})
+    first = Driver(cluster.address, model, tmp_path / "out", 2, "lane")
+    first.read(until=2)
+    cluster.head_node.kill_all_processes(check_alive=False, allow_graceful=False)
+    first.go_on()
+    assert first.ended() == 1
+    assert first.error["error"] == "ClusterError"
+    assert "goes on where it was" in first.error["do"]
+    cluster = another_cluster(num_cpus=1, resources={"lane": 2})
+    try:
+        again = Driver(cluster.address, model, tmp_path / "out", -1, "lane")
+        assert again.ended() == 0
+        assert first.layers[:3] == [0, 1, 2]
+        assert again.layers[0] == 2  # what was stored is not done again
+    finally:
+        cluster.shutdown()
+    assert files_of(tmp_path / "out").items() <= here.items()
+
+
+def test_a_node_joins_and_another_is_lost(started, model, here, tmp_path):
+    """What was held on it is computed again on the one that joined."""
+    cluster = another_cluster(num_cpus=1)
+    try:
+        lost = cluster.add_node(num_cpus=1, resources={"lane": 1}, object_store_memory=100 << 20)
+        driver = Driver(cluster.address, model, tmp_path / "out", 1, "lane")
+        driver.read(until=1)
+        cluster.add_node(num_cpus=1, resources={"lane": 2}, object_store_memory=100 << 20)
+        cluster.remove_node(lost, allow_graceful=False)
+        driver.go_on()
+        assert driver.ended() == 0, driver.error
+    finally:
+        cluster.shutdown()
+    assert files_of(tmp_path / "out").items() <= here.items()
 
 
 def test_weights_are_sent_to_workers_that_cannot_read_them(started, model, here, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from bitladder.cli.app import app
 from bitladder.describe.shapes import Shape, model_of
 from bitladder.files.catalogue import model_named
 from bitladder.plan.calibration import REACHED, START_SECONDS
-from bitladder.plan.scale import ScaleJob, Workers, cpu_workers, gpu_workers, scale_cost
+from bitladder.plan.scale import ScaleJob, Workers, cpu_workers, gpu_workers, layer_phases, scale_cost, spread_seconds
 
 D, F, KV = 512, 1536, 128
 SMALL = model_of(Shape("s", "llama", 3, D, F, 8, 2, 1000, 4096), tensors=True)
@@ -28,7 +28,7 @@ def test_gptq_of_a_small_model_by_hand():
     matrices = [(D, D), (KV, D), (KV, D), (D, D), (F, D), (F, D), (D, F)]
     forward = sum(2 * rows * columns for rows, columns in matrices)
     sums = sum(columns * (columns + 128) for columns in (D, D, D, F))  # q, k, v read one; gate and up read one
-    codes = sum(rows * columns**2 for rows, columns in matrices)
+    codes = sum(rows * columns**2 + 2 / 3 * columns**3 for rows, columns in matrices)  # each is a unit with a factor
     expected = 3 * (32768 * (forward + sums) + codes)
     found = scale_cost(SMALL, ScaleJob.GPTQ, one())
     assert found.flops == pytest.approx(expected)
@@ -40,7 +40,12 @@ def test_gptq_of_a_small_model_by_hand():
 def test_workers_share_what_can_be_shared_until_the_shards_run_out():
     costs = {count: scale_cost(SMALL, ScaleJob.GPTQ, Workers("w", count, 1, 1e9, 1 << 40, 4, host_flops=1e9,
              network=1e30, disk=1e30, is_gpu=False)) for count in (1, 2, 4, 8, 64)}  # fmt: skip
-    shared = [cost.seconds * (1 - cost.waiting_share) - START_SECONDS for cost in costs.values()]
+    matrices = [(D, D), (KV, D), (KV, D), (D, D), (F, D), (F, D), (D, F)]
+    codes = [(rows * columns**2 + 2 / 3 * columns**3) / (REACHED * 1e9) for rows, columns in matrices]
+    alone = 3 * (max(codes[:3]) + codes[3] + codes[4] + codes[6])  # what a worker for each matrix would take
+    two = alone + 3 * max(0, 2 * codes[1] - codes[0])  # key and value follow one another beside query
+    apart = {1: 3 * sum(codes), 2: two, 4: alone, 8: alone, 64: alone}
+    shared = [cost.seconds - START_SECONDS - apart[count] for count, cost in costs.items()]
     for count, seconds in zip(costs, shared, strict=True):
         assert seconds == pytest.approx(shared[0] / min(count, 8))
     assert [cost.busy for cost in costs.values()] == [1, 2, 4, 8, 8]
@@ -68,7 +73,25 @@ def test_a_trillion_of_weights_in_a_mixture_computes_like_its_active_ones_and_mo
     ours, theirs = (scale_cost(one_, ScaleJob.CALIBRATE, gpu) for one_ in (model, dense))
     assert ours.flops < 0.2 * theirs.flops
     assert ours.moved_bytes > 2 * theirs.moved_bytes
-    assert not scale_cost(model, ScaleJob.GPTQ, gpu).fits  # sums of all experts at once
+    held = scale_cost(model, ScaleJob.GPTQ, gpu, tokens=16384).memory_bytes - ours.memory_bytes
+    assert held < (18432**2 * 4 + (256 << 20))  # of the widest input, or of some experts, and not of 384 at once
+
+
+@pytest.mark.parametrize("job", [ScaleJob.GPTQ, ScaleJob.CALIBRATE])
+def test_phases_are_what_a_layer_costs(job):
+    cost = scale_cost(SMALL, job, one(), tokens=16384)
+    phases = [
+        unit for layer in range(3) for phase in layer_phases(SMALL, layer, job, one(), tokens=16384) for unit in phase
+    ]
+    assert sum(phases) == pytest.approx(cost.seconds - START_SECONDS)
+    assert len(phases) == 3 * (5 * 4 + 7 if job is ScaleJob.GPTQ else 4)
+
+
+def test_units_go_to_whoever_is_free():
+    assert spread_seconds([3, 1, 1, 1], 2) == 3
+    assert spread_seconds([2, 2, 2], 2) == 4
+    assert spread_seconds([1, 2], 8) == 2
+    assert spread_seconds([], 8) == 0
 
 
 def test_machines_without_gpus():

@@ -75,6 +75,42 @@ def test_a_dead_engine_is_started_again():
     asyncio.run(run())
 
 
+def test_an_engine_that_is_wanted_in_another_way_is_started_anew_and_nobody_calls_it_lost():
+    first, second = FakeProcess(), FakeProcess("http://127.0.0.1:10")
+    once: list[bool] = []
+    loads: list[float] = []
+
+    async def run() -> None:
+        options = {"should_change": lambda: bool(once) and once.pop(), "on_ready": loads.append}
+        async with supervised([first, second], **options) as supervisor:
+            await supervisor.start()
+            await asyncio.sleep(0.3)
+            assert supervisor.address() == first.base_url
+            once.append(True)
+            seen = set()
+            while supervisor.address() != second.base_url:
+                seen.add(supervisor.state)
+                await asyncio.sleep(0)
+            assert "changing" in seen and "waiting" not in seen
+            assert (supervisor.restarts, supervisor.last_error, first.stopped, len(loads)) == (0, "", 1, 2)
+
+    asyncio.run(run())
+
+
+def test_one_that_does_not_start_in_the_other_way_is_tried_again():
+    first, bad, third = FakeProcess(), FakeProcess(fail=True), FakeProcess("http://127.0.0.1:11")
+    once = [True]
+
+    async def run() -> None:
+        async with supervised([first, bad, third], should_change=lambda: bool(once) and once.pop()) as supervisor:
+            await supervisor.start()
+            while supervisor.address() != third.base_url:
+                await asyncio.sleep(0.01)
+            assert (supervisor.restarts, supervisor.last_error) == (1, "It does not start.")
+
+    asyncio.run(run())
+
+
 def test_while_it_is_down_requests_are_told_so():
     async def run() -> None:
         first = FakeProcess()

@@ -23,7 +23,6 @@ from bitladder.stages.sweep import run_sweep, stored_rows, sweep_costs, sweep_jo
 from bitladder.stages.sweep_file import read_sweep
 from bitladder.store import Evidence
 from ladder_examples import run_record
-from postgres_server import binaries, serving
 from tiny_engine import write_tiny
 
 WORKLOAD = "inputs:\n  - {id: one, prompt: Hello, max_tokens: 4, expect: {max_words: 100}}\n"
@@ -193,16 +192,6 @@ def test_the_report_shows_every_job_and_escapes_what_comes_from_outside(here):
     assert html.count('<th scope="row">') == 2 and rows[0].report in html
     assert read_json(SweepRecord, (here / "out" / "sweep.json").read_text()) == record
     assert render_sweep(record) == html
-
-
-@pytest.fixture(scope="module")
-def postgres():
-    found = binaries()
-    if found is None:
-        pytest.skip("PostgreSQL is not installed (Debian: apt-get install postgresql)")
-    pytest.importorskip("psycopg", reason="the PostgreSQL driver is not installed (pip install 'bitladder[postgres]')")
-    with serving(found) as server:
-        yield server
 
 
 def test_a_server_that_goes_away_is_told_and_the_sweep_goes_on_when_it_is_back(here, postgres):

@@ -20,19 +20,8 @@ from bitladder.store.evidence import canonical
 from bitladder.store.location import store_url
 from bitladder.store.migrations import MIGRATIONS, migrate
 from ladder_examples import fidelity
-from postgres_server import binaries, running
 
 KEY = {"source": "ab" * 32, "level": "Q4_K_M", "text": "t1"}
-
-
-@pytest.fixture(scope="module")
-def postgres():
-    found = binaries()
-    if found is None:
-        pytest.skip("PostgreSQL is not installed (Debian: apt-get install postgresql)")
-    pytest.importorskip("psycopg", reason="the PostgreSQL driver is not installed (pip install 'bitladder[postgres]')")
-    with running(found) as url:
-        yield url
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -40,7 +29,7 @@ def url(request, tmp_path):
     """A store's address: an empty one for every test."""
     if request.param == "sqlite":
         return str(tmp_path / "folder" / "evidence.sqlite")
-    server = request.getfixturevalue("postgres")
+    server = request.getfixturevalue("postgres").url
     engine = sqlalchemy.create_engine(store_url(server))
     with engine.begin() as connection:
         connection.exec_driver_sql("DROP TABLE IF EXISTS evidence, claims, bitladder_schema")
@@ -171,8 +160,8 @@ def test_two_processes_writing_at_once_lose_nothing(url):
 
 def test_first_runs_on_a_server_take_turns(postgres):
     """While one program makes the tables, another that opens the store waits."""
-    server = sqlalchemy.create_engine(store_url(postgres))
-    opened = threading.Thread(target=lambda: Evidence.open(postgres).close())
+    server = sqlalchemy.create_engine(store_url(postgres.url))
+    opened = threading.Thread(target=lambda: Evidence.open(postgres.url).close())
     with server.begin() as connection:
         connect.one_at_a_time(connection)
         opened.start()

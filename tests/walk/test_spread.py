@@ -11,6 +11,8 @@ from bitladder.executors.devices import Devices
 from bitladder.files.gguf import GgufFile
 from bitladder.levels.checkpoints import parse_checkpoint
 from bitladder.stages.calibrate import Calibration, Reading
+from bitladder.walk import coding, spread
+from bitladder.walk.inputs import InputWatch
 from spread_walks import LEVELS, checkpoints, files_of, fitted, short_shards, squares
 
 
@@ -34,9 +36,37 @@ def test_checkpoint_levels(name, devices, tmp_path):
     assert len(here) == len(levels)
 
 
-def test_fitted_levels(devices, tmp_path):
-    _, _, source = tiny_checkpoints.tiny("llama", tmp_path)
+@pytest.mark.parametrize("name", ["llama", "qwen2moe"])
+def test_fitted_levels(name, devices, tmp_path):
+    _, _, source = tiny_checkpoints.tiny(name, tmp_path)
     assert fitted(source, tmp_path / "there", devices) == fitted(source, tmp_path / "here")
+
+
+def test_gram_matrices_of_experts_are_held_some_at_a_time(devices, tmp_path, monkeypatch):
+    """Wherever they are summed; neither that nor NVFP4's scale of all experts together changes a byte."""
+    _, folder, source = tiny_checkpoints.tiny("qwen2moe", tmp_path)
+    levels = ["GPTQ-4bit-row", "NVFP4"]
+
+    def written(out, executor=None):
+        made = checkpoints(source, folder, tmp_path / out / "levels", executor, levels)
+        return {**made, **fitted(source, tmp_path / out / "fitted", executor)}
+
+    together = written("together")
+    held: list[int] = []
+    gather = InputWatch.__init__
+
+    def counted(self, inputs, wants, *, experts=None, **options):
+        gather(self, inputs, wants, experts=experts, **options)
+        if wants.gram and inputs[0].kind != "linear":
+            held.append(len(experts))
+
+    monkeypatch.setattr(InputWatch, "__init__", counted)
+    monkeypatch.setattr(coding, "GROUP_BYTES", 2 * 4 * 64**2)
+    assert written("here") == together
+    assert max(held) == 2
+    held.clear()
+    assert written("there", devices) == together
+    assert max(held) == 2
 
 
 @pytest.mark.parametrize("name", ["gemma2", "phi3 longrope, part of a head"])
@@ -46,6 +76,27 @@ def test_importance_matrices(name, devices, tmp_path):
     assert here
     for tensor, values in here.items():
         np.testing.assert_array_equal(there[tensor], values)
+
+
+def test_of_large_layers_workers_have_what_a_unit_needs(devices, tmp_path, monkeypatch):
+    """Parameters come and go; those that were coded come back as they were coded."""
+    _, folder, source = tiny_checkpoints.tiny("llama", tmp_path)
+    here = checkpoints(source, folder, tmp_path / "here", levels=LEVELS[:1])
+    fed = fitted(source, tmp_path / "fed")
+    most: list[int] = []
+    fill = spread._Bench.fill
+
+    def watched(self, *given):
+        block = fill(self, *given)
+        filled = sum(value.numel() for value in block.parameters() if not value.is_meta)
+        most.append(100 * filled // sum(value.numel() for value in block.parameters()))
+        return block
+
+    monkeypatch.setattr(spread._Bench, "fill", watched)
+    monkeypatch.setattr(spread, "KEPT_BYTES", 0)
+    assert checkpoints(source, folder, tmp_path / "there", devices, LEVELS[:1]) == here
+    assert max(most) < 70
+    assert fitted(source, tmp_path / "fed there", devices) == fed
 
 
 class Blind(Devices):

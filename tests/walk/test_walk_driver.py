@@ -57,6 +57,11 @@ def layer(tmp_path):
         yield model, opened
 
 
+def gathered(passes: LayerPass, shared, original=None):
+    """Statistics of an input where a pass stops."""
+    return list(passes.gather(shared, original, Wants(gram=True)).statistics(0, shared, slice(None)))
+
+
 def stopping(stream: Stream) -> LayerPass:
     """Passes through layer 0 that stop at each input."""
     model = stream.stages
@@ -79,7 +84,7 @@ def test_passes_that_stop_see_what_one_whole_pass_sees(layer):
     passes = stopping(opened(64))
     torch.full((1 << 16,), float("nan"))  # memory that a pass must not mistake for activations
     for shared in inputs:
-        [found] = passes.gather(shared)
+        [found] = gathered(passes, shared)
         [one] = expected[shared]
         assert found.tokens == one.tokens == 160
         np.testing.assert_allclose(found.gram, one.gram, rtol=1e-4, atol=1e-4)
@@ -90,10 +95,10 @@ def test_how_far_inputs_are_from_the_sources(layer):
     model, opened = layer
     through = stopping(opened(64))
     for shared in (one for one in model.family.inputs if one.kind == "linear"):
-        [seen] = stopping(opened(64)).gather(shared)
+        [seen] = gathered(stopping(opened(64)), shared)
         ones = States(opened(64).batches, len(seen.gram), spill=None)
         ones.everything.fill_(1)
-        [found] = through.gather(shared, ones)
+        [found] = gathered(through, shared, ones)
         sums = found.drift + seen.gram
         np.testing.assert_allclose(sums, sums[:1].repeat(len(sums), axis=0), atol=1e-5 * seen.gram.max())
         assert np.ptp(sums[0]) > 0.1
@@ -104,7 +109,7 @@ def test_batches_change_nothing(layer):
     model, opened = layer
     few, many = stopping(opened(1 << 20)), stopping(opened(48))
     for shared in model.family.inputs:
-        for one, other in zip(few.gather(shared), many.gather(shared), strict=True):
+        for one, other in zip(gathered(few, shared), gathered(many, shared), strict=True):
             np.testing.assert_allclose(one.gram, other.gram, rtol=1e-4, atol=1e-4)
 
 
@@ -149,10 +154,10 @@ def test_shards_of_passes_that_stop(layer):
     model, opened = layer
     widths, together, apart = stopping(opened(48)), stopping(opened(48)), stopping(opened(48, shards=4))
     for shared in model.family.inputs:
-        [seen] = widths.gather(shared)
+        [seen] = gathered(widths, shared)
         ones = States(opened(48).batches, len(seen.gram), spill=None)
         ones.everything.fill_(1)
-        [one], [other] = (passes.gather(shared, ones) for passes in (together, apart))
+        [one], [other] = (gathered(passes, shared, ones) for passes in (together, apart))
         np.testing.assert_allclose(other.gram, one.gram, rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(other.drift, one.drift, rtol=1e-4, atol=1e-4)
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 
 AUTO_ENGINE = "auto"
+NO_GUESSES = "none"
 _TIER = (
     "A level or a GGUF file, with its KV cache as in Q4_K_M+q8_0, or URL[#MODEL]; repeat it with more URLs of the same "
     "model for replicas."
@@ -70,8 +71,8 @@ class TierOptions:
         list[str] | None,
         typer.Option(
             "--speculate",
-            metavar="[TIER=]ngram|draft:FILE|auto",
-            help="Guess tokens ahead; auto: where `bitladder speculate` found that it surely pays. Repeatable.",
+            metavar="[TIER=]ngram|mtp|draft:FILE|auto|none",
+            help="Guess tokens ahead; auto: where it was measured to pay. Without: as the run decided. Repeatable.",
         ),
     ] = None
     threads: Threads = ALL_CORES
@@ -293,7 +294,7 @@ def tiers_of(
     ]
     names = ["quality", "speed"] if quality or len(specs) > 1 else ["speed"]
     specs = [
-        _with_guesses(spec, guesses.get(name, guesses.get("", "")), work)
+        _with_guesses(spec, guesses.get(name, guesses.get("", "")), work, run)
         for spec, name in zip(specs, names, strict=False)
     ]
     machine = probe_machine()
@@ -369,29 +370,40 @@ def _guesses(options: TierOptions) -> dict[str, str]:
         role, equals, words = text.partition("=")
         if not equals or role not in ("quality", "speed"):
             role, words = "", text
-        if words != AUTO_ENGINE:
+        if words not in (AUTO_ENGINE, NO_GUESSES):
             parse_speculation(words)
         found[role] = words
     return found
 
 
-def _with_guesses(spec: TierSpec, words: str, work: Work) -> TierSpec:
-    """The tier with guesses; of ``auto`` only those that were measured to pay on this machine."""
+def _with_guesses(spec: TierSpec, words: str, work: Work, run: LatestRun | None) -> TierSpec:
+    """The tier with guesses: those named; of ``auto`` those that were measured to pay on this machine; where nothing is
+    named those of the run's decision, if it is about this very file and its draft is the same."""
     from dataclasses import replace
 
-    from bitladder.engines.speculation import check_draft, parse_speculation
-    from bitladder.stages.speculate import known_to_pay
+    from bitladder.engines.speculation import check_speculation, parse_speculation
+    from bitladder.stages.speculate import known_to_pay, usable
 
-    if not words or spec.path is None:
+    if spec.path is None or words == NO_GUESSES:
         return spec
-    if words != AUTO_ENGINE:
+    if words == AUTO_ENGINE:
+        known = known_to_pay(spec.path, work.threads, spec.cache)
+        what = f"guesses with {known}" if known else "does not guess: nothing that was measured surely pays"
+        say(f"{spec.level} {what}.")
+        return replace(spec, speculate=known)
+    if words:
         speculation = parse_speculation(words)
-        check_draft(spec.path, speculation)
+        check_speculation(spec.path, speculation)
         return replace(spec, speculate=speculation)
-    known = known_to_pay(spec.path, work.threads)
-    what = f"guesses with {known}" if known else "does not guess: nothing that was measured surely pays"
-    say(f"{spec.level} {what}.")
-    return replace(spec, speculate=known)
+    decided = next((one for one in run.decision.speculate if one.level == spec.level), None) if run else None
+    if decided is None or run is None or not run.is_about(spec.level, spec.sha256):
+        return spec
+    still = usable(spec.path, decided.guesses, decided.draft_sha256)
+    if still is None:
+        say(f"{spec.level} does not guess: {decided.guesses}, which the run decided on, is not there any more.")
+    else:
+        say(f"{spec.level} guesses with {still}, as the run decided: {decided.ratio:.3g} times as fast there.")
+    return replace(spec, speculate=still)
 
 
 def _with_usual_cache(options: TierOptions, places: tuple[str, ...]) -> tuple[tuple[str, ...], CacheTypes]:
@@ -446,12 +458,13 @@ def _deployed(spec: TierSpec) -> tuple[object, ...]:
 
 
 def _memory(spec: TierSpec, slots: Sequence[int]) -> tuple[int, ...]:
-    """Bytes of a file with its KV cache and its draft, for every number of requests in ``slots``."""
-    from bitladder.stages.serve import draft_bytes, memory_by_slots
+    """Bytes of a file with its KV cache and its guesses, for every number of requests in ``slots``."""
+    from bitladder.stages.serve import guess_bytes, memory_by_slots
 
     assert spec.path is not None
     own = memory_by_slots(spec.path, spec.n_ctx, slots, spec.cache)
-    return tuple(map(sum, zip(own, draft_bytes(spec.speculate, spec.n_ctx, slots), strict=True)))
+    beside = guess_bytes(spec.path, spec.speculate, spec.n_ctx, slots)
+    return tuple(map(sum, zip(own, beside, strict=True)))
 
 
 def _routed(settings: ServeSettings, run: LatestRun | None) -> ServeSettings:

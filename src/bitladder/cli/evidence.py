@@ -34,6 +34,7 @@ def gate(
     from bitladder.plan.gate import junit as junit_of
     from bitladder.records import to_json
     from bitladder.report.behaviour import behaviour_lines
+    from bitladder.report.tables import table_notes
     from bitladder.report.wording import answers_rows
 
     if not options.levels and not options.also:
@@ -45,13 +46,19 @@ def gate(
     with progress_display(quiet=json_output) as progress:
         record = assess(settings, progress, say=say, confirm=confirm_with(yes=options.yes))
     notes = {row.level: row.notes for row in answers_rows(record) if row.notes}
-    behaviour = behaviour_lines(record)
+    behaviour, deployed = behaviour_lines(record), table_notes(record)
     if junit:
-        told = {level: "; ".join(filter(None, (notes.get(level), behaviour.get(level)))) for level in notes | behaviour}
+        parts = (notes, behaviour, deployed)
+        told = {
+            level: "; ".join(filter(None, (one.get(level) for one in parts))) for level in notes | behaviour | deployed
+        }
         write_whole(junit, junit_of(record.decision, model=record.source.name, notes=told))
     if json_output:
         faults = {result.level: to_json(result.faults) for result in record.results if result.faults}
-        found = {"wording": to_json(record.wording), **({"faults": faults} if faults else {})}
+        depths = {one.level: to_json(one.depths) for one in record.fidelities if one.depths}
+        thinking = {one.level: to_json(one.thinking) for one in record.results if one.thinking}
+        found = {"faults": faults, "depths": depths, "thinking": thinking, "speculation": to_json(record.speculation)}
+        found = {"wording": to_json(record.wording), **{name: one for name, one in found.items() if one}}
         print_json({**to_json(record.decision), **found})
     else:
         for verdict in record.decision.verdicts:
@@ -60,6 +67,8 @@ def gate(
                 put(f"  answers: {notes[verdict.level]}")
             if verdict.level in behaviour:
                 put(f"  behaviour: {behaviour[verdict.level]}")
+            if verdict.level in deployed:
+                put(f"  deployed: {deployed[verdict.level]}")
     raise typer.Exit(gate_exit(record.decision))
 
 

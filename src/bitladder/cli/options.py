@@ -104,6 +104,13 @@ class RunOptions(WorkOptions):
     yes: Yes = False
     ctx: Context = None
     kv: CacheTypesList = None
+    speculate: Annotated[
+        str | None,
+        typer.Option(
+            "--speculate", metavar="auto|ngram|mtp|draft:LEVEL,...",
+            help="Try guessing tokens ahead on the tiers chosen; they do so where it surely pays.",
+        ),
+    ] = None  # fmt: skip
     text: Texts = None
     out: Annotated[
         Path | None,
@@ -160,6 +167,7 @@ class RunOptions(WorkOptions):
             judge=self._judge(),
             trust_python=self.trust_python,
             caches=caches_named(self.kv),
+            speculate=tuple(dict.fromkeys(word.strip() for word in (self.speculate or "").split(",") if word.strip())),
             within=parse_duration(self.within) if self.within else None,
         )
 

@@ -37,7 +37,7 @@ class LlamaSettings(Launch):
     cache_type_k: str = "f16"
     cache_type_v: str = "f16"
     speculate: str = ""
-    """``ngram`` or ``draft``; empty: one token after the other."""
+    """``ngram``, ``draft`` or ``mtp``; empty: one token after the other."""
     draft: str = ""
     """The small model's file."""
     prompt_cache_mib: int = 0

@@ -66,8 +66,11 @@ def _speculate(speculative: Any, settings: dict[str, Any]) -> None:
     if settings["speculate"] == "ngram":
         speculative.types = [kinds.COMMON_SPECULATIVE_TYPE_NGRAM_CACHE]
         return
-    speculative.types = [kinds.COMMON_SPECULATIVE_TYPE_DRAFT_SIMPLE]
-    speculative.draft.mparams.path = settings["draft"]
+    if settings["speculate"] == "mtp":
+        speculative.types = [kinds.COMMON_SPECULATIVE_TYPE_DRAFT_MTP]
+    else:
+        speculative.types = [kinds.COMMON_SPECULATIVE_TYPE_DRAFT_SIMPLE]
+        speculative.draft.mparams.path = settings["draft"]
     speculative.draft.n_gpu_layers = settings["n_gpu_layers"]
     for pool in (speculative.draft.cpuparams, speculative.draft.cpuparams_batch):
         pool.n_threads = settings["threads"]

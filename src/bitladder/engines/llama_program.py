@@ -26,6 +26,8 @@ _SHALLOW = 1000
 real ones under a thousand had no program of this name.
 """
 _VERSION = re.compile(r"^version: (?:(\d+) \(|\S+ \(build (\d+))", re.MULTILINE)
+SPEC_TYPES = {"ngram": "ngram-cache", "draft": "draft-simple", "mtp": "draft-mtp"}
+"""Ways to guess to what ``--spec-type`` calls them; its help lists those that the build has."""
 _FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
 _NEEDED = ("--model", "--alias", "--port", "--ctx-size", "--parallel", "--threads", "--cache-type-k", "--jinja")
 """The last came days before ``LEAST_BUILD``."""
@@ -41,6 +43,8 @@ class LlamaProgram:
     """llama.cpp's build number; 0 when it does not tell one."""
     flags: frozenset[str]
     """What its ``--help`` names."""
+    guesses: frozenset[str] = frozenset()
+    """Values of ``--spec-type`` that it names there."""
 
     @property
     def name(self) -> str:
@@ -108,12 +112,17 @@ class LlamaProgram:
         """How guesses are asked for; raises BadInput where this build takes none of the kind."""
         if not settings.speculate:
             return {}
-        flag, value = ("--model-draft", settings.draft) if settings.draft else ("--spec-type", "ngram-cache")
-        if flag not in self.flags:
+        kind = SPEC_TYPES[settings.speculate]
+        flag = "--model-draft" if settings.draft else "--spec-type"
+        # Older builds have no types and draft with whatever draft they are given.
+        lacking = flag if flag not in self.flags else "" if settings.draft or kind in self.guesses else f"{flag} {kind}"
+        if lacking:
             raise BadInput(
-                f"'{self.path}' cannot speculate so: it has no flag {flag}.", do="Update it, or use --engine built-in."
+                f"'{self.path}' cannot speculate so: its help names no {lacking}.",
+                do="Update it, or use --engine built-in.",
             )
-        return {flag: value}
+        draft: dict[str, object] = {flag: settings.draft} if settings.draft else {}
+        return draft | ({"--spec-type": kind} if kind in self.guesses else {})
 
     def _known(self, pairs: dict[str, object]) -> dict[str, object]:
         return {flag: value for flag, value in pairs.items() if flag in self.flags}
@@ -131,7 +140,8 @@ def find_program(where: str = NAME) -> LlamaProgram:
             f"There is no program '{where}'.",
             do="Install llama.cpp's server, give its path with --engine, or use --engine built-in.",
         )
-    version, flags = _VERSION.search(_said(path, "--version")), frozenset(_FLAG.findall(_said(path, "--help")))
+    version, told = _VERSION.search(_said(path, "--version")), _said(path, "--help")
+    flags = frozenset(_FLAG.findall(told))
     lacking = [flag for flag in _NEEDED if flag not in flags]
     if version is None or lacking:
         found = f"has no flag {lacking[0]}" if version else "prints no version as llama.cpp does"
@@ -145,7 +155,7 @@ def find_program(where: str = NAME) -> LlamaProgram:
             means="Older ones do not report the log-probabilities of tokens that escalation and comparing rest on.",
             do="Update it, or use --engine built-in.",
         )
-    return LlamaProgram(path, build, flags)
+    return LlamaProgram(path, build, flags, frozenset(value for value in SPEC_TYPES.values() if value in told))
 
 
 def chosen_program(engine: str) -> tuple[LlamaProgram | None, str]:

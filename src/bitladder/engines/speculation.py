@@ -1,9 +1,9 @@
 """Speculative decoding: guesses of the next tokens that the model checks together, a batch for the price of a step.
 
-llama.cpp takes guesses from n-grams of the prompt and the answer so far (``ngram``), or from a small model with the
-same tokens (``draft:FILE``). Only guesses that the model would have chosen are kept, so greedy answers stay the same
-but for the last bits of sums that are computed in batches of another shape; whether they do is measured
-(``stages.speculate``).
+llama.cpp takes guesses from n-grams of the prompt and the answer so far (``ngram``), from a small model with the same
+tokens (``draft:FILE``), or from heads that the model itself holds for further tokens (``mtp``). Only guesses that the
+model would have chosen are kept, so greedy answers stay the same but for the last bits of sums that are computed in
+batches of another shape; whether they do is measured (``stages.speculate``).
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from pathlib import Path
 from bitladder.describe.model import Model
 from bitladder.errors import BadInput, UsageError
 from bitladder.files.gguf import read_header
+from bitladder.formats.families.heads import HEADS_RUN
+from bitladder.formats.parts import nextn_blocks
 
-NGRAM, DRAFT = "ngram", "draft"
+NGRAM, DRAFT, MTP = "ngram", "draft", "mtp"
 _FEW_MORE = 128
 """Tokens that one vocabulary may have beyond the other's, llama.cpp's own limit: padding."""
 
@@ -25,7 +27,7 @@ class Speculation:
     """Where guesses come from."""
 
     kind: str
-    """``ngram`` or ``draft``."""
+    """``ngram``, ``draft`` or ``mtp``."""
     draft: Path | None = None
     """The small model's GGUF file."""
 
@@ -34,17 +36,20 @@ class Speculation:
 
 
 def parse_speculation(text: str) -> Speculation:
-    """``ngram`` or ``draft:FILE``.
+    """``ngram``, ``mtp`` or ``draft:FILE``.
 
     Raises:
-        UsageError: it is neither.
+        UsageError: it is none of them.
         BadInput: there is no such file.
     """
     kind, colon, file = text.strip().partition(":")
-    if (kind, colon) == (NGRAM, ""):
-        return Speculation(NGRAM)
+    if kind in (NGRAM, MTP) and not colon:
+        return Speculation(kind)
     if kind != DRAFT or not file:
-        raise UsageError(f"'{text[:60]}' is no way to speculate.", do="Write ngram, or draft:FILE with a small model.")
+        raise UsageError(
+            f"'{text[:60]}' is no way to speculate.",
+            do="Write ngram, mtp for the model's own heads, or draft:FILE with a small model.",
+        )
     if not Path(file).is_file():
         raise BadInput(f"There is no file '{file}' to draft with.", do="Give the path of a small model's GGUF file.")
     return Speculation(DRAFT, Path(file))
@@ -68,15 +73,36 @@ def draft_gap(model: Model, draft: Model) -> str:
     return ""
 
 
-def check_draft(model: Path, speculation: Speculation | None) -> None:
-    """Refuse a draft with another tokenizer, before anything is started.
+def heads_gap(model: Model) -> str:
+    """Why llama.cpp cannot guess with a model's own heads for further tokens; empty where it can."""
+    architecture = model.dims.architecture
+    told = model.metadata.get(f"{architecture}.nextn_predict_layers")
+    if not nextn_blocks(tensor.name for tensor in model.tensors):
+        left = ": it was written without those that its header speaks of" if told else ""
+        return f"it holds no heads that predict further tokens (MTP){left}"
+    if architecture not in HEADS_RUN:
+        return f"llama.cpp does not run the heads of '{architecture}', though the file holds them"
+    return ""
+
+
+def check_speculation(model: Path, speculation: Speculation | None) -> None:
+    """Refuse a draft with another tokenizer and heads that are not there, before anything is started.
 
     Raises:
-        BadInput: it is no model, or has other tokens.
+        BadInput: the draft is no model, or has other tokens; the model has no heads that the engine runs.
     """
-    if speculation is None or speculation.draft is None:
+    if speculation is None or speculation.kind == NGRAM:
         return
-    if gap := draft_gap(read_header(model), read_header(speculation.draft)):
+    header = read_header(model)
+    if speculation.draft is None:
+        if gap := heads_gap(header):
+            raise BadInput(
+                f"{model} cannot guess with mtp: {gap}.",
+                means="Guesses of this kind come from blocks within the model's own file.",
+                do="Guess with ngram or draft:FILE, or take a file that keeps its heads.",
+            )
+        return
+    if gap := draft_gap(header, read_header(speculation.draft)):
         raise BadInput(
             f"{speculation.draft} cannot draft for {model}: {gap}.",
             means="A guess is a token, and must be the same token in both.",

@@ -51,8 +51,16 @@ class Started(Protocol):
     def held(self) -> Handle:
         """What will stay of it."""
 
+    @property
+    def answer(self) -> Handle:
+        """What goes back, for other units to use."""
+
     def result(self) -> Any:
         """Wait for what goes back; raises what ``Task.compute`` raised, or ClusterError."""
+
+    def wait(self) -> None:
+        """As ``result``, but what goes back is left where it is, and so are errors of the unit: who uses its results
+        meets them."""
 
 
 def weights_travel(lacking: str) -> str:

@@ -7,11 +7,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
 from bitladder.executors.base import Executor, Handle, Lane, Task
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Of the pair that a unit gives."""
+
+    future: Future[tuple[Any, Any]]
+    number: int
 
 
 @dataclass(frozen=True)
@@ -20,12 +28,21 @@ class _Started:
 
     @property
     def held(self) -> Handle:
-        """The future itself stands for what stays."""
-        return self.future
+        """As ``Started``."""
+        return _Part(self.future, 1)
+
+    @property
+    def answer(self) -> Handle:
+        """As ``Started``."""
+        return _Part(self.future, 0)
 
     def result(self) -> Any:
         """As ``Started``."""
         return self.future.result()[0]
+
+    def wait(self) -> None:
+        """As ``Started``."""
+        wait([self.future])
 
 
 class Devices(Executor):
@@ -56,11 +73,11 @@ class Devices(Executor):
         """As ``Executor``."""
         done: Future[tuple[Any, Any]] = Future()
         done.set_result((None, value))
-        return done
+        return _Part(done, 1)
 
     def fetch(self, handle: Handle) -> Any:
         """As ``Executor``."""
-        return handle.result()[1]
+        return handle.future.result()[handle.number]
 
     def close(self) -> None:
         """As ``Executor``."""

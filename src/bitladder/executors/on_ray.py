@@ -12,6 +12,7 @@ import os
 import re
 import socket
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ _LOOK_EVERY = 10.0
 _PATIENCE = 120.0
 """Seconds in which a cluster may come back to having a node that can take a unit: a node restarted, an autoscaler."""
 _CONNECT = 5.0
+_HEAD_TRIES, _HEAD_PAUSE = 3, 3.0
 _PROBED = 120.0
 _CLIENT = "ray://"
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
@@ -69,11 +71,12 @@ def connect(address: str | None, device: str, needs: Needs) -> Ray:
         ) from error
     own = not ray.is_initialized()
     _quieten()
+    where = address or os.environ.get("RAY_ADDRESS") or ""
     if own:
-        where = address or os.environ.get("RAY_ADDRESS") or None
         _require_listener(where)
-        _initialised(where)
-    cluster = Ray(device, needs, own=own)
+        _initialised(where or None)
+    head = where if where.startswith(_CLIENT) else ray.get_runtime_context().gcs_address
+    cluster = Ray(device, needs, own=own, head=head)
     try:
         cluster.check()
     except BaseException:
@@ -82,9 +85,9 @@ def connect(address: str | None, device: str, needs: Needs) -> Ray:
     return cluster
 
 
-def _require_listener(address: str | None) -> None:
+def _require_listener(address: str) -> None:
     """Ray waits for minutes where nobody listens; raises ClusterError after seconds."""
-    host, colon, port = (address or "").removeprefix(_CLIENT).rpartition(":")
+    host, colon, port = address.removeprefix(_CLIENT).rpartition(":")
     if not colon or not port.isdigit():  # Ray's own words: local, auto
         return
     try:
@@ -141,13 +144,16 @@ def _first_words(error: BaseException) -> str:
 class Ray(Executor):
     """A cluster that is connected. ``close`` disconnects if this object connected; what it holds goes in any case."""
 
-    def __init__(self, device: str, needs: Needs, *, own: bool) -> None:
+    def __init__(self, device: str, needs: Needs, *, own: bool, head: str) -> None:
+        """``own``: whether it is this object's to disconnect. ``head``: where its head listens."""
         import ray
 
         self._ray, self.device, self._needs, self._own = ray, device, needs, own
         self._run = ray.remote(_run)
         self._tasks: dict[int, tuple[Task, Any]] = {}
         self._known: dict[int, dict[str, Any]] = {}
+        self._at_once: dict[int, tuple[float, int]] = {}
+        self._head, self._looked = head, time.monotonic()
         self.warnings: list[str] = []
 
     def check(self) -> None:
@@ -167,6 +173,7 @@ class Ray(Executor):
 
     def start(self, task: Task, unit: Any, *held: Handle, place: int | None = None) -> _Started:  # noqa: ARG002
         """As ``Executor``: all nodes are taken for alike."""
+        self._require_head()
         options = self._options(task.threads)
         with _translated():
             small, large = self._run.options(num_returns=2, max_retries=_RETRIES, **options).remote(
@@ -175,39 +182,54 @@ class Ray(Executor):
         return _Started(self, options, small, large)
 
     def at_once(self, task: Task) -> int:
-        """As ``Executor``: as many as the nodes could take if they were idle."""
+        """As ``Executor``: as many as the nodes could take if they were idle; asked of the head now and then."""
+        known = self._at_once.get(task.threads)
+        if known is not None and time.monotonic() - known[0] < _LOOK_EVERY:
+            return known[1]
         wanted = {name: amount for name, amount in _wanted(self._options(task.threads)).items() if amount}
         taken = [
             min((node.get(name, 0) // amount for name, amount in wanted.items()), default=1) for node in self._nodes()
         ]
-        return max(1, int(sum(taken)))
+        self._at_once[task.threads] = time.monotonic(), max(1, int(sum(taken)))
+        return self._at_once[task.threads][1]
 
     def put(self, value: Any) -> Handle:
         """As ``Executor``."""
+        self._require_head()
         with _translated():
             return self._ray.put(value)
 
     def fetch(self, handle: Handle) -> Any:
         """As ``Executor``."""
-        return self.wait(handle, self._options(1))
+        return self.value(handle, self._options(1))
 
-    def wait(self, reference: Any, options: dict[str, Any]) -> Any:
+    def value(self, reference: Any, options: dict[str, Any]) -> Any:
         """The value of a reference.
 
         Raises:
             ClusterError: it cannot be computed any more, or no node has been able to for minutes.
             OutputError: the object store is full.
         """
-        without = 0.0
+        self.wait(reference, options)
         with _translated():
-            while not self._ray.wait([reference], num_returns=1, timeout=_LOOK_EVERY)[0]:
-                without = 0.0 if self._fits(options) else without + _LOOK_EVERY
-                if without >= _PATIENCE:
-                    raise self._infeasible(options)
             found = self._ray.get(reference)
         if isinstance(found, _Failed):
             raise found.error
         return found
+
+    def wait(self, reference: Any, options: dict[str, Any]) -> None:
+        """Wait until there is a value of a reference, or an error.
+
+        Raises:
+            ClusterError: no node has been able to compute it for minutes.
+        """
+        without = 0.0
+        with _translated():
+            while not self._ray.wait([reference], num_returns=1, timeout=_LOOK_EVERY, fetch_local=False)[0]:
+                self._require_head()
+                without = 0.0 if self._fits(options) else without + _LOOK_EVERY
+                if without >= _PATIENCE:
+                    raise self._infeasible(options)
 
     def lacking(self, paths: Sequence[Path]) -> str:
         """As ``Executor``."""
@@ -219,6 +241,28 @@ class Ray(Executor):
         self._tasks.clear()
         if self._own:
             self._ray.shutdown()
+
+    def _require_head(self) -> None:
+        """Where the head is gone most calls of Ray's wait for it, and a minute later Ray ends this very process.
+
+        Raises:
+            ClusterError: nobody listens there.
+        """
+        if time.monotonic() - self._looked < _HEAD_PAUSE:
+            return
+        for _ in range(_HEAD_TRIES):
+            try:
+                _require_listener(self._head)
+            except ClusterError:
+                time.sleep(_HEAD_PAUSE)
+            else:
+                self._looked = time.monotonic()
+                return
+        raise ClusterError(
+            f"The cluster's head at {self._head} is gone.",
+            means="It was stopped or restarted, or the network is down. What was finished is kept here.",
+            do=_GO_ON,
+        )
 
     def _sent(self, task: Task) -> Any:
         """A task travels once, however many units it has."""
@@ -247,6 +291,7 @@ class Ray(Executor):
         }
 
     def _alive(self) -> list[dict[str, Any]]:
+        self._require_head()
         return [node for node in self._ray.nodes() if node["Alive"]]
 
     def _nodes(self) -> list[dict[str, float]]:
@@ -303,7 +348,16 @@ class _Started:
 
     def result(self) -> Any:
         """As ``Started``."""
-        return self.cluster.wait(self.small, self.options)
+        return self.cluster.value(self.small, self.options)
+
+    @property
+    def answer(self) -> Handle:
+        """As ``Started``."""
+        return self.small
+
+    def wait(self) -> None:
+        """As ``Started``."""
+        self.cluster.wait(self.small, self.options)
 
 
 def _run(task: Task, device: str, unit: Any, *held: Any) -> tuple[Any, Any]:

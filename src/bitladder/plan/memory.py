@@ -22,9 +22,9 @@ benchmarks/memory_prediction.py measures it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from bitladder.describe.cache import LayerCache, layer_caches, padded_context
+from bitladder.describe.cache import LayerCache, cache_bytes, layer_caches, padded_context
 from bitladder.describe.header_keys import HeaderKeys
 from bitladder.describe.model import Model
 from bitladder.formats.families import family_of
@@ -56,6 +56,15 @@ def compute_buffers(model: Model, n_ctx: int, *, n_seq: int = 1, n_ubatch: int =
     masks = _mask_cells(layer_caches(model), cells, n_ubatch)
     floats = max(tokens * _widest_moment(model), _recurrent_moment(model, tokens, n_seq))
     return Buffers(4 * floats + 2 * tokens * masks, 4 * n_seq * model.dims.n_vocab)
+
+
+def heads_bytes(model: Model, n_ctx: int, *, n_seq: int = 1) -> int:
+    """What guessing with a model's own heads for further tokens takes beside it: their cache and buffers of their own.
+    The heads' weights are among the model's."""
+    heads = HeaderKeys(model.metadata, model.dims.architecture).number("nextn_predict_layers", 0)
+    widest = max(layer_caches(model), key=lambda layer: layer.k_width + layer.v_width)
+    layer = replace(widest, window=0, state=0, count=heads)
+    return cache_bytes((layer,), n_ctx, n_seq=n_seq).total + compute_buffers(model, n_ctx, n_seq=n_seq).total
 
 
 def _mask_cells(layers: Sequence[LayerCache], cells: int, n_ubatch: int) -> int:

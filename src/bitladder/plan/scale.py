@@ -1,24 +1,28 @@
 """What a long job on a large model takes on one GPU, on several, on nodes: on paper, before anybody rents any.
 
-A walk takes a layer at a time. Shards of the text go through it on all workers (`walk/states.SHARD_TOKENS` each); what
-needs all shards is done by the process that drives the walk, and while it does the workers wait. For T tokens and a
-layer of matrices (R outputs, K inputs; of experts those that a token is sent to):
+A walk takes a layer at a time, in phases: the units of a phase depend on nothing of one another, and the next phase
+waits for all of them. Shards of the text (`walk/states.SHARD_TOKENS` each) go up to an input on all workers; then the
+matrices that read it are coded, each a unit of its own (of experts, each expert). For T tokens and a layer of matrices
+(R outputs, K inputs; of experts those that a token is sent to):
 
-    forward      2 T R K                                on workers; to measure, once for each level more
-    sums         T K (K + 128) for each input           on workers: GPTQ and error feedback; an importance matrix T K
-    codes        R K^2 for each matrix                  by the driver: GPTQ and error feedback
+    forward      2 T R K                                shards; to measure, once for each level more
+    sums         T K (K + 128) for each input           shards: GPTQ and error feedback; an importance matrix T K
+    codes        R K^2, and a factor of 2/3 K^3         matrices: GPTQ and error feedback. The factor is made on a CPU,
+                                                        in f64, which counts twice
     weighing     forward and twice as much back         by the driver
     encoding     weights at `SEARCHED_RATE` a core      on the nodes of workers that have a shard
-    moved        the layer's weights to every node, sums of each shard to the driver (f32[K, K] for each input)
-    memory       a worker: the layer, its shard's states and the widest input, sums of the inputs at hand
+    moved        the layer's weights to every node, sums of each shard (f32[K, K] for each input) to where they are used
+    memory       a worker: the layer, its shard's states and the widest input, sums of one input or of some experts
 
-so that workers help until the shards run out or the driver's part is what remains. Rates are of data sheets: products
-at `REACHED` of a GPU's share (`describe.rates.MATMUL_EFFICIENCY`), PCIe and the network at what they usually give. Good
-to a factor of `RANGE`; benchmarks/scale_cost.py holds one worker against a measured run.
+so that workers help until the shards run out, or the one matrix that reads an input is what remains. Rates are of data
+sheets: products at `REACHED` of a GPU's share (`describe.rates.MATMUL_EFFICIENCY`), PCIe and the network at what they
+usually give. Good to a factor of `RANGE`; benchmarks/scale_cost.py holds one, two and four workers against measured
+runs.
 """
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,6 +38,8 @@ from bitladder.units import GiB
 
 SHARD_TOKENS = 4096
 """As ``walk.states`` cuts a text."""
+GROUP_BYTES = 256 * 1024**2
+"""As ``walk.coding`` holds sums of experts."""
 RANGE = 2.0
 """Factor either way around the predicted time."""
 PROCESS_BYTES = 600 * 1024**2
@@ -84,7 +90,7 @@ class Workers:
     disk: float = 1.5e9
     """Bytes per second that a layer is read with."""
     codes_reached: float = REACHED
-    """Share of ``host_flops`` that choosing codes reaches: column after column, which a GPU is poor at."""
+    """Share of ``flops`` that choosing codes reaches: column after column, which a GPU is poor at."""
     is_gpu: bool = True
 
     @property
@@ -140,7 +146,7 @@ class ScaleCost:
     low_s: float
     high_s: float
     waiting_share: float
-    """Of the time, in which the driver computes alone."""
+    """Of the time, in which the driver computes alone, or codes are chosen by fewer workers than there are."""
 
 
 @dataclass(frozen=True)
@@ -173,36 +179,80 @@ def _matrices(tensors: Sequence[TensorInfo], model: Model) -> list[_Matrix]:
 
 @dataclass(frozen=True)
 class _LayerCost:
-    """One layer: operations of all workers together, of choosing codes, and of what else the driver does; bytes."""
+    """One layer: operations of all shards together, of choosing codes, and of what the driver does; bytes."""
 
     shared: float
-    codes: float
+    codes: Sequence[Sequence[CodeWork]]
+    """For each input, of each share of what reads it."""
     alone: float
     weights: int
     sums: int
     """Bytes of the sums of one shard."""
+    held: int
+    """Bytes of those that are held at a time."""
     widest: int
+
+
+@dataclass(frozen=True)
+class CodeWork:
+    """A unit of codes: operations of its factor, and of choosing them."""
+
+    factor: float
+    choosing: float
+
+    def seconds(self, workers: Workers) -> float:
+        """On one of them."""
+        cpu = workers.cores * CPU_FLOPS if workers.is_gpu else workers.flops
+        return self.factor / (REACHED * cpu) + self.choosing / (workers.codes_reached * workers.flops)
+
+
+def _codes(matrices: Sequence[_Matrix]) -> list[list[CodeWork]]:
+    """Units of codes, for each input."""
+    inputs: list[list[CodeWork]] = []
+    for one in matrices:
+        factor = 2 / 3 * one.columns**3
+        work = CodeWork(factor, float(one.rows * one.columns**2))
+        if one.own_input:
+            inputs.append([work] * one.count)
+        elif one.count > 1:  # of each expert, by whoever codes what reads the same
+            inputs[-1] = [CodeWork(own.factor, own.choosing + work.choosing) for own in inputs[-1]]
+        else:
+            inputs[-1].append(work)
+    return inputs
+
+
+def spread_seconds(units: Sequence[float], workers: int) -> float:
+    """Units on so many workers, the longest first, each to whoever is free."""
+    free = [0.0] * max(1, workers)
+    for unit in sorted(units, reverse=True):
+        heapq.heapreplace(free, free[0] + unit)
+    return max(free)
 
 
 def _layer(matrices: Sequence[_Matrix], job: ScaleJob, tokens: int) -> _LayerCost:
     weights = sum(one.rows * one.columns * one.count for one in matrices)
     forward = sum(2 * one.rows * one.columns * one.used for one in matrices)
     squares = sum(one.columns * (one.columns + 128) * one.used for one in matrices if one.own_input)
-    codes = sum(one.rows * one.columns**2 * one.count for one in matrices)
-    held = sum(4 * one.columns**2 * one.count for one in matrices if one.own_input)
+    held = max((_held(one) for one in matrices if one.own_input), default=0)
     diagonal = sum(4 * one.columns * one.count for one in matrices if one.own_input)
     widest = max((one.columns for one in matrices), default=0)
+    moved = sum(4 * one.columns**2 * one.count for one in matrices if one.own_input)
     match job:
         case ScaleJob.CALIBRATE:
-            return _LayerCost(tokens * forward, 0.0, 0.0, weights, diagonal, widest)
+            return _LayerCost(tokens * forward, (), 0.0, weights, diagonal, diagonal, widest)
         case ScaleJob.GPTQ:
-            return _LayerCost(tokens * (forward + squares), codes, 0.0, weights, held, widest)
+            return _LayerCost(tokens * (forward + squares), _codes(matrices), 0.0, weights, moved, held, widest)
         case ScaleJob.RECIPE:
             weighing = 3 * _WEIGHING_TOKENS * forward + _RECIPE_WALKS * _MEASURED_TOKENS * forward
-            return _LayerCost(tokens * (forward + squares), codes, weighing, weights, held, widest)
+            return _LayerCost(tokens * (forward + squares), _codes(matrices), weighing, weights, moved, held, widest)
         case ScaleJob.RUN:
             measuring = (_RUN_LEVELS + 1) * _MEASURED_TOKENS * forward
-            return _LayerCost(tokens * forward, 0.0, measuring, weights, diagonal, widest)
+            return _LayerCost(tokens * forward, (), measuring, weights, diagonal, diagonal, widest)
+
+
+def _held(one: _Matrix) -> int:
+    """Bytes of the sums of an input that are held at a time: of experts, of as many as fit into ``GROUP_BYTES``."""
+    return 4 * one.columns**2 * max(1, min(one.count, GROUP_BYTES // (4 * one.columns**2)))
 
 
 _ENCODED = {ScaleJob.CALIBRATE: 0, ScaleJob.GPTQ: 0, ScaleJob.RECIPE: 1, ScaleJob.RUN: _RUN_LEVELS}
@@ -231,23 +281,24 @@ def scale_cost(model: Model, job: ScaleJob, workers: Workers, *, tokens: int = T
     moved = memory = 0
     for tensors in layers:
         cost = _layer(_matrices(tensors, model), job, tokens)
-        flops += cost.shared + cost.codes + cost.alone
+        codes = [[one.seconds(workers) for one in units] for units in cost.codes]
+        flops += cost.shared + cost.alone + sum(one.factor + one.choosing for units in cost.codes for one in units)
         stored = sum(tensor.nbytes for tensor in tensors)
         to_workers = stored * (nodes - 1) + (busy * int(cost.weights * workers.weights_bytes) if workers.is_gpu else 0)
         back = cost.sums * shards
         moved += to_workers + (back if busy > 1 or workers.is_gpu else 0)
         computing = cost.shared * per_worker / shards / (REACHED * workers.flops)
-        driving = cost.codes / (workers.codes_reached * workers.host_flops) + cost.alone / (
-            REACHED * workers.host_flops
-        )
+        coding = [spread_seconds(units, workers.count) for units in codes]
+        driving = cost.alone / (REACHED * workers.host_flops)
         encoding = _ENCODED[job] * cost.weights / (SEARCHED_RATE * workers.cores * nodes)
         reading = stored / workers.disk + stored * (nodes > 1) / workers.network
         link = workers.network if nodes > 1 else workers.host_link
         carrying = cost.weights * workers.weights_bytes + back if workers.is_gpu or nodes > 1 else 0.0
-        seconds += computing + driving + encoding + reading + carrying / link
-        waiting += driving
+        seconds += computing + sum(coding) + driving + encoding + reading + carrying / link
+        full = sum(sum(units) for units in codes) / workers.count
+        waiting += driving + sum(coding) - full
         states = per_worker * SHARD_TOKENS * (model.dims.n_embd + cost.widest) * 4
-        memory = max(memory, int(cost.weights * max(workers.weights_bytes, 2)) + cost.sums + 2 * states)
+        memory = max(memory, int(cost.weights * max(workers.weights_bytes, 2)) + cost.held + 2 * states)
     total = sum(tensor.elements for tensor in model.tensors)
     disk = int(total * _WRITTEN_BITS[job] / 8) + 2 * tokens * model.dims.n_embd * 4
     whole = START_SECONDS + seconds
@@ -256,6 +307,27 @@ def scale_cost(model: Model, job: ScaleJob, workers: Workers, *, tokens: int = T
         workers.name, workers.count, flops, memory, busy, memory <= workers.memory_bytes, int(moved), disk, whole,
         whole / RANGE, whole * RANGE, waiting / whole,
     )  # fmt: skip
+
+
+def layer_phases(model: Model, layer: int, job: ScaleJob, workers: Workers, *, tokens: int) -> list[list[float]]:
+    """The phases of a layer of an importance matrix or a GPTQ level, each as the seconds of its units."""
+    matrices = _matrices(_layers(model)[layer], model)
+    shards = max(1, tokens // SHARD_TOKENS)
+
+    def of_shards(operations: float) -> list[float]:
+        return [SHARD_TOKENS * operations / (REACHED * workers.flops)] * shards
+
+    if job is not ScaleJob.GPTQ:
+        return [of_shards(sum(2 * one.rows * one.columns * one.used for one in matrices))]
+    phases, left = [], 0.0
+    codes = iter(_codes(matrices))
+    for one in matrices:
+        if one.own_input:  # a pass that stops there begins with what was coded last
+            phases.append(of_shards(left + one.columns * (one.columns + 128) * one.used))
+            phases.append([unit.seconds(workers) for unit in next(codes)])
+            left = 0.0
+        left += 2 * one.rows * one.columns * one.used
+    return [*phases, of_shards(left)]
 
 
 def _layers(model: Model) -> list[list[TensorInfo]]:

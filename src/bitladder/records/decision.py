@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from bitladder.records import Real
+from bitladder.records import OPTIONAL, Real
 
 
 class Status(StrEnum):
@@ -107,6 +107,20 @@ class Certainty:
 
 
 @dataclass(frozen=True)
+class TierGuesses:
+    """What a tier guesses tokens ahead with, because it surely pays (``plan.speculation``)."""
+
+    level: str
+    guesses: str
+    """``ngram``, ``mtp`` or ``draft:FILE``."""
+    ratio: Real
+    """Time without over time with guesses, on the run's inputs; with its 95% interval."""
+    low: Real
+    high: Real
+    draft_sha256: str = ""
+
+
+@dataclass(frozen=True)
 class Decision:
     """A quality tier and a speed tier that fit the machine, or None where no level qualifies."""
 
@@ -126,3 +140,5 @@ class Decision:
     """The pair chosen first, then others that resamples of the evidence chose, the most frequent first."""
     files: dict[str, str] = field(default_factory=dict)
     """SHA-256 of the file behind each level that lies on disk: the decision is about these files and no others."""
+    speculate: tuple[TierGuesses, ...] = field(default=(), metadata=OPTIONAL)
+    """Of the tiers for which guessing ahead pays; the others decode one token after the other."""

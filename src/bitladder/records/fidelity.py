@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
+from typing import Any
 
 from bitladder.records import OPTIONAL, Real
 
@@ -21,11 +22,14 @@ class Way(StrEnum):
 
 
 @dataclass(frozen=True)
-class AtDepth:
-    """The figures of ``Fidelity`` at one depth: the same scored tokens behind a longer or a shorter context."""
+class Losses:
+    """What a level loses on some scored tokens, compared with the reference on the same ones.
 
-    depth: int
-    """Tokens of context, the scored ones included."""
+    ``kl`` is the divergence KL(reference || level) of the next-token distributions in nats, per scored token;
+    ``ppl_ratio`` the perplexity over the reference's; ``top1`` the share of tokens whose most likely next token is the
+    same. ``*_low`` and ``*_high`` are 95% intervals that resample documents (or, in a single text, windows).
+    """
+
     tokens: int
     kl_mean: Real
     kl_low: Real
@@ -37,6 +41,19 @@ class AtDepth:
     top1: Real
     top1_low: Real
     top1_high: Real
+
+    @property
+    def losses(self) -> dict[str, Any]:
+        """These figures by name."""
+        return {one.name: getattr(self, one.name) for one in fields(Losses)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AtDepth(Losses):
+    """Losses at one depth: the same scored tokens behind a longer or a shorter context."""
+
+    depth: int
+    """Tokens of context, the scored ones included."""
     rise: Real = math.nan
     """KL here over the KL at the shallowest depth, paired by document; NaN there."""
     rise_low: Real = math.nan
@@ -48,36 +65,21 @@ class AtDepth:
         return self.rise_low > 1
 
 
-@dataclass(frozen=True)
-class Fidelity:
-    """Token-level comparison of a level with the reference on the same tokens.
-
-    ``kl`` is the divergence KL(reference || level) of the next-token distributions in nats, per scored token.
-    ``ppl`` is exp(mean negative log-likelihood) over scored tokens. ``top1`` is the share of tokens whose
-    most likely next token is the same. ``*_low`` and ``*_high`` are 95% intervals that resample documents
-    (or, in a single text, windows).
+@dataclass(frozen=True, kw_only=True)
+class Fidelity(Losses):
+    """Token-level comparison of a level with the reference. ``ppl`` is exp(mean negative log-likelihood) over scored
+    tokens.
     """
 
     level: str
-    tokens: int
     units: int
     """How many units were resampled for the intervals."""
     unit: str
     """``document`` or ``window``."""
-    kl_mean: Real
-    kl_low: Real
-    kl_high: Real
     kl_median: Real
-    kl_p99: Real
     kl_max: Real
     ppl: Real
     ppl_reference: Real
-    ppl_ratio: Real
-    ppl_ratio_low: Real
-    ppl_ratio_high: Real
-    top1: Real
-    top1_low: Real
-    top1_high: Real
     kl_median_low: Real = math.nan
     kl_median_high: Real = math.nan
     kl_p99_low: Real = math.nan

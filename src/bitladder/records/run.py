@@ -11,6 +11,7 @@ from bitladder.records.evaluation import LevelAnswers, WorkloadResult
 from bitladder.records.fidelity import Fidelity
 from bitladder.records.job import JobOutcome
 from bitladder.records.plan import Plan
+from bitladder.records.speculation import SpeculationReport
 from bitladder.records.wording import WordingChanges
 
 
@@ -91,6 +92,8 @@ class RunRecord:
     """Level to what changed in the words of its answers; empty in older records."""
     costs: tuple[LevelCost, ...] = field(default=(), metadata=OPTIONAL)
     """Of whatever has a price; empty where the user gave none."""
+    speculation: tuple[SpeculationReport, ...] = field(default=(), metadata=OPTIONAL)
+    """What guessing tokens ahead gains, by tier; empty where it was not tried."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Texts and their hashes, window length, seeds, threads, engine settings: whatever changes a number."""
     versions: dict[str, str] = field(default_factory=dict)

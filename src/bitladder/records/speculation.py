@@ -23,6 +23,8 @@ class Gain:
     ratio: Real
     low: Real
     high: Real
+    p_value: Real = math.nan
+    """Chance of a ratio like this, or a larger one, if guesses gained nothing (Student's test, one-sided)."""
 
     @property
     def acceptance(self) -> float:
@@ -35,25 +37,22 @@ class SpeculationResult:
     """One way to guess."""
 
     mode: str
-    """``ngram`` or ``draft:FILE``."""
+    """``ngram``, ``mtp`` or ``draft:FILE``."""
     tokens_per_s: Real
     """Median over inputs."""
     extra_bytes: int
-    """Memory of the draft model and its cache at the context."""
+    """Memory that guessing takes beside the model at the context: a draft with its cache, or the heads' cache."""
     gains: tuple[Gain, ...]
     """Over all inputs, then by tag."""
     differing: tuple[str, ...]
     """Inputs whose greedy answer is another than without guesses, though that one repeats itself."""
+    draft_sha256: str = ""
+    """Of the draft's file."""
 
     @property
     def lossless(self) -> bool:
         """Every answer was the same."""
         return not self.differing
-
-    @property
-    def pays(self) -> bool:
-        """Surely faster over all inputs, with the same answers."""
-        return self.lossless and self.gains[0].low > 1
 
 
 @dataclass(frozen=True)
@@ -69,9 +68,5 @@ class SpeculationReport:
     unstable: tuple[str, ...]
     """Inputs whose answer without guesses is not the same twice; they say nothing about guesses."""
     warnings: tuple[str, ...] = ()
-
-    @property
-    def best(self) -> SpeculationResult | None:
-        """What surely pays most; None: nothing does."""
-        paying = [one for one in self.results if one.pays]
-        return max(paying, key=lambda one: one.gains[0].low, default=None)
+    level: str = ""
+    """The level that it is about, in a run."""

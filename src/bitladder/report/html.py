@@ -19,6 +19,7 @@ from bitladder.report.facts import facts, warnings
 from bitladder.report.meanings import HEADS, LOSSES, VERDICTS
 from bitladder.report.reading import RUN_JSON
 from bitladder.report.rows import LevelRow, cost_lines, level_rows
+from bitladder.report.tables import evidence_tables
 from bitladder.report.wording import answers_columns, answers_rows
 from bitladder.units import GiB, MiB, human_bytes
 
@@ -79,6 +80,7 @@ def render_html(record: RunRecord) -> str:
         answers={"rows": answers_rows(record), "columns": answers_columns(answers_rows(record))},
         behaviour=behaviour_lines(record),
         repetition=[result for result in record.results if result.repetition or result.reference_repetition],
+        evidence=evidence_tables(record),
         human_bytes=human_bytes,
         sentence=lambda text: text[:1].upper() + text[1:],
         facts=facts,

@@ -16,6 +16,7 @@ from bitladder.report.columns import Column, fitted_table, plain_table
 from bitladder.report.facts import warnings
 from bitladder.report.meanings import heads_in_words
 from bitladder.report.rows import LevelRow, cost_lines, interval, level_rows, number, percent, small
+from bitladder.report.tables import Table, depth_table, evidence_tables, rises
 from bitladder.report.wording import AnswersRow, answers_columns, answers_rows, wording_lines
 from bitladder.units import human_bytes, human_rate
 from bitladder.visible import console as visible_console
@@ -87,6 +88,11 @@ def print_run(record: RunRecord, console: Console | None = None) -> None:
         out.print(Text.assemble((f"{level:<{wide}}", "bold"), ("answers", "dim")).append(f": {notes}"))
     for level, notes in behaviour_lines(record).items():
         out.print(Text.assemble((f"{level:<{wide}}", "bold"), ("behaviour", "dim")).append(f": {notes}"))
+    for evidence in evidence_tables(record):
+        out.print()
+        out.print(Text(evidence.title, style="bold"))
+        print_table(evidence, out)
+        out.print(Text(evidence.lead, style="dim"))
     out.print()
     out.print(Text(record.decision.summary, style="bold"))
     for sentence in cost_lines(record):
@@ -204,7 +210,9 @@ def fidelity_table(fidelities: Sequence[Fidelity], console: Console | None = Non
     for line in heads_in_words(("KL", "ppl ratio", "top-1")):
         out.print(line, style="dim")
     if any(one.depths for one in fidelities):
-        depth_table(fidelities, out)
+        print_table(depth_table(fidelities), out)
+        for line in rises(fidelities).values():
+            out.print(line)
     if fidelities:
         one = fidelities[0]
         line = f"95%: intervals over {one.units} {one.unit}s, not over tokens."
@@ -213,31 +221,19 @@ def fidelity_table(fidelities: Sequence[Fidelity], console: Console | None = Non
         out.print(line, style="dim")
 
 
-def depth_table(fidelities: Sequence[Fidelity], out: Console) -> None:
-    """Losses by depth of context, and what they rise by."""
-    table = plain_table()
-    for title in ("level", "depth", "KL mean", "95%", "times shallowest", "95%", "ppl ratio", "top-1"):
-        table.add_column(title, justify="left" if title in ("level", "95%") else "right", no_wrap=True)
-    for one in fidelities:
-        for at in one.depths:
-            table.add_row(
-                one.level if at is one.depths[0] else "",
-                f"{at.depth:,}",
-                small(at.kl_mean),
-                interval(at.kl_low, at.kl_high, small),
-                number(at.rise, 3),
-                interval(at.rise_low, at.rise_high, lambda ratio: f"{ratio:.3g}"),
-                f"{at.ppl_ratio:.4f}" if math.isfinite(at.ppl_ratio) else "–",
-                percent(at.top1, 1),
-            )
-    out.print(table)
-    for one in fidelities:
-        deepest = one.depths[-1] if one.depths else None
-        if deepest is not None and deepest.rises:
-            out.print(
-                f"{one.level}: its loss rises with depth, {number(deepest.rise, 3)} times from {one.depths[0].depth:,} "
-                f"to {deepest.depth:,} tokens ({deepest.rise_low:.3g} to {deepest.rise_high:.3g})."
-            )
+def print_table(table: Table, out: Console) -> None:
+    """A table of evidence; what is sure is bold."""
+    from rich.text import Text
+
+    shown = plain_table()
+    left = {head for place, head in enumerate(table.heads) if any(row[place].beneath for row in table.rows)}
+    for place, head in enumerate(table.heads):
+        shown.add_column(head, justify="left" if place < 2 or head in left else "right", no_wrap=True)
+    for row in table.rows:
+        cells = (Text(cell.text, style="bold" if cell.known else "") for cell in row)
+        told = zip(cells, row, strict=True)
+        shown.add_row(*(text.append(f"  {cell.beneath}", "dim") if cell.beneath else text for text, cell in told))
+    out.print(shown)
 
 
 def search_table(outcome: LadderOutcome, bar: str, console: Console | None = None) -> None:

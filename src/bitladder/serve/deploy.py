@@ -20,6 +20,7 @@ from bitladder.serve.backends import Complete, UpstreamFailed
 from bitladder.serve.connections import ConnectionPool, HttpBackend
 from bitladder.serve.discovery import Discovery, Resolve, resolve_name
 from bitladder.serve.gateway import Gateway
+from bitladder.serve.guessing import GuessTrial
 from bitladder.serve.limits import Gate
 from bitladder.serve.metrics import Metrics
 from bitladder.serve.protocol import EMBEDDINGS, RERANK
@@ -185,15 +186,43 @@ def _tier(
     # Only the gateway may ask its engines: they listen on a port too, and check neither host nor origin.
     check_file = EngineFingerprint(spec.path).check
     spec = replace(spec, api_key=secrets.token_urlsafe(24))
+    trial = GuessTrial() if spec.speculate and turns is None else None
+    making = _Making(spec, trial)
     engine = Supervisor(
         names[0],
-        lambda: make_engine(spec, settings.threads),
+        lambda: make_engine(making.begin(), settings.threads),
         pool,
         check_file=check_file,
         guesses_key=spec.api_key if spec.speculate else None,
+        should_change=lambda: making.is_outdated and not (gate.running or gate.queued),
+        on_ready=making.done,
     )
     backend = HttpBackend(pool, engine.address, spec.api_key)
-    return Tier(names, spec, _alone(spec, backend.complete), gate, engine, turns)
+    return Tier(names, spec, _alone(spec, backend.complete), gate, engine, turns, trial)
+
+
+@dataclass
+class _Making:
+    """What an engine is made of: its tier's spec, with guesses or, where the trial wants none, without."""
+
+    spec: TierSpec
+    trial: GuessTrial | None
+    guessing: bool = True
+
+    def begin(self) -> TierSpec:
+        """What is made now."""
+        self.guessing = self.trial is None or self.trial.wanted
+        return self.spec if self.guessing else replace(self.spec, speculate=None)
+
+    def done(self, load_seconds: float) -> None:
+        """It runs."""
+        if self.trial is not None:
+            self.trial.runs(guessing=self.guessing, load_seconds=load_seconds)
+
+    @property
+    def is_outdated(self) -> bool:
+        """Whether another one should run, and may be started."""
+        return self.trial is not None and self.trial.allowed and self.trial.wanted is not self.guessing
 
 
 def _alone(spec: TierSpec, complete: Complete) -> ReplicaSet:

@@ -21,6 +21,7 @@ from urllib.parse import urlsplit, urlunsplit
 import yaml
 
 from bitladder.describe.cache_types import CacheTypes
+from bitladder.engines.llama_program import SPEC_TYPES
 from bitladder.errors import OutputError, UsageError
 from bitladder.files.atomic import written_aside
 from bitladder.files.outputs import check_output, same_place
@@ -202,8 +203,8 @@ def llama_swap(settings: ServeSettings) -> str:
         if not spec.cache.is_default:
             command += ["--cache-type-k", spec.cache.k, "--cache-type-v", spec.cache.v]
         if spec.speculate is not None:
-            guesses = spec.speculate.draft
-            command += ["--model-draft", str(guesses.absolute())] if guesses else ["--spec-type", "ngram-cache"]
+            command += ["--spec-type", SPEC_TYPES[spec.speculate.kind]]
+            command += ["--model-draft", str(spec.speculate.draft.absolute())] if spec.speculate.draft else []
         joined = " ".join(part if part == "${PORT}" else shlex.quote(_no_macro(part)) for part in command)
         models[spec.level] = {"cmd": joined, "aliases": list(names[:-1]), "checkEndpoint": "/health"}
     levels = [spec.level for _, spec in roles]

@@ -174,6 +174,9 @@ class Gateway:
         finally:
             record.total_s = time.monotonic() - began
             self._metrics.add(record)
+            tier = self._by_name.get(record.tier)
+            if tier is not None and tier.guessing is not None and record.outcome is RequestOutcome.COMPLETE:
+                tier.guessing.saw(record.tokens, record.tokens_per_s, record.tags)
 
     async def _body(self, scope: Scope, receive: Receive, watch: Watch, share: ClientShare) -> bytes:
         watch.phase("the body", BODY_S)
@@ -192,7 +195,7 @@ class Gateway:
     async def _answer(self, scope: Scope, task: _Task) -> None:
         record, request = task.delivery.record, task.request
         record.asked_for, record.stream = request.model, request.stream
-        choice = self._choose(scope, request, record.key)
+        choice = self._choose(scope, request, record)
         record.kind, record.reason = choice.kind, choice.reason
         if self._settings.log_prompts:
             log.info("prompt", extra={"id": record.id, "asked": request.asked})
@@ -215,16 +218,16 @@ class Gateway:
         if self._sample and wanted and task.chat is not None and len(task.chat.text) <= _MAX_SAMPLED:
             self._sample(task.chat)
 
-    def _choose(self, scope: Scope, request: ModelRequest, key: str) -> TierChoice:
+    def _choose(self, scope: Scope, request: ModelRequest, record: Record) -> TierChoice:
         header, tags = "", ""
         for name, value in scope["headers"]:
             if name == b"x-bitladder-tier":
                 header = value.decode("latin-1")
             elif name == b"x-bitladder-tag":
                 tags = value.decode("latin-1")
-        split = tuple(tag.strip() for tag in tags.split(",")[:_MAX_TAGS] if tag.strip())
+        split = record.tags = tuple(tag.strip() for tag in tags.split(",")[:_MAX_TAGS] if tag.strip())
         tools = bool(request.value("tools"))
-        features = Features(request.model, header, split, key, request.path, lambda: request.asked, tools)
+        features = Features(request.model, header, split, record.key, request.path, lambda: request.asked, tools)
         if request.path in self._of_its_own and request.model.lower() == AUTO and not header:
             return TierChoice(self._of_its_own[request.path], "the only tier for this", Routing.LEVEL)
         choice = choose(features, self._levels, self._settings.rules, self._auto)

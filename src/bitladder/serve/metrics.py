@@ -19,6 +19,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from bitladder.serve.guessing import Speeds
 from bitladder.serve.replicas import Replica, ReplicaState
 from bitladder.serve.tiers import Tier
 
@@ -58,6 +59,8 @@ class Record:
     kind: str = ""
     """The ``router.Routing``; empty where the request was refused before."""
     key: str = ""
+    tags: tuple[str, ...] = ()
+    """That the client named."""
     stream: bool = False
     status: int = 0
     outcome: RequestOutcome = RequestOutcome.ERROR
@@ -124,6 +127,10 @@ class Metrics:
             "bitladder_guessed_tokens", "Tokens guessed ahead since the engine started", ["tier"], registry=registry
         )
         self.accepted = Gauge("bitladder_accepted_tokens", "Guesses that were right", ["tier"], registry=registry)
+        self.guessing = Gauge("bitladder_guessing", "1 while the engine guesses ahead", ["tier"], registry=registry)
+        self.guess_speedup = Gauge(
+            "bitladder_guess_speedup", "Speed with guesses over speed without, so far", ["tier"], registry=registry
+        )
         self.replica_answers = Counter(
             "bitladder_replica_answers", "Answers of each replica", ["tier", "replica"], registry=registry
         )
@@ -190,6 +197,10 @@ class Metrics:
             if tier.engine and tier.engine.guesses:
                 self.guessed.labels(tier.name).set(tier.engine.guesses[0])
                 self.accepted.labels(tier.name).set(tier.engine.guesses[1])
+            if tier.guessing is not None:
+                self.guessing.labels(tier.name).set(tier.guessing.running)
+                if (ratio := tier.guessing.all.times_as_fast) is not None:
+                    self.guess_speedup.labels(tier.name).set(ratio)
         self.replica_running.clear()  # those that left leave no line
         self.replica_up.clear()
         for tier in tiers:
@@ -243,13 +254,27 @@ class Metrics:
 
 
 def _guesses(tier: Tier) -> dict[str, Any]:
-    """How good a tier's guesses are; nothing of one that does not guess."""
+    """How good a tier's guesses are, and whether they pay; nothing of one that does not guess."""
     if tier.spec.speculate is None:
         return {}
     guessed, accepted = (tier.engine.guesses if tier.engine else None) or (0, 0)
     share = round(accepted / guessed, 4) if guessed else None
-    kind = tier.spec.speculate.kind
-    return {"guesses": {"from": kind, "guessed": guessed, "accepted": accepted, "acceptance": share}}
+    told: dict[str, Any] = {
+        "from": tier.spec.speculate.kind, "guessed": guessed, "accepted": accepted, "acceptance": share, "on": True,
+    }  # fmt: skip
+    if (trial := tier.guessing) is not None:
+        told |= {"on": trial.running, "because": trial.because, **_speeds(trial.all)}
+        told["by_tag"] = {tag: _speeds(speeds) for tag, speeds in sorted(trial.by_tag.items())}
+    return {"guesses": told}
+
+
+def _speeds(speeds: Speeds) -> dict[str, Any]:
+    ratio = speeds.times_as_fast
+    return {
+        "times_as_fast": None if ratio is None else round(ratio, 3),
+        "answers_with": len(speeds.with_guesses),
+        "answers_without": len(speeds.without),
+    }
 
 
 def _replica(replica: Replica) -> dict[str, Any]:

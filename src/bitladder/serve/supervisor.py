@@ -66,7 +66,8 @@ def guess_counters(text: str) -> tuple[int, int] | None:
 
 
 class Supervisor:
-    """Keeps one engine running. States: ``stopped``, ``starting``, ``ready``, ``waiting`` (to restart)."""
+    """Keeps one engine running. States: ``stopped``, ``starting``, ``ready``, ``changing`` (to one started in another
+    way), ``waiting`` (to restart)."""
 
     def __init__(
         self,
@@ -79,8 +80,13 @@ class Supervisor:
         health_timeout_s: float = 5.0,
         health_misses: int = 2,
         guesses_key: str | None = None,
+        should_change: Callable[[], bool] = lambda: False,
+        on_ready: Callable[[float], None] = lambda _: None,
     ) -> None:
-        """``guesses_key``: the key that the engine tells by how good its guesses are; None where it does not guess."""
+        """``guesses_key``: the key that the engine tells by how good its guesses are; None where it does not guess.
+        ``should_change``: asked often whether it is to be started anew because ``make`` would make another one now, and
+        nobody uses it. ``on_ready``: told the seconds that it took to load.
+        """
         self.name = name
         self.state = "stopped"
         self.restarts = 0
@@ -92,6 +98,7 @@ class Supervisor:
         self.guesses: tuple[int, int] | None = None
         """Tokens guessed ahead since the engine started, and those that were right; None where it does not guess."""
         self._guesses_key = guesses_key
+        self._should_change, self._on_ready = should_change, on_ready
         self._make = make
         self._pool = pool
         self._check_file = check_file
@@ -146,6 +153,7 @@ class Supervisor:
         if isinstance(self._process, TellsOfTools):
             self.takes_tools = await asyncio.to_thread(self._process.takes_tools)
         self.state, self.engine = "ready", str(self._process.identity)
+        self._on_ready(time.monotonic() - began)
         self._ready.set()
         log.info(
             "engine ready",
@@ -163,7 +171,11 @@ class Supervisor:
         while True:
             began = time.monotonic()
             if self.state == "ready":
-                self.last_error = await self._until_bad()
+                lost = await self._until_bad()
+                if lost is None:
+                    await self._change()
+                    continue
+                self.last_error = lost
                 log.error("engine lost", extra={"tier": self.name, "error": self.last_error})
             self.state = "waiting"
             await self._end(grace_s=0.0)
@@ -178,12 +190,28 @@ class Supervisor:
                 self.last_error = error.found
                 log.error("engine does not start", extra={"tier": self.name, "error": str(error)})
 
-    async def _until_bad(self) -> str:
-        """Wait until the process died or stopped answering, and say which."""
+    async def _change(self) -> None:
+        """Start it anew, in another way; where that fails the next try is `_keep`'s."""
+        log.info("engine changes", extra={"tier": self.name})
+        await self._end(grace_s=5.0)
+        try:
+            await self._launch()
+        except BitladderError as error:
+            self.state, self.last_error = "waiting", error.found
+            log.error("engine does not start", extra={"tier": self.name, "error": str(error)})
+
+    async def _until_bad(self) -> str | None:
+        """Wait until the process died or stopped answering, and say which; None where it is to be started in another
+        way, for which it is ``changing`` from then on.
+        """
         assert self._process is not None
         missed, next_health = 0, time.monotonic() + self._every
         while (code := self._process.poll()) is None:
             await asyncio.sleep(_POLL_S)
+            if self._should_change():
+                self.state = "changing"  # at once: no request may find it ready after nobody was found to use it
+                self._ready.clear()
+                return None
             if time.monotonic() >= next_health:
                 missed = 0 if await self._healthy(self._process.base_url) else missed + 1
                 if missed >= self._misses:

@@ -7,12 +7,16 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
+from bitladder.serve.guessing import GuessTrial
 from bitladder.serve.limits import Gate
 from bitladder.serve.protocol import header_text
 from bitladder.serve.replicas import ReplicaSet
 from bitladder.serve.rewording import TRANSLATED
 from bitladder.serve.settings import TierSpec
 from bitladder.serve.supervisor import Supervisor, Turns
+
+LONGEST_CHANGE_S = 30.0
+"""That a request waits for an engine which is started in another way; it took a few seconds before."""
 
 
 @dataclass
@@ -28,6 +32,9 @@ class Tier:
     """None for an endpoint by URL."""
     turns: Turns | None = None
     """When it shares the memory with another tier."""
+
+    guessing: GuessTrial | None = None
+    """Whether guesses pay on its requests; None where it has none, or takes turns in memory."""
 
     unspoken: set[str] = field(default_factory=set)
     """Paths that its endpoint was found not to know."""
@@ -60,7 +67,7 @@ class Tier:
         """Whether a request sent now has an engine to go to (perhaps after waiting for its turn)."""
         if self.engine is None:
             return not self.replicas.several or self.replicas.up > 0
-        return self.turns is not None or self.engine.state == "ready"
+        return self.turns is not None or self.engine.state in ("ready", "changing")
 
     def speaks(self, path: str) -> bool:
         """Whether a request to this path is sent on to it as it came.
@@ -78,6 +85,7 @@ class Tier:
         Raises:
             Refused: the queue is full.
             EngineError: the engine does not load.
+            UpstreamFailed: it was started in another way, and does not come back.
         """
         await self.gate.enter()
         began = time.monotonic()
@@ -86,6 +94,8 @@ class Tier:
                 async with self.turns.use(self.engine) as changed:
                     yield changed
             else:
+                if self.engine is not None and self.engine.state == "changing":
+                    await self.engine.wait_ready(LONGEST_CHANGE_S)
                 yield False
         finally:
             self.gate.leave(time.monotonic() - began)

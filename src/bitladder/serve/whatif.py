@@ -20,6 +20,7 @@ from bitladder.records import to_json
 from bitladder.records.run import RunRecord
 from bitladder.report.behaviour import behaviour_lines
 from bitladder.report.reading import read_run
+from bitladder.report.tables import evidence_tables
 from bitladder.report.wording import answers_view
 
 _MOST = {"memory": 1 << 50, "ctx": 1 << 27}
@@ -47,7 +48,8 @@ async def answer_what_if(run_json: Path, query: Mapping[str, str]) -> dict[str, 
 
 
 async def answer_changes(run_json: Path) -> dict[str, Any]:
-    """What changed in the answers of each level, as ``report.wording`` and ``report.behaviour`` write it.
+    """What changed in the answers of each level, as ``report.wording`` and ``report.behaviour`` write it, and
+    the tables of ``report.tables``.
 
     Raises:
         HTTPException: 404 when the run cannot be read.
@@ -59,7 +61,7 @@ async def answer_changes(run_json: Path) -> dict[str, Any]:
     view, behaviour = answers_view(run), behaviour_lines(run)
     for row in view["rows"]:
         row["notes"] = "; ".join(filter(None, (row["notes"], behaviour.get(row["level"]))))
-    return view
+    return view | {"tables": to_json(evidence_tables(run))}
 
 
 def stored_run(run_json: Path) -> RunRecord:

@@ -255,12 +255,7 @@ def fidelity_by_depth(
 
 def _at_depth(depth: int, own: Fidelity, shallow: Fidelity) -> AtDepth:
     rise = _rise(own, shallow)
-    return AtDepth(
-        depth=depth, tokens=own.tokens, kl_mean=own.kl_mean, kl_low=own.kl_low, kl_high=own.kl_high,
-        kl_p99=own.kl_p99, ppl_ratio=own.ppl_ratio, ppl_ratio_low=own.ppl_ratio_low,
-        ppl_ratio_high=own.ppl_ratio_high, top1=own.top1, top1_low=own.top1_low, top1_high=own.top1_high,
-        rise=rise.value, rise_low=rise.low, rise_high=rise.high,
-    )  # fmt: skip
+    return AtDepth(depth=depth, rise=rise.value, rise_low=rise.low, rise_high=rise.high, **own.losses)
 
 
 def _rise(deep: Fidelity, shallow: Fidelity) -> Interval:

@@ -207,7 +207,7 @@ def plan_model(
     return ModelPlan(
         made,
         found.exact,
-        found.notes,
+        (*found.notes, *_of_heads(found.model, wish)),
         found.offers,
         _pair(found.model, pair, machine, wish) if pair else None,
         _launch(found, model, wanted, made, engine, machine, wish) if engine else None,
@@ -260,6 +260,21 @@ def _pair(model: Model, levels: Sequence[Level], machine: Machine, wish: Usage) 
         raise UsageError(f"A pair is two levels. Got {len(levels)}.", do="Write --pair Q8_0,Q4_K_M.")
     quality, speed = (level_size(model, level).by_part for level in levels)
     return plan_pair(model, quality, speed, machine, wish)
+
+
+def _of_heads(model: Model, wish: Usage) -> tuple[str, ...]:
+    """What guessing with the model's own heads takes, where it has some that the engine runs."""
+    from bitladder.engines.speculation import heads_gap
+    from bitladder.plan.memory import heads_bytes
+    from bitladder.units import human_bytes
+
+    if heads_gap(model):
+        return ()
+    more = human_bytes(heads_bytes(model, wish.n_ctx, n_seq=wish.n_seq))
+    return (
+        f"It holds heads that predict further tokens; guessing with them (`--speculate mtp`) takes {more} more memory "
+        f"at {wish.n_ctx} tokens of context.",
+    )
 
 
 def _largest(levels: Sequence[Level], plan: Plan) -> tuple[Level, CacheTypes | None] | None:

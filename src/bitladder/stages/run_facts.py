@@ -75,6 +75,8 @@ class RunSettings:
     """Whether functions that the workload names may run."""
     caches: tuple[CacheTypes, ...] = ()
     """Types of the KV cache that every level is run with, each pair a candidate; none for llama.cpp's own alone."""
+    speculate: tuple[str, ...] = ()
+    """Ways to guess tokens ahead that are tried on the tiers chosen, as ``stages.speculate.check_ways`` takes them."""
     within: float | None = None
     """Seconds in which a decision must be there, from when the model lies on the disk; None: as long as it takes."""
 
@@ -206,6 +208,7 @@ def settings_facts(
         "effort": settings.effort,
         "importance": settings.imatrix,
         **({"kv": [str(cache) for cache in settings.caches]} if settings.caches else {}),
+        **({"speculate": list(settings.speculate)} if settings.speculate else {}),
         **({"within_s": settings.within} if settings.within is not None else {}),
         **({"device": settings.device} if settings.device != "cpu" else {}),
         **({"endpoints": addresses} if (addresses := [one.address for one in _endpoints(settings)]) else {}),
@@ -248,6 +251,7 @@ def commands(settings: RunSettings, n_ctx: int, out: Path) -> tuple[str, ...]:
     if settings.bar:
         words += ["--bar", settings.bar]
     words += ["--kv", ",".join(map(str, settings.caches))] if settings.caches else []
+    words += ["--speculate", ",".join(settings.speculate)] if settings.speculate else []
     for text in settings.texts:
         words += ["--text", str(text)]
     if settings.within is not None:

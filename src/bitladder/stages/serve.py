@@ -134,12 +134,19 @@ def memory_by_slots(path: Path, n_ctx: int, slots: Sequence[int], cache: CacheTy
         return tuple(file_memory(opened.model, machine, n_ctx=n_ctx, n_seq=number, cache=cache) for number in slots)
 
 
-def draft_bytes(speculation: Speculation | None, n_ctx: int, slots: Sequence[int]) -> tuple[int, ...]:
-    """Bytes that a draft takes beside its model with so many requests, for every number in ``slots``; n-grams take
-    next to none."""
-    from bitladder.plan.memory import ENGINE_BYTES
+def guess_bytes(path: Path, speculation: Speculation | None, n_ctx: int, slots: Sequence[int]) -> tuple[int, ...]:
+    """Bytes that guessing takes beside a model with so many requests, for every number in ``slots``: a draft with its
+    cache; the cache and buffers of the model's own heads, whose weights are the model's; n-grams take next to none."""
+    from bitladder.engines.speculation import MTP
+    from bitladder.files.gguf import read_header
+    from bitladder.plan.memory import ENGINE_BYTES, heads_bytes
 
-    if speculation is None or speculation.draft is None:
+    if speculation is None:
+        return (0,) * len(slots)
+    if speculation.kind == MTP:
+        model = read_header(path)
+        return tuple(heads_bytes(model, n_ctx, n_seq=number) for number in slots)
+    if speculation.draft is None:
         return (0,) * len(slots)
     return tuple(need - ENGINE_BYTES for need in memory_by_slots(speculation.draft, n_ctx, slots))
 

@@ -14,7 +14,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from bitladder.engines.speculation import DRAFT, NGRAM, Speculation, check_draft, parse_speculation
+from bitladder.describe.cache_types import F16_CACHE, CacheTypes
+from bitladder.engines.speculation import (
+    DRAFT,
+    MTP,
+    NGRAM,
+    Speculation,
+    check_speculation,
+    heads_gap,
+    parse_speculation,
+)
 from bitladder.errors import BadInput
 from bitladder.records.speculation import Gain, SpeculationReport, SpeculationResult
 from bitladder.stages.job import Work
@@ -22,6 +31,7 @@ from bitladder.stages.job import Work
 if TYPE_CHECKING:
     from bitladder.describe.workload import Input, Workload
     from bitladder.engines.base import Running
+    from bitladder.store.recorded import Recorded
 
 ROUNDS = 2
 LEAST_TOKENS = 8
@@ -51,14 +61,14 @@ class Asked(NamedTuple):
 
 
 def try_speculation(request: SpeculateRequest, work: Work) -> SpeculationReport:
-    """Measure n-gram guesses, and those of each draft.
+    """Measure n-gram guesses, those of the model's own heads where it has some, and those of each draft.
 
     Raises:
         BadInput: a draft is no model, or has another tokenizer; a file that is not there.
         UnknownLevel, BadWorkload, EngineError: as the parts say.
     """
+    from bitladder.files.gguf import read_header
     from bitladder.files.workloads import STARTER, load_workload
-    from bitladder.stages.run_facts import engine_facts, slots
     from bitladder.stages.serve import tier_context
     from bitladder.store.evidence import Evidence
     from bitladder.store.recorded import Recorded
@@ -66,45 +76,150 @@ def try_speculation(request: SpeculateRequest, work: Work) -> SpeculationReport:
     workload = load_workload(request.workload or STARTER)
     target = _file(request.model, request.level, work)
     n_ctx = tier_context("", str(target), request.n_ctx, work.progress)
-    modes = [Speculation(NGRAM)]
+    modes = [Speculation(NGRAM)] + ([] if heads_gap(read_header(target)) else [Speculation(MTP)])
     for what in request.drafts:
         # a file is checked before a level is built
         speculation = parse_speculation(f"{DRAFT}:{what}") if Path(what).is_file() else None
         speculation = speculation or Speculation(DRAFT, _file(request.model, what, work))
-        check_draft(target, speculation)
+        check_speculation(target, speculation)
         modes.append(speculation)
-    room, _ = slots(workload, n_ctx)
-    asked = _ask(target, modes, workload, room, work)
-    report = report_of(target.stem, workload, modes, asked, {mode: _extra_bytes(mode, room) for mode in modes})
-    if workload.temperature:
-        report = replace(report, warnings=("The workload samples; guesses are compared on greedy answers.",))
     with Evidence.open() as store:
-        facts = engine_facts(n_ctx=room, n_parallel=1, threads=work.threads, path=target)
-        recorded = Recorded(store)
-        for mode, result in zip(modes, report.results, strict=True):
-            recorded.keep_speculation(_sha(target), _sha(mode.draft), workload.hash, facts, result)
-    return report
+        return measured(Tried(target, tuple(modes)), workload, Recorded(store), n_ctx=n_ctx, work=work, anew=True)
 
 
-def known_to_pay(path: Path, threads: int) -> Speculation | None:
+@dataclass(frozen=True)
+class Tried:
+    """A file, and what is tried on it."""
+
+    path: Path
+    modes: tuple[Speculation, ...]
+    level: str = ""
+    """What a run calls it."""
+    cache: CacheTypes = F16_CACHE
+
+
+def measured(
+    tried: Tried, workload: Workload, recorded: Recorded, *, n_ctx: int, work: Work, anew: bool = False
+) -> SpeculationReport:
+    """What each mode gains on a workload: what is stored of this machine, the rest asked and stored.
+
+    Args:
+        tried: the file, and the modes.
+        workload: whose inputs are asked.
+        recorded: the evidence.
+        n_ctx: tokens of context that it is served with, which memory is counted for.
+        work: threads and progress.
+        anew: whether what is stored is measured once more.
+
+    Raises:
+        EngineError: the engine does not run it.
+    """
+    from bitladder.stages.run_facts import engine_facts, slots
+
+    room, _ = slots(workload, n_ctx)
+    facts = engine_facts(n_ctx=room, n_parallel=1, threads=work.threads, path=tried.path)
+    facts |= {} if tried.cache.is_default else {"kv": str(tried.cache)}
+    file = _sha(tried.path)
+    known = {
+        mode: found
+        for mode in tried.modes
+        if not anew and (found := recorded.speculation(file, mode.kind, _sha(mode.draft), workload.hash, facts))
+    }
+    missing = [mode for mode in tried.modes if mode not in known]
+    if missing:
+        asked = _ask(tried, missing, workload, room, work)
+        report = report_of(tried.path.stem, workload, missing, asked, dict.fromkeys(missing, 0))
+        for mode, result in zip(missing, report.results, strict=True):
+            known[mode] = replace(report, results=(replace(result, draft_sha256=_sha(mode.draft)),))
+            recorded.keep_speculation(file, mode.kind, workload.hash, facts, known[mode])
+    else:
+        work.journal.reuse("speculation", [tried.level or tried.path.stem])
+    results = []
+    for mode in tried.modes:  # a draft may have moved since, and memory depends on the context
+        extra = _extra_bytes(tried.path, mode, n_ctx)
+        results += [replace(one, mode=str(mode), extra_bytes=extra) for one in known[mode].results]
+    unstable = tuple(dict.fromkeys(one for found in known.values() for one in found.unstable))
+    first = known[tried.modes[0]]
+    warnings = ("The workload samples; guesses are compared on greedy answers.",) if workload.temperature else ()
+    return replace(first, level=tried.level, results=tuple(results), unstable=unstable, warnings=warnings)
+
+
+def known_to_pay(path: Path, threads: int, cache: CacheTypes = F16_CACHE) -> Speculation | None:
     """The guesses that surely pay for a file on this machine by what was measured; None where nothing is known to."""
     from bitladder.files.probe import cpu_name
+    from bitladder.plan.speculation import paying
     from bitladder.store.evidence import Evidence
     from bitladder.store.recorded import Recorded
 
+    kv = "" if cache.is_default else str(cache)
     with Evidence.open() as store:
-        found = Recorded(store).speculations(_sha(path), cpu=cpu_name(), threads=threads)
-    for result, draft in sorted(found, key=lambda one: -one[0].gains[0].low if one[0].gains else 0.0):
-        if not (result.gains and result.pays):
-            continue
-        try:
-            speculation = parse_speculation(result.mode)
-            check_draft(path, speculation)
-        except BadInput:
-            continue
-        if _sha(speculation.draft) == draft:
+        found = Recorded(store).speculations(_sha(path), cpu=cpu_name(), threads=threads, kv=kv)
+    for result in paying(found):
+        speculation = usable(path, result.mode, result.draft_sha256)
+        if speculation is not None:
             return speculation
     return None
+
+
+def usable(path: Path, mode: str, draft_sha256: str) -> Speculation | None:
+    """What was measured as ``mode``, where it can still be had for a file: the draft lies there and is the same."""
+    try:
+        speculation = parse_speculation(mode)
+        check_speculation(path, speculation)
+    except BadInput:
+        return None
+    return speculation if _sha(speculation.draft) == draft_sha256 else None
+
+
+AUTO = "auto"
+"""Every way that may pay: n-grams, the model's own heads, the smallest level as a draft."""
+DRAFT_SHARE = 0.6
+"""Of a tier's bytes, that the draft of ``auto`` has at most: a larger one costs more than it can gain."""
+
+
+def check_ways(words: Sequence[str], source: Path, levels: Sequence[str]) -> None:
+    """Refuse what a run cannot try on its tiers, before any work.
+
+    Args:
+        words: ``auto``, ``ngram``, ``mtp``, ``draft:LEVEL`` or ``draft:FILE``.
+        source: the model's file.
+        levels: of the run.
+
+    Raises:
+        UsageError: it is no way to guess.
+        BadInput: no such draft, one with another tokenizer, or a model without heads.
+    """
+    for word in words:
+        kind, _, draft = word.partition(":")
+        if word == AUTO or (kind == DRAFT and draft in levels):
+            continue
+        check_speculation(source, parse_speculation(word))
+
+
+def ways_of(words: Sequence[str], path: Path, files: Mapping[str, Path]) -> tuple[Speculation, ...]:
+    """What is tried on a tier's file, each once.
+
+    Args:
+        words: as `check_ways` takes them.
+        path: the tier's file.
+        files: of the run's levels.
+    """
+    from bitladder.files.gguf import read_header
+
+    found: list[Speculation] = []
+    for word in words:
+        kind, _, draft = word.partition(":")
+        if word == AUTO:
+            found.append(Speculation(NGRAM))
+            found += [] if heads_gap(read_header(path)) else [Speculation(MTP)]
+            smallest = min(files.values(), key=lambda file: file.stat().st_size, default=path)
+            if smallest.stat().st_size <= DRAFT_SHARE * path.stat().st_size:
+                found.append(Speculation(DRAFT, smallest))
+        elif kind == DRAFT and draft in files:
+            found.append(Speculation(DRAFT, files[draft]))
+        else:
+            found.append(parse_speculation(word))
+    return tuple(one for one in dict.fromkeys(found) if one.draft != path)
 
 
 def _file(model: str, level: str | None, work: Work) -> Path:
@@ -124,23 +239,23 @@ def _sha(path: Path | None) -> str:
     return "" if path is None else model_sha256(path)
 
 
-def _extra_bytes(mode: Speculation, n_ctx: int) -> int:
-    from bitladder.stages.serve import draft_bytes
+def _extra_bytes(path: Path, mode: Speculation, n_ctx: int) -> int:
+    from bitladder.stages.serve import guess_bytes
 
-    return draft_bytes(mode, n_ctx, (1,))[0]
+    return guess_bytes(path, mode, n_ctx, (1,))[0]
 
 
 def _ask(
-    target: Path, modes: Sequence[Speculation], workload: Workload, n_ctx: int, work: Work
+    tried: Tried, modes: Sequence[Speculation], workload: Workload, n_ctx: int, work: Work
 ) -> Mapping[tuple[str, Speculation | None], list[Asked]]:
     """Answers by input and mode, one of each round."""
     from bitladder.engines.base import Chat, Launch
-    from bitladder.engines.llama import with_speculation
+    from bitladder.engines.llama import with_cache, with_speculation
     from bitladder.engines.registry import start
 
     every: list[Speculation | None] = [None, *modes]
     found: dict[tuple[str, Speculation | None], list[Asked]] = {}
-    launch = Launch(target, n_ctx=n_ctx, threads=work.threads)
+    launch = with_cache(Launch(tried.path, n_ctx=n_ctx, threads=work.threads), tried.cache)
     with ExitStack() as stack:
         engines = {mode: stack.enter_context(start(with_speculation(launch, mode))) for mode in every}
         total = ROUNDS * len(workload.inputs)
@@ -206,9 +321,10 @@ def _gain(
     own: Mapping[str, float],
 ) -> Gain:
     """Over some inputs: the geometric mean of their ratios, with Student's interval over inputs."""
-    from bitladder.stats.paired import ratio_interval
+    from bitladder.stats.paired import ratio_above_one, ratio_interval
 
     answers = [answer for one in ids for answer in asked[one, mode]]
-    ratio, low, high = ratio_interval([base[one] for one in ids], [own[one] for one in ids])
+    times = [base[one] for one in ids], [own[one] for one in ids]
+    ratio, low, high = ratio_interval(*times)
     drafted, accepted = (sum(getattr(answer, name) for answer in answers) for name in ("drafted", "accepted"))
-    return Gain(tag, len(ids), drafted, accepted, ratio, low, high)
+    return Gain(tag, len(ids), drafted, accepted, ratio, low, high, ratio_above_one(*times))

@@ -126,3 +126,21 @@ def ratio_interval(first: ArrayLike, second: ArrayLike, *, confidence: float = 0
         return ratio, 0.0, math.inf
     half = _student(0.5 + confidence / 2, logs.size - 1) * float(logs.std(ddof=1)) / math.sqrt(logs.size)
     return ratio, ratio * math.exp(-half), ratio * math.exp(half)
+
+
+def ratio_above_one(first: ArrayLike, second: ArrayLike) -> float:
+    """P-value of "the ratio of two positive figures is at most 1" (Student's test on the logarithms of paired ratios,
+    one-sided); NaN where nothing can be told: fewer than two pairs, or some that are no rates.
+
+    Args:
+        first: f64[rounds], positive.
+        second: the same rounds of the other.
+    """
+    a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    if a.size < 2 or not all(np.all((one > 0) & (one < np.inf)) for one in (a, b)):
+        return math.nan
+    logs = np.log(a) - np.log(b)
+    error = float(logs.std(ddof=1)) / math.sqrt(logs.size)
+    if error == 0:
+        return 0.0 if logs[0] > 0 else 1.0
+    return float(stats.t.sf(float(logs.mean()) / error, logs.size - 1))

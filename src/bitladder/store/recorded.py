@@ -25,7 +25,7 @@ from bitladder.records.evaluation import Answer, Speed
 from bitladder.records.fidelity import Fidelity, Way
 from bitladder.records.level_file import StoredFile
 from bitladder.records.reading import from_json
-from bitladder.records.speculation import SpeculationResult
+from bitladder.records.speculation import SpeculationReport, SpeculationResult
 from bitladder.store.evidence import Evidence
 
 T = TypeVar("T")
@@ -181,24 +181,31 @@ class Recorded:
         self._store.put("speed", {**subject.key, "engine": dict(engine)}, speed)
 
     def keep_speculation(
-        self, file: str, draft: str, workload: str, engine: Mapping[str, Any], result: SpeculationResult
+        self, file: str, kind: str, workload: str, engine: Mapping[str, Any], report: SpeculationReport
     ) -> None:
-        """Store what guesses gain for a file (its hash), by a draft's hash, on a workload's."""
-        kind = result.mode.partition(":")[0]
-        key = {"file": file, "speculate": kind, "draft": draft, "workload": workload, "engine": dict(engine)}
-        self._store.put("speculation", key, result)
+        """Store what one way to guess gains for a file (its hash) on a workload's: a report with one result."""
+        key = _guess_key(file, kind, report.results[0].draft_sha256, workload, engine)
+        self._store.put("speculation", key, report)
 
-    def speculations(self, file: str, *, cpu: str, threads: int) -> list[tuple[SpeculationResult, str]]:
-        """What is known of guesses for a file on such a processor with so many threads, newest first, each with the
-        hash of its draft."""
+    def speculation(
+        self, file: str, kind: str, draft: str, workload: str, engine: Mapping[str, Any]
+    ) -> SpeculationReport | None:
+        """What is known of one way to guess for a file, by a draft's hash, on a workload's."""
+        report = self._read(SpeculationReport, "speculation", _guess_key(file, kind, draft, workload, engine))
+        return report if report is not None and len(report.results) == 1 else None
+
+    def speculations(self, file: str, *, cpu: str, threads: int, kv: str = "") -> list[SpeculationResult]:
+        """What is known of guesses for a file on such a processor with so many threads and such a KV cache (empty:
+        llama.cpp's own), newest first."""
         rows = self._store.find("speculation", file=file)
-        found = ((_record(SpeculationResult, row.value), row.key) for row in rows)
+        found = ((_record(SpeculationReport, row.value), row.key) for row in rows)
         return [
-            (result, str(key.get("draft", "")))
-            for result, key in found
-            if result
+            result
+            for report, key in found
+            if report
             and isinstance(own := key.get("engine"), Mapping)
-            and (own.get("cpu"), own.get("threads")) == (cpu, threads)
+            and (own.get("cpu"), own.get("threads"), own.get("kv", "")) == (cpu, threads, kv)
+            for result in report.results
         ]
 
     def keep_file(self, subject: Subject, file: StoredFile) -> None:
@@ -296,3 +303,7 @@ def _record(kind: type[T], value: Any) -> T | None:
         return None if value is None else from_json(kind, value)
     except ValueError:
         return None
+
+
+def _guess_key(file: str, kind: str, draft: str, workload: str, engine: Mapping[str, Any]) -> dict[str, Any]:
+    return {"file": file, "speculate": kind, "draft": draft, "workload": workload, "engine": dict(engine)}

@@ -70,6 +70,9 @@ class Stages(Protocol):
     def layer_names(self, layer: int) -> list[str]:
         """The tensors that a stage reads: who holds them can drop them after it."""
 
+    def outline(self, layer: int) -> nn.Module:
+        """The modules of a stage without their weights: to be looked at, not run."""
+
     def layer(self, layer: int, weights: Weights) -> nn.Module:
         """A stage filled with weights; whoever holds it drops it before the next."""
 
@@ -114,6 +117,9 @@ class Observer(Resumable):
     """Looks on while a member passes a layer; by default at nothing."""
 
     wants = Wants()
+    reads_weights = True
+    """Whether ``take`` looks at the block's weights: where units are computed elsewhere, nobody else needs them here.
+    """
 
     def reads(self, shared: SharedInput) -> bool:  # noqa: ARG002
         """Whether it takes statistics of this input."""
@@ -176,7 +182,7 @@ class Spread(Protocol):
     ) -> Iterator[InputWatch]:  # fmt: skip
         """Do all units of a layer with the source's weights; gives what was seen of each shard, in their order."""
 
-    def passing(self, stream: Stream, layer: int, block: nn.Module, states: States) -> Pass:
+    def passing(self, stream: Stream, layer: int, states: States) -> Pass:
         """Passes through a layer that is built."""
 
 
@@ -336,8 +342,9 @@ class Stream:
                 leaving.copy_from(entering)
             lead.build(self, layer, leaving)
             return
-        block = lead.load(self.stages, layer)
         observers = [one for member in members for one in self.members[member].observers]
+        needed = self.spread is None or any(one.reads_weights for one in observers)
+        block = lead.load(self.stages, layer) if needed else self.stages.outline(layer)
         if self.spread is not None:
             watched = self._watched(layer, block, observers)
             parts = self.spread.through(self, layer, observers, watched, entering, leaving)

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from bitladder.formats.roles import Parameter, SharedInput, layer_tensor
 from bitladder.kernels import Effort, dequantize, gptq, quantize
 from bitladder.kernels.feedback import chunk_of, quantize_with_feedback, takes_feedback
 from bitladder.levels.held import require_held
+from bitladder.walk.coding import Bench, Share
 from bitladder.walk.driver import Builder, HeldInputs, Observer, Stream
 from bitladder.walk.inputs import InputStatistics, keeping
 from bitladder.walk.layer_pass import Original, passing
@@ -90,6 +92,7 @@ class Fitted:
     energy: float = 0.0
     damp: float = 0.0
     note: str = ""
+    tokens: int = 0
 
 
 def factor_of(name: str, seen: InputStatistics, settings: FeedbackSettings) -> tuple[F32, gptq.Factor]:
@@ -134,7 +137,7 @@ def fit_matrix(
     )
     energy = float(np.vdot(weights @ seen.gram, weights))
     note = f"Hessian not positive definite: damping raised to {factor.damp:g}" if factor.rescued else ""
-    return Fitted(blocks.data, blocks.cost, energy, factor.damp, note)
+    return Fitted(blocks.data, blocks.cost, energy, factor.damp, note, seen.tokens)
 
 
 Changed = Callable[[int, Sequence[str]], list[str]]
@@ -143,6 +146,8 @@ Changed = Callable[[int, Sequence[str]], list[str]]
 class SourceInputs(Observer):
     """Keeps what the source's linear modules read in a layer, of those that a level changes, until its builder takes
     it."""
+
+    reads_weights = False
 
     def __init__(
         self, model: LayeredModel, changed: Changed, batches: Sequence[Batch], *, budget_bytes: int, spill: Path | None
@@ -205,7 +210,6 @@ class FedLevel(Builder):
         self.model, self._weights, self._qtypes, self._settings = model, weights, qtypes, settings
         self.source_inputs = SourceInputs(model, self._changed, batches, budget_bytes=budget_bytes, spill=spill)
         self._put, self._has = put, has
-        self._last: tuple[InputStatistics, tuple[F32, gptq.Factor]] | None = None
 
     def holds(self, layers: int) -> bool:
         """As ``Resumable``."""
@@ -223,74 +227,137 @@ class FedLevel(Builder):
         Raises:
             BadWeights: weights or activations are not finite.
         """
-        block = self.load(self.model, layer)
-        through = passing(stream, layer, block, states)
+        block = self.model.outline(layer) if stream.spread is not None else self.load(self.model, layer)
+        through = passing(stream, layer, block, states, self._weights)
         for shared in self.model.inputs(layer, block):
             names = self._changed(layer, shared.roles)
             if not names:
                 continue
-            gathered = through.gather(shared, self.source_inputs.pop(shared))
-            found = {name: self._fit(name, self._for_columns(layer, name, gathered)) for name in names}
-            for tensor in found.values():
-                self._put(tensor)
-            for parameter in self._readers(layer, shared):
-                self._fill(block, layer, parameter, found)
-                through.changed(parameter.path)
+            coder = FedCoder(layer, shared, tuple((name, self._qtypes[name]) for name in names), self._settings)
+            found: dict[str, list[Fitted]] = {name: [] for name in names}
+            for answer in through.code(coder, self.source_inputs.pop(shared)):
+                for name, fitted in answer.items():
+                    found[name] += fitted
+            for name in names:
+                self._put(_whole_of(name, self._qtypes[name], found.pop(name)))
         through.finish()
 
-    def _readers(self, layer: int, shared: SharedInput) -> Iterator[Parameter]:
-        return (p for p in self.model.kind(layer).parameters if set(p.roles) & set(shared.roles))
 
-    def _for_columns(self, layer: int, name: str, seen: list[InputStatistics]) -> list[InputStatistics]:
-        """Statistics in the order of a tensor's columns."""
-        columns = self.model.columns(layer, name.split(".", 2)[2])
-        return seen if columns is None else [one.moved(columns) for one in seen]
+def _whole_of(name: str, qtype: str, fitted: Sequence[Fitted]) -> FittedTensor:
+    """One tensor of its matrices."""
+    whole_energy = sum(one.energy for one in fitted)
+    share = 1 / whole_energy if whole_energy > 0 else float("nan")
+    notes = [one.note for one in fitted if one.note]
+    note = f"{len(notes)} of {len(fitted)} matrices: {notes[0]}" if notes and len(fitted) > 1 else "".join(notes)
+    return FittedTensor(
+        name,
+        qtype,
+        np.concatenate([one.data for one in fitted]),
+        share * sum(one.cost for one in fitted),
+        min(one.tokens for one in fitted),
+        max(one.damp for one in fitted),
+        note,
+    )
 
-    def _fit(self, name: str, gathered: Sequence[InputStatistics]) -> FittedTensor:
-        """One tensor: a matrix, or a stack of experts with statistics each."""
-        whole = self._weights(name)
-        matrices = whole.reshape(-1, *whole.shape[-2:])
-        statistics = list(gathered) if len(gathered) == len(matrices) else list(gathered) * len(matrices)
-        fitted = [
-            self._fit_matrix(name, self._qtypes[name], own, seen)
-            for own, seen in zip(matrices, statistics, strict=True)
-        ]
-        whole_energy = sum(one.energy for one in fitted)
-        share = 1 / whole_energy if whole_energy > 0 else float("nan")
-        notes = [one.note for one in fitted if one.note]
-        note = f"{len(notes)} of {len(fitted)} matrices: {notes[0]}" if notes and len(fitted) > 1 else "".join(notes)
-        return FittedTensor(
-            name,
-            self._qtypes[name],
-            np.concatenate([one.data for one in fitted]),
-            share * sum(one.cost for one in fitted),
-            min(seen.tokens for seen in statistics),
-            max(one.damp for one in fitted),
-            note,
+
+_Change = dict[str, U8]
+
+
+@dataclass(frozen=True)
+class FedCoder:
+    """Of one input of a layer, as ``coding.Coder``. A change is the blocks of tensors, or of some experts of each."""
+
+    layer: int
+    shared: SharedInput
+    tensors: tuple[tuple[str, str], ...]
+    """Names and types."""
+    settings: FeedbackSettings
+    reads_peak: ClassVar[bool] = False
+    piecewise: ClassVar[bool] = False
+
+    @property
+    def readers(self) -> int:
+        """As ``Coder``."""
+        return len(self.tensors)
+
+    def code(
+        self,
+        bench: Bench,
+        share: Share,
+        gathered: Iterator[InputStatistics],
+        peak: float | None,  # noqa: ARG002
+    ) -> tuple[dict[str, list[Fitted]], _Change]:
+        """As ``Coder``: tensors by name, each as the matrices of this share."""
+        own = self.tensors[share.readers.start : share.readers.stop]
+        settings = replace(
+            self.settings, threads=bench.threads or self.settings.threads, device=str(bench.model.device)
         )
+        found: dict[str, list[Fitted]] = {name: [] for name, _ in own}
+        for expert in [None] if share.experts is None else share.experts:
+            seen = next(gathered)
+            fitting = _Fitting(seen, settings)
+            for name, qtype in own:
+                columns = bench.model.columns(self.layer, name.split(".", 2)[2])
+                for weights in _matrices(bench, name, expert):
+                    found[name].append(fitting.fit(name, qtype, weights, columns))
+        return found, {name: np.concatenate([one.data for one in fitted]) for name, fitted in found.items()}
 
-    def _fit_matrix(self, name: str, qtype: str, weights: F32, seen: InputStatistics) -> Fitted:
-        require_held(weights, [qtype], name)
-        if seen.tokens < FEW_TOKENS or not takes_feedback(qtype):
-            data = quantize(weights, qtype, effort=self._settings.effort, threads=self._settings.threads)
-            note = f"only {seen.tokens} calibration tokens: rounded plainly" if takes_feedback(qtype) else ""
-            return Fitted(data, note=note)
-        if self._last is None or self._last[0] is not seen:  # tensors that share an input share its factor
-            self._last = (seen, factor_of(name, seen, self._settings))
-        return fit_matrix(qtype, weights, seen, self._last[1], self._settings)
+    def paths(self, model: LayeredModel) -> list[str]:
+        """As ``Coder``."""
+        return [parameter.path for parameter in self._parameters(model)]
 
-    def _fill(self, block: nn.Module, layer: int, parameter: Parameter, found: Mapping[str, FittedTensor]) -> None:
-        """Put the decoded weights where the layer's next inputs come from."""
+    def fill(self, bench: Bench, changes: Sequence[_Change]) -> None:
+        """As ``Coder``: decoded weights, where the layer's next inputs come from."""
+        names = dict(self.tensors)
+        for parameter in self._parameters(bench.model):
+            self._fill(bench, parameter, names, changes)
+
+    def _parameters(self, model: LayeredModel) -> list[Parameter]:
+        return [one for one in model.kind(self.layer).parameters if set(one.roles) & set(self.shared.roles)]
+
+    def _fill(self, bench: Bench, parameter: Parameter, qtypes: Mapping[str, str], changes: Sequence[_Change]) -> None:
+        model = bench.model
         parts = []
-        held = self.model.layer_names(layer)
-        for name in (layer_tensor(layer, role) for role in parameter.roles):
-            if name in held:
-                parts.append(self._decoded(found[name]) if name in found else self._weights(name))
-        heads = self.model.model.dims.n_head if "q_proj" in parameter.path else self.model.model.dims.n_head_kv
+        held = model.layer_names(self.layer)
+        for name in (layer_tensor(self.layer, role) for role in parameter.roles):
+            if name in qtypes:
+                blocks = np.concatenate([change[name] for change in changes if name in change])
+                shape = next(tensor.shape for tensor in model.model.tensors if tensor.name == name)
+                threads = bench.threads or self.settings.threads
+                parts.append(dequantize(blocks, qtypes[name], threads=threads).reshape(shape))
+            elif name in held:
+                parts.append(bench.weights(name))
+        heads = model.model.dims.n_head if "q_proj" in parameter.path else model.model.dims.n_head_kv
         value = np.ascontiguousarray(apply(parameter.transform, parts, heads))
         with torch.no_grad():
-            tensor_at(block, parameter.path).copy_(torch.from_numpy(value))
+            tensor_at(bench.block, parameter.path).copy_(torch.from_numpy(value))
 
-    def _decoded(self, tensor: FittedTensor) -> F32:
-        shape = next(t.shape for t in self.model.model.tensors if t.name == tensor.name)
-        return dequantize(tensor.data, tensor.qtype, threads=self._settings.threads).reshape(shape)
+
+def _matrices(bench: Bench, name: str, expert: int | None) -> F32:
+    """All of a tensor, or the one of an expert, f32[count, rows, columns]."""
+    *_, rows, columns = next(tensor.shape for tensor in bench.model.model.tensors if tensor.name == name)
+    some = None if expert is None else slice(expert * rows, (expert + 1) * rows)
+    return bench.weights(name, some).reshape(-1, rows, columns)
+
+
+class _Fitting:
+    """Fits matrices that read the same input: those whose columns lie alike share its factor."""
+
+    def __init__(self, seen: InputStatistics, settings: FeedbackSettings) -> None:
+        self._seen, self._settings = seen, settings
+        self._factored: tuple[F32, gptq.Factor] | None = None
+
+    def fit(self, name: str, qtype: str, weights: F32, columns: NDArray[np.int64] | None) -> Fitted:
+        """Blocks of f32[rows, columns]; ``columns``: where the tensor has each channel, if elsewhere."""
+        require_held(weights, [qtype], name)
+        seen, settings = self._seen, self._settings
+        if seen.tokens < FEW_TOKENS or not takes_feedback(qtype):
+            data = quantize(weights, qtype, effort=settings.effort, threads=settings.threads)
+            note = f"only {seen.tokens} calibration tokens: rounded plainly" if takes_feedback(qtype) else ""
+            return Fitted(data, note=note, tokens=seen.tokens)
+        if columns is not None:
+            seen = seen.moved(columns)
+            return fit_matrix(qtype, weights, seen, factor_of(name, seen, settings), settings)
+        if self._factored is None:
+            self._factored = factor_of(name, seen, settings)
+        return fit_matrix(qtype, weights, seen, self._factored, settings)

@@ -3,10 +3,14 @@ so far, so each layer sees, and corrects for, what happened before it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from time import monotonic
+from typing import ClassVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from bitladder.files.layer_store import LayerStore
@@ -14,15 +18,92 @@ from bitladder.formats.disk_names import quantized_parameters
 from bitladder.formats.roles import Parameter, SharedInput
 from bitladder.levels import CheckpointLevel
 from bitladder.levels.checkpoints import CheckpointFormat
-from bitladder.levels.methods import Prepared
+from bitladder.levels.methods import Method, Prepared
+from bitladder.walk.coding import Bench, Share
 from bitladder.walk.driver import Builder, Stream
-from bitladder.walk.inputs import InputStatistics, peak_of
+from bitladder.walk.inputs import InputStatistics
 from bitladder.walk.layer_pass import passing
 from bitladder.walk.layers import LayeredModel
 from bitladder.walk.made import SCALE_DTYPES, InStore, LayerOutput, floats_of, format_of, naming, too_few
 from bitladder.walk.matrices import matrix, set_matrix
 from bitladder.walk.states import States
 from bitladder.walk.weights import LevelWeights
+
+_Change = dict[tuple[int, int | None], NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class GptqCoder:
+    """Of one input of a layer, as ``coding.Coder``. A change is decoded weights f32[outputs, inputs] by parameter and
+    expert."""
+
+    layer: int
+    shared: SharedInput
+    readers: int
+    form: CheckpointFormat
+    method: Method
+    scale_dtype: str
+    damp: float
+    act_order: bool
+    piecewise: ClassVar[bool] = True
+
+    @property
+    def reads_peak(self) -> bool:
+        """As ``Coder``."""
+        return self.form.reads_peaks
+
+    def code(
+        self, bench: Bench, share: Share, gathered: Iterator[InputStatistics], peak: float | None
+    ) -> tuple[LayerOutput, _Change]:
+        """As ``Coder``: what goes into the level's store."""
+        output, change = LayerOutput(), _Change()
+        for expert in [None] if share.experts is None else share.experts:
+            self._quantize(bench, share, expert, next(gathered), peak, output, change)
+        return output, change
+
+    def paths(self, model: LayeredModel) -> list[str]:
+        """As ``Coder``."""
+        return [parameter.path for parameter in quantized_parameters(model.family, self.shared)]
+
+    def fill(self, bench: Bench, changes: Sequence[_Change]) -> None:
+        """As ``Coder``."""
+        parameters = self._parameters(bench)
+        for change in changes:
+            for (number, expert), decoded in change.items():
+                set_matrix(bench.model.family, bench.block, parameters[number], expert, decoded)
+
+    def _parameters(self, bench: Bench) -> tuple[Parameter, ...]:
+        return quantized_parameters(bench.model.family, self.shared)
+
+    def _quantize(
+        self,
+        bench: Bench,
+        share: Share,
+        expert: int | None,
+        statistics: InputStatistics,
+        peak: float | None,
+        output: LayerOutput,
+        change: _Change,
+    ) -> None:
+        """Quantize what reads one input; the Gram matrix may be as large as the layer, and its factor takes its
+        place."""
+        method, family, parameters = self.method, bench.model.family, self._parameters(bench)
+        tokens, few = statistics.tokens, too_few(expert, statistics)
+        with naming(self.layer, parameters[0].path):
+            seen = method.prepare(statistics.gram, damp=self.damp, act_order=self.act_order, overwrite=True)
+        del statistics
+        known = Prepared() if few else seen
+        with naming(self.layer, parameters[0].path):
+            matrices = (matrix(family, bench.block, parameter, expert) for parameter in parameters)
+            form = self.form.joined(matrices, method.importance(known), peak)
+        for number in share.readers:
+            parameter = parameters[number]
+            weights = matrix(family, bench.block, parameter, expert)
+            with naming(self.layer, parameter.path):
+                found = method.apply(form, known, weights, scale_dtype=self.scale_dtype, device=str(bench.model.device))
+            change[number, expert] = found.decoded
+            note = few or seen.note
+            output.add(bench.model, form, parameter, expert, found, tokens=tokens, note=note, damp=seen.damp)
 
 
 class GptqLevel(InStore, Builder):
@@ -53,10 +134,10 @@ class GptqLevel(InStore, Builder):
             BadWeights: activations are not finite.
         """
         started = monotonic()
-        block = self.load(self._model, layer)
+        block = self.load(self._model, layer) if stream.spread is None else self._floats_alone(layer)
         for tensor in self._model.layer_names(layer):  # the file's own pages need not stay beside the weights
             self.weights.forget(tensor)
-        through = passing(stream, layer, block, states)
+        through = passing(stream, layer, block, states, self.weights)
         output = LayerOutput()
         for shared in self._model.inputs(layer, block):
             parameters = quantized_parameters(self._model.family, shared)
@@ -66,16 +147,28 @@ class GptqLevel(InStore, Builder):
             if form is None:
                 self._keep(block, shared, parameters, output)
                 continue
-            gathered = through.gather(shared, largest=form.reads_peaks)
-            peak = peak_of(gathered)
-            alone = len(gathered) == 1
-            for expert in range(len(gathered)):
-                self._quantize(layer, block, form, parameters, None if alone else expert, gathered, peak, output)
-            for parameter in parameters:
-                through.changed(parameter.path)
+            coder = GptqCoder(
+                layer, shared, len(parameters), form, self._level.method, self._scale_dtype, self._damp,
+                self._act_order,
+            )  # fmt: skip
+            for made in through.code(coder):
+                output.join(made)
         through.finish()
         output.floats |= floats_of(self._model, block)
         self.put(layer, output, monotonic() - started)
+
+    def _floats_alone(self, layer: int) -> nn.Module:
+        """The layer without what workers quantize."""
+        quantized = {
+            parameter.path
+            for shared in self._model.inputs(layer, self._model.outline(layer))
+            for parameter in quantized_parameters(self._model.family, shared)
+            if format_of(self._model, self._level.format, layer, parameter.path) is not None
+        }
+        block = self._model.empty(layer)
+        floats = [path for path, _ in block.named_parameters() if path not in quantized]
+        self._model.fill(block, layer, self.weights, floats)
+        return block
 
     def _keep(
         self, block: nn.Module, shared: SharedInput, parameters: Sequence[Parameter], output: LayerOutput
@@ -85,35 +178,3 @@ class GptqLevel(InStore, Builder):
         for expert in [None] if alone else range(self._model.model.dims.n_expert):
             for parameter in parameters:
                 output.keep(self._model, parameter, expert, matrix(self._model.family, block, parameter, expert))
-
-    def _quantize(
-        self,
-        layer: int,
-        block: nn.Module,
-        form: CheckpointFormat,
-        parameters: Sequence[Parameter],
-        expert: int | None,
-        gathered: list[InputStatistics],
-        peak: float | None,
-        output: LayerOutput,
-    ) -> None:
-        """Quantize, as ``form`` stores it, what reads the first of ``gathered``, which is taken out: its Gram matrix
-        may be as large as the layer, and its factor takes its place. ``peak``: the largest magnitude of all."""
-        method, statistics, family = self._level.method, gathered.pop(0), self._model.family
-        tokens, few = statistics.tokens, too_few(expert, statistics)
-        with naming(layer, parameters[0].path):
-            seen = method.prepare(statistics.gram, damp=self._damp, act_order=self._act_order, overwrite=True)
-        del statistics
-        known = Prepared() if few else seen
-        with naming(layer, parameters[0].path):
-            matrices = (matrix(family, block, parameter, expert) for parameter in parameters)
-            form = form.joined(matrices, method.importance(known), peak)
-        for parameter in parameters:
-            weights = matrix(family, block, parameter, expert)
-            with naming(layer, parameter.path):
-                found = method.apply(
-                    form, known, weights, scale_dtype=self._scale_dtype, device=str(self._model.device)
-                )
-            set_matrix(family, block, parameter, expert, found.decoded)
-            note = few or seen.note
-            output.add(self._model, form, parameter, expert, found, tokens=tokens, note=note, damp=seen.damp)

@@ -22,6 +22,8 @@ Vectors = dict[str, NDArray[np.floating]]
 class Importance(Observer):
     """Gathers ``vectors`` layer by layer."""
 
+    reads_weights = False
+
     def __init__(self, stages: Stages) -> None:
         self._stages = stages
         self.vectors: Vectors = {}

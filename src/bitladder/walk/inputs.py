@@ -6,8 +6,10 @@ which was computed first, or where.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +78,13 @@ class InputStatistics:
         return InputStatistics(square(self.gram), largest, self.squares[back], self.tokens, held_out, drift)
 
 
+def readable(array: NDArray[Any]) -> torch.Tensor:
+    """A tensor of an array that may be shared with others: it must not be written to."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that it cannot be written to
+        return torch.from_numpy(array)
+
+
 class Sums:
     """Running sums of one input. Only the blocks of the Gram matrix on and above the diagonal are computed."""
 
@@ -99,6 +108,7 @@ class Sums:
         self.squares = torch.zeros(columns, dtype=torch.float64, device=device)
         self.tokens = 0
         self._half = half and columns > 4 * _LOUD
+        self._borrowed = False
 
     def add(self, x: torch.Tensor, held_out: torch.Tensor | None = None) -> None:
         """Take in f32[tokens, columns]; ``held_out`` bool[tokens]."""
@@ -128,6 +138,7 @@ class Sums:
 
     def merge(self, later: Sums) -> None:
         """Add what a later shard summed of the same input."""
+        self._own()
         with torch.inference_mode():
             if len(self._drift) and len(later._drift):
                 self._drift += later._drift
@@ -148,9 +159,20 @@ class Sums:
         return {name: one.numpy() if isinstance(one, torch.Tensor) else one for name, one in vars(self).items()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Back again; what travelled may be shared with others, so it is copied."""
-        own = {name: torch.from_numpy(one.copy()) for name, one in state.items() if isinstance(one, np.ndarray)}
-        vars(self).update(state | own)
+        """Back again; what travelled may be shared with others, so it is copied before it is changed."""
+        read = {name: readable(one) for name, one in state.items() if isinstance(one, np.ndarray)}
+        vars(self).update(state | read | {"_borrowed": True})
+
+    def borrowed(self) -> Sums:
+        """The same, copied before it is changed."""
+        other = Sums.__new__(Sums)
+        vars(other).update(vars(self) | {"_borrowed": True})
+        return other
+
+    def _own(self) -> None:
+        if self._borrowed:
+            vars(self).update({name: one.clone() for name, one in vars(self).items() if isinstance(one, torch.Tensor)})
+            self._borrowed = False
 
     def _multiply(self, x: torch.Tensor, gram: torch.Tensor, squares: torch.Tensor) -> None:
         if self._half and len(gram):
@@ -162,6 +184,7 @@ class Sums:
 
     def result(self) -> InputStatistics:
         """The sums so far, the Gram matrices whole."""
+        self._own()
         with torch.inference_mode():
             if len(self._held_out):
                 self.gram += self._held_out
@@ -199,9 +222,11 @@ def _complete(gram: torch.Tensor) -> None:
 class InputWatch:
     """Sums of one shard over what some inputs of a layer read."""
 
-    def __init__(self, inputs: Sequence[SharedInput], wants: Wants, *, half: bool = False) -> None:
-        """``half``: Gram matrices are multiplied in bfloat16."""
-        self._wants, self._half = wants, half
+    def __init__(
+        self, inputs: Sequence[SharedInput], wants: Wants, *, half: bool = False, experts: range | None = None
+    ) -> None:
+        """``half``: Gram matrices are multiplied in bfloat16. ``experts``: which of a stack; all by default."""
+        self._wants, self._half, self._experts = wants, half, experts
         self.sums: dict[SharedInput, list[Sums]] = {shared: [] for shared in inputs}
 
     @contextmanager
@@ -230,7 +255,7 @@ class InputWatch:
             with torch.no_grad():
                 tokens = valid.to(arguments[0].device)
                 detached = tuple(one.detach() if isinstance(one, torch.Tensor) else one for one in arguments)
-                for number, x in enumerate(vectors(shared.kind, module, detached, tokens)):
+                for number, x in enumerate(vectors(shared.kind, module, detached, tokens, self._experts)):
                     if number == len(sums):
                         sums.append(self._new(x, apart=held_out))
                     sums[number].add(x, apart.to(x.device) if held_out else None)
@@ -250,6 +275,12 @@ class InputWatch:
                 one.to_cpu()
         return self
 
+    def borrowed(self) -> InputWatch:
+        """The same sums, which are copied before they are changed."""
+        other = copy(self)
+        other.sums = {shared: [one.borrowed() for one in own] for shared, own in self.sums.items()}
+        return other
+
     def merge(self, later: InputWatch) -> None:
         """Add what a later shard saw."""
         for shared, others in later.sums.items():
@@ -257,6 +288,20 @@ class InputWatch:
             for own, other in zip(sums, others, strict=False):
                 own.merge(other)
             sums.extend(others[len(sums) :])
+
+    def peak(self, shared: SharedInput) -> float | None:
+        """As ``peak_of``."""
+        return _peak(one.largest.numpy(force=True) for one in self.sums[shared])
+
+    def statistics(self, layer: int, shared: SharedInput, some: slice) -> Iterator[InputStatistics]:
+        """Those of some of an input's experts, one at a time; its sums are let go of.
+
+        Raises:
+            BadWeights: an input is not finite.
+        """
+        own = self.sums.pop(shared)[some]
+        while own:
+            yield _checked(shared, layer, own.pop(0).result())
 
     def results(self, layer: int) -> Mapping[SharedInput, list[InputStatistics]]:
         """Statistics of each input, one per expert for stacked experts; none where no token came by.
@@ -283,7 +328,11 @@ def keeping(
 
 def peak_of(statistics: Sequence[InputStatistics]) -> float | None:
     """The largest magnitude in an input, of all experts together; None where nobody asked, or nothing came by."""
-    found = max((float(one.largest.max(initial=0)) for one in statistics), default=0.0)
+    return _peak(one.largest for one in statistics)
+
+
+def _peak(largest: Iterable[F32]) -> float | None:
+    found = max((float(one.max(initial=0)) for one in largest), default=0.0)
     return found if found > 0 else None
 
 
@@ -306,13 +355,16 @@ def _checked(shared: SharedInput, layer: int, seen: InputStatistics) -> InputSta
     return seen
 
 
-def vectors(kind: str, module: Any, arguments: tuple[Any, ...], valid: torch.Tensor) -> Iterator[torch.Tensor]:
+def vectors(
+    kind: str, module: Any, arguments: tuple[Any, ...], valid: torch.Tensor, experts: range | None = None
+) -> Iterator[torch.Tensor]:
     """What the linear layers of a shared input read in one call of its module.
 
     Args:
         kind: as ``formats.roles.SharedInput``.
         module: the module that is called, with ``arguments``.
         valid: bool[tokens], which positions hold a token and not padding.
+        experts: which of fused ones; all by default.
 
     Returns:
         f32[tokens, columns]; of fused experts one after another, each with the tokens that were routed to it.
@@ -322,10 +374,10 @@ def vectors(kind: str, module: Any, arguments: tuple[Any, ...], valid: torch.Ten
         yield x if bool(valid.all()) else x[valid]
         return
     if kind.startswith(PRODUCTS):
-        yield from expert_inputs(module, kind.removeprefix(PRODUCTS), arguments, valid)
+        yield from expert_inputs(module, kind.removeprefix(PRODUCTS), arguments, valid, experts)
         return
     states, chosen = arguments[0], arguments[1]
-    for expert in range(module.num_experts):
+    for expert in range(module.num_experts) if experts is None else experts:
         x = states[(chosen == expert).any(dim=-1) & valid]
         if kind == "experts_down":
             gate, up = nn.functional.linear(x, module.gate_up_proj[expert]).chunk(2, dim=-1)

@@ -23,11 +23,13 @@ import torch
 from torch import nn
 
 from bitladder.formats.roles import SharedInput
+from bitladder.walk.coding import Bench, Coder, groups_of, shares_of
 from bitladder.walk.driver import HeldInputs, Stream
-from bitladder.walk.inputs import InputStatistics, InputWatch, Wants, merged
-from bitladder.walk.layers import Entry, inference
+from bitladder.walk.inputs import InputWatch, Wants, merged
+from bitladder.walk.layers import Entry, LayeredModel, inference
 from bitladder.walk.products import products
 from bitladder.walk.states import Batch, States
+from bitladder.walk.weights import LevelWeights
 
 Original = States | HeldInputs
 """What the source has as an input: here, or where units are computed."""
@@ -40,54 +42,83 @@ class _Reached(Exception):
 class Pass(Protocol):
     """A layer of a level that is built while it passes, wherever its units are computed."""
 
-    def gather(
-        self, shared: SharedInput, original: Original | None = None, *, largest: bool = False
-    ) -> list[InputStatistics]:
-        """As ``LayerPass``."""
+    def code(self, coder: Coder, original: Original | None = None) -> Iterator[Any]:
+        """Gather what an input looks like, choose the codes of all that reads it, and put them into the layer. Inputs
+        are taken in the order they are computed, each once.
 
-    def changed(self, path: str) -> None:
-        """A parameter of the block has its final value."""
+        Args:
+            coder: of that input.
+            original: what the source itself has there, of a linear layer's input.
+
+        Returns:
+            What the coder says of each share, in their order.
+
+        Raises:
+            BadWeights: inputs or weights are not finite.
+        """
 
     def finish(self) -> None:
         """As ``LayerPass``."""
 
 
-def passing(stream: Stream, layer: int, block: nn.Module, states: States) -> Pass:
-    """Passes through a layer of a level that is built, where the stream's units are computed."""
+def passing(stream: Stream, layer: int, block: nn.Module, states: States, weights: LevelWeights) -> Pass:
+    """Passes through a layer of a level that is built, where the stream's units are computed. ``weights``: what coders
+    read beside the block."""
     if stream.spread is not None:
-        return stream.spread.passing(stream, layer, block, states)
-    return LayerPass(stream, layer, block, states)
+        return stream.spread.passing(stream, layer, states)
+    return LayerPass(stream, layer, block, states, weights)
 
 
 class LayerPass:
     """One decoder layer of one level that is built while it passes. ``states`` are what enters it; ``finish`` replaces
     them by what leaves it."""
 
-    def __init__(self, stream: Stream, layer: int, block: nn.Module, states: States) -> None:
-        """What is kept between passes goes to files beyond what hidden states leave of the stream's ``state_bytes``."""
+    def __init__(
+        self, stream: Stream, layer: int, block: nn.Module, states: States, weights: LevelWeights | None = None
+    ) -> None:
+        """What is kept between passes goes to files beyond what hidden states leave of the stream's ``state_bytes``.
+        ``weights``: for coders."""
         self._stream, self._layer, self._block, self._states = stream, layer, block, states
+        self._weights = weights or stream.members[0].weights
         self._room = stream.shelf.room.rest()
         self._entries = {one.linear: one for one in stream.stages.entries(layer, block)}
         self._kept: dict[str, States] = {}
         self._passed: set[tuple[str, int]] = set()
         """Where a kept input, of a module and of the batch that begins there, has been replaced by the output."""
 
-    def gather(
-        self, shared: SharedInput, original: Original | None = None, *, largest: bool = False
-    ) -> list[InputStatistics]:
-        """Statistics of one shared input (one per expert for stacked experts); the pass ends where it is
-        seen. Inputs are gathered in the order they are computed; what reads them must not change after the next
-        one was gathered. ``original``: what the source itself has there, of a linear layer's input. ``largest``:
-        largest magnitudes are asked for, too.
+    def code(self, coder: Coder, original: Original | None = None) -> Iterator[Any]:
+        """As ``Pass``."""
+        shared = coder.shared
+        assert isinstance(self._stream.stages, LayeredModel)
+        bench = Bench(self._stream.stages, self._weights, lambda: self._block)
+        groups, changes = groups_of(bench.model.model, self._layer, shared), list[Any]()
+        peak = None
+        if coder.reads_peak and len(groups) > 1:
+            peak = self.gather(shared, None, Wants(largest=True), None).peak(shared)
+        for experts in groups:
+            seen = self.gather(shared, original, Wants(gram=True, largest=coder.reads_peak), experts)
+            if coder.reads_peak and len(groups) == 1:
+                peak = seen.peak(shared)
+            [share] = shares_of(coder.readers, experts, 1)
+            answer, change = coder.code(bench, share, seen.statistics(self._layer, shared, slice(None)), peak)
+            del seen
+            changes.append(change)
+            if coder.piecewise:  # decoded weights of hundreds of experts are as large as the layer
+                coder.fill(bench, changes)
+                changes.clear()
+            yield answer
+        if changes:
+            coder.fill(bench, changes)
 
-        Raises:
-            BadWeights: the inputs are not finite.
-        """
+    def gather(
+        self, shared: SharedInput, original: Original | None, wants: Wants, experts: range | None = None
+    ) -> InputWatch:
+        """Sums over one shared input (of some experts of a stack; by default all); the pass ends where it is seen.
+        Inputs are gathered in the order they are computed; what reads them must not change after the next one was
+        gathered. ``original``: what the source itself has there, of a linear layer's input."""
         whole = frozenset(self._kept)  # what this very pass begins to keep is there for the batches before, not after
-        wants = Wants(gram=True, largest=largest)
         assert original is None or isinstance(original, States)
-        parts = (self.see(shared, shard, whole, original, wants) for shard in self._stream.shards)
-        return merged(parts).results(self._layer)[shared]
+        return merged(self.see(shared, shard, whole, original, wants, experts) for shard in self._stream.shards)
 
     def see(
         self,
@@ -96,9 +127,11 @@ class LayerPass:
         whole: frozenset[str],
         original: States | None,
         wants: Wants,
+        experts: range | None = None,
     ) -> InputWatch:
-        """What a shard shows of an input. ``whole``: the modules whose input was kept by passes before."""
-        watch = InputWatch([shared], wants, half=self._stream.half)
+        """What a shard shows of an input, as ``gather``. ``whole``: the modules whose input was kept by passes
+        before."""
+        watch = InputWatch([shared], wants, half=self._stream.half, experts=experts)
         for batch in shard:
             exact = None if original is None else original.get(batch).to(self._stream.stages.device)
             with inference(), self._begun(batch, whole), watch.on(self._block, batch, exact), self._end(shared, batch):
@@ -108,9 +141,6 @@ class LayerPass:
                     continue
         return watch
 
-    def changed(self, path: str) -> None:
-        """As ``Pass``: the block is the one that passes run through."""
-
     @property
     def progress(self) -> tuple[dict[str, States], set[tuple[str, int]]]:
         """What is kept between passes: inputs, and which of them have been replaced by outputs."""
@@ -119,6 +149,26 @@ class LayerPass:
     def go_on(self, kept: Mapping[str, States], passed: Collection[tuple[str, int]]) -> None:
         """Take up what another pass over the same text kept."""
         self._kept, self._passed = dict(kept), set(passed)
+
+    def runs(self, shared: SharedInput | None) -> list[str]:
+        """The block's parameters that a pass up to an input reads, or one to the end: neither what reads this input and
+        later ones, nor what has gone by and is kept."""
+        inputs = self._stream.stages.inputs(self._layer, self._block)
+        later = [] if shared is None else inputs[inputs.index(shared) :]
+        left = [one.module for one in later if one.kind == "linear"]  # a stack's inputs are found with its weights
+        begun = [entry for entry in self._entries.values() if entry.linear in self._kept]
+        batches = {batch.start for batch in self._stream.batches}
+
+        def is_run(path: str) -> bool:
+            if any(_within(path, module) for module in left):
+                return False
+            for entry in begun:
+                if _within(path, entry.module):
+                    passed = {start for linear, start in self._passed if linear == entry.linear} >= batches
+                    return _within(path, entry.linear) and not passed
+            return True
+
+        return [path for path, _ in self._block.named_parameters() if is_run(path)]
 
     def finish(self) -> None:
         """Replace the states by what leaves the layer with its present weights."""
@@ -184,6 +234,10 @@ class LayerPass:
             return (out, None) if entry.pair else out
 
         return forward
+
+
+def _within(path: str, module: str) -> bool:
+    return path.startswith(f"{module}.")
 
 
 def _unchanged(x: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ is nothing: the tests compare logits with transformers' own full model for every
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -256,21 +256,36 @@ class LayeredModel:
         states = torch.from_numpy(table[where.reshape(tokens.shape)]).to(self.device)
         return states * self.config.hidden_size**0.5 if self.family.scaled_embedding else states
 
+    def outline(self, layer: int) -> nn.Module:
+        """As ``driver.Stages``."""
+        block: nn.Module = self._blocks[layer]
+        return block
+
+    def empty(self, layer: int) -> nn.Module:
+        """A layer of one's own without weights, for ``fill``."""
+        return _copy_structure(self._blocks[layer])
+
     def layer(self, layer: int, weights: Weights) -> nn.Module:
         """A decoder layer filled with weights, ready for ``run``.
 
         Raises:
             BadFile: a tensor is missing or has another shape than the header's dimensions say.
         """
-        block = _copy_structure(self._blocks[layer])
+        block = self.empty(layer)
+        self.fill(block, layer, weights, [path for path, _ in block.named_parameters()])
+        return block.to(self.device)
+
+    def fill(self, block: nn.Module, layer: int, weights: Weights, paths: Collection[str]) -> None:
+        """Fill some parameters of an empty layer, on this model's device; raises as ``layer``."""
         rows = {parameter.path: parameter for parameter in self.kind(layer).parameters}
         for path, empty in list(block.named_parameters()):
+            if path not in paths:
+                continue
             parameter = rows[path]
             parts = [weights(name) for name in self._parts(layer, parameter)]
             heads = self.model.dims.n_head if "q_proj" in path else self.model.dims.n_head_kv
             value = apply(parameter.transform, parts, heads) if parts else np.zeros(tuple(empty.shape), np.float32)
             self._fill(block, path, value, parameter.roles)
-        return block.to(self.device)
 
     def _parts(self, layer: int, parameter: roles.Parameter) -> list[str]:
         names = [layer_tensor(layer, role) for role in parameter.roles]
@@ -294,7 +309,7 @@ class LayeredModel:
                 means="The file is a variant of its family that the rows do not describe, or damaged.",
                 do="Convert the model again from its original checkpoint.",
             )
-        tensor = torch.from_numpy(np.ascontiguousarray(value))
+        tensor = torch.from_numpy(np.ascontiguousarray(value)).to(self.device)
         setattr(target, leaf, nn.Parameter(tensor, requires_grad=False))
 
     def run(self, block: nn.Module, layer: int, states: torch.Tensor) -> torch.Tensor:

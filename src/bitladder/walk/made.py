@@ -65,6 +65,13 @@ class LayerOutput:
             self.digests[linear.name] = digest(found.decoded[rows])
             self.losses.append(LinearLoss(linear.name, found.loss, tokens, damp, note))
 
+    def join(self, other: LayerOutput) -> None:
+        """Take in what was made elsewhere of the same layer."""
+        self.linears |= other.linears
+        self.floats |= other.floats
+        self.digests |= other.digests
+        self.losses += other.losses
+
     def keep(self, model: LayeredModel, parameter: Parameter, expert: int | None, weights: F32) -> None:
         """Take in a parameter f32[rows, columns] that stays float among others that do not."""
         for linear in disk_linears(model.family, parameter.path, expert):
@@ -154,6 +161,8 @@ class Made(InStore, Observer, ABC):
 
 class MadeImportance(Made):
     """An importance matrix beside other levels."""
+
+    reads_weights = False
 
     def reads(self, shared: SharedInput) -> bool:  # noqa: ARG002
         """Routers are quantized in GGUF levels."""

@@ -87,7 +87,7 @@ def _product(
 
 
 def expert_inputs(
-    module: nn.Module, leaf: str, arguments: tuple[Any, ...], valid: torch.Tensor
+    module: nn.Module, leaf: str, arguments: tuple[Any, ...], valid: torch.Tensor, experts: range | None = None
 ) -> Iterator[torch.Tensor]:
     """What each expert's matrix of a stack reads in one call of the module that holds them, f32[tokens, columns].
 
@@ -96,6 +96,7 @@ def expert_inputs(
         leaf: the stack's name in it.
         arguments: of its forward.
         valid: bool[tokens], which positions hold a token and not padding.
+        experts: which of them; all by default.
     """
     kept = tuple(_kept(one, valid) for one in arguments)
     with Products(module) as products, torch.no_grad():
@@ -109,7 +110,7 @@ def expert_inputs(
             for expert, x in enumerate(product.x.reshape(len(stack), -1, product.x.shape[-1])):
                 found.setdefault(expert, []).append(x[x.abs().amax(dim=-1) > 0])
     columns = next((x.shape[-1] for own in found.values() for x in own), 0)
-    for expert in range(len(stack)):
+    for expert in range(len(stack)) if experts is None else experts:
         own = found.get(expert, [])
         yield torch.cat(own) if own else torch.zeros(0, columns)
 

@@ -2,22 +2,26 @@
 
 A worker opens the model where it lies (or is sent a layer's tensors, where it cannot read the file), fills a layer,
 and pushes a shard of the text through it with the code that a walk here uses. States and inputs that are kept between
-passes stay where units are computed, shard by shard; sums come back, and are added here in the order of the shards. A
-level that is built while it passes sends the matrices that it has changed after each shared input.
+passes stay where units are computed, shard by shard. Sums are added in the order of the shards.
 
     through   a shard through a layer as the source has it      -> sums; states that leave it, inputs that are kept
     gather    a shard up to one shared input                    -> sums; what the next pass begins with
+    add       two shards' sums                                  -> their sum
+    code      some of the matrices that read the input          -> what is stored of them; what they decode to
     finish    a shard through what is left of the layer         -> states that leave it
+
+Sums of inputs that a level's codes follow from never come here: they are added, and codes chosen, where units are
+computed, of a stack's experts some at a time (``coding.py``).
 """
 
 from __future__ import annotations
 
 import threading
-import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,6 +34,7 @@ from bitladder.describe.model import Model
 from bitladder.errors import ClusterError
 from bitladder.executors import Executor, Handle, Started
 from bitladder.executors.base import Lane, weights_travel
+from bitladder.executors.limits import Limits
 from bitladder.files.convert import checkpoint_of
 from bitladder.files.gguf import GgufFile
 from bitladder.files.staging import data_files
@@ -37,17 +42,21 @@ from bitladder.formats.families import family_of
 from bitladder.formats.roles import ROPE_TENSORS, SharedInput
 from bitladder.formats.tensors import TensorInfo
 from bitladder.walk.allocator import keep_freed_memory
+from bitladder.walk.coding import Bench, Coder, Share, groups_of, shares_of
 from bitladder.walk.driver import HeldInputs, Member, Observer, Stream, Unit, Watched
-from bitladder.walk.inputs import InputStatistics, InputWatch, Wants, keeping, merged
+from bitladder.walk.inputs import InputWatch, Wants, keeping, merged, readable
 from bitladder.walk.layer_pass import LayerPass, Original
 from bitladder.walk.layers import LayeredModel, tensor_at
 from bitladder.walk.opened import layered
 from bitladder.walk.states import Batch, States
 from bitladder.walk.weights import FileWeights, Rows
+from bitladder.walk.whole import WholeModel
 
 F32 = NDArray[np.float32]
 U8 = NDArray[np.uint8]
 
+KEPT_BYTES = 256 * 1024**2
+"""Of a layer's weights in f32: of a larger one a worker has only what the unit at hand needs."""
 _ALL = 1 << 62
 """Bytes of states in memory: a worker has those of a shard only."""
 
@@ -67,6 +76,35 @@ class ModelAt:
 
 
 @dataclass(frozen=True)
+class Changed:
+    """Readers of an input that have their final values."""
+
+    coder: Coder
+    count: int
+    """Of changes that come, one for each share."""
+
+
+@dataclass(frozen=True)
+class AddUnit:
+    """Two shards' sums."""
+
+
+@dataclass(frozen=True)
+class CodeUnit:
+    """The codes of a share of what reads an input."""
+
+    layer: int
+    of: str
+    coder: Coder
+    share: Share
+    summed: range | None
+    """Experts that the sums that come are of."""
+    peak: float | None
+    """Of all experts; None where the sums that come tell."""
+    changes: tuple[Changed, ...]
+
+
+@dataclass(frozen=True)
 class LayerUnit:
     """One shard's part of a layer."""
 
@@ -81,8 +119,10 @@ class LayerUnit:
     wants: Wants | None = None
     module: str = ""
     """Whose input of the source comes as well."""
-    changes: tuple[str, ...] = ()
-    """Paths of the parameters that come as well."""
+    experts: range | None = None
+    """Of a stack, whose sums are asked for; all by default."""
+    changes: tuple[Changed, ...] = ()
+    """What of the layer is not the source's any more: values come as well."""
 
 
 @dataclass(frozen=True)
@@ -101,20 +141,32 @@ class LayerTask:
     """Units of a model's layers, for an executor."""
 
     model: ModelAt
-    threads: int
-    """Of torch, in every unit."""
+    limits: Limits
+    """In every unit."""
 
-    def compute(self, lane: Lane, unit: LayerUnit, *held: Any) -> tuple[InputWatch | None, Held]:
-        """As ``executors.Task``. ``held``: the states that enter, what passes kept, the source's inputs (both of one
-        unit, or None), changed parameters in their order, the layer's tensors where they are sent."""
+    @property
+    def threads(self) -> int:
+        """As ``executors.Task``."""
+        return self.limits.threads
+
+    def compute(self, lane: Lane, unit: LayerUnit | AddUnit | CodeUnit, *held: Any) -> tuple[Any, Any]:
+        """As ``executors.Task``. ``held`` of a shard's unit: the states that enter, what passes kept, the source's
+        inputs (both of one unit, or None); of a share of codes: the sums. Then changes in their order, and the layer's
+        tensors where they are sent. Two sums to be added are all that comes."""
         if lane.own_process:
-            torch.set_num_threads(self.threads)
+            self.limits.hold()
+        if isinstance(unit, AddUnit):
+            first, later = held
+            added = first.borrowed()
+            added.merge(later)
+            return added, None
         bench = _bench(lane, self.model)
-        entering, kept, source, *rest = held
-        changes = list(zip(unit.changes, rest, strict=False))
-        sent = rest[len(unit.changes)] if self.model.sent else None
-        block = bench.block(unit, changes, sent)
-        return bench.done(block, unit, entering, kept, source)
+        own, rest = (held[:1], held[1:]) if isinstance(unit, CodeUnit) else (held[:3], held[3:])
+        if self.model.sent:
+            bench.take(rest[-1])
+        if isinstance(unit, CodeUnit):
+            return bench.coded(unit, rest, own[0], self.threads)
+        return bench.done(unit, rest, *own)
 
 
 class _Sent:
@@ -148,43 +200,86 @@ class _Bench:
             self.model = layered(file, self.weights, device=device, checkpoint=folder)
         self._of: tuple[int, str] | None = None
         self._block: nn.Module | None = None
+        self._filled: set[str] = set()
         self._changed = 0
+        self._whole = isinstance(self.model, WholeModel)
+        """Whether a layer is always filled as a whole."""
 
-    def block(self, unit: LayerUnit, changes: Sequence[tuple[str, F32]], sent: Mapping[str, U8] | None) -> nn.Module:
-        """The layer with these changes; what it was filled with before is not read again."""
+    def take(self, tensors: Mapping[str, U8]) -> None:
+        """A layer's tensors as they are stored, where they are sent."""
+        cast(_Sent, self._file).tensors = dict(tensors)
+
+    def block(self, unit: LayerUnit | CodeUnit) -> nn.Module:
+        """The layer that a unit is about, as far as it is filled."""
         of = unit.layer, unit.of
-        if self._block is None or self._of != of or self._changed > len(changes):
+        if self._block is None or self._of != of or self._changed > len(unit.changes):
             self._block = None  # room for the next
-            if sent is not None:
-                cast(_Sent, self._file).tensors = dict(sent)
-            self._block, self._of, self._changed = self.model.layer(unit.layer, self.weights), of, 0
-            for name in self.model.layer_names(unit.layer):
-                self.weights.forget(name)
-        with torch.no_grad():
-            for path, value in changes[self._changed :]:
-                tensor_at(self._block, path).copy_(_tensor(value))
-        self._changed = len(changes)
+            self._block, self._of, self._filled, self._changed = self.model.empty(unit.layer), of, set(), 0
+            if self._whole:
+                self._block = self.model.layer(unit.layer, self.weights)
+                self._filled = {path for path, _ in self._block.named_parameters()}
         return self._block
 
+    def fill(self, unit: LayerUnit | CodeUnit, values: Sequence[Any], paths: Collection[str]) -> nn.Module:
+        """The layer with these parameters, and the changes that came of them; what was filled before is not read again.
+        Of a large layer what is not asked for is let go of."""
+        block, layer = self.block(unit), unit.layer
+        if sum(value.numel() for value in block.parameters()) * 4 > KEPT_BYTES and not self._whole:
+            for path in self._filled - set(paths):
+                owner, _, leaf = path.rpartition(".")
+                gone = nn.Parameter(torch.empty_like(tensor_at(block, path), device="meta"), requires_grad=False)
+                setattr(block.get_submodule(owner), leaf, gone)
+            self._filled &= set(paths)
+        missing = set(paths) - self._filled
+        if missing:
+            self.model.fill(block, layer, self.weights, missing)
+            self._filled |= missing
+            for name in self.model.layer_names(layer):
+                self.weights.forget(name)
+        at = 0
+        for number, one in enumerate(unit.changes):
+            own = one.coder.paths(self.model)
+            if missing.intersection(own) or (number >= self._changed and self._filled.intersection(own)):
+                bench = Bench(self.model, self.weights, lambda: block)
+                one.coder.fill(bench, values[at : at + one.count])
+            at += one.count
+        self._changed = len(unit.changes)
+        return block
+
+    def coded(self, unit: CodeUnit, values: Sequence[Any], summed: InputWatch, threads: int) -> tuple[Any, Any]:
+        """Choose codes."""
+        coder, own = unit.coder, summed.borrowed()
+        peak = own.peak(coder.shared) if coder.reads_peak and unit.peak is None else unit.peak
+        some = slice(None)
+        if unit.share.experts is not None:
+            assert unit.summed is not None
+            some = slice(unit.share.experts.start - unit.summed.start, unit.share.experts.stop - unit.summed.start)
+        bench = Bench(self.model, self.weights, partial(self.fill, unit, values, coder.paths(self.model)), threads)
+        self.fill(unit, values, ())  # the factor may need the room
+        return coder.code(bench, unit.share, own.statistics(coder.layer, coder.shared, some), peak)
+
     def done(
-        self, block: nn.Module, unit: LayerUnit, entering: Held, kept: Held | None, source: Held | None
+        self, unit: LayerUnit, values: Sequence[Any], entering: Held, kept: Held | None, source: Held | None
     ) -> tuple[InputWatch | None, Held]:
-        """Compute a unit."""
+        """Compute a shard's unit. ``values``: of changes."""
         stream = Stream(self.model, [Member(self.weights)], unit.batches, state_bytes=_ALL, half=unit.half)
         states = _states(unit.batches, entering.states)
+        block = self.block(unit)
         if unit.watched is not None:
+            self.fill(unit, values, [path for path, _ in block.named_parameters()])
             return _through(stream, block, unit, unit.watched, states)
         passing = LayerPass(stream, unit.layer, block, states)
         if kept is not None:
             own = {module: _states(unit.batches, one) for module, one in kept.inputs.items()}
             passing.go_on(own, kept.passed)
+        self.fill(unit, values, passing.runs(unit.shared))
         if unit.shared is None:
             passing.finish()
             return None, Held(_array(states))
         assert unit.wants is not None
         begun, passed = passing.progress
         original = None if source is None else _states(unit.batches, source.inputs[unit.module])
-        watch = passing.see(unit.shared, unit.batches, frozenset(begun), original, unit.wants)
+        watch = passing.see(unit.shared, unit.batches, frozenset(begun), original, unit.wants, unit.experts)
         begun, passed = passing.progress
         inputs = {module: _array(one) for module, one in begun.items()}
         return watch.on_the_cpu(), Held(inputs=inputs, passed=frozenset(passed))
@@ -234,18 +329,11 @@ def _bench(lane: Lane, at: ModelAt) -> _Bench:
     return known[1]
 
 
-def _tensor(array: F32) -> torch.Tensor:
-    """Of an array that may be shared with others: it is not written to."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that it cannot be written to
-        return torch.from_numpy(array)
-
-
 def _states(batches: Sequence[Batch], array: F32 | None) -> States:
     """A copy that can be written to."""
     assert array is not None
     states = States(batches, array.shape[-1], spill=None)
-    states.everything.copy_(_tensor(array))
+    states.everything.copy_(readable(array))
     return states
 
 
@@ -285,7 +373,7 @@ class HeldStates(States):
     def _shard(self, number: int) -> torch.Tensor:
         held: Held = self._executor.fetch(self.handles[number])
         assert held.states is not None
-        return _tensor(held.states)
+        return readable(held.states)
 
 
 class _starts:  # noqa: N801
@@ -311,7 +399,7 @@ class SpreadUnits:
 
     def __init__(self, executor: Executor, source: GgufFile, at: ModelAt) -> None:
         self.executor, self._source = executor, source
-        self.task = LayerTask(at, torch.get_num_threads())
+        self.task = LayerTask(at, Limits.here())
         self._sent: tuple[int, Handle] | None = None
         self._nothing = executor.put(None)
 
@@ -337,23 +425,24 @@ class SpreadUnits:
         assert isinstance(leaving, HeldStates)
         units = [replace(unit, watched=watched) for unit in self.units(stream, layer, "source")]
         handles: list[Handle] = []
-        yield from self.results(
+        started = self.begun(
             lambda number: self.start(units[number], number, entering, None, None), len(units), handles
         )
+        yield from (one.result() for one in started)
         leaving.handles = handles
         for one in observers:
             one.kept({module: KeptInputs(module, handles) for module in watched.keeps})
 
-    def results(self, start: Callable[[int], Started], count: int, handles: list[Handle]) -> Iterator[Any]:
-        """What comes back of so many units, in their order; ``handles`` gets what stays of each. Sums may be as large
-        as a layer, so no more units are begun than keep everyone busy."""
+    def begun(self, start: Callable[[int], Started], count: int, handles: list[Handle]) -> Iterator[Started]:
+        """So many units, in their order, each to be waited for; ``handles`` gets what stays of each. Sums may be as
+        large as a layer, so no more units are begun than keep everyone busy."""
         ahead = self.executor.at_once(self.task) + 1
         begun: deque[Started] = deque()
         for number in range(count):
             while len(handles) < min(count, number + ahead):
                 begun.append(start(len(handles)))
                 handles.append(begun[-1].held)
-            yield begun.popleft().result()
+            yield begun.popleft()
 
     def units(self, stream: Stream, layer: int, of: str) -> list[LayerUnit]:
         """One for each shard of a stream."""
@@ -368,14 +457,24 @@ class SpreadUnits:
     ) -> Started:  # fmt: skip
         """Begin a shard's unit."""
         optional = (self._nothing if one is None else one for one in (kept, source))
-        held = [entering.handles[number], *optional, *changes]
-        if self.task.model.sent is not None:
-            held.append(self._tensors(unit.layer))
+        held = [entering.handles[number], *optional, *changes, *self._sent_of(unit.layer)]
         return self.executor.start(self.task, unit, *held, place=number)
 
-    def passing(self, stream: Stream, layer: int, block: nn.Module, states: States) -> SpreadPass:
+    def start_codes(self, unit: CodeUnit, number: int, summed: Handle, changes: Sequence[Handle]) -> Started:
+        """Begin a share's unit."""
+        held = [summed, *changes, *self._sent_of(unit.coder.layer)]
+        return self.executor.start(self.task, unit, *held, place=number)
+
+    def add(self, first: Handle, later: Handle) -> Handle:
+        """The sum of two shards' sums."""
+        return self.executor.start(self.task, AddUnit(), first, later).answer
+
+    def passing(self, stream: Stream, layer: int, states: States) -> SpreadPass:
         """As ``driver.Spread``."""
-        return SpreadPass(self, stream, layer, block, states)
+        return SpreadPass(self, stream, layer, states)
+
+    def _sent_of(self, layer: int) -> list[Handle]:
+        return [] if self.task.model.sent is None else [self._tensors(layer)]
 
     def _tensors(self, layer: int) -> Handle:
         """A layer's tensors as they are stored, sent once."""
@@ -434,45 +533,72 @@ def spread_over(
 
 
 class SpreadPass:
-    """As ``LayerPass``, with each shard's passes where units are computed."""
+    """As ``LayerPass``, with each shard's passes, sums and codes where units are computed."""
 
-    def __init__(self, spread: SpreadUnits, stream: Stream, layer: int, block: nn.Module, states: States) -> None:
+    def __init__(self, spread: SpreadUnits, stream: Stream, layer: int, states: States) -> None:
         assert isinstance(states, HeldStates)
-        self._spread, self._layer, self._block, self._states = spread, layer, block, states
-        self._units = spread.units(stream, layer, f"level {id(stream)}")
+        self._spread, self._layer, self._states = spread, layer, states
+        self._model = cast(LayeredModel, stream.stages).model
+        self._of = f"level {id(stream)}"
+        self._units = spread.units(stream, layer, self._of)
         self._kept: list[Handle] = [None] * len(self._units)
-        self._changed: list[tuple[str, Handle]] = []
+        self._changed: list[Changed] = []
+        self._values: list[Handle] = []
 
-    def gather(
-        self, shared: SharedInput, original: Original | None = None, *, largest: bool = False
-    ) -> list[InputStatistics]:
-        """As ``LayerPass``."""
-        assert original is None or isinstance(original, KeptInputs)
-        wants = Wants(gram=True, largest=largest)
-        module = "" if original is None else original.module
-        units = [self._now(unit, shared=shared, wants=wants, module=module) for unit in self._units]
-        handles: list[Handle] = []
-        seen = self._spread.results(lambda number: self._start(units[number], number, original), len(units), handles)
-        found = merged(seen).results(self._layer)[shared]
-        self._kept = handles
-        return found
-
-    def changed(self, path: str) -> None:
+    def code(self, coder: Coder, original: Original | None = None) -> Iterator[Any]:
         """As ``Pass``."""
-        value = tensor_at(self._block, path).detach().cpu().numpy().copy()
-        self._changed.append((path, self._spread.executor.put(value)))
+        groups = groups_of(self._model, self._layer, coder.shared)
+        peak = self._peak(coder, original) if coder.reads_peak and len(groups) > 1 else None
+        wants = Wants(gram=True, largest=coder.reads_peak)
+        at_once = self._spread.executor.at_once(self._spread.task)
+        begun: deque[Started] = deque()
+        values: list[Handle] = []
+        for experts in groups:
+            summed = self._summed(coder, original, wants, experts)
+            for number, share in enumerate(shares_of(coder.readers, experts, at_once)):
+                unit = CodeUnit(self._layer, self._of, coder, share, experts, peak, tuple(self._changed))
+                begun.append(self._spread.start_codes(unit, number, summed, self._values))
+                values.append(begun[-1].held)
+            del summed  # what holds it may let go of it
+            while len(begun) > 2 * at_once:
+                yield begun.popleft().result()
+        while begun:
+            yield begun.popleft().result()
+        self._changed.append(Changed(coder, len(values)))
+        self._values += values
 
     def finish(self) -> None:
         """As ``LayerPass``."""
         units, handles = [self._now(unit) for unit in self._units], list[Handle]()
-        for _ in self._spread.results(lambda number: self._start(units[number], number, None), len(units), handles):
-            pass
+        for one in self._spread.begun(lambda number: self._start(units[number], number, None), len(units), handles):
+            one.result()
         self._states.handles = handles
 
+    def _summed(self, coder: Coder, original: Original | None, wants: Wants, experts: range | None) -> Handle:
+        """Sums of an input over all shards, in their order."""
+        found = None
+        for one in self._gathered(coder, original, wants, experts):
+            found = one.answer if found is None else self._spread.add(found, one.answer)
+            one.wait()
+        return found
+
+    def _peak(self, coder: Coder, original: Original | None) -> float | None:
+        parts = (one.result() for one in self._gathered(coder, original, Wants(largest=True), None))
+        return merged(parts).peak(coder.shared)
+
+    def _gathered(
+        self, coder: Coder, original: Original | None, wants: Wants, experts: range | None
+    ) -> Iterator[Started]:
+        assert original is None or isinstance(original, KeptInputs)
+        what = {"shared": coder.shared, "wants": wants, "experts": experts}
+        what["module"] = "" if original is None else original.module
+        units, handles = [self._now(unit, **what) for unit in self._units], list[Handle]()
+        yield from self._spread.begun(lambda number: self._start(units[number], number, original), len(units), handles)
+        self._kept = handles
+
     def _now(self, unit: LayerUnit, **what: Any) -> LayerUnit:
-        return replace(unit, changes=tuple(path for path, _ in self._changed), **what)
+        return replace(unit, changes=tuple(self._changed), **what)
 
     def _start(self, unit: LayerUnit, number: int, original: KeptInputs | None) -> Started:
         source = None if original is None else original.handles[number]
-        changes = [handle for _, handle in self._changed]
-        return self._spread.start(unit, number, self._states, self._kept[number], source, changes)
+        return self._spread.start(unit, number, self._states, self._kept[number], source, self._values)

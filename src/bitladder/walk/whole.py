@@ -9,7 +9,7 @@ checkpoint's before they are used.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -515,6 +515,23 @@ class WholeModel(LayeredModel):
     def shape(self, path: str, layer: int = 0) -> tuple[int, ...]:
         """As ``LayeredModel``."""
         return tuple(tensor_at(self._skeleton.blocks[layer], path).shape)
+
+    def outline(self, layer: int) -> nn.Module:
+        """As ``LayeredModel``."""
+        return self._skeleton.copy_of(layer)
+
+    def empty(self, layer: int) -> nn.Module:
+        """As ``LayeredModel``."""
+        return self._skeleton.copy_of(layer)
+
+    def fill(self, block: nn.Module, layer: int, weights: Weights, paths: Collection[str]) -> None:  # noqa: ARG002
+        """As ``LayeredModel``, but always all parameters: several may come of one tensor."""
+        whole = self.layer(layer, weights)
+        for path, value in whole.named_parameters():
+            self._skeleton.fill(block, path, value.detach())
+        for path, buffer in whole.named_buffers():
+            owner, _, leaf = path.rpartition(".")
+            setattr(block.get_submodule(owner), leaf, buffer)
 
     def layer(self, layer: int, weights: Weights) -> nn.Module:
         """As ``LayeredModel``. The file's own weights are compared with the checkpoint's once.

@@ -29,6 +29,7 @@ export async function showLadder(panel) {
   const chart = h("div");
   const table = h("div");
   const answers = h("section", { "aria-labelledby": "answers-title" });
+  const evidence = h("div");
   const show = (view) => {
     refill(decision, ...decisionView(view));
     refill(chart, chartView(run, view));
@@ -61,8 +62,11 @@ export async function showLadder(panel) {
     ),
     ...tagView(run),
     answers,
+    evidence,
   );
-  refill(answers, ...answersView(await getJson("/bitladder/api/answers")));
+  const told = await getJson("/bitladder/api/answers");
+  refill(answers, ...answersView(told));
+  refill(evidence, ...(told.tables ?? []).map(evidenceTable));
 }
 
 /** What changed in the answers, in the report's own words. */
@@ -110,6 +114,33 @@ function answersView({ reference, columns, rows }) {
     ),
   ];
 }
+
+/** What deployments meet beside single questions: depth and cache, faults, thoughts, guesses; as the report has it. */
+const evidenceTable = ({ name, title, lead, heads, rows }) =>
+  h(
+    "section",
+    { "aria-labelledby": `${name}-title` },
+    h("h2", { id: `${name}-title` }, title),
+    h("p", { class: "soft" }, lead),
+    h(
+      "div",
+      { class: "scroll", tabindex: 0, role: "region", "aria-label": title },
+      h(
+        "table",
+        { class: "evidence" },
+        h("thead", {}, h("tr", {}, ...heads.map((head) => h("th", { scope: "col" }, head)))),
+        h("tbody", {}, ...rows.map(evidenceRow)),
+      ),
+    ),
+  );
+
+const evidenceRow = ([first, ...rest]) =>
+  h(
+    "tr",
+    {},
+    h("th", { scope: "row" }, first.text),
+    ...rest.map(({ text, beneath, known }) => h("td", { class: known ? "known" : "" }, text, beneath && h("small", {}, beneath))),
+  );
 
 /** That the source is itself quantized is always among them when it is. */
 function warnings({ source, warnings: given }) {

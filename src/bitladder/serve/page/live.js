@@ -73,8 +73,21 @@ function tierCard(tier) {
     tier.last_error && h("p", { class: "bad small" }, tier.last_error),
     tier.file_sha256 && h("p", { class: "soft small hash" }, `SHA-256 ${tier.file_sha256}`),
     evidence(tier),
+    tier.guesses ? guesses(tier.guesses) : null,
     tier.replicas?.length ? replicas(tier.replicas) : null,
   );
+}
+
+// Whether a tier guesses tokens ahead, how often it is right, and what that gains on the requests that came.
+function guesses(told) {
+  const right = told.acceptance == null ? "" : `, ${percent(told.acceptance, 0)} of the guesses are right`;
+  const lines = [`Guesses tokens ahead (${told.from}): ${told.on ? "on" : "off"}${told.on ? right : ""}.`];
+  if (told.because) lines.push(`${told.because[0].toUpperCase()}${told.because.slice(1)}.`);
+  for (const [tag, one] of Object.entries(told.by_tag ?? {}))
+    if (one.times_as_fast != null)
+      lines.push(`${tag}: ${fixed(one.times_as_fast, 2)} times as fast with guesses (${one.answers_with} and ` +
+        `${one.answers_without} answers).`);
+  return h("ul", { class: "soft small" }, ...lines.map((line) => h("li", {}, line)));
 }
 
 // A line for each address of a tier that has several.

@@ -1,0 +1,102 @@
+"""Claim: a Ray cluster of 32 workers is busy 90% of the time with the units of a 70B model's importance matrix.
+
+    scripts/bench simulated_cluster [--nodes 8] [--each 4] [--faster 10]
+
+A real Ray cluster on this machine: a raylet for each node, a process for each worker, our executor. Units sleep for as
+long as the cost model of `plan --job` says that they take on a node of 16 cores (`plan/scale.layer_phases`), divided by
+`--faster`, so that what Ray takes of a unit weighs as many times as much; phases wait for one another as in a walk.
+States and sums are not moved. Efficiency is the seconds of all units over workers times the time that passed, from the
+first unit on warm workers to the last; beside it stands what the phases themselves allow (units that cannot be cut).
+`--jobs N` lets so many levels go through the cluster side by side, as N commands would.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import json
+import sys
+import time
+
+from bitladder.executors.needs import Needs
+from bitladder.executors.on_ray import Ray, connect
+from bitladder.files.catalogue import model_named
+from bitladder.plan.scale import CPU_FLOPS, ScaleJob, Workers, layer_phases, spread_seconds
+
+MODEL, CORES = "meta-llama/Llama-3.3-70B-Instruct", 16
+
+
+def sleeping():
+    """A task whose units are seconds; a class of no module, for workers cannot import this file."""
+
+    class Sleeping:
+        threads = 1
+
+        def compute(self, lane, unit, *held):  # noqa: ARG002
+            import time
+
+            time.sleep(unit)
+            return unit, None
+
+    return Sleeping()
+
+
+def walk(cluster: Ray, task: object, phases: list[list[float]]) -> None:
+    """Phase after phase."""
+    for units in phases:
+        for begun in [cluster.start(task, unit) for unit in units]:
+            begun.result()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--nodes", type=int, default=8)
+    parser.add_argument("--each", type=int, default=4)
+    parser.add_argument("--faster", type=float, default=10.0)
+    parser.add_argument("--shards", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--jobs", type=int, default=1)
+    options = parser.parse_args()
+    from ray.cluster_utils import Cluster
+
+    node = {"num_cpus": options.each, "object_store_memory": 80 << 20}
+    ray_cluster = Cluster(initialize_head=True, head_node_args={**node, "num_cpus": 0, "include_dashboard": False})
+    for _ in range(options.nodes):
+        ray_cluster.add_node(**node)
+    workers = options.nodes * options.each
+    rate = CORES * CPU_FLOPS
+    shape = Workers("nodes of 16 cores", workers, 1, rate, 1 << 40, 4, cores=CORES, host_flops=rate, is_gpu=False)
+    model = model_named(MODEL).whole()
+    rows = []
+    with connect(ray_cluster.address, "cpu", Needs()) as cluster:
+        task = sleeping()
+        walk(cluster, task, [[2.0] * workers] * 2)  # every process has started
+        for job in (ScaleJob.CALIBRATE, ScaleJob.GPTQ):
+            phases = [
+                [unit / options.faster for unit in phase]
+                for layer in range(options.layers)
+                for phase in layer_phases(model, layer, job, shape, tokens=options.shards * 4096)
+            ]
+            whole = options.jobs * sum(sum(phase) for phase in phases)
+            allowed = whole / (workers * sum(spread_seconds(phase, workers) for phase in phases)) / options.jobs
+            began = time.perf_counter()
+            with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+                list(pool.map(lambda _, phases=phases: walk(cluster, task, phases), range(options.jobs)))
+            seconds = time.perf_counter() - began
+            row = {
+                "job": job,
+                "units": options.jobs * sum(len(phase) for phase in phases),
+                "unit_s": round(max(unit for phase in phases for unit in phase), 2),
+                "seconds": round(seconds, 1),
+                "efficiency": round(whole / (workers * seconds), 3),
+                "phases_allow": round(allowed, 3),
+            }
+            rows.append(row)
+            print(row, flush=True)
+    ray_cluster.shutdown()
+    print(json.dumps({"workers": workers, "faster": options.faster, "jobs": options.jobs, "rows": rows}))
+    return int(rows[0]["efficiency"] < 0.9)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
