@@ -30,7 +30,7 @@ NONE = "none"
 SELF, SHIPPED = "self", "shipped"
 """Calibration text that the model writes itself, and the one that comes with the package."""
 DEFAULT_CALIBRATION = (SHIPPED,)
-"""What measured best on other text (docs/calibrate.md)."""
+"""What the figures in the documents were measured with; no other was measured to be better (docs/calibrate.md)."""
 CalibrationPart = str | Path
 """A file or folder of texts, ``SELF`` or ``SHIPPED``."""
 T = TypeVar("T")
