@@ -121,7 +121,9 @@ def recipe(options: RecipeOptions, json_output: JsonFlag = False) -> None:
             )  # fmt: skip
             result = make_recipe(options.model, request, work)
     if json_output:
-        print_json({**vars(result), "jobs": work.journal.jobs, "warnings": work.journal.warnings})
+        journal = work.journal
+        record = {"jobs": journal.jobs, "warnings": journal.warnings, "own_text": journal.own_text}
+        print_json({**vars(result), **record})
         return
     for line in recipe_lines(result.recipe, result.table_error):
         put(line)
