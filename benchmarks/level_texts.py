@@ -1,6 +1,7 @@
 """What the benchmarks of recipes share: options, texts to fit to and to measure on; it measures nothing itself."""
 
 import argparse
+import dataclasses
 import re
 import sys
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bitladder.describe.model import Model
 from bitladder.describe.text import Document
 from bitladder.describe.windows import WINDOW, Window, text_windows
 from bitladder.engines.llama import LlamaServer
@@ -66,3 +68,12 @@ def per_document(values: NDArray[np.float64], windows: Sequence[Window]) -> NDAr
     """Sums of what was found per scored token, for each window."""
     ends = np.cumsum([window.scored for window in windows])
     return np.array([part.sum() for part in np.split(values, ends[:-1])])
+
+
+def part_of(model: Model, layers: int) -> Model:
+    """The model without all tensors but those of so many layers, spread evenly; 0: all of it."""
+    if not layers:
+        return model
+    chosen = set(np.linspace(0, model.dims.n_layer - 1, layers).astype(int).tolist())
+    own = tuple(one for one in model.tensors if one.name.startswith("blk.") and int(one.name.split(".")[1]) in chosen)
+    return dataclasses.replace(model, tensors=own)

@@ -14,6 +14,7 @@ embedding and head, so the bytes are the same. Prints seconds, CPU seconds and p
 """
 
 import argparse
+import json
 import resource
 import shutil
 import time
@@ -21,6 +22,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+
+def readable(prepared: Path) -> Path:
+    """The float checkpoint as mlx-lm reads it: its models look for the base of positions in a key of its own, where
+    transformers from 5 on has ``rope_parameters``, and would rotate, and distil, by their default base."""
+    folder = prepared / "float-mlx"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for file in (prepared / "float").iterdir():
+        (folder / file.name).symlink_to(file.resolve())
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").unlink()
+    own = {"rope_theta": config["rope_parameters"]["rope_theta"]} if "rope_parameters" in config else {}
+    (folder / "config.json").write_text(json.dumps(config | own, indent=2))
+    return folder
 
 
 def convert(source: Path, out: Path, options: argparse.Namespace) -> None:
@@ -39,6 +55,7 @@ def dwq(source: Path, out: Path, tokens: Any, options: argparse.Namespace) -> No
     from mlx_lm.utils import load, save
 
     plain = out.with_name(out.name + "-plain")
+    shutil.rmtree(plain, ignore_errors=True)
     convert(source, plain, options)
     teacher, _ = load(str(source))
     model, tokenizer, config = load(str(plain), return_config=True)
@@ -63,7 +80,7 @@ def main() -> None:
     parser.add_argument("--mode", default="affine")
     options = parser.parse_args()
     started, cpu = time.monotonic(), time.process_time()
-    source = options.prepared / "float"
+    source = readable(options.prepared)
     if options.method == "dwq":
         dwq(source, options.out, np.load(options.prepared / "tokens.npy")[: options.windows], options)
     else:

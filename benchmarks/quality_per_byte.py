@@ -25,11 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from level_texts import articles, first_windows, fitting_windows, parsed, parser_of, per_document
+from level_texts import articles, first_windows, fitting_windows, parsed, parser_of, part_of, per_document
 from libgguf_here import libgguf_or_exit
 from numpy.typing import NDArray
 
-from bitladder.describe.model import Model
 from bitladder.describe.windows import WINDOW, Window, tokens_hash
 from bitladder.engines.base import Launch
 from bitladder.engines.llama import LlamaServer
@@ -93,15 +92,6 @@ class SomeTypes(BlockTypes):
         return super().of(info) if info.name in self.names else ()
 
 
-def part_of(model: Model, layers: int) -> Model:
-    """The model without all tensors but those of so many layers, spread evenly; 0: all of it."""
-    if not layers:
-        return model
-    chosen = set(np.linspace(0, model.dims.n_layer - 1, layers).astype(int).tolist())
-    own = tuple(one for one in model.tensors if one.name.startswith("blk.") and int(one.name.split(".")[1]) in chosen)
-    return dataclasses.replace(model, tensors=own)
-
-
 def kept_importance(source: GgufFile, windows: Sequence[Window], options: argparse.Namespace) -> Mapping[str, F32]:
     """The importance matrix of these tokens, gathered once."""
     kept = options.keep / f"importance-{cache_key(source.sha256, tokens_hash(windows))[:16]}.gguf"
@@ -137,6 +127,7 @@ def candidates(
     table = kept_table(source, windows[:: max(1, len(windows) // 8)], choices, options)
     table = dataclasses.replace(table, losses={name: own for name, own in table.losses.items() if own})
     found = []
+    stored = {one.name: one.qtype for one in source.model.tensors}
     for level in options.levels.split(","):
         mix = assign(level, source.model.tensors, source.model.dims, has_importance=True)
         mix = {name: qtype for name, qtype in mix.items() if name in names}
@@ -151,9 +142,9 @@ def candidates(
             fed.append(("feedback", named))
         for side, recipe in fed:
             started = time.perf_counter()
-            fitted = write_with_feedback(
-                source, recipe, options.keep / level, windows, settings=FeedbackSettings(threads=options.threads)
-            )
+            whole = dataclasses.replace(recipe, qtypes={**stored, **recipe.qtypes})
+            settings = FeedbackSettings(threads=options.threads)
+            fitted = write_with_feedback(source, whole, options.keep / level, windows, settings=settings)
             took = f"{time.perf_counter() - started:.0f} s" + (", was there" if fitted.file.reused else "")
             print(f"{level} {side}: {recipe.label}, {recipe.bytes:,} of {size:,} bytes, {took}", flush=True)
             opened.append(GgufFile.open(fitted.file.path))

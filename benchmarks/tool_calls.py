@@ -57,8 +57,14 @@ def calls(number: int) -> Workload:
     return parse_workload(text, source="calls.json", read_file=str, json=True)
 
 
+def with_template(source: Path, out: Path, template: Path) -> int:
+    """Write a file with another chat template; gives the exit code."""
+    command = [sys.executable, "-m", "gguf.scripts.gguf_new_metadata", "--chat-template-file", str(template)]
+    return subprocess.run([*command, str(source), str(out)], check=False).returncode
+
+
 def answered(path: Path, workload: Workload, threads: int) -> LevelAnswers:
-    """One file's calls, judged."""
+    """One file's answers, judged."""
     with LlamaServer(Launch(path, n_ctx=1024, n_parallel=1, threads=threads)) as server:
         refuse_unheard_tools(workload, server)
         made = judge_answers(workload, answer_workload(server, workload, logprobs=0))
@@ -73,17 +79,7 @@ def main() -> None:
     parser.add_argument("--template", action="store_true", help="write the first file with a place for tools")
     options = parser.parse_args()
     if options.template:
-        source, out = map(str, options.files)
-        command = [
-            sys.executable,
-            "-m",
-            "gguf.scripts.gguf_new_metadata",
-            "--chat-template-file",
-            str(TEMPLATE),
-            source,
-            out,
-        ]
-        raise SystemExit(subprocess.run(command, check=False).returncode)
+        raise SystemExit(with_template(*options.files, TEMPLATE))
     workload = calls(options.calls)
     reference = answered(options.files[0], workload, options.threads)
     passes = sum(answer.passed for answer in reference.answers)

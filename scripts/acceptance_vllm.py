@@ -2,7 +2,7 @@
 
 ``expect`` runs in Bitladder's environment: it builds levels of the demo model, decodes each folder with the reader of
 ``files/checkpoint_check.py`` (which the tests hold against an independent one), puts the weights into transformers'
-model in f32, which rounds its inputs per token where the level is W8A8, and keeps, for every prompt, the most likely
+model in f32, which rounds its inputs where engines round them, and keeps, for every prompt, the most likely
 next tokens with their log-probabilities and the greedy answer. ``serve`` runs in vLLM's environment, where Bitladder
 is not installed: it loads the folder, asks the same token ids and compares. With ``--refused`` it expects vLLM not to
 load the folder, and that the level's notes say so. vLLM computes in bfloat16, so a log-probability may differ by
@@ -56,11 +56,11 @@ def expect(folder: Path, levels: list[str]) -> int:
         weights = {name: torch.from_numpy(reader.weights(name).copy()) for name in names}
         model.load_state_dict(weights, strict=False)
         model.tie_weights()
-        rounds = reader.level.format.rounds_inputs
-        for linear in reader.linears() if rounds else ():
-            model.get_submodule(linear).register_forward_pre_hook(
-                lambda _, x, rounds=rounds: rounds(x[0].float()).to(x[0].dtype)
-            )
+        for linear in reader.linears():
+            if (rounds := reader.input_rounding(linear)) is not None:
+                model.get_submodule(linear).register_forward_pre_hook(
+                    lambda _, x, rounds=rounds: rounds(x[0].float()).to(x[0].dtype)
+                )
         own = AutoTokenizer.from_pretrained(made)
         asked = []
         for prompt in PROMPTS:

@@ -119,8 +119,14 @@ def live_example(*, alarm: bool) -> dict:
         "share": 0.1, "bar": 0.8, "compared": 25, "failed": 0, "waiting": 1, "alarm": alarm,
         "agreement": 0.6 if alarm else 0.92, "low": 0.4 if alarm else 0.8, "high": 0.75 if alarm else 0.97,
     }  # fmt: skip
+    guesses = {
+        "from": "draft", "guessed": 400, "accepted": 248, "acceptance": 0.62, "on": False,
+        "because": "costs: 0.59 times as fast (0.54 to 0.64) on these requests", "times_as_fast": 0.59,
+        "answers_with": 60, "answers_without": 64,
+        "by_tag": {EVIL: {"times_as_fast": 0.7, "answers_with": 9, "answers_without": 8}},
+    }  # fmt: skip
     return {
-        "tiers": [tier("quality", "Q6_K", 31.0), tier("speed", "Q4_K_M", 44.5)],
+        "tiers": [tier("quality", "Q6_K", 31.0), tier("speed", "Q4_K_M", 44.5) | {"guesses": guesses}],
         "requests": 84,
         "routing": {"auto": {"requests": 63, "share": 0.75}, "model": {"requests": 21, "share": 0.25}},
         "recent": [

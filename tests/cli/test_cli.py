@@ -358,7 +358,7 @@ def test_nothing_fits_is_exit_3(demo_gguf, tmp_path, monkeypatch):
     from bitladder.describe.machine import Machine
 
     tiny = Machine("toy", 1, (), 2**26, 2**26, 2**40)
-    monkeypatch.setattr("bitladder.pipeline.probe_machine", lambda _folder=None: tiny)
+    monkeypatch.setattr("bitladder.stages.run_given.probe_machine", lambda _folder=None: tiny)
     done = bitladder("run", demo_gguf, "--out", tmp_path / "out")
     assert done.exit_code == 3
     assert "--ctx" in done.stderr

@@ -224,6 +224,8 @@ def test_guesses_are_given_to_tiers_and_counted_and_a_strange_draft_is_refused(h
     guessing = tiers(None, str(heads), speculate=["mtp"], slots=1).quality
     assert guessing.memory_bytes > tiers(None, str(heads), slots=1).quality.memory_bytes
     assert own_engine(guessing, 1).settings.speculate == "mtp"
+    assert "`--speculate mtp`" in bitladder("plan", heads).output.replace("\n", " ")
+    assert "--speculate" not in bitladder("plan", "tiny-F16.gguf").output
 
 
 def test_tiers_guess_as_the_run_decided_with_the_same_draft_and_file_alone(here):

@@ -17,16 +17,7 @@ from tiny_engine import write_tiny
 
 CALLS = Path(__file__).parents[2] / "scripts" / "tools.jinja"
 """Close to what Hermes and Qwen have."""
-THINKS = """\
-{% for m in messages %}<|im_start|>{{ m.role }}
-{% if m.reasoning_content %}<think>
-{{ m.reasoning_content }}
-</think>
-
-{% endif %}{{ m.content }}<|im_end|>
-{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
-<think>
-{% endif %}"""
+THINKS = (Path(__file__).parents[2] / "scripts" / "thinks.jinja").read_text()
 WORKLOAD = """
 tools:
   - name: get_weather

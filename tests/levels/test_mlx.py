@@ -322,15 +322,22 @@ def test_rows_that_no_group_divides(tmp_path):
     assert not list(tmp_path.glob("tiny-*"))
 
 
-def test_weights_beyond_float16_are_refused_by_name(tmp_path):
+@pytest.mark.parametrize(
+    ("level", "weight", "said"),
+    [
+        ("MLX-4bit-g32", 1e6, r"a (scale|bias) of .* does not fit float16"),
+        ("MLX-nvfp4", 3e3, r"a weight of 3000; nvfp4 ends at 2688"),
+    ],
+)
+def test_weights_beyond_a_format_are_refused_by_name(level, weight, said, tmp_path):
     model, checkpoint, _ = tiny("llama", tmp_path)
     with torch.no_grad():
-        model.model.embed_tokens.weight[7] = 1e6
+        model.model.embed_tokens.weight[7] = weight
     gguf = tiny_models.write(tiny_models.CASES["llama"], model, tmp_path / "large.gguf")
     model.to(torch.float16).save_pretrained(checkpoint)
-    with pytest.raises(BadWeights, match=r"model.embed_tokens: a (scale|bias) of .* does not fit float16"):
-        run(gguf, ["MLX-4bit-g32"], tmp_path, checkpoint)
-    assert not (tmp_path / "tiny-MLX-4bit-g32").exists()
+    with pytest.raises(BadWeights, match=f"model.embed_tokens: {said}"):
+        run(gguf, [level], tmp_path, checkpoint)
+    assert not (tmp_path / f"tiny-{level}").exists()
 
 
 def test_a_folder_of_ours_without_its_embedding_is_refused(written, tmp_path):

@@ -12,7 +12,7 @@ from bitladder.files.devices import capability_of, known_gpus, parse_machine
 from bitladder.files.kernel_table import kernel_table
 from bitladder.levels import CHECKPOINT_ENGINES, FILE_ENGINES, parse_level
 from bitladder.levels.checkpoints import FORMATS
-from bitladder.plan.kernels import Device, devices_of, how, kernel_warnings
+from bitladder.plan.kernels import Device, devices_of, how, kernel_warnings, no_kernel
 from bitladder.records.kernels import Kernel, Runs
 
 TABLE = kernel_table()
@@ -110,3 +110,16 @@ def test_plan_and_the_verb_say_so(tmp_path):
     planned = run(app, ["plan", "Llama-3.1-8B-Instruct", "--as", "T4 + 64 GiB", "--levels", "MXFP8,NVFP4A16", "--json"])
     assert planned.exit_code == 0, planned.output
     assert [one for one in json.loads(planned.stdout)["slow"] if "MXFP8 has no kernel" in one]
+
+
+def test_what_has_no_kernel_is_not_launched():
+    plan = ["plan", "Llama-3.1-8B-Instruct", "--as", "T4 + 64 GiB", "--launch", "vllm", "--ctx", "2048"]
+    made = CliRunner().invoke(app, [*plan, "--levels", "MXFP8,NVFP4A16"])
+    assert made.exit_code == 0, made.output
+    shown = " ".join(made.stdout.split())
+    assert "vLLM has no" in shown and "vllm serve" in shown
+    assert "MXFP8" not in shown.split("vllm serve")[1] and "NVFP4A16" in shown.split("vllm serve")[1]
+    bare = CliRunner().invoke(app, [*plan, "--levels", "MXFP8"])
+    assert bare.exit_code != 0 and "no kernel for MXFP8 on T4" in " ".join(bare.output.split())
+    assert not no_kernel(TABLE, parse_level("MXFP8"), Device("B200", 10.0), "vllm")
+    assert not no_kernel(TABLE, parse_level("Q4_K_M"), Device("T4", 7.5), "vllm")

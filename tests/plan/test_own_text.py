@@ -68,6 +68,12 @@ def test_code_and_tables_may_repeat_their_frame():
             Seed("ja", (), "", script="Japanese"),
             "",
         ),
+        (
+            list(range(60)),
+            "соль, that is salt in plain words, and all the rest in English",
+            Seed("ru-x", (), "", script="Cyrillic"),
+            "not in Cyrillic script",
+        ),
         (list(range(60)), "w\ufffd\ufffdo\ufffdrds and so on", ENGLISH, "broken characters"),
         (list(range(60)), WORDS + "\ufffd", ENGLISH, ""),  # cut within a character
         (list(range(60)), "1 2 3 4 5 6 7 8 9 10, x = 4", Seed("ru-x", (), "", script="Cyrillic"), ""),

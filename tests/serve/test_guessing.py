@@ -11,8 +11,11 @@ from bitladder.engines.speculation import Speculation
 from bitladder.serve.app import build_app
 from bitladder.serve.deploy import deployed
 from bitladder.serve.guessing import BLOCK, REST, SLOWEST_LOAD_S, GuessTrial, GuessVerdict
+from bitladder.serve.limits import Gate
 from bitladder.serve.metrics import Metrics
+from bitladder.serve.replicas import Replica, ReplicaSet
 from bitladder.serve.settings import ServeSettings, TierSpec
+from bitladder.serve.tiers import Tier
 from tiny_engine import write_tiny_with_head
 from upstreams import CHAT
 
@@ -137,6 +140,27 @@ def test_the_real_engines_guesses_turn_off_by_themselves_while_requests_are_answ
     assert told["because"].startswith(("costs: ", "not told apart: ")) and told["times_as_fast"] < 0.8
     assert told["by_tag"]["letters"]["answers_without"] >= 3 * BLOCK
     assert 'bitladder_guessing{tier="quality"} 0.0' in text and "bitladder_guess_speedup" in text
+
+
+class Changing:
+    """An engine that is being started in another way, and is ready when somebody waited for it."""
+
+    state = "changing"
+    waited = 0.0
+
+    async def wait_ready(self, seconds: float) -> None:
+        self.waited, self.state = seconds, "ready"
+
+
+def test_a_request_waits_for_an_engine_that_is_started_in_another_way_and_goes_nowhere_else():
+    async def run() -> None:
+        engine, spec = Changing(), TierSpec(level="plain", url="http://127.0.0.1:9")
+        tier = Tier(("quality",), spec, ReplicaSet([Replica("plain", None, "")]), Gate(1, 4), engine)
+        assert tier.usable  # else another tier would be asked
+        async with tier.hold():
+            assert engine.waited > 0 and tier.gate.running == 1
+
+    asyncio.run(run())
 
 
 def test_tiers_that_do_not_guess_have_no_word_of_it():

@@ -18,12 +18,14 @@ from bitladder.levels import parse_levels
 from bitladder.plan.ladder import make_plan
 from bitladder.plan.whatif import what_if
 from bitladder.records import to_json
+from bitladder.records.fidelity import AtDepth
 from bitladder.records.run import LevelCost
 from bitladder.records.wording import Substitution, WordingChanges
-from bitladder.report import render_html
+from bitladder.report import render_html, write_run
 from bitladder.report.chart import Axis, loss_chart
 from bitladder.report.facts import facts
 from bitladder.report.meanings import HEADS, LOSSES, VERDICTS
+from bitladder.report.tables import evidence_tables
 from bitladder.report.wording import answers_view
 from bitladder.serve.page_app import PAGE, build_page
 from bitladder.units import GiB, MiB
@@ -379,6 +381,28 @@ def test_what_changed_in_the_answers_is_the_reports_own(browser, tmp_path):
         opened.close()
 
 
+def test_tables_of_evidence_are_the_reports_own(browser, tmp_path):
+    at = AtDepth(3000, 0.4, 0.3, 0.5, 0.1, 1.001, 1.0, 1.002, 0.61, 0.6, 0.7, depth=512)
+    deep = dataclasses.replace(at, depth=4096, rise=82.0, rise_low=70.0, rise_high=97.0)
+    plain = run_record()
+    record = dataclasses.replace(
+        plain, fidelities=tuple(dataclasses.replace(one, depths=(at, deep)) for one in plain.fidelities[:2])
+    )
+    path = write_run(record, tmp_path / "run.json")
+    with serving(build_page(path)) as url:
+        opened = browser.new_page(viewport={"width": 390, "height": 800})
+        opened.goto(url)
+        opened.wait_for_selector("table.evidence")
+        (table,) = evidence_tables(record)
+        assert texts(opened, "#depth-title") == [table.title]
+        assert texts(opened, "table.evidence thead th") == list(table.heads)
+        shown = opened.locator("table.evidence tbody td").all()
+        assert [one.inner_text().split("\n")[0] for one in shown] == [c.text for row in table.rows for c in row[1:]]
+        assert texts(opened, "table.evidence .known")[0].startswith("82.0")
+        assert opened.evaluate("document.documentElement.scrollWidth") <= 390
+        opened.close()
+
+
 def test_what_if_decides_again(page):
     open_ladder(page)
     page.fill("#if-bar", "kl < 0.02")
@@ -448,6 +472,11 @@ def test_live_tells_what_each_tier_does(page):
     titles = page.locator(".tier.speed dl div").evaluate_all("(all) => all.map((one) => one.title)")
     assert len(titles) == 8 and all(titles)
     assert "tag 'recall' lost nothing" in page.inner_text(".recent")
+    guesses = page.inner_text(".tier.speed")
+    assert "Guesses tokens ahead (draft): off." in guesses
+    assert "Costs: 0.59 times as fast (0.54 to 0.64) on these requests." in guesses
+    assert f"{EVIL}: 0.70 times as fast with guesses (9 and 8 answers)." in guesses
+    assert "Guesses" not in page.inner_text(".tier.quality")
     assert page.locator("[role=alert]:visible").count() == 0
 
 

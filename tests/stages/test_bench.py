@@ -79,6 +79,19 @@ def test_rivals_from_disk_and_hub_by_bytes_with_paired_shares(folder, own_hub):
     assert any("fidelity" in line for line in again.reused)  # nothing is measured twice
 
 
+def test_a_checkpoint_folder_is_a_rival_as_it_lies(folder, tmp_path):
+    """Neither converted nor decoded to a file of its own."""
+    build_levels(str(folder / "tiny.gguf"), parse_levels(["INT8-W8A16"]), Build(out=tmp_path), Work())
+    rivals = {"file": path_of(folder, "Q8_0"), "folder": str(next(tmp_path.glob("*INT8*")))}
+    texts = {"letters": (folder / "letters",)}
+    record = run_bench(Bench(str(folder / "tiny.gguf"), rivals, texts), Work())
+    own = next(one for one in record.rivals if one.name == "folder")
+    assert record.left_out == {}
+    assert own.bytes == sum(path.stat().st_size for path in Path(own.path).glob("*.safetensors")) > 0
+    loss = {figure.rival: figure.fidelity.kl_mean for figure in record.texts[0].figures}
+    assert 0 < loss["folder"] < 10 * loss["file"]
+
+
 def test_rivals_that_cannot_be_compared_are_left_out_and_told(folder, tmp_path):
     cut = tmp_path / "cut-Q4_0.gguf"
     cut.write_bytes(Path(path_of(folder, "Q4_0")).read_bytes()[:3000])

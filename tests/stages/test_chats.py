@@ -110,6 +110,8 @@ def test_a_thought_is_never_judged_as_the_answer():
     (answer,), engine = through({"p": [said("yes", thought="no, no")]}, workload)
     assert (answer.passed, answer.thought, answer.thought_tokens) == (True, "no, no", 2)
     assert (engine.asked[0].max_tokens, engine.asked[0].max_thought_tokens) == (100, 90)
+    (stopped,), _ = through({"p": [said("", "stop", thought="It is 8.", tokens=8)]}, workload)
+    assert (stopped.passed, stopped.detail) == (False, "no answer: its thought ended with nothing behind it")
     (cut,), _ = through({"p": [said("", "length", thought="hm hm", tokens=100)]}, workload)
     assert (cut.passed, cut.detail) == (False, "no answer: its thought did not end within 100 tokens")
     assert from_json(Answer, json.loads(json.dumps(to_json(cut)))) == cut

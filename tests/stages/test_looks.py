@@ -19,7 +19,7 @@ from bitladder.plan.bar import DEFAULT_BAR
 from bitladder.plan.schedule import Kind, Piece
 from bitladder.progress import LevelNews, Progress
 from bitladder.records.evaluation import Answer, LevelAnswers
-from bitladder.stages import measure
+from bitladder.stages import in_time, measure
 from bitladder.stages.ask import UNKNOWN_SPEED
 from bitladder.stages.job import Build, Journal
 from bitladder.stages.looks import (
@@ -32,7 +32,8 @@ from bitladder.stages.looks import (
     material,
     undecided_on_passes,
 )
-from bitladder.stages.run_facts import RunSettings
+from bitladder.stages.run_facts import AUTO_TIME, RunSettings
+from bitladder.stages.run_given import Given
 from bitladder.units import human_duration, parse_duration
 from engine_model import write_engine_model
 
@@ -208,7 +209,7 @@ def test_a_run_cut_off_decides_on_what_it_has_and_the_next_goes_on(home, monkeyp
 
     clock.ahead = 0.0
     whole = pipeline.run(settings(home, 1000.0), Heard()).record
-    assert scored[1:] and all(documents in (2, 4) for _, documents in scored[1:])  # the first two are kept
+    assert scored[1:] and all(documents in (2, 6) for _, documents in scored[1:])  # the first two are kept
     units = {one.level: one.units for one in whole.fidelities}
     tiers = {whole.decision.quality, whole.decision.speed}
     assert tiers <= set(LEVELS) and all(units[tier] == DOCUMENTS for tier in tiers)
@@ -247,6 +248,25 @@ def test_too_little_time_is_refused_with_the_least_that_is_needed(home):
     assert "--within" in refused.value.do and not (home / "out").exists()
 
 
+def test_in_the_usual_time_levels_that_are_clearly_out_are_measured_less(home, monkeypatch):
+    """The usual time is derived and said; a whole run measures the rest, and decides the same."""
+    told = []
+    monkeypatch.setattr(in_time, "_LEAST_DEFAULT_S", 1000.0)
+    wanted = replace(settings(home, AUTO_TIME), bar="kl < 0.001")
+    first = pipeline.run(wanted, Heard(), say=told.append).record
+    assert any(line.startswith("Up to 17 min") for line in told)
+    assert "--within auto" in first.commands[0]
+    units = {one.level: one.units for one in first.fidelities}
+    tiers = {first.decision.quality, first.decision.speed}
+    assert tiers <= set(LEVELS) and all(units[tier] == DOCUMENTS for tier in tiers)
+    assert units["Q2_K"] < DOCUMENTS  # far above the bar
+    assert not any("of 8 answers" in line for line in told)
+    whole = pipeline.run(replace(wanted, within=None), Heard()).record
+    assert {one.units for one in whole.fidelities} == {DOCUMENTS}
+    assert {one.inputs for one in whole.results} == {INPUTS}
+    assert (whole.decision.quality, whole.decision.speed) == (first.decision.quality, first.decision.speed)
+
+
 def test_what_no_time_can_be_predicted_of_is_refused(home):
     for more in (("--also", "http://127.0.0.1:9/v1#m"), ("--levels", "GPTQ-4bit-g64")):
         done = CliRunner().invoke(app, ["run", "m-F16.gguf", "--within", "5m", *more])
@@ -263,9 +283,9 @@ def test_a_matrix_that_an_earlier_run_gathered_is_taken_whatever_the_time(monkey
         share = given.build.calibration_share
         return 0.0 if share in there else 100 * share
 
-    given = pipeline._Given(*[None] * (len(pipeline._Given.__dataclass_fields__)))
+    given = Given(*[None] * (len(Given.__dataclass_fields__)))
     given = replace(given, build=Build(out=None), job=SimpleNamespace(journal=Journal()))
-    monkeypatch.setattr(pipeline, "_importance_seconds", needed)
-    found = pipeline._with_less_calibration(given, seconds)
+    monkeypatch.setattr(in_time, "importance_seconds", needed)
+    found = in_time.with_less_calibration(given, seconds)
     assert found.build.calibration_share == expected
     assert bool(given.job.journal.warnings) is (expected < 1)

@@ -3,6 +3,7 @@ read back, measured, inspected, and refused with numbers."""
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,17 +21,22 @@ from bitladder.files.gguf import GgufFile
 from bitladder.levels import CheckpointLevel, parse_level
 from bitladder.levels.checkpoints import Mixed, recognised
 from bitladder.levels.checkpoints.mixed import FLOAT, SCHEMES
+from bitladder.levels.methods import GPTQ
 from bitladder.plan.cost import level_size
 from bitladder.plan.recipe import Limits
 from bitladder.plan.schemes import choose_schemes, least_bits
 from bitladder.records.level_file import LevelFile
 from bitladder.records.recipe import FittedLevel, Recipe, SensitivityTable, TensorLoss
 from bitladder.stages import recipe as recipes
+from bitladder.stages.calibrate import Calibration, Reading
+from bitladder.stages.fidelity import folder_candidate, walk
 from bitladder.stages.inspect import inspect_folder
 from bitladder.stages.job import Job
 from bitladder.stages.recipe import RecipeResult
-from bitladder.stages.schemes import SchemeChoices, SchemeStorage, form_of, linears_of
+from bitladder.stages.schemes import Linears, SchemeChoices, SchemeStorage, form_of, linears_of
+from bitladder.stages.sensitivity import SeenInput, weigh
 from bitladder.walk.checkpoint_weights import CheckpointWeights
+from bitladder.walk.inputs import InputStatistics
 from bitladder.walk.opened import layered
 from bitladder.walk.weights import FileWeights
 
@@ -117,6 +123,40 @@ def test_a_budget_in_bytes_counts_every_tensor(tmp_path):
             choose_schemes(table, linears.groups, source.model, Limits())
         with pytest.raises(UsageError, match="above 0"):
             choose_schemes(table, linears.groups, source.model, Limits(kl=0.0))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3moe"])
+def test_a_mix_is_as_fast_as_was_asked(name, tmp_path):
+    """By what whole checkpoints of each scheme reach; schemes whose speed nobody said are not chosen."""
+    with GgufFile.open(written(name, tmp_path)) as source:
+        model, linears = source.model, linears_of(layered(source, FileWeights(source)))
+        table, dims = table_of(source, linears), source.model.dims
+        speeds = {"W2A16-g32": 100.0, "NVFP4A16": 80.0, "W8A16-channel": 40.0, FLOAT: 20.0}
+        infos = {tensor.name: tensor for tensor in model.tensors}
+
+        def weights(tensor):  # that a token meets
+            active = dims.n_expert_used / dims.n_expert if len(infos[tensor].shape) > 2 else 1
+            return infos[tensor].elements * active
+
+        def tps(recipe):
+            met = {tensor: weights(tensor) for group in linears.groups for tensor in group}
+            return sum(met.values()) / sum(own / speeds[recipe.qtypes[tensor]] for tensor, own in met.items())
+
+        def made(asked, **wish):
+            return choose_schemes(table, linears.groups, model, Limits(least_decode=asked, speeds=speeds, **wish))
+
+        slow, middle, fast = (made(asked, bpw=10) for asked in (21, 50, 75))
+        for asked, recipe in zip((21, 50, 75), (slow, middle, fast), strict=True):
+            assert set(recipe.qtypes.values()) <= {*speeds, "F32"}
+            assert asked <= tps(recipe)
+            assert f"at least {asked} tokens/s" in recipe.limits
+        assert slow.expected_kl < middle.expected_kl < fast.expected_kl
+        assert tps(made(75, kl=1.001 * fast.expected_kl)) >= 75
+        with pytest.raises(NothingFits, match=r"120 tokens/s are asked for.*give (100|[89]\d)"):
+            made(120, bpw=10)
+        speeds = {"W6A16-g128": 80.0}  # which rows of 64 cannot have
+        with pytest.raises(UsageError, match="No scheme that"):
+            made(10, bpw=10)
 
 
 @pytest.mark.usefixtures("words")
@@ -224,7 +264,12 @@ def test_names_and_refusals(tmp_path):
         (["--to", "tensorrt", "--bpw", "4.6"], "tensorrt"),
         (["--to", "vllm"], "limit"),
         (["--to", "vllm", "--bpw", "4.6", "--level", "Q4_K_M"], "together"),
-        (["--to", "vllm", "--bpw", "4.6", "--tps", "9"], "--tps was given with --to vllm"),
+        (["--to", "vllm", "--bpw", "4.6", "--tps", "9"], "how fast your server runs any scheme"),
+        (["--to", "vllm", "--bpw", "4.6", "--tps", "9", "--schemes", "NVFP4A16=9,W4A16-g32"], "runs W4A16-g32"),
+        (["--to", "vllm", "--bpw", "4.6", "--tps", "9", "--schemes", "NVFP4A16=x"], "'x' is no speed of NVFP4A16"),
+        (["--to", "vllm", "--bpw", "4.6", "--tps", "9", "--schemes", "NVFP4A16=-1"], "is no speed"),
+        (["--to", "vllm", "--bpw", "4.6", "--schemes", "NVFP4A16=9"], "read with --tps"),
+        (["--to", "vllm", "--bpw", "4.6", "--vram", "1GiB", "--ngl", "1"], "--vram was given with --to vllm"),
         (["--to", "vllm", "--bpw", "4.6", "--schemes", "Q4_K"], "no scheme that recipes choose from"),
         (["--bpw", "4.6", "--schemes", "W4A16-g64"], "--schemes"),
     ):
@@ -240,6 +285,55 @@ def test_schemes_that_shapes_cannot_hold_are_not_offered(tmp_path):
         assert set(storage.choices.of(infos["blk.0.ffn_down.weight"])) == {"NVFP4A16", "W8A16-channel", "FP8-DYNAMIC"}
         with pytest.raises(UsageError, match=r"can store blk\.0\.ffn_down\.weight, which is 64 x 80(.|\n)*NVFP4A16"):
             SchemeStorage(source, ["W4A16-g32"])
+
+
+def test_predicted_losses_rank_schemes_as_what_is_written_does(tmp_path, monkeypatch):
+    """Float schemes gain most by their own search for scales and by feedback: a quick rounding would put both of them
+    behind whole numbers of as many bits."""
+    monkeypatch.setattr("bitladder.stages.calibrate._companions", lambda *_: Companions({"model_type": "tiny"}, {}))
+    monkeypatch.setattr("bitladder.walk.checkpoint_result.tokenizer_differences", lambda *_, **__: [])
+    schemes = ("NVFP4A16", "W4A16-g32", "MXFP4A16", "W4A16-g64")
+    rng = np.random.default_rng(3)
+    windows = [Window(f"t{n}", rng.integers(0, tiny_models.N_VOCAB, 128)) for n in range(80)]
+    fitting, held = windows[:64], windows[64:]
+    path = written("llama", tmp_path, intermediate_size=128)
+    with GgufFile.open(path) as source:
+        storage = SchemeStorage(source, schemes)
+        table = weigh(source, fitting, choices=storage.choices).table
+        predicted = {name: sum(one.fed for own in table.losses.values() for one in own if one.qtype == name)
+                     for name in schemes}  # fmt: skip
+        levels = [parse_level(name) for name in schemes]
+        made = Calibration(source, levels, Reading(fitting), out_dir=tmp_path / "out", name="tiny").run()
+        folders = {report.level: Path(report.path) for report in made.checkpoints}
+        candidates = [folder_candidate(source, folders[n], format_of_folder(folders[n]), level=n) for n in schemes]
+        measured = {one.level: one.kl_mean for one in walk(source, candidates, held)}
+    assert sorted(schemes, key=predicted.__getitem__) == sorted(schemes, key=measured.__getitem__)
+
+
+@pytest.mark.parametrize("scheme", ["NVFP4A16", "MXFP4A16", "W3A16-g32", "W4A16-g64", "W8A16-channel"])
+def test_what_feedback_leaves_on_other_text_is_predicted(scheme):
+    """From rows that are written, and the text that they were fitted to."""
+    rng, columns = np.random.default_rng(4), 256
+    mixing = rng.standard_normal((columns, columns)) * rng.lognormal(0, 1, columns) / 8
+    mixing[:, :40] = 0  # channels that are never active
+    half, rest, more, other = (rng.standard_normal((tokens, columns)) @ mixing for tokens in (1000, 1000, 6000, 30000))
+    weights = rng.standard_normal((96, columns)).astype(np.float32)
+    seen = SeenInput("w", statistics_of(np.concatenate([half, rest]), rest), 0.5)
+    choices = SchemeChoices([], Linears((), {}), SCHEMES)
+    predicted = choices.fed(weights, scheme, np.zeros(0), seen).sum()
+    prepared = GPTQ.prepare(statistics_of(np.concatenate([half, rest, more])).gram)
+    wrong = GPTQ.apply(form_of(scheme), prepared, weights).decoded - weights
+    measured = np.square(wrong @ other.T).sum() / len(other)
+    assert 0.95 < predicted / measured < 1.05
+    few = SeenInput("w", statistics_of(half[:20]))  # such an expert's codes are nearest ones
+    assert few.prepared.factor is None
+    assert np.isfinite(choices.fed(weights, scheme, np.zeros(0), few)).all()
+
+
+def statistics_of(x, held_out=None):
+    squares, nothing = np.square(x).sum(axis=0), np.zeros((0, 0), np.float32)
+    gram, apart = ((one.T @ one).astype(np.float32) if one is not None else nothing for one in (x, held_out))
+    return InputStatistics(gram, nothing[:0].reshape(-1), squares, len(x), apart, nothing)
 
 
 def config_with(targets, scheme="W4A16-g64", **others):

@@ -89,10 +89,13 @@ def test_a_killed_call_goes_on(few, demo_gguf, tmp_path):
 def test_a_base_model_writes_plain_text_which_is_said(few, tmp_path):
     model = write_tiny(tmp_path / "base.gguf", template="")
     lines: list[str] = []
-    with opened(str(model), Work(journal=Journal(lines.append))) as job:
+    journal = Journal(lines.append)
+    with opened(str(model), Work(journal=journal)) as job:
         found = own.own_texts(job)
         own.own_documents(job)
     assert found.plain
+    assert journal.own_text == found.report
+    assert sum(journal.own_text.dropped.values()) + journal.own_text.texts == len(SEEDS)
     assert any("in plain text, for it has no chat template" in line for line in lines)
 
 

@@ -237,6 +237,7 @@ def quantize(options: QuantizeOptions, json_output: JsonFlag = False) -> None:
                 "calibration": built.calibration,
                 "projector": built.projector,
                 "jobs": journal.jobs,
+                "own_text": journal.own_text,
                 "warnings": journal.warnings,
             }
         )
@@ -276,7 +277,10 @@ def imatrix(options: ImatrixOptions, json_output: JsonFlag = False) -> None:
     with options.working(quiet=json_output) as work:
         path = make_imatrix(options.model, texts, options.out, work, force=options.force, through=through)
     if json_output:
-        print_json({"path": str(path), "bytes": path.stat().st_size, "jobs": work.journal.jobs})
+        journal = work.journal
+        print_json(
+            {"path": str(path), "bytes": path.stat().st_size, "jobs": journal.jobs, "own_text": journal.own_text}
+        )
     else:
         say(f"{path}  {human_bytes(path.stat().st_size)}")
 

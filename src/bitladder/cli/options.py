@@ -120,7 +120,11 @@ class RunOptions(WorkOptions):
     effort: EffortName = "good"
     within: Annotated[
         str | None,
-        typer.Option("--within", metavar="TIME", help="Decide in 30s, 10m, 2h: measure what the decision needs most."),
+        typer.Option(
+            "--within",
+            metavar="TIME",
+            help="Decide in 30s, 10m, 2h: measure what it needs most; auto: a usual time.",
+        ),
     ] = None
     judge: Annotated[
         str | None,
@@ -139,7 +143,7 @@ class RunOptions(WorkOptions):
             UsageError: a level, an address or a reference that cannot be.
         """
         from bitladder.levels import parse_level
-        from bitladder.stages.run_facts import RunSettings
+        from bitladder.stages.run_facts import AUTO_TIME, RunSettings
         from bitladder.units import parse_duration
 
         also = [served_address(text) for text in self.also or ()]
@@ -168,7 +172,7 @@ class RunOptions(WorkOptions):
             trust_python=self.trust_python,
             caches=caches_named(self.kv),
             speculate=tuple(dict.fromkeys(word.strip() for word in (self.speculate or "").split(",") if word.strip())),
-            within=parse_duration(self.within) if self.within else None,
+            within=None if not self.within else AUTO_TIME if self.within == AUTO_TIME else parse_duration(self.within),
         )
 
     def _judge(self) -> EndpointSettings | None:

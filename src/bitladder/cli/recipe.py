@@ -56,7 +56,12 @@ class RecipeOptions(WorkOptions):
         ),
     ] = None
     schemes: Annotated[
-        str | None, typer.Option("--schemes", metavar="S1,S2", help="Of a checkpoint: choose among these only.")
+        str | None,
+        typer.Option(
+            "--schemes",
+            metavar="S1[=TPS],S2",
+            help="Of a checkpoint: choose among these only; with --tps the tokens a second that each alone gives.",
+        ),
     ] = None
     least_decode: Annotated[
         float | None,
@@ -116,7 +121,9 @@ def recipe(options: RecipeOptions, json_output: JsonFlag = False) -> None:
             )  # fmt: skip
             result = make_recipe(options.model, request, work)
     if json_output:
-        print_json({**vars(result), "jobs": work.journal.jobs, "warnings": work.journal.warnings})
+        journal = work.journal
+        record = {"jobs": journal.jobs, "warnings": journal.warnings, "own_text": journal.own_text}
+        print_json({**vars(result), **record})
         return
     for line in recipe_lines(result.recipe, result.table_error):
         put(line)
@@ -157,7 +164,7 @@ def _mixed(options: RecipeOptions, build: Build, limits: list[str], work: Work) 
     from bitladder.stages.mixed import MixRequest, make_mix
 
     others = {
-        "--level": options.level, "--apply": options.apply, "--tps": options.least_decode, "--vram": options.vram,
+        "--level": options.level, "--apply": options.apply, "--vram": options.vram,
         "--fits": options.fits or None, "--ctx": options.ctx,
     }  # fmt: skip
     for name, value in others.items():
@@ -169,10 +176,45 @@ def _mixed(options: RecipeOptions, build: Build, limits: list[str], work: Work) 
             )
     if not limits:
         raise UsageError("A recipe needs a limit.", do="Give one of --budget, --bpw or --kl.")
-    wish = Limits(bytes=parse_bytes(options.budget) if options.budget else None, bpw=options.bpw, kl=options.kl)
-    schemes = tuple(options.schemes.split(",")) if options.schemes else SCHEMES
-    request = MixRequest(wish, schemes, build if options.out else None, build.texts)
+    schemes, speeds = _schemes(options)
+    wish = Limits(
+        bytes=parse_bytes(options.budget) if options.budget else None, bpw=options.bpw, kl=options.kl,
+        least_decode=options.least_decode, speeds=speeds,
+    )  # fmt: skip
+    request = MixRequest(wish, schemes or SCHEMES, build if options.out else None, build.texts)
     return make_mix(options.model, request, work)
+
+
+def _schemes(options: RecipeOptions) -> tuple[tuple[str, ...], dict[str, float]]:
+    """Schemes to choose among, none where none was named, and how many tokens a second each gives alone, floats under
+    ``none``; raises UsageError for a speed that is missing, or of no use."""
+    from bitladder.levels.checkpoints.mixed import FLOAT
+    from bitladder.stages.schemes import known_schemes
+
+    words = [word.strip().partition("=") for word in (options.schemes or "").split(",") if word.strip()]
+    speeds: dict[str, float] = {}
+    for name, equals, said in words:
+        if equals:
+            own = FLOAT if name.lower() == FLOAT else known_schemes([name])[0]
+            try:
+                speeds[own] = float(said)
+            except ValueError:
+                speeds[own] = 0.0
+            if not 0 < speeds[own] < float("inf"):
+                raise UsageError(
+                    f"'{said}' is no speed of {own}.", do=f"Give tokens a second, as in --schemes {own}=52."
+                )
+    named = [name for name, equals, _ in words if not (equals and name.lower() == FLOAT)]
+    if options.least_decode is not None and (not speeds or len(speeds) < len(words)):
+        slow = next((name for name, equals, _ in words if not equals), "any scheme")
+        raise UsageError(
+            f"--tps was given with --to vllm, and how fast your server runs {slow} is not known.",
+            means="Rates of a server's kernels are measured there; nobody's figures are assumed.",
+            do="Time checkpoints of one scheme each and give tokens a second: --schemes W4A16-g128=61,NVFP4A16=58.",
+        )
+    if options.least_decode is None and speeds:
+        raise UsageError("Speeds of schemes are read with --tps.", do="Give --tps, or leave them out.")
+    return tuple(named), speeds
 
 
 def add_to(app: typer.Typer) -> None:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from bitladder.describe.quantized import quantization_of
 from bitladder.errors import BadFile, BadInput, OutputError
 from bitladder.files.checkpoint import read_checkpoint, read_json
+from bitladder.files.safetensors_writer import tensor_hashes
 from bitladder.levels import CheckpointLevel
 from bitladder.levels.checkpoints import CheckpointFormat, FolderFormat, digest, digest_of_rows, recognised
 
@@ -39,6 +40,23 @@ def verify_folder(folder: Path, level: CheckpointLevel, expected: Mapping[str, s
                 means="The disk or the memory of this machine made an error, or the file was changed meanwhile.",
                 do="Delete the folder and run again; if it happens twice, check the disk.",
             )
+
+
+def verify_stored(folder: Path, expected: Mapping[str, str]) -> None:
+    """Compare a folder with hashes of the bytes of its tensors (``files.safetensors_writer.tensor_hashes``), by name.
+
+    Raises:
+        OutputError: a tensor is missing, or holds other bytes.
+    """
+    shards = read_checkpoint(folder).shards if expected else ()
+    found = {name: one for shard in shards for name, one in tensor_hashes(shard) if name in expected}
+    wrong = next((name for name, one in expected.items() if found.get(name) != one), None)
+    if wrong is not None:
+        raise OutputError(
+            f"{folder}: {wrong} does not hold what was computed.",
+            means="The disk or the memory of this machine made an error, or the file was changed meanwhile.",
+            do="Delete the folder and run again; if it happens twice, check the disk.",
+        )
 
 
 class CheckpointReader:

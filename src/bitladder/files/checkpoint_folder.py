@@ -99,22 +99,61 @@ class CheckpointFolder(LayerStore):
         """
         with writing(self.partial):
             write_safetensors(self.partial / f"{_TOP}.safetensors", top)
-            ready = self.partial / "ready"
-            shutil.rmtree(ready, ignore_errors=True)
-            ready.mkdir()
             parts = [self.partial / f"{_TOP}.safetensors"]
             parts += [self.layer_file(entry.layer) for entry in self.finished()]
+            ready = self._ready()
             self._join(parts, ready)
-            for name, content in companions.items():
-                _write(ready / name, content)
-            _write(ready / LOG, self.log.encode())
-            _write_json(ready / "config.json", config)
-            _write_json(ready / MANIFEST, {**manifest, _SOURCE: self.source_sha256, "fingerprint": self.fingerprint})
-            if self.target.exists():
-                self.target.replace(self.partial / "replaced")  # a folder of ours: __init__ made sure
-            put_in_place(ready, self.target)
-            self.discard()
+            self._put(ready, config, companions, {**manifest, "fingerprint": self.fingerprint})
         return self.target
+
+    def finish_shards(
+        self,
+        tensors: Sequence[Sequence[str]],
+        total: int,
+        config: dict[str, Any],
+        companions: Mapping[str, bytes],
+        manifest: dict[str, Any],
+    ) -> Path:
+        """As ``finish`` of layers that are shards already: nothing is copied.
+
+        Args:
+            tensors: The names of those in each.
+            total: Bytes of all of them.
+            config: As ``finish``.
+            companions: As ``finish``.
+            manifest: As ``finish``, with the fingerprint of what the folder holds.
+
+        Raises:
+            OutputError: no room.
+        """
+        with writing(self.partial):
+            ready = self._ready()
+            names = _shard_names(len(tensors))
+            for layer, name in enumerate(names):
+                self.layer_file(layer).replace(ready / name)
+            _write_index(ready, dict(zip(names, tensors, strict=True)), total)
+            self._put(ready, config, companions, manifest)
+        return self.target
+
+    def _ready(self) -> Path:
+        ready = self.partial / "ready"
+        shutil.rmtree(ready, ignore_errors=True)
+        ready.mkdir()
+        return ready
+
+    def _put(
+        self, ready: Path, config: dict[str, Any], companions: Mapping[str, bytes], manifest: dict[str, Any]
+    ) -> None:
+        """Put what goes beside the shards into the folder, and the folder in place."""
+        for name, content in companions.items():
+            _write(ready / name, content)
+        _write(ready / LOG, self.log.encode())
+        _write_json(ready / "config.json", config)
+        _write_json(ready / MANIFEST, {**manifest, _SOURCE: self.source_sha256})
+        if self.target.exists():
+            self.target.replace(self.partial / "replaced")  # a folder of ours: __init__ made sure
+        put_in_place(ready, self.target)
+        self.discard()
 
     def _join(self, parts: Sequence[Path], ready: Path) -> None:
         """Group layer files into shards of about ``SHARD_BYTES``, and index them when there are several."""
@@ -127,19 +166,27 @@ class CheckpointFolder(LayerStore):
                 room = SHARD_BYTES
             groups[-1].append(part)
             room -= size
-        index: dict[str, str] = {}
+        held: dict[str, list[str]] = {}
         total = 0
-        for number, group in enumerate(groups, 1):
-            name = "model.safetensors" if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        for name, group in zip(_shard_names(len(groups)), groups, strict=True):
             tensors = [tensor for part in group for tensor in stored_tensors(part)]
             write_safetensors(ready / name, tensors)
-            index |= {tensor.name: name for tensor in tensors}
+            held[name] = [tensor.name for tensor in tensors]
             total += sum(tensor.nbytes for tensor in tensors)
-        if len(groups) > 1:
-            _write_json(
-                ready / "model.safetensors.index.json",
-                {"metadata": {"total_size": total}, "weight_map": index},
-            )
+        _write_index(ready, held, total)
+
+
+def _shard_names(count: int) -> list[str]:
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def _write_index(folder: Path, tensors: Mapping[str, Sequence[str]], total: int) -> None:
+    """Say which shard holds what, where there are several."""
+    if len(tensors) > 1:
+        index = {tensor: shard for shard, names in tensors.items() for tensor in names}
+        _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -108,7 +108,11 @@ class LayerStore(ABC):
         self.begin()
         with writing(self.partial):
             _save(self.layer_file(layer), tensors)
-            self._append(_of_layer(FinishedLayer(layer, tuple(dict(note) for note in notes), seconds)))
+            self.note_layer(layer, notes, seconds=seconds)
+
+    def note_layer(self, layer: int, notes: Sequence[Mapping[str, Any]], *, seconds: float = 0.0) -> None:
+        """Note that ``layer_file`` holds a whole layer."""
+        self._append(_of_layer(FinishedLayer(layer, tuple(dict(note) for note in notes), seconds)))
 
     def discard(self) -> None:
         """Remove the partial work."""

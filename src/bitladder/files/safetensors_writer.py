@@ -7,15 +7,19 @@ that each begins at a multiple of its element's size, as readers that map the fi
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 from bitladder.files.atomic import written_aside
-from bitladder.files.checkpoint import DTYPE_BYTES, read_safetensors_header
+from bitladder.files.checkpoint import DTYPE_BYTES, CheckpointTensor, read_safetensors_header
+from bitladder.files.regular import open_regular
 
 _AT_ONCE = 2**22
 _ALIGNED = 8
@@ -48,21 +52,59 @@ def write_safetensors(
         ValueError: two tensors of one name, or one whose pieces are not as long as its shape says.
     """
     ordered = sorted(tensors, key=lambda tensor: -DTYPE_BYTES[tensor.dtype])
+    head, _ = _header(ordered, metadata)
+    with written_aside(path) as file:
+        file.write(head)
+        for tensor in ordered:
+            written = sum(file.write(piece) for piece in tensor.pieces())
+            if written != tensor.nbytes:
+                raise ValueError(f"{tensor.name}: {written} bytes where its shape takes {tensor.nbytes}")
+
+
+class PlacedTensors:
+    """A safetensors file whose tensors are written piece by piece, in any order."""
+
+    def __init__(self, file: BinaryIO, starts: Mapping[str, int]) -> None:
+        self._file, self._starts = file, starts
+
+    def write(self, name: str, at: int, data: bytes | memoryview) -> None:
+        """Put bytes of a tensor where they belong, ``at`` bytes after its beginning."""
+        self._file.seek(self._starts[name] + at)
+        self._file.write(data)
+
+
+@contextmanager
+def placed_safetensors(path: Path, tensors: Sequence[CheckpointTensor]) -> Iterator[PlacedTensors]:
+    """A file for tensors of these names, types and shapes, whole under its name when the block ends well. What the
+    block does not write is zero.
+
+    Raises:
+        OSError: no room.
+        ValueError: two tensors of one name.
+    """
+    head, starts = _header(sorted(tensors, key=lambda tensor: -DTYPE_BYTES[tensor.dtype]), None)
+    with written_aside(path) as file:
+        file.truncate(len(head) + sum(tensor.nbytes for tensor in tensors))
+        file.write(head)
+        yield PlacedTensors(file, {name: len(head) + start for name, start in starts.items()})
+
+
+def _header(
+    ordered: Sequence[PiecewiseTensor | CheckpointTensor], metadata: Mapping[str, str] | None
+) -> tuple[bytes, dict[str, int]]:
+    """What a file begins with, and where each tensor begins behind it."""
     table: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    starts: dict[str, int] = {}
     end = 0
     for tensor in ordered:
         if tensor.name in table:
             raise ValueError(f"two tensors are called {tensor.name}")
         start, end = end, end + tensor.nbytes
         table[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
+        starts[tensor.name] = start
     head = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode()
     head += b" " * (-len(head) % _ALIGNED)
-    with written_aside(path) as file:
-        file.write(len(head).to_bytes(8, "little") + head)
-        for tensor in ordered:
-            written = sum(file.write(piece) for piece in tensor.pieces())
-            if written != tensor.nbytes:
-                raise ValueError(f"{tensor.name}: {written} bytes where its shape takes {tensor.nbytes}")
+    return len(head).to_bytes(8, "little") + head, starts
 
 
 def stored_tensors(path: Path) -> list[PiecewiseTensor]:
@@ -79,6 +121,24 @@ def stored_tensors(path: Path) -> list[PiecewiseTensor]:
         found.append(PiecewiseTensor(tensor.name, tensor.dtype, tensor.shape, pieces))
         at += tensor.nbytes
     return found
+
+
+def tensor_hashes(path: Path) -> Iterator[tuple[str, str]]:
+    """The name of every tensor of a file, and the BLAKE2b hash (16 bytes, hex) of its bytes.
+
+    Raises:
+        BadFile: the file contradicts itself, or cannot be read.
+    """
+    headers = read_safetensors_header(path)
+    room = memoryview(bytearray(_AT_ONCE))
+    with open_regular(path) as file:
+        file.seek(path.stat().st_size - sum(tensor.nbytes for tensor in headers))
+        for tensor in headers:
+            found, left = hashlib.blake2b(digest_size=16), tensor.nbytes
+            while left and (count := file.readinto(room[: min(left, len(room))])):  # type: ignore[attr-defined]
+                found.update(room[:count])
+                left -= count
+            yield tensor.name, found.hexdigest()
 
 
 def _read(path: Path, start: int, nbytes: int) -> Iterator[bytes]:

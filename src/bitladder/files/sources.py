@@ -69,6 +69,15 @@ def resolve(model: str, progress: Progress = silent) -> Source:
     raise no_such_model(model, path)
 
 
+def checkpoint_folder(model: str) -> tuple[Path, str] | None:
+    """The folder of a model that is a checkpoint on this machine, and what it is called; None of anything else. Nothing
+    is fetched or converted."""
+    path = Path(model).expanduser()
+    if ":" in model.partition("/")[0] or not (path / "config.json").is_file():
+        return None
+    return path, path.resolve().name
+
+
 def _from_hub(model: str, progress: Progress) -> Source:
     """Fetch a GGUF file, or a checkpoint to convert, into the hub's cache."""
     from bitladder.files.hub_download import fetch  # brings httpx, which files on the disk need not wait for
@@ -113,7 +122,7 @@ def _from_folder(folder: Path, label: str, licence: str, progress: Progress) -> 
     unread = convert.unread_tokenizer(path)
     warnings = (*_checkpoint_warnings(folder, dtypes), *([kept] if kept else []), *beside)
     warnings += (unread_note(unread),) if unread else ()
-    warnings += tuple(_unused(name) for name in convert.unused_head(checkpoint.config, checkpoint.tensors))
+    warnings += tuple(unused_note(name) for name in convert.unused_head(checkpoint.config, checkpoint.tensors))
     origin = checkpoint_origin(checkpoint.config, dtypes)
     return Source(
         path, label, warnings, checkpoint=folder, licence=licence, quantized=bool(origin), origin=origin,
@@ -121,7 +130,8 @@ def _from_folder(folder: Path, label: str, licence: str, progress: Progress) -> 
     )  # fmt: skip
 
 
-def _unused(head: str) -> str:
+def unused_note(head: str) -> str:
+    """The sentence for a stored head that config.json says is the embedding."""
     return (
         f"config.json says that the head is the embedding (tie_word_embeddings), and the weights hold {head}: it is "
         "left out, as transformers and vLLM pass over it. If it was trained, set tie_word_embeddings to false."

@@ -46,6 +46,10 @@ class Biased:
         """The same as a Grid, for rounding with error feedback."""
         return Grid(self.scales, self.biases, contiguous_groups(self.columns, self.group_size), 0, 2**self.bits - 1)
 
+    def nearest(self, weights: F32) -> npt.NDArray[np.int16]:
+        """The code of the nearest value for each of ``f32[rows, columns]``."""
+        return self.grid().nearest(weights)
+
     def rows(self, rows: slice) -> Biased:
         """Those of some rows."""
         return replace(self, scales=self.scales[rows], biases=self.biases[rows])

@@ -42,6 +42,10 @@ class Affine:
         offset = (-self.zeros * self.scales).astype(np.float32)
         return Grid(self.scales, offset, contiguous_groups(self.columns, self.group_size), 0, 2**self.bits - 1)
 
+    def nearest(self, weights: F32) -> npt.NDArray[np.int16]:
+        """The code of the nearest value for each of ``f32[rows, columns]``."""
+        return self.grid().nearest(weights)
+
     def rows(self, rows: slice) -> Affine:
         """The parameters of some rows."""
         return replace(self, scales=self.scales[rows], zeros=self.zeros[rows])

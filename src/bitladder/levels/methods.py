@@ -292,7 +292,7 @@ def _rounded(
     import numpy as np
 
     parameters = form.search(weights, importance, scale_dtype=scale_dtype)
-    codes = parameters.grid().nearest(weights)
+    codes = parameters.nearest(weights)
     decoded = parameters.decode(codes)
     if gram is None:
         return Rounded(codes, parameters, decoded, float("nan"))

@@ -73,11 +73,26 @@ def how(row: Kernel | None, device: Device) -> Runs:
     return Runs.SLOWER if row.runs is not None and device.capability >= row.runs else Runs.NO
 
 
+def no_kernel(table: KernelTable, level: Level, device: Device, engine: str) -> str:
+    """The scheme of a level that ``engine`` has no kernel for on a device, and where; "" where it runs, or where the
+    table says nothing of it."""
+    if not isinstance(level, CheckpointLevel) or engine not in SERVERS or engine not in level.engines:
+        return ""
+    for scheme in level.format.kernels:
+        if scheme in table.schemes and how(table.of(engine, scheme), device) is Runs.NO:
+            return f"{table.engines[engine].name} has no kernel for {scheme} on {_where(device)}"
+    return ""
+
+
+def _where(device: Device) -> str:
+    return f"{device.name} (compute capability {device.capability:g})"
+
+
 def kernel_warnings(table: KernelTable, levels: Sequence[Level], device: Device, engine: str = "") -> list[str]:
     """What is to be said of checkpoint levels on a device: schemes that no server of the table runs there, or that
     ``engine`` does not; without an engine nothing is said of what one server runs at full speed."""
     said: list[str] = []
-    where = f"{device.name} (compute capability {device.capability:g})"
+    where = _where(device)
     for level in levels:
         if not isinstance(level, CheckpointLevel):
             continue

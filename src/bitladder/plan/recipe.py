@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -30,7 +30,8 @@ class Limits:
     """What a recipe must keep to. Exactly one of ``bytes`` (of the file), ``bpw`` and ``kl`` is set; with ``kl`` the
     file is as small as that allows, else the loss. ``least_decode``: tokens per second, by ``rates``.
     ``aim``: the share of ``kl`` to choose for, where the file must hold it and predictions are off by some percent.
-    ``vram_bytes``: what the last ``gpu_layers`` layers, and the output matrix, may take there."""
+    ``vram_bytes``: what the last ``gpu_layers`` layers, and the output matrix, may take there. ``speeds``: tokens per
+    second by scheme, of checkpoints that have it for all linear layers; ``least_decode`` of a mix is by these."""
 
     bytes: int | None = None
     bpw: float | None = None
@@ -41,6 +42,7 @@ class Limits:
     gpu_layers: int = 0
     vram_bytes: int | None = None
     feedback: bool = True
+    speeds: Mapping[str, float] = field(default_factory=dict)
 
     def words(self) -> tuple[str, ...]:
         """The limits as a person would state them."""

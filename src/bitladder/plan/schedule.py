@@ -3,7 +3,7 @@
 Every level gets a short look at each kind of evidence first: a few documents, a few inputs, a round of speed. Then time
 goes where a tier is still open, kind by kind, the one of which least was seen first; levels that are clearly in or out
 get no more. Documents and inputs are taken in one fixed random order, the same for all levels, so what two levels were
-both measured on is always the beginning of it. The number of units doubles from look to look, so there are few looks,
+both measured on is always the beginning of it. Their number grows fourfold from look to look, so there are few looks,
 and intervals pay little for them (``stats.sequential.spent``).
 
 A piece is begun only when its predicted cost fits into the time that is left; a smaller one is tried where it does not.
@@ -36,6 +36,9 @@ LEAST = {Kind.DOCUMENTS: 2, Kind.INPUTS: 4, Kind.ROUNDS: 1}
 """Units below which a look shows nothing: one document has no interval."""
 FIRST_SHARE = 0.25
 """Of all units, in the first look."""
+GROWTH = 4
+"""What has been seen after a look, over what had been before: each look passes over the model's layers and starts
+engines anew, so few are best."""
 LOOK_SHARE = 0.5
 """Of the time left, that a first look at one kind of evidence may take."""
 
@@ -69,7 +72,7 @@ Cost = Callable[[Piece], float]
 
 
 def looks(kind: Kind, total: int) -> tuple[int, ...]:
-    """How many units have been seen after each look, the first one's to all: ``(3, 6, 12)`` of twelve; of rounds one,
+    """How many units have been seen after each look, the first one's to all: ``(3, 12)`` of twelve; of rounds one,
     then all."""
     if kind is Kind.ROUNDS:
         return tuple(dict.fromkeys((1, total))) if total else ()
@@ -77,7 +80,7 @@ def looks(kind: Kind, total: int) -> tuple[int, ...]:
     end = max(LEAST[kind], math.ceil(FIRST_SHARE * total))
     while end < total:
         ends.append(end)
-        end *= 2
+        end *= GROWTH
     return (*ends, total) if total else ()
 
 

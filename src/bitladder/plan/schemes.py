@@ -5,6 +5,10 @@ As recipes of GGUF files (``plan/recipe.py``), by the same table and integer pro
 multiply some matrices as one (q, k and v; gate and up; the experts of a layer), which must have one scheme: they are
 one group of the program. And embedding, head and norms stay 16 bits wide, so a budget in bits per weight counts the
 linear layers alone; one in bytes counts every tensor.
+
+How fast a server runs a scheme nobody here can know, but whoever runs it can time a checkpoint of that scheme alone. A
+mix takes as long for a token as its layers do, each its share (its weights that a token meets, of all) of what such a
+checkpoint takes; what is not spent in linear layers is the same in all of them.
 """
 
 from __future__ import annotations
@@ -30,7 +34,8 @@ def choose_schemes(table: SensitivityTable, groups: Groups, model: Model, wish: 
         table: predicted losses of the linear layers, by scheme.
         groups: their tensors; those that nothing is predicted of stay float.
         model: its tensors.
-        wish: a limit of bits per weight of the linear layers, of bytes of all tensors, or of loss.
+        wish: a limit of bits per weight of the linear layers, of bytes of all tensors, or of loss; with
+            ``least_decode`` schemes that ``speeds`` does not name are not chosen.
 
     Returns:
         A scheme for every tensor, ``FLOAT`` for what keeps 16 bits; ``bytes`` of all of them, exactly as they will be
@@ -41,17 +46,20 @@ def choose_schemes(table: SensitivityTable, groups: Groups, model: Model, wish: 
         UsageError: no limit, or one above what 16 bits take.
     """
     elements = {tensor.name: tensor.elements for tensor in model.tensors}
-    open_groups = [_group(names, table, elements, wish) for names in groups]
+    open_groups = [
+        _group(names, table, elements, wish, share) for names, share in zip(groups, _shares(groups, model), strict=True)
+    ]
+    in_time = {"seconds": _seconds(open_groups, wish)} if wish.least_decode else {}
     linear = sum(elements[name] for names in groups for name in names)
     fixed = Mixed.float_bytes * (sum(elements.values()) - linear)
     if wish.kl is not None:
         if not wish.kl > 0:
             raise UsageError(f"A KL divergence of {wish.kl:g} is asked for; it must be above 0.", do="Try --kl 0.05.")
-        found = fewest("bytes", open_groups, {}, loss=allowed_loss(open_groups, table, wish.kl, wish))
+        found = fewest("bytes", open_groups, in_time, loss=allowed_loss(open_groups, table, wish.kl, wish))
     else:
         budget = _budget(wish, linear, fixed, model.header_bytes)
         _check(open_groups, wish, budget, linear=linear, beside=fixed + model.header_bytes)
-        found = least_loss(open_groups, {"bytes": budget})
+        found = least_loss(open_groups, {"bytes": budget, **in_time})
     schemes = {name: found.qtypes[own.name] for own, names in zip(open_groups, groups, strict=True) for name in names}
     size = int(found.costs["bytes"])
     bits = 8 * size / max(1, linear)
@@ -72,22 +80,61 @@ def choose_schemes(table: SensitivityTable, groups: Groups, model: Model, wish: 
 def least_bits(table: SensitivityTable, groups: Groups, model: Model) -> float:
     """Bits per weight of the linear layers in their smallest schemes."""
     elements = {tensor.name: tensor.elements for tensor in model.tensors}
-    least = sum(_least(_group(names, table, elements, Limits())) for names in groups)
+    least = sum(_least(_group(names, table, elements, Limits(), 0.0)) for names in groups)
     return 8 * least / max(1, sum(elements[name] for names in groups for name in names))
 
 
-def _group(names: Sequence[str], table: SensitivityTable, elements: dict[str, int], wish: Limits) -> TensorGroup:
-    """Schemes that all of a group's tensors may have, and floats."""
+def _group(
+    names: Sequence[str], table: SensitivityTable, elements: dict[str, int], wish: Limits, share: float
+) -> TensorGroup:
+    """Schemes that all of a group's tensors may have, and floats; ``share``: of the time that a token takes."""
     own = [{one.qtype: one for one in table.losses.get(name, ())} for name in names]
     common = [scheme for scheme in own[0] if all(scheme in losses for losses in own)]
     choices = [_choice(scheme, [losses[scheme] for losses in own], wish) for scheme in common]
     whole = float(Mixed.float_bytes * sum(elements[name] for name in names))
-    return TensorGroup(names[0], (*choices, TypeChoice(FLOAT, 0.0, {"bytes": whole})))
+    choices.append(TypeChoice(FLOAT, 0.0, {"bytes": whole}))
+    if wish.least_decode:
+        choices = [_timed(one, share / wish.speeds[one.qtype]) for one in choices if one.qtype in wish.speeds]
+    return TensorGroup(names[0], tuple(choices))
 
 
 def _choice(scheme: str, losses: Sequence[TensorLoss], wish: Limits) -> TypeChoice:
     lost = sum(one.fed if wish.feedback else one.plain for one in losses)
     return TypeChoice(scheme, lost, {"bytes": float(sum(one.bytes for one in losses))})
+
+
+def _timed(choice: TypeChoice, seconds: float) -> TypeChoice:
+    return TypeChoice(choice.qtype, choice.loss, {**choice.costs, "seconds": seconds})
+
+
+def _shares(groups: Groups, model: Model) -> list[float]:
+    """Of the weights that a token meets in all groups, those in each."""
+    dims, tensors = model.dims, {tensor.name: tensor for tensor in model.tensors}
+    active = dims.n_expert_used / dims.n_expert if dims.n_expert else 1.0
+    met = [
+        sum(tensors[name].elements * (active if len(tensors[name].shape) > 2 else 1.0) for name in names)
+        for names in groups
+    ]
+    return [one / max(1.0, sum(met)) for one in met]
+
+
+def _seconds(groups: Sequence[TensorGroup], wish: Limits) -> float:
+    """The time that a token may take; raises UsageError or NothingFits where no mix can be that fast."""
+    asked = wish.least_decode or 0.0
+    bare = next((group.name for group in groups if not group.choices), None)
+    if bare is not None:
+        raise UsageError(
+            f"No scheme that {bare} can have is among those whose speed is known ({', '.join(wish.speeds) or 'none'}).",
+            do="Time a checkpoint of such a scheme and name it, as in --schemes W4A16-g32=52.",
+        )
+    least = sum(min(choice.costs["seconds"] for choice in group.choices) for group in groups)
+    if least > 1 / asked:
+        raise NothingFits(
+            f"{asked:g} tokens/s are asked for; all layers in the fastest of these schemes give {1 / least:.4g}.",
+            means="No mix of them is that fast on the server that was timed.",
+            do=f"Ask for at most {1 / least:.4g}, or name a faster scheme.",
+        )
+    return 1 / asked
 
 
 def _least(group: TensorGroup) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -19,6 +21,20 @@ class OwnText:
 
 
 @dataclass(frozen=True)
+class OwnTextReport:
+    """What came of it, without the texts."""
+
+    texts: int
+    """That can be used."""
+    tokens: int
+    """That the model wrote of them."""
+    plain: bool
+    dropped: Mapping[str, int]
+    """Reason -> texts, the most frequent first."""
+    refused: str
+
+
+@dataclass(frozen=True)
 class OwnTexts:
     """All that one model wrote, in the order of the seeds."""
 
@@ -32,3 +48,10 @@ class OwnTexts:
     def kept(self) -> tuple[OwnText, ...]:
         """Texts that can be used."""
         return tuple(one for one in self.texts if not one.dropped)
+
+    @property
+    def report(self) -> OwnTextReport:
+        """Counts alone."""
+        dropped = Counter(one.dropped for one in self.texts if one.dropped)
+        tokens = sum(one.tokens for one in self.kept)
+        return OwnTextReport(len(self.kept), tokens, self.plain, dict(dropped.most_common()), self.refused)

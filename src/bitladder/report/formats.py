@@ -21,7 +21,7 @@ def formats_table(table: KernelTable, devices: Sequence[str], runs: Sequence[Seq
     from rich.table import Table
     from rich.text import Text
 
-    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1 if out.width >= _WIDE else 0, 0, 0))
     dated = out.width >= _WIDE
     for title in ("scheme", "engine", *devices, *(("as of",) if dated else ())):
         shown.add_column(title, no_wrap=True)

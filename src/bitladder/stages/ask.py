@@ -194,10 +194,10 @@ class Asker:
         known = self.recorded.answers(contender.subject, flat, engine)
         return {name for name, each in questions.items() if all(question in known for question in each)}
 
-    def tell_doubts(self, asked: Sequence[LevelAnswers]) -> None:
-        """What makes answers or speeds worth less than they look."""
+    def tell_doubts(self, asked: Sequence[LevelAnswers], *, asked_all: bool = True) -> None:
+        """What makes answers or speeds worth less than they look. ``asked_all``: everything was to be answered."""
         wanted = len(self.workload.inputs) * self.workload.samples
-        if len(asked[0].answers) < wanted:
+        if asked_all and len(asked[0].answers) < wanted:
             self.work.journal.warn(
                 f"The reference {asked[0].level} has {len(asked[0].answers)} of {wanted} answers: every level is "
                 "compared on those alone."

@@ -22,6 +22,7 @@ from bitladder.stages.measure import Measuring, documents, measure_model
 
 if TYPE_CHECKING:
     from bitladder.files.gguf import GgufFile
+    from bitladder.progress import Progress
     from bitladder.records.fidelity import Fidelity
 
 SHIPPED_NAME = "texts that ship"
@@ -102,13 +103,9 @@ def _rival(job: Job, name: str, given: str) -> Rival:
     """A rival at hand and looked at: it holds the same model, with the same vocabulary."""
     from bitladder.files.checkpoint_check import format_of_folder
     from bitladder.files.gguf import GgufFile
-    from bitladder.files.sources import gguf_in_folder, resolve
     from bitladder.stages.fidelity import file_candidate, folder_candidate
 
-    path = Path(given).expanduser()
-    if not path.is_dir() or gguf_in_folder(path) is not None:
-        source = resolve(given, job.progress)
-        path = source.checkpoint or source.path
+    path = _at_hand(given, job.progress)
     if path.is_dir():
         folder_candidate(job.source, path, format_of_folder(path))
         size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
@@ -120,6 +117,17 @@ def _rival(job: Job, name: str, given: str) -> Rival:
         bpw = 8 * sum(tensor.nbytes for tensor in file.model.tensors) / weights
         size = sum(header.path.stat().st_size for header in file.headers)
         return Rival(name, given, str(path), size, file.sha256, bpw)
+
+
+def _at_hand(given: str, progress: Progress) -> Path:
+    """A GGUF file or a checkpoint folder as it lies, fetched from the hub if need be; nothing is converted."""
+    from bitladder.files.sources import gguf_in_folder, resolve
+    from bitladder.stages.hub import pull
+
+    path = Path(pull([given], progress)[0].path if given.startswith("hf:") else given).expanduser()
+    if path.is_dir():
+        return gguf_in_folder(path) or path
+    return path if path.is_file() else resolve(given, progress).path
 
 
 def _require_same_tokens(source: GgufFile, file: GgufFile) -> None:

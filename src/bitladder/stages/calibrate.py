@@ -20,13 +20,15 @@ from bitladder import __version__, system
 from bitladder.describe.text import Document, text_hash
 from bitladder.describe.windows import Window, tokens_hash
 from bitladder.executors import Executor
-from bitladder.files.checkpoint import read_checkpoint
+from bitladder.files.checkpoint import Checkpoint, read_checkpoint
 from bitladder.files.checkpoint_folder import CheckpointFolder, fingerprint_of
 from bitladder.files.companions import Companions, companions_of_folder, companions_of_gguf
 from bitladder.files.decoded import FloatView
 from bitladder.files.gguf import GgufFile
+from bitladder.files.hashing import file_sha256
 from bitladder.files.imatrix import ImportanceMatrix
 from bitladder.files.layer_store import LayerStore
+from bitladder.files.staging import data_files
 from bitladder.files.vector_file import VectorFile, folds_of, importance_of_vectors
 from bitladder.kernels.awq import Fold
 from bitladder.levels import CheckpointLevel, FoldedLevel
@@ -153,15 +155,20 @@ class Calibration:
         model.check_disk_names(
             form for level in levels if isinstance(level, CheckpointLevel) for form in level.format.forms
         )
-        held = FloatView(read_checkpoint(checkpoint)).main_dtype if checkpoint else "F16"
+        view = FloatView(read_checkpoint(checkpoint)) if checkpoint else None
+        held = view.main_dtype if view is not None else "F16"
         dtype = FLOAT_TYPES.get(held, torch.float16)
         self._stores: dict[Product, LayerStore] = {}
         inputs = [header.path for header in source.headers] + ([checkpoint] if checkpoint else [])
         for level in levels:
             if isinstance(level, CheckpointLevel):
+                identity = source.sha256
                 fingerprint = _fingerprint(source, level, reading.windows, self._settings, dtype)
-                target = _place(out_dir / f"{name}-{level.name}", fingerprint, folders, is_kept)
-                self._stores[level] = CheckpointFolder(target, fingerprint, source.sha256, inputs=inputs, force=force)
+                if view is not None and not _needs_text(level):  # it may be made of the folder alone (``straight``)
+                    identity = identity_of_files(view.checkpoint)
+                    fingerprint = fingerprint_of_files(identity, level, dtype)
+                target = place_of_level(out_dir / f"{name}-{level.name}", fingerprint, folders, is_kept)
+                self._stores[level] = CheckpointFolder(target, fingerprint, identity, inputs=inputs, force=force)
             else:
                 self._stores[level] = vector_file(source, level, reading.hash, self._settings)
         self._missing = {level: store for level, store in self._stores.items() if not store.is_complete()}
@@ -280,7 +287,7 @@ class Calibration:
         return Calibrated(whole, checkpoints, folds, importance, fingerprints, kept)
 
 
-def _place(usual: Path, fingerprint: str, folders: Sequence[Path], is_kept: Callable[[Path], bool]) -> Path:
+def place_of_level(usual: Path, fingerprint: str, folders: Sequence[Path], is_kept: Callable[[Path], bool]) -> Path:
     """Where a checkpoint level lies, or is to be written: under its name, beside a folder of that name that must stay,
     or under any name in ``folders``."""
     beside = usual.with_name(f"{usual.name}.{fingerprint[:8]}")
@@ -336,15 +343,34 @@ def _size(path: Path) -> int:
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
+def identity_of_files(checkpoint: Checkpoint, progress: Progress = silent) -> str:
+    """What tells a checkpoint from others: names and hashes of its weights and of what is copied beside them."""
+    files = sorted({*data_files(checkpoint.folder), *checkpoint.shards})
+    parts = (part for path in files for part in (path.name, file_sha256(path, progress)))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def fingerprint_of_files(identity: str, level: CheckpointLevel, dtype: torch.dtype) -> str:
+    """Everything that the bytes of a level depend on that needs no text, of a checkpoint with this identity."""
+    return _hashed([__version__, identity, level.name, str(dtype), *_signature(level)])
+
+
 def _fingerprint(
     source: GgufFile, level: CheckpointLevel, windows: Sequence[Window], settings: Settings, dtype: torch.dtype
 ) -> str:
     """Everything that a level's bytes depend on."""
-    parts = [__version__, source.sha256, level.name, str(dtype)]
-    parts += [level.format.signature] if level.format.signature else []
+    parts = [__version__, source.sha256, level.name, str(dtype), *_signature(level)]
     if _needs_text(level):
         parts += [tokens_hash(windows), str(settings.reference_tokens), str(settings.damp), str(settings.act_order)]
         parts.append(str(settings.half_products))  # a run must not go on on another processor, half in bfloat16
+    return _hashed(parts)
+
+
+def _signature(level: CheckpointLevel) -> list[str]:
+    return [level.format.signature] if level.format.signature else []
+
+
+def _hashed(parts: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

@@ -82,10 +82,12 @@ def judge_chat(one: Input, answer: Answer, context: Context) -> Mark:
 
 def _judge_reply(one: Input, reply: Reply, context: Context, criteria: Any) -> Mark:
     if unfinished_thought(reply):
-        return Mark(False, f"no answer: its thought did not end within {reply.completion_tokens} tokens")
+        within = reply.finish_reason == "length"
+        how = f"did not end within {reply.completion_tokens} tokens" if within else "ended with nothing behind it"
+        return Mark(False, f"no answer: its thought {how}")
     return judge(one, reply.text, dataclasses.replace(context, calls=reply.calls), criteria)
 
 
 def unfinished_thought(reply: Reply) -> bool:
-    """Whether an answer was cut in the thought before it."""
-    return bool(reply.thought) and not reply.text and not reply.calls and reply.finish_reason == "length"
+    """Whether a reply is a thought alone: it was cut in it, or the model stopped there."""
+    return bool(reply.thought) and not reply.text and not reply.calls

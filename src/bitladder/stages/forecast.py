@@ -159,6 +159,7 @@ def walking_need(
     from bitladder.plan.abilities import Route
     from bitladder.plan.preflight import LOOKED_AT, walk_need
     from bitladder.stages.model_route import route_of
+    from bitladder.walk.differences import HELD_BYTES, differences_pay
 
     machine = probe_machine()
     measured = load_measured(machine)
@@ -166,10 +167,12 @@ def walking_need(
     tokens = windows if isinstance(windows, int) else sum(len(window.tokens) for window in windows)
     head = dims.n_vocab * dims.n_embd if levels else 0
     used = weights_used(source.model) + head
+    beside = bool(levels) and differences_pay()
     need = walk_need(
         4 * largest_layer(source.model), 4 * head, tokens, dims.n_embd, len(levels), 2 * used * tokens, machine,
         flops=measured.f32_matmul if measured else 0.0,
-        layers_held=LOOKED_AT if route_of(source) is Route.DERIVED else 2.0,
+        layers_held=(LOOKED_AT if route_of(source) is Route.DERIVED else 2.0) + (2.0 if beside else 0.0),
+        held_bytes=min(HELD_BYTES, tokens * bytes_beside(source.model)) if beside else 0,
     )  # fmt: skip
     names = f"measure {', '.join(levels)}" if levels else "gather an importance matrix"
     return need.named(f"{names} on {tokens} tokens", kind)
@@ -182,6 +185,16 @@ def largest_layer(model: Model) -> int:
         if tensor.name.startswith("blk."):
             layer = tensor.name.split(".", 2)[1]
             layers[layer] = layers.get(layer, 0) + tensor.elements
+    return max(layers.values(), default=0)
+
+
+def bytes_beside(model: Model) -> int:
+    """Bytes a token at most, of what a layer's matrices read and give, that are kept for levels that pass beside it."""
+    layers: dict[str, int] = {}
+    for tensor in model.tensors:
+        if tensor.name.startswith("blk.") and len(tensor.shape) == 2:
+            layer = tensor.name.split(".", 2)[1]
+            layers[layer] = layers.get(layer, 0) + 4 * tensor.shape[0] + 6 * tensor.shape[1]
     return max(layers.values(), default=0)
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from bitladder.files.gguf import GgufFile
     from bitladder.files.sources import Source
     from bitladder.kernels import Effort
+    from bitladder.records.own_text import OwnTextReport
 
 Say = Callable[[str], None]
 CPU = "cpu"
@@ -29,7 +30,7 @@ NONE = "none"
 SELF, SHIPPED = "self", "shipped"
 """Calibration text that the model writes itself, and the one that comes with the package."""
 DEFAULT_CALIBRATION = (SHIPPED,)
-"""What measured best on other text (docs/calibrate.md)."""
+"""What the figures in the documents were measured with; no other was measured to be better (docs/calibrate.md)."""
 CalibrationPart = str | Path
 """A file or folder of texts, ``SELF`` or ``SHIPPED``."""
 T = TypeVar("T")
@@ -44,6 +45,8 @@ class Journal:
     reused: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     jobs: list[JobOutcome] = field(default_factory=list)
+    own_text: OwnTextReport | None = None
+    """Of calibration text that the model wrote itself, where that was asked for."""
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -55,10 +58,11 @@ class Journal:
             self.timings[stage] = self.timings.get(stage, 0.0) + time.monotonic() - start
 
     def warn(self, *warnings: str) -> None:
-        """Say it now, and again in the report."""
+        """Say it now, once, and again in the report."""
         for warning in warnings:
-            self.warnings.append(warning)
-            self.say(f"! {warning}")
+            if warning not in self.warnings:
+                self.warnings.append(warning)
+                self.say(f"! {warning}")
 
     def reuse(self, what: str, levels: Sequence[str]) -> None:
         """Say what is not done again."""
@@ -231,8 +235,7 @@ class Job(Work):
             f"The engine does not load {self.found.label} ({reason}): texts are read by the checkpoint's own "
             "tokenizer, and nothing of it can be run here."
         )
-        if line not in self.journal.warnings:
-            self.journal.warn(line)
+        self.journal.warn(line)
         return folder
 
 

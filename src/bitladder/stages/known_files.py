@@ -57,6 +57,33 @@ def kept_by_evidence(journal: Journal) -> Callable[[Path], bool]:
     return is_kept
 
 
+def tell_same_weights(files: Iterable[LevelFile], recorded: Recorded) -> None:
+    """Compare files of one size, tensor by tensor, and tell the store which hold the same weights: a small model's rows
+    fit few types, and then two levels differ by their headers alone."""
+    from bitladder.files.gguf import GgufFile
+
+    first: dict[int, list[LevelFile]] = {}
+    for file in files:
+        if file.path.is_dir():
+            continue
+        for other in first.setdefault(file.bytes, []):
+            with GgufFile.open(file.path) as one, GgufFile.open(other.path) as two:
+                if _same_tensors(one, two):
+                    recorded.have_same_weights(file.sha256, other.sha256)
+                    break
+        else:
+            first[file.bytes].append(file)
+
+
+def _same_tensors(one: GgufFile, other: GgufFile) -> bool:
+    import numpy as np
+
+    def kinds(file: GgufFile) -> dict[str, tuple[str, tuple[int, ...]]]:
+        return {tensor.name: (tensor.qtype, tuple(tensor.shape)) for tensor in file.model.tensors}
+
+    return kinds(one) == kinds(other) and all(np.array_equal(one.raw(name), other.raw(name)) for name in kinds(one))
+
+
 def known_folders(recorded: Recorded, source: str) -> list[Path]:
     """Folders in which measured files of a model lay and which are still there, the newest first."""
     folders = [Path(file.path).parent for file in recorded.files(source)]

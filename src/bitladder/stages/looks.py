@@ -62,12 +62,19 @@ class Countdown(Progress):
     """Progress of a run that must end in time: shows the time of the whole run, and ends whatever works on when it is
     over."""
 
-    def __init__(self, inner: Progress, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
-        """``seconds`` from ``begin`` on; before, and after ``end``, it passes on what it is told."""
-        self._inner, self.seconds, self._clock = inner, seconds, clock
+    def __init__(self, inner: Progress, seconds: float | None, clock: Callable[[], float] = time.monotonic) -> None:
+        """``seconds`` from ``begin`` on, None where they are not known yet (``allow``); before, and after ``end``, it
+        passes on what it is told."""
+        self._inner, self._clock = inner, clock
         self._began: float | None = None
         self._watched = False
-        self._reserved = max(RESERVED_S, RESERVED_SHARE * seconds)
+        self.seconds, self._reserved = math.inf, RESERVED_S
+        if seconds is not None:
+            self.allow(seconds)
+
+    def allow(self, seconds: float) -> None:
+        """So many seconds from ``begin`` on."""
+        self.seconds, self._reserved = seconds, max(RESERVED_S, RESERVED_SHARE * seconds)
 
     def begin(self) -> None:
         """The time runs from now on."""
@@ -102,7 +109,7 @@ class Countdown(Progress):
 
     def __call__(self, what: str, done: float, total: float) -> None:
         """As ``Progress``, of the whole run where the time runs; raises ``TimeIsUp``."""
-        if self._began is None:
+        if self._began is None or math.isinf(self.seconds):
             self._inner(what, done, total)
             return
         self._inner(what, min(self.passed, self.seconds), self.seconds)
@@ -198,12 +205,14 @@ class Costs:
         tokens = _ROUND_TOKENS * (piece.stop - piece.start)
         if piece.kind is Kind.INPUTS:
             asked = self._material.inputs[piece.start : piece.stop]
-            tokens = sum(one.most_tokens * (1 + len(one.turns)) for one in asked)
+            tokens = round(_SHARE_OF_MOST * sum(one.most_tokens * (1 + len(one.turns)) for one in asked))
         return sum(_engine_seconds(self._plan.get(name), tokens) for name in (self._reference, *piece.levels))
 
 
 _START_S, _READ_BYTES_S, _ASSUMED_TOKENS_S = 1.5, 1e9, 10.0
 """Starting an engine beside reading its file, and decoding where nothing is predicted."""
+_SHARE_OF_MOST = 0.3
+"""Of the tokens that answers may have: most end before, and several are computed together."""
 _ROUND_TOKENS = 100
 """Decoded tokens that a round of speed is worth, with its prompt."""
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ from bitladder.describe.text import Document
 from bitladder.errors import EngineError
 from bitladder.plan.own_text import LEAST_TOKENS, MIN_P, MOST_TOKENS, TEMPERATURE, TOP_P, refusal, sound_part
 from bitladder.records import to_json
-from bitladder.records.own_text import OwnText, OwnTexts
+from bitladder.records.own_text import OwnText, OwnTextReport, OwnTexts
 from bitladder.records.reading import read_json
 from bitladder.stages.job import Job
 
@@ -55,7 +54,8 @@ def own_documents(job: Job) -> list[Document]:
         OutputError: no room to keep them.
     """
     found = own_texts(job)
-    for line in _told(found):
+    job.journal.own_text = found.report
+    for line in own_text_lines(found.report):
         job.journal.say(line)
     if found.refused:
         job.journal.warn(f"The model's own text is not calibrated on: {found.refused}.")
@@ -200,12 +200,10 @@ def _told_what_to_do() -> Iterator[None]:
         raise
 
 
-def _told(found: OwnTexts) -> list[str]:
+def own_text_lines(found: OwnTextReport) -> list[str]:
     """What came of it, for the terminal."""
-    tokens = sum(one.tokens for one in found.kept)
     way = "in plain text, for it has no chat template" if found.plain else "through its chat template"
-    lines = [f"Calibration text of the model's own, {way}: {len(found.kept)} texts, {tokens:,} tokens written."]
-    reasons = Counter(one.dropped for one in found.texts if one.dropped)
-    if reasons:
-        lines.append("  dropped: " + ", ".join(f"{count} ({reason})" for reason, count in reasons.most_common()))
+    lines = [f"Calibration text of the model's own, {way}: {found.texts} texts, {found.tokens:,} tokens written."]
+    if found.dropped:
+        lines.append("  dropped: " + ", ".join(f"{count} ({reason})" for reason, count in found.dropped.items()))
     return lines

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from bitladder.plan.abilities import Ability
     from bitladder.plan.advice import Advice
     from bitladder.plan.inverse import HardwareNeed
+    from bitladder.plan.kernels import Device
     from bitladder.plan.launch import LaunchCommand
     from bitladder.plan.pair import PairPlan
     from bitladder.plan.placement import Usage
@@ -195,7 +196,7 @@ def plan_model(
         for cache, wish in wishes.items()
     }
     made = over_caches(plans) if len(plans) > 1 else plans[caches[0]]
-    made = _fast_enough(made, least_decode)
+    made = _with_kernels(_fast_enough(made, least_decode), wanted, engine, machine)
     largest = _largest(wanted, made)
     chosen = largest[1] if largest and largest[1] in wishes else caches[0]
     wish = wishes[chosen]
@@ -207,7 +208,7 @@ def plan_model(
     return ModelPlan(
         made,
         found.exact,
-        found.notes,
+        (*found.notes, *_of_heads(found.model, wish)),
         found.offers,
         _pair(found.model, pair, machine, wish) if pair else None,
         _launch(found, model, wanted, made, engine, machine, wish) if engine else None,
@@ -252,6 +253,31 @@ def _fast_enough(plan: Plan, least_decode: float) -> Plan:
     return replace(plan, levels=tuple(levels))
 
 
+def _with_kernels(plan: Plan, levels: Sequence[Level], engine: str | None, machine: Machine) -> Plan:
+    """Levels that the engine has no kernel for on the described GPU do not fit, and say so: none is launched."""
+    from bitladder.files.kernel_table import kernel_table
+    from bitladder.plan.kernels import no_kernel
+
+    weakest = _weakest(machine)
+    if weakest is None or engine is None:
+        return plan
+    table, named = kernel_table(), {level.name: level for level in levels}
+    reasons = [no_kernel(table, named[split_name(row.level)[0]], weakest, engine) for row in plan.levels]
+    rows = [
+        replace(row, fits=False, reason=reason) if reason else row
+        for row, reason in zip(plan.levels, reasons, strict=True)
+    ]
+    return replace(plan, levels=tuple(rows))
+
+
+def _weakest(machine: Machine) -> Device | None:
+    """The GPU that decides which kernels there are: of those that the table knows, the oldest."""
+    from bitladder.plan.kernels import devices_of
+
+    known = [device for device in devices_of(machine) if device.capability]
+    return min(known, key=lambda device: device.capability, default=None)
+
+
 def _pair(model: Model, levels: Sequence[Level], machine: Machine, wish: Usage) -> PairPlan:
     from bitladder.plan.cost import level_size
     from bitladder.plan.pair import plan_pair
@@ -260,6 +286,21 @@ def _pair(model: Model, levels: Sequence[Level], machine: Machine, wish: Usage) 
         raise UsageError(f"A pair is two levels. Got {len(levels)}.", do="Write --pair Q8_0,Q4_K_M.")
     quality, speed = (level_size(model, level).by_part for level in levels)
     return plan_pair(model, quality, speed, machine, wish)
+
+
+def _of_heads(model: Model, wish: Usage) -> tuple[str, ...]:
+    """What guessing with the model's own heads takes, where it has some that the engine runs."""
+    from bitladder.engines.speculation import heads_gap
+    from bitladder.plan.memory import heads_bytes
+    from bitladder.units import human_bytes
+
+    if heads_gap(model):
+        return ()
+    more = human_bytes(heads_bytes(model, wish.n_ctx, n_seq=wish.n_seq))
+    return (
+        f"It holds heads that predict further tokens; guessing with them (`--speculate mtp`) takes {more} more memory "
+        f"at {wish.n_ctx} tokens of context.",
+    )
 
 
 def _largest(levels: Sequence[Level], plan: Plan) -> tuple[Level, CacheTypes | None] | None:
@@ -276,7 +317,7 @@ def _advice(
     from bitladder.files.kernel_table import kernel_table
     from bitladder.plan.advice import Situation, advise
     from bitladder.plan.cost import level_size
-    from bitladder.plan.kernels import devices_of, kernel_warnings
+    from bitladder.plan.kernels import kernel_warnings
     from bitladder.plan.placement import place
 
     largest = _largest(levels, plan)
@@ -284,8 +325,7 @@ def _advice(
         return None, ()
     level = largest[0]
     placement = place(model, level_size(model, level).by_part, machine, wish)
-    known = [device for device in devices_of(machine) if device.capability]
-    weakest = min(known, key=lambda device: device.capability, default=None)
+    weakest = _weakest(machine)
     advice = advise(Situation(machine, placement, engine or "", wish.n_seq))
     slow = level.slow_paths(engine or "", has_gpu=bool(machine.gpus), cpu_features=machine.features)
     if weakest is not None:
@@ -306,7 +346,11 @@ def _launch(
 
     largest = _largest(levels, plan)
     if largest is None:
-        raise NothingFits("No level fits, so there is nothing to launch.", do="Look at the reasons without --launch.")
+        raise NothingFits(
+            "No level fits, so there is nothing to launch.",
+            means=f"{plan.levels[0].level}: {plan.levels[0].reason}." if plan.levels else "",
+            do="Name other levels, another machine, or another engine with --launch.",
+        )
     level = largest[0]
     if isinstance(level, CheckpointLevel) and engine in LAUNCHED and engine not in level.engines:
         raise UsageError(

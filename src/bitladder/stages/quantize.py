@@ -110,6 +110,8 @@ def build_levels(model: str, levels: Sequence[Level], build: Build, work: Work) 
         from bitladder.kernels.gpu import check_device
 
         check_device(work.device)
+    if (straight := _straight(model, asked, build, work)) is not None:
+        return straight
     with opened(model, work) as job:
         if asked.files or asked.folded or asked.fitted:
             job.require_tokenizer()
@@ -128,6 +130,22 @@ def build_levels(model: str, levels: Sequence[Level], build: Build, work: Work) 
     if calibrated is None:
         return Built(list(made.values()), projector=projector)
     return Built(list(made.values()), calibrated.checkpoints, calibrated.report, projector)
+
+
+def _straight(model: str, asked: SortedLevels, build: Build, work: Work) -> Built | None:
+    """What a checkpoint folder becomes without being converted or walked, where all that is asked for can be."""
+    from bitladder.files.sources import checkpoint_folder
+
+    found = checkpoint_folder(model)
+    if found is None or not asked.checkpoints or asked.files or asked.folded or asked.fitted:
+        return None
+    from bitladder.stages.straight import goes_straight, plain_checkpoint, write_straight
+
+    folder, label = found
+    plain = plain_checkpoint(folder, label) if goes_straight(asked.checkpoints, work) else None
+    if plain is None:
+        return None
+    return Built(checkpoints=write_straight(plain, label, asked.checkpoints, build, work))
 
 
 def _refuse_overwriting(source: GgufFile, asked: SortedLevels, build: Build) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from bitladder.describe.cache_types import CacheTypes
 from bitladder.describe.model import Model
@@ -38,6 +38,9 @@ MOST_SLOTS = 4
 arithmetic units without being served sooner on most machines, and each takes a whole context of memory.
 """
 CONTEXT_STEP = 256
+
+
+AUTO_TIME: Literal["auto"] = "auto"
 
 
 @dataclass(frozen=True)
@@ -77,8 +80,9 @@ class RunSettings:
     """Types of the KV cache that every level is run with, each pair a candidate; none for llama.cpp's own alone."""
     speculate: tuple[str, ...] = ()
     """Ways to guess tokens ahead that are tried on the tiers chosen, as ``stages.speculate.check_ways`` takes them."""
-    within: float | None = None
-    """Seconds in which a decision must be there, from when the model lies on the disk; None: as long as it takes."""
+    within: float | Literal["auto"] | None = None
+    """Seconds in which a decision must be there, from when the model lies on the disk; ``auto``: derived from model and
+    machine; None: as long as it takes."""
 
 
 def level_of(model: Model) -> str:
@@ -255,7 +259,7 @@ def commands(settings: RunSettings, n_ctx: int, out: Path) -> tuple[str, ...]:
     for text in settings.texts:
         words += ["--text", str(text)]
     if settings.within is not None:
-        words += ["--within", f"{settings.within:g}s"]
+        words += ["--within", AUTO_TIME if settings.within == AUTO_TIME else f"{settings.within:g}s"]
     words += [
         "--imatrix",
         settings.imatrix,

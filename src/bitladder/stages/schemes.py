@@ -15,11 +15,12 @@ from bitladder.formats.tensors import TensorInfo
 from bitladder.levels import CheckpointLevel
 from bitladder.levels.checkpoints import CheckpointFormat, Mixed, parse_checkpoint
 from bitladder.levels.checkpoints.mixed import FLOAT, SCHEMES, SchemeGroup, mixed_level
+from bitladder.levels.methods import GPTQ
 from bitladder.plan.recipe import Limits
 from bitladder.plan.schemes import choose_schemes, least_bits
 from bitladder.stages.fidelity import Candidate
 from bitladder.stages.job import Build, Job
-from bitladder.stages.sensitivity import ROWS, Weighed
+from bitladder.stages.sensitivity import FEW_ROWS, SeenInput, Weighed
 from bitladder.stages.weighing import parts_of_text, sizes_between, weighed_tensors
 from bitladder.walk.opened import layered
 from bitladder.walk.scheme_weights import SchemeWeights, rounded
@@ -35,6 +36,10 @@ if TYPE_CHECKING:
     from bitladder.walk.layers import LayeredModel
 
     F32 = NDArray[np.float32]
+
+
+_PREDICTED = "written"
+"""How losses are predicted; tables of another way are made again."""
 
 
 @dataclass(frozen=True)
@@ -80,9 +85,11 @@ def _targets(model: LayeredModel, layer: int, parameter: Parameter) -> Iterator[
 class SchemeChoices:
     """``Choices`` of linear layers: those of some schemes that all matrices of a group can be stored as."""
 
+    holds_out = True
+
     def __init__(self, tensors: Sequence[TensorInfo], linears: Linears, schemes: Sequence[str]) -> None:
         self._forms = {scheme: form_of(scheme) for scheme in schemes}
-        self.key = ",".join(schemes)
+        self.key = ",".join((_PREDICTED, *schemes))
         shapes = {tensor.name: (tensor.shape[-2], tensor.shape[-1]) for tensor in tensors if len(tensor.shape) > 1}
         self._offered: dict[str, tuple[str, ...]] = {}
         for names in linears.groups:
@@ -101,11 +108,22 @@ class SchemeChoices:
 
     def rows(self, choice: str) -> int:  # noqa: ARG002 - the same for all
         """As ``Choices``."""
-        return ROWS
+        return FEW_ROWS
 
     def errors(self, weights: F32, choice: str, importance: F32, threads: int) -> NDArray[np.float64]:  # noqa: ARG002
         """As ``Choices``."""
         return np.asarray((rounded(self._forms[choice], weights, importance) - weights).astype(np.float64) ** 2)
+
+    def fed(
+        self,
+        weights: F32,
+        choice: str,
+        errors: NDArray[np.float64],  # noqa: ARG002
+        seen: SeenInput,
+    ) -> NDArray[np.float64]:
+        """As ``Choices``: rows are written as the checkpoint's will be, on scales searched as there."""
+        wrong = GPTQ.apply(self._forms[choice], seen.prepared, weights).decoded - weights
+        return seen.costs(wrong)
 
 
 def form_of(scheme: str) -> CheckpointFormat:

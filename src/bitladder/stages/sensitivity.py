@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -22,16 +23,19 @@ from bitladder.formats.roles import EMBEDDING
 from bitladder.formats.tensors import TensorInfo
 from bitladder.kernels import REVISION, dequantize, quantize
 from bitladder.kernels.feedback import REVISION as FEEDBACK_REVISION
+from bitladder.levels.methods import GPTQ, Prepared
 from bitladder.plan.calibration_text import LEAST_TOKENS
 from bitladder.progress import Progress, silent
 from bitladder.records import to_json
 from bitladder.records.reading import read_json
 from bitladder.records.recipe import SensitivityTable, TensorLoss
 from bitladder.units import GiB
+from bitladder.walk.checkpoint_walk import held_out
 from bitladder.walk.driver import Resumable
 from bitladder.walk.feedback import FeedbackSettings, factor_of
 from bitladder.walk.inputs import InputStatistics
 from bitladder.walk.keep import Arrays, Keep
+from bitladder.walk.made import FEW_TOKENS, naming
 from bitladder.walk.opened import layered
 from bitladder.walk.products import wants_half_products
 from bitladder.walk.sensitivity import EmbeddingSensitivity, Sensitivity, SensitivityPass
@@ -42,10 +46,52 @@ F32 = NDArray[np.float32]
 
 ROWS, _MATRICES = 512, 8
 """Rows of a matrix, and matrices of a stack, that stand for all: their mean error is known to a percent."""
-_FEW_ROWS = 64
-"""The same where encoding a row takes fifty times as long."""
+FEW_ROWS = 64
+"""The same where encoding a row takes fifty times as long, or codes are chosen with feedback."""
 _LOSSES = "losses"
 """Among arrays that are kept, beside importances by the names of their tensors."""
+
+
+class SeenInput:
+    """What a calibration text says of an input: its statistics, and what methods make of its Hessian, once each."""
+
+    def __init__(self, name: str, statistics: InputStatistics, held_out: float = 0.0) -> None:
+        """``name``: a tensor that reads it, told where its Hessian cannot be factored. ``held_out``: the share of the
+        tokens that ``statistics.held_out`` is of."""
+        self._name, self.statistics = name, statistics
+        self._held_out = held_out if len(statistics.held_out) else 0.0
+
+    @cached_property
+    def pivots(self) -> NDArray[np.float64]:
+        """What an error of each column costs per token once later columns make up for it, f64[columns]."""
+        _, factor = factor_of(self._name, self.statistics, FeedbackSettings())
+        return np.asarray(factor.pivots[np.argsort(factor.order)] / self.statistics.tokens)
+
+    @cached_property
+    def prepared(self) -> Prepared:
+        """What writers of checkpoints would know of it from the tokens that are not held out; nothing where they round
+        to nearest for want of tokens.
+
+        Raises:
+            BadWeights: the Hessian cannot be factored.
+        """
+        seen = self.statistics
+        if seen.tokens < FEW_TOKENS:
+            return Prepared()
+        with naming(None, self._name):
+            return GPTQ.prepare(seen.gram - seen.held_out if self._held_out else seen.gram)
+
+    def costs(self, wrong: F32) -> NDArray[np.float64]:
+        """Squared error f64[rows] per token of the outputs of rows that are off by f32[rows, columns] and were fitted
+        to what ``prepared`` knows, as they would have been to more text: the mean of what they lose there and on what
+        was held out, since one is too low and the other too high by about as much (as of a regression: Mallows 1973,
+        Technometrics 15)."""
+        seen, share = self.statistics, self._held_out
+        along = np.einsum("rk,rk->r", wrong @ seen.gram, wrong, dtype=np.float64) / seen.tokens
+        if not share:
+            return np.asarray(along)
+        apart = np.einsum("rk,rk->r", wrong @ seen.held_out, wrong, dtype=np.float64) / seen.tokens
+        return np.asarray(((along - apart) / (1 - share) + apart / share) / 2)
 
 
 class Choices(Protocol):
@@ -54,6 +100,10 @@ class Choices(Protocol):
     @property
     def key(self) -> str:
         """What tells tables over different choices apart; empty for the block types of GGUF files."""
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether ``fed`` is measured: on a half of the text that the other half's codes were not fitted to."""
 
     def of(self, info: TensorInfo) -> tuple[str, ...]:
         """Names of what a tensor may become; none where it stays as it is."""
@@ -67,9 +117,15 @@ class Choices(Protocol):
     def errors(self, weights: F32, choice: str, importance: F32, threads: int) -> NDArray[np.float64]:
         """Squared errors f64[rows, columns] of a quick encoding of some rows, codes to nearest."""
 
+    def fed(self, weights: F32, choice: str, errors: NDArray[np.float64], seen: SeenInput) -> NDArray[np.float64]:
+        """Squared error f64[rows] of each row's outputs, per token, once codes are chosen with feedback; ``errors``: as
+        ``errors`` gave them."""
+
 
 class BlockTypes:
     """``Choices`` of GGUF recipes; ``low``: codebook types among them."""
+
+    holds_out = False
 
     def __init__(self, *, low: bool = False) -> None:
         self._low, self.key = low, "codebooks" if low else ""
@@ -80,7 +136,7 @@ class BlockTypes:
 
     def rows(self, choice: str) -> int:
         """As ``Choices``."""
-        return _FEW_ROWS if choice in LOW_CHOICES else ROWS
+        return FEW_ROWS if choice in LOW_CHOICES else ROWS
 
     def nbytes(self, info: TensorInfo, choice: str) -> int:
         """As ``Choices``."""
@@ -90,6 +146,16 @@ class BlockTypes:
         """As ``Choices``."""
         data = quantize(weights, choice, importance=importance, effort="fast", threads=threads)
         return np.asarray((dequantize(data, choice, threads=threads) - weights).astype(np.float64) ** 2)
+
+    def fed(
+        self,
+        weights: F32,  # noqa: ARG002
+        choice: str,  # noqa: ARG002
+        errors: NDArray[np.float64],
+        seen: SeenInput,
+    ) -> NDArray[np.float64]:
+        """As ``Choices``: errors as large as without feedback, each of which later columns make up for in part."""
+        return np.asarray(errors @ seen.pivots)
 
 
 BLOCK_TYPES = BlockTypes()
@@ -156,7 +222,8 @@ def weigh(
     made_by = (__version__, REVISION, FEEDBACK_REVISION)
     own = (choices.key,) if choices.key else ()
     key = cache_key("weigh", type(model).__name__, *made_by, source.sha256, tokens_hash(windows), str(half), *own)
-    table = _Table(source, weights, choices, threads)
+    apart = held_out(windows) if choices.holds_out else frozenset()
+    table = _Table(source, weights, choices, threads, sum(len(windows[at].tokens) for at in apart) / tokens)
     passes = SensitivityPass(
         model,
         weights,
@@ -166,6 +233,7 @@ def weigh(
         half=half,
         keep=Keep(keep, key) if keep else None,
         results=table,
+        held_out=apart,
     )
     passes.run(table.take, progress)
     losses = {name: tuple(own.values()) for name, own in table.losses.items()}
@@ -175,9 +243,9 @@ def weigh(
 class _Table(Resumable):
     """Losses of every tensor and type, and importances, as sensitivities come in."""
 
-    def __init__(self, source: GgufFile, weights: FileWeights, choices: Choices, threads: int) -> None:
+    def __init__(self, source: GgufFile, weights: FileWeights, choices: Choices, threads: int, held_out: float) -> None:
         self._tensors = {info.name: info for info in source.model.tensors if is_quantizable(info)}
-        self._weights, self._choices, self._threads, self._pivots = weights, choices, threads, _Pivots()
+        self._weights, self._choices, self._threads, self._inputs = weights, choices, threads, _Inputs(held_out)
         self.losses: dict[str, dict[str, TensorLoss]] = {}
         self.importance: dict[str, F32] = {}
 
@@ -190,7 +258,7 @@ class _Table(Resumable):
         losses = (
             _of_embedding(info, self._weights, sensitivity, self._choices, self._threads)
             if isinstance(sensitivity, EmbeddingSensitivity)
-            else _of_matrix(info, self._weights, sensitivity, self._pivots, self._choices, self._threads)
+            else _of_matrix(info, self._weights, sensitivity, self._inputs, self._choices, self._threads)
         )
         if isinstance(sensitivity, Sensitivity):
             self.importance[name] = _importance(sensitivity)
@@ -215,23 +283,23 @@ def _importance(seen: Sensitivity) -> F32:
     return np.asarray(means[0] if len(means) == 1 else np.stack(means), np.float32)
 
 
-class _Pivots:
-    """What an error of each column costs per token once later columns make up for it; kept for the tensors that read
-    the same input, which come one after another."""
+class _Inputs:
+    """The last input; tensors that read the same one come one after another."""
 
-    def __init__(self) -> None:
-        self._last: tuple[InputStatistics | None, NDArray[np.float64]] = (None, np.empty(0))
+    def __init__(self, held_out: float) -> None:
+        """``held_out``: as of ``SeenInput``."""
+        self._held_out = held_out
+        self._last: SeenInput | None = None
 
-    def of(self, name: str, inputs: InputStatistics) -> NDArray[np.float64]:
-        """f64[columns] for one input; ``name`` is told where its Hessian cannot be factored."""
-        if self._last[0] is not inputs:
-            _, factor = factor_of(name, inputs, FeedbackSettings())
-            self._last = (inputs, factor.pivots[np.argsort(factor.order)] / inputs.tokens)
-        return self._last[1]
+    def of(self, name: str, statistics: InputStatistics) -> SeenInput:
+        """That of a tensor."""
+        if self._last is None or self._last.statistics is not statistics:
+            self._last = SeenInput(name, statistics, self._held_out)
+        return self._last
 
 
 def _of_matrix(
-    info: TensorInfo, weights: FileWeights, seen: Sensitivity, pivots: _Pivots, choices: Choices, threads: int
+    info: TensorInfo, weights: FileWeights, seen: Sensitivity, known: _Inputs, choices: Choices, threads: int
 ) -> dict[str, TensorLoss]:
     """Losses of a matrix or a stack of them, from the rows that weigh most and a sample of the others."""
     rows = info.shape[-2]
@@ -247,13 +315,13 @@ def _of_matrix(
         energy = seen.rows[matrix if len(seen.rows) > 1 else 0]
         samples = {count: _sampled(energy, count) for count in {choices.rows(qtype) for qtype in totals}}
         own = {count: weights(info.name, chosen + matrix * rows) for count, (chosen, _) in samples.items()}
-        fed = pivots.of(info.name, inputs)
+        read = known.of(info.name, inputs)
         energies = inputs.squares.astype(np.float32)
         plain = inputs.squares / inputs.tokens
         for qtype, total in totals.items():
             count = choices.rows(qtype)
             error, share = choices.errors(own[count], qtype, energies, threads), samples[count][1]
-            total += [share @ (error @ plain), share @ (error @ fed)]
+            total += [share @ (error @ plain), share @ choices.fed(own[count], qtype, error, read)]
     scale = matrices / len(sample) / 2 / seen.predictions
     return {
         qtype: TensorLoss(qtype, choices.nbytes(info, qtype), float(total[0] * scale), float(total[1] * scale))

@@ -119,6 +119,7 @@ class Recorded:
 
     def __init__(self, store: Evidence) -> None:
         self._store = store
+        self._first_with: dict[str, str] = {}
 
     @staticmethod
     def _fidelity_key(subject: Subject, text: str, reference: Subject | None, way: Way) -> dict[str, Any]:
@@ -235,11 +236,17 @@ class Recorded:
         keys = self._store.keys("file", **subject.key)
         return str(keys[0]["sha256"]) if keys else None
 
+    def have_same_weights(self, sha256: str, first: str) -> None:
+        """A file's weights are another's, byte for byte, whatever their headers call them: what holds of one holds of
+        both, as long as this is open."""
+        self._first_with[sha256] = self._first_with.get(first, first)
+
     def one_of_each(self, subjects: Iterable[Subject]) -> dict[Subject, Subject]:
-        """Subject -> the first of those that are the same file, run with the same cache; itself where nothing is known
-        of its file."""
+        """Subject -> the first of those that are the same file or have its weights, run with the same cache; itself
+        where nothing is known of its file."""
         first: dict[tuple[str, str], Subject] = {}
         files = {one: one.file or self.hash_of(one.bare) for one in subjects}
+        files = {one: self._first_with.get(sha256, sha256) if sha256 else sha256 for one, sha256 in files.items()}
         return {one: first.setdefault((sha256, one.cache), one) if sha256 else one for one, sha256 in files.items()}
 
     def _names(self, subject: Subject) -> Iterator[Subject]:

@@ -8,18 +8,19 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bitladder import __version__
 from bitladder.errors import OutputError
-from bitladder.files.checkpoint_check import verify_folder
+from bitladder.files.checkpoint_check import verify_folder, verify_stored
 from bitladder.files.checkpoint_folder import CheckpointFolder
 from bitladder.files.companions import Companions, tokenizer_differences
-from bitladder.files.layer_store import LayerStore
+from bitladder.files.layer_store import FinishedLayer, LayerStore
 from bitladder.levels import CheckpointLevel
 from bitladder.records.calibration import CalibrationText, CheckpointReport, LinearLoss, Preflight
 from bitladder.records.coverage import coverage
 from bitladder.records.reading import from_json
 from bitladder.walk.checkpoint_walk import CalibrationWalk
-from bitladder.walk.layers import LayeredModel
 
 
 def losses_of(store: LayerStore) -> tuple[LinearLoss, ...]:
@@ -45,36 +46,55 @@ def finish_folder(
     Raises:
         OutputError: no room.
     """
-    linears = losses_of(folder)
-    notes = list(level.format.notes())
-    if from_gguf:
-        notes.append("Tokenizer and configuration were made from the GGUF's header; compare them with the original's.")
-    if special := [loss for loss in linears if loss.note]:
-        notes.append(
-            f"{len(special)} of {len(linears)} linear layers were done differently: "
-            f"{special[0].name}, {special[0].note}."
-        )
-    report = CheckpointReport(
-        level.name, str(folder.target), 0, level.bpw, measured.seconds, text, linears, tuple(notes),
-        coverage(linears), predicted, measured,
+    own = ["Tokenizer and configuration were made from the GGUF's header; compare them with the original's."]
+    manifest = manifest_of(
+        folder, level, losses_of(folder), folder.finished(), text=text, predicted=predicted, measured=measured,
+        notes=own if from_gguf else (),
     )  # fmt: skip
-    config = _config(companions, level, walk)
-    digests = {note["tensor"]: note["digest"] for entry in folder.finished() for note in entry.tensors}
-    manifest = {"version": __version__, "report": asdict(report), "digests": digests}
+    copied = [one.name.removesuffix(".weight") for one in walk.model.copied() if len(one.shape) > 1]
+    ignored = ("lm_head", *walk.model.family.routers, *copied)
+    config = with_quantization(companions, level, walk.dtype, ignored=ignored)
     beside = companions.files | level.format.files(config["quantization_config"])
     folder.finish(walk.top(quantized=level.format.everywhere), config, beside, manifest)
 
 
-def _config(companions: Companions, level: CheckpointLevel, walk: CalibrationWalk) -> dict[str, Any]:
+def manifest_of(
+    folder: CheckpointFolder,
+    level: CheckpointLevel,
+    linears: tuple[LinearLoss, ...],
+    layers: Sequence[FinishedLayer],
+    *,
+    text: CalibrationText | None,
+    predicted: Preflight,
+    measured: Preflight,
+    notes: Sequence[str],
+) -> dict[str, Any]:
+    """What a folder says of itself whose ``layers`` are made, the report in it."""
+    told = [*level.format.notes(), *notes]
+    if special := [loss for loss in linears if loss.note]:
+        told.append(
+            f"{len(special)} of {len(linears)} linear layers were done differently: "
+            f"{special[0].name}, {special[0].note}."
+        )
+    report = CheckpointReport(
+        level.name, str(folder.target), 0, level.bpw, measured.seconds, text, linears, tuple(told),
+        coverage(linears), predicted, measured,
+    )  # fmt: skip
+    own = [note for entry in layers for note in entry.tensors]
+    digests = {note["tensor"]: note["digest"] for note in own if "digest" in note}
+    stored = {f"{note['tensor']}.{suffix}": found for note in own for suffix, found in note.get("stored", {}).items()}
+    return {"version": __version__, "report": asdict(report), "digests": digests, "stored": stored}
+
+
+def with_quantization(
+    companions: Companions, level: CheckpointLevel, dtype: torch.dtype, *, ignored: tuple[str, ...]
+) -> dict[str, Any]:
     """The model's configuration with what engines need to know of its quantization."""
-    model: LayeredModel = walk.model
-    routers = model.family.routers
-    copied = [one.name.removesuffix(".weight") for one in model.copied() if len(one.shape) > 1]
-    quantization = level.format.configuration(ignored=("lm_head", *routers, *copied))
+    quantization = level.format.configuration(ignored=ignored)
     key = "torch_dtype" if "torch_dtype" in companions.config else "dtype"
     return {
         **companions.config,
-        key: str(walk.dtype).removeprefix("torch."),
+        key: str(dtype).removeprefix("torch."),
         **level.format.entries(quantization, companions.config),
     }
 
@@ -99,8 +119,21 @@ def proved(
     Raises:
         OutputError: weights, tokenizer or chat template are not what they should be.
     """
-    stored, digests = _stored(folder)
+    _, digests, stored = _stored(folder)
     verify_folder(folder.target, level, digests)
+    verify_stored(folder.target, stored)
+    return same_reading(folder, checkpoint=checkpoint, template=template, prompts=prompts)
+
+
+def same_reading(
+    folder: CheckpointFolder, *, checkpoint: Path | None, template: str | None, prompts: Mapping[str, Sequence[int]]
+) -> CheckpointReport:
+    """The report of a finished folder, after its tokenizer was compared with the source's; arguments as ``proved``.
+
+    Raises:
+        OutputError: tokenizer or chat template are not what they should be.
+    """
+    stored, *_ = _stored(folder)
     notes = list(stored.notes)
     wrong = tokenizer_differences(folder.target, prompts, checkpoint=checkpoint, template=template)
     if wrong and checkpoint is not None:
@@ -118,12 +151,13 @@ def proved(
     return replace(stored, bytes=size, path=str(folder.target), notes=tuple(notes))
 
 
-def _stored(folder: CheckpointFolder) -> tuple[CheckpointReport, dict[str, str]]:
-    """The report that lies in a folder, and its tensors' digests."""
+def _stored(folder: CheckpointFolder) -> tuple[CheckpointReport, dict[str, str], dict[str, str]]:
+    """The report that lies in a folder, hashes of its matrices as they decode, and of arrays as they are stored."""
     manifest = folder.manifest()
     try:
         digests = from_json(dict[str, str], manifest.get("digests"))
-        return from_json(CheckpointReport, manifest.get("report")), digests
+        stored = from_json(dict[str, str], manifest.get("stored", {}))
+        return from_json(CheckpointReport, manifest.get("report")), digests, stored
     except ValueError as error:
         raise OutputError(
             f"{folder.target} says of itself what Bitladder does not write: {error}.",

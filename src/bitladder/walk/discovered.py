@@ -26,7 +26,7 @@ from bitladder.walk.products_seen import Memory, Product, Products, expert_input
 from bitladder.walk.transforms import offset_of
 
 _TOKENS = 24
-_NARROW = 32
+NARROW = 32
 """Rows or columns that fill no group of any format."""
 _UNCHANGED = 1e-4
 """Share of the largest output by which scales that are taken up may change it in float32."""
@@ -99,7 +99,7 @@ def _decides(block: nn.Module, parameter: Parameter) -> bool:
     if parameter.path not in dict(block.named_parameters()) or not parameter.roles[0].endswith(".weight"):
         return False
     shape = block.get_parameter(parameter.path).shape
-    narrow = len(shape) == 2 and min(shape) < _NARROW
+    narrow = len(shape) == 2 and min(shape) < NARROW
     return narrow or parameter.roles[0].startswith(ROUTER)
 
 

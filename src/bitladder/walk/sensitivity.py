@@ -98,6 +98,7 @@ class SensitivityPass:
         half: bool = False,
         keep: Keep | None = None,
         results: Resumable | None = None,
+        held_out: frozenset[int] = frozenset(),
     ) -> None:
         """
         Args:
@@ -109,10 +110,11 @@ class SensitivityPass:
             half: multiply in bfloat16.
             keep: what makes a killed way back go on; the way there is done again as far as it is needed.
             results: keeps what ``take`` was handed, of layers that are not done again.
+            held_out: windows whose part of Hessians is known apart, as of ``Wants``.
         """
         self.model, self._weights, self._batches, self._half = model, weights, batches, half
         self._state_bytes, self._spill = state_bytes, spill
-        self._keep, self._results = keep, results or Resumable()
+        self._keep, self._results, self._held_out = keep, results or Resumable(), held_out
         self.predictions = predictions_of(batches)
         self._random = torch.Generator(device="cpu").manual_seed(SEED)
 
@@ -125,7 +127,7 @@ class SensitivityPass:
         there = self._stream(Member(self._weights), remember=True)
         forward([there], Part(progress, 0, n_layer, total), "sensitivity: ", stop=kept.layer if kept else None)
         gradients = there.states_of(0)  # what enters the head is replaced by the gradient there
-        back = self._stream(Gradients(self.model, self._weights, there, take, self._results), back=True)
+        back = self._stream(self._gradients(there, take), back=True)
         back.groups = [MemberGroup([0], gradients)]
         if kept:
             back.layer = kept.layer
@@ -138,6 +140,9 @@ class SensitivityPass:
         take(self._embedding(gradients))
         back.finished()
         progress("sensitivity", total, total)
+
+    def _gradients(self, there: Stream, take: Take) -> Gradients:
+        return Gradients(self.model, self._weights, there, take, self._results, held_out=self._held_out)
 
     def _stream(self, member: Member, *, remember: bool = False, back: bool = False) -> Stream:
         return Stream(
@@ -245,10 +250,19 @@ class Gradients(Builder):
     """What goes back: gradients at a layer's output become those at its input, and its sensitivities are known."""
 
     def __init__(
-        self, model: LayeredModel, weights: LevelWeights, there: Stream, take: Take, results: Resumable
+        self,
+        model: LayeredModel,
+        weights: LevelWeights,
+        there: Stream,
+        take: Take,
+        results: Resumable,
+        *,
+        held_out: frozenset[int] = frozenset(),
     ) -> None:
-        """``there``: the stream that went forward, with the states that entered each layer."""
+        """``there``: the stream that went forward, with the states that entered each layer. ``held_out``: as of
+        ``SensitivityPass``."""
         super().__init__(weights)
+        self._wants = Wants(gram=True, held_out=held_out)
         self.model, self._there, self._take, self._results = model, there, take, results
 
     def arrays(self) -> Arrays:
@@ -277,7 +291,7 @@ class Gradients(Builder):
     ) -> tuple[InputWatch, _Energies]:
         """Gram matrices of what is read, sums of squared gradients of what is written, over a shard."""
         device = self.model.device
-        watch = InputWatch(self.model.inputs(layer, block), Wants(gram=True), half=stream.half)
+        watch = InputWatch(self.model.inputs(layer, block), self._wants, half=stream.half)
         energies = _Energies(self.model, layer, block)
         for batch in shard:
             valid = torch.from_numpy(batch.valid).to(device)

@@ -41,6 +41,9 @@ class Parameters(Protocol):
     def grid(self) -> Grid:
         """Where weights can lie, for choosing codes."""
 
+    def nearest(self, weights: F32) -> npt.NDArray[np.int16]:
+        """The code of the nearest value for each of ``f32[rows, columns]``."""
+
     def rows(self, rows: slice) -> Parameters:
         """Those of some rows."""
 
@@ -182,6 +185,10 @@ class CheckpointFormat(FolderFormat):
 
     input_arrays: ClassVar[tuple[str, ...]] = ()
     """Suffixes of what says how inputs are rounded."""
+
+    outputs_together: ClassVar[int] = 0
+    """Outputs that can be stored without knowing of others, so that every array has rows in proportion to outputs; 0:
+    only a whole matrix can."""
 
     group_size: int = WHOLE_ROW
     """Inputs of an output that share a scale; ``WHOLE_ROW``: all."""

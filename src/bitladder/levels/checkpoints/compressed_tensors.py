@@ -202,6 +202,7 @@ class IntQuantized(IntegerFormat):
         "come. Nearly nothing is lost, and GPUs multiply 8-bit numbers twice as fast: for many requests at "
         "once. Not llama.cpp's Q8_0, which rounds weights alone."
     )
+    outputs_together: ClassVar[int] = 1
     suffixes: ClassVar[tuple[str, ...]] = ("weight", "weight_scale")
     model_dtype: ClassVar[frozenset[str]] = frozenset({"weight_scale"})
     layout: ClassVar[str] = "int-quantized"

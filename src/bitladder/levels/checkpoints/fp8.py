@@ -65,6 +65,7 @@ class Fp8(CheckpointFormat):
     byte_types: ClassVar[Mapping[str, str]] = {"weight": "float8_e4m3fn"}
     layout: ClassVar[str] = "float-quantized"
     kernels: ClassVar[tuple[str, ...]] = ("FP8",)
+    outputs_together: ClassVar[int] = BLOCK
     bpw: ClassVar[float] = 8.0
     stand_in: ClassVar[str] = "Q8_0"
 

@@ -217,6 +217,8 @@ class _Mode:
 
 
 _MODES = {"mxfp4": _Mode(4, 32, "E2M1"), "mxfp8": _Mode(8, 32, "E4M3"), "nvfp4": _Mode(4, 16, "E2M1")}
+_NVFP4_MOST = 6.0 * 448.0
+"""Without a scale for the matrix: the largest step times the largest scale."""
 _AROUND = tuple(range(-4, 7))
 """Codes of nvfp4's scales to try, from two thirds to 1.7 times what just holds the largest weight of a group."""
 
@@ -287,6 +289,9 @@ class MlxFloat(MlxFormat):
         from bitladder.kernels import minifloat_scales as scales
 
         if self.mode == "nvfp4":
+            largest = max(float(weights.max(initial=0)), -float(weights.min(initial=0)))
+            if largest > _NVFP4_MOST:
+                raise ValueError(f"a weight of {largest:g}; nvfp4 ends at {_NVFP4_MOST:g}")
             found, _ = scales.two_levels(weights, self.group_size, importance, 1.0, around=(0,) if quick else _AROUND)
             return found
         kind = scales.E2M1 if _MODES[self.mode].kind == "E2M1" else scales.E4M3

@@ -217,5 +217,6 @@ class Mxfp8(Microscaled):
     byte_types: ClassVar[Mapping[str, str]] = {"weight": "float8_e4m3fn"}
     layout: ClassVar[str] = "mxfp8-quantized"
     stand_in: ClassVar[str] = "Q8_0"
+    outputs_together: ClassVar[int] = 1
     bits: ClassVar[int] = 8
     method: ClassVar[Method] = ROUNDING
