@@ -230,22 +230,6 @@ def test_the_head_is_lost_and_started_again(model, here, tmp_path):
     assert files_of(tmp_path / "out").items() <= here.items()
 
 
-def test_a_node_joins_and_another_is_lost(model, here, tmp_path):
-    """What was held on it is computed again on the one that joined."""
-    cluster = another_cluster(num_cpus=1)
-    try:
-        lost = cluster.add_node(num_cpus=1, resources={"lane": 1}, object_store_memory=100 << 20)
-        driver = Driver(cluster.address, model, tmp_path / "out", 1, "lane")
-        driver.read(until=1)
-        cluster.add_node(num_cpus=1, resources={"lane": 2}, object_store_memory=100 << 20)
-        cluster.remove_node(lost, allow_graceful=False)
-        driver.go_on()
-        assert driver.ended() == 0, driver.error
-    finally:
-        cluster.shutdown()
-    assert files_of(tmp_path / "out").items() <= here.items()
-
-
 def test_weights_are_sent_to_workers_that_cannot_read_them(started, model, here, tmp_path, monkeypatch):
     """As a file of the same name and another length on a worker's machine is another file."""
     look = on_ray._look
