@@ -34,13 +34,15 @@ ABSENT = {
 }  # fmt: skip
 CHILDREN = {"bitladder.files.converter_child", "bitladder.engines.mlx_child"}
 """Programs of their own, which import what lies beside them."""
+CUDA_ONLY = {"bitladder.kernels.gptq_triton"}
+"""Imported where there is a GPU, whose torch brings Triton."""
 
 
 def every_module():
     import bitladder
 
     names = [one.name for one in pkgutil.walk_packages(bitladder.__path__, "bitladder.")]
-    return [name for name in names if not name.endswith("__main__") and name not in CHILDREN]
+    return [name for name in names if not name.endswith("__main__") and name not in CHILDREN | CUDA_ONLY]
 
 
 def pretend(system: str) -> list[object]:

@@ -208,7 +208,10 @@ def test_only_one_module_renames(tmp_path):
                 if moves and not node.keywords:
                     found.setdefault(path.name, []).append(ast.unparse(node))
     assert found.pop("atomic.py") == ["made.replace(path)"]
-    assert found.pop("checkpoint_folder.py") == ["self.target.replace(self.partial / 'replaced')"]  # out of the way
+    assert found.pop("checkpoint_folder.py") == [
+        "self.target.replace(self.partial / 'replaced')",  # out of the way
+        "self.layer_file(layer).replace(ready / name)",  # within the folder in the making
+    ]
     found.pop("compiled.py", None)  # kernels see no files; what they keep has its own hash
     assert found == {}
 

@@ -55,9 +55,8 @@ def _alike_everywhere() -> None:
     """Passes in f32 on every processor: which ones multiply in bfloat16 is theirs, and moves what they gather. Speeds,
     which nothing here depends on, are timed for a moment."""
     from bitladder.stages import speeds
-    from bitladder.walk import differences, products
+    from bitladder.walk import products
 
-    differences.differences_pay = lambda: False  # type: ignore[assignment]
     products.half_products_pay = lambda: False  # type: ignore[assignment]
     speeds.LONG_S = 1.0
 

@@ -18,6 +18,8 @@ import digest
 import make
 import pytest
 
+from bitladder.walk.products import half_products_pay
+
 HERE = Path(__file__).parent
 
 
@@ -70,8 +72,9 @@ JOBS = {
 }  # fmt: skip
 START_ANEW = {"weighing of a recipe", "checking of a recipe"}
 """Kinds of jobs that keep where they are every 30 seconds at most, and here take less."""
-OTHER_BYTES = {"AWQ", "INT8 smoothed"}
-"""Kinds that go on, and then write other bytes than undisturbed: about 1% of the codes of the next layer."""
+OTHER_BYTES = {"AWQ", "INT8 smoothed"} | ({"GPTQ"} if half_products_pay() else set())
+"""Kinds that go on, and then write other bytes than undisturbed: about 1% of the codes of the next layer. Where
+products in bfloat16 pay (AMX), GPTQ is one: what is loaded lies elsewhere in memory, and is summed otherwise."""
 FAR = 0.3
 
 

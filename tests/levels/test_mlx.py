@@ -215,7 +215,7 @@ def test_a_killed_walk_goes_on(moment, written, tmp_path):
     whole, mine = decoded(written[2] / f"tiny-{level}", level), decoded(tmp_path / f"tiny-{level}", level)
     assert mine.keys() == whole.keys()
     for name, weights in mine.items():
-        assert (weights == whole[name]).mean() > 0.95, name
+        assert (weights == whole[name]).mean() > 0.9, name
 
 
 def test_a_damaged_table_is_noticed(tmp_path):

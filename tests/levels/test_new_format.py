@@ -42,6 +42,9 @@ class Scales:
         groups = contiguous_groups(self.columns, 16)
         return Grid(self.scales, np.zeros_like(self.scales), groups, 0, len(STEPS) - 1, STEPS)
 
+    def nearest(self, weights):
+        return self.grid().nearest(weights)
+
     def rows(self, rows):
         return replace(self, scales=self.scales[rows])
 

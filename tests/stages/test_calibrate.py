@@ -138,9 +138,9 @@ def test_two_models_of_one_name_are_told_apart(tmp_path):
     _, checkpoint, gguf = tiny("llama", tmp_path)
     (first,) = run(gguf, ["INT8-W8A16"], tmp_path, checkpoint)
     before = (Path(first.path) / "bitladder.json").read_bytes()
-    _, _, other = tiny("llama", tmp_path / "other", seed=1)
+    _, second, other = tiny("llama", tmp_path / "other", seed=1)
     with pytest.raises(UsageError, match="did not write from the same source"):
-        run(other, ["INT8-W8A16"], tmp_path, checkpoint)
+        run(other, ["INT8-W8A16"], tmp_path, second)
     assert (Path(first.path) / "bitladder.json").read_bytes() == before
 
 

@@ -1,12 +1,10 @@
 """The walk's figures against their definitions on whole logits of tiny models."""
 
-import copy
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 import tiny_models
 from bitladder.describe.text import Document
@@ -16,12 +14,10 @@ from bitladder.files.gguf import GgufFile
 from bitladder.formats.roles import EMBEDDING, layer_tensor
 from bitladder.kernels import dequantize, quantize
 from bitladder.progress import StepsOnly
-from bitladder.stages import forecast
 from bitladder.stages.fidelity import Candidate, fidelity, file_candidate, made_candidates, token_scores, walk
-from bitladder.walk import differences, head
 from bitladder.walk.fidelity import walk_key
 from bitladder.walk.head import HeadInput, TokenScores, compare
-from bitladder.walk.states import Batch, batches_of
+from bitladder.walk.states import batches_of
 from bitladder.walk.weights import FileWeights, MadeWeights, Quantizer
 from tiny_models import CASES, N_VOCAB
 
@@ -48,79 +44,6 @@ def pair(tmp_path: Path):
     paths = [tiny_models.write(case, model, tmp_path / f"{at}.gguf") for at, model in enumerate(models)]
     with GgufFile.open(paths[0]) as source, GgufFile.open(paths[1]) as other:
         yield models, source, other
-
-
-@pytest.fixture(autouse=True)
-def in_f32(monkeypatch):
-    """Definitions are met in f32, whatever this processor multiplies differences in."""
-    monkeypatch.setattr(differences, "differences_pay", lambda: False)
-
-
-def test_differences_in_bfloat16_err_by_little_of_the_loss_be_it_small_or_large(pair):
-    """Levels from nearly the source to one of another size of loss, and a level that shares most tensors with it."""
-    _, source, _ = pair
-    windows = windows_of(64, 48, 64)
-    levels = made_candidates(source, ["F16", "Q8_0", "Q4_0", "Q2_K"])
-    exact = walk(source, levels, windows)
-    found = walk(source, levels, windows, differences=True)
-    assert exact[1].kl_mean < 0.1 * exact[2].kl_mean  # else it would not show
-    for one, other in zip(exact, found, strict=True):
-        assert one.kl_mean != other.kl_mean == pytest.approx(one.kl_mean, rel=0.02, abs=1e-9)
-        assert other.kl_p99 == pytest.approx(one.kl_p99, rel=0.05, abs=1e-8)
-        assert other.ppl_reference == one.ppl_reference
-    (same,) = walk(source, [Candidate("same", FileWeights(source))], windows, differences=True)
-    assert same.kl_mean == 0
-
-
-def test_differences_beyond_what_memory_holds_are_multiplied_in_f32(pair, monkeypatch):
-    _, source, other = pair
-    windows, level = windows_of(64, 48), file_candidate(source, other)
-    monkeypatch.setattr(differences.Beside.__init__, "__kwdefaults__", {"held_bytes": 0})
-    monkeypatch.setattr(head, "HeadBeside", lambda: None)
-    exact, found = (walk(source, [level], windows, differences=asked)[0] for asked in (False, True))
-    assert exact == found
-
-
-def test_differences_are_taken_where_what_they_hold_fits(pair, monkeypatch):
-    _, source, _ = pair
-    plain = forecast.walking_need(source, 1000, ["Q8_0"]).ram_bytes
-    monkeypatch.setattr(differences, "differences_pay", lambda: True)
-    assert forecast.beside_fits(source, 1000)
-    assert forecast.walking_need(source, 1000, ["Q8_0"]).ram_bytes > plain
-    monkeypatch.setattr(forecast, "_beside_bytes", lambda *_: 1 << 60)
-    assert not forecast.beside_fits(source, 1000)
-    assert forecast.walking_need(source, 1000, ["Q8_0"]).ram_bytes == plain
-
-
-@pytest.mark.parametrize("own", [nn.Linear(256, 128), nn.Linear(256, 128, bias=False)])
-def test_a_layer_that_is_called_twice_or_reads_some_tokens_is_left_alone(own):
-    """Where a token is not known by its place, as with experts."""
-    level = copy.deepcopy(own)
-    level.weight.data += 0.01
-    x = torch.randn(2, 8, 256)
-    batch = Batch((0, 1), (8, 8), np.zeros((2, 8), np.int64), 0)
-    for read in ([x, x], [x[:, :4]], [x[0]]):
-        held = differences.Beside()
-        with torch.inference_mode():
-            with held.on(nn.Sequential(own), batch, reference=True):
-                [own(one) for one in read]
-            with held.on(nn.Sequential(level), batch, reference=False):
-                assert torch.equal(level(x), nn.functional.linear(x, level.weight, level.bias))
-
-
-def test_a_layer_with_a_bias_differs_by_it_too():
-    torch.manual_seed(0)
-    own, level = nn.Linear(256, 128), nn.Linear(256, 128)
-    x, shifted = torch.randn(2, 8, 256), torch.randn(2, 8, 256)
-    batch, held = Batch((0, 1), (8, 8), np.zeros((2, 8), np.int64), 0), differences.Beside()
-    with torch.inference_mode():
-        with held.on(nn.Sequential(own), batch, reference=True):
-            own(x)
-        with held.on(nn.Sequential(level), batch, reference=False):
-            found = level(shifted)
-        exact = level(shifted)
-    assert not torch.equal(found, exact)
-    torch.testing.assert_close(found, exact, rtol=0, atol=0.05 * float(exact.std()))
 
 
 def test_a_walk_in_bfloat16_says_nearly_the_same(pair):

@@ -79,7 +79,7 @@ def quantize_need(
 
 def walk_need(
     layer_bytes: int, head_bytes: int, tokens: int, n_embd: int, levels: int, operations: float, machine: Machine,
-    *, flops: float = 0.0, layers_held: float = 2.0, held_bytes: int = 0,
+    *, flops: float = 0.0, layers_held: float = 2.0,
 ) -> JobNeed:  # fmt: skip
     """Walking the ladder: one layer as 32-bit floats, hidden states of every level, and the widest matrix of
     the head.
@@ -87,10 +87,10 @@ def walk_need(
     ``operations`` are of one pass of the reference over the text (2 * weights * tokens); every level passes
     once more.
     ``flops``: measured operations per second, all cores. Hidden states beyond ``STATE_BYTES`` go to disk.
-    ``layers_held``: layers in memory at once. ``held_bytes``: what is kept of the reference's pass through a layer.
+    ``layers_held``: layers in memory at once.
     """
     states = 4 * tokens * n_embd * (levels + 1)
-    ram = 600 * MiB + int(layers_held * layer_bytes) + min(states, STATE_BYTES) + head_bytes + held_bytes
+    ram = 600 * MiB + int(layers_held * layer_bytes) + min(states, STATE_BYTES) + head_bytes
     rate = flops or ASSUMED_FLOPS * machine.cores
     label = Basis.MEASURED if flops else Basis.ASSUMED
     seconds = WALK_START_S + operations * (levels + 1) / rate

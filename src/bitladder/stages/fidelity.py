@@ -28,7 +28,6 @@ from bitladder.records.fidelity import AtDepth, Fidelity, Way
 from bitladder.stats.bootstrap import SEED, Interval, quantile_interval, ratio_interval
 from bitladder.units import GiB
 from bitladder.walk.checkpoint_weights import CheckpointWeights
-from bitladder.walk.differences import differences_for
 from bitladder.walk.fidelity import Ladder
 from bitladder.walk.head import TokenScores
 from bitladder.walk.opened import layered
@@ -132,8 +131,6 @@ class WalkOptions(TypedDict, total=False):
     engine_rounding: bool
     """Round every matrix's inputs as llama.cpp does on the CPU (``walk/rounding.py``), so that figures are
     the engine's; by default they are what the weights alone cost."""
-    differences: bool | None
-    """Whether levels multiply what they differ by from the reference (``walk/differences.py``); None: where it pays."""
     half: bool
     """Multiply in bfloat16 (``walk/products.py``): adds a thousandth of a nat or so to every level's divergence, so
     it is for figures that nobody is shown."""
@@ -176,9 +173,8 @@ def token_scores(
     check_tokens(windows, source.model.dims.n_vocab)
     own = FileWeights(source, threads=options.get("threads", 1))
     reference = options["reference"].weights if "reference" in options else own
-    model = layered(source, own, device=options.get("device", "cpu"))
     ladder = Ladder(
-        model,
+        layered(source, own, device=options.get("device", "cpu")),
         [reference, *(candidate.weights for candidate in candidates)],
         windows,
         state_bytes=options.get("state_bytes", GiB),
@@ -186,7 +182,6 @@ def token_scores(
         keep=options.get("keep"),
         engine_rounding=options.get("engine_rounding", False),
         half=options.get("half", False),
-        differences=differences_for(model.device, options.get("differences")),
     )
     progress = options.get("progress", silent)
 

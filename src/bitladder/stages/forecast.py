@@ -166,12 +166,10 @@ def walking_need(
     tokens = windows if isinstance(windows, int) else sum(len(window.tokens) for window in windows)
     head = dims.n_vocab * dims.n_embd if levels else 0
     used = weights_used(source.model) + head
-    beside = bool(levels) and beside_fits(source, tokens)
     need = walk_need(
         4 * largest_layer(source.model), 4 * head, tokens, dims.n_embd, len(levels), 2 * used * tokens, machine,
         flops=measured.f32_matmul if measured else 0.0,
         layers_held=LOOKED_AT if route_of(source) is Route.DERIVED else 2.0,
-        held_bytes=_beside_bytes(source, tokens) if beside else 0,
     )  # fmt: skip
     names = f"measure {', '.join(levels)}" if levels else "gather an importance matrix"
     return need.named(f"{names} on {tokens} tokens", kind)
@@ -184,32 +182,6 @@ def largest_layer(model: Model) -> int:
         if tensor.name.startswith("blk."):
             layer = tensor.name.split(".", 2)[1]
             layers[layer] = layers.get(layer, 0) + tensor.elements
-    return max(layers.values(), default=0)
-
-
-def beside_fits(source: GgufFile, tokens: int) -> bool:
-    """Whether levels are walked by what they differ by: where the processor is quick at it, and what is held for it
-    takes at most half of the memory that is free."""
-    from bitladder.files.probe import probe_machine
-    from bitladder.walk.differences import differences_pay
-
-    return differences_pay() and 2 * _beside_bytes(source, tokens) <= probe_machine().ram_available
-
-
-def _beside_bytes(source: GgufFile, tokens: int) -> int:
-    """The reference's layer and a level's matrices once more, and what the reference read and gave in the layer."""
-    from bitladder.walk.differences import HELD_BYTES
-
-    return 8 * largest_layer(source.model) + min(HELD_BYTES, tokens * bytes_beside(source.model))
-
-
-def bytes_beside(model: Model) -> int:
-    """Bytes a token at most, of what a layer's matrices read and give, that are kept for levels that pass beside it."""
-    layers: dict[str, int] = {}
-    for tensor in model.tensors:
-        if tensor.name.startswith("blk.") and len(tensor.shape) == 2:
-            layer = tensor.name.split(".", 2)[1]
-            layers[layer] = layers.get(layer, 0) + 4 * tensor.shape[0] + 6 * tensor.shape[1]
     return max(layers.values(), default=0)
 
 

@@ -22,7 +22,7 @@ from bitladder.stages.engine_way import (
     scores_in_engine,
     way_for,
 )
-from bitladder.stages.forecast import beside_fits, forecast, walking_need
+from bitladder.stages.forecast import forecast, walking_need
 from bitladder.stages.job import AUTO, Build, Job, Work, opened
 
 if TYPE_CHECKING:
@@ -434,8 +434,6 @@ class Ways:
 
         job = self.job
         options = WalkOptions(progress=job.progress, threads=job.threads, device=job.device)
-        tokens = sum(len(window.tokens) for window in windows)
-        options["differences"] = job.device == "cpu" and beside_fits(job.source, tokens)
         options["keep"] = cache_folder("walks")  # a killed walk goes on from the states it left there
         walked = list(self.candidates([*([self.reference] if self.reference else []), *missing]))
         if self.reference is not None:  # made together with the others, so that what they hold alike is made once

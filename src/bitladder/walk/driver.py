@@ -27,7 +27,6 @@ from torch import nn
 from bitladder.formats.roles import SharedInput
 from bitladder.progress import Progress
 from bitladder.walk.allocator import keep_freed_memory
-from bitladder.walk.differences import Beside
 from bitladder.walk.inputs import InputStatistics, InputWatch, Wants, merged
 from bitladder.walk.keep import Arrays, Keep
 from bitladder.walk.layers import Entry, Weights, inference
@@ -231,7 +230,6 @@ class Stream:
         remember: bool = False,
         back: bool = False,
         spread: Spread | None = None,
-        beside: bool = False,
     ) -> None:
         """
         Args:
@@ -246,7 +244,6 @@ class Stream:
             remember: leave the states that entered each layer in ``entered``, for a way back.
             back: it goes from the last layer to the first.
             spread: computes units elsewhere, with the weights of ``stages``' own file; None: here, in their order.
-            beside: members are levels of the first one, and multiply what they differ by (``differences.py``).
         """
         self.stages, self.members, self.batches, self.half = stages, members, batches, half
         self.shards = shards_of(batches, shards)
@@ -257,7 +254,6 @@ class Stream:
         """The layer that its states enter, or with ``back`` have left."""
         self._keep, self._remember, self._back = keep, remember, back
         self.spread = spread
-        self._beside = Beside() if beside else None
 
     @property
     def resumables(self) -> list[Resumable]:
@@ -308,8 +304,6 @@ class Stream:
                 states = group.states if last else self._room(group.states)
                 self._pass(layer, members, group.states, states)
                 groups.append(MemberGroup(members, states))
-        if self._beside is not None:
-            self._beside.forget()
         if self._remember:
             self.entered.append(self.groups[0].states)
         self.groups, self.layer = groups, layer if self._back else layer + 1
@@ -328,8 +322,6 @@ class Stream:
                 looking.enter_context(watch.on(block, batch))
                 for one in observers:
                     looking.enter_context(one.on(unit.layer, block, batch))
-                if self._beside is not None:
-                    looking.enter_context(self._beside.on(block, batch, reference=unit.member == 0))
                 out = self.stages.run(block, unit.layer, entering.get(batch).to(self.stages.device))
                 leaving.put(batch, out)
         return watch

@@ -49,19 +49,17 @@ class Ladder:
         keep: Path | None = None,
         engine_rounding: bool = False,
         half: bool = False,
-        differences: bool = False,
     ) -> None:
         """``state_bytes``: hidden states beyond this go to a file in ``spill``. ``keep``: a folder in which a
         killed pass leaves its states, and finds them. ``engine_rounding``: round inputs as llama.cpp does. ``half``:
-        multiply in bfloat16. ``differences``: levels multiply what they differ by (``differences.py``)."""
+        multiply in bfloat16."""
         self.model, self.weights, self.windows = model, weights, windows
         self.batches, self._rounding = batches_of(windows), engine_rounding
-        self._differences = differences and not engine_rounding and not half
         key = ""
         if keep:
             tokens = [window.tokens.tobytes() for window in windows]
             names = [tensor.name for tensor in model.model.tensors]
-            key = walk_key(weights, names, [*tokens, f"{engine_rounding} {half} {self._differences}".encode()])
+            key = walk_key(weights, names, [*tokens, f"{engine_rounding} {half}".encode()])
         self._stream = Stream(
             model,
             [Member(own, rounding=engine_rounding) for own in weights],
@@ -70,7 +68,6 @@ class Ladder:
             spill=spill,
             keep=Keep(keep, key) if keep else None,
             half=half,
-            beside=self._differences,
         )
 
     def run(self, progress: Progress, so_far: SoFar = lambda _member, _mean: None) -> list[TokenScores]:
@@ -111,8 +108,7 @@ class Ladder:
             targets = np.concatenate([self.windows[at].tokens[self.windows[at].first + 1 :] for at in order])
             n_vocab = self.model.model.dims.n_vocab
             cap, bias = self.model.logit_softcap, self.model.head_bias
-            parts = compare(inputs, targets, n_vocab, softcap=cap, bias=bias, differences=self._differences)
-            for number, scores in enumerate(parts):
+            for number, scores in enumerate(compare(inputs, targets, n_vocab, softcap=cap, bias=bias)):
                 ends = np.cumsum([self.windows[at].scored for at in order])
                 found[number].update(zip(order, scores.split(ends), strict=True))
                 mean = float(np.concatenate([one.kl for one in found[number].values()]).mean())

@@ -22,8 +22,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bitladder.walk.differences import HeadBeside, apart
-
 F32 = NDArray[np.float32]
 
 SLICE = 4096
@@ -108,16 +106,9 @@ class _Comparison:
     """All models on one set of tokens; ``models[0]`` is the reference."""
 
     def __init__(
-        self,
-        models: Sequence[HeadInput],
-        targets: NDArray[np.int64],
-        softcap: float | None,
-        bias: F32 | None,
-        *,
-        differences: bool,
+        self, models: Sequence[HeadInput], targets: NDArray[np.int64], softcap: float | None, bias: F32 | None
     ) -> None:
         device = models[0].states.device
-        self._beside = HeadBeside() if differences else None
         self.models, self.softcap, self._bias = models, softcap, bias
         self._added: torch.Tensor | None = None
         self.targets = torch.from_numpy(targets).to(device)
@@ -131,35 +122,27 @@ class _Comparison:
         for model in self.models:
             if model.identity not in heads:
                 heads[model.identity] = torch.from_numpy(model.rows(rows)).to(model.states.device)
-        if self._beside is not None:
-            self._beside.take_slice(heads, self.models[0].identity)
         for start in range(0, len(self.targets), _TOKENS):
             self._take_block(heads, slice(start, start + _TOKENS), rows.start)
 
     def _take_block(self, heads: dict[Hashable, torch.Tensor], at: slice, first: int) -> None:
         local = self.targets[at] - first
         sums, model = self.sums[0], self.models[0]
-        plain = torch.nn.functional.linear(model.states[at], heads[model.identity], self._added)
-        reference = self._capped(plain)
-        half = None if self._beside is None else model.states[at].bfloat16()
+        reference = self._logits(model.states[at], heads[model.identity])
         factor = sums.raise_peak(at, reference, first)
         sums.take_target(at, reference, local)
         weight = torch.exp(reference - sums.peak[at, None])
         sums.total[at] += weight.sum(dim=1, dtype=torch.float64)
         for own, model in zip(self.sums[1:], self.models[1:], strict=True):
-            if half is None or self._beside is None:
-                logits = torch.nn.functional.linear(model.states[at], heads[model.identity], self._added)
-            else:
-                both = apart(model.states[at], self.models[0].states[at], half)
-                logits = self._beside.difference(model.identity, both).add_(plain)
-            logits = self._capped(logits)
+            logits = self._logits(model.states[at], heads[model.identity])
             own.raise_peak(at, logits, first)
             own.take_target(at, logits, local)
             own.cross[at] *= factor
             own.cross[at] += torch.linalg.vecdot(weight, reference - logits).double()
             own.total[at] += logits.sub_(own.peak[at, None]).exp_().sum(dim=1, dtype=torch.float64)
 
-    def _capped(self, logits: torch.Tensor) -> torch.Tensor:
+    def _logits(self, states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        logits = torch.nn.functional.linear(states, weight, self._added)
         return torch.tanh(logits / self.softcap) * self.softcap if self.softcap else logits
 
     def scores(self, number: int) -> TokenScores:
@@ -181,7 +164,6 @@ def compare(
     softcap: float | None = None,
     bias: F32 | None = None,
     slice_rows: int = SLICE,
-    differences: bool = False,
 ) -> list[TokenScores]:
     """Scores of every model against ``models[0]`` on the same tokens.
 
@@ -192,9 +174,8 @@ def compare(
         softcap: the cap on final logits, if the family has one.
         bias: f32[n_vocab], what is added to the outputs of every model's head.
         slice_rows: rows of the output matrix in memory at once.
-        differences: levels multiply what they differ by (``differences.py``).
     """
-    comparison = _Comparison(models, targets, softcap, bias, differences=differences)
+    comparison = _Comparison(models, targets, softcap, bias)
     with torch.inference_mode():
         for first in range(0, n_vocab, slice_rows):
             comparison.take_slice(slice(first, min(first + slice_rows, n_vocab)))
