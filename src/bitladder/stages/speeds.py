@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from bitladder.store.recorded import Recorded
 
 LEAST_ROUNDS, MOST_ROUNDS = 3, 10
-LONG_S = 25.0
+LONG_S = 45.0
 """Rounds beyond the least are begun only within this time: of large models the least are enough to pay for."""
 CLOSE = 1.04
 """A ratio known to within this factor both ways needs no further rounds."""
