@@ -1,0 +1,148 @@
+"""Slopes of free numbers against differences, tuning that lowers the loss of held-out text, and what is not kept."""
+
+import numpy as np
+import pytest
+
+import tiny_models
+from bitladder.describe.windows import Window
+from bitladder.files.gguf import GgufFile
+from bitladder.stages.write_levels import quantize_levels
+from bitladder.walk.layers import LayeredModel
+from bitladder.walk.tuning import FileBytes, TunedWeights, TuneSettings, TuningPass, helps, tune
+from bitladder.walk.weights import FileWeights
+
+
+@pytest.fixture
+def level(request, tmp_path):
+    """A tiny model, its level of a type, and a pass over some windows."""
+    name, kind = request.param
+    case = tiny_models.CASES[name]
+    source = GgufFile.open(tiny_models.write(case, tiny_models.make(case), tmp_path / "tiny.gguf"))
+    [made] = quantize_levels(source, [kind], tmp_path)
+    rng = np.random.default_rng(0)
+    windows = [Window(f"t{n}", rng.integers(0, tiny_models.N_VOCAB, 40 + n)) for n in range(12)]
+    file = GgufFile.open(made.path)
+    weights = FileWeights(source)
+    passes = TuningPass(
+        LayeredModel(source.model, weights), weights, TunedWeights(FileBytes(file)), windows, state_bytes=1 << 30
+    )
+    passes.learn()
+    yield passes, file
+    source.close()
+    file.close()
+
+
+def _tunable(passes, file):
+    return [info.name for info in file.model.tensors if passes.tuned.start(info.name).size]
+
+
+@pytest.mark.parametrize(
+    "level", [("llama", "Q4_1"), ("gemma2", "Q4_0"), ("phi3", "Q4_0")], indirect=True, ids=lambda one: "-".join(one)
+)
+def test_slopes_are_those_of_the_loss(level):
+    passes, file = level
+    names = [name for name in _tunable(passes, file) if name != "token_embd.weight"]
+    passes.tuned.numbers = {name: passes.tuned.start(name) for name in names}
+    start = dict(passes.tuned.numbers)
+    which = range(len(passes.windows))
+    found = passes.slopes(which, frozenset(names))
+    assert set(found.slopes) == set(names)
+    for name, slope in found.slopes.items():
+        toward = np.sign(slope) * np.abs(start[name])  # all of them uphill, by a share of themselves
+        sides = []
+        for share in (0.0005, -0.0005):
+            moved = start[name] + np.float32(share) * toward
+            if passes.tuned.qtype(name) != "F32":
+                moved = moved.astype(np.float16).astype(np.float32)
+            passes.tuned.numbers = {**start, name: moved}
+            lost = passes.lost(which)
+            sides.append((moved, lost.kl.sum() / lost.tokens.sum()))
+        by_slope = float(np.vdot(slope, sides[0][0] - sides[1][0]))
+        assert by_slope > 0, name
+        assert sides[0][1] - sides[1][1] == pytest.approx(by_slope, rel=0.1), name
+
+
+def _disturbed(passes, file):
+    """The level's matrices with numbers 15% off, as if they had been badly searched for."""
+    names = [name for name in _tunable(passes, file) if "norm" not in name and name != "token_embd.weight"]
+    rng = np.random.default_rng(2)
+    off = {name: passes.tuned.start(name) for name in names}
+    off = {name: (own * rng.uniform(0.85, 1.15, own.shape)).astype(np.float32) for name, own in off.items()}
+    passes.tuned.numbers = off
+    packed = {name: passes.tuned.packed(name) for name in names}
+    plain = passes.tuned.level.raw
+    passes.tuned.level.raw = lambda name, rows=None: (
+        plain(name, rows) if name not in packed else packed[name] if rows is None else packed[name][rows]
+    )
+    return names
+
+
+HELD = [1, 4, 7, 10]
+
+
+@pytest.mark.parametrize("level", [("llama", "Q8_0")], indirect=True)
+def test_numbers_that_are_off_are_found_again(level):
+    passes, file = level
+    names = _disturbed(passes, file)
+    found = tune(passes, names, HELD, TuneSettings(steps=30, rate=0.01))
+    assert found.best > 0
+    assert found.after.sum() < 0.6 * found.before.sum()
+    stored = passes.lost(HELD)  # what a file with these numbers loses is what is said
+    np.testing.assert_allclose(stored.kl, found.after, rtol=1e-5)
+
+
+@pytest.mark.parametrize("level", [("llama", "Q8_0")], indirect=True)
+def test_what_does_not_help_held_out_text_is_not_kept(level):
+    passes, file = level
+    names = _tunable(passes, file)
+    before = {name: passes.tuned(name) for name in names}
+    found = tune(passes, names, HELD, TuneSettings(steps=60, rate=0.5, look=2))
+    assert (found.best, found.numbers) == (0, {})
+    assert found.steps == 4  # two looks were enough
+    np.testing.assert_array_equal(found.after, found.before)
+    for name, own in before.items():
+        np.testing.assert_array_equal(passes.tuned(name), own)
+
+
+def test_a_fall_must_be_more_than_chance():
+    before = np.array([5.0, 6.0, 7.0, 8.0])
+    assert helps(before, before - [0.5, 0.4, 0.6, 0.5])
+    assert not helps(before, before - [2.0, -1.0, 2.0, -1.0])
+    assert not helps(before, before)
+    assert not helps(before[:1], before[:1] - 1)
+
+
+class _Notes:
+    """Keeps what was saved last; stops the work after some steps."""
+
+    def __init__(self, stop=None):
+        self.kept, self.stop = None, stop
+
+    def load(self):
+        return self.kept
+
+    def due(self):
+        return True
+
+    def save(self, arrays):
+        self.kept = {name: np.array(own) for name, own in arrays.items()}
+        if int(arrays["step"]) == self.stop:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("level", [("llama", "Q8_0")], indirect=True)
+def test_a_killed_call_goes_on_and_finds_the_same_numbers(level):
+    passes, file = level
+    names = _disturbed(passes, file)
+    settings = TuneSettings(steps=12, rate=0.01, look=4)
+    whole = tune(passes, names, HELD, settings)
+    notes = _Notes(stop=7)
+    with pytest.raises(KeyboardInterrupt):
+        tune(passes, names, HELD, settings, notes=notes)
+    steps = []
+    notes.stop = None
+    resumed = tune(passes, names, HELD, settings, notes=notes, told=lambda _, step: steps.append(step))
+    assert steps == [7, 8, 9, 10, 11, 12]
+    assert resumed.best == whole.best
+    for name in names:
+        np.testing.assert_array_equal(resumed.numbers[name], whole.numbers[name])
