@@ -84,7 +84,7 @@ HELD = [1, 4, 7, 10]
 def test_numbers_that_are_off_are_found_again(level):
     passes, file = level
     names = _disturbed(passes, file)
-    found = tune(passes, names, HELD, TuneSettings(steps=30, rate=0.01))
+    found = tune(passes, dict.fromkeys(names, "each"), HELD, TuneSettings(steps=30, rate=0.01))
     assert found.best > 0
     assert found.after.sum() < 0.6 * found.before.sum()
     stored = passes.lost(HELD)  # what a file with these numbers loses is what is said
@@ -96,7 +96,7 @@ def test_what_does_not_help_held_out_text_is_not_kept(level):
     passes, file = level
     names = _tunable(passes, file)
     before = {name: passes.tuned(name) for name in names}
-    found = tune(passes, names, HELD, TuneSettings(steps=60, rate=0.5, look=2))
+    found = tune(passes, dict.fromkeys(names, "each"), HELD, TuneSettings(steps=60, rate=0.5, look=2))
     assert (found.best, found.numbers) == (0, {})
     assert found.steps == 4  # two looks were enough
     np.testing.assert_array_equal(found.after, found.before)
@@ -135,13 +135,15 @@ def test_a_killed_call_goes_on_and_finds_the_same_numbers(level):
     passes, file = level
     names = _disturbed(passes, file)
     settings = TuneSettings(steps=12, rate=0.01, look=4)
-    whole = tune(passes, names, HELD, settings)
+    whole = tune(passes, dict.fromkeys(names, "each"), HELD, settings)
     notes = _Notes(stop=7)
     with pytest.raises(KeyboardInterrupt):
-        tune(passes, names, HELD, settings, notes=notes)
+        tune(passes, dict.fromkeys(names, "each"), HELD, settings, notes=notes)
     steps = []
     notes.stop = None
-    resumed = tune(passes, names, HELD, settings, notes=notes, told=lambda _, step: steps.append(step))
+    resumed = tune(
+        passes, dict.fromkeys(names, "each"), HELD, settings, notes=notes, told=lambda _, step: steps.append(step)
+    )
     assert steps == [7, 8, 9, 10, 11, 12]
     assert resumed.best == whole.best
     for name in names:

@@ -228,6 +228,13 @@ class GgufWriter:
         except OSError as error:
             raise cannot_write(self.path, error, self.plan.size) from error
 
+    def read(self, number: int, at: int, count: int) -> bytes:
+        """Read ``count`` bytes of tensor ``number`` again, from byte ``at`` on."""
+        try:
+            return system.read_at(self._file, count, self.plan.offsets[number] + at)
+        except OSError as error:
+            raise cannot_write(self.path, error, self.plan.size) from error
+
     def done(self, number: int, digest: str) -> None:
         """Note that tensor ``number`` is complete and has this hash."""
         try:

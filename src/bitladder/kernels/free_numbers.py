@@ -6,6 +6,9 @@ the block decodes to with d = 1 and dmin = 0. So no format is unpacked here: a b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Literal
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -17,6 +20,19 @@ U8 = NDArray[np.uint8]
 
 _FIELDS = ("d", "dmin", "m")
 _LARGEST = 65504.0
+
+
+Grain = Literal["each", "rows", "whole"]
+"""Which numbers of a tensor move by one share: each by its own; those of a row alike, of each kind; all of a kind."""
+
+
+def shape_of(grain: Grain, shape: Sequence[int]) -> tuple[int, ...]:
+    """Of the shares by which numbers of a shape move: f32[rows, blocks, numbers], or a norm's weights."""
+    if grain == "each":
+        return tuple(shape)
+    if len(shape) < 3:
+        return (1,) * len(shape)
+    return (shape[0] if grain == "rows" else 1, 1, *shape[2:])
 
 
 def free_fields(qtype: str) -> tuple[str, ...]:

@@ -73,6 +73,24 @@ class Recipe:
 
 
 @dataclass(frozen=True)
+class Tuning:
+    """Free numbers of a file (block scales and minima, norms) tuned so that its predictions match the source's.
+
+    ``before`` and ``after`` are mean KL divergences on ``held_out`` tokens of the calibration text that no step saw;
+    the numbers are kept where that fell by more than chance. ``note`` says why less was done than could be.
+    """
+
+    kept: bool
+    numbers: int
+    tokens: int
+    held_out: int
+    steps: int
+    before: Real
+    after: Real
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class FittedLevel:
     """A file written with error feedback: its recipe, and what each tensor that this run fitted lost on the
     calibration text (none of a file that was there, of a resumed one those after the kill)."""
@@ -84,3 +102,5 @@ class FittedLevel:
     """Calibration tokens that the codes were fitted to."""
     method: str = ""
     """How they were chosen, in words that change whenever the bytes may."""
+    tuning: Tuning | None = None
+    """What came of tuning, if this run did any."""

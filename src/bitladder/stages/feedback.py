@@ -21,12 +21,13 @@ from numpy.typing import NDArray
 from bitladder.describe.windows import Window, tokens_hash
 from bitladder.errors import BadInput, BitladderError
 from bitladder.executors import Executor
-from bitladder.files.gguf import GgufFile, row_pieces
+from bitladder.files.gguf import GgufFile, row_bytes, row_pieces
 from bitladder.files.gguf_writer import GgufWriter
 from bitladder.files.level_files import LevelDraft, draft_level, free_name, possible_places, refuse_overwriting
 from bitladder.formats.gguf import PROVENANCE
 from bitladder.formats.recipes import nearest_level
 from bitladder.formats.roles import factor_name
+from bitladder.formats.tensors import TensorInfo
 from bitladder.kernels import REVISION, quantize
 from bitladder.kernels.feedback import REVISION as FEEDBACK_REVISION
 from bitladder.kernels.feedback import takes_feedback
@@ -56,6 +57,7 @@ from bitladder.walk.weights import FileWeights
 _LEVEL = 1
 """The level's number in the stream; the source is the other."""
 _PIECE_WEIGHTS = 1 << 22
+_PIECE_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -199,6 +201,7 @@ def _write(job: _Job, draft: LevelDraft, state_bytes: int, spread: Spread | None
         job.progress("fitting the output matrix", n_layer, n_layer + 1.0)
         for name in out.unfinished():
             out.put(name, _other(job, name, stream.states_of(_LEVEL)))
+        tuning = tuned_against_end(job, out, state_bytes, folder, fingerprint) if tunes(job.settings) else None
         out.writer.finish(part.header(job.source.sha256))
         shutil.rmtree(folder, ignore_errors=True)
     except BitladderError:
@@ -248,6 +251,33 @@ class _Out:
             at += len(data)
         self.writer.done(number, digest.hexdigest())
         self._done.add(name)
+
+    def qtype(self, name: str) -> str:
+        """As ``tuning.LevelBytes``."""
+        return self._info(name).qtype
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """As ``tuning.LevelBytes``."""
+        return self._info(name).shape
+
+    def raw(self, name: str, rows: slice | NDArray[np.int64] | None = None) -> NDArray[np.uint8]:
+        """As ``tuning.LevelBytes``, of a tensor that is finished."""
+        count, width = row_bytes(self._info(name))
+        number = self._numbers[name]
+        if rows is None or isinstance(rows, slice):
+            first, last, _ = (rows or slice(None)).indices(count)
+            return self._read(number, first * width, (last - first) * width).reshape(-1, width)
+        whole = np.empty((len(rows), width), np.uint8)
+        for at, row in enumerate(rows.tolist()):
+            whole[at] = self._read(number, row * width, width)
+        return whole
+
+    def _info(self, name: str) -> TensorInfo:
+        return self.writer.plan.tensors[self._numbers[name]]
+
+    def _read(self, number: int, at: int, count: int) -> NDArray[np.uint8]:
+        pieces = (self.writer.read(number, at + k, min(_PIECE_BYTES, count - k)) for k in range(0, count, _PIECE_BYTES))
+        return np.frombuffer(b"".join(pieces), np.uint8)
 
     def has(self, name: str) -> bool:
         """Whether a tensor is in the file, by this run or an earlier one."""

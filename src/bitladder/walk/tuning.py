@@ -24,7 +24,7 @@ from bitladder.describe.windows import Window
 from bitladder.files.gguf import GgufFile
 from bitladder.formats.roles import Parameter, layer_tensor
 from bitladder.kernels import dequantize
-from bitladder.kernels.free_numbers import basis_of, free_fields, numbers_of, slopes, with_numbers
+from bitladder.kernels.free_numbers import Grain, basis_of, free_fields, numbers_of, shape_of, slopes, with_numbers
 from bitladder.progress import Progress, silent
 from bitladder.stats.bootstrap import SEED
 from bitladder.units import MiB
@@ -394,13 +394,14 @@ class Tuned:
 
 
 class Adam:
-    """Moves numbers by shares of themselves."""
+    """Moves numbers by shares of themselves, each by its own or several by one share."""
 
-    def __init__(self, start: Mapping[str, F32], settings: TuneSettings) -> None:
+    def __init__(self, start: Mapping[str, F32], grains: Mapping[str, Grain], settings: TuneSettings) -> None:
         self.start, self._settings = start, settings
-        self.moved = {name: np.zeros_like(own) for name, own in start.items()}
-        self._mean = {name: np.zeros_like(own) for name, own in start.items()}
-        self._square = {name: np.zeros_like(own) for name, own in start.items()}
+        self._shapes = {name: shape_of(grains[name], own.shape) for name, own in start.items()}
+        self.moved = {name: np.zeros(shape, np.float32) for name, shape in self._shapes.items()}
+        self._mean = {name: np.zeros(shape, np.float32) for name, shape in self._shapes.items()}
+        self._square = {name: np.zeros(shape, np.float32) for name, shape in self._shapes.items()}
         self.step = 0
 
     def __call__(self, found: Mapping[str, F32]) -> None:
@@ -409,7 +410,8 @@ class Adam:
         steps = self._settings.steps
         rate = self._settings.rate * min(1.0, self.step / 3, max(0.05, (steps - self.step + 1) / (0.4 * steps)))
         for name, slope in found.items():
-            own = slope * self.start[name]
+            axes = tuple(at for at, size in enumerate(self._shapes[name]) if size == 1)
+            own = (slope * self.start[name]).sum(axis=axes, keepdims=True)
             mean, square = self._mean[name], self._square[name]
             mean += (1 - _MEAN) * (own - mean)
             square += (1 - _SQUARE) * (own * own - square)
@@ -452,7 +454,7 @@ Told = Callable[[str, int], None]
 
 def tune(
     passes: TuningPass,
-    names: Sequence[str],
+    grains: Mapping[str, Grain],
     held: Sequence[int],
     settings: TuneSettings,
     *,
@@ -463,7 +465,7 @@ def tune(
 
     Args:
         passes: over all windows, ``learn``ed; its weights hold the result afterwards.
-        names: tensors whose numbers may move.
+        grains: tensors whose numbers may move, and which of them move by one share.
         held: places of the windows that decide.
         settings: steps and their size.
         notes: keeps what a killed call goes on from.
@@ -473,8 +475,8 @@ def tune(
     over windows; else the level's own stay.
     """
     tuned = passes.tuned
-    start = {name: own for name in names if (own := tuned.start(name)).size}
-    adam, order = Adam(start, settings), _order(passes, held, settings)
+    start = {name: own for name in grains if (own := tuned.start(name)).size}
+    adam, order = Adam(start, grains, settings), _order(passes, held, settings)
     tuned.numbers = dict(start)
     kept = notes.load() if notes else None
     if kept is None:
