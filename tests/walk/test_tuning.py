@@ -37,7 +37,7 @@ def _tunable(passes, file):
 
 
 @pytest.mark.parametrize(
-    "level", [("llama", "Q4_1"), ("gemma2", "Q4_0"), ("phi3", "Q4_0")], indirect=True, ids=lambda one: "-".join(one)
+    "level", [("llama", "Q4_1"), ("gemma2", "Q4_0"), ("phi3", "Q4_0")], indirect=True, ids="-".join
 )
 def test_slopes_are_those_of_the_loss(level):
     passes, file = level

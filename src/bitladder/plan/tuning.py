@@ -14,8 +14,10 @@ _HELD_OUT = 5
 """Every fifth document decides, or where there is one document only, every fifth window."""
 _LEAST_HELD_OUT = 3
 """Windows that must decide at least."""
-_TOKENS_EACH = 2
-"""Tokens for each share by which numbers move."""
+_SHARES_PER_TOKEN = 64
+"""How many shares by which numbers move are risked for a token of text. A token brings a whole distribution of
+predictions to match, not one number, and steps are few and small: 44 shares for a token were measured to help text of
+another domain, too (docs/log.md)."""
 _COARSER: tuple[Grain, ...] = ("each", "rows", "whole")
 
 
@@ -31,7 +33,7 @@ class TuningChoice:
 def chosen(
     tensors: Sequence[TensorInfo], qtype: Callable[[str], str], tokens: int, also: Collection[str] = ()
 ) -> TuningChoice:
-    """The finest way to move the numbers of layers that leaves several tokens for each share.
+    """The finest way to move the numbers of layers that the text is long enough for.
 
     Args:
         tensors: of the model.
@@ -46,11 +48,19 @@ def chosen(
     }
     for grain in _COARSER:
         shares = sum(prod(shape_of(grain, shape)) for shape in shapes.values())
-        if shares * _TOKENS_EACH <= tokens or grain == _COARSER[-1]:
+        if shares <= tokens * _SHARES_PER_TOKEN or grain == _COARSER[-1]:
             break
     each = sum(map(prod, shapes.values()))
-    note = "" if grain == "each" else f"{shares} shares for {each} numbers: the text has {tokens} tokens"
+    note = ""
+    if grain != "each":
+        note = f"{each:,} numbers moved by {shares:,} shares, as the text has {tokens:,} tokens only"
     return TuningChoice(dict.fromkeys(shapes, grain), shares, note)
+
+
+def numbers_of_level(tensors: Sequence[TensorInfo], qtypes: Mapping[str, str]) -> int:
+    """How many free numbers the layers of a level have."""
+    shapes = (_shape(info, qtypes.get(info.name, info.qtype)) for info in tensors if info.name.startswith("blk."))
+    return sum(prod(shape) for shape in shapes if shape)
 
 
 def _shape(info: TensorInfo, qtype: str) -> tuple[int, ...]:

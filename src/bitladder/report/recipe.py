@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
-from bitladder.records.recipe import FittedLevel, Recipe
+from bitladder.records.recipe import FittedLevel, Recipe, Tuning
 from bitladder.units import human_bytes
 
 _NUMBERS = re.compile(r"\d[\d.e+-]*")
@@ -36,6 +36,17 @@ def note_lines(fitted: FittedLevel) -> Iterator[str]:
     for own in notes.values():
         others = f" (and {len(own) - 1} other tensors alike)" if len(own) > 1 else ""
         yield f"{fitted.recipe.label}, {own[0]}{others}."
+
+
+def tuning_line(tuning: Tuning) -> str:
+    """What came of tuning."""
+    note = f" ({tuning.note})" if tuning.note else ""
+    if not tuning.steps:
+        return f"Not tuned: {tuning.note}."
+    on = f"mean KL {tuning.before:.4f} -> {tuning.after:.4f} on {tuning.held_out:,} tokens that no step saw"
+    if tuning.kept:
+        return f"Tuned in {tuning.steps} steps on {tuning.tokens:,} tokens{note}: {on}."
+    return f"Tuning was not kept: {on}, no more than chance, in {tuning.steps} steps on {tuning.tokens:,} tokens{note}."
 
 
 def _by_role(recipe: Recipe) -> dict[str, list[tuple[str, int]]]:

@@ -36,7 +36,8 @@ from bitladder.plan.calibration_text import LEAST_TOKENS
 from bitladder.progress import Part, Progress, silent
 from bitladder.records.calibration import LinearLoss
 from bitladder.records.level_file import LevelFile
-from bitladder.records.recipe import FittedLevel, Recipe
+from bitladder.records.recipe import FittedLevel, Recipe, Tuning
+from bitladder.stages.tuning import tune_level
 from bitladder.units import GiB
 from bitladder.walk.driver import Member, Spread, Stream, forward
 from bitladder.walk.feedback import (
@@ -52,6 +53,7 @@ from bitladder.walk.layers import LayeredModel, inference
 from bitladder.walk.opened import layered
 from bitladder.walk.spread import spread_over
 from bitladder.walk.states import Batch, States, batches_of, shard_count
+from bitladder.walk.tuning import TuneSettings
 from bitladder.walk.weights import FileWeights
 
 _LEVEL = 1
@@ -70,6 +72,7 @@ class _Job:
     recipe: Recipe
     settings: FeedbackSettings
     batches: Sequence[Batch]
+    tuning: Sequence[Window]
     progress: Progress
 
 
@@ -80,6 +83,7 @@ def write_with_feedback(
     windows: Sequence[Window],
     *,
     settings: FeedbackSettings | None = None,
+    tuning: Sequence[Window] = (),
     state_bytes: int = GiB,
     force: bool | None = None,
     folders: Sequence[Path] = (),
@@ -96,6 +100,7 @@ def write_with_feedback(
         out_dir: made if it is not there.
         windows: the calibration text.
         settings: damping, effort, threads, and where arithmetic happens.
+        tuning: a text that no code is fitted to: with it the numbers beside codes are tuned (``stages.tuning``).
         state_bytes: hidden states beyond this go to a file in ``out_dir``.
         force: as ``quantize_levels`` takes it.
         folders: where else the file may lie already, under any name.
@@ -122,7 +127,7 @@ def write_with_feedback(
             means="Codes fitted to so few inputs fit the text and not the model's work.",
             do="Give a longer text, 30,000 tokens of several kinds say, or leave it out to use the one that ships.",
         )
-    method = method_name(windows, settings)
+    method = method_name(windows, settings, tuning)
     expected = "" if recipe.expected_kl is None else f"{recipe.expected_kl:.3g}"
     fresh = _drafted(source, recipe, out_dir, method, expected)
     places = (place.parts[0].path for place in possible_places(fresh, folders))
@@ -132,16 +137,17 @@ def write_with_feedback(
     if there is None:
         refuse_overwriting([header.path for header in source.headers], [draft], lambda: source.sha256, force=force)
     losses: list[LinearLoss] = []
+    tuned: Tuning | None = None
     reused = there is not None
     if not reused:
         weights = FileWeights(source, threads=settings.threads)
         model = layered(source, weights, device=settings.device)
-        job = _Job(source, weights, model, recipe, settings, batches_of(windows), progress)
+        job = _Job(source, weights, model, recipe, settings, batches_of(windows), tuning, progress)
         with spread_over(executor, source, warn=warn) as spread:
-            losses = _write(job, draft, state_bytes, spread)
+            losses, tuned = _write(job, draft, state_bytes, spread)
     seconds = time.monotonic() - started
     file = LevelFile(recipe.label, draft.parts[0].path, draft.file_bytes, recipe.bpw, seconds, reused)
-    return FittedLevel(file, recipe, tuple(losses), tokens, method)
+    return FittedLevel(file, recipe, tuple(losses), tokens, method, tuned)
 
 
 def _refuse_factors(source: GgufFile, recipe: Recipe) -> None:
@@ -180,15 +186,18 @@ def _expected_in(path: Path) -> str:
         return ""
 
 
-def method_name(windows: Sequence[Window], settings: FeedbackSettings) -> str:
-    """How codes are chosen, in words that change whenever the bytes may."""
+def method_name(windows: Sequence[Window], settings: FeedbackSettings, tuning: Sequence[Window] = ()) -> str:
+    """How codes are chosen, and numbers tuned, in words that change whenever the bytes may."""
     revision = f"{REVISION}-{FEEDBACK_REVISION}"
     passes = "bfloat16" if settings.half_products else "f32"
     text = tokens_hash(windows)[:16]
-    return f"feedback {settings.effort}, kernels {revision}, damp {settings.damp:g}, passes {passes}, text {text}"
+    end = f", tuned in {TuneSettings().key} on {tokens_hash(tuning)[:16]}" if tuning else ""
+    return f"feedback {settings.effort}, kernels {revision}, damp {settings.damp:g}, passes {passes}, text {text}{end}"
 
 
-def _write(job: _Job, draft: LevelDraft, state_bytes: int, spread: Spread | None) -> list[LinearLoss]:
+def _write(
+    job: _Job, draft: LevelDraft, state_bytes: int, spread: Spread | None
+) -> tuple[list[LinearLoss], Tuning | None]:
     """Make the file; on an error of ours remove it, on anything else leave it to a later run."""
     part = draft.parts[0]
     fingerprint = hashlib.sha256(part.header(job.source.sha256)).hexdigest()
@@ -201,7 +210,7 @@ def _write(job: _Job, draft: LevelDraft, state_bytes: int, spread: Spread | None
         job.progress("fitting the output matrix", n_layer, n_layer + 1.0)
         for name in out.unfinished():
             out.put(name, _other(job, name, stream.states_of(_LEVEL)))
-        tuning = tuned_against_end(job, out, state_bytes, folder, fingerprint) if tunes(job.settings) else None
+        tuning = _tuned(job, out, state_bytes, folder, fingerprint) if job.tuning else None
         out.writer.finish(part.header(job.source.sha256))
         shutil.rmtree(folder, ignore_errors=True)
     except BitladderError:
@@ -211,7 +220,16 @@ def _write(job: _Job, draft: LevelDraft, state_bytes: int, spread: Spread | None
     finally:
         out.writer.close()
     job.progress("fitted", n_layer + 1.0, n_layer + 1.0)
-    return out.losses
+    return out.losses, tuning
+
+
+def _tuned(job: _Job, out: _Out, state_bytes: int, folder: Path, fingerprint: str) -> Tuning:
+    """The level's free numbers tuned, all of its tensors being there."""
+    return tune_level(
+        job.model, job.weights, out, job.tuning, TuneSettings(),
+        half=job.settings.half_products, threads=job.settings.threads, state_bytes=state_bytes,
+        spill=folder.parent, notes=folder, key=fingerprint, progress=job.progress,
+    )  # fmt: skip
 
 
 def _stream(job: _Job, out: _Out, folder: Path, keep: Keep, state_bytes: int, spread: Spread | None) -> Stream:

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bitladder.errors import UsageError
+from bitladder.errors import BadInput, UsageError
 from bitladder.levels import FeedbackLevel
 from bitladder.records.recipe import FittedLevel, Recipe, SensitivityTable
 from bitladder.stages.calibration import calibration_texts
-from bitladder.stages.forecast import forecast, walking_need
+from bitladder.stages.forecast import forecast, walking_need, with_tuning
 from bitladder.stages.job import Build, CalibrationPart, Job, Journal, Work, opened
 from bitladder.stages.known_files import kept_by_evidence
 from bitladder.stages.projector import deliver_projector, projector_of
@@ -174,10 +174,12 @@ def _remove(old: RecipeResult, new: RecipeResult) -> None:
 
 def _written(job: Job, recipe: Recipe, parts: RecipeTexts, build: Build) -> RecipeResult:
     """The recipe's file, and its loss on text that nothing was fitted to."""
-    from bitladder.report.recipe import note_lines
+    from bitladder.report.recipe import note_lines, tuning_line
 
-    fitted = write_recipe(job, recipe, parts.fitting, build)
+    fitted = write_recipe(job, recipe, parts.fitting, build, tuning_windows(job, parts, build))
     job.journal.warn(*note_lines(fitted))
+    if fitted.tuning is not None:
+        job.journal.say(tuning_line(fitted.tuning))
     return RecipeResult(recipe, float("nan"), fitted, measured_on(job, fitted.file.path, parts.held_out))
 
 
@@ -251,8 +253,31 @@ def named_recipe(source: GgufFile, level: str) -> Recipe:
     )
 
 
-def write_recipe(job: Job, recipe: Recipe, windows: Sequence[Window], build: Build) -> FittedLevel:
+def tuning_windows(job: Job, parts: RecipeTexts, build: Build) -> list[Window]:
+    """The text that a build tunes on, without windows that codes are fitted to or the file is measured on.
+
+    Raises:
+        BadInput: nothing of it is left.
+    """
+    if not build.tuning:
+        return []
+    known = {window.tokens.tobytes() for window in (*parts.fitting, *parts.held_out)}
+    windows = job.windows(calibration_texts(job, build.tuning))
+    own = [window for window in windows if window.tokens.tobytes() not in known]
+    if not own:
+        raise BadInput(
+            "The text to tune on is the one that codes are fitted to.",
+            means="A level's predictions on text that it was fitted to are too good to learn from.",
+            do="Give --tune another text, or self: the model writes one.",
+        )
+    return own
+
+
+def write_recipe(
+    job: Job, recipe: Recipe, windows: Sequence[Window], build: Build, tuning: Sequence[Window] = ()
+) -> FittedLevel:
     """Write a recipe's file, with error feedback, unless it is there already, in other folders under any name.
+    ``tuning``: a text that its numbers are tuned on.
 
     Raises:
         NothingFits: too little memory or disk.
@@ -266,14 +291,17 @@ def write_recipe(job: Job, recipe: Recipe, windows: Sequence[Window], build: Bui
         what=f"fit {recipe.label} to {sum(len(window.tokens) for window in windows)} tokens",
         disk_bytes=recipe.bytes,
     )
+    if tuning:
+        need = with_tuning(need, job.source, recipe, tuning)
     there = (build.out / f"{job.source.model.name}-{recipe.label}.gguf").exists()
     with nullcontext() if there else forecast(need, job.journal, build.out):
         settings = FeedbackSettings(
             effort=build.effort, threads=job.threads, device=job.device, half=half_for(job.executor)
         )
         return write_with_feedback(
-            job.source, recipe, build.out, windows, settings=settings, force=build.force, folders=build.folders,
-            is_kept=kept_by_evidence(job.journal), progress=job.progress, executor=job.executor, warn=job.journal.warn,
+            job.source, recipe, build.out, windows, settings=settings, tuning=tuning, force=build.force,
+            folders=build.folders, is_kept=kept_by_evidence(job.journal), progress=job.progress,
+            executor=job.executor, warn=job.journal.warn,
         )  # fmt: skip
 
 

@@ -49,7 +49,8 @@ def tune_level(
     half: bool,
     threads: int,
     state_bytes: int,
-    folder: Path,
+    spill: Path,
+    notes: Path,
     key: str,
     progress: Progress,
 ) -> Tuning:
@@ -63,8 +64,9 @@ def tune_level(
         settings: how numbers are moved.
         half: multiply in bfloat16.
         threads: for decoding.
-        state_bytes: hidden states beyond this go to files in ``folder``.
-        folder: where progress is kept, too.
+        state_bytes: hidden states beyond this go to files in ``spill``.
+        spill: a folder.
+        notes: the folder in which a killed run leaves what it found.
         key: of all that the outcome depends on, settings apart.
         progress: told after each step.
     """
@@ -76,18 +78,18 @@ def tune_level(
         )  # fmt: skip
     tokens = sum(len(window.tokens) for at, window in enumerate(windows) if at not in places)
     choice = chosen(model.model.tensors, level.qtype, tokens, model.norm_names)
-    notes = _Notes(folder / _FILE, f"{key} {settings.key}")
+    kept = _Notes(notes / _FILE, f"{key} {settings.key}")
     weights = TunedWeights(level, threads=threads)
-    found = notes.outcome()
+    found = kept.outcome()
     if found is None:
-        passes = TuningPass(model, source, weights, windows, state_bytes=state_bytes, spill=folder, half=half)
+        passes = TuningPass(model, source, weights, windows, state_bytes=state_bytes, spill=spill, half=half)
         passes.learn()
 
         def told(what: str, step: int) -> None:
             progress(f"tuning against the source's predictions: {what}", step, settings.steps)
 
-        found = tune(passes, choice.grains, places, settings, notes=notes, told=told)
-        notes.keep_outcome(found)
+        found = tune(passes, choice.grains, places, settings, notes=kept, told=told)
+        kept.keep_outcome(found)
     weights.numbers = dict(found.numbers)
     for name in found.numbers:
         level.put(name, iter([weights.packed(name)]))

@@ -365,9 +365,9 @@ class TuneSettings:
     """How numbers are moved."""
 
     steps: int = 40
-    windows: int = 4
+    windows: int = 2
     """Of each step."""
-    rate: float = 0.002
+    rate: float = 0.0003
     """Share of itself that a number moves by in a step, about."""
     look: int = 8
     """Steps between looks at the held-out windows."""

@@ -1,0 +1,205 @@
+"""Files whose numbers are tuned: ordinary files, better on held-out text or as they were, whole after a kill."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import tiny_models
+from bitladder.cli.app import app
+from bitladder.describe.windows import Window
+from bitladder.errors import BadInput
+from bitladder.files.gguf import GgufFile
+from bitladder.formats.blocks import QTYPES
+from bitladder.formats.recipes import is_quantizable
+from bitladder.kernels import dequantize
+from bitladder.kernels.codes import grid_of
+from bitladder.plan.recipe import recipe_bytes
+from bitladder.plan.tuning import chosen, held_places, numbers_of_level
+from bitladder.records.recipe import Recipe, Tuning
+from bitladder.report.recipe import tuning_line
+from bitladder.stages import feedback, recipe, tuning
+from bitladder.stages.feedback import write_with_feedback
+from bitladder.stages.forecast import walking_need, with_tuning
+from bitladder.stages.job import Build
+from bitladder.stages.weighing import RecipeTexts
+from bitladder.walk.feedback import FeedbackSettings
+from bitladder.walk.tuning import TuneSettings
+
+SETTINGS = FeedbackSettings(effort="fast", half=False)
+QUICK = TuneSettings(steps=16, rate=0.004, look=4)
+
+
+class _Killed(BaseException):
+    pass
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """A tiny model, its recipe, a text to fit to and another to tune on; few steps, large ones."""
+    monkeypatch.setattr(feedback, "TuneSettings", lambda: QUICK)
+    monkeypatch.setattr(tuning, "SECONDS_BETWEEN", 0.0)
+    case = tiny_models.CASES["llama"]
+    with GgufFile.open(tiny_models.write(case, tiny_models.make(case), tmp_path / "tiny.gguf")) as source:
+        rng = np.random.default_rng(0)
+        windows = [Window(f"text {n}", rng.integers(0, tiny_models.N_VOCAB, 100)) for n in range(32)]
+        qtypes = {info.name: "Q4_1" if is_quantizable(info) else info.qtype for info in source.model.tensors}
+        size, bpw = recipe_bytes(source.model, qtypes)
+        yield source, Recipe("test", "llama", qtypes, size, bpw, None, (), True), windows[:12], windows[12:]
+
+
+def test_only_numbers_move_and_what_is_said_is_what_the_file_loses(tiny, tmp_path):
+    source, made, fitting, own = tiny
+    plain = write_with_feedback(source, made, tmp_path / "plain", fitting, settings=SETTINGS)
+    tuned = write_with_feedback(source, made, tmp_path / "tuned", fitting, settings=SETTINGS, tuning=own)
+    found = tuned.tuning
+    assert plain.tuning is None
+    assert found.kept
+    assert found.after < 0.97 * found.before
+    assert tuned.file.bytes - plain.file.bytes < 256  # words of the header
+    changed = 0
+    with GgufFile.open(plain.file.path) as before, GgufFile.open(tuned.file.path) as after:
+        assert before.metadata["bitladder.method"] != after.metadata["bitladder.method"]
+        for info in after.model.tensors:
+            old, new = before.raw(info.name), after.raw(info.name)
+            if info.qtype == "Q4_1":
+                codes = [
+                    grid_of(data, "Q4_1").nearest(dequantize(data, "Q4_1")).reshape(len(data), -1, 32)
+                    for data in (old, new)
+                ]
+                kind = QTYPES["Q4_1"]
+                at = kind.offset("qs")
+                np.testing.assert_array_equal(
+                    old.reshape(-1, kind.type_size)[:, at:], new.reshape(-1, kind.type_size)[:, at:]
+                )
+                assert codes[0].shape == codes[1].shape
+            changed += not np.array_equal(old, new)
+        held = [own[at] for at in held_places([window.document for window in own])]
+        assert found.held_out == sum(len(window.tokens) - 1 for window in held)
+        from bitladder.stages.fidelity import file_candidate, walk
+
+        whole = [replace(window, begin=1) for window in held]
+        lost = [walk(source, [file_candidate(source, file)], whole)[0].kl_mean for file in (before, after)]
+    assert changed > 20
+    assert lost[0] == pytest.approx(found.before, rel=0.02)
+    assert lost[1] == pytest.approx(found.after, rel=0.02)
+    again = write_with_feedback(source, made, tmp_path / "tuned", fitting, settings=SETTINGS, tuning=own)
+    assert again.file.reused
+
+
+def test_a_file_that_tuning_does_not_help_has_the_bytes_it_had(tiny, tmp_path, monkeypatch):
+    source, made, fitting, own = tiny
+    monkeypatch.setattr(feedback, "TuneSettings", lambda: replace(QUICK, rate=0.5))
+    plain = write_with_feedback(source, made, tmp_path / "plain", fitting, settings=SETTINGS)
+    tuned = write_with_feedback(source, made, tmp_path / "tuned", fitting, settings=SETTINGS, tuning=own)
+    assert not tuned.tuning.kept
+    assert "not kept" in tuning_line(tuned.tuning)
+    with GgufFile.open(plain.file.path) as before, GgufFile.open(tuned.file.path) as after:
+        for info in after.model.tensors:
+            np.testing.assert_array_equal(before.raw(info.name), after.raw(info.name))
+
+
+@pytest.mark.parametrize("where", ["step", "outcome", "writing"])
+def test_a_killed_run_ends_with_the_same_bytes(tiny, tmp_path, monkeypatch, where):
+    source, made, fitting, own = tiny
+    whole = write_with_feedback(source, made, tmp_path / "whole", fitting, settings=SETTINGS, tuning=own).file.path
+
+    def kill(*_):
+        raise _Killed
+
+    def killed(what, done, _):
+        if where == "step" and "tuning" in what and done == 6:
+            raise _Killed
+
+    with monkeypatch.context() as patch:
+        put, count = feedback._Out.put, []
+        if where == "outcome":
+            patch.setattr(tuning._Notes, "keep_outcome", kill)
+        if where == "writing":
+
+            def put_some(self, name, pieces):
+                count.append(name)
+                if len(count) > len(source.model.tensors) + 5:  # all of them were written once
+                    raise _Killed
+                put(self, name, pieces)
+
+            patch.setattr(feedback._Out, "put", put_some)
+        with pytest.raises(_Killed):
+            write_with_feedback(source, made, tmp_path / "cut", fitting, settings=SETTINGS, tuning=own, progress=killed)
+    assert (tmp_path / "cut" / "tiny-test.gguf.partial.states" / "tuning.npz").exists()
+    steps = []
+    resumed = write_with_feedback(
+        source, made, tmp_path / "cut", fitting, settings=SETTINGS, tuning=own,
+        progress=lambda what, done, _: steps.append(done) if "tuning" in what else None,
+    ).file.path  # fmt: skip
+    assert not [step for step in steps if step < 6 and where == "step"]
+    assert steps or where == "writing"
+    assert resumed.read_bytes() == whole.read_bytes()
+    assert [path.name for path in resumed.parent.iterdir()] == [resumed.name]
+
+
+def test_too_few_windows_to_hold_some_out(tiny, tmp_path):
+    source, made, fitting, own = tiny
+    few = write_with_feedback(source, made, tmp_path, fitting, settings=SETTINGS, tuning=own[:9])
+    assert not few.tuning.kept
+    assert tuning_line(few.tuning) == "Not tuned: 9 windows of text are too few to hold some out."
+
+
+def test_every_fifth_document_decides_or_every_fifth_window():
+    many = [f"text {n // 2}" for n in range(40)]
+    assert held_places(many) == [8, 9, 18, 19, 28, 29, 38, 39]
+    assert held_places(["one"] * 16) == [4, 9, 14]
+    assert held_places(["one"] * 14) == []
+
+
+def test_short_text_moves_numbers_together(tiny):
+    source, made, *_ = tiny
+    tensors, qtypes = source.model.tensors, made.qtypes
+    each = numbers_of_level(tensors, qtypes)
+    long, short, tiny_text = (chosen(tensors, qtypes.__getitem__, tokens) for tokens in (each, each // 100, 1))
+    assert (set(long.grains.values()), long.shares, long.note) == ({"each"}, each, "")
+    assert set(short.grains.values()) == {"rows"}
+    assert set(tiny_text.grains.values()) == {"whole"}
+    assert tiny_text.shares < short.shares < each
+    assert f"{each:,} numbers moved by {short.shares:,} shares" in short.note
+    assert not [name for name in long.grains if not name.startswith("blk.")]
+
+
+def test_text_that_codes_are_fitted_to_is_not_tuned_on(tiny, monkeypatch):
+    _, _, fitting, own = tiny
+
+    class Job:
+        def windows(self, documents):
+            return documents
+
+    monkeypatch.setattr(recipe, "calibration_texts", lambda _job, parts: list(parts))
+    parts = RecipeTexts([], fitting, own[:2])
+    assert recipe.tuning_windows(Job(), parts, Build()) == []
+    assert recipe.tuning_windows(Job(), parts, Build(tuning=[*fitting, *own])) == own[2:]
+    with pytest.raises(BadInput, match="that codes are fitted to"):
+        recipe.tuning_windows(Job(), parts, Build(tuning=fitting))
+
+
+def test_what_tuning_takes_is_said_before(tiny):
+    source, made, fitting, own = tiny
+    need = walking_need(source, fitting, ("test",), kind="fit")
+    more = with_tuning(need, source, made, own)
+    assert more.ram_bytes > need.ram_bytes + 24 * numbers_of_level(source.model.tensors, made.qtypes)
+    assert more.seconds > need.seconds
+    assert more.what.endswith("and tune it")
+
+
+def test_tuning_is_for_files_that_are_written(tiny):
+    source, *_ = tiny
+    for more in ([], ["--out", "x", "--to", "vllm"]):
+        result = CliRunner().invoke(app, ["recipe", str(source.path), "--bpw", "5", "--tune", "self", *more])
+        assert result.exit_code != 0
+        assert "--tune is for GGUF files" in result.output
+
+
+def test_a_line_says_what_came_of_it():
+    kept = Tuning(kept=True, numbers=9, tokens=12000, held_out=3000, steps=40, before=0.2, after=0.18)
+    assert tuning_line(kept) == (
+        "Tuned in 40 steps on 12,000 tokens: mean KL 0.2000 -> 0.1800 on 3,000 tokens that no step saw."
+    )
