@@ -13,22 +13,23 @@ from bitladder.errors import BadInput
 from bitladder.files.gguf import GgufFile
 from bitladder.formats.blocks import QTYPES
 from bitladder.formats.recipes import is_quantizable
-from bitladder.kernels import dequantize
-from bitladder.kernels.codes import grid_of
+from bitladder.kernels.free_numbers import numbers_of, with_numbers
 from bitladder.plan.recipe import recipe_bytes
 from bitladder.plan.tuning import chosen, held_places, numbers_of_level
 from bitladder.records.recipe import Recipe, Tuning
 from bitladder.report.recipe import tuning_line
 from bitladder.stages import feedback, recipe, tuning
 from bitladder.stages.feedback import write_with_feedback
+from bitladder.stages.fidelity import file_candidate, walk
 from bitladder.stages.forecast import walking_need, with_tuning
 from bitladder.stages.job import Build
 from bitladder.stages.weighing import RecipeTexts
+from bitladder.walk import feedback as walk_feedback
 from bitladder.walk.feedback import FeedbackSettings
 from bitladder.walk.tuning import TuneSettings
 
 SETTINGS = FeedbackSettings(effort="fast", half=False)
-QUICK = TuneSettings(steps=16, rate=0.004, look=4)
+QUICK = TuneSettings(steps=24, rate=0.01, look=8)
 
 
 class _Killed(BaseException):
@@ -37,14 +38,24 @@ class _Killed(BaseException):
 
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
-    """A tiny model, its recipe, a text to fit to and another to tune on; few steps, large ones."""
+    """A tiny model, its recipe, a text to fit to and another to tune on; few steps, large ones. What is fitted has
+    scales that are up to 15% off, so that there is something to find."""
+    fit = walk_feedback.fit_matrix
+
+    def off(qtype, *given):
+        found = fit(qtype, *given)
+        numbers = numbers_of(found.data, qtype)
+        numbers *= np.random.default_rng(0).uniform(0.85, 1.15, numbers.shape)
+        return replace(found, data=with_numbers(found.data, qtype, numbers))
+
+    monkeypatch.setattr(walk_feedback, "fit_matrix", off)
     monkeypatch.setattr(feedback, "TuneSettings", lambda: QUICK)
     monkeypatch.setattr(tuning, "SECONDS_BETWEEN", 0.0)
     case = tiny_models.CASES["llama"]
     with GgufFile.open(tiny_models.write(case, tiny_models.make(case), tmp_path / "tiny.gguf")) as source:
         rng = np.random.default_rng(0)
         windows = [Window(f"text {n}", rng.integers(0, tiny_models.N_VOCAB, 100)) for n in range(32)]
-        qtypes = {info.name: "Q4_1" if is_quantizable(info) else info.qtype for info in source.model.tensors}
+        qtypes = {info.name: "Q8_0" if is_quantizable(info) else info.qtype for info in source.model.tensors}
         size, bpw = recipe_bytes(source.model, qtypes)
         yield source, Recipe("test", "llama", qtypes, size, bpw, None, (), True), windows[:12], windows[12:]
 
@@ -56,29 +67,22 @@ def test_only_numbers_move_and_what_is_said_is_what_the_file_loses(tiny, tmp_pat
     found = tuned.tuning
     assert plain.tuning is None
     assert found.kept
-    assert found.after < 0.97 * found.before
+    assert found.after < 0.7 * found.before
     assert tuned.file.bytes - plain.file.bytes < 256  # words of the header
     changed = 0
     with GgufFile.open(plain.file.path) as before, GgufFile.open(tuned.file.path) as after:
         assert before.metadata["bitladder.method"] != after.metadata["bitladder.method"]
         for info in after.model.tensors:
             old, new = before.raw(info.name), after.raw(info.name)
-            if info.qtype == "Q4_1":
-                codes = [
-                    grid_of(data, "Q4_1").nearest(dequantize(data, "Q4_1")).reshape(len(data), -1, 32)
-                    for data in (old, new)
-                ]
-                kind = QTYPES["Q4_1"]
+            if info.qtype == "Q8_0":
+                kind = QTYPES["Q8_0"]
                 at = kind.offset("qs")
                 np.testing.assert_array_equal(
                     old.reshape(-1, kind.type_size)[:, at:], new.reshape(-1, kind.type_size)[:, at:]
                 )
-                assert codes[0].shape == codes[1].shape
             changed += not np.array_equal(old, new)
         held = [own[at] for at in held_places([window.document for window in own])]
         assert found.held_out == sum(len(window.tokens) - 1 for window in held)
-        from bitladder.stages.fidelity import file_candidate, walk
-
         whole = [replace(window, begin=1) for window in held]
         lost = [walk(source, [file_candidate(source, file)], whole)[0].kl_mean for file in (before, after)]
     assert changed > 20
