@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from bitladder.describe.windows import Window, tokens_hash
 from bitladder.errors import BadInput, BitladderError
 from bitladder.executors import Executor
-from bitladder.files.gguf import GgufFile, row_bytes, row_pieces
+from bitladder.files.gguf import GgufFile, row_pieces
+from bitladder.files.gguf_header import row_bytes
 from bitladder.files.gguf_writer import GgufWriter
 from bitladder.files.level_files import LevelDraft, draft_level, free_name, possible_places, refuse_overwriting
 from bitladder.formats.gguf import PROVENANCE

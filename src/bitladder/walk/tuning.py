@@ -502,8 +502,8 @@ def tune(
         told(news, adam.step)
         if notes and notes.due():
             results = {"step": np.array(adam.step), "best": np.array(best), "before": before.kl, "after": after}
-            own = {f"best.{name}": values for name, values in best_moved.items()}
-            notes.save({**adam.arrays(), **own, **results, "tokens": before.tokens})
+            best_of = {f"best.{name}": values for name, values in best_moved.items()}
+            notes.save({**adam.arrays(), **best_of, **results, "tokens": before.tokens})
     if not helps(before.kl, after):
         best, best_moved = 0, {}
     tuned.numbers = {name: start[name] * (1 + own) for name, own in best_moved.items()}
