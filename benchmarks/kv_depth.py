@@ -1,7 +1,8 @@
 """Claim: what a KV cache of fewer bits loses, and whether it loses more behind a long context, is measured with the
 real engine on the same tokens at every depth.
 
-    scripts/bench kv_depth [MODEL] [--kv q8_0,q5_1,q4_0,q8_0/q4_0] [--depth 512,2048,4096] [--documents 6] [--threads 1]
+    scripts/bench kv_depth [MODEL] [--kv q8_0,q5_1,q4_0,q8_0/q4_0] [--depth 512,2048,4096] [--documents 6]
+        [--characters 1000] [--threads 1]
 
 Prints the table of docs/measure.md: the source itself with each cache against the source with 16 bits. Computes a
 context of the deepest depth for each cache and once more for the 16 bits beside it, and each document behind it. One
@@ -25,13 +26,14 @@ def main() -> int:
     parser.add_argument("--kv", default="q8_0,q5_1,q4_0,q8_0/q4_0")
     parser.add_argument("--depth", default="512,2048,4096")
     parser.add_argument("--documents", type=int, default=6)
+    parser.add_argument("--characters", type=int, help="of each document; all where nothing is said")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     depths = tuple(map(int, options.depth.split(",")))
     print("| cache | depth | KL | 95% | times the shallowest | 95% | top-1 |\n|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         for document in shipped_texts()[: options.documents]:
-            (Path(folder) / f"{document.name}.txt").write_text(document.text)
+            (Path(folder) / f"{document.name}.txt").write_text(document.text[: options.characters])
         for cache in parse_caches(options.kv):
             wanted = Measuring(caches=(cache,), depths=depths, texts=[Path(folder)])
             (one,) = measure_model(options.model, wanted, Work(threads=options.threads))

@@ -26,14 +26,14 @@ from bitladder.plan.decide import decide
 from bitladder.plan.ladder import make_plan, over_caches
 from bitladder.plan.preflight import require
 from bitladder.plan.schedule import open_levels
-from bitladder.plan.speculation import TierRoom, guesses_of_tiers, in_words
 from bitladder.progress import LevelNews, Progress
 from bitladder.records import to_json
-from bitladder.records.decision import Decision, Pairing
+from bitladder.records.decision import Decision, TierGuesses
 from bitladder.records.evaluation import LevelAnswers, WorkloadResult
 from bitladder.records.fidelity import Fidelity, Way
 from bitladder.records.plan import DEFAULT_CTX, Plan
 from bitladder.records.run import RunRecord
+from bitladder.records.speculation import SpeculationReport
 from bitladder.report import RUN_JSON, report_beside, write_html, write_run
 from bitladder.stages import run_facts as facts
 from bitladder.stages.ask import Asker, LevelToAsk, ServedLevel, name_of, require_room
@@ -61,6 +61,7 @@ from bitladder.stages.quantize import calibrate_levels, sort_levels
 from bitladder.stages.run_facts import AUTO_TIME, RunSettings, level_of
 from bitladder.stages.run_given import Given, named_reference, opened_run, reference_level, wanted_levels
 from bitladder.stages.speculate import Tried, check_ways, measured, ways_of
+from bitladder.stages.tier_guesses import with_guesses
 from bitladder.stages.wording import wording_changes
 from bitladder.store.recorded import StoredDecision, Subject
 from bitladder.units import human_bytes, human_duration
@@ -265,27 +266,22 @@ def _judged(
 
 
 def _with_guesses(given: Given, plan: Plan, built: Mapping[Subject, LevelFile], record: RunRecord) -> RunRecord:
-    """The record with what guessing ahead gains on the tiers chosen, and the decision that they do so where it pays."""
-    chosen = list(dict.fromkeys(level for level in (record.decision.quality, record.decision.speed) if level))
+    """The record with what guessing ahead gains, and the decision that tiers do so where it pays."""
     source = given.job.source
     own = LevelToAsk(Subject(source.sha256, level_of(source.model), file=source.sha256), source.path)
     runs = {name_of(run): run for run in (own, *_runs(given, plan, built))}
     files = {subject.level: file.path for subject, file in built.items() if not file.path.is_dir()}
-    tiers = [runs[level] for level in chosen if level in runs]
-    reports = [
-        measured(
-            Tried(run.path, ways_of(given.settings.speculate, run.path, files), name_of(run), run.cache),
-            given.workload, given.recorded, n_ctx=plan.n_ctx, work=given.job,
-        )
-        for run in tiers
-    ]  # fmt: skip
-    total = {level.level: level.total_bytes for level in plan.levels}
-    rooms = [TierRoom(name_of(run), total[name_of(run)]) for run in tiers]
-    together = record.decision.pair is not Pairing.SWAP
-    guesses = guesses_of_tiers(rooms, reports, plan.budget_bytes, together=together)
-    summary = " ".join(part for part in (record.decision.summary, in_words(guesses)) if part)
-    decision = replace(record.decision, speculate=guesses, summary=summary)
-    return replace(record, speculation=tuple(reports), decision=decision)
+
+    def try_on(level: str) -> SpeculationReport:
+        run = runs[level]
+        tried = Tried(run.path, ways_of(given.settings.speculate, run.path, files), level, run.cache)
+        return measured(tried, given.workload, given.recorded, n_ctx=plan.n_ctx, work=given.job)
+
+    def decide_with(guesses: Mapping[str, TierGuesses]) -> Decision:
+        reference = record.reference
+        return _decided(given, plan, built, record.fidelities, record.results, reference=reference, guesses=guesses)
+
+    return with_guesses(record, list(runs), try_on, decide_with)
 
 
 def _planned(given: Given) -> Plan:
@@ -446,6 +442,7 @@ def _decided(
     results: Sequence[WorkloadResult],
     *,
     reference: str,
+    guesses: Mapping[str, TierGuesses] | None = None,
 ) -> Decision:
     """The pair to deploy with its reasons, and the files that it is about."""
     answering = {result.level for result in results}
@@ -457,6 +454,7 @@ def _decided(
         reference=reference,
         elsewhere=[one.label for one in given.settings.also if one.label in answering],
         tags={one.id: one.tags for one in given.workload.inputs},
+        guesses=guesses,
     )
     files = {level_of(given.job.source.model): given.job.source.sha256}
     files |= {file.level: file.sha256 for file in built.values()}

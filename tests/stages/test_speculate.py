@@ -298,14 +298,14 @@ def test_a_run_tries_guesses_on_its_tiers_and_decides_as_the_evidence_says(model
     )  # fmt: skip
     record = run(settings, silent).record
     tiers = list(dict.fromkeys([record.decision.quality, record.decision.speed]))
-    assert [one.level for one in record.speculation] == tiers
+    assert {one.level for one in record.speculation} >= set(tiers)  # and rivals that may be faster with guesses
     assert all(one.results[0].mode == "ngram" for one in record.speculation)
     surely = paying([result for one in record.speculation for result in one.results])
-    assert [one.guesses for one in record.decision.speculate] == [
-        next(mode.mode for mode in surely if mode in report.results)
+    assert {one.level: one.guesses for one in record.decision.speculate} == {
+        report.level: next(mode.mode for mode in surely if mode in report.results)
         for report in record.speculation
-        if any(mode in report.results for mode in surely)
-    ]
+        if report.level in tiers and any(mode in report.results for mode in surely)
+    }
     assert "--speculate auto,draft:Q4_K_M" in record.commands[0] and "speculate" in record.timings
     assert from_json(RunRecord, to_json(record)).speculation == record.speculation
     again = run(settings, silent).record

@@ -108,7 +108,7 @@ class RunOptions(WorkOptions):
         str | None,
         typer.Option(
             "--speculate", metavar="auto|ngram|mtp|draft:LEVEL,...",
-            help="Try guessing tokens ahead on the tiers chosen; they do so where it surely pays.",
+            help="Try guessing tokens ahead: tiers do so where it surely pays, and the fast level is chosen with it.",
         ),
     ] = None  # fmt: skip
     text: Texts = None

@@ -13,13 +13,13 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bitladder.records.decision import Certainty
+from bitladder.records.decision import Certainty, TierGuesses
 from bitladder.records.evaluation import Speed, WorkloadResult
 from bitladder.records.fidelity import AtDepth, Fidelity
 from bitladder.records.plan import LevelPlan
@@ -44,6 +44,8 @@ class LadderEvidence:
     """By level, where not those of the results."""
     tags: Mapping[str, tuple[str, ...]]
     """Input to its tags."""
+    guesses: Mapping[str, TierGuesses] = field(default_factory=dict)
+    """By level, what it would guess tokens ahead with; levels for which nothing is known to pay are left out."""
 
 
 Pair = tuple[str | None, str | None]
@@ -76,7 +78,16 @@ def _drawn(evidence: LadderEvidence, rng: np.random.Generator) -> LadderEvidence
         fidelities=[_fidelity(one, documents, shift) for one in evidence.fidelities],
         results=[_with_items(_at_rates(_result(one, inputs, numbers), moved), item_shift) for one in evidence.results],
         speeds={level: _speed_at_rates(one, moved.get(level)) for level, one in evidence.speeds.items()},
+        guesses={level: _other_gain(one, rng.normal(0.0, math.sqrt(2))) for level, one in evidence.guesses.items()},
     )
+
+
+def _other_gain(one: TierGuesses, shift: float) -> TierGuesses:
+    """What guessing ahead gains on other inputs of the kind, its interval as wide."""
+    if not 0 < one.low < one.high < math.inf:
+        return one
+    factor = math.exp(shift * math.log(one.high / one.low) / _WIDTH_95)
+    return replace(one, ratio=one.ratio * factor, low=one.low * factor, high=one.high * factor)
 
 
 def _changed(one: WorkloadResult) -> Iterator[str]:

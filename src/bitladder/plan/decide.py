@@ -13,7 +13,8 @@ The rule, in order:
    less is no evidence. When no candidate is that close, it is the candidate with the lowest KL, or the smallest
    of those whose KL cannot be told from the lowest on the same text.
 3. The *speed tier* is the smallest of the candidates that no other is surely faster than: by more than five
-   percent, and by the whole interval of the ratio over rounds in which both were timed. It must surely be faster
+   percent, and by the whole interval of the ratio over rounds in which both were timed; where guessing tokens ahead
+   was tried and surely pays, with those guesses (the interval then holds what they gain, too). It must surely be faster
    than the quality tier; without speeds, decode is taken to be bound by bytes, and it must be smaller. Else one level
    serves both: the quality tier, or the speed tier where its KL is no higher.
    Of levels that are run with several types of KV cache each pair is a candidate, by its bytes in memory at the
@@ -38,7 +39,7 @@ from bitladder.plan.certainty import LadderEvidence, certainty
 from bitladder.plan.front import Standpoint, pareto
 from bitladder.plan.judge import KNOWN_LOSS_P, MET, UNKNOWN, Judged, Judgement, LevelEvidence, judge, pairs_of
 from bitladder.plan.reasons import Tiers, how_sure, summary, verdict
-from bitladder.records.decision import Decision, Outcome, Pairing, TagStatus, TagVerdict
+from bitladder.records.decision import Decision, Outcome, Pairing, TagStatus, TagVerdict, TierGuesses
 from bitladder.records.evaluation import FaultCount, Speed, WorkloadResult
 from bitladder.records.fidelity import Fidelity
 from bitladder.records.plan import ELSEWHERE, Plan, runs_elsewhere
@@ -59,6 +60,7 @@ def decide(
     elsewhere: Sequence[str] = (),
     speeds: Mapping[str, Speed] | None = None,
     tags: Mapping[str, tuple[str, ...]] | None = None,
+    guesses: Mapping[str, TierGuesses] | None = None,
 ) -> Decision:
     """Choose a quality tier and a speed tier.
 
@@ -72,6 +74,7 @@ def decide(
         elsewhere: models behind addresses that are judged beside the levels.
         speeds: measured speeds by level; otherwise those of ``results``.
         tags: input of the workload to its tags.
+        guesses: what levels would guess tokens ahead with, by level, where it surely pays.
 
     Raises:
         UsageError: the bar cannot be read.
@@ -80,8 +83,9 @@ def decide(
         bar = DEFAULT_BAR if fidelities else DEFAULT_BAR_WITHOUT_KL
     parsed = parse_bar(bar) if isinstance(bar, str) else bar
     evidence = LadderEvidence(
-        (*plan.levels, *(runs_elsewhere(name) for name in elsewhere)), fidelities, results, speeds or {}, tags or {}
-    )
+        (*plan.levels, *(runs_elsewhere(name) for name in elsewhere)),
+        fidelities, results, speeds or {}, tags or {}, guesses or {},
+    )  # fmt: skip
     judged = judged_levels(evidence, parsed, reference)
     everyone = [one for one in judged if one.level != reference and one.evidence.in_question]
     rivals = [one for one in everyone if one.can_be_chosen]
@@ -179,6 +183,7 @@ def _join(evidence: LadderEvidence, reference: str | None) -> list[LevelEvidence
             p_adjusted=adjusted.get(level.level, math.nan),
             tags=evidence.tags,
             known_faults=faults.get(level.level, ()),
+            guesses=evidence.guesses.get(level.level),
         )
         for level in evidence.levels
     ]

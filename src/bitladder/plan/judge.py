@@ -8,12 +8,13 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from bitladder.plan.bar import UPPER, Bar, Clause, spoken
+from bitladder.records.decision import TierGuesses
 from bitladder.records.evaluation import FaultCount, WorkloadResult
 from bitladder.records.fidelity import AtDepth, Fidelity
 from bitladder.records.plan import ELSEWHERE, Container, LevelPlan
 from bitladder.stats.multiplicity import beyond
 from bitladder.stats.noninferiority import inputs_needed, loss_interval, p_not_worse, repeated_counts
-from bitladder.stats.paired import differs, more_often, ratio_interval
+from bitladder.stats.paired import differs, more_often, product_interval, ratio_interval
 from bitladder.units import human_bytes
 
 
@@ -54,6 +55,8 @@ class LevelEvidence:
     known_faults: tuple[FaultCount, ...] = ()
     """Faults that the level's answers surely have more often than the reference's, corrected for the number of levels
     and faults looked at."""
+    guesses: TierGuesses | None = None
+    """What it would guess tokens ahead with; None where nothing is known to pay."""
 
     @property
     def measured(self) -> bool:
@@ -132,11 +135,19 @@ class Judged:
 
     def surely_faster_than(self, other: Judged) -> bool:
         """By more than `SAME_SPEED`, and not by chance: by the interval of the rounds' ratios where both were timed in
-        turns. False where a speed is not known."""
+        turns, and of what guessing ahead gains where it is known to. False where a speed is not known."""
         own, others = self.evidence.decode_rounds, other.evidence.decode_rounds
-        if len(own) == len(others) > 1:
-            return ratio_interval(own, others)[1] > 1 + SAME_SPEED
-        return self.speed > (1 + SAME_SPEED) * other.speed
+        plain = self.speed / other.speed if other.speed > 0 else math.nan
+        ratio = ratio_interval(own, others) if len(own) == len(others) > 1 else (plain, plain, plain)
+        mine, theirs = self.evidence.guesses, other.evidence.guesses
+        gains = [(mine.ratio, mine.low, mine.high)] if mine else []
+        gains += [(1 / theirs.ratio, 1 / theirs.high, 1 / theirs.low)] if theirs else []
+        return (product_interval(ratio, *gains) if gains else ratio)[1] > 1 + SAME_SPEED
+
+    @property
+    def pace(self) -> float:
+        """Decoded tokens per second, as many times as many as guessing ahead gives where it is known to pay."""
+        return self.speed * (self.evidence.guesses.ratio if self.evidence.guesses else 1.0)
 
     def kl_is_told_from(self, other: Judged) -> bool:
         """Whether the mean KL of both differs by more than chance on the same units of text; True where only the means

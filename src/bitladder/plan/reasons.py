@@ -66,11 +66,16 @@ def _placed(one: Judged, tiers: Tiers) -> tuple[Status, str]:
     if one is speed:
         how = "the smallest that meets the bar"
         if not math.isnan(one.speed):
-            how = (
-                f"the smallest of the fastest that meet the bar, {one.speed / quality.speed:.2f} times {quality.level}"
-            )
+            how = f"the smallest of the fastest that meet the bar, {_times(one, quality)} {quality.level}"
         return Status.SPEED, f"{how}; {one.say(MET)}"
     return Status.MEETS, _passed_over(one, quality, speed)
+
+
+def _times(one: Judged, other: Judged) -> str:
+    """How many times as fast one level is as another, and whether guesses are part of it."""
+    guessing = [each.level for each in (one, other) if each.evidence.guesses]
+    ahead = f" ({' and '.join(guessing)} guessing ahead)" if guessing else ""
+    return f"{one.pace / other.pace:.2f} times{ahead}"
 
 
 def _why_quality(one: Judged) -> str:
@@ -98,7 +103,8 @@ def _passed_over(one: Judged, quality: Judged, speed: Judged) -> str:
     size = one.total - speed.total
     against = f"{human_bytes(abs(size))} {'larger' if size >= 0 else 'smaller'} than {speed.level}"
     if speed.surely_faster_than(one):
-        against += f" and slower ({one.speed:.3g} against {speed.speed:.3g} tokens/s)"
+        ahead = ", guessing ahead where it pays" if one.evidence.guesses or speed.evidence.guesses else ""
+        against += f" and slower ({one.pace:.3g} against {speed.pace:.3g} tokens/s{ahead})"
     elif not math.isnan(one.speed) and not one.surely_faster_than(speed):
         against += " and not measurably faster"
     if not one.kl_is_known:
@@ -130,7 +136,7 @@ def summary(tiers: Tiers, bar: Bar, plan: Plan, outcome: Outcome, rivals: Sequen
         closest = quality.kl_is_known and not quality.near_lossless
         also = "; no other candidate is closer to the reference" if closest else ""
         return f"Deploy {quality.level} alone: it holds the bar '{bar.text}' ({closeness}{also})."
-    faster = f", {speed.speed / quality.speed:.2f} times as fast" if speed.surely_faster_than(quality) else ""
+    faster = f", {_times(speed, quality)} as fast" if speed.surely_faster_than(quality) else ""
     saved = f"{100 * (1 - speed.total / quality.total):.0f}% less memory"
     how = "They do not fit in memory together and are swapped."
     if tiers.pair == Pairing.TOGETHER:

@@ -7,9 +7,11 @@ Holm's method corrects for all that were tried: the chance that any is said to p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from bitladder.plan.judge import SAME_SPEED
 from bitladder.records.decision import TierGuesses
 from bitladder.records.speculation import SpeculationReport, SpeculationResult
 from bitladder.stats.multiplicity import holm
@@ -58,6 +60,28 @@ def guesses_of_tiers(
             gain = best.gains[0]
             found.append(TierGuesses(tier.level, best.mode, gain.ratio, gain.low, gain.high, best.draft_sha256))
     return tuple(found)
+
+
+def next_to_try(
+    speeds: Mapping[str, float], reports: Sequence[SpeculationReport], gains: Mapping[str, TierGuesses], speed: str
+) -> str | None:
+    """The level that guesses are to be tried on next, since with them it may be faster than the speed tier is with its
+    own: the fastest of those that would be if they gained as much as any way may gain that was tried so far.
+
+    Args:
+        speeds: decoded tokens per second of levels that meet the bar, without guesses; NaN where not measured.
+        reports: what was tried so far.
+        gains: what surely pays of it, by level.
+        speed: the speed tier.
+    """
+    tried = {report.level for report in reports}
+    ends = [result.gains[0].high for report in reports for result in report.results if result.gains]
+    most = max((end for end in ends if not math.isnan(end)), default=1.0)
+    own = speeds.get(speed, math.nan) * (gains[speed].ratio if speed in gains else 1.0)
+    open_ones = [
+        level for level, plain in speeds.items() if level not in tried and plain * most > (1 + SAME_SPEED) * own
+    ]
+    return max(open_ones, key=lambda level: speeds[level], default=None)
 
 
 def in_words(guesses: Sequence[TierGuesses]) -> str:

@@ -93,7 +93,7 @@ class RunRecord:
     costs: tuple[LevelCost, ...] = field(default=(), metadata=OPTIONAL)
     """Of whatever has a price; empty where the user gave none."""
     speculation: tuple[SpeculationReport, ...] = field(default=(), metadata=OPTIONAL)
-    """What guessing tokens ahead gains, by tier; empty where it was not tried."""
+    """What guessing tokens ahead gains, by level that it was tried on; empty where it was not."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Texts and their hashes, window length, seeds, threads, engine settings: whatever changes a number."""
     versions: dict[str, str] = field(default_factory=dict)

@@ -79,7 +79,7 @@ class RunSettings:
     caches: tuple[CacheTypes, ...] = ()
     """Types of the KV cache that every level is run with, each pair a candidate; none for llama.cpp's own alone."""
     speculate: tuple[str, ...] = ()
-    """Ways to guess tokens ahead that are tried on the tiers chosen, as ``stages.speculate.check_ways`` takes them."""
+    """Ways to guess tokens ahead, tried on tiers and their rivals, as ``stages.speculate.check_ways`` takes them."""
     within: float | Literal["auto"] | None = None
     """Seconds in which a decision must be there, from when the model lies on the disk; ``auto``: derived from model and
     machine; None: as long as it takes."""
