@@ -123,7 +123,15 @@ def live_example(*, alarm: bool) -> dict:
         "from": "draft", "guessed": 400, "accepted": 248, "acceptance": 0.62, "on": False,
         "because": "costs: 0.59 times as fast (0.54 to 0.64) on these requests", "times_as_fast": 0.59,
         "answers_with": 60, "answers_without": 64,
-        "by_tag": {EVIL: {"times_as_fast": 0.7, "answers_with": 9, "answers_without": 8}},
+        "by_tag": {
+            EVIL: {
+                "times_as_fast": 0.7, "answers_with": 9, "answers_without": 8, "acceptance": 0.31, "apart": False,
+            },
+            "code": {
+                "times_as_fast": 1.8, "answers_with": 30, "answers_without": 31, "acceptance": 0.9, "apart": True,
+            },
+        },
+        "second_engine": "ready",
     }  # fmt: skip
     return {
         "tiers": [tier("quality", "Q6_K", 31.0), tier("speed", "Q4_K_M", 44.5) | {"guesses": guesses}],

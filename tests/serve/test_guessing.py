@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from bitladder.engines.speculation import Speculation
+from bitladder.errors import EngineError
 from bitladder.serve.app import build_app
-from bitladder.serve.deploy import deployed
-from bitladder.serve.guessing import BLOCK, REST, SLOWEST_LOAD_S, GuessTrial, GuessVerdict
+from bitladder.serve.aside import Aside
+from bitladder.serve.deploy import deployed, has_room_again
+from bitladder.serve.guessing import BLOCK, REST, SLOWEST_LOAD_S, GuessTrial, GuessVerdict, Told
 from bitladder.serve.limits import Gate
 from bitladder.serve.metrics import Metrics
 from bitladder.serve.replicas import Replica, ReplicaSet
@@ -109,6 +111,157 @@ def test_speeds_are_told_by_tag_and_tags_are_bounded():
     for number in range(500):
         trial.saw(100, 30.0, [f"t{number}"])
     assert len(trial.by_tag) == 64
+
+
+def mixed(trial: GuessTrial, gains: dict[str, float], trials: int, rng: np.random.Generator, noise=0.3) -> None:
+    """So many trials of answers of several tags in turns, each with what guesses gain for it."""
+    ended = 0
+    while ended < trials:
+        was_on = trial.in_trial
+        if trial.running is not trial.wanted:
+            trial.runs(guessing=trial.wanted, load_seconds=0.2)
+        tag = str(rng.choice(list(gains)))
+        way = trial.running ^ trial.goes_aside([tag])
+        speed = 30 * (gains[tag] if way else 1) * math.exp(rng.normal(0, noise))
+        trial.saw(100, speed, [tag], guessing=way, told=Told(10, 6 if way else 0))
+        ended += was_on and not trial.in_trial
+
+
+@pytest.mark.parametrize(
+    ("gains", "usual", "apart"),
+    [
+        ({"code": 2.2, "copy": 2.0, "chat": 0.5}, True, {"chat"}),
+        ({"code": 2.0, "chat": 0.5, "prose": 0.6, "mail": 0.5}, False, {"code"}),
+    ],
+)
+def test_work_that_is_faster_the_other_way_is_told_apart(gains, usual, apart):
+    found = []
+    for seed in range(24):
+        trial = GuessTrial()
+        mixed(trial, gains, 2, np.random.default_rng(seed))
+        assert trial.usual is usual
+        found.append(set(trial.apart))
+    assert sum(one == apart for one in found) >= 20
+    assert all(one <= apart for one in found)
+
+
+@pytest.mark.parametrize("gain", [1.0, 1.5])
+def test_tags_that_are_all_alike_are_seldom_told_apart(gain):
+    """5 of 100 at most, over all tags and trials."""
+    wrong = 0
+    for seed in range(24):
+        trial = GuessTrial()
+        mixed(trial, dict.fromkeys(("a", "b", "c"), gain), 3, np.random.default_rng(seed))
+        wrong += bool(trial.apart)
+    assert wrong <= 4  # 1.2 on average at most; three standard errors more
+
+
+def test_what_goes_aside_and_when():
+    trial = GuessTrial()
+    mixed(trial, {"code": 3.0, "copy": 3.0, "chat": 0.3}, 1, np.random.default_rng(1), noise=0.05)
+    assert trial.apart == {"chat"} and trial.goes_aside(["chat"])
+    assert not trial.goes_aside([]) and not trial.goes_aside(["chat", "code"]) and not trial.goes_aside(["code"])
+    assert trial.by_tag["code"].acceptance == pytest.approx(0.6, abs=0.4)
+    for _ in range(REST):
+        trial.saw(100, 30.0)
+    assert trial.in_trial and not trial.goes_aside(["chat"])
+    mixed(trial, {"code": 3.0, "copy": 3.0, "chat": 0.3}, 1, np.random.default_rng(2), noise=0.05)
+    trial.runs(guessing=True, load_seconds=SLOWEST_LOAD_S + 1)
+    assert not trial.apart
+
+
+class Second:
+    """A second engine that starts, or does not."""
+
+    name = "quality, second engine"
+
+    def __init__(self, *, fails: bool = False) -> None:
+        self.state, self.starts, self.fails = "stopped", 0, fails
+
+    async def start(self) -> None:
+        self.starts += 1
+        self.state = "starting"
+        if self.fails:
+            raise EngineError("It does not start.")
+        self.state = "ready"
+
+    async def stop(self) -> None:
+        self.state = "stopped"
+
+
+def test_a_second_engine_runs_while_there_is_work_for_it():
+    trial, replicas = GuessTrial(), ReplicaSet([Replica("one", None, "")])
+    aside = Aside(trial, Second(), replicas)
+
+    def look() -> str:
+        asyncio.run(aside.look())
+        return aside.engine.state
+
+    assert look() == "stopped"
+    mixed(trial, {"code": 3.0, "copy": 3.0, "chat": 0.3}, 1, np.random.default_rng(1), noise=0.05)
+    assert not aside.takes(["chat"])
+    assert look() == look() == "ready" and aside.engine.starts == 1
+    assert aside.takes(["chat"]) and not aside.takes(["code"])
+    for _ in range(REST):
+        trial.saw(100, 30.0)
+    assert look() == "ready" and not aside.takes(["chat"])  # a new trial: nobody's, and not stopped for it
+    trial._end(GuessVerdict.PAYS, guessing=True)
+    trial._apart = frozenset()
+    (replica,) = replicas
+    replica.outstanding = 1
+    assert look() == "ready"
+    replica.outstanding = 0
+    assert look() == "stopped"
+
+
+def test_a_second_engine_that_does_not_start_is_not_started_again_for_the_same_work():
+    trial = GuessTrial()
+    mixed(trial, {"code": 3.0, "copy": 3.0, "chat": 0.3}, 1, np.random.default_rng(1), noise=0.05)
+    aside = Aside(trial, Second(fails=True), ReplicaSet([Replica("one", None, "")]))
+    for _ in range(3):
+        asyncio.run(aside.look())
+    assert (aside.engine.starts, aside.engine.state) == (1, "stopped") and not aside.takes(["chat"])
+
+
+def test_a_second_engine_needs_room_for_the_tier_once_more(tmp_path):
+    ngram = Speculation("ngram")
+    quality = TierSpec(level="q", path=tmp_path / "q", memory_bytes=100, speculate=ngram)
+    speed = TierSpec(level="s", path=tmp_path / "s", memory_bytes=50)
+    assert has_room_again([quality, speed], quality, 250) and has_room_again([quality, speed], quality, 0)
+    assert not has_room_again([quality, speed], quality, 249)
+    assert not has_room_again([quality, speed], speed, 0)
+
+
+@pytest.mark.model
+def test_the_real_engines_answer_one_kind_of_work_with_guesses_and_another_without(tmp_path, monkeypatch):
+    monkeypatch.setattr("bitladder.serve.guessing.SLOWEST_LOAD_S", 120.0)
+    monkeypatch.setattr("bitladder.serve.aside.LOOK_S", 0.05)
+    spec = TierSpec(
+        level="heads", path=write_tiny_with_head(tmp_path / "heads.gguf"), n_ctx=512, speculate=Speculation("mtp")
+    )
+
+    async def run() -> tuple[list[dict], dict]:
+        async with deployed(ServeSettings(quality=spec, port=0, threads=1)) as deployment:
+            (tier,) = deployment.tiers
+            tier.guessing._end(GuessVerdict.PAYS, guessing=True)
+            tier.guessing._apart = frozenset({"letters"})
+            transport = httpx.ASGITransport(build_app(deployment))
+            async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=60) as client:
+                await tier.aside.engine.wait_ready(60)
+                for tag in ("letters", "other"):
+                    for stream in (False, True):
+                        body = {"model": "quality", "max_tokens": 24, "stream": stream}
+                        body |= {"messages": [{"role": "user", "content": "abcabc"}]}
+                        reply = await client.post(CHAT, json=body, headers={"x-bitladder-tag": tag})
+                        assert reply.status_code == 200, reply.text
+                live = deployment.metrics.live(deployment.tiers)
+                return live["recent"][::-1], live["tiers"][0]["guesses"]
+
+    recent, told = asyncio.run(run())
+    assert [one["guessing"] for one in recent] == [False, False, True, True]
+    assert [one["guesses"][0] > 0 for one in recent] == [False, False, True, True]
+    assert told["second_engine"] == "ready" and told["by_tag"]["letters"]["apart"]
+    assert told["by_tag"]["other"]["acceptance"] is not None and told["by_tag"]["letters"]["acceptance"] is None
 
 
 @pytest.mark.model

@@ -475,7 +475,8 @@ def test_live_tells_what_each_tier_does(page):
     guesses = page.inner_text(".tier.speed")
     assert "Guesses tokens ahead (draft): off." in guesses
     assert "Costs: 0.59 times as fast (0.54 to 0.64) on these requests." in guesses
-    assert f"{EVIL}: 0.70 times as fast with guesses (9 and 8 answers)." in guesses
+    assert f"{EVIL}: 0.70 times as fast with guesses (9 and 8 answers), 31% of its guesses are right." in guesses
+    assert "90% of its guesses are right, answered with guesses, by the tier's second engine." in guesses
     assert "Guesses" not in page.inner_text(".tier.quality")
     assert page.locator("[role=alert]:visible").count() == 0
 

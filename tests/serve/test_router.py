@@ -58,13 +58,15 @@ CASES = [
 
 @pytest.mark.parametrize(("features", "auto", "tier", "kind", "reason"), CASES)
 def test_choice(features, auto, tier, kind, reason):
-    assert choose(features, LEVELS, RULES, auto) == TierChoice(tier, reason, kind)
+    found = choose(features, LEVELS, RULES, auto)
+    assert found == TierChoice(tier, reason, kind, tag=found.tag)
+    assert bool(found.tag) == (f"tag {found.tag}: " in reason)
 
 
 def test_where_speed_lost_it_may_try_and_be_judged():
     judged = choose(Features("auto", tags=("logic",)), LEVELS, (), JUDGED)
     assert judged == TierChoice(
-        "speed", "auto: tag logic: speed tier first, judged by its own probabilities", "auto", True
+        "speed", "auto: tag logic: speed tier first, judged by its own probabilities", "auto", True, "logic"
     )
     safe = choose(Features("auto", tags=("extraction",)), LEVELS, (), JUDGED)
     assert safe is not None and not safe.escalate

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 
 from starlette.types import Send
@@ -10,6 +11,7 @@ from starlette.types import Send
 from bitladder.serve.backends import UpstreamFailed
 from bitladder.serve.dialects import DIALECTS
 from bitladder.serve.events import stream_error
+from bitladder.serve.guessing import Told
 from bitladder.serve.limits import let_go
 from bitladder.serve.metrics import Record, RequestOutcome
 from bitladder.serve.protocol import header_text
@@ -19,6 +21,8 @@ from bitladder.serve.watch import PhaseTimeout, Watch
 from bitladder.units import KiB
 
 _PIECE = 64 * KiB
+_GUESSES = re.compile(rb'"draft_n":\s*(\d{1,12}),\s*"draft_n_accepted":\s*(\d{1,12})')
+"""As llama.cpp ends an answer; within a text the quotes would be escaped."""
 Headers = tuple[tuple[bytes, bytes], ...]
 
 
@@ -47,6 +51,7 @@ class Delivery:
         watch.phase("the client", self._timeouts.client)
         await self._start(answer, (*headers, (b"content-length", str(len(answer.head)).encode())))
         self.record.tokens = answer.tokens
+        self._look_for_guesses(answer.head)
         self.record.outcome = RequestOutcome.COMPLETE if answer.status < 400 else RequestOutcome.REFUSED
         # In pieces, each when the client has taken the one before: its slot bounds how many large documents wait.
         for begins in range(0, len(answer.head) - _PIECE, _PIECE):
@@ -71,6 +76,7 @@ class Delivery:
                 await send({"type": "http.response.body", "body": events, "more_body": True})
                 self._events += events.count(b"data:")
                 record.tokens += events.count(self._marks)
+                self._look_for_guesses(events)
                 waiting_for_upstream = True
                 watch.phase("the next piece", between)
         except UpstreamFailed as failure:
@@ -94,6 +100,11 @@ class Delivery:
             return
         record.outcome = RequestOutcome.COMPLETE
         await send({"type": "http.response.body", "body": b""})
+
+    def _look_for_guesses(self, sent: bytes) -> None:
+        """Note what an engine that guesses tells of it."""
+        if self.record.guessing and (found := _GUESSES.search(sent)):
+            self.record.guesses = Told(int(found[1]), int(found[2]))
 
     async def _start(self, answer: Relayed, headers: Headers) -> None:
         record = self.record

@@ -9,13 +9,14 @@ import json
 import logging
 import random
 import secrets
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from bitladder.engines.base import EngineKind, EngineTask, Launch, Running, TakesProjectors
 from bitladder.engines.names import same_model
 from bitladder.engines.network import proxy_for, tls_context
 from bitladder.errors import EngineError
+from bitladder.serve.aside import Aside
 from bitladder.serve.backends import Complete, UpstreamFailed
 from bitladder.serve.connections import ConnectionPool, HttpBackend
 from bitladder.serve.discovery import Discovery, Resolve, resolve_name
@@ -101,6 +102,13 @@ def must_take_turns(specs: list[TierSpec], budget_bytes: int) -> bool:
     return len(own) > 1 and budget_bytes > 0 and sum(spec.memory_bytes for spec in own) > budget_bytes
 
 
+def has_room_again(specs: Sequence[TierSpec], spec: TierSpec, budget_bytes: int) -> bool:
+    """Whether a tier that guesses, and every other that does, could run a second time beside all that runs."""
+    own = [one for one in specs if one.path is not None]
+    twice = [one for one in own if one.speculate is not None]
+    return spec in twice and (budget_bytes == 0 or sum(one.memory_bytes for one in [*own, *twice]) <= budget_bytes)
+
+
 @contextlib.asynccontextmanager
 async def deployed(
     settings: ServeSettings,
@@ -141,6 +149,7 @@ async def deployed(
                 turns=turns,
                 upstream=(upstreams or {}).get(spec.level),
                 replicas=addresses.get(spec.level),
+                room_again=has_room_again(specs, spec, settings.memory_budget_bytes),
             )
             for names, spec in roles
         )
@@ -158,6 +167,7 @@ async def deployed(
             if tier.engine is not None and turns is None:
                 await tier.engine.start()
         kept = [discovery.run for discovery in looked_after.values()]
+        kept += [tier.aside.keep for tier in tiers if tier.aside is not None]
         for work in (watchman.run, *kept, *([shadow.run] if shadow else [])):
             task = asyncio.create_task(work())
             stack.push_async_callback(_cancel, task)
@@ -174,6 +184,7 @@ def _tier(
     turns: Turns | None,
     upstream: Complete | None,
     replicas: ReplicaSet | None,
+    room_again: bool,
 ) -> Tier:
     gate = Gate(spec.slots, settings.max_queue)
     if replicas is not None:
@@ -187,18 +198,27 @@ def _tier(
     check_file = EngineFingerprint(spec.path).check
     spec = replace(spec, api_key=secrets.token_urlsafe(24))
     trial = GuessTrial() if spec.speculate and turns is None else None
-    making = _Making(spec, trial)
-    engine = Supervisor(
-        names[0],
-        lambda: make_engine(making.begin(), settings.threads),
-        pool,
-        check_file=check_file,
-        guesses_key=spec.api_key if spec.speculate else None,
-        should_change=lambda: making.is_outdated and not (gate.running or gate.queued),
-        on_ready=making.done,
-    )
-    backend = HttpBackend(pool, engine.address, spec.api_key)
-    return Tier(names, spec, _alone(spec, backend.complete), gate, engine, turns, trial)
+
+    def supervised(name: str, making: _Making, in_use: Callable[[], int]) -> Supervisor:
+        return Supervisor(
+            name,
+            lambda: make_engine(making.begin(), settings.threads),
+            pool,
+            check_file=check_file,
+            guesses_key=spec.api_key if spec.speculate else None,
+            should_change=lambda: making.is_outdated and not in_use(),
+            on_ready=making.done,
+        )
+
+    def upstream_of(engine: Supervisor) -> ReplicaSet:
+        return _alone(spec, HttpBackend(pool, engine.address, spec.api_key).complete)
+
+    engine = supervised(names[0], _Making(spec, trial), lambda: gate.running + gate.queued)
+    tier = Tier(names, spec, upstream_of(engine), gate, engine, turns, trial)
+    if trial is not None and room_again:
+        second = supervised(f"{names[0]}, second engine", _Aside(spec, trial), lambda: gate.running + gate.queued)
+        tier.aside = Aside(trial, second, upstream_of(second))
+    return tier
 
 
 @dataclass
@@ -209,9 +229,14 @@ class _Making:
     trial: GuessTrial | None
     guessing: bool = True
 
+    @property
+    def wanted(self) -> bool:
+        """Whether it should guess."""
+        return self.trial is None or self.trial.wanted
+
     def begin(self) -> TierSpec:
         """What is made now."""
-        self.guessing = self.trial is None or self.trial.wanted
+        self.guessing = self.wanted
         return self.spec if self.guessing else replace(self.spec, speculate=None)
 
     def done(self, load_seconds: float) -> None:
@@ -222,7 +247,19 @@ class _Making:
     @property
     def is_outdated(self) -> bool:
         """Whether another one should run, and may be started."""
-        return self.trial is not None and self.trial.allowed and self.trial.wanted is not self.guessing
+        return self.trial is not None and self.trial.allowed and self.wanted is not self.guessing
+
+
+class _Aside(_Making):
+    """The same of a tier's second engine, which goes the other way than the tier does between trials."""
+
+    @property
+    def wanted(self) -> bool:
+        """Whether it should guess."""
+        return self.trial is not None and not self.trial.usual
+
+    def done(self, load_seconds: float) -> None:
+        """It runs, which is nothing to the trial."""
 
 
 def _alone(spec: TierSpec, complete: Complete) -> ReplicaSet:
@@ -309,7 +346,9 @@ async def _known_endpoint(pool: ConnectionPool, spec: TierSpec) -> tuple[TierSpe
 
 
 async def _stop(tiers: tuple[Tier, ...]) -> None:
-    await asyncio.gather(*(tier.engine.stop() for tier in tiers if tier.engine is not None))
+    asides = [tier.aside.engine for tier in tiers if tier.aside is not None]
+    engines = [tier.engine for tier in tiers if tier.engine is not None]
+    await asyncio.gather(*(engine.stop() for engine in (*engines, *asides)))
 
 
 async def _cancel(task: asyncio.Task[None]) -> None:

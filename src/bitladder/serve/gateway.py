@@ -39,7 +39,7 @@ from bitladder.serve.protocol import (
     parse_request,
 )
 from bitladder.serve.relay import Relayed, judge, read_answer
-from bitladder.serve.replicas import MOST_SENT, Replica, affinity_key
+from bitladder.serve.replicas import MOST_SENT, Replica, ReplicaSet, affinity_key
 from bitladder.serve.rewording import TRANSLATED, as_chat, worded_for
 from bitladder.serve.router import AUTO, QUALITY, SPEED, AutoRule, Features, Routing, TierChoice, choose
 from bitladder.serve.settings import LONGEST_TOKEN, TASK_OPTIONS, ServeSettings
@@ -73,6 +73,8 @@ class _Try(NamedTuple):
     """A replica to ask for an attempt."""
 
     attempt: Attempt
+    replicas: ReplicaSet
+    """That it is one of."""
     replica: Replica
     last: bool
     """Whether no other replica would be asked after it."""
@@ -176,7 +178,9 @@ class Gateway:
             self._metrics.add(record)
             tier = self._by_name.get(record.tier)
             if tier is not None and tier.guessing is not None and record.outcome is RequestOutcome.COMPLETE:
-                tier.guessing.saw(record.tokens, record.tokens_per_s, record.tags)
+                tier.guessing.saw(
+                    record.tokens, record.tokens_per_s, record.work, guessing=record.guessing, told=record.guesses
+                )
 
     async def _body(self, scope: Scope, receive: Receive, watch: Watch, share: ClientShare) -> bytes:
         watch.phase("the body", BODY_S)
@@ -197,6 +201,7 @@ class Gateway:
         record.asked_for, record.stream = request.model, request.stream
         choice = self._choose(scope, request, record)
         record.kind, record.reason = choice.kind, choice.reason
+        record.work = record.tags or ((choice.tag,) if choice.tag else ())
         if self._settings.log_prompts:
             log.info("prompt", extra={"id": record.id, "asked": request.asked})
         attempts = self._attempts(choice, request)
@@ -281,7 +286,8 @@ class Gateway:
         Raises:
             UpstreamFailed: none of them did.
         """
-        replicas, record = attempt.tier.replicas, task.delivery.record
+        record = task.delivery.record
+        replicas, record.guessing = attempt.tier.answering(record.work)
         key = affinity_key(task.request) if replicas.several else b""
         tried: frozenset[str] = frozenset()
         sent = 0
@@ -292,7 +298,7 @@ class Gateway:
             last = sent + 1 >= MOST_SENT or not replicas.others(tried)
             try:
                 with replicas.asking(replica, task.watch):
-                    await self._ask_replica(_Try(attempt, replica, last), task, headers)
+                    await self._ask_replica(_Try(attempt, replicas, replica, last), task, headers)
                 return
             except UpstreamFailed as failure:
                 replicas.failed(replica, failure)
@@ -334,7 +340,7 @@ class Gateway:
         Raises:
             _NotSpoken: it does not know the API that the client speaks, but may know chat completions.
         """
-        attempt, replica, _ = one
+        attempt, replicas, replica, _ = one
         tier, record, request = attempt.tier, task.delivery.record, task.request
         body = task.body if asked is request else b""
         began = time.monotonic()
@@ -362,13 +368,13 @@ class Gateway:
             if asked is not request:
                 answer = worded_for(request, answer)
             record.tier, record.level = tier.name, tier.spec.level
-            tier.replicas.answers(replica, task.watch, time.monotonic() - began)
-            if tier.replicas.several:
+            replicas.answers(replica, task.watch, time.monotonic() - began)
+            if replicas.several:
                 record.replica = replica.name
                 headers = (*headers, (b"x-bitladder-replica", header_text(replica.name).encode()))
             await task.delivery.deliver(answer, headers, task.watch)
             if record.outcome is RequestOutcome.CUT:
-                tier.replicas.failed(replica, UpstreamFailed("broken", "It broke off in the middle of an answer."))
+                replicas.failed(replica, UpstreamFailed("broken", "It broke off in the middle of an answer."))
         finally:
             reply.close()
 

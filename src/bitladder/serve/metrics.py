@@ -19,7 +19,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from bitladder.serve.guessing import Speeds
+from bitladder.serve.guessing import Speeds, Told
 from bitladder.serve.replicas import Replica, ReplicaState
 from bitladder.serve.tiers import Tier
 
@@ -61,6 +61,8 @@ class Record:
     key: str = ""
     tags: tuple[str, ...] = ()
     """That the client named."""
+    work: tuple[str, ...] = ()
+    """The same, or the kind of work that it was taken for."""
     stream: bool = False
     status: int = 0
     outcome: RequestOutcome = RequestOutcome.ERROR
@@ -76,6 +78,10 @@ class Record:
     failures: tuple[str, ...] = ()
     """Tiers that were tried before, with the phase they failed in."""
     escalated: bool = False
+    guessing: bool | None = None
+    """Whether the engine that answered guesses tokens ahead; None for a tier that never does."""
+    guesses: Told = field(default_factory=Told)
+    """What that engine told of its guesses."""
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -263,14 +269,18 @@ def _guesses(tier: Tier) -> dict[str, Any]:
         "from": tier.spec.speculate.kind, "guessed": guessed, "accepted": accepted, "acceptance": share, "on": True,
     }  # fmt: skip
     if (trial := tier.guessing) is not None:
-        told |= {"on": trial.running, "because": trial.because, **_speeds(trial.all)}
-        told["by_tag"] = {tag: _speeds(speeds) for tag, speeds in sorted(trial.by_tag.items())}
+        told |= {**_speeds(trial.all), "acceptance": share, "on": trial.running, "because": trial.because}
+        told["by_tag"] = {
+            tag: {**_speeds(speeds), "apart": tag in trial.apart} for tag, speeds in sorted(trial.by_tag.items())
+        }
+        told["second_engine"] = tier.aside.engine.state if tier.aside is not None else None
     return {"guesses": told}
 
 
 def _speeds(speeds: Speeds) -> dict[str, Any]:
-    ratio = speeds.times_as_fast
+    ratio, share = speeds.times_as_fast, speeds.acceptance
     return {
+        "acceptance": None if share is None else round(share, 4),
         "times_as_fast": None if ratio is None else round(ratio, 3),
         "answers_with": len(speeds.with_guesses),
         "answers_without": len(speeds.without),

@@ -139,6 +139,8 @@ class TierChoice:
     reason: str
     kind: Routing
     escalate: bool = False
+    tag: str = ""
+    """The kind of work that it was taken for, where that decided."""
 
     @property
     def may_fall_back(self) -> bool:
@@ -191,8 +193,8 @@ def _auto(features: Features, auto: AutoRule) -> TierChoice:
 def _by_tag(tag: str, auto: AutoRule, how: str) -> TierChoice:
     seen = auto.tags[tag]
     if not seen.needs_quality:
-        return TierChoice(SPEED, f"auto: {how} {tag}: {seen}", Routing.AUTO)
+        return TierChoice(SPEED, f"auto: {how} {tag}: {seen}", Routing.AUTO, tag=tag)
     if auto.escalate:
         reason = f"auto: {how} {tag}: speed tier first, judged by its own probabilities"
-        return TierChoice(SPEED, reason, Routing.AUTO, escalate=True)
-    return TierChoice(QUALITY, f"auto: {how} {tag}: {seen}", Routing.AUTO)
+        return TierChoice(SPEED, reason, Routing.AUTO, escalate=True, tag=tag)
+    return TierChoice(QUALITY, f"auto: {how} {tag}: {seen}", Routing.AUTO, tag=tag)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
+from bitladder.serve.aside import Aside
 from bitladder.serve.guessing import GuessTrial
 from bitladder.serve.limits import Gate
 from bitladder.serve.protocol import header_text
@@ -35,6 +36,9 @@ class Tier:
 
     guessing: GuessTrial | None = None
     """Whether guesses pay on its requests; None where it has none, or takes turns in memory."""
+
+    aside: Aside | None = None
+    """Its second engine, for kinds of work for which the other way is faster; None where there is no room for one."""
 
     unspoken: set[str] = field(default_factory=set)
     """Paths that its endpoint was found not to know."""
@@ -77,6 +81,13 @@ class Tier:
         it makes of them itself.
         """
         return path not in self.unspoken and (self.engine is None or path not in TRANSLATED)
+
+    def answering(self, work: Sequence[str]) -> tuple[ReplicaSet, bool | None]:
+        """What answers work of these tags, and whether it guesses ahead; None of a tier that never does."""
+        trial = self.guessing
+        if self.aside is not None and trial is not None and self.aside.takes(work):
+            return self.aside.replicas, not trial.usual
+        return self.replicas, trial.running if trial is not None else None
 
     @contextlib.asynccontextmanager
     async def hold(self) -> AsyncIterator[bool]:

@@ -83,10 +83,15 @@ function guesses(told) {
   const right = told.acceptance == null ? "" : `, ${percent(told.acceptance, 0)} of the guesses are right`;
   const lines = [`Guesses tokens ahead (${told.from}): ${told.on ? "on" : "off"}${told.on ? right : ""}.`];
   if (told.because) lines.push(`${told.because[0].toUpperCase()}${told.because.slice(1)}.`);
-  for (const [tag, one] of Object.entries(told.by_tag ?? {}))
+  for (const [tag, one] of Object.entries(told.by_tag ?? {})) {
+    const said = [];
     if (one.times_as_fast != null)
-      lines.push(`${tag}: ${fixed(one.times_as_fast, 2)} times as fast with guesses (${one.answers_with} and ` +
-        `${one.answers_without} answers).`);
+      said.push(`${fixed(one.times_as_fast, 2)} times as fast with guesses (${one.answers_with} and ` +
+        `${one.answers_without} answers)`);
+    if (one.acceptance != null) said.push(`${percent(one.acceptance, 0)} of its guesses are right`);
+    if (one.apart) said.push(`answered ${told.on ? "without" : "with"} guesses, by the tier's second engine`);
+    if (said.length) lines.push(`${tag}: ${said.join(", ")}.`);
+  }
   return h("ul", { class: "soft small" }, ...lines.map((line) => h("li", {}, line)));
 }
 
