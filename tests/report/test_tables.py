@@ -64,9 +64,9 @@ def test_each_table_has_its_cells(record):
     assert cells(record, "fault-tags") == [["Q4_K_M", "loop", "+1", "−1", "+1"]]  # arithmetic, recall, style
     assert cells(record, "thoughts") == [["Q4_K_M", "25", "312", "3", "1"]]
     assert cells(record, "guesses") == [
-        ["Q4_K_M", "draft <i>small.gguf", "all inputs", "75%", "1.42", "3.00 MiB", "yes, does so"],
+        ["Q4_K_M", "draft <i>small.gguf", "all inputs", "75%", "1.42", "yes, does so", "3.00 MiB"],
         ["", "", "style", "75%", "0.800", "", ""],
-        ["Q4_K_M", "ngram", "all inputs", "10%", "0.970", "0 B", "not known to"],
+        ["Q4_K_M", "ngram", "all inputs", "10%", "0.970", "not known to", "0 B"],
     ]
 
 
@@ -108,3 +108,41 @@ def test_the_gate_is_told_what_is_sure(record):
         "Q4_K_M": "its loss rises with depth, 82.0 times from 512 to 4,096 tokens (70 to 97); "
         "guesses with draft <i>small.gguf, 1.42 times as fast"
     }
+
+
+def over_caches(record):
+    """The same ladder, Q4_K_M with another cache."""
+    levels = tuple(
+        dataclasses.replace(one, level="Q4_K_M+q8_0/q4_0") if one.level == "Q4_K_M" else one
+        for one in record.plan.levels
+    )
+    return dataclasses.replace(record, plan=dataclasses.replace(record.plan, levels=levels))
+
+
+def printed(record, width):
+    out = Console(file=io.StringIO(), width=width, highlight=False)
+    print_run(record, out)
+    return out.file.getvalue()
+
+
+@pytest.mark.parametrize("width", [60, 80, 100])
+def test_tables_of_evidence_fit_a_narrow_terminal_uncut(record, width):
+    text = printed(record, width)
+    assert "…" not in text and "KL mean" in text and "times as fast" in text
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= width
+    if width < 100:
+        (at,) = [place for place, line in enumerate(lines) if " Q4_K_M   f16" in line]
+        assert "0.00500" in lines[at] and "0.00400–0.00700" in lines[at + 1]  # beneath
+        assert "Left out for width: " in "\n".join(lines[at:])
+
+
+def test_levels_with_caches_stand_by_their_memory_at_the_context(record):
+    several = over_caches(record)
+    narrow, plain = printed(several, 80), printed(record, 80)
+    assert "Left out for width: file" in narrow and "memory" in plain.partition("Left out for width")[2]
+    assert "beats these in memory at 2,048 tokens of context, speed and loss at once: " in " ".join(narrow.split())
+    assert "beats these in" not in plain
+    with_caches, without = render_html(several), render_html(record)
+    assert "memory at 2,048 tokens of context, MiB" in with_caches and "file size, MiB" not in with_caches
+    assert "file size, MiB" in without and "beats these in size, speed" in without

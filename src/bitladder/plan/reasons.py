@@ -17,7 +17,7 @@ from bitladder.plan.judge import (
 )
 from bitladder.records.decision import Certainty, Loss, Outcome, Pairing, Status, Verdict
 from bitladder.records.plan import ELSEWHERE, Plan
-from bitladder.units import human_bytes
+from bitladder.units import human_bytes, human_rate
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def _passed_over(one: Judged, quality: Judged, speed: Judged) -> str:
     against = f"{human_bytes(abs(size))} {'larger' if size >= 0 else 'smaller'} than {speed.level}"
     if speed.surely_faster_than(one):
         ahead = ", guessing ahead where it pays" if one.evidence.guesses or speed.evidence.guesses else ""
-        against += f" and slower ({one.pace:.3g} against {speed.pace:.3g} tokens/s{ahead})"
+        against += f" and slower ({human_rate(one.pace)} against {human_rate(speed.pace)} tokens/s{ahead})"
     elif not math.isnan(one.speed) and not one.surely_faster_than(speed):
         against += " and not measurably faster"
     if not one.kl_is_known:

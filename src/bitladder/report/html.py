@@ -18,7 +18,7 @@ from bitladder.report.chart import Axis, Point, find_cliff, loss_chart
 from bitladder.report.facts import facts, warnings
 from bitladder.report.meanings import HEADS, LOSSES, VERDICTS
 from bitladder.report.reading import RUN_JSON
-from bitladder.report.rows import LevelRow, cost_lines, level_rows
+from bitladder.report.rows import LevelRow, cost_lines, front_line, level_rows, over_caches
 from bitladder.report.tables import evidence_tables
 from bitladder.report.wording import answers_columns, answers_rows
 from bitladder.units import GiB, MiB, human_bytes
@@ -74,7 +74,8 @@ def render_html(record: RunRecord) -> str:
         # Both are made by us: the style sheet is shipped, and the charts escape every text they hold.
         style=Markup((folder / "report.css").read_text(encoding="utf-8")),
         charts=[{name: Markup(text) for name, text in chart.items()} for chart in _charts(record, rows)],
-        cliff=find_cliff(_points(rows, "size", GiB)),
+        cliff=None if over_caches(record) else find_cliff(_points(rows, "size", GiB)),
+        front=front_line(record),
         tags=_tag_table(record),
         compared=compared_answers(record),
         answers={"rows": answers_rows(record), "columns": answers_columns(answers_rows(record))},
@@ -98,20 +99,25 @@ def _points(rows: Sequence[LevelRow], across: str, unit: float) -> list[Point]:
     for row in rows:
         if row.fidelity is None or row.verdict.status == Status.REFERENCE:
             continue
-        x = row.bytes / unit if across == "size" else row.result.decode_tokens_per_s if row.result else math.nan
+        speed = row.result.decode_tokens_per_s if row.result else math.nan
+        x = {"size": row.bytes / unit, "memory": row.plan.total_bytes / unit, "speed": speed}[across]
         found = row.fidelity
         points.append(Point(row.level, x, found.kl_mean, found.kl_low, found.kl_high, row.tier))
     return points
 
 
 def _charts(record: RunRecord, rows: Sequence[LevelRow]) -> list[dict[str, str]]:
-    """Loss against size and against speed, each drawn for a wide and for a narrow page."""
+    """Loss against size (memory, of levels with several caches) and against speed, each drawn for a wide and for a
+    narrow page."""
     limit = _kl_limit(record.decision.bar)
     largest = max((row.bytes for row in rows), default=0)
     unit, name = (GiB, "GiB") if largest >= 2 * GiB else (MiB, "MiB")
-    size, speed = Axis("file size", name), Axis("decode speed", "tokens/s", ladder=False)
+    size, of = Axis("file size", name), "size"
+    if over_caches(record):
+        size, of = Axis(f"memory at {record.plan.n_ctx:,} tokens of context", name, ladder=False), "memory"
+    speed = Axis("decode speed", "tokens/s", ladder=False)
     charts = []
-    for across, axis, scale, width in (("size", size, unit, 600), ("speed", speed, 1, 420)):
+    for across, axis, scale, width in ((of, size, unit, 600), ("speed", speed, 1, 420)):
         points = _points(rows, across, scale)
         wide = loss_chart(points, axis, limit=limit, width=width, height=380, name=f"{across}-wide")
         narrow = loss_chart(points, axis, limit=limit, width=360, height=380, name=f"{across}-narrow")

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from bitladder.describe.cache_types import split_name
 from bitladder.records.decision import Status, Verdict
 from bitladder.records.evaluation import WorkloadResult
 from bitladder.records.fidelity import Fidelity
@@ -128,6 +129,19 @@ class LevelRow:
         if self.result is None or self.verdict.status == Status.REFERENCE:
             return ""
         return f"−{len(self.result.lost)} +{len(self.result.gained)}"
+
+
+def over_caches(record: RunRecord) -> bool:
+    """Whether levels were run with several KV caches: rows of one file then differ in memory, not in size."""
+    return any(split_name(level.level)[1] for level in record.plan.levels)
+
+
+def front_line(record: RunRecord) -> str:
+    """Which rows no other beats, in a sentence; empty where nothing was measured."""
+    if not record.decision.front:
+        return ""
+    what = f"memory at {record.plan.n_ctx:,} tokens of context" if over_caches(record) else "size"
+    return f"No other level beats these in {what}, speed and loss at once: {', '.join(record.decision.front)}."
 
 
 def level_rows(record: RunRecord) -> list[LevelRow]:

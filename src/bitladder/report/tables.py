@@ -176,8 +176,8 @@ def guess_table(reports: Sequence[SpeculationReport], decided: Sequence[str] = (
                         Cell(gain.tag or "all inputs", f"{gain.inputs} timed"),
                         Cell(percent(gain.acceptance, 0), f"of {gain.drafted:,}"),
                         _times(gain, known=first and pays),
-                        Cell(human_bytes(result.extra_bytes)) if first else Cell(""),
                         Cell(_standing(report.level, pays=pays, decided=decided)) if first else Cell(""),
+                        Cell(human_bytes(result.extra_bytes)) if first else Cell(""),
                     )
                 )
     return Table(
@@ -185,7 +185,7 @@ def guess_table(reports: Sequence[SpeculationReport], decided: Sequence[str] = (
         "Guessing tokens ahead",
         "Time without guesses over time with them, on the same inputs in turns, with its 95% interval. Guesses pay "
         "where that is surely above 1 for all that were tried and every greedy answer stays the same.",
-        ("level", "guesses", "inputs", "right", "times as fast", "memory", "pays"),
+        ("level", "guesses", "inputs", "right", "times as fast", "pays", "memory"),
         tuple(rows),
     )
 

@@ -4,7 +4,8 @@ soup."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from bitladder.records.decision import Status
@@ -12,17 +13,28 @@ from bitladder.records.fidelity import Fidelity
 from bitladder.records.plan import LevelPlan, Plan, PlanSpeed
 from bitladder.records.run import RunRecord
 from bitladder.report.behaviour import behaviour_lines
-from bitladder.report.columns import Column, fitted_table, plain_table
+from bitladder.report.columns import Column, columns_that_fit, fitted_table, plain_table
 from bitladder.report.facts import warnings
 from bitladder.report.meanings import heads_in_words
-from bitladder.report.rows import LevelRow, cost_lines, interval, level_rows, number, percent, small
-from bitladder.report.tables import Table, depth_table, evidence_tables, rises
+from bitladder.report.rows import (
+    LevelRow,
+    cost_lines,
+    front_line,
+    interval,
+    level_rows,
+    number,
+    over_caches,
+    percent,
+    small,
+)
+from bitladder.report.tables import Cell, Table, depth_table, evidence_tables, rises
 from bitladder.report.wording import AnswersRow, answers_columns, answers_rows, wording_lines
 from bitladder.units import human_bytes, human_rate
 from bitladder.visible import console as visible_console
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table as RichTable
 
     from bitladder.records.search import LadderOutcome
 
@@ -73,12 +85,17 @@ def print_run(record: RunRecord, console: Console | None = None) -> None:
         out.print(Text(f"! {warning}", style="yellow"))
     money = ("cost", "saved")
     columns = [column for column in COLUMNS if record.costs or column.title not in money]
+    if over_caches(record):  # of one file: what differs is the memory
+        ranks = {"file": 4, "memory": 0}
+        columns = [replace(column, rank=ranks.get(column.title, column.rank)) for column in columns]
     table, left_out = fitted_table(columns, rows, out.width)
     out.print(table)
     for words in heads_in_words(("KL", "ppl ratio", "top-1", "passes", *(("cost",) if record.costs else ()))):
         out.print(Text(words, style="dim"))
     if left_out:
         out.print(Text(f"Left out for width: {', '.join(left_out)}.", style="dim"))
+    if over_caches(record) and (front := front_line(record)):
+        out.print(Text(front))
     wide = max((len(row.level) for row in rows), default=0) + 2
     for row in rows:
         line = Text.assemble((f"{row.level:<{wide}}", "bold"), (row.verdict.status, STYLES[row.verdict.status]))
@@ -222,18 +239,41 @@ def fidelity_table(fidelities: Sequence[Fidelity], console: Console | None = Non
 
 
 def print_table(table: Table, out: Console) -> None:
-    """A table of evidence; what is sure is bold."""
+    """A table of evidence; what is sure is bold. Where it is too wide, what stands beside a figure goes beneath it, and
+    then the last columns are left out and named."""
     from rich.text import Text
 
-    shown = plain_table()
-    left = {head for place, head in enumerate(table.heads) if any(row[place].beneath for row in table.rows)}
-    for place, head in enumerate(table.heads):
-        shown.add_column(head, justify="left" if place < 2 or head in left else "right", no_wrap=True)
-    for row in table.rows:
-        cells = (Text(cell.text, style="bold" if cell.known else "") for cell in row)
-        told = zip(cells, row, strict=True)
-        shown.add_row(*(text.append(f"  {cell.beneath}", "dim") if cell.beneath else text for text, cell in told))
+    def drawn(between: str, width: int) -> tuple[RichTable, list[str]]:
+        columns: list[Column[Sequence[Cell]]] = []
+        for place, head in enumerate(table.heads):
+            worded = place < 2 or any(row[place].beneath for row in table.rows)
+            columns.append(Column(head, _reader(place, between), max(0, place - 1), right=not worded))
+        chosen = columns_that_fit(columns, table.rows, width)
+        shown = plain_table()
+        for column in chosen:
+            shown.add_column(column.title, justify="right" if column.right else "left", no_wrap=True)
+        kept = [place for place, column in enumerate(columns) if column in chosen]
+        for row in table.rows:
+            cells = [(Text(row[place].text, "bold" if row[place].known else ""), row[place].beneath) for place in kept]
+            shown.add_row(*(text.append(f"{between}{more}", "dim") if more else text for text, more in cells))
+        return shown, [column.title for column in columns if column not in chosen]
+
+    shown, left_out = drawn("  ", out.width)
+    if left_out:
+        shown, left_out = drawn("\n", out.width)
     out.print(shown)
+    if left_out:
+        out.print(Text(f"Left out for width: {', '.join(left_out)}.", style="dim"))
+
+
+def _reader(place: int, between: str) -> Callable[[Sequence[Cell]], str]:
+    """The widest line of a cell, by which columns are chosen."""
+
+    def read(row: Sequence[Cell]) -> str:
+        cell = row[place]
+        return max(f"{cell.text}{between}{cell.beneath}".split("\n"), key=len) if cell.beneath else cell.text
+
+    return read
 
 
 def search_table(outcome: LadderOutcome, bar: str, console: Console | None = None) -> None:

@@ -33,7 +33,7 @@ export async function showLadder(panel) {
   const show = (view) => {
     refill(decision, ...decisionView(view));
     refill(chart, chartView(run, view));
-    refill(table, levelTable(run, view), ...frontView(view.decision.front));
+    refill(table, levelTable(run, view), ...frontView(view));
   };
   const given = { plan: run.plan, decision: run.decision };
   const form = whatIfForm(run, (view, changed) => {
@@ -194,7 +194,9 @@ function chartView(run, view) {
   const largest = Math.max(...rows.map((row) => row.plan.file_bytes), 0);
   const [unit, name] = largest >= 2 * 2 ** 30 ? [2 ** 30, "GiB"] : [2 ** 20, "MiB"];
   const axes = {
-    size: { title: `file size, ${name}`, of: (row) => (row.file?.bytes ?? row.plan.file_bytes) / unit, ladder: true },
+    size: overCaches(view)
+      ? { title: `memory at ${context(view)} tokens of context, ${name}`, of: (row) => row.plan.total_bytes / unit, ladder: false }
+      : { title: `file size, ${name}`, of: (row) => (row.file?.bytes ?? row.plan.file_bytes) / unit, ladder: true },
     speed: { title: "decode speed, tokens/s", of: (row) => row.result?.decode_tokens_per_s ?? NaN, ladder: false },
   };
   const limit = Number(/\bkl\s*<=?\s*([\d.e-]+)/i.exec(view.decision.bar)?.[1] ?? NaN);
@@ -261,10 +263,17 @@ function levelTable(run, view) {
   );
 }
 
-const frontView = (front) =>
-  front.length
-    ? [h("p", { class: "soft small" }, `No other level beats these in size, speed and loss at once: ${front.join(", ")}.`)]
+// Whether levels were run with several KV caches: rows of one file then differ in memory, not in size.
+const overCaches = (view) => view.plan.levels.some(({ level }) => /\+(f32|f16|bf16|q\d_\d)(\/|$)/.test(level));
+const context = (view) => view.plan.n_ctx.toLocaleString("en");
+
+function frontView(view) {
+  const { front } = view.decision;
+  const what = overCaches(view) ? `memory at ${context(view)} tokens of context` : "size";
+  return front.length
+    ? [h("p", { class: "soft small" }, `No other level beats these in ${what}, speed and loss at once: ${front.join(", ")}.`)]
     : [];
+}
 
 function levelRow(run, row) {
   const { plan, fidelity, result, verdict } = row;
