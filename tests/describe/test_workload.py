@@ -5,6 +5,7 @@ import textwrap
 
 import pytest
 
+from bitladder.describe.text import most_tokens
 from bitladder.describe.workload import question_hash
 from bitladder.describe.workload_file import parse_workload
 from bitladder.errors import BadInput, BadWorkload, OutputError, UsageError
@@ -456,3 +457,9 @@ def test_stored_answers_hold_calls_and_are_none_of_several_turns(tmp_path):
     assert judge_answers(workload, [answer])[0].passed
     with pytest.raises(BadWorkload, match="line 1: 'a' is a chat of several turns"):
         load_reference(path, parse("inputs: [{id: a, turns: [p, q], expect: {exact: x}}]"))
+
+
+@pytest.mark.parametrize(("text", "tokens"), [("", 0), ("four", 2), ("契約", 6), ("ab契", 4), ("é", 2), ("สวัสดี", 18)])
+def test_scripts_that_a_vocabulary_may_spell_in_bytes_get_room_for_them(text, tokens):
+    """A request of Chinese was refused by an engine that had been given half a token a character."""
+    assert most_tokens(text) == tokens

@@ -103,8 +103,9 @@ def test_a_level_goes_on_as_itself_after_any_place(server):
 
 
 def test_a_prompt_longer_than_the_context_is_an_error_and_not_the_end(server):
-    with pytest.raises(EngineReply, match=r"status 400.*exceeds the available context size"):
+    with pytest.raises(EngineReply, match=r"status 400.*exceeds the available context size") as told:
         server.chat(Chat.of("word " * 2000, 4))
+    assert "larger context" in told.value.do
     assert server.chat(Chat(QUESTION, 2)).completion_tokens == 2
 
 

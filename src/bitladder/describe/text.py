@@ -9,8 +9,15 @@ from dataclasses import dataclass
 
 CHARACTERS_PER_TOKEN = 4
 """The usual estimate for English, where the tokenizer is not known: nobody outside knows a cloud's."""
-FEWEST_CHARACTERS_PER_TOKEN = 2
-"""A low guess, so that the room derived from it is enough for any text."""
+FEWEST_LETTERS_PER_TOKEN = 2
+"""Of ASCII: a low guess, so that the room derived from it is enough for any text."""
+
+
+def most_tokens(text: str) -> int:
+    """Tokens that a text has at most, for any usual tokenizer: half as many as ASCII letters, and one for each byte of
+    other scripts, which a vocabulary without them spells byte by byte."""
+    letters = sum(character < "\x80" for character in text)
+    return letters // FEWEST_LETTERS_PER_TOKEN + len(text.encode("utf-8", "replace")) - letters
 
 
 @dataclass(frozen=True)

@@ -200,9 +200,17 @@ def parse_json(url: str, text: str) -> Any:
         ) from error
 
 
+_TOO_LONG = (
+    "The prompt, with the chat template's tokens and tools, is longer than the engine's context.",
+    "Shorten the input, or give the engine a larger context (--ctx of what started it).",
+)
+
+
 def status_error(url: str, response: httpx.Response) -> ReplyStatus:
     """The error for a reply whose status is not 200; the response must have been read."""
     means, do = _STATUS_MEANS.get(response.status_code, ("", ""))
+    if response.status_code == httpx.codes.BAD_REQUEST and "exceed_context_size" in response.text:  # llama.cpp's word
+        means, do = _TOO_LONG
     retry_after = response.headers.get("retry-after", "")
     return ReplyStatus(
         f"The engine at {url} answered with status {response.status_code}: {shorten(response.text)}",

@@ -75,8 +75,9 @@ def no_tools(workload: Workload) -> BadInput:
     """The error of a workload with tools for a model without."""
     names = [one.id for one in workload.inputs if one.tools]
     shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    given = "input gives" if len(names) == 1 else "inputs give"
     return BadInput(
-        f"{len(names)} inputs give tools ({shown}), and this model's chat template has no place for them.",
+        f"{len(names)} {given} tools ({shown}), and this model's chat template has no place for them.",
         means="The engine would leave them out without a word, and every level would fail alike.",
         do="Take these inputs out, or use a model that was trained to call tools.",
     )

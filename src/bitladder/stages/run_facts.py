@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from bitladder.describe.cache_types import CacheTypes
 from bitladder.describe.model import Model
-from bitladder.describe.text import FEWEST_CHARACTERS_PER_TOKEN, Document, text_hash
+from bitladder.describe.text import Document, most_tokens, text_hash
 from bitladder.describe.workload import Input, Workload
 from bitladder.engines.endpoint import EndpointSettings
 from bitladder.formats.recipes import FILE_TYPES
@@ -159,17 +159,16 @@ def _without_tokens(level: LevelAnswers) -> LevelAnswers:
 def slots(workload: Workload, n_ctx: int) -> tuple[int, int]:
     """Context of one request, and requests at once, so that together they take no more context than was planned for."""
     longest = max(
-        _characters(one) // FEWEST_CHARACTERS_PER_TOKEN + one.most_tokens * (1 + len(one.turns)) + CONTEXT_STEP
+        most_tokens(_everything_asked(one)) + one.most_tokens * (1 + len(one.turns)) + CONTEXT_STEP
         for one in workload.inputs
     )
     room = min(n_ctx, -(-longest // CONTEXT_STEP) * CONTEXT_STEP)
     return room, max(1, min(MOST_SLOTS, n_ctx // room))
 
 
-def _characters(one: Input) -> int:
-    """Of all that is asked, tools among it."""
-    tools = sum(len(json.dumps(tool)) for tool in one.tools)
-    return tools + sum(len(_shown_message(message)) for message in one.everything_asked)
+def _everything_asked(one: Input) -> str:
+    """Tools among it."""
+    return "".join([*map(json.dumps, one.tools), *map(_shown_message, one.everything_asked)])
 
 
 def engine_facts(
