@@ -18,7 +18,8 @@ import make
 import pytest
 
 GOLDEN: dict[str, Any] = json.loads(make.GOLDEN.read_text())
-FAR = 0.3
+FAR = 0.5
+"""Another order of adding moved sketches by up to 0.37; another size of groups moves them by 2.1."""
 LARGEST_ERROR = 0.02
 
 

@@ -18,8 +18,6 @@ import digest
 import make
 import pytest
 
-from bitladder.walk.products import half_products_pay
-
 HERE = Path(__file__).parent
 
 
@@ -72,10 +70,6 @@ JOBS = {
 }  # fmt: skip
 START_ANEW = {"weighing of a recipe", "checking of a recipe"}
 """Kinds of jobs that keep where they are every 30 seconds at most, and here take less."""
-OTHER_BYTES = {"AWQ", "INT8 smoothed"} | ({"GPTQ"} if half_products_pay() else set())
-"""Kinds that go on, and then write other bytes than undisturbed: about 1% of the codes of the next layer. Where
-products in bfloat16 pay (AMX), GPTQ is one: what is loaded lies elsewhere in memory, and is summed otherwise."""
-FAR = 0.3
 
 
 @dataclass(frozen=True)
@@ -147,12 +141,7 @@ def test_a_killed_job_called_again_ends_as_if_undisturbed(three, kind):
     whole, killed, again = three(kind)
     assert killed.code == -signal.SIGKILL, killed.told
     assert again.code == 0, again.told
-    if kind not in OTHER_BYTES:
-        assert again.files == whole.files
-    assert set(again.files) == set(whole.files)
-    for path, of in whole.files.items():
-        assert list(again.files[path].get("tensors", ())) == list(of.get("tensors", ()))
-        assert "sketch" not in of or digest.far(again.files[path]["sketch"], of["sketch"]) < FAR
+    assert again.files == whole.files
     assert _numbers(again.record) == _numbers(whole.record)
 
 
@@ -161,13 +150,6 @@ def _numbers(record: Any) -> Any:
     if isinstance(record, dict):
         return {key: record[key] for key in ("decision", "fidelities", "results", "answers")}
     return record.splitlines() if "KL mean" in record or "recipe" in record else None
-
-
-@pytest.mark.parametrize("kind", sorted(OTHER_BYTES))
-@pytest.mark.xfail(reason="sums after the layer that was kept are rounded otherwise", strict=False)
-def test_a_killed_job_called_again_writes_the_same_bytes(three, kind):
-    whole, _, again = three(kind)
-    assert again.files == whole.files
 
 
 @pytest.mark.parametrize(

@@ -200,7 +200,6 @@ class Killed(Exception):
 
 @pytest.mark.parametrize("moment", ["embedding and head", "all layers quantized"])
 def test_a_killed_walk_goes_on(moment, written, tmp_path):
-    """Not to the last bit: where sums lie in memory decides how they are rounded."""
     _, checkpoint, gguf = in_bfloat16("llama", tmp_path)
     level = "MLX-4bit-g32"
 
@@ -215,7 +214,7 @@ def test_a_killed_walk_goes_on(moment, written, tmp_path):
     whole, mine = decoded(written[2] / f"tiny-{level}", level), decoded(tmp_path / f"tiny-{level}", level)
     assert mine.keys() == whole.keys()
     for name, weights in mine.items():
-        assert (weights == whole[name]).mean() > 0.9, name
+        np.testing.assert_array_equal(weights, whole[name], name)
 
 
 def test_a_damaged_table_is_noticed(tmp_path):
