@@ -17,26 +17,23 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from level_texts import articles, first_windows, part_of, per_document
+from level_texts import Side, articles, compare, first_windows, part_of
 
 from bitladder.describe.text import Document
-from bitladder.describe.windows import WINDOW, Window
+from bitladder.describe.windows import WINDOW
 from bitladder.engines.base import Launch
 from bitladder.engines.llama import LlamaServer
 from bitladder.files.gguf import GgufFile
 from bitladder.files.texts import shipped_texts
 from bitladder.stages.calibration import calibration_texts
 from bitladder.stages.feedback import write_with_feedback
-from bitladder.stages.fidelity import Candidate, file_candidate, token_scores
+from bitladder.stages.fidelity import file_candidate
 from bitladder.stages.job import SELF, SHIPPED, Job, Work, opened
 from bitladder.stages.recipe import named_recipe
-from bitladder.stats.bootstrap import ratio_interval
 from bitladder.walk.feedback import FeedbackSettings
 
 MIXES = "shipped,self,half,both"
@@ -49,8 +46,8 @@ def texts_of(job: Job, mix: str) -> list[Document]:
     return found[::2] if mix == "half" else found
 
 
-def candidates(job: Job, options: argparse.Namespace, opened_files: list[GgufFile]) -> list[tuple[str, int, Candidate]]:
-    """(mix, tokens fitted to, file) of each; files are made in ``--keep``."""
+def candidates(job: Job, options: argparse.Namespace, opened_files: list[GgufFile]) -> list[Side]:
+    """Files of each mix, made in ``--keep``; losses are told as shares of the first one's."""
     recipe, found = named_recipe(job.source, options.level), []
     if options.layers:
         kept = {one.name: one.qtype for one in job.source.model.tensors}
@@ -63,32 +60,9 @@ def candidates(job: Job, options: argparse.Namespace, opened_files: list[GgufFil
         took = f"{time.perf_counter() - started:.0f} s" + (", was there" if fitted.file.reused else "")
         print(f"{mix}: {fitted.tokens} tokens in {len(windows)} windows, {took}", flush=True)
         opened_files.append(GgufFile.open(fitted.file.path))
-        found.append((mix, fitted.tokens, file_candidate(job.source, opened_files[-1], threads=options.threads)))
+        file = file_candidate(job.source, opened_files[-1], threads=options.threads)
+        found.append(Side({"mix": mix, "tokens": fitted.tokens}, file, 0))
     return found
-
-
-def compare(
-    source: GgufFile,
-    all_of: Sequence[tuple[str, int, Candidate]],
-    windows: Sequence[Window],
-    name: str,
-    options: argparse.Namespace,
-) -> list[dict[str, Any]]:
-    members = [one for *_, one in all_of]
-    scores = token_scores(source, members, windows, threads=options.threads, keep=options.keep / "walks")[1:]
-    kl = [per_document(one.kl, windows) for one in scores]
-    tokens = per_document(np.ones(len(scores[0].kl)), windows)
-    print(f"\n{name}: {len(windows)} documents, {int(tokens.sum())} scored tokens")
-    print(f"{'text':8} {'tokens':>7} {'mean KL':>9} {'of ' + all_of[0][0]:>11} {'95% interval':>17}")
-    rows = []
-    for (mix, fitted, _), own in zip(all_of, kl, strict=True):
-        ratio = ratio_interval(own, kl[0], np.random.default_rng(0), scale="log")
-        mean = float(own.sum() / tokens.sum())
-        interval = "" if own is kl[0] else f"[{ratio.low:.3f}, {ratio.high:.3f}]"
-        print(f"{mix:8} {fitted:7} {mean:9.4f} {ratio.value:11.3f} {interval:>17}", flush=True)
-        rows.append({"text": name, "mix": mix, "tokens": fitted, "kl": mean, "ratio": ratio.value,
-                     "low": ratio.low, "high": ratio.high, "per_document": own.tolist()})  # fmt: skip
-    return rows
 
 
 def main() -> int:
@@ -116,7 +90,12 @@ def main() -> int:
                 "other texts": first_windows(server, job.source, shipped_texts()),
             }
         all_of = candidates(job, options, files)
-        rows = [row for name, own in texts.items() for row in compare(job.source, all_of, own, name, options)]
+        how: dict[str, Any] = {
+            "of": all_of[0].columns["mix"],
+            "threads": options.threads,
+            "keep": options.keep / "walks",
+        }
+        rows = [row for name, own in texts.items() for row in compare(job.source, all_of, own, name, (8, 7), **how)]
     for file in files:
         file.close()
     if options.json:

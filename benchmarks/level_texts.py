@@ -1,11 +1,14 @@
-"""What the benchmarks of recipes share: options, texts to fit to and to measure on; it measures nothing itself."""
+"""What the benchmarks of recipes share: options, texts to fit to and to measure on, and how files are
+compared; it measures nothing itself."""
 
 import argparse
 import dataclasses
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +19,8 @@ from bitladder.describe.text import Document
 from bitladder.describe.windows import WINDOW, Window, text_windows
 from bitladder.engines.llama import LlamaServer
 from bitladder.files.gguf import GgufFile
+from bitladder.stages.fidelity import Candidate, token_scores
+from bitladder.stats.bootstrap import ratio_interval
 
 
 def parser_of(doc: str) -> argparse.ArgumentParser:
@@ -77,3 +82,42 @@ def part_of(model: Model, layers: int) -> Model:
     chosen = set(np.linspace(0, model.dims.n_layer - 1, layers).astype(int).tolist())
     own = tuple(one for one in model.tensors if one.name.startswith("blk.") and int(one.name.split(".")[1]) in chosen)
     return dataclasses.replace(model, tensors=own)
+
+
+@dataclass(frozen=True)
+class Side:
+    """A file of a comparison."""
+
+    columns: dict[str, str | int]
+    """What it is told by, in the table and in JSON."""
+    candidate: Candidate
+    against: int
+    """The place of the file that its loss is a share of."""
+
+
+def compare(
+    source: GgufFile, sides: Sequence[Side], windows: Sequence[Window], name: str, widths: Sequence[int],
+    *, of: str, threads: int, keep: Path,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Prints mean KL of each file on windows, and its share of another's with a paired 95% interval over documents.
+
+    ``widths``: of the columns; ``of``: what losses are a share of; ``keep``: where a killed walk goes on from.
+    """
+    scores = token_scores(source, [one.candidate for one in sides], windows, threads=threads, keep=keep)[1:]
+    kl = [per_document(one.kl, windows) for one in scores]
+    tokens = per_document(np.ones(len(scores[0].kl)), windows)
+
+    def told(cells: Iterable[str | int]) -> str:
+        return " ".join(f"{cell:{width}}" for cell, width in zip(cells, widths, strict=True))
+
+    print(f"\n{name}: {len(windows)} documents, {int(tokens.sum())} scored tokens")
+    print(f"{told(sides[0].columns)} {'mean KL':>9} {'of ' + of:>13} {'95% interval':>17}")
+    rows = []
+    for place, (side, own) in enumerate(zip(sides, kl, strict=True)):
+        ratio = ratio_interval(own, kl[side.against], np.random.default_rng(0), scale="log")
+        mean = float(own.sum() / tokens.sum())
+        interval = "" if side.against == place else f"[{ratio.low:.3f}, {ratio.high:.3f}]"
+        print(f"{told(side.columns.values())} {mean:9.4f} {ratio.value:13.3f} {interval:>17}", flush=True)
+        rows.append({"text": name, **side.columns, "kl": mean, "ratio": ratio.value,
+                     "low": ratio.low, "high": ratio.high, "per_document": own.tolist()})  # fmt: skip
+    return rows

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from level_texts import articles, first_windows, fitting_windows, parsed, parser_of, part_of, per_document
+from level_texts import Side, articles, compare, first_windows, fitting_windows, parsed, parser_of, part_of
 from libgguf_here import libgguf_or_exit
 from numpy.typing import NDArray
 
@@ -44,10 +44,9 @@ from bitladder.records import to_json
 from bitladder.records.reading import read_json
 from bitladder.records.recipe import Recipe, SensitivityTable
 from bitladder.stages.feedback import write_with_feedback
-from bitladder.stages.fidelity import Candidate, file_candidate, token_scores
+from bitladder.stages.fidelity import Candidate, file_candidate
 from bitladder.stages.imatrix import importance_matrix
 from bitladder.stages.sensitivity import BlockTypes, weigh
-from bitladder.stats.bootstrap import ratio_interval
 from bitladder.walk.feedback import FeedbackSettings
 from bitladder.walk.weights import FileWeights, MadeWeights, Quantizer
 
@@ -115,8 +114,8 @@ def kept_table(
 
 def candidates(
     source: GgufFile, windows: Sequence[Window], options: argparse.Namespace, opened: list[GgufFile]
-) -> list[tuple[str, str, Candidate]]:
-    """(level, side, weights) of everything that is compared; files of ours are made in ``--keep``."""
+) -> list[Side]:
+    """Everything that is compared; files of ours are made in ``--keep``."""
     weights = FileWeights(source, threads=options.threads)
     importance = kept_importance(source, windows, options)
     theirs = GgmlQuantizer(weights, importance, options.keep / "ggml")
@@ -126,7 +125,7 @@ def candidates(
     choices = SomeTypes(names, low=low) if options.layers else BlockTypes(low=low)
     table = kept_table(source, windows[:: max(1, len(windows) // 8)], choices, options)
     table = dataclasses.replace(table, losses={name: own for name, own in table.losses.items() if own})
-    found = []
+    found: list[Side] = []
     stored = {one.name: one.qtype for one in source.model.tensors}
     for level in options.levels.split(","):
         mix = assign(level, source.model.tensors, source.model.dims, has_importance=True)
@@ -134,11 +133,16 @@ def candidates(
         size, bpw = recipe_bytes(part, mix)
         named = Recipe(f"{level}-fed", source.model.dims.architecture, mix, size, bpw, None, (), True)
         chosen = choose(table, part, Limits(bytes=int(size * options.share)))
-        found.append((level, "llama.cpp", Candidate(f"{level} llama.cpp", MadeWeights(theirs, mix))))
+        first = len(found)
+
+        def add(side: str, candidate: Candidate, level: str = level, against: int = first) -> None:
+            found.append(Side({"level": level, "side": side}, candidate, against))
+
+        add("llama.cpp", Candidate(f"{level} llama.cpp", MadeWeights(theirs, mix)))
         fed = [("ours", chosen)]
         if options.ablate:
-            found.append((level, "our search", Candidate(f"{level} search", MadeWeights(ours, mix))))
-            found.append((level, "recipe", Candidate(f"{level} recipe", MadeWeights(ours, chosen.qtypes))))
+            add("our search", Candidate(f"{level} search", MadeWeights(ours, mix)))
+            add("recipe", Candidate(f"{level} recipe", MadeWeights(ours, chosen.qtypes)))
             fed.append(("feedback", named))
         for side, recipe in fed:
             started = time.perf_counter()
@@ -148,34 +152,8 @@ def candidates(
             took = f"{time.perf_counter() - started:.0f} s" + (", was there" if fitted.file.reused else "")
             print(f"{level} {side}: {recipe.label}, {recipe.bytes:,} of {size:,} bytes, {took}", flush=True)
             opened.append(GgufFile.open(fitted.file.path))
-            found.append((level, side, file_candidate(source, opened[-1], threads=options.threads)))
+            add(side, file_candidate(source, opened[-1], threads=options.threads))
     return found
-
-
-def compare(
-    source: GgufFile,
-    all_of: Sequence[tuple[str, str, Candidate]],
-    windows: Sequence[Window],
-    name: str,
-    options: argparse.Namespace,
-) -> list[dict[str, Any]]:
-    members = [one for *_, one in all_of]
-    scores = token_scores(source, members, windows, threads=options.threads, keep=options.keep / "walks")[1:]
-    kl = [per_document(one.kl, windows) for one in scores]
-    tokens = per_document(np.ones(len(scores[0].kl)), windows)
-    theirs = {level: own for (level, side, _), own in zip(all_of, kl, strict=True) if side == "llama.cpp"}
-    print(f"\n{name}: {len(windows)} documents, {int(tokens.sum())} scored tokens")
-    print(f"{'level':8} {'side':10} {'mean KL':>9} {'of llama.cpp':>13} {'95% interval':>17}")
-    rows = []
-    for (level, side, _), own in zip(all_of, kl, strict=True):
-        rng = np.random.default_rng(0)
-        ratio = ratio_interval(own, theirs[level], rng, scale="log")
-        mean = float(own.sum() / tokens.sum())
-        interval = "" if side == "llama.cpp" else f"[{ratio.low:.3f}, {ratio.high:.3f}]"
-        print(f"{level:8} {side:10} {mean:9.4f} {ratio.value:13.3f} {interval:>17}", flush=True)
-        rows.append({"text": name, "level": level, "side": side, "kl": mean, "ratio": ratio.value,
-                     "low": ratio.low, "high": ratio.high, "per_document": own.tolist()})  # fmt: skip
-    return rows
 
 
 def main() -> int:
@@ -203,7 +181,8 @@ def main() -> int:
         if options.in_domain_only:
             del texts["other domain"]
         all_of = candidates(source, fitting, options, opened)
-        rows = [row for name, own in texts.items() for row in compare(source, all_of, own, name, options)]
+        how: dict[str, Any] = {"of": "llama.cpp", "threads": options.threads, "keep": options.keep / "walks"}
+        rows = [row for name, own in texts.items() for row in compare(source, all_of, own, name, (8, 10), **how)]
     for file in opened:
         file.close()
     if options.json:

@@ -19,11 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bitladder import unicode
 from bitladder.describe import criterion_values as values
 from bitladder.describe.document import Document, shortened
-from bitladder.describe.structured import Fault, read_yaml
 from bitladder.errors import BadInput
+from bitladder.files.documents import read_document
 from bitladder.units import KiB
 
 _LARGEST = 64 * KiB
@@ -47,21 +46,7 @@ def read_bench(path: Path) -> Bench:
     Raises:
         BadInput: it cannot be read, or has faults: all of them, each with its line.
     """
-    try:
-        with path.open("rb") as file:
-            raw = file.read(_LARGEST + 1)
-        text = unicode.decoded(raw)
-    except (OSError, ValueError) as error:
-        raise BadInput(
-            f"'{path}' cannot be read: {getattr(error, 'strerror', None) or error}.", do="Check the path."
-        ) from None
-    if len(raw) > _LARGEST:
-        raise BadInput(f"'{path}' has more than {_LARGEST} bytes.", do="Give a file of a model, rivals and texts.")
-    try:
-        read = read_yaml(text)
-    except Fault as fault:
-        raise BadInput(f"{path.name}, line {fault.line}: {fault.found}", do=fault.do) from None
-    document, top = Document(path.name, read, BadInput), read.plain
+    document, top = read_document(path, _LARGEST, "a model, rivals and texts")
     if not isinstance(top, dict) or not {"model", "rivals"} <= set(top):
         raise BadInput(
             f"{path.name} lacks a model or rivals.", do="Write `model: FILE` and `rivals: {name: FILE, ...}`."

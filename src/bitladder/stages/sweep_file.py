@@ -23,11 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bitladder import unicode
 from bitladder.describe import criterion_values as values
 from bitladder.describe.document import Document, shortened
-from bitladder.describe.structured import Fault, read_yaml
 from bitladder.errors import BadInput, BitladderError
+from bitladder.files.documents import read_document
 from bitladder.files.workloads import STARTER, load_workload
 from bitladder.levels import Level, parse_level
 from bitladder.plan.bar import parse_bar
@@ -70,21 +69,7 @@ def read_sweep(path: Path) -> SweepFile:
     Raises:
         BadInput: it cannot be read, or has faults: all of them, each with its line.
     """
-    try:
-        with path.open("rb") as file:
-            raw = file.read(_LARGEST + 1)
-        text = unicode.decoded(raw)
-    except (OSError, ValueError) as error:
-        raise BadInput(
-            f"'{path}' cannot be read: {getattr(error, 'strerror', None) or error}.", do="Check the path."
-        ) from None
-    if len(raw) > _LARGEST:
-        raise BadInput(f"'{path}' has more than {_LARGEST} bytes.", do="Give a file of models, levels and workloads.")
-    try:
-        read = read_yaml(text)
-    except Fault as fault:
-        raise BadInput(f"{path.name}, line {fault.line}: {fault.found}", do=fault.do) from None
-    document, top = Document(path.name, read, BadInput), read.plain
+    document, top = read_document(path, _LARGEST, "models, levels and workloads")
     if not isinstance(top, dict) or "models" not in top:
         raise BadInput(f"{path.name} names no models.", do="Write a line such as `models: [a.gguf, hf:org/name]`.")
     document.known(top, _FIELDS)

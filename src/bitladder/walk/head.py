@@ -1,16 +1,17 @@
-"""The head without logits: next-token distributions of a reference and of several levels compared in slices
-of the vocabulary.
+"""The head without logits: next-token distributions of a reference and of several levels compared in slices of the
+vocabulary.
 
 A token's logits are needed only in sums over the vocabulary:
 
-    log Z        = log sum_v exp(l_v)                             of each model KL(ref||q)   = sum_v p_v (l_v
-    - m_v) - log Z_ref + log Z_q    with p = exp(l) / Z_ref, m the level's logits nll          = log Z -
-    l_target top-1        = the v of the largest l_v
+    log Z        = log sum_v exp(l_v)                      of each model
+    KL(ref||q)   = sum_v p_v (l_v - m_v) - log Z_ref + log Z_q
+                   with p = exp(l) / Z_ref, m the level's logits
+    nll          = log Z - l_target
+    top-1        = the v of the largest l_v
 
-so the vocabulary is taken a slice at a time and the sums are carried in float64, rescaled when a larger
-maximum appears (as in online softmax, Milakov and Gimelshein 2018). Neither the head's weights nor the logits
-are ever whole in memory: a slice's weights are read once per distinct head and meet all tokens of all levels
-that have it.
+so the vocabulary is taken a slice at a time and the sums are carried in float64, rescaled when a larger maximum appears
+(as in online softmax, Milakov and Gimelshein 2018). Neither the head's weights nor the logits are ever whole in memory:
+a slice's weights are read once per distinct head and meet all tokens of all levels that have it.
 """
 
 from __future__ import annotations
@@ -26,6 +27,11 @@ F32 = NDArray[np.float32]
 
 SLICE = 4096
 _TOKENS = 512
+
+
+def softcapped(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
+    """Logits bent into (-cap, cap) by a tanh, as Gemma 2 does; as they are without one."""
+    return torch.tanh(logits / cap) * cap if cap else logits
 
 
 @dataclass(frozen=True)
@@ -143,7 +149,7 @@ class _Comparison:
 
     def _logits(self, states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         logits = torch.nn.functional.linear(states, weight, self._added)
-        return torch.tanh(logits / self.softcap) * self.softcap if self.softcap else logits
+        return softcapped(logits, self.softcap)
 
     def scores(self, number: int) -> TokenScores:
         """What came of one model."""

@@ -32,6 +32,8 @@ from bitladder.formats.roles import Parameter, layer_tensor
 from bitladder.progress import Part, Progress
 from bitladder.stats.bootstrap import SEED
 from bitladder.walk.driver import Builder, Member, MemberGroup, Resumable, Stream, backward, forward
+from bitladder.walk.gradients import send_back
+from bitladder.walk.head import softcapped
 from bitladder.walk.inputs import InputStatistics, InputWatch, Sums, Wants, merged
 from bitladder.walk.keep import Arrays, Keep
 from bitladder.walk.layers import LayeredModel, tensor_at
@@ -216,11 +218,8 @@ class SensitivityPass:
             weight = torch.from_numpy(self._weights(self.model.output, some)).to(normed.device)
             bias = None if self.model.head_bias is None else torch.from_numpy(self.model.head_bias[some]).to(weight)
             logits = nn.functional.linear(normed, weight, bias)
-            if cap:
-                bent = torch.tanh(logits / cap)
-                yield _Slice(first, bent * cap, 1 - bent * bent, weight)
-            else:
-                yield _Slice(first, logits, None, weight)
+            logits = softcapped(logits, cap)
+            yield _Slice(first, logits, 1 - (logits / cap).square() if cap else None, weight)
 
     def _embedding(self, gradients: States) -> EmbeddingSensitivity:
         """Squared gradients at the embeddings, summed over the places where each token occurs."""
@@ -290,17 +289,11 @@ class Gradients(Builder):
         self, stream: Stream, shard: Sequence[Batch], layer: int, block: nn.Module, entered: States, gradients: States
     ) -> tuple[InputWatch, _Energies]:
         """Gram matrices of what is read, sums of squared gradients of what is written, over a shard."""
-        device = self.model.device
         watch = InputWatch(self.model.inputs(layer, block), self._wants, half=stream.half)
         energies = _Energies(self.model, layer, block)
         for batch in shard:
-            valid = torch.from_numpy(batch.valid).to(device)
-            gradient = gradients.get(batch).to(device)
-            with watch.on(block, batch), energies.on(block), torch.enable_grad(), products(half=stream.half):
-                x = entered.get(batch).to(device).clone().requires_grad_()
-                out = self.model.forward(block, layer, x)
-                torch.autograd.backward(out, torch.where(valid[..., None], gradient, 0))
-            gradients.put(batch, cast(torch.Tensor, x.grad))
+            with watch.on(block, batch), energies.on(block):
+                send_back(self.model, block, layer, batch, entered, gradients, half=stream.half)
         return watch, energies
 
     def _summed(self, shards: Sequence[tuple[InputWatch, _Energies]]) -> tuple[InputWatch, dict[str, torch.Tensor]]:

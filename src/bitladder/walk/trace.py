@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from bitladder.progress import Progress
 from bitladder.records.selfcheck import HEAD, Implementation
+from bitladder.walk.head import softcapped
 from bitladder.walk.layers import LayeredModel, inference
 from bitladder.walk.rounding import rounded_input
 from bitladder.walk.weights import FileWeights
@@ -143,7 +144,7 @@ def _logits(model: LayeredModel, weights: FileWeights, states: torch.Tensor, *, 
         logits = torch.cat(parts, dim=-1)
         if model.head_bias is not None:
             logits = logits + torch.from_numpy(model.head_bias).to(logits)
-        return torch.tanh(logits / model.logit_softcap) * model.logit_softcap if model.logit_softcap else logits
+        return softcapped(logits, model.logit_softcap)
 
 
 def divergence(reference: torch.Tensor, other: torch.Tensor) -> tuple[float, float]:

@@ -29,6 +29,8 @@ from bitladder.progress import Progress, silent
 from bitladder.stats.bootstrap import SEED
 from bitladder.units import MiB
 from bitladder.walk.driver import Builder, Member, MemberGroup, Stream, backward, forward
+from bitladder.walk.gradients import send_back
+from bitladder.walk.head import softcapped
 from bitladder.walk.keep import Arrays
 from bitladder.walk.layers import LayeredModel, inference, tensor_at
 from bitladder.walk.products import products
@@ -149,13 +151,7 @@ class Slopes(Builder):
             for parameter in wanted:
                 tensor_at(block, parameter.path).requires_grad_()
         for batch in stream.batches:
-            valid = torch.from_numpy(batch.valid).to(self.model.device)
-            gradient = states.get(batch).to(self.model.device)
-            with torch.enable_grad(), products(half=stream.half):
-                x = entered.get(batch).to(self.model.device).clone().requires_grad_()
-                out = self.model.forward(block, layer, x)
-                torch.autograd.backward(out, torch.where(valid[..., None], gradient, 0))
-            states.put(batch, cast(torch.Tensor, x.grad))
+            send_back(self.model, block, layer, batch, entered, states, half=stream.half)
         self._there.shelf.give_back(entered)
         for parameter in wanted:
             own = tensor_at(block, parameter.path).grad
@@ -326,7 +322,7 @@ class TuningPass:
             weight = torch.from_numpy(self.tuned(output, some)).to(own.device)
             part = slope[:, some]
             if cap:
-                bent = torch.tanh(self._plain_logits(own, cast("LevelWeights", self.tuned), some) / cap)
+                bent = self._logits(own, cast("LevelWeights", self.tuned), some) / cap
                 part = part * (1 - bent * bent)
             gradient += nn.functional.linear(part, weight.T)
             if output in names:
@@ -336,14 +332,10 @@ class TuningPass:
                 whole[some] += slopes(self.tuned.basis(output, some), toward, numbers.shape[1])
         return lost, gradient
 
-    def _plain_logits(self, states: torch.Tensor, weights: LevelWeights, rows: slice) -> torch.Tensor:
+    def _logits(self, states: torch.Tensor, weights: LevelWeights, rows: slice) -> torch.Tensor:
         weight = torch.from_numpy(weights(self.model.output, rows)).to(states.device)
         bias = None if self.model.head_bias is None else torch.from_numpy(self.model.head_bias[rows]).to(weight)
-        return nn.functional.linear(states, weight, bias)
-
-    def _logits(self, states: torch.Tensor, weights: LevelWeights, rows: slice) -> torch.Tensor:
-        logits, cap = self._plain_logits(states, weights, rows), self.model.logit_softcap
-        return torch.tanh(logits / cap) * cap if cap else logits
+        return softcapped(nn.functional.linear(states, weight, bias), self.model.logit_softcap)
 
     def _stream(self, weights: LevelWeights, batches: Sequence[Batch], *, remember: bool = False) -> Stream:
         return Stream(
