@@ -1,24 +1,36 @@
-"""Claim: GPTQ of an 8-billion-parameter model needs under 4 GB: one layer, its Hessian, hidden states spilled.
+"""Claim: GPTQ of an 8-billion-parameter model needs under 4 GB: one layer, its Hessian, hidden states spilled; on Ray,
+workers of 2 GB each will do.
 
     scripts/bench checkpoint_memory --scratch DIR [--level GPTQ-4bit-g64] [--windows 64] [--layers 1] [--threads 1]
+        [--workers 2 [--worker-memory 2]]
 
 Makes a GGUF file with the shapes of Llama 3 8B (4096 wide, 14,336 in the MLP, 128,256 tokens) and as many of its 32
 layers as asked for: random weights in the layers, and holes for the embedding and head except for the rows of the
 tokens in use. Memory does not grow with the number of layers, hidden states pass through one after another. Builds
 the level, from reading the file to the proof of the written folder, and prints the largest resident memory of the
-process and seconds. The file and the folder (about 5 GB, of which 2 GB are holes) are removed afterwards.
+process and seconds. With ``--workers`` units are computed by so many workers of a Ray cluster on this machine, none of
+which gets more private memory than asked for (``RLIMIT_DATA``; what lies in the object store is shared, and not
+counted), and the most that any of them had is printed, too. The file and the folder (about 5 GB, of which 2 GB are
+holes) are removed afterwards.
 """
 
 import argparse
+import contextlib
 import shutil
+import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
 from bitladder.describe.shapes import Shape
 from bitladder.describe.windows import WINDOW, Window
+from bitladder.executors import Executor
 from bitladder.files.gguf import GgufFile
 from bitladder.files.stub_gguf import write_stub
 from bitladder.levels.checkpoints import parse_checkpoint
@@ -51,10 +63,73 @@ def make_model(path: Path, shape: Shape) -> None:
                 target.write(values.astype(np.float32 if tensor.qtype == "F32" else np.float16).tobytes())
 
 
+class Limited:
+    """A task whose workers may not have more private memory than this."""
+
+    def __init__(self, task: Any, most: int) -> None:
+        self.task, self.threads, self.most = task, task.threads, most
+
+    def compute(self, lane: Any, unit: Any, *held: Any) -> Any:
+        """As ``executors.Task``."""
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_DATA, (self.most, resource.RLIM_INFINITY))
+        return self.task.compute(lane, unit, *held)
+
+
+@contextlib.contextmanager
+def workers(count: int, threads: int, most: int) -> Iterator[Executor]:
+    """A Ray cluster of this machine whose workers have so much memory."""
+    import cloudpickle
+    import ray
+
+    from bitladder.executors.needs import Needs
+    from bitladder.executors.on_ray import connect
+
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
+    ray.init(
+        "local", num_cpus=count * threads, include_dashboard=False, log_to_driver=False, object_store_memory=6 << 30
+    )
+    try:
+        with connect(None, "cpu", Needs()) as cluster:
+            start, limited = cluster.start, dict[int, Limited]()
+            cluster.start = lambda task, unit, *held, place=None: start(  # type: ignore[method-assign]
+                limited.setdefault(id(task), Limited(task, most)), unit, *held, place=place
+            )
+            yield cluster
+    finally:
+        ray.shutdown()
+
+
+class Watching:
+    """The most private memory that any worker of Ray's had, looked at five times a second."""
+
+    def __init__(self) -> None:
+        self.most = 0
+        self._done = threading.Event()
+        threading.Thread(target=self._look, daemon=True).start()
+
+    def _look(self) -> None:
+        while not self._done.wait(0.2):
+            for one in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.Error, OSError, StopIteration):
+                    if one.name().startswith("ray::"):
+                        lines = Path(f"/proc/{one.pid}/status").read_text().splitlines()
+                        own = next(line for line in lines if line.startswith("RssAnon"))
+                        self.most = max(self.most, int(own.split()[1]) * 1024)
+
+    def end(self) -> int:
+        """Stop looking."""
+        self._done.set()
+        return self.most
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scratch", type=Path, required=True)
     parser.add_argument("--level", default="GPTQ-4bit-g64")
+    parser.add_argument("--workers", type=int, default=0, help="of Ray; 0: in this process")
+    parser.add_argument("--worker-memory", type=float, default=2.0, help="GB")
     for name, default in (("--windows", 64), ("--layers", 1), ("--threads", 1)):
         parser.add_argument(name, type=int, default=default)
     for name, default in (("--width", 4096), ("--hidden", 14336), ("--tokens", 128256)):
@@ -72,12 +147,17 @@ def main() -> None:
         rng = np.random.default_rng(1)
         windows = [Window("noise", rng.integers(0, _TOKENS, WINDOW)) for _ in range(options.windows)]
         started, cpu, before = time.monotonic(), time.process_time(), peak_bytes()
-        with GgufFile.open(folder / "model.gguf") as source:
+        limit, watching = int(options.worker_memory * 1e9), Watching()
+        spread = workers(options.workers, options.threads, limit) if options.workers else contextlib.nullcontext()
+        with GgufFile.open(folder / "model.gguf") as source, spread as executor:
             Calibration(
                 source, [parse_checkpoint(options.level)], Reading(windows),
-                out_dir=folder, name="model", settings=Settings(threads=options.threads),
+                out_dir=folder, name="model", settings=Settings(threads=options.threads), executor=executor,
             ).run()  # fmt: skip
         took = f"{time.monotonic() - started:.0f} s, {time.process_time() - cpu:.0f} CPU s"
+        if options.workers:
+            most = watching.end() / 1e9
+            print(f"{options.workers} workers, {options.worker_memory:g} GB each: at most {most:.2f} GB of their own")
         what = f"{options.level}, {options.layers} of 32 layers, {options.windows} windows"
         print(f"{what}: peak {peak_bytes() / 1e9:.2f} GB ({before / 1e9:.2f} before), {took}")
     finally:

@@ -230,6 +230,23 @@ def test_the_head_is_lost_and_started_again(model, here, tmp_path):
     assert files_of(tmp_path / "out").items() <= here.items()
 
 
+def test_a_node_is_added_and_another_is_lost(model, here, tmp_path):
+    """The one that joins takes over: what the other held, states of all shards, is computed again from the start."""
+    quickly = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 200, "health_check_failure_threshold": 3}
+    cluster = another_cluster(num_cpus=0, _system_config=quickly)
+    try:
+        first = cluster.add_node(num_cpus=1, resources={"lane": 2})
+        driver = Driver(cluster.address, model, tmp_path / "out", 1, "lane")
+        driver.read(until=1)
+        cluster.add_node(num_cpus=1, resources={"lane": 2})
+        cluster.remove_node(first, allow_graceful=False)
+        driver.go_on()
+        assert driver.ended() == 0, driver.error
+    finally:
+        cluster.shutdown()
+    assert files_of(tmp_path / "out").items() <= here.items()
+
+
 def test_weights_are_sent_to_workers_that_cannot_read_them(started, model, here, tmp_path, monkeypatch):
     """As a file of the same name and another length on a worker's machine is another file."""
     look = on_ray._look

@@ -11,7 +11,7 @@ from bitladder.executors.devices import Devices
 from bitladder.files.gguf import GgufFile
 from bitladder.levels.checkpoints import parse_checkpoint
 from bitladder.stages.calibrate import Calibration, Reading
-from bitladder.walk import coding, spread
+from bitladder.walk import coding, units
 from bitladder.walk.inputs import InputWatch
 from spread_walks import LEVELS, checkpoints, files_of, fitted, short_shards, squares
 
@@ -84,7 +84,7 @@ def test_of_large_layers_workers_have_what_a_unit_needs(devices, tmp_path, monke
     here = checkpoints(source, folder, tmp_path / "here", levels=LEVELS[:1])
     fed = fitted(source, tmp_path / "fed")
     most: list[int] = []
-    fill = spread._Bench.fill
+    fill = units._Worker.fill
 
     def watched(self, *given):
         block = fill(self, *given)
@@ -92,8 +92,8 @@ def test_of_large_layers_workers_have_what_a_unit_needs(devices, tmp_path, monke
         most.append(100 * filled // sum(value.numel() for value in block.parameters()))
         return block
 
-    monkeypatch.setattr(spread._Bench, "fill", watched)
-    monkeypatch.setattr(spread, "KEPT_BYTES", 0)
+    monkeypatch.setattr(units._Worker, "fill", watched)
+    monkeypatch.setattr(units, "KEPT_BYTES", 0)
     assert checkpoints(source, folder, tmp_path / "there", devices, LEVELS[:1]) == here
     assert max(most) < 70
     assert fitted(source, tmp_path / "fed there", devices) == fed

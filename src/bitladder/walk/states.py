@@ -121,6 +121,13 @@ class States:
             ) from error
         self.data = torch.frombuffer(self._mapped, dtype=torch.float32).view(tokens, width)
 
+    @classmethod
+    def around(cls, data: torch.Tensor) -> States:
+        """States f32[tokens, width] that lie somewhere already, and are not copied."""
+        made = cls((), data.shape[-1], spill=None)
+        made.data = data
+        return made
+
     def get(self, batch: Batch) -> torch.Tensor:
         """f32[windows, n, width] of a batch: a view."""
         size = batch.tokens.size
