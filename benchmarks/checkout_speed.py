@@ -1,4 +1,4 @@
-"""Two checkouts in turns: processor time of `quantize`, of a walk and of GPTQ, the other's beside this one's.
+"""Two checkouts in turns: processor time of `quantize`, of a walk, of GPTQ and of `run`, the other's beside this one's.
 
     scripts/bench checkout_speed --before PATH_OF_OTHER_CHECKOUT [--model FILE.gguf] [--rounds 5] [--only NAME ...]
 
@@ -26,13 +26,18 @@ COMMANDS = {
     "measure Q8_0, Q4_0": ["measure", "MODEL", "--levels", "Q8_0,Q4_0", "--text", "TEXT", "--imatrix", "none"],
     "GPTQ-4bit-g64": ["quantize", "MODEL", "--to", "GPTQ-4bit-g64", "--text", "TEXT", "--out", "OUT"],
     "recipe of Q4_0 with feedback": ["quantize", "MODEL", "--to", "GPTQ-Q4_0", "--text", "TEXT", "--out", "OUT"],
-}
+    "run with a workload": [
+        "run", "MODEL", "--levels", "Q8_0,Q4_K_M", "--workload", "WORK", "--text", "TEXT", "--imatrix", "none",
+        "--ctx", "512", "--bar", "kl < 5", "--out", "OUT",
+    ],
+}  # fmt: skip
+QUESTIONS = 12
 
 
 def seconds(checkout: Path, words: list[str], model: Path, room: Path) -> float:
     """User and system time of one command, and of the engines that it starts."""
     with tempfile.TemporaryDirectory(dir=room) as out:
-        places = {"OUT": out, "MODEL": str(model), "TEXT": str(room / "text.txt")}
+        places = {"OUT": out, "MODEL": str(model), "TEXT": str(room / "text.txt"), "WORK": str(room / "work.yaml")}
         arguments = [word.replace("OUT", out) if word.startswith("OUT/") else places.get(word, word) for word in words]
         environment = {
             **os.environ, "PYTHONPATH": str(checkout / "src"), "BITLADDER_DATA": f"{out}/data",
@@ -62,6 +67,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as room:
         words = [f"{number} {number * number % 97}" for number in range(700)]
         Path(room, "text.txt").write_text("The numbers that follow were not chosen by anybody. " + ", ".join(words))
+        asked = [f"  - {{id: q{n}, prompt: Say {n} things., expect: {{contains_any: [a]}}}}" for n in range(QUESTIONS)]
+        Path(room, "work.yaml").write_text("\n".join(["name: plain", "max_tokens: 48", "inputs:", *asked]))
         for name, command in COMMANDS.items():
             if options.only and not any(part in name for part in options.only):
                 continue

@@ -56,6 +56,14 @@ def test_a_quality_tier_that_is_the_fastest_with_its_guesses_serves_alone():
     assert order[:2] == ["Q6_K", "Q4_K_M"]
 
 
+def test_a_larger_level_that_is_the_fastest_with_its_guesses_is_not_called_the_smallest():
+    """Q8_0 is as good as Q6_K, larger, and with its guesses faster than all."""
+    record, _ = tried({"Q6_K": 1.6, "Q8_0": 3.5}, noise=0.3)
+    reason = next(one.reason for one in record.decision.verdicts if one.level == "Q8_0")
+    assert record.decision.quality == record.decision.speed == "Q8_0"
+    assert reason.startswith("as good as the original") and "no level that meets the bar is measurably faster" in reason
+
+
 def test_a_level_in_no_tier_becomes_the_fast_one_where_its_guesses_make_it_so():
     record, order = tried({"Q6_K": 1.3, "Q5_K_M": 1.6})
     assert order[:3] == ["Q6_K", "Q4_K_M", "Q5_K_M"]

@@ -90,7 +90,9 @@ def decide(
     everyone = [one for one in judged if one.level != reference and one.evidence.in_question]
     rivals = [one for one in everyone if one.can_be_chosen]
     quality, speed = chosen(judged, reference)
-    tiers = Tiers(quality, speed, _pair(quality, speed, plan.budget_bytes))
+    smaller = [one for one in rivals if quality and one.outcome == MET and one.total < quality.total]
+    as_good = any(one.near_lossless for one in smaller)
+    tiers = Tiers(quality, speed, _pair(quality, speed, plan.budget_bytes), as_good)
     outcomes = {one.outcome for one in rivals or everyone}
     outcome = Outcome.MET if MET in outcomes else Outcome.UNKNOWN if UNKNOWN in outcomes else Outcome.NOT_MET
     with_cache = any(split_name(level.level)[1] for level in plan.levels)

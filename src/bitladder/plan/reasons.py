@@ -27,6 +27,8 @@ class Tiers:
     quality: Judged | None
     speed: Judged | None
     pair: Pairing
+    smaller_as_good: bool = False
+    """Whether a smaller level shows no loss either, and the quality tier is faster than it."""
 
 
 def verdict(one: Judged, tiers: Tiers, reference: str | None) -> Verdict:
@@ -60,9 +62,9 @@ def _placed(one: Judged, tiers: Tiers) -> tuple[Status, str]:
         rest = "no level that meets the bar is measurably faster"
         if math.isnan(one.speed):
             rest = "no level that meets the bar is smaller"
-        return Status.BOTH, f"{_why_quality(one)}, and {rest}; {one.say(MET)}"
+        return Status.BOTH, f"{_why_quality(one, tiers)}, and {rest}; {one.say(MET)}"
     if one is quality:
-        return Status.QUALITY, f"{_why_quality(one)}; {one.say(MET)}"
+        return Status.QUALITY, f"{_why_quality(one, tiers)}; {one.say(MET)}"
     if one is speed:
         how = "the smallest that meets the bar"
         if not math.isnan(one.speed):
@@ -78,9 +80,9 @@ def _times(one: Judged, other: Judged) -> str:
     return f"{one.pace / other.pace:.2f} times{ahead}"
 
 
-def _why_quality(one: Judged) -> str:
+def _why_quality(one: Judged, tiers: Tiers) -> str:
     if one.near_lossless:
-        return f"the smallest that is {as_good(one)}"
+        return as_good(one) if tiers.smaller_as_good else f"the smallest that is {as_good(one)}"
     if one.kl_is_known:
         return "the closest to the reference that meets the bar, or as close and smaller"
     return "the largest that meets the bar (its KL was not measured)"
