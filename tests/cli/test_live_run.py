@@ -31,11 +31,11 @@ def test_the_table_fills_in():
     for news in STORY[:5]:
         live.on_level(news)
     lines = drawn(live)
-    assert lines[0].split() == ["Level", "State", "File", "KL", "Passes", "Speed"]
-    assert lines[2].split() == ["Q8_0", "asked", "144", "MiB", "KL", "0.0123", "7", "of", "25", "answered"]
+    assert lines[0].split() == ["Level", "State", "File", "KL", "Passes", "Tok/s"]
+    assert lines[2].split() == ["Q8_0", "asked", "144", "MiB", "0.0123", "7", "of", "25", "answered"]
     assert lines[3].split() == ["Q4_K_M", "fits"]
     live.on_level(STORY[5])
-    assert "6 of 25 pass" in drawn(live)[2] and "41.2 tok/s" in drawn(live)[2]
+    assert drawn(live)[2].split()[-4:] == ["6", "of", "25", "41.2"]
 
 
 def test_what_is_being_done_stands_under_the_table():

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from bitladder.cli.terminal import Steps, log_lines, say
 from bitladder.progress import LevelNews, Progress, silent
-from bitladder.units import human_bytes
+from bitladder.units import human_bytes, human_rate
 
 if TYPE_CHECKING:
     from rich.console import Console, Group
@@ -150,10 +150,11 @@ class LiveRun(Progress):
         table = Table(box=SIMPLE, pad_edge=False)
         table.add_column("Level", no_wrap=True)
         table.add_column("State", style="dim", min_width=12)
-        for name in ("File", "KL", "Passes", "Speed"):
+        for name in ("File", "KL", "Passes", "Tok/s"):
             table.add_column(name, justify="right", no_wrap=True)
         for row in self._levels.rows.values():
-            table.add_row(row.level, row.state, _size(row), _kl(row), _answers(row), _speed(row))
+            kl, passes = _kl(row).removeprefix("KL "), _answers(row).removesuffix(" pass")
+            table.add_row(row.level, row.state, _size(row), kl, passes, _speed(row).removesuffix(" tok/s"))
         return table
 
 
@@ -172,4 +173,4 @@ def _answers(row: LevelNews) -> str:
 
 
 def _speed(row: LevelNews) -> str:
-    return "" if math.isnan(row.tokens_per_s) else f"{row.tokens_per_s:.3g} tok/s"
+    return "" if math.isnan(row.tokens_per_s) else f"{human_rate(row.tokens_per_s)} tok/s"
