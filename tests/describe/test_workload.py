@@ -16,6 +16,7 @@ from bitladder.files.workloads import (
     trusted_functions,
 )
 from bitladder.stages.evaluate import judge_answers
+from bitladder.stages.run_facts import slots
 
 
 def parse(text, files=None, **options):
@@ -463,3 +464,14 @@ def test_stored_answers_hold_calls_and_are_none_of_several_turns(tmp_path):
 def test_scripts_that_a_vocabulary_may_spell_in_bytes_get_room_for_them(text, tokens):
     """A request of Chinese was refused by an engine that had been given half a token a character."""
     assert most_tokens(text) == tokens
+
+
+def test_a_request_with_tools_has_room_for_what_the_template_says_of_them():
+    def room(**more: object) -> int:
+        text = json.dumps({"inputs": [{"id": "a", "prompt": "x", "max_tokens": 8, **more}], **more_of_all})
+        return slots(parse_workload(text, source="w.json", read_file=str, json=True), 8192)[0]
+
+    more_of_all: dict = {}
+    plain = room(expect={"exact": "x"})
+    more_of_all = {"tools": [{"name": "f", "parameters": {"type": "object"}}]}
+    assert room(expect={"tool_call": "f"}) >= plain + 1024

@@ -38,6 +38,8 @@ MOST_SLOTS = 4
 arithmetic units without being served sooner on most machines, and each takes a whole context of memory.
 """
 CONTEXT_STEP = 256
+TOOL_PROMPT = 1024
+"""Tokens left for what a chat template writes around tools: some write pages of instructions."""
 
 
 AUTO_TIME: Literal["auto"] = "auto"
@@ -159,7 +161,10 @@ def _without_tokens(level: LevelAnswers) -> LevelAnswers:
 def slots(workload: Workload, n_ctx: int) -> tuple[int, int]:
     """Context of one request, and requests at once, so that together they take no more context than was planned for."""
     longest = max(
-        most_tokens(_everything_asked(one)) + one.most_tokens * (1 + len(one.turns)) + CONTEXT_STEP
+        most_tokens(_everything_asked(one))
+        + one.most_tokens * (1 + len(one.turns))
+        + CONTEXT_STEP
+        + (TOOL_PROMPT if one.tools else 0)
         for one in workload.inputs
     )
     room = min(n_ctx, -(-longest // CONTEXT_STEP) * CONTEXT_STEP)
