@@ -16,31 +16,28 @@ from typing import TYPE_CHECKING
 
 from bitladder import __version__
 from bitladder.describe.cache_types import F16_CACHE, check_cache, split_name
-from bitladder.describe.depths import usual_depths
-from bitladder.engines.endpoint import EndpointSettings
 from bitladder.errors import NothingFits, UnknownArchitecture
 from bitladder.files.measured import machine_key
 from bitladder.levels import Container, Level
 from bitladder.plan.bar import DEFAULT_BAR, parse_bar
-from bitladder.plan.decide import decide
 from bitladder.plan.ladder import make_plan, over_caches
 from bitladder.plan.preflight import require
-from bitladder.plan.schedule import open_levels
+from bitladder.plan.schedule import contending, open_levels
 from bitladder.progress import LevelNews, Progress
 from bitladder.records import to_json
 from bitladder.records.decision import Decision, TierGuesses
 from bitladder.records.evaluation import LevelAnswers, WorkloadResult
 from bitladder.records.fidelity import Fidelity, Way
-from bitladder.records.plan import DEFAULT_CTX, Plan
+from bitladder.records.plan import Plan
 from bitladder.records.run import RunRecord
 from bitladder.records.speculation import SpeculationReport
 from bitladder.report import RUN_JSON, report_beside, write_html, write_run
 from bitladder.stages import run_facts as facts
-from bitladder.stages.ask import Asker, LevelToAsk, ServedLevel, name_of, require_room
+from bitladder.stages.ask import Asker, LevelToAsk, name_of, require_room
 from bitladder.stages.calibration import importance_of
 from bitladder.stages.costs import level_costs
-from bitladder.stages.engine_way import engine_missing, way_for
-from bitladder.stages.evaluate import compare
+from bitladder.stages.documents import material
+from bitladder.stages.engine_way import engine_missing
 from bitladder.stages.forecast import building_need
 from bitladder.stages.in_time import default_time, in_time
 from bitladder.stages.job import Journal, Say, Work
@@ -52,12 +49,21 @@ from bitladder.stages.looks import (
     Looks,
     TimeIsUp,
     TooLittleTime,
-    material,
     undecided_on_passes,
 )
-from bitladder.stages.measure import Ways, built_candidate, fidelities_by_depth, fidelity_of_reference
 from bitladder.stages.projector import deliver
 from bitladder.stages.quantize import calibrate_levels, sort_levels
+from bitladder.stages.run_evidence import (
+    asked_levels,
+    contenders_of,
+    decided,
+    measurable,
+    measured_fidelities,
+    results_of,
+    runs_of,
+    sizes_of,
+    ways_to_measure,
+)
 from bitladder.stages.run_facts import AUTO_TIME, RunSettings, level_of
 from bitladder.stages.run_given import Given, named_reference, opened_run, reference_level, wanted_levels
 from bitladder.stages.speculate import Tried, check_ways, measured, ways_of
@@ -68,9 +74,7 @@ from bitladder.units import human_bytes, human_duration
 
 if TYPE_CHECKING:
     from bitladder.records.level_file import LevelFile
-    from bitladder.stages.ask import Contender
     from bitladder.stages.endpoints import Confirm
-    from bitladder.stages.fidelity import Candidate
 
 
 @dataclass(frozen=True)
@@ -120,6 +124,7 @@ def assess(
     Levels are taken where they lie, wherever a run left them; those that are nowhere are built. What is measured is
     stored. The latest run, its record and its report stay as they are. Raises as ``run`` does.
     """
+    settings = replace(settings, full=True)  # each level is asked about, not which one to deploy
     with opened_run(settings, _work(settings, progress, say), confirm) as given:
         folders = (given.build.out, *known_folders(given.recorded, given.job.source.sha256))
         return _assessed(replace(given, build=replace(given.build, folders=folders)))
@@ -181,9 +186,9 @@ def _assessed_in_whole(given: Given) -> RunRecord:
         with timed("looks"):
             return _looked(given, plan, built, job.progress)
     with timed("walk"):
-        fidelities = _measured(given, plan, built)
+        fidelities = measured_fidelities(given, plan, built)
     with timed("workload"):
-        answers = _asked(given, plan, built)
+        answers = asked_levels(given, plan, built, fidelities)
     record = _judged(given, plan, built, fidelities, answers)
     if not given.settings.speculate:
         return record
@@ -195,31 +200,31 @@ def _assessed_in_whole(given: Given) -> RunRecord:
 
 def _looked(given: Given, plan: Plan, built: Mapping[Subject, LevelFile], countdown: Countdown) -> RunRecord:
     """Look after look until the time is over, or nothing is open that looking could settle."""
-    contenders = [one for one in _contenders(given, plan, built) if isinstance(one, LevelToAsk | Path)]
+    contenders = [one for one in contenders_of(given, plan, built) if isinstance(one, LevelToAsk | Path)]
     asker = Asker(given.workload, given.context, given.recorded, plan.n_ctx, given.job)
     wanted = material(given.job.windows(given.texts), given.workload.inputs)
     with ExitStack() as stack:
-        ways = _ways(given, built, stack)
-        subjects = _measurable(given, [subject for subject in built if subject != ways.reference])
+        ways = ways_to_measure(given, built, stack)
+        subjects = measurable(given, [subject for subject in built if subject != ways.reference])
         if subjects and given.bar is None:  # also where there turns out to be no time for KL
             given = replace(given, bar=parse_bar(DEFAULT_BAR))
         looks = Looks(asker, ways, subjects, contenders, plan.levels, wanted)
-        still_open = {level.level for level in plan.levels}
-        sizes = {level.level: level.file_bytes for level in plan.levels}
+        still_open = everyone = {level.level for level in plan.levels}
+        closed: set[str] = set()
         try:
-            while (piece := looks.next_piece(still_open, countdown.left)) is not None:
+            while (piece := looks.next_piece(still_open, countdown.left, closed)) is not None:
                 looks.do(piece)
                 done = countdown.passed
                 evidence = looks.evidence()
                 looks.news(evidence)
                 if looks.has_something:
-                    results = _results(given, evidence.answers)
-                    decision = _decided(
+                    results = results_of(given, evidence.answers)
+                    decision = decided(
                         given, plan, built, evidence.fidelities, results, reference=evidence.answers[0].level
                     )
-                    still_open = open_levels(decision, sizes) | undecided_on_passes(
-                        decision.bar, evidence.answers, wanted
-                    )
+                    undecided = undecided_on_passes(decision.bar, evidence.answers, wanted)
+                    still_open = open_levels(decision, sizes_of(plan)) | undecided
+                    closed = everyone - contending(decision) - undecided
                 countdown.reserve(RESERVED_DECISIONS * (countdown.passed - done))
         except TimeIsUp:
             pass
@@ -236,22 +241,6 @@ def _looked(given: Given, plan: Plan, built: Mapping[Subject, LevelFile], countd
     return replace(record, decision=replace(record.decision, next=(*record.decision.next, more)))
 
 
-def _measurable(given: Given, subjects: Sequence[Subject]) -> list[Subject]:
-    """Those whose fidelity can be measured; none, and a warning, where neither the walk nor the engine can go."""
-    try:
-        way_for(given.job.source)
-    except UnknownArchitecture as error:
-        _warn_of_no_fidelity(given, error)
-        return []
-    return list(subjects)
-
-
-def _warn_of_no_fidelity(given: Given, error: UnknownArchitecture) -> None:
-    given.job.journal.warn(
-        f"No fidelity was measured: {error.found} {error.means} The decision rests on the workload alone."
-    )
-
-
 def _judged(
     given: Given,
     plan: Plan,
@@ -260,8 +249,8 @@ def _judged(
     answers: Sequence[LevelAnswers],
 ) -> RunRecord:
     """The decision that this evidence leads to, and all that it rests on."""
-    results = _results(given, answers)
-    decision = _decided(given, plan, built, fidelities, results, reference=answers[0].level)
+    results = results_of(given, answers)
+    decision = decided(given, plan, built, fidelities, results, reference=answers[0].level)
     return _record(given, plan, built, fidelities, answers, results, decision)
 
 
@@ -269,7 +258,7 @@ def _with_guesses(given: Given, plan: Plan, built: Mapping[Subject, LevelFile], 
     """The record with what guessing ahead gains, and the decision that tiers do so where it pays."""
     source = given.job.source
     own = LevelToAsk(Subject(source.sha256, level_of(source.model), file=source.sha256), source.path)
-    runs = {name_of(run): run for run in (own, *_runs(given, plan, built))}
+    runs = {name_of(run): run for run in (own, *runs_of(given, plan, built))}
     files = {subject.level: file.path for subject, file in built.items() if not file.path.is_dir()}
 
     def try_on(level: str) -> SpeculationReport:
@@ -279,7 +268,7 @@ def _with_guesses(given: Given, plan: Plan, built: Mapping[Subject, LevelFile], 
 
     def decide_with(guesses: Mapping[str, TierGuesses]) -> Decision:
         reference = record.reference
-        return _decided(given, plan, built, record.fidelities, record.results, reference=reference, guesses=guesses)
+        return decided(given, plan, built, record.fidelities, record.results, reference=reference, guesses=guesses)
 
     return with_guesses(record, list(runs), try_on, decide_with)
 
@@ -336,22 +325,6 @@ def _levels_to_build(given: Given, plan: Plan) -> list[Level]:
     return list(dict.fromkeys(kept))
 
 
-def _runs(given: Given, plan: Plan, built: Mapping[Subject, LevelFile]) -> list[LevelToAsk]:
-    """Every level in a file with every cache that it is run with, in the order of the plan; the source with the caches
-    beside llama.cpp's own, with which it is what the others are compared with."""
-    caches = given.settings.caches or (F16_CACHE,)
-    source, fits = given.job.source, {row.level for row in plan.levels if row.fits}
-    files = {subject: file.path for subject, file in built.items() if not file.path.is_dir()}
-    own = Subject(source.sha256, level_of(source.model), file=source.sha256)
-    runs = [
-        LevelToAsk(subject.with_cache(cache), path, cache)
-        for subject, path in (files | {own: source.path}).items()
-        for cache in caches
-        if not (subject == own and cache.is_default)
-    ]
-    return [run for run in runs if not given.settings.caches or name_of(run) in fits]
-
-
 def _tell_twins(given: Given, built: Mapping[Subject, LevelFile]) -> None:
     """Say which levels are other levels under another name."""
     for subject, first in given.recorded.one_of_each(built).items():
@@ -365,108 +338,6 @@ def _needs_engine(given: Given, levels: Sequence[Level]) -> bool:
     """Whether the workload is to be answered by files, the source's or a level's."""
     own = given.settings.reference is None or reference_level(given) == level_of(given.job.source.model)
     return own or any(level.container is Container.FILE for level in levels)
-
-
-def _results(given: Given, answers: Sequence[LevelAnswers]) -> list[WorkloadResult]:
-    """Each level beside the reference, which is the first; levels that nobody asked have no result."""
-    return [compare(answers[0], level, given.workload) for level in answers[1:] if level.answers]
-
-
-def _ways(given: Given, built: Mapping[Subject, LevelFile], stack: ExitStack) -> Ways:
-    """How fidelity of the files that were written is measured; they stay open as long as ``stack``."""
-    named = named_reference(given.settings)
-    reference = next((subject for subject in built if named is not None and subject.level == named.name), None)
-
-    def candidates(missing: Sequence[Subject]) -> list[Candidate]:
-        return [built_candidate(given.job.source, built[subject], stack) for subject in missing]
-
-    def files(missing: Sequence[Subject]) -> list[Path]:
-        return [built[subject].path for subject in missing]
-
-    return Ways(given.job, candidates, files, given.texts, given.recorded, reference)
-
-
-def _measured(given: Given, plan: Plan, built: Mapping[Subject, LevelFile]) -> list[Fidelity]:
-    """Fidelity of the files that were written; none, and a warning, where neither the walk nor the engine can go."""
-    if given.settings.caches:
-        return _measured_by_depth(given, _runs(given, plan, built))
-    with ExitStack() as stack:
-        ways = _ways(given, built, stack)
-        try:
-            return ways.fidelities([subject for subject in built if subject != ways.reference])
-        except UnknownArchitecture as error:
-            _warn_of_no_fidelity(given, error)
-            return []
-
-
-def _measured_by_depth(given: Given, runs: Sequence[LevelToAsk]) -> list[Fidelity]:
-    """Fidelity of every level with every cache, at depths up to the context."""
-    paths = {run.subject.bare: run.path for run in runs}
-    return fidelities_by_depth(
-        given.job,
-        [(run.subject.bare, run.cache) for run in runs],
-        given.texts,
-        given.recorded,
-        files=lambda missing: [paths[subject] for subject in missing],
-        depths=usual_depths(given.settings.n_ctx or DEFAULT_CTX),
-    )
-
-
-def _asked(given: Given, plan: Plan, built: Mapping[Subject, LevelFile]) -> list[LevelAnswers]:
-    """The workload through everyone: the reference first, the levels, then models behind addresses."""
-    asker = Asker(given.workload, given.context, given.recorded, plan.n_ctx, given.job)
-    return asker.ask_all(_contenders(given, plan, built))
-
-
-def _contenders(given: Given, plan: Plan, built: Mapping[Subject, LevelFile]) -> list[Contender]:
-    """Who answers the workload, the reference first."""
-    settings, source = given.settings, given.job.source
-    own = LevelToAsk(Subject(source.sha256, level_of(source.model), file=source.sha256), source.path)
-    served = {level.name: endpoint for level, endpoint in settings.served}
-    folders = [ServedLevel(name, endpoint) for name, endpoint in served.items()]
-    levels: list[LevelToAsk | ServedLevel] = [*_runs(given, plan, built), *folders]
-    named = reference_level(given)
-    if named is None:  # the source is a level like the others
-        fits = any(level.fits and level.level == own.subject.level for level in plan.levels)
-        assert isinstance(settings.reference, Path | EndpointSettings)
-        return [settings.reference, *([own] if fits else []), *levels, *settings.also]
-    reference = next((level for level in levels if name_of(level) == named), own)
-    return [reference, *(level for level in levels if level is not reference), *settings.also]
-
-
-def _decided(
-    given: Given,
-    plan: Plan,
-    built: Mapping[Subject, LevelFile],
-    fidelities: Sequence[Fidelity],
-    results: Sequence[WorkloadResult],
-    *,
-    reference: str,
-    guesses: Mapping[str, TierGuesses] | None = None,
-) -> Decision:
-    """The pair to deploy with its reasons, and the files that it is about."""
-    answering = {result.level for result in results}
-    decision = decide(
-        plan,
-        [*_known_of_source(given, plan, fidelities), *fidelities],
-        results,
-        bar=given.bar,
-        reference=reference,
-        elsewhere=[one.label for one in given.settings.also if one.label in answering],
-        tags={one.id: one.tags for one in given.workload.inputs},
-        guesses=guesses,
-    )
-    files = {level_of(given.job.source.model): given.job.source.sha256}
-    files |= {file.level: file.sha256 for file in built.values()}
-    files |= {name_of(run): files[run.subject.bare.level] for run in _runs(given, plan, built)}
-    return replace(decision, files=files)
-
-
-def _known_of_source(given: Given, plan: Plan, fidelities: Sequence[Fidelity]) -> list[Fidelity]:
-    """That the source is as close to itself as can be, where it is a level like the others."""
-    own = level_of(given.job.source.model)
-    rival = reference_level(given) is None and any(level.level == own for level in plan.levels)
-    return [fidelity_of_reference(fidelities[0], own)] if rival and fidelities else []
 
 
 def _record(
@@ -494,7 +365,9 @@ def _record(
         inputs=facts.input_facts(given.workload),
         answers=facts.shown_answers(answers, decision),
         wording={
-            level.level: wording_changes(given.workload, answers[0].answers, level.answers) for level in answers[1:]
+            level.level: wording_changes(given.workload, answers[0].answers, level.answers)
+            for level in answers[1:]
+            if level.answers
         },
         costs=level_costs(answers, given.prices),
         settings=facts.settings_facts(

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from bitladder.plan.schedule import LEAST, Kind, Piece, Seen, looks, next_piece, open_levels, spread
+from bitladder.plan.schedule import LEAST, Kind, Piece, Seen, contending, looks, next_piece, open_levels, spread
 from bitladder.records.decision import Certainty, Decision, Loss, Status, Verdict
 
 DOCUMENTS, INPUTS, ROUNDS = Kind
@@ -28,12 +28,15 @@ def ladder(*counts, names="ABCDEF"):
 @pytest.mark.parametrize(
     ("kind", "total", "ends"),
     [
-        (DOCUMENTS, 12, (3, 12)),
-        (DOCUMENTS, 13, (4, 13)),
+        (DOCUMENTS, 12, (6, 12)),
+        (DOCUMENTS, 9, (6, 9)),
+        (DOCUMENTS, 8, (8,)),
+        (DOCUMENTS, 100, (25, 100)),
         (DOCUMENTS, 2, (2,)),
         (DOCUMENTS, 1, (1,)),
         (DOCUMENTS, 0, ()),
-        (DOCUMENTS, 3, (2, 3)),
+        (DOCUMENTS, 3, (3,)),
+        (INPUTS, 5, (5,)),
         (INPUTS, 25, (7, 25)),
         (INPUTS, 3, (3,)),
         (INPUTS, 4000, (1000, 4000)),
@@ -49,18 +52,18 @@ def test_looks_grow_fourfold(kind, total, ends):
 NOTHING, LOOKED, MORE, ALL = (0, 0, 0), (3, 6, 1), (6, 6, 1), (12, 24, 3)
 CASES = {
     # first a look at everything, all levels, open or not
-    "documents first": (ladder(NOTHING, NOTHING), "", EVER, (DOCUMENTS, "AB", 0, 3)),
+    "documents first": (ladder(NOTHING, NOTHING), "", EVER, (DOCUMENTS, "AB", 0, 6)),
     "then inputs": (ladder((3, 0, 0), (3, 0, 0)), "", EVER, (INPUTS, "AB", 0, 6)),
     "then a round": (ladder((3, 6, 0), (3, 6, 0)), "", EVER, (ROUNDS, "AB", 0, 1)),
-    "those that lack it": (ladder(LOOKED, (0, 6, 1)), "A", EVER, (DOCUMENTS, "B", 0, 3)),
+    "those that lack it": (ladder(LOOKED, (0, 6, 1)), "A", EVER, (DOCUMENTS, "B", 0, 6)),
     # then what is open
     "nothing open": (ladder(LOOKED, LOOKED), "", EVER, None),
-    "an open level": (ladder(LOOKED, LOOKED, LOOKED), "B", EVER, (DOCUMENTS, "B", 3, 12)),
+    "an open level": (ladder(LOOKED, LOOKED, LOOKED), "B", EVER, (DOCUMENTS, "B", 3, 6)),
     "what least was seen of": (ladder(MORE, MORE), "AB", EVER, (INPUTS, "AB", 6, 24)),
     "rounds when it is their turn": (ladder((6, 12, 1)), "A", EVER, (ROUNDS, "A", 1, 3)),
-    "the level that is behind": (ladder((6, 12, 3), LOOKED), "AB", EVER, (DOCUMENTS, "B", 3, 12)),
+    "the level that is behind": (ladder((6, 12, 3), LOOKED), "AB", EVER, (DOCUMENTS, "B", 3, 6)),
     "an uneven beginning": (ladder((4, 6, 1)), "A", EVER, (INPUTS, "A", 6, 24)),
-    "goes on to the usual end": (ladder((4, 24, 3)), "A", EVER, (DOCUMENTS, "A", 4, 12)),
+    "goes on to the usual end": (ladder((4, 24, 3)), "A", EVER, (DOCUMENTS, "A", 4, 6)),
     "a kind that is used up": (ladder((12, 24, 1)), "A", EVER, (ROUNDS, "A", 1, 3)),
     "all used up": (ladder(ALL, LOOKED), "A", EVER, None),
     "an unknown open level": (ladder(LOOKED), "Z", EVER, None),
@@ -85,6 +88,12 @@ CASES = {
 def test_what_comes_next(seen, still_open, left, expected):
     found = next_piece(seen, TOTALS, set(still_open), a_second_each, left)
     assert found == (expected and Piece(expected[0], tuple(expected[1]), *expected[2:]))
+
+
+def test_what_cannot_be_chosen_any_more_gets_no_first_look():
+    seen = ladder((6, 0, 0), (6, 0, 0), (6, 0, 0))
+    assert next_piece(seen, TOTALS, {"A"}, free, EVER, closed={"B"}) == Piece(INPUTS, ("A", "C"), 0, 6)
+    assert next_piece(seen, TOTALS, set(), free, EVER, closed=set("ABC")) is None
 
 
 def test_a_kind_there_is_nothing_of_is_left_out():
@@ -180,6 +189,11 @@ OPEN = {
     ),
     "what does not fit": (decided("D", "D", [(("D", "D"), 1.0)], D=NEAR, A=(Status.DOES_NOT_FIT, False)), "D"),
 }  # fmt: skip
+
+
+def test_levels_that_hold_the_bar_or_may_are_contending():
+    found = decided("D", "D", [], F=(Status.REFERENCE, True), E=UNKNOWN, D=NEAR, C=MEETS, B=FAILS)
+    assert contending(found) == {"E", "D", "C"}
 
 
 @pytest.mark.parametrize(("decision", "expected"), OPEN.values(), ids=OPEN)

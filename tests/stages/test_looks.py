@@ -21,6 +21,7 @@ from bitladder.progress import LevelNews, Progress
 from bitladder.records.evaluation import Answer, LevelAnswers
 from bitladder.stages import in_time, measure
 from bitladder.stages.ask import UNKNOWN_SPEED
+from bitladder.stages.documents import coverage, material
 from bitladder.stages.job import Build, Journal
 from bitladder.stages.looks import (
     MARGIN,
@@ -28,8 +29,6 @@ from bitladder.stages.looks import (
     Countdown,
     TimeIsUp,
     TooLittleTime,
-    coverage,
-    material,
     undecided_on_passes,
 )
 from bitladder.stages.run_facts import AUTO_TIME, RunSettings
@@ -39,7 +38,7 @@ from engine_model import write_engine_model
 
 INPUTS_ONLY = Piece(Kind.INPUTS, ("Q2_K",), 0, 4)
 LEVELS = ("Q8_0", "Q4_K_M", "Q2_K")
-DOCUMENTS, INPUTS = 8, 8
+DOCUMENTS, INPUTS, FIRST = 12, 8, 6
 
 
 class Heard(Progress):
@@ -201,25 +200,26 @@ def test_a_run_cut_off_decides_on_what_it_has_and_the_next_goes_on(home, monkeyp
     monkeypatch.setattr(measure.Ways, "scored", counted)
 
     cut = pipeline.run(settings(home, 1000.0), Heard("workload: Q8_0", jump)).record
-    assert scored == [(sorted(LEVELS), 2)]  # a quarter of eight documents
-    assert {one.level: one.units for one in cut.fidelities} == dict.fromkeys(LEVELS, 2)
+    assert scored == [(sorted(LEVELS), FIRST)]
+    assert {one.level: one.units for one in cut.fidelities} == dict.fromkeys(LEVELS, FIRST)
     assert cut.results == () and cut.decision.bar == "kl < 0.02"
     assert "more documents and" in cut.decision.next[-1]
     assert cut.settings["within_s"] == 1000 and "--within 1000s" in cut.commands[0]
 
     clock.ahead = 0.0
     whole = pipeline.run(settings(home, 1000.0), Heard()).record
-    assert scored[1:] and all(documents in (2, 6) for _, documents in scored[1:])  # the first two are kept
+    assert scored[1:] and all(documents == DOCUMENTS - FIRST for _, documents in scored[1:])  # the first are kept
     units = {one.level: one.units for one in whole.fidelities}
     tiers = {whole.decision.quality, whole.decision.speed}
     assert tiers <= set(LEVELS) and all(units[tier] == DOCUMENTS for tier in tiers)
-    assert {one.level for one in whole.results} == set(LEVELS)
+    assert {one.level for one in whole.results} == {"Q8_0", "Q4_K_M"}  # Q2_K is known to fail before any question
+    assert whole.decision.verdicts[-1].reason.endswith("neither asked nor timed")
     assert all(one.inputs == INPUTS for one in whole.results if one.level in tiers)
     spread = {one.level: one.kl_high / one.kl_low for one in whole.fidelities}
     assert all(np.isfinite(one) for one in spread.values())
 
     known = len(scored)
-    free = pipeline.run(settings(home, None), Heard()).record
+    free = pipeline.run(settings(home, None, full=True), Heard()).record
     done = {level for level, count in units.items() if count == DOCUMENTS}
     assert {level for names, _ in scored[known:] for level in names} == set(LEVELS) - done
     same = {one.level: one.kl_mean for one in free.fidelities}
@@ -233,6 +233,51 @@ def test_a_run_cut_off_decides_on_what_it_has_and_the_next_goes_on(home, monkeyp
         if one.level in done:  # documents come in the same order from the evidence
             assert one.unit_tokens == by_level[one.level].unit_tokens
             assert one.unit_kl == pytest.approx(by_level[one.level].unit_kl)
+
+
+def test_a_run_without_a_bound_does_what_its_decision_needs_and_says_what_it_left_out(home, monkeypatch):
+    asked, scored, kept = [], [], measure.Ways.scored
+
+    def counted(self, missing, windows, way):
+        scored.append((sorted(one.level for one in missing), len({window.document for window in windows})))
+        return kept(self, missing, windows, way)
+
+    class Noted(Heard):
+        def on_level(self, news):
+            if news.state in ("answering", "timed"):
+                asked.append((news.state, news.level))
+
+    monkeypatch.setattr(measure.Ways, "scored", counted)
+    first = pipeline.run(settings(home, None), Noted()).record
+    (everything, documents), *rest = scored
+    assert (everything, documents) == (sorted(LEVELS), FIRST)
+    assert rest and all("Q2_K" not in names and count == DOCUMENTS - FIRST for names, count in rest)
+    assert {level for _, level in asked} == {"F16", "Q8_0", "Q4_K_M"}
+    verdicts = {one.level: one.reason for one in first.decision.verdicts}
+    assert verdicts["Q2_K"].endswith(f"KL on {FIRST} of {DOCUMENTS} documents, neither asked nor timed")
+    assert {one.level for one in first.answers if one.answers} == {
+        level for state, level in asked if state == "answering"
+    }
+
+    asked.clear()
+    known = len(scored)
+    again = pipeline.run(settings(home, None), Noted()).record  # from evidence and kept scores
+    assert len(scored) == known and again.fidelities == first.fidelities
+    assert again.decision.quality == first.decision.quality
+
+    full = pipeline.run(settings(home, None, full=True), Heard()).record
+    assert {one.units for one in full.fidelities} == {DOCUMENTS}
+    assert {one.level: one.inputs for one in full.results} == dict.fromkeys(LEVELS, INPUTS)
+    assert "--full" in full.commands[0] and full.decision.quality == first.decision.quality
+
+
+def test_where_every_level_is_known_to_fail_nobody_is_asked(home):
+    wanted = replace(settings(home, None), bar="kl < 0.0000001", levels=(parse_level("Q2_K"), parse_level("Q4_K_M")))
+    record = pipeline.run(wanted, Heard()).record
+    assert record.decision.quality is None and record.results == ()
+    assert not any(one.answers for one in record.answers)
+    assert "No level that fits holds the bar" in record.decision.summary
+    assert (home / "out" / "report.html").exists()
 
 
 def test_without_time_for_kl_the_bar_stays_and_nothing_is_said_to_meet_it(home, monkeypatch):
@@ -261,7 +306,7 @@ def test_in_the_usual_time_levels_that_are_clearly_out_are_measured_less(home, m
     assert tiers <= set(LEVELS) and all(units[tier] == DOCUMENTS for tier in tiers)
     assert units["Q2_K"] < DOCUMENTS  # far above the bar
     assert not any("of 8 answers" in line for line in told)
-    whole = pipeline.run(replace(wanted, within=None), Heard()).record
+    whole = pipeline.run(replace(wanted, within=None, full=True), Heard()).record
     assert {one.units for one in whole.fidelities} == {DOCUMENTS}
     assert {one.inputs for one in whole.results} == {INPUTS}
     assert (whole.decision.quality, whole.decision.speed) == (first.decision.quality, first.decision.speed)

@@ -153,7 +153,7 @@ def test_inputs_that_nobody_passes_are_told(recorded):
         journal = Journal()
         asker = Asker(hard, Context(), recorded, 512, Work(journal=journal))
         asker.ask_all([settings(cloud), settings(other)])
-    assert "Neither the reference nor any level passes 1 of 5 inputs (elder)" in journal.warnings[-1]
+    assert "Neither the reference nor any level that was asked passes 1 of 5 inputs (elder)" in journal.warnings[-1]
 
 
 def test_the_key_is_sent_and_kept_nowhere(recorded, monkeypatch):

@@ -13,7 +13,7 @@ from bitladder.records.evaluation import Speed
 from bitladder.stages import speeds
 from bitladder.stages.ask import LevelToAsk
 from bitladder.stages.job import Work
-from bitladder.stages.speeds import LEAST_ROUNDS, MOST_ROUNDS, measure_in_turns, speeds_in_turns
+from bitladder.stages.speeds import LEAST_ROUNDS, MOST_ROUNDS, Race, measure_in_turns, speeds_in_turns
 from bitladder.stats.paired import ratio_interval
 from bitladder.store.evidence import Evidence
 from bitladder.store.recorded import Recorded, Subject
@@ -127,6 +127,58 @@ def test_levels_that_noise_does_not_tell_apart_get_more_rounds(monkeypatch, file
     clocks = Clocks(monkeypatch, {"a": 10, "b": 10.1, "c": 30}, ((rng.normal(1, 0.05), 0.0) for _ in range(999)))
     measure_in_turns(files, Work())
     assert len(clocks.asked) > 3 * LEAST_ROUNDS
+
+
+def noisy(seed):
+    rng = np.random.default_rng(seed)
+    return ((rng.normal(1, 0.04), 0.0) for _ in range(999))
+
+
+def test_in_a_race_levels_that_are_surely_slower_leave_and_the_first_rounds_compare(monkeypatch, files):
+    uneven = itertools.chain([(1.0, 0.0)], itertools.cycle([(1.1, 0.0), (0.9, 0.0), (0.9, 0.0), (1.1, 0.0)]))
+    first = [(1.0, 0.0), (1.1, 0.0), (0.9, 0.0), (1.0, 0.0), (0.9, 0.0), (1.1, 0.0)]
+    clocks = Clocks(monkeypatch, {"a": 10, "b": 29.5, "c": 30}, itertools.chain(first, uneven))
+    a, b, c = measure_in_turns(files, Work(), race=Race(), names="abc")
+    assert clocks.asked.count("a") == len(a.rounds) == LEAST_ROUNDS
+    assert len(b.rounds) == len(c.rounds) == clocks.asked.count("b") > LEAST_ROUNDS
+    assert "".join(clocks.asked).startswith("abc" * LEAST_ROUNDS + "bc")
+
+
+def test_in_a_race_what_others_must_beat_stays_and_what_is_no_rival_leaves(monkeypatch, files):
+    clocks = Clocks(monkeypatch, {"a": 29, "b": 29.5, "c": 60}, noisy(2))
+    measure_in_turns(files, Work(), race=Race(stays=frozenset("a")), names="abc")
+    assert clocks.asked.count("b") == LEAST_ROUNDS <= clocks.asked.count("a") == clocks.asked.count("c")
+    clocks = Clocks(monkeypatch, {"a": 60, "b": 29.5, "c": 29}, noisy(3))
+    measure_in_turns(files, Work(), race=Race(leaves=frozenset("a")), names="abc")  # that is faster drives nobody out
+    assert clocks.asked.count("a") == LEAST_ROUNDS < clocks.asked.count("b") == clocks.asked.count("c")
+
+
+def test_nobody_leaves_a_race_on_a_machine_that_is_never_quiet(monkeypatch, files):
+    clocks = Clocks(monkeypatch, {"a": 10, "b": 20, "c": 30}, itertools.repeat((0.5, 0.6)))
+    found = measure_in_turns(files, Work(), race=Race(), names="abc")
+    assert len(clocks.asked) == 3 * MOST_ROUNDS and all(len(speed.rounds) == MOST_ROUNDS for speed in found)
+
+
+def test_a_disturbed_round_counts_for_none_of_a_race(monkeypatch, files):
+    first = [(1.0, 0.0), (1.01, 0.0), (1.0, 0.0)]
+    disturbed = [(1.0, 0.0), (0.2, 0.9), (1.0, 0.0)]
+    rest = [(1.0, 0.0), (0.99, 0.0), (1.0, 0.0)] * 99
+    clocks = Clocks(monkeypatch, {"a": 10, "b": 20, "c": 30}, itertools.chain(first, disturbed, rest))
+    found = measure_in_turns(files, Work(), race=Race(), names="abc")
+    assert [len(speed.rounds) for speed in found] == [LEAST_ROUNDS] * 3
+    assert len(clocks.asked) == 3 * (LEAST_ROUNDS + 1)
+
+
+def test_in_a_race_equal_files_run_as_one(monkeypatch, files):
+    monkeypatch.setattr("bitladder.stages.run_facts.engine_facts", lambda **given: {"engine": "clock"})
+    clocks = Clocks(monkeypatch, {"a": 29, "b": 29.5, "c": 60}, noisy(2))
+    levels = [
+        LevelToAsk(Subject("source", path.name, file=sha256), path) for path, sha256 in zip(files, "xyx", strict=True)
+    ]
+    with Evidence.open() as store:
+        found, _ = speeds_in_turns(levels, Recorded(store), Work(), race=Race(stays=frozenset("c")))
+    assert found[0] == found[2] and clocks.started == ["a", "b"]
+    assert len(found[0].rounds) == clocks.asked.count("a") >= len(found[1].rounds)
 
 
 def test_stored_speeds_are_taken_when_all_are_of_the_same_turns(monkeypatch, files):

@@ -126,6 +126,10 @@ class RunOptions(WorkOptions):
             help="Decide in 30s, 10m, 2h: measure what it needs most; auto: a usual time.",
         ),
     ] = None
+    full: Annotated[
+        bool,
+        typer.Option("--full", help="Measure, ask and time also levels that cannot be chosen, on everything there is."),
+    ] = False
     judge: Annotated[
         str | None,
         typer.Option("--judge", metavar="URL[#MODEL]", help="OpenAI-compatible endpoint of a judge model."),
@@ -146,6 +150,8 @@ class RunOptions(WorkOptions):
         from bitladder.stages.run_facts import AUTO_TIME, RunSettings
         from bitladder.units import parse_duration
 
+        if self.full and self.within:
+            raise UsageError("--full and --within contradict each other.", do="Leave out one of them.")
         also = [served_address(text) for text in self.also or ()]
 
         def named(address: str) -> EndpointSettings:
@@ -173,6 +179,7 @@ class RunOptions(WorkOptions):
             caches=caches_named(self.kv),
             speculate=tuple(dict.fromkeys(word.strip() for word in (self.speculate or "").split(",") if word.strip())),
             within=None if not self.within else AUTO_TIME if self.within == AUTO_TIME else parse_duration(self.within),
+            full=self.full,
         )
 
     def _judge(self) -> EndpointSettings | None:

@@ -16,7 +16,8 @@ The rule, in order:
    percent, and by the whole interval of the ratio over rounds in which both were timed; where guessing tokens ahead
    was tried and surely pays, with those guesses (the interval then holds what they gain, too). It must surely be faster
    than the quality tier; without speeds, decode is taken to be bound by bytes, and it must be smaller. Else one level
-   serves both: the quality tier, or the speed tier where its KL is no higher.
+   serves both: the quality tier, or the speed tier where its KL is no higher. Levels that were not timed, since they
+   could not be chosen (`schedule.contending`), are not looked at for speed.
    Of levels that are run with several types of KV cache each pair is a candidate, by its bytes in memory at the
    context: a smaller level with a 16-bit cache may be taken before a larger one with four. Where losses were measured
    by depth of context, a clause on them holds when it holds at every depth.
@@ -38,7 +39,7 @@ from bitladder.plan.bar import DEFAULT_BAR, DEFAULT_BAR_WITHOUT_KL, Bar, parse_b
 from bitladder.plan.certainty import LadderEvidence, certainty
 from bitladder.plan.front import Standpoint, pareto
 from bitladder.plan.judge import KNOWN_LOSS_P, MET, UNKNOWN, Judged, Judgement, LevelEvidence, judge, pairs_of
-from bitladder.plan.reasons import Tiers, how_sure, summary, verdict
+from bitladder.plan.reasons import Tiers, how_sure, not_done, summary, verdict
 from bitladder.records.decision import Decision, Outcome, Pairing, TagStatus, TagVerdict, TierGuesses
 from bitladder.records.evaluation import FaultCount, Speed, WorkloadResult
 from bitladder.records.fidelity import Fidelity
@@ -105,7 +106,9 @@ def decide(
         bar=parsed.text,
         quality=quality.level if quality else None,
         speed=speed.level if speed else None,
-        verdicts=tuple(verdict(one, tiers, reference) for one in judged),
+        verdicts=tuple(
+            verdict(one, tiers, reference, not_done(one, everyone) if one.level != reference else "") for one in judged
+        ),
         summary=" ".join((summary(tiers, parsed, plan, outcome, everyone), *how_sure(sure))),
         outcome=outcome,
         pair=tiers.pair,
@@ -166,12 +169,12 @@ def _corrected(judged: Sequence[Judged], reference: str | None) -> list[Judged]:
 def _join(evidence: LadderEvidence, reference: str | None) -> list[LevelEvidence]:
     """Bring the measurements together by level, in the plan's order."""
     fidelity_of = {fidelity.level: fidelity for fidelity in evidence.fidelities}
-    result_of = {result.level: result for result in evidence.results}
+    result_of = {result.level: result for result in evidence.results if result.inputs}  # others were timed alone
     decode = {result.level: result.decode_tokens_per_s for result in evidence.results}
     decode |= {level: speed.decode_tokens_per_s for level, speed in evidence.speeds.items()}
     rounds = {result.level: result.decode_rounds for result in evidence.results}
     rounds |= {level: speed.rounds for level, speed in evidence.speeds.items()}
-    rivals = [result for result in evidence.results if result.level != reference]
+    rivals = [result for result in result_of.values() if result.level != reference]
     names = [result.level for result in rivals]
     adjusted = dict(zip(names, holm([result.p_value for result in rivals]), strict=True))
     faults = _known_faults(rivals)
@@ -226,9 +229,10 @@ def _quality_tier(candidates: Sequence[Judged]) -> Judged:
 
 def _speed_tier(candidates: Sequence[Judged], quality: Judged) -> Judged:
     """The smallest of the fastest where that is faster than the quality tier, else that tier."""
-    if any(math.isnan(one.speed) for one in candidates):
+    timed = [one for one in candidates if not math.isnan(one.speed)]
+    if math.isnan(quality.speed):
         return min(candidates, key=lambda one: (one.total, one.kl))
-    fastest = [one for one in candidates if not any(other.surely_faster_than(one) for other in candidates)]
+    fastest = [one for one in timed if not any(other.surely_faster_than(one) for other in timed)]
     faster = [one for one in fastest if one.surely_faster_than(quality)]
     return min(faster, key=lambda one: (one.total, one.kl), default=quality)
 

@@ -134,11 +134,13 @@ class Judged:
         return self.evidence.decode_tokens_per_s
 
     def surely_faster_than(self, other: Judged) -> bool:
-        """By more than `SAME_SPEED`, and not by chance: by the interval of the rounds' ratios where both were timed in
-        turns, and of what guessing ahead gains where it is known to. False where a speed is not known."""
+        """By more than `SAME_SPEED`, and not by chance: by the interval of the ratios over the rounds in which both
+        were timed (a level that left the turns saw the first ones), and of what guessing ahead gains where it is known
+        to. False where a speed is not known."""
         own, others = self.evidence.decode_rounds, other.evidence.decode_rounds
         plain = self.speed / other.speed if other.speed > 0 else math.nan
-        ratio = ratio_interval(own, others) if len(own) == len(others) > 1 else (plain, plain, plain)
+        shared = min(len(own), len(others))
+        ratio = ratio_interval(own[:shared], others[:shared]) if shared > 1 else (plain, plain, plain)
         mine, theirs = self.evidence.guesses, other.evidence.guesses
         gains = [(mine.ratio, mine.low, mine.high)] if mine else []
         gains += [(1 / theirs.ratio, 1 / theirs.high, 1 / theirs.low)] if theirs else []
@@ -150,12 +152,15 @@ class Judged:
         return self.speed * (self.evidence.guesses.ratio if self.evidence.guesses else 1.0)
 
     def kl_is_told_from(self, other: Judged) -> bool:
-        """Whether the mean KL of both differs by more than chance on the same units of text; True where only the means
-        are known."""
+        """Whether the mean KL of both differs by more than chance on the units of text that both were measured on: the
+        first ones of the longer measurement. True where only the means are known."""
         one, two = self.evidence.fidelity, other.evidence.fidelity
-        if one is None or two is None or not (one.has_units and two.has_units) or one.unit_tokens != two.unit_tokens:
+        if one is None or two is None or not (one.has_units and two.has_units):
             return True
-        return differs(one.unit_kl, two.unit_kl, one.unit_tokens)
+        shared = min(len(one.unit_tokens), len(two.unit_tokens))
+        if one.unit_tokens[:shared] != two.unit_tokens[:shared]:
+            return True
+        return differs(one.unit_kl[:shared], two.unit_kl[:shared], one.unit_tokens[:shared])
 
     @property
     def total(self) -> int:

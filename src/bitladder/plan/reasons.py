@@ -31,10 +31,33 @@ class Tiers:
     """Whether a smaller level shows no loss either, and the quality tier is faster than it."""
 
 
-def verdict(one: Judged, tiers: Tiers, reference: str | None) -> Verdict:
-    """Status and reason of one level."""
+def verdict(one: Judged, tiers: Tiers, reference: str | None, not_done: str = "") -> Verdict:
+    """Status and reason of one level; ``not_done`` says what was not measured of it."""
     status, reason = _status(one, tiers, reference)
+    reason = f"{reason}; {not_done}" if not_done else reason
     return Verdict(one.level, status, reason, Loss.NONE if one.level == reference else _loss(one))
+
+
+def not_done(one: Judged, everyone: Sequence[Judged]) -> str:
+    """What was measured of other levels and not of this one, or on fewer units of text; empty where nothing is missing.
+
+    A run looks no further at what cannot be chosen (``schedule.open_levels``, ``schedule.contending``).
+    """
+    own = one.evidence
+    if not own.in_question or own.needs_engine or own.plan.placement == ELSEWHERE:
+        return ""
+    found = []
+    units = own.fidelity.units if own.fidelity is not None else 0
+    most = max((other.evidence.fidelity.units for other in everyone if other.evidence.fidelity is not None), default=0)
+    if own.fidelity is not None and 0 < units < most:
+        found.append(f"KL on {units} of {most} {own.fidelity.unit}s")
+    asked = own.result is not None or all(other.evidence.result is None for other in everyone)
+    timed = not math.isnan(one.speed) or all(math.isnan(other.speed) for other in everyone)
+    if not asked:
+        found.append("not asked" if timed else "neither asked nor timed")
+    elif not timed:
+        found.append("not timed")
+    return ", ".join(found)
 
 
 def _status(one: Judged, tiers: Tiers, reference: str | None) -> tuple[Status, str]:

@@ -1,6 +1,7 @@
 """Which piece of work comes next when a decision must be there in time: from what has been looked at to the next look.
 
-Every level gets a short look at each kind of evidence first: a few documents, a few inputs, a round of speed. Then time
+Every level gets a short look at each kind of evidence first: a few documents, a few inputs, a round of speed; a level
+that the first of these rule out gets no look at the others. Then time
 goes where a tier is still open, kind by kind, the one of which least was seen first; levels that are clearly in or out
 get no more. Documents and inputs are taken in one fixed random order, the same for all levels, so what two levels were
 both measured on is always the beginning of it. Their number grows fourfold from look to look, so there are few looks,
@@ -36,6 +37,10 @@ LEAST = {Kind.DOCUMENTS: 2, Kind.INPUTS: 4, Kind.ROUNDS: 1}
 """Units below which a look shows nothing: one document has no interval."""
 FIRST_SHARE = 0.25
 """Of all units, in the first look."""
+FIRST_DOCUMENTS = 6
+"""In the first look, at least, where there are so many: intervals of three decide nothing (``docs/log.md``)."""
+MOST_BEFORE_ALL = 2 / 3
+"""Of all units, that a look short of them may take: a pass for the few that are left costs more than it saves."""
 GROWTH = 4
 """What has been seen after a look, over what had been before: each look passes over the model's layers and starts
 engines anew, so few are best."""
@@ -72,20 +77,26 @@ Cost = Callable[[Piece], float]
 
 
 def looks(kind: Kind, total: int) -> tuple[int, ...]:
-    """How many units have been seen after each look, the first one's to all: ``(3, 12)`` of twelve; of rounds one,
+    """How many units have been seen after each look, the first one's to all: ``(6, 12)`` of twelve; of rounds one,
     then all."""
     if kind is Kind.ROUNDS:
         return tuple(dict.fromkeys((1, total))) if total else ()
     ends: list[int] = []
-    end = max(LEAST[kind], math.ceil(FIRST_SHARE * total))
-    while end < total:
+    end = max(FIRST_DOCUMENTS if kind is Kind.DOCUMENTS else LEAST[kind], math.ceil(FIRST_SHARE * total))
+    while end <= MOST_BEFORE_ALL * total:
         ends.append(end)
         end *= GROWTH
     return (*ends, total) if total else ()
 
 
 def next_piece(
-    seen: Sequence[Seen], totals: Mapping[Kind, int], still_open: Collection[str], cost: Cost, left: float
+    seen: Sequence[Seen],
+    totals: Mapping[Kind, int],
+    still_open: Collection[str],
+    cost: Cost,
+    left: float,
+    *,
+    closed: Collection[str] = (),
 ) -> Piece | None:
     """The next piece of work; None when nothing open is left, or nothing that fits into ``left`` seconds.
 
@@ -95,10 +106,11 @@ def next_piece(
         still_open: levels whose place may change.
         cost: predicts a piece.
         left: seconds, infinite where there is no bound.
+        closed: levels that cannot be chosen any more, of which what was not looked at yet is not.
     """
     for kind in Kind:
         first = looks(kind, totals[kind])[:1]
-        fresh = [one.level for one in seen if first and one.of(kind) == 0]
+        fresh = [one.level for one in seen if first and one.of(kind) == 0 and one.level not in closed]
         if fresh and (piece := _first_look(kind, fresh, first[0], cost, LOOK_SHARE * left)):
             return piece
     by_share = sorted(Kind, key=lambda kind: _share(kind, seen, totals, still_open))
@@ -127,6 +139,13 @@ def open_levels(decision: Decision, sizes: Mapping[str, int]) -> set[str]:
     unknown = (one.level for one in decision.verdicts if one.status is Status.UNKNOWN)
     found |= {level for level in unknown if sizes.get(level, 0) < limit}
     return {level for level in found if level is not None}
+
+
+def contending(decision: Decision) -> set[str]:
+    """Levels that may still be chosen, for all that is known of them, so that their speeds matter: those that hold the
+    bar, and those of which that cannot be told."""
+    out = (Status.REFERENCE, Status.FAILS, Status.DOES_NOT_FIT)
+    return {one.level for one in decision.verdicts if one.status not in out}
 
 
 def _share(kind: Kind, seen: Sequence[Seen], totals: Mapping[Kind, int], still_open: Collection[str]) -> float:

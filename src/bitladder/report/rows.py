@@ -100,14 +100,19 @@ class LevelRow:
     @property
     def passes(self) -> str:
         """Passed of asked."""
-        return f"{self.result.passes}/{self.result.inputs}" if self.result else UNKNOWN
+        return f"{self.result.passes}/{self.result.inputs}" if self.asked and self.result else UNKNOWN
+
+    @property
+    def asked(self) -> bool:
+        """Whether it answered any input: of levels that could not be chosen at most the speed is known."""
+        return self.result is not None and self.result.inputs > 0
 
     @property
     def pass_interval(self) -> str:
         """95% interval of the pass rate."""
         return (
             interval(self.result.pass_low, self.result.pass_high, lambda share: f"{100 * share:.0f}") + "%"
-            if self.result
+            if self.asked and self.result
             else ""
         )
 
@@ -126,7 +131,7 @@ class LevelRow:
     @property
     def flips(self) -> str:
         """Inputs lost and gained against the reference."""
-        if self.result is None or self.verdict.status == Status.REFERENCE:
+        if self.result is None or not self.asked or self.verdict.status == Status.REFERENCE:
             return ""
         return f"−{len(self.result.lost)} +{len(self.result.gained)}"
 

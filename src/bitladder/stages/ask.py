@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -12,7 +12,7 @@ from bitladder.describe.cache_types import F16_CACHE, CacheTypes
 from bitladder.engines.endpoint import EndpointSettings
 from bitladder.errors import BadWorkload
 from bitladder.progress import LevelNews
-from bitladder.records.evaluation import Speed
+from bitladder.records.evaluation import LevelAnswers, Speed
 from bitladder.stages.endpoints import endpoint_answers
 from bitladder.stages.job import Job, Work
 from bitladder.stages.measure import Replies, answers
@@ -20,7 +20,8 @@ from bitladder.stages.measure import Replies, answers
 if TYPE_CHECKING:
     from bitladder.describe.criteria import Context
     from bitladder.describe.workload import Input, Workload
-    from bitladder.records.evaluation import Answer, LevelAnswers
+    from bitladder.records.evaluation import Answer
+    from bitladder.stages.speeds import Race
     from bitladder.store.recorded import Recorded, Subject
 
 
@@ -99,35 +100,11 @@ class Asker:
             EngineError: an engine here, the reference or the judge failed. What was answered is kept.
             UsageError, BadWorkload: stored answers cannot be used.
         """
-        from bitladder.errors import EngineError
-
-        asked: list[LevelAnswers] = []
-        in_files: dict[str, LevelToAsk] = {}
-        stored_answers, stored_both = [], []
-        for number, contender in enumerate(contenders):
-            name = name_of(contender)
-            self.work.progress(f"workload: {name}", number, len(contenders))
-            self.work.progress.on_level(LevelNews(name, "answering"))
-            try:
-                replies, speed, stored = self.replies(contender, timed=number > 0)
-            except EngineError as error:
-                if number == 0 or not isinstance(contender, EndpointSettings | ServedLevel):
-                    raise
-                self.work.journal.warn(f"{name} is left out: {error.found}")
-                continue
-            asked.append(self.judged(name, replies, speed or UNKNOWN_SPEED, asked[0] if asked else None))
-            if isinstance(contender, LevelToAsk):
-                in_files[name] = contender
-                stored_answers += [name] if stored else []
-            elif stored and not isinstance(contender, Path):
-                stored_both.append(name)
-            self._tell_answered(asked[-1])
-        self.work.progress("workload", len(contenders), len(contenders))
-        asked, timed_before = self._timed(asked, in_files)
-        self.work.journal.reuse("answers and speed" if timed_before else "answers", stored_answers)
-        self.work.journal.reuse("answers and speed", stored_both)
-        self.tell_doubts(asked)
-        return asked
+        asking = Asking(self, contenders)
+        for contender in contenders:
+            asking.ask(contender)
+        asking.time([one for one in contenders if isinstance(one, LevelToAsk) and asking.has_asked(one)])
+        return asking.finished()
 
     def judged(
         self, name: str, replies: Iterable[Answer], speed: Speed, reference: LevelAnswers | None
@@ -140,27 +117,6 @@ class Asker:
         beside = reference.answers if reference else None
         said = judge_answers(self.workload, ordered, reference=beside, context=self.context)
         return level_answers(name, said, speed)
-
-    def _timed(
-        self, asked: Sequence[LevelAnswers], in_files: Mapping[str, LevelToAsk]
-    ) -> tuple[list[LevelAnswers], bool]:
-        """The same with the speeds of levels in files, and whether these were stored."""
-        from bitladder.stages.speeds import MOST_PAST, speeds_in_turns
-
-        levels = list(in_files.values())
-        past = 0 if all(level.cache.is_default for level in levels) else min(self.n_ctx // 2, MOST_PAST)
-        speeds, stored = speeds_in_turns(levels, self.recorded, self.work, past=past)
-        speed_of = dict(zip(in_files, speeds, strict=True))
-        found = [replace(level, speed=speed_of.get(level.level, level.speed)) for level in asked]
-        for level in found:
-            self._tell_answered(level)
-        return found, stored
-
-    def _tell_answered(self, level: LevelAnswers) -> None:
-        passes, rate = sum(answer.passed for answer in level.answers), level.speed.decode_tokens_per_s
-        self.work.progress.on_level(
-            LevelNews(level.level, "answered", passes=passes, inputs=len(level.answers), tokens_per_s=rate)
-        )
 
     def replies(self, contender: Contender, *, timed: bool = False, inputs: Sequence[Input] | None = None) -> Replies:
         """What one contender answers to the workload, or to these inputs of it; of files of answers all they hold.
@@ -197,7 +153,7 @@ class Asker:
     def tell_doubts(self, asked: Sequence[LevelAnswers], *, asked_all: bool = True) -> None:
         """What makes answers or speeds worth less than they look. ``asked_all``: everything was to be answered."""
         wanted = len(self.workload.inputs) * self.workload.samples
-        if asked_all and len(asked[0].answers) < wanted:
+        if asked_all and 0 < len(asked[0].answers) < wanted:
             self.work.journal.warn(
                 f"The reference {asked[0].level} has {len(asked[0].answers)} of {wanted} answers: every level is "
                 "compared on those alone."
@@ -213,8 +169,9 @@ class Asker:
         if impossible:
             shown = ", ".join(impossible[:5]) + (", ..." if len(impossible) > 5 else "")
             self.work.journal.warn(
-                f"Neither the reference nor any level passes {len(impossible)} of {len(self.workload.inputs)} inputs "
-                f"({shown}), so these cannot show a loss. Their criteria may be wrong, or the work too hard."
+                f"Neither the reference nor any level that was asked passes {len(impossible)} of "
+                f"{len(self.workload.inputs)} inputs ({shown}), so these cannot show a loss. Their criteria may "
+                "be wrong, or the work too hard."
             )
         busy = [level for level in asked if level.speed.disturbed]
         if busy:
@@ -227,8 +184,93 @@ class Asker:
 
     def _passed_by_nobody(self, asked: Sequence[LevelAnswers]) -> list[str]:
         """Inputs that were answered, and by no one well; with one level alone nothing can be said."""
-        if len(asked) < 2:
+        if sum(bool(level.answers) for level in asked) < 2:
             return []
         answered = {answer.input_id for answer in asked[0].answers}
         passed = {answer.input_id for level in asked for answer in level.answers if answer.passed}
         return [one.id for one in self.workload.inputs if one.id in answered - passed]
+
+
+class Asking:
+    """Contenders that are asked and timed one after the other, the reference before all others."""
+
+    def __init__(self, asker: Asker, contenders: Sequence[Contender]) -> None:
+        """``contenders``: all that may be, the reference first."""
+        self._asker, self._work = asker, asker.work
+        self._contenders = {name_of(one): one for one in contenders}
+        self._reference = contenders[0]
+        self._asked: dict[str, LevelAnswers] = {}
+        self._speeds: dict[str, Speed] = {}
+        self._stored: list[Contender] = []
+        self._timed_before = True
+
+    def has_asked(self, contender: Contender) -> bool:
+        """Whether it has answered."""
+        return name_of(contender) in self._asked
+
+    def ask(self, contender: Contender) -> None:
+        """The workload through one, and before the first of all through the reference. An endpoint that answers nothing
+        is left out, with a warning. Raises as ``Asker.ask_all``."""
+        from bitladder.errors import EngineError
+
+        if contender is not self._reference and not self.has_asked(self._reference):
+            self.ask(self._reference)
+        name, is_first = name_of(contender), contender is self._reference
+        self._work.progress(f"workload: {name}", len(self._asked), len(self._contenders))
+        self._work.progress.on_level(LevelNews(name, "answering"))
+        try:
+            replies, speed, stored = self._asker.replies(contender, timed=not is_first)
+        except EngineError as error:
+            if is_first or not isinstance(contender, EndpointSettings | ServedLevel):
+                raise
+            self._work.journal.warn(f"{name} is left out: {error.found}")
+            return
+        reference = None if is_first else self._asked[name_of(self._reference)]
+        self._speeds.setdefault(name, speed or UNKNOWN_SPEED)
+        self._asked[name] = self._asker.judged(name, replies, self._speeds[name], reference)
+        if stored and not isinstance(contender, Path):
+            self._stored.append(contender)
+        self._tell(name)
+
+    def time(self, levels: Sequence[LevelToAsk], race: Race | None = None) -> None:
+        """Speeds of levels in files, in turns; ``race`` as ``stages.speeds.speeds_in_turns`` takes it."""
+        from bitladder.stages.speeds import MOST_PAST, speeds_in_turns
+
+        past = 0 if all(level.cache.is_default for level in levels) else min(self._asker.n_ctx // 2, MOST_PAST)
+        speeds, stored = speeds_in_turns(levels, self._asker.recorded, self._work, past=past, race=race)
+        self._timed_before = self._timed_before and stored
+        self._speeds |= {name_of(level): speed for level, speed in zip(levels, speeds, strict=True)}
+        for level in levels:
+            self._tell(name_of(level))
+
+    def so_far(self) -> list[LevelAnswers]:
+        """What is known of all contenders, the reference first; of those that were not asked no answers."""
+        return [
+            replace(
+                self._asked.get(name) or LevelAnswers(name, (), UNKNOWN_SPEED),
+                speed=self._speeds.get(name, UNKNOWN_SPEED),
+            )
+            for name in self._contenders
+            if name in self._speeds or name == name_of(self._reference)
+        ]
+
+    def finished(self) -> list[LevelAnswers]:
+        """The same, with doubts told and what was stored already."""
+        in_files = [name_of(one) for one in self._stored if isinstance(one, LevelToAsk)]
+        elsewhere = [name_of(one) for one in self._stored if not isinstance(one, LevelToAsk)]
+        self._work.progress("workload", len(self._contenders), len(self._contenders))
+        self._work.journal.reuse("answers and speed" if self._timed_before else "answers", in_files)
+        self._work.journal.reuse("answers and speed", elsewhere)
+        found = self.so_far()
+        self._asker.tell_doubts(found)
+        return found
+
+    def _tell(self, name: str) -> None:
+        """What is known of one, for who watches."""
+        said = self._asked[name].answers if name in self._asked else ()
+        rate = self._speeds[name].decode_tokens_per_s
+        if not said:
+            self._work.progress.on_level(LevelNews(name, "timed", tokens_per_s=rate))
+            return
+        passes = sum(answer.passed for answer in said)
+        self._work.progress.on_level(LevelNews(name, "answered", passes=passes, inputs=len(said), tokens_per_s=rate))

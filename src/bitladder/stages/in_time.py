@@ -12,9 +12,10 @@ from bitladder.levels import Level, RecipeLevel
 from bitladder.plan.schedule import Kind, Piece, looks, spread
 from bitladder.records.plan import Plan
 from bitladder.stages.calibration import importance_need
+from bitladder.stages.documents import material
 from bitladder.stages.forecast import building_need, corrected_seconds, walking_need
 from bitladder.stages.job import AUTO
-from bitladder.stages.looks import Costs, Countdown, TooLittleTime, material
+from bitladder.stages.looks import Costs, Countdown, TooLittleTime
 from bitladder.stages.run_facts import AUTO_TIME, level_of
 from bitladder.stages.run_given import Given, endpoints_of, named_reference
 from bitladder.stages.speeds import LEAST_ROUNDS

@@ -14,33 +14,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from bitladder.errors import BitladderError, UnknownArchitecture
-from bitladder.files.kept_array import KeptArray
+from bitladder.errors import BitladderError
 from bitladder.plan.schedule import LEAST, Kind, Piece, Seen, next_piece
 from bitladder.progress import LevelNews, Progress
-from bitladder.records.fidelity import Fidelity, Way
+from bitladder.records.fidelity import Fidelity
 from bitladder.stages.ask import UNKNOWN_SPEED, Asker, LevelToAsk, name_of
-from bitladder.stages.engine_way import way_for
+from bitladder.stages.documents import Documents, Material
 from bitladder.stages.forecast import corrected_seconds, walking_need
 from bitladder.stages.measure import Ways
 from bitladder.stages.speeds import LEAST_ROUNDS, measure_in_turns, speeds_in_turns
-from bitladder.stats.sequential import Standing, spent, standing
+from bitladder.stats.sequential import Standing, standing
 from bitladder.units import human_duration
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from bitladder.describe.windows import Window
-    from bitladder.describe.workload import Input
     from bitladder.files.gguf import GgufFile
     from bitladder.records.evaluation import Answer, LevelAnswers, Speed
     from bitladder.records.plan import LevelPlan
     from bitladder.store.recorded import Subject
-    from bitladder.walk.head import TokenScores
-
-    Scored = tuple[TokenScores, TokenScores]
 
 MARGIN = 1.25
 """What a piece is allowed to take over its prediction before it would end too late."""
@@ -134,45 +126,6 @@ class Evidence:
     """The reference's first."""
 
 
-@dataclass(frozen=True)
-class Material:
-    """What there is to look at, in the order in which it is taken."""
-
-    units: tuple[tuple[Window, ...], ...]
-    """Documents, each of its windows; of a single document its windows one by one."""
-    places: tuple[int, ...]
-    """Where each unit stands in the text."""
-    inputs: tuple[Input, ...]
-
-    @property
-    def totals(self) -> dict[Kind, int]:
-        """How much of each kind."""
-        return {Kind.DOCUMENTS: len(self.units), Kind.INPUTS: len(self.inputs), Kind.ROUNDS: LEAST_ROUNDS}
-
-
-def material(windows: Sequence[Window], inputs: Sequence[Input]) -> Material:
-    """Documents and inputs in an order that hashes of them fix: as good as random, and the same in every run."""
-    from bitladder.describe.windows import tokens_hash
-    from bitladder.describe.workload import question_hash
-
-    documents: dict[str, list[Window]] = {}
-    for window in windows:
-        documents.setdefault(window.document, []).append(window)
-    whole = list(documents.values()) if len(documents) > 1 else [[window] for window in windows]
-    places = sorted(range(len(whole)), key=lambda place: tokens_hash(whole[place]))
-    ordered = sorted(inputs, key=lambda one: question_hash(one, 0.0, 0))
-    return Material(tuple(tuple(whole[place]) for place in places), tuple(places), tuple(ordered))
-
-
-def coverage(ends: Sequence[int], total: int, *, last: bool) -> float:
-    """Of the intervals of a level that was looked at when it had these numbers of ``total`` documents.
-
-    ``last``: it was not its own evidence that ended the looking, so all that is left of the error rate may be spent.
-    """
-    before = spent(ends[-2] / total) if len(ends) > 1 else 0.0
-    return 1 - ((0.05 if last else spent(ends[-1] / total)) - before)
-
-
 class Costs:
     """Predicts pieces of work: formulas, corrected by what pieces of a kind took so far."""
 
@@ -253,20 +206,17 @@ class Looks:
         files = [one.subject for one in contenders[1:] if isinstance(one, LevelToAsk)]
         same = recorded.one_of_each(files)
         self._twins = {one.level: first.level for one, first in same.items() if one != first}
-        self._subjects = {one.level: one for one in subjects if one.level not in self._twins}
-        self._scores: dict[str, list[Scored]] = {name: [] for name in self._subjects}
-        self._ends: dict[str, list[int]] = {name: [] for name in self._subjects}
+        self._documents = Documents(ways, [one for one in subjects if one.level not in self._twins], wanted)
         self._answers: dict[str, dict[tuple[str, int], Answer]] = {name: {} for name in self._contenders}
         self._speeds: dict[str, Speed] = {}
-        self._way = way_for(ways.job.source) if subjects else Way.WALK
-        self._whole = self._stored()
+        unfinished = self._documents.unfinished
         self._seen = {
-            one.level: Seen(one.level, documents=0 if one.level in self._to_measure else wanted.totals[Kind.DOCUMENTS])
+            one.level: Seen(one.level, documents=0 if one.level in unfinished else wanted.totals[Kind.DOCUMENTS])
             for one in files
             if one.level not in self._twins
         }
         self.costs = Costs(wanted, ways.job.source, plan, self.reference)
-        self._ready = {Kind.DOCUMENTS: self._ready_documents(), Kind.INPUTS: self._ready_inputs(), Kind.ROUNDS: {}}
+        self._ready = {Kind.DOCUMENTS: self._documents.ready(), Kind.INPUTS: self._ready_inputs(), Kind.ROUNDS: {}}
 
     @property
     def seen(self) -> list[Seen]:
@@ -276,17 +226,17 @@ class Looks:
     @property
     def totals(self) -> dict[Kind, int]:
         """How much there is of each kind."""
-        return self._material.totals if self._subjects else self._material.totals | {Kind.DOCUMENTS: 0}
+        return self._material.totals | {Kind.DOCUMENTS: self._documents.total}
 
     @property
     def has_something(self) -> bool:
         """Whether anything was measured of a level."""
-        return bool(self._whole) or any(self._scores.values()) or any(one.inputs for one in self.seen)
+        return self._documents.anything or any(one.inputs for one in self.seen)
 
-    def next_piece(self, still_open: set[str], left: float) -> Piece | None:
+    def next_piece(self, still_open: set[str], left: float, closed: set[str]) -> Piece | None:
         """What comes next (``plan.schedule``)."""
-        named = {self._twins.get(level, level) for level in still_open}
-        return next_piece(self.seen, self.totals, named, self._cost, left)
+        wanted, unwanted = ({self._twins.get(level, level) for level in some} for some in (still_open, closed))
+        return next_piece(self.seen, self.totals, wanted, self._cost, left, closed=unwanted)
 
     def do(self, piece: Piece) -> None:
         """Do a piece of work.
@@ -304,11 +254,7 @@ class Looks:
         """What is known now. ``still_open``: the levels that are not known well enough at the end, when no look
         follows; None while others may."""
         last = {self._twins.get(level, level) for level in still_open or ()}
-        fidelities = [
-            self._whole[name] if name in self._whole else self._fidelity(name, last=name in last)
-            for name, scores in self._scores.items()
-            if scores or name in self._whole
-        ]
+        fidelities = self._documents.fidelities(last)
         answered: list[LevelAnswers] = []
         for name in self._contenders:
             first = self._twins.get(name, name)
@@ -346,28 +292,6 @@ class Looks:
             return ""
         return f"{', '.join(names)}: {' and '.join(parts)} that there are, about {human_duration(seconds)} more time"
 
-    @property
-    def _to_measure(self) -> set[str]:
-        """Levels of whose fidelity not everything is known."""
-        return self._subjects.keys() - self._whole.keys()
-
-    def _stored(self) -> dict[str, Fidelity]:
-        """What runs have measured on the whole text, its units in the order of the looks."""
-        if not self._subjects:
-            return {}
-        ways, places = self._ways, self._material.places
-        digest, found = ways.job.text_key(ways.texts), {}
-        for name, subject in self._subjects.items():
-            stored = ways.recorded.fidelity(subject, digest, ways.reference, way=self._way)
-            if stored is not None and len(stored.unit_kl) == len(stored.unit_tokens) == len(places):
-                found[name] = replace(
-                    stored,
-                    unit_kl=tuple(stored.unit_kl[place] for place in places),
-                    unit_tokens=tuple(stored.unit_tokens[place] for place in places),
-                )
-        ways.job.journal.reuse("fidelity", list(found))
-        return found
-
     def _cost(self, piece: Piece) -> float:
         """Seconds of a piece, of which only what earlier runs did not leave is to be done."""
         ready = self._ready[piece.kind]
@@ -375,14 +299,6 @@ class Looks:
         if not missing and ready.get(self.reference, piece.stop) >= piece.stop:
             return 0.0
         return self.costs(replace(piece, levels=missing))
-
-    def _ready_documents(self) -> dict[str, int]:
-        """How many documents' scores earlier runs left of each level."""
-        found = {}
-        for name in self._to_measure:
-            there = (self._array(name, unit).is_there() for unit in self._material.units)
-            found[name] = sum(1 for _ in itertools.takewhile(bool, there))
-        return found
 
     def _ready_inputs(self) -> dict[str, int]:
         """How many inputs earlier runs asked each contender."""
@@ -393,92 +309,12 @@ class Looks:
             found[name] = sum(1 for _ in itertools.takewhile(bool, there))
         return found
 
-    def _fidelity(self, name: str, *, last: bool) -> Fidelity:
-        from bitladder.stages.fidelity import fidelity
-        from bitladder.walk.head import TokenScores
-
-        own, beside = zip(*self._scores[name], strict=True)
-        windows = [window for unit in self._material.units[: len(own)] for window in unit]
-        share = coverage(self._ends[name], len(self._material.units), last=last)
-        joined = TokenScores.joined(own), TokenScores.joined(beside)
-        return replace(fidelity(name, *joined, windows, coverage=share), way=self._way)
-
     def _measure(self, piece: Piece) -> bool:
-        """Scores of the documents of a piece: those that are kept, the others measured together."""
-        units = self._material.units[piece.start : piece.stop]
-        found = {name: self._kept(name, units) for name in piece.levels}
-        missing = [name for name, scores in found.items() if scores is None]
-        for name in missing:
-            self._asker.work.progress.on_level(LevelNews(name, "measuring"))
-        if missing:
-            subjects = [self._subjects[name] for name in missing]
-            windows = [window for unit in units for window in unit]
-
-            def measured(way: Way, _: UnknownArchitecture | None) -> list[Scored]:
-                self._way = way
-                return list(self._ways.scored(subjects, windows, way))
-
-            ends = np.cumsum([sum(window.scored for window in unit) for unit in units])
-            for name, (own, beside) in zip(missing, self._ways.tried(measured), strict=True):
-                found[name] = list(zip(own.split(ends), beside.split(ends), strict=True))
-                self._keep(name, units, found[name] or [])
-        for name, scores in found.items():
-            self._scores[name] += scores or []
-            self._ends[name].append(piece.stop)
-            self._seen[name] = replace(self._seen[name], documents=piece.stop)
-        self._store_finished(piece)
-        return bool(missing)
-
-    def _store_finished(self, piece: Piece) -> None:
-        """Figures of the whole text are those of a run without a bound, and kept as such."""
-        if piece.stop < len(self._material.units):
-            return
-        from bitladder.stages.fidelity import fidelity
-        from bitladder.walk.head import TokenScores
-
-        windows = self._ways.job.windows(self._ways.texts)
-        place = {id(window): at for at, window in enumerate(windows)}
+        """Fidelity of the levels on the documents of a piece."""
+        worked = self._documents.measure(piece.levels, piece.start, piece.stop)
         for name in piece.levels:
-            parts: list[Scored | None] = [None] * len(windows)
-            for unit, (own, beside) in zip(self._material.units, self._scores[name], strict=True):
-                ends = np.cumsum([window.scored for window in unit])
-                for window, one, other in zip(unit, own.split(ends), beside.split(ends), strict=True):
-                    parts[place[id(window)]] = one, other
-            pairs = [part for part in parts if part is not None]
-            joined = TokenScores.joined([pair[0] for pair in pairs]), TokenScores.joined([pair[1] for pair in pairs])
-            digest = self._ways.job.text_key(self._ways.texts)
-            found = replace(fidelity(name, *joined, windows), way=self._way)
-            self._ways.recorded.keep_fidelity(self._subjects[name], digest, found, self._ways.reference)
-
-    def _array(self, name: str, unit: Sequence[Window]) -> KeptArray:
-        """f64[6, tokens] of a level and a document: KL, log-likelihood and likeliest token, then the reference's."""
-        from bitladder.describe.windows import tokens_hash
-        from bitladder.files.folders import cache_folder
-        from bitladder.store.evidence import canonical
-        from bitladder.store.recorded import protocol
-
-        reference = self._ways.reference
-        against = self._ways.job.source.sha256 if reference is None else canonical(reference.key)
-        subject = canonical(self._subjects[name].key)
-        return KeptArray(cache_folder("scores"), against, subject, tokens_hash(unit), protocol(self._way))
-
-    def _kept(self, name: str, units: Sequence[Sequence[Window]]) -> list[Scored] | None:
-        """Scores of documents that an earlier run left, if it left all of them."""
-        from bitladder.walk.head import TokenScores
-
-        scores = []
-        for unit in units:
-            rows = self._array(name, unit).load()
-            if rows is None or rows.shape != (6, sum(window.scored for window in unit)) or not np.isfinite(rows).all():
-                return None
-            own, beside = (TokenScores(part[0], part[1], part[2].astype(np.int64)) for part in (rows[:3], rows[3:]))
-            scores.append((own, beside))
-        return scores
-
-    def _keep(self, name: str, units: Sequence[Sequence[Window]], scores: Sequence[Scored]) -> None:
-        for unit, pair in zip(units, scores, strict=True):
-            rows = [row for one in pair for row in (one.kl, one.nll, one.top1.astype(np.float64))]
-            self._array(name, unit).save(np.stack(rows))
+            self._seen[name] = replace(self._seen[name], documents=piece.stop)
+        return worked
 
     def _ask(self, piece: Piece) -> bool:
         """Answers of the reference and the levels to the inputs of a piece."""

@@ -85,6 +85,8 @@ class RunSettings:
     within: float | Literal["auto"] | None = None
     """Seconds in which a decision must be there, from when the model lies on the disk; ``auto``: derived from model and
     machine; None: as long as it takes."""
+    full: bool = False
+    """Measure, ask and time every level as much as there is, also those that cannot be chosen."""
 
 
 def level_of(model: Model) -> str:
@@ -218,6 +220,7 @@ def settings_facts(
         **({"kv": [str(cache) for cache in settings.caches]} if settings.caches else {}),
         **({"speculate": list(settings.speculate)} if settings.speculate else {}),
         **({"within_s": settings.within} if settings.within is not None else {}),
+        **({"full": True} if settings.full else {}),
         **({"device": settings.device} if settings.device != "cpu" else {}),
         **({"endpoints": addresses} if (addresses := [one.address for one in _endpoints(settings)]) else {}),
     }
@@ -264,6 +267,7 @@ def commands(settings: RunSettings, n_ctx: int, out: Path) -> tuple[str, ...]:
         words += ["--text", str(text)]
     if settings.within is not None:
         words += ["--within", AUTO_TIME if settings.within == AUTO_TIME else f"{settings.within:g}s"]
+    words += ["--full"] if settings.full else []
     words += [
         "--imatrix",
         settings.imatrix,

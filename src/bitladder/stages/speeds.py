@@ -3,8 +3,10 @@
 A machine's speed drifts by more than levels differ: by what else runs, by its temperature. Levels measured one after
 the other each see another machine; in one round all see about the same, so rounds are compared with rounds
 (``stats.paired.ratio_interval``). Rounds in which other programs took part of the processor are left out where there
-are enough others. There are as many rounds as it takes to tell the levels apart, within limits. A level's prompt is
-computed once, in a round that nothing disturbs; the others decode after it.
+are enough others. There are as many rounds as it takes to tell the levels apart, within limits. Where only the fastest
+is looked for (``Race``), levels that are surely slower than another take no part in the later ones (a race, as Maron
+and Moore, Artificial Intelligence Review 11 (1997) 193-225, call it), so there are more of them in the same time. A
+level's prompt is computed once, in a round that nothing disturbs; the others decode after it.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,6 +24,7 @@ from typing import TYPE_CHECKING
 
 from bitladder.describe.cache_types import F16_CACHE
 from bitladder.files.probe import OtherLoad, probe_machine
+from bitladder.plan.judge import SAME_SPEED
 from bitladder.records.evaluation import MOST_OTHERS_SHARE, Speed
 from bitladder.stages.evaluate import DECODE_TOKENS, PREFILL_TOKENS, decode_rates, warm_up
 from bitladder.stats.paired import ratio_interval
@@ -46,6 +49,16 @@ SHARE_OF_MEMORY = 0.7
 
 
 @dataclass(frozen=True)
+class Race:
+    """Levels of which the fastest is looked for."""
+
+    stays: frozenset[str] = frozenset()
+    """Timed in every round: what others must be faster than."""
+    leaves: frozenset[str] = frozenset()
+    """Timed in the first rounds alone: it is good to know how fast they are, and nothing depends on it."""
+
+
+@dataclass(frozen=True)
 class _Round:
     """One level in one round."""
 
@@ -57,10 +70,10 @@ class _Round:
 
 
 def speeds_in_turns(
-    levels: Sequence[LevelToAsk], recorded: Recorded, work: Work, *, past: int = 0
+    levels: Sequence[LevelToAsk], recorded: Recorded, work: Work, *, past: int = 0, race: Race | None = None
 ) -> tuple[list[Speed], bool]:
     """Speeds of levels in files, in their order, and whether all were stored already. ``past``: tokens of context
-    that decoding is timed behind.
+    that decoding is timed behind. ``race``: None where all levels are timed in every round.
 
     Stored ones are taken when all of them were measured in the same turns and other programs left them alone; else all
     are measured anew, since rounds of another time say nothing of their order.
@@ -84,13 +97,24 @@ def speeds_in_turns(
     same = recorded.one_of_each([level.subject for level in levels])
     timed = [level for level in levels if same[level.subject] == level.subject]
     measured = measure_in_turns(
-        [level.path for level in timed], work, caches=[level.cache for level in timed], past=past
+        [level.path for level in timed],
+        work,
+        caches=[level.cache for level in timed],
+        past=past,
+        race=race and _without_twins(race, {one.level: first.level for one, first in same.items()}),
+        names=[level.subject.level for level in timed],
     )
     speed_of = dict(zip((level.subject for level in timed), measured, strict=True))
     speeds = [speed_of[same[level.subject]] for level in levels]
     for level, fact, speed in zip(levels, facts, speeds, strict=True):
         recorded.keep_speed(level.subject, fact, speed)
     return speeds, False
+
+
+def _without_twins(race: Race, first: Mapping[str, str]) -> Race:
+    """The same of levels that stand for those that are equal to them, byte for byte."""
+    stays, leaves = (frozenset(first.get(name, name) for name in names) for names in (race.stays, race.leaves))
+    return Race(stays, leaves - stays)
 
 
 def _room(past: int) -> int:
@@ -104,26 +128,46 @@ def measure_in_turns(
     most: int = MOST_ROUNDS,
     caches: Sequence[CacheTypes] = (),
     past: int = 0,
+    race: Race | None = None,
+    names: Sequence[str] = (),
 ) -> list[Speed]:
-    """Speeds of models in files or folders, measured in turns, in at most so many rounds, each with its KV cache and
-    behind so many tokens of context.
+    """Speeds of models in files or folders, measured in turns.
+
+    Args:
+        paths: the models.
+        work: threads and progress.
+        most: rounds at most.
+        caches: the KV cache of each; llama.cpp's own by default.
+        past: tokens of context that decoding is timed behind.
+        race: who takes part in which rounds; None for all in all.
+        names: what ``race`` calls the models.
 
     Raises:
         EngineError: an engine failed.
     """
     turns, began = datetime.now(UTC).isoformat(timespec="milliseconds"), time.monotonic()
-    rounds: list[list[_Round]] = []
+    rounds: list[dict[int, _Round]] = []
+    everyone = range(len(paths))
+    racing = set(everyone)
     with ExitStack() as stack:
         engines = _Engines(paths, work, stack, caches or [F16_CACHE] * len(paths), past)
         for number in range(most):
             work.progress("speeds, rounds", number, most)
-            rounds.append([engines.rates(at, number) for at in range(len(paths))])
-            if _enough(rounds, time.monotonic() - began):
+            rounds.append({at: engines.rates(at, number) for at in everyone if at in racing})
+            if race is not None:
+                stays, leaves = (_places(wanted, names) for wanted in (race.stays, race.leaves))
+                racing = _racing(_quiet_rates(rounds), racing, stays, leaves)
+            if _enough(rounds, racing, time.monotonic() - began):
                 break
     work.progress("speeds, rounds", most, most)
-    prefills = [_prefill(own) for own in zip(*rounds, strict=True)]
-    kept = zip(*_kept(rounds), strict=True)
-    return [_speed(own, prefill, turns) for own, prefill in zip(kept, prefills, strict=True)]
+    kept = _kept(rounds)
+    own = {at: [one[at] for one in kept if at in one] for at in everyone}
+    prefills = [_prefill([one[at] for one in rounds if at in one]) for at in everyone]
+    return [_speed(own[at], prefill, turns) for at, prefill in zip(everyone, prefills, strict=True)]
+
+
+def _places(wanted: Collection[str], names: Sequence[str]) -> set[int]:
+    return {at for at, name in enumerate(names) if name in wanted}
 
 
 class _Engines:
@@ -180,31 +224,62 @@ def _files(path: Path) -> list[Path]:
     return [file for file in path.iterdir() if file.is_file()] if path.is_dir() else [path]
 
 
-def _quiet(one: Sequence[_Round]) -> bool:
-    return all(not level.others_share > MOST_OTHERS_SHARE for level in one)
+def _quiet(one: Mapping[int, _Round]) -> bool:
+    return all(not level.others_share > MOST_OTHERS_SHARE for level in one.values())
 
 
-def _kept(rounds: Sequence[Sequence[_Round]]) -> Sequence[Sequence[_Round]]:
+def _kept(rounds: Sequence[Mapping[int, _Round]]) -> Sequence[Mapping[int, _Round]]:
     """The rounds that nothing disturbed, where there are enough of them."""
     quiet = [one for one in rounds if _quiet(one)]
     return quiet if len(quiet) >= LEAST_ROUNDS else rounds
 
 
-def _enough(rounds: Sequence[Sequence[_Round]], seconds: float) -> bool:
+def _quiet_rates(rounds: Sequence[Mapping[int, _Round]]) -> dict[int, list[float]]:
+    """Rates of each level in the rounds that nothing disturbed."""
+    found: dict[int, list[float]] = {}
+    for one in rounds:
+        for at, level in one.items() if _quiet(one) else ():
+            found.setdefault(at, []).append(level.decode)
+    return found
+
+
+def _racing(
+    rates: Mapping[int, Sequence[float]], racing: Collection[int], stays: Collection[int], leaves: Collection[int]
+) -> set[int]:
+    """Who takes part in the next round: once there are enough rounds, those that stay, and those of the others that no
+    level is surely faster than by a margin that counts. A level that left saw the first rounds."""
+    enough = {at: own for at, own in rates.items() if len(own) >= LEAST_ROUNDS}
+    if not all(at in enough for at in racing):
+        return set(racing)
+    rivals = enough.keys() - set(leaves)
+
+    def beaten(at: int) -> bool:
+        return any(_ratio(enough[other], enough[at])[1] > 1 + SAME_SPEED for other in rivals - {at})
+
+    return {at for at in racing if at in stays or (at not in leaves and not beaten(at))}
+
+
+def _enough(rounds: Sequence[Mapping[int, _Round]], racing: Collection[int], seconds: float) -> bool:
+    """Whether the levels that are still timed are told apart, or there is no time for another round."""
     if len(rounds) < LEAST_ROUNDS:
         return False
     if seconds > LONG_S:
         return True
-    quiet = [one for one in rounds if _quiet(one)]
-    if len(quiet) < LEAST_ROUNDS:
+    rates = _quiet_rates(rounds)
+    if any(len(rates.get(at, ())) < LEAST_ROUNDS for at in racing):
         return False
-    levels = list(zip(*([level.decode for level in one] for one in quiet), strict=True))
-    return all(_told_apart(one, other) for one, other in itertools.combinations(levels, 2))
+    return all(_told_apart(rates[one], rates[other]) for one, other in itertools.combinations(sorted(racing), 2))
+
+
+def _ratio(one: Sequence[float], other: Sequence[float]) -> tuple[float, float, float]:
+    """Of the rates in the rounds that both took part in: the first ones of the one that took part in more."""
+    shared = min(len(one), len(other))
+    return ratio_interval(one[:shared], other[:shared])
 
 
 def _told_apart(one: Sequence[float], other: Sequence[float]) -> bool:
     """Whether one is surely the faster by a margin, or the ratio known well enough to call them equal."""
-    ratio, low, high = ratio_interval(one, other)
+    ratio, low, high = _ratio(one, other)
     return low > CLOSE or high < 1 / CLOSE or (high / ratio < CLOSE and ratio / low < CLOSE)
 
 

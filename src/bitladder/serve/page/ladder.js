@@ -300,7 +300,7 @@ function levelRow(run, row) {
     number(
       "passes",
       "Passes",
-      result ? `${result.passes}/${result.inputs}` : DASH,
+      result?.inputs ? `${result.passes}/${result.inputs}` : DASH,
       result && `${range(result.pass_low, result.pass_high, (share) => percent(share, 0))}`,
     ),
     h(
