@@ -99,7 +99,7 @@ def commands() -> list[Command]:
         Command("plan", f"plan {llama} --ctx 512 --as 'RTX 4090 + 64 GiB'"),
         Command("plan of experts", "plan $S/mixtral.gguf --ctx 512 --kv q8_0 --slots 2 --as 'RTX 4090 + 64 GiB'"),
         Command("inspect", "inspect $R/plain-llama/llama-Q4_K_M.gguf --tensors"),
-        Command("run", f"run {llama} --levels Q8_0,Q6_K,Q4_K_M,Q2_K {judged}", calibrated=True),
+        Command("run", f"run {llama} --levels Q8_0,Q6_K,Q4_K_M,Q2_K --full {judged}", calibrated=True),
         Command("gate that holds", f"gate {llama} --levels Q8_0 {judged}", calibrated=True, tested=False),
         Command("gate that does not", f"gate {llama} --levels Q2_K {judged}", calibrated=True, tested=False),
         Command("smallest", f"smallest {llama} --levels Q8_0,Q2_K --imatrix {importance}.gguf "

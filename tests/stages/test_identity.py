@@ -65,7 +65,7 @@ class World:
     def run(self, *options: str | Path, out: Path | None = None, levels: str = ",".join(LEVELS)):
         return self(
             "run", self.model, "--levels", levels, "--workload", self.home / "w.yaml", "--text", self.home / "t.txt",
-            "--bar", "kl < 9", "--out", out or self.out, *SMALL, *options,
+            "--bar", "kl < 9", "--full", "--out", out or self.out, *SMALL, *options,
         )  # fmt: skip
 
     def gate(self, *options: str | Path):

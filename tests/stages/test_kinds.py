@@ -47,7 +47,7 @@ def run_of(home: Path, *levels: str, also: tuple[str, ...] = (), code: int | Non
     """The record of a run of some levels."""
     done = do(
         "run", home / "m-F16.gguf", "--levels", ",".join(levels), "--workload", home / "w.yaml", "--text",
-        home / "t.txt", "--bar", "kl < 9", "--out", home / "out", "--ctx", "512", *SMALL,
+        home / "t.txt", "--bar", "kl < 9", "--out", home / "out", "--ctx", "512", "--full", *SMALL,
         *(word for one in also for word in ("--also", one)), code=code,
     )  # fmt: skip
     assert done.exit_code in (0, 4), (done.output, done.exception)

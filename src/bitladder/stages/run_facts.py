@@ -220,7 +220,6 @@ def settings_facts(
         **({"kv": [str(cache) for cache in settings.caches]} if settings.caches else {}),
         **({"speculate": list(settings.speculate)} if settings.speculate else {}),
         **({"within_s": settings.within} if settings.within is not None else {}),
-        **({"full": True} if settings.full else {}),
         **({"device": settings.device} if settings.device != "cpu" else {}),
         **({"endpoints": addresses} if (addresses := [one.address for one in _endpoints(settings)]) else {}),
     }
