@@ -23,10 +23,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from bitladder.plan.decide import decide
 from bitladder.records.evaluation import WorkloadResult
-from bitladder.records.fidelity import Fidelity
 from bitladder.stats.bootstrap import ratio_interval
 from bitladder.stats.paired import mcnemar
-from ladder_examples import KL, SIZES, plan, result
+from ladder_examples import KL, SIZES, fidelity, plan, result
 
 DOCUMENTS, TOKENS, INPUTS, ROUNDS = 30, 300, 25, 5
 NAMES = list(KL)
@@ -67,12 +66,17 @@ def one_run(ladder: Ladder, rng: np.random.Generator):
     for at, level in enumerate(NAMES):
         own = ladder.kl[at] * np.exp(hard + rng.normal(0, 0.2, DOCUMENTS) - (ladder.spread**2 + 0.04) / 2)
         kl = ratio_interval(own * tokens, tokens, np.random.default_rng(0), scale="log", worse="more")
-        top1 = max(0.0, 1 - 0.35 * math.sqrt(kl.value))
-        fidelities.append(Fidelity(
-                level, DOCUMENTS * TOKENS, DOCUMENTS, "document", kl.value, kl.low, kl.high, kl.value / 2, 9 * kl.value,
-                50 * kl.value, 30.0, 30.0, 1.0, 1.0, 1.0, top1, top1, top1,
-                unit_kl=tuple(own.tolist()), unit_tokens=(TOKENS,) * DOCUMENTS,
-        ))  # fmt: skip
+        fidelities.append(
+            dataclasses.replace(
+                fidelity(level, kl.value),
+                tokens=DOCUMENTS * TOKENS,
+                units=DOCUMENTS,
+                kl_low=kl.low,
+                kl_high=kl.high,
+                unit_kl=tuple(own.tolist()),
+                unit_tokens=(TOKENS,) * DOCUMENTS,
+            )
+        )
         rates = ladder.speed[at] * np.exp(drift + rng.normal(0, ladder.noise, ROUNDS))
         failed = rng.uniform(size=INPUTS) < ladder.loses[at]
         gained = ~passed & (rng.uniform(size=INPUTS) < 0.05)

@@ -10,6 +10,7 @@ top-1 and the tail of KL stay as they were found: of a bar on these the certaint
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ from bitladder.records.decision import Certainty, TierGuesses
 from bitladder.records.evaluation import Speed, WorkloadResult
 from bitladder.records.fidelity import AtDepth, Fidelity
 from bitladder.records.plan import LevelPlan
-from bitladder.stats.bootstrap import F64
+from bitladder.stats.bootstrap import F64, Interval, ratio_interval, resampled_counts
 from bitladder.stats.paired import mcnemar
 
 RESAMPLES = 100
@@ -108,23 +109,25 @@ def _other_documents(evidence: LadderEvidence, rng: np.random.Generator) -> dict
     """Level -> KL of each unit, f64[units], of units that another run might have.
 
     Their logarithms are taken as jointly normal over levels, since a unit that is hard for one level is hard for
-    all, with mean and spread as well known as these units tell. Resampling the units themselves would never find one
-    worse than the worst here, and was too sure of itself.
+    all, with mean and spread as well known as these units tell. A level that was measured on the first units alone
+    shares them with the others. Resampling the units themselves would never find one worse than the worst here, and was
+    too sure of itself.
     """
-    found: dict[str, F64] = {}
     known = {one.level: one.unit_kl for one in evidence.fidelities if one.has_units and min(one.unit_kl) > 0}
-    for size in sorted({len(own) for own in known.values()}):
-        alike = {level: own for level, own in known.items() if len(own) == size}
-        logs = np.log(np.array(list(alike.values())))
-        means = logs.mean(axis=1, keepdims=True)
-        spread = (logs - means) / math.sqrt(rng.chisquare(size - 1))
-        shift = spread @ rng.normal(0.0, 1.0, (size, 1)) / math.sqrt(size)
-        found |= dict(zip(alike, np.exp(means + shift + spread @ rng.normal(0.0, 1.0, (size, size))), strict=True))
+    most = max(map(len, known.values()), default=0)
+    of_mean, of_units = rng.normal(0.0, 1.0, most), rng.normal(0.0, 1.0, (most, most))
+    freedom = {size: rng.chisquare(size - 1) for size in sorted({len(own) for own in known.values()})}
+    found: dict[str, F64] = {}
+    for level, own in known.items():
+        size, logs = len(own), np.log(np.asarray(own))
+        spread = (logs - logs.mean()) / math.sqrt(freedom[size])
+        mean = logs.mean() + spread @ of_mean[:size] / math.sqrt(size)
+        found[level] = np.exp(mean + spread @ of_units[:size, :size])
     return found
 
 
 def _fidelity(one: Fidelity, documents: Mapping[str, F64], shift: float) -> Fidelity:
-    """Another mean KL with its interval, as lopsided as the one found and as wide as its units make it."""
+    """Another mean KL with its interval, found as this one was."""
     if not one.kl_mean > 0 or not one.kl_low > 0 or not math.isfinite(one.kl_high):
         return one
     kl = documents.get(one.level)
@@ -133,11 +136,41 @@ def _fidelity(one: Fidelity, documents: Mapping[str, F64], shift: float) -> Fide
         low, high = one.kl_low * factor, one.kl_high * factor
         return replace(one, kl_mean=one.kl_mean * factor, kl_low=low, kl_high=high, depths=_depths(one, factor))
     tokens = np.asarray(one.unit_tokens, dtype=np.float64)
-    mean = float((kl * tokens).sum() / tokens.sum())
-    wider = _error_of_log(kl, tokens) / max(_error_of_log(np.asarray(one.unit_kl), tokens), 1e-12)
-    low, high = (mean * (bound / one.kl_mean) ** wider for bound in (one.kl_low, one.kl_high))
-    depths = _depths(one, mean / one.kl_mean)
-    return replace(one, kl_mean=mean, kl_low=low, kl_high=high, unit_kl=tuple(kl.tolist()), depths=depths)
+    here, there = _interval_of(one.unit_kl, one.unit_tokens), _interval(kl, tokens)
+    low, high = (
+        there.value * (bound / there.value) ** _share(math.log(found / one.kl_mean), math.log(own / here.value))
+        for bound, found, own in ((there.low, one.kl_low, here.low), (there.high, one.kl_high, here.high))
+    )
+    depths = _depths(one, there.value / one.kl_mean)
+    return replace(one, kl_mean=there.value, kl_low=low, kl_high=high, unit_kl=tuple(kl.tolist()), depths=depths)
+
+
+_DRAWS = 400
+"""Of the bootstrap in each drawn run: quantiles as exact as a run's own are not needed."""
+
+
+def _interval(kl: F64, tokens: F64) -> Interval:
+    """As a run finds it (``stages.fidelity``), at 95%."""
+    counts = _counts(len(kl))
+    return ratio_interval(kl * tokens, tokens, np.random.default_rng(0), scale="log", worse="more", counts=counts)
+
+
+@functools.cache
+def _interval_of(kl: tuple[float, ...], tokens: tuple[int, ...]) -> Interval:
+    return _interval(np.asarray(kl), np.asarray(tokens, dtype=np.float64))
+
+
+@functools.cache
+def _counts(clusters: int) -> F64:
+    """The same draws for all intervals, those of one cluster alone left out."""
+    counts = resampled_counts(np.random.default_rng(SEED), clusters, _DRAWS)
+    usable: F64 = counts[(counts > 0).sum(axis=1) > 1]
+    return usable
+
+
+def _share(found: float, own: float) -> float:
+    """By how much a bound lies further out than that of ``_interval``: of a run that looked more than once."""
+    return found / own if own else 1.0
 
 
 def _depths(one: Fidelity, factor: float) -> tuple[AtDepth, ...]:
@@ -146,13 +179,6 @@ def _depths(one: Fidelity, factor: float) -> tuple[AtDepth, ...]:
         replace(at, kl_mean=at.kl_mean * factor, kl_low=at.kl_low * factor, kl_high=at.kl_high * factor)
         for at in one.depths
     )
-
-
-def _error_of_log(kl: F64, tokens: F64) -> float:
-    """Standard error of the logarithm of the mean KL per token."""
-    total = float((kl * tokens).sum())
-    rest = (kl - total / tokens.sum()) * tokens
-    return math.sqrt(float(rest @ rest)) / total if total > 0 else 0.0
 
 
 def _result(one: WorkloadResult, inputs: NDArray[np.intp], numbers: Mapping[str, int]) -> WorkloadResult:
@@ -208,18 +234,24 @@ def _moved_rates(evidence: LadderEvidence, rng: np.random.Generator) -> dict[str
     """
     rounds = {one.level: one.decode_rounds for one in evidence.results}
     rounds |= {level: one.rounds for level, one in evidence.speeds.items()}
-    found: dict[str, NDArray[np.float64]] = {}
-    known = {level: own for level, own in rounds.items() if len(own) > 1 and _are_rates(own)}
-    for size in sorted({len(own) for own in known.values()}):
-        alike = {level: own for level, own in known.items() if len(own) == size}
-        logs = np.log(np.array(list(alike.values())))
-        drift = logs.mean(axis=0)
-        means = (logs - drift).mean(axis=1, keepdims=True)
-        rest = logs - drift - means
-        error = np.sqrt((rest**2).sum(axis=1, keepdims=True) / rng.chisquare(size - 1, (len(alike), 1)))
-        shift = error * rng.normal(0.0, 1.0, error.shape) / math.sqrt(size)
-        anew = drift + means + shift + error * rng.normal(0.0, 1.0, rest.shape)
-        found |= dict(zip(alike, np.exp(anew), strict=True))
+    logs = {level: np.log(own) for level, own in rounds.items() if len(own) > 1 and _are_rates(own)}
+    if not logs:
+        return {}
+    shared = min(map(len, logs.values()))
+    base = {level: own[:shared].mean() for level, own in logs.items()}
+    there = [[level for level, own in logs.items() if len(own) > at] for at in range(max(map(len, logs.values())))]
+    # Where a level was timed alone nothing tells the machine's drift from its own.
+    drift = np.array([np.mean([logs[one][at] - base[one] for one in here]) for at, here in enumerate(there)])
+    drift = drift if len(logs) > 1 else np.zeros(len(drift))
+    kept = np.sqrt([len(here) / max(1, len(here) - 1) for here in there])  # of a spread, what the drift took of it
+    found = {}
+    for level, own in logs.items():
+        size = len(own)
+        beside = own - drift[:size]
+        rest = (beside - beside.mean()) * kept[:size]
+        error = math.sqrt(float(rest @ rest) / rng.chisquare(size - 1))
+        mean = beside.mean() + error * rng.normal() / math.sqrt(size)
+        found[level] = np.exp(drift[:size] + mean + error * rng.normal(0.0, 1.0, size))
     return found
 
 

@@ -29,6 +29,8 @@ One cluster has no spread to learn from: the interval is then NaN, "not estimabl
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -72,14 +74,19 @@ def resampled_counts(rng: np.random.Generator, clusters: int, draws: int) -> F64
     return rng.multinomial(clusters, np.full(clusters, 1 / clusters), size=draws).astype(np.float64)
 
 
-def _studentised(x: F64, w: F64, rng: np.random.Generator, draws: int, *, log: bool) -> F64:
-    """t* of the draws that hold at least two different clusters."""
+def _draws_of(rng: np.random.Generator, clusters: int, draws: int) -> Iterator[F64]:
+    """So many draws in pieces, those of one cluster alone left out."""
+    step = max(1, _CHUNK // clusters)
+    for start in range(0, draws, step):
+        counts = resampled_counts(rng, clusters, min(step, draws - start))
+        yield counts[(counts > 0).sum(axis=1) > 1]
+
+
+def _studentised(x: F64, w: F64, drawn: Iterable[F64], *, log: bool) -> F64:
+    """t* of draws that hold at least two different clusters."""
     value = x.sum() / w.sum()
     parts = []
-    step = max(1, _CHUNK // len(x))
-    for start in range(0, draws, step):
-        counts = resampled_counts(rng, len(x), min(step, draws - start))
-        counts = counts[(counts > 0).sum(axis=1) > 1]
+    for counts in drawn:
         ratio, error = _ratio_and_error(counts, x, w)
         usable = (error > 0) & ((ratio > 0) if log else np.isfinite(ratio))
         ratio, error = ratio[usable], error[usable]
@@ -96,6 +103,7 @@ def ratio_interval(
     worse: Literal["more", "less", ""] = "",
     level: float = 0.95,
     draws: int = DRAWS,
+    counts: F64 | None = None,
 ) -> Interval:
     """sum(x) / sum(w) with a bootstrap-t interval that resamples clusters.
 
@@ -107,12 +115,12 @@ def ratio_interval(
         worse: which direction is damage; that end allows for the worst cluster once more. Empty: neither.
         level: coverage.
         draws: bootstrap samples.
+        counts: f64[draws, clusters], how often each sample draws each cluster, at least two of them; for many intervals
+            over as many clusters. Drawn by ``rng`` by default.
 
     Raises:
         ValueError: no cluster, or a weight that is not positive.
     """
-    from scipy.stats import t as student
-
     if not len(x) or len(x) != len(w) or not (w > 0).all():
         raise ValueError(f"clusters must have one positive weight each. Got {len(x)} sums and weights {w!r} instead.")
     value = float(x.sum() / w.sum())
@@ -124,8 +132,9 @@ def ratio_interval(
     if own_error == 0:
         return Interval(value, value, value)
     tail = (1 - level) / 2
-    normal = float(student.ppf(1 - tail, len(x) - 1))
-    t = _studentised(x, w, rng, draws, log=log)
+    normal = _student(1 - tail, len(x) - 1)
+    drawn = _draws_of(rng, len(x), draws) if counts is None else (counts,)
+    t = _studentised(x, w, drawn, log=log)
     high_t, low_t = np.quantile(t, [1 - tail, tail]) if len(t) else (normal, -normal)
     high_t = float(np.clip(high_t, normal, _WIDEST * normal))
     low_t = float(np.clip(low_t, -_WIDEST * normal, -normal))
@@ -137,6 +146,13 @@ def ratio_interval(
     if log:
         return Interval(value, value * float(np.exp(-down)), value * float(np.exp(up)))
     return Interval(value, value - down, value + up)
+
+
+@functools.cache
+def _student(share: float, freedom: int) -> float:
+    from scipy.stats import t as student
+
+    return float(student.ppf(share, freedom))
 
 
 def _worst_once_more(x: F64, w: F64, *, more: bool) -> float:
