@@ -184,6 +184,38 @@ def test_a_difference_of_speed_that_may_be_chance_is_none():
     assert (decision.quality, decision.speed) == ("Q6_K", "Q6_K")
 
 
+def test_a_level_that_left_the_turns_is_compared_over_the_rounds_that_it_saw():
+    rates = {"Q6_K": 50, "Q5_K_M": 60, "Q4_K_M": 62}
+    whole = timed(rates, 0.005, rounds=10)
+    left = [
+        dataclasses.replace(one, decode_rounds=one.decode_rounds[:3]) if one.level == "Q5_K_M" else one for one in whole
+    ]
+    assert (
+        min(left[3].decode_rounds) / max(left[3].decode_rounds) < 0.9
+    )  # the machine drifts by more than levels differ
+    decision = decide(plan(), fidelities(), left, bar="kl < 0.1", reference="F16")
+    assert (decision.quality, decision.speed) == ("Q6_K", "Q4_K_M")
+    assert decision.certainty[0].share > 0.95
+
+
+def test_what_was_not_done_of_a_level_is_said_and_speeds_alone_are_no_answers():
+    def only_timed(one):
+        return dataclasses.replace(one, inputs=0, passes=0, lost=(), gained=(), p_value=math.nan, pass_rate=math.nan)
+
+    known = [only_timed(one) if one.level == "Q5_K_M" else one for one in results() if one.level != "Q3_K_M"]
+    short = [dataclasses.replace(one, units=10) if one.level == "Q3_K_M" else one for one in fidelities()]
+    decision = decide(plan(), short, known, bar="kl < 0.1", reference="F16")
+    assert decision.quality == "Q6_K"
+    assert reason(decision, "Q3_K_M").endswith("; KL on 10 of 30 documents, neither asked nor timed")
+    assert reason(decision, "Q5_K_M").endswith("; not asked") and "tokens/s" not in reason(decision, "Q2_K")
+    assert not reason(decision, "Q6_K").endswith("asked")
+    assert decision == decide(plan(), short, known, bar="kl < 0.1", reference="F16")
+    untimed = [dataclasses.replace(one, decode_tokens_per_s=math.nan) if one.level == "Q8_0" else one for one in known]
+    assert reason(decide(plan(), short, untimed, bar="kl < 0.1", reference="F16"), "Q8_0").endswith("; not timed")
+    unmeasured = decide(plan(), fidelities(), bar="kl < 0.1", reference="F16")
+    assert not any(one.reason.endswith(("asked", "timed")) for one in unmeasured.verdicts)
+
+
 def test_levels_whose_kl_cannot_be_told_apart_are_equal_and_the_smaller_wins():
     def with_units(level: str, mean: float, pattern: tuple[float, ...]) -> Fidelity:
         units = tuple(mean * each for each in pattern)
@@ -195,6 +227,10 @@ def test_levels_whose_kl_cannot_be_told_apart_are_equal_and_the_smaller_wins():
     assert decide(plan(), apart, bar=bar, reference="F16").quality == "Q8_0"
     alike = [with_units("Q8_0", 0.030, up), with_units("Q6_K", 0.031, down)]
     assert decide(plan(), alike, bar=bar, reference="F16").quality == "Q6_K"
+    short = dataclasses.replace(alike[0], unit_kl=alike[0].unit_kl[:8], unit_tokens=alike[0].unit_tokens[:8])
+    assert (
+        decide(plan(), [short, alike[1]], bar=bar, reference="F16").quality == "Q6_K"
+    )  # on what both were measured on
 
 
 @pytest.mark.parametrize(
