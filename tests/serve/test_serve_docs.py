@@ -55,7 +55,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict
     environment["PATH"] = f"{folder / 'bin'}:{os.environ['PATH']}"
     done = run_cli(
         "run", model, "--levels", "Q8_0,Q4_K_M", "--imatrix", "none", "--bar", "kl < 100", "--full",
-        "--workload", "w.yaml", "--text", "text.txt", "--threads", 1, folder=folder, environment=own_environment(folder / "data"),
+        "--workload", "w.yaml", "--text", "text.txt", "--threads", 1,
+        folder=folder, environment=own_environment(folder / "data"),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     with ExitStack() as stack:
