@@ -54,11 +54,11 @@ class World:
         results = [compare(answers[0], one, WORKLOAD) for one in known]
         return decide(plan(), self._fidelities, results, bar=self._bar, reference="F16")
 
-    def run(self, levels=LEVELS):
+    def run(self, levels=LEVELS, **more):
         """The decision, and the answers that it rests on."""
         contenders = [LevelToAsk(Subject("source", level, made="x"), Path("never opened")) for level in levels]
         asker = Asker(WORKLOAD, Context(), None, 512, Work(journal=Journal()))
-        found = answers_that_matter(asker, contenders, self._decide, SIZES)
+        found = answers_that_matter(asker, contenders, self._decide, SIZES, **more)
         return self._decide(found), found
 
 
@@ -106,6 +106,12 @@ def test_one_level_alone_is_asked_and_timed(monkeypatch, level):
     decision, _ = world.run(("F16", level))
     assert world.asked == ["F16", level] == world.timed
     assert decision.quality == decision.speed == level
+
+
+def test_where_guesses_are_tried_every_level_that_may_be_chosen_is_asked(monkeypatch):
+    world = World(monkeypatch)
+    world.run(every=True)
+    assert set(world.asked) == set(LEVELS) - {"Q2_K"}
 
 
 def test_every_loop_ends(monkeypatch):

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def answers_that_matter(
-    asker: Asker, contenders: Sequence[Contender], decide: Decide, sizes: Mapping[str, int]
+    asker: Asker, contenders: Sequence[Contender], decide: Decide, sizes: Mapping[str, int], *, every: bool = False
 ) -> list[LevelAnswers]:
     """Answers and speeds of levels that can be chosen, and of whatever is no level in a file; the reference's first.
 
@@ -32,6 +32,7 @@ def answers_that_matter(
         contenders: all that may be asked, the reference first.
         decide: the decision that so much leads to.
         sizes: bytes by level.
+        every: ask every level that may hold the bar, since what is tried later (guesses ahead) may choose any of them.
 
     Raises:
         EngineError, UsageError, BadWorkload: as ``Asker.ask_all``.
@@ -45,7 +46,7 @@ def answers_that_matter(
     timed = False
     while True:
         decision = decide(asking.so_far())
-        wanted = open_levels(decision, sizes)
+        wanted = open_levels(decision, sizes) | (contending(decision) if every else set())
         missing = [one for name, one in levels.items() if name in wanted and not asking.has_asked(one)]
         if not timed and (decision.quality is not None or not missing):
             # what may be chosen is known, or nothing that answers could change

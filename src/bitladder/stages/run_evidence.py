@@ -99,7 +99,8 @@ def asked_levels(
         results = results_of(given, answers)
         return decided(given, plan, built, fidelities, results, reference=answers[0].level)
 
-    return answers_that_matter(asker, contenders, decide_on, sizes_of(plan))
+    every = bool(given.settings.speculate)
+    return answers_that_matter(asker, contenders, decide_on, sizes_of(plan), every=every)
 
 
 def contenders_of(given: Given, plan: Plan, built: Mapping[Subject, LevelFile]) -> list[Contender]:
