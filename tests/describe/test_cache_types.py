@@ -1,12 +1,23 @@
 """Types of a KV cache: how they are spelled, what a level is called with one, which a model cannot have."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from bitladder.describe.cache_types import CacheTypes, cache_gap, check_cache, parse_cache, parse_caches, split_name
+from bitladder.describe.cache_types import (
+    CacheTypes,
+    cache_gap,
+    check_cache,
+    parse_cache,
+    parse_caches,
+    slow_on_processor,
+    split_name,
+)
+from bitladder.describe.machine import Gpu, Machine
 from bitladder.errors import UsageError
 from bitladder.files.gguf import read_header
+from bitladder.stages.plan import _slow_here
 from tiny_engine import write_tiny
 
 
@@ -63,3 +74,21 @@ def test_a_head_that_does_not_divide_into_blocks_is_told_before_any_work(tmp_pat
     if what:
         with pytest.raises(UsageError, match="refuses to start so"):
             check_cache(model, parse_cache(cache))
+
+
+@pytest.mark.parametrize(
+    ("cache", "slow"), [("f16", False), ("bf16", False), ("f32", False), ("q8_0", True), ("f16/q4_0", True)]
+)
+def test_caches_that_a_processor_reads_slowly_are_told(cache, slow):
+    assert (f"a cache of {cache}:" in slow_on_processor(parse_cache(cache))) == slow
+    assert bool(slow_on_processor(parse_cache(cache))) == slow
+
+
+def test_the_plan_tells_it_of_the_machine_that_there_is():
+    cpu = Machine("x", 2, (), 1 << 34, 1 << 34, 1 << 34)
+    assert "On a processor" in _slow_here(cpu)(parse_cache("q4_0"))
+    assert _slow_here(cpu)(parse_cache("f16")) == ""
+    nvidia = replace(cpu, gpus=(Gpu("NVIDIA RTX 4090", 1 << 34, 1 << 34),))
+    assert "CUDA build" in _slow_here(nvidia)(parse_cache("q5_1")) and _slow_here(nvidia)(parse_cache("q4_0")) == ""
+    apple = replace(cpu, unified=True)
+    assert _slow_here(apple)(parse_cache("q4_0")) == ""

@@ -125,3 +125,14 @@ def slow_on_gpu(cache: CacheTypes) -> str:
         f"A usual CUDA build of llama.cpp has no attention kernel for a cache of {cache} and computes it on the CPU; "
         "build it with GGML_CUDA_FA_ALL_QUANTS, or choose f16, q8_0 or q4_0 for both"
     )
+
+
+def slow_on_processor(cache: CacheTypes) -> str:
+    """A sentence where a processor reads prompts more slowly with such a cache (``benchmarks/kv_prompt.py``); else
+    empty."""
+    if all(QTYPES[kind.upper()].block_size == 1 for kind in (cache.k, cache.v)):
+        return ""
+    return (
+        f"On a processor llama.cpp reads long prompts several times more slowly with a cache of {cache}: its fast "
+        "attention there is for 16 and 32 bits. Keep f16 where the memory is there"
+    )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from bitladder.describe.cache_types import CacheTypes, check_cache, slow_on_gpu, split_name
+from bitladder.describe.cache_types import CacheTypes, check_cache, slow_on_gpu, slow_on_processor, split_name
 from bitladder.errors import UsageError
 from bitladder.progress import Progress
 from bitladder.records.plan import Plan
@@ -161,7 +161,6 @@ def plan_model(
     from bitladder.levels import LADDER, RecipeLevel
     from bitladder.plan.abilities import Route
     from bitladder.plan.cost import checkpoint_levels
-    from bitladder.plan.kernels import devices_of
     from bitladder.plan.ladder import make_plan, over_caches, usable_context
     from bitladder.plan.launch import LAUNCHED
     from bitladder.stages.anchors import stored_runs
@@ -203,8 +202,8 @@ def plan_model(
     able = _abilities(found)
     files = whole or all(one.way is not Route.NONE for one in able if one.what == "K-quants")
     advice, slow = _advice(found.model, wanted, made, engine, machine, wish) if files else (None, ())
-    if engine not in LAUNCHED and any(device.kind == "nvidia" for device in devices_of(machine)):
-        slow += tuple(filter(None, map(slow_on_gpu, caches)))
+    if engine not in LAUNCHED:
+        slow += tuple(filter(None, map(_slow_here(machine), caches)))
     return ModelPlan(
         made,
         found.exact,
@@ -217,6 +216,14 @@ def plan_model(
         basis=found.basis.value,
         abilities=able,
     )
+
+
+def _slow_here(machine: Machine) -> Callable[[CacheTypes], str]:
+    """What says of a cache that llama.cpp is slow with it on this machine."""
+    from bitladder.plan.kernels import devices_of
+
+    kinds = {device.kind for device in devices_of(machine)}
+    return slow_on_gpu if "nvidia" in kinds else slow_on_processor if kinds == {"cpu"} else lambda _: ""
 
 
 def _abilities(found: Described) -> tuple[Ability, ...]:
