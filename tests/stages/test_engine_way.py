@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import tiny_models
+from bitladder.describe.cache_types import CacheTypes
 from bitladder.describe.machine import Machine
 from bitladder.describe.windows import Window
 from bitladder.engines import llama_library
@@ -19,9 +20,9 @@ from bitladder.engines.registry import start
 from bitladder.errors import BadInput, BadWeights, EngineError, EngineGone, NothingFits, UnknownArchitecture
 from bitladder.files import engine_package
 from bitladder.files.engine_package import library_missing
-from bitladder.files.gguf import GgufFile
+from bitladder.files.gguf import GgufFile, read_header
 from bitladder.formats.families import walked
-from bitladder.plan.engine_need import engine_need, together
+from bitladder.plan.engine_need import attention_operations, engine_need, together
 from bitladder.plan.preflight import require
 from bitladder.records.fidelity import Way
 from bitladder.stages.engine_importance import engine_importance
@@ -33,6 +34,7 @@ from bitladder.stages.job import Work, opened
 from bitladder.stages.write_levels import quantize_levels
 from bitladder.units import GiB
 from engine_models import FAMILIES, N_VOCAB, write_family
+from tiny_engine import write_tiny
 
 pytestmark = pytest.mark.model
 
@@ -218,14 +220,23 @@ def test_as_many_levels_are_open_as_fit(sizes, free, groups):
 
 def test_files_beyond_the_free_memory_are_not_refused_and_said():
     machine = Machine("x", 4, (), 16 * GiB, 8 * GiB, 100 * GiB)
-    small = engine_need("measure Q8_0", [GiB, GiB], 0, 1e9, machine, 4)
-    large = engine_need("measure Q8_0", [20 * GiB, GiB], 0, 1e9, machine, 4)
+    small = engine_need("measure Q8_0", [GiB, GiB], 0, [1e9, 1e9], machine, 4)
+    large = engine_need("measure Q8_0", [20 * GiB, GiB], 0, [1e9, 1e9], machine, 4)
     assert small.ram_bytes > 2 * GiB
     assert small.what == "measure Q8_0"
     assert large.ram_bytes <= machine.ram_available
     assert "21.0 GiB of files" in large.what
     with pytest.raises(NothingFits):
-        require(engine_need("measure Q8_0", [GiB, GiB], 5 * GiB, 1e9, machine, 4), machine)
+        require(engine_need("measure Q8_0", [GiB, GiB], 5 * GiB, [1e9, 1e9], machine, 4), machine)
+
+
+def test_attention_grows_with_the_square_of_the_context_and_with_a_cache_of_few_bits(tmp_path):
+    """4 heads of 64 weights for keys and for values, 2 layers; 100 tokens see 50 before them on average."""
+    model = read_header(write_tiny(tmp_path / "tiny.gguf"))
+    once = attention_operations(model, [(0, 100)])
+    assert once == 2 * 100 * 50 * 4 * (64 + 64) * 2
+    assert attention_operations(model, [(0, 200)]) == 4 * once == attention_operations(model, [(0, 100), (100, 200)])
+    assert attention_operations(model, [(0, 100)], CacheTypes("q8_0", "q8_0")) > 5 * once
 
 
 # ---- what goes wrong

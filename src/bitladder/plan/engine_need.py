@@ -6,10 +6,10 @@ what the engine allocates for itself has to fit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from bitladder.describe.cache import cache_bytes, layer_caches
-from bitladder.describe.cache_types import F16_CACHE, CacheTypes
+from bitladder.describe.cache_types import F16_CACHE, CacheTypes, slow_on_processor
 from bitladder.describe.machine import Machine
 from bitladder.describe.model import Model
 from bitladder.plan.memory import ENGINE_BYTES, compute_buffers
@@ -21,6 +21,17 @@ FILE_SHARE = 0.8
 """Of the free memory, for mapped files that are open together: the rest is for what is computed on them."""
 _RATE = 1.5e10
 """Operations per second and core, where nothing was measured."""
+_SLOW_ATTENTION = 10.0
+"""Times as long as an operation of attention takes over a cache of fewer than 16 bits (``benchmarks/kv_prompt.py``)."""
+
+
+def attention_operations(model: Model, spans: Iterable[tuple[int, int]], cache: CacheTypes = F16_CACHE) -> float:
+    """Operations of attention over spans of positions, each from a first token to one past the last, as long as those
+    of other products take. A sliding window counts as none: what it spares is little in a short context."""
+    dims = model.dims
+    pairs = sum((stop * stop - start * start) / 2 for start, stop in spans)
+    slow = _SLOW_ATTENTION if slow_on_processor(cache) else 1.0
+    return slow * 2 * pairs * dims.n_head * (dims.head_dim_k + dims.head_dim_v) * len(layer_caches(model))
 
 
 def context_bytes(model: Model, window: int, piece: int, cache: CacheTypes = F16_CACHE) -> int:
@@ -46,7 +57,7 @@ def together(file_bytes: Sequence[int], reference_bytes: int, context: int, free
 
 
 def engine_need(
-    what: str, file_bytes: Sequence[int], context: int, operations: float, machine: Machine, threads: int
+    what: str, file_bytes: Sequence[int], context: int, operations: Sequence[float], machine: Machine, threads: int
 ) -> JobNeed:
     """Of a pass of all these files (the reference's first) over a text.
 
@@ -54,7 +65,7 @@ def engine_need(
         what: in words that name levels or text.
         file_bytes: of each file that is open.
         context: bytes that the engine allocates for each (``context_bytes``).
-        operations: of one model over the text (2 * weights * tokens).
+        operations: of each model over the text (2 * weights * tokens, and attention).
         machine: its free memory says whether the files stay there.
         threads: of the engine.
     """
@@ -65,5 +76,5 @@ def engine_need(
         what += (
             f" ({human_bytes(mapped)} of files, of which {human_bytes(room)} stay in memory: the rest is read again)"
         )
-    seconds = START_S + operations * len(file_bytes) / (_RATE * max(1, min(threads, machine.cores)))
+    seconds = START_S + sum(operations) / (_RATE * max(1, min(threads, machine.cores)))
     return JobNeed(what, own + min(mapped, room), 0, 0, seconds, Basis.ASSUMED, "engine")

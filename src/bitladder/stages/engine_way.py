@@ -160,12 +160,14 @@ def scores_in_engine(
             def so_far(number: int, mean: float, names: Sequence[str] = names) -> None:
                 job.progress.on_level(LevelNews(names[number], kl_mean=mean))
 
-            need = _need(f"measure {', '.join(names)}", [source, *files[group]], windows, context, job.threads)
+            held = [F16_CACHE, *each[group]]
+            what = f"measure {', '.join(names)}"
+            need = _need(what, [source, *files[group]], windows, context, job.threads, held)
             with forecast(need, job.journal):
                 own, *scores = engine_scores(
                     source, files[group], windows, threads=job.threads, keep=cache_folder(*KEPT),
                     progress=_part(job.progress, group, len(files)), so_far=so_far,
-                    caches=[F16_CACHE, *each[group]] if caches else None,
+                    caches=held if caches else None,
                 )  # fmt: skip
             yield from ((one, own) for one in scores)
 
@@ -192,19 +194,28 @@ def engine_matrix(job: Job, windows: Sequence[Window], dataset: str) -> Importan
         )
 
 
-def _need(what: str, files: Sequence[GgufFile], windows: Sequence[Window], context: int, threads: int) -> JobNeed:
+def _need(
+    what: str,
+    files: Sequence[GgufFile],
+    windows: Sequence[Window],
+    context: int,
+    threads: int,
+    caches: Sequence[CacheTypes] = (F16_CACHE,),
+) -> JobNeed:
     from bitladder.files.probe import probe_machine
-    from bitladder.plan.engine_need import engine_need
+    from bitladder.plan.engine_need import attention_operations, engine_need
 
     model = files[0].model
-    tokens = 0
+    spans = []
     for one, window in itertools.pairwise([None, *windows]):
         assert window is not None
         kept = tokens_in_common(one.tokens.tolist(), window.tokens.tolist(), window.first) if one else 0
-        tokens += len(window.tokens) - kept
+        spans.append((kept, len(window.tokens)))
+    tokens = sum(stop - start for start, stop in spans)
     used = weights_used(model) + model.dims.n_vocab * model.dims.n_embd
     what = f"{what} on {tokens} tokens in the engine"
-    return engine_need(what, [_bytes(file) for file in files], context, 2 * used * tokens, probe_machine(), threads)
+    operations = [2 * used * tokens + attention_operations(model, spans, cache) for cache in caches]
+    return engine_need(what, [_bytes(file) for file in files], context, operations, probe_machine(), threads)
 
 
 def _part(progress: Progress, group: slice, total: int) -> Progress:
