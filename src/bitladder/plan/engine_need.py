@@ -30,8 +30,9 @@ def attention_operations(model: Model, spans: Iterable[tuple[int, int]], cache: 
     of other products take. A sliding window counts as none: what it spares is little in a short context."""
     dims = model.dims
     pairs = sum((stop * stop - start * start) / 2 for start, stop in spans)
+    layers = sum(layer.count for layer in layer_caches(model) if layer.k_width)
     slow = _SLOW_ATTENTION if slow_on_processor(cache) else 1.0
-    return slow * 2 * pairs * dims.n_head * (dims.head_dim_k + dims.head_dim_v) * len(layer_caches(model))
+    return slow * 2 * pairs * dims.n_head * (dims.head_dim_k + dims.head_dim_v) * layers
 
 
 def context_bytes(model: Model, window: int, piece: int, cache: CacheTypes = F16_CACHE) -> int:

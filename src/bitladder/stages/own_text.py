@@ -187,7 +187,7 @@ def _need(job: Job, n_ctx: int, texts: int) -> JobNeed:
     used = weights_used(model) + model.dims.n_vocab * model.dims.n_embd
     what = f"write {texts} calibration texts of up to {MOST_TOKENS} tokens in the engine"
     operations = 2 * used * tokens * _DECODING
-    return engine_need(what, [size], context, operations, probe_machine(), job.threads).named(what, "own text")
+    return engine_need(what, [size], context, [operations], probe_machine(), job.threads).named(what, "own text")
 
 
 @contextmanager

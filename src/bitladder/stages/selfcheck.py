@@ -160,7 +160,7 @@ class _Check:
         model = self.job.source.model
         context = context_bytes(model, self.n, min(self.n, piece_length(model.dims.n_vocab)))
         size = sum(header.path.stat().st_size for header in self.job.source.headers)
-        return engine_need("engine", [size], context, self._operations(), probe_machine(), self.job.threads)
+        return engine_need("engine", [size], context, [self._operations()], probe_machine(), self.job.threads)
 
     def _walk_need(self) -> JobNeed:
         from bitladder.describe.windows import Window
