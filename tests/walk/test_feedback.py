@@ -21,9 +21,10 @@ from bitladder.records.recipe import Recipe
 from bitladder.stages.feedback import method_name, write_with_feedback
 from bitladder.walk import keep
 from bitladder.walk.driver import Member, Observer, Stream
-from bitladder.walk.feedback import FedLevel, FeedbackSettings, SourceInputs, factor_of, fit_matrix
+from bitladder.walk.feedback import FedLevel, FeedbackSettings, factor_of, fit_matrix
 from bitladder.walk.inputs import InputStatistics, Wants
 from bitladder.walk.layers import LayeredModel
+from bitladder.walk.source_inputs import SourceInputs
 from bitladder.walk.states import batches_of
 from bitladder.walk.weights import FileWeights
 

@@ -56,6 +56,10 @@ class Prepared:
     gram: F32 | None = None
     """``X^T X f32[columns, columns]``."""
     factor: Factor | None = None
+    added: npt.NDArray[np.float64] | None = None
+    """What was added to the diagonal before it was factored, ``f64[columns]``."""
+    drift: F32 | None = None
+    """As ``Method.prepare``."""
     damp: float = 0.0
     """Share of the mean diagonal that was added to the diagonal before it was factored."""
     note: str = ""
@@ -79,6 +83,8 @@ class Method(ABC):
     """How codes are chosen. Subclasses have no state: one object of each serves all levels."""
 
     statistics: ClassVar[Statistics]
+    revision: ClassVar[str] = ""
+    """Raised whenever the bytes of levels change for another reason than their format's."""
     trials: ClassVar[float] = 0.0
     """Roundings of whole matrices that a search for scales takes, with a product of two square matrices each."""
     largest: ClassVar[bool] = False
@@ -110,12 +116,21 @@ class Method(ABC):
 
     @abstractmethod
     def prepare(
-        self, gram: F32 | None, *, damp: float = 0.05, act_order: bool = True, overwrite: bool = False
+        self,
+        gram: F32 | None,
+        *,
+        tokens: int = 0,
+        drift: F32 | None = None,
+        damp: float = 0.05,
+        act_order: bool = True,
+        overwrite: bool = False,
     ) -> Prepared:
         """What is to be known of an input.
 
         Args:
             gram: ``X^T X f32[columns, columns]``; None where nothing was seen of it.
+            tokens: How many it is a sum over; 0: so many that it is taken as it is.
+            drift: ``(R - X)^T X f32[columns, columns]`` with R what the source has there; None where that is not known.
             damp: Share of the mean diagonal to add to the diagonal where it is factored.
             act_order: Handle columns in falling order of their energy where the order matters.
             overwrite: ``gram`` may be used as room, and must not be read again.
@@ -151,6 +166,8 @@ class Rounding(Method):
         self,
         gram: F32 | None,
         *,
+        tokens: int = 0,  # noqa: ARG002
+        drift: F32 | None = None,  # noqa: ARG002
         damp: float = 0.05,  # noqa: ARG002
         act_order: bool = True,  # noqa: ARG002
         overwrite: bool = False,  # noqa: ARG002
@@ -235,21 +252,37 @@ class Scaling(Rounding):
 
 
 class Feedback(Method):
-    """GPTQ: scales by what an error of each column really costs, codes with error feedback (``kernels/gptq.py``)."""
+    """GPTQ: scales by what an error of each column really costs, codes with error feedback, for weights that make up in
+    part for what was lost before them (``kernels/gptq.py``)."""
 
     statistics = Statistics.FEEDBACK
+    revision = "2"
 
     def prepare(
-        self, gram: F32 | None, *, damp: float = 0.05, act_order: bool = True, overwrite: bool = False
+        self,
+        gram: F32 | None,
+        *,
+        tokens: int = 0,
+        drift: F32 | None = None,
+        damp: float = 0.05,
+        act_order: bool = True,
+        overwrite: bool = False,
     ) -> Prepared:
         """As ``Method``."""
+        import numpy as np
+
         from bitladder.kernels import gptq
 
         if gram is None:
             return Prepared()
-        factor = gptq.prepare(gram, damp=damp, act_order=act_order, overwrite=overwrite)
+        seen = np.diagonal(gram).astype(np.float64)
+        if tokens:
+            gram = gram if overwrite else gram.copy()
+            gptq.shrink(gram, tokens)
+        shrunk = np.diagonal(gram).astype(np.float64)
+        factor = gptq.prepare(gram, damp=damp, act_order=act_order, overwrite=overwrite or tokens > 0)
         note = f"Hessian not positive definite: damping raised to {factor.damp:g}" if factor.rescued else ""
-        return Prepared(factor=factor, damp=factor.damp, note=note)
+        return Prepared(factor=factor, added=shrunk - seen + factor.ridge, drift=drift, damp=factor.damp, note=note)
 
     def importance(self, seen: Prepared) -> F32 | None:
         """What an error costs once the columns before are fixed."""
@@ -264,12 +297,14 @@ class Feedback(Method):
         factor = seen.factor
         if factor is None:
             return _rounded(form, None, None, weights, scale_dtype)
+        if seen.drift is not None:
+            weights = gptq.making_up(factor, weights, seen.drift)
         parameters = form.search(weights, factor.importance, scale_dtype=scale_dtype)
         codes, cost = gptq_device.apply_on(device)(factor, weights, parameters.grid())
         # Costs are under the damped Hessian; the damping's own share is no error of the outputs.
         decoded = parameters.decode(codes)
-        wrong = cost.sum() - factor.ridge * _square_sum(decoded - weights)
-        whole = gptq.cost_of(factor, weights).sum() - factor.ridge * _square_sum(weights)
+        wrong = cost.sum() - _square_sum(decoded - weights, seen.added)
+        whole = gptq.cost_of(factor, weights).sum() - _square_sum(weights, seen.added)
         return Rounded(codes, parameters, decoded, max(0.0, float(wrong / whole)) if whole > 0 else float("nan"))
 
 
@@ -301,10 +336,12 @@ def _rounded(
     return Rounded(codes, parameters, decoded, relative_error(decoded[some] - weights[some], weights[some], gram))
 
 
-def _square_sum(values: F32) -> float:
+def _square_sum(values: F32, by: npt.NDArray[np.float64] | None) -> float:
+    """Of squares, those of each column times ``by``."""
     import numpy as np
 
-    return float(np.einsum("rk,rk->", values, values, dtype=np.float64))
+    squares = np.einsum("rk,rk->k", values, values, dtype=np.float64)
+    return float(squares.sum() if by is None else squares @ by)
 
 
 def _energies(gram: F32) -> F32:

@@ -360,6 +360,7 @@ def _fingerprint(
 ) -> str:
     """Everything that a level's bytes depend on."""
     parts = [__version__, source.sha256, level.name, str(dtype), *_signature(level)]
+    parts += [level.method.revision] if level.method.revision else []
     if _needs_text(level):
         parts += [tokens_hash(windows), str(settings.reference_tokens), str(settings.damp), str(settings.act_order)]
         parts.append(str(settings.half_products))  # a run must not go on on another processor, half in bfloat16

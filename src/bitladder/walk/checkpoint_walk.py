@@ -25,7 +25,7 @@ from bitladder.walk.layers import LayeredModel
 from bitladder.walk.made import Made, MadeImportance, cast
 from bitladder.walk.products import wants_half_products
 from bitladder.walk.rounded import RoundedLevel
-from bitladder.walk.states import CALIBRATION_TOKENS, batches_of, shard_count
+from bitladder.walk.states import CALIBRATION_TOKENS, Batch, batches_of, shard_count
 from bitladder.walk.weights import FileWeights
 
 _ROWS_AT_ONCE = 4096
@@ -55,8 +55,8 @@ class Settings:
 
 
 class CalibrationWalk:
-    """One walk over the layers for all levels: a stream for each GPTQ level, whose errors are its own, and one of the
-    source for everything else."""
+    """One walk over the layers for all levels: a stream for each GPTQ level, whose errors are its own, with the source
+    before it, and one of the source for everything else."""
 
     def __init__(
         self,
@@ -101,7 +101,8 @@ class CalibrationWalk:
     def _of_the_source(self, levels: Sequence[Product], windows: Sequence[Window]) -> Stream:
         needs_text = any(statistics_of(level).needs_text for level in levels)
         read = _share(windows, self.settings.reference_tokens) if needs_text else []
-        return self._stream(Member(self.weights, [self._observer(level, read) for level in levels]), levels[0], read)
+        observers = [self._observer(level, read) for level in levels]
+        return self._stream([Member(self.weights, observers)], levels[0], self._batches(read))
 
     def _observer(self, level: Product, read: Sequence[Window]) -> Made:
         store = self.stores[level]
@@ -113,19 +114,22 @@ class CalibrationWalk:
         return RoundedLevel(self.model, level, store, self.dtype)
 
     def _of_a_level(self, level: CheckpointLevel, windows: Sequence[Window]) -> Stream:
-        damp, act_order = self.settings.damp, self.settings.act_order
-        member = GptqLevel(
-            self.model, self.weights, level, self.stores[level], self.dtype, damp=damp, act_order=act_order
-        )
-        return self._stream(member, level, windows)
+        batches = self._batches(windows)
+        made = GptqLevel(
+            self.model, self.weights, level, self.stores[level], self.dtype, batches, damp=self.settings.damp,
+            act_order=self.settings.act_order, budget_bytes=self.settings.state_bytes // 2,
+        )  # fmt: skip
+        return self._stream([Member(self.weights, [made.source_inputs]), made], level, batches)
 
-    def _stream(self, member: Member, level: Product, windows: Sequence[Window]) -> Stream:
+    def _batches(self, windows: Sequence[Window]) -> list[Batch]:
+        return batches_of(windows, batch_tokens=CALIBRATION_TOKENS)
+
+    def _stream(self, members: Sequence[Member], level: Product, batches: Sequence[Batch]) -> Stream:
         """A stream of its own, kept where its (first) level is."""
         store, half = self.stores[level], self.settings.half_products
-        batches = batches_of(windows, batch_tokens=CALIBRATION_TOKENS)
         return Stream(
             self.model,
-            [member],
+            members,
             batches,
             state_bytes=self.settings.state_bytes,
             spill=store.partial,

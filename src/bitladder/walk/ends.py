@@ -52,7 +52,7 @@ def quantize_ends(
     """Make embedding and head of a level whose layers are made, and keep them as one layer more.
 
     Args:
-        stream: The level's, after the last layer.
+        stream: The level's, which is its last member, after the last layer.
         model: Its layers.
         level: What it is.
         store: Where its layers are.
@@ -72,7 +72,8 @@ def quantize_ends(
     for own, disk in ends_of(model).items():
         is_head, linear = own == model.output, disk.removesuffix(".weight")
         with naming(None, linear):
-            seen = level.method.prepare(gram, damp=damp, act_order=act_order) if is_head else Prepared()
+            known = {"tokens": tokens, "damp": damp, "act_order": act_order}
+            seen = level.method.prepare(gram, **known) if is_head else Prepared()
             form = level.format.of(linear)
             assert form is not None
             made = _Made(level, form, SCALE_DTYPES[dtype], str(model.device))
@@ -88,7 +89,7 @@ def quantize_ends(
 
 def _gram(stream: Stream, model: LayeredModel, weights: LevelWeights) -> tuple[F32, int]:
     """``X^T X`` of what the head reads, and how many tokens that were."""
-    norm, states = model.norm(weights), stream.states_of(0)
+    norm, states = model.norm(weights), stream.states_of(len(stream.members) - 1)
     sums = Sums(model.width, model.device, gram=True, largest=False)
     for batch in stream.batches:
         with inference():

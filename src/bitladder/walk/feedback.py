@@ -4,16 +4,13 @@ Like ``gptq.GptqLevel``, but tensors keep llama.cpp's names, row order and block
 ordinary GGUF file. The order within a layer is that of its shared inputs; every Hessian is gathered after the linear
 layers before it have been quantized.
 
-The source's own states pass through its layers beside the level's. A matrix W that reads X in the level and R in the
-source would make up for all that the layers before it lost, as far as its inputs tell of it, if it were
-``W + W (R - X)^T X (X^T X)^-1`` (GPTAQ, arXiv:2504.02692, has the same term in the feedback). Codes are chosen for
-weights half way there: the whole of it fits the calibration text more than other text (docs/log.md).
+The source's own states pass through its layers beside the level's (``source_inputs.py``): codes are chosen for weights
+that make up by half for what the layers before them lost.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -21,7 +18,6 @@ from typing import ClassVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from bitladder.errors import BadWeights
 from bitladder.formats.roles import Parameter, SharedInput, layer_tensor
@@ -29,21 +25,19 @@ from bitladder.kernels import Effort, dequantize, gptq, quantize
 from bitladder.kernels.feedback import chunk_of, quantize_with_feedback, takes_feedback
 from bitladder.levels.held import require_held
 from bitladder.walk.coding import Bench, Share
-from bitladder.walk.driver import Builder, HeldInputs, Observer, Stream
-from bitladder.walk.inputs import InputStatistics, keeping
-from bitladder.walk.layer_pass import Original, passing
+from bitladder.walk.driver import Builder, Stream
+from bitladder.walk.inputs import InputStatistics
+from bitladder.walk.layer_pass import passing
 from bitladder.walk.layers import LayeredModel, tensor_at
 from bitladder.walk.made import FEW_TOKENS
 from bitladder.walk.products import wants_half_products
-from bitladder.walk.states import Batch, StatePool, States
+from bitladder.walk.source_inputs import SourceInputs
+from bitladder.walk.states import Batch, States
 from bitladder.walk.transforms import apply
 from bitladder.walk.weights import LevelWeights
 
 F32 = NDArray[np.float32]
 U8 = NDArray[np.uint8]
-
-_SHARE = 0.5
-"""Of what a matrix could make up for of the errors before it."""
 
 
 @dataclass(frozen=True)
@@ -96,17 +90,14 @@ class Fitted:
 
 
 def factor_of(name: str, seen: InputStatistics, settings: FeedbackSettings) -> tuple[F32, gptq.Factor]:
-    """The Hessian and its factor, shrunk towards its diagonal by as much as it was learnt from few tokens.
-
-    Correlations of n channels over T tokens are noise of the order sqrt(n / T), and feedback that follows noise fits
-    the calibration text. Each diagonal entry grows by the share n / T, as if n tokens of unrelated channels had been
-    seen too; fixed shares from 0.05 to 0.5, and damping alone, did no better (docs/log.md).
+    """The Hessian and its factor, shrunk towards its diagonal by as much as it was learnt from few tokens
+    (``gptq.shrink``).
 
     Raises:
         BadWeights: it is not finite, or not positive semidefinite whatever the damping.
     """
     shrunk = seen.gram.copy()
-    shrunk[np.diag_indices_from(shrunk)] *= 1 + len(shrunk) / max(1, seen.tokens)
+    gptq.shrink(shrunk, seen.tokens)
     try:
         return shrunk, gptq.prepare(shrunk, damp=settings.damp, together=chunk_of(len(shrunk)))
     except ValueError as error:
@@ -123,7 +114,7 @@ def fit_matrix(
     """Blocks for f32[rows, columns] that meet inputs with the statistics ``seen``."""
     hessian, factor = factored
     if len(seen.drift):
-        weights = weights + np.float32(_SHARE) * gptq.solve(factor, weights @ seen.drift)
+        weights = gptq.making_up(factor, weights, seen.drift)
     energies = seen.squares.astype(np.float32)
     blocks = quantize_with_feedback(
         weights,
@@ -138,53 +129,6 @@ def fit_matrix(
     energy = float(np.vdot(weights @ seen.gram, weights))
     note = f"Hessian not positive definite: damping raised to {factor.damp:g}" if factor.rescued else ""
     return Fitted(blocks.data, blocks.cost, energy, factor.damp, note, seen.tokens)
-
-
-Changed = Callable[[int, Sequence[str]], list[str]]
-
-
-class SourceInputs(Observer):
-    """Keeps what the source's linear modules read in a layer, of those that a level changes, until its builder takes
-    it."""
-
-    reads_weights = False
-
-    def __init__(
-        self, model: LayeredModel, changed: Changed, batches: Sequence[Batch], *, budget_bytes: int, spill: Path | None
-    ) -> None:
-        """``changed``: which tensors of some roles in a layer the level changes. ``budget_bytes``: what is more of a
-        layer goes to files in ``spill``."""
-        self._model, self._changed, self._batches = model, changed, batches
-        self._budget, self._spill = budget_bytes, spill
-        self._room = StatePool(0, spill)
-        self._layer, self._modules = -1, list[str]()
-        self._kept: dict[str, States] = {}
-        self._held: dict[str, HeldInputs] = {}
-
-    def pop(self, shared: SharedInput) -> Original | None:
-        """What was read of an input in the layer that went by last; its room is free afterwards."""
-        return self._held.pop(shared.module, None) or self._kept.pop(shared.module, None)
-
-    def keeps(self, layer: int, block: nn.Module) -> list[str]:
-        """As ``Observer``."""
-        linear = [shared for shared in self._model.inputs(layer, block) if shared.kind == "linear"]
-        return [shared.module for shared in linear if self._changed(layer, shared.roles)]
-
-    def kept(self, inputs: Mapping[str, HeldInputs]) -> None:
-        """As ``Observer``."""
-        self._held = dict(inputs)
-
-    def on(self, layer: int, block: nn.Module, batch: Batch) -> ExitStack:
-        """As ``Observer``."""
-        if layer != self._layer:
-            self._modules = self.keeps(layer, block)
-            self._layer, self._kept, self._room = layer, {}, StatePool(self._budget, self._spill)
-        return keeping(block, self._modules, batch, self._put)
-
-    def _put(self, module: str, batch: Batch, x: torch.Tensor) -> None:
-        if module not in self._kept:
-            self._kept[module] = self._room.states(self._batches, x.shape[-1])
-        self._kept[module].put(batch, x)
 
 
 class FedLevel(Builder):
@@ -208,7 +152,10 @@ class FedLevel(Builder):
         ``SourceInputs``."""
         super().__init__(weights)
         self.model, self._weights, self._qtypes, self._settings = model, weights, qtypes, settings
-        self.source_inputs = SourceInputs(model, self._changed, batches, budget_bytes=budget_bytes, spill=spill)
+        self.source_inputs = SourceInputs(
+            model, lambda layer, shared: bool(self._changed(layer, shared.roles)), batches,
+            budget_bytes=budget_bytes, spill=spill,
+        )  # fmt: skip
         self._put, self._has = put, has
 
     def holds(self, layers: int) -> bool:

@@ -1,5 +1,6 @@
 """A level whose codes are chosen with feedback, built layer by layer: its states pass through the layers as quantized
-so far, so each layer sees, and corrects for, what happened before it."""
+so far, so each layer sees, and corrects for, what happened before it. The source's own states pass beside them
+(``source_inputs.py``)."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ from bitladder.walk.layer_pass import passing
 from bitladder.walk.layers import LayeredModel
 from bitladder.walk.made import SCALE_DTYPES, InStore, LayerOutput, floats_of, format_of, naming, too_few
 from bitladder.walk.matrices import matrix, set_matrix
-from bitladder.walk.states import States
+from bitladder.walk.source_inputs import SourceInputs
+from bitladder.walk.states import Batch, States
 from bitladder.walk.weights import LevelWeights
 
 _Change = dict[tuple[int, int | None], NDArray[np.float32]]
@@ -90,7 +92,10 @@ class GptqCoder:
         method, family, parameters = self.method, bench.model.family, self._parameters(bench)
         tokens, few = statistics.tokens, too_few(expert, statistics)
         with naming(self.layer, parameters[0].path):
-            seen = method.prepare(statistics.gram, damp=self.damp, act_order=self.act_order, overwrite=True)
+            seen = method.prepare(
+                statistics.gram, tokens=tokens, drift=statistics.drift if len(statistics.drift) else None,
+                damp=self.damp, act_order=self.act_order, overwrite=True,
+            )  # fmt: skip
         del statistics
         known = Prepared() if few else seen
         with naming(self.layer, parameters[0].path):
@@ -116,15 +121,27 @@ class GptqLevel(InStore, Builder):
         level: CheckpointLevel,
         store: LayerStore,
         dtype: torch.dtype,
+        batches: Sequence[Batch],
         *,
         damp: float = 0.05,
         act_order: bool = True,
+        budget_bytes: int,
     ) -> None:
-        """``dtype``: of what stays float. ``damp``, ``act_order``: as ``kernels.gptq.prepare``."""
+        """``dtype``: of what stays float. ``batches``: the text. ``damp``, ``act_order``: as ``kernels.gptq.prepare``.
+        ``budget_bytes``: of what the source reads in a layer; more goes to files beside the level's."""
         InStore.__init__(self, level.name, store, dtype, model.family.disk.layers)
         Builder.__init__(self, weights)
         self._model, self._level = model, level
         self._damp, self._act_order, self._scale_dtype = damp, act_order, SCALE_DTYPES[dtype]
+        self.source_inputs = SourceInputs(
+            model, lambda layer, shared: self._form(layer, shared) is not None, batches,
+            budget_bytes=budget_bytes, spill=store.partial,
+        )  # fmt: skip
+
+    def _form(self, layer: int, shared: SharedInput) -> CheckpointFormat | None:
+        """Of what reads an input; None where it stays float, or nothing reads it."""
+        parameters = quantized_parameters(self._model.family, shared)
+        return format_of(self._model, self._level.format, layer, parameters[0].path) if parameters else None
 
     def build(self, stream: Stream, layer: int, states: States) -> None:
         """Quantize a layer, input by input in the order they are computed, and push the states through the
@@ -143,7 +160,7 @@ class GptqLevel(InStore, Builder):
             parameters = quantized_parameters(self._model.family, shared)
             if not parameters:
                 continue
-            form = format_of(self._model, self._level.format, layer, parameters[0].path)
+            form = self._form(layer, shared)
             if form is None:
                 self._keep(block, shared, parameters, output)
                 continue
@@ -151,7 +168,7 @@ class GptqLevel(InStore, Builder):
                 layer, shared, len(parameters), form, self._level.method, self._scale_dtype, self._damp,
                 self._act_order,
             )  # fmt: skip
-            for made in through.code(coder):
+            for made in through.code(coder, self.source_inputs.pop(shared)):
                 output.join(made)
         through.finish()
         output.floats |= floats_of(self._model, block)
