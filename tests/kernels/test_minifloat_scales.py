@@ -107,6 +107,33 @@ def test_free_scales_cost_less_than_plain_ones(name, weighted):
         np.testing.assert_array_equal(store(best.scales), best.scales)
 
 
+@pytest.mark.parametrize("block", [0, 64])
+def test_scales_of_many_weights_are_found_by_a_part_of_them(block, monkeypatch):
+    """Never dearer than the plain one, and more than half of what the best of all saves."""
+    rng = np.random.default_rng(5)
+    weights = rng.standard_t(4, (128, 2048)).astype(np.float32) * rng.uniform(0.01, 0.1, (128, 1)).astype(np.float32)
+    heights = rng.uniform(0.1, 3, 2048).astype(np.float32)
+    store, shares = (
+        partial(store_scale, dtype="bfloat16"),
+        np.array([1, 1.09, 1.19, 1.3, 1.41, 1.54, 1.68, 1.83], np.float32),
+    )
+
+    def costs(tried):
+        if block:
+            found = minifloat_scales.in_blocks(weights, block, heights, store, tried)
+        else:
+            found = minifloat_scales.free(weights, 0, heights, store, tried)
+        lost = np.square(rounded(found, weights).astype(np.float64) - weights) * heights
+        return lost.reshape(128 // (block or 1), block or 1, -1, block or 2048).sum(axis=(1, 3))
+
+    plain, found = costs(shares[:1]), costs(shares)
+    monkeypatch.setattr(minifloat_scales, "_SCREENED", 10**9)
+    best = costs(shares)
+    assert (found <= plain * (1 + 1e-5)).all()
+    assert found.sum() < best.sum() + 0.5 * (plain.sum() - best.sum())
+    assert (found > best * (1 + 1e-5)).any()  # a part was looked at
+
+
 def test_scales_that_cannot_be_held_are_refused_and_candidates_that_cannot_are_left_out():
     weights = np.full((2, 8), 60000 * 448, np.float32)
     found = minifloat_scales.free(weights, 0, None, store_scale, SHARES)

@@ -124,7 +124,7 @@ def stored_tensors(path: Path) -> list[PiecewiseTensor]:
 
 
 def tensor_hashes(path: Path) -> Iterator[tuple[str, str]]:
-    """The name of every tensor of a file, and the BLAKE2b hash (16 bytes, hex) of its bytes.
+    """The name of every tensor of a file, and the SHA-256 hash (hex) of its bytes: processors have instructions for it.
 
     Raises:
         BadFile: the file contradicts itself, or cannot be read.
@@ -134,7 +134,7 @@ def tensor_hashes(path: Path) -> Iterator[tuple[str, str]]:
     with open_regular(path) as file:
         file.seek(path.stat().st_size - sum(tensor.nbytes for tensor in headers))
         for tensor in headers:
-            found, left = hashlib.blake2b(digest_size=16), tensor.nbytes
+            found, left = hashlib.sha256(), tensor.nbytes
             while left and (count := file.readinto(room[: min(left, len(room))])):  # type: ignore[attr-defined]
                 found.update(room[:count])
                 left -= count

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,11 @@ from bitladder.kernels.grid import F32, Grid, contiguous_groups
 
 U8 = npt.NDArray[np.uint8]
 
+WHOLE = 0
+"""A group size: all columns."""
+_SCREENED, _PART, _STRETCH = 1024, 4, 64
+"""Of so many weights that share a scale and more, every fourth (of columns, every fourth stretch of 64) shows which
+candidate is worth comparing with the plain scale over all of them."""
 _LANES = 16
 _ROWS_AT_ONCE = 256
 _AT_ONCE = 1 << 14
@@ -144,10 +150,17 @@ def free(
     Raises:
         ValueError: from ``store``, where not even the plain scale can be held.
     """
+    rows, columns = weights.shape
     plain = peaks(weights, group_size) / np.float32(E4M3.largest)
     plain = np.where(plain == 0, np.float32(1), plain)
-    chosen, _ = _best(weights, group_size, importance, _storable(plain, shares, store), E4M3)
-    return FloatScales(E4M3, chosen, weights.shape[1], group_size)
+    held = _storable(plain, shares, store)
+    whole = partial(_errors, weights, group_size, importance, kind=E4M3)
+    if len(held) <= 2 or group_size or columns < _SCREENED or columns % (_PART * _STRETCH):
+        return FloatScales(E4M3, _least(held, whole), columns, group_size)
+    some = weights.reshape(rows, -1, _STRETCH)[:, ::_PART].reshape(rows, -1)
+    heights = None if importance is None else importance.reshape(-1, _STRETCH)[::_PART].reshape(-1)
+    best = _least(held, partial(_errors, some, WHOLE, heights, kind=E4M3))
+    return FloatScales(E4M3, _least([held[0], best], whole), columns, group_size)
 
 
 def in_blocks(
@@ -159,15 +172,23 @@ def in_blocks(
     tall = peaks(weights, block).reshape(rows // block, block, -1).max(axis=1) / np.float32(E4M3.largest)
     plain = np.where(tall == 0, np.float32(1), tall)
     held = _storable(plain, shares, store)
-    errors = [
-        _errors(weights, block, importance, np.repeat(one, block, axis=0), E4M3)
-        .reshape(len(one), block, -1)
-        .sum(axis=1)
-        for one in held
-    ]
-    best = np.argmin(np.stack(errors), axis=0)
-    chosen = np.take_along_axis(np.stack(held), best[None], axis=0)[0]
+
+    def errors(every: int, scales: F32) -> F32:
+        """Of every so-many-th row of each block."""
+        some = weights if every == 1 else np.ascontiguousarray(weights[::every])
+        tall = _errors(some, block, importance, np.repeat(scales, block // every, axis=0), E4M3)
+        return np.asarray(tall.reshape(len(scales), block // every, -1).sum(axis=1), np.float32)
+
+    if len(held) > 2 and block**2 >= _SCREENED and block % _PART == 0:
+        held = [held[0], _least(held, partial(errors, _PART))]
+    chosen = _least(held, partial(errors, 1))
     return FloatScales(E4M3, np.repeat(chosen, block, axis=0), columns, block)
+
+
+def _least(candidates: list[F32], errors: Callable[[F32], F32]) -> F32:
+    """Of ``candidates f32[rows, groups]`` the one with the least error in each place; the first of equals."""
+    best = np.argmin(np.stack([errors(one) for one in candidates]), axis=0)
+    return np.asarray(np.take_along_axis(np.stack(candidates), best[None], axis=0)[0], np.float32)
 
 
 def _storable(plain: F32, shares: F32, store: Callable[[F32], F32]) -> list[F32]:

@@ -83,8 +83,8 @@ class Method(ABC):
     """How codes are chosen. Subclasses have no state: one object of each serves all levels."""
 
     statistics: ClassVar[Statistics]
-    revision: ClassVar[str] = ""
-    """Raised whenever the bytes of levels change for another reason than their format's."""
+    revision: ClassVar[str] = "2"
+    """Raised whenever the bytes of levels, or what is noted of them, change: those made by another are made again."""
     trials: ClassVar[float] = 0.0
     """Roundings of whole matrices that a search for scales takes, with a product of two square matrices each."""
     largest: ClassVar[bool] = False
@@ -256,7 +256,6 @@ class Feedback(Method):
     part for what was lost before them (``kernels/gptq.py``)."""
 
     statistics = Statistics.FEEDBACK
-    revision = "2"
 
     def prepare(
         self,

@@ -352,15 +352,14 @@ def identity_of_files(checkpoint: Checkpoint, progress: Progress = silent) -> st
 
 def fingerprint_of_files(identity: str, level: CheckpointLevel, dtype: torch.dtype) -> str:
     """Everything that the bytes of a level depend on that needs no text, of a checkpoint with this identity."""
-    return _hashed([__version__, identity, level.name, str(dtype), *_signature(level)])
+    return _hashed([__version__, identity, level.name, str(dtype), level.method.revision, *_signature(level)])
 
 
 def _fingerprint(
     source: GgufFile, level: CheckpointLevel, windows: Sequence[Window], settings: Settings, dtype: torch.dtype
 ) -> str:
     """Everything that a level's bytes depend on."""
-    parts = [__version__, source.sha256, level.name, str(dtype), *_signature(level)]
-    parts += [level.method.revision] if level.method.revision else []
+    parts = [__version__, source.sha256, level.name, str(dtype), level.method.revision, *_signature(level)]
     if _needs_text(level):
         parts += [tokens_hash(windows), str(settings.reference_tokens), str(settings.damp), str(settings.act_order)]
         parts.append(str(settings.half_products))  # a run must not go on on another processor, half in bfloat16

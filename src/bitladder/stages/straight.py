@@ -293,7 +293,7 @@ class _Straight:
             for target in targets:
                 stack.enter_context(writing(target.folder.partial))
                 outputs = list(self._outputs(shard, target))
-                target.hashes = {one.name: hashlib.blake2b(digest_size=16) for one in outputs}
+                target.hashes = {one.name: hashlib.sha256() for one in outputs}
                 target.places = stack.enter_context(placed_safetensors(target.folder.layer_file(number), outputs))
             writer = _Background()
             stack.callback(writer.close)
