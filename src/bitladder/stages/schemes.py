@@ -12,6 +12,7 @@ from bitladder.errors import UsageError
 from bitladder.formats.disk_names import disk_linears, quantized_parameters
 from bitladder.formats.roles import Parameter, layer_tensor
 from bitladder.formats.tensors import TensorInfo
+from bitladder.kernels.threads import one_thread
 from bitladder.levels import CheckpointLevel
 from bitladder.levels.checkpoints import CheckpointFormat, Mixed, parse_checkpoint
 from bitladder.levels.checkpoints.mixed import FLOAT, SCHEMES, SchemeGroup, mixed_level
@@ -122,7 +123,8 @@ class SchemeChoices:
         seen: SeenInput,
     ) -> NDArray[np.float64]:
         """As ``Choices``: rows are written as the checkpoint's will be, on scales searched as there."""
-        wrong = GPTQ.apply(self._forms[choice], seen.prepared, weights).decoded - weights
+        with one_thread():
+            wrong = GPTQ.apply(self._forms[choice], seen.prepared, weights).decoded - weights
         return seen.costs(wrong)
 
 
