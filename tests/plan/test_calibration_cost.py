@@ -35,11 +35,12 @@ def seconds(*names: str, rate: float = 1e11) -> float:
     return predicted(*names, rate=rate).seconds - START_SECONDS
 
 
-def test_gptq_work_is_forward_plus_statistics_plus_feedback():
+def test_gptq_work_is_two_passes_plus_statistics_plus_drift_plus_feedback():
     weights = 3_538_944
     statistics = 3 * 576 * (576 + 128) + 1536 * (1536 + 128)
     feedback = 576 * 576 * (576 + 192 + 192 + 576 + 1536 + 1536) + 576 * 1536 * 1536
-    expected = 30 * (32768 * (2 * weights + statistics) + feedback) / (1e11 * REACHED)
+    drift = 3 * 576 * 576 + 1536 * 1536
+    expected = 30 * (32768 * (4 * weights + statistics + 2 * drift) + 5 * feedback) / (1e11 * REACHED)
     assert seconds("GPTQ-4bit-g64") == pytest.approx(expected)
 
 
@@ -81,11 +82,12 @@ def test_states_beyond_the_budget_move_from_memory_to_disk():
     inside, outside = predicted("GPTQ-4bit-g64"), predicted("GPTQ-4bit-g64", state_bytes=1 << 20)
     assert outside.ram_bytes < inside.ram_bytes - 200e6
     assert outside.disk_bytes > inside.disk_bytes + 200e6
-    assert inside.ram_bytes < 1.5e9
+    assert inside.ram_bytes < 1.7e9
 
 
 def test_an_8b_shaped_layer_fits_4_gb():
-    """Llama 3 8B, 64 windows: the layer 0.87 GB, Gram matrix and factor of 14,336 inputs 0.82 GB each."""
+    """Llama 3 8B, 64 windows: the layer 0.87 GB, Gram matrix and factor of 14,336 inputs 0.82 GB each; so wide an input
+    is not compared with the source's."""
     attention = {"q_proj": (4096, 4096), "k_proj": (1024, 4096), "v_proj": (1024, 4096), "o_proj": (4096, 4096)}
     mlp = {"gate_proj": (14336, 4096), "up_proj": (14336, 4096), "down_proj": (4096, 14336)}
     work = CalibrationWork(
@@ -95,7 +97,7 @@ def test_an_8b_shaped_layer_fits_4_gb():
     assert 3.0e9 < need < 4.0e9
 
 
-@pytest.mark.parametrize(("name", "more"), [("GPTQ-4bit-g64", 1536**2), ("AWQ-4bit-g64", 3 * 576**2 + 1536**2)])
+@pytest.mark.parametrize(("name", "more"), [("GPTQ-4bit-g64", 2 * 1536**2), ("AWQ-4bit-g64", 3 * 576**2 + 1536**2)])
 def test_sums_of_a_shard_lie_beside_those_of_the_shards_before(name, more):
     work = CalibrationWork(SHAPES, n_layer=30, n_embd=576, other_weights=0, tokens=32768, reference_tokens=16384)
     ram = [

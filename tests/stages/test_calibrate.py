@@ -14,6 +14,7 @@ from bitladder.describe.windows import Window
 from bitladder.errors import BadInput, BadWeights, OutputError, UsageError
 from bitladder.files.gguf import GgufFile
 from bitladder.levels import parse_level
+from bitladder.levels.methods import Feedback
 from bitladder.plan.cost import level_size
 from bitladder.walk.checkpoint_walk import Settings
 from bitladder.walk.driver import Stream
@@ -102,6 +103,28 @@ def test_a_killed_run_goes_on_and_writes_the_same_bytes(levels, tmp_path, monkey
     done.clear()
     run(gguf, levels, tmp_path / "killed", checkpoint)
     assert not done
+
+
+def test_gptq_is_told_how_far_a_level_is_from_the_source(tmp_path, monkeypatch):
+    """Of inputs that are not too wide; the first is the source's own."""
+    _, checkpoint, gguf = tiny("llama", tmp_path)
+    told = []
+
+    def looking(self, gram, **known):
+        told.append(known["drift"])
+        return original(self, gram, **known)
+
+    original = Feedback.prepare
+    monkeypatch.setattr(Feedback, "prepare", looking)
+    run(gguf, ["GPTQ-2bit-g32"], tmp_path / "out", checkpoint)
+    first, *later = told
+    assert not first.any()
+    assert later
+    assert all(drift.any() for drift in later)
+    told.clear()
+    monkeypatch.setattr(Feedback, "widest_drift", 0)
+    run(gguf, ["GPTQ-3bit-g32"], tmp_path / "out", checkpoint)
+    assert told == [None] * (1 + len(later))
 
 
 def test_a_level_made_with_other_products_is_made_again(tmp_path):

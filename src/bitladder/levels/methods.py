@@ -90,6 +90,9 @@ class Method(ABC):
     largest: ClassVar[bool] = False
     """Whether ``factors`` reads the largest magnitude of each channel."""
 
+    widest_drift: ClassVar[int] = 0
+    """Columns of the widest inputs that are compared with what the source has there: ``drift`` of ``prepare``."""
+
     def scales(self, *, into_norm: bool) -> bool:  # noqa: ARG002
         """Whether it scales an input whose inverse goes ``into_norm``, or into a linear layer."""
         return False
@@ -256,6 +259,7 @@ class Feedback(Method):
     part for what was lost before them (``kernels/gptq.py``)."""
 
     statistics = Statistics.FEEDBACK
+    widest_drift = 11584  # whose square takes 512 MiB
 
     def prepare(
         self,

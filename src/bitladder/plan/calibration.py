@@ -2,9 +2,9 @@
 
 For T tokens and a layer of P weights whose matrices read inputs of widths K, the products are 2 T P for the
 forward pass and T K (K + 128) for the statistics, whose upper half is all that is computed. GPTQ levels each
-take a pass of their own; AWQ, INT8, folded levels and importance matrices share one over few tokens. AWQ adds about
-twelve trial quantizations of a quarter of the rows, and a folded level two of all of them. An importance matrix
-alone needs no statistics beyond the pass.
+take a pass of their own and one of the source, whose inputs are compared with theirs (2 T K^2); AWQ, INT8, folded
+levels and importance matrices share one over few tokens. AWQ adds about twelve trial quantizations of a quarter of the
+rows, and a folded level two of all of them. An importance matrix alone needs no statistics beyond the pass.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from bitladder.levels import CheckpointLevel, FoldedLevel
-from bitladder.levels.methods import Statistics
+from bitladder.levels.methods import GPTQ, Statistics
 from bitladder.levels.products import Product, statistics_of
 from bitladder.plan.preflight import SEARCHED_RATE
 from bitladder.records.calibration import Preflight
@@ -96,29 +96,37 @@ def predict(
     trials = sum(level.method.trials for level in levels if isinstance(level, CheckpointLevel | FoldedLevel))
     packed = sum(level.method.trials + _K_QUANT_PASSES for level in levels if isinstance(level, FoldedLevel))
     seen = min(tokens, work.reference_tokens) if needs_pass else 0
-    passes = sequential * (tokens * (2 * passed + statistics) + feedback)
+    drifts = {
+        name: columns * columns
+        for name, columns in _inputs(shapes).items()
+        if name not in work.counts and columns <= GPTQ.widest_drift
+    }
+    # Weights that make up for drift are two products of each matrix with a square one.
+    passes = sequential * (tokens * (4 * passed + statistics + 2 * sum(drifts.values())) + 5 * feedback)
     passes += seen * (2 * passed + (statistics if needs_gram else 0))
     flops: float = passes * flops_per_s / (pass_flops_per_s or flops_per_s) + trials * 2 * feedback
     searched = packed * layer_weights / (SEARCHED_RATE * work.cores)
     seconds = work.n_layer * (flops / (REACHED * flops_per_s) + searched)
 
     widest = max(columns for _, columns in shapes.values())
-    states = tokens * n_embd * 4 if sequential else seen * n_embd * 4
+    states = 2 * tokens * n_embd * 4 if sequential else seen * n_embd * 4  # the level's and the source's
     kept = tokens * (n_embd + widest) * 4 if sequential else 0
     kept_in_memory = min(kept, max(0, state_bytes - states))
     in_memory = min(states, state_bytes) + kept_in_memory
+    read = tokens * sum(columns for name, columns in _inputs(shapes).items() if name in drifts) * 4
+    read_in_memory = min(read, state_bytes // 2) if sequential else 0
     layer, square = (work.layer_weights or layer_weights) * 4, widest * widest * 4
     squares = {name: columns * columns * 4 for name, columns in _inputs(shapes).items()}
     passing = _BATCH_TOKENS * 4 * (n_embd + widest) * 4
     sums = 2 if work.shards > 1 else 1  # a shard's, beside those of the shards before it
     grams = sums * work.total(squares) if needs_gram else 0
-    # those of all experts at once
-    gathered = sums * max(size * work.counts.get(name, 1) for name, size in squares.items())
     # Each level starts from a copy of the layer.
     side_by_side = 2 * layer + grams + (3 * square if needs_gram else 0) + passing
-    # GPTQ: the Gram matrix while tokens pass, beside its packed factor, then the coupling beside copies of one matrix.
+    # GPTQ: the Gram matrix, and the drift beside it, while tokens pass or beside its packed factor; then the coupling
+    # beside copies of one matrix.
     copies = 4 * 4 * max(rows * columns for rows, columns in shapes.values())
-    one_by_one = layer + gathered + max(passing, square, copies)
+    summed = sums * max(size * (2 if name in drifts else work.counts.get(name, 1)) for name, size in squares.items())
+    one_by_one = layer + summed + read_in_memory + max(passing, square, copies)
     beside = max(side_by_side if sequential < len(levels) else 0, one_by_one if sequential else 0)
     ram = _FIXED_BYTES + in_memory + max(beside, int(work.looks * layer))
 
@@ -130,7 +138,7 @@ def predict(
     # A level's layers and finished shards exist side by side for a moment, states are kept twice so that a kill costs
     # one layer only.
     disk = sum(folders) + max(folders, default=0) + 2 * states * max(1, sequential)
-    disk += kept - kept_in_memory
+    disk += kept - kept_in_memory + (read - read_in_memory if sequential else 0)
     return Preflight(START_SECONDS + seconds if seconds else 0.0, int(ram), int(disk))
 
 

@@ -134,7 +134,7 @@ class GptqLevel(InStore, Builder):
         self._model, self._level = model, level
         self._damp, self._act_order, self._scale_dtype = damp, act_order, SCALE_DTYPES[dtype]
         self.source_inputs = SourceInputs(
-            model, lambda layer, shared: self._form(layer, shared) is not None, batches,
+            model, self._makes_up, batches,
             budget_bytes=budget_bytes, spill=store.partial,
         )  # fmt: skip
 
@@ -142,6 +142,14 @@ class GptqLevel(InStore, Builder):
         """Of what reads an input; None where it stays float, or nothing reads it."""
         parameters = quantized_parameters(self._model.family, shared)
         return format_of(self._model, self._level.format, layer, parameters[0].path) if parameters else None
+
+    def _makes_up(self, layer: int, shared: SharedInput) -> bool:
+        """Whether what reads an input is quantized, and the input not too wide to be compared with the source's."""
+        if self._form(layer, shared) is None:
+            return False
+        parameter = quantized_parameters(self._model.family, shared)[0]
+        *_, rows, columns = (int(size) for size in self._model.shape(parameter.path, layer))
+        return (rows if parameter.turned else columns) <= self._level.method.widest_drift
 
     def build(self, stream: Stream, layer: int, states: States) -> None:
         """Quantize a layer, input by input in the order they are computed, and push the states through the
