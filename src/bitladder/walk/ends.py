@@ -72,8 +72,9 @@ def quantize_ends(
     for own, disk in ends_of(model).items():
         is_head, linear = own == model.output, disk.removesuffix(".weight")
         with naming(None, linear):
-            known = {"tokens": tokens, "damp": damp, "act_order": act_order}
-            seen = level.method.prepare(gram, **known) if is_head else Prepared()
+            seen = Prepared()
+            if is_head:
+                seen = level.method.prepare(gram, tokens=tokens, damp=damp, act_order=act_order)
             form = level.format.of(linear)
             assert form is not None
             made = _Made(level, form, SCALE_DTYPES[dtype], str(model.device))
