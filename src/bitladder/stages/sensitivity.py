@@ -79,8 +79,7 @@ class SeenInput:
         if seen.tokens < FEW_TOKENS:
             return Prepared()
         with naming(None, self._name):
-            tokens = round(seen.tokens * (1 - self._held_out))
-            return GPTQ.prepare(seen.gram - seen.held_out if self._held_out else seen.gram, tokens=tokens)
+            return GPTQ.prepare(seen.gram - seen.held_out if self._held_out else seen.gram)
 
     def costs(self, wrong: F32) -> NDArray[np.float64]:
         """Squared error f64[rows] per token of the outputs of rows that are off by f32[rows, columns] and were fitted
