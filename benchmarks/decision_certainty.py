@@ -1,6 +1,6 @@
 """Is a decision that is called 95% sure repeated by 95% of other runs?
 
-    scripts/bench decision_certainty [--ladders 300] [--repeats 20]
+    scripts/bench decision_certainty [--ladders 300] [--repeats 12] [--seeds 11,12]
 
 Simulated ladders of seven levels: true losses drawn around the bar and around 0.02 nats, documents that differ,
 inputs passed or failed, speeds whose levels lie close, on a machine that drifts from round to round. Every ladder is
@@ -97,23 +97,31 @@ def _result(level: str, lost: np.ndarray, gained: np.ndarray, before: int, rates
     )
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ladders", type=int, default=300)
-    parser.add_argument("--repeats", type=int, default=20)
-    options = parser.parse_args()
-    assert set(NAMES) < set(SIZES)
-    rng = np.random.default_rng(1)
-    said, repeated = [], []
-    for _ in range(options.ladders):
+def repeated_by(seed: int, ladders: int, repeats: int) -> list[tuple[float, float]]:
+    """Of each ladder how sure the first run's decision is, and the share of other runs that choose the same pair."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for _ in range(ladders):
         ladder = drawn_ladder(rng)
         first = one_run(ladder, rng)
         with mock.patch("bitladder.plan.decide.certainty", return_value=()):  # of the others only the choice counts
-            others = [one_run(ladder, rng) for _ in range(options.repeats)]
-        said.append(first.certainty[0].share)
-        repeated.append(np.mean([(one.quality, one.speed) == (first.quality, first.speed) for one in others]))
-    told, same = np.array(said), np.array(repeated)
-    print(f"{options.ladders} ladders, {options.repeats} other runs each")
+            others = [one_run(ladder, rng) for _ in range(repeats)]
+        same = np.mean([(one.quality, one.speed) == (first.quality, first.speed) for one in others])
+        found.append((first.certainty[0].share, float(same)))
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ladders", type=int, default=300)
+    parser.add_argument("--repeats", type=int, default=12)
+    parser.add_argument("--seeds", default="11,12", help="each for an equal part of the ladders")
+    options = parser.parse_args()
+    assert set(NAMES) < set(SIZES)
+    seeds = [int(seed) for seed in options.seeds.split(",")]
+    pairs = [pair for seed in seeds for pair in repeated_by(seed, options.ladders // len(seeds), options.repeats)]
+    told, same = np.array(pairs).T
+    print(f"{len(pairs)} ladders, {options.repeats} other runs each")
     print("  said to repeat    ladders   said (mean)   repeated (95% interval over ladders)")
     for low, high in ((0.0, 0.5), (0.5, 0.7), (0.7, 0.85), (0.85, 0.93), (0.93, 0.975), (0.975, 1.01)):
         here = (told >= low) & (told < high)

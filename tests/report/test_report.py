@@ -471,6 +471,22 @@ def test_plan_and_fidelity_tables(record):
     assert "One window is too little for intervals" in shown(fidelity_table, [one], width=160)
 
 
+def test_levels_that_were_not_asked_have_dashes_which_are_explained(record):
+    def left(one):
+        kept = {"level": one.level, "decode_tokens_per_s": math.nan if one.level == "Q2_K" else one.decode_tokens_per_s}
+        unasked = {"inputs": 0, "passes": 0, "lost": (), "gained": (), "pass_low": math.nan, "pass_high": math.nan}
+        return dataclasses.replace(one, **kept, **(unasked if one.level in ("Q8_0", "Q2_K") else {}))
+
+    partly = dataclasses.replace(record, results=tuple(map(left, record.results)))
+    text = shown(print_run, partly, width=160)
+    assert re.search(r"^ *Q8_0 [^\n]* 98[.\d]* [^\n]* – +[a-z ]+$", text, re.M)
+    assert "0/0" not in text and "nan" not in text
+    assert "--full" in text and "--full" in render_html(partly) and "0/0" not in render_html(partly)
+    assert "--full" not in shown(print_run, record, width=160)
+    bounded = dataclasses.replace(partly, settings={"within_s": 60})
+    assert "--full" not in shown(print_run, bounded, width=160)
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [(0, "0"), (0.00412, "0.00412"), (0.00001, "1e-5"), (12.345, "12.3"), (1234.5, "1,234"), (math.nan, "–")],

@@ -18,7 +18,7 @@ from bitladder.report.chart import Axis, Point, find_cliff, loss_chart
 from bitladder.report.facts import facts, warnings
 from bitladder.report.meanings import HEADS, LOSSES, VERDICTS
 from bitladder.report.reading import RUN_JSON
-from bitladder.report.rows import LevelRow, cost_lines, front_line, level_rows, over_caches
+from bitladder.report.rows import LevelRow, cost_lines, front_line, left_out, level_rows, over_caches
 from bitladder.report.tables import evidence_tables
 from bitladder.report.wording import answers_columns, answers_rows
 from bitladder.units import GiB, MiB, human_bytes
@@ -86,6 +86,7 @@ def render_html(record: RunRecord) -> str:
         sentence=lambda text: text[:1].upper() + text[1:],
         facts=facts,
         costs=cost_lines(record),
+        left_out=left_out(record, rows),
         heads=HEADS,
         verdicts=VERDICTS,
         losses=LOSSES,

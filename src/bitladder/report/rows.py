@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from bitladder.describe.cache_types import split_name
 from bitladder.records.decision import Status, Verdict
 from bitladder.records.evaluation import WorkloadResult
 from bitladder.records.fidelity import Fidelity
-from bitladder.records.plan import ELSEWHERE, LevelPlan, runs_elsewhere
+from bitladder.records.plan import ELSEWHERE, Container, LevelPlan, runs_elsewhere
 from bitladder.records.run import FileFacts, LevelCost, RunRecord
 from bitladder.units import human_bytes
 
@@ -171,6 +171,19 @@ def level_rows(record: RunRecord) -> list[LevelRow]:
         )
         for plan in (*record.plan.levels, *elsewhere)
     ]
+
+
+def left_out(record: RunRecord, rows: Sequence[LevelRow]) -> str:
+    """What dashes mean where levels were not asked or timed because they could not be chosen; empty where none was, and
+    where time was short."""
+    if "within_s" in record.settings:
+        return ""
+    measured = [row for row in rows if row.fidelity and row.plan.container is Container.FILE]
+    measured = [row for row in measured if row.verdict.status != Status.REFERENCE]
+    known = [[row.asked for row in measured], [row.decode != UNKNOWN for row in measured]]
+    if not any(any(one) and not all(one) for one in known):
+        return ""
+    return f"{UNKNOWN}: not asked or not timed, since nothing that this shows could make it a tier; --full does both."
 
 
 def number(value: float, digits: int) -> str:

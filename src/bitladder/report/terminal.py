@@ -21,6 +21,7 @@ from bitladder.report.rows import (
     cost_lines,
     front_line,
     interval,
+    left_out,
     level_rows,
     number,
     over_caches,
@@ -88,12 +89,14 @@ def print_run(record: RunRecord, console: Console | None = None) -> None:
     if over_caches(record):  # of one file: what differs is the memory
         ranks = {"file": 4, "memory": 0}
         columns = [replace(column, rank=ranks.get(column.title, column.rank)) for column in columns]
-    table, left_out = fitted_table(columns, rows, out.width)
+    table, narrowed = fitted_table(columns, rows, out.width)
     out.print(table)
     for words in heads_in_words(("KL", "ppl ratio", "top-1", "passes", *(("cost",) if record.costs else ()))):
         out.print(Text(words, style="dim"))
-    if left_out:
-        out.print(Text(f"Left out for width: {', '.join(left_out)}.", style="dim"))
+    if dashes := left_out(record, rows):
+        out.print(Text(dashes, style="dim"))
+    if narrowed:
+        out.print(Text(f"Left out for width: {', '.join(narrowed)}.", style="dim"))
     if over_caches(record) and (front := front_line(record)):
         out.print(Text(front))
     wide = max((len(row.level) for row in rows), default=0) + 2
