@@ -146,3 +146,15 @@ def test_uneven_steps_take_the_nearest_entry():
     codes, _ = gptq.apply(gptq.prepare(np.eye(4)), weights, grid)
     assert codes.tolist() == [[0, 1, 2, 3]]
     assert grid.values(codes).tolist() == [[-5, -1, 2, 9]]
+
+
+def test_rows_are_worked_on_a_few_at_a_time(monkeypatch):
+    """As many as leave room for wide inputs: each is as it would be beside all others."""
+    rng = np.random.default_rng(11)
+    weights, x = rng.normal(size=(21, 160)).astype(np.float32), inputs_with(160, 640, 12)
+    factor, grid = gptq.prepare(x.T @ x, act_order=True), groups.search(weights, 3, 32).grid()
+    codes, cost = gptq.apply(factor, weights, grid)
+    monkeypatch.setattr(gptq, "_AT_ONCE", 4 * 160)
+    parts, own = gptq.apply(factor, weights, grid)
+    assert np.array_equal(parts, codes)
+    np.testing.assert_allclose(own, cost, rtol=1e-5)

@@ -155,6 +155,10 @@ def _order(diagonal: npt.NDArray[np.float64], together: int) -> npt.NDArray[np.i
     return np.lexsort((-diagonal, np.repeat(rank, together) if together > 1 else np.zeros(len(diagonal))))
 
 
+_AT_ONCE = 1 << 23
+"""Weights that are worked on at once: some 10 bytes of memory for each."""
+
+
 def apply(factor: Factor, weights: F32, grid: Grid) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.float64]]:
     """Choose the codes of ``weights f32[rows, columns]`` on ``grid`` with error feedback.
 
@@ -163,12 +167,24 @@ def apply(factor: Factor, weights: F32, grid: Grid) -> tuple[npt.NDArray[np.int1
         Hessian.
     """
     rows, columns = weights.shape
+    codes, cost = np.empty((rows, columns), np.int16), np.zeros(rows, np.float64)
+    at_once = max(1, _AT_ONCE // columns)
+    for start in range(0, rows, at_once):
+        some = slice(start, start + at_once)
+        codes[some, factor.order] = _codes_of(factor, weights[some], grid, some, cost[some]).T
+    return codes, cost
+
+
+def _codes_of(
+    factor: Factor, weights: F32, grid: Grid, some: slice, cost: npt.NDArray[np.float64]
+) -> npt.NDArray[np.int16]:
+    """Codes i16[columns, rows] of some rows, columns in the factor's order; adds to the cost of each."""
+    rows, columns = weights.shape
     ordered = np.ascontiguousarray(weights.T[factor.order], np.float32)
     groups = np.ascontiguousarray(grid.group_of[factor.order])
-    scale, offset = np.ascontiguousarray(grid.scale.T), np.ascontiguousarray(grid.offset.T)
+    scale, offset = np.ascontiguousarray(grid.scale[some].T), np.ascontiguousarray(grid.offset[some].T)
     errors = np.zeros((columns, rows), np.float32)
     codes = np.empty((columns, rows), np.int16)
-    cost = np.zeros(rows, np.float64)
     for start in range(0, columns, BLOCK):
         block = slice(start, min(start + BLOCK, columns))
         targets = ordered[block].copy()
@@ -179,9 +195,7 @@ def apply(factor: Factor, weights: F32, grid: Grid) -> tuple[npt.NDArray[np.int1
             scale, offset, groups[block], grid.lowest, grid.highest, grid.table,
             codes[block], errors[block], cost,
         )  # fmt: skip
-    stored = np.empty((rows, columns), np.int16)
-    stored[:, factor.order] = codes.T
-    return stored, cost
+    return codes
 
 
 def cost_of(factor: Factor, errors: F32) -> npt.NDArray[np.float64]:
