@@ -184,7 +184,7 @@ def test_the_search_for_places_has_a_limit():
 
 
 def test_names_and_speeds_are_whole_on_a_narrow_terminal(monkeypatch, capsys):
-    from bitladder.cli.deploy import _show
+    from bitladder.cli.compare import _show
 
     monkeypatch.setenv("COLUMNS", "80")
     one = Side("SmolLM2-135M-Instruct-with-a-long-name-Q8_0", "It is 8.", "stop", 5, 0.051, 22.31)

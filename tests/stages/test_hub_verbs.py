@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from bitladder.cli.app import app
 from bitladder.cli.build import working
-from bitladder.cli.deploy import _compared as compared_path
+from bitladder.cli.compare import _compared as compared_path
 from bitladder.describe.shapes import Shape
 from bitladder.errors import BadInput, FetchError, NothingFits, UsageError
 from bitladder.files.sources import resolve

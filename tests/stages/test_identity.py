@@ -544,7 +544,7 @@ def test_compare_asks_the_measured_files(world, monkeypatch):
     world.run()
     moved = world.file("Q4_K_M").rename(world.out / "renamed.gguf")
     asked = []
-    monkeypatch.setattr("bitladder.cli.deploy._engine", lambda what, *_: asked.append(Path(what)) or closing_nothing())
+    monkeypatch.setattr("bitladder.cli.compare._engine", lambda what, *_: asked.append(Path(what)) or closing_nothing())
     monkeypatch.setattr("bitladder.serve.compare.compare", lambda *_, **__: {})
     said = world("compare", "q8_0", "Q4_K_M", "Hello", "--of", world.model, "--threads", "1", "--json").stderr
     assert asked == [world.file("Q8_0"), moved]

@@ -15,6 +15,7 @@ from bitladder.cli import (
     bench,
     build,
     check,
+    compare,
     deploy,
     evidence,
     explain,
@@ -57,7 +58,8 @@ def _root(
 
 
 for module in (
-    judge, bench, sweep, fit, hub, explain, build, recipe, speculate, deploy, hand_over, evidence, check, housekeeping,
+    judge, bench, sweep, fit, hub, explain, build, recipe, speculate, deploy, compare, hand_over, evidence, check,
+    housekeeping,
 ):  # fmt: skip
     module.add_to(app)
 
