@@ -8,6 +8,7 @@ import pytest
 
 from bitladder.plan.decide import decide
 from bitladder.plan.speculation import next_to_try
+from bitladder.plan.whatif import what_if
 from bitladder.records.decision import Pairing, Status, TierGuesses
 from bitladder.records.speculation import Gain, SpeculationReport, SpeculationResult
 from bitladder.stages.tier_guesses import MOST_OTHERS, with_guesses
@@ -75,6 +76,14 @@ def test_a_level_in_no_tier_becomes_the_fast_one_where_its_guesses_make_it_so():
         "slower (131 against" in status["Q4_K_M"].reason and "guessing ahead where it pays" in status["Q4_K_M"].reason
     )
     assert {one.level for one in record.decision.speculate} == {"Q6_K", "Q5_K_M"}
+
+
+def test_what_if_decides_with_the_guesses_that_were_tried():
+    record, _ = tried({"Q6_K": 1.3, "Q5_K_M": 1.6})
+    _, same = what_if(record)
+    assert (same.quality, same.speed, same.speculate) == ("Q6_K", "Q5_K_M", record.decision.speculate)
+    _, other = what_if(record, bar="kl < 0.02")
+    assert (other.quality, other.speed) == ("Q6_K", "Q6_K") and [one.level for one in other.speculate] == ["Q6_K"]
 
 
 def test_where_nothing_pays_the_choice_is_what_it_was_and_no_other_level_is_tried():

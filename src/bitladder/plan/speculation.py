@@ -8,11 +8,12 @@ Holm's method corrects for all that were tried: the chance that any is said to p
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from bitladder.plan.judge import SAME_SPEED
-from bitladder.records.decision import TierGuesses
+from bitladder.records.decision import Decision, Pairing, TierGuesses
+from bitladder.records.plan import Plan
 from bitladder.records.speculation import SpeculationReport, SpeculationResult
 from bitladder.stats.multiplicity import holm
 
@@ -60,6 +61,50 @@ def guesses_of_tiers(
             gain = best.gains[0]
             found.append(TierGuesses(tier.level, best.mode, gain.ratio, gain.low, gain.high, best.draft_sha256))
     return tuple(found)
+
+
+DecideWith = Callable[[Mapping[str, TierGuesses]], Decision]
+"""Gives the decision with the guesses that levels would make, by level."""
+
+
+def gains_of(reports: Sequence[SpeculationReport], plan: Plan) -> dict[str, TierGuesses]:
+    """By level, the guesses that surely pay and fit into memory beside the level alone."""
+    total = {level.level: level.total_bytes for level in plan.levels}
+    rooms = [TierRoom(report.level, total[report.level]) for report in reports if report.level in total]
+    return {one.level: one for one in guesses_of_tiers(rooms, reports, plan.budget_bytes, together=False)}
+
+
+def decided_with_guesses(
+    first: Decision, reports: Sequence[SpeculationReport], plan: Plan, decide_with: DecideWith
+) -> Decision:
+    """The decision with what was tried of guesses: tiers chosen by speeds with those that surely pay, and what each
+    tier guesses with. Where those do not fit into memory beside the tiers so chosen, the choice is the first one.
+
+    Args:
+        first: without any guesses.
+        reports: what was tried, by level.
+        plan: the levels, and the memory for them.
+        decide_with: the decision with guesses.
+    """
+    total = {level.level: level.total_bytes for level in plan.levels}
+
+    def granted(decision: Decision) -> tuple[TierGuesses, ...]:
+        rooms = [TierRoom(level, total[level]) for level in tiers_of(decision) if level in total]
+        together = decision.pair is not Pairing.SWAP
+        return guesses_of_tiers(rooms, reports, plan.budget_bytes, together=together)
+
+    gains = gains_of(reports, plan)
+    decision = decide_with(gains) if gains else first
+    guesses = granted(decision)
+    if any(gains.get(level) not in (None, *guesses) for level in tiers_of(decision)):
+        decision, guesses = first, granted(first)
+    summary = " ".join(part for part in (decision.summary, in_words(guesses)) if part)
+    return replace(decision, speculate=guesses, summary=summary)
+
+
+def tiers_of(decision: Decision) -> list[str]:
+    """Its levels, each once."""
+    return list(dict.fromkeys(level for level in (decision.quality, decision.speed) if level))
 
 
 def next_to_try(

@@ -3,13 +3,15 @@ there."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from bitladder.describe.cache import padded_context
 from bitladder.describe.cache_types import split_name
 from bitladder.errors import UsageError
 from bitladder.plan.decide import decide
-from bitladder.records.decision import Decision
+from bitladder.plan.speculation import decided_with_guesses
+from bitladder.records.decision import Decision, TierGuesses
 from bitladder.records.plan import ELSEWHERE, Container, ContextBytes, LevelPlan, Plan
 from bitladder.records.run import RunRecord
 from bitladder.units import human_bytes
@@ -34,15 +36,20 @@ def what_if(
         usual = None if there is None else _context_bytes(plan, plan.n_ctx).kv_bytes
         levels = tuple(_moved(level, there, budget, usual) for level in plan.levels)
         plan = replace(plan, n_ctx=context, budget_bytes=budget, levels=levels)
-    decision = decide(
-        plan,
-        run.fidelities,
-        run.results,
-        bar=run.decision.bar if bar is None else bar,
-        reference=run.source.level,
-        tags={item.id: item.tags for item in run.inputs},
-    )
-    return plan, decision
+
+    def decide_with(guesses: Mapping[str, TierGuesses]) -> Decision:
+        return decide(
+            plan,
+            run.fidelities,
+            run.results,
+            bar=run.decision.bar if bar is None else bar,
+            reference=run.source.level,
+            tags={item.id: item.tags for item in run.inputs},
+            guesses=guesses,
+        )
+
+    first = decide_with({})
+    return plan, decided_with_guesses(first, run.speculation, plan, decide_with) if run.speculation else first
 
 
 def _context_bytes(plan: Plan, n_ctx: int) -> ContextBytes:
