@@ -1,6 +1,6 @@
 """Is a decision that is called 95% sure repeated by 95% of other runs?
 
-    scripts/bench decision_certainty [--ladders 300] [--repeats 12] [--seeds 11,12]
+    scripts/bench decision_certainty [--ladders 300] [--repeats 12] [--seeds 11,12] [--documents 30] [--outliers 0]
 
 Simulated ladders of seven levels: true losses drawn around the bar and around 0.02 nats, documents that differ,
 inputs passed or failed, speeds whose levels lie close, on a machine that drifts from round to round. Every ladder is
@@ -29,6 +29,8 @@ from ladder_examples import KL, SIZES, fidelity, plan, result
 
 DOCUMENTS, TOKENS, INPUTS, ROUNDS = 30, 300, 25, 5
 NAMES = list(KL)
+TIMES_WORSE = 5.0
+"""Of outliers beside other documents."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,25 +58,27 @@ def drawn_ladder(rng: np.random.Generator) -> Ladder:
     return Ladder(kl, rng.uniform(0.3, 0.9), np.minimum(0.5, 0.15 * kl), speed, rng.uniform(0.003, 0.04))
 
 
-def one_run(ladder: Ladder, rng: np.random.Generator):
+def one_run(ladder: Ladder, rng: np.random.Generator, documents: int = DOCUMENTS, outliers: float = 0.0):
     """The decision of one run: its own documents, inputs and rounds."""
-    hard = rng.normal(0, ladder.spread, DOCUMENTS)
+    hard = rng.normal(0, ladder.spread, documents)
+    if outliers:
+        hard += math.log(TIMES_WORSE) * (rng.uniform(size=documents) < outliers)
     fidelities, results = [], []
     drift = rng.normal(0, 0.1, ROUNDS)
     passed = rng.uniform(size=INPUTS) < 0.8
-    tokens = np.full(DOCUMENTS, float(TOKENS))
+    tokens = np.full(documents, float(TOKENS))
     for at, level in enumerate(NAMES):
-        own = ladder.kl[at] * np.exp(hard + rng.normal(0, 0.2, DOCUMENTS) - (ladder.spread**2 + 0.04) / 2)
+        own = ladder.kl[at] * np.exp(hard + rng.normal(0, 0.2, documents) - (ladder.spread**2 + 0.04) / 2)
         kl = ratio_interval(own * tokens, tokens, np.random.default_rng(0), scale="log", worse="more")
         fidelities.append(
             dataclasses.replace(
                 fidelity(level, kl.value),
-                tokens=DOCUMENTS * TOKENS,
-                units=DOCUMENTS,
+                tokens=documents * TOKENS,
+                units=documents,
                 kl_low=kl.low,
                 kl_high=kl.high,
                 unit_kl=tuple(own.tolist()),
-                unit_tokens=(TOKENS,) * DOCUMENTS,
+                unit_tokens=(TOKENS,) * documents,
             )
         )
         rates = ladder.speed[at] * np.exp(drift + rng.normal(0, ladder.noise, ROUNDS))
@@ -97,15 +101,15 @@ def _result(level: str, lost: np.ndarray, gained: np.ndarray, before: int, rates
     )
 
 
-def repeated_by(seed: int, ladders: int, repeats: int) -> list[tuple[float, float]]:
+def repeated_by(seed: int, options: argparse.Namespace) -> list[tuple[float, float]]:
     """Of each ladder how sure the first run's decision is, and the share of other runs that choose the same pair."""
     rng = np.random.default_rng(seed)
     found = []
-    for _ in range(ladders):
+    for _ in range(options.ladders // len(options.seeds.split(","))):
         ladder = drawn_ladder(rng)
-        first = one_run(ladder, rng)
+        first = one_run(ladder, rng, options.documents, options.outliers)
         with mock.patch("bitladder.plan.decide.certainty", return_value=()):  # of the others only the choice counts
-            others = [one_run(ladder, rng) for _ in range(repeats)]
+            others = [one_run(ladder, rng, options.documents, options.outliers) for _ in range(options.repeats)]
         same = np.mean([(one.quality, one.speed) == (first.quality, first.speed) for one in others])
         found.append((first.certainty[0].share, float(same)))
     return found
@@ -115,11 +119,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ladders", type=int, default=300)
     parser.add_argument("--repeats", type=int, default=12)
+    parser.add_argument("--outliers", type=float, default=0.0, help="share of documents that are five times worse")
+    parser.add_argument("--documents", type=int, default=DOCUMENTS)
     parser.add_argument("--seeds", default="11,12", help="each for an equal part of the ladders")
     options = parser.parse_args()
     assert set(NAMES) < set(SIZES)
-    seeds = [int(seed) for seed in options.seeds.split(",")]
-    pairs = [pair for seed in seeds for pair in repeated_by(seed, options.ladders // len(seeds), options.repeats)]
+    pairs = [pair for seed in options.seeds.split(",") for pair in repeated_by(int(seed), options)]
     told, same = np.array(pairs).T
     print(f"{len(pairs)} ladders, {options.repeats} other runs each")
     print("  said to repeat    ladders   said (mean)   repeated (95% interval over ladders)")

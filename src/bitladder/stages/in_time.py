@@ -92,8 +92,9 @@ def _say_estimate(given: Given, plan: Plan, levels: Sequence[Level]) -> None:
     except BitladderError:  # told where it matters
         return
     if seconds >= _WORTH_SAYING_S:
+        most, less = ("About", "") if given.settings.full else ("Up to", ", less for levels that cannot be chosen")
         job.journal.say(
-            f"About {human_duration(seconds)} on this machine, by what is known of it; --within bounds the time."
+            f"{most} {human_duration(seconds)} on this machine, by what is known of it{less}; --within bounds the time."
         )
 
 
