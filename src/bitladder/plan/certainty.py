@@ -29,8 +29,6 @@ from bitladder.stats.paired import mcnemar
 
 RESAMPLES = 100
 SEED = 20260131
-SMOOTHED = 0.25
-"""Of the variance of documents' log KL, what is normal and not another draw of a document of this run."""
 LEAST_SHARE = 0.02
 """Pairs chosen less often are not named."""
 _WIDTH_95 = 2 * 1.96
@@ -110,28 +108,21 @@ def _places(size: int, rng: np.random.Generator) -> NDArray[np.intp]:
 def _other_documents(evidence: LadderEvidence, rng: np.random.Generator) -> dict[str, F64]:
     """Level -> KL of each unit, f64[units], of units that another run might have.
 
-    The mean of their logarithms is normal, as well known as these units tell, and jointly over levels, since a unit
-    that is hard for one level is hard for all. About it they lie as these units do, smoothed (Silverman and Young,
-    Biometrika 74 (1987) 469-479): three quarters of the spread are a unit of this run drawn again, a quarter is
-    normal. Units drawn again alone would never be worse than the worst here, normal ones never hold an outlier as these
-    may. A level that was measured on the first units alone shares them with the others.
+    Their logarithms are taken as jointly normal over levels, since a unit that is hard for one level is hard for
+    all, with mean and spread as well known as these units tell. A level that was measured on the first units alone
+    shares them with the others. Resampling the units themselves would never find one worse than the worst here, and was
+    too sure of itself.
     """
     known = {one.level: one.unit_kl for one in evidence.fidelities if one.has_units and min(one.unit_kl) > 0}
     most = max(map(len, known.values()), default=0)
     of_mean, of_units = rng.normal(0.0, 1.0, most), rng.normal(0.0, 1.0, (most, most))
-    places = rng.uniform(0.0, 1.0, (2, most))
     freedom = {size: rng.chisquare(size - 1) for size in sorted({len(own) for own in known.values()})}
     found: dict[str, F64] = {}
     for level, own in known.items():
         size, logs = len(own), np.log(np.asarray(own))
         spread = (logs - logs.mean()) / math.sqrt(freedom[size])
         mean = logs.mean() + spread @ of_mean[:size] / math.sqrt(size)
-        again = (places[0, :size] * most).astype(np.intp)
-        again = np.where(again < size, again, (places[1, :size] * size).astype(np.intp))
-        drawn = math.sqrt((1 - SMOOTHED) * size) * spread[again] + math.sqrt(SMOOTHED) * (
-            spread @ of_units[:size, :size]
-        )
-        found[level] = np.exp(mean + drawn)
+        found[level] = np.exp(mean + spread @ of_units[:size, :size])
     return found
 
 
