@@ -1,11 +1,23 @@
 """What a bounded run does next, as a table of cases; and a whole run on a simulated clock."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from bitladder.plan.schedule import LEAST, Kind, Piece, Seen, contending, looks, next_piece, open_levels, spread
+from bitladder.plan.schedule import (
+    LEAST,
+    Kind,
+    Piece,
+    Seen,
+    contending,
+    looks,
+    next_piece,
+    open_levels,
+    spread,
+    worth_asking,
+)
 from bitladder.records.decision import Certainty, Decision, Loss, Status, Verdict
 
 DOCUMENTS, INPUTS, ROUNDS = Kind
@@ -194,6 +206,14 @@ OPEN = {
 def test_levels_that_hold_the_bar_or_may_are_contending():
     found = decided("D", "D", [], F=(Status.REFERENCE, True), E=UNKNOWN, D=NEAR, C=MEETS, B=FAILS)
     assert contending(found) == {"E", "D", "C"}
+
+
+def test_open_levels_are_worth_asking_where_answers_may_show_that_they_hold_the_bar():
+    pairs = [(("D", "C"), 0.8), (("D", "B"), 0.2)]
+    found = decided("D", "C", pairs, E=MEETS, D=NEAR, C=MEETS, B=UNKNOWN, A=UNKNOWN)
+    assert worth_asking(found, SIZES) == set("DCB")  # as the bar is on KL: A is open, and no answer closes it
+    for bar in ("kl < 0.1 and no loss", "passes >= reference - 4 points", "recall >= 90%"):
+        assert worth_asking(replace(found, bar=bar), SIZES) == set("DCBA")
 
 
 @pytest.mark.parametrize(("decision", "expected"), OPEN.values(), ids=OPEN)

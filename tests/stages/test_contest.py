@@ -108,6 +108,17 @@ def test_one_level_alone_is_asked_and_timed(monkeypatch, level):
     assert decision.quality == decision.speed == level
 
 
+def test_levels_that_may_hold_the_bar_are_timed_beside_the_race_and_not_asked(monkeypatch):
+    world = World(monkeypatch, kl=KL | {"Q3_K_M": 0.097}, rates=RATES)
+    decision, _ = world.run()
+    assert {one.level: one.status for one in decision.verdicts}["Q3_K_M"] == "cannot tell"
+    assert world.races[0].leaves == {"F16", "Q3_K_M"} and world.races[0].stays == {"Q5_K_M"}
+    assert (decision.quality, decision.speed) == ("Q5_K_M", "Q4_K_M")
+    assert {"Q5_K_M", "Q4_K_M"} < set(world.asked) and "Q6_K" not in world.asked
+    named = {name for pair in decision.certainty for name in (pair.quality, pair.speed)}
+    assert set(world.asked) <= {"F16", *named}
+
+
 def test_where_guesses_are_tried_every_level_that_may_be_chosen_is_asked(monkeypatch):
     world = World(monkeypatch)
     world.run(every=True)

@@ -19,6 +19,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from bitladder.plan.bar import parse_bar
 from bitladder.records.decision import Decision, Loss, Status
 
 SHARE_TRUSTED = 0.95
@@ -130,14 +131,30 @@ def open_levels(decision: Decision, sizes: Mapping[str, int]) -> set[str]:
     """Levels whose place may still change: the tiers themselves, which are what is deployed; those of other pairs that
     resamples choose; and those of which it cannot be told whether they hold the bar, unless they are larger than a
     quality tier without a loss that can be told. ``sizes``: bytes by level."""
-    found = {decision.quality, decision.speed}
-    first, *others = decision.certainty or (None,)
-    if first is not None and first.share < SHARE_TRUSTED:
-        found |= {name for pair in others if pair for name in (pair.quality, pair.speed)}
+    found = _named(decision)
     lossless = {one.level for one in decision.verdicts if one.loss is Loss.NOT_SEEN}
     limit = sizes.get(decision.quality or "", math.inf) if decision.quality in lossless else math.inf
     unknown = (one.level for one in decision.verdicts if one.status is Status.UNKNOWN)
-    found |= {level for level in unknown if sizes.get(level, 0) < limit}
+    return found | {level for level in unknown if sizes.get(level, 0) < limit}
+
+
+def worth_asking(decision: Decision, sizes: Mapping[str, int]) -> set[str]:
+    """Levels whose answers may change the decision: those that this or another run would name, which answers may veto;
+    and the open ones where answers may show that they hold the bar. ``sizes``: bytes by level."""
+    by_answers = any(clause.metric in _SHOWN_BY_ANSWERS for clause in parse_bar(decision.bar).clauses)
+    return open_levels(decision, sizes) if by_answers else _named(decision)
+
+
+_SHOWN_BY_ANSWERS = ("no loss", "passes", "recall")
+"""What of a bar only answers can show to hold; "no known loss" holds without them."""
+
+
+def _named(decision: Decision) -> set[str]:
+    """The tiers, and those of other pairs that resamples choose where the pair is not settled."""
+    first, *others = decision.certainty or (None,)
+    found = {decision.quality, decision.speed}
+    if first is not None and first.share < SHARE_TRUSTED:
+        found |= {name for pair in others if pair for name in (pair.quality, pair.speed)}
     return {level for level in found if level is not None}
 
 

@@ -7,10 +7,11 @@ choose; where answers veto one, what takes its place is asked, until everything 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from bitladder.plan.schedule import contending, open_levels
+from bitladder.plan.schedule import contending, worth_asking
+from bitladder.records.decision import Status
 from bitladder.stages.ask import Asker, Asking, LevelToAsk, name_of
 from bitladder.stages.speeds import Race
 
@@ -46,17 +47,26 @@ def answers_that_matter(
     timed = False
     while True:
         decision = decide(asking.so_far())
-        wanted = open_levels(decision, sizes) | (contending(decision) if every else set())
+        wanted = worth_asking(decision, sizes) | (contending(decision) if every else set())
         missing = [one for name, one in levels.items() if name in wanted and not asking.has_asked(one)]
         if not timed and (decision.quality is not None or not missing):
             # what may be chosen is known, or nothing that answers could change
             timed = True
             racing = [one for name, one in levels.items() if name in contending(decision)]
             beside = [own] if isinstance(own, LevelToAsk) and racing else []
-            stays = frozenset(name for name in levels if name == decision.quality)
-            asking.time([*beside, *racing], Race(stays, frozenset(map(name_of, beside))))
+            asking.time([*beside, *racing], _race(decision, map(name_of, [*beside, *racing])))
         elif missing:
             for one in missing:
                 asking.ask(one)
         else:
             return asking.finished()
+
+
+def _race(decision: Decision, names: Iterable[str]) -> Race:
+    """The level for quality stays, since the fast one must be faster; where one is chosen, those that are not known to
+    hold the bar are timed in the first rounds alone, and drive nobody out, as the reference does not."""
+    holding = {one.level for one in decision.verdicts if one.status.holds and one.status is not Status.REFERENCE}
+    rivals = holding or contending(decision)
+    timed = list(names)
+    stays = frozenset(name for name in timed if name == decision.quality)
+    return Race(stays, frozenset(name for name in timed if name not in rivals))
