@@ -358,7 +358,7 @@ def _row(row: SweepRow, record: RunRecord, report: str, seconds: float) -> Sweep
         machine=record.plan.machine,
         file_bytes=file,
         kl=fidelity.kl_mean if fidelity else math.nan,
-        passes=f"{result.passes}/{result.inputs}" if result else "",
+        passes=f"{result.passes}/{result.inputs}" if result and result.inputs else "",
         decode=result.decode_tokens_per_s if result else math.nan,
         seconds=seconds,
         report=report,
