@@ -9,7 +9,7 @@ layers as asked for: random weights in the layers, and holes for the embedding a
 tokens in use. Memory does not grow with the number of layers, hidden states pass through one after another. Builds
 the level, from reading the file to the proof of the written folder, and prints the largest resident memory of the
 process and seconds. With ``--workers`` units are computed by so many workers of a Ray cluster on this machine, none of
-which gets more private memory than asked for (``RLIMIT_DATA``; what lies in the object store is shared, and not
+which gets more private memory than asked for (by ``RLIMIT_DATA``; what lies in the object store is shared, and not
 counted), and the most that any of them had is printed, too. The file and the folder (about 5 GB, of which 2 GB are
 holes) are removed afterwards.
 """
@@ -73,7 +73,10 @@ class Limited:
         """As ``executors.Task``."""
         import resource
 
-        resource.setrlimit(resource.RLIMIT_DATA, (self.most, resource.RLIM_INFINITY))
+        # the limit counts what is only reserved, too: the stacks of Ray's threads
+        sizes = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        reserved = [int(sizes[one].split()[0]) * 1024 for one in ("VmData", "RssAnon")]
+        resource.setrlimit(resource.RLIMIT_DATA, (self.most + reserved[0] - reserved[1], resource.RLIM_INFINITY))
         return self.task.compute(lane, unit, *held)
 
 

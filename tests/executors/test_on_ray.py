@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import torch
 
 import tiny_checkpoints
 from bitladder.errors import ClusterError, OutputError, UsageError
@@ -298,6 +299,8 @@ def doing(what: str):
                 os._exit(1)
             if what == "lacks memory":
                 raise MemoryError("cannot allocate")
+            if what == "lacks memory for a tensor":
+                torch.empty(1 << 50, dtype=torch.uint8)
             if what == "fails":
                 raise ZeroDivisionError("by zero")
             return unit, np.arange(3)
@@ -308,7 +311,10 @@ def doing(what: str):
 def test_what_goes_wrong_in_a_unit(started, monkeypatch):
     monkeypatch.setattr(on_ray, "_RETRIES", 0)
     with workers(1) as cluster:
-        for what, words in (("dies", "ended its worker"), ("lacks memory", "too little memory"), ("fails", "by zero")):
+        for what, words in (
+            ("dies", "ended its worker"), ("lacks memory", "too little memory"),
+            ("lacks memory for a tensor", "too little memory"), ("fails", "by zero"),
+        ):  # fmt: skip
             begun = cluster.start(doing(what), 7)
             with pytest.raises(ClusterError, match=words):
                 begun.result()

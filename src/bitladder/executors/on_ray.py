@@ -367,15 +367,22 @@ def _run(task: Task, device: str, unit: Any, *held: Any) -> tuple[Any, Any]:
             if isinstance(one, _Failed):
                 raise one.error
         return task.compute(Lane(0, device, own_process=True), unit, *held)
-    except MemoryError as error:
-        failed: Exception = ClusterError(
-            f"A worker on {socket.gethostname()} has too little memory for a unit: {error}",
-            do="Give units more with --unit-needs memory=SIZE, which lets fewer of them run on a node.",
-        )
-        failed.__cause__ = None
     except Exception as error:
-        failed = error
+        failed = _too_little_memory(error) if _lacks_memory(error) else error
     return _Failed(_bare(failed)), _Failed(_bare(failed))
+
+
+def _lacks_memory(error: Exception) -> bool:
+    """Also torch's words for it, which has a type of error for devices alone."""
+    kinds = isinstance(error, MemoryError), type(error).__name__ == "OutOfMemoryError"
+    return any(kinds) or "can't allocate memory" in str(error)
+
+
+def _too_little_memory(error: Exception) -> ClusterError:
+    return ClusterError(
+        f"A worker on {socket.gethostname()} has too little memory for a unit: {_first_words(error)}",
+        do="Give units more with --unit-needs memory=SIZE, which lets fewer of them run on a node.",
+    )
 
 
 def _bare(error: Exception) -> Exception:
