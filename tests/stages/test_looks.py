@@ -249,19 +249,17 @@ def test_a_run_without_a_bound_does_what_its_decision_needs_and_says_what_it_lef
 
     monkeypatch.setattr(measure.Ways, "scored", counted)
     first = pipeline.run(settings(home, None), Noted()).record
-    (everything, documents), *rest = scored
-    assert (everything, documents) == (sorted(LEVELS), FIRST)
-    assert rest and all("Q2_K" not in names and count == DOCUMENTS - FIRST for names, count in rest)
+    assert scored == [(sorted(LEVELS), DOCUMENTS)]  # a look at some first would cost every interval some width
     assert {level for _, level in asked} == {"F16", "Q8_0", "Q4_K_M"}
     verdicts = {one.level: one.reason for one in first.decision.verdicts}
-    assert verdicts["Q2_K"].endswith(f"KL on {FIRST} of {DOCUMENTS} documents, neither asked nor timed")
+    assert verdicts["Q2_K"].endswith("; neither asked nor timed")
     assert {one.level for one in first.answers if one.answers} == {
         level for state, level in asked if state == "answering"
     }
 
     asked.clear()
     known = len(scored)
-    again = pipeline.run(settings(home, None), Noted()).record  # from evidence and kept scores
+    again = pipeline.run(settings(home, None), Noted()).record  # from evidence
     assert len(scored) == known and again.fidelities == first.fidelities
     assert again.decision.quality == first.decision.quality
 

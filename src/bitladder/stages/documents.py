@@ -7,7 +7,7 @@ one ended; figures of the whole text are evidence.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from bitladder.errors import UnknownArchitecture
 from bitladder.files.kept_array import KeptArray
-from bitladder.plan.schedule import Kind, looks, open_levels
+from bitladder.plan.schedule import Kind
 from bitladder.progress import LevelNews
 from bitladder.records.fidelity import Fidelity, Way
 from bitladder.stages.engine_way import announce, way_for
@@ -241,39 +241,3 @@ class Documents:
         for unit, pair in zip(units, scores, strict=True):
             rows = [row for one in pair for row in (one.kl, one.nll, one.top1.astype(np.float64))]
             self._array(name, unit).save(np.stack(rows))
-
-
-def fidelities_that_matter(
-    ways: Ways, subjects: Sequence[Subject], wanted: Material, decide: Decide, sizes: Mapping[str, int]
-) -> list[Fidelity]:
-    """Fidelity of all levels on the first documents, and on the rest of those whose place that leaves open.
-
-    Args:
-        ways: measures.
-        subjects: the levels.
-        wanted: the documents, in the order in which they are taken.
-        decide: the decision that so much leads to.
-        sizes: bytes by level.
-
-    Raises:
-        UnknownArchitecture: neither the walk nor the engine can go.
-        BitladderError: anything else a user can meet.
-    """
-    first = ways.recorded.one_of_each(subjects)
-    documents = Documents(ways, [one for one in subjects if first[one] == one], wanted)
-    still_open = {one.level for one in subjects}
-
-    def known() -> list[Fidelity]:
-        found = {one.level: one for one in documents.fidelities()}
-        return [replace(found[first[one].level], level=one.level) for one in subjects]
-
-    for start, stop in itertools.pairwise((0, *looks(Kind.DOCUMENTS, documents.total))):
-        named = {first[one].level for one in subjects if one.level in still_open}
-        levels = [name for name in documents.unfinished if name in named]
-        if levels:
-            documents.measure(levels, start, stop)
-        if stop < documents.total:
-            still_open = open_levels(decide(known()), sizes)
-    for fidelity in (found := known()):
-        ways.job.progress.on_level(LevelNews(fidelity.level, "measured", kl_mean=fidelity.kl_mean))
-    return found

@@ -20,7 +20,6 @@ from bitladder.records.fidelity import Fidelity
 from bitladder.records.plan import DEFAULT_CTX, Plan
 from bitladder.stages.ask import Asker, LevelToAsk, ServedLevel, name_of
 from bitladder.stages.contest import answers_that_matter
-from bitladder.stages.documents import fidelities_that_matter, material
 from bitladder.stages.engine_way import way_for
 from bitladder.stages.evaluate import compare
 from bitladder.stages.measure import Ways, built_candidate, fidelities_by_depth, fidelity_of_reference
@@ -42,15 +41,7 @@ def measured_fidelities(given: Given, plan: Plan, built: Mapping[Subject, LevelF
         ways = ways_to_measure(given, built, stack)
         subjects = [subject for subject in built if subject != ways.reference]
         try:
-            if given.settings.full or len(subjects) < 2:
-                return ways.fidelities(subjects)
-            wanted = material(given.job.windows(given.texts), given.workload.inputs)
-            reference = name_of(contenders_of(given, plan, built)[0])
-
-            def decide_on(found: Sequence[Fidelity]) -> Decision:
-                return decided(given, plan, built, found, (), reference=reference)
-
-            return fidelities_that_matter(ways, subjects, wanted, decide_on, sizes_of(plan))
+            return ways.fidelities(subjects)
         except UnknownArchitecture as error:
             _warn_of_no_fidelity(given, error)
             return []
