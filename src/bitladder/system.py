@@ -17,6 +17,7 @@ import shutil
 import signal
 import sys
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,17 @@ _MACOS_FILES = 10240
 _LOCKED_BYTE = 1 << 40
 """On Windows a lock is on bytes, and keeps others from reading them: on one that no file has."""
 _seeking = threading.Lock()
+
+
+def spin_limit(environment: Mapping[str, str]) -> dict[str, str]:
+    """What an environment lacks for libgomp's threads (llama.cpp's, torch's, those of compiled loops) to wait without
+    keeping cores from others; nothing where the user said how they wait.
+
+    They wait for each other by spinning, and beside a busy process one that spins long takes the core of the thread it
+    waits for. 2000 turns cost nothing when it is quiet (``benchmarks/engine_spin.py``).
+    """
+    said = any(name in environment for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"))
+    return {} if said else {"GOMP_SPINCOUNT": "2000"}
 
 
 def open_file(path: Path, *flags: str, mode: int = 0o666) -> int:

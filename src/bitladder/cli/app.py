@@ -29,6 +29,7 @@ from bitladder.cli import (
     sweep,
 )
 from bitladder.cli.terminal import Verbs
+from bitladder.system import spin_limit
 from bitladder.visible import write_plainly
 
 app = typer.Typer(
@@ -73,9 +74,7 @@ def main() -> None:
     atexit.register(gc.freeze)
     # OpenBLAS' threads, started with numpy, else spin for tens of milliseconds on cores that have other work
     os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
-    # nor may those of compiled loops and torch (libgomp's), as with engines (engines/process.py)
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    os.environ.update(spin_limit(os.environ))  # nor may those of compiled loops and torch, as with engines
     # its hints are to whoever writes the code around it
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     app()

@@ -25,22 +25,16 @@ import httpx
 from bitladder.engines.base import Launch
 from bitladder.engines.keeper import end_tree
 from bitladder.errors import EngineError, EngineGone, EngineTimeout, ModelRefused
-from bitladder.system import ended_by
-
-_FOR_LLAMA_CPP = {"GGML_NO_BACKTRACE": "1", "GOMP_SPINCOUNT": "2000"}
+from bitladder.system import ended_by, spin_limit
 
 
 def with_engine_variables(environment: Mapping[str, str]) -> dict[str, str]:
     """An environment for a process with llama.cpp in it; what a user set stays.
 
     A crash starts a debugger, if there is one, whose pages of stack frames push the words that say why out of the log:
-    not here. llama.cpp's threads (libgomp's) wait for each other by spinning; beside a busy process one that spins long
-    takes the core of the thread it waits for. 2000 turns cost nothing when it is quiet (``benchmarks/engine_spin.py``).
+    not here. Its threads do not spin for long (``system.spin_limit``).
     """
-    wanted = dict(environment)
-    if any(name in environment for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")):
-        return {**wanted, "GGML_NO_BACKTRACE": "1"}
-    return {**wanted, **_FOR_LLAMA_CPP}
+    return {**environment, "GGML_NO_BACKTRACE": "1", **spin_limit(environment)}
 
 
 KILLED = "It was probably ended for using too much memory."

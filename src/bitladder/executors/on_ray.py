@@ -374,8 +374,8 @@ def _run(task: Task, device: str, unit: Any, *held: Any) -> tuple[Any, Any]:
 
 def _lacks_memory(error: Exception) -> bool:
     """Also torch's words for it, which has a type of error for devices alone."""
-    kinds = isinstance(error, MemoryError), type(error).__name__ == "OutOfMemoryError"
-    return any(kinds) or "can't allocate memory" in str(error)
+    of_a_device = type(error).__name__ == "OutOfMemoryError"
+    return isinstance(error, MemoryError) or of_a_device or "can't allocate memory" in str(error)
 
 
 def _too_little_memory(error: Exception) -> ClusterError:

@@ -30,6 +30,8 @@ from bitladder.kernels.grid import F32, Grid, nearest_step
 BLOCK = 64
 _TILE = 64
 _ROWS_AT_ONCE, _COLUMNS_AT_ONCE = 1024, 256
+_AT_ONCE = 1 << 23
+"""Weights that codes are chosen of at once: some 10 bytes of memory for each."""
 _MAX_DAMP = 1.0
 _MADE_UP = 0.5
 """Of what a matrix could make up for of the errors before it."""
@@ -153,10 +155,6 @@ def _order(diagonal: npt.NDArray[np.float64], together: int) -> npt.NDArray[np.i
     rank = np.empty(len(runs), np.intp)
     rank[np.argsort(-runs, kind="stable")] = np.arange(len(runs))
     return np.lexsort((-diagonal, np.repeat(rank, together) if together > 1 else np.zeros(len(diagonal))))
-
-
-_AT_ONCE = 1 << 23
-"""Weights that are worked on at once: some 10 bytes of memory for each."""
 
 
 def apply(factor: Factor, weights: F32, grid: Grid) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.float64]]:

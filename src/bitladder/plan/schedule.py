@@ -73,6 +73,9 @@ class Piece:
     stop: int
 
 
+_SHOWN_BY_ANSWERS = ("no loss", "passes", "recall")
+"""What of a bar only answers can show to hold; "no known loss" holds without them."""
+
 Cost = Callable[[Piece], float]
 """Predicted seconds."""
 
@@ -145,10 +148,6 @@ def worth_asking(decision: Decision, sizes: Mapping[str, int]) -> set[str]:
     return open_levels(decision, sizes) if by_answers else _named(decision)
 
 
-_SHOWN_BY_ANSWERS = ("no loss", "passes", "recall")
-"""What of a bar only answers can show to hold; "no known loss" holds without them."""
-
-
 def _named(decision: Decision) -> set[str]:
     """The tiers, and those of other pairs that resamples choose where the pair is not settled."""
     first, *others = decision.certainty or (None,)
@@ -156,6 +155,11 @@ def _named(decision: Decision) -> set[str]:
     if first is not None and first.share < SHARE_TRUSTED:
         found |= {name for pair in others if pair for name in (pair.quality, pair.speed)}
     return {level for level in found if level is not None}
+
+
+def holding(decision: Decision) -> set[str]:
+    """Levels that are known to hold the bar: those that tiers are chosen of."""
+    return {one.level for one in decision.verdicts if one.status.holds and one.status is not Status.REFERENCE}
 
 
 def contending(decision: Decision) -> set[str]:

@@ -199,24 +199,24 @@ def _tier(
     spec = replace(spec, api_key=secrets.token_urlsafe(24))
     trial = GuessTrial() if spec.speculate and turns is None else None
 
-    def supervised(name: str, making: _Making, in_use: Callable[[], int]) -> Supervisor:
+    def supervised(name: str, making: _Making) -> Supervisor:
         return Supervisor(
             name,
             lambda: make_engine(making.begin(), settings.threads),
             pool,
             check_file=check_file,
             guesses_key=spec.api_key if spec.speculate else None,
-            should_change=lambda: making.is_outdated and not in_use(),
+            should_change=lambda: making.is_outdated and not (gate.running or gate.queued),
             on_ready=making.done,
         )
 
     def upstream_of(engine: Supervisor) -> ReplicaSet:
         return _alone(spec, HttpBackend(pool, engine.address, spec.api_key).complete)
 
-    engine = supervised(names[0], _Making(spec, trial), lambda: gate.running + gate.queued)
+    engine = supervised(names[0], _Making(spec, trial))
     tier = Tier(names, spec, upstream_of(engine), gate, engine, turns, trial)
     if trial is not None and room_again:
-        second = supervised(f"{names[0]}, second engine", _Aside(spec, trial), lambda: gate.running + gate.queued)
+        second = supervised(f"{names[0]}, second engine", _Aside(spec, trial))
         tier.aside = Aside(trial, second, upstream_of(second))
     return tier
 

@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from bitladder.plan.schedule import contending, worth_asking
-from bitladder.records.decision import Status
+from bitladder.plan.schedule import contending, holding, worth_asking
 from bitladder.stages.ask import Asker, Asking, LevelToAsk, name_of
 from bitladder.stages.speeds import Race
 
@@ -65,8 +64,7 @@ def answers_that_matter(
 def _race(decision: Decision, names: Iterable[str]) -> Race:
     """The level for quality stays, since the fast one must be faster; where one is chosen, those that are not known to
     hold the bar are timed in the first rounds alone, and drive nobody out, as the reference does not."""
-    holding = {one.level for one in decision.verdicts if one.status.holds and one.status is not Status.REFERENCE}
-    rivals = holding or contending(decision)
+    rivals = holding(decision) or contending(decision)
     timed = list(names)
     stays = frozenset(name for name in timed if name == decision.quality)
     return Race(stays, frozenset(name for name in timed if name not in rivals))

@@ -149,13 +149,13 @@ def measure_in_turns(
     rounds: list[dict[int, _Round]] = []
     everyone = range(len(paths))
     racing = set(everyone)
+    stays, leaves = (_places(wanted, names) for wanted in ((race.stays, race.leaves) if race else ((), ())))
     with ExitStack() as stack:
         engines = _Engines(paths, work, stack, caches or [F16_CACHE] * len(paths), past)
         for number in range(most):
             work.progress("speeds, rounds", number, most)
             rounds.append({at: engines.rates(at, number) for at in everyone if at in racing})
             if race is not None:
-                stays, leaves = (_places(wanted, names) for wanted in (race.stays, race.leaves))
                 racing = _racing(_quiet_rates(rounds), racing, stays, leaves)
             if _enough(rounds, racing, time.monotonic() - began):
                 break

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from bitladder.plan.schedule import holding
 from bitladder.plan.speculation import DecideWith, decided_with_guesses, gains_of, next_to_try, tiers_of
-from bitladder.records.decision import Decision, Status
 from bitladder.records.run import RunRecord
 from bitladder.records.speculation import SpeculationReport
 
@@ -33,7 +33,7 @@ def with_guesses(record: RunRecord, levels: Sequence[str], try_on: TryOn, decide
     reports = [try_on(level) for level in tiers_of(first) if level in levels]
     decision = decided_with_guesses(first, reports, plan, decide_with)
     speeds = {result.level: result.decode_tokens_per_s for result in record.results if result.level in levels}
-    speeds = {level: speed for level, speed in speeds.items() if level in _meeting(first)}
+    speeds = {level: speed for level, speed in speeds.items() if level in holding(first)}
     for _ in range(MOST_OTHERS):
         level = next_to_try(speeds, reports, gains_of(reports, plan), decision.speed or "")
         if level is None:
@@ -41,9 +41,3 @@ def with_guesses(record: RunRecord, levels: Sequence[str], try_on: TryOn, decide
         reports.append(try_on(level))
         decision = decided_with_guesses(first, reports, plan, decide_with)
     return replace(record, speculation=tuple(reports), decision=decision)
-
-
-def _meeting(decision: Decision) -> set[str]:
-    """Levels that the tiers were chosen of."""
-    held = (Status.QUALITY, Status.SPEED, Status.BOTH, Status.MEETS)
-    return {one.level for one in decision.verdicts if one.status in held}
