@@ -19,6 +19,7 @@ from bitladder.errors import UsageError
 from bitladder.records import evaluation
 from bitladder.stages import run_facts as facts
 from cloud_server import serving
+from engine_model import write_engine_model
 
 PROSE = (
     "The lamp stood in the window all winter, and each evening somebody lit it. Nobody could say who had begun "
@@ -54,6 +55,12 @@ def text(tmp_path: Path) -> Path:
     path = tmp_path / "text.jsonl"
     path.write_text("".join(json.dumps({"text": f"Chapter {number}. " + PROSE * 2}) + "\n" for number in range(6)))
     return path
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """A model for what does not hang on a real one: a run on that is below."""
+    return write_engine_model(tmp_path / "tiny-F16.gguf")
 
 
 @pytest.fixture
@@ -259,10 +266,10 @@ def test_a_text_too_short_to_measure(demo_gguf, tmp_path):
 
 
 @pytest.mark.model
-def test_measure_levels_and_files_side_by_side(demo_gguf, text, tmp_path):
-    bitladder("quantize", demo_gguf, "--to", "Q4_K_S", "--out", tmp_path, *QUICK)
+def test_measure_levels_and_files_side_by_side(tiny, text, tmp_path):
+    bitladder("quantize", tiny, "--to", "Q4_K_S", "--out", tmp_path, *QUICK)
     other = next(tmp_path.glob("*Q4_K_S.gguf"))
-    done = bitladder("measure", demo_gguf, "--levels", "Q8_0,Q4_K_S", "--file", other, "--text", text, *QUICK, "--json")
+    done = bitladder("measure", tiny, "--levels", "Q8_0,Q4_K_S", "--file", other, "--text", text, *QUICK, "--json")
     high, made, file = json.loads(done.stdout)["levels"]
     wanted = {"level", "kl_mean", "kl_low", "kl_high", "kl_p99", "ppl", "ppl_ratio", "top1", "tokens"}
     assert wanted <= set(high)
@@ -299,9 +306,9 @@ def test_a_run_decides_reports_and_is_reused(demo_gguf, text, workload, tmp_path
 
 
 @pytest.mark.model
-def test_a_bar_that_no_level_meets_is_exit_4_and_still_reports(demo_gguf, text, workload, tmp_path):
+def test_a_bar_that_no_level_meets_is_exit_4_and_still_reports(tiny, text, workload, tmp_path):
     done = bitladder(
-        "run", demo_gguf, "--levels", "Q2_K", "--text", text, "--workload", workload,
+        "run", tiny, "--levels", "Q2_K", "--text", text, "--workload", workload,
         "--bar", "kl < 0.000001", "--imatrix", "none", "--out", tmp_path / "out",
     )  # fmt: skip
     assert done.exit_code == 4
@@ -309,10 +316,10 @@ def test_a_bar_that_no_level_meets_is_exit_4_and_still_reports(demo_gguf, text, 
 
 
 @pytest.mark.model
-def test_a_level_as_reference_and_a_model_elsewhere_in_one_table(demo_gguf, text, workload, tmp_path):
+def test_a_level_as_reference_and_a_model_elsewhere_in_one_table(tiny, text, workload, tmp_path):
     with serving(lambda prompt: "Paris." if "France" in prompt else prompt) as cloud:
         done = bitladder(
-            "run", demo_gguf, "--levels", "Q4_K_S", "--reference", "Q8_0", "--also", f"{cloud.url}#m",
+            "run", tiny, "--levels", "Q4_K_S", "--reference", "Q8_0", "--also", f"{cloud.url}#m",
             "--text", text, "--workload", workload, "--bar", "passes >= reference - 90 points",
             "--imatrix", "none", "--threads", "1", "--out", tmp_path / "out", "--json",
         )  # fmt: skip
@@ -326,11 +333,9 @@ def test_a_level_as_reference_and_a_model_elsewhere_in_one_table(demo_gguf, text
     assert f"--also {cloud.url}#m" in record["commands"][0].replace("'", "")
     assert name in (tmp_path / "out" / "report.html").read_text()
 
-    against_source = bitladder(
-        "measure", demo_gguf, "--levels", "Q4_K_S", "--text", text, "--imatrix", "none", "--json"
-    )
+    against_source = bitladder("measure", tiny, "--levels", "Q4_K_S", "--text", text, "--imatrix", "none", "--json")
     higher = bitladder(
-        "measure", demo_gguf, "--levels", "Q4_K_S", "--reference", "Q8_0", "--text", text, "--imatrix", "none", "--json"
+        "measure", tiny, "--levels", "Q4_K_S", "--reference", "Q8_0", "--text", text, "--imatrix", "none", "--json"
     )
     (one,), (other,) = (json.loads(found.stdout)["levels"] for found in (against_source, higher))
     assert one["ppl"] == other["ppl"]
