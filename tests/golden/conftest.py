@@ -12,6 +12,12 @@ import make
 
 
 @pytest.fixture(scope="session")
-def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for sources and products."""
+    return tmp_path_factory.mktemp("golden")
+
+
+@pytest.fixture(scope="session")
+def made(world: Path) -> dict[str, Any]:
     """What this checkout's commands make of the tiny models, as golden.json holds it."""
-    return make.compact(make.results(tmp_path_factory.mktemp("golden"), tested=True))
+    return make.compact(make.results(world, tested=True))

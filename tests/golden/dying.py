@@ -1,4 +1,4 @@
-"""Python imports this when a process starts with this folder on its path: it kills the process at a chosen moment.
+"""A process that imports this is killed at a chosen moment, by its environment:
 
 GOLDEN_KILL      ``WHAT:COUNT``: SIGKILL when stderr has told of WHAT for the COUNT-th time, or a file whose path holds
                  WHAT is opened or renamed for the COUNT-th time

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -139,10 +140,10 @@ def _text(seed: str, words: int) -> str:
     return " ".join(known[n] + ("." if n % 11 == 3 else "") for n in at) + "\n"
 
 
-def write_sources(folder: Path) -> Path:
-    """All of it, in ``folder``."""
+def write_sources(folder: Path, models: Sequence[str] = (*FAMILIES, "small")) -> Path:
+    """All of it, or some of the models alone, in ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
-    for family in (*FAMILIES, "small"):
+    for family in models:
         _write_importance(_write_model(family, folder), folder)
     (folder / "calibration.txt").write_text(_text("calibration", 450))
     for number in range(3):
@@ -152,4 +153,4 @@ def write_sources(folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    print(write_sources(Path(sys.argv[1])))
+    print(write_sources(Path(sys.argv[1]), *([sys.argv[2:]] if sys.argv[2:] else [])))

@@ -81,16 +81,13 @@ def test_sketches_tell_files_apart():
 
 
 @pytest.mark.parametrize("cpu", ["haswell"])  # test_kernels.py has the oldest
-def test_kernels_give_the_same_bytes_for_other_processors(made, tmp_path, cpu):
+def test_kernels_give_the_same_bytes_for_other_processors(world, made, tmp_path, cpu):
     environment = {
         **os.environ, "NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(tmp_path / "code"),
         "PYTHONPATH": str(make.ROOT / "src"),
     }  # fmt: skip
     here = Path(make.__file__).parent
-    subprocess.run(
-        [sys.executable, str(here / "models.py"), str(tmp_path / "sources")], check=True, capture_output=True
-    )
-    words = [here / "runner.py", tmp_path / "sources", tmp_path / "made", tmp_path / "results.json", "weighed llama"]
+    words = [here / "runner.py", world / "sources", tmp_path / "made", tmp_path / "results.json", "weighed llama"]
     subprocess.run([sys.executable, *map(str, words)], check=True, env=environment, capture_output=True)
     found = make.compact(json.loads((tmp_path / "results.json").read_text()))
     assert found["exact"] == {"weighed llama": GOLDEN["exact"]["weighed llama"]}

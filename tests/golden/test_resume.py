@@ -1,7 +1,8 @@
 """A killed job of every kind goes on where it was, and ends as one that nobody disturbed.
 
-The real command dies of SIGKILL at a chosen moment (hooks/sitecustomize.py) and is called again. That it did not start
-anew is seen from outside: in the layers that its progress names, or in the bytes that it writes.
+The command, in a process of its own (commands_forked.py), dies of SIGKILL at a chosen moment (dying.py) and is called
+again. That it did not start anew is seen from outside: in the layers that its progress names, or in the bytes that it
+writes.
 """
 
 import json
@@ -10,6 +11,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,10 +43,9 @@ JOBS = {
     "split levels": Job(
         "quantize $S/small.gguf --to Q8_0 --imatrix none --split-max-size 600KB --out $O", ".partial.journal:20"
     ),
-    "GPTQ": Job(f"quantize $S/small.gguf --to GPTQ-4bit-g64 {CALIBRATION} --out $O", "layer 3 of 3:1", "layer 1 of 3"),
-    "AWQ": Job(f"quantize $S/small.gguf --to AWQ-4bit-g64 {CALIBRATION} --out $O", "layer 3 of 3:1", "layer 1 of 3"),
-    "INT8 smoothed": Job(
-        f"quantize $S/small.gguf --to INT8-W8A8-smooth {CALIBRATION} --out $O", "layer 3 of 3:1", "layer 1 of 3"
+    "checkpoints of every method": Job(
+        f"quantize $S/small.gguf --to GPTQ-4bit-g64,AWQ-4bit-g64,INT8-W8A8-smooth {CALIBRATION} --out $O",
+        "layer 3 of 3:1", "layer 1 of 3"
     ),
     "folded level and its matrix": Job(
         f"quantize $S/small.gguf --to AWQ-Q4_K_M {CALIBRATION} --out $O", "layer 3 of 3:1", "layer 1 of 3"
@@ -84,53 +85,72 @@ class Call:
 @pytest.fixture(scope="session")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sources")
-    subprocess.run([sys.executable, str(HERE / "models.py"), str(folder)], check=True, capture_output=True)
+    subprocess.run([sys.executable, str(HERE / "models.py"), str(folder), "small"], check=True, capture_output=True)
     return folder
 
 
-def call(job: Job, sources: Path, work: Path, *, kill: bool = False) -> Call:
-    """The job as a process of its own, in a world beneath ``work``."""
-    out = work / "out"
+@pytest.fixture(scope="session")
+def forked() -> Iterator[Callable[..., int]]:
+    """Runs a command in a process of its own; returns its exit status."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(make.ROOT / "src")}
+    environment.pop("BITLADDER_STORE", None)
+    with subprocess.Popen(
+        [sys.executable, str(HERE / "commands_forked.py")], env=environment, text=True, stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as process:  # fmt: skip
+
+        def run(**asked: Any) -> int:
+            process.stdin.write(json.dumps(asked) + "\n")
+            process.stdin.flush()
+            return int(process.stdout.readline())
+
+        yield run
+        process.stdin.close()
+
+
+def call(forked: Callable[..., int], job: Job, sources: Path, work: Path, *, kill: bool = False) -> Call:
+    """The job in a world beneath ``work``."""
+    out = work / "o"
     out.mkdir(parents=True, exist_ok=True)
     environment = {
-        **os.environ,
         "BITLADDER_DATA": str(work / "data"),
         "BITLADDER_CACHE": str(work / "cache"),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": f"{HERE / 'hooks'}{os.pathsep}{make.ROOT / 'src'}",
         "GOLDEN_MINUTES": "layer",
         "GOLDEN_WRITTEN": str(work / "written"),
         "GOLDEN_KILL": job.kill if kill else "",
     }
-    environment.pop("BITLADDER_STORE", None)
     words = [word.replace("$S", str(sources)).replace("$O", str(out)) for word in shlex.split(job.words)]
-    done = subprocess.run(
-        [sys.executable, "-m", "bitladder", *words, "--threads", "1"],
-        capture_output=True, text=True, env=environment, cwd=work, check=False,
-    )  # fmt: skip
+    for name in ("out", "err"):
+        (work / name).unlink(missing_ok=True)
+    code = forked(words=[*words, "--threads", "1"], environment=environment, folder=str(work))
+    printed, told = ((work / name).read_text() for name in ("out", "err"))
     written = work / "written"
     kept = out / "run" / "run.json"
-    record = digest.steady(json.loads(kept.read_text()), {str(work): "$W"}) if kept.exists() else done.stdout
+    record = digest.steady(json.loads(kept.read_text()), {str(work): "$W"}) if kept.exists() else printed
     return Call(
-        done.returncode,
+        code,
         record,
-        done.stderr,
-        digest.of_folder(out, sketched=False) if done.returncode == 0 else {},
+        told,
+        digest.of_folder(out, sketched=False) if code == 0 else {},
         int(written.read_text()) if written.exists() else 0,
     )
 
 
 @pytest.fixture(scope="session")
-def three(sources, tmp_path_factory):
+def three(forked, sources, tmp_path_factory):
     """By kind of job: an undisturbed call, a killed one, and the one that goes on."""
+    undisturbed: dict[str, Call] = {}
     done: dict[str, tuple[Call, Call, Call]] = {}
 
     def calls(kind: str) -> tuple[Call, Call, Call]:
+        job = JOBS[kind]
+        if job.words not in undisturbed:
+            whole = undisturbed[job.words] = call(forked, job, sources, tmp_path_factory.mktemp("whole"))
+            assert whole.code == 0, whole.told
         if kind not in done:
-            whole, cut = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("cut")
-            undisturbed = call(JOBS[kind], sources, whole)
-            assert undisturbed.code == 0, undisturbed.told
-            done[kind] = undisturbed, call(JOBS[kind], sources, cut, kill=True), call(JOBS[kind], sources, cut)
+            cut = tmp_path_factory.mktemp("cut")
+            killed = call(forked, job, sources, cut, kill=True)
+            done[kind] = undisturbed[job.words], killed, call(forked, job, sources, cut)
         return done[kind]
 
     return calls
