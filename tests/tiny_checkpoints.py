@@ -1,6 +1,7 @@
 """Checkpoint levels of tiny models: written, and read back as a plain transformers model."""
 
 import copy
+import functools
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -151,10 +152,16 @@ def cost_of_eight_bits(model: torch.nn.Module, draws: int = 4) -> float:
     return float(np.mean(differences))
 
 
+@functools.cache
+def _vocabulary(path: Path) -> dict[str, list]:
+    """Reading a hundred thousand strings takes seconds."""
+    fields = gguf.GGUFReader(path).fields
+    return {name: fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "token_type", "merges")}
+
+
 def write_tokenizer(folder, demo_gguf):
     """SmolLM2's tokenizer as its checkpoint has it, from the tokens and merges in the demo's GGUF."""
-    fields = gguf.GGUFReader(demo_gguf).fields
-    get = {name: fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "token_type", "merges")}
+    get = _vocabulary(demo_gguf)
     special = [token for token, kind in zip(get["tokens"], get["token_type"], strict=True) if kind == 3]
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     spec = {

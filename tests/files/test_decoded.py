@@ -154,6 +154,27 @@ def plain(tmp_path_factory, demo_gguf):
     return folder
 
 
+@pytest.fixture(scope="module")
+def shown(plain, tmp_path_factory):
+    """By format: the folder of a checkpoint and the means of its weights. It is converted once, beside the folder."""
+    made = {}
+
+    def of(name):
+        if name not in made:
+            folder = tmp_path_factory.mktemp("shown") / "packed"
+            configuration, make, _ = FORMATS[name]
+            made[name] = folder, repack(plain, folder, configuration, make)
+        return made[name]
+
+    return of
+
+
+def converted_beside(folder, monkeypatch):
+    """By the user's converter: one that is looked for in another cache is fetched anew."""
+    monkeypatch.setenv("BITLADDER_CONVERTER", str(convert.find_converter().folder))
+    monkeypatch.setenv("BITLADDER_CACHE", str(folder.parent / "cache"))
+
+
 def rounded(values, dtype=torch.bfloat16):
     return torch.from_numpy(np.ascontiguousarray(values, np.float32)).to(dtype).float().numpy()
 
@@ -186,10 +207,8 @@ SHOWN = ("awq", "gptq", "nvfp4 by ModelOpt", "mxfp4")
 
 @pytest.mark.model
 @pytest.mark.parametrize("name", SHOWN)
-def test_the_converters_file(plain, tmp_path, name, monkeypatch):
-    configuration, make, _ = FORMATS[name]
-    truth = repack(plain, tmp_path / "packed", configuration, make)
-    check_conversion(tmp_path / "packed", truth, monkeypatch)
+def test_the_converters_file(shown, name, monkeypatch):
+    check_conversion(*shown(name), monkeypatch)
 
 
 @pytest.mark.model
@@ -197,13 +216,10 @@ def test_the_converters_file(plain, tmp_path, name, monkeypatch):
     ("name", "origin"),
     [("awq", "awq-4bit"), ("fp8 in blocks", "fp8"), ("gptq", "gptq-4bit"), ("nvfp4 by ModelOpt", "NVFP4")],
 )
-def test_levels_carry_what_their_weights_were(plain, tmp_path, name, origin, monkeypatch):
+def test_levels_carry_what_their_weights_were(shown, tmp_path, name, origin, monkeypatch):
     """As levels of quantized GGUF files do; a plan counts the bytes that it takes."""
-    configuration, make, _ = FORMATS[name]
-    folder = tmp_path / "packed"
-    repack(plain, folder, configuration, make)
-    monkeypatch.setenv("BITLADDER_CONVERTER", str(convert.find_converter().folder))
-    monkeypatch.setenv("BITLADDER_CACHE", str(tmp_path / "cache"))
+    folder, _ = shown(name)
+    converted_beside(folder, monkeypatch)
     build = Build(out=tmp_path / "out", imatrix="none", effort="fast")
     (file,) = build_levels(str(folder), parse_levels(["Q8_0"]), build, Work()).files
     assert read_header(file.path).metadata[KEY_BEFORE] == origin
@@ -215,8 +231,7 @@ def test_levels_carry_what_their_weights_were(plain, tmp_path, name, origin, mon
 
 
 def check_conversion(folder, truth, monkeypatch):
-    monkeypatch.setenv("BITLADDER_CACHE", str(folder.parent / "cache"))
-    monkeypatch.setenv("BITLADDER_CONVERTER", str(convert.find_converter().folder))
+    converted_beside(folder, monkeypatch)
     source = resolve(str(folder))
     assert source.quantized or "quantization_config" not in json.loads((folder / "config.json").read_text())
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(source.path).tensors}
@@ -276,11 +291,10 @@ def test_eight_bits_without_scales_are_refused(plain, tmp_path, monkeypatch):
 
 
 def test_damaged_arrays_are_refused_and_leave_nothing(plain, tmp_path, monkeypatch):
-    monkeypatch.setenv("BITLADDER_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("BITLADDER_CONVERTER", str(convert.find_converter().folder))
+    folder = tmp_path / "packed"
+    converted_beside(folder, monkeypatch)
     monkeypatch.setattr(convert, "_run_converter", lambda *_: pytest.fail("converted"))
     configuration, make, _ = FORMATS["awq"]
-    folder = tmp_path / "packed"
     repack(plain, folder, configuration, make)
     whole = load_file(folder / "model.safetensors")
     name = "model.layers.0.mlp.up_proj"
