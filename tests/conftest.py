@@ -7,10 +7,12 @@ import pytest
 
 from bitladder.files import demo
 from bitladder.files.sources import resolve
-from bitladder.stages import speeds
+from bitladder.stages import evaluate, speeds
 from postgres_server import postgres  # noqa: F401 (a fixture)
 
-speeds.LONG_S = 3.0  # what tests run is decided by no speed; three rounds are timed anyway
+# What tests run is decided by no speed: the least rounds are timed, and few tokens in each.
+speeds.LONG_S = 0.0
+evaluate.PREFILL_TOKENS, evaluate.DECODE_TOKENS = 64, 8
 
 
 @pytest.fixture(autouse=True)

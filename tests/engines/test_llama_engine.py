@@ -20,7 +20,6 @@ from bitladder.engines.llama import LlamaServer, LlamaSettings
 from bitladder.errors import BadInput, EngineError, EngineGone, EngineReply, EngineTimeout
 from bitladder.files.workloads import load_workload
 from bitladder.serve.compare import first_difference, later_partings
-from bitladder.stages import evaluate
 from bitladder.stages.evaluate import answer_workload, decode_rates, judge_answers, measure_speed, warm_up
 
 pytestmark = pytest.mark.model
@@ -63,9 +62,7 @@ def test_sampling_follows_its_seed(server):
     assert said[0] == said[1] != said[2]
 
 
-def test_speed_is_measured_with_one_request(server, monkeypatch):
-    monkeypatch.setattr(evaluate, "PREFILL_TOKENS", 64)
-    monkeypatch.setattr(evaluate, "DECODE_TOKENS", 8)
+def test_speed_is_measured_with_one_request(server):
     speed = measure_speed(server)
     assert 0 < speed.decode_tokens_per_s < speed.prefill_tokens_per_s
     assert speed.load_seconds > 0

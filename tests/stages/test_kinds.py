@@ -95,6 +95,14 @@ def test_a_run_takes_a_mixed_checkpoint(home):
 
 
 def test_answers_through_an_address_are_those_of_the_level(home):
+    """An engine that answers nothing leaves its level open."""
+    with serving(lambda _: 500) as cloud:
+        record = run_of(home, RECIPE, also=(f"{CHECKPOINT}={cloud.url}#m",))
+    assert set(by_level(record["results"])) == {RECIPE}
+    verdict = by_level(record["decision"]["verdicts"])[CHECKPOINT]
+    assert verdict["status"] == "cannot tell"
+    assert "need an engine" in verdict["reason"]
+
     with serving(lambda _: "Hello there") as cloud:
         record = run_of(home, RECIPE, also=(f"{CHECKPOINT}={cloud.url}#m",))
     results, verdicts = by_level(record["results"]), by_level(record["decision"]["verdicts"])
@@ -103,15 +111,6 @@ def test_answers_through_an_address_are_those_of_the_level(home):
     assert set(by_level(record["fidelities"])) == {RECIPE, CHECKPOINT}
     assert verdicts[CHECKPOINT]["status"] in ("both tiers", "quality tier", "speed tier", "meets the bar")
     assert f"--also {CHECKPOINT}={cloud.url}#m" in record["commands"][0].replace("'", "")
-
-
-def test_an_engine_that_answers_nothing_leaves_its_level_open(home):
-    with serving(lambda _: 500) as cloud:
-        record = run_of(home, RECIPE, also=(f"{CHECKPOINT}={cloud.url}#m",))
-    assert set(by_level(record["results"])) == {RECIPE}
-    verdict = by_level(record["decision"]["verdicts"])[CHECKPOINT]
-    assert verdict["status"] == "cannot tell"
-    assert "need an engine" in verdict["reason"]
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,12 @@ class Clocks:
         return math.nan if again else 500.0 * factor, self._rates[name] * factor
 
 
+@pytest.fixture(autouse=True)
+def in_no_hurry(monkeypatch):
+    """As users are; other tests have the least rounds alone."""
+    monkeypatch.setattr(speeds, "LONG_S", 45.0)
+
+
 @pytest.fixture
 def files(tmp_path):
     paths = [tmp_path / name for name in "abc"]
