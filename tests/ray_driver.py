@@ -37,6 +37,8 @@ def main() -> int:
     with pytest.MonkeyPatch.context() as patched, GgufFile.open(Path(source)) as file:
         short_shards(patched)
         patched.setattr("bitladder.walk.keep.SECONDS_BETWEEN", 0.0)
+        patched.setattr("bitladder.executors.on_ray._LOOK_EVERY", 1.0)  # a head that is gone is found to be so soon
+        patched.setattr("bitladder.executors.on_ray._HEAD_PAUSE", 0.5)
         wanted, text = [parse_checkpoint("GPTQ-4bit-g32")], Reading(tiny_checkpoints.windows_of(1))
         try:
             with connect(address, "cpu", Needs(cpus=0, custom=dict.fromkeys(resource, 1))) as cluster:

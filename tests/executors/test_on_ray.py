@@ -50,8 +50,8 @@ def workers(count: int) -> on_ray.Ray:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> tuple[Path, Path]:
-    """A checkpoint folder and its GGUF."""
-    _, folder, source = tiny_checkpoints.tiny("llama", tmp_path_factory.mktemp("model"))
+    """A checkpoint folder and its GGUF, of two layers: each is some hundred units, and states pass on once."""
+    _, folder, source = tiny_checkpoints.tiny("llama", tmp_path_factory.mktemp("model"), num_hidden_layers=2)
     return folder, source
 
 
@@ -120,12 +120,16 @@ def test_a_worker_is_killed_in_every_phase(started, model, here, tmp_path, capsy
     with workers(3) as cluster:
         assert cluster.at_once(doing("nothing")) == 3
         dying_once_in_each_phase(cluster, folder)
-        found = everything(model, tmp_path, cluster)
+        found = {
+            **written(model[1], tmp_path / "plain", cluster),
+            **checkpoints(model[1], model[0], tmp_path / "levels", cluster, ["GPTQ-4bit-g32"]),
+        }
     assert capsys.readouterr().out == ""  # where results belong
     phases = {one.name for one in folder.iterdir()}
     assert {"through", "gather", "AddUnit", "CodeUnit", "finish"} < phases
     assert len(phases) == 6  # and pieces of GGUF levels
-    assert [name for name in here if found[name] != here[name]] == []
+    assert len(found) == 4
+    assert found.items() <= here.items()
 
 
 class Driver:
@@ -183,8 +187,8 @@ def another_cluster(**options):
 
 def test_the_head_is_lost_and_started_again(model, here, tmp_path):
     cluster = another_cluster(num_cpus=1, resources={"lane": 2})
-    first = Driver(cluster.address, model, tmp_path / "out", 2, "lane")
-    first.read(until=2)
+    first = Driver(cluster.address, model, tmp_path / "out", 1, "lane")
+    first.read(until=1)
     cluster.head_node.kill_all_processes(check_alive=False, allow_graceful=False)
     first.go_on()
     assert first.ended() == 1
@@ -194,8 +198,8 @@ def test_the_head_is_lost_and_started_again(model, here, tmp_path):
     try:
         again = Driver(cluster.address, model, tmp_path / "out", -1, "lane")
         assert again.ended() == 0
-        assert first.layers[:3] == [0, 1, 2]
-        assert again.layers[0] == 2  # what was stored is not done again
+        assert first.layers[:2] == [0, 1]
+        assert again.layers[0] == 1  # what was stored is not done again
     finally:
         cluster.shutdown()
     assert files_of(tmp_path / "out").items() <= here.items()
