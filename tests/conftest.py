@@ -1,9 +1,15 @@
 """Fixtures: the real demo model, a cache and a data folder that are nobody's."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from bitladder.system import spin_limit
+
+# Before anything loads libgomp, as the command line does: beside other work compiled loops spin away 20 times theirs.
+os.environ.update(spin_limit(os.environ))
 
 from bitladder.files import demo
 from bitladder.files.sources import resolve
