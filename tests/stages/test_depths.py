@@ -1,6 +1,7 @@
 """KV caches in the real engine: what each costs by depth, what is computed once, and what a run decides over."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -85,12 +86,15 @@ def test_a_cache_that_the_engine_refuses_is_told_by_every_verb_before_any_work(t
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_decides_over_levels_and_caches(model, text, tmp_path):
+def test_a_run_decides_over_levels_and_caches(model, text, tmp_path, monkeypatch):
+    monkeypatch.setattr("bitladder.stages.in_time._WORTH_SAYING_S", 0.0)
+    monkeypatch.setattr("bitladder.plan.engine_need._RATE", 1e3)
     workload = tmp_path / "w.yaml"
     workload.write_text("name: t\ninputs:\n  - {id: a, prompt: Say a., max_tokens: 4, expect: {contains_none: zzz}}\n")
     command = ["run", str(model), "--levels", "Q8_0", "--kv", "f16,q4_0", "--ctx", "512", "--workload", str(workload)]
     command += ["--text", str(text), "--out", str(tmp_path / "out"), "--threads", "1", "--json"]
     done = CliRunner().invoke(app, command)
+    assert re.search(r"Up to .* (min|h) .*a smaller --ctx or less --text takes less", done.stderr)  # the engine's share
     record = json.loads(done.stdout)
     names = ["Q8_0", "Q8_0+q4_0"]
     assert [row["level"] for row in record["plan"]["levels"]] == names

@@ -115,6 +115,14 @@ def deployed_fidelities(
         yield fidelity_by_depth(name, own, beside, windows)
 
 
+def deployed_seconds(job: Job, caches: Sequence[CacheTypes], windows: Sequence[DepthWindows]) -> float:
+    """What ``deployed_fidelities`` will take for levels with these caches, were all of them open at a time."""
+    from bitladder.stages.forecast import corrected_seconds
+
+    every = [window for one in windows for window in one.windows]
+    return corrected_seconds(_need("measure", [job.source], every, 0, job.threads, [F16_CACHE, *caches]))
+
+
 def scores_in_engine(
     job: Job,
     reference: Path,

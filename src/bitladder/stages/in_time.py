@@ -6,13 +6,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+from bitladder.describe.depths import usual_depths
 from bitladder.describe.text import CHARACTERS_PER_TOKEN
 from bitladder.errors import BitladderError
 from bitladder.levels import Level, RecipeLevel
 from bitladder.plan.schedule import Kind, Piece, looks, spread
-from bitladder.records.plan import Plan
+from bitladder.records.plan import DEFAULT_CTX, Plan
 from bitladder.stages.calibration import importance_need
 from bitladder.stages.documents import material
+from bitladder.stages.engine_way import deployed_seconds
 from bitladder.stages.forecast import building_need, corrected_seconds, walking_need
 from bitladder.stages.job import AUTO
 from bitladder.stages.looks import Costs, Countdown, TooLittleTime
@@ -85,17 +87,26 @@ def _say_estimate(given: Given, plan: Plan, levels: Sequence[Level]) -> None:
     costs = Costs(material((), given.workload.inputs), job.source, plan.levels, level_of(job.source.model))
     asking = [Piece(Kind.INPUTS, tuple(missing), 0, len(given.workload.inputs))]
     timing = [Piece(Kind.ROUNDS, tuple(missing), 0, LEAST_ROUNDS)]
-    tokens = sum(len(text.text) for text in given.texts) // CHARACTERS_PER_TOKEN
     try:
         seconds = importance_seconds(given) + corrected_seconds(building_need(job, levels, given.build))
-        seconds += corrected_seconds(walking_need(job.source, tokens, missing)) + sum(map(costs, asking + timing))
+        engine_s = sum(map(costs, asking + timing)) * max(1, len(given.settings.caches))
+        seconds += _measuring_seconds(given, missing) + engine_s
     except BitladderError:  # told where it matters
         return
     if seconds >= _WORTH_SAYING_S:
         most, less = ("About", "") if given.settings.full else ("Up to", ", less for levels that cannot be chosen")
-        job.journal.say(
-            f"{most} {human_duration(seconds)} on this machine, by what is known of it{less}; --within bounds the time."
-        )
+        shorter = "a smaller --ctx or less --text takes less" if given.settings.caches else "--within bounds the time"
+        job.journal.say(f"{most} {human_duration(seconds)} on this machine, by what is known of it{less}; {shorter}.")
+
+
+def _measuring_seconds(given: Given, levels: Sequence[str]) -> float:
+    """Predicted, of all levels on all texts; with caches in the engine, each level with each of them."""
+    job, caches = given.job, given.settings.caches
+    if caches:
+        windows = job.depth_windows(given.texts, usual_depths(given.settings.n_ctx or DEFAULT_CTX))
+        return deployed_seconds(job, [cache for _ in levels for cache in caches], windows)
+    tokens = sum(len(text.text) for text in given.texts) // CHARACTERS_PER_TOKEN
+    return corrected_seconds(walking_need(job.source, tokens, levels))
 
 
 _LEAST_DEFAULT_S, _TIMES_FIRST_LOOK = 120.0, 3.0
