@@ -32,6 +32,8 @@ _TILE = 64
 _ROWS_AT_ONCE, _COLUMNS_AT_ONCE = 1024, 256
 _AT_ONCE = 1 << 23
 """Weights that codes are chosen of at once: some 10 bytes of memory for each."""
+DAMP = 0.05
+"""Share of the mean diagonal that is added to it, where nobody says another."""
 _MAX_DAMP = 1.0
 _MADE_UP = 0.5
 """Of what a matrix could make up for of the errors before it."""
@@ -76,7 +78,7 @@ class Factor:
 def prepare(
     hessian: npt.NDArray[np.floating],
     *,
-    damp: float = 0.05,
+    damp: float = DAMP,
     act_order: bool = True,
     together: int = 1,
     overwrite: bool = False,

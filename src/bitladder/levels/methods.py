@@ -18,7 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, TypedDict, Unpack
 
 if TYPE_CHECKING:
     import numpy as np
@@ -59,7 +59,7 @@ class Prepared:
     added: npt.NDArray[np.float64] | None = None
     """What was added to the diagonal before it was factored, ``f64[columns]``."""
     drift: F32 | None = None
-    """As ``Method.prepare``."""
+    """As ``Known``."""
     damp: float = 0.0
     """Share of the mean diagonal that was added to the diagonal before it was factored."""
     note: str = ""
@@ -77,6 +77,21 @@ class Rounded:
     loss: float
     """Squared error of the outputs as a share of the outputs' energy; NaN without calibration inputs. Without feedback
     it is known from a part of the rows, spread over all."""
+
+
+class Known(TypedDict, total=False):
+    """What else ``Method.prepare`` may be told."""
+
+    tokens: int
+    """How many ``gram`` is a sum over; 0, as by default: so many that it is taken as it is."""
+    drift: F32 | None
+    """``(R - X)^T X f32[columns, columns]`` with R what the source has there; None where that is not known."""
+    damp: float
+    """Share of the mean diagonal to add to the diagonal where it is factored; 0.05 by default."""
+    act_order: bool
+    """Handle columns in falling order of their energy where the order matters, as by default."""
+    overwrite: bool
+    """``gram`` may be used as room, and must not be read again."""
 
 
 class Method(ABC):
@@ -118,25 +133,12 @@ class Method(ABC):
         raise NotImplementedError
 
     @abstractmethod
-    def prepare(
-        self,
-        gram: F32 | None,
-        *,
-        tokens: int = 0,
-        drift: F32 | None = None,
-        damp: float = 0.05,
-        act_order: bool = True,
-        overwrite: bool = False,
-    ) -> Prepared:
+    def prepare(self, gram: F32 | None, **known: Unpack[Known]) -> Prepared:
         """What is to be known of an input.
 
         Args:
             gram: ``X^T X f32[columns, columns]``; None where nothing was seen of it.
-            tokens: How many it is a sum over; 0: so many that it is taken as it is.
-            drift: ``(R - X)^T X f32[columns, columns]`` with R what the source has there; None where that is not known.
-            damp: Share of the mean diagonal to add to the diagonal where it is factored.
-            act_order: Handle columns in falling order of their energy where the order matters.
-            overwrite: ``gram`` may be used as room, and must not be read again.
+            known: As ``Known``; methods that do not factor read nothing of it.
 
         Raises:
             ValueError: it cannot be factored.
@@ -165,16 +167,7 @@ class Rounding(Method):
     statistics = Statistics.NONE
     _weighs: ClassVar[bool] = False
 
-    def prepare(
-        self,
-        gram: F32 | None,
-        *,
-        tokens: int = 0,  # noqa: ARG002
-        drift: F32 | None = None,  # noqa: ARG002
-        damp: float = 0.05,  # noqa: ARG002
-        act_order: bool = True,  # noqa: ARG002
-        overwrite: bool = False,  # noqa: ARG002
-    ) -> Prepared:
+    def prepare(self, gram: F32 | None, **_: Unpack[Known]) -> Prepared:
         """As ``Method``."""
         return Prepared(gram)
 
@@ -261,16 +254,7 @@ class Feedback(Method):
     statistics = Statistics.FEEDBACK
     widest_drift = 11584  # whose square takes 512 MiB
 
-    def prepare(
-        self,
-        gram: F32 | None,
-        *,
-        tokens: int = 0,
-        drift: F32 | None = None,
-        damp: float = 0.05,
-        act_order: bool = True,
-        overwrite: bool = False,
-    ) -> Prepared:
+    def prepare(self, gram: F32 | None, **known: Unpack[Known]) -> Prepared:
         """As ``Method``."""
         import numpy as np
 
@@ -278,14 +262,16 @@ class Feedback(Method):
 
         if gram is None:
             return Prepared()
-        seen = np.diagonal(gram).astype(np.float64)
+        seen, tokens, overwrite = np.diagonal(gram).astype(np.float64), known.get("tokens", 0), known.get("overwrite")
         if tokens:
             gram = gram if overwrite else gram.copy()
             gptq.shrink(gram, tokens)
         shrunk = np.diagonal(gram).astype(np.float64)
-        factor = gptq.prepare(gram, damp=damp, act_order=act_order, overwrite=overwrite or tokens > 0)
+        damp, act_order = known.get("damp", gptq.DAMP), known.get("act_order", True)
+        factor = gptq.prepare(gram, damp=damp, act_order=act_order, overwrite=bool(overwrite) or tokens > 0)
         note = f"Hessian not positive definite: damping raised to {factor.damp:g}" if factor.rescued else ""
-        return Prepared(factor=factor, added=shrunk - seen + factor.ridge, drift=drift, damp=factor.damp, note=note)
+        added, drift = shrunk - seen + factor.ridge, known.get("drift")
+        return Prepared(factor=factor, added=added, drift=drift, damp=factor.damp, note=note)
 
     def importance(self, seen: Prepared) -> F32 | None:
         """What an error costs once the columns before are fixed."""
