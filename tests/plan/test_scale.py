@@ -27,9 +27,9 @@ def one(**more) -> Workers:
 def test_gptq_of_a_small_model_by_hand():
     matrices = [(D, D), (KV, D), (KV, D), (D, D), (F, D), (F, D), (D, F)]
     forward = sum(2 * rows * columns for rows, columns in matrices)
-    sums = sum(columns * (columns + 128) for columns in (D, D, D, F))  # q, k, v read one; gate and up read one
-    codes = sum(rows * columns**2 + 2 / 3 * columns**3 for rows, columns in matrices)  # each is a unit with a factor
-    expected = 3 * (32768 * (forward + sums) + codes)
+    sums = sum(columns * (columns + 128) + 2 * columns**2 for columns in (D, D, D, F))  # q, k, v read one, gate and up
+    codes = sum(5 * rows * columns**2 + 2 / 3 * columns**3 for rows, columns in matrices)  # each a unit with a factor
+    expected = 3 * (32768 * (2 * forward + sums) + codes)  # the level's pass and the source's
     found = scale_cost(SMALL, ScaleJob.GPTQ, one())
     assert found.flops == pytest.approx(expected)
     assert found.seconds - START_SECONDS == pytest.approx(expected / (REACHED * 1e11))
@@ -37,14 +37,27 @@ def test_gptq_of_a_small_model_by_hand():
     assert found.low_s < found.seconds < found.high_s
 
 
+def test_inputs_too_wide_to_be_compared_are_not():
+    wide = model_of(Shape("w", "llama", 1, D, 12288, 8, 2, 1000, 4096), tensors=True)
+    matrices = [(D, D), (KV, D), (KV, D), (D, D), (12288, D), (12288, D), (D, 12288)]
+    forward = sum(2 * rows * columns for rows, columns in matrices)
+    sums = 3 * (D * (D + 128) + 2 * D**2) + 12288 * (12288 + 128)
+    codes = sum(5 * rows * columns**2 + 2 / 3 * columns**3 for rows, columns in matrices)
+    codes -= 4 * D * 12288**2
+    assert scale_cost(wide, ScaleJob.GPTQ, one()).flops == pytest.approx(32768 * (2 * forward + sums) + codes)
+
+
 def test_workers_share_what_can_be_shared_until_the_shards_run_out():
     costs = {count: scale_cost(SMALL, ScaleJob.GPTQ, Workers("w", count, 1, 1e9, 1 << 40, 4, host_flops=1e9,
              network=1e30, disk=1e30, is_gpu=False)) for count in (1, 2, 4, 8, 64)}  # fmt: skip
     matrices = [(D, D), (KV, D), (KV, D), (D, D), (F, D), (F, D), (D, F)]
-    codes = [(rows * columns**2 + 2 / 3 * columns**3) / (REACHED * 1e9) for rows, columns in matrices]
-    alone = 3 * (max(codes[:3]) + codes[3] + codes[4] + codes[6])  # what a worker for each matrix would take
-    two = alone + 3 * max(0, 2 * codes[1] - codes[0])  # key and value follow one another beside query
-    apart = {1: 3 * sum(codes), 2: two, 4: alone, 8: alone, 64: alone}
+    codes = [(5 * rows * columns**2 + 2 / 3 * columns**3) / (REACHED * 1e9) for rows, columns in matrices]
+    source = [4096 * sum(2 * rows * columns for rows, columns in matrices) / (REACHED * 1e9)] * 8
+    last = {count: spread_seconds([codes[6], *source], count) for count in costs}  # beside each other
+    alone = max(codes[:3]) + codes[3] + codes[4]  # what a worker for each matrix would take
+    two = alone + max(0, 2 * codes[1] - codes[0])  # key and value follow one another beside query
+    before = {1: sum(codes[:6]), 2: two, 4: alone, 8: alone, 64: alone}
+    apart = {count: 3 * (before[count] + last[count]) for count in costs}
     shared = [cost.seconds - START_SECONDS - apart[count] for count, cost in costs.items()]
     for count, seconds in zip(costs, shared, strict=True):
         assert seconds == pytest.approx(shared[0] / min(count, 8))
@@ -84,7 +97,7 @@ def test_phases_are_what_a_layer_costs(job):
         unit for layer in range(3) for phase in layer_phases(SMALL, layer, job, one(), tokens=16384) for unit in phase
     ]
     assert sum(phases) == pytest.approx(cost.seconds - START_SECONDS)
-    assert len(phases) == 3 * (5 * 4 + 7 if job is ScaleJob.GPTQ else 4)
+    assert len(phases) == 3 * (6 * 4 + 7 if job is ScaleJob.GPTQ else 4)
 
 
 def test_units_go_to_whoever_is_free():

@@ -101,6 +101,37 @@ def test_of_large_layers_workers_have_what_a_unit_needs(devices, tmp_path, monke
     assert fitted(source, tmp_path / "fed there", devices) == fed
 
 
+class Listed(Devices):
+    """Writes down what it begins."""
+
+    def __init__(self, devices):
+        super().__init__(devices)
+        self.begun: list[str] = []
+
+    def start(self, task, unit, *held, place=None):
+        if isinstance(unit, units.LayerUnit):
+            what = "source" if unit.watched is not None else "finish" if unit.shared is None else "gather"
+            self.begun.append(f"{what} {unit.layer}")
+        elif isinstance(unit, units.CodeUnit):
+            self.begun.append(f"{unit.coder.shared.module} {unit.layer}")
+        return super().start(task, unit, *held, place=place)
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_the_sources_next_layer_fills_the_wait_for_the_last_codes(lanes, tmp_path):
+    """Where one matrix alone is left and other workers have nothing to do; each unit is done once all the same."""
+    model, folder, source = tiny_checkpoints.tiny("llama", tmp_path)
+    n_layer = model.config.num_hidden_layers
+    with Listed(["cpu"] * lanes) as listed:
+        checkpoints(source, folder, tmp_path / "out", listed, LEVELS[:1])
+    begun = listed.begun
+    shards = begun.count("source 0")
+    assert [begun.count(f"source {layer}") for layer in range(n_layer)] == [shards] * n_layer
+    for layer in range(n_layer - 1):
+        last, finish = begun.index(f"mlp.down_proj {layer}"), begun.index(f"finish {layer}")
+        assert begun[last + 1 : finish] == [f"source {layer + 1}"] * (shards if lanes > 1 else 0)
+
+
 class Blind(Devices):
     """Whose lanes cannot read any file."""
 

@@ -7,8 +7,10 @@ matrices that read it are coded, each a unit of its own (of experts, each expert
 
     forward      2 T R K                                shards; to measure, once for each level more
     sums         T K (K + 128) for each input           shards: GPTQ and error feedback; an importance matrix T K
-    codes        R K^2, and a factor of 2/3 K^3         matrices: GPTQ and error feedback. The factor is made on a CPU,
-                                                        in f64, which counts twice
+    the source   2 T R K, and 2 T K^2 for each input    shards: GPTQ and error feedback, which make up for what was lost
+                 of up to 11,584 columns                before; the forward part beside the codes chosen last in a layer
+    codes        R K^2, 5 R K^2 where inputs are        matrices: GPTQ and error feedback. The factor is made on a CPU,
+                 compared; a factor of 2/3 K^3          in f64, which counts twice
     weighing     forward and twice as much back         by the driver
     encoding     weights at `SEARCHED_RATE` a core      on the nodes of workers that have a shard
     moved        the layer's weights to every node, sums of each shard (f32[K, K] for each input) to where they are used
@@ -32,6 +34,7 @@ from bitladder.describe.model import Model
 from bitladder.describe.rates import MATMUL_EFFICIENCY
 from bitladder.formats.parts import parts_of
 from bitladder.formats.tensors import TensorInfo
+from bitladder.levels.methods import GPTQ
 from bitladder.plan.calibration import REACHED, START_SECONDS
 from bitladder.plan.preflight import SEARCHED_RATE
 from bitladder.units import GiB
@@ -101,6 +104,8 @@ class Workers:
 
 CPU_FLOPS = 2.5e10
 """Operations per second of a core in large products, where nobody measured."""
+_MAKING_UP = 5.0
+"""Products of a matrix with a square one, in halves, where it makes up for what was lost before it."""
 GPUS, NODES, PER_NODE = (1, 4, 8), (2, 8, 32), 8
 """What is compared: GPUs of one machine, then machines with ``PER_NODE`` each."""
 _CODES_ON_GPU = 0.05
@@ -161,6 +166,16 @@ class _Matrix:
     """How many of them a token meets."""
     own_input: bool
 
+    @property
+    def compared(self) -> bool:
+        """Whether what it reads is compared with what it reads in the source."""
+        return self.count == 1 and self.columns <= GPTQ.widest_drift
+
+    @property
+    def sums(self) -> float:
+        """Operations for each token, to sum what it reads as feedback needs it."""
+        return self.columns * (self.columns + 128) * self.used + 2 * self.columns**2 * self.compared
+
 
 def _matrices(tensors: Sequence[TensorInfo], model: Model) -> list[_Matrix]:
     """The matrices of a layer."""
@@ -182,6 +197,8 @@ class _LayerCost:
     """One layer: operations of all shards together, of choosing codes, and of what the driver does; bytes."""
 
     shared: float
+    source: float
+    """The source's own pass, which can go on beside the codes of the layer before."""
     codes: Sequence[Sequence[CodeWork]]
     """For each input, of each share of what reads it."""
     alone: float
@@ -211,7 +228,7 @@ def _codes(matrices: Sequence[_Matrix]) -> list[list[CodeWork]]:
     inputs: list[list[CodeWork]] = []
     for one in matrices:
         factor = 2 / 3 * one.columns**3
-        work = CodeWork(factor, float(one.rows * one.columns**2))
+        work = CodeWork(factor, (_MAKING_UP if one.compared else 1.0) * one.rows * one.columns**2)
         if one.own_input:
             inputs.append([work] * one.count)
         elif one.count > 1:  # of each expert, by whoever codes what reads the same
@@ -232,27 +249,29 @@ def spread_seconds(units: Sequence[float], workers: int) -> float:
 def _layer(matrices: Sequence[_Matrix], job: ScaleJob, tokens: int) -> _LayerCost:
     weights = sum(one.rows * one.columns * one.count for one in matrices)
     forward = sum(2 * one.rows * one.columns * one.used for one in matrices)
-    squares = sum(one.columns * (one.columns + 128) * one.used for one in matrices if one.own_input)
+    squares = sum(one.sums for one in matrices if one.own_input)
+    source = tokens * forward
     held = max((_held(one) for one in matrices if one.own_input), default=0)
     diagonal = sum(4 * one.columns * one.count for one in matrices if one.own_input)
     widest = max((one.columns for one in matrices), default=0)
-    moved = sum(4 * one.columns**2 * one.count for one in matrices if one.own_input)
+    moved = sum(4 * one.columns**2 * (one.count + one.compared) for one in matrices if one.own_input)
     match job:
         case ScaleJob.CALIBRATE:
-            return _LayerCost(tokens * forward, (), 0.0, weights, diagonal, diagonal, widest)
+            return _LayerCost(tokens * forward, 0.0, (), 0.0, weights, diagonal, diagonal, widest)
         case ScaleJob.GPTQ:
-            return _LayerCost(tokens * (forward + squares), _codes(matrices), 0.0, weights, moved, held, widest)
+            return _LayerCost(source + tokens * squares, source, _codes(matrices), 0.0, weights, moved, held, widest)
         case ScaleJob.RECIPE:
             weighing = 3 * _WEIGHING_TOKENS * forward + _RECIPE_WALKS * _MEASURED_TOKENS * forward
-            return _LayerCost(tokens * (forward + squares), _codes(matrices), weighing, weights, moved, held, widest)
+            codes = _codes(matrices)
+            return _LayerCost(source + tokens * squares, source, codes, weighing, weights, moved, held, widest)
         case ScaleJob.RUN:
             measuring = (_RUN_LEVELS + 1) * _MEASURED_TOKENS * forward
-            return _LayerCost(tokens * forward, (), measuring, weights, diagonal, diagonal, widest)
+            return _LayerCost(tokens * forward, 0.0, (), measuring, weights, diagonal, diagonal, widest)
 
 
 def _held(one: _Matrix) -> int:
     """Bytes of the sums of an input that are held at a time: of experts, of as many as fit into ``GROUP_BYTES``."""
-    return 4 * one.columns**2 * max(1, min(one.count, GROUP_BYTES // (4 * one.columns**2)))
+    return 4 * one.columns**2 * max(1 + one.compared, min(one.count, GROUP_BYTES // (4 * one.columns**2)))
 
 
 _ENCODED = {ScaleJob.CALIBRATE: 0, ScaleJob.GPTQ: 0, ScaleJob.RECIPE: 1, ScaleJob.RUN: _RUN_LEVELS}
@@ -282,7 +301,10 @@ def scale_cost(model: Model, job: ScaleJob, workers: Workers, *, tokens: int = T
     for tensors in layers:
         cost = _layer(_matrices(tensors, model), job, tokens)
         codes = [[one.seconds(workers) for one in units] for units in cost.codes]
-        flops += cost.shared + cost.alone + sum(one.factor + one.choosing for units in cost.codes for one in units)
+        if codes:
+            codes[-1] += [cost.source / shards / (REACHED * workers.flops)] * shards
+        chosen = sum(one.factor + one.choosing for units in cost.codes for one in units)
+        flops += cost.shared + cost.source + cost.alone + chosen
         stored = sum(tensor.nbytes for tensor in tensors)
         to_workers = stored * (nodes - 1) + (busy * int(cost.weights * workers.weights_bytes) if workers.is_gpu else 0)
         back = cost.sums * shards
@@ -310,7 +332,8 @@ def scale_cost(model: Model, job: ScaleJob, workers: Workers, *, tokens: int = T
 
 
 def layer_phases(model: Model, layer: int, job: ScaleJob, workers: Workers, *, tokens: int) -> list[list[float]]:
-    """The phases of a layer of an importance matrix or a GPTQ level, each as the seconds of its units."""
+    """The phases of a layer of an importance matrix or a GPTQ level, each as the seconds of its units. The source's
+    pass through the next layer stands beside the codes that are chosen last, behind them."""
     matrices = _matrices(_layers(model)[layer], model)
     shards = max(1, tokens // SHARD_TOKENS)
 
@@ -323,10 +346,11 @@ def layer_phases(model: Model, layer: int, job: ScaleJob, workers: Workers, *, t
     codes = iter(_codes(matrices))
     for one in matrices:
         if one.own_input:  # a pass that stops there begins with what was coded last
-            phases.append(of_shards(left + one.columns * (one.columns + 128) * one.used))
+            phases.append(of_shards(left + one.sums))
             phases.append([unit.seconds(workers) for unit in next(codes)])
             left = 0.0
         left += 2 * one.rows * one.columns * one.used
+    phases[-1] += of_shards(sum(2 * one.rows * one.columns * one.used for one in matrices))
     return [*phases, of_shards(left)]
 
 

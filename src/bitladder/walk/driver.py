@@ -182,6 +182,9 @@ class Spread(Protocol):
     ) -> Iterator[InputWatch]:  # fmt: skip
         """Do all units of a layer with the source's weights; gives what was seen of each shard, in their order."""
 
+    def expect(self, stream: Stream, layer: int, watched: Watched, entering: States) -> None:
+        """What ``through`` will be asked for next: it may begin where workers would have to wait."""
+
     def passing(self, stream: Stream, layer: int, states: States) -> Pass:
         """Passes through a layer that is built."""
 
@@ -354,6 +357,9 @@ class Stream:
         seen = merged(parts).results(layer)
         for one in observers:
             one.take(layer, block, {shared: found for shared, found in seen.items() if one.reads(shared)})
+        if self.spread is not None and layer + 1 < self.stages.n_layer:
+            watched = self._watched(layer + 1, self.stages.outline(layer + 1), observers)
+            self.spread.expect(self, layer + 1, watched, leaving)
 
     def _watched(self, layer: int, block: nn.Module, observers: Sequence[Observer]) -> Watched:
         inputs = [shared for shared in self.stages.inputs(layer, block) if any(one.reads(shared) for one in observers)]

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -81,6 +81,17 @@ class _starts:  # noqa: N801
         return batch.start in self._starts
 
 
+@dataclass
+class _Expected:
+    """The pass through the source's own layer that a stream comes to next."""
+
+    layer: int
+    watched: Watched
+    entering: HeldStates
+    begun: list[Started] = field(default_factory=list)
+    """Its units, where they were begun."""
+
+
 @dataclass(frozen=True)
 class KeptInputs(HeldInputs):
     """Inputs of a module of the source's layer, for each shard in what stayed of it."""
@@ -95,7 +106,9 @@ class SpreadUnits:
     def __init__(self, executor: Executor, source: GgufFile, at: ModelAt) -> None:
         self.executor, self._source = executor, source
         self.task = LayerTask(at, Limits.here())
-        self._sent: tuple[int, Handle] | None = None
+        self._sent: dict[int, Handle] = {}
+        self._expected: dict[int, _Expected] = {}
+        """By the stream that it is of."""
         self._nothing = executor.put(None)
 
     def hold(self, states: States, shards: Sequence[Sequence[Batch]]) -> HeldStates:
@@ -118,15 +131,36 @@ class SpreadUnits:
         """As ``driver.Spread``."""
         assert isinstance(entering, HeldStates)
         assert isinstance(leaving, HeldStates)
-        units = [replace(unit, watched=watched) for unit in self.units(stream, layer, "source")]
-        handles: list[Handle] = []
-        started = self.begun(
-            lambda number: self.start(units[number], number, entering, None, None), len(units), handles
-        )
+        known = self._expected.pop(id(stream), None)
+        if known is not None and known.begun and (known.layer, known.watched) == (layer, watched):
+            started, handles = iter(known.begun), [one.held for one in known.begun]
+        else:
+            handles = []
+            units = self._through(stream, layer, watched)
+            started = self.begun(
+                lambda number: self.start(units[number], number, entering, None, None), len(units), handles
+            )
         yield from (one.result() for one in started)
         leaving.handles = handles
         for one in observers:
             one.kept({module: KeptInputs(module, handles) for module in watched.keeps})
+
+    def expect(self, stream: Stream, layer: int, watched: Watched, entering: States) -> None:
+        """As ``driver.Spread``."""
+        assert isinstance(entering, HeldStates)
+        if not watched.inputs:  # answers that hold sums may be as large as a layer each, too many to be begun at once
+            self._expected[id(stream)] = _Expected(layer, watched, entering)
+
+    def look_ahead(self, stream: Stream) -> None:
+        """Begin what is expected of a stream: there are workers that would have to wait. Units that come later stand
+        behind these in line, which costs nothing, for they have to be done."""
+        one = self._expected.get(id(stream))
+        if one is not None and not one.begun:
+            units = self._through(stream, one.layer, one.watched)
+            one.begun = [self.start(unit, number, one.entering, None, None) for number, unit in enumerate(units)]
+
+    def _through(self, stream: Stream, layer: int, watched: Watched) -> list[LayerUnit]:
+        return [replace(unit, watched=watched) for unit in self.units(stream, layer, "source")]
 
     def begun(self, start: Callable[[int], Started], count: int, handles: list[Handle]) -> Iterator[Started]:
         """So many units, in their order, each to be waited for; ``handles`` gets what stays of each. Sums may be as
@@ -172,11 +206,12 @@ class SpreadUnits:
         return [] if self.task.model.sent is None else [self._tensors(layer)]
 
     def _tensors(self, layer: int) -> Handle:
-        """A layer's tensors as they are stored, sent once."""
-        if self._sent is None or self._sent[0] != layer:
+        """A layer's tensors as they are stored, sent once; the layer before it may still be at work."""
+        if layer not in self._sent:
             names = self._names(layer)
-            self._sent = layer, self.executor.put({name: np.array(self._source.raw(name)) for name in names})
-        return self._sent[1]
+            self._sent = {number: held for number, held in self._sent.items() if number == layer - 1}
+            self._sent[layer] = self.executor.put({name: np.array(self._source.raw(name)) for name in names})
+        return self._sent[layer]
 
     def _names(self, layer: int) -> list[str]:
         prefix = f"blk.{layer}."
@@ -232,9 +267,10 @@ class SpreadPass:
 
     def __init__(self, spread: SpreadUnits, stream: Stream, layer: int, states: States) -> None:
         assert isinstance(states, HeldStates)
-        self._spread, self._layer, self._states = spread, layer, states
+        self._spread, self._stream, self._layer, self._states = spread, stream, layer, states
         self._model = cast(LayeredModel, stream.stages).model
         self._of = f"level {id(stream)}"
+        self._last = stream.stages.inputs(layer, stream.stages.outline(layer))[-1]
         self._units = spread.units(stream, layer, self._of)
         self._kept: list[Handle] = [None] * len(self._units)
         self._changed: list[Changed] = []
@@ -257,6 +293,8 @@ class SpreadPass:
             del summed  # what holds it may let go of it
             while len(begun) > 2 * at_once:
                 yield begun.popleft().result()
+        if len(values) < at_once and coder.shared == self._last:
+            self._spread.look_ahead(self._stream)
         while begun:
             yield begun.popleft().result()
         self._changed.append(Changed(coder, len(values)))
