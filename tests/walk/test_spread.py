@@ -79,8 +79,7 @@ def test_importance_matrices(name, devices, tmp_path):
 
 
 def test_of_large_layers_workers_have_what_a_unit_needs(devices, tmp_path, monkeypatch):
-    """Parameters come and go; those that were coded come back as they were coded. Only the source's own pass, which
-    keeps what all of its modules read, has a layer as a whole."""
+    """Parameters come and go; those that were coded come back as they were coded."""
     _, folder, source = tiny_checkpoints.tiny("llama", tmp_path)
     here = checkpoints(source, folder, tmp_path / "here", levels=LEVELS[:1])
     fed = fitted(source, tmp_path / "fed")
@@ -90,8 +89,7 @@ def test_of_large_layers_workers_have_what_a_unit_needs(devices, tmp_path, monke
     def watched(self, unit, *given):
         block = fill(self, unit, *given)
         filled = sum(value.numel() for value in block.parameters() if not value.is_meta)
-        if getattr(unit, "watched", None) is None:
-            most.append(100 * filled // sum(value.numel() for value in block.parameters()))
+        most.append(100 * filled // sum(value.numel() for value in block.parameters()))
         return block
 
     monkeypatch.setattr(units._Worker, "fill", watched)

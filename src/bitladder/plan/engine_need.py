@@ -22,8 +22,8 @@ FILE_SHARE = 0.8
 _RATE = 1.5e10
 """Operations per second and core, where nothing was measured."""
 _SLOW_ATTENTION = 5.0
-"""Times as long as an operation of attention takes over a cache of fewer than 16 bits: with eight bits some three times,
-with four or five five times and more (``benchmarks/kv_prompt.py``, ``kv_depth.py``)."""
+"""Times as long as an operation of attention takes over a cache of fewer than 16 bits: with eight bits some three
+times, with four or five bits five times and more (``benchmarks/kv_prompt.py``, ``kv_depth.py``)."""
 
 
 def attention_operations(model: Model, spans: Iterable[tuple[int, int]], cache: CacheTypes = F16_CACHE) -> float:

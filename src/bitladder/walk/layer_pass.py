@@ -16,7 +16,7 @@ pass.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, Protocol
 
 import torch
@@ -132,14 +132,25 @@ class LayerPass:
         """What a shard shows of an input, as ``gather``. ``whole``: the modules whose input was kept by passes
         before."""
         watch = InputWatch([shared], wants, half=self._stream.half, experts=experts)
-        for batch in shard:
+
+        def looking(batch: Batch) -> AbstractContextManager[object]:
             exact = None if original is None else original.get(batch).to(self._stream.stages.device)
-            with inference(), self._begun(batch, whole), watch.on(self._block, batch, exact), self._end(shared, batch):
-                try:
-                    self._run(batch)
-                except _Reached:
-                    continue
+            return watch.on(self._block, batch, exact)
+
+        self.go_to(shared, shard, whole, looking)
         return watch
+
+    def go_to(
+        self,
+        shared: SharedInput,
+        shard: Sequence[Batch],
+        whole: frozenset[str],
+        looking: Callable[[Batch], AbstractContextManager[object]],
+    ) -> None:
+        """Pass up to an input, with hooks of the caller's for each batch. Otherwise as ``see``."""
+        for batch in shard:
+            with inference(), self._begun(batch, whole), looking(batch), self._end(shared, batch), suppress(_Reached):
+                self._run(batch)
 
     @property
     def progress(self) -> tuple[dict[str, States], set[tuple[str, int]]]:

@@ -218,7 +218,7 @@ class _Worker:
         """The layer with these parameters, and the changes that came of them; what was filled before is not read again.
         Of a large layer what is not asked for is let go of."""
         block, layer = self.block(unit), unit.layer
-        if sum(value.numel() for value in block.parameters()) * 4 > KEPT_BYTES and not self._whole:
+        if self._is_large(block):
             for path in self._filled - set(paths):
                 owner, _, leaf = path.rpartition(".")
                 gone = nn.Parameter(torch.empty_like(tensor_at(block, path), device="meta"), requires_grad=False)
@@ -240,6 +240,26 @@ class _Worker:
         self._changed = len(unit.changes)
         return block
 
+    def _is_large(self, block: nn.Module) -> bool:
+        return sum(value.numel() for value in block.parameters()) * 4 > KEPT_BYTES and not self._whole
+
+    def _in_parts(
+        self, stream: Stream, block: nn.Module, unit: LayerUnit, watched: Watched, entering: Held
+    ) -> tuple[InputWatch, Held]:
+        """As ``_through``, where nothing is summed: from input to input, with the parameters that a stretch reads."""
+        states = _states(unit.batches, entering.states)
+        passing, keeper = LayerPass(stream, unit.layer, block, states), _Keeper(stream.batches, watched)
+        for shared in self.model.inputs(unit.layer, block):
+            if shared.kind != "linear":
+                continue
+            self.fill(unit, (), passing.runs(shared))
+            begun, _ = passing.progress
+            hooks = partial(keeper.hooks, block, [shared.module])
+            passing.go_to(shared, unit.batches, frozenset(begun), hooks)
+        self.fill(unit, (), passing.runs(None))
+        passing.finish()
+        return InputWatch((), watched.wants), Held(_array(states), keeper.arrays())
+
     def coded(self, unit: CodeUnit, values: Sequence[Any], summed: InputWatch, threads: int) -> tuple[Any, Any]:
         """Choose codes."""
         coder, own = unit.coder, summed.borrowed()
@@ -259,6 +279,8 @@ class _Worker:
         stream = Stream(self.model, [Member(self.weights)], unit.batches, state_bytes=_ALL, half=unit.half)
         block = self.block(unit)
         if unit.watched is not None:
+            if self._is_large(block) and not unit.watched.inputs and self.model.entries(unit.layer, block):
+                return self._in_parts(stream, block, unit, unit.watched, entering)
             self.fill(unit, values, [path for path, _ in block.named_parameters()])
             assert entering.states is not None
             return _through(stream, block, unit, unit.watched, States.around(readable(entering.states)))
@@ -286,7 +308,7 @@ def _through(
     keeper = _Keeper(stream.batches, watched)
     leaving = States(stream.batches, entering.width, spill=None)
     watch = stream.compute(Unit(unit.layer, 0, 0), block, [keeper], entering, leaving)
-    return watch.on_the_cpu(), Held(_array(leaving), {name: _array(one) for name, one in keeper.inputs.items()})
+    return watch.on_the_cpu(), Held(_array(leaving), keeper.arrays())
 
 
 class _Keeper(Observer):
@@ -302,7 +324,15 @@ class _Keeper(Observer):
 
     def on(self, layer: int, block: nn.Module, batch: Batch) -> Any:  # noqa: ARG002
         """As ``Observer``."""
-        return keeping(block, self._watched.keeps, batch, self._put)
+        return self.hooks(block, self._watched.keeps, batch)
+
+    def hooks(self, block: nn.Module, modules: Sequence[str], batch: Batch) -> Any:
+        """Keeps what those of some modules read that somebody wants."""
+        return keeping(block, [one for one in modules if one in self._watched.keeps], batch, self._put)
+
+    def arrays(self) -> dict[str, F32]:
+        """What was kept, by module."""
+        return {name: _array(one) for name, one in self.inputs.items()}
 
     def _put(self, module: str, batch: Batch, x: torch.Tensor) -> None:
         if module not in self.inputs:
