@@ -1,4 +1,4 @@
-"""Freed memory that is kept for the next batch.
+"""Freed memory: what is kept for the next batch, and what is given back where a layer alone is nearly too much.
 
 Activations of a batch are arrays of some megabytes, which glibc takes from the system and gives back every time; the
 system clears each page again. That is a twelfth of a calibrating walk's processor time.
@@ -6,6 +6,7 @@ system clears each page again. That is a twelfth of a calibrating walk's process
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -22,3 +23,9 @@ def keep_freed_memory() -> None:
         return
     tune(_MMAP_THRESHOLD, _LARGE_BYTES)
     tune(_TRIM_THRESHOLD, _KEPT_BYTES)
+
+
+def give_freed_memory_back() -> None:
+    """Let the system have what malloc kept, but for what lies between arrays in use; nothing but under glibc."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)

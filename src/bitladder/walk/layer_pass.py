@@ -164,9 +164,14 @@ class LayerPass:
     def runs(self, shared: SharedInput | None) -> list[str]:
         """The block's parameters that a pass up to an input reads, or one to the end: neither what reads this input and
         later ones, nor what has gone by and is kept."""
-        inputs = self._stream.stages.inputs(self._layer, self._block)
+        stages = self._stream.stages
+        assert isinstance(stages, LayeredModel)
+        inputs = stages.inputs(self._layer, self._block)
         later = [] if shared is None else inputs[inputs.index(shared) :]
-        left = [one.module for one in later if one.kind == "linear"]  # a stack's inputs are found with its weights
+        linear = [one for one in later if one.kind == "linear"]  # a stack's inputs are found with its weights
+        roles = {role for one in linear for role in one.roles}
+        readers = [one.path for one in stages.family.parameters if roles.intersection(one.roles)]
+        left = [*(one.module for one in linear), *(path.rpartition(".")[0] for path in readers)]
         begun = [entry for entry in self._entries.values() if entry.linear in self._kept]
         batches = {batch.start for batch in self._stream.batches}
 

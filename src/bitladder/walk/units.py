@@ -30,7 +30,7 @@ from bitladder.executors.limits import Limits
 from bitladder.files.gguf import GgufFile
 from bitladder.formats.roles import SharedInput
 from bitladder.formats.tensors import TensorInfo
-from bitladder.walk.allocator import keep_freed_memory
+from bitladder.walk.allocator import give_freed_memory_back, keep_freed_memory
 from bitladder.walk.coding import Bench, Coder, Share
 from bitladder.walk.driver import Member, Observer, Stream, Unit, Watched
 from bitladder.walk.inputs import InputWatch, Wants, keeping, readable
@@ -224,6 +224,7 @@ class _Worker:
                 gone = nn.Parameter(torch.empty_like(tensor_at(block, path), device="meta"), requires_grad=False)
                 setattr(block.get_submodule(owner), leaf, gone)
             self._filled &= set(paths)
+            give_freed_memory_back()
         missing = set(paths) - self._filled
         if missing:
             self.model.fill(block, layer, self.weights, missing)
