@@ -21,6 +21,8 @@ from numba import njit, prange
 from bitladder.kernels.grid import F32, Grid, contiguous_groups
 
 _LANES = 32
+_SEARCHED_AT_ONCE = 1 << 24
+"""Weights that lie side by side in a copy: 64 MiB."""
 _ROWS_AT_ONCE = 512
 SHRINKS = np.linspace(1.05, 0.55, 21).astype(np.float32)
 """Candidate scales, as shares of the one that just holds the largest weight."""
@@ -116,17 +118,21 @@ def search(
     # A group that no calibration token excites still has to be stored well: equal weights there.
     dead = column_weight.reshape(groups, size).max(axis=1) <= 0
     column_weight = np.where(np.repeat(dead, size), np.float32(1), column_weight)
-    scales = np.empty((groups, rows), np.float32)
-    zeros = np.empty((groups, rows), np.int16)
-    lanes = np.ascontiguousarray(weights.T, np.float32)
+    scales = np.empty((rows, groups), np.float32)
+    zeros = np.empty((rows, groups), np.int16)
     candidates = np.asarray(shrinks, np.float32)
-    if sym:
-        both = np.concatenate([candidates, -candidates]) if signed else candidates
-        _search_symmetric(lanes, column_weight, size, 2**bits - 1, both, scales, zeros)
-    else:
-        _search_asymmetric(lanes, column_weight, size, 2**bits - 1, least_zero, candidates, scales, zeros)
-    stored = store_scale(np.ascontiguousarray(scales.T), scale_dtype)
-    return Affine(stored, np.ascontiguousarray(zeros.T), bits, group_size, columns)
+    both = np.concatenate([candidates, -candidates]) if signed else candidates
+    at_once = max(_LANES, _SEARCHED_AT_ONCE // columns)
+    for start in range(0, rows, at_once):
+        some = slice(start, start + at_once)
+        lanes = np.ascontiguousarray(weights[some].T, np.float32)
+        own, zero = np.empty((groups, lanes.shape[1]), np.float32), np.empty((groups, lanes.shape[1]), np.int16)
+        if sym:
+            _search_symmetric(lanes, column_weight, size, 2**bits - 1, both, own, zero)
+        else:
+            _search_asymmetric(lanes, column_weight, size, 2**bits - 1, least_zero, candidates, own, zero)
+        scales[some], zeros[some] = own.T, zero.T
+    return Affine(store_scale(scales, scale_dtype), zeros, bits, group_size, columns)
 
 
 @njit(cache=True, parallel=True)

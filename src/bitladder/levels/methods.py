@@ -292,7 +292,7 @@ class Feedback(Method):
         codes, cost = gptq_device.apply_on(device)(factor, weights, parameters.grid())
         # Costs are under the damped Hessian; the damping's own share is no error of the outputs.
         decoded = parameters.decode(codes)
-        wrong = cost.sum() - _square_sum(decoded - weights, seen.added)
+        wrong = cost.sum() - _square_sum(decoded, seen.added, weights)
         whole = gptq.cost_of(factor, weights).sum() - _square_sum(weights, seen.added)
         return Rounded(codes, parameters, decoded, max(0.0, float(wrong / whole)) if whole > 0 else float("nan"))
 
@@ -325,11 +325,15 @@ def _rounded(
     return Rounded(codes, parameters, decoded, relative_error(decoded[some] - weights[some], weights[some], gram))
 
 
-def _square_sum(values: F32, by: npt.NDArray[np.float64] | None) -> float:
-    """Of squares, those of each column times ``by``."""
+def _square_sum(values: F32, by: npt.NDArray[np.float64] | None, less: F32 | None = None) -> float:
+    """Of squares, those of each column times ``by``; of differences to ``less``, where there is one."""
     import numpy as np
 
-    squares = np.einsum("rk,rk->k", values, values, dtype=np.float64)
+    squares = np.zeros(values.shape[1])
+    for start in range(0, len(values), _FEWEST_ROWS):  # little memory beside the arguments
+        some = slice(start, start + _FEWEST_ROWS)
+        own = values[some] if less is None else values[some] - less[some]
+        squares += np.einsum("rk,rk->k", own, own, dtype=np.float64)
     return float(squares.sum() if by is None else squares @ by)
 
 
