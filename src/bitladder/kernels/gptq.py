@@ -31,7 +31,7 @@ BLOCK = 64
 _TILE = 64
 _ROWS_AT_ONCE, _COLUMNS_AT_ONCE = 1024, 256
 _AT_ONCE = 1 << 23
-"""Weights that codes are chosen of at once: some 10 bytes of memory for each."""
+"""Weights that are worked on at once, rows of them: some 10 bytes of memory for each."""
 DAMP = 0.05
 """Share of the mean diagonal that is added to it, where nobody says another."""
 _MAX_DAMP = 1.0
@@ -132,10 +132,12 @@ def solve(factor: Factor, right: F32) -> F32:
     from scipy.linalg import solve_triangular
 
     coupling = factor.coupling  # H = (coupling + 1) diag(pivots) (coupling + 1)^T; its diagonal is taken for 1
-    found = solve_triangular(coupling, right[:, factor.order].T, unit_diagonal=True)
+    found = np.asfortranarray(right[:, factor.order].T)
+    found = solve_triangular(coupling, found, unit_diagonal=True, overwrite_b=True, check_finite=False)
     found /= factor.pivots[:, None].astype(np.float32)
+    found = solve_triangular(coupling, found, trans="T", unit_diagonal=True, overwrite_b=True, check_finite=False)
     out = np.empty_like(right)
-    out[:, factor.order] = solve_triangular(coupling, found, trans="T", unit_diagonal=True).T
+    out[:, factor.order] = found.T
     return out
 
 
@@ -147,8 +149,18 @@ def making_up(factor: Factor, weights: F32, drift: F32) -> F32:
         factor: of ``X^T X`` of the inputs that they will meet.
         weights: what they are in the source.
         drift: ``(R - X)^T X`` f32[columns, columns] with R the inputs that they meet there.
+
+    Raises:
+        ValueError: the drift is not finite.
     """
-    return np.asarray(weights + np.float32(_MADE_UP) * solve(factor, weights @ drift), np.float32)
+    if not np.isfinite(drift).all():
+        raise ValueError("the inputs of the source differ from the level's by more than a number can hold")
+    made = np.empty(weights.shape, np.float32)
+    at_once = max(1, _AT_ONCE // weights.shape[1])
+    for start in range(0, len(weights), at_once):
+        some = slice(start, start + at_once)
+        made[some] = weights[some] + np.float32(_MADE_UP) * solve(factor, weights[some] @ drift)
+    return made
 
 
 def _order(diagonal: npt.NDArray[np.float64], together: int) -> npt.NDArray[np.intp]:
