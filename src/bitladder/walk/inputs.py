@@ -233,22 +233,22 @@ class InputWatch:
     def on(self, block: nn.Module, batch: Batch, original: torch.Tensor | None = None) -> Iterator[None]:
         """Take in what one batch makes the layer's modules read. ``original`` f32[windows, n, columns]: what the source
         itself has there, where a single linear layer's input is watched."""
-        if not self.sums:
-            yield
-            return
-        valid = torch.from_numpy(batch.valid)
-        apart = torch.tensor([window in self._wants.held_out for window in batch.windows])
-        tokens_apart = apart[:, None].expand_as(valid)[valid]
         with ExitStack() as hooks:
             for shared in self.sums:
-                hook = self._hook(shared, valid.reshape(-1), tokens_apart, original)
+                hook = self._hook(shared, batch, original)
                 hooks.callback(block.get_submodule(shared.module).register_forward_pre_hook(hook).remove)
             yield
 
-    def _hook(
-        self, shared: SharedInput, valid: torch.Tensor, apart: torch.Tensor, original: torch.Tensor | None
-    ) -> Any:
-        wants, sums = self._wants, self.sums[shared]
+    def take(
+        self, shared: SharedInput, module: nn.Module, batch: Batch, x: torch.Tensor, original: torch.Tensor | None
+    ) -> None:
+        """Take in what one batch makes a linear module read, f32[windows, n, columns], without running it."""
+        self._hook(shared, batch, original)(module, (x,))
+
+    def _hook(self, shared: SharedInput, batch: Batch, original: torch.Tensor | None) -> Any:
+        wants, sums, shape = self._wants, self.sums[shared], torch.from_numpy(batch.valid)
+        marked = torch.tensor([window in wants.held_out for window in batch.windows])
+        valid, apart = shape.reshape(-1), marked[:, None].expand_as(shape)[shape]
         held_out = bool(wants.held_out) and wants.gram and shared.kind == "linear"
 
         def seen(module: nn.Module, arguments: tuple[Any, ...]) -> None:

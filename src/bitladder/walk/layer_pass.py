@@ -140,6 +140,22 @@ class LayerPass:
         self.go_to(shared, shard, whole, looking)
         return watch
 
+    def keeps(self, shared: SharedInput) -> bool:
+        """Whether what a pass up to this input finds there is kept."""
+        return shared.kind == "linear" and shared.module in self._entries
+
+    def see_kept(
+        self, shared: SharedInput, shard: Sequence[Batch], original: States | None, wants: Wants
+    ) -> InputWatch:
+        """As ``see``, of an input that a pass went up to before; no parameter is read."""
+        watch, module = InputWatch([shared], wants, half=self._stream.half), self._block.get_submodule(shared.module)
+        device = self._stream.stages.device
+        for batch in shard:
+            exact = None if original is None else original.get(batch).to(device)
+            with inference():
+                watch.take(shared, module, batch, self._kept[shared.module].get(batch).to(device), exact)
+        return watch
+
     def go_to(
         self,
         shared: SharedInput,

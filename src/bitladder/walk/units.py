@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -297,7 +298,12 @@ class _Worker:
         assert unit.wants is not None
         begun, passed = passing.progress
         original = None if source is None else _states(unit.batches, source.inputs[unit.module])
-        watch = passing.see(unit.shared, unit.batches, frozenset(begun), original, unit.wants, unit.experts)
+        if self._is_large(block) and passing.keeps(unit.shared):
+            passing.go_to(unit.shared, unit.batches, frozenset(begun), nullcontext)
+            self.fill(unit, values, ())  # sums may need the room
+            watch = passing.see_kept(unit.shared, unit.batches, original, unit.wants)
+        else:
+            watch = passing.see(unit.shared, unit.batches, frozenset(begun), original, unit.wants, unit.experts)
         begun, passed = passing.progress
         inputs = {module: _array(one) for module, one in begun.items()}
         return watch.on_the_cpu(), Held(inputs=inputs, passed=frozenset(passed))
