@@ -1,5 +1,5 @@
 """Claim: GPTQ of an 8-billion-parameter model needs under 4 GB: one layer, its Hessian, hidden states spilled; on Ray,
-workers of 2 GB each will do.
+workers of 2 GiB each will do.
 
     scripts/bench checkpoint_memory --scratch DIR [--level GPTQ-4bit-g64] [--windows 64] [--layers 1] [--threads 1]
         [--workers 2 [--worker-memory 2]]
@@ -35,6 +35,7 @@ from bitladder.files.gguf import GgufFile
 from bitladder.files.stub_gguf import write_stub
 from bitladder.levels.checkpoints import parse_checkpoint
 from bitladder.stages.calibrate import Calibration, Reading
+from bitladder.units import GiB
 from bitladder.walk.checkpoint_walk import Settings
 
 _TOKENS = 1024
@@ -132,7 +133,7 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, required=True)
     parser.add_argument("--level", default="GPTQ-4bit-g64")
     parser.add_argument("--workers", type=int, default=0, help="of Ray; 0: in this process")
-    parser.add_argument("--worker-memory", type=float, default=2.0, help="GB")
+    parser.add_argument("--worker-memory", type=float, default=2.0, help="GiB")
     for name, default in (("--windows", 64), ("--layers", 1), ("--threads", 1)):
         parser.add_argument(name, type=int, default=default)
     for name, default in (("--width", 4096), ("--hidden", 14336), ("--tokens", 128256)):
@@ -150,7 +151,7 @@ def main() -> None:
         rng = np.random.default_rng(1)
         windows = [Window("noise", rng.integers(0, _TOKENS, WINDOW)) for _ in range(options.windows)]
         started, cpu, before = time.monotonic(), time.process_time(), peak_bytes()
-        limit, watching = int(options.worker_memory * 1e9), Watching()
+        limit, watching = int(options.worker_memory * GiB), Watching()
         spread = workers(options.workers, options.threads, limit) if options.workers else contextlib.nullcontext()
         with GgufFile.open(folder / "model.gguf") as source, spread as executor:
             Calibration(
@@ -159,8 +160,8 @@ def main() -> None:
             ).run()  # fmt: skip
         took = f"{time.monotonic() - started:.0f} s, {time.process_time() - cpu:.0f} CPU s"
         if options.workers:
-            most = watching.end() / 1e9
-            print(f"{options.workers} workers, {options.worker_memory:g} GB each: at most {most:.2f} GB of their own")
+            most = watching.end() / GiB
+            print(f"{options.workers} workers, {options.worker_memory:g} GiB each: at most {most:.2f} GiB of their own")
         what = f"{options.level}, {options.layers} of 32 layers, {options.windows} windows"
         print(f"{what}: peak {peak_bytes() / 1e9:.2f} GB ({before / 1e9:.2f} before), {took}")
     finally:
