@@ -19,6 +19,7 @@ groups can run the result.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -132,7 +133,7 @@ def solve(factor: Factor, right: F32) -> F32:
     from scipy.linalg import solve_triangular
 
     coupling = factor.coupling  # H = (coupling + 1) diag(pivots) (coupling + 1)^T; its diagonal is taken for 1
-    found = np.asfortranarray(right[:, factor.order].T)
+    found: Any = np.asfortranarray(right[:, factor.order].T)
     found = solve_triangular(coupling, found, unit_diagonal=True, overwrite_b=True, check_finite=False)
     found /= factor.pivots[:, None].astype(np.float32)
     found = solve_triangular(coupling, found, trans="T", unit_diagonal=True, overwrite_b=True, check_finite=False)
