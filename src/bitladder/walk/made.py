@@ -25,7 +25,7 @@ from bitladder.levels.methods import Rounded
 from bitladder.records.calibration import LinearLoss
 from bitladder.walk.driver import Observer, Resumable, Seen
 from bitladder.walk.importance import vectors_of
-from bitladder.walk.inputs import InputStatistics
+from bitladder.walk.inputs import InputStatistics, readable
 from bitladder.walk.keep import Arrays
 from bitladder.walk.layers import LayeredModel
 from bitladder.walk.matrices import as_linears, in_runs
@@ -124,7 +124,7 @@ class InStore(Resumable):
 
 def stored_array(form: CheckpointFormat, suffix: str, array: NDArray[Any], dtype: torch.dtype) -> torch.Tensor:
     """An array of a quantized layer as it is stored; ``dtype``: the float type of the model."""
-    value = torch.from_numpy(np.ascontiguousarray(array))
+    value = readable(np.ascontiguousarray(array))
     if suffix in form.byte_types:
         return value.view(getattr(torch, form.byte_types[suffix]))
     return value.to(dtype) if suffix in form.model_dtype else value
