@@ -26,6 +26,8 @@ def keep_freed_memory() -> None:
 
 
 def give_freed_memory_back() -> None:
-    """Let the system have what malloc kept, but for what lies between arrays in use; nothing but under glibc."""
+    """Let the system have what malloc kept, and keep little from now on; does nothing but under glibc."""
     with contextlib.suppress(AttributeError, OSError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
+        glibc = ctypes.CDLL(None)
+        glibc.mallopt(_TRIM_THRESHOLD, _LARGE_BYTES)
+        glibc.malloc_trim(0)
