@@ -220,7 +220,7 @@ class _Worker:
         Of a large layer what is not asked for is let go of."""
         block, layer = self.block(unit), unit.layer
         if self._is_large(block):
-            for path in self._filled - set(paths):
+            for path in [path for path, value in block.named_parameters() if not value.is_meta and path not in paths]:
                 owner, _, leaf = path.rpartition(".")
                 gone = nn.Parameter(torch.empty_like(tensor_at(block, path), device="meta"), requires_grad=False)
                 setattr(block.get_submodule(owner), leaf, gone)
