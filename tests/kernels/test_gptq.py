@@ -158,3 +158,15 @@ def test_rows_are_worked_on_a_few_at_a_time(monkeypatch):
     parts, own = gptq.apply(factor, weights, grid)
     assert np.array_equal(parts, codes)
     np.testing.assert_allclose(own, cost, rtol=1e-5)
+
+
+def test_rows_make_up_a_few_at_a_time(monkeypatch):
+    inputs = inputs_with(64, 300, 1)
+    drift = (0.1 * np.random.default_rng(2).standard_normal(inputs.shape).astype(np.float32)).T @ inputs
+    factor = gptq.prepare(inputs.T @ inputs)
+    weights = np.random.default_rng(3).standard_normal((40, 64)).astype(np.float32)
+    whole = gptq.making_up(factor, weights, drift)
+    monkeypatch.setattr(gptq, "_AT_ONCE", 64 * 9)
+    np.testing.assert_allclose(gptq.making_up(factor, weights, drift), whole, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="differ"):
+        gptq.making_up(factor, weights, drift * np.float32(np.inf))

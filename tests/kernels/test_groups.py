@@ -88,3 +88,14 @@ def test_stored_scales_round_like_the_dtype():
     assert groups.store_scale(np.array([1e-30, -1e-30], np.float32)).tolist() == [2.0**-14, -(2.0**-14)]
     with pytest.raises(ValueError, match="float8"):
         groups.store_scale(scales, "float8")
+
+
+@pytest.mark.parametrize("sym", [True, False])
+def test_rows_are_searched_a_few_at_a_time(sym, monkeypatch):
+    """Whatever rows stand beside them, the last few included."""
+    weights = weights_of(70, 96)
+    whole = groups.search(weights, 4, 32, sym=sym)
+    monkeypatch.setattr(groups, "_SEARCHED_AT_ONCE", 96 * 33)
+    parts = groups.search(weights, 4, 32, sym=sym)
+    np.testing.assert_array_equal(parts.scales, whole.scales)
+    np.testing.assert_array_equal(parts.zeros, whole.zeros)
