@@ -37,7 +37,8 @@ class Job:
 CALIBRATION = "--text $S/calibration.txt"
 MEASURING = "--text $S/measuring-0.txt --text $S/measuring-1.txt --text $S/measuring-2.txt"
 ENGINE = "--workload $S/workload.yaml --ctx 512 --out $O/run"
-RUN = f"run $S/small.gguf --levels Q8_0,Q4_K_M --imatrix none {MEASURING} {ENGINE}"
+RUN = f"run $S/small.gguf --full --levels Q8_0,Q4_K_M --imatrix none {MEASURING} {ENGINE}"
+"""Everything is done, whatever speeds say."""
 JOBS = {
     "GGUF levels": Job("quantize $S/small.gguf --to Q8_0,Q4_K_M,Q2_K --imatrix none --out $O", ".partial.journal:40"),
     "split levels": Job(

@@ -236,7 +236,7 @@ def test_attention_grows_with_the_square_of_the_context_and_with_a_cache_of_few_
     once = attention_operations(model, [(0, 100)])
     assert once == 2 * 100 * 50 * 4 * (64 + 64) * 2
     assert attention_operations(model, [(0, 200)]) == 4 * once == attention_operations(model, [(0, 100), (100, 200)])
-    assert attention_operations(model, [(0, 100)], CacheTypes("q8_0", "q8_0")) > 5 * once
+    assert attention_operations(model, [(0, 100)], CacheTypes("q8_0", "q8_0")) > 3 * once
 
 
 # ---- what goes wrong
