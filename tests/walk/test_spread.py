@@ -92,10 +92,19 @@ def test_of_large_layers_workers_have_what_a_unit_needs(devices, tmp_path, monke
         most.append(100 * filled // sum(value.numel() for value in block.parameters()))
         return block
 
+    see_kept, seen = units.LayerPass.see_kept, list[str]()
+
+    def without_weights(self, shared, *given):
+        assert all(value.is_meta for value in self._block.parameters())
+        seen.append(shared.module)
+        return see_kept(self, shared, *given)
+
+    monkeypatch.setattr(units.LayerPass, "see_kept", without_weights)
     monkeypatch.setattr(units._Worker, "fill", watched)
     monkeypatch.setattr(units, "KEPT_BYTES", 0)
     assert checkpoints(source, folder, tmp_path / "there", devices, LEVELS[:1]) == here
     assert max(most) < 70
+    assert set(seen) == {"self_attn.o_proj", "mlp.down_proj"}
     assert fitted(source, tmp_path / "fed there", devices) == fed
 
 

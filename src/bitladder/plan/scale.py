@@ -167,6 +167,11 @@ class _Matrix:
     own_input: bool
 
     @property
+    def forward(self) -> float:
+        """Operations for each token, to go through it."""
+        return 2 * self.rows * self.columns * self.used
+
+    @property
     def compared(self) -> bool:
         """Whether what it reads is compared with what it reads in the source."""
         return self.count == 1 and self.columns <= GPTQ.widest_drift
@@ -248,7 +253,7 @@ def spread_seconds(units: Sequence[float], workers: int) -> float:
 
 def _layer(matrices: Sequence[_Matrix], job: ScaleJob, tokens: int) -> _LayerCost:
     weights = sum(one.rows * one.columns * one.count for one in matrices)
-    forward = sum(2 * one.rows * one.columns * one.used for one in matrices)
+    forward = sum(one.forward for one in matrices)
     squares = sum(one.sums for one in matrices if one.own_input)
     source = tokens * forward
     held = max((_held(one) for one in matrices if one.own_input), default=0)
@@ -341,7 +346,7 @@ def layer_phases(model: Model, layer: int, job: ScaleJob, workers: Workers, *, t
         return [SHARD_TOKENS * operations / (REACHED * workers.flops)] * shards
 
     if job is not ScaleJob.GPTQ:
-        return [of_shards(sum(2 * one.rows * one.columns * one.used for one in matrices))]
+        return [of_shards(sum(one.forward for one in matrices))]
     phases, left = [], 0.0
     codes = iter(_codes(matrices))
     for one in matrices:
@@ -349,8 +354,8 @@ def layer_phases(model: Model, layer: int, job: ScaleJob, workers: Workers, *, t
             phases.append(of_shards(left + one.sums))
             phases.append([unit.seconds(workers) for unit in next(codes)])
             left = 0.0
-        left += 2 * one.rows * one.columns * one.used
-    phases[-1] += of_shards(sum(2 * one.rows * one.columns * one.used for one in matrices))
+        left += one.forward
+    phases[-1] += of_shards(sum(one.forward for one in matrices))
     return [*phases, of_shards(left)]
 
 

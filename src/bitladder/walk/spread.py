@@ -107,8 +107,7 @@ class SpreadUnits:
         self.executor, self._source = executor, source
         self.task = LayerTask(at, Limits.here())
         self._sent: dict[int, Handle] = {}
-        self._expected: dict[int, _Expected] = {}
-        """By the stream that it is of."""
+        self._expected: dict[Stream, _Expected] = {}
         self._nothing = executor.put(None)
 
     def hold(self, states: States, shards: Sequence[Sequence[Batch]]) -> HeldStates:
@@ -131,7 +130,7 @@ class SpreadUnits:
         """As ``driver.Spread``."""
         assert isinstance(entering, HeldStates)
         assert isinstance(leaving, HeldStates)
-        known = self._expected.pop(id(stream), None)
+        known = self._expected.pop(stream, None)
         if known is not None and known.begun and (known.layer, known.watched) == (layer, watched):
             started, handles = iter(known.begun), [one.held for one in known.begun]
         else:
@@ -149,12 +148,12 @@ class SpreadUnits:
         """As ``driver.Spread``."""
         assert isinstance(entering, HeldStates)
         if not watched.inputs:  # answers that hold sums may be as large as a layer each, too many to be begun at once
-            self._expected[id(stream)] = _Expected(layer, watched, entering)
+            self._expected[stream] = _Expected(layer, watched, entering)
 
     def look_ahead(self, stream: Stream) -> None:
         """Begin what is expected of a stream: there are workers that would have to wait. Units that come later stand
         behind these in line, which costs nothing, for they have to be done."""
-        one = self._expected.get(id(stream))
+        one = self._expected.get(stream)
         if one is not None and not one.begun:
             units = self._through(stream, one.layer, one.watched)
             one.begun = [self.start(unit, number, one.entering, None, None) for number, unit in enumerate(units)]
