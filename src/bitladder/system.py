@@ -166,10 +166,12 @@ def drop_pages(mapped: mmap.mmap, start: int, length: int) -> None:
         mapped.madvise(mmap.MADV_DONTNEED, start, length)
 
 
-def drop_cached(handle: int) -> None:
-    """Ask the system to forget what it keeps in memory of a file, where it takes such wishes."""
+def drop_cached(handle: int, start: int = 0, length: int = 0) -> None:
+    """Ask the system to forget what it keeps in memory of a stretch of a file (0 bytes: to its end), where it takes such
+    wishes. What is not on the disk yet stays, and Linux begins to write it: by itself it waits up to half a minute, and
+    who flushes the file in the end waits for all of it."""
     if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(handle, start, length, os.POSIX_FADV_DONTNEED)
 
 
 def allow_open_files(wanted: int) -> int:

@@ -33,6 +33,45 @@ def test_hashes_are_right_however_one_advances(files):
     assert [recall(path) for path in files] == digests(files)
 
 
+def test_what_a_reader_gives_is_not_read_again(files, monkeypatch):
+    """Pieces with gaps between them, another file's bytes in their places: only what was left out is read."""
+    wanted = digests(files)
+    contents = [path.read_bytes() for path in files]
+    read = FollowingHash._next
+    asked = []
+
+    def noted(self, number, at):
+        found = read(self, number, at)
+        if isinstance(found, int):
+            asked.append((number, at))
+        return found
+
+    monkeypatch.setattr(FollowingHash, "_next", noted)
+    monkeypatch.setattr(following, "_HELD", 2)
+    follower = FollowingHash(files)
+    for number, content in enumerate(contents):
+        for start, end in [(16, 80), (80, 100), (130, 200)]:
+            follower.feed(number, start, memoryview(content)[start:end])
+        follower.advance(number + 1, 0)
+    assert follower.result() == wanted
+    gaps = [(number, at) for number in range(3) for at in (0, 100, 200)]
+    assert asked == gaps
+    known = FollowingHash(files)
+    for _ in range(10):
+        known.feed(0, 0, memoryview(b"of a known file"))
+    assert known.result() == wanted
+
+
+def test_a_reader_does_not_wait_for_who_has_given_up(files, monkeypatch):
+    monkeypatch.setattr(following, "_HELD", 1)
+    follower = FollowingHash(files)
+    files[1].unlink()
+    for _ in range(5):
+        follower.feed(2, 0, memoryview(bytes(10)))
+    with pytest.raises(BadInput):
+        follower.result()
+
+
 def test_what_is_known_is_not_read_again(files, monkeypatch):
     wanted = FollowingHash(files).result()
     monkeypatch.setattr(FollowingHash, "_hash", lambda *_: pytest.fail("a known file is hashed"))
@@ -43,7 +82,7 @@ def test_it_stays_behind_the_reader(files):
     follower = FollowingHash(files)
     follower.advance(0, 100)
     time.sleep(0.05)
-    assert follower._allowed(0, 90) == 10
+    assert follower._next(0, 90) == 10
     assert recall(files[0]) is None
     follower.advance(1, 1)
     deadline = time.monotonic() + 10

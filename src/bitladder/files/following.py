@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from bitladder.files.hashing import recall, remember
 AHEAD = 256 << 20
 """Bytes that hashing may run ahead of a reader: it warms the cache, and has work while other modules are loaded."""
 _CHUNK = 4 << 20
+_HELD = 8
+"""Pieces that wait to be hashed."""
 
 
 class FollowingHash:
@@ -28,7 +31,8 @@ class FollowingHash:
         self.states = [_state(path) for path in self._paths]
         self._digests: list[str | None] = [recall(path) for path in self._paths]
         self._goal = (0, 0)
-        self._abandoned = False
+        self._abandoned = self._ended = False
+        self._fed: deque[tuple[int, int, memoryview]] = deque()
         self._changed = threading.Condition()
         self._failure: OSError | None = None
         self._thread = threading.Thread(target=self._work, daemon=True, name="source hash")
@@ -40,7 +44,18 @@ class FollowingHash:
         """
         with self._changed:
             self._goal = max(self._goal, (file, offset))
-            self._changed.notify()
+            self._changed.notify_all()
+
+    def feed(self, file: int, offset: int, data: memoryview) -> None:
+        """The reader has come to ``offset`` and gives what it has read there, which need not be read once more; what it
+        left out before is read. Waits while several pieces have not been hashed."""
+        if self._digests[file] is not None:
+            return
+        with self._changed:
+            self._changed.wait_for(lambda: len(self._fed) < _HELD or self._ended)
+            self._fed.append((file, offset, data))
+            self._goal = max(self._goal, (file, offset + len(data)))
+            self._changed.notify_all()
 
     def result(self) -> list[str]:
         """The hash of every file, once the rest has been read.
@@ -67,7 +82,7 @@ class FollowingHash:
         """Stop: nobody wants the result."""
         with self._changed:
             self._abandoned = True
-            self._changed.notify()
+            self._changed.notify_all()
         self._thread.join()
 
     def _work(self) -> None:
@@ -77,14 +92,24 @@ class FollowingHash:
                     return
         except OSError as error:
             self._failure = error
+        finally:
+            with self._changed:
+                self._ended = True
+                self._changed.notify_all()
 
-    def _allowed(self, number: int, at: int) -> int:
-        """How many bytes of a file may be read next; waits until it is some. 0: abandoned."""
+    def _next(self, number: int, at: int) -> memoryview | int:
+        """The bytes at this place, where the reader gave them, else how many may be read next; waits until it is some.
+        0: abandoned."""
         with self._changed:
             self._changed.wait_for(lambda: self._abandoned or self._goal > (number, at))
             if self._abandoned:
                 return 0
-            file, offset = self._goal
+            while self._fed and self._fed[0][:2] < (number, at):
+                self._fed.popleft()
+            file, offset = self._fed[0][:2] if self._fed else self._goal
+            if self._fed and (file, offset) == (number, at):
+                self._changed.notify_all()
+                return self._fed.popleft()[2]
             return _CHUNK if file > number else min(_CHUNK, offset - at)
 
     def _hash(self, number: int, path: Path) -> bool:
@@ -92,14 +117,16 @@ class FollowingHash:
         digest, at = hashlib.sha256(), 0
         room = memoryview(bytearray(_CHUNK))
         with path.open("rb", buffering=0) as file:
-            while allowed := self._allowed(number, at):
-                count = file.readinto(room[:allowed])
-                if not count:
+            while piece := self._next(number, at):
+                if isinstance(piece, int):
+                    file.seek(at)
+                    piece = room[: file.readinto(room[:piece])]
+                if not piece:
                     self._digests[number] = digest.hexdigest()
                     remember(path, digest.hexdigest())
                     return True
-                digest.update(room[:count])
-                at += count
+                digest.update(piece)
+                at += len(piece)
         return False
 
 

@@ -17,12 +17,15 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
+from bitladder import system
 from bitladder.files.atomic import written_aside
 from bitladder.files.checkpoint import DTYPE_BYTES, CheckpointTensor, read_safetensors_header
 from bitladder.files.regular import open_regular
 
 _AT_ONCE = 2**22
 _ALIGNED = 8
+_SOON = 1 << 16
+"""Bytes that are worth a request to the disk as soon as they are written."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +72,12 @@ class PlacedTensors:
 
     def write(self, name: str, at: int, data: bytes | memoryview) -> None:
         """Put bytes of a tensor where they belong, ``at`` bytes after its beginning."""
-        self._file.seek(self._starts[name] + at)
+        start = self._starts[name] + at
+        self._file.seek(start)
         self._file.write(data)
+        if len(data) >= _SOON:
+            self._file.flush()
+            system.drop_cached(self._file.fileno(), start, len(data))  # begins to write it
 
 
 @contextmanager
@@ -125,6 +132,7 @@ def stored_tensors(path: Path) -> list[PiecewiseTensor]:
 
 def tensor_hashes(path: Path) -> Iterator[tuple[str, str]]:
     """The name of every tensor of a file, and the SHA-256 hash (hex) of its bytes: processors have instructions for it.
+    The system need not keep what was read.
 
     Raises:
         BadFile: the file contradicts itself, or cannot be read.
@@ -138,6 +146,7 @@ def tensor_hashes(path: Path) -> Iterator[tuple[str, str]]:
             while left and (count := file.readinto(room[: min(left, len(room))])):  # type: ignore[attr-defined]
                 found.update(room[:count])
                 left -= count
+                system.drop_cached(file.fileno(), file.tell() - count, count)
             yield tensor.name, found.hexdigest()
 
 

@@ -125,6 +125,9 @@ class FloatScales:
     def stored(self, codes: npt.NDArray[np.integer]) -> U8:
         """Numbers of steps as the float type's own codes."""
         out = np.empty(codes.shape, np.uint8)
+        if self.kind.name == "E4M3":
+            _e4m3_bytes(codes.reshape(-1), out.reshape(-1))
+            return out
         _looked_up(codes.reshape(-1), self.kind.bytes_of, out.reshape(-1))
         return out
 
@@ -132,7 +135,7 @@ class FloatScales:
 def peaks(weights: F32, group_size: int) -> F32:
     """The largest magnitude of each group ``f32[rows, groups]``."""
     groups = weights.reshape(len(weights), -1, group_size or weights.shape[1])
-    return np.asarray(np.abs(groups).max(axis=2), np.float32)
+    return np.asarray(np.maximum(groups.max(axis=2), -groups.min(axis=2)), np.float32)
 
 
 def free(
@@ -379,6 +382,18 @@ def _looked_up(codes: npt.NDArray[np.integer], table: U8, out: U8) -> None:
         own, made = codes[first : first + _AT_ONCE], out[first : first + _AT_ONCE]
         for k in range(len(own)):
             made[k] = table[own[k]]
+
+
+@njit(cache=True, parallel=True, nogil=True)
+def _e4m3_bytes(numbers: npt.NDArray[np.integer], out: U8) -> None:
+    """Sign, then magnitude: steps of one sign follow one another."""
+    parts = (len(numbers) + _AT_ONCE - 1) // _AT_ONCE
+    for part in prange(parts):
+        first = part * _AT_ONCE
+        own, made = numbers[first : first + _AT_ONCE], out[first : first + _AT_ONCE]
+        for k in range(len(own)):
+            step = np.int16(own[k]) - np.int16(_ZERO)
+            made[k] = np.uint8(step if step >= 0 else 128 - step)
 
 
 @njit(cache=True, parallel=True, nogil=True)

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numba
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -249,6 +250,8 @@ class _Straight:
         total, passed = checkpoint.nbytes, 0
         names: dict[CheckpointLevel, list[list[str]]] = {target.level: [] for target in targets}
         checked = _Background(1)
+        # Pieces side by side, each in one thread, which none of the others waits for.
+        self._rounding = ThreadPoolExecutor(max(1, self._threads), initializer=numba.set_num_threads, initargs=(1,))
         try:
             for number, shard in enumerate(checkpoint.shards):
                 if number < done:
@@ -258,8 +261,7 @@ class _Straight:
                 else:
                     what = f"{', '.join(level.name for level in self.missing)}: shard {number + 1}"
                     began, at = time.monotonic(), passed
-                    for size in self._shard(number, shard, targets):
-                        hashing.advance(number, size)
+                    for size in self._shard(number, shard, targets, hashing):
                         progress(what, at + size, total)
                     for target in targets:
                         names[target.level].append(list(target.hashes))
@@ -269,6 +271,7 @@ class _Straight:
             checked.wait()
             hashing.result()
         finally:
+            self._rounding.shutdown(cancel_futures=True)
             checked.close()
             hashing.abandon()
         self._identity = self._identity or identity_of_files(checkpoint, progress)
@@ -286,7 +289,7 @@ class _Straight:
             target.folder.truncate(done)
         return done
 
-    def _shard(self, number: int, shard: Path, targets: Sequence[_Target]) -> Iterator[int]:
+    def _shard(self, number: int, shard: Path, targets: Sequence[_Target], hashing: FollowingHash) -> Iterator[int]:
         """Write what a shard becomes in every level; gives the bytes of its tensors that are done."""
         done = 0
         with ExitStack() as stack:
@@ -295,16 +298,18 @@ class _Straight:
                 outputs = list(self._outputs(shard, target))
                 target.hashes = {one.name: hashlib.sha256() for one in outputs}
                 target.places = stack.enter_context(placed_safetensors(target.folder.layer_file(number), outputs))
-            writer = _Background()
+            writer = _Background(self._threads + 2)
             stack.callback(writer.close)
-            for tensor, start, raw in _ahead(_pieces(shard, self._plain)):
+            for tensor, start, place, raw in _ahead(_pieces(shard, self._plain)):
+                hashing.feed(number, place, raw.data)
                 if tensor.name not in self._plain.linears:
                     for target in targets:
                         writer.do(self._keep, target, tensor, start, raw)
                 else:
                     weights = _f32(raw, tensor)
                     for target in targets:
-                        self._round(target, tensor, start, weights, writer)
+                        rounded = self._rounding.submit(self._rounded, target, tensor.name, weights)
+                        writer.do(self._put_rows, target, tensor.name, start, len(weights), rounded)
                 done += raw.nbytes
                 yield done
             writer.wait()
@@ -338,14 +343,16 @@ class _Straight:
         arrays = target.form.encode(found.nearest(weights), found)
         return {suffix: stored_array(target.form, suffix, one, dtype) for suffix, one in arrays.items()}
 
-    def _round(self, target: _Target, tensor: CheckpointTensor, start: int, weights: F32, writer: _Background) -> None:
-        linear = tensor.name.removesuffix(".weight")
-        with naming(None, linear):
-            arrays = self._arrays(target, weights)
-        for suffix, one in arrays.items():
+    def _rounded(self, target: _Target, weight: str, weights: F32) -> dict[str, torch.Tensor]:
+        with naming(None, weight.removesuffix(".weight")):
+            return self._arrays(target, weights)
+
+    def _put_rows(
+        self, target: _Target, weight: str, start: int, count: int, rounded: Future[dict[str, torch.Tensor]]
+    ) -> None:
+        for suffix, one in rounded.result().items():
             data = one.contiguous().view(torch.uint8).numpy().reshape(-1)
-            at = start * data.nbytes // len(weights)
-            writer.do(self._put, target, f"{linear}.{suffix}", at, data)
+            self._put(target, f"{weight.removesuffix('.weight')}.{suffix}", start * data.nbytes // count, data)
 
     def _keep(self, target: _Target, tensor: CheckpointTensor, start: int, raw: NDArray[np.uint8]) -> None:
         """What stays float, in the float type of the level."""
@@ -417,9 +424,10 @@ _PROMPTS = (
 """Texts that a copied tokenizer must read as the source's does."""
 
 
-def _pieces(shard: Path, plain: PlainCheckpoint) -> Iterator[tuple[CheckpointTensor, int, NDArray[np.uint8]]]:
+def _pieces(shard: Path, plain: PlainCheckpoint) -> Iterator[tuple[CheckpointTensor, int, int, NDArray[np.uint8]]]:
     """The bytes of a shard's tensors, some whole rows of a matrix at a time: the number of the first row, of other
-    tensors of the first value."""
+    tensors of the first value, and where in the file they begin. The system need not keep them: a source that fills the
+    memory makes it look for room for every page, which took a third of the processor's time."""
     headers = read_safetensors_header(shard)
     at = shard.stat().st_size - sum(tensor.nbytes for tensor in headers)
     with open_regular(shard) as file:
@@ -430,11 +438,13 @@ def _pieces(shard: Path, plain: PlainCheckpoint) -> Iterator[tuple[CheckpointTen
                 step = max(128, _PIECE // columns // 128 * 128)
                 for start in range(0, rows, step):
                     size = min(step, rows - start) * columns * DTYPE_BYTES[tensor.dtype]
-                    file.seek(at + start * columns * DTYPE_BYTES[tensor.dtype])
+                    place = at + start * columns * DTYPE_BYTES[tensor.dtype]
+                    file.seek(place)
                     raw = np.empty(size, np.uint8)
                     if file.readinto(raw.data) != size:  # type: ignore[attr-defined]
                         raise BadFile(f"{shard} ends within '{tensor.name}'.", do="Fetch the file again.")
-                    yield tensor, start, raw
+                    system.drop_cached(file.fileno(), place, size)
+                    yield tensor, start, place, raw
             at += tensor.nbytes
 
 
