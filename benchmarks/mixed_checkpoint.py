@@ -2,15 +2,15 @@
 
     scripts/bench mixed_checkpoint --model MODEL.gguf --calibrate wikitext2-valid.txt --text wikitext2-test.txt
         [--bpw 4.5,4.6] [--against W4A16-g32,NVFP4A16] [--peer NAME=LEVEL=FOLDER ...] [--schemes S1,S2]
-        [--fit-tokens 8192] [--documents 12] [--threads 2] [--keep DIR] [--json FILE]
+        [--fit-tokens 8192] [--weighed 8] [--documents 12] [--threads 2] [--keep DIR] [--json FILE]
 
 Both sides are Bitladder's, fitted with error feedback to the same calibration tokens: each uniform level of
 ``--against``, and for each of ``--bpw`` a mix of at most so many bits per weight of the linear layers, whose schemes
-are chosen by sensitivities over half of the same tokens. ``--peer``: folders of other tools (``checkpoint_peer.py``
-makes them) that mixes are compared with as well. Weights are compared as they are read back from the folders. KL
-against the source on the first window of each of several articles of the test text, and of texts of another kind (the
-ones that ship to measure on); ratios of mean KL with paired intervals over documents. What was made in ``--keep`` is
-not made again: the sensitivities, and every finished folder.
+are chosen by sensitivities over ``--weighed`` windows of the same tokens. ``--peer``: folders of other tools
+(``checkpoint_peer.py`` makes them) that mixes are compared with as well. Weights are compared as they are read back
+from the folders. KL against the source on the first window of each of several articles of the test text, and of texts
+of another kind (the ones that ship to measure on); ratios of mean KL with paired intervals over documents. What was
+made in ``--keep`` is not made again: the sensitivities, and every finished folder.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def table_of(source: GgufFile, storage: SchemeStorage, windows: Sequence[Window]
     kept = options.keep / "table.json"
     if (table := read_table(kept)) is None:
         started = time.perf_counter()
-        some = windows[:: max(1, len(windows) // 8)]
+        some = windows[:: max(1, len(windows) // options.weighed)]
         table = weigh(
             source, some, threads=options.threads, choices=storage.choices, keep=options.keep / "weighing"
         ).table
@@ -126,6 +126,7 @@ def main() -> int:
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=LEVEL=FOLDER")
     parser.add_argument("--schemes", default=",".join(SCHEMES))
     parser.add_argument("--fit-tokens", type=int, default=8192)
+    parser.add_argument("--weighed", type=int, default=8, help="windows that sensitivities are taken of")
     parser.add_argument("--documents", type=int, default=12)
     parser.add_argument("--keep", type=Path, default=Path("mixed-checkpoint"), help="folder for the levels made")
     options = parsed(parser)

@@ -27,6 +27,9 @@ _BUILDING_SHARE = 0.5
 """Of the time, for the importance matrix and for building levels."""
 _IMPORTANCE_SHARE = 0.2
 """Of the time, for the importance matrix: what it is gathered on is cut to it."""
+_CALIBRATION_SHARES = (1.0, 0.5, 0.25, 0.125)
+"""Few, so that a later run with another bound finds the matrix of an earlier one, and the levels made with it."""
+_WORTH_SAYING_S = 30.0
 
 
 def in_time(given: Given, plan: Plan, levels: Sequence[Level]) -> tuple[Given, list[Level]]:
@@ -72,9 +75,6 @@ def in_time(given: Given, plan: Plan, levels: Sequence[Level]) -> tuple[Given, l
         job.journal.warn(f"There is no time to build {', '.join(left_out)}: a longer --within takes them in.")
     countdown.watch()
     return given, [level for level in levels if level.name in chosen or level == reference]
-
-
-_WORTH_SAYING_S = 30.0
 
 
 def _say_estimate(given: Given, plan: Plan, levels: Sequence[Level]) -> None:
@@ -129,10 +129,6 @@ def importance_seconds(given: Given) -> float:
     """Predicted, for gathering the importance matrix; 0 where that need not be done."""
     need = importance_need(given.job, given.build)
     return corrected_seconds(need) if need else 0.0
-
-
-_CALIBRATION_SHARES = (1.0, 0.5, 0.25, 0.125)
-"""Few, so that a later run with another bound finds the matrix of an earlier one, and the levels made with it."""
 
 
 def with_less_calibration(given: Given, seconds: float) -> Given:
