@@ -84,9 +84,12 @@ def instead_of_walk(model: Model, refusal: UnknownArchitecture) -> Way:
 
 def announce(job: Job, what: str, refusal: UnknownArchitecture | None = None) -> None:
     """Say in a line that the engine's way is gone, and what that means. ``what``: "Fidelity is measured"."""
-    why = (
-        refusal.found if refusal else f"no layers are known for the architecture '{job.source.model.dims.architecture}'"
-    )
+    if refusal is not None:
+        why = refusal.found
+    elif way_for(job.source) is Way.WALK:
+        why = "that was asked for"
+    else:
+        why = f"no layers are known for the architecture '{job.source.model.dims.architecture}'"
     line = f"{what} in the engine, whose own rounding is part of it: {why[:1].lower()}{why[1:].rstrip('.')}."
     if line not in job.journal.warnings:
         job.journal.warn(line)

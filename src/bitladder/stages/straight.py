@@ -197,6 +197,8 @@ class _Straight:
         self, plain: PlainCheckpoint, label: str, levels: Sequence[CheckpointLevel], build: Build, work: Work
     ) -> None:
         self._plain, self._threads = plain, work.threads
+        # Pieces side by side, each in one thread, which none of the others waits for.
+        self._rounding = ThreadPoolExecutor(max(1, work.threads), initializer=numba.set_num_threads, initargs=(1,))
         self._source = plain.checkpoint.folder
         self._companions: Companions = companions_of_folder(self._source)
         usual = {level: build.out / f"{label}-{level.name}" for level in levels}
@@ -250,8 +252,6 @@ class _Straight:
         total, passed = checkpoint.nbytes, 0
         names: dict[CheckpointLevel, list[list[str]]] = {target.level: [] for target in targets}
         checked = _Background(1)
-        # Pieces side by side, each in one thread, which none of the others waits for.
-        self._rounding = ThreadPoolExecutor(max(1, self._threads), initializer=numba.set_num_threads, initargs=(1,))
         try:
             for number, shard in enumerate(checkpoint.shards):
                 if number < done:
