@@ -167,9 +167,9 @@ def drop_pages(mapped: mmap.mmap, start: int, length: int) -> None:
 
 
 def drop_cached(handle: int, start: int = 0, length: int = 0) -> None:
-    """Ask the system to forget what it keeps in memory of a stretch of a file (0 bytes: to its end), where it takes such
-    wishes. What is not on the disk yet stays, and Linux begins to write it: by itself it waits up to half a minute, and
-    who flushes the file in the end waits for all of it."""
+    """Ask the system to forget what it keeps in memory of a stretch of a file (0 bytes: to its end), where it takes
+    such wishes. What is not on the disk yet stays, and Linux begins to write it: by itself it waits up to half a
+    minute, and who flushes the file in the end waits for all of it."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(handle, start, length, os.POSIX_FADV_DONTNEED)
 
