@@ -27,6 +27,7 @@ from bitladder.plan.recipe import Limits
 from bitladder.plan.schemes import choose_schemes, least_bits
 from bitladder.records.level_file import LevelFile
 from bitladder.records.recipe import FittedLevel, Recipe, SensitivityTable, TensorLoss
+from bitladder.stages import mixed, schemes
 from bitladder.stages import recipe as recipes
 from bitladder.stages.calibrate import Calibration, Reading
 from bitladder.stages.fidelity import folder_candidate, walk
@@ -251,7 +252,9 @@ def test_what_another_folder_stands_in_for_is_removed(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "c"]
 
 
-def test_names_and_refusals(tmp_path):
+def test_names_and_refusals(tmp_path, monkeypatch):
+    for where in (mixed, schemes):
+        monkeypatch.setattr(where, "weighed_tensors", lambda *_: pytest.fail("weighed for a wish that cannot be met"))
     level = parse_level("ct-BPW4.6")
     assert isinstance(level, CheckpointLevel)
     assert (str(level), level.bpw, level.engines) == ("CT-bpw4.60", 4.6, ("vllm", "transformers"))
@@ -272,6 +275,10 @@ def test_names_and_refusals(tmp_path):
         (["--to", "vllm", "--bpw", "4.6", "--vram", "1GiB", "--ngl", "1"], "--vram was given with --to vllm"),
         (["--to", "vllm", "--bpw", "4.6", "--schemes", "Q4_K"], "no scheme that recipes choose from"),
         (["--bpw", "4.6", "--schemes", "W4A16-g64"], "--schemes"),
+        (["--to", "vllm", "--bpw", "1.2"], "smallest schemes"),
+        (["--to", "vllm", "--bpw", "17"], "more than the"),
+        (["--to", "vllm", "--budget", "10kB"], "No mix of schemes is that small"),
+        (["--to", "vllm", "--bpw", "4.6", "--tps", "9", "--schemes", "NVFP4A16=3"], "the fastest of these schemes"),
     ):
         found = run(app, ["recipe", path, *options])
         assert found.exit_code != 0

@@ -19,6 +19,7 @@ from bitladder.levels.checkpoints.mixed import FLOAT, SCHEMES, SchemeGroup, mixe
 from bitladder.levels.methods import GPTQ
 from bitladder.plan.recipe import Limits
 from bitladder.plan.schemes import choose_schemes, least_bits
+from bitladder.records.recipe import SensitivityTable, TensorLoss
 from bitladder.stages.fidelity import Candidate
 from bitladder.stages.job import Build, Job
 from bitladder.stages.sensitivity import FEW_ROWS, SeenInput, Weighed
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from bitladder.files.gguf import GgufFile
-    from bitladder.records.recipe import Recipe, SensitivityTable
+    from bitladder.records.recipe import Recipe
     from bitladder.walk.layers import LayeredModel
 
     F32 = NDArray[np.float32]
@@ -180,6 +181,21 @@ class SchemeStorage:
                 do=f"Schemes that can: {', '.join(every)}.",
             )
 
+    def require(self, wish: Limits) -> None:
+        """Refuse a wish that no losses would make possible, before they are predicted, which takes long.
+
+        Raises:
+            NothingFits, UsageError: as ``choose_schemes``.
+        """
+        model = self._source.model
+        losses = {
+            info.name: tuple(
+                TensorLoss(scheme, self.choices.nbytes(info, scheme), 0.0, 0.0) for scheme in self.choices.of(info)
+            )
+            for info in model.tensors
+        }
+        choose_schemes(SensitivityTable("", "", 0, losses), self.linears.groups, model, wish)
+
     def spread(self, table: SensitivityTable) -> list[Recipe]:
         """As ``Storage``."""
         model, groups = self._source.model, self.linears.groups
@@ -235,6 +251,7 @@ def with_schemes(job: Job, level: CheckpointLevel, build: Build) -> CheckpointLe
     from bitladder.stages.calibration import calibration_texts
 
     storage = SchemeStorage(job.source, checkpoint=job.found.checkpoint, threads=job.threads)
+    storage.require(Limits(bpw=form.bits))
     parts = parts_of_text(job.windows(calibration_texts(job, build.texts)))
     table, _ = weighed_tensors(job, parts, build.texts, storage)
     recipe = choose_schemes(table, storage.linears.groups, job.source.model, Limits(bpw=form.bits))
