@@ -173,6 +173,6 @@ class Fp8(CheckpointFormat):
         """As vLLM 0.33 behaves."""
         note = (
             "vLLM multiplies in FP8 on GPUs of compute capability 8.9 and above; from 7.5 on it decodes the weights "
-            "and leaves inputs as they are."
+            "and leaves inputs as they are. Its CPU build serves it, too."
         )
         return (note,)

@@ -183,6 +183,8 @@ class Microscaled(CheckpointFormat):
                 f"vLLM multiplies in MXFP{self.bits} on GPUs of compute capability 10.0 and above (Blackwell); what it "
                 "does on older ones differs by version."
             )
+        elif self.bits == 4:
+            notes.append("vLLM runs it on GPUs of compute capability 7.5 and above, decoding the weights.")
         return tuple(notes)
 
 
