@@ -23,7 +23,8 @@ lives in an environment of its own:
 Settings are each tool's own defaults except bits, group size and windows: GPTQModel damps by 0.05 and orders
 columns within groups, llm-compressor damps by 0.01 and leaves them in order; its AWQ has zero points and searches
 over 20 exponents; its W8A8 is its preset of that name, its SmoothQuant has the strength 0.8 of its own recipes. A
-SCHEME is a preset of llm-compressor's, or one of AutoRound's, tuned for so many steps a block (its default is 200).
+SCHEME is a preset of llm-compressor's, or one of AutoRound's, tuned for so many steps a block (its default is 200) for
+inputs that stay as they are; its folder lies within OUT.
 Prints seconds, CPU seconds and peak memory of the quantization with saving.
 """
 
@@ -90,7 +91,7 @@ def autoround(source: Path, out: Path, tokens: Any, scheme: str, steps: int) -> 
 
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     tuner = AutoRound(
-        model, AutoTokenizer.from_pretrained(source), scheme=scheme, iters=steps, nsamples=len(tokens),
+        model, AutoTokenizer.from_pretrained(source), scheme=scheme, act_bits=16, iters=steps, nsamples=len(tokens),
         seqlen=tokens.shape[1], batch_size=4, dataset=[torch.from_numpy(row.astype(np.int64))[None] for row in tokens],
         enable_torch_compile=False, low_gpu_mem_usage=False, device_map="cpu",
     )  # fmt: skip
