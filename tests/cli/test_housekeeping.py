@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from bitladder.cli.app import app
 from bitladder.files.engine_package import ENGINE, engine_version
-from bitladder.files.hashing import remember
+from bitladder.files.hashing import remember, state_of
 from bitladder.records.level_file import Making, StoredFile
 from bitladder.records.run import FileFacts
 from bitladder.report import write_run
@@ -48,7 +48,7 @@ def levels():
 def hashed_long_ago(path: Path) -> str:
     """Reading a file is use, and setting its times a change: its hash is kept without either."""
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    remember(aged(path), digest)
+    remember(aged(path), digest, state_of(path))
     return digest
 
 

@@ -8,7 +8,7 @@ import pytest
 from bitladder.errors import BadInput
 from bitladder.files import following
 from bitladder.files.following import FollowingHash
-from bitladder.files.hashing import recall
+from bitladder.files.hashing import file_sha256, recall
 
 
 @pytest.fixture
@@ -99,3 +99,22 @@ def test_a_file_that_cannot_be_read(files):
     files[1].unlink()
     with pytest.raises(BadInput, match="The source cannot be read"):
         follower.result()
+
+
+def test_a_file_that_changes_meanwhile_is_not_remembered(files):
+    """By neither of both who hash: what they have read of it may be gone."""
+    follower = FollowingHash(files)
+    files[1].write_bytes(bytes(200))
+    with pytest.raises(BadInput, match="changed while it was read"):
+        follower.result()
+    assert [recall(path) is not None for path in files] == [True, False, True]
+
+    files[1].write_bytes(bytes(range(200)))
+
+    def meddle(*_):
+        files[1].write_bytes(bytes(200))
+
+    found = file_sha256(files[1], meddle)
+    assert found == hashlib.sha256(bytes(range(200))).hexdigest()
+    assert recall(files[1]) is None
+    assert file_sha256(files[1]) == hashlib.sha256(bytes(200)).hexdigest() == recall(files[1])

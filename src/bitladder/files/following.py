@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bitladder.errors import BadInput
-from bitladder.files.hashing import recall, remember
+from bitladder.files.hashing import recall, remember, state_of
 
 AHEAD = 256 << 20
 """Bytes that hashing may run ahead of a reader: it warms the cache, and has work while other modules are loaded."""
@@ -29,6 +29,7 @@ class FollowingHash:
     def __init__(self, paths: Sequence[Path]) -> None:
         self._paths = list(paths)
         self.states = [_state(path) for path in self._paths]
+        self._before = [state_of(path) for path in self._paths]
         self._digests: list[str | None] = [recall(path) for path in self._paths]
         self._goal = (0, 0)
         self._abandoned = self._ended = False
@@ -123,7 +124,7 @@ class FollowingHash:
                     piece = room[: file.readinto(room[:piece])]
                 if not piece:
                     self._digests[number] = digest.hexdigest()
-                    remember(path, digest.hexdigest())
+                    remember(path, digest.hexdigest(), self._before[number])
                     return True
                 digest.update(piece)
                 at += len(piece)

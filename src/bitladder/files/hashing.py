@@ -23,14 +23,14 @@ def file_sha256(path: Path, progress: Progress = silent) -> str:
     if known is not None:
         return known
     size = path.stat().st_size
-    hasher = hashlib.sha256()
+    hasher, before = hashlib.sha256(), state_of(path)
     with open_regular(path) as file:
         done = 0
         while chunk := file.read(_CHUNK):
             hasher.update(chunk)
             done += len(chunk)
             progress(f"hashing {path.name}", done, size)
-    remember(path, hasher.hexdigest())
+    remember(path, hasher.hexdigest(), before)
     return hasher.hexdigest()
 
 
@@ -54,10 +54,17 @@ def recall(path: Path) -> str | None:
     return digest if isinstance(digest, str) and known == state else None
 
 
-def remember(path: Path, digest: str) -> None:
-    """Keep a hash that somebody computed while reading the file for another purpose."""
+def state_of(path: Path) -> dict[str, object]:
+    """What must be unchanged for a hash of a file to hold, taken before the file is read."""
+    return _note(path)[1]
+
+
+def remember(path: Path, digest: str, before: dict[str, object]) -> None:
+    """Keep a hash that somebody computed while reading the file for another purpose; not where the file is no longer
+    what it was ``before`` (``state_of``): then part of what was hashed may be gone."""
     note, state = _note(path)
-    _write(note, {**state, "sha256": digest})
+    if state == before:
+        _write(note, {**state, "sha256": digest})
 
 
 def _note(path: Path) -> tuple[Path, dict[str, object]]:
