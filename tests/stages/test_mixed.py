@@ -278,6 +278,7 @@ def test_names_and_refusals(tmp_path, monkeypatch):
         (["--to", "vllm", "--bpw", "1.2"], "smallest schemes"),
         (["--to", "vllm", "--bpw", "17"], "more than the"),
         (["--to", "vllm", "--budget", "10kB"], "No mix of schemes is that small"),
+        (["--to", "vllm", "--kl", "0.05", "--tps", "9", "--schemes", "NVFP4A16=3"], "the fastest of these schemes"),
         (["--to", "vllm", "--bpw", "4.6", "--tps", "9", "--schemes", "NVFP4A16=3"], "the fastest of these schemes"),
     ):
         found = run(app, ["recipe", path, *options])

@@ -1,6 +1,7 @@
 """Levels written straight from a checkpoint's files: bytes as by a walk, nothing converted, resumed, refused."""
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -41,20 +42,31 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def write(checkpoint: Path, levels: list[str], out: Path):
+def write(checkpoint: Path, levels: list[str], out: Path, threads: int = 1):
     plain = straight.plain_checkpoint(checkpoint, "tiny")
     assert plain is not None
-    build, work = Build(out=out), Work()
+    build, work = Build(out=out), Work(threads=threads)
     return straight.write_straight(plain, "tiny", [parse_level(level) for level in levels], build, work)
 
 
 @pytest.mark.parametrize(
     ("name", "dtype"), [("llama", torch.bfloat16), ("qwen2", torch.float16), ("phi3", torch.bfloat16)]
 )
-def test_gives_the_bytes_of_a_walk(name, dtype, tmp_path):
+def test_gives_the_bytes_of_a_walk(name, dtype, tmp_path, monkeypatch):
+    """A matrix in several pieces, rounded side by side and not done in their order."""
     checkpoint, gguf = source(name, tmp_path, dtype, **WIDE)
     run(gguf, LEVELS, tmp_path / "walked", checkpoint)
-    reports = write(checkpoint, LEVELS, tmp_path / "straight")
+    rounded, pieces = straight._Straight._rounded, list[str]()
+
+    def late(self, target, weight, weights):
+        pieces.append(weight)
+        time.sleep(0.02 * (len(pieces) % 3 == 1))
+        return rounded(self, target, weight, weights)
+
+    monkeypatch.setattr(straight._Straight, "_rounded", late)
+    monkeypatch.setattr(straight, "_PIECE", 1)
+    reports = write(checkpoint, LEVELS, tmp_path / "straight", threads=3)
+    assert len(pieces) >= 2 * len(LEVELS) * len(set(pieces))
     for level, report in zip(LEVELS, reports, strict=True):
         walked, folder = tmp_path / "walked" / f"tiny-{level}", Path(report.path)
         expected, found = tensors(walked), tensors(folder)

@@ -23,13 +23,12 @@ _HELD = 8
 class FollowingHash:
     """Hashes ``paths`` one after another, never past the point that ``advance`` has named.
 
-    Files whose hash is known from before are not read. ``states`` holds path, size and time of change of each.
+    Files whose hash is known from before are not read. ``states``: what each was before it was read.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._paths = list(paths)
-        self.states = [_state(path) for path in self._paths]
-        self._before = [state_of(path) for path in self._paths]
+        self.states = [state_of(path) for path in self._paths]
         self._digests: list[str | None] = [recall(path) for path in self._paths]
         self._goal = (0, 0)
         self._abandoned = self._ended = False
@@ -71,7 +70,7 @@ class FollowingHash:
                 f"The source cannot be read: {self._failure}.", do="Check the disk it lies on."
             ) from self._failure
         for path, state in zip(self._paths, self.states, strict=True):
-            if _state(path) != state:
+            if state_of(path) != state:
                 raise BadInput(
                     f"{path} changed while it was read.",
                     means="Another program writes to it.",
@@ -124,14 +123,8 @@ class FollowingHash:
                     piece = room[: file.readinto(room[:piece])]
                 if not piece:
                     self._digests[number] = digest.hexdigest()
-                    remember(path, digest.hexdigest(), self._before[number])
+                    remember(path, digest.hexdigest(), self.states[number])
                     return True
                 digest.update(piece)
                 at += len(piece)
         return False
-
-
-def _state(path: Path) -> tuple[str, int, int]:
-    """What tells one state of a file from another without reading it."""
-    stat = path.stat()
-    return str(path.resolve()), stat.st_size, stat.st_mtime_ns

@@ -53,8 +53,7 @@ def make_mix(model: str, request: MixRequest, work: Work) -> RecipeResult:
 def mix_of(job: Job, request: MixRequest) -> RecipeResult:
     """As ``make_mix``, of a model that is open already."""
     storage = SchemeStorage(job.source, request.schemes, checkpoint=job.found.checkpoint, threads=job.threads)
-    if request.wish.kl is None:
-        storage.require(request.wish)
+    storage.require(request.wish)
     parts = parts_of_text(job.windows(calibration_texts(job, request.texts)))
     table, kept = weighed_tensors(job, parts, request.texts, storage)
 
