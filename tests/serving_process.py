@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -44,16 +45,29 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def started(
-    command: Sequence[str], folder: Path, environment: Mapping[str, str], log: Path, *, secret: str = ""
+    command: Sequence[str],
+    folder: Path,
+    environment: Mapping[str, str],
+    log: Path,
+    *,
+    secret: str = "",
+    end: signal.Signals = signal.SIGTERM,
+    own_group: bool = False,
 ) -> Iterator[str]:
     """A gateway that is ready; gives its URL. At the end it is asked to stop, and must do so in good order."""
     with log.open("w") as errors:
         process = subprocess.Popen(
-            command, cwd=folder, env=dict(environment), stdout=errors, stderr=errors, stdin=subprocess.DEVNULL
+            command,
+            cwd=folder,
+            env=dict(environment),
+            stdout=errors,
+            stderr=errors,
+            stdin=subprocess.DEVNULL,
+            process_group=0 if own_group else None,
         )
     try:
         yield _ready(process, log, secret)
-        process.terminate()
+        process.send_signal(end)
         assert process.wait(timeout=60) == 0, log.read_text()
     finally:
         if process.poll() is None:

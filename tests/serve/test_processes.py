@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -64,6 +65,40 @@ def test_processes_share_the_port_the_keys_and_what_they_counted(tmp_path):
             assert sum(map(float, counted)) >= 8  # at least those of the processes that nobody killed
             assert text.count("# TYPE bitladder_requests_total counter") == 1
     assert log.read_text().count("Serving ") == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_processes_that_do_not_serve_yet_end_in_good_order(tmp_path, number):
+    environment = own_environment(tmp_path / "data")
+    with serving(lambda _: "yes") as upstream:
+        command = [str(program_in(tmp_path / "bin")), "serve", f"{upstream.url}#m", "--port", "0", "--processes", "6"]
+        with started(command, tmp_path, environment, tmp_path / "log", end=number):
+            pass  # the first one serves; others are still starting
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_one_request_to_end_is_one_though_the_whole_group_hears_it(tmp_path, number):
+    """As a terminal's Ctrl-C does, and a service manager."""
+    environment = own_environment(tmp_path / "data")
+
+    def slowly(_):
+        time.sleep(2)
+        return "all of it"
+
+    with serving(slowly) as upstream:
+        command = [str(program_in(tmp_path / "bin")), "serve", f"{upstream.url}#m", "--port", "0", "--processes", "2"]
+        with (
+            started(command, tmp_path, environment, log := tmp_path / "log", own_group=True) as gateway,
+            ThreadPoolExecutor(8) as pool,
+        ):
+            parent = gateway_pid(log)
+            answers = [pool.submit(ask, gateway) for _ in range(8)]
+            time.sleep(1)
+            for pid in (*children(parent), parent) if number == signal.SIGTERM else ():
+                os.kill(pid, number)
+            os.killpg(parent, number)
+            said = [answer.result().json()["choices"][0]["message"]["content"] for answer in answers]
+    assert said == ["all of it"] * 8
 
 
 def test_no_process_outlives_the_one_that_started_them(tmp_path):

@@ -334,7 +334,7 @@ async def _serve(
         gc.collect()
         gc.freeze()  # what is loaded by now stays; looking through it again and again would stall streams
         gc.set_threshold(_GC_ALLOCATIONS)
-        server = _Server(config)
+        server = _Server(config, one_of_many=sibling is not None)
         await server.serve(sockets=[listener])
     if server.cut:
         raise EngineError(
@@ -351,13 +351,16 @@ class _Server(uvicorn.Server):
     cut = 0
     """Requests that were not finished in time."""
 
-    def __init__(self, config: uvicorn.Config) -> None:
+    def __init__(self, config: uvicorn.Config, *, one_of_many: bool) -> None:
         super().__init__(config)
         self.server_state = Shared()
+        self.one_of_many = one_of_many
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Stop in order on the first signal, at once on a second Ctrl-C."""
+        """Stop in order on the first signal, at once on a second Ctrl-C. One of several processes does not hear what
+        comes after its last answer: whoever asks the parent may ask all of them, too, as service managers do.
+        """
         loop = asyncio.get_running_loop()
         signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
         before = {}
@@ -374,6 +377,8 @@ class _Server(uvicorn.Server):
                     signal.signal(number, before[number])
                 else:
                     loop.remove_signal_handler(number)
+                if self.one_of_many:
+                    signal.signal(number, signal.SIG_IGN)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Accept nothing new, wait for what runs, and count what must be cut."""

@@ -141,6 +141,8 @@ def in_processes(siblings: Sequence[Sibling], run: Callable[[Sibling, Callable[[
     family = _Family(run)
     with family.signals():
         if not family.start(siblings[0], wait=True):
+            if family.ending:
+                return
             raise SystemExit(family.codes[-1] or 1)
         for sibling in siblings[1:]:
             family.start(sibling)
@@ -191,8 +193,9 @@ class _Family:
         if pid == 0:
             os.close(hears)
             os.close(self._lives[1])
+            os.setpgid(0, 0)  # a terminal sends Ctrl-C to its whole group: with the parent's there would be two
             for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+                signal.signal(number, _leave)
             if self.ending:
                 os._exit(0)
             self._run(replace(sibling, parent=self._lives[0]), lambda: _tell(tells))
@@ -225,6 +228,11 @@ class _Family:
             pid, status = os.waitpid(-1, 0)
         sibling, began = self._alive.pop(pid)
         return sibling, os.waitstatus_to_exitcode(status), time.monotonic() - began
+
+
+def _leave(*_: object) -> None:
+    """Asked to end before the server has taken the signals over: nothing was accepted, so nothing is lost."""
+    os._exit(0)
 
 
 def _tell(pipe: int) -> None:
