@@ -12,7 +12,7 @@ from bitladder.files.devices import capability_of, known_gpus, parse_machine
 from bitladder.files.kernel_table import kernel_table
 from bitladder.levels import CHECKPOINT_ENGINES, FILE_ENGINES, parse_level
 from bitladder.levels.checkpoints import FORMATS
-from bitladder.plan.kernels import Device, devices_of, how, kernel_warnings, no_kernel
+from bitladder.plan.kernels import Device, devices_of, how, kernel_warnings, no_kernel, weakest
 from bitladder.records.kernels import Kernel, Runs
 
 TABLE = kernel_table()
@@ -94,6 +94,26 @@ def test_levels_that_nobody_runs_or_only_slowly_are_warned_of():
         "NVFP4: NVFP4 has no kernel in SGLang on H200"
     )
     assert "slowly" in kernel_warnings(TABLE, [parse_level("NVFP4")], hopper, "vllm")[0]
+
+
+def test_a_processor_is_judged_where_there_is_no_gpu_by_what_it_has():
+    levels = [parse_level(name) for name in (*NAMES, "Q4_K_M")]
+
+    def cpu(*features):
+        return Machine("x", 8, features, 1, 1, 1)
+
+    older, newer, unknown = (weakest(cpu(*one)) for one in (("avx2",), ("avx2", "avx512f"), ()))
+    said = kernel_warnings(TABLE, levels, older, "vllm")
+    assert "W4A16-g64: W4A16 has no kernel in vLLM on this CPU, which has no avx512f: see bitladder formats" in said
+    assert "NVFP4A16: NVFP4A16 has no kernel in vLLM on a CPU: see bitladder formats" in said
+    assert not [one for one in said if one.startswith(("FP8-DYNAMIC", "INT8-W8A8", "Q4_K_M"))]
+    for device in (newer, unknown):
+        assert not [one for one in kernel_warnings(TABLE, levels, device, "vllm") if "4bit" in one or "W4A16" in one]
+    level = parse_level("W4A16-g64")
+    assert "no avx512f" in no_kernel(TABLE, level, older, "vllm") and not no_kernel(TABLE, level, newer, "vllm")
+    gpu = Machine("x", 8, ("avx2",), 1, 1, 1, (Gpu("NVIDIA H200", 1, 1),))
+    assert weakest(gpu).capability == 9.0
+    assert weakest(Machine("x", 8, (), 1, 1, 1, (Gpu("a stranger", 1, 1),))) is None
 
 
 def test_plan_and_the_verb_say_so(tmp_path):

@@ -38,6 +38,8 @@ class Device:
     capability: float = 0.0
     kind: str = "nvidia"
     """Or ``cpu``, ``amd``, ``apple``."""
+    features: tuple[str, ...] = ()
+    """A processor's instruction sets, as Linux spells them; none: not known."""
 
 
 def usual_devices() -> tuple[Device, ...]:
@@ -53,24 +55,35 @@ def devices_of(machine: Machine) -> tuple[Device, ...]:
     names = dict.fromkeys(gpu.name for gpu in machine.gpus)
     known = [Device(name, capability) for name in names if (capability := capability_of(name))]
     amd = [Device(name, kind="amd") for name in names if _AMD.search(name)]
-    return (*known, *amd, Device("CPU", kind="cpu"))
+    return (*known, *amd, Device("CPU", kind="cpu", features=machine.features))
+
+
+def weakest(machine: Machine) -> Device | None:
+    """The device that decides which kernels there are: the oldest GPU of those that the table knows; the processor
+    where there is no GPU; None where nothing is known of the GPUs.
+    """
+    known = devices_of(machine)
+    if not machine.gpus:
+        return known[0]
+    return min((device for device in known if device.capability), key=lambda device: device.capability, default=None)
 
 
 def how(row: Kernel | None, device: Device) -> Runs:
     """How an engine runs a scheme on a device."""
     if row is None:
         return Runs.NO
+    if device.kind not in ("nvidia", *row.others) or _lacks(row, device):
+        return Runs.NO
     if device.kind != "nvidia":
-        return (
-            Runs.NO
-            if device.kind not in row.others
-            else Runs.SLOWER
-            if row.native is None and row.slower
-            else Runs.FULL
-        )
+        return Runs.SLOWER if row.native is None and row.slower else Runs.FULL
     if row.native is not None and device.capability >= row.native:
         return Runs.FULL
     return Runs.SLOWER if row.runs is not None and device.capability >= row.runs else Runs.NO
+
+
+def _lacks(row: Kernel, device: Device) -> str:
+    """What a row needs that a processor lacks; "" where it lacks nothing, or where nothing is known of it."""
+    return row.cpu_needs if device.features and row.cpu_needs not in ("", *device.features) else ""
 
 
 def no_kernel(table: KernelTable, level: Level, device: Device, engine: str) -> str:
@@ -79,20 +92,23 @@ def no_kernel(table: KernelTable, level: Level, device: Device, engine: str) -> 
     if not isinstance(level, CheckpointLevel) or engine not in SERVERS or engine not in level.engines:
         return ""
     for scheme in level.format.kernels:
-        if scheme in table.schemes and how(table.of(engine, scheme), device) is Runs.NO:
-            return f"{table.engines[engine].name} has no kernel for {scheme} on {_where(device)}"
+        if scheme in table.schemes and how(row := table.of(engine, scheme), device) is Runs.NO:
+            return f"{table.engines[engine].name} has no kernel for {scheme} on {_where(device, row)}"
     return ""
 
 
-def _where(device: Device) -> str:
-    return f"{device.name} (compute capability {device.capability:g})"
+def _where(device: Device, *rows: Kernel | None) -> str:
+    """A device, and what it lacks of what these rows need."""
+    if device.kind == "nvidia":
+        return f"{device.name} (compute capability {device.capability:g})"
+    lacking = dict.fromkeys(lacks for row in rows if row and (lacks := _lacks(row, device)))
+    return f"this {device.name}, which has no {' and no '.join(lacking)}" if lacking else f"a {device.name}"
 
 
 def kernel_warnings(table: KernelTable, levels: Sequence[Level], device: Device, engine: str = "") -> list[str]:
     """What is to be said of checkpoint levels on a device: schemes that no server of the table runs there, or that
     ``engine`` does not; without an engine nothing is said of what one server runs at full speed."""
     said: list[str] = []
-    where = _where(device)
     for level in levels:
         if not isinstance(level, CheckpointLevel):
             continue
@@ -102,6 +118,7 @@ def kernel_warnings(table: KernelTable, levels: Sequence[Level], device: Device,
             engines = [engine] if engine in SERVERS else list(SERVERS)
             rows = {one: table.of(one, scheme) for one in engines}
             found = {one: how(row, device) for one, row in rows.items()}
+            where = _where(device, *rows.values())
             names = " or ".join(table.engines[one].name for one in engines)
             if Runs.FULL in found.values():
                 continue

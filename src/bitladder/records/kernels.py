@@ -29,6 +29,8 @@ class Kernel:
     """From which it runs at all; None: as ``native``."""
     others: tuple[str, ...] = ()
     """Other devices: ``cpu``, ``amd``, ``apple``."""
+    cpu_needs: str = ""
+    """An instruction set without which a processor does not run it, as Linux spells it."""
     slower: str = ""
     """What is lost below ``native``."""
     note: str = ""

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from bitladder.plan.abilities import Ability
     from bitladder.plan.advice import Advice
     from bitladder.plan.inverse import HardwareNeed
-    from bitladder.plan.kernels import Device
     from bitladder.plan.launch import LaunchCommand
     from bitladder.plan.pair import PairPlan
     from bitladder.plan.placement import Usage
@@ -261,28 +260,20 @@ def _fast_enough(plan: Plan, least_decode: float) -> Plan:
 
 
 def _with_kernels(plan: Plan, levels: Sequence[Level], engine: str | None, machine: Machine) -> Plan:
-    """Levels that the engine has no kernel for on the described GPU do not fit, and say so: none is launched."""
+    """Levels that the engine has no kernel for on the described device do not fit, and say so: none is launched."""
     from bitladder.files.kernel_table import kernel_table
-    from bitladder.plan.kernels import no_kernel
+    from bitladder.plan.kernels import no_kernel, weakest
 
-    weakest = _weakest(machine)
-    if weakest is None or engine is None:
+    device = weakest(machine)
+    if device is None or engine is None:
         return plan
     table, named = kernel_table(), {level.name: level for level in levels}
-    reasons = [no_kernel(table, named[split_name(row.level)[0]], weakest, engine) for row in plan.levels]
+    reasons = [no_kernel(table, named[split_name(row.level)[0]], device, engine) for row in plan.levels]
     rows = [
         replace(row, fits=False, reason=reason) if reason else row
         for row, reason in zip(plan.levels, reasons, strict=True)
     ]
     return replace(plan, levels=tuple(rows))
-
-
-def _weakest(machine: Machine) -> Device | None:
-    """The GPU that decides which kernels there are: of those that the table knows, the oldest."""
-    from bitladder.plan.kernels import devices_of
-
-    known = [device for device in devices_of(machine) if device.capability]
-    return min(known, key=lambda device: device.capability, default=None)
 
 
 def _pair(model: Model, levels: Sequence[Level], machine: Machine, wish: Usage) -> PairPlan:
@@ -324,7 +315,7 @@ def _advice(
     from bitladder.files.kernel_table import kernel_table
     from bitladder.plan.advice import Situation, advise
     from bitladder.plan.cost import level_size
-    from bitladder.plan.kernels import kernel_warnings
+    from bitladder.plan.kernels import kernel_warnings, weakest
     from bitladder.plan.placement import place
 
     largest = _largest(levels, plan)
@@ -332,11 +323,11 @@ def _advice(
         return None, ()
     level = largest[0]
     placement = place(model, level_size(model, level).by_part, machine, wish)
-    weakest = _weakest(machine)
+    device = weakest(machine)
     advice = advise(Situation(machine, placement, engine or "", wish.n_seq))
     slow = level.slow_paths(engine or "", has_gpu=bool(machine.gpus), cpu_features=machine.features)
-    if weakest is not None:
-        slow += kernel_warnings(kernel_table(), levels, weakest, engine or "")
+    if device is not None:
+        slow += kernel_warnings(kernel_table(), levels, device, engine or "")
     return advice, tuple(slow)
 
 
