@@ -10,6 +10,7 @@ others' in the order of shards, so that a result does not depend on which was co
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -17,7 +18,8 @@ from dataclasses import dataclass
 from functools import reduce
 from operator import or_
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from threading import Lock
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -26,17 +28,23 @@ from torch import nn
 
 from bitladder.formats.roles import SharedInput
 from bitladder.progress import Progress
+from bitladder.units import MiB
 from bitladder.walk.allocator import keep_freed_memory
 from bitladder.walk.inputs import InputStatistics, InputWatch, Wants, merged
 from bitladder.walk.keep import Arrays, Keep
 from bitladder.walk.layers import Entry, Weights, inference
 from bitladder.walk.products import products
 from bitladder.walk.rounding import QTypeOf
+from bitladder.walk.side_by_side import side_by_side
 from bitladder.walk.states import Batch, Shelf, States, shards_of
 from bitladder.walk.weights import LevelWeights
 
 if TYPE_CHECKING:
     from bitladder.walk.layer_pass import Pass
+
+_HELD_BYTES, _ACTIVE_BYTES, _ACTIVE = 256 * MiB, 512 * MiB, 4
+"""Members go through a layer side by side as far as their versions of it in f32 do not outgrow this, and activations of
+their batches that: so many at a time, of the layer's widest matrix."""
 
 Seen = Mapping[SharedInput, list[InputStatistics]]
 """Statistics of a layer's inputs, one per expert for stacked experts."""
@@ -47,6 +55,8 @@ class Stages(Protocol):
 
     embedding: str
     """The tensor that token ids are looked up in."""
+    at_once: ClassVar[bool]
+    """Whether a stage's module may run several batches at the same time."""
 
     @property
     def embedded(self) -> tuple[str, ...]:
@@ -216,6 +226,17 @@ class MemberGroup:
     states: States
 
 
+@dataclass
+class _Passage:
+    """Members on their way through one layer, and their version of it while batches are still to go."""
+
+    members: list[int]
+    entering: States
+    leaving: States
+    block: nn.Module | None = None
+    left: int = 0
+
+
 class Stream:
     """Members that read one text and stand at the same layer; what is kept for a resume is kept of all at once."""
 
@@ -299,14 +320,19 @@ class Stream:
     def through(self, layer: int) -> None:
         """Push every group through a layer; groups fall apart into such that still share everything."""
         groups: list[MemberGroup] = []
+        beside: list[_Passage] = []
         for group in self.groups:
             parts = list(self._alike(group.members, layer))
             for number, members in enumerate(parts):
                 # The last part to go may overwrite the states that all parts start from.
                 last = number == len(parts) - 1 and not self._remember
                 states = group.states if last else self._room(group.states)
-                self._pass(layer, members, group.states, states)
+                if self._only_passes(members):
+                    beside.append(_Passage(members, group.states, states))
+                else:
+                    self._pass(layer, members, group.states, states)
                 groups.append(MemberGroup(members, states))
+        self._side_by_side(layer, beside)
         if self._remember:
             self.entered.append(self.groups[0].states)
         self.groups, self.layer = groups, layer if self._back else layer + 1
@@ -337,6 +363,40 @@ class Stream:
         """What the walk was for is done: nothing needs to be kept for a resume."""
         if self._keep:
             self._keep.done()
+
+    def _only_passes(self, members: Sequence[int]) -> bool:
+        """Whether nobody looks on or builds, so that the order of units does not matter."""
+        plain = not any(isinstance(self.members[one], Builder) or self.members[one].observers for one in members)
+        return plain and self.spread is None and self.stages.at_once and self.stages.device.type == "cpu"
+
+    def _side_by_side(self, layer: int, passages: Sequence[_Passage]) -> None:
+        """Push batches of all passages through a layer; those that overwrite what others read come last."""
+        if not passages:
+            return
+        loading, shapes = Lock(), [one.shape for one in self.stages.outline(layer).parameters()]
+        held = max(1, _HELD_BYTES // (4 * sum(math.prod(shape) for shape in shapes)))
+        widest = max(size for shape in shapes for size in shape[-2:])
+        most = max(1, _ACTIVE_BYTES // (_ACTIVE * 4 * widest * max(batch.tokens.size for batch in self.batches)))
+
+        def push(unit: tuple[_Passage, Batch]) -> None:
+            passage, batch = unit
+            with loading:
+                if passage.block is None:
+                    passage.block = self.members[passage.members[0]].load(self.stages, layer)
+                block = passage.block
+            with inference(), products(half=self.half):
+                passage.leaving.put(batch, self.stages.run(block, layer, passage.entering.get(batch)))
+            with loading:
+                passage.left -= 1
+                if not passage.left:
+                    passage.block = None
+
+        for overwriting in (False, True):
+            some = [one for one in passages if (one.leaving is one.entering) == overwriting]
+            for few in (some[at : at + held] for at in range(0, len(some), held)):
+                for one in few:
+                    one.left = len(self.batches)
+                side_by_side(push, [(one, batch) for one in few for batch in self.batches], most=most)
 
     def _pass(self, layer: int, members: Sequence[int], entering: States, leaving: States) -> None:
         lead = self.members[members[0]]

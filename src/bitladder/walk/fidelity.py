@@ -22,7 +22,7 @@ from bitladder.walk.head import HeadInput, TokenScores, compare
 from bitladder.walk.keep import Keep
 from bitladder.walk.layers import LayeredModel, inference
 from bitladder.walk.rounding import rounded_input
-from bitladder.walk.states import Batch, States, batches_of
+from bitladder.walk.states import CALIBRATION_TOKENS, Batch, States, batches_of
 from bitladder.walk.weights import LevelWeights
 
 SoFar = Callable[[int, float], None]
@@ -54,7 +54,8 @@ class Ladder:
         killed pass leaves its states, and finds them. ``engine_rounding``: round inputs as llama.cpp does. ``half``:
         multiply in bfloat16."""
         self.model, self.weights, self.windows = model, weights, windows
-        self.batches, self._rounding = batches_of(windows), engine_rounding
+        self.batches = batches_of(windows, batch_tokens=CALIBRATION_TOKENS)
+        self._rounding = engine_rounding
         key = ""
         if keep:
             tokens = [window.tokens.tobytes() for window in windows]

@@ -23,6 +23,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bitladder.walk.side_by_side import side_by_side
+
 F32 = NDArray[np.float32]
 
 SLICE = 4096
@@ -128,9 +130,14 @@ class _Comparison:
         for model in self.models:
             if model.identity not in heads:
                 heads[model.identity] = torch.from_numpy(model.rows(rows)).to(model.states.device)
-        for start in range(0, len(self.targets), _TOKENS):
-            self._take_block(heads, slice(start, start + _TOKENS), rows.start)
+        blocks = [slice(start, start + _TOKENS) for start in range(0, len(self.targets), _TOKENS)]
+        if self.targets.device.type == "cpu":
+            side_by_side(lambda at: self._take_block(heads, at, rows.start), blocks)
+        else:
+            for at in blocks:
+                self._take_block(heads, at, rows.start)
 
+    @torch.inference_mode()
     def _take_block(self, heads: dict[Hashable, torch.Tensor], at: slice, first: int) -> None:
         local = self.targets[at] - first
         sums, model = self.sums[0], self.models[0]

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -150,6 +150,8 @@ class LayeredModel:
         UsageError: torch has no such device here.
     """
 
+    at_once: ClassVar[bool] = True
+    """Whether a layer's module may run several batches at the same time."""
     head_bias: F32 | None = None
     """What is added to the head's outputs f32[n_vocab], of every level alike; None: nothing."""
 

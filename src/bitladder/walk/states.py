@@ -25,7 +25,8 @@ from bitladder.units import human_bytes
 BATCH_TOKENS = 2048
 """Enough for matrix products at full speed, little enough that activations stay small beside a layer."""
 CALIBRATION_TOKENS = 1024
-"""For passes that gather statistics: activations stay in the caches' reach, 5% less time than with 2,048."""
+"""For passes that gather statistics: activations stay in the caches' reach, 5% less time than with 2,048. And for
+those of which several batches are on their way at a time."""
 SHARD_TOKENS = 4096
 """A shard of a text is about so long. Sums are rounded shard by shard, so this is part of what bytes depend on."""
 _PADDING_ALLOWED = 0.2

@@ -122,6 +122,8 @@ class WholeModel(LayeredModel):
         UsageError: torch has no such device here.
     """
 
+    at_once = False  # a call belongs to a text's shape, and may carry what layers leave one another
+
     def __init__(
         self,
         model: Model,
