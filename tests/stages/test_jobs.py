@@ -18,7 +18,7 @@ from bitladder.stages import forecast as jobs
 from bitladder.stages.calibration import make_imatrix
 from bitladder.stages.job import Build, Journal, Work
 from bitladder.stages.quantize import build_levels
-from bitladder.units import GiB, MiB
+from bitladder.units import Basis, GiB, MiB
 
 MACHINE = Machine("cpu", 2, (), 8 * GiB, 6 * GiB, GiB)
 NEED = JobNeed("quantize Q8_0", MiB, 0, MiB, 10.0, "assumed", "quantize good")
@@ -162,3 +162,12 @@ def test_an_importance_matrix_is_refused_where_a_layer_does_not_fit(demo_gguf, t
     monkeypatch.setattr("bitladder.files.probe.probe_machine", lambda folder=None: small)
     with pytest.raises(NothingFits, match="gather an importance matrix"):
         make_imatrix(str(demo_gguf), (), tmp_path / "x.gguf", Work())
+
+
+def test_a_walk_that_multiplies_in_bfloat16_is_predicted_by_the_rate_of_that(monkeypatch):
+    monkeypatch.setattr(jobs, "_rate_of_products", lambda *, half: 4e11 if half else 2e11)
+    need = replace(NEED, seconds=1000.0, label=Basis.ASSUMED)
+    for pays in (False, True):
+        monkeypatch.setattr("bitladder.walk.products.half_products_pay", lambda pays=pays: pays)
+        walk, importance = (jobs.corrected_seconds(replace(need, kind=kind)) for kind in ("walk", "importance"))
+        assert (importance - 5) * (2 if pays else 1) == pytest.approx(walk - 5)

@@ -93,8 +93,11 @@ def corrected_seconds(need: JobNeed) -> float:
     known = correction(read_jobs(machine), need.kind, need.seconds)
     if known.jobs or need.kind not in ("walk", "importance") or need.label is not Basis.ASSUMED:
         return need.seconds * known.factor
+    from bitladder.walk.products import wants_half_products
+
     operations = (need.seconds - WALK_START_S) * ASSUMED_FLOPS * machine.cores
-    return WALK_START_S + operations / (_WALK_SHARE * _rate_of_products())
+    half = need.kind == "importance" and wants_half_products(None, "cpu")
+    return WALK_START_S + operations / (_WALK_SHARE * _rate_of_products(half=half))
 
 
 _WALK_SHARE = 0.6
@@ -102,11 +105,11 @@ _WALK_SHARE = 0.6
 
 
 @functools.cache
-def _rate_of_products() -> float:
-    """Operations per second of products f32[1024, 1024], the best of a few."""
+def _rate_of_products(*, half: bool) -> float:
+    """Operations per second of products f32[1024, 1024], or of bfloat16, the best of a few."""
     import torch
 
-    one, best = torch.ones(1024, 1024), 0.0
+    one, best = torch.ones(1024, 1024, dtype=torch.bfloat16 if half else torch.float32), 0.0
     for _ in range(4):
         began = time.perf_counter()
         one @ one
