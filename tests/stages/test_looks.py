@@ -122,6 +122,22 @@ def test_predictions_follow_what_pieces_took_kind_by_kind():
     assert costs.shortest_look([]) == 0 < costs.shortest_look(["Q8_0"]) < costs.shortest_look(["Q8_0", "Q4_K_M"])
 
 
+def test_documents_that_the_reference_was_measured_on_cost_the_levels_alone(monkeypatch):
+    passes = []
+
+    def need(_source, _windows, levels, *, beside):
+        passes.append(len(levels) + beside)
+        return passes[-1]
+
+    monkeypatch.setattr("bitladder.stages.looks.walking_need", need)
+    monkeypatch.setattr("bitladder.stages.looks.corrected_seconds", lambda count: 10.0 * count)
+    costs = Costs(material([Window("d", np.zeros(8, np.int64))] * 2, ()), None, [], "F16")
+    first, later = (Piece(Kind.DOCUMENTS, (name,), 0, 2) for name in ("Q2_K", "Q8_0"))
+    assert costs(first) == 20 * MARGIN
+    costs.learn(first, 40.0)
+    assert costs(later) == 20 * MARGIN and costs(replace(later, stop=1)) == 40 * MARGIN
+
+
 def answered(level, passed):
     return LevelAnswers(
         level, tuple(Answer(f"i{n}", "", one, "", "stop", 1, 1) for n, one in enumerate(passed)), UNKNOWN_SPEED

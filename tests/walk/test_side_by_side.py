@@ -98,7 +98,9 @@ def test_large_layers_are_held_one_at_a_time(pair, threads, monkeypatch):
     assert max(most) > 1
 
 
-@pytest.mark.parametrize(("pieces", "most", "workers", "each"), [(7, None, 3, 1), (2, None, 2, 1), (7, 1, 1, 3)])
+@pytest.mark.parametrize(
+    ("pieces", "most", "workers", "each"), [(9, None, 3, 1), (2, None, 2, 1), (9, 1, 1, 3), (4, None, 1, 3)]
+)
 def test_threads_are_shared_out(threads, pieces, most, workers, each):
     seen = []
 
@@ -111,6 +113,14 @@ def test_threads_are_shared_out(threads, pieces, most, workers, each):
     assert len({ident for _, ident, _ in seen}) == workers
     assert {count for _, _, count in seen} == {each}
     assert torch.get_num_threads() == threads
+
+
+def test_no_thread_waits_for_a_large_piece(threads):
+    seen = []
+    for sizes in ([1024, 268], [512, 512, 500], [1024, 1024, 268] * 20):
+        seen.clear()
+        side_by_side(lambda _: (time.sleep(0.005), seen.append(threading.get_ident())), sizes, sizes=sizes)
+        assert (len(set(seen)) > 1) == (sizes[0] == 512 or len(sizes) > 3)
 
 
 def test_the_first_error_ends_the_work(threads):

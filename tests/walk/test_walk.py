@@ -328,3 +328,65 @@ def test_a_walk_on_another_device_finds_the_same(pair):
         for device in ("cpu", "cpu:0")
     ]
     assert found[0] == found[1]
+
+
+class TestRemembered:
+    """What a reference has at the head, left for walks of other levels over the same text."""
+
+    def run_layers(self, monkeypatch):
+        from bitladder.walk.layers import LayeredModel
+
+        runs, run = [], LayeredModel.run
+        monkeypatch.setattr(
+            LayeredModel,
+            "run",
+            lambda self, block, layer, states: runs.append(layer) or run(self, block, layer, states),
+        )
+        return runs
+
+    def test_a_later_walk_takes_the_levels_alone_and_says_the_same(self, pair, tmp_path, monkeypatch):
+        _, source, other = pair
+        windows = windows_of(64, 40, 17)
+        level, quantizer = file_candidate(source, other), Quantizer(FileWeights(source))
+        made = Candidate("made", MadeWeights(quantizer, {layer_tensor(0, "ffn_up.weight"): "Q8_0"}))
+        alone = token_scores(source, [made, level], windows)
+        runs = self.run_layers(monkeypatch)
+        first = token_scores(source, [made], windows, remember=tmp_path / "left")
+        both, n = len(runs), source.model.dims.n_layer
+        then = token_scores(source, [level], windows, remember=tmp_path / "left")
+        assert both == 2 * n * len(batches_of(windows)) == 2 * (len(runs) - both)
+        for one, two in zip((first[0], first[1], then[0], then[1]), (*alone[:2], alone[0], alone[2]), strict=True):
+            np.testing.assert_allclose(one.kl, two.kl, atol=1e-6)
+            np.testing.assert_allclose(one.nll, two.nll, rtol=1e-6)
+            np.testing.assert_array_equal(one.top1, two.top1)
+        (same,) = walk(source, [Candidate("same", FileWeights(source))], windows, remember=tmp_path / "left")
+        assert (same.kl_max, same.top1) == (0, 1)
+
+    @pytest.mark.parametrize("damage", ["cut", "values", "type"])
+    def test_what_is_damaged_or_of_another_text_is_not_taken(self, pair, tmp_path, monkeypatch, damage):
+        _, source, other = pair
+        level = file_candidate(source, other)
+        expected = token_scores(source, [level], windows_of(40, 64), remember=tmp_path / "left")[1]
+        (left,) = (tmp_path / "left").iterdir()
+        found = np.load(left)
+        if damage == "cut":
+            left.write_bytes(left.read_bytes()[:-9])
+        else:
+            np.save(left, found.astype(np.float64) if damage == "type" else found * np.nan)
+        again = token_scores(source, [level], windows_of(40, 64), remember=tmp_path / "left")[1]
+        np.testing.assert_array_equal(again.kl, expected.kl)
+        np.testing.assert_array_equal(np.load(left), found)  # whole again
+        token_scores(source, [level], windows_of(40, 64, seed=4), remember=tmp_path / "left")
+        token_scores(other, [level], windows_of(40, 64), remember=tmp_path / "left")
+        token_scores(source, [level], windows_of(40, 64), remember=tmp_path / "left", engine_rounding=True)
+        assert len(list((tmp_path / "left").iterdir())) == 4
+
+    def test_nothing_is_left_where_it_is_too_much_or_there_is_no_room(self, pair, tmp_path, monkeypatch):
+        _, source, other = pair
+        level, windows = file_candidate(source, other), windows_of(40)
+        monkeypatch.setattr("bitladder.walk.fidelity._REMEMBERED_BYTES", 100)
+        token_scores(source, [level], windows, remember=tmp_path / "folder")
+        assert not (tmp_path / "folder").exists()
+        monkeypatch.undo()
+        (tmp_path / "folder").write_text("a file")
+        assert token_scores(source, [level], windows, remember=tmp_path / "folder")[1].kl.mean() > 0

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from bitladder.errors import OutputError
 from bitladder.files.atomic import written_aside
@@ -16,10 +17,12 @@ SECONDS_BETWEEN = 30.0
 
 
 class KeptArray:
-    """One file f64[...] in a folder, under a name made from everything that its numbers depend on."""
+    """One file f64[...], or of another ``dtype``, in a folder, under a name made from everything that its numbers
+    depend on."""
 
-    def __init__(self, folder: Path | None, *key: str) -> None:
+    def __init__(self, folder: Path | None, *key: str, dtype: DTypeLike = np.float64) -> None:
         """``folder``: None keeps nothing."""
+        self._dtype = np.dtype(dtype)
         name = hashlib.sha256("\0".join(key).encode()).hexdigest()[:32]
         self._path = None if folder is None else folder / f"{name}.npy"
         self._saved = time.monotonic()
@@ -28,7 +31,7 @@ class KeptArray:
         """Whether an earlier job left something."""
         return self._path is not None and self._path.exists()
 
-    def load(self) -> NDArray[np.float64] | None:
+    def load(self) -> NDArray[Any] | None:
         """What an earlier job left, or None where there is nothing whole."""
         if self._path is None:
             return None
@@ -36,13 +39,13 @@ class KeptArray:
             found = np.load(self._path, allow_pickle=False)
         except (OSError, ValueError, EOFError):  # none, or cut short
             return None
-        return found if isinstance(found, np.ndarray) and found.dtype == np.float64 else None
+        return found if isinstance(found, np.ndarray) and found.dtype == self._dtype else None
 
     def due(self) -> bool:
         """Whether the last save, or the beginning, was long enough ago."""
         return self._path is not None and time.monotonic() - self._saved >= SECONDS_BETWEEN
 
-    def save(self, array: NDArray[np.float64]) -> None:
+    def save(self, array: NDArray[Any]) -> None:
         """Replace what is kept.
 
         Raises:
@@ -52,7 +55,7 @@ class KeptArray:
             return
         try:
             with written_aside(self._path) as file:
-                np.save(file, array)
+                np.save(file, array.astype(self._dtype, copy=False))
         except OSError as error:
             raise OutputError(
                 f"What was measured so far cannot be kept in {self._path.parent}: {error.strerror}.",

@@ -115,7 +115,12 @@ def next_piece(
     for kind in Kind:
         first = looks(kind, totals[kind])[:1]
         fresh = [one.level for one in seen if first and one.of(kind) == 0 and one.level not in closed]
-        if fresh and (piece := _first_look(kind, fresh, first[0], cost, LOOK_SHARE * left)):
+        # Without its losses nothing is known of a level: for these all the time may go.
+        shares = (LOOK_SHARE, 1.0) if kind is Kind.DOCUMENTS else (LOOK_SHARE,)
+        # As far as the others were looked at: what the reference does there is known.
+        aim = min((one.of(kind) for one in seen if one.of(kind)), default=math.inf)
+        looks_at = (_first_look(kind, fresh, int(min(aim, first[0])), cost, share * left) for share in shares if fresh)
+        if piece := next((look for look in looks_at if look), None):
             return piece
     by_share = sorted(Kind, key=lambda kind: _share(kind, seen, totals, still_open))
     for kind in by_share:

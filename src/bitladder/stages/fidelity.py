@@ -128,6 +128,9 @@ class WalkOptions(TypedDict, total=False):
     keep: Path | None
     """A folder in which a killed walk leaves its hidden states; a walk of the same levels over the same text
     goes on from there, and removes them at its end. None keeps nothing."""
+    remember: Path | None
+    """A folder in which what the reference has at the head is left: a walk of other levels over the same text finds it,
+    and takes the levels alone. None leaves nothing."""
     engine_rounding: bool
     """Round every matrix's inputs as llama.cpp does on the CPU (``walk/rounding.py``), so that figures are
     the engine's; by default they are what the weights alone cost."""
@@ -180,6 +183,7 @@ def token_scores(
         state_bytes=options.get("state_bytes", GiB),
         spill=options.get("spill"),
         keep=options.get("keep"),
+        remember=options.get("remember"),
         engine_rounding=options.get("engine_rounding", False),
         half=options.get("half", False),
     )

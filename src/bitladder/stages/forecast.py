@@ -52,7 +52,7 @@ def forecast(need: JobNeed, journal: Journal, folder: Path | None = None) -> Ite
         yield
         return
     known = correction(read_jobs(machine), need.kind, need.seconds)
-    expected, spread = need.seconds * known.factor, known.spread or _ASSUMED_RANGE
+    expected, spread = corrected_seconds(need), known.spread or _ASSUMED_RANGE
     if expected >= _WORTH_SAYING_S:
         journal.say(f"{need.what}: {_seconds(expected / spread)} to {_seconds(expected * spread)}, {_room(need)}.")
     began = time.monotonic()
@@ -155,10 +155,15 @@ def _is_there(out: Path, name: str) -> bool:
 
 
 def walking_need(
-    source: GgufFile, windows: Sequence[Window] | int, levels: Sequence[str], *, kind: str = "walk"
+    source: GgufFile,
+    windows: Sequence[Window] | int,
+    levels: Sequence[str],
+    *,
+    kind: str = "walk",
+    beside: bool = True,
 ) -> JobNeed:
     """What one pass over the layers will take: of the source and ``levels`` beside it, on windows or a number of tokens
-    that is estimated."""
+    that is estimated. Without ``beside`` of the levels alone."""
     from bitladder.files.measured import load_measured
     from bitladder.files.probe import probe_machine
     from bitladder.plan.abilities import Route
@@ -170,9 +175,9 @@ def walking_need(
     dims = source.model.dims
     tokens = windows if isinstance(windows, int) else sum(len(window.tokens) for window in windows)
     head = dims.n_vocab * dims.n_embd if levels else 0
-    used = weights_used(source.model) + head
+    used, alone = weights_used(source.model) + head, len(levels) if beside else len(levels) - 1
     need = walk_need(
-        4 * largest_layer(source.model), 4 * head, tokens, dims.n_embd, len(levels), 2 * used * tokens, machine,
+        4 * largest_layer(source.model), 4 * head, tokens, dims.n_embd, alone, 2 * used * tokens, machine,
         flops=measured.f32_matmul if measured else 0.0,
         layers_held=LOOKED_AT if route_of(source) is Route.DERIVED else 2.0,
     )  # fmt: skip

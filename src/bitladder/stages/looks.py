@@ -134,6 +134,8 @@ class Costs:
         self._material, self._source, self._reference = wanted, source, reference
         self._plan = {one.level: one for one in plan}
         self._factors: dict[Kind, float] = {}
+        self._walked: set[tuple[int, int]] = set()
+        """Documents that the reference has been measured on: a walk over the same ones takes the levels alone."""
 
     def __call__(self, piece: Piece) -> float:
         """Seconds, with a margin."""
@@ -142,6 +144,8 @@ class Costs:
     def learn(self, piece: Piece, seconds: float) -> None:
         """A piece took so long. Later pieces count as much as all before."""
         found = seconds / max(self._formula(piece), 1e-9)
+        if piece.kind is Kind.DOCUMENTS:
+            self._walked.add((piece.start, piece.stop))
         before = self._factors.get(piece.kind)
         self._factors[piece.kind] = found if before is None else math.sqrt(found * before)
 
@@ -154,7 +158,8 @@ class Costs:
     def _formula(self, piece: Piece) -> float:
         if piece.kind is Kind.DOCUMENTS:
             windows = [window for unit in self._material.units[piece.start : piece.stop] for window in unit]
-            return corrected_seconds(walking_need(self._source, windows, piece.levels))
+            beside = (piece.start, piece.stop) not in self._walked
+            return corrected_seconds(walking_need(self._source, windows, piece.levels, beside=beside))
         tokens = _ROUND_TOKENS * (piece.stop - piece.start)
         if piece.kind is Kind.INPUTS:
             asked = self._material.inputs[piece.start : piece.stop]

@@ -435,6 +435,7 @@ class Ways:
         job = self.job
         options = WalkOptions(progress=job.progress, threads=job.threads, device=job.device)
         options["keep"] = cache_folder("walks")  # a killed walk goes on from the states it left there
+        options["remember"] = cache_folder("scores")
         walked = list(self.candidates([*([self.reference] if self.reference else []), *missing]))
         if self.reference is not None:  # made together with the others, so that what they hold alike is made once
             options["reference"] = walked.pop(0)

@@ -396,7 +396,8 @@ class Stream:
             for few in (some[at : at + held] for at in range(0, len(some), held)):
                 for one in few:
                     one.left = len(self.batches)
-                side_by_side(push, [(one, batch) for one in few for batch in self.batches], most=most)
+                units = [(one, batch) for one in few for batch in self.batches]
+                side_by_side(push, units, sizes=[batch.tokens.size for _, batch in units], most=most)
 
     def _pass(self, layer: int, members: Sequence[int], entering: States, leaving: States) -> None:
         lead = self.members[members[0]]

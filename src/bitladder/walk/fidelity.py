@@ -7,6 +7,7 @@ next-token distributions of all meet (``head.py``).
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,9 @@ import torch
 from numpy.typing import NDArray
 
 from bitladder.describe.windows import Window
+from bitladder.errors import OutputError
 from bitladder.files.folders import cache_key
+from bitladder.files.kept_array import KeptArray
 from bitladder.progress import Part, Progress
 from bitladder.units import MiB
 from bitladder.walk.driver import Member, MemberGroup, Stream, forward, split
@@ -28,6 +31,8 @@ from bitladder.walk.weights import LevelWeights
 SoFar = Callable[[int, float], None]
 _HEAD_BYTES = 512 * MiB
 """Normed states at the head at once, all models together."""
+_REMEMBERED_BYTES = 512 * MiB
+"""Of a reference's normed states: more are not kept for later walks."""
 
 
 def walk_key(weights: Sequence[LevelWeights], tensors: Sequence[str], tokens: Sequence[bytes]) -> str:
@@ -47,23 +52,29 @@ class Ladder:
         state_bytes: int,
         spill: Path | None = None,
         keep: Path | None = None,
+        remember: Path | None = None,
         engine_rounding: bool = False,
         half: bool = False,
     ) -> None:
         """``state_bytes``: hidden states beyond this go to a file in ``spill``. ``keep``: a folder in which a
-        killed pass leaves its states, and finds them. ``engine_rounding``: round inputs as llama.cpp does. ``half``:
-        multiply in bfloat16."""
+        killed pass leaves its states, and finds them. ``remember``: a folder in which what the reference has at the
+        head is left; a pass over the same text with it finds that, and takes the levels alone. ``engine_rounding``:
+        round inputs as llama.cpp does. ``half``: multiply in bfloat16."""
         self.model, self.weights, self.windows = model, weights, windows
         self.batches = batches_of(windows, batch_tokens=CALIBRATION_TOKENS)
         self._rounding = engine_rounding
-        key = ""
-        if keep:
-            tokens = [window.tokens.tobytes() for window in windows]
-            names = [tensor.name for tensor in model.model.tensors]
-            key = walk_key(weights, names, [*tokens, f"{engine_rounding} {half}".encode()])
+        names = [tensor.name for tensor in model.model.tensors]
+        text = [window.tokens.tobytes() for window in windows]
+        how = f"{engine_rounding} {half}"
+        reference = walk_key(weights[:1], names, [*text, how.encode()]) if remember else ""
+        self._kept = KeptArray(remember, "at the head", type(model).__name__, reference, dtype=np.float32)
+        self._reference = self._remembered()
+        self._first = 0 if self._reference is None else 1
+        """The number of the first model that goes through the layers."""
+        key = walk_key(weights, names, [*text, f"{how} {self._first}".encode()]) if keep else ""
         self._stream = Stream(
             model,
-            [Member(own, rounding=engine_rounding) for own in weights],
+            [Member(own, rounding=engine_rounding) for own in weights[self._first :]],
             self.batches,
             state_bytes=state_bytes,
             spill=spill,
@@ -95,17 +106,25 @@ class Ladder:
 
     def _at_the_head(self, groups: Sequence[MemberGroup], so_far: SoFar) -> list[TokenScores]:
         """Scores of every model; models with the same states and the same head are scored once."""
-        distinct = [
-            (members, group.states)
-            for group in groups
-            for members in split(group.members, lambda one: self._head_identity(self.weights[one]))
+        numbered = [([self._first + one for one in group.members], group.states) for group in groups]
+        distinct: list[tuple[list[int], States | None]] = [
+            (members, states)
+            for group, states in numbered
+            for members in split(group, lambda one: self._head_identity(self.weights[one]))
         ]
+        if self._reference is not None:
+            distinct.append(([0], None))
         distinct.sort(key=lambda pair: pair[0][0])  # the reference is member 0: all others are compared with it
         found: list[dict[int, TokenScores]] = [{} for _ in distinct]
         limit = max(1, _HEAD_BYTES // (len(distinct) * self.model.model.dims.n_embd * 4))
         for chunk in self._chunks(limit):
             order = [at for batch in chunk for at in batch.windows]
-            inputs = [self._head_input(self.weights[members[0]], states, chunk) for members, states in distinct]
+            normed = [self._normed(self.weights[members[0]], states, chunk) for members, states in distinct]
+            self._remember(chunk, normed[0])
+            inputs = [
+                self._head_input(self.weights[members[0]], own)
+                for (members, _), own in zip(distinct, normed, strict=True)
+            ]
             targets = np.concatenate([self.windows[at].tokens[self.windows[at].first + 1 :] for at in order])
             n_vocab = self.model.model.dims.n_vocab
             cap, bias = self.model.logit_softcap, self.model.head_bias
@@ -115,6 +134,7 @@ class Ladder:
                 mean = float(np.concatenate([one.kl for one in found[number].values()]).mean())
                 for member in distinct[number][0]:
                     so_far(member, mean)
+        self._leave()
         scored = [TokenScores.joined([one[at] for at in range(len(self.windows))]) for one in found]
         place = {member: number for number, (members, _) in enumerate(distinct) for member in members}
         return [scored[place[member]] for member in range(len(self.weights))]
@@ -133,8 +153,35 @@ class Ladder:
                 held = scored
         return chunks
 
-    def _head_input(self, weights: LevelWeights, states: States, chunk: Sequence[Batch]) -> HeadInput:
-        """The normed states of scored positions, and the rows of the output matrix."""
+    def _remembered(self) -> NDArray[np.float32] | None:
+        """What the reference has at the head, f32[scored, n_embd] window after window, if an earlier pass left it."""
+        found, whole = self._kept.load(), (sum(one.scored for one in self.windows), self.model.model.dims.n_embd)
+        self._collected: dict[int, NDArray[np.float32]] = {}
+        self._collects = 4 * whole[0] * whole[1] <= _REMEMBERED_BYTES
+        return found if found is not None and found.shape == whole and bool(np.isfinite(found).all()) else None
+
+    def _remember(self, chunk: Sequence[Batch], normed: torch.Tensor) -> None:
+        """Take note of what the reference has at some windows' positions."""
+        if self._reference is None and self._collects:
+            order = [at for batch in chunk for at in batch.windows]
+            ends = np.cumsum([self.windows[at].scored for at in order])
+            self._collected |= zip(order, np.split(normed.cpu().numpy(), ends[:-1]), strict=True)
+
+    def _leave(self) -> None:
+        """Leave it to later passes, if it is not theirs already."""
+        if self._collected:
+            with suppress(OutputError):  # nothing is lost but time
+                self._kept.save(np.concatenate([self._collected[at] for at in range(len(self.windows))]))
+        self._collected.clear()
+
+    def _normed(self, weights: LevelWeights, states: States | None, chunk: Sequence[Batch]) -> torch.Tensor:
+        """The normed states of scored positions; without ``states`` those of the reference that are remembered."""
+        if states is None:
+            assert self._reference is not None
+            ends = np.cumsum([window.scored for window in self.windows])
+            each = np.split(self._reference, ends[:-1])
+            own = [each[at] for batch in chunk for at in batch.windows]
+            return torch.from_numpy(np.concatenate(own)).to(self.model.device)
         norm = self.model.norm(weights)
         kept = []
         with inference():
@@ -143,6 +190,10 @@ class Ladder:
                 for row, at in enumerate(batch.windows):
                     window = self.windows[at]
                     kept.append(norm(held[row, window.first : len(window.tokens) - 1].to(self.model.device)))
+        return torch.cat(kept)
+
+    def _head_input(self, weights: LevelWeights, states_at_head: torch.Tensor) -> HeadInput:
+        """Normed states of scored positions, and the rows of the output matrix."""
         output = self.model.output
 
         def rows(wanted: slice) -> NDArray[np.float32]:
@@ -150,7 +201,6 @@ class Ladder:
             weights.forget(output)
             return slice_of_output
 
-        states_at_head = torch.cat(kept)
         if self._rounding:
             states_at_head = rounded_input(states_at_head, weights.qtype(output))
         return HeadInput(states_at_head, weights.identity(output), rows)

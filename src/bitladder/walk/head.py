@@ -28,7 +28,8 @@ from bitladder.walk.side_by_side import side_by_side
 F32 = NDArray[np.float32]
 
 SLICE = 4096
-_TOKENS = 512
+_TOKENS = 128
+"""At a time: few enough that several threads end together."""
 
 
 def softcapped(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
