@@ -31,7 +31,7 @@ from bitladder.walk.weights import LevelWeights
 SoFar = Callable[[int, float], None]
 _HEAD_BYTES = 512 * MiB
 """Normed states at the head at once, all models together."""
-_REMEMBERED_BYTES = 512 * MiB
+_REMEMBERED_BYTES = 128 * MiB
 """Of a reference's normed states: more are not kept for later walks."""
 
 
