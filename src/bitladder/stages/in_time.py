@@ -69,7 +69,13 @@ def in_time(given: Given, plan: Plan, levels: Sequence[Level]) -> tuple[Given, l
             "rest to build the level and to look at it beside the reference.",
             do=f"Write --within {math.ceil(least * 1.1)}s or more{rest}.",
         )
-    chosen = spread(candidates, building, _BUILDING_SHARE * countdown.left) or tuple(smallest)
+
+    def proving(some: Sequence[str]) -> float:
+        """Of the whole time: building takes its share, and is for nothing where no time is left to look at losses."""
+        built = building(some)
+        return max(built / _BUILDING_SHARE, built + costs.losses([name for name in some if name not in known]))
+
+    chosen = spread(candidates, proving, countdown.left) or tuple(smallest)
     left_out = [name for name in candidates if name not in chosen]
     if left_out:
         job.journal.warn(f"There is no time to build {', '.join(left_out)}: a longer --within takes them in.")

@@ -155,6 +155,11 @@ class Costs:
         pieces = [Piece(kind, tuple(levels), 0, min(LEAST[kind], totals[kind])) for kind in Kind if totals[kind]]
         return sum(map(self, pieces))
 
+    def losses(self, levels: Sequence[str]) -> float:
+        """Seconds that the least look at the losses of some levels takes."""
+        least = min(LEAST[Kind.DOCUMENTS], self._material.totals[Kind.DOCUMENTS])
+        return self(Piece(Kind.DOCUMENTS, tuple(levels), 0, least)) if levels and least else 0.0
+
     def _formula(self, piece: Piece) -> float:
         if piece.kind is Kind.DOCUMENTS:
             windows = [window for unit in self._material.units[piece.start : piece.stop] for window in unit]
