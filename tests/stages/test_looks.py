@@ -307,6 +307,15 @@ def test_too_little_time_is_refused_with_the_least_that_is_needed(home):
     assert "--within" in refused.value.do and not (home / "out").exists()
 
 
+def test_no_more_levels_are_built_than_there_is_time_to_look_at(home, monkeypatch):
+    monkeypatch.setattr(in_time.Costs, "losses", lambda _self, levels: 100.0 * len(levels))
+    told = []
+    made = pipeline.run(settings(home, 260.0), Heard(), say=told.append).record
+    assert {one.level for one in made.fidelities} == {"Q8_0", "Q2_K"}
+    assert not list((home / "out").glob("*Q4_K_M*"))
+    assert [line for line in (*told, *made.warnings) if "no time to build Q4_K_M" in line]
+
+
 def test_in_the_usual_time_levels_that_are_clearly_out_are_measured_less(home, monkeypatch):
     """The usual time is derived and said; a whole run measures the rest, and decides the same."""
     told = []
