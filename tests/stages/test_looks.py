@@ -285,6 +285,21 @@ def test_a_run_without_a_bound_does_what_its_decision_needs_and_says_what_it_lef
     assert "--full" in full.commands[0] and full.decision.quality == first.decision.quality
 
 
+def test_a_later_run_of_another_level_measures_that_alone(home, monkeypatch):
+    from bitladder.walk.layers import LayeredModel
+
+    passes, needs, run, need = [], [], LayeredModel.run, measure.walking_need
+    monkeypatch.setattr(LayeredModel, "run", lambda self, *given: passes.append(1) or run(self, *given))
+    monkeypatch.setattr(
+        measure, "walking_need", lambda *given, beside: needs.append(beside) or need(*given, beside=beside)
+    )
+    counts = []
+    for level in ("Q8_0", "Q4_K_M"):
+        pipeline.run(replace(settings(home, None), levels=(parse_level(level),)), Heard())
+        counts.append(len(passes))
+    assert counts[1] * 2 == counts[0] * 3 and needs == [True, False]
+
+
 def test_where_every_level_is_known_to_fail_nobody_is_asked(home):
     wanted = replace(settings(home, None), bar="kl < 0.0000001", levels=(parse_level("Q2_K"), parse_level("Q4_K_M")))
     record = pipeline.run(wanted, Heard()).record

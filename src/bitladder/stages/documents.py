@@ -219,10 +219,8 @@ class Documents:
         from bitladder.store.evidence import canonical
         from bitladder.store.recorded import protocol
 
-        reference = self._ways.reference
-        against = self._ways.job.source.sha256 if reference is None else canonical(reference.key)
         subject = canonical(self._subjects[name].key)
-        return KeptArray(cache_folder("scores"), against, subject, tokens_hash(unit), protocol(self._way))
+        return KeptArray(cache_folder("scores"), self._ways.against, subject, tokens_hash(unit), protocol(self._way))
 
     def _kept(self, name: str, units: Sequence[Sequence[Window]]) -> list[Scored] | None:
         """Scores of documents that an earlier run left, if it left all of them."""

@@ -19,6 +19,7 @@ from bitladder.describe.depths import DepthWindows, by_depth
 from bitladder.describe.windows import Window, check_tokens
 from bitladder.errors import BadInput
 from bitladder.files.gguf import GgufFile
+from bitladder.files.kept_array import KeptArray
 from bitladder.formats.recipes import assign
 from bitladder.formats.roles import factored
 from bitladder.kernels import Effort
@@ -128,9 +129,9 @@ class WalkOptions(TypedDict, total=False):
     keep: Path | None
     """A folder in which a killed walk leaves its hidden states; a walk of the same levels over the same text
     goes on from there, and removes them at its end. None keeps nothing."""
-    remember: Path | None
-    """A folder in which what the reference has at the head is left: a walk of other levels over the same text finds it,
-    and takes the levels alone. None leaves nothing."""
+    remember: KeptArray | None
+    """Where what the reference has at the head is left: a walk of other levels over the same text finds it, and takes
+    the levels alone. None leaves nothing."""
     engine_rounding: bool
     """Round every matrix's inputs as llama.cpp does on the CPU (``walk/rounding.py``), so that figures are
     the engine's; by default they are what the weights alone cost."""

@@ -424,22 +424,38 @@ class Ways:
         digest = job.text_key(self.texts)
         return _stored_or_measured(job, subjects, digest, self.recorded, self.reference, way, measure)
 
+    @property
+    def against(self) -> str:
+        """A name for the reference, by its content."""
+        from bitladder.store.evidence import canonical
+
+        return self.job.source.sha256 if self.reference is None else canonical(self.reference.key)
+
     def scored(self, missing: Sequence[Subject], windows: Sequence[Window], way: Way) -> Iterable[Scored]:
         """Scores of every token of each, and of the reference beside it."""
         return self._in_engine(missing, windows) if way is Way.ENGINE else self._walked(missing, windows)
 
     def _walked(self, missing: Sequence[Subject], windows: Sequence[Window]) -> Iterable[Scored]:
+        import numpy as np
+
+        from bitladder.describe.windows import tokens_hash
         from bitladder.files.folders import cache_folder
+        from bitladder.files.kept_array import KeptArray
         from bitladder.stages.fidelity import WalkOptions, token_scores
+        from bitladder.store.recorded import protocol
 
         job = self.job
+        name = ("at the head", self.against, tokens_hash(windows), protocol(Way.WALK))
+        at_head = KeptArray(cache_folder("scores"), *name, dtype=np.float32)
         options = WalkOptions(progress=job.progress, threads=job.threads, device=job.device)
         options["keep"] = cache_folder("walks")  # a killed walk goes on from the states it left there
-        options["remember"] = cache_folder("scores")
+        options["remember"] = at_head
         walked = list(self.candidates([*([self.reference] if self.reference else []), *missing]))
         if self.reference is not None:  # made together with the others, so that what they hold alike is made once
             options["reference"] = walked.pop(0)
-        with forecast(walking_need(job.source, windows, [candidate.level for candidate in walked]), job.journal):
+        levels = [candidate.level for candidate in walked]
+        need = walking_need(job.source, windows, levels, beside=not at_head.is_there())
+        with forecast(need, job.journal):
             beside, *scores = token_scores(job.source, walked, windows, **options)
         return [(own, beside) for own in scores]
 

@@ -52,26 +52,26 @@ class Ladder:
         state_bytes: int,
         spill: Path | None = None,
         keep: Path | None = None,
-        remember: Path | None = None,
+        remember: KeptArray | None = None,
         engine_rounding: bool = False,
         half: bool = False,
     ) -> None:
         """``state_bytes``: hidden states beyond this go to a file in ``spill``. ``keep``: a folder in which a
-        killed pass leaves its states, and finds them. ``remember``: a folder in which what the reference has at the
-        head is left; a pass over the same text with it finds that, and takes the levels alone. ``engine_rounding``:
-        round inputs as llama.cpp does. ``half``: multiply in bfloat16."""
+        killed pass leaves its states, and finds them. ``remember``: where what the reference has at the head
+        is left, f32[scored, n_embd], under a name of that reference, text and arithmetic; a pass that finds it takes
+        the levels alone. ``engine_rounding``: round inputs as llama.cpp does. ``half``: multiply in bfloat16."""
         self.model, self.weights, self.windows = model, weights, windows
         self.batches = batches_of(windows, batch_tokens=CALIBRATION_TOKENS)
         self._rounding = engine_rounding
-        names = [tensor.name for tensor in model.model.tensors]
-        text = [window.tokens.tobytes() for window in windows]
-        how = f"{engine_rounding} {half}"
-        reference = walk_key(weights[:1], names, [*text, how.encode()]) if remember else ""
-        self._kept = KeptArray(remember, "at the head", type(model).__name__, reference, dtype=np.float32)
+        self._kept = remember or KeptArray(None)
         self._reference = self._remembered()
         self._first = 0 if self._reference is None else 1
         """The number of the first model that goes through the layers."""
-        key = walk_key(weights, names, [*text, f"{how} {self._first}".encode()]) if keep else ""
+        key = ""
+        if keep:
+            tokens = [window.tokens.tobytes() for window in windows]
+            names = [tensor.name for tensor in model.model.tensors]
+            key = walk_key(weights, names, [*tokens, f"{engine_rounding} {half} {self._first}".encode()])
         self._stream = Stream(
             model,
             [Member(own, rounding=engine_rounding) for own in weights[self._first :]],
