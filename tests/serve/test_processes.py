@@ -93,7 +93,9 @@ def test_one_request_to_end_is_one_though_the_whole_group_hears_it(tmp_path, num
         ):
             parent = gateway_pid(log)
             answers = [pool.submit(ask, gateway) for _ in range(8)]
-            time.sleep(1)
+            deadline = time.monotonic() + 60
+            while len(upstream.asked) < 8 and time.monotonic() < deadline:
+                time.sleep(0.02)
             for pid in (*children(parent), parent) if number == signal.SIGTERM else ():
                 os.kill(pid, number)
             os.killpg(parent, number)
