@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -149,16 +149,15 @@ class Costs:
         before = self._factors.get(piece.kind)
         self._factors[piece.kind] = found if before is None else math.sqrt(found * before)
 
-    def shortest_look(self, levels: Sequence[str]) -> float:
-        """Seconds that the least look at some levels takes, at every kind of evidence."""
+    def shortest_look(self, levels: Sequence[str], kinds: Iterable[Kind] = Kind) -> float:
+        """Seconds that the least look at some levels takes, at every kind of evidence or at these."""
         totals = self._material.totals if levels else dict.fromkeys(Kind, 0)
-        pieces = [Piece(kind, tuple(levels), 0, min(LEAST[kind], totals[kind])) for kind in Kind if totals[kind]]
+        pieces = [Piece(kind, tuple(levels), 0, min(LEAST[kind], totals[kind])) for kind in kinds if totals[kind]]
         return sum(map(self, pieces))
 
     def losses(self, levels: Sequence[str]) -> float:
         """Seconds that the least look at the losses of some levels takes."""
-        least = min(LEAST[Kind.DOCUMENTS], self._material.totals[Kind.DOCUMENTS])
-        return self(Piece(Kind.DOCUMENTS, tuple(levels), 0, least)) if levels and least else 0.0
+        return self.shortest_look(levels, (Kind.DOCUMENTS,))
 
     def _formula(self, piece: Piece) -> float:
         if piece.kind is Kind.DOCUMENTS:

@@ -63,7 +63,7 @@ class Ladder:
         self.model, self.weights, self.windows = model, weights, windows
         self.batches = batches_of(windows, batch_tokens=CALIBRATION_TOKENS)
         self._rounding = engine_rounding
-        self._kept = remember or KeptArray(None)
+        self._kept = remember
         self._reference = self._remembered()
         self._first = 0 if self._reference is None else 1
         """The number of the first model that goes through the layers."""
@@ -155,9 +155,10 @@ class Ladder:
 
     def _remembered(self) -> NDArray[np.float32] | None:
         """What the reference has at the head, f32[scored, n_embd] window after window, if an earlier pass left it."""
-        found, whole = self._kept.load(), (sum(one.scored for one in self.windows), self.model.model.dims.n_embd)
+        whole = (sum(one.scored for one in self.windows), self.model.model.dims.n_embd)
+        found = self._kept.load() if self._kept else None
         self._collected: dict[int, NDArray[np.float32]] = {}
-        self._collects = 4 * whole[0] * whole[1] <= _REMEMBERED_BYTES
+        self._collects = self._kept is not None and 4 * whole[0] * whole[1] <= _REMEMBERED_BYTES
         return found if found is not None and found.shape == whole and bool(np.isfinite(found).all()) else None
 
     def _remember(self, chunk: Sequence[Batch], normed: torch.Tensor) -> None:
@@ -169,7 +170,7 @@ class Ladder:
 
     def _leave(self) -> None:
         """Leave it to later passes, if it is not theirs already."""
-        if self._collected:
+        if self._kept and self._collected:
             with suppress(OutputError):  # nothing is lost but time
                 self._kept.save(np.concatenate([self._collected[at] for at in range(len(self.windows))]))
         self._collected.clear()
