@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import sys
 from dataclasses import dataclass
 from importlib import metadata
@@ -125,6 +126,23 @@ def test_an_engine_that_is_its_file_and_its_registration_measures_a_workload(fol
         facts = engine_facts(n_ctx=room, n_parallel=parallel, threads=1, container=Container.FOLDER)
         assert (facts["engine"], facts["version"]) == ("toy", "7")
         assert set(recorded.answers(subject, questions_of(asked), facts)) == set(questions_of(asked))
+
+
+@pytest.mark.parametrize(("unused", "threads"), [(math.inf, 3), (7.6, 3), (1.7, 2), (1.2, 1), (0.1, 1)])
+def test_beside_other_programs_an_engine_has_the_cores_that_they_leave(folder, monkeypatch, unused, threads):
+    launches = []
+
+    def started(launch: Launch):
+        launches.append(launch.threads)
+        return start(launch)
+
+    monkeypatch.setattr("bitladder.files.probe.unused_cores", lambda: unused)
+    monkeypatch.setattr("bitladder.engines.registry.start", started)
+    asked, subject, work = workload("a"), Subject("source", "GPTQ-4bit-g128", made="x"), Work(threads=3)
+    with Evidence.open() as store:
+        answers(subject, folder, asked, Recorded(store), n_ctx=512, work=work)
+        assert answers(subject, folder, asked, Recorded(store), n_ctx=512, work=work).stored
+    assert launches == [threads]
 
 
 def test_it_serves_too_and_is_asked_by_its_gateway_alone(folder):

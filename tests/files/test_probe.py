@@ -1,6 +1,9 @@
+import math
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import psutil
 import pytest
@@ -300,3 +303,27 @@ def test_what_others_take_of_the_processor(monkeypatch):
     with probe.OtherLoad() as others:
         pass
     assert others.share == 0.5
+
+
+@pytest.mark.parametrize(("share", "unused"), [(0.0, 4), (0.25, 3), (1.0, 0), (math.nan, math.inf)])
+def test_cores_that_others_leave(monkeypatch, share, unused):
+    monkeypatch.setattr("psutil.cpu_count", lambda: 4)
+    monkeypatch.setattr(probe.OtherLoad, "__exit__", lambda self, *_: setattr(self, "share", share))
+    assert probe.unused_cores(0) == unused
+
+
+def test_a_busy_process_leaves_less(tmp_path):
+    """Not a child of ours, as others' processes are not."""
+    (tmp_path / "busy.py").write_text(
+        "import os, time\nopen('pid', 'w').write(str(os.getpid()))\n"
+        "end = time.time() + 20\nwhile time.time() < end: pass\n"
+    )
+    subprocess.run(["sh", "-c", f"{sys.executable} busy.py &"], cwd=tmp_path, check=True)
+    deadline = time.monotonic() + 10
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    try:
+        assert probe.unused_cores(0.5) < psutil.cpu_count() - 0.3
+    finally:
+        os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)

@@ -52,12 +52,12 @@ def words_of(command: golden.Command, sources: Path, work: Path, own: Path) -> l
 
 
 def _alike_everywhere() -> None:
-    """Passes in f32 on every processor: which ones multiply in bfloat16 is theirs, and moves what they gather. Speeds,
-    which nothing here depends on, are timed for a moment."""
+    """Passes in f32 by torch's own products on every processor: which ones multiply otherwise is theirs, and moves what
+    they gather. Speeds, which nothing here depends on, are timed for a moment."""
     from bitladder.stages import evaluate, speeds
     from bitladder.walk import products
 
-    products.half_products_pay = lambda: False  # type: ignore[assignment]
+    products.half_products_pay = products.one_dnn_pays = lambda: False  # type: ignore[assignment]
     speeds.LONG_S = 0.0
     evaluate.PREFILL_TOKENS, evaluate.DECODE_TOKENS = 64, 8
 

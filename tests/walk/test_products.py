@@ -1,4 +1,7 @@
-"""Products in bfloat16: near enough to f32 for what GPTQ reads off a pass, and nowhere else."""
+"""Products in bfloat16: near enough to f32 for what GPTQ reads off a pass, and nowhere else. Products in f32 by
+oneDNN: the same as torch's own up to rounding, whatever the number of threads."""
+
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -6,9 +9,10 @@ import torch
 from torch.nn import functional
 
 from bitladder.kernels import gptq
+from bitladder.walk import products as module
 from bitladder.walk.checkpoint_walk import Settings
 from bitladder.walk.inputs import Sums
-from bitladder.walk.products import half_products_pay, products
+from bitladder.walk.products import half_products_pay, linear, one_dnn_pays, products
 
 CPU = torch.device("cpu")
 
@@ -26,6 +30,32 @@ def sums_of(x: torch.Tensor, *, half: bool) -> Sums:
     for part in x.split(300):
         sums.add(part)
     return sums
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """OneDNN is asked on every processor; counts what it is asked."""
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        pytest.skip("torch is built without oneDNN")
+    monkeypatch.setattr(module, "one_dnn_pays", lambda: True)
+    shapes, plain = [], module._one_dnn
+
+    def counted(x, weight, bias=None):
+        shapes.append((*x.shape[:-1], *weight.shape))
+        return plain(x, weight, bias)
+
+    monkeypatch.setattr(module, "_one_dnn", counted)
+    return shapes
+
+
+@contextmanager
+def torch_threads(count):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_linear_layers_take_and_give_f32():
@@ -123,3 +153,83 @@ def test_other_attention_stays_exact():
         assert torch.equal(attend(query, query, query, attn_mask=mask), attend(query, query, query, mask))
         found = attend(query, query, query)
     assert torch.equal(found, attend(query, query, query))
+
+
+@pytest.mark.parametrize("rows", ["straight", "strided"])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_linear_layers_by_one_dnn(asked, rows, with_bias):
+    rng = torch.Generator().manual_seed(3)
+    x, weight, bias = (torch.randn(size, generator=rng) for size in ((2, 200, 512), (320, 512), (320,)))
+    bias = bias if with_bias else None
+    if rows == "strided":
+        x, weight = x.mT.contiguous().mT, weight.T.contiguous().T
+    with torch.no_grad(), products(half=False):
+        found = functional.linear(x, weight, bias)
+    assert asked == [(2, 200, 320, 512)]
+    exact = functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-4)
+    assert torch.equal(linear(x, weight, bias), found)
+
+
+@pytest.mark.parametrize("tokens", [130, 512])
+def test_products_by_one_dnn_do_not_depend_on_threads(asked, tokens):
+    rng = torch.Generator().manual_seed(4)
+    x, weight = (torch.randn(size, generator=rng) for size in ((tokens, 576), (1536, 576)))
+    query, key, value = (torch.randn(2, heads, 300, 64, generator=rng) for heads in (6, 2, 2))
+    attend, found = functional.scaled_dot_product_attention, []
+    for threads in (1, 2, 3):
+        with torch_threads(threads), torch.no_grad(), products(half=False):
+            found.append((functional.linear(x, weight), attend(query, key, value, is_causal=True, enable_gqa=True)))
+    assert asked
+    for outs in found[1:]:
+        assert all(torch.equal(one, first) for one, first in zip(outs, found[0], strict=True))
+
+
+def test_what_one_dnn_is_not_asked(asked):
+    rng = torch.Generator().manual_seed(5)
+    x, weight = torch.randn(400, 512, generator=rng), torch.randn(320, 512, generator=rng)
+    with products(half=False):
+        functional.linear(x[:8], weight)  # too little
+        functional.linear(x.double(), weight.double())
+        out = functional.linear(x, weight.clone().requires_grad_())
+    assert not asked
+    assert out.requires_grad
+
+
+@pytest.mark.parametrize(("heads", "shared", "n", "scale"), [(6, 2, 300, None), (4, 4, 256, 0.3), (2, 1, 257, None)])
+def test_causal_attention_by_one_dnn(asked, heads, shared, n, scale):
+    rng = torch.Generator().manual_seed(6)
+    query, key, value = (
+        torch.randn(3, n, count, 32, generator=rng).transpose(1, 2) for count in (heads, shared, shared)
+    )
+    attend = functional.scaled_dot_product_attention
+    exact = attend(query, key, value, is_causal=True, enable_gqa=True, scale=scale)
+    with torch.no_grad(), products(half=False):
+        found = attend(query, key, value, is_causal=True, enable_gqa=True, scale=scale)
+        assert asked
+        asked.clear()
+        short = attend(query[:, :, :200], key[:, :, :200], value[:, :, :200], is_causal=True, enable_gqa=True)
+        attend(query, key, value, is_causal=False, enable_gqa=True)
+    assert not asked
+    torch.testing.assert_close(found, exact, rtol=0, atol=1e-5)
+    if scale is None:
+        torch.testing.assert_close(short, exact[:, :, :200], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("features", "pays"),
+    [
+        ({}, False),
+        ({"avx2": True, "cpu_name": "Intel Xeon"}, False),
+        ({"avx2": True, "avx512_f": True, "cpu_name": "AMD EPYC"}, torch._C.has_mkl),
+        ({"avx2": False, "cpu_name": "AMD Opteron"}, False),
+        ({"sve": True}, False),
+    ],
+)
+def test_one_dnn_is_asked_where_torch_is_slow(monkeypatch, features, pays):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features, raising=False)
+    one_dnn_pays.cache_clear()
+    try:
+        assert one_dnn_pays() is pays
+    finally:
+        one_dnn_pays.cache_clear()

@@ -9,6 +9,7 @@ import math
 import os
 import platform
 import shutil
+import time
 from pathlib import Path
 from typing import Self
 
@@ -82,6 +83,15 @@ class OtherLoad:
         if total > self._total:
             others = (busy - self._busy) - (own - self._own)
             self.share = min(1.0, max(0.0, others / (total - self._total)))
+
+
+def unused_cores(watched_s: float = 0.1) -> float:
+    """Cores of the machine that other programs leave, as far as a moment tells; infinite where the system does not."""
+    import psutil
+
+    with OtherLoad() as others:
+        time.sleep(watched_s)
+    return math.inf if math.isnan(others.share) else (psutil.cpu_count() or 1) * (1 - others.share)
 
 
 def _processor_seconds() -> tuple[float, float, float]:

@@ -496,10 +496,12 @@ def answers(
     inputs: Sequence[Input] | None = None,
 ) -> Replies:
     """Answers of one level run with a KV cache, whose speed is measured beside the others' (``stages.speeds``). Every
-    new answer is stored as it comes. ``inputs``: those of the workload to ask; all by default."""
+    new answer is stored as it comes. ``inputs``: those of the workload to ask; all by default. On a busy machine the
+    engine has as many threads as there are cores left."""
     from bitladder.describe.workload import questions_of
     from bitladder.engines.llama import with_cache
     from bitladder.engines.registry import start
+    from bitladder.files.probe import unused_cores
     from bitladder.stages.as_deployed import refuse_unheard_tools
     from bitladder.stages.evaluate import answer_workload
 
@@ -516,6 +518,9 @@ def answers(
         known[answer.question] = answer
         work.progress.on_level(LevelNews(subject.level, answered=len(known), inputs=len(questions)))
 
+    # Threads wait for the slowest of them at every matrix: beside a process that takes one of two cores, two threads
+    # answer in twice the time of one, and decode at a quarter of its speed (docs/log.md).
+    launch = replace(launch, threads=max(1, round(min(launch.threads, unused_cores()))))
     with start(with_cache(launch, cache)) as server:
         refuse_unheard_tools(workload, server)
         found = answer_workload(server, workload, known=dict(known), on_answer=keep)

@@ -6,7 +6,7 @@ the other each see another machine; in one round all see about the same, so roun
 are enough others. There are as many rounds as it takes to tell the levels apart, within limits. Where only the fastest
 is looked for (``Race``), levels that are surely slower than another take no part in the later ones (a race, as Maron
 and Moore, Artificial Intelligence Review 11 (1997) 193-225, call it), so there are more of them in the same time. A
-level's prompt is computed once, in a round that nothing disturbs; the others decode after it.
+level's prompt is computed once, in a round that nothing disturbs if there is one; the others decode after it.
 """
 
 from __future__ import annotations
@@ -182,16 +182,25 @@ class _Engines:
         free = sum(gpu.vram_free for gpu in machine.gpus) if machine.gpus else machine.ram_available
         self._side_by_side = sum(sizes) <= SHARE_OF_MEMORY * free
         self._running: dict[int, Running] = {}
-        self._prompts: dict[int, int] = {}
+        self._held: dict[int, int] = {}
+        """The round whose prompt an engine holds."""
+        self._undisturbed: set[int] = set()
+        """Whose prompt was computed while nothing else ran."""
+        self._busy = False
+        """Whether other programs took the processor in the last turn."""
 
     def rates(self, at: int, number: int) -> _Round:
-        """One level in round ``number``."""
-        known = self._prompts.get(at)
+        """One level in round ``number``. A prompt that others disturbed is computed once more as soon as they seem to
+        have gone."""
+        again = at in self._held and (at in self._undisturbed or self._busy)
+        repeat = self._held[at] if again else number
         with self.turn(at) as engine, OtherLoad() as others:
-            repeat = number if known is None else known
-            prefill, decode = decode_rates(engine, repeat, again=known is not None, past=self.past)
-        if self._side_by_side and not others.share > MOST_OTHERS_SHARE:
-            self._prompts.setdefault(at, number)
+            prefill, decode = decode_rates(engine, repeat, again=again, past=self.past)
+        self._busy = others.share > MOST_OTHERS_SHARE
+        if self._side_by_side:
+            self._held[at] = repeat
+            if not again and not self._busy:
+                self._undisturbed.add(at)
         return _Round(prefill, decode, others.share, engine.load_seconds)
 
     @contextmanager

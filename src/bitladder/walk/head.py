@@ -23,11 +23,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bitladder.walk.products import linear
 from bitladder.walk.side_by_side import side_by_side
 
 F32 = NDArray[np.float32]
 
-SLICE = 4096
+SLICE = 2048
 _TOKENS = 128
 """At a time: few enough that several threads end together."""
 
@@ -156,8 +157,7 @@ class _Comparison:
             own.total[at] += logits.sub_(own.peak[at, None]).exp_().sum(dim=1, dtype=torch.float64)
 
     def _logits(self, states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        logits = torch.nn.functional.linear(states, weight, self._added)
-        return softcapped(logits, self.softcap)
+        return softcapped(linear(states, weight, self._added), self.softcap)
 
     def scores(self, number: int) -> TokenScores:
         """What came of one model."""

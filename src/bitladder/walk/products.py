@@ -1,9 +1,12 @@
-"""Matrix products of a calibrating pass in bfloat16, where the processor has instructions for them.
+"""Matrix products of a pass: by the library that is fastest on this processor, and in bfloat16 where that is enough.
 
-Methods read two things off a pass: the Gram matrix of each input, or its squares, and the states that go on to the next
-layer. Both are sums over thousands of tokens; rounding what enters a product to 8 bits of mantissa moves an importance
-by 0.1% (median), and what is built from it errs as much on other text as before, at twice the speed or better
-(``benchmarks/bfloat16_error.py``). Sums stay in f32. Nothing that is reported about a level is measured this way.
+Products in f32 are torch's own, or oneDNN's where torch's are written for another maker's processors. Both sum in f32.
+
+A calibrating pass may multiply in bfloat16, where the processor has instructions for that. Methods read two things off
+a pass: the Gram matrix of each input, or its squares, and the states that go on to the next layer. Both are sums over
+thousands of tokens; rounding what enters a product to 8 bits of mantissa moves an importance by 0.1% (median), and what
+is built from it errs as much on other text as before, at twice the speed or better (``benchmarks/bfloat16_error.py``).
+Sums stay in f32. Nothing that is reported about a level is measured this way.
 """
 
 from __future__ import annotations
@@ -21,8 +24,11 @@ from bitladder.executors import Executor
 
 _FEWEST = 2**16
 """Weights of a matrix below which nothing is won: routers, which should not be rounded either."""
-_QUERIES = 64
-"""Queries that attend at a time: what follows them is not computed, and products still run at full speed."""
+_FEWEST_STEPS = 2**25
+"""Multiplications of a product below which oneDNN is not asked: what it compiles for a shape that it has not met takes
+as long (2 ms)."""
+_FEWEST_ATTENDING = 256
+"""Tokens of a window below which torch's own attention is as fast."""
 
 
 class _HalfProducts(TorchFunctionMode):
@@ -46,7 +52,7 @@ class _HalfProducts(TorchFunctionMode):
             out = functional.linear(self._rounded(x), weight.bfloat16()).float()
             return out if not bias or bias[0] is None else out + bias[0]
         if func is functional.scaled_dot_product_attention and _plainly_causal(*args, **(kwargs or {})):
-            return _causal_attention(*args[:3], scale=(kwargs or {}).get("scale"))
+            return _half_causal_attention(*args[:3], scale=(kwargs or {}).get("scale"))
         return func(*args, **(kwargs or {}))
 
     def _rounded(self, x: torch.Tensor) -> torch.Tensor:
@@ -54,6 +60,48 @@ class _HalfProducts(TorchFunctionMode):
         if self._last is None or self._last[0] is not x:
             self._last = x, x.bfloat16()
         return self._last[1]
+
+
+class _FastProducts(TorchFunctionMode):
+    """Inside it, linear layers of f32 weights and causal attention multiply by oneDNN where nobody asks for gradients,
+    and attention where windows are long."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Called by torch instead of ``func``."""
+        if func is functional.linear:
+            return linear(*args, **(kwargs or {}))
+        if func is functional.scaled_dot_product_attention and _plainly_causal(*args, **(kwargs or {})):
+            query, key, value = args[:3]
+            if query.shape[2] >= _FEWEST_ATTENDING and _plain(query, key, value):
+                return _causal_attention(query, key, value, scale=(kwargs or {}).get("scale"))
+        return func(*args, **(kwargs or {}))
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """``x weight' + bias``, f32[..., columns] by f32[rows, columns], as ``torch.nn.functional.linear``: by oneDNN where
+    that is faster and nobody asks for gradients. The result does not depend on how many threads there are."""
+    if x.numel() * weight.shape[0] >= _FEWEST_STEPS and one_dnn_pays() and _plain(x, weight, bias):
+        return _one_dnn(x, weight, bias)
+    return functional.linear(x, weight, bias)
+
+
+def _plain(*tensors: torch.Tensor | None) -> bool:
+    """Whether all are f32 on the processor, and nobody asks for gradients."""
+    there = [one for one in tensors if one is not None]
+    watched = torch.is_grad_enabled() and any(one.requires_grad for one in there)
+    return not watched and all(one.dtype == torch.float32 and one.device.type == "cpu" for one in there)
+
+
+def _one_dnn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """A linear layer; what does not lie in a row would take a hundred times as long."""
+    out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight.contiguous(), bias, "none", [], "")
+    return out
 
 
 def _plainly_causal(
@@ -70,31 +118,66 @@ def _plainly_causal(
     return is_causal and attn_mask is None and not dropout_p and whole and query.dtype == torch.float32
 
 
-def _causal_attention(
+def _half_causal_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, scale: float | None
 ) -> torch.Tensor:
     """Attention f32[windows, heads, n, width]; heads that share keys and values go through a product together."""
-    windows, heads, n, width = query.shape
-    shared = key.shape[1]
-    grouped = (query * (width**-0.5 if scale is None else scale)).bfloat16().view(windows, shared, -1, n, width)
-    keys, values = key.bfloat16().transpose(2, 3), value.bfloat16()
+    grouped = _grouped(query, key.shape[1], scale).bfloat16()
     out = torch.empty_like(grouped, dtype=torch.float32)
-    later = torch.full((_QUERIES, _QUERIES), float("-inf"), dtype=torch.bfloat16, device=query.device).triu(1)
-    for start in range(0, n, _QUERIES):
-        stop = min(start + _QUERIES, n)
-        some = grouped[:, :, :, start:stop]
-        scores = (some.reshape(windows, shared, -1, width) @ keys[..., :stop]).view(*some.shape[:4], stop)
+    _attend(grouped, key.bfloat16(), value.bfloat16().mT, out, lambda some, by: some @ by.mT, queries=64)
+    return out.view_as(query)
+
+
+def _causal_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, scale: float | None
+) -> torch.Tensor:
+    """As ``_half_causal_attention``, in f32 by oneDNN, which knows no batches of products."""
+    grouped = _grouped(query, key.shape[1], scale)
+    out = torch.empty_like(grouped)
+    for window in range(out.shape[0]):
+        for head in range(out.shape[1]):
+            one = window, head
+            _attend(grouped[one], key[one].contiguous(), value[one].mT, out[one], _one_dnn, queries=128)
+    return out.view_as(query)
+
+
+def _grouped(query: torch.Tensor, shared: int, scale: float | None) -> torch.Tensor:
+    """Scaled queries f32[windows, shared, heads / shared, n, width]."""
+    windows, _, n, width = query.shape
+    return (query * (width**-0.5 if scale is None else scale)).reshape(windows, shared, -1, n, width)
+
+
+def _attend(
+    grouped: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, out: torch.Tensor,
+    product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], *, queries: int,
+) -> None:  # fmt: skip
+    """Each token attends to those up to itself, so many queries at a time: what follows them is not computed, and
+    products still run at full speed.
+
+    Args:
+        grouped: scaled queries [..., heads, n, width].
+        keys: [..., n, width].
+        values: [..., width, n].
+        out: f32[..., heads, n, width], to be filled.
+        product: of [..., rows, k] by the transpose of [..., columns, k].
+        queries: at a time.
+    """
+    n, width = grouped.shape[-2:]
+    later = torch.full((queries, queries), float("-inf"), dtype=grouped.dtype, device=grouped.device).triu(1)
+    for start in range(0, n, queries):
+        stop = min(start + queries, n)
+        some = grouped[..., start:stop, :]
+        scores = product(some.reshape(*some.shape[:-3], -1, width), keys[..., :stop, :]).view(*some.shape[:-1], stop)
         scores[..., start:] += later[: stop - start, : stop - start]
-        shares = torch.softmax(scores, -1).view(windows, shared, -1, stop)
-        out[:, :, :, start:stop] = (shares @ values[:, :, :stop]).view_as(some)
-    return out.view(windows, heads, n, width)
+        shares = torch.softmax(scores, -1).view(*some.shape[:-3], -1, stop)
+        out[..., start:stop, :] = product(shares, values[..., :stop]).view_as(some)
 
 
 @contextmanager
 def products(*, half: bool) -> Iterator[None]:
-    """Products of linear layers and attention in bfloat16, or as they are; where autograd watches, those of gradients,
-    too."""
-    with _HalfProducts() if half else nullcontext():
+    """Products of linear layers and attention in bfloat16, or in f32 as is fastest; where autograd watches, those of
+    gradients are in bfloat16, too."""
+    with _HalfProducts() if half else _FastProducts() if one_dnn_pays() else nullcontext():
         yield
 
 
@@ -116,3 +199,13 @@ def half_products_pay() -> bool:
     found: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # older torch does not tell
     vectors = found.get("avx512_bf16") and not str(found.get("cpu_name", "")).startswith("Intel")
     return bool(found.get("amx_bf16") or vectors)
+
+
+@cache
+def one_dnn_pays() -> bool:
+    """Whether oneDNN multiplies in f32 faster than torch does by itself: on x86 processors that are no Intel's, which
+    MKL gives code for AVX2 at best. AMD EPYC with AVX-512, GF/s a core with torch 2.13, matrices of the demo model: 105
+    and 240; with oneDNN held to AVX2 118. A rule and no measurement, so that results can be repeated."""
+    found: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    known = found.get("avx2") and not str(found.get("cpu_name", "")).startswith("Intel")
+    return bool(known and torch._C.has_mkl and hasattr(torch.ops.mkldnn, "_linear_pointwise"))
