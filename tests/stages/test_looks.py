@@ -110,7 +110,8 @@ def test_looks_share_the_error_rate_and_the_last_takes_what_is_left():
 
 def test_predictions_follow_what_pieces_took_kind_by_kind():
     inputs = [Input(str(n), ({"role": "user", "content": str(n)},), (), max_tokens=10) for n in range(8)]
-    costs = Costs(material((), inputs), None, [], "F16")
+    source = SimpleNamespace(model=SimpleNamespace(tensors=[SimpleNamespace(nbytes=10**9)]))
+    costs = Costs(material((), inputs), source, [], "F16")
     few, many = (Piece(Kind.INPUTS, ("Q8_0",), 0, count) for count in (2, 8))
     ratio, timing = costs(many) / costs(few), costs(Piece(Kind.ROUNDS, ("Q8_0",), 0, 1))
     assert 1 < ratio < 4

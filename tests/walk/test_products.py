@@ -165,7 +165,9 @@ def test_linear_layers_by_one_dnn(asked, rows, with_bias):
         x, weight = x.mT.contiguous().mT, weight.T.contiguous().T
     with torch.no_grad(), products(half=False):
         found = functional.linear(x, weight, bias)
-    assert asked == [(2, 200, 320, 512)]
+        assert asked == [(2, 200, 320, 512)]
+        assert torch.equal(functional.linear(x, weight, bias=bias), found)
+        assert functional.linear(input=x, weight=weight, bias=bias).shape == found.shape
     exact = functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
     torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-4)
     assert torch.equal(linear(x, weight, bias), found)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from bitladder.errors import OutputError
 from bitladder.stages.job import Build, Job, Journal
-from bitladder.units import Basis, human_bytes
+from bitladder.units import Basis, MiB, human_bytes
 
 if TYPE_CHECKING:
     from bitladder.describe.model import Model
@@ -117,6 +117,19 @@ def _rate_of_products(*, half: bool) -> float:
         linear(one, one)
         best = max(best, 2 * 1024**3 / (time.perf_counter() - began))
     return best
+
+
+@functools.cache
+def rate_of_reading() -> float:
+    """Bytes of memory per second that this machine's cores read together, as a moment tells."""
+    from bitladder.files.probe import available_cores
+    from bitladder.stages.measure_machine import ram_read
+
+    return ram_read(min(available_cores(), _MOST_READING), each=32 * MiB)
+
+
+_MOST_READING = 8
+"""Cores after which memory is no quicker."""
 
 
 def _seconds(seconds: float) -> str:

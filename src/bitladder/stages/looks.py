@@ -20,7 +20,7 @@ from bitladder.progress import LevelNews, Progress
 from bitladder.records.fidelity import Fidelity
 from bitladder.stages.ask import UNKNOWN_SPEED, Asker, LevelToAsk, name_of
 from bitladder.stages.documents import Documents, Material
-from bitladder.stages.forecast import corrected_seconds, walking_need
+from bitladder.stages.forecast import corrected_seconds, rate_of_reading, walking_need
 from bitladder.stages.measure import Ways
 from bitladder.stages.speeds import LEAST_ROUNDS, measure_in_turns, speeds_in_turns
 from bitladder.stats.sequential import Standing, standing
@@ -168,23 +168,22 @@ class Costs:
         if piece.kind is Kind.INPUTS:
             asked = self._material.inputs[piece.start : piece.stop]
             tokens = round(_SHARE_OF_MOST * sum(one.most_tokens * (1 + len(one.turns)) for one in asked))
-        return sum(_engine_seconds(self._plan.get(name), tokens) for name in (self._reference, *piece.levels))
+        return sum(self._engine_seconds(name, tokens) for name in (self._reference, *piece.levels))
+
+    def _engine_seconds(self, name: str, tokens: int) -> float:
+        """An engine started and asked so many tokens, one request at a time."""
+        level = self._plan.get(name)
+        file_bytes = level.file_bytes if level else sum(tensor.nbytes for tensor in self._source.model.tensors)
+        token_s = 1 / level.speed.decode.value if level and level.speed else _TOKEN_S + file_bytes / rate_of_reading()
+        return _START_S + file_bytes / _READ_BYTES_S + tokens * token_s
 
 
-_START_S, _READ_BYTES_S, _ASSUMED_TOKENS_S = 1.5, 1e9, 10.0
-"""Starting an engine beside reading its file, and decoding where nothing is predicted."""
+_START_S, _READ_BYTES_S, _TOKEN_S = 1.5, 1e9, 0.004
+"""Starting an engine beside reading its file; a token beside reading the weights, where no speed is predicted."""
 _SHARE_OF_MOST = 0.3
 """Of the tokens that answers may have: most end before, and several are computed together."""
 _ROUND_TOKENS = 100
 """Decoded tokens that a round of speed is worth, with its prompt."""
-
-
-def _engine_seconds(level: LevelPlan | None, tokens: int) -> float:
-    """An engine started and asked so many tokens, one request at a time."""
-    if level is None:
-        return _START_S + tokens / _ASSUMED_TOKENS_S
-    rate = level.speed.decode.value if level.speed else _ASSUMED_TOKENS_S
-    return _START_S + level.file_bytes / _READ_BYTES_S + tokens / rate
 
 
 class Looks:

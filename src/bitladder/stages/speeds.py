@@ -4,9 +4,10 @@ A machine's speed drifts by more than levels differ: by what else runs, by its t
 the other each see another machine; in one round all see about the same, so rounds are compared with rounds
 (``stats.paired.ratio_interval``). Rounds in which other programs took part of the processor are left out where there
 are enough others. There are as many rounds as it takes to tell the levels apart, within limits. Where only the fastest
-is looked for (``Race``), levels that are surely slower than another take no part in the later ones (a race, as Maron
-and Moore, Artificial Intelligence Review 11 (1997) 193-225, call it), so there are more of them in the same time. A
-level's prompt is computed once, in a round that nothing disturbs if there is one; the others decode after it.
+is looked for (``Race``), levels that are surely slower than another, or surely not faster than what the fastest must
+beat, take no part in the later ones (a race, as Maron and Moore, Artificial Intelligence Review 11 (1997) 193-225, call
+it), so there are more of them in the same time. A level's prompt is computed once, in a round that nothing disturbs if
+there is one; the others decode after it.
 """
 
 from __future__ import annotations
@@ -256,7 +257,8 @@ def _racing(
     rates: Mapping[int, Sequence[float]], racing: Collection[int], stays: Collection[int], leaves: Collection[int]
 ) -> set[int]:
     """Who takes part in the next round: once there are enough rounds, those that stay, and those of the others that no
-    level is surely faster than by a margin that counts. A level that left saw the first rounds."""
+    level is surely faster than by a margin that counts, and that may be faster by it than those that stay. A level that
+    left saw the first rounds."""
     enough = {at: own for at, own in rates.items() if len(own) >= LEAST_ROUNDS}
     if not all(at in enough for at in racing):
         return set(racing)
@@ -265,7 +267,10 @@ def _racing(
     def beaten(at: int) -> bool:
         return any(_ratio(enough[other], enough[at])[1] > 1 + SAME_SPEED for other in rivals - {at})
 
-    return {at for at in racing if at in stays or (at not in leaves and not beaten(at))}
+    def hopeless(at: int) -> bool:
+        return any(_ratio(enough[at], enough[other])[2] < 1 + SAME_SPEED for other in stays)
+
+    return {at for at in racing if at in stays or (at not in leaves and not beaten(at) and not hopeless(at))}
 
 
 def _enough(rounds: Sequence[Mapping[int, _Round]], racing: Collection[int], seconds: float) -> bool:

@@ -74,7 +74,7 @@ class _FastProducts(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Called by torch instead of ``func``."""
-        if func is functional.linear:
+        if func is functional.linear and len(args) > 1:
             return linear(*args, **(kwargs or {}))
         if func is functional.scaled_dot_product_attention and _plainly_causal(*args, **(kwargs or {})):
             query, key, value = args[:3]
