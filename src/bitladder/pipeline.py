@@ -22,7 +22,7 @@ from bitladder.levels import Container, Level
 from bitladder.plan.bar import DEFAULT_BAR, parse_bar
 from bitladder.plan.ladder import make_plan, over_caches
 from bitladder.plan.preflight import require
-from bitladder.plan.schedule import contending, open_levels
+from bitladder.plan.schedule import contending, far_off, open_levels
 from bitladder.progress import LevelNews, Progress
 from bitladder.records import to_json
 from bitladder.records.decision import Decision, TierGuesses
@@ -224,7 +224,8 @@ def _looked(given: Given, plan: Plan, built: Mapping[Subject, LevelFile], countd
                     )
                     undecided = undecided_on_passes(decision.bar, evidence.answers, wanted)
                     still_open = open_levels(decision, sizes_of(plan)) | undecided
-                    closed = everyone - contending(decision) - undecided
+                    losses = {one.level: one.kl_mean for one in evidence.fidelities}
+                    closed = (everyone - contending(decision) - undecided) | far_off(decision.bar, losses)
                 countdown.reserve(RESERVED_DECISIONS * (countdown.passed - done))
         except TimeIsUp:
             pass

@@ -12,6 +12,7 @@ from bitladder.plan.schedule import (
     Piece,
     Seen,
     contending,
+    far_off,
     looks,
     next_piece,
     open_levels,
@@ -204,6 +205,13 @@ OPEN = {
     ),
     "what does not fit": (decided("D", "D", [(("D", "D"), 1.0)], D=NEAR, A=(Status.DOES_NOT_FIT, False)), "D"),
 }  # fmt: skip
+
+
+def test_what_is_far_above_the_limit_gets_no_answers_however_few_documents_say_so():
+    losses = {"Q8_0": 0.002, "Q4_K_M": 0.5, "Q2_K": 1.5, "lost": math.nan}
+    assert far_off("kl < 0.1 and no known loss", losses) == {"Q2_K"}
+    assert far_off("kl < 0.1, kl p99 < 3, kl < 0.04", losses) == {"Q4_K_M", "Q2_K"}
+    assert far_off("top1 > 0.9", losses) == set()
 
 
 def test_levels_that_hold_the_bar_or_may_are_contending():

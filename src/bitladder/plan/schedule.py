@@ -174,6 +174,17 @@ def contending(decision: Decision) -> set[str]:
     return {one.level for one in decision.verdicts if one.status not in out}
 
 
+_FAR = 10.0
+"""Times the limit: documents differ in KL by far less."""
+
+
+def far_off(bar: str, losses: Mapping[str, float]) -> set[str]:
+    """Levels whose mean KL is so far above the bar's limit that more documents will not bring it under, wherever the
+    interval of a few of them ends: no time goes into their speeds and answers. ``losses``: nats by level."""
+    limits = [clause.value for clause in parse_bar(bar).clauses if clause.metric == "kl"]
+    return {level for level, loss in losses.items() if limits and loss > _FAR * min(limits)}
+
+
 def _share(kind: Kind, seen: Sequence[Seen], totals: Mapping[Kind, int], still_open: Collection[str]) -> float:
     """Of the units of a kind, seen of the open level of which least was."""
     return min((one.of(kind) / totals[kind] for one in seen if one.level in still_open and totals[kind]), default=1.0)

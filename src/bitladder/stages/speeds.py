@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 LEAST_ROUNDS, MOST_ROUNDS = 3, 10
 LONG_S = 45.0
 """Rounds beyond the least are begun only within this time: of large models the least are enough to pay for."""
+_ROUNDS_OF_EQUALS = 6
+"""Rounds at least of levels that are about as fast as what stays: after fewer it is too little known what another run
+would find of them."""
 CLOSE = 1.04
 """A ratio known to within this factor both ways needs no further rounds."""
 ROOM = -(-(PREFILL_TOKENS + DECODE_TOKENS + 16) // 256) * 256
@@ -268,7 +271,8 @@ def _racing(
         return any(_ratio(enough[other], enough[at])[1] > 1 + SAME_SPEED for other in rivals - {at})
 
     def hopeless(at: int) -> bool:
-        return any(_ratio(enough[at], enough[other])[2] < 1 + SAME_SPEED for other in stays)
+        known = len(enough[at]) >= _ROUNDS_OF_EQUALS
+        return known and any(_ratio(enough[at], enough[other])[2] < 1 + SAME_SPEED for other in stays)
 
     return {at for at in racing if at in stays or (at not in leaves and not beaten(at) and not hopeless(at))}
 
