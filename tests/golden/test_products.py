@@ -18,8 +18,9 @@ import make
 import pytest
 
 GOLDEN: dict[str, Any] = json.loads(make.GOLDEN.read_text())
-FAR = 0.5
-"""Another order of adding moved sketches by up to 0.37; another size of groups moves them by 2.1."""
+FAR = 1.0
+"""Another order of adding moved sketches by up to 0.69 (codes of 8 bits, whose lower halves are nearly noise; 0.37 of
+fewer bits); another size of groups moves them by 2.1."""
 LARGEST_ERROR = 0.02
 
 

@@ -63,6 +63,9 @@ def test_a_dead_engine_is_started_again():
             await supervisor.start()
             assert supervisor.address() == first.base_url
             first.code = -9
+            assert supervisor.address() is None  # at once, not when it is looked at next
+            with pytest.raises(UpstreamFailed):
+                await supervisor.wait_ready(0.0)
             began = time.monotonic()
             while supervisor.address() != second.base_url:
                 await asyncio.sleep(0.01)

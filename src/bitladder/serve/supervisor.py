@@ -111,7 +111,13 @@ class Supervisor:
 
     def address(self) -> str | None:
         """Base URL while the engine is ready."""
-        return self._process.base_url if self.state == "ready" and self._process else None
+        self._notice_end()
+        return self._process.base_url if self._ready.is_set() and self._process else None
+
+    def _notice_end(self) -> None:
+        """An engine that has ended is ready for nobody, before the next look at it."""
+        if self._process is not None and self._process.poll() is not None:
+            self._ready.clear()
 
     async def start(self) -> None:
         """Start it once, and from then on keep it running.
@@ -138,6 +144,7 @@ class Supervisor:
         Raises:
             UpstreamFailed: it does not within ``seconds``.
         """
+        self._notice_end()
         try:
             async with asyncio.timeout(seconds):
                 await self._ready.wait()

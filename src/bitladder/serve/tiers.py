@@ -71,7 +71,7 @@ class Tier:
         """Whether a request sent now has an engine to go to (perhaps after waiting for its turn)."""
         if self.engine is None:
             return not self.replicas.several or self.replicas.up > 0
-        return self.turns is not None or self.engine.state in ("ready", "changing")
+        return self.turns is not None or self.engine.state == "changing" or self.engine.address() is not None
 
     def speaks(self, path: str) -> bool:
         """Whether a request to this path is sent on to it as it came.
