@@ -199,6 +199,12 @@ def settings(home, within, **more):
     )  # fmt: skip
 
 
+def test_what_is_far_above_the_limit_is_not_asked(home, monkeypatch):
+    monkeypatch.setattr(pipeline, "far_off", lambda bar, losses: {"Q4_K_M"} & losses.keys())
+    whole = pipeline.run(settings(home, 1000.0), Heard()).record
+    assert {one.level for one in whole.results} == {"Q8_0"}
+
+
 def test_a_run_cut_off_decides_on_what_it_has_and_the_next_goes_on(home, monkeypatch):
     clock, scored, kept = SimpleNamespace(ahead=0.0), [], measure.Ways.scored
 

@@ -12,6 +12,7 @@ from bitladder.errors import BadFile, BadInput, UnknownArchitecture
 from bitladder.files.gguf import GgufFile
 from bitladder.formats.families import FAMILIES
 from bitladder.formats.roles import EMBEDDING, layer_tensor
+from bitladder.walk import products
 from bitladder.walk.layers import LayeredModel, inference
 from bitladder.walk.weights import FileWeights
 from tiny_models import CASES, N_VOCAB, Case
@@ -41,6 +42,26 @@ def test_logits_equal_those_of_the_whole_model(name: str, tmp_path: Path):
         expected = whole(torch.from_numpy(tokens)).logits
     found = layered_logits(tiny_models.write(case, whole, tmp_path / "tiny.gguf"), tokens)
     assert expected.std() > 0.3, "a model that says the same everywhere tests nothing"
+    torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+@pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="torch is built without oneDNN")
+@pytest.mark.parametrize("name", CASES)
+def test_logits_by_one_dnn_are_the_same(name: str, tmp_path: Path, monkeypatch):
+    """Every linear layer and all plainly causal attention, however small, on every processor."""
+    monkeypatch.setattr(products, "one_dnn_pays", lambda: True)
+    monkeypatch.setattr(products, "_FEWEST_STEPS", 1)
+    monkeypatch.setattr(products, "_FEWEST_ATTENDING", 1)
+    asked, one_dnn = [], products._one_dnn
+    monkeypatch.setattr(products, "_one_dnn", lambda *given: asked.append(given) or one_dnn(*given))
+    case = CASES[name]
+    path = tiny_models.write(case, tiny_models.make(case), tmp_path / "tiny.gguf")
+    tokens = np.random.default_rng(1).integers(0, N_VOCAB, (2, 150))
+    expected = layered_logits(path, tokens)
+    assert not asked
+    with products.products(half=False):
+        found = layered_logits(path, tokens)
+    assert asked
     torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=TOLERANCE)
 
 

@@ -86,7 +86,7 @@ def main() -> None:
         server = xllamacpp.Server(_params(settings))
     except (RuntimeError, ValueError, MemoryError) as error:
         print(f"llama.cpp could not start: {error}", file=sys.stderr, flush=True)
-        os._exit(1)
+        sys.exit(1)  # not at once: llama.cpp writes its log in a thread of its own, and what it says last is the reason
     die_with_starting_thread(False)
     print(
         json.dumps({"address": server.listening_address, "version": xllamacpp.__version__}),

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from bitladder.errors import OutputError
 from bitladder.stages.job import Build, Job, Journal
-from bitladder.units import Basis, MiB, human_bytes
+from bitladder.units import Basis, human_bytes
 
 if TYPE_CHECKING:
     from bitladder.describe.model import Model
@@ -125,11 +125,11 @@ def rate_of_reading() -> float:
     from bitladder.files.probe import available_cores
     from bitladder.stages.measure_machine import ram_read
 
-    return ram_read(min(available_cores(), _MOST_READING), each=32 * MiB)
+    return ram_read(min(available_cores(), _MOST_READING))
 
 
-_MOST_READING = 8
-"""Cores after which memory is no quicker."""
+_MOST_READING = 4
+"""Cores that are asked: more are seldom quicker, and each takes an array far larger than a cache."""
 
 
 def _seconds(seconds: float) -> str:

@@ -519,7 +519,7 @@ def answers(
         work.progress.on_level(LevelNews(subject.level, answered=len(known), inputs=len(questions)))
 
     # Threads wait for the slowest of them at every matrix: beside a process that takes one of two cores, two threads
-    # answer in twice the time of one, and decode at a quarter of its speed (docs/log.md).
+    # answer in 1.7 times the time of one, and decode at a quarter of its speed (benchmarks/engine_threads.py).
     launch = replace(launch, threads=max(1, round(min(launch.threads, unused_cores()))))
     with start(with_cache(launch, cache)) as server:
         refuse_unheard_tools(workload, server)

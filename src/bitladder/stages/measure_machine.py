@@ -264,9 +264,9 @@ def _feeding(shape: Shape) -> tuple[int, int]:
     return 3 * shape.n_embd * shape.n_ff, 2 * shape.n_ff + shape.n_embd
 
 
-def ram_read(threads: int, *, each: int = 128 * MiB) -> float:
-    """Bytes per second of reading arrays of ``each`` bytes, far larger than any cache, one per core at once."""
-    arrays = [np.ones(each // 8, np.int64) for _ in range(threads)]
+def ram_read(threads: int) -> float:
+    """Bytes per second of summing arrays far larger than any cache, one per core at once."""
+    arrays = [np.ones(16 * MiB, np.int64) for _ in range(threads)]
 
     def read() -> None:
         workers = [threading.Thread(target=array.max) for array in arrays]

@@ -186,25 +186,22 @@ class _Engines:
         free = sum(gpu.vram_free for gpu in machine.gpus) if machine.gpus else machine.ram_available
         self._side_by_side = sum(sizes) <= SHARE_OF_MEMORY * free
         self._running: dict[int, Running] = {}
-        self._held: dict[int, int] = {}
-        """The round whose prompt an engine holds."""
-        self._undisturbed: set[int] = set()
-        """Whose prompt was computed while nothing else ran."""
+        self._prompts: dict[int, tuple[int, bool]] = {}
+        """The round whose prompt an engine holds, and whether others disturbed it."""
         self._busy = False
         """Whether other programs took the processor in the last turn."""
 
     def rates(self, at: int, number: int) -> _Round:
         """One level in round ``number``. A prompt that others disturbed is computed once more as soon as they seem to
         have gone."""
-        again = at in self._held and (at in self._undisturbed or self._busy)
-        repeat = self._held[at] if again else number
+        held, disturbed = self._prompts.get(at, (None, True))
+        repeat = number if held is None or (disturbed and not self._busy) else held
+        again = repeat == held
         with self.turn(at) as engine, OtherLoad() as others:
             prefill, decode = decode_rates(engine, repeat, again=again, past=self.past)
         self._busy = others.share > MOST_OTHERS_SHARE
-        if self._side_by_side:
-            self._held[at] = repeat
-            if not again and not self._busy:
-                self._undisturbed.add(at)
+        if self._side_by_side and not again:
+            self._prompts[at] = repeat, self._busy
         return _Round(prefill, decode, others.share, engine.load_seconds)
 
     @contextmanager

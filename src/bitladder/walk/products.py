@@ -11,6 +11,7 @@ Sums stay in f32. Nothing that is reported about a level is measured this way.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cache
@@ -31,13 +32,8 @@ _FEWEST_ATTENDING = 256
 """Tokens of a window below which torch's own attention is as fast."""
 
 
-class _HalfProducts(TorchFunctionMode):
-    """Inside it, linear layers of f32 weights and causal attention multiply in bfloat16, and still take and give
-    f32."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._last: tuple[torch.Tensor, torch.Tensor] | None = None
+class _Products(TorchFunctionMode, ABC):
+    """Inside it, linear layers and plainly causal attention go another way than torch's own."""
 
     def __torch_function__(
         self,
@@ -47,13 +43,45 @@ class _HalfProducts(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Called by torch instead of ``func``."""
-        if func is functional.linear and not kwargs and args[1].numel() >= _FEWEST and args[1].dtype == torch.float32:
-            x, weight, *bias = args
-            out = functional.linear(self._rounded(x), weight.bfloat16()).float()
-            return out if not bias or bias[0] is None else out + bias[0]
-        if func is functional.scaled_dot_product_attention and _plainly_causal(*args, **(kwargs or {})):
-            return _half_causal_attention(*args[:3], scale=(kwargs or {}).get("scale"))
-        return func(*args, **(kwargs or {}))
+        given = kwargs or {}
+        if func is functional.linear and len(args) > 1:
+            return self.linear(*args, **given)
+        if func is functional.scaled_dot_product_attention and _plainly_causal(*args, **given):
+            found = self.attention(*args[:3], scale=given.get("scale"))
+            if found is not None:
+                return found
+        return func(*args, **given)
+
+    @abstractmethod
+    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """As ``torch.nn.functional.linear``."""
+
+    @abstractmethod
+    def attention(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, scale: float | None
+    ) -> torch.Tensor | None:
+        """Of f32[windows, heads, n, width]; None where torch's own is to be taken."""
+
+
+class _HalfProducts(_Products):
+    """Products in bfloat16 that take and give f32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._last: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """In bfloat16, of f32 weights that are many."""
+        if weight.numel() < _FEWEST or weight.dtype != torch.float32:
+            return functional.linear(x, weight, bias)
+        out = functional.linear(self._rounded(x), weight.bfloat16()).float()
+        return out if bias is None else out + bias
+
+    def attention(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, scale: float | None
+    ) -> torch.Tensor:
+        """In bfloat16."""
+        return _half_causal_attention(query, key, value, scale=scale)
 
     def _rounded(self, x: torch.Tensor) -> torch.Tensor:
         """Queries, keys and values read the same tensor, one after another."""
@@ -62,25 +90,20 @@ class _HalfProducts(TorchFunctionMode):
         return self._last[1]
 
 
-class _FastProducts(TorchFunctionMode):
-    """Inside it, linear layers of f32 weights and causal attention multiply by oneDNN where nobody asks for gradients,
-    and attention where windows are long."""
+class _FastProducts(_Products):
+    """Products in f32 by oneDNN where nobody asks for gradients, those of attention where windows are long."""
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Called by torch instead of ``func``."""
-        if func is functional.linear and len(args) > 1:
-            return linear(*args, **(kwargs or {}))
-        if func is functional.scaled_dot_product_attention and _plainly_causal(*args, **(kwargs or {})):
-            query, key, value = args[:3]
-            if query.shape[2] >= _FEWEST_ATTENDING and _plain(query, key, value):
-                return _causal_attention(query, key, value, scale=(kwargs or {}).get("scale"))
-        return func(*args, **(kwargs or {}))
+    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """By whom it is fastest."""
+        return linear(x, weight, bias)
+
+    def attention(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, scale: float | None
+    ) -> torch.Tensor | None:
+        """By oneDNN."""
+        if query.shape[2] < _FEWEST_ATTENDING or not _plain(query, key, value):
+            return None
+        return _causal_attention(query, key, value, scale=scale)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -196,9 +219,8 @@ def half_products_pay() -> bool:
     """Whether this processor multiplies in bfloat16 faster than in f32: with AMX, or with AVX512_BF16 where that is no
     Intel's. Intel's vector units are slower at it (81 GF/s a core against 135, torch 2.13, matrices of the demo model),
     AMD's twice as fast; others would imitate the instructions."""
-    found: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # older torch does not tell
-    vectors = found.get("avx512_bf16") and not str(found.get("cpu_name", "")).startswith("Intel")
-    return bool(found.get("amx_bf16") or vectors)
+    found = _capabilities()
+    return bool(found.get("amx_bf16") or (found.get("avx512_bf16") and not _is_intels(found)))
 
 
 @cache
@@ -206,6 +228,16 @@ def one_dnn_pays() -> bool:
     """Whether oneDNN multiplies in f32 faster than torch does by itself: on x86 processors that are no Intel's, which
     MKL gives code for AVX2 at best. AMD EPYC with AVX-512, GF/s a core with torch 2.13, matrices of the demo model: 105
     and 240; with oneDNN held to AVX2 118. A rule and no measurement, so that results can be repeated."""
+    found = _capabilities()
+    slow = found.get("avx2") and torch._C.has_mkl and not _is_intels(found)
+    return bool(slow and hasattr(torch.ops.mkldnn, "_linear_pointwise"))
+
+
+def _capabilities() -> dict[str, object]:
+    """Of this processor; nothing where torch is too old to tell."""
     found: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-    known = found.get("avx2") and not str(found.get("cpu_name", "")).startswith("Intel")
-    return bool(known and torch._C.has_mkl and hasattr(torch.ops.mkldnn, "_linear_pointwise"))
+    return found
+
+
+def _is_intels(capabilities: Mapping[str, object]) -> bool:
+    return str(capabilities.get("cpu_name", "")).startswith("Intel")
