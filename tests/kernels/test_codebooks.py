@@ -95,14 +95,35 @@ def test_feedback_costs_less_and_counts_right(qtype: str) -> None:
     weights = np.asarray(rng.standard_t(5, (24, 512)) * 0.02, np.float32)
     factor = gptq.prepare(hessian, damp=1e-6, together=256)
     energy = np.diagonal(hessian).copy()
-    found = quantize_with_feedback(weights, qtype, factor, hessian=hessian, importance=energy, effort="fast")
-    wrong = (as_gguf(found.data, qtype) - weights).astype(np.float64)
-    assert found.cost == pytest.approx(float(np.einsum("ij,jk,ik->", wrong, hessian, wrong)), rel=1e-3)
-    assert found.cost < 0.92 * found.plain_cost
-    threads = quantize_with_feedback(
-        weights, qtype, factor, hessian=hessian, importance=energy, effort="fast", threads=3
-    )
-    np.testing.assert_array_equal(threads.data, found.data)
+    cost = {}
+    for effort in ("fast", "good", "best"):
+        found = quantize_with_feedback(weights, qtype, factor, hessian=hessian, importance=energy, effort=effort)
+        wrong = (as_gguf(found.data, qtype) - weights).astype(np.float64)
+        assert found.cost == pytest.approx(float(np.einsum("ij,jk,ik->", wrong, hessian, wrong)), rel=1e-3)
+        assert found.cost < 0.92 * found.plain_cost
+        cost[effort] = found.cost
+        threads = quantize_with_feedback(
+            weights, qtype, factor, hessian=hessian, importance=energy, effort=effort, threads=3
+        )
+        np.testing.assert_array_equal(threads.data, found.data)
+    assert cost["good"] < 0.95 * cost["fast"]  # entries, signs and steps in turns: 0.83 to 0.9 here
+    assert cost["best"] < cost["good"]
+
+
+@pytest.mark.parametrize("qtype", CODEBOOK)
+def test_columns_that_nothing_depends_on_and_rows_of_zeros_stand_still(qtype: str) -> None:
+    rng = np.random.default_rng(6)
+    inputs = rng.normal(size=(600, 512)) * (np.arange(512) % 8 != 3)
+    inputs[:, 256:] = 0
+    hessian = np.asarray(inputs.T @ inputs, np.float32)
+    weights = np.asarray(rng.normal(size=(5, 512)) * 0.02, np.float32)
+    weights[2] = 0
+    factor = gptq.prepare(hessian, damp=0.01, together=256)
+    found = quantize_with_feedback(weights, qtype, factor, hessian=hessian, importance=np.diagonal(hessian).copy())
+    back = dequantize(found.data, qtype)
+    assert np.isfinite(back).all()
+    assert not back[2].any()
+    assert found.cost <= found.plain_cost
 
 
 @pytest.mark.parametrize("qtype", CODEBOOK)

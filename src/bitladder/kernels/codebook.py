@@ -369,3 +369,132 @@ def feed_codebook(
                 wrong = (-value if (negative >> i) & 1 else value) - exact[at + i]
                 for later in range(at + form.width, BLOCK):
                     target[later] -= coupling[BLOCK * (at + i) + later] * wrong
+
+
+@helper
+def change_of(square: Any, at: Any, width: Any, by: Any, gradient: Any) -> Any:
+    """What the cost changes by when the columns from ``at`` on move by ``by``."""
+    total = np.float32(0)
+    for i in range(width):
+        inner = np.float32(0)
+        for j in range(width):
+            inner += square[BLOCK * (at + i) + at + j] * by[j]
+        total += by[i] * (np.float32(2) * gradient[at + i] + inner)
+    return total
+
+
+@helper
+def move(square: Any, at: Any, width: Any, by: Any, gradient: Any, value: Any) -> None:
+    """The values from ``at`` on move by ``by``, all gradients with them."""
+    for i in range(width):
+        if by[i] != 0:
+            value[at + i] += by[i]
+            for other in range(BLOCK):
+                gradient[other] += by[i] * square[BLOCK * (at + i) + other]
+
+
+@helper
+def better_step(
+    square: Any, at: Any, form: Any, unit: Any, whole: Any, gradient: Any, value: Any, entry: Any, by: Any
+) -> Any:
+    """The whole number of a sub-block with its entries as they are; the values move."""
+    q = np.float32(2 * whole + 1) * unit
+    slope, curve = np.float32(0), np.float32(0)
+    for i in range(form.size):
+        entry[i] = value[at + i] / q
+    for i in range(form.size):
+        inner = np.float32(0)
+        for j in range(form.size):
+            inner += square[BLOCK * (at + i) + at + j] * entry[j]
+        slope += entry[i] * gradient[at + i]
+        curve += entry[i] * inner
+    if curve <= 0:
+        return whole
+    found = nearest_odd(q - slope / curve, unit, form)
+    moved = np.float32(2 * found + 1) * unit - q
+    if moved * (np.float32(2) * slope + moved * curve) >= 0:
+        return whole
+    for i in range(form.size):
+        by[i] = moved * entry[i]
+    move(square, at, form.size, by, gradient, value)
+    return found
+
+
+@helper
+def signs_for(target: Any, at: Any, form: Any, weight: Any, byte: Any) -> Any:
+    """A byte of signs with those of a group's targets in their places; where their number must be even the cheapest of
+    the group is given up."""
+    place = at % 8
+    bits, count, cheapest, least = byte, 0, 0, np.float32(3e38)
+    for i in range(8):
+        if place <= i < place + form.width:
+            value = target[at + i - place]
+            cost = weight[at + i - place] * value * value
+            if cost < least:
+                cheapest, least = i, cost
+            if value < 0:
+                bits |= 1 << i
+            else:
+                bits &= ~(1 << i)
+        count += (bits >> i) & 1
+    if form.even and count % 2:
+        bits ^= 1 << cheapest
+    return bits
+
+
+@kernel
+def refine_codebook(
+    gradients: Any, values: Any, square: Any, inverse: Any, coupling: Any, pivots: Any, table: Any, form: Any,
+    scale: Any, whole: Any, variants: Any, tile: Any, room: Any, entries: Any, signs: Any,
+) -> None:  # fmt: skip
+    """Steps, entries and signs of one block of each row, each set in turn to what is best while all else stays
+    (``refine.py``): a group's entries are compared by what their errors cost together.
+
+    Args:
+        gradients: f32[rows * 256], the Hessian times the errors; moves along.
+        values: f32[rows * 256], what blocks stand for; moves along.
+        square: f32[256 * 256], the Hessian of these columns.
+        inverse: f32[256 * width], of each group's own square.
+        coupling: f32[256 * 256], pivots: f32[256]: a factor of each group's own square, as ``feed_codebook`` takes it.
+        table: f32[variants * width * entries].
+        form: a ``CodebookRow``.
+        scale: f32[rows].
+        whole, variants: i64[rows * parts]; whole numbers change.
+        tile: f32[176].
+        room: f32[576].
+        entries: i64[rows * 256 / width], signs: u8[rows * 32]; they change.
+    """
+    parts, groups = BLOCK // form.size, BLOCK // form.width
+    weight, target, entry, by = room[0:BLOCK], room[BLOCK : 2 * BLOCK], room[512:544], room[544:576]
+    for i in range(BLOCK):
+        weight[i] = square[BLOCK * i + i]
+    for row in range(scale.size):
+        unit = scale[row] * np.float32(form.unit) / np.float32(8)
+        if unit <= 0:
+            continue
+        gradient, value = gradients[BLOCK * row : BLOCK * (row + 1)], values[BLOCK * row : BLOCK * (row + 1)]
+        for group in range(groups):
+            at = form.width * group
+            part = at // form.size
+            if at % form.size == 0:
+                whole[parts * row + part] = better_step(
+                    square, at, form, unit, whole[parts * row + part], gradient, value, entry, by
+                )
+            step = np.float32(2 * whole[parts * row + part] + 1) * unit
+            for i in range(form.width):
+                away = np.float32(0)
+                for j in range(form.width):
+                    away += inverse[form.width * (at + i) + j] * gradient[at + j]
+                target[at + i] = value[at + i] - away
+            byte = np.int64(signs[32 * row + at // 8])
+            bits = byte if form.signed else signs_for(target, at, form, weight, byte)
+            negative = 0 if form.signed else bits >> (at % 8)
+            first = variants[parts * row + part] * form.width * form.entries
+            found = nearest_entry(table, first, form, step, target, target, at, negative, coupling, pivots, tile)
+            for i in range(form.width):
+                new = step * table[first + i * form.entries + found]
+                by[i] = (-new if (negative >> i) & 1 else new) - value[at + i]
+            if change_of(square, at, form.width, by, gradient) < 0:
+                move(square, at, form.width, by, gradient, value)
+                entries[groups * row + group] = found
+                signs[32 * row + at // 8] = bits

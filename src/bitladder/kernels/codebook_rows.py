@@ -15,8 +15,8 @@ own grids); entries of IQ1 are -1, 0 and 1, shifted up or down by an eighth.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import numpy as np
@@ -110,6 +110,17 @@ class Found:
     variants: I64
     entries: I64
     signs: U8
+
+
+def joined(parts: Sequence[Found]) -> Found:
+    """Blocks of several, one after another."""
+    each = {field.name: [getattr(part, field.name) for part in parts] for field in fields(Found)}
+    return Found(**{name: np.concatenate(own) for name, own in each.items()})
+
+
+def part_of(found: Found, rows: slice) -> Found:
+    """Some of its blocks; the same memory."""
+    return Found(**{field.name: getattr(found, field.name)[rows] for field in fields(Found)})
 
 
 @functools.cache

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,7 @@ U8 = NDArray[np.uint8]
 
 _QUANTIZE = Compiled("bitladder.kernels.codebook", "quantize_codebook")
 _FEED = Compiled("bitladder.kernels.codebook", "feed_codebook")
+_REFINE = Compiled("bitladder.kernels.codebook", "refine_codebook")
 
 
 def find(weights: F32, columns: int, qtype: str, importance: F32 | None, effort: Effort) -> Found:
@@ -68,3 +69,51 @@ def feed(qtype: str, found: Found, weights: F32, coupling: F32, pivots: F32) -> 
         np.empty(176, np.float32), np.empty(2 * BLOCK, np.float32), entries.reshape(-1), signs.reshape(-1),
     )  # fmt: skip
     return replace(found, entries=entries, signs=signs)
+
+
+def refine(qtype: str, found: Found, values: F32, gradients: F32, square: F32, own: Groups) -> F32:
+    """What blocks stand for, f32[rows, 256], after each step, entry and sign has been set to what is best while all
+    else stays; ``found`` changes in place, and what was ``values`` before is overwritten.
+
+    Args:
+        qtype: a key of ``CODEBOOK``.
+        found: a block for each row; contiguous.
+        values: f32[rows, 256], what it stands for.
+        gradients: f32[rows, 256], the whole Hessian times the errors of whole rows; overwritten.
+        square: f32[256, 256], the Hessian of these columns.
+        own: of ``square``.
+    """
+    row = CODEBOOK[qtype]
+    _REFINE(
+        gradients.reshape(-1), values.reshape(-1), square.reshape(-1), own.inverse, own.coupling, own.pivots,
+        table_of(qtype).reshape(-1), row, found.scale, found.whole.reshape(-1), found.variants.reshape(-1),
+        np.empty(176, np.float32), np.empty(576, np.float32), found.entries.reshape(-1), found.signs.reshape(-1),
+    )  # fmt: skip
+    return values
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Of the square of each group of columns that is one entry: its inverse, and its factor as the kernels take it."""
+
+    inverse: F32
+    coupling: F32
+    pivots: F32
+
+    @staticmethod
+    def of(square: F32, qtype: str) -> Groups:
+        """Of a Hessian f32[256, 256], positive definite.
+
+        Raises:
+            numpy.linalg.LinAlgError: it is not.
+        """
+        width = CODEBOOK[qtype].width
+        starts = np.arange(0, BLOCK, width)
+        each = starts[:, None] + np.arange(width)
+        squares = square[each[:, :, None], each[:, None, :]].astype(np.float64)
+        upper = np.linalg.cholesky(squares[:, ::-1, ::-1])[:, ::-1, ::-1]
+        diagonal = np.diagonal(upper, axis1=1, axis2=2)
+        coupling = np.zeros((BLOCK, BLOCK), np.float32)
+        coupling[each[:, :, None], each[:, None, :]] = upper / diagonal[:, None, :] - np.eye(width)
+        inverse = np.linalg.inv(squares).astype(np.float32)
+        return Groups(inverse.reshape(-1), coupling.reshape(-1), (diagonal**2).astype(np.float32).reshape(-1))

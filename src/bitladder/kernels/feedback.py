@@ -4,13 +4,17 @@ Columns are handled in chunks of blocks, the chunk with the most energetic input
 importance-weighted search (``kernels.quantize``) finds scales and minima for what its weights have become by then,
 moved to make up for the errors before it. Its codes are chosen column by column, the most energetic first, each
 rounding error moved into the columns still to come (``gptq.py``). Blocks stay where they are in storage, so any
-llama.cpp reads the result. At last codes and scales are improved in turns under the whole Hessian (``refine.py``).
+llama.cpp reads the result. At last codes and scales are improved in turns under the whole Hessian (``refine.py``), a
+codebook's entries, signs and steps likewise.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,19 +22,22 @@ import numpy.typing as npt
 from bitladder.formats.blocks import QTYPES
 from bitladder.kernels import codebook_search, gptq, gptq_device
 from bitladder.kernels.api import dequantize, quantize
-from bitladder.kernels.codebook_rows import CODEBOOK, pack, values_of
+from bitladder.kernels.codebook_rows import BLOCK, CODEBOOK, Found, joined, pack, part_of, values_of
 from bitladder.kernels.codes import CODE_BITS, grid_of, with_codes
 from bitladder.kernels.grid import F32
 from bitladder.kernels.refine import refine
 from bitladder.kernels.rows import Effort
 
 U8 = npt.NDArray[np.uint8]
+T = TypeVar("T")
 
-REVISION = "4"
+REVISION = "5"
 """Raised whenever the bytes of fitted files change for another reason than the kernels' own revision."""
 _CHUNKS = (256, 128, 64, 32)
 _SWEEPS: dict[Effort, int] = {"fast": 0, "good": 2, "best": 8}
 """How often codes and scales are improved in turns: half of what they can gain comes from two (docs/log.md)."""
+_CODEBOOK_SWEEPS: dict[Effort, int] = {"fast": 0, "good": 4, "best": 8}
+"""The same of entries: a sweep takes a tenth of the time that finding them does."""
 
 
 @dataclass(frozen=True)
@@ -84,10 +91,12 @@ def quantize_with_feedback(
     The error is never above that of plain rounding: rows that feedback did not help are rounded plainly.
     """
     plain = quantize(weights, qtype, importance=importance, effort=effort, threads=threads, device=device)
-    fed = _fed(weights, qtype, factor, importance, effort, threads, device)
+    fed, found = _fed(weights, qtype, factor, importance, effort, threads, device)
     if _SWEEPS[effort] and qtype in CODE_BITS:
         chunk = chunk_of(weights.shape[1])
         fed = refine(fed, qtype, weights, hessian, ridge=factor.ridge, chunk=chunk, sweeps=_SWEEPS[effort])
+    elif _CODEBOOK_SWEEPS[effort]:
+        fed = _entries_in_turns(found, qtype, weights, hessian, factor.ridge, _CODEBOOK_SWEEPS[effort], threads)
     cost, plain_cost = (
         gptq.cost_of(factor, dequantize(data, qtype, threads=threads) - weights) for data in (fed, plain)
     )
@@ -98,8 +107,9 @@ def quantize_with_feedback(
 
 def _fed(
     weights: F32, qtype: str, factor: gptq.Factor, importance: F32, effort: Effort, threads: int, device: str
-) -> U8:
-    """Blocks chunk by chunk, scales searched for weights that make up for the errors before them."""
+) -> tuple[U8, list[Found]]:
+    """Blocks chunk by chunk, scales searched for weights that make up for the errors before them; of codebook formats
+    also what was found for each run of 256 columns."""
     from scipy.linalg import solve_triangular
 
     choose = gptq_device.apply_on(device)
@@ -107,6 +117,7 @@ def _fed(
     chunk, kind = chunk_of(columns), QTYPES[qtype]
     errors = np.zeros((columns, rows), np.float32)
     out = np.empty((rows, kind.row_bytes(columns)), np.uint8)
+    by_column: dict[int, Found] = {}
     for start in range(0, columns, chunk):
         own = slice(start, start + chunk)
         part, first = factor.part(start, start + chunk), int(factor.order[own].min())
@@ -117,7 +128,8 @@ def _fed(
             within = part.coupling.T + np.eye(chunk, dtype=np.float32)
             targets[:, part.order] -= solve_triangular(within, pulled, lower=True, unit_diagonal=True).T
         if qtype in CODEBOOK:
-            data, values = _entries(part, targets, qtype, importance[stored], effort, threads)
+            found = by_column[first] = _entries(part, targets, qtype, importance[stored], effort, threads)
+            data, values = pack(qtype, found), values_of(qtype, found)
         else:
             data = quantize(
                 targets, qtype, importance=importance[stored], effort=effort, threads=threads, device=device
@@ -127,27 +139,54 @@ def _fed(
             data, values = with_codes(data, qtype, codes), grid.values(codes)
         out[:, kind.row_bytes(first) : kind.row_bytes(first + chunk)] = data
         errors[own] = (values - weights[:, stored])[:, part.order].T
-    return out
+    return out, [by_column[first] for first in sorted(by_column)]
 
 
-def _entries(
-    part: gptq.Factor, targets: F32, qtype: str, importance: F32, effort: Effort, threads: int
-) -> tuple[U8, F32]:
-    """A block of each row in a codebook format, and what it stands for. An entry holds neighbours, so columns are
-    handled in storage order: the factor is made anew of the chunk's own Hessian, all columns before it fixed."""
+def _entries(part: gptq.Factor, targets: F32, qtype: str, importance: F32, effort: Effort, threads: int) -> Found:
+    """A block of each row in a codebook format. An entry holds neighbours, so columns are handled in storage order: the
+    factor is made anew of the chunk's own Hessian, all columns before it fixed."""
     unit = part.coupling + np.eye(len(part.order), dtype=np.float32)
     square = np.empty_like(unit)
     square[np.ix_(part.order, part.order)] = (unit * part.pivots.astype(np.float32)) @ unit.T
     stored = gptq.prepare(square, damp=0, act_order=False)
     pivots = stored.pivots.astype(np.float32)
 
-    def rows(start: int, stop: int) -> tuple[U8, F32]:
-        own = np.ascontiguousarray(targets[start:stop])
+    def some(rows: slice) -> Found:
+        own = np.ascontiguousarray(targets[rows])
         found = codebook_search.find(own.reshape(-1), own.shape[1], qtype, importance, effort)
-        found = codebook_search.feed(qtype, found, own, stored.coupling, pivots)
-        return pack(qtype, found), values_of(qtype, found)
+        return codebook_search.feed(qtype, found, own, stored.coupling, pivots)
 
-    step = max(1, len(targets) // max(4 * threads, 1))
+    return joined(_in_threads(some, len(targets), threads))
+
+
+def _entries_in_turns(
+    found: Sequence[Found], qtype: str, weights: F32, hessian: F32, ridge: float, sweeps: int, threads: int
+) -> U8:
+    """The blocks of whole rows, of what was found for each run of 256 columns, improved in turns as in ``refine.py``.
+    ``found`` changes in place."""
+    values = np.concatenate([values_of(qtype, one) for one in found], axis=1)
+    errors, added = values - weights, np.float32(ridge)
+    for at in list(range(len(found))) * sweeps:
+        columns = slice(BLOCK * at, BLOCK * (at + 1))
+        gradients = np.asarray(errors @ hessian[:, columns] + added * errors[:, columns], np.float32)
+        square = np.asarray(hessian[columns, columns] + added * np.eye(BLOCK, dtype=np.float32), np.float32)
+        own = np.ascontiguousarray(values[:, columns])
+        turn = partial(
+            _entries_improved, qtype, found[at], own, gradients, square, codebook_search.Groups.of(square, qtype)
+        )
+        values[:, columns] = np.concatenate(_in_threads(turn, len(weights), threads))
+        errors[:, columns] = values[:, columns] - weights[:, columns]
+    return np.concatenate([pack(qtype, one) for one in found], axis=1)
+
+
+def _entries_improved(
+    qtype: str, found: Found, values: F32, gradients: F32, square: F32, groups: codebook_search.Groups, rows: slice
+) -> F32:
+    return codebook_search.refine(qtype, part_of(found, rows), values[rows], gradients[rows], square, groups)
+
+
+def _in_threads(work: Callable[[slice], T], rows: int, threads: int) -> list[T]:
+    """What comes of runs of rows, in their order."""
+    step = max(1, rows // max(4 * threads, 1))
     with ThreadPoolExecutor(max_workers=max(threads, 1)) as pool:
-        parts = list(pool.map(rows, range(0, len(targets), step), range(step, len(targets) + step, step)))
-    return np.concatenate([data for data, _ in parts]), np.concatenate([values for _, values in parts])
+        return list(pool.map(work, (slice(start, start + step) for start in range(0, rows, step))))
