@@ -13,10 +13,14 @@ def runs(text: str, n: int = 6) -> set[tuple[str, ...]]:
 
 def test_no_run_of_words_is_both_measured_and_calibrated_on():
     measured = set().union(*(runs(document.text) for document in shipped_texts("texts")))
-    fitted = set().union(*(runs(document.text) for document in shipped_texts("calibration")))
-    assert len(measured) > 4000
-    assert len(fitted) > 4000
-    assert not measured & fitted
+    for folder, least in (("calibration", 4000), ("calibration/wide", 20000)):
+        fitted = set().union(*(runs(document.text) for document in shipped_texts(folder)))
+        assert len(measured) > 4000
+        assert len(fitted) > least
+        assert not measured & fitted
+    wide = shipped_texts("calibration/wide")
+    assert not {one.name for one in wide} & {one.name for one in shipped_texts("calibration")}
+    assert all(2000 < len(one.text.encode()) < 4000 for one in wide)
 
 
 def test_measuring_text_has_documents_enough_for_intervals():

@@ -32,6 +32,9 @@ def test_languages_and_kinds_by_name_script_and_extension(tmp_path):
 def test_the_shipped_text_says_its_languages():
     found = {language for one in shipped_texts("calibration") for language in languages_of(one)}
     assert " ".join(sorted(found)) == "ar code data de en es fr hi it ja nl pl pt ru sv zh"
+    wide = {language for one in shipped_texts("calibration/wide") for language in languages_of(one)}
+    assert wide >= found
+    assert len(wide) == 35
 
 
 def test_a_text_is_described_by_document():

@@ -11,7 +11,7 @@ from bitladder.files import texts as text_files
 from bitladder.files.texts import shipped_texts
 from bitladder.progress import StepsOnly
 from bitladder.stages.calibration import calibration_texts
-from bitladder.stages.job import SELF, SHIPPED, Journal, Work, opened
+from bitladder.stages.job import SELF, SHIPPED, WIDE, Build, Journal, Work, opened
 from tiny_engine import write_tiny
 
 SEEDS = (
@@ -113,10 +113,15 @@ def test_mixes_are_in_the_order_in_which_they_are_named(few, demo_gguf, tmp_path
     (tmp_path / "mine.txt").write_text("My own text.", encoding="utf-8")
     with opened(str(demo_gguf), Work(threads=2)) as job:
         names = [one.name for one in calibration_texts(job, [tmp_path / "mine.txt", SELF, SHIPPED, SELF])]
-        shipped = [one.name for one in shipped_texts("calibration")]
+        shipped, more = ([one.name for one in shipped_texts(f"calibration{of}")] for of in ("", "/wide"))
+        wide = [one.name for one in calibration_texts(job, [SHIPPED, WIDE, tmp_path / "mine.txt"])]
         kept = [one.name for one in own.own_texts(job).kept]
     assert kept
     assert names == ["mine", *kept, *shipped]
+    assert wide == [*shipped, *more, "mine"]  # the shipped one is a part of the wide one
+    by_effort = {effort: Build(out=tmp_path, effort=effort).calibration for effort in ("fast", "good", "best")}
+    assert by_effort == {"fast": (SHIPPED,), "good": (SHIPPED,), "best": (WIDE,)}
+    assert Build(out=tmp_path, effort="best", texts=(SELF,)).calibration == (SELF,)
 
 
 def test_where_the_engine_does_not_run_it_other_text_is_named(few, tmp_path):

@@ -68,9 +68,10 @@ Calibrate = Annotated[
     typer.Option(
         "--calibrate",
         "--text",
-        metavar="self|shipped|FILE",
-        help="Calibrate on text that the model writes itself, the one that ships, or a file; repeat it for a mix.",
-        show_default="shipped",
+        metavar="self|shipped|wide|FILE",
+        help="Calibrate on text that the model writes itself, the one that ships, all that ships, or a file; repeat it "
+        "for a mix.",
+        show_default="shipped; with --effort best wide",
     ),
 ]
 EffortName = Annotated[
@@ -118,9 +119,9 @@ def effort_named(text: str) -> Effort:
 
 def calibration_named(parts: list[str] | None) -> tuple[CalibrationPart, ...]:
     """What to calibrate on; a file called ``self`` is ``./self``."""
-    from bitladder.stages.job import SELF, SHIPPED
+    from bitladder.stages.job import SELF, SHIPPED, WIDE
 
-    return tuple(one if one in (SELF, SHIPPED) else Path(one) for one in parts or ())
+    return tuple(one if one in (SELF, SHIPPED, WIDE) else Path(one) for one in parts or ())
 
 
 def way_named(text: str | None) -> Way | None:

@@ -127,7 +127,7 @@ def recipe(options: RecipeOptions, json_output: JsonFlag = False) -> None:
             )  # fmt: skip
             request = RecipeRequest(
                 wish, level=options.level, fits=options.fits, n_ctx=options.ctx, build=build if options.out else None,
-                texts=build.texts,
+                texts=build.calibration,
             )  # fmt: skip
             result = make_recipe(options.model, request, work)
     if json_output:
@@ -191,7 +191,7 @@ def _mixed(options: RecipeOptions, build: Build, limits: list[str], work: Work) 
         bytes=parse_bytes(options.budget) if options.budget else None, bpw=options.bpw, kl=options.kl,
         least_decode=options.least_decode, speeds=speeds,
     )  # fmt: skip
-    request = MixRequest(wish, schemes or SCHEMES, build if options.out else None, build.texts)
+    request = MixRequest(wish, schemes or SCHEMES, build if options.out else None, build.calibration)
     return make_mix(options.model, request, work)
 
 

@@ -15,7 +15,8 @@ from bitladder.errors import BadInput
 
 
 def shipped_texts(folder: str = "texts") -> list[Document]:
-    """Documents that ship with the package, by name: ``texts`` to measure on, ``calibration`` to calibrate on."""
+    """Documents that ship with the package, by name: ``texts`` to measure on, ``calibration`` to calibrate on and
+    ``calibration/wide``, which is more of that."""
     files = (resources.files("bitladder") / "data" / folder).iterdir()
     return [
         Document(file.name.removesuffix(".txt"), file.read_text(encoding="utf-8"))

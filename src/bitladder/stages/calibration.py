@@ -14,10 +14,10 @@ from bitladder.stages.engine_way import announce, engine_matrix, instead_of_walk
 from bitladder.stages.forecast import forecast, walking_need
 from bitladder.stages.job import (
     AUTO,
-    DEFAULT_CALIBRATION,
     NONE,
     SELF,
     SHIPPED,
+    WIDE,
     Build,
     CalibrationPart,
     Job,
@@ -50,13 +50,19 @@ def calibration_texts(job: Job, parts: Sequence[CalibrationPart] = ()) -> list[D
     """
     from bitladder.files.texts import read_texts, shipped_texts
 
+    shipped, wider = "calibration", "calibration/wide"
+    wanted = list(dict.fromkeys(parts or (SHIPPED,)))
+    if WIDE in wanted and SHIPPED in wanted:
+        wanted.remove(SHIPPED)  # a part of it
     found: list[Document] = []
-    for part in dict.fromkeys(parts or DEFAULT_CALIBRATION):
+    for part in wanted:
         if part == SELF:
             found += job.once(SELF, lambda: own_documents(job))
+        elif part in (SHIPPED, WIDE):
+            found += shipped_texts(shipped) + (shipped_texts(wider) if part == WIDE else [])
         else:
-            found += shipped_texts("calibration") if part == SHIPPED else read_texts([Path(part)])
-    return found or shipped_texts("calibration")
+            found += read_texts([Path(part)])
+    return found or shipped_texts(shipped)
 
 
 def calibration_documents(job: Job, build: Build) -> list[Document]:
@@ -65,7 +71,7 @@ def calibration_documents(job: Job, build: Build) -> list[Document]:
     from bitladder.describe.text import CHARACTERS_PER_TOKEN, text_hash
     from bitladder.plan.calibration_text import LEAST_TOKENS
 
-    whole = calibration_texts(job, build.texts)
+    whole = calibration_texts(job, build.calibration)
     if build.calibration_share >= 1:
         return whole
     wanted = max(
@@ -199,7 +205,7 @@ def make_imatrix(
     from bitladder.files.imatrix import made_from, write_imatrix
     from bitladder.files.outputs import check_output
 
-    files = [Path(text) for text in texts if text not in (SELF, SHIPPED)]
+    files = [Path(text) for text in texts if text not in (SELF, SHIPPED, WIDE)]
     with opened(model, work) as job:
         source = job.source
         check_output(

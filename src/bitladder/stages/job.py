@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,12 +27,12 @@ CPU = "cpu"
 AUTO = "auto"
 """Make an importance matrix from the calibration text."""
 NONE = "none"
-SELF, SHIPPED = "self", "shipped"
-"""Calibration text that the model writes itself, and the one that comes with the package."""
-DEFAULT_CALIBRATION = (SHIPPED,)
-"""What the figures in the documents were measured with; no other was measured to be better (docs/calibrate.md)."""
+SELF, SHIPPED, WIDE = "self", "shipped", "wide"
+"""Calibration text that the model writes itself, the one that comes with the package, and all that comes with it."""
+DEFAULT_CALIBRATION: Mapping[Effort, str] = {"fast": SHIPPED, "good": SHIPPED, "best": WIDE}
+"""What measured best of what an effort has the time for (docs/calibrate.md)."""
 CalibrationPart = str | Path
-"""A file or folder of texts, ``SELF`` or ``SHIPPED``."""
+"""A file or folder of texts, ``SELF``, ``SHIPPED`` or ``WIDE``."""
 T = TypeVar("T")
 
 
@@ -276,7 +276,7 @@ class Build:
     effort: Effort = "good"
     """How long to search for scales and codes."""
     texts: Sequence[CalibrationPart] = ()
-    """What is calibrated on; ``DEFAULT_CALIBRATION`` where nothing is named."""
+    """What is calibrated on; ``DEFAULT_CALIBRATION`` of the effort where nothing is named."""
     tuning: Sequence[CalibrationPart] = ()
     """What the numbers beside codes are tuned on, of levels with error feedback; nothing: they are not."""
     calibration_share: float = 1.0
@@ -291,3 +291,8 @@ class Build:
     """Cut GGUF levels into parts of at most so many bytes of weights."""
     requantize: bool = False
     """Plain GGUF levels change weights in a type that models are trained in, too."""
+
+    @property
+    def calibration(self) -> Sequence[CalibrationPart]:
+        """What is calibrated on, named or by default."""
+        return self.texts or (DEFAULT_CALIBRATION[self.effort],)

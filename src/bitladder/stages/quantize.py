@@ -186,7 +186,7 @@ def calibrate_levels(
     from bitladder.walk.checkpoint_walk import Settings
     from bitladder.walk.products import half_for
 
-    source, documents = job.source, calibration_texts(job, build.texts)
+    source, documents = job.source, calibration_texts(job, build.calibration)
     wanted: list[Product] = [*(with_schemes(job, level, build) for level in levels.checkpoints), *levels.folded]
     if build.imatrix == AUTO and levels.use_importance and not importance_file(job, documents).exists():
         wanted.append(ImportanceVectors())

@@ -191,7 +191,7 @@ def fitted_level(job: Job, level: FeedbackLevel, build: Build) -> FittedLevel:
     """
     from bitladder.plan.recipe import Limits
 
-    request = RecipeRequest(Limits(bpw=level.bpw), level=level.recipe, build=build, texts=build.texts)
+    request = RecipeRequest(Limits(bpw=level.bpw), level=level.recipe, build=build, texts=build.calibration)
     result = recipe_of(job, request)
     if result.fitted is None or result.held_out is None:
         raise ValueError("a recipe with a folder was not written")
@@ -212,7 +212,7 @@ def reapply(file: Path, model: str, build: Build, work: Work) -> RecipeResult:
     with opened(model, work) as job:
         job.require_tokenizer()
         own = reapplied(recipe, job.source.model)
-        return _written(job, own, parts_of_text(job.windows(calibration_texts(job, build.texts))), build)
+        return _written(job, own, parts_of_text(job.windows(calibration_texts(job, build.calibration))), build)
 
 
 def read_recipe(file: Path) -> Recipe:

@@ -252,7 +252,7 @@ def with_schemes(job: Job, level: CheckpointLevel, build: Build) -> CheckpointLe
 
     storage = SchemeStorage(job.source, checkpoint=job.found.checkpoint, threads=job.threads)
     storage.require(Limits(bpw=form.bits))
-    parts = parts_of_text(job.windows(calibration_texts(job, build.texts)))
-    table, _ = weighed_tensors(job, parts, build.texts, storage)
+    parts = parts_of_text(job.windows(calibration_texts(job, build.calibration)))
+    table, _ = weighed_tensors(job, parts, build.calibration, storage)
     recipe = choose_schemes(table, storage.linears.groups, job.source.model, Limits(bpw=form.bits))
     return storage.level(recipe, form.bits)
