@@ -19,12 +19,11 @@ from bitladder.plan.recipe import recipe_bytes
 from bitladder.plan.tuning import chosen, held_places, numbers_of_level
 from bitladder.records.recipe import Recipe, Tuning
 from bitladder.report.recipe import tuning_line
-from bitladder.stages import feedback, recipe, tuning
+from bitladder.stages import calibration, feedback, tuning
 from bitladder.stages.feedback import write_with_feedback
 from bitladder.stages.fidelity import file_candidate, walk
 from bitladder.stages.forecast import walking_need, with_tuning
 from bitladder.stages.job import Build
-from bitladder.stages.weighing import RecipeTexts
 from bitladder.walk import feedback as walk_feedback
 from bitladder.walk.feedback import FeedbackSettings
 from bitladder.walk.tuning import TuneSettings
@@ -178,18 +177,18 @@ def test_text_that_codes_are_fitted_to_is_not_tuned_on(tiny, monkeypatch):
         def windows(self, documents):
             return documents
 
-    monkeypatch.setattr(recipe, "calibration_texts", lambda _job, parts: list(parts))
-    parts = RecipeTexts([], fitting, own[:2])
-    assert recipe.tuning_windows(Job(), parts, Build(out=Path())) == []
-    assert recipe.tuning_windows(Job(), parts, Build(out=Path(), tuning=[*fitting, *own])) == own[2:]
+    monkeypatch.setattr(calibration, "calibration_texts", lambda _job, parts: list(parts))
+    known = [*fitting, *own[:2]]
+    assert calibration.tuning_windows(Job(), known, Build(out=Path())) == []
+    assert calibration.tuning_windows(Job(), known, Build(out=Path(), tuning=[*fitting, *own])) == own[2:]
     with pytest.raises(BadInput, match="that codes are fitted to"):
-        recipe.tuning_windows(Job(), parts, Build(out=Path(), tuning=fitting))
+        calibration.tuning_windows(Job(), known, Build(out=Path(), tuning=fitting))
 
 
 def test_what_tuning_takes_is_said_before(tiny):
     source, made, fitting, own = tiny
     need = walking_need(source, fitting, ("test",), kind="fit")
-    more = with_tuning(need, source, made, own)
+    more = with_tuning(need, source, numbers_of_level(source.model.tensors, made.qtypes), own)
     assert more.ram_bytes > need.ram_bytes + 24 * numbers_of_level(source.model.tensors, made.qtypes)
     assert more.seconds > need.seconds
     assert more.what.endswith("and tune it")
@@ -197,10 +196,10 @@ def test_what_tuning_takes_is_said_before(tiny):
 
 def test_tuning_is_for_files_that_are_written(tiny):
     source, *_ = tiny
-    for more in ([], ["--out", "x", "--to", "vllm"]):
+    for more in ([], ["--to", "vllm"]):
         result = CliRunner().invoke(app, ["recipe", str(source.path), "--bpw", "5", "--tune", "self", *more])
         assert result.exit_code != 0
-        assert "--tune is for GGUF files" in result.output
+        assert "--tune is for files that are written" in result.output
 
 
 def test_a_line_says_what_came_of_it():

@@ -74,6 +74,14 @@ Calibrate = Annotated[
         show_default="shipped; with --effort best wide",
     ),
 ]
+Tune = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tune",
+        metavar="self|FILE",
+        help="Tune scales (of GGUF blocks minima and norms, too) on this text so that predictions match the source's.",
+    ),
+]
 EffortName = Annotated[
     str, typer.Option("--effort", metavar="fast|good|best", help="How long to search for scales and codes.")
 ]
@@ -193,6 +201,7 @@ class QuantizeOptions(WorkOptions):
     out: Annotated[Path, typer.Option("--out", help="Folder to write into.")] = Path()
     imatrix: Importance = "auto"
     calibrate: Calibrate = None
+    tune: Tune = None
     effort: EffortName = "good"
     split_max_size: Annotated[
         str | None,
@@ -210,7 +219,8 @@ class QuantizeOptions(WorkOptions):
 
         return Build(
             out=self.out, imatrix=self.imatrix, effort=effort_named(self.effort),
-            texts=calibration_named(self.calibrate), force=self.force, requantize=self.requantize,
+            texts=calibration_named(self.calibrate), tuning=calibration_named(self.tune), force=self.force,
+            requantize=self.requantize,
             split_max_bytes=parse_bytes(self.split_max_size) if self.split_max_size else None,
         )  # fmt: skip
 

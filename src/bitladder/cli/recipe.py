@@ -13,6 +13,7 @@ from bitladder.cli.build import (
     Context,
     EffortName,
     Force,
+    Tune,
     WorkOptions,
     calibration_named,
     effort_named,
@@ -75,14 +76,7 @@ class RecipeOptions(WorkOptions):
         str | None, typer.Option("--apply", metavar="MODEL", help="Make this model by the recipe of the file MODEL.")
     ] = None
     calibrate: Calibrate = None
-    tune: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--tune",
-            metavar="self|FILE",
-            help="Tune block scales, minima and norms on this text so that predictions match the source's.",
-        ),
-    ] = None
+    tune: Tune = None
     effort: EffortName = "good"
     force: Force = False
 
@@ -108,8 +102,8 @@ def recipe(options: RecipeOptions, json_output: JsonFlag = False) -> None:
         out=options.out or Path(), effort=effort_named(options.effort), texts=calibration_named(options.calibrate),
         tuning=calibration_named(options.tune), force=options.force,
     )  # fmt: skip
-    if options.tune and (options.to.lower() == VLLM or options.out is None):
-        raise UsageError("--tune is for GGUF files that are written.", do="Give --out, and no --to vllm.")
+    if options.tune and options.out is None:
+        raise UsageError("--tune is for files that are written.", do="Give --out.")
     with options.working(quiet=json_output) as work:
         if options.to.lower() == VLLM:
             result = _mixed(options, build, limits, work)

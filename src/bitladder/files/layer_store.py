@@ -12,7 +12,7 @@ import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,6 +113,28 @@ class LayerStore(ABC):
     def note_layer(self, layer: int, notes: Sequence[Mapping[str, Any]], *, seconds: float = 0.0) -> None:
         """Note that ``layer_file`` holds a whole layer."""
         self._append(_of_layer(FinishedLayer(layer, tuple(dict(note) for note in notes), seconds)))
+
+    def replace_layers(
+        self, layers: Iterator[tuple[int, Mapping[str, torch.Tensor]]], digests: Mapping[str, str]
+    ) -> None:
+        """Put other tensors of finished layers in the place of theirs, and note what they decode to, by name.
+
+        Until the last of them is written the log has the old digests: a killed call is to be made again.
+
+        Raises:
+            OutputError: no room.
+        """
+        with writing(self.partial):
+            for layer, tensors in layers:
+                _save(self.layer_file(layer), tensors)
+            told = [
+                replace(one, tensors=tuple({**note, "digest": digests.get(note["tensor"], note.get("digest", ""))}
+                        for note in one.tensors))
+                for one in self.finished()
+            ]  # fmt: skip
+            lines = [self._first_line(), *(line for one in told for line in _of_layer(one))]
+            with written_aside(self.partial / _LOG) as file:
+                file.write(_lines(lines).encode())
 
     def discard(self) -> None:
         """Remove the partial work."""

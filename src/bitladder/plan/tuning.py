@@ -46,6 +46,12 @@ def chosen(
         for info in tensors
         if (info.name.startswith("blk.") or info.name in also) and (shape := _shape(info, qtype(info.name)))
     }
+    return finest(shapes, tokens)
+
+
+def finest(shapes: Mapping[str, tuple[int, ...]], tokens: int) -> TuningChoice:
+    """The finest way to move numbers of these shapes, by what they move together as, that a text of so many tokens is
+    long enough for."""
     for grain in _COARSER:
         shares = sum(prod(shape_of(grain, shape)) for shape in shapes.values())
         if shares <= tokens * _SHARES_PER_TOKEN or grain == _COARSER[-1]:

@@ -48,8 +48,11 @@ from bitladder.records.calibration import (
 )
 from bitladder.records.coverage import coverage, coverage_of_counts
 from bitladder.records.reading import from_json
-from bitladder.stages.forecast import largest_layer
+from bitladder.records.recipe import Tuning
+from bitladder.report.recipe import tuning_line
+from bitladder.stages.forecast import largest_layer, with_tuning
 from bitladder.stages.model_route import route_of
+from bitladder.stages.tuning import Tuner
 from bitladder.units import Basis
 from bitladder.walk.checkpoint_result import finish_folder, losses_of, proved
 from bitladder.walk.checkpoint_walk import FLOAT_TYPES, CalibrationWalk, Settings
@@ -57,6 +60,8 @@ from bitladder.walk.layers import LayeredModel
 from bitladder.walk.opened import layered
 from bitladder.walk.spread import spread_over
 from bitladder.walk.states import SHARD_TOKENS
+from bitladder.walk.tuned_checkpoint import StoredLevel
+from bitladder.walk.tuning import TuneSettings
 from bitladder.walk.weights import FileWeights
 from bitladder.walk.whole import WholeModel
 
@@ -75,6 +80,8 @@ class Reading:
     """Go on although calibration and measuring text overlap."""
     prompts: Mapping[str, Sequence[int]] = field(default_factory=dict)
     """Texts and their ids by the source's tokenizer, which a written folder's must give too."""
+    tuning: Sequence[Window] = ()
+    """A text that no code is fitted to: with it scales of checkpoint levels are tuned (``stages.tuning``)."""
     text_key: str = ""
     """What tells the tokens of ``documents`` from others'; by default the documents' hash."""
 
@@ -97,6 +104,8 @@ class Calibrated:
     """By checkpoint level: a hash over everything that its bytes depend on."""
     kept: frozenset[str] = frozenset()
     """Names of what was there already."""
+    tuned: dict[str, Tuning] = field(default_factory=dict)
+    """What came of tuning, by checkpoint level that was made."""
 
 
 class Calibration:
@@ -163,8 +172,10 @@ class Calibration:
         for level in levels:
             if isinstance(level, CheckpointLevel):
                 identity = source.sha256
-                fingerprint = _fingerprint(source, level, reading.windows, self._settings, dtype)
-                if view is not None and not _needs_text(level):  # it may be made of the folder alone (``straight``)
+                fingerprint = _fingerprint(source, level, reading, self._settings, dtype)
+                if (
+                    view is not None and not _needs_text(level) and not tunes(level, reading)
+                ):  # it may be made of the folder alone (``straight``)
                     identity = identity_of_files(view.checkpoint)
                     fingerprint = fingerprint_of_files(identity, level, dtype)
                 target = place_of_level(out_dir / f"{name}-{level.name}", fingerprint, folders, is_kept)
@@ -178,6 +189,7 @@ class Calibration:
             if isinstance(level, CheckpointLevel):
                 ends = self._walk.ends() if level.format.everywhere else {}
                 level.format.check_shapes(level.name, self._shapes | ends)
+        self._tuned: dict[str, Tuning] = {}
         self._companions: Companions | None = None
         if any(isinstance(level, CheckpointLevel) for level in self._missing):
             self._companions = _companions(source, model, checkpoint)
@@ -191,7 +203,11 @@ class Calibration:
         names = ", ".join(level.name for level in self._missing)
         seen = self._predicted
         what = f"calibrate {names} on {self._tokens} tokens"
-        return JobNeed(what, seen.ram_bytes, 0, seen.disk_bytes, seen.seconds, Basis.MEASURED, "calibrate")
+        need = JobNeed(what, seen.ram_bytes, 0, seen.disk_bytes, seen.seconds, Basis.MEASURED, "calibrate")
+        for level in self._missing:
+            if isinstance(level, CheckpointLevel) and tunes(level, self.reading):
+                need = with_tuning(need, self.source, self._numbers(level), self.reading.tuning)
+        return need
 
     def run(self, progress: Progress = silent) -> Calibrated:
         """Do what is not done yet, and read everything back.
@@ -205,8 +221,27 @@ class Calibration:
             started = time.monotonic()
             with spread_over(self._executor, self.source, self._checkpoint, self._warn) as spread:
                 self._walk.run(self.reading.windows, progress, spread)
+            self._tune(progress)
             measured = self._finished(self._predicted, started)
         return self._collected(measured, progress)
+
+    def _numbers(self, level: CheckpointLevel) -> int:
+        """How many numbers of a level can move, at most."""
+        weights = sum(one.elements for one in self.source.model.tensors if one.name.startswith("blk."))
+        return max(weights * len(form.tunable) // (form.group_size or 1024) for form in level.format.forms)
+
+    def _tune(self, progress: Progress) -> None:
+        """Tune the scales of levels that are made but not finished."""
+        walk, settings = self._walk, self._settings
+        for level, store in self._missing.items():
+            if isinstance(level, CheckpointLevel) and tunes(level, self.reading):
+                stored = StoredLevel(walk.model, walk.weights, level.format, store)
+                tuner = Tuner(
+                    walk.model, walk.weights, self.reading.tuning, settings.half_products, settings.state_bytes,
+                    spill=store.partial, notes=store.partial, key=store.fingerprint, progress=progress,
+                    settings=TuneSettings(),
+                )  # fmt: skip
+                self._tuned[level.name] = tuner.stored(stored)
 
     @property
     def _tokens(self) -> int:
@@ -253,6 +288,7 @@ class Calibration:
                     predicted=predicted,
                     measured=Preflight(time.monotonic() - started, system.peak_memory(), partial),
                     from_gguf=self._checkpoint is None,
+                    notes=[tuning_line(self._tuned[level.name])] if level.name in self._tuned else [],
                 )  # fmt: skip
                 largest = max(largest, _size(store.target))
         return Preflight(time.monotonic() - started, system.peak_memory(), partial + largest)
@@ -284,7 +320,7 @@ class Calibration:
             level.name: store.fingerprint for level, store in self._stores.items() if isinstance(level, CheckpointLevel)
         }
         kept = frozenset(level.name for level in self._stores if level not in self._missing)
-        return Calibrated(whole, checkpoints, folds, importance, fingerprints, kept)
+        return Calibrated(whole, checkpoints, folds, importance, fingerprints, kept, self._tuned)
 
 
 def place_of_level(usual: Path, fingerprint: str, folders: Sequence[Path], is_kept: Callable[[Path], bool]) -> Path:
@@ -355,14 +391,26 @@ def fingerprint_of_files(identity: str, level: CheckpointLevel, dtype: torch.dty
     return _hashed([__version__, identity, level.name, str(dtype), level.method.revision, *_signature(level)])
 
 
+def tunes(level: CheckpointLevel, reading: Reading) -> bool:
+    """Whether a level's scales are tuned: there is a text for it, and they are floats."""
+    return bool(reading.tuning) and any(form.tunable for form in level.format.forms)
+
+
 def _fingerprint(
-    source: GgufFile, level: CheckpointLevel, windows: Sequence[Window], settings: Settings, dtype: torch.dtype
+    source: GgufFile, level: CheckpointLevel, reading: Reading, settings: Settings, dtype: torch.dtype
 ) -> str:
     """Everything that a level's bytes depend on."""
     parts = [__version__, source.sha256, level.name, str(dtype), level.method.revision, *_signature(level)]
     if _needs_text(level):
-        parts += [tokens_hash(windows), str(settings.reference_tokens), str(settings.damp), str(settings.act_order)]
+        parts += [
+            tokens_hash(reading.windows),
+            str(settings.reference_tokens),
+            str(settings.damp),
+            str(settings.act_order),
+        ]
         parts.append(str(settings.half_products))  # a run must not go on on another processor, half in bfloat16
+    if tunes(level, reading):
+        parts += [tokens_hash(reading.tuning), TuneSettings().key, str(settings.half_products)]
     return _hashed(parts)
 
 

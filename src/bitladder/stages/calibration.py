@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bitladder import __version__
-from bitladder.errors import EngineError, UnknownArchitecture
+from bitladder.errors import BadInput, EngineError, UnknownArchitecture
 from bitladder.records.fidelity import Way
 from bitladder.stages.engine_way import announce, engine_matrix, instead_of_walk, way_for
 from bitladder.stages.forecast import forecast, walking_need
@@ -63,6 +63,25 @@ def calibration_texts(job: Job, parts: Sequence[CalibrationPart] = ()) -> list[D
         else:
             found += read_texts([Path(part)])
     return found or shipped_texts(shipped)
+
+
+def tuning_windows(job: Job, known: Sequence[Window], build: Build) -> list[Window]:
+    """The text that a build tunes on, without windows that codes are fitted to or levels are measured on (``known``).
+
+    Raises:
+        BadInput: nothing of it is left.
+    """
+    if not build.tuning:
+        return []
+    seen = {window.tokens.tobytes() for window in known}
+    own = [one for one in job.windows(calibration_texts(job, build.tuning)) if one.tokens.tobytes() not in seen]
+    if not own:
+        raise BadInput(
+            "The text to tune on is the one that codes are fitted to.",
+            means="A level's predictions on text that it was fitted to are too good to learn from.",
+            do="Give --tune another text, or self: the model writes one.",
+        )
+    return own
 
 
 def calibration_documents(job: Job, build: Build) -> list[Document]:

@@ -38,7 +38,7 @@ from bitladder.progress import Part, Progress, silent
 from bitladder.records.calibration import LinearLoss
 from bitladder.records.level_file import LevelFile
 from bitladder.records.recipe import FittedLevel, Recipe, Tuning
-from bitladder.stages.tuning import tune_level
+from bitladder.stages.tuning import Tuner
 from bitladder.units import GiB
 from bitladder.walk.driver import Member, Spread, Stream, forward
 from bitladder.walk.feedback import (
@@ -226,11 +226,11 @@ def _write(
 
 def _tuned(job: _Job, out: _Out, state_bytes: int, folder: Path, fingerprint: str) -> Tuning:
     """The level's free numbers tuned, all of its tensors being there."""
-    return tune_level(
-        job.model, job.weights, out, job.tuning, TuneSettings(),
-        half=job.settings.half_products, threads=job.settings.threads, state_bytes=state_bytes,
-        spill=folder.parent, notes=folder, key=fingerprint, progress=job.progress,
+    tuner = Tuner(
+        job.model, job.weights, job.tuning, job.settings.half_products, state_bytes,
+        spill=folder.parent, notes=folder, key=fingerprint, progress=job.progress, settings=TuneSettings(),
     )  # fmt: skip
+    return tuner.level(out, threads=job.settings.threads)
 
 
 def _stream(job: _Job, out: _Out, folder: Path, keep: Keep, state_bytes: int, spread: Spread | None) -> Stream:

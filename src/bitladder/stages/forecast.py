@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from bitladder.files.gguf import GgufFile
     from bitladder.levels import Level
     from bitladder.plan.preflight import JobNeed
-    from bitladder.records.recipe import Recipe
 
 _ASSUMED_RANGE = 2.5
 """Factor either way before any job of a kind has run here: about what the first ones strayed by."""
@@ -200,26 +199,27 @@ def walking_need(
     return need.named(f"{names} on {tokens} tokens", kind)
 
 
-def with_tuning(need: JobNeed, source: GgufFile, recipe: Recipe, windows: Sequence[Window]) -> JobNeed:
-    """What fitting a level takes that is tuned afterwards: numbers with their slopes and two running means of each, a
-    layer's gradient, states of all layers of a step; and the time of its steps, forward, back and forward again."""
+def with_tuning(need: JobNeed, source: GgufFile, numbers: int, windows: Sequence[Window]) -> JobNeed:
+    """What making a level takes of which so many numbers are tuned afterwards: these with their slopes and two running
+    means of each, a layer's gradient, states of all layers of a step; and the time of its steps, forward, back and
+    forward again."""
     from bitladder.plan.preflight import STATE_BYTES
-    from bitladder.plan.tuning import held_places, numbers_of_level
+    from bitladder.plan.tuning import held_places
     from bitladder.walk.tuning import TuneSettings
 
     settings, dims = TuneSettings(), source.model.dims
     longest = max(len(window.tokens) for window in windows)
     step = settings.windows * longest
     held = len(held_places([window.document for window in windows])) * longest * settings.steps // settings.look
-    once = walking_need(source, 4 * step * settings.steps + held + len(windows) * longest, (recipe.label,))
-    numbers = 6 * 4 * numbers_of_level(source.model.tensors, recipe.qtypes)
+    once = walking_need(source, 4 * step * settings.steps + held + len(windows) * longest, ("",))
+    held_numbers = 6 * 4 * numbers
     states = (
         4 * (dims.n_layer + 2) * step * dims.n_embd + 4 * sum(len(window.tokens) for window in windows) * dims.n_embd
     )
-    ram = numbers + 8 * largest_layer(source.model) + min(states, STATE_BYTES)
+    ram = held_numbers + 8 * largest_layer(source.model) + min(states, STATE_BYTES)
     return replace(
         need, what=f"{need.what}, and tune it", ram_bytes=need.ram_bytes + ram,
-        disk_bytes=need.disk_bytes + max(0, states - STATE_BYTES) + numbers,
+        disk_bytes=need.disk_bytes + max(0, states - STATE_BYTES) + held_numbers,
         seconds=need.seconds + once.seconds / 2, kind=f"{need.kind} and tune",
     )  # fmt: skip
 

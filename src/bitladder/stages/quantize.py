@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from bitladder.errors import UsageError
 from bitladder.levels import CheckpointLevel, FeedbackLevel, FoldedLevel, Level, Needs, RecipeLevel
-from bitladder.stages.calibration import calibration_texts, importance_file, importance_of
+from bitladder.stages.calibration import calibration_texts, importance_file, importance_of, tuning_windows
 from bitladder.stages.forecast import building_need, forecast
 from bitladder.stages.job import AUTO, CPU, NONE, Build, Job, Work, opened
 from bitladder.stages.known_files import kept_by_evidence
@@ -102,6 +102,8 @@ def build_levels(model: str, levels: Sequence[Level], build: Build, work: Work) 
         BadInput, BadWeights, OutputError: as the stages say.
     """
     asked = sort_levels(levels, build.imatrix, build.split_max_bytes)
+    if build.tuning:
+        _refuse_tuning(asked)
     if build.imatrix not in (AUTO, NONE):
         from bitladder.files.imatrix import read_imatrix
 
@@ -132,12 +134,26 @@ def build_levels(model: str, levels: Sequence[Level], build: Build, work: Work) 
     return Built(list(made.values()), calibrated.checkpoints, calibrated.report, projector)
 
 
+def _refuse_tuning(asked: SortedLevels) -> None:
+    """Raises UsageError where a level has nothing that is tuned."""
+    named = [level.name for level in (*asked.files, *asked.folded)]
+    forms = {one.name: one.format.forms for one in asked.checkpoints}  # none yet of a mix that is still to be chosen
+    named += [name for name, own in forms.items() if own and not any(form.tunable for form in own)]
+    if named:
+        raise UsageError(
+            f"--tune does nothing for {', '.join(named)}.",
+            means="Scales are tuned of levels with error feedback (GPTQ-Q4_K_M, bpw4.25), and of checkpoints of whole "
+            "numbers with 16-bit scales (GPTQ, AWQ, W4A16, MLX-4bit).",
+            do="Name such levels, or leave --tune out.",
+        )
+
+
 def _straight(model: str, asked: SortedLevels, build: Build, work: Work) -> Built | None:
     """What a checkpoint folder becomes without being converted or walked, where all that is asked for can be."""
     from bitladder.files.sources import checkpoint_folder
 
     found = checkpoint_folder(model)
-    if found is None or not asked.checkpoints or asked.files or asked.folded or asked.fitted:
+    if found is None or build.tuning or not asked.checkpoints or asked.files or asked.folded or asked.fitted:
         return None
     from bitladder.stages.straight import goes_straight, plain_checkpoint, write_straight
 
@@ -181,6 +197,7 @@ def calibrate_levels(
     job.require_layers()
     from bitladder.files.texts import shipped_texts
     from bitladder.levels.products import ImportanceVectors
+    from bitladder.report.recipe import tuning_line
     from bitladder.stages.calibrate import Calibration, Reading
     from bitladder.stages.schemes import with_schemes
     from bitladder.walk.checkpoint_walk import Settings
@@ -190,11 +207,13 @@ def calibrate_levels(
     wanted: list[Product] = [*(with_schemes(job, level, build) for level in levels.checkpoints), *levels.folded]
     if build.imatrix == AUTO and levels.use_importance and not importance_file(job, documents).exists():
         wanted.append(ImportanceVectors())
+    whole = job.windows(documents)
     reading = Reading(
-        job.windows(documents) if windows is None else windows,
+        whole if windows is None else windows,
         documents,
         measuring=job.windows(build.measured_on or shipped_texts()) if windows is None else (),
         prompts=_prompts(job, documents) if levels.checkpoints else {},
+        tuning=tuning_windows(job, whole, build),
         text_key=job.text_key(documents),
     )
     walk = Calibration(
@@ -204,6 +223,8 @@ def calibrate_levels(
     )  # fmt: skip
     with forecast(walk.need, job.journal, build.out) if walk.need is not None else nullcontext():
         calibrated = walk.run(job.progress)
+    for name, tuning in calibrated.tuned.items():
+        job.journal.say(f"{name}: {tuning_line(tuning)}")
     if calibrated.importance is not None:
         _keep(job, documents, calibrated.importance)
     return calibrated

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bitladder.errors import BadInput, UsageError
+from bitladder.errors import UsageError
 from bitladder.levels import FeedbackLevel
 from bitladder.records.recipe import FittedLevel, Recipe, SensitivityTable
-from bitladder.stages.calibration import calibration_texts
+from bitladder.stages.calibration import calibration_texts, tuning_windows
 from bitladder.stages.forecast import forecast, walking_need, with_tuning
 from bitladder.stages.job import Build, CalibrationPart, Job, Journal, Work, opened
 from bitladder.stages.known_files import kept_by_evidence
@@ -176,7 +176,9 @@ def _written(job: Job, recipe: Recipe, parts: RecipeTexts, build: Build) -> Reci
     """The recipe's file, and its loss on text that nothing was fitted to."""
     from bitladder.report.recipe import note_lines, tuning_line
 
-    fitted = write_recipe(job, recipe, parts.fitting, build, tuning_windows(job, parts, build))
+    fitted = write_recipe(
+        job, recipe, parts.fitting, build, tuning_windows(job, [*parts.fitting, *parts.held_out], build)
+    )
     job.journal.warn(*note_lines(fitted))
     if fitted.tuning is not None:
         job.journal.say(tuning_line(fitted.tuning))
@@ -253,26 +255,6 @@ def named_recipe(source: GgufFile, level: str) -> Recipe:
     )
 
 
-def tuning_windows(job: Job, parts: RecipeTexts, build: Build) -> list[Window]:
-    """The text that a build tunes on, without windows that codes are fitted to or the file is measured on.
-
-    Raises:
-        BadInput: nothing of it is left.
-    """
-    if not build.tuning:
-        return []
-    known = {window.tokens.tobytes() for window in (*parts.fitting, *parts.held_out)}
-    windows = job.windows(calibration_texts(job, build.tuning))
-    own = [window for window in windows if window.tokens.tobytes() not in known]
-    if not own:
-        raise BadInput(
-            "The text to tune on is the one that codes are fitted to.",
-            means="A level's predictions on text that it was fitted to are too good to learn from.",
-            do="Give --tune another text, or self: the model writes one.",
-        )
-    return own
-
-
 def write_recipe(
     job: Job, recipe: Recipe, windows: Sequence[Window], build: Build, tuning: Sequence[Window] = ()
 ) -> FittedLevel:
@@ -282,6 +264,7 @@ def write_recipe(
     Raises:
         NothingFits: too little memory or disk.
     """
+    from bitladder.plan.tuning import numbers_of_level
     from bitladder.stages.feedback import write_with_feedback
     from bitladder.walk.feedback import FeedbackSettings
     from bitladder.walk.products import half_for
@@ -292,7 +275,8 @@ def write_recipe(
         disk_bytes=recipe.bytes,
     )
     if tuning:
-        need = with_tuning(need, job.source, recipe, tuning)
+        numbers = numbers_of_level(job.source.model.tensors, recipe.qtypes)
+        need = with_tuning(need, job.source, numbers, tuning)
     there = (build.out / f"{job.source.model.name}-{recipe.label}.gguf").exists()
     with nullcontext() if there else forecast(need, job.journal, build.out):
         settings = FeedbackSettings(

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import time
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,13 +20,17 @@ from numpy.typing import NDArray
 
 from bitladder.describe.windows import Window
 from bitladder.files.atomic import write_whole
-from bitladder.plan.tuning import chosen, held_places
+from bitladder.plan.tuning import TuningChoice, chosen, finest, held_places
 from bitladder.progress import Progress
 from bitladder.records.recipe import Tuning
 from bitladder.walk.keep import SECONDS_BETWEEN, Arrays
 from bitladder.walk.layers import LayeredModel
-from bitladder.walk.tuning import LevelBytes, Tuned, TunedWeights, TuneSettings, TuningPass, tune
+from bitladder.walk.tuned import LevelBytes, Tunable, TunedWeights
+from bitladder.walk.tuned_checkpoint import StoredLevel
+from bitladder.walk.tuning import Tuned, TuneSettings, TuningPass, tune
 from bitladder.walk.weights import LevelWeights
+
+F32 = NDArray[np.float32]
 
 _FILE = "tuning.npz"
 _KEY, _DONE = "key", "done"
@@ -39,65 +44,74 @@ class Level(LevelBytes, Protocol):
         """Write a tensor, given as consecutive rows."""
 
 
-def tune_level(
-    model: LayeredModel,
-    source: LevelWeights,
-    level: Level,
-    windows: Sequence[Window],
-    settings: TuneSettings,
-    *,
-    half: bool,
-    threads: int,
-    state_bytes: int,
-    spill: Path,
-    notes: Path,
-    key: str,
-    progress: Progress,
-) -> Tuning:
-    """Tune a level's free numbers and write those that helped.
+@dataclass(frozen=True)
+class Tuner:
+    """What tuning takes beside a level: a text, what moves numbers how, and where work is kept."""
 
-    Args:
-        model: whose layers they are.
-        source: the source's weights.
-        level: whose numbers move.
-        windows: the calibration text; a part of it decides.
-        settings: how numbers are moved.
-        half: multiply in bfloat16.
-        threads: for decoding.
-        state_bytes: hidden states beyond this go to files in ``spill``.
-        spill: a folder.
-        notes: the folder in which a killed run leaves what it found.
-        key: of all that the outcome depends on, settings apart.
-        progress: told after each step.
-    """
-    places = held_places([window.document for window in windows])
-    if not places:
+    model: LayeredModel
+    source: LevelWeights
+    windows: Sequence[Window]
+    """A part of them decides."""
+    half: bool
+    """Multiply in bfloat16."""
+    state_bytes: int
+    """Hidden states beyond this go to files in ``spill``."""
+    spill: Path
+    notes: Path
+    """The folder in which a killed run leaves what it found."""
+    key: str
+    """Of all that the outcome depends on, settings apart."""
+    progress: Progress
+    settings: TuneSettings
+
+    def level(self, level: Level, *, threads: int) -> Tuning:
+        """Tune the free numbers of a GGUF level and write those that helped. ``threads``: for decoding."""
+        weights, tensors = TunedWeights(level, threads=threads), self.model.model.tensors
+        tuning, found = self._tuned(weights, lambda tokens: chosen(tensors, level.qtype, tokens, self.model.norm_names))
+        for name in found:
+            level.put(name, iter([weights.packed(name)]))
+        return tuning
+
+    def stored(self, level: StoredLevel) -> Tuning:
+        """Tune the scales of a checkpoint level in the making and put those that helped into its store.
+
+        Raises:
+            OutputError: no room.
+        """
+        tuning, found = self._tuned(level, lambda tokens: finest(level.shapes(), tokens))
+        if found:
+            level.write()
+        return tuning
+
+    def _tuned(self, weights: Tunable, choose: Callable[[int], TuningChoice]) -> tuple[Tuning, Mapping[str, F32]]:
+        """What came of it, and the numbers, which ``weights`` have then; ``choose``: what moves, for so many tokens."""
+        places = held_places([window.document for window in self.windows])
+        if not places:
+            return Tuning(
+                kept=False, numbers=0, tokens=0, held_out=0, steps=0, before=float("nan"), after=float("nan"),
+                note=f"{len(self.windows)} windows of text are too few to hold some out",
+            ), {}  # fmt: skip
+        tokens = sum(len(window.tokens) for at, window in enumerate(self.windows) if at not in places)
+        choice, kept = choose(tokens), _Notes(self.notes / _FILE, f"{self.key} {self.settings.key}")
+        found = kept.outcome()
+        if found is None:
+            passes = TuningPass(
+                self.model, self.source, weights, self.windows,
+                state_bytes=self.state_bytes, spill=self.spill, half=self.half,
+            )  # fmt: skip
+            passes.learn()
+
+            def told(what: str, step: int) -> None:
+                self.progress(f"tuning against the source's predictions: {what}", step, self.settings.steps)
+
+            found = tune(passes, choice.grains, places, self.settings, notes=kept, told=told)
+            kept.keep_outcome(found)
+        weights.numbers = dict(found.numbers)
+        held = found.tokens.sum()
         return Tuning(
-            kept=False, numbers=0, tokens=0, held_out=0, steps=0, before=float("nan"), after=float("nan"),
-            note=f"{len(windows)} windows of text are too few to hold some out",
-        )  # fmt: skip
-    tokens = sum(len(window.tokens) for at, window in enumerate(windows) if at not in places)
-    choice = chosen(model.model.tensors, level.qtype, tokens, model.norm_names)
-    kept = _Notes(notes / _FILE, f"{key} {settings.key}")
-    weights = TunedWeights(level, threads=threads)
-    found = kept.outcome()
-    if found is None:
-        passes = TuningPass(model, source, weights, windows, state_bytes=state_bytes, spill=spill, half=half)
-        passes.learn()
-
-        def told(what: str, step: int) -> None:
-            progress(f"tuning against the source's predictions: {what}", step, settings.steps)
-
-        found = tune(passes, choice.grains, places, settings, notes=kept, told=told)
-        kept.keep_outcome(found)
-    weights.numbers = dict(found.numbers)
-    for name in found.numbers:
-        level.put(name, iter([weights.packed(name)]))
-    held = found.tokens.sum()
-    return Tuning(
-        kept=found.best > 0, numbers=choice.shares, tokens=tokens, held_out=int(held), steps=found.steps,
-        before=float(found.before.sum() / held), after=float(found.after.sum() / held), note=choice.note,
-    )  # fmt: skip
+            kept=found.best > 0, numbers=choice.shares, tokens=tokens, held_out=int(held), steps=found.steps,
+            before=float(found.before.sum() / held), after=float(found.after.sum() / held), note=choice.note,
+        ), found.numbers  # fmt: skip
 
 
 class _Notes:

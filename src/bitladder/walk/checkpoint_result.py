@@ -40,6 +40,7 @@ def finish_folder(
     predicted: Preflight,
     measured: Preflight,
     from_gguf: bool,
+    notes: Sequence[str] = (),
 ) -> None:
     """Put the folder in place, with its configuration, companions, log and report.
 
@@ -49,7 +50,7 @@ def finish_folder(
     own = ["Tokenizer and configuration were made from the GGUF's header; compare them with the original's."]
     manifest = manifest_of(
         folder, level, losses_of(folder), folder.finished(), text=text, predicted=predicted, measured=measured,
-        notes=own if from_gguf else (),
+        notes=[*notes, *(own if from_gguf else [])],
     )  # fmt: skip
     copied = [one.name.removesuffix(".weight") for one in walk.model.copied() if len(one.shape) > 1]
     ignored = ("lm_head", *walk.model.family.routers, *copied)

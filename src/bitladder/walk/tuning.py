@@ -10,7 +10,7 @@ short, so what decides is held-out text: documents that no step sees say which s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -21,27 +21,22 @@ from numpy.typing import NDArray
 from torch import nn
 
 from bitladder.describe.windows import Window
-from bitladder.files.gguf import GgufFile
-from bitladder.formats.roles import Parameter, layer_tensor
-from bitladder.kernels import dequantize
-from bitladder.kernels.free_numbers import Grain, basis_of, free_fields, numbers_of, shape_of, slopes, with_numbers
+from bitladder.kernels.free_numbers import Grain, shape_of
 from bitladder.progress import Progress, silent
 from bitladder.stats.bootstrap import SEED
 from bitladder.units import MiB
-from bitladder.walk.driver import Builder, Member, MemberGroup, Stream, backward, forward
+from bitladder.walk.driver import Builder, Member, MemberGroup, Stages, Stream, backward, forward
 from bitladder.walk.gradients import send_back
 from bitladder.walk.head import softcapped
 from bitladder.walk.keep import Arrays
 from bitladder.walk.layers import LayeredModel, inference, tensor_at
 from bitladder.walk.products import products
 from bitladder.walk.states import CALIBRATION_TOKENS, Batch, StatePool, States, batches_of
-from bitladder.walk.transforms import offset_of, stored
+from bitladder.walk.tuned import Tunable
 from bitladder.walk.weights import LevelWeights
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
-U8 = NDArray[np.uint8]
-Rows = slice | NDArray[np.int64] | None
 
 REVISION = "1"
 """Raised whenever tuned numbers change for another reason than settings."""
@@ -52,137 +47,42 @@ _LOGIT_BYTES = 512 * MiB
 """Logits of both models at once, at the head."""
 
 
-class LevelBytes(Protocol):
-    """A level as it is stored, while it is being made or afterwards."""
-
-    def qtype(self, name: str) -> str:
-        """The type in which a tensor is stored."""
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor."""
-
-    def raw(self, name: str, rows: Rows = None) -> U8:
-        """A tensor's bytes, or those of some of its (flattened) rows: uint8[rows, row_bytes]."""
-
-
-class FileBytes:
-    """``LevelBytes`` of a finished file."""
-
-    def __init__(self, file: GgufFile) -> None:
-        self._file = file
-
-    def qtype(self, name: str) -> str:
-        """As ``LevelBytes``."""
-        return self._file.info(name).qtype
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """As ``LevelBytes``."""
-        return self._file.info(name).shape
-
-    def raw(self, name: str, rows: Rows = None) -> U8:
-        """As ``LevelBytes``."""
-        return self._file.raw(name, rows)
-
-
-class TunedWeights:
-    """``LevelWeights`` of a level whose free numbers are other ones: what the file will decode to, float16 and all."""
-
-    def __init__(self, level: LevelBytes, *, threads: int = 1) -> None:
-        self.level, self._threads = level, threads
-        self.numbers: dict[str, F32] = {}
-        """By tensor: f32[rows, blocks, numbers] of a quantized one, its values of one of 32-bit floats."""
-
-    def start(self, name: str) -> F32:
-        """What the level holds: as ``numbers``, empty of a tensor that has none."""
-        qtype = self.level.qtype(name)
-        if qtype == "F32":
-            return self.level.raw(name).view(np.float32).reshape(self.level.shape(name)).copy()
-        return numbers_of(self.level.raw(name), qtype) if free_fields(qtype) else np.zeros(0, np.float32)
-
-    def packed(self, name: str, rows: Rows = None) -> U8:
-        """A tensor's bytes with its present numbers."""
-        own = self.numbers.get(name)
-        if own is None:
-            return self.level.raw(name, rows)
-        if self.level.qtype(name) == "F32":
-            flat = np.ascontiguousarray(own.reshape(-1, own.shape[-1]), np.float32)
-            return (flat if rows is None else np.ascontiguousarray(flat[rows])).view(np.uint8)
-        return with_numbers(self.level.raw(name, rows), self.level.qtype(name), own if rows is None else own[rows])
-
-    def __call__(self, name: str, rows: Rows = None) -> F32:
-        """As ``LevelWeights``."""
-        values = dequantize(self.packed(name, rows), self.level.qtype(name), threads=self._threads)
-        return values if rows is not None else values.reshape(self.level.shape(name))
-
-    def basis(self, name: str, rows: Rows = None) -> F32:
-        """What each number is multiplied by: f32[numbers, rows, columns]."""
-        return basis_of(self.level.raw(name, rows), self.level.qtype(name), threads=self._threads)
-
-    def identity(self, name: str) -> object:
-        """As ``LevelWeights``: never that of others."""
-        return id(self), name
-
-    def qtype(self, name: str) -> str:
-        """As ``LevelWeights``."""
-        return self.level.qtype(name)
-
-    def forget(self, name: str) -> None:
-        """As ``LevelWeights``: nothing is kept."""
-
-
 class Slopes(Builder):
     """What goes back: gradients at a layer's output become those at its input, and those of the layer's free numbers
     are summed in ``found``."""
 
     def __init__(
-        self, model: LayeredModel, weights: TunedWeights, there: Stream, names: frozenset[str], found: dict[str, F32]
+        self, model: LayeredModel, tuned: Tunable, there: Stream, names: frozenset[str], found: dict[str, F32]
     ) -> None:
-        """``there``: the stream that went forward, with the states that entered each layer. ``names``: tensors whose
-        numbers are asked for."""
-        super().__init__(cast("LevelWeights", weights))
-        self.model, self._tuned, self._there, self._names, self._found = model, weights, there, names, found
+        """``there``: the stream that went forward, with the states that entered each layer. ``names``: of the numbers
+        that are asked for."""
+        super().__init__(tuned)
+        self.model, self._tuned, self._there, self._names, self._found = model, tuned, there, names, found
 
     def build(self, stream: Stream, layer: int, states: States) -> None:
         """As ``Builder``."""
-        block = self.load(self.model, layer)
+        block = self._tuned.layer(self.model, layer)
         entered = self._there.entered.pop()
-        wanted = [one for one in self.model.kind(layer).parameters if self._wants(layer, one, block)]
         with torch.inference_mode(False):
-            for parameter in wanted:
-                tensor_at(block, parameter.path).requires_grad_()
+            for path in self._tuned.asked(self.model, layer, block, self._names):
+                tensor_at(block, path).requires_grad_()
         for batch in stream.batches:
             send_back(self.model, block, layer, batch, entered, states, half=stream.half)
         self._there.shelf.give_back(entered)
-        for parameter in wanted:
-            own = tensor_at(block, parameter.path).grad
-            if own is not None:
-                self._sum(layer, parameter, own.cpu().numpy())
+        for name, own in self._tuned.slopes(self.model, layer, block, self._names):
+            self._found[name] = self._found[name] + own if name in self._found else own
 
-    def _wants(self, layer: int, parameter: Parameter, block: nn.Module) -> bool:
-        names = {layer_tensor(layer, role) for role in parameter.roles}
-        return bool(names & self._names) and tensor_at(block, parameter.path).dtype.is_floating_point
 
-    def _sum(self, layer: int, parameter: Parameter, gradient: F32) -> None:
-        for name, own in self._by_tensor(layer, parameter, gradient):
-            if name not in self._names:
-                continue
-            numbers = self._tuned.numbers[name]
-            if self._tuned.qtype(name) == "F32":
-                found = own.reshape(numbers.shape)
-            else:
-                found = slopes(self._tuned.basis(name), own.reshape(-1, own.shape[-1]), numbers.shape[1])
-            self._found[name] = self._found[name] + found if name in self._found else found.copy()
+class TunedMember(Member):
+    """A level that passes with its present numbers."""
 
-    def _by_tensor(self, layer: int, parameter: Parameter, gradient: F32) -> Iterator[tuple[str, F32]]:
-        """Of a parameter's gradient the share of each of the file's tensors, in the file's order."""
-        roles, transform = parameter.roles, parameter.transform
-        heads = self.model.model.dims.n_head if "q_proj" in parameter.path else self.model.model.dims.n_head_kv
-        if transform == "stack":
-            for role, part in zip(roles, np.split(gradient, len(roles), axis=-2), strict=True):
-                yield layer_tensor(layer, role), part
-            return
-        for number, role in enumerate(roles):
-            yield layer_tensor(layer, role), stored(transform, number, gradient, heads) - offset_of(transform)
+    def __init__(self, tuned: Tunable, model: LayeredModel) -> None:
+        super().__init__(tuned)
+        self._tuned, self._model = tuned, model
+
+    def load(self, stages: Stages, layer: int) -> nn.Module:  # noqa: ARG002
+        """As ``Member``."""
+        return self._tuned.layer(self._model, layer)
 
 
 @dataclass(frozen=True)
@@ -201,7 +101,7 @@ class TuningPass:
         self,
         model: LayeredModel,
         source: LevelWeights,
-        tuned: TunedWeights,
+        tuned: Tunable,
         windows: Sequence[Window],
         *,
         state_bytes: int,
@@ -217,7 +117,7 @@ class TuningPass:
 
     def learn(self, progress: Progress = silent) -> None:
         """The source's own pass: what its head reads, of all windows, is kept."""
-        stream = self._stream(self._source, self._layout)
+        stream = self._stream(Member(self._source), self._layout)
         forward([stream], progress, "the source's predictions: ")
         states = stream.states_of(0)
         norm = self.model.norm(self._source)
@@ -239,12 +139,12 @@ class TuningPass:
 
     def _run(self, which: Sequence[int], names: frozenset[str], progress: Progress, title: str) -> Found:
         batches = batches_of([self.windows[at] for at in which], batch_tokens=CALIBRATION_TOKENS)
-        there = self._stream(cast("LevelWeights", self.tuned), batches, remember=bool(names))
+        there = self._stream(TunedMember(self.tuned, self.model), batches, remember=bool(names))
         forward([there], progress, title)
         states = there.states_of(0)
         tokens = np.array([len(self.windows[at].tokens) - 1 for at in which], np.float64)
         kl, found = np.zeros(len(which)), dict[str, F32]()
-        norm = self.model.norm(cast("LevelWeights", self.tuned))
+        norm = self.model.norm(self.tuned)
         moved = [name for name in self.model.norm_names if name in names]
         for parameter in norm.parameters() if moved else ():
             parameter.requires_grad_()
@@ -252,7 +152,7 @@ class TuningPass:
             with torch.set_grad_enabled(bool(names)):
                 x = states.get(batch).to(self.model.device).clone().requires_grad_(bool(names))
                 normed = norm(x)
-            gradient = self._at_the_head(batch, which, normed.detach(), kl, float(tokens.sum()), names, found)
+            gradient = self._at_the_head(batch, which, normed.detach(), kl, float(tokens.sum()), back=bool(names))
             if names:
                 torch.autograd.backward(normed, gradient)
                 states.put(batch, cast(torch.Tensor, x.grad))
@@ -270,11 +170,11 @@ class TuningPass:
         normed: torch.Tensor,
         kl: F64,
         tokens: float,
-        names: frozenset[str],
-        found: dict[str, F32],
+        *,
+        back: bool,
     ) -> torch.Tensor:
-        """Adds to ``kl`` of each window, and to the output matrix's slopes; returns the gradient of the mean
-        divergence at the normed states."""
+        """Adds to ``kl`` of each window; returns the gradient of the mean divergence at the normed states (zeros
+        without ``back``)."""
         gradient = torch.zeros_like(normed)
         n_vocab = self.model.model.dims.n_vocab
         at_once = max(1, _LOGIT_BYTES // (8 * n_vocab))
@@ -284,9 +184,9 @@ class TuningPass:
                 some = slice(start, min(start + at_once, batch.lengths[row] - 1))
                 own = normed[row, some]
                 with inference(), products(half=self._half):
-                    lost, back = self._compared(taught[some].to(own.device), own, tokens, names, found)
+                    lost, slope = self._compared(taught[some].to(own.device), own, tokens, back=back)
                 kl[place] += lost
-                gradient[row, some] = back
+                gradient[row, some] = slope
         return gradient
 
     def _of_source(self, at: int) -> torch.Tensor:
@@ -296,7 +196,7 @@ class TuningPass:
         return self._taught.get(batch)[row, : batch.lengths[row]]
 
     def _compared(
-        self, taught: torch.Tensor, own: torch.Tensor, tokens: float, names: frozenset[str], found: dict[str, F32]
+        self, taught: torch.Tensor, own: torch.Tensor, tokens: float, *, back: bool
     ) -> tuple[float, torch.Tensor]:
         """The summed divergence of predictions from states f32[tokens, n_embd] of both, and its gradient over
         ``tokens`` at the level's. The vocabulary is read in slices, twice."""
@@ -305,14 +205,14 @@ class TuningPass:
         for first in range(0, n_vocab, _SLICE):
             some = slice(first, min(first + _SLICE, n_vocab))
             theirs.append(self._logits(taught, self._source, some))
-            ours.append(self._logits(own, cast("LevelWeights", self.tuned), some))
+            ours.append(self._logits(own, self.tuned, some))
         log_p = torch.log_softmax(torch.cat(theirs, 1), 1)
         theirs.clear()
         log_q = torch.log_softmax(torch.cat(ours, 1), 1)
         ours.clear()
         p = log_p.exp()
         lost = float((p * (log_p - log_q)).sum(dtype=torch.float64))
-        if not names:
+        if not back:
             return lost, torch.zeros_like(own)
         slope = log_q.exp_().sub_(p).div_(tokens)
         gradient = torch.zeros_like(own)
@@ -322,14 +222,9 @@ class TuningPass:
             weight = torch.from_numpy(self.tuned(output, some)).to(own.device)
             part = slope[:, some]
             if cap:
-                bent = self._logits(own, cast("LevelWeights", self.tuned), some) / cap
+                bent = self._logits(own, self.tuned, some) / cap
                 part = part * (1 - bent * bent)
             gradient += nn.functional.linear(part, weight.T)
-            if output in names:
-                numbers = self.tuned.numbers[output]
-                toward = (part.T @ own).cpu().numpy()
-                whole = found.setdefault(output, np.zeros_like(numbers))
-                whole[some] += slopes(self.tuned.basis(output, some), toward, numbers.shape[1])
         return lost, gradient
 
     def _logits(self, states: torch.Tensor, weights: LevelWeights, rows: slice) -> torch.Tensor:
@@ -337,9 +232,9 @@ class TuningPass:
         bias = None if self.model.head_bias is None else torch.from_numpy(self.model.head_bias[rows]).to(weight)
         return softcapped(nn.functional.linear(states, weight, bias), self.model.logit_softcap)
 
-    def _stream(self, weights: LevelWeights, batches: Sequence[Batch], *, remember: bool = False) -> Stream:
+    def _stream(self, member: Member, batches: Sequence[Batch], *, remember: bool = False) -> Stream:
         return Stream(
-            self.model, [Member(weights)], batches,
+            self.model, [member], batches,
             state_bytes=self._state_bytes, spill=self._spill, half=self._half, remember=remember,
         )  # fmt: skip
 

@@ -41,6 +41,8 @@ class Awq(IntegerFormat):
         "batch requests, as GPTQ; it overfits the calibration text less."
     )
     suffixes: ClassVar[tuple[str, ...]] = ("qweight", "scales", "qzeros")
+    tunable: ClassVar[tuple[str, ...]] = ("scales",)
+    groups_first: ClassVar[bool] = True
     stores_zeros: ClassVar[bool] = True
     layout: ClassVar[str] = "awq"
     kernels: ClassVar[tuple[str, ...]] = ("AWQ",)

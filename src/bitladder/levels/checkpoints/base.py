@@ -178,6 +178,13 @@ class FolderFormat(ABC):
 class CheckpointFormat(FolderFormat):
     """How a linear layer is stored, and a folder whose linear layers are all stored so."""
 
+    tunable: ClassVar[tuple[str, ...]] = ()
+    """Suffixes of float arrays in which every weight is linear, one number for a group of neighbouring inputs of an
+    output: what can be tuned while codes stay."""
+
+    groups_first: ClassVar[bool] = False
+    """Whether these arrays are [groups, outputs] and not [outputs, groups]."""
+
     model_dtype: ClassVar[frozenset[str]] = frozenset()
     """Suffixes of f32 arrays that are stored in the float type of the model."""
     byte_types: ClassVar[Mapping[str, str]] = {}

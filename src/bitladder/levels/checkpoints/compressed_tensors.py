@@ -59,6 +59,7 @@ class PackQuantized(IntegerFormat):
         "bits (A16). For vLLM, where a width other than GPTQ's or AWQ's is wanted."
     )
     suffixes: ClassVar[tuple[str, ...]] = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+    tunable: ClassVar[tuple[str, ...]] = ("weight_scale",)
     model_dtype: ClassVar[frozenset[str]] = frozenset({"weight_scale"})
     layout: ClassVar[str] = "pack-quantized"
 

@@ -47,6 +47,8 @@ class Gptq(IntegerFormat):
         "there."
     )
     suffixes: ClassVar[tuple[str, ...]] = ("qweight", "scales", "qzeros", "g_idx")
+    tunable: ClassVar[tuple[str, ...]] = ("scales",)
+    groups_first: ClassVar[bool] = True
     stores_zeros: ClassVar[bool] = True
 
     @classmethod

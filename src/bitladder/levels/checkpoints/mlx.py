@@ -107,6 +107,7 @@ class MlxAffine(MlxFormat):
         "head included. For mlx-lm on Apple silicon; 4 bits in groups of 64 are the usual choice there."
     )
     suffixes: ClassVar[tuple[str, ...]] = ("weight", "scales", "biases")
+    tunable: ClassVar[tuple[str, ...]] = ("scales", "biases")
     model_dtype: ClassVar[frozenset[str]] = frozenset({"scales", "biases"})
 
     @classmethod
