@@ -3,8 +3,10 @@ and what does not help, left alone."""
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 from typer.testing import CliRunner
 
+import tiny_families
 from bitladder.cli.app import app
 from bitladder.files.gguf import GgufFile
 from bitladder.files.layer_store import LayerStore
@@ -212,3 +214,22 @@ def test_levels_without_such_scales_are_refused(tmp_path):
         assert result.exit_code != 0
         assert f"--tune does nothing for {levels.rpartition(',')[2]}" in result.output
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("family", ["gpt-oss", "qwen3 next", "gpt2", "deepseek3"])
+def test_families_without_a_row(family, tmp_path, off):
+    """Stacks of experts under names of their own, turned matrices, layers of several kinds."""
+    [(_, checkpoint, gguf)] = tiny_families.write_all(tmp_path, [family]).values()
+    found = made(gguf, checkpoint, ["W4A16-channel"], tmp_path / "out", tuning=windows_of(5, count=40))
+    [report] = found.checkpoints  # read back: what is decoded is what was noted
+    tuned = found.tuned["W4A16-channel"]
+    assert tuned.kept
+    assert tuned.after < 0.95 * tuned.before
+    assert tuned.numbers == sum(
+        int(np.prod(shape)) for shape in _shapes(tmp_path / "out" / "tiny-W4A16-channel", report.linears)
+    )
+
+
+def _shapes(folder, linears):
+    with safe_open(folder / "model.safetensors", "np") as file:
+        return [file.get_slice(f"{one.name}.weight_scale").get_shape() for one in linears]
