@@ -2,13 +2,14 @@
 
     scripts/bench quality_per_byte --model reference-f16.gguf --calibrate wikitext2-valid.txt
         --text wikitext2-test.txt [--other TEXT_OR_FOLDER] [--levels Q4_K_M,...] [--fit-tokens 12288]
-        [--documents 16] [--share 1] [--layers N] [--threads 2] [--keep DIR] [--json FILE]
+        [--wide] [--documents 16] [--share 1] [--layers N] [--threads 2] [--keep DIR] [--json FILE]
 
 Both sides see the same calibration tokens. Theirs: llama.cpp's mix of types (all 96 recorded mixes are reproduced
 tensor by tensor, tests/formats/test_recipes.py), quantized by ggml's own reference code (libgguf) under an importance
 matrix of those tokens. Ours: a recipe of at most as many bytes, or a share of them, codes chosen with error feedback;
 with levels whose names begin with IQ it chooses from codebook types, too. A killed run goes on from what ``--keep``
-holds. With ``--layers N`` only N layers, spread evenly, are quantized on both sides and all else stays 16 bits: for
+holds. With ``--wide`` both sides see all calibration text that ships, too (``--fit-tokens 0``: that alone).
+With ``--layers N`` only N layers, spread evenly, are quantized on both sides and all else stays 16 bits: for
 types that take long to write.
 KL against the 16-bit source on the first window of each of several articles of the test text, and of texts of another
 kind (the ones that ship to measure on); ratios of mean KL with paired intervals over documents. ``--ablate`` adds
@@ -29,7 +30,7 @@ from level_texts import Side, articles, compare, first_windows, fitting_windows,
 from libgguf_here import libgguf_or_exit
 from numpy.typing import NDArray
 
-from bitladder.describe.windows import WINDOW, Window, tokens_hash
+from bitladder.describe.windows import WINDOW, Window, text_windows, tokens_hash
 from bitladder.engines.base import Launch
 from bitladder.engines.llama import LlamaServer
 from bitladder.files.atomic import write_whole, written_aside
@@ -161,6 +162,7 @@ def main() -> int:
     parser.add_argument("--other", type=Path)
     parser.add_argument("--levels", default=LEVELS)
     parser.add_argument("--fit-tokens", type=int, default=12288)
+    parser.add_argument("--wide", action="store_true", help="fit to the text that ships, too, all of it")
     parser.add_argument("--part", type=int, default=0, help="which stretch of the calibration text to fit to")
     parser.add_argument("--in-domain-only", action="store_true")
     parser.add_argument("--share", type=float, default=1.0, help="our bytes as a share of theirs")
@@ -174,6 +176,9 @@ def main() -> int:
         other = read_texts([options.other]) if options.other else shipped_texts()
         with LlamaServer(Launch(options.model, n_ctx=WINDOW, threads=1)) as server:
             fitting = fitting_windows(server, source, options.calibrate, options.fit_tokens, options.part)
+            if options.wide:
+                shipped = shipped_texts("calibration") + shipped_texts("calibration/wide")
+                fitting += text_windows(shipped, lambda text: server.tokenize(text, add_special=True), source.model)
             texts = {
                 "in domain": first_windows(server, source, articles(options.text, options.documents)),
                 "other domain": first_windows(server, source, other),
