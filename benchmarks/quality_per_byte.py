@@ -175,7 +175,8 @@ def main() -> int:
     with GgufFile.open(options.model) as source:
         other = read_texts([options.other]) if options.other else shipped_texts()
         with LlamaServer(Launch(options.model, n_ctx=WINDOW, threads=1)) as server:
-            fitting = fitting_windows(server, source, options.calibrate, options.fit_tokens, options.part)
+            tokens, part = options.fit_tokens, options.part
+            fitting = fitting_windows(server, source, options.calibrate, tokens, part) if tokens else []
             if options.wide:
                 shipped = shipped_texts("calibration") + shipped_texts("calibration/wide")
                 fitting += text_windows(shipped, lambda text: server.tokenize(text, add_special=True), source.model)

@@ -121,7 +121,9 @@ def test_mixes_are_in_the_order_in_which_they_are_named(few, demo_gguf, tmp_path
     assert wide == [*shipped, *more, "mine"]  # the shipped one is a part of the wide one
     by_effort = {effort: Build(out=tmp_path, effort=effort).calibration for effort in ("fast", "good", "best")}
     assert by_effort == {"fast": (SHIPPED,), "good": (SHIPPED,), "best": (WIDE,)}
-    assert Build(out=tmp_path, effort="best", texts=(SELF,)).calibration == (SELF,)
+    assert Build(out=tmp_path, effort="best").importance_text == (SHIPPED,)
+    named = Build(out=tmp_path, effort="best", texts=(SELF,))
+    assert named.calibration == named.importance_text == (SELF,)
 
 
 def test_where_the_engine_does_not_run_it_other_text_is_named(few, tmp_path):

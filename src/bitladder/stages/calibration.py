@@ -85,12 +85,12 @@ def tuning_windows(job: Job, known: Sequence[Window], build: Build) -> list[Wind
 
 
 def calibration_documents(job: Job, build: Build) -> list[Document]:
-    """The calibration texts of a build, or as many of them, in an order that their hashes fix, as its share asks for
-    and an importance matrix needs."""
+    """The texts that a build's importance matrix is gathered on, or as many of them, in an order that their hashes fix,
+    as its share asks for and an importance matrix needs."""
     from bitladder.describe.text import CHARACTERS_PER_TOKEN, text_hash
     from bitladder.plan.calibration_text import LEAST_TOKENS
 
-    whole = calibration_texts(job, build.calibration)
+    whole = calibration_texts(job, build.importance_text)
     if build.calibration_share >= 1:
         return whole
     wanted = max(

@@ -296,3 +296,8 @@ class Build:
     def calibration(self) -> Sequence[CalibrationPart]:
         """What is calibrated on, named or by default."""
         return self.texts or (DEFAULT_CALIBRATION[self.effort],)
+
+    @property
+    def importance_text(self) -> Sequence[CalibrationPart]:
+        """What an importance matrix is gathered on: its few numbers hardly change with more than the shorter text."""
+        return self.texts or (SHIPPED,)

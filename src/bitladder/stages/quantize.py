@@ -205,7 +205,8 @@ def calibrate_levels(
 
     source, documents = job.source, calibration_texts(job, build.calibration)
     wanted: list[Product] = [*(with_schemes(job, level, build) for level in levels.checkpoints), *levels.folded]
-    if build.imatrix == AUTO and levels.use_importance and not importance_file(job, documents).exists():
+    together = build.imatrix == AUTO and build.importance_text == build.calibration
+    if together and levels.use_importance and not importance_file(job, documents).exists():
         wanted.append(ImportanceVectors())
     whole = job.windows(documents)
     reading = Reading(
