@@ -148,6 +148,8 @@ def test_scales_that_are_off_are_found_again(family, level, tmp_path, off):
     assert not again.tuned
     other = made(gguf, checkpoint, [level], tmp_path / "other")
     assert other.fingerprints != found.fingerprints
+    assert found.report.predicted.seconds > other.report.predicted.seconds  # of all that was measured
+    assert found.report.predicted.ram_bytes > other.report.predicted.ram_bytes
 
 
 def test_what_is_no_float_stays_as_it_is(tmp_path, off):

@@ -193,21 +193,27 @@ class Calibration:
         self._companions: Companions | None = None
         if any(isinstance(level, CheckpointLevel) for level in self._missing):
             self._companions = _companions(source, model, checkpoint)
-        self._predicted = self._predict() if self._missing else None
+        self._walking = self._predict() if self._missing else None
 
     @property
     def need(self) -> JobNeed | None:
         """What the walk will take; None where everything is there already."""
-        if self._predicted is None:
+        if self._walking is None:
             return None
         names = ", ".join(level.name for level in self._missing)
-        seen = self._predicted
+        seen = self._walking
         what = f"calibrate {names} on {self._tokens} tokens"
         need = JobNeed(what, seen.ram_bytes, 0, seen.disk_bytes, seen.seconds, Basis.MEASURED, "calibrate")
         for level in self._missing:
             if isinstance(level, CheckpointLevel) and tunes(level, self.reading):
                 need = with_tuning(need, self.source, self._numbers(level), self.reading.tuning)
         return need
+
+    @property
+    def _predicted(self) -> Preflight | None:
+        """What walk and tuning will take."""
+        need = self.need
+        return None if need is None else Preflight(need.seconds, need.ram_bytes, need.disk_bytes)
 
     def run(self, progress: Progress = silent) -> Calibrated:
         """Do what is not done yet, and read everything back.
@@ -217,13 +223,14 @@ class Calibration:
             OutputError: no room, or a written file that does not decode to what was computed.
         """
         measured = None
-        if self._predicted is not None:
+        predicted = self._predicted
+        if predicted is not None:
             started = time.monotonic()
             with spread_over(self._executor, self.source, self._checkpoint, self._warn) as spread:
                 self._walk.run(self.reading.windows, progress, spread)
             self._tune(progress)
-            measured = self._finished(self._predicted, started)
-        return self._collected(measured, progress)
+            measured = self._finished(predicted, started)
+        return self._collected(predicted, measured, progress)
 
     def _numbers(self, level: CheckpointLevel) -> int:
         """How many numbers of a level can move, at most."""
@@ -293,7 +300,7 @@ class Calibration:
                 largest = max(largest, _size(store.target))
         return Preflight(time.monotonic() - started, system.peak_memory(), partial + largest)
 
-    def _collected(self, measured: Preflight | None, progress: Progress) -> Calibrated:
+    def _collected(self, predicted: Preflight | None, measured: Preflight | None, progress: Progress) -> Calibrated:
         """Everything that was asked for, read back from where it lies."""
         checkpoints, folded = [], []
         folds: dict[str, dict[str, Fold]] = {}
@@ -315,7 +322,7 @@ class Calibration:
             elif isinstance(store, VectorFile):
                 importance = importance_of_vectors(store.vectors(), dataset="calibration text")
                 reached = coverage_of_counts(importance.counts)
-        whole = CalibrationReport(self._text, reached, self._predicted, measured, tuple(folded))
+        whole = CalibrationReport(self._text, reached, predicted, measured, tuple(folded))
         fingerprints = {
             level.name: store.fingerprint for level, store in self._stores.items() if isinstance(level, CheckpointLevel)
         }
