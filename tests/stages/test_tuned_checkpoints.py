@@ -1,6 +1,8 @@
 """Checkpoint levels whose scales are tuned: slopes against differences, folders that read back, wholeness after a kill,
 and what does not help, left alone."""
 
+import re
+
 import numpy as np
 import pytest
 from safetensors import safe_open
@@ -96,10 +98,20 @@ def _pass_over(gguf, checkpoint, level, folder, monkeypatch):
 
 @pytest.mark.parametrize(
     ("family", "level"),
-    [("llama", "GPTQ-4bit-g32"), ("gemma2", "AWQ-4bit-g32"), ("mixtral", "MLX-4bit-g32"), ("phi3", "W4A16-g32")],
+    [
+        ("llama", "GPTQ-4bit-g32"),
+        ("gemma2", "AWQ-4bit-g32"),
+        ("mixtral", "MLX-4bit-g32"),
+        ("phi3", "W4A16-g32"),
+        ("gpt2", "W4A16-channel"),
+        ("gpt-oss", "W4A16-channel"),
+    ],
 )
 def test_slopes_are_those_of_the_loss(family, level, tmp_path, monkeypatch):
-    _, checkpoint, gguf = tiny(family, tmp_path)
+    if family in tiny_families.FAMILIES:
+        [(_, checkpoint, gguf)] = tiny_families.write_all(tmp_path, [family]).values()
+    else:
+        _, checkpoint, gguf = tiny(family, tmp_path)
     source, _, stored, passes = _pass_over(gguf, checkpoint, level, tmp_path / "out", monkeypatch)
     names = list(stored.shapes())
     start = {name: stored.start(name) for name in names}
@@ -110,9 +122,12 @@ def test_slopes_are_those_of_the_loss(family, level, tmp_path, monkeypatch):
     np.testing.assert_allclose(found.kl, before.kl)
     assert set(found.slopes) == set(names)
     # half precision is coarser than the steps that a difference wants, so all numbers of a layer move together
-    groups = {n: [name for name in names if f".layers.{n}." in name] for n in range(3)}
-    if family == "mixtral":  # what moves before a router changes which experts are chosen, and that jumps
-        groups = {2: [name for name in groups[2] if "experts" in name]}
+    number = re.compile(r"\.(?:layers|h)\.(\d+)\.")
+    groups: dict[int, list[str]] = {}
+    for name in names:
+        groups.setdefault(int(number.search(f".{name}")[1]), []).append(name)
+    if family in ("mixtral", "gpt-oss"):  # what moves before a router changes which experts are chosen, and that jumps
+        groups = {max(groups): [name for name in groups[max(groups)] if "experts" in name]}
     for layer, own in groups.items():
         sides = []
         for share in (0.0007, -0.0007):

@@ -76,10 +76,7 @@ class LayerStore(ABC):
     def truncate(self, layers: int) -> None:
         """Forget all but the first ``layers`` layers, and lines of a layer that was not finished."""
         with writing(self.partial):
-            kept = self.finished()[:layers]
-            lines = [self._first_line(), *(line for one in kept for line in _of_layer(one))]
-            with written_aside(self.partial / _LOG) as file:
-                file.write(_lines(lines).encode())
+            self._rewrite(self.finished()[:layers])
 
     def layer_file(self, layer: int) -> Path:
         """Where the tensors of ``layer`` are kept."""
@@ -132,9 +129,7 @@ class LayerStore(ABC):
                         for note in one.tensors))
                 for one in self.finished()
             ]  # fmt: skip
-            lines = [self._first_line(), *(line for one in told for line in _of_layer(one))]
-            with written_aside(self.partial / _LOG) as file:
-                file.write(_lines(lines).encode())
+            self._rewrite(told)
 
     def discard(self) -> None:
         """Remove the partial work."""
@@ -160,6 +155,11 @@ class LayerStore(ABC):
             except ValueError:
                 break
         return lines
+
+    def _rewrite(self, layers: Sequence[FinishedLayer]) -> None:
+        lines = [self._first_line(), *(line for one in layers for line in _of_layer(one))]
+        with written_aside(self.partial / _LOG) as file:
+            file.write(_lines(lines).encode())
 
     def _append(self, lines: Sequence[Mapping[str, Any]]) -> None:
         with (self.partial / _LOG).open("a", encoding="utf-8") as file:

@@ -278,7 +278,7 @@ class Build:
     texts: Sequence[CalibrationPart] = ()
     """What is calibrated on; ``DEFAULT_CALIBRATION`` of the effort where nothing is named."""
     tuning: Sequence[CalibrationPart] = ()
-    """What the numbers beside codes are tuned on, of levels with error feedback; nothing: they are not."""
+    """What the numbers beside codes are tuned on, of levels that have such; nothing: they are not."""
     calibration_share: float = 1.0
     """Of the calibration text, that an importance matrix is gathered on: less where there is no time for more."""
     measured_on: Sequence[Document] = ()
