@@ -83,7 +83,7 @@ def main() -> int:
         with LlamaServer(Launch(options.model, n_ctx=WINDOW, threads=1)) as server:
             windows = fitting_windows(server, source, options.calibrate, options.fit_tokens)
         importance = importance_matrix(source, windows, threads=options.threads).vectors()
-        theirs = GgmlQuantizer(FileWeights(source), importance)
+        theirs = GgmlQuantizer(FileWeights(source), importance, options.ours / "ggml")
         table = None
         reference = answers(options.model, options.threads)
         passed = sum(one.passed for one in reference)

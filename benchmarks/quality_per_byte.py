@@ -2,15 +2,18 @@
 
     scripts/bench quality_per_byte --model reference-f16.gguf --calibrate wikitext2-valid.txt
         --text wikitext2-test.txt [--other TEXT_OR_FOLDER] [--levels Q4_K_M,...] [--fit-tokens 12288]
-        [--wide] [--documents 16] [--share 1] [--layers N] [--threads 2] [--keep DIR] [--json FILE]
+        [--wide] [--tune-tokens N] [--effort good] [--rotate] [--documents 16] [--share 1] [--layers N] [--threads 2]
+        [--keep DIR] [--json FILE]
 
 Both sides see the same calibration tokens. Theirs: llama.cpp's mix of types (all 96 recorded mixes are reproduced
 tensor by tensor, tests/formats/test_recipes.py), quantized by ggml's own reference code (libgguf) under an importance
 matrix of those tokens. Ours: a recipe of at most as many bytes, or a share of them, codes chosen with error feedback;
 with levels whose names begin with IQ it chooses from codebook types, too. A killed run goes on from what ``--keep``
-holds. With ``--wide`` both sides see all calibration text that ships, too (``--fit-tokens 0``: that alone).
-With ``--layers N`` only N layers, spread evenly, are quantized on both sides and all else stays 16 bits: for
-types that take long to write.
+holds. With ``--wide`` both sides see all calibration text that ships, too (``--fit-tokens 0``: that alone). With
+``--tune-tokens N`` scales of ours are tuned on the N tokens of the calibration text after those that codes are fitted
+to; the importance matrix, of both sides, counts these too.
+With ``--rotate`` ours is also made of the model with its stream rotated. With ``--layers N`` only N layers, spread
+evenly, are quantized on both sides and all else stays 16 bits: for types that take long to write.
 KL against the 16-bit source on the first window of each of several articles of the test text, and of texts of another
 kind (the ones that ship to measure on); ratios of mean KL with paired intervals over documents. ``--ablate`` adds
 each ingredient alone.
@@ -47,6 +50,8 @@ from bitladder.records.recipe import Recipe, SensitivityTable
 from bitladder.stages.feedback import write_with_feedback
 from bitladder.stages.fidelity import Candidate, file_candidate
 from bitladder.stages.imatrix import importance_matrix
+from bitladder.stages.job import Work
+from bitladder.stages.rotate import rotate_model
 from bitladder.stages.sensitivity import BlockTypes, weigh
 from bitladder.walk.feedback import FeedbackSettings
 from bitladder.walk.weights import FileWeights, MadeWeights, Quantizer
@@ -114,11 +119,15 @@ def kept_table(
 
 
 def candidates(
-    source: GgufFile, windows: Sequence[Window], options: argparse.Namespace, opened: list[GgufFile]
+    source: GgufFile,
+    windows: Sequence[Window],
+    tuning: Sequence[Window],
+    options: argparse.Namespace,
+    opened: list[GgufFile],
 ) -> list[Side]:
     """Everything that is compared; files of ours are made in ``--keep``."""
     weights = FileWeights(source, threads=options.threads)
-    importance = kept_importance(source, windows, options)
+    importance = kept_importance(source, [*windows, *tuning], options)
     theirs = GgmlQuantizer(weights, importance, options.keep / "ggml")
     ours = Quantizer(weights, importance=importance, threads=options.threads)
     part, low = part_of(source.model, options.layers), options.levels.startswith("IQ")
@@ -148,13 +157,37 @@ def candidates(
         for side, recipe in fed:
             started = time.perf_counter()
             whole = dataclasses.replace(recipe, qtypes={**stored, **recipe.qtypes})
-            settings = FeedbackSettings(threads=options.threads)
-            fitted = write_with_feedback(source, whole, options.keep / level, windows, settings=settings)
+            settings = FeedbackSettings(threads=options.threads, effort=options.effort)
+            fitted = write_with_feedback(
+                source, whole, options.keep / level, windows, settings=settings, tuning=tuning, progress=tuning_told
+            )
             took = f"{time.perf_counter() - started:.0f} s" + (", was there" if fitted.file.reused else "")
             print(f"{level} {side}: {recipe.label}, {recipe.bytes:,} of {size:,} bytes, {took}", flush=True)
             opened.append(GgufFile.open(fitted.file.path))
             add(side, file_candidate(source, opened[-1], threads=options.threads))
     return found
+
+
+def rotated_sides(
+    plain: Sequence[Side], fitting: Sequence[Window], tuning: Sequence[Window], options: argparse.Namespace,
+    opened: list[GgufFile],
+) -> list[Side]:  # fmt: skip
+    """Our files of the model with its stream rotated, against the same files of others."""
+    made = rotate_model(str(options.model), options.keep, Work(threads=options.threads))
+    print(f"rotated: mean KL {made.kl:.1e}, {made.seconds:.0f} s", flush=True)
+    opened.append(GgufFile.open(made.path))
+    own = argparse.Namespace(**{**vars(options), "keep": options.keep / "rotated", "ablate": False})
+    sides = [side for side in candidates(opened[-1], fitting, tuning, own, opened) if side.columns["side"] == "ours"]
+    against = {side.columns["level"]: side.against for side in plain}
+    return [
+        Side({**side.columns, "side": "rotated"}, side.candidate, against[side.columns["level"]]) for side in sides
+    ]  # fmt: skip
+
+
+def tuning_told(what: str, step: float, _steps: float) -> None:
+    """Says what held-out text loses while numbers are tuned."""
+    if "held-out" in what:
+        print(f"step {step:g}: {what}", flush=True)
 
 
 def main() -> int:
@@ -163,6 +196,9 @@ def main() -> int:
     parser.add_argument("--levels", default=LEVELS)
     parser.add_argument("--fit-tokens", type=int, default=12288)
     parser.add_argument("--wide", action="store_true", help="fit to the text that ships, too, all of it")
+    parser.add_argument("--tune-tokens", type=int, default=0, help="tune on so many tokens after those fitted to")
+    parser.add_argument("--effort", default="good", choices=("good", "best"))
+    parser.add_argument("--rotate", action="store_true", help="also of the model with its stream rotated")
     parser.add_argument("--part", type=int, default=0, help="which stretch of the calibration text to fit to")
     parser.add_argument("--in-domain-only", action="store_true")
     parser.add_argument("--share", type=float, default=1.0, help="our bytes as a share of theirs")
@@ -176,7 +212,9 @@ def main() -> int:
         other = read_texts([options.other]) if options.other else shipped_texts()
         with LlamaServer(Launch(options.model, n_ctx=WINDOW, threads=1)) as server:
             tokens, part = options.fit_tokens, options.part
-            fitting = fitting_windows(server, source, options.calibrate, tokens, part) if tokens else []
+            wanted = tokens + options.tune_tokens
+            given = fitting_windows(server, source, options.calibrate, wanted, part) if wanted else []
+            fitting, tuning = given[: tokens // WINDOW], given[tokens // WINDOW :]
             if options.wide:
                 shipped = shipped_texts("calibration") + shipped_texts("calibration/wide")
                 fitting += text_windows(shipped, lambda text: server.tokenize(text, add_special=True), source.model)
@@ -186,7 +224,9 @@ def main() -> int:
             }
         if options.in_domain_only:
             del texts["other domain"]
-        all_of = candidates(source, fitting, options, opened)
+        all_of = candidates(source, fitting, tuning, options, opened)
+        if options.rotate:
+            all_of += rotated_sides(all_of, fitting, tuning, options, opened)
         how: dict[str, Any] = {"of": "llama.cpp", "threads": options.threads, "keep": options.keep / "walks"}
         rows = [row for name, own in texts.items() for row in compare(source, all_of, own, name, (8, 10), **how)]
     for file in opened:
