@@ -20,18 +20,16 @@ from bitladder.errors import BadInput
 from bitladder.formats.roles import EMBEDDING, OUTPUT, OUTPUT_NORM, ROPE_TENSORS, layer_tensor
 from bitladder.formats.tensors import TensorInfo
 
-_ATTENTION = ("attn_q", "attn_k", "attn_v", "attn_qkv", "attn_q_a", "attn_kv_a_mqa")
+_ATTENTION = ("attn_q", "attn_k", "attn_v", "attn_qkv")
 _FEED_FORWARD = (
-    "ffn_gate", "ffn_up", "ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps", "ffn_gate_up_exps", "ffn_gate_shexp",
-    "ffn_up_shexp", "ffn_gate_inp_shexp",
+    "ffn_gate", "ffn_up", "ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps", "ffn_gate_shexp", "ffn_up_shexp",
+    "ffn_gate_inp_shexp",
 )  # fmt: skip
 _WRITERS = ("attn_output", "ffn_down", "ffn_down_exps", "ffn_down_shexp")
-_INNER = (
-    "attn_q_norm.weight", "attn_k_norm.weight", "attn_q_a_norm.weight", "attn_kv_a_norm.weight", "attn_q_b.weight",
-    "attn_kv_b.weight", "attn_k_b.weight", "attn_v_b.weight", "attn_sinks.weight", "exp_probs_b.bias", *ROPE_TENSORS,
-)  # fmt: skip
+_INNER = ("attn_q_norm.weight", "attn_k_norm.weight", *ROPE_TENSORS)
 """Between what is read and what is written."""
-_NORM, _FFN_NORM, _POST_NORM = "attn_norm.weight", "ffn_norm.weight", "post_attention_norm.weight"
+_NORMS = {**dict.fromkeys(_ATTENTION, "attn_norm.weight"), **dict.fromkeys(_FEED_FORWARD, "ffn_norm.weight")}
+"""Behind which norm a matrix reads."""
 
 
 class Meets(Enum):
@@ -79,7 +77,7 @@ def residual_parts(tensors: Sequence[TensorInfo], width: int) -> dict[str, Part]
             means="Both would have to be rotated, each with the weights of another norm, and stored apart.",
             do="Make a recipe of the model as it is; rotating is for models with an output matrix of their own.",
         )
-    parts = {one.name: _part(one.name, names) for one in tensors}
+    parts = {one.name: _part(one.name) for one in tensors}
     for one in tensors:
         part = parts[one.name]
         if part is None:
@@ -92,24 +90,21 @@ def residual_parts(tensors: Sequence[TensorInfo], width: int) -> dict[str, Part]
     return {name: part for name, part in parts.items() if part is not None}
 
 
-def _part(name: str, names: set[str]) -> Part | None:
+def _part(name: str) -> Part | None:
     """None of a tensor that is not known."""
     start, _, role = name.removeprefix("blk.").partition(".")
     if not name.startswith("blk.") or not start.isdigit():
         return _OUTSIDE.get(name)
-    layer, (base, _, kind) = int(start), role.rpartition(".")
-    before_ffn = layer_tensor(layer, _FFN_NORM)
-    if before_ffn not in names:  # some families call it by where it stands; behind what is written is none then
-        before_ffn = layer_tensor(layer, _POST_NORM)
-    if name in (before_ffn, layer_tensor(layer, _NORM)):
+    base, _, kind = role.rpartition(".")
+    if role in _NORMS.values():
         return Part(Meets.NORM)
-    if role in _INNER or (kind == "bias" and base in (*_ATTENTION, *_FEED_FORWARD)):
+    if role in _INNER or (kind == "bias" and base in _NORMS):
         return Part(Meets.NEITHER)
     if base in _WRITERS and kind in ("weight", "bias"):
         return Part(Meets.WRITES)
-    if kind != "weight" or base not in (*_ATTENTION, *_FEED_FORWARD):
+    if kind != "weight" or base not in _NORMS:
         return None
-    return Part(Meets.READS, layer_tensor(layer, _NORM) if base in _ATTENTION else before_ffn)
+    return Part(Meets.READS, layer_tensor(int(start), _NORMS[base]))
 
 
 def _not_known(name: str) -> BadInput:

@@ -26,6 +26,7 @@ from bitladder.formats.roles import factored
 from bitladder.formats.tensors import TensorInfo
 from bitladder.kernels import quantize
 from bitladder.kernels.rotation import MOST_ODD, odd_part, rotation
+from bitladder.plan.abilities import walk_gap
 from bitladder.records.rotated import RotatedFile
 from bitladder.stages.calibration import calibration_texts
 from bitladder.stages.fidelity import Candidate, token_scores
@@ -77,9 +78,16 @@ def rotate_model(model: str, out: Path, work: Work, *, force: bool | None = None
 def _rotated(job: Job) -> RotatedWeights:
     """The source's weights, rotated; raises BadInput where that cannot be."""
     source = job.source
+    as_it_is = "Make a recipe of the model as it is."
+    if gap := walk_gap(source.model):
+        raise BadInput(
+            f"A rotated file of this model could not be weighed: {gap}.",
+            means="Such layers are found by comparing a file with its checkpoint, and a rotated one no longer has the "
+            "checkpoint's weights.",
+            do=as_it_is,
+        )
     width, tensors = source.model.dims.n_embd, source.model.tensors
     parts = residual_parts(tensors, width)
-    as_it_is = "Make a recipe of the model as it is."
     trained = [one for one in tensors if one.qtype in TRAINED or factored(one.name)]
     if trained:
         raise BadInput(
@@ -96,7 +104,6 @@ def _rotated(job: Job) -> RotatedWeights:
             means="What they are turned into enters the residual stream, and would not be rotated.",
             do=as_it_is,
         )
-    job.require_layers()
     return RotatedWeights(FileWeights(source, threads=job.threads), parts, rotation(width, seed=_SEED))
 
 
