@@ -36,9 +36,11 @@ NORMS = ("attn_norm.weight", "ffn_norm.weight", "output_norm.weight")
 class Shuffle:
     """The permutations of one model."""
 
-    def __init__(self, file: GgufFile, seed: int) -> None:
+    def __init__(self, file: GgufFile, seed: int, live: NDArray[np.intp]) -> None:
+        """``live``: channels of the stream that hold anything; others (of a padded model) stay where they are."""
         self._dims, self._seed = file.model.dims, seed
-        self._stream = self._permutation("stream", self._dims.n_embd)
+        self._stream = np.arange(self._dims.n_embd)
+        self._stream[live] = live[self._permutation("stream", len(live))]
 
     def _permutation(self, what: str, count: int) -> NDArray[np.intp]:
         seed = hashlib.sha256(f"{self._seed} {what}".encode()).digest()
@@ -70,6 +72,11 @@ class Shuffle:
         return np.ascontiguousarray(value)
 
 
+def live_channels(weights: FileWeights) -> NDArray[np.intp]:
+    """Channels of the residual stream that any token's embedding has something in."""
+    return np.flatnonzero(np.abs(weights(EMBEDDING)).max(axis=0))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
@@ -81,7 +88,8 @@ def main() -> None:
         names = [tensor.name for tensor in source.model.tensors]
         if source.model.dims.architecture != "llama" or any(name.endswith(".bias") for name in names):
             raise SystemExit("only models with Llama's tensors can be shuffled here")
-        shuffle, weights = Shuffle(source, options.seed), FileWeights(source)
+        weights = FileWeights(source)
+        shuffle = Shuffle(source, options.seed, live_channels(weights))
         model, stored = source.model, {name: name for name in names}
         if options.untie and OUTPUT not in stored:
             stored[OUTPUT] = EMBEDDING

@@ -27,11 +27,13 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 from level_texts import Side, articles, compare, first_windows, fitting_windows, parsed, parser_of, part_of
 from libgguf_here import libgguf_or_exit
 from numpy.typing import NDArray
+from permuted_model import live_channels
 
 from bitladder.describe.windows import WINDOW, Window, text_windows, tokens_hash
 from bitladder.engines.base import Launch
@@ -43,15 +45,16 @@ from bitladder.files.imatrix import read_imatrix, write_imatrix
 from bitladder.files.texts import read_texts, shipped_texts
 from bitladder.formats.recipes import assign
 from bitladder.formats.tensors import TensorInfo
+from bitladder.kernels.rotation import rotation
 from bitladder.plan.recipe import Limits, choose, recipe_bytes
 from bitladder.records import to_json
 from bitladder.records.reading import read_json
 from bitladder.records.recipe import Recipe, SensitivityTable
+from bitladder.stages import rotate
 from bitladder.stages.feedback import write_with_feedback
 from bitladder.stages.fidelity import Candidate, file_candidate
 from bitladder.stages.imatrix import importance_matrix
 from bitladder.stages.job import Work
-from bitladder.stages.rotate import rotate_model
 from bitladder.stages.sensitivity import BlockTypes, weigh
 from bitladder.walk.feedback import FeedbackSettings
 from bitladder.walk.weights import FileWeights, MadeWeights, Quantizer
@@ -168,12 +171,35 @@ def candidates(
     return found
 
 
+class LiveRotation:
+    """A rotation of some channels. Those that hold nothing, of a padded model, stay as they are: mixed with the others
+    they would lend them their codes."""
+
+    def __init__(self, live: NDArray[np.intp], seed: int) -> None:
+        self._live, self._turned = live, rotation(len(live), seed=seed)
+
+    def columns(self, values: F32) -> F32:
+        """As ``Rotation``."""
+        found = values.copy()
+        found[..., self._live] = self._turned.columns(values[..., self._live])
+        return found
+
+    def rows(self, values: F32) -> F32:
+        """As ``Rotation``."""
+        found = values.copy()
+        found[self._live] = self._turned.rows(values[self._live])
+        return found
+
+
 def rotated_sides(
     plain: Sequence[Side], fitting: Sequence[Window], tuning: Sequence[Window], options: argparse.Namespace,
     opened: list[GgufFile],
 ) -> list[Side]:  # fmt: skip
     """Our files of the model with its stream rotated, against the same files of others."""
-    made = rotate_model(str(options.model), options.keep, Work(threads=options.threads))
+    with GgufFile.open(options.model) as source:
+        live = live_channels(FileWeights(source))
+    with patch.object(rotate, "rotation", lambda _width, seed: LiveRotation(live, seed)):
+        made = rotate.rotate_model(str(options.model), options.keep, Work(threads=options.threads))
     print(f"rotated: mean KL {made.kl:.1e}, {made.seconds:.0f} s", flush=True)
     opened.append(GgufFile.open(made.path))
     own = argparse.Namespace(**{**vars(options), "keep": options.keep / "rotated", "ablate": False})
