@@ -14,6 +14,7 @@ from bitladder.engines.base import Launch
 from bitladder.engines.llama import LlamaServer
 from bitladder.errors import BadInput, BadWeights, UsageError
 from bitladder.files.gguf import GgufFile
+from bitladder.files.sources import resolve
 from bitladder.formats import residual
 from bitladder.formats.residual import Meets, Part, residual_parts
 from bitladder.formats.tensors import TensorInfo
@@ -164,7 +165,10 @@ def test_recipes_are_made_of_it(model, tmp_path):
     arguments = ["recipe", str(made), "--bpw", "5", "--out", str(tmp_path / "out"), "--effort", "fast"]
     result = CliRunner().invoke(app, [*arguments, "--json"])
     assert result.exit_code == 0, result.output
-    file = Path(json.loads(result.stdout)["fitted"]["file"]["path"])
+    told = json.loads(result.stdout)
+    assert [line for line in told["warnings"] if line.startswith("It is rotated")]
+    assert not resolve(str(model)).warnings
+    file = Path(told["fitted"]["file"]["path"])
     assert file.name.startswith("tiny-rotated-bpw")
     with GgufFile.open(model) as source, GgufFile.open(made) as turned, GgufFile.open(file) as level:
         candidates = [file_candidate(source, turned), file_candidate(source, level)]

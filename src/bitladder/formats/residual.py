@@ -20,6 +20,8 @@ from bitladder.errors import BadInput
 from bitladder.formats.roles import EMBEDDING, OUTPUT, OUTPUT_NORM, ROPE_TENSORS, layer_tensor
 from bitladder.formats.tensors import TensorInfo
 
+ROTATED = "rotated-F16"
+"""What a rotated file says that it is, under the key of recipes."""
 _ATTENTION = ("attn_q", "attn_k", "attn_v", "attn_qkv")
 _FEED_FORWARD = (
     "ffn_gate", "ffn_up", "ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps", "ffn_gate_shexp", "ffn_up_shexp",

@@ -21,7 +21,7 @@ from bitladder.files.gguf_header import row_bytes
 from bitladder.files.gguf_writer import GgufWriter
 from bitladder.files.level_files import LevelDraft, check_space, draft_level, refuse_overwriting
 from bitladder.formats.blocks import TRAINED
-from bitladder.formats.residual import Meets, residual_parts
+from bitladder.formats.residual import ROTATED, Meets, residual_parts
 from bitladder.formats.roles import factored
 from bitladder.formats.tensors import TensorInfo
 from bitladder.kernels import quantize
@@ -38,7 +38,6 @@ from bitladder.walk.weights import FileWeights
 
 REVISION = "1"
 """Raised whenever the bytes change."""
-LABEL = "rotated-F16"
 _SEED = 0
 _WINDOWS = 2
 MOST_KL = 1e-3
@@ -60,9 +59,8 @@ def rotate_model(model: str, out: Path, work: Work, *, force: bool | None = None
         weights = _rotated(job)
         source, tensors = job.source, job.source.model.tensors
         types = {one.name: weights.qtype(one.name) for one in tensors}
-        draft = draft_level(
-            source.model, "F16", out, label=LABEL, method=f"residual stream rotated, revision {REVISION}", qtypes=types
-        )  # fmt: skip
+        method = f"residual stream rotated, revision {REVISION}"
+        draft = draft_level(source.model, "F16", out, label=ROTATED, method=method, qtypes=types)
         reused = draft.is_written(lambda: source.sha256)
         if not reused:
             refuse_overwriting(
@@ -111,10 +109,10 @@ def _compared(job: Job, weights: RotatedWeights) -> tuple[float, int]:
     """The mean divergence of the rotated weights' predictions on some text, and of how many tokens; raises
     BadInput where they are others."""
     windows: list[Window] = job.windows(calibration_texts(job, (SHIPPED,)))[:_WINDOWS]
-    need = walking_need(job.source, windows, (LABEL,))
+    need = walking_need(job.source, windows, (ROTATED,))
     with forecast(need, job.journal):
         scores = token_scores(
-            job.source, [Candidate(LABEL, weights)], windows,
+            job.source, [Candidate(ROTATED, weights)], windows,
             progress=job.progress, threads=job.threads, device=job.device,
         )[1]  # fmt: skip
     kl = float(scores.kl.mean())
