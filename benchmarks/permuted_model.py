@@ -1,19 +1,17 @@
 """A second model for quality_per_byte: one that was shipped in 4 bits, so that no block format can undo that.
 
-    .venv/bin/python benchmarks/permuted_model.py SmolLM2-135M-Instruct-Q4_1.gguf permuted.gguf [--seed 0] [--untie]
+    .venv/bin/python benchmarks/permuted_model.py SmolLM2-135M-Instruct-Q4_1.gguf permuted.gguf [--seed 0]
 
 Weights that were stored in blocks of 32 with 16 values each fall on such values again when a level with aligned blocks
 stores them: Q4_1 would lose nothing at all, and every comparison at 4 bits would say how well a level fits the source's
 format. Here the channels of the residual stream, of every feed-forward and of every value head are shuffled (rows of
 one matrix together with columns of the next, norms with them), so that a block holds weights of 32 different blocks.
-With ``--untie`` the output matrix is stored apart from the embedding.
 The model computes what it did; weights are stored as F16, norms as they are. For Llama's tensors (attn_norm, ffn_norm,
 no biases).
 """
 
 import argparse
 import hashlib
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +20,6 @@ from numpy.typing import NDArray
 from bitladder.files.gguf import GgufFile
 from bitladder.files.gguf_writer import GgufWriter
 from bitladder.files.level_files import draft_level
-from bitladder.formats.roles import EMBEDDING, OUTPUT
 from bitladder.walk.weights import FileWeights
 
 F32 = NDArray[np.float32]
@@ -36,11 +33,9 @@ NORMS = ("attn_norm.weight", "ffn_norm.weight", "output_norm.weight")
 class Shuffle:
     """The permutations of one model."""
 
-    def __init__(self, file: GgufFile, seed: int, live: NDArray[np.intp]) -> None:
-        """``live``: channels of the stream that hold anything; others (of a padded model) stay where they are."""
+    def __init__(self, file: GgufFile, seed: int) -> None:
         self._dims, self._seed = file.model.dims, seed
-        self._stream = np.arange(self._dims.n_embd)
-        self._stream[live] = live[self._permutation("stream", len(live))]
+        self._stream = self._permutation("stream", self._dims.n_embd)
 
     def _permutation(self, what: str, count: int) -> NDArray[np.intp]:
         seed = hashlib.sha256(f"{self._seed} {what}".encode()).digest()
@@ -72,35 +67,25 @@ class Shuffle:
         return np.ascontiguousarray(value)
 
 
-def live_channels(weights: FileWeights) -> NDArray[np.intp]:
-    """Channels of the residual stream that any token's embedding has something in."""
-    return np.flatnonzero(np.abs(weights(EMBEDDING)).max(axis=0))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--untie", action="store_true")
     options = parser.parse_args()
     with GgufFile.open(options.model) as source:
         names = [tensor.name for tensor in source.model.tensors]
         if source.model.dims.architecture != "llama" or any(name.endswith(".bias") for name in names):
             raise SystemExit("only models with Llama's tensors can be shuffled here")
-        weights = FileWeights(source)
-        shuffle = Shuffle(source, options.seed, live_channels(weights))
-        model, stored = source.model, {name: name for name in names}
-        if options.untie and OUTPUT not in stored:
-            stored[OUTPUT] = EMBEDDING
-            model = replace(model, tensors=(*model.tensors, replace(source.info(EMBEDDING), name=OUTPUT)))
-        part = draft_level(model, "F16", options.out.parent, label="permuted").parts[0]
+        shuffle, weights = Shuffle(source, options.seed), FileWeights(source)
+        part = draft_level(source.model, "F16", options.out.parent, label="permuted").parts[0]
         writer = GgufWriter(options.out, part.plan, str(options.seed))
         for number, tensor in enumerate(part.plan.tensors):
-            whole = weights(stored[tensor.name]).reshape(tensor.shape)
+            whole = weights(tensor.name).reshape(tensor.shape)
             data = shuffle(tensor.name, whole).astype({"F16": np.float16, "F32": np.float32}[tensor.qtype]).tobytes()
             writer.write(number, 0, memoryview(data))
             writer.done(number, hashlib.sha256(data).hexdigest())
+            weights.forget(tensor.name)
         writer.finish(part.header(source.sha256))
         writer.close()
 

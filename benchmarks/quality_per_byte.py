@@ -2,7 +2,7 @@
 
     scripts/bench quality_per_byte --model reference-f16.gguf --calibrate wikitext2-valid.txt
         --text wikitext2-test.txt [--other TEXT_OR_FOLDER] [--levels Q4_K_M,...] [--fit-tokens 12288]
-        [--wide] [--tune-tokens N] [--effort good] [--rotate] [--documents 16] [--share 1] [--layers N] [--threads 2]
+        [--wide] [--tune-tokens N] [--effort good] [--documents 16] [--share 1] [--layers N] [--threads 2]
         [--keep DIR] [--json FILE]
 
 Both sides see the same calibration tokens. Theirs: llama.cpp's mix of types (all 96 recorded mixes are reproduced
@@ -12,7 +12,7 @@ with levels whose names begin with IQ it chooses from codebook types, too. A kil
 holds. With ``--wide`` both sides see all calibration text that ships, too (``--fit-tokens 0``: that alone). With
 ``--tune-tokens N`` scales of ours are tuned on the N tokens of the calibration text after those that codes are fitted
 to; the importance matrix, of both sides, counts these too.
-With ``--rotate`` ours is also made of the model with its stream rotated. With ``--layers N`` only N layers, spread
+With ``--layers N`` only N layers, spread
 evenly, are quantized on both sides and all else stays 16 bits: for types that take long to write.
 KL against the 16-bit source on the first window of each of several articles of the test text, and of texts of another
 kind (the ones that ship to measure on); ratios of mean KL with paired intervals over documents. ``--ablate`` adds
@@ -27,13 +27,11 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 from level_texts import Side, articles, compare, first_windows, fitting_windows, parsed, parser_of, part_of
 from libgguf_here import libgguf_or_exit
 from numpy.typing import NDArray
-from permuted_model import live_channels
 
 from bitladder.describe.windows import WINDOW, Window, text_windows, tokens_hash
 from bitladder.engines.base import Launch
@@ -45,16 +43,13 @@ from bitladder.files.imatrix import read_imatrix, write_imatrix
 from bitladder.files.texts import read_texts, shipped_texts
 from bitladder.formats.recipes import assign
 from bitladder.formats.tensors import TensorInfo
-from bitladder.kernels.rotation import rotation
 from bitladder.plan.recipe import Limits, choose, recipe_bytes
 from bitladder.records import to_json
 from bitladder.records.reading import read_json
 from bitladder.records.recipe import Recipe, SensitivityTable
-from bitladder.stages import rotate
 from bitladder.stages.feedback import write_with_feedback
 from bitladder.stages.fidelity import Candidate, file_candidate
 from bitladder.stages.imatrix import importance_matrix
-from bitladder.stages.job import Work
 from bitladder.stages.sensitivity import BlockTypes, weigh
 from bitladder.walk.feedback import FeedbackSettings
 from bitladder.walk.weights import FileWeights, MadeWeights, Quantizer
@@ -171,45 +166,6 @@ def candidates(
     return found
 
 
-class LiveRotation:
-    """A rotation of some channels. Those that hold nothing, of a padded model, stay as they are: mixed with the others
-    they would lend them their codes."""
-
-    def __init__(self, live: NDArray[np.intp], seed: int) -> None:
-        self._live, self._turned = live, rotation(len(live), seed=seed)
-
-    def columns(self, values: F32) -> F32:
-        """As ``Rotation``."""
-        found = values.copy()
-        found[..., self._live] = self._turned.columns(values[..., self._live])
-        return found
-
-    def rows(self, values: F32) -> F32:
-        """As ``Rotation``."""
-        found = values.copy()
-        found[self._live] = self._turned.rows(values[self._live])
-        return found
-
-
-def rotated_sides(
-    plain: Sequence[Side], fitting: Sequence[Window], tuning: Sequence[Window], options: argparse.Namespace,
-    opened: list[GgufFile],
-) -> list[Side]:  # fmt: skip
-    """Our files of the model with its stream rotated, against the same files of others."""
-    with GgufFile.open(options.model) as source:
-        live = live_channels(FileWeights(source))
-    with patch.object(rotate, "rotation", lambda _width, seed: LiveRotation(live, seed)):
-        made = rotate.rotate_model(str(options.model), options.keep, Work(threads=options.threads))
-    print(f"rotated: mean KL {made.kl:.1e}, {made.seconds:.0f} s", flush=True)
-    opened.append(GgufFile.open(made.path))
-    own = argparse.Namespace(**{**vars(options), "keep": options.keep / "rotated", "ablate": False})
-    sides = [side for side in candidates(opened[-1], fitting, tuning, own, opened) if side.columns["side"] == "ours"]
-    against = {side.columns["level"]: side.against for side in plain}
-    return [
-        Side({**side.columns, "side": "rotated"}, side.candidate, against[side.columns["level"]]) for side in sides
-    ]  # fmt: skip
-
-
 def tuning_told(what: str, step: float, _steps: float) -> None:
     """Says what held-out text loses while numbers are tuned."""
     if "held-out" in what:
@@ -224,7 +180,6 @@ def main() -> int:
     parser.add_argument("--wide", action="store_true", help="fit to the text that ships, too, all of it")
     parser.add_argument("--tune-tokens", type=int, default=0, help="tune on so many tokens after those fitted to")
     parser.add_argument("--effort", default="good", choices=("good", "best"))
-    parser.add_argument("--rotate", action="store_true", help="also of the model with its stream rotated")
     parser.add_argument("--part", type=int, default=0, help="which stretch of the calibration text to fit to")
     parser.add_argument("--in-domain-only", action="store_true")
     parser.add_argument("--share", type=float, default=1.0, help="our bytes as a share of theirs")
@@ -251,8 +206,6 @@ def main() -> int:
         if options.in_domain_only:
             del texts["other domain"]
         all_of = candidates(source, fitting, tuning, options, opened)
-        if options.rotate:
-            all_of += rotated_sides(all_of, fitting, tuning, options, opened)
         how: dict[str, Any] = {"of": "llama.cpp", "threads": options.threads, "keep": options.keep / "walks"}
         rows = [row for name, own in texts.items() for row in compare(source, all_of, own, name, (8, 10), **how)]
     for file in opened:

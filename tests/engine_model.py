@@ -30,8 +30,8 @@ def _tokens() -> list[str]:
     return [chr(byte if byte in printable else next(spare)) for byte in range(256)] + ["Ġt", *_SPECIAL]
 
 
-def write_engine_model(path: Path, seed: int = 0, *, untied: bool = False) -> Path:
-    """Write the model, matrices in F16; returns the path. ``untied``: an output matrix of its own, and uneven norms."""
+def write_engine_model(path: Path, seed: int = 0) -> Path:
+    """Write the model, matrices in F16; returns the path."""
     rng = np.random.default_rng(seed)
 
     def matrix(rows: int, columns: int) -> np.ndarray:
@@ -53,10 +53,6 @@ def write_engine_model(path: Path, seed: int = 0, *, untied: bool = False) -> Pa
             block + "ffn_up.weight": matrix(_HIDDEN, _WIDTH),
             block + "ffn_down.weight": matrix(_WIDTH, _HIDDEN),
         }
-    if untied:
-        tensors["output.weight"] = matrix(len(tokens), _WIDTH)
-        norms = [name for name in tensors if "norm" in name]
-        tensors |= {name: rng.uniform(0.5, 2, _WIDTH).astype(np.float32) for name in norms}
     path.parent.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(str(path), "llama")
     writer.add_name("Tiny")

@@ -1,5 +1,4 @@
-"""Verbs about recipes: which type each tensor gets under a budget, the file made by it with error feedback, and a
-rotation that prepares a model for them."""
+"""The verb about recipes: which type each tensor gets under a budget, and the file made by it with error feedback."""
 
 from __future__ import annotations
 
@@ -23,7 +22,7 @@ from bitladder.cli.completion import level_names
 from bitladder.cli.grouped import grouped
 from bitladder.cli.terminal import JsonFlag, ModelArgument, print_json, put, say, verb
 from bitladder.errors import UsageError
-from bitladder.units import human_bytes, parse_bytes
+from bitladder.units import parse_bytes
 
 if TYPE_CHECKING:
     from bitladder.stages.job import Build, Work
@@ -222,35 +221,6 @@ def _schemes(options: RecipeOptions) -> tuple[tuple[str, ...], dict[str, float]]
     return tuple(named), speeds
 
 
-@dataclass(kw_only=True)
-class RotateOptions(WorkOptions):
-    """What ``rotate`` is asked."""
-
-    model: ModelArgument
-    out: Annotated[Path, typer.Option("--out", help="Write the file into this folder.")] = Path()
-    force: Force = False
-
-
-@verb
-@grouped
-def rotate(options: RotateOptions, json_output: JsonFlag = False) -> None:
-    """Rotate what the layers hand on, so that recipes lose less; writes the model anew, 16 bits wide.
-
-    It predicts what it did, which is checked before anything is written. For models with an output matrix of their own.
-    """
-    from bitladder.stages.rotate import rotate_model
-
-    with options.working(quiet=json_output) as work:
-        made = rotate_model(options.model, options.out, work, force=options.force)
-    if json_output:
-        print_json({**vars(made), "jobs": work.journal.jobs, "warnings": work.journal.warnings})
-        return
-    took = "was already there" if made.reused else f"{human_bytes(made.bytes)}, {made.seconds:.0f} s"
-    say(f"{made.path}  {took}")
-    say(f"It predicts what the source does: mean KL {made.kl:.1e} on {made.tokens:,} tokens.")
-
-
 def add_to(app: typer.Typer) -> None:
-    """Register this module's verbs."""
+    """Register this module's verb."""
     app.command()(recipe)
-    app.command()(rotate)

@@ -15,7 +15,6 @@ from bitladder.describe.model import Model
 from bitladder.formats import gguf
 from bitladder.formats.blocks import QTYPES, TRAINED
 from bitladder.formats.recipes import LEVEL_BY_FILE_TYPE, RECIPES
-from bitladder.formats.residual import ROTATED
 
 KEY_BEFORE = gguf.PROVENANCE + "requantized_from"
 """What a file's weights were quantized as before they were made what they are; only where they were."""
@@ -67,16 +66,6 @@ def quantized(model: Model) -> QuantizedSource | None:
     stored = max(counts, key=lambda qtype: counts[qtype])
     level = _declared(model) or max(packed, key=lambda qtype: packed[qtype]) if packed else ""
     return QuantizedSource(level, before, stored, model.bpw if model.elements else 0.0)
-
-
-def rotated_note(model: Model) -> str:
-    """The sentence for a model whose residual stream was rotated; "" for any other."""
-    if model.metadata.get(gguf.PROVENANCE + "recipe") != ROTATED:
-        return ""
-    return (
-        "It is rotated: recipes with error feedback lose less for that, levels rounded to nearest more, and adapters "
-        "made for the plain model do not fit."
-    )
 
 
 def kept_note(model: Model) -> str:

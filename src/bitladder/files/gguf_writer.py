@@ -17,7 +17,7 @@ import os
 import stat
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -244,15 +244,6 @@ class GgufWriter:
                 log.write(f"{number} {digest}\n")
         except OSError as error:
             raise cannot_write(self.path, error, self.plan.size) from error
-
-    def put(self, number: int, pieces: Iterable[Buffer]) -> None:
-        """Write tensor ``number`` whole, given as consecutive pieces, and note that it is complete."""
-        at, digest = 0, hashlib.sha256()
-        for piece in pieces:
-            self.write(number, at, piece)
-            digest.update(piece)
-            at += len(piece)
-        self.done(number, digest.hexdigest())
 
     def flush(self) -> None:
         """Ask the system to put what was written so far on the disk; returns when it has."""

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from bitladder.describe.quantized import checkpoint_note, checkpoint_origin, kept_note, quantized, rotated_note
+from bitladder.describe.quantized import checkpoint_note, checkpoint_origin, kept_note, quantized
 from bitladder.describe.rope_scaling import rope_warnings
 from bitladder.errors import BadInput
 from bitladder.files import convert, demo, hub, local_stores
@@ -165,14 +165,13 @@ def _checkpoint_warnings(folder: Path, dtypes: Iterable[str] = ()) -> tuple[str,
 
 
 def label_quantized(source: Source) -> Source:
-    """Mark a GGUF source whose weights are quantized, or rotated. The header is read; the weights are not."""
+    """Mark a GGUF source whose weights are quantized. The header is read; the weights are not."""
     from bitladder.files.gguf import read_header
 
     model = read_header(source.path)
     found = quantized(model)
     if found is None:
-        note = rotated_note(model)
-        return replace(source, warnings=(*source.warnings, note)) if note else source
+        return source
     notes = [note for note in (found.sentence(), kept_note(model)) if note]
     return replace(source, warnings=(*source.warnings, *notes), quantized=True)
 

@@ -262,7 +262,13 @@ class _Out:
 
     def put(self, name: str, pieces: Iterable[NDArray[np.uint8]]) -> None:
         """Write a tensor, given as consecutive rows."""
-        self.writer.put(self._numbers[name], (np.ascontiguousarray(piece).reshape(-1).data for piece in pieces))
+        number, at, digest = self._numbers[name], 0, hashlib.sha256()
+        for piece in pieces:
+            data = np.ascontiguousarray(piece).reshape(-1).data
+            self.writer.write(number, at, data)
+            digest.update(data)
+            at += len(data)
+        self.writer.done(number, digest.hexdigest())
         self._done.add(name)
 
     def qtype(self, name: str) -> str:
