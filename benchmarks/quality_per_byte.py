@@ -11,9 +11,8 @@ matrix of those tokens. Ours: a recipe of at most as many bytes, or a share of t
 with levels whose names begin with IQ it chooses from codebook types, too. A killed run goes on from what ``--keep``
 holds. With ``--wide`` both sides see all calibration text that ships, too (``--fit-tokens 0``: that alone). With
 ``--tune-tokens N`` scales of ours are tuned on the N tokens of the calibration text after those that codes are fitted
-to; the importance matrix, of both sides, counts these too.
-With ``--layers N`` only N layers, spread
-evenly, are quantized on both sides and all else stays 16 bits: for types that take long to write.
+to; the importance matrix, of both sides, counts these too. With ``--layers N`` only N layers, spread evenly, are
+quantized on both sides and all else stays 16 bits: for types that take long to write.
 KL against the 16-bit source on the first window of each of several articles of the test text, and of texts of another
 kind (the ones that ship to measure on); ratios of mean KL with paired intervals over documents. ``--ablate`` adds
 each ingredient alone.
