@@ -18,8 +18,11 @@ from bitladder.describe.model import Model
 from bitladder.describe.text import Document
 from bitladder.describe.windows import WINDOW, Window, text_windows
 from bitladder.engines.llama import LlamaServer
+from bitladder.files.folders import cache_key
 from bitladder.files.gguf import GgufFile
+from bitladder.formats.tensors import TensorInfo
 from bitladder.stages.fidelity import Candidate, token_scores
+from bitladder.stages.sensitivity import BlockTypes
 from bitladder.stats.bootstrap import ratio_interval
 
 
@@ -82,6 +85,19 @@ def part_of(model: Model, layers: int) -> Model:
     chosen = set(np.linspace(0, model.dims.n_layer - 1, layers).astype(int).tolist())
     own = tuple(one for one in model.tensors if one.name.startswith("blk.") and int(one.name.split(".")[1]) in chosen)
     return dataclasses.replace(model, tensors=own)
+
+
+class SomeTypes(BlockTypes):
+    """Block types of some tensors; the others are not weighed."""
+
+    def __init__(self, names: frozenset[str], *, low: bool) -> None:
+        super().__init__(low=low)
+        self.names = names
+        self.key += f"-{cache_key(*sorted(names))[:8]}"
+
+    def of(self, info: TensorInfo) -> tuple[str, ...]:
+        """As ``Choices``."""
+        return super().of(info) if info.name in self.names else ()
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from level_texts import Side, articles, compare, first_windows, fitting_windows, parsed, parser_of, part_of
+from level_texts import (
+    Side,
+    SomeTypes,
+    articles,
+    compare,
+    first_windows,
+    fitting_windows,
+    parsed,
+    parser_of,
+    part_of,
+)
 from libgguf_here import libgguf_or_exit
 from numpy.typing import NDArray
 
@@ -41,7 +51,6 @@ from bitladder.files.gguf import GgufFile
 from bitladder.files.imatrix import read_imatrix, write_imatrix
 from bitladder.files.texts import read_texts, shipped_texts
 from bitladder.formats.recipes import assign
-from bitladder.formats.tensors import TensorInfo
 from bitladder.plan.recipe import Limits, choose, recipe_bytes
 from bitladder.records import to_json
 from bitladder.records.reading import read_json
@@ -79,19 +88,6 @@ class GgmlQuantizer(Quantizer):
             with written_aside(kept) as file:
                 np.save(file, made)
         return made
-
-
-class SomeTypes(BlockTypes):
-    """Block types of some tensors; the others are not weighed."""
-
-    def __init__(self, names: frozenset[str], *, low: bool) -> None:
-        super().__init__(low=low)
-        self.names = names
-        self.key += f"-{cache_key(*sorted(names))[:8]}"
-
-    def of(self, info: TensorInfo) -> tuple[str, ...]:
-        """As ``Choices``."""
-        return super().of(info) if info.name in self.names else ()
 
 
 def kept_importance(source: GgufFile, windows: Sequence[Window], options: argparse.Namespace) -> Mapping[str, F32]:

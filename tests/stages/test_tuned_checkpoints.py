@@ -13,7 +13,7 @@ from bitladder.cli.app import app
 from bitladder.files.gguf import GgufFile
 from bitladder.files.layer_store import LayerStore
 from bitladder.levels.checkpoints import parse_checkpoint
-from bitladder.stages import calibrate, tuning
+from bitladder.stages import tuning
 from bitladder.stages.calibrate import Calibration, Reading
 from bitladder.walk.checkpoint_walk import CalibrationWalk, Settings
 from bitladder.walk.tuned_checkpoint import StoredLevel, basis_of, numbers_of
@@ -49,7 +49,7 @@ def off(monkeypatch):
             stored.write()
 
     monkeypatch.setattr(CalibrationWalk, "run", run)
-    monkeypatch.setattr(calibrate, "TuneSettings", lambda: QUICK)
+    monkeypatch.setattr(TuneSettings, "for_windows", lambda _: QUICK)
     monkeypatch.setattr(tuning, "SECONDS_BETWEEN", 0.0)
     monkeypatch.setattr("bitladder.walk.keep.SECONDS_BETWEEN", 0.0)
 
@@ -212,7 +212,7 @@ def test_a_killed_run_goes_on_and_writes_the_same_bytes(tmp_path, off, monkeypat
 
 def test_tuning_that_does_not_help_changes_nothing(tmp_path, monkeypatch):
     _, checkpoint, gguf = tiny("llama", tmp_path)
-    monkeypatch.setattr(calibrate, "TuneSettings", lambda: TuneSettings(steps=12, rate=0.5, look=2))
+    monkeypatch.setattr(TuneSettings, "for_windows", lambda _: TuneSettings(steps=12, rate=0.5, look=2))
     tuned = made(gguf, checkpoint, ["GPTQ-4bit-g32"], tmp_path / "tuned", tuning=windows_of(5, count=60))
     plain = made(gguf, checkpoint, ["GPTQ-4bit-g32"], tmp_path / "plain")
     assert not tuned.tuned["GPTQ-4bit-g32"].kept

@@ -49,7 +49,7 @@ def tiny(tmp_path, monkeypatch):
         return replace(found, data=with_numbers(found.data, qtype, numbers))
 
     monkeypatch.setattr(walk_feedback, "fit_matrix", off)
-    monkeypatch.setattr(feedback, "TuneSettings", lambda: QUICK)
+    monkeypatch.setattr(TuneSettings, "for_windows", lambda _: QUICK)
     monkeypatch.setattr(tuning, "SECONDS_BETWEEN", 0.0)
     case = tiny_models.CASES["llama"]
     with GgufFile.open(tiny_models.write(case, tiny_models.make(case), tmp_path / "tiny.gguf")) as source:
@@ -94,7 +94,7 @@ def test_only_numbers_move_and_what_is_said_is_what_the_file_loses(tiny, tmp_pat
 
 def test_a_file_that_tuning_does_not_help_has_the_bytes_it_had(tiny, tmp_path, monkeypatch):
     source, made, fitting, own = tiny
-    monkeypatch.setattr(feedback, "TuneSettings", lambda: replace(QUICK, rate=0.5))
+    monkeypatch.setattr(TuneSettings, "for_windows", lambda _: replace(QUICK, rate=0.5))
     plain = write_with_feedback(source, made, tmp_path / "plain", fitting, settings=SETTINGS)
     tuned = write_with_feedback(source, made, tmp_path / "tuned", fitting, settings=SETTINGS, tuning=own)
     assert not tuned.tuning.kept

@@ -6,6 +6,7 @@ import pytest
 import tiny_models
 from bitladder.describe.windows import Window
 from bitladder.files.gguf import GgufFile
+from bitladder.plan.tuning import held_places
 from bitladder.stages.write_levels import quantize_levels
 from bitladder.walk.layers import LayeredModel
 from bitladder.walk.tuned import FileBytes, TunedWeights
@@ -112,6 +113,14 @@ def test_a_fall_must_be_more_than_chance():
     assert not helps(before, before - [2.0, -1.0, 2.0, -1.0])
     assert not helps(before, before)
     assert not helps(before[:1], before[:1] - 1)
+
+
+def test_a_longer_text_is_tuned_on_in_more_steps_and_seen_about_once():
+    short, long, longest = (TuneSettings.for_windows(count) for count in (20, 240, 100_000))
+    assert (short.steps, longest.steps) == (40, 120)
+    moving = 240 - len(held_places(["one"] * 240))
+    assert 0.9 * moving <= long.steps * long.windows <= moving
+    assert len({one.key for one in (short, long, longest)}) == 3
 
 
 class _Notes:

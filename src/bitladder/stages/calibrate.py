@@ -246,7 +246,7 @@ class Calibration:
                 tuner = Tuner(
                     walk.model, walk.weights, self.reading.tuning, settings.half_products, settings.state_bytes,
                     spill=store.partial, notes=store.partial, key=store.fingerprint, progress=progress,
-                    settings=TuneSettings(),
+                    settings=TuneSettings.for_windows(len(self.reading.tuning)),
                 )  # fmt: skip
                 self._tuned[level.name] = tuner.stored(stored)
 
@@ -417,7 +417,8 @@ def _fingerprint(
         ]
         parts.append(str(settings.half_products))  # a run must not go on on another processor, half in bfloat16
     if tunes(level, reading):
-        parts += [tokens_hash(reading.tuning), TuneSettings().key, str(settings.half_products)]
+        tuning = TuneSettings.for_windows(len(reading.tuning))
+        parts += [tokens_hash(reading.tuning), tuning.key, str(settings.half_products)]
     return _hashed(parts)
 
 

@@ -192,7 +192,8 @@ def method_name(windows: Sequence[Window], settings: FeedbackSettings, tuning: S
     revision = f"{REVISION}-{FEEDBACK_REVISION}"
     passes = "bfloat16" if settings.half_products else "f32"
     text = tokens_hash(windows)[:16]
-    end = f", tuned in {TuneSettings().key} on {tokens_hash(tuning)[:16]}" if tuning else ""
+    how = TuneSettings.for_windows(len(tuning)).key
+    end = f", tuned in {how} on {tokens_hash(tuning)[:16]}" if tuning else ""
     return f"feedback {settings.effort}, kernels {revision}, damp {settings.damp:g}, passes {passes}, text {text}{end}"
 
 
@@ -228,7 +229,8 @@ def _tuned(job: _Job, out: _Out, state_bytes: int, folder: Path, fingerprint: st
     """The level's free numbers tuned, all of its tensors being there."""
     tuner = Tuner(
         job.model, job.weights, job.tuning, job.settings.half_products, state_bytes,
-        spill=folder.parent, notes=folder, key=fingerprint, progress=job.progress, settings=TuneSettings(),
+        spill=folder.parent, notes=folder, key=fingerprint, progress=job.progress,
+        settings=TuneSettings.for_windows(len(job.tuning)),
     )  # fmt: skip
     return tuner.level(out, threads=job.settings.threads)
 

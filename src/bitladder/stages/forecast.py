@@ -207,7 +207,7 @@ def with_tuning(need: JobNeed, source: GgufFile, numbers: int, windows: Sequence
     from bitladder.plan.tuning import held_places
     from bitladder.walk.tuning import TuneSettings
 
-    settings, dims = TuneSettings(), source.model.dims
+    settings, dims = TuneSettings.for_windows(len(windows)), source.model.dims
     longest = max(len(window.tokens) for window in windows)
     step = settings.windows * longest
     held = len(held_places([window.document for window in windows])) * longest * settings.steps // settings.look

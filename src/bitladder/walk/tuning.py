@@ -254,7 +254,7 @@ class TuneSettings:
     steps: int = 40
     windows: int = 2
     """Of each step."""
-    rate: float = 0.0003
+    rate: float = 0.0006
     """Share of itself that a number moves by in a step, about."""
     look: int = 8
     """Steps between looks at the held-out windows."""
@@ -265,6 +265,12 @@ class TuneSettings:
     def key(self) -> str:
         """What tells results of other settings apart."""
         return f"{self.steps} steps of {self.windows} windows at {self.rate:g}, revision {REVISION}"
+
+    @classmethod
+    def for_windows(cls, count: int) -> TuneSettings:
+        """For a text of so many windows: as many steps as see what does not decide once, 40 to 120. Five looks."""
+        steps = min(120, max(40, count * 2 // 5))
+        return cls(steps=steps, look=steps // 5)
 
 
 @dataclass(frozen=True)
