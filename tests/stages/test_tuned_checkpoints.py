@@ -212,7 +212,7 @@ def test_a_killed_run_goes_on_and_writes_the_same_bytes(tmp_path, off, monkeypat
 
 def test_tuning_that_does_not_help_changes_nothing(tmp_path, monkeypatch):
     _, checkpoint, gguf = tiny("llama", tmp_path)
-    monkeypatch.setattr(TuneSettings, "for_windows", lambda _: TuneSettings(steps=12, rate=0.5, look=2))
+    monkeypatch.setattr(TuneSettings, "for_windows", lambda _: TuneSettings(steps=12, rate=500, look=2))
     tuned = made(gguf, checkpoint, ["GPTQ-4bit-g32"], tmp_path / "tuned", tuning=windows_of(5, count=60))
     plain = made(gguf, checkpoint, ["GPTQ-4bit-g32"], tmp_path / "plain")
     assert not tuned.tuned["GPTQ-4bit-g32"].kept

@@ -94,7 +94,7 @@ def test_only_numbers_move_and_what_is_said_is_what_the_file_loses(tiny, tmp_pat
 
 def test_a_file_that_tuning_does_not_help_has_the_bytes_it_had(tiny, tmp_path, monkeypatch):
     source, made, fitting, own = tiny
-    monkeypatch.setattr(TuneSettings, "for_windows", lambda _: replace(QUICK, rate=0.5))
+    monkeypatch.setattr(TuneSettings, "for_windows", lambda _: replace(QUICK, rate=500))
     plain = write_with_feedback(source, made, tmp_path / "plain", fitting, settings=SETTINGS)
     tuned = write_with_feedback(source, made, tmp_path / "tuned", fitting, settings=SETTINGS, tuning=own)
     assert not tuned.tuning.kept

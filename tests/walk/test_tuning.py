@@ -99,12 +99,25 @@ def test_what_does_not_help_held_out_text_is_not_kept(level):
     passes, file = level
     names = _tunable(passes, file)
     before = {name: passes.tuned(name) for name in names}
-    found = tune(passes, dict.fromkeys(names, "each"), HELD, TuneSettings(steps=60, rate=0.5, look=2))
+    found = tune(passes, dict.fromkeys(names, "each"), HELD, TuneSettings(steps=60, rate=5, look=2))
     assert (found.best, found.numbers) == (0, {})
-    assert found.steps == 4  # two looks were enough
+    assert found.steps == 6  # three looks were enough, each with shorter steps than the last
     np.testing.assert_array_equal(found.after, found.before)
     for name, own in before.items():
         np.testing.assert_array_equal(passes.tuned(name), own)
+
+
+@pytest.mark.parametrize("level", [("llama", "Q8_0")], indirect=True)
+def test_steps_that_are_too_large_for_a_level_become_shorter(level):
+    passes, file = level
+    names = _disturbed(passes, file)
+    looks = []
+    found = tune(
+        passes, dict.fromkeys(names, "each"), HELD, TuneSettings(steps=36, rate=0.5, look=4),
+        told=lambda what, _: looks.append(float(what.split()[-1])) if "held-out" in what else None,
+    )  # fmt: skip
+    assert looks[1] > looks[0]  # the first ones led away
+    assert found.after.sum() < 0.8 * found.before.sum()
 
 
 def test_a_fall_must_be_more_than_chance():
@@ -141,11 +154,12 @@ class _Notes:
             raise KeyboardInterrupt
 
 
+@pytest.mark.parametrize("rate", [0.01, 0.5])  # with the latter steps have become shorter before it is killed
 @pytest.mark.parametrize("level", [("llama", "Q8_0")], indirect=True)
-def test_a_killed_call_goes_on_and_finds_the_same_numbers(level):
+def test_a_killed_call_goes_on_and_finds_the_same_numbers(level, rate):
     passes, file = level
     names = _disturbed(passes, file)
-    settings = TuneSettings(steps=12, rate=0.01, look=4)
+    settings = TuneSettings(steps=12, rate=rate, look=4)
     whole = tune(passes, dict.fromkeys(names, "each"), HELD, settings)
     notes = _Notes(stop=7)
     with pytest.raises(KeyboardInterrupt):

@@ -38,10 +38,15 @@ from bitladder.walk.weights import LevelWeights
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 
-REVISION = "1"
+REVISION = "2"
 """Raised whenever tuned numbers change for another reason than settings."""
 _MEAN, _SQUARE = 0.9, 0.95
 """How slowly Adam forgets slopes and their squares: few steps are made."""
+_SHORTER = np.float32(0.3)
+"""What a step becomes of itself where held-out text lost more after some of them."""
+_MUCH = 0.1
+"""A divergence (nats per token) from which on steps have their full size. What loses less is nearer to where it is
+best, and steps that help a level of two bits lead it away."""
 _SLICE = 8192
 _LOGIT_BYTES = 512 * MiB
 """Logits of both models at once, at the head."""
@@ -258,8 +263,8 @@ class TuneSettings:
     """Share of itself that a number moves by in a step, about."""
     look: int = 8
     """Steps between looks at the held-out windows."""
-    patience: int = 2
-    """Looks without improvement after which it ends."""
+    patience: int = 3
+    """Looks without improvement after which it ends. After each of them it goes on from the best, in shorter steps."""
 
     @property
     def key(self) -> str:
@@ -268,9 +273,9 @@ class TuneSettings:
 
     @classmethod
     def for_windows(cls, count: int) -> TuneSettings:
-        """For a text of so many windows: as many steps as see what does not decide once, 40 to 120. Five looks."""
+        """For a text of so many windows: as many steps as see what does not decide once, 40 to 120."""
         steps = min(120, max(40, count * 2 // 5))
-        return cls(steps=steps, look=steps // 5)
+        return cls(steps=steps, look=max(cls.look, steps // 8))
 
 
 @dataclass(frozen=True)
@@ -287,21 +292,29 @@ class Tuned:
 
 
 class Adam:
-    """Moves numbers by shares of themselves, each by its own or several by one share."""
+    """Moves numbers by shares of themselves, each by its own or several by one share.
 
-    def __init__(self, start: Mapping[str, F32], grains: Mapping[str, Grain], settings: TuneSettings) -> None:
+    The running mean of slopes begins at 0 and is not made up for that: one step's slopes are mostly chance, and
+    all numbers moved along them at once lose more than they gain.
+    """
+
+    def __init__(
+        self, start: Mapping[str, F32], grains: Mapping[str, Grain], settings: TuneSettings, share: float = 1.0
+    ) -> None:
+        """``share``: of the settings' rate."""
         self.start, self._settings = start, settings
         self._shapes = {name: shape_of(grains[name], own.shape) for name, own in start.items()}
         self.moved = {name: np.zeros(shape, np.float32) for name, shape in self._shapes.items()}
         self._mean = {name: np.zeros(shape, np.float32) for name, shape in self._shapes.items()}
         self._square = {name: np.zeros(shape, np.float32) for name, shape in self._shapes.items()}
+        self._share = np.float32(share)
         self.step = 0
 
     def __call__(self, found: Mapping[str, F32]) -> None:
-        """Make a step along these slopes; the first steps are short, so are the last."""
+        """Make a step along these slopes; the last steps are short."""
         self.step += 1
         steps = self._settings.steps
-        rate = self._settings.rate * min(1.0, self.step / 3, max(0.05, (steps - self.step + 1) / (0.4 * steps)))
+        rate = self._share * self._settings.rate * min(1.0, max(0.05, (steps - self.step + 1) / (0.4 * steps)))
         for name, slope in found.items():
             axes = tuple(at for at, size in enumerate(self._shapes[name]) if size == 1)
             own = (slope * self.start[name]).sum(axis=axes, keepdims=True)
@@ -309,20 +322,28 @@ class Adam:
             mean += (1 - _MEAN) * (own - mean)
             square += (1 - _SQUARE) * (own * own - square)
             size = np.sqrt(square / (1 - _SQUARE**self.step)) + np.float32(1e-20)
-            self.moved[name] -= np.float32(rate) * (mean / (1 - _MEAN**self.step)) / size
+            self.moved[name] -= np.float32(rate) * mean / size
 
     def numbers(self) -> dict[str, F32]:
         """As they are now."""
         return {name: own * (1 + self.moved[name]) for name, own in self.start.items()}
 
+    def back_to(self, moved: Mapping[str, F32]) -> None:
+        """Go on from there, where these steps led nowhere, in shorter ones."""
+        self.moved = {name: own.copy() for name, own in moved.items()}
+        for own in self._mean.values():
+            own[:] = 0
+        self._share *= _SHORTER
+
     def arrays(self) -> dict[str, NDArray[Any]]:
         """What ``resume`` takes back."""
         parts = (("moved", self.moved), ("mean", self._mean), ("square", self._square))
-        return {f"{part}.{name}": own for part, values in parts for name, own in values.items()}
+        held = {f"{part}.{name}": own for part, values in parts for name, own in values.items()}
+        return {**held, "share": np.array(self._share)}
 
     def resume(self, step: int, arrays: Arrays) -> None:
         """Go on after so many steps."""
-        self.step = step
+        self.step, self._share = step, np.float32(arrays["share"])
         for part, values in (("moved", self.moved), ("mean", self._mean), ("square", self._square)):
             for name in values:
                 values[name] = np.array(arrays[f"{part}.{name}"], np.float32)
@@ -369,13 +390,16 @@ def tune(
     """
     tuned = passes.tuned
     start = {name: own for name in grains if (own := tuned.start(name)).size}
-    adam, order = Adam(start, grains, settings), _order(passes, held, settings)
+    order = _order(passes, held, settings)
     tuned.numbers = dict(start)
     kept = notes.load() if notes else None
     if kept is None:
         before = passes.lost(held)
-        best, after, best_moved = 0, before.kl, dict(adam.moved)
+        lost = float(before.kl.sum() / before.tokens.sum())
+        adam = Adam(start, grains, settings, min(1.0, lost / _MUCH))
+        best, after, best_moved = 0, before.kl, {name: own.copy() for name, own in adam.moved.items()}
     else:
+        adam = Adam(start, grains, settings)
         adam.resume(int(kept["step"]), kept)
         before = Found(kept["before"], kept["tokens"], {})
         best, after = int(kept["best"]), kept["after"]
@@ -392,6 +416,8 @@ def tune(
             news = f"held-out KL {seen.kl.sum() / seen.tokens.sum():.4f}"
             if seen.kl.sum() < after.sum():
                 best, after, best_moved = adam.step, seen.kl, {name: own.copy() for name, own in adam.moved.items()}
+            else:
+                adam.back_to(best_moved)
         told(news, adam.step)
         if notes and notes.due():
             results = {"step": np.array(adam.step), "best": np.array(best), "before": before.kl, "after": after}
