@@ -1,4 +1,4 @@
-"""Claim: a budgeted recipe, weighed, written and proved, costs some four GPTQ 4-bit walks.
+"""Claim: a budgeted recipe, weighed, written and proved, costs some four GPTQ 4-bit walks, at best effort seven.
 
     scripts/bench recipe_time --model reference-f16.gguf [--bpw 4.5] [--effort good] [--threads 1] [--keep DIR [--one]]
         [--json FILE]
@@ -7,7 +7,7 @@ From nothing: the walk rounds every linear layer to 4 bits in groups of 64 over 
 ships; the recipe, which with ``--effort best`` is fitted to all text that ships, five times as much, weighs every
 tensor, measures four recipes to scale its predictions, chooses, writes the file with error feedback and measures it on
 the windows held out. Processor seconds of one run, so that other work on the machine does not count; tokenizing, which
-both need, is on neither's clock. What ``--effort best`` costs is printed; nothing is claimed of it yet.
+both need, is on neither's clock.
 """
 
 import argparse
